@@ -1,0 +1,39 @@
+"""Export and run Qwen-VL with Paddle.
+
+Importing this package loads neither Paddle nor PaddleNLP: the names below are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from paddlemix_qwenvl_plugin.version import __version__
+
+if TYPE_CHECKING:
+    from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+    from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
+    from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess
+    from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+    from paddlemix_qwenvl_plugin.runtime.predictor import Answer, QwenVL
+
+_WHERE = {
+    "Answer": "runtime.predictor",
+    "GenerationOptions": "runtime.options",
+    "ImageLimits": "processing.images",
+    "QwenVL": "runtime.predictor",
+    "QwenVLError": "errors",
+    "UsageError": "errors",
+    "export_language": "export.export",
+    "export_vision": "export.export",
+    "load_image": "processing.images",
+    "preprocess": "processing.images",
+}
+
+__all__ = ["__version__", *sorted(_WHERE)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

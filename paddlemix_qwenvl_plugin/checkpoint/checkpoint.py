@@ -1,0 +1,160 @@
+"""A model folder opened: any naming scheme and linear layout of upstream, read as canonical tensors.
+
+| scheme | language | vision |
+| --- | --- | --- |
+| Hugging Face | `transformer.h.…` | `transformer.visual.…` |
+| Paddle static | `qwen.h.…` | `visual.vit.…`, the resampler `visual.…` |
+| PaddleMIX | `transformer.llm.h.…` | as Paddle static |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
+from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast, to_float32
+from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
+from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
+from paddlemix_qwenvl_plugin.errors import QwenVLError
+
+# Buffers that some checkpoints carry and that follow from the config.
+_BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|logn_tensor)$")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    stored_name: str
+    dtype: str
+    transposed: bool
+
+
+class Checkpoint:
+    """The weights of a model folder under canonical names, in Paddle's [in, out] layout.
+
+    Every tensor of the model must be there with the right shape and nothing else may be; the naming scheme
+    and the layout of each half of the model are read off the names and shapes.
+
+    Raises:
+        UsageError: the folder, its config or its weights are not there.
+        QwenVLError: names the tensor that is missing, unknown, mis-shaped or laid out unlike the others.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.config: ModelConfig = load_config(self.folder)
+        self._shards = Shards.open(self.folder)
+        self.language = language_specs(self.config)
+        self.vision = vision_specs(self.config)
+        self._entries = self._match()
+
+    @property
+    def dtype(self) -> str:
+        """The storage type of the token embedding: float32, float16, bfloat16 or float64."""
+        return self._entries["wte.weight"].dtype
+
+    def tensors(self, specs: dict[str, TensorSpec], dtype: str) -> Iterator[tuple[str, NDArray[np.generic]]]:
+        """Yield (canonical name, values) in `dtype`, bfloat16 as uint16 bits.
+
+        At most one tensor (safetensors) or one weight file (other formats) is held beside what the caller keeps.
+        """
+        names = {self._entries[name].stored_name: name for name in specs}
+        for stored_name, array in self._shards.read(set(names)):
+            name = names[stored_name]
+            entry = self._entries[name]
+            values = cast(array, entry.dtype, dtype, name)
+            yield name, np.ascontiguousarray(values.T) if entry.transposed else values
+
+    def fingerprint(self) -> str:
+        """A digest that two folders share when they hold the same model, whatever the naming and layout.
+
+        Hashes up to 64 values of each norm and bias (rounded to float16, so that a float16 or an exact
+        bfloat16 conversion of the folder keeps it) and the config.
+        """
+        digest = hashlib.sha256(self.config.model_dump_json().encode())
+        small = {
+            name: spec for name, spec in {**self.language, **self.vision}.items() if len(spec.shape) == 1
+        }
+        names = {self._entries[name].stored_name: name for name in small}
+        rows = {}
+        for stored_name, array in self._shards.read(set(names)):
+            name = names[stored_name]
+            with np.errstate(over="ignore"):
+                rows[name] = to_float32(array[:64], self._entries[name].dtype).astype(np.float16).tobytes()
+        for name in sorted(rows):
+            digest.update(name.encode() + rows[name])
+        return digest.hexdigest()
+
+    def _match(self) -> dict[str, _Entry]:
+        specs = {**self.language, **self.vision}
+        canonical = self._canonical_names()
+        for name in specs:
+            if name not in canonical:
+                raise QwenVLError(f"{self.folder}: tensor {name} is missing")
+        for name, stored_name in canonical.items():
+            if name not in specs:
+                raise QwenVLError(f"{self.folder}: tensor {stored_name} is not part of this model (see config.json)")
+        entries: dict[str, _Entry] = {}
+        for part in (self.language, self.vision):
+            transposed = self._layout(part, canonical)
+            for name, spec in part.items():
+                stored_name = canonical[name]
+                stored = self._shards.tensors[stored_name]
+                entries[name] = _Entry(stored_name, stored.dtype, transposed and spec.linear)
+        return entries
+
+    def _canonical_names(self) -> dict[str, str]:
+        """Map canonical names to stored names."""
+        stored = [name for name in self._shards.tensors if not _BUFFERS.search(name)]
+        language = {
+            "PaddleMIX": "transformer.llm.",
+            "Paddle static": "qwen.",
+            "Hugging Face": "transformer.",
+        }
+        scheme = next((p for p in language.values() if f"{p}wte.weight" in stored), None)
+        if scheme is None:
+            looked = " or ".join(f"{prefix}wte.weight" for prefix in language.values())
+            raise QwenVLError(f"{self.folder}: not a Qwen-VL checkpoint, tensor {looked} is missing")
+        canonical: dict[str, str] = {}
+        for name in stored:
+            key = _to_canonical(name, scheme) or name
+            if key in canonical:
+                raise QwenVLError(f"{self.folder}: tensors {canonical[key]} and {name} are the same tensor twice")
+            canonical[key] = name
+        return canonical
+
+    def _layout(self, specs: dict[str, TensorSpec], canonical: dict[str, str]) -> bool:
+        """Check every shape; return whether this half's linear weights are stored as [out, in]."""
+        evidence: Optional[tuple[bool, str]] = None
+        for name, spec in specs.items():
+            shape = self._shards.tensors[canonical[name]].shape
+            if shape != spec.shape and not (spec.linear and shape == spec.shape[::-1]):
+                raise QwenVLError(
+                    f"{self.folder}: tensor {canonical[name]} has shape {list(shape)}, "
+                    f"config.json asks for {list(spec.shape)}" + (" or its transpose" if spec.linear else "")
+                )
+            if spec.linear and spec.shape[0] != spec.shape[1]:
+                transposed = shape != spec.shape
+                if evidence is not None and evidence[0] != transposed:
+                    raise QwenVLError(
+                        f"{self.folder}: tensor {canonical[name]} is laid out "
+                        f"{'[out, in]' if transposed else '[in, out]'}, unlike {evidence[1]}"
+                    )
+                evidence = (transposed, canonical[name])
+        # Each half has a fused 3x projection, which is never square.
+        return evidence is not None and evidence[0]
+
+
+def _to_canonical(name: str, scheme: str) -> Optional[str]:
+    if name.startswith(scheme):
+        return name[len(scheme) :]
+    if name.startswith("visual.vit."):
+        return "visual." + name[len("visual.vit.") :]
+    return None

@@ -1,0 +1,142 @@
+"""The model's `config.json`: every size the code uses comes from here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+
+RESAMPLER_HEAD_DIM = 128
+
+
+class VisionConfig(BaseModel):
+    """Sizes of the vision tower and the resampler (`visual` in config.json)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    image_size: PositiveInt = 448
+    patch_size: PositiveInt = 14
+    width: PositiveInt = 1664
+    layers: PositiveInt = 48
+    heads: PositiveInt = 16
+    mlp_ratio: float = Field(default=4.9231, gt=0)
+    output_dim: PositiveInt = 4096
+    n_queries: PositiveInt = 256
+    image_start_id: int = Field(default=151857, ge=0)
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the picture."""
+        return self.image_size // self.patch_size
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VisionConfig:
+        _require(self.image_size % self.patch_size == 0, "image_size must be a multiple of patch_size")
+        _require(self.width % self.heads == 0, "width must be a multiple of heads")
+        _require(
+            self.output_dim % RESAMPLER_HEAD_DIM == 0, f"output_dim must be a multiple of {RESAMPLER_HEAD_DIM}"
+        )
+        _require(
+            int(self.n_queries**0.5) ** 2 == self.n_queries, "n_queries must be a square, it lies on a 2-D grid"
+        )
+        return self
+
+
+class ModelConfig(BaseModel):
+    """Sizes of the whole model. Keys that config.json has beyond these are upstream's and are not read."""
+
+    model_config = ConfigDict(frozen=True)
+
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    intermediate_size: PositiveInt
+    vocab_size: PositiveInt
+    kv_channels: PositiveInt = 128
+    layer_norm_epsilon: float = Field(default=1e-6, gt=0)
+    seq_length: PositiveInt = 2048
+    max_position_embeddings: PositiveInt = 8192
+    rotary_emb_base: float = Field(default=10000, gt=1)
+    rotary_pct: float = 1.0
+    use_dynamic_ntk: bool = True
+    use_logn_attn: bool = True
+    visual: VisionConfig
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the gated MLP: half of `intermediate_size`, which counts gate and value together."""
+        return self.intermediate_size // 2
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        _require(
+            self.num_attention_heads * self.kv_channels == self.hidden_size,
+            "num_attention_heads x kv_channels must equal hidden_size",
+        )
+        _require(self.kv_channels % 2 == 0, "kv_channels must be even (rotary embedding)")
+        _require(self.rotary_pct == 1.0, "rotary_pct must be 1.0: Qwen-VL rotates the whole head")
+        _require(self.intermediate_size % 2 == 0, "intermediate_size must be even")
+        _require(self.visual.output_dim == self.hidden_size, "visual.output_dim must equal hidden_size")
+        _require(
+            self.visual.image_start_id + 2 < self.vocab_size,
+            "visual.image_start_id + 2 (the image padding token) must be below vocab_size",
+        )
+        return self
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read `config.json` of a model folder.
+
+    Raises:
+        UsageError: the folder or the file is not there.
+        QwenVLError: the file is not JSON, or a size is missing or impossible; the line names the key.
+    """
+    path = Path(folder) / "config.json"
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent}: no such model folder")
+    if not path.is_file():
+        raise UsageError(f"{path.parent}: no config.json in it; is it a model folder?")
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise QwenVLError(f"{path}: not valid JSON ({error})") from error
+    return parse_config(data, str(path))
+
+
+def parse_config(data: Any, origin: str) -> ModelConfig:
+    """Check a config that was read from `origin`, a name for the error line."""
+    if not isinstance(data, dict):
+        raise QwenVLError(f"{origin}: must be a JSON object")
+    if "visual" not in data:
+        raise QwenVLError(f"{origin}: no 'visual' section; this is not a Qwen-VL model")
+    try:
+        return ModelConfig.model_validate(data)
+    except ValidationError as error:
+        raise QwenVLError(f"{origin}: {first_problem(error)}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """One line for pydantic's first complaint: `key: what is wrong`."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    more = len(error.errors()) - 1
+    line = f"{where}: {message}" if where else message
+    return f"{line} (and {more} more)" if more else line
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,59 @@
+"""Floating-point types of weights as NumPy sees them. NumPy has no bfloat16: its bits travel as uint16."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+
+DTYPES = ("float32", "float16", "bfloat16")
+STORAGE = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+
+
+def check_dtype(name: str, flag: str = "--dtype") -> str:
+    """Return `name` if it is a supported dtype, else raise UsageError naming the flag."""
+    if name not in DTYPES:
+        raise UsageError(f"{flag} {name}: must be one of {', '.join(DTYPES)}")
+    return name
+
+
+def cast(array: NDArray[np.generic], source: str, target: str, name: str) -> NDArray[np.generic]:
+    """Convert between storage types, rounding to nearest even.
+
+    Args:
+        array: values of any shape, in the storage type of `source`.
+        source, target: one of DTYPES (`source` may be float64 as well).
+        name: the tensor's name, for the error line.
+
+    Raises:
+        QwenVLError: a finite value does not fit into float16.
+    """
+    if source == target:
+        return array
+    wide = to_float32(array, source)
+    if target == "float32":
+        return wide
+    if target == "bfloat16":
+        return _round_to_bfloat16(wide)
+    with np.errstate(over="ignore"):
+        half = wide.astype(np.float16)
+    if np.isinf(half).any() and not np.isinf(wide).any():
+        raise QwenVLError(
+            f"{name}: a value of {np.abs(wide).max():.3g} does not fit into float16; use --dtype bfloat16 or float32"
+        )
+    return half
+
+
+def to_float32(array: NDArray[np.generic], source: str) -> NDArray[np.float32]:
+    """The values as float32, whatever the storage type."""
+    if source == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def _round_to_bfloat16(wide: NDArray[np.float32]) -> NDArray[np.uint16]:
+    bits = np.ascontiguousarray(wide).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    # The carry would turn a NaN with a full mantissa into zero or infinity.
+    return np.where(np.isnan(wide), np.uint16(0x7FC0), rounded)

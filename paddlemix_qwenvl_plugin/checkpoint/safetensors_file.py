@@ -1,0 +1,78 @@
+"""Reading one tensor at a time from a safetensors file.
+
+The safetensors library maps the whole file, so every page it touched stays resident, and its NumPy reader
+has no bfloat16. A weight file is read here by offset instead: memory holds one tensor.
+Format: 8 bytes little-endian header length, a JSON header, then the raw values.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in the file; `dtype` is float32, float16, bfloat16 or float64."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    numpy_dtype: np.dtype[np.generic]
+    offset: int
+    n_bytes: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """List a file's tensors.
+
+    Raises:
+        QwenVLError: the file is truncated or not a safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise QwenVLError(f"{path}: not a safetensors file, or cut off in its header")
+        try:
+            header = json.loads(file.read(length))
+            entries = {name: _entry(value, 8 + length) for name, value in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise QwenVLError(f"{path}: the safetensors header is damaged ({error})") from error
+    for name, entry in entries.items():
+        if entry.n_bytes != int(np.prod(entry.shape, dtype=np.int64)) * entry.numpy_dtype.itemsize:
+            raise QwenVLError(f"{path}: the header is damaged: {name} has the wrong number of bytes")
+        if entry.offset + entry.n_bytes > size:
+            raise QwenVLError(
+                f"{path}: truncated, {size} bytes of at least {entry.offset + entry.n_bytes}; copy the file again"
+            )
+    return entries
+
+
+def read_tensor(path: Path, entry: StoredTensor) -> NDArray[np.generic]:
+    """The values of one tensor, in its storage type (bfloat16 as uint16 bits)."""
+    count = int(np.prod(entry.shape, dtype=np.int64))
+    values = np.fromfile(path, dtype=entry.numpy_dtype, count=count, offset=entry.offset)
+    return values.reshape(entry.shape)
+
+
+def _entry(value: dict[str, object], base: int) -> StoredTensor:
+    code = str(value["dtype"])
+    if code not in _DTYPES:
+        raise ValueError(f"dtype {code} is not a floating-point type this model uses")
+    begin, end = value["data_offsets"]  # type: ignore[misc]
+    shape = tuple(int(n) for n in value["shape"])  # type: ignore[attr-defined]
+    if begin < 0 or end < begin or any(n < 0 for n in shape):  # type: ignore[has-type]
+        raise ValueError("negative size or offset")
+    return StoredTensor(shape, _DTYPES[code], np.dtype(_NUMPY[code]), base + begin, end - begin)  # type: ignore[has-type]

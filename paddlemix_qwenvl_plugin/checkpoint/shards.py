@@ -1,0 +1,175 @@
+"""The weight files of a model folder: which there are, which tensor lies where, and reading them in turn."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+
+# (file or index, kind), in the order of preference where a folder holds several.
+_CANDIDATES = (
+    ("model.safetensors.index.json", "safetensors"),
+    ("model.safetensors", "safetensors"),
+    ("model_state.pdparams.index.json", "pdparams"),
+    ("model_state.pdparams", "pdparams"),
+    ("pytorch_model.bin.index.json", "bin"),
+    ("pytorch_model.bin", "bin"),
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as its file has it. `dtype` is float32, float16, bfloat16 or float64."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Shards:
+    """The weight files of one folder.
+
+    `tensors` maps every stored name to its shape and dtype. safetensors files are read tensor by tensor;
+    the other formats can only be read a whole file at a time, so at most one such file is held.
+    """
+
+    def __init__(self, files: list[Path], kind: str, index: dict[str, str] | None) -> None:
+        self.files = files
+        self.kind = kind
+        self._held: tuple[Path, dict[str, NDArray[np.generic]]] | None = None
+        self._where: dict[str, Path] = {}
+        self.tensors: dict[str, Stored] = {}
+        for path in files:
+            for name, stored in self._list(path).items():
+                if name in self._where:
+                    raise QwenVLError(f"{path}: tensor {name} is also in {self._where[name].name}")
+                self._where[name] = path
+                self.tensors[name] = stored
+        for name, file_name in (index or {}).items():
+            if self._where.get(name) is None or self._where[name].name != file_name:
+                raise QwenVLError(f"{files[0].parent}: the index says {name} is in {file_name}, but it is not")
+
+    @property
+    def folder(self) -> Path:
+        return self.files[0].parent
+
+    @classmethod
+    def open(cls, folder: Path) -> Shards:
+        """Find the weights of a folder.
+
+        Raises:
+            UsageError: no weight file of a known name is there.
+            QwenVLError: a file of the index is missing, or a file is damaged.
+        """
+        for name, kind in _CANDIDATES:
+            path = folder / name
+            if not path.is_file():
+                continue
+            if not name.endswith(".index.json"):
+                return cls([path], kind, None)
+            index = _read_index(path)
+            files = [folder / file_name for file_name in sorted(set(index.values()))]
+            for file in files:
+                if not file.is_file():
+                    raise QwenVLError(f"{file}: missing, though {name} names it; copy the folder again")
+            return cls(files, kind, index)
+        names = ", ".join(name for name, _ in _CANDIDATES)
+        raise UsageError(f"{folder}: no weights in it (looked for {names})")
+
+    def read(self, names: set[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
+        """Yield the named tensors file by file, in storage type."""
+        for path in self.files:
+            wanted = [name for name in self.tensors if name in names and self._where[name] == path]
+            if self.kind == "safetensors":
+                header = safetensors_file.read_header(path) if wanted else {}
+                for name in wanted:
+                    yield name, safetensors_file.read_tensor(path, header[name])
+            elif wanted:
+                held = self._load(path)
+                for name in wanted:
+                    yield name, held[name]
+
+    def _list(self, path: Path) -> dict[str, Stored]:
+        if self.kind == "safetensors":
+            header = safetensors_file.read_header(path)
+            return {name: Stored(entry.shape, entry.dtype) for name, entry in header.items()}
+        return {
+            name: Stored(array.shape, _dtype_name(array, name, path)) for name, array in self._load(path).items()
+        }
+
+    def _load(self, path: Path) -> dict[str, NDArray[np.generic]]:
+        if self._held is None or self._held[0] != path:
+            self._held = None  # before the next file is read, not after
+            self._held = (path, _load_pdparams(path) if self.kind == "pdparams" else _load_bin(path))
+        return self._held[1]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
+        index = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QwenVLError(f"{path}: not a weight index ({error!r})") from error
+    if not index:
+        raise QwenVLError(f"{path}: the index names no tensor")
+    for file in index.values():
+        if Path(file).name != file:
+            raise QwenVLError(f"{path}: the index names a file outside its folder: {file}")
+    return index
+
+
+def _load_pdparams(path: Path) -> dict[str, NDArray[np.generic]]:
+    import paddle
+
+    try:
+        state = paddle.load(str(path), return_numpy=True)
+    except (pickle.UnpicklingError, EOFError, ValueError, RuntimeError, OSError, IndexError, KeyError) as error:
+        raise QwenVLError(f"{path}: not a Paddle weight file, or truncated ({_short(error)})") from error
+    return _arrays(state, path)
+
+
+def _load_bin(path: Path) -> dict[str, NDArray[np.generic]]:
+    try:
+        from paddlenlp.utils.serialization import load_torch
+    except ImportError as error:
+        raise QwenVLError(
+            f"{path}: PyTorch .bin weights are read by PaddleNLP, which is not installed; "
+            "run: pip install 'paddlemix-qwenvl-plugin[paddlenlp]'"
+        ) from error
+    try:
+        state = load_torch(str(path))
+    except Exception as error:  # whatever the reader meets in a damaged file
+        raise QwenVLError(f"{path}: not a PyTorch weight file, or truncated ({_short(error)})") from error
+    return _arrays(state, path)
+
+
+def _arrays(state: Any, path: Path) -> dict[str, NDArray[np.generic]]:
+    if not isinstance(state, dict) or not state:
+        raise QwenVLError(f"{path}: holds no table of tensors")
+    # paddle.save adds this table of variable names to a state dict.
+    state.pop("StructuredToParameterName@@", None)
+    for name, value in state.items():
+        if not isinstance(value, np.ndarray):
+            raise QwenVLError(f"{path}: {name} is not a tensor")
+    return state
+
+
+def _dtype_name(array: NDArray[np.generic], name: str, path: Path) -> str:
+    if array.dtype == np.uint16:  # Paddle's NumPy form of bfloat16
+        return "bfloat16"
+    if array.dtype.kind != "f":
+        raise QwenVLError(f"{path}: {name} has dtype {array.dtype}, a weight must be a floating-point tensor")
+    return array.dtype.name
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

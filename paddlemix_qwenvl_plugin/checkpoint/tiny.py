@@ -1,0 +1,88 @@
+"""A tiny model with random weights, for trials and tests: the real architecture, small, and nothing learned."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
+from paddlemix_qwenvl_plugin.checkpoint.convert import paddlemix_name
+from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
+from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.processing.tiny_vocab import write_tiny_vocabulary
+from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+
+
+def make_tiny(folder: Path, seed: int = 0) -> None:
+    """Write config.json, model.safetensors (float32) and qwen.tiktoken into a new folder, the same for every run.
+
+    Raises:
+        UsageError: the folder exists.
+    """
+    if folder.exists():
+        raise UsageError(f"{folder}: exists already; name a new folder")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write_tiny_vocabulary(partial / "qwen.tiktoken")
+        tokenizer = QwenTokenizer.from_folder(partial)
+        config = tiny_config(tokenizer.n_vocab, tokenizer.img_start_id)
+        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+        sizes = parse_config(config, "tiny model")
+        random = np.random.default_rng(seed)
+        weights = {
+            paddlemix_name(name): _random(name, spec, random)
+            for name, spec in {**language_specs(sizes), **vision_specs(sizes)}.items()
+        }
+        save_file(weights, str(partial / "model.safetensors"), {"format": "pd"})
+        os.replace(partial, folder)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot write there ({error.strerror})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def tiny_config(n_vocab: int, image_start_id: int) -> dict[str, Any]:
+    """config.json of the tiny model, for a vocabulary of this size."""
+    return {
+        "architectures": ["QWenLMHeadModel"],
+        "model_type": "qwen",
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "kv_channels": 64,
+        "intermediate_size": 1024,
+        "vocab_size": -(-n_vocab // 64) * 64,
+        "layer_norm_epsilon": 1e-6,
+        "seq_length": 2048,
+        "max_position_embeddings": 8192,
+        "rotary_emb_base": 10000,
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+        "visual": {
+            "image_size": 448,
+            "patch_size": 14,
+            "width": 64,
+            "layers": 2,
+            "heads": 4,
+            "mlp_ratio": 4.0,
+            "output_dim": 256,
+            "image_start_id": image_start_id,
+        },
+    }
+
+
+def _random(name: str, spec: TensorSpec, random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Norm weights near 1, biases near 0, matrices of variance 1 / inputs, so that activations keep their size."""
+    if len(spec.shape) == 1:
+        centre = 1.0 if name.endswith(".weight") else 0.0
+        return (centre + 0.1 * random.standard_normal(spec.shape)).astype(np.float32)
+    inputs = spec.shape[0] if spec.linear or name == "visual.proj" else int(np.prod(spec.shape[1:]))
+    return (random.standard_normal(spec.shape) / np.sqrt(inputs)).astype(np.float32)

@@ -1,0 +1,116 @@
+"""`qwenvl predict`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, List, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from paddlemix_qwenvl_plugin.runtime.predictor import Answer
+
+
+def predict(
+    first_model_path: Path = typer.Option(..., "--first_model_path", help="Exported vision stage (prefix)."),
+    second_model_path: Path = typer.Option(..., "--second_model_path", help="Exported language stage (prefix)."),
+    model: Optional[Path] = typer.Option(
+        None, "--model_name_or_path", help="Folder with the tokenizer; default: beside the language stage."
+    ),
+    image: Optional[List[str]] = typer.Option(
+        None, "--image", help="Picture: path, data URL or http(s) URL; may be repeated."
+    ),
+    prompt: str = typer.Option("", "--prompt", help="Question or instruction."),
+    chat: bool = typer.Option(False, "--chat", help="Use the chat form (Qwen-VL-Chat)."),
+    system: str = typer.Option("You are a helpful assistant.", "--system", help="System message (chat)."),
+    device: str = typer.Option("cpu", "--device", help="cpu, gpu or gpu:N."),
+    max_new_tokens: int = typer.Option(512, "--max_new_tokens"),
+    min_new_tokens: int = typer.Option(0, "--min_new_tokens"),
+    temperature: Optional[float] = typer.Option(None, "--temperature", help="Sample; default: greedy."),
+    top_p: Optional[float] = typer.Option(None, "--top_p"),
+    top_k: Optional[int] = typer.Option(None, "--top_k"),
+    repetition_penalty: float = typer.Option(1.0, "--repetition_penalty"),
+    frequency_penalty: float = typer.Option(0.0, "--frequency_penalty"),
+    presence_penalty: float = typer.Option(0.0, "--presence_penalty"),
+    seed: Optional[int] = typer.Option(None, "--seed"),
+    allow_http: bool = typer.Option(False, "--allow-http", help="Let pictures come from http(s) URLs."),
+    as_json: bool = typer.Option(False, "--json", help="Print the whole answer as JSON."),
+    output: Optional[Path] = typer.Option(None, "--output", help="Also write the answer as JSON to this file."),
+    draw: Optional[Path] = typer.Option(None, "--draw", help="Draw the boxes on the last picture, to this file."),
+    real_time_save: Optional[Path] = typer.Option(
+        None, "--real_time_save", help="Also write the tokens as real_time_save.* files to this folder."
+    ),
+) -> None:
+    """Ask about pictures through both exported stages."""
+    from paddlemix_qwenvl_plugin.errors import UsageError
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+    sources = image or []
+    if not sources and not prompt:
+        raise UsageError("nothing to ask: give --prompt, --image or both")
+    if draw is not None and not sources:
+        raise UsageError("--draw needs an --image to draw on")
+    for folder in (output.parent if output else None, draw.parent if draw else None, real_time_save):
+        if folder is not None and not folder.is_dir():
+            raise UsageError(f"{folder}: no such folder")
+    model_pair = QwenVL.from_exported(first_model_path, second_model_path, model, device, allow_http)
+    parts: list[dict[str, Any]] = [{"image": source} for source in sources]
+    answer = model_pair.generate(
+        parts + ([{"text": prompt}] if prompt else []),
+        chat=chat,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        seed=seed,
+    )
+    result = as_dict(answer)
+    if output is not None:
+        partial = output.with_name(output.name + ".partial")
+        partial.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        os.replace(partial, output)
+    if real_time_save is not None:
+        from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
+
+        write_tokens(real_time_save, [answer.token_ids], model_pair.tokenizer.eod_id)
+    if draw is not None:
+        _draw(draw, sources[-1], answer, allow_http)
+    print(json.dumps(result, ensure_ascii=False) if as_json else answer.text)
+    for problem in answer.problems:
+        print(f"qwenvl: {problem}", file=sys.stderr)
+
+
+def as_dict(answer: Answer) -> dict[str, Any]:
+    """The answer as JSON-ready values; box coordinates in thousandths of width and height."""
+    return {
+        "text": answer.text,
+        "boxes": [{"kind": box.kind, "ref": box.ref, "points": box.points} for box in answer.boxes],
+        "problems": list(answer.problems),
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "timings": {name: round(value, 4) for name, value in answer.timings.items()},
+    }
+
+
+def _draw(target: Path, source: str, answer: Answer, allow_http: bool) -> None:
+    from paddlemix_qwenvl_plugin.errors import UsageError
+    from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
+    from paddlemix_qwenvl_plugin.processing.images import load_image
+
+    drawn = draw_boxes(load_image(source, allow_http=allow_http), answer.boxes)
+    partial = target.with_name(f".partial-{target.name}")
+    try:
+        drawn.save(partial)
+        os.replace(partial, target)
+    except ValueError as error:
+        raise UsageError(f"--draw {target}: not a picture format; name it .png or .jpg") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""Paddle's combined parameter file (`.pdiparams`), written tensor by tensor.
+
+Paddle's own writer wants every weight in memory, often twice. The format is one record a tensor, in an order that
+the program fixes: uint32 0, uint64 0, uint32 0, int32 length of a TensorDesc message, the message (field 1 the
+data type, field 2 each dimension), the raw values. Source: paddle/fluid/framework/lod_tensor.cc and
+tensor_util.cc.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
+
+_TYPE_CODES = {"float16": 4, "float32": 5, "bfloat16": 22}
+
+
+def write_params(
+    path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+    stream: Iterable[tuple[str, NDArray[np.generic]]],
+) -> None:
+    """Write the file beside `path` and rename it.
+
+    Args:
+        path: the `.pdiparams` file.
+        shapes: shape of every parameter, in the file's order.
+        dtype: float32, float16 or bfloat16, of all parameters.
+        stream: (name, values in storage type) in any order, each name once.
+    """
+    offsets: dict[str, int] = {}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            for name, shape in shapes.items():
+                file.write(_record_head(shape, dtype))
+                offsets[name] = file.tell()
+                file.seek(int(np.prod(shape, dtype=np.int64)) * STORAGE[dtype].itemsize, os.SEEK_CUR)
+            file.truncate()
+            for name, values in stream:
+                if values.shape != shapes[name] or values.dtype != STORAGE[dtype]:
+                    raise AssertionError(f"{name}: {values.dtype} {values.shape}, program has {dtype} {shapes[name]}")
+                file.seek(offsets.pop(name))
+                file.write(np.ascontiguousarray(values).data)
+        if offsets:  # a slip of this package, not of the user's
+            raise AssertionError(f"parameters without weights: {sorted(offsets)}")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_first_dims(path: Path) -> list[int]:
+    """The first dimension of each record of a file of one-dimensional float32 tensors."""
+    data, position, dims = path.read_bytes(), 0, []
+    while position < len(data):
+        (length,) = struct.unpack_from("<i", data, position + 16)
+        message = data[position + 20 : position + 20 + length]
+        dim = _read_varint(message, 3)
+        dims.append(dim)
+        position += 20 + length + 4 * dim
+    return dims
+
+
+def _record_head(shape: tuple[int, ...], dtype: str) -> bytes:
+    message = b"\x08" + _varint(_TYPE_CODES[dtype]) + b"".join(b"\x10" + _varint(n) for n in shape)
+    return struct.pack("<IQIi", 0, 0, 0, len(message)) + message
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(data: bytes, position: int) -> int:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value
+        position, shift = position + 1, shift + 7

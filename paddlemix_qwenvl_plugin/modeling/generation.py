@@ -1,0 +1,209 @@
+"""The portable body of stage 2: the whole generation as Paddle operators, prefill and a `while` loop.
+
+Semantics are those of the stock graph (order of penalties, stop flags, positions), with two corrections: dynamic
+NTK and logn, which the stock graph lacks, and the last token before `max_length`, which the stock operators
+overwrite with the end token. Formulas: PaddleNLP's generation operators, read for their arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+from paddle import nn
+
+from paddlemix_qwenvl_plugin.modeling import ops
+from paddlemix_qwenvl_plugin.modeling.language import LanguageModel
+
+# A forbidden token's logit, as upstream sets it.
+FORBIDDEN = -1e10
+
+
+class StockGeneration(nn.Layer):
+    """The 22 inputs and one cache per layer of the stock predictor -> five stock outputs and the tokens."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+        self.vocab_size = model.config.vocab_size
+
+    def forward(
+        self,
+        input_ids: paddle.Tensor,
+        image_features: paddle.Tensor,
+        img_pos: paddle.Tensor,
+        attention_mask: paddle.Tensor,
+        position_ids: paddle.Tensor,
+        penalty_score: paddle.Tensor,
+        frequency_score: paddle.Tensor,
+        presence_score: paddle.Tensor,
+        min_length: paddle.Tensor,
+        max_length: paddle.Tensor,
+        temperature: paddle.Tensor,
+        top_p: paddle.Tensor,
+        eos_token_id: paddle.Tensor,
+        seq_len_encoder: paddle.Tensor,
+        seq_len_decoder: paddle.Tensor,
+        step_idx: paddle.Tensor,
+        stop_flags: paddle.Tensor,
+        tgt_ids: paddle.Tensor,
+        tgt_pos: paddle.Tensor,
+        tgt_generation_mask: paddle.Tensor,
+        pre_ids: paddle.Tensor,
+        stop_nums: paddle.Tensor,
+        cache_kvs: list[paddle.Tensor],
+    ) -> tuple[paddle.Tensor, ...]:
+        """Generate until `stop_nums` rows have stopped. Shapes and dtypes: export/contract.py.
+
+        The masks, `pre_ids`, `tgt_ids` and the caches are part of the contract but not read: the first follow from
+        the lengths, the others are workspace that the stock predictor fills with arbitrary values.
+
+        Returns:
+            next_tokens int64 [B, 1], step_idx int64 [B, 1], stop_flags int32 [B, 1], seq_len_decoder int32 [B, 1],
+            tgt_pos int64 [B, 1], and tokens int64 [B, max(max_length)], -1 after a row's end.
+        """
+        vocabulary = ops.iota(self.vocab_size)
+        is_end = ops.total((vocabulary.unsqueeze(0) == eos_token_id.unsqueeze(1)).astype("int32"), 0).flatten() > 0
+        n_tokens = paddle.shape(input_ids)[1]
+        columns = paddle.arange(max_length.max(), dtype="int64").unsqueeze(0)
+
+        def pick(
+            logits: paddle.Tensor, counts: paddle.Tensor, done: paddle.Tensor
+        ) -> paddle.Tensor:
+            early = (done < min_length).astype("float32") * is_end.astype("float32").unsqueeze(0)
+            logits = paddle.where(early > 0, paddle.full_like(logits, FORBIDDEN), logits)
+            logits = penalise(logits, counts, penalty_score, frequency_score, presence_score)
+            return sample(logits, temperature, top_p)
+
+        def advance(logits: paddle.Tensor, state: list[Any]) -> list[Any]:
+            """Take one token a row from the logits and update the rows' state."""
+            step, token, done, stopped, length, position, counts, tokens = state
+            picked = pick(logits, counts, done)
+            token = paddle.where(stopped, token, picked)
+            alive = ops.logical_not(stopped)
+            written = ops.logical_and(columns == step, alive)
+            tokens = paddle.where(written, token, tokens)
+            chosen = (vocabulary.unsqueeze(0) == token).astype("int64")
+            counts = counts + chosen * alive.astype("int64")
+            done = done + alive.astype("int64")
+            ended = paddle.gather(is_end.astype("int32"), token.flatten()).reshape([-1, 1]) > 0
+            stopped = ops.logical_or(stopped, ops.logical_or(ended, done >= max_length))
+            length = paddle.where(stopped, paddle.zeros_like(length), length)
+            position = position + alive.astype("int64")
+            return [step + 1, token, done, stopped, length, position, counts, tokens]
+
+        embeddings = self.model.embed(input_ids, image_features, img_pos)
+        logits, caches = self.model(embeddings, position_ids, seq_len_encoder, seq_len_encoder)
+        order = paddle.arange(n_tokens, dtype="int64").unsqueeze(0)
+        valid = order < seq_len_encoder.astype("int64")
+        row = paddle.zeros_like(tgt_pos)
+        state = [
+            paddle.zeros([1], dtype="int64"),
+            row,
+            step_idx,
+            ops.logical_or(stop_flags, max_length < 1),
+            seq_len_decoder,
+            tgt_pos,
+            paddle.zeros([1, self.vocab_size], dtype="int64") + row,
+            columns * 0 + row - 1,
+        ]
+        state = advance(logits, state)
+        flat_caches = [tensor for cache in caches for tensor in cache]
+
+        def unfinished(*loop: paddle.Tensor) -> paddle.Tensor:
+            return ops.total(loop[3].astype("int64")) < stop_nums
+
+        def decode(*loop: paddle.Tensor) -> list[paddle.Tensor]:
+            old, seen, flat = list(loop[:8]), loop[8], loop[9:]
+            token, stopped, length, position = old[1], old[3], old[4], old[5]
+            pairs = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
+            one = paddle.ones_like(token)
+            logits, grown = self.model(
+                self.model.embed_tokens(token), position, seq_len_encoder, one, cache_valid=seen, caches=pairs
+            )
+            old[4] = paddle.where(stopped, length, length + 1)
+            new = advance(logits, old)
+            seen = paddle.concat([seen, one.astype("bool")], axis=1)
+            return [*new, seen, *(tensor for pair in grown for tensor in pair)]
+
+        loop = paddle.static.nn.while_loop(unfinished, decode, [*state, valid, *flat_caches])
+        _, token, done, stopped, length, position, _, tokens = loop[:8]
+        return token, done, stopped.astype("int32"), length, position, tokens
+
+
+class Step(nn.Layer):
+    """One forward pass over packed chunks: the program behind streaming and our own predictor."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: paddle.Tensor,
+        image_features: paddle.Tensor,
+        img_pos: paddle.Tensor,
+        seq_len: paddle.Tensor,
+        past_len: paddle.Tensor,
+        prompt_len: paddle.Tensor,
+        cache_valid: paddle.Tensor,
+        cache_kvs: list[paddle.Tensor],
+    ) -> tuple[paddle.Tensor, ...]:
+        """Shapes and dtypes: export/contract.py.
+
+        Returns:
+            logits float32 [B, vocab_size] of each row's last token, then the keys and values of every layer, each
+            [B, heads, P + S, head_dim].
+        """
+        order = paddle.arange(paddle.shape(input_ids)[1], dtype="int64").unsqueeze(0)
+        logits, caches = self.model(
+            self.model.embed(input_ids, image_features, img_pos),
+            past_len + order,
+            prompt_len,
+            seq_len,
+            cache_valid,
+            [(cache_kvs[i], cache_kvs[i + 1]) for i in range(0, len(cache_kvs), 2)],
+        )
+        return (logits, *(tensor for cache in caches for tensor in cache))
+
+
+def penalise(
+    logits: paddle.Tensor,
+    counts: paddle.Tensor,
+    repetition: paddle.Tensor,
+    frequency: paddle.Tensor,
+    presence: paddle.Tensor,
+) -> paddle.Tensor:
+    """Lower the logits of tokens generated before.
+
+    Args:
+        logits: float32 [B, V].
+        counts: int64 [B, V], how often each token was generated.
+        repetition, frequency, presence: float32 [B, 1]; 1, 0, 0 leave the logits alone.
+    """
+    scaled = paddle.where(logits < 0, logits * repetition, logits / repetition)
+    lowered = scaled - counts.astype("float32") * frequency - presence
+    return paddle.where(counts > 0, lowered, logits)
+
+
+def sample(logits: paddle.Tensor, temperature: paddle.Tensor, top_p: paddle.Tensor) -> paddle.Tensor:
+    """Draw one token a row from the smallest set of tokens whose probabilities reach top_p (0: the likeliest).
+
+    Args:
+        logits: float32 [B, V].
+        temperature, top_p: float32 [B, 1].
+
+    Returns:
+        int64 [B, 1].
+    """
+
+    # Both ways are computed: a conditional block would cost more code than the sort costs time.
+    probabilities = nn.functional.softmax(logits / paddle.clip(temperature, min=1e-6), axis=-1)
+    order = paddle.argsort(probabilities, axis=-1, descending=True)
+    sorted_probabilities = paddle.take_along_axis(probabilities, order, axis=-1)
+    before = paddle.cumsum(sorted_probabilities, axis=-1) - sorted_probabilities
+    kept = paddle.where(before < top_p, sorted_probabilities, paddle.zeros_like(sorted_probabilities))
+    reach = paddle.cumsum(kept, axis=-1)
+    draw = paddle.rand(paddle.shape(top_p), dtype="float32") * reach[:, -1:]
+    index = paddle.clip(ops.total((reach <= draw).astype("int64"), -1), max=logits.shape[-1] - 1)
+    return paddle.where(top_p > 0, paddle.take_along_axis(order, index, axis=-1), ops.argmax(logits))

@@ -1,0 +1,175 @@
+"""The language model: embedding with pictures, decoder layers with a growing KV cache, last-token logits.
+
+The KV cache is append-only. A batch's rows may have prompts of different lengths, padded on the right: the
+cache keeps the padding's slots, and a mask keeps every row from attending to them.
+"""
+
+from __future__ import annotations
+
+import paddle
+from paddle import nn
+
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
+from paddlemix_qwenvl_plugin.modeling import ops
+from paddlemix_qwenvl_plugin.modeling.layers import Linear, RMSNorm, attend, parameter_attr
+from paddlemix_qwenvl_plugin.modeling.rotary import query_scale, rotary_tables, rotate
+
+# Finite, so that a row of padding stays finite; exp() of it is 0 in float32.
+MASKED = -1e9
+
+
+class Attention(nn.Layer):
+    """Multi-head attention over the cache and the new tokens."""
+
+    def __init__(self, name: str, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.c_attn = Linear(f"{name}.c_attn", config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = Linear(f"{name}.c_proj", config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: paddle.Tensor, position: Position, cache: tuple[paddle.Tensor, paddle.Tensor] | None
+    ) -> tuple[paddle.Tensor, tuple[paddle.Tensor, paddle.Tensor]]:
+        fused = self.c_attn(x).reshape([0, 0, 3 * self.heads, self.head_dim])
+        query, key, value = paddle.split(fused, 3, axis=2)
+        query = rotate(query.astype("float32"), position.cos, position.sin) * position.query_scale
+        key = rotate(key.astype("float32"), position.cos, position.sin)
+        query, key, value = (t.astype(x.dtype).transpose([0, 2, 1, 3]) for t in (query, key, value))
+        if cache is not None:
+            key = paddle.concat([cache[0], key], axis=2)
+            value = paddle.concat([cache[1], value], axis=2)
+        return self.c_proj(attend(query, key, value, position.mask)), (key, value)
+
+
+class Layer(nn.Layer):
+    """Pre-norm decoder layer; the MLP is c_proj(w1(x) * silu(w2(x)))."""
+
+    def __init__(self, name: str, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, epsilon = config.hidden_size, config.layer_norm_epsilon
+        self.ln_1 = RMSNorm(f"{name}.ln_1", hidden, epsilon)
+        self.attn = Attention(f"{name}.attn", config)
+        self.ln_2 = RMSNorm(f"{name}.ln_2", hidden, epsilon)
+        self.w1 = Linear(f"{name}.mlp.w1", hidden, config.mlp_width, bias=False)
+        self.w2 = Linear(f"{name}.mlp.w2", hidden, config.mlp_width, bias=False)
+        self.c_proj = Linear(f"{name}.mlp.c_proj", config.mlp_width, hidden, bias=False)
+
+    def forward(
+        self, x: paddle.Tensor, position: Position, cache: tuple[paddle.Tensor, paddle.Tensor] | None
+    ) -> tuple[paddle.Tensor, tuple[paddle.Tensor, paddle.Tensor]]:
+        mixed, cache = self.attn(self.ln_1(x), position, cache)
+        x = x + mixed
+        normed = self.ln_2(x)
+        return x + self.c_proj(self.w1(normed) * nn.functional.silu(self.w2(normed))), cache
+
+
+class Position:
+    """What every layer needs to know about where the new tokens stand."""
+
+    def __init__(
+        self, positions: paddle.Tensor, prompt_len: paddle.Tensor, mask: paddle.Tensor, config: ModelConfig
+    ) -> None:
+        self.cos, self.sin = rotary_tables(positions, prompt_len, config)
+        self.query_scale = query_scale(positions, config)
+        self.mask = mask
+
+
+class LanguageModel(nn.Layer):
+    """Token ids and picture features -> logits.
+
+    `forward` takes a chunk of each row: a whole prompt, the next piece of one, or one token a row.
+    `dtype` is what activations and the KV cache are computed in.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.wte = self.create_parameter(
+            [config.vocab_size, config.hidden_size], attr=parameter_attr("wte.weight")
+        )
+        self.layers = nn.LayerList([Layer(f"h.{i}", config) for i in range(config.num_hidden_layers)])
+        self.ln_f = RMSNorm("ln_f", config.hidden_size, config.layer_norm_epsilon)
+        self.lm_head = Linear("lm_head", config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        embeddings: paddle.Tensor,
+        positions: paddle.Tensor,
+        prompt_len: paddle.Tensor,
+        seq_len: paddle.Tensor,
+        cache_valid: paddle.Tensor | None = None,
+        caches: list[tuple[paddle.Tensor, paddle.Tensor]] | None = None,
+    ) -> tuple[paddle.Tensor, list[tuple[paddle.Tensor, paddle.Tensor]]]:
+        """Run the layers.
+
+        Args:
+            embeddings: [B, S, hidden], from `embed`; rows shorter than S are padded on the right.
+            positions: int64 [B, S], the 0-based position of each token in its row.
+            prompt_len: integer [B, 1], the whole prompt's length, which sets the rotary base.
+            seq_len: integer [B, 1], how many of the S tokens are the row's own (at least 1).
+            cache_valid: bool [B, P], which cache slots hold a token of the row; None without a cache.
+            caches: per layer (key, value), each [B, heads, P, head_dim].
+
+        Returns:
+            float32 logits [B, vocab_size] of each row's last token, and the caches with P + S slots.
+        """
+        position = Position(positions, prompt_len, chunk_mask(positions, cache_valid), self.config)
+        x, new_caches = embeddings, []
+        for i, layer in enumerate(self.layers):
+            x, cache = layer(x, position, caches[i] if caches is not None else None)
+            new_caches.append(cache)
+        return self._logits(x, seq_len), new_caches
+
+    def embed_tokens(self, input_ids: paddle.Tensor) -> paddle.Tensor:
+        """int64 [B, S] -> [B, S, hidden]."""
+        return nn.functional.embedding(input_ids, self.wte).astype(self.dtype)
+
+    def embed(
+        self, input_ids: paddle.Tensor, image_features: paddle.Tensor, img_pos: paddle.Tensor
+    ) -> paddle.Tensor:
+        """Token embeddings with each picture's features between its `<img>` and `</img>`.
+
+        Args:
+            input_ids: int64 [B, S].
+            image_features: float32 [N, n_queries, hidden].
+            img_pos: int64 [N, 3]: batch row, index of `<img>`, index of `</img>`. A negative row marks a
+                picture that is not there (Paddle programs have no empty tensors to pass instead).
+
+        Returns:
+            [B, S, hidden].
+        """
+        hidden = self.config.hidden_size
+        tokens = self.embed_tokens(input_ids)
+        # Scatter runs in float32, which every Paddle device has; one spare row takes the absent pictures.
+        spare = paddle.zeros([1, hidden], dtype="float32")
+        flat = paddle.concat([tokens.astype("float32").reshape([-1, hidden]), spare], axis=0)
+        shape = paddle.shape(input_ids).astype("int64")
+        row, start = img_pos[:, 0:1], img_pos[:, 1:2]
+        slots = ops.iota(self.config.visual.n_queries).unsqueeze(0)
+        index = row * shape[1] + start + 1 + slots
+        index = paddle.where(row < 0, paddle.zeros_like(index) + shape[0] * shape[1], index)
+        flat = paddle.scatter(flat, index.flatten(), image_features.astype("float32").reshape([-1, hidden]))
+        return flat[:-1].reshape(paddle.concat([shape, paddle.full([1], hidden, "int64")])).astype(tokens.dtype)
+
+    def _logits(self, x: paddle.Tensor, seq_len: paddle.Tensor) -> paddle.Tensor:
+        shape = paddle.shape(x).astype("int64")
+        row_starts = paddle.arange(shape[0], dtype="int64") * shape[1]
+        last = row_starts + seq_len.astype("int64").flatten() - 1
+        rows = paddle.gather(x.reshape([-1, self.config.hidden_size]), last)
+        return self.lm_head(self.ln_f(rows)).astype("float32")
+
+
+def chunk_mask(positions: paddle.Tensor, cache_valid: paddle.Tensor | None) -> paddle.Tensor:
+    """float32 [1 or B, 1, S, P + S]: 0 where a token of the chunk may look, MASKED elsewhere.
+
+    Within the chunk the mask is causal, which also hides a row's padding from its tokens.
+    """
+    n_tokens = paddle.shape(positions)[1]
+    order = paddle.arange(n_tokens, dtype="int64")
+    visible = (order.unsqueeze(1) >= order.unsqueeze(0)).astype("float32").unsqueeze(0)
+    if cache_valid is not None:
+        past = cache_valid.astype("float32").unsqueeze(1)
+        rows = paddle.zeros_like(positions, dtype="float32").unsqueeze(-1)
+        visible = paddle.concat([past + rows, visible + rows], axis=-1)
+    return ((visible - 1.0) * -MASKED).unsqueeze(1)

@@ -1,0 +1,93 @@
+"""Building blocks whose parameters carry the checkpoint's tensor names.
+
+They work in Paddle's dynamic mode (the reference) and in its static mode (export), where a parameter's name
+is fixed at creation. Values are loaded later, so creation costs no random numbers.
+
+Parameters have the dtype they are stored in, activations the dtype they are computed in; a parameter of another
+dtype is cast where it is used. That is how a float16 export runs on a CPU, which has no float16 products.
+"""
+
+from __future__ import annotations
+
+import paddle
+from paddle import nn
+
+from paddlemix_qwenvl_plugin.modeling import ops
+
+def parameter_attr(name: str) -> paddle.ParamAttr:
+    """Name of a parameter in the exported program; zero until it is loaded."""
+    return paddle.ParamAttr(name=name, initializer=nn.initializer.Constant(0.0))
+
+
+def like(parameter: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
+    """The parameter in the dtype of the activation `x`."""
+    return parameter if parameter.dtype == x.dtype else parameter.astype(x.dtype)
+
+
+class Linear(nn.Layer):
+    """[…, n_in] -> […, n_out]; the weight is [n_in, n_out]."""
+
+    def __init__(self, name: str, n_in: int, n_out: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = self.create_parameter([n_in, n_out], attr=parameter_attr(f"{name}.weight"))
+        self.bias = self.create_parameter([n_out], attr=parameter_attr(f"{name}.bias")) if bias else None
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        product = ops.matmul(x, like(self.weight, x))
+        return product if self.bias is None else product + like(self.bias, x)
+
+
+class LayerNorm(nn.Layer):
+    """LayerNorm over the last axis with statistics in float32, as PyTorch's half-precision kernels do."""
+
+    def __init__(self, name: str, width: int, epsilon: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = self.create_parameter([width], attr=parameter_attr(f"{name}.weight"))
+        self.bias = self.create_parameter([width], attr=parameter_attr(f"{name}.bias"))
+        self.width = width
+        self.epsilon = epsilon
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        normed = nn.functional.layer_norm(
+            x.astype("float32"),
+            [self.width],
+            self.weight.astype("float32"),
+            self.bias.astype("float32"),
+            self.epsilon,
+        )
+        return normed.astype(x.dtype)
+
+
+class RMSNorm(nn.Layer):
+    """x / sqrt(mean(x^2) + eps) in float32, cast back, then times the weight (the order is Qwen's)."""
+
+    def __init__(self, name: str, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = self.create_parameter([width], attr=parameter_attr(f"{name}.weight"))
+        self.epsilon = epsilon
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        wide = x.astype("float32")
+        scale = ops.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return (wide * scale).astype(x.dtype) * like(self.weight, x)
+
+
+def attend(
+    query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, mask: paddle.Tensor | None = None
+) -> paddle.Tensor:
+    """softmax(query @ key^T + mask) @ value; the caller has scaled the query. Softmax runs in float32.
+
+    Args:
+        query: [B, heads, S, head_dim].
+        key, value: [B, heads, T, head_dim].
+        mask: float32, broadcast to [B, heads, S, T], 0 to attend and a large negative number not to.
+
+    Returns:
+        [B, S, heads * head_dim].
+    """
+    scores = ops.matmul(query, key, transpose_y=True).astype("float32")
+    if mask is not None:
+        scores = scores + mask
+    weights = nn.functional.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = ops.matmul(weights, value).transpose([0, 2, 1, 3])
+    return mixed.flatten(2)

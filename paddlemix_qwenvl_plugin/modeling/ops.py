@@ -1,0 +1,89 @@
+"""Operators that Paddle 3.3 no longer offers for legacy (`.pdmodel`) programs, though the programs have them.
+
+From 3.3 on, these functions go straight to C++ and take dynamic tensors and PIR values only. In a legacy program
+the operator is appended by its own name instead; everywhere else Paddle's function is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+from paddle.base.layer_helper import LayerHelper
+from paddle.framework import in_dynamic_or_pir_mode
+
+
+def iota(n: int) -> paddle.Tensor:
+    """0, 1, … n - 1 as int64 [n], without the float64 constants that Paddle makes of a Python number."""
+    return paddle.arange(paddle.full([1], n, dtype="int64"), dtype="int64")
+
+
+def matmul(x: paddle.Tensor, y: paddle.Tensor, transpose_y: bool = False) -> paddle.Tensor:
+    if in_dynamic_or_pir_mode():
+        return paddle.matmul(x, y, transpose_y=transpose_y)
+    return _append("matmul_v2", {"X": x, "Y": y}, x.dtype, trans_x=False, trans_y=transpose_y)
+
+
+def cos(x: paddle.Tensor) -> paddle.Tensor:
+    return paddle.cos(x) if in_dynamic_or_pir_mode() else _append("cos", {"X": x}, x.dtype)
+
+
+def sin(x: paddle.Tensor) -> paddle.Tensor:
+    return paddle.sin(x) if in_dynamic_or_pir_mode() else _append("sin", {"X": x}, x.dtype)
+
+
+def log(x: paddle.Tensor) -> paddle.Tensor:
+    return paddle.log(x) if in_dynamic_or_pir_mode() else _append("log", {"X": x}, x.dtype)
+
+
+def rsqrt(x: paddle.Tensor) -> paddle.Tensor:
+    return paddle.rsqrt(x) if in_dynamic_or_pir_mode() else _append("rsqrt", {"X": x}, x.dtype)
+
+
+def gelu(x: paddle.Tensor) -> paddle.Tensor:
+    """The exact form, with erf."""
+    if in_dynamic_or_pir_mode():
+        return paddle.nn.functional.gelu(x)
+    return _append("gelu", {"X": x}, x.dtype, approximate=False)
+
+
+def argmax(x: paddle.Tensor) -> paddle.Tensor:
+    """Over the last axis, which is kept with size 1: int64."""
+    if in_dynamic_or_pir_mode():
+        return paddle.argmax(x, axis=-1, keepdim=True)
+    attrs = {"axis": -1, "keepdims": True, "flatten": False, "dtype": 3}  # 3: int64
+    return _append("arg_max", {"X": x}, "int64", **attrs)
+
+
+def total(x: paddle.Tensor, axis: int | None = None) -> paddle.Tensor:
+    """Sum over an axis, which is kept with size 1, or over everything (shape [1])."""
+    if in_dynamic_or_pir_mode():
+        return x.sum(axis=axis, keepdim=True) if axis is not None else x.sum().reshape([1])
+    attrs = {"dim": [axis], "keep_dim": True} if axis is not None else {"reduce_all": True}
+    out = _append("reduce_sum", {"X": x}, x.dtype, **attrs)
+    return out if axis is not None else out.reshape([1])
+
+
+def logical_not(x: paddle.Tensor) -> paddle.Tensor:
+    return paddle.logical_not(x) if in_dynamic_or_pir_mode() else _append("logical_not", {"X": x}, "bool")
+
+
+def logical_and(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    if in_dynamic_or_pir_mode():
+        return paddle.logical_and(x, y)
+    return _append("logical_and", {"X": x, "Y": y}, "bool")
+
+
+def logical_or(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    if in_dynamic_or_pir_mode():
+        return paddle.logical_or(x, y)
+    return _append("logical_or", {"X": x, "Y": y}, "bool")
+
+
+def _append(
+    op_type: str, inputs: dict[str, paddle.Tensor], out_dtype: Any, /, **attrs: Any
+) -> paddle.Tensor:
+    helper = LayerHelper(op_type)
+    out = helper.create_variable_for_type_inference(out_dtype)
+    helper.append_op(type=op_type, inputs=inputs, outputs={"Out": out}, attrs=attrs)
+    return out

@@ -1,0 +1,68 @@
+"""Positions: rotary embedding with dynamic NTK scaling, and logn scaling of the query.
+
+Formulas: the official Qwen-VL code (NeoX halves; alpha from the prompt's length, fixed for the request).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import paddle
+
+from paddlemix_qwenvl_plugin.modeling import ops
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
+
+
+def ntk_alpha(prompt_len: paddle.Tensor, config: ModelConfig) -> paddle.Tensor:
+    """max(1, 2^ceil(log2(L / seq_length) + 1) - 1) as float32, the shape of `prompt_len` (integer).
+
+    ceil(log2(r) + 1) counts how many of 1/2, 1, 2, 4 … are below r: exact, where a logarithm rounds.
+    """
+    if not config.use_dynamic_ntk:
+        return paddle.ones_like(prompt_len, dtype="float32")
+    doublings = max(1, math.ceil(math.log2(max(2, config.max_position_embeddings / config.seq_length))) + 1)
+    power = paddle.ones_like(prompt_len, dtype="float32")
+    length = prompt_len.astype("int64")
+    for k in range(doublings):
+        power = power + (length > config.seq_length * 2**k).astype("float32")
+    return paddle.pow(paddle.full_like(power, 2.0), power) - 1.0
+
+
+def rotary_tables(
+    positions: paddle.Tensor, prompt_len: paddle.Tensor, config: ModelConfig
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """cos and sin, each float32 [B, S, 1, head_dim].
+
+    base = rotary_emb_base * alpha^(d / (d - 2)); the angle of pair i at position p is p * base^(-2i / d).
+
+    Args:
+        positions: int64 [B, S], 0-based.
+        prompt_len: integer [B, 1], the length of each request's prompt in tokens.
+    """
+    dim = config.head_dim
+    exponents = paddle.to_tensor(np.arange(0, dim, 2, dtype=np.float32) / dim)
+    alpha = ntk_alpha(prompt_len, config)
+    base = config.rotary_emb_base * paddle.pow(alpha, dim / (dim - 2)) if dim > 2 else alpha
+    inverse = 1.0 / paddle.pow(base, exponents.unsqueeze(0))
+    angles = positions.astype("float32").unsqueeze(-1) * inverse.unsqueeze(1)
+    angles = paddle.concat([angles, angles], axis=-1).unsqueeze(2)
+    return ops.cos(angles), ops.sin(angles)
+
+
+def rotate(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
+    """Rotate float32 [B, S, heads, head_dim] by the tables of `rotary_tables`."""
+    first, second = paddle.split(x, 2, axis=-1)
+    return x * cos + paddle.concat([-second, first], axis=-1) * sin
+
+
+def query_scale(positions: paddle.Tensor, config: ModelConfig) -> paddle.Tensor:
+    """Factor of the query, float32 [B, S, 1, 1]: logn / sqrt(head_dim).
+
+    logn is 1 for a 0-based position p with p + 1 <= seq_length, else log(p + 1) / log(seq_length).
+    """
+    scale = 1.0 / math.sqrt(config.head_dim)
+    if not config.use_logn_attn:
+        return paddle.full_like(positions, scale, dtype="float32").unsqueeze(-1).unsqueeze(-1)
+    logn = ops.log(positions.astype("float32") + 1.0) / math.log(config.seq_length)
+    return (paddle.clip(logn, min=1.0) * scale).unsqueeze(-1).unsqueeze(-1)

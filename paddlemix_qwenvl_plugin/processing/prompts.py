@@ -1,0 +1,232 @@
+"""Prompts in the forms that Qwen-VL was trained on: plain (base model) and ChatML (chat model).
+
+A `str` query is ready-made text: the paths between its picture tags are returned as image sources. Text from
+a client that you do not trust goes into parts, where those tags are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+from PIL import Image
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.processing.tokenizer import IMAGE_TAGS, QwenTokenizer
+
+Part = Mapping[str, Any]
+"""`{"image": source}`, `{"text": str}` or `{"box": [[x1, y1, x2, y2], …], "ref": str}` (ref optional)."""
+
+Query = Union[str, Sequence[Part]]
+
+_PICTURE_TAGS = ("<img>", "</img>")
+_PICTURE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+_KEY_SETS = ({"image"}, {"text"}, {"box"}, {"box", "ref"})
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text and as ids; `images` are the image sources, one for each `<img>`, in order."""
+
+    text: str
+    input_ids: list[int]
+    images: list[Any]
+
+
+def render(parts: Sequence[Part], start: int = 1) -> tuple[str, list[Any]]:
+    """The text form of `parts` and their image sources; the first picture is called `Picture {start}`.
+
+    A path or URL is named in the text as it was given. Bytes, PIL pictures and `data:` URLs are called
+    `image-1`, `image-2` … after the picture's number. Box coordinates are integers in thousandths of the
+    picture's width and height. Raises UsageError for a part of another form.
+    """
+    if isinstance(parts, (str, bytes, Mapping)) or not isinstance(parts, Sequence):
+        raise UsageError(f"a query must be a list of parts, got {type(parts).__name__}")
+    if not parts:
+        raise UsageError("a query must have at least one part (image, text or box)")
+    text = ""
+    images: list[Any] = []
+    for number, part in enumerate(parts, start=1):
+        where = f"part {number} of the query"
+        if not isinstance(part, Mapping):
+            raise UsageError(f"{where} must be a mapping, got {type(part).__name__}")
+        if set(part) not in _KEY_SETS:
+            keys = ", ".join(str(key) for key in part) or "none"
+            raise UsageError(f"{where} must have the key image, text or box (ref beside box), got: {keys}")
+        if "image" in part:
+            picture_number = start + len(images)
+            name = _image_name(part["image"], picture_number, where)
+            text += f"Picture {picture_number}:<img>{name}</img>\n"
+            images.append(part["image"])
+        elif "text" in part:
+            text += _checked_text(part["text"], _PICTURE_TAGS, f"text of {where}")
+        else:
+            text += _render_boxes(part, where)
+    return text, images
+
+
+def base_prompt(tokenizer: QwenTokenizer, parts: Sequence[Part]) -> Prompt:
+    """The prompt of the base model: the parts, one after the other. Raises UsageError as `render` does."""
+    text, images = render(parts)
+    return Prompt(text, tokenizer.encode(text), images)
+
+
+def chat_prompt(
+    tokenizer: QwenTokenizer,
+    query: Query,
+    history: Sequence[tuple[Query, str]] = (),
+    system: str = "You are a helpful assistant.",
+    max_window: int = 6144,
+) -> Prompt:
+    """The prompt of the chat model: system, the (query, answer) turns of `history`, and the new query.
+
+    Turns are kept from the newest backwards while they and the system text take less than `max_window`
+    tokens; the new query is always kept and not counted. The images of a dropped turn are dropped with it.
+    Pictures are numbered through the whole conversation, dropped turns included.
+
+    Role and content are tokenised apart, and ChatML's own tokens are plain text in a content. An answer or a
+    system text with picture tags does not make a picture: the tags are plain text there.
+
+    Raises UsageError for a query, a history or a system text of another form.
+    """
+    new_line = tokenizer.encode("\n")
+
+    def message(role: str, content: str, tags: Sequence[str] = IMAGE_TAGS) -> tuple[str, list[int]]:
+        ids = [
+            tokenizer.im_start_id,
+            *tokenizer.encode(role),
+            *new_line,
+            *tokenizer.encode(content, allowed_special=tags),
+            tokenizer.im_end_id,
+        ]
+        return f"<|im_start|>{role}\n{content}<|im_end|>", ids
+
+    without_pictures = [tag for tag in IMAGE_TAGS if tag not in _PICTURE_TAGS]
+    turns: list[tuple[str, list[Any], str]] = []
+    n_pictures = 0
+    for number, (turn_query, answer) in enumerate(_checked_history(history), start=1):
+        text, images = _query_text(turn_query, f"query of history turn {number}", start=n_pictures + 1)
+        n_pictures += len(images)
+        turns.append((text, images, _checked_text(answer, (), f"answer of history turn {number}")))
+    last_text, last_images = _query_text(query, "query", start=n_pictures + 1)
+
+    system_text, system_ids = message("system", _checked_text(system, (), "system text"), without_pictures)
+    kept_text, kept_ids, kept_images = "", list[int](), list[Any]()
+    for text, images, answer in reversed(turns):
+        user_text, user_ids = message("user", text)
+        answer_text, answer_ids = message("assistant", answer, without_pictures)
+        turn_ids = new_line + user_ids + new_line + answer_ids
+        if len(system_ids) + len(turn_ids) + len(kept_ids) >= max_window:
+            break
+        kept_text = f"\n{user_text}\n{answer_text}{kept_text}"
+        kept_ids = turn_ids + kept_ids
+        kept_images = images + kept_images
+
+    user_text, user_ids = message("user", last_text)
+    opening = [tokenizer.im_start_id, *tokenizer.encode("assistant"), *new_line]
+    return Prompt(
+        f"{system_text}{kept_text}\n{user_text}\n<|im_start|>assistant\n",
+        system_ids + kept_ids + new_line + user_ids + new_line + opening,
+        kept_images + last_images,
+    )
+
+
+def image_spans(input_ids: Sequence[int], img_start_id: int, n_image_slots: int) -> list[tuple[int, int]]:
+    """(index of `<img>`, index of `</img>`) of each picture, in order.
+
+    Raises QwenVLError if the ids between two tags are not `n_image_slots`, or a tag has no partner.
+    """
+    img_end_id = img_start_id + 1
+    spans: list[tuple[int, int]] = []
+    start = None
+    for index, token_id in enumerate(input_ids):
+        if token_id == img_start_id:
+            if start is not None:
+                break
+            start = index
+        elif token_id == img_end_id:
+            if start is None:
+                raise QwenVLError(f"</img> at token {index} has no <img> before it")
+            if index - start - 1 != n_image_slots:
+                raise QwenVLError(
+                    f"the picture at token {start} has {index - start - 1} slots, "
+                    f"the model needs {n_image_slots}"
+                )
+            spans.append((start, index))
+            start = None
+    if start is not None:
+        raise QwenVLError(f"<img> at token {start} has no </img> after it")
+    return spans
+
+
+def _query_text(query: Query, where: str, start: int) -> tuple[str, list[Any]]:
+    if not isinstance(query, str):
+        try:
+            return render(query, start)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from error
+    images: list[Any] = _PICTURE.findall(query)
+    if not all(images):
+        raise UsageError(f"{where}: <img></img> names no picture")
+    if len(images) != query.count("<img>") or len(images) != query.count("</img>"):
+        raise UsageError(f"{where}: <img> and </img> do not pair")
+    return query, images
+
+
+def _checked_history(history: Any) -> Sequence[Any]:
+    if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
+        raise UsageError(f"history must be a list of (query, answer) pairs, got {type(history).__name__}")
+    for number, turn in enumerate(history, start=1):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise UsageError(f"history turn {number} must be a pair of query and answer")
+    return history
+
+
+def _checked_text(text: Any, refused_tags: Sequence[str], where: str) -> str:
+    if not isinstance(text, str):
+        raise UsageError(f"{where} must be a string, got {type(text).__name__}")
+    for tag in refused_tags:
+        if tag in text:
+            hint = ': give a picture as a part {"image": …} of its own' if tag in _PICTURE_TAGS else ""
+            raise UsageError(f"{where} must not contain {tag}{hint}")
+    return text
+
+
+def _image_name(source: Any, number: int, where: str) -> str:
+    if isinstance(source, (bytes, bytearray, Image.Image)):
+        return f"image-{number}"
+    if isinstance(source, os.PathLike):
+        source = str(Path(source))
+    name = _checked_text(source, _PICTURE_TAGS, f"image of {where}")
+    if not name:
+        raise UsageError(f"image of {where} is empty")
+    return f"image-{number}" if name[:5].lower() == "data:" else name
+
+
+def _render_boxes(part: Part, where: str) -> str:
+    boxes = part["box"]
+    if not isinstance(boxes, (list, tuple)) or not boxes:
+        raise UsageError(f"box of {where} must be a list of [x1, y1, x2, y2], got {boxes!r:.60}")
+    text = ""
+    if "ref" in part:
+        ref = _checked_text(part["ref"], IMAGE_TAGS, f"ref of {where}")
+        if not ref.strip():
+            raise UsageError(f"ref of {where} is empty")
+        text = f"<ref>{ref}</ref>"
+    for box in boxes:
+        if (
+            not isinstance(box, (list, tuple))
+            or len(box) != 4
+            or not all(type(value) is int for value in box)
+        ):
+            raise UsageError(f"box of {where} must be a list of [x1, y1, x2, y2] integers, got {box!r:.60}")
+        if not all(0 <= value <= 1000 for value in box):
+            raise UsageError(
+                f"box of {where} must be in thousandths of the picture's size, 0 to 1000, got {box!r:.60}"
+            )
+        text += "<box>({},{}),({},{})</box>".format(*box)
+    return text

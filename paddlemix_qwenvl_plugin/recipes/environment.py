@@ -1,0 +1,104 @@
+"""What a run took place on: interpreter, machine, GPUs, package versions, commit."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Optional
+
+GIB = 1024**3
+_REPO = Path(__file__).resolve().parents[2]
+_PACKAGES = (
+    "paddlemix-qwenvl-plugin",
+    "paddlepaddle",
+    "paddlepaddle-gpu",
+    "paddlenlp",
+    "paddlemix",
+    "numpy",
+    "pillow",
+    "tiktoken",
+    "safetensors",
+)
+# Variables that change what Paddle and the math libraries do.
+_VARIABLES = ("CUDA_", "FLAGS_", "MKL_", "OMP_", "QWENVL_")
+
+
+def describe() -> dict[str, Any]:
+    """The contents of environment.json."""
+    return {
+        "command": shlex.join(["qwenvl", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "memory_gib": _rounded(memory_gib()),
+        "gpus": gpus(),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": bool(_git("status", "--porcelain")),
+    }
+
+
+def version(distribution: str) -> Optional[str]:
+    """The installed version of a distribution, None when it is not installed. Imports nothing."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def memory_gib() -> Optional[float]:
+    """Memory this process may use, in GiB: the machine's, or a container's limit when that is lower.
+
+    None where the platform does not tell.
+    """
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(text)) / GIB if text.isdigit() else total / GIB
+
+
+def gpus() -> list[str]:
+    """Names of the CUDA devices the driver shows to this process, without any framework."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return []  # no driver, so no device
+    count = ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    names = []
+    for ordinal in range(count.value):
+        device, name = ctypes.c_int(), ctypes.create_string_buffer(128)
+        cuda.cuDeviceGet(ctypes.byref(device), ordinal)
+        cuda.cuDeviceGetName(name, len(name), device)
+        names.append(name.value.decode(errors="replace"))
+    return names
+
+
+def _rounded(value: Optional[float]) -> Optional[float]:
+    return None if value is None else round(value, 1)
+
+
+def _git(*arguments: str) -> Optional[str]:
+    # A wheel inside somebody's repository must not report that repository's commit.
+    if not (_REPO / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(_REPO), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, or no commit yet: there is nothing to record
+    return done.stdout.strip() or None

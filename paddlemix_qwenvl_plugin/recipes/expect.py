@@ -1,0 +1,78 @@
+"""Compare what a run wrote with what its recipe expects."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from paddlemix_qwenvl_plugin.recipes.schema import Approx, Expect
+
+
+def evaluate(expect: Expect, file: Path) -> dict[str, Any]:
+    """Evaluate one expectation on `file` (`expect.file` with its references filled in).
+
+    Returns {"file", "key", "check", "wanted", "actual", "ok", "problem"}; `problem` is None unless there
+    is no value to look at, and `actual` is null then.
+    """
+    check = expect.check or "exists"
+    wanted = True if check == "exists" else getattr(expect, check)
+    result: dict[str, Any] = {
+        "file": str(file),
+        "key": expect.key,
+        "check": check,
+        "wanted": wanted.model_dump() if isinstance(wanted, Approx) else wanted,
+        "actual": None,
+        "ok": False,
+        "problem": None,
+    }
+    if expect.key is None:
+        return {**result, "actual": file.exists(), "ok": file.exists()}
+    try:
+        actual = _look_up(json.loads(file.read_text(encoding="utf-8")), expect.key)
+    except FileNotFoundError:
+        return {**result, "problem": "no such file"}
+    except (OSError, ValueError) as error:
+        return {**result, "problem": f"not readable as JSON: {error}"}
+    except LookupError as error:
+        return {**result, "problem": str(error.args[0])}
+    return {**result, "actual": actual, "ok": _passes(check, wanted, actual)}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """One line for a person, without the verdict."""
+    key = f" {result['key']}" if result["key"] is not None else ""
+    wanted = "" if result["check"] in ("exists", "not_empty") else f" {result['wanted']!r}"
+    return f"{Path(result['file']).name}{key} {result['check']}{wanted}"
+
+
+def _look_up(value: Any, key: str) -> Any:
+    for part in key.split("."):
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise LookupError(f"no key {part!r} on the way to {key!r}")
+    return value
+
+
+def _passes(check: str, wanted: Any, actual: Any) -> bool:
+    number = isinstance(actual, (int, float)) and not isinstance(actual, bool)
+    if check == "equals":
+        # In Python True == 1; in JSON they differ.
+        return bool(actual == wanted) and isinstance(actual, bool) == isinstance(wanted, bool)
+    if check == "approx":
+        return number and abs(actual - wanted.value) <= wanted.tolerance
+    if check == "min":
+        return number and actual >= wanted
+    if check == "max":
+        return number and actual <= wanted
+    if check == "matches":
+        return isinstance(actual, str) and re.search(wanted, actual) is not None
+    if check == "contains":
+        if isinstance(actual, str):
+            return isinstance(wanted, str) and wanted in actual
+        return isinstance(actual, (list, dict)) and wanted in actual
+    return isinstance(actual, (str, list, dict)) and len(actual) > 0

@@ -1,0 +1,85 @@
+"""Checks before the first step: what the recipe requires of the machine, and its assets."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from paddlemix_qwenvl_plugin.recipes import environment
+from paddlemix_qwenvl_plugin.recipes.schema import Asset, Recipe, Requires
+
+
+def problems(recipe: Recipe, output: Path) -> list[str]:
+    """One line for each thing that is missing or wrong; `output` is where the run folder would be made."""
+    found = _requires(recipe.requires, output)
+    for asset in recipe.assets:
+        found += _asset(asset)
+    return found
+
+
+def _requires(requires: Requires, output: Path) -> list[str]:
+    found = []
+    python = platform.python_version()
+    if requires.python and not _in_range(python, requires.python):
+        found.append(f"requires python {requires.python}; this is {python}")
+    if requires.paddle:
+        installed = environment.version("paddlepaddle-gpu") or environment.version("paddlepaddle")
+        if installed is None:
+            found.append(
+                f"requires paddle {requires.paddle}; it is not installed"
+                " (pip install 'paddlemix-qwenvl-plugin[cpu]', or [gpu])"
+            )
+        elif not _in_range(installed, requires.paddle):
+            found.append(f"requires paddle {requires.paddle}; installed is {installed}")
+    for line in requires.packages:
+        package = Requirement(line)
+        installed = environment.version(package.name)
+        if installed is None:
+            found.append(f"requires {line}; it is not installed (pip install '{line}')")
+        elif not package.specifier.contains(installed, prereleases=True):
+            found.append(f"requires {line}; installed is {installed}")
+    memory = environment.memory_gib()
+    if requires.memory_gib and memory is not None and memory < requires.memory_gib:
+        found.append(f"requires memory_gib {requires.memory_gib:g}; this machine has {memory:.1f}")
+    if requires.disk_gib:
+        there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(there).free / environment.GIB
+        if free < requires.disk_gib:
+            found.append(f"requires disk_gib {requires.disk_gib:g}; {there} has {free:.1f} free")
+    if requires.gpu and not environment.gpus():
+        found.append("requires gpu; the CUDA driver shows no device")
+    return found
+
+
+def _in_range(version: str, specifier: str) -> bool:
+    return SpecifierSet(specifier).contains(version, prereleases=True)
+
+
+def _asset(asset: Asset) -> list[str]:
+    path = Path(asset.path)
+    purpose = f" ({asset.why})" if asset.why else ""
+    if not path.exists():
+        return [
+            f"asset {asset.name}: {path} is missing{purpose}; put it there or set assets.{asset.name}.path"
+        ]
+    if asset.sha256 is None:
+        return []
+    if path.is_dir():
+        return [f"asset {asset.name}: {path} is a folder and sha256 is for files; list its files as assets"]
+    digest = _sha256(path)
+    if digest != asset.sha256:
+        return [f"asset {asset.name}: {path} has sha256 {digest}, not {asset.sha256}; fetch it again"]
+    return []
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

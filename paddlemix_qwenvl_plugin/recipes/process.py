@@ -1,0 +1,106 @@
+"""Run one command in a process group of its own, so that a timeout or Ctrl-C ends all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import BinaryIO, Callable, Optional
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError
+
+_TICK_SECONDS = 0.2
+_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended. `exit_code` is negative for a signal; `seconds` is wall time."""
+
+    exit_code: int
+    seconds: float
+    timed_out: bool = False
+
+
+def run(
+    argv: list[str],
+    env: Mapping[str, str],
+    log: BinaryIO,
+    timeout_seconds: Optional[float] = None,
+    tick: Callable[[float], None] = lambda seconds: None,
+) -> Finished:
+    """Run `argv` with its output going to `log`; `tick` is called now and then with the seconds so far.
+
+    Raises:
+        QwenVLError: the program cannot be started.
+        KeyboardInterrupt: passed on, after the process group was ended.
+    """
+    start = time.monotonic()
+    try:
+        process = subprocess.Popen(
+            argv, env=dict(env), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    except OSError as error:
+        raise QwenVLError(f"cannot start {argv[0]}: {error.strerror}") from error
+    try:
+        while True:
+            seconds = time.monotonic() - start
+            tick(seconds)
+            left = _TICK_SECONDS if timeout_seconds is None else timeout_seconds - seconds
+            if left <= 0:
+                _end(process)
+                return Finished(process.returncode, time.monotonic() - start, timed_out=True)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # still running: tick again
+                code = process.wait(min(left, _TICK_SECONDS))
+                return Finished(code, time.monotonic() - start)
+    except BaseException:
+        _end(process)
+        raise
+
+
+@contextlib.contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP act like Ctrl-C: the steps have a session of their own, so a
+    signal that ends only this process would leave them running."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python allows handlers in the main thread only
+        return
+    names = ("SIGTERM", "SIGHUP")
+    wanted = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # One that is ignored (nohup) stays ignored.
+    wanted = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
+    for number in wanted:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in wanted:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask the process group to stop, then make it; both also when a second Ctrl-C comes meanwhile."""
+    try:
+        _signal(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it does not listen: the next signal will do
+            process.wait(_GRACE_SECONDS)
+    finally:
+        _signal(process, signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+        process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    if os.name != "posix":
+        process.terminate()
+        return
+    with contextlib.suppress(ProcessLookupError):  # the whole group has ended already
+        os.killpg(process.pid, number)

@@ -1,0 +1,113 @@
+"""Run folders: make one, find the one to continue, and the files in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError
+from paddlemix_qwenvl_plugin.recipes.schema import Recipe
+
+_LOG_TAIL_LINES = 20
+_LOG_TAIL_BYTES = 16384
+
+
+def dated(recipe: Recipe, output: Path) -> Path:
+    """The path a run that starts now would get."""
+    return output.absolute() / f"{datetime.now():%Y%m%d-%H%M%S}-{recipe.name}"
+
+
+def new(recipe: Recipe, output: Path) -> Path:
+    """Make the folder of a run that starts now.
+
+    Raises:
+        QwenVLError: it cannot be made.
+    """
+    while True:
+        folder = dated(recipe, output)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise QwenVLError(f"--output {output}: it is a file, give a folder") from None
+            time.sleep(0.1)  # another run took this second's name; the next second has another one
+        except OSError as error:
+            raise QwenVLError(f"--output {output}: cannot make {folder} ({error.strerror})") from error
+        else:
+            return folder
+
+
+def to_continue(recipe: Recipe, output: Path, first: int) -> Path:
+    """The newest run folder of the recipe, which must be of the same resolved recipe.
+
+    Raises:
+        QwenVLError: there is none, or it was run from another recipe.
+    """
+    named = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(recipe.name)}")
+    folders = sorted(p for p in output.absolute().glob("*") if named.fullmatch(p.name) and p.is_dir())
+    step = recipe.steps[first].name
+    if not folders:
+        raise QwenVLError(f"--from-step {step}: {output} has no earlier run of {recipe.name}")
+    folder, wanted = folders[-1], recipe.resolved()
+    there = yaml.safe_load(_read(folder / "recipe.resolved.yaml"))
+    differing = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
+    if differing:
+        raise QwenVLError(
+            f"--from-step {step}: {folder} was run from another recipe (different: {', '.join(differing)});"
+            " run without --from-step, or with the same recipe and overrides"
+        )
+    return folder
+
+
+def earlier_results(folder: Path, recipe: Recipe, first: int) -> dict[str, Any]:
+    """What results.json says of the run that is to continue at step `first`.
+
+    Raises:
+        QwenVLError: a step before `first` did not end well.
+    """
+    results: dict[str, Any] = json.loads(_read(folder / "results.json"))
+    for result in results["steps"][:first]:
+        if result["status"] != "ok":
+            raise QwenVLError(
+                f"--from-step {recipe.steps[first].name}: in {folder} the step {result['name']} before it is"
+                f" '{result['status']}'; continue from {result['name']}"
+            )
+    return results
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file beside its final name and rename it, so that no half of one is left."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def to_json(data: dict[str, Any]) -> str:
+    """`data` as the text of a JSON file."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def to_yaml(data: dict[str, Any]) -> str:
+    """`data` as the text of a YAML file, keys in their order."""
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+
+
+def tail(log: Path, start: int) -> str:
+    """The last lines that a step wrote to the log, which it began at byte `start`."""
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - _LOG_TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    return "\n".join(f"  {line}" for line in lines[-_LOG_TAIL_LINES:])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise QwenVLError(f"{path}: cannot be read ({error.strerror}); run without --from-step") from error

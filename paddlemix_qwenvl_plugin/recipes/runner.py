@@ -1,0 +1,210 @@
+"""Run a recipe: a dated folder, one step after the other, the expectations, and a record of it all."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import statistics
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Optional
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.recipes import (
+    commands,
+    environment,
+    expect,
+    interpolate,
+    preflight,
+    process,
+    run_folder,
+)
+from paddlemix_qwenvl_plugin.recipes.schema import Recipe, Step
+from paddlemix_qwenvl_plugin.recipes.step_line import StepLine, seconds_text
+
+
+def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
+    """Run the recipe's steps and check what came out. Returns the run folder, `output`/DATE-TIME-NAME.
+
+    With `from_step` the newest run folder of the same resolved recipe is continued at that step.
+
+    Raises:
+        UsageError: the recipe has no step `from_step`.
+        QwenVLError: something required is missing, there is no run to continue, a step failed or ran out
+            of time, or an expectation was missed. results.json is written in the last three cases.
+        KeyboardInterrupt: passed on, after the step was ended and results.json written.
+    """
+    first = _index(recipe, from_step)
+    missing = preflight.problems(recipe, output)
+    if missing:
+        raise QwenVLError(f"recipe {recipe.name} cannot run here: {'; '.join(missing)}")
+    folder = run_folder.to_continue(recipe, output, first) if from_step else run_folder.new(recipe, output)
+    earlier = run_folder.earlier_results(folder, recipe, first) if from_step else None
+    run_folder.write(folder / "recipe.resolved.yaml", run_folder.to_yaml(recipe.resolved()))
+    run_folder.write(folder / "environment.json", run_folder.to_json(environment.describe()))
+    run_folder.write(folder / "commands.txt", "\n".join(commands.shell_lines(recipe, folder)) + "\n")
+    print(f"{recipe.name}: {folder}", flush=True)
+    with process.termination_as_interrupt():
+        _Run(recipe, folder, first, earlier).go()
+    return folder
+
+
+def dry_run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> list[str]:
+    """Print the commands a run would start now, and write nothing. Returns what would stop the run.
+
+    Raises:
+        UsageError: the recipe has no step `from_step`.
+        QwenVLError: there is no run to continue at `from_step`.
+    """
+    first = _index(recipe, from_step)
+    if from_step:
+        folder = run_folder.to_continue(recipe, output, first)
+        run_folder.earlier_results(folder, recipe, first)
+    else:
+        folder = run_folder.dated(recipe, output)
+    print("\n".join(commands.shell_lines(recipe, folder, first)))
+    return preflight.problems(recipe, output)
+
+
+class _Run:
+    """One run in progress; `results` is what results.json holds, rewritten whenever it changes."""
+
+    def __init__(self, recipe: Recipe, folder: Path, first: int, earlier: Optional[dict[str, Any]]) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.first = first
+        self.values = commands.values(recipe, folder)
+        # Unbuffered, so that the log of a step that is killed is complete.
+        self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **commands.env(recipe, self.values)}
+        waiting = [_step_result(step.name) for step in recipe.steps[first:]]
+        self.results: dict[str, Any] = {
+            "recipe": recipe.name,
+            "status": "running",
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "resumed_from": recipe.steps[first].name if earlier else None,
+            "seconds": 0.0,
+            "steps": [*(earlier["steps"][:first] if earlier else []), *waiting],
+            "expect": [],
+            # Its step may be among the skipped ones; if not, it is replaced.
+            "bench": earlier["bench"] if earlier else None,
+        }
+
+    def go(self) -> None:
+        try:
+            for index in range(self.first, len(self.recipe.steps)):
+                self._step(index)
+            self._expects()
+        except KeyboardInterrupt:
+            self._save("interrupted")
+            raise
+        except QwenVLError:
+            self._save("failed")
+            raise
+        self._save("ok")
+        print(f"ok: {len(self.recipe.steps)} steps, {len(self.recipe.expect)} expectations", flush=True)
+
+    def _save(self, status: str) -> None:
+        self.results["status"] = status
+        self.results["seconds"] = round(sum(step["seconds"] for step in self.results["steps"]), 3)
+        run_folder.write(self.folder / "results.json", run_folder.to_json(self.results))
+
+    def _step(self, index: int) -> None:
+        step, result = self.recipe.steps[index], self.results["steps"][index]
+        label = f"[{index + 1}/{len(self.recipe.steps)}] {step.name}"
+        result["status"] = "running"
+        self._save("running")
+        start = time.monotonic()
+        log_path = self.folder / "log.txt"
+        with StepLine(label) as line, log_path.open("ab") as log:
+            log_start = log.tell()
+            try:
+                ended, seconds = self._repeat(step, line, log)
+            except KeyboardInterrupt:
+                result.update(status="interrupted", seconds=round(time.monotonic() - start, 3))
+                raise
+            except QwenVLError as error:
+                result["status"] = "failed"
+                line.done("FAILED")
+                raise QwenVLError(f"step {step.name}: {error}") from error
+            total = round(time.monotonic() - start, 3)
+            result.update(exit_code=ended.exit_code, seconds=total)
+            problem = _problem(step, ended)
+            if problem is None:
+                result["status"] = "ok"
+                line.done(f"ok {seconds_text(total)}{_bench_text(seconds)}")
+            else:
+                result["status"] = "timeout" if ended.timed_out else "failed"
+                line.done(f"FAILED {seconds_text(total)}")
+        if problem is not None:
+            print(run_folder.tail(log_path, log_start), flush=True)
+            raise QwenVLError(f"step {step.name} {problem}; log: {log_path}")
+
+    def _repeat(self, step: Step, line: StepLine, log: Any) -> tuple[process.Finished, list[float]]:
+        """Run a step once, or as often as `bench` says, or until it fails.
+
+        Returns how the last one ended, and the seconds of each counted one (none without `bench`).
+        """
+        bench = self.recipe.bench if self.recipe.bench and self.recipe.bench.step == step.name else None
+        argv = commands.argv(step, self.values)
+        seconds: list[float] = []
+        for _ in range(bench.warmup + bench.repeat if bench else 1):
+            log.write(f"==== {step.name}: {shlex.join(argv)}\n".encode())
+            log.flush()
+            ended = process.run(argv, self.env, log, step.timeout_seconds, line.tick)
+            seconds.append(ended.seconds)
+            if ended.exit_code or ended.timed_out:
+                return ended, []
+        if bench is None:
+            return ended, []
+        counted = seconds[bench.warmup :]
+        self.results["bench"] = {
+            **bench.model_dump(),
+            "median_seconds": round(statistics.median(counted), 3),
+            "min_seconds": round(min(counted), 3),
+            "seconds": [round(value, 3) for value in counted],
+        }
+        return ended, counted
+
+    def _expects(self) -> None:
+        missed = 0
+        for item in self.recipe.expect:
+            result = expect.evaluate(item, Path(interpolate.fill(item.file, self.values)))
+            self.results["expect"].append(result)
+            verdict = "ok" if result["ok"] else f"MISSED: {result['problem'] or repr(result['actual'])}"
+            print(f"expect {expect.describe(result)} … {verdict}", flush=True)
+            missed += not result["ok"]
+        if missed:
+            results = self.folder / "results.json"
+            raise QwenVLError(f"{missed} of {len(self.recipe.expect)} expectations missed; see {results}")
+
+
+def _step_result(name: str) -> dict[str, Any]:
+    return {"name": name, "status": "not run", "seconds": 0.0, "exit_code": None}
+
+
+def _bench_text(seconds: list[float]) -> str:
+    if not seconds:
+        return ""
+    median, least = seconds_text(statistics.median(seconds)), seconds_text(min(seconds))
+    return f" (median {median}, min {least} of {len(seconds)})"
+
+
+def _problem(step: Step, ended: process.Finished) -> Optional[str]:
+    if ended.timed_out:
+        return f"was stopped after timeout_seconds {step.timeout_seconds:g}"
+    if ended.exit_code < 0:
+        number = -ended.exit_code
+        known = number in [int(s) for s in signal.Signals]
+        return f"was ended by {signal.Signals(number).name if known else f'signal {number}'}"
+    return f"failed with exit code {ended.exit_code}" if ended.exit_code else None
+
+
+def _index(recipe: Recipe, from_step: Optional[str]) -> int:
+    names = [step.name for step in recipe.steps]
+    if from_step is not None and from_step not in names:
+        raise UsageError(
+            f"--from-step {from_step}: {recipe.name} has no such step; steps: {', '.join(names)}"
+        )
+    return 0 if from_step is None else names.index(from_step)

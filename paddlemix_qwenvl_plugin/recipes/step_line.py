@@ -1,0 +1,55 @@
+"""The `[3/6] export-language … ok 4 s` lines: plain in a log, with a running clock on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Optional
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds for a person: one decimal below ten, none above."""
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+class StepLine:
+    """One step's line on stdout. Call `tick` while the step runs and `done` with how it ended."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._verdict = "interrupted"
+        self._status = None
+        if sys.stdout.isatty():
+            from rich.console import Console
+
+            self._status = Console().status("", spinner="dots")
+
+    def __enter__(self) -> StepLine:
+        if self._status:
+            self._status.start()
+        else:
+            print(f"{self._label} … ", end="", flush=True)
+        return self
+
+    def tick(self, seconds: float) -> None:
+        """Show how long the step has been running (terminal only)."""
+        if self._status:
+            from rich.text import Text
+
+            # Text, not str: brackets in a str are markup.
+            self._status.update(Text(f"{self._label} … {seconds:.0f} s"))
+
+    def done(self, verdict: str) -> None:
+        """Set the end of the line."""
+        self._verdict = verdict
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        if self._status:
+            self._status.stop()
+            print(f"{self._label} … ", end="")
+        print(self._verdict, flush=True)

@@ -1,0 +1,127 @@
+"""An exported stage opened in Paddle Inference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.export.manifest import FileDigest, Manifest, read_manifest
+
+_FORMS = (".json", ".pdmodel")
+
+
+class Stage:
+    """The files of an exported stage, checked against their manifest.
+
+    Args:
+        path: the prefix, or the program file itself to choose its form (`.json` PIR, `.pdmodel` legacy).
+        stage: "vision" or "language".
+        device: "cpu", "gpu" or "gpu:N".
+
+    Raises:
+        UsageError: nothing exported there, or a device that this Paddle does not have.
+        QwenVLError: a file is missing, damaged or not the one that was exported.
+    """
+
+    def __init__(self, path: str | Path, stage: str, device: str) -> None:
+        given = Path(path)
+        form = given.suffix if given.suffix in _FORMS else None
+        self.prefix = given.with_suffix("") if form else given
+        self.form = form or _FORMS[0]
+        self.device = _check_device(device)
+        self.manifest: Manifest = read_manifest(self.prefix, stage)
+        self.params = self.prefix.with_name(self.prefix.name + ".pdiparams")
+        self._check_params()
+
+    @property
+    def compute_dtype(self) -> str:
+        """What activations and the KV cache are computed in on this device."""
+        return "float32" if self.device == "cpu" else self.manifest.dtype
+
+    def open(self, suffix: str = "") -> Program:
+        """Load the program PREFIX + suffix."""
+        target = ".cpu" if self.device == "cpu" and self.manifest.dtype != "float32" else ""
+        program = self.prefix.with_name(f"{self.prefix.name}{suffix}{target}{self.form}")
+        expected = self.manifest.programs.get(program.name)
+        if expected is None or not program.is_file():
+            raise QwenVLError(f"{program}: missing; export again")
+        if FileDigest.of(program) != expected:
+            raise QwenVLError(f"{program}: not the program that {self.prefix.name}.manifest.json describes; export again")
+        return Program(_create_predictor(program, self.params, self.device), _place(self.device))
+
+    def _check_params(self) -> None:
+        if not self.params.is_file():
+            raise QwenVLError(f"{self.params}: missing; export again")
+        size, expected = self.params.stat().st_size, self.manifest.weights.bytes
+        if size != expected:
+            raise QwenVLError(f"{self.params}: {size} bytes where {expected} were exported; export again")
+
+
+class Program:
+    """A program in Paddle Inference. Not safe for use by several threads at once."""
+
+    def __init__(self, predictor: Any, place: Any) -> None:
+        self._predictor = predictor
+        self._place = place
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """Run on NumPy arrays or Paddle tensors; the outputs are Paddle tensors."""
+        import paddle
+
+        tensors = [paddle.to_tensor(i, place=self._place) if isinstance(i, np.ndarray) else i for i in inputs]
+        outputs: list[Any] = self._predictor.run(tensors)
+        return outputs
+
+    def zeros(self, shape: list[int], dtype: str) -> Any:
+        """A Paddle tensor where the program runs."""
+        import paddle
+
+        return paddle.zeros(shape, dtype=dtype).to(self._place)
+
+
+def _check_device(device: str) -> str:
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "gpu") or (index and (kind == "cpu" or not index.isdigit())):
+        raise UsageError(f"--device {device}: must be cpu, gpu or gpu:N")
+    if kind == "gpu":
+        import paddle
+
+        if not paddle.is_compiled_with_cuda():
+            raise UsageError(
+                f"--device {device}: this Paddle ({paddle.__version__}) is a CPU build; "
+                "install paddlepaddle-gpu or use --device cpu"
+            )
+        count = paddle.device.cuda.device_count()
+        if int(index or 0) >= count:
+            raise UsageError(f"--device {device}: Paddle sees {count} GPU(s)")
+    return device
+
+
+def _place(device: str) -> Any:
+    import paddle
+
+    return paddle.CPUPlace() if device == "cpu" else paddle.CUDAPlace(int(device.partition(":")[2] or 0))
+
+
+def _create_predictor(program: Path, params: Path, device: str) -> Any:
+    from paddle import inference
+
+    config = inference.Config(str(program), str(params))
+    config.disable_glog_info()
+    if device == "cpu":
+        config.disable_gpu()
+        config.set_cpu_math_library_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1)
+        # Paddle 3.3 turns oneDNN on by itself, and its plug-in fails on these graphs (zero-dimension reorders).
+        getattr(config, "disable_onednn", config.disable_mkldnn)()
+    else:
+        config.enable_use_gpu(100, int(device.partition(":")[2] or 0))
+    try:
+        return inference.create_predictor(config)
+    except (RuntimeError, ValueError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise QwenVLError(f"{program}: Paddle Inference cannot load it ({lines[-1] if lines else error})") from error

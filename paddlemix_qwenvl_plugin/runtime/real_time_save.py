@@ -1,0 +1,33 @@
+"""The files in which the stock graph hands out its tokens, one a step, for the stock reader.
+
+`real_time_save.temp_ids_rank_0_step_N`, N from 1: the byte "1" (complete), a type byte ("1": int64), then one int64 a
+batch row, little-endian.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+_NAME = "real_time_save.temp_ids_rank_0_step_"
+
+
+def write_tokens(folder: Path, tokens: Sequence[Sequence[int]], end_token: int) -> None:
+    """Write the tokens of a batch, replacing what an earlier run left.
+
+    Args:
+        folder: an existing folder; the stock reader looks in the working directory.
+        tokens: the generated tokens of each row.
+        end_token: what a row that ended early shows in the later steps.
+    """
+    for old in folder.glob(f"{_NAME}*"):
+        old.unlink()
+    for step in range(max(map(len, tokens), default=0)):
+        values = [row[step] if step < len(row) else end_token for row in tokens]
+        path = folder / f"{_NAME}{step + 1}"
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(b"11" + np.asarray(values, "<i8").tobytes())
+        os.replace(partial, path)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+
+from paddlemix_qwenvl_plugin.processing import drawing
+from paddlemix_qwenvl_plugin.processing.boxes import Box
+from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
+
+BOX = Box("box", ((250, 250), (750, 750)))
+
+
+def changed(before: Image.Image, after: Image.Image) -> np.ndarray:  # type: ignore[type-arg]
+    """[H, W] bool: which pixels differ."""
+    difference = np.asarray(before.convert("RGB")) != np.asarray(after)
+    return difference.any(axis=2)
+
+
+def luminance(colour: str) -> float:
+    channels = [value / 255 for value in ImageColor.getrgb(colour)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_outline_is_where_the_box_is() -> None:
+    image = Image.new("RGB", (400, 200), "gray")
+    mask = changed(image, draw_boxes(image, [BOX]))
+    rows, columns = np.nonzero(mask)
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (100, 300, 50, 150)
+    assert not mask[60:140, 110:290].any()
+
+
+def test_quad_outline() -> None:
+    image = Image.new("RGB", (200, 200), "gray")
+    diamond = Box("quad", ((500, 100), (900, 500), (500, 900), (100, 500)))
+    mask = changed(image, draw_boxes(image, [diamond]))
+    assert mask[20, 100]
+    assert mask[100, 180]
+    assert mask[60, 140]
+    assert not mask[20, 20]
+
+
+def test_image_itself_is_left_alone() -> None:
+    image = Image.new("RGB", (100, 100), "gray")
+    draw_boxes(image, [BOX])
+    assert image.getcolors() == [(10000, (128, 128, 128))]
+
+
+@pytest.mark.parametrize("points", [((0, 0), (1000, 1000)), ((990, 990), (1000, 1000)), ((0, 0), (5, 5))])
+@pytest.mark.parametrize("ref", ["dog", "a very long label " * 20, "海滩上的狗"])
+def test_label_is_whole_inside_the_picture(points: tuple, ref: str) -> None:  # type: ignore[type-arg]
+    image = Image.new("RGB", (300, 200), "gray")
+    with_label = draw_boxes(image, [Box("box", points, ref)])
+    mask = changed(draw_boxes(image, [Box("box", points)]), with_label)
+    rows, columns = np.nonzero(mask)
+    # The patch has a border of its own colour all round; cut off at an edge, letters would touch the edge.
+    letters = (np.asarray(with_label) > 200).all(axis=2)
+    assert letters.any()
+    assert not letters[[0, -1]].any()
+    assert not letters[:, [0, -1]].any()
+    assert rows.max() - rows.min() >= 8
+    assert columns.max() - columns.min() >= 10
+
+
+def test_labels_are_readable_on_any_background() -> None:
+    for background in ("white", "black", "gray"):
+        image = Image.new("RGB", (300, 200), background)
+        drawn = np.asarray(draw_boxes(image, [Box("box", ((300, 300), (900, 900)), "dog")]))
+        colour = np.array(ImageColor.getrgb(drawing._COLOURS[0]))
+        patch = (drawn == colour).all(axis=2)[:59]
+        # A filled patch, not only letters, stands above the box.
+        assert patch.sum() > 150
+    # 4.5 is what the web's accessibility guideline asks for small text.
+    assert all(1.05 / (luminance(colour) + 0.05) >= 4.5 for colour in drawing._COLOURS)
+    assert len(set(drawing._COLOURS)) == len(drawing._COLOURS)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3), (20, 12), (5000, 40)])
+@pytest.mark.parametrize("ref", ["x", "海滩上的狗", "\ud800 \x00\n\t👩‍👧", "w" * 20_000])
+def test_no_size_and_no_label_crashes(size: tuple[int, int], ref: str) -> None:
+    image = Image.new("L", size)
+    boxes = [Box("box", ((0, 0), (1000, 1000)), ref), Box("quad", ((0, 0),) * 4, ref)] * 6
+    assert draw_boxes(image, boxes).size == size
+
+
+def test_chinese_without_a_chinese_font(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "_CJK_FONTS", ("no-such-font.ttf",))
+    drawing._font.cache_clear()
+    image = Image.new("RGB", (300, 200))
+    try:
+        assert changed(image, draw_boxes(image, [Box("box", ((300, 300), (900, 900)), "狗")])).any()
+    finally:
+        drawing._font.cache_clear()

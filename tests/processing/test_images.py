@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import struct
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess, preprocess_all
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
+STD = np.array([0.26862954, 0.26130258, 0.27577711])
+
+
+def encoded(size: tuple[int, int] = (6, 4), format: str = "PNG", colour: str = "#c86432") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, format)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be of any size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("name", ["wide.png", "tall.png", "alpha.png", "gray.png", "palette.png"])
+def test_golden_pictures(golden_folder: Path, name: str) -> None:
+    golden = json.loads((golden_folder / "images.json").read_text())[name]
+    tensor = preprocess(load_image(golden_folder / name))
+    assert list(tensor.shape) == golden["shape"]
+    assert tensor.dtype == np.float32
+    for channel, y, x, value in golden["samples"]:
+        assert tensor[channel, y, x] == pytest.approx(value, abs=1e-4)
+    assert tensor.mean(dtype=np.float64) == pytest.approx(golden["mean"], abs=1e-4)
+    assert tensor.std(dtype=np.float64) == pytest.approx(golden["std"], abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 900), (448, 448)])
+@pytest.mark.parametrize("image_size", [448, 56])
+def test_one_colour_stays_one_colour(size: tuple[int, int], image_size: int) -> None:
+    tensor = preprocess(Image.new("RGB", size, (200, 100, 50)), image_size)
+    expected = (np.array([200, 100, 50]) / 255 - MEAN) / STD
+    assert tensor.shape == (3, image_size, image_size)
+    assert np.abs(tensor - expected[:, None, None]).max() < 1e-5
+
+
+def test_preprocess_all() -> None:
+    images = [Image.new("RGB", (3, 3), colour) for colour in ("red", "blue")]
+    batch = preprocess_all(images, 56)
+    assert batch.shape == (2, 3, 56, 56)
+    assert np.array_equal(batch[1], preprocess(images[1], 56))
+    assert preprocess_all([]).shape == (0, 3, 448, 448)
+
+
+@pytest.mark.parametrize(
+    "kind", ["path", "str", "bytes", "pil", "data", "data-percent", "file", "file-localhost"]
+)
+def test_every_kind_of_source(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "图 a#b?c.png"
+    path.write_bytes(encoded())
+    data = base64.b64encode(encoded()).decode()
+    source: Any = {
+        "path": path,
+        "str": str(path),
+        "bytes": encoded(),
+        "pil": Image.open(path),
+        "data": f"data:image/png;base64,{data}",
+        "data-percent": "data:image/png," + "".join(f"%{value:02x}" for value in encoded()),
+        "file": path.as_uri(),
+        "file-localhost": path.as_uri().replace("file://", "FILE://localhost"),
+    }[kind]
+    image = load_image(source)
+    assert image.mode == "RGB"
+    assert image.size == (6, 4)
+    assert image.getpixel((0, 0)) == (200, 100, 50)
+
+
+def test_data_url_without_padding_and_with_line_ends() -> None:
+    data = base64.encodebytes(encoded()).decode().rstrip("=\n")
+    assert load_image(f"data:;base64,{data}").size == (6, 4)
+
+
+def test_relative_names_that_look_like_schemes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("data", "http", "file"):
+        Path(name).write_bytes(encoded())
+        assert load_image(name).size == (6, 4)
+
+
+def test_exif_orientation_is_not_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 4)).save(buffer, "JPEG", exif=exif)
+    assert load_image(buffer.getvalue()).size == (6, 4)
+
+
+def test_picture_is_decoded_when_it_returns(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded())
+    image = load_image(path)
+    path.unlink()
+    assert image.getpixel((5, 3)) == (200, 100, 50)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no/such/file.png", "image no/such/file.png does not exist"),
+        ("x" * 5000, "image x.*… ?.*x cannot be read: File name too long"),
+        ("a\0b", "cannot be a file name"),
+        (".", "is a directory"),
+        ("/dev/zero", "is not a regular file"),
+        ("ftp://host/a.png", "scheme 'ftp' is not supported"),
+        ("http://host/a.png", "http://host/a.png: downloading is off, pass --allow-http"),
+        ("HTTPS://user:secret@host/a.png", "pass --allow-http"),
+        ("data:image/png;base64", "data URL has no comma"),
+        ("data:image/png;base64,!!!!", "data URL is not valid base64"),
+        ("file://elsewhere/a.png", "must be of the form file:///path"),
+        ("file:///no/such.png", "image /no/such.png does not exist"),
+        (3, "must be a path, a URL, bytes or a PIL image, got int"),
+        (None, "got NoneType"),
+    ],
+)
+def test_sources_that_are_refused(source: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        load_image(source)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "secret" not in text
+    assert len(text) < 250
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"<html>not found</html>", "is not in a picture format"),
+        (encoded()[:-30], "is damaged or cut short"),
+        (encoded((300, 200), "JPEG")[:900], "is damaged or cut short"),
+        (png_header(20_000, 20_000), "pixels"),
+        (png_header(8001, 8000), "8001 x 8000 pixels, more than the limit of 64000000"),
+        (png_header(12_000, 8000), "12000 x 8000 pixels"),  # between Pillow's warning and its error
+        (png_header(8000, 8000), "is damaged or cut short"),  # within the limit: read, and found too short
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+            "the format EPS is not accepted",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["path", "bytes", "data"])
+def test_bad_pictures(tmp_path: Path, content: bytes, message: str, kind: str) -> None:
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    data_url = "data:image/png;base64," + base64.b64encode(content).decode()
+    source, name = {
+        "path": (path, "bad.png"),
+        "bytes": (content, "image bytes"),
+        "data": (data_url, "data URL"),
+    }[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(QwenVLError, match=message) as caught:
+            load_image(source)
+    text = str(caught.value)
+    assert name in text
+    assert "\n" not in text
+    assert len(text) < 300
+
+
+def test_huge_picture_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    limits = ImageLimits(max_pixels=99)
+    with pytest.raises(QwenVLError, match="10 x 10 pixels, more than the limit of 99"):
+        load_image(encoded((10, 10)), limits=limits)
+    with pytest.raises(QwenVLError, match="PIL image is 10 x 10"):
+        load_image(Image.new("L", (10, 10)), limits=limits)
+
+
+def test_too_many_bytes(tmp_path: Path) -> None:
+    content = encoded()
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    data_url = "data:;base64," + base64.b64encode(content).decode()
+    limits = ImageLimits(max_bytes=len(content) - 1)
+    for source in (path, content, data_url):
+        with pytest.raises(QwenVLError, match="larger than the limit"):
+            load_image(source, limits=limits)
+        assert load_image(source, limits=ImageLimits(max_bytes=len(content))).size == (6, 4)
+    with pytest.raises(QwenVLError, match="data URL is larger than the limit of 1 MiB"):
+        load_image("data:;base64," + "A" * 4 * 2**20, limits=ImageLimits(max_bytes=2**20))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Each path is one way for a server to behave."""
+
+    sent_bytes = 0
+
+    def do_GET(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            getattr(self, "answer_" + self.path.strip("/").partition("?")[0])()
+
+    def send(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def answer_picture(self) -> None:
+        self.send(encoded())
+
+    def answer_moved(self) -> None:
+        self.send(b"", 302, Location="/picture")
+
+    def answer_missing(self) -> None:
+        self.send(encoded(), 404)
+
+    def answer_page(self) -> None:
+        self.send(b"<html>")
+
+    def answer_declared(self) -> None:
+        self.send(b"", Content_Length="100000000")
+
+    def answer_endless(self) -> None:
+        self.send(b"")
+        while True:
+            self.wfile.write(b"x" * 65536)
+            type(self).sent_bytes += 65536
+
+    def answer_drip(self) -> None:
+        self.send(b"")
+        for _ in range(60):
+            time.sleep(0.05)
+            self.wfile.write(b"x")
+
+    def answer_dripping_headers(self) -> None:
+        self.wfile.write(b"HTTP/1.0 200 OK\r\n")
+        for i in range(60):
+            time.sleep(0.05)
+            self.wfile.write(b"X-%d: 1\r\n" % i)
+
+    def answer_silent(self) -> None:
+        time.sleep(2)
+
+    def answer_to_file(self) -> None:
+        self.send(b"", 302, Location="file:///etc/hostname")
+
+    def answer_to_ftp(self) -> None:
+        self.send(b"", 302, Location="ftp://127.0.0.1/a.png")
+
+    def answer_loop(self) -> None:
+        self.send(b"", 302, Location="/loop")
+
+    def answer_compressed(self) -> None:
+        self.send(zlib.compress(encoded()), Content_Encoding="deflate")
+
+    def answer_cut(self) -> None:
+        self.send(encoded()[:20], Content_Length=str(len(encoded())))
+
+    def answer_nonsense(self) -> None:
+        self.wfile.write(b"SSH-2.0-hello\r\n")
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(Handler, "sent_bytes", 0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        http_server.daemon_threads = True
+        http_server.block_on_close = False
+        threading.Thread(target=http_server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{http_server.server_port}"
+        http_server.shutdown()
+
+
+@pytest.mark.parametrize("path", ["picture", "moved", "picture?token=a&b=c"])
+def test_download(server: str, path: str) -> None:
+    assert load_image(f"{server}/{path}", allow_http=True).getpixel((0, 0)) == (200, 100, 50)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing", "answered with status 404"),
+        ("page", "not in a picture format"),
+        ("declared", "larger than the limit of 1 MiB"),
+        ("endless", "larger than the limit of 1 MiB"),
+        ("to_file", "cannot be downloaded: .*protocol"),
+        ("to_ftp", "cannot be downloaded: .*protocol"),
+        ("loop", "cannot be downloaded: .*redirects"),
+        ("compressed", "compressed"),
+        ("cut", "cannot be downloaded"),
+        ("nonsense", "cannot be downloaded"),
+    ],
+)
+def test_download_that_fails(server: str, path: str, message: str) -> None:
+    with pytest.raises(QwenVLError, match=message) as caught:
+        load_image(f"{server}/{path}", allow_http=True, limits=ImageLimits(max_bytes=2**20))
+    assert f"{server}/{path}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert Handler.sent_bytes < 16 * 2**20  # the sockets' buffers hold some
+
+
+@pytest.mark.parametrize("path", ["drip", "dripping_headers", "silent"])
+def test_slow_server(server: str, path: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(QwenVLError, match=rf"{path} was not there within 0\.3 seconds"):
+        load_image(f"{server}/{path}", allow_http=True, limits=ImageLimits(timeout_seconds=0.3))
+    assert time.monotonic() - started < 1.5
+
+
+def test_no_thread_is_left_by_a_slow_server(server: str) -> None:
+    with pytest.raises(QwenVLError):
+        load_image(f"{server}/dripping_headers", allow_http=True, limits=ImageLimits(timeout_seconds=0.3))
+    deadline = time.monotonic() + 1.5
+    while any(thread.name == "image-download" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[::1", "http://127.0.0.1:99999/a.png", "http://a b/"])
+def test_malformed_url(url: str) -> None:
+    with pytest.raises(QwenVLError, match="cannot be downloaded"):
+        load_image(url, allow_http=True)
+
+
+def test_refused_connection(server: str) -> None:
+    with pytest.raises(QwenVLError, match=r"127\.0\.0\.1:1/a.png cannot be downloaded"):
+        load_image("http://user:secret@127.0.0.1:1/a.png", allow_http=True)

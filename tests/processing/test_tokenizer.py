@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import base64
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.processing.tiny_vocab import write_tiny_vocabulary
+from paddlemix_qwenvl_plugin.processing.tokenizer import IMAGE_TAGS, QwenTokenizer
+
+N_TINY = 456
+
+LOOK_ALIKES = [*IMAGE_TAGS, "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_204|>", "<", "|>", "img"]
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+tagged_text = st.lists(st.sampled_from(LOOK_ALIKES) | any_text, max_size=8).map("".join)
+
+
+def read_ranks(vocab_file: Path) -> dict[bytes, int]:
+    pairs = (line.split() for line in vocab_file.read_bytes().splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+
+def brute_force_bpe(word: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """Join the neighbours of the lowest rank, leftmost first, until none can be joined."""
+    parts = [bytes([value]) for value in word]
+    while True:
+        best = None
+        for i in range(len(parts) - 1):
+            rank = ranks.get(parts[i] + parts[i + 1])
+            if rank is not None and (best is None or rank < best[0]):
+                best = (rank, i)
+        if best is None:
+            return [ranks[part] for part in parts]
+        i = best[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def test_golden_texts(real: QwenTokenizer, golden_tokens: dict[str, Any]) -> None:
+    for query in golden_tokens["queries"]:
+        ids = real.encode(query["text"])
+        assert ids == query["input_ids"]
+        assert real.decode(ids) == query["decoded"]
+
+
+def test_ids_of_the_real_vocabulary(real: QwenTokenizer) -> None:
+    assert real.eod_id == 151643
+    assert (real.im_start_id, real.im_end_id) == (151644, 151645)
+    assert (real.ref_start_id, real.ref_end_id, real.box_start_id, real.box_end_id) == tuple(
+        range(151851, 151855)
+    )
+    assert (real.quad_start_id, real.quad_end_id) == (151855, 151856)
+    assert (real.img_start_id, real.img_end_id, real.img_pad_id) == (151857, 151858, 151859)
+    assert real.n_vocab == 151860
+    assert real.special_tokens["<|extra_0|>"] == 151646
+
+
+def test_special_ids_follow_a_small_vocabulary(tiny: QwenTokenizer) -> None:
+    assert tiny.eod_id == N_TINY
+    assert tiny.img_pad_id == tiny.n_vocab - 1 == N_TINY + 3 + 205 + 9 - 1
+    assert tiny.encode("<|im_end|><quad>") == [tiny.im_end_id, tiny.quad_start_id]
+
+
+def test_from_folder(tiny_vocab_file: Path) -> None:
+    tokenizer = QwenTokenizer.from_folder(tiny_vocab_file.parent, n_image_slots=4)
+    assert tokenizer.encode("<img>a</img>") == [
+        tokenizer.img_start_id,
+        97,
+        *[tokenizer.img_pad_id] * 3,
+        tokenizer.img_end_id,
+    ]
+
+
+@given(text=any_text | tagged_text)
+def test_round_trip_of_plain_text(tiny: QwenTokenizer, text: str) -> None:
+    ids = tiny.encode(text, allowed_special=())
+    assert all(0 <= i < tiny.eod_id for i in ids)
+    assert tiny.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+@given(text=tagged_text)
+def test_round_trip_with_special_tokens(tiny: QwenTokenizer, text: str) -> None:
+    try:
+        ids = tiny.encode(text)
+    except UsageError:
+        assert "<img>" in text
+        return
+    assert tiny.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+@given(ids=st.lists(st.integers(-5, N_TINY + 300) | st.just(N_TINY + 214) | st.just(N_TINY + 215)))
+def test_decode_takes_any_ids(tiny: QwenTokenizer, ids: list[int]) -> None:
+    tiny.decode(ids)
+    assert "<" not in tiny.decode([i for i in ids if i != ord("<")], skip_special_tokens=True)
+
+
+def test_ids_outside_the_vocabulary_show(tiny: QwenTokenizer) -> None:
+    assert tiny.decode([97, tiny.n_vocab, -1, 10**9, 98]) == "a\ufffd\ufffd\ufffdb"
+    assert tiny.decode([97, tiny.n_vocab, -1, 10**9, 98], skip_special_tokens=True) == "ab"
+
+
+def test_skip_special_tokens_drops_tags_and_keeps_paths(tiny: QwenTokenizer) -> None:
+    ids = tiny.encode("Picture 1:<img>a.jpg</img>\n<ref>dog</ref><box>(1,2),(3,4)</box><|im_end|>")
+    assert tiny.decode(ids, skip_special_tokens=True) == "Picture 1:a.jpg\ndog(1,2),(3,4)"
+
+
+def test_picture_slots_hold_byte_values(tiny: QwenTokenizer) -> None:
+    ids = tiny.encode("<img>图 the</img>")
+    slots = ids[1:-1]
+    assert len(slots) == 256
+    assert bytes(slots[:7]) == "图 the".encode()
+    assert set(slots[7:]) == {tiny.img_pad_id}
+
+
+def test_path_that_fills_every_slot(tiny: QwenTokenizer) -> None:
+    text = f"<img>{'é' * 128}</img>"
+    ids = tiny.encode(text)
+    assert len(ids) == 258
+    assert tiny.img_pad_id not in ids
+    assert tiny.decode(ids) == text
+
+
+def test_path_too_long(tiny: QwenTokenizer) -> None:
+    with pytest.raises(UsageError, match=r"'/data/xxx.*…' is 263 bytes long.* 256") as caught:
+        tiny.encode(f"<img>/data/{'x' * 257}</img>")
+    assert len(str(caught.value)) < 200
+
+
+def test_combined_characters_count_after_normalisation(tiny: QwenTokenizer) -> None:
+    assert len(tiny.encode(f"<img>{'e' * 127}e\u0301{'e' * 127}</img>")) == 258
+
+
+@pytest.mark.parametrize("text", ["<img>a", "<img>a</img><img>", "<img>a<img>b</img>", "<img></ img>"])
+def test_unclosed_picture(tiny: QwenTokenizer, text: str) -> None:
+    with pytest.raises(UsageError, match="<img> without its </img>"):
+        tiny.encode(text)
+
+
+def test_special_tokens_inside_a_path_are_bytes(tiny: QwenTokenizer) -> None:
+    ids = tiny.encode("<img>a<|endoftext|><imgpad>b</img>")
+    assert tiny.eod_id not in ids
+    assert tiny.decode(ids) == "<img>a<|endoftext|><imgpad>b</img>"
+
+
+def test_allowed_special_names_the_tokens(tiny: QwenTokenizer) -> None:
+    ids = tiny.encode("<box><|im_end|></box><img>", allowed_special=["<box>", "</box>", "unknown"])
+    assert ids[0] == tiny.box_start_id
+    assert tiny.box_end_id in ids
+    assert tiny.im_end_id not in ids
+    assert tiny.img_start_id not in ids
+
+
+def test_lone_surrogates_do_not_crash(tiny: QwenTokenizer) -> None:
+    assert tiny.decode(tiny.encode("a\ud800b<img>\udc80</img>")) == "a\ufffdb<img>?</img>"
+
+
+def test_endless_spaces_are_refused(tiny: QwenTokenizer) -> None:
+    with pytest.raises(UsageError, match="1500001 characters cannot be tokenised"):
+        tiny.encode(" " * 1_500_000 + "x")
+
+
+# Letters only: a word of the tokenizer is then one space and the letters after it.
+words = st.lists(
+    st.sampled_from(
+        ["the", "dog", "ing", "pict", "ure", "ou", "a", "e", "B", "ê", "海滩", "上", "狗", "船", "s"]
+    ),
+    min_size=1,
+    max_size=8,
+).map("".join)
+
+
+@given(sentence=st.lists(words, min_size=1, max_size=5))
+def test_tiny_vocabulary_against_brute_force(
+    tiny: QwenTokenizer, tiny_vocab_file: Path, sentence: list[str]
+) -> None:
+    ranks = read_ranks(tiny_vocab_file)
+    expected = brute_force_bpe(sentence[0].encode(), ranks)
+    for word in sentence[1:]:
+        expected += brute_force_bpe(f" {word}".encode(), ranks)
+    assert tiny.encode(" ".join(sentence)) == expected
+
+
+def test_tiny_vocabulary_is_reachable(tiny_vocab_file: Path) -> None:
+    ranks = read_ranks(tiny_vocab_file)
+    assert sorted(ranks.values()) == list(range(N_TINY))
+    assert all(ranks[bytes([value])] == value for value in range(256))
+    for token, rank in ranks.items():
+        if rank >= 256:
+            pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+            assert any(ranks.get(a, rank) < rank and ranks.get(b, rank) < rank for a, b in pairs)
+            assert brute_force_bpe(token, ranks) == [rank]
+    assert {" the", " picture", "图"} <= {token.decode(errors="ignore") for token in ranks}
+
+
+def test_tiny_vocabulary_is_deterministic(tiny_vocab_file: Path, tmp_path: Path) -> None:
+    write_tiny_vocabulary(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == tiny_vocab_file.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_missing_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"qwen\.tiktoken does not exist"):
+        QwenTokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"justonecolumn", "line 457: expected a base64 token and its rank"),
+        (b"YWJj 1 2", "line 457: expected a base64 token"),
+        (b"YWJ 456", "line 457: expected a base64 token"),
+        (b"Y!WJj 456", "line 457: expected a base64 token"),
+        (b"YWJj four", "line 457: expected a base64 token"),
+        (b"YWJjYWJj 7", "line 457: rank 7 is already taken on line 8"),
+        (b"YWJjYWJj 900", "line 457: rank 900 leaves a gap"),
+        (b"YWJjYWJj -1", "line 457: rank -1 leaves a gap"),
+        (b"YQ== 456", "line 457: token b'a' appears twice"),
+    ],
+)
+def test_malformed_vocabulary(tiny_vocab_file: Path, tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "broken.tiktoken"
+    path.write_bytes(tiny_vocab_file.read_bytes() + line + b"\n")
+    with pytest.raises(QwenVLError, match=message) as caught:
+        QwenTokenizer(path)
+    assert "broken.tiktoken" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_vocabulary_without_all_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "few.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(200)))
+    with pytest.raises(QwenVLError, match="56 of the 256 single bytes are missing, the first is 0xc8"):
+        QwenTokenizer(path)

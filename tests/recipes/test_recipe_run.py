@@ -1,0 +1,392 @@
+"""`qwenvl run` on recipes whose steps are small Python programs, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from recipe_helpers import qwenvl, recipe, results, run_folder, start, step, write
+
+from paddlemix_qwenvl_plugin.recipes import environment
+
+WRITE = "import json, sys; json.dump({'value': int(sys.argv[2])}, open(sys.argv[1], 'w'))"
+# Starts a child, reports its process id, and waits: whoever ends the step must end the child as well.
+WAIT_WITH_CHILD = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print("waiting")
+open(sys.argv[1] + ".part", "w").write(str(child.pid))
+import os; os.replace(sys.argv[1] + ".part", sys.argv[1])
+time.sleep(60)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # An orphan that has ended but was not collected yet does not count.
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def ends_soon(pid: int) -> bool:
+    deadline = time.monotonic() + 5
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not is_running(pid)
+
+
+def test_success_leaves_a_complete_record(tmp_path: Path) -> None:
+    data = recipe(
+        seed=5,
+        pins={"upstream": "abc"},
+        env={"GREETING": "hello there"},
+        steps=[
+            step("greet", "import os; print(os.environ['GREETING'])"),
+            step("write", WRITE, "${run_dir}/out.json", "${seed}"),
+        ],
+        expect=[
+            {"file": "${run_dir}/out.json"},
+            {"file": "${run_dir}/out.json", "key": "value", "equals": 6},
+        ],
+    )
+    done = qwenvl(tmp_path, "run", write(tmp_path, data), "seed=6")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"fake: {run_folder(tmp_path)}"
+    assert lines[1].startswith("[1/2] greet … ok ")
+    assert lines[2].startswith("[2/2] write … ok ")
+    assert lines[3:] == [
+        "expect out.json exists … ok",
+        "expect out.json value equals 6 … ok",
+        "ok: 2 steps, 2 expectations",
+    ]
+
+    folder = run_folder(tmp_path)
+    assert time.strptime(folder.name[:15], "%Y%m%d-%H%M%S")
+    assert folder.name[15:] == "-fake"
+    assert {path.name for path in folder.iterdir()} == {
+        "recipe.resolved.yaml", "environment.json", "commands.txt", "log.txt", "results.json", "out.json",
+    }  # fmt: skip
+    resolved = yaml.safe_load((folder / "recipe.resolved.yaml").read_text())
+    assert (resolved["seed"], resolved["pins"]) == (6, {"upstream": "abc"})
+    assert "hello there" in (folder / "log.txt").read_text()
+    recorded = results(tmp_path)
+    assert (recorded["recipe"], recorded["status"], recorded["resumed_from"]) == ("fake", "ok", None)
+    assert [(s["name"], s["status"], s["exit_code"]) for s in recorded["steps"]] == [
+        ("greet", "ok", 0),
+        ("write", "ok", 0),
+    ]
+    assert [e["actual"] for e in recorded["expect"]] == [True, 6]
+    facts = json.loads((folder / "environment.json").read_text())
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert facts["cpus"] == os.cpu_count()
+    assert facts["packages"]["numpy"] == environment.version("numpy")
+
+
+def test_commands_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['WORDS'] + sys.argv[2])"
+    data = recipe(env={"WORDS": "it's $HOME "}, steps=[step("a", code, "${run_dir}/out", 'a "b" c')])
+    assert qwenvl(tmp_path, "run", write(tmp_path, data)).returncode == 0
+    folder = run_folder(tmp_path)
+    (folder / "out").unlink()
+    subprocess.run(["sh", str(folder / "commands.txt")], check=True)
+    assert (folder / "out").read_text() == 'it\'s $HOME a "b" c'
+
+
+def test_failing_step(tmp_path: Path) -> None:
+    code = "import sys; print(*range(100, 150), sep='\\n'); sys.exit('no such tensor')"
+    data = recipe(steps=[step("good", "print('fine')"), step("bad", code), step("never", "pass")])
+    done = qwenvl(tmp_path, "run", write(tmp_path, data))
+    log = run_folder(tmp_path) / "log.txt"
+    assert done.returncode == 1
+    assert done.stderr == f"qwenvl: step bad failed with exit code 1; log: {log}\n"
+    assert "[2/3] bad … FAILED" in done.stdout
+    shown = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert len(shown) == 20
+    assert shown[-1] == "no such tensor"
+    assert shown[0] == "131"
+    assert "100\n" in log.read_text()
+    recorded = results(tmp_path)
+    assert recorded["status"] == "failed"
+    assert [(s["status"], s["exit_code"]) for s in recorded["steps"]] == [
+        ("ok", 0),
+        ("failed", 1),
+        ("not run", None),
+    ]
+
+
+def test_step_ended_by_a_signal_is_named(tmp_path: Path) -> None:
+    data = recipe(steps=[step("good", "print('fine')"), step("crash", "import os; os.kill(os.getpid(), 11)")])
+    done = qwenvl(tmp_path, "run", write(tmp_path, data))
+    assert (done.returncode, done.stderr.split(";")[0]) == (1, "qwenvl: step crash was ended by SIGSEGV")
+    assert "fine" not in done.stdout  # the output shown is the failing step's
+
+
+def test_program_that_does_not_exist(tmp_path: Path) -> None:
+    done = qwenvl(tmp_path, "run", write(tmp_path, recipe(steps=[{"name": "a", "run": "no-such-program x"}])))
+    assert done.returncode == 1
+    assert done.stderr == "qwenvl: step a: cannot start no-such-program: No such file or directory\n"
+    assert results(tmp_path)["steps"][0]["status"] == "failed"
+
+
+def test_missed_expectations_are_listed(tmp_path: Path) -> None:
+    data = recipe(
+        steps=[step("write", WRITE, "${run_dir}/out.json", "5")],
+        expect=[
+            {"file": "${run_dir}/out.json", "key": "value", "min": 6},
+            {"file": "${run_dir}/out.json", "key": "value", "max": 6},
+            {"file": "${run_dir}/none.json"},
+        ],
+    )
+    done = qwenvl(tmp_path, "run", write(tmp_path, data))
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[2:] == [
+        "expect out.json value min 6 … MISSED: 5",
+        "expect out.json value max 6 … ok",
+        "expect none.json exists … MISSED: False",
+    ]
+    assert done.stderr == f"qwenvl: 2 of 3 expectations missed; see {run_folder(tmp_path) / 'results.json'}\n"
+    recorded = results(tmp_path)
+    assert recorded["status"] == "failed"
+    assert [(e["ok"], e["actual"]) for e in recorded["expect"]] == [(False, 5), (True, 5), (False, False)]
+
+
+def test_timeout_ends_the_whole_process_group(tmp_path: Path) -> None:
+    data = recipe(steps=[step("slow", WAIT_WITH_CHILD, "${run_dir}/pid", timeout_seconds=2)])
+    start_time = time.monotonic()
+    done = qwenvl(tmp_path, "run", write(tmp_path, data))
+    assert time.monotonic() - start_time < 20
+    assert done.returncode == 1
+    assert done.stderr.startswith("qwenvl: step slow was stopped after timeout_seconds 2; log: ")
+    assert "  waiting" in done.stdout.splitlines()
+    assert ends_soon(int((run_folder(tmp_path) / "pid").read_text()))
+    assert results(tmp_path)["steps"][0]["status"] == "timeout"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_ends_the_process_group_and_keeps_the_results(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    data = recipe(
+        steps=[step("one", "pass"), step("two", WAIT_WITH_CHILD, "${run_dir}/pid"), step("three", "pass")]
+    )
+    process = start(tmp_path, "run", write(tmp_path, data))
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob("runs/*/pid")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert is_running(int((run_folder(tmp_path) / "pid").read_text()))
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert out.splitlines()[-1] == "[2/3] two … interrupted"
+    assert ends_soon(int((run_folder(tmp_path) / "pid").read_text()))
+    recorded = results(tmp_path)
+    assert recorded["status"] == "interrupted"
+    assert [s["status"] for s in recorded["steps"]] == ["ok", "interrupted", "not run"]
+    assert recorded["steps"][1]["seconds"] > 0
+
+
+def test_step_that_ignores_being_asked_to_stop(tmp_path: Path) -> None:
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf'); time.sleep(60)"
+    done = qwenvl(tmp_path, "run", write(tmp_path, recipe(steps=[step("a", code, timeout_seconds=1)])))
+    assert done.returncode == 1
+    assert results(tmp_path)["steps"][0]["exit_code"] == -signal.SIGKILL
+
+
+def test_from_step_continues_the_newest_run(tmp_path: Path) -> None:
+    count = "import sys; open(sys.argv[1], 'a').write('x')"
+    check = "import pathlib, sys; sys.exit(not pathlib.Path('ready').exists())"
+    data = recipe(
+        steps=[step("make", count, "${run_dir}/made"), step("check", check), step("end", "pass")],
+        bench={"step": "make", "repeat": 1},
+    )
+    path = write(tmp_path, data)
+    assert qwenvl(tmp_path, "run", path).returncode == 1
+    (tmp_path / "ready").touch()
+    done = qwenvl(tmp_path, "run", path, "--from-step", "check")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "make" not in done.stdout
+    assert "[2/3] check … ok" in done.stdout
+    assert (run_folder(tmp_path) / "made").read_text() == "x"
+    recorded = results(tmp_path)
+    assert (recorded["status"], recorded["resumed_from"]) == ("ok", "check")
+    assert [s["status"] for s in recorded["steps"]] == ["ok", "ok", "ok"]
+    assert recorded["steps"][0]["seconds"] > 0
+    assert recorded["bench"]["step"] == "make"
+    log = (run_folder(tmp_path) / "log.txt").read_text()
+    assert [line.split()[1] for line in log.splitlines() if line.startswith("====")] == [
+        "make:", "check:", "check:", "end:",
+    ]  # fmt: skip
+
+
+def test_from_step_takes_the_newest_of_this_name(tmp_path: Path) -> None:
+    path = write(tmp_path, recipe())
+    for other in ("20200101-000000-fake", "20990101-000000-fake-other", "99990101-fake"):
+        (tmp_path / "runs" / other).mkdir(parents=True)
+    done = qwenvl(tmp_path, "run", path)
+    folder = done.stdout.splitlines()[0].removeprefix("fake: ")
+    again = qwenvl(tmp_path, "run", path, "--from-step", "only")
+    assert (again.returncode, again.stdout.splitlines()[0]) == (0, f"fake: {folder}")
+
+
+def test_from_step_mistakes(tmp_path: Path) -> None:
+    path = write(tmp_path, recipe(seed=1, steps=[step("a", "import sys; sys.exit(1)"), step("b", "pass")]))
+
+    def line(*arguments: str) -> tuple[int, str]:
+        done = qwenvl(tmp_path, "run", str(path), *arguments)
+        assert done.stderr.count("\n") == 1
+        return done.returncode, done.stderr.removeprefix("qwenvl: ").strip()
+
+    assert line("--from-step", "c") == (2, "--from-step c: fake has no such step; steps: a, b")
+    assert line("--from-step", "b") == (1, "--from-step b: runs has no earlier run of fake")
+    assert qwenvl(tmp_path, "run", path).returncode == 1
+    code, message = line("--from-step", "b")
+    assert code == 1
+    assert message.endswith("the step a before it is 'failed'; continue from a")
+    code, message = line("seed=2", "--from-step", "a")
+    assert code == 1
+    assert "was run from another recipe (different: seed)" in message
+
+
+def test_dry_run_prints_and_writes_nothing(tmp_path: Path) -> None:
+    data = recipe(
+        requires={"gpu": False, "python": "<3"},
+        assets=[{"name": "pic", "path": "none.png"}],
+        env={"A": "b c"},
+        steps=[{"name": "one", "run": "qwenvl predict --image ${assets.pic}"}, step("two", "1/0")],
+    )
+    write(tmp_path, data)
+    done = qwenvl(tmp_path, "run", "./fake.yaml", "--dry-run")
+    # `fake.yaml` alone is a path as well.
+    assert qwenvl(tmp_path, "run", "fake.yaml", "--dry-run").returncode == 0
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        "export A='b c'",
+        "# one",
+        f"{sys.executable} -m paddlemix_qwenvl_plugin.cli predict --image {tmp_path}/none.png",
+        "# two",
+        f"{sys.executable} -c 1/0",
+    ]
+    warnings = done.stderr.splitlines()
+    assert len(warnings) == 2
+    assert warnings[0].startswith("warning: requires python <3; this is 3.")
+    assert warnings[1].startswith(f"warning: asset pic: {tmp_path}/none.png is missing")
+    assert [path.name for path in tmp_path.iterdir()] == ["fake.yaml"]
+
+
+def test_output_folder(tmp_path: Path) -> None:
+    path = write(tmp_path, recipe())
+    assert qwenvl(tmp_path, "run", path, "--output", "a/b").returncode == 0
+    assert len(list((tmp_path / "a" / "b").iterdir())) == 1
+    done = qwenvl(tmp_path, "run", path, "--output", "fake.yaml")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("qwenvl: --output fake.yaml: cannot make ")
+
+
+def test_missing_asset_and_wrong_digest(tmp_path: Path) -> None:
+    (tmp_path / "right").write_bytes(b"abc")
+    (tmp_path / "wrong").write_bytes(b"abd")
+    (tmp_path / "open").write_bytes(b"anything")
+    # Of "abc", as FIPS 180-2 gives it.
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assets = [
+        {"name": "right", "path": "right", "sha256": digest},
+        {"name": "open", "path": "open", "sha256": None},
+        {"name": "wrong", "path": "wrong", "sha256": digest},
+        {"name": "none", "path": "none", "why": "the weights"},
+        {"name": "folder", "path": ".", "sha256": digest},
+    ]
+    done = qwenvl(tmp_path, "run", write(tmp_path, recipe(assets=assets)))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "asset right" not in done.stderr
+    assert "asset open" not in done.stderr
+    assert f"asset wrong: {tmp_path}/wrong has sha256 " in done.stderr
+    assert f"asset none: {tmp_path}/none is missing (the weights)" in done.stderr
+    assert "is a folder and sha256 is for files" in done.stderr
+    assert not (tmp_path / "runs").exists()
+    assert qwenvl(tmp_path, "run", write(tmp_path, recipe(assets=assets[:2]))).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("requires", "expected"),
+    [
+        ({"python": "<3"}, "requires python <3; this is 3."),
+        ({"paddle": "<1"}, "requires paddle <1; "),
+        ({"packages": ["pydantic<1"]}, "requires pydantic<1; installed is 2."),
+        ({"packages": ["no-such-distribution-here>=1"]}, "it is not installed (pip install "),
+        ({"memory_gib": 1e6}, "requires memory_gib 1e+06; this machine has "),
+        ({"disk_gib": 1e9}, "requires disk_gib 1e+09; "),
+    ],
+)
+def test_unmet_requirement(tmp_path: Path, requires: dict[str, object], expected: str) -> None:
+    done = qwenvl(tmp_path, "run", write(tmp_path, recipe(requires=requires)))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("qwenvl: recipe fake cannot run here: requires ")
+    assert expected in done.stderr
+
+
+def test_met_requirements(tmp_path: Path) -> None:
+    requires = {"python": ">=3.9", "packages": ["pydantic>=2"], "memory_gib": 0.1, "disk_gib": 0.001}
+    assert qwenvl(tmp_path, "run", write(tmp_path, recipe(requires=requires))).returncode == 0
+
+
+def test_required_gpu_agrees_with_the_driver(tmp_path: Path) -> None:
+    seen = Path("/proc/driver/nvidia/gpus")
+    has_gpu = seen.is_dir() and any(seen.iterdir())
+    done = qwenvl(tmp_path, "run", write(tmp_path, recipe(requires={"gpu": True})))
+    assert (done.returncode == 0) == has_gpu
+    assert has_gpu or "requires gpu; the CUDA driver shows no device" in done.stderr
+
+
+def test_bench_repeats_its_step(tmp_path: Path) -> None:
+    count = "import sys, time; open(sys.argv[1], 'a').write('x'); time.sleep(0.2)"
+    data = recipe(
+        steps=[step("once", "pass"), step("often", count, "${run_dir}/count")],
+        bench={"step": "often", "repeat": 3, "warmup": 2},
+    )
+    done = qwenvl(tmp_path, "run", write(tmp_path, data))
+    assert done.returncode == 0
+    assert (run_folder(tmp_path) / "count").read_text() == "xxxxx"
+    bench = results(tmp_path)["bench"]
+    assert (bench["step"], bench["repeat"], bench["warmup"], len(bench["seconds"])) == ("often", 3, 2, 3)
+    assert bench["min_seconds"] == min(bench["seconds"]) >= 0.2
+    assert bench["median_seconds"] == sorted(bench["seconds"])[1]
+    assert results(tmp_path)["steps"][1]["seconds"] >= 1.0
+    assert "of 3)" in done.stdout
+
+
+def test_two_runs_in_one_second_get_two_folders(tmp_path: Path) -> None:
+    path = write(tmp_path, recipe())
+    processes = [start(tmp_path, "run", path) for _ in range(3)]
+    assert [process.communicate(timeout=60) and process.returncode for process in processes] == [0, 0, 0]
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nope"], "no recipe named 'nope'"),
+        (["none.yaml"], "none.yaml: no such recipe file"),
+        (["fake.yaml", "sed=1"], "override: sed: unknown key"),
+        (["bad.yaml"], "bad.yaml: extra: unknown key"),
+    ],
+)
+def test_usage_errors_exit_2_with_one_line(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    write(tmp_path, recipe())
+    write(tmp_path, recipe(extra=1), "bad.yaml")
+    done = qwenvl(tmp_path, "run", *arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"qwenvl: {expected}")
+    assert not (tmp_path / "runs").exists()
