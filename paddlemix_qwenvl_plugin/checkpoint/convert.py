@@ -11,6 +11,7 @@ from typing import Optional
 import numpy as np
 from numpy.typing import NDArray
 
+from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
 from paddlemix_qwenvl_plugin.errors import UsageError
@@ -71,12 +72,14 @@ def _write_shards(checkpoint: Checkpoint, folder: Path, dtype: str, max_shard_by
     specs = {**checkpoint.language, **checkpoint.vision}
     for name, values in checkpoint.tensors(specs, dtype):
         if shard and size + values.nbytes > max_shard_bytes:
-            files.append(_write(shard, folder, len(files), dtype))
+            safetensors_file.write(folder / _temporary(len(files)), shard, dtype)
+            files.append(list(shard))
             shard, size = {}, 0
         shard[paddlemix_name(name)] = values
         size += values.nbytes
         total += values.nbytes
-    files.append(_write(shard, folder, len(files), dtype))
+    safetensors_file.write(folder / _temporary(len(files)), shard, dtype)
+    files.append(list(shard))
     weight_map = {}
     for i, names in enumerate(files):
         final = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
@@ -84,22 +87,6 @@ def _write_shards(checkpoint: Checkpoint, folder: Path, dtype: str, max_shard_by
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", "utf-8")
-
-
-def _write(shard: dict[str, NDArray[np.generic]], folder: Path, number: int, dtype: str) -> list[str]:
-    """Write one file and return its tensors' names."""
-    from safetensors import serialize_file
-
-    entries = {
-        name: {
-            "dtype": dtype,
-            "shape": list(values.shape),
-            "data": np.ascontiguousarray(values, dtype=STORAGE[dtype]).tobytes(),
-        }
-        for name, values in shard.items()
-    }
-    serialize_file(entries, str(folder / _temporary(number)), {"format": "pd"})
-    return list(shard)
 
 
 def _temporary(number: int) -> str:

@@ -1,8 +1,8 @@
-"""Reading one tensor at a time from a safetensors file.
+"""Reading one tensor at a time from a safetensors file, and writing a file.
 
-The safetensors library maps the whole file, so every page it touched stays resident, and its NumPy reader
-has no bfloat16. A weight file is read here by offset instead: memory holds one tensor.
-Format: 8 bytes little-endian header length, a JSON header, then the raw values.
+The safetensors library maps the whole file, so every page it touched stays resident; its NumPy functions have no
+bfloat16, and those that have it change between its versions. A weight file is read here by offset instead: memory
+holds one tensor. Format: 8 bytes little-endian header length, a JSON header, then the raw values.
 """
 
 from __future__ import annotations
@@ -65,6 +65,26 @@ def read_tensor(path: Path, entry: StoredTensor) -> NDArray[np.generic]:
     count = int(np.prod(entry.shape, dtype=np.int64))
     values = np.fromfile(path, dtype=entry.numpy_dtype, count=count, offset=entry.offset)
     return values.reshape(entry.shape)
+
+
+def write(path: Path, tensors: dict[str, NDArray[np.generic]], dtype: str) -> None:
+    """Write tensors of one storage type (bfloat16 as uint16 bits), in this order."""
+    code = next(code for code, name in _DTYPES.items() if name == dtype)
+    header: dict[str, object] = {"__metadata__": {"format": "pd"}}
+    offset = 0
+    for name, values in tensors.items():
+        header[name] = {
+            "dtype": code,
+            "shape": list(values.shape),
+            "data_offsets": [offset, offset + values.nbytes],
+        }
+        offset += values.nbytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # values start at a multiple of 8 bytes
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for values in tensors.values():
+            file.write(np.ascontiguousarray(values, dtype=_NUMPY[code]).data)
 
 
 def _entry(value: dict[str, object], base: int) -> StoredTensor:

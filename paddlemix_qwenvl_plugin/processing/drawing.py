@@ -47,7 +47,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     drawn = image.convert("RGB")
     draw = ImageDraw.Draw(drawn)
     width, height = drawn.size
-    line = max(1, round(min(width, height) / 200))
+    line = max(2, round(min(width, height) / 200))
     font_size = min(max(12, min(width, height) // 28), max(height - 2, 1))
     for index, box in enumerate(boxes):
         colour = _COLOURS[index % len(_COLOURS)]
@@ -72,8 +72,7 @@ def _draw_label(
 ) -> None:
     width, height = size
     padding = 2
-    # One line, and no half surrogate pairs: the font code takes neither.
-    label = " ".join(label.encode("utf-8", errors="replace").decode("utf-8").split())
+    label = " ".join(label.split())  # one line
     font = _font(font_size, any(ord(c) > _LAST_LATIN for c in label))
     label = _fit(draw, label, font, width - 2 * padding)
     if not label:

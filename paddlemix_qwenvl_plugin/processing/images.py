@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
-_MAX_REDIRECTS = 5
 _CHUNK_BYTES = 64 * 1024
 
 # Pillow hands these to another program (Ghostscript) or to the operating system's drawing code.
@@ -207,7 +206,6 @@ def _download(url: str, name: str, limits: ImageLimits) -> bytes:
 
     client = httpx.Client(
         follow_redirects=True,
-        max_redirects=_MAX_REDIRECTS,
         timeout=limits.timeout_seconds,
         # Not compressed: a small body must not unfold into a large one.
         headers={"Accept-Encoding": "identity"},

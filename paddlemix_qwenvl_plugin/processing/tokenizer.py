@@ -105,9 +105,7 @@ class QwenTokenizer:
 
         Raises UsageError for a path longer than `n_image_slots` bytes and for an `<img>` without `</img>`.
         """
-        allowed = set(self.special_tokens)
-        if allowed_special != "all":
-            allowed &= set(allowed_special)
+        allowed = set(self.special_tokens if allowed_special == "all" else allowed_special)
         text = unicodedata.normalize("NFC", text)
         if "<img>" not in allowed:
             return self._encode_text(text, allowed)

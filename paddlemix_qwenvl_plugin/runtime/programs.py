@@ -63,17 +63,23 @@ class Stage:
 
 
 class Program:
-    """A program in Paddle Inference. Not safe for use by several threads at once."""
+    """A program in Paddle Inference. Not safe for use by several threads at once.
+
+    A run writes its outputs into the memory of that predictor's last outputs where they fit, even when the caller
+    feeds those as inputs, as a KV cache is. Two predictors over the same weights take turns, so outputs stay whole
+    until the run after the next.
+    """
 
     def __init__(self, predictor: Any, place: Any) -> None:
-        self._predictor = predictor
+        self._predictor, self._other = predictor, predictor.clone()
         self._place = place
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        """Run on NumPy arrays or Paddle tensors; the outputs are Paddle tensors."""
+        """Run on NumPy arrays or Paddle tensors; the outputs are Paddle tensors, whole for one more run."""
         import paddle
 
         tensors = [paddle.to_tensor(i, place=self._place) if isinstance(i, np.ndarray) else i for i in inputs]
+        self._predictor, self._other = self._other, self._predictor
         outputs: list[Any] = self._predictor.run(tensors)
         return outputs
 

@@ -31,13 +31,21 @@ def test_outline_is_where_the_box_is() -> None:
     assert not mask[60:140, 110:290].any()
 
 
+def test_box_of_the_whole_picture_shows_on_all_sides() -> None:
+    image = Image.new("RGB", (40, 20), "gray")
+    mask = changed(image, draw_boxes(image, [Box("box", ((0, 0), (1000, 1000)))]))
+    assert mask[[0, -1]].all()
+    assert mask[:, [0, -1]].all()
+
+
 def test_quad_outline() -> None:
     image = Image.new("RGB", (200, 200), "gray")
     diamond = Box("quad", ((500, 100), (900, 500), (500, 900), (100, 500)))
     mask = changed(image, draw_boxes(image, [diamond]))
-    assert mask[20, 100]
-    assert mask[100, 180]
-    assert mask[60, 140]
+    # The corners and the middle of each side, give or take the width of the line.
+    for x, y in [(100, 20), (180, 100), (100, 180), (20, 100), (140, 60), (140, 140), (60, 140), (60, 60)]:
+        assert mask[y - 2 : y + 3, x - 2 : x + 3].any()
+    assert not mask[80:120, 80:120].any()
     assert not mask[20, 20]
 
 

@@ -130,6 +130,29 @@ def test_path_too_long(tiny: QwenTokenizer) -> None:
     assert len(str(caught.value)) < 200
 
 
+def test_path_of_one_byte_too_many(tiny: QwenTokenizer) -> None:
+    with pytest.raises(UsageError, match="is 257 bytes long"):
+        tiny.encode(f"<img>{'x' * 257}</img>")
+
+
+def test_where_text_is_cut_before_the_merges(tmp_path: Path) -> None:
+    merges = [b"12", b"\n\n", b"  ", b" a", b"a.", b" .", b"'s", b"(a", b"..", b" 1"]
+    path = tmp_path / "cuts.tiktoken"
+    tokens = [*(bytes([value]) for value in range(256)), *merges]
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
+    tokenizer = QwenTokenizer(path)
+    for text, pieces in [
+        ("12 1", ["1", "2", " ", "1"]),  # digits stand alone, without the space in front
+        ("a. .", ["a", ".", " ."]),  # letters end where punctuation begins, which keeps its space
+        ("   a", ["  ", " a"]),  # the last space belongs to the word
+        ("a's", ["a", "'s"]),
+        ("a'S", ["a", "'", "S"]),
+        ("(a..", ["(a", ".."]),
+        ("\n\n\n a", ["\n\n", "\n", " a"]),
+    ]:
+        assert [tokenizer.decode([token_id]) for token_id in tokenizer.encode(text)] == pieces
+
+
 def test_combined_characters_count_after_normalisation(tiny: QwenTokenizer) -> None:
     assert len(tiny.encode(f"<img>{'e' * 127}e\u0301{'e' * 127}</img>")) == 258
 

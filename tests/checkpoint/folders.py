@@ -1,0 +1,60 @@
+"""The golden weights written as each upstream would: three naming schemes, two layouts, several file formats."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import paddle
+from safetensors.numpy import save_file
+
+LINEAR = re.compile(
+    r"(c_attn|c_proj|w1|w2|c_fc|in_proj|out_proj|kv_proj|lm_head)\.weight$|attn_pool\.attn\.in_proj_weight$"
+)
+
+
+def rename(name: str, scheme: str) -> str:
+    """PaddleMIX's name of a tensor -> the name in another scheme."""
+    if scheme == "paddlemix":
+        return name
+    if scheme == "static":
+        return name.replace("transformer.llm.", "qwen.")
+    if name.startswith("visual."):
+        return "transformer." + name.replace("visual.vit.", "visual.")
+    return name.replace("transformer.llm.", "transformer.")
+
+
+def renamed(weights: dict[str, np.ndarray], scheme: str, transpose: bool) -> dict[str, np.ndarray]:
+    return {
+        rename(name, scheme): np.ascontiguousarray(value.T) if transpose and LINEAR.search(name) else value
+        for name, value in weights.items()
+    }
+
+
+def write(folder: Path, config: Path, weights: dict[str, np.ndarray], kind: str) -> Path:
+    """Write a model folder; kind: safetensors, pdparams, sharded-safetensors or sharded-pdparams."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(config, folder / "config.json")
+    name = "model.safetensors" if "safetensors" in kind else "model_state.pdparams"
+    if not kind.startswith("sharded"):
+        _write_file(folder / name, weights)
+        return folder
+    stem, extension = name.rsplit(".", 1)
+    weight_map = {}
+    for i in range(3):
+        shard = {key: weights[key] for key in list(weights)[i::3]}
+        file = f"{stem}-{i + 1:05d}-of-00003.{extension}"
+        _write_file(folder / file, shard)
+        weight_map.update(dict.fromkeys(shard, file))
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def _write_file(path: Path, weights: dict[str, np.ndarray]) -> None:
+    if path.suffix == ".safetensors":
+        save_file(weights, str(path))
+    else:
+        paddle.save({name: paddle.to_tensor(value) for name, value in weights.items()}, str(path))

@@ -1,0 +1,81 @@
+"""Every naming scheme, layout and file format of upstream gives the same canonical tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from folders import LINEAR, renamed, write
+
+from paddlemix_qwenvl_plugin import QwenVLError
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+
+
+def canonical(name):
+    """PaddleMIX's name -> the canonical one, written anew."""
+    return name.replace("transformer.llm.", "").replace("visual.vit.", "visual.")
+
+
+def read(folder, dtype="float32"):
+    checkpoint = Checkpoint(folder)
+    return dict(checkpoint.tensors({**checkpoint.language, **checkpoint.vision}, dtype))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pdparams", "sharded-safetensors", "sharded-pdparams"])
+@pytest.mark.parametrize(
+    ("scheme", "transpose"),
+    [("paddlemix", False), ("static", False), ("huggingface", True), ("huggingface", False), ("static", True)],
+)
+def test_same_tensors(golden, tmp_path, scheme, transpose, kind):
+    model = golden("b")
+    folder = write(tmp_path, model.folder / "config.json", renamed(model.weights, scheme, transpose), kind)
+    tensors = read(folder)
+    assert set(tensors) == {canonical(name) for name in model.weights}
+    for name, value in model.weights.items():
+        np.testing.assert_array_equal(tensors[canonical(name)], value)
+    assert Checkpoint(folder).fingerprint() == Checkpoint(model.folder).fingerprint()
+
+
+def test_buffers_of_older_checkpoints_are_passed_over(golden, tmp_path):
+    model = golden("a")
+    weights = dict(model.weights)
+    weights["transformer.llm.h.0.attn.rotary_emb.inv_freq"] = np.ones(32, np.float32)
+    assert set(read(write(tmp_path, model.folder / "config.json", weights, "safetensors"))) == {
+        canonical(name) for name in model.weights
+    }
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda w: w.pop("transformer.llm.ln_f.weight"), "tensor ln_f.weight is missing"),
+        (lambda w: w.update(extra=np.ones(3, np.float32)), "tensor extra is not part of this model"),
+        (
+            lambda w: w.update({"visual.ln_post.bias": np.ones(7, np.float32)}),
+            r"visual.ln_post.bias has shape \[7\], config.json asks for \[256\]",
+        ),
+        (
+            lambda w: w.update({"lm_head.weight": np.ascontiguousarray(w["lm_head.weight"].T)}),
+            r"lm_head.weight is laid out \[out, in\], unlike",
+        ),
+        (
+            lambda w: w.update({"qwen.ln_f.weight": w["transformer.llm.ln_f.weight"]}),
+            "tensor qwen.ln_f.weight is not part of this model",
+        ),
+        (lambda w: w.pop("transformer.llm.wte.weight"), "not a Qwen-VL checkpoint"),
+    ],
+)
+def test_what_does_not_fit_is_named(golden, tmp_path, spoil, message):
+    model = golden("b")
+    weights = dict(model.weights)
+    spoil(weights)
+    folder = write(tmp_path, model.folder / "config.json", weights, "safetensors")
+    with pytest.raises(QwenVLError, match=message):
+        Checkpoint(folder)
+
+
+def test_linear_pattern_covers_what_differs(golden):
+    """The test's own list of linear weights, checked against the one fact that tells: a fused projection is 3 wide."""
+    model = golden("b")
+    fused = [name for name, value in model.weights.items() if value.ndim == 2 and value.shape[1] == 3 * value.shape[0]]
+    assert fused
+    assert all(LINEAR.search(name) for name in fused)

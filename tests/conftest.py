@@ -1,0 +1,79 @@
+"""Model folders and exports that several tests use, made once a session."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from paddlemix_qwenvl_plugin.checkpoint.tiny import make_tiny
+from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Golden:
+    """A golden model: its folder (PaddleMIX names, float32), its exports, and upstream's figures."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder / "model"
+        self.vision = folder / "vision" / "vision"
+        self.language = folder / "text" / "qwen"
+        self.config = json.loads((GOLDEN / name / "config.json").read_text())
+        self.weights = {
+            key: value.astype(np.float32) for key, value in np.load(GOLDEN / name / "weights.npz").items()
+        }
+        self.figures = dict(np.load(GOLDEN / name / "golden.npz"))
+        self.folder.mkdir(parents=True)
+        shutil.copyfile(GOLDEN / name / "config.json", self.folder / "config.json")
+        save_file(self.weights, str(self.folder / "model.safetensors"))
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        return self.figures["input_ids"]
+
+    @property
+    def images(self) -> np.ndarray:
+        """The pictures the figures were made with (tests/golden/README.md)."""
+        n_images = len(self.figures["features_every_16th_query"])
+        return np.random.RandomState(101).randn(n_images, 3, 448, 448).astype("float32")
+
+    @property
+    def img_pos(self) -> np.ndarray:
+        """int64 [N, 3]: row, index of <img>, index of </img>."""
+        start_id = self.config["visual"]["image_start_id"]
+        rows, starts = np.nonzero(self.input_ids == start_id)
+        _, ends = np.nonzero(self.input_ids == start_id + 1)
+        return np.stack([rows, starts, ends], axis=1).astype("int64")
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Golden]:
+    """golden("a") or golden("b"), exported in float32."""
+    made: dict[str, Golden] = {}
+
+    def get(name: str) -> Golden:
+        if name not in made:
+            model = Golden(name, tmp_path_factory.mktemp(f"golden-{name}"))
+            export_vision(model.folder, model.vision)
+            export_language(model.folder, model.language.parent, model.language.name)
+            made[name] = model
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny model in model/ and its exports vision/vision and text/qwen."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny(folder / "model", seed=1)
+    export_vision(folder / "model", folder / "vision" / "vision")
+    export_language(folder / "model", folder / "text", "qwen")
+    return folder

@@ -1,0 +1,58 @@
+"""The 22 inputs and the caches that PaddleMIX's stock predictor feeds, for a batch of prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def stock_feed(
+    config: dict[str, Any],
+    input_ids: np.ndarray,
+    features: np.ndarray,
+    img_pos: np.ndarray,
+    max_new: int,
+    *,
+    lengths: list[int] | None = None,
+    min_new: int = 0,
+    ends: list[int] | None = None,
+    penalties: tuple[float, float, float] = (1.0, 0.0, 0.0),
+    top_p: float = 0.0,
+    mask_axes: int = 4,
+    max_len: int = 1024,
+) -> list[np.ndarray]:
+    """In the order of the contract; the workspace inputs hold noise, as upstream's do."""
+    rows, width = input_ids.shape
+    random = np.random.default_rng(5)
+    length = np.array([[n] for n in lengths or [width] * rows])
+
+    def column(value: Any, dtype: str) -> np.ndarray:
+        return np.full([rows, 1], value, dtype)
+
+    mask = np.zeros([rows, 1, max_len, max_len], np.float32)
+    mask[:, 0, :width, :width] = np.tril(np.ones([width, width]))
+    cache = [2, rows, config["num_attention_heads"], max_len, config["kv_channels"]]
+    return [
+        input_ids.astype("int64"),
+        features,
+        img_pos,
+        mask if mask_axes == 4 else np.ones([rows, max_len], np.float32),
+        np.tile(np.arange(width, dtype="int64"), [rows, 1]),
+        *(column(value, "float32") for value in penalties),
+        column(min_new, "int64"),
+        column(max_new, "int64"),
+        column(1.0, "float32"),
+        column(top_p, "float32"),
+        np.array(ends or [-1], "int64"),
+        length.astype("int32"),
+        length.astype("int32"),
+        column(0, "int64"),
+        column(False, "bool"),
+        column(-123, "int64"),
+        length.astype("int64") - 1,
+        np.ones([rows, 1, 1, max_len], np.float32),
+        np.full([rows, max_len], -100, "int64"),
+        np.array([rows], "int64"),
+        *(random.random(cache, np.float32) for _ in range(config["num_hidden_layers"])),
+    ]

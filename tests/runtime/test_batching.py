@@ -1,0 +1,90 @@
+"""Rows of a batch do not know of each other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from paddlemix_qwenvl_plugin import QwenVL, UsageError, export_language, export_vision
+
+
+@pytest.fixture(scope="module")
+def vl(tiny_exported):
+    return QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
+
+
+def prompt_with_images(vl, n_images, words):
+    config = vl.config.visual
+    image = [config.image_start_id, *[config.image_start_id + 2] * config.n_queries, config.image_start_id + 1]
+    return image * n_images + words
+
+
+rows = st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 255), min_size=1, max_size=12)), min_size=1, max_size=4)
+options = st.sampled_from(
+    [{}, {"temperature": 1.5, "seed": 3}, {"top_p": 0.8, "seed": 9, "repetition_penalty": 1.3}, {"top_k": 5, "seed": 1}]
+)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=rows, options=options, padding=st.integers(0, 600), seed=st.integers(0, 1000))
+def test_a_row_gives_the_tokens_that_it_gives_alone(vl, rows, options, padding, seed):
+    shape = (sum(n for n, _ in rows), vl.config.visual.n_queries, vl.config.hidden_size)
+    features = np.random.default_rng(seed).standard_normal(shape).astype("float32")
+    prompts = [prompt_with_images(vl, n, words) for n, words in rows]
+    lengths = [len(prompt) for prompt in prompts]
+    width = max(lengths) + padding % 3
+    ids = np.array([prompt + [padding] * (width - len(prompt)) for prompt in prompts])
+    arguments = {"max_new_tokens": 6, "eos_token_ids": [7, 77], **options}
+
+    together = vl.generate_ids(ids, features, lengths=lengths, **arguments)
+
+    first = 0
+    for (n, _), prompt, tokens in zip(rows, prompts, together):
+        alone = vl.generate_ids([prompt], features[first : first + n], **arguments)
+        first += n
+        assert [tokens] == alone
+
+
+def test_rows_end_on_their_own(vl):
+    """A row that meets its end token stops there while the others go on."""
+    prompts = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]])
+    free = vl.generate_ids(prompts, max_new_tokens=8, eos_token_ids=())
+    end = free[0][2]
+    ended = vl.generate_ids(prompts, max_new_tokens=8, eos_token_ids=[end])
+    for row, tokens in zip(free, ended):
+        assert tokens == (row[: row.index(end) + 1] if end in row else row)
+    assert len(ended[0]) <= 3
+
+
+def test_min_new_tokens_holds_the_end_back(vl):
+    prompt = [[10, 20, 30]]
+    end = vl.generate_ids(prompt, max_new_tokens=1, eos_token_ids=())[0][0]
+    assert vl.generate_ids(prompt, max_new_tokens=6, eos_token_ids=[end]) == [[end]]
+    longer = vl.generate_ids(prompt, max_new_tokens=6, min_new_tokens=4, eos_token_ids=[end])[0]
+    assert len(longer) >= 4
+    assert end not in longer[:4]
+
+
+def test_several_images_are_seen_in_order(vl):
+    features = np.random.default_rng(0).standard_normal((2, 256, vl.config.hidden_size)).astype("float32")
+    prompt = [prompt_with_images(vl, 2, [65, 66])]
+    arguments = {"max_new_tokens": 8, "eos_token_ids": ()}
+    assert vl.generate_ids(prompt, features, **arguments) != vl.generate_ids(prompt, features[::-1], **arguments)
+
+
+def test_a_full_context_ends_the_answer(tiny_exported, tmp_path):
+    shutil.copytree(tiny_exported / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config.update(seq_length=32, max_position_embeddings=64)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    export_vision(tmp_path / "model", tmp_path / "vision")
+    export_language(tmp_path / "model", tmp_path, "qwen")
+    short = QwenVL.from_exported(tmp_path / "vision", tmp_path / "qwen")
+    assert len(short.generate_ids(np.full([1, 62], 65), max_new_tokens=9, eos_token_ids=())[0]) == 2
+    with pytest.raises(UsageError, match="no room in the context of 64"):
+        short.generate_ids(np.full([1, 64], 65), max_new_tokens=1, eos_token_ids=())
