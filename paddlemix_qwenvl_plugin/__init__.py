@@ -30,7 +30,19 @@ _WHERE = {
     "preprocess": "processing.images",
 }
 
-__all__ = ["__version__", *sorted(_WHERE)]
+__all__ = [
+    "Answer",
+    "GenerationOptions",
+    "ImageLimits",
+    "QwenVL",
+    "QwenVLError",
+    "UsageError",
+    "__version__",
+    "export_language",
+    "export_vision",
+    "load_image",
+    "preprocess",
+]
 
 
 def __getattr__(name: str) -> Any:

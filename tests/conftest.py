@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from paddlemix_qwenvl_plugin.checkpoint.tiny import make_tiny
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
+from paddlemix_qwenvl_plugin.tiny import make_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -100,7 +100,9 @@ class Checkpoint:
                 raise QwenVLError(f"{self.folder}: tensor {name} is missing")
         for name, stored_name in canonical.items():
             if name not in specs:
-                raise QwenVLError(f"{self.folder}: tensor {stored_name} is not part of this model (see config.json)")
+                raise QwenVLError(
+                    f"{self.folder}: tensor {stored_name} is not part of this model (see config.json)"
+                )
         entries: dict[str, _Entry] = {}
         for part in (self.language, self.vision):
             transposed = self._layout(part, canonical)
@@ -126,7 +128,9 @@ class Checkpoint:
         for name in stored:
             key = _to_canonical(name, scheme) or name
             if key in canonical:
-                raise QwenVLError(f"{self.folder}: tensors {canonical[key]} and {name} are the same tensor twice")
+                raise QwenVLError(
+                    f"{self.folder}: tensors {canonical[key]} and {name} are the same tensor twice"
+                )
             canonical[key] = name
         return canonical
 

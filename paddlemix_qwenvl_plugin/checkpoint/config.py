@@ -42,10 +42,12 @@ class VisionConfig(BaseModel):
         _require(self.image_size % self.patch_size == 0, "image_size must be a multiple of patch_size")
         _require(self.width % self.heads == 0, "width must be a multiple of heads")
         _require(
-            self.output_dim % RESAMPLER_HEAD_DIM == 0, f"output_dim must be a multiple of {RESAMPLER_HEAD_DIM}"
+            self.output_dim % RESAMPLER_HEAD_DIM == 0,
+            f"output_dim must be a multiple of {RESAMPLER_HEAD_DIM}",
         )
         _require(
-            int(self.n_queries**0.5) ** 2 == self.n_queries, "n_queries must be a square, it lies on a 2-D grid"
+            int(self.n_queries**0.5) ** 2 == self.n_queries,
+            "n_queries must be a square, it lies on a 2-D grid",
         )
         return self
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Optional
@@ -20,7 +19,9 @@ MAX_SHARD_BYTES = 2 * 1024**3
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
 
 
-def convert(source: Path, target: Path, dtype: Optional[str] = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def convert(
+    source: Path, target: Path, dtype: Optional[str] = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Write the model of `source` into the new folder `target`; tokenizer and config files come along.
 
     The folder appears under its name only when it is whole.
@@ -48,7 +49,7 @@ def convert(source: Path, target: Path, dtype: Optional[str] = None, max_shard_b
         for path in sorted(source.iterdir()):
             if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copyfile(path, partial / path.name)
-        os.replace(partial, target)
+        partial.replace(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -83,7 +84,7 @@ def _write_shards(checkpoint: Checkpoint, folder: Path, dtype: str, max_shard_by
     weight_map = {}
     for i, names in enumerate(files):
         final = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        os.replace(folder / _temporary(i), folder / final)
+        (folder / _temporary(i)).replace(folder / final)
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", "utf-8")

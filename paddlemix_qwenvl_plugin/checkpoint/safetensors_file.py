@@ -47,7 +47,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise QwenVLError(f"{path}: not a safetensors file, or cut off in its header")
         try:
             header = json.loads(file.read(length))
-            entries = {name: _entry(value, 8 + length) for name, value in header.items() if name != "__metadata__"}
+            entries = {
+                name: _entry(value, 8 + length) for name, value in header.items() if name != "__metadata__"
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise QwenVLError(f"{path}: the safetensors header is damaged ({error})") from error
     for name, entry in entries.items():

@@ -55,7 +55,9 @@ class Shards:
                 self.tensors[name] = stored
         for name, file_name in (index or {}).items():
             if self._where.get(name) is None or self._where[name].name != file_name:
-                raise QwenVLError(f"{files[0].parent}: the index says {name} is in {file_name}, but it is not")
+                raise QwenVLError(
+                    f"{files[0].parent}: the index says {name} is in {file_name}, but it is not"
+                )
 
     @property
     def folder(self) -> Path:
@@ -102,7 +104,8 @@ class Shards:
             header = safetensors_file.read_header(path)
             return {name: Stored(entry.shape, entry.dtype) for name, entry in header.items()}
         return {
-            name: Stored(array.shape, _dtype_name(array, name, path)) for name, array in self._load(path).items()
+            name: Stored(array.shape, _dtype_name(array, name, path))
+            for name, array in self._load(path).items()
         }
 
     def _load(self, path: Path) -> dict[str, NDArray[np.generic]]:
@@ -131,7 +134,15 @@ def _load_pdparams(path: Path) -> dict[str, NDArray[np.generic]]:
 
     try:
         state = paddle.load(str(path), return_numpy=True)
-    except (pickle.UnpicklingError, EOFError, ValueError, RuntimeError, OSError, IndexError, KeyError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+        OSError,
+        IndexError,
+        KeyError,
+    ) as error:
         raise QwenVLError(f"{path}: not a Paddle weight file, or truncated ({_short(error)})") from error
     return _arrays(state, path)
 
@@ -167,7 +178,7 @@ def _dtype_name(array: NDArray[np.generic], name: str, path: Path) -> str:
         return "bfloat16"
     if array.dtype.kind != "f":
         raise QwenVLError(f"{path}: {name} has dtype {array.dtype}, a weight must be a floating-point tensor")
-    return array.dtype.name
+    return str(array.dtype.name)
 
 
 def _short(error: BaseException) -> str:

@@ -19,7 +19,9 @@ def export_vision(
     from paddlemix_qwenvl_plugin.export.export import export_vision as export
 
     manifest = export(model, save_path, dtype)
-    print(f"exported the vision stage to {save_path} ({manifest.dtype}, {manifest.weights.bytes / 1e6:.1f} MB)")
+    print(
+        f"exported the vision stage to {save_path} ({manifest.dtype}, {manifest.weights.bytes / 1e6:.1f} MB)"
+    )
 
 
 def export_language(

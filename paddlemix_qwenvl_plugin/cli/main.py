@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from typing import Any
 
 import typer
 
@@ -13,7 +14,7 @@ from paddlemix_qwenvl_plugin.errors import QwenVLError
 
 # typer carries its own copy of click from 0.16 on and needs click itself before that:
 # the base class of its exceptions is the one that is raised in both.
-_ClickException = typer.BadParameter.__mro__[2]
+_ClickException: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="qwenvl",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
@@ -16,11 +15,13 @@ if TYPE_CHECKING:
 
 def predict(
     first_model_path: Path = typer.Option(..., "--first_model_path", help="Exported vision stage (prefix)."),
-    second_model_path: Path = typer.Option(..., "--second_model_path", help="Exported language stage (prefix)."),
+    second_model_path: Path = typer.Option(
+        ..., "--second_model_path", help="Exported language stage (prefix)."
+    ),
     model: Optional[Path] = typer.Option(
         None, "--model_name_or_path", help="Folder with the tokenizer; default: beside the language stage."
     ),
-    image: Optional[List[str]] = typer.Option(
+    image: Optional[list[str]] = typer.Option(
         None, "--image", help="Picture: path, data URL or http(s) URL; may be repeated."
     ),
     prompt: str = typer.Option("", "--prompt", help="Question or instruction."),
@@ -38,8 +39,12 @@ def predict(
     seed: Optional[int] = typer.Option(None, "--seed"),
     allow_http: bool = typer.Option(False, "--allow-http", help="Let pictures come from http(s) URLs."),
     as_json: bool = typer.Option(False, "--json", help="Print the whole answer as JSON."),
-    output: Optional[Path] = typer.Option(None, "--output", help="Also write the answer as JSON to this file."),
-    draw: Optional[Path] = typer.Option(None, "--draw", help="Draw the boxes on the last picture, to this file."),
+    output: Optional[Path] = typer.Option(
+        None, "--output", help="Also write the answer as JSON to this file."
+    ),
+    draw: Optional[Path] = typer.Option(
+        None, "--draw", help="Draw the boxes on the last picture, to this file."
+    ),
     real_time_save: Optional[Path] = typer.Option(
         None, "--real_time_save", help="Also write the tokens as real_time_save.* files to this folder."
     ),
@@ -76,7 +81,7 @@ def predict(
     if output is not None:
         partial = output.with_name(output.name + ".partial")
         partial.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8")
-        os.replace(partial, output)
+        partial.replace(output)
     if real_time_save is not None:
         from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
 
@@ -109,7 +114,7 @@ def _draw(target: Path, source: str, answer: Answer, allow_http: bool) -> None:
     partial = target.with_name(f".partial-{target.name}")
     try:
         drawn.save(partial)
-        os.replace(partial, target)
+        partial.replace(target)
     except ValueError as error:
         raise UsageError(f"--draw {target}: not a picture format; name it .png or .jpg") from error
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,8 +13,8 @@ from paddlemix_qwenvl_plugin.checkpoint.dtypes import check_dtype
 from paddlemix_qwenvl_plugin.errors import UsageError
 from paddlemix_qwenvl_plugin.export.contract import (
     CONTRACT_VERSION,
-    stock_inputs,
     step_inputs,
+    stock_inputs,
     vision_inputs,
 )
 from paddlemix_qwenvl_plugin.export.manifest import FileDigest, Manifest, manifest_path
@@ -67,7 +66,13 @@ def export_language(
         (".step", step_inputs, lambda lm, inputs: Step(lm)(*inputs[:7], inputs[7:])),
     ]
     manifest = _export(
-        checkpoint, output_path / model_prefix, "language", dtype, LanguageModel, variants, language_parameters
+        checkpoint,
+        output_path / model_prefix,
+        "language",
+        dtype,
+        LanguageModel,
+        variants,
+        language_parameters,
     )
     for name in _COMPANIONS:
         source = checkpoint.folder / name
@@ -109,7 +114,7 @@ def _export(
         # The manifest goes first and comes last: a reader never sees it beside files that are not its own.
         manifest_path(prefix).unlink(missing_ok=True)
         for path in sorted(Path(scratch).iterdir(), key=lambda path: path == manifest_file):
-            os.replace(path, prefix.parent / path.name)
+            path.replace(prefix.parent / path.name)
     return manifest
 
 

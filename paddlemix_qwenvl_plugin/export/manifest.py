@@ -61,7 +61,9 @@ def read_manifest(prefix: Path, stage: str) -> Manifest:
     path = manifest_path(prefix)
     if not path.is_file():
         command = f"qwenvl export-{stage}"
-        raise UsageError(f"{prefix}: no exported {stage} stage there ({path.name} is missing); run {command} first")
+        raise UsageError(
+            f"{prefix}: no exported {stage} stage there ({path.name} is missing); run {command} first"
+        )
     try:
         data = json.loads(path.read_text("utf-8"))
         found = data.get("contract") if isinstance(data, dict) else None

@@ -46,12 +46,14 @@ def write_params(
             file.truncate()
             for name, values in stream:
                 if values.shape != shapes[name] or values.dtype != STORAGE[dtype]:
-                    raise AssertionError(f"{name}: {values.dtype} {values.shape}, program has {dtype} {shapes[name]}")
+                    raise AssertionError(
+                        f"{name}: {values.dtype} {values.shape}, program has {dtype} {shapes[name]}"
+                    )
                 file.seek(offsets.pop(name))
                 file.write(np.ascontiguousarray(values).data)
         if offsets:  # a slip of this package, not of the user's
             raise AssertionError(f"parameters without weights: {sorted(offsets)}")
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

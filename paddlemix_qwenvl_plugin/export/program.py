@@ -8,7 +8,6 @@ real file, which params_file.py then streams. All forms of a program share one p
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,8 +21,8 @@ from paddle import static
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.export.contract import Input
-from paddlemix_qwenvl_plugin.modeling.weights import build
 from paddlemix_qwenvl_plugin.export.params_file import read_first_dims
+from paddlemix_qwenvl_plugin.modeling.weights import build
 
 FORMATS = {"pir": ".json", "legacy": ".pdmodel"}
 
@@ -72,7 +71,7 @@ def save_program(program: Program, form: str, path: Path) -> Shapes:
             elif '"0.t_f64"' in text:
                 raise AssertionError("the program has float64, which must stay free for the half types")
             built.write_text(text, "utf-8")
-        os.replace(built, path)
+        built.replace(path)
     names = list(shapes)
     return {names[number - 1]: shapes[names[number - 1]] for number in order}
 

@@ -63,13 +63,13 @@ class StockGeneration(nn.Layer):
             tgt_pos int64 [B, 1], and tokens int64 [B, max(max_length)], -1 after a row's end.
         """
         vocabulary = ops.iota(self.vocab_size)
-        is_end = ops.total((vocabulary.unsqueeze(0) == eos_token_id.unsqueeze(1)).astype("int32"), 0).flatten() > 0
+        is_end = (
+            ops.total((vocabulary.unsqueeze(0) == eos_token_id.unsqueeze(1)).astype("int32"), 0).flatten() > 0
+        )
         n_tokens = paddle.shape(input_ids)[1]
         columns = paddle.arange(max_length.max(), dtype="int64").unsqueeze(0)
 
-        def pick(
-            logits: paddle.Tensor, counts: paddle.Tensor, done: paddle.Tensor
-        ) -> paddle.Tensor:
+        def pick(logits: paddle.Tensor, counts: paddle.Tensor, done: paddle.Tensor) -> paddle.Tensor:
             early = (done < min_length).astype("float32") * is_end.astype("float32").unsqueeze(0)
             logits = paddle.where(early > 0, paddle.full_like(logits, FORBIDDEN), logits)
             logits = penalise(logits, counts, penalty_score, frequency_score, presence_score)

@@ -150,7 +150,9 @@ class LanguageModel(nn.Layer):
         index = row * shape[1] + start + 1 + slots
         index = paddle.where(row < 0, paddle.zeros_like(index) + shape[0] * shape[1], index)
         flat = paddle.scatter(flat, index.flatten(), image_features.astype("float32").reshape([-1, hidden]))
-        return flat[:-1].reshape(paddle.concat([shape, paddle.full([1], hidden, "int64")])).astype(tokens.dtype)
+        return (
+            flat[:-1].reshape(paddle.concat([shape, paddle.full([1], hidden, "int64")])).astype(tokens.dtype)
+        )
 
     def _logits(self, x: paddle.Tensor, seq_len: paddle.Tensor) -> paddle.Tensor:
         shape = paddle.shape(x).astype("int64")

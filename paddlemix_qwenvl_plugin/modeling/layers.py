@@ -14,6 +14,7 @@ from paddle import nn
 
 from paddlemix_qwenvl_plugin.modeling import ops
 
+
 def parameter_attr(name: str) -> paddle.ParamAttr:
     """Name of a parameter in the exported program; zero until it is loaded."""
     return paddle.ParamAttr(name=name, initializer=nn.initializer.Constant(0.0))

@@ -80,9 +80,7 @@ def logical_or(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
     return _append("logical_or", {"X": x, "Y": y}, "bool")
 
 
-def _append(
-    op_type: str, inputs: dict[str, paddle.Tensor], out_dtype: Any, /, **attrs: Any
-) -> paddle.Tensor:
+def _append(op_type: str, inputs: dict[str, paddle.Tensor], out_dtype: Any, /, **attrs: Any) -> paddle.Tensor:
     helper = LayerHelper(op_type)
     out = helper.create_variable_for_type_inference(out_dtype)
     helper.append_op(type=op_type, inputs=inputs, outputs={"Out": out}, attrs=attrs)

@@ -10,8 +10,8 @@ import math
 import numpy as np
 import paddle
 
-from paddlemix_qwenvl_plugin.modeling import ops
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
+from paddlemix_qwenvl_plugin.modeling import ops
 
 
 def ntk_alpha(prompt_len: paddle.Tensor, config: ModelConfig) -> paddle.Tensor:

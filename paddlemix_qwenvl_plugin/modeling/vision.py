@@ -11,8 +11,8 @@ import math
 import paddle
 from paddle import nn
 
-from paddlemix_qwenvl_plugin.modeling import ops
 from paddlemix_qwenvl_plugin.checkpoint.config import RESAMPLER_HEAD_DIM, ModelConfig, VisionConfig
+from paddlemix_qwenvl_plugin.modeling import ops
 from paddlemix_qwenvl_plugin.modeling.layers import LayerNorm, Linear, attend, like, parameter_attr
 
 
@@ -57,7 +57,9 @@ class Resampler(nn.Layer):
         self.out = out
         self.heads = out // RESAMPLER_HEAD_DIM
         same_width = config.width == out
-        self.kv_proj = nn.Identity() if same_width else Linear(f"{name}.kv_proj", config.width, out, bias=False)
+        self.kv_proj = (
+            nn.Identity() if same_width else Linear(f"{name}.kv_proj", config.width, out, bias=False)
+        )
         self.ln_kv = LayerNorm(f"{name}.ln_kv", out)
         self.ln_q = LayerNorm(f"{name}.ln_q", out)
         self.query = self._table(f"{name}.query", [config.n_queries, out])
@@ -78,7 +80,9 @@ class Resampler(nn.Layer):
     def _project(self, x: paddle.Tensor, part: int) -> paddle.Tensor:
         """[B, T, out] -> [B, heads, T, head_dim] through the third `part` of the fused projection."""
         columns = slice(part * self.out, (part + 1) * self.out)
-        projected = ops.matmul(x, like(self.in_proj_weight[:, columns], x)) + like(self.in_proj_bias[columns], x)
+        projected = ops.matmul(x, like(self.in_proj_weight[:, columns], x)) + like(
+            self.in_proj_bias[columns], x
+        )
         return projected.reshape([0, 0, self.heads, RESAMPLER_HEAD_DIM]).transpose([0, 2, 1, 3])
 
     def _table(self, name: str, shape: list[int]) -> paddle.Tensor:
@@ -97,7 +101,8 @@ class VisionModel(nn.Layer):
         self.dtype = dtype
         self.patch_size = vision.patch_size
         self.conv1 = self.create_parameter(
-            [vision.width, 3, vision.patch_size, vision.patch_size], attr=parameter_attr("visual.conv1.weight")
+            [vision.width, 3, vision.patch_size, vision.patch_size],
+            attr=parameter_attr("visual.conv1.weight"),
         )
         self.positional_embedding = self.create_parameter(
             [vision.grid**2, vision.width], attr=parameter_attr("visual.positional_embedding")

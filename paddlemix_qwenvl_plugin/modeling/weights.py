@@ -39,12 +39,16 @@ def vision_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:
 
 def load_language(checkpoint: Checkpoint, dtype: str = "float32") -> LanguageModel:
     """The language model in dynamic mode, on Paddle's current device."""
-    return _load(LanguageModel, checkpoint.config, language_parameters(checkpoint, dtype), dtype)
+    model: LanguageModel = _load(
+        LanguageModel, checkpoint.config, language_parameters(checkpoint, dtype), dtype
+    )
+    return model
 
 
 def load_vision(checkpoint: Checkpoint, dtype: str = "float32") -> VisionModel:
     """The vision tower in dynamic mode, on Paddle's current device."""
-    return _load(VisionModel, checkpoint.config, vision_parameters(checkpoint, dtype), dtype)
+    model: VisionModel = _load(VisionModel, checkpoint.config, vision_parameters(checkpoint, dtype), dtype)
+    return model
 
 
 def build(model_class: Any, config: ModelConfig, dtype: str, compute_dtype: str) -> Any:

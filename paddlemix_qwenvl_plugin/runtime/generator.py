@@ -60,7 +60,9 @@ class Generator:
             features, img_pos = self._no_picture()
         valid = np.zeros([rows, 1], bool)
         past = np.zeros([rows, 1], np.int64)
-        outputs = self._step(input_ids, features, img_pos, prompt, past, prompt, valid, self._empty_caches(rows))
+        outputs = self._step(
+            input_ids, features, img_pos, prompt, past, prompt, valid, self._empty_caches(rows)
+        )
         valid = np.concatenate([valid, np.arange(width) < prompt], axis=1)
         tokens = self._pick(outputs[0], samplers, np.zeros([rows, 1], np.int64))
         prefilled = time.perf_counter()
@@ -85,7 +87,9 @@ class Generator:
         *arrays, caches = inputs
         return self._program([*arrays, *caches])
 
-    def _pick(self, logits: Any, samplers: list[RowSampler], previous: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _pick(
+        self, logits: Any, samplers: list[RowSampler], previous: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
         """Next token of each row; a finished row repeats its last one, which nothing reads."""
         values = logits.numpy()
         picked = [

@@ -36,7 +36,9 @@ class GenerationOptions:
         for field in fields(self):
             value = getattr(self, field.name)
             whole = field.name in ("max_new_tokens", "min_new_tokens", "top_k", "seed")
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int if whole else (int, float))):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
+            ):
                 raise UsageError(f"{field.name}: {value!r} is not a{' whole' if whole else ''} number")
         _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         _check(self.min_new_tokens >= 0, "min_new_tokens", self.min_new_tokens, "at least 0")
@@ -46,10 +48,20 @@ class GenerationOptions:
             self.min_new_tokens,
             f"at most max_new_tokens ({self.max_new_tokens})",
         )
-        _check(self.temperature is None or 0 <= self.temperature <= 100, "temperature", self.temperature, "0 to 100")
+        _check(
+            self.temperature is None or 0 <= self.temperature <= 100,
+            "temperature",
+            self.temperature,
+            "0 to 100",
+        )
         _check(self.top_p is None or 0 <= self.top_p <= 1, "top_p", self.top_p, "0 to 1")
         _check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
-        _check(0 < self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty, "over 0, up to 100")
+        _check(
+            0 < self.repetition_penalty <= 100,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "over 0, up to 100",
+        )
         _check(abs(self.frequency_penalty) <= 100, "frequency_penalty", self.frequency_penalty, "-100 to 100")
         _check(abs(self.presence_penalty) <= 100, "presence_penalty", self.presence_penalty, "-100 to 100")
         _check(self.seed is None or self.seed >= 0, "seed", self.seed, "at least 0")

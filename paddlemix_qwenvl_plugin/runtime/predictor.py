@@ -245,7 +245,11 @@ class QwenVL:
                 f"{self.config.max_position_embeddings}"
             )
         if options.max_new_tokens > room:
-            values = {**vars(options), "max_new_tokens": room, "min_new_tokens": min(options.min_new_tokens, room)}
+            values = {
+                **vars(options),
+                "max_new_tokens": room,
+                "min_new_tokens": min(options.min_new_tokens, room),
+            }
             options = GenerationOptions(**values)
         return self._generator.generate(ids, row_lengths, pictures, positions, options, ends)
 
@@ -255,10 +259,16 @@ class QwenVL:
         try:
             ids = np.asarray(input_ids)
         except ValueError as error:
-            raise UsageError("input_ids: rows differ in length; pad them on the right and pass lengths") from error
+            raise UsageError(
+                "input_ids: rows differ in length; pad them on the right and pass lengths"
+            ) from error
         if ids.ndim != 2 or 0 in ids.shape or ids.dtype.kind not in "iu":
-            raise UsageError(f"input_ids: {ids.dtype} {list(ids.shape)}, must be integers [B, T] with B and T over 0")
-        row_lengths = [ids.shape[1]] * len(ids) if lengths is None else [int(n) for n in np.ravel(np.asarray(lengths))]
+            raise UsageError(
+                f"input_ids: {ids.dtype} {list(ids.shape)}, must be integers [B, T] with B and T over 0"
+            )
+        row_lengths = (
+            [ids.shape[1]] * len(ids) if lengths is None else [int(n) for n in np.ravel(np.asarray(lengths))]
+        )
         if len(row_lengths) != len(ids):
             raise UsageError(f"lengths: {len(row_lengths)} values for {len(ids)} rows")
         if not all(1 <= n <= ids.shape[1] for n in row_lengths):

@@ -51,7 +51,9 @@ class Stage:
         if expected is None or not program.is_file():
             raise QwenVLError(f"{program}: missing; export again")
         if FileDigest.of(program) != expected:
-            raise QwenVLError(f"{program}: not the program that {self.prefix.name}.manifest.json describes; export again")
+            raise QwenVLError(
+                f"{program}: not the program that {self.prefix.name}.manifest.json describes; export again"
+            )
         return Program(_create_predictor(program, self.params, self.device), _place(self.device))
 
     def _check_params(self) -> None:
@@ -63,25 +65,20 @@ class Stage:
 
 
 class Program:
-    """A program in Paddle Inference. Not safe for use by several threads at once.
-
-    A run writes its outputs into the memory of that predictor's last outputs where they fit, even when the caller
-    feeds those as inputs, as a KV cache is. Two predictors over the same weights take turns, so outputs stay whole
-    until the run after the next.
-    """
+    """A program in Paddle Inference. Not safe for use by several threads at once."""
 
     def __init__(self, predictor: Any, place: Any) -> None:
-        self._predictor, self._other = predictor, predictor.clone()
+        self._predictor = predictor
         self._place = place
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        """Run on NumPy arrays or Paddle tensors; the outputs are Paddle tensors, whole for one more run."""
+        """Run on NumPy arrays or Paddle tensors; the outputs are Paddle tensors of their own memory."""
         import paddle
 
         tensors = [paddle.to_tensor(i, place=self._place) if isinstance(i, np.ndarray) else i for i in inputs]
-        self._predictor, self._other = self._other, self._predictor
-        outputs: list[Any] = self._predictor.run(tensors)
-        return outputs
+        # A run writes into the memory of the last run's outputs where they fit, even when those are fed back as
+        # inputs, as a KV cache is: hand out copies.
+        return [output.clone() for output in self._predictor.run(tensors)]
 
     def zeros(self, shape: list[int], dtype: str) -> Any:
         """A Paddle tensor where the program runs."""
@@ -121,7 +118,9 @@ def _create_predictor(program: Path, params: Path, device: str) -> Any:
     config.disable_glog_info()
     if device == "cpu":
         config.disable_gpu()
-        config.set_cpu_math_library_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1)
+        config.set_cpu_math_library_num_threads(
+            int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1
+        )
         # Paddle 3.3 turns oneDNN on by itself, and its plug-in fails on these graphs (zero-dimension reorders).
         getattr(config, "disable_onednn", config.disable_mkldnn)()
     else:
@@ -130,4 +129,6 @@ def _create_predictor(program: Path, params: Path, device: str) -> Any:
         return inference.create_predictor(config)
     except (RuntimeError, ValueError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise QwenVLError(f"{program}: Paddle Inference cannot load it ({lines[-1] if lines else error})") from error
+        raise QwenVLError(
+            f"{program}: Paddle Inference cannot load it ({lines[-1] if lines else error})"
+        ) from error

@@ -6,7 +6,6 @@ batch row, little-endian.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,4 +29,4 @@ def write_tokens(folder: Path, tokens: Sequence[Sequence[int]], end_token: int) 
         path = folder / f"{_NAME}{step + 1}"
         partial = path.with_name(f".{path.name}.partial")
         partial.write_bytes(b"11" + np.asarray(values, "<i8").tobytes())
-        os.replace(partial, path)
+        partial.replace(path)

@@ -43,8 +43,12 @@ class RowSampler:
         seen = np.flatnonzero(self._counts)
         if seen.size:
             values = adjusted[seen]
-            values = np.where(values < 0, values * options.repetition_penalty, values / options.repetition_penalty)
-            adjusted[seen] = values - self._counts[seen] * options.frequency_penalty - options.presence_penalty
+            values = np.where(
+                values < 0, values * options.repetition_penalty, values / options.repetition_penalty
+            )
+            adjusted[seen] = (
+                values - self._counts[seen] * options.frequency_penalty - options.presence_penalty
+            )
         return adjusted
 
     def _choose(self, logits: NDArray[np.float64]) -> int:

@@ -18,7 +18,9 @@ def test_shards_and_names(golden, tmp_path):
     """From Hugging Face's form; read back by the safetensors library."""
     model = golden("b")
     config = model.folder / "config.json"
-    source = write(tmp_path / "hf", config, renamed(model.weights, "huggingface", True), "sharded-safetensors")
+    source = write(
+        tmp_path / "hf", config, renamed(model.weights, "huggingface", True), "sharded-safetensors"
+    )
     (source / "qwen.tiktoken").write_text("vocabulary")
     target = tmp_path / "converted"
     convert(source, target, "float16", max_shard_bytes=1_000_000)
@@ -27,7 +29,7 @@ def test_shards_and_names(golden, tmp_path):
     for file in sorted(set(index["weight_map"].values())):
         shard = load_file(str(target / file))
         assert len(shard) == 1 or sum(value.nbytes for value in shard.values()) <= 1_000_000
-        assert {name: file for name in shard} == {n: f for n, f in index["weight_map"].items() if f == file}
+        assert dict.fromkeys(shard, file) == {n: f for n, f in index["weight_map"].items() if f == file}
         found.update(shard)
     assert set(found) == set(model.weights)
     for name, value in model.weights.items():  # the golden weights are float16 numbers

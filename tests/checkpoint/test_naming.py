@@ -23,7 +23,13 @@ def read(folder, dtype="float32"):
 @pytest.mark.parametrize("kind", ["safetensors", "pdparams", "sharded-safetensors", "sharded-pdparams"])
 @pytest.mark.parametrize(
     ("scheme", "transpose"),
-    [("paddlemix", False), ("static", False), ("huggingface", True), ("huggingface", False), ("static", True)],
+    [
+        ("paddlemix", False),
+        ("static", False),
+        ("huggingface", True),
+        ("huggingface", False),
+        ("static", True),
+    ],
 )
 def test_same_tensors(golden, tmp_path, scheme, transpose, kind):
     model = golden("b")
@@ -76,6 +82,10 @@ def test_what_does_not_fit_is_named(golden, tmp_path, spoil, message):
 def test_linear_pattern_covers_what_differs(golden):
     """The test's own list of linear weights, checked against the one fact that tells: a fused projection is 3 wide."""
     model = golden("b")
-    fused = [name for name, value in model.weights.items() if value.ndim == 2 and value.shape[1] == 3 * value.shape[0]]
+    fused = [
+        name
+        for name, value in model.weights.items()
+        if value.ndim == 2 and value.shape[1] == 3 * value.shape[0]
+    ]
     assert fused
     assert all(LINEAR.search(name) for name in fused)

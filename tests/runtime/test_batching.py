@@ -20,13 +20,26 @@ def vl(tiny_exported):
 
 def prompt_with_images(vl, n_images, words):
     config = vl.config.visual
-    image = [config.image_start_id, *[config.image_start_id + 2] * config.n_queries, config.image_start_id + 1]
+    image = [
+        config.image_start_id,
+        *[config.image_start_id + 2] * config.n_queries,
+        config.image_start_id + 1,
+    ]
     return image * n_images + words
 
 
-rows = st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 255), min_size=1, max_size=12)), min_size=1, max_size=4)
+rows = st.lists(
+    st.tuples(st.integers(0, 2), st.lists(st.integers(0, 255), min_size=1, max_size=12)),
+    min_size=1,
+    max_size=4,
+)
 options = st.sampled_from(
-    [{}, {"temperature": 1.5, "seed": 3}, {"top_p": 0.8, "seed": 9, "repetition_penalty": 1.3}, {"top_k": 5, "seed": 1}]
+    [
+        {},
+        {"temperature": 1.5, "seed": 3},
+        {"top_p": 0.8, "seed": 9, "repetition_penalty": 1.3},
+        {"top_k": 5, "seed": 1},
+    ]
 )
 
 
@@ -74,7 +87,9 @@ def test_several_images_are_seen_in_order(vl):
     features = np.random.default_rng(0).standard_normal((2, 256, vl.config.hidden_size)).astype("float32")
     prompt = [prompt_with_images(vl, 2, [65, 66])]
     arguments = {"max_new_tokens": 8, "eos_token_ids": ()}
-    assert vl.generate_ids(prompt, features, **arguments) != vl.generate_ids(prompt, features[::-1], **arguments)
+    assert vl.generate_ids(prompt, features, **arguments) != vl.generate_ids(
+        prompt, features[::-1], **arguments
+    )
 
 
 def test_a_full_context_ends_the_answer(tiny_exported, tmp_path):

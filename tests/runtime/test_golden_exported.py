@@ -23,7 +23,9 @@ def program(prefix, extension):
 @pytest.fixture
 def pair(golden, name, extension):
     model = golden(name)
-    vl = QwenVL.from_exported(program(model.vision, extension), program(model.language, extension), model.folder)
+    vl = QwenVL.from_exported(
+        program(model.vision, extension), program(model.language, extension), model.folder
+    )
     return model, vl, vl.encode_images(model.images)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
@@ -42,7 +42,7 @@ def make_tiny(folder: Path, seed: int = 0) -> None:
             for name, spec in {**language_specs(sizes), **vision_specs(sizes)}.items()
         }
         save_file(weights, str(partial / "model.safetensors"), {"format": "pd"})
-        os.replace(partial, folder)
+        partial.replace(folder)
     except OSError as error:
         raise UsageError(f"{folder}: cannot write there ({error.strerror})") from error
     finally:
@@ -79,10 +79,10 @@ def tiny_config(n_vocab: int, image_start_id: int) -> dict[str, Any]:
     }
 
 
-def _random(name: str, spec: TensorSpec, random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _random(name: str, spec: TensorSpec, random: np.random.Generator) -> NDArray[np.float32]:
     """Norm weights near 1, biases near 0, matrices of variance 1 / inputs, so that activations keep their size."""
     if len(spec.shape) == 1:
         centre = 1.0 if name.endswith(".weight") else 0.0
-        return (centre + 0.1 * random.standard_normal(spec.shape)).astype(np.float32)
+        return np.asarray(centre + 0.1 * random.standard_normal(spec.shape), np.float32)
     inputs = spec.shape[0] if spec.linear or name == "visual.proj" else int(np.prod(spec.shape[1:]))
-    return (random.standard_normal(spec.shape) / np.sqrt(inputs)).astype(np.float32)
+    return np.asarray(random.standard_normal(spec.shape) / np.sqrt(inputs), np.float32)

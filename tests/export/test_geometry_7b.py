@@ -1,0 +1,148 @@
+"""The sizes of the real 7B model, with one layer of each kind: export, its memory, and an answer.
+
+The weights are a short random pattern repeated: 3 GB of real random numbers would cost more time than the test.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
+from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
+from paddlemix_qwenvl_plugin.checkpoint.tensors import language_specs, vision_specs
+
+GIB = 1024**3
+FREE_GIB_NEEDED = 14
+
+CONFIG = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "kv_channels": 128,
+    "intermediate_size": 22016,
+    "vocab_size": 151936,
+    "seq_length": 2048,
+    "max_position_embeddings": 8192,
+    "visual": {
+        "heads": 16,
+        "image_size": 448,
+        "image_start_id": 151857,
+        "layers": 1,
+        "mlp_ratio": 4.9231,
+        "output_dim": 4096,
+        "patch_size": 14,
+        "width": 1664,
+    },
+}
+
+# Runs a piece of code and prints how far the peak resident memory rose above what importing Paddle takes.
+MEASURE = """
+import resource, sys
+import paddle, paddlemix_qwenvl_plugin.export.export, paddlemix_qwenvl_plugin.checkpoint.convert
+from pathlib import Path
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+{code}
+print(peak() - before)
+"""
+
+
+def rise_of_peak(code):
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURE.format(code=code)], capture_output=True, text=True, timeout=900
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    return int(process.stdout.split()[-1])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A float16 folder in three shards, with Hugging Face's names and [out, in] layout."""
+    folder = tmp_path_factory.mktemp("7b")
+    if shutil.disk_usage(folder).free < FREE_GIB_NEEDED * GIB:
+        pytest.skip(f"needs {FREE_GIB_NEEDED} GiB of free disk in {folder}; set TMPDIR to a larger one")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    config = parse_config(CONFIG, "test")
+    pattern = np.random.default_rng(0).standard_normal(65521).astype(np.float16)
+    shards = [{}, {}, {}]
+    for name, spec in {**language_specs(config), **vision_specs(config)}.items():
+        shape = spec.shape[::-1] if spec.linear else spec.shape
+        scale = 1.0 if len(shape) == 1 else 0.5 / np.sqrt(spec.shape[0] if spec.linear else shape[-1])
+        values = (
+            np.resize(pattern * np.float16(scale), shape)
+            if name != "wte.weight"
+            else np.resize(pattern, shape)
+        )
+        part = 0 if name == "wte.weight" else 1 if name == "lm_head.weight" else 2
+        shards[part][name if name == "lm_head.weight" else f"transformer.{name}"] = values
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-00003.safetensors"
+        safetensors_file.write(folder / file, shard, "float16")
+        weight_map.update(dict.fromkeys(shard, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    """The exports and the rise of the peak memory in bytes that each took."""
+    folder = tmp_path_factory.mktemp("7b-exported")
+    export = "from paddlemix_qwenvl_plugin.export.export import export_{0}; export_{0}"
+    rises = {
+        "vision": rise_of_peak(
+            export.format("vision") + f"(Path({str(model)!r}), Path({str(folder / 'vision')!r}), 'float16')"
+        ),
+        "qwen": rise_of_peak(
+            export.format("language") + f"(Path({str(model)!r}), Path({str(folder)!r}), 'qwen', 'float16')"
+        ),
+    }
+    yield folder, rises
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("stage", ["vision", "qwen"])
+def test_export_memory(exported, stage):
+    folder, rises = exported
+    weights = (folder / f"{stage}.pdiparams").stat().st_size
+    # The smaller stage has a floor: Paddle's own working memory for building programs.
+    assert rises[stage] <= max(1.3 * weights, 300e6), (
+        f"{rises[stage] / 1e9:.2f} GB for {weights / 1e9:.2f} GB of weights"
+    )
+
+
+def test_convert_memory(model, tmp_path):
+    """At most one shard (2 GiB here at most) beside the tensor being read."""
+    source, target = str(model), str(tmp_path / "converted")
+    rise = rise_of_peak(
+        "from paddlemix_qwenvl_plugin.checkpoint.convert import convert; "
+        f"convert(Path({source!r}), Path({target!r}), None, 10**9)"
+    )
+    largest = 151936 * 4096 * 2
+    shutil.rmtree(target)
+    assert rise <= 1e9 + 2 * largest
+
+
+def test_answers(exported):
+    """Both graphs run: a picture's features, then tokens that depend on them."""
+    folder, _ = exported
+    code = f"""
+import numpy as np
+from paddlemix_qwenvl_plugin import QwenVL
+vl = QwenVL.from_exported({str(folder / "vision")!r}, {str(folder / "qwen")!r})
+pixels = np.random.default_rng(0).standard_normal((1, 3, 448, 448)).astype("float32")
+features = vl.encode_images(pixels)
+assert features.shape == (1, 256, 4096) and np.isfinite(features).all() and features.std() > 0
+prompt = [[*[151857], *[151859] * 256, 151858, 198, 3838, 374, 419, 30]]
+answers = [vl.generate_ids(prompt, f, max_new_tokens=2, eos_token_ids=()) for f in (features, features * -3)]
+assert all(len(a[0]) == 2 and 0 <= min(a[0]) and max(a[0]) < 151936 for a in answers)
+assert answers[0] != answers[1], answers
+"""
+    rise_of_peak(code)
