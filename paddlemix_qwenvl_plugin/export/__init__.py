@@ -1,0 +1,5 @@
+"""From a checkpoint to exported graphs: contract, programs, parameter file, manifest."""
+
+from paddlemix_qwenvl_plugin.paddle_version import require_paddle
+
+require_paddle()

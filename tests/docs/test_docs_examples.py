@@ -1,0 +1,68 @@
+"""The Python examples of docs/python-api.md and the README's commands run as printed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doc_helpers import REPO, blocks, section
+
+import paddlemix_qwenvl_plugin as plugin
+from paddlemix_qwenvl_plugin.cli.main import app
+
+STREET = REPO / "recipes" / "pictures" / "street.png"
+
+
+def run_block(code: str, names: dict[str, Any], where: str) -> None:
+    """Run an example; what it prints must be what the comments behind its `print` calls say."""
+    promised = re.findall(r"^\s*print\(.*\)  # (.+)$", code, re.MULTILINE)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, where, "exec"), names)
+    if promised:
+        assert printed.getvalue().splitlines() == promised
+
+
+def test_python_api(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(tiny_exported / "model", tmp_path / "model")
+    shutil.copyfile(STREET, tmp_path / "street.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    examples = blocks((REPO / "docs" / "python-api.md").read_text("utf-8"), "python")
+    assert len(examples) >= 5
+    for number, code in enumerate(examples, start=1):
+        run_block(code, names, f"python-api.md, example {number}")
+
+
+def test_readme_real_model_and_python(
+    tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The four commands, on the tiny model instead of the real one, then the Python example on their files."""
+    (tmp_path / "recipes" / "pictures").mkdir(parents=True)
+    shutil.copyfile(STREET, tmp_path / "recipes" / "pictures" / "street.png")
+    monkeypatch.chdir(tmp_path)
+    readme = (REPO / "README.md").read_text("utf-8")
+    (commands,) = blocks(section(readme, "The real model"), "sh")
+    for line in commands.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == ".venv/bin/qwenvl"
+        arguments = [str(tiny_exported / "model") if a == "/path/to/qwen-vl-7b" else a for a in arguments]
+        assert not app(arguments, standalone_mode=False)
+    assert (tmp_path / "out" / "answer.png").stat().st_size > 0
+    (example,) = blocks(section(readme, "From Python"), "python")
+    run_block(example, {}, "README.md")
+
+
+def test_python_api_names_every_option() -> None:
+    text = (REPO / "docs" / "python-api.md").read_text("utf-8")
+    for name in set(plugin.__all__) - {"__version__"}:
+        assert f"`{name}" in text, name
+    for field in (*fields(plugin.GenerationOptions), *fields(plugin.Answer)):
+        assert re.search(rf"^\| .*`{field.name}`.* \|", text, re.MULTILINE), field.name

@@ -1,0 +1,100 @@
+"""README.md and README_zh.md keep step, CI runs the README's commands, and links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from doc_helpers import REPO, anchor, blocks, headings, links, prose
+from PIL import Image
+
+ENGLISH = (REPO / "README.md").read_text("utf-8")
+CHINESE = (REPO / "README_zh.md").read_text("utf-8")
+DOCUMENTS = [REPO / "README.md", REPO / "README_zh.md", *sorted((REPO / "docs").glob("*.md"))]
+
+MAIN_JOB = "python3 -m venv .venv && .venv/bin/pip install -e '.[cpu]' && .venv/bin/qwenvl run tiny-cpu"
+TESTS = ".venv/bin/pip install -e '.[cpu,dev]' && .venv/bin/pytest"
+
+
+def test_same_code_blocks() -> None:
+    assert blocks(ENGLISH) == blocks(CHINESE)
+    assert len(blocks(ENGLISH)) >= 4
+
+
+def test_same_headings() -> None:
+    levels = [level for level, _ in headings(ENGLISH)]
+    assert levels == [level for level, _ in headings(CHINESE)]
+    assert len(levels) >= 8
+
+
+def test_same_shape_section_by_section() -> None:
+    """As many code blocks, pictures, list items and table rows under each heading."""
+
+    def shape(text: str) -> list[list[int]]:
+        sections = re.split(r"^#+ ", text, flags=re.MULTILINE)
+        marks = (r"^```\w+$", r"^!\[", r"^- ", r"^\|")
+        return [[len(re.findall(mark, part, re.MULTILINE)) for mark in marks] for part in sections]
+
+    assert shape(ENGLISH) == shape(CHINESE)
+
+
+@pytest.mark.parametrize(("heading", "command"), [("Run it", MAIN_JOB), ("Test it", TESTS)])
+def test_what_ci_runs_is_the_readme(heading: str, command: str) -> None:
+    script = (REPO / ".ci" / "run").read_text("utf-8")
+    extract = re.search(r"^command_under\(\) \{\n.*?^\}$", script, re.MULTILINE | re.DOTALL)
+    assert extract is not None
+    assert f"$(command_under '{heading}')" in script
+    taken = subprocess.run(
+        ["bash", "-c", f"{extract.group()}\ncommand_under '{heading}'"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert taken.stdout == f"{command}\n"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_resolve(document: Path) -> None:
+    for link in links(document.read_text("utf-8")):
+        target, _, fragment = link.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        path = document.parent / target if target else document
+        assert path.exists(), link
+        if fragment:
+            assert fragment in [anchor(title) for _, title in headings(path.read_text("utf-8"))], link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_files_exist(document: Path) -> None:
+    """Paths in backquotes that begin with one of the repository's folders."""
+    pattern = r"`((?:tests|tools|docs|recipes|\.ci)/[\w./-]+)`"
+    for name in re.findall(pattern, prose(document.read_text("utf-8"))):
+        if "NAME" not in name:
+            assert (REPO / name).exists() or (REPO / "paddlemix_qwenvl_plugin" / name).exists(), name
+
+
+def test_picture_is_what_the_tool_draws(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("draw_answer", REPO / "tools" / "draw_answer.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    tool.main(tmp_path / "drawn.png")
+    with (
+        Image.open(tmp_path / "drawn.png") as drawn,
+        Image.open(REPO / "docs/pictures/drawn-answer.png") as shipped,
+    ):
+        assert drawn.size == shipped.size
+        difference = np.abs(np.asarray(drawn, np.int16) - np.asarray(shipped, np.int16)).max(axis=-1)
+    # Letters differ with Pillow's version of the font code; boxes do not.
+    assert (difference > 32).mean() < 0.002
+    for text in (ENGLISH, CHINESE):
+        first = re.search(r"<ref>.*?</box>", text)
+        assert first is not None
+        assert first.group() in tool.ANSWER

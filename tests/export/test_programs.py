@@ -1,0 +1,114 @@
+"""What the exported programs say of themselves, read back by Paddle."""
+
+from __future__ import annotations
+
+import re
+
+import paddle
+import pytest
+
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+from paddlemix_qwenvl_plugin.checkpoint.config import load_config
+from paddlemix_qwenvl_plugin.export.contract import stock_inputs, vision_inputs
+from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
+from paddlemix_qwenvl_plugin.export.manifest import read_manifest
+from paddlemix_qwenvl_plugin.runtime.programs import Stage
+
+STOCK_NAMES = [
+    "input_ids",
+    "image_features",
+    "img_pos",
+    "attention_mask",
+    "position_ids",
+    "penalty_score",
+    "frequency_score",
+    "presence_score",
+    "min_length",
+    "max_length",
+    "temperature",
+    "top_p",
+    "eos_token_id",
+    "seq_len_encoder",
+    "seq_len_decoder",
+    "step_idx",
+    "stop_flags",
+    "tgt_ids",
+    "tgt_pos",
+    "tgt_generation_mask",
+    "pre_ids",
+    "stop_nums",
+]
+
+
+def loaded(path):
+    """The program's text as Paddle prints it, PIR."""
+    paddle.enable_static()
+    try:
+        program, *_ = paddle.static.load_inference_model(
+            str(path.with_suffix("")), paddle.static.Executor(paddle.CPUPlace())
+        )
+        return str(program)
+    finally:
+        paddle.disable_static()
+
+
+def result_types(text, operator):
+    return re.findall(rf'"pd_op\.{operator}".* -> tensor<\S*?(b?f\d+)>', text)
+
+
+@pytest.mark.parametrize("extension", [".json", ".pdmodel"])
+def test_stock_input_names_and_order(golden, extension):
+    model = golden("a")
+    predictor = Stage(f"{model.language}{extension}", "language", "cpu").open()._predictor
+    layers = model.config["num_hidden_layers"]
+    assert predictor.get_input_names() == STOCK_NAMES + [f"cache_kvs_{i}" for i in range(layers)]
+    assert len(predictor.get_output_names()) == 6
+
+
+def test_declared_contract(golden):
+    config = load_config(golden("a").folder)
+    shapes = {i.name: (i.shape, i.dtype) for i in stock_inputs(config, "float16", "float16")}
+    assert shapes["attention_mask"] == ((-1, -1), "float16")
+    assert shapes["cache_kvs_0"] == ((2, -1, 2, -1, 128), "float16")
+    assert shapes["seq_len_encoder"] == ((-1, 1), "int32")
+    assert vision_inputs(config, "float16", "float16")[0].shape == (-1, 3, 448, 448)
+
+
+@pytest.mark.parametrize(("dtype", "printed"), [("float16", "f16"), ("bfloat16", "bf16")])
+def test_half_programs_hold_their_type(golden, tmp_path, dtype, printed):
+    """The float64 stand-in is gone, products run in the half type, norms and softmax in float32."""
+    model = golden("a")
+    export_vision(model.folder, tmp_path / "vision", dtype)
+    export_language(model.folder, tmp_path, "qwen", dtype)
+    # Paddle's reader wants the parameters under the program's own name.
+    (tmp_path / "qwen.step.pdiparams").symlink_to(tmp_path / "qwen.pdiparams")
+    for name in ("vision", "qwen", "qwen.step"):
+        text = loaded(tmp_path / f"{name}.json")
+        assert "f64>" not in text
+        assert set(result_types(text, "matmul")) == {printed}
+        assert set(result_types(text, "softmax")) == {"f32"}
+
+
+def test_manifest(golden):
+    model = golden("a")
+    vision, language = read_manifest(model.vision, "vision"), read_manifest(model.language, "language")
+    assert vision.model == language.model == Checkpoint(model.folder).fingerprint()
+    assert (language.contract, language.dtype, language.paddle) == (1, "float32", paddle.__version__)
+    assert language.config == load_config(model.folder)
+    assert set(language.programs) == {"qwen.json", "qwen.pdmodel", "qwen.step.json", "qwen.step.pdmodel"}
+    assert language.weights.bytes == (model.language.with_name("qwen.pdiparams")).stat().st_size
+
+
+def test_different_weights_have_different_fingerprints(golden):
+    assert Checkpoint(golden("a").folder).fingerprint() != Checkpoint(golden("b").folder).fingerprint()
+
+
+def test_no_leftovers(golden):
+    model = golden("a")
+    names = {path.name for path in model.language.parent.iterdir()}
+    assert names == {
+        "config.json",
+        "qwen.manifest.json",
+        "qwen.pdiparams",
+        *read_manifest(model.language, "language").programs,
+    }
