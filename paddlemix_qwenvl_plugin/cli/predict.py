@@ -94,10 +94,20 @@ def predict(
 
 
 def as_dict(answer: Answer) -> dict[str, Any]:
-    """The answer as JSON-ready values; box coordinates in thousandths of width and height."""
+    """The answer as JSON-ready values; a box has `points` in thousandths and, of the last picture, `pixels`."""
+    size = answer.image_size
     return {
         "text": answer.text,
-        "boxes": [{"kind": box.kind, "ref": box.ref, "points": box.points} for box in answer.boxes],
+        "boxes": [
+            {
+                "kind": box.kind,
+                "ref": box.ref,
+                "points": box.points,
+                "pixels": box.to_pixels(*size) if size else None,
+            }
+            for box in answer.boxes
+        ],
+        "image_size": size,
         "problems": list(answer.problems),
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +16,14 @@ from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
 from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.export.manifest import check_pair
 from paddlemix_qwenvl_plugin.processing.boxes import Box, parse_boxes
-from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess
-from paddlemix_qwenvl_plugin.processing.prompts import Part, Prompt, base_prompt, chat_prompt, image_spans
+from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess_all
+from paddlemix_qwenvl_plugin.processing.prompts import Part, Query, base_prompt, chat_prompt, image_spans
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.runtime.generator import Generated, Generator
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
 
 PathLike = Union[str, Path]
-History = Sequence[tuple[Union[Sequence[Part], str], str]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,9 @@ class Answer:
 
     Attributes:
         text: what the model said, with its `<ref>` and `<box>` tags, without the end token.
-        boxes: the boxes and quads in it, in thousandths of the picture's width and height.
+        boxes: the boxes and quads in it, in thousandths of the picture's width and height;
+            `box.to_pixels(*answer.image_size)` gives pixels.
+        image_size: (width, height) in pixels of the last picture, to which the boxes refer; None without a picture.
         problems: boxes that could not be read, one line each.
         token_ids: every generated token, the end token included.
         finish_reason: "stop" (an end token) or "length" (max_new_tokens, or the context is full).
@@ -42,6 +43,7 @@ class Answer:
 
     text: str
     boxes: tuple[Box, ...]
+    image_size: Optional[tuple[int, int]]
     problems: tuple[str, ...]
     token_ids: list[int]
     finish_reason: str
@@ -172,7 +174,7 @@ class QwenVL:
         parts: Union[str, Sequence[Part]],
         *,
         chat: bool = False,
-        history: History = (),
+        history: Sequence[tuple[Query, str]] = (),
         system: str = "You are a helpful assistant.",
         **options: Any,
     ) -> Answer:
@@ -200,7 +202,8 @@ class QwenVL:
             raise UsageError("history: only a chat prompt has earlier turns; pass chat=True")
         else:
             prompt = base_prompt(tokenizer, query)
-        pixels = self._pixels(prompt)
+        images = [load_image(i, allow_http=self._allow_http, limits=self._limits) for i in prompt.images]
+        pixels = preprocess_all(images, self.config.visual.image_size)
         prepared = time.perf_counter()
         features = self.encode_images(pixels)
         encoded = time.perf_counter()
@@ -212,21 +215,18 @@ class QwenVL:
             "decode": generated.decode_seconds,
             "tokens_per_second": (generated.steps - 1) / max(generated.decode_seconds, 1e-9),
         }
-        return self._answer(generated.tokens[0], generated.finish_reasons[0], ends, timings)
-
-    def _answer(
-        self, tokens: list[int], reason: str, ends: Sequence[int], timings: Mapping[str, float]
-    ) -> Answer:
-        said = tokens[:-1] if tokens and tokens[-1] in ends else tokens
-        text = self.tokenizer.decode(said)
+        tokens, reason = generated.tokens[0], generated.finish_reasons[0]
+        text = tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens)
         parsed = parse_boxes(text)
-        return Answer(text, tuple(parsed.boxes), tuple(parsed.problems), tokens, reason, dict(timings))
-
-    def _pixels(self, prompt: Prompt) -> NDArray[np.float32]:
-        size = self.config.visual.image_size
-        images = [load_image(i, allow_http=self._allow_http, limits=self._limits) for i in prompt.images]
-        pixels = [preprocess(image, size) for image in images]
-        return np.stack(pixels) if pixels else np.zeros([0, 3, size, size], np.float32)
+        return Answer(
+            text=text,
+            boxes=tuple(parsed.boxes),
+            image_size=images[-1].size if images else None,
+            problems=tuple(parsed.problems),
+            token_ids=tokens,
+            finish_reason=reason,
+            timings=timings,
+        )
 
     def _generate(
         self,

@@ -1,0 +1,102 @@
+"""The public generate(): prompts, pictures, chat, boxes; its parts against the lower-level calls."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paddlemix_qwenvl_plugin import QwenVL, QwenVLError, UsageError, load_image, preprocess
+from paddlemix_qwenvl_plugin.export.export import export_vision
+from paddlemix_qwenvl_plugin.processing.boxes import Box
+from paddlemix_qwenvl_plugin.runtime.generator import Generated
+from paddlemix_qwenvl_plugin.tiny import make_tiny
+
+STREET = Path(__file__).parents[2] / "recipes" / "pictures" / "street.png"
+
+
+@pytest.fixture(scope="module")
+def vl(tiny_exported):
+    return QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
+
+
+def test_equals_the_steps_by_hand(vl):
+    """Tokenise, preprocess, encode and generate apart."""
+    parts = [{"image": str(STREET)}, {"text": "What is this?"}]
+    answer = vl.generate(parts, max_new_tokens=8)
+    ids = vl.tokenizer.encode(f"Picture 1:<img>{STREET}</img>\nWhat is this?")
+    features = vl.encode_images(preprocess(load_image(STREET))[None])
+    tokens = vl.generate_ids([ids], features, max_new_tokens=8)[0]
+    assert answer.token_ids == tokens
+    assert answer.image_size == (960, 640)
+    assert answer.finish_reason == ("stop" if tokens[-1] == vl.tokenizer.eod_id else "length")
+    assert {"prepare", "encode_images", "prefill", "decode", "tokens_per_second"} == set(answer.timings)
+
+
+def test_every_kind_of_source_gives_the_same_answer(vl):
+    data = STREET.read_bytes()
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    picture = Image.open(io.BytesIO(data))
+    answers = [
+        vl.generate([{"image": source}, {"text": "Hi"}], max_new_tokens=6).token_ids
+        for source in (data, url, picture)
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_text_only(vl):
+    answer = vl.generate("Hello", max_new_tokens=4)
+    assert answer.token_ids == vl.generate_ids([vl.tokenizer.encode("Hello")], max_new_tokens=4)[0]
+    assert answer.image_size is None
+
+
+def test_chat_stops_at_turn_tokens(vl, monkeypatch):
+    tokenizer = vl.tokenizer
+    seen = {}
+
+    def fake(ids, lengths, features, img_pos, options, ends):
+        seen.update(ids=ids[0].tolist(), ends=list(ends))
+        return Generated([[72, 105, tokenizer.im_end_id]], ["stop"], 0.0, 0.0, 3)
+
+    monkeypatch.setattr(vl._generator, "generate", fake)
+    answer = vl.generate("How?", chat=True, history=[("Who?", "Me.")])
+    assert answer.text == "Hi"
+    assert answer.token_ids[-1] == tokenizer.im_end_id
+    assert seen["ends"] == [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
+    assert tokenizer.decode(seen["ids"]) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n"
+        "<|im_start|>assistant\nMe.<|im_end|>\n<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_boxes_of_the_answer(vl, monkeypatch):
+    said = vl.tokenizer.encode("<ref>the car</ref><box>(100,200),(500,1000)</box> and <box>(1,2)</box>")
+    made = Generated([[*said, vl.tokenizer.eod_id]], ["stop"], 0.0, 0.0, 3)
+    monkeypatch.setattr(vl._generator, "generate", lambda *arguments: made)
+    answer = vl.generate([{"image": str(STREET)}, {"text": "Where?"}])
+    assert answer.boxes == (Box("box", ((100, 200), (500, 1000)), "the car"),)
+    assert answer.boxes[0].to_pixels(*answer.image_size) == ((96.0, 128.0), (480.0, 640.0))
+    assert len(answer.problems) == 1
+    assert answer.text.startswith("<ref>the car</ref><box>")
+
+
+def test_history_needs_chat(vl):
+    with pytest.raises(UsageError, match="pass chat=True"):
+        vl.generate("a", history=[("b", "c")])
+
+
+def test_stages_of_different_models_are_refused(tiny_exported, tmp_path):
+    make_tiny(tmp_path / "other", seed=2)
+    export_vision(tmp_path / "other", tmp_path / "vision")
+    with pytest.raises(QwenVLError, match="the two stages come from different models"):
+        QwenVL.from_exported(tmp_path / "vision", tiny_exported / "text" / "qwen")
+
+
+def test_encode_images_checks_shapes(vl):
+    assert vl.encode_images(np.zeros([0, 3, 448, 448])).shape == (0, 256, 256)
+    with pytest.raises(UsageError, match=r"pixels: shape \[1, 3, 224, 224\], must be \[N, 3, 448, 448\]"):
+        vl.encode_images(np.zeros([1, 3, 224, 224]))
