@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
 from paddlemix_qwenvl_plugin.checkpoint.convert import paddlemix_name
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
-from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError, make_folder, naming
 from paddlemix_qwenvl_plugin.processing.tiny_vocab import write_tiny_vocabulary
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 
@@ -23,30 +24,35 @@ def make_tiny(folder: Path, seed: int = 0) -> None:
     """Write config.json, model.safetensors (float32) and qwen.tiktoken into a new folder, the same for every run.
 
     Raises:
-        UsageError: the folder exists.
+        UsageError: the folder exists, or cannot be made.
     """
     if folder.exists():
         raise UsageError(f"{folder}: exists already; name a new folder")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    make_folder(partial)
     try:
-        partial.mkdir(parents=True)
-        write_tiny_vocabulary(partial / "qwen.tiktoken")
-        tokenizer = QwenTokenizer.from_folder(partial)
-        config = tiny_config(tokenizer.n_vocab, tokenizer.img_start_id)
-        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-        sizes = parse_config(config, "tiny model")
-        random = np.random.default_rng(seed)
-        weights = {
-            paddlemix_name(name): _random(name, spec, random)
-            for name, spec in {**language_specs(sizes), **vision_specs(sizes)}.items()
-        }
-        save_file(weights, str(partial / "model.safetensors"), {"format": "pd"})
-        partial.replace(folder)
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot write there ({error.strerror})") from error
+        with naming(folder):
+            _write(partial, seed)
+            partial.replace(folder)
+    except SafetensorError as error:
+        raise QwenVLError(f"{folder}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(folder: Path, seed: int) -> None:
+    write_tiny_vocabulary(folder / "qwen.tiktoken")
+    tokenizer = QwenTokenizer.from_folder(folder)
+    config = tiny_config(tokenizer.n_vocab, tokenizer.img_start_id)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+    sizes = parse_config(config, "tiny model")
+    random = np.random.default_rng(seed)
+    weights = {
+        paddlemix_name(name): _random(name, spec, random)
+        for name, spec in {**language_specs(sizes), **vision_specs(sizes)}.items()
+    }
+    save_file(weights, str(folder / "model.safetensors"), {"format": "pd"})
 
 
 def tiny_config(n_vocab: int, image_start_id: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ RESAMPLER_HEAD_DIM = 128
 class VisionConfig(BaseModel):
     """Sizes of the vision tower and the resampler (`visual` in config.json)."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     image_size: PositiveInt = 448
     patch_size: PositiveInt = 14
@@ -55,7 +55,7 @@ class VisionConfig(BaseModel):
 class ModelConfig(BaseModel):
     """Sizes of the whole model. Keys that config.json has beyond these are upstream's and are not read."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     hidden_size: PositiveInt
     num_hidden_layers: PositiveInt

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
-from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.errors import UsageError, make_folder, naming
 
 MAX_SHARD_BYTES = 2 * 1024**3
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
@@ -43,13 +43,14 @@ def convert(
     partial = target.with_name(target.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    make_folder(partial)
     try:
-        _write_shards(checkpoint, partial, dtype, max_shard_bytes)
-        for path in sorted(source.iterdir()):
-            if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
-                shutil.copyfile(path, partial / path.name)
-        partial.replace(target)
+        with naming(target):
+            _write_shards(checkpoint, partial, dtype, max_shard_bytes)
+            for path in sorted(source.iterdir()):
+                if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
+                    shutil.copyfile(path, partial / path.name)
+            partial.replace(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

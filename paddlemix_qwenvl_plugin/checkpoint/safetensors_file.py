@@ -8,6 +8,7 @@ holds one tensor. Format: 8 bytes little-endian header length, a JSON header, th
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             entries = {
                 name: _entry(value, 8 + length) for name, value in header.items() if name != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise QwenVLError(f"{path}: the safetensors header is damaged ({error})") from error
     for name, entry in entries.items():
-        if entry.n_bytes != int(np.prod(entry.shape, dtype=np.int64)) * entry.numpy_dtype.itemsize:
+        if entry.n_bytes != math.prod(entry.shape) * entry.numpy_dtype.itemsize:
             raise QwenVLError(f"{path}: the header is damaged: {name} has the wrong number of bytes")
         if entry.offset + entry.n_bytes > size:
             raise QwenVLError(
@@ -93,7 +94,7 @@ def _entry(value: dict[str, object], base: int) -> StoredTensor:
     code = str(value["dtype"])
     if code not in _DTYPES:
         raise ValueError(f"dtype {code} is not a floating-point type this model uses")
-    begin, end = value["data_offsets"]  # type: ignore[misc]
+    begin, end = map(int, value["data_offsets"])  # type: ignore[call-overload]
     shape = tuple(int(n) for n in value["shape"])  # type: ignore[attr-defined]
     if begin < 0 or end < begin or any(n < 0 for n in shape):  # type: ignore[has-type]
         raise ValueError("negative size or offset")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -19,7 +20,6 @@ _ClickException: Any = typer.BadParameter.__mro__[2]
 app = typer.Typer(
     name="qwenvl",
     help="Export and run Qwen-VL with Paddle.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -41,22 +41,44 @@ app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:
-    """Run the command line; errors end as one line on stderr and exit code 1 (failure) or 2 (usage)."""
+    """Run the command line.
+
+    An error ends as one line on stderr and exit code 1 (failure), 2 (usage) or 130 (interrupted).
+    """
     # Notes for Paddle's developers, in C++ and in Python.
     os.environ.setdefault("GLOG_minloglevel", "2")
     warnings.filterwarnings("ignore", message="No ccache found")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(prog_name="qwenvl", standalone_mode=False) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk shows here, while it can still be reported
     except QwenVLError as error:
-        if os.environ.get("QWENVL_DEBUG") == "1":
-            raise
         _fail(str(error), error.exit_code)
     except _ClickException as error:
-        _fail(error.format_message(), 2)
+        command = error.ctx.command_path if error.ctx else "qwenvl"
+        _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Who reads the output has gone, as in `qwenvl recipes list | head -1`: there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        _fail(f"{error.filename}: {reason}" if error.filename else reason, 1)
+    except MemoryError as error:
+        _fail(f"out of memory ({error})" if str(error) else "out of memory", 1)
+    except Exception as error:  # a slip of this package or of a library
+        lines = str(error).strip().splitlines()
+        what = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        _fail(f"internal error: {what} (run with --debug for the traceback)", 1)
+    sys.exit(code)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"qwenvl: {message}", file=sys.stderr)
+def _fail(message: str, code: int) -> NoReturn:
+    if os.environ.get("QWENVL_DEBUG") == "1":
+        traceback.print_exc()
+    # One line whatever a file is called, and nothing in it that a terminal obeys.
+    line = " ".join(message.splitlines())
+    print(f"qwenvl: {''.join(c if c.isprintable() else '?' for c in line)}", file=sys.stderr)
     sys.exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -11,6 +12,8 @@ import typer
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.predictor import Answer
+
+_DRAW_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def predict(
@@ -58,9 +61,14 @@ def predict(
         raise UsageError("nothing to ask: give --prompt, --image or both")
     if draw is not None and not sources:
         raise UsageError("--draw needs an --image to draw on")
+    for file in (output, draw):
+        if file is not None and file.exists() and not file.is_file():
+            raise UsageError(f"{file}: is a folder or a device; name a file")
     for folder in (output.parent if output else None, draw.parent if draw else None, real_time_save):
         if folder is not None and not folder.is_dir():
             raise UsageError(f"{folder}: no such folder")
+    if draw is not None and draw.suffix.lower() not in _DRAW_FORMATS:
+        raise UsageError(f"--draw {draw}: not a picture format; name it .png or .jpg")
     model_pair = QwenVL.from_exported(first_model_path, second_model_path, model, device, allow_http)
     parts: list[dict[str, Any]] = [{"image": source} for source in sources]
     answer = model_pair.generate(
@@ -79,9 +87,12 @@ def predict(
     )
     result = as_dict(answer)
     if output is not None:
-        partial = output.with_name(output.name + ".partial")
-        partial.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8")
-        partial.replace(output)
+        _write_beside(
+            output,
+            lambda partial: partial.write_text(
+                json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8"
+            ),
+        )
     if real_time_save is not None:
         from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
 
@@ -116,16 +127,20 @@ def as_dict(answer: Answer) -> dict[str, Any]:
 
 
 def _draw(target: Path, source: str, answer: Answer, allow_http: bool) -> None:
-    from paddlemix_qwenvl_plugin.errors import UsageError
     from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
     from paddlemix_qwenvl_plugin.processing.images import load_image
 
     drawn = draw_boxes(load_image(source, allow_http=allow_http), answer.boxes)
+    _write_beside(target, drawn.save)
+
+
+def _write_beside(target: Path, write: Callable[[Path], Any]) -> None:
+    from paddlemix_qwenvl_plugin.errors import naming
+
     partial = target.with_name(f".partial-{target.name}")
     try:
-        drawn.save(partial)
-        partial.replace(target)
-    except ValueError as error:
-        raise UsageError(f"--draw {target}: not a picture format; name it .png or .jpg") from error
+        with naming(target):
+            write(partial)
+            partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import typer
 
 from paddlemix_qwenvl_plugin.errors import UsageError
 
-app = typer.Typer(name="recipes", help="List, show and check recipes.", no_args_is_help=True)
+app = typer.Typer(name="recipes", help="List, show and check recipes.")
 
 
 @app.command("list")
@@ -17,7 +17,7 @@ def list_() -> None:
     from paddlemix_qwenvl_plugin.recipes import loader
 
     rows = [(name, " ".join(loader.load(path).why.split())) for name, path in loader.shipped().items()]
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():
         width = max((len(name) for name, _ in rows), default=0)
         for name, why in rows:
             print(f"{name:<{width}}  {why}")

@@ -6,11 +6,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import check_dtype
-from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.errors import UsageError, make_folder, naming
 from paddlemix_qwenvl_plugin.export.contract import (
     CONTRACT_VERSION,
     step_inputs,
@@ -26,6 +26,8 @@ from paddlemix_qwenvl_plugin.modeling.vision import VisionModel
 from paddlemix_qwenvl_plugin.modeling.weights import Parameters, language_parameters, vision_parameters
 from paddlemix_qwenvl_plugin.version import __version__
 
+PathLike = Union[str, Path]
+
 # What a user of the exported model needs beside the graphs, copied from the model folder where it is there.
 _COMPANIONS = ("config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json")
 
@@ -33,7 +35,7 @@ _COMPANIONS = ("config.json", "generation_config.json", "qwen.tiktoken", "tokeni
 _Variants = list[tuple[str, Callable[..., Any], Callable[[Any, list[Any]], Any]]]
 
 
-def export_vision(model: Path, save_path: Path, dtype: str = "float32") -> Manifest:
+def export_vision(model: PathLike, save_path: PathLike, dtype: str = "float32") -> Manifest:
     """Export stage 1, images -> features, to SAVE_PATH.json, .pdmodel, .pdiparams and .manifest.json.
 
     A float16 or bfloat16 export also has `.cpu.json` and `.cpu.pdmodel`: the same weights, computed in float32.
@@ -46,39 +48,39 @@ def export_vision(model: Path, save_path: Path, dtype: str = "float32") -> Manif
     Raises:
         UsageError, QwenVLError: see Checkpoint; float16 overflow names the tensor.
     """
-    checkpoint = Checkpoint(model)
+    save_path = Path(save_path)
+    if not save_path.name:
+        raise UsageError(f"--save_path {save_path}: must end in a file name, the prefix of the files")
+    checkpoint = Checkpoint(Path(model))
     variants: _Variants = [("", vision_inputs, lambda vision, inputs: vision(*inputs))]
     return _export(checkpoint, save_path, "vision", dtype, VisionModel, variants, vision_parameters)
 
 
 def export_language(
-    model: Path, output_path: Path, model_prefix: str = "model", dtype: str = "float32"
+    model: PathLike, output_path: PathLike, model_prefix: str = "model", dtype: str = "float32"
 ) -> Manifest:
     """Export stage 2 to OUTPUT_PATH/MODEL_PREFIX.* : the stock graph, and `.step` programs for our predictor.
 
     The tokenizer and the config are copied to OUTPUT_PATH. Arguments and errors as for export_vision.
     """
+    output_path = Path(output_path)
     if not model_prefix or Path(model_prefix).name != model_prefix:
         raise UsageError(f"--model_prefix {model_prefix!r}: must be a plain file name")
-    checkpoint = Checkpoint(model)
+    checkpoint = Checkpoint(Path(model))
     variants: _Variants = [
         ("", stock_inputs, lambda lm, inputs: StockGeneration(lm)(*inputs[:22], inputs[22:])),
         (".step", step_inputs, lambda lm, inputs: Step(lm)(*inputs[:7], inputs[7:])),
     ]
-    manifest = _export(
-        checkpoint,
-        output_path / model_prefix,
-        "language",
-        dtype,
-        LanguageModel,
-        variants,
-        language_parameters,
-    )
-    for name in _COMPANIONS:
+    make_folder(output_path)
+    for name in _COMPANIONS:  # before the stage, so that whoever sees its manifest has them
         source = checkpoint.folder / name
         if source.is_file() and source.resolve() != (output_path / name).resolve():
-            shutil.copyfile(source, output_path / name)
-    return manifest
+            partial = output_path / f".partial-{name}"
+            with naming(partial):
+                shutil.copyfile(source, partial)
+                partial.replace(output_path / name)
+    prefix = output_path / model_prefix
+    return _export(checkpoint, prefix, "language", dtype, LanguageModel, variants, language_parameters)
 
 
 def _export(
@@ -93,8 +95,8 @@ def _export(
     check_dtype(dtype)
     # (what comes after the prefix, what activations are computed in): a CPU has no half-precision products.
     targets = [("", dtype)] if dtype == "float32" else [("", dtype), (".cpu", "float32")]
-    _make_folder(prefix.parent)
-    with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".export-") as scratch:
+    make_folder(prefix.parent)
+    with naming(prefix), tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".export-") as scratch:
         shapes = None
         for suffix, inputs, run in variants:
             for target, compute_dtype in targets:
@@ -134,10 +136,3 @@ def _manifest(
         weights=weights,
         programs=programs,
     )
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot make this folder ({error.strerror})") from error

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
+from paddlemix_qwenvl_plugin.errors import QwenVLError
 
 _TYPE_CODES = {"float16": 4, "float32": 5, "bfloat16": 22}
 
@@ -64,10 +65,37 @@ def read_first_dims(path: Path) -> list[int]:
     while position < len(data):
         (length,) = struct.unpack_from("<i", data, position + 16)
         message = data[position + 20 : position + 20 + length]
-        dim = _read_varint(message, 3)
+        dim, _ = _read_varint(message, 3)
         dims.append(dim)
         position += 20 + length + 4 * dim
     return dims
+
+
+def check_records(path: Path) -> None:
+    """Walk over the heads of the records, which reads little of the file.
+
+    Raises:
+        QwenVLError: the records do not fill the file, as after a copy that was broken off.
+    """
+    sizes = {code: STORAGE[dtype].itemsize for dtype, code in _TYPE_CODES.items()}
+    position, end = 0, path.stat().st_size
+    with path.open("rb") as file:
+        while position < end:
+            file.seek(position)
+            head = file.read(20)
+            length = struct.unpack("<16xi", head)[0] if len(head) == 20 and not any(head[:16]) else 0
+            message = file.read(length) if 0 < length < 1000 else b""
+            try:
+                count, at = 1, 2
+                while at < len(message):
+                    dim, at = _read_varint(message, at + 1)
+                    count *= dim
+                n_bytes = count * sizes[message[1]]
+            except (IndexError, KeyError) as error:
+                raise QwenVLError(f"{path}: damaged at byte {position}; export again") from error
+            position += 20 + length + n_bytes
+        if position != end:
+            raise QwenVLError(f"{path}: cut off; export again")
 
 
 def _record_head(shape: tuple[int, ...], dtype: str) -> bytes:
@@ -84,11 +112,12 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _read_varint(data: bytes, position: int) -> int:
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number and the position after it."""
     value = shift = 0
     while True:
         byte = data[position]
         value |= (byte & 127) << shift
         if byte < 128:
-            return value
+            return value, position + 1
         position, shift = position + 1, shift + 7

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import paddle
+from einops import rearrange
 from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
@@ -79,7 +80,7 @@ def _resize(table: NDArray[np.generic], grid: int, dtype: str, name: str) -> NDA
     side = int(table.shape[0] ** 0.5)
     if side == grid:
         return table
-    values = cast(table, dtype, "float32", name).reshape(1, side, side, -1).transpose(0, 3, 1, 2)
+    values = rearrange(cast(table, dtype, "float32", name), "(h w) c -> 1 c h w", h=side)
     with paddle.no_grad():
         resized = paddle.nn.functional.interpolate(
             paddle.to_tensor(np.ascontiguousarray(values), place=paddle.CPUPlace()),
@@ -87,5 +88,4 @@ def _resize(table: NDArray[np.generic], grid: int, dtype: str, name: str) -> NDA
             mode="bicubic",
             align_corners=False,
         )
-    rows = resized.numpy()[0].transpose(1, 2, 0).reshape(grid * grid, -1)
-    return cast(rows, "float32", dtype, name)
+    return cast(rearrange(resized.numpy(), "1 c h w -> (h w) c"), "float32", dtype, name)

@@ -191,7 +191,9 @@ def _checked_text(text: Any, refused_tags: Sequence[str], where: str) -> str:
         raise UsageError(f"{where} must be a string, got {type(text).__name__}")
     for tag in refused_tags:
         if tag in text:
-            hint = ': give a picture as a part {"image": …} of its own' if tag in _PICTURE_TAGS else ""
+            hint = (
+                ': give a picture as a part {"image": …} of its own (--image)' if tag in _PICTURE_TAGS else ""
+            )
             raise UsageError(f"{where} must not contain {tag}{hint}")
     return text
 

@@ -101,7 +101,7 @@ def _read_yaml(path: Path) -> Any:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise UsageError(f"{path}{where}: {error.problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
 
 
@@ -150,7 +150,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise UsageError(f"override {override!r}: write key=value")
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"override {override!r}: the value is not YAML; quote it") from error
     *parents, last = key.split(".")
     node: Any = data

@@ -55,7 +55,10 @@ def to_continue(recipe: Recipe, output: Path, first: int) -> Path:
     if not folders:
         raise QwenVLError(f"--from-step {step}: {output} has no earlier run of {recipe.name}")
     folder, wanted = folders[-1], recipe.resolved()
-    there = yaml.safe_load(_read(folder / "recipe.resolved.yaml"))
+    try:
+        there = dict(yaml.safe_load(_read(folder / "recipe.resolved.yaml")))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise QwenVLError(f"{folder / 'recipe.resolved.yaml'}: damaged; run without --from-step") from error
     differing = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if differing:
         raise QwenVLError(
@@ -71,12 +74,20 @@ def earlier_results(folder: Path, recipe: Recipe, first: int) -> dict[str, Any]:
     Raises:
         QwenVLError: a step before `first` did not end well.
     """
-    results: dict[str, Any] = json.loads(_read(folder / "results.json"))
-    for result in results["steps"][:first]:
-        if result["status"] != "ok":
+    path = folder / "results.json"
+    try:
+        results: dict[str, Any] = json.loads(_read(path))
+        ended = {result["name"]: result["status"] for result in results["steps"]}
+        results["bench"]
+        for step in recipe.steps[:first]:
+            ended[step.name]
+    except (ValueError, LookupError, TypeError) as error:
+        raise QwenVLError(f"{path}: damaged; run without --from-step") from error
+    for step in recipe.steps[:first]:
+        if ended[step.name] != "ok":
             raise QwenVLError(
-                f"--from-step {recipe.steps[first].name}: in {folder} the step {result['name']} before it is"
-                f" '{result['status']}'; continue from {result['name']}"
+                f"--from-step {recipe.steps[first].name}: in {folder} the step {step.name} before it is"
+                f" '{ended[step.name]}'; continue from {step.name}"
             )
     return results
 

@@ -38,7 +38,8 @@ class Answer:
         problems: boxes that could not be read, one line each.
         token_ids: every generated token, the end token included.
         finish_reason: "stop" (an end token) or "length" (max_new_tokens, or the context is full).
-        timings: seconds of "prepare", "encode_images", "prefill", "decode", and "tokens_per_second" of the decode.
+        timings: seconds of "prepare", "load" (of the programs, at the first call), "encode_images", "prefill" and
+            "decode", and the decode's "tokens_per_second".
     """
 
     text: str
@@ -116,6 +117,12 @@ class QwenVL:
     @cached_property
     def _generator(self) -> Generator:
         return Generator(self._language_stage)
+
+    def _load(self, vision: bool) -> None:
+        """Open what a prompt needs now rather than at its first use, so that it is timed apart."""
+        _ = self._generator
+        if vision:
+            _ = self._vision
 
     def encode_images(self, pixels: ArrayLike) -> NDArray[np.float32]:
         """Stage 1.
@@ -205,12 +212,15 @@ class QwenVL:
         images = [load_image(i, allow_http=self._allow_http, limits=self._limits) for i in prompt.images]
         pixels = preprocess_all(images, self.config.visual.image_size)
         prepared = time.perf_counter()
+        self._load(vision=bool(images))
+        loaded = time.perf_counter()
         features = self.encode_images(pixels)
         encoded = time.perf_counter()
         generated = self._generate([prompt.input_ids], features, None, ends, chosen)
         timings = {
             "prepare": prepared - start,
-            "encode_images": encoded - prepared,
+            "load": loaded - prepared,
+            "encode_images": encoded - loaded,
             "prefill": generated.prefill_seconds,
             "decode": generated.decode_seconds,
             "tokens_per_second": (generated.steps - 1) / max(generated.decode_seconds, 1e-9),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,13 @@ import numpy as np
 
 from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.export.manifest import FileDigest, Manifest, read_manifest
+from paddlemix_qwenvl_plugin.export.params_file import check_records
+from paddlemix_qwenvl_plugin.threads import cpu_threads
 
 _FORMS = (".json", ".pdmodel")
+
+# What Paddle's C++ errors become in Python.
+_PADDLE_ERRORS = (RuntimeError, ValueError, OSError, MemoryError, SystemError, IndexError)
 
 
 class Stage:
@@ -32,6 +37,8 @@ class Stage:
         given = Path(path)
         form = given.suffix if given.suffix in _FORMS else None
         self.prefix = given.with_suffix("") if form else given
+        if not self.prefix.name:
+            raise UsageError(f"{path}: must be the prefix of an exported {stage} stage, folder and file name")
         self.form = form or _FORMS[0]
         self.device = _check_device(device)
         self.manifest: Manifest = read_manifest(self.prefix, stage)
@@ -62,6 +69,7 @@ class Stage:
         size, expected = self.params.stat().st_size, self.manifest.weights.bytes
         if size != expected:
             raise QwenVLError(f"{self.params}: {size} bytes where {expected} were exported; export again")
+        check_records(self.params)
 
 
 class Program:
@@ -75,10 +83,15 @@ class Program:
         """Run on NumPy arrays or Paddle tensors; the outputs are Paddle tensors of their own memory."""
         import paddle
 
-        tensors = [paddle.to_tensor(i, place=self._place) if isinstance(i, np.ndarray) else i for i in inputs]
-        # A run writes into the memory of the last run's outputs where they fit, even when those are fed back as
-        # inputs, as a KV cache is: hand out copies.
-        return [output.clone() for output in self._predictor.run(tensors)]
+        try:
+            tensors = [
+                paddle.to_tensor(i, place=self._place) if isinstance(i, np.ndarray) else i for i in inputs
+            ]
+            # A run writes into the memory of the last run's outputs where they fit, even when those are fed back as
+            # inputs, as a KV cache is: hand out copies.
+            return [output.clone() for output in self._predictor.run(tensors)]
+        except _PADDLE_ERRORS as error:
+            raise QwenVLError(f"Paddle Inference failed ({_last_line(error)})") from error
 
     def zeros(self, shape: list[int], dtype: str) -> Any:
         """A Paddle tensor where the program runs."""
@@ -88,10 +101,9 @@ class Program:
 
 
 def _check_device(device: str) -> str:
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "gpu") or (index and (kind == "cpu" or not index.isdigit())):
+    if not re.fullmatch(r"cpu|gpu(:[0-9]{1,4})?", device):
         raise UsageError(f"--device {device}: must be cpu, gpu or gpu:N")
-    if kind == "gpu":
+    if device != "cpu":
         import paddle
 
         if not paddle.is_compiled_with_cuda():
@@ -100,7 +112,7 @@ def _check_device(device: str) -> str:
                 "install paddlepaddle-gpu or use --device cpu"
             )
         count = paddle.device.cuda.device_count()
-        if int(index or 0) >= count:
+        if int(device.partition(":")[2] or 0) >= count:
             raise UsageError(f"--device {device}: Paddle sees {count} GPU(s)")
     return device
 
@@ -118,17 +130,18 @@ def _create_predictor(program: Path, params: Path, device: str) -> Any:
     config.disable_glog_info()
     if device == "cpu":
         config.disable_gpu()
-        config.set_cpu_math_library_num_threads(
-            int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1
-        )
+        config.set_cpu_math_library_num_threads(cpu_threads())
         # Paddle 3.3 turns oneDNN on by itself, and its plug-in fails on these graphs (zero-dimension reorders).
         getattr(config, "disable_onednn", config.disable_mkldnn)()
     else:
         config.enable_use_gpu(100, int(device.partition(":")[2] or 0))
     try:
         return inference.create_predictor(config)
-    except (RuntimeError, ValueError, OSError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise QwenVLError(
-            f"{program}: Paddle Inference cannot load it ({lines[-1] if lines else error})"
-        ) from error
+    except _PADDLE_ERRORS as error:
+        raise QwenVLError(f"{program}: Paddle Inference cannot load it ({_last_line(error)})") from error
+
+
+def _last_line(error: BaseException) -> str:
+    """Paddle's messages are long, and their last line says what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
