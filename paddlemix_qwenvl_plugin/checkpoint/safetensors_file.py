@@ -49,7 +49,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         try:
             header = json.loads(file.read(length))
             entries = {
-                name: _entry(value, 8 + length) for name, value in header.items() if name != "__metadata__"
+                name: _entry(f"{path}: {name}", value, 8 + length)
+                for name, value in header.items()
+                if name != "__metadata__"
             }
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise QwenVLError(f"{path}: the safetensors header is damaged ({error})") from error
@@ -90,10 +92,10 @@ def write(path: Path, tensors: dict[str, NDArray[np.generic]], dtype: str) -> No
             file.write(np.ascontiguousarray(values, dtype=_NUMPY[code]).data)
 
 
-def _entry(value: dict[str, object], base: int) -> StoredTensor:
+def _entry(where: str, value: dict[str, object], base: int) -> StoredTensor:
     code = str(value["dtype"])
     if code not in _DTYPES:
-        raise ValueError(f"dtype {code} is not a floating-point type this model uses")
+        raise QwenVLError(f"{where} has dtype {code}, a weight must be a floating-point tensor")
     begin, end = map(int, value["data_offsets"])  # type: ignore[call-overload]
     shape = tuple(int(n) for n in value["shape"])  # type: ignore[attr-defined]
     if begin < 0 or end < begin or any(n < 0 for n in shape):  # type: ignore[has-type]

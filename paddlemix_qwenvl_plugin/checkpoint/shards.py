@@ -119,7 +119,9 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
         index = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise QwenVLError(f"{path}: not a weight index ({error!r})") from error
+        raise QwenVLError(
+            f"{path}: not a weight index, a JSON object with 'weight_map'; copy it again"
+        ) from error
     if not index:
         raise QwenVLError(f"{path}: the index names no tensor")
     for file in index.values():
@@ -131,6 +133,9 @@ def _read_index(path: Path) -> dict[str, str]:
 def _load_pdparams(path: Path) -> dict[str, NDArray[np.generic]]:
     import paddle
 
+    with path.open("rb") as file:
+        if file.read(1) != b"\x80":  # how a pickle begins; Paddle would try other readers, which are noisy
+            raise QwenVLError(f"{path}: not a Paddle weight file")
     try:
         state = paddle.load(str(path), return_numpy=True)
     except Exception as error:  # a damaged pickle raises almost anything

@@ -50,6 +50,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="No ccache found")
     try:
         code = app(prog_name="qwenvl", standalone_mode=False) or 0
+        if code == 130:  # some versions of typer make this of Ctrl-C, others let it through
+            raise KeyboardInterrupt
         if sys.stdout is not None:
             sys.stdout.flush()  # a full disk shows here, while it can still be reported
     except QwenVLError as error:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
@@ -96,6 +96,8 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
         name = describe_source(source)
         if not allow_http:
             raise UsageError(f"image {name}: downloading is off, pass --allow-http to turn it on")
+        if not _has_host(source):
+            raise UsageError(f"image {name}: this address names no host")
         return _open(_download(source, name, limits), name, limits)
     if scheme == "file":
         return _open_file(_file_url_path(source), limits)
@@ -135,6 +137,13 @@ def _open_file(path: Path, limits: ImageLimits) -> Image.Image:
     except ValueError as error:  # a null character or half a surrogate pair
         raise UsageError(f"image {name} cannot be a file name: {error}") from error
     return _open(encoded, name, limits)
+
+
+def _has_host(url: str) -> bool:
+    try:
+        return bool(urlsplit(url).hostname)
+    except ValueError:  # a broken IPv6 address
+        return False
 
 
 def _file_url_path(url: str) -> Path:

@@ -63,7 +63,8 @@ def render(parts: Sequence[Part], start: int = 1) -> tuple[str, list[Any]]:
             text += f"Picture {picture_number}:<img>{name}</img>\n"
             images.append(part["image"])
         elif "text" in part:
-            text += _checked_text(part["text"], _PICTURE_TAGS, f"text of {where}")
+            hint = ': give a picture as a part {"image": …} of its own (--image)'
+            text += _checked_text(part["text"], _PICTURE_TAGS, f"text of {where}", hint)
         else:
             text += _render_boxes(part, where)
     return text, images
@@ -186,14 +187,11 @@ def _checked_history(history: Any) -> Sequence[Any]:
     return history
 
 
-def _checked_text(text: Any, refused_tags: Sequence[str], where: str) -> str:
+def _checked_text(text: Any, refused_tags: Sequence[str], where: str, hint: str = "") -> str:
     if not isinstance(text, str):
         raise UsageError(f"{where} must be a string, got {type(text).__name__}")
     for tag in refused_tags:
         if tag in text:
-            hint = (
-                ': give a picture as a part {"image": …} of its own (--image)' if tag in _PICTURE_TAGS else ""
-            )
             raise UsageError(f"{where} must not contain {tag}{hint}")
     return text
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.recipes.schema import Recipe
 
 _LOG_TAIL_LINES = 20
@@ -27,7 +27,7 @@ def new(recipe: Recipe, output: Path) -> Path:
     """Make the folder of a run that starts now.
 
     Raises:
-        QwenVLError: it cannot be made.
+        UsageError: it cannot be made.
     """
     while True:
         folder = dated(recipe, output)
@@ -35,10 +35,10 @@ def new(recipe: Recipe, output: Path) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             if not folder.is_dir():
-                raise QwenVLError(f"--output {output}: it is a file, give a folder") from None
+                raise UsageError(f"--output {output}: it is a file, give a folder") from None
             time.sleep(0.1)  # another run took this second's name; the next second has another one
         except OSError as error:
-            raise QwenVLError(f"--output {output}: cannot make {folder} ({error.strerror})") from error
+            raise UsageError(f"--output {output}: cannot make {folder} ({error.strerror})") from error
         else:
             return folder
 

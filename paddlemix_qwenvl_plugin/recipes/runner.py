@@ -31,7 +31,7 @@ def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
     With `from_step` the newest run folder of the same resolved recipe is continued at that step.
 
     Raises:
-        UsageError: the recipe has no step `from_step`.
+        UsageError: the recipe has no step `from_step`, or no run folder can be made in `output`.
         QwenVLError: something required is missing, there is no run to continue, a step failed or ran out
             of time, or an expectation was missed. results.json is written in the last three cases.
         KeyboardInterrupt: passed on, after the step was ended and results.json written.

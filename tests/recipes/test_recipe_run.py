@@ -290,7 +290,7 @@ def test_output_folder(tmp_path: Path) -> None:
     assert qwenvl(tmp_path, "run", path, "--output", "a/b").returncode == 0
     assert len(list((tmp_path / "a" / "b").iterdir())) == 1
     done = qwenvl(tmp_path, "run", path, "--output", "fake.yaml")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("qwenvl: --output fake.yaml: cannot make ")
 
 

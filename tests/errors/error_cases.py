@@ -1,0 +1,862 @@
+"""How to provoke each error of docs/errors.md: the table's `input` -> a function that sets it up.
+
+A function gets a `Bench` in an empty working directory and returns the arguments of `qwenvl`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import pickle
+import shutil
+import socket
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
+WTE = "transformer.llm.wte.weight"
+LM_HEAD = "lm_head.weight"
+C_ATTN = "transformer.llm.h.0.attn.c_attn.weight"
+
+
+class Bench:
+    """Makes good inputs in the working directory, for a case to spoil."""
+
+    def __init__(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._tiny = tiny
+        self.monkeypatch = monkeypatch
+        # If set, the command runs in a process that cannot write larger files, as on a full disk.
+        self.max_file_bytes: int | None = None
+        self.stdout: str | None = None
+
+    def model(self) -> Path:
+        """A copy of the tiny model in model/."""
+        return Path(shutil.copytree(self._tiny / "model", "model", dirs_exist_ok=True))
+
+    def config(self, **changes: Any) -> None:
+        """Change keys of model/config.json; `visual` is merged, None removes a key."""
+        path = self.model() / "config.json"
+        data = json.loads(path.read_text())
+        data["visual"].update(changes.pop("visual_", {}))
+        data.update(changes)
+        path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The tensors of model/, whose weight file is gone afterwards."""
+        path = self.model() / "model.safetensors"
+        tensors = load_file(path)
+        path.unlink()
+        return tensors
+
+    def save(self, tensors: dict[str, np.ndarray], name: str = "model.safetensors") -> None:
+        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, f"model/{name}")
+
+    def shards(self) -> dict[str, str]:
+        """model/ in two files, a.safetensors and b.safetensors; the index as a dict, not written yet."""
+        tensors = self.weights()
+        names = list(tensors)
+        half = len(names) // 2
+        self.save({name: tensors[name] for name in names[:half]}, "a.safetensors")
+        self.save({name: tensors[name] for name in names[half:]}, "b.safetensors")
+        return {name: "a.safetensors" if i < half else "b.safetensors" for i, name in enumerate(names)}
+
+    def index(self, weight_map: Any) -> None:
+        Path("model/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    def export(self, *more: str) -> list[str]:
+        """`export-vision` of model/ to out/vision."""
+        return ["export-vision", "--model_name_or_path", "model", "--save_path", "out/vision", *more]
+
+    def exported(self) -> None:
+        """The exported stages in vision/ and text/."""
+        shutil.copytree(self._tiny / "vision", "vision")
+        shutil.copytree(self._tiny / "text", "text")
+
+    def manifest(self, **changes: Any) -> None:
+        """The exported stages, with keys of the language stage's manifest changed; None removes a key."""
+        self.exported()
+        path = Path("text/qwen.manifest.json")
+        data = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+    def predict(self, *more: str, prompt: str = "What is it?") -> list[str]:
+        """`predict` with the exported stages."""
+        if not Path("vision").exists():
+            self.exported()
+        stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
+        return ["predict", *stages, "--prompt", prompt, "--max_new_tokens", "2", *more]
+
+    def look_at(self, content: bytes | Image.Image, name: str) -> list[str]:
+        """`predict` with a picture of this content."""
+        if isinstance(content, Image.Image):
+            content.save(name)
+        else:
+            Path(name).write_bytes(content)
+        return self.predict("--image", name)
+
+    def recipe(self, *more: str, **keys: Any) -> list[str]:
+        """`run` of a recipe of one step that does nothing, with keys added, replaced or (None) removed."""
+        data = {
+            "schema": 1,
+            "name": "fake",
+            "why": "a test",
+            "steps": [{"name": "only", "run": ["${python}", "-c", ""]}],
+            **keys,
+        }
+        return self.recipe_text(yaml.safe_dump({k: v for k, v in data.items() if v is not None}), *more)
+
+    def recipe_text(self, text: str, *more: str) -> list[str]:
+        Path("fake.yaml").write_text(text)
+        return ["run", "fake.yaml", *more]
+
+    def raising(self, error: BaseException) -> list[str]:
+        """`make-tiny`, in which `error` is raised."""
+
+        def fail(*_: Any) -> None:
+            raise error
+
+        self.monkeypatch.setattr("paddlemix_qwenvl_plugin.tiny.make_tiny", fail)
+        return ["make-tiny", "model"]
+
+
+Provoke = Callable[[Bench], list[str]]
+CASES: dict[str, Provoke] = {}
+
+
+def case(what: str) -> Callable[[Provoke], Provoke]:
+    def register(provoke: Provoke) -> Provoke:
+        assert what not in CASES, what
+        CASES[what] = provoke
+        return provoke
+
+    return register
+
+
+def cases(rows: dict[str, Provoke]) -> None:
+    for what, provoke in rows.items():
+        case(what)(provoke)
+
+
+def cut(path: str, keep: float) -> None:
+    """Keep this part of a file."""
+    os.truncate(path, int(Path(path).stat().st_size * keep))
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A black PNG of one bit a pixel, with more chunks before the pixels."""
+    rows = zlib.compressobj(1)
+    line = bytes(1 + (width + 7) // 8)
+    pixels = b"".join([*(rows.compress(line) for _ in range(height)), rows.flush()])
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", head), *chunks, (b"IDAT", pixels), (b"IEND", b"")):
+        data += (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+    return data
+
+
+# The command line
+
+cases(
+    {
+        "no command": lambda bench: [],
+        "an unknown command": lambda bench: ["explain"],
+        "an unknown command of `recipes`": lambda bench: ["recipes", "explain"],
+        "an unknown flag": lambda bench: ["predict", "--colour"],
+        "a required flag is missing": lambda bench: ["predict", "--prompt", "What is it?"],
+        "a required argument is missing": lambda bench: ["make-tiny"],
+        "an argument too many": lambda bench: ["make-tiny", "model", "other"],
+        "a flag without its value": lambda bench: ["predict", "--prompt"],
+        "a word where a number is wanted": lambda bench: bench.predict("--max_new_tokens", "many"),
+    }
+)
+
+# The model folder: config.json
+
+
+@case("the model folder is not there")
+def _(bench: Bench) -> list[str]:
+    return bench.export()
+
+
+@case("the model folder is a file")
+def _(bench: Bench) -> list[str]:
+    Path("model").write_text("")
+    return bench.export()
+
+
+@case("no config.json")
+def _(bench: Bench) -> list[str]:
+    (bench.model() / "config.json").unlink()
+    return bench.export()
+
+
+def config_text(text: str | bytes) -> Provoke:
+    def provoke(bench: Bench) -> list[str]:
+        content = text if isinstance(text, bytes) else text.encode()
+        (bench.model() / "config.json").write_bytes(content)
+        return bench.export()
+
+    return provoke
+
+
+def config(**changes: Any) -> Provoke:
+    def provoke(bench: Bench) -> list[str]:
+        bench.config(**changes)
+        return bench.export()
+
+    return provoke
+
+
+cases(
+    {
+        "config.json is not JSON": config_text('{"hidden_size": 256,'),
+        "config.json is not UTF-8": config_text(b'{"a": "\xff"}'),
+        "config.json holds a list": config_text("[]"),
+        "config.json without `visual`": config(visual=None),
+        "config.json without `hidden_size`": config(hidden_size=None),
+        "`hidden_size` is a word": config(hidden_size="wide"),
+        "two sizes are wrong": config(num_hidden_layers=0, vocab_size=-1),
+        "heads and channels do not make `hidden_size`": config(num_attention_heads=3),
+        "the picture is no whole number of patches": config(visual_={"patch_size": 15}),
+        "`mlp_ratio` is infinite": config(visual_={"mlp_ratio": float("inf")}),
+    }
+)
+
+# The model folder: weights
+
+
+@case("no weight file")
+def _(bench: Bench) -> list[str]:
+    bench.weights()
+    return bench.export()
+
+
+@case("model.safetensors is another kind of file")
+def _(bench: Bench) -> list[str]:
+    (bench.model() / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    return bench.export()
+
+
+@case("model.safetensors is cut off in its header")
+def _(bench: Bench) -> list[str]:
+    os.truncate(bench.model() / "model.safetensors", 1000)
+    return bench.export()
+
+
+@case("model.safetensors is cut off in its values")
+def _(bench: Bench) -> list[str]:
+    bench.model()
+    cut("model/model.safetensors", 0.9)
+    return bench.export()
+
+
+@case("model.safetensors has a damaged header")
+def _(bench: Bench) -> list[str]:
+    with (bench.model() / "model.safetensors").open("r+b") as file:
+        file.seek(8)
+        file.write(b"[")
+    return bench.export()
+
+
+@case("a tensor has other bytes than its shape needs")
+def _(bench: Bench) -> list[str]:
+    path = bench.model() / "model.safetensors"
+    content = path.read_bytes()
+    assert b'"shape":[768]' in content
+    path.write_bytes(content.replace(b'"shape":[768]', b'"shape":[769]', 1))
+    return bench.export()
+
+
+@case("a tensor of integers")
+def _(bench: Bench) -> list[str]:
+    tensors = bench.weights()
+    bench.save({**tensors, WTE: tensors[WTE].astype(np.int64)})
+    return bench.export()
+
+
+@case("model_state.pdparams is cut off")
+def _(bench: Bench) -> list[str]:
+    import paddle
+
+    paddle.save(
+        {key: paddle.to_tensor(v) for key, v in bench.weights().items()}, "model/model_state.pdparams"
+    )
+    cut("model/model_state.pdparams", 0.5)
+    return bench.export()
+
+
+def pdparams(content: bytes) -> Provoke:
+    def provoke(bench: Bench) -> list[str]:
+        bench.weights()
+        Path("model/model_state.pdparams").write_bytes(content)
+        return bench.export()
+
+    return provoke
+
+
+cases(
+    {
+        "model_state.pdparams is not a pickle": pdparams(b"\x00" * 1000),
+        "model_state.pdparams is a damaged pickle": pdparams(b"\x80\x02cnothing\nhere\nq\x00."),
+        "model_state.pdparams holds a list": pdparams(pickle.dumps([1, 2], 2)),
+        "model_state.pdparams holds a number": pdparams(pickle.dumps({"epoch": 3}, 2)),
+    }
+)
+
+
+@case("pytorch_model.bin without PaddleNLP")
+def _(bench: Bench) -> list[str]:
+    bench.weights()
+    Path("model/pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    bench.monkeypatch.setitem(__import__("sys").modules, "paddlenlp", None)
+    return bench.export()
+
+
+@case("the index is not JSON")
+def _(bench: Bench) -> list[str]:
+    bench.weights()
+    Path("model/model.safetensors.index.json").write_text("weights")
+    return bench.export()
+
+
+@case("the index has no `weight_map`")
+def _(bench: Bench) -> list[str]:
+    bench.weights()
+    Path("model/model.safetensors.index.json").write_text("{}")
+    return bench.export()
+
+
+@case("the index is empty")
+def _(bench: Bench) -> list[str]:
+    bench.weights()
+    bench.index({})
+    return bench.export()
+
+
+@case("a file of the index is missing")
+def _(bench: Bench) -> list[str]:
+    bench.index(bench.shards())
+    Path("model/b.safetensors").unlink()
+    return bench.export()
+
+
+@case("the index names a file outside the folder")
+def _(bench: Bench) -> list[str]:
+    bench.index({**bench.shards(), WTE: "../other.safetensors"})
+    return bench.export()
+
+
+@case("the index names the wrong file for a tensor")
+def _(bench: Bench) -> list[str]:
+    weight_map = bench.shards()
+    assert weight_map[WTE] == "a.safetensors"
+    bench.index({**weight_map, WTE: "b.safetensors"})
+    return bench.export()
+
+
+@case("a tensor in two files")
+def _(bench: Bench) -> list[str]:
+    bench.index(bench.shards())
+    tensors = load_file("model/b.safetensors")
+    bench.save({**tensors, WTE: load_file("model/a.safetensors")[WTE]}, "b.safetensors")
+    return bench.export()
+
+
+@case("a tensor under two names")
+def _(bench: Bench) -> list[str]:
+    tensors = bench.weights()
+    bench.save({**tensors, "transformer.llm.lm_head.weight": tensors[LM_HEAD]})
+    return bench.export()
+
+
+@case("a tensor is missing")
+def _(bench: Bench) -> list[str]:
+    tensors = bench.weights()
+    del tensors["transformer.llm.h.1.attn.c_attn.bias"]
+    bench.save(tensors)
+    return bench.export()
+
+
+@case("a tensor too many")
+def _(bench: Bench) -> list[str]:
+    bench.save({**bench.weights(), "lora_A.weight": np.zeros([8, 8], np.float32)})
+    return bench.export()
+
+
+@case("a mis-shaped tensor")
+def _(bench: Bench) -> list[str]:
+    tensors = bench.weights()
+    bench.save({**tensors, WTE: tensors[WTE][:-1]})
+    return bench.export()
+
+
+@case("one linear weight is transposed")
+def _(bench: Bench) -> list[str]:
+    tensors = bench.weights()
+    bench.save({**tensors, C_ATTN: tensors[C_ATTN].T})
+    return bench.export()
+
+
+@case("the weights of another kind of model")
+def _(bench: Bench) -> list[str]:
+    bench.weights()
+    bench.save({"bert.embeddings.weight": np.zeros([8, 8], np.float32)})
+    return bench.export()
+
+
+@case("a value too large for float16")
+def _(bench: Bench) -> list[str]:
+    tensors = bench.weights()
+    tensors["visual.vit.ln_pre.weight"][0] = 1e6
+    bench.save(tensors)
+    return bench.export("--dtype", "float16")
+
+
+# Export
+
+
+def of_model(*arguments: str) -> Provoke:
+    """The command's arguments, with the tiny model in model/."""
+
+    def provoke(bench: Bench) -> list[str]:
+        bench.model()
+        return list(arguments)
+
+    return provoke
+
+
+MODEL = ("--model_name_or_path", "model")
+cases(
+    {
+        "`export-vision --dtype int8`": of_model(
+            "export-vision", *MODEL, "--save_path", "v", "--dtype", "int8"
+        ),
+        "`export-vision --save_path .`": of_model("export-vision", *MODEL, "--save_path", "."),
+        "`export-vision --save_path` below a file": of_model(
+            "export-vision", *MODEL, "--save_path", "model/config.json/v"
+        ),
+        "`export-language --output_path` below a file": of_model(
+            "export-language", *MODEL, "--output_path", "model/config.json/out"
+        ),
+        "`export-language --model_prefix a/b`": of_model(
+            "export-language", *MODEL, "--output_path", "out", "--model_prefix", "a/b"
+        ),
+    }
+)
+
+
+@case("no more room on the disk during an export")
+def _(bench: Bench) -> list[str]:
+    bench.model()
+    bench.max_file_bytes = 1_000_000
+    return bench.export()
+
+
+# convert and make-tiny
+
+cases(
+    {
+        "`convert` to a folder that exists": of_model("convert", "model", "model"),
+        "`convert` from a folder that is not there": lambda bench: ["convert", "model", "new"],
+        "`convert` to a folder below a file": of_model("convert", "model", "model/config.json/new"),
+        "`convert --dtype float8`": of_model("convert", "model", "new", "--dtype", "float8"),
+        "`make-tiny` to a folder that exists": of_model("make-tiny", "model"),
+        "`make-tiny` to a folder below a file": of_model("make-tiny", "model/config.json/new"),
+        "`make-tiny --seed -1`": lambda bench: ["make-tiny", "model", "--seed", "-1"],
+    }
+)
+
+
+@case("no more room on the disk during `convert`")
+def _(bench: Bench) -> list[str]:
+    bench.model()
+    bench.max_file_bytes = 1_000_000
+    return ["convert", "model", "new"]
+
+
+@case("no more room on the disk during `make-tiny`")
+def _(bench: Bench) -> list[str]:
+    bench.max_file_bytes = 1_000_000
+    return ["make-tiny", "model"]
+
+
+# predict: the exported stages
+
+
+@case("nothing exported under `--first_model_path`")
+def _(bench: Bench) -> list[str]:
+    return bench.predict("--first_model_path", "vision/other")
+
+
+@case("nothing exported under `--second_model_path`")
+def _(bench: Bench) -> list[str]:
+    return bench.predict("--second_model_path", "text/other")
+
+
+@case("`--first_model_path .`")
+def _(bench: Bench) -> list[str]:
+    return bench.predict("--first_model_path", ".")
+
+
+@case("the two stages are swapped")
+def _(bench: Bench) -> list[str]:
+    return bench.predict("--first_model_path", "text/qwen", "--second_model_path", "vision/vision")
+
+
+@case("the stages are of two models")
+def _(bench: Bench) -> list[str]:
+    bench.manifest(model="0" * 64)
+    return bench.predict()
+
+
+@case("a manifest is not JSON")
+def _(bench: Bench) -> list[str]:
+    bench.exported()
+    cut("text/qwen.manifest.json", 0.5)
+    return bench.predict()
+
+
+@case("a manifest lacks a key")
+def _(bench: Bench) -> list[str]:
+    bench.manifest(weights=None)
+    return bench.predict()
+
+
+@case("a manifest of another contract version")
+def _(bench: Bench) -> list[str]:
+    bench.manifest(contract=99)
+    return bench.predict()
+
+
+@case("a program file was changed")
+def _(bench: Bench) -> list[str]:
+    bench.exported()
+    with Path("text/qwen.step.json").open("a") as file:
+        file.write(" ")
+    return bench.predict()
+
+
+@case("a program file is missing")
+def _(bench: Bench) -> list[str]:
+    bench.exported()
+    Path("vision/vision.json").unlink()
+    return bench.predict("--image", str(STREET))
+
+
+@case("a parameter file is missing")
+def _(bench: Bench) -> list[str]:
+    bench.exported()
+    Path("text/qwen.pdiparams").unlink()
+    return bench.predict()
+
+
+@case("a parameter file is cut off")
+def _(bench: Bench) -> list[str]:
+    bench.exported()
+    os.truncate("text/qwen.pdiparams", 5_000_000)
+    return bench.predict()
+
+
+@case("a parameter file of the right size ends in zeros")
+def _(bench: Bench) -> list[str]:
+    bench.exported()
+    size = Path("text/qwen.pdiparams").stat().st_size
+    os.truncate("text/qwen.pdiparams", 3_000_000)
+    os.truncate("text/qwen.pdiparams", size)
+    return bench.predict()
+
+
+@case("`--model_name_or_path` is not there")
+def _(bench: Bench) -> list[str]:
+    return bench.predict("--model_name_or_path", "model")
+
+
+@case("`--model_name_or_path` has another config.json")
+def _(bench: Bench) -> list[str]:
+    bench.config(seq_length=1024)
+    return bench.predict("--model_name_or_path", "model")
+
+
+@case("no vocabulary")
+def _(bench: Bench) -> list[str]:
+    bench.exported()
+    Path("text/qwen.tiktoken").unlink()
+    return bench.predict()
+
+
+@case("a malformed line in the vocabulary")
+def _(bench: Bench) -> list[str]:
+    bench.exported()
+    path = Path("text/qwen.tiktoken")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:9], "no base64", *lines[10:]]))
+    return bench.predict()
+
+
+@case("a vocabulary with a gap")
+def _(bench: Bench) -> list[str]:
+    bench.exported()
+    path = Path("text/qwen.tiktoken")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:300] + lines[301:]))
+    return bench.predict()
+
+
+@case("another model's vocabulary")
+def _(bench: Bench) -> list[str]:
+    bench.exported()
+    path = Path("text/qwen.tiktoken")
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+    return bench.predict()
+
+
+# predict: flags
+
+
+def predict(*arguments: str) -> Provoke:
+    return lambda bench: bench.predict(*arguments)
+
+
+@case("`--device gpu` with a Paddle for CPUs")
+def _(bench: Bench) -> list[str]:
+    import paddle
+
+    bench.monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
+    return bench.predict("--device", "gpu")
+
+
+cases(
+    {
+        "`--device tpu`": predict("--device", "tpu"),
+        "`--device cpu:`": predict("--device", "cpu:"),
+        "`--max_new_tokens 0`": predict("--max_new_tokens", "0"),
+        "`--min_new_tokens -1`": predict("--min_new_tokens", "-1"),
+        "`--min_new_tokens` over `--max_new_tokens`": predict("--min_new_tokens", "3"),
+        "`--temperature -1`": predict("--temperature", "-1"),
+        "`--top_p 1.5`": predict("--top_p", "1.5"),
+        "`--top_p nan`": predict("--top_p", "nan"),
+        "`--top_k 0`": predict("--top_k", "0"),
+        "`--repetition_penalty 0`": predict("--repetition_penalty", "0"),
+        "`--frequency_penalty 101`": predict("--frequency_penalty", "101"),
+        "`--presence_penalty inf`": predict("--presence_penalty", "inf"),
+        "`--seed -1`": predict("--seed", "-1"),
+        "neither `--prompt` nor `--image`": lambda bench: bench.predict(prompt=""),
+        "`--draw` without `--image`": predict("--draw", "drawn.png"),
+        "`--draw` to an unknown picture format": predict("--image", str(STREET), "--draw", "drawn.txt"),
+        "`--draw` to a folder that is not there": predict("--image", str(STREET), "--draw", "out/drawn.png"),
+        "`--output` to a folder that is not there": predict("--output", "out/answer.json"),
+        "`--output` to a folder": predict("--output", "text"),
+        "`--real_time_save` to a folder that is not there": predict("--real_time_save", "out"),
+    }
+)
+
+
+@case("no more room on the disk for `--output`")
+def _(bench: Bench) -> list[str]:
+    bench.max_file_bytes = 16
+    return bench.predict("--output", "answer.json")
+
+
+# Pictures
+
+
+def street(form: str) -> bytes:
+    encoded = io.BytesIO()
+    with Image.open(STREET) as image:
+        image.convert("RGB").save(encoded, form)
+    return encoded.getvalue()
+
+
+@case("the picture is not there")
+def _(bench: Bench) -> list[str]:
+    return bench.predict("--image", "dog.png")
+
+
+@case("the picture is a folder")
+def _(bench: Bench) -> list[str]:
+    Path("dog.png").mkdir()
+    return bench.predict("--image", "dog.png")
+
+
+@case("the picture is a pipe")
+def _(bench: Bench) -> list[str]:
+    os.mkfifo("dog.png")
+    return bench.predict("--image", "dog.png")
+
+
+@case("the picture is larger than 50 MiB")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.look_at(street("PNG"), "dog.png")
+    os.truncate("dog.png", 50 * 2**20 + 1)
+    return arguments
+
+
+@case("a picture from the web that cannot be had")
+def _(bench: Bench) -> list[str]:
+    with socket.socket() as listener:  # a port that is free now
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    return bench.predict("--image", f"http://127.0.0.1:{port}/dog.png", "--allow-http")
+
+
+def look_at(content: Callable[[], bytes | Image.Image], name: str = "dog.png") -> Provoke:
+    return lambda bench: bench.look_at(content(), name)
+
+
+# Chunk zTXt: keyword, 0, method 0, compressed text.
+TEXT_BOMB = (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(64 * 2**20)))
+
+cases(
+    {
+        "the picture is an empty file": look_at(lambda: b""),
+        "the picture is text": look_at(lambda: b"a dog on a beach\n"),
+        "a PNG that is cut off": look_at(lambda: street("PNG")[:5000]),
+        "a JPEG that is cut off": look_at(lambda: street("JPEG")[:5000], "dog.jpg"),
+        "a PNG of only a header": look_at(lambda: street("PNG")[:20]),
+        "an EPS drawing": look_at(lambda: street("EPS"), "dog.eps"),
+        "a picture of 20000 x 20000": look_at(lambda: png(20000, 20000)),
+        "a decompression bomb: a PNG of 81 million pixels in 44 kB": look_at(lambda: png(9000, 9000)),
+        "a decompression bomb in a PNG's text": look_at(lambda: png(8, 8, TEXT_BOMB)),
+        "a picture of 1 x 1": look_at(lambda: Image.new("RGB", (1, 1))),
+        "a web address without `--allow-http`": predict("--image", "http://127.0.0.1/dog.png"),
+        "a web address without a host": predict("--image", "http:///dog.png", "--allow-http"),
+        "an address of another kind": predict("--image", "ftp://127.0.0.1/dog.png"),
+        "a file URL with a host": predict("--image", "file://elsewhere/dog.png"),
+        "a data URL without a comma": predict("--image", "data:image/png;base64"),
+        "a data URL of bad base64": predict("--image", "data:image/png;base64,a*b"),
+        "a data URL of no picture": predict(
+            "--image", "data:image/png;base64," + base64.b64encode(b"a dog").decode()
+        ),
+    }
+)
+
+# Prompts
+
+
+@case("a picture's path is longer than the model's slots")
+def _(bench: Bench) -> list[str]:
+    folder = Path("a" * 150, "b" * 150)
+    folder.mkdir(parents=True)
+    return bench.look_at(Image.new("RGB", (8, 8)), str(folder / "dog.png"))
+
+
+cases(
+    {
+        "a prompt beyond the context": lambda bench: bench.predict(prompt="% " * 8192),
+        "a `<img>` in the prompt that is not closed": lambda bench: bench.predict(prompt="<img>dog.png"),
+        "a picture in the prompt's text": lambda bench: bench.predict(prompt="<img>dog.png</img>What is it?"),
+        "a picture in the text of a chat": lambda bench: bench.predict("--chat", prompt="<img>d.png</img>"),
+        "a `</img>` in a picture's name": predict("--image", "a</img>b.png"),
+    }
+)
+
+# Recipes
+
+
+def recipe(*arguments: str, **keys: Any) -> Provoke:
+    return lambda bench: bench.recipe(*arguments, **keys)
+
+
+def python(code: str, **keys: Any) -> list[dict[str, Any]]:
+    """The steps of a recipe: one, of Python code."""
+    return [{"name": "only", "run": ["${python}", "-c", code], **keys}]
+
+
+@case("`recipes validate` of a recipe that is not valid")
+def _(bench: Bench) -> list[str]:
+    bench.recipe(speed=1, steps=None)
+    return ["recipes", "validate", "tiny-cpu", "fake.yaml"]
+
+
+@case("`run --output` to a file")
+def _(bench: Bench) -> list[str]:
+    Path("file").write_text("")
+    return bench.recipe("--output", "file")
+
+
+def earlier_run(spoil: Callable[[Path], Any]) -> Provoke:
+    """`run --from-step` on an earlier run's record that is spoilt."""
+
+    def provoke(bench: Bench) -> list[str]:
+        command = bench.recipe("--from-step", "only")
+        folder = Path("runs/20240101-000000-fake")
+        folder.mkdir(parents=True)
+        shutil.copyfile("fake.yaml", folder / "recipe.resolved.yaml")
+        result = {"name": "only", "status": "ok", "seconds": 1.0, "exit_code": 0}
+        (folder / "results.json").write_text(json.dumps({"steps": [result], "bench": None}))
+        spoil(folder)
+        return command
+
+    return provoke
+
+
+cases(
+    {
+        "an unknown recipe": lambda bench: ["run", "huge-gpu"],
+        "a recipe file that is not there": lambda bench: ["run", "fake.yaml"],
+        "`recipes show` of an unknown recipe": lambda bench: ["recipes", "show", "huge-gpu"],
+        "a recipe that is not YAML": lambda bench: bench.recipe_text("steps: [\n"),
+        "a recipe with a date that is none": lambda bench: bench.recipe_text("why: 2024-13-45\n"),
+        "a recipe that is a list": lambda bench: bench.recipe_text("- steps\n"),
+        "a key given twice": lambda bench: bench.recipe_text("schema: 1\nschema: 1\n"),
+        "an unknown key": recipe(speed=1),
+        "an unknown key in a step": recipe(steps=[{"name": "only", "run": "true", "retries": 2}]),
+        "a recipe of another schema": recipe(schema=2),
+        "a recipe without steps": recipe(steps=None),
+        "two steps of one name": recipe(steps=[*python(""), *python("")]),
+        "an unknown `${name}`": recipe(env={"HERE": "${folder}"}),
+        "a number where text is wanted": recipe(name=7),
+        "an override without `=`": recipe("seed"),
+        "an override of an unknown key": recipe("speed=1"),
+        "an override of an unknown step": recipe("steps.other.timeout_seconds=1"),
+        "an override that is not YAML": recipe("seed=["),
+        "an override of the wrong type": recipe("seed=soon"),
+        "`--from-step` with an unknown step": recipe("--from-step", "other"),
+        "`--from-step` without an earlier run": recipe("--from-step", "only"),
+        "`--from-step` with a damaged results.json": earlier_run(
+            lambda folder: cut(str(folder / "results.json"), 0.5)
+        ),
+        "`--from-step` with a damaged recipe.resolved.yaml": earlier_run(
+            lambda folder: (folder / "recipe.resolved.yaml").write_text("")
+        ),
+        "`--from-step` with another recipe": earlier_run(
+            lambda folder: (folder / "recipe.resolved.yaml").write_text("name: other\n")
+        ),
+        "an asset is missing": recipe(assets=[{"name": "dog", "path": "dog.png", "why": "to ask about"}]),
+        "too little memory": recipe(requires={"memory_gib": 1e6}),
+        "a step fails": recipe(steps=python("raise SystemExit(3)")),
+        "a step takes too long": recipe(steps=python("import time; time.sleep(9)", timeout_seconds=0.3)),
+        "a step's program is not there": recipe(steps=[{"name": "only", "run": "no-such-program"}]),
+        "an expectation is missed": recipe(expect=[{"file": "${run_dir}/answer.json"}]),
+    }
+)
+
+# Anything
+
+
+@case("the output goes to a full disk")
+def _(bench: Bench) -> list[str]:
+    bench.stdout = "/dev/full"
+    return ["recipes", "list"]
+
+
+cases(
+    {
+        "Ctrl-C": lambda bench: bench.raising(KeyboardInterrupt()),
+        "the memory is used up": lambda bench: bench.raising(MemoryError()),
+        "a defect of qwenvl": lambda bench: bench.raising(RuntimeError("no such thing\nat all")),
+    }
+)
