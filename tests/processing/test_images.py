@@ -349,7 +349,13 @@ def test_no_thread_is_left_by_a_slow_server(server: str) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("url", ["http://", "http://[::1", "http://127.0.0.1:99999/a.png", "http://a b/"])
+@pytest.mark.parametrize("url", ["http://", "http:///a.png", "http://[::1"])
+def test_url_without_a_host(url: str) -> None:
+    with pytest.raises(UsageError, match="names no host"):
+        load_image(url, allow_http=True)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999/a.png", "http://a b/"])
 def test_malformed_url(url: str) -> None:
     with pytest.raises(QwenVLError, match="cannot be downloaded"):
         load_image(url, allow_http=True)
