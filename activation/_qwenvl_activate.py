@@ -1,0 +1,160 @@
+"""Run by every interpreter at its start (qwenvl_activate.pth, and qwenvl_activate.start from Python 3.15 on).
+
+It puts one finder on sys.meta_path that lets the modules of HOOKS load as ever and then calls the plugin's hook
+with them, and that offers the stand-ins of STAND_INS where the real module is missing. The plugin itself is
+imported when the first of these modules is.
+
+Environment: QWENVL_PLUGIN=0 switches all of this off; QWENVL_PLUGIN_DEBUG=1 tells on stderr what happens.
+"""
+
+# No `from __future__ import annotations` and no typing here: each is a file to load at every start.
+import _thread
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
+_PLUGIN = "paddlemix_qwenvl_plugin"
+
+# Module -> "hook module:function". The function is called with the module right after it was executed.
+HOOKS = {
+    "paddlenlp.experimental.transformers.qwen.modeling": _PLUGIN + ".upstream.paddlenlp:hook_qwen",
+}
+# The same for modules that may be missing: there the function is given an empty module to fill.
+STAND_INS = {"paddlenlp_ops": _PLUGIN + ".upstream.ops_stand_in:fill"}
+_TABLE = {**HOOKS, **STAND_INS}
+
+# What the user said before Paddle, which sets it to 1 when imported (read by the plugin's threads.py).
+omp_num_threads = os.environ.get("OMP_NUM_THREADS", "")
+
+# Module -> "armed", "fired" or "failed: ERROR"; empty before init() and when switched off.
+state: "dict[str, str]" = {}
+
+
+def init() -> None:
+    """Put the finder in place, once."""
+    if state or os.environ.get("QWENVL_PLUGIN") == "0":
+        return
+    state.update(dict.fromkeys(_TABLE, "armed"))
+    sys.meta_path.insert(0, _Finder())
+    debug("armed for " + ", ".join(sorted(_TABLE)))
+
+
+def debug(line: str) -> None:
+    """Write a line to stderr where QWENVL_PLUGIN_DEBUG=1."""
+    if os.environ.get("QWENVL_PLUGIN_DEBUG") == "1":
+        _tell(line)
+
+
+def _tell(line: str) -> None:
+    if sys.stderr is not None:  # as under pythonw
+        sys.stderr.write("qwenvl: " + line + "\n")
+
+
+def _fire(name: str, module: "ModuleType") -> bool:
+    """Call a hook. One that fails is warned of, and the import goes on: no user's import breaks by a hook."""
+    try:
+        from importlib import import_module
+
+        where, _, function = _TABLE[name].partition(":")
+        getattr(import_module(where), function)(module)
+    except Exception as error:
+        what = type(error).__name__ + ": " + " ".join(str(error).split())
+        first = not state[name].startswith("failed")
+        state[name] = "failed: " + what
+        debug("hook " + name + " failed: " + what)
+        if first:
+            _warn(_PLUGIN + ": " + name + " stays as it is, its hook failed (" + what + ")")
+        return False
+    state[name] = "fired"
+    debug("hook " + name + " fired")
+    return True
+
+
+def _warn(message: str) -> None:
+    import warnings
+
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:  # `-W error` would make the user's import fail
+        _tell(message)
+
+
+class _Finder:
+    """Finds nothing but the modules of the table, and these through the other finders."""
+
+    def __init__(self) -> None:
+        # (module, thread) of the searches under way: other finders may ask all finders in their turn.
+        self._searching: set[tuple[str, int]] = set()
+
+    def find_spec(
+        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
+        if name not in _TABLE:
+            return None
+        search = (name, _thread.get_ident())
+        if search in self._searching:
+            return None
+        self._searching.add(search)
+        try:
+            spec = self._find_elsewhere(name, path, target)
+        finally:
+            self._searching.discard(search)
+        if name in STAND_INS:
+            # A real module is not touched, and a program without PaddleNLP sees no stand-in.
+            if spec is not None or not ("paddlenlp" in sys.modules or "paddlemix" in sys.modules):
+                return spec
+            from importlib.machinery import ModuleSpec
+
+            return ModuleSpec(name, _StandInLoader(name))  # type: ignore[arg-type]  # duck-typed, as below
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _HookLoader(name, spec.loader)  # type: ignore[assignment, arg-type]
+        return spec
+
+    def _find_elsewhere(
+        self, name: str, path: "Sequence[str] | None", target: "ModuleType | None"
+    ) -> "ModuleSpec | None":
+        for finder in sys.meta_path:
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path, target)
+                if spec is not None:
+                    return spec
+        return None
+
+
+class _HookLoader:
+    """The module's own loader, which gets its place back before the module is executed; then the hook."""
+
+    def __init__(self, name: str, loader: "Loader") -> None:
+        self._name = name
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> "Any":
+        return getattr(self._loader, name)
+
+    def exec_module(self, module: "ModuleType") -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        _fire(self._name, module)
+
+
+class _StandInLoader:
+    """Loads a stand-in; if that fails, the module is as missing as it was."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def create_module(self, spec: "ModuleSpec") -> None:
+        return None
+
+    def exec_module(self, module: "ModuleType") -> None:
+        if not _fire(self._name, module):
+            raise ModuleNotFoundError("No module named " + repr(self._name), name=self._name)

@@ -1,0 +1,71 @@
+"""What the plugin adds to the start of every Python in its environment.
+
+Two bare virtual environments, one with the activation's three files, run `python -c pass` in turn.
+Takes about 10 s. Run: python benchmarks/startup.py [--runs 200]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+ACTIVATION = Path(__file__).resolve().parents[1] / "activation"
+# So that listing site-packages costs what it does in an environment with Paddle.
+OTHER_PACKAGES = 300
+
+
+def make_environment(folder: Path, active: bool) -> Path:
+    """Make a virtual environment without pip, with the activation or without; return its Python."""
+    venv.create(folder, symlinks=os.name != "nt", with_pip=False)
+    (site_packages,) = folder.rglob("site-packages")
+    for number in range(OTHER_PACKAGES):
+        (site_packages / f"package_{number}").mkdir()
+    if active:
+        for path in ACTIVATION.glob("*qwenvl_activate.*"):
+            shutil.copy(path, site_packages)
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def milliseconds(python: Path, environment: dict[str, str]) -> float:
+    """How long one start takes, from the call to the exit."""
+    begin = time.perf_counter()
+    subprocess.run([python, "-c", "pass"], env=environment, check=True)
+    return (time.perf_counter() - begin) * 1000
+
+
+def row(name: str, values: list[float]) -> str:
+    low, median, high = statistics.quantiles(values, n=4)
+    return f"| {name} | {median:.2f} | {low:.2f} to {high:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=200, help="pairs of starts (default 200)")
+    runs = parser.parse_args().runs
+    # Nothing of the caller's but PATH and the like: PYTHONPATH or PYTHONDONTWRITEBYTECODE would be timed too.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment.pop("QWENVL_PLUGIN", None)
+    with tempfile.TemporaryDirectory() as folder:
+        without = make_environment(Path(folder) / "without", active=False)
+        with_it = make_environment(Path(folder) / "with", active=True)
+        pairs = []
+        for number in range(-5, runs):  # the first few fill caches
+            order = (without, with_it) if number % 2 else (with_it, without)
+            took = {python: milliseconds(python, environment) for python in order}
+            if number >= 0:
+                pairs.append((took[without], took[with_it]))
+    print(f"| `python -c pass`, {runs} pairs | median, ms | middle half, ms |\n| --- | --- | --- |")
+    print(row("without the plugin", [a for a, _ in pairs]))
+    print(row("with it", [b for _, b in pairs]))
+    print(row("difference, pair by pair", [b - a for a, b in pairs]))
+
+
+if __name__ == "__main__":
+    main()

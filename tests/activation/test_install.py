@@ -1,0 +1,87 @@
+"""What pip installs and removes, from a wheel and as an editable install."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from activation_helpers import REPO, clean_environment
+
+NAMES = ("_qwenvl_activate.py", "qwenvl_activate.pth", "qwenvl_activate.start")
+
+
+def pip(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """This environment's pip, working on another environment; never on the network."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "--disable-pip-version-check",
+        *arguments,
+    ]
+    return subprocess.run(command, env=clean_environment(PIP_NO_INDEX="1"), capture_output=True, text=True)
+
+
+def build(folder: Path, kind: str) -> Path:
+    """A wheel, made by the build backend that pyproject.toml names, called as pip calls it."""
+    call = f"import hatchling.build as b; print(b.build_{kind}({str(folder)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", call], cwd=REPO, env=clean_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / done.stdout.split()[-1]
+
+
+def contents(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_install_activates_and_uninstall_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    for module in ("hatchling", "editables"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed; run: pip install hatchling editables")
+    if pip(Path(sys.executable), "--version").returncode != 0:
+        pytest.skip("pip is missing or older than 22.3; run: python -m ensurepip; pip install -U pip")
+    venv.create(tmp_path / "env", symlinks=True, with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    (site_packages,) = (tmp_path / "env" / "lib").rglob("site-packages")
+    commands, before = contents(python.parent), contents(site_packages)
+    wheel = build(tmp_path, kind)
+    done = pip(python, "install", "--no-deps", str(wheel))
+    assert done.returncode == 0, done.stderr
+
+    expected = NAMES if kind == "wheel" else NAMES[1:]
+    assert {name for name in NAMES if (site_packages / name).is_file()} == set(expected)
+    shipped = site_packages / "paddlemix_qwenvl_plugin" / "recipes" / "shipped" / "tiny-cpu.yaml"
+    assert shipped.exists() is (kind == "wheel")
+    code = (
+        "import sys; a = sys.modules['_qwenvl_activate']; print(a.__file__)\n"
+        "import paddlemix_qwenvl_plugin as p; print(p.__file__, type(sys.meta_path[0]).__module__)"
+    )
+    done = subprocess.run(
+        [python, "-c", code],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    where = site_packages if kind == "wheel" else REPO
+    activation = where if kind == "wheel" else REPO / "activation"
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        str(activation / "_qwenvl_activate.py"),
+        f"{where / 'paddlemix_qwenvl_plugin' / '__init__.py'} _qwenvl_activate",
+    ]
+
+    done = pip(python, "uninstall", "-y", "paddlemix-qwenvl-plugin")
+    assert done.returncode == 0, done.stderr
+    assert contents(site_packages) == before
+    assert contents(python.parent) == commands

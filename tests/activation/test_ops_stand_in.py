@@ -1,0 +1,80 @@
+"""paddlenlp_ops where it is not installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from activation_helpers import Run
+
+
+def test_not_there_without_paddlenlp(run: Run) -> None:
+    done = run(
+        "import importlib.util, hooks\n"
+        "print(importlib.util.find_spec('paddlenlp_ops'))\n"
+        "try: import paddlenlp_ops\n"
+        "except ModuleNotFoundError as e: print(e)\n"
+        "import paddlenlp, paddlenlp_ops; print('now')"
+    )
+    assert done.stdout == "None\nNo module named 'paddlenlp_ops'\nnow\n"
+
+
+def test_not_there_when_switched_off(run: Run) -> None:
+    done = run("import paddlenlp, paddlenlp_ops", QWENVL_PLUGIN="0")
+    assert "No module named 'paddlenlp_ops'" in done.stderr
+
+
+def test_any_operator_is_there_and_says_what_it_lacks(run: Run) -> None:
+    done = run(
+        "import paddlemix\n"
+        "from paddlenlp_ops import rebuild_padding_v2, whatever\n"
+        "from paddlemix_qwenvl_plugin import QwenVLError\n"
+        "try: rebuild_padding_v2(1, seq_len=2)\n"
+        "except QwenVLError as e: print(isinstance(e, RuntimeError), e)\n"
+        "import paddlenlp_ops; print(paddlenlp_ops.rebuild_padding_v2 is rebuild_padding_v2)\n"
+        "paddlenlp_ops.whatever = lambda: 'supplied'\n"
+        "from paddlenlp_ops import whatever; print(whatever())\n"
+    )
+    error, same, supplied = done.stdout.splitlines()
+    assert error.startswith("True paddlenlp_ops.rebuild_padding_v2 is not there")
+    assert "python setup_cuda.py install" in error
+    assert (same, supplied) == ("True", "supplied")
+    assert done.stderr == ""
+
+
+def test_upstreams_way_to_load_operators(run: Run) -> None:
+    """PaddleNLP imports the parent of a dotted name and asks it for the last part."""
+    done = run(
+        "import paddlenlp, importlib, inspect\n"
+        "module = importlib.import_module('paddlenlp_ops')\n"
+        "print(callable(getattr(module, 'encode_rotary_qk', None)), hasattr(module, '__path__'))\n"
+        "print(inspect.unwrap(module.write_cache_kv).__name__, module.__spec__.has_location)\n"
+        "try: import paddlenlp_ops.encode_rotary_qk\n"
+        "except ModuleNotFoundError as e: print(e)"
+    )
+    assert done.stdout == (
+        "True False\nwrite_cache_kv False\n"
+        "No module named 'paddlenlp_ops.encode_rotary_qk'; 'paddlenlp_ops' is not a package\n"
+    )
+
+
+def test_real_operators_win(run: Run, fakes: Path) -> None:
+    (fakes / "paddlenlp_ops.py").write_text("def rebuild_padding_v2(): return 'real'\n")
+    done = run(
+        "import paddlenlp\nfrom paddlenlp_ops import rebuild_padding_v2; print(rebuild_padding_v2())\n"
+        "try: from paddlenlp_ops import other\n"
+        "except ImportError: print('no other')\n"
+        "import paddlenlp_ops, sys; print(type(paddlenlp_ops.__loader__).__name__)\n"
+        "from paddlemix_qwenvl_plugin.upstream import fired; print(fired()['paddlenlp_ops'])"
+    )
+    assert done.stdout == "real\nno other\nSourceFileLoader\narmed\n"
+
+
+def test_stand_in_that_cannot_be_made(run: Run) -> None:
+    done = run(
+        "import paddlenlp, sys, _qwenvl_activate as a\n"
+        "a._TABLE['paddlenlp_ops'] = 'no_such:f'\n"
+        "try: import paddlenlp_ops\n"
+        "except ModuleNotFoundError as e: print(e, 'paddlenlp_ops' in sys.modules)"
+    )
+    assert done.stdout == "No module named 'paddlenlp_ops' False\n"
+    assert done.stderr.count("its hook failed (ModuleNotFoundError: No module named 'no_such')") == 1
