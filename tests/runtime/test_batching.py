@@ -43,7 +43,7 @@ options = st.sampled_from(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=rows, options=options, padding=st.integers(0, 600), seed=st.integers(0, 1000))
 def test_a_row_gives_the_tokens_that_it_gives_alone(vl, rows, options, padding, seed):
     shape = (sum(n for n, _ in rows), vl.config.visual.n_queries, vl.config.hidden_size)

@@ -7,7 +7,6 @@ import pytest
 from stock_inputs import stock_feed
 
 from paddlemix_qwenvl_plugin import QwenVL
-from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
 
 pytestmark = [
@@ -96,34 +95,3 @@ def test_stock_contract(pair, extension, mask_axes):
         "int64",
         "int64",
     ]
-
-
-@pytest.fixture(scope="module")
-def half_export(golden, tmp_path_factory):
-    """half_export(name, dtype): a folder with vision and qwen, exported once."""
-    folders = {}
-
-    def get(name, dtype):
-        if (name, dtype) not in folders:
-            folder = folders[name, dtype] = tmp_path_factory.mktemp(f"{name}-{dtype}")
-            export_vision(golden(name).folder, folder / "vision", dtype)
-            export_language(golden(name).folder, folder, "qwen", dtype)
-        return folders[name, dtype]
-
-    return get
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_exports_on_a_cpu(golden, half_export, name, extension, dtype):
-    """The golden weights are float16 numbers: a float16 export rounds only the two resized position tables."""
-    model, folder = golden(name), half_export(name, dtype)
-    vl = QwenVL.from_exported(program(folder / "vision", extension), program(folder / "qwen", extension))
-    features = vl.encode_images(model.images)
-    expected = model.figures["features_every_16th_query"]
-    bound = 1e-3 if dtype == "float16" else 0.05
-    assert np.abs(features[:, ::16] - expected).max() <= bound * np.abs(expected).max()
-    tokens = vl.generate_ids(model.input_ids, features, max_new_tokens=24, eos_token_ids=())
-    if dtype == "float16":
-        assert tokens == [model.figures["tokens"].tolist()]
-    else:
-        assert len(tokens[0]) == 24
