@@ -147,9 +147,11 @@ def _load_bin(path: Path) -> dict[str, NDArray[np.generic]]:
     try:
         from paddlenlp.utils.serialization import load_torch
     except ImportError as error:
+        missing = (error.name or "").partition(".")[0] == "paddlenlp"
+        what = "is not installed" if missing else f"does not import here ({_short(error)})"
         raise QwenVLError(
-            f"{path}: PyTorch .bin weights are read by PaddleNLP, which is not installed; "
-            "run: pip install paddlenlp"
+            f"{path}: PyTorch .bin weights are read by PaddleNLP, which {what}; "
+            "run: pip install 'paddlemix-qwenvl-plugin[paddlenlp]'"
         ) from error
     try:
         state = load_torch(str(path))
