@@ -1,0 +1,282 @@
+"""Apply the shipped patches to a checkout of a pinned upstream, through `git apply`, and take them back.
+
+Patches of one commit touch different files, so what becomes of one does not depend on the others or on their order.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Optional
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.upstream import pins
+from paddlemix_qwenvl_plugin.upstream.pins import Upstream
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# From the first file of the patch on; with --full-index the ids are whole, as shipped patches have them.
+_FILE = re.compile(r"^diff --git a/(\S+) b/\1\nindex ([0-9a-f]{40})\.\.[0-9a-f]{40} \d+$", re.MULTILINE)
+# These would make git look at another repository than the one the tree is in.
+_GIT_VARIABLES = (
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_COMMON_DIR",
+    "GIT_PREFIX",
+)
+
+
+class State(Enum):
+    """What a patch is to a tree."""
+
+    APPLIED = "already applied"
+    APPLIES = "applies"
+    CONFLICT = "does not apply"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One shipped patch file.
+
+    `files` maps each path it touches, relative to the tree, to the git blob id the file has at the commit.
+    """
+
+    upstream: str
+    commit: str
+    path: Path
+    what: str
+    files: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """NNNN-what, the file's name without its ending."""
+        return self.path.stem
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A folder with an upstream in it. `commit` is None where it has no .git of its own."""
+
+    root: Path
+    upstream: Upstream
+    commit: Optional[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A tree and the state of each of its patches, in order. `trouble`: why the tree must be left alone."""
+
+    tree: Tree
+    states: tuple[tuple[Patch, State], ...]
+    trouble: Optional[str]
+
+    def having(self, state: State) -> list[Patch]:
+        """The patches in this state."""
+        return [patch for patch, found in self.states if found is state]
+
+
+def shipped_dir(package: Path = _PACKAGE) -> Path:
+    """The folder of the patches that come with the package: inside a wheel, or beside a source tree.
+
+    Raises:
+        QwenVLError: the installation has neither.
+    """
+    inside, beside = package / "upstream" / "patches_data", package.parent / "patches"
+    if inside.is_dir():
+        return inside
+    # In site-packages a folder `patches` may be anybody's; pyproject.toml tells a source tree.
+    if beside.is_dir() and (package.parent / "pyproject.toml").is_file():
+        return beside
+    raise QwenVLError(f"{inside}: the shipped patches are missing; install the package again")
+
+
+def shipped(upstream: Upstream) -> list[Patch]:
+    """The patches for an upstream's pinned commit, in the order of their names.
+
+    Raises:
+        QwenVLError: a patch file is not as `git diff --full-index` writes it, or two touch the same file.
+    """
+    folder = shipped_dir() / upstream.name / upstream.commit
+    patches = [_read(path, upstream) for path in sorted(folder.glob("*.patch"))]
+    touched = [file for patch in patches for file in patch.files]
+    for file in touched:
+        if touched.count(file) > 1:
+            raise QwenVLError(f"{folder}: two patches touch {file}; make them one")
+    return patches
+
+
+def _read(path: Path, upstream: Upstream) -> Patch:
+    text = path.read_text(encoding="utf-8")
+    files = dict(_FILE.findall(text))
+    if len(files) != len(re.findall(r"^diff ", text, re.MULTILINE)) or not files:
+        raise QwenVLError(f"{path}: not a patch that changes files as git diff --full-index writes it")
+    return Patch(upstream.name, upstream.commit, path, text.partition("\n")[0], files)
+
+
+def open_tree(folder: Path) -> Tree:
+    """Find out which upstream a folder holds, by the files it has, and at which commit.
+
+    Raises:
+        UsageError: there is no such folder, or it is not the top folder of a supported upstream.
+        QwenVLError: git is missing or cannot read the repository.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    root = folder.resolve()
+    for upstream in pins.load().upstreams:
+        if all((root / marker).is_file() for marker in upstream.markers):
+            break
+    else:
+        titles = " or ".join(upstream.title for upstream in pins.load().upstreams)
+        raise UsageError(f"{folder}: not the top folder of {titles}")
+    commit = _git(root, "rev-parse", "--verify", "HEAD").strip() if (root / ".git").exists() else None
+    return Tree(root, upstream, commit)
+
+
+def check(folder: Path, force: bool = False) -> Report:
+    """Say of each patch whether it is applied, applies, or does not; change nothing.
+
+    Args:
+        folder: the top folder of a checkout, or of an unpacked archive.
+        force: accept another commit than the pinned one. Changes that are not the patches' are never accepted.
+
+    Raises:
+        UsageError, QwenVLError: as `open_tree` and `shipped`.
+    """
+    tree = open_tree(folder)
+    states = tuple((patch, _state(tree, patch)) for patch in shipped(tree.upstream))
+    return Report(tree, states, _trouble(tree, states, force))
+
+
+def apply(folder: Path, force: bool = False) -> Report:
+    """Apply the patches that are not applied so far: all of them, or none. The report is of before.
+
+    Raises:
+        QwenVLError: the tree is at another commit (unless `force`), has changes of others in a file to be patched,
+            or a patch does not apply.
+        UsageError: as `open_tree`.
+    """
+    report = check(folder, force)
+    _refuse(report)
+    conflicts = report.having(State.CONFLICT)
+    if conflicts:
+        names = ", ".join(patch.name for patch in conflicts)
+        raise QwenVLError(f"{folder}: nothing applied, for this does not apply here: {names}")
+    _apply(report.tree.root, report.having(State.APPLIES))
+    return report
+
+
+def revert(folder: Path, force: bool = False) -> Report:
+    """Take back the patches that are applied: all of them, or none. The report is of before.
+
+    Raises:
+        QwenVLError, UsageError: as `apply`; a patch that does not apply is no error here.
+    """
+    report = check(folder, force)
+    _refuse(report)
+    _apply(report.tree.root, report.having(State.APPLIED), "--reverse")
+    return report
+
+
+def _refuse(report: Report) -> None:
+    if report.trouble:
+        raise QwenVLError(report.trouble)
+
+
+def _trouble(tree: Tree, states: Sequence[tuple[Patch, State]], force: bool) -> Optional[str]:
+    pinned = tree.upstream
+    if tree.commit not in (None, pinned.commit) and not force:
+        return (
+            f"{tree.root}: at commit {str(tree.commit)[:7]}, the patches are for {pinned.title} {pinned.commit[:7]}; "
+            "check that out, or use --force"
+        )
+    changed = [file for patch, state in states for file in patch.files if _foreign(tree, patch, state, file)]
+    if not changed:
+        return None
+    if tree.commit is not None:
+        return f"{tree.root}: {', '.join(changed)} changed since the commit; commit that, stash it or undo it"
+    if force:
+        return None  # without .git nothing tells another version's file from a changed one
+    return (
+        f"{tree.root}: {', '.join(changed)} not as in {pinned.title} {pinned.commit[:7]}, and there is no .git "
+        "to tell the commit; use --force to patch all the same"
+    )
+
+
+def _foreign(tree: Tree, patch: Patch, state: State, file: str) -> bool:
+    """Whether a file is not what its commit and, where applied, the patch make it."""
+    if tree.commit is None:
+        expected = patch.files[file]
+    else:
+        # A file that the commit does not have is listed by no line.
+        listed = _git(tree.root, "ls-tree", "HEAD", "--", file).split()
+        expected = listed[2] if listed else ""
+    path = tree.root / file
+    if not path.is_file():
+        return bool(expected)
+    if state is not State.APPLIED:
+        return _blob_id(tree.root, file, path) != expected
+    with tempfile.TemporaryDirectory() as name:
+        copies = Path(name).resolve()
+        for other in patch.files:
+            (copies / other).parent.mkdir(parents=True, exist_ok=True)
+            (copies / other).write_bytes((tree.root / other).read_bytes())
+        _apply(copies, [patch], "--reverse")
+        return _blob_id(tree.root, file, copies / file) != expected
+
+
+def _blob_id(root: Path, file: str, content: Path) -> str:
+    # --path: as the tree's own settings for line ends would store it.
+    return _git(root, "hash-object", f"--path={file}", "--stdin", stdin=content.read_bytes()).strip()
+
+
+def _state(tree: Tree, patch: Patch) -> State:
+    # The reverse first: what is applied must not be applied again a few lines below.
+    for arguments, state in ((["--reverse"], State.APPLIED), ([], State.APPLIES)):
+        if _run(tree.root, "apply", "--check", *arguments, stdin=patch.path.read_bytes()).returncode == 0:
+            return state
+    return State.CONFLICT
+
+
+def _apply(root: Path, patches: Sequence[Patch], *arguments: str) -> None:
+    if not patches:
+        return
+    before = {root / file: (root / file).read_bytes() for patch in patches for file in patch.files}
+    try:
+        # In one go: git writes nothing unless all of its input applies. Of several files it would write some.
+        _git(root, "apply", *arguments, stdin=b"".join(patch.path.read_bytes() for patch in patches))
+    except BaseException:
+        # The disk is full, a folder is read-only: put back what was written by then.
+        for path, content in before.items():
+            if not path.exists() or path.read_bytes() != content:
+                path.write_bytes(content)
+        raise
+
+
+def _git(root: Path, *arguments: str, stdin: bytes = b"") -> str:
+    done = _run(root, *arguments, stdin=stdin)
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["failed"]
+        raise QwenVLError(f"{root}: git {arguments[0]}: {lines[0]}")
+    return done.stdout.decode(errors="replace")
+
+
+def _run(root: Path, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    # A person's own settings for white space must not change what is written.
+    settings = ("-c", "apply.whitespace=nowarn", "-c", "apply.ignoreWhitespace=no")
+    environment = {key: value for key, value in os.environ.items() if key not in _GIT_VARIABLES}
+    # Where the tree has no .git, one further up is not its own, and `git apply` would skip its files there.
+    environment["GIT_CEILING_DIRECTORIES"] = str(root.parent)
+    try:
+        return subprocess.run(
+            ["git", *settings, *arguments], cwd=root, env=environment, input=stdin, capture_output=True
+        )
+    except FileNotFoundError as error:
+        raise QwenVLError("git: not found on PATH; install it") from error

@@ -1,0 +1,143 @@
+"""The supported upstream commits, wheel sets and Paddle versions, read from pins.yaml."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import yaml
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError
+
+_FILE = Path(__file__).with_name("pins.yaml")
+
+
+def _requirement(value: str) -> str:
+    try:
+        Requirement(value)
+    except InvalidRequirement as error:
+        raise ValueError(f"not a requirement such as 'numpy>=1.24': {value!r}") from error
+    return value
+
+
+def _version(value: str) -> str:
+    try:
+        Version(value)
+    except InvalidVersion as error:
+        raise ValueError(f"not a version such as '3.0.0': {value!r}") from error
+    return value
+
+
+RequirementText = Annotated[str, AfterValidator(_requirement)]
+VersionText = Annotated[str, AfterValidator(_version)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Upstream(_Frozen):
+    """An upstream repository at the commit this package is made for."""
+
+    name: str
+    title: str
+    commit: str = Field(pattern=r"^[0-9a-f]{40}$")
+    date: datetime.date
+    markers: tuple[str, ...] = Field(min_length=1)  # files that every checkout of it has
+    note: str
+
+
+class PaddleNLPWheel(_Frozen):
+    """A PaddleNLP wheel. Generation 1 picks the model class in its script, 2 through the auto classes."""
+
+    version: VersionText
+    date: str = Field(pattern=r"^\d{4}-\d{2}$")
+    generation: Literal[1, 2]
+
+
+class GpuWheel(_Frozen):
+    """A GPU wheel of Paddle and the GPUs (compute capability times ten) it has machine code for."""
+
+    version: VersionText
+    cuda: str
+    cudnn: str
+    architectures: tuple[int, ...]
+    ptx: bool
+
+
+class Paddle(_Frozen):
+    """The wheels of Paddle on the Python index."""
+
+    cpu_wheels: tuple[VersionText, ...]
+    gpu_wheels: tuple[GpuWheel, ...]
+
+
+class WheelSet(_Frozen):
+    """Requirements that were seen to install together and to import."""
+
+    name: str
+    python: str
+    gives: tuple[str, ...]
+    requirements: tuple[RequirementText, ...]
+    note: str
+
+
+class Broken(_Frozen):
+    """Packages that do not work together: all of `installed` are there, and none of `missing`."""
+
+    name: str
+    installed: tuple[RequirementText, ...] = Field(min_length=1)
+    missing: tuple[str, ...] = ()
+    symptom: str
+    fix: str
+
+    def matches(self, versions: Mapping[str, str]) -> bool:
+        """Whether an environment, name -> version of each distribution, is broken in this way."""
+        there = {canonicalize_name(name): version for name, version in versions.items()}
+        for text in self.installed:
+            wanted = Requirement(text)
+            version = there.get(canonicalize_name(wanted.name))
+            if version is None or not wanted.specifier.contains(version, prereleases=True):
+                return False
+        return not any(canonicalize_name(name) in there for name in self.missing)
+
+
+class Pins(_Frozen):
+    """All of pins.yaml."""
+
+    upstreams: tuple[Upstream, ...]
+    paddlenlp_wheels: tuple[PaddleNLPWheel, ...]
+    paddle: Paddle
+    wheel_sets: tuple[WheelSet, ...]
+    broken: tuple[Broken, ...]
+
+    def upstream(self, name: str) -> Optional[Upstream]:
+        """The upstream of this name, None if there is none."""
+        return next((upstream for upstream in self.upstreams if upstream.name == name), None)
+
+
+@functools.cache
+def load(path: Path = _FILE) -> Pins:
+    """Read the pins.
+
+    Raises:
+        QwenVLError: the file is not there, is not YAML, or breaks the schema.
+    """
+    try:
+        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Pins.model_validate(data)
+    except OSError as error:
+        raise QwenVLError(f"{path}: cannot be read ({error.strerror}); install the package again") from error
+    except yaml.YAMLError as error:
+        raise QwenVLError(f"{path}: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise QwenVLError(f"{path}: {key}: {first['msg']}") from error

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from made_up import MadeUp, make
+
+from paddlemix_qwenvl_plugin.upstream import patches, pins
+
+
+@pytest.fixture(params=["paddlenlp", "paddlemix"])
+def tree(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+    """A made-up checkout, at what the pins now say is the pinned commit."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not on PATH; install it")
+    real = pins.load()
+    upstream = real.upstream(request.param)
+    assert upstream is not None
+    made = make(tmp_path, upstream)
+    others = tuple(made.pinned if one.name == upstream.name else one for one in real.upstreams)
+    faked = real.model_copy(update={"upstreams": others})
+    monkeypatch.setattr(pins, "load", lambda: faked)
+    monkeypatch.setattr(patches, "shipped_dir", lambda: made.patches)
+    return made
