@@ -321,7 +321,7 @@ cases(
 def _(bench: Bench) -> list[str]:
     bench.weights()
     Path("model/pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    bench.monkeypatch.setitem(__import__("sys").modules, "paddlenlp", None)
+    bench.monkeypatch.setitem(__import__("sys").modules, "paddlenlp.utils.serialization", None)
     return bench.export()
 
 
