@@ -44,6 +44,7 @@ class Shards:
         self.files = files
         self.kind = kind
         self._held: tuple[Path, dict[str, NDArray[np.generic]]] | None = None
+        self._headers: dict[Path, dict[str, safetensors_file.StoredTensor]] = {}
         self._where: dict[str, Path] = {}
         self.tensors: dict[str, Stored] = {}
         for path in files:
@@ -57,10 +58,6 @@ class Shards:
                 raise QwenVLError(
                     f"{files[0].parent}: the index says {name} is in {file_name}, but it is not"
                 )
-
-    @property
-    def folder(self) -> Path:
-        return self.files[0].parent
 
     @classmethod
     def open(cls, folder: Path) -> Shards:
@@ -90,9 +87,8 @@ class Shards:
         for path in self.files:
             wanted = [name for name in self.tensors if name in names and self._where[name] == path]
             if self.kind == "safetensors":
-                header = safetensors_file.read_header(path) if wanted else {}
                 for name in wanted:
-                    yield name, safetensors_file.read_tensor(path, header[name])
+                    yield name, safetensors_file.read_tensor(path, self._headers[path][name])
             elif wanted:
                 held = self._load(path)
                 for name in wanted:
@@ -100,7 +96,7 @@ class Shards:
 
     def _list(self, path: Path) -> dict[str, Stored]:
         if self.kind == "safetensors":
-            header = safetensors_file.read_header(path)
+            header = self._headers[path] = safetensors_file.read_header(path)
             return {name: Stored(entry.shape, entry.dtype) for name, entry in header.items()}
         return {
             name: Stored(array.shape, _dtype_name(array, name, path))

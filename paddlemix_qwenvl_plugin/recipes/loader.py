@@ -9,26 +9,15 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.errors import UsageError
 from paddlemix_qwenvl_plugin.recipes import interpolate
 from paddlemix_qwenvl_plugin.recipes.schema import Recipe
+from paddlemix_qwenvl_plugin.shipped import PACKAGE, shipped_folder
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 
-
-def shipped_dir(package: Path = _PACKAGE) -> Path:
-    """The folder of the recipes that come with the package: inside a wheel, or beside a source tree.
-
-    Raises:
-        QwenVLError: the installation has neither.
-    """
-    inside, beside = package / "recipes" / "shipped", package.parent / "recipes"
-    if inside.is_dir():
-        return inside
-    # In site-packages a folder `recipes` may be anybody's; pyproject.toml tells a source tree.
-    if beside.is_dir() and (package.parent / "pyproject.toml").is_file():
-        return beside
-    raise QwenVLError(f"{inside}: the shipped recipes are missing; install the package again")
+def shipped_dir(package: Path = PACKAGE) -> Path:
+    """The folder of the recipes that come with the package; see paddlemix_qwenvl_plugin/shipped.py."""
+    return shipped_folder("recipes", "recipes/shipped", package)
 
 
 def shipped() -> dict[str, Path]:

@@ -6,12 +6,12 @@ import re
 import shlex
 from typing import Annotated, Any, Literal, Optional, Union
 
-from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from paddlemix_qwenvl_plugin.recipes import interpolate
+from paddlemix_qwenvl_plugin.requirement import RequirementText
 
 
 def _as_text(value: Any) -> Any:
@@ -30,14 +30,6 @@ def _specifier(value: str) -> str:
         SpecifierSet(value)
     except InvalidSpecifier as error:
         raise ValueError(f"not a version range such as '>=3.0,<3.4': {value!r}") from error
-    return value
-
-
-def _requirement(value: str) -> str:
-    try:
-        Requirement(value)
-    except InvalidRequirement as error:
-        raise ValueError(f"not a requirement such as 'numpy>=1.24': {value!r}") from error
     return value
 
 
@@ -80,7 +72,7 @@ class Requires(_Strict):
 
     python: Optional[Specifier] = None
     paddle: Optional[Specifier] = None
-    packages: list[Annotated[str, AfterValidator(_requirement)]] = []
+    packages: list[RequirementText] = []
     memory_gib: Optional[float] = Field(default=None, gt=0)
     disk_gib: Optional[float] = Field(default=None, gt=0)
     gpu: bool = False

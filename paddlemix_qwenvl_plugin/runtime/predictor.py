@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -255,12 +255,8 @@ class QwenVL:
                 f"{self.config.max_position_embeddings}"
             )
         if options.max_new_tokens > room:
-            values = {
-                **vars(options),
-                "max_new_tokens": room,
-                "min_new_tokens": min(options.min_new_tokens, room),
-            }
-            options = GenerationOptions(**values)
+            least = min(options.min_new_tokens, room)
+            options = replace(options, max_new_tokens=room, min_new_tokens=least)
         return self._generator.generate(ids, row_lengths, pictures, positions, options, ends)
 
     def _check_ids(

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Optional
 
 from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.shipped import PACKAGE, shipped_folder
 from paddlemix_qwenvl_plugin.upstream import pins
 from paddlemix_qwenvl_plugin.upstream.pins import Upstream
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 # From the first file of the patch on; with --full-index the ids are whole, as shipped patches have them.
 _FILE = re.compile(r"^diff --git a/(\S+) b/\1\nindex ([0-9a-f]{40})\.\.[0-9a-f]{40} \d+$", re.MULTILINE)
 # These would make git look at another repository than the one the tree is in.
@@ -82,19 +82,9 @@ class Report:
         return [patch for patch, found in self.states if found is state]
 
 
-def shipped_dir(package: Path = _PACKAGE) -> Path:
-    """The folder of the patches that come with the package: inside a wheel, or beside a source tree.
-
-    Raises:
-        QwenVLError: the installation has neither.
-    """
-    inside, beside = package / "upstream" / "patches_data", package.parent / "patches"
-    if inside.is_dir():
-        return inside
-    # In site-packages a folder `patches` may be anybody's; pyproject.toml tells a source tree.
-    if beside.is_dir() and (package.parent / "pyproject.toml").is_file():
-        return beside
-    raise QwenVLError(f"{inside}: the shipped patches are missing; install the package again")
+def shipped_dir(package: Path = PACKAGE) -> Path:
+    """The folder of the patches that come with the package; see paddlemix_qwenvl_plugin/shipped.py."""
+    return shipped_folder("patches", "upstream/patches_data", package)
 
 
 def shipped(upstream: Upstream) -> list[Patch]:

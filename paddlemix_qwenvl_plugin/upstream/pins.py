@@ -9,22 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
 import yaml
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from paddlemix_qwenvl_plugin.errors import QwenVLError
+from paddlemix_qwenvl_plugin.requirement import RequirementText
 
 _FILE = Path(__file__).with_name("pins.yaml")
-
-
-def _requirement(value: str) -> str:
-    try:
-        Requirement(value)
-    except InvalidRequirement as error:
-        raise ValueError(f"not a requirement such as 'numpy>=1.24': {value!r}") from error
-    return value
 
 
 def _version(value: str) -> str:
@@ -35,7 +28,6 @@ def _version(value: str) -> str:
     return value
 
 
-RequirementText = Annotated[str, AfterValidator(_requirement)]
 VersionText = Annotated[str, AfterValidator(_version)]
 
 
