@@ -24,6 +24,8 @@ _PLUGIN = "paddlemix_qwenvl_plugin"
 
 # Module -> "hook module:function". The function is called with the module right after it was executed.
 HOOKS = {
+    "paddlemix.auto.modeling": _PLUGIN + ".upstream.paddlemix:hook_auto_modeling",
+    "paddlemix.processors.qwen_vl_processing": _PLUGIN + ".upstream.paddlemix:hook_qwen_vl_processing",
     "paddlenlp.experimental.transformers.qwen.modeling": _PLUGIN + ".upstream.paddlenlp:hook_qwen",
 }
 # The same for modules that may be missing: there the function is given an empty module to fill.

@@ -110,11 +110,25 @@ def load_config(folder: Path) -> ModelConfig:
         raise UsageError(f"{path.parent}: no such model folder")
     if not path.is_file():
         raise UsageError(f"{path.parent}: no config.json in it; is it a model folder?")
+    return parse_config(_read_json(path), str(path))
+
+
+def is_chat_model(folder: Path) -> bool:
+    """Whether a model folder says that its model ends its turns, as Qwen-VL-Chat does (generation_config.json).
+
+    Raises:
+        QwenVLError: the file is there and is not JSON.
+    """
+    path = Path(folder) / "generation_config.json"
+    data = _read_json(path) if path.is_file() else None
+    return isinstance(data, dict) and data.get("chat_format") == "chatml"
+
+
+def _read_json(path: Path) -> Any:
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:  # also what is not UTF-8
         raise QwenVLError(f"{path}: not valid JSON ({error})") from error
-    return parse_config(data, str(path))
 
 
 def parse_config(data: Any, origin: str) -> ModelConfig:

@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
 from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 
 # (file or index, kind), in the order of preference where a folder holds several.
-_CANDIDATES = (
+WEIGHT_FILES = (
     ("model.safetensors.index.json", "safetensors"),
     ("model.safetensors", "safetensors"),
     ("model_state.pdparams.index.json", "pdparams"),
@@ -67,19 +67,19 @@ class Shards:
             UsageError: no weight file of a known name is there.
             QwenVLError: a file of the index is missing, or a file is damaged.
         """
-        for name, kind in _CANDIDATES:
+        for name, kind in WEIGHT_FILES:
             path = folder / name
             if not path.is_file():
                 continue
             if not name.endswith(".index.json"):
                 return cls([path], kind, None)
-            index = _read_index(path)
+            index = read_index(path)
             files = [folder / file_name for file_name in sorted(set(index.values()))]
             for file in files:
                 if not file.is_file():
                     raise QwenVLError(f"{file}: missing, though {name} names it; copy the folder again")
             return cls(files, kind, index)
-        names = ", ".join(name for name, _ in _CANDIDATES)
+        names = ", ".join(name for name, _ in WEIGHT_FILES)
         raise UsageError(f"{folder}: no weights in it (looked for {names})")
 
     def read(self, names: set[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
@@ -110,7 +110,12 @@ class Shards:
         return self._held[1]
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index of a checkpoint in several files.
+
+    Raises:
+        QwenVLError: not an index, or one that names a file outside its folder.
+    """
     try:
         weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
         index = {str(name): str(file) for name, file in weight_map.items()}

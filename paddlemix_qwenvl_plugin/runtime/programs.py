@@ -34,12 +34,10 @@ class Stage:
     """
 
     def __init__(self, path: str | Path, stage: str, device: str) -> None:
-        given = Path(path)
-        form = given.suffix if given.suffix in _FORMS else None
-        self.prefix = given.with_suffix("") if form else given
+        self.prefix = stage_prefix(path)
         if not self.prefix.name:
             raise UsageError(f"{path}: must be the prefix of an exported {stage} stage, folder and file name")
-        self.form = form or _FORMS[0]
+        self._forms = _FORMS if self.prefix == Path(path) else (Path(path).suffix,)
         self.device = _check_device(device)
         self.manifest: Manifest = read_manifest(self.prefix, stage)
         self.params = self.prefix.with_name(self.prefix.name + ".pdiparams")
@@ -53,7 +51,10 @@ class Stage:
     def open(self, suffix: str = "") -> Program:
         """Load the program PREFIX + suffix."""
         target = ".cpu" if self.device == "cpu" and self.manifest.dtype != "float32" else ""
-        program = self.prefix.with_name(f"{self.prefix.name}{suffix}{target}{self.form}")
+        programs = [
+            self.prefix.with_name(f"{self.prefix.name}{suffix}{target}{form}") for form in self._forms
+        ]
+        program = next((path for path in programs if path.is_file()), programs[0])
         expected = self.manifest.programs.get(program.name)
         if expected is None or not program.is_file():
             raise QwenVLError(f"{program}: missing; export again")
@@ -70,6 +71,12 @@ class Stage:
         if size != expected:
             raise QwenVLError(f"{self.params}: {size} bytes where {expected} were exported; export again")
         check_records(self.params)
+
+
+def stage_prefix(path: str | Path) -> Path:
+    """The prefix of a stage's files, from the prefix itself or from a program file."""
+    path = Path(path)
+    return path.with_suffix("") if path.suffix in _FORMS else path
 
 
 class Program:

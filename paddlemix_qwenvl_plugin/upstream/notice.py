@@ -1,0 +1,13 @@
+"""One line to the user of an upstream script."""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+
+@functools.cache
+def notice(line: str) -> None:
+    """Write a line to stderr, where there is one, once: what the script prints stays its own."""
+    if sys.stderr is not None:
+        sys.stderr.write(f"qwenvl: {line}\n")

@@ -1,0 +1,170 @@
+"""PaddleMIX's stock Predictor (deploy/qwen_vl/run_static_predict.py) on our exports.
+
+It is written for one export: legacy programs of the 7B model on a GPU, in float16, with one picture. What it feeds is
+brought into the shape that the exported program declares, whatever that is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import paddle
+
+from paddlemix_qwenvl_plugin.checkpoint.config import is_chat_model
+from paddlemix_qwenvl_plugin.errors import make_folder
+from paddlemix_qwenvl_plugin.export.manifest import manifest_path
+from paddlemix_qwenvl_plugin.runtime.programs import Stage, stage_prefix
+from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
+from paddlemix_qwenvl_plugin.upstream.notice import notice
+
+# Places in the stock inputs (export/contract.py).
+_INPUT_IDS, _FEATURES, _IMG_POS, _MASK, _EOS, _TGT_MASK, _STOP_NUMS, _CACHES = 0, 1, 2, 3, 12, 19, 21, 22
+
+_FOLDER_VARIABLE = "QWENVL_REAL_TIME_SAVE_DIR"
+
+
+def adapt(predictor: Any, processor: Any, script: dict[str, Any]) -> None:
+    """Make a Predictor that is being built open our exports; those of others it opens as before.
+
+    Args:
+        predictor: the Predictor, which has `args`, `config` and `tokenizer` by now.
+        processor: its QwenVLProcessor.
+        script: the globals of the script, whose reader of token files is pointed at this process's own folder.
+    """
+    upstream = predictor.create_predictor
+
+    @functools.wraps(upstream)
+    def create_predictor(model_path: str) -> Any:
+        if not manifest_path(stage_prefix(model_path)).is_file():
+            return upstream(model_path)
+        device = _device(predictor.args.device)
+        if model_path == predictor.args.first_model_path:
+            stage = Stage(model_path, "vision", device)
+            size = stage.manifest.config.visual.image_size
+            processor.image_processor.image_size = (size, size)
+            return ImageEncoder(stage)
+        script["load_real_time_tokens"] = _reading_own_folder(script["load_real_time_tokens"])
+        return LanguageModel(
+            Stage(model_path, "language", device),
+            predictor.tokenizer,
+            Path(predictor.args.model_name_or_path),
+        )
+
+    predictor.create_predictor = create_predictor
+
+
+class ImageEncoder:
+    """Stage 1 with the `run` of a Paddle Inference predictor."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._program = stage.open()
+
+    def run(self, inputs: list[Any]) -> list[Any]:
+        """images [N, 3, size, size] -> [features float32 [N, n_queries, H]]."""
+        return self._program([inputs[0].astype("float32")])
+
+
+class LanguageModel:
+    """Stage 2 with the `run` of a Paddle Inference predictor; its tokens go where the script's reader looks."""
+
+    def __init__(self, stage: Stage, tokenizer: Any, model: Path) -> None:
+        self._config = stage.manifest.config
+        self._dtype = stage.manifest.dtype
+        self._program = stage.open()
+        self._end = int(tokenizer.eod_id)
+        self._turn_ends = [int(tokenizer.im_end_id), int(tokenizer.im_start_id)]
+        self._is_chat_model = is_chat_model(model) or is_chat_model(stage.prefix.parent)
+
+    def run(self, inputs: list[Any]) -> list[Any]:
+        """Generate from the stock inputs, and write the tokens as real_time_save files.
+
+        Returns:
+            The outputs of the program.
+        """
+        outputs = self._program(self._as_declared(inputs))
+        rows = [[token for token in row if token >= 0] for row in outputs[-1].numpy().tolist()]
+        write_tokens(_own_folder(), rows, self._end)
+        return outputs
+
+    def _as_declared(self, inputs: list[Any]) -> list[Any]:
+        """The script's inputs in the program's dtypes and sizes.
+
+        The script takes the number of pictures for that of rows, writes the caches of the 7B model, and ends at the
+        end-of-text token of the real vocabulary only.
+        """
+        ids = inputs[_INPUT_IDS]
+        n_rows = ids.shape[0]
+        feed = [
+            tensor[:n_rows] if place > _IMG_POS and place not in (_EOS, _STOP_NUMS) else tensor
+            for place, tensor in enumerate(inputs[:_CACHES])
+        ]
+        feed[_FEATURES] = feed[_FEATURES].astype("float32")
+        if feed[_IMG_POS] is None:  # a prompt without a picture
+            feed[_IMG_POS] = paddle.to_tensor([[-1, 0, 0]], dtype="int64")
+        for mask in (_MASK, _TGT_MASK):
+            feed[mask] = feed[mask].astype(self._dtype)
+        feed[_EOS] = paddle.to_tensor(self._ends(ids), dtype="int64")
+        feed[_STOP_NUMS] = paddle.to_tensor([n_rows], dtype="int64")
+        max_len = inputs[_MASK].shape[-1]
+        cache = [2, n_rows, self._config.num_attention_heads, max_len, self._config.head_dim]
+        feed += [self._program.zeros(cache, self._dtype) for _ in range(self._config.num_hidden_layers)]
+        return feed
+
+    def _ends(self, ids: Any) -> list[int]:
+        chat = self._is_chat_model or bool((ids == self._turn_ends[1]).any())
+        return [self._end, *(self._turn_ends if chat else [])]
+
+
+def _device(asked: str) -> str:
+    if asked == "gpu" and not (paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
+        notice("--device gpu: Paddle has no GPU here, running on the CPU")
+        return "cpu"
+    if asked == "cpu":
+        paddle.set_device("cpu")  # a GPU build of Paddle would make the script's tensors on the GPU
+    return asked
+
+
+@functools.cache
+def _own_folder() -> Path:
+    """Where this process puts its token files: two in one working directory would read each other's."""
+    named = os.environ.get(_FOLDER_VARIABLE)
+    if named:
+        folder = Path(named).absolute()
+        make_folder(folder)
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="qwenvl-real-time-save-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[_FOLDER_VARIABLE] = str(folder)  # a patched reader (patches/) looks there
+    return folder
+
+
+def _reading_own_folder(reader: Callable[[], Any]) -> Callable[[], Any]:
+    """The script's reader of token files, which looks in the working directory, made to look in our folder."""
+    if hasattr(reader, "_qwenvl"):
+        return reader
+
+    @functools.wraps(reader)
+    def read() -> Any:
+        with _working_in(_own_folder()):
+            return reader()
+
+    vars(read)["_qwenvl"] = True
+    return read
+
+
+@contextlib.contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import paddle
+
+
+class Upstream(paddle.nn.Layer):
+    """What upstream's own model class would be."""
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        super().__init__()
+        print(f"upstream loads {folder} as {dtype}")
+        self.visual = paddle.nn.Linear(3, 3)
+
+
+class AutoModelMIX:
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        return Upstream(pretrained_model_name_or_path, kwargs["dtype"])

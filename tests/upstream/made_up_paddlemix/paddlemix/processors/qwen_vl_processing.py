@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import paddle
+
+from paddlemix_qwenvl_plugin.processing.images import load_image, preprocess_all
+from paddlemix_qwenvl_plugin.processing.prompts import base_prompt
+
+
+class ImageProcessor:
+    image_size = (448, 448)
+
+    def __call__(self, paths):
+        return paddle.to_tensor(preprocess_all([load_image(path) for path in paths], self.image_size[0]))
+
+
+class QwenVLProcessor:
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.image_processor = ImageProcessor()
+
+    def __call__(self, query, return_tensors):
+        prompt = base_prompt(self.tokenizer, query)
+        images = self.image_processor(prompt.images) if prompt.images else None
+        return {"input_ids": paddle.to_tensor([prompt.input_ids]), "images": images}
