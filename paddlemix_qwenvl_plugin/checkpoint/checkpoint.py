@@ -27,6 +27,12 @@ from paddlemix_qwenvl_plugin.errors import QwenVLError
 
 # Buffers that some checkpoints carry and that follow from the config.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|logn_tensor)$")
+# Naming scheme -> what the language model's names begin with.
+_LANGUAGE_PREFIXES = {
+    "PaddleMIX": "transformer.llm.",
+    "Paddle static": "qwen.",
+    "Hugging Face": "transformer.",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,12 @@ class Checkpoint:
         self.language = language_specs(self.config)
         self.vision = vision_specs(self.config)
         self._entries = self._match()
+
+    @property
+    def scheme(self) -> str:
+        """The naming scheme of the weights: "Hugging Face", "Paddle static" or "PaddleMIX"."""
+        prefix = self._entries["wte.weight"].stored_name[: -len("wte.weight")]
+        return next(name for name, its in _LANGUAGE_PREFIXES.items() if its == prefix)
 
     @property
     def dtype(self) -> str:
@@ -115,14 +127,10 @@ class Checkpoint:
     def _canonical_names(self) -> dict[str, str]:
         """Map canonical names to stored names."""
         stored = [name for name in self._shards.tensors if not _BUFFERS.search(name)]
-        language = {
-            "PaddleMIX": "transformer.llm.",
-            "Paddle static": "qwen.",
-            "Hugging Face": "transformer.",
-        }
-        scheme = next((p for p in language.values() if f"{p}wte.weight" in stored), None)
+        prefixes = _LANGUAGE_PREFIXES.values()
+        scheme = next((p for p in prefixes if f"{p}wte.weight" in stored), None)
         if scheme is None:
-            looked = " or ".join(f"{prefix}wte.weight" for prefix in language.values())
+            looked = " or ".join(f"{prefix}wte.weight" for prefix in prefixes)
             raise QwenVLError(f"{self.folder}: not a Qwen-VL checkpoint, tensor {looked} is missing")
         canonical: dict[str, str] = {}
         for name in stored:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from paddlemix_qwenvl_plugin.cli import convert, export, make_tiny, patches, predict, recipes, run
+from paddlemix_qwenvl_plugin.cli import convert, doctor, export, make_tiny, patches, predict, recipes, run
 from paddlemix_qwenvl_plugin.errors import QwenVLError
 
 # typer carries its own copy of click from 0.16 on and needs click itself before that:
@@ -37,6 +37,7 @@ app.command("export-language")(export.export_language)
 app.command("convert")(convert.convert)
 app.command("make-tiny")(make_tiny.make_tiny)
 app.command("run")(run.run)
+app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(patches.app, name="patches")
 

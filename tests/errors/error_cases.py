@@ -844,6 +844,26 @@ cases(
     }
 )
 
+# Doctor
+
+
+@case("`doctor` of a model folder that is not there")
+def _(bench: Bench) -> list[str]:
+    return ["doctor", "--model_name_or_path", "model"]
+
+
+@case("`doctor` of a folder without weights")
+def _(bench: Bench) -> list[str]:
+    bench.weights()
+    return ["doctor", "--model_name_or_path", "model"]
+
+
+@case("a problem that `doctor` finds")
+def _(bench: Bench) -> list[str]:
+    os.truncate(bench.model() / "model.safetensors", 1000)
+    return ["doctor", "--model_name_or_path", "model"]
+
+
 # Anything
 
 

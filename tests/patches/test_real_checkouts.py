@@ -80,22 +80,87 @@ def test_an_archive_without_git(name: str, tmp_path: Path) -> None:
 # PaddleNLP
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_import_activates_the_plugin(paddlenlp: Path, tmp_path: Path, installed: bool) -> None:
-    """The lines above `import paddle` are run: the rest needs PaddleNLP's requirements."""
-    if installed:
-        (tmp_path / "_qwenvl_activate.py").write_text("def init(): print('activated')\n", encoding="utf-8")
+def package(folder: Path, name: str, entry_points: str) -> None:
+    """What pip would leave of an installed package, as far as its entry points go."""
+    info = folder / f"{name}-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(entry_points, encoding="utf-8")
+
+
+def run_start(paddlenlp: Path, python: str, *path: Path, then: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the lines above `import paddle` of `paddlenlp`: the rest needs PaddleNLP's requirements."""
     source = (paddlenlp / "paddlenlp" / "__init__.py").read_text(encoding="utf-8")
     lines = source.partition("\nimport paddle\n")[0]
-    # -S: without site-packages, so no plugin but the one above.
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", lines],
-        env={"PYTHONPATH": str(tmp_path)},
+    # -S: without site-packages, so no plugins but those of `path`. -W error: not even a warning may be raised.
+    return subprocess.run(
+        [python, "-S", "-W", "error", "-c", f"{lines}\n{then}"],
+        env={"PYTHONPATH": os.pathsep.join(map(str, path))},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    assert done.stdout == ("activated\n" if installed else "")
+
+
+def interpreter(minor: int) -> str:
+    """Python 3.`minor` itself: what is on PATH may be a script that starts it."""
+    found = shutil.which(f"python3.{minor}")
+    command = [found or "", "-c", "import sys; print(sys.executable)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False) if found else None
+    if done is None or done.returncode != 0:
+        pytest.skip(f"no python3.{minor} on PATH; install it")
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("minor", [None, 8, 9, 10, 11, 12, 13])
+def test_import_calls_every_plugin(paddlenlp: Path, tmp_path: Path, minor: int | None) -> None:
+    python = sys.executable if minor is None else interpreter(minor)
+    (tmp_path / "plugins.py").write_text(
+        "def good(): print('good')\n"
+        "def better(): print('better')\n"
+        "def bad(): raise ValueError('not today')\n",
+        encoding="utf-8",
+    )
+    package(tmp_path, "one", "[paddlenlp.plugins]\nA = plugins:good\n[console_scripts]\nno = plugins:never\n")
+    package(
+        tmp_path, "two", "[paddlenlp.plugins]\nB = plugins:bad\nC = no_such_module:init\nD = plugins:better\n"
+    )
+    done = run_start(paddlenlp, python, tmp_path, then="print(__version__)")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sorted(lines[:-1]) == ["better", "good"]
+    assert lines[-1].startswith("2.")  # and the import went on
+    told = sorted(line for line in done.stderr.splitlines() if line)
+    assert [line.split(" (")[0] for line in told] == [f"paddlenlp.plugins: {one} failed" for one in "BC"]
+    assert "ValueError('not today')" in told[0]
+    assert "no_such_module" in told[1]
+
+
+def test_import_without_plugins(paddlenlp: Path, tmp_path: Path) -> None:
+    done = run_start(paddlenlp, sys.executable, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_import_with_damaged_metadata(paddlenlp: Path, tmp_path: Path) -> None:
+    package(tmp_path, "damaged", "[paddlenlp.plugins]\nno equals sign\n")
+    done = run_start(paddlenlp, sys.executable, tmp_path, then="print('on')")
+    assert (done.returncode, done.stdout) == (0, "on\n")
+    assert done.stderr.startswith("paddlenlp.plugins: ")
+
+
+def test_import_activates_this_plugin(paddlenlp: Path, tmp_path: Path) -> None:
+    """By the entry point of pyproject.toml, as installed; -S keeps Python from reading the .pth file."""
+    repo = Path(__file__).resolve().parents[2]
+    pyproject = (repo / "pyproject.toml").read_text(encoding="utf-8")
+    declared = re.search(
+        r'^\[project\.entry-points\."(paddlenlp\.plugins)"\]\n(\w+) = "(.+)"$', pyproject, re.M
+    )
+    assert declared is not None
+    package(tmp_path, "ours", "[{}]\n{} = {}\n".format(*declared.groups()))
+    code = "print(sys.modules['_qwenvl_activate'].state)"
+    done = run_start(paddlenlp, sys.executable, tmp_path, repo / "activation", then=code)
+    assert done.returncode == 0, done.stderr
+    assert "'armed'" in done.stdout
 
 
 @pytest.mark.parametrize("pir", ["0", "1"])

@@ -1,0 +1,45 @@
+"""`qwenvl doctor`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+import typer
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError
+
+if TYPE_CHECKING:
+    from paddlemix_qwenvl_plugin.upstream.doctor import Report
+
+_COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
+
+
+def doctor(
+    model: Optional[Path] = typer.Option(None, "--model_name_or_path", help="Also check this model folder."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+) -> None:
+    """Check Paddle, the upstreams, the hooks and a model folder, and say what mends them."""
+    from paddlemix_qwenvl_plugin.recipes import environment
+    from paddlemix_qwenvl_plugin.upstream.doctor import examine
+
+    report = examine(model, environment.gpus())
+    if as_json:
+        print(json.dumps(report.as_dict(), ensure_ascii=False, indent=1))
+    else:
+        _print(report)
+    problems = report.count("problem")
+    if problems:
+        raise QwenVLError(f"doctor: {problems} problem{'s' if problems > 1 else ''} found")
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True)  # a line stays one, and can be copied
+    for check in report.checks:
+        console.print(Text.assemble((f"{check.status:<8}", _COLOURS[check.status]), check.message))
+        if check.fix is not None:
+            console.print(Text(" " * 8 + check.fix))

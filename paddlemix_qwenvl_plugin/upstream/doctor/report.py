@@ -1,0 +1,47 @@
+"""What the doctor found: checks, each with a status, a sentence, and where there is one the line that mends it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Optional
+
+from paddlemix_qwenvl_plugin.version import __version__
+
+SCHEMA = 1
+Status = Literal["ok", "note", "problem"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    `name` is unique in a report, `fix` is a line for a shell, and `data` holds JSON-ready values, the same keys
+    for every check of that name (docs/doctor.md lists them).
+    """
+
+    name: str
+    status: Status
+    message: str
+    fix: Optional[str] = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks, in a fixed order."""
+
+    checks: tuple[Check, ...]
+
+    def count(self, status: Status) -> int:
+        """How many checks have this status."""
+        return sum(check.status == status for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as `qwenvl doctor --json` prints it."""
+        return {
+            "schema": SCHEMA,
+            "plugin": __version__,
+            "notes": self.count("note"),
+            "problems": self.count("problem"),
+            "checks": [asdict(check) for check in self.checks],
+        }

@@ -1,0 +1,272 @@
+"""Parts of the doctor that need the real environment, a real tree or a real model."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doctor_helpers import REPO
+from safetensors.numpy import load_file, save_file
+
+from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.upstream import patches, pins
+from paddlemix_qwenvl_plugin.upstream.doctor import machine, probe, upstreams
+from paddlemix_qwenvl_plugin.upstream.doctor.installation import ENTRY_POINTS
+from paddlemix_qwenvl_plugin.upstream.doctor.model import check_model
+from paddlemix_qwenvl_plugin.upstream.doctor.probe import Answer
+
+# Entry points
+
+
+def declared() -> list[tuple[str, str, str]]:
+    """(group, name, object) of pyproject.toml."""
+    text = (REPO / "pyproject.toml").read_text("utf-8")
+    return re.findall(r'^\[project\.entry-points\."(.+)"\]\n(\S+) = "(.+)"$', text, re.MULTILINE)
+
+
+def test_the_doctor_knows_what_is_declared() -> None:
+    assert {group: name for group, name, _ in declared()} == ENTRY_POINTS
+    document = (REPO / "docs" / "doctor.md").read_text("utf-8")
+    for group, name, _ in declared():
+        assert f"| `{group}` | `{name}` |" in document
+
+
+@pytest.mark.parametrize(("group", "name", "value"), declared(), ids=lambda text: text)
+def test_entry_points_resolve(group: str, name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPO / "activation"))
+    assert callable(EntryPoint(name, value, group).load())
+
+
+def test_activation_by_its_entry_point_is_light() -> None:
+    (value,) = [value for group, _, value in declared() if group == "paddlenlp.plugins"]
+    module, _, function = value.partition(":")
+    code = f"import sys, {module}; {module}.{function}(); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={"PYTHONPATH": str(REPO / "activation")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not {"paddle", "numpy", "importlib.metadata", "paddlemix_qwenvl_plugin"} & set(done.stdout.split())
+
+
+# Questions
+
+
+def test_a_question_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "paddle.py").write_text(
+        # The child's child lives on and keeps the output open.
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(20)'])\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert probe.ask("paddle", timeout=1) == Answer({}, "no end after 1 s")
+
+
+def test_this_machine_as_it_is() -> None:
+    """The real Paddle, and a sys.path that an environment variable does not carry."""
+    import paddle
+
+    answer = probe.ask("paddle")
+    assert answer.cause is None
+    assert answer.value["version"] == paddle.__version__
+    assert answer.value["gpu_build"] == paddle.is_compiled_with_cuda()
+
+
+def test_a_gpu_that_only_the_driver_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi
+    cpu = Answer({"version": "3.3.1", "gpu_build": False, "cuda": None, "architectures": []})
+    paddle = machine.check_paddle({"paddlepaddle": "3.3.1"}, True, cpu, False)
+    check = machine.check_gpu(paddle, Answer({}), ["A GPU"])
+    assert check.status == "note"
+    assert check.message.startswith("A GPU, which this Paddle, no GPU build, does not use")
+    assert check.data["gpus"] == [{"name": "A GPU", "architecture": None, "driver": None}]
+    assert check.data["visible"] == ["A GPU"]
+
+
+# Checkouts
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.com", "-c", "commit.gpgsign=false")
+    return subprocess.run(
+        ["git", *who, *arguments], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A made-up checkout of PaddleMIX, on sys.path."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not on PATH; install it")
+    root = tmp_path / "a checkout"
+    for marker in upstream().markers:
+        (root / marker).parent.mkdir(parents=True, exist_ok=True)
+        (root / marker).write_text("")
+    git(root, "init", "-q")
+    git(root, "add", ".")
+    git(root, "commit", "-q", "-m", "made up")
+    monkeypatch.syspath_prepend(str(root))
+    return root
+
+
+def upstream() -> pins.Upstream:
+    found = pins.load().upstream("paddlemix")
+    assert found is not None
+    return found
+
+
+def look(answer: Answer, **changes: str) -> Any:
+    pinned = upstream().model_copy(update=changes)
+    return upstreams.check_upstream(pinned, {}, answer, paddle_imports=True, mended=False)
+
+
+def test_another_commit(checkout: Path) -> None:
+    head, pin = git(checkout, "rev-parse", "HEAD"), upstream().commit
+    check = look(Answer({}))
+    assert (check.status, check.data["commit"], check.data["path"]) == ("note", head, str(checkout))
+    assert check.message.endswith(f"at commit {head[:7]}; the plugin is made for {pin[:7]}")
+    assert check.fix == f"git -C '{checkout}' checkout {pin}"
+
+
+def test_the_pinned_commit(checkout: Path) -> None:
+    head = git(checkout, "rev-parse", "HEAD")
+    check = look(Answer({}), commit=head)
+    assert (check.status, check.fix) == ("ok", None)
+    assert check.message.endswith(f"at the pinned commit {head[:7]}")
+
+
+def test_no_git_folder(checkout: Path) -> None:
+    shutil.rmtree(checkout / ".git")
+    check = look(Answer({}))
+    assert (check.status, check.data["commit"]) == ("note", None)
+    assert "commit unknown" in check.message
+
+
+def test_git_is_missing(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    check = look(Answer({}))
+    assert check.status == "note"
+    assert "git: not found" in check.message
+
+
+def test_patches_are_offered_where_the_import_fails(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A patch of the test's own for the made-up checkout."""
+    head = git(checkout, "rev-parse", "HEAD")
+    file = checkout / "paddlemix" / "__init__.py"
+    file.write_text("mended = True\n")
+    folder = tmp_path / "patches" / "paddlemix" / upstream().commit
+    folder.mkdir(parents=True)
+    diff = git(checkout, "diff", "--full-index")
+    (folder / "0001-mend.patch").write_text(f"Mends it\n\n{diff}\n")
+    git(checkout, "checkout", "-q", ".")
+    monkeypatch.setattr(patches, "shipped_dir", lambda: tmp_path / "patches")
+    failing = Answer({}, "ValueError: mutable default")
+    check = look(failing, commit=head)
+    assert check.status == "problem"
+    assert check.message.endswith(
+        "import paddlemix fails: ValueError: mutable default; its patches are not applied"
+    )
+    assert check.fix == f"qwenvl patches apply --tree '{checkout}'"
+    assert check.data["patches"] == {"0001-mend": "applies"}
+    file.write_text("mended = True\n")
+    check = look(failing, commit=head)
+    assert (check.status, check.fix) == ("problem", None)
+    assert check.data["patches"] == {"0001-mend": "already applied"}
+
+
+# Model folders
+
+
+@pytest.fixture
+def model(tiny_exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_exported / "model", tmp_path / "a model"))
+
+
+def rename(folder: Path, change: Callable[[str], str]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({change(name): value for name, value in weights.items()}, folder / "model.safetensors")
+
+
+def to_static(name: str) -> str:
+    return name.replace("transformer.llm.", "qwen.")
+
+
+def to_hugging_face(name: str) -> str:
+    if name.startswith("visual."):
+        return "transformer." + name.replace("visual.vit.", "visual.")
+    return name.replace("transformer.llm.", "transformer.")
+
+
+@pytest.mark.parametrize(
+    ("change", "scheme"),
+    [(str, "PaddleMIX"), (to_static, "Paddle static"), (to_hugging_face, "Hugging Face")],
+)
+def test_a_model_folder(model: Path, change: Callable[[str], str], scheme: str) -> None:
+    rename(model, change)
+    check = check_model(model)
+    assert check.status == "ok", check.message
+    parameters = sum(value.size for value in load_file(model / "model.safetensors").values())
+    assert check.data == {
+        "path": str(model),
+        "scheme": scheme,
+        "dtype": "float32",
+        "parameters": parameters,
+        "language_layers": 2,
+        "hidden_size": 256,
+        "vocab_size": check.data["vocab_size"],
+        "vision_layers": 2,
+        "tokenizer": "qwen.tiktoken",
+        "cause": None,
+    }
+    assert f"{scheme} names, float32, {parameters:,} parameters" in check.message
+
+
+def test_a_model_without_its_vocabulary(model: Path) -> None:
+    (model / "qwen.tiktoken").unlink()
+    check = check_model(model)
+    assert (check.status, check.data["tokenizer"]) == ("note", None)
+    assert "no qwen.tiktoken in it" in check.message
+
+
+def test_a_model_with_a_damaged_vocabulary(model: Path) -> None:
+    (model / "qwen.tiktoken").write_text("not base64")
+    check = check_model(model)
+    assert check.status == "problem"
+    assert "qwen.tiktoken" in check.message
+
+
+def test_a_model_with_another_vocabulary(model: Path) -> None:
+    lines = (model / "qwen.tiktoken").read_text().splitlines(keepends=True)
+    (model / "qwen.tiktoken").write_text("".join(lines[:-1]))
+    check = check_model(model)
+    assert check.status == "problem"
+    assert "another model's vocabulary" in check.message
+
+
+def test_a_model_that_does_not_open(model: Path) -> None:
+    (model / "config.json").write_text("[]")
+    check = check_model(model)
+    assert (check.status, check.message) == (
+        "problem",
+        f"model: {model / 'config.json'}: must be a JSON object",
+    )
+    assert check.data["scheme"] is None
+
+
+def test_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such model folder"):
+        check_model(tmp_path / "none")
+    with pytest.raises(UsageError, match=r"no config\.json in it"):
+        check_model(tmp_path)
