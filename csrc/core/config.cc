@@ -1,0 +1,82 @@
+#include "core/config.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "core/error.h"
+
+namespace qvl {
+namespace {
+
+constexpr int kLargest = 1 << 20;
+
+void in_range(const char* name, int64_t value, int64_t least, int64_t most) {
+  QVL_REQUIRE(value >= least && value <= most, QVL_INVALID, "config: %s is %lld; it must be %lld to %lld",
+              name, static_cast<long long>(value), static_cast<long long>(least),
+              static_cast<long long>(most));
+}
+
+void check_language(const qvl_config& c) {
+  in_range("layers", c.layers, 1, 4096);
+  in_range("heads", c.heads, 1, 4096);
+  in_range("head_dim", c.head_dim, 2, 512);
+  QVL_REQUIRE(c.head_dim % 2 == 0, QVL_INVALID, "config: head_dim is %d; it must be even", c.head_dim);
+  QVL_REQUIRE(int64_t{c.heads} * c.head_dim == c.hidden, QVL_INVALID,
+              "config: heads (%d) x head_dim (%d) must equal hidden (%d)", c.heads, c.head_dim, c.hidden);
+  in_range("mlp_width", c.mlp_width, 1, kLargest);
+  in_range("vocab", c.vocab, 1, 1 << 24);
+  QVL_REQUIRE(c.norm_epsilon > 0 && c.norm_epsilon < 1, QVL_INVALID,
+              "config: norm_epsilon is %g; it must be between 0 and 1", static_cast<double>(c.norm_epsilon));
+  in_range("seq_length", c.seq_length, 2, 1 << 24);
+  in_range("max_positions", c.max_positions, 1, 1 << 24);
+  QVL_REQUIRE(c.rotary_base > 1 && std::isfinite(c.rotary_base), QVL_INVALID,
+              "config: rotary_base is %g; it must be over 1", static_cast<double>(c.rotary_base));
+  in_range("dynamic_ntk", c.dynamic_ntk, 0, 1);
+  in_range("logn", c.logn, 0, 1);
+}
+
+void check_vision(const qvl_config& c) {
+  in_range("image_size", c.image_size, 1, 1 << 14);
+  in_range("patch_size", c.patch_size, 1, 1 << 10);
+  QVL_REQUIRE(c.image_size % c.patch_size == 0, QVL_INVALID,
+              "config: image_size (%d) must be a multiple of patch_size (%d)", c.image_size, c.patch_size);
+  in_range("patches of a picture", patches(c), 1, 1 << 16);
+  in_range("vision_width", c.vision_width, 1, kLargest);
+  in_range("vision_layers", c.vision_layers, 1, 4096);
+  in_range("vision_heads", c.vision_heads, 1, 4096);
+  QVL_REQUIRE(c.vision_width % c.vision_heads == 0, QVL_INVALID,
+              "config: vision_width (%d) must be a multiple of vision_heads (%d)", c.vision_width,
+              c.vision_heads);
+  in_range("vision_width / vision_heads", c.vision_width / c.vision_heads, 1, 512);
+  in_range("vision_mlp_width", c.vision_mlp_width, 1, kLargest);
+  in_range("n_queries", c.n_queries, 1, 1 << 16);
+  QVL_REQUIRE(c.hidden % kResamplerHeadDim == 0, QVL_INVALID,
+              "config: hidden is %d; with vision it must be a multiple of %d", c.hidden, kResamplerHeadDim);
+}
+
+}  // namespace
+
+qvl_config checked_config(const qvl_config* config) {
+  QVL_REQUIRE(config != nullptr, QVL_INVALID, "config is NULL");
+  constexpr uint32_t kSmallest = sizeof(qvl_config);  // of version 0.1
+  QVL_REQUIRE(config->size >= kSmallest && config->size <= 4096, QVL_INVALID,
+              "config: size is %u; set it with QVL_INIT(qvl_config)", config->size);
+  qvl_config c{};
+  std::memcpy(&c, config, std::min<size_t>(config->size, sizeof c));
+  constexpr uint32_t kStages = QVL_STAGE_VISION | QVL_STAGE_LANGUAGE;
+  QVL_REQUIRE(c.stages != 0 && (c.stages & ~kStages) == 0, QVL_INVALID,
+              "config: stages is %u; it must be QVL_STAGE_VISION, QVL_STAGE_LANGUAGE or both", c.stages);
+  in_range("device", c.device, QVL_DEVICE_CPU, QVL_DEVICE_CUDA);
+  in_range("device_index", c.device_index, 0, 1024);
+  in_range("n_threads", c.n_threads, 0, 1024);
+  in_range("isa", c.isa, QVL_ISA_BEST, QVL_ISA_AVX512_BF16);
+  in_range("max_tokens", c.max_tokens, 0, kLargest);
+  in_range("hidden", c.hidden, 1, kLargest);
+  if (has_language(c)) check_language(c);
+  if (has_vision(c)) check_vision(c);
+  if (c.max_tokens == 0) c.max_tokens = 512;
+  return c;
+}
+
+}  // namespace qvl

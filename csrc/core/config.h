@@ -1,0 +1,26 @@
+// The checked config, and what follows from it.
+#pragma once
+
+#include "qwenvl.h"
+
+namespace qvl {
+
+constexpr int kResamplerHeadDim = 128;
+constexpr int kMaxBlockTokens = 256;
+
+// Copy a caller's config, whatever its version, and check every field.
+qvl_config checked_config(const qvl_config* config);
+
+inline bool has_vision(const qvl_config& c) {
+  return (c.stages & QVL_STAGE_VISION) != 0;
+}
+inline bool has_language(const qvl_config& c) {
+  return (c.stages & QVL_STAGE_LANGUAGE) != 0;
+}
+
+inline int patches(const qvl_config& c) {
+  const int grid = c.image_size / c.patch_size;
+  return grid * grid;
+}
+
+}  // namespace qvl

@@ -1,0 +1,146 @@
+#include "core/pack.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "core/bfloat16.h"
+#include "core/error.h"
+
+namespace qvl {
+namespace {
+
+// The value of the largest magnitude, with its sign.
+float extreme(const float* values, int64_t n) {
+  float most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    QVL_REQUIRE(std::isfinite(values[i]), QVL_INVALID, "values: one of them is not a finite number");
+    if (std::fabs(values[i]) > std::fabs(most)) most = values[i];
+  }
+  return most;
+}
+
+int quantise(float value, float scale, int least, int most) {
+  const float steps = scale != 0 ? value / scale : 0;
+  return static_cast<int>(std::lrint(std::clamp(steps, static_cast<float>(least), static_cast<float>(most))));
+}
+
+void pack_int8_row(const float* row, int64_t in, int8_t* values, float* scale) {
+  *scale = std::fabs(extreme(row, in)) / 127;
+  std::memset(values, 0, static_cast<size_t>(padded(in)));
+  for (int64_t k = 0; k < in; ++k) values[k] = static_cast<int8_t>(quantise(row[k], *scale, -127, 127));
+}
+
+// Position of value k of a row: byte and shift (see qwenvl.h).
+int64_t nibble_byte(int64_t k) {
+  const int64_t unit = k / kPackUnit, j = k % kPackUnit / 32, i = k % 32;
+  return unit * (kPackUnit / 2) + 2 * i + j / 2;
+}
+int nibble_shift(int64_t k) {
+  return k % 64 >= 32 ? 4 : 0;
+}
+
+void pack_int4_row(const float* row, int64_t in, int group, uint8_t* values, uint16_t* scales) {
+  const int64_t width = padded(in);
+  std::memset(values, 0x88, static_cast<size_t>(width / 2));
+  for (int64_t first = 0; first < width; first += group) {
+    const int64_t n = std::max<int64_t>(0, std::min<int64_t>(group, in - first));
+    // The nibbles reach from -8 to 7: the extreme becomes the -8, with a negative scale if need be.
+    const uint16_t bits = to_bfloat16(extreme(row + (n ? first : 0), n) / -8);
+    const float scale = from_bfloat16(bits);
+    scales[first / group] = bits;
+    for (int64_t k = first; k < first + n; ++k) {
+      uint8_t& byte = values[nibble_byte(k)];
+      const int shift = nibble_shift(k);
+      const int nibble = quantise(row[k], scale, -8, 7) + 8;
+      byte = static_cast<uint8_t>((byte & ~(15 << shift)) | (nibble << shift));
+    }
+  }
+}
+
+}  // namespace
+
+uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  if (out < 1 || in < 1 || out > kMost || in > kMost) return 0;
+  const auto rows = static_cast<uint64_t>(out);
+  switch (dtype) {
+    case QVL_FLOAT32:
+      return rows * static_cast<uint64_t>(in) * 4;
+    case QVL_BFLOAT16:
+      return rows * static_cast<uint64_t>(in) * 2;
+    case QVL_INT8:
+      return rows * static_cast<uint64_t>(padded(in));
+    case QVL_INT4_G64:
+    case QVL_INT4_G128:
+      return rows * static_cast<uint64_t>(padded(in) / 2);
+    default:
+      return 0;
+  }
+}
+
+uint64_t packed_bytes(qvl_dtype dtype, int64_t out, int64_t in) {
+  const uint64_t values = value_bytes(dtype, out, in);
+  if (values == 0) return 0;
+  const auto rows = static_cast<uint64_t>(out);
+  if (dtype == QVL_INT8) return values + rows * sizeof(float);
+  if (group_size(dtype)) return values + rows * static_cast<uint64_t>(padded(in) / group_size(dtype)) * 2;
+  return values;
+}
+
+void pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed) {
+  auto* bytes = static_cast<uint8_t*>(packed);
+  uint8_t* scales = bytes + value_bytes(dtype, out, in);
+  const int64_t width = padded(in);
+  const int group = group_size(dtype);
+  for (int64_t row = 0; row < out; ++row) {
+    const float* source = values + row * in;
+    switch (dtype) {
+      case QVL_FLOAT32:
+        std::memcpy(bytes + row * in * 4, source, static_cast<size_t>(in) * 4);
+        break;
+      case QVL_BFLOAT16:
+        for (int64_t k = 0; k < in; ++k)
+          reinterpret_cast<uint16_t*>(bytes)[row * in + k] = to_bfloat16(source[k]);
+        break;
+      case QVL_INT8:
+        pack_int8_row(source, in, reinterpret_cast<int8_t*>(bytes) + row * width,
+                      reinterpret_cast<float*>(scales) + row);
+        break;
+      default:
+        pack_int4_row(source, in, group, bytes + row * width / 2,
+                      reinterpret_cast<uint16_t*>(scales) + row * (width / group));
+    }
+  }
+}
+
+void unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* packed, float* values) {
+  const auto* bytes = static_cast<const uint8_t*>(packed);
+  const uint8_t* scales = bytes + value_bytes(dtype, out, in);
+  const int64_t width = padded(in);
+  const int group = group_size(dtype);
+  for (int64_t row = 0; row < out; ++row) {
+    for (int64_t k = 0; k < in; ++k) {
+      float& value = values[row * in + k];
+      switch (dtype) {
+        case QVL_FLOAT32:
+          value = reinterpret_cast<const float*>(bytes)[row * in + k];
+          break;
+        case QVL_BFLOAT16:
+          value = from_bfloat16(reinterpret_cast<const uint16_t*>(bytes)[row * in + k]);
+          break;
+        case QVL_INT8:
+          value = reinterpret_cast<const float*>(scales)[row] *
+                  reinterpret_cast<const int8_t*>(bytes)[row * width + k];
+          break;
+        default: {
+          const int nibble = bytes[row * width / 2 + nibble_byte(k)] >> nibble_shift(k) & 15;
+          const uint16_t scale = reinterpret_cast<const uint16_t*>(scales)[row * (width / group) + k / group];
+          value = from_bfloat16(scale) * static_cast<float>(nibble - 8);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace qvl

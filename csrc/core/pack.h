@@ -1,0 +1,29 @@
+// Storage of matrices, quantised ones above all. The formats are in qwenvl.h.
+#pragma once
+
+#include <cstdint>
+
+#include "qwenvl.h"
+
+namespace qvl {
+
+constexpr int64_t kPackUnit = 128;  // rows of quantised matrices are padded to this many values
+
+inline int64_t padded(int64_t in) {
+  return (in + kPackUnit - 1) / kPackUnit * kPackUnit;
+}
+
+// Values that share a scale; 0 if the whole row does, or there is none.
+inline int group_size(qvl_dtype dtype) {
+  return dtype == QVL_INT4_G64 ? 64 : dtype == QVL_INT4_G128 ? 128 : 0;
+}
+
+// Bytes of the values alone, after which the scales begin.
+uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in);
+
+uint64_t packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
+
+void pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed);
+void unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* packed, float* values);
+
+}  // namespace qvl

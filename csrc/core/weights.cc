@@ -1,0 +1,154 @@
+#include "core/weights.h"
+
+#include <cstring>
+
+#include "core/config.h"
+#include "core/error.h"
+#include "core/pack.h"
+
+namespace qvl {
+namespace {
+
+struct Specs {
+  std::vector<WeightSpec> list;
+
+  void table(const std::string& name, std::vector<int64_t> shape) {
+    list.push_back({name, std::move(shape), false});
+  }
+  void matrix(const std::string& name, int64_t out, int64_t in) { list.push_back({name, {out, in}, true}); }
+  void norm(const std::string& name, int64_t width) {
+    table(name + ".weight", {width});
+    table(name + ".bias", {width});
+  }
+  void linear(const std::string& name, int64_t out, int64_t in) {
+    matrix(name + ".weight", out, in);
+    table(name + ".bias", {out});
+  }
+};
+
+void language_specs(const qvl_config& c, Specs& specs) {
+  const int64_t hidden = c.hidden, mlp = c.mlp_width;
+  specs.table("wte.weight", {c.vocab, hidden});
+  for (int i = 0; i < c.layers; ++i) {
+    const std::string layer = "h." + std::to_string(i) + ".";
+    specs.table(layer + "ln_1.weight", {hidden});
+    specs.linear(layer + "attn.c_attn", 3 * hidden, hidden);
+    specs.matrix(layer + "attn.c_proj.weight", hidden, hidden);
+    specs.table(layer + "ln_2.weight", {hidden});
+    specs.matrix(layer + "mlp.w1.weight", mlp, hidden);
+    specs.matrix(layer + "mlp.w2.weight", mlp, hidden);
+    specs.matrix(layer + "mlp.c_proj.weight", hidden, mlp);
+  }
+  specs.table("ln_f.weight", {hidden});
+  specs.matrix("lm_head.weight", c.vocab, hidden);
+}
+
+void vision_specs(const qvl_config& c, Specs& specs) {
+  const int64_t width = c.vision_width, mlp = c.vision_mlp_width, out = c.hidden;
+  specs.list.push_back({"visual.conv1.weight", {width, 3, c.patch_size, c.patch_size}, true});
+  specs.table("visual.positional_embedding", {patches(c), width});
+  specs.norm("visual.ln_pre", width);
+  for (int i = 0; i < c.vision_layers; ++i) {
+    const std::string block = "visual.transformer.resblocks." + std::to_string(i) + ".";
+    specs.norm(block + "ln_1", width);
+    specs.linear(block + "attn.in_proj", 3 * width, width);
+    specs.linear(block + "attn.out_proj", width, width);
+    specs.norm(block + "ln_2", width);
+    specs.linear(block + "mlp.c_fc", mlp, width);
+    specs.linear(block + "mlp.c_proj", width, mlp);
+  }
+  const std::string pool = "visual.attn_pool.";
+  if (width != out) specs.matrix(pool + "kv_proj.weight", out, width);
+  specs.norm(pool + "ln_kv", out);
+  specs.table(pool + "query", {c.n_queries, out});
+  specs.norm(pool + "ln_q", out);
+  specs.table(pool + "pos_embed", {c.n_queries, out});
+  specs.table(pool + "key_pos_embed", {patches(c), out});
+  specs.matrix(pool + "attn.in_proj_weight", 3 * out, out);
+  specs.table(pool + "attn.in_proj_bias", {3 * out});
+  specs.linear(pool + "attn.out_proj", out, out);
+  specs.norm("visual.ln_post", out);
+  specs.matrix("visual.proj", out, out);
+}
+
+std::string shape_text(const int64_t* shape, size_t n) {
+  std::string text = "[";
+  for (size_t i = 0; i < n; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device device) {
+  const char* name = spec.name.c_str();
+  QVL_REQUIRE(tensor.dtype >= 0 && tensor.dtype < QVL_DTYPES, QVL_BAD_WEIGHT, "%s: dtype %d is unknown", name,
+              tensor.dtype);
+  QVL_REQUIRE(tensor.dtype <= QVL_BFLOAT16 || spec.product, QVL_BAD_WEIGHT,
+              "%s: is %s; this weight must be float32 or bfloat16", name, dtype_name(tensor.dtype));
+  QVL_REQUIRE(tensor.n_dims >= 1 && tensor.n_dims <= 4, QVL_BAD_WEIGHT, "%s: has %d axes; it must have %zu",
+              name, tensor.n_dims, spec.shape.size());
+  const auto n_dims = static_cast<size_t>(tensor.n_dims);
+  const bool same = n_dims == spec.shape.size() &&
+                    std::memcmp(tensor.shape, spec.shape.data(), n_dims * sizeof(int64_t)) == 0;
+  QVL_REQUIRE(same, QVL_BAD_WEIGHT, "%s: shape is %s; it must be %s", name,
+              shape_text(tensor.shape, n_dims).c_str(),
+              shape_text(spec.shape.data(), spec.shape.size()).c_str());
+  const uint64_t bytes = stored_bytes(tensor.dtype, spec.shape);
+  QVL_REQUIRE(tensor.bytes == bytes, QVL_BAD_WEIGHT, "%s: has %llu bytes; %s %s has %llu", name,
+              static_cast<unsigned long long>(tensor.bytes), dtype_name(tensor.dtype),
+              shape_text(spec.shape.data(), spec.shape.size()).c_str(),
+              static_cast<unsigned long long>(bytes));
+  QVL_REQUIRE(tensor.data != nullptr, QVL_BAD_WEIGHT, "%s: data is NULL", name);
+  const uintptr_t alignment = tensor.dtype == QVL_BFLOAT16 ? 2 : 4;
+  QVL_REQUIRE(reinterpret_cast<uintptr_t>(tensor.data) % alignment == 0, QVL_BAD_WEIGHT,
+              "%s: data is not aligned to %d bytes", name, static_cast<int>(alignment));
+  QVL_REQUIRE(tensor.device == QVL_DEVICE_CPU || tensor.device == device, QVL_BAD_WEIGHT,
+              "%s: is on device %d; this engine takes weights on the CPU or on its own device", name,
+              tensor.device);
+}
+
+}  // namespace
+
+const char* dtype_name(qvl_dtype dtype) {
+  static const char* const names[QVL_DTYPES] = {"float32", "bfloat16", "int8", "int4 (groups of 64)",
+                                                "int4 (groups of 128)"};
+  return dtype >= 0 && dtype < QVL_DTYPES ? names[dtype] : "unknown";
+}
+
+uint64_t stored_bytes(qvl_dtype dtype, const std::vector<int64_t>& shape) {
+  int64_t inner = 1;
+  for (size_t i = 1; i < shape.size(); ++i) inner *= shape[i];
+  return packed_bytes(dtype, shape[0], inner);
+}
+
+std::vector<WeightSpec> weight_specs(const qvl_config& config) {
+  Specs specs;
+  if (has_language(config)) language_specs(config, specs);
+  if (has_vision(config)) vision_specs(config, specs);
+  return std::move(specs.list);
+}
+
+WeightTable checked_weights(const qvl_config& config, const qvl_tensor* tensors, int64_t n_tensors) {
+  const std::vector<WeightSpec> specs = weight_specs(config);
+  QVL_REQUIRE(n_tensors >= 0 && n_tensors <= (1 << 20), QVL_INVALID, "n_tensors is %lld",
+              static_cast<long long>(n_tensors));
+  QVL_REQUIRE(tensors != nullptr || n_tensors == 0, QVL_INVALID, "tensors is NULL");
+  WeightTable given;
+  for (int64_t i = 0; i < n_tensors; ++i) {
+    QVL_REQUIRE(tensors[i].name != nullptr, QVL_INVALID, "tensors[%lld]: name is NULL",
+                static_cast<long long>(i));
+    QVL_REQUIRE(given.emplace(tensors[i].name, tensors[i]).second, QVL_BAD_WEIGHT, "%.200s: given twice",
+                tensors[i].name);
+  }
+  WeightTable table;
+  for (const WeightSpec& spec : specs) {
+    const auto found = given.find(spec.name);
+    QVL_REQUIRE(found != given.end(), QVL_BAD_WEIGHT, "%s: this weight is missing", spec.name.c_str());
+    check_tensor(found->second, spec, config.device);
+    table.emplace(spec.name, found->second);
+    given.erase(found);
+  }
+  QVL_REQUIRE(given.empty(), QVL_BAD_WEIGHT, "%.200s: this model has no such weight",
+              given.begin()->first.c_str());
+  return table;
+}
+
+}  // namespace qvl

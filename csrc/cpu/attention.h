@@ -1,0 +1,52 @@
+// Attention over many heads and queries, split among the threads.
+#pragma once
+
+#include "cpu/context.h"
+
+namespace qvl::cpu {
+
+// Queries of one piece of work: n rows from the `first` of a packed batch on, all of one sequence or picture.
+struct Queries {
+  int64_t first;
+  int n;
+  int64_t n_keys;  // tokens that the last of them sees
+  bool causal;     // query i of them sees n_keys - n + i + 1, else all see n_keys
+};
+
+// Where a task's keys and values lie: tile `i` of a head, and how many tokens a tile has.
+struct KeysAndValues {
+  int tile_tokens;
+  virtual KvTile tile(const Queries& queries, int head, int64_t i) const = 0;
+
+ protected:
+  ~KeysAndValues() = default;
+};
+
+struct AttentionShape {
+  int heads;
+  int head_dim;
+  int64_t q_stride;    // from token to token
+  int64_t q_head;      // from head to head
+  int64_t out_stride;  // heads lie side by side
+};
+
+// out[row][head * head_dim ...] for all rows of `work`.
+void attention(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
+               const Queries* work, int64_t n_work, float* out);
+
+// Rows of queries that make a good piece of work.
+constexpr int kQueryRows = 256;
+
+// Keys and values that lie in memory row by row, as in the vision tower.
+struct DenseKv final : KeysAndValues {
+  const float *keys, *values;
+  int64_t stride, head;  // from token to token and from head to head
+
+  DenseKv(const float* keys, const float* values, int64_t stride, int64_t head)
+      : keys(keys), values(values), stride(stride), head(head) {
+    tile_tokens = 64;
+  }
+  KvTile tile(const Queries& queries, int head_index, int64_t i) const override;
+};
+
+}  // namespace qvl::cpu

@@ -1,0 +1,57 @@
+#include "cpu/dispatch.h"
+
+#include "core/error.h"
+
+namespace qvl::cpu {
+namespace {
+
+bool runs_here(qvl_isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case QVL_ISA_GENERIC:
+      return true;
+    case QVL_ISA_AVX2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case QVL_ISA_AVX512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vnni");
+    case QVL_ISA_AVX512_BF16:
+      return runs_here(QVL_ISA_AVX512) && __builtin_cpu_supports("avx512bf16");
+    default:
+      return false;
+  }
+#else
+  return isa == QVL_ISA_GENERIC;
+#endif
+}
+
+}  // namespace
+
+const char* isa_name(qvl_isa isa) {
+  static const char* const names[] = {"best", "generic", "avx2", "avx512", "avx512_bf16"};
+  return names[isa];
+}
+
+const Kernels& kernels_for(qvl_isa isa) {
+  if (isa == QVL_ISA_BEST) {
+    isa = QVL_ISA_AVX512_BF16;
+    while (!runs_here(isa)) --isa;
+  }
+  QVL_REQUIRE(runs_here(isa), QVL_UNSUPPORTED, "config: this processor has no %s instructions",
+              isa_name(isa));
+  switch (isa) {
+#if defined(__x86_64__)
+    case QVL_ISA_AVX2:
+      return *avx2_kernels();
+    case QVL_ISA_AVX512:
+      return *avx512_kernels();
+    case QVL_ISA_AVX512_BF16:
+      return *avx512_bf16_kernels();
+#endif
+    default:
+      return *generic_kernels();
+  }
+}
+
+}  // namespace qvl::cpu

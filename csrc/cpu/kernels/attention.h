@@ -1,0 +1,152 @@
+// Attention over tiles of keys and values with an online softmax: scores exist for one tile at a time only.
+#pragma once
+
+#include "cpu/kernels/gemm.h"
+
+namespace {
+
+using qvl::cpu::kMaxKvTile;
+using qvl::cpu::KvTile;
+
+constexpr float kNothingYet = -__builtin_inff();
+
+void attend_begin(int n_q, int64_t out_stride, float* state, float* out) {
+  for (int i = 0; i < n_q; ++i) {
+    state[2 * i] = kNothingYet;
+    state[2 * i + 1] = 0;
+  }
+  __builtin_memset(out, 0, static_cast<size_t>(n_q * out_stride) * sizeof(float));
+}
+
+void attend_end(const float* state, int n_q, int64_t out_stride, float* out) {
+  for (int i = 0; i < n_q; ++i, out += out_stride) {
+    const float inverse = state[2 * i + 1] > 0 ? 1.0F / state[2 * i + 1] : 0.0F;
+    for (int64_t d = 0; d < out_stride; d += kLanes) store(out + d, load<Floats>(out + d) * inverse);
+  }
+}
+
+QVL_INLINE void scale_row(float* out, int64_t width, float by) {
+  for (int64_t d = 0; d < width; d += kLanes) store(out + d, load<Floats>(out + d) * by);
+}
+
+// Turn a row of scores [n, padded to vectors with anything] into weights e^(score - maximum), zero from
+// `seen` on, and correct state and out for the new maximum.
+QVL_INLINE void soften(float* scores, int n, int seen, float* state, float* out, int64_t width) {
+  const int end = round_up(n, kLanes);
+  if (seen <= 0) {
+    for (int t = 0; t < end; t += kLanes) store(scores + t, Floats{});
+    return;
+  }
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  Floats most = all(kNothingYet);
+  for (int t = 0; t < end; t += kLanes) {
+    const Floats s = select(lane < seen - t, load<Floats>(scores + t), all(kNothingYet));
+    store(scores + t, s);
+    most = max(most, s);
+  }
+  const float before = state[0], now = largest(most) > before ? largest(most) : before;
+  if (now > before) {
+    const float shrink = exp(all(before - now))[0];
+    state[0] = now;
+    state[1] *= shrink;
+    scale_row(out, width, shrink);
+  }
+  Floats total{};
+  for (int t = 0; t < end; t += kLanes) {
+    const Floats weight = exp(load<Floats>(scores + t) - now);
+    store(scores + t, weight);
+    total += weight;
+  }
+  state[1] += sum(total);
+}
+
+// The element of a key or value as float32.
+QVL_INLINE float element(const void* memory, qvl_dtype dtype, int64_t i) {
+  if (dtype == QVL_FLOAT32) return static_cast<const float*>(memory)[i];
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(memory)[i]) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// `some` elements from i on, zero behind them.
+QVL_INLINE Floats elements(const void* memory, qvl_dtype dtype, int64_t i, int some) {
+  if (dtype == QVL_FLOAT32) return load_some(static_cast<const float*>(memory) + i, some);
+  HalfWords halves{};
+  __builtin_memcpy(&halves, static_cast<const uint16_t*>(memory) + i, static_cast<size_t>(some) * 2);
+  return widen(halves);
+}
+
+size_t attend_scratch_bytes(int head_dim, int n_q, int n_tokens) {
+  const size_t tokens = static_cast<size_t>(round_up(n_tokens, kLanes));
+  const size_t keys = tokens * static_cast<size_t>(head_dim);
+  const size_t values = tokens * static_cast<size_t>(round_up(head_dim, kLanes));
+  return (keys + values + tokens * static_cast<size_t>(n_q)) * sizeof(float);
+}
+
+void attend(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile, int64_t visible,
+            float* state, float* out, int64_t out_stride, void* scratch) {
+  const int tokens = round_up(tile.n, kLanes);
+  auto* keys = static_cast<float*>(scratch);                       // panels of tokens, [head_dim][kLanes]
+  float* values = keys + static_cast<int64_t>(tokens) * head_dim;  // panels of channels, [tile.n][kLanes]
+  float* scores = values + tokens * out_stride;
+  for (int t = 0; t < tile.n; ++t) {
+    float* key = keys + static_cast<int64_t>(t / kLanes) * kLanes * head_dim + t % kLanes;
+    for (int d = 0; d < head_dim; ++d) key[d * kLanes] = element(tile.keys, tile.dtype, t * tile.stride + d);
+  }
+  for (int t = tile.n; t < tokens; ++t) {
+    float* key = keys + static_cast<int64_t>(t / kLanes) * kLanes * head_dim + t % kLanes;
+    for (int d = 0; d < head_dim; ++d) key[d * kLanes] = 0;
+  }
+  for (int d = 0; d < head_dim; d += kLanes) {
+    const int some = head_dim - d < kLanes ? head_dim - d : kLanes;
+    for (int t = 0; t < tile.n; ++t) {
+      store(values + static_cast<int64_t>(d) * tile.n + t * kLanes,
+            elements(tile.values, tile.dtype, t * tile.stride + d, some));
+    }
+  }
+  multiply_tile<StepF32>(q, q_stride, n_q, head_dim, keys, static_cast<size_t>(head_dim) * sizeof(Floats),
+                         tokens / kLanes, true, scores, tokens);
+  for (int i = 0; i < n_q; ++i) {
+    const int64_t seen = visible + i < tile.n ? visible + i : tile.n;
+    soften(scores + static_cast<int64_t>(i) * tokens, tile.n, static_cast<int>(seen), state + 2 * i,
+           out + i * out_stride, out_stride);
+  }
+  multiply_tile<StepF32>(scores, tokens, n_q, tile.n, values, static_cast<size_t>(tile.n) * sizeof(Floats),
+                         static_cast<int>(out_stride / kLanes), false, out, out_stride);
+}
+
+void attend_one(const float* q, int head_dim, const KvTile& tile, float* state, float* out) {
+  float scores[kMaxKvTile + kLanes];
+  const int64_t width = round_up(head_dim, kLanes);
+  const int whole = head_dim / kLanes * kLanes;
+  for (int t = 0; t < tile.n; ++t) {
+    Floats dot{};
+    for (int d = 0; d < whole; d += kLanes) {
+      dot += load<Floats>(q + d) * elements(tile.keys, tile.dtype, t * tile.stride + d, kLanes);
+    }
+    if (whole < head_dim) {
+      const int some = head_dim - whole;
+      dot += load_some(q + whole, some) * elements(tile.keys, tile.dtype, t * tile.stride + whole, some);
+    }
+    scores[t] = sum(dot);
+  }
+  soften(scores, tile.n, tile.n, state, out, width);
+  for (int d = 0; d < head_dim; d += kLanes) {
+    const int some = head_dim - d < kLanes ? head_dim - d : kLanes;
+    Floats total = load<Floats>(out + d);
+    if (some == kLanes) {
+      for (int t = 0; t < tile.n; ++t) {
+        total += elements(tile.values, tile.dtype, t * tile.stride + d, kLanes) * scores[t];
+      }
+    } else {
+      for (int t = 0; t < tile.n; ++t) {
+        total += elements(tile.values, tile.dtype, t * tile.stride + d, some) * scores[t];
+      }
+    }
+    store(out + d, total);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,71 @@
+// Activations, sums and conversions.
+#pragma once
+
+#include "cpu/kernels/norm.h"
+#include "cpu/kernels/simd.h"
+
+namespace {
+
+// x (1 + erf(x / sqrt 2)) / 2, erf after Abramowitz and Stegun 7.1.26: off by at most 1.5e-7.
+QVL_INLINE Floats gelu_of(Floats x) {
+  const Floats z = max(x, -x) * 0.70710678118654752F;
+  const Floats t = 1.0F / (1.0F + 0.3275911F * z);
+  Floats p = all(1.061405429F);
+  p = p * t - 1.453152027F;
+  p = p * t + 1.421413741F;
+  p = p * t - 0.284496736F;
+  p = p * t + 0.254829592F;
+  const Floats tail = p * t * exp(-z * z);  // 1 - erf |z|
+  return 0.5F * x * select(x < 0.0F, tail, 2.0F - tail);
+}
+
+template <typename Body>
+QVL_INLINE void in_steps(int64_t n, Body&& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+
+void gelu(float* x, int64_t n) {
+  in_steps(n, [&](int64_t i, int some) { store_some(x + i, gelu_of(load_some(x + i, some)), some); });
+}
+
+void silu_mul(const float* gate, float* x, int64_t n) {
+  in_steps(n, [&](int64_t i, int some) {
+    const Floats g = load_some(gate + i, some);
+    store_some(x + i, load_some(x + i, some) * (g / (1.0F + exp(-g))), some);
+  });
+}
+
+void add(const float* from, float* to, int64_t n) {
+  in_steps(n, [&](int64_t i, int some) {
+    store_some(to + i, load_some(to + i, some) + load_some(from + i, some), some);
+  });
+}
+
+void widen_all(const uint16_t* from, float* to, int64_t n) {
+  in_steps(n, [&](int64_t i, int some) {
+    HalfWords halves{};
+    __builtin_memcpy(&halves, from + i, static_cast<size_t>(some) * 2);
+    store_some(to + i, widen(halves), some);
+  });
+}
+
+void narrow_all(const float* from, uint16_t* to, int64_t n) {
+  in_steps(n, [&](int64_t i, int some) {
+    const HalfWords halves = narrow(load_some(from + i, some));
+    __builtin_memcpy(to + i, &halves, static_cast<size_t>(some) * 2);
+  });
+}
+
+void rotate(float* x, const float* cos, const float* sin, int head_dim, float scale) {
+  float* const upper = x + head_dim / 2;
+  each_vector(head_dim / 2, [&](int i, int some) {
+    const Floats a = load_some(x + i, some), b = load_some(upper + i, some);
+    const Floats c = load_some(cos + i, some), s = load_some(sin + i, some);
+    store_some(x + i, (a * c - b * s) * scale, some);
+    store_some(upper + i, (b * c + a * s) * scale, some);
+  });
+}
+
+}  // namespace

@@ -1,0 +1,76 @@
+// The table of kernels for the instruction set this file is compiled for; it is compiled once for each (see
+// CMakeLists.txt). QVL_KERNELS is the function's name, QVL_KERNELS_ISA the set.
+#include "cpu/kernels/attention.h"
+#include "cpu/kernels/elementwise.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/matvec_bf16.h"
+#include "cpu/kernels/matvec_f32.h"
+#include "cpu/kernels/matvec_int4.h"
+#include "cpu/kernels/matvec_int8.h"
+#include "cpu/kernels/norm.h"
+
+namespace qvl::cpu {
+namespace {
+
+constexpr Kernels make() {
+  Kernels k{};
+  k.isa = QVL_KERNELS_ISA;
+  k.lanes = kLanes;
+  k.rms_norm = rms_norm;
+  k.layer_norm = layer_norm;
+  k.gelu = gelu;
+  k.silu_mul = silu_mul;
+  k.add = add;
+  k.widen = widen_all;
+  k.narrow = narrow_all;
+  k.rotate = rotate;
+
+  k.prepared_bytes[QVL_FLOAT32] = prepared_bytes_f32;
+  k.prepared_bytes[QVL_BFLOAT16] = prepared_bytes_bf16;
+  k.prepared_bytes[QVL_INT8] = prepared_bytes_int8;
+  k.prepared_bytes[QVL_INT4_G64] = prepared_bytes_int4<64>;
+  k.prepared_bytes[QVL_INT4_G128] = prepared_bytes_int4<128>;
+  k.prepare_x[QVL_FLOAT32] = prepare_f32;
+  k.prepare_x[QVL_BFLOAT16] = prepare_bf16;
+  k.prepare_x[QVL_INT8] = prepare_int8;
+  k.prepare_x[QVL_INT4_G64] = prepare_int4<64>;
+  k.prepare_x[QVL_INT4_G128] = prepare_int4<128>;
+  k.matvec[QVL_FLOAT32] = matvec<RowsF32>;
+  k.matvec[QVL_BFLOAT16] = matvec<RowsBf16>;
+  k.matvec[QVL_INT8] = matvec<RowsInt8>;
+  k.matvec[QVL_INT4_G64] = matvec<RowsInt4<64>>;
+  k.matvec[QVL_INT4_G128] = matvec<RowsInt4<128>>;
+
+  k.pack_panel[0] = pack_panel_f32;
+  k.pack_panel[1] = pack_panel_bf16;
+  k.unpack_tile[0][QVL_FLOAT32] = unpack_to_f32<UnpackF32>;
+  k.unpack_tile[0][QVL_BFLOAT16] = unpack_to_f32<UnpackBf16>;
+  k.unpack_tile[0][QVL_INT8] = unpack_to_f32<UnpackInt8>;
+  k.unpack_tile[0][QVL_INT4_G64] = unpack_to_f32<UnpackInt4<64>>;
+  k.unpack_tile[0][QVL_INT4_G128] = unpack_to_f32<UnpackInt4<128>>;
+  k.multiply_tile[0] = multiply_tile<StepF32>;
+#if defined(__AVX512BF16__)
+  k.bf16_dot = true;
+  k.unpack_tile[1][QVL_BFLOAT16] = copy_bf16;
+  k.unpack_tile[1][QVL_INT8] = unpack_to_bf16<UnpackInt8>;
+  k.unpack_tile[1][QVL_INT4_G64] = unpack_to_bf16<UnpackInt4<64>>;
+  k.unpack_tile[1][QVL_INT4_G128] = unpack_to_bf16<UnpackInt4<128>>;
+  k.multiply_tile[1] = multiply_tile<StepBf16>;
+#endif
+
+  k.attend_begin = attend_begin;
+  k.attend_scratch_bytes = attend_scratch_bytes;
+  k.attend = attend;
+  k.attend_one = attend_one;
+  k.attend_end = attend_end;
+  return k;
+}
+
+}  // namespace
+
+const Kernels* QVL_KERNELS() {
+  static constexpr Kernels table = make();
+  return &table;
+}
+
+}  // namespace qvl::cpu

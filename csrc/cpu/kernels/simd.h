@@ -1,0 +1,161 @@
+// Vectors of the compiler's own, as wide as the flags this is compiled with allow, and the few instructions
+// that have no operator. Everything is in an anonymous namespace and free of the standard library's inline
+// functions: a function compiled for a newer processor must not be the copy that the linker keeps for all.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));  // twice as many
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfWords __attribute__((vector_size(kLanes * 2)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes * 2)));  // as many as Shorts has
+typedef int8_t FewBytes __attribute__((vector_size(kLanes)));
+
+#define QVL_INLINE inline __attribute__((always_inline))
+
+template <typename Vector>
+QVL_INLINE Vector load(const void* memory) {
+  Vector v;
+  __builtin_memcpy(&v, memory, sizeof v);
+  return v;
+}
+
+template <typename Vector>
+QVL_INLINE void store(void* memory, Vector v) {
+  __builtin_memcpy(memory, &v, sizeof v);
+}
+
+QVL_INLINE Floats all(float value) {
+  return value - Floats{};
+}
+
+// The first n lanes of memory; zero behind them.
+QVL_INLINE Floats load_some(const float* memory, int n) {
+  Floats v{};
+  __builtin_memcpy(&v, memory, static_cast<size_t>(n) * sizeof(float));
+  return v;
+}
+
+QVL_INLINE void store_some(float* memory, Floats v, int n) {
+  __builtin_memcpy(memory, &v, static_cast<size_t>(n) * sizeof(float));
+}
+
+QVL_INLINE Floats select(Ints mask, Floats yes, Floats no) {
+  return mask ? yes : no;
+}
+QVL_INLINE Floats max(Floats a, Floats b) {
+  return a > b ? a : b;
+}
+QVL_INLINE Floats min(Floats a, Floats b) {
+  return a < b ? a : b;
+}
+
+// Halving sums, in an order that depends on nothing but the width.
+QVL_INLINE float sum(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#endif
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  }
+  return lanes[0];
+}
+
+QVL_INLINE float largest(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#endif
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  float most = lanes[0];
+  for (int i = 1; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
+
+QVL_INLINE Floats to_floats(Ints v) {
+  return __builtin_convertvector(v, Floats);
+}
+
+// bfloat16 pairs: the even (lower) and odd (upper) elements of 2 * kLanes of them.
+QVL_INLINE Floats even(Words pairs) {
+  return reinterpret_cast<Floats>(pairs << 16);
+}
+QVL_INLINE Floats odd(Words pairs) {
+  return reinterpret_cast<Floats>(pairs & 0xFFFF0000u);
+}
+
+QVL_INLINE Floats widen(HalfWords halves) {
+  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+}
+
+// To nearest, ties to even. Not for NaN.
+QVL_INLINE HalfWords narrow(Floats v) {
+  Words bits = reinterpret_cast<Words>(v);
+  bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(bits, HalfWords);
+}
+
+// sums[i] + a[2i] b[2i] + a[2i+1] b[2i+1] in 32 bits.
+QVL_INLINE Ints multiply_add(Ints sums, Shorts a, Shorts b) {
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Ints>(_mm512_dpwssd_epi32(
+      reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX512BW__)
+  return sums + reinterpret_cast<Ints>(
+                    _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return sums + reinterpret_cast<Ints>(
+                    _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  for (int i = 0; i < kLanes; ++i) sums[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return sums;
+#endif
+}
+
+QVL_INLINE void prefetch(const void* memory) {
+  __builtin_prefetch(memory, 0, 2);
+}
+
+// e^x to about 1e-7 relative for x in [-87, 88]; smaller x give 0.
+QVL_INLINE Floats exp(Floats x) {
+  const Floats tiny = x;
+  x = min(max(x, all(-87.0F)), all(88.0F));
+  // e^x = 2^n e^r with n the nearest integer to x / ln 2; adding 1.5 * 2^23 rounds.
+  const Floats magic = all(12582912.0F);
+  const Floats shifted = x * 1.44269504088896341F + magic;
+  const Floats n = shifted - magic;
+  Floats r = x - n * 0.693359375F;
+  r = r - n * -2.12194440e-4F;
+  Floats p = all(1.0F / 5040);
+  p = p * r + 1.0F / 720;
+  p = p * r + 1.0F / 120;
+  p = p * r + 1.0F / 24;
+  p = p * r + 1.0F / 6;
+  p = p * r + 0.5F;
+  p = p * r + 1.0F;
+  p = p * r + 1.0F;
+  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return select(tiny < -87.0F, Floats{}, p * reinterpret_cast<Floats>(power));
+}
+
+}  // namespace

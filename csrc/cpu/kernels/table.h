@@ -1,0 +1,101 @@
+// The hand-written kernels as a table of functions, one table an instruction set (see dispatch.h).
+//
+// Kernels work on one thread and on plain memory; who calls them splits the work. Rows, tokens and so on are
+// int64_t, sizes inside a row are int.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "qwenvl.h"
+
+namespace qvl::cpu {
+
+constexpr int kMaxRows = 8;  // activations that a matrix-vector kernel takes at once
+constexpr int kMaxKvTile = 256;
+constexpr int kMaxTileK = 512;  // columns of an unpacked tile
+
+// y[r * y_stride + row] (+)= sum over k of weight[row][k] * x[r][k] for rows first_row to end_row.
+struct Matvec {
+  const void* weights;
+  const void* scales;  // int8: float [rows]; int4: bfloat16 [rows][k / group]
+  int k;               // values in a row
+  const void* x;       // what prepare_x made of the activations
+  int n_x;             // 1 to kMaxRows
+  float* y;
+  int64_t y_stride;
+  const float* bias;  // may be NULL
+  bool add;           // to what is in y
+};
+
+// Rows of weights unpacked for the blocked product: values without their row scale (int8), as float32 or, for
+// kernels with bf16_dot, as bfloat16; the columns padded with zero to a multiple of 2.
+struct UnpackTile {
+  const void* weights;
+  const void* scales;
+  int k;
+  int64_t first_row, n_rows;
+  int first_k, n_k;
+  void* tile;  // [n_rows][n_k rounded up to 2]
+};
+
+// Keys and values of up to kMaxKvTile tokens of one head, where they lie in memory.
+struct KvTile {
+  const void* keys;
+  const void* values;
+  int64_t stride;  // elements from token to token
+  qvl_dtype dtype;
+  int n;
+};
+
+struct Kernels {
+  qvl_isa isa;
+  int lanes;      // floats in a vector
+  bool bf16_dot;  // blocked products of bfloat16 multiply bfloat16 activations
+
+  // norm.h: x [n] -> y [n], which may be x.
+  void (*rms_norm)(const float* x, const float* weight, int n, float epsilon, float* y);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float epsilon, float* y);
+
+  // elementwise.h
+  void (*gelu)(float* x, int64_t n);                          // exact form, in place
+  void (*silu_mul)(const float* gate, float* x, int64_t n);   // x *= silu(gate)
+  void (*add)(const float* from, float* to, int64_t n);       // to += from
+  void (*widen)(const uint16_t* from, float* to, int64_t n);  // bfloat16 -> float32
+  void (*narrow)(const float* from, uint16_t* to, int64_t n);
+  // x [head_dim] rotated by cos, sin [head_dim / 2], times scale
+  void (*rotate)(float* x, const float* cos, const float* sin, int head_dim, float scale);
+
+  // matvec_*.h: bytes and making of the prepared activations x [n_x][k] with x_stride; then the products.
+  size_t (*prepared_bytes[QVL_DTYPES])(int k, int n_x);
+  void (*prepare_x[QVL_DTYPES])(const float* x, int64_t x_stride, int n_x, int k, void* prepared);
+  void (*matvec[QVL_DTYPES])(const Matvec& product, int64_t first_row, int64_t end_row);
+
+  // gemm.h: activations packed in panels of `lanes` tokens; a panel is [k][lanes] float32 or, for bfloat16,
+  // [k / 2][lanes][2]. Index 1 is bfloat16, used with unpack_tile of the same kind.
+  void (*pack_panel[2])(const float* x, int64_t x_stride, int n_tokens, int k, void* panel);
+  void (*unpack_tile[2][QVL_DTYPES])(const UnpackTile& tile);
+  // c [rows][c_stride] (+)= tile [rows][width], n_k columns of it, x panels [n_panels], each from `panels` on
+  void (*multiply_tile[2])(const void* tile, int64_t width, int rows, int n_k, const void* panels,
+                           size_t panel_bytes, int n_panels, bool first, float* c, int64_t c_stride);
+
+  // attention.h: softmax(q . k) v of one head, the caller having scaled q, over one tile of tokens after
+  // another. state [n_q][2] has the running maximum and sum of each query, out [n_q][out_stride] the sum of
+  // values that is not divided yet; out_stride is head_dim rounded up to `lanes`. attend_begin sets them up,
+  // attend_end divides.
+  void (*attend_begin)(int n_q, int64_t out_stride, float* state, float* out);
+  // Query i, q + i * q_stride, sees the tile's first visible + i tokens, or all that there are.
+  size_t (*attend_scratch_bytes)(int head_dim, int n_q, int n_tokens);
+  void (*attend)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile, int64_t visible,
+                 float* state, float* out, int64_t out_stride, void* scratch);
+  // The same for one query that sees the whole tile, without rearranging it.
+  void (*attend_one)(const float* q, int head_dim, const KvTile& tile, float* state, float* out);
+  void (*attend_end)(const float* state, int n_q, int64_t out_stride, float* out);
+};
+
+const Kernels* generic_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+
+}  // namespace qvl::cpu

@@ -1,0 +1,111 @@
+#include "cpu/linear.h"
+
+#include <algorithm>
+
+#include "core/pack.h"
+
+namespace qvl::cpu {
+namespace {
+
+constexpr int64_t kMatvecRows = 32;  // rows of weights in a task of matvec
+constexpr int64_t kTileRows = 64;    // and of the blocked product
+constexpr int64_t kMaxTokens = 384;  // packed at once: 512 columns of them fit into a second-level cache
+
+const void* offset(const void* memory, uint64_t bytes) {
+  return static_cast<const char*>(memory) + bytes;
+}
+
+void multiply_few(Context& context, const Matrix& m, const float* x, int64_t x_stride, int n_x, float* y,
+                  int64_t y_stride, bool add) {
+  const Kernels& kernels = context.kernels;
+  void* prepared = context.activations.get<char>(kernels.prepared_bytes[m.dtype](m.k, n_x));
+  kernels.prepare_x[m.dtype](x, x_stride, n_x, m.k, prepared);
+  const Matvec product{m.values, m.scales, m.k, prepared, n_x, y, y_stride, m.bias, add};
+  const int64_t tasks = (m.rows + kMatvecRows - 1) / kMatvecRows;
+  context.pool.run(tasks, [&](int64_t task, int) {
+    const int64_t first = task * kMatvecRows;
+    kernels.matvec[m.dtype](product, first, std::min(first + kMatvecRows, m.rows));
+  });
+}
+
+// y rows of a finished block of c^T.
+void write_block(const Matrix& m, int64_t first_row, int64_t n_rows, const float* c, int64_t c_stride,
+                 int64_t n_x, float* y, int64_t y_stride, bool add) {
+  const float* scales = m.dtype == QVL_INT8 ? static_cast<const float*>(m.scales) + first_row : nullptr;
+  const float* bias = m.bias != nullptr ? m.bias + first_row : nullptr;
+  for (int64_t t = 0; t < n_x; ++t) {
+    float* to = y + t * y_stride + first_row;
+    for (int64_t r = 0; r < n_rows; ++r) {
+      float value = c[r * c_stride + t];
+      if (scales != nullptr) value *= scales[r];
+      if (bias != nullptr) value += bias[r];
+      to[r] = add ? to[r] + value : value;
+    }
+  }
+}
+
+void multiply_many(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x, float* y,
+                   int64_t y_stride, bool add) {
+  const Kernels& kernels = context.kernels;
+  const int kind = kernels.bf16_dot && m.dtype != QVL_FLOAT32 ? 1 : 0;
+  const int tile_k = kind == 1 ? kMaxTileK : kMaxTileK / 2;
+  const int lanes = kernels.lanes;
+  const auto n_panels = static_cast<int>((n_x + lanes - 1) / lanes);
+  const int64_t k_even = (m.k + 1) / 2 * 2;
+  const size_t k_bytes = static_cast<size_t>(lanes) * (kind == 1 ? 2 : 4);  // of a panel, for each k
+  const size_t panel_bytes = static_cast<size_t>(k_even) * k_bytes;
+  char* panels = context.activations.get<char>(static_cast<size_t>(n_panels) * panel_bytes);
+  context.pool.run(n_panels, [&](int64_t p, int) {
+    const auto n = static_cast<int>(std::min<int64_t>(lanes, n_x - p * lanes));
+    kernels.pack_panel[kind](x + p * lanes * x_stride, x_stride, n, m.k,
+                             panels + static_cast<size_t>(p) * panel_bytes);
+  });
+  const int64_t c_stride = int64_t{n_panels} * lanes;
+  const auto tile_floats = static_cast<size_t>(kTileRows * kMaxTileK / 2);
+  const size_t c_floats = static_cast<size_t>(kTileRows * c_stride);
+  for (Buffer& buffer : context.of_thread) buffer.get<float>(tile_floats + c_floats);
+  const int64_t tasks = (m.rows + kTileRows - 1) / kTileRows;
+  context.pool.run(tasks, [&](int64_t task, int thread) {
+    float* tile = context.of_thread[static_cast<size_t>(thread)].get<float>(tile_floats + c_floats);
+    float* c = tile + tile_floats;
+    const int64_t first_row = task * kTileRows;
+    const int64_t n_rows = std::min(kTileRows, m.rows - first_row);
+    for (int k = 0; k < m.k; k += tile_k) {
+      const int n_k = std::min(tile_k, m.k - k);
+      kernels.unpack_tile[kind][m.dtype]({m.values, m.scales, m.k, first_row, n_rows, k, n_k, tile});
+      kernels.multiply_tile[kind](tile, (n_k + 1) / 2 * 2, static_cast<int>(n_rows), n_k,
+                                  panels + static_cast<size_t>(k) * k_bytes, panel_bytes, n_panels, k == 0, c,
+                                  c_stride);
+    }
+    write_block(m, first_row, n_rows, c, c_stride, n_x, y, y_stride, add);
+  });
+}
+
+}  // namespace
+
+Matrix Matrix::slice(int64_t first, int64_t n) const {
+  Matrix part = *this;
+  part.values = offset(values, first > 0 ? value_bytes(dtype, first, k) : 0);
+  if (scales != nullptr && first > 0) {
+    part.scales = offset(scales, packed_bytes(dtype, first, k) - value_bytes(dtype, first, k));
+  }
+  if (bias != nullptr) part.bias = bias + first;
+  part.rows = n;
+  return part;
+}
+
+void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, int64_t n_x, float* y,
+            int64_t y_stride, bool add) {
+  if (n_x <= kMaxRows) {
+    return multiply_few(context, matrix, x, x_stride, static_cast<int>(n_x), y, y_stride, add);
+  }
+  const int64_t parts = (n_x + kMaxTokens - 1) / kMaxTokens;
+  const int64_t lanes = context.kernels.lanes;
+  const int64_t step = ((n_x + parts - 1) / parts + lanes - 1) / lanes * lanes;
+  for (int64_t first = 0; first < n_x; first += step) {
+    multiply_many(context, matrix, x + first * x_stride, x_stride, std::min(step, n_x - first),
+                  y + first * y_stride, y_stride, add);
+  }
+}
+
+}  // namespace qvl::cpu

@@ -1,0 +1,29 @@
+// The resampler: learned queries attend to a picture's patches.
+#pragma once
+
+#include "cpu/context.h"
+#include "cpu/weights.h"
+
+namespace qvl::cpu {
+
+class Resampler {
+ public:
+  Resampler(const qvl_config& config, Weights& weights, Context& context);
+
+  // patches [patches][vision_width] -> features [n_queries][hidden]
+  void run(Context& context, const float* patches, float* features);
+
+ private:
+  const qvl_config& config_;
+  bool projects_;  // kv_proj is there
+  Matrix kv_proj_;
+  Norm ln_kv_;
+  const float* key_positions_;
+  Matrix key_, value_, out_proj_;
+  Norm ln_post_;
+  Matrix proj_;
+  Buffer queries_;  // projected and scaled: the same for every picture
+  Buffer patches_, keys_, values_, key_input_, mixed_, out_;
+};
+
+}  // namespace qvl::cpu

@@ -1,0 +1,41 @@
+#include "cpu/rotary.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace qvl::cpu {
+
+double ntk_alpha(const qvl_config& config, int prompt_len) {
+  if (config.dynamic_ntk == 0) return 1;
+  // ceil(log2(r) + 1) counts how many of 1, 2, 4 ... times seq_length the prompt exceeds, plus 1: exact,
+  // where a logarithm rounds.
+  int power = 1;
+  for (int64_t length = config.seq_length; prompt_len > length; length *= 2) ++power;
+  return std::ldexp(1.0, power) - 1;
+}
+
+void rotary_frequencies(const qvl_config& config, int prompt_len, float* frequencies) {
+  const int dim = config.head_dim;
+  const double alpha = ntk_alpha(config, prompt_len);
+  const double base =
+      dim > 2 ? static_cast<double>(config.rotary_base) * std::pow(alpha, dim / (dim - 2.0)) : alpha;
+  for (int i = 0; i < dim / 2; ++i) frequencies[i] = static_cast<float>(std::pow(base, -2.0 * i / dim));
+}
+
+void rotary_row(const qvl_config& config, const float* frequencies, int position, float* cos, float* sin) {
+  for (int i = 0; i < config.head_dim / 2; ++i) {
+    // The official code rounds the angle to float32 before it takes the cosine.
+    const float angle = static_cast<float>(position) * frequencies[i];
+    cos[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
+    sin[i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+  }
+}
+
+float query_scale(const qvl_config& config, int position) {
+  double logn = 1;
+  if (config.logn != 0)
+    logn = std::max(1.0, std::log(position + 1.0) / std::log(static_cast<double>(config.seq_length)));
+  return static_cast<float>(logn / std::sqrt(static_cast<double>(config.head_dim)));
+}
+
+}  // namespace qvl::cpu

@@ -1,0 +1,20 @@
+// Positions: rotary angles with dynamic NTK scaling, and logn scaling of the query.
+#pragma once
+
+#include "qwenvl.h"
+
+namespace qvl::cpu {
+
+// max(1, 2^ceil(log2(prompt_len / seq_length) + 1) - 1)
+double ntk_alpha(const qvl_config& config, int prompt_len);
+
+// The frequencies of a request, [head_dim / 2]; pair i turns by position * frequencies[i].
+void rotary_frequencies(const qvl_config& config, int prompt_len, float* frequencies);
+
+// cos and sin [head_dim / 2] at a position.
+void rotary_row(const qvl_config& config, const float* frequencies, int position, float* cos, float* sin);
+
+// logn / sqrt(head_dim); logn is 1 up to seq_length tokens, then log_seq_length(position + 1).
+float query_scale(const qvl_config& config, int position);
+
+}  // namespace qvl::cpu

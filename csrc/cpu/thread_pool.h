@@ -1,0 +1,59 @@
+// Threads that wait for loops to share. One caller at a time.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace qvl::cpu {
+
+class ThreadPool {
+ public:
+  // `n` threads, the calling one included.
+  explicit ThreadPool(int n);
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+  ~ThreadPool();
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // body(task, thread) for tasks 0 to n - 1, in any order, each thread taking the next one; 0 is the caller.
+  // Returns when all are done. `body` must not throw.
+  template <typename Body>
+  void run(int64_t n, Body&& body) {
+    using Plain = std::remove_reference_t<Body>;
+    run_erased(
+        n, [](void* context, int64_t task, int thread) { (*static_cast<Plain*>(context))(task, thread); },
+        const_cast<void*>(static_cast<const void*>(&body)));
+  }
+
+ private:
+  using Function = void (*)(void*, int64_t, int);
+
+  void run_erased(int64_t n, Function function, void* context);
+  void work(int thread);
+  void take_tasks(int thread);
+
+  // The loop that is shared now.
+  Function function_ = nullptr;
+  void* context_ = nullptr;
+  int64_t n_ = 0;
+  std::atomic<int64_t> next_{0};
+  // A new loop raises the generation; workers count themselves off when they have no more to do in it.
+  std::atomic<uint32_t> generation_{0};
+  std::atomic<int> busy_{0};
+  std::atomic<bool> stop_{false};
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+};
+
+// Threads to use: `asked` if it is over 0, else OMP_NUM_THREADS, else the CPUs that this process may run on.
+int thread_count(int asked);
+
+}  // namespace qvl::cpu

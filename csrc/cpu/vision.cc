@@ -1,0 +1,104 @@
+#include "cpu/vision.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "core/config.h"
+#include "cpu/attention.h"
+
+namespace qvl::cpu {
+namespace {
+
+size_t size(int64_t n) {
+  return static_cast<size_t>(n);
+}
+
+Norm norm(Weights& weights, const std::string& name) {
+  return {weights.floats(name + ".weight"), weights.floats(name + ".bias")};
+}
+
+}  // namespace
+
+void layer_norm_rows(Context& context, const Norm& norm, const float* x, int64_t n, int width, float* y) {
+  context.rows(n, [&](int64_t i, int) {
+    context.kernels.layer_norm(x + i * width, norm.weight, norm.bias, width, kVisionEpsilon, y + i * width);
+  });
+}
+
+Vision::Vision(const qvl_config& config, Weights& weights, Context& context)
+    : config_(config),
+      patches_(patches(config)),
+      conv1_(weights.matrix("visual.conv1.weight")),
+      positions_(weights.floats("visual.positional_embedding")),
+      ln_pre_(norm(weights, "visual.ln_pre")),
+      resampler_(config, weights, context) {
+  for (int i = 0; i < config.vision_layers; ++i) {
+    const std::string name = "visual.transformer.resblocks." + std::to_string(i) + ".";
+    Block block;
+    block.ln_1 = norm(weights, name + "ln_1");
+    block.in_proj = weights.linear(name + "attn.in_proj");
+    block.out_proj = weights.linear(name + "attn.out_proj");
+    block.ln_2 = norm(weights, name + "ln_2");
+    block.c_fc = weights.linear(name + "mlp.c_fc");
+    block.c_proj = weights.linear(name + "mlp.c_proj");
+    blocks_.push_back(block);
+  }
+}
+
+// [patches][3][patch_size][patch_size], so that the convolution is a product with its weights as they lie.
+void Vision::cut_patches(Context& context, const float* image, float* to) const {
+  const int64_t size_ = config_.image_size, patch = config_.patch_size, grid = size_ / patch;
+  context.rows(patches_, [&](int64_t i, int) {
+    const int64_t top = i / grid * patch, left = i % grid * patch;
+    float* row = to + i * 3 * patch * patch;
+    for (int64_t line = 0; line < 3 * patch; ++line, row += patch) {
+      const float* from = image + (line / patch * size_ + top + line % patch) * size_ + left;
+      std::memcpy(row, from, size(patch) * sizeof(float));
+    }
+  });
+}
+
+void Vision::encode(Context& context, const float* image, float* features) {
+  const int64_t width = config_.vision_width;
+  auto* x = x_.get<float>(size(patches_ * width));
+  auto* cut = wide_.get<float>(size(patches_ * std::max<int64_t>(conv1_.k, config_.vision_mlp_width)));
+  cut_patches(context, image, cut);
+  linear(context, conv1_, cut, conv1_.k, patches_, x, width);
+  context.kernels.add(positions_, x, patches_ * width);
+  layer_norm_rows(context, ln_pre_, x, patches_, config_.vision_width, x);
+  for (const Block& each : blocks_) block(context, each, x);
+  resampler_.run(context, x, features);
+}
+
+void Vision::block(Context& context, const Block& block, float* x) {
+  const int64_t width = config_.vision_width, mlp = config_.vision_mlp_width;
+  const int head_dim = config_.vision_width / config_.vision_heads;
+  auto* normed = normed_.get<float>(size(patches_ * width));
+  auto* qkv = qkv_.get<float>(size(patches_ * 3 * width));
+  auto* wide = wide_.get<float>(size(patches_ * std::max<int64_t>(conv1_.k, mlp)));
+  layer_norm_rows(context, block.ln_1, x, patches_, config_.vision_width, normed);
+  linear(context, block.in_proj, normed, width, patches_, qkv, 3 * width);
+  const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
+  // Query, key and value of a head lie side by side: [heads][3][head_dim].
+  context.rows(patches_, [&](int64_t i, int) {
+    for (int h = 0; h < config_.vision_heads; ++h) {
+      float* q = qkv + i * 3 * width + h * 3 * head_dim;
+      for (int d = 0; d < head_dim; ++d) q[d] *= scale;
+    }
+  });
+  const DenseKv kv(qkv + head_dim, qkv + 2 * head_dim, 3 * width, 3 * head_dim);
+  std::vector<Queries> work;
+  for (int64_t first = 0; first < patches_; first += kQueryRows) {
+    work.push_back(
+        {first, static_cast<int>(std::min<int64_t>(kQueryRows, patches_ - first)), patches_, false});
+  }
+  const AttentionShape shape{config_.vision_heads, head_dim, 3 * width, 3 * head_dim, width};
+  attention(context, shape, qkv, kv, work.data(), static_cast<int64_t>(work.size()), normed);
+  linear(context, block.out_proj, normed, width, patches_, x, width, true);
+  layer_norm_rows(context, block.ln_2, x, patches_, config_.vision_width, normed);
+  linear(context, block.c_fc, normed, width, patches_, wide, mlp);
+  context.rows(patches_, [&](int64_t i, int) { context.kernels.gelu(wide + i * mlp, mlp); });
+  linear(context, block.c_proj, wide, mlp, patches_, x, width, true);
+}
+
+}  // namespace qvl::cpu

@@ -1,0 +1,46 @@
+// The vision tower: a ViT without class token. Pictures -> patches' hidden states; resampler.h makes
+// features.
+#pragma once
+
+#include <vector>
+
+#include "cpu/context.h"
+#include "cpu/resampler.h"
+#include "cpu/weights.h"
+
+namespace qvl::cpu {
+
+class Vision {
+ public:
+  Vision(const qvl_config& config, Weights& weights, Context& context);
+
+  // One picture, float32 [3, image_size, image_size] -> features [n_queries, hidden].
+  void encode(Context& context, const float* image, float* features);
+
+ private:
+  struct Block {
+    Norm ln_1;
+    Matrix in_proj, out_proj;
+    Norm ln_2;
+    Matrix c_fc, c_proj;
+  };
+
+  void cut_patches(Context& context, const float* image, float* to) const;
+  void block(Context& context, const Block& block, float* x);
+
+  const qvl_config& config_;
+  int64_t patches_;
+  Matrix conv1_;
+  const float* positions_;
+  Norm ln_pre_;
+  std::vector<Block> blocks_;
+  Resampler resampler_;
+  Buffer x_, normed_, qkv_, wide_;
+};
+
+void layer_norm_rows(Context& context, const Norm& norm, const float* x, int64_t n, int width, float* y);
+
+// LayerNorm's epsilon everywhere in the vision stage.
+constexpr float kVisionEpsilon = 1e-6F;
+
+}  // namespace qvl::cpu

@@ -1,0 +1,39 @@
+// The checked weights in the form the computation uses.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/weights.h"
+#include "cpu/linear.h"
+
+namespace qvl::cpu {
+
+class Weights {
+ public:
+  Weights(const WeightTable& table) : table_(table) {}
+
+  // A copy as float32, which lives as long as this.
+  const float* floats(const std::string& name);
+
+  // The matrix where it lies; `bias` may be empty.
+  Matrix matrix(const std::string& name, const std::string& bias = "");
+
+  // name.weight and name.bias
+  Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
+
+  // Copies end here: no more names are looked up.
+  std::vector<std::unique_ptr<float[]>> take_copies() { return std::move(copies_); }
+
+ private:
+  const WeightTable& table_;
+  std::vector<std::unique_ptr<float[]>> copies_;
+};
+
+struct Norm {
+  const float* weight;
+  const float* bias;  // NULL: RMSNorm
+};
+
+}  // namespace qvl::cpu

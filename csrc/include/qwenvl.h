@@ -1,0 +1,371 @@
+/* The Qwen-VL engine: pictures -> features, packed tokens -> logits, logits -> tokens.
+ *
+ * A C interface without framework types. A caller
+ *   1. fills a qvl_config and a list of named weights, and makes a qvl_engine of them;
+ *   2. encodes pictures with qvl_encode_images;
+ *   3. either calls qvl_generate, or makes a qvl_kv_pool and drives qvl_forward and qvl_sample itself.
+ *
+ * Errors. Functions that can fail return a qvl_status, QVL_OK being 0, and take a qvl_error as their last
+ * argument, which may be NULL. On failure it holds one line that names what is wrong. No C++ exception leaves
+ * the library. After a failure the outputs are unspecified; engine and pool stay usable.
+ *
+ * Threads. There is no global state: any number of engines live in one process. Every function may be called
+ * from any thread. Calls that compute on the same engine run one after another (the engine holds a lock);
+ * different engines run at the same time. Freeing a handle while another call uses it is the caller's error.
+ *
+ * Memory. "Device memory" below means memory of the engine's device; for QVL_DEVICE_CPU that is any memory.
+ * "Host memory" is ordinary memory on every device. Structs and arrays of lengths, positions and parameters
+ * are in host memory and are read before the call returns.
+ *
+ * Streams. A qvl_stream is NULL for the CPU, where a call has finished when it returns. On a GPU it is the
+ * device's stream; qvl_forward, qvl_encode_images, qvl_sample and qvl_copy return once their work is
+ * enqueued, and touch no host memory of the caller afterwards. So a decode loop can hand the tokens that
+ * qvl_sample wrote to device memory straight to the next qvl_forward, and read them on the host as they
+ * arrive.
+ *
+ * Versions. Structs that may grow start with their size; fields appended later are read as zero when the
+ * caller is older. Set `size` with QVL_INIT: qvl_config config = QVL_INIT(qvl_config);
+ */
+#ifndef QWENVL_H
+#define QWENVL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define QVL_API
+#else
+#define QVL_API __attribute__((visibility("default")))
+#endif
+
+#define QVL_VERSION_MAJOR 0
+#define QVL_VERSION_MINOR 1
+#define QVL_INIT(type) {sizeof(type)}
+
+/* ---- errors ------------------------------------------------------------------------------------------- */
+
+typedef int32_t qvl_status;
+enum {
+  QVL_OK = 0,
+  QVL_INVALID = 1,     /* an argument out of its range; nothing was computed */
+  QVL_BAD_WEIGHT = 2,  /* a weight is missing, unknown, or of the wrong shape, type or length */
+  QVL_UNSUPPORTED = 3, /* this build or this machine cannot do that */
+  QVL_NO_MEMORY = 4,
+  QVL_STOPPED = 5, /* the callback of qvl_generate asked to stop */
+  QVL_INTERNAL = 6
+};
+
+typedef struct qvl_error {
+  char message[512]; /* one line, zero-terminated */
+} qvl_error;
+
+/* ---- types of numbers --------------------------------------------------------------------------------- */
+
+/* How a weight is stored. Matrices are [out, in], rows contiguous. */
+typedef int32_t qvl_dtype;
+enum {
+  QVL_FLOAT32 = 0,
+  QVL_BFLOAT16 = 1,
+  /* Made by qvl_pack, see there. */
+  QVL_INT8 = 2,      /* a scale for each row */
+  QVL_INT4_G64 = 3,  /* a scale for each 64 values of a row */
+  QVL_INT4_G128 = 4, /* a scale for each 128 values of a row */
+  QVL_DTYPES = 5
+};
+
+typedef int32_t qvl_device;
+enum { QVL_DEVICE_CPU = 0, QVL_DEVICE_CUDA = 1 };
+
+typedef void* qvl_stream;
+
+/* Which instructions the CPU back end may use. Only tests and comparisons need another than QVL_ISA_BEST. */
+typedef int32_t qvl_isa;
+enum {
+  QVL_ISA_BEST = 0, /* what this machine has */
+  QVL_ISA_GENERIC = 1,
+  QVL_ISA_AVX2 = 2,       /* with FMA */
+  QVL_ISA_AVX512 = 3,     /* F, BW, VL, DQ and VNNI */
+  QVL_ISA_AVX512_BF16 = 4 /* and BF16 */
+};
+
+/* ---- config ------------------------------------------------------------------------------------------- */
+
+enum { QVL_STAGE_VISION = 1, QVL_STAGE_LANGUAGE = 2 };
+
+/* Sizes of the model and where to run it. Names and meaning follow the model's config.json. */
+typedef struct qvl_config {
+  uint32_t size;        /* sizeof(qvl_config) */
+  uint32_t stages;      /* QVL_STAGE_VISION, QVL_STAGE_LANGUAGE or both: which weights are given */
+  qvl_device device;    /* */
+  int32_t device_index; /* which GPU; 0 on a CPU */
+  int32_t n_threads;    /* CPU: 0 for OMP_NUM_THREADS if it is set, else the CPUs this process may use */
+  qvl_isa isa;
+  int32_t max_tokens; /* tokens in one pass over the layers, which sets the scratch memory; more are split;
+                         0: 512 */
+
+  /* The language model. hidden = heads * head_dim. */
+  int32_t hidden;
+  int32_t layers;
+  int32_t heads;
+  int32_t head_dim;  /* even; "kv_channels" */
+  int32_t mlp_width; /* half of "intermediate_size", which counts gate and value together */
+  int32_t vocab;
+  float norm_epsilon;
+  int32_t seq_length;    /* trained length: where NTK and logn scaling set in */
+  int32_t max_positions; /* longest sequence; "max_position_embeddings" */
+  float rotary_base;
+  int32_t dynamic_ntk; /* 0 or 1 */
+  int32_t logn;        /* 0 or 1 */
+
+  /* The vision tower; the resampler's output is `hidden` wide, with heads of 128. */
+  int32_t image_size; /* pixels along a side, a multiple of patch_size */
+  int32_t patch_size;
+  int32_t vision_width;
+  int32_t vision_layers;
+  int32_t vision_heads;
+  int32_t vision_mlp_width;
+  int32_t n_queries; /* features of a picture */
+} qvl_config;
+
+/* ---- weights ------------------------------------------------------------------------------------------ */
+
+/* A weight by its canonical name, which is Hugging Face's without the leading "transformer.". Let H = hidden,
+ * M = mlp_width, V = vocab, W = vision_width, U = vision_mlp_width, P = patches of a picture, Q = n_queries,
+ * p = patch_size:
+ *
+ *   wte.weight [V, H]; ln_f.weight [H]; lm_head.weight [V, H]; and for each layer, h.0. to h.{layers-1}.
+ * before ln_1.weight [H]; attn.c_attn.weight [3H, H]; attn.c_attn.bias [3H]; attn.c_proj.weight [H, H];
+ *     ln_2.weight [H]; mlp.w1.weight [M, H]; mlp.w2.weight [M, H]; mlp.c_proj.weight [H, M]
+ *   visual.conv1.weight [W, 3, p, p]; visual.positional_embedding [P, W]; visual.ln_pre.{weight,bias} [W];
+ *   and for each layer, visual.transformer.resblocks.0. and so on before
+ *     ln_1.{weight,bias} [W]; attn.in_proj.weight [3W, W], attn.in_proj.bias [3W]; attn.out_proj.weight [W,
+ * W], attn.out_proj.bias [W]; ln_2.{weight,bias} [W]; mlp.c_fc.weight [U, W], mlp.c_fc.bias [U];
+ *     mlp.c_proj.weight [W, U], mlp.c_proj.bias [W]
+ *   visual.attn_pool. before
+ *     kv_proj.weight [H, W], absent if W = H; ln_kv.{weight,bias} [H]; query [Q, H]; ln_q.{weight,bias} [H];
+ *     pos_embed [Q, H]; key_pos_embed [P, H]; attn.in_proj_weight [3H, H]; attn.in_proj_bias [3H];
+ *     attn.out_proj.weight [H, H], attn.out_proj.bias [H]
+ *   visual.ln_post.{weight,bias} [H]; visual.proj [H, H]
+ *
+ * Every matrix is [out, in] here. visual.proj, which checkpoints keep as [in, out], must be transposed, and
+ * the two tables positional_embedding and key_pos_embed must be resized to the picture's patches.
+ *
+ * All may be QVL_FLOAT32 or QVL_BFLOAT16; the matrices other than wte.weight may be quantised. Types may
+ * be mixed. Products run in float32 where the weight is float32. Elsewhere large products round their
+ * activations to bfloat16 if the machine has instructions for it; everything else is float32.
+ */
+typedef struct qvl_tensor {
+  const char* name;
+  const void* data; /* 4-byte aligned (QVL_BFLOAT16: 2) */
+  qvl_dtype dtype;
+  qvl_device device; /* where `data` is. On the engine's device it is kept and used in place; else it is
+                        copied once */
+  int32_t n_dims;
+  int64_t shape[4]; /* of the values, whatever the type */
+  uint64_t bytes;   /* length of `data`, as a check */
+} qvl_tensor;
+
+/* Length of an [out, in] matrix stored as `dtype`, 0 if the arguments are not possible.
+ *
+ * QVL_INT8:     int8 [out, padded] and float32 [out] scales; value = scale * integer.
+ * QVL_INT4_G*:  uint8 [out, padded / 2] and bfloat16 [out, padded / group] scales; value = scale * (nibble -
+ * 8). 128 values of a row are 64 bytes, or 32 little-endian words: value 32 j + i is nibble j, counted from
+ * the lowest bits, of word i. padded is `in` rounded up to 128; padding has the value 0.
+ */
+QVL_API uint64_t qvl_packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
+
+/* Round a float32 matrix [out, in] (host memory) to `dtype` at `packed` (host memory), to nearest. Symmetric:
+ * the scale of a row or group follows from its largest magnitude. Not-a-number or infinity in it is
+ * QVL_INVALID.
+ */
+QVL_API qvl_status qvl_pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed,
+                            uint64_t packed_bytes, qvl_error* error);
+
+/* The reverse: the float32 values that a packed matrix stands for. */
+QVL_API qvl_status qvl_unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* packed,
+                              uint64_t packed_bytes, float* values, qvl_error* error);
+
+/* ---- engine ------------------------------------------------------------------------------------------- */
+
+typedef struct qvl_engine qvl_engine;
+
+/* Make an engine. `tensors` must be exactly the weights that the config asks for, in any order. The array and
+ * the names are not kept. Weight data on the engine's device is: it must stay as it is until qvl_engine_free.
+ * (Vectors, and the tables of the vision tower, are copied as float32.)
+ */
+QVL_API qvl_status qvl_engine_create(const qvl_config* config, const qvl_tensor* tensors, int64_t n_tensors,
+                                     qvl_engine** engine, qvl_error* error);
+
+/* Pools of the engine must have been freed before. NULL is allowed. */
+QVL_API void qvl_engine_free(qvl_engine* engine);
+
+/* "0.1" and the like: of the library, which may be newer than the header a caller was compiled with. */
+QVL_API const char* qvl_version(void);
+
+/* How the engine computes, for logs: "cpu avx512_bf16, 2 threads". Valid as long as the engine is. */
+QVL_API const char* qvl_engine_describe(const qvl_engine* engine);
+
+/* Device memory for callers without the device's own library, aligned to 64 bytes; `bytes` may be 0. */
+QVL_API qvl_status qvl_alloc(qvl_engine* engine, uint64_t bytes, void** memory, qvl_error* error);
+QVL_API void qvl_dealloc(qvl_engine* engine, void* memory);
+
+/* Copy between host and device memory, in any direction, in the order of the stream. */
+QVL_API qvl_status qvl_copy(qvl_engine* engine, void* to, const void* from, uint64_t bytes, qvl_stream stream,
+                            qvl_error* error);
+
+/* Wait for everything on the stream. */
+QVL_API qvl_status qvl_synchronize(qvl_engine* engine, qvl_stream stream, qvl_error* error);
+
+/* ---- vision ------------------------------------------------------------------------------------------- */
+
+/* images float32 [n, 3, image_size, image_size], normalised -> features float32 [n, n_queries, hidden]; both
+ * in device memory.
+ */
+QVL_API qvl_status qvl_encode_images(qvl_engine* engine, int64_t n, const float* images, float* features,
+                                     qvl_stream stream, qvl_error* error);
+
+/* ---- paged cache of keys and values ------------------------------------------------------------------- */
+
+typedef struct qvl_kv_pool qvl_kv_pool;
+
+/* Memory for n_blocks blocks of block_tokens tokens (1 to 256; 32 is good) in all layers, stored as
+ * QVL_FLOAT32 or QVL_BFLOAT16. The caller decides which sequence owns which block: token t of a sequence is
+ * in slot t % block_tokens of block table[t / block_tokens]. Blocks may be shared between sequences for
+ * reading.
+ */
+QVL_API qvl_status qvl_kv_pool_create(qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
+                                      qvl_dtype dtype, qvl_kv_pool** pool, qvl_error* error);
+QVL_API void qvl_kv_pool_free(qvl_kv_pool* pool);
+
+/* Bytes that a pool of these sizes takes; 0 if they are not possible. */
+QVL_API uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
+                                   qvl_dtype dtype);
+
+/* ---- forward ------------------------------------------------------------------------------------------ */
+
+/* A sequence's part of a packed batch: a whole prompt, a piece of one, or one token. */
+typedef struct qvl_sequence {
+  int32_t n_new;         /* tokens in this batch, at least 1 */
+  int32_t n_past;        /* tokens before them, whose keys and values are in the pool */
+  int32_t prompt_len;    /* of the whole prompt, at least 1: it fixes the rotary base of all its tokens */
+  int32_t n_blocks;      /* length of block_table: n_past + n_new tokens must fit */
+  const int32_t* blocks; /* block table, host memory */
+} qvl_sequence;
+
+/* Tokens [start, start + count) of the packed batch are vectors instead of ids: a picture's features. */
+typedef struct qvl_span {
+  int32_t start;
+  int32_t count;
+  const float* features; /* float32 [count, hidden], device memory */
+} qvl_span;
+
+typedef struct qvl_batch {
+  uint32_t size;                 /* sizeof(qvl_batch) */
+  int32_t n_sequences;           /* at least 1 */
+  const qvl_sequence* sequences; /* host memory */
+  const int32_t* tokens; /* ids of all sequences, one after another, device memory; those that a span covers
+                            are not read */
+  int32_t n_spans;       /* spans do not overlap and are in order of start */
+  int32_t reserved;      /* 0 */
+  const qvl_span* spans; /* host memory */
+} qvl_batch;
+
+/* Run the batch through the layers, write its keys and values into the pool, and give the logits of each
+ * sequence's last token: float32 [n_sequences, vocab], device memory. With logits NULL only the pool is
+ * written, as for all but the last piece of a prompt.
+ *
+ * An id out of the vocabulary is QVL_INVALID where the ids are in host memory; a GPU clamps it.
+ * A sequence's result does not depend on what else is in the batch, apart from rounding.
+ */
+QVL_API qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_batch* batch, float* logits,
+                               qvl_stream stream, qvl_error* error);
+
+/* ---- sampling ----------------------------------------------------------------------------------------- */
+
+/* How one row picks its token. In this order: forbidden ids, penalties, temperature, top-k, top-p.
+ * The random number of draw c with seed s is splitmix64's output for the state s + (c + 1) *
+ * 0x9E3779B97F4A7C15, its upper 53 bits taken as a fraction: the caller owns the state and the same pair
+ * gives the same draw on every device.
+ */
+typedef struct qvl_sampling {
+  uint32_t size;     /* sizeof(qvl_sampling) */
+  float temperature; /* 0: the likeliest token, the lower id of equals; at most 100 */
+  float top_p;       /* the smallest set of tokens that reaches this probability: 0 (the likeliest) to 1 */
+  int32_t top_k;     /* among the k likeliest; 0: all */
+  float
+      repetition_penalty;  /* over 0, up to 100; 1: none. Divides positive logits, multiplies negative ones */
+  float frequency_penalty; /* -100 to 100, times how often the token was generated */
+  float presence_penalty;  /* -100 to 100, once for a token that was generated */
+  int32_t n_forbidden;
+  const int32_t*
+      forbidden; /* ids that get a logit of -1e10, as end tokens before the least length; host memory */
+  uint64_t seed;
+  uint64_t counter; /* number of this draw, 0 for a sequence's first */
+} qvl_sampling;
+
+/* Defaults: greedy, no penalties. */
+QVL_API qvl_sampling qvl_sampling_default(void);
+
+/* Pick a token for each of n rows.
+ *
+ * logits: float32 [n, vocab], device memory; not changed.
+ * sampling: n of them, host memory.
+ * counts: for each row how often it has generated each token, int32 [n, vocab] in device memory as an array
+ * of n row pointers in host memory; the picked token's count is raised. NULL, or NULL for a row: none, and
+ * then the row may have no penalties. tokens: int32 [n], device memory.
+ */
+QVL_API qvl_status qvl_sample(qvl_engine* engine, int32_t n, const float* logits,
+                              const qvl_sampling* sampling, int32_t* const* counts, int32_t* tokens,
+                              qvl_stream stream, qvl_error* error);
+
+/* ---- generate ----------------------------------------------------------------------------------------- */
+
+typedef struct qvl_request {
+  int32_t n_tokens;      /* of the prompt, at least 1 */
+  int32_t n_spans;       /* pictures */
+  const int32_t* tokens; /* [n_tokens], host memory */
+  const qvl_span* spans; /* starts count from the beginning of this prompt */
+  int32_t max_new;       /* at least 1 */
+  int32_t min_new;       /* end ids are forbidden before */
+  qvl_sampling
+      sampling; /* `forbidden` and `counter` hold for the first token; the counter goes up by one a token */
+} qvl_request;
+
+enum { QVL_FINISH_END = 1, QVL_FINISH_LENGTH = 2 };
+
+/* A token of a step, as it becomes known. Called from the thread that called qvl_generate, in the order of
+ * steps; on a GPU the device may be some steps ahead. Return 0 to go on, else qvl_generate returns
+ * QVL_STOPPED.
+ *
+ * n: how many requests got a token in this step; requests, tokens: which, and what [n].
+ */
+typedef int32_t (*qvl_on_step)(void* user, int32_t step, int32_t n, const int32_t* requests,
+                               const int32_t* tokens);
+
+typedef struct qvl_result {
+  int32_t n_tokens; /* generated, a closing end id included */
+  int32_t finish;   /* QVL_FINISH_END, QVL_FINISH_LENGTH; 0: stopped before */
+} qvl_result;
+
+/* Generate for n requests at once.
+ *
+ * end_ids: int32 [n_end], host memory; any of them ends a request.
+ * pool: NULL for one made for this call, in the type of the weights. Else all of its blocks are used.
+ * tokens: int32 [n, stride], host memory; row i gets the tokens of request i. stride is at least the largest
+ * max_new. results: [n]. on_step: may be NULL. The lock of the engine is taken for each step, so that several
+ * of these can run at the same time.
+ */
+QVL_API qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const qvl_request* requests,
+                                int32_t n_end, const int32_t* end_ids, qvl_on_step on_step, void* user,
+                                int64_t stride, int32_t* tokens, qvl_result* results, qvl_stream stream,
+                                qvl_error* error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,391 @@
+"""The engine's C interface through ctypes, for the tests and the benchmark: no Paddle, NumPy only."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128 = range(5)
+DTYPES = {
+    "float32": FLOAT32,
+    "bfloat16": BFLOAT16,
+    "int8": INT8,
+    "int4_g64": INT4_G64,
+    "int4_g128": INT4_G128,
+}
+ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
+OK, INVALID, BAD_WEIGHT, UNSUPPORTED, NO_MEMORY, STOPPED, INTERNAL = range(7)
+VISION, LANGUAGE = 1, 2
+FINISH_END, FINISH_LENGTH = 1, 2
+
+CONFIG_INTS_1 = ["device", "device_index", "n_threads", "isa", "max_tokens"]
+CONFIG_INTS_2 = ["hidden", "layers", "heads", "head_dim", "mlp_width", "vocab"]
+CONFIG_INTS_3 = ["image_size", "patch_size", "vision_width", "vision_layers", "vision_heads"]
+
+
+class Error(ctypes.Structure):
+    _fields_ = [("message", c_char * 512)]
+
+
+class Config(ctypes.Structure):
+    _fields_ = [
+        ("size", c_uint32),
+        ("stages", c_uint32),
+        *((name, c_int32) for name in CONFIG_INTS_1),
+        *((name, c_int32) for name in CONFIG_INTS_2),
+        ("norm_epsilon", c_float),
+        ("seq_length", c_int32),
+        ("max_positions", c_int32),
+        ("rotary_base", c_float),
+        ("dynamic_ntk", c_int32),
+        ("logn", c_int32),
+        *((name, c_int32) for name in CONFIG_INTS_3),
+        ("vision_mlp_width", c_int32),
+        ("n_queries", c_int32),
+    ]
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [
+        ("name", c_char_p),
+        ("data", c_void_p),
+        ("dtype", c_int32),
+        ("device", c_int32),
+        ("n_dims", c_int32),
+        ("shape", c_int64 * 4),
+        ("bytes", c_uint64),
+    ]
+
+
+class Sequence_(ctypes.Structure):
+    _fields_ = [
+        ("n_new", c_int32),
+        ("n_past", c_int32),
+        ("prompt_len", c_int32),
+        ("n_blocks", c_int32),
+        ("blocks", POINTER(c_int32)),
+    ]
+
+
+class Span(ctypes.Structure):
+    _fields_ = [("start", c_int32), ("count", c_int32), ("features", c_void_p)]
+
+
+class Batch(ctypes.Structure):
+    _fields_ = [
+        ("size", c_uint32),
+        ("n_sequences", c_int32),
+        ("sequences", POINTER(Sequence_)),
+        ("tokens", c_void_p),
+        ("n_spans", c_int32),
+        ("reserved", c_int32),
+        ("spans", POINTER(Span)),
+    ]
+
+
+class Sampling(ctypes.Structure):
+    _fields_ = [
+        ("size", c_uint32),
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("top_k", c_int32),
+        ("repetition_penalty", c_float),
+        ("frequency_penalty", c_float),
+        ("presence_penalty", c_float),
+        ("n_forbidden", c_int32),
+        ("forbidden", POINTER(c_int32)),
+        ("seed", c_uint64),
+        ("counter", c_uint64),
+    ]
+
+
+class Request(ctypes.Structure):
+    _fields_ = [
+        ("n_tokens", c_int32),
+        ("n_spans", c_int32),
+        ("tokens", POINTER(c_int32)),
+        ("spans", POINTER(Span)),
+        ("max_new", c_int32),
+        ("min_new", c_int32),
+        ("sampling", Sampling),
+    ]
+
+
+class Result(ctypes.Structure):
+    _fields_ = [("n_tokens", c_int32), ("finish", c_int32)]
+
+
+OnStep = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, c_int32, POINTER(c_int32), POINTER(c_int32))
+
+
+class EngineError(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def pointer(array: np.ndarray) -> int:
+    assert array.flags.c_contiguous
+    return array.ctypes.data
+
+
+def int_pointer(array: np.ndarray) -> Any:
+    assert array.dtype == np.int32
+    assert array.flags.c_contiguous
+    return array.ctypes.data_as(POINTER(c_int32))
+
+
+class Library:
+    """A loaded library: `call` raises EngineError with the line of a failed function."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.dll = ctypes.CDLL(str(path))
+        self.dll.qvl_version.restype = c_char_p
+        self.dll.qvl_engine_describe.restype = c_char_p
+        self.dll.qvl_packed_bytes.restype = c_uint64
+        self.dll.qvl_packed_bytes.argtypes = [c_int32, c_int64, c_int64]
+        self.dll.qvl_kv_pool_bytes.restype = c_uint64
+        self.dll.qvl_kv_pool_bytes.argtypes = [c_void_p, c_int32, c_int32, c_int32]
+        self.dll.qvl_sampling_default.restype = Sampling
+        for name in ("qvl_engine_free", "qvl_kv_pool_free", "qvl_engine_describe"):
+            getattr(self.dll, name).argtypes = [c_void_p]
+        self.dll.qvl_dealloc.argtypes = [c_void_p, c_void_p]
+        signatures = {
+            "qvl_pack": [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_uint64],
+            "qvl_unpack": [c_int32, c_int64, c_int64, c_void_p, c_uint64, c_void_p],
+            "qvl_engine_create": [POINTER(Config), POINTER(Tensor), c_int64, POINTER(c_void_p)],
+            "qvl_alloc": [c_void_p, c_uint64, POINTER(c_void_p)],
+            "qvl_copy": [c_void_p, c_void_p, c_void_p, c_uint64, c_void_p],
+            "qvl_synchronize": [c_void_p, c_void_p],
+            "qvl_encode_images": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p],
+            "qvl_kv_pool_create": [c_void_p, c_int32, c_int32, c_int32, POINTER(c_void_p)],
+            "qvl_forward": [c_void_p, c_void_p, POINTER(Batch), c_void_p, c_void_p],
+            "qvl_sample": [c_void_p, c_int32, c_void_p, POINTER(Sampling), c_void_p, c_void_p, c_void_p],
+            "qvl_generate": [
+                *(c_void_p, c_void_p, c_int32, POINTER(Request), c_int32, c_void_p, OnStep, c_void_p),
+                *(c_int64, c_void_p, c_void_p, c_void_p),
+            ],
+        }
+        for name, arguments in signatures.items():
+            getattr(self.dll, name).argtypes = [*arguments, POINTER(Error)]
+            getattr(self.dll, name).restype = c_int32
+
+    def call(self, name: str, *arguments: Any) -> None:
+        error = Error()
+        status = getattr(self.dll, name)(*arguments, ctypes.byref(error))
+        if status != OK:
+            message = error.message.decode()
+            assert message
+            assert "\n" not in message
+            raise EngineError(status, message)
+
+    def pack(self, values: np.ndarray, dtype: int) -> np.ndarray:
+        """A float32 [out, in] matrix as uint8 in the engine's storage."""
+        values = np.ascontiguousarray(values, np.float32)
+        rows, columns = values.shape
+        packed = np.empty(self.dll.qvl_packed_bytes(dtype, rows, columns), np.uint8)
+        self.call("qvl_pack", dtype, rows, columns, pointer(values), pointer(packed), packed.nbytes)
+        return packed
+
+    def unpack(self, packed: np.ndarray, dtype: int, rows: int, columns: int) -> np.ndarray:
+        values = np.empty([rows, columns], np.float32)
+        self.call("qvl_unpack", dtype, rows, columns, pointer(packed), packed.nbytes, pointer(values))
+        return values
+
+
+def make_config(data: Mapping[str, Any], stages: int = VISION | LANGUAGE, **changes: Any) -> Config:
+    """From a model's config.json."""
+    vision = data["visual"]
+    config = Config(
+        size=ctypes.sizeof(Config),
+        stages=stages,
+        hidden=data["hidden_size"],
+        layers=data["num_hidden_layers"],
+        heads=data["num_attention_heads"],
+        head_dim=data["kv_channels"],
+        mlp_width=data["intermediate_size"] // 2,
+        vocab=data["vocab_size"],
+        norm_epsilon=data["layer_norm_epsilon"],
+        seq_length=data["seq_length"],
+        max_positions=data["max_position_embeddings"],
+        rotary_base=data["rotary_emb_base"],
+        dynamic_ntk=int(data["use_dynamic_ntk"]),
+        logn=int(data["use_logn_attn"]),
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        vision_width=vision["width"],
+        vision_layers=vision["layers"],
+        vision_heads=vision["heads"],
+        vision_mlp_width=int(vision["width"] * vision["mlp_ratio"]),
+        n_queries=vision.get("n_queries", 256),
+    )
+    for name, value in changes.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
+    return config
+
+
+Stored = tuple[np.ndarray, int, tuple[int, ...]]
+
+
+def store(
+    library: Library, weights: Mapping[str, np.ndarray], dtype: int, of: Callable[[str], int] | None = None
+) -> dict[str, Stored]:
+    """Weights in the engine's storage: matrices as `dtype`, tables that cannot be quantised as bfloat16."""
+    stored = {}
+    for name, values in weights.items():
+        kind = of(name) if of else dtype
+        matrix = values.ndim > 1 and not name.endswith(("wte.weight", "embedding", "query", "pos_embed"))
+        if kind > BFLOAT16 and not matrix:
+            kind = BFLOAT16 if values.ndim > 1 else FLOAT32
+        flat = values.reshape(values.shape[0], -1)
+        stored[name] = (library.pack(flat, kind), kind, values.shape)
+    return stored
+
+
+class Engine:
+    """An engine with everything it refers to."""
+
+    def __init__(self, library: Library, config: Config, stored: Mapping[str, Stored]) -> None:
+        self.library, self.config, self._stored = library, config, dict(stored)
+        tensors = (Tensor * len(stored))()
+        for tensor, (name, (data, dtype, shape)) in zip(tensors, stored.items()):
+            tensor.name, tensor.data, tensor.dtype = name.encode(), pointer(data), dtype
+            tensor.n_dims, tensor.bytes = len(shape), data.nbytes
+            for i, n in enumerate(shape):
+                tensor.shape[i] = n
+        handle = c_void_p()
+        library.call("qvl_engine_create", config, tensors, len(tensors), ctypes.byref(handle))
+        self.handle = handle
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.library.dll.qvl_engine_free(self.handle)
+
+    def describe(self) -> str:
+        return self.library.dll.qvl_engine_describe(self.handle).decode()
+
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        images = np.ascontiguousarray(images, np.float32)
+        features = np.empty([len(images), self.config.n_queries, self.config.hidden], np.float32)
+        self.library.call(
+            "qvl_encode_images", self.handle, len(images), pointer(images), pointer(features), None
+        )
+        return features
+
+    def pool(self, n_blocks: int, block_tokens: int = 32, dtype: int = FLOAT32) -> Pool:
+        return Pool(self, n_blocks, block_tokens, dtype)
+
+    def sample(
+        self, logits: np.ndarray, sampling: Sequence[Sampling], counts: Sequence[np.ndarray | None] | None = None
+    ) -> list[int]:
+        n = len(sampling)
+        logits = np.ascontiguousarray(logits, np.float32)
+        tokens = np.empty(n, np.int32)
+        rows = None
+        if counts is not None:
+            rows = (c_void_p * n)(*(None if row is None else pointer(row) for row in counts))
+        self.library.call(
+            "qvl_sample", self.handle, n, pointer(logits), (Sampling * n)(*sampling), rows, pointer(tokens), None
+        )
+        return tokens.tolist()
+
+    def sampling(self, **changes: Any) -> Sampling:
+        sampling = self.library.dll.qvl_sampling_default()
+        for name, value in changes.items():
+            assert hasattr(sampling, name)
+            setattr(sampling, name, value)
+        return sampling
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new: int,
+        spans: Sequence[Sequence[tuple[int, np.ndarray]]] | None = None,
+        end_ids: Sequence[int] = (),
+        min_new: int = 0,
+        pool: Pool | None = None,
+        on_step: Callable[[int, list[int], list[int]], int] | None = None,
+        **sampling: Any,
+    ) -> tuple[list[list[int]], list[int]]:
+        """Tokens and reasons to finish of each prompt; spans are (start, features [count, hidden])."""
+        n, keep = len(prompts), []
+        requests = (Request * n)()
+        for i, (request, prompt) in enumerate(zip(requests, prompts)):
+            ids = np.asarray(prompt, np.int32)
+            mine = make_spans(spans[i] if spans else [])
+            keep += [ids, mine]
+            request.n_tokens, request.tokens = len(ids), int_pointer(ids)
+            request.n_spans, request.spans = len(mine), mine
+            request.max_new, request.min_new = max_new, min_new
+            request.sampling = self.sampling(**sampling)
+        tokens = np.full([n, max_new], -1, np.int32)
+        results = (Result * n)()
+        ends = np.asarray(end_ids, np.int32)
+
+        def relay(_: Any, step: int, count: int, who: Any, what: Any) -> int:
+            return on_step(step, who[:count], what[:count]) if on_step else 0
+
+        callback = OnStep(relay) if on_step else OnStep()
+        self.library.call(
+            "qvl_generate",
+            *(self.handle, pool.handle if pool else None, n, requests, len(ends), pointer(ends)),
+            *(callback, None, max_new, pointer(tokens), results, None),
+        )
+        return [
+            row[: result.n_tokens].tolist() for row, result in zip(tokens, results)
+        ], [result.finish for result in results]
+
+
+def make_spans(spans: Sequence[tuple[int, np.ndarray]]) -> Any:
+    made = (Span * len(spans))()
+    for span, (start, features) in zip(made, spans):
+        span.start, span.count, span.features = start, len(features), pointer(features)
+    return made
+
+
+class Pool:
+    """A pool and `forward` on it."""
+
+    def __init__(self, engine: Engine, n_blocks: int, block_tokens: int, dtype: int) -> None:
+        self.engine, self.block_tokens = engine, block_tokens
+        handle = c_void_p()
+        engine.library.call(
+            "qvl_kv_pool_create", engine.handle, n_blocks, block_tokens, dtype, ctypes.byref(handle)
+        )
+        self.handle = handle
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.library.dll.qvl_kv_pool_free(self.handle)
+
+    def forward(
+        self,
+        parts: Sequence[tuple[Sequence[int], int, int, Sequence[int]]],
+        spans: Sequence[tuple[int, np.ndarray]] = (),
+        logits: bool = True,
+    ) -> np.ndarray:
+        """Parts are (tokens, n_past, prompt_len, block table); returns logits [parts, vocab]."""
+        tables = [np.asarray(part[3], np.int32) for part in parts]
+        sequences = (Sequence_ * len(parts))()
+        for sequence, (tokens, n_past, prompt_len, _), table in zip(sequences, parts, tables):
+            sequence.n_new, sequence.n_past, sequence.prompt_len = len(tokens), n_past, prompt_len
+            sequence.n_blocks, sequence.blocks = len(table), int_pointer(table)
+        ids = np.concatenate([np.asarray(part[0], np.int32) for part in parts])
+        made = make_spans(spans)
+        batch = Batch(ctypes.sizeof(Batch), len(parts), sequences, pointer(ids), len(made), 0, made)
+        out = np.empty([len(parts), self.engine.config.vocab], np.float32)
+        self.engine.library.call(
+            "qvl_forward", self.engine.handle, self.handle, batch, pointer(out) if logits else None, None
+        )
+        return out

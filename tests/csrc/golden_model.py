@@ -1,0 +1,77 @@
+"""The golden models in the engine's naming and layout (tests/golden/README.md), with NumPy alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+LINEAR = re.compile(
+    r"(c_attn|c_proj|w1|w2|c_fc|in_proj|out_proj|kv_proj|lm_head)\.weight$"
+    r"|attn_pool\.attn\.in_proj_weight$|visual\.proj$"
+)
+
+
+def cubic(distance: np.ndarray) -> np.ndarray:
+    """The cubic convolution kernel with a = -0.75."""
+    a, d = -0.75, np.abs(distance)
+    near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+    far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+    return np.where(d <= 1, near, np.where(d < 2, far, 0))
+
+
+def resize_matrix(source: int, target: int) -> np.ndarray:
+    """[target, source]: bicubic with half-pixel centres, the border repeated."""
+    matrix = np.zeros([target, source])
+    for i in range(target):
+        centre = (i + 0.5) * source / target - 0.5
+        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            matrix[i, min(max(tap, 0), source - 1)] += cubic(np.array(centre - tap))
+    return matrix
+
+
+def resize(table: np.ndarray, grid: int) -> np.ndarray:
+    """Positions on a square grid [n * n, width] -> [grid * grid, width]."""
+    side = int(len(table) ** 0.5)
+    matrix = resize_matrix(side, grid)
+    square = table.astype(np.float64).reshape(side, side, -1)
+    resized = np.einsum("ia,jb,abc->ijc", matrix, matrix, square)
+    return resized.reshape(grid * grid, -1).astype(np.float32)
+
+
+class GoldenModel:
+    def __init__(self, name: str) -> None:
+        self.config = json.loads((GOLDEN / name / "config.json").read_text())
+        self.figures = dict(np.load(GOLDEN / name / "golden.npz"))
+        grid = self.config["visual"]["image_size"] // self.config["visual"]["patch_size"]
+        self.weights: dict[str, np.ndarray] = {}
+        for key, half in np.load(GOLDEN / name / "weights.npz").items():
+            canonical = key.replace("transformer.llm.", "").replace("visual.vit.", "visual.")
+            values = half.astype(np.float32)
+            if LINEAR.search(canonical):
+                values = np.ascontiguousarray(values.T)
+            if canonical == "visual.attn_pool.pos_embed":
+                self.weights["visual.attn_pool.key_pos_embed"] = resize(values, grid)
+            if canonical == "visual.positional_embedding":
+                values = resize(values, grid)
+            self.weights[canonical] = values
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.figures["input_ids"][0].tolist()
+
+    @property
+    def images(self) -> np.ndarray:
+        n = len(self.figures["features_every_16th_query"])
+        return np.random.RandomState(101).randn(n, 3, 448, 448).astype("float32")
+
+    def spans(self, features: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Each picture's features, beginning behind its <img>."""
+        starts = np.flatnonzero(self.figures["input_ids"][0] == self.config["visual"]["image_start_id"]) + 1
+        return list(zip(starts.tolist(), features))
+
+    def language_weights(self) -> dict[str, np.ndarray]:
+        return {name: values for name, values in self.weights.items() if not name.startswith("visual.")}
