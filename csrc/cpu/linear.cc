@@ -7,9 +7,11 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr int64_t kMatvecRows = 32;  // rows of weights in a task of matvec
-constexpr int64_t kTileRows = 64;    // and of the blocked product
-constexpr int64_t kMaxTokens = 384;  // packed at once: 512 columns of them fit into a second-level cache
+constexpr int64_t kMatvecRows = 128;  // rows of weights in a task of matvec, at most
+constexpr int64_t kTileRows = 64;     // and of the blocked product
+constexpr int64_t kMaxTokens = 384;   // packed at once: 512 columns of them fit into a second-level cache
+
+constexpr int kBits[QVL_DTYPES] = {32, 16, 8, 4, 4};
 
 const void* offset(const void* memory, uint64_t bytes) {
   return static_cast<const char*>(memory) + bytes;
@@ -21,10 +23,10 @@ void multiply_few(Context& context, const Matrix& m, const float* x, int64_t x_s
   void* prepared = context.activations.get<char>(kernels.prepared_bytes[m.dtype](m.k, n_x));
   kernels.prepare_x[m.dtype](x, x_stride, n_x, m.k, prepared);
   const Matvec product{m.values, m.scales, m.k, prepared, n_x, y, y_stride, m.bias, add};
-  const int64_t tasks = (m.rows + kMatvecRows - 1) / kMatvecRows;
-  context.pool.run(tasks, [&](int64_t task, int) {
-    const int64_t first = task * kMatvecRows;
-    kernels.matvec[m.dtype](product, first, std::min(first + kMatvecRows, m.rows));
+  const int64_t even_share = m.rows / (8 * context.pool.size()) / 32 * 32;
+  const int64_t step = std::clamp<int64_t>(even_share, 32, kMatvecRows);
+  context.pool.run((m.rows + step - 1) / step, [&](int64_t task, int) {
+    kernels.matvec[m.dtype](product, task * step, std::min((task + 1) * step, m.rows));
   });
 }
 
@@ -72,7 +74,8 @@ void multiply_many(Context& context, const Matrix& m, const float* x, int64_t x_
     const int64_t n_rows = std::min(kTileRows, m.rows - first_row);
     for (int k = 0; k < m.k; k += tile_k) {
       const int n_k = std::min(tile_k, m.k - k);
-      kernels.unpack_tile[kind][m.dtype]({m.values, m.scales, m.k, first_row, n_rows, k, n_k, tile});
+      kernels.unpack_tile[kind][m.dtype](
+          {m.values, m.scales, m.k, first_row, n_rows, k, n_k, kBits[m.dtype], tile});
       kernels.multiply_tile[kind](tile, (n_k + 1) / 2 * 2, static_cast<int>(n_rows), n_k,
                                   panels + static_cast<size_t>(k) * k_bytes, panel_bytes, n_panels, k == 0, c,
                                   c_stride);

@@ -26,8 +26,7 @@ void pack_panel_bf16(const float* x, int64_t x_stride, int n_tokens, int k, void
       low[t] = x[t * x_stride + i];
       high[t] = i + 1 < k ? x[t * x_stride + i + 1] : 0.0F;
     }
-    const Words pairs =
-        __builtin_convertvector(narrow(low), Words) | __builtin_convertvector(narrow(high), Words) << 16;
+    const Words pairs = widen_halves(narrow(low)) | widen_halves(narrow(high)) << 16;
     store(to, pairs);
   }
 }
@@ -58,7 +57,7 @@ struct UnpackInt8 {
   static QVL_INLINE void row(const UnpackTile& t, int64_t row, float* to) {
     const int8_t* from = static_cast<const int8_t*>(t.weights) + row * round_up(t.k, kUnit) + t.first_k;
     for (int i = 0; i < t.n_k; i += kLanes) {
-      store(to + i, to_floats(__builtin_convertvector(load<FewBytes>(from + i), Ints)));
+      store(to + i, to_floats(widen_few(load<FewBytes>(from + i))));
     }
   }
 };
@@ -76,7 +75,7 @@ struct UnpackInt4 {
         __builtin_memcpy(&scale, &bits, sizeof scale);
         for (int part = 0; part < 32; part += kLanes) {
           const HalfWords words = load<HalfWords>(from + 2 * part);
-          const Ints nibbles = __builtin_convertvector(words >> (4 * j) & 15, Ints) - 8;
+          const Ints nibbles = reinterpret_cast<Ints>(widen_halves(words >> (4 * j) & 15)) - 8;
           store(to + i + 32 * j + part, to_floats(nibbles) * scale);
         }
       }
@@ -84,11 +83,21 @@ struct UnpackInt4 {
   }
 };
 
+// While a row is unpacked, the same row's part of the next tile is asked for.
+QVL_INLINE void prefetch_next(const UnpackTile& t, int64_t row) {
+  const int64_t row_bytes = int64_t{t.weight_bits} * t.k / 8;
+  const int64_t start = int64_t{t.weight_bits} * (t.first_k + t.n_k) / 8;
+  const int64_t bytes = int64_t{t.weight_bits} * t.n_k / 8;
+  if (t.first_k + t.n_k < t.k)
+    prefetch_all(static_cast<const char*>(t.weights) + row * row_bytes + start, bytes);
+}
+
 template <typename Unpack>
 void unpack_to_f32(const UnpackTile& t) {
   const int width = round_up(t.n_k, 2);
   float line[kMaxTileK + kUnit];
   for (int64_t r = 0; r < t.n_rows; ++r) {
+    prefetch_next(t, t.first_row + r);
     Unpack::row(t, t.first_row + r, line);
     line[t.n_k] = 0.0F;
     __builtin_memcpy(static_cast<float*>(t.tile) + r * width, line,
@@ -101,6 +110,7 @@ void unpack_to_bf16(const UnpackTile& t) {
   const int width = round_up(t.n_k, 2);
   float line[kMaxTileK + kUnit];
   for (int64_t r = 0; r < t.n_rows; ++r) {
+    prefetch_next(t, t.first_row + r);
     Unpack::row(t, t.first_row + r, line);
     line[t.n_k] = 0.0F;
     uint16_t* to = static_cast<uint16_t*>(t.tile) + r * width;
@@ -125,6 +135,7 @@ struct StepF32 {
 void copy_bf16(const UnpackTile& t) {
   const int width = round_up(t.n_k, 2);
   for (int64_t r = 0; r < t.n_rows; ++r) {
+    prefetch_next(t, t.first_row + r);
     const uint16_t* from = static_cast<const uint16_t*>(t.weights) + (t.first_row + r) * t.k + t.first_k;
     uint16_t* to = static_cast<uint16_t*>(t.tile) + r * width;
     __builtin_memcpy(to, from, static_cast<size_t>(t.n_k) * 2);

@@ -14,53 +14,64 @@ size_t prepared_bytes_bf16(int k, int n_x) {
 
 void prepare_bf16(const float* x, int64_t x_stride, int n_x, int k, void* prepared) {
   auto* to = static_cast<float*>(prepared);
-  const int width = round_up(k, kPairs);
-  for (int n = 0; n < n_x; ++n, to += width) {
-    for (int i = 0; i < width; ++i) {
-      const int place = i / kPairs * kPairs + i % 2 * kLanes + i % kPairs / 2;
-      to[place] = i < k ? x[n * x_stride + i] : 0.0F;
+  for (int n = 0; n < n_x; ++n) {
+    for (int i = 0; i < k; i += kPairs, to += kPairs) {
+      const int some = k - i < kPairs ? k - i : kPairs;
+      float both[kPairs] = {};
+      __builtin_memcpy(both, x + n * x_stride + i, static_cast<size_t>(some) * sizeof(float));
+      for (int j = 0; j < kLanes; ++j) {
+        to[j] = both[2 * j];
+        to[kLanes + j] = both[2 * j + 1];
+      }
     }
   }
 }
 
 struct RowsBf16 {
+  static constexpr int kCut = 512;
+  static constexpr int kRows1 = 4;
+  static constexpr int kRowsMany = kLanes == 16 ? 4 : 2;
+  static QVL_INLINE int64_t row_bytes(int k) { return int64_t{2} * k; }
+  static QVL_INLINE int64_t column_bytes(int n) { return int64_t{2} * n; }
+  static QVL_INLINE float scale(const Matvec&, int64_t) { return 1; }
+
   template <int R, int N>
-  static QVL_INLINE void run(const Matvec& p, int64_t row) {
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+                             Floats (&sums)[R][N]) {
     const int k = p.k, width = round_up(k, kPairs);
-    const auto* x = static_cast<const float*>(p.x);
-    const uint16_t* w[R];
-    for (int r = 0; r < R; ++r) w[r] = static_cast<const uint16_t*>(p.weights) + (row + r) * k;
-    Floats sums[R][N] = {};
-    int i = 0;
-    for (; i + kPairs <= k; i += kPairs) {
-      Floats low[R], high[R];
+    const float* x = static_cast<const float*>(p.x) + first_x * width;
+    const uint16_t* w = static_cast<const uint16_t*>(p.weights) + row * k;
+    int i = first;
+    for (; i + kPairs <= end; i += kPairs) {
+      Words pairs[R];
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const Words pairs = load<Words>(w[r] + i);
-        low[r] = even(pairs);
-        high[r] = odd(pairs);
+        pairs[r] = load<Words>(w + int64_t{r} * k + i);
+        if (N == 1) prefetch(w + int64_t{R + r} * k + i);
       }
-      step<R, N>(low, high, x + i, width, sums);
+      step<R, N>(pairs, x + i, width, sums);
     }
-    if (i < k) {
-      Floats low[R], high[R];
+    if (i < end) {
+      Words pairs[R] = {};
       for (int r = 0; r < R; ++r) {
-        Words pairs{};
-        __builtin_memcpy(&pairs, w[r] + i, static_cast<size_t>(k - i) * 2);
-        low[r] = even(pairs);
-        high[r] = odd(pairs);
+        __builtin_memcpy(&pairs[r], w + int64_t{r} * k + i, static_cast<size_t>(end - i) * 2);
       }
-      step<R, N>(low, high, x + i, width, sums);
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int n = 0; n < N; ++n) put(p, row + r, n, sum(sums[r][n]));
+      step<R, N>(pairs, x + i, width, sums);
     }
   }
 
   template <int R, int N>
-  static QVL_INLINE void step(const Floats* low, const Floats* high, const float* x, int width,
-                              Floats (*sums)[N]) {
+  static QVL_INLINE void step(const Words (&pairs)[R], const float* x, int width, Floats (&sums)[R][N]) {
+    Floats low[R], high[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      low[r] = even(pairs[r]);
+      high[r] = odd(pairs[r]);
+    }
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       const Floats a = load<Floats>(x + n * width), b = load<Floats>(x + n * width + kLanes);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         sums[r][n] += low[r] * a;
         sums[r][n] += high[r] * b;

@@ -20,30 +20,39 @@ void prepare_f32(const float* x, int64_t x_stride, int n_x, int k, void* prepare
 }
 
 struct RowsF32 {
+  static constexpr int kCut = 512;
+  static constexpr int kRows1 = 4;
+  static constexpr int kRowsMany = kLanes == 16 ? 4 : 2;
+  static QVL_INLINE int64_t row_bytes(int k) { return int64_t{4} * k; }
+  static QVL_INLINE int64_t column_bytes(int n) { return int64_t{4} * n; }
+  static QVL_INLINE float scale(const Matvec&, int64_t) { return 1; }
+
   template <int R, int N>
-  static QVL_INLINE void run(const Matvec& p, int64_t row) {
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+                             Floats (&sums)[R][N]) {
     const int k = p.k, width = round_up(k, kLanes);
-    const auto* x = static_cast<const float*>(p.x);
-    const float* w[R];
-    for (int r = 0; r < R; ++r) w[r] = static_cast<const float*>(p.weights) + (row + r) * k;
-    Floats sums[R][N] = {};
-    int i = 0;
-    for (; i + kLanes <= k; i += kLanes) {
+    const float* x = static_cast<const float*>(p.x) + first_x * width;
+    const float* w = static_cast<const float*>(p.weights) + row * k;
+    int i = first;
+    for (; i + kLanes <= end; i += kLanes) {
       Floats v[R];
-      for (int r = 0; r < R; ++r) v[r] = load<Floats>(w[r] + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        v[r] = load<Floats>(w + int64_t{r} * k + i);
+        if (N == 1) prefetch(w + int64_t{R + r} * k + i);
+      }
+#pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         const Floats a = load<Floats>(x + n * width + i);
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) sums[r][n] += v[r] * a;
       }
     }
-    if (i < k) {
+    if (i < end) {
       for (int r = 0; r < R; ++r) {
-        const Floats v = load_some(w[r] + i, k - i);
+        const Floats v = load_some(w + int64_t{r} * k + i, end - i);
         for (int n = 0; n < N; ++n) sums[r][n] += v * load<Floats>(x + n * width + i);
       }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int n = 0; n < N; ++n) put(p, row + r, n, sum(sums[r][n]));
     }
   }
 };

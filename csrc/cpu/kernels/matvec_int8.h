@@ -5,8 +5,6 @@
 
 namespace {
 
-constexpr int kInt8Block = 256;  // activations that share a scale; the last block may be half
-
 // Per activation row: float scales [blocks], then int16 values [padded].
 struct Int8X {
   int padded, blocks;
@@ -14,7 +12,7 @@ struct Int8X {
 
   explicit Int8X(int k) {
     padded = round_up(k, kUnit);
-    blocks = (padded + kInt8Block - 1) / kInt8Block;
+    blocks = (padded + kBlock - 1) / kBlock;
     bytes = static_cast<size_t>(round_up(blocks * 4, 64)) + static_cast<size_t>(padded) * 2;
   }
   const float* scales(const void* x, int n) const {
@@ -36,8 +34,8 @@ void prepare_int8(const float* x, int64_t x_stride, int n_x, int k, void* prepar
     auto* scales = const_cast<float*>(layout.scales(prepared, n));
     auto* values = const_cast<int16_t*>(layout.values(prepared, n));
     for (int b = 0; b < layout.blocks; ++b) {
-      const int first = b * kInt8Block;
-      const int size = layout.padded - first < kInt8Block ? layout.padded - first : kInt8Block;
+      const int first = b * kBlock;
+      const int size = layout.padded - first < kBlock ? layout.padded - first : kBlock;
       const int given = k - first < size ? k - first : size;
       scales[b] = quantise_block(x + n * x_stride + (given > 0 ? first : 0), given, size, values + first);
     }
@@ -45,38 +43,49 @@ void prepare_int8(const float* x, int64_t x_stride, int n_x, int k, void* prepar
 }
 
 struct RowsInt8 {
+  static constexpr int kCut = kBlock;
+  static constexpr int kRows1 = 4;
+  static constexpr int kRowsMany = kLanes == 16 ? 4 : 2;
+  static QVL_INLINE int64_t row_bytes(int k) { return round_up(k, kUnit); }
+  static QVL_INLINE int64_t column_bytes(int n) { return n; }
+  static QVL_INLINE float scale(const Matvec& p, int64_t row) {
+    return static_cast<const float*>(p.scales)[row];
+  }
+
   template <int R, int N>
-  static QVL_INLINE void run(const Matvec& p, int64_t row) {
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+                             Floats (&sums)[R][N]) {
     const Int8X layout(p.k);
-    const int8_t* w = static_cast<const int8_t*>(p.weights) + row * layout.padded;
-    const float* scales[N];
-    const int16_t* x[N];
-    for (int n = 0; n < N; ++n) {
-      scales[n] = layout.scales(p.x, n);
-      x[n] = layout.values(p.x, n);
-    }
-    Floats sums[R][N] = {};
-    for (int b = 0; b < layout.blocks; ++b) {
-      const int first = b * kInt8Block;
-      const int end = first + kInt8Block < layout.padded ? first + kInt8Block : layout.padded;
+    const int64_t stride = layout.padded;
+    const int8_t* w = static_cast<const int8_t*>(p.weights) + row * stride;
+    const float* scales = layout.scales(p.x, first_x);
+    const int16_t* x = layout.values(p.x, first_x);
+    const int64_t x_stride = static_cast<int64_t>(layout.bytes / sizeof(int16_t));
+    const int64_t scale_stride = static_cast<int64_t>(layout.bytes / sizeof(float));
+    end = end < layout.padded ? round_up(end, kUnit) : layout.padded;
+    for (int block = first; block < end; block += kBlock) {
+      const int block_end = block + kBlock < end ? block + kBlock : end;
       Ints dots[R][N] = {};
-      for (int i = first; i < end; i += 2 * kLanes) {
+      for (int i = block; i < block_end; i += 2 * kLanes) {
         Shorts v[R];
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          v[r] = __builtin_convertvector(load<Bytes>(w + r * layout.padded + i), Shorts);
+          v[r] = widen_bytes(load<Bytes>(w + r * stride + i));
+          if (N == 1 && i % 64 == 0) prefetch(w + (R + r) * stride + i);
         }
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
-          const Shorts a = load<Shorts>(x[n] + i);
+          const Shorts a = load<Shorts>(x + n * x_stride + i);
+#pragma GCC unroll 8
           for (int r = 0; r < R; ++r) dots[r][n] = multiply_add(dots[r][n], v[r], a);
         }
       }
+#pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
-        for (int r = 0; r < R; ++r) sums[r][n] += to_floats(dots[r][n]) * scales[n][b];
+        const Floats x_scale = all(scales[n * scale_stride + block / kBlock]);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r][n] += to_floats(dots[r][n]) * x_scale;
       }
-    }
-    const auto* row_scales = static_cast<const float*>(p.scales) + row;
-    for (int r = 0; r < R; ++r) {
-      for (int n = 0; n < N; ++n) put(p, row + r, n, sum(sums[r][n]) * row_scales[r]);
     }
   }
 };

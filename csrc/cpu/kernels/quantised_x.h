@@ -7,7 +7,8 @@
 
 namespace {
 
-constexpr int kUnit = 128;  // rows of quantised weights are padded to this
+constexpr int kUnit = 128;    // rows of quantised weights are padded to this
+constexpr int kBlock = 1024;  // activations that share a scale; a row's last block may be shorter
 
 // A row's maximum magnitude over a block, lanes behind k being zero.
 QVL_INLINE float largest_magnitude(const float* x, int n) {
@@ -35,8 +36,7 @@ QVL_INLINE float quantise_block(const float* x, int n, int block, int16_t* value
     const int some = !usable || n <= i ? 0 : n - i < kLanes ? n - i : kLanes;
     const Floats rounded = (load_some(x + (some ? i : 0), some) * inverse + magic) - magic;
     const Ints whole = __builtin_convertvector(some ? rounded : Floats{}, Ints);
-    typedef int16_t Few __attribute__((vector_size(kLanes * 2)));
-    store(values + i, __builtin_convertvector(whole, Few));
+    store(values + i, lower_halves(reinterpret_cast<Words>(whole)));
   }
   return usable ? most / 32767.0F : 0.0F;
 }

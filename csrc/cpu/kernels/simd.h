@@ -104,15 +104,52 @@ QVL_INLINE Floats odd(Words pairs) {
   return reinterpret_cast<Floats>(pairs & 0xFFFF0000u);
 }
 
+// The compiler's own conversions split their vectors; the instructions do not.
+QVL_INLINE Words widen_halves(HalfWords halves) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(halves)));
+#else
+  return __builtin_convertvector(halves, Words);
+#endif
+}
+
+QVL_INLINE HalfWords lower_halves(Words words) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<HalfWords>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words)));
+#else
+  return __builtin_convertvector(words, HalfWords);
+#endif
+}
+
+QVL_INLINE Shorts widen_bytes(Bytes bytes) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<Shorts>(_mm512_cvtepi8_epi16(reinterpret_cast<__m256i>(bytes)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Shorts>(_mm256_cvtepi8_epi16(reinterpret_cast<__m128i>(bytes)));
+#else
+  return __builtin_convertvector(bytes, Shorts);
+#endif
+}
+
+QVL_INLINE Ints widen_few(FewBytes bytes) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Ints>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(bytes)));
+#else
+  return __builtin_convertvector(bytes, Ints);
+#endif
+}
+
 QVL_INLINE Floats widen(HalfWords halves) {
-  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+  return reinterpret_cast<Floats>(widen_halves(halves) << 16);
 }
 
 // To nearest, ties to even. Not for NaN.
 QVL_INLINE HalfWords narrow(Floats v) {
   Words bits = reinterpret_cast<Words>(v);
   bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(bits, HalfWords);
+  return lower_halves(bits);
 }
 
 // sums[i] + a[2i] b[2i] + a[2i+1] b[2i+1] in 32 bits.

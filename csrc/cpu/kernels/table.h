@@ -36,7 +36,8 @@ struct UnpackTile {
   int k;
   int64_t first_row, n_rows;
   int first_k, n_k;
-  void* tile;  // [n_rows][n_k rounded up to 2]
+  int weight_bits;  // to look ahead
+  void* tile;       // [n_rows][n_k rounded up to 2]
 };
 
 // Keys and values of up to kMaxKvTile tokens of one head, where they lie in memory.

@@ -1,0 +1,31 @@
+// What the kernels compute, as plain loops in double precision: the measure of the tests on every device.
+#pragma once
+
+#include <cstdint>
+
+namespace qvl::reference {
+
+// y [n_x][rows] (+)= x [n_x][k] W^T + bias; W float32 [rows][k], bias may be NULL.
+void linear(int64_t n_x, int64_t rows, int64_t k, const float* x, const float* weights, const float* bias,
+            bool add, float* y);
+
+void rms_norm(int64_t n, int64_t width, const float* x, const float* weight, double epsilon, float* y);
+
+void layer_norm(int64_t n, int64_t width, const float* x, const float* weight, const float* bias,
+                double epsilon, float* y);
+
+void gelu(int64_t n, float* x);
+
+// x *= silu(gate)
+void silu_mul(int64_t n, const float* gate, float* x);
+
+// Each of n vectors x [n][head_dim] turned by frequencies[i] * positions[n] in pair i, times scale[n].
+void rotary(int64_t n, int64_t head_dim, const int32_t* positions, const float* frequencies,
+            const float* scale, float* x);
+
+// q [n][heads][head_dim], k and v [n_keys][heads][head_dim] -> out like q. Causal: query i sees the first
+// n_keys - n + i + 1 keys. Scores are not scaled.
+void attention(int64_t heads, int64_t head_dim, int64_t n, int64_t n_keys, bool causal, const float* q,
+               const float* k, const float* v, float* out);
+
+}  // namespace qvl::reference

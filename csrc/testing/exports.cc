@@ -1,0 +1,172 @@
+// Single kernels and their references as C functions, for the tests (tests/csrc) and the benchmark. Not part
+// of the library. Functions return 0, or 1 where this processor lacks the instructions.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "core/error.h"
+#include "core/pack.h"
+#include "cpu/attention.h"
+#include "cpu/dispatch.h"
+#include "cpu/linear.h"
+#include "cpu/rotary.h"
+#include "reference/reference.h"
+
+using namespace qvl;
+using namespace qvl::cpu;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+template <typename Body>
+int with_context(qvl_isa isa, int threads, Body&& body) {
+  return guarded(nullptr,
+                 [&] {
+                   Context context(kernels_for(isa), threads);
+                   body(context);
+                 }) == QVL_OK
+             ? 0
+             : 1;
+}
+
+Matrix as_matrix(qvl_dtype dtype, int64_t rows, int64_t k, const void* packed, const float* bias) {
+  Matrix matrix;
+  matrix.values = packed;
+  matrix.scales = static_cast<const char*>(packed) + value_bytes(dtype, rows, k);
+  matrix.dtype = dtype;
+  matrix.rows = rows;
+  matrix.k = static_cast<int>(k);
+  matrix.bias = bias;
+  return matrix;
+}
+
+}  // namespace
+
+EXPORT int qvlt_linear(qvl_isa isa, int threads, qvl_dtype dtype, int64_t n_x, int64_t rows, int64_t k,
+                       const float* x, const void* packed, const float* bias, int add, float* y) {
+  return with_context(isa, threads, [&](Context& context) {
+    linear(context, as_matrix(dtype, rows, k, packed, bias), x, k, n_x, y, rows, add != 0);
+  });
+}
+
+EXPORT int qvlt_rms_norm(qvl_isa isa, int64_t n, int64_t width, const float* x, const float* weight,
+                         float epsilon, float* y) {
+  return with_context(isa, 1, [&](Context& context) {
+    for (int64_t i = 0; i < n; ++i) {
+      context.kernels.rms_norm(x + i * width, weight, static_cast<int>(width), epsilon, y + i * width);
+    }
+  });
+}
+
+EXPORT int qvlt_layer_norm(qvl_isa isa, int64_t n, int64_t width, const float* x, const float* weight,
+                           const float* bias, float epsilon, float* y) {
+  return with_context(isa, 1, [&](Context& context) {
+    for (int64_t i = 0; i < n; ++i) {
+      context.kernels.layer_norm(x + i * width, weight, bias, static_cast<int>(width), epsilon,
+                                 y + i * width);
+    }
+  });
+}
+
+EXPORT int qvlt_gelu(qvl_isa isa, int64_t n, float* x) {
+  return with_context(isa, 1, [&](Context& context) { context.kernels.gelu(x, n); });
+}
+
+EXPORT int qvlt_silu_mul(qvl_isa isa, int64_t n, const float* gate, float* x) {
+  return with_context(isa, 1, [&](Context& context) { context.kernels.silu_mul(gate, x, n); });
+}
+
+EXPORT int qvlt_add(qvl_isa isa, int64_t n, const float* from, float* to) {
+  return with_context(isa, 1, [&](Context& context) { context.kernels.add(from, to, n); });
+}
+
+EXPORT int qvlt_bfloat16(qvl_isa isa, int64_t n, const float* from, uint16_t* bits, float* back) {
+  return with_context(isa, 1, [&](Context& context) {
+    context.kernels.narrow(from, bits, n);
+    context.kernels.widen(bits, back, n);
+  });
+}
+
+EXPORT int qvlt_rotary(qvl_isa isa, const qvl_config* config, int prompt_len, int64_t n,
+                       const int32_t* positions, const float* scale, float* frequencies, float* x) {
+  return with_context(isa, 1, [&](Context& context) {
+    const auto half = static_cast<size_t>(config->head_dim / 2);
+    std::vector<float> cos(half), sin(half);
+    rotary_frequencies(*config, prompt_len, frequencies);
+    for (int64_t i = 0; i < n; ++i) {
+      rotary_row(*config, frequencies, positions[i], cos.data(), sin.data());
+      context.kernels.rotate(x + i * config->head_dim, cos.data(), sin.data(), config->head_dim, scale[i]);
+    }
+  });
+}
+
+EXPORT float qvlt_query_scale(const qvl_config* config, int position) {
+  return query_scale(*config, position);
+}
+
+// q, k and v as in reference.h. tile: tokens in a tile of keys; dtype: what keys and values are rounded to
+// first.
+EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, int64_t heads,
+                          int64_t head_dim, int64_t n, int64_t n_keys, int causal, const float* q,
+                          const float* k, const float* v, float* out) {
+  struct Kv final : KeysAndValues {
+    const void *keys, *values;
+    qvl_dtype dtype;
+    int64_t stride, head_dim;
+    KvTile tile(const Queries& queries, int head, int64_t i) const override {
+      const size_t start =
+          static_cast<size_t>(i * tile_tokens * stride + head * head_dim) * (dtype == QVL_FLOAT32 ? 4 : 2);
+      const auto count = static_cast<int>(std::min<int64_t>(tile_tokens, queries.n_keys - i * tile_tokens));
+      return {static_cast<const char*>(keys) + start, static_cast<const char*>(values) + start, stride, dtype,
+              count};
+    }
+  };
+  return with_context(isa, threads, [&](Context& context) {
+    const int64_t stride = heads * head_dim;
+    std::vector<uint16_t> halves(static_cast<size_t>(2 * n_keys * stride));
+    context.kernels.narrow(k, halves.data(), n_keys * stride);
+    context.kernels.narrow(v, halves.data() + n_keys * stride, n_keys * stride);
+    Kv kv;
+    kv.tile_tokens = tile;
+    kv.dtype = dtype;
+    kv.stride = stride;
+    kv.head_dim = head_dim;
+    kv.keys = dtype == QVL_FLOAT32 ? static_cast<const void*>(k) : halves.data();
+    kv.values = dtype == QVL_FLOAT32 ? static_cast<const void*>(v) : halves.data() + n_keys * stride;
+    std::vector<Queries> work;
+    for (int64_t first = 0; first < n; first += kQueryRows) {
+      const auto part = static_cast<int>(std::min<int64_t>(kQueryRows, n - first));
+      work.push_back({first, part, causal != 0 ? n_keys - n + first + part : n_keys, causal != 0});
+    }
+    const AttentionShape shape{static_cast<int>(heads), static_cast<int>(head_dim), stride, head_dim, stride};
+    attention(context, shape, q, kv, work.data(), static_cast<int64_t>(work.size()), out);
+  });
+}
+
+EXPORT void qvlr_linear(int64_t n_x, int64_t rows, int64_t k, const float* x, const float* weights,
+                        const float* bias, int add, float* y) {
+  reference::linear(n_x, rows, k, x, weights, bias, add != 0, y);
+}
+EXPORT void qvlr_rms_norm(int64_t n, int64_t width, const float* x, const float* weight, float epsilon,
+                          float* y) {
+  reference::rms_norm(n, width, x, weight, static_cast<double>(epsilon), y);
+}
+EXPORT void qvlr_layer_norm(int64_t n, int64_t width, const float* x, const float* weight, const float* bias,
+                            float epsilon, float* y) {
+  reference::layer_norm(n, width, x, weight, bias, static_cast<double>(epsilon), y);
+}
+EXPORT void qvlr_gelu(int64_t n, float* x) {
+  reference::gelu(n, x);
+}
+EXPORT void qvlr_silu_mul(int64_t n, const float* gate, float* x) {
+  reference::silu_mul(n, gate, x);
+}
+EXPORT void qvlr_rotary(int64_t n, int64_t head_dim, const int32_t* positions, const float* frequencies,
+                        const float* scale, float* x) {
+  reference::rotary(n, head_dim, positions, frequencies, scale, x);
+}
+EXPORT void qvlr_attention(int64_t heads, int64_t head_dim, int64_t n, int64_t n_keys, int causal,
+                           const float* q, const float* k, const float* v, float* out) {
+  reference::attention(heads, head_dim, n, n_keys, causal != 0, q, k, v, out);
+}

@@ -1,0 +1,96 @@
+// Timings that have to be taken without an interpreter in the way.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <vector>
+
+#include "core/error.h"
+#include "core/pack.h"
+#include "cpu/dispatch.h"
+#include "cpu/linear.h"
+
+using namespace qvl;
+using namespace qvl::cpu;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+template <typename Body>
+double seconds(Body&& body) {
+  const auto start = std::chrono::steady_clock::now();
+  body();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// A piece of memory as four streams with the lines of the next piece asked for ahead, or as one without:
+// which is faster depends on the processor.
+#if defined(__x86_64__)
+__attribute__((target("avx2")))
+#endif
+uint64_t read_piece(const char* from, int64_t bytes, bool streams) {
+  typedef uint64_t Line __attribute__((vector_size(32)));
+  Line sums[4] = {};
+  const int64_t quarter = bytes / 4;
+  for (int64_t i = 0; i < quarter; i += 32) {
+    for (int j = 0; j < 4; ++j) {
+      const char* at = streams ? from + j * quarter + i : from + 4 * i + 32 * j;
+      Line line;
+      std::memcpy(&line, at, sizeof line);
+      sums[j] += line;
+      if (streams && i % 64 == 0) __builtin_prefetch(at + bytes, 0, 2);
+    }
+  }
+  const Line total = sums[0] + sums[1] + sums[2] + sums[3];
+  return total[0] + total[1] + total[2] + total[3];
+}
+
+}  // namespace
+
+// Bytes a second that `threads` threads read from memory, the best of `repeats` passes over `bytes`.
+EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
+  ThreadPool pool(threads);
+  Buffer buffer(static_cast<size_t>(bytes));
+  char* memory = buffer.get<char>(static_cast<size_t>(bytes));
+  std::memset(memory, 1, static_cast<size_t>(bytes));
+  constexpr int64_t kPiece = 1 << 18, kStretch = 1 << 14;
+  std::vector<uint64_t> sums(static_cast<size_t>(threads) * 8);
+  double best = 1e9;
+  for (int i = 0; i < repeats; ++i) {
+    best = std::min(best, seconds([&] {
+                      pool.run(bytes / kPiece, [&](int64_t task, int thread) {
+                        for (int64_t at = 0; at < kPiece; at += kStretch) {
+                          sums[static_cast<size_t>(thread) * 8] +=
+                              read_piece(memory + task * kPiece + at, kStretch, i % 2 == 0);
+                        }
+                      });
+                    }));
+  }
+  volatile uint64_t keep = sums[0];
+  (void)keep;
+  return static_cast<double>(bytes) / best;
+}
+
+// Seconds of one product of n_x activations with a [rows, k] matrix, the best of `repeats`, each with the
+// next of `copies` matrices so that none is in a cache; a negative number if it cannot be done.
+EXPORT double qvlt_time_linear(qvl_isa isa, int threads, qvl_dtype dtype, int64_t n_x, int64_t rows,
+                               int64_t k, int copies, int repeats) {
+  double best = 1e9;
+  const qvl_status status = guarded(nullptr, [&] {
+    Context context(kernels_for(isa), threads);
+    const uint64_t bytes = packed_bytes(dtype, rows, k);
+    std::vector<Buffer> matrices;
+    for (int i = 0; i < copies; ++i) {
+      matrices.emplace_back(bytes);
+      std::memset(matrices.back().get<char>(bytes), 0x3c, bytes);
+    }
+    std::vector<float> x(static_cast<size_t>(n_x * k), 0.5F), y(static_cast<size_t>(n_x * rows));
+    for (int i = 0; i < repeats; ++i) {
+      const char* values = matrices[static_cast<size_t>(i % copies)].get<char>(bytes);
+      const Matrix matrix{values, values + value_bytes(dtype, rows, k), dtype, rows, static_cast<int>(k),
+                          nullptr};
+      best = std::min(best, seconds([&] { linear(context, matrix, x.data(), k, n_x, y.data(), rows); }));
+    }
+  });
+  return status == QVL_OK ? best : -1;
+}
