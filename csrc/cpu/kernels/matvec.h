@@ -14,15 +14,8 @@ namespace {
 using qvl::cpu::Matvec;
 
 constexpr int kPanelRows = 16;  // rows that take turns on a cut of the columns
-constexpr int kGroup = 4;       // activations that are multiplied at the same time
-
 QVL_INLINE int round_up(int n, int unit) {
   return (n + unit - 1) / unit * unit;
-}
-
-// Ask for the bytes of `memory` that will be needed a little later.
-QVL_INLINE void prefetch_all(const char* memory, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) prefetch(memory + i);
 }
 
 QVL_INLINE void put(const Matvec& p, int64_t row, int x, float value) {
@@ -32,17 +25,19 @@ QVL_INLINE void put(const Matvec& p, int64_t row, int x, float value) {
 }
 
 // Rows has
-//   kCut                   columns in a cut
-//   kRows1, kRowsMany      rows at a time with one activation and with several: what fits into the registers
-//   row_bytes(k)           of the weights
-//   column_bytes(n)        of n columns of a row of weights
-//   scale(p, row)          factor of a finished row
-//   add<R, N>(p, row, x, first, end, sums)   add the products of columns first to end with activations x to
-//                                            x + N - 1 to sums [R][N]
+//   kCut              columns in a cut
+//   rows_at_once(n)   rows at a time with n activations: as many as keep a group's sums in registers
+//   row_bytes(k)      of the weights
+//   column_bytes(n)   of n columns of a row of weights
+//   scale(p, row)     factor of a finished row
+//   kGroup            activations that are multiplied at the same time
+//   add<R, N>(p, row, x, first, end, ahead, sums)
+//                     add the products of columns first to end with activations x to x + N - 1 to sums
+//                     [R][N], asking for the bytes that lie `ahead` of those it reads
 template <typename Rows, int R, int N>
 QVL_INLINE void whole_rows(const Matvec& p, int64_t row) {
   Floats sums[R][N] = {};
-  Rows::template add<R, N>(p, row, 0, 0, p.k, sums);
+  Rows::template add<R, N>(p, row, 0, 0, p.k, 2 * R * Rows::row_bytes(p.k), sums);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -50,79 +45,69 @@ QVL_INLINE void whole_rows(const Matvec& p, int64_t row) {
   }
 }
 
-template <typename Rows, int R, int N>
-QVL_INLINE void cut_rows(const Matvec& p, int64_t row, int x, int first, int end, Floats* saved) {
-  Floats sums[R][N];
+// All N activations from X on, a group of them after another; the rows' cut stays in the first-level cache.
+template <typename Rows, int R, int N, int X = 0>
+QVL_INLINE void cut_rows(const Matvec& p, int64_t row, int first, int end, int64_t ahead, Floats* saved) {
+  constexpr int G = N - X < Rows::kGroup ? N - X : Rows::kGroup;
+  Floats sums[R][G];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (int i = 0; i < R * G; ++i) sums[i / G][i % G] = first == 0 ? Floats{} : saved[i / G * N + X + i % G];
+  Rows::template add<R, G>(p, row, X, first, end, ahead, sums);
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sums[r][n] = first == 0 ? Floats{} : saved[r * p.n_x + n];
-  }
-  Rows::template add<R, N>(p, row, x, first, end, sums);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) saved[r * p.n_x + n] = sums[r][n];
-  }
-}
-
-// All activations, a group of them after another; the rows' cut stays in the first-level cache meanwhile.
-template <typename Rows, int R>
-QVL_INLINE void cut_groups(const Matvec& p, int64_t row, int first, int end, Floats* saved) {
-  for (int x = 0; x < p.n_x; x += kGroup) {
-    switch (p.n_x - x) {
-      case 1:
-        cut_rows<Rows, R, 1>(p, row, x, first, end, saved + x);
-        break;
-      case 2:
-        cut_rows<Rows, R, 2>(p, row, x, first, end, saved + x);
-        break;
-      case 3:
-        cut_rows<Rows, R, 3>(p, row, x, first, end, saved + x);
-        break;
-      default:
-        cut_rows<Rows, R, kGroup>(p, row, x, first, end, saved + x);
-    }
-  }
+  for (int i = 0; i < R * G; ++i) saved[i / G * N + X + i % G] = sums[i / G][i % G];
+  if constexpr (X + G < N) cut_rows<Rows, R, N, X + G>(p, row, first, end, 0, saved);
 }
 
 template <typename Rows>
 void matvec_one(const Matvec& p, int64_t row, int64_t end) {
-  for (; row + Rows::kRows1 <= end; row += Rows::kRows1) whole_rows<Rows, Rows::kRows1, 1>(p, row);
+  constexpr int R = Rows::rows_at_once(1);
+  for (; row + R <= end; row += R) whole_rows<Rows, R, 1>(p, row);
   for (; row < end; ++row) whole_rows<Rows, 1, 1>(p, row);
 }
 
-template <typename Rows>
+template <typename Rows, int N>
 void matvec_many(const Matvec& p, int64_t row, int64_t end) {
-  constexpr int R = Rows::kRowsMany;
+  constexpr int R = Rows::rows_at_once(N);
   const int64_t row_bytes = Rows::row_bytes(p.k);
-  const char* weights = static_cast<const char*>(p.weights);
-  Floats sums[kPanelRows * qvl::cpu::kMaxRows];
+  Floats sums[kPanelRows * N];
   for (; row < end; row += kPanelRows) {
     const int64_t panel_end = row + kPanelRows < end ? row + kPanelRows : end;
     for (int first = 0; first < p.k; first += Rows::kCut) {
       const int last = first + Rows::kCut < p.k ? first + Rows::kCut : p.k;
-      // Ahead: the next cut of these rows, or the first cut of the next panel.
-      const bool more = last < p.k;
-      const int64_t ahead = more ? Rows::column_bytes(last) : kPanelRows * row_bytes;
-      const int n_ahead = more && p.k - last < Rows::kCut ? p.k - last : Rows::kCut;
-      const int64_t ahead_bytes = more || panel_end < end ? Rows::column_bytes(n_ahead) : 0;
+      // What comes next: these rows' next cut, or the next panel's first.
+      const int64_t ahead =
+          last < p.k ? Rows::column_bytes(last - first) : kPanelRows * row_bytes - Rows::column_bytes(first);
       int64_t r = row;
-      for (; r + R <= panel_end; r += R) {
-        for (int i = 0; i < R; ++i) prefetch_all(weights + (r + i) * row_bytes + ahead, ahead_bytes);
-        cut_groups<Rows, R>(p, r, first, last, sums + (r - row) * p.n_x);
-      }
-      for (; r < panel_end; ++r) cut_groups<Rows, 1>(p, r, first, last, sums + (r - row) * p.n_x);
+      for (; r + R <= panel_end; r += R) cut_rows<Rows, R, N>(p, r, first, last, ahead, sums + (r - row) * N);
+      for (; r < panel_end; ++r) cut_rows<Rows, 1, N>(p, r, first, last, ahead, sums + (r - row) * N);
     }
     for (int64_t r = row; r < panel_end; ++r) {
-      for (int n = 0; n < p.n_x; ++n) put(p, r, n, sum(sums[(r - row) * p.n_x + n]) * Rows::scale(p, r));
+      for (int n = 0; n < N; ++n) put(p, r, n, sum(sums[(r - row) * N + n]) * Rows::scale(p, r));
     }
   }
 }
 
 template <typename Rows>
 void matvec(const Matvec& p, int64_t row, int64_t end) {
-  return p.n_x == 1 ? matvec_one<Rows>(p, row, end) : matvec_many<Rows>(p, row, end);
+  static_assert(qvl::cpu::kMaxRows == 8, "one case for each number of activations");
+  switch (p.n_x) {
+    case 1:
+      return matvec_one<Rows>(p, row, end);
+    case 2:
+      return matvec_many<Rows, 2>(p, row, end);
+    case 3:
+      return matvec_many<Rows, 3>(p, row, end);
+    case 4:
+      return matvec_many<Rows, 4>(p, row, end);
+    case 5:
+      return matvec_many<Rows, 5>(p, row, end);
+    case 6:
+      return matvec_many<Rows, 6>(p, row, end);
+    case 7:
+      return matvec_many<Rows, 7>(p, row, end);
+    default:
+      return matvec_many<Rows, 8>(p, row, end);
+  }
 }
 
 }  // namespace

@@ -21,14 +21,14 @@ void prepare_f32(const float* x, int64_t x_stride, int n_x, int k, void* prepare
 
 struct RowsF32 {
   static constexpr int kCut = 512;
-  static constexpr int kRows1 = 4;
-  static constexpr int kRowsMany = kLanes == 16 ? 4 : 2;
+  static constexpr int kGroup = kLanes == 16 ? 4 : 2;
+  static constexpr int rows_at_once(int n) { return n == 1 || kLanes == 16 ? 4 : 2; }
   static QVL_INLINE int64_t row_bytes(int k) { return int64_t{4} * k; }
   static QVL_INLINE int64_t column_bytes(int n) { return int64_t{4} * n; }
   static QVL_INLINE float scale(const Matvec&, int64_t) { return 1; }
 
   template <int R, int N>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, int64_t ahead,
                              Floats (&sums)[R][N]) {
     const int k = p.k, width = round_up(k, kLanes);
     const float* x = static_cast<const float*>(p.x) + first_x * width;
@@ -39,7 +39,7 @@ struct RowsF32 {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         v[r] = load<Floats>(w + int64_t{r} * k + i);
-        if (N == 1) prefetch(w + int64_t{R + r} * k + i);
+        prefetch(reinterpret_cast<const char*>(w + int64_t{r} * k + i) + ahead);
       }
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {

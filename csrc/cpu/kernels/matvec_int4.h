@@ -61,24 +61,24 @@ void prepare_int4(const float* x, int64_t x_stride, int n_x, int k, void* prepar
 template <int Group>
 struct RowsInt4 {
   static constexpr int kCut = kBlock;
-  static constexpr int kRows1 = 4;
-  static constexpr int kRowsMany = kLanes == 16 ? 2 : 1;
+  static constexpr int kGroup = 8;
+  static constexpr int rows_at_once(int n) { return n == 1 ? 4 : n <= 4 && kLanes == 16 ? 2 : 1; }
   static QVL_INLINE int64_t row_bytes(int k) { return round_up(k, kUnit) / 2; }
   static QVL_INLINE int64_t column_bytes(int n) { return n / 2; }
   static QVL_INLINE float scale(const Matvec&, int64_t) { return 1; }
 
   template <int R, int N>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, int64_t ahead,
                              Floats (&sums)[R][N]) {
     for (; first < end; first += kBlock) {
-      add_block<R, N>(p, row, first_x, first, end - first < kBlock ? end - first : kBlock, sums);
+      add_block<R, N>(p, row, first_x, first, end - first < kBlock ? end - first : kBlock, ahead, sums);
     }
   }
 
   // n columns from `first` on, which share a scale of the activations.
   template <int R, int N>
   static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, int n_k,
-                                   Floats (&sums)[R][N]) {
+                                   int64_t ahead, Floats (&sums)[R][N]) {
     const Int4X<Group> layout(p.k);
     constexpr int kGroups = Int4X<Group>::kGroups;
     const int n_units = round_up(n_k, kUnit) / kUnit;
@@ -118,7 +118,7 @@ struct RowsInt4 {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           words[r] = load<Halves>(w + r * stride + u * (kUnit / 2) + 2 * part);
-          if (N == 1 && part == 0) prefetch(w + (R + r) * stride + u * (kUnit / 2));
+          if (part == 0) prefetch(w + r * stride + u * (kUnit / 2) + ahead);
         }
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {

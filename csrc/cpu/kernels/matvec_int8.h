@@ -44,8 +44,8 @@ void prepare_int8(const float* x, int64_t x_stride, int n_x, int k, void* prepar
 
 struct RowsInt8 {
   static constexpr int kCut = kBlock;
-  static constexpr int kRows1 = 4;
-  static constexpr int kRowsMany = kLanes == 16 ? 4 : 2;
+  static constexpr int kGroup = kLanes == 16 ? 4 : 2;
+  static constexpr int rows_at_once(int n) { return n == 1 || kLanes == 16 ? 4 : 2; }
   static QVL_INLINE int64_t row_bytes(int k) { return round_up(k, kUnit); }
   static QVL_INLINE int64_t column_bytes(int n) { return n; }
   static QVL_INLINE float scale(const Matvec& p, int64_t row) {
@@ -53,7 +53,7 @@ struct RowsInt8 {
   }
 
   template <int R, int N>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, int64_t ahead,
                              Floats (&sums)[R][N]) {
     const Int8X layout(p.k);
     const int64_t stride = layout.padded;
@@ -71,7 +71,7 @@ struct RowsInt8 {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           v[r] = widen_bytes(load<Bytes>(w + r * stride + i));
-          if (N == 1 && i % 64 == 0) prefetch(w + (R + r) * stride + i);
+          if (i % 64 == 0) prefetch(w + r * stride + i + ahead);
         }
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {

@@ -169,8 +169,13 @@ QVL_INLINE Ints multiply_add(Ints sums, Shorts a, Shorts b) {
 #endif
 }
 
+// Ask for a cache line that will be needed a little later. Any address is allowed.
 QVL_INLINE void prefetch(const void* memory) {
   __builtin_prefetch(memory, 0, 2);
+}
+
+QVL_INLINE void prefetch_all(const char* memory, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) prefetch(memory + i);
 }
 
 // e^x to about 1e-7 relative for x in [-87, 88]; smaller x give 0.
