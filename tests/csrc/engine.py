@@ -179,6 +179,32 @@ class Library:
                 *(c_int64, c_void_p, c_void_p, c_void_p),
             ],
         }
+        # Kernels and references of libqwenvl_testing.so; without it these names are simply not there.
+        i32, i64, f32, p = c_int32, c_int64, c_float, c_void_p
+        testing = {
+            "linear": [i64, i64, i64, p, p, p, i32, p],
+            "rms_norm": [i64, i64, p, p, f32, p],
+            "layer_norm": [i64, i64, p, p, p, f32, p],
+            "gelu": [i64, p],
+            "silu_mul": [i64, p, p],
+            "rotary": [i64, i64, p, p, p, p],
+            "attention": [i64, i64, i64, i64, i32, p, p, p, p],
+        }
+        kernels = {
+            **testing,
+            "linear": [i32, i32, *testing["linear"]],
+            "add": [i64, p, p],
+            "bfloat16": [i64, p, p, p],
+            "rotary": [POINTER(Config), i32, i64, p, p, p, p],
+            "attention": [i32, i32, i32, *testing["attention"]],
+        }
+        if hasattr(self.dll, "qvlt_linear"):
+            for name, arguments in testing.items():
+                getattr(self.dll, f"qvlr_{name}").argtypes = arguments
+            for name, arguments in kernels.items():
+                getattr(self.dll, f"qvlt_{name}").argtypes = [i32, *arguments]
+            self.dll.qvlt_query_scale.argtypes = [POINTER(Config), i32]
+            self.dll.qvlt_query_scale.restype = c_float
         for name, arguments in signatures.items():
             getattr(self.dll, name).argtypes = [*arguments, POINTER(Error)]
             getattr(self.dll, name).restype = c_int32

@@ -178,9 +178,9 @@ QVL_INLINE void prefetch_all(const char* memory, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch(memory + i);
 }
 
-// e^x to about 1e-7 relative for x in [-87, 88]; smaller x give 0.
+// e^x to about 1e-7 relative for x in [-87, 88]; smaller x give 0, larger ones infinity.
 QVL_INLINE Floats exp(Floats x) {
-  const Floats tiny = x;
+  const Floats given = x;
   x = min(max(x, all(-87.0F)), all(88.0F));
   // e^x = 2^n e^r with n the nearest integer to x / ln 2; adding 1.5 * 2^23 rounds.
   const Floats magic = all(12582912.0F);
@@ -197,7 +197,8 @@ QVL_INLINE Floats exp(Floats x) {
   p = p * r + 1.0F;
   p = p * r + 1.0F;
   const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-  return select(tiny < -87.0F, Floats{}, p * reinterpret_cast<Floats>(power));
+  const Floats value = p * reinterpret_cast<Floats>(power);
+  return select(given < -87.0F, Floats{}, select(given > 88.0F, all(__builtin_inff()), value));
 }
 
 }  // namespace

@@ -1,0 +1,497 @@
+/* A C program that uses the library as others would, for the sanitizers: run it built with them.
+ *
+ *   driver all            a small random model in every storage type: vision, forward, generate
+ *   driver threads        several engines at once, and several threads on one engine
+ *   driver fuzz N SEED    N calls with one argument spoilt
+ *   driver soak N         N requests; fails if they leave more memory in use than a tenth of them
+ *
+ * Prints one line and returns 0, or says what went wrong and returns 1.
+ */
+#include <math.h>
+#include <pthread.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "qwenvl.h"
+
+#define CHECK(condition)                                                            \
+  do {                                                                              \
+    if (!(condition)) {                                                             \
+      fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);               \
+      exit(1);                                                                      \
+    }                                                                               \
+  } while (0)
+
+#define SUCCEED(call)                                                               \
+  do {                                                                              \
+    qvl_error error_;                                                               \
+    if ((call) != QVL_OK) {                                                         \
+      fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, error_.message); \
+      exit(1);                                                                      \
+    }                                                                               \
+  } while (0)
+#define ERROR &error_
+
+static uint64_t next(uint64_t* state) {
+  *state = *state * 6364136223846793005u + 1442695040888963407u;
+  return *state >> 33;
+}
+
+static float uniform(uint64_t* state) { return (float)next(state) / 1073741824.0f - 1; }
+
+/* ---- a small model ------------------------------------------------------------------------------------ */
+
+enum { HIDDEN = 128, LAYERS = 2, MLP = 100, VOCAB = 53, WIDTH = 48, VISION_MLP = 70, PATCHES = 4, QUERIES = 5 };
+enum { MAX_TENSORS = 128, MAX_POSITIONS = 512 };
+
+typedef struct {
+  qvl_config config;
+  qvl_tensor tensors[MAX_TENSORS];
+  char names[MAX_TENSORS][64];
+  int64_t n;
+  qvl_dtype dtype;
+  uint64_t random;
+} model;
+
+static void give(model* m, const char* name, int product, int64_t a, int64_t b, int64_t c, int64_t d) {
+  CHECK(m->n < MAX_TENSORS);
+  qvl_tensor* t = &m->tensors[m->n];
+  snprintf(m->names[m->n], sizeof m->names[0], "%s", name);
+  t->name = m->names[m->n++];
+  t->dtype = product ? m->dtype : m->dtype == QVL_FLOAT32 ? QVL_FLOAT32 : QVL_BFLOAT16;
+  t->device = QVL_DEVICE_CPU;
+  const int64_t shape[4] = {a, b, c, d};
+  memcpy(t->shape, shape, sizeof shape);
+  int64_t inner = 1;
+  for (t->n_dims = 1; t->n_dims < 4 && shape[t->n_dims]; ++t->n_dims) inner *= shape[t->n_dims];
+  float* values = malloc((size_t)(a * inner) * sizeof(float));
+  const float size = inner > 1 ? 1.5f / sqrtf((float)inner) : 1;
+  for (int64_t i = 0; i < a * inner; ++i) values[i] = uniform(&m->random) * size;
+  t->bytes = qvl_packed_bytes(t->dtype, a, inner);
+  void* packed = malloc(t->bytes);
+  SUCCEED(qvl_pack(t->dtype, a, inner, values, packed, t->bytes, ERROR));
+  free(values);
+  t->data = packed;
+}
+
+static void vector(model* m, const char* name, int64_t n) { give(m, name, 0, n, 0, 0, 0); }
+static void table(model* m, const char* name, int64_t rows, int64_t n) { give(m, name, 0, rows, n, 0, 0); }
+static void matrix(model* m, const char* name, int64_t out, int64_t in) { give(m, name, 1, out, in, 0, 0); }
+
+static void norm(model* m, const char* name, int64_t n) {
+  char full[128];
+  snprintf(full, sizeof full, "%s.weight", name);
+  vector(m, full, n);
+  snprintf(full, sizeof full, "%s.bias", name);
+  vector(m, full, n);
+}
+
+static void linear(model* m, const char* name, int64_t out, int64_t in) {
+  char full[128];
+  snprintf(full, sizeof full, "%s.weight", name);
+  matrix(m, full, out, in);
+  snprintf(full, sizeof full, "%s.bias", name);
+  vector(m, full, out);
+}
+
+static void give_language(model* m) {
+  char name[64];
+  table(m, "wte.weight", VOCAB, HIDDEN);
+  for (int i = 0; i < LAYERS; ++i) {
+#define NAME(part) (snprintf(name, sizeof name, "h.%d.%s", i, part), name)
+    vector(m, NAME("ln_1.weight"), HIDDEN);
+    linear(m, NAME("attn.c_attn"), 3 * HIDDEN, HIDDEN);
+    matrix(m, NAME("attn.c_proj.weight"), HIDDEN, HIDDEN);
+    vector(m, NAME("ln_2.weight"), HIDDEN);
+    matrix(m, NAME("mlp.w1.weight"), MLP, HIDDEN);
+    matrix(m, NAME("mlp.w2.weight"), MLP, HIDDEN);
+    matrix(m, NAME("mlp.c_proj.weight"), HIDDEN, MLP);
+#undef NAME
+  }
+  vector(m, "ln_f.weight", HIDDEN);
+  matrix(m, "lm_head.weight", VOCAB, HIDDEN);
+}
+
+static void give_vision(model* m) {
+  char name[64];
+  give(m, "visual.conv1.weight", 1, WIDTH, 3, 14, 14);
+  table(m, "visual.positional_embedding", PATCHES, WIDTH);
+  norm(m, "visual.ln_pre", WIDTH);
+  for (int i = 0; i < LAYERS; ++i) {
+#define NAME(part) (snprintf(name, sizeof name, "visual.transformer.resblocks.%d.%s", i, part), name)
+    norm(m, NAME("ln_1"), WIDTH);
+    linear(m, NAME("attn.in_proj"), 3 * WIDTH, WIDTH);
+    linear(m, NAME("attn.out_proj"), WIDTH, WIDTH);
+    norm(m, NAME("ln_2"), WIDTH);
+    linear(m, NAME("mlp.c_fc"), VISION_MLP, WIDTH);
+    linear(m, NAME("mlp.c_proj"), WIDTH, VISION_MLP);
+#undef NAME
+  }
+  matrix(m, "visual.attn_pool.kv_proj.weight", HIDDEN, WIDTH);
+  norm(m, "visual.attn_pool.ln_kv", HIDDEN);
+  norm(m, "visual.attn_pool.ln_q", HIDDEN);
+  table(m, "visual.attn_pool.query", QUERIES, HIDDEN);
+  table(m, "visual.attn_pool.pos_embed", QUERIES, HIDDEN);
+  table(m, "visual.attn_pool.key_pos_embed", PATCHES, HIDDEN);
+  matrix(m, "visual.attn_pool.attn.in_proj_weight", 3 * HIDDEN, HIDDEN);
+  vector(m, "visual.attn_pool.attn.in_proj_bias", 3 * HIDDEN);
+  linear(m, "visual.attn_pool.attn.out_proj", HIDDEN, HIDDEN);
+  norm(m, "visual.ln_post", HIDDEN);
+  matrix(m, "visual.proj", HIDDEN, HIDDEN);
+}
+
+static model* make_model(qvl_dtype dtype, qvl_isa isa, int n_threads) {
+  model* m = calloc(1, sizeof *m);
+  m->dtype = dtype;
+  m->random = 7;
+  qvl_config* c = &m->config;
+  c->size = sizeof *c;
+  c->stages = QVL_STAGE_VISION | QVL_STAGE_LANGUAGE;
+  c->n_threads = n_threads;
+  c->isa = isa;
+  c->max_tokens = 20;
+  c->hidden = HIDDEN;
+  c->layers = LAYERS;
+  c->heads = 2;
+  c->head_dim = HIDDEN / 2;
+  c->mlp_width = MLP;
+  c->vocab = VOCAB;
+  c->norm_epsilon = 1e-6f;
+  c->seq_length = 64;
+  c->max_positions = MAX_POSITIONS;
+  c->rotary_base = 10000;
+  c->dynamic_ntk = c->logn = 1;
+  c->image_size = 28;
+  c->patch_size = 14;
+  c->vision_width = WIDTH;
+  c->vision_layers = LAYERS;
+  c->vision_heads = 3;
+  c->vision_mlp_width = VISION_MLP;
+  c->n_queries = QUERIES;
+  give_language(m);
+  give_vision(m);
+  return m;
+}
+
+static void free_model(model* m) {
+  for (int64_t i = 0; i < m->n; ++i) free((void*)m->tensors[i].data);
+  free(m);
+}
+
+static qvl_engine* make_engine(const model* m) {
+  qvl_engine* engine;
+  SUCCEED(qvl_engine_create(&m->config, m->tensors, m->n, &engine, ERROR));
+  return engine;
+}
+
+/* ---- all ---------------------------------------------------------------------------------------------- */
+
+enum { PROMPT = 37, NEW = 9, REQUESTS = 3 };
+
+/* Encode a picture and answer three prompts of different lengths, one of them with it. */
+static void answer(qvl_engine* engine, int32_t* tokens) {
+  enum { PIXELS = 3 * 28 * 28 };
+  float image[PIXELS], features[QUERIES * HIDDEN];
+  uint64_t random = 3;
+  for (int i = 0; i < PIXELS; ++i) image[i] = uniform(&random);
+  SUCCEED(qvl_encode_images(engine, 1, image, features, NULL, ERROR));
+  for (int i = 0; i < QUERIES * HIDDEN; ++i) CHECK(isfinite(features[i]));
+  int32_t ids[PROMPT];
+  for (int i = 0; i < PROMPT; ++i) ids[i] = (i * 7) % VOCAB;
+  const qvl_span span = {11, QUERIES, features};
+  qvl_request requests[REQUESTS];
+  memset(requests, 0, sizeof requests);
+  for (int i = 0; i < REQUESTS; ++i) {
+    requests[i].n_tokens = i == 0 ? PROMPT : i * 5;
+    requests[i].tokens = ids;
+    requests[i].max_new = NEW;
+    requests[i].sampling = qvl_sampling_default();
+    requests[i].sampling.temperature = (float)i;
+    requests[i].sampling.top_p = 0.9f;
+    requests[i].sampling.presence_penalty = 0.5f;
+    requests[i].sampling.seed = 5;
+  }
+  requests[0].n_spans = 1;
+  requests[0].spans = &span;
+  qvl_result results[REQUESTS];
+  const int32_t end = 1;
+  SUCCEED(qvl_generate(engine, NULL, REQUESTS, requests, 1, &end, NULL, NULL, NEW, tokens, results, NULL, ERROR));
+  for (int i = 0; i < REQUESTS; ++i) {
+    CHECK(results[i].finish == QVL_FINISH_END || results[i].n_tokens == NEW);
+    for (int t = results[i].n_tokens; t < NEW; ++t) tokens[i * NEW + t] = -1;
+  }
+}
+
+static void run_all(void) {
+  int engines = 0;
+  for (qvl_isa isa = QVL_ISA_GENERIC; isa <= QVL_ISA_AVX512_BF16; ++isa) {
+    for (qvl_dtype dtype = 0; dtype < QVL_DTYPES; ++dtype) {
+      model* m = make_model(dtype, isa, 2);
+      qvl_engine* engine;
+      qvl_error error;
+      const qvl_status status = qvl_engine_create(&m->config, m->tensors, m->n, &engine, &error);
+      if (status == QVL_OK) {
+        int32_t first[REQUESTS * NEW], second[REQUESTS * NEW];
+        answer(engine, first);
+        answer(engine, second);
+        CHECK(memcmp(first, second, sizeof first) == 0);
+        qvl_engine_free(engine);
+        ++engines;
+      }
+      CHECK(status == QVL_OK || status == QVL_UNSUPPORTED);
+      free_model(m);
+    }
+  }
+  printf("%d engines answered\n", engines);
+}
+
+/* ---- threads ------------------------------------------------------------------------------------------ */
+
+typedef struct {
+  qvl_engine* engine;
+  const int32_t* expected;
+} shared;
+
+static void* answer_often(void* argument) {
+  const shared* s = argument;
+  for (int i = 0; i < 10; ++i) {
+    int32_t tokens[REQUESTS * NEW];
+    answer(s->engine, tokens);
+    CHECK(memcmp(tokens, s->expected, sizeof tokens) == 0);
+  }
+  return NULL;
+}
+
+static void run_threads(void) {
+  enum { ENGINES = 2, USERS = 2 };
+  model* m[ENGINES];
+  qvl_engine* engines[ENGINES];
+  int32_t expected[ENGINES][REQUESTS * NEW];
+  pthread_t threads[ENGINES * USERS];
+  shared arguments[ENGINES];
+  for (int i = 0; i < ENGINES; ++i) {
+    m[i] = make_model(i == 0 ? QVL_FLOAT32 : QVL_INT8, QVL_ISA_BEST, 2 + i);
+    engines[i] = make_engine(m[i]);
+    answer(engines[i], expected[i]);
+    arguments[i] = (shared){engines[i], expected[i]};
+  }
+  for (int i = 0; i < ENGINES * USERS; ++i) {
+    CHECK(pthread_create(&threads[i], NULL, answer_often, &arguments[i % ENGINES]) == 0);
+  }
+  for (int i = 0; i < ENGINES * USERS; ++i) CHECK(pthread_join(threads[i], NULL) == 0);
+  for (int i = 0; i < ENGINES; ++i) {
+    qvl_engine_free(engines[i]);
+    free_model(m[i]);
+  }
+  printf("%d threads on %d engines answered\n", ENGINES * USERS, ENGINES);
+}
+
+/* ---- fuzz --------------------------------------------------------------------------------------------- */
+
+static uint64_t fuzz_random;
+
+static int64_t odd_number(void) {
+  static const int64_t numbers[] = {0, -1, 1, 2, 3, 31, 33, 255, 257, 4097, INT32_MAX, INT32_MIN, 1 << 20};
+  return numbers[next(&fuzz_random) % (sizeof numbers / sizeof numbers[0])];
+}
+
+static float odd_float(void) {
+  static const float numbers[] = {0, -1, 1, 1e-30f, 1e30f, NAN, INFINITY, -INFINITY, 0.5f, 101};
+  return numbers[next(&fuzz_random) % (sizeof numbers / sizeof numbers[0])];
+}
+
+/* Set one 4-byte field of a struct to something odd, as an integer or as a float. */
+static void spoil(void* memory, size_t bytes) {
+  const size_t at = next(&fuzz_random) % (bytes / 4) * 4;
+  const int32_t whole = (int32_t)odd_number();
+  const float real = odd_float();
+  memcpy((char*)memory + at, next(&fuzz_random) % 2 ? (const void*)&whole : (const void*)&real, 4);
+}
+
+static int fuzz_create(const model* m) {
+  qvl_config config = m->config;
+  qvl_tensor tensors[MAX_TENSORS];
+  memcpy(tensors, m->tensors, sizeof tensors);
+  int64_t n = m->n;
+  qvl_tensor* t = &tensors[next(&fuzz_random) % (uint64_t)n];
+  switch (next(&fuzz_random) % 9) {
+    case 0:
+    case 1: spoil((char*)&config + 4, sizeof config - 4); break;
+    case 2: config.size = (uint32_t)odd_number() % sizeof config; break;
+    case 3: t->dtype = (qvl_dtype)odd_number(); break;
+    case 4: t->shape[next(&fuzz_random) % 4] = odd_number(); break;
+    case 5: t->bytes = (uint64_t)odd_number(); break;
+    case 6: t->data = NULL; break;
+    case 7: t->name = next(&fuzz_random) % 2 ? NULL : "h.0"; break;
+    default: n = (int64_t)(next(&fuzz_random) % (uint64_t)n);
+  }
+  if (config.n_threads > 4) config.n_threads = 4;
+  qvl_engine* engine;
+  qvl_error error;
+  const qvl_status status = qvl_engine_create(&config, tensors, n, &engine, &error);
+  CHECK((status == QVL_OK) == (engine != NULL));
+  CHECK(status == QVL_OK || error.message[0] != 0);
+  qvl_engine_free(engine);
+  return status != QVL_OK;
+}
+
+static int fuzz_forward(qvl_engine* engine, qvl_kv_pool* pool) {
+  /* Arrays are as long as any length that passes the checks may make them be read. */
+  static int32_t ids[2 * MAX_POSITIONS], blocks[MAX_POSITIONS];
+  static float features[MAX_POSITIONS * HIDDEN], logits[2 * VOCAB];
+  for (int i = 0; i < 2 * MAX_POSITIONS; ++i) ids[i] = i % VOCAB;
+  for (int i = 0; i < MAX_POSITIONS; ++i) blocks[i] = i % 8;
+  qvl_sequence sequences[2] = {{5, 0, 5, 8, blocks}, {1, 17, 18, 8, blocks}};
+  qvl_span spans[2] = {{1, 2, features}, {4, 1, features}};
+  qvl_batch batch = {sizeof batch, 2, sequences, ids, 2, 0, spans};
+  qvl_sequence* s = &sequences[next(&fuzz_random) % 2];
+  switch (next(&fuzz_random) % 10) {
+    case 0: s->n_new = (int32_t)odd_number(); break;
+    case 1: s->n_past = (int32_t)odd_number(); break;
+    case 2: s->prompt_len = (int32_t)odd_number(); break;
+    case 3: s->n_blocks = (int32_t)odd_number(); break;
+    case 4: blocks[next(&fuzz_random) % 2] = (int32_t)odd_number(); break;
+    case 5: s->blocks = NULL; break;
+    case 6: spoil(&spans[next(&fuzz_random) % 2], 8); break;
+    case 7: ids[next(&fuzz_random) % 6] = (int32_t)odd_number(); break;
+    case 8: batch.n_spans = -(int32_t)(next(&fuzz_random) % 3); break;
+    default:
+      if (next(&fuzz_random) % 2) batch.spans = NULL;
+      else batch.tokens = NULL;
+  }
+  qvl_error error;
+  const qvl_status status = qvl_forward(engine, pool, &batch, next(&fuzz_random) % 4 ? logits : NULL, NULL, &error);
+  CHECK(status == QVL_OK || error.message[0] != 0);
+  return status != QVL_OK;
+}
+
+static int fuzz_generate(qvl_engine* engine, qvl_kv_pool* pool) {
+  static int32_t ids[MAX_POSITIONS], tokens[2 * MAX_POSITIONS];
+  static float features[MAX_POSITIONS * HIDDEN];
+  for (int i = 0; i < MAX_POSITIONS; ++i) ids[i] = i % VOCAB;
+  const qvl_span span = {1, 2, features};
+  qvl_request request = {4, 1, ids, &span, 2, 0, qvl_sampling_default()};
+  int32_t end = 1;
+  qvl_result result;
+  int64_t stride = 16;
+  switch (next(&fuzz_random) % 7) {
+    case 0: request.n_tokens = (int32_t)odd_number(); break;
+    case 1: request.n_spans = -1; break;
+    case 2: request.tokens = NULL; break;
+    case 3: request.max_new = (int32_t)odd_number() % 17; break;
+    case 4: request.min_new = (int32_t)odd_number(); break;
+    case 5: end = (int32_t)odd_number(); break;
+    default: /* n_forbidden stays: its pointer is NULL */
+      spoil(&request.sampling, offsetof(qvl_sampling, n_forbidden));
+      if (request.sampling.size > sizeof request.sampling) request.sampling.size = 1;
+  }
+  qvl_error error;
+  const qvl_status status = qvl_generate(engine, next(&fuzz_random) % 2 ? pool : NULL, 1, &request, 1, &end, NULL, NULL,
+                                         stride, tokens, &result, NULL, &error);
+  CHECK(status == QVL_OK || error.message[0] != 0);
+  return status != QVL_OK;
+}
+
+static int fuzz_rest(qvl_engine* engine) {
+  qvl_kv_pool* pool;
+  qvl_error error;
+  float values[64] = {0};
+  char packed[4096];
+  const int64_t out = odd_number(), in = odd_number();
+  const qvl_dtype dtype = (qvl_dtype)odd_number();
+  qvl_status status;
+  switch (next(&fuzz_random) % 3) {
+    case 0:
+      status = qvl_kv_pool_create(engine, (int32_t)odd_number(), (int32_t)odd_number(), dtype, &pool, &error);
+      CHECK((status == QVL_OK) == (pool != NULL));
+      qvl_kv_pool_free(pool);
+      break;
+    case 1: {
+      /* Sizes that are possible must be the arrays' own. */
+      const uint64_t bytes = qvl_packed_bytes(dtype, out, in);
+      const int fits = bytes > 0 && bytes <= sizeof packed && out <= 64 && in <= 64 && out * in <= 64;
+      status = qvl_pack(dtype, out, in, values, packed, fits ? bytes : bytes + 1, &error);
+      CHECK((status == QVL_OK) == fits);
+      break;
+    }
+    default: status = qvl_encode_images(engine, -1 - odd_number(), NULL, NULL, NULL, &error);
+  }
+  CHECK(status == QVL_OK || error.message[0] != 0);
+  return status != QVL_OK;
+}
+
+static void run_fuzz(int n, uint64_t seed) {
+  fuzz_random = seed;
+  model* m = make_model(QVL_INT4_G64, QVL_ISA_BEST, 1);
+  qvl_engine* engine = make_engine(m);
+  qvl_kv_pool* pool;
+  SUCCEED(qvl_kv_pool_create(engine, 8, 16, QVL_BFLOAT16, &pool, ERROR));
+  int32_t before[REQUESTS * NEW], after[REQUESTS * NEW];
+  answer(engine, before);
+  int refused = 0;
+  for (int i = 0; i < n; ++i) {
+    switch (i % 4) {
+      case 0: refused += fuzz_create(m); break;
+      case 1: refused += fuzz_forward(engine, pool); break;
+      case 2: refused += fuzz_generate(engine, pool); break;
+      default: refused += fuzz_rest(engine);
+    }
+  }
+  answer(engine, after);
+  CHECK(memcmp(before, after, sizeof before) == 0);
+  qvl_kv_pool_free(pool);
+  qvl_engine_free(engine);
+  free_model(m);
+  CHECK(refused > n / 4 && refused < n);
+  printf("%d of %d calls refused\n", refused, n);
+}
+
+/* ---- soak --------------------------------------------------------------------------------------------- */
+
+static long resident_kib(void) {
+  long pages = 0, resident = 0;
+  FILE* file = fopen("/proc/self/statm", "r");
+  if (file == NULL) return 0;
+  CHECK(fscanf(file, "%ld %ld", &pages, &resident) == 2);
+  fclose(file);
+  return resident * 4;
+}
+
+static void run_soak(int n) {
+  model* m = make_model(QVL_INT8, QVL_ISA_BEST, 2);
+  qvl_engine* engine = make_engine(m);
+  static int32_t ids[64];
+  int32_t tokens[4];
+  uint64_t random = 1;
+  long begin = 0;
+  for (int i = 0; i < n; ++i) {
+    if (i == n / 10) begin = resident_kib();
+    for (int t = 0; t < 64; ++t) ids[t] = (int32_t)(next(&random) % VOCAB);
+    qvl_request request = {1 + (int32_t)(next(&random) % 64), 0, ids, NULL, 1 + i % 4, 0, qvl_sampling_default()};
+    request.sampling.temperature = (float)(i % 2);
+    request.sampling.presence_penalty = (float)(i % 3);
+    qvl_result result;
+    SUCCEED(qvl_generate(engine, NULL, 1, &request, 0, NULL, NULL, NULL, 4, tokens, &result, NULL, ERROR));
+    CHECK(result.n_tokens == 1 + i % 4);
+  }
+  const long grown = resident_kib() - begin;
+  qvl_engine_free(engine);
+  free_model(m);
+  printf("%d requests, memory grew by %ld KiB after the first tenth\n", n, grown);
+  CHECK(grown < 256);
+}
+
+int main(int n, char** arguments) {
+  const char* what = n > 1 ? arguments[1] : "";
+  if (strcmp(what, "all") == 0) run_all();
+  else if (strcmp(what, "threads") == 0) run_threads();
+  else if (strcmp(what, "fuzz") == 0 && n == 4) run_fuzz(atoi(arguments[2]), strtoull(arguments[3], NULL, 10));
+  else if (strcmp(what, "soak") == 0 && n == 3) run_soak(atoi(arguments[2]));
+  else {
+    fprintf(stderr, "usage: driver all | threads | fuzz N SEED | soak N\n");
+    return 2;
+  }
+  return 0;
+}

@@ -1,0 +1,110 @@
+"""qvl_generate: batches, ends, callbacks, pools."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from engine import FINISH_END, FINISH_LENGTH, FLOAT32, INVALID, LANGUAGE, STOPPED, Engine, EngineError, make_config
+from engine import store
+
+RANDOM = np.random.default_rng(8)
+PROMPTS = [RANDOM.integers(0, 600, n).tolist() for n in (1, 40, 7, 150)]
+
+
+@pytest.fixture(scope="module")
+def engine(library, golden_model):
+    model = golden_model("a")
+    config = make_config(model.config, LANGUAGE, max_tokens=64)
+    with Engine(library, config, store(library, model.language_weights(), FLOAT32)) as engine:
+        yield engine
+
+
+def alone(engine, **options):
+    return [engine.generate([prompt], 10, **options)[0][0] for prompt in PROMPTS]
+
+
+def test_a_batch_gives_what_its_requests_give(engine):
+    assert engine.generate(PROMPTS, 10) == (alone(engine), [FINISH_LENGTH] * 4)
+    sampled = {"temperature": 3.0, "seed": 4}
+    tokens, _ = engine.generate(PROMPTS, 10, **sampled)
+    assert tokens == alone(engine, **sampled)
+    assert tokens != alone(engine)
+
+
+def test_ends(engine):
+    """A request ends behind its first end id; before min_new it cannot."""
+    free = alone(engine)
+    ends = [free[0][2], free[3][4]]
+    tokens, finish = engine.generate(PROMPTS, 10, end_ids=ends)
+    for row, expected, why in zip(tokens, free, finish):
+        stops = [i for i, token in enumerate(expected) if token in ends]
+        assert row == (expected[: stops[0] + 1] if stops else expected)
+        assert why == (FINISH_END if stops else FINISH_LENGTH)
+    tokens, _ = engine.generate(PROMPTS, 10, end_ids=ends, min_new=6)
+    assert not any(token in ends for row in tokens for token in row[:6])
+
+
+def test_penalties(engine):
+    plain, _ = engine.generate(PROMPTS, 30)
+    varied, _ = engine.generate(PROMPTS, 30, presence_penalty=100.0)
+    assert all(len(set(row)) == 30 for row in varied)
+    assert any(len(set(row)) < 30 for row in plain)
+
+
+def test_steps_are_told(engine):
+    seen = {i: [] for i in range(len(PROMPTS))}
+    steps = []
+
+    def on_step(step, requests, tokens):
+        steps.append(step)
+        for request, token in zip(requests, tokens):
+            seen[request].append(token)
+        return 0
+
+    end = alone(engine)[1][3]
+    tokens, _ = engine.generate(PROMPTS, 10, end_ids=[end], on_step=on_step)
+    assert steps == list(range(len(steps)))
+    assert list(seen.values()) == tokens
+
+
+def test_a_callback_stops(engine):
+    with pytest.raises(EngineError, match="after step 2") as error:
+        engine.generate(PROMPTS, 10, on_step=lambda step, requests, tokens: step == 2)
+    assert error.value.status == STOPPED
+    assert engine.generate(PROMPTS, 10)[0] == alone(engine)
+
+
+@pytest.mark.parametrize("block_tokens", [1, 7, 256])
+def test_a_given_pool(engine, block_tokens):
+    n_blocks = sum(-(-(len(prompt) + 10) // block_tokens) for prompt in PROMPTS)
+    with engine.pool(n_blocks, block_tokens) as pool:
+        for _ in range(2):
+            assert engine.generate(PROMPTS, 10, pool=pool)[0] == alone(engine)
+    with engine.pool(n_blocks - 1, block_tokens) as pool:
+        with pytest.raises(EngineError, match=f"has {n_blocks - 1} blocks; these requests need {n_blocks}"):
+            engine.generate(PROMPTS, 10, pool=pool)
+
+
+def test_two_engines_and_a_foreign_pool(engine, library, golden_model):
+    model = golden_model("b")
+    config = make_config(model.config, LANGUAGE)
+    with Engine(library, config, store(library, model.language_weights(), FLOAT32)) as other:
+        with other.pool(4) as pool, pytest.raises(EngineError, match="belongs to another engine") as error:
+            engine.generate([[1, 2]], 3, pool=pool)
+        assert error.value.status == INVALID
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_new", "message"),
+    [
+        ([[5], []], 3, r"requests\[1\]: has no tokens"),
+        ([[5]], 0, r"requests\[0\]: max_new is 0"),
+        ([[5] * 8000], 193, "8000 tokens and 193 new ones; the model takes 8192"),
+        ([[5, 640]], 3, r"tokens\[1\] is 640; the vocabulary has 640"),
+        ([[-1]], 3, r"tokens\[0\] is -1"),
+    ],
+)
+def test_errors(engine, prompts, max_new, message):
+    with pytest.raises(EngineError, match=message) as error:
+        engine.generate(prompts, max_new)
+    assert error.value.status == INVALID

@@ -1,0 +1,122 @@
+"""qvl_sample against the predictor's own sampler and against brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from engine import FLOAT32, INVALID, LANGUAGE, Engine, EngineError, int_pointer, make_config, store
+
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.sampling import RowSampler
+
+
+@pytest.fixture(scope="module")
+def engine(library, golden_model):
+    model = golden_model("a")
+    config = make_config(model.config, LANGUAGE)
+    with Engine(library, config, store(library, model.language_weights(), FLOAT32)) as engine:
+        yield engine
+
+
+def fraction(seed, counter):
+    """The random number that the header promises."""
+    mask = (1 << 64) - 1
+    z = (seed + (counter + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return ((z ^ (z >> 31)) >> 11) / 2**53
+
+
+class Fractions:
+    """The header's random numbers where RowSampler expects NumPy's generator."""
+
+    def __init__(self, seed):
+        self.seed, self.counter = seed, -1
+
+    def random(self):
+        self.counter += 1
+        return fraction(self.seed, self.counter)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"temperature": 1.5, "top_k": 5},
+        {"temperature": 1.0, "top_k": 300, "top_p": 0.95},
+        {"temperature": 1.0, "top_p": 0.0},
+        {"temperature": 2.0, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.3},
+        {"repetition_penalty": 1.5, "presence_penalty": -0.5},
+    ],
+    ids=str,
+)
+def test_the_same_tokens_as_the_predictor(engine, options):
+    """Fed the same random numbers, both pick the same 60 tokens in a row, penalties and held-back ends included."""
+    random, vocab = np.random.default_rng(9), engine.config.vocab
+    ends = [3, 7, 500]
+    theirs = RowSampler(GenerationOptions(max_new_tokens=99, min_new_tokens=20, **options), ends, vocab)
+    theirs._random = Fractions(12345)
+    counts = np.zeros(vocab, np.int32)
+    forbidden = np.array(ends, np.int32)
+    # Without one of its own settings, the predictor is greedy.
+    ours = {"temperature": 0.0, **options} if not options.keys() & {"top_p", "top_k"} else options
+    for step in range(60):
+        logits = (random.standard_normal(vocab) * 3).astype(np.float32)
+        logits[ends] += 4
+        sampling = engine.sampling(seed=12345, counter=step, **ours)
+        if step < 20:
+            sampling.n_forbidden, sampling.forbidden = 3, int_pointer(forbidden)
+        assert engine.sample(logits[None], [sampling], [counts]) == [theirs.pick(logits)]
+    assert counts.sum() == 60
+
+
+def test_equal_logits_give_the_lower_id(engine):
+    logits = np.zeros([1, engine.config.vocab], np.float32)
+    logits[0, [77, 400]] = 2
+    assert engine.sample(logits, [engine.sampling()]) == [77]
+    assert engine.sample(logits, [engine.sampling(temperature=1, top_k=1)]) == [77]
+
+
+def test_rows_are_their_own(engine):
+    """Each row has its own settings, and draws its own number."""
+    logits = np.random.default_rng(1).standard_normal([6, engine.config.vocab]).astype(np.float32)
+    settings = [engine.sampling(temperature=float(i), seed=i, counter=7 * i) for i in range(6)]
+    together = engine.sample(logits, settings)
+    assert together == [engine.sample(logits[i : i + 1], [settings[i]])[0] for i in range(6)]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_broken_row_gives_a_token(engine, value):
+    logits = np.zeros([1, engine.config.vocab], np.float32)
+    for broken in (slice(None), slice(5, 9)):
+        logits[0, broken] = value
+        for temperature in (0, 1):
+            (token,) = engine.sample(logits, [engine.sampling(temperature=temperature)])
+            assert 0 <= token < engine.config.vocab
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1; it must be 0 to 100"),
+        ({"temperature": float("nan")}, "temperature is"),
+        ({"top_p": 1.5}, "top_p is 1.5; it must be 0 to 1"),
+        ({"top_k": -2}, "top_k is -2; it must be at least 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0"),
+        ({"frequency_penalty": 101.0}, "frequency_penalty is 101"),
+        ({"presence_penalty": -101.0}, "presence_penalty is -101"),
+        ({"presence_penalty": 1.0}, "penalties need counts"),
+        ({"n_forbidden": 1}, "forbidden is NULL"),
+        ({"n_forbidden": -1}, "n_forbidden is -1"),
+        ({"size": 3}, "size is 3"),
+    ],
+)
+def test_errors(engine, changes, message):
+    logits = np.zeros([1, engine.config.vocab], np.float32)
+    with pytest.raises(EngineError, match=message) as error:
+        engine.sample(logits, [engine.sampling(**changes)])
+    assert error.value.status == INVALID
+    assert str(error.value).startswith("sampling[0]: ")

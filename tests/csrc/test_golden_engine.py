@@ -1,0 +1,150 @@
+"""The engine against figures of the real PaddleMIX model, and its other types against its float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from engine import BFLOAT16, DTYPES, FLOAT32, ISAS, LANGUAGE, Engine, make_config, store
+
+NAMES = pytest.mark.parametrize("name", ["a", "b"])
+
+
+@pytest.fixture
+def running(library, golden_model, name, isa):
+    model = golden_model(name)
+    config = make_config(model.config, isa=isa, max_tokens=256)  # the prompts take several passes
+    with Engine(library, config, store(library, model.weights, FLOAT32)) as engine:
+        yield model, engine
+
+
+@NAMES
+def test_features_and_tokens(running):
+    model, engine = running
+    features = engine.encode_images(model.images)
+    expected = model.figures["features_every_16th_query"]
+    assert np.abs(features[:, ::16] - expected).max() <= 1e-4 * np.abs(expected).max()
+    tokens, _ = engine.generate([model.prompt], 24, spans=[model.spans(features)])
+    assert tokens == [model.figures["tokens"].tolist()]
+
+
+@pytest.fixture
+def best(library, golden_model, name):
+    model = golden_model(name)
+    with Engine(library, make_config(model.config), store(library, model.weights, FLOAT32)) as engine:
+        yield model, engine
+
+
+@NAMES
+@pytest.mark.parametrize("block_tokens", [1, 32, 100])
+def test_logits(best, block_tokens):
+    """The prompt in two pieces and its last tokens one by one, in scattered blocks: every logit of the goldens."""
+    model, engine = best
+    prompt, length = model.prompt, len(model.prompt)
+    spans = model.spans(engine.encode_images(model.images))
+    n_blocks = (length + 24) // block_tokens + 1
+    table = np.random.default_rng(1).permutation(n_blocks)
+    first = [span for span in spans if span[0] < 280]
+    rest = [(start - 280, features) for start, features in spans if start >= 280]
+    with engine.pool(n_blocks, block_tokens) as pool:
+        pool.forward([(prompt[:280], 0, length, table)], first, logits=False)
+        cut = length - 7
+        if cut > 280:
+            logits = pool.forward([(prompt[280:cut], 280, length, table)], rest)
+            np.testing.assert_allclose(logits[0], model.figures["prefill_logits_last8"][0, 0], atol=1e-3, rtol=0)
+        for i in range(1, 8):
+            at = length - 8 + i
+            logits = pool.forward([(prompt[at : at + 1], at, length, table)])
+            np.testing.assert_allclose(logits[0], model.figures["prefill_logits_last8"][0, i], atol=1e-3, rtol=0)
+        for i, (token, row) in enumerate(zip(model.figures["tokens"], model.figures["decode_logits"])):
+            assert logits[0].argmax() == token
+            logits = pool.forward([([token], length + i, length, table)])
+            np.testing.assert_allclose(logits[0], row, atol=1e-3, rtol=0)
+
+
+@NAMES
+def test_a_mixed_batch_gives_what_its_parts_give(best):
+    """A prompt, a piece of one and decodes of different lengths in one packed batch."""
+    model, engine = best
+    random = np.random.default_rng(2)
+    prompts = [random.integers(0, 500, n).tolist() for n in (70, 5, 33, 200, 1)]
+    done = [0, 4, 32, 120, 0]  # tokens before the last forward
+    tables = [list(range(10 * i, 10 * i + 10)) for i in range(5)]
+    with engine.pool(50, 32) as pool:
+        parts, alone = [], []
+        for prompt, n, table in zip(prompts, done, tables):
+            if n:
+                pool.forward([(prompt[:n], 0, len(prompt), table)], logits=False)
+            parts.append((prompt[n:], n, len(prompt), table))
+        together = pool.forward(parts)
+        for part in parts:
+            alone.append(pool.forward([part])[0])
+    np.testing.assert_allclose(together, alone, atol=2e-4, rtol=0)
+
+
+BOUNDS = {"bfloat16": 0.03, "int8": 0.03, "int4_g64": 0.03, "int4_g128": 0.03}
+
+
+@pytest.mark.parametrize("name", ["a"])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_other_types(library, golden_model, name, dtype):
+    """Against the float32 engine on the very values that the weights were rounded to.
+
+    What differs then is the rounding of activations alone: 16 bits or none in float32 kernels, bfloat16 in large
+    products where the machine has instructions for it, and bfloat16 keys and values. The golden models have random
+    weights, which magnify: rounding float32 activations to bfloat16 once a product moves their features by 3 %.
+    """
+    model = golden_model(name)
+    packed = store(library, model.weights, DTYPES[dtype])
+    rounded = {}
+    for key, (data, kind, shape) in packed.items():
+        values = library.unpack(data, kind, shape[0], int(np.prod(shape[1:])))
+        rounded[key] = values.reshape(shape)
+    config = make_config(model.config)
+    exact_isa = make_config(model.config, isa=min(ISAS["avx2"], 2))
+    images = model.images
+    prompt, length = model.prompt, len(model.prompt)
+    with Engine(library, config, store(library, rounded, FLOAT32)) as exact:
+        features = exact.encode_images(images)
+        with exact.pool(20) as pool:
+            table = list(range(20))
+            logits = pool.forward([(prompt, 0, length, table)], model.spans(features))
+            decoded = pool.forward([([7], length, length, table)])
+    for each, bound in ((config, BOUNDS[dtype]), (exact_isa, 2e-3)):
+        with Engine(library, each, packed) as engine:
+            got = engine.encode_images(images)
+            assert np.abs(got - features).max() <= 4 * bound * np.abs(features).max()
+            with engine.pool(20, 32, FLOAT32) as pool:
+                got = pool.forward([(prompt, 0, length, table)], model.spans(features))
+                assert np.abs(got - logits).max() <= 4 * bound * np.abs(logits).max()
+                got = pool.forward([([7], length, length, table)])
+                assert np.abs(got - decoded).max() <= 4 * bound * np.abs(decoded).max()
+
+
+@pytest.mark.parametrize("name", ["a"])
+def test_bfloat16_cache(best, library):
+    model, engine = best
+    prompt, table = list(range(100)), list(range(5))
+    with engine.pool(5) as exact, engine.pool(5, dtype=BFLOAT16) as rounded:
+        a = exact.forward([(prompt, 0, 100, table)])
+        b = rounded.forward([(prompt, 0, 100, table)])
+    assert 0 < np.abs(a - b).max() <= 0.05 * np.abs(a).max()
+
+
+def test_describe_and_version(library, golden_model):
+    model = golden_model("a")
+    weights = store(library, model.language_weights(), FLOAT32)
+    for isa in ("generic", "best"):
+        config = make_config(model.config, LANGUAGE, isa=ISAS[isa], n_threads=3)
+        with Engine(library, config, weights) as engine:
+            assert engine.describe().endswith(", 3 threads")
+            assert (" generic," in engine.describe()) == (isa == "generic")
+    assert library.dll.qvl_version() == b"0.1"
+
+
+def test_omp_num_threads(library, golden_model, monkeypatch):
+    model = golden_model("a")
+    weights = store(library, model.language_weights(), FLOAT32)
+    for value in ("1", "2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        with Engine(library, make_config(model.config, LANGUAGE), weights) as engine:
+            assert f" {value} thread" in engine.describe()

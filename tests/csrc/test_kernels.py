@@ -1,0 +1,198 @@
+"""Every kernel, for each instruction set, against loops in double precision, at odd sizes too."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from engine import BFLOAT16, DTYPES, FLOAT32, make_config, pointer
+from golden_model import GoldenModel
+
+RANDOM = np.random.default_rng(5)
+
+
+def normal(*shape):
+    return RANDOM.standard_normal(shape).astype(np.float32)
+
+
+def close(got, expected, bound):
+    """The largest difference, as a share of the expected values' size, is within the bound."""
+    size = np.sqrt(np.mean(np.square(expected, dtype=np.float64)))
+    assert np.isfinite(got).all()
+    assert np.abs(got.astype(np.float64) - expected).max() <= bound * size
+
+
+# rows, columns: below, at and over the sizes of vectors, units of 128, cuts and tiles
+SHAPES = [(1, 1), (3, 7), (17, 16), (33, 129), (64, 588), (70, 512), (5, 1100), (130, 2100)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear(library, isa, dtype, shape):
+    """1 to 8 activations take the matrix-vector kernels, more the blocked product."""
+    rows, columns = shape
+    kind = DTYPES[dtype]
+    packed = library.pack(normal(rows, columns), kind)
+    weights = library.unpack(packed, kind, rows, columns)
+    bias = normal(rows)
+    for n in (1, 2, 3, 5, 8, 9, 16, 50):
+        x, y = normal(n, columns), normal(n, rows)
+        expected = y.copy()
+        add = n % 2
+        library.dll.qvlr_linear(
+            *(n, rows, columns, pointer(x), pointer(weights), pointer(bias), add, pointer(expected))
+        )
+        done = library.dll.qvlt_linear(
+            *(isa, 2, kind, n, rows, columns, pointer(x), pointer(packed), pointer(bias), add, pointer(y))
+        )
+        assert done == 0
+        # float32 sums; 16-bit activations; activations rounded to bfloat16 in large products.
+        rounded = 2e-2 if n > 8 and kind != FLOAT32 else 3e-4 if kind > BFLOAT16 else 2e-5
+        close(y, expected, rounded)
+
+
+def test_linear_of_a_row_does_not_depend_on_the_others(library, isa):
+    """Bit for bit, up to 8 activations: what a token gives alone it gives in a batch."""
+    rows, columns = 37, 1300
+    for kind in DTYPES.values():
+        packed = library.pack(normal(rows, columns), kind)
+        x, together = normal(8, columns), np.empty([8, rows], np.float32)
+        product = library.dll.qvlt_linear
+        for n in range(1, 9):
+            product(isa, 1, kind, n, rows, columns, pointer(x), pointer(packed), None, 0, pointer(together))
+            alone = np.empty([1, rows], np.float32)
+            last = np.ascontiguousarray(x[n - 1])
+            product(isa, 1, kind, 1, rows, columns, pointer(last), pointer(packed), None, 0, pointer(alone))
+            assert (alone[0] == together[n - 1]).all()
+
+
+@pytest.mark.parametrize("width", [1, 5, 16, 33, 104, 1664])
+def test_norms(library, isa, width):
+    x, weight, bias = normal(3, width) * 4 + 1, normal(width), normal(width)
+    got, expected = np.empty_like(x), np.empty_like(x)
+    epsilon = 1e-6
+    library.dll.qvlt_rms_norm(isa, 3, width, pointer(x), pointer(weight), epsilon, pointer(got))
+    library.dll.qvlr_rms_norm(3, width, pointer(x), pointer(weight), epsilon, pointer(expected))
+    close(got, expected, 3e-6)
+    parts = pointer(x), pointer(weight), pointer(bias), epsilon
+    library.dll.qvlt_layer_norm(isa, 3, width, *parts, pointer(got))
+    library.dll.qvlr_layer_norm(3, width, *parts, pointer(expected))
+    if width > 1:  # of one value, the deviation is rounding alone
+        close(got, expected, 2e-5)
+
+
+def test_activations(library, isa):
+    x = np.concatenate([normal(1003) * 4, np.array([0, -0.0, 90, -90, 1e30, -1e30], np.float32)])
+    got, expected = x.copy(), x.copy()
+    library.dll.qvlt_gelu(isa, len(x), pointer(got))
+    library.dll.qvlr_gelu(len(x), pointer(expected))
+    np.testing.assert_allclose(got, expected, rtol=3e-6, atol=5e-7)
+    gate = np.roll(x, 3)
+    got, expected = x.clip(-1e4, 1e4), x.clip(-1e4, 1e4)
+    library.dll.qvlt_silu_mul(isa, len(x), pointer(gate), pointer(got))
+    library.dll.qvlr_silu_mul(len(x), pointer(gate), pointer(expected))
+    np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-30)
+    got = x.copy()
+    library.dll.qvlt_add(isa, len(x), pointer(gate), pointer(got))
+    assert (got == x + gate).all()
+
+
+def test_bfloat16(library, isa):
+    """Rounding to nearest even, and back."""
+    exact = np.arange(1, 300, dtype=np.uint32) * 0x10000 + 0x3F800000
+    bits = np.concatenate([exact, exact + 0x8000, exact + 0x7FFF, exact + 0x8001, exact ^ 0x80000000])
+    x = bits.astype(np.uint32).view(np.float32)
+    halves, back = np.empty(len(x), np.uint16), np.empty_like(x)
+    library.dll.qvlt_bfloat16(isa, len(x), pointer(x), pointer(halves), pointer(back))
+    below = (x.view(np.uint32) >> 16).astype(np.uint32)
+    rest = x.view(np.uint32) & 0xFFFF
+    expected = below + ((rest > 0x8000) | ((rest == 0x8000) & (below % 2 == 1)))
+    assert (halves == expected).all()
+    assert (back.view(np.uint32) == halves.astype(np.uint32) << 16).all()
+
+
+def rotary_by_formula(config, prompt_len):
+    """alpha = 2^ceil(log2(L / seq_length) + 1) - 1, at least 1; the frequencies in double precision."""
+    ratio = prompt_len / config.seq_length
+    alpha = max(1, 2 ** math.ceil(math.log2(ratio) + 1) - 1)
+    dim = config.head_dim
+    base = config.rotary_base * alpha ** (dim / (dim - 2))
+    return base ** (-np.arange(0, dim, 2) / dim)
+
+
+@pytest.mark.parametrize("prompt_len", [1, 511, 512, 513, 700, 1025, 4000])
+def test_rotary(library, isa, prompt_len):
+    config = make_config(GoldenModel("b").config)
+    positions = np.array([0, 1, 299, 512, 699, 4095], np.int32)
+    n, dim = len(positions), config.head_dim
+    scale, x = normal(n), normal(n, dim)
+    expected, frequencies = x.copy(), np.empty(dim // 2, np.float32)
+    arguments = prompt_len, n, pointer(positions), pointer(scale), pointer(frequencies), pointer(x)
+    library.dll.qvlt_rotary(isa, config, *arguments)
+    np.testing.assert_allclose(frequencies, rotary_by_formula(config, prompt_len), rtol=1e-6)
+    library.dll.qvlr_rotary(
+        n, dim, pointer(positions), pointer(frequencies), pointer(scale), pointer(expected)
+    )
+    close(x, expected, 1e-6)
+
+
+def test_logn(library):
+    config = make_config(GoldenModel("b").config)
+    for position in (0, 510, 511, 512, 700, 8000):
+        logn = max(1.0, math.log(position + 1) / math.log(512))
+        got = library.dll.qvlt_query_scale(config, position)
+        assert got == pytest.approx(logn / math.sqrt(config.head_dim), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "n", "n_keys", "causal", "tile"),
+    [
+        (1, 1, 1, 1, 1, 32),
+        (2, 104, 5, 70, 0, 64),
+        (3, 33, 40, 40, 1, 16),
+        (2, 128, 1, 77, 1, 32),
+        (2, 64, 3, 65, 1, 1),
+        (1, 20, 300, 300, 1, 32),
+        (1, 16, 70, 333, 1, 256),
+    ],
+)
+def test_attention(library, isa, dtype, heads, head_dim, n, n_keys, causal, tile):
+    q, k, v = normal(n, heads, head_dim), normal(n_keys, heads, head_dim), normal(n_keys, heads, head_dim)
+    if dtype == BFLOAT16:
+        k, v = (((t.view(np.uint32) + 0x8000) & 0xFFFF0000).view(np.float32) for t in (k, v))
+    got, expected = np.empty_like(q), np.empty_like(q)
+    sizes = heads, head_dim, n, n_keys, causal
+    library.dll.qvlr_attention(*sizes, pointer(q), pointer(k), pointer(v), pointer(expected))
+    tensors = pointer(q), pointer(k), pointer(v), pointer(got)
+    assert library.dll.qvlt_attention(isa, 2, dtype, tile, *sizes, *tensors) == 0
+    close(got, expected, 3e-5)  # scores of tens: a rounded one moves its weight by as much
+
+
+def test_references(library):
+    """The loops in C++ against NumPy: the measure is measured."""
+    x, w, b = normal(3, 20), normal(5, 20), normal(5)
+    y = np.empty([3, 5], np.float32)
+    library.dll.qvlr_linear(3, 5, 20, pointer(x), pointer(w), pointer(b), 0, pointer(y))
+    close(y, x.astype(float) @ w.T.astype(float) + b, 1e-6)
+    weight, bias, normed = normal(20), normal(20), np.empty_like(x)
+    library.dll.qvlr_layer_norm(
+        3, 20, pointer(x), pointer(weight), pointer(bias), 1e-6, pointer(normed)
+    )
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    close(normed, (x - mean) / np.sqrt(variance + 1e-6) * weight + bias, 2e-6)
+    library.dll.qvlr_rms_norm(3, 20, pointer(x), pointer(weight), 1e-6, pointer(normed))
+    close(normed, x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight, 2e-6)
+    gelu, silu, gate = x.copy(), x.copy(), normal(3, 20)
+    library.dll.qvlr_gelu(x.size, pointer(gelu))
+    close(gelu, np.vectorize(lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2)(x), 1e-6)
+    library.dll.qvlr_silu_mul(x.size, pointer(gate), pointer(silu))
+    close(silu, x * gate / (1 + np.exp(-gate)), 1e-6)
+    q, k, v = normal(4, 2, 8), normal(9, 2, 8), normal(9, 2, 8)
+    out = np.empty_like(q)
+    library.dll.qvlr_attention(2, 8, 4, 9, 1, pointer(q), pointer(k), pointer(v), pointer(out))
+    scores = np.einsum("qhd,khd->hqk", q, k)
+    scores[:, np.arange(9)[None, :] > np.arange(4)[:, None] + 5] = -np.inf
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    close(out, np.einsum("hqk,khd->qhd", weights, v), 2e-6)
