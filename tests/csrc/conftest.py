@@ -1,39 +1,15 @@
-"""The engine is built once a session, into build/ of the checkout, where the next session finds it again."""
+"""The engine, built once a session. Without Paddle: pytest --confcutdir=tests/csrc tests/csrc."""
 
 from __future__ import annotations
 
 import functools
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from engine import ISAS, Library, pointer  # noqa: E402
-from golden_model import GoldenModel  # noqa: E402
-
-REPO = Path(__file__).resolve().parents[2]
-
-
-def build(folder: Path, *options: str) -> Path:
-    """Configure and build csrc into a folder; skips the test where there is nothing to build with."""
-    if not shutil.which("cmake") or not (shutil.which("c++") or os.environ.get("CXX")):
-        pytest.skip("the engine needs cmake and a C++17 compiler: apt-get install cmake g++")
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    for command in (
-        ["cmake", "-S", str(REPO / "csrc"), "-B", str(folder), *generator, *options],
-        ["cmake", "--build", str(folder), "--parallel", "2"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.fail(f"{' '.join(command)}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}", pytrace=False)
-    return folder
+from build_engine import REPO, build
+from engine import ISAS, Library, pointer
+from golden_model import GoldenModel
 
 
 @pytest.fixture(scope="session")

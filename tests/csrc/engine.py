@@ -318,7 +318,10 @@ class Engine:
         return Pool(self, n_blocks, block_tokens, dtype)
 
     def sample(
-        self, logits: np.ndarray, sampling: Sequence[Sampling], counts: Sequence[np.ndarray | None] | None = None
+        self,
+        logits: np.ndarray,
+        sampling: Sequence[Sampling],
+        counts: Sequence[np.ndarray | None] | None = None,
     ) -> list[int]:
         n = len(sampling)
         logits = np.ascontiguousarray(logits, np.float32)
@@ -327,7 +330,14 @@ class Engine:
         if counts is not None:
             rows = (c_void_p * n)(*(None if row is None else pointer(row) for row in counts))
         self.library.call(
-            "qvl_sample", self.handle, n, pointer(logits), (Sampling * n)(*sampling), rows, pointer(tokens), None
+            "qvl_sample",
+            self.handle,
+            n,
+            pointer(logits),
+            (Sampling * n)(*sampling),
+            rows,
+            pointer(tokens),
+            None,
         )
         return tokens.tolist()
 
@@ -373,9 +383,9 @@ class Engine:
             *(self.handle, pool.handle if pool else None, n, requests, len(ends), pointer(ends)),
             *(callback, None, max_new, pointer(tokens), results, None),
         )
-        return [
-            row[: result.n_tokens].tolist() for row, result in zip(tokens, results)
-        ], [result.finish for result in results]
+        return [row[: result.n_tokens].tolist() for row, result in zip(tokens, results)], [
+            result.finish for result in results
+        ]
 
 
 def make_spans(spans: Sequence[tuple[int, np.ndarray]]) -> Any:

@@ -56,7 +56,10 @@ def refused(parts, weights=None, stages=LANGUAGE, **changes):
         ({"seq_length": 1}, "config: seq_length is 1"),
         ({"dynamic_ntk": 2}, "config: dynamic_ntk is 2; it must be 0 to 1"),
         ({"stages": 3, "patch_size": 13}, "config: image_size (448) must be a multiple of patch_size (13)"),
-        ({"stages": 3, "vision_heads": 5}, "config: vision_width (64) must be a multiple of vision_heads (5)"),
+        (
+            {"stages": 3, "vision_heads": 5},
+            "config: vision_width (64) must be a multiple of vision_heads (5)",
+        ),
     ],
     ids=str,
 )
@@ -82,7 +85,7 @@ def changed(parts, name, data=None, dtype=None, shape=None):
 
 
 def test_weights(parts):
-    library, model, stored = parts
+    stored = parts[2]
     name = "h.1.attn.c_attn.weight"
     assert refused(parts, {k: v for k, v in stored.items() if k != name}) == (
         BAD_WEIGHT,
@@ -115,9 +118,9 @@ def test_weights(parts):
 
 def test_stages_that_are_not_there(parts):
     library, model, stored = parts
-    with Engine(library, make_config(model.config, LANGUAGE), stored) as engine:
-        with pytest.raises(EngineError, match="the engine has no vision stage"):
-            engine.encode_images(model.images)
+    language = Engine(library, make_config(model.config, LANGUAGE), stored)
+    with language as engine, pytest.raises(EngineError, match="the engine has no vision stage"):
+        engine.encode_images(model.images)
     vision = {name: values for name, values in model.weights.items() if name.startswith("visual.")}
     with Engine(library, make_config(model.config, 1), store(library, vision, FLOAT32)) as engine:
         for call in (lambda: engine.pool(1), lambda: engine.generate([[1]], 1)):
@@ -150,7 +153,8 @@ def engine(parts):
 def test_batches(engine, part, message):
     with engine.pool(4) as pool, pytest.raises(EngineError) as error:
         pool.forward([part])
-    assert (error.value.status, str(error.value)) == (INVALID, message) or str(error.value).startswith(message)
+    assert error.value.status == INVALID
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine import FINISH_END, FINISH_LENGTH, FLOAT32, INVALID, LANGUAGE, STOPPED, Engine, EngineError, make_config
-from engine import store
+from engine import (
+    FINISH_END,
+    FINISH_LENGTH,
+    FLOAT32,
+    INVALID,
+    LANGUAGE,
+    STOPPED,
+    Engine,
+    EngineError,
+    make_config,
+    store,
+)
 
 RANDOM = np.random.default_rng(8)
 PROMPTS = [RANDOM.integers(0, 600, n).tolist() for n in (1, 40, 7, 150)]
@@ -80,9 +90,9 @@ def test_a_given_pool(engine, block_tokens):
     with engine.pool(n_blocks, block_tokens) as pool:
         for _ in range(2):
             assert engine.generate(PROMPTS, 10, pool=pool)[0] == alone(engine)
-    with engine.pool(n_blocks - 1, block_tokens) as pool:
-        with pytest.raises(EngineError, match=f"has {n_blocks - 1} blocks; these requests need {n_blocks}"):
-            engine.generate(PROMPTS, 10, pool=pool)
+    line = f"has {n_blocks - 1} blocks; these requests need {n_blocks}"
+    with engine.pool(n_blocks - 1, block_tokens) as pool, pytest.raises(EngineError, match=line):
+        engine.generate(PROMPTS, 10, pool=pool)
 
 
 def test_two_engines_and_a_foreign_pool(engine, library, golden_model):

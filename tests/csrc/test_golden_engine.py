@@ -50,11 +50,15 @@ def test_logits(best, block_tokens):
         cut = length - 7
         if cut > 280:
             logits = pool.forward([(prompt[280:cut], 280, length, table)], rest)
-            np.testing.assert_allclose(logits[0], model.figures["prefill_logits_last8"][0, 0], atol=1e-3, rtol=0)
+            np.testing.assert_allclose(
+                logits[0], model.figures["prefill_logits_last8"][0, 0], atol=1e-3, rtol=0
+            )
         for i in range(1, 8):
             at = length - 8 + i
             logits = pool.forward([(prompt[at : at + 1], at, length, table)])
-            np.testing.assert_allclose(logits[0], model.figures["prefill_logits_last8"][0, i], atol=1e-3, rtol=0)
+            np.testing.assert_allclose(
+                logits[0], model.figures["prefill_logits_last8"][0, i], atol=1e-3, rtol=0
+            )
         for i, (token, row) in enumerate(zip(model.figures["tokens"], model.figures["decode_logits"])):
             assert logits[0].argmax() == token
             logits = pool.forward([([token], length + i, length, table)])
@@ -64,7 +68,7 @@ def test_logits(best, block_tokens):
 @NAMES
 def test_a_mixed_batch_gives_what_its_parts_give(best):
     """A prompt, a piece of one and decodes of different lengths in one packed batch."""
-    model, engine = best
+    _, engine = best
     random = np.random.default_rng(2)
     prompts = [random.integers(0, 500, n).tolist() for n in (70, 5, 33, 200, 1)]
     done = [0, 4, 32, 120, 0]  # tokens before the last forward
@@ -121,8 +125,8 @@ def test_other_types(library, golden_model, name, dtype):
 
 
 @pytest.mark.parametrize("name", ["a"])
-def test_bfloat16_cache(best, library):
-    model, engine = best
+def test_bfloat16_cache(best):
+    _, engine = best
     prompt, table = list(range(100)), list(range(5))
     with engine.pool(5) as exact, engine.pool(5, dtype=BFLOAT16) as rounded:
         a = exact.forward([(prompt, 0, 100, table)])

@@ -177,9 +177,7 @@ def test_references(library):
     library.dll.qvlr_linear(3, 5, 20, pointer(x), pointer(w), pointer(b), 0, pointer(y))
     close(y, x.astype(float) @ w.T.astype(float) + b, 1e-6)
     weight, bias, normed = normal(20), normal(20), np.empty_like(x)
-    library.dll.qvlr_layer_norm(
-        3, 20, pointer(x), pointer(weight), pointer(bias), 1e-6, pointer(normed)
-    )
+    library.dll.qvlr_layer_norm(3, 20, pointer(x), pointer(weight), pointer(bias), 1e-6, pointer(normed))
     mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
     close(normed, (x - mean) / np.sqrt(variance + 1e-6) * weight + bias, 2e-6)
     library.dll.qvlr_rms_norm(3, 20, pointer(x), pointer(weight), 1e-6, pointer(normed))

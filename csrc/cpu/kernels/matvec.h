@@ -37,7 +37,7 @@ QVL_INLINE void put(const Matvec& p, int64_t row, int x, float value) {
 template <typename Rows, int R, int N>
 QVL_INLINE void whole_rows(const Matvec& p, int64_t row) {
   Floats sums[R][N] = {};
-  Rows::template add<R, N>(p, row, 0, 0, p.k, 2 * R * Rows::row_bytes(p.k), sums);
+  Rows::template add<R, N, 0, 1>(p, row, 0, 0, p.k, 2 * R * Rows::row_bytes(p.k), sums);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -52,10 +52,11 @@ QVL_INLINE void cut_rows(const Matvec& p, int64_t row, int first, int end, int64
   Floats sums[R][G];
 #pragma GCC unroll 8
   for (int i = 0; i < R * G; ++i) sums[i / G][i % G] = first == 0 ? Floats{} : saved[i / G * N + X + i % G];
-  Rows::template add<R, G>(p, row, X, first, end, ahead, sums);
+  constexpr int kTurns = (N + Rows::kGroup - 1) / Rows::kGroup;
+  Rows::template add<R, G, X / Rows::kGroup, kTurns>(p, row, X, first, end, ahead, sums);
 #pragma GCC unroll 8
   for (int i = 0; i < R * G; ++i) saved[i / G * N + X + i % G] = sums[i / G][i % G];
-  if constexpr (X + G < N) cut_rows<Rows, R, N, X + G>(p, row, first, end, 0, saved);
+  if constexpr (X + G < N) cut_rows<Rows, R, N, X + G>(p, row, first, end, ahead, saved);
 }
 
 template <typename Rows>

@@ -27,7 +27,7 @@ struct RowsF32 {
   static QVL_INLINE int64_t column_bytes(int n) { return int64_t{4} * n; }
   static QVL_INLINE float scale(const Matvec&, int64_t) { return 1; }
 
-  template <int R, int N>
+  template <int R, int N, int Turn, int Turns>
   static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, int64_t ahead,
                              Floats (&sums)[R][N]) {
     const int k = p.k, width = round_up(k, kLanes);
@@ -39,7 +39,7 @@ struct RowsF32 {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         v[r] = load<Floats>(w + int64_t{r} * k + i);
-        prefetch(reinterpret_cast<const char*>(w + int64_t{r} * k + i) + ahead);
+        if (r % Turns == Turn) prefetch(reinterpret_cast<const char*>(w + int64_t{r} * k + i) + ahead);
       }
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {

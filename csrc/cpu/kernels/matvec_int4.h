@@ -67,16 +67,17 @@ struct RowsInt4 {
   static QVL_INLINE int64_t column_bytes(int n) { return n / 2; }
   static QVL_INLINE float scale(const Matvec&, int64_t) { return 1; }
 
-  template <int R, int N>
+  template <int R, int N, int Turn, int Turns>
   static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, int64_t ahead,
                              Floats (&sums)[R][N]) {
     for (; first < end; first += kBlock) {
-      add_block<R, N>(p, row, first_x, first, end - first < kBlock ? end - first : kBlock, ahead, sums);
+      add_block<R, N, Turn, Turns>(p, row, first_x, first, end - first < kBlock ? end - first : kBlock, ahead,
+                                   sums);
     }
   }
 
   // n columns from `first` on, which share a scale of the activations.
-  template <int R, int N>
+  template <int R, int N, int Turn, int Turns>
   static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, int n_k,
                                    int64_t ahead, Floats (&sums)[R][N]) {
     const Int4X<Group> layout(p.k);
@@ -118,7 +119,7 @@ struct RowsInt4 {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           words[r] = load<Halves>(w + r * stride + u * (kUnit / 2) + 2 * part);
-          if (part == 0) prefetch(w + r * stride + u * (kUnit / 2) + ahead);
+          if (r % Turns == Turn && part == 0) prefetch(w + r * stride + u * (kUnit / 2) + ahead);
         }
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {

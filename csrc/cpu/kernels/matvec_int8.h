@@ -52,7 +52,7 @@ struct RowsInt8 {
     return static_cast<const float*>(p.scales)[row];
   }
 
-  template <int R, int N>
+  template <int R, int N, int Turn, int Turns>
   static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, int64_t ahead,
                              Floats (&sums)[R][N]) {
     const Int8X layout(p.k);
@@ -71,7 +71,7 @@ struct RowsInt8 {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           v[r] = widen_bytes(load<Bytes>(w + r * stride + i));
-          if (i % 64 == 0) prefetch(w + r * stride + i + ahead);
+          if (r % Turns == Turn && i % 64 == 0) prefetch(w + r * stride + i + ahead);
         }
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {

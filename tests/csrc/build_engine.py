@@ -1,0 +1,26 @@
+"""Building csrc for the tests, into build/ of the checkout, where the next session finds it again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def build(folder: Path, *options: str, target: str = "all") -> Path:
+    """Configure and build csrc into a folder; skips the test where there is nothing to build with."""
+    if not shutil.which("cmake") or not (shutil.which("c++") or os.environ.get("CXX")):
+        pytest.skip("the engine needs cmake and a C++17 compiler: apt-get install cmake g++")
+    for command in (
+        ["cmake", "-S", str(REPO / "csrc"), "-B", str(folder), *options],
+        ["cmake", "--build", str(folder), "--parallel", "2", "--target", target],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.fail(f"{' '.join(command)}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}", pytrace=False)
+    return folder
