@@ -30,22 +30,6 @@ void multiply_few(Context& context, const Matrix& m, const float* x, int64_t x_s
   });
 }
 
-// y rows of a finished block of c^T.
-void write_block(const Matrix& m, int64_t first_row, int64_t n_rows, const float* c, int64_t c_stride,
-                 int64_t n_x, float* y, int64_t y_stride, bool add) {
-  const float* scales = m.dtype == QVL_INT8 ? static_cast<const float*>(m.scales) + first_row : nullptr;
-  const float* bias = m.bias != nullptr ? m.bias + first_row : nullptr;
-  for (int64_t t = 0; t < n_x; ++t) {
-    float* to = y + t * y_stride + first_row;
-    for (int64_t r = 0; r < n_rows; ++r) {
-      float value = c[r * c_stride + t];
-      if (scales != nullptr) value *= scales[r];
-      if (bias != nullptr) value += bias[r];
-      to[r] = add ? to[r] + value : value;
-    }
-  }
-}
-
 void multiply_many(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x, float* y,
                    int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;
@@ -80,7 +64,9 @@ void multiply_many(Context& context, const Matrix& m, const float* x, int64_t x_
                                   panels + static_cast<size_t>(k) * k_bytes, panel_bytes, n_panels, k == 0, c,
                                   c_stride);
     }
-    write_block(m, first_row, n_rows, c, c_stride, n_x, y, y_stride, add);
+    const float* scales = m.dtype == QVL_INT8 ? static_cast<const float*>(m.scales) + first_row : nullptr;
+    const float* bias = m.bias != nullptr ? m.bias + first_row : nullptr;
+    kernels.write_block(c, c_stride, n_rows, n_x, scales, bias, add, y + first_row, y_stride);
   });
 }
 

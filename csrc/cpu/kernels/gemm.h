@@ -13,21 +13,49 @@ using qvl::cpu::UnpackTile;
 
 void pack_panel_f32(const float* x, int64_t x_stride, int n_tokens, int k, void* panel) {
   auto* to = static_cast<float*>(panel);
-  for (int i = 0; i < k; ++i) {
-    for (int t = 0; t < kLanes; ++t) to[i * kLanes + t] = t < n_tokens ? x[t * x_stride + i] : 0.0F;
+  for (int i = 0; i < k; i += kLanes) {
+    const int some = k - i < kLanes ? k - i : kLanes;
+    Words v[kLanes] = {};
+    for (int t = 0; t < n_tokens; ++t) v[t] = reinterpret_cast<Words>(load_some(x + t * x_stride + i, some));
+    transpose(v);
+    for (int j = 0; j < some; ++j) store(to + int64_t{i + j} * kLanes, v[j]);
   }
 }
 
 void pack_panel_bf16(const float* x, int64_t x_stride, int n_tokens, int k, void* panel) {
   auto* to = static_cast<uint32_t*>(panel);
-  for (int i = 0; i < k; i += 2, to += kLanes) {
-    Floats low{}, high{};
+  for (int i = 0; i < k; i += 2 * kLanes) {
+    const int some = k - i < 2 * kLanes ? k - i : 2 * kLanes;
+    Words pairs[kLanes] = {};
     for (int t = 0; t < n_tokens; ++t) {
-      low[t] = x[t * x_stride + i];
-      high[t] = i + 1 < k ? x[t * x_stride + i + 1] : 0.0F;
+      const float* from = x + t * x_stride + i;
+      const HalfWords halves[2] = {narrow(load_some(from, some < kLanes ? some : kLanes)),
+                                   some > kLanes ? narrow(load_some(from + kLanes, some - kLanes)) : HalfWords{}};
+      pairs[t] = load<Words>(halves);
     }
-    const Words pairs = widen_halves(narrow(low)) | widen_halves(narrow(high)) << 16;
-    store(to, pairs);
+    transpose(pairs);
+    for (int j = 0; 2 * j < some; ++j) store(to + int64_t{i / 2 + j} * kLanes, pairs[j]);
+  }
+}
+
+// A finished block c [rows][c_stride] of c^T to y [n_x][y_stride], its rows scaled (int8) and with bias.
+void write_block(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, const float* scales,
+                 const float* bias, bool add, float* y, int64_t y_stride) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const int some = rows - r < kLanes ? static_cast<int>(rows - r) : kLanes;
+    const Floats scale = scales != nullptr ? load_some(scales + r, some) : all(1);
+    const Floats more = bias != nullptr ? load_some(bias + r, some) : Floats{};
+    for (int64_t t = 0; t < n_x; t += kLanes) {
+      Words v[kLanes] = {};
+      for (int i = 0; i < some; ++i) v[i] = load<Words>(c + (r + i) * c_stride + t);
+      transpose(v);
+      for (int i = 0; i < kLanes && t + i < n_x; ++i) {
+        float* to = y + (t + i) * y_stride + r;
+        Floats value = reinterpret_cast<Floats>(v[i]) * scale + more;
+        if (add) value += load_some(to, some);
+        store_some(to, value, some);
+      }
+    }
   }
 }
 
@@ -181,25 +209,19 @@ QVL_INLINE void multiply_block(const typename Step::Element* tile, int64_t width
 constexpr int kBlockRows = kLanes == 16 ? 8 : 4;
 constexpr int kBlockPanels = 3;
 
-template <typename Step, int R>
-QVL_INLINE void multiply_rows(const typename Step::Element* tile, int64_t width, int n_steps,
-                              const char* panels, size_t panel_bytes, int n_panels, bool first, float* c,
-                              int64_t c_stride) {
-  int q = 0;
-  while (q < n_panels) {
-    const char* from = panels + static_cast<size_t>(q) * panel_bytes;
-    float* to = c + q * kLanes;
-    const int left = n_panels - q;
-    if (left >= kBlockPanels && left != kBlockPanels + 1) {  // 4 left: 2 and 2
-      multiply_block<Step, R, 3>(tile, width, n_steps, from, panel_bytes, first, to, c_stride);
-      q += 3;
-    } else if (left >= 2) {
-      multiply_block<Step, R, 2>(tile, width, n_steps, from, panel_bytes, first, to, c_stride);
-      q += 2;
-    } else {
-      multiply_block<Step, R, 1>(tile, width, n_steps, from, panel_bytes, first, to, c_stride);
-      q += 1;
-    }
+// All rows against P panels: these stay in the first-level cache, the rows pass by.
+template <typename Step, int P>
+QVL_INLINE void multiply_panels(const typename Step::Element* tile, int64_t width, int rows, int n_steps,
+                                const char* panels, size_t panel_bytes, bool first, float* c,
+                                int64_t c_stride) {
+  int r = 0;
+  for (; r + kBlockRows <= rows; r += kBlockRows) {
+    multiply_block<Step, kBlockRows, P>(tile + r * width, width, n_steps, panels, panel_bytes, first,
+                                        c + r * c_stride, c_stride);
+  }
+  for (; r < rows; ++r) {
+    multiply_block<Step, 1, P>(tile + r * width, width, n_steps, panels, panel_bytes, first, c + r * c_stride,
+                               c_stride);
   }
 }
 
@@ -208,15 +230,20 @@ void multiply_tile(const void* tile, int64_t width, int rows, int n_k, const voi
                    int n_panels, bool first, float* c, int64_t c_stride) {
   const int n_steps = (n_k + Step::kPerStep - 1) / Step::kPerStep;
   const auto* from = static_cast<const typename Step::Element*>(tile);
-  const auto* x = static_cast<const char*>(panels);
-  int r = 0;
-  for (; r + kBlockRows <= rows; r += kBlockRows) {
-    multiply_rows<Step, kBlockRows>(from + r * width, width, n_steps, x, panel_bytes, n_panels, first,
-                                    c + r * c_stride, c_stride);
-  }
-  for (; r < rows; ++r) {
-    multiply_rows<Step, 1>(from + r * width, width, n_steps, x, panel_bytes, n_panels, first,
-                           c + r * c_stride, c_stride);
+  for (int q = 0; q < n_panels;) {
+    const char* x = static_cast<const char*>(panels) + static_cast<size_t>(q) * panel_bytes;
+    float* to = c + q * kLanes;
+    const int left = n_panels - q;
+    if (left >= kBlockPanels && left != kBlockPanels + 1) {  // 4 left: 2 and 2
+      multiply_panels<Step, 3>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride);
+      q += 3;
+    } else if (left >= 2) {
+      multiply_panels<Step, 2>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride);
+      q += 2;
+    } else {
+      multiply_panels<Step, 1>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride);
+      q += 1;
+    }
   }
 }
 

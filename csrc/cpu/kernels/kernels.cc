@@ -49,6 +49,7 @@ constexpr Kernels make() {
   k.unpack_tile[0][QVL_INT4_G64] = unpack_to_f32<UnpackInt4<64>>;
   k.unpack_tile[0][QVL_INT4_G128] = unpack_to_f32<UnpackInt4<128>>;
   k.multiply_tile[0] = multiply_tile<StepF32>;
+  k.write_block = write_block;
 #if defined(__AVX512BF16__)
   k.bf16_dot = true;
   k.unpack_tile[1][QVL_BFLOAT16] = copy_bf16;

@@ -49,13 +49,23 @@ QVL_INLINE Floats all(float value) {
 
 // The first n lanes of memory; zero behind them.
 QVL_INLINE Floats load_some(const float* memory, int n) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), memory));
+#else
+  if (n == kLanes) return load<Floats>(memory);
   Floats v{};
   __builtin_memcpy(&v, memory, static_cast<size_t>(n) * sizeof(float));
   return v;
+#endif
 }
 
 QVL_INLINE void store_some(float* memory, Floats v, int n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(memory, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
+#else
+  if (n == kLanes) return store(memory, v);
   __builtin_memcpy(memory, &v, static_cast<size_t>(n) * sizeof(float));
+#endif
 }
 
 QVL_INLINE Floats select(Ints mask, Floats yes, Floats no) {
@@ -66,6 +76,37 @@ QVL_INLINE Floats max(Floats a, Floats b) {
 }
 QVL_INLINE Floats min(Floats a, Floats b) {
   return a < b ? a : b;
+}
+
+// Lane i of the result is lane from[i] of a, or of b where from[i] >= kLanes.
+QVL_INLINE Words shuffle(Words a, Words b, Words from) {
+#if defined(__clang__)
+  Words v;
+  for (int i = 0; i < kLanes; ++i) v[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
+  return v;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// Rows become columns: squares of 1, 2, 4 ... lanes off the diagonal change places.
+QVL_INLINE void transpose(Words (&v)[kLanes]) {
+#pragma GCC unroll 4
+  for (int side = 1; side < kLanes; side *= 2) {
+    Words upper, lower;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      upper[i] = i & side ? kLanes + i - side : i;
+      lower[i] = i & side ? kLanes + i : i + side;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & side) continue;
+      const Words a = v[i], b = v[i + side];
+      v[i] = shuffle(a, b, upper);
+      v[i + side] = shuffle(a, b, lower);
+    }
+  }
 }
 
 // Halving sums, in an order that depends on nothing but the width.
