@@ -1,0 +1,53 @@
+// Engines behind the custom operators: made at an operator's first run, found again by its weights.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "paddle/phi/api/ext/op_meta_info.h"
+#include "qwenvl.h"
+
+namespace qvl::paddle_ops {
+
+// What an operator's attributes say about the engine and its weights; see ops.cc for their order.
+struct Description {
+  const std::vector<int>& sizes;
+  float norm_epsilon, rotary_base;
+  const std::vector<std::string>& names;
+  const std::vector<int>& dtypes;
+  const std::vector<int>& shapes;  // four a weight, 0 behind the last axis
+};
+
+// An engine, the weights it refers to, and the pools made for it.
+class Session {
+ public:
+  Session(const Description& description, const std::vector<paddle::Tensor>& weights);
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+  ~Session();
+
+  qvl_engine* engine() const { return engine_; }
+
+  // Pool `id`, made when it is first asked for.
+  qvl_kv_pool* pool(int64_t id, int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype);
+  void free_pool(int64_t id);
+
+  // Whether nobody but this session holds the weights any more: their program is gone.
+  bool abandoned() const;
+
+ private:
+  std::vector<paddle::Tensor> weights_;
+  qvl_engine* engine_ = nullptr;
+  std::map<int64_t, qvl_kv_pool*> pools_;
+};
+
+// The session of these weights.
+std::shared_ptr<Session> session(const Description& description, const std::vector<paddle::Tensor>& weights);
+
+// Throws what Paddle turns into an error of the run.
+void check(qvl_status status, const qvl_error& error);
+
+}  // namespace qvl::paddle_ops
