@@ -1,0 +1,49 @@
+"""The custom operators in this process: registered with Paddle once, and called in programs of both forms."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from paddlemix_qwenvl_plugin.ops.build import library
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Build the library if need be, and have Paddle know its operators.
+
+    Raises:
+        QwenVLError: it cannot be built.
+    """
+    from paddle.base import core
+
+    path = library()
+    core.load_op_meta_info_and_register_op(str(path))
+    return ctypes.CDLL(str(path))
+
+
+def call(name: str, inputs: dict[str, Any], attributes: dict[str, Any], outputs: Sequence[str]) -> list[Any]:
+    """Run an operator, or append it to the program that is being built.
+
+    Args:
+        inputs: by name in the operator's order; a list of tensors for `weights`.
+        attributes: by name in the operator's order.
+        outputs: names in the operator's order.
+    """
+    from paddle import _C_ops
+    from paddle.base.layer_helper import LayerHelper
+    from paddle.framework import in_dynamic_or_pir_mode
+
+    load()
+    if in_dynamic_or_pir_mode():
+        result = _C_ops._run_custom_op(  # type: ignore[attr-defined]
+            name, *inputs.values(), *attributes.values()
+        )
+        return list(result) if isinstance(result, (list, tuple)) else [result]
+    helper = LayerHelper(name)
+    made = [helper.create_variable_for_type_inference("float32") for _ in outputs]
+    given = {f"{key}@VECTOR" if isinstance(value, list) else key: value for key, value in inputs.items()}
+    helper.append_op(type=name, inputs=given, outputs=dict(zip(outputs, made)), attrs=attributes)
+    return made
