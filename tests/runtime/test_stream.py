@@ -80,25 +80,9 @@ def test_options_draw_the_same(vl):
     assert vl.stream("Hi", **options).finish().token_ids == vl.generate("Hi", **options).token_ids
 
 
-text = st.lists(
-    st.sampled_from(
-        [
-            "<ref>",
-            "</ref>",
-            "<box>",
-            "</box>",
-            "<quad>",
-            "</quad>",
-            "(1,2),(30,40)",
-            "(5,6)",
-            " ",
-            "a dog",
-            "<",
-        ]
-        + ["图中", "狗", "é", "<re", ">", "(1,2),(3,4),(5,6),(7,8)", "\n"]
-    ),
-    max_size=12,
-).map("".join)
+TAGS = "<ref> </ref> <box> </box> <quad> </quad> (1,2),(30,40) (5,6) (1,2),(3,4),(5,6),(7,8)"
+WORDS = ["a dog", "图中", "狗", "é", "<", "<re", ">", " ", "\n"]
+text = st.lists(st.sampled_from([*TAGS.split(), *WORDS]), max_size=12).map("".join)
 
 
 @settings(deadline=None, max_examples=400)
@@ -154,7 +138,7 @@ def test_a_closed_stream_stops_the_work(vl, work):
 def test_wrong_requests_fail_before_the_first_piece(vl):
     with pytest.raises(UsageError, match="top_p"):
         vl.stream("Hi", top_p=2)
-    with pytest.raises(UsageError, match="no such picture|does not exist|not there"):
+    with pytest.raises(UsageError, match=r"nothing\.png"):
         vl.stream([{"image": "nothing.png"}])
 
 
@@ -198,7 +182,7 @@ def test_chat_runs_only_what_is_new(vl, work):
 
 
 def test_chat_equals_the_same_turns_without_a_cache(vl):
-    """Six turns, past the length at which the rotary base grows, with new pictures, one seen before, and one cut off."""
+    """Six turns, past where the rotary base grows, with new pictures, one seen before, and an answer cut off."""
     chat = vl.chat("Be brief.")
     queries = [PICTURE, "Sure?", OTHER_PICTURE, "Which is larger?", PICTURE, "Why?"]
     for turn, query in enumerate(queries):
