@@ -25,7 +25,6 @@ class Chat:
     picture is neither encoded nor prefilled again.
 
     Attributes:
-        history: (query, answer) of each turn, the oldest first.
         system: the system message.
     """
 
@@ -34,9 +33,14 @@ class Chat:
         self.system = system
         self.clear()
 
+    @property
+    def history(self) -> tuple[tuple[Query, str], ...]:
+        """(query, answer) of each turn, the oldest first."""
+        return tuple(self._history)
+
     def clear(self) -> None:
         """Forget all turns."""
-        self.history: list[tuple[Query, str]] = []
+        self._history: list[tuple[Query, str]] = []
         self._pixels: list[NDArray[np.float32]] = []
         self._image_size: Optional[tuple[int, int]] = None
         self._ids: list[int] = []
@@ -70,7 +74,7 @@ class Chat:
         cache = self._cache.first(n_kept) if self._cache is not None and n_kept else None
 
         def remember(answer: Answer, cache: KVCache) -> None:
-            self.history.append((query, answer.text))
+            self._history.append((query, answer.text))
             self._pixels = pixels
             self._image_size = image_size
             self._ids = [*ids, *answer.token_ids[:-1]]
