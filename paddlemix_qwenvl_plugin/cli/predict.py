@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import typer
 
 if TYPE_CHECKING:
-    from paddlemix_qwenvl_plugin.runtime.predictor import Answer
+    from paddlemix_qwenvl_plugin.runtime.answer import Answer
 
 _DRAW_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
