@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
 
 from paddlemix_qwenvl_plugin.demo_world.tasks import held_out
 from paddlemix_qwenvl_plugin.evaluation.demo import mark, score, table
@@ -34,11 +36,17 @@ VALIDATION = (
 
 def main() -> None:
     options = _options()
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     torch.manual_seed(options.seed)
     config = json.loads((FOLDER / "config.json").read_text("utf-8"))
     tokenizer = QwenTokenizer.from_folder(FOLDER)
-    feed = Feed(FOLDER, config["visual"]["image_size"], options.first_shard, options.shards, options.workers)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    first = options.first_shard + rank * options.shards
+    feed = Feed(FOLDER, config["visual"]["image_size"], first, options.shards, options.workers)
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if ranks > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.backends.cuda.matmul.allow_tf32 = True
     model, scored = QwenVL(config).to(device), QwenVL(config).to(device)
     if options.init:
@@ -50,12 +58,13 @@ def main() -> None:
             block.compile(dynamic=False)
     chosen = optimisers(model, options.lr)
     base = [group["lr"] for one in chosen for group in one.param_groups]
-    random = torch.Generator().manual_seed(options.seed)
+    random = torch.Generator().manual_seed(options.seed * ranks + rank)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     losses: list[torch.Tensor] = []
     for step in range(options.steps):
-        elapsed = time.perf_counter() - began
         # On a slower machine the schedule ends at the time limit, with fewer steps.
+        if step % 10 == 0:
+            elapsed = _everywhere(time.perf_counter() - began, device)
         progress = max(step / options.steps, elapsed / (60 * options.minutes))
         last = progress >= 1 or step + 1 == options.steps
         factor = schedule(step, progress)
@@ -72,6 +81,8 @@ def main() -> None:
                 loss = model.loss(*batch)
             (weight * loss).backward()
             losses.append(loss.detach())
+        if ranks > 1:
+            _average_gradients(model, ranks)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for one in chosen:
             one.step()
@@ -79,7 +90,7 @@ def main() -> None:
         # The average of the last few hundred steps is what is kept.
         blend = 1 - min(0.998, step / (step + 10))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], blend)
-        if (step + 1) % options.report == 0:
+        if (step + 1) % options.report == 0 and rank == 0:
             recent = torch.stack(losses).float().view(-1, 2).mean(0).tolist()
             losses.clear()
             print(
@@ -88,12 +99,29 @@ def main() -> None:
             )
         if last:
             feed.close()
-        if last or (step + 1) % options.evaluate == 0:
+        if (last or (step + 1) % options.evaluate == 0) and rank == 0:
             save(average, options.out)
             scored.load_state_dict(average)
             _score(scored, tokenizer, options.samples * (4 if last else 1), show=40 if last else 0)
         if last:
             break
+
+
+def _everywhere(seconds: float, device: torch.device) -> float:
+    """The first process's value, for all processes."""
+    if not distributed.is_initialized():
+        return seconds
+    value = torch.tensor(seconds, device=device)
+    distributed.broadcast(value, 0)
+    return float(value)
+
+
+def _average_gradients(model: QwenVL, ranks: int) -> None:
+    gradients = [parameter.grad for parameter in model.parameters()]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / ranks
+    distributed.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
 
 
 def load(model: QwenVL, file: Path) -> None:
