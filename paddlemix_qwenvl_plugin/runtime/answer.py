@@ -62,6 +62,22 @@ class Answer:
         }
 
 
+def answer_of(
+    tokenizer: QwenTokenizer,
+    token_ids: list[int],
+    ends: Sequence[int],
+    image_size: Optional[tuple[int, int]],
+    finish_reason: str,
+    timings: dict[str, float],
+) -> Answer:
+    """Read the generated tokens; `ends` are those that end the answer, the others as in Answer."""
+    text = tokenizer.decode(token_ids[:-1] if token_ids and token_ids[-1] in ends else token_ids)
+    parsed = parse_boxes(text)
+    return Answer(
+        text, tuple(parsed.boxes), image_size, tuple(parsed.problems), token_ids, finish_reason, timings
+    )
+
+
 class AnswerStream(Iterator[Piece]):
     """An answer in pieces, generated as they are asked for.
 
@@ -130,17 +146,13 @@ class AnswerStream(Iterator[Piece]):
     @property
     def answer(self) -> Answer:
         """The whole answer, or what was said so far."""
-        tokens = list(self._sampler.tokens) if self._sampler else []
-        text = self._tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in self._ends else tokens)
-        parsed = parse_boxes(text)
-        return Answer(
-            text=text,
-            boxes=tuple(parsed.boxes),
-            image_size=self._image_size,
-            problems=tuple(parsed.problems),
-            token_ids=tokens,
-            finish_reason=self._sampler.finish_reason if self._sampler and self._ended else "cancelled",
-            timings=dict(self._timings),
+        return answer_of(
+            self._tokenizer,
+            list(self._sampler.tokens) if self._sampler else [],
+            self._ends,
+            self._image_size,
+            self._sampler.finish_reason if self._sampler and self._ended else "cancelled",
+            dict(self._timings),
         )
 
     def _generate(self) -> Generator[Piece, None, None]:
