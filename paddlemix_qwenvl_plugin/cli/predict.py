@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
+from paddlemix_qwenvl_plugin.cli import options as flags
 from paddlemix_qwenvl_plugin.errors import UsageError
 from paddlemix_qwenvl_plugin.files import write_beside
 
@@ -19,30 +20,26 @@ _DRAW_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tif
 
 
 def predict(
-    first_model_path: Path = typer.Option(..., "--first_model_path", help="Exported vision stage (prefix)."),
-    second_model_path: Path = typer.Option(
-        ..., "--second_model_path", help="Exported language stage (prefix)."
-    ),
-    model: Optional[Path] = typer.Option(
-        None, "--model_name_or_path", help="Folder with the tokenizer; default: beside the language stage."
-    ),
+    first_model_path: flags.FirstModelPath,
+    second_model_path: flags.SecondModelPath,
+    model: flags.ModelFolder = None,
     image: Optional[list[str]] = typer.Option(
         None, "--image", help="Picture: path, data URL or http(s) URL; may be repeated."
     ),
     prompt: str = typer.Option("", "--prompt", help="Question or instruction."),
     chat: bool = typer.Option(False, "--chat", help="Use the chat form (Qwen-VL-Chat)."),
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message (chat)."),
-    device: str = typer.Option("cpu", "--device", help="cpu, gpu or gpu:N."),
-    max_new_tokens: int = typer.Option(512, "--max_new_tokens"),
-    min_new_tokens: int = typer.Option(0, "--min_new_tokens"),
-    temperature: Optional[float] = typer.Option(None, "--temperature", help="Sample; default: greedy."),
-    top_p: Optional[float] = typer.Option(None, "--top_p"),
-    top_k: Optional[int] = typer.Option(None, "--top_k"),
-    repetition_penalty: float = typer.Option(1.0, "--repetition_penalty"),
-    frequency_penalty: float = typer.Option(0.0, "--frequency_penalty"),
-    presence_penalty: float = typer.Option(0.0, "--presence_penalty"),
-    seed: Optional[int] = typer.Option(None, "--seed"),
-    allow_http: bool = typer.Option(False, "--allow-http", help="Let pictures come from http(s) URLs."),
+    device: flags.Device = "cpu",
+    max_new_tokens: flags.MaxNewTokens = 512,
+    min_new_tokens: flags.MinNewTokens = 0,
+    temperature: flags.Temperature = None,
+    top_p: flags.TopP = None,
+    top_k: flags.TopK = None,
+    repetition_penalty: flags.RepetitionPenalty = 1.0,
+    frequency_penalty: flags.FrequencyPenalty = 0.0,
+    presence_penalty: flags.PresencePenalty = 0.0,
+    seed: flags.Seed = None,
+    allow_http: flags.AllowHttp = False,
     as_json: bool = typer.Option(False, "--json", help="Print the whole answer as JSON."),
     output: Optional[Path] = typer.Option(
         None, "--output", help="Also write the answer as JSON to this file."
