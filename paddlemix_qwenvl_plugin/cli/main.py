@@ -11,6 +11,7 @@ import typer
 
 from paddlemix_qwenvl_plugin.cli import (
     batch,
+    chat,
     convert,
     doctor,
     export,
@@ -47,6 +48,7 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
 
 app.command("predict")(predict.predict)
 app.command("batch")(batch.batch)
+app.command("chat")(chat.chat)
 app.command("export-vision")(export.export_vision)
 app.command("export-language")(export.export_language)
 app.command("convert")(convert.convert)

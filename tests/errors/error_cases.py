@@ -39,6 +39,7 @@ class Bench:
         # If set, the command runs in a process that cannot write larger files, as on a full disk.
         self.max_file_bytes: int | None = None
         self.stdout: str | None = None
+        self.stdin = b""
 
     def model(self) -> Path:
         """A copy of the tiny model in model/."""
@@ -96,6 +97,11 @@ class Bench:
             self.exported()
         stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
         return ["predict", *stages, "--prompt", prompt, "--max_new_tokens", "2", *more]
+
+    def chat(self, *lines: str, more: tuple[str, ...] = ()) -> list[str]:
+        """`chat` with these lines piped into it."""
+        self.stdin = "".join(f"{line}\n" for line in lines).encode()
+        return ["chat", *self.predict(*more)[1:5], "--max_new_tokens", "2", *more]
 
     def look_at(self, content: bytes | Image.Image, name: str) -> list[str]:
         """`predict` with a picture of this content."""
@@ -762,6 +768,74 @@ cases(
         "a `</img>` in a picture's name": predict("--image", "a</img>b.png"),
     }
 )
+
+# chat
+
+cases(
+    {
+        "`chat` with an option out of range": lambda bench: bench.chat("Hello", more=("--top_k", "0")),
+        "`chat --image` of a picture that is not there": lambda bench: bench.chat(
+            more=("--image", "dog.png")
+        ),
+    }
+)
+
+
+@case("`chat` with stages that lack the vocabulary")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.chat()
+    Path("text/qwen.tiktoken").unlink()
+    return arguments
+
+
+cases(
+    {
+        "an unknown command of a chat": lambda bench: bench.chat("/explain", "Hello"),
+        "a word behind `/clear`": lambda bench: bench.chat("/clear all"),
+        "`/image` of a picture that is not there": lambda bench: bench.chat("/image dog.png"),
+    }
+)
+
+
+@case("`/image` of a damaged picture")
+def _(bench: Bench) -> list[str]:
+    Path("dog.png").write_bytes(STREET.read_bytes()[:5000])
+    return bench.chat("/image dog.png")
+
+
+cases(
+    {
+        "`/image` without a path, and no picture to drop": lambda bench: bench.chat("/image"),
+        "`/save` without a name": lambda bench: bench.chat("Hello", "/save"),
+        "`/save` to another kind of file": lambda bench: bench.chat("Hello", "/save talk.txt"),
+        "`/save` before the first answer": lambda bench: bench.chat("/save talk.md"),
+    }
+)
+
+
+@case("`/save` to a file that exists")
+def _(bench: Bench) -> list[str]:
+    Path("talk.md").write_text("mine")
+    return bench.chat("Hello", "/save talk.md")
+
+
+@case("`/save` to a folder that is not there")
+def _(bench: Bench) -> list[str]:
+    return bench.chat("Hello", "/save out/talk.md")
+
+
+@case("no more room on the disk for `/save`")
+def _(bench: Bench) -> list[str]:
+    bench.max_file_bytes = 16
+    return bench.chat("Hello", "/save talk.json")
+
+
+@case("lines that are not text")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.chat()
+    bench.stdin = b"What is \xff?\n"
+    return arguments
+
 
 # Recipes
 
