@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import typer
+
+from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.files import write_beside
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.answer import Answer
@@ -53,7 +55,6 @@ def predict(
     ),
 ) -> None:
     """Ask about pictures through both exported stages."""
-    from paddlemix_qwenvl_plugin.errors import UsageError
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
     sources = image or []
@@ -85,9 +86,9 @@ def predict(
         presence_penalty=presence_penalty,
         seed=seed,
     )
-    result = as_dict(answer)
+    result = answer.as_dict()
     if output is not None:
-        _write_beside(
+        write_beside(
             output,
             lambda partial: partial.write_text(
                 json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8"
@@ -104,43 +105,9 @@ def predict(
         print(f"qwenvl: {problem}", file=sys.stderr)
 
 
-def as_dict(answer: Answer) -> dict[str, Any]:
-    """The answer as JSON-ready values; a box has `points` in thousandths and, of the last picture, `pixels`."""
-    size = answer.image_size
-    return {
-        "text": answer.text,
-        "boxes": [
-            {
-                "kind": box.kind,
-                "ref": box.ref,
-                "points": box.points,
-                "pixels": box.to_pixels(*size) if size else None,
-            }
-            for box in answer.boxes
-        ],
-        "image_size": size,
-        "problems": list(answer.problems),
-        "token_ids": answer.token_ids,
-        "finish_reason": answer.finish_reason,
-        "timings": {name: round(value, 4) for name, value in answer.timings.items()},
-    }
-
-
 def _draw(target: Path, source: str, answer: Answer, allow_http: bool) -> None:
     from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
     from paddlemix_qwenvl_plugin.processing.images import load_image
 
     drawn = draw_boxes(load_image(source, allow_http=allow_http), answer.boxes)
-    _write_beside(target, drawn.save)
-
-
-def _write_beside(target: Path, write: Callable[[Path], Any]) -> None:
-    from paddlemix_qwenvl_plugin.errors import naming
-
-    partial = target.with_name(f".partial-{target.name}")
-    try:
-        with naming(target):
-            write(partial)
-            partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_beside(target, drawn.save)

@@ -100,9 +100,13 @@ class QwenVL:
     def _generator(self) -> Generator:
         return Generator(self._language_stage)
 
-    def _load(self, vision: bool) -> None:
-        """Open what a prompt needs now rather than at its first use, so that it is timed apart."""
-        _ = self._generator
+    def load(self, vision: bool = True) -> None:
+        """Open the vocabulary and the programs, stage 1 only with `vision`, now rather than at their first use.
+
+        Raises:
+            UsageError, QwenVLError: files that are missing or damaged.
+        """
+        _ = self.tokenizer, self._generator
         if vision:
             _ = self._vision
 
@@ -251,7 +255,7 @@ class QwenVL:
 
         def begin(timings: dict[str, float]) -> tuple[RowSampler, Iterator[KVCache]]:
             start = time.perf_counter()
-            self._load(vision=len(pixels) > 0)
+            self.load(vision=len(pixels) > 0)
             loaded = time.perf_counter()
             features = self.encode_images(np.asarray(pixels)) if len(pixels) else None
             pictures, positions = self._check_features(ids, lengths, features)
