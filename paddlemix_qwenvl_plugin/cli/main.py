@@ -9,7 +9,17 @@ from typing import Any, NoReturn
 
 import typer
 
-from paddlemix_qwenvl_plugin.cli import convert, doctor, export, make_tiny, patches, predict, recipes, run
+from paddlemix_qwenvl_plugin.cli import (
+    convert,
+    demo,
+    doctor,
+    export,
+    make_tiny,
+    patches,
+    predict,
+    recipes,
+    run,
+)
 from paddlemix_qwenvl_plugin.errors import (
     QwenVLError,
     line_of,
@@ -35,6 +45,7 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
         os.environ["QWENVL_DEBUG"] = "1"
 
 
+app.command("demo")(demo.demo)
 app.command("predict")(predict.predict)
 app.command("export-vision")(export.export_vision)
 app.command("export-language")(export.export_language)

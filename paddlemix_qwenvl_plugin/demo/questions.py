@@ -55,7 +55,7 @@ def _question(
 # No training seed begins with "demo".
 QUESTIONS = (
     _question("caption", "A caption", captions.caption, "demo caption 98"),
-    _question("grounded", "A caption with boxes", captions.grounded_caption, "demo grounded 85", form="base"),
+    _question("grounded", "A caption with boxes", captions.grounded_caption, "demo grounded 66", form="base"),
     _question("locate", "Find a thing", captions.locate, "demo locate 91"),
     _question("relation", "A question", questions.side, "demo relation 109"),
     _question("count", "Counting", questions.count, "demo count 16"),
