@@ -51,7 +51,7 @@ def _question(
     return Question(name, title, Sample(scenes, (turn,), form))
 
 
-# The seeds were chosen for the looks of the pictures, before the model was trained.
+# The seeds were chosen for the looks of the pictures, before any answer was seen.
 # No training seed begins with "demo".
 QUESTIONS = (
     _question("caption", "A caption", captions.caption, "demo caption 98"),
@@ -60,6 +60,6 @@ QUESTIONS = (
     _question("relation", "A question", questions.side, "demo relation 109"),
     _question("count", "Counting", questions.count, "demo count 16"),
     _question("read", "Reading", questions.read, "demo read 78"),
-    _question("pair", "Two pictures", pairs.which, "demo pair 39", n_pictures=2),
+    _question("pair", "Two pictures", pairs.which, "demo pair 38", n_pictures=2),
     _question("chinese", "In Chinese", captions.grounded_caption, "demo zh 32", language="zh"),
 )

@@ -7,6 +7,9 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Optional
+
+from PIL import Image
 
 from paddlemix_qwenvl_plugin.checkpoint.tensors import language_specs, vision_specs
 from paddlemix_qwenvl_plugin.demo.page import html_page
@@ -28,7 +31,7 @@ _MAX_NEW_TOKENS = (
 )
 
 
-def run_demo(out: Path, say: Callable[[str], None], model: Path = MODEL) -> Run:
+def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None) -> Run:
     """Write `index.html`, `sheet.png`, `answers.json` and the exported stages `vision/vision` and `text/qwen` to `out`.
 
     Files of these names are replaced, others are left alone.
@@ -36,12 +39,13 @@ def run_demo(out: Path, say: Callable[[str], None], model: Path = MODEL) -> Run:
     Args:
         out: a folder, made if it is not there.
         say: called with each line for the user, as things happen.
-        model: the folder of the demo model.
+        model: another folder than that of the shipped model.
 
     Raises:
         UsageError: `out` cannot be made.
         QwenVLError: the model's weights are not in the installation.
     """
+    model = model or MODEL
     weights = model / "model.safetensors"
     if not weights.is_file():
         raise QwenVLError(f"{weights}: the demo model's weights are missing; install the package again")
@@ -72,8 +76,13 @@ def run_demo(out: Path, say: Callable[[str], None], model: Path = MODEL) -> Run:
 
 def _ask(pair: QwenVL, question: Question) -> Result:
     sample = question.sample
-    parts = sample.parts(question.pictures)
-    return Result(question, pair.generate(parts, chat=sample.form == "chat", max_new_tokens=_MAX_NEW_TOKENS))
+    images = []
+    for path in question.pictures:
+        # Opened here: in a prompt a path may have 256 bytes, and nobody knows where this is installed.
+        with Image.open(path) as file:
+            images.append(file.convert("RGB"))
+    answer = pair.generate(sample.parts(images), chat=sample.form == "chat", max_new_tokens=_MAX_NEW_TOKENS)
+    return Result(question, answer)
 
 
 def _answer_lines(result: Result) -> list[str]:

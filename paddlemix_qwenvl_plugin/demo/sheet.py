@@ -17,7 +17,7 @@ SIDE = 300
 GAP = 16
 _FONT = 15
 _LINE = 20
-_INK, _SOFT, _WRONG, _PAPER, _EDGE = "#16191f", "#596273", "#a3121f", "#ffffff", "#d5dae1"
+_INK, _SOFT, _RIGHT, _WRONG, _PAPER, _EDGE = "#16191f", "#596273", "#12693a", "#a3121f", "#ffffff", "#d5dae1"
 _NO_FONT = "(Chinese, and no font for it here: see the page)"
 
 # (colour, text)
@@ -77,7 +77,7 @@ def _labelled(box: Box) -> Box:
 def _text(result: Result) -> _Lines:
     width = len(result.question.pictures) * (SIDE + GAP) - GAP
     answer = parse_boxes(result.answer.text).text
-    verdict = (_SOFT, f"right, {result.seconds:.1f} s") if result.right else (_WRONG, "wrong")
+    verdict = (_RIGHT, "right") if result.right else (_WRONG, "wrong")
     return [
         *((_SOFT, line) for line in _wrapped(result.question.turn.question, width)),
         *((_INK, line) for line in _wrapped(answer, width)),
