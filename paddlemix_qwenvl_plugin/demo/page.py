@@ -21,7 +21,7 @@ _LANGUAGE = {"en": "en", "zh": "zh-Hans"}
 
 
 def html_page(run: Run, out: Path) -> str:
-    """The page of a run. `out` is the folder with the exported stages, for the command that asks them again."""
+    """The page of a run. `out` is the folder with the stages and the pictures, for the command that asks again."""
     import paddle
 
     return _template("page.html").substitute(
@@ -38,6 +38,7 @@ def html_page(run: Run, out: Path) -> str:
         plugin=escape(__version__),
         vision=escape(shlex.quote(str(out / "vision" / "vision"))),
         language=escape(shlex.quote(str(out / "text" / "qwen"))),
+        picture=escape(shlex.quote(str(out / "pictures" / "caption.png"))),
     )
 
 
@@ -112,11 +113,11 @@ def _marked(answer: Answer) -> str:
         start = words.find(box.ref, position) if box.ref else -1
         badge = f'<mark class="{_colour(number)}"><b>{number + 1}</b>'
         if box.ref and start >= 0:
-            html += f"{escape(words[position:start])}{badge} {escape(box.ref)}</mark>"
+            html += f"{escape(words[position:start])}{badge}&nbsp;{escape(box.ref)}</mark>"
             position = start + len(box.ref)
         else:
             corners = " ".join(f"({x},{y})" for x, y in box.points)
-            rest += f" {badge} {corners}</mark>"
+            rest += f" {badge}&nbsp;{corners}</mark>"
     return html + escape(words[position:]) + rest
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -32,7 +34,7 @@ _MAX_NEW_TOKENS = (
 
 
 def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None) -> Run:
-    """Write `index.html`, `sheet.png`, `answers.json` and the exported stages `vision/vision` and `text/qwen` to `out`.
+    """Write index.html, sheet.png, answers.json, pictures/ and the stages vision/vision and text/qwen to `out`.
 
     Files of these names are replaced, others are left alone.
 
@@ -101,6 +103,9 @@ def _write(out: Path, run: Run) -> None:
     answers = json.dumps(run.as_dict(), ensure_ascii=False, indent=1) + "\n"
     sheet = contact_sheet(run.results)
     page = html_page(run, out)
-    write_beside(out / ANSWERS, lambda partial: partial.write_text(answers, "utf-8"))
-    write_beside(out / SHEET, lambda partial: sheet.save(partial, optimize=True))
-    write_beside(out / PAGE, lambda partial: partial.write_text(page, "utf-8"))
+    make_folder(out / "pictures")
+    for picture in (path for result in run.results for path in result.question.pictures):
+        write_beside(out / "pictures" / picture.name, partial(shutil.copyfile, picture))
+    write_beside(out / ANSWERS, lambda path: path.write_text(answers, "utf-8"))
+    write_beside(out / SHEET, lambda path: sheet.save(path, optimize=True))
+    write_beside(out / PAGE, lambda path: path.write_text(page, "utf-8"))

@@ -69,7 +69,7 @@ class Page(HTMLParser):
     def texts(self, tag: str, css: str = "") -> list[str]:
         """The text of each element of a tag and a class."""
         return [
-            "".join(text)
+            "".join(text).replace("\xa0", " ")
             for name, attributes, text in self.elements
             if name == tag and css in (attributes.get("class") or "")
         ]

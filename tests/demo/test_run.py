@@ -41,7 +41,8 @@ def test_a_second_run_replaces_its_own_files_only(
     lines: list[str] = []
     assert run_demo(out, lines.append, random_model).right == 0
     written = files(out)
-    assert {"index.html", "sheet.png", "answers.json", "vision/vision.json", "text/qwen.json"} <= written
+    assert {"index.html", "sheet.png", "answers.json", "pictures/pair-2.png"} <= written
+    assert {"vision/vision.json", "text/qwen.json"} <= written
     assert not [name for name in written if "partial" in name]
     questions = [line[7:] for line in lines if line.startswith("    Q  ")]
     assert questions == [question.turn.question for question in QUESTIONS]
