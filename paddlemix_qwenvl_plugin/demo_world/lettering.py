@@ -24,13 +24,13 @@ def stroke(pixels: float) -> int:
 
 @cache
 def ink(text: str) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of the ink for font size 1, from the pen's origin."""
+    """Left, top, right, bottom for font size 1, from the pen's origin: the ink and the outer letters' spacing."""
     left, top, right, bottom = font(_MEASURED_AT).getbbox(text, stroke_width=stroke(_MEASURED_AT))
     return left / _MEASURED_AT, top / _MEASURED_AT, right / _MEASURED_AT, bottom / _MEASURED_AT
 
 
 def text_corners(text: str, size: float) -> list[tuple[float, float]]:
-    """Corners of the rectangle around the ink of `text` in font size `size`, centred on the origin."""
+    """Corners of the rectangle around `text` in font size `size`, centred on the origin."""
     left, top, right, bottom = ink(text)
     x, y = (right - left) / 2 * size, (bottom - top) / 2 * size
     return [(-x, -y), (x, -y), (x, y), (-x, y)]

@@ -40,7 +40,7 @@ class Thing:
 
     @cached_property
     def corners(self) -> Points:
-        """The polygon that is drawn; of a word, the corners of the rectangle around its ink."""
+        """The polygon that is drawn; of a word, the corners of the rectangle around it."""
         x, y = self.centre
         raw = (
             text_corners(self.text, self.extent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from demo_helpers import Page
 from PIL import Image
 
-from paddlemix_qwenvl_plugin.cli.main import main
+from paddlemix_qwenvl_plugin.cli.main import app, main
 from paddlemix_qwenvl_plugin.demo import run as run_module
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
 from paddlemix_qwenvl_plugin.demo.run import MODEL, run_demo
@@ -32,29 +33,29 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_second_run_replaces_its_own_files_only(
+OWN = {
+    "index.html",
+    "sheet.png",
+    "answers.json",
+    *(f"pictures/{path.name}" for question in QUESTIONS for path in question.pictures),
+    *(f"vision/vision.{end}" for end in ("json", "pdmodel", "pdiparams", "manifest.json")),
+    *(f"text/qwen.{end}" for end in ("json", "pdmodel", "pdiparams", "manifest.json")),
+    *(f"text/{name}" for name in ("qwen.step.json", "qwen.step.pdmodel", "config.json", "qwen.tiktoken")),
+}
+
+
+def test_own_files_are_replaced_and_no_others(
     tmp_path: Path, random_model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """First from Python, then the command, which reports wrong answers when the page is written."""
-    monkeypatch.setattr(run_module, "_MAX_NEW_TOKENS", 4)  # a random model does not stop by itself
-    out = tmp_path / "new" / "qwenvl-demo"
-    lines: list[str] = []
-    assert run_demo(out, lines.append, random_model).right == 0
-    written = files(out)
-    assert {"index.html", "sheet.png", "answers.json", "pictures/pair-2.png"} <= written
-    assert {"vision/vision.json", "text/qwen.json"} <= written
-    assert not [name for name in written if "partial" in name]
-    questions = [line[7:] for line in lines if line.startswith("    Q  ")]
-    assert questions == [question.turn.question for question in QUESTIONS]
-    assert sum("WRONG, the picture shows" in line for line in lines) == 8
-
-    mine = ["notes.txt", "vision/notes.txt", "text/mine.json"]
-    for name in mine:
-        (out / name).write_text("mine")
-    for name in ("index.html", "sheet.png", "answers.json"):
+    """A run with a random model into a folder with everything in it; wrong answers are an error in the end."""
+    mine = ["notes.txt", "vision/notes.txt", "text/mine.json", "pictures/mine.png"]
+    out = tmp_path / "qwenvl-demo"
+    for name in (*mine, *OWN):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("old")
-    monkeypatch.chdir(out.parent)
-    monkeypatch.setattr(run_module, "run_demo", lambda out, say: run_demo(out, say, random_model))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_module, "_MAX_NEW_TOKENS", 4)  # a random model does not stop by itself
+    monkeypatch.setattr(run_module, "MODEL", random_model)
     monkeypatch.setattr(sys, "argv", ["qwenvl", "demo"])
     with pytest.raises(SystemExit) as exit_info:
         main()
@@ -63,8 +64,12 @@ def test_a_second_run_replaces_its_own_files_only(
     # Paddle's own notes come before it in this process, which set them up otherwise than the command does.
     assert printed.err.splitlines()[-1].startswith("qwenvl: 8 of the demo's 8 answers are wrong")
     assert "0 of 8 answers are right." in printed.out
-    assert files(out) == written | set(mine)
-    assert all((out / name).read_text() == "mine" for name in mine)
+    questions = [line[7:] for line in printed.out.splitlines() if line.startswith("    Q  ")]
+    assert questions == [question.turn.question for question in QUESTIONS]
+    assert printed.out.count("WRONG, the picture shows") == 8
+
+    assert files(out) == {*mine, *OWN}
+    assert {name for name in files(out) if (out / name).read_bytes() == b"old"} == set(mine)
     assert Page((out / "index.html").read_text("utf-8")).texts("h1") == ["0 of 8 answers are right"]
     assert json.loads((out / "answers.json").read_text("utf-8"))["right"] == 0
 
@@ -76,7 +81,9 @@ def test_missing_weights_leave_nothing(tmp_path: Path) -> None:
 
 
 @needs_weights
-def test_the_shipped_model_is_right(tmp_path: Path) -> None:
+def test_the_shipped_model_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The command as a process, on a terminal that knows no Chinese; every answer against the scene."""
     done = subprocess.run(
         [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "demo", "there"],
@@ -107,9 +114,15 @@ def test_the_shipped_model_is_right(tmp_path: Path) -> None:
         if question.name == "read":
             assert all(thing.text in words for thing in scene.texts)
     assert "two" in answers["count"]["answer"]["text"]
-    assert (
-        Page((tmp_path / "there" / "index.html").read_text("utf-8")).texts("span", "verdict") == ["right"] * 8
-    )
+    page = Page((tmp_path / "there" / "index.html").read_text("utf-8"))
+    assert page.texts("span", "verdict") == ["right"] * 8
+
+    # The page's command asks the demo model again.
+    (command,) = [text for text in page.texts("pre") if text.startswith("qwenvl predict")]
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    app(shlex.split(command.replace("\\\n", " "))[1:], standalone_mode=False)
+    assert capfd.readouterr().out == "There are four shapes.\n"
 
     # The documents show what it gives. A system without a Chinese font leaves some words out.
     for readme in ("README.md", "README_zh.md"):
