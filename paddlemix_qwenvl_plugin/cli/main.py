@@ -13,6 +13,7 @@ from paddlemix_qwenvl_plugin.cli import (
     batch,
     chat,
     convert,
+    demo,
     doctor,
     export,
     make_tiny,
@@ -46,6 +47,7 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
         os.environ["QWENVL_DEBUG"] = "1"
 
 
+app.command("demo")(demo.demo)
 app.command("predict")(predict.predict)
 app.command("batch")(batch.batch)
 app.command("chat")(chat.chat)

@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,10 @@ class Bench:
     def recipe_text(self, text: str, *more: str) -> list[str]:
         Path("fake.yaml").write_text(text)
         return ["run", "fake.yaml", *more]
+
+    def demo_model(self, folder: Path) -> None:
+        """`demo` takes this model instead of the shipped one."""
+        self.monkeypatch.setattr("paddlemix_qwenvl_plugin.demo.run.MODEL", folder)
 
     def raising(self, error: BaseException) -> list[str]:
         """`make-tiny`, in which `error` is raised."""
@@ -835,6 +840,30 @@ def _(bench: Bench) -> list[str]:
     arguments = bench.chat()
     bench.stdin = b"What is \xff?\n"
     return arguments
+
+
+# The demo
+
+
+@case("`demo` to a folder that is a file")
+def _(bench: Bench) -> list[str]:
+    bench.demo_model(bench.model())
+    Path("qwenvl-demo").write_text("")
+    return ["demo"]
+
+
+@case("the demo model's weights are missing")
+def _(bench: Bench) -> list[str]:
+    bench.weights()
+    bench.demo_model(Path("model"))
+    return ["demo"]
+
+
+@case("the demo's answers are wrong")
+def _(bench: Bench) -> list[str]:
+    run = SimpleNamespace(right=6, results=[None] * 8)
+    bench.monkeypatch.setattr("paddlemix_qwenvl_plugin.demo.run.run_demo", lambda out, say: run)
+    return ["demo"]
 
 
 # Recipes
