@@ -25,7 +25,6 @@ class Chat:
     picture is neither encoded nor prefilled again.
 
     Attributes:
-        history: (query, answer) of each turn, the oldest first.
         system: the system message.
     """
 
@@ -34,9 +33,14 @@ class Chat:
         self.system = system
         self.clear()
 
+    @property
+    def history(self) -> tuple[tuple[Query, str], ...]:
+        """(query, answer) of each turn, the oldest first."""
+        return tuple(self._history)
+
     def clear(self) -> None:
         """Forget all turns."""
-        self.history: list[tuple[Query, str]] = []
+        self._history: list[tuple[Query, str]] = []
         self._pixels: list[NDArray[np.float32]] = []
         self._image_size: Optional[tuple[int, int]] = None
         self._ids: list[int] = []
@@ -44,7 +48,7 @@ class Chat:
         self._cache: KVCache | None = None
 
     def ask(self, query: Query, **options: Any) -> AnswerStream:
-        """Answer the next turn, in pieces.
+        """Answer the next turn, in pieces; one turn at a time.
 
         A stream that is closed early counts as a turn with what was said until then, if anything was.
 
@@ -57,6 +61,8 @@ class Chat:
         """
         start = time.perf_counter()
         chosen = GenerationOptions.of(options)
+        if isinstance(query, str):
+            query = [{"text": query}]
         tokenizer = self._vl.tokenizer
         prompt = chat_prompt(tokenizer, query, self.history, self.system)
         images = self._vl.load_images(chat_prompt(tokenizer, query).images)
@@ -66,11 +72,13 @@ class Chat:
         image_size = images[-1].size if images else self._image_size
         ids = prompt.input_ids
         n_kept = self._n_reusable(ids)
-        n_kept_pictures = sum(1 for _, end in self._spans(ids) if end < n_kept)
+        vision = self._vl.config.visual
+        spans = image_spans(ids, vision.image_start_id, vision.n_queries)
+        n_kept_pictures = sum(end < n_kept for _, end in spans)
         cache = self._cache.first(n_kept) if self._cache is not None and n_kept else None
 
         def remember(answer: Answer, cache: KVCache) -> None:
-            self.history.append((query, answer.text))
+            self._history.append((query, answer.text))
             self._pixels = pixels
             self._image_size = image_size
             self._ids = [*ids, *answer.token_ids[:-1]]
@@ -89,20 +97,12 @@ class Chat:
         )
 
     def _n_reusable(self, ids: Sequence[int]) -> int:
-        """How many tokens at the beginning of a prompt the cache has, whole pictures only."""
+        """How many tokens at the beginning of a prompt the cache has."""
         config = self._vl.config
+        # The rotary base follows the length of the prompt, and the cached keys were turned by theirs.
         if config.ntk_doublings(len(ids)) != config.ntk_doublings(self._n_prompt):
-            return (
-                0  # the rotary base follows the length of the prompt: the cached keys were turned otherwise
-            )
+            return 0
         n = 0
         while n < min(len(ids) - 1, len(self._ids)) and ids[n] == self._ids[n]:
             n += 1
-        for start, end in self._spans(ids):
-            if start < n <= end:
-                n = start
-        return n
-
-    def _spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
-        vision = self._vl.config.visual
-        return image_spans(ids, vision.image_start_id, vision.n_queries)
+        return n  # never inside a picture: before each stands its number in the conversation

@@ -91,6 +91,11 @@ def test_boxes_of_the_answer(vl, monkeypatch):
     assert answer.boxes[0].to_pixels(*answer.image_size) == ((96.0, 128.0), (480.0, 640.0))
     assert len(answer.problems) == 1
     assert answer.text.startswith("<ref>the car</ref><box>")
+    stream = vl.stream([{"image": str(STREET)}, {"text": "Where?"}])
+    pieces = list(stream)
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert tuple(box for piece in pieces for box in piece.boxes) == answer.boxes
+    assert stream.answer.finish_reason == "stop"
 
 
 def test_history_needs_chat(vl):

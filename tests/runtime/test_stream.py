@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from paddlemix_qwenvl_plugin import QwenVL, QwenVLError, UsageError, tiny
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
+from paddlemix_qwenvl_plugin.processing import prompts
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 from paddlemix_qwenvl_plugin.processing.tiny_vocab import write_tiny_vocabulary
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
@@ -82,7 +84,13 @@ def test_options_draw_the_same(vl):
 
 TAGS = "<ref> </ref> <box> </box> <quad> </quad> (1,2),(30,40) (5,6) (1,2),(3,4),(5,6),(7,8)"
 WORDS = ["a dog", "图中", "狗", "é", "<", "<re", ">", " ", "\n"]
-text = st.lists(st.sampled_from([*TAGS.split(), *WORDS]), max_size=12).map("".join)
+WHOLE = [
+    "<ref>a dog</ref>",
+    "<ref> </ref>",
+    "<box>(1,2),(30,40)</box>",
+    "<quad>(1,2),(3,4),(5,6),(7,8)</quad>",
+]
+text = st.lists(st.sampled_from([*TAGS.split(), *WORDS, *WHOLE * 4]), max_size=12).map("".join)
 
 
 @settings(deadline=None, max_examples=400)
@@ -205,11 +213,22 @@ def test_chat_equals_the_same_turns_without_a_cache(vl):
     assert len(chat.history) == 6
 
 
+def test_chat_drops_its_oldest_turns(vl, monkeypatch):
+    """The next prompt begins with another picture: what both names have in common is not kept by half."""
+    short = functools.partial(prompts.chat_prompt, max_window=600)
+    monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.chat.chat_prompt", short)
+    monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.predictor.chat_prompt", short)
+    chat = vl.chat()
+    for query in (PICTURE, OTHER_PICTURE, PICTURE, "Why?", OTHER_PICTURE):
+        expected = fresh(vl, chat, query if isinstance(query, list) else [{"text": query}], 6)
+        assert chat.ask(query, max_new_tokens=6).finish().token_ids == expected
+
+
 def test_chat_forgets(vl, work):
     chat = vl.chat()
     chat.ask(PICTURE, max_new_tokens=2).finish()
     chat.clear()
-    assert chat.history == []
+    assert chat.history == ()
     del work[:]
     answer = chat.ask("Hello", max_new_tokens=2).finish()
     assert answer.image_size is None
@@ -220,7 +239,7 @@ def test_a_failed_turn_is_no_turn(vl):
     chat = vl.chat()
     with pytest.raises(UsageError):
         chat.ask([{"image": "nothing.png"}])
-    assert chat.history == []
+    assert chat.history == ()
 
 
 def test_stop_ends_after_the_token_in_work(vl, work, monkeypatch):
@@ -249,7 +268,7 @@ def test_a_stream_stopped_before_its_first_token_is_no_turn(vl, work):
     stream.stop()
     assert list(stream) == []
     assert work == []
-    assert chat.history == []
+    assert chat.history == ()
 
 
 def test_a_turn_that_fails_in_the_middle_is_no_turn(vl, monkeypatch):
