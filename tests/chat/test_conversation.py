@@ -258,9 +258,13 @@ def test_ctrl_c_at_the_prompt(talk: Talk) -> None:
 def test_ctrl_c_between_lines_does_nothing(
     session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    lines = iter(["", "/quit"])
+
     def read() -> str:
-        signal_ctrl_c()
-        return "/quit"
+        line = next(lines)
+        if not line:
+            signal_ctrl_c()
+        return line
 
     terminal = Terminal()
     converse(Conversation(session, terminal), terminal, read)

@@ -39,7 +39,7 @@ def expected(vl: QwenVL, folder: Path, *questions: str, n_tokens: int) -> list[s
 
 def test_a_session(open_terminal: Open, vl: QwenVL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    questions = ["What is it?", "Sure?"]
+    questions = ["What is it?", "Sure?", "Why?", "Really?"]
     answers = expected(vl, tmp_path, *questions, n_tokens=20)
     terminal = open_terminal("--max_new_tokens", "20")
     assert "/help" in terminal.greeting
@@ -67,11 +67,12 @@ def test_a_session(open_terminal: Open, vl: QwenVL, tmp_path: Path, monkeypatch:
     assert "![Picture 1](the%20street.png)" in markdown
     saved = json.loads((tmp_path / "talk.json").read_text("utf-8"))
     assert [turn["question"] for turn in saved["turns"]] == questions
-    assert [turn["pictures"] for turn in saved["turns"]] == [["the street.png"], []]
+    assert [turn["pictures"] for turn in saved["turns"]] == [["the street.png"], [], [], []]
     assert [turn["answer"]["text"] for turn in saved["turns"]] == answers
-    # The picture was encoded for the first question, and nothing for the second.
-    first, second = (turn["answer"]["timings"]["encode_images"] for turn in saved["turns"])
-    assert second < 0.001 < 0.005 < first
+    # The picture was encoded for the first question, and not even looked up for the others (the quickest: the
+    # machine may be busy).
+    first, *others = (turn["answer"]["timings"]["encode_images"] for turn in saved["turns"])
+    assert min(others) < 0.001 < 0.005 < first
 
     assert "forgotten" in terminal.type("/clear")
     assert terminal.type("/save again.md").strip() == "/save: there is no answer yet to save"
@@ -86,15 +87,20 @@ def test_a_session(open_terminal: Open, vl: QwenVL, tmp_path: Path, monkeypatch:
 
 
 def test_tokens_come_as_they_are_made(open_terminal: Open) -> None:
-    terminal = open_terminal("--max_new_tokens", "300", "--min_new_tokens", "300")
+    terminal = open_terminal("--max_new_tokens", "400", "--min_new_tokens", "400")
+    start = time.monotonic()
     terminal.start("Tell me all.")
-    came = []
+    # The cursor comes back with the first words.
+    terminal.child.expect_exact("Ctrl-C stops")
+    terminal.child.expect_exact("\x1b[?25h")
+    first_word = time.monotonic()
+    writes = 0
     text = ""
     while "\x1b[?2004h" not in text:
         text += terminal.child.read_nonblocking(100_000, timeout=60)
-        came.append(time.monotonic())
-    assert len(came) > 20
-    assert came[-1] - came[0] > 0.2
+        writes += 1
+    assert first_word - start < (time.monotonic() - start) / 2
+    assert writes > 10
 
 
 def test_ctrl_c(open_terminal: Open, tmp_path: Path) -> None:
@@ -106,7 +112,7 @@ def test_ctrl_c(open_terminal: Open, tmp_path: Path) -> None:
         terminal.start(question)
         terminal.child.expect("Ctrl-C stops")
         terminal.child.expect_exact("\x1b[?25h")  # the first words
-        time.sleep(0.3)
+        terminal.child.expect(r"(?s).{100}")
         terminal.child.sendintr()
         terminal.child.sendintr()  # impatient: must not end the program
         assert terminal.until_prompt().rstrip("^C").endswith("(stopped)\n")
