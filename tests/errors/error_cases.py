@@ -14,7 +14,7 @@ import shutil
 import socket
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +25,12 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from paddlemix_qwenvl_plugin.batch.journal import Journal
+
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
 WTE = "transformer.llm.wte.weight"
 LM_HEAD = "lm_head.weight"
+ROW = {"id": "a", "prompt": "What is it?"}
 C_ATTN = "transformer.llm.h.0.attn.c_attn.weight"
 
 
@@ -41,6 +44,8 @@ class Bench:
         self.max_file_bytes: int | None = None
         self.stdout: str | None = None
         self.stdin = b""
+        # What must live as long as the command runs.
+        self.keep: Any = None
 
     def model(self) -> Path:
         """A copy of the tiny model in model/."""
@@ -103,6 +108,11 @@ class Bench:
         """`chat` with these lines piped into it."""
         self.stdin = "".join(f"{line}\n" for line in lines).encode()
         return ["chat", *self.predict(*more)[1:5], "--max_new_tokens", "2", *more]
+
+    def batch(self, *more: str, rows: Sequence[Any] = (ROW,), out: str = "out.jsonl") -> list[str]:
+        """`batch` of these rows."""
+        Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return ["batch", "in.jsonl", out, *self.predict()[1:5], "--max_new_tokens", "2", *more]
 
     def look_at(self, content: bytes | Image.Image, name: str) -> list[str]:
         """`predict` with a picture of this content."""
@@ -793,11 +803,37 @@ def _(bench: Bench) -> list[str]:
     return arguments
 
 
+# batch
+
+
+def batch(*more: str, rows: Sequence[Any] = (ROW,), out: str = "out.jsonl") -> Provoke:
+    return lambda bench: bench.batch(*more, rows=rows, out=out)
+
+
+@case("the input is not there")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    Path("in.jsonl").unlink()
+    return command
+
+
+@case("the input is a folder")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    Path("in.jsonl").unlink()
+    Path("in.jsonl").mkdir()
+    return command
+
+
 cases(
     {
         "an unknown command of a chat": lambda bench: bench.chat("/explain", "Hello"),
         "a word behind `/clear`": lambda bench: bench.chat("/clear all"),
         "`/image` of a picture that is not there": lambda bench: bench.chat("/image dog.png"),
+        "two rows of one id": batch(rows=[ROW, {**ROW, "id": "b"}, ROW]),
+        "the output is in a folder that is not there": batch(out="out/out.jsonl"),
+        "the output is a folder": batch(out="text"),
+        "the output is the input": batch(out="in.jsonl"),
     }
 )
 
@@ -808,12 +844,20 @@ def _(bench: Bench) -> list[str]:
     return bench.chat("/image dog.png")
 
 
+@case("the output is another file")
+def _(bench: Bench) -> list[str]:
+    Path("out.jsonl").write_text("my notes\n")
+    return bench.batch()
+
+
 cases(
     {
         "`/image` without a path, and no picture to drop": lambda bench: bench.chat("/image"),
         "`/save` without a name": lambda bench: bench.chat("Hello", "/save"),
         "`/save` to another kind of file": lambda bench: bench.chat("Hello", "/save talk.txt"),
         "`/save` before the first answer": lambda bench: bench.chat("/save talk.md"),
+        "`--batch_size 0`": batch("--batch_size", "0"),
+        "a generation option out of range": batch("--top_p", "2"),
     }
 )
 
@@ -864,6 +908,64 @@ def _(bench: Bench) -> list[str]:
     run = SimpleNamespace(right=6, results=[None] * 8)
     bench.monkeypatch.setattr("paddlemix_qwenvl_plugin.demo.run.run_demo", lambda out, say: run)
     return ["demo"]
+
+
+@case("a row failed")
+def _(bench: Bench) -> list[str]:
+    Path("out.jsonl").write_text('{"id": "a", "text": "A dog."}\n{"id": "b", "error": "no"}\n')
+    return bench.batch(rows=[ROW, {**ROW, "id": "b"}])
+
+
+@case("the partial file of another job")
+def _(bench: Bench) -> list[str]:
+    """It was stopped before it wrote its output."""
+    from paddlemix_qwenvl_plugin.batch.job import run
+    from paddlemix_qwenvl_plugin.batch.source import Source
+    from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+    command = bench.batch()
+    model = QwenVL.from_exported("vision/vision", "text/qwen")
+    options = GenerationOptions(max_new_tokens=1)
+    with bench.monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("paddlemix_qwenvl_plugin.batch.job.write_beside", lambda *_: 1 / 0)
+        run(Source(Path("in.jsonl"), {}), Path("out.jsonl"), model, options, 8)
+    assert Path("out.jsonl.partial").is_file()
+    return command
+
+
+@case("something else of the partial file's name")
+def _(bench: Bench) -> list[str]:
+    Path("out.jsonl.partial").write_text("my notes\n")
+    return bench.batch()
+
+
+@case("another process writes the same output")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    bench.keep = Journal(Path("out.jsonl.partial"), {}, [])
+    return command
+
+
+@case("the input changes during the job")
+def _(bench: Bench) -> list[str]:
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+    command, from_exported = bench.batch(), QwenVL.from_exported
+
+    def slowly(*arguments: Any) -> QwenVL:
+        Path("in.jsonl").write_text('{"id": "a", "prompt": "Which is it?"}\n')
+        return from_exported(*arguments)
+
+    bench.monkeypatch.setattr(QwenVL, "from_exported", slowly)
+    return command
+
+
+@case("no more room on the disk for the results")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    bench.max_file_bytes = 16
+    return command
 
 
 # Recipes
