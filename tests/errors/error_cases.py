@@ -43,9 +43,9 @@ class Bench:
         # If set, the command runs in a process that cannot write larger files, as on a full disk.
         self.max_file_bytes: int | None = None
         self.stdout: str | None = None
-        self.stdin = b""
         # What must live as long as the command runs.
         self.keep: Any = None
+        self.stdin = b""
 
     def model(self) -> Path:
         """A copy of the tiny model in model/."""
@@ -784,25 +784,6 @@ cases(
     }
 )
 
-# chat
-
-cases(
-    {
-        "`chat` with an option out of range": lambda bench: bench.chat("Hello", more=("--top_k", "0")),
-        "`chat --image` of a picture that is not there": lambda bench: bench.chat(
-            more=("--image", "dog.png")
-        ),
-    }
-)
-
-
-@case("`chat` with stages that lack the vocabulary")
-def _(bench: Bench) -> list[str]:
-    arguments = bench.chat()
-    Path("text/qwen.tiktoken").unlink()
-    return arguments
-
-
 # batch
 
 
@@ -827,21 +808,12 @@ def _(bench: Bench) -> list[str]:
 
 cases(
     {
-        "an unknown command of a chat": lambda bench: bench.chat("/explain", "Hello"),
-        "a word behind `/clear`": lambda bench: bench.chat("/clear all"),
-        "`/image` of a picture that is not there": lambda bench: bench.chat("/image dog.png"),
         "two rows of one id": batch(rows=[ROW, {**ROW, "id": "b"}, ROW]),
         "the output is in a folder that is not there": batch(out="out/out.jsonl"),
         "the output is a folder": batch(out="text"),
         "the output is the input": batch(out="in.jsonl"),
     }
 )
-
-
-@case("`/image` of a damaged picture")
-def _(bench: Bench) -> list[str]:
-    Path("dog.png").write_bytes(STREET.read_bytes()[:5000])
-    return bench.chat("/image dog.png")
 
 
 @case("the output is another file")
@@ -852,12 +824,111 @@ def _(bench: Bench) -> list[str]:
 
 cases(
     {
+        "`--batch_size 0`": batch("--batch_size", "0"),
+        "a generation option out of range": batch("--top_p", "2"),
+    }
+)
+
+
+@case("a row failed")
+def _(bench: Bench) -> list[str]:
+    Path("out.jsonl").write_text('{"id": "a", "text": "A dog."}\n{"id": "b", "error": "no"}\n')
+    return bench.batch(rows=[ROW, {**ROW, "id": "b"}])
+
+
+@case("the partial file of another job")
+def _(bench: Bench) -> list[str]:
+    """It was stopped before it wrote its output."""
+    from paddlemix_qwenvl_plugin.batch.job import run
+    from paddlemix_qwenvl_plugin.batch.source import Source
+    from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+    command = bench.batch()
+    model = QwenVL.from_exported("vision/vision", "text/qwen")
+    options = GenerationOptions(max_new_tokens=1)
+    with bench.monkeypatch.context() as patch:
+        patch.setattr("paddlemix_qwenvl_plugin.batch.job.write_beside", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(Source(Path("in.jsonl"), {}), Path("out.jsonl"), model, options, 8)
+    assert Path("out.jsonl.partial").is_file()
+    return command
+
+
+@case("something else of the partial file's name")
+def _(bench: Bench) -> list[str]:
+    Path("out.jsonl.partial").write_text("my notes\n")
+    return bench.batch()
+
+
+@case("another process writes the same output")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    bench.keep = Journal(Path("out.jsonl.partial"), {}, [])
+    return command
+
+
+@case("the input changes during the job")
+def _(bench: Bench) -> list[str]:
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+    command, from_exported = bench.batch(), QwenVL.from_exported
+
+    def slowly(*arguments: Any) -> QwenVL:
+        Path("in.jsonl").write_text('{"id": "a", "prompt": "Which is it?"}\n')
+        return from_exported(*arguments)
+
+    bench.monkeypatch.setattr(QwenVL, "from_exported", slowly)
+    return command
+
+
+@case("no more room on the disk for the results")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    bench.max_file_bytes = 16
+    return command
+
+
+# chat
+
+cases(
+    {
+        "`chat` with an option out of range": lambda bench: bench.chat("Hello", more=("--top_k", "0")),
+        "`chat --image` of a picture that is not there": lambda bench: bench.chat(
+            more=("--image", "dog.png")
+        ),
+    }
+)
+
+
+@case("`chat` with stages that lack the vocabulary")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.chat()
+    Path("text/qwen.tiktoken").unlink()
+    return arguments
+
+
+cases(
+    {
+        "an unknown command of a chat": lambda bench: bench.chat("/explain", "Hello"),
+        "a word behind `/clear`": lambda bench: bench.chat("/clear all"),
+        "`/image` of a picture that is not there": lambda bench: bench.chat("/image dog.png"),
+    }
+)
+
+
+@case("`/image` of a damaged picture")
+def _(bench: Bench) -> list[str]:
+    Path("dog.png").write_bytes(STREET.read_bytes()[:5000])
+    return bench.chat("/image dog.png")
+
+
+cases(
+    {
         "`/image` without a path, and no picture to drop": lambda bench: bench.chat("/image"),
         "`/save` without a name": lambda bench: bench.chat("Hello", "/save"),
         "`/save` to another kind of file": lambda bench: bench.chat("Hello", "/save talk.txt"),
         "`/save` before the first answer": lambda bench: bench.chat("/save talk.md"),
-        "`--batch_size 0`": batch("--batch_size", "0"),
-        "a generation option out of range": batch("--top_p", "2"),
     }
 )
 
@@ -908,64 +979,6 @@ def _(bench: Bench) -> list[str]:
     run = SimpleNamespace(right=6, results=[None] * 8)
     bench.monkeypatch.setattr("paddlemix_qwenvl_plugin.demo.run.run_demo", lambda out, say: run)
     return ["demo"]
-
-
-@case("a row failed")
-def _(bench: Bench) -> list[str]:
-    Path("out.jsonl").write_text('{"id": "a", "text": "A dog."}\n{"id": "b", "error": "no"}\n')
-    return bench.batch(rows=[ROW, {**ROW, "id": "b"}])
-
-
-@case("the partial file of another job")
-def _(bench: Bench) -> list[str]:
-    """It was stopped before it wrote its output."""
-    from paddlemix_qwenvl_plugin.batch.job import run
-    from paddlemix_qwenvl_plugin.batch.source import Source
-    from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
-    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
-
-    command = bench.batch()
-    model = QwenVL.from_exported("vision/vision", "text/qwen")
-    options = GenerationOptions(max_new_tokens=1)
-    with bench.monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("paddlemix_qwenvl_plugin.batch.job.write_beside", lambda *_: 1 / 0)
-        run(Source(Path("in.jsonl"), {}), Path("out.jsonl"), model, options, 8)
-    assert Path("out.jsonl.partial").is_file()
-    return command
-
-
-@case("something else of the partial file's name")
-def _(bench: Bench) -> list[str]:
-    Path("out.jsonl.partial").write_text("my notes\n")
-    return bench.batch()
-
-
-@case("another process writes the same output")
-def _(bench: Bench) -> list[str]:
-    command = bench.batch()
-    bench.keep = Journal(Path("out.jsonl.partial"), {}, [])
-    return command
-
-
-@case("the input changes during the job")
-def _(bench: Bench) -> list[str]:
-    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
-
-    command, from_exported = bench.batch(), QwenVL.from_exported
-
-    def slowly(*arguments: Any) -> QwenVL:
-        Path("in.jsonl").write_text('{"id": "a", "prompt": "Which is it?"}\n')
-        return from_exported(*arguments)
-
-    bench.monkeypatch.setattr(QwenVL, "from_exported", slowly)
-    return command
-
-
-@case("no more room on the disk for the results")
-def _(bench: Bench) -> list[str]:
-    command = bench.batch()
-    bench.max_file_bytes = 16
-    return command
 
 
 # Recipes
