@@ -109,7 +109,7 @@ def test_boxes_are_on_the_last_picture() -> None:
     assert "<polygon" in second
 
 
-@pytest.mark.parametrize("text", ["", "No.", "There are two purple shapes. <box>(0,0),(9,9)</box>"])
+@pytest.mark.parametrize("text", ["", "No.", "There are two purple shapes.<box>(0,0),(9,9)</box>"])
 def test_a_wrong_answer_says_what_is_right(text: str) -> None:
     _, page = page_of(Result(named("count"), answered(text)))
     assert page.texts("h1") == ["0 of 1 answers are right"]
