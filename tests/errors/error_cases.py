@@ -14,7 +14,7 @@ import shutil
 import socket
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,12 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from paddlemix_qwenvl_plugin.batch.journal import Journal
+
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
 WTE = "transformer.llm.wte.weight"
 LM_HEAD = "lm_head.weight"
+ROW = {"id": "a", "prompt": "What is it?"}
 C_ATTN = "transformer.llm.h.0.attn.c_attn.weight"
 
 
@@ -39,6 +42,8 @@ class Bench:
         # If set, the command runs in a process that cannot write larger files, as on a full disk.
         self.max_file_bytes: int | None = None
         self.stdout: str | None = None
+        # What must live as long as the command runs.
+        self.keep: Any = None
 
     def model(self) -> Path:
         """A copy of the tiny model in model/."""
@@ -96,6 +101,11 @@ class Bench:
             self.exported()
         stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
         return ["predict", *stages, "--prompt", prompt, "--max_new_tokens", "2", *more]
+
+    def batch(self, *more: str, rows: Sequence[Any] = (ROW,), out: str = "out.jsonl") -> list[str]:
+        """`batch` of these rows."""
+        Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return ["batch", "in.jsonl", out, *self.predict()[1:5], "--max_new_tokens", "2", *more]
 
     def look_at(self, content: bytes | Image.Image, name: str) -> list[str]:
         """`predict` with a picture of this content."""
@@ -762,6 +772,111 @@ cases(
         "a `</img>` in a picture's name": predict("--image", "a</img>b.png"),
     }
 )
+
+# batch
+
+
+def batch(*more: str, rows: Sequence[Any] = (ROW,), out: str = "out.jsonl") -> Provoke:
+    return lambda bench: bench.batch(*more, rows=rows, out=out)
+
+
+@case("the input is not there")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    Path("in.jsonl").unlink()
+    return command
+
+
+@case("the input is a folder")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    Path("in.jsonl").unlink()
+    Path("in.jsonl").mkdir()
+    return command
+
+
+cases(
+    {
+        "two rows of one id": batch(rows=[ROW, {**ROW, "id": "b"}, ROW]),
+        "the output is in a folder that is not there": batch(out="out/out.jsonl"),
+        "the output is a folder": batch(out="text"),
+        "the output is the input": batch(out="in.jsonl"),
+    }
+)
+
+
+@case("the output is another file")
+def _(bench: Bench) -> list[str]:
+    Path("out.jsonl").write_text("my notes\n")
+    return bench.batch()
+
+
+cases(
+    {
+        "`--batch_size 0`": batch("--batch_size", "0"),
+        "a generation option out of range": batch("--top_p", "2"),
+    }
+)
+
+
+@case("a row failed")
+def _(bench: Bench) -> list[str]:
+    Path("out.jsonl").write_text('{"id": "a", "text": "A dog."}\n{"id": "b", "error": "no"}\n')
+    return bench.batch(rows=[ROW, {**ROW, "id": "b"}])
+
+
+@case("the partial file of another job")
+def _(bench: Bench) -> list[str]:
+    """It was stopped before it wrote its output."""
+    from paddlemix_qwenvl_plugin.batch.job import run
+    from paddlemix_qwenvl_plugin.batch.source import Source
+    from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+    command = bench.batch()
+    model = QwenVL.from_exported("vision/vision", "text/qwen")
+    options = GenerationOptions(max_new_tokens=1)
+    with bench.monkeypatch.context() as patch:
+        patch.setattr("paddlemix_qwenvl_plugin.batch.job.write_beside", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(Source(Path("in.jsonl"), {}), Path("out.jsonl"), model, options, 8)
+    assert Path("out.jsonl.partial").is_file()
+    return command
+
+
+@case("something else of the partial file's name")
+def _(bench: Bench) -> list[str]:
+    Path("out.jsonl.partial").write_text("my notes\n")
+    return bench.batch()
+
+
+@case("another process writes the same output")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    bench.keep = Journal(Path("out.jsonl.partial"), {}, [])
+    return command
+
+
+@case("the input changes during the job")
+def _(bench: Bench) -> list[str]:
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+    command, from_exported = bench.batch(), QwenVL.from_exported
+
+    def slowly(*arguments: Any) -> QwenVL:
+        Path("in.jsonl").write_text('{"id": "a", "prompt": "Which is it?"}\n')
+        return from_exported(*arguments)
+
+    bench.monkeypatch.setattr(QwenVL, "from_exported", slowly)
+    return command
+
+
+@case("no more room on the disk for the results")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    bench.max_file_bytes = 16
+    return command
+
 
 # Recipes
 
