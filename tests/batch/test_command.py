@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from batch_helpers import STREET, openai_row, read_rows, text, user, write_rows
 
-from paddlemix_qwenvl_plugin import progress
+from paddlemix_qwenvl_plugin import QwenVL, progress
 from paddlemix_qwenvl_plugin.cli.main import main
 
 ROWS = [{"id": n, "prompt": f"{n}?"} for n in range(3)]
@@ -42,6 +42,22 @@ def test_options_hold_for_rows_without_their_own(batch):
     assert batch("--max_new_tokens", "4", "--batch_size", "2") == (0, "out.jsonl: wrote 4 rows\n", "")
     usages = [row.get("usage") or row["response"]["body"]["usage"] for row in read_rows(Path("out.jsonl"))]
     assert [usage["completion_tokens"] for usage in usages] == [4, 2, 4, 3]
+
+
+def test_rows_run_together(batch, monkeypatch):
+    sizes, generate_ids = [], QwenVL.generate_ids
+
+    def counting(self, input_ids, *arguments, **named):
+        sizes.append(len(input_ids))
+        return generate_ids(self, input_ids, *arguments, **named)
+
+    monkeypatch.setattr(QwenVL, "generate_ids", counting)
+    write_rows(Path("in.jsonl"), [{"id": n, "prompt": "?"} for n in range(10)])
+    for flags, expected in (((), [8, 2]), (("--batch_size", "3"), [3, 3, 3, 1])):
+        sizes.clear()
+        assert batch("--max_new_tokens", "1", *flags)[0] == 0
+        assert sizes == expected
+        Path("out.jsonl").unlink()
 
 
 def test_a_job_that_is_done_needs_no_model(batch):
