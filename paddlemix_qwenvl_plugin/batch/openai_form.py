@@ -102,7 +102,7 @@ def _conversation(
     if len(turns) % 2 == 0:
         raise UsageError("body.messages: must end with a message of the user")
     answers = [_text(parts, "a message of the assistant in body.messages") for parts in turns[1::2]]
-    return system, list(zip(turns[:-1:2], answers)), turns[-1]
+    return system, list(zip(turns[::2], answers)), turns[-1]
 
 
 def _parts(content: Any, where: str) -> list[dict[str, Any]]:

@@ -91,6 +91,25 @@ def test_answers_are_those_of_generate(vl, folder):
     assert {path.name for path in folder.iterdir()} == {"in", "out.jsonl"}
 
 
+def test_boxes_are_in_pixels_of_the_rows_last_picture(tiny_exported, folder):
+    model = open_cheap(tiny_exported)
+    said = "<ref>a</ref><box>(0,0),(500,1000)</box>"
+    model.generate_ids = lambda ids, *_, **__: [model.tokenizer.encode(said)] * len(ids)
+    rows = [
+        {"id": 1, "images": ["red.png", "street.png"]},
+        {"id": 2, "images": ["street.png", "red.png"]},
+        {"id": 3, "prompt": "?"},
+    ]
+    run_job(write_rows(folder / "in" / "in.jsonl", rows), folder / "out.jsonl", model)
+    results = read_rows(folder / "out.jsonl")
+    assert [row["text"] for row in results] == [said] * 3
+    boxes = [row["boxes"] for row in results]
+    assert [(box["kind"], box["ref"], box["points"]) for (box,) in boxes] == [
+        ("box", "a", [[0, 0], [500, 1000]])
+    ] * 3
+    assert [box["pixels"] for (box,) in boxes] == [[[0, 0], [480, 640]], [[0, 0], [20, 20]], None]
+
+
 def mixed_rows():
     rows = [{"id": n, "prompt": "word " * (n * 7 % 11 + 1)} for n in range(9)]
     rows += [openai_row(f"o{n}", [user("red.png", text("Why? " * n))]) for n in range(1, 5)]
