@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Optional
+from typing import Any, Optional
 
 from paddlemix_qwenvl_plugin.processing.boxes import Box, parse_boxes
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
@@ -40,6 +40,43 @@ class Answer:
     finish_reason: str
     timings: dict[str, float]
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready values; a box has `points` in thousandths and, of the last picture, `pixels`."""
+        size = self.image_size
+        return {
+            "text": self.text,
+            "boxes": [
+                {
+                    "kind": box.kind,
+                    "ref": box.ref,
+                    "points": box.points,
+                    "pixels": box.to_pixels(*size) if size else None,
+                }
+                for box in self.boxes
+            ],
+            "image_size": size,
+            "problems": list(self.problems),
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "timings": {name: round(value, 4) for name, value in self.timings.items()},
+        }
+
+
+def answer_of(
+    tokenizer: QwenTokenizer,
+    token_ids: list[int],
+    ends: Sequence[int],
+    image_size: Optional[tuple[int, int]],
+    finish_reason: str,
+    timings: dict[str, float],
+) -> Answer:
+    """Read the generated tokens; `ends` are those that end the answer, the others as in Answer."""
+    text = tokenizer.decode(token_ids[:-1] if token_ids and token_ids[-1] in ends else token_ids)
+    parsed = parse_boxes(text)
+    return Answer(
+        text, tuple(parsed.boxes), image_size, tuple(parsed.problems), token_ids, finish_reason, timings
+    )
+
 
 class AnswerStream(Iterator[Piece]):
     """An answer in pieces, generated as they are asked for.
@@ -65,7 +102,7 @@ class AnswerStream(Iterator[Piece]):
             image_size: see Answer.
             prepare_seconds: what tokenising and loading pictures took.
             on_end: called once with the answer and the cache of all its tokens but the last, when the generation
-                ends or is cancelled after its first token.
+                ends or is cancelled after its first token; not after an error.
         """
         self._start = start
         self._tokenizer = tokenizer
@@ -75,6 +112,7 @@ class AnswerStream(Iterator[Piece]):
         self._on_end = on_end
         self._sampler: RowSampler | None = None
         self._ended = False
+        self._stopping = False
         self._pieces = self._generate()
 
     def __next__(self) -> Piece:
@@ -92,6 +130,13 @@ class AnswerStream(Iterator[Piece]):
         """Stop generating."""
         self._pieces.close()
 
+    def stop(self) -> None:
+        """End the iteration after the token that is being generated.
+
+        Unlike `close()`, a signal handler or another thread may call this while a piece is awaited.
+        """
+        self._stopping = True
+
     def finish(self) -> Answer:
         """Generate what is left, and return the whole answer."""
         for _ in self:
@@ -101,17 +146,13 @@ class AnswerStream(Iterator[Piece]):
     @property
     def answer(self) -> Answer:
         """The whole answer, or what was said so far."""
-        tokens = list(self._sampler.tokens) if self._sampler else []
-        text = self._tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in self._ends else tokens)
-        parsed = parse_boxes(text)
-        return Answer(
-            text=text,
-            boxes=tuple(parsed.boxes),
-            image_size=self._image_size,
-            problems=tuple(parsed.problems),
-            token_ids=tokens,
-            finish_reason=self._sampler.finish_reason if self._sampler and self._ended else "cancelled",
-            timings=dict(self._timings),
+        return answer_of(
+            self._tokenizer,
+            list(self._sampler.tokens) if self._sampler else [],
+            self._ends,
+            self._image_size,
+            self._sampler.finish_reason if self._sampler and self._ended else "cancelled",
+            dict(self._timings),
         )
 
     def _generate(self) -> Generator[Piece, None, None]:
@@ -122,10 +163,11 @@ class AnswerStream(Iterator[Piece]):
         try:
             # The seconds of the steps alone: what is done with a piece between two of them is not ours.
             seconds: list[float] = []
-            while True:
+            while not self._stopping:
                 start = time.perf_counter()
                 following = next(steps, None)
                 if following is None:
+                    self._ended = True
                     break
                 cache = following
                 seconds.append(time.perf_counter() - start)
@@ -134,8 +176,10 @@ class AnswerStream(Iterator[Piece]):
                 self._timings["tokens_per_second"] = (len(seconds) - 1) / max(decode, 1e-9)
                 if not sampler.ended:
                     yield from builder.add(sampler.tokens[-1])
-            self._ended = True
             yield from builder.finish()
+        except Exception:
+            cache = None  # a failed turn is no turn
+            raise
         finally:
             if cache is not None:
                 self._on_end(self.answer, cache)

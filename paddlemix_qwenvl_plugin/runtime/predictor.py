@@ -17,7 +17,14 @@ from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
 from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.export.manifest import check_pair
 from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess_all
-from paddlemix_qwenvl_plugin.processing.prompts import Part, Query, base_prompt, chat_prompt, image_spans
+from paddlemix_qwenvl_plugin.processing.prompts import (
+    Part,
+    Prompt,
+    Query,
+    base_prompt,
+    chat_prompt,
+    image_spans,
+)
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.runtime.answer import Answer, AnswerStream
 from paddlemix_qwenvl_plugin.runtime.chat import Chat
@@ -45,6 +52,8 @@ class QwenVL:
         self._limits = limits
         self._features = FeatureCache()
         self.config: ModelConfig = language.manifest.config
+        # What tells these weights from others, their dtype included.
+        self.weights: list[str] = [stage.manifest.weights.sha256 for stage in (vision, language)]
 
     @classmethod
     def from_exported(
@@ -100,9 +109,13 @@ class QwenVL:
     def _generator(self) -> Generator:
         return Generator(self._language_stage)
 
-    def _load(self, vision: bool) -> None:
-        """Open what a prompt needs now rather than at its first use, so that it is timed apart."""
-        _ = self._generator
+    def load(self, vision: bool = True) -> None:
+        """Open the vocabulary and the programs, stage 1 only with `vision`, now rather than at their first use.
+
+        Raises:
+            UsageError, QwenVLError: files that are missing or damaged.
+        """
+        _ = self.tokenizer, self._generator
         if vision:
             _ = self._vision
 
@@ -160,7 +173,7 @@ class QwenVL:
             ends = [self.tokenizer.eod_id] if (self._model / "qwen.tiktoken").is_file() else []
         ids, row_lengths = self._check_ids(input_ids, lengths)
         pictures, positions = self._check_features(ids, row_lengths, features)
-        chosen = self._check_room(max(row_lengths), chosen)
+        chosen = self.fit(max(row_lengths), chosen)
         return self._generator.generate(ids, row_lengths, pictures, positions, chosen, ends).tokens
 
     def generate(
@@ -198,20 +211,29 @@ class QwenVL:
         """
         chosen = GenerationOptions.of(options)
         start = time.perf_counter()
-        query: Sequence[Part] = [{"text": parts}] if isinstance(parts, str) else parts
-        tokenizer = self.tokenizer
-        ends = [tokenizer.eod_id]
-        if chat:
-            prompt = chat_prompt(tokenizer, query, history, system)
-            ends += [tokenizer.im_end_id, tokenizer.im_start_id]
-        elif history:
-            raise UsageError("history: only a chat prompt has earlier turns; pass chat=True")
-        else:
-            prompt = base_prompt(tokenizer, query)
+        prompt, ends = self.prompt(parts, chat=chat, history=history, system=system)
         images = self.load_images(prompt.images)
         pixels = self.preprocess(images)
         size = images[-1].size if images else None
         return self.start(prompt.input_ids, list(pixels), ends, chosen, size, time.perf_counter() - start)
+
+    def prompt(
+        self,
+        parts: Union[str, Sequence[Part]],
+        *,
+        chat: bool = False,
+        history: Sequence[tuple[Query, str]] = (),
+        system: str = DEFAULT_SYSTEM,
+    ) -> tuple[Prompt, list[int]]:
+        """The prompt and the tokens that end its answer; arguments and errors as for `stream`."""
+        query: Sequence[Part] = [{"text": parts}] if isinstance(parts, str) else parts
+        tokenizer = self.tokenizer
+        if chat:
+            ends = [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
+            return chat_prompt(tokenizer, query, history, system), ends
+        if history:
+            raise UsageError("history: only a chat prompt has earlier turns; pass chat=True")
+        return base_prompt(tokenizer, query), [tokenizer.eod_id]
 
     def chat(self, system: str = DEFAULT_SYSTEM) -> Chat:
         """Begin a conversation with Qwen-VL-Chat."""
@@ -246,12 +268,12 @@ class QwenVL:
             image_size, prepare_seconds, on_end: see AnswerStream.
         """
         before = int(cache.lengths[0, 0]) if cache is not None else 0
-        options = self._check_room(before + len(input_ids), options)
+        options = self.fit(before + len(input_ids), options)
         ids, lengths = self._check_ids([input_ids], None)
 
         def begin(timings: dict[str, float]) -> tuple[RowSampler, Iterator[KVCache]]:
             start = time.perf_counter()
-            self._load(vision=len(pixels) > 0)
+            self.load(vision=len(pixels) > 0)
             loaded = time.perf_counter()
             features = self.encode_images(np.asarray(pixels)) if len(pixels) else None
             pictures, positions = self._check_features(ids, lengths, features)
@@ -261,8 +283,12 @@ class QwenVL:
 
         return AnswerStream(begin, self.tokenizer, ends, image_size, prepare_seconds, on_end)
 
-    def _check_room(self, n_tokens: int, options: GenerationOptions) -> GenerationOptions:
-        """The options with max_new_tokens cut to what the context has room for."""
+    def fit(self, n_tokens: int, options: GenerationOptions) -> GenerationOptions:
+        """The options with max_new_tokens cut to what the context has room for after a prompt.
+
+        Raises:
+            UsageError: it has no room for a single token.
+        """
         room = self.config.max_position_embeddings - n_tokens
         if room < 1:
             raise UsageError(

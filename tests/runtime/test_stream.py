@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paddlemix_qwenvl_plugin import QwenVL, UsageError, tiny
+from paddlemix_qwenvl_plugin import QwenVL, QwenVLError, UsageError, tiny
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.processing import prompts
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
@@ -240,3 +240,50 @@ def test_a_failed_turn_is_no_turn(vl):
     with pytest.raises(UsageError):
         chat.ask([{"image": "nothing.png"}])
     assert chat.history == ()
+
+
+def test_stop_ends_after_the_token_in_work(vl, work, monkeypatch):
+    """Also while no piece comes, and what was held back is handed out: the pieces are the answer's text."""
+    chat = vl.chat()
+    stream = chat.ask(PICTURE, max_new_tokens=40)
+    said = [next(stream).text]
+    forward = vl._generator._forward
+
+    def stopping_forward(*args):
+        stream.stop()
+        return forward(*args)
+
+    monkeypatch.setattr(vl._generator, "_forward", stopping_forward)
+    n_runs = len(work)
+    said += [piece.text for piece in stream]
+    assert len(work) == n_runs + 1
+    assert "".join(said) == stream.answer.text
+    assert stream.answer.finish_reason == "cancelled"
+    assert [answer for _, answer in chat.history] == [stream.answer.text]
+
+
+def test_a_stream_stopped_before_its_first_token_is_no_turn(vl, work):
+    chat = vl.chat()
+    stream = chat.ask("Hello", max_new_tokens=4)
+    stream.stop()
+    assert list(stream) == []
+    assert work == []
+    assert chat.history == ()
+
+
+def test_a_turn_that_fails_in_the_middle_is_no_turn(vl, monkeypatch):
+    chat = vl.chat()
+    first = chat.ask(PICTURE, max_new_tokens=4).finish()
+    stream = chat.ask("Sure?", max_new_tokens=8)
+    next(stream)
+
+    def fail(*args):
+        raise QwenVLError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vl._generator, "_forward", fail)
+        with pytest.raises(QwenVLError, match="out of memory"):
+            list(stream)
+    assert [answer for _, answer in chat.history] == [first.text]
+    expected = fresh(vl, chat, "Sure?", 8)
+    assert chat.ask("Sure?", max_new_tokens=8).finish().token_ids == expected
