@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from paddlemix_qwenvl_plugin.demo_world.lettering import font
+from paddlemix_qwenvl_plugin.demo_world.lettering import font, stroke
 from paddlemix_qwenvl_plugin.demo_world.scene import Scene, Thing
 
 SIDE = 256
@@ -28,10 +28,11 @@ def draw(scene: Scene, side: int = SIDE) -> Image.Image:
 
 
 def _draw_text(image: Image.Image, thing: Thing, scale: float) -> None:
-    typeface = font(max(1, round(thing.extent * scale)))
-    left, top, right, bottom = typeface.getbbox(thing.text)
+    pixels = max(1, round(thing.extent * scale))
+    typeface, bold = font(pixels), stroke(pixels)
+    left, top, right, bottom = typeface.getbbox(thing.text, stroke_width=bold)
     mask = Image.new("L", (right - left + 4, bottom - top + 4))
-    ImageDraw.Draw(mask).text((2 - left, 2 - top), thing.text, font=typeface, fill=255)
+    ImageDraw.Draw(mask).text((2 - left, 2 - top), thing.text, font=typeface, fill=255, stroke_width=bold)
     # Pillow turns counter-clockwise, the corners of a thing clockwise (y points down).
     turned = mask.rotate(-thing.angle, Image.Resampling.BICUBIC, expand=True)
     x, y = (round(value * scale - extent / 2) for value, extent in zip(thing.centre, turned.size))

@@ -181,9 +181,13 @@ def side(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
     if not a or not b:
         return None
     word = _SIDES[chosen][language]
+    where, other = (PLACES[thing.cell][language] for thing in pair)
+    # The places first, the verdict last: a model that says the one finds the other.
     if language == "zh":
-        return Turn("relation", language, f"{a}在{b}的{word}吗？", "是的。" if is_so else "不是。")
-    return Turn("relation", language, f"Is {a} {word} {b}?", "Yes, it is." if is_so else "No, it is not.")
+        answer = f"{a}在{where}，{b}在{other}，所以{'是的' if is_so else '不是'}。"
+        return Turn("relation", language, f"{a}在{b}的{word}吗？", answer)
+    answer = sentence(f"{a} is {where} and {b} is {other}, so {'yes' if is_so else 'no'}", language)
+    return Turn("relation", language, f"Is {a} {word} {b}?", answer)
 
 
 def _name_without(rng: random.Random, scene: Scene, thing: Thing, language: str, told: str) -> str:

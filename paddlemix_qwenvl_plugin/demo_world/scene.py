@@ -40,7 +40,7 @@ class Thing:
 
     @cached_property
     def corners(self) -> Points:
-        """The polygon that is drawn; of a word, the corners of the rectangle around its ink."""
+        """The polygon that is drawn; of a word, the corners of the rectangle around it."""
         x, y = self.centre
         raw = (
             text_corners(self.text, self.extent)
@@ -95,7 +95,7 @@ def random_scene(rng: random.Random) -> Scene:
 
 def _try_scene(rng: random.Random) -> Optional[Scene]:
     n_shapes, n_texts = rng.choices(
-        ((rng.randint(1, 4), 0), (rng.randint(1, 3), 1), (0, 1), (0, 2)), (55, 27, 6, 12)
+        ((rng.randint(1, 4), 0), (rng.randint(1, 3), 1), (0, 1), (0, 2)), (45, 35, 6, 14)
     )[0]
     rows = rng.sample(range(3), n_texts)
     free = [cell for cell in range(9) if cell // 3 not in rows]
@@ -130,7 +130,7 @@ def _random_shape(rng: random.Random, kind: str, colour: str, cell: int) -> Thin
 
 def _random_text(rng: random.Random, row: int) -> Thing:
     text = random_text(rng)
-    font_size = rng.uniform(150, 200)
+    font_size = rng.uniform(180, 235)
     left, top, right, bottom = (
         f(p[i] for p in text_corners(text, font_size)) for f in (min, max) for i in (0, 1)
     )
@@ -145,12 +145,9 @@ def _random_text(rng: random.Random, row: int) -> Thing:
 
 
 def random_text(rng: random.Random) -> str:
-    """A word of the list, random letters, or a number of 2 to 5 digits."""
-    what = rng.random()
-    if what < 0.35:
+    """A word of the list, or a number of 2 to 5 digits."""
+    if rng.random() < 0.55:
         return rng.choice(WORDS)
-    if what < 0.6:
-        return "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(2, 5)))
     return "".join(rng.choice("0123456789") for _ in range(rng.randint(2, 5)))
 
 

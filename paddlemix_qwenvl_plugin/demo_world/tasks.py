@@ -52,7 +52,7 @@ def held_out(number: int) -> Sample:
 
 def picture_turn(rng: random.Random, scene: Scene) -> Turn:
     """A question about one picture; of a picture with words it is often about these."""
-    if rng.random() < (0.35 if scene.texts else 0.02):
+    if rng.random() < (0.45 if scene.texts else 0.02):
         return questions.read(rng, scene, rng.choice(LANGUAGES))
     return _draw(rng, _ONE_PICTURE, scene)
 

@@ -65,9 +65,7 @@ def optimisers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=10 * lr), adam]
 
 
-def schedule(step: int, steps: int, warm_up: int = 100) -> float:
-    """Factor of the learning rate: a short rise, then half a cosine down to 2 %."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    progress = (step - warm_up) / max(1, steps - warm_up)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+def schedule(step: int, progress: float, warm_up: int = 100) -> float:
+    """Factor of the learning rate: a short rise, then half a cosine down to 2 % at `progress` 1."""
+    cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return min(1.0, (step + 1) / warm_up) * cosine

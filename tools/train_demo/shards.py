@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import tempfile
 import threading
 from functools import cache
 from pathlib import Path
@@ -39,9 +40,16 @@ def picture(scene: Scene, image_size: int, side: int) -> NDArray[np.uint8]:
     return np.asarray(resized)
 
 
-def make_shard(job: tuple[int, Path, int]) -> Arrays:
-    """Pictures and rows of shard (number, model folder, image_size), the same for the same number."""
-    number, folder, image_size = job
+def _write_shard(job: tuple[int, Path, int, Path]) -> Path:
+    # Through a file: a pipe would keep the training process busy.
+    number, folder, image_size, scratch = job
+    file = scratch / f"{number}.npz"
+    np.savez(file, **make_shard(number, folder, image_size))
+    return file
+
+
+def make_shard(number: int, folder: Path, image_size: int) -> Arrays:
+    """Pictures and rows, the same for the same number, model folder and image_size."""
     tokenizer = _tokenizer(folder)
     rng = random.Random(f"training {number}")
     scenes = [random_scene(rng) for _ in range(PICTURES)]
@@ -78,8 +86,10 @@ class Feed:
     def __init__(self, folder: Path, image_size: int, first: int, n_shards: int, workers: int) -> None:
         # Before anything touches the GPU: its state does not survive a fork.
         self._pool = multiprocessing.get_context("fork").Pool(workers)
-        jobs = ((number, folder, image_size) for number in range(first, first + n_shards))
-        self._shards = self._pool.imap_unordered(make_shard, jobs)
+        self._scratch = tempfile.TemporaryDirectory(prefix="shards-")
+        scratch = Path(self._scratch.name)
+        jobs = ((number, folder, image_size, scratch) for number in range(first, first + n_shards))
+        self._shards = self._pool.imap_unordered(_write_shard, jobs)
         self._n_shards = n_shards
         self.ready = 0
         self._tensors: dict[str, torch.Tensor] = {}
@@ -107,13 +117,16 @@ class Feed:
 
     def close(self) -> None:
         self._pool.terminate()
+        self._scratch.cleanup()
 
     def _fill(self, device: torch.device) -> None:
         try:
             stream = torch.cuda.Stream(device) if device.type == "cuda" else None
             with torch.cuda.stream(stream) if stream else threading.Lock():
-                for number, shard in enumerate(self._shards):
-                    self._append(number, shard, device)
+                for number, file in enumerate(self._shards):
+                    with np.load(file) as shard:
+                        self._append(number, dict(shard), device)
+                    file.unlink()
                     if stream:
                         stream.synchronize()
                     self.ready = number + 1
