@@ -9,7 +9,17 @@ from typing import Any, NoReturn
 
 import typer
 
-from paddlemix_qwenvl_plugin.cli import convert, doctor, export, make_tiny, patches, predict, recipes, run
+from paddlemix_qwenvl_plugin.cli import (
+    convert,
+    doctor,
+    eval,
+    export,
+    make_tiny,
+    patches,
+    predict,
+    recipes,
+    run,
+)
 from paddlemix_qwenvl_plugin.errors import (
     QwenVLError,
     line_of,
@@ -42,6 +52,7 @@ app.command("convert")(convert.convert)
 app.command("make-tiny")(make_tiny.make_tiny)
 app.command("run")(run.run)
 app.command("doctor")(doctor.doctor)
+app.add_typer(eval.app, name="eval")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(patches.app, name="patches")
 

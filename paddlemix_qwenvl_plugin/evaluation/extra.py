@@ -1,0 +1,22 @@
+"""Libraries that not everybody needs: the optional extra `eval`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError
+
+
+def extra(module: str, what: str) -> Any:
+    """The module, which `what` needs.
+
+    Raises:
+        QwenVLError: its library is not installed; the line has the command that installs it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise QwenVLError(
+            f"{what} needs the library {error.name}: pip install 'paddlemix-qwenvl-plugin[eval]'"
+        ) from error
