@@ -17,6 +17,7 @@ def extra(module: str, what: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
+        library = (error.name or module).partition(".")[0]
         raise QwenVLError(
-            f"{what} needs the library {error.name}: pip install 'paddlemix-qwenvl-plugin[eval]'"
+            f"{what} needs the library {library}: pip install 'paddlemix-qwenvl-plugin[eval]'"
         ) from error
