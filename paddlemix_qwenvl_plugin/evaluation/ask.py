@@ -36,7 +36,7 @@ def prompt_ids(tokenizer: QwenTokenizer, request: Request) -> list[int]:
 
 
 def answers(pair: QwenVL, requests: Iterable[Request], options: GenerationOptions) -> Iterator[str]:
-    """The answer to each request, one at a time, without the end token: a batch is no faster on a CPU.
+    """The answer to each request, one at a time, without the end token: on a CPU a batch is hardly faster.
 
     A turn's end ends an answer as well, since a chat model may say so where the base model ends its text.
 

@@ -60,9 +60,8 @@ class GroundingRow(Row):
 
 def overlap(row: GroundingRow, answer: str) -> float:
     """Intersection over union of the first box in the answer with the right one; 0 without a box."""
-    # The prompt has opened the first box. An answer that was had in another way may bring its own tag.
-    whole = answer if "<box>" in answer.partition("</box>")[0] else f"<box>{answer}"
-    boxes = parse_boxes(whole).boxes
+    # The prompt has opened the first box. A tag too many, before an answer that brings its own, does no harm.
+    boxes = parse_boxes(f"<box>{answer}").boxes
     if not boxes:
         return 0.0
     (left, top), (right, bottom) = boxes[0].points[0], boxes[0].points[-1]
