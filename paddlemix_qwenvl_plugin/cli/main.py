@@ -15,6 +15,7 @@ from paddlemix_qwenvl_plugin.cli import (
     convert,
     demo,
     doctor,
+    eval,
     export,
     make_tiny,
     patches,
@@ -57,6 +58,7 @@ app.command("convert")(convert.convert)
 app.command("make-tiny")(make_tiny.make_tiny)
 app.command("run")(run.run)
 app.command("doctor")(doctor.doctor)
+app.add_typer(eval.app, name="eval")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(patches.app, name="patches")
 

@@ -13,6 +13,7 @@ import pickle
 import shutil
 import socket
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -980,6 +981,116 @@ def _(bench: Bench) -> list[str]:
     bench.monkeypatch.setattr("paddlemix_qwenvl_plugin.demo.run.run_demo", lambda out, say: run)
     return ["demo"]
 
+
+# eval
+
+
+QUESTION = {
+    "image": str(STREET),
+    "question_id": 1,
+    "question": "What is it?",
+    "answers": ["a dog", "a dog", "a cat", "a dog"],
+}
+
+
+def jsonl(name: str, *rows: Any) -> None:
+    Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def vqa(*more: str, rows: Sequence[Any] = (QUESTION,)) -> list[str]:
+    """`eval vqa` of these rows, which has no stages to run."""
+    jsonl("data.jsonl", *rows)
+    return ["eval", "vqa", "data.jsonl", *more]
+
+
+def vqa_predictions(*lines: Any) -> list[str]:
+    jsonl("answers.jsonl", *lines)
+    return vqa("--predictions", "answers.jsonl")
+
+
+def vqa_stages(bench: Bench, *more: str, **changes: Any) -> list[str]:
+    """`eval vqa` of one row, through the exported stages."""
+    bench.exported()
+    stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
+    return vqa(*stages, *more, rows=[{**QUESTION, **changes}])
+
+
+def vqa_folder(bench: Bench) -> list[str]:
+    bench.exported()
+    return ["eval", "vqa", "vision"]
+
+
+def vqa_not_json(bench: Bench) -> list[str]:
+    Path("data.jsonl").write_text(json.dumps(QUESTION) + "\n{\n")
+    return ["eval", "vqa", "data.jsonl"]
+
+
+def grounding_box(bench: Bench) -> list[str]:
+    row = {"image": "dog.png", "sent": "it", "bbox": [150, 20, 100, 50], "width": 200, "height": 100}
+    jsonl("data.jsonl", row)
+    return ["eval", "grounding", "data.jsonl"]
+
+
+def vqa_full_disk(bench: Bench) -> list[str]:
+    rows = [{**QUESTION, "question_id": number} for number in range(100)]
+    jsonl("given.jsonl", *({"id": number, "text": "a dog"} for number in range(100)))
+    bench.max_file_bytes = 1000
+    return vqa("--predictions", "given.jsonl", "--output", "answers.jsonl", rows=rows)
+
+
+def without(bench: Bench, library: str) -> None:
+    """Have the import of a library fail, whether it is installed or not."""
+    for module in [name for name in sys.modules if name.split(".")[0] == library]:
+        bench.monkeypatch.delitem(sys.modules, module)
+    bench.monkeypatch.setitem(sys.modules, library, None)
+
+
+def captions_bare(bench: Bench) -> list[str]:
+    without(bench, "pycocoevalcap")
+    jsonl("data.jsonl", {"image": "dog.png", "image_id": 1, "captions": ["A dog."]})
+    return ["eval", "captions", "data.jsonl"]
+
+
+def anls_bare(bench: Bench) -> list[str]:
+    without(bench, "rapidfuzz")
+    return vqa("--metric", "anls")
+
+
+cases(
+    {
+        "`eval` of a data set that is not there": lambda bench: ["eval", "vqa", "data.jsonl"],
+        "`eval` of a folder": vqa_folder,
+        "`eval` of an empty file": lambda bench: vqa(rows=[]),
+        "a line of the data set is not JSON": vqa_not_json,
+        "a line of the data set is a list": lambda bench: vqa(rows=[[1]]),
+        "a row lacks a key": lambda bench: vqa(rows=[{"image": "dog.png", "question_id": 1, "answers": []}]),
+        "a row's box is no box": grounding_box,
+        "two rows of a data set have one id": lambda bench: vqa(rows=[QUESTION, QUESTION]),
+        "a row's picture is not there": lambda bench: vqa_stages(bench, image="dog.png"),
+        "VQA accuracy of a row with one answer": lambda bench: vqa_stages(bench, answers=["a dog"]),
+        "`--metric bleu`": lambda bench: vqa("--metric", "bleu"),
+        "`eval vqa --max_new_tokens 0`": lambda bench: vqa_stages(bench, "--max_new_tokens", "0"),
+        "neither exported stages nor `--predictions`": lambda bench: vqa(),
+        "exported stages and `--predictions`": lambda bench: vqa_stages(bench, "--predictions", "data.jsonl"),
+        "predictions without an answer to a row": lambda bench: vqa_predictions({"id": "1", "text": "a dog"}),
+        "predictions with an answer to another row": lambda bench: vqa_predictions(
+            {"id": 2, "text": "a cat"}, {"id": 1, "text": "a dog"}
+        ),
+        "predictions without a text": lambda bench: vqa_predictions({"id": 1, "error": "no such picture"}),
+        "`eval --output` to a folder that is not there": lambda bench: vqa_stages(
+            bench, "--output", "out/answers.jsonl"
+        ),
+        "`eval --output` to a folder": lambda bench: vqa_stages(bench, "--output", "vision"),
+        "no more room on the disk for `eval --output`": vqa_full_disk,
+        "`eval captions` without its libraries": captions_bare,
+        "`--metric anls` without its library": anls_bare,
+        "`eval demo --n 0`": lambda bench: ["eval", "demo", "--n", "0"],
+        "`eval demo --dtype int8`": lambda bench: ["eval", "demo", "--dtype", "int8"],
+        "`eval demo --dtype` with exported stages": lambda bench: [
+            *("eval", "demo", "--dtype", "float32", "--first_model_path", "vision/vision")
+        ],
+    }
+)
 
 # Recipes
 

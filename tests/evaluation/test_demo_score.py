@@ -2,60 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
-import pytest
-
 from paddlemix_qwenvl_plugin.demo_world.sample import Sample, Turn
-from paddlemix_qwenvl_plugin.evaluation.demo import Rate, iou, mark, score, table
-from paddlemix_qwenvl_plugin.processing.boxes import Box
+from paddlemix_qwenvl_plugin.evaluation.demo import GOALS, mark, score
+from paddlemix_qwenvl_plugin.evaluation.rates import Rate, table
 
 
 def sample(task: str, answer: str, question: str = "?", text: str = "") -> Sample:
     return Sample((), (Turn(task, "en", question, answer, text),), "chat")
-
-
-@pytest.mark.parametrize(("hits", "n"), [(10, 10), (0, 7), (81, 100), (1, 3)])
-def test_wilson_interval_is_where_the_normal_test_rejects(hits: int, n: int) -> None:
-    """The interval's ends p are those with |hits / n - p| = 1.96 sqrt(p (1 - p) / n): found here by bisection."""
-
-    def far(p: float) -> bool:
-        return abs(hits / n - p) > 1.96 * math.sqrt(p * (1 - p) / n)
-
-    ends = []
-    for outer in (0.0, 1.0):
-        inside = hits / n
-        if not far(outer) or outer == inside:
-            ends.append(outer)
-            continue
-        outside = outer
-        for _ in range(60):
-            middle = (inside + outside) / 2
-            inside, outside = (inside, middle) if far(middle) else (middle, outside)
-        ends.append(inside)
-    assert Rate(hits, n).interval() == pytest.approx(tuple(ends), abs=1e-6)
-
-
-def test_nothing_tried_says_nothing() -> None:
-    assert Rate(0, 0).interval() == (0.0, 1.0)
-    assert math.isnan(Rate(0, 0).value)
-
-
-def test_iou_counts_pixels() -> None:
-    random = np.random.default_rng(0)
-    for _ in range(200):
-        planes, boxes = [], []
-        for _ in range(2):
-            x1, x2 = np.sort(random.integers(0, 21, 2))
-            y1, y2 = np.sort(random.integers(0, 21, 2))
-            plane = np.zeros((20, 20), bool)
-            plane[y1:y2, x1:x2] = True
-            planes.append(plane)
-            boxes.append(Box("box", ((int(x1), int(y1)), (int(x2), int(y2)))))
-        union = (planes[0] | planes[1]).sum()
-        expected = (planes[0] & planes[1]).sum() / union if union else 0.0
-        assert iou(*boxes) == pytest.approx(expected)
 
 
 def test_boxes_count_by_overlap_and_by_what_they_are_of() -> None:
@@ -95,4 +48,19 @@ def test_rates_by_task() -> None:
     assert rates["task: reading"] == Rate(1, 2)
     assert rates["task: count"] == Rate(1, 1)
     assert "task: box" not in rates
-    assert "66.67 %" in table(rates)
+    lines = table(rates, GOALS).splitlines()
+    assert "66.67 %" in lines[0]
+    assert lines[0].endswith("2 of 3  (goal 95 %: missed)")
+    assert lines[1].endswith("1 of 1  (goal 90 %: reached)")
+    assert lines[3].endswith("1 of 1")  # a task has no goal of its own
+
+
+def test_nothing_to_reach_where_nothing_was_asked() -> None:
+    assert "goal" not in table(score([]), GOALS)
+
+
+def test_one_wrong_letter_is_a_wrong_word() -> None:
+    asked = sample("reading", 'It says "CAT".', text="CAT")
+    assert mark(asked, 'It says "CAT".').words_right
+    assert not mark(asked, 'It says "CAR".').words_right
+    assert not mark(asked, "CAT").words_right

@@ -22,7 +22,8 @@ import torch
 from torch import distributed
 
 from paddlemix_qwenvl_plugin.demo_world.tasks import held_out
-from paddlemix_qwenvl_plugin.evaluation.demo import mark, score, table
+from paddlemix_qwenvl_plugin.evaluation.demo import mark, score
+from paddlemix_qwenvl_plugin.evaluation.rates import table
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from tools.train_demo.decode import answers
 from tools.train_demo.model import QwenVL
