@@ -27,10 +27,18 @@ HOOKS = {
     "paddlemix.auto.modeling": _PLUGIN + ".upstream.paddlemix:hook_auto_modeling",
     "paddlemix.processors.qwen_vl_processing": _PLUGIN + ".upstream.paddlemix:hook_qwen_vl_processing",
     "paddlenlp.experimental.transformers.qwen.modeling": _PLUGIN + ".upstream.paddlenlp:hook_qwen",
+    "paddlenlp.transformers.qwen.tokenizer": _PLUGIN + ".upstream.paddlenlp:hook_qwen_tokenizer",
+}
+# The same, called right before the module is executed.
+EARLY_HOOKS = {
+    "paddlenlp.experimental.transformers.fused_transformer_layers": (
+        _PLUGIN + ".upstream.paddlenlp:before_fused_layers"
+    ),
 }
 # The same for modules that may be missing: there the function is given an empty module to fill.
 STAND_INS = {"paddlenlp_ops": _PLUGIN + ".upstream.ops_stand_in:fill"}
-_TABLE = {**HOOKS, **STAND_INS}
+_NEEDS_STAND_INS = "paddlenlp.experimental."
+_TABLE = {**HOOKS, **EARLY_HOOKS, **STAND_INS}
 
 # What the user said before Paddle, which sets it to 1 when imported (read by the plugin's threads.py).
 omp_num_threads = os.environ.get("OMP_NUM_THREADS", "")
@@ -88,6 +96,17 @@ def _warn(message: str) -> None:
         _tell(message)
 
 
+def _importer() -> str:
+    """Name of the module whose code runs the import that is being answered."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (
+        frame.f_code.co_name == "find_spec"
+        or frame.f_globals.get("__name__", "").startswith(("importlib", "_frozen_importlib", __name__))
+    ):
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__"))
+
+
 class _Finder:
     """Finds nothing but the modules of the table, and these through the other finders."""
 
@@ -109,8 +128,8 @@ class _Finder:
         finally:
             self._searching.discard(search)
         if name in STAND_INS:
-            # A real module is not touched, and a program without PaddleNLP sees no stand-in.
-            if spec is not None or not ("paddlenlp" in sys.modules or "paddlemix" in sys.modules):
+            # A real module is not touched, and whoever only wants to know whether there is one gets the truth.
+            if spec is not None or not _importer().startswith(_NEEDS_STAND_INS):
                 return spec
             from importlib.machinery import ModuleSpec
 
@@ -131,7 +150,7 @@ class _Finder:
 
 
 class _HookLoader:
-    """The module's own loader, which gets its place back before the module is executed; then the hook."""
+    """The module's own loader, which gets its place back before the module is executed; and the hook."""
 
     def __init__(self, name: str, loader: "Loader") -> None:
         self._name = name
@@ -144,8 +163,11 @@ class _HookLoader:
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
+        if self._name in EARLY_HOOKS:
+            _fire(self._name, module)
         self._loader.exec_module(module)
-        _fire(self._name, module)
+        if self._name not in EARLY_HOOKS:
+            _fire(self._name, module)
 
 
 class _StandInLoader:

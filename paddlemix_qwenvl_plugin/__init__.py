@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
     from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
     from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess
+    from paddlemix_qwenvl_plugin.runtime.answer import Answer, AnswerStream
+    from paddlemix_qwenvl_plugin.runtime.chat import Chat
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
-    from paddlemix_qwenvl_plugin.runtime.predictor import Answer, QwenVL
+    from paddlemix_qwenvl_plugin.runtime.pieces import Piece
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 _WHERE = {
-    "Answer": "runtime.predictor",
+    "Answer": "runtime.answer",
+    "AnswerStream": "runtime.answer",
+    "Chat": "runtime.chat",
     "GenerationOptions": "runtime.options",
     "ImageLimits": "processing.images",
+    "Piece": "runtime.pieces",
     "QwenVL": "runtime.predictor",
     "QwenVLError": "errors",
     "UsageError": "errors",
@@ -33,8 +39,11 @@ _WHERE = {
 
 __all__ = [
     "Answer",
+    "AnswerStream",
+    "Chat",
     "GenerationOptions",
     "ImageLimits",
+    "Piece",
     "QwenVL",
     "QwenVLError",
     "UsageError",

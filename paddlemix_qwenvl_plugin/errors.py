@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,27 @@ class UsageError(QwenVLError):
     """The request itself is wrong: a flag, a value, a recipe key, a path that is not there (exit code 2)."""
 
     exit_code = 2
+
+
+def one_line(text: str) -> str:
+    """`text` on one line, whatever a file in it is called, and nothing in it that a terminal obeys."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.splitlines()))
+
+
+def line_of(error: BaseException) -> str:
+    """The line that tells a user of an error that is no defect of this package."""
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return one_line(f"{error.filename}: {reason}" if error.filename else reason)
+    if isinstance(error, MemoryError):
+        return one_line(f"out of memory ({error})" if str(error) else "out of memory")
+    return one_line(str(error))
+
+
+def print_traceback_if_debugging() -> None:
+    """Print the traceback of the error that is being handled, with `qwenvl --debug`."""
+    if os.environ.get("QWENVL_DEBUG") == "1":
+        traceback.print_exc()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, parse_config
 from paddlemix_qwenvl_plugin.checkpoint.convert import paddlemix_name
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError, make_folder, naming
@@ -46,13 +46,17 @@ def _write(folder: Path, seed: int) -> None:
     tokenizer = QwenTokenizer.from_folder(folder)
     config = tiny_config(tokenizer.n_vocab, tokenizer.img_start_id)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-    sizes = parse_config(config, "tiny model")
+    weights = random_weights(parse_config(config, "tiny model"), seed)
+    save_file(weights, str(folder / "model.safetensors"), {"format": "pd"})
+
+
+def random_weights(sizes: ModelConfig, seed: int) -> dict[str, NDArray[np.float32]]:
+    """Random tensors of a model of these sizes, under PaddleMIX's names."""
     random = np.random.default_rng(seed)
-    weights = {
+    return {
         paddlemix_name(name): _random(name, spec, random)
         for name, spec in {**language_specs(sizes), **vision_specs(sizes)}.items()
     }
-    save_file(weights, str(folder / "model.safetensors"), {"format": "pd"})
 
 
 def tiny_config(n_vocab: int, image_start_id: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,16 @@ class ModelConfig(BaseModel):
     def mlp_width(self) -> int:
         """Width of the gated MLP: half of `intermediate_size`, which counts gate and value together."""
         return self.intermediate_size // 2
+
+    @property
+    def max_ntk_doublings(self) -> int:
+        """What `ntk_doublings` is for the longest prompt."""
+        ratio = max(2, self.max_position_embeddings / self.seq_length)
+        return max(1, math.ceil(math.log2(ratio)) + 1) if self.use_dynamic_ntk else 0
+
+    def ntk_doublings(self, n_tokens: int) -> int:
+        """How many of seq_length x 1, 2, 4 … a prompt of `n_tokens` exceeds: its rotary base depends on that alone."""
+        return sum(n_tokens > self.seq_length * 2**k for k in range(self.max_ntk_doublings))
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:

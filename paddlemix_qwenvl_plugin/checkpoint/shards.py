@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
+from paddlemix_qwenvl_plugin.checkpoint import safetensors_file, torch_file
 from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 
 # (file or index, kind), in the order of preference where a folder holds several.
@@ -23,6 +23,8 @@ WEIGHT_FILES = (
     ("pytorch_model.bin.index.json", "bin"),
     ("pytorch_model.bin", "bin"),
 )
+# Modules that read a kind of file tensor by tensor.
+_BY_TENSOR: dict[str, Any] = {"safetensors": safetensors_file, "bin": torch_file}
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,15 @@ class Stored:
 class Shards:
     """The weight files of one folder.
 
-    `tensors` maps every stored name to its shape and dtype. safetensors files are read tensor by tensor;
-    the other formats can only be read a whole file at a time, so at most one such file is held.
+    `tensors` maps every stored name to its shape and dtype. safetensors and PyTorch files are read tensor by tensor;
+    .pdparams can only be read a whole file at a time, so at most one such file is held.
     """
 
     def __init__(self, files: list[Path], kind: str, index: dict[str, str] | None) -> None:
         self.files = files
         self.kind = kind
         self._held: tuple[Path, dict[str, NDArray[np.generic]]] | None = None
-        self._headers: dict[Path, dict[str, safetensors_file.StoredTensor]] = {}
+        self._headers: dict[Path, dict[str, Any]] = {}
         self._where: dict[str, Path] = {}
         self.tensors: dict[str, Stored] = {}
         for path in files:
@@ -86,17 +88,17 @@ class Shards:
         """Yield the named tensors file by file, in storage type."""
         for path in self.files:
             wanted = [name for name in self.tensors if name in names and self._where[name] == path]
-            if self.kind == "safetensors":
+            if self.kind in _BY_TENSOR:
                 for name in wanted:
-                    yield name, safetensors_file.read_tensor(path, self._headers[path][name])
+                    yield name, _BY_TENSOR[self.kind].read_tensor(path, self._headers[path][name])
             elif wanted:
                 held = self._load(path)
                 for name in wanted:
                     yield name, held[name]
 
     def _list(self, path: Path) -> dict[str, Stored]:
-        if self.kind == "safetensors":
-            header = self._headers[path] = safetensors_file.read_header(path)
+        if self.kind in _BY_TENSOR:
+            header = self._headers[path] = _BY_TENSOR[self.kind].read_header(path)
             return {name: Stored(entry.shape, entry.dtype) for name, entry in header.items()}
         return {
             name: Stored(array.shape, _dtype_name(array, name, path))
@@ -106,7 +108,7 @@ class Shards:
     def _load(self, path: Path) -> dict[str, NDArray[np.generic]]:
         if self._held is None or self._held[0] != path:
             self._held = None  # before the next file is read, not after
-            self._held = (path, _load_pdparams(path) if self.kind == "pdparams" else _load_bin(path))
+            self._held = (path, _load_pdparams(path))
         return self._held[1]
 
 
@@ -141,23 +143,6 @@ def _load_pdparams(path: Path) -> dict[str, NDArray[np.generic]]:
         state = paddle.load(str(path), return_numpy=True)
     except Exception as error:  # a damaged pickle raises almost anything
         raise QwenVLError(f"{path}: not a Paddle weight file, or truncated ({_short(error)})") from error
-    return _arrays(state, path)
-
-
-def _load_bin(path: Path) -> dict[str, NDArray[np.generic]]:
-    try:
-        from paddlenlp.utils.serialization import load_torch
-    except ImportError as error:
-        missing = (error.name or "").partition(".")[0] == "paddlenlp"
-        what = "is not installed" if missing else f"does not import here ({_short(error)})"
-        raise QwenVLError(
-            f"{path}: PyTorch .bin weights are read by PaddleNLP, which {what}; "
-            "run: pip install 'paddlemix-qwenvl-plugin[paddlenlp]'"
-        ) from error
-    try:
-        state = load_torch(str(path))
-    except Exception as error:  # whatever the reader meets in a damaged file
-        raise QwenVLError(f"{path}: not a PyTorch weight file, or truncated ({_short(error)})") from error
     return _arrays(state, path)
 
 

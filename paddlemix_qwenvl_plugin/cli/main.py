@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 import warnings
 from typing import Any, NoReturn
 
 import typer
 
-from paddlemix_qwenvl_plugin.cli import convert, doctor, export, make_tiny, patches, predict, recipes, run
-from paddlemix_qwenvl_plugin.errors import QwenVLError
+from paddlemix_qwenvl_plugin.cli import (
+    batch,
+    chat,
+    convert,
+    demo,
+    doctor,
+    eval,
+    export,
+    make_tiny,
+    patches,
+    predict,
+    recipes,
+    run,
+)
+from paddlemix_qwenvl_plugin.errors import (
+    QwenVLError,
+    line_of,
+    one_line,
+    print_traceback_if_debugging,
+)
 
 # typer carries its own copy of click from 0.16 on and needs click itself before that:
 # the base class of its exceptions is the one that is raised in both.
@@ -31,13 +48,17 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
         os.environ["QWENVL_DEBUG"] = "1"
 
 
+app.command("demo")(demo.demo)
 app.command("predict")(predict.predict)
+app.command("batch")(batch.batch)
+app.command("chat")(chat.chat)
 app.command("export-vision")(export.export_vision)
 app.command("export-language")(export.export_language)
 app.command("convert")(convert.convert)
 app.command("make-tiny")(make_tiny.make_tiny)
 app.command("run")(run.run)
 app.command("doctor")(doctor.doctor)
+app.add_typer(eval.app, name="eval")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(patches.app, name="patches")
 
@@ -57,7 +78,7 @@ def main() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()  # a full disk shows here, while it can still be reported
     except QwenVLError as error:
-        _fail(str(error), error.exit_code)
+        _fail(line_of(error), error.exit_code)
     except _ClickException as error:
         command = error.ctx.command_path if error.ctx else "qwenvl"
         _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
@@ -67,11 +88,8 @@ def main() -> None:
         # Who reads the output has gone, as in `qwenvl recipes list | head -1`: there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        _fail(f"{error.filename}: {reason}" if error.filename else reason, 1)
-    except MemoryError as error:
-        _fail(f"out of memory ({error})" if str(error) else "out of memory", 1)
+    except (OSError, MemoryError) as error:
+        _fail(line_of(error), 1)
     except Exception as error:  # a slip of this package or of a library
         lines = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
@@ -80,9 +98,6 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    if os.environ.get("QWENVL_DEBUG") == "1":
-        traceback.print_exc()
-    # One line whatever a file is called, and nothing in it that a terminal obeys.
-    line = " ".join(message.splitlines())
-    print(f"qwenvl: {''.join(c if c.isprintable() else '?' for c in line)}", file=sys.stderr)
+    print_traceback_if_debugging()
+    print(f"qwenvl: {one_line(message)}", file=sys.stderr)
     sys.exit(code)

@@ -4,43 +4,42 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
+from paddlemix_qwenvl_plugin.cli import options as flags
+from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.files import write_beside
+
 if TYPE_CHECKING:
-    from paddlemix_qwenvl_plugin.runtime.predictor import Answer
+    from paddlemix_qwenvl_plugin.runtime.answer import Answer
 
 _DRAW_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def predict(
-    first_model_path: Path = typer.Option(..., "--first_model_path", help="Exported vision stage (prefix)."),
-    second_model_path: Path = typer.Option(
-        ..., "--second_model_path", help="Exported language stage (prefix)."
-    ),
-    model: Optional[Path] = typer.Option(
-        None, "--model_name_or_path", help="Folder with the tokenizer; default: beside the language stage."
-    ),
+    first_model_path: flags.FirstModelPath,
+    second_model_path: flags.SecondModelPath,
+    model: flags.ModelFolder = None,
     image: Optional[list[str]] = typer.Option(
         None, "--image", help="Picture: path, data URL or http(s) URL; may be repeated."
     ),
     prompt: str = typer.Option("", "--prompt", help="Question or instruction."),
     chat: bool = typer.Option(False, "--chat", help="Use the chat form (Qwen-VL-Chat)."),
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message (chat)."),
-    device: str = typer.Option("cpu", "--device", help="cpu, gpu or gpu:N."),
-    max_new_tokens: int = typer.Option(512, "--max_new_tokens"),
-    min_new_tokens: int = typer.Option(0, "--min_new_tokens"),
-    temperature: Optional[float] = typer.Option(None, "--temperature", help="Sample; default: greedy."),
-    top_p: Optional[float] = typer.Option(None, "--top_p"),
-    top_k: Optional[int] = typer.Option(None, "--top_k"),
-    repetition_penalty: float = typer.Option(1.0, "--repetition_penalty"),
-    frequency_penalty: float = typer.Option(0.0, "--frequency_penalty"),
-    presence_penalty: float = typer.Option(0.0, "--presence_penalty"),
-    seed: Optional[int] = typer.Option(None, "--seed"),
-    allow_http: bool = typer.Option(False, "--allow-http", help="Let pictures come from http(s) URLs."),
+    device: flags.Device = "cpu",
+    max_new_tokens: flags.MaxNewTokens = 512,
+    min_new_tokens: flags.MinNewTokens = 0,
+    temperature: flags.Temperature = None,
+    top_p: flags.TopP = None,
+    top_k: flags.TopK = None,
+    repetition_penalty: flags.RepetitionPenalty = 1.0,
+    frequency_penalty: flags.FrequencyPenalty = 0.0,
+    presence_penalty: flags.PresencePenalty = 0.0,
+    seed: flags.Seed = None,
+    allow_http: flags.AllowHttp = False,
     as_json: bool = typer.Option(False, "--json", help="Print the whole answer as JSON."),
     output: Optional[Path] = typer.Option(
         None, "--output", help="Also write the answer as JSON to this file."
@@ -53,7 +52,6 @@ def predict(
     ),
 ) -> None:
     """Ask about pictures through both exported stages."""
-    from paddlemix_qwenvl_plugin.errors import UsageError
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
     sources = image or []
@@ -85,9 +83,9 @@ def predict(
         presence_penalty=presence_penalty,
         seed=seed,
     )
-    result = as_dict(answer)
+    result = answer.as_dict()
     if output is not None:
-        _write_beside(
+        write_beside(
             output,
             lambda partial: partial.write_text(
                 json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8"
@@ -104,43 +102,9 @@ def predict(
         print(f"qwenvl: {problem}", file=sys.stderr)
 
 
-def as_dict(answer: Answer) -> dict[str, Any]:
-    """The answer as JSON-ready values; a box has `points` in thousandths and, of the last picture, `pixels`."""
-    size = answer.image_size
-    return {
-        "text": answer.text,
-        "boxes": [
-            {
-                "kind": box.kind,
-                "ref": box.ref,
-                "points": box.points,
-                "pixels": box.to_pixels(*size) if size else None,
-            }
-            for box in answer.boxes
-        ],
-        "image_size": size,
-        "problems": list(answer.problems),
-        "token_ids": answer.token_ids,
-        "finish_reason": answer.finish_reason,
-        "timings": {name: round(value, 4) for name, value in answer.timings.items()},
-    }
-
-
 def _draw(target: Path, source: str, answer: Answer, allow_http: bool) -> None:
     from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
     from paddlemix_qwenvl_plugin.processing.images import load_image
 
     drawn = draw_boxes(load_image(source, allow_http=allow_http), answer.boxes)
-    _write_beside(target, drawn.save)
-
-
-def _write_beside(target: Path, write: Callable[[Path], Any]) -> None:
-    from paddlemix_qwenvl_plugin.errors import naming
-
-    partial = target.with_name(f".partial-{target.name}")
-    try:
-        with naming(target):
-            write(partial)
-            partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_beside(target, drawn.save)

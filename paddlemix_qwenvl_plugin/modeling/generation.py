@@ -7,6 +7,7 @@ overwrite with the end token. Formulas: PaddleNLP's generation operators, read f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import paddle
@@ -126,7 +127,7 @@ class StockGeneration(nn.Layer):
             seen = paddle.concat([seen, one.astype("bool")], axis=1)
             return [*new, seen, *(tensor for pair in grown for tensor in pair)]
 
-        loop = paddle.static.nn.while_loop(unfinished, decode, [*state, valid, *flat_caches])
+        loop = repeat(unfinished, decode, [*state, valid, *flat_caches])
         _, token, done, stopped, length, position, _, tokens = loop[:8]
         return token, done, stopped.astype("int32"), length, position, tokens
 
@@ -165,6 +166,16 @@ class Step(nn.Layer):
             [(cache_kvs[i], cache_kvs[i + 1]) for i in range(0, len(cache_kvs), 2)],
         )
         return (logits, *(tensor for cache in caches for tensor in cache))
+
+
+def repeat(condition: Callable[..., Any], body: Callable[..., list[Any]], loop: list[Any]) -> list[Any]:
+    """paddle.static.nn.while_loop, which in dynamic mode cannot take tensors that grow, as the caches do."""
+    if not paddle.in_dynamic_mode():
+        looped: list[Any] = paddle.static.nn.while_loop(condition, body, loop)
+        return looped
+    while bool(condition(*loop)):
+        loop = body(*loop)
+    return loop
 
 
 def penalise(

@@ -21,10 +21,9 @@ def ntk_alpha(prompt_len: paddle.Tensor, config: ModelConfig) -> paddle.Tensor:
     """
     if not config.use_dynamic_ntk:
         return paddle.ones_like(prompt_len, dtype="float32")
-    doublings = max(1, math.ceil(math.log2(max(2, config.max_position_embeddings / config.seq_length))) + 1)
     power = paddle.ones_like(prompt_len, dtype="float32")
     length = prompt_len.astype("int64")
-    for k in range(doublings):
+    for k in range(config.max_ntk_doublings):
         power = power + (length > config.seq_length * 2**k).astype("float32")
     return paddle.pow(paddle.full_like(power, 2.0), power) - 1.0
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Union
+from typing import Optional, Union
 
 from PIL import Image, ImageDraw, ImageFont
 
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 
-# Far apart in hue, and all dark enough for white letters.
-_COLOURS = ("#c8102e", "#1b7a34", "#2b50d8", "#a84300", "#7b1fa2", "#00707a", "#b8176f", "#6b6000")
+# One box after the other. Far apart in hue, and all dark enough for white letters.
+COLOURS = ("#c8102e", "#1b7a34", "#2b50d8", "#a84300", "#7b1fa2", "#00707a", "#b8176f", "#6b6000")
 
 # Fonts with Chinese, Japanese and Korean glyphs, as the common systems name their files.
 _CJK_FONTS = (
@@ -34,7 +34,7 @@ _CJK_FONTS = (
 # The built-in font ends with the Latin letters.
 _LAST_LATIN = 0x24F
 
-_Font = Union[ImageFont.FreeTypeFont, ImageFont.ImageFont]
+Font = Union[ImageFont.FreeTypeFont, ImageFont.ImageFont]
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
@@ -50,7 +50,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     line = max(2, round(min(width, height) / 200))
     font_size = min(max(12, min(width, height) // 28), max(height - 2, 1))
     for index, box in enumerate(boxes):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         corners = [(min(x, width - 1), min(y, height - 1)) for x, y in box.to_pixels(width, height)]
         if box.kind == "box":
             draw.rectangle((*corners[0], *corners[1]), outline=colour, width=line)
@@ -73,7 +73,7 @@ def _draw_label(
     width, height = size
     padding = 2
     label = " ".join(label.split())  # one line
-    font = _font(font_size, any(ord(c) > _LAST_LATIN for c in label))
+    font = font_for(label, font_size)
     label = _fit(draw, label, font, width - 2 * padding)
     if not label:
         return
@@ -88,7 +88,7 @@ def _draw_label(
     draw.text((x + padding - left, y + padding - top), label, fill="white", font=font)
 
 
-def _fit(draw: ImageDraw.ImageDraw, label: str, font: _Font, room: float) -> str:
+def _fit(draw: ImageDraw.ImageDraw, label: str, font: Font, room: float) -> str:
     """`label`, cut short with an ellipsis until it is at most `room` pixels wide; "" if nothing fits."""
     if len(label) <= room and draw.textlength(label, font=font) <= room:
         return label
@@ -101,12 +101,30 @@ def _fit(draw: ImageDraw.ImageDraw, label: str, font: _Font, room: float) -> str
     return ""
 
 
+def font_for(text: str, size: int) -> Font:
+    """A font of `size` pixels for `text`; see can_draw."""
+    return (None if _is_latin(text) else _cjk_font(size)) or _latin_font(size)
+
+
+def can_draw(text: str) -> bool:
+    """Whether `text` is Latin, or this system has a font with Chinese glyphs: without one they are empty squares."""
+    return _is_latin(text) or _cjk_font(12) is not None
+
+
+def _is_latin(text: str) -> bool:
+    return all(ord(c) <= _LAST_LATIN for c in text)
+
+
 @lru_cache(maxsize=32)
-def _font(size: int, cjk: bool) -> _Font:
-    if cjk:
-        for name in _CJK_FONTS:
-            try:
-                return ImageFont.truetype(name, size)
-            except OSError:  # not on this system: the next one
-                continue
+def _latin_font(size: int) -> Font:
     return ImageFont.load_default(size)
+
+
+@lru_cache(maxsize=32)
+def _cjk_font(size: int) -> Optional[Font]:
+    for name in _CJK_FONTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:  # not on this system: the next one
+            continue
+    return None

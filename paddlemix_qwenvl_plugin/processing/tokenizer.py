@@ -121,6 +121,10 @@ class QwenTokenizer:
                 raise UsageError(f"<img> without its </img> before {_shorten(path)!r}")
             ids += self._encode_path(path)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token says, special tokens by name; an id outside [0, n_vocab) is U+FFFD."""
+        return self._pieces[token_id] if 0 <= token_id < self.n_vocab else _REPLACEMENT
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Never fails, whatever the ids.
 
@@ -143,7 +147,7 @@ class QwenTokenizer:
             if 0 <= token_id < self.eod_id:
                 shown.append(self._pieces[token_id])
             elif not skip_special_tokens:
-                shown.append(self._pieces[token_id] if 0 <= token_id < self.n_vocab else _REPLACEMENT)
+                shown.append(self.token_bytes(token_id))
         return b"".join(shown).decode("utf-8", errors="replace")
 
     def _encode_text(self, text: str, allowed: set[str]) -> list[int]:

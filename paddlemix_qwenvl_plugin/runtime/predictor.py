@@ -3,52 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
 from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.export.manifest import check_pair
-from paddlemix_qwenvl_plugin.processing.boxes import Box, parse_boxes
 from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess_all
-from paddlemix_qwenvl_plugin.processing.prompts import Part, Query, base_prompt, chat_prompt, image_spans
+from paddlemix_qwenvl_plugin.processing.prompts import (
+    Part,
+    Prompt,
+    Query,
+    base_prompt,
+    chat_prompt,
+    image_spans,
+)
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
-from paddlemix_qwenvl_plugin.runtime.generator import Generated, Generator
+from paddlemix_qwenvl_plugin.runtime.answer import Answer, AnswerStream
+from paddlemix_qwenvl_plugin.runtime.chat import Chat
+from paddlemix_qwenvl_plugin.runtime.feature_cache import FeatureCache
+from paddlemix_qwenvl_plugin.runtime.generator import Generator, KVCache
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
+from paddlemix_qwenvl_plugin.runtime.sampling import RowSampler
 
 PathLike = Union[str, Path]
 
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to one prompt.
-
-    Attributes:
-        text: what the model said, with its `<ref>` and `<box>` tags, without the end token.
-        boxes: the boxes and quads in it, in thousandths of the picture's width and height;
-            `box.to_pixels(*answer.image_size)` gives pixels.
-        image_size: (width, height) in pixels of the last picture, to which the boxes refer; None without a picture.
-        problems: boxes that could not be read, one line each.
-        token_ids: every generated token, the end token included.
-        finish_reason: "stop" (an end token) or "length" (max_new_tokens, or the context is full).
-        timings: seconds of "prepare", "load" (of the programs, at the first call), "encode_images", "prefill" and
-            "decode", and the decode's "tokens_per_second".
-    """
-
-    text: str
-    boxes: tuple[Box, ...]
-    image_size: Optional[tuple[int, int]]
-    problems: tuple[str, ...]
-    token_ids: list[int]
-    finish_reason: str
-    timings: dict[str, float]
+DEFAULT_SYSTEM = "You are a helpful assistant."
 
 
 class QwenVL:
@@ -62,7 +50,10 @@ class QwenVL:
         self._model = model
         self._allow_http = allow_http
         self._limits = limits
+        self._features = FeatureCache()
         self.config: ModelConfig = language.manifest.config
+        # What tells these weights from others, their dtype included.
+        self.weights: list[str] = [stage.manifest.weights.sha256 for stage in (vision, language)]
 
     @classmethod
     def from_exported(
@@ -118,9 +109,13 @@ class QwenVL:
     def _generator(self) -> Generator:
         return Generator(self._language_stage)
 
-    def _load(self, vision: bool) -> None:
-        """Open what a prompt needs now rather than at its first use, so that it is timed apart."""
-        _ = self._generator
+    def load(self, vision: bool = True) -> None:
+        """Open the vocabulary and the programs, stage 1 only with `vision`, now rather than at their first use.
+
+        Raises:
+            UsageError, QwenVLError: files that are missing or damaged.
+        """
+        _ = self.tokenizer, self._generator
         if vision:
             _ = self._vision
 
@@ -131,7 +126,7 @@ class QwenVL:
             pixels: float32 [N, 3, image_size, image_size], from `preprocess`.
 
         Returns:
-            float32 [N, n_queries, hidden_size].
+            float32 [N, n_queries, hidden_size]. Those of pictures seen before are remembered.
         """
         size = self.config.visual.image_size
         array = np.ascontiguousarray(pixels, np.float32)
@@ -140,8 +135,10 @@ class QwenVL:
         if not len(array):
             return np.zeros([0, self.config.visual.n_queries, self.config.hidden_size], np.float32)
         # One picture at a time: attention over the patches sets the peak memory, and a batch gains nothing on a CPU.
-        rows = [self._vision([array[i : i + 1]])[0].numpy() for i in range(len(array))]
-        features: NDArray[np.float32] = np.concatenate(rows)
+        return np.stack([self._features.get(picture, partial(self._encode, picture)) for picture in array])
+
+    def _encode(self, picture: NDArray[np.float32]) -> NDArray[np.float32]:
+        features: NDArray[np.float32] = self._vision([picture[None]])[0].numpy()[0]
         return features
 
     def generate_ids(
@@ -174,7 +171,10 @@ class QwenVL:
             ends = [int(token) for token in eos_token_ids]
         else:
             ends = [self.tokenizer.eod_id] if (self._model / "qwen.tiktoken").is_file() else []
-        return self._generate(input_ids, features, lengths, ends, chosen).tokens
+        ids, row_lengths = self._check_ids(input_ids, lengths)
+        pictures, positions = self._check_features(ids, row_lengths, features)
+        chosen = self.fit(max(row_lengths), chosen)
+        return self._generator.generate(ids, row_lengths, pictures, positions, chosen, ends).tokens
 
     def generate(
         self,
@@ -182,10 +182,22 @@ class QwenVL:
         *,
         chat: bool = False,
         history: Sequence[tuple[Query, str]] = (),
-        system: str = "You are a helpful assistant.",
+        system: str = DEFAULT_SYSTEM,
         **options: Any,
     ) -> Answer:
-        """Answer one prompt.
+        """Answer one prompt; arguments and errors as for `stream`."""
+        return self.stream(parts, chat=chat, history=history, system=system, **options).finish()
+
+    def stream(
+        self,
+        parts: Union[str, Sequence[Part]],
+        *,
+        chat: bool = False,
+        history: Sequence[tuple[Query, str]] = (),
+        system: str = DEFAULT_SYSTEM,
+        **options: Any,
+    ) -> AnswerStream:
+        """Answer one prompt in pieces, as they are generated.
 
         Args:
             parts: text, or a list of {"image": …}, {"text": …} and {"box": …, "ref": …} (processing/prompts.py).
@@ -199,65 +211,93 @@ class QwenVL:
         """
         chosen = GenerationOptions.of(options)
         start = time.perf_counter()
+        prompt, ends = self.prompt(parts, chat=chat, history=history, system=system)
+        images = self.load_images(prompt.images)
+        pixels = self.preprocess(images)
+        size = images[-1].size if images else None
+        return self.start(prompt.input_ids, list(pixels), ends, chosen, size, time.perf_counter() - start)
+
+    def prompt(
+        self,
+        parts: Union[str, Sequence[Part]],
+        *,
+        chat: bool = False,
+        history: Sequence[tuple[Query, str]] = (),
+        system: str = DEFAULT_SYSTEM,
+    ) -> tuple[Prompt, list[int]]:
+        """The prompt and the tokens that end its answer; arguments and errors as for `stream`."""
         query: Sequence[Part] = [{"text": parts}] if isinstance(parts, str) else parts
         tokenizer = self.tokenizer
-        ends = [tokenizer.eod_id]
         if chat:
-            prompt = chat_prompt(tokenizer, query, history, system)
-            ends += [tokenizer.im_end_id, tokenizer.im_start_id]
-        elif history:
+            ends = [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
+            return chat_prompt(tokenizer, query, history, system), ends
+        if history:
             raise UsageError("history: only a chat prompt has earlier turns; pass chat=True")
-        else:
-            prompt = base_prompt(tokenizer, query)
-        images = [load_image(i, allow_http=self._allow_http, limits=self._limits) for i in prompt.images]
-        pixels = preprocess_all(images, self.config.visual.image_size)
-        prepared = time.perf_counter()
-        self._load(vision=bool(images))
-        loaded = time.perf_counter()
-        features = self.encode_images(pixels)
-        encoded = time.perf_counter()
-        generated = self._generate([prompt.input_ids], features, None, ends, chosen)
-        timings = {
-            "prepare": prepared - start,
-            "load": loaded - prepared,
-            "encode_images": encoded - loaded,
-            "prefill": generated.prefill_seconds,
-            "decode": generated.decode_seconds,
-            "tokens_per_second": (generated.steps - 1) / max(generated.decode_seconds, 1e-9),
-        }
-        tokens, reason = generated.tokens[0], generated.finish_reasons[0]
-        text = tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens)
-        parsed = parse_boxes(text)
-        return Answer(
-            text=text,
-            boxes=tuple(parsed.boxes),
-            image_size=images[-1].size if images else None,
-            problems=tuple(parsed.problems),
-            token_ids=tokens,
-            finish_reason=reason,
-            timings=timings,
-        )
+        return base_prompt(tokenizer, query), [tokenizer.eod_id]
 
-    def _generate(
+    def chat(self, system: str = DEFAULT_SYSTEM) -> Chat:
+        """Begin a conversation with Qwen-VL-Chat."""
+        return Chat(self, system)
+
+    def load_images(self, sources: Sequence[Any]) -> list[Image.Image]:
+        """Open pictures as this predictor's `allow_http` and `limits` let it."""
+        return [load_image(i, allow_http=self._allow_http, limits=self._limits) for i in sources]
+
+    def preprocess(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Pictures as stage 1 takes them, float32 [N, 3, image_size, image_size]."""
+        return preprocess_all(images, self.config.visual.image_size)
+
+    def start(
         self,
-        input_ids: ArrayLike,
-        features: Optional[ArrayLike],
-        lengths: Optional[Sequence[int]],
+        input_ids: Sequence[int],
+        pixels: Sequence[NDArray[np.float32]],
         ends: Sequence[int],
         options: GenerationOptions,
-    ) -> Generated:
-        ids, row_lengths = self._check_ids(input_ids, lengths)
-        pictures, positions = self._check_features(ids, row_lengths, features)
-        room = self.config.max_position_embeddings - max(row_lengths)
+        image_size: Optional[tuple[int, int]],
+        prepare_seconds: float,
+        cache: KVCache | None = None,
+        on_end: Callable[[Answer, KVCache], None] = lambda answer, cache: None,
+    ) -> AnswerStream:
+        """Start a request on token ids.
+
+        Args:
+            input_ids: the prompt, or what follows `cache` of it.
+            pixels: float32 [N, 3, image_size, image_size], of the pictures in input_ids.
+            ends: tokens that end the answer.
+            cache: of what comes before input_ids, one row.
+            image_size, prepare_seconds, on_end: see AnswerStream.
+        """
+        before = int(cache.lengths[0, 0]) if cache is not None else 0
+        options = self.fit(before + len(input_ids), options)
+        ids, lengths = self._check_ids([input_ids], None)
+
+        def begin(timings: dict[str, float]) -> tuple[RowSampler, Iterator[KVCache]]:
+            start = time.perf_counter()
+            self.load(vision=len(pixels) > 0)
+            loaded = time.perf_counter()
+            features = self.encode_images(np.asarray(pixels)) if len(pixels) else None
+            pictures, positions = self._check_features(ids, lengths, features)
+            timings.update(load=loaded - start, encode_images=time.perf_counter() - loaded)
+            [sampler] = self._generator.samplers(1, options, ends)
+            return sampler, self._generator.steps(ids, lengths, pictures, positions, [sampler], cache)
+
+        return AnswerStream(begin, self.tokenizer, ends, image_size, prepare_seconds, on_end)
+
+    def fit(self, n_tokens: int, options: GenerationOptions) -> GenerationOptions:
+        """The options with max_new_tokens cut to what the context has room for after a prompt.
+
+        Raises:
+            UsageError: it has no room for a single token.
+        """
+        room = self.config.max_position_embeddings - n_tokens
         if room < 1:
             raise UsageError(
-                f"input_ids: a prompt of {max(row_lengths)} tokens leaves no room in the context of "
+                f"input_ids: a prompt of {n_tokens} tokens leaves no room in the context of "
                 f"{self.config.max_position_embeddings}"
             )
-        if options.max_new_tokens > room:
-            least = min(options.min_new_tokens, room)
-            options = replace(options, max_new_tokens=room, min_new_tokens=least)
-        return self._generator.generate(ids, row_lengths, pictures, positions, options, ends)
+        if options.max_new_tokens <= room:
+            return options
+        return replace(options, max_new_tokens=room, min_new_tokens=min(options.min_new_tokens, room))
 
     def _check_ids(
         self, input_ids: ArrayLike, lengths: Optional[Sequence[int]]

@@ -28,6 +28,11 @@ class RowSampler:
     def finished(self) -> bool:
         return self.ended or len(self.tokens) >= self.options.max_new_tokens
 
+    @property
+    def finish_reason(self) -> str:
+        """ "stop": an end token; "length": as many tokens as asked for."""
+        return "stop" if self.ended else "length"
+
     def pick(self, logits: NDArray[np.float32]) -> int:
         """Take the next token from float32 logits [vocab_size] and remember it."""
         token = self._choose(self._adjust(logits))

@@ -13,6 +13,9 @@ from paddlemix_qwenvl_plugin.errors import UsageError
 from paddlemix_qwenvl_plugin.export.export import export_language
 from paddlemix_qwenvl_plugin.modeling.generation import StockGeneration
 from paddlemix_qwenvl_plugin.modeling.weights import load_language
+from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
+from paddlemix_qwenvl_plugin.upstream.model_folder import model_folder
+from paddlemix_qwenvl_plugin.upstream.notice import notice
 
 
 class QWenForQWenVLInferenceModel:
@@ -28,10 +31,18 @@ class QWenForQWenVLInferenceModel:
     def from_pretrained(
         cls, path: str, config: Any = None, dtype: Optional[str] = None, **_: Any
     ) -> QWenForQWenVLInferenceModel:
-        """Open a model folder; further arguments are about what upstream's own class would do."""
-        if getattr(config, "weight_only_quant_bits", -1) > 0 or getattr(config, "quant_type", None):
-            raise UsageError("--quant_type: not supported yet, export without it")
-        folder = Path(path)
+        """Open a model folder or a community name; further arguments are about what upstream's class would do.
+
+        Raises:
+            UsageError: the config asks for what this model cannot do.
+            QwenVLError: what is wrong with the folder.
+        """
+        quant_type = getattr(config, "quant_type", None)
+        if quant_type:
+            raise UsageError(f"--quant_type {quant_type}: not supported yet, export without it")
+        if getattr(config, "tensor_parallel_degree", 1) > 1:
+            raise UsageError("several processes: not supported, start the script on one device")
+        folder = model_folder(str(path))
         Checkpoint(folder)  # says now what is wrong with the folder
         dtype = dtype or paddle.get_default_dtype()
         if dtype != "float32" and not paddle.is_compiled_with_cuda():
@@ -44,8 +55,12 @@ class QWenForQWenVLInferenceModel:
         return cls
 
     @classmethod
-    def set_inference_config(cls, **_: Any) -> None:
-        """Generation 2 prepares the config for its own layers; nothing to do here."""
+    def set_inference_config(
+        cls, config: Any, predictor_args: Any, tensor_parallel_degree: int = 1, **_: Any
+    ) -> None:
+        """Generation 2 writes the command line into the config, from which from_pretrained reads it."""
+        config.quant_type = getattr(predictor_args, "quant_type", None)
+        config.tensor_parallel_degree = tensor_parallel_degree
 
     @classmethod
     def get_cache_kvs_shape(
@@ -57,26 +72,64 @@ class QWenForQWenVLInferenceModel:
         shape = [2, max_batch_size, heads, length, config.hidden_size // heads]
         return [list(shape) for _ in range(config.num_hidden_layers)]
 
+    @property
+    def generation_config(self) -> Any:
+        """What generation 2 saves beside the export of a folder that has no generation_config.json."""
+        from paddlenlp.generation import GenerationConfig
+
+        return GenerationConfig.from_model_config(self.config)
+
     def eval(self) -> QWenForQWenVLInferenceModel:
         """Nothing here trains."""
         return self
 
     def to_static(self, output_path: str, config: dict[str, Any]) -> None:
-        """Export to OUTPUT_PATH.* as `qwenvl export-language` does."""
+        """Export to OUTPUT_PATH.* as `qwenvl export-language` does.
+
+        Raises:
+            UsageError: the config asks for a prefix cache or an 8-bit cache.
+        """
+        if config.get("export_precache"):
+            raise UsageError("--export_precache: not supported, export without it")
+        for flag in ("use_cachekv_int8", "cachekv_int8_type"):  # generation 1, 2
+            if config.get(flag) not in (None, "None"):
+                raise UsageError(f"8-bit caches ({flag}={config[flag]}): not supported, export without them")
         prefix = Path(output_path)
         export_language(self._folder, prefix.parent, prefix.name, str(config.get("dtype") or self._dtype))
         _skip_upstream_validation()
 
     def generate(self, **inputs: Any) -> Any:
-        """Upstream's dynamic predictor: the inputs of the stock graph, without pictures where they are not given."""
-        if self._generation is None:
-            self._generation = StockGeneration(load_language(Checkpoint(self._folder), self._dtype))
-        hidden = self._generation.model.config.hidden_size
-        queries = self._generation.model.config.visual.n_queries
-        inputs.setdefault("image_features", paddle.zeros([1, queries, hidden], "float32"))
+        """Generate for upstream's dynamic predictor; the tokens go where its reader looks, to the working folder.
+
+        Args:
+            inputs: those of the stock graph by name, without image_features and img_pos where there is no picture.
+
+        Returns:
+            The outputs of the stock graph (modeling/generation.py).
+        """
+        if inputs.pop("pre_caches", None):
+            raise UsageError("--export_precache: not supported, run without it")
+        generation = self._load()
+        config = generation.model.config
+        inputs.setdefault(
+            "image_features", paddle.zeros([1, config.visual.n_queries, config.hidden_size], "float32")
+        )
         inputs.setdefault("img_pos", paddle.to_tensor([[-1, 0, 0]], dtype="int64"))
+        # Upstream numbers the positions of the longest prompt and answer, and repeats the end tokens for each row.
+        inputs["position_ids"] = inputs["position_ids"][:, : inputs["input_ids"].shape[1]]
+        inputs["eos_token_id"] = inputs["eos_token_id"].flatten()
         with paddle.no_grad():
-            return self._generation(**inputs)
+            outputs = generation(**inputs)
+        rows = [[token for token in row if token >= 0] for row in outputs[-1].numpy().tolist()]
+        write_tokens(Path(), rows, int(inputs["eos_token_id"][0]))
+        return outputs
+
+    def _load(self) -> StockGeneration:
+        if self._generation is None:
+            # Paddle has no half types on a CPU.
+            dtype = self._dtype if paddle.get_device().startswith("gpu") else "float32"
+            self._generation = StockGeneration(load_language(Checkpoint(self._folder), dtype))
+        return self._generation
 
 
 def _let_arange_make_half_numbers() -> None:
@@ -95,8 +148,12 @@ def _let_arange_make_half_numbers() -> None:
 
 
 def _skip_upstream_validation() -> None:
-    """Upstream's script then looks for print operators, on a device type that Paddle does not know and in the legacy
-    program only. The function is looked up in the script when it is called."""
+    """Generation 1's script then looks for print operators, in a way that fails on a CPU, and on Paddle 3 anywhere.
+
+    The function is looked up in the script when it is called.
+    """
     script = sys.modules["__main__"]
     if hasattr(script, "validate_pdmodel"):
-        vars(script)["validate_pdmodel"] = lambda model_path, model_prefix, device: None
+        vars(script)["validate_pdmodel"] = lambda model_path, model_prefix, device: notice(
+            "validate_pdmodel skipped: the export has no print operators, and Paddle 3 cannot be asked that way"
+        )

@@ -6,7 +6,10 @@ Generation 1 (commit 498f709, wheel 3.0.0b0) imports QWenForQWenVLInferenceModel
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from paddlemix_qwenvl_plugin.upstream.patching import patching
 
@@ -17,3 +20,44 @@ def hook_qwen(module: ModuleType) -> None:
 
     with patching(module) as patch:
         patch.set(module, "QWenForQWenVLInferenceModel", QWenForQWenVLInferenceModel)
+
+
+def before_fused_layers(module: ModuleType) -> None:
+    """paddlenlp.experimental.transformers.fused_transformer_layers: let it import.
+
+    Generation 2 imports fused_moe, which Paddle had in 3.0 only. This model has no use for it.
+    """
+    from paddle import __version__
+    from paddle.incubate.nn import functional
+
+    from paddlemix_qwenvl_plugin.upstream.ops_stand_in import missing_operator
+
+    source = module.__loader__.get_source(module.__name__)  # type: ignore[union-attr]  # a file's has it
+    if hasattr(functional, "fused_moe") or "fused_moe" not in (source or ""):
+        return
+    reason = f"Paddle {__version__} has it no more; a model that calls it needs Paddle 3.0"
+    with patching(module) as patch:
+        patch.set(functional, "fused_moe", missing_operator(functional.__name__, "fused_moe", reason))
+
+
+def hook_qwen_tokenizer(module: ModuleType) -> None:
+    """paddlenlp.transformers.qwen.tokenizer: the tokenizer of a Qwen-VL folder always has a padding and an end token.
+
+    Upstream's predictor pads even a single prompt, and Qwen-VL's own tokenizer_config.json names no such tokens.
+    """
+    tokenizer = module.QWenTokenizer
+    upstream = vars(tokenizer)["__init__"]
+
+    @functools.wraps(upstream)
+    def __init__(self: Any, vocab_file: str, *args: Any, **kwargs: Any) -> None:
+        upstream(self, vocab_file, *args, **kwargs)
+        missing = [name for name in ("pad_token_id", "eos_token_id") if getattr(self, name) is None]
+        if missing:
+            from paddlemix_qwenvl_plugin.upstream.image_encoder import is_qwen_vl
+
+            if is_qwen_vl(str(Path(vocab_file).parent)):
+                for name in missing:
+                    setattr(self, name, self.eod_id)
+
+    with patching(module) as patch:
+        patch.set(tokenizer, "__init__", __init__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from activation_helpers import AUTO, Run
 
@@ -15,6 +17,21 @@ def test_hook_is_called_once_after_the_module(run: Run) -> None:
     done = run(code, "hooks:good")
     assert done.stdout == f"['{AUTO}'] True\n"
     assert done.stderr == ""
+
+
+EARLY = "a.EARLY_HOOKS[{0!r}] = a._TABLE[{0!r}] = {1!r}; a.state[{0!r}] = 'armed'\n"
+
+
+@pytest.mark.parametrize(("hook", "ran"), [("hooks:early", True), ("hooks:no_such", False)])
+def test_early_hook_is_called_before_the_module(run: Run, fakes: Path, hook: str, ran: bool) -> None:
+    """What it prepares is there when the module is executed; if it fails, the module is what it would have been."""
+    with (fakes / "hooks.py").open("a") as file:
+        file.write("def early(module): calls.append((module.__name__, hasattr(module, 'Auto')))\n")
+    arm = "import _qwenvl_activate as a\n" + EARLY.format(AUTO, hook)
+    done = run(f"{arm}{LOAD}print(hooks.calls, m.LOADERS, m.Auto.make())", None, "-W", "always")
+    calls = [(AUTO, False)] if ran else []
+    assert done.stdout == f"{calls} {('SourceFileLoader',) * 2} upstream's\n"
+    assert done.stderr.count("RuntimeWarning: ") == (not ran)
 
 
 def test_module_looks_as_without_the_plugin(run: Run) -> None:

@@ -1,18 +1,20 @@
 """PyTorch .bin shards, as Hugging Face publishes this model, give the same tensors as every other format.
 
-The files are written without PyTorch: a zip of one pickle (`data.pkl`) and the tensors' raw values.
+The shards are written without PyTorch: a zip of one pickle (`data.pkl`) and the tensors' raw values. PyTorch itself
+wrote the small files of tests/golden/torch.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
 import sys
 import zipfile
 from collections import OrderedDict
-from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
@@ -21,13 +23,11 @@ import pytest
 from folders import renamed
 
 from paddlemix_qwenvl_plugin import QwenVLError
+from paddlemix_qwenvl_plugin.checkpoint import torch_file
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast
 
-pytestmark = pytest.mark.skipif(
-    find_spec("paddlenlp") is None,
-    reason="PaddleNLP reads .bin files and is missing: pip install -e '.[cpu,dev,paddlenlp]'",
-)
+WRITTEN_BY_TORCH = Path(__file__).parents[1] / "golden" / "torch"
 STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
 
 
@@ -108,5 +108,112 @@ def test_a_cut_shard_is_named(golden, tmp_path):
     write_folder(tmp_path, model.folder / "config.json", model.weights, "float32")
     shard = tmp_path / "pytorch_model-00002-of-00002.bin"
     shard.write_bytes(shard.read_bytes()[:-1000])
-    with pytest.raises(QwenVLError, match=r"00002-of-00002\.bin: not a PyTorch weight file, or truncated"):
+    with pytest.raises(QwenVLError, match=r"00002-of-00002\.bin: not a PyTorch weight file"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_what_pytorch_wrote(dtype):
+    path = WRITTEN_BY_TORCH / f"{dtype}.bin"
+    base = np.arange(60.0).reshape(3, 20)
+    expected = {
+        "whole": base,
+        "transposed": base.T,
+        "part": base[1:, 5:9],
+        "scalar": np.array(7.0),
+        "empty": np.zeros([0, 4]),
+        "parameter": np.full([2, 2], 5.0),
+    }
+    header = torch_file.read_header(path)
+    assert list(header) == list(expected)
+    for name, value in expected.items():
+        assert header[name].dtype == dtype
+        assert header[name].shape == value.shape
+        read = torch_file.read_tensor(path, header[name])
+        assert read.flags.c_contiguous
+        if dtype == "bfloat16":
+            read = (read.astype(np.uint32) << 16).view(np.float32)
+        np.testing.assert_array_equal(read, value)
+
+
+def test_a_state_dict():
+    path = WRITTEN_BY_TORCH / "state_dict.bin"
+    header = torch_file.read_header(path)
+    assert torch_file.read_tensor(path, header["weight"]).tolist() == [[2.0, 2.0]] * 3
+    assert torch_file.read_tensor(path, header["bias"]).tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("integers", "steps is a LongStorage, a weight must be a floating-point tensor"),
+        ("module", "its pickle asks for torch.nn.modules.linear.Linear; only tables of tensors are read"),
+        ("before-1.6", "not a PyTorch weight file (of PyTorch 1.6 or newer), or truncated"),
+    ],
+)
+def test_what_is_not_read(name, line):
+    with pytest.raises(QwenVLError) as caught:
+        torch_file.read_header(WRITTEN_BY_TORCH / f"{name}.bin")
+    assert line in str(caught.value)
+
+
+def with_pickle(path, pickled):
+    """A copy of float32.bin with another pickle in it."""
+    with zipfile.ZipFile(WRITTEN_BY_TORCH / "float32.bin") as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickled(old.read(name)) if name.endswith("data.pkl") else old.read(name))
+    return path
+
+
+class Evil:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_code_in_a_pickle_does_not_run(tmp_path):
+    mark = tmp_path / "ran"
+    path = with_pickle(tmp_path / "evil.bin", lambda _: pickle.dumps({"a": Evil(mark)}, protocol=2))
+    with pytest.raises(QwenVLError, match=r"its pickle asks for \w+\.mkdir"):
+        torch_file.read_header(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"K\x03K\x14\x86", b"K\x04K\x14\x86"),  # one row more
+        (b"K\x14K\x01\x86", b"K\x15K\x01\x86"),  # rows further apart
+        (b"K\x14K\x01\x86", b"J\xff\xff\xff\xffK\x01\x86"),  # backwards, by -1
+    ],
+)
+def test_no_reading_beyond_the_storage(tmp_path, old, new):
+    def changed(pickled):
+        assert old in pickled
+        return pickled.replace(old, new, 1)
+
+    with pytest.raises(QwenVLError, match="whole reaches beyond its 240 bytes"):
+        torch_file.read_header(with_pickle(tmp_path / "reaching.bin", changed))
+
+
+def test_every_cut_is_refused(tmp_path):
+    whole = (WRITTEN_BY_TORCH / "float32.bin").read_bytes()
+    path = tmp_path / "cut.bin"
+    for n in range(0, len(whole), 7):
+        path.write_bytes(whole[:n])
+        with pytest.raises(QwenVLError, match="truncated"):
+            torch_file.read_header(path)
+
+
+def test_changed_values_are_noticed(tmp_path):
+    """The archive has a checksum of each storage."""
+    whole = bytearray((WRITTEN_BY_TORCH / "float32.bin").read_bytes())
+    values = np.arange(60, dtype="<f4").tobytes()
+    whole[whole.index(values) + 9] ^= 1
+    path = tmp_path / "changed.bin"
+    path.write_bytes(whole)
+    header = torch_file.read_header(path)
+    with pytest.raises(QwenVLError, match="cannot be read"):
+        torch_file.read_tensor(path, header["whole"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -58,6 +59,42 @@ def test_readme_real_model_and_python(
     assert (tmp_path / "out" / "answer.png").stat().st_size > 0
     (example,) = blocks(section(readme, "From Python"), "python")
     run_block(example, {}, "README.md")
+
+
+def shape(value: Any) -> Any:
+    """A JSON value without its figures and words: keys, and the types behind them."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shape(item) for item in value[:1]]
+    return type(value).__name__
+
+
+def test_batch(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command answers each example input with rows like those of the results printed below it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(STREET, "street.png")
+    for stage in ("vision", "text"):
+        shutil.copytree(tiny_exported / stage, stage)
+    text = (REPO / "docs" / "batch.md").read_text("utf-8")
+    (command,) = blocks(text, "sh")
+    program, *arguments = shlex.split(command)
+    assert program == "qwenvl"
+    examples = blocks(text, "jsonl")
+    assert len(examples) == 4
+    for asked, printed in zip(examples[::2], examples[1::2]):
+        Path("in.jsonl").write_text(asked, "utf-8")
+        with pytest.raises(
+            plugin.QwenVLError, match=r"1 of . rows failed; their lines in out\.jsonl say why"
+        ):
+            app(arguments, standalone_mode=False)
+        results = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
+        promised = [json.loads(line) for line in printed.splitlines()]
+        for row in (*results, *promised):
+            row.pop("boxes", None)  # the random model marks nothing; tests/batch has them
+        assert [shape(row) for row in results] == [shape(row) for row in promised]
+        assert [row.get("error") for row in results] == [row.get("error") for row in promised]
+        Path("out.jsonl").unlink()
 
 
 def test_python_api_names_every_option() -> None:

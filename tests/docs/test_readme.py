@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 from doc_helpers import REPO, anchor, blocks, headings, links, prose
-from PIL import Image
 
 ENGLISH = (REPO / "README.md").read_text("utf-8")
 CHINESE = (REPO / "README_zh.md").read_text("utf-8")
 DOCUMENTS = [REPO / "README.md", REPO / "README_zh.md", *sorted((REPO / "docs").glob("*.md"))]
 
-MAIN_JOB = "python3 -m venv .venv && .venv/bin/pip install -e '.[cpu]' && .venv/bin/qwenvl run tiny-cpu"
+MAIN_JOB = "python3 -m venv .venv && .venv/bin/pip install -e '.[cpu]' && .venv/bin/qwenvl demo"
 TESTS = ".venv/bin/pip install -e '.[cpu,dev]' && .venv/bin/pytest"
 
 
@@ -77,24 +74,3 @@ def test_named_files_exist(document: Path) -> None:
     for name in re.findall(pattern, prose(document.read_text("utf-8"))):
         if "NAME" not in name:
             assert (REPO / name).exists() or (REPO / "paddlemix_qwenvl_plugin" / name).exists(), name
-
-
-def test_picture_is_what_the_tool_draws(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("draw_answer", REPO / "tools" / "draw_answer.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    tool.main(tmp_path / "drawn.png")
-    with (
-        Image.open(tmp_path / "drawn.png") as drawn,
-        Image.open(REPO / "docs/pictures/drawn-answer.png") as shipped,
-    ):
-        assert drawn.size == shipped.size
-        difference = np.abs(np.asarray(drawn, np.int16) - np.asarray(shipped, np.int16)).max(axis=-1)
-    # Letters differ with Pillow's version of the font code; boxes do not.
-    assert (difference > 32).mean() < 0.002
-    for text in (ENGLISH, CHINESE):
-        first = re.search(r"<ref>.*?</box>", text)
-        assert first is not None
-        assert first.group() in tool.ANSWER

@@ -13,9 +13,11 @@ import pickle
 import shutil
 import socket
 import struct
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,12 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from paddlemix_qwenvl_plugin.batch.journal import Journal
+
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
 WTE = "transformer.llm.wte.weight"
 LM_HEAD = "lm_head.weight"
+ROW = {"id": "a", "prompt": "What is it?"}
 C_ATTN = "transformer.llm.h.0.attn.c_attn.weight"
 
 
@@ -39,6 +44,9 @@ class Bench:
         # If set, the command runs in a process that cannot write larger files, as on a full disk.
         self.max_file_bytes: int | None = None
         self.stdout: str | None = None
+        # What must live as long as the command runs.
+        self.keep: Any = None
+        self.stdin = b""
 
     def model(self) -> Path:
         """A copy of the tiny model in model/."""
@@ -97,6 +105,16 @@ class Bench:
         stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
         return ["predict", *stages, "--prompt", prompt, "--max_new_tokens", "2", *more]
 
+    def chat(self, *lines: str, more: tuple[str, ...] = ()) -> list[str]:
+        """`chat` with these lines piped into it."""
+        self.stdin = "".join(f"{line}\n" for line in lines).encode()
+        return ["chat", *self.predict(*more)[1:5], "--max_new_tokens", "2", *more]
+
+    def batch(self, *more: str, rows: Sequence[Any] = (ROW,), out: str = "out.jsonl") -> list[str]:
+        """`batch` of these rows."""
+        Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return ["batch", "in.jsonl", out, *self.predict()[1:5], "--max_new_tokens", "2", *more]
+
     def look_at(self, content: bytes | Image.Image, name: str) -> list[str]:
         """`predict` with a picture of this content."""
         if isinstance(content, Image.Image):
@@ -119,6 +137,10 @@ class Bench:
     def recipe_text(self, text: str, *more: str) -> list[str]:
         Path("fake.yaml").write_text(text)
         return ["run", "fake.yaml", *more]
+
+    def demo_model(self, folder: Path) -> None:
+        """`demo` takes this model instead of the shipped one."""
+        self.monkeypatch.setattr("paddlemix_qwenvl_plugin.demo.run.MODEL", folder)
 
     def raising(self, error: BaseException) -> list[str]:
         """`make-tiny`, in which `error` is raised."""
@@ -317,11 +339,10 @@ cases(
 )
 
 
-@case("pytorch_model.bin without PaddleNLP")
+@case("pytorch_model.bin is cut off")
 def _(bench: Bench) -> list[str]:
     bench.weights()
     Path("model/pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    bench.monkeypatch.setitem(__import__("sys").modules, "paddlenlp.utils.serialization", None)
     return bench.export()
 
 
@@ -761,6 +782,313 @@ cases(
         "a picture in the prompt's text": lambda bench: bench.predict(prompt="<img>dog.png</img>What is it?"),
         "a picture in the text of a chat": lambda bench: bench.predict("--chat", prompt="<img>d.png</img>"),
         "a `</img>` in a picture's name": predict("--image", "a</img>b.png"),
+    }
+)
+
+# batch
+
+
+def batch(*more: str, rows: Sequence[Any] = (ROW,), out: str = "out.jsonl") -> Provoke:
+    return lambda bench: bench.batch(*more, rows=rows, out=out)
+
+
+@case("the input is not there")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    Path("in.jsonl").unlink()
+    return command
+
+
+@case("the input is a folder")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    Path("in.jsonl").unlink()
+    Path("in.jsonl").mkdir()
+    return command
+
+
+cases(
+    {
+        "two rows of one id": batch(rows=[ROW, {**ROW, "id": "b"}, ROW]),
+        "the output is in a folder that is not there": batch(out="out/out.jsonl"),
+        "the output is a folder": batch(out="text"),
+        "the output is the input": batch(out="in.jsonl"),
+    }
+)
+
+
+@case("the output is another file")
+def _(bench: Bench) -> list[str]:
+    Path("out.jsonl").write_text("my notes\n")
+    return bench.batch()
+
+
+cases(
+    {
+        "`--batch_size 0`": batch("--batch_size", "0"),
+        "a generation option out of range": batch("--top_p", "2"),
+    }
+)
+
+
+@case("a row failed")
+def _(bench: Bench) -> list[str]:
+    Path("out.jsonl").write_text('{"id": "a", "text": "A dog."}\n{"id": "b", "error": "no"}\n')
+    return bench.batch(rows=[ROW, {**ROW, "id": "b"}])
+
+
+@case("the partial file of another job")
+def _(bench: Bench) -> list[str]:
+    """It was stopped before it wrote its output."""
+    from paddlemix_qwenvl_plugin.batch.job import run
+    from paddlemix_qwenvl_plugin.batch.source import Source
+    from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+    command = bench.batch()
+    model = QwenVL.from_exported("vision/vision", "text/qwen")
+    options = GenerationOptions(max_new_tokens=1)
+    with bench.monkeypatch.context() as patch:
+        patch.setattr("paddlemix_qwenvl_plugin.batch.job.write_beside", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(Source(Path("in.jsonl"), {}), Path("out.jsonl"), model, options, 8)
+    assert Path("out.jsonl.partial").is_file()
+    return command
+
+
+@case("something else of the partial file's name")
+def _(bench: Bench) -> list[str]:
+    Path("out.jsonl.partial").write_text("my notes\n")
+    return bench.batch()
+
+
+@case("another process writes the same output")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    bench.keep = Journal(Path("out.jsonl.partial"), {}, [])
+    return command
+
+
+@case("the input changes during the job")
+def _(bench: Bench) -> list[str]:
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+    command, from_exported = bench.batch(), QwenVL.from_exported
+
+    def slowly(*arguments: Any) -> QwenVL:
+        Path("in.jsonl").write_text('{"id": "a", "prompt": "Which is it?"}\n')
+        return from_exported(*arguments)
+
+    bench.monkeypatch.setattr(QwenVL, "from_exported", slowly)
+    return command
+
+
+@case("no more room on the disk for the results")
+def _(bench: Bench) -> list[str]:
+    command = bench.batch()
+    bench.max_file_bytes = 16
+    return command
+
+
+# chat
+
+cases(
+    {
+        "`chat` with an option out of range": lambda bench: bench.chat("Hello", more=("--top_k", "0")),
+        "`chat --image` of a picture that is not there": lambda bench: bench.chat(
+            more=("--image", "dog.png")
+        ),
+    }
+)
+
+
+@case("`chat` with stages that lack the vocabulary")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.chat()
+    Path("text/qwen.tiktoken").unlink()
+    return arguments
+
+
+cases(
+    {
+        "an unknown command of a chat": lambda bench: bench.chat("/explain", "Hello"),
+        "a word behind `/clear`": lambda bench: bench.chat("/clear all"),
+        "`/image` of a picture that is not there": lambda bench: bench.chat("/image dog.png"),
+    }
+)
+
+
+@case("`/image` of a damaged picture")
+def _(bench: Bench) -> list[str]:
+    Path("dog.png").write_bytes(STREET.read_bytes()[:5000])
+    return bench.chat("/image dog.png")
+
+
+cases(
+    {
+        "`/image` without a path, and no picture to drop": lambda bench: bench.chat("/image"),
+        "`/save` without a name": lambda bench: bench.chat("Hello", "/save"),
+        "`/save` to another kind of file": lambda bench: bench.chat("Hello", "/save talk.txt"),
+        "`/save` before the first answer": lambda bench: bench.chat("/save talk.md"),
+    }
+)
+
+
+@case("`/save` to a file that exists")
+def _(bench: Bench) -> list[str]:
+    Path("talk.md").write_text("mine")
+    return bench.chat("Hello", "/save talk.md")
+
+
+@case("`/save` to a folder that is not there")
+def _(bench: Bench) -> list[str]:
+    return bench.chat("Hello", "/save out/talk.md")
+
+
+@case("no more room on the disk for `/save`")
+def _(bench: Bench) -> list[str]:
+    bench.max_file_bytes = 16
+    return bench.chat("Hello", "/save talk.json")
+
+
+@case("lines that are not text")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.chat()
+    bench.stdin = b"What is \xff?\n"
+    return arguments
+
+
+# The demo
+
+
+@case("`demo` to a folder that is a file")
+def _(bench: Bench) -> list[str]:
+    bench.demo_model(bench.model())
+    Path("qwenvl-demo").write_text("")
+    return ["demo"]
+
+
+@case("the demo model's weights are missing")
+def _(bench: Bench) -> list[str]:
+    bench.weights()
+    bench.demo_model(Path("model"))
+    return ["demo"]
+
+
+@case("the demo's answers are wrong")
+def _(bench: Bench) -> list[str]:
+    run = SimpleNamespace(right=6, results=[None] * 8)
+    bench.monkeypatch.setattr("paddlemix_qwenvl_plugin.demo.run.run_demo", lambda out, say: run)
+    return ["demo"]
+
+
+# eval
+
+
+QUESTION = {
+    "image": str(STREET),
+    "question_id": 1,
+    "question": "What is it?",
+    "answers": ["a dog", "a dog", "a cat", "a dog"],
+}
+
+
+def jsonl(name: str, *rows: Any) -> None:
+    Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def vqa(*more: str, rows: Sequence[Any] = (QUESTION,)) -> list[str]:
+    """`eval vqa` of these rows, which has no stages to run."""
+    jsonl("data.jsonl", *rows)
+    return ["eval", "vqa", "data.jsonl", *more]
+
+
+def vqa_predictions(*lines: Any) -> list[str]:
+    jsonl("answers.jsonl", *lines)
+    return vqa("--predictions", "answers.jsonl")
+
+
+def vqa_stages(bench: Bench, *more: str, **changes: Any) -> list[str]:
+    """`eval vqa` of one row, through the exported stages."""
+    bench.exported()
+    stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
+    return vqa(*stages, *more, rows=[{**QUESTION, **changes}])
+
+
+def vqa_folder(bench: Bench) -> list[str]:
+    bench.exported()
+    return ["eval", "vqa", "vision"]
+
+
+def vqa_not_json(bench: Bench) -> list[str]:
+    Path("data.jsonl").write_text(json.dumps(QUESTION) + "\n{\n")
+    return ["eval", "vqa", "data.jsonl"]
+
+
+def grounding_box(bench: Bench) -> list[str]:
+    row = {"image": "dog.png", "sent": "it", "bbox": [150, 20, 100, 50], "width": 200, "height": 100}
+    jsonl("data.jsonl", row)
+    return ["eval", "grounding", "data.jsonl"]
+
+
+def vqa_full_disk(bench: Bench) -> list[str]:
+    rows = [{**QUESTION, "question_id": number} for number in range(100)]
+    jsonl("given.jsonl", *({"id": number, "text": "a dog"} for number in range(100)))
+    bench.max_file_bytes = 1000
+    return vqa("--predictions", "given.jsonl", "--output", "answers.jsonl", rows=rows)
+
+
+def without(bench: Bench, library: str) -> None:
+    """Have the import of a library fail, whether it is installed or not."""
+    for module in [name for name in sys.modules if name.split(".")[0] == library]:
+        bench.monkeypatch.delitem(sys.modules, module)
+    bench.monkeypatch.setitem(sys.modules, library, None)
+
+
+def captions_bare(bench: Bench) -> list[str]:
+    without(bench, "pycocoevalcap")
+    jsonl("data.jsonl", {"image": "dog.png", "image_id": 1, "captions": ["A dog."]})
+    return ["eval", "captions", "data.jsonl"]
+
+
+def anls_bare(bench: Bench) -> list[str]:
+    without(bench, "rapidfuzz")
+    return vqa("--metric", "anls")
+
+
+cases(
+    {
+        "`eval` of a data set that is not there": lambda bench: ["eval", "vqa", "data.jsonl"],
+        "`eval` of a folder": vqa_folder,
+        "`eval` of an empty file": lambda bench: vqa(rows=[]),
+        "a line of the data set is not JSON": vqa_not_json,
+        "a line of the data set is a list": lambda bench: vqa(rows=[[1]]),
+        "a row lacks a key": lambda bench: vqa(rows=[{"image": "dog.png", "question_id": 1, "answers": []}]),
+        "a row's box is no box": grounding_box,
+        "two rows of a data set have one id": lambda bench: vqa(rows=[QUESTION, QUESTION]),
+        "a row's picture is not there": lambda bench: vqa_stages(bench, image="dog.png"),
+        "VQA accuracy of a row with one answer": lambda bench: vqa_stages(bench, answers=["a dog"]),
+        "`--metric bleu`": lambda bench: vqa("--metric", "bleu"),
+        "`eval vqa --max_new_tokens 0`": lambda bench: vqa_stages(bench, "--max_new_tokens", "0"),
+        "neither exported stages nor `--predictions`": lambda bench: vqa(),
+        "exported stages and `--predictions`": lambda bench: vqa_stages(bench, "--predictions", "data.jsonl"),
+        "predictions without an answer to a row": lambda bench: vqa_predictions({"id": "1", "text": "a dog"}),
+        "predictions with an answer to another row": lambda bench: vqa_predictions(
+            {"id": 2, "text": "a cat"}, {"id": 1, "text": "a dog"}
+        ),
+        "predictions without a text": lambda bench: vqa_predictions({"id": 1, "error": "no such picture"}),
+        "`eval --output` to a folder that is not there": lambda bench: vqa_stages(
+            bench, "--output", "out/answers.jsonl"
+        ),
+        "`eval --output` to a folder": lambda bench: vqa_stages(bench, "--output", "vision"),
+        "no more room on the disk for `eval --output`": vqa_full_disk,
+        "`eval captions` without its libraries": captions_bare,
+        "`--metric anls` without its library": anls_bare,
+        "`eval demo --n 0`": lambda bench: ["eval", "demo", "--n", "0"],
+        "`eval demo --dtype int8`": lambda bench: ["eval", "demo", "--dtype", "int8"],
+        "`eval demo --dtype` with exported stages": lambda bench: [
+            *("eval", "demo", "--dtype", "float32", "--first_model_path", "vision/vision")
+        ],
     }
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import subprocess
@@ -36,6 +37,7 @@ def bench(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def in_process(arguments: list[str], bench: Bench, capfd: pytest.CaptureFixture[str]) -> Outcome:
     bench.monkeypatch.setattr(sys, "argv", ["qwenvl", *arguments])
+    bench.monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bench.stdin), "utf-8"))
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_info:
         main()
@@ -54,6 +56,7 @@ def in_subprocess(arguments: list[str], bench: Bench) -> Outcome:
             [*COMMAND, *arguments],
             env={**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""},
             preexec_fn=limit,
+            input=bench.stdin.decode(),
             stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,

@@ -75,13 +75,13 @@ def test_labels_are_readable_on_any_background() -> None:
     for background in ("white", "black", "gray"):
         image = Image.new("RGB", (300, 200), background)
         drawn = np.asarray(draw_boxes(image, [Box("box", ((300, 300), (900, 900)), "dog")]))
-        colour = np.array(ImageColor.getrgb(drawing._COLOURS[0]))
+        colour = np.array(ImageColor.getrgb(drawing.COLOURS[0]))
         patch = (drawn == colour).all(axis=2)[:59]
         # A filled patch, not only letters, stands above the box.
         assert patch.sum() > 150
     # 4.5 is what the web's accessibility guideline asks for small text.
-    assert all(1.05 / (luminance(colour) + 0.05) >= 4.5 for colour in drawing._COLOURS)
-    assert len(set(drawing._COLOURS)) == len(drawing._COLOURS)
+    assert all(1.05 / (luminance(colour) + 0.05) >= 4.5 for colour in drawing.COLOURS)
+    assert len(set(drawing.COLOURS)) == len(drawing.COLOURS)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3), (20, 12), (5000, 40)])
@@ -94,9 +94,9 @@ def test_no_size_and_no_label_crashes(size: tuple[int, int], ref: str) -> None:
 
 def test_chinese_without_a_chinese_font(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "_CJK_FONTS", ("no-such-font.ttf",))
-    drawing._font.cache_clear()
+    drawing._cjk_font.cache_clear()
     image = Image.new("RGB", (300, 200))
     try:
         assert changed(image, draw_boxes(image, [Box("box", ((300, 300), (900, 900)), "狗")])).any()
     finally:
-        drawing._font.cache_clear()
+        drawing._cjk_font.cache_clear()

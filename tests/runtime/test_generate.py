@@ -13,7 +13,6 @@ from PIL import Image
 from paddlemix_qwenvl_plugin import QwenVL, QwenVLError, UsageError, load_image, preprocess
 from paddlemix_qwenvl_plugin.export.export import export_vision
 from paddlemix_qwenvl_plugin.processing.boxes import Box
-from paddlemix_qwenvl_plugin.runtime.generator import Generated
 from paddlemix_qwenvl_plugin.tiny import make_tiny
 
 STREET = Path(__file__).parents[2] / "recipes" / "pictures" / "street.png"
@@ -22,6 +21,21 @@ STREET = Path(__file__).parents[2] / "recipes" / "pictures" / "street.png"
 @pytest.fixture(scope="module")
 def vl(tiny_exported):
     return QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
+
+
+def says(vl, monkeypatch, tokens):
+    """Let the model say these tokens, whatever it is asked; returns the prompts that it gets."""
+    prompts = []
+
+    def steps(ids, lengths, features, img_pos, samplers, cache=None):
+        prompts.append(ids[0].tolist())
+        for token in tokens:
+            if not samplers[0].finished:
+                samplers[0].pick(np.eye(vl.config.vocab_size, dtype=np.float32)[token])
+                yield vl._generator.empty_cache(1)
+
+    monkeypatch.setattr(vl._generator, "steps", steps)
+    return prompts
 
 
 def test_equals_the_steps_by_hand(vl):
@@ -58,18 +72,12 @@ def test_text_only(vl):
 
 def test_chat_stops_at_turn_tokens(vl, monkeypatch):
     tokenizer = vl.tokenizer
-    seen = {}
-
-    def fake(ids, lengths, features, img_pos, options, ends):
-        seen.update(ids=ids[0].tolist(), ends=list(ends))
-        return Generated([[72, 105, tokenizer.im_end_id]], ["stop"], 0.0, 0.0, 3)
-
-    monkeypatch.setattr(vl._generator, "generate", fake)
+    prompts = says(vl, monkeypatch, [72, 105, tokenizer.im_end_id, 72])
     answer = vl.generate("How?", chat=True, history=[("Who?", "Me.")])
     assert answer.text == "Hi"
+    assert answer.finish_reason == "stop"
     assert answer.token_ids[-1] == tokenizer.im_end_id
-    assert seen["ends"] == [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
-    assert tokenizer.decode(seen["ids"]) == (
+    assert tokenizer.decode(prompts[0]) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n"
         "<|im_start|>assistant\nMe.<|im_end|>\n<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -77,13 +85,17 @@ def test_chat_stops_at_turn_tokens(vl, monkeypatch):
 
 def test_boxes_of_the_answer(vl, monkeypatch):
     said = vl.tokenizer.encode("<ref>the car</ref><box>(100,200),(500,1000)</box> and <box>(1,2)</box>")
-    made = Generated([[*said, vl.tokenizer.eod_id]], ["stop"], 0.0, 0.0, 3)
-    monkeypatch.setattr(vl._generator, "generate", lambda *arguments: made)
+    says(vl, monkeypatch, [*said, vl.tokenizer.eod_id])
     answer = vl.generate([{"image": str(STREET)}, {"text": "Where?"}])
     assert answer.boxes == (Box("box", ((100, 200), (500, 1000)), "the car"),)
     assert answer.boxes[0].to_pixels(*answer.image_size) == ((96.0, 128.0), (480.0, 640.0))
     assert len(answer.problems) == 1
     assert answer.text.startswith("<ref>the car</ref><box>")
+    stream = vl.stream([{"image": str(STREET)}, {"text": "Where?"}])
+    pieces = list(stream)
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert tuple(box for piece in pieces for box in piece.boxes) == answer.boxes
+    assert stream.answer.finish_reason == "stop"
 
 
 def test_history_needs_chat(vl):

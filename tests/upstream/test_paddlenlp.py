@@ -1,68 +1,103 @@
-"""PaddleNLP's own llm/predict/export_model.py, unmodified, as a process."""
+"""PaddleNLP's own llm/predict scripts at the pinned commit, unmodified, as processes (opt-in)."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from stock_models import VOCABULARY, StockModels, answers
+from wheel_environment import WheelEnvironment
 
 from paddlemix_qwenvl_plugin import QwenVL
 
 TREE = os.environ.get("QWENVL_PADDLENLP_DIR")
+MODEL = ("--inference_model", "--model_type", "qwen-img2txt")
 
-pytestmark = [
-    pytest.mark.skipif(
-        TREE is None,
-        reason="QWENVL_PADDLENLP_DIR is not set: a checkout of PaddleNLP at 498f709 (docs/upstream.md)",
-    ),
-    pytest.mark.skipif(
-        importlib.util.find_spec("paddlenlp") is None,
-        reason="paddlenlp is not installed: pip install 'paddlemix-qwenvl-plugin[paddlenlp]'",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    TREE is None,
+    reason="QWENVL_PADDLENLP_DIR is not set: a checkout of PaddleNLP at 498f709 (docs/upstream.md)",
+)
 
-
-def export_model(model: Path, output: Path, dtype: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            *(sys.executable, "predict/export_model.py", "--model_name_or_path", str(model)),
-            *("--output_path", str(output), "--dtype", dtype, "--inference_model"),
-            *("--model_prefix", "qwen", "--model_type", "qwen-img2txt", "--device", "cpu"),
-        ],
-        cwd=Path(TREE or "") / "llm",
-        env={**os.environ, "PYTHONPATH": f"{TREE}:{TREE}/llm", **env},
-        capture_output=True,
-        text=True,
-    )
+Script = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def stock_model(golden, tiny_exported):
-    """Golden model a with what PaddleNLP's AutoTokenizer needs; any vocabulary will do for ids."""
-    model = golden("a")
-    vocabulary = tiny_exported / "model" / "qwen.tiktoken"
-    (model.folder / "qwen.tiktoken").write_bytes(vocabulary.read_bytes())
-    settings = {"tokenizer_class": "QWenTokenizer", "model_max_length": 8192}
-    (model.folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return model
+def script(wheel: Callable[[str], WheelEnvironment], tmp_path: Path) -> Script:
+    """script(NAME, FOLDER, flags): a script of llm/predict; what the checkout needs is what its wheel needs."""
+
+    def run(name: str, folder: Path, *flags: object, **env: str) -> subprocess.CompletedProcess[str]:
+        path = Path(TREE or "").resolve() / "llm"
+        command = ("--model_name_or_path", folder, *MODEL, *flags)
+        env = {"PYTHONPATH": f"{path.parent}{os.pathsep}{path}", **env}
+        return wheel("3.0.0b0").run(path / "predict" / name, *command, cwd=tmp_path, **env)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "device"),
+    [
+        ("paddlemix", "float16", ["--device", "cpu"]),
+        ("static", "float16", []),  # upstream's default is gpu
+        ("huggingface", "float32", []),
+    ],
+)
+def test_stock_export(
+    script: Script, stock: StockModels, tmp_path: Path, scheme: str, dtype: str, device: list[str]
+) -> None:
+    flags = ("--output_path", tmp_path / "out", "--model_prefix", "qwen", "--dtype", dtype, *device)
+    done = script("export_model.py", stock.folders[scheme], *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    vl = QwenVL.from_exported(stock.golden.vision, tmp_path / "out" / "qwen")
+    features = vl.encode_images(stock.golden.images)
+    tokens = vl.generate_ids(stock.golden.input_ids, features, max_new_tokens=24, eos_token_ids=())
+    assert tokens == [stock.golden.figures["tokens"].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--quant_type", "weight_only_int8"], "--quant_type weight_only_int8: not supported yet"),
+        (["--quant_type", "weight_only_int4"], "--quant_type weight_only_int4: not supported yet"),
+        (["--cachekv_int8", "True"], "8-bit caches (use_cachekv_int8=dynamic): not supported"),
+        (["--export_precache", "True"], "--export_precache: not supported"),
+    ],
+)
+def test_what_is_not_supported(
+    script: Script, stock: StockModels, tmp_path: Path, flags: list[str], line: str
+) -> None:
+    flags = [*flags, "--output_path", str(tmp_path / "out"), "--dtype", "float32"]
+    done = script("export_model.py", stock.folders["static"], *flags)
+    assert done.returncode == 1
+    assert f"UsageError: {line}" in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_stock_export(stock_model, tmp_path, dtype):
-    done = export_model(stock_model.folder, tmp_path, dtype)
+def test_dynamic_predictor(script: Script, stock: StockModels, tmp_path: Path, dtype: str) -> None:
+    texts = ["a b c", "the"]
+    lines = [json.dumps({"src": text, "tgt": ""}) for text in texts]
+    (tmp_path / "texts.json").write_text("\n".join(lines))
+    flags = ("--mode", "dynamic", "--device", "cpu", "--dtype", dtype, "--decode_strategy", "greedy_search")
+    sizes = ("--src_length", "64", "--max_length", "24", "--batch_size", "2")
+    done = script("predictor.py", stock.folders["static"], *flags, *sizes, "--data_file", "texts.json")
     assert done.returncode == 0, done.stderr[-3000:]
-    vl = QwenVL.from_exported(stock_model.vision, tmp_path / "qwen")
-    features = vl.encode_images(stock_model.images)
-    tokens = vl.generate_ids(stock_model.input_ids, features, max_new_tokens=24, eos_token_ids=())
-    assert tokens == [stock_model.figures["tokens"].tolist()]
+    said = [json.loads(line)["output"] for line in (tmp_path / "output.json").read_text().splitlines()]
+    # The tokenizer leaves out its own tokens, which come after the vocabulary's.
+    rows = [
+        [VOCABULARY[token] for token in row if token < len(VOCABULARY)] for row in answers(stock, texts, 24)
+    ]
+    assert said == [b"".join(row).decode("utf-8", "replace") for row in rows]
+    assert all(len(row) > 10 for row in rows)
+    assert not list(tmp_path.glob("real_time_save.*"))
 
 
-def test_off_switch(stock_model, tmp_path):
-    done = export_model(stock_model.folder, tmp_path, "float32", QWENVL_PLUGIN="0")
+def test_off_switch(script: Script, stock: StockModels, tmp_path: Path) -> None:
+    flags = ("--output_path", tmp_path / "out", "--dtype", "float32")
+    done = script("export_model.py", stock.folders["static"], *flags, QWENVL_PLUGIN="0")
     assert done.returncode != 0
     assert "No module named 'paddlenlp_ops'" in done.stderr

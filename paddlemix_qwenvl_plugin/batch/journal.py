@@ -1,0 +1,156 @@
+"""The partial file of a batch job: the output lines so far, in the order in which they were made.
+
+Its first line says to which job it belongs. It is also the lock that keeps a second process away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from paddlemix_qwenvl_plugin.batch.rows import dump, result_id
+from paddlemix_qwenvl_plugin.errors import QwenVLError, naming
+
+
+class Journal:
+    """Output lines by the `id_key` of their rows, on disk.
+
+    Opening cuts off what a killed process left half written: everything from the first line that is not whole. A
+    journal that is closed without lines is removed.
+
+    Raises:
+        QwenVLError: another process has it, or it belongs to another job.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, job: Mapping[str, Any], keys: Collection[str]) -> None:
+        """
+        Args:
+            job: what makes the job this one, JSON-ready.
+            keys: of the rows that the job has.
+        """
+        self._path = path
+        self._file = _open_locked(path)
+        self._places: dict[str, tuple[int, int]] = {}
+        self._ours = False
+        try:
+            with naming(path):
+                self._resume(dump(job), keys)
+        except BaseException:
+            self._close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def line(self, key: str) -> bytes:
+        """The output line of a row, its line end included."""
+        offset, size = self._places[key]
+        self._file.seek(offset)
+        return self._file.read(size)
+
+    def append(self, lines: Iterable[tuple[str, bytes]]) -> None:
+        """Add (key, output line) pairs; when this returns they are on the disk."""
+        with naming(self._path):
+            offset = self._file.seek(0, os.SEEK_END)
+            for key, line in lines:
+                self._file.write(line)
+                self._places[key] = (offset, len(line))
+                offset += len(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _resume(self, head: bytes, keys: Collection[str]) -> None:
+        self._file.seek(0)
+        found = self._file.readline()
+        if found != head:
+            if not head.startswith(found):
+                raise QwenVLError(
+                    f"{self._path}: {_difference(head, found)}; remove it or name another output"
+                )
+            self._ours = True
+            self._file.truncate(0)  # new, or its process was killed at once
+            self._file.write(head)
+            self._file.flush()
+            return
+        self._ours = True
+        offset = len(head)
+        for line in self._file:
+            result = result_id(line)
+            if result is None or result[0] not in keys or result[0] in self._places:
+                break
+            self._places[result[0]] = (offset, len(line))
+            offset += len(line)
+        self._file.truncate(offset)
+
+    def _close(self) -> None:
+        if self._ours and not self._places:
+            with contextlib.suppress(
+                PermissionError
+            ):  # Windows removes no open file: the first line stays there
+                self._path.unlink(missing_ok=True)
+        with naming(self._path):
+            self._file.close()
+
+
+def _difference(head: bytes, found: bytes) -> str:
+    wanted = json.loads(head)
+    try:
+        there = dict(json.loads(found))
+    except (ValueError, TypeError):
+        there = {}
+    if set(there) != set(wanted):
+        return "not a partial file of this version of qwenvl batch"
+    different = [key for key in wanted if there[key] != wanted[key]]
+    return f"belongs to another job (different: {', '.join(different)})"
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """The file, made if need be, and locked until it is closed or the process ends."""
+    while True:
+        file = path.open("a+b")
+        try:
+            _lock(file)
+        except BlockingIOError as error:
+            file.close()
+            raise QwenVLError(f"{path}: another qwenvl batch is writing it; wait for its end") from error
+        # The process that had it may have removed it between our open and our lock.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
+
+
+if sys.platform == "win32":
+
+    def _lock(file: BinaryIO) -> None:
+        import msvcrt
+
+        file.seek(2**31 - 2)  # nobody reads there: a locked byte cannot be read
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise BlockingIOError(str(error)) from error
+
+else:
+
+    def _lock(file: BinaryIO) -> None:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,50 @@
+"""The plain form: {"id": …, "image": …, "prompt": …} in, {"id": …, "text": …} out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from paddlemix_qwenvl_plugin.batch.request import Reply, Request, RowId, check_keys, check_type
+from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+
+_OPTIONS = [field.name for field in fields(GenerationOptions)]
+
+
+def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request:
+    """The request of a row without null values.
+
+    Raises:
+        UsageError: an unknown key, or a value that cannot be; the line names it.
+    """
+    check_keys(values, ["id", "image", "images", "prompt", "chat", "system", *_OPTIONS])
+    if "image" in values and "images" in values:
+        raise UsageError("image and images: give one of them")
+    images = [values["image"]] if "image" in values else check_type(values.get("images", []), list, "images")
+    prompt = check_type(values.get("prompt", ""), str, "prompt")
+    if not images and not prompt:
+        raise UsageError("nothing to ask: give prompt, image or both")
+    chat = check_type(values.get("chat", False), bool, "chat")
+    if "system" in values and not chat:
+        raise UsageError('system: only a chat has a system message; add "chat": true')
+    query = [{"image": check_type(image, str, "image")} for image in images]
+    return Request(
+        [*query, {"text": prompt}] if prompt else query,
+        GenerationOptions.of({**defaults, **{key: values[key] for key in _OPTIONS if key in values}}),
+        chat,
+        system=check_type(values["system"], str, "system") if "system" in values else None,
+    )
+
+
+def reply(row_id: RowId, reply: Reply) -> dict[str, Any]:
+    """The output row of an answer."""
+    answer = reply.answer.as_dict()
+    kept = {key: answer[key] for key in ("text", "boxes", "finish_reason")}
+    return {"id": row_id, **kept, "usage": reply.usage}
+
+
+def failure(row_id: RowId, message: str) -> dict[str, Any]:
+    """The output row of an error."""
+    return {"id": row_id, "error": message}

@@ -1,0 +1,69 @@
+"""The input of a batch job: a JSONL file that is read once for its ids, and then row by row."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from paddlemix_qwenvl_plugin.batch.request import RowId
+from paddlemix_qwenvl_plugin.batch.rows import Row, id_key, read_row
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+
+
+class Entry(NamedTuple):
+    """Where a row is. Rows themselves are not kept: a data URL in each would fill the memory."""
+
+    number: int
+    offset: int
+    checksum: int
+    id: RowId
+    openai: bool
+
+
+class Source:
+    """The rows of a file; blank lines are no rows.
+
+    Attributes:
+        path: of the file.
+        entries: one a row.
+        sha256: of the whole file.
+
+    Raises:
+        UsageError: no such file, or two rows of one id.
+    """
+
+    def __init__(self, path: Path, defaults: Mapping[str, Any]) -> None:
+        """`defaults` are the generation options of rows that have none of their own."""
+        if not path.is_file():
+            raise UsageError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        self.path = path
+        self.entries: list[Entry] = []
+        self._defaults = defaults
+        self._file = path.open("rb")
+        digest, offset, numbers = hashlib.sha256(), 0, dict[str, int]()
+        for number, line in enumerate(self._file, start=1):
+            digest.update(line)
+            if line.strip():
+                row = read_row(number, line, defaults)
+                self.entries.append(Entry(number, offset, hash(line), row.id, row.openai))
+                if row.id is not None:
+                    first = numbers.setdefault(id_key(row.id), number)
+                    if first != number:
+                        raise UsageError(f"{path}: lines {first} and {number} have the same id {row.id!r}")
+            offset += len(line)
+        self.sha256 = digest.hexdigest()
+
+    def row(self, index: int) -> Row:
+        """The row of `entries[index]`.
+
+        Raises:
+            QwenVLError: the file has changed.
+        """
+        entry = self.entries[index]
+        self._file.seek(entry.offset)
+        line = self._file.readline()
+        if hash(line) != entry.checksum:
+            raise QwenVLError(f"{self.path}: was changed while it was being read; start again")
+        return read_row(entry.number, line, self._defaults)

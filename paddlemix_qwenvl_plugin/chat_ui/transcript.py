@@ -1,0 +1,100 @@
+"""The conversation as a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from paddlemix_qwenvl_plugin.chat_ui.render import box_line, fragments
+from paddlemix_qwenvl_plugin.chat_ui.session import Session, Turn
+from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.files import write_beside
+
+
+class Transcripts:
+    """Writes a conversation to files, which it may write again; files that were there before are left alone."""
+
+    def __init__(self) -> None:
+        self._own: set[Path] = set()
+
+    def save(self, session: Session, target: Path) -> None:
+        """Write the conversation, as Markdown or JSON by the suffix of `target`.
+
+        Raises:
+            UsageError: another suffix, a file that was there before, a folder that is not there, nothing to save.
+            OSError: it cannot be written.
+        """
+        form = {".md": as_markdown, ".json": as_json}.get(target.suffix.lower())
+        if form is None:
+            raise UsageError(f"/save {target}: name it .md or .json")
+        if not session.turns:
+            raise UsageError("/save: there is no answer yet to save")
+        if not target.parent.is_dir():
+            raise UsageError(f"{target.parent}: no such folder")
+        if os.path.lexists(target) and target.absolute() not in self._own:
+            raise UsageError(f"{target}: exists already; name a new file")
+        text = form(session, target.parent)
+        write_beside(target, lambda partial: partial.write_text(text, "utf-8"))
+        self._own.add(target.absolute())
+
+
+def as_json(session: Session, _folder: Path) -> str:
+    """The system message and the turns; `answer` has the fields of `qwenvl predict --json`."""
+    turns = [
+        {
+            "pictures": [name for _, name in turn.pictures],
+            "question": turn.question,
+            "answer": turn.answer.as_dict(),
+            "drawn": str(turn.drawn) if turn.drawn else None,
+        }
+        for turn in session.turns
+    ]
+    data: dict[str, Any] = {"system": session.system, "turns": turns}
+    return json.dumps(data, ensure_ascii=False, indent=1) + "\n"
+
+
+def as_markdown(session: Session, folder: Path) -> str:
+    """The turns as the terminal showed them; pictures are linked from `folder`."""
+    blocks = ["# Chat", f"System: {_escaped(session.system)}"]
+    for number, turn in enumerate(session.turns, start=1):
+        blocks += [f"## Question {number}", *_turn(turn, folder)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _turn(turn: Turn, folder: Path) -> Iterator[str]:
+    for number, name in turn.pictures:
+        yield f"Picture {number}" if name == "data URL" else f"![Picture {number}]({_link(name, folder)})"
+    yield "\n".join(f"> {line}" for line in _escaped(turn.question).splitlines())
+    answer = "".join(
+        f"**{_escaped(text.strip())}**" if kind == "ref" else text if kind == "box" else _escaped(text)
+        for text, kind in fragments(turn.pieces)
+    )
+    stopped = " *(stopped)*" if turn.answer.finish_reason == "cancelled" else ""
+    yield f"{answer}{stopped}"
+    size = turn.answer.image_size
+    boxes = [f"- {_escaped(box_line(n, box, size))}" for n, box in enumerate(turn.answer.boxes, start=1)]
+    if boxes:
+        yield "\n".join(boxes)
+    if turn.drawn:
+        yield f"![The boxes]({_link(str(turn.drawn), folder)})"
+
+
+def _escaped(text: str) -> str:
+    """Plain words, whatever Markdown would make of them."""
+    text = re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)
+    return re.sub(r"^(\s*)#", r"\1\\#", text, flags=re.MULTILINE)
+
+
+def _link(name: str, folder: Path) -> str:
+    if "://" in name:
+        return quote(name, safe="/:?&=%#,;+~@")
+    try:
+        name = os.path.relpath(name, folder)
+    except ValueError:  # another drive
+        name = str(Path(name).absolute())
+    return quote(Path(name).as_posix())

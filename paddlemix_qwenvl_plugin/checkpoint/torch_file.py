@@ -1,0 +1,161 @@
+"""Reading one tensor at a time from a PyTorch weight file, without PyTorch.
+
+Since PyTorch 1.6 such a file is a zip archive: `data.pkl`, a pickle of the table of tensors, and beside it the raw
+values, `data/KEY` for each storage. A pickle can run any code, so this one may name nothing but what a table of
+tensors is made of; anything else is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.errors import QwenVLError
+
+# Class of a storage in the pickle -> dtype here, and as NumPy has it.
+_STORAGES = {
+    "FloatStorage": ("float32", "<f4"),
+    "HalfStorage": ("float16", "<f2"),
+    "BFloat16Storage": ("bfloat16", "<u2"),
+    "DoubleStorage": ("float64", "<f8"),
+}
+_DAMAGED = (
+    *(zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError, TypeError),
+    *(AttributeError, IndexError, NotImplementedError, OverflowError, MemoryError, RecursionError),
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `strides` and `start` count values of the storage, the archive's member `member`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    numpy_dtype: np.dtype[np.generic]
+    member: str
+    start: int
+    strides: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """List a file's tensors.
+
+    Raises:
+        QwenVLError: not such a file, truncated, or one with more in it than floating-point tensors.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            [pickled] = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+            folder = pickled[: -len("data.pkl")]
+            with archive.open(pickled) as file:
+                table = _Unpickler(file).load()
+            if not isinstance(table, dict) or not table:
+                raise QwenVLError(f"{path}: holds no table of tensors")
+            tensors = {str(name): _entry(path, str(name), value, folder) for name, value in table.items()}
+            for name, tensor in tensors.items():
+                _check_inside(path, name, tensor, archive.getinfo(tensor.member).file_size)
+    except _Refused as error:
+        raise QwenVLError(f"{path}: {error}; only tables of tensors are read") from error
+    except _DAMAGED as error:
+        raise QwenVLError(
+            f"{path}: not a PyTorch weight file (of PyTorch 1.6 or newer), or truncated ({_first_line(error)})"
+        ) from error
+    return tensors
+
+
+def read_tensor(path: Path, tensor: StoredTensor) -> NDArray[np.generic]:
+    """The values of one tensor, in its storage type (bfloat16 as uint16 bits).
+
+    Raises:
+        QwenVLError: the values are damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            values = np.frombuffer(archive.read(tensor.member), tensor.numpy_dtype)
+    except _DAMAGED as error:
+        raise QwenVLError(f"{path}: {tensor.member} cannot be read ({_first_line(error)})") from error
+    strides = [stride * values.itemsize for stride in tensor.strides]
+    view = np.lib.stride_tricks.as_strided(values[tensor.start :], tensor.shape, strides, writeable=False)
+    return np.ascontiguousarray(view)
+
+
+class _Refused(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class _Storage:
+    kind: str
+    key: str
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    if not isinstance(storage, _Storage):
+        raise _Refused("a tensor without a storage")
+    return _Tensor(storage, int(start), tuple(map(int, shape)), tuple(map(int, strides)))
+
+
+def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _rebuild_parameter
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise _Refused(f"its pickle asks for {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        what, kind, key = pid[:3]
+        if what != "storage" or not isinstance(kind, str):
+            raise _Refused("its pickle refers to something that is no storage")
+        return _Storage(kind, str(key))
+
+
+def _entry(path: Path, name: str, value: Any, folder: str) -> StoredTensor:
+    if not isinstance(value, _Tensor):
+        raise QwenVLError(f"{path}: {name} is not a tensor")
+    if value.storage.kind not in _STORAGES:
+        kind = value.storage.kind
+        raise QwenVLError(f"{path}: {name} is a {kind}, a weight must be a floating-point tensor")
+    dtype, numpy_dtype = _STORAGES[value.storage.kind]
+    member = f"{folder}data/{value.storage.key}"
+    return StoredTensor(value.shape, dtype, np.dtype(numpy_dtype), member, value.start, value.strides)
+
+
+def _check_inside(path: Path, name: str, tensor: StoredTensor, n_bytes: int) -> None:
+    """Strides and sizes come from the file, and NumPy reads wherever they lead."""
+    sane = (
+        len(tensor.shape) == len(tensor.strides)
+        and min((tensor.start, *tensor.shape, *tensor.strides)) >= 0
+        and math.prod(tensor.shape) * tensor.numpy_dtype.itemsize <= n_bytes
+    )
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides))
+    if not sane or (tensor.start + last + 1) * tensor.numpy_dtype.itemsize > n_bytes:
+        raise QwenVLError(f"{path}: {name} reaches beyond its {n_bytes} bytes; copy the file again")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

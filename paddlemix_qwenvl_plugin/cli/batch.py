@@ -1,0 +1,70 @@
+"""`qwenvl batch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from paddlemix_qwenvl_plugin.cli import options as flags
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+
+
+def batch(
+    source: Path = typer.Argument(..., metavar="IN.jsonl", help="A request on each line."),
+    target: Path = typer.Argument(..., metavar="OUT.jsonl", help="Where the results go, in the same order."),
+    *,
+    first_model_path: flags.FirstModelPath,
+    second_model_path: flags.SecondModelPath,
+    model: flags.ModelFolder = None,
+    batch_size: int = typer.Option(8, "--batch_size", min=1, help="Rows that are run together."),
+    device: flags.Device = "cpu",
+    max_new_tokens: flags.MaxNewTokens = 512,
+    min_new_tokens: flags.MinNewTokens = 0,
+    temperature: flags.Temperature = None,
+    top_p: flags.TopP = None,
+    top_k: flags.TopK = None,
+    repetition_penalty: flags.RepetitionPenalty = 1.0,
+    frequency_penalty: flags.FrequencyPenalty = 0.0,
+    presence_penalty: flags.PresencePenalty = 0.0,
+    seed: flags.Seed = None,
+    allow_http: flags.AllowHttp = False,
+) -> None:
+    """Answer every row of a file; run it again to continue after an interruption.
+
+    The generation options hold for rows that have none of their own.
+    """
+    from dataclasses import asdict
+
+    from paddlemix_qwenvl_plugin.batch.job import count_failed, partial_path, run
+    from paddlemix_qwenvl_plugin.batch.source import Source
+    from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+    options = GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        seed=seed,
+    )
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent}: no such folder")
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{target}: is a folder or a device; name a file")
+    rows = Source(source, asdict(options))
+    there = target.exists()
+    if there and target.samefile(source):
+        raise UsageError(f"{target}: is the input; name another output")
+    if not there:
+        pair = QwenVL.from_exported(first_model_path, second_model_path, model, device, allow_http)
+        run(rows, target, pair, options, batch_size)
+    failed, n_rows = count_failed(target, rows), len(rows.entries)
+    partial_path(target).unlink(missing_ok=True)  # of a process that was killed at its very end
+    print(f"{target}: has all {n_rows} rows already" if there else f"{target}: wrote {n_rows} rows")
+    if failed:
+        raise QwenVLError(f"{failed} of {n_rows} rows failed; their lines in {target} say why")

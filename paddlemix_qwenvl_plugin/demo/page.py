@@ -1,0 +1,127 @@
+"""The results as one HTML file: pictures inside it, no scripts, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+from paddlemix_qwenvl_plugin.demo.result import Result, Run
+from paddlemix_qwenvl_plugin.demo_world.captions import caption_text
+from paddlemix_qwenvl_plugin.processing.boxes import Box, parse_boxes
+from paddlemix_qwenvl_plugin.processing.drawing import COLOURS
+from paddlemix_qwenvl_plugin.runtime.answer import Answer
+from paddlemix_qwenvl_plugin.version import __version__
+
+_HERE = Path(__file__).resolve().parent
+_LANGUAGE = {"en": "en", "zh": "zh-Hans"}
+
+
+def html_page(run: Run, out: Path) -> str:
+    """The page of a run. `out` is the folder with the stages and the pictures, for the command that asks again."""
+    import paddle
+
+    return _template("page.html").substitute(
+        right=run.right,
+        total=len(run.results),
+        pictures=sum(len(result.question.pictures) for result in run.results),
+        cards="\n".join(_card(result) for result in run.results),
+        colours="\n".join(f".c{i}{{--box:{colour}}}" for i, colour in enumerate(COLOURS)),
+        parameters=f"{run.parameters / 1e6:.1f} million",
+        export_seconds=f"{run.export_seconds:.1f} s",
+        answer_seconds=f"{run.answer_seconds:.1f} s",
+        tokens_per_second=f"{_tokens_per_second(run.results):.0f}",
+        paddle=escape(paddle.__version__),
+        plugin=escape(__version__),
+        vision=escape(shlex.quote(str(out / "vision" / "vision"))),
+        language=escape(shlex.quote(str(out / "text" / "qwen"))),
+        picture=escape(shlex.quote(str(out / "pictures" / "caption.png"))),
+    )
+
+
+def _template(name: str) -> Template:
+    return Template((_HERE / name).read_text("utf-8"))
+
+
+def _card(result: Result) -> str:
+    question, answer = result.question, result.answer
+    pictures = question.pictures
+    expected = parse_boxes(question.turn.answer).text
+    return _template("card.html").substitute(
+        name=question.name,
+        width="wide" if len(pictures) > 1 else "",
+        title=escape(question.title),
+        pictures="".join(_figure(result, number) for number in range(len(pictures))),
+        language=_LANGUAGE[question.turn.language],
+        question=escape(question.turn.question),
+        answer=_marked(answer) or "(nothing)",
+        verdict="right" if result.right else "wrong",
+        expected="" if result.right else f'<p class="expected">Right would be: {escape(expected)}</p>',
+        raw=escape(answer.text),
+        seconds=f"{result.seconds:.2f}",
+    )
+
+
+def _figure(result: Result, number: int) -> str:
+    """A picture of the question; the boxes are on the last one."""
+    question = result.question
+    last = len(question.pictures) - 1
+    boxes = result.answer.boxes if number == last else ()
+    picture = _picture(question.pictures[number], caption_text(question.sample.scenes[number], "en"), boxes)
+    return f"<figure>{picture}{f'<figcaption>Picture {number + 1}</figcaption>' if last else ''}</figure>"
+
+
+def _picture(path: Path, description: str, boxes: Sequence[Box]) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    overlay = "".join(_outline(number, box) for number, box in enumerate(boxes))
+    return (
+        f'<div class="picture"><img alt="{escape(description)}" src="data:image/png;base64,{data}">'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{overlay}</svg></div>'
+    )
+
+
+def _outline(number: int, box: Box) -> str:
+    points = " ".join(f"{x},{y}" for x, y in _corners(box))
+    left, top = min(x for x, _ in box.points), min(y for _, y in box.points)
+    # The number stands above the box, or inside where there is no room.
+    y = top - 58 if top >= 58 else top
+    return (
+        f'<g class="{_colour(number)}"><polygon points="{points}"/><rect x="{left}" y="{y}" width="52" height="58"/>'
+        f'<text x="{left + 26}" y="{y + 44}">{number + 1}</text></g>'
+    )
+
+
+def _corners(box: Box) -> Sequence[tuple[int, int]]:
+    if box.kind == "quad":
+        return box.points
+    (left, top), (right, bottom) = box.points
+    return ((left, top), (right, top), (right, bottom), (left, bottom))
+
+
+def _colour(number: int) -> str:
+    return f"c{number % len(COLOURS)}"
+
+
+def _marked(answer: Answer) -> str:
+    """The answer's words, each ref with the number and the colour of its box; boxes without words at the end."""
+    words = parse_boxes(answer.text).text
+    html, position, rest = "", 0, ""
+    for number, box in enumerate(answer.boxes):
+        start = words.find(box.ref, position) if box.ref else -1
+        badge = f'<mark class="{_colour(number)}"><b>{number + 1}</b>'
+        if box.ref and start >= 0:
+            html += f"{escape(words[position:start])}{badge}&nbsp;{escape(box.ref)}</mark>"
+            position = start + len(box.ref)
+        else:
+            corners = " ".join(f"({x},{y})" for x, y in box.points)
+            rest += f" {badge}&nbsp;{corners}</mark>"
+    return html + escape(words[position:]) + rest
+
+
+def _tokens_per_second(results: Sequence[Result]) -> float:
+    # The first token of an answer comes with the prefill.
+    decoded = sum(len(result.answer.token_ids) - 1 for result in results)
+    return decoded / max(sum(result.answer.timings["decode"] for result in results), 1e-9)

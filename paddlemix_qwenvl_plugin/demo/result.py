@@ -1,0 +1,70 @@
+"""What a run of the demo gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from paddlemix_qwenvl_plugin.demo.questions import Question
+from paddlemix_qwenvl_plugin.evaluation.demo import mark
+from paddlemix_qwenvl_plugin.runtime.answer import Answer
+
+_SECONDS = ("prepare", "encode_images", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A bundled question and the model's answer."""
+
+    question: Question
+    answer: Answer
+
+    @cached_property
+    def right(self) -> bool:
+        """All words as the scene has them, every box over its thing (IoU at least 0.5), and none too many."""
+        marked = mark(self.question.sample, self.answer.text)
+        return (
+            marked.words_right
+            and marked.boxes_right == marked.boxes == len(self.answer.boxes)
+            and not self.answer.problems
+        )
+
+    @property
+    def seconds(self) -> float:
+        """From the question to the whole answer, without loading the programs."""
+        return sum(self.answer.timings[name] for name in _SECONDS)
+
+    def as_dict(self) -> dict[str, Any]:
+        turn = self.question.turn
+        return {
+            "pictures": [path.name for path in self.question.pictures],
+            "question": turn.question,
+            "expected": turn.answer,
+            "right": self.right,
+            "answer": self.answer.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """All results, how many parameters the model has, and what the export took."""
+
+    results: tuple[Result, ...]
+    parameters: int
+    export_seconds: float
+
+    @property
+    def right(self) -> int:
+        return sum(result.right for result in self.results)
+
+    @property
+    def answer_seconds(self) -> float:
+        return sum(result.seconds for result in self.results)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "questions": len(self.results),
+            "right": self.right,
+            "answers": {result.question.name: result.as_dict() for result in self.results},
+        }

@@ -1,0 +1,111 @@
+"""Export the shipped model, ask it the bundled questions, write a page and a contact sheet."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Optional
+
+from PIL import Image
+
+from paddlemix_qwenvl_plugin.checkpoint.tensors import language_specs, vision_specs
+from paddlemix_qwenvl_plugin.demo.page import html_page
+from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS, Question
+from paddlemix_qwenvl_plugin.demo.result import Result, Run
+from paddlemix_qwenvl_plugin.demo.sheet import contact_sheet
+from paddlemix_qwenvl_plugin.errors import QwenVLError, make_folder, one_line
+from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
+from paddlemix_qwenvl_plugin.files import write_beside
+from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
+from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+MODEL = Path(__file__).resolve().parents[1] / "demo_model"
+
+PAGE, SHEET, ANSWERS = "index.html", "sheet.png", "answers.json"
+
+_MAX_NEW_TOKENS = (
+    200  # the longest right answer, four things with their boxes in Chinese, has about half of that
+)
+
+
+def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None) -> Run:
+    """Write index.html, sheet.png, answers.json, pictures/ and the stages vision/vision and text/qwen to `out`.
+
+    Files of these names are replaced, others are left alone.
+
+    Args:
+        out: a folder, made if it is not there.
+        say: called with each line for the user, as things happen.
+        model: another folder than that of the shipped model.
+
+    Raises:
+        UsageError: `out` cannot be made.
+        QwenVLError: the model's weights are not in the installation.
+    """
+    model = model or MODEL
+    weights = model / "model.safetensors"
+    if not weights.is_file():
+        raise QwenVLError(f"{weights}: the demo model's weights are missing; install the package again")
+    make_folder(out)
+    start = time.perf_counter()
+    manifest = export_vision(model, out / "vision" / "vision")
+    exported_vision = time.perf_counter()
+    say(f"Exported the vision stage in {exported_vision - start:.1f} s.")
+    export_language(model, out / "text", "qwen")
+    export_seconds = time.perf_counter() - start
+    say(f"Exported the language stage in {export_seconds - (exported_vision - start):.1f} s.")
+    pair = QwenVL.from_exported(out / "vision" / "vision", out / "text" / "qwen")
+    pair.load()
+    results = []
+    for number, question in enumerate(QUESTIONS, start=1):
+        say("")
+        say(f"{number}/{len(QUESTIONS)} {question.title} ({', '.join(p.name for p in question.pictures)})")
+        say(f"    Q  {question.turn.question}")
+        results.append(_ask(pair, question))
+        for line in _answer_lines(results[-1]):
+            say(f"    {line}")
+    specs = {**vision_specs(manifest.config), **language_specs(manifest.config)}
+    parameters = sum(math.prod(spec.shape) for spec in specs.values())
+    run = Run(tuple(results), parameters, export_seconds)
+    _write(out, run)
+    return run
+
+
+def _ask(pair: QwenVL, question: Question) -> Result:
+    sample = question.sample
+    images = []
+    for path in question.pictures:
+        # Opened here: in a prompt a path may have 256 bytes, and nobody knows where this is installed.
+        with Image.open(path) as file:
+            images.append(file.convert("RGB"))
+    answer = pair.generate(sample.parts(images), chat=sample.form == "chat", max_new_tokens=_MAX_NEW_TOKENS)
+    return Result(question, answer)
+
+
+def _answer_lines(result: Result) -> list[str]:
+    answer = result.answer
+    lines = [f"A  {one_line(parse_boxes(answer.text).text)}"]
+    for box in answer.boxes:
+        corners = " ".join(f"({x},{y})" for x, y in box.points)
+        lines.append(f"   {box.kind} {corners}  {one_line(box.ref or '')}".rstrip())
+    verdict = "right" if result.right else f"WRONG, the picture shows: {result.question.turn.answer}"
+    rate = answer.timings["tokens_per_second"]
+    lines.append(f"   {verdict}; {result.seconds:.2f} s, {rate:.0f} tokens a second")
+    return lines
+
+
+def _write(out: Path, run: Run) -> None:
+    answers = json.dumps(run.as_dict(), ensure_ascii=False, indent=1) + "\n"
+    sheet = contact_sheet(run.results)
+    page = html_page(run, out)
+    make_folder(out / "pictures")
+    for picture in (path for result in run.results for path in result.question.pictures):
+        write_beside(out / "pictures" / picture.name, partial(shutil.copyfile, picture))
+    write_beside(out / ANSWERS, lambda path: path.write_text(answers, "utf-8"))
+    write_beside(out / SHEET, lambda path: sheet.save(path, optimize=True))
+    write_beside(out / PAGE, lambda path: path.write_text(page, "utf-8"))

@@ -1,0 +1,101 @@
+"""The results as one picture: a contact sheet with the boxes drawn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from PIL import Image, ImageDraw
+
+from paddlemix_qwenvl_plugin.demo.result import Result
+from paddlemix_qwenvl_plugin.processing.boxes import Box, parse_boxes
+from paddlemix_qwenvl_plugin.processing.drawing import can_draw, draw_boxes, font_for
+
+COLUMNS = 3
+SIDE = 300
+GAP = 16
+_FONT = 15
+_LINE = 20
+_INK, _SOFT, _RIGHT, _WRONG, _PAPER, _EDGE = "#16191f", "#596273", "#12693a", "#a3121f", "#ffffff", "#d5dae1"
+_NO_FONT = "(Chinese, and no font for it here: see the page)"
+
+# (colour, text)
+_Lines = list[tuple[str, str]]
+
+
+def contact_sheet(results: Sequence[Result]) -> Image.Image:
+    """Cards of SIDE pixels a picture in rows of COLUMNS pictures: pictures with boxes, question, answer (RGB)."""
+    rows = [[(column, result, _text(result)) for column, result in row] for row in _rows(results)]
+    heights = [SIDE + 2 * GAP + _LINE * max(len(lines) for _, _, lines in row) for row in rows]
+    sheet = Image.new("RGB", (GAP + COLUMNS * (SIDE + GAP), GAP + sum(heights)), _PAPER)
+    pencil = ImageDraw.Draw(sheet)
+    top = GAP
+    for row, height in zip(rows, heights):
+        for column, result, lines in row:
+            left = GAP + column * (SIDE + GAP)
+            for number, picture in enumerate(_pictures(result)):
+                x = left + number * (SIDE + GAP)
+                sheet.paste(picture, (x, top))
+                pencil.rectangle((x - 1, top - 1, x + SIDE, top + SIDE), outline=_EDGE)
+            # On base lines, which Latin and Chinese letters share.
+            for number, (colour, line) in enumerate(lines, start=1):
+                where = (left, top + SIDE + 2 + number * _LINE)
+                pencil.text(where, line, fill=colour, font=font_for(line, _FONT), anchor="ls")
+        top += height
+    return sheet
+
+
+def _rows(results: Sequence[Result]) -> Iterator[list[tuple[int, Result]]]:
+    """The results in rows, each with its first column."""
+    row: list[tuple[int, Result]] = []
+    column = 0
+    for result in results:
+        width = len(result.question.pictures)
+        if column + width > COLUMNS:
+            yield row
+            row, column = [], 0
+        row.append((column, result))
+        column += width
+    yield row
+
+
+def _pictures(result: Result) -> Iterator[Image.Image]:
+    """The question's pictures, the boxes on the last one."""
+    paths = result.question.pictures
+    for path in paths:
+        with Image.open(path) as file:
+            picture = file.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        boxes = [_labelled(box) for box in result.answer.boxes] if path == paths[-1] else []
+        yield draw_boxes(picture, boxes)
+
+
+def _labelled(box: Box) -> Box:
+    return box if box.ref is None or can_draw(box.ref) else replace(box, ref=None)
+
+
+def _text(result: Result) -> _Lines:
+    width = len(result.question.pictures) * (SIDE + GAP) - GAP
+    answer = parse_boxes(result.answer.text).text
+    verdict = (_RIGHT, "right") if result.right else (_WRONG, "wrong")
+    return [
+        *((_SOFT, line) for line in _wrapped(result.question.turn.question, width)),
+        *((_INK, line) for line in _wrapped(answer, width)),
+        verdict,
+    ]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` pixels, broken at spaces and between Chinese letters, and anywhere if need be."""
+    text = " ".join(text.split())
+    if not can_draw(text):
+        text = _NO_FONT
+    font = font_for(text, _FONT)
+    lines = [""]
+    for piece in re.findall(r"[!-\u024f]+ ?|.", text):
+        # A word that is wider than a line is broken anywhere.
+        for part in [piece] if font.getlength(piece.rstrip()) <= width else piece:
+            if font.getlength(lines[-1] + part.rstrip()) > width:
+                lines.append("")
+            lines[-1] += part
+    return [line.rstrip() for line in lines]

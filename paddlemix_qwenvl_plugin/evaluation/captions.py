@@ -1,0 +1,103 @@
+"""Captions (COCO, Flickr30K, NoCaps): CIDEr, BLEU-4 and ROUGE-L, by pycocoevalcap's scorers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from paddlemix_qwenvl_plugin.evaluation.ask import Request
+from paddlemix_qwenvl_plugin.evaluation.extra import extra
+from paddlemix_qwenvl_plugin.evaluation.rows import Id, Row
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+
+OPTIONS = GenerationOptions(max_new_tokens=30, min_new_tokens=8)
+"""Those of the official evaluation."""
+
+_WHAT = "eval captions"
+
+_PROMPT = "Describe the image in English:"
+
+_TYPEWRITTEN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "--", "—": "--"})
+
+# What the Python version of COCO's caption evaluation drops.
+_PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+
+
+class CaptionRow(Row):
+    """A row of a data set.
+
+    Attributes:
+        image_id: of the row.
+        captions: what people wrote, each as good as the others.
+    """
+
+    image_id: Id
+    captions: tuple[str, ...] = Field(min_length=1)
+
+    def key(self, number: int) -> Id:
+        return self.image_id
+
+    def request(self) -> Request:
+        return Request(self.image, _PROMPT)
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """`values`: CIDEr, BLEU-4 and ROUGE-L of the whole; `cider`: CIDEr of each row. 1 is a hundred points."""
+
+    values: dict[str, float]
+    cider: dict[Id, float]
+
+
+def tokens(caption: str) -> str:
+    """The caption in lower case, split as the Penn Treebank is, without punctuation; tokens have a space between.
+
+    COCO's evaluation runs Stanford's tokenizer in Java for this. They agree on ordinary captions (docs/eval.md).
+    """
+    treebank = extra("nltk.tokenize", _WHAT).TreebankWordTokenizer()
+    # NLTK takes a text for one sentence, with one full stop.
+    apart = re.sub(r"(?<=[a-z]{3})\. ", " . ", caption.lower().translate(_TYPEWRITTEN))
+    found = treebank.tokenize(apart, convert_parentheses=True)
+    return " ".join(token.lower() for token in found if token not in _PUNCTUATION)
+
+
+def score(rows: Mapping[Id, CaptionRow], answers: Mapping[Id, str]) -> CaptionScores:
+    """Score the answer to each row.
+
+    CIDEr weighs words by how rare they are among the captions of `rows`, so that a row's own CIDEr depends on them all.
+
+    Raises:
+        QwenVLError: a library of the extra `eval` is missing.
+    """
+    bleu, cider, rouge = _scorers()
+    wanted = {row_id: [tokens(caption) for caption in row.captions] for row_id, row in rows.items()}
+    given = {row_id: [tokens(answers[row_id])] for row_id in rows}
+    bleu_of_all, _ = bleu.compute_score(wanted, given, verbose=0)
+    cider_of_all, cider_of_each = cider.compute_score(wanted, given)
+    rouge_of_all, _ = rouge.compute_score(wanted, given)
+    return CaptionScores(
+        {"CIDEr": float(cider_of_all), "BLEU-4": float(bleu_of_all[3]), "ROUGE-L": float(rouge_of_all)},
+        {row_id: float(value) for row_id, value in zip(rows, cider_of_each)},
+    )
+
+
+def check_libraries() -> None:
+    """Find a missing library before the model is run.
+
+    Raises:
+        QwenVLError: it has the command that installs it.
+    """
+    _scorers()
+    tokens("")
+
+
+def _scorers() -> tuple[Any, Any, Any]:
+    return (
+        extra("pycocoevalcap.bleu.bleu", _WHAT).Bleu(4),
+        extra("pycocoevalcap.cider.cider", _WHAT).Cider(),
+        extra("pycocoevalcap.rouge.rouge", _WHAT).Rouge(),
+    )

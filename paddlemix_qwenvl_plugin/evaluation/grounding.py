@@ -1,0 +1,70 @@
+"""Referring expressions (RefCOCO, RefCOCO+, RefCOCOg): is the one box that was asked for in the right place?"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from pydantic import AliasChoices, Field, FiniteFloat, PositiveInt, model_validator
+
+from paddlemix_qwenvl_plugin.evaluation.ask import Request
+from paddlemix_qwenvl_plugin.evaluation.overlap import Corners, iou
+from paddlemix_qwenvl_plugin.evaluation.rows import Id, Row
+from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+
+OPTIONS = GenerationOptions(max_new_tokens=28, min_new_tokens=10)
+"""Those of the official evaluation: room for one box."""
+
+# The official evaluation takes the largest coordinate for 999, though the model's boxes are in thousandths.
+_FULL = 999
+
+_ROUNDING = 1.0  # pixels that a box of a data set may stick out of its picture
+
+
+class GroundingRow(Row):
+    """A row of a data set.
+
+    Attributes:
+        id: of the row; None: its line number.
+        sentence: what to find; `sent` in the official files.
+        bbox: left, top, right and bottom in pixels.
+        width, height: of the picture, in pixels.
+    """
+
+    id: Optional[Id] = None
+    sentence: str = Field(validation_alias=AliasChoices("sentence", "sent"))
+    bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+    width: PositiveInt
+    height: PositiveInt
+
+    @model_validator(mode="after")
+    def _check(self) -> GroundingRow:
+        left, top, right, bottom = self.bbox
+        if not (
+            -_ROUNDING <= left < right <= self.width + _ROUNDING
+            and -_ROUNDING <= top < bottom <= self.height + _ROUNDING
+        ):
+            raise ValueError(
+                "bbox must be [left, top, right, bottom] in pixels of the picture, "
+                f"which is {self.width} x {self.height}, got {list(self.bbox)}"
+            )
+        return self
+
+    def key(self, number: int) -> Id:
+        return number if self.id is None else self.id
+
+    def request(self) -> Request:
+        """The words as a `<ref>`, and an open `<box>` for the model to go on from."""
+        return Request(self.image, self.sentence, "<ref>", "</ref><box>")
+
+
+def overlap(row: GroundingRow, answer: str) -> float:
+    """Intersection over union of the first box in the answer with the right one; 0 without a box."""
+    # The prompt has opened the first box. A tag too many, before an answer that brings its own, does no harm.
+    boxes = parse_boxes(f"<box>{answer}").boxes
+    if not boxes:
+        return 0.0
+    (left, top), (right, bottom) = boxes[0].points[0], boxes[0].points[-1]
+    across, down = row.width / _FULL, row.height / _FULL
+    corners: Corners = (left * across, top * down, right * across, bottom * down)
+    return iou(corners, row.bbox)

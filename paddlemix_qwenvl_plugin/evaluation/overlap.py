@@ -1,0 +1,22 @@
+"""How much two boxes have in common."""
+
+from __future__ import annotations
+
+Corners = tuple[float, float, float, float]
+"""Left, top, right, bottom, in any unit."""
+
+IOU = 0.5
+"""From this intersection over union on a box counts as right."""
+
+
+def iou(a: Corners, b: Corners) -> float:
+    """Intersection over union, 0 to 1; 0 for empty boxes."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(0, width) * max(0, height)
+    union = _area(a) + _area(b) - shared
+    return shared / union if union else 0.0
+
+
+def _area(box: Corners) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])

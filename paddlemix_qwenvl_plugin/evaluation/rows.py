@@ -1,0 +1,129 @@
+"""JSONL files: the rows of a data set, and the answers to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+
+from paddlemix_qwenvl_plugin.checkpoint.config import first_problem
+from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.evaluation.ask import Request
+from paddlemix_qwenvl_plugin.files import write_beside
+
+Id = Union[StrictInt, StrictStr]
+
+
+class Row(BaseModel):
+    """A row of a data set; keys that are not asked for may be there.
+
+    Attributes:
+        image: a path, relative to the working directory, or a `data:` or `file://` URL.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    image: str = Field(min_length=1)
+
+    def key(self, number: int) -> Id:
+        """The id of the row, which is on line `number` of its file."""
+        raise NotImplementedError
+
+    def request(self) -> Request:
+        """What to ask about it."""
+        raise NotImplementedError
+
+
+class _Prediction(BaseModel):
+    id: Id
+    text: str
+
+
+RowKind = TypeVar("RowKind", bound=Row)
+
+
+def read_rows(path: Path, kind: type[RowKind]) -> dict[Id, RowKind]:
+    """The rows of a JSONL file by their ids, in order; blank lines are no rows.
+
+    Raises:
+        UsageError: no such file, no rows, a row that is not of this kind, two of one id.
+    """
+    rows: dict[Id, RowKind] = {}
+    for number, row in _read(path, kind):
+        _add(rows, row.key(number), row, f"{path}, line {number}")
+    return rows
+
+
+def check_pictures(path: Path, rows: Mapping[Id, Row]) -> None:
+    """Find a picture that is not there before the work of the others is done.
+
+    Raises:
+        UsageError: it names the first one.
+    """
+    for row_id, row in rows.items():
+        # A `data:` URL or one with a scheme is left to the loader.
+        if "://" not in row.image and row.image[:5].lower() != "data:" and not Path(row.image).exists():
+            raise UsageError(f"{path}, id {row_id!r}: image {row.image} does not exist")
+
+
+def read_predictions(path: Path, ids: Iterable[Id]) -> dict[Id, str]:
+    """The answers in a JSONL file with `id` and `text` in each line, in the order of `ids`.
+
+    Raises:
+        UsageError: no such file, a malformed line, an id that is missing or has no row.
+    """
+    found: dict[Id, str] = {}
+    for number, prediction in _read(path, _Prediction):
+        _add(found, prediction.id, prediction.text, f"{path}, line {number}")
+    answers: dict[Id, str] = {}
+    for row_id in ids:
+        if row_id not in found:
+            raise UsageError(f"{path}: has no answer to id {row_id!r}")
+        answers[row_id] = found.pop(row_id)
+    if found:
+        raise UsageError(f"{path}: answers id {next(iter(found))!r}, which the data does not have")
+    return answers
+
+
+def write_predictions(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSONL file; each of `lines` has `id` and `text`, and whatever else is worth a look."""
+    text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+    # Half a surrogate pair has no UTF-8; the backslash form of it is its escape in JSON.
+    write_beside(path, lambda partial: partial.write_text(text, "utf-8", "backslashreplace"))
+
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
+_Value = TypeVar("_Value")
+
+
+def _read(path: Path, kind: type[_Kind]) -> Iterator[tuple[int, _Kind]]:
+    if not path.is_file():
+        raise UsageError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    n_rows = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            n_rows += 1
+            where = f"{path}, line {number}"
+            try:
+                values = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"{where}: not valid JSON ({error})") from error
+            if not isinstance(values, dict):
+                raise UsageError(f"{where}: must be a JSON object")
+            try:
+                yield number, kind.model_validate(values)
+            except ValidationError as error:
+                raise UsageError(f"{where}: {first_problem(error)}") from error
+    if not n_rows:
+        raise UsageError(f"{path}: has no rows")
+
+
+def _add(into: dict[Id, _Value], row_id: Id, value: _Value, where: str) -> None:
+    if row_id in into:
+        raise UsageError(f"{where}: id {row_id!r} is there already")
+    into[row_id] = value

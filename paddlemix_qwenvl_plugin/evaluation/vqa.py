@@ -1,0 +1,136 @@
+"""Questions about pictures: VQA accuracy, exact match, and ANLS for documents."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import AliasChoices, Field, field_validator
+
+from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.evaluation.ask import Request
+from paddlemix_qwenvl_plugin.evaluation.extra import extra
+from paddlemix_qwenvl_plugin.evaluation.rows import Id, Row
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+
+_FEWEST_FOR_VQA = 4  # with fewer even the best answer has an accuracy below 1
+
+
+_ANLS_THRESHOLD = 0.5
+
+
+class VqaRow(Row):
+    """A row of a data set.
+
+    Attributes:
+        question_id: of the row.
+        question: without the words around it in the prompt.
+        answers: what people answered, up to 10; `answer`, one or several, in the official files.
+    """
+
+    question_id: Id
+    question: str
+    answers: tuple[str, ...] = Field(validation_alias=AliasChoices("answers", "answer"), min_length=1)
+
+    @field_validator("answers", mode="before")
+    @classmethod
+    def _one_is_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    def key(self, number: int) -> Id:
+        return self.question_id
+
+    def request(self) -> Request:
+        return Request(self.image, f"{self.question} Answer:")
+
+
+def options(max_new_tokens: int) -> GenerationOptions:
+    return GenerationOptions(max_new_tokens=max_new_tokens, min_new_tokens=1)
+
+
+def exact_match(answer: str, right: Sequence[str]) -> float:
+    """1 if the answer is one of the right ones, but for case and spaces around it."""
+    return float(answer.strip().lower() in {one.strip().lower() for one in right})
+
+
+def anls(answer: str, right: Sequence[str]) -> float:
+    """Normalised Levenshtein similarity to the nearest right answer, 0 below one half (Biten et al., "Scene Text
+    Visual Question Answering", ICCV 2019). Case and the number of spaces do not matter.
+
+    Similarity of exactly one half counts, as in the evaluation script of the DocVQA challenge.
+    """
+    similarity = extra("rapidfuzz.distance.Levenshtein", "--metric anls").normalized_similarity
+    given, *wanted = (" ".join(text.lower().split()) for text in (answer, *right))
+    return max(float(similarity(given, one, score_cutoff=_ANLS_THRESHOLD)) for one in wanted)
+
+
+def vqa_accuracy(answer: str, right: Sequence[str]) -> float:
+    """min(matches / 3, 1), averaged over all ways to leave one person's answer out (visualqa.org/evaluation).
+
+    With ten answers: 0, 0.3, 0.6, 0.9 and 1 for 0, 1, 2, 3 and more matches. Both sides are normalised.
+    """
+    given = normalise(answer)
+    people = [normalise(one) == given for one in right]
+    matches = sum(people)
+    # Leaving out a person who agrees leaves one match fewer.
+    return sum(min((matches - agrees) / 3, 1.0) for agrees in people) / len(people)
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "vqa": vqa_accuracy,
+    "exact": exact_match,
+    "anls": anls,
+}
+"""Scores of 0 to 1 of an answer against the right ones."""
+
+MAX_NEW_TOKENS = {"vqa": 10, "exact": 10, "anls": 100}
+"""Those of the official evaluation."""
+
+
+def check(path: Path, rows: Mapping[Id, VqaRow], metric: str) -> None:
+    """Find before the model is run what a metric cannot do.
+
+    Raises:
+        UsageError: the metric is not one, or a row has too few answers for VQA accuracy.
+        QwenVLError: ANLS needs a library that is not there.
+    """
+    if metric not in METRICS:
+        raise UsageError(f"--metric {metric}: must be one of {', '.join(METRICS)}")
+    if metric == "anls":
+        anls("", [""])
+    if metric == "vqa":
+        for row_id, row in rows.items():
+            if len(row.answers) < _FEWEST_FOR_VQA:
+                raise UsageError(
+                    f"{path}, id {row_id!r}: VQA accuracy needs the answers of {_FEWEST_FOR_VQA} people or more; "
+                    "use --metric exact or anls"
+                )
+
+
+def normalise(answer: str) -> str:
+    """An answer as VQA accuracy compares it (visualqa.org/evaluation): lower case, number words as digits, no
+    articles, apostrophes in contractions, no punctuation but apostrophes, colons and decimal points.
+    """
+    text = answer.lower()
+    text = re.sub(r"(?<=\d),(?=\d)", "", text)
+    text = re.sub(r"[;/\[\]\"{}()=+\\_\-><@`,?!]", " ", text)
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = (_DIGITS.get(word, word) for word in text.split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
+
+# Those that are no other word without their apostrophe, as "we'll", "it's" and "we're" would be.
+_WITH_APOSTROPHE = """
+    ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't oughtn't
+    shan't shouldn't wasn't weren't won't wouldn't could've i've might've must've not've should've they've we've
+    what've where've who've would've you've how'll it'll somebody'll someone'll something'll they'll what'll who'll
+    you'll there're they're what're why're you're he's how's somebody's someone's that's there's what's when's
+    where's who's why's he'd how'd it'd someone'd something'd that'd there'd they'd where'd who'd you'd i'm ma'am
+    o'clock y'all
+"""
+_CONTRACTIONS = {word.replace("'", ""): word for word in _WITH_APOSTROPHE.split()}

@@ -1,0 +1,115 @@
+"""`qwenvl batch` itself: flags, what it prints, exit codes."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from batch_helpers import STREET, openai_row, read_rows, text, user, write_rows
+
+from paddlemix_qwenvl_plugin import QwenVL, progress
+from paddlemix_qwenvl_plugin.cli.main import main
+
+ROWS = [{"id": n, "prompt": f"{n}?"} for n in range(3)]
+
+
+@pytest.fixture
+def batch(tiny_exported, tmp_path, monkeypatch, capsys):
+    """Runs `qwenvl batch in.jsonl out.jsonl` in a folder with the exported stages: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    for stage in ("vision", "text"):
+        shutil.copytree(tiny_exported / stage, stage)
+
+    def run(*flags):
+        stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
+        monkeypatch.setattr(sys, "argv", ["qwenvl", "batch", "in.jsonl", "out.jsonl", *stages, *flags])
+        with pytest.raises(SystemExit) as done:
+            main()
+        return done.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_options_hold_for_rows_without_their_own(batch):
+    rows = [{"id": 1, "prompt": "?"}, {"id": 2, "prompt": "?", "max_new_tokens": 2}]
+    rows += [openai_row("3", [user("?")]), openai_row("4", [user("?")], max_tokens=3)]
+    write_rows(Path("in.jsonl"), rows)
+    assert batch("--max_new_tokens", "4", "--batch_size", "2") == (0, "out.jsonl: wrote 4 rows\n", "")
+    usages = [row.get("usage") or row["response"]["body"]["usage"] for row in read_rows(Path("out.jsonl"))]
+    assert [usage["completion_tokens"] for usage in usages] == [4, 2, 4, 3]
+
+
+def test_rows_run_together(batch, monkeypatch):
+    sizes, generate_ids = [], QwenVL.generate_ids
+
+    def counting(self, input_ids, *arguments, **named):
+        sizes.append(len(input_ids))
+        return generate_ids(self, input_ids, *arguments, **named)
+
+    monkeypatch.setattr(QwenVL, "generate_ids", counting)
+    write_rows(Path("in.jsonl"), [{"id": n, "prompt": "?"} for n in range(10)])
+    for flags, expected in (((), [8, 2]), (("--batch_size", "3"), [3, 3, 3, 1])):
+        sizes.clear()
+        assert batch("--max_new_tokens", "1", *flags)[0] == 0
+        assert sizes == expected
+        Path("out.jsonl").unlink()
+
+
+def test_a_job_that_is_done_needs_no_model(batch):
+    write_rows(Path("in.jsonl"), ROWS)
+    assert batch("--max_new_tokens", "1")[0] == 0
+    before = Path("out.jsonl").read_bytes()
+    shutil.rmtree("vision")
+    Path("out.jsonl.partial").write_bytes(b"of a process that was killed before it could remove it")
+    assert batch() == (0, "out.jsonl: has all 3 rows already\n", "")
+    assert Path("out.jsonl").read_bytes() == before
+    assert not Path("out.jsonl.partial").exists()
+
+
+def test_failed_rows_are_counted_each_time(batch):
+    write_rows(Path("in.jsonl"), [*ROWS, {"id": "x", "image": "no.png"}, b"oops"])
+    line = "qwenvl: 2 of 5 rows failed; their lines in out.jsonl say why\n"
+    assert batch("--max_new_tokens", "1") == (1, "out.jsonl: wrote 5 rows\n", line)
+    assert batch("--max_new_tokens", "1") == (1, "out.jsonl: has all 5 rows already\n", line)
+
+
+def test_progress_in_a_log(batch, monkeypatch):
+    """A line for each row here, and first what an earlier process has done."""
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
+    write_rows(Path("in.jsonl"), ROWS)
+    with monkeypatch.context() as patch:
+        patch.setattr("paddlemix_qwenvl_plugin.batch.job.write_beside", lambda *_: 1 / 0)
+        code, _, err = batch("--max_new_tokens", "1", "--batch_size", "2")
+    assert code == 1
+    assert [line for line in err.splitlines() if "/" in line] == [f"rows answered: {n}/3" for n in (1, 2, 3)]
+    path = Path("out.jsonl.partial")
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
+    code, _, err = batch("--max_new_tokens", "1", "--batch_size", "2")
+    assert (code, err.splitlines()) == (0, ["2 of 3 rows are there from before", "rows answered: 1/1"])
+
+
+def test_allow_http(batch, tmp_path):
+    (tmp_path / "web").mkdir()
+    shutil.copyfile(STREET, tmp_path / "web" / "street.png")
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "web")) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/street.png"
+        rows = [openai_row("a", [user(url, text("?"))]), {"id": 2, "image": url}]
+        write_rows(Path("in.jsonl"), rows)
+        assert batch("--max_new_tokens", "1")[0] == 1
+        errors = [row["error"] for row in read_rows(Path("out.jsonl"))]
+        assert "downloading is off" in errors[0]["message"]
+        assert "downloading is off" in errors[1]
+        Path("out.jsonl").unlink()
+        assert batch("--max_new_tokens", "1", "--allow-http")[0] == 0
+        server.shutdown()

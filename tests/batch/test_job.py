@@ -1,0 +1,356 @@
+"""A whole job: every row once, in order, with the answer that it has alone, wherever an earlier process ended."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from batch_helpers import (
+    STREET,
+    CheapModel,
+    open_cheap,
+    openai_row,
+    read_rows,
+    run_job,
+    text,
+    user,
+    write_rows,
+)
+from PIL import Image
+
+from paddlemix_qwenvl_plugin import QwenVL, QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.batch.job import count_failed
+from paddlemix_qwenvl_plugin.batch.source import Source
+from paddlemix_qwenvl_plugin.runtime.feature_cache import FeatureCache
+
+
+@pytest.fixture(scope="module")
+def vl(tiny_exported):
+    return QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
+
+
+@pytest.fixture(scope="module")
+def cheap(tiny_exported):
+    return open_cheap(tiny_exported)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    shutil.copyfile(STREET, tmp_path / "in" / "street.png")
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "in" / "red.png")
+    return tmp_path
+
+
+def test_answers_are_those_of_generate(vl, folder):
+    """Every row alone, through `generate`, is the second implementation."""
+    sampled = {"temperature": 1.5, "seed": 3}
+    picture, red = str(folder / "in" / "street.png"), str(folder / "in" / "red.png")
+    system = {"role": "system", "content": "Be brief."}
+    earlier = [user("street.png", text("A dog?")), {"role": "assistant", "content": "Yes."}]
+    rows = [
+        {"id": 1, "image": "street.png", "prompt": "What is this?"},
+        {"id": 2, "prompt": "Hello, hello, hello!"},
+        openai_row("c", [user(text("Look:"), "red.png", text("Red?"))]),
+        {"id": 4, "images": ["red.png", picture], "prompt": "Which?", **sampled},
+        {"id": 5, "image": "red.png", "prompt": "Which?", **sampled},
+        openai_row("f", [system, *earlier, user("Where?")], max_tokens=2),
+        {"id": 7, "prompt": "Who?", "chat": True, "system": "Be long."},
+        openai_row("h", [system, user("Hm?")], max_tokens=2),
+    ]
+    look = [{"text": "Look:"}, {"image": red}, {"text": "Red?"}]
+    history = [([{"image": picture}, {"text": "A dog?"}], "Yes.")]
+    brief = {"chat": True, "system": "Be brief.", "max_new_tokens": 2}
+    alone = [
+        vl.generate([{"image": picture}, {"text": "What is this?"}], max_new_tokens=5),
+        vl.generate("Hello, hello, hello!", max_new_tokens=5),
+        vl.generate(look, chat=True, max_new_tokens=5),
+        vl.generate([{"image": red}, {"image": picture}, {"text": "Which?"}], max_new_tokens=5, **sampled),
+        vl.generate([{"image": red}, {"text": "Which?"}], max_new_tokens=5, **sampled),
+        vl.generate("Where?", history=history, **brief),
+        vl.generate("Who?", chat=True, system="Be long.", max_new_tokens=5),
+        vl.generate("Hm?", **brief),
+    ]
+    run_job(write_rows(folder / "in" / "in.jsonl", rows), folder / "out.jsonl", vl, 3, max_new_tokens=5)
+
+    results = read_rows(folder / "out.jsonl")
+    assert [row.get("custom_id", row["id"]) for row in results] == [1, 2, "c", 4, 5, "f", 7, "h"]
+    for result, answer in zip(results, alone):
+        if "custom_id" in result:
+            body = result["response"]["body"]
+            (choice,) = body["choices"]
+            result = {"text": choice["message"]["content"], "finish_reason": choice["finish_reason"], **body}
+        else:
+            assert result["boxes"] == json.loads(json.dumps(answer.as_dict()["boxes"]))
+        assert result["text"] == answer.text
+        assert result["finish_reason"] == answer.finish_reason
+        assert result["usage"]["completion_tokens"] == len(answer.token_ids)
+    n_prompts = [row.get("usage", row.get("response", {}).get("body", {}).get("usage")) for row in results]
+    assert n_prompts[3]["prompt_tokens"] > n_prompts[4]["prompt_tokens"] + 256 > n_prompts[1]["prompt_tokens"]
+    assert {path.name for path in folder.iterdir()} == {"in", "out.jsonl"}
+
+
+def test_boxes_are_in_pixels_of_the_rows_last_picture(tiny_exported, folder):
+    model = open_cheap(tiny_exported)
+    said = "<ref>a</ref><box>(0,0),(500,1000)</box>"
+    model.generate_ids = lambda ids, *_, **__: [model.tokenizer.encode(said)] * len(ids)
+    rows = [
+        {"id": 1, "images": ["red.png", "street.png"]},
+        {"id": 2, "images": ["street.png", "red.png"]},
+        {"id": 3, "prompt": "?"},
+    ]
+    run_job(write_rows(folder / "in" / "in.jsonl", rows), folder / "out.jsonl", model)
+    results = read_rows(folder / "out.jsonl")
+    assert [row["text"] for row in results] == [said] * 3
+    boxes = [row["boxes"] for row in results]
+    assert [(box["kind"], box["ref"], box["points"]) for (box,) in boxes] == [
+        ("box", "a", [[0, 0], [500, 1000]])
+    ] * 3
+    assert [box["pixels"] for (box,) in boxes] == [[[0, 0], [480, 640]], [[0, 0], [20, 20]], None]
+
+
+def mixed_rows():
+    rows = [{"id": n, "prompt": "word " * (n * 7 % 11 + 1)} for n in range(9)]
+    rows += [openai_row(f"o{n}", [user("red.png", text("Why? " * n))]) for n in range(1, 5)]
+    rows += [{"id": 50, "prompt": "", "temperature": 2}, {"id": 51, "image": "no.png"}, b"{oops"]
+    return [*rows[::2], b"", *rows[1::2]]
+
+
+def test_bad_rows_have_a_line_each_and_the_job_goes_on(cheap, folder):
+    rows = [
+        {"id": "a", "prompt": "Hi"},
+        b"oops",
+        openai_row("b", [user("no.png", text("?"))]),
+        {"id": "c", "image": "no.png", "prompt": "?"},
+        openai_row("d", [user("http://127.0.0.1:9/dog.png", text("?"))]),
+        b"",
+        {"id": "e", "prompt": "% " * 8192},
+        {"id": "f", "prompt": "<img>no.png</img>"},
+        openai_row("g", [user("Hi")], tools=[]),
+        {"id": "h", "image": "in.jsonl"},
+        {"prompt": "who am I?"},
+        {"id": "i", "image": "red.png"},
+    ]
+    source = write_rows(folder / "in" / "in.jsonl", rows)
+    target = folder / "out.jsonl"
+    run_job(source, target, cheap)
+    results = read_rows(target)
+    assert [row.get("custom_id", row["id"]) for row in results] == [
+        "a", None, "b", "c", "d", "e", "f", "g", "h", None, "i",
+    ]  # fmt: skip
+    errors = [row.get("error") for row in results]
+    assert errors[0] is errors[10] is None
+    assert errors[1].startswith("line 2: not valid JSON")
+    no_picture = f"image {folder / 'in' / 'no.png'} does not exist"
+    assert errors[2] == {"code": "invalid_request", "message": no_picture}
+    assert errors[3] == no_picture
+    assert errors[4]["message"].endswith("downloading is off, pass --allow-http to turn it on")
+    assert "leaves no room in the context of 8192" in errors[5]
+    assert "must not contain <img>" in errors[6]
+    assert errors[7]["message"].startswith("body.tools: unknown key")
+    assert "not in a picture format" in errors[8]
+    assert errors[9] == "line 11: id must be a string or a whole number"
+    assert count_failed(target, Source(source, {})) == 9
+
+
+def test_end_tokens_stop_and_are_not_said(cheap, folder):
+    rows = [{"id": n, "prompt": f"{n}", "chat": n % 2 == 1} for n in range(20)]
+    run_job(write_rows(folder / "in.jsonl", rows), folder / "out.jsonl", cheap)
+    results = read_rows(folder / "out.jsonl")
+    assert {len(row["text"]) for row in results} == {3}
+    reasons = [(row["finish_reason"], row["usage"]["completion_tokens"]) for row in results]
+    assert set(reasons) == {("stop", 4), ("length", 3)}
+
+
+def test_resume_after_a_cut_anywhere(cheap, folder, monkeypatch):
+    """Whatever is left of the partial file, the output is that of a run without a stop, and no batch runs in part.
+
+    test_journal.py cuts at every byte.
+    """
+    monkeypatch.setattr("os.fsync", lambda number: None)
+    source = write_rows(folder / "in" / "in.jsonl", mixed_rows())
+    saved = []
+    replace = type(folder).replace
+
+    def keep_partial(path, target):
+        saved.append(partial.read_bytes())
+        return replace(path, target)
+
+    target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
+    cheap.runs.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(folder), "replace", keep_partial)
+        run_job(source, target, cheap)
+    expected, all_runs = read_rows(target), list(cheap.runs)
+    (whole,) = saved
+    assert len(expected) == 16
+    assert whole.count(b"\n") == 1 + 14  # the first line, and no line that fails without being run
+    ends = [n + 1 for n, byte in enumerate(whole) if byte == ord("\n")]
+    for n in sorted({0, 1, *ends, *(end - 1 for end in ends), *(end - 9 for end in ends)}):
+        target.unlink()
+        partial.write_bytes(whole[:n])
+        cheap.runs.clear()
+        run_job(source, target, cheap)
+        assert read_rows(target) == expected, n
+        n_runs = len(cheap.runs)
+        assert cheap.runs == all_runs[len(all_runs) - n_runs :]
+        assert {path.name for path in folder.iterdir()} == {"in", "out.jsonl"}
+    assert n_runs == 0
+
+
+def test_a_failing_model_leaves_what_was_answered(cheap, folder, monkeypatch):
+    source = write_rows(folder / "in.jsonl", [{"id": n, "prompt": f"{n}"} for n in range(12)])
+    target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
+    generate_ids = CheapModel.generate_ids
+
+    def failing(self, *args, **kwargs):
+        if len(self.runs) == 2:
+            raise QwenVLError("Paddle Inference failed")
+        return generate_ids(self, *args, **kwargs)
+
+    cheap.runs.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(CheapModel, "generate_ids", failing)
+        with pytest.raises(QwenVLError, match="Paddle Inference failed"):
+            run_job(source, target, cheap)
+    assert partial.read_bytes().count(b"\n") == 1 + 8
+    assert not target.exists()
+    run_job(source, target, cheap)
+    assert len(cheap.runs) == 3
+    assert [row["id"] for row in read_rows(target)] == list(range(12))
+
+
+def test_a_job_that_fails_at_once_leaves_nothing(cheap, folder, monkeypatch):
+    source = write_rows(folder / "in.jsonl", [{"id": 1, "prompt": "?"}])
+    monkeypatch.setattr(CheapModel, "generate_ids", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_job(source, folder / "out.jsonl", cheap)
+    assert not (folder / "out.jsonl.partial").exists()
+
+
+def test_a_job_of_no_rows(cheap, folder):
+    run_job(write_rows(folder / "in.jsonl", [b"", b" "]), folder / "out.jsonl", cheap)
+    assert (folder / "out.jsonl").read_bytes() == b""
+    assert not (folder / "out.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "different"),
+    [
+        (lambda source, cheap: {"source": write_rows(source, [{"id": 0, "prompt": "!"}])}, "input"),
+        (lambda source, cheap: {"top_p": 0.5}, "options"),
+        (lambda source, cheap: cheap.weights.append("more"), "weights"),
+    ],
+)
+def test_another_jobs_partial_file_is_refused(tiny_exported, folder, change, different):
+    model = open_cheap(tiny_exported)
+    source = write_rows(folder / "in.jsonl", [{"id": 0, "prompt": "?"}])
+    target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
+    kept = []
+
+    def generate_ids(*args, **kwargs):
+        kept.append(partial.read_bytes())
+        return [[1]]
+
+    model.generate_ids = generate_ids
+    run_job(source, target, model)
+    target.unlink()
+    partial.write_bytes(kept[0])
+    options = {"source": source, **(change(source, model) or {})}
+    with pytest.raises(QwenVLError, match=rf"another job \(different: {different}\)"):
+        run_job(options.pop("source"), target, model, **options)
+    assert partial.read_bytes() == kept[0]
+    assert not target.exists()
+
+
+def test_an_output_that_appears_meanwhile_is_left_alone(cheap, folder):
+    source = write_rows(folder / "in.jsonl", [{"id": 0, "prompt": "?"}])
+    target = write_rows(folder / "out.jsonl", [{"id": 0, "text": "from the other process"}])
+    before = target.read_bytes()
+    run_job(source, target, cheap)
+    assert target.read_bytes() == before
+    assert not (folder / "out.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"id": 0, "text": ""}],
+        [{"id": 1, "text": ""}, {"id": 0, "text": ""}],
+        [{"id": 0, "text": ""}, {"id": 1, "text": ""}, {"id": 2, "text": ""}],
+        [{"id": 0, "prompt": "?"}, {"id": 1, "prompt": "?"}],
+        [b"oops", b"oops"],
+        [],
+    ],
+)
+def test_another_output_is_told(folder, rows):
+    source = Source(write_rows(folder / "in.jsonl", [{"id": n, "prompt": "?"} for n in range(2)]), {})
+    with pytest.raises(UsageError, match=r"is not the output of .*in\.jsonl"):
+        count_failed(write_rows(folder / "out.jsonl", rows), source)
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines"),
+    [
+        ([{"id": 1}, {"id": "1"}, b"", {"id": 1, "prompt": "?"}], "1 and 4"),
+        ([{"id": "a", "prompt": "?"}, openai_row("a", [])], "1 and 2"),
+    ],
+)
+def test_an_id_twice_is_told_with_both_lines(folder, rows, lines):
+    with pytest.raises(UsageError, match=f"lines {lines} have the same id"):
+        Source(write_rows(folder / "in.jsonl", rows), {})
+
+
+def test_rows_without_ids_are_not_the_same_row(cheap, folder):
+    run_job(write_rows(folder / "in.jsonl", [b"{", b"{", {"prompt": "?"}]), folder / "out.jsonl", cheap)
+    assert [row["error"][:8] for row in read_rows(folder / "out.jsonl")] == [
+        "line 1: ",
+        "line 2: ",
+        "line 3: ",
+    ]
+
+
+def test_a_byte_order_mark_and_windows_line_ends(folder):
+    path = folder / "in.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"id": 1, "prompt": "?"}\r\n\r\n{"id": 2, "prompt": "a\xe2\x80\xa8b"}')
+    source = Source(path, {})
+    assert [entry.id for entry in source.entries] == [1, 2]
+    assert source.row(1).request.query == [{"text": "a\u2028b"}]
+
+
+def test_an_input_that_changes_is_told(cheap, folder):
+    path = write_rows(folder / "in.jsonl", [{"id": 1, "prompt": "?"}])
+    source = Source(path, {})
+    write_rows(path, [{"id": 1, "prompt": "!"}])
+    with pytest.raises(QwenVLError, match="was changed while it was being read; start again"):
+        source.row(0)
+
+
+def test_a_picture_that_several_rows_ask_about_is_encoded_once(vl, folder, monkeypatch):
+    """Also where the features of one picture only are remembered, and equal questions would go together by length."""
+    encode, encoded = vl._encode, []
+    monkeypatch.setattr(vl, "_encode", lambda picture: encoded.append(1) or encode(picture))
+    monkeypatch.setattr(vl, "_features", FeatureCache(max_bytes=1))
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (8, 8), (ord(name), 0, 0)).save(folder / f"{name}.png")
+    rows = [
+        {"id": f"{name} {question}", "image": f"{name}.png", "prompt": question}
+        for question in ("What?", "What is in it?", "How?")
+        for name in ("a", "b", "c")
+    ]
+    run_job(write_rows(folder / "in.jsonl", rows), folder / "out.jsonl", vl, 3, max_new_tokens=1)
+    assert len(encoded) == 3
+
+
+def test_a_longer_row_does_not_cut_a_shorter_one(vl, tmp_path, monkeypatch):
+    """Where the context ends, a row has the room that it has alone."""
+    monkeypatch.setattr(vl, "config", vl.config.model_copy(update={"max_position_embeddings": 64}))
+    rows = [{"id": n, "prompt": "% " * n} for n in (31, 29, 25, 4, 3)]
+    alone = [vl.generate(row["prompt"], max_new_tokens=20) for row in rows]
+    run_job(write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", vl, max_new_tokens=20)
+    results = read_rows(tmp_path / "out.jsonl")
+    assert [row["text"] for row in results] == [answer.text for answer in alone]
+    n_tokens = [row["usage"]["completion_tokens"] for row in results]
+    assert n_tokens == [len(answer.token_ids) for answer in alone]
+    assert n_tokens[0] < n_tokens[1] < n_tokens[2]

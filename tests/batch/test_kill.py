@@ -1,0 +1,88 @@
+"""`kill -9` at random moments: nothing is lost, nothing is there twice, and the results are the same."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from batch_helpers import REPO, STREET, openai_row, read_rows, text, user, write_rows
+from PIL import Image
+
+N_ROWS, N_KILLS = 500, 10
+
+
+@pytest.fixture
+def folder(tmp_path):
+    colours = ("red", "green", "blue")
+    for colour in colours:
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
+    rows = [{"id": n, "prompt": "word " * (n % 23) + f"{n}?"} for n in range(N_ROWS)]
+    for n in range(0, N_ROWS, 25):
+        rows[n] = {"id": n, "image": f"{colours[n % 3]}.png", "prompt": f"{n}?", "max_new_tokens": 3}
+        rows[n + 1] = openai_row(f"chat {n}", [user(str(STREET), text(f"{n}?"))])
+        rows[n + 2] = {"id": f"bad {n}", "image": "none.png"}
+        rows[n + 3] = {"id": f"sampled {n}", "prompt": "?", "temperature": 3, "seed": n % 2}
+    write_rows(tmp_path / "in.jsonl", rows)
+    return tmp_path
+
+
+def start(folder: Path, exported: Path, target: str) -> subprocess.Popen[bytes]:
+    stages = [
+        "--first_model_path",
+        exported / "vision" / "vision",
+        "--second_model_path",
+        exported / "text" / "qwen",
+    ]
+    return subprocess.Popen(
+        [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "batch", "in.jsonl", target, *stages,
+         "--max_new_tokens", "2"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a job of which some rows fail."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    assert err.splitlines()[-1].startswith(f"qwenvl: 20 of {N_ROWS} rows failed".encode())
+    assert out.endswith(f": wrote {N_ROWS} rows\n".encode())
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def test_killed_ten_times(folder, tiny_exported):
+    finish(start(folder, tiny_exported, "expected.jsonl"))
+    total = size(folder / "expected.jsonl")
+    random.seed(0)
+    partial = folder / "out.jsonl.partial"
+    sizes = [0]
+    for _ in range(N_KILLS):
+        process = start(folder, tiny_exported, "out.jsonl")
+        # From before the first byte to the middle of some batch, up to a twentieth of the job further on.
+        wanted = sizes[-1] + random.randrange(total // 20)
+        while size(partial) <= wanted and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(random.random() * 0.03)
+        assert process.poll() is None, process.communicate()
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        sizes.append(size(partial))
+    assert not (folder / "out.jsonl").exists()
+    assert len(set(sizes)) > N_KILLS // 2
+    finish(start(folder, tiny_exported, "out.jsonl"))
+
+    results, expected = read_rows(folder / "out.jsonl"), read_rows(folder / "expected.jsonl")
+    assert len(results) == len({str(row.get("custom_id", row["id"])) for row in results}) == N_ROWS
+    assert results == expected
+    assert not partial.exists()

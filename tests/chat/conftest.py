@@ -1,0 +1,49 @@
+"""A model that says what it is told to, behind the whole of the program but its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from chat_helpers import Terminal
+
+from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin.runtime.sampling import RowSampler
+
+
+@pytest.fixture(scope="session")
+def vl(tiny_exported: Path) -> QwenVL:
+    return QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
+
+
+@pytest.fixture
+def say(vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """say(text): all answers from now on."""
+
+    def say(text: str) -> None:
+        ids = [*vl.tokenizer.encode(text), vl.tokenizer.im_end_id]
+
+        def pick(sampler: RowSampler, logits: object) -> int:
+            token = ids[len(sampler.tokens)]
+            sampler.tokens.append(token)
+            sampler.ended = token == ids[-1]
+            return token
+
+        monkeypatch.setattr(RowSampler, "pick", pick)
+
+    return say
+
+
+@pytest.fixture
+def open_terminal(tiny_exported: Path, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """open_terminal(*arguments, **environment variables): a chat on a pseudo-terminal."""
+    opened = []
+
+    def open_one(*arguments: str, **variables: str) -> Terminal:
+        opened.append(Terminal(tiny_exported, tmp_path, *arguments, **variables))
+        return opened[-1]
+
+    yield open_one
+    for terminal in opened:
+        terminal.child.close(force=True)

@@ -1,0 +1,44 @@
+"""docs/chat.md is what the program does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from chat_helpers import REPO, STREET
+
+from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation
+from paddlemix_qwenvl_plugin.chat_ui.session import Session
+from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
+
+DOCUMENT = (REPO / "docs" / "chat.md").read_text("utf-8")
+ANSWERS = {
+    "What is in the picture?": "In the street there is <ref>a red house</ref><box>(73,172),(417,676)</box> with "
+    "<ref>a brown dog</ref><box>(430,700),(560,830)</box> before it.",
+    "Which breed is the dog?": "It is a terrier, I think.",
+}
+
+
+def test_session(
+    vl: QwenVL,
+    say: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The lines typed in the document give what it shows below them."""
+    match = re.search(r"```console\n\$ qwenvl chat .*\n.*\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert match is not None
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(STREET, "street.png")
+    conversation = Conversation(Session(vl, "You are a helpful assistant.", {}), Terminal())
+    shown = ""
+    for line in re.findall(r"^> (.*)$", match.group(1), re.MULTILINE):
+        say(ANSWERS.get(line, ""))
+        conversation.run(line)
+        shown += f"> {line}\n{capsys.readouterr().out}"
+    assert shown == match.group(1)

@@ -1,0 +1,173 @@
+"""The parts of the chat by themselves: lines, pieces, previews."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from paddlemix_qwenvl_plugin.chat_ui.commands import Command, parse, path_of
+from paddlemix_qwenvl_plugin.chat_ui.line_input import state_folder
+from paddlemix_qwenvl_plugin.chat_ui.preview import preview
+from paddlemix_qwenvl_plugin.chat_ui.render import Fragment, box_line, fragments
+from paddlemix_qwenvl_plugin.processing.boxes import Box
+from paddlemix_qwenvl_plugin.runtime.pieces import Piece
+
+HOUSE = Box("box", ((73, 172), (417, 676)), "a red house")
+QUAD = Box("quad", ((0, 0), (500, 10), (490, 1000), (5, 990)))
+
+
+@pytest.mark.parametrize(
+    ("line", "meaning"),
+    [
+        ("/image a b.png ", Command("image", "a b.png")),
+        ("/image\ta.png", Command("image", "a.png")),
+        ("/quit", Command("quit", "")),
+        ("/", Command("", "")),
+        ("  What? ", "What?"),
+        (" /etc/hosts is what?", "/etc/hosts is what?"),
+        ("\n", ""),
+    ],
+)
+def test_lines(line: str, meaning: object) -> None:
+    assert parse(line) == meaning
+
+
+def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    typed = {
+        "a b.png": "a b.png",
+        '"a b.png"': "a b.png",
+        "'bob''s.png'": "bob''s.png",
+        "bob's.png": "bob's.png",
+        r"a\ b\(1\).png": "a b(1).png",
+        "~/a b.png": "/home/me/a b.png",
+        '"~/a.png"': "/home/me/a.png",
+        "http://host//a\\ b.png": "http://host//a\\ b.png",
+        "data:image/png;base64,AA//": "data:image/png;base64,AA//",
+        '"': '"',
+    }
+    assert {argument: path_of(argument) for argument in typed} == typed
+    odd = ["'quoted'", r"back\slash", "~"]
+    for name in odd:
+        Path(name).touch()
+    assert [path_of(name) for name in odd] == odd
+
+
+def test_fragments() -> None:
+    pieces = [
+        Piece("There is "),
+        Piece("<ref>a red house</ref>", ref="a red house"),
+        Piece("<box>(73,172),(417,676)</box>", boxes=(HOUSE,)),
+        Piece("<box>(0,0),(1,1)</box>", boxes=(HOUSE,)),
+        Piece(" and "),
+        Piece("<quad>…</quad>", boxes=(QUAD,)),
+        Piece("<box>(1,2)</box>"),
+        Piece("<ref> </ref>"),
+        Piece("\x1b[31m\x07\r\x9b狗\u3000\n\t!"),
+    ]
+    assert list(fragments(pieces)) == [
+        Fragment("There is ", "text"),
+        Fragment("a red house", "ref"),
+        Fragment(" [1]", "box"),
+        Fragment(" [2]", "box"),
+        Fragment(" and ", "text"),
+        Fragment("[3]", "box"),
+        Fragment("<box>(1,2)</box>", "text"),
+        Fragment("<ref> </ref>", "text"),
+        Fragment("�[31m���狗\u3000\n\t!", "text"),
+    ]
+
+
+def test_fragments_come_with_their_pieces() -> None:
+    def endless():
+        while True:
+            yield Piece("word ")
+
+    assert next(fragments(endless())) == Fragment("word ", "text")
+
+
+def test_box_lines() -> None:
+    assert box_line(1, HOUSE, (960, 640)) == "[1] a red house: (70, 110), (400, 433)"
+    assert box_line(2, HOUSE, None) == "[2] a red house: (73, 172), (417, 676) (thousandths)"
+    assert box_line(3, QUAD, (100, 200)) == "[3]: (0, 0), (50, 2), (49, 200), (0, 198)"
+    assert box_line(4, Box("box", ((0, 0), (1, 1)), "a\n\x1b[2Jb"), None).startswith("[4] a �[2Jb: ")
+
+
+KITTY = [{"TERM": "xterm-kitty"}, {"TERM": "xterm-ghostty"}, {"TERM": "xterm", "KITTY_WINDOW_ID": "1"}]
+ITERM = [
+    {"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"},
+    {"TERM_PROGRAM": "WezTerm"},
+    {"LC_TERMINAL": "iTerm2"},
+]
+NOTHING = [
+    {},
+    {"TERM": "xterm-256color"},
+    {"TERM": "xterm-256color", "TERM_PROGRAM": "Apple_Terminal"},
+    {"TERM": "screen-256color", "TERM_PROGRAM": "iTerm.app"},
+    {"TERM": "xterm-kitty", "TMUX": "/tmp/tmux"},
+    {"TERM": "tmux-256color", "LC_TERMINAL": "iTerm2"},
+]
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.effect_noise((width, height), 90).convert("RGB")
+
+
+@pytest.mark.parametrize("environment", KITTY)
+@pytest.mark.parametrize(("size", "side"), [((900, 300), "c=32"), ((300, 900), "r=8"), ((1, 1), "r=8")])
+def test_kitty(environment: dict[str, str], size: tuple[int, int], side: str) -> None:
+    """Chunks as the protocol wants them; together a small PNG of the same shape."""
+    text = preview(noise(*size), environment)
+    commands = re.findall(r"\x1b_G([^;]*);([A-Za-z0-9+/=]*)\x1b\\", text)
+    assert re.sub(r"\x1b_G[^\x1b]*\x1b\\", "", text) == "\n"
+    keys = [dict(pair.split("=") for pair in command[0].split(",")) for command in commands]
+    name, value = side.split("=")
+    assert keys[0] == {"a": "T", "f": "100", "q": "2", name: value, "m": keys[0]["m"]}
+    assert all(list(others) == ["m"] for others in keys[1:])
+    assert [others["m"] for others in keys] == ["1"] * (len(keys) - 1) + ["0"]
+    assert all(len(data) % 4 == 0 and len(data) <= 4096 for _, data in commands)
+    picture = Image.open(io.BytesIO(base64.b64decode("".join(data for _, data in commands))))
+    assert picture.format == "PNG"
+    assert max(picture.size) <= 512
+    assert picture.width / picture.height == pytest.approx(size[0] / size[1], rel=0.02)
+    assert len(commands) > 1 or size == (1, 1)
+
+
+@pytest.mark.parametrize("environment", ITERM)
+def test_iterm(environment: dict[str, str]) -> None:
+    text = preview(noise(900, 300), environment)
+    match = re.fullmatch(r"\x1b\]1337;File=([^:]*):([A-Za-z0-9+/=]*)\x07\n", text)
+    assert match is not None
+    keys = dict(pair.split("=") for pair in match.group(1).split(";"))
+    assert keys == {"inline": "1", "width": "32", "height": "8", "preserveAspectRatio": "1"}
+    assert Image.open(io.BytesIO(base64.b64decode(match.group(2)))).size == (512, 171)
+
+
+@pytest.mark.parametrize("environment", NOTHING)
+def test_no_preview(environment: dict[str, str]) -> None:
+    assert preview(noise(90, 90), environment) == ""
+
+
+@pytest.mark.parametrize(
+    ("platform", "variables", "folder"),
+    [
+        ("linux", {}, "/home/me/.local/state/qwenvl"),
+        ("linux", {"XDG_STATE_HOME": "/state"}, "/state/qwenvl"),
+        ("darwin", {"XDG_STATE_HOME": "/state"}, "/home/me/Library/Application Support/qwenvl"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/qwenvl"),
+    ],
+)
+def test_state_folder(
+    platform: str, variables: dict[str, str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    for name, value in {"HOME": "/home/me", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert str(state_folder()) == folder

@@ -1,0 +1,77 @@
+"""The chat in a script."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from chat_helpers import STREET, command, environment
+
+from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin.chat_ui.render import without_controls
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run(tiny_exported: Path, tmp_path: Path) -> Run:
+    def run(lines: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(tiny_exported, "--max_new_tokens", "8", *arguments),
+            input=lines,
+            cwd=tmp_path,
+            env=environment(tmp_path, TERM="xterm-kitty"),
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+def test_answers_and_nothing_else(run: Run, vl: QwenVL, tmp_path: Path) -> None:
+    picture = [{"image": str(STREET)}, {"text": "What is it?"}]
+    first = vl.generate(picture, chat=True, max_new_tokens=8).text
+    second = vl.generate("Sure?", chat=True, history=[(picture, first)], max_new_tokens=8).text
+    lines = f"/image {STREET}\n\nWhat is it?\n  Sure?  \n/save talk.json\n/quit\nWhy?\n"
+    done = run(lines)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{without_controls(first)}\n{without_controls(second)}\n"
+    assert {path.name for path in tmp_path.iterdir()} - {"home"} == {"talk.json"}
+    assert len(json.loads((tmp_path / "talk.json").read_text("utf-8"))["turns"]) == 2
+
+
+def test_the_first_error_ends_a_script(run: Run, vl: QwenVL) -> None:
+    picture = [{"image": str(STREET)}, {"text": "Hello"}]
+    first = vl.generate(picture, chat=True, max_new_tokens=8).text
+    done = run("Hello\n/image nothing.png\nWhat is it?\n", "--image", str(STREET))
+    assert done.returncode == 2
+    assert done.stderr == "qwenvl: image nothing.png does not exist\n"
+    assert done.stdout == f"{without_controls(first)}\n"
+
+
+def test_an_answer_is_there_before_the_next_question(tiny_exported: Path, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        command(tiny_exported, "--max_new_tokens", "2"),
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+    ) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        hung = threading.Timer(60, program.kill)
+        hung.start()
+        for question in ("One?\n", "Two?\n"):
+            program.stdin.write(question)
+            program.stdin.flush()
+            assert program.stdout.readline().endswith("\n")
+        program.stdin.close()
+        assert program.wait() == 0
+        hung.cancel()

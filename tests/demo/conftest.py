@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from demo_helpers import answered
+from safetensors.numpy import save_file
+
+from paddlemix_qwenvl_plugin.checkpoint.config import load_config
+from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
+from paddlemix_qwenvl_plugin.demo.result import Result, Run
+from paddlemix_qwenvl_plugin.demo.run import MODEL
+from paddlemix_qwenvl_plugin.tiny import random_weights
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with random weights."""
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(random_weights(load_config(folder), 1), str(folder / "model.safetensors"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def right_run() -> Run:
+    """A run in which every answer is the expected one."""
+    return Run(tuple(Result(q, answered(q.turn.answer)) for q in QUESTIONS), 5_500_000, 4.2)

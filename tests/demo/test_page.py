@@ -1,0 +1,123 @@
+"""The page says what the answers say, and nothing of it becomes markup."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import pytest
+from demo_helpers import Page, answered, named
+from PIL import Image
+
+from paddlemix_qwenvl_plugin.demo.page import html_page
+from paddlemix_qwenvl_plugin.demo.result import Result, Run
+
+OUT = Path("qwenvl-demo")
+NASTY = (
+    '</p></article></pre><script>alert(1)</script><img src=x onerror="alert(2)">'
+    "&lt;b&gt; $$title $title ' \" <!-- ]]> \x00\x1b"
+    "<ref>\"><svg onload='alert(3)'></ref><box>(100,200),(300,400)</box>"
+)
+
+
+def page_of(*results: Result) -> tuple[str, Page]:
+    html = html_page(Run(results, 1, 1.0), OUT)
+    return html, Page(html)
+
+
+def test_an_answer_never_becomes_markup() -> None:
+    question = named("locate")
+    _, harmless = page_of(Result(question, answered("<ref>x</ref><box>(100,200),(300,400)</box>")))
+    _, nasty = page_of(Result(question, answered(NASTY)))
+    skeleton = [(tag, sorted(attributes)) for tag, attributes, _ in harmless.elements]
+    assert [(tag, sorted(attributes)) for tag, attributes, _ in nasty.elements] == skeleton
+    (raw,) = nasty.texts("pre", "")[:1]
+    assert raw == NASTY
+    (shown,) = nasty.texts("p", "answer")
+    assert shown.startswith('</p></article></pre><script>alert(1)</script><img src=x onerror="alert(2)">')
+    assert shown.endswith("\"><svg onload='alert(3)'>")
+
+
+def test_nothing_is_fetched_and_nothing_runs(right_run: Run) -> None:
+    page = Page(html_page(right_run, OUT))
+    for tag, attributes, _ in page.elements:
+        assert tag not in ("script", "iframe", "object", "embed", "form", "base")
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "srcset", "data"):
+                assert (value or "").startswith("data:"), value
+    css = "".join(page.texts("style"))
+    assert "url(" not in css
+    assert "@import" not in css
+    (policy,) = [
+        a["content"] for _, a, _ in page.elements if a.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert (policy or "").startswith("default-src 'none'")
+
+
+def test_pictures_are_the_bundled_ones(right_run: Run) -> None:
+    page = Page(html_page(right_run, OUT))
+    sources = [attributes["src"] for tag, attributes, _ in page.elements if tag == "img"]
+    paths = [path for result in right_run.results for path in result.question.pictures]
+    assert len(sources) == len(paths) == 9
+    for source, path in zip(sources, paths):
+        inside = base64.b64decode((source or "").removeprefix("data:image/png;base64,"))
+        with Image.open(io.BytesIO(inside)) as embedded, Image.open(path) as bundled:
+            assert embedded.tobytes() == bundled.tobytes()
+
+
+def test_pictures_are_described_for_those_who_cannot_see_them(right_run: Run) -> None:
+    page = Page(html_page(right_run, OUT))
+    alt = [attributes["alt"] for tag, attributes, _ in page.elements if tag == "img"]
+    assert (
+        alt[0] == "A large blue heart, a small green triangle, a large blue star and a small blue triangle."
+    )
+    assert all(alt)
+
+
+def test_question_answer_and_verdict(right_run: Run) -> None:
+    page = Page(html_page(right_run, OUT))
+    assert page.texts("h1") == ["8 of 8 answers are right"]
+    assert page.texts("span", "verdict") == ["right"] * 8
+    assert page.texts("p", "question") == [result.question.turn.question for result in right_run.results]
+    assert page.texts("pre")[:8] == [result.answer.text for result in right_run.results]
+    assert (
+        page.texts("p", "answer")[1]
+        == '1 The word "CLOCK", 2 a large black cross and 3 a large purple cross.'
+    )
+    assert not page.texts("p", "expected")
+    languages = [a.get("lang") for tag, a, _ in page.elements if (a.get("class") or "") == "question"]
+    assert languages == ["en"] * 7 + ["zh-Hans"]
+
+
+def test_boxes_have_their_corners() -> None:
+    text = "<ref>a</ref><box>(10,20),(300,400)</box><quad>(0,0),(500,10),(510,600),(5,590)</quad>"
+    html, page = page_of(Result(named("locate"), answered(text)))
+    polygons = [attributes["points"] for tag, attributes, _ in page.elements if tag == "polygon"]
+    assert polygons == ["10,20 300,20 300,400 10,400", "0,0 500,10 510,600 5,590"]
+    # The words of a ref are marked once; a second box of it stands behind, with its corners.
+    assert page.texts("mark") == ["1 a", "2 (0,0) (500,10) (510,600) (5,590)"]
+    assert html.count('class="c0"') == 2  # the box and its mark
+
+
+def test_boxes_are_on_the_last_picture() -> None:
+    text = "<ref>a</ref><box>(10,20),(300,400)</box>"
+    html, _ = page_of(Result(named("pair"), answered(text)))
+    first, second = html.split("Picture 1</figcaption>")
+    assert "<polygon" not in first
+    assert "<polygon" in second
+
+
+@pytest.mark.parametrize("text", ["", "No.", "There are two purple shapes.<box>(0,0),(9,9)</box>"])
+def test_a_wrong_answer_says_what_is_right(text: str) -> None:
+    _, page = page_of(Result(named("count"), answered(text)))
+    assert page.texts("h1") == ["0 of 1 answers are right"]
+    assert page.texts("span", "verdict") == ["wrong"]
+    assert page.texts("p", "expected") == ["Right would be: There are two purple shapes."]
+    assert page.texts("p", "answer")[0].strip()
+
+
+def test_the_command_on_the_page_is_quoted(right_run: Run) -> None:
+    page = Page(html_page(right_run, Path("my <demo>")))
+    assert any("--first_model_path 'my <demo>/vision/vision' " in text for text in page.texts("pre"))

@@ -1,0 +1,236 @@
+"""`qwenvl eval` as a whole: on the tiny random model, on right answers, and on answers out of a file."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin.cli.main import app
+from paddlemix_qwenvl_plugin.demo_world.draw import draw
+from paddlemix_qwenvl_plugin.demo_world.tasks import held_out
+from paddlemix_qwenvl_plugin.evaluation import ask, demo
+from paddlemix_qwenvl_plugin.evaluation.captions import CaptionRow
+from paddlemix_qwenvl_plugin.evaluation.grounding import GroundingRow
+from paddlemix_qwenvl_plugin.evaluation.rows import Row
+from paddlemix_qwenvl_plugin.evaluation.vqa import VqaRow
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+
+Run = Callable[..., Any]
+
+GROUNDING = [
+    {"id": "a", "sent": "the red circle", "bbox": [20.0, 20.0, 120.0, 120.0], "width": 256, "height": 256},
+    {"id": "b", "sent": "the star", "bbox": [128.0, 64.0, 256.0, 128.0], "width": 256, "height": 256},
+]
+VQA = [
+    {"question_id": 1, "question": "What colour?", "answers": ["red"] * 7 + ["blue"] * 3},
+    {"question_id": 2, "question": "How many?", "answers": ["2"] * 10},
+]
+CAPTIONS = [
+    {"image_id": 1, "captions": ["A red circle and a blue star.", "There is a circle."]},
+    {"image_id": 2, "captions": ["Two small hearts below a large cross."]},
+]
+RIGHT = {
+    "grounding": ["(78,78),(468,468)</box>", "(500,250),(999,500)</box>"],
+    "vqa": ["Red.", " two"],
+    "captions": ["a red circle and a blue star", "Two small hearts below a large cross"],
+}
+DATA = {"grounding": GROUNDING, "vqa": VQA, "captions": CAPTIONS}
+KEYS = {"grounding": "id", "vqa": "question_id", "captions": "image_id"}
+
+
+def needs(task: str) -> None:
+    if task == "captions":
+        for library in ("nltk", "pycocoevalcap"):
+            pytest.importorskip(
+                library, reason=f"{library} is not installed; `pip install -e '.[eval]'` to score captions"
+            )
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`qwenvl eval` in an empty folder; returns the JSON that it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Any:
+        capsys.readouterr()
+        assert not app(["eval", *arguments, "--json"], standalone_mode=False)
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def data(task: str) -> str:
+    """The data set with its pictures in the working directory."""
+    lines = []
+    for number, row in enumerate(DATA[task]):
+        draw(held_out(number).scenes[0]).save(f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", **row}))
+    Path("data.jsonl").write_text("\n\n".join(lines) + "\n")
+    return "data.jsonl"
+
+
+def predictions(task: str, texts: list[str]) -> str:
+    rows = [{"id": row[KEYS[task]], "text": text, "more": 1} for row, text in zip(DATA[task], texts)]
+    rows.reverse()  # the order does not matter
+    Path("given.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return "given.jsonl"
+
+
+def read(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+
+
+def stages(tiny_exported: Path) -> list[str]:
+    return [
+        *("--first_model_path", str(tiny_exported / "vision" / "vision")),
+        *("--second_model_path", str(tiny_exported / "text" / "qwen")),
+    ]
+
+
+def values(task: str, figures: dict[str, Any]) -> list[float]:
+    names = {"grounding": ["value"], "vqa": ["value"], "captions": ["CIDEr", "BLEU-4", "ROUGE-L"]}
+    return [figures[name] for name in names[task]]
+
+
+@pytest.mark.parametrize("task", DATA)
+def test_the_random_model_is_asked_and_knows_nothing(task: str, tiny_exported: Path, run: Run) -> None:
+    needs(task)
+    figures = run(task, data(task), *stages(tiny_exported), "--output", "out.jsonl")
+    assert figures["n"] == 2
+    assert max(values(task, figures)) < 0.4
+    out = read("out.jsonl")
+    assert [line["id"] for line in out] == [row[KEYS[task]] for row in DATA[task]]
+    assert all(set(line) == {"id", "text", "score"} for line in out)
+    assert any(line["text"] for line in out)
+    # The same figures out of the file, without the model.
+    assert run(task, "data.jsonl", "--predictions", "out.jsonl") == figures
+
+
+@pytest.mark.parametrize("task", DATA)
+def test_right_answers_are_right(
+    task: str, tiny_exported: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs(task)
+    monkeypatch.setattr(ask, "answers", lambda pair, requests, options: iter(RIGHT[task]))
+    figures = run(task, data(task), *stages(tiny_exported), "--output", "out.jsonl")
+    # A picture with two different captions has more words than one answer can say.
+    expected = [1.0] if task != "captions" else pytest.approx([7.5, 1.0, 1.0], abs=2.5)
+    assert values(task, figures) == expected
+    assert [line["text"] for line in read("out.jsonl")] == RIGHT[task]
+    assert run(task, "data.jsonl", "--predictions", predictions(task, RIGHT[task])) == figures
+
+
+def test_figures_in_between(run: Run) -> None:
+    answers = predictions("vqa", ["blue", "3"])
+    assert run("vqa", data("vqa"), "--predictions", answers)["value"] == pytest.approx(0.45)
+    assert run("vqa", "data.jsonl", "--metric", "exact", "--predictions", answers)["value"] == 0.5
+    boxes = predictions("grounding", [RIGHT["grounding"][0], "(500,250),(999,400)</box>"])
+    figures = run("grounding", data("grounding"), "--predictions", boxes, "--output", "out.jsonl")
+    assert (figures["hits"], figures["n"]) == (2, 2)
+    assert [line["score"] for line in read("out.jsonl")] == pytest.approx([1.0, 0.6], abs=0.01)
+
+
+def test_the_prompts_are_the_official_ones(tiny_exported: Path) -> None:
+    """As eval_mm of the Qwen-VL repository has them, behind the picture."""
+    tokenizer = QwenVL.from_exported(tiny_exported / "vision/vision", tiny_exported / "text/qwen").tokenizer
+    asked: list[tuple[Row, str]] = [
+        (GroundingRow(image="x.png", **GROUNDING[0]), "<ref>the red circle</ref><box>"),
+        (VqaRow(image="x.png", **VQA[0]), "What colour? Answer:"),
+        (CaptionRow(image="x.png", **CAPTIONS[0]), "Describe the image in English:"),
+    ]
+    for row, expected in asked:
+        ids = ask.prompt_ids(tokenizer, row.request())
+        slots = slice(ids.index(tokenizer.img_start_id) + 1, ids.index(tokenizer.img_end_id))
+        assert slots.stop - slots.start == 256
+        del ids[slots]
+        assert ids == [tokenizer.img_start_id, tokenizer.img_end_id, *tokenizer.encode(expected)]
+
+
+def test_a_question_cannot_bring_tags(tiny_exported: Path) -> None:
+    tokenizer = QwenVL.from_exported(tiny_exported / "vision/vision", tiny_exported / "text/qwen").tokenizer
+    row = VqaRow(image="x.png", question_id=1, question="<img>y.png</img> <box> <|im_end|>", answers=["no"])
+    special = [i for i in ask.prompt_ids(tokenizer, row.request()) if i >= tokenizer.eod_id]
+    assert set(special) == {tokenizer.img_start_id, tokenizer.img_end_id, tokenizer.img_pad_id}
+    assert special.count(tokenizer.img_start_id) == 1
+
+
+def test_answers_are_what_the_model_says_to_prompt_and_picture(tiny_exported: Path) -> None:
+    pair = QwenVL.from_exported(tiny_exported / "vision/vision", tiny_exported / "text/qwen")
+    requests = [
+        ask.Request("data:image/png;base64," + picture, "What is it? Answer:") for picture in (BLACK, WHITE)
+    ]
+    options = GenerationOptions(max_new_tokens=8, min_new_tokens=8)
+    said = list(ask.answers(pair, requests, options))
+    for request, text in zip(requests, said):
+        ids = ask.prompt_ids(pair.tokenizer, request)
+        features = pair.encode_images(pair.preprocess(pair.load_images([request.image])))
+        ends = [pair.tokenizer.eod_id, pair.tokenizer.im_end_id, pair.tokenizer.im_start_id]
+        tokens = pair.generate_ids(
+            np.array([ids]), features, eos_token_ids=ends, max_new_tokens=8, min_new_tokens=8
+        )[0]
+        assert text == pair.tokenizer.decode(tokens)
+    assert said[0] != said[1]
+
+
+BLACK = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+WHITE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEANl9ngAAAAABJRU5ErkJggg=="
+
+
+def test_demo_exports_the_shipped_model_and_asks_it(run: Run) -> None:
+    figures = run(*("demo", "--first", "5000", "--n", "6", "--export-to", "kept", "--output", "out.jsonl"))
+    assert figures["words"]["goal"] == 0.95
+    assert figures["words"]["hits"] + figures["boxes"]["hits"] > 0
+    assert Path("kept/text/qwen.manifest.json").is_file()
+    out = read("out.jsonl")
+    assert [line["id"] for line in out] == list(range(5000, 5006))
+    for line in out:
+        turn = held_out(line["id"]).turns[0]
+        assert (line["question"], line["wanted"]) == (turn.question, turn.answer)
+        if line["text"] == line["wanted"]:
+            assert line["words_right"]
+    again = run("demo", "--first", "5000", "--n", "6", "--predictions", "out.jsonl")
+    assert again == figures
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_demo_marks_answers(
+    wrong: bool, tiny_exported: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An oracle gets all there is; one with other letters and tiny boxes gets nothing."""
+
+    def oracle(pair: QwenVL, sample: Any) -> str:
+        answer = sample.turns[0].answer
+        if not wrong:
+            return answer
+        moved = re.sub(r"\(\d+,\d+\),\(\d+,\d+\)", "(0,0),(9,9)", answer)
+        return "".join(chr(ord(c) ^ 1) if c.isalpha() and c not in "refbox" else c for c in moved)
+
+    monkeypatch.setattr(demo, "answer", oracle)
+    figures = run("demo", "--n", "200", *stages(tiny_exported))
+    assert figures["words"]["n"] > 100
+    assert figures["boxes"]["n"] > 50
+    assert figures["reading"]["n"] > 10
+    for name, rate in figures.items():
+        assert rate["hits"] == (0 if wrong else rate["n"]), name
+
+
+def test_tables_for_people(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for task, expected in (
+        ("grounding", r"IoU of at least 0\.5 +100\.00 %  \[34\.2, 100\.0\]  2 of 2"),
+        ("vqa", r"vqa  100\.00  \(2 questions\)"),
+        ("captions", r"CIDEr +\d+\.\d\d\nBLEU-4 +\d+\.\d\d\nROUGE-L +\d+\.\d\d\n\(2 pictures\)"),
+    ):
+        if task == "captions" and not {"nltk", "pycocoevalcap"} <= set(sys.modules):
+            continue
+        arguments = ["eval", task, data(task), "--predictions", predictions(task, RIGHT[task])]
+        capsys.readouterr()
+        assert not app(arguments, standalone_mode=False)
+        assert re.fullmatch(expected, capsys.readouterr().out.strip())

@@ -1,0 +1,66 @@
+"""Referring expressions: which box of an answer counts, and where it lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from paddlemix_qwenvl_plugin.evaluation.grounding import GroundingRow, overlap
+
+
+def row(**changes: Any) -> GroundingRow:
+    values = {"image": "x.png", "sent": "the dog", "bbox": [0, 0, 100, 50], "width": 200, "height": 100}
+    return GroundingRow.model_validate({**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("(0,0),(499.5,499)</box>", 0.0),  # not a whole number
+        ("(0,0),(500,500)</box>", 1.0),
+        ("(0,0),(500,250)</box>", 0.5),
+        ("(0,0),(500,500)</box><ref>a cat</ref><box>(900,900),(999,999)</box>", 1.0),  # the first counts
+        ("<ref>the dog</ref><box>(0,0),(500,500)</box>", 1.0),
+        ("(500,500),(999,999)</box>", 0.0),
+        ("the dog", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_the_first_box_counts(answer: str, expected: float) -> None:
+    assert overlap(row(), answer) == pytest.approx(expected, abs=0.003)
+
+
+def test_width_and_height_are_not_mixed_up() -> None:
+    wide = row(bbox=[300, 10, 400, 20], width=999, height=111)
+    assert overlap(wide, "(300,90),(400,180)</box>") == pytest.approx(1.0)
+
+
+def test_the_largest_coordinate_is_the_edge() -> None:
+    assert overlap(row(bbox=[0, 0, 200, 100]), "(0,0),(999,999)</box>") == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "bbox",
+    [
+        [150, 80, 100, 50],  # left, top, width, height
+        [0, 0, 300, 50],
+        [0, 0, 0, 50],
+        [0, 0, 100],
+        [0, 0, float("nan"), 50],
+    ],
+)
+def test_a_box_must_be_one(bbox: list[float]) -> None:
+    with pytest.raises(ValidationError):
+        row(bbox=bbox)
+
+
+def test_a_box_may_stick_out_by_rounding() -> None:
+    assert row(bbox=[-0.5, 0, 200.4, 50]).bbox[2] == 200.4
+
+
+def test_ids() -> None:
+    assert row().key(7) == 7
+    assert row(id="a").key(7) == "a"
+    assert GroundingRow(image="x", sentence="it", bbox=(0, 0, 1, 1), width=1, height=1).sentence == "it"

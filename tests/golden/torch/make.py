@@ -1,0 +1,28 @@
+"""Made the files beside it with PyTorch 2.x: `python make.py`. Values are small integers, exact in every type."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+
+here = Path(__file__).parent
+for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    base = torch.arange(60, dtype=dtype).reshape(3, 20)
+    table = OrderedDict(
+        whole=base,
+        transposed=base.T,  # not contiguous, the same storage
+        part=base[1:, 5:9],  # begins inside the storage
+        scalar=torch.tensor(7, dtype=dtype),
+        empty=torch.zeros([0, 4], dtype=dtype),
+        parameter=torch.nn.Parameter(torch.full([2, 2], 5.0, dtype=dtype)),
+    )
+    torch.save(table, here / f"{str(dtype).partition('.')[2]}.bin")
+module = torch.nn.Linear(2, 3)
+torch.nn.init.constant_(module.weight, 2.0)
+torch.nn.init.constant_(module.bias, 1.0)
+torch.save(module.state_dict(), here / "state_dict.bin")
+torch.save({"steps": torch.arange(3)}, here / "integers.bin")
+torch.save({"module": module}, here / "module.bin")
+torch.save({"old": torch.ones(2)}, here / "before-1.6.bin", _use_new_zipfile_serialization=False)

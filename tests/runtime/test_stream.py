@@ -1,0 +1,289 @@
+"""Answers in pieces, and conversations that keep what earlier turns computed."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paddlemix_qwenvl_plugin import QwenVL, QwenVLError, UsageError, tiny
+from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
+from paddlemix_qwenvl_plugin.processing import prompts
+from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
+from paddlemix_qwenvl_plugin.processing.tiny_vocab import write_tiny_vocabulary
+from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.runtime.feature_cache import FeatureCache
+from paddlemix_qwenvl_plugin.runtime.pieces import Piece, PieceBuilder
+
+STREET = Path(__file__).parents[2] / "recipes" / "pictures" / "street.png"
+OTHER = Path(__file__).parents[1] / "golden" / "text" / "wide.png"
+PICTURE = [{"image": str(STREET)}, {"text": "What is this?"}]
+OTHER_PICTURE = [{"image": str(OTHER)}, {"text": "And this?"}]
+
+
+@pytest.fixture(scope="module")
+def vl(tmp_path_factory):
+    """A random model whose rotary base grows past 512 tokens; of this seed, because most repeat one token."""
+    folder = tmp_path_factory.mktemp("stream")
+    small = tiny.tiny_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "tiny_config", lambda *args: {**small(*args), "seq_length": 512})
+        tiny.make_tiny(folder / "model", seed=6)
+    export_vision(folder / "model", folder / "vision" / "vision")
+    export_language(folder / "model", folder / "text", "qwen")
+    return QwenVL.from_exported(folder / "vision" / "vision", folder / "text" / "qwen")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocabulary") / "qwen.tiktoken"
+    write_tiny_vocabulary(path)
+    return QwenTokenizer(path)
+
+
+@pytest.fixture
+def work(vl, monkeypatch):
+    """What the predictor runs: "encode" for each picture, and the width of each run of the step program."""
+    done = []
+    encode, forward = vl._encode, vl._generator._forward
+
+    def counting_encode(picture):
+        done.append("encode")
+        return encode(picture)
+
+    def counting_forward(ids, *rest):
+        done.append(ids.shape[1])
+        return forward(ids, *rest)
+
+    monkeypatch.setattr(vl, "_encode", counting_encode)
+    monkeypatch.setattr(vl, "_features", FeatureCache())
+    monkeypatch.setattr(vl._generator, "_forward", counting_forward)
+    return done
+
+
+def test_pieces_are_the_answer(vl):
+    whole = vl.generate(PICTURE, max_new_tokens=40)
+    stream = vl.stream(PICTURE, max_new_tokens=40)
+    pieces = list(stream)
+    assert len(pieces) > 5
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert stream.answer.token_ids == whole.token_ids
+    assert stream.answer.finish_reason == whole.finish_reason == "length"
+    assert set(stream.answer.timings) == set(whole.timings)
+
+
+def test_options_draw_the_same(vl):
+    options = {"max_new_tokens": 12, "temperature": 1.3, "top_p": 0.9, "seed": 4}
+    assert vl.stream("Hi", **options).finish().token_ids == vl.generate("Hi", **options).token_ids
+
+
+TAGS = "<ref> </ref> <box> </box> <quad> </quad> (1,2),(30,40) (5,6) (1,2),(3,4),(5,6),(7,8)"
+WORDS = ["a dog", "图中", "狗", "é", "<", "<re", ">", " ", "\n"]
+WHOLE = [
+    "<ref>a dog</ref>",
+    "<ref> </ref>",
+    "<box>(1,2),(30,40)</box>",
+    "<quad>(1,2),(3,4),(5,6),(7,8)</quad>",
+]
+text = st.lists(st.sampled_from([*TAGS.split(), *WORDS, *WHOLE * 4]), max_size=12).map("".join)
+
+
+@settings(deadline=None, max_examples=400)
+@given(text=st.one_of(text, st.text(max_size=20)))
+def test_pieces_of_any_text(tokenizer, text):
+    """As one reading of the whole text has them, however the tokens cut it."""
+    for tags in ("all", ()):
+        ids = tokenizer.encode(text.replace("<img>", ""), allowed_special=tags)
+        builder = PieceBuilder(tokenizer)
+        pieces = [piece for token in ids for piece in builder.add(token)] + list(builder.finish())
+        said = tokenizer.decode(ids)
+        assert "".join(piece.text for piece in pieces) == said
+        assert [box for piece in pieces for box in piece.boxes] == parse_boxes(said).boxes
+        assert all(piece.text for piece in pieces)
+
+
+@settings(deadline=None)
+@given(data=st.binary(max_size=12))
+def test_any_bytes(tokenizer, data):
+    builder = PieceBuilder(tokenizer)
+    pieces = [piece for byte in data for piece in builder.add(byte)] + list(builder.finish())
+    assert "".join(piece.text for piece in pieces) == data.decode("utf-8", "replace")
+
+
+def test_words_come_at_once_and_characters_whole(tokenizer):
+    builder = PieceBuilder(tokenizer)
+    assert [list(builder.add(byte)) for byte in b"ab"] == [[Piece("a")], [Piece("b")]]
+    assert [list(builder.add(byte)) for byte in "狗".encode()] == [[], [], [Piece("狗")]]
+
+
+def test_refs_and_boxes_come_whole(tokenizer):
+    builder = PieceBuilder(tokenizer)
+    ids = tokenizer.encode("Here: <ref>the dog</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>.")
+    pieces = [piece for token in ids for piece in builder.add(token)]
+    tagged = [piece for piece in pieces if piece.ref or piece.boxes]
+    assert [piece.ref for piece in tagged] == ["the dog", None, None]
+    assert [box.ref for piece in tagged for box in piece.boxes] == ["the dog", "the dog"]
+    assert [box.points for piece in tagged for box in piece.boxes] == [((1, 2), (3, 4)), ((5, 6), (7, 8))]
+    assert pieces[-1] == Piece(".")
+
+
+def test_a_closed_stream_stops_the_work(vl, work):
+    with vl.stream(PICTURE, max_new_tokens=40) as stream:
+        list(itertools.islice(stream, 2))
+    n_runs = len(work)
+    assert n_runs < 20
+    assert list(stream) == []
+    assert len(work) == n_runs
+    assert stream.answer.finish_reason == "cancelled"
+    assert stream.answer.token_ids == vl.generate(PICTURE, max_new_tokens=40).token_ids[: n_runs - 1]
+
+
+def test_wrong_requests_fail_before_the_first_piece(vl):
+    with pytest.raises(UsageError, match="top_p"):
+        vl.stream("Hi", top_p=2)
+    with pytest.raises(UsageError, match=r"nothing\.png"):
+        vl.stream([{"image": "nothing.png"}])
+
+
+def test_a_picture_is_encoded_once(vl, work):
+    vl.generate(PICTURE, max_new_tokens=1)
+    vl.generate([*PICTURE, {"text": " Again?"}], max_new_tokens=1)
+    assert work.count("encode") == 1
+    vl.generate(OTHER_PICTURE, max_new_tokens=1)
+    assert work.count("encode") == 2
+
+
+def test_feature_cache_forgets_the_oldest():
+    pictures = [np.full([3, 2, 2], i, np.float32) for i in range(3)]
+    features = np.zeros([4, 4], np.float32)
+    cache = FeatureCache(max_bytes=2 * features.nbytes)
+    encoded = []
+    for picture in (0, 1, 0, 2, 0, 1):
+        cache.get(pictures[picture], lambda picture=picture: encoded.append(picture) or features)
+    assert encoded == [0, 1, 2, 1]
+
+
+def fresh(vl, chat, query, n_tokens):
+    """The same turn without anything kept."""
+    return vl.generate(query, chat=True, history=list(chat.history), max_new_tokens=n_tokens).token_ids
+
+
+def test_chat_runs_only_what_is_new(vl, work):
+    chat = vl.chat()
+    first = chat.ask(PICTURE, max_new_tokens=6).finish()
+    del work[:]
+    query = "Sure?"
+    expected = fresh(vl, chat, query, 6)
+    prompt = next(width for width in work if width != "encode")
+    del work[:]
+    second = chat.ask(query, max_new_tokens=6).finish()
+    assert second.token_ids == expected
+    assert second.image_size == first.image_size == (960, 640)
+    assert "encode" not in work
+    assert work[0] < 100 < 256 < prompt
+    assert [answer for _, answer in chat.history] == [first.text, second.text]
+
+
+def test_chat_equals_the_same_turns_without_a_cache(vl):
+    """Six turns, past where the rotary base grows, with new pictures, one seen before, and an answer cut off."""
+    chat = vl.chat("Be brief.")
+    queries = [PICTURE, "Sure?", OTHER_PICTURE, "Which is larger?", PICTURE, "Why?"]
+    for turn, query in enumerate(queries):
+        expected = vl.generate(
+            query if isinstance(query, list) else [{"text": query}],
+            chat=True,
+            history=list(chat.history),
+            system="Be brief.",
+            max_new_tokens=8,
+        ).token_ids
+        stream = chat.ask(query, max_new_tokens=8)
+        if turn == 3:
+            list(itertools.islice(stream, 2))
+            stream.close()
+            n_said = len(stream.answer.token_ids)
+            assert 0 < n_said < 8
+            assert stream.answer.token_ids == expected[:n_said]
+        else:
+            assert stream.finish().token_ids == expected
+    assert len(chat.history) == 6
+
+
+def test_chat_drops_its_oldest_turns(vl, monkeypatch):
+    """The next prompt begins with another picture: what both names have in common is not kept by half."""
+    short = functools.partial(prompts.chat_prompt, max_window=600)
+    monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.chat.chat_prompt", short)
+    monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.predictor.chat_prompt", short)
+    chat = vl.chat()
+    for query in (PICTURE, OTHER_PICTURE, PICTURE, "Why?", OTHER_PICTURE):
+        expected = fresh(vl, chat, query if isinstance(query, list) else [{"text": query}], 6)
+        assert chat.ask(query, max_new_tokens=6).finish().token_ids == expected
+
+
+def test_chat_forgets(vl, work):
+    chat = vl.chat()
+    chat.ask(PICTURE, max_new_tokens=2).finish()
+    chat.clear()
+    assert chat.history == ()
+    del work[:]
+    answer = chat.ask("Hello", max_new_tokens=2).finish()
+    assert answer.image_size is None
+    assert answer.token_ids == vl.generate("Hello", chat=True, max_new_tokens=2).token_ids
+
+
+def test_a_failed_turn_is_no_turn(vl):
+    chat = vl.chat()
+    with pytest.raises(UsageError):
+        chat.ask([{"image": "nothing.png"}])
+    assert chat.history == ()
+
+
+def test_stop_ends_after_the_token_in_work(vl, work, monkeypatch):
+    """Also while no piece comes, and what was held back is handed out: the pieces are the answer's text."""
+    chat = vl.chat()
+    stream = chat.ask(PICTURE, max_new_tokens=40)
+    said = [next(stream).text]
+    forward = vl._generator._forward
+
+    def stopping_forward(*args):
+        stream.stop()
+        return forward(*args)
+
+    monkeypatch.setattr(vl._generator, "_forward", stopping_forward)
+    n_runs = len(work)
+    said += [piece.text for piece in stream]
+    assert len(work) == n_runs + 1
+    assert "".join(said) == stream.answer.text
+    assert stream.answer.finish_reason == "cancelled"
+    assert [answer for _, answer in chat.history] == [stream.answer.text]
+
+
+def test_a_stream_stopped_before_its_first_token_is_no_turn(vl, work):
+    chat = vl.chat()
+    stream = chat.ask("Hello", max_new_tokens=4)
+    stream.stop()
+    assert list(stream) == []
+    assert work == []
+    assert chat.history == ()
+
+
+def test_a_turn_that_fails_in_the_middle_is_no_turn(vl, monkeypatch):
+    chat = vl.chat()
+    first = chat.ask(PICTURE, max_new_tokens=4).finish()
+    stream = chat.ask("Sure?", max_new_tokens=8)
+    next(stream)
+
+    def fail(*args):
+        raise QwenVLError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vl._generator, "_forward", fail)
+        with pytest.raises(QwenVLError, match="out of memory"):
+            list(stream)
+    assert [answer for _, answer in chat.history] == [first.text]
+    expected = fresh(vl, chat, "Sure?", 8)
+    assert chat.ask("Sure?", max_new_tokens=8).finish().token_ids == expected

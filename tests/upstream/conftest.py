@@ -1,0 +1,31 @@
+"""Model folders and environments for the tests of the upstream hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import stock_models
+import wheel_environment
+from stock_models import StockModels
+from wheel_environment import WheelEnvironment
+
+
+@pytest.fixture(scope="session")
+def stock(golden: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> StockModels:
+    """Golden model a in every naming scheme."""
+    return stock_models.write(golden("a"), tmp_path_factory.mktemp("stock-models"))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], WheelEnvironment]:
+    """wheel("3.0.0b0"): an environment with that wheel of PaddleNLP and this checkout."""
+    made: dict[str, WheelEnvironment] = {}
+
+    def get(version: str) -> WheelEnvironment:
+        if version not in made:
+            made[version] = wheel_environment.make(version, tmp_path_factory.mktemp(f"paddlenlp-{version}"))
+        return made[version]
+
+    return get

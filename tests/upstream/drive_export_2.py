@@ -1,0 +1,19 @@
+"""Run as a process: export model folders in the way of generation 2's export_model.py, each DTYPE FOLDER OUTPUT."""
+
+from __future__ import annotations
+
+import sys
+
+from drive_generation_2 import create_model
+
+arguments = iter(sys.argv[1:])
+for dtype, folder, output in zip(arguments, arguments, arguments):
+    tokenizer, model = create_model(folder, dtype)
+    model.to_static(
+        f"{output}/qwen",
+        {"dtype": dtype, "export_precache": False, "cachekv_int8_type": None, "speculate_method": None},
+    )
+    model.config.infer_model_dtype = dtype
+    model.config.save_pretrained(output)
+    model.generation_config.save_pretrained(output)
+    tokenizer.save_pretrained(output)

@@ -1,0 +1,165 @@
+"""Interpreters that have a PaddleNLP wheel and this checkout, whatever the interpreter of the tests has.
+
+What is downloaded is kept, in the user's cache folder or the one that QWENVL_TEST_ENVS names: about 45 s and 600 MB
+for both wheels. Paddle, the largest part, is the one of the interpreter that runs the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from paddlemix_qwenvl_plugin.upstream import pins
+
+REPO = Path(__file__).resolve().parents[2]
+
+# What both wheels import on the way to this model beyond what Paddle and the plugin need: a third of what they require.
+IMPORTED = (
+    *("aistudio-sdk", "colorlog", "datasets", "fastapi", "filelock", "huggingface_hub", "jieba", "jinja2"),
+    *("ml_dtypes", "numpy", "omegaconf", "scipy", "sentencepiece", "seqeval", "setuptools"),
+    *("tokenizers>=0.21,<0.22", "tqdm"),
+)
+# What pip and its HTTP library say where there is no way to an index.
+NO_INDEX = (
+    "Connection to",
+    "NewConnectionError",
+    "ConnectTimeout",
+    "ProxyError",
+    "Read timed out",
+    "SSLError",
+)
+
+
+@dataclass(frozen=True)
+class WheelEnvironment:
+    """A Python with a wheel of PaddleNLP, the plugin as if installed from this checkout, and nothing of PYTHONPATH."""
+
+    python: Path
+    version: str
+
+    @property
+    def generation(self) -> int:
+        wheels = {wheel.version: wheel.generation for wheel in pins.load().paddlenlp_wheels}
+        return wheels[self.version]
+
+    def run(
+        self, script: Path | str, *arguments: object, cwd: Path, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script as a process."""
+        kept = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "QWENVL_"))}
+        return subprocess.run(
+            [self.python, script, *map(str, arguments)],
+            cwd=cwd,
+            env={**kept, **environment},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+
+def make(version: str, folder: Path) -> WheelEnvironment:
+    """Make the environment of a wheel in `folder`: a few links to what is cached, and to this checkout."""
+    dependencies = _dependencies(version)
+    wheel = cached(
+        f"paddlenlp-{version}",
+        lambda target: _pip(
+            dependencies / "bin" / "python", "--no-deps", "--target", target, f"paddlenlp=={version}"
+        ),
+    )
+    venv.create(folder, symlinks=True, with_pip=False)
+    site_packages = _site_packages(folder)
+    running = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    # The first folder that has a package gives it. The .pth files in these folders are not read: the plugin of the
+    # interpreter that runs the tests is not there twice.
+    path = [REPO, wheel, _site_packages(dependencies), *running]
+    (site_packages / "path.pth").write_text("".join(f"{one}\n" for one in path))
+    for file in (REPO / "activation").glob("*qwenvl_activate.*"):
+        shutil.copy(file, site_packages)
+    return WheelEnvironment(folder / "bin" / "python", version)
+
+
+def cached(name: str, build: Callable[[Path], None]) -> Path:
+    """The cached folder of this name. `build` fills it if it is not there; only what was built whole gets the name."""
+    named = os.environ.get("QWENVL_TEST_ENVS")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(named) if named else cache / "paddlemix-qwenvl-plugin" / "test-envs"
+    root.mkdir(parents=True, exist_ok=True)
+    folder, partial = root / name, root / f"{name}.partial"
+    with _locked(root / f"{name}.lock"):
+        if not folder.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            build(partial)
+            partial.rename(folder)
+    return folder
+
+
+def _dependencies(version: str) -> Path:
+    """A virtual environment with what the wheel imports, in the versions of the wheel's set in pins.yaml."""
+    (pinned,) = (
+        wheel_set
+        for wheel_set in pins.load().wheel_sets
+        if f"paddlenlp=={version}" in wheel_set.requirements and wheel_set.gives == ("paddlenlp",)
+    )
+    constraints = [
+        text
+        for text in pinned.requirements
+        if Requirement(text).specifier and Requirement(text).name not in ("paddlenlp", "paddlepaddle")
+    ]
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    digest = hashlib.sha256("\n".join([python, *IMPORTED, *constraints]).encode()).hexdigest()[:12]
+
+    def build(folder: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "venv", folder], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            pytest.fail(f"python -m venv: {(done.stdout + done.stderr).strip()[-500:]}")
+        listed = folder / "constraints.txt"
+        listed.write_text("".join(f"{text}\n" for text in constraints))
+        _pip(folder / "bin" / "python", "--constraint", listed, *IMPORTED)
+
+    return cached(f"dependencies-python-{python}-{digest}", build)
+
+
+def _pip(python: Path, *arguments: object) -> None:
+    # Not compiled: most of it is never imported.
+    command = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--retries", "2", *arguments]
+    done = subprocess.run(
+        [*map(str, command), "--disable-pip-version-check", "--no-warn-conflicts"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return
+    if any(sign in done.stderr for sign in NO_INDEX):
+        pytest.skip(
+            "pip cannot reach a package index for PaddleNLP's wheels: run once with a network, or point "
+            "PIP_INDEX_URL at a mirror, or QWENVL_TEST_ENVS at the cache of a machine that has run these tests"
+        )
+    pytest.fail(f"pip install {' '.join(map(str, arguments))}:\n{done.stderr[-3000:]}", pytrace=False)
+
+
+def _site_packages(folder: Path) -> Path:
+    (found,) = (folder / "lib").glob("python*/site-packages")
+    return found
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
