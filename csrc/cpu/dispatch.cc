@@ -17,7 +17,8 @@ bool runs_here(qvl_isa isa) {
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vnni");
     case QVL_ISA_AVX512_BF16:
-      return runs_here(QVL_ISA_AVX512) && __builtin_cpu_supports("avx512bf16");
+      return runs_here(QVL_ISA_AVX512) && __builtin_cpu_supports("avx512bf16") &&
+             __builtin_cpu_supports("avx512vbmi");
     default:
       return false;
   }

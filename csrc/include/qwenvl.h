@@ -89,7 +89,7 @@ enum {
   QVL_ISA_GENERIC = 1,
   QVL_ISA_AVX2 = 2,       /* with FMA */
   QVL_ISA_AVX512 = 3,     /* F, BW, VL, DQ and VNNI */
-  QVL_ISA_AVX512_BF16 = 4 /* and BF16 */
+  QVL_ISA_AVX512_BF16 = 4 /* and BF16, VBMI */
 };
 
 /* ---- config ------------------------------------------------------------------------------------------- */
@@ -155,8 +155,10 @@ typedef struct qvl_config {
  * the two tables positional_embedding and key_pos_embed must be resized to the picture's patches.
  *
  * All may be QVL_FLOAT32 or QVL_BFLOAT16; the matrices other than wte.weight may be quantised. Types may
- * be mixed. Products run in float32 where the weight is float32. Elsewhere large products round their
- * activations to bfloat16 if the machine has instructions for it; everything else is float32.
+ * be mixed. Products run in float32 where the weight is float32. Elsewhere the products of prompts and
+ * pictures round their activations to bfloat16 if the machine has instructions for it; products of up to 8
+ * tokens, as in a decode step, leave them in float32, but on a CPU round them to 8 bits with a scale for each
+ * 32 values if the weight is quantised. Everything else is float32.
  */
 typedef struct qvl_tensor {
   const char* name;

@@ -1,9 +1,12 @@
-// The engine as Paddle's custom operators. Each takes the weights as its last input and describes them in attributes:
-//   sizes    stages, device, device_index, n_threads, max_tokens, hidden, layers, heads, head_dim, mlp_width, vocab,
-//            seq_length, max_positions, dynamic_ntk, logn, image_size, patch_size, vision_width, vision_layers,
-//            vision_heads, vision_mlp_width, n_queries
+// The engine as Paddle's custom operators. Each takes the weights as its last input and describes them in
+// attributes:
+//   sizes    stages, device, device_index, n_threads, max_tokens, hidden, layers, heads, head_dim, mlp_width,
+//   vocab,
+//            seq_length, max_positions, dynamic_ntk, logn, image_size, patch_size, vision_width,
+//            vision_layers, vision_heads, vision_mlp_width, n_queries
 //   norm_epsilon, rotary_base
-//   names, dtypes, shapes  of the weights, in the order of the input; dtypes are qvl_dtype, shapes four a weight
+//   names, dtypes, shapes  of the weights, in the order of the input; dtypes are qvl_dtype, shapes four a
+//   weight
 //
 // Tensors are on the CPU: where the engine computes is its own affair.
 #include <algorithm>
@@ -35,13 +38,15 @@ Tensor make(const Shape& shape, paddle::DataType dtype) {
   return paddle::experimental::empty(shape, dtype, paddle::CPUPlace());
 }
 
-Tensor integers(const Shape& shape) { return make(shape, paddle::DataType::INT64); }
+Tensor integers(const Shape& shape) {
+  return make(shape, paddle::DataType::INT64);
+}
 
 // ---- pictures ------------------------------------------------------------------------------------------
 
 std::vector<Tensor> encode_images(const Tensor& images, const std::vector<Tensor>& weights, const Ints& sizes,
-                                  float norm_epsilon, float rotary_base, const Names& names, const Ints& dtypes,
-                                  const Ints& shapes) {
+                                  float norm_epsilon, float rotary_base, const Names& names,
+                                  const Ints& dtypes, const Ints& shapes) {
   const auto engine = session({sizes, norm_epsilon, rotary_base, names, dtypes, shapes}, weights);
   const int64_t n = images.shape()[0], n_queries = sizes[21], hidden = sizes[5];
   Tensor features = make({n, n_queries, hidden}, paddle::DataType::FLOAT32);
@@ -56,20 +61,22 @@ std::vector<Shape> encode_images_shape(const Shape& images, const std::vector<Sh
   return {{images[0], sizes[21], sizes[5]}};
 }
 
-std::vector<paddle::DataType> encode_images_dtype(const paddle::DataType&, const std::vector<paddle::DataType>&) {
+std::vector<paddle::DataType> encode_images_dtype(const paddle::DataType&,
+                                                  const std::vector<paddle::DataType>&) {
   return {paddle::DataType::FLOAT32};
 }
 
 // ---- one pass over the layers ---------------------------------------------------------------------------
 
 // tokens int32 [T], of all sequences one after another; features float32 [N, n_queries, hidden];
-// spans int32 [S, 2]: position in `tokens` and which picture, -1: none; sequences int32 [B, 4]: n_new, n_past, prompt_len,
-// n_blocks; blocks int32 [sum of n_blocks]; pool int64 [4]: id, n_blocks, block_tokens, qvl_dtype.
+// spans int32 [S, 2]: position in `tokens` and which picture, -1: none; sequences int32 [B, 4]: n_new,
+// n_past, prompt_len, n_blocks; blocks int32 [sum of n_blocks]; pool int64 [4]: id, n_blocks, block_tokens,
+// qvl_dtype.
 // -> logits float32 [B, vocab] of each sequence's last token.
 std::vector<Tensor> forward(const Tensor& tokens, const Tensor& features, const Tensor& spans,
                             const Tensor& sequences, const Tensor& blocks, const Tensor& pool,
-                            const std::vector<Tensor>& weights, const Ints& sizes, float norm_epsilon, float rotary_base,
-                            const Names& names, const Ints& dtypes, const Ints& shapes) {
+                            const std::vector<Tensor>& weights, const Ints& sizes, float norm_epsilon,
+                            float rotary_base, const Names& names, const Ints& dtypes, const Ints& shapes) {
   const auto engine = session({sizes, norm_epsilon, rotary_base, names, dtypes, shapes}, weights);
   const int64_t n = sequences.shape()[0], n_queries = sizes[21], hidden = sizes[5];
   const auto* rows = sequences.data<int32_t>();
@@ -107,15 +114,16 @@ std::vector<Tensor> forward(const Tensor& tokens, const Tensor& features, const 
   return {logits};
 }
 
-std::vector<Shape> forward_shape(const Shape&, const Shape&, const Shape&, const Shape& sequences, const Shape&,
-                                 const Shape&, const std::vector<Shape>&, const Ints& sizes, float, float,
-                                 const Names&, const Ints&, const Ints&) {
+std::vector<Shape> forward_shape(const Shape&, const Shape&, const Shape&, const Shape& sequences,
+                                 const Shape&, const Shape&, const std::vector<Shape>&, const Ints& sizes,
+                                 float, float, const Names&, const Ints&, const Ints&) {
   return {{sequences[0], sizes[10]}};
 }
 
-std::vector<paddle::DataType> forward_dtype(const paddle::DataType&, const paddle::DataType&, const paddle::DataType&,
+std::vector<paddle::DataType> forward_dtype(const paddle::DataType&, const paddle::DataType&,
                                             const paddle::DataType&, const paddle::DataType&,
-                                            const paddle::DataType&, const std::vector<paddle::DataType>&) {
+                                            const paddle::DataType&, const paddle::DataType&,
+                                            const std::vector<paddle::DataType>&) {
   return {paddle::DataType::FLOAT32};
 }
 
@@ -142,10 +150,11 @@ int32_t on_step(void* user, int32_t, int32_t n, const int32_t* requests, const i
     row.last = tokens[i];
     row.tokens.push_back(tokens[i]);
     const auto& ends = *progress.ends;
-    row.stopped = std::find(ends.begin(), ends.end(), tokens[i]) != ends.end() || ++row.done >= row.max_length;
+    row.stopped =
+        std::find(ends.begin(), ends.end(), tokens[i]) != ends.end() || ++row.done >= row.max_length;
   }
-  const auto stopped = std::count_if(progress.rows->begin(), progress.rows->end(),
-                                     [](const Row& row) { return row.stopped; });
+  const auto stopped =
+      std::count_if(progress.rows->begin(), progress.rows->end(), [](const Row& row) { return row.stopped; });
   return stopped >= progress.stop_nums;
 }
 
@@ -154,14 +163,15 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
                              const Tensor& min_length, const Tensor& max_length, const Tensor& temperature,
                              const Tensor& top_p, const Tensor& eos, const Tensor& seq_len_encoder,
                              const Tensor& seq_len_decoder, const Tensor& step_idx, const Tensor& stop_flags,
-                             const Tensor& tgt_pos, const Tensor& stop_nums, const std::vector<Tensor>& weights,
-                             const Ints& sizes, float norm_epsilon, float rotary_base, const Names& names, const Ints& dtypes,
-                             const Ints& shapes) {
+                             const Tensor& tgt_pos, const Tensor& stop_nums,
+                             const std::vector<Tensor>& weights, const Ints& sizes, float norm_epsilon,
+                             float rotary_base, const Names& names, const Ints& dtypes, const Ints& shapes) {
   const auto engine = session({sizes, norm_epsilon, rotary_base, names, dtypes, shapes}, weights);
   const auto n = static_cast<size_t>(input_ids.shape()[0]);
   const int64_t width = input_ids.shape()[1], n_queries = sizes[21], hidden = sizes[5];
-  const Tensor* per_row[] = {&penalty,     &frequency, &presence,        &min_length,      &max_length, &temperature,
-                             &top_p,       &tgt_pos,   &seq_len_encoder, &seq_len_decoder, &step_idx,   &stop_flags};
+  const Tensor* per_row[] = {&penalty,         &frequency,       &presence, &min_length,
+                             &max_length,      &temperature,     &top_p,    &tgt_pos,
+                             &seq_len_encoder, &seq_len_decoder, &step_idx, &stop_flags};
   for (const Tensor* tensor : per_row) {
     require(tensor->numel() == static_cast<int64_t>(n), "an input does not have one value a row");
   }
@@ -171,10 +181,11 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
   for (int64_t i = 0; i < img_pos.shape()[0]; ++i) {
     const int64_t* picture = img_pos.data<int64_t>() + 3 * i;
     if (picture[0] < 0) continue;
-    require(picture[0] < static_cast<int64_t>(n) && i < features.shape()[0], "img_pos: names a row or picture too many");
+    require(picture[0] < static_cast<int64_t>(n) && i < features.shape()[0],
+            "img_pos: names a row or picture too many");
     spans[static_cast<size_t>(picture[0])].push_back({static_cast<int32_t>(picture[1] + 1),
-                                                     static_cast<int32_t>(n_queries),
-                                                     features.data<float>() + i * n_queries * hidden});
+                                                      static_cast<int32_t>(n_queries),
+                                                      features.data<float>() + i * n_queries * hidden});
   }
   std::vector<int32_t> ends;
   for (int64_t i = 0; i < eos.numel(); ++i) ends.push_back(static_cast<int32_t>(eos.data<int64_t>()[i]));
@@ -221,10 +232,10 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
     std::vector<qvl_result> results(requests.size());
     Progress progress{&rows, &row_of, &ends, stop_nums.data<int64_t>()[0]};
     qvl_error error;
-    const qvl_status status = qvl_generate(
-        engine->engine(), nullptr, static_cast<int32_t>(requests.size()), requests.data(),
-        static_cast<int32_t>(ends.size()), ends.data(), on_step, &progress, stride, tokens.data(), results.data(),
-        nullptr, &error);
+    const qvl_status status =
+        qvl_generate(engine->engine(), nullptr, static_cast<int32_t>(requests.size()), requests.data(),
+                     static_cast<int32_t>(ends.size()), ends.data(), on_step, &progress, stride,
+                     tokens.data(), results.data(), nullptr, &error);
     if (status != QVL_STOPPED) check(status, error);
   }
   const Shape column{static_cast<int64_t>(n), 1};
@@ -242,16 +253,17 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
     position.data<int64_t>()[i] = tgt_pos.data<int64_t>()[i] + taken;
     const auto fed = static_cast<int32_t>(std::max<int64_t>(0, taken - 1));
     length.data<int32_t>()[i] = row.stopped ? 0 : seq_len_decoder.data<int32_t>()[i] + fed;
-    std::copy(row.tokens.begin(), row.tokens.end(), tokens.data<int64_t>() + static_cast<int64_t>(i) * stride);
+    std::copy(row.tokens.begin(), row.tokens.end(),
+              tokens.data<int64_t>() + static_cast<int64_t>(i) * stride);
   }
   return {next, done, stopped, length, position, tokens};
 }
 
-std::vector<Shape> generate_shape(const Shape& input_ids, const Shape&, const Shape&, const Shape&, const Shape&,
-                                  const Shape&, const Shape&, const Shape&, const Shape&, const Shape&, const Shape&,
-                                  const Shape&, const Shape&, const Shape&, const Shape&, const Shape&, const Shape&,
-                                  const std::vector<Shape>&, const Ints&, float, float, const Names&, const Ints&,
-                                  const Ints&) {
+std::vector<Shape> generate_shape(const Shape& input_ids, const Shape&, const Shape&, const Shape&,
+                                  const Shape&, const Shape&, const Shape&, const Shape&, const Shape&,
+                                  const Shape&, const Shape&, const Shape&, const Shape&, const Shape&,
+                                  const Shape&, const Shape&, const Shape&, const std::vector<Shape>&,
+                                  const Ints&, float, float, const Names&, const Ints&, const Ints&) {
   const Shape column{input_ids[0], 1};
   return {column, column, column, column, column, {input_ids[0], -1}};
 }
@@ -262,14 +274,15 @@ std::vector<DataType> generate_dtype(const DataType&, const DataType&, const Dat
                                      const DataType&, const DataType&, const DataType&, const DataType&,
                                      const DataType&, const DataType&, const DataType&, const DataType&,
                                      const DataType&, const std::vector<DataType>&) {
-  return {DataType::INT64, DataType::INT64, DataType::INT32, DataType::INT32, DataType::INT64, DataType::INT64};
+  return {DataType::INT64, DataType::INT64, DataType::INT32,
+          DataType::INT32, DataType::INT64, DataType::INT64};
 }
 
 }  // namespace
 
-#define QWENVL_ATTRIBUTES                                                                       \
-  {"sizes: std::vector<int>", "norm_epsilon: float", "rotary_base: float", "names: std::vector<std::string>", \
-   "dtypes: std::vector<int>", "shapes: std::vector<int>"}
+#define QWENVL_ATTRIBUTES                                                               \
+  {"sizes: std::vector<int>",         "norm_epsilon: float",      "rotary_base: float", \
+   "names: std::vector<std::string>", "dtypes: std::vector<int>", "shapes: std::vector<int>"}
 
 PD_BUILD_OP(qwenvl_encode_images)
     .Inputs({"images", paddle::Vec("weights")})
@@ -288,9 +301,9 @@ PD_BUILD_OP(qwenvl_forward)
     .SetInferDtypeFn(PD_INFER_DTYPE(forward_dtype));
 
 PD_BUILD_OP(qwenvl_generate)
-    .Inputs({"input_ids", "image_features", "img_pos", "penalty_score", "frequency_score", "presence_score", "min_length",
-             "max_length", "temperature", "top_p", "eos_token_id", "seq_len_encoder", "seq_len_decoder", "step_idx",
-             "stop_flags", "tgt_pos", "stop_nums", paddle::Vec("weights")})
+    .Inputs({"input_ids", "image_features", "img_pos", "penalty_score", "frequency_score", "presence_score",
+             "min_length", "max_length", "temperature", "top_p", "eos_token_id", "seq_len_encoder",
+             "seq_len_decoder", "step_idx", "stop_flags", "tgt_pos", "stop_nums", paddle::Vec("weights")})
     .Outputs({"next_tokens", "steps", "stopped", "lengths", "positions", "tokens"})
     .Attrs(QWENVL_ATTRIBUTES)
     .SetKernelFn(PD_KERNEL(generate))

@@ -1,6 +1,5 @@
 #include "paddle/session.h"
 
-
 #include <algorithm>
 #include <mutex>
 #include <stdexcept>
@@ -20,11 +19,28 @@ std::map<const void*, std::shared_ptr<Session>>& sessions() {
 qvl_config make_config(const Description& d) {
   const std::vector<int>& sizes = d.sizes;
   qvl_config c = QVL_INIT(qvl_config);
-  int32_t* const fields[] = {
-      reinterpret_cast<int32_t*>(&c.stages), &c.device, &c.device_index, &c.n_threads, &c.max_tokens,
-      &c.hidden, &c.layers, &c.heads, &c.head_dim, &c.mlp_width, &c.vocab, &c.seq_length, &c.max_positions,
-      &c.dynamic_ntk, &c.logn, &c.image_size, &c.patch_size, &c.vision_width, &c.vision_layers,
-      &c.vision_heads, &c.vision_mlp_width, &c.n_queries};
+  int32_t* const fields[] = {reinterpret_cast<int32_t*>(&c.stages),
+                             &c.device,
+                             &c.device_index,
+                             &c.n_threads,
+                             &c.max_tokens,
+                             &c.hidden,
+                             &c.layers,
+                             &c.heads,
+                             &c.head_dim,
+                             &c.mlp_width,
+                             &c.vocab,
+                             &c.seq_length,
+                             &c.max_positions,
+                             &c.dynamic_ntk,
+                             &c.logn,
+                             &c.image_size,
+                             &c.patch_size,
+                             &c.vision_width,
+                             &c.vision_layers,
+                             &c.vision_heads,
+                             &c.vision_mlp_width,
+                             &c.n_queries};
   if (sizes.size() != std::size(fields)) {
     throw std::runtime_error("qwenvl: the operator's attributes are of another version; export again");
   }

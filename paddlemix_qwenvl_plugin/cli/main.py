@@ -11,6 +11,7 @@ import typer
 
 from paddlemix_qwenvl_plugin.cli import (
     batch,
+    build_ops,
     chat,
     convert,
     demo,
@@ -56,6 +57,7 @@ app.command("export-vision")(export.export_vision)
 app.command("export-language")(export.export_language)
 app.command("convert")(convert.convert)
 app.command("make-tiny")(make_tiny.make_tiny)
+app.command("build-ops")(build_ops.build_ops)
 app.command("run")(run.run)
 app.command("doctor")(doctor.doctor)
 app.add_typer(eval.app, name="eval")

@@ -24,7 +24,7 @@ class Unit:
 
 def source_folder() -> Path:
     """csrc/ of a source tree, or its copy in an installed package."""
-    return shipped_folder("csrc", "csrc")
+    return shipped_folder("csrc", "ops/csrc")
 
 
 def units(csrc: Path, paddle_flags: tuple[str, ...]) -> list[Unit]:

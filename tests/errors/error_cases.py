@@ -1092,6 +1092,28 @@ cases(
     }
 )
 
+# build-ops
+
+
+def build_ops(bench: Bench, compiler: str, cache: str = "cache") -> list[str]:
+    bench.monkeypatch.setenv("CXX", compiler)
+    bench.monkeypatch.setenv("QWENVL_CACHE_DIR", cache)
+    return ["build-ops"]
+
+
+@case("`build-ops` where the cache folder cannot be made")
+def _(bench: Bench) -> list[str]:
+    Path("cache").write_text("")
+    return build_ops(bench, "true")
+
+
+cases(
+    {
+        "`build-ops` without a compiler": lambda bench: build_ops(bench, "no-such-compiler"),
+        "`build-ops` with a compiler that fails": lambda bench: build_ops(bench, "false"),
+    }
+)
+
 # Recipes
 
 

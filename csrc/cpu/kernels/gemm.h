@@ -29,8 +29,9 @@ void pack_panel_bf16(const float* x, int64_t x_stride, int n_tokens, int k, void
     Words pairs[kLanes] = {};
     for (int t = 0; t < n_tokens; ++t) {
       const float* from = x + t * x_stride + i;
-      const HalfWords halves[2] = {narrow(load_some(from, some < kLanes ? some : kLanes)),
-                                   some > kLanes ? narrow(load_some(from + kLanes, some - kLanes)) : HalfWords{}};
+      const HalfWords halves[2] = {
+          narrow(load_some(from, some < kLanes ? some : kLanes)),
+          some > kLanes ? narrow(load_some(from + kLanes, some - kLanes)) : HalfWords{}};
       pairs[t] = load<Words>(halves);
     }
     transpose(pairs);

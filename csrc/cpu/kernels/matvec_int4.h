@@ -1,68 +1,51 @@
 // int4 weights: 128 values of a row are 32 words of 16 bits; value 32 j + i is nibble j of word i, plus 8. A
 // bfloat16 scale for each group of 64 or 128 values.
-//
-// The 8 is taken off in the sums: they begin with -8 times the sum of the activations, which prepare_x works
-// out once for all rows.
 #pragma once
 
 #include "cpu/kernels/quantised_x.h"
 
 namespace {
 
-// Per activation row and 128 values: the beginnings of the sums, Ints [128 / Group]; int16 values [128].
-// After all units the float32 scales of the blocks, padded to 64 bytes.
-template <int Group>
-struct Int4X {
-  static constexpr int kGroups = kUnit / Group;
-  static constexpr int64_t kSums = kGroups * sizeof(Ints);
-  static constexpr int64_t kStep = kSums + kUnit * 2;
-  int units;
-  int64_t scales, bytes;  // where the scales begin, and the whole
-
-  explicit Int4X(int k) {
-    units = round_up(k, kUnit) / kUnit;
-    scales = units * kStep;
-    bytes = scales + round_up(round_up(k, kBlock) / kBlock * 4, 64);
-  }
-};
-
-template <int Group>
-size_t prepared_bytes_int4(int k, int n_x) {
-  return static_cast<size_t>(Int4X<Group>(k).bytes * n_x);
+// The values of one half of the words' bytes, a byte each: nibbles 0 and 1 (half 0, the unit's values up to
+// 64) or 2 and 3 side by side, so that a vector never mixes groups of 64.
+template <int Half>
+QVL_INLINE UnsignedBytes nibbles(Halves words) {
+#if defined(__AVX512VBMI__)
+  constexpr uint64_t kFrom = Half == 0 ? 0x3430242014100400u : 0x3C382C281C180C08u;  // bit of each byte
+  const __m512i bytes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(kFrom)),
+                                                     reinterpret_cast<__m512i>(words));
+  return reinterpret_cast<UnsignedBytes>(bytes) & uint8_t{15};
+#else
+  const Halves low = Half == 0 ? words & 15 : words >> 8 & 15;
+  const Halves high = Half == 0 ? words << 4 & 0xF00 : words >> 4 & 0xF00;
+  return reinterpret_cast<UnsignedBytes>(low | high);
+#endif
 }
 
 template <int Group>
+size_t prepared_bytes_int4(int k, int n_x) {
+  return static_cast<size_t>(QuantisedX<Group>::row_bytes(k) * n_x);
+}
+
+// Value 64 half + i of a unit is byte 2 i of its half, 64 half + 32 + i is byte 2 i + 1.
+template <int Group>
 void prepare_int4(const float* x, int64_t x_stride, int n_x, int k, void* prepared) {
-  const Int4X<Group> layout(k);
-  Shorts minus_8;
-  for (int i = 0; i < 2 * kLanes; ++i) minus_8[i] = -8;
-  for (int n = 0; n < n_x; ++n) {
-    char* const to = static_cast<char*>(prepared) + n * layout.bytes;
-    for (int first = 0; first < k; first += kBlock) {
-      const int given = k - first < kBlock ? k - first : kBlock;
-      int16_t values[kBlock];
-      const float scale = quantise_block(x + n * x_stride + first, given, round_up(given, kUnit), values);
-      __builtin_memcpy(to + layout.scales + first / kBlock * 4, &scale, sizeof scale);
-      for (int i = 0; i < given; i += kUnit) {
-        char* const unit = to + (first + i) / kUnit * Int4X<Group>::kStep;
-        __builtin_memcpy(unit + Int4X<Group>::kSums, values + i, kUnit * sizeof(int16_t));
-        for (int g = 0; g < Int4X<Group>::kGroups; ++g) {
-          Ints begin{};
-          for (int j = 0; j < Group; j += 2 * kLanes) {
-            begin = multiply_add(begin, minus_8, load<Shorts>(values + i + g * Group + j));
-          }
-          store(unit + g * sizeof(Ints), begin);
-        }
+  prepare_quantised<Group>(x, x_stride, n_x, k, 8, prepared, [](const float* from, float* to) {
+    for (int half = 0; half < kBlock; half += 64) {
+      for (int i = 0; i < 32; ++i) {
+        to[half + 2 * i] = from[half + i];
+        to[half + 2 * i + 1] = from[half + 32 + i];
       }
     }
-  }
+  });
 }
 
 template <int Group>
 struct RowsInt4 {
-  static constexpr int kCut = kBlock;
-  static constexpr int kGroup = 8;
-  static constexpr int rows_at_once(int n) { return n == 1 ? 4 : n <= 4 && kLanes == 16 ? 2 : 1; }
+  using X = QuantisedX<Group>;
+  static constexpr int kCut = 2048;
+  static constexpr int kGroup = kLanes == 16 ? 4 : 2;
+  static constexpr int rows_at_once(int n) { return n == 1 || kLanes == 16 ? 4 : 2; }
   static QVL_INLINE int64_t row_bytes(int k) { return round_up(k, kUnit) / 2; }
   static QVL_INLINE int64_t column_bytes(int n) { return n / 2; }
   static QVL_INLINE float scale(const Matvec&, int64_t) { return 1; }
@@ -70,89 +53,76 @@ struct RowsInt4 {
   template <int R, int N, int Turn, int Turns>
   static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, int64_t ahead,
                              Floats (&sums)[R][N]) {
-    for (; first < end; first += kBlock) {
-      add_block<R, N, Turn, Turns>(p, row, first_x, first, end - first < kBlock ? end - first : kBlock, ahead,
-                                   sums);
+    for (; end - first >= kBlock; first += kBlock) {
+      add_units<R, N, Turn, Turns, kBlock / kUnit>(p, row, first_x, first, ahead, sums);
     }
+    for (; first < end; first += kUnit) add_units<R, N, Turn, Turns, 1>(p, row, first_x, first, ahead, sums);
   }
 
-  // n columns from `first` on, which share a scale of the activations.
-  template <int R, int N, int Turn, int Turns>
-  static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, int n_k,
-                                   int64_t ahead, Floats (&sums)[R][N]) {
-    const Int4X<Group> layout(p.k);
-    constexpr int kGroups = Int4X<Group>::kGroups;
-    const int n_units = round_up(n_k, kUnit) / kUnit;
-    const int64_t stride = row_bytes(p.k);
+  // Units from column `first` on, all in one block of the activations.
+  template <int R, int N, int Turn, int Turns, int Units>
+  static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first, int64_t ahead,
+                                   Floats (&sums)[R][N]) {
+    constexpr int kScales = Units * kUnit / Group;
+    const int64_t stride = row_bytes(p.k), scale_stride = round_up(p.k, kUnit) / Group;
+    const int64_t x_stride = X::row_bytes(p.k);
     const uint8_t* w = static_cast<const uint8_t*>(p.weights) + row * stride + first / 2;
-    const uint16_t* scales =
-        static_cast<const uint16_t*>(p.scales) + row * layout.units * kGroups + first / Group;
-    const char* x = static_cast<const char*>(p.x) + first_x * layout.bytes;
-    const char* unit = x + first / kUnit * Int4X<Group>::kStep;
+    const uint16_t* scales = static_cast<const uint16_t*>(p.scales) + row * scale_stride + first / Group;
+    const char* block = X::block(p, first_x, first);
+    const char* begin = block + sizeof(Floats) + first % kBlock / Group * sizeof(Ints);
+    const char* x = block + X::kValues + first % kBlock;
 
-    constexpr int kScales = kBlock / Group;
-    float factors[R][kScales + kLanes];
-    for (int g = 0; g < n_units * kGroups; g += kLanes) {
-      const int some = n_units * kGroups - g < kLanes ? n_units * kGroups - g : kLanes;
-      for (int r = 0; r < R; ++r) {
-        HalfWords halves{};
-        __builtin_memcpy(&halves, scales + int64_t{r} * layout.units * kGroups + g,
-                         static_cast<size_t>(some) * 2);
-        store(factors[r] + g, widen(halves));
-      }
+    float factors[R][kLanes];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      store(factors[r], widen(load_some_halves(scales + r * scale_stride, kScales)));
     }
+    // In memory, from where a multiplication broadcasts them for nothing; out of registers it costs two
+    // shuffles.
+    asm volatile("" : "+m"(factors));
     Floats totals[R][N] = {};
-    for (int u = 0; u < n_units; ++u, unit += Int4X<Group>::kStep) {
-      Ints dots[R][N][kGroups];
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 4
+    for (int u = 0; u < Units; ++u) {
+      Ints dots[R][N];
 #pragma GCC unroll 2
-        for (int g = 0; g < kGroups; ++g) {
-          const Ints begin = load<Ints>(unit + n * layout.bytes + g * sizeof(Ints));
+      for (int half = 0; half < 2; ++half) {
+        const int g = (u * kUnit + half * 64) / Group;
+        if (half * 64 % Group == 0) {
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) dots[r][n][g] = begin;
-        }
-      }
-#pragma GCC unroll 4
-      for (int part = 0; part < 32; part += 2 * kLanes) {  // 32 words of 16 bits, a vector of them at a time
-        Halves words[R];
+          for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          words[r] = load<Halves>(w + r * stride + u * (kUnit / 2) + 2 * part);
-          if (r % Turns == Turn && part == 0) prefetch(w + r * stride + u * (kUnit / 2) + ahead);
+            for (int r = 0; r < R; ++r) dots[r][n] = load<Ints>(begin + n * x_stride + g * sizeof(Ints));
+          }
         }
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          Shorts v[R];
+        for (int part = 0; part < 64; part += kVector) {
+          UnsignedBytes v[R];
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
-            v[r] = reinterpret_cast<Shorts>(j == 3 ? words[r] >> 12 : words[r] >> (4 * j) & 15);
+            const uint8_t* words = w + r * stride + u * 64 + part;
+            v[r] = half == 0 ? nibbles<0>(load<Halves>(words)) : nibbles<1>(load<Halves>(words));
+            if (r % Turns == Turn && part == 0 && half == 0) prefetch(words + ahead);
           }
 #pragma GCC unroll 8
           for (int n = 0; n < N; ++n) {
-            const Shorts a =
-                load<Shorts>(unit + n * layout.bytes + Int4X<Group>::kSums + 2 * (32 * j + part));
+            const SignedBytes a = load<SignedBytes>(x + n * x_stride + u * kUnit + half * 64 + part);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-              dots[r][n][32 * j / Group] = multiply_add(dots[r][n][32 * j / Group], v[r], a);
-            }
+            for (int r = 0; r < R; ++r) dots[r][n] = multiply_add(dots[r][n], v[r], a);
           }
         }
-      }
+        if ((half + 1) * 64 % Group == 0) {
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-        for (int g = 0; g < kGroups; ++g) {
-          const Floats factor = all(factors[r][u * kGroups + g]);
+          for (int r = 0; r < R; ++r) {
+            const Floats factor = all(factors[r][g]);
 #pragma GCC unroll 8
-          for (int n = 0; n < N; ++n) totals[r][n] += to_floats(dots[r][n][g]) * factor;
+            for (int n = 0; n < N; ++n) totals[r][n] += to_floats(dots[r][n]) * factor;
+          }
         }
       }
     }
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      float x_scale;
-      __builtin_memcpy(&x_scale, x + n * layout.bytes + layout.scales + first / kBlock * 4, sizeof x_scale);
+      const Floats x_scale = load<Floats>(block + n * x_stride);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sums[r][n] += totals[r][n] * x_scale;
     }

@@ -1,44 +1,92 @@
-// Activations as 16-bit integers with a float32 scale for each block of them: products with 8- and 4-bit
-// weights are then exact integer sums within a block. The rounding is at most 2^-16 of the block's largest
-// value.
+// Activations as 8-bit integers, so that products with 8- and 4-bit weights are integer sums.
+//
+// A block is 8 vectors of bytes. The 4 bytes of a 32-bit lane are multiplied and added by one instruction, so
+// a lane meets 32 values of a block, and these share a float32 scale: as fine as blocks of 32 neighbours
+// would be, and one multiplication of vectors applies it to the sums. Rounding is at most 1/254 of the
+// largest of 32.
+//
+// The weights enter as unsigned bytes, with an offset (8 or 128) that has to come off again: sums begin with
+// minus the offset times the sum of the activations, which is worked out here, once for all rows.
 #pragma once
 
 #include "cpu/kernels/matvec.h"
 
 namespace {
 
-constexpr int kUnit = 128;    // rows of quantised weights are padded to this
-constexpr int kBlock = 1024;  // activations that share a scale; a row's last block may be shorter
+constexpr int kUnit = 128;  // rows of quantised weights are padded to this
+constexpr int kVector = sizeof(SignedBytes);
+constexpr int kBlock = 8 * kVector;
 
-// A row's maximum magnitude over a block, lanes behind k being zero.
-QVL_INLINE float largest_magnitude(const float* x, int n) {
-  Floats most{};
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Floats v = load<Floats>(x + i);
-    most = max(most, max(v, -v));
+// A block in memory: Floats scales, Ints beginnings [kBlock / Group], bytes [kBlock]. Group: weights that
+// share a scale, or kBlock. A row's last block is filled up with zeros.
+template <int Group>
+struct QuantisedX {
+  static constexpr int kGroups = kBlock / Group;
+  static constexpr int64_t kValues = (1 + kGroups) * sizeof(Floats);
+  static constexpr int64_t kBytes = kValues + kBlock;
+
+  static QVL_INLINE int64_t row_bytes(int k) { return round_up(k, kBlock) / kBlock * kBytes; }
+  static QVL_INLINE const char* block(const Matvec& p, int x, int first) {
+    return static_cast<const char*>(p.x) + x * row_bytes(p.k) + first / kBlock * kBytes;
   }
-  if (i < n) {
-    const Floats v = load_some(x + i, n - i);
-    most = max(most, max(v, -v));
+};
+
+// x [kBlock], in the order in which the weights' bytes come.
+template <int Group>
+QVL_INLINE void quantise_block(const float* x, uint8_t offset, char* block) {
+  Floats most[4] = {};
+  for (int i = 0; i < kBlock; i += kVector) {
+    for (int j = 0; j < 4; ++j) {
+      const Floats v = load<Floats>(x + i + j * kLanes);
+      most[j] = max(most[j], max(v, -v));
+    }
   }
-  return largest(most);
+  const float* const magnitudes = reinterpret_cast<const float*>(most);
+  float scales[kLanes], inverse[kVector];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    float largest = 0;
+    for (int j = 0; j < 4; ++j) {
+      const float m = magnitudes[4 * lane + j];
+      largest = m > largest ? m : largest;
+    }
+    // The inverse of a denormal would overflow; it counts as zero.
+    const bool usable = largest > 1e-35F && largest < __builtin_inff();
+    scales[lane] = usable ? largest / 127.0F : 0.0F;
+    for (int j = 0; j < 4; ++j) inverse[4 * lane + j] = usable ? 127.0F / largest : 0.0F;
+  }
+  __builtin_memcpy(block, scales, sizeof scales);
+  char* const values = block + QuantisedX<Group>::kValues;
+  for (int i = 0; i < kBlock; i += kLanes) {
+    store(values + i, narrow_few(nearest(load<Floats>(x + i) * load<Floats>(inverse + i % kVector))));
+  }
+  UnsignedBytes offsets;
+  for (int i = 0; i < kVector; ++i) offsets[i] = offset;
+  for (int g = 0; g < QuantisedX<Group>::kGroups; ++g) {
+    Ints sums{};
+    for (int i = 0; i < Group; i += kVector) {
+      sums = multiply_add(sums, offsets, load<SignedBytes>(values + g * Group + i));
+    }
+    store(block + (1 + g) * sizeof(Ints), -sums);
+  }
 }
 
-// Quantise x [n] to values [block], zero behind n; returns the scale.
-QVL_INLINE float quantise_block(const float* x, int n, int block, int16_t* values) {
-  const float most = n > 0 ? largest_magnitude(x, n) : 0.0F;
-  const float inverse = most > 0 ? 32767.0F / most : 0.0F;
-  // Of a denormal maximum the inverse overflows; such a block counts as zero.
-  const bool usable = inverse > 0 && inverse < 3.0e38F;
-  const Floats magic = all(12582912.0F);
-  for (int i = 0; i < block; i += kLanes) {
-    const int some = !usable || n <= i ? 0 : n - i < kLanes ? n - i : kLanes;
-    const Floats rounded = (load_some(x + (some ? i : 0), some) * inverse + magic) - magic;
-    const Ints whole = __builtin_convertvector(some ? rounded : Floats{}, Ints);
-    store(values + i, lower_halves(reinterpret_cast<Words>(whole)));
+// order(x, ordered): bring kBlock values into the order of the weights.
+template <int Group, typename Order>
+QVL_INLINE void prepare_quantised(const float* x, int64_t x_stride, int n_x, int k, uint8_t offset,
+                                  void* prepared, Order&& order) {
+  char* block = static_cast<char*>(prepared);
+  for (int n = 0; n < n_x; ++n, x += x_stride) {
+    for (int first = 0; first < k; first += kBlock, block += QuantisedX<Group>::kBytes) {
+      float values[kBlock], ordered[kBlock];
+      const float* from = x + first;
+      if (k - first < kBlock) {
+        for (int i = 0; i < kBlock; ++i) values[i] = first + i < k ? from[i] : 0.0F;
+        from = values;
+      }
+      order(from, ordered);
+      quantise_block<Group>(ordered, offset, block);
+    }
   }
-  return usable ? most / 32767.0F : 0.0F;
 }
 
 }  // namespace

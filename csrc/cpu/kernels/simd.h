@@ -26,7 +26,8 @@ typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));  // twice as many
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfWords __attribute__((vector_size(kLanes * 2)));
-typedef int8_t Bytes __attribute__((vector_size(kLanes * 2)));  // as many as Shorts has
+typedef uint8_t UnsignedBytes __attribute__((vector_size(kLanes * 4)));
+typedef int8_t SignedBytes __attribute__((vector_size(kLanes * 4)));
 typedef int8_t FewBytes __attribute__((vector_size(kLanes)));
 
 #define QVL_INLINE inline __attribute__((always_inline))
@@ -55,6 +56,17 @@ QVL_INLINE Floats load_some(const float* memory, int n) {
   if (n == kLanes) return load<Floats>(memory);
   Floats v{};
   __builtin_memcpy(&v, memory, static_cast<size_t>(n) * sizeof(float));
+  return v;
+#endif
+}
+
+// The same for 16-bit values.
+QVL_INLINE HalfWords load_some_halves(const uint16_t* memory, int n) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<HalfWords>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), memory));
+#else
+  HalfWords v{};
+  __builtin_memcpy(&v, memory, static_cast<size_t>(n) * sizeof(uint16_t));
   return v;
 #endif
 }
@@ -164,16 +176,6 @@ QVL_INLINE HalfWords lower_halves(Words words) {
 #endif
 }
 
-QVL_INLINE Shorts widen_bytes(Bytes bytes) {
-#if defined(__AVX512BW__)
-  return reinterpret_cast<Shorts>(_mm512_cvtepi8_epi16(reinterpret_cast<__m256i>(bytes)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<Shorts>(_mm256_cvtepi8_epi16(reinterpret_cast<__m128i>(bytes)));
-#else
-  return __builtin_convertvector(bytes, Shorts);
-#endif
-}
-
 QVL_INLINE Ints widen_few(FewBytes bytes) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Ints>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(bytes)));
@@ -193,19 +195,37 @@ QVL_INLINE HalfWords narrow(Floats v) {
   return lower_halves(bits);
 }
 
-// sums[i] + a[2i] b[2i] + a[2i+1] b[2i+1] in 32 bits.
-QVL_INLINE Ints multiply_add(Ints sums, Shorts a, Shorts b) {
-#if defined(__AVX512VNNI__)
-  return reinterpret_cast<Ints>(_mm512_dpwssd_epi32(
-      reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#elif defined(__AVX512BW__)
-  return sums + reinterpret_cast<Ints>(
-                    _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#elif defined(__AVX2__)
-  return sums + reinterpret_cast<Ints>(
-                    _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+// Whole numbers of at most 2^22, to nearest.
+QVL_INLINE Ints nearest(Floats v) {
+  const Floats magic = all(12582912.0F);  // 1.5 * 2^23
+  return __builtin_convertvector((v + magic) - magic, Ints);
+}
+
+QVL_INLINE FewBytes narrow_few(Ints v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<FewBytes>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
 #else
-  for (int i = 0; i < kLanes; ++i) sums[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return __builtin_convertvector(v, FewBytes);
+#endif
+}
+
+// sums[i] + the four a[4i + j] b[4i + j], in 32 bits.
+QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
+      reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  // In 16 bits, even and odd bytes apart: the instruction for bytes cuts sums off at 2^15.
+  const Halves a_even = reinterpret_cast<Halves>(a) & 0xFF, a_odd = reinterpret_cast<Halves>(a) >> 8;
+  const Shorts b_even = reinterpret_cast<Shorts>(b) << 8 >> 8, b_odd = reinterpret_cast<Shorts>(b) >> 8;
+  const __m256i even =
+      _mm256_madd_epi16(reinterpret_cast<__m256i>(a_even), reinterpret_cast<__m256i>(b_even));
+  const __m256i odd = _mm256_madd_epi16(reinterpret_cast<__m256i>(a_odd), reinterpret_cast<__m256i>(b_odd));
+  return sums + reinterpret_cast<Ints>(even) + reinterpret_cast<Ints>(odd);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < 4; ++j) sums[i] += a[4 * i + j] * b[4 * i + j];
+  }
   return sums;
 #endif
 }

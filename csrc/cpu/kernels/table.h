@@ -79,7 +79,8 @@ struct Kernels {
   // c [rows][c_stride] (+)= tile [rows][width], n_k columns of it, x panels [n_panels], each from `panels` on
   void (*multiply_tile[2])(const void* tile, int64_t width, int rows, int n_k, const void* panels,
                            size_t panel_bytes, int n_panels, bool first, float* c, int64_t c_stride);
-  // c [rows][c_stride, whole vectors] -> y [n_x][y_stride] (+)= c^T * scales + bias, either of which may be NULL
+  // c [rows][c_stride, whole vectors] -> y [n_x][y_stride] (+)= c^T * scales + bias, either of which may be
+  // NULL
   void (*write_block)(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, const float* scales,
                       const float* bias, bool add, float* y, int64_t y_stride);
 
