@@ -11,7 +11,6 @@
 // Tensors are on the CPU: where the engine computes is its own affair.
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -24,6 +23,7 @@ namespace {
 using paddle::Tensor;
 using qvl::paddle_ops::check;
 using qvl::paddle_ops::Description;
+using qvl::paddle_ops::fail;
 using qvl::paddle_ops::session;
 
 using Shape = std::vector<int64_t>;
@@ -31,7 +31,7 @@ using Ints = std::vector<int>;
 using Names = std::vector<std::string>;
 
 void require(bool condition, const char* message) {
-  if (!condition) throw std::runtime_error(std::string("qwenvl: ") + message);
+  if (!condition) fail(message);
 }
 
 Tensor make(const Shape& shape, paddle::DataType dtype) {
@@ -150,8 +150,8 @@ int32_t on_step(void* user, int32_t, int32_t n, const int32_t* requests, const i
     row.last = tokens[i];
     row.tokens.push_back(tokens[i]);
     const auto& ends = *progress.ends;
-    row.stopped =
-        std::find(ends.begin(), ends.end(), tokens[i]) != ends.end() || ++row.done >= row.max_length;
+    ++row.done;
+    row.stopped = row.done >= row.max_length || std::find(ends.begin(), ends.end(), tokens[i]) != ends.end();
   }
   const auto stopped =
       std::count_if(progress.rows->begin(), progress.rows->end(), [](const Row& row) { return row.stopped; });

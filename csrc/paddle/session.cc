@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <mutex>
-#include <stdexcept>
 
-#include "paddle/phi/core/dense_tensor.h"
+#include "paddle/common/enforce.h"
 
 namespace qvl::paddle_ops {
 namespace {
@@ -42,7 +41,7 @@ qvl_config make_config(const Description& d) {
                              &c.vision_mlp_width,
                              &c.n_queries};
   if (sizes.size() != std::size(fields)) {
-    throw std::runtime_error("qwenvl: the operator's attributes are of another version; export again");
+    fail("the operator's attributes are of another version; export again");
   }
   for (size_t i = 0; i < sizes.size(); ++i) *fields[i] = sizes[i];
   c.norm_epsilon = d.norm_epsilon;
@@ -52,19 +51,24 @@ qvl_config make_config(const Description& d) {
 
 }  // namespace
 
-void check(qvl_status status, const qvl_error& error) {
-  if (status != QVL_OK) throw std::runtime_error(std::string("qwenvl: ") + error.message);
+void fail(const std::string& message) {
+  PADDLE_THROW(common::errors::InvalidArgument("qwenvl: %s", message.c_str()));
 }
 
-Session::Session(const Description& d, const std::vector<paddle::Tensor>& weights) : weights_(weights) {
+void check(qvl_status status, const qvl_error& error) {
+  if (status != QVL_OK) fail(error.message);
+}
+
+Session::Session(const Description& d, const std::vector<paddle::Tensor>& weights) {
   const size_t n = weights.size();
   if (d.names.size() != n || d.dtypes.size() != n || d.shapes.size() != 4 * n) {
-    throw std::runtime_error("qwenvl: the operator has " + std::to_string(n) +
-                             " weights and its attributes tell of " + std::to_string(d.names.size()));
+    fail("the operator has " + std::to_string(n) + " weights and its attributes tell of " +
+         std::to_string(d.names.size()));
   }
   const qvl_config config = make_config(d);
   std::vector<qvl_tensor> tensors(n);
   for (size_t i = 0; i < n; ++i) {
+    weights_.push_back(static_cast<const phi::DenseTensor*>(weights[i].impl().get())->Holder());
     qvl_tensor& tensor = tensors[i];
     tensor.name = d.names[i].c_str();
     tensor.data = weights[i].data();
@@ -105,12 +109,11 @@ void Session::free_pool(int64_t id) {
 }
 
 bool Session::abandoned() const {
-  const auto* first = static_cast<const phi::DenseTensor*>(weights_.front().impl().get());
-  return first->Holder().use_count() == 1;
+  return weights_.front().use_count() == 1;
 }
 
 std::shared_ptr<Session> session(const Description& description, const std::vector<paddle::Tensor>& weights) {
-  if (weights.empty()) throw std::runtime_error("qwenvl: the operator has no weights");
+  if (weights.empty()) fail("the operator has no weights");
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = sessions().find(weights.front().data());
   if (found != sessions().end()) return found->second;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "paddle/phi/api/ext/op_meta_info.h"
+#include "paddle/phi/core/dense_tensor.h"
 #include "qwenvl.h"
 
 namespace qvl::paddle_ops {
@@ -39,7 +40,8 @@ class Session {
   bool abandoned() const;
 
  private:
-  std::vector<paddle::Tensor> weights_;
+  // Not the tensors: those that an operator gets are Paddle's own, and go with their program.
+  std::vector<std::shared_ptr<phi::Allocation>> weights_;
   qvl_engine* engine_ = nullptr;
   std::map<int64_t, qvl_kv_pool*> pools_;
 };
@@ -47,7 +49,9 @@ class Session {
 // The session of these weights.
 std::shared_ptr<Session> session(const Description& description, const std::vector<paddle::Tensor>& weights);
 
-// Throws what Paddle turns into an error of the run.
+// End the run with this line. Of other exceptions than its own, Paddle's executor loses the text.
+[[noreturn]] void fail(const std::string& message);
+
 void check(qvl_status status, const qvl_error& error);
 
 }  // namespace qvl::paddle_ops

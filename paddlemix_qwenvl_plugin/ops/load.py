@@ -18,9 +18,11 @@ def load() -> ctypes.CDLL:
         QwenVLError: it cannot be built.
     """
     from paddle.base import core
+    from paddle.base.framework import OpProtoHolder
 
     path = library()
-    core.load_op_meta_info_and_register_op(str(path))
+    names = core.load_op_meta_info_and_register_op(str(path))
+    OpProtoHolder.instance().update_op_proto(names)  # for programs of the legacy form
     return ctypes.CDLL(str(path))
 
 

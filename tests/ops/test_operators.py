@@ -12,6 +12,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle import inference, static
+from paddle.nn.initializer import Constant
 from paddle.pir_utils import DygraphOldIrGuard, DygraphPirGuard
 
 from paddlemix_qwenvl_plugin.ops.load import call, load
@@ -88,7 +89,9 @@ def save(
                     name: static.data(name, list(shape), dtype) for name, (shape, dtype) in inputs.items()
                 }
                 parameters = [
-                    static.create_parameter([weights[name][0].nbytes], "uint8", name=f"w.{name}")
+                    static.create_parameter(
+                        [weights[name][0].nbytes], "uint8", name=f"w.{name}", default_initializer=Constant(0)
+                    )
                     for name in names
                 ]
                 for name, parameter in zip(names, parameters):
