@@ -107,14 +107,14 @@ void attend(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTil
     }
   }
   multiply_tile<StepF32>(q, q_stride, n_q, head_dim, keys, static_cast<size_t>(head_dim) * sizeof(Floats),
-                         tokens / kLanes, true, scores, tokens);
+                         tokens / kLanes, true, scores, tokens, {});
   for (int i = 0; i < n_q; ++i) {
     const int64_t seen = visible + i < tile.n ? visible + i : tile.n;
     soften(scores + static_cast<int64_t>(i) * tokens, tile.n, static_cast<int>(seen), state + 2 * i,
            out + i * out_stride, out_stride);
   }
   multiply_tile<StepF32>(scores, tokens, n_q, tile.n, values, static_cast<size_t>(tile.n) * sizeof(Floats),
-                         static_cast<int>(out_stride / kLanes), false, out, out_stride);
+                         static_cast<int>(out_stride / kLanes), false, out, out_stride, {});
 }
 
 void attend_one(const float* q, int head_dim, const KvTile& tile, float* state, float* out) {

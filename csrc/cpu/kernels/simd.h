@@ -234,10 +234,6 @@ QVL_INLINE void prefetch(const void* memory) {
   __builtin_prefetch(memory, 0, 2);
 }
 
-QVL_INLINE void prefetch_all(const char* memory, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) prefetch(memory + i);
-}
-
 // e^x to about 1e-7 relative for x in [-87, 88]; smaller x give 0, larger ones infinity.
 QVL_INLINE Floats exp(Floats x) {
   const Floats given = x;
