@@ -181,7 +181,7 @@ class Library:
         }
         # Kernels and references of libqwenvl_testing.so; without it these names are simply not there.
         i32, i64, f32, p = c_int32, c_int64, c_float, c_void_p
-        testing = {
+        testing: dict[str, list[Any]] = {
             "linear": [i64, i64, i64, p, p, p, i32, p],
             "rms_norm": [i64, i64, p, p, f32, p],
             "layer_norm": [i64, i64, p, p, p, f32, p],
@@ -190,7 +190,7 @@ class Library:
             "rotary": [i64, i64, p, p, p, p],
             "attention": [i64, i64, i64, i64, i32, p, p, p, p],
         }
-        kernels = {
+        kernels: dict[str, list[Any]] = {
             **testing,
             "linear": [i32, i32, *testing["linear"]],
             "add": [i64, p, p],
@@ -304,7 +304,7 @@ class Engine:
         self.library.dll.qvl_engine_free(self.handle)
 
     def describe(self) -> str:
-        return self.library.dll.qvl_engine_describe(self.handle).decode()
+        return str(self.library.dll.qvl_engine_describe(self.handle).decode())
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
         images = np.ascontiguousarray(images, np.float32)
@@ -339,10 +339,10 @@ class Engine:
             pointer(tokens),
             None,
         )
-        return tokens.tolist()
+        return [int(token) for token in tokens]
 
     def sampling(self, **changes: Any) -> Sampling:
-        sampling = self.library.dll.qvl_sampling_default()
+        sampling: Sampling = self.library.dll.qvl_sampling_default()
         for name, value in changes.items():
             assert hasattr(sampling, name)
             setattr(sampling, name, value)

@@ -3,6 +3,7 @@
  *   driver all            a small random model in every storage type: vision, forward, generate
  *   driver threads        several engines at once, and several threads on one engine
  *   driver fuzz N SEED    N calls with one argument spoilt
+ *   driver limits         more threads than the memory has room for
  *   driver soak N         N requests; fails if they leave more memory in use than a tenth of them
  *
  * Prints one line and returns 0, or says what went wrong and returns 1.
@@ -13,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 
 #include "qwenvl.h"
 
@@ -371,12 +373,16 @@ static int fuzz_generate(qvl_engine* engine, qvl_kv_pool* pool) {
   static int32_t ids[MAX_POSITIONS], tokens[2 * MAX_POSITIONS];
   static float features[MAX_POSITIONS * HIDDEN];
   for (int i = 0; i < MAX_POSITIONS; ++i) ids[i] = i % VOCAB;
-  const qvl_span span = {1, 2, features};
+  qvl_span span = {1, 2, features};
+  int32_t n = 1;
   qvl_request request = {4, 1, ids, &span, 2, 0, qvl_sampling_default()};
   int32_t end = 1;
   qvl_result result;
   int64_t stride = 16;
-  switch (next(&fuzz_random) % 7) {
+  switch (next(&fuzz_random) % 10) {
+    case 7: n = next(&fuzz_random) % 2 ? INT32_MAX : -(int32_t)(next(&fuzz_random) % 3); break;
+    case 8: spoil(&span, 8); break;
+    case 9: stride = next(&fuzz_random) % 2 ? INT64_MIN : odd_number() % 17; break;
     case 0: request.n_tokens = (int32_t)odd_number(); break;
     case 1: request.n_spans = -1; break;
     case 2: request.tokens = NULL; break;
@@ -388,9 +394,34 @@ static int fuzz_generate(qvl_engine* engine, qvl_kv_pool* pool) {
       if (request.sampling.size > sizeof request.sampling) request.sampling.size = 1;
   }
   qvl_error error;
-  const qvl_status status = qvl_generate(engine, next(&fuzz_random) % 2 ? pool : NULL, 1, &request, 1, &end, NULL, NULL,
+  const qvl_status status = qvl_generate(engine, next(&fuzz_random) % 2 ? pool : NULL, n, &request, 1, &end, NULL, NULL,
                                          stride, tokens, &result, NULL, &error);
   CHECK(status == QVL_OK || error.message[0] != 0);
+  return status != QVL_OK;
+}
+
+static int fuzz_sample(qvl_engine* engine) {
+  float logits[2 * VOCAB];
+  for (int i = 0; i < 2 * VOCAB; ++i) logits[i] = odd_float();
+  int32_t counts[VOCAB] = {0}, tokens[2] = {-1, -1}, forbidden[3] = {1, 2, 3};
+  int32_t* rows[2] = {counts, NULL};
+  qvl_sampling sampling[2] = {qvl_sampling_default(), qvl_sampling_default()};
+  int32_t n = 2;
+  for (int i = 0; i < 2; ++i) sampling[i].temperature = (float)(next(&fuzz_random) % 3);
+  sampling[0].forbidden = forbidden;
+  sampling[0].n_forbidden = 3;
+  switch (next(&fuzz_random) % 6) {
+    case 0: n = -(int32_t)(next(&fuzz_random) % 3); break;
+    case 1: forbidden[next(&fuzz_random) % 3] = (int32_t)odd_number(); break;
+    case 2: sampling[0].forbidden = NULL; break;
+    case 3: sampling[0].n_forbidden = -1; break;
+    default: spoil(&sampling[next(&fuzz_random) % 2], offsetof(qvl_sampling, n_forbidden));
+  }
+  qvl_error error;
+  const qvl_status status = qvl_sample(engine, n, next(&fuzz_random) % 8 ? logits : NULL, sampling,
+                                       next(&fuzz_random) % 2 ? rows : NULL, tokens, NULL, &error);
+  CHECK(status == QVL_OK || error.message[0] != 0);
+  for (int i = 0; status == QVL_OK && i < n; ++i) CHECK(tokens[i] >= 0 && tokens[i] < VOCAB);
   return status != QVL_OK;
 }
 
@@ -432,8 +463,9 @@ static void run_fuzz(int n, uint64_t seed) {
   answer(engine, before);
   int refused = 0;
   for (int i = 0; i < n; ++i) {
-    switch (i % 4) {
+    switch (i % 5) {
       case 0: refused += fuzz_create(m); break;
+      case 3: refused += fuzz_sample(engine); break;
       case 1: refused += fuzz_forward(engine, pool); break;
       case 2: refused += fuzz_generate(engine, pool); break;
       default: refused += fuzz_rest(engine);
@@ -446,6 +478,25 @@ static void run_fuzz(int n, uint64_t seed) {
   free_model(m);
   CHECK(refused > n / 4 && refused < n);
   printf("%d of %d calls refused\n", refused, n);
+}
+
+/* ---- limits ------------------------------------------------------------------------------------------- */
+
+static void run_limits(void) {
+  model* m = make_model(QVL_FLOAT32, QVL_ISA_BEST, 1024);
+  const struct rlimit limit = {1u << 30, 1u << 30}; /* a thread's stack takes 8 MiB of addresses */
+  CHECK(setrlimit(RLIMIT_AS, &limit) == 0);
+  qvl_engine* engine;
+  qvl_error error;
+  CHECK(qvl_engine_create(&m->config, m->tensors, m->n, &engine, &error) == QVL_NO_MEMORY);
+  CHECK(engine == NULL);
+  m->config.n_threads = 2;
+  engine = make_engine(m);
+  qvl_kv_pool* pool;
+  CHECK(qvl_kv_pool_create(engine, INT32_MAX, 256, QVL_FLOAT32, &pool, NULL) == QVL_NO_MEMORY);
+  qvl_engine_free(engine);
+  free_model(m);
+  printf("%s\n", error.message);
 }
 
 /* ---- soak --------------------------------------------------------------------------------------------- */
@@ -488,9 +539,10 @@ int main(int n, char** arguments) {
   if (strcmp(what, "all") == 0) run_all();
   else if (strcmp(what, "threads") == 0) run_threads();
   else if (strcmp(what, "fuzz") == 0 && n == 4) run_fuzz(atoi(arguments[2]), strtoull(arguments[3], NULL, 10));
+  else if (strcmp(what, "limits") == 0) run_limits();
   else if (strcmp(what, "soak") == 0 && n == 3) run_soak(atoi(arguments[2]));
   else {
-    fprintf(stderr, "usage: driver all | threads | fuzz N SEED | soak N\n");
+    fprintf(stderr, "usage: driver all | threads | fuzz N SEED | limits | soak N\n");
     return 2;
   }
   return 0;
