@@ -92,8 +92,8 @@ EXPORT double qvlt_bf16_peak(int threads) {
 #endif
 }
 
-// Bytes a second that `threads` threads read from memory, the best of `repeats` passes over `bytes`, which take
-// turns with three ways of reading.
+// Bytes a second that `threads` threads read from memory, the best of `repeats` passes over `bytes`, which
+// take turns with three ways of reading.
 EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
   ThreadPool pool(threads);
   Buffer buffer(static_cast<size_t>(bytes));

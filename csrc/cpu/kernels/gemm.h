@@ -30,8 +30,9 @@ void pack_panel_bf16(const float* x, int64_t x_stride, int n_tokens, int k, void
     Words pairs[kLanes] = {};
     for (int t = 0; t < n_tokens; ++t) {
       const float* from = x + t * x_stride + i;
-      const HalfWords halves[2] = {narrow(load_some(from, some < kLanes ? some : kLanes)),
-                                   some > kLanes ? narrow(load_some(from + kLanes, some - kLanes)) : HalfWords{}};
+      const HalfWords halves[2] = {
+          narrow(load_some(from, some < kLanes ? some : kLanes)),
+          some > kLanes ? narrow(load_some(from + kLanes, some - kLanes)) : HalfWords{}};
       pairs[t] = load<Words>(halves);
     }
     transpose(pairs);
@@ -249,7 +250,9 @@ void multiply_tile(const void* tile, int64_t width, int rows, int n_k, const voi
     const char* x = static_cast<const char*>(panels) + static_cast<size_t>(q) * panel_bytes;
     float* to = c + q * kLanes;
     const int left = n_panels - q;
-    const int some = left >= kBlockPanels && left != kBlockPanels + 1 ? 3 : left >= 2 ? 2 : 1;  // of 4: 2 and 2
+    const int some = left >= kBlockPanels && left != kBlockPanels + 1 ? 3
+                     : left >= 2                                      ? 2
+                                                                      : 1;  // of 4: 2 and 2
     if (some == 3) {
       multiply_panels<Step, 3>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride, prefetcher);
     } else if (some == 2) {

@@ -77,7 +77,8 @@ struct RowsInt4 {
     for (int r = 0; r < R; ++r) {
       store(factors[r], widen(load_some_halves(scales + r * scale_stride, kScales)));
     }
-    // In memory, from where a multiplication broadcasts them for nothing; out of registers it costs two shuffles.
+    // In memory, from where a multiplication broadcasts them for nothing; out of registers it costs two
+    // shuffles.
     asm volatile("" : "+m"(factors));
     Floats totals[R][N] = {};
 #pragma GCC unroll 4

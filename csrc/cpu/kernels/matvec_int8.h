@@ -55,7 +55,7 @@ struct RowsInt8 {
       UnsignedBytes v[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        v[r] = load<UnsignedBytes>(w + r * stride + i) ^ uint8_t{128};  // value + 128
+        v[r] = load<UnsignedBytes>(w + r * stride + i) ^ uint8_t { 128 };  // value + 128
         if (r % Turns == Turn && i % 64 == 0) prefetch(w + r * stride + i + ahead);
       }
 #pragma GCC unroll 8

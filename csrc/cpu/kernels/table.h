@@ -83,12 +83,13 @@ struct Kernels {
   // [k / 2][lanes][2]. Index 1 is bfloat16, used with unpack_tile of the same kind.
   void (*pack_panel[2])(const float* x, int64_t x_stride, int n_tokens, int k, void* panel);
   void (*unpack_tile[2][QVL_DTYPES])(const UnpackTile& tile);
-  // c [rows][c_stride] (+)= tile [rows][width], n_k columns of it, x panels [n_panels], each from `panels` on;
-  // what is `ahead` is asked for meanwhile
+  // c [rows][c_stride] (+)= tile [rows][width], n_k columns of it, x panels [n_panels], each from `panels`
+  // on; what is `ahead` is asked for meanwhile
   void (*multiply_tile[2])(const void* tile, int64_t width, int rows, int n_k, const void* panels,
                            size_t panel_bytes, int n_panels, bool first, float* c, int64_t c_stride,
                            const Ahead& ahead);
-  // c [rows][c_stride, whole vectors] -> y [n_x][y_stride] (+)= c^T * scales + bias, either of which may be NULL
+  // c [rows][c_stride, whole vectors] -> y [n_x][y_stride] (+)= c^T * scales + bias, either of which may be
+  // NULL
   void (*write_block)(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, const float* scales,
                       const float* bias, bool add, float* y, int64_t y_stride);
 
