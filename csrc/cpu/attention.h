@@ -28,6 +28,7 @@ struct AttentionShape {
   int64_t q_stride;    // from token to token
   int64_t q_head;      // from head to head
   int64_t out_stride;  // heads lie side by side
+  bool rounded;        // many queries at once may be multiplied in bfloat16
 };
 
 // out[row][head * head_dim ...] for all rows of `work`.

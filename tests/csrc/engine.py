@@ -196,7 +196,7 @@ class Library:
             "add": [i64, p, p],
             "bfloat16": [i64, p, p, p],
             "rotary": [POINTER(Config), i32, i64, p, p, p, p],
-            "attention": [i32, i32, i32, *testing["attention"]],
+            "attention": [i32, i32, i32, i32, *testing["attention"]],
         }
         if hasattr(self.dll, "qvlt_linear"):
             for name, arguments in testing.items():

@@ -102,6 +102,9 @@ struct Kernels {
   size_t (*attend_scratch_bytes)(int head_dim, int n_q, int n_tokens);
   void (*attend)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile, int64_t visible,
                  float* state, float* out, int64_t out_stride, void* scratch);
+  // The same in bfloat16; NULL without bf16_dot.
+  void (*attend_rounded)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile,
+                         int64_t visible, float* state, float* out, int64_t out_stride, void* scratch);
   // The same for one query that sees the whole tile, without rearranging it.
   void (*attend_one)(const float* q, int head_dim, const KvTile& tile, float* state, float* out);
   void (*attend_end)(const float* state, int n_q, int64_t out_stride, float* out);
