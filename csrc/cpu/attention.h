@@ -45,7 +45,7 @@ struct DenseKv final : KeysAndValues {
 
   DenseKv(const float* keys, const float* values, int64_t stride, int64_t head)
       : keys(keys), values(values), stride(stride), head(head) {
-    tile_tokens = 64;
+    tile_tokens = 128;
   }
   KvTile tile(const Queries& queries, int head_index, int64_t i) const override;
 };

@@ -139,8 +139,8 @@ EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, i
       const auto part = static_cast<int>(std::min<int64_t>(kQueryRows, n - first));
       work.push_back({first, part, causal != 0 ? n_keys - n + first + part : n_keys, causal != 0});
     }
-    const AttentionShape shape{static_cast<int>(heads), static_cast<int>(head_dim), stride, head_dim, stride,
-                               rounded != 0};
+    const AttentionShape shape{
+        static_cast<int>(heads), static_cast<int>(head_dim), stride, head_dim, stride, rounded != 0};
     attention(context, shape, q, kv, work.data(), static_cast<int64_t>(work.size()), out);
   });
 }

@@ -163,7 +163,7 @@ class Library:
         for name in ("qvl_engine_free", "qvl_kv_pool_free", "qvl_engine_describe"):
             getattr(self.dll, name).argtypes = [c_void_p]
         self.dll.qvl_dealloc.argtypes = [c_void_p, c_void_p]
-        signatures = {
+        signatures: dict[str, list[Any]] = {
             "qvl_pack": [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_uint64],
             "qvl_unpack": [c_int32, c_int64, c_int64, c_void_p, c_uint64, c_void_p],
             "qvl_engine_create": [POINTER(Config), POINTER(Tensor), c_int64, POINTER(c_void_p)],

@@ -80,15 +80,16 @@ QVL_INLINE void pack_keys(const KvTile& tile, int head_dim, char* to, size_t pan
     } else {
       float rows[kLanes * kMaxHeadDim];
       for (int i = 0; i < n; ++i) {
-        widen_all(static_cast<const uint16_t*>(tile.keys) + (t + i) * tile.stride, rows + i * head_dim, head_dim);
+        widen_all(static_cast<const uint16_t*>(tile.keys) + (t + i) * tile.stride, rows + i * head_dim,
+                  head_dim);
       }
       pack(rows, head_dim, n, head_dim, to);
     }
   }
 }
 
-QVL_INLINE void soften_all(const KvTile& tile, int64_t visible, int n_q, float* scores, int tokens, float* state,
-                           float* out, int64_t out_stride) {
+QVL_INLINE void soften_all(const KvTile& tile, int64_t visible, int n_q, float* scores, int tokens,
+                           float* state, float* out, int64_t out_stride) {
   for (int i = 0; i < n_q; ++i) {
     const int64_t seen = visible + i < tile.n ? visible + i : tile.n;
     soften(scores + static_cast<int64_t>(i) * tokens, tile.n, static_cast<int>(seen), state + 2 * i,
@@ -120,7 +121,8 @@ void attend(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTil
             elements(tile.values, tile.dtype, t * tile.stride + d, some));
     }
   }
-  multiply_tile<StepF32>(q, q_stride, n_q, head_dim, keys, panel_bytes, tokens / kLanes, true, scores, tokens, {});
+  multiply_tile<StepF32>(q, q_stride, n_q, head_dim, keys, panel_bytes, tokens / kLanes, true, scores, tokens,
+                         {});
   soften_all(tile, visible, n_q, scores, tokens, state, out, out_stride);
   multiply_tile<StepF32>(scores, tokens, n_q, tile.n, values, static_cast<size_t>(tile.n) * sizeof(Floats),
                          static_cast<int>(out_stride / kLanes), false, out, out_stride, {});
@@ -152,10 +154,12 @@ void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, con
     narrow_all(q + i * q_stride, queries + int64_t{i} * width, head_dim);
     if (width > head_dim) queries[int64_t{i} * width + head_dim] = 0;
   }
-  multiply_tile<StepBf16>(queries, width, n_q, width, keys, panel_bytes, tokens / kLanes, true, scores, tokens, {});
+  multiply_tile<StepBf16>(queries, width, n_q, width, keys, panel_bytes, tokens / kLanes, true, scores,
+                          tokens, {});
   soften_all(tile, visible, n_q, scores, tokens, state, out, out_stride);
   narrow_all(scores, weights, int64_t{n_q} * tokens);
-  multiply_tile<StepBf16>(weights, tokens, n_q, tokens, values, static_cast<size_t>(tokens / 2) * sizeof(Words),
+  multiply_tile<StepBf16>(weights, tokens, n_q, tokens, values,
+                          static_cast<size_t>(tokens / 2) * sizeof(Words),
                           static_cast<int>(out_stride / kLanes), false, out, out_stride, {});
 }
 #endif
