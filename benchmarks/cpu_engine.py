@@ -1,20 +1,28 @@
-"""The engine on a CPU: milliseconds a layer of the 7B geometry, and the share of what the machine can do.
+"""The engine on a CPU, PyTorch and llama.cpp: milliseconds a layer of the 7B geometry, and the machine's limits.
 
-Build first: cmake -S csrc -B build/engine && cmake --build build/engine -j2. Needs NumPy, 3 GB of memory, a minute.
-Run: python benchmarks/cpu_engine.py [--library build/engine/libqwenvl_testing.so] [--seconds 2]
+Build first: cmake -S csrc -B build/engine && cmake --build build/engine -j2. Needs NumPy, 3 GB of memory, 4 minutes.
+Run: python benchmarks/cpu_engine.py --torch PYTHON --llama PYTHON, with interpreters that have the peers:
+  pip install torch                          for --torch
+  pip install llama-cpp-python gguf numpy    for --llama
 
 Weights are random; all layers of a run share the memory of one, which no cache holds. Times are the best of many:
-other work on the machine only ever adds.
+other work on the machine only ever adds. Memory's speed changes with what a virtual machine's neighbours do, so the
+machine's own reads take turns with the engine's.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import datetime
+import functools
+import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +32,7 @@ sys.path.insert(0, str(REPO / "tests" / "csrc"))
 from engine import BFLOAT16, DTYPES, LANGUAGE, VISION, Engine, Library, Stored, make_config  # noqa: E402
 
 LAYERS, VISION_LAYERS, PROMPT, PAST = 3, 2, 300, 300
-GEOMETRY = {
+GEOMETRY: dict[str, Any] = {
     "hidden_size": 4096,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 32,
@@ -66,6 +74,20 @@ class Weights:
         return self._made[key], dtype, shape
 
 
+def layer_weights(weights: Weights, stored: dict[str, Stored], layer: str, hidden: int, mlp: int) -> None:
+    for norm in ("ln_1", "ln_2"):
+        stored[f"{layer}.{norm}.weight"] = weights.of("", (hidden,), False)
+    stored[f"{layer}.attn.c_attn.bias"] = weights.of("", (3 * hidden,), False)
+    for name, shape in {
+        "attn.c_attn": (3 * hidden, hidden),
+        "attn.c_proj": (hidden, hidden),
+        "mlp.w1": (mlp, hidden),
+        "mlp.w2": (mlp, hidden),
+        "mlp.c_proj": (hidden, mlp),
+    }.items():
+        stored[f"{layer}.{name}.weight"] = weights.of(f"{name}.weight", shape, True)
+
+
 def language_engine(library: Library, dtype: int) -> Engine:
     weights, stored = Weights(library, dtype), {}
     hidden, mlp, vocab = 4096, 11008, GEOMETRY["vocab_size"]
@@ -73,17 +95,7 @@ def language_engine(library: Library, dtype: int) -> Engine:
     stored["lm_head.weight"] = weights.of("lm_head.weight", (vocab, hidden), True)
     stored["ln_f.weight"] = weights.of("ln_f.weight", (hidden,), False)
     for i in range(LAYERS):
-        for norm in ("ln_1", "ln_2"):
-            stored[f"h.{i}.{norm}.weight"] = weights.of("", (hidden,), False)
-        stored[f"h.{i}.attn.c_attn.bias"] = weights.of("", (3 * hidden,), False)
-        for name, shape in {
-            "attn.c_attn": (3 * hidden, hidden),
-            "attn.c_proj": (hidden, hidden),
-            "mlp.w1": (mlp, hidden),
-            "mlp.w2": (mlp, hidden),
-            "mlp.c_proj": (hidden, mlp),
-        }.items():
-            stored[f"h.{i}.{name}.weight"] = weights.of(f"{name}.weight", shape, True)
+        layer_weights(weights, stored, f"h.{i}", hidden, mlp)
     return Engine(library, make_config(GEOMETRY, LANGUAGE), stored)
 
 
@@ -133,15 +145,37 @@ def vision_engine(library: Library, dtype: int, layers: int) -> Engine:
     return Engine(library, config, stored)
 
 
-def best(run: Callable[[], object], seconds: float) -> float:
-    """The shortest of as many runs as fit, in seconds."""
+def small_engine(library: Library, dtype: int, threads: int) -> Engine:
+    """5 million parameters: what a step costs besides reading weights."""
+    hidden, layers, mlp, vocab = 256, 4, 704, 4000
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4, "kv_channels": 64}
+    geometry = {**GEOMETRY, **sizes, "intermediate_size": 2 * mlp, "vocab_size": vocab}
+    weights, stored = Weights(library, dtype), {}
+    for name in ("wte", "lm_head"):
+        stored[f"{name}.weight"] = weights.of(name, (vocab, hidden), name == "lm_head")
+    stored["ln_f.weight"] = weights.of("", (hidden,), False)
+    for i in range(layers):
+        layer_weights(weights, stored, f"h.{i}", hidden, mlp)
+    return Engine(library, make_config(geometry, LANGUAGE, n_threads=threads), stored)
+
+
+def elapsed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
     run()
-    shortest, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        shortest = min(shortest, time.perf_counter() - start)
-    return shortest
+    return time.perf_counter() - start
+
+
+class Shortest:
+    """The shortest time of each of several things that take turns, in seconds."""
+
+    def __init__(self, runs: Mapping[str, Callable[[], object]], seconds: float) -> None:
+        for run in runs.values():
+            run()
+        self.of = dict.fromkeys(runs, float("inf"))
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for name, run in runs.items():
+                self.of[name] = min(self.of[name], elapsed(run))
 
 
 def matrix_bytes(library: Library, dtype: int) -> int:
@@ -149,57 +183,134 @@ def matrix_bytes(library: Library, dtype: int) -> int:
     return sum(library.dll.qvl_packed_bytes(dtype, *shape) for shape in shapes)
 
 
+LAYER_FLOPS = 2 * PROMPT * (4 * 4096**2 + 3 * 4096 * 11008)
+BLOCK_FLOPS = 2 * 1024 * (4 * 1664**2 + 2 * 1664 * 8192)
+
+
+class Row(dict[str, float]):
+    """Milliseconds by name."""
+
+    def __init__(self, name: str, figures: dict[str, float]) -> None:
+        super().__init__(figures)
+        self.name = name
+
+
+def language_row(
+    library: Library, name: str, seconds: float, reads: Callable[[], float]
+) -> tuple[Row, float, float]:
+    """The engine's times, the rate at which a decode step read its weights and the machine's best rate meanwhile."""
+    dtype = DTYPES[name]
+    with language_engine(library, dtype) as engine, engine.pool(96, 32, BFLOAT16) as pool:
+        tables = [list(range(10 * i, 10 * i + 10)) for i in range(8)]
+        machine = [0.0]
+
+        def step(n: int) -> None:
+            pool.forward([([1], PAST, PAST, tables[i]) for i in range(n)], logits=False)
+
+        def measure() -> None:
+            machine[0] = max(machine[0], reads())
+
+        runs: dict[str, Callable[[], object]] = {
+            "prefill": lambda: pool.forward([([1] * PROMPT, 0, PROMPT, tables[0])], logits=False),
+            **{f"decode_{n} {i}": functools.partial(step, n) for i in range(8) for n in (1, 8)},
+            "machine": measure,
+        }
+        shortest = Shortest(runs, 4 * seconds).of
+    figures = {"prefill": shortest["prefill"]}
+    for part in ("decode_1", "decode_8"):
+        figures[part] = min(took for run, took in shortest.items() if run.startswith(part))
+    row = Row(f"engine {name}", {part: took / LAYERS * 1e3 for part, took in figures.items()})
+    return row, matrix_bytes(library, dtype) / (row["decode_1"] / 1e3), machine[0]
+
+
+def vision_row(library: Library, seconds: float) -> tuple[Row, float]:
+    """A block of the tower, and what is around the blocks: patches and resampler."""
+    images = np.zeros([1, 3, 448, 448], np.float32)
+    few, more = 1, 1 + VISION_LAYERS
+    with vision_engine(library, BFLOAT16, few) as a, vision_engine(library, BFLOAT16, more) as b:
+        runs = {"few": lambda: a.encode_images(images), "more": lambda: b.encode_images(images)}
+        shortest = Shortest(runs, 4 * seconds).of
+    layer = (shortest["more"] - shortest["few"]) / VISION_LAYERS
+    return Row("engine bfloat16", {"vision": layer * 1e3}), (shortest["few"] - layer) * 1e3
+
+
+def small_row(library: Library, name: str, threads: int) -> float:
+    """Milliseconds a token of the small model, greedy, 200 tokens."""
+    with small_engine(library, DTYPES[name], threads) as engine:
+        return Shortest({"all": lambda: engine.generate([[1, 2, 3]], 200)}, 1).of["all"] / 200 * 1e3
+
+
+def peers(kind: str, python: str, threads: int, seconds: float) -> list[Row]:
+    script = Path(__file__).with_name("cpu_peers.py")
+    command = [python, str(script), kind, str(threads), str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        print(f"{kind} is left out: {reason} (see the head of {Path(__file__).name} for what to install)\n")
+        return []
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return [Row(line.pop("name"), line) for line in lines]
+
+
+def table(rows: list[Row], flops: dict[str, float]) -> None:
+    print(
+        "| | decode 1, ms | decode 8, ms | 8 over 1, x | prefill 300, ms | GFLOP/s | vision, ms | GFLOP/s |"
+    )
+    print("| --- |" + " --- |" * 7)
+    for row in rows:
+        one, eight = row.get("decode_1"), row.get("decode_8")
+        cells = [f"{one:.2f}" if one else "", f"{eight:.2f}" if eight else ""]
+        cells.append(f"{8 * one / eight:.1f}" if one and eight else "")
+        for part in ("prefill", "vision"):
+            took = row.get(part)
+            cells += [f"{took:.0f}", f"{flops[part] / took / 1e6:.0f}"] if took else ["", ""]
+        print(f"| {row.name} | " + " | ".join(cells) + " |")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--library", type=Path, default=REPO / "build/engine/libqwenvl_testing.so")
     parser.add_argument("--seconds", type=float, default=2, help="for each figure (default 2)")
     parser.add_argument("--dtypes", default="bfloat16,int8,int4_g128,int4_g64")
+    parser.add_argument("--threads", type=int, default=0, help="default: as the engine does")
+    parser.add_argument("--torch", metavar="PYTHON", default="", help="an interpreter with PyTorch")
+    parser.add_argument(
+        "--llama", metavar="PYTHON", default="", help="one with llama-cpp-python, gguf and NumPy"
+    )
     arguments = parser.parse_args()
-    library, seconds = Library(arguments.library), arguments.seconds
-    bandwidth = library.dll.qvlt_read_bandwidth
-    bandwidth.restype, bandwidth.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
-    rows = []
-    for name in arguments.dtypes.split(","):
-        dtype = DTYPES[name]
-        with language_engine(library, dtype) as engine, engine.pool(96, 32, BFLOAT16) as pool:
-            describe = engine.describe()
-            threads = int(describe.split(", ")[1].split()[0])
-            tables = [list(range(10 * i, 10 * i + 10)) for i in range(8)]
-
-            def step(n: int, pool=pool, tables=tables) -> None:
-                pool.forward([([1], PAST, PAST, tables[i]) for i in range(n)], logits=False)
-
-            def prefill(pool=pool, tables=tables) -> None:
-                pool.forward([([1] * PROMPT, 0, PROMPT, tables[0])], logits=False)
-
-            prefilled = best(prefill, seconds) / LAYERS
-            one, eight = best(lambda: step(1), seconds) / LAYERS, best(lambda: step(8), seconds) / LAYERS
-            read = bandwidth(threads, 1 << 28, 40)
-        rate = matrix_bytes(library, dtype) / one
-        flops = 2 * PROMPT * (3 * 4096**2 + 4096**2 + 3 * 4096 * 11008)
-        rows.append(
-            f"| {name} | {one * 1e3:.2f} | {rate / 1e9:.1f} | {read / 1e9:.1f} | {rate / read:.0%} "
-            f"| {eight * 1e3:.2f} | {8 * one / eight:.1f} | {prefilled * 1e3:.0f} | {flops / prefilled / 1e9:.0f} |"
-        )
-    print(f"{describe}; ms a layer of the language model\n")
-    print(
-        "| weights | decode 1, ms | reads, GB/s | machine reads, GB/s | share | decode 8, ms | throughput, x "
-        f"| prefill {PROMPT}, ms | GFLOP/s |"
-    )
-    print("| --- |" + " --- |" * 8)
-    print("\n".join(rows))
-
-    images = np.zeros([1, 3, 448, 448], np.float32)
-    took = []
-    for layers in (1, 1 + VISION_LAYERS):
-        with vision_engine(library, BFLOAT16, layers) as engine:
-            took.append(best(lambda engine=engine: engine.encode_images(images), 2 * seconds))
-    layer = (took[1] - took[0]) / VISION_LAYERS
-    flops = 2 * 1024 * (4 * 1664**2 + 2 * 1664 * 8192) + 4 * 1024**2 * 1664
-    print(
-        f"\nvision, bfloat16: {layer * 1e3:.0f} ms a layer ({flops / layer / 1e9:.0f} GFLOP/s), "
-        f"{(took[0] - layer) * 1e3:.0f} ms for patches and resampler"
-    )
+    library, seconds, names = Library(arguments.library), arguments.seconds, arguments.dtypes.split(",")
+    dll: Any = library.dll
+    dll.qvlt_read_bandwidth.restype = dll.qvlt_bf16_peak.restype = ctypes.c_double
+    dll.qvlt_read_bandwidth.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+    with small_engine(library, BFLOAT16, arguments.threads) as engine:
+        describe = engine.describe()
+    threads = int(describe.split(", ")[1].split()[0])
+    print(f"{datetime.date.today()}: {describe}; ms a layer\n")
+    language = [
+        language_row(library, name, seconds, lambda: dll.qvlt_read_bandwidth(threads, 1 << 28, 6))
+        for name in names
+    ]
+    rows = [row for row, _, _ in language]
+    vision, around = vision_row(library, seconds)
+    for row in rows:
+        if row.name == vision.name:
+            row.update(vision)
+    for kind, python in (("torch", arguments.torch), ("llama", arguments.llama)):
+        if python:
+            rows += peers(kind, python, threads, seconds)
+        else:
+            print(f"{kind} is left out: --{kind} names no interpreter\n")
+    table(rows, {"prefill": LAYER_FLOPS, "vision": BLOCK_FLOPS})
+    print("\n| decode 1 | reads, GB/s | machine reads meanwhile, GB/s | share |\n| --- | --- | --- | --- |")
+    for row, rate, machine in language:
+        print(f"| {row.name} | {rate / 1e9:.1f} | {machine / 1e9:.1f} | {rate / machine:.0%} |")
+    print(f"\nbfloat16 instruction on registers: {dll.qvlt_bf16_peak(threads) / 1e9:.0f} GFLOP/s")
+    print(f"patches and resampler: {around:.0f} ms a picture")
+    print("\n| 5 million parameters, ms a token | " + " | ".join(names) + " |")
+    print("| --- |" + " --- |" * len(names))
+    for n in sorted({1, threads}):
+        took = " | ".join(f"{small_row(library, name, n):.3f}" for name in names)
+        print(f"| {n} thread{'s' if n > 1 else ''} | {took} |")
 
 
 if __name__ == "__main__":

@@ -194,9 +194,10 @@ uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, int32_t b
   if (engine == nullptr) return 0;
   const qvl_config& c = engine->config;
   if (guarded(nullptr, [&] { qvl::check_pool_sizes(c, n_blocks, block_tokens, dtype); }) != QVL_OK) return 0;
-  const uint64_t element = dtype == QVL_FLOAT32 ? 4 : 2;
-  return 2 * element * static_cast<uint64_t>(c.layers) * static_cast<uint64_t>(n_blocks) *
-         static_cast<uint64_t>(block_tokens) * static_cast<uint64_t>(c.hidden);
+  const uint64_t element = dtype == QVL_FLOAT32 ? 4 : 2, blocks = static_cast<uint64_t>(n_blocks);
+  const uint64_t block = 2 * element * static_cast<uint64_t>(c.layers) * static_cast<uint64_t>(block_tokens) *
+                         static_cast<uint64_t>(c.hidden);
+  return block <= PTRDIFF_MAX / blocks ? block * blocks : 0;
 }
 
 qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_batch* batch, float* logits,

@@ -37,13 +37,14 @@ struct Task {
     float* sums = state + 2 * kQueryRows;
     float* rest = sums + kQueryRows * padded;
     kernels.attend_begin(queries.n, padded, state, sums);
+    const auto run = shape.rounded && kernels.bf16_dot ? kernels.attend_rounded : kernels.attend;
     for (int64_t start = 0, t = 0; start < queries.n_keys; start += kv.tile_tokens, ++t) {
       const KvTile tile = kv.tile(queries, head, t);
       const int64_t visible = queries.causal ? queries.n_keys - queries.n + 1 - start : queries.n_keys;
       // The first queries may see nothing of the last tiles.
       const int skip = static_cast<int>(std::clamp<int64_t>(1 - visible, 0, queries.n));
-      kernels.attend(q + skip * shape.q_stride, shape.q_stride, queries.n - skip, shape.head_dim, tile,
-                     visible + skip, state + 2 * skip, sums + skip * padded, padded, rest);
+      run(q + skip * shape.q_stride, shape.q_stride, queries.n - skip, shape.head_dim, tile, visible + skip,
+          state + 2 * skip, sums + skip * padded, padded, rest);
     }
     kernels.attend_end(state, queries.n, padded, sums);
     for (int i = 0; i < queries.n; ++i) {

@@ -28,6 +28,7 @@ struct AttentionShape {
   int64_t q_stride;    // from token to token
   int64_t q_head;      // from head to head
   int64_t out_stride;  // heads lie side by side
+  bool rounded;        // many queries at once may be multiplied in bfloat16
 };
 
 // out[row][head * head_dim ...] for all rows of `work`.
@@ -44,7 +45,7 @@ struct DenseKv final : KeysAndValues {
 
   DenseKv(const float* keys, const float* values, int64_t stride, int64_t head)
       : keys(keys), values(values), stride(stride), head(head) {
-    tile_tokens = 64;
+    tile_tokens = 128;
   }
   KvTile tile(const Queries& queries, int head_index, int64_t i) const override;
 };

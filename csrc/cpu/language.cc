@@ -200,7 +200,8 @@ void Language::attend(Context& context, CpuKvPool& pool, const qvl_batch& batch,
     }
   }
   kv.work = work.data();
-  const AttentionShape shape{config_.heads, head_dim, 3 * hidden, head_dim, hidden};
+  const AttentionShape shape{config_.heads, head_dim, 3 * hidden,
+                             head_dim,      hidden,   layer.c_attn.dtype != QVL_FLOAT32};
   attention(context, shape, qkv, kv, work.data(), static_cast<int64_t>(work.size()), mixed);
   linear(context, layer.attn_proj, mixed, hidden, n, x, hidden, true);
 }

@@ -30,11 +30,27 @@ void multiply_few(Context& context, const Matrix& m, const float* x, int64_t x_s
   });
 }
 
+// The tile that this thread probably reads next: the rows' next columns, or other rows' first.
+Ahead next_tile(const Matrix& m, int64_t row, int k, int tile_k, int threads) {
+  if (k >= m.k) {
+    row += kTileRows * threads;
+    k = 0;
+  }
+  if (row >= m.rows) return {};
+  const int64_t stride = static_cast<int64_t>(value_bytes(m.dtype, 1, m.k));
+  const int64_t bits = kBits[m.dtype];
+  return {static_cast<const char*>(m.values) + row * stride + k * bits / 8, stride,
+          std::min(kTileRows, m.rows - row), std::min(tile_k, m.k - k) * bits / 8};
+}
+
 void multiply_many(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x, float* y,
                    int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;
   const int kind = kernels.bf16_dot && m.dtype != QVL_FLOAT32 ? 1 : 0;
-  const int tile_k = kind == 1 ? kMaxTileK : kMaxTileK / 2;
+  // Columns in equal parts, as far as quantised weights' units allow.
+  const int most_k = kind == 1 ? kMaxTileK : kMaxTileK / 2, unit = m.dtype >= QVL_INT8 ? kPackUnit : 32;
+  const int parts = (m.k + most_k - 1) / most_k;
+  const int tile_k = ((m.k + parts - 1) / parts + unit - 1) / unit * unit;
   const int lanes = kernels.lanes;
   const auto n_panels = static_cast<int>((n_x + lanes - 1) / lanes);
   const int64_t k_even = (m.k + 1) / 2 * 2;
@@ -58,11 +74,10 @@ void multiply_many(Context& context, const Matrix& m, const float* x, int64_t x_
     const int64_t n_rows = std::min(kTileRows, m.rows - first_row);
     for (int k = 0; k < m.k; k += tile_k) {
       const int n_k = std::min(tile_k, m.k - k);
-      kernels.unpack_tile[kind][m.dtype](
-          {m.values, m.scales, m.k, first_row, n_rows, k, n_k, kBits[m.dtype], tile});
+      kernels.unpack_tile[kind][m.dtype]({m.values, m.scales, m.k, first_row, n_rows, k, n_k, tile});
       kernels.multiply_tile[kind](tile, (n_k + 1) / 2 * 2, static_cast<int>(n_rows), n_k,
                                   panels + static_cast<size_t>(k) * k_bytes, panel_bytes, n_panels, k == 0, c,
-                                  c_stride);
+                                  c_stride, next_tile(m, first_row, k + n_k, tile_k, context.pool.size()));
     }
     const float* scales = m.dtype == QVL_INT8 ? static_cast<const float*>(m.scales) + first_row : nullptr;
     const float* bias = m.bias != nullptr ? m.bias + first_row : nullptr;

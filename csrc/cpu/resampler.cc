@@ -68,8 +68,9 @@ void Resampler::run(Context& context, const float* patches_in, float* features) 
   for (int64_t first = 0; first < n_queries; first += kQueryRows) {
     work.push_back({first, static_cast<int>(std::min<int64_t>(kQueryRows, n_queries - first)), n, false});
   }
-  const AttentionShape shape{config_.hidden / kResamplerHeadDim, kResamplerHeadDim, hidden, kResamplerHeadDim,
-                             hidden};
+  const AttentionShape shape{
+      config_.hidden / kResamplerHeadDim, kResamplerHeadDim, hidden, kResamplerHeadDim, hidden,
+      key_.dtype != QVL_FLOAT32};
   attention(context, shape, queries_.get<float>(size(n_queries * hidden)), source, work.data(),
             static_cast<int64_t>(work.size()), mixed);
   linear(context, out_proj_, mixed, hidden, n_queries, out, hidden);

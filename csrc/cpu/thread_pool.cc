@@ -1,6 +1,9 @@
 #include "cpu/thread_pool.h"
 
 #include <cstdlib>
+#include <system_error>
+
+#include "core/error.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -25,10 +28,20 @@ void pause() {
 }  // namespace
 
 ThreadPool::ThreadPool(int n) {
-  for (int i = 1; i < n; ++i) workers_.emplace_back([this, i] { work(i); });
+  workers_.reserve(static_cast<size_t>(n));
+  try {
+    for (int i = 1; i < n; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (const std::system_error& e) {
+    join();
+    fail(QVL_NO_MEMORY, "config: cannot start %d threads: %s", n, e.what());
+  }
 }
 
 ThreadPool::~ThreadPool() {
+  join();
+}
+
+void ThreadPool::join() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stop_.store(true);

@@ -37,6 +37,7 @@ class ThreadPool {
   void run_erased(int64_t n, Function function, void* context);
   void work(int thread);
   void take_tasks(int thread);
+  void join();
 
   // The loop that is shared now.
   Function function_ = nullptr;

@@ -92,7 +92,8 @@ void Vision::block(Context& context, const Block& block, float* x) {
     work.push_back(
         {first, static_cast<int>(std::min<int64_t>(kQueryRows, patches_ - first)), patches_, false});
   }
-  const AttentionShape shape{config_.vision_heads, head_dim, 3 * width, 3 * head_dim, width};
+  const AttentionShape shape{config_.vision_heads, head_dim, 3 * width,
+                             3 * head_dim,         width,    block.in_proj.dtype != QVL_FLOAT32};
   attention(context, shape, qkv, kv, work.data(), static_cast<int64_t>(work.size()), normed);
   linear(context, block.out_proj, normed, width, patches_, x, width, true);
   layer_norm_rows(context, block.ln_2, x, patches_, config_.vision_width, normed);

@@ -107,7 +107,7 @@ EXPORT float qvlt_query_scale(const qvl_config* config, int position) {
 
 // q, k and v as in reference.h. tile: tokens in a tile of keys; dtype: what keys and values are rounded to
 // first.
-EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, int64_t heads,
+EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, int rounded, int64_t heads,
                           int64_t head_dim, int64_t n, int64_t n_keys, int causal, const float* q,
                           const float* k, const float* v, float* out) {
   struct Kv final : KeysAndValues {
@@ -139,7 +139,8 @@ EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, i
       const auto part = static_cast<int>(std::min<int64_t>(kQueryRows, n - first));
       work.push_back({first, part, causal != 0 ? n_keys - n + first + part : n_keys, causal != 0});
     }
-    const AttentionShape shape{static_cast<int>(heads), static_cast<int>(head_dim), stride, head_dim, stride};
+    const AttentionShape shape{
+        static_cast<int>(heads), static_cast<int>(head_dim), stride, head_dim, stride, rounded != 0};
     attention(context, shape, q, kv, work.data(), static_cast<int64_t>(work.size()), out);
   });
 }

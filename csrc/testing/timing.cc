@@ -9,6 +9,10 @@
 #include "cpu/dispatch.h"
 #include "cpu/linear.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 using namespace qvl;
 using namespace qvl::cpu;
 
@@ -45,23 +49,66 @@ uint64_t read_piece(const char* from, int64_t bytes, bool streams) {
   return total[0] + total[1] + total[2] + total[3];
 }
 
+#if defined(__x86_64__)
+__attribute__((target("avx512f,avx512bf16"))) double bf16_products(int64_t n) {
+  __m512 sums[24];
+  for (int i = 0; i < 24; ++i) sums[i] = _mm512_set1_ps(static_cast<float>(i));
+  __m512i ones = _mm512_set1_epi32(0x3F803F80);
+  asm volatile("" : "+v"(ones));
+  for (int64_t step = 0; step < n; ++step) {
+#pragma GCC unroll 24
+    for (int i = 0; i < 24; ++i) {
+      sums[i] = _mm512_dpbf16_ps(sums[i], reinterpret_cast<__m512bh>(ones), reinterpret_cast<__m512bh>(ones));
+    }
+  }
+  float total = 0;
+  for (const __m512& sum : sums) total += _mm512_reduce_add_ps(sum);
+  return static_cast<double>(total);
+}
+#endif
+
 }  // namespace
 
-// Bytes a second that `threads` threads read from memory, the best of `repeats` passes over `bytes`.
+// Operations a second of the bfloat16 instruction, on registers alone; 0 where there is none.
+EXPORT double qvlt_bf16_peak(int threads) {
+#if defined(__x86_64__)
+  if (!__builtin_cpu_supports("avx512bf16")) return 0;
+  constexpr int64_t kSteps = 2000000;
+  ThreadPool pool(threads);
+  std::vector<double> sums(static_cast<size_t>(threads) * 8);
+  double best = 1e9;
+  for (int i = 0; i < 5; ++i) {
+    best = std::min(best, seconds([&] {
+                      pool.run(threads, [&](int64_t task, int) {
+                        sums[static_cast<size_t>(task) * 8] += bf16_products(kSteps);
+                      });
+                    }));
+  }
+  volatile double keep = sums[0];
+  (void)keep;
+  return static_cast<double>(kSteps * 24 * 64 * threads) / best;
+#else
+  return 0;
+#endif
+}
+
+// Bytes a second that `threads` threads read from memory, the best of `repeats` passes over `bytes`, which
+// take turns with three ways of reading.
 EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
   ThreadPool pool(threads);
   Buffer buffer(static_cast<size_t>(bytes));
   char* memory = buffer.get<char>(static_cast<size_t>(bytes));
   std::memset(memory, 1, static_cast<size_t>(bytes));
-  constexpr int64_t kPiece = 1 << 18, kStretch = 1 << 14;
+  constexpr int64_t kPiece = 1 << 18;
   std::vector<uint64_t> sums(static_cast<size_t>(threads) * 8);
   double best = 1e9;
   for (int i = 0; i < repeats; ++i) {
+    const int64_t stretch = i % 3 == 2 ? 1 << 16 : 1 << 14;
     best = std::min(best, seconds([&] {
                       pool.run(bytes / kPiece, [&](int64_t task, int thread) {
-                        for (int64_t at = 0; at < kPiece; at += kStretch) {
+                        for (int64_t at = 0; at < kPiece; at += stretch) {
                           sums[static_cast<size_t>(thread) * 8] +=
-                              read_piece(memory + task * kPiece + at, kStretch, i % 2 == 0);
+                              read_piece(memory + task * kPiece + at, stretch, i % 3 != 0);
                         }
                       });
                     }));

@@ -163,7 +163,7 @@ class Library:
         for name in ("qvl_engine_free", "qvl_kv_pool_free", "qvl_engine_describe"):
             getattr(self.dll, name).argtypes = [c_void_p]
         self.dll.qvl_dealloc.argtypes = [c_void_p, c_void_p]
-        signatures = {
+        signatures: dict[str, list[Any]] = {
             "qvl_pack": [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_uint64],
             "qvl_unpack": [c_int32, c_int64, c_int64, c_void_p, c_uint64, c_void_p],
             "qvl_engine_create": [POINTER(Config), POINTER(Tensor), c_int64, POINTER(c_void_p)],
@@ -181,7 +181,7 @@ class Library:
         }
         # Kernels and references of libqwenvl_testing.so; without it these names are simply not there.
         i32, i64, f32, p = c_int32, c_int64, c_float, c_void_p
-        testing = {
+        testing: dict[str, list[Any]] = {
             "linear": [i64, i64, i64, p, p, p, i32, p],
             "rms_norm": [i64, i64, p, p, f32, p],
             "layer_norm": [i64, i64, p, p, p, f32, p],
@@ -190,13 +190,13 @@ class Library:
             "rotary": [i64, i64, p, p, p, p],
             "attention": [i64, i64, i64, i64, i32, p, p, p, p],
         }
-        kernels = {
+        kernels: dict[str, list[Any]] = {
             **testing,
             "linear": [i32, i32, *testing["linear"]],
             "add": [i64, p, p],
             "bfloat16": [i64, p, p, p],
             "rotary": [POINTER(Config), i32, i64, p, p, p, p],
-            "attention": [i32, i32, i32, *testing["attention"]],
+            "attention": [i32, i32, i32, i32, *testing["attention"]],
         }
         if hasattr(self.dll, "qvlt_linear"):
             for name, arguments in testing.items():
@@ -304,7 +304,7 @@ class Engine:
         self.library.dll.qvl_engine_free(self.handle)
 
     def describe(self) -> str:
-        return self.library.dll.qvl_engine_describe(self.handle).decode()
+        return str(self.library.dll.qvl_engine_describe(self.handle).decode())
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
         images = np.ascontiguousarray(images, np.float32)
@@ -339,10 +339,10 @@ class Engine:
             pointer(tokens),
             None,
         )
-        return tokens.tolist()
+        return [int(token) for token in tokens]
 
     def sampling(self, **changes: Any) -> Sampling:
-        sampling = self.library.dll.qvl_sampling_default()
+        sampling: Sampling = self.library.dll.qvl_sampling_default()
         for name, value in changes.items():
             assert hasattr(sampling, name)
             setattr(sampling, name, value)

@@ -39,7 +39,7 @@ def resize(table: np.ndarray, grid: int) -> np.ndarray:
     matrix = resize_matrix(side, grid)
     square = table.astype(np.float64).reshape(side, side, -1)
     resized = np.einsum("ia,jb,abc->ijc", matrix, matrix, square)
-    return resized.reshape(grid * grid, -1).astype(np.float32)
+    return np.asarray(resized.reshape(grid * grid, -1), np.float32)
 
 
 class GoldenModel:
@@ -61,7 +61,7 @@ class GoldenModel:
 
     @property
     def prompt(self) -> list[int]:
-        return self.figures["input_ids"][0].tolist()
+        return [int(token) for token in self.figures["input_ids"][0]]
 
     @property
     def images(self) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from build_engine import REPO, build
+from engine import Library
 
 
 def run(folder: Path, *arguments: str) -> str:
@@ -27,7 +28,7 @@ def run(folder: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def plain(library) -> Path:
+def plain(library: Library) -> Path:
     return library.path.parent
 
 
@@ -48,6 +49,10 @@ def thread() -> Path:
 
 def test_many_requests_leave_memory_flat(plain):
     assert run(plain, "soak", "10000").startswith("10000 requests")
+
+
+def test_threads_that_cannot_be_started(plain):
+    assert "cannot start" in run(plain, "limits")
 
 
 @pytest.mark.parametrize("seed", ["1", "2", "3"])

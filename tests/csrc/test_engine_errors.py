@@ -229,6 +229,7 @@ def test_nulls(library, engine):
 def test_device_memory(library, engine):
     memory = ctypes.c_void_p()
     library.call("qvl_alloc", engine.handle, 1000, ctypes.byref(memory))
+    assert memory.value
     assert memory.value % 64 == 0
     given, back = np.arange(1000, dtype=np.uint8), np.zeros(1000, np.uint8)
     library.call("qvl_copy", engine.handle, memory, given.ctypes.data, 1000, None)

@@ -62,7 +62,7 @@ def test_penalties(engine):
 
 
 def test_steps_are_told(engine):
-    seen = {i: [] for i in range(len(PROMPTS))}
+    seen: dict[int, list[int]] = {i: [] for i in range(len(PROMPTS))}
     steps = []
 
     def on_step(step, requests, tokens):

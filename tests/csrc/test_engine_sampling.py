@@ -58,7 +58,7 @@ def test_the_same_tokens_as_the_predictor(engine, options):
     random, vocab = np.random.default_rng(9), engine.config.vocab
     ends = [3, 7, 500]
     theirs = RowSampler(GenerationOptions(max_new_tokens=99, min_new_tokens=20, **options), ends, vocab)
-    theirs._random = Fractions(12345)
+    theirs._random = Fractions(12345)  # type: ignore[assignment]
     counts = np.zeros(vocab, np.int32)
     forbidden = np.array(ends, np.int32)
     # Without one of its own settings, the predictor is greedy.

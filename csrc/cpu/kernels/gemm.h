@@ -8,6 +8,7 @@
 
 namespace {
 
+using qvl::cpu::Ahead;
 using qvl::cpu::kMaxTileK;
 using qvl::cpu::UnpackTile;
 
@@ -112,21 +113,11 @@ struct UnpackInt4 {
   }
 };
 
-// While a row is unpacked, the same row's part of the next tile is asked for.
-QVL_INLINE void prefetch_next(const UnpackTile& t, int64_t row) {
-  const int64_t row_bytes = int64_t{t.weight_bits} * t.k / 8;
-  const int64_t start = int64_t{t.weight_bits} * (t.first_k + t.n_k) / 8;
-  const int64_t bytes = int64_t{t.weight_bits} * t.n_k / 8;
-  if (t.first_k + t.n_k < t.k)
-    prefetch_all(static_cast<const char*>(t.weights) + row * row_bytes + start, bytes);
-}
-
 template <typename Unpack>
 void unpack_to_f32(const UnpackTile& t) {
   const int width = round_up(t.n_k, 2);
   float line[kMaxTileK + kUnit];
   for (int64_t r = 0; r < t.n_rows; ++r) {
-    prefetch_next(t, t.first_row + r);
     Unpack::row(t, t.first_row + r, line);
     line[t.n_k] = 0.0F;
     __builtin_memcpy(static_cast<float*>(t.tile) + r * width, line,
@@ -139,7 +130,6 @@ void unpack_to_bf16(const UnpackTile& t) {
   const int width = round_up(t.n_k, 2);
   float line[kMaxTileK + kUnit];
   for (int64_t r = 0; r < t.n_rows; ++r) {
-    prefetch_next(t, t.first_row + r);
     Unpack::row(t, t.first_row + r, line);
     line[t.n_k] = 0.0F;
     uint16_t* to = static_cast<uint16_t*>(t.tile) + r * width;
@@ -164,7 +154,6 @@ struct StepF32 {
 void copy_bf16(const UnpackTile& t) {
   const int width = round_up(t.n_k, 2);
   for (int64_t r = 0; r < t.n_rows; ++r) {
-    prefetch_next(t, t.first_row + r);
     const uint16_t* from = static_cast<const uint16_t*>(t.weights) + (t.first_row + r) * t.k + t.first_k;
     uint16_t* to = static_cast<uint16_t*>(t.tile) + r * width;
     __builtin_memcpy(to, from, static_cast<size_t>(t.n_k) * 2);
@@ -210,13 +199,38 @@ QVL_INLINE void multiply_block(const typename Step::Element* tile, int64_t width
 constexpr int kBlockRows = kLanes == 16 ? 8 : 4;
 constexpr int kBlockPanels = 3;
 
+// Asks for a share of the lines with each block of a product, since memory has its own pace.
+class Prefetcher {
+ public:
+  Prefetcher(const Ahead& ahead, int64_t blocks)
+      : ahead_(ahead),
+        row_lines_((ahead.row_bytes + 63) / 64),
+        left_(ahead.rows * row_lines_),
+        share_((left_ + blocks - 1) / blocks) {}
+
+  QVL_INLINE void next_block() {
+    for (int64_t i = 0; i < share_ && left_ > 0; ++i, --left_) {
+      prefetch(ahead_.first + row_ * ahead_.stride + 64 * line_);
+      if (++line_ == row_lines_) {
+        line_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  const Ahead& ahead_;
+  int64_t row_lines_, left_, share_, row_ = 0, line_ = 0;
+};
+
 // All rows against P panels: these stay in the first-level cache, the rows pass by.
 template <typename Step, int P>
 QVL_INLINE void multiply_panels(const typename Step::Element* tile, int64_t width, int rows, int n_steps,
                                 const char* panels, size_t panel_bytes, bool first, float* c,
-                                int64_t c_stride) {
+                                int64_t c_stride, Prefetcher& prefetcher) {
   int r = 0;
   for (; r + kBlockRows <= rows; r += kBlockRows) {
+    prefetcher.next_block();
     multiply_block<Step, kBlockRows, P>(tile + r * width, width, n_steps, panels, panel_bytes, first,
                                         c + r * c_stride, c_stride);
   }
@@ -228,23 +242,25 @@ QVL_INLINE void multiply_panels(const typename Step::Element* tile, int64_t widt
 
 template <typename Step>
 void multiply_tile(const void* tile, int64_t width, int rows, int n_k, const void* panels, size_t panel_bytes,
-                   int n_panels, bool first, float* c, int64_t c_stride) {
+                   int n_panels, bool first, float* c, int64_t c_stride, const Ahead& ahead) {
   const int n_steps = (n_k + Step::kPerStep - 1) / Step::kPerStep;
   const auto* from = static_cast<const typename Step::Element*>(tile);
+  Prefetcher prefetcher(ahead, int64_t{rows + kBlockRows - 1} / kBlockRows * (n_panels / kBlockPanels + 1));
   for (int q = 0; q < n_panels;) {
     const char* x = static_cast<const char*>(panels) + static_cast<size_t>(q) * panel_bytes;
     float* to = c + q * kLanes;
     const int left = n_panels - q;
-    if (left >= kBlockPanels && left != kBlockPanels + 1) {  // 4 left: 2 and 2
-      multiply_panels<Step, 3>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride);
-      q += 3;
-    } else if (left >= 2) {
-      multiply_panels<Step, 2>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride);
-      q += 2;
+    const int some = left >= kBlockPanels && left != kBlockPanels + 1 ? 3
+                     : left >= 2                                      ? 2
+                                                                      : 1;  // of 4: 2 and 2
+    if (some == 3) {
+      multiply_panels<Step, 3>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride, prefetcher);
+    } else if (some == 2) {
+      multiply_panels<Step, 2>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride, prefetcher);
     } else {
-      multiply_panels<Step, 1>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride);
-      q += 1;
+      multiply_panels<Step, 1>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride, prefetcher);
     }
+    q += some;
   }
 }
 

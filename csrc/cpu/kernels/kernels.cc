@@ -57,6 +57,7 @@ constexpr Kernels make() {
   k.unpack_tile[1][QVL_INT4_G64] = unpack_to_bf16<UnpackInt4<64>>;
   k.unpack_tile[1][QVL_INT4_G128] = unpack_to_bf16<UnpackInt4<128>>;
   k.multiply_tile[1] = multiply_tile<StepBf16>;
+  k.attend_rounded = attend_rounded;
 #endif
 
   k.attend_begin = attend_begin;

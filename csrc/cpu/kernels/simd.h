@@ -214,29 +214,26 @@ QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
 #if defined(__AVX512VNNI__)
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
       reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#elif defined(__AVX2__)
-  // In 16 bits, even and odd bytes apart: the instruction for bytes cuts sums off at 2^15.
-  const Halves a_even = reinterpret_cast<Halves>(a) & 0xFF, a_odd = reinterpret_cast<Halves>(a) >> 8;
+#else
+  // Even and odd bytes apart, in 16 bits, which hold a product but no sum of two.
+  const Shorts a_even = reinterpret_cast<Shorts>(reinterpret_cast<Halves>(a) & 0xFF);
+  const Shorts a_odd = reinterpret_cast<Shorts>(reinterpret_cast<Halves>(a) >> 8);
   const Shorts b_even = reinterpret_cast<Shorts>(b) << 8 >> 8, b_odd = reinterpret_cast<Shorts>(b) >> 8;
+#if defined(__AVX2__)
   const __m256i even =
       _mm256_madd_epi16(reinterpret_cast<__m256i>(a_even), reinterpret_cast<__m256i>(b_even));
   const __m256i odd = _mm256_madd_epi16(reinterpret_cast<__m256i>(a_odd), reinterpret_cast<__m256i>(b_odd));
   return sums + reinterpret_cast<Ints>(even) + reinterpret_cast<Ints>(odd);
 #else
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < 4; ++j) sums[i] += a[4 * i + j] * b[4 * i + j];
-  }
-  return sums;
+  const Ints even = reinterpret_cast<Ints>(a_even * b_even), odd = reinterpret_cast<Ints>(a_odd * b_odd);
+  return sums + (even << 16 >> 16) + (even >> 16) + (odd << 16 >> 16) + (odd >> 16);
+#endif
 #endif
 }
 
 // Ask for a cache line that will be needed a little later. Any address is allowed.
 QVL_INLINE void prefetch(const void* memory) {
   __builtin_prefetch(memory, 0, 2);
-}
-
-QVL_INLINE void prefetch_all(const char* memory, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) prefetch(memory + i);
 }
 
 // e^x to about 1e-7 relative for x in [-87, 88]; smaller x give 0, larger ones infinity.

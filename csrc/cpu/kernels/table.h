@@ -36,8 +36,15 @@ struct UnpackTile {
   int k;
   int64_t first_row, n_rows;
   int first_k, n_k;
-  int weight_bits;  // to look ahead
-  void* tile;       // [n_rows][n_k rounded up to 2]
+  void* tile;  // [n_rows][n_k rounded up to 2]
+};
+
+// Memory that will be read next: rows of some bytes.
+struct Ahead {
+  const char* first;
+  int64_t stride;  // from row to row
+  int64_t rows;
+  int64_t row_bytes;
 };
 
 // Keys and values of up to kMaxKvTile tokens of one head, where they lie in memory.
@@ -76,9 +83,11 @@ struct Kernels {
   // [k / 2][lanes][2]. Index 1 is bfloat16, used with unpack_tile of the same kind.
   void (*pack_panel[2])(const float* x, int64_t x_stride, int n_tokens, int k, void* panel);
   void (*unpack_tile[2][QVL_DTYPES])(const UnpackTile& tile);
-  // c [rows][c_stride] (+)= tile [rows][width], n_k columns of it, x panels [n_panels], each from `panels` on
+  // c [rows][c_stride] (+)= tile [rows][width], n_k columns of it, x panels [n_panels], each from `panels`
+  // on; what is `ahead` is asked for meanwhile
   void (*multiply_tile[2])(const void* tile, int64_t width, int rows, int n_k, const void* panels,
-                           size_t panel_bytes, int n_panels, bool first, float* c, int64_t c_stride);
+                           size_t panel_bytes, int n_panels, bool first, float* c, int64_t c_stride,
+                           const Ahead& ahead);
   // c [rows][c_stride, whole vectors] -> y [n_x][y_stride] (+)= c^T * scales + bias, either of which may be
   // NULL
   void (*write_block)(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, const float* scales,
@@ -93,6 +102,9 @@ struct Kernels {
   size_t (*attend_scratch_bytes)(int head_dim, int n_q, int n_tokens);
   void (*attend)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile, int64_t visible,
                  float* state, float* out, int64_t out_stride, void* scratch);
+  // The same in bfloat16; NULL without bf16_dot.
+  void (*attend_rounded)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile,
+                         int64_t visible, float* state, float* out, int64_t out_stride, void* scratch);
   // The same for one query that sees the whole tile, without rearranging it.
   void (*attend_one)(const float* q, int head_dim, const KvTile& tile, float* state, float* out);
   void (*attend_end)(const float* state, int n_q, int64_t out_stride, float* out);

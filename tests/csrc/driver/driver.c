@@ -3,6 +3,7 @@
  *   driver all            a small random model in every storage type: vision, forward, generate
  *   driver threads        several engines at once, and several threads on one engine
  *   driver fuzz N SEED    N calls with one argument spoilt
+ *   driver limits         more threads than the memory has room for
  *   driver soak N         N requests; fails if they leave more memory in use than a tenth of them
  *
  * Prints one line and returns 0, or says what went wrong and returns 1.
@@ -13,24 +14,25 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 
 #include "qwenvl.h"
 
-#define CHECK(condition)                                                            \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
-      fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);               \
-      exit(1);                                                                      \
-    }                                                                               \
+#define CHECK(condition)                                              \
+  do {                                                                \
+    if (!(condition)) {                                               \
+      fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      exit(1);                                                        \
+    }                                                                 \
   } while (0)
 
-#define SUCCEED(call)                                                               \
-  do {                                                                              \
-    qvl_error error_;                                                               \
-    if ((call) != QVL_OK) {                                                         \
+#define SUCCEED(call)                                                                \
+  do {                                                                               \
+    qvl_error error_;                                                                \
+    if ((call) != QVL_OK) {                                                          \
       fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, error_.message); \
-      exit(1);                                                                      \
-    }                                                                               \
+      exit(1);                                                                       \
+    }                                                                                \
   } while (0)
 #define ERROR &error_
 
@@ -39,11 +41,22 @@ static uint64_t next(uint64_t* state) {
   return *state >> 33;
 }
 
-static float uniform(uint64_t* state) { return (float)next(state) / 1073741824.0f - 1; }
+static float uniform(uint64_t* state) {
+  return (float)next(state) / 1073741824.0f - 1;
+}
 
 /* ---- a small model ------------------------------------------------------------------------------------ */
 
-enum { HIDDEN = 128, LAYERS = 2, MLP = 100, VOCAB = 53, WIDTH = 48, VISION_MLP = 70, PATCHES = 4, QUERIES = 5 };
+enum {
+  HIDDEN = 128,
+  LAYERS = 2,
+  MLP = 100,
+  VOCAB = 53,
+  WIDTH = 48,
+  VISION_MLP = 70,
+  PATCHES = 4,
+  QUERIES = 5
+};
 enum { MAX_TENSORS = 128, MAX_POSITIONS = 512 };
 
 typedef struct {
@@ -76,9 +89,15 @@ static void give(model* m, const char* name, int product, int64_t a, int64_t b, 
   t->data = packed;
 }
 
-static void vector(model* m, const char* name, int64_t n) { give(m, name, 0, n, 0, 0, 0); }
-static void table(model* m, const char* name, int64_t rows, int64_t n) { give(m, name, 0, rows, n, 0, 0); }
-static void matrix(model* m, const char* name, int64_t out, int64_t in) { give(m, name, 1, out, in, 0, 0); }
+static void vector(model* m, const char* name, int64_t n) {
+  give(m, name, 0, n, 0, 0, 0);
+}
+static void table(model* m, const char* name, int64_t rows, int64_t n) {
+  give(m, name, 0, rows, n, 0, 0);
+}
+static void matrix(model* m, const char* name, int64_t out, int64_t in) {
+  give(m, name, 1, out, in, 0, 0);
+}
 
 static void norm(model* m, const char* name, int64_t n) {
   char full[128];
@@ -217,7 +236,8 @@ static void answer(qvl_engine* engine, int32_t* tokens) {
   requests[0].spans = &span;
   qvl_result results[REQUESTS];
   const int32_t end = 1;
-  SUCCEED(qvl_generate(engine, NULL, REQUESTS, requests, 1, &end, NULL, NULL, NEW, tokens, results, NULL, ERROR));
+  SUCCEED(
+      qvl_generate(engine, NULL, REQUESTS, requests, 1, &end, NULL, NULL, NEW, tokens, results, NULL, ERROR));
   for (int i = 0; i < REQUESTS; ++i) {
     CHECK(results[i].finish == QVL_FINISH_END || results[i].n_tokens == NEW);
     for (int t = results[i].n_tokens; t < NEW; ++t) tokens[i * NEW + t] = -1;
@@ -318,14 +338,29 @@ static int fuzz_create(const model* m) {
   qvl_tensor* t = &tensors[next(&fuzz_random) % (uint64_t)n];
   switch (next(&fuzz_random) % 9) {
     case 0:
-    case 1: spoil((char*)&config + 4, sizeof config - 4); break;
-    case 2: config.size = (uint32_t)odd_number() % sizeof config; break;
-    case 3: t->dtype = (qvl_dtype)odd_number(); break;
-    case 4: t->shape[next(&fuzz_random) % 4] = odd_number(); break;
-    case 5: t->bytes = (uint64_t)odd_number(); break;
-    case 6: t->data = NULL; break;
-    case 7: t->name = next(&fuzz_random) % 2 ? NULL : "h.0"; break;
-    default: n = (int64_t)(next(&fuzz_random) % (uint64_t)n);
+    case 1:
+      spoil((char*)&config + 4, sizeof config - 4);
+      break;
+    case 2:
+      config.size = (uint32_t)odd_number() % sizeof config;
+      break;
+    case 3:
+      t->dtype = (qvl_dtype)odd_number();
+      break;
+    case 4:
+      t->shape[next(&fuzz_random) % 4] = odd_number();
+      break;
+    case 5:
+      t->bytes = (uint64_t)odd_number();
+      break;
+    case 6:
+      t->data = NULL;
+      break;
+    case 7:
+      t->name = next(&fuzz_random) % 2 ? NULL : "h.0";
+      break;
+    default:
+      n = (int64_t)(next(&fuzz_random) % (uint64_t)n);
   }
   if (config.n_threads > 4) config.n_threads = 4;
   qvl_engine* engine;
@@ -348,21 +383,42 @@ static int fuzz_forward(qvl_engine* engine, qvl_kv_pool* pool) {
   qvl_batch batch = {sizeof batch, 2, sequences, ids, 2, 0, spans};
   qvl_sequence* s = &sequences[next(&fuzz_random) % 2];
   switch (next(&fuzz_random) % 10) {
-    case 0: s->n_new = (int32_t)odd_number(); break;
-    case 1: s->n_past = (int32_t)odd_number(); break;
-    case 2: s->prompt_len = (int32_t)odd_number(); break;
-    case 3: s->n_blocks = (int32_t)odd_number(); break;
-    case 4: blocks[next(&fuzz_random) % 2] = (int32_t)odd_number(); break;
-    case 5: s->blocks = NULL; break;
-    case 6: spoil(&spans[next(&fuzz_random) % 2], 8); break;
-    case 7: ids[next(&fuzz_random) % 6] = (int32_t)odd_number(); break;
-    case 8: batch.n_spans = -(int32_t)(next(&fuzz_random) % 3); break;
+    case 0:
+      s->n_new = (int32_t)odd_number();
+      break;
+    case 1:
+      s->n_past = (int32_t)odd_number();
+      break;
+    case 2:
+      s->prompt_len = (int32_t)odd_number();
+      break;
+    case 3:
+      s->n_blocks = (int32_t)odd_number();
+      break;
+    case 4:
+      blocks[next(&fuzz_random) % 2] = (int32_t)odd_number();
+      break;
+    case 5:
+      s->blocks = NULL;
+      break;
+    case 6:
+      spoil(&spans[next(&fuzz_random) % 2], 8);
+      break;
+    case 7:
+      ids[next(&fuzz_random) % 6] = (int32_t)odd_number();
+      break;
+    case 8:
+      batch.n_spans = -(int32_t)(next(&fuzz_random) % 3);
+      break;
     default:
-      if (next(&fuzz_random) % 2) batch.spans = NULL;
-      else batch.tokens = NULL;
+      if (next(&fuzz_random) % 2)
+        batch.spans = NULL;
+      else
+        batch.tokens = NULL;
   }
   qvl_error error;
-  const qvl_status status = qvl_forward(engine, pool, &batch, next(&fuzz_random) % 4 ? logits : NULL, NULL, &error);
+  const qvl_status status =
+      qvl_forward(engine, pool, &batch, next(&fuzz_random) % 4 ? logits : NULL, NULL, &error);
   CHECK(status == QVL_OK || error.message[0] != 0);
   return status != QVL_OK;
 }
@@ -371,26 +427,82 @@ static int fuzz_generate(qvl_engine* engine, qvl_kv_pool* pool) {
   static int32_t ids[MAX_POSITIONS], tokens[2 * MAX_POSITIONS];
   static float features[MAX_POSITIONS * HIDDEN];
   for (int i = 0; i < MAX_POSITIONS; ++i) ids[i] = i % VOCAB;
-  const qvl_span span = {1, 2, features};
+  qvl_span span = {1, 2, features};
+  int32_t n = 1;
   qvl_request request = {4, 1, ids, &span, 2, 0, qvl_sampling_default()};
   int32_t end = 1;
   qvl_result result;
   int64_t stride = 16;
-  switch (next(&fuzz_random) % 7) {
-    case 0: request.n_tokens = (int32_t)odd_number(); break;
-    case 1: request.n_spans = -1; break;
-    case 2: request.tokens = NULL; break;
-    case 3: request.max_new = (int32_t)odd_number() % 17; break;
-    case 4: request.min_new = (int32_t)odd_number(); break;
-    case 5: end = (int32_t)odd_number(); break;
+  switch (next(&fuzz_random) % 10) {
+    case 7:
+      n = next(&fuzz_random) % 2 ? INT32_MAX : -(int32_t)(next(&fuzz_random) % 3);
+      break;
+    case 8:
+      spoil(&span, 8);
+      break;
+    case 9:
+      stride = next(&fuzz_random) % 2 ? INT64_MIN : odd_number() % 17;
+      break;
+    case 0:
+      request.n_tokens = (int32_t)odd_number();
+      break;
+    case 1:
+      request.n_spans = -1;
+      break;
+    case 2:
+      request.tokens = NULL;
+      break;
+    case 3:
+      request.max_new = (int32_t)odd_number() % 17;
+      break;
+    case 4:
+      request.min_new = (int32_t)odd_number();
+      break;
+    case 5:
+      end = (int32_t)odd_number();
+      break;
     default: /* n_forbidden stays: its pointer is NULL */
       spoil(&request.sampling, offsetof(qvl_sampling, n_forbidden));
       if (request.sampling.size > sizeof request.sampling) request.sampling.size = 1;
   }
   qvl_error error;
-  const qvl_status status = qvl_generate(engine, next(&fuzz_random) % 2 ? pool : NULL, 1, &request, 1, &end, NULL, NULL,
-                                         stride, tokens, &result, NULL, &error);
+  const qvl_status status = qvl_generate(engine, next(&fuzz_random) % 2 ? pool : NULL, n, &request, 1, &end,
+                                         NULL, NULL, stride, tokens, &result, NULL, &error);
   CHECK(status == QVL_OK || error.message[0] != 0);
+  return status != QVL_OK;
+}
+
+static int fuzz_sample(qvl_engine* engine) {
+  float logits[2 * VOCAB];
+  for (int i = 0; i < 2 * VOCAB; ++i) logits[i] = odd_float();
+  int32_t counts[VOCAB] = {0}, tokens[2] = {-1, -1}, forbidden[3] = {1, 2, 3};
+  int32_t* rows[2] = {counts, NULL};
+  qvl_sampling sampling[2] = {qvl_sampling_default(), qvl_sampling_default()};
+  int32_t n = 2;
+  for (int i = 0; i < 2; ++i) sampling[i].temperature = (float)(next(&fuzz_random) % 3);
+  sampling[0].forbidden = forbidden;
+  sampling[0].n_forbidden = 3;
+  switch (next(&fuzz_random) % 6) {
+    case 0:
+      n = -(int32_t)(next(&fuzz_random) % 3);
+      break;
+    case 1:
+      forbidden[next(&fuzz_random) % 3] = (int32_t)odd_number();
+      break;
+    case 2:
+      sampling[0].forbidden = NULL;
+      break;
+    case 3:
+      sampling[0].n_forbidden = -1;
+      break;
+    default:
+      spoil(&sampling[next(&fuzz_random) % 2], offsetof(qvl_sampling, n_forbidden));
+  }
+  qvl_error error;
+  const qvl_status status = qvl_sample(engine, n, next(&fuzz_random) % 8 ? logits : NULL, sampling,
+                                       next(&fuzz_random) % 2 ? rows : NULL, tokens, NULL, &error);
+  CHECK(status == QVL_OK || error.message[0] != 0);
+  for (int i = 0; status == QVL_OK && i < n; ++i) CHECK(tokens[i] >= 0 && tokens[i] < VOCAB);
   return status != QVL_OK;
 }
 
@@ -416,7 +528,8 @@ static int fuzz_rest(qvl_engine* engine) {
       CHECK((status == QVL_OK) == fits);
       break;
     }
-    default: status = qvl_encode_images(engine, -1 - odd_number(), NULL, NULL, NULL, &error);
+    default:
+      status = qvl_encode_images(engine, -1 - odd_number(), NULL, NULL, NULL, &error);
   }
   CHECK(status == QVL_OK || error.message[0] != 0);
   return status != QVL_OK;
@@ -432,11 +545,21 @@ static void run_fuzz(int n, uint64_t seed) {
   answer(engine, before);
   int refused = 0;
   for (int i = 0; i < n; ++i) {
-    switch (i % 4) {
-      case 0: refused += fuzz_create(m); break;
-      case 1: refused += fuzz_forward(engine, pool); break;
-      case 2: refused += fuzz_generate(engine, pool); break;
-      default: refused += fuzz_rest(engine);
+    switch (i % 5) {
+      case 0:
+        refused += fuzz_create(m);
+        break;
+      case 3:
+        refused += fuzz_sample(engine);
+        break;
+      case 1:
+        refused += fuzz_forward(engine, pool);
+        break;
+      case 2:
+        refused += fuzz_generate(engine, pool);
+        break;
+      default:
+        refused += fuzz_rest(engine);
     }
   }
   answer(engine, after);
@@ -446,6 +569,25 @@ static void run_fuzz(int n, uint64_t seed) {
   free_model(m);
   CHECK(refused > n / 4 && refused < n);
   printf("%d of %d calls refused\n", refused, n);
+}
+
+/* ---- limits ------------------------------------------------------------------------------------------- */
+
+static void run_limits(void) {
+  model* m = make_model(QVL_FLOAT32, QVL_ISA_BEST, 1024);
+  const struct rlimit limit = {1u << 30, 1u << 30}; /* a thread's stack takes 8 MiB of addresses */
+  CHECK(setrlimit(RLIMIT_AS, &limit) == 0);
+  qvl_engine* engine;
+  qvl_error error;
+  CHECK(qvl_engine_create(&m->config, m->tensors, m->n, &engine, &error) == QVL_NO_MEMORY);
+  CHECK(engine == NULL);
+  m->config.n_threads = 2;
+  engine = make_engine(m);
+  qvl_kv_pool* pool;
+  CHECK(qvl_kv_pool_create(engine, INT32_MAX, 256, QVL_FLOAT32, &pool, NULL) == QVL_NO_MEMORY);
+  qvl_engine_free(engine);
+  free_model(m);
+  printf("%s\n", error.message);
 }
 
 /* ---- soak --------------------------------------------------------------------------------------------- */
@@ -469,7 +611,8 @@ static void run_soak(int n) {
   for (int i = 0; i < n; ++i) {
     if (i == n / 10) begin = resident_kib();
     for (int t = 0; t < 64; ++t) ids[t] = (int32_t)(next(&random) % VOCAB);
-    qvl_request request = {1 + (int32_t)(next(&random) % 64), 0, ids, NULL, 1 + i % 4, 0, qvl_sampling_default()};
+    qvl_request request = {
+        1 + (int32_t)(next(&random) % 64), 0, ids, NULL, 1 + i % 4, 0, qvl_sampling_default()};
     request.sampling.temperature = (float)(i % 2);
     request.sampling.presence_penalty = (float)(i % 3);
     qvl_result result;
@@ -485,12 +628,18 @@ static void run_soak(int n) {
 
 int main(int n, char** arguments) {
   const char* what = n > 1 ? arguments[1] : "";
-  if (strcmp(what, "all") == 0) run_all();
-  else if (strcmp(what, "threads") == 0) run_threads();
-  else if (strcmp(what, "fuzz") == 0 && n == 4) run_fuzz(atoi(arguments[2]), strtoull(arguments[3], NULL, 10));
-  else if (strcmp(what, "soak") == 0 && n == 3) run_soak(atoi(arguments[2]));
+  if (strcmp(what, "all") == 0)
+    run_all();
+  else if (strcmp(what, "threads") == 0)
+    run_threads();
+  else if (strcmp(what, "fuzz") == 0 && n == 4)
+    run_fuzz(atoi(arguments[2]), strtoull(arguments[3], NULL, 10));
+  else if (strcmp(what, "limits") == 0)
+    run_limits();
+  else if (strcmp(what, "soak") == 0 && n == 3)
+    run_soak(atoi(arguments[2]));
   else {
-    fprintf(stderr, "usage: driver all | threads | fuzz N SEED | soak N\n");
+    fprintf(stderr, "usage: driver all | threads | fuzz N SEED | limits | soak N\n");
     return 2;
   }
   return 0;

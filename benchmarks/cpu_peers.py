@@ -1,0 +1,253 @@
+"""What others take for a layer of the same geometry: run by cpu_engine.py, with the interpreter that has them.
+
+python benchmarks/cpu_peers.py torch|llama THREADS SECONDS prints a line of JSON for each way of running: its name
+and milliseconds a layer. llama needs NumPy, gguf, llama-cpp-python and 1 GB for a file of random weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HIDDEN, HEADS, MLP, PROMPT, PAST, BATCH = 4096, 32, 11008, 300, 300, 8
+WIDTH, VISION_HEADS, VISION_MLP, PATCHES = 1664, 16, 8192, 1024
+
+
+def best(run: Callable[[], object], seconds: float) -> float:
+    """Milliseconds of the fastest of as many runs as fit."""
+    run()
+    shortest, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        shortest = min(shortest, time.perf_counter() - start)
+    return shortest * 1e3
+
+
+def report(name: str, **milliseconds: float) -> None:
+    print(json.dumps({"name": name, **milliseconds}), flush=True)
+
+
+# ---- PyTorch ---------------------------------------------------------------------------------------------
+
+
+def torch_peer(threads: int, seconds: float) -> None:
+    import torch
+    from torch.nn import functional as f
+
+    torch.set_num_threads(threads)
+
+    def attend(q: Any, k: Any, v: Any, heads: int, causal: bool) -> Any:
+        n, tokens, _ = q.shape
+        split = [t.view(n, t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v)]
+        mixed = f.scaled_dot_product_attention(split[0], split[1], split[2], is_causal=causal)
+        return mixed.transpose(1, 2).reshape(n, tokens, -1)
+
+    def rotate(x: Any, cos: Any, sin: Any) -> Any:
+        n, tokens, width = x.shape
+        heads = x.view(n, tokens, HEADS, -1)
+        low, high = heads.chunk(2, -1)
+        return (heads * cos + torch.cat([-high, low], -1) * sin).view(n, tokens, width)
+
+    class Layer(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            linear = torch.nn.Linear
+            self.ln_1, self.ln_2 = torch.nn.RMSNorm(HIDDEN), torch.nn.RMSNorm(HIDDEN)
+            self.c_attn, self.c_proj = linear(HIDDEN, 3 * HIDDEN), linear(HIDDEN, HIDDEN, bias=False)
+            self.w1, self.w2 = linear(HIDDEN, MLP, bias=False), linear(HIDDEN, MLP, bias=False)
+            self.down = linear(MLP, HIDDEN, bias=False)
+
+        def forward(self, x: Any, cos: Any, sin: Any, past: Any) -> Any:
+            q, k, v = self.c_attn(self.ln_1(x)).chunk(3, -1)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            if past is not None:  # the new token takes the cache's last place
+                past[0][:, -1:], past[1][:, -1:] = k, v
+                k, v = past
+            x = x + self.c_proj(attend(q, k, v, HEADS, past is None))
+            normed = self.ln_2(x)
+            return x + self.down(self.w1(normed) * f.silu(self.w2(normed)))
+
+    class Block(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            linear = torch.nn.Linear
+            self.ln_1, self.ln_2 = torch.nn.LayerNorm(WIDTH), torch.nn.LayerNorm(WIDTH)
+            self.in_proj, self.out_proj = linear(WIDTH, 3 * WIDTH), linear(WIDTH, WIDTH)
+            self.c_fc, self.c_proj = linear(WIDTH, VISION_MLP), linear(VISION_MLP, WIDTH)
+
+        def forward(self, x: Any) -> Any:
+            q, k, v = self.in_proj(self.ln_1(x)).chunk(3, -1)
+            x = x + self.out_proj(attend(q, k, v, VISION_HEADS, False))
+            return x + self.c_proj(f.gelu(self.c_fc(self.ln_2(x))))
+
+    for dtype in (torch.bfloat16, torch.float32):
+        name = f"PyTorch {str(dtype).split('.')[1]}"
+        with torch.inference_mode():
+            layer, block = Layer().to(dtype), Block().to(dtype)
+            past = [torch.randn(BATCH, PAST + 1, HIDDEN).to(dtype) for _ in range(2)]
+            x = torch.randn(BATCH, PROMPT, HIDDEN).to(dtype)
+            turns = torch.randn(PROMPT, 1, HIDDEN // HEADS).to(dtype)
+            patches = torch.randn(1, PATCHES, WIDTH).to(dtype)
+            for compiled in (False, True):
+                run_layer, run_block = (
+                    (torch.compile(m) for m in (layer, block)) if compiled else (layer, block)
+                )
+
+                def decode(
+                    n: int, run_layer: Any = run_layer, x: Any = x, past: Any = past, t: Any = turns
+                ) -> Any:
+                    return run_layer(x[:n, :1], t[:1], t[:1], [p[:n] for p in past])
+
+                def prefill(run_layer: Any = run_layer, x: Any = x, t: Any = turns) -> Any:
+                    return run_layer(x[:1], t, t, None)
+
+                def see(run_block: Any = run_block, patches: Any = patches) -> Any:
+                    return run_block(patches)
+
+                report(
+                    name + (", compiled" if compiled else ""),
+                    decode_1=best(functools.partial(decode, 1), seconds),
+                    decode_8=best(functools.partial(decode, BATCH), seconds),
+                    prefill=best(prefill, seconds),
+                    vision=best(see, seconds),
+                )
+            if dtype == torch.bfloat16:  # the bare products, which oneDNN computes
+
+                def products(modules: list[Any], rows: Any) -> float:
+                    inputs = {
+                        m.in_features: rows[0, :, :1].expand(-1, m.in_features).contiguous() for m in modules
+                    }
+                    return sum(best(lambda m=m: m(inputs[m.in_features]), seconds / 4) for m in modules)  # type: ignore[misc]
+
+                report(
+                    "oneDNN bfloat16",
+                    prefill=products([layer.c_attn, layer.c_proj, layer.w1, layer.w2, layer.down], x),
+                    vision=products([block.in_proj, block.out_proj, block.c_fc, block.c_proj], patches),
+                )
+
+
+# ---- llama.cpp -------------------------------------------------------------------------------------------
+
+LAYERS, VOCAB = 2, 64
+
+
+def write_gguf(path: Path, kind: str) -> None:
+    """Random weights of the geometry, as llama.cpp stores its "qwen"; the types are gguf's own."""
+    import gguf
+    import numpy as np
+    from gguf import quants
+
+    quant = getattr(gguf.GGMLQuantizationType, kind)
+    writer = gguf.GGUFWriter(path, "qwen")
+    writer.add_context_length(8192)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(2 * MLP)
+    writer.add_block_count(LAYERS)
+    writer.add_head_count(HEADS)
+    writer.add_rope_freq_base(10000)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(VOCAB)
+    writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{kind}"))
+    random = np.random.default_rng(0)
+
+    def vector(name: str, n: int) -> None:
+        writer.add_tensor(name, np.ones(n, np.float32))
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        few = quants.quantize(random.standard_normal((64, columns)).astype(np.float32) * 0.02, quant)
+        writer.add_tensor(name, np.resize(few, (rows, *few.shape[1:])), raw_dtype=quant)
+
+    matrix("token_embd.weight", VOCAB, HIDDEN)
+    vector("output_norm.weight", HIDDEN)
+    matrix("output.weight", VOCAB, HIDDEN)
+    for i in range(LAYERS):
+        vector(f"blk.{i}.attn_norm.weight", HIDDEN)
+        matrix(f"blk.{i}.attn_qkv.weight", 3 * HIDDEN, HIDDEN)
+        vector(f"blk.{i}.attn_qkv.bias", 3 * HIDDEN)
+        matrix(f"blk.{i}.attn_output.weight", HIDDEN, HIDDEN)
+        vector(f"blk.{i}.ffn_norm.weight", HIDDEN)
+        matrix(f"blk.{i}.ffn_gate.weight", MLP, HIDDEN)
+        matrix(f"blk.{i}.ffn_up.weight", MLP, HIDDEN)
+        matrix(f"blk.{i}.ffn_down.weight", HIDDEN, MLP)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_peer(threads: int, seconds: float) -> None:
+    import llama_cpp
+
+    quiet = llama_cpp.llama_log_callback(lambda level, text, user: None)
+    llama_cpp.llama_log_set(quiet, None)
+    llama_cpp.llama_backend_init()
+    for kind in ("BF16", "Q8_0", "Q4_0"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{kind}.gguf"
+            write_gguf(path, kind)
+            parameters = llama_cpp.llama_model_default_params()
+            parameters.use_mmap = False  # into memory, repacked for this processor
+            model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        if not model:
+            raise SystemExit(f"llama.cpp does not load the {kind} model")
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch, options.n_seq_max = 8192, 512, 512, BATCH
+        options.n_threads = options.n_threads_batch = threads
+        context = llama_cpp.llama_init_from_model(model, options)
+        memory = llama_cpp.llama_get_memory(context)
+        batch = llama_cpp.llama_batch_init(512, 0, 1)
+
+        def feed(tokens: list[tuple[int, int]], context: Any = context, batch: Any = batch) -> None:
+            """(sequence, position) of each token; 64 logits of all, or the last layer would take a short cut."""
+            batch.n_tokens = len(tokens)
+            for i, (sequence, position) in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = 1, position, 1
+                batch.seq_id[i][0] = sequence
+                batch.logits[i] = 1
+            if llama_cpp.llama_decode(context, batch) != 0:
+                raise SystemExit("llama_decode failed")
+            llama_cpp.llama_synchronize(context)
+
+        def drop(first: int, memory: Any = memory) -> None:
+            for sequence in range(BATCH):
+                llama_cpp.llama_memory_seq_rm(memory, sequence, first, -1)
+
+        def prefill(feed: Any = feed, drop: Any = drop) -> None:
+            drop(0)
+            feed([(0, i) for i in range(PROMPT)])
+
+        def decode(n: int, feed: Any = feed, drop: Any = drop) -> None:
+            drop(PAST)
+            feed([(i, PAST) for i in range(n)])
+
+        prefilled = best(prefill, seconds)
+        for sequence in range(1, BATCH):
+            feed([(sequence, i) for i in range(PAST)])
+        report(
+            f"llama.cpp {kind.lower()}",
+            decode_1=best(functools.partial(decode, 1), seconds) / LAYERS,
+            decode_8=best(functools.partial(decode, BATCH), seconds) / LAYERS,
+            prefill=prefilled / LAYERS,
+        )
+        llama_cpp.llama_batch_free(batch)
+        llama_cpp.llama_free(context)
+        llama_cpp.llama_model_free(model)
+    del quiet
+
+
+def main() -> None:
+    peer, threads, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+    {"torch": torch_peer, "llama": llama_peer}[peer](threads, seconds)
+
+
+if __name__ == "__main__":
+    main()
