@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from paddlemix_qwenvl_plugin.errors import naming
+from paddlemix_qwenvl_plugin.errors import UsageError, naming
 
 
 def write_beside(target: Path, write: Callable[[Path], Any]) -> None:
@@ -22,3 +22,25 @@ def write_beside(target: Path, write: Callable[[Path], Any]) -> None:
             partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_target(target: Path) -> None:
+    """Find out before long work that a file cannot be written there.
+
+    Raises:
+        UsageError: its folder is not there, or it is something else than a file.
+    """
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{target}: is a folder or a device; name a file")
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent}: no such folder")
+
+
+def check_source(source: Path) -> None:
+    """Find out whether there is a file to read.
+
+    Raises:
+        UsageError: there is none, or something else than a file.
+    """
+    if not source.is_file():
+        raise UsageError(f"{source}: {'not a file' if source.exists() else 'no such file'}")

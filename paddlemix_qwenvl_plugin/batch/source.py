@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from paddlemix_qwenvl_plugin.batch.request import RowId
 from paddlemix_qwenvl_plugin.batch.rows import Row, id_key, read_row
 from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.files import check_source
 
 
 class Entry(NamedTuple):
@@ -36,8 +37,7 @@ class Source:
 
     def __init__(self, path: Path, defaults: Mapping[str, Any]) -> None:
         """`defaults` are the generation options of rows that have none of their own."""
-        if not path.is_file():
-            raise UsageError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        check_source(path)
         self.path = path
         self.entries: list[Entry] = []
         self._defaults = defaults

@@ -8,6 +8,7 @@ import typer
 
 from paddlemix_qwenvl_plugin.cli import options as flags
 from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.files import check_target
 
 
 def batch(
@@ -52,10 +53,7 @@ def batch(
         presence_penalty=presence_penalty,
         seed=seed,
     )
-    if not target.parent.is_dir():
-        raise UsageError(f"{target.parent}: no such folder")
-    if target.exists() and not target.is_file():
-        raise UsageError(f"{target}: is a folder or a device; name a file")
+    check_target(target)
     rows = Source(source, asdict(options))
     there = target.exists()
     if there and target.samefile(source):

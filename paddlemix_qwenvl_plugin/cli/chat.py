@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Optional
 
 import typer
 
+from paddlemix_qwenvl_plugin.cli import options as flags
+
 
 def chat(
-    first_model_path: Path = typer.Option(..., "--first_model_path", help="Exported vision stage (prefix)."),
-    second_model_path: Path = typer.Option(
-        ..., "--second_model_path", help="Exported language stage (prefix)."
-    ),
-    model: Optional[Path] = typer.Option(
-        None, "--model_name_or_path", help="Folder with the tokenizer; default: beside the language stage."
-    ),
+    first_model_path: flags.FirstModelPath,
+    second_model_path: flags.SecondModelPath,
+    model: flags.ModelFolder = None,
     image: Optional[list[str]] = typer.Option(
         None, "--image", help="Picture to begin with: path, data URL or http(s) URL; may be repeated."
     ),
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message."),
-    device: str = typer.Option("cpu", "--device", help="cpu, gpu or gpu:N."),
-    max_new_tokens: int = typer.Option(512, "--max_new_tokens"),
-    min_new_tokens: int = typer.Option(0, "--min_new_tokens"),
-    temperature: Optional[float] = typer.Option(None, "--temperature", help="Sample; default: greedy."),
-    top_p: Optional[float] = typer.Option(None, "--top_p"),
-    top_k: Optional[int] = typer.Option(None, "--top_k"),
-    repetition_penalty: float = typer.Option(1.0, "--repetition_penalty"),
-    frequency_penalty: float = typer.Option(0.0, "--frequency_penalty"),
-    presence_penalty: float = typer.Option(0.0, "--presence_penalty"),
-    seed: Optional[int] = typer.Option(None, "--seed"),
-    allow_http: bool = typer.Option(False, "--allow-http", help="Let pictures come from http(s) URLs."),
+    device: flags.Device = "cpu",
+    max_new_tokens: flags.MaxNewTokens = 512,
+    min_new_tokens: flags.MinNewTokens = 0,
+    temperature: flags.Temperature = None,
+    top_p: flags.TopP = None,
+    top_k: flags.TopK = None,
+    repetition_penalty: flags.RepetitionPenalty = 1.0,
+    frequency_penalty: flags.FrequencyPenalty = 0.0,
+    presence_penalty: flags.PresencePenalty = 0.0,
+    seed: flags.Seed = None,
+    allow_http: flags.AllowHttp = False,
 ) -> None:
     """Talk about pictures with Qwen-VL-Chat, on a terminal or through a pipe."""
     from dataclasses import asdict

@@ -14,6 +14,7 @@ import typer
 
 from paddlemix_qwenvl_plugin.cli import options as flags
 from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.files import check_target
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.evaluation.rows import Id, Row
@@ -220,22 +221,20 @@ class _Stages:
 
 
 def _export_demo_model(folder: Path, dtype: str, device: str) -> _Stages:
+    from paddlemix_qwenvl_plugin.demo.run import MODEL
     from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
-    from paddlemix_qwenvl_plugin.shipped import PACKAGE
 
     stages = _Stages(folder / "vision" / "vision", folder / "text" / "qwen", None, device)
-    export_vision(PACKAGE / "demo_model", folder / "vision" / "vision", dtype)
-    export_language(PACKAGE / "demo_model", folder / "text", "qwen", dtype)
+    export_vision(MODEL, folder / "vision" / "vision", dtype)
+    export_language(MODEL, folder / "text", "qwen", dtype)
     return stages
 
 
 def _check(stages: _Stages, predictions: Optional[Path], output: Optional[Path]) -> None:
     if stages.given and predictions is not None:
         raise UsageError("--predictions runs no model: leave out the exported stages")
-    if output is not None and output.exists() and not output.is_file():
-        raise UsageError(f"{output}: is a folder or a device; name a file")
-    if output is not None and not output.parent.is_dir():
-        raise UsageError(f"{output.parent}: no such folder")
+    if output is not None:
+        check_target(output)
 
 
 def _answers(

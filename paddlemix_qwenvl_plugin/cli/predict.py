@@ -11,7 +11,7 @@ import typer
 
 from paddlemix_qwenvl_plugin.cli import options as flags
 from paddlemix_qwenvl_plugin.errors import UsageError
-from paddlemix_qwenvl_plugin.files import write_beside
+from paddlemix_qwenvl_plugin.files import check_target, write_beside
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.answer import Answer
@@ -60,11 +60,10 @@ def predict(
     if draw is not None and not sources:
         raise UsageError("--draw needs an --image to draw on")
     for file in (output, draw):
-        if file is not None and file.exists() and not file.is_file():
-            raise UsageError(f"{file}: is a folder or a device; name a file")
-    for folder in (output.parent if output else None, draw.parent if draw else None, real_time_save):
-        if folder is not None and not folder.is_dir():
-            raise UsageError(f"{folder}: no such folder")
+        if file is not None:
+            check_target(file)
+    if real_time_save is not None and not real_time_save.is_dir():
+        raise UsageError(f"{real_time_save}: no such folder")
     if draw is not None and draw.suffix.lower() not in _DRAW_FORMATS:
         raise UsageError(f"--draw {draw}: not a picture format; name it .png or .jpg")
     model_pair = QwenVL.from_exported(first_model_path, second_model_path, model, device, allow_http)

@@ -19,6 +19,7 @@ from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS, Question
 from paddlemix_qwenvl_plugin.demo.result import Result, Run
 from paddlemix_qwenvl_plugin.demo.sheet import contact_sheet
 from paddlemix_qwenvl_plugin.errors import QwenVLError, make_folder, one_line
+from paddlemix_qwenvl_plugin.evaluation.demo import ask
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.files import write_beside
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
@@ -27,10 +28,6 @@ from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 MODEL = Path(__file__).resolve().parents[1] / "demo_model"
 
 PAGE, SHEET, ANSWERS = "index.html", "sheet.png", "answers.json"
-
-_MAX_NEW_TOKENS = (
-    200  # the longest right answer, four things with their boxes in Chinese, has about half of that
-)
 
 
 def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None) -> Run:
@@ -77,14 +74,12 @@ def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None
 
 
 def _ask(pair: QwenVL, question: Question) -> Result:
-    sample = question.sample
     images = []
     for path in question.pictures:
         # Opened here: in a prompt a path may have 256 bytes, and nobody knows where this is installed.
         with Image.open(path) as file:
             images.append(file.convert("RGB"))
-    answer = pair.generate(sample.parts(images), chat=sample.form == "chat", max_new_tokens=_MAX_NEW_TOKENS)
-    return Result(question, answer)
+    return Result(question, ask(pair, question.sample, images))
 
 
 def _answer_lines(result: Result) -> list[str]:

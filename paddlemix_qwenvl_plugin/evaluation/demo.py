@@ -13,12 +13,18 @@ from paddlemix_qwenvl_plugin.evaluation.rates import Rate
 from paddlemix_qwenvl_plugin.processing.boxes import Box, BoxParse, parse_boxes
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from paddlemix_qwenvl_plugin.runtime.answer import Answer
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 GOALS = {"words": 0.95, "boxes": 0.9, "reading": 0.9}
 """What the shipped model should reach."""
 
 _OPEN_BOX = "<box>"
+
+# The longest right answer, four things with their boxes in Chinese, has about half of that.
+_MAX_NEW_TOKENS = 200
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,12 @@ class Mark:
 def answer(pair: QwenVL, sample: Sample) -> str:
     """Draw the sample's pictures and ask its first turn, greedily."""
     images = [draw(scene) for scene in sample.scenes]
-    # The longest right answer, four things with their boxes in Chinese, has about half of the tokens.
-    return pair.generate(sample.parts(images), chat=sample.form == "chat", max_new_tokens=200).text
+    return ask(pair, sample, images).text
+
+
+def ask(pair: QwenVL, sample: Sample, images: Sequence[Image.Image]) -> Answer:
+    """Ask the first turn about these pictures, greedily."""
+    return pair.generate(sample.parts(images), chat=sample.form == "chat", max_new_tokens=_MAX_NEW_TOKENS)
 
 
 def mark(sample: Sample, answer: str) -> Mark:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 from paddlemix_qwenvl_plugin.checkpoint.config import first_problem
 from paddlemix_qwenvl_plugin.errors import UsageError
 from paddlemix_qwenvl_plugin.evaluation.ask import Request
-from paddlemix_qwenvl_plugin.files import write_beside
+from paddlemix_qwenvl_plugin.files import check_source, write_beside
 
 Id = Union[StrictInt, StrictStr]
 
@@ -100,8 +100,7 @@ _Value = TypeVar("_Value")
 
 
 def _read(path: Path, kind: type[_Kind]) -> Iterator[tuple[int, _Kind]]:
-    if not path.is_file():
-        raise UsageError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    check_source(path)
     n_rows = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

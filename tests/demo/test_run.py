@@ -20,6 +20,7 @@ from paddlemix_qwenvl_plugin.demo import run as run_module
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
 from paddlemix_qwenvl_plugin.demo.run import MODEL, run_demo
 from paddlemix_qwenvl_plugin.errors import QwenVLError
+from paddlemix_qwenvl_plugin.evaluation import demo as evaluation
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -54,7 +55,7 @@ def test_own_files_are_replaced_and_no_others(
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("old")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_module, "_MAX_NEW_TOKENS", 4)  # a random model does not stop by itself
+    monkeypatch.setattr(evaluation, "_MAX_NEW_TOKENS", 4)  # a random model does not stop by itself
     monkeypatch.setattr(run_module, "MODEL", random_model)
     monkeypatch.setattr(sys, "argv", ["qwenvl", "demo"])
     with pytest.raises(SystemExit) as exit_info:
