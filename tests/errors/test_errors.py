@@ -67,8 +67,10 @@ def in_subprocess(arguments: list[str], bench: Bench) -> Outcome:
 
 
 def files() -> set[Path]:
-    """All files below the working directory, but for the records of recipes."""
-    return {path for path in Path().rglob("*") if not path.is_dir() and path.parts[0] != "runs"}
+    """All files below the working directory, but for the records of recipes and the logs of builds."""
+    return {
+        path for path in Path().rglob("*") if not path.is_dir() and path.parts[0] not in ("runs", "cache")
+    }
 
 
 def test_the_table_and_the_cases_agree() -> None:
