@@ -1,12 +1,10 @@
 // The engine as Paddle's custom operators. Each takes the weights as its last input and describes them in
 // attributes:
-//   sizes    stages, device, device_index, n_threads, max_tokens, hidden, layers, heads, head_dim, mlp_width,
-//   vocab,
-//            seq_length, max_positions, dynamic_ntk, logn, image_size, patch_size, vision_width,
-//            vision_layers, vision_heads, vision_mlp_width, n_queries
+//   sizes    stages, hidden, layers, heads, head_dim, mlp_width, vocab, seq_length, max_positions,
+//            dynamic_ntk, logn, image_size, patch_size, vision_width, vision_layers, vision_heads,
+//            vision_mlp_width, n_queries
 //   norm_epsilon, rotary_base
-//   names, dtypes, shapes  of the weights, in the order of the input; dtypes are qvl_dtype, shapes four a
-//   weight
+//   names, dtypes, shapes  of the weights, in the order of the input; dtypes are qvl_dtype, shapes four each
 //
 // Tensors are on the CPU: where the engine computes is its own affair.
 #include <algorithm>
@@ -24,7 +22,10 @@ using paddle::Tensor;
 using qvl::paddle_ops::check;
 using qvl::paddle_ops::Description;
 using qvl::paddle_ops::fail;
+using qvl::paddle_ops::HIDDEN;
+using qvl::paddle_ops::N_QUERIES;
 using qvl::paddle_ops::session;
+using qvl::paddle_ops::VOCAB;
 
 using Shape = std::vector<int64_t>;
 using Ints = std::vector<int>;
@@ -48,7 +49,7 @@ std::vector<Tensor> encode_images(const Tensor& images, const std::vector<Tensor
                                   float norm_epsilon, float rotary_base, const Names& names,
                                   const Ints& dtypes, const Ints& shapes) {
   const auto engine = session({sizes, norm_epsilon, rotary_base, names, dtypes, shapes}, weights);
-  const int64_t n = images.shape()[0], n_queries = sizes[21], hidden = sizes[5];
+  const int64_t n = images.shape()[0], n_queries = sizes[N_QUERIES], hidden = sizes[HIDDEN];
   Tensor features = make({n, n_queries, hidden}, paddle::DataType::FLOAT32);
   qvl_error error;
   check(qvl_encode_images(engine->engine(), n, images.data<float>(), features.data<float>(), nullptr, &error),
@@ -58,7 +59,7 @@ std::vector<Tensor> encode_images(const Tensor& images, const std::vector<Tensor
 
 std::vector<Shape> encode_images_shape(const Shape& images, const std::vector<Shape>&, const Ints& sizes,
                                        float, float, const Names&, const Ints&, const Ints&) {
-  return {{images[0], sizes[21], sizes[5]}};
+  return {{images[0], sizes[N_QUERIES], sizes[HIDDEN]}};
 }
 
 std::vector<paddle::DataType> encode_images_dtype(const paddle::DataType&,
@@ -78,7 +79,7 @@ std::vector<Tensor> forward(const Tensor& tokens, const Tensor& features, const 
                             const std::vector<Tensor>& weights, const Ints& sizes, float norm_epsilon,
                             float rotary_base, const Names& names, const Ints& dtypes, const Ints& shapes) {
   const auto engine = session({sizes, norm_epsilon, rotary_base, names, dtypes, shapes}, weights);
-  const int64_t n = sequences.shape()[0], n_queries = sizes[21], hidden = sizes[5];
+  const int64_t n = sequences.shape()[0], n_queries = sizes[N_QUERIES], hidden = sizes[HIDDEN];
   const auto* rows = sequences.data<int32_t>();
   const auto* table = blocks.data<int32_t>();
   std::vector<qvl_sequence> parts;
@@ -108,7 +109,7 @@ std::vector<Tensor> forward(const Tensor& tokens, const Tensor& features, const 
   const auto* p = pool.data<int64_t>();
   qvl_kv_pool* cache = engine->pool(p[0], static_cast<int32_t>(p[1]), static_cast<int32_t>(p[2]),
                                     static_cast<qvl_dtype>(p[3]));
-  Tensor logits = make({n, sizes[10]}, paddle::DataType::FLOAT32);
+  Tensor logits = make({n, sizes[VOCAB]}, paddle::DataType::FLOAT32);
   qvl_error error;
   check(qvl_forward(engine->engine(), cache, &batch, logits.data<float>(), nullptr, &error), error);
   return {logits};
@@ -117,7 +118,7 @@ std::vector<Tensor> forward(const Tensor& tokens, const Tensor& features, const 
 std::vector<Shape> forward_shape(const Shape&, const Shape&, const Shape&, const Shape& sequences,
                                  const Shape&, const Shape&, const std::vector<Shape>&, const Ints& sizes,
                                  float, float, const Names&, const Ints&, const Ints&) {
-  return {{sequences[0], sizes[10]}};
+  return {{sequences[0], sizes[VOCAB]}};
 }
 
 std::vector<paddle::DataType> forward_dtype(const paddle::DataType&, const paddle::DataType&,
@@ -168,7 +169,7 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
                              float rotary_base, const Names& names, const Ints& dtypes, const Ints& shapes) {
   const auto engine = session({sizes, norm_epsilon, rotary_base, names, dtypes, shapes}, weights);
   const auto n = static_cast<size_t>(input_ids.shape()[0]);
-  const int64_t width = input_ids.shape()[1], n_queries = sizes[21], hidden = sizes[5];
+  const int64_t width = input_ids.shape()[1], n_queries = sizes[N_QUERIES], hidden = sizes[HIDDEN];
   const Tensor* per_row[] = {&penalty,         &frequency,       &presence, &min_length,
                              &max_length,      &temperature,     &top_p,    &tgt_pos,
                              &seq_len_encoder, &seq_len_decoder, &step_idx, &stop_flags};

@@ -1,6 +1,7 @@
 #include "paddle/session.h"
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 
 #include "paddle/common/enforce.h"
@@ -9,6 +10,7 @@ namespace qvl::paddle_ops {
 namespace {
 
 std::mutex mutex;
+std::atomic<int32_t> n_threads{0};
 // By the address of the first weight: a session holds its weights, so that no other tensor can have it.
 std::map<const void*, std::shared_ptr<Session>>& sessions() {
   static auto* const all = new std::map<const void*, std::shared_ptr<Session>>;  // outlives every predictor
@@ -18,32 +20,29 @@ std::map<const void*, std::shared_ptr<Session>>& sessions() {
 qvl_config make_config(const Description& d) {
   const std::vector<int>& sizes = d.sizes;
   qvl_config c = QVL_INIT(qvl_config);
-  int32_t* const fields[] = {reinterpret_cast<int32_t*>(&c.stages),
-                             &c.device,
-                             &c.device_index,
-                             &c.n_threads,
-                             &c.max_tokens,
-                             &c.hidden,
-                             &c.layers,
-                             &c.heads,
-                             &c.head_dim,
-                             &c.mlp_width,
-                             &c.vocab,
-                             &c.seq_length,
-                             &c.max_positions,
-                             &c.dynamic_ntk,
-                             &c.logn,
-                             &c.image_size,
-                             &c.patch_size,
-                             &c.vision_width,
-                             &c.vision_layers,
-                             &c.vision_heads,
-                             &c.vision_mlp_width,
-                             &c.n_queries};
-  if (sizes.size() != std::size(fields)) {
+  int32_t* const fields[N_SIZES] = {reinterpret_cast<int32_t*>(&c.stages),
+                                    &c.hidden,
+                                    &c.layers,
+                                    &c.heads,
+                                    &c.head_dim,
+                                    &c.mlp_width,
+                                    &c.vocab,
+                                    &c.seq_length,
+                                    &c.max_positions,
+                                    &c.dynamic_ntk,
+                                    &c.logn,
+                                    &c.image_size,
+                                    &c.patch_size,
+                                    &c.vision_width,
+                                    &c.vision_layers,
+                                    &c.vision_heads,
+                                    &c.vision_mlp_width,
+                                    &c.n_queries};
+  if (sizes.size() != N_SIZES) {
     fail("the operator's attributes are of another version; export again");
   }
   for (size_t i = 0; i < sizes.size(); ++i) *fields[i] = sizes[i];
+  c.n_threads = n_threads;
   c.norm_epsilon = d.norm_epsilon;
   c.rotary_base = d.rotary_base;
   return c;
@@ -130,4 +129,9 @@ std::shared_ptr<Session> session(const Description& description, const std::vect
 extern "C" __attribute__((visibility("default"))) void qwenvl_free_pool(int64_t id) {
   const std::lock_guard<std::mutex> lock(qvl::paddle_ops::mutex);
   for (const auto& [weights, session] : qvl::paddle_ops::sessions()) session->free_pool(id);
+}
+
+// For the engines made from now on; 0: as qvl_config has it.
+extern "C" __attribute__((visibility("default"))) void qwenvl_set_threads(int32_t n) {
+  qvl::paddle_ops::n_threads = n;
 }

@@ -13,6 +13,9 @@
 
 namespace qvl::paddle_ops {
 
+// Places in an operator's attribute `sizes`; the others are in session.cc.
+enum Size { HIDDEN = 1, VOCAB = 6, N_QUERIES = 17, N_SIZES = 18 };
+
 // What an operator's attributes say about the engine and its weights; see ops.cc for their order.
 struct Description {
   const std::vector<int>& sizes;

@@ -72,9 +72,12 @@ class Checkpoint:
         """The storage type of the token embedding: float32, float16, bfloat16 or float64."""
         return self._entries["wte.weight"].dtype
 
-    def tensors(self, specs: dict[str, TensorSpec], dtype: str) -> Iterator[tuple[str, NDArray[np.generic]]]:
+    def tensors(
+        self, specs: dict[str, TensorSpec], dtype: str, out_in: bool = False
+    ) -> Iterator[tuple[str, NDArray[np.generic]]]:
         """Yield (canonical name, values) in `dtype`, bfloat16 as uint16 bits.
 
+        Linear weights are [in, out], with `out_in` [out, in].
         At most one tensor (safetensors) or one weight file (other formats) is held beside what the caller keeps.
         """
         names = {self._entries[name].stored_name: name for name in specs}
@@ -82,7 +85,8 @@ class Checkpoint:
             name = names[stored_name]
             entry = self._entries[name]
             values = cast(array, entry.dtype, dtype, name)
-            yield name, np.ascontiguousarray(values.T) if entry.transposed else values
+            turn = specs[name].linear and entry.transposed != out_in
+            yield name, np.ascontiguousarray(values.T) if turn else values
 
     def fingerprint(self) -> str:
         """A digest that two folders share when they hold the same model, whatever the naming and layout.

@@ -5,14 +5,20 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, NamedTuple, Optional, Union
+
+import paddle
 
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import check_dtype
 from paddlemix_qwenvl_plugin.errors import UsageError, make_folder, naming
 from paddlemix_qwenvl_plugin.export.contract import (
     CONTRACT_VERSION,
+    Input,
+    fused_step_inputs,
     step_inputs,
     stock_inputs,
     vision_inputs,
@@ -20,10 +26,18 @@ from paddlemix_qwenvl_plugin.export.contract import (
 from paddlemix_qwenvl_plugin.export.manifest import FileDigest, Manifest, manifest_path
 from paddlemix_qwenvl_plugin.export.params_file import write_params
 from paddlemix_qwenvl_plugin.export.program import FORMATS, Program, save_program
+from paddlemix_qwenvl_plugin.modeling.fused import FusedForward, FusedGeneration, FusedVision
 from paddlemix_qwenvl_plugin.modeling.generation import Step, StockGeneration
 from paddlemix_qwenvl_plugin.modeling.language import LanguageModel
 from paddlemix_qwenvl_plugin.modeling.vision import VisionModel
-from paddlemix_qwenvl_plugin.modeling.weights import Parameters, language_parameters, vision_parameters
+from paddlemix_qwenvl_plugin.modeling.weights import (
+    Parameters,
+    language_parameters,
+    parameter_shapes,
+    vision_parameters,
+)
+from paddlemix_qwenvl_plugin.ops.choice import engine_available, engine_choice
+from paddlemix_qwenvl_plugin.ops.storage import check_quant_type, quantised
 from paddlemix_qwenvl_plugin.version import __version__
 
 PathLike = Union[str, Path]
@@ -31,19 +45,38 @@ PathLike = Union[str, Path]
 # What a user of the exported model needs beside the graphs, copied from the model folder where it is there.
 _COMPANIONS = ("config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json")
 
-# (what comes after the prefix, inputs, how the model is called)
-_Variants = list[tuple[str, Callable[..., Any], Callable[[Any, list[Any]], Any]]]
+
+class _Variant(NamedTuple):
+    """A program to export: what comes after the prefix, the model, its inputs, how it is called on them."""
+
+    suffix: str
+    model_class: Any
+    inputs: Callable[[ModelConfig, str, str], list[Input]]
+    run: Callable[[Any, list[Any]], Any]
 
 
-def export_vision(model: PathLike, save_path: PathLike, dtype: str = "float32") -> Manifest:
+class _Stage(NamedTuple):
+    """What is exported for a stage. Its portable programs are left out where weights are quantised."""
+
+    name: str
+    portable: list[_Variant]
+    fused: list[_Variant]
+    parameters: Callable[[Checkpoint, str], Parameters]
+
+
+def export_vision(
+    model: PathLike, save_path: PathLike, dtype: str = "float32", engine: Optional[str] = None
+) -> Manifest:
     """Export stage 1, images -> features, to SAVE_PATH.json, .pdmodel, .pdiparams and .manifest.json.
 
-    A float16 or bfloat16 export also has `.cpu.json` and `.cpu.pdmodel`: the same weights, computed in float32.
+    Where the engine can be built there are also `.fused.json` and `.fused.pdmodel`, over the same weights. A float16
+    or bfloat16 export also has `.cpu.json` and `.cpu.pdmodel`: the same weights, computed in float32.
 
     Args:
         model: a model folder.
         save_path: prefix of the files; folders are made.
         dtype: float32, float16 or bfloat16.
+        engine: "auto", "fused" (the engine or an error) or "portable" (without it); None: QWENVL_ENGINE, else auto.
 
     Raises:
         UsageError, QwenVLError: see Checkpoint; float16 overflow names the tensor.
@@ -52,65 +85,128 @@ def export_vision(model: PathLike, save_path: PathLike, dtype: str = "float32") 
     if not save_path.name:
         raise UsageError(f"--save_path {save_path}: must end in a file name, the prefix of the files")
     checkpoint = Checkpoint(Path(model))
-    variants: _Variants = [("", vision_inputs, lambda vision, inputs: vision(*inputs))]
-    return _export(checkpoint, save_path, "vision", dtype, VisionModel, variants, vision_parameters)
+    shapes = parameter_shapes(checkpoint.vision, checkpoint.config)
+    call: Callable[[Any, list[Any]], Any] = lambda model, inputs: model(*inputs)  # noqa: E731
+    stage = _Stage(
+        "vision",
+        [_Variant("", VisionModel, vision_inputs, call)],
+        [_Variant("", partial(_fused, FusedVision, shapes, dtype, {}), vision_inputs, call)],
+        vision_parameters,
+    )
+    return _export(checkpoint, save_path, dtype, None, engine_choice(engine), stage)
 
 
 def export_language(
-    model: PathLike, output_path: PathLike, model_prefix: str = "model", dtype: str = "float32"
+    model: PathLike,
+    output_path: PathLike,
+    model_prefix: str = "model",
+    dtype: str = "float32",
+    engine: Optional[str] = None,
+    quant_type: Optional[str] = None,
 ) -> Manifest:
     """Export stage 2 to OUTPUT_PATH/MODEL_PREFIX.* : the stock graph, and `.step` programs for our predictor.
 
-    The tokenizer and the config are copied to OUTPUT_PATH. Arguments and errors as for export_vision.
+    The tokenizer and the config are copied to OUTPUT_PATH. Further arguments and errors as for export_vision.
+
+    Args:
+        quant_type: weight_only_int8 or weight_only_int4, for the engine only; None: all weights in `dtype`.
     """
     output_path = Path(output_path)
     if not model_prefix or Path(model_prefix).name != model_prefix:
         raise UsageError(f"--model_prefix {model_prefix!r}: must be a plain file name")
+    choice = engine_choice(engine)
+    if check_quant_type(quant_type) is not None:
+        if choice == "portable":
+            raise UsageError(f"--quant_type {quant_type}: only the engine computes on quantised weights")
+        choice = "fused"
     checkpoint = Checkpoint(Path(model))
-    variants: _Variants = [
-        ("", stock_inputs, lambda lm, inputs: StockGeneration(lm)(*inputs[:22], inputs[22:])),
-        (".step", step_inputs, lambda lm, inputs: Step(lm)(*inputs[:7], inputs[7:])),
-    ]
+    kinds = quantised(checkpoint.language, quant_type)
+    shapes = parameter_shapes(checkpoint.language, checkpoint.config)
+    stage = _Stage(
+        "language",
+        [
+            _Variant("", LanguageModel, stock_inputs, lambda lm, i: StockGeneration(lm)(*i[:22], i[22:])),
+            _Variant(".step", LanguageModel, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:])),
+        ],
+        [
+            _Variant(
+                suffix,
+                partial(_fused, model_class, shapes, dtype, kinds),
+                inputs,
+                lambda model, i: model(*i[:22]),
+            )
+            for suffix, model_class, inputs in (
+                ("", FusedGeneration, stock_inputs),
+                (".step", FusedForward, fused_step_inputs),
+            )
+        ],
+        partial(language_parameters, quantised=kinds),
+    )
     make_folder(output_path)
     for name in _COMPANIONS:  # before the stage, so that whoever sees its manifest has them
         source = checkpoint.folder / name
         if source.is_file() and source.resolve() != (output_path / name).resolve():
-            partial = output_path / f".partial-{name}"
-            with naming(partial):
-                shutil.copyfile(source, partial)
-                partial.replace(output_path / name)
-    prefix = output_path / model_prefix
-    return _export(checkpoint, prefix, "language", dtype, LanguageModel, variants, language_parameters)
+            partial_file = output_path / f".partial-{name}"
+            with naming(partial_file):
+                shutil.copyfile(source, partial_file)
+                partial_file.replace(output_path / name)
+    return _export(checkpoint, output_path / model_prefix, dtype, quant_type, choice, stage)
+
+
+def _fused(
+    model_class: Any,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+    kinds: dict[str, str],
+    config: ModelConfig,
+    compute_dtype: str,
+) -> Any:
+    """A fused model, as a Program makes it; what it computes in is the engine's affair."""
+    return model_class(config, shapes, dtype, kinds)
 
 
 def _export(
     checkpoint: Checkpoint,
     prefix: Path,
-    stage: str,
     dtype: str,
-    model_class: Any,
-    variants: _Variants,
-    parameters: Callable[[Checkpoint, str], Parameters],
+    quant_type: Optional[str],
+    engine: str,
+    stage: _Stage,
 ) -> Manifest:
     check_dtype(dtype)
-    # (what comes after the prefix, what activations are computed in): a CPU has no half-precision products.
-    targets = [("", dtype)] if dtype == "float32" else [("", dtype), (".cpu", "float32")]
+    # (what comes last, what activations are computed in, programs): a CPU has no half-precision products.
+    targets = [("", dtype, stage.portable)] if quant_type is None else []
+    if quant_type is None and dtype != "float32":
+        targets.append((".cpu", "float32", stage.portable))
+    if engine_available(engine):
+        targets.append((".fused", dtype, stage.fused))
     make_folder(prefix.parent)
     with naming(prefix), tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".export-") as scratch:
-        shapes = None
-        for suffix, inputs, run in variants:
-            for target, compute_dtype in targets:
+        records = None
+        for target, compute_dtype, variants in targets:
+            for suffix, model_class, inputs, run in variants:
                 program = Program(model_class, checkpoint.config, inputs, run, dtype, compute_dtype)
                 for form, extension in FORMATS.items():
                     path = Path(scratch) / f"{prefix.name}{suffix}{target}{extension}"
                     found = save_program(program, form, path)
-                    if shapes is not None and list(found.items()) != list(shapes.items()):
+                    if records is not None and list(found.items()) != list(records.items()):
                         raise AssertionError(f"{path.name} orders its parameters unlike the other programs")
-                    shapes = found
+                    records = found
         programs = {path.name: FileDigest.of(path) for path in sorted(Path(scratch).iterdir())}
         params = Path(scratch) / f"{prefix.name}.pdiparams"
-        write_params(params, shapes or {}, dtype, parameters(checkpoint, dtype))
-        manifest = _manifest(checkpoint, stage, dtype, FileDigest.of(params), programs)
+        write_params(params, records or {}, stage.parameters(checkpoint, dtype))
+        manifest = Manifest(
+            contract=CONTRACT_VERSION,
+            stage=stage.name,
+            plugin=__version__,
+            paddle=paddle.__version__,
+            dtype=dtype,
+            quant_type=quant_type,
+            model=checkpoint.fingerprint(),
+            config=checkpoint.config,
+            weights=FileDigest.of(params),
+            programs=programs,
+        )
         manifest_file = manifest_path(Path(scratch) / prefix.name)
         manifest_file.write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
         # The manifest goes first and comes last: a reader never sees it beside files that are not its own.
@@ -118,21 +214,3 @@ def _export(
         for path in sorted(Path(scratch).iterdir(), key=lambda path: path == manifest_file):
             path.replace(prefix.parent / path.name)
     return manifest
-
-
-def _manifest(
-    checkpoint: Checkpoint, stage: str, dtype: str, weights: FileDigest, programs: dict[str, FileDigest]
-) -> Manifest:
-    import paddle
-
-    return Manifest(
-        contract=CONTRACT_VERSION,
-        stage=stage,
-        plugin=__version__,
-        paddle=paddle.__version__,
-        dtype=dtype,
-        model=checkpoint.fingerprint(),
-        config=checkpoint.config,
-        weights=weights,
-        programs=programs,
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Optional
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -32,7 +33,10 @@ class FileDigest(BaseModel):
 
 
 class Manifest(BaseModel):
-    """One exported stage. `model` is the checkpoint's fingerprint, which both stages of a pair share."""
+    """One exported stage. `model` is the checkpoint's fingerprint, which both stages of a pair share.
+
+    `quant_type` tells how matrices are stored that are not stored as `dtype`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,6 +45,7 @@ class Manifest(BaseModel):
     plugin: str
     paddle: str
     dtype: str
+    quant_type: Optional[str] = None
     model: str
     config: ModelConfig
     weights: FileDigest

@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,37 +20,41 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
 from paddlemix_qwenvl_plugin.errors import QwenVLError
 
-_TYPE_CODES = {"float16": 4, "float32": 5, "bfloat16": 22}
+_TYPE_CODES = {"float16": 4, "float32": 5, "uint8": 20, "bfloat16": 22}
+_STORAGE = {**STORAGE, "uint8": np.dtype("u1")}
+
+
+class Record(NamedTuple):
+    """A parameter in the file; `dtype` is float32, float16, bfloat16, or uint8 for the bytes of a quantised one."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def write_params(
-    path: Path,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: str,
-    stream: Iterable[tuple[str, NDArray[np.generic]]],
+    path: Path, records: dict[str, Record], stream: Iterable[tuple[str, NDArray[np.generic]]]
 ) -> None:
     """Write the file beside `path` and rename it.
 
     Args:
         path: the `.pdiparams` file.
-        shapes: shape of every parameter, in the file's order.
-        dtype: float32, float16 or bfloat16, of all parameters.
+        records: every parameter, in the file's order.
         stream: (name, values in storage type) in any order, each name once.
     """
     offsets: dict[str, int] = {}
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
-            for name, shape in shapes.items():
-                file.write(_record_head(shape, dtype))
+            for name, record in records.items():
+                file.write(_record_head(record))
                 offsets[name] = file.tell()
-                file.seek(int(np.prod(shape, dtype=np.int64)) * STORAGE[dtype].itemsize, os.SEEK_CUR)
+                n_values = int(np.prod(record.shape, dtype=np.int64))
+                file.seek(n_values * _STORAGE[record.dtype].itemsize, os.SEEK_CUR)
             file.truncate()
             for name, values in stream:
-                if values.shape != shapes[name] or values.dtype != STORAGE[dtype]:
-                    raise AssertionError(
-                        f"{name}: {values.dtype} {values.shape}, program has {dtype} {shapes[name]}"
-                    )
+                record = records[name]
+                if values.shape != record.shape or values.dtype != _STORAGE[record.dtype]:
+                    raise AssertionError(f"{name}: {values.dtype} {values.shape}, program has {record}")
                 file.seek(offsets.pop(name))
                 file.write(np.ascontiguousarray(values).data)
         if offsets:  # a slip of this package, not of the user's
@@ -77,7 +82,7 @@ def check_records(path: Path) -> None:
     Raises:
         QwenVLError: the records do not fill the file, as after a copy that was broken off.
     """
-    sizes = {code: STORAGE[dtype].itemsize for dtype, code in _TYPE_CODES.items()}
+    sizes = {code: _STORAGE[dtype].itemsize for dtype, code in _TYPE_CODES.items()}
     position, end = 0, path.stat().st_size
     with path.open("rb") as file:
         while position < end:
@@ -98,8 +103,9 @@ def check_records(path: Path) -> None:
             raise QwenVLError(f"{path}: cut off; export again")
 
 
-def _record_head(shape: tuple[int, ...], dtype: str) -> bytes:
-    message = b"\x08" + _varint(_TYPE_CODES[dtype]) + b"".join(b"\x10" + _varint(n) for n in shape)
+def _record_head(record: Record) -> bytes:
+    sizes = b"".join(b"\x10" + _varint(n) for n in record.shape)
+    message = b"\x08" + _varint(_TYPE_CODES[record.dtype]) + sizes
     return struct.pack("<IQIi", 0, 0, 0, len(message)) + message
 
 

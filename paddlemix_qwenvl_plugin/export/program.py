@@ -21,12 +21,10 @@ from paddle import static
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.export.contract import Input
-from paddlemix_qwenvl_plugin.export.params_file import read_first_dims
+from paddlemix_qwenvl_plugin.export.params_file import Record, read_first_dims
 from paddlemix_qwenvl_plugin.modeling.weights import build
 
 FORMATS = {"pir": ".json", "legacy": ".pdmodel"}
-
-Shapes = dict[str, tuple[int, ...]]
 
 # Paddle refuses to build a float16 or bfloat16 PIR program where it has no kernels for them, as on a CPU.
 # No program here has float64, so it stands in for the half type while the program is built.
@@ -50,18 +48,18 @@ class Program:
     compute_dtype: str
 
 
-def save_program(program: Program, form: str, path: Path) -> Shapes:
+def save_program(program: Program, form: str, path: Path) -> dict[str, Record]:
     """Write one program, form "pir" or "legacy", to `path`.
 
     Returns:
-        The shape of every parameter, in the order of the parameter file.
+        Every parameter, in the order of the parameter file.
     """
     half = program.compute_dtype
     stand_in = form == "pir" and half != "float32"
     dtypes = (_STAND_IN, _STAND_IN) if stand_in else (program.dtype, program.compute_dtype)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch, _static_mode(form):
         prefix = Path(scratch) / "program"
-        shapes = _build_and_save(program, *dtypes, prefix)
+        records = _build_and_save(program, *dtypes, prefix)
         order = read_first_dims(prefix.with_suffix(".pdiparams"))
         built = prefix.with_suffix(FORMATS[form])
         if form == "pir":
@@ -72,11 +70,11 @@ def save_program(program: Program, form: str, path: Path) -> Shapes:
                 raise AssertionError("the program has float64, which must stay free for the half types")
             built.write_text(text, "utf-8")
         built.replace(path)
-    names = list(shapes)
-    return {names[number - 1]: shapes[names[number - 1]] for number in order}
+    names = list(records)
+    return {names[number - 1]: records[names[number - 1]] for number in order}
 
 
-def _build_and_save(program: Program, dtype: str, compute_dtype: str, prefix: Path) -> Shapes:
+def _build_and_save(program: Program, dtype: str, compute_dtype: str, prefix: Path) -> dict[str, Record]:
     main, startup = static.Program(), static.Program()
     with static.program_guard(main, startup), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about Paddle's own deprecated calls; nothing a user can act on
@@ -98,7 +96,15 @@ def _build_and_save(program: Program, dtype: str, compute_dtype: str, prefix: Pa
                 program=main,
                 skip_prune_program=True,
             )
-    return {parameter.name: tuple(parameter.shape) for parameter in parameters}
+    return {
+        parameter.name: Record(tuple(parameter.shape), _stored(parameter, program))
+        for parameter in parameters
+    }
+
+
+def _stored(parameter: Any, program: Program) -> str:
+    """The dtype in the parameter file; Paddle has a type of dtypes for each form of program."""
+    return "uint8" if str(parameter.dtype).lower().endswith("uint8") else program.dtype
 
 
 @contextlib.contextmanager

@@ -26,15 +26,15 @@ def like(parameter: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
 
 
 class Linear(nn.Layer):
-    """[…, n_in] -> […, n_out]; the weight is [n_in, n_out]."""
+    """[…, n_in] -> […, n_out]; the weight is [n_out, n_in], as the engine has it (csrc/)."""
 
     def __init__(self, name: str, n_in: int, n_out: int, bias: bool = True) -> None:
         super().__init__()
-        self.weight = self.create_parameter([n_in, n_out], attr=parameter_attr(f"{name}.weight"))
+        self.weight = self.create_parameter([n_out, n_in], attr=parameter_attr(f"{name}.weight"))
         self.bias = self.create_parameter([n_out], attr=parameter_attr(f"{name}.bias")) if bias else None
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        product = ops.matmul(x, like(self.weight, x))
+        product = ops.matmul(x, like(self.weight, x), transpose_y=True)
         return product if self.bias is None else product + like(self.bias, x)
 
 

@@ -65,7 +65,7 @@ class Resampler(nn.Layer):
         self.query = self._table(f"{name}.query", [config.n_queries, out])
         self.pos_embed = self._table(f"{name}.pos_embed", [config.n_queries, out])
         self.key_pos_embed = self._table(f"{name}.key_pos_embed", [patches, out])
-        self.in_proj_weight = self._table(f"{name}.attn.in_proj_weight", [out, 3 * out])
+        self.in_proj_weight = self._table(f"{name}.attn.in_proj_weight", [3 * out, out])
         self.in_proj_bias = self._table(f"{name}.attn.in_proj_bias", [3 * out])
         self.out_proj = Linear(f"{name}.attn.out_proj", out, out)
 
@@ -79,10 +79,9 @@ class Resampler(nn.Layer):
 
     def _project(self, x: paddle.Tensor, part: int) -> paddle.Tensor:
         """[B, T, out] -> [B, heads, T, head_dim] through the third `part` of the fused projection."""
-        columns = slice(part * self.out, (part + 1) * self.out)
-        projected = ops.matmul(x, like(self.in_proj_weight[:, columns], x)) + like(
-            self.in_proj_bias[columns], x
-        )
+        rows = slice(part * self.out, (part + 1) * self.out)
+        weight, bias = like(self.in_proj_weight[rows], x), like(self.in_proj_bias[rows], x)
+        projected = ops.matmul(x, weight, transpose_y=True) + bias
         return projected.reshape([0, 0, self.heads, RESAMPLER_HEAD_DIM]).transpose([0, 2, 1, 3])
 
     def _table(self, name: str, shape: list[int]) -> paddle.Tensor:
@@ -122,5 +121,5 @@ class VisionModel(nn.Layer):
         x = self.ln_pre(tokens + like(self.positional_embedding, tokens))
         for block in self.blocks:
             x = block(x)
-        features = ops.matmul(self.ln_post(self.attn_pool(x)), like(self.proj, x))
+        features = ops.matmul(self.ln_post(self.attn_pool(x)), like(self.proj, x), transpose_y=True)
         return features.astype("float32")

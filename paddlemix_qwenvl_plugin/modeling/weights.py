@@ -1,9 +1,13 @@
-"""From a checkpoint to the parameters of the modules here: the same values, the position tables resized."""
+"""From a checkpoint to the parameters of the modules here.
+
+The same values in the layout of the engine (csrc/include/qwenvl.h): matrices [out, in], position tables resized.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any, Optional
 
 import numpy as np
 import paddle
@@ -13,27 +17,60 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast
+from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
 from paddlemix_qwenvl_plugin.modeling.language import LanguageModel
 from paddlemix_qwenvl_plugin.modeling.vision import VisionModel
+from paddlemix_qwenvl_plugin.ops.storage import pack
 from paddlemix_qwenvl_plugin.progress import track
 
 Parameters = Iterator[tuple[str, NDArray[np.generic]]]
 
+# Tables that are resized to the patch grid, and from which table.
+_TABLES = {
+    "visual.positional_embedding": "visual.positional_embedding",
+    "visual.attn_pool.key_pos_embed": "visual.attn_pool.pos_embed",
+}
 
-def language_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:
-    """(parameter name, values in storage type) of the language model."""
-    return track(checkpoint.tensors(checkpoint.language, dtype), "language weights", len(checkpoint.language))
+
+def parameter_shapes(specs: Mapping[str, TensorSpec], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter of a stage, in the order of the specs."""
+    shapes = {name: spec.shape[::-1] if spec.linear else spec.shape for name, spec in specs.items()}
+    for table, like in _TABLES.items():
+        if like in specs:
+            shapes[table] = (config.visual.grid**2, specs[like].shape[1])
+    return shapes
+
+
+def language_parameters(
+    checkpoint: Checkpoint, dtype: str, quantised: Optional[Mapping[str, str]] = None
+) -> Parameters:
+    """(parameter name, values in storage type) of the language model.
+
+    `quantised` says which are stored as what instead (ops/storage.py).
+    """
+    kinds = quantised or {}
+    plain = {name: spec for name, spec in checkpoint.language.items() if name not in kinds}
+    packed = {name: spec for name, spec in checkpoint.language.items() if name in kinds}
+    stream = chain(
+        checkpoint.tensors(plain, dtype, out_in=True),
+        (
+            (name, pack(kinds[name], np.asarray(values, np.float32), name))
+            for name, values in checkpoint.tensors(packed, "float32", out_in=True)
+        ),
+    )
+    return track(stream, "language weights", len(checkpoint.language))
 
 
 def vision_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:
     """(parameter name, values in storage type) of the vision tower and the resampler."""
     grid = checkpoint.config.visual.grid
-    stream = checkpoint.tensors(checkpoint.vision, dtype)
+    stream = checkpoint.tensors(checkpoint.vision, dtype, out_in=True)
     for name, values in track(stream, "vision weights", len(checkpoint.vision)):
         if name == "visual.positional_embedding":
             yield name, _resize(values, grid, dtype, name)
             continue
-        yield name, values
+        # Not a linear weight in checkpoints: x @ proj whatever the format.
+        yield name, np.ascontiguousarray(values.T) if name == "visual.proj" else values
         if name == "visual.attn_pool.pos_embed":
             yield "visual.attn_pool.key_pos_embed", _resize(values, grid, dtype, name)
 

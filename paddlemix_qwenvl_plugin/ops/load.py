@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from paddlemix_qwenvl_plugin.ops.build import library
+from paddlemix_qwenvl_plugin.threads import cpu_threads
 
 
 @functools.cache
@@ -23,7 +24,9 @@ def load() -> ctypes.CDLL:
     path = library()
     names = core.load_op_meta_info_and_register_op(str(path))
     OpProtoHolder.instance().update_op_proto(names)  # for programs of the legacy form
-    return ctypes.CDLL(str(path))
+    built = ctypes.CDLL(str(path))
+    built.qwenvl_set_threads(cpu_threads())
+    return built
 
 
 def call(name: str, inputs: dict[str, Any], attributes: dict[str, Any], outputs: Sequence[str]) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from paddlemix_qwenvl_plugin.processing.boxes import Box, parse_boxes
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
-from paddlemix_qwenvl_plugin.runtime.generator import KVCache
+from paddlemix_qwenvl_plugin.runtime.kv_cache import KVCache
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece, PieceBuilder
 from paddlemix_qwenvl_plugin.runtime.sampling import RowSampler
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.processing.prompts import Query, chat_prompt, image_spans
 from paddlemix_qwenvl_plugin.runtime.answer import Answer, AnswerStream
-from paddlemix_qwenvl_plugin.runtime.generator import KVCache
+from paddlemix_qwenvl_plugin.runtime.kv_cache import KVCache
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 
 if TYPE_CHECKING:
@@ -75,7 +75,11 @@ class Chat:
         vision = self._vl.config.visual
         spans = image_spans(ids, vision.image_start_id, vision.n_queries)
         n_kept_pictures = sum(end < n_kept for _, end in spans)
-        cache = self._cache.first(n_kept) if self._cache is not None and n_kept else None
+        cache = None
+        if self._cache is not None and n_kept:
+            # What is kept of a turn that fails or is thrown away: its tokens take the place of those dropped here.
+            self._ids = self._ids[:n_kept]
+            self._cache = cache = self._cache.first(n_kept)
 
         def remember(answer: Answer, cache: KVCache) -> None:
             self._history.append((query, answer.text))

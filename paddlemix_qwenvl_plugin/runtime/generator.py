@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
+from paddlemix_qwenvl_plugin.runtime.engine_cache import EngineCache
+from paddlemix_qwenvl_plugin.runtime.kv_cache import Chunks, KVCache
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.portable_cache import PortableCache
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.runtime.sampling import RowSampler
 
@@ -27,34 +29,13 @@ class Generated:
     steps: int = field(default=0)
 
 
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the tokens that B rows have run so far, in P slots.
-
-    Attributes:
-        tensors: keys and values of each layer in turn, each [B, heads, P, head_dim].
-        valid: bool [B, P]; a slot may hold padding.
-        lengths: int64 [B, 1], tokens of each row.
-    """
-
-    tensors: list[Any]
-    valid: NDArray[np.bool_]
-    lengths: NDArray[np.int64]
-
-    def first(self, n_tokens: int) -> KVCache:
-        """The cache of the first `n_tokens` of a single row that was run without padding."""
-        slots = 1 + n_tokens  # the first slot is never valid: see Generator.empty_cache
-        # Contiguous: a slice is a view with strides, which Paddle Inference does not heed when it is fed one.
-        tensors = [tensor[:, :, :slots].contiguous() for tensor in self.tensors]
-        return KVCache(tensors, self.valid[:, :slots], np.full_like(self.lengths, n_tokens))
-
-
 class Generator:
     """The language stage with its step program opened."""
 
     def __init__(self, stage: Stage) -> None:
         self.config: ModelConfig = stage.manifest.config
         self._dtype = stage.compute_dtype
+        self._fused = stage.fused
         self._program = stage.open(".step")
 
     def generate(
@@ -110,53 +91,40 @@ class Generator:
             The cache of all tokens but the newest.
         """
         rows = len(input_ids)
-        row_lengths = np.asarray(lengths, np.int64).reshape(rows, 1)
+        chunks = [row[:length] for row, length in zip(input_ids, lengths)]
         if cache is None:
-            cache = self.empty_cache(rows)
-        prompt = cache.lengths + row_lengths
-        if not len(features):
-            features, img_pos = self._no_picture()
-        logits, cache = self._forward(input_ids, features, img_pos, row_lengths, prompt, cache)
-        tokens = self._pick(logits, samplers, np.zeros([rows, 1], np.int64))
-        yield cache
-        features, img_pos = self._no_picture()
-        one = np.ones([rows, 1], np.int64)
-        while not all(sampler.finished for sampler in samplers):
-            logits, cache = self._forward(tokens, features, img_pos, one, prompt, cache)
-            tokens = self._pick(logits, samplers, tokens)
+            longest = max(lengths) + max(sampler.options.max_new_tokens for sampler in samplers)
+            cache = self.empty_cache(rows, longest)
+        prompt = cache.lengths + np.asarray(lengths, np.int64).reshape(rows, 1)
+        while True:
+            logits, cache = self._forward(chunks, features, img_pos, prompt, cache)
+            chunks = [_next(sampler, row) for sampler, row in zip(samplers, logits)]
             yield cache
+            if not any(map(len, chunks)):
+                return
+            features, img_pos = features[:0], img_pos[:0]
 
-    def empty_cache(self, rows: int) -> KVCache:
-        """The cache of no tokens: a program cannot be fed an empty tensor, so it has one slot that is not valid."""
-        shape = [rows, self.config.num_attention_heads, 1, self.config.head_dim]
-        tensors = [self._program.zeros(shape, self._dtype) for _ in range(2 * self.config.num_hidden_layers)]
-        return KVCache(tensors, np.zeros([rows, 1], bool), np.zeros([rows, 1], np.int64))
+    def empty_cache(self, n_rows: int, n_tokens: int) -> KVCache:
+        """The cache of no tokens, with room for `n_tokens` a row."""
+        if self._fused:
+            return EngineCache.empty(self._program, self.config, n_rows, n_tokens, self._dtype)
+        return PortableCache.empty(self._program, self.config, n_rows, self._dtype)
 
     def _forward(
         self,
-        ids: NDArray[np.int64],
+        chunks: Chunks,
         features: NDArray[np.float32],
         img_pos: NDArray[np.int64],
-        lengths: NDArray[np.int64],
         prompt: NDArray[np.int64],
         cache: KVCache,
     ) -> tuple[NDArray[np.float32], KVCache]:
-        """One run of the step program: logits of each row's last token, and the longer cache."""
-        feed = [ids, features, img_pos, lengths, cache.lengths, prompt, cache.valid, *cache.tensors]
-        logits, *tensors = self._program(feed)
-        valid = np.concatenate([cache.valid, np.arange(ids.shape[1]) < lengths], axis=1)
-        return logits.numpy(), KVCache(tensors, valid, cache.lengths + lengths)
+        return cache.run(chunks, features, img_pos, prompt)
 
-    def _pick(
-        self, logits: NDArray[np.float32], samplers: Sequence[RowSampler], previous: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """Next token of each row; a finished row repeats its last one, which nothing reads."""
-        picked = [
-            int(previous[row, 0]) if sampler.finished else sampler.pick(logits[row])
-            for row, sampler in enumerate(samplers)
-        ]
-        return np.asarray(picked, np.int64).reshape(-1, 1)
 
-    def _no_picture(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        shape = (1, self.config.visual.n_queries, self.config.hidden_size)
-        return np.zeros(shape, np.float32), np.array([[-1, 0, 0]], np.int64)
+def _next(sampler: RowSampler, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """What a row runs next, [1] or [0]: its new token, unless it has finished."""
+    if not sampler.finished:
+        token = sampler.pick(logits)
+        if not sampler.finished:
+            return np.array([token], np.int64)
+    return np.zeros(0, np.int64)

@@ -29,7 +29,8 @@ from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.runtime.answer import Answer, AnswerStream
 from paddlemix_qwenvl_plugin.runtime.chat import Chat
 from paddlemix_qwenvl_plugin.runtime.feature_cache import FeatureCache
-from paddlemix_qwenvl_plugin.runtime.generator import Generator, KVCache
+from paddlemix_qwenvl_plugin.runtime.generator import Generator
+from paddlemix_qwenvl_plugin.runtime.kv_cache import KVCache
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.runtime.sampling import RowSampler
@@ -279,7 +280,9 @@ class QwenVL:
             pictures, positions = self._check_features(ids, lengths, features)
             timings.update(load=loaded - start, encode_images=time.perf_counter() - loaded)
             [sampler] = self._generator.samplers(1, options, ends)
-            return sampler, self._generator.steps(ids, lengths, pictures, positions, [sampler], cache)
+            # Room for all turns of a conversation: memory is taken as it is filled.
+            room = cache or self._generator.empty_cache(1, self.config.max_position_embeddings)
+            return sampler, self._generator.steps(ids, lengths, pictures, positions, [sampler], room)
 
         return AnswerStream(begin, self.tokenizer, ends, image_size, prepare_seconds, on_end)
 

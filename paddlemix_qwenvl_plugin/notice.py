@@ -1,4 +1,4 @@
-"""One line to the user of an upstream script."""
+"""One line to the user, beside what a script prints."""
 
 from __future__ import annotations
 

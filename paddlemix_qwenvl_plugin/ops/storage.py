@@ -1,0 +1,68 @@
+"""How the engine stores a stage's weights: as they are, or quantised (csrc/include/qwenvl.h, `qvl_dtype`)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Optional
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
+from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.ops.load import load
+
+CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4_g128": 4, "float16": 5}
+
+QUANT_TYPES = ("weight_only_int8", "weight_only_int4")
+
+_LINE = 512  # length of a qvl_error's message
+
+
+def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
+    """Return it if it is one of QUANT_TYPES or None, else raise UsageError."""
+    if quant_type is not None and quant_type not in QUANT_TYPES:
+        raise UsageError(f"--quant_type {quant_type}: must be one of {', '.join(QUANT_TYPES)}")
+    return quant_type
+
+
+def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
+    """Which weights are quantised, and as what: "int8" or "int4_g128".
+
+    The logits' matrix takes the errors of 4 bits worst and stays at 8.
+    """
+    if quant_type is None:
+        return {}
+    kind = "int8" if quant_type == "weight_only_int8" else "int4_g128"
+    return {name: "int8" if name == "lm_head.weight" else kind for name, spec in specs.items() if spec.linear}
+
+
+def packed_bytes(kind: str, n_out: int, n_in: int) -> int:
+    """Length of a quantised [n_out, n_in] matrix."""
+    size = load().qvl_packed_bytes
+    size.restype = ctypes.c_uint64
+    return int(size(CODES[kind], ctypes.c_int64(n_out), ctypes.c_int64(n_in)))
+
+
+def pack(kind: str, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
+    """Quantise a matrix [out, in].
+
+    Raises:
+        QwenVLError: it has a value that is not finite.
+    """
+    n_out, n_in = values.shape
+    packed = np.empty(packed_bytes(kind, n_out, n_in), np.uint8)
+    line = ctypes.create_string_buffer(_LINE)
+    status = load().qvl_pack(
+        CODES[kind],
+        ctypes.c_int64(n_out),
+        ctypes.c_int64(n_in),
+        np.ascontiguousarray(values).ctypes.data_as(ctypes.c_void_p),
+        packed.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_uint64(packed.nbytes),
+        line,
+    )
+    if status:
+        raise QwenVLError(f"{name}: {line.value.decode()}")
+    return packed
