@@ -9,12 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engines import ENGINES
 from safetensors.numpy import save_file
 
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.tiny import make_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which programs of an export are opened in this test: each in turn."""
+    monkeypatch.setenv("QWENVL_ENGINE", request.param)
+    return str(request.param)
 
 
 class Golden:
@@ -61,8 +69,8 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Golden]:
     def get(name: str) -> Golden:
         if name not in made:
             model = Golden(name, tmp_path_factory.mktemp(f"golden-{name}"))
-            export_vision(model.folder, model.vision)
-            export_language(model.folder, model.language.parent, model.language.name)
+            export_vision(model.folder, model.vision, engine="auto")
+            export_language(model.folder, model.language.parent, model.language.name, engine="auto")
             made[name] = model
         return made[name]
 
@@ -74,6 +82,6 @@ def tiny_exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny model in model/ and its exports vision/vision and text/qwen."""
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny(folder / "model", seed=1)
-    export_vision(folder / "model", folder / "vision" / "vision")
-    export_language(folder / "model", folder / "text", "qwen")
+    export_vision(folder / "model", folder / "vision" / "vision", engine="auto")
+    export_language(folder / "model", folder / "text", "qwen", engine="auto")
     return folder

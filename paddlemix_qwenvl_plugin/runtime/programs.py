@@ -178,6 +178,10 @@ def _create_predictor(program: Path, params: Path, device: str) -> Any:
 
 
 def _last_line(error: BaseException) -> str:
-    """Paddle's messages are long, and their last line says what was wrong."""
+    """Paddle's messages are long, and their last line says what was wrong; the engine's line begins with its name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for line in lines:
+        _, found, said = line.partition("qwenvl: ")
+        if found:
+            return re.sub(r" \(at \S+:\d+\)$", "", said)
     return lines[-1] if lines else type(error).__name__

@@ -7,15 +7,16 @@ import shutil
 
 import numpy as np
 import pytest
+from engines import ENGINES, open_pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paddlemix_qwenvl_plugin import QwenVL, UsageError, export_language, export_vision
 
 
-@pytest.fixture(scope="module")
-def vl(tiny_exported):
-    return QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
+@pytest.fixture(scope="module", params=ENGINES)
+def vl(tiny_exported, request):
+    return open_pair(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", request.param)
 
 
 def prompt_with_images(vl, n_images, words):

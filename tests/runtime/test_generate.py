@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engines import ENGINES, open_pair
 from PIL import Image
 
 from paddlemix_qwenvl_plugin import QwenVL, QwenVLError, UsageError, load_image, preprocess
@@ -18,9 +19,9 @@ from paddlemix_qwenvl_plugin.tiny import make_tiny
 STREET = Path(__file__).parents[2] / "recipes" / "pictures" / "street.png"
 
 
-@pytest.fixture(scope="module")
-def vl(tiny_exported):
-    return QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
+@pytest.fixture(scope="module", params=ENGINES)
+def vl(tiny_exported, request):
+    return open_pair(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", request.param)
 
 
 def says(vl, monkeypatch, tokens):
@@ -32,7 +33,7 @@ def says(vl, monkeypatch, tokens):
         for token in tokens:
             if not samplers[0].finished:
                 samplers[0].pick(np.eye(vl.config.vocab_size, dtype=np.float32)[token])
-                yield vl._generator.empty_cache(1)
+                yield vl._generator.empty_cache(1, 1)
 
     monkeypatch.setattr(vl._generator, "steps", steps)
     return prompts

@@ -20,7 +20,7 @@ def program(prefix, extension):
 
 
 @pytest.fixture
-def pair(golden, name, extension):
+def pair(golden, name, extension, engine):
     model = golden(name)
     vl = QwenVL.from_exported(
         program(model.vision, extension), program(model.language, extension), model.folder
@@ -41,38 +41,26 @@ def test_predictor_tokens(pair):
     assert tokens == [model.figures["tokens"].tolist()]
 
 
-def test_step_program_logits(pair, extension):
+def test_step_program_logits(pair):
     """The prompt in two pieces, then its last tokens and the decode one by one: every logit of the goldens."""
-    model, _, features = pair
-    step = Stage(program(model.language, extension), "language", "cpu").open(".step")
-    ids = model.input_ids
-    length = ids.shape[1]
-    config = model.config
-    heads, head_dim = config["num_attention_heads"], config["kv_channels"]
-    state = {
-        "valid": np.zeros([1, 1], bool),
-        "caches": [np.zeros([1, heads, 1, head_dim], np.float32)] * (2 * config["num_hidden_layers"]),
-        "past": 0,
-    }
+    model, vl, features = pair
+    ids = model.input_ids[0]
+    prompt = np.array([[len(ids)]])
+    state = {"cache": vl._generator.empty_cache(1, len(ids) + 24)}
 
-    def feed(chunk, pictures, img_pos):
-        n = chunk.shape[1]
-        numbers = [np.array([[value]], np.int64) for value in (n, state["past"], length)]
-        outputs = step([chunk, pictures, img_pos, *numbers, state["valid"], *state["caches"]])
-        state["valid"] = np.concatenate([state["valid"], np.ones([1, n], bool)], axis=1)
-        state["caches"], state["past"] = outputs[1:], state["past"] + n
-        return outputs[0].numpy()[0]
+    def feed(chunk, pictures=features[:0], img_pos=model.img_pos[:0]):
+        logits, state["cache"] = state["cache"].run([np.asarray(chunk)], pictures, img_pos, prompt)
+        return logits[0]
 
-    nothing = np.zeros_like(features[:1]), np.array([[-1, 0, 0]], np.int64)
-    first = feed(ids[:, : length - 7], features, model.img_pos)
+    first = feed(ids[:-7], features, model.img_pos)
     expected = model.figures["prefill_logits_last8"][0]
     np.testing.assert_allclose(first, expected[0], atol=1e-3, rtol=0)
-    for i in range(1, 8):
-        logits = feed(ids[:, length - 8 + i : length - 7 + i], *nothing)
-        np.testing.assert_allclose(logits, expected[i], atol=1e-3, rtol=0)
+    for token, row in zip(ids[-7:], expected[1:]):
+        logits = feed([token])
+        np.testing.assert_allclose(logits, row, atol=1e-3, rtol=0)
     for token, row in zip(model.figures["tokens"], model.figures["decode_logits"]):
         assert logits.argmax() == token
-        logits = feed(np.array([[token]]), *nothing)
+        logits = feed([token])
         np.testing.assert_allclose(logits, row, atol=1e-3, rtol=0)
 
 

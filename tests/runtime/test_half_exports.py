@@ -9,7 +9,7 @@ from paddlemix_qwenvl_plugin import QwenVL, export_language, export_vision
 
 
 @pytest.mark.parametrize(("name", "dtype", "bound"), [("a", "float16", 1e-3), ("b", "bfloat16", 0.05)])
-def test_golden(golden, tmp_path, name, dtype, bound):
+def test_golden(golden, engine, tmp_path, name, dtype, bound):
     """The golden weights are float16 numbers: a float16 export rounds only the two resized position tables."""
     model = golden(name)
     export_vision(model.folder, tmp_path / "vision", dtype)

@@ -82,7 +82,7 @@ def test_seeds():
     ("min_new", "penalties"),
     [(0, (1.0, 0.0, 0.0)), (9, (1.0, 0.0, 0.0)), (5, (1.7, 0.0, 0.0)), (0, (1.2, 0.6, 0.9))],
 )
-def test_stock_graph_and_predictor_agree(tiny_exported, min_new, penalties):
+def test_stock_graph_and_predictor_agree(tiny_exported, engine, min_new, penalties):
     """Penalties, min_length, end tokens and unequal rows: two implementations, the same tokens."""
     prefix = tiny_exported / "text" / "qwen"
     vl = QwenVL.from_exported(tiny_exported / "vision" / "vision", prefix)

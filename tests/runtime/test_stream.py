@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engines import ENGINES, open_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paddlemix_qwenvl_plugin import QwenVL, QwenVLError, UsageError, tiny
+from paddlemix_qwenvl_plugin import QwenVLError, UsageError, tiny
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.processing import prompts
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
@@ -27,7 +28,7 @@ OTHER_PICTURE = [{"image": str(OTHER)}, {"text": "And this?"}]
 
 
 @pytest.fixture(scope="module")
-def vl(tmp_path_factory):
+def exported(tmp_path_factory):
     """A random model whose rotary base grows past 512 tokens; of this seed, because most repeat one token."""
     folder = tmp_path_factory.mktemp("stream")
     small = tiny.tiny_config
@@ -36,7 +37,12 @@ def vl(tmp_path_factory):
         tiny.make_tiny(folder / "model", seed=6)
     export_vision(folder / "model", folder / "vision" / "vision")
     export_language(folder / "model", folder / "text", "qwen")
-    return QwenVL.from_exported(folder / "vision" / "vision", folder / "text" / "qwen")
+    return folder
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def vl(exported, request):
+    return open_pair(exported / "vision" / "vision", exported / "text" / "qwen", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def work(vl, monkeypatch):
-    """What the predictor runs: "encode" for each picture, and the width of each run of the step program."""
+    """What the predictor runs: "encode" for each picture, and how many tokens of the longest row."""
     done = []
     encode, forward = vl._encode, vl._generator._forward
 
@@ -56,9 +62,9 @@ def work(vl, monkeypatch):
         done.append("encode")
         return encode(picture)
 
-    def counting_forward(ids, *rest):
-        done.append(ids.shape[1])
-        return forward(ids, *rest)
+    def counting_forward(chunks, *rest):
+        done.append(max(map(len, chunks)))
+        return forward(chunks, *rest)
 
     monkeypatch.setattr(vl, "_encode", counting_encode)
     monkeypatch.setattr(vl, "_features", FeatureCache())

@@ -1,0 +1,25 @@
+"""The two kinds of programs in an export, for tests that run on each."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from paddlemix_qwenvl_plugin import QwenVL
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None, reason="the engine needs a C++17 compiler: apt-get install g++"
+)
+
+ENGINES = ["portable", pytest.param("fused", marks=needs_compiler)]
+
+
+def open_pair(vision: Path, language: Path, engine: str) -> QwenVL:
+    """A predictor on these programs, for longer than a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWENVL_ENGINE", engine)
+        pair = QwenVL.from_exported(vision, language)
+        pair.load()
+    return pair
