@@ -14,6 +14,7 @@ from paddlemix_qwenvl_plugin.export.export import export_language
 from paddlemix_qwenvl_plugin.modeling.generation import StockGeneration
 from paddlemix_qwenvl_plugin.modeling.weights import load_language
 from paddlemix_qwenvl_plugin.notice import notice
+from paddlemix_qwenvl_plugin.ops.storage import check_quant_type
 from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
 from paddlemix_qwenvl_plugin.upstream.model_folder import model_folder
 
@@ -21,10 +22,11 @@ from paddlemix_qwenvl_plugin.upstream.model_folder import model_folder
 class QWenForQWenVLInferenceModel:
     """A model folder and a dtype. Weights are read when they are needed: by `generate`, or streamed by `to_static`."""
 
-    def __init__(self, folder: Path, config: Any, dtype: str) -> None:
+    def __init__(self, folder: Path, config: Any, dtype: str, quant_type: Optional[str]) -> None:
         self.config = config
         self._folder = folder
         self._dtype = dtype
+        self._quant_type = quant_type
         self._generation: Optional[StockGeneration] = None
 
     @classmethod
@@ -37,9 +39,7 @@ class QWenForQWenVLInferenceModel:
             UsageError: the config asks for what this model cannot do.
             QwenVLError: what is wrong with the folder.
         """
-        quant_type = getattr(config, "quant_type", None)
-        if quant_type:
-            raise UsageError(f"--quant_type {quant_type}: not supported yet, export without it")
+        quant_type = check_quant_type(getattr(config, "quant_type", None) or None)
         if getattr(config, "tensor_parallel_degree", 1) > 1:
             raise UsageError("several processes: not supported, start the script on one device")
         folder = model_folder(str(path))
@@ -47,7 +47,7 @@ class QWenForQWenVLInferenceModel:
         dtype = dtype or paddle.get_default_dtype()
         if dtype != "float32" and not paddle.is_compiled_with_cuda():
             _let_arange_make_half_numbers()
-        return cls(folder, config, dtype)
+        return cls(folder, config, dtype, quant_type)
 
     @classmethod
     def confirm_inference_model(cls, **_: Any) -> type[QWenForQWenVLInferenceModel]:
@@ -95,7 +95,8 @@ class QWenForQWenVLInferenceModel:
             if config.get(flag) not in (None, "None"):
                 raise UsageError(f"8-bit caches ({flag}={config[flag]}): not supported, export without them")
         prefix = Path(output_path)
-        export_language(self._folder, prefix.parent, prefix.name, str(config.get("dtype") or self._dtype))
+        dtype = str(config.get("dtype") or self._dtype)
+        export_language(self._folder, prefix.parent, prefix.name, dtype, quant_type=self._quant_type)
         _skip_upstream_validation()
 
     def generate(self, **inputs: Any) -> Any:
@@ -109,6 +110,8 @@ class QWenForQWenVLInferenceModel:
         """
         if inputs.pop("pre_caches", None):
             raise UsageError("--export_precache: not supported, run without it")
+        if self._quant_type:
+            raise UsageError(f"--quant_type {self._quant_type}: only for an export, run without it")
         generation = self._load()
         config = generation.model.config
         inputs.setdefault(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pexpect
 
+from paddlemix_qwenvl_plugin.ops.build import cache_folder
+
 REPO = Path(__file__).resolve().parents[2]
 STREET = REPO / "recipes" / "pictures" / "street.png"
 
@@ -38,6 +40,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
         "PYTHONUTF8": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HOME": str(folder / "home"),
+        "QWENVL_CACHE_DIR": str(cache_folder().parent),  # the engine that is built already
         "XDG_STATE_HOME": str(folder / "home" / "state"),
         "TERM": "xterm-256color",
         "PROMPT_TOOLKIT_NO_CPR": "1",  # pexpect does not answer where the cursor is

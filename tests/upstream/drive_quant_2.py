@@ -1,4 +1,4 @@
-"""Run as a process: ask generation 2 for FOLDER with QUANT_TYPE."""
+"""Run as a process: export FOLDER to OUTPUT with QUANT_TYPE in the way of generation 2."""
 
 from __future__ import annotations
 
@@ -6,4 +6,7 @@ import sys
 
 from drive_generation_2 import create_model
 
-create_model(sys.argv[1], "float32", sys.argv[2])
+_, model = create_model(sys.argv[1], "float32", sys.argv[2])
+model.to_static(
+    f"{sys.argv[3]}/qwen", {"dtype": "float32", "export_precache": False, "cachekv_int8_type": None}
+)

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from engines import needs_compiler
 from stock_models import VOCABULARY, StockModels, answers
 from wheel_environment import WheelEnvironment
 
-from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin import QwenVL, export_language
+from paddlemix_qwenvl_plugin.export.manifest import read_manifest
 
 TREE = os.environ.get("QWENVL_PADDLENLP_DIR")
 MODEL = ("--inference_model", "--model_type", "qwen-img2txt")
@@ -58,11 +60,23 @@ def test_stock_export(
     assert tokens == [stock.golden.figures["tokens"].tolist()]
 
 
+@needs_compiler
+@pytest.mark.parametrize("quant_type", ["weight_only_int8", "weight_only_int4"])
+def test_stock_export_of_quantised_weights(
+    script: Script, stock: StockModels, tmp_path: Path, quant_type: str
+) -> None:
+    """As our own export of the same folder, whose answers are checked elsewhere."""
+    flags = ("--output_path", tmp_path / "out", "--model_prefix", "qwen", "--dtype", "float32")
+    done = script("export_model.py", stock.folders["paddlemix"], *flags, "--quant_type", quant_type)
+    assert done.returncode == 0, done.stderr[-3000:]
+    own = export_language(stock.folders["paddlemix"], tmp_path / "own", "qwen", quant_type=quant_type)
+    stock_export = read_manifest(tmp_path / "out" / "qwen", "language")
+    assert (stock_export.quant_type, stock_export.weights) == (quant_type, own.weights)
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--quant_type", "weight_only_int8"], "--quant_type weight_only_int8: not supported yet"),
-        (["--quant_type", "weight_only_int4"], "--quant_type weight_only_int4: not supported yet"),
         (["--cachekv_int8", "True"], "8-bit caches (use_cachekv_int8=dynamic): not supported"),
         (["--export_precache", "True"], "--export_precache: not supported"),
     ],

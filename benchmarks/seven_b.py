@@ -1,0 +1,159 @@
+"""The real 7B geometry, all 32 + 48 layers with random weights: export and answer, seconds and peak memory.
+
+Run: python benchmarks/seven_b.py --quant_type weight_only_int4 --folder FOLDER
+Needs the plugin, a C++ compiler, 36 GB of free disk (19 GB are the bfloat16 checkpoint that it makes) and a machine
+of 24 GiB. Takes about 6 minutes. FOLDER is made, and deleted at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
+from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
+from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast
+from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
+from paddlemix_qwenvl_plugin.ops.storage import QUANT_TYPES
+
+CONFIG: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "kv_channels": 128,
+    "intermediate_size": 22016,
+    "vocab_size": 151936,
+    "visual": {
+        "heads": 16,
+        "image_size": 448,
+        "image_start_id": 151857,
+        "layers": 48,
+        "mlp_ratio": 4.9231,
+        "output_dim": 4096,
+        "patch_size": 14,
+        "width": 1664,
+    },
+}
+
+# A process that reports its own seconds and peak memory: a JSON object on its last line.
+MEASURED = """
+import json, resource, sys, time
+start = time.perf_counter()
+report = {{}}
+{code}
+report["seconds"] = time.perf_counter() - start
+report["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(json.dumps(report))
+"""
+
+EXPORT = """
+from paddlemix_qwenvl_plugin import export_{stage}
+export_{stage}({arguments})
+"""
+
+# A prompt of 300 tokens with a picture, then 1 and 33 new tokens.
+ANSWER = """
+import numpy as np
+from paddlemix_qwenvl_plugin import QwenVL
+vl = QwenVL.from_exported({vision!r}, {language!r})
+vl._vision, vl._generator
+pixels = np.random.default_rng(0).standard_normal((1, 3, 448, 448)).astype("float32")
+report["open"] = time.perf_counter() - start
+begin = time.perf_counter()
+features = vl.encode_images(pixels)
+report["encode_images"] = time.perf_counter() - begin
+assert features.shape == (1, 256, 4096) and np.isfinite(features).all()
+ids = [151857, *[151859] * 256, 151858, *range(1000, 1042)]
+for n in (1, 33):
+    begin = time.perf_counter()
+    [tokens] = vl.generate_ids([ids], features, max_new_tokens=n, eos_token_ids=())
+    report[f"{{n}}_tokens"] = time.perf_counter() - begin
+report["ms_a_token"] = 1000 * (report["33_tokens"] - report["1_tokens"]) / 32
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quant_type", choices=QUANT_TYPES, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    folder.mkdir()
+    try:
+        start = time.perf_counter()
+        write_model(folder / "model")
+        print(f"made the checkpoint in {time.perf_counter() - start:.0f} s")
+        model, vision, language = str(folder / "model"), str(folder / "vision"), str(folder / "text")
+        for stage, values in (
+            ("vision", [model, vision, "bfloat16", "fused"]),
+            ("language", [model, language, "qwen", "bfloat16", "fused", arguments.quant_type]),
+        ):
+            report = run(EXPORT.format(stage=stage, arguments=", ".join(map(repr, values))))
+            print(f"export-{stage}: {line(report)}")
+        shutil.rmtree(folder / "model")
+        sizes = {path.name: path.stat().st_size / 1e9 for path in folder.rglob("*.pdiparams")}
+        print(", ".join(f"{name} {size:.2f} GB" for name, size in sizes.items()))
+        print(f"answer: {line(run(ANSWER.format(vision=vision, language=language + '/qwen')))}")
+    finally:
+        shutil.rmtree(folder)
+
+
+def write_model(folder: Path) -> None:
+    """A bfloat16 checkpoint with Hugging Face's names and layout, a shard a layer: one is held at a time."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    config = parse_config(CONFIG, "7B")
+    pattern = np.random.default_rng(0).standard_normal(1048573).astype(np.float32)
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(shards({**language_specs(config), **vision_specs(config)})):
+        shard = {
+            name if name == "lm_head.weight" else f"transformer.{name}": values(pattern, name, spec)
+            for name, spec in group.items()
+        }
+        file = f"model-{number:05d}.safetensors"
+        safetensors_file.write(folder / file, shard, "bfloat16")
+        weight_map.update(dict.fromkeys(shard, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def shards(specs: dict[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
+    """At most 12 tensors at a time."""
+    names = list(specs)
+    for first in range(0, len(names), 12):
+        yield {name: specs[name] for name in names[first : first + 12]}
+
+
+def values(pattern: NDArray[np.float32], name: str, spec: TensorSpec) -> NDArray[np.generic]:
+    """Matrices of variance 0.25 / inputs keep activations small; embeddings and vectors have variance 1."""
+    shape = spec.shape[::-1] if spec.linear else spec.shape
+    inputs = spec.shape[0] if spec.linear else shape[-1]
+    scale = 1.0 if len(shape) == 1 or name == "wte.weight" else 0.5 / np.sqrt(inputs)
+    return np.resize(cast(pattern * np.float32(scale), "float32", "bfloat16", name), shape)
+
+
+def run(code: str) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED.format(code=code)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def line(report: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in report.items())
+
+
+if __name__ == "__main__":
+    main()
