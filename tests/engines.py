@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Optional
 
 import pytest
 
@@ -16,10 +17,10 @@ needs_compiler = pytest.mark.skipif(
 ENGINES = ["portable", pytest.param("fused", marks=needs_compiler)]
 
 
-def open_pair(vision: Path, language: Path, engine: str) -> QwenVL:
+def open_pair(vision: Path, language: Path, engine: str, model: Optional[Path] = None) -> QwenVL:
     """A predictor on these programs, for longer than a test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWENVL_ENGINE", engine)
-        pair = QwenVL.from_exported(vision, language)
-        pair.load()
+        pair = QwenVL.from_exported(vision, language, model)
+        _ = pair._vision, pair._generator
     return pair

@@ -475,8 +475,25 @@ cases(
         "`export-language --model_prefix a/b`": of_model(
             "export-language", *MODEL, "--output_path", "out", "--model_prefix", "a/b"
         ),
+        "`export-language --engine fast`": of_model(
+            "export-language", *MODEL, "--output_path", "out", "--engine", "fast"
+        ),
+        "`export-language --quant_type int8`": of_model(
+            "export-language", *MODEL, "--output_path", "out", "--quant_type", "int8"
+        ),
+        "`export-language --quant_type weight_only_int8 --engine portable`": of_model(
+            *("export-language", *MODEL, "--output_path", "out", "--quant_type", "weight_only_int8"),
+            *("--engine", "portable"),
+        ),
     }
 )
+
+
+@case("`QWENVL_ENGINE=fast`")
+def _(bench: Bench) -> list[str]:
+    bench.model()
+    bench.monkeypatch.setenv("QWENVL_ENGINE", "fast")
+    return bench.export()
 
 
 @case("no more room on the disk during an export")
@@ -562,9 +579,33 @@ def _(bench: Bench) -> list[str]:
     return bench.predict()
 
 
+@case("`QWENVL_ENGINE=fused` with an export without the engine")
+def _(bench: Bench) -> list[str]:
+    bench.exported()
+    for path in [*Path().glob("*/*.manifest.json")]:
+        data = json.loads(path.read_text())
+        data["programs"] = {name: of for name, of in data["programs"].items() if ".fused" not in name}
+        path.write_text(json.dumps(data))
+    bench.monkeypatch.setenv("QWENVL_ENGINE", "fused")
+    return bench.predict("--image", str(STREET))
+
+
+@case("`QWENVL_ENGINE=portable` with quantised weights")
+def _(bench: Bench) -> list[str]:
+    bench.exported()
+    manifest = json.loads(Path("text/qwen.manifest.json").read_text())
+    programs = {name: of for name, of in manifest["programs"].items() if ".fused" in name}
+    shutil.rmtree("vision")
+    shutil.rmtree("text")
+    bench.manifest(quant_type="weight_only_int8", programs=programs)
+    bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")
+    return bench.predict()
+
+
 @case("a program file was changed")
 def _(bench: Bench) -> list[str]:
     bench.exported()
+    bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")
     with Path("text/qwen.step.json").open("a") as file:
         file.write(" ")
     return bench.predict()
@@ -573,6 +614,7 @@ def _(bench: Bench) -> list[str]:
 @case("a program file is missing")
 def _(bench: Bench) -> list[str]:
     bench.exported()
+    bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")
     for form in (".json", ".pdmodel"):  # either will do
         Path(f"vision/vision{form}").unlink()
     return bench.predict("--image", str(STREET))
