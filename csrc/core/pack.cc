@@ -6,6 +6,7 @@
 
 #include "core/bfloat16.h"
 #include "core/error.h"
+#include "core/float16.h"
 
 namespace qvl {
 namespace {
@@ -68,6 +69,7 @@ uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in) {
     case QVL_FLOAT32:
       return rows * static_cast<uint64_t>(in) * 4;
     case QVL_BFLOAT16:
+    case QVL_FLOAT16:
       return rows * static_cast<uint64_t>(in) * 2;
     case QVL_INT8:
       return rows * static_cast<uint64_t>(padded(in));
@@ -103,6 +105,10 @@ void pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* p
         for (int64_t k = 0; k < in; ++k)
           reinterpret_cast<uint16_t*>(bytes)[row * in + k] = to_bfloat16(source[k]);
         break;
+      case QVL_FLOAT16:
+        for (int64_t k = 0; k < in; ++k)
+          reinterpret_cast<uint16_t*>(bytes)[row * in + k] = to_float16(source[k]);
+        break;
       case QVL_INT8:
         pack_int8_row(source, in, reinterpret_cast<int8_t*>(bytes) + row * width,
                       reinterpret_cast<float*>(scales) + row);
@@ -128,6 +134,9 @@ void unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* packed, float*
           break;
         case QVL_BFLOAT16:
           value = from_bfloat16(reinterpret_cast<const uint16_t*>(bytes)[row * in + k]);
+          break;
+        case QVL_FLOAT16:
+          value = from_float16(reinterpret_cast<const uint16_t*>(bytes)[row * in + k]);
           break;
         case QVL_INT8:
           value = reinterpret_cast<const float*>(scales)[row] *

@@ -18,6 +18,10 @@ inline int group_size(qvl_dtype dtype) {
   return dtype == QVL_INT4_G64 ? 64 : dtype == QVL_INT4_G128 ? 128 : 0;
 }
 
+inline bool is_quantised(qvl_dtype dtype) {
+  return dtype == QVL_INT8 || group_size(dtype) != 0;
+}
+
 // Bytes of the values alone, after which the scales begin.
 uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 

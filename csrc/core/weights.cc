@@ -81,8 +81,8 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
   const char* name = spec.name.c_str();
   QVL_REQUIRE(tensor.dtype >= 0 && tensor.dtype < QVL_DTYPES, QVL_BAD_WEIGHT, "%s: dtype %d is unknown", name,
               tensor.dtype);
-  QVL_REQUIRE(tensor.dtype <= QVL_BFLOAT16 || spec.product, QVL_BAD_WEIGHT,
-              "%s: is %s; this weight must be float32 or bfloat16", name, dtype_name(tensor.dtype));
+  QVL_REQUIRE(!is_quantised(tensor.dtype) || spec.product, QVL_BAD_WEIGHT,
+              "%s: is %s; this weight must be float32, bfloat16 or float16", name, dtype_name(tensor.dtype));
   QVL_REQUIRE(tensor.n_dims >= 1 && tensor.n_dims <= 4, QVL_BAD_WEIGHT, "%s: has %d axes; it must have %zu",
               name, tensor.n_dims, spec.shape.size());
   const auto n_dims = static_cast<size_t>(tensor.n_dims);
@@ -97,7 +97,8 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
               shape_text(spec.shape.data(), spec.shape.size()).c_str(),
               static_cast<unsigned long long>(bytes));
   QVL_REQUIRE(tensor.data != nullptr, QVL_BAD_WEIGHT, "%s: data is NULL", name);
-  const uintptr_t alignment = tensor.dtype == QVL_BFLOAT16 ? 2 : 4;
+  const bool halves = tensor.dtype == QVL_BFLOAT16 || tensor.dtype == QVL_FLOAT16;
+  const uintptr_t alignment = halves ? 2 : 4;
   QVL_REQUIRE(reinterpret_cast<uintptr_t>(tensor.data) % alignment == 0, QVL_BAD_WEIGHT,
               "%s: data is not aligned to %d bytes", name, static_cast<int>(alignment));
   QVL_REQUIRE(tensor.device == QVL_DEVICE_CPU || tensor.device == device, QVL_BAD_WEIGHT,
@@ -108,8 +109,8 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
 }  // namespace
 
 const char* dtype_name(qvl_dtype dtype) {
-  static const char* const names[QVL_DTYPES] = {"float32", "bfloat16", "int8", "int4 (groups of 64)",
-                                                "int4 (groups of 128)"};
+  static const char* const names[QVL_DTYPES] = {
+      "float32", "bfloat16", "int8", "int4 (groups of 64)", "int4 (groups of 128)", "float16"};
   return dtype >= 0 && dtype < QVL_DTYPES ? names[dtype] : "unknown";
 }
 

@@ -11,6 +11,7 @@ bool runs_here(qvl_isa isa) {
     case QVL_ISA_GENERIC:
       return true;
     case QVL_ISA_AVX2:
+      // Every processor with these has F16C too, which older compilers have no name for.
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case QVL_ISA_AVX512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -105,7 +105,8 @@ void Language::embed(Context& context, const qvl_batch& batch, int64_t first_tok
       std::memcpy(x, static_cast<const float*>(wte_) + batch.tokens[token] * hidden,
                   size(hidden) * sizeof(float));
     } else {
-      context.kernels.widen(static_cast<const uint16_t*>(wte_) + batch.tokens[token] * hidden, x, hidden);
+      const auto widen = wte_dtype_ == QVL_FLOAT16 ? context.kernels.widen_float16 : context.kernels.widen;
+      widen(static_cast<const uint16_t*>(wte_) + batch.tokens[token] * hidden, x, hidden);
     }
   }
 }

@@ -11,7 +11,7 @@ constexpr int64_t kMatvecRows = 128;  // rows of weights in a task of matvec, at
 constexpr int64_t kTileRows = 64;     // and of the blocked product
 constexpr int64_t kMaxTokens = 384;   // packed at once: 512 columns of them fit into a second-level cache
 
-constexpr int kBits[QVL_DTYPES] = {32, 16, 8, 4, 4};
+constexpr int kBits[QVL_DTYPES] = {32, 16, 8, 4, 4, 16};
 
 const void* offset(const void* memory, uint64_t bytes) {
   return static_cast<const char*>(memory) + bytes;
@@ -48,7 +48,7 @@ void multiply_many(Context& context, const Matrix& m, const float* x, int64_t x_
   const Kernels& kernels = context.kernels;
   const int kind = kernels.bf16_dot && m.dtype != QVL_FLOAT32 ? 1 : 0;
   // Columns in equal parts, as far as quantised weights' units allow.
-  const int most_k = kind == 1 ? kMaxTileK : kMaxTileK / 2, unit = m.dtype >= QVL_INT8 ? kPackUnit : 32;
+  const int most_k = kind == 1 ? kMaxTileK : kMaxTileK / 2, unit = is_quantised(m.dtype) ? kPackUnit : 32;
   const int parts = (m.k + most_k - 1) / most_k;
   const int tile_k = ((m.k + parts - 1) / parts + unit - 1) / unit * unit;
   const int lanes = kernels.lanes;

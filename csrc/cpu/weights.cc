@@ -22,7 +22,7 @@ Matrix Weights::matrix(const std::string& name, const std::string& bias) {
   matrix.dtype = tensor.dtype;
   matrix.rows = tensor.shape[0];
   matrix.k = static_cast<int>(k);
-  if (tensor.dtype >= QVL_INT8) {
+  if (is_quantised(tensor.dtype)) {
     matrix.scales = static_cast<const char*>(tensor.data) + value_bytes(tensor.dtype, matrix.rows, k);
   }
   if (!bias.empty()) matrix.bias = floats(bias);

@@ -74,7 +74,8 @@ enum {
   QVL_INT8 = 2,      /* a scale for each row */
   QVL_INT4_G64 = 3,  /* a scale for each 64 values of a row */
   QVL_INT4_G128 = 4, /* a scale for each 128 values of a row */
-  QVL_DTYPES = 5
+  QVL_FLOAT16 = 5,   /* IEEE half precision */
+  QVL_DTYPES = 6
 };
 
 typedef int32_t qvl_device;
@@ -87,7 +88,7 @@ typedef int32_t qvl_isa;
 enum {
   QVL_ISA_BEST = 0, /* what this machine has */
   QVL_ISA_GENERIC = 1,
-  QVL_ISA_AVX2 = 2,       /* with FMA */
+  QVL_ISA_AVX2 = 2,       /* with FMA and F16C */
   QVL_ISA_AVX512 = 3,     /* F, BW, VL, DQ and VNNI */
   QVL_ISA_AVX512_BF16 = 4 /* and BF16, VBMI */
 };
@@ -154,15 +155,15 @@ typedef struct qvl_config {
  * Every matrix is [out, in] here. visual.proj, which checkpoints keep as [in, out], must be transposed, and
  * the two tables positional_embedding and key_pos_embed must be resized to the picture's patches.
  *
- * All may be QVL_FLOAT32 or QVL_BFLOAT16; the matrices other than wte.weight may be quantised. Types may
- * be mixed. Products run in float32 where the weight is float32. Elsewhere the products of prompts and
- * pictures round their activations to bfloat16 if the machine has instructions for it; products of up to 8
- * tokens, as in a decode step, leave them in float32, but on a CPU round them to 8 bits with a scale for each
- * 32 values if the weight is quantised. Everything else is float32.
+ * All may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16; the matrices other than wte.weight may be quantised.
+ * Types may be mixed. Products run in float32 where the weight is float32. Elsewhere the products of prompts
+ * and pictures round their activations to bfloat16 if the machine has instructions for it; products of up to
+ * 8 tokens, as in a decode step, leave them in float32, but on a CPU round them to 8 bits with a scale for
+ * each 32 values if the weight is quantised. Everything else is float32.
  */
 typedef struct qvl_tensor {
   const char* name;
-  const void* data; /* 4-byte aligned (QVL_BFLOAT16: 2) */
+  const void* data; /* 4-byte aligned (QVL_BFLOAT16, QVL_FLOAT16: 2) */
   qvl_dtype dtype;
   qvl_device device; /* where `data` is. On the engine's device it is kept and used in place; else it is
                         copied once */
@@ -356,10 +357,10 @@ typedef struct qvl_result {
 /* Generate for n requests at once.
  *
  * end_ids: int32 [n_end], host memory; any of them ends a request.
- * pool: NULL for one made for this call, in the type of the weights. Else all of its blocks are used.
- * tokens: int32 [n, stride], host memory; row i gets the tokens of request i. stride is at least the largest
- * max_new. results: [n]. on_step: may be NULL. The lock of the engine is taken for each step, so that several
- * of these can run at the same time.
+ * pool: NULL for one made for this call, float32 for weights of that type, else bfloat16. Else all of its
+ * blocks are used. tokens: int32 [n, stride], host memory; row i gets the tokens of request i. stride is at
+ * least the largest max_new. results: [n]. on_step: may be NULL. The lock of the engine is taken for each
+ * step, so that several of these can run at the same time.
  */
 QVL_API qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const qvl_request* requests,
                                 int32_t n_end, const int32_t* end_ids, qvl_on_step on_step, void* user,

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128 = range(5)
+FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128, FLOAT16 = range(6)
+QUANTISED = (INT8, INT4_G64, INT4_G128)
 DTYPES = {
     "float32": FLOAT32,
     "bfloat16": BFLOAT16,
     "int8": INT8,
     "int4_g64": INT4_G64,
     "int4_g128": INT4_G128,
+    "float16": FLOAT16,
 }
 ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
 OK, INVALID, BAD_WEIGHT, UNSUPPORTED, NO_MEMORY, STOPPED, INTERNAL = range(7)
@@ -275,7 +277,7 @@ def store(
     for name, values in weights.items():
         kind = of(name) if of else dtype
         matrix = values.ndim > 1 and not name.endswith(("wte.weight", "embedding", "query", "pos_embed"))
-        if kind > BFLOAT16 and not matrix:
+        if kind in QUANTISED and not matrix:
             kind = BFLOAT16 if values.ndim > 1 else FLOAT32
         flat = values.reshape(values.shape[0], -1)
         stored[name] = (library.pack(flat, kind), kind, values.shape)

@@ -107,7 +107,7 @@ def test_weights(parts):
     assert refused(parts, changed(parts, name, dtype=77)) == (BAD_WEIGHT, f"{name}: dtype 77 is unknown")
     assert refused(parts, changed(parts, "wte.weight", dtype=INT8)) == (
         BAD_WEIGHT,
-        "wte.weight: is int8; this weight must be float32 or bfloat16",
+        "wte.weight: is int8; this weight must be float32, bfloat16 or float16",
     )
     unaligned = np.empty(stored[name][0].nbytes + 1, np.uint8)[1:]
     assert refused(parts, changed(parts, name, data=unaligned)) == (

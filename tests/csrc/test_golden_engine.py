@@ -85,7 +85,7 @@ def test_a_mixed_batch_gives_what_its_parts_give(best):
     np.testing.assert_allclose(together, alone, atol=2e-4, rtol=0)
 
 
-BOUNDS = {"bfloat16": 0.03, "int8": 0.03, "int4_g64": 0.03, "int4_g128": 0.03}
+BOUNDS = {"bfloat16": 0.03, "float16": 0.03, "int8": 0.03, "int4_g64": 0.03, "int4_g128": 0.03}
 
 
 @pytest.mark.parametrize("name", ["a"])
@@ -121,7 +121,7 @@ def test_other_types(library, golden_model, name, dtype):
                 got = pool.forward([(prompt, 0, length, table)], model.spans(features))
                 assert np.abs(got - logits).max() <= 4 * bound * np.abs(logits).max()
                 got = pool.forward([([7], length, length, table)])
-                small = bound if dtype == "bfloat16" else BOUNDS[dtype]
+                small = bound if dtype in ("bfloat16", "float16") else BOUNDS[dtype]
                 assert np.abs(got - decoded).max() <= 4 * small * np.abs(decoded).max()
 
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from engine import BFLOAT16, DTYPES, FLOAT32, INT8, ISAS, make_config, pointer
+from engine import BFLOAT16, DTYPES, FLOAT32, INT8, ISAS, QUANTISED, make_config, pointer
 from golden_model import GoldenModel
 
 RANDOM = np.random.default_rng(5)
@@ -67,7 +67,7 @@ def test_linear(library, isa, dtype, shape):
             *(n, rows, columns, pointer(x), pointer(weights), pointer(bias), add, pointer(exact))
         )
         expected = y.copy()
-        seen = rounded_activations(x, isa, kind) if few and kind > BFLOAT16 else x
+        seen = rounded_activations(x, isa, kind) if few and kind in QUANTISED else x
         library.dll.qvlr_linear(
             *(n, rows, columns, pointer(seen), pointer(weights), pointer(bias), add, pointer(expected))
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine import BFLOAT16, FLOAT32, INT4_G64, INT4_G128, INT8, INVALID, EngineError, pointer
+from engine import BFLOAT16, FLOAT16, FLOAT32, INT4_G64, INT4_G128, INT8, INVALID, EngineError, pointer
 
 RANDOM = np.random.default_rng(3)
 
@@ -50,10 +50,26 @@ def test_values_that_are_kept(library):
     values = RANDOM.standard_normal([3, 50]).astype(np.float32)
     assert (library.unpack(library.pack(values, FLOAT32), FLOAT32, 3, 50) == values).all()
     zero = np.zeros([2, 130], np.float32)
-    for dtype in range(5):
+    for dtype in range(6):
         assert (library.unpack(library.pack(zero, dtype), dtype, 2, 130) == 0).all()
     halves = (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
     assert (library.unpack(library.pack(halves, BFLOAT16), BFLOAT16, 3, 50) == halves).all()
+
+
+def test_float16(library):
+    """Every number that there is, and rounding as NumPy does it, across its whole range."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(16, -1)
+    every = np.where(np.isnan(every), np.float16(1), every)
+    bits = np.ascontiguousarray(every).view(np.uint8).ravel()
+    assert (library.unpack(bits, FLOAT16, *every.shape) == every).all()
+    scales = np.exp2(RANDOM.uniform(-27, 17, [50, 77]))
+    values = (RANDOM.standard_normal([50, 77]) * scales).astype(np.float32)
+    ties = (every[:, :-1].astype(np.float32) + every[:, 1:].astype(np.float32)) / 2
+    for source in (values, ties[np.isfinite(ties).all(1)]):
+        with np.errstate(over="ignore"):
+            expected = source.astype(np.float16).view(np.uint16)
+        packed = library.pack(np.ascontiguousarray(source), FLOAT16)
+        assert (packed.view(np.uint16).reshape(source.shape) == expected).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -43,6 +43,13 @@ void add(const float* from, float* to, int64_t n) {
   });
 }
 
+void widen_float16_all(const uint16_t* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int some = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    store_some(to + i, widen_float16(load_some_halves(from + i, some)), some);
+  }
+}
+
 void widen_all(const uint16_t* from, float* to, int64_t n) {
   in_steps(n, [&](int64_t i, int some) {
     HalfWords halves{};

@@ -69,6 +69,15 @@ struct UnpackF32 {
   }
 };
 
+struct UnpackF16 {
+  static QVL_INLINE void row(const UnpackTile& t, int64_t row, float* to) {
+    const Float16* from = static_cast<const Float16*>(t.weights) + row * t.k + t.first_k;
+    int i = 0;
+    for (; i + kLanes <= t.n_k; i += kLanes) store(to + i, load_floats(from + i));
+    if (i < t.n_k) store_some(to + i, load_some(from + i, t.n_k - i), t.n_k - i);
+  }
+};
+
 struct UnpackBf16 {
   static QVL_INLINE void row(const UnpackTile& t, int64_t row, float* to) {
     const uint16_t* from = static_cast<const uint16_t*>(t.weights) + row * t.k + t.first_k;

@@ -4,7 +4,7 @@
 #include "cpu/kernels/elementwise.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/matvec_bf16.h"
-#include "cpu/kernels/matvec_f32.h"
+#include "cpu/kernels/matvec_float.h"
 #include "cpu/kernels/matvec_int4.h"
 #include "cpu/kernels/matvec_int8.h"
 #include "cpu/kernels/norm.h"
@@ -22,21 +22,25 @@ constexpr Kernels make() {
   k.silu_mul = silu_mul;
   k.add = add;
   k.widen = widen_all;
+  k.widen_float16 = widen_float16_all;
   k.narrow = narrow_all;
   k.rotate = rotate;
 
   k.prepared_bytes[QVL_FLOAT32] = prepared_bytes_f32;
   k.prepared_bytes[QVL_BFLOAT16] = prepared_bytes_bf16;
+  k.prepared_bytes[QVL_FLOAT16] = prepared_bytes_f32;
   k.prepared_bytes[QVL_INT8] = prepared_bytes_int8;
   k.prepared_bytes[QVL_INT4_G64] = prepared_bytes_int4<64>;
   k.prepared_bytes[QVL_INT4_G128] = prepared_bytes_int4<128>;
   k.prepare_x[QVL_FLOAT32] = prepare_f32;
   k.prepare_x[QVL_BFLOAT16] = prepare_bf16;
+  k.prepare_x[QVL_FLOAT16] = prepare_f32;
   k.prepare_x[QVL_INT8] = prepare_int8;
   k.prepare_x[QVL_INT4_G64] = prepare_int4<64>;
   k.prepare_x[QVL_INT4_G128] = prepare_int4<128>;
-  k.matvec[QVL_FLOAT32] = matvec<RowsF32>;
+  k.matvec[QVL_FLOAT32] = matvec<RowsOf<float>>;
   k.matvec[QVL_BFLOAT16] = matvec<RowsBf16>;
+  k.matvec[QVL_FLOAT16] = matvec<RowsOf<Float16>>;
   k.matvec[QVL_INT8] = matvec<RowsInt8>;
   k.matvec[QVL_INT4_G64] = matvec<RowsInt4<64>>;
   k.matvec[QVL_INT4_G128] = matvec<RowsInt4<128>>;
@@ -45,6 +49,7 @@ constexpr Kernels make() {
   k.pack_panel[1] = pack_panel_bf16;
   k.unpack_tile[0][QVL_FLOAT32] = unpack_to_f32<UnpackF32>;
   k.unpack_tile[0][QVL_BFLOAT16] = unpack_to_f32<UnpackBf16>;
+  k.unpack_tile[0][QVL_FLOAT16] = unpack_to_f32<UnpackF16>;
   k.unpack_tile[0][QVL_INT8] = unpack_to_f32<UnpackInt8>;
   k.unpack_tile[0][QVL_INT4_G64] = unpack_to_f32<UnpackInt4<64>>;
   k.unpack_tile[0][QVL_INT4_G128] = unpack_to_f32<UnpackInt4<128>>;
@@ -53,6 +58,7 @@ constexpr Kernels make() {
 #if defined(__AVX512BF16__)
   k.bf16_dot = true;
   k.unpack_tile[1][QVL_BFLOAT16] = copy_bf16;
+  k.unpack_tile[1][QVL_FLOAT16] = unpack_to_bf16<UnpackF16>;
   k.unpack_tile[1][QVL_INT8] = unpack_to_bf16<UnpackInt8>;
   k.unpack_tile[1][QVL_INT4_G64] = unpack_to_bf16<UnpackInt4<64>>;
   k.unpack_tile[1][QVL_INT4_G128] = unpack_to_bf16<UnpackInt4<128>>;

@@ -188,6 +188,34 @@ QVL_INLINE Floats widen(HalfWords halves) {
   return reinterpret_cast<Floats>(widen_halves(halves) << 16);
 }
 
+QVL_INLINE Floats widen_float16(HalfWords halves) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(halves)));
+#elif defined(__F16C__)
+  return reinterpret_cast<Floats>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(halves)));
+#else
+  // As from_float16 in core/float16.h.
+  const Words wide = widen_halves(halves), magnitude = (wide & 0x7FFFu) << 13;
+  const Floats finite = reinterpret_cast<Floats>(magnitude) * 0x1p112F;
+  const Words bits = (wide & 0x7C00u) == 0x7C00u ? magnitude | 0x7F800000u : reinterpret_cast<Words>(finite);
+  return reinterpret_cast<Floats>(bits | (wide & 0x8000u) << 16);
+#endif
+}
+
+// Stored values as float32, and the first n of them.
+struct Float16 {
+  uint16_t bits;
+};
+QVL_INLINE Floats load_floats(const float* memory) {
+  return load<Floats>(memory);
+}
+QVL_INLINE Floats load_floats(const Float16* memory) {
+  return widen_float16(load<HalfWords>(memory));
+}
+QVL_INLINE Floats load_some(const Float16* memory, int n) {
+  return widen_float16(load_some_halves(&memory->bits, n));
+}
+
 // To nearest, ties to even. Not for NaN.
 QVL_INLINE HalfWords narrow(Floats v) {
   Words bits = reinterpret_cast<Words>(v);

@@ -70,6 +70,7 @@ struct Kernels {
   void (*silu_mul)(const float* gate, float* x, int64_t n);   // x *= silu(gate)
   void (*add)(const float* from, float* to, int64_t n);       // to += from
   void (*widen)(const uint16_t* from, float* to, int64_t n);  // bfloat16 -> float32
+  void (*widen_float16)(const uint16_t* from, float* to, int64_t n);
   void (*narrow)(const float* from, uint16_t* to, int64_t n);
   // x [head_dim] rotated by cos, sin [head_dim / 2], times scale
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim, float scale);

@@ -73,7 +73,8 @@ static void give(model* m, const char* name, int product, int64_t a, int64_t b, 
   qvl_tensor* t = &m->tensors[m->n];
   snprintf(m->names[m->n], sizeof m->names[0], "%s", name);
   t->name = m->names[m->n++];
-  t->dtype = product ? m->dtype : m->dtype == QVL_FLOAT32 ? QVL_FLOAT32 : QVL_BFLOAT16;
+  const int whole = m->dtype == QVL_FLOAT32 || m->dtype == QVL_FLOAT16;
+  t->dtype = product || whole ? m->dtype : QVL_BFLOAT16;
   t->device = QVL_DEVICE_CPU;
   const int64_t shape[4] = {a, b, c, d};
   memcpy(t->shape, shape, sizeof shape);

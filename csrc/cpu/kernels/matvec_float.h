@@ -1,4 +1,4 @@
-// float32 weights [rows][k]; the activations are copied, padded with zero.
+// float32 and float16 weights [rows][k]; the activations are copied, padded with zero.
 #pragma once
 
 #include "cpu/kernels/matvec.h"
@@ -19,12 +19,13 @@ void prepare_f32(const float* x, int64_t x_stride, int n_x, int k, void* prepare
   }
 }
 
-struct RowsF32 {
+template <typename Value>
+struct RowsOf {
   static constexpr int kCut = 512;
   static constexpr int kGroup = kLanes == 16 ? 4 : 2;
   static constexpr int rows_at_once(int n) { return n == 1 || kLanes == 16 ? 4 : 2; }
-  static QVL_INLINE int64_t row_bytes(int k) { return int64_t{4} * k; }
-  static QVL_INLINE int64_t column_bytes(int n) { return int64_t{4} * n; }
+  static QVL_INLINE int64_t row_bytes(int k) { return int64_t{sizeof(Value)} * k; }
+  static QVL_INLINE int64_t column_bytes(int n) { return int64_t{sizeof(Value)} * n; }
   static QVL_INLINE float scale(const Matvec&, int64_t) { return 1; }
 
   template <int R, int N, int Turn, int Turns>
@@ -32,13 +33,13 @@ struct RowsF32 {
                              Floats (&sums)[R][N]) {
     const int k = p.k, width = round_up(k, kLanes);
     const float* x = static_cast<const float*>(p.x) + first_x * width;
-    const float* w = static_cast<const float*>(p.weights) + row * k;
+    const Value* w = static_cast<const Value*>(p.weights) + row * k;
     int i = first;
     for (; i + kLanes <= end; i += kLanes) {
       Floats v[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        v[r] = load<Floats>(w + int64_t{r} * k + i);
+        v[r] = load_floats(w + int64_t{r} * k + i);
         if (r % Turns == Turn) prefetch(reinterpret_cast<const char*>(w + int64_t{r} * k + i) + ahead);
       }
 #pragma GCC unroll 8
