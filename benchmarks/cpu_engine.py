@@ -1,7 +1,8 @@
-"""The engine on a CPU, PyTorch and llama.cpp: milliseconds a layer of the 7B geometry, and the machine's limits.
+"""The engine on a CPU and its peers: milliseconds a layer of the 7B geometry, and the machine's limits.
 
 Build first: cmake -S csrc -B build/engine && cmake --build build/engine -j2. Needs NumPy, 3 GB of memory, 4 minutes.
-Run: python benchmarks/cpu_engine.py --torch PYTHON --llama PYTHON, with interpreters that have the peers:
+Run: python benchmarks/cpu_engine.py --paddle PYTHON --torch PYTHON --llama PYTHON, with interpreters that have them:
+  pip install -e '.[cpu]'                    for --paddle, which is the portable graph
   pip install torch                          for --torch
   pip install llama-cpp-python gguf numpy    for --llama
 
@@ -273,6 +274,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2, help="for each figure (default 2)")
     parser.add_argument("--dtypes", default="bfloat16,int8,int4_g128,int4_g64")
     parser.add_argument("--threads", type=int, default=0, help="default: as the engine does")
+    parser.add_argument("--paddle", metavar="PYTHON", default="", help="an interpreter with this package")
     parser.add_argument("--torch", metavar="PYTHON", default="", help="an interpreter with PyTorch")
     parser.add_argument(
         "--llama", metavar="PYTHON", default="", help="one with llama-cpp-python, gguf and NumPy"
@@ -295,7 +297,11 @@ def main() -> None:
     for row in rows:
         if row.name == vision.name:
             row.update(vision)
-    for kind, python in (("torch", arguments.torch), ("llama", arguments.llama)):
+    for kind, python in (
+        ("paddle", arguments.paddle),
+        ("torch", arguments.torch),
+        ("llama", arguments.llama),
+    ):
         if python:
             rows += peers(kind, python, threads, seconds)
         else:

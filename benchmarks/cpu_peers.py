@@ -1,13 +1,15 @@
 """What others take for a layer of the same geometry: run by cpu_engine.py, with the interpreter that has them.
 
-python benchmarks/cpu_peers.py torch|llama THREADS SECONDS prints a line of JSON for each way of running: its name
-and milliseconds a layer. llama needs NumPy, gguf, llama-cpp-python and 1 GB for a file of random weights.
+python benchmarks/cpu_peers.py torch|llama|paddle THREADS SECONDS prints a line of JSON for each way of running: its
+name and milliseconds a layer. paddle is our own portable graph, in Paddle Inference, and needs 3 GB of memory and as
+much disk. llama needs NumPy, gguf, llama-cpp-python and 1 GB for a file of random weights.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -244,9 +246,56 @@ def llama_peer(threads: int, seconds: float) -> None:
     del quiet
 
 
+# ---- Paddle: our portable graph ----------------------------------------------------------------------------
+
+
+def paddle_peer(threads: int, seconds: float) -> None:
+    """What two layers more cost."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    took = []
+    for n_layers in (1, 3):
+        with tempfile.TemporaryDirectory() as folder:
+            took.append(portable_graph(Path(folder), n_layers, seconds))
+    report("portable graph float32", **{part: (took[1][part] - took[0][part]) / 2 for part in took[0]})
+
+
+def portable_graph(folder: Path, n_layers: int, seconds: float) -> dict[str, float]:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from paddlemix_qwenvl_plugin import QwenVL, export_language, export_vision
+    from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
+    from paddlemix_qwenvl_plugin.tiny import random_weights
+
+    os.environ["QWENVL_ENGINE"] = "portable"
+    vision = {"width": WIDTH, "layers": n_layers, "heads": VISION_HEADS, "mlp_ratio": VISION_MLP / WIDTH}
+    vision |= {"image_size": 448, "patch_size": 14, "output_dim": HIDDEN, "image_start_id": 1}
+    config = {"hidden_size": HIDDEN, "num_hidden_layers": n_layers, "num_attention_heads": HEADS}
+    config |= {"intermediate_size": 2 * MLP, "vocab_size": 64, "visual": vision}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(random_weights(parse_config(config, "7B"), 0), str(folder / "model.safetensors"))
+    export_vision(folder, folder / "vision")
+    export_language(folder, folder / "text", "qwen")
+    model = QwenVL.from_exported(folder / "vision", folder / "text" / "qwen")
+    nothing = np.zeros([0, 256, HIDDEN], np.float32), np.zeros([0, 3], np.int64)
+    pixels = np.zeros([1, 3, 448, 448], np.float32)
+
+    def forward(cache: Any, n_rows: int, n_tokens: int) -> Any:
+        chunks = [np.full(n_tokens, 5)] * n_rows
+        return cache.run(chunks, *nothing, np.full([n_rows, 1], PROMPT))[1]
+
+    figures = {"vision": best(lambda: model._vision([pixels]), seconds)}
+    empty = model._generator.empty_cache(1, PROMPT)
+    figures["prefill"] = best(lambda: forward(empty, 1, PROMPT), seconds)
+    for n in (1, BATCH):
+        cache = forward(model._generator.empty_cache(n, PAST), n, PAST)
+        figures[f"decode_{n}"] = best(functools.partial(forward, cache, n, 1), seconds)
+    return figures
+
+
 def main() -> None:
     peer, threads, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    {"torch": torch_peer, "llama": llama_peer}[peer](threads, seconds)
+    {"torch": torch_peer, "llama": llama_peer, "paddle": paddle_peer}[peer](threads, seconds)
 
 
 if __name__ == "__main__":
