@@ -1,0 +1,65 @@
+"""The demo model's eight answers through the portable graph and through the engine: ms a token, prompt and picture.
+
+Run: python benchmarks/demo_model.py
+Needs the plugin and a C++ compiler; a minute. Each figure is the best of five rounds of all questions.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+from PIL import Image
+
+from paddlemix_qwenvl_plugin import QwenVL, export_language, export_vision
+from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
+from paddlemix_qwenvl_plugin.demo.run import MODEL
+from paddlemix_qwenvl_plugin.evaluation.demo import ask
+from paddlemix_qwenvl_plugin.runtime.feature_cache import FeatureCache
+
+ROWS: Sequence[tuple[str, str, Optional[str]]] = (
+    ("portable", "float32", None),
+    ("portable", "bfloat16", None),
+    ("fused", "float32", None),
+    ("fused", "bfloat16", None),
+    ("fused", "float16", None),
+    ("fused", "bfloat16", "weight_only_int8"),
+    ("fused", "bfloat16", "weight_only_int4"),
+)
+
+
+def main() -> None:
+    pictures = {path: Image.open(path).convert("RGB") for one in QUESTIONS for path in one.pictures}
+    print("| | ms a token | ms a prompt | ms a picture |\n| --- | --- | --- | --- |")
+    for engine, dtype, quant_type in ROWS:
+        os.environ["QWENVL_ENGINE"] = engine
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            export_vision(MODEL, folder / "vision", dtype)
+            export_language(MODEL, folder, "qwen", dtype, quant_type=quant_type)
+            model = QwenVL.from_exported(folder / "vision", folder / "qwen")
+            rounds = [answer_all(model, pictures) for _ in range(6)][1:]
+        cells = " | ".join(f"{min(figures):.2f}" for figures in zip(*rounds))
+        print(f"| {engine} {quant_type or dtype} | {cells} |", flush=True)
+
+
+def answer_all(model: QwenVL, pictures: dict[Path, Image.Image]) -> tuple[float, float, float]:
+    model._features = FeatureCache()  # a round encodes each picture anew
+    tokens = prompts = images = 0
+    seconds = dict.fromkeys(("decode", "prefill", "encode_images"), 0.0)
+    for question in QUESTIONS:
+        answer = ask(model, question.sample, [pictures[path] for path in question.pictures])
+        for part in seconds:
+            seconds[part] += answer.timings[part]
+        tokens += len(answer.token_ids) - 1
+        prompts += 1
+        images += len(question.pictures)
+    decode, prefill, encode = seconds.values()
+    return 1e3 * decode / tokens, 1e3 * prefill / prompts, 1e3 * encode / images
+
+
+if __name__ == "__main__":
+    main()
