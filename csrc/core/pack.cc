@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 
 #include "core/bfloat16.h"
 #include "core/error.h"
@@ -41,13 +42,46 @@ int nibble_shift(int64_t k) {
   return k % 64 >= 32 ? 4 : 0;
 }
 
+// Squared error of a group's values at this scale. The sum of a float and 1.5 * 2^23 is rounded to a whole
+// number.
+float int4_error(const float* values, int64_t n, float scale) {
+  constexpr float kShift = 12582912.0F;
+  const float inverse = 1 / scale;
+  float error = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float steps = std::clamp(values[i] * inverse, -8.0F, 7.0F);
+    const float whole = (steps + kShift) - kShift;
+    const float missed = values[i] - whole * scale;
+    error += missed * missed;
+  }
+  return error;
+}
+
+// The scale of least squared error among a few, as bfloat16. With the first the extreme becomes the -8, so it
+// is negative if need be; with the others the extreme is cut off, or falls between two steps.
+uint16_t int4_scale(const float* values, int64_t n) {
+  constexpr float kSteps[] = {-8.0F, -7.5F, -7.0F, -8.6F, -9.2F};
+  const float most = extreme(values, n);
+  uint16_t best = to_bfloat16(most / kSteps[0]);
+  if (from_bfloat16(best) == 0) return best;
+  float least = int4_error(values, n, from_bfloat16(best));
+  for (size_t i = 1; i < std::size(kSteps); ++i) {
+    const uint16_t bits = to_bfloat16(most / kSteps[i]);
+    const float error = from_bfloat16(bits) != 0 ? int4_error(values, n, from_bfloat16(bits)) : least;
+    if (error < least) {
+      least = error;
+      best = bits;
+    }
+  }
+  return best;
+}
+
 void pack_int4_row(const float* row, int64_t in, int group, uint8_t* values, uint16_t* scales) {
   const int64_t width = padded(in);
   std::memset(values, 0x88, static_cast<size_t>(width / 2));
   for (int64_t first = 0; first < width; first += group) {
     const int64_t n = std::max<int64_t>(0, std::min<int64_t>(group, in - first));
-    // The nibbles reach from -8 to 7: the extreme becomes the -8, with a negative scale if need be.
-    const uint16_t bits = to_bfloat16(extreme(row + (n ? first : 0), n) / -8);
+    const uint16_t bits = int4_scale(row + (n ? first : 0), n);
     const float scale = from_bfloat16(bits);
     scales[first / group] = bits;
     for (int64_t k = first; k < first + n; ++k) {

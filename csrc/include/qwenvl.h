@@ -182,7 +182,8 @@ typedef struct qvl_tensor {
 QVL_API uint64_t qvl_packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 /* Round a float32 matrix [out, in] (host memory) to `dtype` at `packed` (host memory), to nearest. Symmetric:
- * the scale of a row or group follows from its largest magnitude. Not-a-number or infinity in it is
+ * the scale of a row follows from its largest magnitude, that of a group is the one of least squared error
+ * among a few near what its largest magnitude gives. Not-a-number or infinity in it is
  * QVL_INVALID.
  */
 QVL_API qvl_status qvl_pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed,

@@ -45,7 +45,7 @@ class FusedStage(nn.Layer):
     Args:
         shapes: of the weights as values, matrices [out, in].
         dtype: how they are stored.
-        quantised: those that are stored as "int8" or "int4_g128" instead, as bytes.
+        quantised: those that are stored as "int8" or "int4_g64" instead, as bytes.
     """
 
     _stage = 0

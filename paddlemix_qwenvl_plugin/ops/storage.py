@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
 from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.ops.load import load
 
-CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4_g128": 4, "float16": 5}
+CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4_g64": 3, "float16": 5}
 
 QUANT_TYPES = ("weight_only_int8", "weight_only_int4")
 
@@ -28,13 +28,13 @@ def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
 
 
 def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
-    """Which weights are quantised, and as what: "int8" or "int4_g128".
+    """Which weights are quantised, and as what: "int8" or "int4_g64".
 
     The logits' matrix takes the errors of 4 bits worst and stays at 8.
     """
     if quant_type is None:
         return {}
-    kind = "int8" if quant_type == "weight_only_int8" else "int4_g128"
+    kind = "int8" if quant_type == "weight_only_int8" else "int4_g64"
     return {name: "int8" if name == "lm_head.weight" else kind for name, spec in specs.items() if spec.linear}
 
 

@@ -34,16 +34,30 @@ def test_layout(library, dtype, shape):
 
 @pytest.mark.parametrize(("dtype", "steps"), [(INT8, 254), (INT4_G64, 16), (INT4_G128, 16)])
 def test_rounding(library, dtype, steps):
-    """At most half a step, and for int4 a whole one at the end that has no eighth step."""
+    """At most half a step, and for int4 up to two at the ends, which may be cut off."""
     values = RANDOM.standard_normal([16, 512]).astype(np.float32)
     error = np.abs(library.unpack(library.pack(values, dtype), dtype, 16, 512) - values)
     group = {INT8: 512, INT4_G64: 64, INT4_G128: 128}[dtype]
     largest = np.abs(values.reshape(16, -1, group)).max(-1, keepdims=True)
     step = 2 * largest / steps
     share = (error.reshape(16, -1, group) / step).max()
-    assert share <= (0.501 if dtype == INT8 else 1.02)
+    assert share <= (0.501 if dtype == INT8 else 1.92)
     # Evenly spread over a step, the rounding has a deviation of 0.29 of it.
     assert (error.reshape(16, -1, group) / step).std() < 0.2
+
+
+@pytest.mark.parametrize(("dtype", "group"), [(INT4_G64, 64), (INT4_G128, 128)])
+def test_scales_of_least_error(library, dtype, group):
+    """No group is worse off than with the scale that takes its extreme to -8, and together they gain."""
+    values = RANDOM.standard_normal([16, 512]).astype(np.float32)
+    groups = values.reshape(-1, group).astype(np.float64)
+    extreme = np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1)
+    step = extreme / -8
+    plain = ((np.clip(np.rint(groups / step), -8, 7) * step - groups) ** 2).sum(1)
+    found = library.unpack(library.pack(values, dtype), dtype, 16, 512).reshape(-1, group)
+    error = ((found - groups) ** 2).sum(1)
+    assert (error <= 1.02 * plain).all()  # bfloat16 scales
+    assert error.sum() < 0.93 * plain.sum()
 
 
 def test_values_that_are_kept(library):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ from paddlemix_qwenvl_plugin.evaluation import demo as evaluation
 
 REPO = Path(__file__).resolve().parents[2]
 
+FUSED = ("vision/vision", "text/qwen", "text/qwen.step") if shutil.which("c++") else ()
+
 needs_weights = pytest.mark.skipif(
     not (MODEL / "model.safetensors").is_file(),
     reason=f"no weights in {MODEL}: check out the whole repository",
@@ -41,6 +44,7 @@ OWN = {
     *(f"pictures/{path.name}" for question in QUESTIONS for path in question.pictures),
     *(f"vision/vision.{end}" for end in ("json", "pdmodel", "pdiparams", "manifest.json")),
     *(f"text/qwen.{end}" for end in ("json", "pdmodel", "pdiparams", "manifest.json")),
+    *(f"{stage}.fused.{end}" for stage in FUSED for end in ("json", "pdmodel")),
     *(f"text/{name}" for name in ("qwen.step.json", "qwen.step.pdmodel", "config.json", "qwen.tiktoken")),
 }
 
