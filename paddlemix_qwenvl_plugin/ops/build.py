@@ -27,7 +27,7 @@ def library(allowed: bool = False) -> Path:
     """The library for this Paddle and these sources, built now unless it is in the cache.
 
     Args:
-        allowed: build also where QWENVL_NO_BUILD is set.
+        allowed: build also where QWENVL_NO_BUILD is set, or where it has failed before.
 
     Raises:
         QwenVLError: it is not there and cannot be built; the line says why.
@@ -41,6 +41,9 @@ def library(allowed: bool = False) -> Path:
         raise QwenVLError(
             f"the engine is not built for this Paddle, and {NO_BUILD} is set: run qwenvl build-ops"
         )
+    failed = folder / "failed"
+    if not allowed and failed.is_file():  # it would fail again, at the start of every process
+        raise QwenVLError(f"{failed.read_text('utf-8')} (qwenvl build-ops tries again)")
     if shutil.which(compiler) is None:
         raise QwenVLError(
             f"the engine needs a C++17 compiler, and there is no {compiler}: apt-get install g++"
@@ -49,7 +52,12 @@ def library(allowed: bool = False) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock"):
             if not built.is_file():  # another process built it meanwhile
-                _build(csrc, compiler, folder, built)
+                failed.unlink(missing_ok=True)
+                try:
+                    _build(csrc, compiler, folder, built)
+                except QwenVLError as error:
+                    failed.write_text(str(error), "utf-8")
+                    raise
     except OSError as error:
         raise QwenVLError(
             f"{folder}: cannot build the engine there ({error.strerror}); set QWENVL_CACHE_DIR to a folder of yours"

@@ -25,6 +25,8 @@ def load() -> ctypes.CDLL:
     names = core.load_op_meta_info_and_register_op(str(path))
     OpProtoHolder.instance().update_op_proto(names)  # for programs of the legacy form
     built = ctypes.CDLL(str(path))
+    built.qwenvl_free_pool.argtypes, built.qwenvl_free_pool.restype = [ctypes.c_int64], None
+    built.qwenvl_set_threads.argtypes, built.qwenvl_set_threads.restype = [ctypes.c_int32], None
     built.qwenvl_set_threads(cpu_threads())
     return built
 

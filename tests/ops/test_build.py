@@ -120,3 +120,14 @@ def test_a_failed_build_leaves_no_library(compiler: Path, monkeypatch: pytest.Mo
     log = Path(str(error.value).rpartition(" ")[2])
     assert "kernels.cc:1: no" in log.read_text()
     assert not list(log.parent.glob("*.so"))
+
+    # Nobody waits for the same failure twice, but who asks for it.
+    compiler.unlink(missing_ok=True)
+    with pytest.raises(
+        QwenVLError, match=r"does not compile here; see \S+build\.log \(qwenvl build-ops tries again\)"
+    ):
+        build.library()
+    assert not compiler.exists()
+    with pytest.raises(QwenVLError, match=r"see \S+build\.log$"):
+        build.library(allowed=True)
+    assert compiler.exists()
