@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Optional
 
 from paddlemix_qwenvl_plugin.errors import QwenVLError
-from paddlemix_qwenvl_plugin.ops.sources import Unit, digest, source_folder, units
+from paddlemix_qwenvl_plugin.ops.sources import FLAGS, Unit, digest, source_folder, units
 from paddlemix_qwenvl_plugin.progress import track
 from paddlemix_qwenvl_plugin.threads import cpu_threads
 
@@ -33,7 +33,9 @@ def library(allowed: bool = False) -> Path:
         QwenVLError: it is not there and cannot be built; the line says why.
     """
     csrc, compiler = source_folder(), os.environ.get("CXX", "c++")
-    folder = cache_folder() / digest(csrc, *_paddle_identity(), compiler, _compiler_version(compiler))
+    include, link = _paddle_flags()
+    key = (*_paddle_identity(), compiler, _compiler_version(compiler), *FLAGS, *include, *link)
+    folder = cache_folder() / digest(csrc, *key)
     built = folder / LIBRARY
     if built.is_file():
         return built
@@ -137,7 +139,7 @@ def _paddle_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
     package = Path(paddle.__file__).parent
     include = Path(paddle.sysconfig.get_include())
-    flags = (f"-isystem{include}", f"-isystem{include / 'third_party'}", "-DPADDLE_WITH_CUSTOM_KERNEL", "-w")
+    flags = (f"-isystem{include}", f"-isystem{include / 'third_party'}", "-w")
     names = ("libphi.so", "libphi_core.so", "libcommon.so")
     libraries = [f"-l:{name}" for name in names if (package / "libs" / name).is_file()]
     return flags, (f"-L{package / 'libs'}", *libraries)

@@ -19,11 +19,13 @@ def load() -> ctypes.CDLL:
         QwenVLError: it cannot be built.
     """
     from paddle.base import core
-    from paddle.base.framework import OpProtoHolder
+    from paddle.base.framework import OpProtoHolder, get_all_op_protos
 
     path = library()
-    names = core.load_op_meta_info_and_register_op(str(path))
-    OpProtoHolder.instance().update_op_proto(names)  # for programs of the legacy form
+    core.load_op_meta_info_and_register_op(str(path))
+    # For programs of the legacy form; the method that does it takes other arguments in each Paddle.
+    known = OpProtoHolder.instance().op_proto_map
+    known.update({proto.type: proto for proto in get_all_op_protos() if proto.type not in known})
     built = ctypes.CDLL(str(path))
     built.qwenvl_free_pool.argtypes, built.qwenvl_free_pool.restype = [ctypes.c_int64], None
     built.qwenvl_set_threads.argtypes, built.qwenvl_set_threads.restype = [ctypes.c_int32], None

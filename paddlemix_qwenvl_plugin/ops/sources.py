@@ -12,6 +12,8 @@ from paddlemix_qwenvl_plugin.shipped import shipped_folder
 _COMMON = ("-std=gnu++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-DNDEBUG")
 _KERNELS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w")
 
+FLAGS = (*_COMMON, *_KERNELS)
+
 
 @dataclass(frozen=True)
 class Unit:

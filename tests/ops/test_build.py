@@ -59,7 +59,7 @@ def test_built_once_and_found_again(compiler: Path) -> None:
     assert sorted(path.name for path in first.parent.iterdir()) == ["build.log", build.LIBRARY, "lock"]
 
 
-@pytest.mark.parametrize("what", ["source", "compiler", "paddle"])
+@pytest.mark.parametrize("what", ["source", "flags", "compiler", "paddle"])
 def test_another_of_what_counts_is_another_library(
     what: str, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,6 +72,8 @@ def test_another_of_what_counts_is_another_library(
     before = build.library()
     if what == "source":
         (csrc / "core" / "a.h").write_text("//")
+    elif what == "flags":
+        monkeypatch.setattr(build, "FLAGS", ("-O0",))
     elif what == "compiler":
         script = Path(os.environ["CXX"])
         script.write_text(script.read_text().replace("echo one", "echo two"))
