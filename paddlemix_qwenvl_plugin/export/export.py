@@ -86,11 +86,10 @@ def export_vision(
         raise UsageError(f"--save_path {save_path}: must end in a file name, the prefix of the files")
     checkpoint = Checkpoint(Path(model))
     shapes = parameter_shapes(checkpoint.vision, checkpoint.config)
-    call: Callable[[Any, list[Any]], Any] = lambda model, inputs: model(*inputs)  # noqa: E731
     stage = _Stage(
         "vision",
-        [_Variant("", VisionModel, vision_inputs, call)],
-        [_Variant("", partial(_fused, FusedVision, shapes, dtype, {}), vision_inputs, call)],
+        [_Variant("", VisionModel, vision_inputs, _on_all)],
+        [_Variant("", partial(_fused, FusedVision, shapes, dtype, {}), vision_inputs, _on_all)],
         vision_parameters,
     )
     return _export(checkpoint, save_path, dtype, None, engine_choice(engine), stage)
@@ -151,6 +150,10 @@ def export_language(
                 shutil.copyfile(source, partial_file)
                 partial_file.replace(output_path / name)
     return _export(checkpoint, output_path / model_prefix, dtype, quant_type, choice, stage)
+
+
+def _on_all(model: Any, inputs: list[Any]) -> Any:
+    return model(*inputs)
 
 
 def _fused(
