@@ -13,36 +13,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
-from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
-from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast
-from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 from paddlemix_qwenvl_plugin.ops.storage import QUANT_TYPES
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from geometry_7b import CONFIG as ONE_LAYER
+from geometry_7b import write_model
+
 CONFIG: dict[str, Any] = {
-    "hidden_size": 4096,
+    **ONE_LAYER,
     "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "kv_channels": 128,
-    "intermediate_size": 22016,
-    "vocab_size": 151936,
-    "visual": {
-        "heads": 16,
-        "image_size": 448,
-        "image_start_id": 151857,
-        "layers": 48,
-        "mlp_ratio": 4.9231,
-        "output_dim": 4096,
-        "patch_size": 14,
-        "width": 1664,
-    },
+    "visual": {**ONE_LAYER["visual"], "layers": 48},
 }
 
 # A process that reports its own seconds and peak memory: a JSON object on its last line.
@@ -91,7 +75,7 @@ def main() -> None:
     folder.mkdir()
     try:
         start = time.perf_counter()
-        write_model(folder / "model")
+        write_model(folder / "model", CONFIG, "bfloat16")
         print(f"made the checkpoint in {time.perf_counter() - start:.0f} s")
         model, vision, language = str(folder / "model"), str(folder / "vision"), str(folder / "text")
         for stage, values in (
@@ -106,39 +90,6 @@ def main() -> None:
         print(f"answer: {line(run(ANSWER.format(vision=vision, language=language + '/qwen')))}")
     finally:
         shutil.rmtree(folder)
-
-
-def write_model(folder: Path) -> None:
-    """A bfloat16 checkpoint with Hugging Face's names and layout, a shard a layer: one is held at a time."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    config = parse_config(CONFIG, "7B")
-    pattern = np.random.default_rng(0).standard_normal(1048573).astype(np.float32)
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(shards({**language_specs(config), **vision_specs(config)})):
-        shard = {
-            name if name == "lm_head.weight" else f"transformer.{name}": values(pattern, name, spec)
-            for name, spec in group.items()
-        }
-        file = f"model-{number:05d}.safetensors"
-        safetensors_file.write(folder / file, shard, "bfloat16")
-        weight_map.update(dict.fromkeys(shard, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-def shards(specs: dict[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
-    """At most 12 tensors at a time."""
-    names = list(specs)
-    for first in range(0, len(names), 12):
-        yield {name: specs[name] for name in names[first : first + 12]}
-
-
-def values(pattern: NDArray[np.float32], name: str, spec: TensorSpec) -> NDArray[np.generic]:
-    """Matrices of variance 0.25 / inputs keep activations small; embeddings and vectors have variance 1."""
-    shape = spec.shape[::-1] if spec.linear else spec.shape
-    inputs = spec.shape[0] if spec.linear else shape[-1]
-    scale = 1.0 if len(shape) == 1 or name == "wte.weight" else 0.5 / np.sqrt(inputs)
-    return np.resize(cast(pattern * np.float32(scale), "float32", "bfloat16", name), shape)
 
 
 def run(code: str) -> dict[str, float]:

@@ -10,8 +10,10 @@ import pytest
 
 from paddlemix_qwenvl_plugin import QwenVL
 
+HAS_COMPILER = shutil.which("c++") is not None
+
 needs_compiler = pytest.mark.skipif(
-    shutil.which("c++") is None, reason="the engine needs a C++17 compiler: apt-get install g++"
+    not HAS_COMPILER, reason="the engine needs a C++17 compiler: apt-get install g++"
 )
 
 ENGINES = ["portable", pytest.param("fused", marks=needs_compiler)]

@@ -86,10 +86,11 @@ def export_vision(
         raise UsageError(f"--save_path {save_path}: must end in a file name, the prefix of the files")
     checkpoint = Checkpoint(Path(model))
     shapes = parameter_shapes(checkpoint.vision, checkpoint.config)
+    fused = partial(FusedVision, shapes=shapes, dtype=dtype, quantised={})
     stage = _Stage(
         "vision",
         [_Variant("", VisionModel, vision_inputs, _on_all)],
-        [_Variant("", partial(_fused, FusedVision, shapes, dtype, {}), vision_inputs, _on_all)],
+        [_Variant("", fused, vision_inputs, _on_all)],
         vision_parameters,
     )
     return _export(checkpoint, save_path, dtype, None, engine_choice(engine), stage)
@@ -121,6 +122,7 @@ def export_language(
     checkpoint = Checkpoint(Path(model))
     kinds = quantised(checkpoint.language, quant_type)
     shapes = parameter_shapes(checkpoint.language, checkpoint.config)
+    storage: dict[str, Any] = {"shapes": shapes, "dtype": dtype, "quantised": kinds}
     stage = _Stage(
         "language",
         [
@@ -128,16 +130,8 @@ def export_language(
             _Variant(".step", LanguageModel, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:])),
         ],
         [
-            _Variant(
-                suffix,
-                partial(_fused, model_class, shapes, dtype, kinds),
-                inputs,
-                lambda model, i: model(*i[:22]),
-            )
-            for suffix, model_class, inputs in (
-                ("", FusedGeneration, stock_inputs),
-                (".step", FusedForward, fused_step_inputs),
-            )
+            _Variant("", partial(FusedGeneration, **storage), stock_inputs, _on_all),
+            _Variant(".step", partial(FusedForward, **storage), fused_step_inputs, _on_all),
         ],
         partial(language_parameters, quantised=kinds),
     )
@@ -154,18 +148,6 @@ def export_language(
 
 def _on_all(model: Any, inputs: list[Any]) -> Any:
     return model(*inputs)
-
-
-def _fused(
-    model_class: Any,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: str,
-    kinds: dict[str, str],
-    config: ModelConfig,
-    compute_dtype: str,
-) -> Any:
-    """A fused model, as a Program makes it; what it computes in is the engine's affair."""
-    return model_class(config, shapes, dtype, kinds)
 
 
 def _export(

@@ -42,6 +42,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 class FusedStage(nn.Layer):
     """Weights, and the attributes in which an operator says which is which.
 
+    What it computes in is the engine's affair, not `compute_dtype`'s.
+
     Args:
         shapes: of the weights as values, matrices [out, in].
         dtype: how they are stored.
@@ -50,12 +52,18 @@ class FusedStage(nn.Layer):
 
     _stage = 0
 
-    def __init__(self, config: ModelConfig, shapes: Shapes, dtype: str, quantised: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute_dtype: str,
+        *,
+        shapes: Shapes,
+        dtype: str,
+        quantised: Mapping[str, str],
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.weights = [self._weight(name, shape, quantised.get(name)) for name, shape in shapes.items()]
-        for name, weight in zip(shapes, self.weights):
-            self.add_parameter(name.replace(".", "_"), weight)
+        for name, shape in shapes.items():
+            self.add_parameter(name.replace(".", "_"), self._weight(name, shape, quantised.get(name)))
         vision = config.visual
         self._attributes = {
             "sizes": [
@@ -73,7 +81,7 @@ class FusedStage(nn.Layer):
         }
 
     def _call(self, operator: str, inputs: dict[str, Any], outputs: tuple[str, ...]) -> list[Any]:
-        return call(operator, {**inputs, "weights": self.weights}, self._attributes, outputs)
+        return call(operator, {**inputs, "weights": self.parameters()}, self._attributes, outputs)
 
     def _weight(self, name: str, shape: tuple[int, ...], kind: str | None) -> paddle.Tensor:
         if kind is None:
@@ -109,21 +117,6 @@ class FusedForward(FusedStage):
 
     _stage = _LANGUAGE
 
-    def forward(
-        self,
-        tokens: paddle.Tensor,
-        features: paddle.Tensor,
-        spans: paddle.Tensor,
-        sequences: paddle.Tensor,
-        blocks: paddle.Tensor,
-        pool: paddle.Tensor,
-    ) -> paddle.Tensor:
-        inputs = {
-            "tokens": tokens,
-            "features": features,
-            "spans": spans,
-            "sequences": sequences,
-            "blocks": blocks,
-            "pool": pool,
-        }
-        return self._call("qwenvl_forward", inputs, ("logits",))[0]
+    def forward(self, *inputs: paddle.Tensor) -> paddle.Tensor:
+        names = ("tokens", "features", "spans", "sequences", "blocks", "pool")
+        return self._call("qwenvl_forward", dict(zip(names, inputs)), ("logits",))[0]

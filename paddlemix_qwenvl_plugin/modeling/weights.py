@@ -66,13 +66,12 @@ def vision_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:
     grid = checkpoint.config.visual.grid
     stream = checkpoint.tensors(checkpoint.vision, dtype, out_in=True)
     for name, values in track(stream, "vision weights", len(checkpoint.vision)):
-        if name == "visual.positional_embedding":
-            yield name, _resize(values, grid, dtype, name)
-            continue
-        # Not a linear weight in checkpoints: x @ proj whatever the format.
-        yield name, np.ascontiguousarray(values.T) if name == "visual.proj" else values
-        if name == "visual.attn_pool.pos_embed":
-            yield "visual.attn_pool.key_pos_embed", _resize(values, grid, dtype, name)
+        if name not in _TABLES:
+            # Not a linear weight in checkpoints: x @ proj whatever the format.
+            yield name, np.ascontiguousarray(values.T) if name == "visual.proj" else values
+        for table, source in _TABLES.items():
+            if source == name:
+                yield table, _resize(values, grid, dtype, name)
 
 
 def load_language(checkpoint: Checkpoint, dtype: str = "float32") -> LanguageModel:

@@ -10,6 +10,16 @@ from typing import Any
 from paddlemix_qwenvl_plugin.ops.build import library
 from paddlemix_qwenvl_plugin.threads import cpu_threads
 
+_INT32, _INT64, _UINT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p
+
+# What is called of the library directly: result and arguments (csrc/include/qwenvl.h, csrc/paddle/session.cc).
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "qvl_packed_bytes": (_UINT64, [_INT32, _INT64, _INT64]),
+    "qvl_pack": (_INT32, [_INT32, _INT64, _INT64, _POINTER, _POINTER, _UINT64, ctypes.c_char_p]),
+    "qwenvl_free_pool": (None, [_INT64]),
+    "qwenvl_set_threads": (None, [_INT32]),
+}
+
 
 @functools.cache
 def load() -> ctypes.CDLL:
@@ -27,8 +37,8 @@ def load() -> ctypes.CDLL:
     known = OpProtoHolder.instance().op_proto_map
     known.update({proto.type: proto for proto in get_all_op_protos() if proto.type not in known})
     built = ctypes.CDLL(str(path))
-    built.qwenvl_free_pool.argtypes, built.qwenvl_free_pool.restype = [ctypes.c_int64], None
-    built.qwenvl_set_threads.argtypes, built.qwenvl_set_threads.restype = [ctypes.c_int32], None
+    for function, (result, arguments) in _SIGNATURES.items():
+        getattr(built, function).restype, getattr(built, function).argtypes = result, arguments
     built.qwenvl_set_threads(cpu_threads())
     return built
 

@@ -40,9 +40,7 @@ def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dic
 
 def packed_bytes(kind: str, n_out: int, n_in: int) -> int:
     """Length of a quantised [n_out, n_in] matrix."""
-    size = load().qvl_packed_bytes
-    size.restype = ctypes.c_uint64
-    return int(size(CODES[kind], ctypes.c_int64(n_out), ctypes.c_int64(n_in)))
+    return int(load().qvl_packed_bytes(CODES[kind], n_out, n_in))
 
 
 def pack(kind: str, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
@@ -51,17 +49,11 @@ def pack(kind: str, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]
     Raises:
         QwenVLError: it has a value that is not finite.
     """
-    n_out, n_in = values.shape
-    packed = np.empty(packed_bytes(kind, n_out, n_in), np.uint8)
+    values = np.ascontiguousarray(values)
+    packed = np.empty(packed_bytes(kind, *values.shape), np.uint8)
     line = ctypes.create_string_buffer(_LINE)
     status = load().qvl_pack(
-        CODES[kind],
-        ctypes.c_int64(n_out),
-        ctypes.c_int64(n_in),
-        np.ascontiguousarray(values).ctypes.data_as(ctypes.c_void_p),
-        packed.ctypes.data_as(ctypes.c_void_p),
-        ctypes.c_uint64(packed.nbytes),
-        line,
+        CODES[kind], *values.shape, values.ctypes.data, packed.ctypes.data, packed.nbytes, line
     )
     if status:
         raise QwenVLError(f"{name}: {line.value.decode()}")

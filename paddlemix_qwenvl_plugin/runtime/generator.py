@@ -107,7 +107,7 @@ class Generator:
     def empty_cache(self, n_rows: int, n_tokens: int) -> KVCache:
         """The cache of no tokens, with room for `n_tokens` a row."""
         if self._fused:
-            return EngineCache.empty(self._program, self.config, n_rows, n_tokens, self._dtype)
+            return EngineCache.empty(self._program, n_rows, n_tokens, self._dtype)
         return PortableCache.empty(self._program, self.config, n_rows, self._dtype)
 
     def _forward(

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from demo_helpers import Page
+from engines import HAS_COMPILER
 from PIL import Image
 
 from paddlemix_qwenvl_plugin.cli.main import app, main
@@ -25,7 +25,7 @@ from paddlemix_qwenvl_plugin.evaluation import demo as evaluation
 
 REPO = Path(__file__).resolve().parents[2]
 
-FUSED = ("vision/vision", "text/qwen", "text/qwen.step") if shutil.which("c++") else ()
+FUSED = ("vision/vision", "text/qwen", "text/qwen.step") if HAS_COMPILER else ()
 
 needs_weights = pytest.mark.skipif(
     not (MODEL / "model.safetensors").is_file(),

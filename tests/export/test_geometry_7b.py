@@ -5,41 +5,15 @@ The weights are a short random pattern repeated: 3 GB of real random numbers wou
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-
-from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
-from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
-from paddlemix_qwenvl_plugin.checkpoint.tensors import language_specs, vision_specs
+from geometry_7b import CONFIG, write_model
 
 GIB = 1024**3
 FREE_GIB_NEEDED = 14
-
-CONFIG = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 32,
-    "kv_channels": 128,
-    "intermediate_size": 22016,
-    "vocab_size": 151936,
-    "seq_length": 2048,
-    "max_position_embeddings": 8192,
-    "visual": {
-        "heads": 16,
-        "image_size": 448,
-        "image_start_id": 151857,
-        "layers": 1,
-        "mlp_ratio": 4.9231,
-        "output_dim": 4096,
-        "patch_size": 14,
-        "width": 1664,
-    },
-}
 
 # Runs a piece of code and prints how far the peak resident memory rose above what importing Paddle takes.
 MEASURE = """
@@ -61,36 +35,12 @@ def rise_of_peak(code):
     return int(process.stdout.split()[-1])
 
 
-def write_model(folder, sizes):
-    """A float16 folder in three shards, with Hugging Face's names and [out, in] layout."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(sizes))
-    config = parse_config(sizes, "test")
-    pattern = np.random.default_rng(0).standard_normal(65521).astype(np.float16)
-    shards = [{}, {}, {}]
-    for name, spec in {**language_specs(config), **vision_specs(config)}.items():
-        shape = spec.shape[::-1] if spec.linear else spec.shape
-        # Matrices of variance 0.25 / inputs keep activations small; embeddings and vectors have variance 1.
-        inputs = spec.shape[0] if spec.linear else shape[-1]
-        scale = 1.0 if len(shape) == 1 or name == "wte.weight" else 0.5 / np.sqrt(inputs)
-        part = 0 if name == "wte.weight" else 1 if name == "lm_head.weight" else 2
-        stored = name if name == "lm_head.weight" else f"transformer.{name}"
-        shards[part][stored] = np.resize(pattern * np.float16(scale), shape)
-    weight_map = {}
-    for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-00003.safetensors"
-        safetensors_file.write(folder / file, shard, "float16")
-        weight_map.update(dict.fromkeys(shard, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("7b")
     if shutil.disk_usage(folder).free < FREE_GIB_NEEDED * GIB:
         pytest.skip(f"needs {FREE_GIB_NEEDED} GiB of free disk in {folder}; set TMPDIR to a larger one")
-    write_model(folder, CONFIG)
+    write_model(folder, CONFIG, "float16")
     yield folder
     shutil.rmtree(folder)
 
@@ -134,7 +84,7 @@ def test_convert_memory(tmp_path):
         "visual": {**CONFIG["visual"], "output_dim": 1024, "image_start_id": 39000},
     }
     largest, shard = 40000 * 1024 * 2, 10**8
-    source, target = str(write_model(tmp_path / "model", config)), str(tmp_path / "converted")
+    source, target = str(write_model(tmp_path / "model", config, "float16")), str(tmp_path / "converted")
     rise = rise_of_peak(
         "from paddlemix_qwenvl_plugin.checkpoint.convert import convert; "
         f"convert(Path({source!r}), Path({target!r}), None, {shard})"

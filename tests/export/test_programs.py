@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
 
 import paddle
 import pytest
+from engines import HAS_COMPILER
 
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.config import load_config
@@ -96,7 +96,7 @@ def test_manifest(golden):
     assert vision.model == language.model == Checkpoint(model.folder).fingerprint()
     assert (language.contract, language.dtype, language.paddle) == (2, "float32", paddle.__version__)
     assert language.config == load_config(model.folder)
-    parts = ("", ".step", *((".fused", ".step.fused") if shutil.which("c++") else ()))
+    parts = ("", ".step", *((".fused", ".step.fused") if HAS_COMPILER else ()))
     assert set(language.programs) == {f"qwen{part}{form}" for part in parts for form in (".json", ".pdmodel")}
     assert language.weights.bytes == (model.language.with_name("qwen.pdiparams")).stat().st_size
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import needs_compiler, open_pair
+from stock_inputs import stock_feed
 
 from paddlemix_qwenvl_plugin.errors import QwenVLError
 from paddlemix_qwenvl_plugin.export.export import export_language
 from paddlemix_qwenvl_plugin.runtime.programs import Program, Stage
 from paddlemix_qwenvl_plugin.tiny import make_tiny
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "runtime"))
-
-from stock_inputs import stock_feed
 
 MIN_LENGTH, MAX_LENGTH, EOS, STOP_FLAGS, STOP_NUMS = 8, 9, 12, 16, 21
 

@@ -1,0 +1,73 @@
+"""Models with the sizes of the real 7B model and random weights, for a test and a benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
+from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
+from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast
+from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
+
+# One layer of each kind.
+CONFIG: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "kv_channels": 128,
+    "intermediate_size": 22016,
+    "vocab_size": 151936,
+    "seq_length": 2048,
+    "max_position_embeddings": 8192,
+    "visual": {
+        "heads": 16,
+        "image_size": 448,
+        "image_start_id": 151857,
+        "layers": 1,
+        "mlp_ratio": 4.9231,
+        "output_dim": 4096,
+        "patch_size": 14,
+        "width": 1664,
+    },
+}
+
+
+def write_model(folder: Path, sizes: dict[str, Any], dtype: str) -> Path:
+    """A folder of safetensors with Hugging Face's names and [out, in] layout; one of its shards is held at a time."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(sizes))
+    config = parse_config(sizes, "test")
+    # A short pattern repeated: gigabytes of real random numbers would cost more time than what they are for.
+    pattern = np.random.default_rng(0).standard_normal(1048573).astype(np.float32)
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(shards({**language_specs(config), **vision_specs(config)})):
+        shard = {
+            name if name == "lm_head.weight" else f"transformer.{name}": values(pattern, name, spec, dtype)
+            for name, spec in group.items()
+        }
+        file = f"model-{number:05d}.safetensors"
+        safetensors_file.write(folder / file, shard, dtype)
+        weight_map.update(dict.fromkeys(shard, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def shards(specs: dict[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
+    """At most 12 tensors at a time."""
+    names = list(specs)
+    for first in range(0, len(names), 12):
+        yield {name: specs[name] for name in names[first : first + 12]}
+
+
+def values(pattern: NDArray[np.float32], name: str, spec: TensorSpec, dtype: str) -> NDArray[np.generic]:
+    """Matrices of variance 0.25 / inputs keep activations small; embeddings and vectors have variance 1."""
+    shape = spec.shape[::-1] if spec.linear else spec.shape
+    inputs = spec.shape[0] if spec.linear else shape[-1]
+    scale = 1.0 if len(shape) == 1 or name == "wte.weight" else 0.5 / np.sqrt(inputs)
+    return np.resize(cast(pattern * np.float32(scale), "float32", dtype, name), shape)
