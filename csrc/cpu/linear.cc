@@ -31,9 +31,9 @@ void multiply_few(Context& context, const Matrix& m, const float* x, int64_t x_s
 }
 
 // The tile that this thread probably reads next: the rows' next columns, or other rows' first.
-Ahead next_tile(const Matrix& m, int64_t row, int k, int tile_k, int threads) {
+Ahead next_tile(const Matrix& m, int64_t row, int k, int tile_k) {
   if (k >= m.k) {
-    row += kTileRows * threads;
+    row += kTileRows;
     k = 0;
   }
   if (row >= m.rows) return {};
@@ -77,7 +77,7 @@ void multiply_many(Context& context, const Matrix& m, const float* x, int64_t x_
       kernels.unpack_tile[kind][m.dtype]({m.values, m.scales, m.k, first_row, n_rows, k, n_k, tile});
       kernels.multiply_tile[kind](tile, (n_k + 1) / 2 * 2, static_cast<int>(n_rows), n_k,
                                   panels + static_cast<size_t>(k) * k_bytes, panel_bytes, n_panels, k == 0, c,
-                                  c_stride, next_tile(m, first_row, k + n_k, tile_k, context.pool.size()));
+                                  c_stride, next_tile(m, first_row, k + n_k, tile_k));
     }
     const float* scales = m.dtype == QVL_INT8 ? static_cast<const float*>(m.scales) + first_row : nullptr;
     const float* bias = m.bias != nullptr ? m.bias + first_row : nullptr;

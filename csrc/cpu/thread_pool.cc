@@ -27,7 +27,7 @@ void pause() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int n) {
+ThreadPool::ThreadPool(int n) : stretches_(static_cast<size_t>(n)) {
   workers_.reserve(static_cast<size_t>(n));
   try {
     for (int i = 1; i < n; ++i) workers_.emplace_back([this, i] { work(i); });
@@ -52,8 +52,13 @@ void ThreadPool::join() {
 }
 
 void ThreadPool::take_tasks(int thread) {
-  for (int64_t task = next_.fetch_add(1); task < n_; task = next_.fetch_add(1))
-    function_(context_, task, thread);
+  const size_t n = stretches_.size();
+  for (size_t i = 0; i < n; ++i) {
+    Stretch& stretch = stretches_[(static_cast<size_t>(thread) + i) % n];
+    for (int64_t task = stretch.next.fetch_add(1); task < stretch.end; task = stretch.next.fetch_add(1)) {
+      function_(context_, task, thread);
+    }
+  }
 }
 
 void ThreadPool::run_erased(int64_t n, Function function, void* context) {
@@ -63,8 +68,12 @@ void ThreadPool::run_erased(int64_t n, Function function, void* context) {
   }
   function_ = function;
   context_ = context;
-  n_ = n;
-  next_.store(0);
+  const auto threads = static_cast<int64_t>(stretches_.size());
+  for (int64_t i = 0; i < threads; ++i) {
+    Stretch& stretch = stretches_[static_cast<size_t>(i)];
+    stretch.next.store(n * i / threads);
+    stretch.end = n * (i + 1) / threads;
+  }
   busy_.store(static_cast<int>(workers_.size()));
   generation_.fetch_add(1);
   if (sleepers_.load() > 0) {

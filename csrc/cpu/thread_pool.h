@@ -21,8 +21,9 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // body(task, thread) for tasks 0 to n - 1, in any order, each thread taking the next one; 0 is the caller.
-  // Returns when all are done. `body` must not throw.
+  // body(task, thread) for tasks 0 to n - 1; thread 0 is the caller. Each thread has a stretch of
+  // neighbouring tasks, which it takes in order, so that it knows what memory it reads next; then it helps
+  // with the others'. Returns when all are done. `body` must not throw.
   template <typename Body>
   void run(int64_t n, Body&& body) {
     using Plain = std::remove_reference_t<Body>;
@@ -39,11 +40,16 @@ class ThreadPool {
   void take_tasks(int thread);
   void join();
 
+  // A thread's stretch of the tasks, on a cache line of its own.
+  struct alignas(64) Stretch {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
   // The loop that is shared now.
   Function function_ = nullptr;
   void* context_ = nullptr;
-  int64_t n_ = 0;
-  std::atomic<int64_t> next_{0};
+  std::vector<Stretch> stretches_;
   // A new loop raises the generation; workers count themselves off when they have no more to do in it.
   std::atomic<uint32_t> generation_{0};
   std::atomic<int> busy_{0};

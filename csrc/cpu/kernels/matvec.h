@@ -24,6 +24,42 @@ QVL_INLINE void put(const Matvec& p, int64_t row, int x, float value) {
   y = p.add ? y + value : value;
 }
 
+// Asks for the lines of the weights in the order in which they lie in memory, some way ahead of the reading:
+// that is what the processor's own prefetching follows best.
+class NextLines {
+ public:
+  QVL_INLINE NextLines(const Matvec& p, int64_t offset)
+      : line_(static_cast<const char*>(p.weights) + offset) {}
+  QVL_INLINE void ask() {
+    prefetch(line_);
+    line_ += 64;
+  }
+
+ private:
+  const char* line_;
+};
+
+constexpr int64_t kAheadOfOne = 16384;  // bytes, with one activation; with more it is a panel of rows
+
+// Sums that stay in registers over a cut.
+template <int R, int N, int Stride>
+QVL_INLINE void take_sums(const Floats* from, bool begin, Floats (&sums)[R][N]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sums[r][n] = begin ? Floats{} : from[r * Stride + n];
+  }
+}
+
+template <int R, int N, int Stride>
+QVL_INLINE void put_sums(const Floats (&sums)[R][N], Floats* to) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) to[r * Stride + n] = sums[r][n];
+  }
+}
+
 // Rows has
 //   kCut              columns in a cut
 //   rows_at_once(n)   rows at a time with n activations: as many as keep a group's sums in registers
@@ -31,39 +67,36 @@ QVL_INLINE void put(const Matvec& p, int64_t row, int x, float value) {
 //   column_bytes(n)   of n columns of a row of weights
 //   scale(p, row)     factor of a finished row
 //   kGroup            activations that are multiplied at the same time
-//   add<R, N>(p, row, x, first, end, ahead, sums)
+//   add<R, N, Turn, Turns, Stride>(p, row, x, first, end, ahead, sums)
 //                     add the products of columns first to end with activations x to x + N - 1 to sums
-//                     [R][N], asking for the bytes that lie `ahead` of those it reads
+//                     [R][Stride], which hold nothing yet where first is 0; in Turns calls for the same
+//                     weights as many lines are asked for from `ahead` on as are read
 template <typename Rows, int R, int N>
-QVL_INLINE void whole_rows(const Matvec& p, int64_t row) {
-  Floats sums[R][N] = {};
-  Rows::template add<R, N, 0, 1>(p, row, 0, 0, p.k, 2 * R * Rows::row_bytes(p.k), sums);
+QVL_INLINE void whole_rows(const Matvec& p, int64_t row, NextLines& ahead) {
+  Floats sums[R * N];
+  Rows::template add<R, N, 0, 1, N>(p, row, 0, 0, p.k, ahead, sums);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) put(p, row + r, n, sum(sums[r][n]) * Rows::scale(p, row + r));
+    for (int n = 0; n < N; ++n) put(p, row + r, n, sum(sums[r * N + n]) * Rows::scale(p, row + r));
   }
 }
 
 // All N activations from X on, a group of them after another; the rows' cut stays in the first-level cache.
 template <typename Rows, int R, int N, int X = 0>
-QVL_INLINE void cut_rows(const Matvec& p, int64_t row, int first, int end, int64_t ahead, Floats* saved) {
+QVL_INLINE void cut_rows(const Matvec& p, int64_t row, int first, int end, NextLines& ahead, Floats* sums) {
   constexpr int G = N - X < Rows::kGroup ? N - X : Rows::kGroup;
-  Floats sums[R][G];
-#pragma GCC unroll 8
-  for (int i = 0; i < R * G; ++i) sums[i / G][i % G] = first == 0 ? Floats{} : saved[i / G * N + X + i % G];
   constexpr int kTurns = (N + Rows::kGroup - 1) / Rows::kGroup;
-  Rows::template add<R, G, X / Rows::kGroup, kTurns>(p, row, X, first, end, ahead, sums);
-#pragma GCC unroll 8
-  for (int i = 0; i < R * G; ++i) saved[i / G * N + X + i % G] = sums[i / G][i % G];
-  if constexpr (X + G < N) cut_rows<Rows, R, N, X + G>(p, row, first, end, ahead, saved);
+  Rows::template add<R, G, X / Rows::kGroup, kTurns, N>(p, row, X, first, end, ahead, sums + X);
+  if constexpr (X + G < N) cut_rows<Rows, R, N, X + G>(p, row, first, end, ahead, sums);
 }
 
 template <typename Rows>
 void matvec_one(const Matvec& p, int64_t row, int64_t end) {
   constexpr int R = Rows::rows_at_once(1);
-  for (; row + R <= end; row += R) whole_rows<Rows, R, 1>(p, row);
-  for (; row < end; ++row) whole_rows<Rows, 1, 1>(p, row);
+  NextLines ahead(p, Rows::row_bytes(p.k) * row + kAheadOfOne);
+  for (; row + R <= end; row += R) whole_rows<Rows, R, 1>(p, row, ahead);
+  for (; row < end; ++row) whole_rows<Rows, 1, 1>(p, row, ahead);
 }
 
 template <typename Rows, int N>
@@ -71,13 +104,11 @@ void matvec_many(const Matvec& p, int64_t row, int64_t end) {
   constexpr int R = Rows::rows_at_once(N);
   const int64_t row_bytes = Rows::row_bytes(p.k);
   Floats sums[kPanelRows * N];
+  NextLines ahead(p, row_bytes * row + kPanelRows * row_bytes);
   for (; row < end; row += kPanelRows) {
     const int64_t panel_end = row + kPanelRows < end ? row + kPanelRows : end;
     for (int first = 0; first < p.k; first += Rows::kCut) {
       const int last = first + Rows::kCut < p.k ? first + Rows::kCut : p.k;
-      // What comes next: these rows' next cut, or the next panel's first.
-      const int64_t ahead =
-          last < p.k ? Rows::column_bytes(last - first) : kPanelRows * row_bytes - Rows::column_bytes(first);
       int64_t r = row;
       for (; r + R <= panel_end; r += R) cut_rows<Rows, R, N>(p, r, first, last, ahead, sums + (r - row) * N);
       for (; r < panel_end; ++r) cut_rows<Rows, 1, N>(p, r, first, last, ahead, sums + (r - row) * N);

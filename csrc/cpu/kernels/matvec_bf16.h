@@ -35,9 +35,11 @@ struct RowsBf16 {
   static QVL_INLINE int64_t column_bytes(int n) { return int64_t{2} * n; }
   static QVL_INLINE float scale(const Matvec&, int64_t) { return 1; }
 
-  template <int R, int N, int Turn, int Turns>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, int64_t ahead,
-                             Floats (&sums)[R][N]) {
+  template <int R, int N, int Turn, int Turns, int Stride>
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, NextLines& ahead,
+                             Floats* saved) {
+    Floats sums[R][N];
+    take_sums<R, N, Stride>(saved, first == 0, sums);
     const int k = p.k, width = round_up(k, kPairs);
     const float* x = static_cast<const float*>(p.x) + first_x * width;
     const uint16_t* w = static_cast<const uint16_t*>(p.weights) + row * k;
@@ -47,7 +49,7 @@ struct RowsBf16 {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         pairs[r] = load<Words>(w + int64_t{r} * k + i);
-        if (r % Turns == Turn) prefetch(reinterpret_cast<const char*>(w + int64_t{r} * k + i) + ahead);
+        if (r % Turns == Turn && i % 32 == 0) ahead.ask();
       }
       step<R, N>(pairs, x + i, width, sums);
     }
@@ -58,6 +60,7 @@ struct RowsBf16 {
       }
       step<R, N>(pairs, x + i, width, sums);
     }
+    put_sums<R, N, Stride>(sums, saved);
   }
 
   template <int R, int N>

@@ -28,9 +28,11 @@ struct RowsOf {
   static QVL_INLINE int64_t column_bytes(int n) { return int64_t{sizeof(Value)} * n; }
   static QVL_INLINE float scale(const Matvec&, int64_t) { return 1; }
 
-  template <int R, int N, int Turn, int Turns>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, int64_t ahead,
-                             Floats (&sums)[R][N]) {
+  template <int R, int N, int Turn, int Turns, int Stride>
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, NextLines& ahead,
+                             Floats* saved) {
+    Floats sums[R][N];
+    take_sums<R, N, Stride>(saved, first == 0, sums);
     const int k = p.k, width = round_up(k, kLanes);
     const float* x = static_cast<const float*>(p.x) + first_x * width;
     const Value* w = static_cast<const Value*>(p.weights) + row * k;
@@ -40,7 +42,7 @@ struct RowsOf {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         v[r] = load_floats(w + int64_t{r} * k + i);
-        if (r % Turns == Turn) prefetch(reinterpret_cast<const char*>(w + int64_t{r} * k + i) + ahead);
+        if (r % Turns == Turn && i * sizeof(Value) % 64 == 0) ahead.ask();
       }
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
@@ -55,6 +57,7 @@ struct RowsOf {
         for (int n = 0; n < N; ++n) sums[r][n] += v * load<Floats>(x + n * width + i);
       }
     }
+    put_sums<R, N, Stride>(sums, saved);
   }
 };
 

@@ -50,19 +50,20 @@ struct RowsInt4 {
   static QVL_INLINE int64_t column_bytes(int n) { return n / 2; }
   static QVL_INLINE float scale(const Matvec&, int64_t) { return 1; }
 
-  template <int R, int N, int Turn, int Turns>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, int64_t ahead,
-                             Floats (&sums)[R][N]) {
+  template <int R, int N, int Turn, int Turns, int Stride>
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, NextLines& ahead,
+                             Floats* sums) {
     for (; end - first >= kBlock; first += kBlock) {
-      add_units<R, N, Turn, Turns, kBlock / kUnit>(p, row, first_x, first, ahead, sums);
+      add_units<R, N, Turn, Turns, Stride, kBlock / kUnit>(p, row, first_x, first, ahead, sums);
     }
-    for (; first < end; first += kUnit) add_units<R, N, Turn, Turns, 1>(p, row, first_x, first, ahead, sums);
+    for (; first < end; first += kUnit)
+      add_units<R, N, Turn, Turns, Stride, 1>(p, row, first_x, first, ahead, sums);
   }
 
   // Units from column `first` on, all in one block of the activations.
-  template <int R, int N, int Turn, int Turns, int Units>
-  static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first, int64_t ahead,
-                                   Floats (&sums)[R][N]) {
+  template <int R, int N, int Turn, int Turns, int Stride, int Units>
+  static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first, NextLines& ahead,
+                                   Floats* sums) {
     constexpr int kScales = Units * kUnit / Group;
     const int64_t stride = row_bytes(p.k), scale_stride = round_up(p.k, kUnit) / Group;
     const int64_t x_stride = X::row_bytes(p.k);
@@ -101,7 +102,7 @@ struct RowsInt4 {
           for (int r = 0; r < R; ++r) {
             const uint8_t* words = w + r * stride + u * 64 + part;
             v[r] = half == 0 ? nibbles<0>(load<Halves>(words)) : nibbles<1>(load<Halves>(words));
-            if (r % Turns == Turn && part == 0 && half == 0) prefetch(words + ahead);
+            if (r % Turns == Turn && part == 0 && half == 0) ahead.ask();
           }
 #pragma GCC unroll 8
           for (int n = 0; n < N; ++n) {
@@ -120,12 +121,7 @@ struct RowsInt4 {
         }
       }
     }
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      const Floats x_scale = load<Floats>(block + n * x_stride);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[r][n] += totals[r][n] * x_scale;
-    }
+    add_scaled<R, N, Stride>(totals, block, x_stride, first == 0, sums);
   }
 };
 

@@ -27,20 +27,21 @@ struct RowsInt8 {
     return static_cast<const float*>(p.scales)[row];
   }
 
-  template <int R, int N, int Turn, int Turns>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, int64_t ahead,
-                             Floats (&sums)[R][N]) {
+  template <int R, int N, int Turn, int Turns, int Stride>
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, NextLines& ahead,
+                             Floats* sums) {
     for (; end - first >= kBlock; first += kBlock) {
-      add_block<R, N, Turn, Turns>(p, row, first_x, first, kBlock, ahead, sums);
+      add_block<R, N, Turn, Turns, Stride>(p, row, first_x, first, kBlock, ahead, sums);
     }
     if (first < end) {
-      add_block<R, N, Turn, Turns>(p, row, first_x, first, round_up(end - first, kUnit), ahead, sums);
+      const int rest = round_up(end - first, kUnit);
+      add_block<R, N, Turn, Turns, Stride>(p, row, first_x, first, rest, ahead, sums);
     }
   }
 
-  template <int R, int N, int Turn, int Turns>
-  static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, int n_k,
-                                   int64_t ahead, Floats (&sums)[R][N]) {
+  template <int R, int N, int Turn, int Turns, int Stride>
+  static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, const int n_k,
+                                   NextLines& ahead, Floats* sums) {
     const int64_t stride = row_bytes(p.k), x_stride = Int8X::row_bytes(p.k);
     const uint8_t* w = static_cast<const uint8_t*>(p.weights) + row * stride + first;
     const char* block = Int8X::block(p, first_x, first);
@@ -50,13 +51,13 @@ struct RowsInt8 {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) dots[r][n] = load<Ints>(block + n * x_stride + sizeof(Floats));
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int i = 0; i < n_k; i += kVector) {
       UnsignedBytes v[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         v[r] = load<UnsignedBytes>(w + r * stride + i) ^ uint8_t { 128 };  // value + 128
-        if (r % Turns == Turn && i % 64 == 0) prefetch(w + r * stride + i + ahead);
+        if (r % Turns == Turn && i % 64 == 0) ahead.ask();
       }
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
@@ -65,12 +66,7 @@ struct RowsInt8 {
         for (int r = 0; r < R; ++r) dots[r][n] = multiply_add(dots[r][n], v[r], a);
       }
     }
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      const Floats x_scale = load<Floats>(block + n * x_stride);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[r][n] += to_floats(dots[r][n]) * x_scale;
-    }
+    add_scaled<R, N, Stride>(dots, block, x_stride, first == 0, sums);
   }
 };
 

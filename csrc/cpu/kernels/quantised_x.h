@@ -31,6 +31,22 @@ struct QuantisedX {
   }
 };
 
+// A block's sums [R][N], scaled like its activations, to what is there unless this is the first.
+template <int R, int N, int Stride, typename Sums>
+QVL_INLINE void add_scaled(const Sums (&of_block)[R][N], const char* block, int64_t x_stride, bool begin,
+                           Floats* sums) {
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    const Floats scale = load<Floats>(block + n * x_stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Floats value = __builtin_convertvector(of_block[r][n], Floats);
+      Floats& to = sums[r * Stride + n];
+      to = begin ? value * scale : to + value * scale;
+    }
+  }
+}
+
 // x [kBlock], in the order in which the weights' bytes come.
 template <int Group>
 QVL_INLINE void quantise_block(const float* x, uint8_t offset, char* block) {
