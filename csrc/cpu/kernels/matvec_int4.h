@@ -121,7 +121,10 @@ struct RowsInt4 {
         }
       }
     }
-    add_scaled<R, N, Stride>(totals, block, x_stride, first == 0, sums);
+    const char* blocks[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) blocks[n] = block + n * x_stride;
+    add_scaled<R, N, Stride>(totals, blocks, first == 0, sums);
   }
 };
 

@@ -31,42 +31,59 @@ struct RowsInt8 {
   static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, NextLines& ahead,
                              Floats* sums) {
     for (; end - first >= kBlock; first += kBlock) {
-      add_block<R, N, Turn, Turns, Stride>(p, row, first_x, first, kBlock, ahead, sums);
+      add_block<R, N, Turn, Turns, Stride, kBlock>(p, row, first_x, first, kBlock, ahead, sums);
     }
     if (first < end) {
       const int rest = round_up(end - first, kUnit);
-      add_block<R, N, Turn, Turns, Stride>(p, row, first_x, first, rest, ahead, sums);
+      add_block<R, N, Turn, Turns, Stride, 0>(p, row, first_x, first, rest, ahead, sums);
     }
   }
 
-  template <int R, int N, int Turn, int Turns, int Stride>
-  static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, const int n_k,
+  // n_k columns, which are Whole if that is not 0.
+  template <int R, int N, int Turn, int Turns, int Stride, int Whole>
+  static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, int n_k,
                                    NextLines& ahead, Floats* sums) {
     const int64_t stride = row_bytes(p.k), x_stride = Int8X::row_bytes(p.k);
-    const uint8_t* w = static_cast<const uint8_t*>(p.weights) + row * stride + first;
-    const char* block = Int8X::block(p, first_x, first);
+    const uint8_t* w[R];
+    const char* x[N];
     Ints dots[R][N];
 #pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      w[r] = static_cast<const uint8_t*>(p.weights) + (row + r) * stride + first;
+      keep(w[r]);
+    }
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
+      x[n] = Int8X::block(p, first_x + n, first);
+      keep(x[n]);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) dots[r][n] = load<Ints>(block + n * x_stride + sizeof(Floats));
+      for (int r = 0; r < R; ++r) dots[r][n] = load<Ints>(x[n] + sizeof(Floats));
+    }
+    if constexpr (Whole != 0) {
+#pragma GCC unroll 8
+      for (int i = 0; i < Whole; i += kVector) step<R, N, Turn, Turns>(w, x, i, ahead, dots);
+    } else {
+#pragma GCC unroll 1
+      for (int i = 0; i < n_k; i += kVector) step<R, N, Turn, Turns>(w, x, i, ahead, dots);
+    }
+    add_scaled<R, N, Stride>(dots, x, first == 0, sums);
+  }
+
+  template <int R, int N, int Turn, int Turns>
+  static QVL_INLINE void step(const uint8_t* const (&w)[R], const char* const (&x)[N], int i,
+                              NextLines& ahead, Ints (&dots)[R][N]) {
+    UnsignedBytes v[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      v[r] = load<UnsignedBytes>(w[r] + i) ^ uint8_t { 128 };  // value + 128
+      if (r % Turns == Turn && i % 64 == 0) ahead.ask();
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < n_k; i += kVector) {
-      UnsignedBytes v[R];
+    for (int n = 0; n < N; ++n) {
+      const SignedBytes a = load<SignedBytes>(x[n] + Int8X::kValues + i);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        v[r] = load<UnsignedBytes>(w + r * stride + i) ^ uint8_t { 128 };  // value + 128
-        if (r % Turns == Turn && i % 64 == 0) ahead.ask();
-      }
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        const SignedBytes a = load<SignedBytes>(block + n * x_stride + Int8X::kValues + i);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) dots[r][n] = multiply_add(dots[r][n], v[r], a);
-      }
+      for (int r = 0; r < R; ++r) dots[r][n] = multiply_add(dots[r][n], v[r], a);
     }
-    add_scaled<R, N, Stride>(dots, block, x_stride, first == 0, sums);
   }
 };
 

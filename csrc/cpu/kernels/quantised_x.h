@@ -33,11 +33,11 @@ struct QuantisedX {
 
 // A block's sums [R][N], scaled like its activations, to what is there unless this is the first.
 template <int R, int N, int Stride, typename Sums>
-QVL_INLINE void add_scaled(const Sums (&of_block)[R][N], const char* block, int64_t x_stride, bool begin,
+QVL_INLINE void add_scaled(const Sums (&of_block)[R][N], const char* const (&blocks)[N], bool begin,
                            Floats* sums) {
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
-    const Floats scale = load<Floats>(block + n * x_stride);
+    const Floats scale = load<Floats>(blocks[n]);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Floats value = __builtin_convertvector(of_block[r][n], Floats);

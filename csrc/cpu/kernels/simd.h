@@ -259,6 +259,12 @@ QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
 #endif
 }
 
+// Keep an address in a register of its own, where a compiler would work it out of others at each use.
+template <typename T>
+QVL_INLINE void keep(const T*& address) {
+  asm volatile("" : "+r"(address));
+}
+
 // Ask for a cache line that will be needed a little later. Any address is allowed.
 QVL_INLINE void prefetch(const void* memory) {
   __builtin_prefetch(memory, 0, 2);
