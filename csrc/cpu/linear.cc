@@ -43,6 +43,20 @@ Ahead next_tile(const Matrix& m, int64_t row, int k, int tile_k) {
           std::min(kTileRows, m.rows - row), std::min(tile_k, m.k - k) * bits / 8};
 }
 
+struct Tile {
+  const void* values;
+  int64_t width;  // elements from row to row
+};
+
+// The tile unpacked; bfloat16 that is multiplied as such where it lies, unless its last column has no pair.
+Tile tile_of(const Kernels& kernels, int kind, const Matrix& m, const UnpackTile& tile) {
+  if (kind == 1 && m.dtype == QVL_BFLOAT16 && tile.n_k % 2 == 0) {
+    return {static_cast<const uint16_t*>(m.values) + tile.first_row * m.k + tile.first_k, m.k};
+  }
+  kernels.unpack_tile[kind][m.dtype](tile);
+  return {tile.tile, (tile.n_k + 1) / 2 * 2};
+}
+
 void multiply_many(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x, float* y,
                    int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;
@@ -74,8 +88,8 @@ void multiply_many(Context& context, const Matrix& m, const float* x, int64_t x_
     const int64_t n_rows = std::min(kTileRows, m.rows - first_row);
     for (int k = 0; k < m.k; k += tile_k) {
       const int n_k = std::min(tile_k, m.k - k);
-      kernels.unpack_tile[kind][m.dtype]({m.values, m.scales, m.k, first_row, n_rows, k, n_k, tile});
-      kernels.multiply_tile[kind](tile, (n_k + 1) / 2 * 2, static_cast<int>(n_rows), n_k,
+      const Tile from = tile_of(kernels, kind, m, {m.values, m.scales, m.k, first_row, n_rows, k, n_k, tile});
+      kernels.multiply_tile[kind](from.values, from.width, static_cast<int>(n_rows), n_k,
                                   panels + static_cast<size_t>(k) * k_bytes, panel_bytes, n_panels, k == 0, c,
                                   c_stride, next_tile(m, first_row, k + n_k, tile_k));
     }
