@@ -164,11 +164,29 @@ void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, con
 }
 #endif
 
+constexpr int kTogether = 4;
+
+// to [V vectors] += the values from channel d on, each token's times its weight; `some` channels in a vector.
+template <int V>
+QVL_INLINE void add_values(const KvTile& tile, const float* weights, int d, int some, float* to) {
+  Floats totals[V];
+  for (int v = 0; v < V; ++v) totals[v] = load<Floats>(to + v * kLanes);
+  for (int t = 0; t < tile.n; ++t) {
+    for (int v = 0; v < V; ++v) {
+      totals[v] += elements(tile.values, tile.dtype, t * tile.stride + d + v * kLanes, some) * weights[t];
+    }
+  }
+  for (int v = 0; v < V; ++v) store(to + v * kLanes, totals[v]);
+}
+
 void attend_one(const float* q, int head_dim, const KvTile& tile, float* state, float* out) {
   float scores[kMaxKvTile + kLanes];
   const int64_t width = round_up(head_dim, kLanes);
   const int whole = head_dim / kLanes * kLanes;
+  const int64_t element = tile.dtype == QVL_FLOAT32 ? 4 : 2;
   for (int t = 0; t < tile.n; ++t) {
+    const char* values = static_cast<const char*>(tile.values) + t * tile.stride * element;
+    for (int64_t i = 0; i < head_dim * element; i += 64) prefetch(values + i);
     Floats dot{};
     for (int d = 0; d < whole; d += kLanes) {
       dot += load<Floats>(q + d) * elements(tile.keys, tile.dtype, t * tile.stride + d, kLanes);
@@ -180,19 +198,13 @@ void attend_one(const float* q, int head_dim, const KvTile& tile, float* state, 
     scores[t] = sum(dot);
   }
   soften(scores, tile.n, tile.n, state, out, width);
-  for (int d = 0; d < head_dim; d += kLanes) {
-    const int some = head_dim - d < kLanes ? head_dim - d : kLanes;
-    Floats total = load<Floats>(out + d);
-    if (some == kLanes) {
-      for (int t = 0; t < tile.n; ++t) {
-        total += elements(tile.values, tile.dtype, t * tile.stride + d, kLanes) * scores[t];
-      }
-    } else {
-      for (int t = 0; t < tile.n; ++t) {
-        total += elements(tile.values, tile.dtype, t * tile.stride + d, some) * scores[t];
-      }
-    }
-    store(out + d, total);
+  // Several vectors at once: the additions to each wait for one another.
+  int d = 0;
+  for (; d + kTogether * kLanes <= head_dim; d += kTogether * kLanes) {
+    add_values<kTogether>(tile, scores, d, kLanes, out + d);
+  }
+  for (; d < head_dim; d += kLanes) {
+    add_values<1>(tile, scores, d, head_dim - d < kLanes ? head_dim - d : kLanes, out + d);
   }
 }
 
