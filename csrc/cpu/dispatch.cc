@@ -2,8 +2,20 @@
 
 #include "core/error.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace qvl::cpu {
 namespace {
+
+#if defined(__x86_64__)
+// GCC 10 has no name for it in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 bool runs_here(qvl_isa isa) {
 #if defined(__x86_64__)
@@ -11,12 +23,11 @@ bool runs_here(qvl_isa isa) {
     case QVL_ISA_GENERIC:
       return true;
     case QVL_ISA_AVX2:
-      // Every processor with these has F16C too, which older compilers have no name for.
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     case QVL_ISA_AVX512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vnni");
+      return runs_here(QVL_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
     case QVL_ISA_AVX512_BF16:
       return runs_here(QVL_ISA_AVX512) && __builtin_cpu_supports("avx512bf16") &&
              __builtin_cpu_supports("avx512vbmi");

@@ -9,10 +9,6 @@
 namespace qvl::cpu {
 namespace {
 
-size_t size(int64_t n) {
-  return static_cast<size_t>(n);
-}
-
 // Keys and values of a layer by the sequences' block tables.
 struct PagedKv final : KeysAndValues {
   const CpuKvPool& pool;

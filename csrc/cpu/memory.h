@@ -13,6 +13,10 @@
 
 namespace qvl::cpu {
 
+inline size_t size(int64_t n) {
+  return static_cast<size_t>(n);
+}
+
 // Aligned to a cache line; what is large to a huge page, which saves the processor looking up small ones.
 inline void* allocate(size_t bytes) {
   constexpr size_t kHugePage = size_t{1} << 21;

@@ -10,15 +10,7 @@
 namespace qvl::cpu {
 namespace {
 
-size_t size(int64_t n) {
-  return static_cast<size_t>(n);
-}
-
 const std::string kPool = "visual.attn_pool.";
-
-Norm norm(Weights& weights, const std::string& name) {
-  return {weights.floats(name + ".weight"), weights.floats(name + ".bias")};
-}
 
 }  // namespace
 
@@ -26,18 +18,18 @@ Resampler::Resampler(const qvl_config& config, Weights& weights, Context& contex
     : config_(config), projects_(config.vision_width != config.hidden) {
   const int64_t hidden = config.hidden, n = config.n_queries;
   if (projects_) kv_proj_ = weights.matrix(kPool + "kv_proj.weight");
-  ln_kv_ = norm(weights, kPool + "ln_kv");
+  ln_kv_ = weights.norm(kPool + "ln_kv");
   key_positions_ = weights.floats(kPool + "key_pos_embed");
   const Matrix in_proj = weights.matrix(kPool + "attn.in_proj_weight", kPool + "attn.in_proj_bias");
   key_ = in_proj.slice(hidden, hidden);
   value_ = in_proj.slice(2 * hidden, hidden);
   out_proj_ = weights.linear(kPool + "attn.out_proj");
-  ln_post_ = norm(weights, "visual.ln_post");
+  ln_post_ = weights.norm("visual.ln_post");
   proj_ = weights.matrix("visual.proj");
 
   auto* queries = queries_.get<float>(size(n * hidden));
   auto* normed = mixed_.get<float>(size(n * hidden));
-  layer_norm_rows(context, norm(weights, kPool + "ln_q"), weights.floats(kPool + "query"), n, config.hidden,
+  layer_norm_rows(context, weights.norm(kPool + "ln_q"), weights.floats(kPool + "query"), n, config.hidden,
                   normed);
   context.kernels.add(weights.floats(kPool + "pos_embed"), normed, n * hidden);
   linear(context, in_proj.slice(0, hidden), normed, hidden, n, queries, hidden);

@@ -7,18 +7,6 @@
 #include "cpu/attention.h"
 
 namespace qvl::cpu {
-namespace {
-
-size_t size(int64_t n) {
-  return static_cast<size_t>(n);
-}
-
-Norm norm(Weights& weights, const std::string& name) {
-  return {weights.floats(name + ".weight"), weights.floats(name + ".bias")};
-}
-
-}  // namespace
-
 void layer_norm_rows(Context& context, const Norm& norm, const float* x, int64_t n, int width, float* y) {
   context.rows(n, [&](int64_t i, int) {
     context.kernels.layer_norm(x + i * width, norm.weight, norm.bias, width, kVisionEpsilon, y + i * width);
@@ -30,15 +18,15 @@ Vision::Vision(const qvl_config& config, Weights& weights, Context& context)
       patches_(patches(config)),
       conv1_(weights.matrix("visual.conv1.weight")),
       positions_(weights.floats("visual.positional_embedding")),
-      ln_pre_(norm(weights, "visual.ln_pre")),
+      ln_pre_(weights.norm("visual.ln_pre")),
       resampler_(config, weights, context) {
   for (int i = 0; i < config.vision_layers; ++i) {
     const std::string name = "visual.transformer.resblocks." + std::to_string(i) + ".";
     Block block;
-    block.ln_1 = norm(weights, name + "ln_1");
+    block.ln_1 = weights.norm(name + "ln_1");
     block.in_proj = weights.linear(name + "attn.in_proj");
     block.out_proj = weights.linear(name + "attn.out_proj");
-    block.ln_2 = norm(weights, name + "ln_2");
+    block.ln_2 = weights.norm(name + "ln_2");
     block.c_fc = weights.linear(name + "mlp.c_fc");
     block.c_proj = weights.linear(name + "mlp.c_proj");
     blocks_.push_back(block);

@@ -10,6 +10,11 @@
 
 namespace qvl::cpu {
 
+struct Norm {
+  const float* weight;
+  const float* bias;  // NULL: RMSNorm
+};
+
 class Weights {
  public:
   Weights(const WeightTable& table) : table_(table) {}
@@ -23,17 +28,15 @@ class Weights {
   // name.weight and name.bias
   Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
 
+  // The same as float32.
+  Norm norm(const std::string& name) { return {floats(name + ".weight"), floats(name + ".bias")}; }
+
   // Copies end here: no more names are looked up.
   std::vector<std::unique_ptr<float[]>> take_copies() { return std::move(copies_); }
 
  private:
   const WeightTable& table_;
   std::vector<std::unique_ptr<float[]>> copies_;
-};
-
-struct Norm {
-  const float* weight;
-  const float* bias;  // NULL: RMSNorm
 };
 
 }  // namespace qvl::cpu

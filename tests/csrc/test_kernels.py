@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from engine import BFLOAT16, DTYPES, FLOAT32, INT8, ISAS, QUANTISED, make_config, pointer
+from engine import BFLOAT16, DTYPES, FLOAT16, FLOAT32, INT8, ISAS, QUANTISED, make_config, pointer
 from golden_model import GoldenModel
 
 RANDOM = np.random.default_rng(5)
@@ -93,6 +93,23 @@ def test_linear_of_a_row_does_not_depend_on_the_others(library, isa):
             last = np.ascontiguousarray(x[n - 1])
             product(isa, 1, kind, 1, rows, columns, pointer(last), pointer(packed), None, 0, pointer(alone))
             assert (alone[0] == together[n - 1]).all()
+
+
+def test_every_float16(library, isa):
+    """All finite values as weights, subnormal ones too, by products with the unit vectors."""
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    weights = np.ascontiguousarray(values[np.isfinite(values)]).reshape(2048, 31)
+    unit, got = np.eye(31, dtype=np.float32), np.empty([31, 2048], np.float32)
+    for first in range(0, 31, 8):  # matrix-vector kernels
+        n = min(8, 31 - first)
+        x, y = pointer(unit[first:]), pointer(got[first:])
+        assert library.dll.qvlt_linear(isa, 1, FLOAT16, n, 2048, 31, x, pointer(weights), None, 0, y) == 0
+    expected = weights.T.astype(np.float32)
+    assert (got == expected).all()
+    x, y = pointer(unit), pointer(got)  # the blocked product
+    assert library.dll.qvlt_linear(isa, 2, FLOAT16, 31, 2048, 31, x, pointer(weights), None, 0, y) == 0
+    rounds = isa == ISAS["avx512_bf16"]
+    np.testing.assert_allclose(got, expected, rtol=2**-8 if rounds else 0, atol=0)
 
 
 @pytest.mark.parametrize("width", [1, 5, 16, 33, 104, 1664])

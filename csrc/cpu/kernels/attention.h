@@ -80,8 +80,8 @@ QVL_INLINE void pack_keys(const KvTile& tile, int head_dim, char* to, size_t pan
     } else {
       float rows[kLanes * kMaxHeadDim];
       for (int i = 0; i < n; ++i) {
-        widen_all(static_cast<const uint16_t*>(tile.keys) + (t + i) * tile.stride, rows + i * head_dim,
-                  head_dim);
+        widen_all<BFloat16>(static_cast<const uint16_t*>(tile.keys) + (t + i) * tile.stride,
+                            rows + i * head_dim, head_dim);
       }
       pack(rows, head_dim, n, head_dim, to);
     }

@@ -43,19 +43,10 @@ void add(const float* from, float* to, int64_t n) {
   });
 }
 
-void widen_float16_all(const uint16_t* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int some = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-    store_some(to + i, widen_float16(load_some_halves(from + i, some)), some);
-  }
-}
-
+template <typename Half>
 void widen_all(const uint16_t* from, float* to, int64_t n) {
-  in_steps(n, [&](int64_t i, int some) {
-    HalfWords halves{};
-    __builtin_memcpy(&halves, from + i, static_cast<size_t>(some) * 2);
-    store_some(to + i, widen(halves), some);
-  });
+  const Half* halves = reinterpret_cast<const Half*>(from);
+  in_steps(n, [&](int64_t i, int some) { store_some(to + i, load_some(halves + i, some), some); });
 }
 
 void narrow_all(const float* from, uint16_t* to, int64_t n) {

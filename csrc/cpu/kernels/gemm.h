@@ -4,13 +4,12 @@
 // weights are read as they lie in memory, [out, in], and only the activations, far fewer, are rearranged.
 #pragma once
 
-#include "cpu/kernels/quantised_x.h"
+#include "cpu/kernels/simd.h"
+#include "cpu/kernels/table.h"
 
 namespace {
 
 using qvl::cpu::Ahead;
-using qvl::cpu::kMaxTileK;
-using qvl::cpu::UnpackTile;
 
 void pack_panel_f32(const float* x, int64_t x_stride, int n_tokens, int k, void* panel) {
   auto* to = static_cast<float*>(panel);
@@ -61,96 +60,6 @@ void write_block(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, co
   }
 }
 
-// Unpacking: each writes one row, `n` values from column `first` on, as float32.
-struct UnpackF32 {
-  static QVL_INLINE void row(const UnpackTile& t, int64_t row, float* to) {
-    const float* from = static_cast<const float*>(t.weights) + row * t.k + t.first_k;
-    __builtin_memcpy(to, from, static_cast<size_t>(t.n_k) * sizeof(float));
-  }
-};
-
-struct UnpackF16 {
-  static QVL_INLINE void row(const UnpackTile& t, int64_t row, float* to) {
-    const Float16* from = static_cast<const Float16*>(t.weights) + row * t.k + t.first_k;
-    int i = 0;
-    for (; i + kLanes <= t.n_k; i += kLanes) store(to + i, load_floats(from + i));
-    if (i < t.n_k) store_some(to + i, load_some(from + i, t.n_k - i), t.n_k - i);
-  }
-};
-
-struct UnpackBf16 {
-  static QVL_INLINE void row(const UnpackTile& t, int64_t row, float* to) {
-    const uint16_t* from = static_cast<const uint16_t*>(t.weights) + row * t.k + t.first_k;
-    int i = 0;
-    for (; i + kLanes <= t.n_k; i += kLanes) store(to + i, widen(load<HalfWords>(from + i)));
-    for (; i < t.n_k; ++i) {
-      const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-      __builtin_memcpy(to + i, &bits, sizeof bits);
-    }
-  }
-};
-
-// Quantised rows are padded to 128 and first_k is a multiple of it, so whole vectors may be read; the tile
-// has room for them (n_k rounded up to 128).
-struct UnpackInt8 {
-  static QVL_INLINE void row(const UnpackTile& t, int64_t row, float* to) {
-    const int8_t* from = static_cast<const int8_t*>(t.weights) + row * round_up(t.k, kUnit) + t.first_k;
-    for (int i = 0; i < t.n_k; i += kLanes) {
-      store(to + i, to_floats(widen_few(load<FewBytes>(from + i))));
-    }
-  }
-};
-
-template <int Group>
-struct UnpackInt4 {
-  static QVL_INLINE void row(const UnpackTile& t, int64_t row, float* to) {
-    const int width = round_up(t.k, kUnit);
-    const uint8_t* from = static_cast<const uint8_t*>(t.weights) + (row * width + t.first_k) / 2;
-    const uint16_t* scales = static_cast<const uint16_t*>(t.scales) + (row * width + t.first_k) / Group;
-    for (int i = 0; i < t.n_k; i += kUnit, from += kUnit / 2, scales += kUnit / Group) {
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t bits = static_cast<uint32_t>(scales[32 * j / Group]) << 16;
-        float scale;
-        __builtin_memcpy(&scale, &bits, sizeof scale);
-        for (int part = 0; part < 32; part += kLanes) {
-          const HalfWords words = load<HalfWords>(from + 2 * part);
-          const Ints nibbles = reinterpret_cast<Ints>(widen_halves(words >> (4 * j) & 15)) - 8;
-          store(to + i + 32 * j + part, to_floats(nibbles) * scale);
-        }
-      }
-    }
-  }
-};
-
-template <typename Unpack>
-void unpack_to_f32(const UnpackTile& t) {
-  const int width = round_up(t.n_k, 2);
-  float line[kMaxTileK + kUnit];
-  for (int64_t r = 0; r < t.n_rows; ++r) {
-    Unpack::row(t, t.first_row + r, line);
-    line[t.n_k] = 0.0F;
-    __builtin_memcpy(static_cast<float*>(t.tile) + r * width, line,
-                     static_cast<size_t>(width) * sizeof(float));
-  }
-}
-
-template <typename Unpack>
-void unpack_to_bf16(const UnpackTile& t) {
-  const int width = round_up(t.n_k, 2);
-  float line[kMaxTileK + kUnit];
-  for (int64_t r = 0; r < t.n_rows; ++r) {
-    Unpack::row(t, t.first_row + r, line);
-    line[t.n_k] = 0.0F;
-    uint16_t* to = static_cast<uint16_t*>(t.tile) + r * width;
-    int i = 0;
-    for (; i + kLanes <= width; i += kLanes) store(to + i, narrow(load<Floats>(line + i)));
-    if (i < width) {
-      const HalfWords rest = narrow(load_some(line + i, width - i));
-      __builtin_memcpy(to + i, &rest, static_cast<size_t>(width - i) * 2);
-    }
-  }
-}
-
 // One step of R rows and P panels along k: for float32 one value, for bfloat16 a pair.
 struct StepF32 {
   typedef float Element;
@@ -159,17 +68,6 @@ struct StepF32 {
 };
 
 #if defined(__AVX512BF16__)
-// bfloat16 as it is.
-void copy_bf16(const UnpackTile& t) {
-  const int width = round_up(t.n_k, 2);
-  for (int64_t r = 0; r < t.n_rows; ++r) {
-    const uint16_t* from = static_cast<const uint16_t*>(t.weights) + (t.first_row + r) * t.k + t.first_k;
-    uint16_t* to = static_cast<uint16_t*>(t.tile) + r * width;
-    __builtin_memcpy(to, from, static_cast<size_t>(t.n_k) * 2);
-    if (width > t.n_k) to[t.n_k] = 0;
-  }
-}
-
 struct StepBf16 {
   typedef uint16_t Element;
   static constexpr int kPerStep = 2;

@@ -8,6 +8,7 @@
 #include "cpu/kernels/matvec_int4.h"
 #include "cpu/kernels/matvec_int8.h"
 #include "cpu/kernels/norm.h"
+#include "cpu/kernels/unpack.h"
 
 namespace qvl::cpu {
 namespace {
@@ -21,8 +22,8 @@ constexpr Kernels make() {
   k.gelu = gelu;
   k.silu_mul = silu_mul;
   k.add = add;
-  k.widen = widen_all;
-  k.widen_float16 = widen_float16_all;
+  k.widen = widen_all<BFloat16>;
+  k.widen_float16 = widen_all<Float16>;
   k.narrow = narrow_all;
   k.rotate = rotate;
 
@@ -47,9 +48,9 @@ constexpr Kernels make() {
 
   k.pack_panel[0] = pack_panel_f32;
   k.pack_panel[1] = pack_panel_bf16;
-  k.unpack_tile[0][QVL_FLOAT32] = unpack_to_f32<UnpackF32>;
-  k.unpack_tile[0][QVL_BFLOAT16] = unpack_to_f32<UnpackBf16>;
-  k.unpack_tile[0][QVL_FLOAT16] = unpack_to_f32<UnpackF16>;
+  k.unpack_tile[0][QVL_FLOAT32] = unpack_to_f32<UnpackFloats<float>>;
+  k.unpack_tile[0][QVL_BFLOAT16] = unpack_to_f32<UnpackFloats<BFloat16>>;
+  k.unpack_tile[0][QVL_FLOAT16] = unpack_to_f32<UnpackFloats<Float16>>;
   k.unpack_tile[0][QVL_INT8] = unpack_to_f32<UnpackInt8>;
   k.unpack_tile[0][QVL_INT4_G64] = unpack_to_f32<UnpackInt4<64>>;
   k.unpack_tile[0][QVL_INT4_G128] = unpack_to_f32<UnpackInt4<128>>;
@@ -57,8 +58,8 @@ constexpr Kernels make() {
   k.write_block = write_block;
 #if defined(__AVX512BF16__)
   k.bf16_dot = true;
-  k.unpack_tile[1][QVL_BFLOAT16] = copy_bf16;
-  k.unpack_tile[1][QVL_FLOAT16] = unpack_to_bf16<UnpackF16>;
+  k.unpack_tile[1][QVL_BFLOAT16] = unpack_to_bf16<UnpackFloats<BFloat16>>;
+  k.unpack_tile[1][QVL_FLOAT16] = unpack_to_bf16<UnpackFloats<Float16>>;
   k.unpack_tile[1][QVL_INT8] = unpack_to_bf16<UnpackInt8>;
   k.unpack_tile[1][QVL_INT4_G64] = unpack_to_bf16<UnpackInt4<64>>;
   k.unpack_tile[1][QVL_INT4_G128] = unpack_to_bf16<UnpackInt4<128>>;

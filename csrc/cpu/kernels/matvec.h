@@ -14,9 +14,6 @@ namespace {
 using qvl::cpu::Matvec;
 
 constexpr int kPanelRows = 16;  // rows that take turns on a cut of the columns
-QVL_INLINE int round_up(int n, int unit) {
-  return (n + unit - 1) / unit * unit;
-}
 
 QVL_INLINE void put(const Matvec& p, int64_t row, int x, float value) {
   float& y = p.y[x * p.y_stride + row];

@@ -43,7 +43,7 @@ struct RowsInt8 {
   template <int R, int N, int Turn, int Turns, int Stride, int Whole>
   static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, int n_k,
                                    NextLines& ahead, Floats* sums) {
-    const int64_t stride = row_bytes(p.k), x_stride = Int8X::row_bytes(p.k);
+    const int64_t stride = row_bytes(p.k);
     const uint8_t* w[R];
     const char* x[N];
     Ints dots[R][N];

@@ -32,6 +32,10 @@ typedef int8_t FewBytes __attribute__((vector_size(kLanes)));
 
 #define QVL_INLINE inline __attribute__((always_inline))
 
+QVL_INLINE int round_up(int n, int unit) {
+  return (n + unit - 1) / unit * unit;
+}
+
 template <typename Vector>
 QVL_INLINE Vector load(const void* memory) {
   Vector v;
@@ -206,14 +210,23 @@ QVL_INLINE Floats widen_float16(HalfWords halves) {
 struct Float16 {
   uint16_t bits;
 };
+struct BFloat16 {
+  uint16_t bits;
+};
 QVL_INLINE Floats load_floats(const float* memory) {
   return load<Floats>(memory);
 }
 QVL_INLINE Floats load_floats(const Float16* memory) {
   return widen_float16(load<HalfWords>(memory));
 }
+QVL_INLINE Floats load_floats(const BFloat16* memory) {
+  return widen(load<HalfWords>(memory));
+}
 QVL_INLINE Floats load_some(const Float16* memory, int n) {
   return widen_float16(load_some_halves(&memory->bits, n));
+}
+QVL_INLINE Floats load_some(const BFloat16* memory, int n) {
+  return widen(load_some_halves(&memory->bits, n));
 }
 
 // To nearest, ties to even. Not for NaN.

@@ -1,0 +1,125 @@
+// Tiles of weights for the blocked product (gemm.h): float32, or bfloat16 where the processor multiplies it.
+#pragma once
+
+#include "cpu/kernels/quantised_x.h"
+
+namespace {
+
+using qvl::cpu::UnpackTile;
+
+// Values are unpacked so many at a time. A tile has room for them behind its last row.
+constexpr int kChunk = 32;
+constexpr int kChunkVectors = kChunk / kLanes;
+
+// Each of these has a row's columns from first_k + i on, zero behind the last.
+template <typename Value>
+struct UnpackFloats {
+  static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
+    const Value* from = static_cast<const Value*>(t.weights) + row * t.k + t.first_k + i;
+    const int n = t.n_k - i;
+#pragma GCC unroll 8
+    for (int j = 0; j < kChunkVectors; ++j) {
+      const int left = n - j * kLanes;
+      v[j] = left >= kLanes ? load_floats(from + j * kLanes)
+             : left > 0     ? load_some(from + j * kLanes, left)
+                            : Floats{};
+    }
+  }
+};
+
+// Quantised rows are padded to a multiple of 128 columns with zero, and first_k is one.
+struct UnpackInt8 {
+  static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
+    const int8_t* from = static_cast<const int8_t*>(t.weights) + row * round_up(t.k, kUnit) + t.first_k + i;
+#pragma GCC unroll 8
+    for (int j = 0; j < kChunkVectors; ++j) {
+      v[j] = to_floats(widen_few(load<FewBytes>(from + j * kLanes)));
+    }
+  }
+};
+
+// Where a chunk of int4 values lies: nibble `nibble` of 32 words.
+template <int Group>
+struct Int4Chunk {
+  const uint8_t* words;
+  int nibble;
+  float scale;
+
+  QVL_INLINE Int4Chunk(const UnpackTile& t, int64_t row, int i) {
+    const int64_t at = row * round_up(t.k, kUnit) + t.first_k + i;
+    words = static_cast<const uint8_t*>(t.weights) + at / kUnit * (kUnit / 2);
+    nibble = static_cast<int>(at % kUnit) / kChunk;
+    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(t.scales)[at / Group]) << 16;
+    __builtin_memcpy(&scale, &bits, sizeof scale);
+  }
+};
+
+template <int Group>
+struct UnpackInt4 {
+  static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
+    const Int4Chunk<Group> from(t, row, i);
+#pragma GCC unroll 8
+    for (int j = 0; j < kChunkVectors; ++j) {
+      const HalfWords words = load<HalfWords>(from.words + 2 * j * kLanes);
+      const Ints steps = reinterpret_cast<Ints>(widen_halves(words >> (4 * from.nibble) & 15)) - 8;
+      v[j] = to_floats(steps) * from.scale;
+    }
+  }
+};
+
+template <typename Unpack>
+void unpack_to_f32(const UnpackTile& t) {
+  const int width = round_up(t.n_k, 2);
+  for (int64_t r = 0; r < t.n_rows; ++r) {
+    float* to = static_cast<float*>(t.tile) + r * width;
+    for (int i = 0; i < width; i += kChunk) {
+      Floats v[kChunkVectors];
+      Unpack::chunk(t, t.first_row + r, i, v);
+#pragma GCC unroll 8
+      for (int j = 0; j < kChunkVectors; ++j) store(to + i + j * kLanes, v[j]);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+template <typename Unpack>
+QVL_INLINE __m512i narrow_chunk(const UnpackTile& t, int64_t row, int i) {
+  Floats v[2];
+  Unpack::chunk(t, row, i, v);
+  return reinterpret_cast<__m512i>(
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(v[1]), reinterpret_cast<__m512>(v[0])));
+}
+
+// Looked up: a nibble has 16 values, which are in the table twice since the instruction takes 5 bits of a
+// word.
+template <int Group>
+QVL_INLINE __m512i look_up_chunk(const UnpackTile& t, int64_t row, int i) {
+  const Int4Chunk<Group> from(t, row, i);
+  const Floats steps = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  const __m512 values = reinterpret_cast<__m512>(steps * from.scale);
+  const __m512i table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values, values));
+  const Halves words = load<Halves>(from.words) >> (4 * from.nibble);
+  return _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(words), table);
+}
+template <>
+QVL_INLINE __m512i narrow_chunk<UnpackInt4<64>>(const UnpackTile& t, int64_t row, int i) {
+  return look_up_chunk<64>(t, row, i);
+}
+template <>
+QVL_INLINE __m512i narrow_chunk<UnpackInt4<128>>(const UnpackTile& t, int64_t row, int i) {
+  return look_up_chunk<128>(t, row, i);
+}
+
+template <typename Unpack>
+void unpack_to_bf16(const UnpackTile& t) {
+  const int width = round_up(t.n_k, 2);
+  for (int64_t r = 0; r < t.n_rows; ++r) {
+    uint16_t* to = static_cast<uint16_t*>(t.tile) + r * width;
+    for (int i = 0; i < width; i += kChunk) {
+      store(to + i, narrow_chunk<Unpack>(t, t.first_row + r, i));
+    }
+  }
+}
+#endif
+
+}  // namespace
