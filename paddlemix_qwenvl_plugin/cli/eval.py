@@ -46,6 +46,7 @@ def demo(
     dtype: Optional[str] = typer.Option(
         None, "--dtype", help="Of the export: float32, float16 or bfloat16; default: float32."
     ),
+    quant_type: flags.QuantType = None,
     export_to: Optional[Path] = typer.Option(
         None, "--export-to", metavar="DIR", help="Keep the export in this folder."
     ),
@@ -68,10 +69,10 @@ def demo(
     from paddlemix_qwenvl_plugin.progress import track
 
     stages = _Stages(first_model_path, second_model_path, model, device)
-    if (stages.given or predictions is not None) and (dtype is not None or export_to is not None):
+    if (stages.given or predictions is not None) and (dtype or quant_type or export_to):
         raise UsageError(
-            "--dtype and --export-to are for the export of the demo model: "
-            "give neither with exported stages or with --predictions"
+            "--dtype, --quant_type and --export-to are for the export of the demo model: "
+            "give none with exported stages or with --predictions"
         )
     _check(stages, predictions, output)
     samples = {number: held_out(number) for number in range(first, first + n)}
@@ -81,7 +82,7 @@ def demo(
         with contextlib.ExitStack() as stack:
             if not stages.given:
                 folder = export_to or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwenvl-")))
-                stages = _export_demo_model(folder, dtype or "float32", device)
+                stages = _export_demo_model(folder, dtype or "float32", quant_type, device)
             pair = stages.open()
             answers = (task.answer(pair, sample) for sample in samples.values())
             texts = dict(zip(samples, track(answers, "samples answered", n)))
@@ -220,13 +221,13 @@ class _Stages:
         return pair
 
 
-def _export_demo_model(folder: Path, dtype: str, device: str) -> _Stages:
+def _export_demo_model(folder: Path, dtype: str, quant_type: Optional[str], device: str) -> _Stages:
     from paddlemix_qwenvl_plugin.demo.run import MODEL
     from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 
     stages = _Stages(folder / "vision" / "vision", folder / "text" / "qwen", None, device)
     export_vision(MODEL, folder / "vision" / "vision", dtype)
-    export_language(MODEL, folder / "text", "qwen", dtype)
+    export_language(MODEL, folder / "text", "qwen", dtype, quant_type=quant_type)
     return stages
 
 

@@ -7,6 +7,8 @@ from typing import Optional
 
 import typer
 
+from paddlemix_qwenvl_plugin.cli import options as flags
+
 _MODEL = typer.Option(..., "--model_name_or_path", help="Model folder.")
 _ENGINE = typer.Option(
     None,
@@ -38,9 +40,7 @@ def export_language(
     dtype: str = _DTYPE,
     model_prefix: str = typer.Option("model", "--model_prefix", help="Name of the files to write."),
     engine: Optional[str] = _ENGINE,
-    quant_type: Optional[str] = typer.Option(
-        None, "--quant_type", help="weight_only_int8 or weight_only_int4; needs the engine."
-    ),
+    quant_type: flags.QuantType = None,
 ) -> None:
     """Export stage 2: tokens and features to tokens."""
     from paddlemix_qwenvl_plugin.export.export import export_language as export

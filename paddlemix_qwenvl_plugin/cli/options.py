@@ -18,6 +18,13 @@ ModelFolder = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, gpu or gpu:N.")]
+QuantType = Annotated[
+    Optional[str],
+    typer.Option(
+        "--quant_type",
+        help="Of the language model: weight_only_int8 or weight_only_int4; needs the engine.",
+    ),
+]
 AllowHttp = Annotated[bool, typer.Option("--allow-http", help="Let pictures come from http(s) URLs.")]
 
 MaxNewTokens = Annotated[int, typer.Option("--max_new_tokens")]

@@ -17,6 +17,8 @@ CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4_g64": 3, "float16": 5}
 
 QUANT_TYPES = ("weight_only_int8", "weight_only_int4")
 
+_EIGHT_BITS = ("lm_head.weight", "attn.c_attn.weight")
+
 _LINE = 512  # length of a qvl_error's message
 
 
@@ -30,12 +32,15 @@ def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
 def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
     """Which weights are quantised, and as what: "int8" or "int4_g64".
 
-    The logits' matrix takes the errors of 4 bits worst and stays at 8.
+    The matrices that take the errors of 4 bits worst stay at 8: the logits' and attention's c_attn
+    (docs/demo-model.md has the figures).
     """
     if quant_type is None:
         return {}
-    kind = "int8" if quant_type == "weight_only_int8" else "int4_g64"
-    return {name: "int8" if name == "lm_head.weight" else kind for name, spec in specs.items() if spec.linear}
+    linear = [name for name, spec in specs.items() if spec.linear]
+    if quant_type == "weight_only_int8":
+        return dict.fromkeys(linear, "int8")
+    return {name: "int8" if name.endswith(_EIGHT_BITS) else "int4_g64" for name in linear}
 
 
 def packed_bytes(kind: str, n_out: int, n_in: int) -> int:

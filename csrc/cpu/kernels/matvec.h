@@ -36,7 +36,7 @@ class NextLines {
   const char* line_;
 };
 
-constexpr int64_t kAheadOfOne = 16384;  // bytes, with one activation; with more it is a panel of rows
+constexpr int64_t kAheadOfOne = 65536;  // bytes, with one activation; with more it is a panel of rows
 
 // Sums that stay in registers over a cut.
 template <int R, int N, int Stride>
@@ -59,7 +59,8 @@ QVL_INLINE void put_sums(const Floats (&sums)[R][N], Floats* to) {
 
 // Rows has
 //   kCut              columns in a cut
-//   rows_at_once(n)   rows at a time with n activations: as many as keep a group's sums in registers
+//   rows_at_once(n)   rows at a time with n activations: as many as keep a group's sums in registers; with
+//                     one activation what was measured to be fastest
 //   row_bytes(k)      of the weights
 //   column_bytes(n)   of n columns of a row of weights
 //   scale(p, row)     factor of a finished row
