@@ -12,7 +12,7 @@ from engines import needs_compiler
 
 from paddlemix_qwenvl_plugin.cli.main import app
 
-N = 150
+N = 250
 
 
 def rates(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
