@@ -179,9 +179,10 @@ class Shortest:
                 self.of[name] = min(self.of[name], elapsed(run))
 
 
-def matrix_bytes(library: Library, dtype: int) -> int:
+def bytes_read(library: Library, dtype: int) -> int:
+    """By a layer for one token: its weights, and the keys and values of PAST tokens in bfloat16."""
     shapes = [(12288, 4096), (4096, 4096), (11008, 4096), (11008, 4096), (4096, 11008)]
-    return sum(library.dll.qvl_packed_bytes(dtype, *shape) for shape in shapes)
+    return sum(library.dll.qvl_packed_bytes(dtype, *shape) for shape in shapes) + 2 * PAST * 4096 * 2
 
 
 LAYER_FLOPS = 2 * PROMPT * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -199,7 +200,7 @@ class Row(dict[str, float]):
 def language_row(
     library: Library, name: str, seconds: float, reads: Callable[[], float]
 ) -> tuple[Row, float, float]:
-    """The engine's times, the rate at which a decode step read its weights and the machine's best rate meanwhile."""
+    """The engine's times, the rate at which a decode step read and the machine's best rate meanwhile."""
     dtype = DTYPES[name]
     with language_engine(library, dtype) as engine, engine.pool(96, 32, BFLOAT16) as pool:
         tables = [list(range(10 * i, 10 * i + 10)) for i in range(8)]
@@ -221,7 +222,7 @@ def language_row(
     for part in ("decode_1", "decode_8"):
         figures[part] = min(took for run, took in shortest.items() if run.startswith(part))
     row = Row(f"engine {name}", {part: took / LAYERS * 1e3 for part, took in figures.items()})
-    return row, matrix_bytes(library, dtype) / (row["decode_1"] / 1e3), machine[0]
+    return row, bytes_read(library, dtype) / (row["decode_1"] / 1e3), machine[0]
 
 
 def vision_row(library: Library, seconds: float) -> tuple[Row, float]:

@@ -20,7 +20,7 @@ void prepare_int8(const float* x, int64_t x_stride, int n_x, int k, void* prepar
 struct RowsInt8 {
   static constexpr int kCut = 2048;
   static constexpr int kGroup = kLanes == 16 ? 4 : 2;
-  static constexpr int rows_at_once(int n) { return n == 1 || kLanes == 16 ? 4 : 2; }
+  static constexpr int rows_at_once(int n) { return (n == 1 ? 4 : 2) * (kLanes == 16 ? 2 : 1); }
   static QVL_INLINE int64_t row_bytes(int k) { return round_up(k, kUnit); }
   static QVL_INLINE int64_t column_bytes(int n) { return n; }
   static QVL_INLINE float scale(const Matvec& p, int64_t row) {
