@@ -62,7 +62,6 @@ QVL_INLINE void put_sums(const Floats (&sums)[R][N], Floats* to) {
 //   rows_at_once(n)   rows at a time with n activations: as many as keep a group's sums in registers; with
 //                     one activation what was measured to be fastest
 //   row_bytes(k)      of the weights
-//   column_bytes(n)   of n columns of a row of weights
 //   scale(p, row)     factor of a finished row
 //   kGroup            activations that are multiplied at the same time
 //   add<R, N, Turn, Turns, Stride>(p, row, x, first, end, ahead, sums)

@@ -32,7 +32,6 @@ struct RowsBf16 {
   static constexpr int kGroup = kLanes == 16 ? 4 : 2;
   static constexpr int rows_at_once(int n) { return n == 1 ? 1 : kLanes == 16 ? 4 : 2; }
   static QVL_INLINE int64_t row_bytes(int k) { return int64_t{2} * k; }
-  static QVL_INLINE int64_t column_bytes(int n) { return int64_t{2} * n; }
   static QVL_INLINE float scale(const Matvec&, int64_t) { return 1; }
 
   template <int R, int N, int Turn, int Turns, int Stride>
