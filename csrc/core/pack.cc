@@ -42,19 +42,24 @@ int nibble_shift(int64_t k) {
   return k % 64 >= 32 ? 4 : 0;
 }
 
-// Squared error of a group's values at this scale. The sum of a float and 1.5 * 2^23 is rounded to a whole
-// number.
+typedef float Four __attribute__((vector_size(16)));
+
+// Squared error of a group's values at this scale; n is a multiple of 4. The sum of a float and 1.5 * 2^23 is
+// rounded to a whole number.
 float int4_error(const float* values, int64_t n, float scale) {
   constexpr float kShift = 12582912.0F;
-  const float inverse = 1 / scale;
-  float error = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const float steps = std::clamp(values[i] * inverse, -8.0F, 7.0F);
-    const float whole = (steps + kShift) - kShift;
-    const float missed = values[i] - whole * scale;
-    error += missed * missed;
+  const Four inverse = 1 / scale - Four{}, least = -8.0F - Four{}, most = 7.0F - Four{};
+  Four errors = {};
+  for (int64_t i = 0; i < n; i += 4) {
+    Four value;
+    std::memcpy(&value, values + i, sizeof value);
+    Four steps = value * inverse;
+    steps = steps < least ? least : steps;
+    steps = steps > most ? most : steps;
+    const Four missed = value - ((steps + kShift) - kShift) * scale;
+    errors += missed * missed;
   }
-  return error;
+  return errors[0] + errors[1] + errors[2] + errors[3];
 }
 
 // The scale of least squared error among a few, as bfloat16. With the first the extreme becomes the -8, so it
@@ -81,7 +86,9 @@ void pack_int4_row(const float* row, int64_t in, int group, uint8_t* values, uin
   std::memset(values, 0x88, static_cast<size_t>(width / 2));
   for (int64_t first = 0; first < width; first += group) {
     const int64_t n = std::max<int64_t>(0, std::min<int64_t>(group, in - first));
-    const uint16_t bits = int4_scale(row + (n ? first : 0), n);
+    float padded_group[kPackUnit] = {};
+    if (n > 0) std::memcpy(padded_group, row + first, static_cast<size_t>(n) * sizeof(float));
+    const uint16_t bits = int4_scale(padded_group, group);
     const float scale = from_bfloat16(bits);
     scales[first / group] = bits;
     for (int64_t k = first; k < first + n; ++k) {
