@@ -7,6 +7,7 @@
 #include "cpu/attention.h"
 
 namespace qvl::cpu {
+
 void layer_norm_rows(Context& context, const Norm& norm, const float* x, int64_t n, int width, float* y) {
   context.rows(n, [&](int64_t i, int) {
     context.kernels.layer_norm(x + i * width, norm.weight, norm.bias, width, kVisionEpsilon, y + i * width);

@@ -69,7 +69,8 @@ def demo(
     from paddlemix_qwenvl_plugin.progress import track
 
     stages = _Stages(first_model_path, second_model_path, model, device)
-    if (stages.given or predictions is not None) and (dtype or quant_type or export_to):
+    of_export = (dtype, quant_type, export_to)
+    if (stages.given or predictions is not None) and any(flag is not None for flag in of_export):
         raise UsageError(
             "--dtype, --quant_type and --export-to are for the export of the demo model: "
             "give none with exported stages or with --predictions"

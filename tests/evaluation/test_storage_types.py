@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,9 +22,7 @@ def rates(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
 
 
 @needs_compiler
-def test_rounded_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rounded_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("QWENVL_ENGINE", "fused")
     exact = rates(capsys)
     for points, *flags in [

@@ -83,7 +83,7 @@ void unpack_to_f32(const UnpackTile& t) {
 
 #if defined(__AVX512BF16__)
 template <typename Unpack>
-QVL_INLINE __m512i narrow_chunk(const UnpackTile& t, int64_t row, int i) {
+QVL_INLINE __m512i narrow_chunk(Unpack, const UnpackTile& t, int64_t row, int i) {
   Floats v[2];
   Unpack::chunk(t, row, i, v);
   return reinterpret_cast<__m512i>(
@@ -93,21 +93,13 @@ QVL_INLINE __m512i narrow_chunk(const UnpackTile& t, int64_t row, int i) {
 // Looked up: a nibble has 16 values, which are in the table twice since the instruction takes 5 bits of a
 // word.
 template <int Group>
-QVL_INLINE __m512i look_up_chunk(const UnpackTile& t, int64_t row, int i) {
+QVL_INLINE __m512i narrow_chunk(UnpackInt4<Group>, const UnpackTile& t, int64_t row, int i) {
   const Int4Chunk<Group> from(t, row, i);
   const Floats steps = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
   const __m512 values = reinterpret_cast<__m512>(steps * from.scale);
   const __m512i table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values, values));
   const Halves words = load<Halves>(from.words) >> (4 * from.nibble);
   return _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(words), table);
-}
-template <>
-QVL_INLINE __m512i narrow_chunk<UnpackInt4<64>>(const UnpackTile& t, int64_t row, int i) {
-  return look_up_chunk<64>(t, row, i);
-}
-template <>
-QVL_INLINE __m512i narrow_chunk<UnpackInt4<128>>(const UnpackTile& t, int64_t row, int i) {
-  return look_up_chunk<128>(t, row, i);
 }
 
 template <typename Unpack>
@@ -116,7 +108,7 @@ void unpack_to_bf16(const UnpackTile& t) {
   for (int64_t r = 0; r < t.n_rows; ++r) {
     uint16_t* to = static_cast<uint16_t*>(t.tile) + r * width;
     for (int i = 0; i < width; i += kChunk) {
-      store(to + i, narrow_chunk<Unpack>(t, t.first_row + r, i));
+      store(to + i, narrow_chunk(Unpack(), t, t.first_row + r, i));
     }
   }
 }
