@@ -40,7 +40,7 @@ STAND_INS = {"paddlenlp_ops": _PLUGIN + ".upstream.ops_stand_in:fill"}
 _NEEDS_STAND_INS = "paddlenlp.experimental."
 _TABLE = {**HOOKS, **EARLY_HOOKS, **STAND_INS}
 
-# What the user said before Paddle, which sets it to 1 when imported (read by the plugin's threads.py).
+# What the user said before Paddle, which sets it to 1 when imported (read by the plugin's util/threads.py).
 omp_num_threads = os.environ.get("OMP_NUM_THREADS", "")
 
 # Module -> "armed", "fired" or "failed: ERROR"; empty before init() and when switched off.

@@ -265,7 +265,7 @@ def portable_graph(folder: Path, n_layers: int, seconds: float) -> dict[str, flo
 
     from paddlemix_qwenvl_plugin import QwenVL, export_language, export_vision
     from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
-    from paddlemix_qwenvl_plugin.tiny import random_weights
+    from paddlemix_qwenvl_plugin.tiny.make import random_weights
 
     os.environ["QWENVL_ENGINE"] = "portable"
     vision = {"width": WIDTH, "layers": n_layers, "heads": VISION_HEADS, "mlp_ratio": VISION_MLP / WIDTH}

@@ -17,7 +17,7 @@ from PIL import Image
 from paddlemix_qwenvl_plugin import QwenVL, export_language, export_vision
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
 from paddlemix_qwenvl_plugin.demo.run import MODEL
-from paddlemix_qwenvl_plugin.evaluation.demo import ask
+from paddlemix_qwenvl_plugin.demo.score import ask
 from paddlemix_qwenvl_plugin.runtime.feature_cache import FeatureCache
 
 ROWS: Sequence[tuple[str, str, Optional[str]]] = (

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from paddlemix_qwenvl_plugin.ops.storage import QUANT_TYPES
+from paddlemix_qwenvl_plugin.engine.quantize import QUANT_TYPES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from paddlemix_qwenvl_plugin import threads as _threads  # noqa: F401  (before anything imports Paddle)
+from paddlemix_qwenvl_plugin.util import threads as _threads  # noqa: F401  (before anything imports Paddle)
 from paddlemix_qwenvl_plugin.version import __version__
 
 if TYPE_CHECKING:
-    from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
     from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
     from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess
     from paddlemix_qwenvl_plugin.runtime.answer import Answer, AnswerStream
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
     from paddlemix_qwenvl_plugin.runtime.pieces import Piece
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+    from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 _WHERE = {
     "Answer": "runtime.answer",
@@ -29,8 +29,8 @@ _WHERE = {
     "ImageLimits": "processing.images",
     "Piece": "runtime.pieces",
     "QwenVL": "runtime.predictor",
-    "QwenVLError": "errors",
-    "UsageError": "errors",
+    "QwenVLError": "util.errors",
+    "UsageError": "util.errors",
     "export_language": "export.export",
     "export_vision": "export.export",
     "load_image": "processing.images",

@@ -10,7 +10,7 @@ import sys
 from importlib import import_module, util
 from pathlib import Path
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 _USAGE = "usage: python -m paddlemix_qwenvl_plugin.launch (SCRIPT | -m MODULE) [ARGUMENT ...]"
 

@@ -13,7 +13,7 @@ from engines import ENGINES
 from safetensors.numpy import save_file
 
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
-from paddlemix_qwenvl_plugin.tiny import make_tiny
+from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 

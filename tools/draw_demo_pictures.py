@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from paddlemix_qwenvl_plugin.demo.questions import PICTURES, QUESTIONS
-from paddlemix_qwenvl_plugin.demo_world.draw import draw
+from paddlemix_qwenvl_plugin.demo.world.draw import draw
 
 
 def main(folder: Path = PICTURES) -> None:

@@ -16,13 +16,13 @@ from paddlemix_qwenvl_plugin.batch.journal import Journal
 from paddlemix_qwenvl_plugin.batch.request import Reply, Request
 from paddlemix_qwenvl_plugin.batch.rows import Row, dump, error_line, id_key, reply_line, result_id
 from paddlemix_qwenvl_plugin.batch.source import Source
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
-from paddlemix_qwenvl_plugin.files import write_beside
 from paddlemix_qwenvl_plugin.processing.prompts import Prompt
-from paddlemix_qwenvl_plugin.progress import track
 from paddlemix_qwenvl_plugin.runtime.answer import answer_of
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.predictor import DEFAULT_SYSTEM, QwenVL
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.files import write_beside
+from paddlemix_qwenvl_plugin.util.progress import track
 
 # Within so many tokens of length, rows about one picture go together, so that the picture is still remembered: to pad
 # a prompt costs less than to encode a picture again.

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from paddlemix_qwenvl_plugin.batch.rows import dump, result_id
-from paddlemix_qwenvl_plugin.errors import QwenVLError, naming
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, naming
 
 
 class Journal:

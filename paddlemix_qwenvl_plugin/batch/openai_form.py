@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from paddlemix_qwenvl_plugin.batch.request import Reply, Request, RowId, check_keys, check_type
-from paddlemix_qwenvl_plugin.errors import UsageError
 from paddlemix_qwenvl_plugin.processing.prompts import Query
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 # A row with one of these keys is in this form.
 MARKS = ("custom_id", "body")

@@ -7,8 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 from paddlemix_qwenvl_plugin.batch.request import Reply, Request, RowId, check_keys, check_type
-from paddlemix_qwenvl_plugin.errors import UsageError
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 _OPTIONS = [field.name for field in fields(GenerationOptions)]
 

@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional, TypeVar, Union
 
-from paddlemix_qwenvl_plugin.errors import UsageError
 from paddlemix_qwenvl_plugin.processing.prompts import Query
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 RowId = Union[str, int, None]
 

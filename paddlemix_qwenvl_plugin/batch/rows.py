@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn, Union
 
 from paddlemix_qwenvl_plugin.batch import openai_form, plain_form
 from paddlemix_qwenvl_plugin.batch.request import Reply, Request, RowId
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError, line_of
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 
 
 class Row(NamedTuple):

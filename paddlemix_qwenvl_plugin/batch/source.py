@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from paddlemix_qwenvl_plugin.batch.request import RowId
 from paddlemix_qwenvl_plugin.batch.rows import Row, id_key, read_row
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
-from paddlemix_qwenvl_plugin.files import check_source
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.files import check_source
 
 
 class Entry(NamedTuple):

@@ -10,9 +10,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from paddlemix_qwenvl_plugin.chat_ui.session import Picture
-from paddlemix_qwenvl_plugin.files import write_beside
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
+from paddlemix_qwenvl_plugin.util.files import write_beside
 
 
 def save_drawn(picture: Picture, boxes: Sequence[Box]) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
-from paddlemix_qwenvl_plugin.errors import line_of
+from paddlemix_qwenvl_plugin.util.errors import line_of
 
 
 def line_reader(warn: Callable[[str], None]) -> Callable[[], str]:

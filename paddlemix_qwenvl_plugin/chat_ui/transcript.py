@@ -12,8 +12,8 @@ from urllib.parse import quote
 
 from paddlemix_qwenvl_plugin.chat_ui.render import box_line, fragments
 from paddlemix_qwenvl_plugin.chat_ui.session import Session, Turn
-from paddlemix_qwenvl_plugin.errors import UsageError
-from paddlemix_qwenvl_plugin.files import write_beside
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+from paddlemix_qwenvl_plugin.util.files import write_beside
 
 
 class Transcripts:

@@ -23,7 +23,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast, to_float32
 from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
-from paddlemix_qwenvl_plugin.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 # Buffers that some checkpoints carry and that follow from the config.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|logn_tensor)$")

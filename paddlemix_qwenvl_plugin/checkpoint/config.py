@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 RESAMPLER_HEAD_DIM = 128
 

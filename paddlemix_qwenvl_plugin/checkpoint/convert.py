@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
-from paddlemix_qwenvl_plugin.errors import UsageError, make_folder, naming
+from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
 
 MAX_SHARD_BYTES = 2 * 1024**3
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")

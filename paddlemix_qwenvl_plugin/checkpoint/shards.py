@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint import safetensors_file, torch_file
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 # (file or index, kind), in the order of preference where a folder holds several.
 WEIGHT_FILES = (

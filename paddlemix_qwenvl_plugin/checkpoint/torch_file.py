@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 # Class of a storage in the pickle -> dtype here, and as NumPy has it.
 _STORAGES = {

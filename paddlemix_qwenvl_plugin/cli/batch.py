@@ -7,8 +7,8 @@ from pathlib import Path
 import typer
 
 from paddlemix_qwenvl_plugin.cli import options as flags
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
-from paddlemix_qwenvl_plugin.files import check_target
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.files import check_target
 
 
 def batch(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 
 def demo(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Optional
 
 import typer
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 if TYPE_CHECKING:
-    from paddlemix_qwenvl_plugin.upstream.doctor import Report
+    from paddlemix_qwenvl_plugin.doctor import Report
 
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
@@ -21,8 +21,8 @@ def doctor(
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Check Paddle, the upstreams, the hooks and a model folder, and say what mends them."""
+    from paddlemix_qwenvl_plugin.doctor import examine
     from paddlemix_qwenvl_plugin.recipes import environment
-    from paddlemix_qwenvl_plugin.upstream.doctor import examine
 
     report = examine(model, environment.gpus())
     if as_json:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from paddlemix_qwenvl_plugin.cli import options as flags
-from paddlemix_qwenvl_plugin.errors import UsageError
-from paddlemix_qwenvl_plugin.files import check_target
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+from paddlemix_qwenvl_plugin.util.files import check_target
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.evaluation.rows import Id, Row
@@ -62,11 +62,11 @@ def demo(
 
     Exports the shipped demo model first, unless exported stages are given.
     """
-    from paddlemix_qwenvl_plugin.demo_world.tasks import held_out
-    from paddlemix_qwenvl_plugin.evaluation import demo as task
+    from paddlemix_qwenvl_plugin.demo import score as task
+    from paddlemix_qwenvl_plugin.demo.world.tasks import held_out
     from paddlemix_qwenvl_plugin.evaluation.rates import table
     from paddlemix_qwenvl_plugin.evaluation.rows import read_predictions, write_predictions
-    from paddlemix_qwenvl_plugin.progress import track
+    from paddlemix_qwenvl_plugin.util.progress import track
 
     stages = _Stages(first_model_path, second_model_path, model, device)
     of_export = (dtype, quant_type, export_to)
@@ -250,7 +250,7 @@ def _answers(
     """The answer to each row: out of a file, or of the model."""
     from paddlemix_qwenvl_plugin.evaluation import ask
     from paddlemix_qwenvl_plugin.evaluation.rows import check_pictures, read_predictions
-    from paddlemix_qwenvl_plugin.progress import track
+    from paddlemix_qwenvl_plugin.util.progress import track
 
     _check(stages, predictions, output)
     if predictions is not None:

@@ -24,7 +24,7 @@ from paddlemix_qwenvl_plugin.cli import (
     recipes,
     run,
 )
-from paddlemix_qwenvl_plugin.errors import (
+from paddlemix_qwenvl_plugin.util.errors import (
     QwenVLError,
     line_of,
     one_line,

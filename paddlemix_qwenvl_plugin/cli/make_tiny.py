@@ -12,7 +12,7 @@ def make_tiny(
     seed: int = typer.Option(0, min=0, help="Seed of the random weights."),
 ) -> None:
     """Make a tiny random model with a tokenizer, for trials and tests."""
-    from paddlemix_qwenvl_plugin.tiny import make_tiny as write
+    from paddlemix_qwenvl_plugin.tiny.make import make_tiny as write
 
     write(folder, seed)
     print(f"made {folder}")

@@ -7,7 +7,7 @@ from typing import Optional
 
 import typer
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 app = typer.Typer(
     name="patches", help="List, check, apply and revert the patches to PaddleNLP and PaddleMIX."

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Optional
 import typer
 
 from paddlemix_qwenvl_plugin.cli import options as flags
-from paddlemix_qwenvl_plugin.errors import UsageError
-from paddlemix_qwenvl_plugin.files import check_target, write_beside
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+from paddlemix_qwenvl_plugin.util.files import check_target, write_beside
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.answer import Answer

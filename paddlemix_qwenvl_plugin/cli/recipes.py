@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 app = typer.Typer(name="recipes", help="List, show and check recipes.")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 
 from paddlemix_qwenvl_plugin.demo.result import Result, Run
-from paddlemix_qwenvl_plugin.demo_world.captions import caption_text
+from paddlemix_qwenvl_plugin.demo.world.captions import caption_text
 from paddlemix_qwenvl_plugin.processing.boxes import Box, parse_boxes
 from paddlemix_qwenvl_plugin.processing.drawing import COLOURS
 from paddlemix_qwenvl_plugin.runtime.answer import Answer

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from paddlemix_qwenvl_plugin.demo_world import captions, pairs, questions
-from paddlemix_qwenvl_plugin.demo_world.sample import Sample, Turn
-from paddlemix_qwenvl_plugin.demo_world.scene import random_scene
+from paddlemix_qwenvl_plugin.demo.world import captions, pairs, questions
+from paddlemix_qwenvl_plugin.demo.world.sample import Sample, Turn
+from paddlemix_qwenvl_plugin.demo.world.scene import random_scene
 
 PICTURES = Path(__file__).resolve().parent / "pictures"
 

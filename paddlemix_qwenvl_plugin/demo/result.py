@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from paddlemix_qwenvl_plugin.demo.questions import Question
-from paddlemix_qwenvl_plugin.evaluation.demo import mark
+from paddlemix_qwenvl_plugin.demo.score import mark
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 
 _SECONDS = ("prepare", "encode_images", "prefill", "decode")

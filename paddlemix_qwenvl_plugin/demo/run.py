@@ -17,15 +17,15 @@ from paddlemix_qwenvl_plugin.checkpoint.tensors import language_specs, vision_sp
 from paddlemix_qwenvl_plugin.demo.page import html_page
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS, Question
 from paddlemix_qwenvl_plugin.demo.result import Result, Run
+from paddlemix_qwenvl_plugin.demo.score import ask
 from paddlemix_qwenvl_plugin.demo.sheet import contact_sheet
-from paddlemix_qwenvl_plugin.errors import QwenVLError, make_folder, one_line
-from paddlemix_qwenvl_plugin.evaluation.demo import ask
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
-from paddlemix_qwenvl_plugin.files import write_beside
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, make_folder, one_line
+from paddlemix_qwenvl_plugin.util.files import write_beside
 
-MODEL = Path(__file__).resolve().parents[1] / "demo_model"
+MODEL = Path(__file__).resolve().parent / "model"
 
 PAGE, SHEET, ANSWERS = "index.html", "sheet.png", "answers.json"
 

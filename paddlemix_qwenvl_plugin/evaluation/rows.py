@@ -10,9 +10,9 @@ from typing import Any, TypeVar, Union
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from paddlemix_qwenvl_plugin.checkpoint.config import first_problem
-from paddlemix_qwenvl_plugin.errors import UsageError
 from paddlemix_qwenvl_plugin.evaluation.ask import Request
-from paddlemix_qwenvl_plugin.files import check_source, write_beside
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+from paddlemix_qwenvl_plugin.util.files import check_source, write_beside
 
 Id = Union[StrictInt, StrictStr]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import AliasChoices, Field, field_validator
 
-from paddlemix_qwenvl_plugin.errors import UsageError
 from paddlemix_qwenvl_plugin.evaluation.ask import Request
 from paddlemix_qwenvl_plugin.evaluation.extra import extra
 from paddlemix_qwenvl_plugin.evaluation.rows import Id, Row
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 _FEWEST_FOR_VQA = 4  # with fewer even the best answer has an accuracy below 1
 

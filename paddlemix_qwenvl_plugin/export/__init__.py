@@ -1,5 +1,5 @@
 """From a checkpoint to exported graphs: contract, programs, parameter file, manifest."""
 
-from paddlemix_qwenvl_plugin.paddle_version import require_paddle
+from paddlemix_qwenvl_plugin.util.paddle_version import require_paddle
 
 require_paddle()

@@ -11,11 +11,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import paddle
 
-from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
-from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
-from paddlemix_qwenvl_plugin.checkpoint.dtypes import check_dtype
-from paddlemix_qwenvl_plugin.errors import UsageError, make_folder, naming
-from paddlemix_qwenvl_plugin.export.contract import (
+from paddlemix_qwenvl_plugin.artifact.contract import (
     CONTRACT_VERSION,
     Input,
     fused_step_inputs,
@@ -23,8 +19,13 @@ from paddlemix_qwenvl_plugin.export.contract import (
     stock_inputs,
     vision_inputs,
 )
-from paddlemix_qwenvl_plugin.export.manifest import FileDigest, Manifest, manifest_path
-from paddlemix_qwenvl_plugin.export.params_file import write_params
+from paddlemix_qwenvl_plugin.artifact.manifest import FileDigest, Manifest, manifest_path
+from paddlemix_qwenvl_plugin.artifact.params_file import write_params
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
+from paddlemix_qwenvl_plugin.checkpoint.dtypes import check_dtype
+from paddlemix_qwenvl_plugin.engine.quantize import check_quant_type, quantised
+from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
 from paddlemix_qwenvl_plugin.export.program import FORMATS, Program, save_program
 from paddlemix_qwenvl_plugin.modeling.fused import FusedForward, FusedGeneration, FusedVision
 from paddlemix_qwenvl_plugin.modeling.generation import Step, StockGeneration
@@ -36,8 +37,7 @@ from paddlemix_qwenvl_plugin.modeling.weights import (
     parameter_shapes,
     vision_parameters,
 )
-from paddlemix_qwenvl_plugin.ops.choice import engine_available, engine_choice
-from paddlemix_qwenvl_plugin.ops.storage import check_quant_type, quantised
+from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
 from paddlemix_qwenvl_plugin.version import __version__
 
 PathLike = Union[str, Path]

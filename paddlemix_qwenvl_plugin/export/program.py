@@ -19,9 +19,9 @@ import numpy as np
 import paddle
 from paddle import static
 
+from paddlemix_qwenvl_plugin.artifact.contract import Input
+from paddlemix_qwenvl_plugin.artifact.params_file import Record, read_first_dims
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
-from paddlemix_qwenvl_plugin.export.contract import Input
-from paddlemix_qwenvl_plugin.export.params_file import Record, read_first_dims
 from paddlemix_qwenvl_plugin.modeling.weights import build
 
 FORMATS = {"pir": ".json", "legacy": ".pdmodel"}

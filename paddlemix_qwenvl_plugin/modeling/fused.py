@@ -9,9 +9,9 @@ import paddle
 from paddle import nn
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
+from paddlemix_qwenvl_plugin.engine.operators import call
+from paddlemix_qwenvl_plugin.engine.quantize import CODES, packed_bytes
 from paddlemix_qwenvl_plugin.modeling.layers import parameter_attr
-from paddlemix_qwenvl_plugin.ops.load import call
-from paddlemix_qwenvl_plugin.ops.storage import CODES, packed_bytes
 
 _VISION, _LANGUAGE = 1, 2
 
@@ -113,7 +113,7 @@ class FusedGeneration(FusedStage):
 
 
 class FusedForward(FusedStage):
-    """One pass over a packed batch, with the engine's paged KV cache (export/contract.py)."""
+    """One pass over a packed batch, with the engine's paged KV cache (artifact/contract.py)."""
 
     _stage = _LANGUAGE
 

@@ -54,7 +54,7 @@ class StockGeneration(nn.Layer):
         stop_nums: paddle.Tensor,
         cache_kvs: list[paddle.Tensor],
     ) -> tuple[paddle.Tensor, ...]:
-        """Generate until `stop_nums` rows have stopped. Shapes and dtypes: export/contract.py.
+        """Generate until `stop_nums` rows have stopped. Shapes and dtypes: artifact/contract.py.
 
         The masks, `pre_ids`, `tgt_ids` and the caches are part of the contract but not read: the first follow from
         the lengths, the others are workspace that the stock predictor fills with arbitrary values.
@@ -150,7 +150,7 @@ class Step(nn.Layer):
         cache_valid: paddle.Tensor,
         cache_kvs: list[paddle.Tensor],
     ) -> tuple[paddle.Tensor, ...]:
-        """Shapes and dtypes: export/contract.py.
+        """Shapes and dtypes: artifact/contract.py.
 
         Returns:
             logits float32 [B, vocab_size] of each row's last token, then the keys and values of every layer, each

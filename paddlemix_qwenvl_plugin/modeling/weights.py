@@ -18,10 +18,10 @@ from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
+from paddlemix_qwenvl_plugin.engine.quantize import pack
 from paddlemix_qwenvl_plugin.modeling.language import LanguageModel
 from paddlemix_qwenvl_plugin.modeling.vision import VisionModel
-from paddlemix_qwenvl_plugin.ops.storage import pack
-from paddlemix_qwenvl_plugin.progress import track
+from paddlemix_qwenvl_plugin.util.progress import track
 
 Parameters = Iterator[tuple[str, NDArray[np.generic]]]
 
@@ -46,7 +46,7 @@ def language_parameters(
 ) -> Parameters:
     """(parameter name, values in storage type) of the language model.
 
-    `quantised` says which are stored as what instead (ops/storage.py).
+    `quantised` says which are stored as what instead (engine/quantize.py).
     """
     kinds = quantised or {}
     plain = {name: spec for name, spec in checkpoint.language.items() if name not in kinds}

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 if TYPE_CHECKING:
     import httpx

@@ -15,8 +15,8 @@ from typing import Any, Union
 
 from PIL import Image
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.processing.tokenizer import IMAGE_TAGS, QwenTokenizer
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 Part = Mapping[str, Any]
 """`{"image": source}`, `{"text": str}` or `{"box": [[x1, y1, x2, y2], …], "ref": str}` (ref optional)."""

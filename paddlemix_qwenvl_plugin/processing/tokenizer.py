@@ -12,7 +12,7 @@ from typing import Literal, Union
 
 import tiktoken
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 VOCAB_FILE_NAME = "qwen.tiktoken"
 

@@ -9,14 +9,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from paddlemix_qwenvl_plugin.errors import UsageError
 from paddlemix_qwenvl_plugin.recipes import interpolate
 from paddlemix_qwenvl_plugin.recipes.schema import Recipe
-from paddlemix_qwenvl_plugin.shipped import PACKAGE, shipped_folder
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+from paddlemix_qwenvl_plugin.util.shipped import PACKAGE, shipped_folder
 
 
 def shipped_dir(package: Path = PACKAGE) -> Path:
-    """The folder of the recipes that come with the package; see paddlemix_qwenvl_plugin/shipped.py."""
+    """The folder of the recipes that come with the package; see paddlemix_qwenvl_plugin/util/shipped.py."""
     return shipped_folder("recipes", "recipes/shipped", package)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.recipes.schema import Recipe
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_BYTES = 16384

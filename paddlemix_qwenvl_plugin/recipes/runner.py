@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Optional
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.recipes import (
     commands,
     environment,
@@ -23,6 +22,7 @@ from paddlemix_qwenvl_plugin.recipes import (
 )
 from paddlemix_qwenvl_plugin.recipes.schema import Recipe, Step
 from paddlemix_qwenvl_plugin.recipes.step_line import StepLine, seconds_text
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 
 def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from paddlemix_qwenvl_plugin.recipes import interpolate
-from paddlemix_qwenvl_plugin.requirement import RequirementText
+from paddlemix_qwenvl_plugin.util.requirement import RequirementText
 
 
 def _as_text(value: Any) -> Any:

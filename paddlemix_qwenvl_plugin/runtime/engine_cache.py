@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.ops.load import load
-from paddlemix_qwenvl_plugin.ops.storage import CODES
+from paddlemix_qwenvl_plugin.engine.operators import load
+from paddlemix_qwenvl_plugin.engine.quantize import CODES
 from paddlemix_qwenvl_plugin.runtime.kv_cache import Chunks
 from paddlemix_qwenvl_plugin.runtime.programs import Program
 

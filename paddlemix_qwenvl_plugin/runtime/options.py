@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Optional
 
-from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 
 @dataclass(frozen=True)

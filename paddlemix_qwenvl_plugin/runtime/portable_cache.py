@@ -1,4 +1,4 @@
-"""The KV cache of the portable step program: tensors that go in and come out longer (export/contract.py)."""
+"""The KV cache of the portable step program: tensors that go in and come out longer (artifact/contract.py)."""
 
 from __future__ import annotations
 

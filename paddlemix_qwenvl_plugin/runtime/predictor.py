@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from paddlemix_qwenvl_plugin.artifact.manifest import check_pair
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
-from paddlemix_qwenvl_plugin.export.manifest import check_pair
 from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess_all
 from paddlemix_qwenvl_plugin.processing.prompts import (
     Part,
@@ -34,6 +33,7 @@ from paddlemix_qwenvl_plugin.runtime.kv_cache import KVCache
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.runtime.sampling import RowSampler
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 PathLike = Union[str, Path]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
-from paddlemix_qwenvl_plugin.export.manifest import FileDigest, Manifest, read_manifest
-from paddlemix_qwenvl_plugin.export.params_file import check_records
-from paddlemix_qwenvl_plugin.ops.choice import engine_available, engine_choice
-from paddlemix_qwenvl_plugin.threads import cpu_threads
+from paddlemix_qwenvl_plugin.artifact.manifest import FileDigest, Manifest, read_manifest
+from paddlemix_qwenvl_plugin.artifact.params_file import check_records
+from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
 _FORMS = (".json", ".pdmodel")
 

@@ -11,8 +11,8 @@ import paddle
 from paddle import nn
 
 from paddlemix_qwenvl_plugin.export.export import export_vision
-from paddlemix_qwenvl_plugin.notice import notice
 from paddlemix_qwenvl_plugin.upstream.model_folder import model_config, model_folder
+from paddlemix_qwenvl_plugin.util.notice import notice
 
 _CLASS = "QWenLMHeadModel"  # both language-only Qwen and Qwen-VL; the latter has a section `visual`
 

@@ -9,14 +9,14 @@ from typing import Any, Optional
 import paddle
 
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
-from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.engine.quantize import check_quant_type
 from paddlemix_qwenvl_plugin.export.export import export_language
 from paddlemix_qwenvl_plugin.modeling.generation import StockGeneration
 from paddlemix_qwenvl_plugin.modeling.weights import load_language
-from paddlemix_qwenvl_plugin.notice import notice
-from paddlemix_qwenvl_plugin.ops.storage import check_quant_type
 from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
 from paddlemix_qwenvl_plugin.upstream.model_folder import model_folder
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+from paddlemix_qwenvl_plugin.util.notice import notice
 
 
 class QWenForQWenVLInferenceModel:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Optional
 
 from paddlemix_qwenvl_plugin.checkpoint.shards import WEIGHT_FILES, read_index
-from paddlemix_qwenvl_plugin.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 _COMMUNITY_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -15,10 +15,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Optional
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
-from paddlemix_qwenvl_plugin.shipped import PACKAGE, shipped_folder
 from paddlemix_qwenvl_plugin.upstream import pins
 from paddlemix_qwenvl_plugin.upstream.pins import Upstream
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.shipped import PACKAGE, shipped_folder
 
 # From the first file of the patch on; with --full-index the ids are whole, as shipped patches have them.
 _FILE = re.compile(r"^diff --git a/(\S+) b/\1\nindex ([0-9a-f]{40})\.\.[0-9a-f]{40} \d+$", re.MULTILINE)
@@ -83,7 +83,7 @@ class Report:
 
 
 def shipped_dir(package: Path = PACKAGE) -> Path:
-    """The folder of the patches that come with the package; see paddlemix_qwenvl_plugin/shipped.py."""
+    """The folder of the patches that come with the package; see paddlemix_qwenvl_plugin/util/shipped.py."""
     return shipped_folder("patches", "upstream/patches_data", package)
 
 

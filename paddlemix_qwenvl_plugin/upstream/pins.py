@@ -14,8 +14,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError
-from paddlemix_qwenvl_plugin.requirement import RequirementText
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.requirement import RequirementText
 
 _FILE = Path(__file__).with_name("pins.yaml")
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import paddle
 
+from paddlemix_qwenvl_plugin.artifact.manifest import manifest_path
 from paddlemix_qwenvl_plugin.checkpoint.config import is_chat_model
-from paddlemix_qwenvl_plugin.errors import make_folder
-from paddlemix_qwenvl_plugin.export.manifest import manifest_path
-from paddlemix_qwenvl_plugin.notice import notice
 from paddlemix_qwenvl_plugin.runtime.programs import Stage, stage_prefix
 from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
+from paddlemix_qwenvl_plugin.util.errors import make_folder
+from paddlemix_qwenvl_plugin.util.notice import notice
 
-# Places in the stock inputs (export/contract.py).
+# Places in the stock inputs (artifact/contract.py).
 _INPUT_IDS, _FEATURES, _IMG_POS, _MASK, _EOS, _TGT_MASK, _STOP_NUMS, _CACHES = 0, 1, 2, 3, 12, 19, 21, 22
 
 _FOLDER_VARIABLE = "QWENVL_REAL_TIME_SAVE_DIR"

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from batch_helpers import STREET, openai_row, read_rows, text, user, write_rows
 
-from paddlemix_qwenvl_plugin import QwenVL, progress
+from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.cli.main import main
+from paddlemix_qwenvl_plugin.util import progress
 
 ROWS = [{"id": n, "prompt": f"{n}?"} for n in range(3)]
 

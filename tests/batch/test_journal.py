@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paddlemix_qwenvl_plugin.batch.journal import Journal
-from paddlemix_qwenvl_plugin.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 JOB = {"qwenvl_batch": 1, "input": "abc", "options": {"seed": None}, "weights": ["x", "y"]}
 LINES = {json.dumps(key): f'{{"id": "{key}", "text": "回答{key}"}}\n'.encode() for key in "abcdef"}

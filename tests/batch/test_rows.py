@@ -10,9 +10,9 @@ from batch_helpers import openai_row, text, user
 from paddlemix_qwenvl_plugin import GenerationOptions, UsageError
 from paddlemix_qwenvl_plugin.batch.request import Reply, Request
 from paddlemix_qwenvl_plugin.batch.rows import error_line, id_key, read_row, reply_line, result_id
-from paddlemix_qwenvl_plugin.errors import QwenVLError
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 ANSWER = Answer(
     "<ref>狗</ref><box>(0,0),(500,1000)</box>",

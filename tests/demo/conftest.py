@@ -11,7 +11,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import load_config
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
 from paddlemix_qwenvl_plugin.demo.result import Result, Run
 from paddlemix_qwenvl_plugin.demo.run import MODEL
-from paddlemix_qwenvl_plugin.tiny import random_weights
+from paddlemix_qwenvl_plugin.tiny.make import random_weights
 
 
 @pytest.fixture(scope="session")

@@ -135,7 +135,7 @@ class Environment:
 
     def plugin(self, entry_points: str | None = None, version: str | None = None, **files: str) -> None:
         """The plugin as installed, with entry points that need nothing."""
-        from paddlemix_qwenvl_plugin.upstream.doctor.installation import ENTRY_POINTS
+        from paddlemix_qwenvl_plugin.doctor.installation import ENTRY_POINTS
         from paddlemix_qwenvl_plugin.version import __version__
 
         if entry_points is None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from doctor_helpers import DOCUMENTED, REPO, Environment
 
+from paddlemix_qwenvl_plugin.doctor.installation import ENTRY_POINTS
 from paddlemix_qwenvl_plugin.upstream import pins
-from paddlemix_qwenvl_plugin.upstream.doctor.installation import ENTRY_POINTS
 from paddlemix_qwenvl_plugin.version import __version__
 
 CPU = "pip install 'paddlepaddle>=3.0,<3.4' setuptools"

@@ -15,12 +15,12 @@ import pytest
 from doctor_helpers import REPO
 from safetensors.numpy import load_file, save_file
 
-from paddlemix_qwenvl_plugin.errors import UsageError
+from paddlemix_qwenvl_plugin.doctor import machine, probe, upstreams
+from paddlemix_qwenvl_plugin.doctor.installation import ENTRY_POINTS
+from paddlemix_qwenvl_plugin.doctor.model import check_model
+from paddlemix_qwenvl_plugin.doctor.probe import Answer
 from paddlemix_qwenvl_plugin.upstream import patches, pins
-from paddlemix_qwenvl_plugin.upstream.doctor import machine, probe, upstreams
-from paddlemix_qwenvl_plugin.upstream.doctor.installation import ENTRY_POINTS
-from paddlemix_qwenvl_plugin.upstream.doctor.model import check_model
-from paddlemix_qwenvl_plugin.upstream.doctor.probe import Answer
+from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 # Entry points
 

@@ -148,7 +148,7 @@ class Bench:
         def fail(*_: Any) -> None:
             raise error
 
-        self.monkeypatch.setattr("paddlemix_qwenvl_plugin.tiny.make_tiny", fail)
+        self.monkeypatch.setattr("paddlemix_qwenvl_plugin.tiny.make.make_tiny", fail)
         return ["make-tiny", "model"]
 
 

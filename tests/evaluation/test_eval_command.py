@@ -14,8 +14,8 @@ import pytest
 
 from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.cli.main import app
-from paddlemix_qwenvl_plugin.demo_world.draw import draw
-from paddlemix_qwenvl_plugin.demo_world.tasks import held_out
+from paddlemix_qwenvl_plugin.demo.world.draw import draw
+from paddlemix_qwenvl_plugin.demo.world.tasks import held_out
 from paddlemix_qwenvl_plugin.evaluation import ask, demo
 from paddlemix_qwenvl_plugin.evaluation.captions import CaptionRow
 from paddlemix_qwenvl_plugin.evaluation.grounding import GroundingRow

@@ -8,11 +8,11 @@ import paddle
 import pytest
 from engines import HAS_COMPILER
 
+from paddlemix_qwenvl_plugin.artifact.contract import stock_inputs, vision_inputs
+from paddlemix_qwenvl_plugin.artifact.manifest import read_manifest
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.config import load_config
-from paddlemix_qwenvl_plugin.export.contract import stock_inputs, vision_inputs
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
-from paddlemix_qwenvl_plugin.export.manifest import read_manifest
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
 
 STOCK_NAMES = [

@@ -13,9 +13,9 @@ from made_up import MadeUp, git
 from typer.testing import CliRunner, Result
 
 from paddlemix_qwenvl_plugin.cli.patches import app
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.upstream import patches, pins
 from paddlemix_qwenvl_plugin.upstream.patches import State
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 
 def run(*arguments: object) -> Result:

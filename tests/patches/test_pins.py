@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError
 from paddlemix_qwenvl_plugin.upstream import pins
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 # An environment in which both generations were seen to import.
 GOOD = {

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from paddlemix_qwenvl_plugin.processing.tiny_vocab import write_tiny_vocabulary
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "text"
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess, preprocess_all
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])

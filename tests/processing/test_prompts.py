@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.processing.prompts import base_prompt, chat_prompt, image_spans, render
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 
 def test_golden_base_prompts(real: QwenTokenizer, golden_tokens: dict[str, Any]) -> None:

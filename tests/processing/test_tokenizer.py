@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paddlemix_qwenvl_plugin.errors import QwenVLError, UsageError
-from paddlemix_qwenvl_plugin.processing.tiny_vocab import write_tiny_vocabulary
 from paddlemix_qwenvl_plugin.processing.tokenizer import IMAGE_TAGS, QwenTokenizer
+from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 N_TINY = 456
 

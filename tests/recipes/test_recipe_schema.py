@@ -9,8 +9,8 @@ import pytest
 import yaml
 from recipe_helpers import recipe, step, write
 
-from paddlemix_qwenvl_plugin.errors import UsageError
 from paddlemix_qwenvl_plugin.recipes import loader
+from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 
 def error_of(path: Path, *overrides: str) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 from paddlemix_qwenvl_plugin import QwenVL, QwenVLError, UsageError, load_image, preprocess
 from paddlemix_qwenvl_plugin.export.export import export_vision
 from paddlemix_qwenvl_plugin.processing.boxes import Box
-from paddlemix_qwenvl_plugin.tiny import make_tiny
+from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 
 STREET = Path(__file__).parents[2] / "recipes" / "pictures" / "street.png"
 

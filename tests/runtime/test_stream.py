@@ -12,14 +12,15 @@ from engines import ENGINES, open_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paddlemix_qwenvl_plugin import QwenVLError, UsageError, tiny
+from paddlemix_qwenvl_plugin import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.processing import prompts
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
-from paddlemix_qwenvl_plugin.processing.tiny_vocab import write_tiny_vocabulary
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.runtime.feature_cache import FeatureCache
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece, PieceBuilder
+from paddlemix_qwenvl_plugin.tiny import make as tiny
+from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
 
 STREET = Path(__file__).parents[2] / "recipes" / "pictures" / "street.png"
 OTHER = Path(__file__).parents[1] / "golden" / "text" / "wide.png"

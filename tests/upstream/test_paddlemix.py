@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from paddlemix_qwenvl_plugin import QwenVL, tiny
+from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.tiny import make as tiny
 
 HERE = Path(__file__).parent
 MADE_UP = HERE / "made_up_paddlemix"

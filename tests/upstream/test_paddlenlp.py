@@ -14,7 +14,7 @@ from stock_models import VOCABULARY, StockModels, answers
 from wheel_environment import WheelEnvironment
 
 from paddlemix_qwenvl_plugin import export_language
-from paddlemix_qwenvl_plugin.export.manifest import read_manifest
+from paddlemix_qwenvl_plugin.artifact.manifest import read_manifest
 
 TREE = os.environ.get("QWENVL_PADDLENLP_DIR")
 MODEL = ("--inference_model", "--model_type", "qwen-img2txt")

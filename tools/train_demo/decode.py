@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from paddlemix_qwenvl_plugin.demo_world.sample import Sample
+from paddlemix_qwenvl_plugin.demo.world.sample import Sample
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from tools.train_demo.model import QwenVL
 from tools.train_demo.rows import prompt_ids

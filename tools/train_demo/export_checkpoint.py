@@ -1,6 +1,6 @@
 """Write trained weights as the model folder's `model.safetensors`, under Hugging Face's names.
 
-python -m tools.train_demo.export_checkpoint weights.npz paddlemix_qwenvl_plugin/demo_model
+python -m tools.train_demo.export_checkpoint weights.npz paddlemix_qwenvl_plugin/demo/model
 """
 
 from __future__ import annotations

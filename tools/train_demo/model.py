@@ -1,7 +1,7 @@
 """Qwen-VL in PyTorch, for training: the numerics of `paddlemix_qwenvl_plugin/modeling`, the names of Hugging Face.
 
 It covers what the demo model needs: a patch grid of 16 x 16 and 256 queries, so that no position table is resized,
-and sequences within `seq_length`, where dynamic NTK and logn change nothing. tests/demo_world compares the two.
+and sequences within `seq_length`, where dynamic NTK and logn change nothing. tests/demo/world compares the two.
 """
 
 from __future__ import annotations

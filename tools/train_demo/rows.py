@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.demo_world.sample import Sample
+from paddlemix_qwenvl_plugin.demo.world.sample import Sample
 from paddlemix_qwenvl_plugin.processing.prompts import base_prompt, chat_prompt
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from paddlemix_qwenvl_plugin.demo_world.captions import base_turn
-from paddlemix_qwenvl_plugin.demo_world.draw import draw
-from paddlemix_qwenvl_plugin.demo_world.sample import Sample
-from paddlemix_qwenvl_plugin.demo_world.scene import Scene, random_scene
-from paddlemix_qwenvl_plugin.demo_world.tasks import conversation
+from paddlemix_qwenvl_plugin.demo.world.captions import base_turn
+from paddlemix_qwenvl_plugin.demo.world.draw import draw
+from paddlemix_qwenvl_plugin.demo.world.sample import Sample
+from paddlemix_qwenvl_plugin.demo.world.scene import Scene, random_scene
+from paddlemix_qwenvl_plugin.demo.world.tasks import conversation
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from tools.train_demo.rows import ONE, TWO, Row, Size, make_row
 

@@ -6,7 +6,7 @@
 Cost: 17 minutes on two H100 GPUs with 32 CPU cores. With one GPU, or none, leave out `torch.distributed.run` and what
 follows it up to `-m`; a step then has half of the rows. Needs PyTorch 2.6 or newer, tiktoken and Pillow. Nothing is
 downloaded: the pictures are drawn meanwhile.
-The config and the vocabulary are those in paddlemix_qwenvl_plugin/demo_model. Seeded, but not to the last bit: which
+The config and the vocabulary are those in paddlemix_qwenvl_plugin/demo/model. Seeded, but not to the last bit: which
 pictures are there at a step depends on how fast they are drawn.
 """
 
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import distributed
 
-from paddlemix_qwenvl_plugin.demo_world.tasks import held_out
-from paddlemix_qwenvl_plugin.evaluation.demo import mark, score
+from paddlemix_qwenvl_plugin.demo.score import mark, score
+from paddlemix_qwenvl_plugin.demo.world.tasks import held_out
 from paddlemix_qwenvl_plugin.evaluation.rates import table
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from tools.train_demo.decode import answers
@@ -32,7 +32,7 @@ from tools.train_demo.optimiser import optimisers, schedule
 from tools.train_demo.rows import ONE, TWO
 from tools.train_demo.shards import Feed
 
-FOLDER = Path(__file__).resolve().parents[2] / "paddlemix_qwenvl_plugin" / "demo_model"
+FOLDER = Path(__file__).resolve().parents[2] / "paddlemix_qwenvl_plugin" / "demo" / "model"
 
 # Number of the first held-out sample that training looks at. Evaluation takes those from 0 on.
 VALIDATION = 10**6

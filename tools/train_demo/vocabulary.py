@@ -1,6 +1,6 @@
 """Train the demo model's vocabulary: byte-level merges over the world's questions and answers.
 
-    python -m tools.train_demo.vocabulary paddlemix_qwenvl_plugin/demo_model/qwen.tiktoken
+    python -m tools.train_demo.vocabulary paddlemix_qwenvl_plugin/demo/model/qwen.tiktoken
 
 The words that stand in the pictures are left out, so that they are spelled letter by letter and any of them can be
 read. The same file on every run; 20 seconds on one core.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import regex
 
-from paddlemix_qwenvl_plugin.demo_world.tasks import held_out
+from paddlemix_qwenvl_plugin.demo.world.tasks import held_out
 from paddlemix_qwenvl_plugin.processing.tokenizer import _WORD_PATTERN
 
 N_TEXTS = 6000

@@ -1,0 +1,1 @@
+"""An exported stage on disk: its contract, its manifest, its parameter file."""

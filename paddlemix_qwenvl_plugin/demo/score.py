@@ -1,0 +1,102 @@
+"""Score answers about the demo world: exact words, and boxes by their overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from paddlemix_qwenvl_plugin.demo.world.draw import draw
+from paddlemix_qwenvl_plugin.demo.world.sample import Sample, Turn
+from paddlemix_qwenvl_plugin.evaluation.overlap import IOU, Corners, iou
+from paddlemix_qwenvl_plugin.evaluation.rates import Rate
+from paddlemix_qwenvl_plugin.processing.boxes import Box, BoxParse, parse_boxes
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from paddlemix_qwenvl_plugin.runtime.answer import Answer
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+GOALS = {"words": 0.95, "boxes": 0.9, "reading": 0.9}
+"""What the shipped model should reach."""
+
+_OPEN_BOX = "<box>"
+
+# The longest right answer, four things with their boxes in Chinese, has about half of that.
+_MAX_NEW_TOKENS = 200
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How one answer did: its words, and how many of the boxes that it should have are there."""
+
+    task: str
+    words_right: bool
+    boxes_right: int
+    boxes: int
+    reading: bool
+
+
+def answer(pair: QwenVL, sample: Sample) -> str:
+    """Draw the sample's pictures and ask its first turn, greedily."""
+    images = [draw(scene) for scene in sample.scenes]
+    return ask(pair, sample, images).text
+
+
+def ask(pair: QwenVL, sample: Sample, images: Sequence[Image.Image]) -> Answer:
+    """Ask the first turn about these pictures, greedily."""
+    return pair.generate(sample.parts(images), chat=sample.form == "chat", max_new_tokens=_MAX_NEW_TOKENS)
+
+
+def mark(sample: Sample, answer: str) -> Mark:
+    """Compare an answer to a sample's first turn with the right one.
+
+    Words are compared without boxes, character by character. The boxes are compared in order; a box is right if
+    intersection over union is at least IOU and it belongs to the same `<ref>`.
+    """
+    turn = sample.turns[0]
+    wanted, got = _parsed(turn, turn.answer), _parsed(turn, answer)
+    right = sum(
+        a.ref == b.ref and iou(_corners(a), _corners(b)) >= IOU for a, b in zip(wanted.boxes, got.boxes)
+    )
+    return Mark(turn.task, wanted.text == got.text, right, len(wanted.boxes), bool(turn.text))
+
+
+def score(marks: Sequence[Mark]) -> dict[str, Rate]:
+    """Rates: of everything first, then by task.
+
+    "words": captions and answers word for word; "boxes": boxes with an IoU of at least 0.5; "reading": words read
+    without a wrong letter; then each task's own, with " (boxes)" for its boxes.
+    """
+    # An answer that is nothing but a box has no words of its own.
+    worded = [one for one in marks if one.task != "box"]
+    rates = {
+        "words": Rate(sum(one.words_right for one in worded), len(worded)),
+        "boxes": _boxes(marks),
+        "reading": _words([one for one in marks if one.reading]),
+    }
+    for task in sorted({one.task for one in marks}):
+        of_task = [one for one in marks if one.task == task]
+        if task != "box":
+            rates[f"task: {task}"] = _words(of_task)
+        if any(one.boxes for one in of_task):
+            rates[f"task: {task} (boxes)"] = _boxes(of_task)
+    return rates
+
+
+def _parsed(turn: Turn, answer: str) -> BoxParse:
+    # The base model's question may end in the tag that its answer goes on from.
+    return parse_boxes(_OPEN_BOX + answer if turn.question.endswith(_OPEN_BOX) else answer)
+
+
+def _corners(box: Box) -> Corners:
+    return (*box.points[0], *box.points[-1])
+
+
+def _words(marks: Sequence[Mark]) -> Rate:
+    return Rate(sum(one.words_right for one in marks), len(marks))
+
+
+def _boxes(marks: Sequence[Mark]) -> Rate:
+    return Rate(sum(one.boxes_right for one in marks), sum(one.boxes for one in marks))

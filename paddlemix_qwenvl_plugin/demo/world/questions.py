@@ -1,0 +1,209 @@
+"""Questions about one picture with a short answer. Each maker returns None where a picture does not allow it."""
+
+from __future__ import annotations
+
+import random
+from typing import Optional
+
+from paddlemix_qwenvl_plugin.demo.world.names import COLOURS, PLACES, SHAPES, SIZES
+from paddlemix_qwenvl_plugin.demo.world.phrases import listing, sentence, unique_names
+from paddlemix_qwenvl_plugin.demo.world.sample import Turn
+from paddlemix_qwenvl_plugin.demo.world.scene import Scene, Thing
+
+_COLOUR = {"en": ("What colour is {}?", "What color is {}?"), "zh": ("{}是什么颜色？", "{}是什么颜色的？")}
+_TEXT_COLOUR = {"en": "the text", "zh": "文字"}
+_KIND = {"en": ("What shape is {}?", "Which shape is {}?"), "zh": ("{}是什么形状？", "{}是什么形状的？")}
+_SIZE = {
+    "en": ("Is {} large or small?", "Is {} small or large?", "How big is {}?"),
+    "zh": ("{}是大的还是小的？", "{}有多大？"),
+}
+_PLACE = {"en": ("Where is {}?", "Where in the picture is {}?"), "zh": ("{}在哪里？", "{}在图中的什么位置？")}
+_EXISTS = {"en": ("Is there a {}?", "Do you see a {}?"), "zh": ("图中有{}吗？", "有{}吗？")}
+_COUNT = {"en": ("How many {} are there?", "Count the {}."), "zh": ("有多少个{}？", "图中有几个{}？")}
+_READ = {
+    "en": ("What does the text say?", "Read the text.", "What is written in the picture?"),
+    "zh": ("图中写了什么？", "读出图中的文字。", "文字是什么？"),
+}
+_LARGER = {"en": ("Which is larger, {} or {}?", "Which is bigger, {} or {}?"), "zh": ("{}和{}哪个更大？",)}
+_SIDES = {
+    "left": {"en": "to the left of", "zh": "左边"},
+    "right": {"en": "to the right of", "zh": "右边"},
+    "above": {"en": "above", "zh": "上面"},
+    "below": {"en": "below", "zh": "下面"},
+}
+_NUMBERS = {
+    "en": ("no", "one", "two", "three", "four", "five", "six", "seven", "eight"),
+    "zh": ("没有", "一个", "两个", "三个", "四个", "五个", "六个", "七个", "八个"),
+}
+
+
+def colour(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+    if len(scene.texts) == 1 and (not scene.shapes or rng.random() < 0.2):
+        thing, name = scene.texts[0], _TEXT_COLOUR[language]
+    elif scene.shapes:
+        thing = rng.choice(scene.shapes)
+        name = _name_without(rng, scene, thing, language, "colour")
+        if not name:
+            return None
+    else:
+        return None
+    word = COLOURS[thing.colour][language]
+    answer = f"{name}是{word}的" if language == "zh" else f"{name} is {word}"
+    return Turn("colour", language, rng.choice(_COLOUR[language]).format(name), sentence(answer, language))
+
+
+def kind(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+    """ "What shape is the red one?", of a shape with a colour or a place of its own."""
+    if not scene.shapes:
+        return None
+    thing = rng.choice(scene.shapes)
+    names = [
+        f"{PLACES[thing.cell]['zh']}的图形" if language == "zh" else f"the shape {PLACES[thing.cell]['en']}"
+    ]
+    if sum(other.colour == thing.colour for other in scene.shapes) == 1:
+        word = COLOURS[thing.colour][language]
+        names.append(f"{word}的图形" if language == "zh" else f"the {word} shape")
+    word = SHAPES[thing.kind][language]
+    answer = f"它是{word}" if language == "zh" else f"it is a {word}"
+    question = rng.choice(_KIND[language]).format(rng.choice(names))
+    return Turn("shape", language, question, sentence(answer, language))
+
+
+def size(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+    if not scene.shapes:
+        return None
+    thing = rng.choice(scene.shapes)
+    name = _name_without(rng, scene, thing, language, "size")
+    if not name:
+        return None
+    word = SIZES[thing.size][language]
+    answer = f"{name}是{word}" if language == "zh" else f"{name} is {word}"
+    return Turn("size", language, rng.choice(_SIZE[language]).format(name), sentence(answer, language))
+
+
+def place(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+    if not scene.shapes:
+        return None
+    thing = rng.choice(scene.shapes)
+    name = _name_without(rng, scene, thing, language, "cell")
+    if not name:
+        return None
+    where = PLACES[thing.cell][language]
+    answer = f"{name}在{where}" if language == "zh" else f"{name} is {where}"
+    return Turn("place", language, rng.choice(_PLACE[language]).format(name), sentence(answer, language))
+
+
+def exists(rng: random.Random, scene: Scene, language: str) -> Turn:
+    """Half of the answers are yes, where there are shapes."""
+    real = rng.choice(scene.shapes) if scene.shapes and rng.random() < 0.5 else None
+    kind_name = real.kind if real else rng.choice(list(SHAPES))
+    colour_name = real.colour if real else rng.choice(list(COLOURS))
+    # A near miss, of a thing that is there, is harder than any shape at all.
+    if real is None and scene.shapes and rng.random() < 0.6:
+        near = rng.choice(scene.shapes)
+        kind_name, colour_name = rng.choice(((near.kind, colour_name), (kind_name, near.colour)))
+    with_colour = rng.random() < 0.7
+    there = any(
+        other.kind == kind_name and (not with_colour or other.colour == colour_name) for other in scene.shapes
+    )
+    name = (f"{COLOURS[colour_name][language]} " if with_colour else "") + SHAPES[kind_name][language]
+    if language == "zh":
+        question = rng.choice(_EXISTS["zh"]).format(name.replace(" ", ""))
+        return Turn("yes or no", language, question, "有。" if there else "没有。")
+    question = rng.choice(_EXISTS["en"]).format(name).replace("a orange", "an orange")
+    return Turn("yes or no", language, question, "Yes, there is." if there else "No, there is not.")
+
+
+def count(rng: random.Random, scene: Scene, language: str) -> Turn:
+    """Of all shapes, of a kind or of a colour; sometimes of a kind or colour that is not there."""
+    what = rng.random()
+    word = "图形" if language == "zh" else "shape"
+    counted = list(scene.shapes)
+    if what > 0.35:
+        some = rng.choice(scene.shapes) if scene.shapes and rng.random() < 0.85 else None
+        if what > 0.7:
+            kind_name = some.kind if some else rng.choice(list(SHAPES))
+            counted = [other for other in scene.shapes if other.kind == kind_name]
+            word = SHAPES[kind_name][language]
+        else:
+            colour_name = some.colour if some else rng.choice(list(COLOURS))
+            counted = [other for other in scene.shapes if other.colour == colour_name]
+            word = COLOURS[colour_name][language] + ("的图形" if language == "zh" else " shape")
+    plural = word if language == "zh" else _plural(word)
+    answer = count_answer(len(counted), word, language)
+    return Turn("count", language, rng.choice(_COUNT[language]).format(plural), answer)
+
+
+def count_answer(number: int, word: str, language: str) -> str:
+    """ "There are two circles.", "有两个圆形。"."""
+    name = _NUMBERS[language][number]
+    if language == "zh":
+        return f"{name}{word}。" if number == 0 else f"有{name}{word}。"
+    return f"There {'is' if number == 1 else 'are'} {name} {word if number == 1 else _plural(word)}."
+
+
+def read(rng: random.Random, scene: Scene, language: str) -> Turn:
+    question = rng.choice(_READ[language])
+    words = [thing.text for thing in scene.texts]
+    if not words:
+        return Turn("reading", language, question, "没有文字。" if language == "zh" else "There is no text.")
+    answer = (
+        f"写的是{listing(words, language)}" if language == "zh" else f"it says {listing(words, language)}"
+    )
+    return Turn("reading", language, question, sentence(answer, language), " ".join(words))
+
+
+def larger(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+    pair = _two(rng, scene)
+    if pair is None or pair[0].size == pair[1].size:
+        return None
+    names = [_name_without(rng, scene, thing, language, "size") for thing in pair]
+    if not all(names):
+        return None
+    winner = names[0] if pair[0].size == "large" else names[1]
+    answer = f"{winner}更大" if language == "zh" else f"{winner} is larger"
+    question = rng.choice(_LARGER[language]).format(*names)
+    return Turn("relation", language, question, sentence(answer, language))
+
+
+def side(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+    """ "Is the red circle above the star?", of shapes in different rows (or columns)."""
+    pair = _two(rng, scene)
+    if pair is None:
+        return None
+    columns, rows = ([thing.cell % 3 for thing in pair], [thing.cell // 3 for thing in pair])
+    chosen = rng.choice(list(_SIDES))
+    first, second = columns if chosen in ("left", "right") else rows
+    if first == second:
+        return None
+    is_so = first < second if chosen in ("left", "above") else first > second
+    a, b = (_name_without(rng, scene, thing, language, "cell") for thing in pair)
+    if not a or not b:
+        return None
+    word = _SIDES[chosen][language]
+    where, other = (PLACES[thing.cell][language] for thing in pair)
+    # The places first, the verdict last: a model that says the one finds the other.
+    if language == "zh":
+        answer = f"{a}在{where}，{b}在{other}，所以{'是的' if is_so else '不是'}。"
+        return Turn("relation", language, f"{a}在{b}的{word}吗？", answer)
+    answer = sentence(f"{a} is {where} and {b} is {other}, so {'yes' if is_so else 'no'}", language)
+    return Turn("relation", language, f"Is {a} {word} {b}?", answer)
+
+
+def _name_without(rng: random.Random, scene: Scene, thing: Thing, language: str, told: str) -> str:
+    """A unique name that does not give away the property asked for; empty if there is none."""
+    hidden = {
+        "colour": COLOURS[thing.colour][language],
+        "size": SIZES[thing.size][language],
+        "cell": PLACES[thing.cell][language],
+    }[told]
+    names = [name for name in unique_names(scene, thing, language) if hidden not in name]
+    return rng.choice(names) if names else ""
+
+
+def _two(rng: random.Random, scene: Scene) -> Optional[list[Thing]]:
+    return rng.sample(scene.shapes, 2) if len(scene.shapes) > 1 else None
+
+
+def _plural(word: str) -> str:
+    return f"{word}es" if word.endswith("s") else f"{word}s"

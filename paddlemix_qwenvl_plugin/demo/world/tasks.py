@@ -1,0 +1,82 @@
+"""Random samples of the demo world, the same ones for the same seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, Optional
+
+from paddlemix_qwenvl_plugin.demo.world import captions, pairs, questions
+from paddlemix_qwenvl_plugin.demo.world.names import LANGUAGES
+from paddlemix_qwenvl_plugin.demo.world.sample import Sample, Turn
+from paddlemix_qwenvl_plugin.demo.world.scene import Scene, random_scene
+
+_Maker = Callable[[random.Random, Any, str], Optional[Turn]]
+
+_ONE_PICTURE: dict[_Maker, float] = {
+    questions.colour: 8,
+    questions.kind: 6,
+    questions.size: 5,
+    questions.place: 8,
+    questions.exists: 7,
+    questions.count: 10,
+    questions.larger: 6,
+    questions.side: 8,
+    captions.locate: 12,
+    captions.region: 7,
+    captions.caption: 9,
+    captions.grounded_caption: 9,
+}
+_TWO_PICTURES: dict[_Maker, float] = {
+    pairs.describe: 3,
+    pairs.which: 3,
+    pairs.more: 2,
+    pairs.total: 2,
+    pairs.colour: 3,
+}
+_CAPTIONS = ("caption", "grounded caption")
+_WHOLE = (*_CAPTIONS, "reading")  # tell all there is, so that once in a conversation is enough
+
+
+def held_out(number: int) -> Sample:
+    """Sample `number` of the held-out set: one turn. No training seed gives the same stream."""
+    rng = random.Random(f"held-out {number}")
+    if rng.random() < 0.15:
+        scenes = (random_scene(rng), random_scene(rng))
+        return Sample(scenes, (pair_turn(rng, scenes),), "chat")
+    scene = random_scene(rng)
+    if rng.random() < 0.2:
+        return Sample((scene,), (captions.base_turn(rng, scene),), "base")
+    return Sample((scene,), (picture_turn(rng, scene),), "chat")
+
+
+def picture_turn(rng: random.Random, scene: Scene) -> Turn:
+    """A question about one picture; of a picture with words it is often about these."""
+    if rng.random() < (0.45 if scene.texts else 0.02):
+        return questions.read(rng, scene, rng.choice(LANGUAGES))
+    return _draw(rng, _ONE_PICTURE, scene)
+
+
+def pair_turn(rng: random.Random, scenes: tuple[Scene, Scene]) -> Turn:
+    """A question about two pictures."""
+    return _draw(rng, _TWO_PICTURES, scenes)
+
+
+def conversation(rng: random.Random, scenes: tuple[Scene, ...], n_turns: int) -> tuple[Turn, ...]:
+    """Different questions about one or two pictures; captions mostly come last, since they answer the others."""
+    turns: dict[str, Turn] = {}
+    for _ in range(n_turns):
+        turn = pair_turn(rng, (scenes[0], scenes[1])) if len(scenes) > 1 else picture_turn(rng, scenes[0])
+        turns.setdefault(turn.task if turn.task in _WHOLE else turn.question, turn)
+    chosen = list(turns.values())
+    if rng.random() < 0.8:
+        chosen.sort(key=lambda turn: turn.task in _CAPTIONS)
+    return tuple(chosen)
+
+
+def _draw(rng: random.Random, makers: dict[_Maker, float], subject: Any) -> Turn:
+    while True:
+        maker = rng.choices(list(makers), list(makers.values()))[0]
+        turn = maker(rng, subject, rng.choice(LANGUAGES))
+        if turn is not None:
+            return turn

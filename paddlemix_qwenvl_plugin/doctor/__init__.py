@@ -1,0 +1,63 @@
+"""Find out what is wrong with an installation, and what mends it.
+
+Nothing here imports Paddle or an upstream: that is done in processes of their own, because it may fail in any way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Optional
+
+from paddlemix_qwenvl_plugin.doctor import installation, machine, upstreams
+from paddlemix_qwenvl_plugin.doctor.model import check_model
+from paddlemix_qwenvl_plugin.doctor.probe import Answer, ask
+from paddlemix_qwenvl_plugin.doctor.report import Check, Report
+from paddlemix_qwenvl_plugin.upstream import pins
+
+__all__ = ["Check", "Report", "examine"]
+
+
+def examine(model: Optional[Path] = None, visible_gpus: Sequence[str] = ()) -> Report:
+    """Make all checks.
+
+    Args:
+        model: a model folder to look at as well.
+        visible_gpus: names of the GPUs that the CUDA driver shows this process.
+
+    Raises:
+        UsageError: there is no such model folder, or no config.json or no weights in it.
+    """
+    of_model = [check_model(model)] if model is not None else []
+    there = {name: upstreams.source_of(name) is not None for name in ("paddle", "paddlenlp_ops")}
+    present = [one.name for one in pins.load().upstreams if upstreams.source_of(one.name)]
+    with ThreadPoolExecutor(2) as pool:  # each takes a core and half a gigabyte
+        imported = {name: pool.submit(ask, "import_upstream", name) for name in present}
+        points = pool.submit(ask, "entry_points", installation.DISTRIBUTION)
+        paddle_answer = ask("paddle") if there["paddle"] else Answer({}, "not installed")
+        gpu_answer = ask("gpu") if paddle_answer.value.get("gpu_build") else Answer({})
+        ops_answer = ask("ops") if there["paddlenlp_ops"] else Answer({})
+    answers = {name: future.result() for name, future in imported.items()}
+
+    versions = upstreams.installed_versions()
+    rows = upstreams.broken_rows(versions)
+    imports = paddle_answer.cause is None
+    paddle = machine.check_paddle(versions, there["paddle"], paddle_answer, bool(rows))
+    hooks = upstreams.check_hooks(answers)
+    checks = [
+        machine.check_python(),
+        installation.check_plugin(),
+        paddle,
+        machine.check_gpu(paddle, gpu_answer, visible_gpus),
+        *(
+            upstreams.check_upstream(one, versions, answers.get(one.name, Answer({})), imports, bool(rows))
+            for one in pins.load().upstreams
+        ),
+        *upstreams.check_combinations(rows, versions),
+        hooks,
+        upstreams.check_ops(ops_answer, imports, hooks),
+        *installation.check_entry_points(points.result(), imports),
+        *of_model,
+    ]
+    return Report(tuple(checks))

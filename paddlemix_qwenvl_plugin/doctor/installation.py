@@ -1,0 +1,91 @@
+"""This package's own installation: its metadata and its entry points."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from importlib import metadata
+from typing import Any, Optional
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from paddlemix_qwenvl_plugin.doctor.probe import Answer
+from paddlemix_qwenvl_plugin.doctor.report import Check
+from paddlemix_qwenvl_plugin.util.shipped import PACKAGE
+from paddlemix_qwenvl_plugin.version import __version__
+
+DISTRIBUTION = "paddlemix-qwenvl-plugin"
+# What pyproject.toml declares: group -> name.
+ENTRY_POINTS = {
+    "paddlenlp.plugins": "qwenvl",
+    "paddlenlp.model_types": "qwen-img2txt",
+    "paddlemix.image_encoder_exporters": "qwen_vl",
+    "paddlemix.predictors": "qwen_vl",
+}
+
+
+def check_plugin() -> Check:
+    """Whether pip knows this package, at the version that runs."""
+    found = _distribution()
+    data = {
+        "version": __version__,
+        "installed": found.version if found else None,
+        "path": str(PACKAGE),
+    }
+    if found is None:
+        message = f"plugin {__version__} in {PACKAGE.parent}, not installed: no hooks and no entry points"
+        return Check("plugin", "note", message, _install_again(), data)
+    if found.version != __version__:
+        message = (
+            f"plugin {__version__} in {PACKAGE.parent}, but what is installed is version {found.version}"
+        )
+        return Check("plugin", "problem", message, _install_again(), data)
+    return Check("plugin", "ok", f"plugin {__version__} in {PACKAGE.parent}", data=data)
+
+
+def check_entry_points(answer: Answer, paddle_imports: bool) -> list[Check]:
+    """One check for each of our entry points; `answer` is that of the question `entry_points`."""
+    if _distribution() is None:
+        return []  # check_plugin has said it
+    declared = _declared()
+    checks = []
+    for group, name in ENTRY_POINTS.items():
+        value = declared.get(f"{group} {name}")
+        cause = answer.cause or answer.value.get(f"{group} {name}")
+        data = {"group": group, "entry_point": name, "value": value, "cause": cause if value else None}
+        label = f"entry point {name} of {group}"
+        check = f"entry_point.{group}"
+        if value is None:
+            message = f"{label} is not in the installed package"
+            checks.append(Check(check, "problem", message, _install_again(), data))
+        elif cause is None:
+            checks.append(Check(check, "ok", label, data=data))
+        elif not paddle_imports:
+            checks.append(Check(check, "note", f"{label} does not load without Paddle", data=data))
+        else:
+            checks.append(Check(check, "problem", f"{label} does not load: {cause}", data=data))
+    return checks
+
+
+def _distribution() -> Optional[metadata.Distribution]:
+    try:
+        return metadata.distribution(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _declared() -> dict[str, str]:
+    found = _distribution()
+    return {f"{point.group} {point.name}": point.value for point in found.entry_points} if found else {}
+
+
+def _install_again() -> str:
+    """The line that brings the installed metadata up to this code."""
+    found = _distribution()
+    origin: dict[str, Any] = json.loads((found.read_text("direct_url.json") if found else None) or "{}")
+    if origin.get("dir_info", {}).get("editable"):
+        folder = url2pathname(urlparse(origin["url"]).path)
+        return f"pip install --no-deps -e {shlex.quote(folder)}"
+    if (PACKAGE.parent / "pyproject.toml").is_file():
+        return f"pip install {shlex.quote(str(PACKAGE.parent))}"
+    return f"pip install --force-reinstall --no-deps {DISTRIBUTION}=={__version__}"

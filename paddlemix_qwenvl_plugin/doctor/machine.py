@@ -1,0 +1,197 @@
+"""Python, Paddle and the GPUs."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Optional
+
+from packaging.version import Version
+
+from paddlemix_qwenvl_plugin.doctor.probe import Answer, one_line
+from paddlemix_qwenvl_plugin.doctor.report import Check, Status
+from paddlemix_qwenvl_plugin.upstream import pins
+from paddlemix_qwenvl_plugin.util.paddle_version import MINIMUM
+
+PYTHONS = ((3, 9), (3, 12))  # oldest and newest supported
+_BELOW = "3.4"  # the first Paddle that was not tried
+_RANGE = f">={MINIMUM},<{_BELOW}"
+
+INSTALL_CPU = f"pip install 'paddlepaddle{_RANGE}' setuptools"
+# The Python index has no GPU wheel that is new enough.
+INSTALL_GPU = (
+    "pip uninstall -y paddlepaddle paddlepaddle-gpu; "
+    f"pip install --extra-index-url \"$PADDLE_INDEX\" 'paddlepaddle-gpu{_RANGE}' setuptools"
+)
+_INDEX = "PADDLE_INDEX is the address that Paddle's installation guide gives for your CUDA"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU; `architecture` is its compute capability times ten, None where that is not known."""
+
+    name: str
+    architecture: Optional[int]
+    driver: Optional[str] = None
+
+    def __str__(self) -> str:
+        return self.name if self.architecture is None else f"{self.name} (sm_{self.architecture})"
+
+
+def check_python() -> Check:
+    """The interpreter."""
+    oldest, newest = (".".join(map(str, version)) for version in PYTHONS)
+    data = {
+        "version": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+    }
+    if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+        return Check("python", "ok", f"Python {data['version']}", data=data)
+    message = f"Python {data['version']} was not tried; {oldest} to {newest} are supported"
+    return Check("python", "note", message, data=data)
+
+
+def check_paddle(versions: Mapping[str, str], there: bool, answer: Answer, mended: bool) -> Check:
+    """The installed Paddle: there, one, new enough, and importable.
+
+    Args:
+        versions: distribution -> version, canonical names.
+        there: a module of the name can be found.
+        answer: of the question `paddle`.
+        mended: another check has the line that mends an import that fails.
+    """
+    wheels = {name: version for name, version in versions.items() if _is_paddle(name)}
+    data = {
+        "distributions": wheels,
+        "version": answer.value.get("version"),
+        "gpu_build": answer.value.get("gpu_build"),
+        "cuda": answer.value.get("cuda"),
+        "architectures": answer.value.get("architectures"),
+        "cause": answer.cause if there else None,
+    }
+    if not there:
+        return Check("paddle", "problem", "Paddle is not installed", INSTALL_CPU, data)
+    gpu_wheel = "paddlepaddle-gpu" in wheels
+    install = INSTALL_GPU if gpu_wheel else INSTALL_CPU
+    hint = f" ({_INDEX})" if gpu_wheel else ""
+    named = " and ".join(f"{name} {version}" for name, version in wheels.items())
+    if len(wheels) > 1:
+        message = f"{named} are both installed and have overwritten each other's files{hint}"
+        if not gpu_wheel:
+            install = f"pip uninstall -y {' '.join(wheels)}; {INSTALL_CPU}"
+        return Check("paddle", "problem", message, install, data)
+    named = named or f"Paddle {data['version'] or 'of unknown version'}"
+    if wheels and Version(next(iter(wheels.values()))) < Version(MINIMUM):
+        cause = f"; nor does it import: {answer.cause}" if answer.cause else ""
+        message = f"{named} is too old, {MINIMUM} or newer is needed{cause}{hint}"
+        return Check("paddle", "problem", message, install, data)
+    if answer.cause:
+        again = install.replace("pip install", "pip install --force-reinstall", 1)
+        message = f"{named}: import paddle fails: {answer.cause}{'' if mended else hint}"
+        return Check("paddle", "problem", message, None if mended else again, data)
+    build = f"GPU build for CUDA {data['cuda']}" if data["gpu_build"] else "no build for NVIDIA GPUs"
+    if set(wheels) == {"paddlepaddle"} and not data["gpu_build"]:
+        build = "CPU build"
+    if wheels and Version(next(iter(wheels.values()))) >= Version(_BELOW):
+        return Check("paddle", "note", f"{named}, {build}; newer than what was tried ({_RANGE})", data=data)
+    return Check("paddle", "ok", f"{named}, {build}", data=data)
+
+
+def _is_paddle(distribution: str) -> bool:
+    """Whether a distribution is a build of Paddle for some device: all of them are the module `paddle`."""
+    return distribution == "paddlepaddle" or distribution.startswith("paddlepaddle-")
+
+
+def machine_gpus(visible: Sequence[str]) -> tuple[list[Gpu], Optional[str]]:
+    """The machine's GPUs as nvidia-smi lists them, and what it complains of, if it does.
+
+    Without nvidia-smi: those that the CUDA driver shows this process, `visible`.
+    """
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        return [Gpu(name, None) for name in visible], None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [Gpu(name, None) for name in visible], one_line(f"nvidia-smi: {error}")
+    if done.returncode != 0:
+        said = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
+        return [Gpu(name, None) for name in visible], one_line(f"nvidia-smi: {said[0]}")
+    found = []
+    for row in csv.reader(done.stdout.splitlines(), skipinitialspace=True):
+        if len(row) == 3:
+            name, capability, driver = row
+            number = capability.replace(".", "", 1)
+            found.append(Gpu(name, int(number) if number.isdigit() else None, driver))
+    return found, None
+
+
+def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
+    """The machine's GPUs against the code that this Paddle has for them.
+
+    Args:
+        paddle: what `check_paddle` gave.
+        answer: of the question `gpu`; not looked at where Paddle does not import or is no GPU build.
+        visible: names of the GPUs that the CUDA driver shows this process.
+    """
+    found, complaint = machine_gpus(visible)
+    usable = bool(paddle.data["gpu_build"])
+    seen = [Gpu(**gpu) for gpu in answer.value.get("gpus", [])] if usable else []
+    found = found or seen
+    wheel = next(
+        (
+            wheel
+            for wheel in pins.load().paddle.gpu_wheels
+            if wheel.version == paddle.data["distributions"].get("paddlepaddle-gpu")
+        ),
+        None,
+    )
+    codes = list(wheel.architectures) if wheel else paddle.data["architectures"] or []
+    data = {
+        "gpus": [asdict(gpu) for gpu in found],
+        "visible": list(visible),
+        "architectures": codes,
+        "cause": (answer.cause if usable else None) or complaint,
+    }
+
+    def result(status: Status, message: str, fix: Optional[str] = None) -> Check:
+        return Check("gpu", status, message + (f" ({_INDEX})" if fix else ""), fix, data)
+
+    names = ", ".join(map(str, found))
+    if not found:
+        about = complaint or "no NVIDIA GPU seen"
+        if usable:
+            return result("note", f"{about}; this GPU build of Paddle runs on the CPU")
+        return result("note" if complaint else "ok", about)
+    others = [gpu for gpu in found if gpu.architecture is not None and not _has_code(codes, gpu.architecture)]
+    if (usable or wheel) and codes and others:
+        has = "sm_" + ", ".join(map(str, codes))
+        lacking = (
+            f"{', '.join(map(str, others))}: this Paddle has no machine code for it; it has code for {has}"
+        )
+        # A sum may be among the little that such a wheel has PTX of; what is known of the wheel counts.
+        if (wheel is not None and not wheel.ptx) or answer.cause:
+            return result("problem", lacking, INSTALL_GPU)
+        return result("note", f"{lacking} and runs on it from PTX, which is translated at the first start")
+    if paddle.data["gpu_build"] is None:
+        return result("note", f"{names}; no Paddle here to use it")
+    if not usable:
+        return result("note", f"{names}, which this Paddle, no GPU build, does not use", INSTALL_GPU)
+    if answer.cause:
+        return result("problem", f"{names}: a sum on the GPU fails: {answer.cause}")
+    if not seen:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = "" if hidden is None else f"; CUDA_VISIBLE_DEVICES is {hidden!r}"
+        return result("note", f"{names}, which Paddle does not see{why}")
+    return result("ok", f"{names}, and Paddle runs on it")
+
+
+def _has_code(codes: Sequence[int], architecture: int) -> bool:
+    # Machine code runs on its own generation, from its own step of it upwards.
+    return any(code // 10 == architecture // 10 and code <= architecture for code in codes)

@@ -1,0 +1,38 @@
+"""A model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from paddlemix_qwenvl_plugin.doctor.probe import ask
+from paddlemix_qwenvl_plugin.doctor.report import Check
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+
+_TIMEOUT = 1800.0  # seconds; formats other than safetensors are read whole
+
+
+def check_model(folder: Path) -> Check:
+    """Whether it opens, and what it holds.
+
+    Raises:
+        UsageError: there is no such folder, or no config.json or no weights in it.
+    """
+    answer = ask("model", str(folder), timeout=_TIMEOUT)
+    facts = answer.value
+    names = (
+        *("scheme", "dtype", "parameters", "language_layers", "hidden_size"),
+        *("vocab_size", "vision_layers", "tokenizer"),
+    )
+    data = {"path": str(folder), **{name: facts.get(name) for name in names}, "cause": answer.cause}
+    if answer.cause is not None:
+        if answer.usage:
+            raise UsageError(answer.cause)
+        return Check("model", "problem", f"model: {answer.cause}", data=data)
+    message = (
+        f"model {folder}: {facts['scheme']} names, {facts['dtype']}, {facts['parameters']:,} parameters, "
+        f"{facts['language_layers']} language layers of {facts['hidden_size']}, "
+        f"{facts['vision_layers']} vision layers"
+    )
+    if facts["tokenizer"] is None:
+        return Check("model", "note", f"{message}; no qwen.tiktoken in it, which answering needs", data=data)
+    return Check("model", "ok", message, data=data)

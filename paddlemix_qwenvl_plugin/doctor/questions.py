@@ -1,0 +1,131 @@
+"""The questions that import Paddle, an upstream or a model; each runs in a process of its own (probe.py)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from paddlemix_qwenvl_plugin import upstream
+from paddlemix_qwenvl_plugin.doctor.probe import cause_of, one_line
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+
+
+def paddle() -> dict[str, Any]:
+    """The build of Paddle. `architectures` (compute capability times ten): what it has GPU code for, if it says."""
+    module = import_module("paddle")
+    gpu_build = bool(module.is_compiled_with_cuda())
+    # A list of numbers, or of texts such as "90a"; Paddle 2 does not tell.
+    archs: Any = getattr(module.version, "cuda_archs", list)() if gpu_build else []
+    numbers = [re.match(r"\d+", str(arch)) for arch in archs]
+    return {
+        "version": str(module.__version__),
+        "gpu_build": gpu_build,
+        "cuda": str(module.version.cuda()) if gpu_build else None,
+        "architectures": sorted({int(number.group()) for number in numbers if number}),
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """The GPUs that Paddle sees; a small sum is done on the first, and raises where it cannot run there."""
+    module: Any = import_module("paddle")
+    cuda = module.device.cuda
+    found = []
+    for i in range(cuda.device_count()):
+        major, minor = cuda.get_device_capability(i)
+        found.append({"name": str(cuda.get_device_name(i)), "architecture": 10 * major + minor})
+    if found:
+        one = module.to_tensor([1.0], place=module.CUDAPlace(0))
+        if float(one + one) != 2.0:
+            raise RuntimeError("1 + 1 on the GPU is not 2")
+    return {"gpus": found}
+
+
+def import_upstream(package: str) -> dict[str, Any]:
+    """Import paddlenlp or paddlemix and the modules in it that are hooked; `hooks` is what became of the hooks."""
+    module = import_module(package)
+    failed = {}
+    for name in upstream.fired():
+        if name.startswith(f"{package}."):
+            try:
+                import_module(name)
+            except Exception as error:
+                # A module that this version does not have is not broken: its hook just has nothing to do.
+                absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
+                if not absent:
+                    failed[name] = cause_of(error)
+    version = getattr(module, "__version__", None)
+    return {
+        "version": None if version is None else str(version),
+        "hooks": upstream.fired(),
+        "not_imported": failed,
+    }
+
+
+def ops() -> dict[str, Any]:
+    """Import the real paddlenlp_ops."""
+    import_module("paddle")
+    import_module("paddlenlp_ops")
+    return {}
+
+
+def entry_points(distribution: str) -> dict[str, Any]:
+    """`group name` -> null, or why it does not resolve, of all entry points but commands."""
+    causes: dict[str, Any] = {}
+    for point in metadata.distribution(distribution).entry_points:
+        if point.group != "console_scripts":
+            try:
+                point.load()
+                causes[f"{point.group} {point.name}"] = None
+            except Exception as error:
+                causes[f"{point.group} {point.name}"] = cause_of(error)
+    return causes
+
+
+def model(folder: str) -> dict[str, Any]:
+    """Open a model folder and its vocabulary. `tokenizer`: the vocabulary's file name, null where there is none."""
+    from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+    from paddlemix_qwenvl_plugin.processing.tokenizer import VOCAB_FILE_NAME, QwenTokenizer
+
+    checkpoint = Checkpoint(Path(folder))
+    config = checkpoint.config
+    there = (checkpoint.folder / VOCAB_FILE_NAME).is_file()
+    if there:
+        start = QwenTokenizer.from_folder(checkpoint.folder, config.visual.n_queries).img_start_id
+        if start != config.visual.image_start_id:
+            raise QwenVLError(
+                f"{checkpoint.folder / VOCAB_FILE_NAME}: <img> is token {start}, but config.json says "
+                f"{config.visual.image_start_id}; this is another model's vocabulary"
+            )
+    specs = {**checkpoint.language, **checkpoint.vision}
+    return {
+        "scheme": checkpoint.scheme,
+        "dtype": checkpoint.dtype,
+        "parameters": sum(math.prod(spec.shape) for spec in specs.values()),
+        "language_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "vision_layers": config.visual.layers,
+        "tokenizer": VOCAB_FILE_NAME if there else None,
+    }
+
+
+def main() -> None:
+    """Answer the question that sys.argv names: QUESTION FILE [ARGUMENT ...]; the answer goes to FILE as JSON."""
+    name, file, *arguments = sys.argv[1:]
+    answer: dict[str, Any]
+    try:
+        answer = {"value": globals()[name](*arguments)}
+    except QwenVLError as error:
+        answer = {"value": {}, "cause": one_line(str(error)), "usage": isinstance(error, UsageError)}
+    except BaseException as error:  # SystemExit as well
+        answer = {"value": {}, "cause": cause_of(error)}
+    partial = Path(f"{file}.partial")
+    partial.write_text(json.dumps(answer), "utf-8")
+    partial.replace(file)
+    os._exit(0)  # what a half-imported library does on its way out tells nothing more

@@ -1,0 +1,210 @@
+"""PaddleNLP and PaddleMIX: where they are, whether they import, the hooks in them, and packages known to break them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Optional
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from paddlemix_qwenvl_plugin import upstream
+from paddlemix_qwenvl_plugin.doctor.probe import Answer
+from paddlemix_qwenvl_plugin.doctor.report import Check, Status
+from paddlemix_qwenvl_plugin.upstream import patches, pins
+from paddlemix_qwenvl_plugin.upstream.pins import Broken, Upstream
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+
+_INSTALL_PADDLENLP = "pip install 'paddlemix-qwenvl-plugin[paddlenlp]'"
+# Found on sys.path, these count as installed in whatever version.
+_FROM_CHECKOUTS = ("paddlenlp", "paddlemix", "ppdiffusers")
+
+
+def source_of(module: str) -> Optional[Path]:
+    """The file that `import module` would begin with, without importing it; None where there is none."""
+    try:
+        spec = find_spec(module)
+    except ValueError:  # put into sys.modules by hand
+        return None
+    # A folder without __init__.py has no origin: Python takes it for an empty package.
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+
+
+def installed_versions() -> dict[str, str]:
+    """Canonical name -> version of every distribution; where one is there twice, the one that Python imports."""
+    found: dict[str, str] = {}
+    for distribution in metadata.distributions():
+        # A damaged or half-removed package has metadata without a name or a version.
+        name, version = distribution.metadata["Name"], distribution.metadata["Version"]
+        if name and version:
+            found.setdefault(canonicalize_name(name), version)
+    return found
+
+
+def broken_rows(versions: Mapping[str, str]) -> list[Broken]:
+    """The rows of `broken` in pins.yaml that this environment matches."""
+    checkouts = {name: "0" for name in _FROM_CHECKOUTS if source_of(name)}
+    return [row for row in pins.load().broken if row.matches({**checkouts, **versions})]
+
+
+def check_combinations(rows: Sequence[Broken], versions: Mapping[str, str]) -> list[Check]:
+    """A problem for each of `rows`, or that there is none."""
+    if not rows:
+        known = len(pins.load().broken)
+        return [Check("combinations", "ok", f"none of {known} combinations of packages known to be broken")]
+    checks = []
+    for row in rows:
+        names = [canonicalize_name(Requirement(text).name) for text in row.installed]
+        there = {name: versions.get(name, "from a checkout") for name in names}
+        named = ", ".join(f"{name} {version}" for name, version in there.items())
+        without = f" without {', '.join(row.missing)}" if row.missing else ""
+        data = {"installed": there, "missing": list(row.missing)}
+        message = f"{named}{without}: {row.symptom}"
+        checks.append(Check(f"combination.{row.name}", "problem", message, row.fix, data))
+    return checks
+
+
+def check_upstream(
+    pinned: Upstream, versions: Mapping[str, str], answer: Answer, paddle_imports: bool, mended: bool
+) -> Check:
+    """Which version or commit of an upstream is there, against the pins, and whether it imports.
+
+    Args:
+        pinned: the upstream.
+        versions: of `installed_versions`.
+        answer: of the question `import_upstream`; not looked at where there is nothing to import.
+        paddle_imports: where it does not, no upstream does.
+        mended: another check has the line that mends an import that fails.
+    """
+    source = source_of(pinned.name)
+    data: dict[str, Any] = {
+        "path": None,
+        "version": None,
+        "commit": None,
+        "patches": {},
+        "cause": None,
+    }
+    name, title = pinned.name, pinned.title
+    if source is None:
+        message = f"{title} is not installed; only its own scripts need it"
+        fix = _INSTALL_PADDLENLP if name == "paddlenlp" else None
+        if fix:
+            message += ", and model folders of .bin files"
+        return Check(name, "note", message, fix, data)
+    root = source.parent.parent
+    data.update(path=str(root), version=answer.value.get("version") or versions.get(name))
+    data["cause"] = answer.cause
+    status, what, fix = _against_the_pins(pinned, root, data)
+    if not answer.cause:
+        return Check(name, status, what, fix, data)
+    if not paddle_imports:
+        return Check(name, "note", f"{what}; it does not import without Paddle", data=data)
+    fix = None
+    message = f"{what}: import {name} fails: {answer.cause}"
+    if patches.State.APPLIES.value in data["patches"].values():
+        message += "; its patches are not applied"
+        fix = f"qwenvl patches apply --tree {shlex.quote(str(root))}"
+    elif not mended and name == "paddlenlp":
+        fix = _INSTALL_PADDLENLP
+    return Check(name, "problem", message, fix, data)
+
+
+def _against_the_pins(
+    pinned: Upstream, root: Path, data: dict[str, Any]
+) -> tuple[Status, str, Optional[str]]:
+    """(status, what is there, what mends it); adds commit and patches of a checkout to `data`."""
+    try:
+        report = patches.check(root, force=True)
+    except UsageError:  # no checkout: an installed wheel
+        return _wheel(pinned, data)
+    except QwenVLError as error:  # no git, or one that refuses
+        return "note", f"{pinned.title} in {root}, commit unknown ({error})", None
+    data["patches"] = {patch.name: state.value for patch, state in report.states}
+    data["commit"] = commit = report.tree.commit
+    if commit is None:
+        return "note", f"{pinned.title} in {root}, commit unknown (no .git)", None
+    if commit == pinned.commit:
+        return "ok", f"{pinned.title} in {root}, at the pinned commit {commit[:7]}", None
+    fix = f"git -C {shlex.quote(str(root))} checkout {pinned.commit}"
+    what = f"{pinned.title} in {root}, at commit {commit[:7]}; the plugin is made for {pinned.commit[:7]}"
+    return "note", what, fix
+
+
+def _wheel(pinned: Upstream, data: dict[str, Any]) -> tuple[Status, str, Optional[str]]:
+    version = data["version"] or "of unknown version"
+    if pinned.name != "paddlenlp":
+        return "note", f"{pinned.title} {version}; what was tried is commit {pinned.commit[:7]}", None
+    wheels = pins.load().paddlenlp_wheels
+    if version in [wheel.version for wheel in wheels]:
+        return "ok", f"{pinned.title} {version}", None
+    tried = ", ".join(wheel.version for wheel in wheels)
+    return "note", f"{pinned.title} {version} was not tried; these were: {tried}", _INSTALL_PADDLENLP
+
+
+def check_hooks(answers: Mapping[str, Answer]) -> Check:
+    """The hooks, and what became of them when the upstreams were imported.
+
+    `answers`: upstream -> answer of `import_upstream`, of those that are there.
+    """
+    modules = upstream.fired()
+    failed_imports: dict[str, str] = {}
+    for name, answer in answers.items():
+        hooks = answer.value.get("hooks", {})
+        # The stand-in for paddlenlp_ops belongs to either.
+        own = {
+            module: state
+            for module, state in hooks.items()
+            if module.startswith(f"{name}.") or state != "armed"
+        }
+        modules.update(own)
+        failed_imports.update(answer.value.get("not_imported", {}))
+    data = {"modules": modules, "not_imported": failed_imports}
+    if not modules:
+        if os.environ.get("QWENVL_PLUGIN") == "0":
+            message = "hooks: switched off by QWENVL_PLUGIN=0"
+        elif "_qwenvl_activate" in sys.modules:
+            message = "hooks: none armed"
+        else:
+            message = (
+                "hooks: off, Python read no qwenvl_activate.pth; "
+                "run the stock scripts with: python -m paddlemix_qwenvl_plugin.launch SCRIPT"
+            )
+        return Check("hooks", "note", message, data=data)
+    failed = {module: state for module, state in modules.items() if state.startswith("failed")}
+    if failed:
+        told = "; ".join(f"{module} {state}" for module, state in failed.items())
+        return Check("hooks", "problem", f"hooks: {told}", data=data)
+    if failed_imports:
+        told = "; ".join(f"{module} ({cause})" for module, cause in failed_imports.items())
+        return Check("hooks", "problem", f"hooks: these modules do not import: {told}", data=data)
+    fired = sum(state == "fired" for state in modules.values())
+    return Check(
+        "hooks", "ok", f"hooks: {len(modules)} armed, {fired} fired by importing the upstreams", data=data
+    )
+
+
+def check_ops(answer: Answer, paddle_imports: bool, hooks: Check) -> Check:
+    """PaddleNLP's operators: built, stood in for, or missing. `answer`: of the question `ops`."""
+    if source_of("paddlenlp_ops") is None:
+        stand_in = "paddlenlp_ops" in hooks.data["modules"]
+        data = {"state": "stand-in" if stand_in else "missing", "cause": None}
+        if stand_in:
+            message = "paddlenlp_ops is not built; the plugin's stand-in takes its place"
+        else:
+            message = "paddlenlp_ops is not built, and without the hooks there is no stand-in"
+        return Check("ops", "note", message, data=data)
+    data = {"state": "built", "cause": answer.cause}
+    if answer.cause is None:
+        return Check("ops", "ok", "paddlenlp_ops is built", data=data)
+    if not paddle_imports:
+        return Check("ops", "note", "paddlenlp_ops is built; it does not import without Paddle", data=data)
+    message = (
+        f"paddlenlp_ops does not import: {answer.cause}; build it for this Paddle, in PaddleNLP's folder csrc"
+    )
+    return Check("ops", "problem", message, "python setup_cuda.py install", data)

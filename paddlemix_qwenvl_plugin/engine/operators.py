@@ -1,0 +1,68 @@
+"""The custom operators in this process: registered with Paddle once, and called in programs of both forms."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from paddlemix_qwenvl_plugin.engine.build import library
+from paddlemix_qwenvl_plugin.util.threads import cpu_threads
+
+_INT32, _INT64, _UINT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p
+
+# What is called of the library directly: result and arguments (csrc/include/qwenvl.h, csrc/paddle/session.cc).
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "qvl_packed_bytes": (_UINT64, [_INT32, _INT64, _INT64]),
+    "qvl_pack": (_INT32, [_INT32, _INT64, _INT64, _POINTER, _POINTER, _UINT64, ctypes.c_char_p]),
+    "qwenvl_free_pool": (None, [_INT64]),
+    "qwenvl_set_threads": (None, [_INT32]),
+}
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Build the library if need be, and have Paddle know its operators.
+
+    Raises:
+        QwenVLError: it cannot be built.
+    """
+    from paddle.base import core
+    from paddle.base.framework import OpProtoHolder, get_all_op_protos
+
+    path = library()
+    core.load_op_meta_info_and_register_op(str(path))
+    # For programs of the legacy form; the method that does it takes other arguments in each Paddle.
+    known = OpProtoHolder.instance().op_proto_map
+    known.update({proto.type: proto for proto in get_all_op_protos() if proto.type not in known})
+    built = ctypes.CDLL(str(path))
+    for function, (result, arguments) in _SIGNATURES.items():
+        getattr(built, function).restype, getattr(built, function).argtypes = result, arguments
+    built.qwenvl_set_threads(cpu_threads())
+    return built
+
+
+def call(name: str, inputs: dict[str, Any], attributes: dict[str, Any], outputs: Sequence[str]) -> list[Any]:
+    """Run an operator, or append it to the program that is being built.
+
+    Args:
+        inputs: by name in the operator's order; a list of tensors for `weights`.
+        attributes: by name in the operator's order.
+        outputs: names in the operator's order.
+    """
+    from paddle import _C_ops
+    from paddle.base.layer_helper import LayerHelper
+    from paddle.framework import in_dynamic_or_pir_mode
+
+    load()
+    if in_dynamic_or_pir_mode():
+        result = _C_ops._run_custom_op(  # type: ignore[attr-defined]
+            name, *inputs.values(), *attributes.values()
+        )
+        return list(result) if isinstance(result, (list, tuple)) else [result]
+    helper = LayerHelper(name)
+    made = [helper.create_variable_for_type_inference("float32") for _ in outputs]
+    given = {f"{key}@VECTOR" if isinstance(value, list) else key: value for key, value in inputs.items()}
+    helper.append_op(type=name, inputs=given, outputs=dict(zip(outputs, made)), attrs=attributes)
+    return made

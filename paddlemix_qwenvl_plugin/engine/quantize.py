@@ -1,0 +1,65 @@
+"""How the engine stores a stage's weights: as they are, or quantised (csrc/include/qwenvl.h, `qvl_dtype`)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Optional
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
+from paddlemix_qwenvl_plugin.engine.operators import load
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+
+CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4_g64": 3, "float16": 5}
+
+QUANT_TYPES = ("weight_only_int8", "weight_only_int4")
+
+_EIGHT_BITS = ("lm_head.weight", "attn.c_attn.weight")
+
+_LINE = 512  # length of a qvl_error's message
+
+
+def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
+    """Return it if it is one of QUANT_TYPES or None, else raise UsageError."""
+    if quant_type is not None and quant_type not in QUANT_TYPES:
+        raise UsageError(f"--quant_type {quant_type}: must be one of {', '.join(QUANT_TYPES)}")
+    return quant_type
+
+
+def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
+    """Which weights are quantised, and as what: "int8" or "int4_g64".
+
+    The matrices that take the errors of 4 bits worst stay at 8: the logits' and attention's c_attn
+    (docs/demo-model.md has the figures).
+    """
+    if quant_type is None:
+        return {}
+    linear = [name for name, spec in specs.items() if spec.linear]
+    if quant_type == "weight_only_int8":
+        return dict.fromkeys(linear, "int8")
+    return {name: "int8" if name.endswith(_EIGHT_BITS) else "int4_g64" for name in linear}
+
+
+def packed_bytes(kind: str, n_out: int, n_in: int) -> int:
+    """Length of a quantised [n_out, n_in] matrix."""
+    return int(load().qvl_packed_bytes(CODES[kind], n_out, n_in))
+
+
+def pack(kind: str, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
+    """Quantise a matrix [out, in].
+
+    Raises:
+        QwenVLError: it has a value that is not finite.
+    """
+    values = np.ascontiguousarray(values)
+    packed = np.empty(packed_bytes(kind, *values.shape), np.uint8)
+    line = ctypes.create_string_buffer(_LINE)
+    status = load().qvl_pack(
+        CODES[kind], *values.shape, values.ctypes.data, packed.ctypes.data, packed.nbytes, line
+    )
+    if status:
+        raise QwenVLError(f"{name}: {line.value.decode()}")
+    return packed

@@ -1,0 +1,46 @@
+"""Whether the engine is used: what the user asked for, and what this machine can do."""
+
+from __future__ import annotations
+
+import os
+from typing import Optional
+
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.notice import notice
+
+ENGINE = "QWENVL_ENGINE"
+
+_CHOICES = ("auto", "fused", "portable")
+
+
+def engine_choice(asked: Optional[str] = None) -> str:
+    """ "auto", "fused" or "portable": what a flag says, else QWENVL_ENGINE, else auto.
+
+    Raises:
+        UsageError: another word.
+    """
+    flag = "--engine" if asked is not None else ENGINE
+    choice = asked if asked is not None else os.environ.get(ENGINE) or "auto"
+    if choice not in _CHOICES:
+        raise UsageError(f"{flag} {choice}: must be one of {', '.join(_CHOICES)}")
+    return choice
+
+
+def engine_available(choice: str) -> bool:
+    """Whether to use the engine, which is built now if need be. Says so where "auto" has to do without.
+
+    Raises:
+        QwenVLError: "fused" was asked for, and the engine cannot be built.
+    """
+    if choice == "portable":
+        return False
+    from paddlemix_qwenvl_plugin.engine.operators import load
+
+    try:
+        load()
+    except QwenVLError as error:
+        if choice == "fused":
+            raise
+        notice(f"{error}. Going on with the portable graph")
+        return False
+    return True

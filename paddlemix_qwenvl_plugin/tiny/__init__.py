@@ -1,0 +1,1 @@
+"""A tiny model with random weights: a fast stand-in for tests and recipes."""

@@ -1,0 +1,46 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from paddlemix_qwenvl_plugin.util.errors import UsageError, naming
+
+
+def write_beside(target: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write` make a file beside `target`, of the same suffix, and rename it to `target` when it is whole.
+
+    Raises:
+        OSError: it cannot be written; the error names a file.
+    """
+    partial = target.with_name(f".partial-{target.name}")
+    try:
+        with naming(target):
+            write(partial)
+            partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_target(target: Path) -> None:
+    """Find out before long work that a file cannot be written there.
+
+    Raises:
+        UsageError: its folder is not there, or it is something else than a file.
+    """
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{target}: is a folder or a device; name a file")
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent}: no such folder")
+
+
+def check_source(source: Path) -> None:
+    """Find out whether there is a file to read.
+
+    Raises:
+        UsageError: there is none, or something else than a file.
+    """
+    if not source.is_file():
+        raise UsageError(f"{source}: {'not a file' if source.exists() else 'no such file'}")

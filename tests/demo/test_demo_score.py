@@ -1,0 +1,66 @@
+"""Scores of answers about the demo world."""
+
+from __future__ import annotations
+
+from paddlemix_qwenvl_plugin.demo.score import GOALS, mark, score
+from paddlemix_qwenvl_plugin.demo.world.sample import Sample, Turn
+from paddlemix_qwenvl_plugin.evaluation.rates import Rate, table
+
+
+def sample(task: str, answer: str, question: str = "?", text: str = "") -> Sample:
+    return Sample((), (Turn(task, "en", question, answer, text),), "chat")
+
+
+def test_boxes_count_by_overlap_and_by_what_they_are_of() -> None:
+    wanted = "<ref>A</ref><box>(0,0),(100,100)</box> and <ref>b</ref><box>(500,500),(600,600)</box>."
+    asked = sample("grounded caption", wanted)
+    near = wanted.replace("(100,100)", "(110,100)")
+    assert (mark(asked, near).words_right, mark(asked, near).boxes_right) == (True, 2)
+    swapped = wanted.replace("<ref>b<", "<ref>c<")
+    assert (mark(asked, swapped).words_right, mark(asked, swapped).boxes_right) == (False, 1)
+    assert mark(asked, "no idea").boxes_right == 0
+    assert mark(asked, "no idea").boxes == 2
+
+
+def test_a_question_may_open_the_box() -> None:
+    asked = sample("box", "(0,0),(100,100)</box>", "<ref>the star</ref><box>")
+    assert mark(asked, "(0,0),(100,90)</box>").boxes_right == 1
+    assert mark(asked, "(0,0),(100,40)</box>").boxes_right == 0
+
+
+def test_rates_by_task() -> None:
+    asked = [
+        sample("reading", "It says CAT.", text="CAT"),
+        sample("reading", "There is no text."),
+        sample("count", "There are two stars."),
+        sample("box", "<ref>x</ref><box>(0,0),(10,10)</box>"),
+    ]
+    given = [
+        "It says CAR.",
+        "There is no text.",
+        "There are two stars.",
+        "<ref>x</ref><box>(0,0),(10,10)</box>",
+    ]
+    rates = score([mark(one, answer) for one, answer in zip(asked, given)])
+    assert rates["words"] == Rate(2, 3)
+    assert rates["boxes"] == Rate(1, 1)
+    assert rates["reading"] == Rate(0, 1)
+    assert rates["task: reading"] == Rate(1, 2)
+    assert rates["task: count"] == Rate(1, 1)
+    assert "task: box" not in rates
+    lines = table(rates, GOALS).splitlines()
+    assert "66.67 %" in lines[0]
+    assert lines[0].endswith("2 of 3  (goal 95 %: missed)")
+    assert lines[1].endswith("1 of 1  (goal 90 %: reached)")
+    assert lines[3].endswith("1 of 1")  # a task has no goal of its own
+
+
+def test_nothing_to_reach_where_nothing_was_asked() -> None:
+    assert "goal" not in table(score([]), GOALS)
+
+
+def test_one_wrong_letter_is_a_wrong_word() -> None:
+    asked = sample("reading", 'It says "CAT".', text="CAT")
+    assert mark(asked, 'It says "CAT".').words_right
+    assert not mark(asked, 'It says "CAR".').words_right
+    assert not mark(asked, "CAT").words_right

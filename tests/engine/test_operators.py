@@ -1,0 +1,124 @@
+"""The operators in exported programs of both forms. Goldens through them: tests/runtime/test_golden_exported.py."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engines import needs_compiler, open_pair
+from stock_inputs import stock_feed
+
+from paddlemix_qwenvl_plugin.export.export import export_language
+from paddlemix_qwenvl_plugin.runtime.programs import Program, Stage
+from paddlemix_qwenvl_plugin.tiny.make import make_tiny
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+MIN_LENGTH, MAX_LENGTH, EOS, STOP_FLAGS, STOP_NUMS = 8, 9, 12, 16, 21
+
+
+@pytest.mark.parametrize("extension", [".json", ".pdmodel"])
+def test_rows_end_on_their_own(golden: Callable[[str], Any], engine: str, extension: str) -> None:
+    """An end token, a row that is stopped from the beginning, a short row, and `stop_nums` rows that suffice."""
+    model = golden("a")
+    # Golden a's fifth token has not come before; as an end token it ends what may go on so long.
+    tokens = model.figures["tokens"].tolist()
+    end, n_prompt = tokens[4], model.input_ids.shape[1]
+    assert end not in tokens[:4]
+    vl = open_pair(model.vision, model.language, engine, model=model.folder)
+    features = np.concatenate([vl.encode_images(model.images)] * 3)
+    places = [[row, *place] for row in range(3) for _, *place in model.img_pos.tolist()]
+    ids = np.repeat(model.input_ids, 3, axis=0)
+    feed = stock_feed(model.config, ids, features, np.array(places), max_new=9, ends=[end])
+    feed[MAX_LENGTH][2], feed[STOP_FLAGS][1] = 3, True
+    stock = Stage(f"{model.language}{extension}", "language", "cpu").open()
+
+    def run() -> list[np.ndarray]:
+        return [output.numpy() for output in stock(feed)]
+
+    def rows(generated: np.ndarray) -> list[list[int]]:
+        return [[token for token in row if token >= 0] for row in generated.tolist()]
+
+    last, done, stopped, _, position, generated = run()
+    assert rows(generated) == [tokens[:5], [], tokens[:3]]
+    assert done.ravel().tolist() == [5, 0, 3]
+    assert stopped.ravel().tolist() == [1, 1, 1]
+    assert last.ravel().tolist() == [end, 0, tokens[2]]
+    assert (position.ravel() - n_prompt + 1).tolist() == [5, 0, 3]
+
+    feed[STOP_NUMS][0] = 2
+    *_, stopped, left, _, generated = run()
+    assert rows(generated) == [tokens[:3], [], tokens[:3]]
+    assert stopped.ravel().tolist() == [0, 1, 1]
+    assert left.ravel().tolist() == [n_prompt + 2, 0, 0]
+
+    feed[MIN_LENGTH][0] = 6
+    assert end not in run()[-1][0][:6]
+
+
+@needs_compiler
+def test_programs_come_and_go(tmp_path: Path) -> None:
+    """A program that is gone takes its engine with it, and another one at its place has weights of its own."""
+    answers = set()
+    for seed in range(6):
+        make_tiny(tmp_path / f"model-{seed}", seed)
+        quant_type = "weight_only_int8" if seed % 2 else "weight_only_int4"
+        export_language(tmp_path / f"model-{seed}", tmp_path / "text", "qwen", quant_type=quant_type)
+        feed = stock_feed(
+            {"num_attention_heads": 4, "kv_channels": 64, "num_hidden_layers": 2},
+            np.array([[5, 6, 7, 8]]),
+            np.zeros([1, 256, 256], np.float32),
+            np.array([[-1, 0, 0]]),
+            max_new=8,
+        )
+        program = Stage(tmp_path / "text" / "qwen", "language", "cpu").open()
+        answers.add(tuple(program(feed)[-1].numpy().ravel().tolist()))
+        del program
+    assert len(answers) == 6
+
+
+@needs_compiler
+def test_caches_come_and_go(tiny_exported: Path) -> None:
+    vl = open_pair(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", "fused")
+    prompt = np.arange(1000).reshape(1, -1) % 200
+
+    def memory() -> int:
+        """Resident bytes."""
+        gc.collect()
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * 4096
+
+    for _ in range(3):
+        vl.generate_ids(prompt, max_new_tokens=2, eos_token_ids=())
+    before = memory()
+    for _ in range(40):  # 4 MB of keys and values each
+        vl.generate_ids(prompt, max_new_tokens=2, eos_token_ids=())
+    assert memory() - before < 40e6
+
+
+@pytest.fixture
+def forward(tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+    monkeypatch.setenv("QWENVL_ENGINE", "fused")
+    return Stage(tiny_exported / "text" / "qwen", "language", "cpu").open(".step")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("tokens", "span", "sequence", "line"),
+    [
+        ([1, 2], [0, -1], [1, 0, 1, 1], "do not add up to the tokens"),
+        ([1], [0, -1], [1, 0, 1, 2], "more than the blocks"),
+        ([10**6], [0, -1], [1, 0, 1, 1], "vocabulary"),
+        ([1], [0, 3], [1, 0, 1, 1], "a picture that is not there"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_an_error(
+    forward: Program, tokens: list[int], span: list[int], sequence: list[int], line: str
+) -> None:
+    features = np.zeros([1, 256, 256], np.float32)
+    numbers = [np.array(values, np.int32) for values in ([span], [sequence], [0])]
+    with pytest.raises(QwenVLError, match=line):
+        forward([np.array(tokens, np.int32), features, *numbers, np.array([10**6, 1, 16, 0], np.int64)])
