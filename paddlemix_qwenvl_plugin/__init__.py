@@ -14,22 +14,25 @@ from paddlemix_qwenvl_plugin.version import __version__
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
     from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess
-    from paddlemix_qwenvl_plugin.runtime.answer import Answer, AnswerStream
+    from paddlemix_qwenvl_plugin.runtime.answer import Answer
     from paddlemix_qwenvl_plugin.runtime.chat import Chat
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
     from paddlemix_qwenvl_plugin.runtime.pieces import Piece
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+    from paddlemix_qwenvl_plugin.runtime.request import Request
+    from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
     from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 _WHERE = {
     "Answer": "runtime.answer",
-    "AnswerStream": "runtime.answer",
+    "AnswerStream": "runtime.stream",
     "Chat": "runtime.chat",
     "GenerationOptions": "runtime.options",
     "ImageLimits": "processing.images",
     "Piece": "runtime.pieces",
     "QwenVL": "runtime.predictor",
     "QwenVLError": "util.errors",
+    "Request": "runtime.request",
     "UsageError": "util.errors",
     "export_language": "export.export",
     "export_vision": "export.export",
@@ -46,6 +49,7 @@ __all__ = [
     "Piece",
     "QwenVL",
     "QwenVLError",
+    "Request",
     "UsageError",
     "__version__",
     "export_language",

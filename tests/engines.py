@@ -24,5 +24,5 @@ def open_pair(vision: Path, language: Path, engine: str, model: Optional[Path] =
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWENVL_ENGINE", engine)
         pair = QwenVL.from_exported(vision, language, model)
-        _ = pair._vision, pair._generator
+        pair.load()
     return pair

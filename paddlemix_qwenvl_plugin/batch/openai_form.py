@@ -6,9 +6,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from paddlemix_qwenvl_plugin.batch.request import Reply, Request, RowId, check_keys, check_type
+from paddlemix_qwenvl_plugin.batch.request import Asked, Reply, RowId, check_keys, check_type
 from paddlemix_qwenvl_plugin.processing.prompts import Query
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.request import DEFAULT_SYSTEM, Request
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 # A row with one of these keys is in this form.
@@ -27,7 +28,7 @@ _OPTIONS = {
 }
 
 
-def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request:
+def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
     """The request of a row without null values.
 
     Raises:
@@ -47,13 +48,10 @@ def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request:
         if asked.setdefault(_OPTIONS[key], body[key]) != body[key]:
             raise UsageError("body.max_tokens: another value than body.max_completion_tokens")
     system, history, query = _conversation(check_type(body.get("messages"), list, "body.messages"))
-    return Request(
-        query,
-        GenerationOptions.of({**defaults, **asked}),
-        chat=True,
-        history=history,
-        system=system,
-        model=check_type(body.get("model", Request.model), str, "body.model"),
+    options = GenerationOptions.of({**defaults, **asked})
+    return Asked(
+        Request(query, options, True, history, DEFAULT_SYSTEM if system is None else system),
+        check_type(body.get("model", Asked.model), str, "body.model"),
     )
 
 

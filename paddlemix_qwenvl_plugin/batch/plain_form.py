@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from paddlemix_qwenvl_plugin.batch.request import Reply, Request, RowId, check_keys, check_type
+from paddlemix_qwenvl_plugin.batch.request import Asked, Reply, RowId, check_keys, check_type
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.request import DEFAULT_SYSTEM, Request
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 _OPTIONS = [field.name for field in fields(GenerationOptions)]
 
 
-def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request:
+def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
     """The request of a row without null values.
 
     Raises:
@@ -30,12 +31,9 @@ def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request:
     if "system" in values and not chat:
         raise UsageError('system: only a chat has a system message; add "chat": true')
     query = [{"image": check_type(image, str, "image")} for image in images]
-    return Request(
-        [*query, {"text": prompt}] if prompt else query,
-        GenerationOptions.of({**defaults, **{key: values[key] for key in _OPTIONS if key in values}}),
-        chat,
-        system=check_type(values["system"], str, "system") if "system" in values else None,
-    )
+    options = GenerationOptions.of({**defaults, **{key: values[key] for key in _OPTIONS if key in values}})
+    system = check_type(values.get("system", DEFAULT_SYSTEM), str, "system")
+    return Asked(Request([*query, {"text": prompt}] if prompt else query, options, chat, (), system))
 
 
 def reply(row_id: RowId, reply: Reply) -> dict[str, Any]:

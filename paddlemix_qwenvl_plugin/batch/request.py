@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Optional, TypeVar, Union
+from dataclasses import dataclass
+from typing import Any, TypeVar, Union
 
-from paddlemix_qwenvl_plugin.processing.prompts import Query
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
-from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.request import Request
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 RowId = Union[str, int, None]
@@ -17,20 +16,10 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a row asks.
+class Asked:
+    """What a row asks, and the name by which it calls the model."""
 
-    Attributes:
-        query, chat, history: as `QwenVL.stream` takes them.
-        system: the system message; None: the usual one.
-        model: the name by which the row calls the model, for the output.
-    """
-
-    query: list[dict[str, Any]]
-    options: GenerationOptions
-    chat: bool = False
-    history: list[tuple[Query, str]] = field(default_factory=list)
-    system: Optional[str] = None
+    request: Request
     model: str = "qwen-vl"
 
 

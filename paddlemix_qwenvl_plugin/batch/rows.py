@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn, Union
 
 from paddlemix_qwenvl_plugin.batch import openai_form, plain_form
-from paddlemix_qwenvl_plugin.batch.request import Reply, Request, RowId
+from paddlemix_qwenvl_plugin.batch.request import Asked, Reply, RowId
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 
 
@@ -20,11 +20,11 @@ class Row(NamedTuple):
     number: int
     id: RowId
     openai: bool
-    request: Union[Request, UsageError]
+    asked: Union[Asked, UsageError]
 
 
 def read_row(number: int, line: bytes, defaults: Mapping[str, Any]) -> Row:
-    """Read line `number`; what is wrong with it becomes the row's `request`.
+    """Read line `number`; what is wrong with it becomes the row's `asked`.
 
     Args:
         line: the line's bytes.
@@ -43,7 +43,7 @@ def read_row(number: int, line: bytes, defaults: Mapping[str, Any]) -> Row:
         return Row(number, None, openai, UsageError(f"line {number}: {key} must be {kind}"))
     # A key that is null counts as one that is not there: clients write out what they leave unset.
     given = {name: value for name, value in values.items() if value is not None}
-    read: Callable[[Mapping[str, Any], Mapping[str, Any]], Request] = (
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], Asked] = (
         openai_form.read if openai else plain_form.read
     )
     try:

@@ -14,13 +14,17 @@ from paddlemix_qwenvl_plugin.util.files import check_source
 
 
 class Entry(NamedTuple):
-    """Where a row is. Rows themselves are not kept: a data URL in each would fill the memory."""
+    """Where a row is. Rows themselves are not kept: a data URL in each would fill the memory.
+
+    `images` are numbers in the order in which the input first names them.
+    """
 
     number: int
     offset: int
     checksum: int
     id: RowId
     openai: bool
+    images: tuple[int, ...]
 
 
 class Source:
@@ -43,11 +47,13 @@ class Source:
         self._defaults = defaults
         self._file = path.open("rb")
         digest, offset, numbers = hashlib.sha256(), 0, dict[str, int]()
+        images: dict[int, int] = {}
         for number, line in enumerate(self._file, start=1):
             digest.update(line)
             if line.strip():
                 row = read_row(number, line, defaults)
-                self.entries.append(Entry(number, offset, hash(line), row.id, row.openai))
+                named = tuple(images.setdefault(hash(image), len(images)) for image in _images(row))
+                self.entries.append(Entry(number, offset, hash(line), row.id, row.openai, named))
                 if row.id is not None:
                     first = numbers.setdefault(id_key(row.id), number)
                     if first != number:
@@ -67,3 +73,14 @@ class Source:
         if hash(line) != entry.checksum:
             raise QwenVLError(f"{self.path}: was changed while it was being read; start again")
         return read_row(entry.number, line, self._defaults)
+
+
+def _images(row: Row) -> list[str]:
+    """The addresses of a row's images."""
+    if isinstance(row.asked, UsageError):
+        return []
+    request = row.asked.request
+    queries = [*(query for query, _ in request.history), request.parts]
+    return [
+        part["image"] for query in queries for part in query if not isinstance(part, str) and "image" in part
+    ]

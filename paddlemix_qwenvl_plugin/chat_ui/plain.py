@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from paddlemix_qwenvl_plugin.chat_ui.render import without_controls
 from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
-from paddlemix_qwenvl_plugin.runtime.answer import AnswerStream
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
+from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 

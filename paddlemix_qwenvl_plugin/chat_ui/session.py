@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from PIL import Image
 
-from paddlemix_qwenvl_plugin.runtime.answer import Answer, AnswerStream
+from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
+from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL

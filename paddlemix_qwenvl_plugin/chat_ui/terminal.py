@@ -15,8 +15,8 @@ from paddlemix_qwenvl_plugin.chat_ui.drawn import save_drawn
 from paddlemix_qwenvl_plugin.chat_ui.preview import preview
 from paddlemix_qwenvl_plugin.chat_ui.render import box_line, fragments
 from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
-from paddlemix_qwenvl_plugin.runtime.answer import AnswerStream
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
+from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.errors import one_line
 
 _STYLES = {"text": None, "ref": "bold cyan", "box": "green"}

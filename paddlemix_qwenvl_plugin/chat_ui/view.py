@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
-from paddlemix_qwenvl_plugin.runtime.answer import AnswerStream
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
+from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 
 
 class View(Protocol):

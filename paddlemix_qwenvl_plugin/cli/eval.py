@@ -85,7 +85,7 @@ def demo(
                 folder = export_to or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwenvl-")))
                 stages = _export_demo_model(folder, dtype or "float32", quant_type, device)
             pair = stages.open()
-            answers = (task.answer(pair, sample) for sample in samples.values())
+            answers = task.answers(pair, samples.values())
             texts = dict(zip(samples, track(answers, "samples answered", n)))
     marks = {number: task.mark(sample, texts[number]) for number, sample in samples.items()}
     if output is not None:
@@ -256,7 +256,7 @@ def _answers(
     if predictions is not None:
         return read_predictions(predictions, rows)
     check_pictures(data, rows)
-    answers = ask.answers(stages.open(), (row.request() for row in rows.values()), options)
+    answers = ask.answers(stages.open(), (row.asked() for row in rows.values()), options)
     return dict(zip(rows, track(answers, "rows answered", len(rows))))
 
 

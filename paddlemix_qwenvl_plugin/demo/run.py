@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.checkpoint.tensors import language_specs, vision_sp
 from paddlemix_qwenvl_plugin.demo.page import html_page
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS, Question
 from paddlemix_qwenvl_plugin.demo.result import Result, Run
-from paddlemix_qwenvl_plugin.demo.score import ask
+from paddlemix_qwenvl_plugin.demo.score import request
 from paddlemix_qwenvl_plugin.demo.sheet import contact_sheet
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
@@ -79,7 +79,7 @@ def _ask(pair: QwenVL, question: Question) -> Result:
         # Opened here: in a prompt a path may have 256 bytes, and nobody knows where this is installed.
         with Image.open(path) as file:
             images.append(file.convert("RGB"))
-    return Result(question, ask(pair, question.sample, images))
+    return Result(question, pair.ask(request(question.sample, images)).finish())
 
 
 def _answer_lines(result: Result) -> list[str]:

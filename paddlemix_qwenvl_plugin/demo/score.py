@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,11 +11,12 @@ from paddlemix_qwenvl_plugin.demo.world.sample import Sample, Turn
 from paddlemix_qwenvl_plugin.evaluation.overlap import IOU, Corners, iou
 from paddlemix_qwenvl_plugin.evaluation.rates import Rate
 from paddlemix_qwenvl_plugin.processing.boxes import Box, BoxParse, parse_boxes
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.request import Request
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from paddlemix_qwenvl_plugin.runtime.answer import Answer
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 GOALS = {"words": 0.95, "boxes": 0.9, "reading": 0.9}
@@ -38,15 +39,16 @@ class Mark:
     reading: bool
 
 
-def answer(pair: QwenVL, sample: Sample) -> str:
-    """Draw the sample's pictures and ask its first turn, greedily."""
-    images = [draw(scene) for scene in sample.scenes]
-    return ask(pair, sample, images).text
+def answers(model: QwenVL, samples: Iterable[Sample]) -> Iterator[str]:
+    """Draw the images of each sample and ask its first turn, greedily."""
+    streams = (model.ask(request(sample, [draw(scene) for scene in sample.scenes])) for sample in samples)
+    return (answer.text for answer in model.finish_all(streams))
 
 
-def ask(pair: QwenVL, sample: Sample, images: Sequence[Image.Image]) -> Answer:
-    """Ask the first turn about these pictures, greedily."""
-    return pair.generate(sample.parts(images), chat=sample.form == "chat", max_new_tokens=_MAX_NEW_TOKENS)
+def request(sample: Sample, images: Sequence[Image.Image]) -> Request:
+    """A sample's first turn about these images."""
+    options = GenerationOptions(max_new_tokens=_MAX_NEW_TOKENS)
+    return Request(sample.parts(images), options, chat=sample.form == "chat")
 
 
 def mark(sample: Sample, answer: str) -> Mark:

@@ -1,4 +1,4 @@
-"""Ask a model in the prompts of Qwen-VL's own evaluation: the picture, and the question right behind it."""
+"""Ask a model in the prompts of Qwen-VL's own evaluation: the image, and the question right behind it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from paddlemix_qwenvl_plugin.processing.prompts import Prompt
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 
 @dataclass(frozen=True)
-class Request:
+class Question:
     """`<img>…</img>`, then `before`, `words` and `after`. Tags in `words`, which a data set brings, are plain text."""
 
     image: str
@@ -23,35 +25,32 @@ class Request:
     after: str = ""
 
 
-def prompt_ids(tokenizer: QwenTokenizer, request: Request) -> list[int]:
+def prompt_ids(tokenizer: QwenTokenizer, question: Question) -> list[int]:
     """The ids of a prompt. There is no `Picture 1:` and no line end, as in the official evaluation.
 
-    The picture's name is a made-up one: the model sees the picture's features in its place.
+    The image's name is a made-up one: the model sees the image's features in its place.
     """
     return [
-        *tokenizer.encode(f"<img>image</img>{request.before}"),
-        *tokenizer.encode(request.words, allowed_special=()),
-        *tokenizer.encode(request.after),
+        *tokenizer.encode(f"<img>image</img>{question.before}"),
+        *tokenizer.encode(question.words, allowed_special=()),
+        *tokenizer.encode(question.after),
     ]
 
 
-def answers(pair: QwenVL, requests: Iterable[Request], options: GenerationOptions) -> Iterator[str]:
-    """The answer to each request, one at a time, without the end token: on a CPU a batch is hardly faster.
+def answers(model: QwenVL, questions: Iterable[Question], options: GenerationOptions) -> Iterator[str]:
+    """The answer to each question, without the stop token.
 
     A turn's end ends an answer as well, since a chat model may say so where the base model ends its text.
 
     Raises:
-        UsageError, QwenVLError: a picture cannot be loaded, or a prompt leaves no room for an answer.
+        UsageError, QwenVLError: an image cannot be loaded, or a prompt leaves no room for an answer.
     """
-    tokenizer = pair.tokenizer
-    ends = [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
-    for request in requests:
-        images = pair.load_images([request.image])
-        pixels = list(pair.preprocess(images))
-        yield (
-            pair.start(
-                prompt_ids(tokenizer, request), pixels, ends, options, images[0].size, prepare_seconds=0.0
-            )
-            .finish()
-            .text
-        )
+    return (answer.text for answer in model.finish_all(_start(model, each, options) for each in questions))
+
+
+def _start(model: QwenVL, question: Question, options: GenerationOptions) -> AnswerStream:
+    tokenizer = model.tokenizer
+    images = model.load_images([question.image])
+    prompt = Prompt("", prompt_ids(tokenizer, question), [question.image])
+    inputs = model.image_inputs(images)
+    return model.start(prompt, inputs, tokenizer.chat_stop_token_ids, options, images[0].size)

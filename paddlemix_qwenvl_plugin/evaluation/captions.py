@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from paddlemix_qwenvl_plugin.evaluation.ask import Request
+from paddlemix_qwenvl_plugin.evaluation.ask import Question
 from paddlemix_qwenvl_plugin.evaluation.extra import extra
 from paddlemix_qwenvl_plugin.evaluation.rows import Id, Row
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -41,8 +41,8 @@ class CaptionRow(Row):
     def key(self, number: int) -> Id:
         return self.image_id
 
-    def request(self) -> Request:
-        return Request(self.image, _PROMPT)
+    def asked(self) -> Question:
+        return Question(self.image, _PROMPT)
 
 
 @dataclass(frozen=True)

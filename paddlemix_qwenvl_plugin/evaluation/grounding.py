@@ -6,7 +6,7 @@ from typing import Optional
 
 from pydantic import AliasChoices, Field, FiniteFloat, PositiveInt, model_validator
 
-from paddlemix_qwenvl_plugin.evaluation.ask import Request
+from paddlemix_qwenvl_plugin.evaluation.ask import Question
 from paddlemix_qwenvl_plugin.evaluation.overlap import Corners, iou
 from paddlemix_qwenvl_plugin.evaluation.rows import Id, Row
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
@@ -53,9 +53,9 @@ class GroundingRow(Row):
     def key(self, number: int) -> Id:
         return number if self.id is None else self.id
 
-    def request(self) -> Request:
+    def asked(self) -> Question:
         """The words as a `<ref>`, and an open `<box>` for the model to go on from."""
-        return Request(self.image, self.sentence, "<ref>", "</ref><box>")
+        return Question(self.image, self.sentence, "<ref>", "</ref><box>")
 
 
 def overlap(row: GroundingRow, answer: str) -> float:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, Union
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from paddlemix_qwenvl_plugin.checkpoint.config import first_problem
-from paddlemix_qwenvl_plugin.evaluation.ask import Request
+from paddlemix_qwenvl_plugin.evaluation.ask import Question
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.files import check_source, write_beside
 
@@ -32,7 +32,7 @@ class Row(BaseModel):
         """The id of the row, which is on line `number` of its file."""
         raise NotImplementedError
 
-    def request(self) -> Request:
+    def asked(self) -> Question:
         """What to ask about it."""
         raise NotImplementedError
 

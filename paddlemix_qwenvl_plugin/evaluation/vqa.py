@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import AliasChoices, Field, field_validator
 
-from paddlemix_qwenvl_plugin.evaluation.ask import Request
+from paddlemix_qwenvl_plugin.evaluation.ask import Question
 from paddlemix_qwenvl_plugin.evaluation.extra import extra
 from paddlemix_qwenvl_plugin.evaluation.rows import Id, Row
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -42,8 +42,8 @@ class VqaRow(Row):
     def key(self, number: int) -> Id:
         return self.question_id
 
-    def request(self) -> Request:
-        return Request(self.image, f"{self.question} Answer:")
+    def asked(self) -> Question:
+        return Question(self.image, f"{self.question} Answer:")
 
 
 def options(max_new_tokens: int) -> GenerationOptions:

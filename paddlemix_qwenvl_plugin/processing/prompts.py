@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
@@ -35,6 +35,7 @@ class Prompt:
     text: str
     input_ids: list[int]
     images: list[Any]
+    generated: list[tuple[int, int]] = field(default_factory=list)
 
 
 def render(parts: Sequence[Part], start: int = 1) -> tuple[str, list[Any]]:

@@ -1,18 +1,15 @@
-"""A conversation about pictures that keeps what earlier turns computed."""
+"""A conversation about images."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
-import numpy as np
-from numpy.typing import NDArray
-
-from paddlemix_qwenvl_plugin.processing.prompts import Query, chat_prompt, image_spans
-from paddlemix_qwenvl_plugin.runtime.answer import Answer, AnswerStream
-from paddlemix_qwenvl_plugin.runtime.kv_cache import KVCache
+from paddlemix_qwenvl_plugin.processing.prompts import Query, chat_prompt
+from paddlemix_qwenvl_plugin.runtime.answer import Answer
+from paddlemix_qwenvl_plugin.runtime.generation import ImageInput
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
@@ -21,8 +18,7 @@ if TYPE_CHECKING:
 class Chat:
     """A conversation in the ChatML form. `QwenVL.chat` begins one.
 
-    The KV cache of the turns so far is kept, and only what follows the longest common beginning is run: an earlier
-    picture is neither encoded nor prefilled again.
+    On the engine, what earlier turns computed is found in the prefix cache: only what follows them is run.
 
     Attributes:
         system: the system message.
@@ -41,11 +37,8 @@ class Chat:
     def clear(self) -> None:
         """Forget all turns."""
         self._history: list[tuple[Query, str]] = []
-        self._pixels: list[NDArray[np.float32]] = []
+        self._images: list[ImageInput] = []
         self._image_size: Optional[tuple[int, int]] = None
-        self._ids: list[int] = []
-        self._n_prompt = 0
-        self._cache: KVCache | None = None
 
     def ask(self, query: Query, **options: Any) -> AnswerStream:
         """Answer the next turn, in pieces; one turn at a time.
@@ -57,7 +50,7 @@ class Chat:
             options: see GenerationOptions.
 
         Raises:
-            UsageError, QwenVLError: one line that names the part, picture or option.
+            UsageError, QwenVLError: one line that names the part, image or option.
         """
         start = time.perf_counter()
         chosen = GenerationOptions.of(options)
@@ -65,48 +58,24 @@ class Chat:
             query = [{"text": query}]
         tokenizer = self._vl.tokenizer
         prompt = chat_prompt(tokenizer, query, self.history, self.system)
-        images = self._vl.load_images(chat_prompt(tokenizer, query).images)
-        # Of dropped turns the pictures are dropped too, the oldest first.
-        pixels = [*self._pixels, *self._vl.preprocess(images)]
-        pixels = pixels[len(pixels) - len(prompt.images) :]
-        image_size = images[-1].size if images else self._image_size
-        ids = prompt.input_ids
-        n_kept = self._n_reusable(ids)
-        vision = self._vl.config.visual
-        spans = image_spans(ids, vision.image_start_id, vision.n_queries)
-        n_kept_pictures = sum(end < n_kept for _, end in spans)
-        cache = None
-        if self._cache is not None and n_kept:
-            # What is kept of a turn that fails or is thrown away: its tokens take the place of those dropped here.
-            self._ids = self._ids[:n_kept]
-            self._cache = cache = self._cache.first(n_kept)
+        opened = self._vl.load_images(chat_prompt(tokenizer, query).images)
+        images = [*self._images, *self._vl.image_inputs(opened)]
+        # The images of dropped turns are dropped too, the oldest first.
+        images = images[len(images) - len(prompt.images) :]
+        image_size = opened[-1].size if opened else self._image_size
 
-        def remember(answer: Answer, cache: KVCache) -> None:
-            self._history.append((query, answer.text))
-            self._pixels = pixels
+        def remember(answer: Answer) -> None:
+            # Stripped, as the official code does it.
+            self._history.append((query, answer.text.strip()))
+            self._images = images
             self._image_size = image_size
-            self._ids = [*ids, *answer.token_ids[:-1]]
-            self._n_prompt = len(ids)
-            self._cache = cache
 
         return self._vl.start(
-            ids[n_kept:],
-            pixels[n_kept_pictures:],
-            [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id],
+            prompt,
+            images,
+            tokenizer.chat_stop_token_ids,
             chosen,
             image_size,
             time.perf_counter() - start,
-            cache,
             remember,
         )
-
-    def _n_reusable(self, ids: Sequence[int]) -> int:
-        """How many tokens at the beginning of a prompt the cache has."""
-        config = self._vl.config
-        # The rotary base follows the length of the prompt, and the cached keys were turned by theirs.
-        if config.ntk_doublings(len(ids)) != config.ntk_doublings(self._n_prompt):
-            return 0
-        n = 0
-        while n < min(len(ids) - 1, len(self._ids)) and ids[n] == self._ids[n]:
-            n += 1
-        return n  # never inside a picture: before each stands its number in the conversation

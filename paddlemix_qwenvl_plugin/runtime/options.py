@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Optional
 
 from paddlemix_qwenvl_plugin.util.errors import UsageError
@@ -74,6 +74,12 @@ class GenerationOptions:
             if name not in known:
                 raise UsageError(f"{name}: unknown option; known are {', '.join(sorted(known))}")
         return cls(**values)
+
+    def within(self, room: int) -> GenerationOptions:
+        """These options with at most `room` new tokens."""
+        if self.max_new_tokens <= room:
+            return self
+        return replace(self, max_new_tokens=room, min_new_tokens=min(self.min_new_tokens, room))
 
     @property
     def greedy(self) -> bool:

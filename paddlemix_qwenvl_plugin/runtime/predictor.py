@@ -1,11 +1,12 @@
-"""The public predictor: pictures and words in, words and boxes out, through the two exported stages."""
+"""The public predictor: images and words in, words and boxes out, through the two exported stages."""
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import cached_property, partial
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from paddlemix_qwenvl_plugin.artifact.manifest import check_pair
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
-from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess_all
+from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess
 from paddlemix_qwenvl_plugin.processing.prompts import (
     Part,
     Prompt,
@@ -25,33 +26,31 @@ from paddlemix_qwenvl_plugin.processing.prompts import (
     image_spans,
 )
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
-from paddlemix_qwenvl_plugin.runtime.answer import Answer, AnswerStream
+from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.chat import Chat
-from paddlemix_qwenvl_plugin.runtime.feature_cache import FeatureCache
-from paddlemix_qwenvl_plugin.runtime.generator import Generator
-from paddlemix_qwenvl_plugin.runtime.kv_cache import KVCache
+from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
+from paddlemix_qwenvl_plugin.runtime.loop import Loop
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
-from paddlemix_qwenvl_plugin.runtime.sampling import RowSampler
+from paddlemix_qwenvl_plugin.runtime.request import DEFAULT_SYSTEM, Request
+from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 PathLike = Union[str, Path]
 
-DEFAULT_SYSTEM = "You are a helpful assistant."
+_URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class QwenVL:
-    """A pair of exported stages. Use `from_exported`. Not safe for use by several threads at once."""
+    """A pair of exported stages. Use `from_exported`. Several threads may ask at once."""
 
     def __init__(
         self, vision: Stage, language: Stage, model: Path, allow_http: bool, limits: ImageLimits
     ) -> None:
-        self._vision_stage = vision
-        self._language_stage = language
+        self._stages = vision, language
         self._model = model
         self._allow_http = allow_http
         self._limits = limits
-        self._features = FeatureCache()
         self.config: ModelConfig = language.manifest.config
         # What tells these weights from others, their dtype included.
         self.weights: list[str] = [stage.manifest.weights.sha256 for stage in (vision, language)]
@@ -103,22 +102,34 @@ class QwenVL:
         return tokenizer
 
     @cached_property
-    def _vision(self) -> Any:
-        return self._vision_stage.open()
+    def _loop(self) -> Loop:
+        vision, language = self._stages
+        if language.engine:
+            from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
 
-    @cached_property
-    def _generator(self) -> Generator:
-        return Generator(self._language_stage)
+            return Loop(EngineExecutor(vision, language))
+        from paddlemix_qwenvl_plugin.runtime.portable_executor import PortableExecutor
+
+        return Loop(PortableExecutor(vision, language))
 
     def load(self, vision: bool = True) -> None:
-        """Open the vocabulary and the programs, stage 1 only with `vision`, now rather than at their first use.
+        """Open the vocabulary and the stages, stage 1 only with `vision`, now rather than at their first use.
 
         Raises:
             UsageError, QwenVLError: files that are missing or damaged.
         """
-        _ = self.tokenizer, self._generator
-        if vision:
-            _ = self._vision
+        _ = self.tokenizer
+        self._loop.load(vision)
+
+    def load_images(self, sources: Sequence[Any], folder: Optional[Path] = None) -> list[Image.Image]:
+        """Open images as this predictor's `allow_http` and `limits` let it; relative paths start from `folder`."""
+        if folder is not None:
+            sources = [folder / i if isinstance(i, str) and not _URL.match(i) else i for i in sources]
+        return [load_image(i, allow_http=self._allow_http, limits=self._limits) for i in sources]
+
+    def image_inputs(self, images: Sequence[Image.Image]) -> list[ImageInput]:
+        """Images as a request takes them."""
+        return [ImageInput.of(preprocess(image, self.config.visual.image_size)) for image in images]
 
     def encode_images(self, pixels: ArrayLike) -> NDArray[np.float32]:
         """Stage 1.
@@ -127,20 +138,16 @@ class QwenVL:
             pixels: float32 [N, 3, image_size, image_size], from `preprocess`.
 
         Returns:
-            float32 [N, n_queries, hidden_size]. Those of pictures seen before are remembered.
+            float32 [N, n_queries, hidden_size]. Those of images seen before are remembered.
         """
         size = self.config.visual.image_size
         array = np.ascontiguousarray(pixels, np.float32)
         if array.ndim != 4 or array.shape[1:] != (3, size, size):
             raise UsageError(f"pixels: shape {list(array.shape)}, must be [N, 3, {size}, {size}]")
-        if not len(array):
-            return np.zeros([0, self.config.visual.n_queries, self.config.hidden_size], np.float32)
-        # One picture at a time: attention over the patches sets the peak memory, and a batch gains nothing on a CPU.
-        return np.stack([self._features.get(picture, partial(self._encode, picture)) for picture in array])
-
-    def _encode(self, picture: NDArray[np.float32]) -> NDArray[np.float32]:
-        features: NDArray[np.float32] = self._vision([picture[None]])[0].numpy()[0]
-        return features
+        # One image at a time: attention over the patches sets the peak memory, and a batch gains nothing on a CPU.
+        features = [self._loop.encode(ImageInput.of(image)) for image in array]
+        shape = [0, self.config.visual.n_queries, self.config.hidden_size]
+        return np.stack(features) if features else np.zeros(shape, np.float32)
 
     def generate_ids(
         self,
@@ -155,7 +162,7 @@ class QwenVL:
 
         Args:
             input_ids: int64 [B, T]; a row shorter than T is padded on the right.
-            features: float32 [N, n_queries, hidden_size], of the batch's pictures in order of appearance, row by row.
+            features: float32 [N, n_queries, hidden_size], of the batch's images in order of appearance, row by row.
             lengths: each row's own length; None: T for all.
             eos_token_ids: tokens that end a row, kept as its last token; None: the tokenizer's end-of-text token, none
                 where the model folder has no tokenizer; empty: only max_new_tokens ends a row.
@@ -169,13 +176,34 @@ class QwenVL:
         """
         chosen = GenerationOptions.of(options)
         if eos_token_ids is not None:
-            ends = [int(token) for token in eos_token_ids]
+            stop = [int(token) for token in eos_token_ids]
         else:
-            ends = [self.tokenizer.eod_id] if (self._model / "qwen.tiktoken").is_file() else []
-        ids, row_lengths = self._check_ids(input_ids, lengths)
-        pictures, positions = self._check_features(ids, row_lengths, features)
-        chosen = self.fit(max(row_lengths), chosen)
-        return self._generator.generate(ids, row_lengths, pictures, positions, chosen, ends).tokens
+            stop = [self.tokenizer.eod_id] if (self._model / "qwen.tiktoken").is_file() else []
+        rows = self._check_ids(input_ids, lengths)
+        given = self._check_features(features)
+        spans = [self._spans(row) for row in rows]
+        if sum(map(len, spans)) != len(given):
+            raise UsageError(
+                f"features: {len(given)} image(s), but the prompt has {sum(map(len, spans))} <img> … </img> place(s)"
+            )
+        images = iter([ImageInput.encoded(each) for each in given])
+        generations = [
+            self._generation(row, [next(images) for _ in row_spans], stop, chosen)
+            for row, row_spans in zip(rows, spans)
+        ]
+        loop = self._loop
+        for generation in generations:
+            loop.submit(generation)
+        try:
+            for generation in generations:
+                while not generation.finished:
+                    loop.advance(generation, len(generation.tokens))
+                loop.advance(generation, 0)
+        finally:
+            for generation in generations:
+                if not generation.finished:
+                    loop.cancel(generation)
+        return [generation.tokens for generation in generations]
 
     def generate(
         self,
@@ -188,6 +216,15 @@ class QwenVL:
     ) -> Answer:
         """Answer one prompt; arguments and errors as for `stream`."""
         return self.stream(parts, chat=chat, history=history, system=system, **options).finish()
+
+    def generate_batch(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer several prompts at once, each with its own options; answers are those that each gets alone.
+
+        Raises:
+            UsageError, QwenVLError: of the first request that fails; nothing is answered then.
+        """
+        streams = [self.ask(request) for request in requests]
+        return list(self.finish_all(streams, max(1, len(streams))))
 
     def stream(
         self,
@@ -208,103 +245,117 @@ class QwenVL:
             options: see GenerationOptions.
 
         Raises:
-            UsageError, QwenVLError: one line that names the part, picture or option.
+            UsageError, QwenVLError: one line that names the part, image or option.
         """
-        chosen = GenerationOptions.of(options)
-        start = time.perf_counter()
-        prompt, ends = self.prompt(parts, chat=chat, history=history, system=system)
-        images = self.load_images(prompt.images)
-        pixels = self.preprocess(images)
-        size = images[-1].size if images else None
-        return self.start(prompt.input_ids, list(pixels), ends, chosen, size, time.perf_counter() - start)
-
-    def prompt(
-        self,
-        parts: Union[str, Sequence[Part]],
-        *,
-        chat: bool = False,
-        history: Sequence[tuple[Query, str]] = (),
-        system: str = DEFAULT_SYSTEM,
-    ) -> tuple[Prompt, list[int]]:
-        """The prompt and the tokens that end its answer; arguments and errors as for `stream`."""
-        query: Sequence[Part] = [{"text": parts}] if isinstance(parts, str) else parts
-        tokenizer = self.tokenizer
-        if chat:
-            ends = [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
-            return chat_prompt(tokenizer, query, history, system), ends
-        if history:
-            raise UsageError("history: only a chat prompt has earlier turns; pass chat=True")
-        return base_prompt(tokenizer, query), [tokenizer.eod_id]
+        return self.ask(Request(parts, GenerationOptions.of(options), chat, history, system))
 
     def chat(self, system: str = DEFAULT_SYSTEM) -> Chat:
         """Begin a conversation with Qwen-VL-Chat."""
         return Chat(self, system)
 
-    def load_images(self, sources: Sequence[Any]) -> list[Image.Image]:
-        """Open pictures as this predictor's `allow_http` and `limits` let it."""
-        return [load_image(i, allow_http=self._allow_http, limits=self._limits) for i in sources]
+    def ask(self, request: Request, folder: Optional[Path] = None) -> AnswerStream:
+        """Answer a request in pieces; relative paths of images start from `folder`. Errors as for `stream`."""
+        start = time.perf_counter()
+        prompt, stop = self._prompt(request)
+        images = self.load_images(prompt.images, folder)
+        size = images[-1].size if images else None
+        inputs = self.image_inputs(images)
+        return self.start(prompt, inputs, stop, request.options, size, time.perf_counter() - start)
 
-    def preprocess(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Pictures as stage 1 takes them, float32 [N, 3, image_size, image_size]."""
-        return preprocess_all(images, self.config.visual.image_size)
+    def finish_all(self, streams: Iterable[AnswerStream], window: int = 16) -> Iterator[Answer]:
+        """The whole answers of streams in their order; `window` of them are generated at once.
+
+        Raises:
+            QwenVLError: of the first one that fails.
+        """
+        active: deque[AnswerStream] = deque()
+        try:
+            for stream in streams:
+                active.append(stream.submit())
+                if len(active) == window:
+                    yield active.popleft().finish()
+            while active:
+                yield active.popleft().finish()
+        finally:
+            for stream in active:
+                stream.close()
+
+    def wait_any(self, streams: Collection[AnswerStream]) -> list[AnswerStream]:
+        """Generate until at least one of these submitted streams is done; those that are."""
+        while not (done := [stream for stream in streams if stream.done]):
+            self._loop.step()
+        return done
 
     def start(
         self,
-        input_ids: Sequence[int],
-        pixels: Sequence[NDArray[np.float32]],
-        ends: Sequence[int],
+        prompt: Prompt,
+        images: Sequence[ImageInput],
+        stop_token_ids: Sequence[int],
         options: GenerationOptions,
         image_size: Optional[tuple[int, int]],
-        prepare_seconds: float,
-        cache: KVCache | None = None,
-        on_end: Callable[[Answer, KVCache], None] = lambda answer, cache: None,
+        prepare_seconds: float = 0.0,
+        on_end: Callable[[Answer], None] = lambda answer: None,
     ) -> AnswerStream:
-        """Start a request on token ids.
+        """Start a request on a prompt that is tokenised and images that are loaded.
 
         Args:
-            input_ids: the prompt, or what follows `cache` of it.
-            pixels: float32 [N, 3, image_size, image_size], of the pictures in input_ids.
-            ends: tokens that end the answer.
-            cache: of what comes before input_ids, one row.
+            images: one for each `<img>` of the prompt, in order.
             image_size, prepare_seconds, on_end: see AnswerStream.
         """
-        before = int(cache.lengths[0, 0]) if cache is not None else 0
-        options = self.fit(before + len(input_ids), options)
-        ids, lengths = self._check_ids([input_ids], None)
+        if len(self._spans(prompt.input_ids)) != len(images):
+            raise AssertionError("the prompt has another number of images")
+        generation = self._generation(prompt.input_ids, images, stop_token_ids, options, prompt.generated)
 
-        def begin(timings: dict[str, float]) -> tuple[RowSampler, Iterator[KVCache]]:
-            start = time.perf_counter()
-            self.load(vision=len(pixels) > 0)
-            loaded = time.perf_counter()
-            features = self.encode_images(np.asarray(pixels)) if len(pixels) else None
-            pictures, positions = self._check_features(ids, lengths, features)
-            timings.update(load=loaded - start, encode_images=time.perf_counter() - loaded)
-            [sampler] = self._generator.samplers(1, options, ends)
-            # Room for all turns of a conversation: memory is taken as it is filled.
-            room = cache or self._generator.empty_cache(1, self.config.max_position_embeddings)
-            return sampler, self._generator.steps(ids, lengths, pictures, positions, [sampler], room)
+        def open_loop() -> Loop:
+            self.load(vision=bool(images))
+            return self._loop
 
-        return AnswerStream(begin, self.tokenizer, ends, image_size, prepare_seconds, on_end)
+        return AnswerStream(open_loop, generation, self.tokenizer, image_size, prepare_seconds, on_end)
 
-    def fit(self, n_tokens: int, options: GenerationOptions) -> GenerationOptions:
-        """The options with max_new_tokens cut to what the context has room for after a prompt.
+    def _prompt(self, request: Request) -> tuple[Prompt, Sequence[int]]:
+        """The prompt of a request, and the tokens that end its answer."""
+        parts: Sequence[Part] = [{"text": request.parts}] if isinstance(request.parts, str) else request.parts
+        tokenizer = self.tokenizer
+        if request.chat:
+            prompt = chat_prompt(tokenizer, parts, request.history, request.system)
+            return prompt, tokenizer.chat_stop_token_ids
+        if request.history:
+            raise UsageError("history: only a chat prompt has earlier turns; pass chat=True")
+        return base_prompt(tokenizer, parts), [tokenizer.eod_id]
+
+    def _generation(
+        self,
+        input_ids: Sequence[int],
+        images: Sequence[ImageInput],
+        stop_token_ids: Sequence[int],
+        options: GenerationOptions,
+        generated: Sequence[tuple[int, int]] = (),
+    ) -> Generation:
+        """A request for the loop, with max_new_tokens cut to what the context has room for.
 
         Raises:
             UsageError: it has no room for a single token.
         """
-        room = self.config.max_position_embeddings - n_tokens
+        room = self.config.max_position_embeddings - len(input_ids)
         if room < 1:
             raise UsageError(
-                f"input_ids: a prompt of {n_tokens} tokens leaves no room in the context of "
+                f"input_ids: a prompt of {len(input_ids)} tokens leaves no room in the context of "
                 f"{self.config.max_position_embeddings}"
             )
-        if options.max_new_tokens <= room:
-            return options
-        return replace(options, max_new_tokens=room, min_new_tokens=min(options.min_new_tokens, room))
+        placed = [
+            ImageInput(image.digest, image.pixels, image.features, (start + 1, end))
+            for image, (start, end) in zip(images, self._spans(input_ids))
+        ]
+        rotary_class = self.config.ntk_doublings(len(input_ids))
+        options = options.within(room)
+        return Generation(input_ids, placed, stop_token_ids, options, generated, rotary_class)
 
-    def _check_ids(
-        self, input_ids: ArrayLike, lengths: Optional[Sequence[int]]
-    ) -> tuple[NDArray[np.int64], list[int]]:
+    def _spans(self, input_ids: Sequence[int]) -> list[tuple[int, int]]:
+        vision = self.config.visual
+        return image_spans(input_ids, vision.image_start_id, vision.n_queries)
+
+    def _check_ids(self, input_ids: ArrayLike, lengths: Optional[Sequence[int]]) -> list[list[int]]:
+        """The rows without their padding."""
         try:
             ids = np.asarray(input_ids)
         except ValueError as error:
@@ -322,28 +373,14 @@ class QwenVL:
             raise UsageError(f"lengths: {len(row_lengths)} values for {len(ids)} rows")
         if not all(1 <= n <= ids.shape[1] for n in row_lengths):
             raise UsageError(f"lengths: {row_lengths}, each must be 1 to {ids.shape[1]}")
-        # Whatever the caller padded with, the program looks it up in the embedding table.
-        inside = np.arange(ids.shape[1]) < np.asarray(row_lengths)[:, None]
-        ids = np.where(inside, ids, 0).astype(np.int64)
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+        rows = [row[:n].tolist() for row, n in zip(ids, row_lengths)]
+        if any(min(row) < 0 or max(row) >= self.config.vocab_size for row in rows):
             raise UsageError(f"input_ids: ids must be 0 to {self.config.vocab_size - 1}")
-        return ids, row_lengths
+        return rows
 
-    def _check_features(
-        self, ids: NDArray[np.int64], lengths: Sequence[int], features: Optional[ArrayLike]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        vision = self.config.visual
-        shape = (vision.n_queries, self.config.hidden_size)
-        pictures = np.zeros((0, *shape), np.float32) if features is None else np.asarray(features, np.float32)
-        if pictures.ndim != 3 or pictures.shape[1:] != shape:
-            raise UsageError(f"features: shape {list(pictures.shape)}, must be [N, {shape[0]}, {shape[1]}]")
-        spans = [
-            (row, start, end)
-            for row, length in enumerate(lengths)
-            for start, end in image_spans(ids[row, :length].tolist(), vision.image_start_id, vision.n_queries)
-        ]
-        if len(spans) != len(pictures):
-            raise UsageError(
-                f"features: {len(pictures)} picture(s), but the prompt has {len(spans)} <img> … </img> place(s)"
-            )
-        return np.ascontiguousarray(pictures), np.asarray(spans, np.int64).reshape(-1, 3)
+    def _check_features(self, features: Optional[ArrayLike]) -> NDArray[np.float32]:
+        shape = (self.config.visual.n_queries, self.config.hidden_size)
+        given = np.zeros((0, *shape), np.float32) if features is None else np.asarray(features, np.float32)
+        if given.ndim != 3 or given.shape[1:] != shape:
+            raise UsageError(f"features: shape {list(given.shape)}, must be [N, {shape[0]}, {shape[1]}]")
+        return np.ascontiguousarray(given)

@@ -12,6 +12,7 @@ import numpy as np
 
 from paddlemix_qwenvl_plugin.artifact.manifest import FileDigest, Manifest, read_manifest
 from paddlemix_qwenvl_plugin.artifact.params_file import check_records
+from paddlemix_qwenvl_plugin.engine.operators import load as load_operators
 from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.threads import cpu_threads
@@ -47,39 +48,44 @@ class Stage:
 
     @property
     def compute_dtype(self) -> str:
-        """What activations and the KV cache are computed in on this device; the engine takes it for the cache."""
-        return "float32" if self.device == "cpu" and not self.fused else self.manifest.dtype
+        """What the portable programs compute in on this device."""
+        return "float32" if self.device == "cpu" else self.manifest.dtype
 
     @functools.cached_property
-    def fused(self) -> bool:
-        """Whether the programs of the engine are used; where it can be, it is built now.
+    def engine(self) -> bool:
+        """Whether the engine computes this stage; where it can be, it is built now.
 
         Raises:
-            UsageError, QwenVLError: the programs that were asked for cannot be had.
+            UsageError, QwenVLError: what was asked for cannot be had.
         """
-        choice, programs = engine_choice(), self.manifest.programs
-        portable = any(f"{self.prefix.name}{form}" in programs for form in _FORMS)
-        if portable and (self.device != "cpu" or not any(".fused." in name for name in programs)):
-            if choice == "fused":
+        choice = engine_choice()
+        if self.manifest.quant_type is not None:
+            if choice == "portable" or self.device != "cpu":
                 raise UsageError(
-                    f"QWENVL_ENGINE=fused: {self.prefix} was exported without the engine; export again"
-                    if self.device == "cpu"
-                    else "QWENVL_ENGINE=fused: the engine runs on CPUs so far; use --device cpu"
+                    f"{self.prefix}: quantised weights ({self.manifest.quant_type}) need the engine, "
+                    + (
+                        "not QWENVL_ENGINE=portable"
+                        if self.device == "cpu"
+                        else "and that --device cpu so far"
+                    )
                 )
+            return engine_available("fused")
+        if self.device != "cpu":
+            if choice == "fused":
+                raise UsageError("QWENVL_ENGINE=fused: the engine runs on CPUs so far; use --device cpu")
             return False
-        if portable:
-            return engine_available(choice)
-        if choice == "portable" or self.device != "cpu":
-            raise UsageError(
-                f"{self.prefix}: quantised weights ({self.manifest.quant_type}) need the engine, "
-                + ("not QWENVL_ENGINE=portable" if self.device == "cpu" else "and that --device cpu so far")
-            )
-        return engine_available("fused")
+        return engine_available(choice)
 
     def open(self, suffix: str = "") -> Program:
-        """Load the program PREFIX + suffix."""
+        """Load the program PREFIX + suffix in Paddle Inference: the engine's operator, if it is to be used and there.
+
+        `.step` programs are portable.
+        """
         half_on_cpu = self.device == "cpu" and self.manifest.dtype != "float32"
-        target = ".fused" if self.fused else ".cpu" if half_on_cpu else ""
+        target = ".cpu" if half_on_cpu else ""
+        if not suffix and self.engine and any(".fused." in name for name in self.manifest.programs):
+            load_operators()
+            target = ".fused"
         programs = [
             self.prefix.with_name(f"{self.prefix.name}{suffix}{target}{form}") for form in self._forms
         ]

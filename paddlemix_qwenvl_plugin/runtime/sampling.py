@@ -1,7 +1,8 @@
-"""Picking a row's next token from its logits, in NumPy on the host."""
+"""Picking the next token from logits in NumPy, as the engine does it (qvl_sampling in csrc/include/qwenvl.h)."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,37 +15,33 @@ _FORBIDDEN = -1e10
 
 
 class RowSampler:
-    """One row's options, what it has generated, and its own random generator."""
+    """The options of a request, how often it has generated which token, and its random numbers."""
 
-    def __init__(self, options: GenerationOptions, eos_token_ids: Sequence[int], vocab_size: int) -> None:
-        self.options = options
-        self.tokens: list[int] = []
-        self.ended = False
-        self._eos = [token for token in eos_token_ids if 0 <= token < vocab_size]
-        self._counts = np.zeros(vocab_size, np.int32)
-        self._random = np.random.default_rng(options.seed)
-
-    @property
-    def finished(self) -> bool:
-        return self.ended or len(self.tokens) >= self.options.max_new_tokens
-
-    @property
-    def finish_reason(self) -> str:
-        """ "stop": an end token; "length": as many tokens as asked for."""
-        return "stop" if self.ended else "length"
+    def __init__(
+        self,
+        options: GenerationOptions,
+        stop_token_ids: Sequence[int],
+        vocab_size: int,
+        tokens: Sequence[int] = (),
+    ) -> None:
+        """`tokens` are those generated so far."""
+        self._options = options
+        self._stop = [token for token in stop_token_ids if 0 <= token < vocab_size]
+        self._counts = np.bincount(tokens, minlength=vocab_size) if tokens else np.zeros(vocab_size, np.int64)
+        self._n_tokens = len(tokens)
+        self._seed = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
 
     def pick(self, logits: NDArray[np.float32]) -> int:
         """Take the next token from float32 logits [vocab_size] and remember it."""
         token = self._choose(self._adjust(logits))
-        self.tokens.append(token)
         self._counts[token] += 1
-        self.ended = token in self._eos
+        self._n_tokens += 1
         return token
 
     def _adjust(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
-        options, adjusted = self.options, logits.astype(np.float64)
-        if len(self.tokens) < options.min_new_tokens:
-            adjusted[self._eos] = _FORBIDDEN
+        options, adjusted = self._options, logits.astype(np.float64)
+        if self._n_tokens < options.min_new_tokens:
+            adjusted[self._stop] = _FORBIDDEN
         seen = np.flatnonzero(self._counts)
         if seen.size:
             values = adjusted[seen]
@@ -57,7 +54,7 @@ class RowSampler:
         return adjusted
 
     def _choose(self, logits: NDArray[np.float64]) -> int:
-        options = self.options
+        options = self._options
         if options.greedy:
             return int(logits.argmax())
         scaled = logits / (options.temperature or 1.0)
@@ -68,5 +65,14 @@ class RowSampler:
         before = np.cumsum(probabilities) - probabilities
         kept = order[: int((before < (1.0 if options.top_p is None else options.top_p)).sum()) or 1]
         reach = np.cumsum(probabilities[: kept.size])
-        index = np.searchsorted(reach, self._random.random() * reach[-1], side="right")
+        index = np.searchsorted(reach, random_fraction(self._seed, self._n_tokens) * reach[-1], side="right")
         return int(kept[min(int(index), kept.size - 1)])
+
+
+def random_fraction(seed: int, counter: int) -> float:
+    """Draw number `counter` of a seed, in [0, 1): splitmix64, as the engine draws."""
+    mask = 2**64 - 1
+    z = (seed + (counter + 1) * 0x9E3779B97F4A7C15) & mask
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+    return float((z ^ z >> 31) >> 11) * 2.0**-53

@@ -8,7 +8,6 @@ import shutil
 import pytest
 from batch_helpers import (
     STREET,
-    CheapModel,
     open_cheap,
     openai_row,
     read_rows,
@@ -17,12 +16,13 @@ from batch_helpers import (
     user,
     write_rows,
 )
+from executors import record, say
 from PIL import Image
 
 from paddlemix_qwenvl_plugin import QwenVL, QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.batch.job import count_failed
 from paddlemix_qwenvl_plugin.batch.source import Source
-from paddlemix_qwenvl_plugin.runtime.feature_cache import FeatureCache
+from paddlemix_qwenvl_plugin.runtime.image_cache import ImageCache
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +91,16 @@ def test_answers_are_those_of_generate(vl, folder):
     assert {path.name for path in folder.iterdir()} == {"in", "out.jsonl"}
 
 
-def test_boxes_are_in_pixels_of_the_rows_last_picture(tiny_exported, folder):
+def test_boxes_are_in_pixels_of_the_rows_last_image(tiny_exported, folder, monkeypatch):
     model = open_cheap(tiny_exported)
     said = "<ref>a</ref><box>(0,0),(500,1000)</box>"
-    model.generate_ids = lambda ids, *_, **__: [model.tokenizer.encode(said)] * len(ids)
+    say(model, monkeypatch, model.tokenizer.encode(f"{said}<|endoftext|>"))
     rows = [
         {"id": 1, "images": ["red.png", "street.png"]},
         {"id": 2, "images": ["street.png", "red.png"]},
         {"id": 3, "prompt": "?"},
     ]
-    run_job(write_rows(folder / "in" / "in.jsonl", rows), folder / "out.jsonl", model)
+    run_job(write_rows(folder / "in" / "in.jsonl", rows), folder / "out.jsonl", model, max_new_tokens=99)
     results = read_rows(folder / "out.jsonl")
     assert [row["text"] for row in results] == [said] * 3
     boxes = [row["boxes"] for row in results]
@@ -158,13 +158,12 @@ def test_end_tokens_stop_and_are_not_said(cheap, folder):
     rows = [{"id": n, "prompt": f"{n}", "chat": n % 2 == 1} for n in range(20)]
     run_job(write_rows(folder / "in.jsonl", rows), folder / "out.jsonl", cheap)
     results = read_rows(folder / "out.jsonl")
-    assert {len(row["text"]) for row in results} == {3}
-    reasons = [(row["finish_reason"], row["usage"]["completion_tokens"]) for row in results]
-    assert set(reasons) == {("stop", 4), ("length", 3)}
+    reasons = {(len(row["text"]), row["finish_reason"], row["usage"]["completion_tokens"]) for row in results}
+    assert reasons == {(3, "stop", 4), (4, "length", 4)}
 
 
 def test_resume_after_a_cut_anywhere(cheap, folder, monkeypatch):
-    """Whatever is left of the partial file, the output is that of a run without a stop, and no batch runs in part.
+    """Whatever is left of the partial file, the output is that of a run without a stop, and no row is run again.
 
     test_journal.py cuts at every byte.
     """
@@ -178,52 +177,53 @@ def test_resume_after_a_cut_anywhere(cheap, folder, monkeypatch):
         return replace(path, target)
 
     target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
-    cheap.runs.clear()
+    cheap.executor.prompts.clear()
     with monkeypatch.context() as patch:
         patch.setattr(type(folder), "replace", keep_partial)
         run_job(source, target, cheap)
-    expected, all_runs = read_rows(target), list(cheap.runs)
+    expected, all_prompts = read_rows(target), list(cheap.executor.prompts)
     (whole,) = saved
     assert len(expected) == 16
-    assert whole.count(b"\n") == 1 + 14  # the first line, and no line that fails without being run
+    assert whole.count(b"\n") == 1 + 15  # the first line, and none for the row without an id
     ends = [n + 1 for n, byte in enumerate(whole) if byte == ord("\n")]
     for n in sorted({0, 1, *ends, *(end - 1 for end in ends), *(end - 9 for end in ends)}):
         target.unlink()
         partial.write_bytes(whole[:n])
-        cheap.runs.clear()
+        cheap.executor.prompts.clear()
         run_job(source, target, cheap)
         assert read_rows(target) == expected, n
-        n_runs = len(cheap.runs)
-        assert cheap.runs == all_runs[len(all_runs) - n_runs :]
+        n_run = len(cheap.executor.prompts)
+        assert cheap.executor.prompts == all_prompts[len(all_prompts) - n_run :]
         assert {path.name for path in folder.iterdir()} == {"in", "out.jsonl"}
-    assert n_runs == 0
+    assert n_run == 0
 
 
 def test_a_failing_model_leaves_what_was_answered(cheap, folder, monkeypatch):
     source = write_rows(folder / "in.jsonl", [{"id": n, "prompt": f"{n}"} for n in range(12)])
     target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
-    generate_ids = CheapModel.generate_ids
+    prompts = cheap.executor.prompts
+    step = cheap.executor.step
 
-    def failing(self, *args, **kwargs):
-        if len(self.runs) == 2:
+    def failing(chunks):
+        if len(prompts) == 8:
             raise QwenVLError("Paddle Inference failed")
-        return generate_ids(self, *args, **kwargs)
+        return step(chunks)
 
-    cheap.runs.clear()
+    prompts.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(CheapModel, "generate_ids", failing)
+        patch.setattr(cheap.executor, "step", failing)
         with pytest.raises(QwenVLError, match="Paddle Inference failed"):
             run_job(source, target, cheap)
-    assert partial.read_bytes().count(b"\n") == 1 + 8
+    assert partial.read_bytes().count(b"\n") == 1 + 4
     assert not target.exists()
     run_job(source, target, cheap)
-    assert len(cheap.runs) == 3
+    assert len(prompts) == 8 + 8
     assert [row["id"] for row in read_rows(target)] == list(range(12))
 
 
 def test_a_job_that_fails_at_once_leaves_nothing(cheap, folder, monkeypatch):
     source = write_rows(folder / "in.jsonl", [{"id": 1, "prompt": "?"}])
-    monkeypatch.setattr(CheapModel, "generate_ids", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(cheap.executor, "step", lambda chunks: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_job(source, folder / "out.jsonl", cheap)
     assert not (folder / "out.jsonl.partial").exists()
@@ -248,12 +248,13 @@ def test_another_jobs_partial_file_is_refused(tiny_exported, folder, change, dif
     source = write_rows(folder / "in.jsonl", [{"id": 0, "prompt": "?"}])
     target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
     kept = []
+    step = model.executor.step
 
-    def generate_ids(*args, **kwargs):
+    def keeping(chunks):
         kept.append(partial.read_bytes())
-        return [[1]]
+        return step(chunks)
 
-    model.generate_ids = generate_ids
+    model.executor.step = keeping
     run_job(source, target, model)
     target.unlink()
     partial.write_bytes(kept[0])
@@ -316,7 +317,7 @@ def test_a_byte_order_mark_and_windows_line_ends(folder):
     path.write_bytes(b'\xef\xbb\xbf{"id": 1, "prompt": "?"}\r\n\r\n{"id": 2, "prompt": "a\xe2\x80\xa8b"}')
     source = Source(path, {})
     assert [entry.id for entry in source.entries] == [1, 2]
-    assert source.row(1).request.query == [{"text": "a\u2028b"}]
+    assert source.row(1).asked.request.parts == [{"text": "a\u2028b"}]
 
 
 def test_an_input_that_changes_is_told(cheap, folder):
@@ -327,11 +328,10 @@ def test_an_input_that_changes_is_told(cheap, folder):
         source.row(0)
 
 
-def test_a_picture_that_several_rows_ask_about_is_encoded_once(vl, folder, monkeypatch):
-    """Also where the features of one picture only are remembered, and equal questions would go together by length."""
-    encode, encoded = vl._encode, []
-    monkeypatch.setattr(vl, "_encode", lambda picture: encoded.append(1) or encode(picture))
-    monkeypatch.setattr(vl, "_features", FeatureCache(max_bytes=1))
+def test_an_image_that_several_rows_ask_about_is_encoded_once(vl, folder, monkeypatch):
+    """Also where the features of one image only are remembered."""
+    work = record(vl, monkeypatch)
+    monkeypatch.setattr(vl._loop, "_images", ImageCache(max_bytes=1))
     for name in ("a", "b", "c"):
         Image.new("RGB", (8, 8), (ord(name), 0, 0)).save(folder / f"{name}.png")
     rows = [
@@ -340,7 +340,7 @@ def test_a_picture_that_several_rows_ask_about_is_encoded_once(vl, folder, monke
         for name in ("a", "b", "c")
     ]
     run_job(write_rows(folder / "in.jsonl", rows), folder / "out.jsonl", vl, 3, max_new_tokens=1)
-    assert len(encoded) == 3
+    assert work.done.count("encode") == 3
 
 
 def test_a_longer_row_does_not_cut_a_shorter_one(vl, tmp_path, monkeypatch):

@@ -8,10 +8,11 @@ import pytest
 from batch_helpers import openai_row, text, user
 
 from paddlemix_qwenvl_plugin import GenerationOptions, UsageError
-from paddlemix_qwenvl_plugin.batch.request import Reply, Request
+from paddlemix_qwenvl_plugin.batch.request import Asked, Reply
 from paddlemix_qwenvl_plugin.batch.rows import error_line, id_key, read_row, reply_line, result_id
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
+from paddlemix_qwenvl_plugin.runtime.request import Request
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 ANSWER = Answer(
@@ -33,16 +34,14 @@ def read(row, **defaults):
 def test_plain():
     row = read({"id": 3, "image": "a.png", "prompt": "What?", "temperature": 0.5}, seed=1)
     assert (row.number, row.id, row.openai) == (7, 3, False)
-    assert row.request == Request(
-        [{"image": "a.png"}, {"text": "What?"}], GenerationOptions(temperature=0.5, seed=1)
-    )
+    options = GenerationOptions(temperature=0.5, seed=1)
+    assert row.asked == Asked(Request([{"image": "a.png"}, {"text": "What?"}], options))
 
 
 def test_plain_with_everything():
     row = read({"id": "a", "images": ["a.png", "b.png"], "chat": True, "system": "Be brief.", "prompt": None})
-    assert row.request == Request(
-        [{"image": "a.png"}, {"image": "b.png"}], GenerationOptions(), chat=True, system="Be brief."
-    )
+    parts = [{"image": "a.png"}, {"image": "b.png"}]
+    assert row.asked == Asked(Request(parts, GenerationOptions(), chat=True, system="Be brief."))
 
 
 def test_openai():
@@ -58,14 +57,14 @@ def test_openai():
         top_p=0.5,
     )
     assert (row.id, row.openai) == ("x", True)
-    assert row.request == Request(
+    request = Request(
         [{"text": "Sure?"}],
         GenerationOptions(max_new_tokens=5, seed=2, top_p=0.5),
         chat=True,
         history=[([{"image": "data:a"}, {"text": "What?"}], "A dog.")],
         system="Be brief.",
-        model="m",
     )
+    assert row.asked == Asked(request, "m")
 
 
 def test_openai_options_have_their_names_here():
@@ -73,7 +72,7 @@ def test_openai_options_have_their_names_here():
     row = read(
         openai_row("x", [user("?")], max_completion_tokens=6, user="me", metadata={"a": "b"}, **options)
     )
-    assert row.request.options == GenerationOptions(max_new_tokens=6, **options)
+    assert row.asked.request.options == GenerationOptions(max_new_tokens=6, **options)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +93,8 @@ def test_openai_options_have_their_names_here():
 def test_rows_without_an_id(row, message):
     found = read(row)
     assert found.id is None
-    assert isinstance(found.request, UsageError)
-    assert str(found.request).startswith(message)
+    assert isinstance(found.asked, UsageError)
+    assert str(found.asked).startswith(message)
 
 
 @pytest.mark.parametrize("line", [b'{"custom_id": "a", "bod', b'{"body": oops}'])
@@ -122,8 +121,8 @@ def test_a_damaged_line_is_answered_in_its_form(line):
 def test_wrong_plain_rows(row, message):
     found = read({"id": "a", **row})
     assert found.id == "a"
-    assert isinstance(found.request, UsageError)
-    assert str(found.request).startswith(message)
+    assert isinstance(found.asked, UsageError)
+    assert str(found.asked).startswith(message)
 
 
 def wrong(*messages, **body):
@@ -178,8 +177,8 @@ def wrong(*messages, **body):
 def test_wrong_openai_rows(row, message):
     found = read(row)
     assert (found.id, found.openai) == ("a", True)
-    assert isinstance(found.request, UsageError)
-    assert str(found.request).startswith(message)
+    assert isinstance(found.asked, UsageError)
+    assert str(found.asked).startswith(message)
 
 
 def test_plain_output():

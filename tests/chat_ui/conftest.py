@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import executors
 import pytest
 from chat_helpers import Terminal
 
 from paddlemix_qwenvl_plugin import QwenVL
-from paddlemix_qwenvl_plugin.runtime.sampling import RowSampler
 
 
 @pytest.fixture(scope="session")
@@ -22,15 +22,7 @@ def say(vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """say(text): all answers from now on."""
 
     def say(text: str) -> None:
-        ids = [*vl.tokenizer.encode(text), vl.tokenizer.im_end_id]
-
-        def pick(sampler: RowSampler, logits: object) -> int:
-            token = ids[len(sampler.tokens)]
-            sampler.tokens.append(token)
-            sampler.ended = token == ids[-1]
-            return token
-
-        monkeypatch.setattr(RowSampler, "pick", pick)
+        executors.say(vl, monkeypatch, [*vl.tokenizer.encode(text), vl.tokenizer.im_end_id])
 
     return say
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,13 +210,14 @@ def test_an_error_in_the_middle_of_an_answer(
     say("Yes, and so on.")
     talk("One?")
 
-    def fail(*_: object) -> None:
+    def fail(*_: object) -> list[int]:
         raise MemoryError
 
     steps = iter(range(3))
-    forward = vl._generator._forward
+    executor = vl._loop._executor
+    step = executor.step
     monkeypatch.setattr(
-        vl._generator, "_forward", lambda *args: fail() if next(steps, None) is None else forward(*args)
+        executor, "step", lambda chunks: fail() if next(steps, None) is None else step(chunks)
     )
     shown = talk("/image street.png", "Two?")
     assert shown.startswith("Picture 1: street.png, 960 x 640\n")
@@ -231,14 +233,15 @@ def test_ctrl_c_before_the_first_word(
 ) -> None:
     say("Yes.")
     talk("/image street.png")
-    encode = vl.encode_images
+    executor = vl._loop._executor
+    encode = executor.encode_image
 
-    def interrupted_encode(pixels: object) -> object:
+    def interrupted_encode(pixels: Any) -> Any:
         signal_ctrl_c()
         return encode(pixels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(vl, "encode_images", interrupted_encode)
+        patch.setattr(executor, "encode_image", interrupted_encode)
         assert "the question does not count" in talk("One?")
     assert session.turns == []
     assert len(session.attached) == 1

@@ -18,9 +18,9 @@ from PIL import Image
 
 from paddlemix_qwenvl_plugin.cli.main import app, main
 from paddlemix_qwenvl_plugin.demo import run as run_module
+from paddlemix_qwenvl_plugin.demo import score as evaluation
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
 from paddlemix_qwenvl_plugin.demo.run import MODEL, run_demo
-from paddlemix_qwenvl_plugin.evaluation import demo as evaluation
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 REPO = Path(__file__).resolve().parents[2]

@@ -14,13 +14,15 @@ import pytest
 
 from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.cli.main import app
+from paddlemix_qwenvl_plugin.demo import score as demo
 from paddlemix_qwenvl_plugin.demo.world.draw import draw
 from paddlemix_qwenvl_plugin.demo.world.tasks import held_out
-from paddlemix_qwenvl_plugin.evaluation import ask, demo
+from paddlemix_qwenvl_plugin.evaluation import ask
 from paddlemix_qwenvl_plugin.evaluation.captions import CaptionRow
 from paddlemix_qwenvl_plugin.evaluation.grounding import GroundingRow
 from paddlemix_qwenvl_plugin.evaluation.rows import Row
 from paddlemix_qwenvl_plugin.evaluation.vqa import VqaRow
+from paddlemix_qwenvl_plugin.processing.images import preprocess_all
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 
 Run = Callable[..., Any]
@@ -147,7 +149,7 @@ def test_the_prompts_are_the_official_ones(tiny_exported: Path) -> None:
         (CaptionRow(image="x.png", **CAPTIONS[0]), "Describe the image in English:"),
     ]
     for row, expected in asked:
-        ids = ask.prompt_ids(tokenizer, row.request())
+        ids = ask.prompt_ids(tokenizer, row.asked())
         slots = slice(ids.index(tokenizer.img_start_id) + 1, ids.index(tokenizer.img_end_id))
         assert slots.stop - slots.start == 256
         del ids[slots]
@@ -157,7 +159,7 @@ def test_the_prompts_are_the_official_ones(tiny_exported: Path) -> None:
 def test_a_question_cannot_bring_tags(tiny_exported: Path) -> None:
     tokenizer = QwenVL.from_exported(tiny_exported / "vision/vision", tiny_exported / "text/qwen").tokenizer
     row = VqaRow(image="x.png", question_id=1, question="<img>y.png</img> <box> <|im_end|>", answers=["no"])
-    special = [i for i in ask.prompt_ids(tokenizer, row.request()) if i >= tokenizer.eod_id]
+    special = [i for i in ask.prompt_ids(tokenizer, row.asked()) if i >= tokenizer.eod_id]
     assert set(special) == {tokenizer.img_start_id, tokenizer.img_end_id, tokenizer.img_pad_id}
     assert special.count(tokenizer.img_start_id) == 1
 
@@ -165,13 +167,13 @@ def test_a_question_cannot_bring_tags(tiny_exported: Path) -> None:
 def test_answers_are_what_the_model_says_to_prompt_and_picture(tiny_exported: Path) -> None:
     pair = QwenVL.from_exported(tiny_exported / "vision/vision", tiny_exported / "text/qwen")
     requests = [
-        ask.Request("data:image/png;base64," + picture, "What is it? Answer:") for picture in (BLACK, WHITE)
+        ask.Question("data:image/png;base64," + picture, "What is it? Answer:") for picture in (BLACK, WHITE)
     ]
     options = GenerationOptions(max_new_tokens=8, min_new_tokens=8)
     said = list(ask.answers(pair, requests, options))
     for request, text in zip(requests, said):
         ids = ask.prompt_ids(pair.tokenizer, request)
-        features = pair.encode_images(pair.preprocess(pair.load_images([request.image])))
+        features = pair.encode_images(preprocess_all(pair.load_images([request.image])))
         ends = [pair.tokenizer.eod_id, pair.tokenizer.im_end_id, pair.tokenizer.im_start_id]
         tokens = pair.generate_ids(
             np.array([ids]), features, eos_token_ids=ends, max_new_tokens=8, min_new_tokens=8
@@ -206,14 +208,14 @@ def test_demo_marks_answers(
 ) -> None:
     """An oracle gets all there is; one with other letters and tiny boxes gets nothing."""
 
-    def oracle(pair: QwenVL, sample: Any) -> str:
+    def oracle(sample: Any) -> str:
         answer = sample.turns[0].answer
         if not wrong:
             return answer
         moved = re.sub(r"\(\d+,\d+\),\(\d+,\d+\)", "(0,0),(9,9)", answer)
         return "".join(chr(ord(c) ^ 1) if c.isalpha() and c not in "refbox" else c for c in moved)
 
-    monkeypatch.setattr(demo, "answer", oracle)
+    monkeypatch.setattr(demo, "answers", lambda pair, samples: map(oracle, samples))
     figures = run("demo", "--n", "200", *stages(tiny_exported))
     assert figures["words"]["n"] > 100
     assert figures["boxes"]["n"] > 50

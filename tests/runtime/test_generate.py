@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines import ENGINES, open_pair
+from executors import say
 from PIL import Image
 
 from paddlemix_qwenvl_plugin import QwenVL, QwenVLError, UsageError, load_image, preprocess
@@ -22,21 +23,6 @@ STREET = Path(__file__).parents[2] / "recipes" / "pictures" / "street.png"
 @pytest.fixture(scope="module", params=ENGINES)
 def vl(tiny_exported, request):
     return open_pair(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", request.param)
-
-
-def says(vl, monkeypatch, tokens):
-    """Let the model say these tokens, whatever it is asked; returns the prompts that it gets."""
-    prompts = []
-
-    def steps(ids, lengths, features, img_pos, samplers, cache=None):
-        prompts.append(ids[0].tolist())
-        for token in tokens:
-            if not samplers[0].finished:
-                samplers[0].pick(np.eye(vl.config.vocab_size, dtype=np.float32)[token])
-                yield vl._generator.empty_cache(1, 1)
-
-    monkeypatch.setattr(vl._generator, "steps", steps)
-    return prompts
 
 
 def test_equals_the_steps_by_hand(vl):
@@ -73,7 +59,7 @@ def test_text_only(vl):
 
 def test_chat_stops_at_turn_tokens(vl, monkeypatch):
     tokenizer = vl.tokenizer
-    prompts = says(vl, monkeypatch, [72, 105, tokenizer.im_end_id, 72])
+    prompts = say(vl, monkeypatch, [72, 105, tokenizer.im_end_id, 72])
     answer = vl.generate("How?", chat=True, history=[("Who?", "Me.")])
     assert answer.text == "Hi"
     assert answer.finish_reason == "stop"
@@ -86,7 +72,7 @@ def test_chat_stops_at_turn_tokens(vl, monkeypatch):
 
 def test_boxes_of_the_answer(vl, monkeypatch):
     said = vl.tokenizer.encode("<ref>the car</ref><box>(100,200),(500,1000)</box> and <box>(1,2)</box>")
-    says(vl, monkeypatch, [*said, vl.tokenizer.eod_id])
+    say(vl, monkeypatch, [*said, vl.tokenizer.eod_id])
     answer = vl.generate([{"image": str(STREET)}, {"text": "Where?"}])
     assert answer.boxes == (Box("box", ((100, 200), (500, 1000)), "the car"),)
     assert answer.boxes[0].to_pixels(*answer.image_size) == ((96.0, 128.0), (480.0, 640.0))

@@ -41,18 +41,31 @@ def test_predictor_tokens(pair):
     assert tokens == [model.figures["tokens"].tolist()]
 
 
-def test_step_program_logits(pair):
-    """The prompt in two pieces, then its last tokens and the decode one by one: every logit of the goldens."""
-    model, vl, features = pair
-    ids = model.input_ids[0]
-    prompt = np.array([[len(ids)]])
-    state = {"cache": vl._generator.empty_cache(1, len(ids) + 24)}
+def test_step_program_logits(golden, name, extension, monkeypatch):
+    """The prompt in two pieces, then its last tokens and the decode one by one: every logit of the goldens.
 
-    def feed(chunk, pictures=features[:0], img_pos=model.img_pos[:0]):
-        logits, state["cache"] = state["cache"].run([np.asarray(chunk)], pictures, img_pos, prompt)
-        return logits[0]
+    Of the portable program; tests/csrc has the same of the engine.
+    """
+    monkeypatch.setenv("QWENVL_ENGINE", "portable")
+    model = golden(name)
+    [features] = Stage(program(model.vision, extension), "vision", "cpu").open()([model.images])
+    stage = Stage(program(model.language, extension), "language", "cpu")
+    step = stage.open(".step")
+    config, ids = stage.manifest.config, model.input_ids[0]
+    shape = [1, config.num_attention_heads, 1, config.head_dim]
+    cache = [step.zeros(shape, "float32") for _ in range(2 * config.num_hidden_layers)]
+    past = 0
+    nothing = np.zeros([1, config.visual.n_queries, config.hidden_size], "float32"), np.array([[-1, 0, 0]])
 
-    first = feed(ids[:-7], features, model.img_pos)
+    def feed(chunk, images=nothing):
+        nonlocal cache, past
+        lengths = (np.array([[n]]) for n in (len(chunk), past, len(ids)))
+        valid = np.arange(past + 1)[None] > 0
+        logits, *cache = step([np.array([chunk]), *images, *lengths, valid, *cache])
+        past += len(chunk)
+        return logits.numpy()[0]
+
+    first = feed(ids[:-7], (features.numpy(), model.img_pos))
     expected = model.figures["prefill_logits_last8"][0]
     np.testing.assert_allclose(first, expected[0], atol=1e-3, rtol=0)
     for token, row in zip(ids[-7:], expected[1:]):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines import ENGINES, open_pair
+from executors import record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +18,9 @@ from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.processing import prompts
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
-from paddlemix_qwenvl_plugin.runtime.feature_cache import FeatureCache
+from paddlemix_qwenvl_plugin.runtime.image_cache import ImageCache
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece, PieceBuilder
+from paddlemix_qwenvl_plugin.runtime.portable_executor import PortableExecutor
 from paddlemix_qwenvl_plugin.tiny import make as tiny
 from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
 
@@ -55,22 +57,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def work(vl, monkeypatch):
-    """What the predictor runs: "encode" for each picture, and how many tokens of the longest row."""
-    done = []
-    encode, forward = vl._encode, vl._generator._forward
-
-    def counting_encode(picture):
-        done.append("encode")
-        return encode(picture)
-
-    def counting_forward(chunks, *rest):
-        done.append(max(map(len, chunks)))
-        return forward(chunks, *rest)
-
-    monkeypatch.setattr(vl, "_encode", counting_encode)
-    monkeypatch.setattr(vl, "_features", FeatureCache())
-    monkeypatch.setattr(vl._generator, "_forward", counting_forward)
-    return done
+    """What the executor runs from now on."""
+    return record(vl, monkeypatch)
 
 
 def test_pieces_are_the_answer(vl):
@@ -142,12 +130,12 @@ def test_refs_and_boxes_come_whole(tokenizer):
 def test_a_closed_stream_stops_the_work(vl, work):
     with vl.stream(PICTURE, max_new_tokens=40) as stream:
         list(itertools.islice(stream, 2))
-    n_runs = len(work)
-    assert n_runs < 20
+    n_steps = len(work.steps)
+    assert n_steps < 20
     assert list(stream) == []
-    assert len(work) == n_runs
+    assert len(work.steps) == n_steps
     assert stream.answer.finish_reason == "cancelled"
-    assert stream.answer.token_ids == vl.generate(PICTURE, max_new_tokens=40).token_ids[: n_runs - 1]
+    assert stream.answer.token_ids == vl.generate(PICTURE, max_new_tokens=40).token_ids[:n_steps]
 
 
 def test_wrong_requests_fail_before_the_first_piece(vl):
@@ -160,40 +148,50 @@ def test_wrong_requests_fail_before_the_first_piece(vl):
 def test_a_picture_is_encoded_once(vl, work):
     vl.generate(PICTURE, max_new_tokens=1)
     vl.generate([*PICTURE, {"text": " Again?"}], max_new_tokens=1)
-    assert work.count("encode") == 1
+    assert work.done.count("encode") == 1
     vl.generate(OTHER_PICTURE, max_new_tokens=1)
-    assert work.count("encode") == 2
+    assert work.done.count("encode") == 2
 
 
-def test_feature_cache_forgets_the_oldest():
-    pictures = [np.full([3, 2, 2], i, np.float32) for i in range(3)]
+def test_image_cache_forgets_the_least_recently_used():
     features = np.zeros([4, 4], np.float32)
-    cache = FeatureCache(max_bytes=2 * features.nbytes)
+    cache = ImageCache(max_bytes=2 * features.nbytes)
     encoded = []
-    for picture in (0, 1, 0, 2, 0, 1):
-        cache.get(pictures[picture], lambda picture=picture: encoded.append(picture) or features)
+    for image in (0, 1, 0, 2, 0, 1):
+        if cache.get(b"%d" % image) is None:
+            encoded.append(image)
+            cache.put(b"%d" % image, features)
     assert encoded == [0, 1, 2, 1]
 
 
-def fresh(vl, chat, query, n_tokens):
-    """The same turn without anything kept."""
-    return vl.generate(query, chat=True, history=list(chat.history), max_new_tokens=n_tokens).token_ids
+def fresh(vl, history, query, n_tokens):
+    """The same turn by its history."""
+    return vl.generate(query, chat=True, history=list(history), max_new_tokens=n_tokens).token_ids
 
 
 def test_chat_runs_only_what_is_new(vl, work):
+    """On the engine a turn begins where the blocks of the last one end; an image is not encoded again on either."""
     chat = vl.chat()
-    first = chat.ask(PICTURE, max_new_tokens=6).finish()
-    del work[:]
-    query = "Sure?"
-    expected = fresh(vl, chat, query, 6)
-    prompt = next(width for width in work if width != "encode")
-    del work[:]
-    second = chat.ask(query, max_new_tokens=6).finish()
-    assert second.token_ids == expected
+    first = chat.ask(PICTURE, max_new_tokens=40).finish()
+    n_first = work.steps[0]
+    del work.done[:]
+    second = chat.ask("Sure?", max_new_tokens=6).finish()
+    assert "encode" not in work.done
+    if isinstance(work._executor, PortableExecutor):
+        assert work.steps[0] > n_first
+    else:
+        n_blocks = (n_first + 39) // 32
+        assert work.steps[0] == second_prompt(vl, first) - 32 * n_blocks < 100 < n_first
     assert second.image_size == first.image_size == (960, 640)
-    assert "encode" not in work
-    assert work[0] < 100 < 256 < prompt
-    assert [answer for _, answer in chat.history] == [first.text, second.text]
+    assert [answer for _, answer in chat.history] == [first.text.strip(), second.text.strip()]
+    vl._loop = type(vl._loop)(work._executor)  # without what is cached
+    assert second.token_ids == fresh(vl, [(PICTURE, first.text.strip())], "Sure?", 6)
+
+
+def second_prompt(vl, first):
+    """Tokens of the prompt of a second turn."""
+    history = [(PICTURE, first.text.strip())]
+    return len(prompts.chat_prompt(vl.tokenizer, [{"text": "Sure?"}], history).input_ids)
 
 
 def test_chat_equals_the_same_turns_without_a_cache(vl):
@@ -227,7 +225,7 @@ def test_chat_drops_its_oldest_turns(vl, monkeypatch):
     monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.predictor.chat_prompt", short)
     chat = vl.chat()
     for query in (PICTURE, OTHER_PICTURE, PICTURE, "Why?", OTHER_PICTURE):
-        expected = fresh(vl, chat, query if isinstance(query, list) else [{"text": query}], 6)
+        expected = fresh(vl, chat.history, query if isinstance(query, list) else [{"text": query}], 6)
         assert chat.ask(query, max_new_tokens=6).finish().token_ids == expected
 
 
@@ -236,7 +234,6 @@ def test_chat_forgets(vl, work):
     chat.ask(PICTURE, max_new_tokens=2).finish()
     chat.clear()
     assert chat.history == ()
-    del work[:]
     answer = chat.ask("Hello", max_new_tokens=2).finish()
     assert answer.image_size is None
     assert answer.token_ids == vl.generate("Hello", chat=True, max_new_tokens=2).token_ids
@@ -249,24 +246,18 @@ def test_a_failed_turn_is_no_turn(vl):
     assert chat.history == ()
 
 
-def test_stop_ends_after_the_token_in_work(vl, work, monkeypatch):
+def test_stop_ends_after_the_token_in_work(vl, work):
     """Also while no piece comes, and what was held back is handed out: the pieces are the answer's text."""
     chat = vl.chat()
     stream = chat.ask(PICTURE, max_new_tokens=40)
     said = [next(stream).text]
-    forward = vl._generator._forward
-
-    def stopping_forward(*args):
-        stream.stop()
-        return forward(*args)
-
-    monkeypatch.setattr(vl._generator, "_forward", stopping_forward)
-    n_runs = len(work)
+    work.before_step = stream.stop
+    n_steps = len(work.steps)
     said += [piece.text for piece in stream]
-    assert len(work) == n_runs + 1
+    assert len(work.steps) == n_steps + 1
     assert "".join(said) == stream.answer.text
     assert stream.answer.finish_reason == "cancelled"
-    assert [answer for _, answer in chat.history] == [stream.answer.text]
+    assert [answer for _, answer in chat.history] == [stream.answer.text.strip()]
 
 
 def test_a_stream_stopped_before_its_first_token_is_no_turn(vl, work):
@@ -274,23 +265,23 @@ def test_a_stream_stopped_before_its_first_token_is_no_turn(vl, work):
     stream = chat.ask("Hello", max_new_tokens=4)
     stream.stop()
     assert list(stream) == []
-    assert work == []
+    assert work.done == []
     assert chat.history == ()
 
 
-def test_a_turn_that_fails_in_the_middle_is_no_turn(vl, monkeypatch):
+def test_a_turn_that_fails_in_the_middle_is_no_turn(vl, work):
     chat = vl.chat()
     first = chat.ask(PICTURE, max_new_tokens=4).finish()
     stream = chat.ask("Sure?", max_new_tokens=8)
     next(stream)
 
-    def fail(*args):
+    def fail():
         raise QwenVLError("out of memory")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(vl._generator, "_forward", fail)
-        with pytest.raises(QwenVLError, match="out of memory"):
-            list(stream)
-    assert [answer for _, answer in chat.history] == [first.text]
-    expected = fresh(vl, chat, "Sure?", 8)
+    work.before_step = fail
+    with pytest.raises(QwenVLError, match="out of memory"):
+        list(stream)
+    work.before_step = lambda: None
+    assert [answer for _, answer in chat.history] == [first.text.strip()]
+    expected = fresh(vl, chat.history, "Sure?", 8)
     assert chat.ask("Sure?", max_new_tokens=8).finish().token_ids == expected

@@ -1,0 +1,123 @@
+"""Weights, engines and KV pools of the engine's library as Python objects; freed with them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from ctypes import byref, c_void_p, sizeof
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
+from paddlemix_qwenvl_plugin.engine import library as c
+from paddlemix_qwenvl_plugin.util.threads import cpu_threads
+
+
+class NamedTensor(NamedTuple):
+    """A weight: canonical name (qwenvl.h), dtype (a key of library.DTYPES), shape of its values, stored bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+
+
+class Weights:
+    """The weights of a stage. Engines made with them keep what they need."""
+
+    def __init__(self, handle: c_void_p, keep: Any = None) -> None:
+        self.handle = handle
+        self._keep = keep
+        weakref.finalize(self, c.load().qvl_weights_free, handle)
+
+    @classmethod
+    def open(cls, params: Path) -> Weights:
+        """Map a parameter file whose tensors carry their names (contract version 3).
+
+        Raises:
+            QwenVLError: the file is damaged.
+        """
+        handle = c_void_p()
+        c.call("qvl_weights_open", str(params).encode(), byref(handle))
+        return cls(handle)
+
+    @classmethod
+    def of(cls, tensors: Sequence[NamedTensor]) -> Weights:
+        """Take tensors in memory, aligned to 64 bytes; they are not copied."""
+        rows = (c.Tensor * len(tensors))()
+        for row, tensor in zip(rows, tensors):
+            row.name = tensor.name.encode()
+            row.data = tensor.data.ctypes.data
+            row.dtype = c.DTYPES[tensor.dtype]
+            row.n_dims = len(tensor.shape)
+            row.shape[: len(tensor.shape)] = tensor.shape
+            row.bytes = tensor.data.nbytes
+        handle = c_void_p()
+        c.call("qvl_weights_create", rows, len(tensors), sizeof(c.Tensor), byref(handle))
+        return cls(handle, tensors)
+
+
+class Engine:
+    """An engine for one stage, library.VISION or library.LANGUAGE, on the CPU."""
+
+    def __init__(self, weights: Weights, config: ModelConfig, stage: int) -> None:
+        """
+        Raises:
+            QwenVLError: a weight is missing or has another shape than the config asks for.
+        """
+        vision = config.visual
+        self.config = config
+        described = c.Config(
+            size=sizeof(c.Config),
+            stages=stage,
+            n_threads=cpu_threads(),
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            mlp_width=config.mlp_width,
+            vocab=config.vocab_size,
+            norm_epsilon=config.layer_norm_epsilon,
+            seq_length=config.seq_length,
+            max_positions=config.max_position_embeddings,
+            rotary_base=config.rotary_emb_base,
+            dynamic_ntk=config.use_dynamic_ntk,
+            logn=config.use_logn_attn,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            vision_width=vision.width,
+            vision_layers=vision.layers,
+            vision_heads=vision.heads,
+            vision_mlp_width=vision.mlp_width,
+            n_queries=vision.n_queries,
+        )
+        self.handle = c_void_p()
+        c.call("qvl_engine_create", byref(described), weights.handle, byref(self.handle))
+        self._weights = weights
+        self._free = weakref.finalize(self, c.load().qvl_engine_free, self.handle)
+
+    def encode_images(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Stage 1: float32 [N, 3, image_size, image_size] -> float32 [N, n_queries, hidden_size]."""
+        features = np.empty([len(pixels), self.config.visual.n_queries, self.config.hidden_size], np.float32)
+        c.call("qvl_encode_images", self.handle, len(pixels), pixels.ctypes.data, features.ctypes.data, None)
+        return features
+
+
+class KvPool:
+    """Keys and values in `n_blocks` blocks of `block_tokens` tokens; memory is taken as blocks are written."""
+
+    def __init__(self, engine: Engine, n_blocks: int, block_tokens: int, dtype: str) -> None:
+        self.handle = c_void_p()
+        self._engine = engine  # must outlive the pool
+        c.call(
+            "qvl_kv_pool_create", engine.handle, n_blocks, block_tokens, c.DTYPES[dtype], byref(self.handle)
+        )
+        weakref.finalize(self, c.load().qvl_kv_pool_free, self.handle)
+
+    @staticmethod
+    def block_bytes(engine: Engine, block_tokens: int, dtype: str) -> int:
+        """Bytes of a block, keys and values of all layers."""
+        return int(c.load().qvl_kv_pool_bytes(engine.handle, 1, block_tokens, c.DTYPES[dtype]))

@@ -1,0 +1,216 @@
+"""The C interface of the engine (csrc/include/qwenvl.h) through ctypes. Calls release Python's global lock."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char,
+    c_char_p,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
+from typing import Any
+
+from paddlemix_qwenvl_plugin.engine.build import library
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4_g64": 3, "int4_g128": 4, "float16": 5}
+"""The codes of qvl_dtype."""
+
+VISION, LANGUAGE = 1, 2
+"""QVL_STAGE_*."""
+
+NO_LOGITS, GENERATED = 1, 2
+"""QVL_SEQUENCE_*."""
+
+
+class Error(Structure):
+    _fields_ = [("message", c_char * 512)]
+
+
+class Config(Structure):
+    _fields_ = [
+        ("size", c_uint32),
+        ("stages", c_uint32),
+        ("device", c_int32),
+        ("device_index", c_int32),
+        ("n_threads", c_int32),
+        ("isa", c_int32),
+        ("max_tokens", c_int32),
+        ("hidden", c_int32),
+        ("layers", c_int32),
+        ("heads", c_int32),
+        ("head_dim", c_int32),
+        ("mlp_width", c_int32),
+        ("vocab", c_int32),
+        ("norm_epsilon", c_float),
+        ("seq_length", c_int32),
+        ("max_positions", c_int32),
+        ("rotary_base", c_float),
+        ("dynamic_ntk", c_int32),
+        ("logn", c_int32),
+        ("image_size", c_int32),
+        ("patch_size", c_int32),
+        ("vision_width", c_int32),
+        ("vision_layers", c_int32),
+        ("vision_heads", c_int32),
+        ("vision_mlp_width", c_int32),
+        ("n_queries", c_int32),
+        ("compute", c_int32),
+    ]
+
+
+class Tensor(Structure):
+    _fields_ = [
+        ("name", c_char_p),
+        ("data", c_void_p),
+        ("dtype", c_int32),
+        ("device", c_int32),
+        ("n_dims", c_int32),
+        ("shape", c_int64 * 4),
+        ("bytes", c_uint64),
+    ]
+
+
+class DeviceInfo(Structure):
+    _fields_ = [
+        ("size", c_uint32),
+        ("name", c_char * 128),
+        ("memory_bytes", c_uint64),
+        ("free_bytes", c_uint64),
+        ("threads", c_int32),
+        ("compute_major", c_int32),
+        ("compute_minor", c_int32),
+        ("isa", c_char * 32),
+    ]
+
+
+class SequenceRow(Structure):
+    _fields_ = [
+        ("n_new", c_int32),
+        ("n_past", c_int32),
+        ("prompt_len", c_int32),
+        ("n_blocks", c_int32),
+        ("blocks", c_void_p),
+        ("flags", c_uint32),
+        ("reserved", c_uint32),
+    ]
+
+
+class Span(Structure):
+    _fields_ = [("start", c_int32), ("count", c_int32), ("features", c_void_p)]
+
+
+class Batch(Structure):
+    _fields_ = [
+        ("size", c_uint32),
+        ("n_sequences", c_int32),
+        ("sequences", c_void_p),
+        ("tokens", c_void_p),
+        ("n_spans", c_int32),
+        ("reserved", c_int32),
+        ("spans", c_void_p),
+        ("sequence_size", c_uint32),
+        ("span_size", c_uint32),
+    ]
+
+
+class Sampling(Structure):
+    _fields_ = [
+        ("size", c_uint32),
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("top_k", c_int32),
+        ("repetition_penalty", c_float),
+        ("frequency_penalty", c_float),
+        ("presence_penalty", c_float),
+        ("n_forbidden", c_int32),
+        ("forbidden", c_void_p),
+        ("seed", c_uint64),
+        ("counter", c_uint64),
+    ]
+
+
+class StepArgs(Structure):
+    _fields_ = [
+        ("size", c_uint32),
+        ("sampling_size", c_uint32),
+        ("batch", POINTER(Batch)),
+        ("rows", c_int32),
+        ("n_logprobs", c_int32),
+        ("sampling", c_void_p),
+        ("counts", c_void_p),
+        ("tokens", c_void_p),
+        ("logprobs", c_void_p),
+        ("top_tokens", c_void_p),
+        ("top_logprobs", c_void_p),
+        ("logits", c_void_p),
+    ]
+
+
+_HANDLE, _ERROR = c_void_p, POINTER(Error)
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "qvl_version": (c_char_p, []),
+    "qvl_packed_bytes": (c_uint64, [c_int32, c_int64, c_int64]),
+    "qvl_pack": (c_int32, [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_uint64, _ERROR]),
+    "qvl_get_device_info": (c_int32, [c_int32, c_int32, POINTER(DeviceInfo), _ERROR]),
+    "qvl_weights_create": (c_int32, [POINTER(Tensor), c_int64, c_uint32, POINTER(_HANDLE), _ERROR]),
+    "qvl_weights_open": (c_int32, [c_char_p, POINTER(_HANDLE), _ERROR]),
+    "qvl_weights_free": (None, [_HANDLE]),
+    "qvl_engine_create": (c_int32, [POINTER(Config), _HANDLE, POINTER(_HANDLE), _ERROR]),
+    "qvl_engine_free": (None, [_HANDLE]),
+    "qvl_engine_describe": (c_char_p, [_HANDLE]),
+    "qvl_encode_images": (c_int32, [_HANDLE, c_int64, c_void_p, c_void_p, c_void_p, _ERROR]),
+    "qvl_kv_pool_create": (c_int32, [_HANDLE, c_int32, c_int32, c_int32, POINTER(_HANDLE), _ERROR]),
+    "qvl_kv_pool_bytes": (c_uint64, [_HANDLE, c_int32, c_int32, c_int32]),
+    "qvl_kv_pool_free": (None, [_HANDLE]),
+    "qvl_sampling_init": (None, [POINTER(Sampling)]),
+    "qvl_step": (c_int32, [_HANDLE, _HANDLE, POINTER(StepArgs), c_void_p, _ERROR]),
+}
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The engine's library with the signatures of its functions, built now unless it is there.
+
+    Raises:
+        QwenVLError: it cannot be built.
+    """
+    # Global, so that the operators for Paddle (csrc/paddle) find the same engine.
+    built = ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(built, name)
+        function.restype, function.argtypes = result, arguments
+    return built
+
+
+def call(function: str, *arguments: Any) -> None:
+    """Call a function that returns a qvl_status and takes a qvl_error last.
+
+    Raises:
+        QwenVLError: the line that the engine gives.
+    """
+    error = Error()
+    if getattr(load(), function)(*arguments, byref(error)):
+        raise failure(error)
+
+
+def failure(error: Error) -> QwenVLError:
+    """What the engine says went wrong."""
+    return QwenVLError(error.message.decode("utf-8", "replace"))
+
+
+def device_info() -> DeviceInfo:
+    """The processor, and the memory that this process may use."""
+    info = DeviceInfo(size=ctypes.sizeof(DeviceInfo))
+    call("qvl_get_device_info", 0, 0, byref(info))
+    return info

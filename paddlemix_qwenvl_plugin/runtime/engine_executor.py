@@ -1,0 +1,240 @@
+"""Steps on the engine: a packed batch of prompts, parts of prompts and single tokens in one call."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.artifact.params_file import read_tensors
+from paddlemix_qwenvl_plugin.engine import library as c
+from paddlemix_qwenvl_plugin.engine.engine import Engine, KvPool, NamedTensor, Weights
+from paddlemix_qwenvl_plugin.runtime.generation import Generation
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.programs import Stage
+from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits, images_of
+
+_BLOCK_TOKENS = 32
+_STEP_TOKENS = 512
+_MAX_RUNNING = 256
+
+# The KV cache takes memory as it is filled, at most this part of what is free when the model is opened.
+_CACHE_SHARE = 0.25
+_CACHE_CONTEXTS = 64
+
+
+class EngineExecutor:
+    """See Executor."""
+
+    def __init__(self, vision: Stage, language: Stage, n_blocks: int | None = None) -> None:
+        """`n_blocks` of the KV cache; None: a share of the free memory."""
+        self._vision_stage = vision
+        config = language.manifest.config
+        self._vocab_size = config.vocab_size
+        self._language = Engine(_weights(language), config, c.LANGUAGE)
+        dtype = "float32" if language.manifest.dtype == "float32" else "bfloat16"
+        context = -(-config.max_position_embeddings // _BLOCK_TOKENS)
+        if n_blocks is None:
+            block_bytes = KvPool.block_bytes(self._language, _BLOCK_TOKENS, dtype)
+            affordable = int(c.device_info().free_bytes * _CACHE_SHARE) // block_bytes
+            n_blocks = max(context, min(affordable, _CACHE_CONTEXTS * context))
+        self._pool = KvPool(self._language, n_blocks, _BLOCK_TOKENS, dtype)
+        self.limits = Limits(_MAX_RUNNING, _STEP_TOKENS, n_blocks, _BLOCK_TOKENS)
+        self._rows: dict[Generation, _Row] = {}
+        self._batch = c.Batch(
+            size=ctypes.sizeof(c.Batch),
+            sequence_size=ctypes.sizeof(c.SequenceRow),
+            span_size=ctypes.sizeof(c.Span),
+        )
+        self._args = c.StepArgs(
+            size=ctypes.sizeof(c.StepArgs),
+            sampling_size=ctypes.sizeof(c.Sampling),
+            batch=ctypes.pointer(self._batch),
+        )
+        self._room = 0
+        self._sequences = (c.SequenceRow * 0)()
+        self._sampling = (c.Sampling * 0)()
+        self._grow(8)
+        self._step = c.load().qvl_step
+        self._error = c.Error()
+
+    @cached_property
+    def _vision(self) -> Engine:
+        return Engine(_weights(self._vision_stage), self._vision_stage.manifest.config, c.VISION)
+
+    def load(self, vision: bool) -> None:
+        """See Executor; the language stage is there already."""
+        if vision:
+            _ = self._vision
+
+    def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See Executor."""
+        [features] = self._vision.encode_images(pixels[None])
+        return features
+
+    def step(self, chunks: Sequence[Chunk]) -> list[int]:
+        """See Executor."""
+        tokens: list[int] = []
+        spans: list[tuple[int, int, NDArray[np.float32]]] = []
+        counts: list[int | None] = []
+        n_entries = n_rows = 0
+        for chunk in chunks:
+            generation = chunk.generation
+            row = self._rows.get(generation)
+            if row is None:
+                row = self._rows[generation] = _Row(generation, self._vocab_size)
+            row.update_blocks()
+            start = generation.n_computed
+            end = start + chunk.n
+            parts = [(start, end, False)] if generation.decoding else generation.entries(start, end)
+            for first, last, generated in parts:
+                if n_entries == self._room:
+                    self._grow(2 * self._room)
+                entry = self._sequences[n_entries]
+                entry.n_new = last - first
+                entry.n_past = first
+                entry.prompt_len = row.prompt_len
+                entry.n_blocks = row.n_blocks
+                entry.blocks = row.blocks_address
+                picks = chunk.picks and last == end
+                entry.flags = (0 if picks else c.NO_LOGITS) | (c.GENERATED if generated else 0)
+                n_entries += 1
+            if not generation.decoding:
+                for image, first, last in images_of(generation, start, end):
+                    assert image.features is not None
+                    features = image.features[first - image.slots[0] : last - image.slots[0]]
+                    spans.append((len(tokens) + first - start, last - first, features))
+            tokens += generation.ids(start, end)
+            if chunk.picks:
+                self._sampling[n_rows] = row.sampling(len(generation.tokens))
+                counts.append(row.counts_address)
+                n_rows += 1
+        self._run(tokens, spans, counts, n_entries, n_rows)
+        return self._picked[:n_rows]
+
+    def forget(self, generation: Generation) -> None:
+        """See Executor."""
+        self._rows.pop(generation, None)
+
+    def _run(
+        self,
+        tokens: list[int],
+        spans: list[tuple[int, int, NDArray[np.float32]]],
+        counts: list[int | None],
+        n_entries: int,
+        n_rows: int,
+    ) -> None:
+        batch, args = self._batch, self._args
+        ids = (ctypes.c_int32 * len(tokens))(*tokens)
+        batch.n_sequences = n_entries
+        batch.tokens = ctypes.addressof(ids)
+        batch.n_spans = len(spans)
+        rows = (c.Span * len(spans))()
+        for row, (start, n, features) in zip(rows, spans):
+            row.start, row.count, row.features = start, n, features.ctypes.data
+        batch.spans = ctypes.addressof(rows)
+        args.rows = n_rows
+        penalised = any(address is not None for address in counts)
+        addresses = (ctypes.c_void_p * n_rows)(*counts) if penalised else None
+        args.counts = ctypes.addressof(addresses) if addresses is not None else None
+        if self._step(self._language.handle, self._pool.handle, self._args, None, self._error):
+            raise c.failure(self._error)
+
+    def _grow(self, room: int) -> None:
+        """Make room for `room` entries and rows in a step."""
+        self._room = room
+        self._sequences = (c.SequenceRow * room)(*self._sequences)
+        self._sampling = (c.Sampling * room)(*self._sampling)
+        self._picked = (ctypes.c_int32 * room)()
+        self._batch.sequences = ctypes.addressof(self._sequences)
+        self._args.sampling = ctypes.addressof(self._sampling)
+        self._args.tokens = ctypes.addressof(self._picked)
+
+
+class _Row:
+    """What the engine is told of a request, besides what changes from step to step."""
+
+    def __init__(self, generation: Generation, vocab_size: int) -> None:
+        self._generation = generation
+        options = generation.options
+        self.prompt_len = len(generation.prompt)
+        self._blocks: list[int] = []
+        self._table: Any = (ctypes.c_int32 * 0)()
+        self.n_blocks = 0
+        self.blocks_address = 0
+        self._stop = [token for token in generation.stop_token_ids if 0 <= token < vocab_size]
+        self._forbidden = (ctypes.c_int32 * len(self._stop))(*self._stop)
+        self._sampling = _sampling(options)
+        self._counts: NDArray[np.int32] | None = None
+        self.counts_address: int | None = None
+        if (options.repetition_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0):
+            # A request that is computed again has generated tokens already.
+            self._counts = np.bincount(generation.tokens, minlength=vocab_size).astype(np.int32)
+            self.counts_address = self._counts.ctypes.data
+
+    def update_blocks(self) -> None:
+        """Bring the block table up to date."""
+        blocks = self._generation.blocks
+        if blocks is not self._blocks:  # it is computed again, in other blocks
+            self._blocks = blocks
+            self.n_blocks = 0
+        if len(blocks) != self.n_blocks:
+            if len(blocks) > len(self._table):
+                self._table = (ctypes.c_int32 * (2 * len(blocks)))(*blocks)
+                self.blocks_address = ctypes.addressof(self._table)
+            else:
+                self._table[self.n_blocks : len(blocks)] = blocks[self.n_blocks :]
+            self.n_blocks = len(blocks)
+
+    def sampling(self, n_tokens: int) -> c.Sampling:
+        """How the next token is picked after `n_tokens`; stop tokens are forbidden before min_new_tokens."""
+        sampling = self._sampling
+        sampling.counter = n_tokens
+        if n_tokens < self._generation.options.min_new_tokens and self._stop:
+            sampling.n_forbidden = len(self._stop)
+            sampling.forbidden = ctypes.addressof(self._forbidden)
+        else:
+            sampling.n_forbidden = 0
+        return sampling
+
+
+def _sampling(options: GenerationOptions) -> c.Sampling:
+    sampling = c.Sampling(size=ctypes.sizeof(c.Sampling))
+    c.load().qvl_sampling_init(sampling)
+    if not options.greedy:
+        sampling.temperature = 1.0 if options.temperature is None else options.temperature
+        sampling.top_p = 1.0 if options.top_p is None else options.top_p
+        sampling.top_k = min(options.top_k or 0, 2**31 - 1)
+    sampling.repetition_penalty = options.repetition_penalty
+    sampling.frequency_penalty = options.frequency_penalty
+    sampling.presence_penalty = options.presence_penalty
+    seed = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
+    sampling.seed = seed % 2**64
+    return sampling
+
+
+def _weights(stage: Stage) -> Weights:
+    """The weights of a stage, mapped; those of an export from before contract version 3 are read."""
+    if stage.manifest.contract >= 3:
+        return Weights.open(stage.params)
+    return Weights.of(
+        [
+            NamedTensor(entry.name, entry.dtype, entry.shape, _read(stage, entry.offset, entry.n_bytes))
+            for entry in read_tensors(stage.params, stage.manifest)
+        ]
+    )
+
+
+def _read(stage: Stage, offset: int, n_bytes: int) -> NDArray[np.uint8]:
+    """Bytes of the parameter file, in memory aligned to 64 bytes."""
+    room = np.empty(n_bytes + 63, np.uint8)
+    aligned = room[-room.ctypes.data % 64 :][:n_bytes]
+    with stage.params.open("rb") as file:
+        file.seek(offset)
+        file.readinto(aligned.data)
+    return aligned

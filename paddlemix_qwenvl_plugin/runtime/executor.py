@@ -1,0 +1,37 @@
+"""What computes a step: the engine (engine_executor.py) or the portable graph (portable_executor.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.runtime.generation import Generation
+from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
+
+NO_TOKEN = -1
+"""In place of a token, where the logits were not finite numbers."""
+
+
+class Executor(Protocol):
+    """Both stages of a model, with a KV cache. Calls come from one thread at a time."""
+
+    limits: Limits
+
+    def load(self, vision: bool) -> None:
+        """Open the programs now rather than at their first use, stage 1 only with `vision`."""
+
+    def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32 [3, image_size, image_size] -> features float32 [n_queries, hidden_size]."""
+
+    def step(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Compute the chunks, and pick a token for each with `picks`, in their order; NO_TOKEN where it cannot be.
+
+        Raises:
+            QwenVLError: the step failed as a whole.
+        """
+
+    def forget(self, generation: Generation) -> None:
+        """Free what is kept for a request beside its blocks: it has ended, or is computed from its beginning again."""

@@ -1,0 +1,35 @@
+"""The features of images seen before, by content."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MAX_BYTES = 256 * 2**20
+
+
+class ImageCache:
+    """Features by digest, up to `max_bytes` of them; the least recently used go first."""
+
+    def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._n_bytes = 0
+        self._features: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+
+    def get(self, digest: bytes) -> NDArray[np.float32] | None:
+        """The features of an image, float32 [n_queries, hidden_size], if they are there."""
+        features = self._features.get(digest)
+        if features is not None:
+            self._features.move_to_end(digest)
+        return features
+
+    def put(self, digest: bytes, features: NDArray[np.float32]) -> None:
+        """Keep features; one set is kept whatever its size."""
+        if digest not in self._features:
+            self._features[digest] = features
+            self._n_bytes += features.nbytes
+        while len(self._features) > 1 and self._n_bytes > self._max_bytes:
+            _, dropped = self._features.popitem(last=False)
+            self._n_bytes -= dropped.nbytes

@@ -1,0 +1,179 @@
+"""The one loop behind every front end: requests come in at any time, tokens come out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN, Executor
+from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
+from paddlemix_qwenvl_plugin.runtime.image_cache import ImageCache
+from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Scheduler
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+# How long prompts may hold up those who decode, in a step.
+_STALL_SECONDS = 0.25
+_LEAST_PROMPT_TOKENS = 32
+
+_NOT_FINITE = "the model's logits are not finite numbers: its weights are damaged (qwenvl verify checks them)"
+
+
+class Loop:
+    """Continuous batching: requests join and leave between steps.
+
+    There is no thread of its own. Whoever waits for tokens runs steps, which move all requests on; of several threads
+    one runs a step and the others wait for it.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._scheduler = Scheduler(executor.limits)
+        self._images = ImageCache()
+        self._lock = threading.Lock()  # of all but the two queues
+        self._submitted: deque[Generation] = deque()
+        self._cancelled: deque[Generation] = deque()
+
+    def load(self, vision: bool) -> None:
+        """Open the programs now rather than at their first use, stage 1 only with `vision`."""
+        with self._lock:
+            self._executor.load(vision)
+
+    def submit(self, generation: Generation) -> None:
+        """Queue a request; it joins at the next step."""
+        self._submitted.append(generation)
+
+    def cancel(self, generation: Generation) -> None:
+        """End a request, unless it has ended; what it holds is free at the next step, at once if none is running."""
+        self._cancelled.append(generation)
+        if self._lock.acquire(
+            blocking=False
+        ):  # never wait: the garbage collector may call this within a step
+            try:
+                self._take_queues()
+            finally:
+                self._lock.release()
+
+    def advance(
+        self, generation: Generation, n_seen: int, stopping: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Run steps until a request has more than `n_seen` tokens or has ended, or before one `stopping` says so.
+
+        Raises:
+            QwenVLError: the request failed.
+        """
+
+        def waiting() -> bool:
+            return len(generation.tokens) <= n_seen and not generation.finished
+
+        while waiting() and not stopping():
+            with self._lock:
+                if waiting():
+                    self._step()
+        if generation.error is not None:
+            raise generation.error
+
+    def step(self) -> bool:
+        """Run one step; False if there is nothing to run."""
+        with self._lock:
+            self._take_queues()
+            if self._scheduler.idle:
+                return False
+            self._step()
+            return True
+
+    def encode(self, image: ImageInput) -> NDArray[np.float32]:
+        """The features of an image, float32 [n_queries, hidden_size], encoded unless they are known."""
+        with self._lock:
+            return self._encode(image)
+
+    def _take_queues(self) -> None:
+        while self._submitted:
+            self._scheduler.add(self._submitted.popleft())
+        while self._cancelled:
+            generation = self._cancelled.popleft()
+            if not generation.finished:
+                generation.finish_reason = "cancelled"
+                self._drop(generation)
+
+    def _step(self) -> None:
+        self._take_queues()
+        try:
+            encoded = self._encode_next()
+            if encoded and not self._scheduler.running:
+                return  # nobody waits for tokens: who waits for this one may stop here
+            chunks = self._scheduler.schedule()
+            if chunks:
+                self._run(chunks)
+        except BaseException:  # Ctrl-C, or a defect: what the step left behind is not to be trusted
+            self._scheduler.preempt_all()
+            raise
+
+    def _encode_next(self) -> bool:
+        """Encode one image, if the next request waits for it: between two images the others go on."""
+        image = self._scheduler.image_to_encode()
+        if image is None:
+            return False
+        generation = self._scheduler.waiting[0]
+        start = time.perf_counter()
+        try:
+            image.features = self._encode(image)
+        except QwenVLError as error:
+            self._fail(generation, error)
+        generation.encode_seconds += time.perf_counter() - start
+        return True
+
+    def _encode(self, image: ImageInput) -> NDArray[np.float32]:
+        features = image.features if image.features is not None else self._images.get(image.digest)
+        if features is None:
+            assert image.pixels is not None
+            features = self._executor.encode_image(image.pixels)
+            self._images.put(image.digest, features)
+        return features
+
+    def _run(self, chunks: list[Chunk]) -> None:
+        start = time.perf_counter()
+        try:
+            picked = iter(self._executor.step(chunks))
+        except QwenVLError as error:  # the step takes its requests with it, and no others
+            for chunk in chunks:
+                self._fail(chunk.generation, error)
+            return
+        seconds = time.perf_counter() - start
+        n_prompt = 0
+        for chunk in chunks:
+            generation = chunk.generation
+            if generation.tokens:
+                generation.decode_seconds += seconds
+            else:
+                generation.prefill_seconds += seconds
+                n_prompt += chunk.n
+            self._scheduler.done(chunk)
+            if not chunk.picks:
+                continue
+            token = next(picked)
+            if token == NO_TOKEN:
+                self._fail(
+                    generation,
+                    QwenVLError("the model's logits are not finite numbers; are its weights damaged?"),
+                )
+                continue
+            generation.take(token)
+            if generation.finish_reason is not None:
+                self._drop(generation)
+        if n_prompt >= _LEAST_PROMPT_TOKENS:
+            tokens = int(n_prompt * _STALL_SECONDS / seconds)
+            most = self._scheduler.limits.step_tokens
+            self._scheduler.prompt_budget = min(max(tokens, _LEAST_PROMPT_TOKENS), most)
+
+    def _fail(self, generation: Generation, error: QwenVLError) -> None:
+        generation.error = error
+        self._drop(generation)
+
+    def _drop(self, generation: Generation) -> None:
+        self._scheduler.remove(generation)
+        self._executor.forget(generation)

@@ -1,0 +1,87 @@
+"""Steps on the portable step program in Paddle Inference, one request at a time (artifact/contract.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN
+from paddlemix_qwenvl_plugin.runtime.generation import Generation
+from paddlemix_qwenvl_plugin.runtime.programs import Program, Stage
+from paddlemix_qwenvl_plugin.runtime.sampling import RowSampler
+from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
+
+
+class PortableExecutor:
+    """See Executor. Keys and values are tensors that go into the program and come out longer."""
+
+    def __init__(self, vision: Stage, language: Stage) -> None:
+        self._vision_stage = vision
+        self._config = language.manifest.config
+        self._dtype = language.compute_dtype
+        self._program = language.open(".step")
+        context = self._config.max_position_embeddings
+        # One block that holds everything: there is nothing to share, and a prompt is run whole.
+        self.limits = Limits(1, context, 1, context, prefix_cache=False)
+        self._running: dict[Generation, tuple[RowSampler, list[Any]]] = {}
+
+    @cached_property
+    def _vision(self) -> Program:
+        return self._vision_stage.open()
+
+    def load(self, vision: bool) -> None:
+        """See Executor; the language stage is open already."""
+        if vision:
+            _ = self._vision
+
+    def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See Executor."""
+        features: NDArray[np.float32] = self._vision([pixels[None]])[0].numpy()[0]
+        return features
+
+    def step(self, chunks: Sequence[Chunk]) -> list[int]:
+        """See Executor."""
+        [chunk] = chunks
+        generation = chunk.generation
+        if generation not in self._running or generation.n_computed == 0:
+            sampler = RowSampler(
+                generation.options,
+                sorted(generation.stop_token_ids),
+                self._config.vocab_size,
+                generation.tokens,
+            )
+            self._running[generation] = sampler, self._empty_cache()
+        sampler, cache = self._running[generation]
+        past = generation.n_computed
+        ids = np.array([generation.ids(past, past + chunk.n)], np.int64)
+        features, positions = self._images(generation, past)
+        valid = np.arange(past + 1)[None] > 0  # the first slot is never valid
+        lengths = (np.array([[n]], np.int64) for n in (chunk.n, past, len(generation.prompt)))
+        logits, *cache = self._program([ids, features, positions, *lengths, valid, *cache])
+        self._running[generation] = sampler, cache
+        row = logits.numpy()[0]
+        return [sampler.pick(row) if np.isfinite(row).all() else NO_TOKEN]
+
+    def forget(self, generation: Generation) -> None:
+        """See Executor."""
+        self._running.pop(generation, None)
+
+    def _empty_cache(self) -> list[Any]:
+        """A program cannot be fed an empty tensor, so the cache of no tokens has one slot that is not valid."""
+        shape = [1, self._config.num_attention_heads, 1, self._config.head_dim]
+        return [self._program.zeros(shape, self._dtype) for _ in range(2 * self._config.num_hidden_layers)]
+
+    def _images(self, generation: Generation, past: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Features and positions of the images in the tokens from `past` on; without one, an image in row -1."""
+        images = [image for image in generation.images if image.slots[0] >= past]
+        if not images:
+            shape = [1, self._config.visual.n_queries, self._config.hidden_size]
+            return np.zeros(shape, np.float32), np.array([[-1, 0, 0]], np.int64)
+        features = np.stack([image.features for image in images])  # type: ignore[misc]  # encoded before
+        # The contract counts from `<img>` to `</img>`, the tags around the slots.
+        positions = [(0, image.slots[0] - 1 - past, image.slots[1] - past) for image in images]
+        return features, np.array(positions, np.int64)

@@ -1,0 +1,156 @@
+"""An answer while it is being generated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from types import TracebackType
+from typing import Optional
+
+from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.runtime.answer import Answer, answer_of
+from paddlemix_qwenvl_plugin.runtime.generation import Generation
+from paddlemix_qwenvl_plugin.runtime.loop import Loop
+from paddlemix_qwenvl_plugin.runtime.pieces import Piece, PieceBuilder
+
+
+class AnswerStream(Iterator[Piece]):
+    """An answer in pieces, generated as they are asked for.
+
+    `close()`, the end of a `with` block, or dropping the stream cancels the request; `answer` has what was said until
+    then. An error in the middle is raised by the iteration.
+    """
+
+    def __init__(
+        self,
+        open_loop: Callable[[], Loop],
+        generation: Generation,
+        tokenizer: QwenTokenizer,
+        image_size: Optional[tuple[int, int]],
+        prepare_seconds: float,
+        on_end: Callable[[Answer], None] = lambda answer: None,
+    ) -> None:
+        """
+        Args:
+            open_loop: gives the loop that the request is submitted to when its first piece is asked for.
+            image_size: see Answer.
+            prepare_seconds: what tokenising and loading images took.
+            on_end: called once with the answer when the generation ends or is cancelled after its first token; not
+                after an error.
+        """
+        self._open_loop = open_loop
+        self._generation = generation
+        self._tokenizer = tokenizer
+        self._image_size = image_size
+        self._prepare_seconds = prepare_seconds
+        self._load_seconds = 0.0
+        self._on_end = on_end
+        self._stopping = False
+        self._n_seen = 0  # tokens that were handed out
+        self._loop: Loop | None = None
+        self._tokens = self._generate()
+        self._pieces = self._assemble()
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def __enter__(self) -> AnswerStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def submit(self) -> AnswerStream:
+        """Queue the request now, so that it is computed beside others before its first piece is asked for."""
+        if self._loop is None:
+            start = time.perf_counter()
+            self._loop = self._open_loop()
+            self._load_seconds = time.perf_counter() - start
+            self._loop.submit(self._generation)
+        return self
+
+    def close(self) -> None:
+        """Cancel the request."""
+        self._pieces.close()
+        self._tokens.close()
+        if self._loop is not None:
+            self._loop.cancel(self._generation)
+
+    def stop(self) -> None:
+        """End the iteration after the token that is being generated.
+
+        Unlike `close()`, a signal handler or another thread may call this while a piece is awaited.
+        """
+        self._stopping = True
+
+    def finish(self) -> Answer:
+        """Generate what is left, and return the whole answer."""
+        for _ in self._tokens:
+            pass
+        return self.answer
+
+    @property
+    def done(self) -> bool:
+        """Whether its last token is computed."""
+        return self._generation.finished
+
+    @property
+    def n_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._generation.prompt)
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, or what was said so far."""
+        generation = self._generation
+        tokens = generation.tokens[: self._n_seen]
+        whole = generation.finish_reason is not None and len(tokens) == len(generation.tokens)
+        return answer_of(
+            self._tokenizer,
+            tokens,
+            generation.stop_token_ids,
+            self._image_size,
+            (generation.finish_reason if whole else None) or "cancelled",
+            {
+                "prepare": self._prepare_seconds,
+                "load": self._load_seconds,
+                "encode_images": generation.encode_seconds,
+                "prefill": generation.prefill_seconds,
+                "decode": generation.decode_seconds,
+                "tokens_per_second": max(0, len(generation.tokens) - 1)
+                / max(generation.decode_seconds, 1e-9),
+            },
+        )
+
+    def _is_stopping(self) -> bool:
+        return self._stopping
+
+    def _assemble(self) -> Generator[Piece, None, None]:
+        builder = PieceBuilder(self._tokenizer)
+        for token in self._tokens:
+            if token not in self._generation.stop_token_ids:
+                yield from builder.add(token)
+        yield from builder.finish()
+
+    def _generate(self) -> Generator[int, None, None]:
+        self.submit()
+        loop, generation = self._loop, self._generation
+        assert loop is not None
+        failed = False
+        try:
+            while not self._stopping:
+                loop.advance(generation, self._n_seen, self._is_stopping)
+                if len(generation.tokens) == self._n_seen:
+                    return
+                self._n_seen += 1
+                yield generation.tokens[self._n_seen - 1]
+        except Exception:
+            failed = True
+            raise
+        finally:
+            if not generation.finished:
+                loop.cancel(generation)
+            if self._n_seen and not failed:
+                self._on_end(self.answer)

@@ -1,0 +1,94 @@
+"""Executors for tests: one that records what another does, and one that says what it is told to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Optional, Union
+
+import numpy as np
+import pytest
+
+from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN, Executor
+from paddlemix_qwenvl_plugin.runtime.generation import Generation
+from paddlemix_qwenvl_plugin.runtime.loop import Loop
+from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
+
+
+class Recording:
+    """Passes everything on. `done` has "encode" for each image and, for each step, how many tokens it ran."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.limits = executor.limits
+        self.done: list[Union[str, int]] = []
+        self.before_step: Callable[[], Any] = lambda: None
+
+    @property
+    def steps(self) -> list[int]:
+        return [each for each in self.done if isinstance(each, int)]
+
+    def load(self, vision: bool) -> None:
+        self._executor.load(vision)
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        self.done.append("encode")
+        return self._executor.encode_image(pixels)
+
+    def step(self, chunks: Sequence[Chunk]) -> list[int]:
+        self.done.append(sum(chunk.n for chunk in chunks))
+        self.before_step()
+        return self._executor.step(chunks)
+
+    def forget(self, generation: Generation) -> None:
+        self._executor.forget(generation)
+
+
+class Scripted:
+    """Says `script(prompt)`, token by token, and computes nothing. `prompts` has those that it was asked."""
+
+    def __init__(
+        self, vl: QwenVL, script: Callable[[list[int]], Iterable[int]], limits: Optional[Limits] = None
+    ) -> None:
+        context = vl.config.max_position_embeddings
+        self.limits = limits or Limits(256, 512, 4 * context // 32, 32)
+        self._shape = [vl.config.visual.n_queries, vl.config.hidden_size]
+        self._script = script
+        self.prompts: list[list[int]] = []
+        self.steps: list[list[tuple[int, int]]] = []
+
+    def load(self, vision: bool) -> None:
+        pass
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        return np.zeros(self._shape, np.float32)
+
+    def step(self, chunks: Sequence[Chunk]) -> list[int]:
+        self.steps.append([(chunk.generation.n_computed, chunk.n) for chunk in chunks])
+        picked = []
+        for chunk in chunks:
+            generation = chunk.generation
+            if chunk.picks:
+                if not generation.tokens:
+                    self.prompts.append(generation.prompt)
+                said = list(self._script(generation.prompt))
+                n = len(generation.tokens)
+                picked.append(said[n] if n < len(said) else NO_TOKEN)
+        return picked
+
+    def forget(self, generation: Generation) -> None:
+        pass
+
+
+def record(vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Recording:
+    """A new loop without caches on the executor of `vl`, which records."""
+    recording = Recording(vl._loop._executor)
+    monkeypatch.setattr(vl, "_loop", Loop(recording))
+    return recording
+
+
+def say(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> list[list[int]]:
+    """Let the model say these tokens, whatever it is asked; returns the prompts that it gets."""
+    scripted = Scripted(vl, lambda prompt: tokens)
+    monkeypatch.setattr(vl, "_loop", Loop(scripted))
+    return scripted.prompts
