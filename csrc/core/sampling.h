@@ -1,0 +1,29 @@
+// What every device's sampler must do alike; the header says what.
+#pragma once
+
+#include <cstdint>
+
+#include "qwenvl.h"
+
+namespace qvl {
+
+// Draw number `counter` with this seed, in [0, 1).
+inline double random_fraction(uint64_t seed, uint64_t counter) {
+  uint64_t z = seed + (counter + 1) * 0x9E3779B97F4A7C15U;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBU;
+  z ^= z >> 31;
+  return static_cast<double>(z >> 11) * 0x1p-53;
+}
+
+inline bool penalised(const qvl_sampling& s) {
+  return s.repetition_penalty != 1 || s.frequency_penalty != 0 || s.presence_penalty != 0;
+}
+
+inline bool greedy(const qvl_sampling& s) {
+  return s.temperature == 0 || s.top_p == 0 || s.top_k == 1;
+}
+
+constexpr int kMaxLogprobs = 64;
+
+}  // namespace qvl
