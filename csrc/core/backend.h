@@ -15,6 +15,34 @@ struct KvPool {
   qvl_dtype dtype;
 
   virtual ~KvPool() = default;
+
+  // One block, all layers. What the functions on whole blocks pass has block_bytes(), as kv_block_bytes()
+  // says.
+  virtual void copy_block(int32_t from, int32_t to) = 0;
+  virtual void read_block(int32_t block, void* host) = 0;
+  virtual void write_block(int32_t block, const void* host) = 0;
+  virtual uint64_t block_bytes() const = 0;
+};
+
+// A point in the work of a stream.
+struct Event {
+  virtual ~Event() = default;
+
+  virtual void record(qvl_stream stream) = 0;
+  virtual bool done() = 0;
+  virtual void wait() = 0;
+};
+
+// How tokens are picked from rows of logits, and where they go; as in qvl_step_args.
+struct Picks {
+  int32_t n;
+  const qvl_sampling* sampling;
+  int32_t* const* counts;
+  int32_t* tokens;
+  float* logprobs;
+  int32_t n_top;
+  int32_t* top_tokens;
+  float* top_logprobs;
 };
 
 class Backend {
@@ -24,16 +52,25 @@ class Backend {
   virtual const char* describe() const = 0;
   virtual void* alloc(uint64_t bytes) = 0;
   virtual void dealloc(void* memory) = 0;
+  virtual void* alloc_host(uint64_t bytes) = 0;
+  virtual void dealloc_host(void* memory) = 0;
   virtual void copy(void* to, const void* from, uint64_t bytes, qvl_stream stream) = 0;
+  virtual void copy_async(void* to, const void* from, uint64_t bytes, qvl_stream stream) = 0;
   virtual void synchronize(qvl_stream stream) = 0;
+  virtual std::unique_ptr<Event> make_event() = 0;
 
   virtual std::unique_ptr<KvPool> make_pool(int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype) = 0;
   virtual void encode_images(int64_t n, const float* images, float* features, qvl_stream stream) = 0;
   virtual void forward(KvPool& pool, const qvl_batch& batch, float* logits, qvl_stream stream) = 0;
-  virtual void sample(int32_t n, const float* logits, const qvl_sampling* sampling, int32_t* const* counts,
-                      int32_t* tokens, qvl_stream stream) = 0;
+  virtual void sample(const float* logits, const Picks& picks, qvl_stream stream) = 0;
+  // forward, then sample; with `logits` NULL they are in scratch memory.
+  virtual void step(KvPool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
+                    qvl_stream stream) = 0;
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const qvl_config& config, const WeightTable& weights);
+
+// Fill everything but `size`.
+void describe_cpu(qvl_device_info* info);
 
 }  // namespace qvl

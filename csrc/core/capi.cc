@@ -1,11 +1,15 @@
 // The C boundary: NULLs and sizes are checked, errors become codes, the rest is elsewhere.
+#include <algorithm>
 #include <cstring>
+#include <deque>
+#include <vector>
 
 #include "core/checks.h"
 #include "core/config.h"
 #include "core/engine.h"
 #include "core/error.h"
 #include "core/pack.h"
+#include "core/structs.h"
 
 namespace qvl {
 namespace {
@@ -40,42 +44,27 @@ std::unique_ptr<Backend> make_backend(const qvl_config& config, const WeightTabl
   return make_cpu_backend(config, weights);
 }
 
-}  // namespace
-
-void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch* batch, float* logits,
-             qvl_stream stream) {
-  QVL_REQUIRE(pool.engine == &engine, QVL_INVALID, "pool: belongs to another engine");
-  check_batch(engine.config, *pool.blocks, batch);
-  const std::lock_guard<std::mutex> lock(engine.computing);
-  engine.backend->forward(*pool.blocks, *batch, logits, stream);
-}
-
-void sample(qvl_engine& engine, int32_t n, const float* logits, const qvl_sampling* sampling,
-            int32_t* const* counts, int32_t* tokens, qvl_stream stream) {
-  QVL_REQUIRE(has_language(engine.config), QVL_INVALID, "the engine has no language stage");
+// False if there is nothing to do.
+bool blocks_given(const qvl_kv_pool* pool, int32_t n) {
+  not_null(pool, "pool");
   QVL_REQUIRE(n >= 0, QVL_INVALID, "n is %d", n);
-  if (n == 0) return;
-  not_null(logits, "logits");
-  not_null(sampling, "sampling");
-  not_null(tokens, "tokens");
-  char where[32];
-  for (int32_t i = 0; i < n; ++i) {
-    snprintf(where, sizeof where, "sampling[%d]", i);
-    check_sampling(engine.config, where, sampling[i], counts != nullptr && counts[i] != nullptr);
-  }
-  const std::lock_guard<std::mutex> lock(engine.computing);
-  engine.backend->sample(n, logits, sampling, counts, tokens, stream);
+  return n > 0;
 }
 
-std::unique_ptr<qvl_kv_pool> make_pool(qvl_engine& engine, int32_t n_blocks, int32_t block_tokens,
-                                       qvl_dtype dtype) {
-  check_pool_sizes(engine.config, n_blocks, block_tokens, dtype);
-  auto pool = std::make_unique<qvl_kv_pool>();
-  pool->engine = &engine;
-  pool->blocks = engine.backend->make_pool(n_blocks, block_tokens, dtype);
-  return pool;
+// Bytes of a block.
+uint64_t checked_host(const KvPool& pool, int32_t n, const void* host, uint64_t bytes) {
+  not_null(host, "host");
+  const uint64_t block = pool.block_bytes();
+  QVL_REQUIRE(bytes / block == static_cast<uint64_t>(n) && bytes % block == 0, QVL_INVALID,
+              "bytes is %llu; %d blocks have %llu each", static_cast<unsigned long long>(bytes), n,
+              static_cast<unsigned long long>(block));
+  return block;
 }
 
+// What qvl_sampling_init sets.
+constexpr qvl_sampling kGreedy = {sizeof(qvl_sampling), 0, 1, 0, 1, 0, 0, 0, nullptr, 0, 0};
+
+}  // namespace
 }  // namespace qvl
 
 using qvl::guarded;
@@ -107,16 +96,88 @@ qvl_status qvl_unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* pack
   });
 }
 
-qvl_status qvl_engine_create(const qvl_config* config, const qvl_tensor* tensors, int64_t n_tensors,
-                             qvl_engine** engine, qvl_error* error) {
+int32_t qvl_device_count(qvl_device device) {
+  return device == QVL_DEVICE_CPU;
+}
+
+qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_device_info* info, qvl_error* error) {
+  return guarded(error, [&] {
+    not_null(info, "info");
+    const uint32_t size = info->size;
+    qvl::check_size<qvl_device_info>("info", "size", size);
+    QVL_REQUIRE(index >= 0 && index < qvl_device_count(device), QVL_INVALID,
+                "device %d, index %d: this library can use %d of that kind", device, index,
+                qvl_device_count(device));
+    qvl_device_info made{};
+    qvl::describe_cpu(&made);
+    made.size = size;
+    std::memcpy(info, &made, std::min<size_t>(size, sizeof made));
+  });
+}
+
+qvl_status qvl_weights_create(const qvl_tensor* tensors, int64_t n_tensors, uint32_t tensor_size,
+                              qvl_weights** weights, qvl_error* error) {
+  if (weights != nullptr) *weights = nullptr;
+  return guarded(error, [&] {
+    not_null(weights, "weights");
+    QVL_REQUIRE(n_tensors >= 0 && n_tensors <= (1 << 20), QVL_INVALID, "n_tensors is %lld",
+                static_cast<long long>(n_tensors));
+    QVL_REQUIRE(tensors != nullptr || n_tensors == 0, QVL_INVALID, "tensors is NULL");
+    const qvl::Fitted<qvl_tensor> given("tensors", "tensor_size", tensors, n_tensors, tensor_size);
+    auto all = std::make_shared<qvl::Tensors>();
+    for (int64_t i = 0; i < n_tensors; ++i) {
+      const char* name = given.data()[i].name;
+      QVL_REQUIRE(name != nullptr, QVL_INVALID, "tensors[%lld]: name is NULL", static_cast<long long>(i));
+      all->add(given.data()[i], name);
+    }
+    *weights = new qvl_weights{std::move(all)};
+  });
+}
+
+qvl_status qvl_weights_open(const char* path, qvl_weights** weights, qvl_error* error) {
+  if (weights != nullptr) *weights = nullptr;
+  return guarded(error, [&] {
+    not_null(path, "path");
+    not_null(weights, "weights");
+    *weights = new qvl_weights{qvl::map_params_file(path)};
+  });
+}
+
+int64_t qvl_weights_count(const qvl_weights* weights) {
+  return weights != nullptr ? static_cast<int64_t>(weights->tensors->list().size()) : 0;
+}
+
+qvl_status qvl_weights_get(const qvl_weights* weights, int64_t i, qvl_tensor* tensor, uint32_t tensor_size,
+                           qvl_error* error) {
+  return guarded(error, [&] {
+    not_null(weights, "weights");
+    not_null(tensor, "tensor");
+    qvl::check_size<qvl_tensor>("tensor", "tensor_size", tensor_size);
+    const std::vector<qvl_tensor>& list = weights->tensors->list();
+    QVL_REQUIRE(i >= 0 && i < static_cast<int64_t>(list.size()), QVL_INVALID,
+                "i is %lld; there are %zu weights", static_cast<long long>(i), list.size());
+    const qvl_tensor& found = list[static_cast<size_t>(i)];
+    std::memset(tensor, 0, tensor_size);
+    std::memcpy(tensor, &found, std::min<size_t>(tensor_size, sizeof found));
+  });
+}
+
+void qvl_weights_free(qvl_weights* weights) {
+  delete weights;
+}
+
+qvl_status qvl_engine_create(const qvl_config* config, qvl_weights* weights, qvl_engine** engine,
+                             qvl_error* error) {
   if (engine != nullptr) *engine = nullptr;
   return guarded(error, [&] {
     not_null(engine, "engine");
     auto made = std::make_unique<qvl_engine>();
     made->config = qvl::checked_config(config);
-    const qvl::WeightTable weights = qvl::checked_weights(made->config, tensors, n_tensors);
-    made->cache_dtype = qvl::cache_dtype(made->config, weights);
-    made->backend = qvl::make_backend(made->config, weights);
+    not_null(weights, "weights");
+    made->tensors = weights->tensors;
+    const qvl::WeightTable table = qvl::checked_weights(made->config, *made->tensors);
+    made->cache_dtype = qvl::cache_dtype(made->config, table);
+    made->backend = qvl::make_backend(made->config, table);
     *engine = made.release();
   });
 }
@@ -152,6 +213,66 @@ qvl_status qvl_copy(qvl_engine* engine, void* to, const void* from, uint64_t byt
     not_null(from, "from");
     engine->backend->copy(to, from, bytes, stream);
   });
+}
+
+qvl_status qvl_host_alloc(qvl_engine* engine, uint64_t bytes, void** memory, qvl_error* error) {
+  return guarded(error, [&] {
+    not_null(engine, "engine");
+    not_null(memory, "memory");
+    *memory = nullptr;
+    QVL_REQUIRE(bytes <= PTRDIFF_MAX, QVL_NO_MEMORY, "out of memory");
+    *memory = engine->backend->alloc_host(bytes);
+  });
+}
+
+void qvl_host_free(qvl_engine* engine, void* memory) {
+  if (engine != nullptr && memory != nullptr) engine->backend->dealloc_host(memory);
+}
+
+qvl_status qvl_copy_async(qvl_engine* engine, void* to, const void* from, uint64_t bytes, qvl_stream stream,
+                          qvl_error* error) {
+  return guarded(error, [&] {
+    not_null(engine, "engine");
+    if (bytes == 0) return;
+    not_null(to, "to");
+    not_null(from, "from");
+    engine->backend->copy_async(to, from, bytes, stream);
+  });
+}
+
+qvl_status qvl_event_create(qvl_engine* engine, qvl_event** event, qvl_error* error) {
+  if (event != nullptr) *event = nullptr;
+  return guarded(error, [&] {
+    not_null(engine, "engine");
+    not_null(event, "event");
+    *event = new qvl_event{engine->backend->make_event()};
+  });
+}
+
+qvl_status qvl_event_record(qvl_event* event, qvl_stream stream, qvl_error* error) {
+  return guarded(error, [&] {
+    not_null(event, "event");
+    event->point->record(stream);
+  });
+}
+
+qvl_status qvl_event_query(qvl_event* event, int32_t* done, qvl_error* error) {
+  return guarded(error, [&] {
+    not_null(event, "event");
+    not_null(done, "done");
+    *done = event->point->done();
+  });
+}
+
+qvl_status qvl_event_wait(qvl_event* event, qvl_error* error) {
+  return guarded(error, [&] {
+    not_null(event, "event");
+    event->point->wait();
+  });
+}
+
+void qvl_event_free(qvl_event* event) {
+  delete event;
 }
 
 qvl_status qvl_synchronize(qvl_engine* engine, qvl_stream stream, qvl_error* error) {
@@ -194,10 +315,43 @@ uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, int32_t b
   if (engine == nullptr) return 0;
   const qvl_config& c = engine->config;
   if (guarded(nullptr, [&] { qvl::check_pool_sizes(c, n_blocks, block_tokens, dtype); }) != QVL_OK) return 0;
-  const uint64_t element = dtype == QVL_FLOAT32 ? 4 : 2, blocks = static_cast<uint64_t>(n_blocks);
-  const uint64_t block = 2 * element * static_cast<uint64_t>(c.layers) * static_cast<uint64_t>(block_tokens) *
-                         static_cast<uint64_t>(c.hidden);
+  const uint64_t block = qvl::kv_block_bytes(c, block_tokens, dtype),
+                 blocks = static_cast<uint64_t>(n_blocks);
   return block <= PTRDIFF_MAX / blocks ? block * blocks : 0;
+}
+
+qvl_status qvl_kv_copy_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* from, const int32_t* to,
+                              qvl_stream, qvl_error* error) {
+  return guarded(error, [&] {
+    if (!qvl::blocks_given(pool, n)) return;
+    qvl::check_blocks(*pool->blocks, "from", n, from);
+    qvl::check_blocks(*pool->blocks, "to", n, to);
+    for (int32_t i = 0; i < n; ++i) {
+      if (from[i] != to[i]) pool->blocks->copy_block(from[i], to[i]);
+    }
+  });
+}
+
+qvl_status qvl_kv_read_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, void* host, uint64_t bytes,
+                              qvl_stream, qvl_error* error) {
+  return guarded(error, [&] {
+    if (!qvl::blocks_given(pool, n)) return;
+    qvl::check_blocks(*pool->blocks, "blocks", n, blocks);
+    const uint64_t block = qvl::checked_host(*pool->blocks, n, host, bytes);
+    auto* at = static_cast<char*>(host);
+    for (int32_t i = 0; i < n; ++i, at += block) pool->blocks->read_block(blocks[i], at);
+  });
+}
+
+qvl_status qvl_kv_write_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, const void* host,
+                               uint64_t bytes, qvl_stream, qvl_error* error) {
+  return guarded(error, [&] {
+    if (!qvl::blocks_given(pool, n)) return;
+    qvl::check_blocks(*pool->blocks, "blocks", n, blocks);
+    const uint64_t block = qvl::checked_host(*pool->blocks, n, host, bytes);
+    const auto* at = static_cast<const char*>(host);
+    for (int32_t i = 0; i < n; ++i, at += block) pool->blocks->write_block(blocks[i], at);
+  });
 }
 
 qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_batch* batch, float* logits,
@@ -205,33 +359,72 @@ qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_batch* b
   return guarded(error, [&] {
     not_null(engine, "engine");
     not_null(pool, "pool");
-    qvl::forward(*engine, *pool, batch, logits, stream);
+    const qvl::FittedBatch fitted(batch);
+    qvl::forward(*engine, *pool, fitted.get(), logits, stream);
   });
 }
 
-qvl_sampling qvl_sampling_default(void) {
-  qvl_sampling sampling = QVL_INIT(qvl_sampling);
-  sampling.top_p = 1;
-  sampling.repetition_penalty = 1;
-  return sampling;
+void qvl_sampling_init(qvl_sampling* sampling) {
+  if (sampling == nullptr || sampling->size > 4096) return;  // said by the function that it is passed to
+  const uint32_t size = sampling->size;
+  qvl_sampling made = qvl::kGreedy;
+  made.size = size;
+  std::memset(sampling, 0, size);
+  std::memcpy(sampling, &made, std::min<size_t>(size, sizeof made));
 }
 
 qvl_status qvl_sample(qvl_engine* engine, int32_t n, const float* logits, const qvl_sampling* sampling,
-                      int32_t* const* counts, int32_t* tokens, qvl_stream stream, qvl_error* error) {
+                      uint32_t sampling_size, int32_t* const* counts, int32_t* tokens, qvl_stream stream,
+                      qvl_error* error) {
   return guarded(error, [&] {
     not_null(engine, "engine");
-    qvl::sample(*engine, n, logits, sampling, counts, tokens, stream);
+    const qvl::Fitted<qvl_sampling> rows("sampling", "sampling_size", sampling, n, sampling_size);
+    qvl::Picks picks{};
+    picks.n = n;
+    picks.sampling = rows.data();
+    picks.counts = counts;
+    picks.tokens = tokens;
+    qvl::sample(*engine, logits, picks, stream);
+  });
+}
+
+qvl_status qvl_step(qvl_engine* engine, qvl_kv_pool* pool, const qvl_step_args* args, qvl_stream stream,
+                    qvl_error* error) {
+  return guarded(error, [&] {
+    not_null(engine, "engine");
+    not_null(pool, "pool");
+    const qvl_step_args a = qvl::fitted("args", args);
+    const qvl::FittedBatch batch(a.batch);
+    const qvl::Fitted<qvl_sampling> rows("sampling", "sampling_size", a.sampling, a.rows, a.sampling_size);
+    const qvl::Picks picks{a.rows,     rows.data(),  a.counts,     a.tokens,
+                           a.logprobs, a.n_logprobs, a.top_tokens, a.top_logprobs};
+    qvl::step(*engine, *pool, batch.get(), a.logits, picks, stream);
   });
 }
 
 qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const qvl_request* requests,
-                        int32_t n_end, const int32_t* end_ids, qvl_on_step on_step, void* user,
-                        int64_t stride, int32_t* tokens, qvl_result* results, qvl_stream stream,
+                        uint32_t request_size, int32_t n_end, const int32_t* end_ids, qvl_on_step on_step,
+                        void* user, int64_t stride, int32_t* tokens, qvl_result* results, qvl_stream stream,
                         qvl_error* error) {
   return guarded(error, [&] {
     not_null(engine, "engine");
+    QVL_REQUIRE(n >= 1 && n <= (1 << 16), QVL_INVALID, "n is %d; it must be 1 to %d", n, 1 << 16);
+    not_null(requests, "requests");
+    const qvl::Fitted<qvl_request> given("requests", "request_size", requests, n, request_size);
+    std::deque<qvl::Fitted<qvl_span>> spans;
+    std::vector<qvl::Request> all;
+    for (int32_t i = 0; i < n; ++i) {
+      const qvl_request& r = given.data()[i];
+      QVL_REQUIRE(r.n_spans <= (1 << 20) && r.reserved == 0, QVL_INVALID,
+                  "requests[%d]: n_spans is %d and reserved is %u; at most %d, and 0", i, r.n_spans,
+                  r.reserved, 1 << 20);
+      spans.emplace_back("requests", "span_size", r.spans, r.n_spans,
+                         r.span_size ? r.span_size : qvl::kFirstSize<qvl_span>);
+      all.push_back({r.n_tokens, r.tokens, r.n_spans, spans.back().data(), r.max_new, r.min_new,
+                     r.sampling ? qvl::fitted("sampling", r.sampling) : qvl::kGreedy});
+    }
     qvl::generate(*engine,
-                  {pool, n, requests, n_end, end_ids, on_step, user, stride, tokens, results, stream});
+                  {pool, n, all.data(), n_end, end_ids, on_step, user, stride, tokens, results, stream});
   });
 }
 

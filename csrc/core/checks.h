@@ -6,11 +6,16 @@
 namespace qvl {
 
 // Tokens in the batch. Fails if anything about it is wrong, ids aside.
-int64_t check_batch(const qvl_config& config, const KvPool& pool, const qvl_batch* batch);
+int64_t check_batch(const qvl_config& config, const KvPool& pool, const qvl_batch& batch);
 
 void check_spans(const char* where, int32_t n_spans, const qvl_span* spans, int64_t n_tokens);
 
-void check_sampling(const qvl_config& config, const char* where, const qvl_sampling& sampling, bool counted);
+// `where` names the array and `index` the place in it. counted: there are counts for its penalties.
+void check_sampling(const qvl_config& config, const char* where, int32_t index, const qvl_sampling& sampling,
+                    bool counted);
+
+// Block numbers from a caller.
+void check_blocks(const KvPool& pool, const char* name, int32_t n, const int32_t* blocks);
 
 void check_pool_sizes(const qvl_config& config, int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype);
 

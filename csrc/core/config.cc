@@ -1,10 +1,9 @@
 #include "core/config.h"
 
-#include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "core/error.h"
+#include "core/structs.h"
 
 namespace qvl {
 namespace {
@@ -58,12 +57,7 @@ void check_vision(const qvl_config& c) {
 }  // namespace
 
 qvl_config checked_config(const qvl_config* config) {
-  QVL_REQUIRE(config != nullptr, QVL_INVALID, "config is NULL");
-  constexpr uint32_t kSmallest = sizeof(qvl_config);  // of version 0.1
-  QVL_REQUIRE(config->size >= kSmallest && config->size <= 4096, QVL_INVALID,
-              "config: size is %u; set it with QVL_INIT(qvl_config)", config->size);
-  qvl_config c{};
-  std::memcpy(&c, config, std::min<size_t>(config->size, sizeof c));
+  qvl_config c = fitted("config", config);
   constexpr uint32_t kStages = QVL_STAGE_VISION | QVL_STAGE_LANGUAGE;
   QVL_REQUIRE(c.stages != 0 && (c.stages & ~kStages) == 0, QVL_INVALID,
               "config: stages is %u; it must be QVL_STAGE_VISION, QVL_STAGE_LANGUAGE or both", c.stages);
@@ -72,11 +66,20 @@ qvl_config checked_config(const qvl_config* config) {
   in_range("n_threads", c.n_threads, 0, 1024);
   in_range("isa", c.isa, QVL_ISA_BEST, QVL_ISA_AVX512_BF16);
   in_range("max_tokens", c.max_tokens, 0, kLargest);
+  in_range("compute", c.compute, QVL_COMPUTE_BEST, QVL_COMPUTE_FLOAT16);
   in_range("hidden", c.hidden, 1, kLargest);
   if (has_language(c)) check_language(c);
   if (has_vision(c)) check_vision(c);
   if (c.max_tokens == 0) c.max_tokens = 512;
   return c;
+}
+
+uint64_t kv_block_bytes(const qvl_config& c, int32_t block_tokens, qvl_dtype dtype) {
+  const uint64_t element = dtype == QVL_FLOAT32 ? 4 : dtype == QVL_INT8 ? 1 : 2;
+  const uint64_t scale = dtype == QVL_INT8 ? sizeof(float) : 0;
+  const uint64_t token = static_cast<uint64_t>(c.head_dim) * element + scale;  // of a head's keys, or values
+  return 2 * static_cast<uint64_t>(c.layers) * static_cast<uint64_t>(c.heads) *
+         static_cast<uint64_t>(block_tokens) * token;
 }
 
 }  // namespace qvl

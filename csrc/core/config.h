@@ -18,6 +18,9 @@ inline bool has_language(const qvl_config& c) {
   return (c.stages & QVL_STAGE_LANGUAGE) != 0;
 }
 
+// Bytes of the keys and values of a block's tokens in all layers.
+uint64_t kv_block_bytes(const qvl_config& config, int32_t block_tokens, qvl_dtype dtype);
+
 inline int patches(const qvl_config& c) {
   const int grid = c.image_size / c.patch_size;
   return grid * grid;

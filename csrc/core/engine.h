@@ -3,12 +3,16 @@
 
 #include <memory>
 #include <mutex>
-#include <string>
 
 #include "core/backend.h"
 
+struct qvl_weights {
+  std::shared_ptr<const qvl::Tensors> tensors;
+};
+
 struct qvl_engine {
   qvl_config config;
+  std::shared_ptr<const qvl::Tensors> tensors;  // that the back end reads from
   std::unique_ptr<qvl::Backend> backend;
   qvl_dtype cache_dtype;  // what qvl_generate makes its own pool of
   std::mutex computing;
@@ -19,19 +23,34 @@ struct qvl_kv_pool {
   std::unique_ptr<qvl::KvPool> blocks;
 };
 
+struct qvl_event {
+  std::unique_ptr<qvl::Event> point;
+};
+
 namespace qvl {
 
-// The checked calls, taking the engine's lock.
-void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch* batch, float* logits, qvl_stream stream);
-void sample(qvl_engine& engine, int32_t n, const float* logits, const qvl_sampling* sampling,
-            int32_t* const* counts, int32_t* tokens, qvl_stream stream);
+// The checked calls, taking the engine's lock. Structs are in today's layout.
+void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, qvl_stream stream);
+void sample(qvl_engine& engine, const float* logits, const Picks& picks, qvl_stream stream);
+void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
+          qvl_stream stream);
 std::unique_ptr<qvl_kv_pool> make_pool(qvl_engine& engine, int32_t n_blocks, int32_t block_tokens,
                                        qvl_dtype dtype);
+
+// A request of qvl_generate in today's layout.
+struct Request {
+  int32_t n_tokens;
+  const int32_t* tokens;
+  int32_t n_spans;
+  const qvl_span* spans;
+  int32_t max_new, min_new;
+  qvl_sampling sampling;
+};
 
 struct GenerateCall {
   qvl_kv_pool* pool;
   int32_t n;
-  const qvl_request* requests;
+  const Request* requests;
   int32_t n_end;
   const int32_t* end_ids;
   qvl_on_step on_step;

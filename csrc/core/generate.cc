@@ -1,6 +1,5 @@
 // qvl_generate: the prompts as one packed batch, then one token a request and step until all have ended.
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -8,6 +7,7 @@
 #include "core/config.h"
 #include "core/engine.h"
 #include "core/error.h"
+#include "core/sampling.h"
 
 namespace qvl {
 namespace {
@@ -30,10 +30,6 @@ class Buffer {
   T* data_;
 };
 
-bool penalised(const qvl_sampling& s) {
-  return s.repetition_penalty != 1 || s.frequency_penalty != 0 || s.presence_penalty != 0;
-}
-
 class Generation {
  public:
   Generation(qvl_engine& engine, const GenerateCall& call)
@@ -51,7 +47,6 @@ class Generation {
       n_counted += penalised(call_.requests[i].sampling);
     }
     Buffer<int32_t> ids(backend_, std::max(n_prompt, n));
-    Buffer<float> logits(backend_, n * vocab);
     Buffer<int32_t> counts(backend_, n_counted * vocab);
     const std::vector<int32_t> zeros(n_counted ? vocab : 0);
     counts_.assign(n, nullptr);
@@ -62,8 +57,8 @@ class Generation {
     }
     std::iota(active_.begin(), active_.end(), 0);
     for (int32_t step = 0; !active_.empty(); ++step) {
-      feed(step == 0, ids.data(), logits.data());
-      pick(ids.data(), logits.data());
+      feed(step == 0, ids.data());
+      pick(ids.data());
       take(step);
     }
   }
@@ -72,14 +67,12 @@ class Generation {
   void check() {
     const qvl_config& config = engine_.config;
     QVL_REQUIRE(has_language(config), QVL_INVALID, "the engine has no language stage");
-    QVL_REQUIRE(call_.n >= 1 && call_.n <= (1 << 16), QVL_INVALID, "n is %d; it must be at least 1", call_.n);
-    QVL_REQUIRE(call_.requests && call_.tokens && call_.results, QVL_INVALID,
-                "requests, tokens or results is NULL");
+    QVL_REQUIRE(call_.tokens && call_.results, QVL_INVALID, "tokens or results is NULL");
     QVL_REQUIRE(call_.n_end >= 0 && (call_.n_end == 0 || call_.end_ids), QVL_INVALID, "end_ids is NULL");
     int64_t n_prompt = 0;
     char where[48];
     for (int32_t i = 0; i < call_.n; ++i) {
-      const qvl_request& r = call_.requests[i];
+      const Request& r = call_.requests[i];
       snprintf(where, sizeof where, "requests[%d]", i);
       QVL_REQUIRE(r.n_tokens >= 1 && r.tokens, QVL_INVALID, "%s: has no tokens", where);
       QVL_REQUIRE(r.max_new >= 1, QVL_INVALID, "%s: max_new is %d; it must be at least 1", where, r.max_new);
@@ -89,7 +82,7 @@ class Generation {
                   "%s: %d tokens and %d new ones; the model takes %d", where, r.n_tokens, r.max_new,
                   config.max_positions);
       check_spans(where, r.n_spans, r.spans, r.n_tokens);
-      check_sampling(config, where, r.sampling, true);
+      check_sampling(config, "requests", i, r.sampling, true);
       n_prompt += r.n_tokens;
     }
     QVL_REQUIRE(n_prompt <= INT32_MAX, QVL_INVALID, "requests: too many tokens");
@@ -111,7 +104,7 @@ class Generation {
     int64_t n_blocks = 0;
     std::vector<int64_t> first(n + 1);
     for (size_t i = 0; i < n; ++i) {
-      const qvl_request& r = call_.requests[i];
+      const Request& r = call_.requests[i];
       n_blocks += (int64_t{r.n_tokens} + r.max_new + block_tokens - 1) / block_tokens;
       first[i + 1] = n_blocks;
     }
@@ -130,46 +123,43 @@ class Generation {
     first_block_ = std::move(first);
   }
 
-  // The prompts, or the last token of each active request.
-  void feed(bool prompts, int32_t* ids, float* logits) {
-    std::vector<qvl_sequence> sequences;
-    std::vector<qvl_span> spans;
-    std::vector<int32_t> host;
+  // Lay out the step's batch: the prompts, or the last token of each active request.
+  void feed(bool prompts, int32_t* ids) {
+    sequences_.clear();
+    spans_.clear();
+    fed_.clear();
     for (const int32_t i : active_) {
       const auto at = static_cast<size_t>(i);
-      const qvl_request& r = call_.requests[i];
-      const auto start = static_cast<int32_t>(host.size());
+      const Request& r = call_.requests[i];
+      const auto start = static_cast<int32_t>(fed_.size());
       if (prompts) {
-        host.insert(host.end(), r.tokens, r.tokens + r.n_tokens);
+        fed_.insert(fed_.end(), r.tokens, r.tokens + r.n_tokens);
         for (int32_t s = 0; s < r.n_spans; ++s) {
-          spans.push_back(r.spans[s]);
-          spans.back().start += start;
+          spans_.push_back(r.spans[s]);
+          spans_.back().start += start;
         }
       } else {
-        host.push_back(picked_[at]);
+        fed_.push_back(picked_[at]);
       }
-      const auto n_new = static_cast<int32_t>(host.size()) - start;
-      sequences.push_back({n_new, lengths_[at], r.n_tokens,
-                           static_cast<int32_t>(first_block_[at + 1] - first_block_[at]),
-                           blocks_.data() + first_block_[at]});
-      lengths_[at] += n_new;
+      qvl_sequence sequence{};
+      sequence.n_new = static_cast<int32_t>(fed_.size()) - start;
+      sequence.n_past = lengths_[at];
+      sequence.prompt_len = r.n_tokens;
+      sequence.n_blocks = static_cast<int32_t>(first_block_[at + 1] - first_block_[at]);
+      sequence.blocks = blocks_.data() + first_block_[at];
+      sequences_.push_back(sequence);
+      lengths_[at] += sequence.n_new;
     }
-    backend_.copy(ids, host.data(), host.size() * sizeof(int32_t), call_.stream);
-    qvl_batch batch = QVL_INIT(qvl_batch);
-    batch.n_sequences = static_cast<int32_t>(sequences.size());
-    batch.sequences = sequences.data();
-    batch.tokens = ids;
-    batch.n_spans = static_cast<int32_t>(spans.size());
-    batch.spans = spans.data();
-    forward(engine_, *pool_, &batch, logits, call_.stream);
+    backend_.copy(ids, fed_.data(), fed_.size() * sizeof(int32_t), call_.stream);
   }
 
-  void pick(int32_t* ids, const float* logits) {
-    std::vector<qvl_sampling> sampling;
-    std::vector<int32_t*> counts;
+  // Run the batch and pick a token for each of its sequences.
+  void pick(int32_t* ids) {
+    sampling_.clear();
+    step_counts_.clear();
     for (const int32_t i : active_) {
       const auto at = static_cast<size_t>(i);
-      const qvl_request& r = call_.requests[i];
+      const Request& r = call_.requests[i];
       const int32_t done = call_.results[i].n_tokens;
       qvl_sampling s = r.sampling;
       std::vector<int32_t>& forbidden = forbidden_[at];
@@ -179,22 +169,35 @@ class Generation {
       s.n_forbidden = static_cast<int32_t>(forbidden.size());
       s.forbidden = forbidden.data();
       s.counter += static_cast<uint64_t>(done);
-      sampling.push_back(s);
-      counts.push_back(counts_[at]);
+      sampling_.push_back(s);
+      step_counts_.push_back(counts_[at]);
     }
-    const auto n = static_cast<int32_t>(active_.size());
-    sample(engine_, n, logits, sampling.data(), counts.data(), ids, call_.stream);
+    qvl_batch batch = QVL_INIT(qvl_batch);
+    batch.n_sequences = static_cast<int32_t>(sequences_.size());
+    batch.sequences = sequences_.data();
+    batch.tokens = ids;
+    batch.n_spans = static_cast<int32_t>(spans_.size());
+    batch.spans = spans_.data();
+    Picks picks{};
+    picks.n = batch.n_sequences;
+    picks.sampling = sampling_.data();
+    picks.counts = step_counts_.data();
+    picks.tokens = ids;
+    step(engine_, *pool_, batch, nullptr, picks, call_.stream);
     step_tokens_.resize(active_.size());
     backend_.copy(step_tokens_.data(), ids, active_.size() * sizeof(int32_t), call_.stream);
-    backend_.synchronize(call_.stream);
   }
 
   // Hand the step's tokens out and drop the requests that have ended.
   void take(int32_t step) {
-    const std::vector<int32_t> requests = active_;
-    for (size_t row = 0; row < requests.size(); ++row) {
-      const int32_t i = requests[row], token = step_tokens_[row];
+    asked_ = active_;
+    for (size_t row = 0; row < asked_.size(); ++row) {
+      const int32_t i = asked_[row], token = step_tokens_[row];
       qvl_result& result = call_.results[i];
+      QVL_REQUIRE(
+          token >= 0, QVL_INTERNAL,
+          "requests[%d]: the logits of token %d have a NaN or no finite value; are the weights damaged?", i,
+          result.n_tokens);
       call_.tokens[i * call_.stride + result.n_tokens++] = token;
       picked_[static_cast<size_t>(i)] = token;
       if (std::find(ends_.begin(), ends_.end(), token) != ends_.end()) {
@@ -207,8 +210,8 @@ class Generation {
         std::remove_if(active_.begin(), active_.end(), [&](int32_t i) { return call_.results[i].finish; }),
         active_.end());
     if (call_.on_step == nullptr) return;
-    const auto n = static_cast<int32_t>(requests.size());
-    QVL_REQUIRE(call_.on_step(call_.user, step, n, requests.data(), step_tokens_.data()) == 0, QVL_STOPPED,
+    const auto n = static_cast<int32_t>(asked_.size());
+    QVL_REQUIRE(call_.on_step(call_.user, step, n, asked_.data(), step_tokens_.data()) == 0, QVL_STOPPED,
                 "on_step asked to stop after step %d", step);
   }
 
@@ -217,10 +220,16 @@ class Generation {
   Backend& backend_;
   std::unique_ptr<qvl_kv_pool> own_pool_;
   qvl_kv_pool* pool_ = nullptr;
-  std::vector<int32_t> ends_, active_, lengths_, picked_, blocks_, step_tokens_;
+  std::vector<int32_t> ends_, active_, lengths_, picked_, blocks_;
   std::vector<int64_t> first_block_;
   std::vector<std::vector<int32_t>> forbidden_;
   std::vector<int32_t*> counts_;
+  // Of a step; kept so that their memory is.
+  std::vector<qvl_sequence> sequences_;
+  std::vector<qvl_span> spans_;
+  std::vector<qvl_sampling> sampling_;
+  std::vector<int32_t> fed_, step_tokens_, asked_;
+  std::vector<int32_t*> step_counts_;
 };
 
 }  // namespace

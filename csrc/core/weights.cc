@@ -98,7 +98,8 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
               static_cast<unsigned long long>(bytes));
   QVL_REQUIRE(tensor.data != nullptr, QVL_BAD_WEIGHT, "%s: data is NULL", name);
   const bool halves = tensor.dtype == QVL_BFLOAT16 || tensor.dtype == QVL_FLOAT16;
-  const uintptr_t alignment = halves ? 2 : 4;
+  const bool in_place = spec.product || spec.name == "wte.weight";
+  const uintptr_t alignment = in_place ? 16 : halves ? 2 : 4;
   QVL_REQUIRE(reinterpret_cast<uintptr_t>(tensor.data) % alignment == 0, QVL_BAD_WEIGHT,
               "%s: data is not aligned to %d bytes", name, static_cast<int>(alignment));
   QVL_REQUIRE(tensor.device == QVL_DEVICE_CPU || tensor.device == device, QVL_BAD_WEIGHT,
@@ -127,28 +128,14 @@ std::vector<WeightSpec> weight_specs(const qvl_config& config) {
   return std::move(specs.list);
 }
 
-WeightTable checked_weights(const qvl_config& config, const qvl_tensor* tensors, int64_t n_tensors) {
-  const std::vector<WeightSpec> specs = weight_specs(config);
-  QVL_REQUIRE(n_tensors >= 0 && n_tensors <= (1 << 20), QVL_INVALID, "n_tensors is %lld",
-              static_cast<long long>(n_tensors));
-  QVL_REQUIRE(tensors != nullptr || n_tensors == 0, QVL_INVALID, "tensors is NULL");
-  WeightTable given;
-  for (int64_t i = 0; i < n_tensors; ++i) {
-    QVL_REQUIRE(tensors[i].name != nullptr, QVL_INVALID, "tensors[%lld]: name is NULL",
-                static_cast<long long>(i));
-    QVL_REQUIRE(given.emplace(tensors[i].name, tensors[i]).second, QVL_BAD_WEIGHT, "%.200s: given twice",
-                tensors[i].name);
-  }
+WeightTable checked_weights(const qvl_config& config, const Tensors& tensors) {
   WeightTable table;
-  for (const WeightSpec& spec : specs) {
-    const auto found = given.find(spec.name);
-    QVL_REQUIRE(found != given.end(), QVL_BAD_WEIGHT, "%s: this weight is missing", spec.name.c_str());
-    check_tensor(found->second, spec, config.device);
-    table.emplace(spec.name, found->second);
-    given.erase(found);
+  for (const WeightSpec& spec : weight_specs(config)) {
+    const qvl_tensor* tensor = tensors.find(spec.name);
+    QVL_REQUIRE(tensor != nullptr, QVL_BAD_WEIGHT, "%s: this weight is missing", spec.name.c_str());
+    check_tensor(*tensor, spec, config.device);
+    table.emplace(spec.name, *tensor);
   }
-  QVL_REQUIRE(given.empty(), QVL_BAD_WEIGHT, "%.200s: this model has no such weight",
-              given.begin()->first.c_str());
   return table;
 }
 

@@ -5,6 +5,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "core/tensors.h"
 #include "qwenvl.h"
 
 namespace qvl {
@@ -19,8 +20,8 @@ std::vector<WeightSpec> weight_specs(const qvl_config& config);
 
 using WeightTable = std::unordered_map<std::string, qvl_tensor>;
 
-// Check the tensors against the config. Every spec has its entry in the result.
-WeightTable checked_weights(const qvl_config& config, const qvl_tensor* tensors, int64_t n_tensors);
+// Check the tensors that the config asks for. Every spec has its entry in the result.
+WeightTable checked_weights(const qvl_config& config, const Tensors& tensors);
 
 // Bytes of a tensor of a valid dtype; 0 if that dtype cannot store the shape or the sizes are absurd.
 uint64_t stored_bytes(qvl_dtype dtype, const std::vector<int64_t>& shape);

@@ -4,6 +4,7 @@
 
 #include "core/backend.h"
 #include "core/config.h"
+#include "core/error.h"
 #include "cpu/context.h"
 #include "cpu/dispatch.h"
 #include "cpu/kv_pool.h"
@@ -14,11 +15,34 @@
 namespace qvl {
 namespace {
 
+// Calls have finished when they return, and so has what came before an event.
+struct Past final : Event {
+  void record(qvl_stream) override {}
+  bool done() override { return true; }
+  void wait() override {}
+};
+
+const cpu::Kernels& kernels(const qvl_config& config) {
+  const cpu::Kernels& chosen = cpu::kernels_for(config.isa);
+  const bool bfloat16 = chosen.isa == QVL_ISA_AVX512_BF16;
+  switch (config.compute) {
+    case QVL_COMPUTE_FLOAT32:
+      return bfloat16 ? cpu::kernels_for(QVL_ISA_AVX512) : chosen;
+    case QVL_COMPUTE_BFLOAT16:
+      QVL_REQUIRE(bfloat16, QVL_UNSUPPORTED, "config: compute: no bfloat16 instructions here; take another");
+      return chosen;
+    case QVL_COMPUTE_FLOAT16:
+      fail(QVL_UNSUPPORTED, "config: compute: a CPU does not compute in float16; take another");
+    default:
+      return chosen;
+  }
+}
+
 class CpuBackend final : public Backend {
  public:
   CpuBackend(const qvl_config& config, const WeightTable& table)
       : config_(config),
-        context_(cpu::kernels_for(config.isa), cpu::thread_count(config.n_threads)),
+        context_(kernels(config), cpu::thread_count(config.n_threads)),
         sampling_(static_cast<size_t>(context_.pool.size())) {
     cpu::Weights weights(table);
     if (has_language(config_)) language_.emplace(config_, weights);
@@ -34,7 +58,13 @@ class CpuBackend final : public Backend {
   void copy(void* to, const void* from, uint64_t bytes, qvl_stream) override {
     std::memmove(to, from, bytes);
   }
+  void copy_async(void* to, const void* from, uint64_t bytes, qvl_stream stream) override {
+    copy(to, from, bytes, stream);
+  }
   void synchronize(qvl_stream) override {}
+  void* alloc_host(uint64_t bytes) override { return alloc(bytes); }
+  void dealloc_host(void* memory) override { dealloc(memory); }
+  std::unique_ptr<Event> make_event() override { return std::make_unique<Past>(); }
 
   std::unique_ptr<KvPool> make_pool(int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype) override {
     return std::make_unique<cpu::CpuKvPool>(config_, n_blocks, block_tokens, dtype);
@@ -50,20 +80,38 @@ class CpuBackend final : public Backend {
     language_->forward(context_, static_cast<cpu::CpuKvPool&>(pool), batch, logits);
   }
 
-  void sample(int32_t n, const float* logits, const qvl_sampling* sampling, int32_t* const* counts,
-              int32_t* tokens, qvl_stream) override {
-    for (cpu::Buffer& buffer : sampling_) buffer.get<char>(static_cast<size_t>(config_.vocab) * 16);
-    context_.pool.run(n, [&](int64_t i, int thread) {
-      tokens[i] =
-          cpu::sample_row(config_.vocab, logits + i * config_.vocab, sampling[i],
-                          counts != nullptr ? counts[i] : nullptr, sampling_[static_cast<size_t>(thread)]);
+  void sample(const float* logits, const Picks& picks, qvl_stream) override {
+    const auto counts_of = [&](int64_t i) { return picks.counts != nullptr ? picks.counts[i] : nullptr; };
+    for (int32_t i = 0; i < picks.n; ++i) {
+      if (!cpu::needs_scratch(picks.sampling[i], counts_of(i))) continue;
+      for (cpu::Buffer& buffer : sampling_) buffer.get<char>(cpu::sample_scratch_bytes(config_.vocab));
+      break;
+    }
+    const bool logprobs = picks.logprobs != nullptr || picks.n_top > 0;
+    context_.pool.run(picks.n, [&](int64_t i, int thread) {
+      const float* row = logits + i * config_.vocab;
+      picks.tokens[i] = cpu::sample_row(config_.vocab, row, picks.sampling[i], counts_of(i),
+                                        sampling_[static_cast<size_t>(thread)]);
+      if (!logprobs) return;
+      cpu::row_logprobs(config_.vocab, row, picks.tokens[i], picks.logprobs ? picks.logprobs + i : nullptr,
+                        picks.n_top, picks.top_tokens + i * picks.n_top,
+                        picks.top_logprobs + i * picks.n_top);
     });
+  }
+
+  void step(KvPool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
+            qvl_stream stream) override {
+    if (picks.n == 0) return forward(pool, batch, nullptr, stream);
+    if (logits == nullptr) logits = logits_.get<float>(cpu::size(int64_t{picks.n} * config_.vocab));
+    forward(pool, batch, logits, stream);
+    sample(logits, picks, stream);
   }
 
  private:
   const qvl_config config_;
   cpu::Context context_;
-  std::vector<cpu::Buffer> sampling_;
+  std::vector<cpu::Buffer> sampling_;  // one a thread
+  cpu::Buffer logits_;
   std::vector<std::unique_ptr<float[]>> copies_;
   std::optional<cpu::Language> language_;
   std::optional<cpu::Vision> vision_;

@@ -17,12 +17,19 @@ class CpuKvPool final : public KvPool {
     return memory_ + static_cast<size_t>(index) * head_bytes_;
   }
 
+  void copy_block(int32_t from, int32_t to) override;
+  void read_block(int32_t block, void* host) override;
+  void write_block(int32_t block, const void* host) override;
+  uint64_t block_bytes() const override { return static_cast<uint64_t>(layers_) * part_bytes_; }
+
   // Write the keys or values of one token, [heads][head_dim] at `from`.
   void write(const Kernels& kernels, int layer, int block, int slot, int part, const float* from);
 
  private:
-  int heads_, head_dim_;
-  size_t head_bytes_;
+  char* part(int layer, int block) const { return static_cast<char*>(head(layer, block, 0, 0)); }
+
+  int heads_, head_dim_, layers_;
+  size_t head_bytes_, part_bytes_;  // part: a block of a layer
   Buffer buffer_;
   char* memory_;
 };

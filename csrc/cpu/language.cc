@@ -54,6 +54,9 @@ void Language::forward(Context& context, CpuKvPool& pool, const qvl_batch& batch
   int64_t first_token = 0, n = 0;
   const auto run = [&] {
     pass(context, pool, batch, pieces, first_token, n, logits);
+    const auto rows =
+        std::count_if(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.last; });
+    if (logits != nullptr) logits += rows * config_.vocab;
     first_token += n;
     n = 0;
     pieces.clear();
@@ -63,7 +66,8 @@ void Language::forward(Context& context, CpuKvPool& pool, const qvl_batch& batch
     for (int32_t done = 0; done < sequence.n_new;) {
       const auto room = static_cast<int32_t>(config_.max_tokens - n);
       const int32_t part = std::min(sequence.n_new - done, room);
-      pieces.push_back({i, n, part, sequence.n_past + done, done + part == sequence.n_new});
+      const bool last = done + part == sequence.n_new && (sequence.flags & QVL_SEQUENCE_NO_LOGITS) == 0;
+      pieces.push_back({i, n, part, sequence.n_past + done, last});
       n += part;
       done += part;
       if (n == config_.max_tokens) run();
@@ -155,10 +159,7 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch,
                      normed + n_last++ * hidden);
   }
   if (n_last == 0) return;
-  const auto first =
-      std::find_if(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.last; });
-  linear(context, lm_head_, normed, hidden, n_last, logits + int64_t{first->sequence} * config_.vocab,
-         config_.vocab);
+  linear(context, lm_head_, normed, hidden, n_last, logits, config_.vocab);
 }
 
 void Language::attend(Context& context, CpuKvPool& pool, const qvl_batch& batch,

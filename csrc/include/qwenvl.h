@@ -1,9 +1,9 @@
 /* The Qwen-VL engine: pictures -> features, packed tokens -> logits, logits -> tokens.
  *
  * A C interface without framework types. A caller
- *   1. fills a qvl_config and a list of named weights, and makes a qvl_engine of them;
- *   2. encodes pictures with qvl_encode_images;
- *   3. either calls qvl_generate, or makes a qvl_kv_pool and drives qvl_forward and qvl_sample itself.
+ *   1. makes qvl_weights of named tensors or of an exported file, fills a qvl_config, and makes a qvl_engine;
+ *   2. encodes images with qvl_encode_images;
+ *   3. either calls qvl_generate, or makes a qvl_kv_pool and drives qvl_step (or qvl_forward and qvl_sample).
  *
  * Errors. Functions that can fail return a qvl_status, QVL_OK being 0, and take a qvl_error as their last
  * argument, which may be NULL. On failure it holds one line that names what is wrong. No C++ exception leaves
@@ -17,14 +17,18 @@
  * "Host memory" is ordinary memory on every device. Structs and arrays of lengths, positions and parameters
  * are in host memory and are read before the call returns.
  *
- * Streams. A qvl_stream is NULL for the CPU, where a call has finished when it returns. On a GPU it is the
- * device's stream; qvl_forward, qvl_encode_images, qvl_sample and qvl_copy return once their work is
- * enqueued, and touch no host memory of the caller afterwards. So a decode loop can hand the tokens that
- * qvl_sample wrote to device memory straight to the next qvl_forward, and read them on the host as they
- * arrive.
+ * Streams. A NULL qvl_stream means the engine's own stream. On the CPU a call has finished when it returns,
+ * whatever the stream. On a GPU qvl_step, qvl_forward, qvl_encode_images, qvl_sample, qvl_copy_async and the
+ * block functions of a pool return once their work is enqueued on the stream, and touch no host memory of the
+ * caller afterwards, except memory from qvl_host_alloc that was passed to them. Work on one stream runs in
+ * order. The scratch memory of an engine belongs to one stream at a time: a call that computes on another
+ * stream first waits, on the device, for the work enqueued before. Copies do not, so that a copy on a second
+ * stream runs beside a step; events order what depends on it.
  *
- * Versions. Structs that may grow start with their size; fields appended later are read as zero when the
- * caller is older. Set `size` with QVL_INIT: qvl_config config = QVL_INIT(qvl_config);
+ * Growth. Every struct that a caller fills begins with its size or is passed in an array beside the size of
+ * one element (the stride); fields that an older caller's struct does not have are read as zero, which keeps
+ * the older meaning, and fields that this library does not know are not read. Set `size` with QVL_INIT:
+ * qvl_config config = QVL_INIT(qvl_config); Fields called reserved must be 0.
  */
 #ifndef QWENVL_H
 #define QWENVL_H
@@ -43,7 +47,7 @@ extern "C" {
 #endif
 
 #define QVL_VERSION_MAJOR 0
-#define QVL_VERSION_MINOR 1
+#define QVL_VERSION_MINOR 2
 #define QVL_INIT(type) {sizeof(type)}
 
 /* ---- errors ------------------------------------------------------------------------------------------- */
@@ -93,15 +97,42 @@ enum {
   QVL_ISA_AVX512_BF16 = 4 /* and BF16, VBMI */
 };
 
+/* In what the products of prompts and images are computed. */
+typedef int32_t qvl_compute;
+enum {
+  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 if it has instructions for it, else float32 */
+  QVL_COMPUTE_FLOAT32 = 1,  /* CPU: without the instructions of QVL_ISA_AVX512_BF16 */
+  QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED without instructions for it */
+  QVL_COMPUTE_FLOAT16 = 3   /* not on a CPU */
+};
+
+/* ---- devices ------------------------------------------------------------------------------------------ */
+
+typedef struct qvl_device_info {
+  uint32_t size;         /* sizeof(qvl_device_info), set by the caller */
+  char name[128];        /* "AMD EPYC 9354", "NVIDIA H200" */
+  uint64_t memory_bytes; /* that this process may use: a container's limit counts */
+  uint64_t free_bytes;
+  int32_t threads;       /* CPU: as many as an engine takes by default; GPU: multiprocessors */
+  int32_t compute_major; /* GPU: compute capability; 0 on a CPU */
+  int32_t compute_minor;
+  char isa[32]; /* CPU: best of qvl_isa, "avx512_bf16" */
+} qvl_device_info;
+
+/* How many devices of a kind this library can use here: 1 CPU; 0 GPUs without a back end for them. */
+QVL_API int32_t qvl_device_count(qvl_device device);
+QVL_API qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_device_info* info,
+                                       qvl_error* error);
+
 /* ---- config ------------------------------------------------------------------------------------------- */
 
 enum { QVL_STAGE_VISION = 1, QVL_STAGE_LANGUAGE = 2 };
 
 /* Sizes of the model and where to run it. Names and meaning follow the model's config.json. */
 typedef struct qvl_config {
-  uint32_t size;        /* sizeof(qvl_config) */
-  uint32_t stages;      /* QVL_STAGE_VISION, QVL_STAGE_LANGUAGE or both: which weights are given */
-  qvl_device device;    /* */
+  uint32_t size;   /* sizeof(qvl_config) */
+  uint32_t stages; /* QVL_STAGE_VISION, QVL_STAGE_LANGUAGE or both: which weights are given */
+  qvl_device device;
   int32_t device_index; /* which GPU; 0 on a CPU */
   int32_t n_threads;    /* CPU: 0 for OMP_NUM_THREADS if it is set, else the CPUs this process may use */
   qvl_isa isa;
@@ -130,6 +161,9 @@ typedef struct qvl_config {
   int32_t vision_heads;
   int32_t vision_mlp_width;
   int32_t n_queries; /* features of a picture */
+
+  /* Since 0.2. */
+  qvl_compute compute; /* of the products of prompts and images, and of activations on a GPU */
 } qvl_config;
 
 /* ---- weights ------------------------------------------------------------------------------------------ */
@@ -163,7 +197,8 @@ typedef struct qvl_config {
  */
 typedef struct qvl_tensor {
   const char* name;
-  const void* data; /* 4-byte aligned (QVL_BFLOAT16, QVL_FLOAT16: 2) */
+  const void* data; /* matrices and wte.weight, which are used where they lie: 16-byte aligned; else 4-byte
+                       aligned (QVL_BFLOAT16, QVL_FLOAT16: 2) */
   qvl_dtype dtype;
   qvl_device device; /* where `data` is. On the engine's device it is kept and used in place; else it is
                         copied once */
@@ -197,17 +232,40 @@ QVL_API qvl_status qvl_unpack(qvl_dtype dtype, int64_t out, int64_t in, const vo
 
 typedef struct qvl_engine qvl_engine;
 
-/* Make an engine. `tensors` must be exactly the weights that the config asks for, in any order. The array and
- * the names are not kept. Weight data on the engine's device is: it must stay as it is until qvl_engine_free.
+/* Weights that one or more engines use: one copy in memory, whatever the number of engines.
+ *
+ * qvl_weights_create: the array and the names are not kept, the data is: it must stay as it is until the last
+ * engine made with the weights and the weights themselves are freed. tensor_size: sizeof(qvl_tensor).
+ *
+ * qvl_weights_open: maps an exported stage's parameter file (PREFIX.pdiparams), which names its tensors
+ * (paddlemix_qwenvl_plugin/artifact/params_file.py has the format). Nothing is read before it is used, and
+ * processes that map the same file share one copy. QVL_INVALID: no such file; QVL_BAD_WEIGHT: damaged, or a
+ * file without names, as exports before contract version 3 wrote it.
+ *
+ * A file must not be shortened or written to while it is mapped; to replace it, rename another over it.
+ *
+ * qvl_weights_get: tensor i of qvl_weights_count. Its name and data are valid as long as the weights are.
+ */
+typedef struct qvl_weights qvl_weights;
+QVL_API qvl_status qvl_weights_create(const qvl_tensor* tensors, int64_t n_tensors, uint32_t tensor_size,
+                                      qvl_weights** weights, qvl_error* error);
+QVL_API qvl_status qvl_weights_open(const char* path, qvl_weights** weights, qvl_error* error);
+QVL_API int64_t qvl_weights_count(const qvl_weights* weights);
+QVL_API qvl_status qvl_weights_get(const qvl_weights* weights, int64_t i, qvl_tensor* tensor,
+                                   uint32_t tensor_size, qvl_error* error);
+/* Engines made with them keep what they need. NULL is allowed. */
+QVL_API void qvl_weights_free(qvl_weights* weights);
+
+/* Make an engine. The weights must have every tensor that the config asks for; others are ignored.
  * (Vectors, and the tables of the vision tower, are copied as float32.)
  */
-QVL_API qvl_status qvl_engine_create(const qvl_config* config, const qvl_tensor* tensors, int64_t n_tensors,
-                                     qvl_engine** engine, qvl_error* error);
+QVL_API qvl_status qvl_engine_create(const qvl_config* config, qvl_weights* weights, qvl_engine** engine,
+                                     qvl_error* error);
 
-/* Pools of the engine must have been freed before. NULL is allowed. */
+/* Pools and events of the engine must have been freed before. NULL is allowed. */
 QVL_API void qvl_engine_free(qvl_engine* engine);
 
-/* "0.1" and the like: of the library, which may be newer than the header a caller was compiled with. */
+/* "0.2" and the like: of the library, which may be newer than the header a caller was compiled with. */
 QVL_API const char* qvl_version(void);
 
 /* How the engine computes, for logs: "cpu avx512_bf16, 2 threads". Valid as long as the engine is. */
@@ -220,6 +278,24 @@ QVL_API void qvl_dealloc(qvl_engine* engine, void* memory);
 /* Copy between host and device memory, in any direction, in the order of the stream. */
 QVL_API qvl_status qvl_copy(qvl_engine* engine, void* to, const void* from, uint64_t bytes, qvl_stream stream,
                             qvl_error* error);
+
+/* Page-locked host memory, which a GPU reads and writes while it computes; ordinary memory for a CPU. */
+QVL_API qvl_status qvl_host_alloc(qvl_engine* engine, uint64_t bytes, void** memory, qvl_error* error);
+QVL_API void qvl_host_free(qvl_engine* engine, void* memory);
+
+/* The same as qvl_copy, which waits for the copy to end, without the wait; host memory is from
+ * qvl_host_alloc. */
+QVL_API qvl_status qvl_copy_async(qvl_engine* engine, void* to, const void* from, uint64_t bytes,
+                                  qvl_stream stream, qvl_error* error);
+
+/* Points in the work of a stream. A new event counts as having happened. query: *done is 1 or 0. wait: on the
+ * host. */
+typedef struct qvl_event qvl_event;
+QVL_API qvl_status qvl_event_create(qvl_engine* engine, qvl_event** event, qvl_error* error);
+QVL_API qvl_status qvl_event_record(qvl_event* event, qvl_stream stream, qvl_error* error);
+QVL_API qvl_status qvl_event_query(qvl_event* event, int32_t* done, qvl_error* error);
+QVL_API qvl_status qvl_event_wait(qvl_event* event, qvl_error* error);
+QVL_API void qvl_event_free(qvl_event* event);
 
 /* Wait for everything on the stream. */
 QVL_API qvl_status qvl_synchronize(qvl_engine* engine, qvl_stream stream, qvl_error* error);
@@ -237,9 +313,10 @@ QVL_API qvl_status qvl_encode_images(qvl_engine* engine, int64_t n, const float*
 typedef struct qvl_kv_pool qvl_kv_pool;
 
 /* Memory for n_blocks blocks of block_tokens tokens (1 to 256; 32 is good) in all layers, stored as
- * QVL_FLOAT32 or QVL_BFLOAT16. The caller decides which sequence owns which block: token t of a sequence is
- * in slot t % block_tokens of block table[t / block_tokens]. Blocks may be shared between sequences for
- * reading.
+ * QVL_FLOAT32, QVL_BFLOAT16, QVL_FLOAT16 or QVL_INT8 (a float32 scale for each token and head). The caller
+ * decides which sequence owns which block: token t of a sequence is in slot t % block_tokens of block
+ * table[t / block_tokens]. Blocks may be shared between sequences for reading. Memory of blocks that were
+ * never written is not touched.
  */
 QVL_API qvl_status qvl_kv_pool_create(qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
                                       qvl_dtype dtype, qvl_kv_pool** pool, qvl_error* error);
@@ -248,6 +325,18 @@ QVL_API void qvl_kv_pool_free(qvl_kv_pool* pool);
 /* Bytes that a pool of these sizes takes; 0 if they are not possible. */
 QVL_API uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
                                    qvl_dtype dtype);
+
+/* Copy whole blocks, all layers, keys and values: block from[i] to block to[i] of the pool, in order of i.
+ * For a copy before a write to a shared block. */
+QVL_API qvl_status qvl_kv_copy_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* from, const int32_t* to,
+                                      qvl_stream stream, qvl_error* error);
+
+/* Move whole blocks to and from host memory of n * qvl_kv_pool_bytes(engine, 1, block_tokens, dtype) bytes,
+ * in a layout of the library's own: for a pool of the same sizes, version and device. */
+QVL_API qvl_status qvl_kv_read_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, void* host,
+                                      uint64_t bytes, qvl_stream stream, qvl_error* error);
+QVL_API qvl_status qvl_kv_write_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, const void* host,
+                                       uint64_t bytes, qvl_stream stream, qvl_error* error);
 
 /* ---- forward ------------------------------------------------------------------------------------------ */
 
@@ -258,9 +347,26 @@ typedef struct qvl_sequence {
   int32_t prompt_len;    /* of the whole prompt, at least 1: it fixes the rotary base of all its tokens */
   int32_t n_blocks;      /* length of block_table: n_past + n_new tokens must fit */
   const int32_t* blocks; /* block table, host memory */
+
+  /* Since 0.2. */
+  uint32_t flags; /* of QVL_SEQUENCE_* */
+  uint32_t reserved;
 } qvl_sequence;
 
-/* Tokens [start, start + count) of the packed batch are vectors instead of ids: a picture's features. */
+enum {
+  QVL_SEQUENCE_NO_LOGITS = 1, /* a piece of a prompt, of which no token is picked */
+  QVL_SEQUENCE_GENERATED = 2  /* tokens within the prompt that a decode step computed before: see below */
+};
+
+/* Two kinds of arithmetic. Tokens at positions below prompt_len are computed as a prompt is, the others, and
+ * those of a sequence with QVL_SEQUENCE_GENERATED, as a decode step computes them. Apart from that, what a
+ * token gives depends on the tokens before it alone, to the bit: not on what else is in the batch, not on
+ * where a prompt is cut into pieces, not on whether its predecessors' keys and values were computed now or
+ * earlier. Several entries of a batch may belong to one sequence, in order of their positions.
+ */
+
+/* Tokens [start, start + count) of the packed batch are vectors instead of ids: a picture's features, or a
+ * part of them. */
 typedef struct qvl_span {
   int32_t start;
   int32_t count;
@@ -276,21 +382,25 @@ typedef struct qvl_batch {
   int32_t n_spans;       /* spans do not overlap and are in order of start */
   int32_t reserved;      /* 0 */
   const qvl_span* spans; /* host memory */
+
+  /* Since 0.2: strides of the two arrays in bytes; 0: those of version 0.1, 24 and 16. */
+  uint32_t sequence_size; /* sizeof(qvl_sequence) */
+  uint32_t span_size;     /* sizeof(qvl_span) */
 } qvl_batch;
 
-/* Run the batch through the layers, write its keys and values into the pool, and give the logits of each
- * sequence's last token: float32 [n_sequences, vocab], device memory. With logits NULL only the pool is
- * written, as for all but the last piece of a prompt.
+/* Run the batch through the layers, write its keys and values into the pool, and give the logits of the last
+ * token of each sequence without QVL_SEQUENCE_NO_LOGITS, in their order: float32 [rows, vocab], device
+ * memory. With logits NULL only the pool is written.
  *
  * An id out of the vocabulary is QVL_INVALID where the ids are in host memory; a GPU clamps it.
- * A sequence's result does not depend on what else is in the batch, apart from rounding.
  */
 QVL_API qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_batch* batch, float* logits,
                                qvl_stream stream, qvl_error* error);
 
 /* ---- sampling ----------------------------------------------------------------------------------------- */
 
-/* How one row picks its token. In this order: forbidden ids, penalties, temperature, top-k, top-p.
+/* How one row picks its token. In this order: forbidden ids, penalties, temperature, top-k, top-p. A row of
+ * logits that has a NaN or no finite value gives the token -1, and raises no count.
  * The random number of draw c with seed s is splitmix64's output for the state s + (c + 1) *
  * 0x9E3779B97F4A7C15, its upper 53 bits taken as a fraction: the caller owns the state and the same pair
  * gives the same draw on every device.
@@ -311,32 +421,62 @@ typedef struct qvl_sampling {
   uint64_t counter; /* number of this draw, 0 for a sequence's first */
 } qvl_sampling;
 
-/* Defaults: greedy, no penalties. */
-QVL_API qvl_sampling qvl_sampling_default(void);
+/* Set all fields: greedy, no penalties. `size` must be set. */
+QVL_API void qvl_sampling_init(qvl_sampling* sampling);
 
 /* Pick a token for each of n rows.
  *
  * logits: float32 [n, vocab], device memory; not changed.
- * sampling: n of them, host memory.
+ * sampling: n of them, host memory. sampling_size: sizeof(qvl_sampling).
  * counts: for each row how often it has generated each token, int32 [n, vocab] in device memory as an array
  * of n row pointers in host memory; the picked token's count is raised. NULL, or NULL for a row: none, and
  * then the row may have no penalties. tokens: int32 [n], device memory.
  */
 QVL_API qvl_status qvl_sample(qvl_engine* engine, int32_t n, const float* logits,
-                              const qvl_sampling* sampling, int32_t* const* counts, int32_t* tokens,
-                              qvl_stream stream, qvl_error* error);
+                              const qvl_sampling* sampling, uint32_t sampling_size, int32_t* const* counts,
+                              int32_t* tokens, qvl_stream stream, qvl_error* error);
+
+/* ---- step --------------------------------------------------------------------------------------------- */
+
+/* A step of a serving loop: qvl_forward and qvl_sample in one call. */
+typedef struct qvl_step_args {
+  uint32_t size;          /* sizeof(qvl_step_args) */
+  uint32_t sampling_size; /* sizeof(qvl_sampling) */
+  const qvl_batch* batch;
+  /* Of each sequence without QVL_SEQUENCE_NO_LOGITS, in their order: `rows` of them. */
+  int32_t rows;                 /* as a check */
+  int32_t n_logprobs;           /* 0 to 64: how many of the likeliest tokens are wanted */
+  const qvl_sampling* sampling; /* [rows], host memory */
+  int32_t* const* counts;       /* as for qvl_sample */
+  int32_t* tokens;              /* int32 [rows] */
+  float* logprobs;     /* float32 [rows]: natural logarithm of the chosen token's probability under the
+                          unchanged logits; may be NULL */
+  int32_t* top_tokens; /* int32 [rows, n_logprobs], the likeliest under the unchanged logits first, the lower
+                          id of equals; NULL if n_logprobs is 0 */
+  float* top_logprobs; /* float32 [rows, n_logprobs] */
+  float* logits;       /* float32 [rows, vocab], device memory; NULL: scratch memory of the engine */
+} qvl_step_args;
+
+/* tokens, logprobs, top_tokens and top_logprobs are in device memory or from qvl_host_alloc. Where a row
+ * gives the token -1, its top_tokens are -1 and its log-probabilities NaN. rows may be 0: only the pool is
+ * written.
+ */
+QVL_API qvl_status qvl_step(qvl_engine* engine, qvl_kv_pool* pool, const qvl_step_args* args,
+                            qvl_stream stream, qvl_error* error);
 
 /* ---- generate ----------------------------------------------------------------------------------------- */
 
 typedef struct qvl_request {
-  int32_t n_tokens;      /* of the prompt, at least 1 */
-  int32_t n_spans;       /* pictures */
-  const int32_t* tokens; /* [n_tokens], host memory */
-  const qvl_span* spans; /* starts count from the beginning of this prompt */
-  int32_t max_new;       /* at least 1 */
-  int32_t min_new;       /* end ids are forbidden before */
-  qvl_sampling
-      sampling; /* `forbidden` and `counter` hold for the first token; the counter goes up by one a token */
+  int32_t n_tokens;             /* of the prompt, at least 1 */
+  int32_t n_spans;              /* pictures */
+  const int32_t* tokens;        /* [n_tokens], host memory */
+  const qvl_span* spans;        /* starts count from the beginning of this prompt */
+  int32_t max_new;              /* at least 1; n_tokens + max_new is at most max_positions */
+  int32_t min_new;              /* end ids are forbidden before */
+  const qvl_sampling* sampling; /* one; `forbidden` and `counter` hold for the first token; the counter goes
+                                   up by one a token. NULL: greedy */
+  uint32_t span_size;           /* sizeof(qvl_span); 0: 16 */
+  uint32_t reserved;
 } qvl_request;
 
 enum { QVL_FINISH_END = 1, QVL_FINISH_LENGTH = 2 };
@@ -353,6 +493,7 @@ typedef int32_t (*qvl_on_step)(void* user, int32_t step, int32_t n, const int32_
 typedef struct qvl_result {
   int32_t n_tokens; /* generated, a closing end id included */
   int32_t finish;   /* QVL_FINISH_END, QVL_FINISH_LENGTH; 0: stopped before */
+  int32_t reserved[2];
 } qvl_result;
 
 /* Generate for n requests at once.
@@ -360,13 +501,13 @@ typedef struct qvl_result {
  * end_ids: int32 [n_end], host memory; any of them ends a request.
  * pool: NULL for one made for this call, float32 for weights of that type, else bfloat16. Else all of its
  * blocks are used. tokens: int32 [n, stride], host memory; row i gets the tokens of request i. stride is at
- * least the largest max_new. results: [n]. on_step: may be NULL. The lock of the engine is taken for each
- * step, so that several of these can run at the same time.
+ * least the largest max_new. results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. The lock
+ * of the engine is taken for each step, so that several of these can run at the same time.
  */
 QVL_API qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const qvl_request* requests,
-                                int32_t n_end, const int32_t* end_ids, qvl_on_step on_step, void* user,
-                                int64_t stride, int32_t* tokens, qvl_result* results, qvl_stream stream,
-                                qvl_error* error);
+                                uint32_t request_size, int32_t n_end, const int32_t* end_ids,
+                                qvl_on_step on_step, void* user, int64_t stride, int32_t* tokens,
+                                qvl_result* results, qvl_stream stream, qvl_error* error);
 
 #ifdef __cplusplus
 }

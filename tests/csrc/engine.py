@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,8 @@ ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
 OK, INVALID, BAD_WEIGHT, UNSUPPORTED, NO_MEMORY, STOPPED, INTERNAL = range(7)
 VISION, LANGUAGE = 1, 2
 FINISH_END, FINISH_LENGTH = 1, 2
+NO_LOGITS, GENERATED = 1, 2
+COMPUTE_BEST, COMPUTE_FLOAT32, COMPUTE_BFLOAT16, COMPUTE_FLOAT16 = range(4)
 
 CONFIG_INTS_1 = ["device", "device_index", "n_threads", "isa", "max_tokens"]
 CONFIG_INTS_2 = ["hidden", "layers", "heads", "head_dim", "mlp_width", "vocab"]
@@ -49,6 +51,20 @@ class Config(ctypes.Structure):
         *((name, c_int32) for name in CONFIG_INTS_3),
         ("vision_mlp_width", c_int32),
         ("n_queries", c_int32),
+        ("compute", c_int32),
+    ]
+
+
+class DeviceInfo(ctypes.Structure):
+    _fields_ = [
+        ("size", c_uint32),
+        ("name", c_char * 128),
+        ("memory_bytes", c_uint64),
+        ("free_bytes", c_uint64),
+        ("threads", c_int32),
+        ("compute_major", c_int32),
+        ("compute_minor", c_int32),
+        ("isa", c_char * 32),
     ]
 
 
@@ -71,6 +87,8 @@ class Sequence_(ctypes.Structure):
         ("prompt_len", c_int32),
         ("n_blocks", c_int32),
         ("blocks", POINTER(c_int32)),
+        ("flags", c_uint32),
+        ("reserved", c_uint32),
     ]
 
 
@@ -87,6 +105,8 @@ class Batch(ctypes.Structure):
         ("n_spans", c_int32),
         ("reserved", c_int32),
         ("spans", POINTER(Span)),
+        ("sequence_size", c_uint32),
+        ("span_size", c_uint32),
     ]
 
 
@@ -114,12 +134,31 @@ class Request(ctypes.Structure):
         ("spans", POINTER(Span)),
         ("max_new", c_int32),
         ("min_new", c_int32),
-        ("sampling", Sampling),
+        ("sampling", POINTER(Sampling)),
+        ("span_size", c_uint32),
+        ("reserved", c_uint32),
+    ]
+
+
+class StepArgs(ctypes.Structure):
+    _fields_ = [
+        ("size", c_uint32),
+        ("sampling_size", c_uint32),
+        ("batch", POINTER(Batch)),
+        ("rows", c_int32),
+        ("n_logprobs", c_int32),
+        ("sampling", POINTER(Sampling)),
+        ("counts", c_void_p),
+        ("tokens", c_void_p),
+        ("logprobs", c_void_p),
+        ("top_tokens", c_void_p),
+        ("top_logprobs", c_void_p),
+        ("logits", c_void_p),
     ]
 
 
 class Result(ctypes.Structure):
-    _fields_ = [("n_tokens", c_int32), ("finish", c_int32)]
+    _fields_ = [("n_tokens", c_int32), ("finish", c_int32), ("reserved", c_int32 * 2)]
 
 
 OnStep = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, c_int32, POINTER(c_int32), POINTER(c_int32))
@@ -161,23 +200,44 @@ class Library:
         self.dll.qvl_packed_bytes.argtypes = [c_int32, c_int64, c_int64]
         self.dll.qvl_kv_pool_bytes.restype = c_uint64
         self.dll.qvl_kv_pool_bytes.argtypes = [c_void_p, c_int32, c_int32, c_int32]
-        self.dll.qvl_sampling_default.restype = Sampling
-        for name in ("qvl_engine_free", "qvl_kv_pool_free", "qvl_engine_describe"):
-            getattr(self.dll, name).argtypes = [c_void_p]
-        self.dll.qvl_dealloc.argtypes = [c_void_p, c_void_p]
+        self.dll.qvl_sampling_init.argtypes = [POINTER(Sampling)]
+        self.dll.qvl_weights_count.argtypes = [c_void_p]
+        self.dll.qvl_weights_count.restype = c_int64
+        self.dll.qvl_device_count.argtypes = [c_int32]
+        for name in ("engine_free", "kv_pool_free", "weights_free", "event_free", "engine_describe"):
+            getattr(self.dll, f"qvl_{name}").argtypes = [c_void_p]
+        for name in ("dealloc", "host_free"):
+            getattr(self.dll, f"qvl_{name}").argtypes = [c_void_p, c_void_p]
         signatures: dict[str, list[Any]] = {
             "qvl_pack": [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_uint64],
             "qvl_unpack": [c_int32, c_int64, c_int64, c_void_p, c_uint64, c_void_p],
-            "qvl_engine_create": [POINTER(Config), POINTER(Tensor), c_int64, POINTER(c_void_p)],
+            "qvl_get_device_info": [c_int32, c_int32, POINTER(DeviceInfo)],
+            "qvl_weights_create": [POINTER(Tensor), c_int64, c_uint32, POINTER(c_void_p)],
+            "qvl_weights_open": [c_char_p, POINTER(c_void_p)],
+            "qvl_weights_get": [c_void_p, c_int64, POINTER(Tensor), c_uint32],
+            "qvl_engine_create": [POINTER(Config), c_void_p, POINTER(c_void_p)],
+            "qvl_host_alloc": [c_void_p, c_uint64, POINTER(c_void_p)],
+            "qvl_copy_async": [c_void_p, c_void_p, c_void_p, c_uint64, c_void_p],
+            "qvl_event_create": [c_void_p, POINTER(c_void_p)],
+            "qvl_event_record": [c_void_p, c_void_p],
+            "qvl_event_query": [c_void_p, POINTER(c_int32)],
+            "qvl_event_wait": [c_void_p],
+            "qvl_kv_copy_blocks": [c_void_p, c_int32, c_void_p, c_void_p, c_void_p],
+            "qvl_kv_read_blocks": [c_void_p, c_int32, c_void_p, c_void_p, c_uint64, c_void_p],
+            "qvl_kv_write_blocks": [c_void_p, c_int32, c_void_p, c_void_p, c_uint64, c_void_p],
+            "qvl_step": [c_void_p, c_void_p, POINTER(StepArgs), c_void_p],
             "qvl_alloc": [c_void_p, c_uint64, POINTER(c_void_p)],
             "qvl_copy": [c_void_p, c_void_p, c_void_p, c_uint64, c_void_p],
             "qvl_synchronize": [c_void_p, c_void_p],
             "qvl_encode_images": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p],
             "qvl_kv_pool_create": [c_void_p, c_int32, c_int32, c_int32, POINTER(c_void_p)],
             "qvl_forward": [c_void_p, c_void_p, POINTER(Batch), c_void_p, c_void_p],
-            "qvl_sample": [c_void_p, c_int32, c_void_p, POINTER(Sampling), c_void_p, c_void_p, c_void_p],
+            "qvl_sample": [
+                *(c_void_p, c_int32, c_void_p, POINTER(Sampling), c_uint32, c_void_p, c_void_p, c_void_p)
+            ],
             "qvl_generate": [
-                *(c_void_p, c_void_p, c_int32, POINTER(Request), c_int32, c_void_p, OnStep, c_void_p),
+                *(c_void_p, c_void_p, c_int32, POINTER(Request), c_uint32, c_int32, c_void_p, OnStep),
+                c_void_p,
                 *(c_int64, c_void_p, c_void_p, c_void_p),
             ],
         }
@@ -284,19 +344,56 @@ def store(
     return stored
 
 
+def make_tensors(stored: Mapping[str, Stored]) -> Any:
+    tensors = (Tensor * len(stored))()
+    for tensor, (name, (data, dtype, shape)) in zip(tensors, stored.items()):
+        tensor.name, tensor.data, tensor.dtype = name.encode(), pointer(data), dtype
+        tensor.n_dims, tensor.bytes = len(shape), data.nbytes
+        for i, n in enumerate(shape):
+            tensor.shape[i] = n
+    return tensors
+
+
+class Weights:
+    """Weights in memory, which are kept, or those of a parameter file."""
+
+    def __init__(self, library: Library, stored: Mapping[str, Stored] | Path) -> None:
+        self.library, self._stored, handle = library, stored, c_void_p()
+        if isinstance(stored, Path):
+            library.call("qvl_weights_open", str(stored).encode(), ctypes.byref(handle))
+        else:
+            tensors = make_tensors(stored)
+            library.call(
+                "qvl_weights_create", tensors, len(tensors), ctypes.sizeof(Tensor), ctypes.byref(handle)
+            )
+        self.handle = handle
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.library.dll.qvl_weights_free(self.handle)
+
+    def __len__(self) -> int:
+        return int(self.library.dll.qvl_weights_count(self.handle))
+
+    def __getitem__(self, i: int) -> Tensor:
+        tensor = Tensor()
+        self.library.call("qvl_weights_get", self.handle, i, tensor, ctypes.sizeof(Tensor))
+        return tensor
+
+
 class Engine:
     """An engine with everything it refers to."""
 
-    def __init__(self, library: Library, config: Config, stored: Mapping[str, Stored]) -> None:
-        self.library, self.config, self._stored = library, config, dict(stored)
-        tensors = (Tensor * len(stored))()
-        for tensor, (name, (data, dtype, shape)) in zip(tensors, stored.items()):
-            tensor.name, tensor.data, tensor.dtype = name.encode(), pointer(data), dtype
-            tensor.n_dims, tensor.bytes = len(shape), data.nbytes
-            for i, n in enumerate(shape):
-                tensor.shape[i] = n
+    def __init__(self, library: Library, config: Config, weights: Mapping[str, Stored] | Weights) -> None:
+        self.library, self.config, self._weights = library, config, weights
         handle = c_void_p()
-        library.call("qvl_engine_create", config, tensors, len(tensors), ctypes.byref(handle))
+        if isinstance(weights, Weights):
+            library.call("qvl_engine_create", config, weights.handle, ctypes.byref(handle))
+        else:
+            with Weights(library, weights) as given:
+                library.call("qvl_engine_create", config, given.handle, ctypes.byref(handle))
         self.handle = handle
 
     def __enter__(self) -> Engine:
@@ -337,6 +434,7 @@ class Engine:
             n,
             pointer(logits),
             (Sampling * n)(*sampling),
+            ctypes.sizeof(Sampling),
             rows,
             pointer(tokens),
             None,
@@ -344,7 +442,8 @@ class Engine:
         return [int(token) for token in tokens]
 
     def sampling(self, **changes: Any) -> Sampling:
-        sampling: Sampling = self.library.dll.qvl_sampling_default()
+        sampling = Sampling(size=ctypes.sizeof(Sampling))
+        self.library.dll.qvl_sampling_init(sampling)
         for name, value in changes.items():
             assert hasattr(sampling, name)
             setattr(sampling, name, value)
@@ -371,7 +470,10 @@ class Engine:
             request.n_tokens, request.tokens = len(ids), int_pointer(ids)
             request.n_spans, request.spans = len(mine), mine
             request.max_new, request.min_new = max_new, min_new
-            request.sampling = self.sampling(**sampling)
+            request.span_size = ctypes.sizeof(Span)
+            if sampling:
+                keep.append(self.sampling(**sampling))
+                request.sampling = ctypes.pointer(keep[-1])
         tokens = np.full([n, max_new], -1, np.int32)
         results = (Result * n)()
         ends = np.asarray(end_ids, np.int32)
@@ -382,8 +484,8 @@ class Engine:
         callback = OnStep(relay) if on_step else OnStep()
         self.library.call(
             "qvl_generate",
-            *(self.handle, pool.handle if pool else None, n, requests, len(ends), pointer(ends)),
-            *(callback, None, max_new, pointer(tokens), results, None),
+            *(self.handle, pool.handle if pool else None, n, requests, ctypes.sizeof(Request)),
+            *(len(ends), pointer(ends), callback, None, max_new, pointer(tokens), results, None),
         )
         return [row[: result.n_tokens].tolist() for row, result in zip(tokens, results)], [
             result.finish for result in results
@@ -401,7 +503,7 @@ class Pool:
     """A pool and `forward` on it."""
 
     def __init__(self, engine: Engine, n_blocks: int, block_tokens: int, dtype: int) -> None:
-        self.engine, self.block_tokens = engine, block_tokens
+        self.engine, self.block_tokens, self.dtype = engine, block_tokens, dtype
         handle = c_void_p()
         engine.library.call(
             "qvl_kv_pool_create", engine.handle, n_blocks, block_tokens, dtype, ctypes.byref(handle)
@@ -414,23 +516,109 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.engine.library.dll.qvl_kv_pool_free(self.handle)
 
-    def forward(
+    def batch(
         self,
         parts: Sequence[tuple[Sequence[int], int, int, Sequence[int]]],
         spans: Sequence[tuple[int, np.ndarray]] = (),
-        logits: bool = True,
-    ) -> np.ndarray:
-        """Parts are (tokens, n_past, prompt_len, block table); returns logits [parts, vocab]."""
+        flags: Sequence[int] = (),
+    ) -> Batch:
+        """Parts are (tokens, n_past, prompt_len, block table)."""
         tables = [np.asarray(part[3], np.int32) for part in parts]
         sequences = (Sequence_ * len(parts))()
         for sequence, (tokens, n_past, prompt_len, _), table in zip(sequences, parts, tables):
             sequence.n_new, sequence.n_past, sequence.prompt_len = len(tokens), n_past, prompt_len
             sequence.n_blocks, sequence.blocks = len(table), int_pointer(table)
+        for sequence, flag in zip(sequences, flags):
+            sequence.flags = flag
         ids = np.concatenate([np.asarray(part[0], np.int32) for part in parts])
         made = make_spans(spans)
         batch = Batch(ctypes.sizeof(Batch), len(parts), sequences, pointer(ids), len(made), 0, made)
-        out = np.empty([len(parts), self.engine.config.vocab], np.float32)
+        batch.sequence_size, batch.span_size = ctypes.sizeof(Sequence_), ctypes.sizeof(Span)
+        batch.keep = tables, ids
+        return batch
+
+    def forward(
+        self,
+        parts: Sequence[tuple[Sequence[int], int, int, Sequence[int]]],
+        spans: Sequence[tuple[int, np.ndarray]] = (),
+        logits: bool = True,
+        flags: Sequence[int] = (),
+    ) -> np.ndarray:
+        """Logits [rows, vocab] of the parts without NO_LOGITS."""
+        rows = len(parts) - sum(flag & NO_LOGITS for flag in flags)
+        out = np.full([rows, self.engine.config.vocab], np.nan, np.float32)
         self.engine.library.call(
-            "qvl_forward", self.engine.handle, self.handle, batch, pointer(out) if logits else None, None
+            "qvl_forward",
+            *(self.engine.handle, self.handle, self.batch(parts, spans, flags)),
+            *(pointer(out) if logits else None, None),
         )
         return out
+
+    def step(
+        self,
+        parts: Sequence[tuple[Sequence[int], int, int, Sequence[int]]],
+        sampling: Sequence[Sampling],
+        spans: Sequence[tuple[int, np.ndarray]] = (),
+        flags: Sequence[int] = (),
+        counts: Sequence[np.ndarray | None] | None = None,
+        n_logprobs: int = 0,
+    ) -> Step:
+        n = len(sampling)
+        made = Step(
+            np.full(n, -9, np.int32),
+            np.empty(n, np.float32),
+            np.empty([n, n_logprobs], np.int32),
+            np.empty([n, n_logprobs], np.float32),
+            np.full([n, self.engine.config.vocab], np.nan, np.float32),
+        )
+        args = StepArgs(size=ctypes.sizeof(StepArgs), sampling_size=ctypes.sizeof(Sampling))
+        args.batch, args.rows = ctypes.pointer(self.batch(parts, spans, flags)), n
+        args.sampling, args.n_logprobs = (Sampling * n)(*sampling), n_logprobs
+        rows = None
+        if counts is not None:
+            rows = (c_void_p * n)(*(None if row is None else pointer(row) for row in counts))
+            args.counts = ctypes.addressof(rows)
+        args.tokens, args.logprobs, args.top_tokens, args.top_logprobs, args.logits = map(pointer, made)
+        self.engine.library.call("qvl_step", self.engine.handle, self.handle, args, None)
+        return made
+
+    def copy_blocks(self, from_: Sequence[int], to: Sequence[int]) -> None:
+        a, b = np.asarray(from_, np.int32), np.asarray(to, np.int32)
+        self.engine.library.call("qvl_kv_copy_blocks", self.handle, len(a), pointer(a), pointer(b), None)
+
+    def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        numbers = np.asarray(blocks, np.int32)
+        config = self.engine.handle, len(numbers), self.block_tokens, self.dtype
+        host = np.zeros(self.engine.library.dll.qvl_kv_pool_bytes(*config), np.uint8)
+        self.engine.library.call(
+            "qvl_kv_read_blocks",
+            self.handle,
+            len(numbers),
+            pointer(numbers),
+            pointer(host),
+            host.nbytes,
+            None,
+        )
+        return host
+
+    def write_blocks(self, blocks: Sequence[int], host: np.ndarray) -> None:
+        numbers = np.asarray(blocks, np.int32)
+        self.engine.library.call(
+            "qvl_kv_write_blocks",
+            self.handle,
+            len(numbers),
+            pointer(numbers),
+            pointer(host),
+            host.nbytes,
+            None,
+        )
+
+
+class Step(NamedTuple):
+    """What a step gives: int32 [rows], float32 [rows], int32 and float32 [rows, n_logprobs], float32 [rows, vocab]."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    top_tokens: np.ndarray
+    top_logprobs: np.ndarray
+    logits: np.ndarray

@@ -88,14 +88,37 @@ def test_rows_are_their_own(engine):
     assert together == [engine.sample(logits[i : i + 1], [settings[i]])[0] for i in range(6)]
 
 
+@pytest.mark.parametrize("vocab_part", [slice(None), slice(5, 9), slice(639, 640), slice(0, 1)], ids=str)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_broken_row_gives_a_token(engine, value):
+def test_a_broken_row(engine, value, vocab_part):
+    """A NaN, or nothing finite, gives -1 and counts nothing; an infinity among finite values is only very likely."""
     logits = np.zeros([1, engine.config.vocab], np.float32)
-    for broken in (slice(None), slice(5, 9)):
-        logits[0, broken] = value
-        for temperature in (0, 1):
-            (token,) = engine.sample(logits, [engine.sampling(temperature=temperature)])
-            assert 0 <= token < engine.config.vocab
+    logits[0, vocab_part] = value
+    for options in ({"temperature": 0.0}, {"temperature": 1.0}, {"presence_penalty": 1.0}):
+        counts = np.zeros(engine.config.vocab, np.int32)
+        (token,) = engine.sample(logits, [engine.sampling(**options)], [counts])
+        if np.isnan(logits).any() or not np.isfinite(logits).any():
+            assert token == -1
+            assert counts.sum() == 0
+        else:
+            assert counts[token] == 1
+            assert logits[0, token] == logits.max()
+
+
+@pytest.mark.parametrize("vocab", [640])
+def test_the_likeliest_wherever_it_is(engine, vocab):
+    """Against NumPy, on rows with many equal values, and with ids forbidden."""
+    random = np.random.default_rng(4)
+    rows = random.integers(-3, 3, [300, vocab]).astype(np.float32)
+    for i in range(0, 300, 3):
+        rows[i, random.integers(vocab)] = 7
+    assert engine.sample(rows, [engine.sampling()] * 300) == rows.argmax(1).tolist()
+    forbidden = np.stack([random.permutation(vocab)[:400] for _ in rows]).astype(np.int32)
+    settings = [engine.sampling(n_forbidden=400, forbidden=int_pointer(ids)) for ids in forbidden]
+    picked = engine.sample(rows, settings)
+    for row, ids in zip(rows, forbidden):
+        row[ids] = -1e10
+    assert picked == rows.argmax(1).tolist()
 
 
 @pytest.mark.parametrize(

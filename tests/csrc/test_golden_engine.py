@@ -143,7 +143,7 @@ def test_describe_and_version(library, golden_model):
         with Engine(library, config, weights) as engine:
             assert engine.describe().endswith(", 3 threads")
             assert (" generic," in engine.describe()) == (isa == "generic")
-    assert library.dll.qvl_version() == b"0.1"
+    assert library.dll.qvl_version() == b"0.2"
 
 
 def test_omp_num_threads(library, golden_model, monkeypatch):

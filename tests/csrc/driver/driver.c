@@ -64,9 +64,16 @@ typedef struct {
   qvl_tensor tensors[MAX_TENSORS];
   char names[MAX_TENSORS][64];
   int64_t n;
+  qvl_weights* weights;
   qvl_dtype dtype;
   uint64_t random;
 } model;
+
+static qvl_sampling greedy(void) {
+  qvl_sampling sampling = QVL_INIT(qvl_sampling);
+  qvl_sampling_init(&sampling);
+  return sampling;
+}
 
 static void give(model* m, const char* name, int product, int64_t a, int64_t b, int64_t c, int64_t d) {
   CHECK(m->n < MAX_TENSORS);
@@ -192,17 +199,19 @@ static model* make_model(qvl_dtype dtype, qvl_isa isa, int n_threads) {
   c->n_queries = QUERIES;
   give_language(m);
   give_vision(m);
+  SUCCEED(qvl_weights_create(m->tensors, m->n, sizeof m->tensors[0], &m->weights, ERROR));
   return m;
 }
 
 static void free_model(model* m) {
+  qvl_weights_free(m->weights);
   for (int64_t i = 0; i < m->n; ++i) free((void*)m->tensors[i].data);
   free(m);
 }
 
 static qvl_engine* make_engine(const model* m) {
   qvl_engine* engine;
-  SUCCEED(qvl_engine_create(&m->config, m->tensors, m->n, &engine, ERROR));
+  SUCCEED(qvl_engine_create(&m->config, m->weights, &engine, ERROR));
   return engine;
 }
 
@@ -220,6 +229,7 @@ static void answer(qvl_engine* engine, int32_t* tokens) {
   for (int i = 0; i < QUERIES * HIDDEN; ++i) CHECK(isfinite(features[i]));
   int32_t ids[PROMPT];
   for (int i = 0; i < PROMPT; ++i) ids[i] = (i * 7) % VOCAB;
+  qvl_sampling sampling[REQUESTS];
   const qvl_span span = {11, QUERIES, features};
   qvl_request requests[REQUESTS];
   memset(requests, 0, sizeof requests);
@@ -227,18 +237,19 @@ static void answer(qvl_engine* engine, int32_t* tokens) {
     requests[i].n_tokens = i == 0 ? PROMPT : i * 5;
     requests[i].tokens = ids;
     requests[i].max_new = NEW;
-    requests[i].sampling = qvl_sampling_default();
-    requests[i].sampling.temperature = (float)i;
-    requests[i].sampling.top_p = 0.9f;
-    requests[i].sampling.presence_penalty = 0.5f;
-    requests[i].sampling.seed = 5;
+    sampling[i] = greedy();
+    sampling[i].temperature = (float)i;
+    sampling[i].top_p = 0.9f;
+    sampling[i].presence_penalty = 0.5f;
+    sampling[i].seed = 5;
+    requests[i].sampling = &sampling[i];
   }
   requests[0].n_spans = 1;
   requests[0].spans = &span;
   qvl_result results[REQUESTS];
   const int32_t end = 1;
-  SUCCEED(
-      qvl_generate(engine, NULL, REQUESTS, requests, 1, &end, NULL, NULL, NEW, tokens, results, NULL, ERROR));
+  SUCCEED(qvl_generate(engine, NULL, REQUESTS, requests, sizeof requests[0], 1, &end, NULL, NULL, NEW, tokens,
+                       results, NULL, ERROR));
   for (int i = 0; i < REQUESTS; ++i) {
     CHECK(results[i].finish == QVL_FINISH_END || results[i].n_tokens == NEW);
     for (int t = results[i].n_tokens; t < NEW; ++t) tokens[i * NEW + t] = -1;
@@ -252,7 +263,7 @@ static void run_all(void) {
       model* m = make_model(dtype, isa, 2);
       qvl_engine* engine;
       qvl_error error;
-      const qvl_status status = qvl_engine_create(&m->config, m->tensors, m->n, &engine, &error);
+      const qvl_status status = qvl_engine_create(&m->config, m->weights, &engine, &error);
       if (status == QVL_OK) {
         int32_t first[REQUESTS * NEW], second[REQUESTS * NEW];
         answer(engine, first);
@@ -364,10 +375,16 @@ static int fuzz_create(const model* m) {
       n = (int64_t)(next(&fuzz_random) % (uint64_t)n);
   }
   if (config.n_threads > 4) config.n_threads = 4;
-  qvl_engine* engine;
   qvl_error error;
-  const qvl_status status = qvl_engine_create(&config, tensors, n, &engine, &error);
-  CHECK((status == QVL_OK) == (engine != NULL));
+  qvl_weights* weights;
+  qvl_engine* engine = NULL;
+  qvl_status status = qvl_weights_create(tensors, n, sizeof tensors[0], &weights, &error);
+  CHECK((status == QVL_OK) == (weights != NULL));
+  if (status == QVL_OK) {
+    status = qvl_engine_create(&config, weights, &engine, &error);
+    CHECK((status == QVL_OK) == (engine != NULL));
+  }
+  qvl_weights_free(weights);
   CHECK(status == QVL_OK || error.message[0] != 0);
   qvl_engine_free(engine);
   return status != QVL_OK;
@@ -379,9 +396,9 @@ static int fuzz_forward(qvl_engine* engine, qvl_kv_pool* pool) {
   static float features[MAX_POSITIONS * HIDDEN], logits[2 * VOCAB];
   for (int i = 0; i < 2 * MAX_POSITIONS; ++i) ids[i] = i % VOCAB;
   for (int i = 0; i < MAX_POSITIONS; ++i) blocks[i] = i % 8;
-  qvl_sequence sequences[2] = {{5, 0, 5, 8, blocks}, {1, 17, 18, 8, blocks}};
+  qvl_sequence sequences[2] = {{5, 0, 5, 8, blocks, 0, 0}, {1, 17, 18, 8, blocks, 0, 0}};
   qvl_span spans[2] = {{1, 2, features}, {4, 1, features}};
-  qvl_batch batch = {sizeof batch, 2, sequences, ids, 2, 0, spans};
+  qvl_batch batch = {sizeof batch, 2, sequences, ids, 2, 0, spans, sizeof sequences[0], sizeof spans[0]};
   qvl_sequence* s = &sequences[next(&fuzz_random) % 2];
   switch (next(&fuzz_random) % 10) {
     case 0:
@@ -430,7 +447,8 @@ static int fuzz_generate(qvl_engine* engine, qvl_kv_pool* pool) {
   for (int i = 0; i < MAX_POSITIONS; ++i) ids[i] = i % VOCAB;
   qvl_span span = {1, 2, features};
   int32_t n = 1;
-  qvl_request request = {4, 1, ids, &span, 2, 0, qvl_sampling_default()};
+  qvl_sampling sampling = greedy();
+  qvl_request request = {4, 1, ids, &span, 2, 0, &sampling, sizeof span, 0};
   int32_t end = 1;
   qvl_result result;
   int64_t stride = 16;
@@ -463,12 +481,13 @@ static int fuzz_generate(qvl_engine* engine, qvl_kv_pool* pool) {
       end = (int32_t)odd_number();
       break;
     default: /* n_forbidden stays: its pointer is NULL */
-      spoil(&request.sampling, offsetof(qvl_sampling, n_forbidden));
-      if (request.sampling.size > sizeof request.sampling) request.sampling.size = 1;
+      spoil(&sampling, offsetof(qvl_sampling, n_forbidden));
+      if (sampling.size > sizeof sampling) sampling.size = 1;
   }
   qvl_error error;
-  const qvl_status status = qvl_generate(engine, next(&fuzz_random) % 2 ? pool : NULL, n, &request, 1, &end,
-                                         NULL, NULL, stride, tokens, &result, NULL, &error);
+  const qvl_status status =
+      qvl_generate(engine, next(&fuzz_random) % 2 ? pool : NULL, n, &request, sizeof request, 1, &end, NULL,
+                   NULL, stride, tokens, &result, NULL, &error);
   CHECK(status == QVL_OK || error.message[0] != 0);
   return status != QVL_OK;
 }
@@ -478,7 +497,7 @@ static int fuzz_sample(qvl_engine* engine) {
   for (int i = 0; i < 2 * VOCAB; ++i) logits[i] = odd_float();
   int32_t counts[VOCAB] = {0}, tokens[2] = {-1, -1}, forbidden[3] = {1, 2, 3};
   int32_t* rows[2] = {counts, NULL};
-  qvl_sampling sampling[2] = {qvl_sampling_default(), qvl_sampling_default()};
+  qvl_sampling sampling[2] = {greedy(), greedy()};
   int32_t n = 2;
   for (int i = 0; i < 2; ++i) sampling[i].temperature = (float)(next(&fuzz_random) % 3);
   sampling[0].forbidden = forbidden;
@@ -500,10 +519,11 @@ static int fuzz_sample(qvl_engine* engine) {
       spoil(&sampling[next(&fuzz_random) % 2], offsetof(qvl_sampling, n_forbidden));
   }
   qvl_error error;
-  const qvl_status status = qvl_sample(engine, n, next(&fuzz_random) % 8 ? logits : NULL, sampling,
-                                       next(&fuzz_random) % 2 ? rows : NULL, tokens, NULL, &error);
+  const qvl_status status =
+      qvl_sample(engine, n, next(&fuzz_random) % 8 ? logits : NULL, sampling, sizeof sampling[0],
+                 next(&fuzz_random) % 2 ? rows : NULL, tokens, NULL, &error);
   CHECK(status == QVL_OK || error.message[0] != 0);
-  for (int i = 0; status == QVL_OK && i < n; ++i) CHECK(tokens[i] >= 0 && tokens[i] < VOCAB);
+  for (int i = 0; status == QVL_OK && i < n; ++i) CHECK(tokens[i] >= -1 && tokens[i] < VOCAB);
   return status != QVL_OK;
 }
 
@@ -580,7 +600,7 @@ static void run_limits(void) {
   CHECK(setrlimit(RLIMIT_AS, &limit) == 0);
   qvl_engine* engine;
   qvl_error error;
-  CHECK(qvl_engine_create(&m->config, m->tensors, m->n, &engine, &error) == QVL_NO_MEMORY);
+  CHECK(qvl_engine_create(&m->config, m->weights, &engine, &error) == QVL_NO_MEMORY);
   CHECK(engine == NULL);
   m->config.n_threads = 2;
   engine = make_engine(m);
@@ -612,12 +632,13 @@ static void run_soak(int n) {
   for (int i = 0; i < n; ++i) {
     if (i == n / 10) begin = resident_kib();
     for (int t = 0; t < 64; ++t) ids[t] = (int32_t)(next(&random) % VOCAB);
-    qvl_request request = {
-        1 + (int32_t)(next(&random) % 64), 0, ids, NULL, 1 + i % 4, 0, qvl_sampling_default()};
-    request.sampling.temperature = (float)(i % 2);
-    request.sampling.presence_penalty = (float)(i % 3);
+    qvl_sampling sampling = greedy();
+    sampling.temperature = (float)(i % 2);
+    sampling.presence_penalty = (float)(i % 3);
+    qvl_request request = {1 + (int32_t)(next(&random) % 64), 0, ids, NULL, 1 + i % 4, 0, &sampling, 0, 0};
     qvl_result result;
-    SUCCEED(qvl_generate(engine, NULL, 1, &request, 0, NULL, NULL, NULL, 4, tokens, &result, NULL, ERROR));
+    SUCCEED(qvl_generate(engine, NULL, 1, &request, sizeof request, 0, NULL, NULL, NULL, 4, tokens, &result,
+                         NULL, ERROR));
     CHECK(result.n_tokens == 1 + i % 4);
   }
   const long grown = resident_kib() - begin;

@@ -1,7 +1,9 @@
-// The random numbers of qvl_sample; the header says which.
+// What every device's sampler must do alike; the header says what.
 #pragma once
 
 #include <cstdint>
+
+#include "qwenvl.h"
 
 namespace qvl {
 
@@ -13,5 +15,15 @@ inline double random_fraction(uint64_t seed, uint64_t counter) {
   z ^= z >> 31;
   return static_cast<double>(z >> 11) * 0x1p-53;
 }
+
+inline bool penalised(const qvl_sampling& s) {
+  return s.repetition_penalty != 1 || s.frequency_penalty != 0 || s.presence_penalty != 0;
+}
+
+inline bool greedy(const qvl_sampling& s) {
+  return s.temperature == 0 || s.top_p == 0 || s.top_k == 1;
+}
+
+constexpr int kMaxLogprobs = 64;
 
 }  // namespace qvl

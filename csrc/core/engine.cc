@@ -1,0 +1,74 @@
+#include "core/engine.h"
+
+#include "core/checks.h"
+#include "core/config.h"
+#include "core/error.h"
+#include "core/sampling.h"
+
+namespace qvl {
+namespace {
+
+void check_picks(const qvl_config& config, const Picks& picks) {
+  QVL_REQUIRE(has_language(config), QVL_INVALID, "the engine has no language stage");
+  QVL_REQUIRE(picks.n >= 0, QVL_INVALID, "n is %d", picks.n);
+  if (picks.n == 0) return;
+  QVL_REQUIRE(picks.sampling != nullptr, QVL_INVALID, "sampling is NULL");
+  QVL_REQUIRE(picks.tokens != nullptr, QVL_INVALID, "tokens is NULL");
+  QVL_REQUIRE(picks.n_top >= 0 && picks.n_top <= kMaxLogprobs && picks.n_top <= config.vocab, QVL_INVALID,
+              "n_logprobs is %d; it must be 0 to %d, and no more than the vocabulary", picks.n_top,
+              kMaxLogprobs);
+  QVL_REQUIRE(picks.n_top == 0 || (picks.top_tokens != nullptr && picks.top_logprobs != nullptr), QVL_INVALID,
+              "n_logprobs is %d and top_tokens or top_logprobs is NULL", picks.n_top);
+  for (int32_t i = 0; i < picks.n; ++i) {
+    const bool counted = picks.counts != nullptr && picks.counts[i] != nullptr;
+    check_sampling(config, "sampling", i, picks.sampling[i], counted);
+  }
+}
+
+void check_pool(const qvl_engine& engine, const qvl_kv_pool& pool) {
+  QVL_REQUIRE(pool.engine == &engine, QVL_INVALID, "pool: belongs to another engine");
+}
+
+}  // namespace
+
+void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits,
+             qvl_stream stream) {
+  check_pool(engine, pool);
+  check_batch(engine.config, *pool.blocks, batch);
+  const std::lock_guard<std::mutex> lock(engine.computing);
+  engine.backend->forward(*pool.blocks, batch, logits, stream);
+}
+
+void sample(qvl_engine& engine, const float* logits, const Picks& picks, qvl_stream stream) {
+  check_picks(engine.config, picks);
+  if (picks.n == 0) return;
+  QVL_REQUIRE(logits != nullptr, QVL_INVALID, "logits is NULL");
+  const std::lock_guard<std::mutex> lock(engine.computing);
+  engine.backend->sample(logits, picks, stream);
+}
+
+void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
+          qvl_stream stream) {
+  check_pool(engine, pool);
+  check_batch(engine.config, *pool.blocks, batch);
+  int32_t rows = 0;
+  for (int32_t i = 0; i < batch.n_sequences; ++i) {
+    rows += (batch.sequences[i].flags & QVL_SEQUENCE_NO_LOGITS) == 0;
+  }
+  QVL_REQUIRE(picks.n == rows, QVL_INVALID,
+              "rows is %d; the batch has %d sequences without QVL_SEQUENCE_NO_LOGITS", picks.n, rows);
+  check_picks(engine.config, picks);
+  const std::lock_guard<std::mutex> lock(engine.computing);
+  engine.backend->step(*pool.blocks, batch, logits, picks, stream);
+}
+
+std::unique_ptr<qvl_kv_pool> make_pool(qvl_engine& engine, int32_t n_blocks, int32_t block_tokens,
+                                       qvl_dtype dtype) {
+  check_pool_sizes(engine.config, n_blocks, block_tokens, dtype);
+  auto pool = std::make_unique<qvl_kv_pool>();
+  pool->engine = &engine;
+  pool->blocks = engine.backend->make_pool(n_blocks, block_tokens, dtype);
+  return pool;
+}
+
+}  // namespace qvl

@@ -1,0 +1,30 @@
+#include "core/tensors.h"
+
+#include "core/error.h"
+
+#if !defined(_WIN32)
+#include <sys/mman.h>
+#endif
+
+namespace qvl {
+
+Tensors::~Tensors() {
+#if !defined(_WIN32)
+  if (mapping_ != nullptr) munmap(mapping_, mapped_bytes_);
+#endif
+}
+
+void Tensors::add(const qvl_tensor& tensor, std::string name) {
+  QVL_REQUIRE(places_.emplace(name, list_.size()).second, QVL_BAD_WEIGHT, "%.200s: given twice",
+              name.c_str());
+  names_.push_back(std::move(name));
+  list_.push_back(tensor);
+  list_.back().name = names_.back().c_str();
+}
+
+const qvl_tensor* Tensors::find(const std::string& name) const {
+  const auto found = places_.find(name);
+  return found != places_.end() ? &list_[found->second] : nullptr;
+}
+
+}  // namespace qvl
