@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
+# Version 2 has parameter files without names, whose tensors begin anywhere; its portable programs are the same.
+CONTRACT_VERSIONS = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -80,21 +82,4 @@ def step_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[Inp
             for i in range(config.num_hidden_layers)
             for part in ("k", "v")
         ),
-    ]
-
-
-def fused_step_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[Input]:
-    """One forward pass of the engine over T tokens of B sequences, one after another.
-
-    A sequence is n_new, n_past, prompt_len and n_blocks; a span is a position in `tokens` and a picture's number,
-    which is negative where there is no picture; `blocks` are the block tables of the sequences, one after another;
-    `pool` is its id, n_blocks, block_tokens and qvl_dtype (csrc/include/qwenvl.h).
-    """
-    return [
-        Input("tokens", (-1,), "int32"),
-        Input("image_features", (-1, -1, -1), "float32"),
-        Input("spans", (-1, 2), "int32"),
-        Input("sequences", (-1, 4), "int32"),
-        Input("blocks", (-1,), "int32"),
-        Input("pool", (4,), "int64"),
     ]

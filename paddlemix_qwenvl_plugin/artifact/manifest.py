@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Optional
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from paddlemix_qwenvl_plugin.artifact.contract import CONTRACT_VERSION
+from paddlemix_qwenvl_plugin.artifact.contract import CONTRACT_VERSION, CONTRACT_VERSIONS
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, first_problem
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.progress import track
+
+
+_BLOCK = 1 << 22
+
+# Of a parameter file, these many stretches of these many bytes are looked at when it is opened: 4 MiB, which takes
+# a few milliseconds.
+_N_SAMPLES, _SAMPLE = 64, 1 << 16
 
 
 class FileDigest(BaseModel):
@@ -23,19 +32,34 @@ class FileDigest(BaseModel):
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> FileDigest:
+    def of(cls, path: Path, label: Optional[str] = None) -> FileDigest:
+        """Read a whole file; with a label, its progress is reported under it."""
         digest, size = hashlib.sha256(), 0
         with path.open("rb") as file:
-            for block in iter(lambda: file.read(1 << 22), b""):
+            blocks: Iterable[bytes] = iter(lambda: file.read(_BLOCK), b"")
+            if label is not None:
+                blocks = track(blocks, label, -(-path.stat().st_size // _BLOCK))
+            for block in blocks:
                 digest.update(block)
                 size += len(block)
         return cls(bytes=size, sha256=digest.hexdigest())
 
 
+def digest_of_samples(path: Path) -> str:
+    """SHA-256 of stretches spread evenly over a file, its first and last bytes among them."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        for i in range(_N_SAMPLES):
+            file.seek(max(size - _SAMPLE, 0) * i // (_N_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
 class Manifest(BaseModel):
     """One exported stage. `model` is the checkpoint's fingerprint, which both stages of a pair share.
 
-    `quant_type` tells how matrices are stored that are not stored as `dtype`.
+    `quant_type` tells how matrices are stored that are not stored as `dtype`; `weights_samples` is
+    `digest_of_samples` of the parameter file, which exports of contract version 2 lack.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +73,7 @@ class Manifest(BaseModel):
     model: str
     config: ModelConfig
     weights: FileDigest
+    weights_samples: Optional[str] = None
     programs: dict[str, FileDigest]
 
 
@@ -56,8 +81,12 @@ def manifest_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".manifest.json")
 
 
-def read_manifest(prefix: Path, stage: str) -> Manifest:
-    """Read and check the manifest of an exported stage, "vision" or "language".
+def params_path(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".pdiparams")
+
+
+def read_manifest(prefix: Path, stage: Optional[str] = None) -> Manifest:
+    """Read and check the manifest of an exported stage, "vision" or "language"; None: of either.
 
     Raises:
         UsageError: nothing was exported under this prefix.
@@ -65,14 +94,12 @@ def read_manifest(prefix: Path, stage: str) -> Manifest:
     """
     path = manifest_path(prefix)
     if not path.is_file():
-        command = f"qwenvl export-{stage}"
-        raise UsageError(
-            f"{prefix}: no exported {stage} stage there ({path.name} is missing); run {command} first"
-        )
+        what, command = (f"{stage} stage", f"qwenvl export-{stage}") if stage else ("stage", "an export")
+        raise UsageError(f"{prefix}: no exported {what} there ({path.name} is missing); run {command} first")
     try:
         data = json.loads(path.read_text("utf-8"))
         found = data.get("contract") if isinstance(data, dict) else None
-        if isinstance(found, int) and found != CONTRACT_VERSION:
+        if isinstance(found, int) and found not in CONTRACT_VERSIONS:
             raise QwenVLError(
                 f"{path}: contract version {found}, this plugin runs version {CONTRACT_VERSION}; export again"
             )
@@ -81,8 +108,40 @@ def read_manifest(prefix: Path, stage: str) -> Manifest:
         raise QwenVLError(f"{path}: {first_problem(error)}; export again") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise QwenVLError(f"{path}: not valid JSON ({error}); export again") from error
-    if manifest.stage != stage:
+    if stage is not None and manifest.stage != stage:
         raise UsageError(f"{prefix}: this is an exported {manifest.stage} stage, not the {stage} stage")
+    return manifest
+
+
+def check_weights(path: Path, manifest: Manifest) -> None:
+    """Find out, without reading all of it, whether a parameter file is the one that was exported.
+
+    Raises:
+        QwenVLError: it is missing, of another size, or differs in one of the samples.
+    """
+    if not path.is_file():
+        raise QwenVLError(f"{path}: missing; export again")
+    size, expected = path.stat().st_size, manifest.weights.bytes
+    if size != expected:
+        raise QwenVLError(f"{path}: {size} bytes where {expected} were exported; export again")
+    if manifest.weights_samples not in (None, digest_of_samples(path)):
+        raise QwenVLError(f"{path}: not the weights that were exported; export again")
+
+
+def verify(prefix: Path) -> Manifest:
+    """Read all files of an exported stage and compare them with its manifest.
+
+    Raises:
+        UsageError: nothing was exported under this prefix.
+        QwenVLError: a file is missing or was changed.
+    """
+    manifest = read_manifest(prefix)
+    for name, expected in {params_path(prefix).name: manifest.weights, **manifest.programs}.items():
+        path = prefix.with_name(name)
+        if not path.is_file():
+            raise QwenVLError(f"{path}: missing; export again")
+        if FileDigest.of(path, f"verifying {name}") != expected:
+            raise QwenVLError(f"{path}: not what {manifest_path(prefix).name} describes; export again")
     return manifest
 
 

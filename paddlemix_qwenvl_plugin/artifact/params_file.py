@@ -1,52 +1,88 @@
-"""Paddle's combined parameter file (`.pdiparams`), written tensor by tensor.
+"""Paddle's combined parameter file (`.pdiparams`), written tensor by tensor so that it can be mapped.
 
 Paddle's own writer wants every weight in memory, often twice. The format is one record a tensor, in an order that
 the program fixes: uint32 0, uint64 0, uint32 0, int32 length of a TensorDesc message, the message (field 1 the
 data type, field 2 each dimension), the raw values. Source: paddle/fluid/framework/lod_tensor.cc and
 tensor_util.cc.
+
+From contract version 3 on, the message ends in a field that Paddle does not know and skips: number 15, its length
+as a varint of exactly 3 bytes, then
+
+    4 bytes "qvl1", uint8 qvl_dtype, uint8 n_dims (1 to 4), uint16 length of the name, int64 [n_dims] shape of the
+    values whatever their storage, the canonical name (csrc/include/qwenvl.h) in UTF-8, zeros
+
+all little-endian. The zeros make the raw values begin at a multiple of 64 bytes.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 from numpy.typing import NDArray
 
+from paddlemix_qwenvl_plugin.artifact.manifest import Manifest, check_weights
+from paddlemix_qwenvl_plugin.artifact.weights import Weight, stage_weights
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
+from paddlemix_qwenvl_plugin.engine.quantize import CODES
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
+ALIGNMENT = 64
+
 _TYPE_CODES = {"float16": 4, "float32": 5, "uint8": 20, "bfloat16": 22}
+_ITEM_BYTES = {4: 2, 5: 4, 20: 1, 22: 2}
 _STORAGE = {**STORAGE, "uint8": np.dtype("u1")}
+_NAMES = {code: name for name, code in CODES.items()}
+
+_FIELD = 0x7A  # number 15, bytes
+_MAGIC = b"qvl1"
+_LONGEST = 1 << 12  # of a message that is read: names have some fifty bytes
 
 
 class Record(NamedTuple):
-    """A parameter in the file; `dtype` is float32, float16, bfloat16, or uint8 for the bytes of a quantised one."""
+    """A parameter as the program has it; `dtype` is float32, float16, bfloat16, or uint8 for quantised bytes."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
+class Entry(NamedTuple):
+    """A weight in the file: canonical name, a key of quantize.CODES, shape of the values, where its bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+
 def write_params(
-    path: Path, records: dict[str, Record], stream: Iterable[tuple[str, NDArray[np.generic]]]
+    path: Path,
+    records: Mapping[str, Record],
+    weights: Mapping[str, Weight],
+    stream: Iterable[tuple[str, NDArray[np.generic]]],
 ) -> None:
-    """Write the file beside `path` and rename it.
+    """Write the file beside `path`, onto the disk, and rename it.
 
     Args:
         path: the `.pdiparams` file.
         records: every parameter, in the file's order.
+        weights: what they are, by the same names.
         stream: (name, values in storage type) in any order, each name once.
+
+    Raises:
+        QwenVLError: a value is not a finite number.
     """
     offsets: dict[str, int] = {}
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
             for name, record in records.items():
-                file.write(_record_head(record))
+                file.write(_record_head(record, name, weights[name], file.tell()))
                 offsets[name] = file.tell()
                 n_values = int(np.prod(record.shape, dtype=np.int64))
                 file.seek(n_values * _STORAGE[record.dtype].itemsize, os.SEEK_CUR)
@@ -55,8 +91,11 @@ def write_params(
                 record = records[name]
                 if values.shape != record.shape or values.dtype != _STORAGE[record.dtype]:
                     raise AssertionError(f"{name}: {values.dtype} {values.shape}, program has {record}")
+                _check_finite(name, values, record.dtype)
                 file.seek(offsets.pop(name))
                 file.write(np.ascontiguousarray(values).data)
+            file.flush()
+            os.fsync(file.fileno())
         if offsets:  # a slip of this package, not of the user's
             raise AssertionError(f"parameters without weights: {sorted(offsets)}")
         partial.replace(path)
@@ -64,16 +103,28 @@ def write_params(
         partial.unlink(missing_ok=True)
 
 
-def read_first_dims(path: Path) -> list[int]:
-    """The first dimension of each record of a file of one-dimensional float32 tensors."""
-    data, position, dims = path.read_bytes(), 0, []
-    while position < len(data):
-        (length,) = struct.unpack_from("<i", data, position + 16)
-        message = data[position + 20 : position + 20 + length]
-        dim, _ = _read_varint(message, 3)
-        dims.append(dim)
-        position += 20 + length + 4 * dim
-    return dims
+def read_tensors(path: Path, manifest: Manifest) -> list[Entry]:
+    """Where each weight of a stage lies, in the file's order; the heads of the records are read, not the values.
+
+    Files of contract version 2 have no names: there the order is that of the sorted names.
+
+    Raises:
+        QwenVLError: the file is missing, damaged, or not the one that the manifest describes.
+    """
+    check_weights(path, manifest)
+    expected = stage_weights(manifest.config, manifest.stage, manifest.dtype, manifest.quant_type)
+    records = list(_records(path))
+    if manifest.contract >= 3:
+        entries = [record.entry for record in records if record.entry is not None]
+    else:
+        entries = [
+            Entry(name, weight.dtype, weight.shape, record.offset, record.n_bytes)
+            for (name, weight), record in zip(sorted(expected.items()), records)
+        ]
+    found = {entry.name: Weight(entry.shape, entry.dtype) for entry in entries}
+    if len(records) != len(expected) or found != expected:
+        raise QwenVLError(f"{path}: its tensors are not those of {manifest.stage} stage; export again")
+    return entries
 
 
 def check_records(path: Path) -> None:
@@ -82,31 +133,81 @@ def check_records(path: Path) -> None:
     Raises:
         QwenVLError: the records do not fill the file, as after a copy that was broken off.
     """
-    sizes = {code: _STORAGE[dtype].itemsize for dtype, code in _TYPE_CODES.items()}
+    for _ in _records(path):
+        pass
+
+
+def read_first_dims(path: Path) -> list[int]:
+    """The first dimension of each record of a file of one-dimensional float32 tensors."""
+    return [record.n_bytes // 4 for record in _records(path)]
+
+
+class _Found(NamedTuple):
+    """A record of a file; `entry` is None in files without names."""
+
+    offset: int
+    n_bytes: int
+    entry: Optional[Entry]
+
+
+def _records(path: Path) -> Iterator[_Found]:
     position, end = 0, path.stat().st_size
     with path.open("rb") as file:
         while position < end:
             file.seek(position)
             head = file.read(20)
             length = struct.unpack("<16xi", head)[0] if len(head) == 20 and not any(head[:16]) else 0
-            message = file.read(length) if 0 < length < 1000 else b""
+            message = file.read(length) if 0 < length <= _LONGEST else b""
             try:
-                count, at = 1, 2
-                while at < len(message):
-                    dim, at = _read_varint(message, at + 1)
-                    count *= dim
-                n_bytes = count * sizes[message[1]]
-            except (IndexError, KeyError) as error:
+                found = _parse(message, position + 20 + length)
+            except (IndexError, KeyError, ValueError, struct.error) as error:
                 raise QwenVLError(f"{path}: damaged at byte {position}; export again") from error
-            position += 20 + length + n_bytes
+            yield found
+            position = found.offset + found.n_bytes
         if position != end:
             raise QwenVLError(f"{path}: cut off; export again")
 
 
-def _record_head(record: Record) -> bytes:
+def _parse(message: bytes, offset: int) -> _Found:
+    n_bytes, at, content = _ITEM_BYTES[message[1]], 2, b""
+    while at < len(message):
+        value, after = _read_varint(message, at + 1)
+        if message[at] == _FIELD:
+            content, after = message[after : after + value], after + value
+        else:
+            n_bytes *= value
+        at = after
+    if not content:
+        return _Found(offset, n_bytes, None)
+    magic, code, n_dims, length = struct.unpack_from("<4sBBH", content)
+    shape = struct.unpack_from(f"<{n_dims}q", content, 8)
+    name = content[8 + 8 * n_dims :][:length].decode("utf-8")
+    if magic != _MAGIC or offset % ALIGNMENT:
+        raise ValueError("another description, or values that are not aligned")
+    return _Found(offset, n_bytes, Entry(name, _NAMES[code], shape, offset, n_bytes))
+
+
+def _record_head(record: Record, name: str, weight: Weight, position: int) -> bytes:
+    """The head of a record that begins at `position`, so long that the values are aligned."""
     sizes = b"".join(b"\x10" + _varint(n) for n in record.shape)
     message = b"\x08" + _varint(_TYPE_CODES[record.dtype]) + sizes
+    content = struct.pack("<4sBBH", _MAGIC, CODES[weight.dtype], len(weight.shape), len(name.encode()))
+    content += struct.pack(f"<{len(weight.shape)}q", *weight.shape) + name.encode()
+    content += bytes(-(position + 20 + len(message) + 4 + len(content)) % ALIGNMENT)
+    n = len(content)
+    message += bytes((_FIELD, n & 127 | 128, n >> 7 & 127 | 128, n >> 14)) + content
     return struct.pack("<IQIi", 0, 0, 0, len(message)) + message
+
+
+def _check_finite(name: str, values: NDArray[np.generic], dtype: str) -> None:
+    if dtype == "uint8":  # packed, which has checked them
+        return
+    # NumPy has no bfloat16: there an exponent of ones is infinity or not a number.
+    finite = (values & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(values)  # type: ignore[operator]
+    if not finite.all():
+        raise QwenVLError(
+            f"{name}: {int((~finite).sum())} of its values are infinite or not a number; mend the weights"
+        )
 
 
 def _varint(value: int) -> bytes:

@@ -1,9 +1,8 @@
-"""Exporting a stage: its programs, its parameter file, its manifest; all of them or none appear."""
+"""Exporting a stage: its programs, its parameter file, its manifest and companions; all of them or none appear."""
 
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,27 +13,33 @@ import paddle
 from paddlemix_qwenvl_plugin.artifact.contract import (
     CONTRACT_VERSION,
     Input,
-    fused_step_inputs,
     step_inputs,
     stock_inputs,
     vision_inputs,
 )
-from paddlemix_qwenvl_plugin.artifact.manifest import FileDigest, Manifest, manifest_path
+from paddlemix_qwenvl_plugin.artifact.manifest import (
+    FileDigest,
+    Manifest,
+    digest_of_samples,
+    manifest_path,
+    params_path,
+)
 from paddlemix_qwenvl_plugin.artifact.params_file import write_params
+from paddlemix_qwenvl_plugin.artifact.weights import stage_weights
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import check_dtype
 from paddlemix_qwenvl_plugin.engine.quantize import check_quant_type, quantised
 from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
 from paddlemix_qwenvl_plugin.export.program import FORMATS, Program, save_program
-from paddlemix_qwenvl_plugin.modeling.fused import FusedForward, FusedGeneration, FusedVision
+from paddlemix_qwenvl_plugin.export.scratch import scratch_folder
+from paddlemix_qwenvl_plugin.modeling.fused import FusedGeneration, FusedVision
 from paddlemix_qwenvl_plugin.modeling.generation import Step, StockGeneration
 from paddlemix_qwenvl_plugin.modeling.language import LanguageModel
 from paddlemix_qwenvl_plugin.modeling.vision import VisionModel
 from paddlemix_qwenvl_plugin.modeling.weights import (
     Parameters,
     language_parameters,
-    parameter_shapes,
     vision_parameters,
 )
 from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
@@ -43,7 +48,7 @@ from paddlemix_qwenvl_plugin.version import __version__
 PathLike = Union[str, Path]
 
 # What a user of the exported model needs beside the graphs, copied from the model folder where it is there.
-_COMPANIONS = ("config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json")
+COMPANIONS = ("config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json")
 
 
 class _Variant(NamedTuple):
@@ -62,6 +67,7 @@ class _Stage(NamedTuple):
     portable: list[_Variant]
     fused: list[_Variant]
     parameters: Callable[[Checkpoint, str], Parameters]
+    companions: tuple[str, ...]
 
 
 def export_vision(
@@ -85,13 +91,13 @@ def export_vision(
     if not save_path.name:
         raise UsageError(f"--save_path {save_path}: must end in a file name, the prefix of the files")
     checkpoint = Checkpoint(Path(model))
-    shapes = parameter_shapes(checkpoint.vision, checkpoint.config)
-    fused = partial(FusedVision, shapes=shapes, dtype=dtype, quantised={})
+    fused = partial(FusedVision, weights=stage_weights(checkpoint.config, "vision", dtype))
     stage = _Stage(
         "vision",
         [_Variant("", VisionModel, vision_inputs, _on_all)],
         [_Variant("", fused, vision_inputs, _on_all)],
         vision_parameters,
+        (),
     )
     return _export(checkpoint, save_path, dtype, None, engine_choice(engine), stage)
 
@@ -121,28 +127,19 @@ def export_language(
         choice = "fused"
     checkpoint = Checkpoint(Path(model))
     kinds = quantised(checkpoint.language, quant_type)
-    shapes = parameter_shapes(checkpoint.language, checkpoint.config)
-    storage: dict[str, Any] = {"shapes": shapes, "dtype": dtype, "quantised": kinds}
+    fused = partial(
+        FusedGeneration, weights=stage_weights(checkpoint.config, "language", dtype, quant_type)
+    )
     stage = _Stage(
         "language",
         [
             _Variant("", LanguageModel, stock_inputs, lambda lm, i: StockGeneration(lm)(*i[:22], i[22:])),
             _Variant(".step", LanguageModel, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:])),
         ],
-        [
-            _Variant("", partial(FusedGeneration, **storage), stock_inputs, _on_all),
-            _Variant(".step", partial(FusedForward, **storage), fused_step_inputs, _on_all),
-        ],
+        [_Variant("", fused, stock_inputs, _on_all)],
         partial(language_parameters, quantised=kinds),
+        COMPANIONS,
     )
-    make_folder(output_path)
-    for name in _COMPANIONS:  # before the stage, so that whoever sees its manifest has them
-        source = checkpoint.folder / name
-        if source.is_file() and source.resolve() != (output_path / name).resolve():
-            partial_file = output_path / f".partial-{name}"
-            with naming(partial_file):
-                shutil.copyfile(source, partial_file)
-                partial_file.replace(output_path / name)
     return _export(checkpoint, output_path / model_prefix, dtype, quant_type, choice, stage)
 
 
@@ -165,21 +162,26 @@ def _export(
         targets.append((".cpu", "float32", stage.portable))
     if engine_available(engine):
         targets.append((".fused", dtype, stage.fused))
+    weights = stage_weights(checkpoint.config, stage.name, dtype, quant_type)
+    todo = [
+        (prefix.name + variant.suffix + target + extension, form, compute_dtype, variant)
+        for target, compute_dtype, variants in targets
+        for variant in variants
+        for form, extension in FORMATS.items()
+    ]
+    own = [*(name for name, *_ in todo), params_path(prefix).name, manifest_path(prefix).name]
+    _check_names(checkpoint.folder, prefix, own)
     make_folder(prefix.parent)
-    with naming(prefix), tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".export-") as scratch:
+    with naming(prefix), scratch_folder(prefix) as scratch:
         records = None
-        for target, compute_dtype, variants in targets:
-            for suffix, model_class, inputs, run in variants:
-                program = Program(model_class, checkpoint.config, inputs, run, dtype, compute_dtype)
-                for form, extension in FORMATS.items():
-                    path = Path(scratch) / f"{prefix.name}{suffix}{target}{extension}"
-                    found = save_program(program, form, path)
-                    if records is not None and list(found.items()) != list(records.items()):
-                        raise AssertionError(f"{path.name} orders its parameters unlike the other programs")
-                    records = found
-        programs = {path.name: FileDigest.of(path) for path in sorted(Path(scratch).iterdir())}
-        params = Path(scratch) / f"{prefix.name}.pdiparams"
-        write_params(params, records or {}, stage.parameters(checkpoint, dtype))
+        for name, form, compute_dtype, (_, model_class, inputs, run) in todo:
+            program = Program(model_class, checkpoint.config, inputs, run, dtype, compute_dtype)
+            found = save_program(program, form, scratch / name)
+            if records is not None and list(found.items()) != list(records.items()):
+                raise AssertionError(f"{name} orders its parameters unlike the other programs")
+            records = found
+        params = scratch / params_path(prefix).name
+        write_params(params, records or {}, weights, stage.parameters(checkpoint, dtype))
         manifest = Manifest(
             contract=CONTRACT_VERSION,
             stage=stage.name,
@@ -190,12 +192,32 @@ def _export(
             model=checkpoint.fingerprint(),
             config=checkpoint.config,
             weights=FileDigest.of(params),
-            programs=programs,
+            weights_samples=digest_of_samples(params),
+            programs={name: FileDigest.of(scratch / name) for name, *_ in sorted(todo, key=lambda one: one[0])},
         )
-        manifest_file = manifest_path(Path(scratch) / prefix.name)
-        manifest_file.write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
+        manifest_path(scratch / prefix.name).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
+        companions = [name for name in stage.companions if (checkpoint.folder / name).is_file()]
+        if checkpoint.folder.resolve() == prefix.parent.resolve():
+            companions = []
+        for name in companions:
+            shutil.copyfile(checkpoint.folder / name, scratch / name)
         # The manifest goes first and comes last: a reader never sees it beside files that are not its own.
         manifest_path(prefix).unlink(missing_ok=True)
-        for path in sorted(Path(scratch).iterdir(), key=lambda path: path == manifest_file):
-            path.replace(prefix.parent / path.name)
+        for name in (*companions, *own):
+            (scratch / name).replace(prefix.with_name(name))
     return manifest
+
+
+def _check_names(model: Path, prefix: Path, names: list[str]) -> None:
+    """Refuse a prefix under which an export would write over files of the model, or over companions of any.
+
+    Raises:
+        UsageError: it would. Files of an earlier export under this prefix are none of the model's.
+    """
+    beside = model.resolve() == prefix.parent.resolve()
+    exported_before = manifest_path(prefix).is_file()
+    for name in names:
+        if name in COMPANIONS or (beside and not exported_before and (model / name).exists()):
+            raise UsageError(
+                f"{prefix}: an export would write over the model's {name}; name another prefix"
+            )

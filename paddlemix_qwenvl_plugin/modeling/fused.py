@@ -1,4 +1,4 @@
-"""The fused body of both stages: one operator of the engine (csrc/paddle/), with the weights as its input."""
+"""The engine's body of both stages: one operator of the engine (csrc/paddle/), with the weights as its input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import paddle
 from paddle import nn
 
+from paddlemix_qwenvl_plugin.artifact.weights import Weight
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
+from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
 from paddlemix_qwenvl_plugin.engine.operators import call
 from paddlemix_qwenvl_plugin.engine.quantize import CODES, packed_bytes
 from paddlemix_qwenvl_plugin.modeling.layers import parameter_attr
@@ -36,8 +38,6 @@ _STOCK_PLACES = {
     "stop_nums": 21,
 }
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 class FusedStage(nn.Layer):
     """Weights, and the attributes in which an operator says which is which.
@@ -45,25 +45,15 @@ class FusedStage(nn.Layer):
     What it computes in is the engine's affair, not `compute_dtype`'s.
 
     Args:
-        shapes: of the weights as values, matrices [out, in].
-        dtype: how they are stored.
-        quantised: those that are stored as "int8" or "int4_g64" instead, as bytes.
+        weights: of the stage, by name; quantised ones are parameters of bytes.
     """
 
     _stage = 0
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        compute_dtype: str,
-        *,
-        shapes: Shapes,
-        dtype: str,
-        quantised: Mapping[str, str],
-    ) -> None:
+    def __init__(self, config: ModelConfig, compute_dtype: str, *, weights: Mapping[str, Weight]) -> None:
         super().__init__()
-        for name, shape in shapes.items():
-            self.add_parameter(name.replace(".", "_"), self._weight(name, shape, quantised.get(name)))
+        for name, weight in weights.items():
+            self.add_parameter(name.replace(".", "_"), self._parameter(name, weight))
         vision = config.visual
         self._attributes = {
             "sizes": [
@@ -75,21 +65,19 @@ class FusedStage(nn.Layer):
             ],
             "norm_epsilon": config.layer_norm_epsilon,
             "rotary_base": float(config.rotary_emb_base),
-            "names": list(shapes),
-            "dtypes": [CODES[quantised.get(name, dtype)] for name in shapes],
-            "shapes": [n for shape in shapes.values() for n in (*shape, 0, 0, 0)[:4]],
+            "names": list(weights),
+            "dtypes": [CODES[weight.dtype] for weight in weights.values()],
+            "shapes": [n for weight in weights.values() for n in (*weight.shape, 0, 0, 0)[:4]],
         }
 
     def _call(self, operator: str, inputs: dict[str, Any], outputs: tuple[str, ...]) -> list[Any]:
         return call(operator, {**inputs, "weights": self.parameters()}, self._attributes, outputs)
 
-    def _weight(self, name: str, shape: tuple[int, ...], kind: str | None) -> paddle.Tensor:
-        if kind is None:
-            return self.create_parameter(list(shape), attr=parameter_attr(name))
-        n_out, n_in = shape
-        return self.create_parameter(
-            [packed_bytes(kind, n_out, n_in)], attr=parameter_attr(name), dtype="uint8"
-        )
+    def _parameter(self, name: str, weight: Weight) -> paddle.Tensor:
+        if weight.dtype in STORAGE:
+            return self.create_parameter(list(weight.shape), attr=parameter_attr(name))
+        n_bytes = packed_bytes(weight.dtype, *weight.shape)
+        return self.create_parameter([n_bytes], attr=parameter_attr(name), dtype="uint8")
 
 
 class FusedVision(FusedStage):
@@ -110,13 +98,3 @@ class FusedGeneration(FusedStage):
         read = {name: inputs[place] for name, place in _STOCK_PLACES.items()}
         outputs = ("next_tokens", "steps", "stopped", "lengths", "positions", "tokens")
         return self._call("qwenvl_generate", read, outputs)
-
-
-class FusedForward(FusedStage):
-    """One pass over a packed batch, with the engine's paged KV cache (artifact/contract.py)."""
-
-    _stage = _LANGUAGE
-
-    def forward(self, *inputs: paddle.Tensor) -> paddle.Tensor:
-        names = ("tokens", "features", "spans", "sequences", "blocks", "pool")
-        return self._call("qwenvl_forward", dict(zip(names, inputs)), ("logits",))[0]

@@ -14,31 +14,16 @@ import paddle
 from einops import rearrange
 from numpy.typing import NDArray
 
+from paddlemix_qwenvl_plugin.artifact.weights import TABLES
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast
-from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
 from paddlemix_qwenvl_plugin.engine.quantize import pack
 from paddlemix_qwenvl_plugin.modeling.language import LanguageModel
 from paddlemix_qwenvl_plugin.modeling.vision import VisionModel
 from paddlemix_qwenvl_plugin.util.progress import track
 
 Parameters = Iterator[tuple[str, NDArray[np.generic]]]
-
-# Tables that are resized to the patch grid, and from which table.
-_TABLES = {
-    "visual.positional_embedding": "visual.positional_embedding",
-    "visual.attn_pool.key_pos_embed": "visual.attn_pool.pos_embed",
-}
-
-
-def parameter_shapes(specs: Mapping[str, TensorSpec], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of each parameter of a stage, in the order of the specs."""
-    shapes = {name: spec.shape[::-1] if spec.linear else spec.shape for name, spec in specs.items()}
-    for table, like in _TABLES.items():
-        if like in specs:
-            shapes[table] = (config.visual.grid**2, specs[like].shape[1])
-    return shapes
 
 
 def language_parameters(
@@ -66,10 +51,10 @@ def vision_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:
     grid = checkpoint.config.visual.grid
     stream = checkpoint.tensors(checkpoint.vision, dtype, out_in=True)
     for name, values in track(stream, "vision weights", len(checkpoint.vision)):
-        if name not in _TABLES:
+        if name not in TABLES:
             # Not a linear weight in checkpoints: x @ proj whatever the format.
             yield name, np.ascontiguousarray(values.T) if name == "visual.proj" else values
-        for table, source in _TABLES.items():
+        for table, source in TABLES.items():
             if source == name:
                 yield table, _resize(values, grid, dtype, name)
 

@@ -1,0 +1,43 @@
+"""Which weights a stage has in its parameter file: names, shapes and types, from its config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Optional
+
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
+from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
+from paddlemix_qwenvl_plugin.engine.quantize import quantised
+
+# Tables that are resized to the patch grid, and from which table.
+TABLES = {
+    "visual.positional_embedding": "visual.positional_embedding",
+    "visual.attn_pool.key_pos_embed": "visual.attn_pool.pos_embed",
+}
+
+
+class Weight(NamedTuple):
+    """Shape of the values, matrices [out, in], and how they are stored (a key of quantize.CODES)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def stage_weights(
+    config: ModelConfig, stage: str, dtype: str, quant_type: Optional[str] = None
+) -> dict[str, Weight]:
+    """The weights of a stage, "vision" or "language", by canonical name in the order of the forward pass."""
+    specs = vision_specs(config) if stage == "vision" else language_specs(config)
+    kinds = quantised(specs, quant_type)
+    return {
+        name: Weight(shape, kinds.get(name, dtype)) for name, shape in parameter_shapes(specs, config).items()
+    }
+
+
+def parameter_shapes(specs: Mapping[str, TensorSpec], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter of a stage, in the order of the specs."""
+    shapes = {name: spec.shape[::-1] if spec.linear else spec.shape for name, spec in specs.items()}
+    for table, like in TABLES.items():
+        if like in specs:
+            shapes[table] = (config.visual.grid**2, specs[like].shape[1])
+    return shapes

@@ -1,0 +1,19 @@
+"""`qwenvl verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def verify(
+    prefix: Path = typer.Argument(..., help="Prefix of an exported stage, as --save_path gave it."),
+) -> None:
+    """Read every file of an exported stage and compare it with what was exported."""
+    from paddlemix_qwenvl_plugin.artifact.manifest import verify as verify_stage
+
+    manifest = verify_stage(prefix)
+    print(
+        f"{prefix}: the {manifest.stage} stage is as it was exported ({manifest.weights.bytes / 1e6:.1f} MB)"
+    )
