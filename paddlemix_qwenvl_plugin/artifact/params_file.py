@@ -228,7 +228,3 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
         if byte < 128:
             return value, position + 1
         position, shift = position + 1, shift + 7
-
-
-def read_tensors(path: Path, manifest: object) -> list:
-    raise NotImplementedError

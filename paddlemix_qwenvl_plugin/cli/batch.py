@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -10,8 +11,12 @@ from paddlemix_qwenvl_plugin.cli import options as flags
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.files import check_target
 
+if TYPE_CHECKING:
+    from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+
 
 def batch(
+    context: typer.Context,
     source: Path = typer.Argument(..., metavar="IN.jsonl", help="A request on each line."),
     target: Path = typer.Argument(..., metavar="OUT.jsonl", help="Where the results go, in the same order."),
     *,
@@ -20,15 +25,7 @@ def batch(
     model: flags.ModelFolder = None,
     batch_size: int = typer.Option(8, "--batch_size", min=1, help="Rows that are run together."),
     device: flags.Device = "cpu",
-    max_new_tokens: flags.MaxNewTokens = 512,
-    min_new_tokens: flags.MinNewTokens = 0,
-    temperature: flags.Temperature = None,
-    top_p: flags.TopP = None,
-    top_k: flags.TopK = None,
-    repetition_penalty: flags.RepetitionPenalty = 1.0,
-    frequency_penalty: flags.FrequencyPenalty = 0.0,
-    presence_penalty: flags.PresencePenalty = 0.0,
-    seed: flags.Seed = None,
+    picture_label: flags.PictureLabel = None,
     allow_http: flags.AllowHttp = False,
 ) -> None:
     """Answer every row of a file; run it again to continue after an interruption.
@@ -39,20 +36,9 @@ def batch(
 
     from paddlemix_qwenvl_plugin.batch.job import count_failed, partial_path, run
     from paddlemix_qwenvl_plugin.batch.source import Source
-    from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
-    options = GenerationOptions(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        seed=seed,
-    )
+    options: GenerationOptions = context.obj
     check_target(target)
     rows = Source(source, asdict(options))
     there = target.exists()
@@ -60,6 +46,8 @@ def batch(
         raise UsageError(f"{target}: is the input; name another output")
     if not there:
         pair = QwenVL.from_exported(first_model_path, second_model_path, model, device, allow_http)
+        if picture_label is not None:
+            pair.tokenizer.picture_label = picture_label
         run(rows, target, pair, options, batch_size)
     failed, n_rows = count_failed(target, rows), len(rows.entries)
     partial_path(target).unlink(missing_ok=True)  # of a process that was killed at its very end

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import typer
 
 from paddlemix_qwenvl_plugin.cli import options as flags
 
+if TYPE_CHECKING:
+    from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+
 
 def chat(
+    context: typer.Context,
     first_model_path: flags.FirstModelPath,
     second_model_path: flags.SecondModelPath,
     model: flags.ModelFolder = None,
@@ -19,15 +23,7 @@ def chat(
     ),
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message."),
     device: flags.Device = "cpu",
-    max_new_tokens: flags.MaxNewTokens = 512,
-    min_new_tokens: flags.MinNewTokens = 0,
-    temperature: flags.Temperature = None,
-    top_p: flags.TopP = None,
-    top_k: flags.TopK = None,
-    repetition_penalty: flags.RepetitionPenalty = 1.0,
-    frequency_penalty: flags.FrequencyPenalty = 0.0,
-    presence_penalty: flags.PresencePenalty = 0.0,
-    seed: flags.Seed = None,
+    picture_label: flags.PictureLabel = None,
     allow_http: flags.AllowHttp = False,
 ) -> None:
     """Talk about pictures with Qwen-VL-Chat, on a terminal or through a pipe."""
@@ -37,21 +33,12 @@ def chat(
     from paddlemix_qwenvl_plugin.chat_ui.plain import Plain, piped_lines
     from paddlemix_qwenvl_plugin.chat_ui.session import Session
     from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
-    from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
-    options = GenerationOptions(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        seed=seed,
-    )
+    options: GenerationOptions = context.obj
     pair = QwenVL.from_exported(first_model_path, second_model_path, model, device, allow_http)
+    if picture_label is not None:
+        pair.tokenizer.picture_label = picture_label
     session = Session(pair, system, asdict(options))
     pictures = [session.attach(source) for source in image or []]
     if not (sys.stdin.isatty() and sys.stdout.isatty()):

@@ -48,7 +48,7 @@ def demo(
     ),
     quant_type: flags.QuantType = None,
     export_to: Optional[Path] = typer.Option(
-        None, "--export-to", metavar="DIR", help="Keep the export in this folder."
+        None, "--export_to", metavar="DIR", help="Keep the export in this folder."
     ),
     first_model_path: _First = None,
     second_model_path: _Second = None,
@@ -72,7 +72,7 @@ def demo(
     of_export = (dtype, quant_type, export_to)
     if (stages.given or predictions is not None) and any(flag is not None for flag in of_export):
         raise UsageError(
-            "--dtype, --quant_type and --export-to are for the export of the demo model: "
+            "--dtype, --quant_type and --export_to are for the export of the demo model: "
             "give none with exported stages or with --predictions"
         )
     _check(stages, predictions, output)

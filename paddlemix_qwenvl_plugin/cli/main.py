@@ -24,6 +24,7 @@ from paddlemix_qwenvl_plugin.cli import (
     recipes,
     run,
 )
+from paddlemix_qwenvl_plugin.cli.options import GenerationCommand
 from paddlemix_qwenvl_plugin.util.errors import (
     QwenVLError,
     line_of,
@@ -40,6 +41,8 @@ app = typer.Typer(
     help="Export and run Qwen-VL with Paddle.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Flags are spelled as upstream's, --max_new_tokens; --max-new-tokens is the same.
+    context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},
 )
 
 
@@ -50,9 +53,9 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
 
 
 app.command("demo")(demo.demo)
-app.command("predict")(predict.predict)
-app.command("batch")(batch.batch)
-app.command("chat")(chat.chat)
+app.command("predict", cls=GenerationCommand)(predict.predict)
+app.command("batch", cls=GenerationCommand)(batch.batch)
+app.command("chat", cls=GenerationCommand)(chat.chat)
 app.command("export-vision")(export.export_vision)
 app.command("export-language")(export.export_language)
 app.command("convert")(convert.convert)

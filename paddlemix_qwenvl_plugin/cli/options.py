@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
+from typer.core import TyperCommand
 
 FirstModelPath = Annotated[Path, typer.Option("--first_model_path", help="Exported vision stage (prefix).")]
 SecondModelPath = Annotated[
@@ -25,14 +28,51 @@ QuantType = Annotated[
         help="Of the language model: weight_only_int8 or weight_only_int4; needs the engine.",
     ),
 ]
-AllowHttp = Annotated[bool, typer.Option("--allow-http", help="Let pictures come from http(s) URLs.")]
+PictureLabel = Annotated[
+    Optional[str],
+    typer.Option(
+        "--picture_label",
+        help='Text before a picture, {} for its number; default: the model\'s, "Picture {}: ".',
+    ),
+]
+AllowHttp = Annotated[bool, typer.Option("--allow_http", help="Let pictures come from http(s) URLs.")]
 
-MaxNewTokens = Annotated[int, typer.Option("--max_new_tokens")]
-MinNewTokens = Annotated[int, typer.Option("--min_new_tokens")]
-Temperature = Annotated[Optional[float], typer.Option("--temperature", help="Sample; default: greedy.")]
-TopP = Annotated[Optional[float], typer.Option("--top_p")]
-TopK = Annotated[Optional[int], typer.Option("--top_k")]
-RepetitionPenalty = Annotated[float, typer.Option("--repetition_penalty")]
-FrequencyPenalty = Annotated[float, typer.Option("--frequency_penalty")]
-PresencePenalty = Annotated[float, typer.Option("--presence_penalty")]
-Seed = Annotated[Optional[int], typer.Option("--seed")]
+
+class GenerationCommand(TyperCommand):
+    """A command with a flag for each field of GenerationOptions; it finds the options in its context's `obj`.
+
+    The flags are made when the command is asked for: pydantic takes too long to load for `qwenvl --help`.
+    """
+
+    def get_params(self, ctx: Any) -> Any:
+        return [*super().get_params(ctx), *_generation_flags()]
+
+    def invoke(self, ctx: Any) -> Any:
+        from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions, described
+
+        ctx.obj = GenerationOptions.of({name: ctx.params.pop(name) for name in described()})
+        return super().invoke(ctx)
+
+
+@functools.cache
+def _generation_flags() -> list[Any]:
+    from paddlemix_qwenvl_plugin.runtime.options import allowed, described
+
+    def command() -> None: ...
+
+    parameters = []
+    for name, field in described().items():
+        text = f"{(field.description or '').rstrip('.')} ({allowed(field)})."
+        option = typer.Option(f"--{name}", help=text, rich_help_panel="Generation")
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=Annotated[field.annotation, option],  # type: ignore[name-defined]
+            )
+        )
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    return [*typer.main.get_command(app).params]

@@ -15,11 +15,13 @@ from paddlemix_qwenvl_plugin.util.files import check_target, write_beside
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.answer import Answer
+    from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 
 _DRAW_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def predict(
+    context: typer.Context,
     first_model_path: flags.FirstModelPath,
     second_model_path: flags.SecondModelPath,
     model: flags.ModelFolder = None,
@@ -30,15 +32,7 @@ def predict(
     chat: bool = typer.Option(False, "--chat", help="Use the chat form (Qwen-VL-Chat)."),
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message (chat)."),
     device: flags.Device = "cpu",
-    max_new_tokens: flags.MaxNewTokens = 512,
-    min_new_tokens: flags.MinNewTokens = 0,
-    temperature: flags.Temperature = None,
-    top_p: flags.TopP = None,
-    top_k: flags.TopK = None,
-    repetition_penalty: flags.RepetitionPenalty = 1.0,
-    frequency_penalty: flags.FrequencyPenalty = 0.0,
-    presence_penalty: flags.PresencePenalty = 0.0,
-    seed: flags.Seed = None,
+    picture_label: flags.PictureLabel = None,
     allow_http: flags.AllowHttp = False,
     as_json: bool = typer.Option(False, "--json", help="Print the whole answer as JSON."),
     output: Optional[Path] = typer.Option(
@@ -52,8 +46,11 @@ def predict(
     ),
 ) -> None:
     """Ask about pictures through both exported stages."""
+    from dataclasses import asdict
+
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
+    options: GenerationOptions = context.obj
     sources = image or []
     if not sources and not prompt:
         raise UsageError("nothing to ask: give --prompt, --image or both")
@@ -67,20 +64,14 @@ def predict(
     if draw is not None and draw.suffix.lower() not in _DRAW_FORMATS:
         raise UsageError(f"--draw {draw}: not a picture format; name it .png or .jpg")
     model_pair = QwenVL.from_exported(first_model_path, second_model_path, model, device, allow_http)
+    if picture_label is not None:
+        model_pair.tokenizer.picture_label = picture_label
     parts: list[dict[str, Any]] = [{"image": source} for source in sources]
     answer = model_pair.generate(
         parts + ([{"text": prompt}] if prompt else []),
         chat=chat,
         system=system,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        seed=seed,
+        **asdict(options),
     )
     result = answer.as_dict()
     if output is not None:

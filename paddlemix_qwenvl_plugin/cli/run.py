@@ -18,9 +18,9 @@ def run(
         metavar="KEY=VALUE",
         help="Replace values, e.g. dtype=float16 steps.predict.timeout_seconds=60",
     ),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print the commands, check, write nothing."),
+    dry_run: bool = typer.Option(False, "--dry_run", help="Print the commands, check, write nothing."),
     from_step: Optional[str] = typer.Option(
-        None, "--from-step", metavar="NAME", help="Continue the newest run of this recipe at this step."
+        None, "--from_step", metavar="NAME", help="Continue the newest run of this recipe at this step."
     ),
     output: Path = typer.Option(Path("runs"), "--output", metavar="DIR", help="Where run folders are made."),
 ) -> None:

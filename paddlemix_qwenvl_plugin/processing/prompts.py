@@ -11,11 +11,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from PIL import Image
 
-from paddlemix_qwenvl_plugin.processing.tokenizer import IMAGE_TAGS, QwenTokenizer
+from paddlemix_qwenvl_plugin.processing.tokenizer import (
+    IMAGE_TAGS,
+    PICTURE_LABEL,
+    AllowedSpecial,
+    QwenTokenizer,
+    check_picture_label,
+)
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 Part = Mapping[str, Any]
@@ -30,7 +36,13 @@ _KEY_SETS = ({"image"}, {"text"}, {"box"}, {"box", "ref"})
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as text and as ids; `images` are the image sources, one for each `<img>`, in order."""
+    """A prompt as text and as ids.
+
+    Attributes:
+        images: the image sources, one for each `<img>`, in order.
+        generated: the [start, end) ranges of `input_ids` that hold earlier answers, each with the `<|im_end|>`
+            that closes it, in order: what a decode step made, rather than a prefill.
+    """
 
     text: str
     input_ids: list[int]
@@ -38,12 +50,13 @@ class Prompt:
     generated: list[tuple[int, int]] = field(default_factory=list)
 
 
-def render(parts: Sequence[Part], start: int = 1) -> tuple[str, list[Any]]:
-    """The text form of `parts` and their image sources; the first picture is called `Picture {start}`.
+def render(parts: Sequence[Part], start: int = 1, label: str = PICTURE_LABEL) -> tuple[str, list[Any]]:
+    """The text form of `parts` and their image sources.
 
-    A path or URL is named in the text as it was given. Bytes, PIL pictures and `data:` URLs are called
-    `image-1`, `image-2` … after the picture's number. Box coordinates are integers in thousandths of the
-    picture's width and height. Raises UsageError for a part of another form.
+    `label` stands before each picture, with the picture's number, from `start` on, for its `{}`. A path or URL is
+    named in the text as it was given. Bytes, PIL pictures and `data:` URLs are called `image-1`, `image-2` … after
+    the picture's number. Box coordinates are integers in thousandths of the picture's width and height. Raises
+    UsageError for a part of another form.
     """
     if isinstance(parts, (str, bytes, Mapping)) or not isinstance(parts, Sequence):
         raise UsageError(f"a query must be a list of parts, got {type(parts).__name__}")
@@ -61,7 +74,7 @@ def render(parts: Sequence[Part], start: int = 1) -> tuple[str, list[Any]]:
         if "image" in part:
             picture_number = start + len(images)
             name = _image_name(part["image"], picture_number, where)
-            text += f"Picture {picture_number}:<img>{name}</img>\n"
+            text += f"{label.replace('{}', str(picture_number))}<img>{name}</img>\n"
             images.append(part["image"])
         elif "text" in part:
             hint = ': give a picture as a part {"image": …} of its own (--image)'
@@ -71,10 +84,20 @@ def render(parts: Sequence[Part], start: int = 1) -> tuple[str, list[Any]]:
     return text, images
 
 
-def base_prompt(tokenizer: QwenTokenizer, parts: Sequence[Part]) -> Prompt:
-    """The prompt of the base model: the parts, one after the other. Raises UsageError as `render` does."""
-    text, images = render(parts)
-    return Prompt(text, tokenizer.encode(text), images)
+def base_prompt(
+    tokenizer: QwenTokenizer,
+    parts: Sequence[Part],
+    *,
+    label: Optional[str] = None,
+    allowed_special: AllowedSpecial = IMAGE_TAGS,
+) -> Prompt:
+    """The prompt of the base model: the parts, one after the other.
+
+    `label` as in `render`, default: the tokenizer's. Special tokens other than `allowed_special` are plain text.
+    Raises UsageError as `render` does, and for a label that is none.
+    """
+    text, images = render(parts, label=_label(tokenizer, label))
+    return Prompt(text, tokenizer.encode(text, allowed_special), images)
 
 
 def chat_prompt(
@@ -83,57 +106,65 @@ def chat_prompt(
     history: Sequence[tuple[Query, str]] = (),
     system: str = "You are a helpful assistant.",
     max_window: int = 6144,
+    *,
+    label: Optional[str] = None,
 ) -> Prompt:
     """The prompt of the chat model: system, the (query, answer) turns of `history`, and the new query.
 
     Turns are kept from the newest backwards while they and the system text take less than `max_window`
     tokens; the new query is always kept and not counted. The images of a dropped turn are dropped with it.
-    Pictures are numbered through the whole conversation, dropped turns included.
+    Pictures are numbered through the whole conversation, dropped turns included. `label` as in `base_prompt`.
 
     Role and content are tokenised apart, and ChatML's own tokens are plain text in a content. An answer or a
-    system text with picture tags does not make a picture: the tags are plain text there.
+    system text with picture tags does not make a picture: the tags are plain text there. An answer is written as
+    it is given: the official code strips the white space around one before it makes it history.
 
-    Raises UsageError for a query, a history or a system text of another form.
+    Raises UsageError for a query, a history, a system text or a label of another form.
     """
+    label = _label(tokenizer, label)
     new_line = tokenizer.encode("\n")
 
+    def opening(role: str) -> list[int]:
+        return [tokenizer.im_start_id, *tokenizer.encode(role), *new_line]
+
     def message(role: str, content: str, tags: Sequence[str] = IMAGE_TAGS) -> tuple[str, list[int]]:
-        ids = [
-            tokenizer.im_start_id,
-            *tokenizer.encode(role),
-            *new_line,
-            *tokenizer.encode(content, allowed_special=tags),
-            tokenizer.im_end_id,
-        ]
+        ids = [*opening(role), *tokenizer.encode(content, tags), tokenizer.im_end_id]
         return f"<|im_start|>{role}\n{content}<|im_end|>", ids
 
     without_pictures = [tag for tag in IMAGE_TAGS if tag not in _PICTURE_TAGS]
     turns: list[tuple[str, list[Any], str]] = []
     n_pictures = 0
     for number, (turn_query, answer) in enumerate(_checked_history(history), start=1):
-        text, images = _query_text(turn_query, f"query of history turn {number}", start=n_pictures + 1)
+        text, images = _query_text(turn_query, f"query of history turn {number}", n_pictures + 1, label)
         n_pictures += len(images)
         turns.append((text, images, _checked_text(answer, (), f"answer of history turn {number}")))
-    last_text, last_images = _query_text(query, "query", start=n_pictures + 1)
+    last_text, last_images = _query_text(query, "query", n_pictures + 1, label)
 
     system_text, system_ids = message("system", _checked_text(system, (), "system text"), without_pictures)
-    kept_text, kept_ids, kept_images = "", list[int](), list[Any]()
+    assistant = opening("assistant")
+    kept: list[tuple[str, list[int], int, list[Any]]] = []  # text, ids, how many of them the answer, images
+    n_tokens = len(system_ids)
     for text, images, answer in reversed(turns):
         user_text, user_ids = message("user", text)
         answer_text, answer_ids = message("assistant", answer, without_pictures)
         turn_ids = new_line + user_ids + new_line + answer_ids
-        if len(system_ids) + len(turn_ids) + len(kept_ids) >= max_window:
+        n_tokens += len(turn_ids)
+        if n_tokens >= max_window:
             break
-        kept_text = f"\n{user_text}\n{answer_text}{kept_text}"
-        kept_ids = turn_ids + kept_ids
-        kept_images = images + kept_images
+        kept.append((f"\n{user_text}\n{answer_text}", turn_ids, len(answer_ids) - len(assistant), images))
 
+    whole, ids, all_images, generated = system_text, system_ids, list[Any](), list[tuple[int, int]]()
+    for turn_text, turn_ids, n_answer, images in reversed(kept):
+        whole += turn_text
+        ids = ids + turn_ids
+        all_images += images
+        generated.append((len(ids) - n_answer, len(ids)))
     user_text, user_ids = message("user", last_text)
-    opening = [tokenizer.im_start_id, *tokenizer.encode("assistant"), *new_line]
     return Prompt(
-        f"{system_text}{kept_text}\n{user_text}\n<|im_start|>assistant\n",
-        system_ids + kept_ids + new_line + user_ids + new_line + opening,
-        kept_images + last_images,
+        f"{whole}\n{user_text}\n<|im_start|>assistant\n",
+        ids + new_line + user_ids + new_line + assistant,
+        all_images + last_images,
+        generated,
     )
 
 
@@ -165,10 +196,14 @@ def image_spans(input_ids: Sequence[int], img_start_id: int, n_image_slots: int)
     return spans
 
 
-def _query_text(query: Query, where: str, start: int) -> tuple[str, list[Any]]:
+def _label(tokenizer: QwenTokenizer, label: Optional[str]) -> str:
+    return tokenizer.picture_label if label is None else check_picture_label(label)
+
+
+def _query_text(query: Query, where: str, start: int, label: str) -> tuple[str, list[Any]]:
     if not isinstance(query, str):
         try:
-            return render(query, start)
+            return render(query, start, label)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from error
     images: list[Any] = _PICTURE.findall(query)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Literal, Union
+from typing import Any, Literal, Union
 
 import tiktoken
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 VOCAB_FILE_NAME = "qwen.tiktoken"
+CONFIG_FILE_NAME = "tokenizer_config.json"
+
+PICTURE_LABEL = "Picture {}: "
+"""What stands before a picture in the prompts that Qwen-VL was tuned on, its number for `{}`."""
 
 _END_OF_TEXT = "<|endoftext|>"
 _IM_START = "<|im_start|>"
@@ -22,7 +27,7 @@ _IM_END = "<|im_end|>"
 _N_EXTRAS = 205
 
 IMAGE_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
-"""The tags that a chat turn may use; ChatML's own tokens and `<|endoftext|>` are plain text there."""
+"""The tags that a prompt may use; ChatML's own tokens and `<|endoftext|>` are plain text in one."""
 
 _SPECIAL_TOKENS = (
     _END_OF_TEXT,
@@ -59,15 +64,19 @@ class QwenTokenizer:
     means in text), filled up with the pad id.
     """
 
-    def __init__(self, vocab_file: Path, n_image_slots: int = 256) -> None:
+    def __init__(
+        self, vocab_file: Path, n_image_slots: int = 256, picture_label: str = PICTURE_LABEL
+    ) -> None:
         """Read a vocabulary in `qwen.tiktoken` format: a base64 token and its rank on each line.
 
-        Raises UsageError if the file is missing and QwenVLError (file and line) if it is malformed.
+        Raises UsageError if the file is missing or the label is none, and QwenVLError (file and line) if it is
+        malformed.
         """
         if n_image_slots < 1:
             raise UsageError(f"n_image_slots must be at least 1, got {n_image_slots}")
         pieces = _read_vocabulary(Path(vocab_file))
         self.n_image_slots = n_image_slots
+        self.picture_label = picture_label
         self.special_tokens: dict[str, int] = {
             token: rank for rank, token in enumerate(_SPECIAL_TOKENS, start=len(pieces))
         }
@@ -94,14 +103,28 @@ class QwenTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, n_image_slots: int = 256) -> QwenTokenizer:
-        """Read `qwen.tiktoken` in `folder`; errors as in the constructor."""
-        return cls(Path(folder) / VOCAB_FILE_NAME, n_image_slots)
+        """Read `qwen.tiktoken` in `folder`, and the key `picture_label` of `tokenizer_config.json` where there is one.
 
-    def encode(self, text: str, allowed_special: AllowedSpecial = "all") -> list[int]:
+        Errors as in the constructor, and QwenVLError (file) if the label cannot be read or is none.
+        """
+        folder = Path(folder)
+        return cls(folder / VOCAB_FILE_NAME, n_image_slots, _read_picture_label(folder / CONFIG_FILE_NAME))
+
+    @property
+    def picture_label(self) -> str:
+        """What a prompt writes before a picture, `{}` for its number; it can be set. UsageError if it is none."""
+        return self._picture_label
+
+    @picture_label.setter
+    def picture_label(self, label: str) -> None:
+        self._picture_label = check_picture_label(label)
+
+    def encode(self, text: str, allowed_special: AllowedSpecial = IMAGE_TAGS) -> list[int]:
         """Ids of `text` after NFC normalisation.
 
-        `allowed_special` names the special tokens that are recognised; the others are ordinary text. Pictures
-        are recognised if `<img>` is. Half a surrogate pair becomes U+FFFD in text and `?` in a path.
+        `allowed_special` names the special tokens that are recognised; the others are ordinary text, ChatML's own
+        and `<|endoftext|>` unless they are named or all are. Pictures are recognised if `<img>` is. Half a
+        surrogate pair becomes U+FFFD in text and `?` in a path.
 
         Raises UsageError for a path longer than `n_image_slots` bytes and for an `<img>` without `</img>`.
         """
@@ -187,6 +210,36 @@ class QwenTokenizer:
         if not all(0 <= value < 256 for value in path):
             return None, start
         return bytes(path), start + len(slots) + 2
+
+
+def check_picture_label(label: Any) -> str:
+    """`label`, if it can stand before a picture; else UsageError."""
+    if not isinstance(label, str) or label.count("{}") != 1:
+        raise UsageError(
+            f"picture_label: {label!r:.60} must be text with {{}} once, for the picture's number, "
+            f"such as {PICTURE_LABEL!r}"
+        )
+    for tag in _SPECIAL_TOKENS:
+        if tag in label:
+            raise UsageError(f"picture_label: {label!r:.60} must not contain {tag}")
+    return label
+
+
+def _read_picture_label(config_file: Path) -> str:
+    try:
+        settings = json.loads(config_file.read_text("utf-8"))
+    except FileNotFoundError:
+        return PICTURE_LABEL
+    except OSError as error:
+        raise QwenVLError(f"{config_file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise QwenVLError(f"{config_file}: is not JSON: {error}") from error
+    if not isinstance(settings, dict) or "picture_label" not in settings:
+        return PICTURE_LABEL
+    try:
+        return check_picture_label(settings["picture_label"])
+    except UsageError as error:
+        raise QwenVLError(f"{config_file}: {error}") from error
 
 
 def _read_vocabulary(vocab_file: Path) -> list[bytes]:

@@ -53,17 +53,17 @@ def to_continue(recipe: Recipe, output: Path, first: int) -> Path:
     folders = sorted(p for p in output.absolute().glob("*") if named.fullmatch(p.name) and p.is_dir())
     step = recipe.steps[first].name
     if not folders:
-        raise QwenVLError(f"--from-step {step}: {output} has no earlier run of {recipe.name}")
+        raise QwenVLError(f"--from_step {step}: {output} has no earlier run of {recipe.name}")
     folder, wanted = folders[-1], recipe.resolved()
     try:
         there = dict(yaml.safe_load(_read(folder / "recipe.resolved.yaml")))
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise QwenVLError(f"{folder / 'recipe.resolved.yaml'}: damaged; run without --from-step") from error
+        raise QwenVLError(f"{folder / 'recipe.resolved.yaml'}: damaged; run without --from_step") from error
     differing = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if differing:
         raise QwenVLError(
-            f"--from-step {step}: {folder} was run from another recipe (different: {', '.join(differing)});"
-            " run without --from-step, or with the same recipe and overrides"
+            f"--from_step {step}: {folder} was run from another recipe (different: {', '.join(differing)});"
+            " run without --from_step, or with the same recipe and overrides"
         )
     return folder
 
@@ -82,11 +82,11 @@ def earlier_results(folder: Path, recipe: Recipe, first: int) -> dict[str, Any]:
         for step in recipe.steps[:first]:
             ended[step.name]
     except (ValueError, LookupError, TypeError) as error:
-        raise QwenVLError(f"{path}: damaged; run without --from-step") from error
+        raise QwenVLError(f"{path}: damaged; run without --from_step") from error
     for step in recipe.steps[:first]:
         if ended[step.name] != "ok":
             raise QwenVLError(
-                f"--from-step {recipe.steps[first].name}: in {folder} the step {step.name} before it is"
+                f"--from_step {recipe.steps[first].name}: in {folder} the step {step.name} before it is"
                 f" '{ended[step.name]}'; continue from {step.name}"
             )
     return results
@@ -121,4 +121,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise QwenVLError(f"{path}: cannot be read ({error.strerror}); run without --from-step") from error
+        raise QwenVLError(f"{path}: cannot be read ({error.strerror}); run without --from_step") from error

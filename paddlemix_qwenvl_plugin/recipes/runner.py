@@ -205,6 +205,6 @@ def _index(recipe: Recipe, from_step: Optional[str]) -> int:
     names = [step.name for step in recipe.steps]
     if from_step is not None and from_step not in names:
         raise UsageError(
-            f"--from-step {from_step}: {recipe.name} has no such step; steps: {', '.join(names)}"
+            f"--from_step {from_step}: {recipe.name} has no such step; steps: {', '.join(names)}"
         )
     return 0 if from_step is None else names.index(from_step)

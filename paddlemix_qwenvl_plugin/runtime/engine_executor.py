@@ -74,6 +74,7 @@ class EngineExecutor:
 
     def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Executor."""
+        features: NDArray[np.float32]
         [features] = self._vision.encode_images(pixels[None])
         return features
 

@@ -3,76 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Optional
+from dataclasses import fields, replace
+from typing import Annotated, Any, Callable, Optional
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class GenerationOptions:
     """Options of a generation; they hold for every row of a batch.
 
     Greedy unless `temperature`, `top_p` or `top_k` is given. The order is upstream's: end tokens are held back before
     `min_new_tokens`, penalties, temperature, then the top-k and top-p cuts. Penalties count generated tokens only.
+    Every row draws from its own generator with `seed`, so that a row of a batch gives the tokens that it gives alone.
+
+    The command line's flags, their defaults and their help are made of these fields (cli/options.py).
 
     Raises:
-        UsageError: a value out of its range; the line names the option.
+        UsageError: an option that is none, or a value out of its range; the line names the option.
     """
 
-    max_new_tokens: int = 512
-    min_new_tokens: int = 0
-    temperature: Optional[float] = None
-    top_p: Optional[float] = None
-    top_k: Optional[int] = None
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    seed: Optional[int] = None
-    """Every row draws from its own generator with this seed, so that a row of a batch gives the tokens that it
-    gives alone. None: fresh randomness."""
+    max_new_tokens: Annotated[int, Field(ge=1, description="Most tokens of an answer.")] = 512
+    min_new_tokens: Annotated[int, Field(ge=0, description="Fewest tokens before an answer may end.")] = 0
+    temperature: Annotated[
+        Optional[float],
+        Field(ge=0, le=100, description="Sample; greedy if neither this, top_p nor top_k is given."),
+    ] = None
+    top_p: Annotated[
+        Optional[float], Field(ge=0, le=1, description="Sample among the likeliest that make up this much.")
+    ] = None
+    top_k: Annotated[Optional[int], Field(ge=1, description="Sample among this many likeliest.")] = None
+    repetition_penalty: Annotated[
+        float, Field(gt=0, le=100, description="Divides the logits of tokens generated before.")
+    ] = 1.0
+    frequency_penalty: Annotated[
+        float, Field(ge=-100, le=100, description="Taken off such a logit for each time.")
+    ] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-100, le=100, description="Taken off such a logit once.")] = (
+        0.0
+    )
+    seed: Annotated[Optional[int], Field(ge=0, description="Of the sampling; default: fresh randomness.")] = (
+        None
+    )
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            whole = field.name in ("max_new_tokens", "min_new_tokens", "top_k", "seed")
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
-            ):
-                raise UsageError(f"{field.name}: {value!r} is not a{' whole' if whole else ''} number")
-        _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _check(self.min_new_tokens >= 0, "min_new_tokens", self.min_new_tokens, "at least 0")
-        _check(
-            self.min_new_tokens <= self.max_new_tokens,
-            "min_new_tokens",
-            self.min_new_tokens,
-            f"at most max_new_tokens ({self.max_new_tokens})",
-        )
-        _check(
-            self.temperature is None or 0 <= self.temperature <= 100,
-            "temperature",
-            self.temperature,
-            "0 to 100",
-        )
-        _check(self.top_p is None or 0 <= self.top_p <= 1, "top_p", self.top_p, "0 to 1")
-        _check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
-        _check(
-            0 < self.repetition_penalty <= 100,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "over 0, up to 100",
-        )
-        _check(abs(self.frequency_penalty) <= 100, "frequency_penalty", self.frequency_penalty, "-100 to 100")
-        _check(abs(self.presence_penalty) <= 100, "presence_penalty", self.presence_penalty, "-100 to 100")
-        _check(self.seed is None or self.seed >= 0, "seed", self.seed, "at least 0")
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_line(cls, values: Any, validate: Callable[[Any], GenerationOptions]) -> GenerationOptions:
+        try:
+            options = validate(values)
+        except ValidationError as error:
+            raise UsageError(_line(error)) from None
+        if options.min_new_tokens > options.max_new_tokens:
+            allowed = f"at most max_new_tokens ({options.max_new_tokens})"
+            raise UsageError(
+                f"min_new_tokens: {options.min_new_tokens} is out of range; it must be {allowed}"
+            )
+        return options
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> GenerationOptions:
-        """From keyword arguments; an unknown name is a UsageError."""
-        known = {field.name for field in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise UsageError(f"{name}: unknown option; known are {', '.join(sorted(known))}")
+        """From keyword arguments."""
         return cls(**values)
 
     def within(self, room: int) -> GenerationOptions:
@@ -87,6 +81,37 @@ class GenerationOptions:
         return asked == (None, None, None) or self.temperature == 0 or self.top_p == 0 or self.top_k == 1
 
 
-def _check(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise UsageError(f"{name}: {value} is out of range; it must be {allowed}")
+def described() -> dict[str, FieldInfo]:
+    """Each option's name, and its type, default, description and limits."""
+    return dict(GenerationOptions.__pydantic_fields__)  # type: ignore[attr-defined]
+
+
+def allowed(field: FieldInfo) -> str:
+    """The values that a field may have, in words: "at least 1", "0 to 100"."""
+    limits = {
+        name: getattr(limit, name)
+        for limit in field.metadata
+        for name in ("ge", "gt", "le")
+        if hasattr(limit, name)
+    }
+    if "le" not in limits:
+        return f"at least {limits['ge']}"
+    if "gt" in limits:
+        return f"over {limits['gt']}, up to {limits['le']}"
+    return f"{limits['ge']} to {limits['le']}"
+
+
+def _line(error: ValidationError) -> str:
+    """What is wrong with the first option that is; those that do not exist go first."""
+    problems = error.errors(include_url=False)
+    unknown = next(
+        (problem for problem in problems if problem["type"] == "unexpected_keyword_argument"), None
+    )
+    problem = unknown or problems[0]
+    name, value = problem["loc"][0], problem["input"]
+    if unknown is not None:
+        known = ", ".join(sorted(field.name for field in fields(GenerationOptions)))
+        return f"{name}: unknown option; known are {known}"
+    if problem["type"] in ("int_type", "float_type"):
+        return f"{name}: {value!r} is not a{' whole' if problem['type'] == 'int_type' else ''} number"
+    return f"{name}: {value} is out of range; it must be {allowed(described()[str(name)])}"

@@ -112,5 +112,5 @@ def test_allow_http(batch, tmp_path):
         assert "downloading is off" in errors[0]["message"]
         assert "downloading is off" in errors[1]
         Path("out.jsonl").unlink()
-        assert batch("--max_new_tokens", "1", "--allow-http")[0] == 0
+        assert batch("--max_new_tokens", "1", "--allow_http")[0] == 0
         server.shutdown()

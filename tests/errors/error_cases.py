@@ -773,7 +773,7 @@ def _(bench: Bench) -> list[str]:
     with socket.socket() as listener:  # a port that is free now
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    return bench.predict("--image", f"http://127.0.0.1:{port}/dog.png", "--allow-http")
+    return bench.predict("--image", f"http://127.0.0.1:{port}/dog.png", "--allow_http")
 
 
 def look_at(content: Callable[[], bytes | Image.Image], name: str = "dog.png") -> Provoke:
@@ -795,8 +795,8 @@ cases(
         "a decompression bomb: a PNG of 81 million pixels in 44 kB": look_at(lambda: png(9000, 9000)),
         "a decompression bomb in a PNG's text": look_at(lambda: png(8, 8, TEXT_BOMB)),
         "a picture of 1 x 1": look_at(lambda: Image.new("RGB", (1, 1))),
-        "a web address without `--allow-http`": predict("--image", "http://127.0.0.1/dog.png"),
-        "a web address without a host": predict("--image", "http:///dog.png", "--allow-http"),
+        "a web address without `--allow_http`": predict("--image", "http://127.0.0.1/dog.png"),
+        "a web address without a host": predict("--image", "http:///dog.png", "--allow_http"),
         "an address of another kind": predict("--image", "ftp://127.0.0.1/dog.png"),
         "a file URL with a host": predict("--image", "file://elsewhere/dog.png"),
         "a data URL without a comma": predict("--image", "data:image/png;base64"),
@@ -1181,10 +1181,10 @@ def _(bench: Bench) -> list[str]:
 
 
 def earlier_run(spoil: Callable[[Path], Any]) -> Provoke:
-    """`run --from-step` on an earlier run's record that is spoilt."""
+    """`run --from_step` on an earlier run's record that is spoilt."""
 
     def provoke(bench: Bench) -> list[str]:
-        command = bench.recipe("--from-step", "only")
+        command = bench.recipe("--from_step", "only")
         folder = Path("runs/20240101-000000-fake")
         folder.mkdir(parents=True)
         shutil.copyfile("fake.yaml", folder / "recipe.resolved.yaml")
@@ -1217,15 +1217,15 @@ cases(
         "an override of an unknown step": recipe("steps.other.timeout_seconds=1"),
         "an override that is not YAML": recipe("seed=["),
         "an override of the wrong type": recipe("seed=soon"),
-        "`--from-step` with an unknown step": recipe("--from-step", "other"),
-        "`--from-step` without an earlier run": recipe("--from-step", "only"),
-        "`--from-step` with a damaged results.json": earlier_run(
+        "`--from_step` with an unknown step": recipe("--from_step", "other"),
+        "`--from_step` without an earlier run": recipe("--from_step", "only"),
+        "`--from_step` with a damaged results.json": earlier_run(
             lambda folder: cut(str(folder / "results.json"), 0.5)
         ),
-        "`--from-step` with a damaged recipe.resolved.yaml": earlier_run(
+        "`--from_step` with a damaged recipe.resolved.yaml": earlier_run(
             lambda folder: (folder / "recipe.resolved.yaml").write_text("")
         ),
-        "`--from-step` with another recipe": earlier_run(
+        "`--from_step` with another recipe": earlier_run(
             lambda folder: (folder / "recipe.resolved.yaml").write_text("name: other\n")
         ),
         "an asset is missing": recipe(assets=[{"name": "dog", "path": "dog.png", "why": "to ask about"}]),

@@ -187,7 +187,7 @@ WHITE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEANl9
 
 
 def test_demo_exports_the_shipped_model_and_asks_it(run: Run) -> None:
-    figures = run(*("demo", "--first", "5000", "--n", "6", "--export-to", "kept", "--output", "out.jsonl"))
+    figures = run(*("demo", "--first", "5000", "--n", "6", "--export_to", "kept", "--output", "out.jsonl"))
     assert figures["words"]["goal"] == 0.95
     assert figures["words"]["hits"] + figures["boxes"]["hits"] > 0
     assert Path("kept/text/qwen.manifest.json").is_file()

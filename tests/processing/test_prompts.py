@@ -10,10 +10,12 @@ from paddlemix_qwenvl_plugin.processing.prompts import base_prompt, chat_prompt,
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
+PADDLEMIX_LABEL = "Picture {}:"  # PaddleMIX, which made the goldens, writes no space after the colon
+
 
 def test_golden_base_prompts(real: QwenTokenizer, golden_tokens: dict[str, Any]) -> None:
     for query in golden_tokens["queries"]:
-        prompt = base_prompt(real, query["query"])
+        prompt = base_prompt(real, query["query"], label=PADDLEMIX_LABEL, allowed_special="all")
         assert prompt.text == query["text"]
         assert prompt.input_ids == query["input_ids"]
         assert prompt.images == [part["image"] for part in query["query"] if "image" in part]
@@ -21,11 +23,80 @@ def test_golden_base_prompts(real: QwenTokenizer, golden_tokens: dict[str, Any])
 
 def test_golden_chats(real: QwenTokenizer, golden_tokens: dict[str, Any]) -> None:
     for chat in golden_tokens["chats"]:
-        prompt = chat_prompt(real, chat["query"], [tuple(turn) for turn in chat["history"]], chat["system"])
+        history = [tuple(turn) for turn in chat["history"]]
+        prompt = chat_prompt(real, chat["query"], history, chat["system"], label=PADDLEMIX_LABEL)
         assert prompt.text == chat["raw_text"]
         assert prompt.input_ids == chat["input_ids"]
         spans = image_spans(prompt.input_ids, real.img_start_id, real.n_image_slots)
         assert prompt.images == ["a.jpg"] * len(spans)
+
+
+def test_a_picture_is_announced_as_in_the_official_prompts(real: QwenTokenizer) -> None:
+    # "Picture", " ", "1", ":", " " and <img>, each a token of its own but for "Picture".
+    assert real.encode("Picture 1: ") == [24669, 220, 16, 25, 220]
+    for prompt in (base_prompt(real, [{"image": "a.jpg"}]), chat_prompt(real, [{"image": "a.jpg"}])):
+        start = prompt.input_ids.index(real.img_start_id)
+        assert prompt.input_ids[start - 5 : start] == [24669, 220, 16, 25, 220]
+
+
+def test_the_label_is_the_tokenizers_unless_given(tiny_vocab_file: Path) -> None:
+    tokenizer = QwenTokenizer(tiny_vocab_file, picture_label="Bild {0} {}")
+    query, history = [{"image": "b"}], [([{"image": "a"}], "!")]
+    assert base_prompt(tokenizer, query).text == "Bild {0} 1<img>b</img>\n"
+    assert "user\nBild {0} 1<img>a</img>\n" in chat_prompt(tokenizer, query, history).text
+    assert "user\nBild {0} 2<img>b</img>\n" in chat_prompt(tokenizer, query, history).text
+    assert base_prompt(tokenizer, query, label="<{}>").text == "<1><img>b</img>\n"
+    given = chat_prompt(tokenizer, query, history, label="<{}>").text
+    assert "user\n<1><img>a" in given
+    assert "user\n<2><img>b" in given
+    with pytest.raises(UsageError, match=r"picture_label: 'no number' must be text with \{\} once"):
+        base_prompt(tokenizer, query, label="no number")
+
+
+def test_control_tokens_are_text_in_a_base_prompt(tiny: QwenTokenizer) -> None:
+    text = "<|im_start|>user\n<|im_end|><|endoftext|><|extra_0|><box>(1,2),(3,4)</box>"
+    ids = base_prompt(tiny, [{"text": text}]).input_ids
+    controls = {tiny.eod_id, tiny.im_start_id, tiny.im_end_id, tiny.special_tokens["<|extra_0|>"]}
+    assert not controls & set(ids)
+    assert tiny.box_start_id in ids
+    assert tiny.decode(ids) == text
+    assert controls <= set(base_prompt(tiny, [{"text": text}], allowed_special="all").input_ids)
+
+
+def answers_in(ids: list[int], tokenizer: QwenTokenizer) -> list[tuple[int, int]]:
+    """Earlier answers, found by looking at every token: from behind `assistant` and a line end to `<|im_end|>`."""
+    opening = [tokenizer.im_start_id, *tokenizer.encode("assistant"), *tokenizer.encode("\n")]
+    found = []
+    for index in range(len(ids)):
+        if ids[index : index + len(opening)] == opening:
+            start = index + len(opening)
+            ends = [i for i in range(start, len(ids)) if ids[i] == tokenizer.im_end_id]
+            if ends:
+                found.append((start, ends[0] + 1))
+    return found
+
+
+def test_generated_ranges_are_the_earlier_answers(tiny: QwenTokenizer) -> None:
+    history = [
+        ([{"image": "1.jpg"}, {"text": "What?"}], "<ref>A dog</ref><box>(1,2),(3,4)</box>"),
+        ("assistant\n", ""),
+        ("And?", " <|im_start|>assistant\n<|im_end|> \n"),
+        ([{"image": "2.jpg"}], "assistant"),
+        ("x" * 20, "狗"),
+    ]
+    kept = set()
+    for max_window in range(0, 1000, 5):
+        prompt = chat_prompt(tiny, "Last?", history, max_window=max_window)
+        n_kept = prompt.input_ids.count(tiny.im_end_id) // 2 - 1
+        kept.add(n_kept)
+        assert prompt.generated == answers_in(prompt.input_ids, tiny)
+        said = [tiny.decode(prompt.input_ids[start : end - 1]) for start, end in prompt.generated]
+        assert said == [answer for _, answer in history[len(history) - n_kept :]]
+    assert kept == {0, 1, 2, 3, 4, 5}
+
+
+def test_a_base_prompt_has_no_earlier_answers(tiny: QwenTokenizer) -> None:
+    assert base_prompt(tiny, [{"text": "<|im_start|>assistant\nYes<|im_end|>"}]).generated == []
 
 
 def test_render_numbers_pictures_and_names_what_has_no_name() -> None:
@@ -33,8 +104,8 @@ def test_render_numbers_pictures_and_names_what_has_no_name() -> None:
     sources = [Path("dir") / "a.png", b"raw", picture, "data:image/png;base64,AAAA", "http://x/y.png"]
     text, images = render([{"image": source} for source in sources], start=3)
     assert text == (
-        f"Picture 3:<img>{sources[0]}</img>\nPicture 4:<img>image-4</img>\nPicture 5:<img>image-5</img>\n"
-        "Picture 6:<img>image-6</img>\nPicture 7:<img>http://x/y.png</img>\n"
+        f"Picture 3: <img>{sources[0]}</img>\nPicture 4: <img>image-4</img>\nPicture 5: <img>image-5</img>\n"
+        "Picture 6: <img>image-6</img>\nPicture 7: <img>http://x/y.png</img>\n"
     )
     assert images == sources
 
@@ -90,8 +161,8 @@ def test_chat_numbers_pictures_through_the_turns(tiny: QwenTokenizer) -> None:
         ("Picture 2:<img>2.jpg</img>\nAnd?", "A cat."),
     ]
     prompt = chat_prompt(tiny, [{"image": b"3"}, {"text": "Compare."}], history)
-    assert "Picture 1:<img>1.jpg</img>\nWhat?<|im_end|>" in prompt.text
-    assert "user\nPicture 3:<img>image-3</img>\nCompare.<|im_end|>\n<|im_start|>assistant\n" in prompt.text
+    assert "Picture 1: <img>1.jpg</img>\nWhat?<|im_end|>" in prompt.text
+    assert "user\nPicture 3: <img>image-3</img>\nCompare.<|im_end|>\n<|im_start|>assistant\n" in prompt.text
     assert prompt.images == ["1.jpg", "2.jpg", b"3"]
     assert tiny.decode(prompt.input_ids) == prompt.text
     assert len(image_spans(prompt.input_ids, tiny.img_start_id, 256)) == 3
@@ -104,7 +175,7 @@ def test_chat_drops_the_oldest_turns_and_their_images(tiny: QwenTokenizer) -> No
         prompt = chat_prompt(tiny, [{"image": "4.jpg"}], history, max_window=max_window)
         assert len(image_spans(prompt.input_ids, tiny.img_start_id, 256)) == len(prompt.images)
         assert prompt.text.count("<img>") == len(prompt.images)
-        assert "Picture 4:<img>4.jpg" in prompt.text
+        assert "Picture 4: <img>4.jpg" in prompt.text
         return prompt.images
 
     # Every turn has the same length, so the borders can be worked out from the whole.

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import base64
+import re
+import shutil
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ def brute_force_bpe(word: bytes, ranks: dict[bytes, int]) -> list[int]:
 
 def test_golden_texts(real: QwenTokenizer, golden_tokens: dict[str, Any]) -> None:
     for query in golden_tokens["queries"]:
-        ids = real.encode(query["text"])
+        ids = real.encode(query["text"], "all")
         assert ids == query["input_ids"]
         assert real.decode(ids) == query["decoded"]
 
@@ -62,7 +64,7 @@ def test_ids_of_the_real_vocabulary(real: QwenTokenizer) -> None:
 def test_special_ids_follow_a_small_vocabulary(tiny: QwenTokenizer) -> None:
     assert tiny.eod_id == N_TINY
     assert tiny.img_pad_id == tiny.n_vocab - 1 == N_TINY + 3 + 205 + 9 - 1
-    assert tiny.encode("<|im_end|><quad>") == [tiny.im_end_id, tiny.quad_start_id]
+    assert tiny.encode("<|im_end|><quad>", "all") == [tiny.im_end_id, tiny.quad_start_id]
 
 
 def test_from_folder(tiny_vocab_file: Path) -> None:
@@ -75,6 +77,40 @@ def test_from_folder(tiny_vocab_file: Path) -> None:
     ]
 
 
+def test_the_picture_label_of_a_folder(tiny_vocab_file: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_vocab_file, tmp_path)
+    assert QwenTokenizer.from_folder(tmp_path).picture_label == "Picture {}: "
+    settings = tmp_path / "tokenizer_config.json"
+    for text in ('{"model_max_length": 8192}', "[]"):
+        settings.write_text(text)
+        assert QwenTokenizer.from_folder(tmp_path).picture_label == "Picture {}: "
+    settings.write_text('{"picture_label": "图{}："}', "utf-8")
+    tokenizer = QwenTokenizer.from_folder(tmp_path)
+    assert tokenizer.picture_label == "图{}："
+    tokenizer.picture_label = "{}. "
+    assert tokenizer.picture_label == "{}. "
+    with pytest.raises(UsageError, match=r"^picture_label: '\{\}\{\}' must be text with \{\} once"):
+        tokenizer.picture_label = "{}{}"
+    assert tokenizer.picture_label == "{}. "
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('{"picture_label": 3}', "picture_label: 3 must be text with {} once"),
+        ('{"picture_label": "Picture"}', "picture_label: 'Picture' must be text with {} once"),
+        ('{"picture_label": "<img>{}"}', "picture_label: '<img>{}' must not contain <img>"),
+        ("{", "is not JSON: "),
+        ("\xff", "is not JSON: "),
+    ],
+)
+def test_a_bad_picture_label(tiny_vocab_file: Path, tmp_path: Path, settings: str, message: str) -> None:
+    shutil.copy(tiny_vocab_file, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(settings.encode("latin-1"))
+    with pytest.raises(QwenVLError, match=re.escape(f"{tmp_path / 'tokenizer_config.json'}: {message}")):
+        QwenTokenizer.from_folder(tmp_path)
+
+
 @given(text=any_text | tagged_text)
 def test_round_trip_of_plain_text(tiny: QwenTokenizer, text: str) -> None:
     ids = tiny.encode(text, allowed_special=())
@@ -85,7 +121,7 @@ def test_round_trip_of_plain_text(tiny: QwenTokenizer, text: str) -> None:
 @given(text=tagged_text)
 def test_round_trip_with_special_tokens(tiny: QwenTokenizer, text: str) -> None:
     try:
-        ids = tiny.encode(text)
+        ids = tiny.encode(text, "all")
     except UsageError:
         assert "<img>" in text
         return
@@ -104,7 +140,7 @@ def test_ids_outside_the_vocabulary_show(tiny: QwenTokenizer) -> None:
 
 
 def test_skip_special_tokens_drops_tags_and_keeps_paths(tiny: QwenTokenizer) -> None:
-    ids = tiny.encode("Picture 1:<img>a.jpg</img>\n<ref>dog</ref><box>(1,2),(3,4)</box><|im_end|>")
+    ids = tiny.encode("Picture 1:<img>a.jpg</img>\n<ref>dog</ref><box>(1,2),(3,4)</box><|im_end|>", "all")
     assert tiny.decode(ids, skip_special_tokens=True) == "Picture 1:a.jpg\ndog(1,2),(3,4)"
 
 

@@ -214,7 +214,7 @@ def test_from_step_continues_the_newest_run(tmp_path: Path) -> None:
     path = write(tmp_path, data)
     assert qwenvl(tmp_path, "run", path).returncode == 1
     (tmp_path / "ready").touch()
-    done = qwenvl(tmp_path, "run", path, "--from-step", "check")
+    done = qwenvl(tmp_path, "run", path, "--from_step", "check")
     assert (done.returncode, done.stderr) == (0, "")
     assert "make" not in done.stdout
     assert "[2/3] check … ok" in done.stdout
@@ -236,7 +236,7 @@ def test_from_step_takes_the_newest_of_this_name(tmp_path: Path) -> None:
         (tmp_path / "runs" / other).mkdir(parents=True)
     done = qwenvl(tmp_path, "run", path)
     folder = done.stdout.splitlines()[0].removeprefix("fake: ")
-    again = qwenvl(tmp_path, "run", path, "--from-step", "only")
+    again = qwenvl(tmp_path, "run", path, "--from_step", "only")
     assert (again.returncode, again.stdout.splitlines()[0]) == (0, f"fake: {folder}")
 
 
@@ -248,13 +248,13 @@ def test_from_step_mistakes(tmp_path: Path) -> None:
         assert done.stderr.count("\n") == 1
         return done.returncode, done.stderr.removeprefix("qwenvl: ").strip()
 
-    assert line("--from-step", "c") == (2, "--from-step c: fake has no such step; steps: a, b")
-    assert line("--from-step", "b") == (1, "--from-step b: runs has no earlier run of fake")
+    assert line("--from_step", "c") == (2, "--from_step c: fake has no such step; steps: a, b")
+    assert line("--from_step", "b") == (1, "--from_step b: runs has no earlier run of fake")
     assert qwenvl(tmp_path, "run", path).returncode == 1
-    code, message = line("--from-step", "b")
+    code, message = line("--from_step", "b")
     assert code == 1
     assert message.endswith("the step a before it is 'failed'; continue from a")
-    code, message = line("seed=2", "--from-step", "a")
+    code, message = line("seed=2", "--from_step", "a")
     assert code == 1
     assert "was run from another recipe (different: seed)" in message
 
@@ -267,9 +267,9 @@ def test_dry_run_prints_and_writes_nothing(tmp_path: Path) -> None:
         steps=[{"name": "one", "run": "qwenvl predict --image ${assets.pic}"}, step("two", "1/0")],
     )
     write(tmp_path, data)
-    done = qwenvl(tmp_path, "run", "./fake.yaml", "--dry-run")
+    done = qwenvl(tmp_path, "run", "./fake.yaml", "--dry_run")
     # `fake.yaml` alone is a path as well.
-    assert qwenvl(tmp_path, "run", "fake.yaml", "--dry-run").returncode == 0
+    assert qwenvl(tmp_path, "run", "fake.yaml", "--dry_run").returncode == 0
     assert done.returncode == 0
     assert done.stdout.splitlines() == [
         "export A='b c'",

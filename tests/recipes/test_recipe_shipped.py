@@ -34,7 +34,7 @@ def test_shipped_recipe_is_valid_and_heads_with_its_command(path: Path) -> None:
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_dry_run_of_a_shipped_recipe(tmp_path: Path, name: str) -> None:
-    done = qwenvl(tmp_path, "run", name, "--dry-run", "dtype=bfloat16")
+    done = qwenvl(tmp_path, "run", name, "--dry_run", "dtype=bfloat16")
     assert done.returncode == 0
     assert "${" not in done.stdout
     commands = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith(sys.executable)]
@@ -63,7 +63,7 @@ def test_commands_of_a_shipped_recipe_take_its_flags(tmp_path: Path, name: str) 
 
 
 def test_checkpoint_override_reaches_every_step(tmp_path: Path) -> None:
-    done = qwenvl(tmp_path, "run", "qwen-vl-chat-7b", "--dry-run", "assets.checkpoint.path=/models/chat")
+    done = qwenvl(tmp_path, "run", "qwen-vl-chat-7b", "--dry_run", "assets.checkpoint.path=/models/chat")
     assert done.stdout.count("--model_name_or_path /models/chat") == 3
     assert "--chat" in done.stdout
 

@@ -89,6 +89,7 @@ def predictor_command(tree: Path, folder: Path, queries: list[Any], out: Path) -
 def expected(folder: Path, query: list[Any], n_tokens: int) -> list[int]:
     """What our own predictor says: another program of the export, and another loop."""
     vl = QwenVL.from_exported(folder / "vision" / "vision", folder / "text" / "qwen", folder / "model")
+    vl.tokenizer.picture_label = "Picture {}:"  # as PaddleMIX writes it
     return vl.generate(query, max_new_tokens=n_tokens).token_ids
 
 

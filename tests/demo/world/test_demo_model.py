@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.demo.world.sample import Sample
 from paddlemix_qwenvl_plugin.demo.world.scene import random_scene
 from paddlemix_qwenvl_plugin.demo.world.tasks import conversation, held_out
 from paddlemix_qwenvl_plugin.processing.images import preprocess_all
-from paddlemix_qwenvl_plugin.processing.prompts import chat_prompt
+from paddlemix_qwenvl_plugin.processing.prompts import base_prompt, chat_prompt
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 
 FOLDER = Path(__file__).resolve().parents[3] / "paddlemix_qwenvl_plugin" / "demo" / "model"
@@ -38,6 +38,14 @@ def test_the_folder_opens_and_is_small() -> None:
     assert tokenizer.img_start_id == checkpoint.config.visual.image_start_id
     assert tokenizer.n_vocab <= checkpoint.config.vocab_size
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 12_000_000
+
+
+def test_pictures_are_announced_as_it_was_trained(exported: QwenVL) -> None:
+    """It has never seen a space after the colon, unlike Qwen-VL, and its exports know that."""
+    assert QwenTokenizer.from_folder(FOLDER).picture_label == "Picture {}:"
+    assert exported.tokenizer.picture_label == "Picture {}:"
+    prompt = base_prompt(exported.tokenizer, [{"image": "a.png"}])
+    assert prompt.text == "Picture 1:<img>a.png</img>\n"
 
 
 def test_it_sees(exported: QwenVL) -> None:

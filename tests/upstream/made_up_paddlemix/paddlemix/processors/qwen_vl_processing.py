@@ -19,6 +19,6 @@ class QwenVLProcessor:
         self.image_processor = ImageProcessor()
 
     def __call__(self, query, return_tensors):
-        prompt = base_prompt(self.tokenizer, query)
+        prompt = base_prompt(self.tokenizer, query, label="Picture {}:")  # as PaddleMIX writes it
         images = self.image_processor(prompt.images) if prompt.images else None
         return {"input_ids": paddle.to_tensor([prompt.input_ids]), "images": images}

@@ -1,0 +1,109 @@
+"""Generation options: what is accepted, the line for what is not, and the command line's flags for them."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+from typing import Any
+
+import pytest
+
+from paddlemix_qwenvl_plugin import GenerationOptions, UsageError
+
+# The ranges as docs/errors.md has them, and values on both sides of their ends.
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda n: n >= 1, "at least 1"),
+    "min_new_tokens": (lambda n: n >= 0, "at least 0"),
+    "temperature": (lambda x: 0 <= x <= 100, "0 to 100"),
+    "top_p": (lambda x: 0 <= x <= 1, "0 to 1"),
+    "top_k": (lambda n: n >= 1, "at least 1"),
+    "repetition_penalty": (lambda x: 0 < x <= 100, "over 0, up to 100"),
+    "frequency_penalty": (lambda x: -100 <= x <= 100, "-100 to 100"),
+    "presence_penalty": (lambda x: -100 <= x <= 100, "-100 to 100"),
+    "seed": (lambda n: n >= 0, "at least 0"),
+}
+WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "seed")
+OPTIONAL = ("temperature", "top_p", "top_k", "seed")
+VALUES = [-101, -100, -1, 0, 1, 2, 100, 101, 10**20]
+REALS = [-100.5, -1e-9, 1e-9, 0.5, 1.5, 100.5, math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_ranges(name: str) -> None:
+    inside, words = RANGES[name]
+    for value in VALUES if name in WHOLE else [*VALUES, *REALS]:
+        room = {"max_new_tokens": 10**21} if name == "min_new_tokens" else {}
+        if inside(value):
+            assert getattr(GenerationOptions(**{name: value}, **room), name) == value
+            continue
+        line = f"{name}: {value} is out of range; it must be {words}"
+        for make in (lambda values: GenerationOptions(**values), GenerationOptions.of):
+            with pytest.raises(UsageError, match=f"^{re.escape(line)}$"):
+                make({name: value, **room})
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_types(name: str) -> None:
+    kind = "a whole number" if name in WHOLE else "a number"
+    for value in ["1", True, [1], {}, *([1.0] if name in WHOLE else []), *([None] * (name not in OPTIONAL))]:
+        with pytest.raises(UsageError, match=f"^{re.escape(f'{name}: {value!r} is not {kind}')}$"):
+            GenerationOptions.of({name: value})
+
+
+def test_fewer_than_the_fewest() -> None:
+    line = r"^min_new_tokens: 3 is out of range; it must be at most max_new_tokens \(2\)$"
+    with pytest.raises(UsageError, match=line):
+        GenerationOptions(max_new_tokens=2, min_new_tokens=3)
+
+
+def test_unknown_options_go_first() -> None:
+    line = r"^top_q: unknown option; known are frequency_penalty, max_new_tokens, .*, top_p$"
+    with pytest.raises(UsageError, match=line):
+        GenerationOptions.of({"top_p": 7, "top_q": 1})
+
+
+def test_it_is_a_frozen_value() -> None:
+    options = GenerationOptions(top_p=0.5, seed=1)
+    assert options == GenerationOptions.of(asdict(options))
+    assert len({options, replace(options), replace(options, seed=2)}) == 2
+    with pytest.raises(FrozenInstanceError):
+        options.seed = 3  # type: ignore[misc]
+    with pytest.raises(UsageError, match="seed: -1"):
+        replace(options, seed=-1)
+
+
+def qwenvl(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", ["predict", "chat", "batch"])
+def test_the_commands_have_a_flag_for_each(command: str) -> None:
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", qwenvl(command, "--help").stdout).split())
+    for field in fields(GenerationOptions):
+        [about] = re.findall(rf"--{field.name} (.*?\))\.( \[default: (.*?)\])?", text)
+        assert about[0].endswith(f"({RANGES[field.name][1]})")
+        assert about[2] == ("" if field.default is None else str(field.default))
+
+
+@pytest.mark.parametrize("flag", ["--max_new_tokens", "--max-new-tokens", "--max_new-tokens"])
+def test_both_spellings_of_a_flag(flag: str) -> None:
+    for arguments in ([flag, "0"], [f"{flag}=0"]):
+        done = qwenvl(
+            "predict", "--first-model-path", "a", "--second_model_path=b", "--prompt=-a-_b", *arguments
+        )
+        assert (done.returncode, done.stderr) == (
+            2,
+            "qwenvl: max_new_tokens: 0 is out of range; it must be at least 1\n",
+        )
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--dry-run"])
+def test_both_spellings_below_the_top(flag: str) -> None:
+    done = qwenvl("run", "tiny-cpu", flag)
+    assert done.returncode == 0, done.stderr
+    assert "make-tiny" in done.stdout
