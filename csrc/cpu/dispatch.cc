@@ -39,6 +39,31 @@ bool runs_here(qvl_isa isa) {
 #endif
 }
 
+// Null for a set that is not in this build: one that is made for a single machine leaves out those it does
+// not need.
+const Kernels* table_of(qvl_isa isa) {
+  switch (isa) {
+    case QVL_ISA_GENERIC:
+      return generic_kernels();
+#if defined(__x86_64__)
+#ifndef QVL_WITHOUT_AVX2
+    case QVL_ISA_AVX2:
+      return avx2_kernels();
+#endif
+#ifndef QVL_WITHOUT_AVX512
+    case QVL_ISA_AVX512:
+      return avx512_kernels();
+#endif
+#ifndef QVL_WITHOUT_AVX512_BF16
+    case QVL_ISA_AVX512_BF16:
+      return avx512_bf16_kernels();
+#endif
+#endif
+    default:
+      return nullptr;
+  }
+}
+
 }  // namespace
 
 const char* isa_name(qvl_isa isa) {
@@ -49,22 +74,13 @@ const char* isa_name(qvl_isa isa) {
 const Kernels& kernels_for(qvl_isa isa) {
   if (isa == QVL_ISA_BEST) {
     isa = QVL_ISA_AVX512_BF16;
-    while (!runs_here(isa)) --isa;
+    while (!runs_here(isa) || table_of(isa) == nullptr) --isa;
   }
   QVL_REQUIRE(runs_here(isa), QVL_UNSUPPORTED, "config: this processor has no %s instructions",
               isa_name(isa));
-  switch (isa) {
-#if defined(__x86_64__)
-    case QVL_ISA_AVX2:
-      return *avx2_kernels();
-    case QVL_ISA_AVX512:
-      return *avx512_kernels();
-    case QVL_ISA_AVX512_BF16:
-      return *avx512_bf16_kernels();
-#endif
-    default:
-      return *generic_kernels();
-  }
+  const Kernels* table = table_of(isa);
+  QVL_REQUIRE(table != nullptr, QVL_UNSUPPORTED, "config: this build has no kernels for %s", isa_name(isa));
+  return *table;
 }
 
 }  // namespace qvl::cpu

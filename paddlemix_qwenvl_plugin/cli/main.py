@@ -11,7 +11,7 @@ import typer
 
 from paddlemix_qwenvl_plugin.cli import (
     batch,
-    build_ops,
+    build_engine,
     chat,
     convert,
     demo,
@@ -23,6 +23,7 @@ from paddlemix_qwenvl_plugin.cli import (
     predict,
     recipes,
     run,
+    verify,
 )
 from paddlemix_qwenvl_plugin.cli.options import GenerationCommand
 from paddlemix_qwenvl_plugin.util.errors import (
@@ -58,9 +59,11 @@ app.command("batch", cls=GenerationCommand)(batch.batch)
 app.command("chat", cls=GenerationCommand)(chat.chat)
 app.command("export-vision")(export.export_vision)
 app.command("export-language")(export.export_language)
+app.command("verify")(verify.verify)
 app.command("convert")(convert.convert)
 app.command("make-tiny")(make_tiny.make_tiny)
-app.command("build-ops")(build_ops.build_ops)
+app.command("build-engine")(build_engine.build_engine)
+app.command("build-ops", hidden=True)(build_engine.build_engine)  # its earlier name
 app.command("run")(run.run)
 app.command("doctor")(doctor.doctor)
 app.add_typer(eval.app, name="eval")

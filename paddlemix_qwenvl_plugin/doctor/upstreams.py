@@ -94,8 +94,6 @@ def check_upstream(
     if source is None:
         message = f"{title} is not installed; only its own scripts need it"
         fix = _INSTALL_PADDLENLP if name == "paddlenlp" else None
-        if fix:
-            message += ", and model folders of .bin files"
         return Check(name, "note", message, fix, data)
     root = source.parent.parent
     data.update(path=str(root), version=answer.value.get("version") or versions.get(name))

@@ -1,30 +1,48 @@
-"""Compiling the custom operators against the installed Paddle, once for all processes of a user."""
+"""The engine's libraries: shipped, or compiled on first use, once for all processes of a user.
+
+`libqwenvl.so` is the engine and knows no Paddle. `libqwenvl_paddle.so` binds it to the installed Paddle.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import hashlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Optional
+from typing import IO, NamedTuple
 
-from paddlemix_qwenvl_plugin.engine.sources import FLAGS, Unit, digest, source_folder, units
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.engine.sources import (
+    Unit,
+    digest,
+    isas_here,
+    library_units,
+    operators_units,
+    source_folder,
+)
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, one_line
 from paddlemix_qwenvl_plugin.util.progress import track
 from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
-LIBRARY = "libqwenvl_paddle.so"
+LIBRARY = "libqwenvl.so"
+OPERATORS = "libqwenvl_paddle.so"
 NO_BUILD = "QWENVL_NO_BUILD"
+
+# A release puts the library here (tools/release_wheel.py).
+SHIPPED = Path(__file__).with_name(LIBRARY)
+
+# What a compiler says of trouble that has gone when it is tried again.
+_PASSING = ("No space left", "Killed")
 
 
 def library(allowed: bool = False) -> Path:
-    """The library for this Paddle and these sources, built now unless it is in the cache.
+    """The engine's library: the shipped one, else that of these sources and this processor, built now if need be.
 
     Args:
         allowed: build also where QWENVL_NO_BUILD is set, or where it has failed before.
@@ -32,34 +50,143 @@ def library(allowed: bool = False) -> Path:
     Raises:
         QwenVLError: it is not there and cannot be built; the line says why.
     """
-    csrc, compiler = source_folder(), os.environ.get("CXX", "c++")
-    include, link = _paddle_flags()
-    key = (*_paddle_identity(), compiler, _compiler_version(compiler), *FLAGS, *include, *link)
-    folder = cache_folder() / digest(csrc, *key)
-    built = folder / LIBRARY
-    if built.is_file():
+    return SHIPPED if SHIPPED.is_file() else _built(_library(), allowed)
+
+
+def operators_library(allowed: bool = False) -> Path:
+    """The engine as operators of the installed Paddle, linked to `library()`. Arguments and errors are the same."""
+    return _built(_operators(library(allowed)), allowed)
+
+
+def library_state() -> tuple[str, Path]:
+    """("shipped", "built", "failed" or "not built", where the engine's library is or would be); builds nothing."""
+    if SHIPPED.is_file():
+        return "shipped", SHIPPED
+    folder = _folder(_library())
+    if _is_whole(folder / LIBRARY):
+        return "built", folder / LIBRARY
+    return "failed" if (folder / "failed").is_file() else "not built", folder / LIBRARY
+
+
+def cache_folder() -> Path:
+    """QWENVL_CACHE_DIR, else `qwenvl` in the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    named = os.environ.get("QWENVL_CACHE_DIR")
+    return (Path(named).absolute() if named else user_cache_path("qwenvl")) / "engine"
+
+
+def compiler() -> list[str]:
+    """CXX, which may have arguments, else c++."""
+    return shlex.split(os.environ.get("CXX") or "") or ["c++"]
+
+
+def compiler_version(command: Sequence[str]) -> str:
+    """What the compiler says of itself; empty where it is not there."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run([*command, "--version"], capture_output=True, check=False)
+    return done.stdout.decode("utf-8", "replace")
+
+
+class Target(NamedTuple):
+    """A library to make. `identity` is what decides about it beside sources, flags and the compiler."""
+
+    name: str
+    units: list[Unit]
+    link: tuple[str, ...]
+    identity: tuple[str, ...] = ()
+
+
+def build(target: Target, folder: Path, log: IO[str]) -> Path:
+    """Compile and link in an empty folder; returns the library in it.
+
+    Raises:
+        BuildFailed: the compiler did not do it.
+    """
+    csrc, command = source_folder(), compiler()
+    include = (f"-I{csrc}", f"-I{csrc / 'include'}")
+    objects = [folder / f"{unit.name}.o" for unit in target.units]
+    compile_all = [
+        [*command, *unit.flags, *include, "-c", str(unit.source), "-o", str(made)]
+        for unit, made in zip(target.units, objects)
+    ]
+    made = folder / target.name
+    link = [*command, "-shared", f"-Wl,-soname,{target.name}", "-o", str(made)]
+    link += [*map(str, objects), *target.link, "-pthread"]
+    for label, commands in ((f"building {target.name}", compile_all), ("", [link])):
+        with contextlib.closing(_run_all(commands, folder)) as running:
+            for done in track(running, label, len(commands)):
+                log.write(f"{shlex.join(done.args)}\n{done.stdout}")
+                log.flush()
+                if done.returncode:
+                    raise BuildFailed(done)
+    return made
+
+
+class BuildFailed(Exception):
+    """A compiler that ended with an error; `passing` if it may do better another time."""
+
+    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
+        lines = [line.strip() for line in done.stdout.splitlines()]
+        telling = [line for line in lines if any(word in line for word in _PASSING)]
+        telling += [line for line in lines if "error" in line.lower()]
+        cause = f"{done.args[0]} ended with exit code {done.returncode}"
+        if done.returncode < 0:
+            cause = f"{done.args[0]} was killed by {signal.Signals(-done.returncode).name}"
+        elif telling:
+            cause = one_line(telling[0])[:300]
+        super().__init__(cause)
+        self.passing = done.returncode < 0 or any(word in cause for word in _PASSING)
+
+
+def _library() -> Target:
+    csrc = source_folder()
+    return Target(LIBRARY, library_units(csrc, isas_here(csrc)), ())
+
+
+def _operators(engine: Path) -> Target:
+    """Finds the engine where it lies, and Paddle's own libraries in the process that loads it."""
+    import paddle
+
+    package, include = Path(paddle.__file__).parent, Path(paddle.sysconfig.get_include())
+    flags = (f"-isystem{include}", f"-isystem{include / 'third_party'}", "-w")
+    names = ("libphi.so", "libphi_core.so", "libcommon.so")
+    present = [f"-l:{name}" for name in names if (package / "libs" / name).is_file()]
+    link = (f"-L{package / 'libs'}", *present, f"-L{engine.parent}", f"-l:{LIBRARY}", f"-Wl,-rpath,{engine.parent}")
+    identity = (paddle.__version__, str(paddle.version.commit), str(package))
+    return Target(OPERATORS, operators_units(source_folder(), flags), link, identity)
+
+
+def _folder(target: Target) -> Path:
+    command = compiler()
+    flags = [text for unit in target.units for text in (unit.name, *unit.flags)]
+    key = (target.name, *command, compiler_version(command), *flags, *target.link, *target.identity)
+    return cache_folder() / digest(source_folder(), *key)
+
+
+def _built(target: Target, allowed: bool) -> Path:
+    if os.name == "nt":
+        raise QwenVLError("the engine does not run on Windows so far")
+    folder, command = _folder(target), compiler()
+    built, failed = folder / target.name, folder / "failed"
+    if _is_whole(built):
         return built
     if not allowed and os.environ.get(NO_BUILD, "0") not in ("", "0"):
-        raise QwenVLError(
-            f"the engine is not built for this Paddle, and {NO_BUILD} is set: run qwenvl build-ops"
-        )
-    failed = folder / "failed"
+        raise QwenVLError(f"the engine is not built, and {NO_BUILD} is set: run qwenvl build-engine")
     if not allowed and failed.is_file():  # it would fail again, at the start of every process
-        raise QwenVLError(f"{failed.read_text('utf-8')} (qwenvl build-ops tries again)")
-    if shutil.which(compiler) is None:
+        raise QwenVLError(f"{failed.read_text('utf-8')} (qwenvl build-engine tries again)")
+    if shutil.which(command[0]) is None:
         raise QwenVLError(
-            f"the engine needs a C++17 compiler, and there is no {compiler}: apt-get install g++"
+            f"the engine needs a C++17 compiler, and there is no {command[0]}: apt-get install g++"
         )
+    from filelock import FileLock
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "lock"):
-            if not built.is_file():  # another process built it meanwhile
-                failed.unlink(missing_ok=True)
-                try:
-                    _build(csrc, compiler, folder, built)
-                except QwenVLError as error:
-                    failed.write_text(str(error), "utf-8")
-                    raise
+        with FileLock(folder / "lock"):
+            if not _is_whole(built):  # another process built it meanwhile
+                _build_into(target, built, failed)
     except OSError as error:
         raise QwenVLError(
             f"{folder}: cannot build the engine there ({error.strerror}); set QWENVL_CACHE_DIR to a folder of yours"
@@ -67,90 +194,72 @@ def library(allowed: bool = False) -> Path:
     return built
 
 
-def cache_folder() -> Path:
-    """QWENVL_CACHE_DIR, else `qwenvl` in the user's cache folder."""
-    named = os.environ.get("QWENVL_CACHE_DIR")
-    if named:
-        return Path(named).absolute() / "engine"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "qwenvl" / "engine"
+def _build_into(target: Target, built: Path, failed: Path) -> None:
+    """Build in a scratch folder beside `built`; `failed` remembers why it cannot be."""
+    folder, log_path = built.parent, built.with_name("build.log")
+    failed.unlink(missing_ok=True)
+    for left in folder.glob("scratch-*"):  # by builds that were killed: this one has the lock
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="scratch-") as scratch:
+        try:
+            with log_path.open("w", encoding="utf-8") as log:
+                made = build(target, Path(scratch), log)
+        except BuildFailed as error:
+            line = f"the engine does not compile here: {error}; see {log_path}"
+            if not error.passing:
+                failed.write_text(line, "utf-8")
+            raise QwenVLError(line) from error
+        _digest_of(built).write_text(_sha256(made), "utf-8")
+        made.replace(built)
 
 
-def _build(csrc: Path, compiler: str, folder: Path, built: Path) -> None:
-    """Compile everything in a scratch folder and move the library to its name."""
-    log_path = folder / "build.log"
-    include, link = _paddle_flags()
-    with log_path.open("w", encoding="utf-8") as log, tempfile.TemporaryDirectory(dir=folder) as scratch:
-        objects = Path(scratch)
-        todo = units(csrc, include)
-        with ThreadPoolExecutor(cpu_threads()) as pool:
-            jobs = [pool.submit(_compile, compiler, unit, objects) for unit in todo]
-            try:
-                for job in track(as_completed(jobs), "building the engine", len(jobs)):
-                    _record(log, job.result())
-            except BuildFailed as error:
-                pool.shutdown(cancel_futures=True)
-                _record(log, error.done)
-                raise QwenVLError(f"the engine does not compile here; see {log_path}") from error
-        target = objects / LIBRARY
-        parts = [str(objects / f"{unit.name}.o") for unit in todo]
-        done = _run([compiler, "-shared", "-o", str(target), *parts, *link, "-pthread"])
-        _record(log, done)
-        if done.returncode:
-            raise QwenVLError(f"the engine does not link here; see {log_path}")
-        target.replace(built)
+def _is_whole(built: Path) -> bool:
+    """Whether the library is there as it was built: one that was cut off would end the process that loads it."""
+    try:
+        return _digest_of(built).read_text("utf-8") == _sha256(built)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
-class BuildFailed(Exception):
-    """A compiler that ended with an error."""
-
-    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
-        super().__init__(done.returncode)
-        self.done = done
+def _digest_of(built: Path) -> Path:
+    return built.with_name(f"{built.name}.sha256")
 
 
-def _compile(compiler: str, unit: Unit, objects: Path) -> subprocess.CompletedProcess[str]:
-    output = objects / f"{unit.name}.o"
-    done = _run([compiler, *unit.flags, "-c", str(unit.source), "-o", str(output)])
-    if done.returncode:
-        raise BuildFailed(done)
-    return done
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False, errors="replace")
+def _run_all(
+    commands: Sequence[Sequence[str]], folder: Path
+) -> Iterator[subprocess.CompletedProcess[str]]:
+    """Run commands side by side, yielding each as it ends. However this ends, none of them runs on.
 
-
-def _record(log: IO[str], done: subprocess.CompletedProcess[str]) -> None:
-    log.write(f"{shlex.join(done.args)}\n{done.stdout}{done.stderr}")
-    log.flush()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that goes with the process, so that a killed build blocks nobody."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _paddle_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """For compiling and for linking. The library finds Paddle's own in the process that loads it."""
-    import paddle
-
-    package = Path(paddle.__file__).parent
-    include = Path(paddle.sysconfig.get_include())
-    flags = (f"-isystem{include}", f"-isystem{include / 'third_party'}", "-w")
-    names = ("libphi.so", "libphi_core.so", "libcommon.so")
-    libraries = [f"-l:{name}" for name in names if (package / "libs" / name).is_file()]
-    return flags, (f"-L{package / 'libs'}", *libraries)
-
-
-def _paddle_identity() -> tuple[str, ...]:
-    import paddle
-
-    return paddle.__version__, str(paddle.version.commit), str(Path(paddle.__file__).parent)
-
-
-def _compiler_version(compiler: str) -> str:
-    path: Optional[str] = shutil.which(compiler)
-    return _run([path, "--version"]).stdout if path else ""
+    Their output goes through files in `folder`: nothing here has to read while they run.
+    """
+    waiting = list(enumerate(commands))
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    environment = {**os.environ, "LC_ALL": "C"}  # BuildFailed reads what they say
+    try:
+        while waiting or running:
+            while waiting and len(running) < cpu_threads():
+                number, command = waiting.pop(0)
+                with (folder / f"{number}.out").open("wb") as out:
+                    running[number] = subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=out,
+                        env=environment,
+                        start_new_session=True,  # a group, which can be killed as one
+                    )
+            ended = [number for number, process in running.items() if process.poll() is not None]
+            for number in ended:
+                process, said = running.pop(number), (folder / f"{number}.out").read_text("utf-8", "replace")
+                yield subprocess.CompletedProcess(list(commands[number]), process.returncode, said)
+            if not ended:
+                time.sleep(0.02)
+    finally:
+        for process in running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -1,4 +1,4 @@
-"""The custom operators in this process: registered with Paddle once, and called in programs of both forms."""
+"""The engine as operators of Paddle in this process: registered once, and called in programs of both forms."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from paddlemix_qwenvl_plugin.engine.build import library
+from paddlemix_qwenvl_plugin.engine.build import operators_library
 from paddlemix_qwenvl_plugin.util.threads import cpu_threads
-
-_INT32, _INT64, _UINT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p
-
-# What is called of the library directly: result and arguments (csrc/include/qwenvl.h, csrc/paddle/session.cc).
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "qvl_packed_bytes": (_UINT64, [_INT32, _INT64, _INT64]),
-    "qvl_pack": (_INT32, [_INT32, _INT64, _INT64, _POINTER, _POINTER, _UINT64, ctypes.c_char_p]),
-    "qwenvl_free_pool": (None, [_INT64]),
-    "qwenvl_set_threads": (None, [_INT32]),
-}
 
 
 @functools.cache
@@ -31,14 +21,13 @@ def load() -> ctypes.CDLL:
     from paddle.base import core
     from paddle.base.framework import OpProtoHolder, get_all_op_protos
 
-    path = library()
+    path = operators_library()
     core.load_op_meta_info_and_register_op(str(path))
     # For programs of the legacy form; the method that does it takes other arguments in each Paddle.
     known = OpProtoHolder.instance().op_proto_map
     known.update({proto.type: proto for proto in get_all_op_protos() if proto.type not in known})
     built = ctypes.CDLL(str(path))
-    for function, (result, arguments) in _SIGNATURES.items():
-        getattr(built, function).restype, getattr(built, function).argtypes = result, arguments
+    built.qwenvl_set_threads.restype, built.qwenvl_set_threads.argtypes = None, [ctypes.c_int32]
     built.qwenvl_set_threads(cpu_threads())
     return built
 

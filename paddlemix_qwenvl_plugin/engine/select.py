@@ -26,18 +26,22 @@ def engine_choice(asked: Optional[str] = None) -> str:
     return choice
 
 
-def engine_available(choice: str) -> bool:
+def engine_available(choice: str, operators: bool = False) -> bool:
     """Whether to use the engine, which is built now if need be. Says so where "auto" has to do without.
+
+    Args:
+        choice: what `engine_choice` gave.
+        operators: its operators for Paddle are needed as well.
 
     Raises:
         QwenVLError: "fused" was asked for, and the engine cannot be built.
     """
     if choice == "portable":
         return False
-    from paddlemix_qwenvl_plugin.engine.operators import load
+    from paddlemix_qwenvl_plugin.engine.build import library, operators_library
 
     try:
-        load()
+        operators_library() if operators else library()
     except QwenVLError as error:
         if choice == "fused":
             raise

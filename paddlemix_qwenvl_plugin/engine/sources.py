@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from paddlemix_qwenvl_plugin.util.shipped import shipped_folder
 
 _COMMON = ("-std=gnu++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-DNDEBUG")
-_KERNELS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w")
+_KERNELS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w")
 
-FLAGS = (*_COMMON, *_KERNELS)
+
+@dataclass(frozen=True)
+class Isa:
+    """An instruction set that the kernels are compiled for: a line of csrc/cpu/kernels/isas.txt."""
+
+    name: str
+    code: str
+    flags: tuple[str, ...]
+
+    def runs_here(self) -> bool:
+        """Whether this processor has all of it."""
+        needed = {flag[2:] for flag in self.flags if "=" not in flag and "prefer" not in flag}
+        return needed <= _cpu_features()
 
 
 @dataclass(frozen=True)
@@ -29,29 +42,59 @@ def source_folder() -> Path:
     return shipped_folder("csrc", "engine/csrc")
 
 
-def units(csrc: Path, paddle_flags: tuple[str, ...]) -> list[Unit]:
-    """Everything the library is made of. The kernels, which take longest, come first."""
-    include = (f"-I{csrc}", f"-I{csrc / 'include'}")
-    x86 = platform.machine() in ("x86_64", "AMD64")
+def all_isas(csrc: Path) -> list[Isa]:
+    """Those of this kind of processor, the generic one first and each better than the one before."""
+    lines = (csrc / "cpu" / "kernels" / "isas.txt").read_text("utf-8").splitlines()
+    isas = [Isa(name, code, tuple(flags)) for name, code, *flags in map(str.split, lines)]
+    return isas if platform.machine() in ("x86_64", "AMD64") else isas[:1]
+
+
+def isas_here(csrc: Path) -> list[Isa]:
+    """The generic one and the best that this processor has."""
+    generic, *better = all_isas(csrc)
+    return [generic, *[isa for isa in better if isa.runs_here()][-1:]]
+
+
+def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
+    """Everything `libqwenvl.so` is made of. The kernels, which take longest, come first.
+
+    Beside a better set the generic one is there for comparison only: it is optimised less, which takes a third of
+    the time. In a library of more than two sets any may be the best of a machine.
+    """
     found = []
-    for line in reversed((csrc / "cpu" / "kernels" / "isas.txt").read_text("utf-8").splitlines()):
-        name, isa, *flags = line.split()
-        if x86 or name == "generic":
-            names = (f"-DQVL_KERNELS={name}_kernels", f"-DQVL_KERNELS_ISA={isa}")
-            source = csrc / "cpu" / "kernels" / "kernels.cc"
-            found.append(Unit(f"kernels_{name}", source, (*_COMMON, *_KERNELS, *flags, *names, *include)))
-    for folder, more in (("paddle", paddle_flags), ("core", ()), ("cpu", ())):
+    for isa in reversed(isas):
+        level = "-Og" if isa.name == "generic" and len(isas) == 2 else "-O3"
+        names = (f"-DQVL_KERNELS={isa.name}_kernels", f"-DQVL_KERNELS_ISA={isa.code}")
+        source = csrc / "cpu" / "kernels" / "kernels.cc"
+        found.append(Unit(f"kernels_{isa.name}", source, (*_COMMON, *_KERNELS, level, *isa.flags, *names)))
+    without = tuple(f"-DQVL_WITHOUT_{isa.name.upper()}" for isa in all_isas(csrc) if isa not in isas)
+    for folder in ("core", "cpu"):
         for source in sorted((csrc / folder).glob("*.cc")):
-            found.append(Unit(f"{folder}_{source.stem}", source, (*_COMMON, *include, *more)))
+            found.append(Unit(f"{folder}_{source.stem}", source, (*_COMMON, *without)))
     return found
 
 
+def operators_units(csrc: Path, paddle_flags: Sequence[str]) -> list[Unit]:
+    """Everything `libqwenvl_paddle.so` is made of."""
+    sources = sorted((csrc / "paddle").glob("*.cc"))
+    return [Unit(f"paddle_{source.stem}", source, (*_COMMON, *paddle_flags)) for source in sources]
+
+
 def digest(csrc: Path, *more: str) -> str:
-    """Of all source files, their names, and whatever else decides what the library is."""
+    """Of all files of csrc/, their names, and whatever else decides what the library is."""
     value = hashlib.sha256()
-    files = [path for path in csrc.rglob("*") if path.suffix in (".h", ".cc", ".txt") and path.is_file()]
-    for path in sorted(files):
+    for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
         value.update(f"{path.relative_to(csrc)}\0".encode() + path.read_bytes() + b"\0")
     for text in more:
         value.update(text.encode() + b"\0")
     return value.hexdigest()[:24]
+
+
+def _cpu_features() -> set[str]:
+    """What the processor has, as the compiler's -m flags spell it; nothing where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return set()
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return {flag.replace("avx512_", "avx512") for flag in flags}

@@ -158,7 +158,7 @@ def _export(
     targets = [("", dtype, stage.portable)] if quant_type is None else []
     if quant_type is None and dtype != "float32":
         targets.append((".cpu", "float32", stage.portable))
-    if engine_available(engine):
+    if engine_available(engine, operators=True):
         targets.append((".fused", dtype, stage.fused))
     weights = stage_weights(checkpoint.config, stage.name, dtype, quant_type)
     todo = [

@@ -1,0 +1,80 @@
+"""What `qwenvl doctor` says of the engine, in made-up environments without a real Paddle."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+from doctor_helpers import Environment
+
+COMPILER = """[ "$1" = --version ] && { echo made-up 1.0; exit 0; }
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+exit 0"""
+
+
+@pytest.fixture
+def cache(environment: Environment, tmp_path: Path) -> Path:
+    environment.well()
+    environment.variables["QWENVL_CACHE_DIR"] = str(tmp_path / "cache")
+    return tmp_path / "cache" / "engine"
+
+
+def build(environment: Environment) -> None:
+    """Build with the made-up compiler, as far as it goes."""
+    environment.variables["PATH"] = f"{environment.programs}{os.pathsep}{os.environ['PATH']}"
+    code = "from paddlemix_qwenvl_plugin.engine.build import library; library()"
+    variables = {**environment.variables, "PYTHONPATH": str(environment.packages)}
+    subprocess.run([environment.python, "-c", code], env=variables, capture_output=True, check=False)
+    del environment.variables["PATH"]
+
+
+def test_no_compiler(environment: Environment, cache: Path) -> None:
+    check = environment.checks()["engine"]
+    assert (check["status"], check["fix"]) == ("note", "apt-get install g++")
+    assert "there is no C++ compiler c++" in check["message"]
+    assert check["data"]["compiler"] is check["data"]["compiler_version"] is None
+    assert (check["data"]["state"], check["data"]["cache"]) == ("not built", str(cache))
+    assert check["data"]["device"] == "cpu"
+    assert not cache.exists()
+
+
+def test_not_built(environment: Environment, cache: Path) -> None:
+    environment.program("c++", COMPILER)
+    check = environment.checks()["engine"]
+    assert (check["status"], check["fix"]) == ("note", "qwenvl build-engine")
+    assert (check["data"]["compiler"], check["data"]["compiler_version"]) == ("c++", "made-up 1.0")
+    assert check["data"]["state"] == "not built"
+
+
+def test_built(environment: Environment, cache: Path) -> None:
+    environment.program("c++", COMPILER)
+    build(environment)
+    check = environment.checks()["engine"]
+    assert (check["status"], check["data"]["state"]) == ("ok", "built")
+    assert Path(check["data"]["library"]).is_file()
+    Path(check["data"]["library"]).write_text("cut")
+    assert environment.checks()["engine"]["data"]["state"] == "not built"
+
+
+def test_a_build_that_failed(environment: Environment, cache: Path) -> None:
+    environment.program("c++", '[ "$1" = --version ] && { echo made-up 1.0; exit 0; }\nexit 3')
+    build(environment)
+    check = environment.checks()["engine"]
+    assert (check["status"], check["fix"]) == ("problem", "qwenvl build-engine")
+    assert "c++ ended with exit code 3" in check["message"]
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux's /proc/cpuinfo")
+def test_instruction_set(environment: Environment, cache: Path) -> None:
+    """The best whose instructions the kernel lists; here the kernel's words are compared one by one."""
+    words = Path("/proc/cpuinfo").read_text().split()
+    best = "generic"
+    if platform.machine() == "x86_64":
+        if {"avx2", "fma", "f16c"} <= set(words):
+            best = "avx2"
+            if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= set(words):
+                best = "avx512_bf16" if {"avx512_bf16", "avx512vbmi"} <= set(words) else "avx512"
+    assert environment.checks()["engine"]["data"]["instruction_set"] == best
