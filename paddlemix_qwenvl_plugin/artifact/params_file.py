@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.artifact.manifest import Manifest, check_weights
 from paddlemix_qwenvl_plugin.artifact.weights import Weight, stage_weights
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
-from paddlemix_qwenvl_plugin.engine.quantize import CODES
+from paddlemix_qwenvl_plugin.engine.library import DTYPES
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 ALIGNMENT = 64
@@ -36,7 +36,7 @@ ALIGNMENT = 64
 _TYPE_CODES = {"float16": 4, "float32": 5, "uint8": 20, "bfloat16": 22}
 _ITEM_BYTES = {4: 2, 5: 4, 20: 1, 22: 2}
 _STORAGE = {**STORAGE, "uint8": np.dtype("u1")}
-_NAMES = {code: name for name, code in CODES.items()}
+_NAMES = {code: name for name, code in DTYPES.items()}
 
 _FIELD = 0x7A  # number 15, bytes
 _MAGIC = b"qvl1"
@@ -51,7 +51,7 @@ class Record(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A weight in the file: canonical name, a key of quantize.CODES, shape of the values, where its bytes lie."""
+    """A weight in the file: canonical name, a key of library.DTYPES, shape of the values, where its bytes lie."""
 
     name: str
     dtype: str
@@ -191,7 +191,7 @@ def _record_head(record: Record, name: str, weight: Weight, position: int) -> by
     """The head of a record that begins at `position`, so long that the values are aligned."""
     sizes = b"".join(b"\x10" + _varint(n) for n in record.shape)
     message = b"\x08" + _varint(_TYPE_CODES[record.dtype]) + sizes
-    content = struct.pack("<4sBBH", _MAGIC, CODES[weight.dtype], len(weight.shape), len(name.encode()))
+    content = struct.pack("<4sBBH", _MAGIC, DTYPES[weight.dtype], len(weight.shape), len(name.encode()))
     content += struct.pack(f"<{len(weight.shape)}q", *weight.shape) + name.encode()
     content += bytes(-(position + 20 + len(message) + 4 + len(content)) % ALIGNMENT)
     n = len(content)

@@ -17,7 +17,7 @@ TABLES = {
 
 
 class Weight(NamedTuple):
-    """Shape of the values, matrices [out, in], and how they are stored (a key of quantize.CODES)."""
+    """Shape of the values, matrices [out, in], and how they are stored (a key of library.DTYPES)."""
 
     shape: tuple[int, ...]
     dtype: str

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Mapping
 from typing import Optional
 
@@ -11,16 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
-from paddlemix_qwenvl_plugin.engine.build import library
+from paddlemix_qwenvl_plugin.engine.library import DTYPES, call, load
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
-
-CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4_g64": 3, "int4_g128": 4, "float16": 5}
 
 QUANT_TYPES = ("weight_only_int8", "weight_only_int4")
 
 _EIGHT_BITS = ("lm_head.weight", "attn.c_attn.weight")
-
-_LINE = 512  # length of a qvl_error's message
 
 
 def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
@@ -46,7 +40,7 @@ def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dic
 
 def packed_bytes(kind: str, n_out: int, n_in: int) -> int:
     """Length of a quantised [n_out, n_in] matrix."""
-    return int(_load().qvl_packed_bytes(CODES[kind], n_out, n_in))
+    return int(load().qvl_packed_bytes(DTYPES[kind], n_out, n_in))
 
 
 def pack(kind: str, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
@@ -57,25 +51,8 @@ def pack(kind: str, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]
     """
     values = np.ascontiguousarray(values)
     packed = np.empty(packed_bytes(kind, *values.shape), np.uint8)
-    line = ctypes.create_string_buffer(_LINE)
-    status = _load().qvl_pack(
-        CODES[kind], *values.shape, values.ctypes.data, packed.ctypes.data, packed.nbytes, line
-    )
-    if status:
-        raise QwenVLError(f"{name}: {line.value.decode()}")
+    try:
+        call("qvl_pack", DTYPES[kind], *values.shape, values.ctypes.data, packed.ctypes.data, packed.nbytes)
+    except QwenVLError as error:
+        raise QwenVLError(f"{name}: {error}") from error
     return packed
-
-
-@functools.cache
-def _load() -> ctypes.CDLL:
-    """The engine's library, with the signatures of what is called here.
-
-    Raises:
-        QwenVLError: it cannot be built.
-    """
-    built = ctypes.CDLL(str(library()))
-    sizes, pointer = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int64], ctypes.c_void_p
-    built.qvl_packed_bytes.restype, built.qvl_packed_bytes.argtypes = ctypes.c_uint64, sizes
-    built.qvl_pack.restype = ctypes.c_int32
-    built.qvl_pack.argtypes = [*sizes, pointer, pointer, ctypes.c_uint64, ctypes.c_char_p]
-    return built

@@ -11,8 +11,9 @@ from paddle import nn
 from paddlemix_qwenvl_plugin.artifact.weights import Weight
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
+from paddlemix_qwenvl_plugin.engine.library import DTYPES
 from paddlemix_qwenvl_plugin.engine.operators import call
-from paddlemix_qwenvl_plugin.engine.quantize import CODES, packed_bytes
+from paddlemix_qwenvl_plugin.engine.quantize import packed_bytes
 from paddlemix_qwenvl_plugin.modeling.layers import parameter_attr
 
 _VISION, _LANGUAGE = 1, 2
@@ -66,7 +67,7 @@ class FusedStage(nn.Layer):
             "norm_epsilon": config.layer_norm_epsilon,
             "rotary_base": float(config.rotary_emb_base),
             "names": list(weights),
-            "dtypes": [CODES[weight.dtype] for weight in weights.values()],
+            "dtypes": [DTYPES[weight.dtype] for weight in weights.values()],
             "shapes": [n for weight in weights.values() for n in (*weight.shape, 0, 0, 0)[:4]],
         }
 

@@ -58,23 +58,20 @@ class Stage:
         Raises:
             UsageError, QwenVLError: what was asked for cannot be had.
         """
-        choice = engine_choice()
-        if self.manifest.quant_type is not None:
-            if choice == "portable" or self.device != "cpu":
-                raise UsageError(
-                    f"{self.prefix}: quantised weights ({self.manifest.quant_type}) need the engine, "
-                    + (
-                        "not QWENVL_ENGINE=portable"
-                        if self.device == "cpu"
-                        else "and that --device cpu so far"
-                    )
-                )
-            return engine_available("fused")
-        if self.device != "cpu":
-            if choice == "fused":
-                raise UsageError("QWENVL_ENGINE=fused: the engine runs on CPUs so far; use --device cpu")
-            return False
-        return engine_available(choice)
+        return engine_available(self._choice())
+
+    def _choice(self) -> str:
+        """ "auto", "fused" or "portable": what was asked for, as far as this stage and this device have it."""
+        choice, quant_type = engine_choice(), self.manifest.quant_type
+        if self.device != "cpu" and (quant_type is not None or choice == "fused"):
+            raise UsageError(f"{self.prefix}: the engine runs on CPUs so far; use --device cpu")
+        if quant_type is None:
+            return choice if self.device == "cpu" else "portable"
+        if choice == "portable":
+            raise UsageError(
+                f"{self.prefix}: quantised weights ({quant_type}) need the engine, not QWENVL_ENGINE=portable"
+            )
+        return "fused"
 
     def open(self, suffix: str = "") -> Program:
         """Load the program PREFIX + suffix in Paddle Inference: the engine's operator, if it is to be used and there.
@@ -83,7 +80,8 @@ class Stage:
         """
         half_on_cpu = self.device == "cpu" and self.manifest.dtype != "float32"
         target = ".cpu" if half_on_cpu else ""
-        if not suffix and self.engine and any(".fused." in name for name in self.manifest.programs):
+        has_operator = not suffix and any(".fused." in name for name in self.manifest.programs)
+        if has_operator and engine_available(self._choice(), operators=True):
             load_operators()
             target = ".fused"
         programs = [
