@@ -1,0 +1,281 @@
+"""The loop against a brute force: requests of every kind, one by one, by the definition of what they see."""
+
+from __future__ import annotations
+
+import random
+import threading
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paddlemix_qwenvl_plugin import QwenVLError
+from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN
+from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
+from paddlemix_qwenvl_plugin.runtime.loop import Loop
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
+
+STOP = 5
+
+
+def next_token(seen: Sequence[Any]) -> int:
+    return zlib.crc32(repr(list(seen)).encode()) % 16
+
+
+def contents(generation: Generation, tokens: Sequence[int]) -> list[Any]:
+    """What the keys and values of each token depend on, beside the tokens before it."""
+    seen: list[Any] = [(token, False) for token in generation.prompt]
+    for start, end in generation._generated:
+        seen[start:end] = [(token, True) for token, _ in seen[start:end]]
+    for image in generation.images:
+        start, end = image.slots
+        seen[start:end] = [(image.digest, place) for place in range(end - start)]
+    return [*seen, *((token, True) for token in tokens)]
+
+
+def expected(generation: Generation) -> list[int]:
+    """The answer, alone."""
+    tokens: list[int] = []
+    while len(tokens) < generation.options.max_new_tokens and (not tokens or tokens[-1] != STOP):
+        tokens.append(next_token(contents(generation, tokens)))
+    return tokens
+
+
+class PagedMemory:
+    """A KV cache that holds what each slot depends on. A token is a digest of what is read through the block table.
+
+    Checks of each step that it keeps to the budget, that all who decode are in it, and that nobody writes to a block
+    that others use.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.memory: dict[tuple[int, int], Any] = {}
+        self.loop: Any = None
+        self.n_steps = self.n_encoded = self.n_preempted = self.n_found = 0
+        self.seen: dict[Generation, int] = {}
+
+    def load(self, vision: bool) -> None:
+        pass
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        self.n_encoded += 1
+        return pixels[0, :1]
+
+    def step(self, chunks: Sequence[Chunk]) -> list[int]:
+        self.n_steps += 1
+        scheduler = self.loop._scheduler
+        assert len(chunks) <= self.limits.max_running
+        assert sum(chunk.n for chunk in chunks) <= self.limits.step_tokens
+        running = {chunk.generation for chunk in chunks}
+        assert len(running) == len(chunks)
+        assert all(each in running for each in scheduler.running if each.decoding)
+        picked = []
+        for chunk in chunks:
+            generation = chunk.generation
+            done = generation.n_computed
+            if done < self.seen.get(generation, 0):
+                self.n_preempted += 1
+            elif generation not in self.seen:
+                self.n_found += done > 0
+            assert (done + chunk.n == generation.n_total) == chunk.picks
+            mine = contents(generation, generation.tokens)
+            for place in range(done, done + chunk.n):
+                block, slot = self._place(generation, place)
+                assert scheduler.pool._users[block] == 1
+                self.memory[block, slot] = mine[place]
+            self.seen[generation] = done + chunk.n
+            if chunk.picks:
+                picked.append(
+                    next_token([self.memory[self._place(generation, i)] for i in range(generation.n_total)])
+                )
+        return picked
+
+    def forget(self, generation: Generation) -> None:
+        pass
+
+    def _place(self, generation: Generation, place: int) -> tuple[int, int]:
+        return generation.blocks[place // self.limits.block_tokens], place % self.limits.block_tokens
+
+
+def open_loop(limits: Limits) -> tuple[Loop, PagedMemory]:
+    executor = PagedMemory(limits)
+    loop = executor.loop = Loop(executor)
+    return loop, executor
+
+
+def made_up(rng: random.Random, context: int) -> Generation:
+    """A request: few different beginnings, so that many share them; some with images and earlier answers."""
+    prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 4))] * rng.randrange(1, 6)
+    images, generated = [], []
+    if rng.random() < 0.4:
+        for _ in range(rng.randrange(1, 3)):
+            start = len(prompt)
+            prompt += [9] * 6
+            pixels = np.full([1, 2, 2], rng.randrange(3), np.float32)
+            image = ImageInput.of(pixels)
+            image.slots = start, start + 6
+            images.append(image)
+            prompt += [rng.randrange(3)]
+    if rng.random() < 0.3:
+        start = len(prompt)
+        prompt += [rng.randrange(3) for _ in range(rng.randrange(1, 9))]
+        generated.append((start, len(prompt)))
+    prompt += [rng.randrange(2) for _ in range(rng.randrange(1, 4))]
+    room = context - len(prompt)
+    options = GenerationOptions(max_new_tokens=rng.randrange(1, min(room, 24) + 1))
+    return Generation(prompt, images, [STOP], options, generated, rng.randrange(2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    block_tokens=st.sampled_from([1, 3, 4, 8]),
+    spare=st.integers(0, 30),
+    max_running=st.integers(1, 9),
+    step_tokens=st.sampled_from([9, 12, 32]),
+)
+def test_answers_are_those_alone(seed, block_tokens, spare, max_running, step_tokens):
+    context = 96
+    limits = Limits(max_running, step_tokens, -(-context // block_tokens) + spare, block_tokens)
+    check(random.Random(seed), limits, context, 30)
+
+
+def check(rng: random.Random, limits: Limits, context: int, n_requests: int) -> PagedMemory:
+    loop, executor = open_loop(limits)
+    requests, cancelled, active = [], set(), []
+    while len(requests) < n_requests or active:
+        if len(requests) < n_requests and rng.random() < 0.5:
+            generation = made_up(rng, context)
+            requests.append(generation)
+            active.append(generation)
+            loop.submit(generation)
+        if active and rng.random() < 0.03:
+            generation = rng.choice(active)
+            loop.cancel(generation)
+            cancelled.add(generation)
+        loop.step()
+        active = [each for each in active if not each.finished]
+    for generation in requests:
+        wanted = expected(generation)
+        if generation.finish_reason == "cancelled":
+            assert generation in cancelled
+            assert generation.tokens == wanted[: len(generation.tokens)]
+        else:
+            assert generation.tokens == wanted
+            assert generation.finish_reason == ("stop" if wanted[-1] == STOP else "length")
+    assert loop._scheduler.idle
+    assert loop._scheduler.pool.n_free == limits.n_blocks
+    return executor
+
+
+def test_soak():
+    """10,000 requests; all that can happen to one happens."""
+    executor = check(random.Random(1), Limits(9, 32, 26, 4), 96, 10_000)
+    assert executor.n_preempted > 100
+    assert executor.n_found > 1000
+    assert executor.n_encoded == 3
+
+
+def test_a_long_prompt_does_not_stall_the_others():
+    loop, executor = open_loop(Limits(4, 64, 64, 8))
+    loop._scheduler.prompt_budget = 16
+    first = Generation([1, 2], [], [], GenerationOptions(max_new_tokens=20))
+    loop.submit(first)
+    loop.step()
+    loop.submit(Generation([3] * 160, [], [], GenerationOptions(max_new_tokens=1)))
+    for n in range(2, 11):
+        loop.step()
+        assert len(first.tokens) == n
+    assert executor.seen[first] == 2 + 9
+
+
+def test_what_is_cancelled_is_free_at_once():
+    loop, _ = open_loop(Limits(4, 64, 64, 8))
+    generation = Generation([1] * 100, [], [], GenerationOptions(max_new_tokens=20))
+    loop.submit(generation)
+    loop.step()
+    assert loop._scheduler.pool.n_free < 64
+    loop.cancel(generation)
+    assert loop._scheduler.pool.n_free == 64
+    assert (generation.finish_reason, loop.step()) == ("cancelled", False)
+
+
+def test_a_failed_step_ends_its_requests_and_no_others(monkeypatch):
+    loop, executor = open_loop(Limits(1, 64, 64, 8))
+    options = GenerationOptions(max_new_tokens=3)
+    first, second = (Generation([n, 1, 1], [], [STOP], options) for n in (1, 2))
+    loop.submit(first)
+    loop.submit(second)
+
+    def fail(chunks):
+        raise QwenVLError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "step", fail)
+        with pytest.raises(QwenVLError, match="out of memory"):
+            loop.advance(first, 0)
+    loop.advance(second, len(expected(second)) - 1)
+    assert second.tokens == expected(second)
+
+
+def test_a_step_broken_off_is_computed_again(monkeypatch):
+    """As by Ctrl-C: nothing that it may have written is trusted."""
+    loop, executor = open_loop(Limits(4, 64, 64, 8))
+    generation = Generation([1] * 21, [], [STOP], GenerationOptions(max_new_tokens=9))
+    assert len(expected(generation)) > 2
+    loop.submit(generation)
+    loop.advance(generation, 1)
+    step = executor.step
+
+    def interrupted(chunks):
+        step(chunks)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.advance(generation, 2)
+    while not generation.finished:
+        loop.advance(generation, len(generation.tokens))
+    assert generation.tokens == expected(generation)
+
+
+def test_logits_that_are_no_numbers_end_the_request(monkeypatch):
+    loop, executor = open_loop(Limits(4, 64, 64, 8))
+    generation = Generation([1, 2], [], [], GenerationOptions())
+    loop.submit(generation)
+    monkeypatch.setattr(executor, "step", lambda chunks: [NO_TOKEN])
+    with pytest.raises(QwenVLError, match="not finite"):
+        loop.advance(generation, 0)
+    assert loop._scheduler.idle
+
+
+def test_several_threads_ask_at_once():
+    loop, _ = open_loop(Limits(9, 32, 40, 4))
+    rng = random.Random(3)
+    requests = [[made_up(rng, 96) for _ in range(40)] for _ in range(6)]
+    errors = []
+
+    def ask(generations):
+        try:
+            for generation in generations:
+                loop.submit(generation)
+                while not generation.finished:
+                    loop.advance(generation, len(generation.tokens))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask, args=(each,)) for each in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    for generation in (each for some in requests for each in some):
+        assert generation.tokens == expected(generation)
