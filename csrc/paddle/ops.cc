@@ -20,10 +20,12 @@ namespace {
 
 using paddle::Tensor;
 using qvl::paddle_ops::check;
-using qvl::paddle_ops::Description;
-using qvl::paddle_ops::fail;
+using qvl::paddle_ops::check_sizes;
 using qvl::paddle_ops::HIDDEN;
+using qvl::paddle_ops::IMAGE_SIZE;
+using qvl::paddle_ops::MAX_POSITIONS;
 using qvl::paddle_ops::N_QUERIES;
+using qvl::paddle_ops::require;
 using qvl::paddle_ops::session;
 using qvl::paddle_ops::VOCAB;
 
@@ -31,8 +33,32 @@ using Shape = std::vector<int64_t>;
 using Ints = std::vector<int>;
 using Names = std::vector<std::string>;
 
-void require(bool condition, const char* message) {
-  if (!condition) fail(message);
+std::string text(const Shape& shape) {
+  std::string all = "[";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    all += (i > 0 ? ", " : "") + (shape[i] >= 0 ? std::to_string(shape[i]) : std::string("any"));
+  }
+  return all + "]";
+}
+
+// The values of an input of this type and shape; -1 stands for any length. Fails if it is another.
+template <typename T>
+const T* values(const Tensor& tensor, const char* name, const Shape& shape) {
+  const Shape given = tensor.shape();
+  bool same = given.size() == shape.size();
+  for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] < 0 || shape[i] == given[i];
+  require(same, std::string(name) + ": shape is " + text(given) + "; it must be " + text(shape));
+  constexpr auto kType = phi::CppTypeToDataType<T>::Type();
+  require(tensor.dtype() == kType && tensor.place().GetType() == phi::AllocationType::CPU,
+          std::string(name) + ": is " + phi::DataTypeToString(tensor.dtype()) + "; it must be " +
+              phi::DataTypeToString(kType) + " on the CPU");
+  return tensor.data<T>();
+}
+
+// One value for each of n rows, [n, 1].
+template <typename T>
+const T* column(const Tensor& tensor, const char* name, int64_t n) {
+  return values<T>(tensor, name, {n, 1});
 }
 
 Tensor make(const Shape& shape, paddle::DataType dtype) {
@@ -49,82 +75,24 @@ std::vector<Tensor> encode_images(const Tensor& images, const std::vector<Tensor
                                   float norm_epsilon, float rotary_base, const Names& names,
                                   const Ints& dtypes, const Ints& shapes) {
   const auto engine = session({sizes, norm_epsilon, rotary_base, names, dtypes, shapes}, weights);
-  const int64_t n = images.shape()[0], n_queries = sizes[N_QUERIES], hidden = sizes[HIDDEN];
+  const int64_t n_queries = sizes[N_QUERIES], hidden = sizes[HIDDEN], pixels = sizes[IMAGE_SIZE];
+  const auto* from = values<float>(images, "images", {-1, 3, pixels, pixels});
+  const int64_t n = images.shape()[0];
   Tensor features = make({n, n_queries, hidden}, paddle::DataType::FLOAT32);
   qvl_error error;
-  check(qvl_encode_images(engine->engine(), n, images.data<float>(), features.data<float>(), nullptr, &error),
-        error);
+  check(qvl_encode_images(engine->engine(), n, from, features.data<float>(), nullptr, &error), error);
   return {features};
 }
 
 std::vector<Shape> encode_images_shape(const Shape& images, const std::vector<Shape>&, const Ints& sizes,
                                        float, float, const Names&, const Ints&, const Ints&) {
+  check_sizes(sizes);
+  require(!images.empty(), "images: has no axes");
   return {{images[0], sizes[N_QUERIES], sizes[HIDDEN]}};
 }
 
 std::vector<paddle::DataType> encode_images_dtype(const paddle::DataType&,
                                                   const std::vector<paddle::DataType>&) {
-  return {paddle::DataType::FLOAT32};
-}
-
-// ---- one pass over the layers ---------------------------------------------------------------------------
-
-// tokens int32 [T], of all sequences one after another; features float32 [N, n_queries, hidden];
-// spans int32 [S, 2]: position in `tokens` and which picture, -1: none; sequences int32 [B, 4]: n_new,
-// n_past, prompt_len, n_blocks; blocks int32 [sum of n_blocks]; pool int64 [4]: id, n_blocks, block_tokens,
-// qvl_dtype.
-// -> logits float32 [B, vocab] of each sequence's last token.
-std::vector<Tensor> forward(const Tensor& tokens, const Tensor& features, const Tensor& spans,
-                            const Tensor& sequences, const Tensor& blocks, const Tensor& pool,
-                            const std::vector<Tensor>& weights, const Ints& sizes, float norm_epsilon,
-                            float rotary_base, const Names& names, const Ints& dtypes, const Ints& shapes) {
-  const auto engine = session({sizes, norm_epsilon, rotary_base, names, dtypes, shapes}, weights);
-  const int64_t n = sequences.shape()[0], n_queries = sizes[N_QUERIES], hidden = sizes[HIDDEN];
-  const auto* rows = sequences.data<int32_t>();
-  const auto* table = blocks.data<int32_t>();
-  std::vector<qvl_sequence> parts;
-  int64_t n_tokens = 0, n_blocks = 0;
-  for (int64_t i = 0; i < n; ++i, rows += 4) {
-    require(rows[0] >= 1 && rows[3] >= 0, "sequences: n_new must be over 0, n_blocks 0 or more");
-    parts.push_back({rows[0], rows[1], rows[2], rows[3], table + n_blocks});
-    n_tokens += rows[0];
-    n_blocks += rows[3];
-  }
-  require(n_tokens == tokens.numel(), "sequences: the n_new do not add up to the tokens");
-  require(n_blocks <= blocks.numel(), "sequences: the n_blocks are more than the blocks");
-  std::vector<qvl_span> pictures;
-  const auto* span = spans.data<int32_t>();
-  for (int64_t i = 0; i < spans.shape()[0]; ++i, span += 2) {
-    if (span[1] < 0) continue;
-    require(span[1] < features.shape()[0], "spans: name a picture that is not there");
-    pictures.push_back(
-        {span[0], static_cast<int32_t>(n_queries), features.data<float>() + span[1] * n_queries * hidden});
-  }
-  qvl_batch batch = QVL_INIT(qvl_batch);
-  batch.n_sequences = static_cast<int32_t>(n);
-  batch.sequences = parts.data();
-  batch.tokens = tokens.data<int32_t>();
-  batch.n_spans = static_cast<int32_t>(pictures.size());
-  batch.spans = pictures.data();
-  const auto* p = pool.data<int64_t>();
-  qvl_kv_pool* cache = engine->pool(p[0], static_cast<int32_t>(p[1]), static_cast<int32_t>(p[2]),
-                                    static_cast<qvl_dtype>(p[3]));
-  Tensor logits = make({n, sizes[VOCAB]}, paddle::DataType::FLOAT32);
-  qvl_error error;
-  check(qvl_forward(engine->engine(), cache, &batch, logits.data<float>(), nullptr, &error), error);
-  return {logits};
-}
-
-std::vector<Shape> forward_shape(const Shape&, const Shape&, const Shape&, const Shape& sequences,
-                                 const Shape&, const Shape&, const std::vector<Shape>&, const Ints& sizes,
-                                 float, float, const Names&, const Ints&, const Ints&) {
-  return {{sequences[0], sizes[VOCAB]}};
-}
-
-std::vector<paddle::DataType> forward_dtype(const paddle::DataType&, const paddle::DataType&,
-                                            const paddle::DataType&, const paddle::DataType&,
-                                            const paddle::DataType&, const paddle::DataType&,
-                                            const std::vector<paddle::DataType>&) {
   return {paddle::DataType::FLOAT32};
 }
 
@@ -159,6 +127,11 @@ int32_t on_step(void* user, int32_t, int32_t n, const int32_t* requests, const i
   return stopped >= progress.stop_nums;
 }
 
+// An id as the engine has it; -1, which it knows as none, for what is outside the vocabulary.
+int32_t as_id(int64_t id, int64_t vocab) {
+  return id >= 0 && id < vocab ? static_cast<int32_t>(id) : -1;
+}
+
 std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, const Tensor& img_pos,
                              const Tensor& penalty, const Tensor& frequency, const Tensor& presence,
                              const Tensor& min_length, const Tensor& max_length, const Tensor& temperature,
@@ -168,45 +141,62 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
                              const std::vector<Tensor>& weights, const Ints& sizes, float norm_epsilon,
                              float rotary_base, const Names& names, const Ints& dtypes, const Ints& shapes) {
   const auto engine = session({sizes, norm_epsilon, rotary_base, names, dtypes, shapes}, weights);
-  const auto n = static_cast<size_t>(input_ids.shape()[0]);
-  const int64_t width = input_ids.shape()[1], n_queries = sizes[N_QUERIES], hidden = sizes[HIDDEN];
-  const Tensor* per_row[] = {&penalty,         &frequency,       &presence, &min_length,
-                             &max_length,      &temperature,     &top_p,    &tgt_pos,
-                             &seq_len_encoder, &seq_len_decoder, &step_idx, &stop_flags};
-  for (const Tensor* tensor : per_row) {
-    require(tensor->numel() == static_cast<int64_t>(n), "an input does not have one value a row");
-  }
-  const auto* all_ids = input_ids.data<int64_t>();
+  const int64_t n_queries = sizes[N_QUERIES], hidden = sizes[HIDDEN], most = sizes[MAX_POSITIONS];
+  const auto* all_ids = values<int64_t>(input_ids, "input_ids", {-1, -1});
+  const int64_t n_rows = input_ids.shape()[0], width = input_ids.shape()[1];
+  const auto* penalties = column<float>(penalty, "penalty_score", n_rows);
+  const auto* frequencies = column<float>(frequency, "frequency_score", n_rows);
+  const auto* presences = column<float>(presence, "presence_score", n_rows);
+  const auto* min_lengths = column<int64_t>(min_length, "min_length", n_rows);
+  const auto* max_lengths = column<int64_t>(max_length, "max_length", n_rows);
+  const auto* temperatures = column<float>(temperature, "temperature", n_rows);
+  const auto* top_ps = column<float>(top_p, "top_p", n_rows);
+  const auto* lengths = column<int32_t>(seq_len_encoder, "seq_len_encoder", n_rows);
+  const auto* decoded = column<int32_t>(seq_len_decoder, "seq_len_decoder", n_rows);
+  const auto* steps = column<int64_t>(step_idx, "step_idx", n_rows);
+  const auto* stops = column<bool>(stop_flags, "stop_flags", n_rows);
+  const auto* positions = column<int64_t>(tgt_pos, "tgt_pos", n_rows);
+  const int64_t enough = *values<int64_t>(stop_nums, "stop_nums", {1});
+  const auto* end_ids = values<int64_t>(eos, "eos_token_id", {-1});
+  const auto* pictures = values<float>(features, "image_features", {-1, n_queries, hidden});
+  const auto* places = values<int64_t>(img_pos, "img_pos", {-1, 3});
+  require(n_rows <= (1 << 16), "input_ids: has more than 65536 rows");
+  const auto n = static_cast<size_t>(n_rows);
   std::vector<std::vector<int32_t>> ids(n);
   std::vector<std::vector<qvl_span>> spans(n);
   for (int64_t i = 0; i < img_pos.shape()[0]; ++i) {
-    const int64_t* picture = img_pos.data<int64_t>() + 3 * i;
-    if (picture[0] < 0) continue;
-    require(picture[0] < static_cast<int64_t>(n) && i < features.shape()[0],
-            "img_pos: names a row or picture too many");
-    spans[static_cast<size_t>(picture[0])].push_back({static_cast<int32_t>(picture[1] + 1),
-                                                      static_cast<int32_t>(n_queries),
-                                                      features.data<float>() + i * n_queries * hidden});
+    const int64_t row = places[3 * i], start = places[3 * i + 1];
+    if (row < 0) continue;
+    const std::string where = "img_pos: picture " + std::to_string(i);
+    require(row < n_rows && i < features.shape()[0], where + ": there is no such row, or no such picture");
+    require(start >= 0 && start < width - n_queries, where + ": does not end within its row");
+    spans[static_cast<size_t>(row)].push_back({static_cast<int32_t>(start + 1),
+                                               static_cast<int32_t>(n_queries),
+                                               pictures + i * n_queries * hidden});
   }
   std::vector<int32_t> ends;
-  for (int64_t i = 0; i < eos.numel(); ++i) ends.push_back(static_cast<int32_t>(eos.data<int64_t>()[i]));
+  for (int64_t i = 0; i < eos.numel(); ++i) ends.push_back(as_id(end_ids[i], sizes[VOCAB]));
   std::vector<Row> rows(n);
   std::vector<qvl_request> requests;
+  std::vector<qvl_sampling> sampling(n);
   std::vector<size_t> row_of;
   int64_t stride = 1;
   const uint64_t seed = phi::DefaultCPUGenerator()->Random64();
   for (size_t i = 0; i < n; ++i) {
     Row& row = rows[i];
-    row.done = step_idx.data<int64_t>()[i];
-    row.max_length = max_length.data<int64_t>()[i];
-    row.min_length = min_length.data<int64_t>()[i];
-    row.stopped = stop_flags.data<bool>()[i] || row.max_length < 1;
+    require(max_lengths[i] <= most,
+            "max_length: is " + std::to_string(max_lengths[i]) + "; the model takes " + std::to_string(most));
+    require(steps[i] >= 0 && steps[i] <= most, "step_idx: is " + std::to_string(steps[i]));
+    row.done = steps[i];
+    row.max_length = max_lengths[i];
+    row.min_length = std::clamp<int64_t>(min_lengths[i], 0, most);
+    row.stopped = stops[i] || row.max_length < 1;
     stride = std::max(stride, row.max_length);
     if (row.stopped) continue;
-    const int32_t length = seq_len_encoder.data<int32_t>()[i];
+    const int32_t length = lengths[i];
     require(length >= 1 && length <= width, "seq_len_encoder: must be 1 to the width of input_ids");
     const int64_t* first = all_ids + static_cast<int64_t>(i) * width;
-    ids[i].assign(first, first + length);
+    for (int32_t t = 0; t < length; ++t) ids[i].push_back(as_id(first[t], sizes[VOCAB]));
     std::sort(spans[i].begin(), spans[i].end(),
               [](const qvl_span& a, const qvl_span& b) { return a.start < b.start; });
     qvl_request request{};
@@ -216,34 +206,36 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
     request.spans = spans[i].data();
     request.max_new = static_cast<int32_t>(std::max<int64_t>(1, row.max_length - row.done));
     request.min_new = static_cast<int32_t>(std::max<int64_t>(0, row.min_length - row.done));
-    request.sampling = qvl_sampling_default();
-    request.sampling.repetition_penalty = penalty.data<float>()[i];
-    request.sampling.frequency_penalty = frequency.data<float>()[i];
-    request.sampling.presence_penalty = presence.data<float>()[i];
-    request.sampling.top_p = top_p.data<float>()[i];
+    request.span_size = sizeof(qvl_span);
+    request.sampling = &sampling[i];
+    sampling[i].size = sizeof(qvl_sampling);
+    qvl_sampling_init(&sampling[i]);
+    sampling[i].repetition_penalty = penalties[i];
+    sampling[i].frequency_penalty = frequencies[i];
+    sampling[i].presence_penalty = presences[i];
+    sampling[i].top_p = top_ps[i];
     // top_p 0 is upstream's word for the likeliest token, whatever the temperature.
-    const float warmth = temperature.data<float>()[i];
-    request.sampling.temperature = request.sampling.top_p > 0 ? std::clamp(warmth, 1e-6f, 100.0f) : 0;
-    request.sampling.seed = seed + i;
+    sampling[i].temperature = top_ps[i] > 0 ? std::clamp(temperatures[i], 1e-6f, 100.0f) : 0;
+    sampling[i].seed = seed + i;
     requests.push_back(request);
     row_of.push_back(i);
   }
   if (!requests.empty()) {
     std::vector<int32_t> tokens(requests.size() * static_cast<size_t>(stride));
     std::vector<qvl_result> results(requests.size());
-    Progress progress{&rows, &row_of, &ends, stop_nums.data<int64_t>()[0]};
+    Progress progress{&rows, &row_of, &ends, enough};
     qvl_error error;
     const qvl_status status =
         qvl_generate(engine->engine(), nullptr, static_cast<int32_t>(requests.size()), requests.data(),
-                     static_cast<int32_t>(ends.size()), ends.data(), on_step, &progress, stride,
-                     tokens.data(), results.data(), nullptr, &error);
+                     sizeof(qvl_request), static_cast<int32_t>(ends.size()), ends.data(), on_step, &progress,
+                     stride, tokens.data(), results.data(), nullptr, &error);
     if (status != QVL_STOPPED) check(status, error);
   }
-  const Shape column{static_cast<int64_t>(n), 1};
-  Tensor next = integers(column), done = integers(column), position = integers(column);
-  Tensor stopped = make(column, paddle::DataType::INT32);
-  Tensor length = make(column, paddle::DataType::INT32);
-  Tensor tokens = integers({static_cast<int64_t>(n), stride});
+  const Shape each{n_rows, 1};
+  Tensor next = integers(each), done = integers(each), position = integers(each);
+  Tensor stopped = make(each, paddle::DataType::INT32);
+  Tensor length = make(each, paddle::DataType::INT32);
+  Tensor tokens = integers({n_rows, stride});
   std::fill_n(tokens.data<int64_t>(), tokens.numel(), int64_t{-1});
   for (size_t i = 0; i < n; ++i) {
     const Row& row = rows[i];
@@ -251,9 +243,9 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
     next.data<int64_t>()[i] = row.last;
     done.data<int64_t>()[i] = row.done;
     stopped.data<int32_t>()[i] = row.stopped;
-    position.data<int64_t>()[i] = tgt_pos.data<int64_t>()[i] + taken;
+    position.data<int64_t>()[i] = positions[i] + taken;
     const auto fed = static_cast<int32_t>(std::max<int64_t>(0, taken - 1));
-    length.data<int32_t>()[i] = row.stopped ? 0 : seq_len_decoder.data<int32_t>()[i] + fed;
+    length.data<int32_t>()[i] = row.stopped ? 0 : decoded[i] + fed;
     std::copy(row.tokens.begin(), row.tokens.end(),
               tokens.data<int64_t>() + static_cast<int64_t>(i) * stride);
   }
@@ -265,6 +257,7 @@ std::vector<Shape> generate_shape(const Shape& input_ids, const Shape&, const Sh
                                   const Shape&, const Shape&, const Shape&, const Shape&, const Shape&,
                                   const Shape&, const Shape&, const Shape&, const std::vector<Shape>&,
                                   const Ints&, float, float, const Names&, const Ints&, const Ints&) {
+  require(!input_ids.empty(), "input_ids: has no axes");
   const Shape column{input_ids[0], 1};
   return {column, column, column, column, column, {input_ids[0], -1}};
 }
@@ -292,14 +285,6 @@ PD_BUILD_OP(qwenvl_encode_images)
     .SetKernelFn(PD_KERNEL(encode_images))
     .SetInferShapeFn(PD_INFER_SHAPE(encode_images_shape))
     .SetInferDtypeFn(PD_INFER_DTYPE(encode_images_dtype));
-
-PD_BUILD_OP(qwenvl_forward)
-    .Inputs({"tokens", "features", "spans", "sequences", "blocks", "pool", paddle::Vec("weights")})
-    .Outputs({"logits"})
-    .Attrs(QWENVL_ATTRIBUTES)
-    .SetKernelFn(PD_KERNEL(forward))
-    .SetInferShapeFn(PD_INFER_SHAPE(forward_shape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(forward_dtype));
 
 PD_BUILD_OP(qwenvl_generate)
     .Inputs({"input_ids", "image_features", "img_pos", "penalty_score", "frequency_score", "presence_score",

@@ -1,24 +1,45 @@
 #include "paddle/session.h"
 
-#include <algorithm>
 #include <atomic>
+#include <map>
 #include <mutex>
+#include <new>
+#include <utility>
 
 #include "paddle/common/enforce.h"
+#include "paddle/phi/core/dense_tensor.h"
 
 namespace qvl::paddle_ops {
 namespace {
 
 std::mutex mutex;
 std::atomic<int32_t> n_threads{0};
-// By the address of the first weight: a session holds its weights, so that no other tensor can have it.
-std::map<const void*, std::shared_ptr<Session>>& sessions() {
-  static auto* const all = new std::map<const void*, std::shared_ptr<Session>>;  // outlives every predictor
+
+struct Entry {
+  std::shared_ptr<Session> session;
+  phi::Allocation::DeleterFnPtr deleter;  // that the allocation had before
+};
+
+// By the allocation of the first weight.
+std::map<const phi::Allocation*, Entry>& sessions() {
+  static auto* const all = new std::map<const phi::Allocation*, Entry>;  // outlives every predictor
   return *all;
 }
 
+// Called at the end of a first weight's allocation, which is when its program has gone.
+void end_session(phi::Allocation* allocation) {
+  Entry entry{};
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = sessions().find(allocation);
+    if (found == sessions().end()) return;
+    entry = std::move(found->second);
+    sessions().erase(found);
+  }
+  if (entry.deleter != nullptr) entry.deleter(allocation);
+}
+
 qvl_config make_config(const Description& d) {
-  const std::vector<int>& sizes = d.sizes;
   qvl_config c = QVL_INIT(qvl_config);
   int32_t* const fields[N_SIZES] = {reinterpret_cast<int32_t*>(&c.stages),
                                     &c.hidden,
@@ -38,14 +59,30 @@ qvl_config make_config(const Description& d) {
                                     &c.vision_heads,
                                     &c.vision_mlp_width,
                                     &c.n_queries};
-  if (sizes.size() != N_SIZES) {
-    fail("the operator's attributes are of another version; export again");
-  }
-  for (size_t i = 0; i < sizes.size(); ++i) *fields[i] = sizes[i];
+  check_sizes(d.sizes);
+  for (size_t i = 0; i < d.sizes.size(); ++i) *fields[i] = d.sizes[i];
   c.n_threads = n_threads;
   c.norm_epsilon = d.norm_epsilon;
   c.rotary_base = d.rotary_base;
   return c;
+}
+
+// As what Paddle holds a weight that is stored as `dtype`.
+paddle::DataType stored_as(int dtype) {
+  switch (dtype) {
+    case QVL_FLOAT32:
+      return paddle::DataType::FLOAT32;
+    case QVL_BFLOAT16:
+      return paddle::DataType::BFLOAT16;
+    case QVL_FLOAT16:
+      return paddle::DataType::FLOAT16;
+    default:
+      return paddle::DataType::UINT8;
+  }
+}
+
+const std::shared_ptr<phi::Allocation>& holder(const paddle::Tensor& tensor) {
+  return static_cast<const phi::DenseTensor*>(tensor.impl().get())->Holder();
 }
 
 }  // namespace
@@ -58,16 +95,23 @@ void check(qvl_status status, const qvl_error& error) {
   if (status != QVL_OK) fail(error.message);
 }
 
+void check_sizes(const std::vector<int>& sizes) {
+  require(sizes.size() == N_SIZES, "the operator's attributes are of another version; export again");
+}
+
 Session::Session(const Description& d, const std::vector<paddle::Tensor>& weights) {
   const size_t n = weights.size();
-  if (d.names.size() != n || d.dtypes.size() != n || d.shapes.size() != 4 * n) {
-    fail("the operator has " + std::to_string(n) + " weights and its attributes tell of " +
-         std::to_string(d.names.size()));
-  }
+  require(d.names.size() == n && d.dtypes.size() == n && d.shapes.size() == 4 * n,
+          "the operator has " + std::to_string(n) + " weights and its attributes tell of " +
+              std::to_string(d.names.size()));
   const qvl_config config = make_config(d);
   std::vector<qvl_tensor> tensors(n);
   for (size_t i = 0; i < n; ++i) {
-    weights_.push_back(static_cast<const phi::DenseTensor*>(weights[i].impl().get())->Holder());
+    require(phi::DenseTensor::classof(weights[i].impl().get()) && weights[i].initialized() &&
+                weights[i].place().GetType() == phi::AllocationType::CPU,
+            d.names[i] + ": is not a tensor on the CPU");
+    require(weights[i].dtype() == stored_as(d.dtypes[i]),
+            d.names[i] + ": has another type than the operator's attributes tell");
     qvl_tensor& tensor = tensors[i];
     tensor.name = d.names[i].c_str();
     tensor.data = weights[i].data();
@@ -78,58 +122,52 @@ Session::Session(const Description& d, const std::vector<paddle::Tensor>& weight
       ++tensor.n_dims;
     }
     tensor.bytes = static_cast<uint64_t>(weights[i].numel()) * phi::SizeOf(weights[i].dtype());
+    places_.push_back(tensor.data);
   }
   qvl_error error;
-  check(qvl_engine_create(&config, tensors.data(), static_cast<int64_t>(n), &engine_, &error), error);
+  qvl_weights* given;
+  check(qvl_weights_create(tensors.data(), static_cast<int64_t>(n), sizeof(qvl_tensor), &given, &error),
+        error);
+  const qvl_status status = qvl_engine_create(&config, given, &engine_, &error);
+  qvl_weights_free(given);
+  check(status, error);
 }
 
 Session::~Session() {
-  for (const auto& [id, pool] : pools_) qvl_kv_pool_free(pool);
   qvl_engine_free(engine_);
 }
 
-qvl_kv_pool* Session::pool(int64_t id, int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  qvl_kv_pool*& pool = pools_[id];
-  if (pool == nullptr) {
-    qvl_error error;
-    const qvl_status status = qvl_kv_pool_create(engine_, n_blocks, block_tokens, dtype, &pool, &error);
-    if (status != QVL_OK) pools_.erase(id);
-    check(status, error);
+bool Session::matches(const std::vector<paddle::Tensor>& weights) const {
+  if (weights.size() != places_.size()) return false;
+  for (size_t i = 0; i < places_.size(); ++i) {
+    if (weights[i].data() != places_[i]) return false;
   }
-  return pool;
-}
-
-void Session::free_pool(int64_t id) {
-  const auto found = pools_.find(id);
-  if (found == pools_.end()) return;
-  qvl_kv_pool_free(found->second);
-  pools_.erase(found);
-}
-
-bool Session::abandoned() const {
-  return weights_.front().use_count() == 1;
+  return true;
 }
 
 std::shared_ptr<Session> session(const Description& description, const std::vector<paddle::Tensor>& weights) {
-  if (weights.empty()) fail("the operator has no weights");
+  require(!weights.empty() && phi::DenseTensor::classof(weights[0].impl().get()) && weights[0].initialized(),
+          "the operator has no weights");
+  phi::Allocation* const key = holder(weights[0]).get();
+  std::shared_ptr<Session> old;  // freed after the lock
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = sessions().find(weights.front().data());
-  if (found != sessions().end()) return found->second;
-  // Programs that are gone leave their sessions behind: Paddle has no hook for the end of a program.
-  for (auto it = sessions().begin(); it != sessions().end();) {
-    it = it->second.use_count() == 1 && it->second->abandoned() ? sessions().erase(it) : std::next(it);
+  const auto found = sessions().find(key);
+  if (found != sessions().end() && found->second.session->matches(weights)) return found->second.session;
+  auto made = std::make_shared<Session>(description, weights);
+  if (found != sessions().end()) {
+    old = std::exchange(found->second.session, made);
+    return made;
   }
-  return sessions()[weights.front().data()] = std::make_shared<Session>(description, weights);
+  // Paddle has no hook for the end of a program, but an allocation may have a function that is called at its
+  // own end, and assigning swaps what two allocations are. What this one was before must not end the memory
+  // here, so it stays in bytes that nobody destroys.
+  sessions()[key] = {made, key->deleter()};
+  alignas(phi::Allocation) unsigned char before[sizeof(phi::Allocation)];
+  *key = std::move(*new (before) phi::Allocation(key->ptr(), key->size(), end_session, key->place()));
+  return made;
 }
 
 }  // namespace qvl::paddle_ops
-
-// Called by the Python side through ctypes when a KV cache goes.
-extern "C" __attribute__((visibility("default"))) void qwenvl_free_pool(int64_t id) {
-  const std::lock_guard<std::mutex> lock(qvl::paddle_ops::mutex);
-  for (const auto& [weights, session] : qvl::paddle_ops::sessions()) session->free_pool(id);
-}
 
 // For the engines made from now on; 0: as qvl_config has it.
 extern "C" __attribute__((visibility("default"))) void qwenvl_set_threads(int32_t n) {

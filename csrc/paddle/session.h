@@ -1,20 +1,26 @@
-// Engines behind the custom operators: made at an operator's first run, found again by its weights.
+// Engines behind the custom operators: made at an operator's first run, found again by its weights, and gone
+// with them.
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "paddle/phi/api/ext/op_meta_info.h"
-#include "paddle/phi/core/dense_tensor.h"
 #include "qwenvl.h"
 
 namespace qvl::paddle_ops {
 
 // Places in an operator's attribute `sizes`; the others are in session.cc.
-enum Size { HIDDEN = 1, VOCAB = 6, N_QUERIES = 17, N_SIZES = 18 };
+enum Size {
+  HIDDEN = 1,
+  VOCAB = 6,
+  MAX_POSITIONS = 8,
+  IMAGE_SIZE = 11,
+  N_QUERIES = 17,
+  N_SIZES = 18,
+};
 
 // What an operator's attributes say about the engine and its weights; see ops.cc for their order.
 struct Description {
@@ -25,7 +31,8 @@ struct Description {
   const std::vector<int>& shapes;  // four a weight, 0 behind the last axis
 };
 
-// An engine, the weights it refers to, and the pools made for it.
+// An engine and where its weights were when it was made. The weights are their program's: nothing here keeps
+// them.
 class Session {
  public:
   Session(const Description& description, const std::vector<paddle::Tensor>& weights);
@@ -35,18 +42,12 @@ class Session {
 
   qvl_engine* engine() const { return engine_; }
 
-  // Pool `id`, made when it is first asked for.
-  qvl_kv_pool* pool(int64_t id, int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype);
-  void free_pool(int64_t id);
-
-  // Whether nobody but this session holds the weights any more: their program is gone.
-  bool abandoned() const;
+  // Whether the weights still lie where the engine reads them.
+  bool matches(const std::vector<paddle::Tensor>& weights) const;
 
  private:
-  // Not the tensors: those that an operator gets are Paddle's own, and go with their program.
-  std::vector<std::shared_ptr<phi::Allocation>> weights_;
+  std::vector<const void*> places_;
   qvl_engine* engine_ = nullptr;
-  std::map<int64_t, qvl_kv_pool*> pools_;
 };
 
 // The session of these weights.
@@ -55,6 +56,12 @@ std::shared_ptr<Session> session(const Description& description, const std::vect
 // End the run with this line. Of other exceptions than its own, Paddle's executor loses the text.
 [[noreturn]] void fail(const std::string& message);
 
+inline void require(bool condition, const std::string& message) {
+  if (!condition) fail(message);
+}
+
 void check(qvl_status status, const qvl_error& error);
+
+void check_sizes(const std::vector<int>& sizes);
 
 }  // namespace qvl::paddle_ops

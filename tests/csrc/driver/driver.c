@@ -1,6 +1,7 @@
 /* A C program that uses the library as others would, for the sanitizers: run it built with them.
  *
- *   driver all            a small random model in every storage type: vision, forward, generate
+ *   driver all            a small random model in every storage type, from memory and from a file: vision,
+ *                         generate, steps, blocks, events
  *   driver threads        several engines at once, and several threads on one engine
  *   driver fuzz N SEED    N calls with one argument spoilt
  *   driver limits         more threads than the memory has room for
@@ -15,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include "qwenvl.h"
 
@@ -256,7 +258,150 @@ static void answer(qvl_engine* engine, int32_t* tokens) {
   }
 }
 
+/* ---- a parameter file --------------------------------------------------------------------------------- */
+
+typedef struct {
+  char path[64];
+  unsigned char* bytes;
+  size_t size;
+  size_t heads[MAX_TENSORS]; /* where each record begins */
+} params_file;
+
+static void put(params_file* file, const void* from, size_t n) {
+  memcpy(file->bytes + file->size, from, n);
+  file->size += n;
+}
+
+static void put_varint(params_file* file, uint64_t value, int least) {
+  for (; value > 127 || least > 1; value >>= 7, --least) {
+    const unsigned char byte = (unsigned char)(value & 127) | 128;
+    put(file, &byte, 1);
+  }
+  const unsigned char byte = (unsigned char)value;
+  put(file, &byte, 1);
+}
+
+static void put_record(params_file* file, const qvl_tensor* t) {
+  static const unsigned char zeros[64];
+  const int types[QVL_DTYPES] = {5, 22, 20, 20, 20, 4};
+  const size_t sizes[QVL_DTYPES] = {4, 2, 1, 1, 1, 2};
+  put(file, zeros, 16);
+  const size_t length_at = file->size;
+  put(file, zeros, 4);
+  const unsigned char type[2] = {8, (unsigned char)types[t->dtype]};
+  put(file, type, 2);
+  put(file, "\x10", 1);
+  put_varint(file, t->bytes / sizes[t->dtype], 1);
+  const uint16_t name = (uint16_t)strlen(t->name);
+  const size_t used = 8 + 8 * (size_t)t->n_dims + name;
+  const size_t padding = (64 - (file->size + 4 + used) % 64) % 64;
+  put(file, "\x7a", 1);
+  put_varint(file, used + padding, 3);
+  const unsigned char head[6] = {'q', 'v', 'l', '1', (unsigned char)t->dtype, (unsigned char)t->n_dims};
+  put(file, head, 6);
+  put(file, &name, 2);
+  put(file, t->shape, 8 * (size_t)t->n_dims);
+  put(file, t->name, name);
+  put(file, zeros, padding);
+  const int32_t length = (int32_t)(file->size - length_at - 4);
+  memcpy(file->bytes + length_at, &length, 4);
+  put(file, t->data, t->bytes);
+}
+
+static void save(const params_file* file, size_t size) {
+  FILE* to = fopen(file->path, "wb");
+  CHECK(to != NULL);
+  CHECK(fwrite(file->bytes, 1, size, to) == size);
+  CHECK(fclose(to) == 0);
+}
+
+static params_file make_file(const model* m, int64_t n) {
+  params_file file = {"/tmp/qwenvl-driver-XXXXXX", NULL, 0, {0}};
+  const int descriptor = mkstemp(file.path);
+  CHECK(descriptor >= 0);
+  close(descriptor);
+  size_t room = 0;
+  for (int64_t i = 0; i < n; ++i) room += m->tensors[i].bytes + 512;
+  file.bytes = malloc(room);
+  for (int64_t i = 0; i < n; ++i) {
+    file.heads[i] = file.size;
+    put_record(&file, &m->tensors[i]);
+  }
+  save(&file, file.size);
+  return file;
+}
+
+static void free_file(params_file* file) {
+  CHECK(unlink(file->path) == 0);
+  free(file->bytes);
+}
+
+/* ---- steps -------------------------------------------------------------------------------------------- */
+
+/* A prompt in two pieces beside another, a copy of its blocks, and a step on each: the same tokens. */
+static void take_steps(qvl_engine* engine) {
+  enum { PIECE = 13, BLOCK = 8, TOP = 5 };
+  qvl_kv_pool *pool, *other;
+  SUCCEED(qvl_kv_pool_create(engine, 12, BLOCK, QVL_BFLOAT16, &pool, ERROR));
+  SUCCEED(qvl_kv_pool_create(engine, 3, BLOCK, QVL_BFLOAT16, &other, ERROR));
+  int32_t ids[2 * PIECE + 3], blocks[9] = {7, 2, 9, 0, 11, 4, 5, 6, 8};
+  for (int i = 0; i < 2 * PIECE + 3; ++i) ids[i] = (i * 5) % VOCAB;
+  qvl_sequence sequences[3] = {{PIECE, 0, 20, 3, blocks, QVL_SEQUENCE_NO_LOGITS, 0},
+                               {PIECE, 0, PIECE, 3, blocks + 3, 0, 0},
+                               {3, 0, 3, 3, blocks + 6, 0, 0}};
+  qvl_batch batch = {sizeof batch, 3, sequences, ids, 0, 0, NULL, sizeof sequences[0], sizeof(qvl_span)};
+  qvl_sampling sampling[2] = {greedy(), greedy()};
+  int32_t *tokens, *top;
+  float *logprobs, *top_logprobs;
+  void* host;
+  SUCCEED(qvl_host_alloc(engine, 4 * (2 + 2 + 4 * TOP), &host, ERROR));
+  tokens = host;
+  logprobs = (float*)host + 2;
+  top = tokens + 4;
+  top_logprobs = (float*)host + 4 + 2 * TOP;
+  qvl_step_args args = {sizeof args, sizeof sampling[0], &batch, 2, TOP, sampling, NULL, tokens, logprobs,
+                        top,         top_logprobs,       NULL};
+  qvl_event* event;
+  int32_t done = 0;
+  SUCCEED(qvl_event_create(engine, &event, ERROR));
+  SUCCEED(qvl_step(engine, pool, &args, NULL, ERROR));
+  SUCCEED(qvl_event_record(event, NULL, ERROR));
+  SUCCEED(qvl_event_wait(event, ERROR));
+  SUCCEED(qvl_event_query(event, &done, ERROR));
+  CHECK(done == 1);
+  qvl_event_free(event);
+  for (int i = 0; i < 2; ++i) {
+    CHECK(tokens[i] == top[i * TOP] && logprobs[i] == top_logprobs[i * TOP]);
+    for (int t = 1; t < TOP; ++t) CHECK(top_logprobs[i * TOP + t] <= top_logprobs[i * TOP + t - 1]);
+  }
+  /* The second piece, on the blocks, on a copy of them, and on a copy in another pool. */
+  const int32_t from[2] = {7, 2}, to[2] = {10, 3}, there[3] = {1, 0, 2}, copies[3] = {10, 3, 1};
+  const uint64_t bytes = 2 * qvl_kv_pool_bytes(engine, 1, BLOCK, QVL_BFLOAT16);
+  void* saved = malloc(bytes);
+  SUCCEED(qvl_kv_copy_blocks(pool, 2, from, to, NULL, ERROR));
+  SUCCEED(qvl_kv_read_blocks(pool, 2, from, saved, bytes, NULL, ERROR));
+  SUCCEED(qvl_kv_write_blocks(other, 2, there, saved, bytes, NULL, ERROR));
+  free(saved);
+  sequences[0] = (qvl_sequence){7, PIECE, 20, 3, blocks, 0, 0};
+  batch.n_sequences = args.rows = 1;
+  float logits[3][VOCAB];
+  for (int i = 0; i < 3; ++i) {
+    sequences[0].blocks = i == 0 ? blocks : i == 1 ? copies : there;
+    args.logits = logits[i];
+    SUCCEED(qvl_step(engine, i == 2 ? other : pool, &args, NULL, ERROR));
+  }
+  CHECK(memcmp(logits[0], logits[1], sizeof logits[0]) == 0);
+  CHECK(memcmp(logits[0], logits[2], sizeof logits[0]) == 0);
+  qvl_host_free(engine, host);
+  qvl_kv_pool_free(pool);
+  qvl_kv_pool_free(other);
+}
+
 static void run_all(void) {
+  qvl_device_info info = QVL_INIT(qvl_device_info);
+  CHECK(qvl_device_count(QVL_DEVICE_CPU) == 1 && qvl_device_count(QVL_DEVICE_CUDA) == 0);
+  SUCCEED(qvl_get_device_info(QVL_DEVICE_CPU, 0, &info, ERROR));
+  CHECK(info.name[0] != 0 && info.isa[0] != 0 && info.threads > 0 && info.memory_bytes >= info.free_bytes);
   int engines = 0;
   for (qvl_isa isa = QVL_ISA_GENERIC; isa <= QVL_ISA_AVX512_BF16; ++isa) {
     for (qvl_dtype dtype = 0; dtype < QVL_DTYPES; ++dtype) {
@@ -269,7 +414,22 @@ static void run_all(void) {
         answer(engine, first);
         answer(engine, second);
         CHECK(memcmp(first, second, sizeof first) == 0);
+        take_steps(engine);
         qvl_engine_free(engine);
+        /* From a file, by two engines at once, with their weights freed before them. */
+        params_file file = make_file(m, m->n);
+        qvl_weights* weights;
+        qvl_engine* both[2];
+        SUCCEED(qvl_weights_open(file.path, &weights, ERROR));
+        CHECK(qvl_weights_count(weights) == m->n);
+        for (int i = 0; i < 2; ++i) SUCCEED(qvl_engine_create(&m->config, weights, &both[i], ERROR));
+        qvl_weights_free(weights);
+        free_file(&file);
+        for (int i = 0; i < 2; ++i) {
+          answer(both[i], second);
+          CHECK(memcmp(first, second, sizeof first) == 0);
+          qvl_engine_free(both[i]);
+        }
         ++engines;
       }
       CHECK(status == QVL_OK || status == QVL_UNSUPPORTED);
@@ -492,6 +652,122 @@ static int fuzz_generate(qvl_engine* engine, qvl_kv_pool* pool) {
   return status != QVL_OK;
 }
 
+static int fuzz_step(qvl_engine* engine, qvl_kv_pool* pool) {
+  static float logits[2 * VOCAB], logprobs[2], top_logprobs[2 * 64];
+  static int32_t ids[64], blocks[8] = {0, 1, 2, 3, 4, 5, 6, 7}, tokens[2], top[2 * 64];
+  for (int i = 0; i < 64; ++i) ids[i] = i % VOCAB;
+  qvl_sequence sequences[3] = {{3, 0, 9, 8, blocks, 0, 0}, {1, 17, 18, 8, blocks, 0, 0}};
+  qvl_batch batch = {sizeof batch, 2, sequences, ids, 0, 0, NULL, sizeof sequences[0], sizeof(qvl_span)};
+  qvl_sampling sampling[2] = {greedy(), greedy()};
+  qvl_step_args args = {sizeof args, sizeof sampling[0], &batch, 2, 3, sampling, NULL, tokens, logprobs,
+                        top,         top_logprobs,       logits};
+  switch (next(&fuzz_random) % 9) {
+    case 0:
+      args.rows = (int32_t)odd_number();
+      break;
+    case 1:
+      args.n_logprobs = (int32_t)odd_number();
+      break;
+    case 2: /* a stride that the array has room for, or an impossible one */
+      args.sampling_size = next(&fuzz_random) % 2 ? (uint32_t)odd_number() % 56 : 4097;
+      break;
+    case 3:
+      args.size = (uint32_t)odd_number() % 80;
+      break;
+    case 4:
+      batch.sequence_size = next(&fuzz_random) % 2 ? 1 + (uint32_t)odd_number() % 23 : 5000;
+      break;
+    case 5:
+      sequences[next(&fuzz_random) % 2].flags = (uint32_t)odd_number();
+      break;
+    case 6:
+      args.tokens = NULL;
+      break;
+    case 7:
+      batch.size = (uint32_t)odd_number() % sizeof batch;
+      break;
+    default:
+      args.top_tokens = NULL;
+  }
+  qvl_error error;
+  const qvl_status status = qvl_step(engine, pool, &args, NULL, &error);
+  CHECK(status == QVL_OK || error.message[0] != 0);
+  return status != QVL_OK;
+}
+
+static int fuzz_blocks(qvl_kv_pool* pool) {
+  static unsigned char host[1 << 17];
+  int32_t blocks[3] = {0, 5, 7}, to[3] = {1, 2, 3}, n = 3;
+  const uint64_t block = 2 * 2 * LAYERS * 16 * HIDDEN;
+  CHECK(3 * block <= sizeof host);
+  uint64_t bytes = 3 * block;
+  switch (next(&fuzz_random) % 4) {
+    case 0:
+      blocks[next(&fuzz_random) % 3] = (int32_t)odd_number();
+      break;
+    case 1:
+      to[next(&fuzz_random) % 3] = (int32_t)odd_number();
+      break;
+    case 2:
+      n = -(int32_t)(next(&fuzz_random) % 3);
+      break;
+    default:
+      bytes += (uint64_t)odd_number();
+  }
+  qvl_error error;
+  qvl_status status;
+  switch (next(&fuzz_random) % 3) {
+    case 0:
+      status = qvl_kv_copy_blocks(pool, n, blocks, to, NULL, &error);
+      break;
+    case 1:
+      status = qvl_kv_read_blocks(pool, n, blocks, host, bytes, NULL, &error);
+      break;
+    default:
+      status = qvl_kv_write_blocks(pool, n, to, host, bytes, NULL, &error);
+  }
+  CHECK(status == QVL_OK || error.message[0] != 0);
+  return status != QVL_OK;
+}
+
+/* A file with a byte of a record's head changed, or bytes put over it, or its end cut off: whatever opens can
+ * be read. */
+static int fuzz_file(params_file* file, int64_t n) {
+  unsigned char* at = file->bytes + file->heads[next(&fuzz_random) % (uint64_t)n] + next(&fuzz_random) % 100;
+  unsigned char before[8];
+  memcpy(before, at, sizeof before);
+  size_t size = file->size;
+  const int64_t number = next(&fuzz_random) % 2 ? odd_number() : (int64_t)1 << next(&fuzz_random) % 63;
+  switch (next(&fuzz_random) % 4) {
+    case 0:
+      size = next(&fuzz_random) % size;
+      break;
+    case 1:
+      memcpy(at, &number, 1 + next(&fuzz_random) % 8);
+      break;
+    default:
+      *at ^= (unsigned char)(1u << next(&fuzz_random) % 8);
+  }
+  save(file, size);
+  memcpy(at, before, sizeof before);
+  qvl_weights* weights;
+  qvl_error error;
+  const qvl_status status = qvl_weights_open(file->path, &weights, &error);
+  CHECK((status == QVL_OK) == (weights != NULL));
+  CHECK(status == QVL_OK || (status == QVL_BAD_WEIGHT && error.message[0] != 0));
+  uintptr_t begin = 0;
+  for (int64_t i = 0; i < qvl_weights_count(weights); ++i) {
+    qvl_tensor t;
+    SUCCEED(qvl_weights_get(weights, i, &t, sizeof t, ERROR));
+    if (i == 0) begin = (uintptr_t)t.data / 4096 * 4096; /* its head is short */
+    CHECK((uintptr_t)t.data >= begin && t.bytes <= size && (uintptr_t)t.data + t.bytes <= begin + size);
+    CHECK((uintptr_t)t.data % 64 == 0 && t.dtype >= 0 && t.dtype < QVL_DTYPES && strlen(t.name) > 0);
+    for (uint64_t b = 0; b < t.bytes; b += 64) CHECK(((const volatile unsigned char*)t.data)[b] < 256);
+  }
+  qvl_weights_free(weights);
+  return status != QVL_OK;
+}
+
 static int fuzz_sample(qvl_engine* engine) {
   float logits[2 * VOCAB];
   for (int i = 0; i < 2 * VOCAB; ++i) logits[i] = odd_float();
@@ -564,9 +840,19 @@ static void run_fuzz(int n, uint64_t seed) {
   SUCCEED(qvl_kv_pool_create(engine, 8, 16, QVL_BFLOAT16, &pool, ERROR));
   int32_t before[REQUESTS * NEW], after[REQUESTS * NEW];
   answer(engine, before);
+  params_file file = make_file(m, 6);
   int refused = 0;
   for (int i = 0; i < n; ++i) {
-    switch (i % 5) {
+    switch (i % 8) {
+      case 5:
+        refused += fuzz_step(engine, pool);
+        break;
+      case 6:
+        refused += fuzz_blocks(pool);
+        break;
+      case 7:
+        refused += fuzz_file(&file, 6);
+        break;
       case 0:
         refused += fuzz_create(m);
         break;
@@ -583,6 +869,7 @@ static void run_fuzz(int n, uint64_t seed) {
         refused += fuzz_rest(engine);
     }
   }
+  free_file(&file);
   answer(engine, after);
   CHECK(memcmp(before, after, sizeof before) == 0);
   qvl_kv_pool_free(pool);
