@@ -15,6 +15,11 @@ struct KvPool {
   qvl_dtype dtype;
 
   virtual ~KvPool() = default;
+
+  virtual void copy_block(int32_t from, int32_t to) = 0;
+  virtual void read_block(int32_t block, void* host) = 0;
+  virtual void write_block(int32_t block, const void* host) = 0;
+  virtual uint64_t block_bytes() const = 0;
 };
 
 class Backend {

@@ -237,9 +237,10 @@ QVL_API qvl_status qvl_encode_images(qvl_engine* engine, int64_t n, const float*
 typedef struct qvl_kv_pool qvl_kv_pool;
 
 /* Memory for n_blocks blocks of block_tokens tokens (1 to 256; 32 is good) in all layers, stored as
- * QVL_FLOAT32 or QVL_BFLOAT16. The caller decides which sequence owns which block: token t of a sequence is
- * in slot t % block_tokens of block table[t / block_tokens]. Blocks may be shared between sequences for
- * reading.
+ * QVL_FLOAT32, QVL_BFLOAT16, QVL_FLOAT16 or QVL_INT8 (a float32 scale for each token and head). The caller
+ * decides which sequence owns which block: token t of a sequence is in slot t % block_tokens of block
+ * table[t / block_tokens]. Blocks may be shared between sequences for reading. Memory of blocks that were
+ * never written is not touched.
  */
 QVL_API qvl_status qvl_kv_pool_create(qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
                                       qvl_dtype dtype, qvl_kv_pool** pool, qvl_error* error);
@@ -258,7 +259,23 @@ typedef struct qvl_sequence {
   int32_t prompt_len;    /* of the whole prompt, at least 1: it fixes the rotary base of all its tokens */
   int32_t n_blocks;      /* length of block_table: n_past + n_new tokens must fit */
   const int32_t* blocks; /* block table, host memory */
+
+  /* Since 0.2. */
+  uint32_t flags; /* of QVL_SEQUENCE_* */
+  uint32_t reserved;
 } qvl_sequence;
+
+enum {
+  QVL_SEQUENCE_NO_LOGITS = 1, /* a piece of a prompt, of which no token is picked */
+  QVL_SEQUENCE_GENERATED = 2  /* tokens within the prompt that a decode step computed before: see below */
+};
+
+/* Two kinds of arithmetic. Tokens at positions below prompt_len are computed as a prompt is, the others, and
+ * those of a sequence with QVL_SEQUENCE_GENERATED, as a decode step computes them. Apart from that, what a
+ * token gives depends on the tokens before it alone, to the bit: not on what else is in the batch, not on
+ * where a prompt is cut into pieces, not on whether its predecessors' keys and values were computed now or
+ * earlier. Several entries of a batch may belong to one sequence, in order of their positions.
+ */
 
 /* Tokens [start, start + count) of the packed batch are vectors instead of ids: a picture's features. */
 typedef struct qvl_span {
@@ -278,12 +295,11 @@ typedef struct qvl_batch {
   const qvl_span* spans; /* host memory */
 } qvl_batch;
 
-/* Run the batch through the layers, write its keys and values into the pool, and give the logits of each
- * sequence's last token: float32 [n_sequences, vocab], device memory. With logits NULL only the pool is
- * written, as for all but the last piece of a prompt.
+/* Run the batch through the layers, write its keys and values into the pool, and give the logits of the last
+ * token of each sequence without QVL_SEQUENCE_NO_LOGITS, in their order: float32 [rows, vocab], device
+ * memory. With logits NULL only the pool is written.
  *
  * An id out of the vocabulary is QVL_INVALID where the ids are in host memory; a GPU clamps it.
- * A sequence's result does not depend on what else is in the batch, apart from rounding.
  */
 QVL_API qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_batch* batch, float* logits,
                                qvl_stream stream, qvl_error* error);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
 OK, INVALID, BAD_WEIGHT, UNSUPPORTED, NO_MEMORY, STOPPED, INTERNAL = range(7)
 VISION, LANGUAGE = 1, 2
 FINISH_END, FINISH_LENGTH = 1, 2
+NO_LOGITS, GENERATED = 1, 2  # QVL_SEQUENCE_*
 
 CONFIG_INTS_1 = ["device", "device_index", "n_threads", "isa", "max_tokens"]
 CONFIG_INTS_2 = ["hidden", "layers", "heads", "head_dim", "mlp_width", "vocab"]
@@ -71,6 +72,8 @@ class Sequence_(ctypes.Structure):
         ("prompt_len", c_int32),
         ("n_blocks", c_int32),
         ("blocks", POINTER(c_int32)),
+        ("flags", c_uint32),
+        ("reserved", c_uint32),
     ]
 
 
@@ -194,11 +197,11 @@ class Library:
         }
         kernels: dict[str, list[Any]] = {
             **testing,
-            "linear": [i32, i32, *testing["linear"]],
+            "linear": [i32, i32, i64, *testing["linear"]],
             "add": [i64, p, p],
             "bfloat16": [i64, p, p, p],
             "rotary": [POINTER(Config), i32, i64, p, p, p, p],
-            "attention": [i32, i32, i32, i32, *testing["attention"]],
+            "attention": [i32, i32, i32, i32, i32, *testing["attention"]],
         }
         if hasattr(self.dll, "qvlt_linear"):
             for name, arguments in testing.items():
@@ -207,6 +210,8 @@ class Library:
                 getattr(self.dll, f"qvlt_{name}").argtypes = [i32, *arguments]
             self.dll.qvlt_query_scale.argtypes = [POINTER(Config), i32]
             self.dll.qvlt_query_scale.restype = c_float
+            self.dll.qvlt_cpu_quota.argtypes = [c_char_p, c_char_p]
+            self.dll.qvlt_cpu_quota.restype = c_double
         for name, arguments in signatures.items():
             getattr(self.dll, name).argtypes = [*arguments, POINTER(Error)]
             getattr(self.dll, name).restype = c_int32
@@ -419,17 +424,25 @@ class Pool:
         parts: Sequence[tuple[Sequence[int], int, int, Sequence[int]]],
         spans: Sequence[tuple[int, np.ndarray]] = (),
         logits: bool = True,
+        flags: Sequence[int] = (),
     ) -> np.ndarray:
-        """Parts are (tokens, n_past, prompt_len, block table); returns logits [parts, vocab]."""
+        """Parts are (tokens, n_past, prompt_len, block table); flags are of each part, default 0.
+
+        Returns logits [parts without NO_LOGITS, vocab].
+        """
+        flags = flags or [0] * len(parts)
         tables = [np.asarray(part[3], np.int32) for part in parts]
         sequences = (Sequence_ * len(parts))()
         for sequence, (tokens, n_past, prompt_len, _), table in zip(sequences, parts, tables):
             sequence.n_new, sequence.n_past, sequence.prompt_len = len(tokens), n_past, prompt_len
             sequence.n_blocks, sequence.blocks = len(table), int_pointer(table)
+        for sequence, flag in zip(sequences, flags):
+            sequence.flags = flag
         ids = np.concatenate([np.asarray(part[0], np.int32) for part in parts])
         made = make_spans(spans)
         batch = Batch(ctypes.sizeof(Batch), len(parts), sequences, pointer(ids), len(made), 0, made)
-        out = np.empty([len(parts), self.engine.config.vocab], np.float32)
+        rows = sum(not flag & NO_LOGITS for flag in flags)
+        out = np.full([rows, self.engine.config.vocab], np.nan, np.float32)
         self.engine.library.call(
             "qvl_forward", self.engine.handle, self.handle, batch, pointer(out) if logits else None, None
         )
