@@ -2,37 +2,37 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace qvl::cpu {
 namespace {
 
-// Fewer queries than this each read the keys as they lie; more share rearranged tiles.
-constexpr int kFewQueries = 4;
+// A decode step's keys are taken in chunks of about this many, each with a softmax of its own, which are put
+// together in order. So several threads can share a long context, and how many they are changes no bit.
+constexpr int kChunkKeys = 256;
 
-struct Task {
+struct Shared {
   const Kernels& kernels;
   const AttentionShape& shape;
   const KeysAndValues& kv;
-  const Queries& queries;
-  int head;
   int64_t padded;  // head_dim, to whole vectors
 
-  void few(const float* q, float* out, float* scratch) const {
-    float state[2];
-    for (int i = 0; i < queries.n; ++i) {
-      const int64_t seen = queries.causal ? queries.n_keys - queries.n + i + 1 : queries.n_keys;
-      kernels.attend_begin(1, padded, state, scratch);
-      for (int64_t start = 0, t = 0; start < seen; start += kv.tile_tokens, ++t) {
-        KvTile tile = kv.tile(queries, head, t);
-        tile.n = static_cast<int>(std::min<int64_t>(tile.n, seen - start));
-        kernels.attend_one(q + i * shape.q_stride, shape.head_dim, tile, state, scratch);
-      }
-      kernels.attend_end(state, 1, padded, scratch);
-      std::memcpy(out + i * shape.out_stride, scratch, static_cast<size_t>(shape.head_dim) * sizeof(float));
-    }
+  Shared(const Kernels& kernels, const AttentionShape& shape, const KeysAndValues& kv)
+      : kernels(kernels),
+        shape(shape),
+        kv(kv),
+        padded((shape.head_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes) {}
+};
+
+struct Prompt : Shared {
+  using Shared::Shared;
+
+  size_t scratch_floats() const {
+    return static_cast<size_t>(kQueryRows * (padded + 2)) +
+           kernels.attend_scratch_bytes(shape.head_dim, kQueryRows, kv.tile_tokens) / sizeof(float);
   }
 
-  void many(const float* q, float* out, float* scratch) const {
+  void run(const Queries& queries, int head, const float* q, float* out, float* scratch) const {
     float* state = scratch;
     float* sums = state + 2 * kQueryRows;
     float* rest = sums + kQueryRows * padded;
@@ -40,7 +40,8 @@ struct Task {
     const auto run = shape.rounded && kernels.bf16_dot ? kernels.attend_rounded : kernels.attend;
     for (int64_t start = 0, t = 0; start < queries.n_keys; start += kv.tile_tokens, ++t) {
       const KvTile tile = kv.tile(queries, head, t);
-      const int64_t visible = queries.causal ? queries.n_keys - queries.n + 1 - start : queries.n_keys;
+      const int64_t visible =
+          queries.seen == kCausal ? queries.n_keys - queries.n + 1 - start : queries.n_keys;
       // The first queries may see nothing of the last tiles.
       const int skip = static_cast<int>(std::clamp<int64_t>(1 - visible, 0, queries.n));
       run(q + skip * shape.q_stride, shape.q_stride, queries.n - skip, shape.head_dim, tile, visible + skip,
@@ -54,6 +55,95 @@ struct Task {
   }
 };
 
+// Sums of values [padded] and their state [2] of a query's head.
+struct Decode : Shared {
+  int64_t chunk_tiles;
+
+  Decode(const Kernels& kernels, const AttentionShape& shape, const KeysAndValues& kv)
+      : Shared(kernels, shape, kv), chunk_tiles(std::max(1, kChunkKeys / kv.tile_tokens)) {}
+
+  int64_t floats() const { return padded + 2; }
+  int64_t chunks(int64_t n_keys) const {
+    const int64_t keys = chunk_tiles * kv.tile_tokens;
+    return (n_keys + keys - 1) / keys;
+  }
+
+  void chunk(const Queries& queries, int head, const float* q, int64_t i, float* sums) const {
+    kernels.attend_begin(1, padded, sums + padded, sums);
+    for (int64_t t = i * chunk_tiles; t < (i + 1) * chunk_tiles && t * kv.tile_tokens < queries.n_keys; ++t) {
+      kernels.attend_one(q, shape.head_dim, kv.tile(queries, head, t), sums + padded, sums);
+    }
+  }
+  void merge(const float* from, float* sums) const {
+    kernels.attend_merge(from + padded, from, padded, sums + padded, sums);
+  }
+  void finish(float* sums, float* out) const {
+    kernels.attend_end(sums + padded, 1, padded, sums);
+    std::memcpy(out, sums, static_cast<size_t>(shape.head_dim) * sizeof(float));
+  }
+};
+
+// Pieces of work with one query each.
+void attend_decode(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
+                   const std::vector<Queries>& work, float* out) {
+  const Decode decode(context.kernels, shape, kv);
+  const auto n_work = static_cast<int64_t>(work.size());
+  const auto from = [&](const Queries& queries, int64_t head) {
+    return q + queries.first * shape.q_stride + head * shape.q_head;
+  };
+  const auto to = [&](const Queries& queries, int64_t head) {
+    return out + queries.first * shape.out_stride + head * shape.head_dim;
+  };
+  int64_t n_keys = 0, n_chunks = 0;
+  for (const Queries& queries : work) {
+    n_keys += queries.n_keys;
+    n_chunks += decode.chunks(queries.n_keys);
+  }
+  const int64_t work_done = 2 * n_keys * shape.heads * shape.head_dim;
+  if (context.pool.size() == 1 || n_chunks == n_work || n_work * shape.heads >= 8 * context.pool.size()) {
+    for (Buffer& buffer : context.of_thread) buffer.get<float>(static_cast<size_t>(2 * decode.floats()));
+    context.run(n_work * shape.heads, work_done, [&](int64_t i, int thread) {
+      const Queries& queries = work[static_cast<size_t>(i / shape.heads)];
+      const auto head = static_cast<int>(i % shape.heads);
+      float* sums = context.of_thread[static_cast<size_t>(thread)].get<float>(0);
+      float* more = sums + decode.floats();
+      decode.chunk(queries, head, from(queries, head), 0, sums);
+      for (int64_t c = 1; c < decode.chunks(queries.n_keys); ++c) {
+        decode.chunk(queries, head, from(queries, head), c, more);
+        decode.merge(more, sums);
+      }
+      decode.finish(sums, to(queries, head));
+    });
+    return;
+  }
+  // Few heads and long contexts: the chunks are shared as well.
+  struct Part {
+    const Queries* queries;
+    int64_t chunk;
+  };
+  std::vector<Part> parts;
+  for (const Queries& queries : work) {
+    for (int64_t c = 0; c < decode.chunks(queries.n_keys); ++c) parts.push_back({&queries, c});
+  }
+  float* all = context.activations.get<float>(size(n_chunks * shape.heads * decode.floats()));
+  const auto sums_of = [&](int64_t part, int64_t head) {
+    return all + (part * shape.heads + head) * decode.floats();
+  };
+  context.run(n_chunks * shape.heads, work_done, [&](int64_t i, int) {
+    const Part& part = parts[static_cast<size_t>(i / shape.heads)];
+    const auto head = static_cast<int>(i % shape.heads);
+    decode.chunk(*part.queries, head, from(*part.queries, head), part.chunk, sums_of(i / shape.heads, head));
+  });
+  for (int64_t head = 0; head < shape.heads; ++head) {
+    for (int64_t p = 0; p < n_chunks;) {
+      const Queries& queries = *parts[static_cast<size_t>(p)].queries;
+      float* sums = sums_of(p++, head);
+      for (; p < n_chunks && parts[static_cast<size_t>(p)].chunk > 0; ++p) decode.merge(sums_of(p, head), sums);
+      decode.finish(sums, to(queries, head));
+    }
+  }
+}
+
 }  // namespace
 
 KvTile DenseKv::tile(const Queries& queries, int head_index, int64_t i) const {
@@ -65,25 +155,27 @@ KvTile DenseKv::tile(const Queries& queries, int head_index, int64_t i) const {
 
 void attention(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
                const Queries* work, int64_t n_work, float* out) {
-  const Kernels& kernels = context.kernels;
-  const int64_t padded = (shape.head_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
-  const size_t floats =
-      static_cast<size_t>(kQueryRows * (padded + 2)) +
-      kernels.attend_scratch_bytes(shape.head_dim, kQueryRows, kv.tile_tokens) / sizeof(float);
-  for (Buffer& buffer : context.of_thread) buffer.get<float>(floats);
+  if (n_work == 0) return;
+  if (work[0].seen == kDecode) {
+    std::vector<Queries> rows;
+    for (const Queries* queries = work; queries != work + n_work; ++queries) {
+      for (int i = 0; i < queries->n; ++i) {
+        rows.push_back({queries->first + i, 1, queries->n_keys - queries->n + i + 1, kDecode, queries->blocks});
+      }
+    }
+    return attend_decode(context, shape, q, kv, rows, out);
+  }
+  const Prompt prompt(context.kernels, shape, kv);
+  for (Buffer& buffer : context.of_thread) buffer.get<float>(prompt.scratch_floats());
+  int64_t pairs = 0;
+  for (const Queries* queries = work; queries != work + n_work; ++queries) pairs += queries->n * queries->n_keys;
   // The last pieces first: with causal attention they are the longest.
-  context.pool.run(n_work * shape.heads, [&](int64_t i, int thread) {
+  context.run(n_work * shape.heads, 2 * pairs * shape.heads * shape.head_dim, [&](int64_t i, int thread) {
     const Queries& queries = work[n_work - 1 - i / shape.heads];
     const auto head = static_cast<int>(i % shape.heads);
-    const Task task{kernels, shape, kv, queries, head, padded};
-    const float* from = q + queries.first * shape.q_stride + head * shape.q_head;
-    float* to = out + queries.first * shape.out_stride + int64_t{head} * shape.head_dim;
-    float* scratch = context.of_thread[static_cast<size_t>(thread)].get<float>(floats);
-    if (queries.n < kFewQueries) {
-      task.few(from, to, scratch);
-    } else {
-      task.many(from, to, scratch);
-    }
+    prompt.run(queries, head, q + queries.first * shape.q_stride + head * shape.q_head,
+               out + queries.first * shape.out_stride + int64_t{head} * shape.head_dim,
+               context.of_thread[static_cast<size_t>(thread)].get<float>(0));
   });
 }
 

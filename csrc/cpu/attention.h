@@ -5,12 +5,19 @@
 
 namespace qvl::cpu {
 
-// Queries of one piece of work: n rows from the `first` of a packed batch on, all of one sequence or picture.
+enum Seen {
+  kAllKeys,  // every query sees all keys
+  kCausal,   // query i of n sees n_keys - n + i + 1
+  kDecode    // as kCausal, but each query is computed by itself, in the order of a decode step
+};
+
+// Queries of one piece of work: n rows from the `first` of a packed batch on, all of one sequence or image.
 struct Queries {
   int64_t first;
   int n;
   int64_t n_keys;  // tokens that the last of them sees
-  bool causal;     // query i of them sees n_keys - n + i + 1, else all see n_keys
+  Seen seen;
+  const int32_t* blocks = nullptr;  // block table, where keys are in a pool
 };
 
 // Where a task's keys and values lie: tile `i` of a head, and how many tokens a tile has.
@@ -31,7 +38,8 @@ struct AttentionShape {
   bool rounded;        // many queries at once may be multiplied in bfloat16
 };
 
-// out[row][head * head_dim ...] for all rows of `work`.
+// out[row][head * head_dim ...] for all rows of `work`, which are all of kDecode or all of the others. Their
+// bits depend on the query and its keys alone: neither on the other work nor on the number of threads.
 void attention(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
                const Queries* work, int64_t n_work, float* out);
 

@@ -5,52 +5,69 @@
 #include "core/error.h"
 
 namespace qvl::cpu {
+namespace {
+
+size_t element_bytes(qvl_dtype dtype) {
+  return dtype == QVL_FLOAT32 ? 4 : dtype == QVL_INT8 ? 1 : 2;
+}
+
+}  // namespace
 
 CpuKvPool::CpuKvPool(const qvl_config& config, int32_t blocks, int32_t tokens, qvl_dtype type)
-    : heads_(config.heads), head_dim_(config.head_dim), layers_(config.layers) {
-  QVL_REQUIRE(type == QVL_FLOAT32 || type == QVL_BFLOAT16, QVL_UNSUPPORTED,
-              "pool: float16 and int8 are not built yet");
+    : layers_(config.layers), heads_(config.heads), head_dim_(config.head_dim) {
   n_blocks = blocks;
   block_tokens = tokens;
   dtype = type;
-  head_bytes_ = static_cast<size_t>(tokens) * static_cast<size_t>(head_dim_) * (type == QVL_FLOAT32 ? 4 : 2);
-  part_bytes_ = 2 * static_cast<size_t>(heads_) * head_bytes_;
-  const size_t heads = 2 * static_cast<size_t>(config.layers) * static_cast<size_t>(heads_);
-  QVL_REQUIRE(heads * head_bytes_ <= PTRDIFF_MAX / static_cast<size_t>(blocks), QVL_NO_MEMORY,
-              "out of memory");
-  memory_ = buffer_.get<char>(heads * head_bytes_ * static_cast<size_t>(blocks));
+  head_bytes_ = size(tokens) * size(head_dim_) * element_bytes(type);
+  layer_bytes_ = 2 * size(heads_) * (head_bytes_ + (type == QVL_INT8 ? size(tokens) * sizeof(float) : 0));
+  QVL_REQUIRE(block_bytes() <= PTRDIFF_MAX / size(blocks), QVL_NO_MEMORY, "out of memory");
+  memory_ = buffer_.get<char>(block_bytes() * size(blocks));
 }
 
-void CpuKvPool::copy_block(int32_t from, int32_t to) {
-  for (int layer = 0; layer < layers_; ++layer) {
-    std::memcpy(part(layer, to), part(layer, from), part_bytes_);
+KvTile CpuKvPool::tile(int layer, int block, int head, int n) const {
+  char* at = of_block(layer, block);
+  KvTile tile{at + size(head) * head_bytes_, at + size(heads_ + head) * head_bytes_, head_dim_, dtype, n};
+  if (dtype == QVL_INT8) {
+    tile.key_scales = scales(at, 0, head);
+    tile.value_scales = scales(at, 1, head);
   }
-}
-
-void CpuKvPool::read_block(int32_t block, void* host) {
-  auto* to = static_cast<char*>(host);
-  for (int layer = 0; layer < layers_; ++layer, to += part_bytes_) {
-    std::memcpy(to, part(layer, block), part_bytes_);
-  }
-}
-
-void CpuKvPool::write_block(int32_t block, const void* host) {
-  const auto* from = static_cast<const char*>(host);
-  for (int layer = 0; layer < layers_; ++layer, from += part_bytes_) {
-    std::memcpy(part(layer, block), from, part_bytes_);
-  }
+  return tile;
 }
 
 void CpuKvPool::write(const Kernels& kernels, int layer, int block, int slot, int part, const float* from) {
+  char* at = of_block(layer, block);
   for (int h = 0; h < heads_; ++h, from += head_dim_) {
-    void* to = head(layer, block, part, h);
-    const int64_t start = int64_t{slot} * head_dim_;
-    if (dtype == QVL_FLOAT32) {
-      std::memcpy(static_cast<float*>(to) + start, from, static_cast<size_t>(head_dim_) * sizeof(float));
-    } else {
-      kernels.narrow(from, static_cast<uint16_t*>(to) + start, head_dim_);
+    char* head = at + size(part * heads_ + h) * head_bytes_;
+    void* to = head + size(slot) * size(head_dim_) * element_bytes(dtype);
+    switch (dtype) {
+      case QVL_FLOAT32:
+        std::memcpy(to, from, size(head_dim_) * sizeof(float));
+        break;
+      case QVL_BFLOAT16:
+        kernels.narrow(from, static_cast<uint16_t*>(to), head_dim_);
+        break;
+      case QVL_FLOAT16:
+        kernels.narrow_float16(from, static_cast<uint16_t*>(to), head_dim_);
+        break;
+      default:
+        scales(at, part, h)[slot] = kernels.narrow_int8(from, static_cast<int8_t*>(to), head_dim_);
     }
   }
+}
+
+void CpuKvPool::copy_block(int32_t from, int32_t to) {
+  if (from == to) return;
+  for (int i = 0; i < layers_; ++i) std::memcpy(of_block(i, to), of_block(i, from), layer_bytes_);
+}
+
+void CpuKvPool::read_block(int32_t block, void* host) {
+  char* to = static_cast<char*>(host);
+  for (int i = 0; i < layers_; ++i, to += layer_bytes_) std::memcpy(to, of_block(i, block), layer_bytes_);
+}
+
+void CpuKvPool::write_block(int32_t block, const void* host) {
+  const char* from = static_cast<const char*>(host);
+  for (int i = 0; i < layers_; ++i, from += layer_bytes_) std::memcpy(of_block(i, block), from, layer_bytes_);
 }
 
 }  // namespace qvl::cpu

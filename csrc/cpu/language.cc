@@ -12,17 +12,12 @@ namespace {
 // Keys and values of a layer by the sequences' block tables.
 struct PagedKv final : KeysAndValues {
   const CpuKvPool& pool;
-  int layer, head_dim;
-  std::vector<const int32_t*> tables;  // of each Queries of the work
-  const Queries* work;
+  int layer;
 
-  PagedKv(const CpuKvPool& pool, int layer, int head_dim) : pool(pool), layer(layer), head_dim(head_dim) {
-    tile_tokens = pool.block_tokens;
-  }
+  PagedKv(const CpuKvPool& pool, int layer) : pool(pool), layer(layer) { tile_tokens = pool.block_tokens; }
   KvTile tile(const Queries& queries, int head, int64_t i) const override {
-    const int32_t block = tables[static_cast<size_t>(&queries - work)][i];
     const auto n = static_cast<int>(std::min<int64_t>(tile_tokens, queries.n_keys - i * tile_tokens));
-    return {pool.head(layer, block, 0, head), pool.head(layer, block, 1, head), head_dim, pool.dtype, n};
+    return pool.tile(layer, queries.blocks[i], head, n);
   }
 };
 
@@ -51,29 +46,29 @@ Language::Language(const qvl_config& config, Weights& weights) : config_(config)
 void Language::forward(Context& context, CpuKvPool& pool, const qvl_batch& batch, float* logits) {
   check_ids(batch);
   std::vector<Piece> pieces;
-  int64_t first_token = 0, n = 0;
-  const auto run = [&] {
-    pass(context, pool, batch, pieces, first_token, n, logits);
-    const auto rows =
-        std::count_if(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.last; });
-    if (logits != nullptr) logits += rows * config_.vocab;
-    first_token += n;
-    n = 0;
-    pieces.clear();
-  };
+  int64_t n = 0, token = 0;
+  int32_t rows = 0;
   for (int32_t i = 0; i < batch.n_sequences; ++i) {
     const qvl_sequence& sequence = batch.sequences[i];
+    const bool wanted = logits != nullptr && (sequence.flags & QVL_SEQUENCE_NO_LOGITS) == 0;
     for (int32_t done = 0; done < sequence.n_new;) {
+      const int32_t past = sequence.n_past + done;
+      const bool prompt = (sequence.flags & QVL_SEQUENCE_GENERATED) == 0 && past < sequence.prompt_len;
       const auto room = static_cast<int32_t>(config_.max_tokens - n);
-      const int32_t part = std::min(sequence.n_new - done, room);
-      const bool last = done + part == sequence.n_new && (sequence.flags & QVL_SEQUENCE_NO_LOGITS) == 0;
-      pieces.push_back({i, n, part, sequence.n_past + done, last});
+      int32_t part = std::min(sequence.n_new - done, room);
+      if (prompt) part = std::min(part, sequence.prompt_len - past);
+      const bool last = done + part == sequence.n_new;
+      pieces.push_back({&sequence, token, part, past, !prompt, last && wanted ? rows++ : -1});
       n += part;
+      token += part;
       done += part;
-      if (n == config_.max_tokens) run();
+      if (n < config_.max_tokens) continue;
+      pass(context, pool, batch, pieces, logits);
+      pieces.clear();
+      n = 0;
     }
   }
-  if (n > 0) run();
+  if (n > 0) pass(context, pool, batch, pieces, logits);
 }
 
 void Language::check_ids(const qvl_batch& batch) const {
@@ -91,13 +86,11 @@ void Language::check_ids(const qvl_batch& batch) const {
   }
 }
 
-void Language::embed(Context& context, const qvl_batch& batch, int64_t first_token, int64_t n,
-                     float* x) const {
+void Language::embed(Context& context, const qvl_batch& batch, const Piece& piece, float* x) const {
   const int64_t hidden = config_.hidden;
   const qvl_span* span = batch.spans;
   const qvl_span* const spans_end = batch.spans + batch.n_spans;
-  for (int64_t i = 0; i < n; ++i, x += hidden) {
-    const int64_t token = first_token + i;
+  for (int64_t token = piece.token; token < piece.token + piece.n; ++token, x += hidden) {
     while (span != spans_end && token >= int64_t{span->start} + span->count) ++span;
     if (span != spans_end && token >= span->start) {
       std::memcpy(x, span->features + (token - span->start) * hidden, size(hidden) * sizeof(float));
@@ -111,72 +104,86 @@ void Language::embed(Context& context, const qvl_batch& batch, int64_t first_tok
   }
 }
 
-void Language::place(const qvl_batch& batch, const std::vector<Piece>& pieces) {
+// Where the piece's tokens are: angles, blocks and slots, and what they attend to.
+void Language::place(const CpuKvPool& pool, const Piece& piece) {
+  const qvl_sequence& sequence = *piece.sequence;
   const auto half = size(config_.head_dim / 2);
   std::vector<float> frequencies(half);
+  rotary_frequencies(config_, sequence.prompt_len, frequencies.data());
+  for (int32_t position = piece.past; position < piece.past + piece.n; ++position) {
+    const size_t at = cos_.size();
+    cos_.resize(at + half);
+    sin_.resize(at + half);
+    rotary_row(config_, frequencies.data(), position, &cos_[at], &sin_[at]);
+    query_scale_.push_back(query_scale(config_, position));
+    block_.push_back(sequence.blocks[position / pool.block_tokens]);
+    slot_.push_back(position % pool.block_tokens);
+  }
+  for (int32_t done = 0; done < piece.n; done += kQueryRows) {
+    const int32_t part = std::min(kQueryRows, piece.n - done);
+    std::vector<Queries>& work = piece.generated ? decode_work_ : prompt_work_;
+    work.push_back({piece.first + done, part, int64_t{piece.past} + done + part,
+                    piece.generated ? kDecode : kCausal, sequence.blocks});
+  }
+}
+
+void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, std::vector<Piece>& pieces,
+                    float* logits) {
+  Rows rows{0, 0};
+  for (const Piece& piece : pieces) (piece.generated ? rows.decode : rows.prompt) += piece.n;
+  const int64_t hidden = config_.hidden;
+  auto* x = x_.get<float>(size(rows.n() * hidden));
+  auto* normed = normed_.get<float>(size(rows.n() * hidden));
   cos_.clear();
   sin_.clear();
   query_scale_.clear();
   block_.clear();
   slot_.clear();
-  for (const Piece& piece : pieces) {
-    rotary_frequencies(config_, batch.sequences[piece.sequence].prompt_len, frequencies.data());
-    for (int32_t i = 0; i < piece.n; ++i) {
-      const size_t at = cos_.size();
-      cos_.resize(at + half);
-      sin_.resize(at + half);
-      rotary_row(config_, frequencies.data(), piece.past + i, &cos_[at], &sin_[at]);
-      query_scale_.push_back(query_scale(config_, piece.past + i));
-      block_.push_back(piece.sequence);  // the block follows when the pool is known
-      slot_.push_back(piece.past + i);
+  prompt_work_.clear();
+  decode_work_.clear();
+  int64_t next = 0;
+  for (const bool generated : {false, true}) {
+    for (Piece& piece : pieces) {
+      if (piece.generated != generated) continue;
+      piece.first = next;
+      next += piece.n;
+      embed(context, batch, piece, x + piece.first * hidden);
+      place(pool, piece);
     }
   }
-}
-
-void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch,
-                    const std::vector<Piece>& pieces, int64_t first_token, int64_t n, float* logits) {
-  const int64_t hidden = config_.hidden;
-  const Kernels& kernels = context.kernels;
-  auto* x = x_.get<float>(size(n * hidden));
-  auto* normed = normed_.get<float>(size(n * hidden));
-  embed(context, batch, first_token, n, x);
-  place(batch, pieces);
-  for (size_t i = 0; i < size(n); ++i) {
-    const int32_t position = slot_[i];
-    block_[i] = batch.sequences[block_[i]].blocks[position / pool.block_tokens];
-    slot_[i] = position % pool.block_tokens;
-  }
   for (int i = 0; i < config_.layers; ++i) {
-    attend(context, pool, batch, pieces, i, n);
-    feed_forward(context, layers_[size(i)], n);
+    attend(context, pool, i, rows);
+    feed_forward(context, layers_[size(i)], rows);
   }
-  if (logits == nullptr) return;
-  // The last tokens side by side, then the head for all of them.
+  // The last tokens side by side, then the head for all of them, as in a decode step: a prompt's last token
+  // is one row, and so one product serves both kinds.
   int64_t n_last = 0;
+  int32_t first = 0;
   for (const Piece& piece : pieces) {
-    if (!piece.last) continue;
-    kernels.rms_norm(x + (piece.first + piece.n - 1) * hidden, ln_f_, config_.hidden, config_.norm_epsilon,
-                     normed + n_last++ * hidden);
+    if (piece.logits < 0) continue;
+    if (n_last == 0) first = piece.logits;
+    context.kernels.rms_norm(x + (piece.first + piece.n - 1) * hidden, ln_f_, config_.hidden,
+                             config_.norm_epsilon, normed + n_last++ * hidden);
   }
   if (n_last == 0) return;
-  linear(context, lm_head_, normed, hidden, n_last, logits, config_.vocab);
+  linear(context, lm_head_, normed, hidden, {0, n_last}, logits + int64_t{first} * config_.vocab,
+         config_.vocab);
 }
 
-void Language::attend(Context& context, CpuKvPool& pool, const qvl_batch& batch,
-                      const std::vector<Piece>& pieces, int layer_index, int64_t n) {
+void Language::attend(Context& context, CpuKvPool& pool, int layer_index, Rows rows) {
   const Layer& layer = layers_[size(layer_index)];
   const Kernels& kernels = context.kernels;
-  const int64_t hidden = config_.hidden;
+  const int64_t hidden = config_.hidden, n = rows.n();
   const int head_dim = config_.head_dim;
   auto* x = x_.get<float>(size(n * hidden));
   auto* normed = normed_.get<float>(size(n * hidden));
   auto* qkv = qkv_.get<float>(size(n * 3 * hidden));
   auto* mixed = mixed_.get<float>(size(n * hidden));
-  context.rows(n, [&](int64_t i, int) {
+  context.rows(n, hidden, [&](int64_t i, int) {
     kernels.rms_norm(x + i * hidden, layer.ln_1, config_.hidden, config_.norm_epsilon, normed + i * hidden);
   });
-  linear(context, layer.c_attn, normed, hidden, n, qkv, 3 * hidden);
-  context.rows(n, [&](int64_t i, int) {
+  linear(context, layer.c_attn, normed, hidden, rows, qkv, 3 * hidden);
+  context.rows(n, 3 * hidden, [&](int64_t i, int) {
     float* q = qkv + i * 3 * hidden;
     float* k = q + hidden;
     const float* cos = &cos_[size(i * (head_dim / 2))];
@@ -188,36 +195,29 @@ void Language::attend(Context& context, CpuKvPool& pool, const qvl_batch& batch,
     pool.write(kernels, layer_index, block_[size(i)], slot_[size(i)], 0, k);
     pool.write(kernels, layer_index, block_[size(i)], slot_[size(i)], 1, k + hidden);
   });
-  PagedKv kv(pool, layer_index, head_dim);
-  std::vector<Queries> work;
-  for (const Piece& piece : pieces) {
-    for (int32_t done = 0; done < piece.n; done += kQueryRows) {
-      const int32_t part = std::min(kQueryRows, piece.n - done);
-      work.push_back({piece.first + done, part, int64_t{piece.past} + done + part, true});
-      kv.tables.push_back(batch.sequences[piece.sequence].blocks);
-    }
-  }
-  kv.work = work.data();
+  const PagedKv kv(pool, layer_index);
   const AttentionShape shape{config_.heads, head_dim, 3 * hidden,
                              head_dim,      hidden,   layer.c_attn.dtype != QVL_FLOAT32};
-  attention(context, shape, qkv, kv, work.data(), static_cast<int64_t>(work.size()), mixed);
-  linear(context, layer.attn_proj, mixed, hidden, n, x, hidden, true);
+  for (const std::vector<Queries>* work : {&prompt_work_, &decode_work_}) {
+    attention(context, shape, qkv, kv, work->data(), static_cast<int64_t>(work->size()), mixed);
+  }
+  linear(context, layer.attn_proj, mixed, hidden, rows, x, hidden, true);
 }
 
-void Language::feed_forward(Context& context, const Layer& layer, int64_t n) {
+void Language::feed_forward(Context& context, const Layer& layer, Rows rows) {
   const Kernels& kernels = context.kernels;
-  const int64_t hidden = config_.hidden, width = config_.mlp_width;
+  const int64_t hidden = config_.hidden, width = config_.mlp_width, n = rows.n();
   auto* x = x_.get<float>(size(n * hidden));
   auto* normed = normed_.get<float>(size(n * hidden));
   auto* gate = gate_.get<float>(size(n * width));
   auto* up = up_.get<float>(size(n * width));
-  context.rows(n, [&](int64_t i, int) {
+  context.rows(n, hidden, [&](int64_t i, int) {
     kernels.rms_norm(x + i * hidden, layer.ln_2, config_.hidden, config_.norm_epsilon, normed + i * hidden);
   });
-  linear(context, layer.w1, normed, hidden, n, up, width);
-  linear(context, layer.w2, normed, hidden, n, gate, width);
-  context.rows(n, [&](int64_t i, int) { kernels.silu_mul(gate + i * width, up + i * width, width); });
-  linear(context, layer.mlp_proj, up, width, n, x, hidden, true);
+  linear(context, layer.w1, normed, hidden, rows, up, width);
+  linear(context, layer.w2, normed, hidden, rows, gate, width);
+  context.rows(n, width, [&](int64_t i, int) { kernels.silu_mul(gate + i * width, up + i * width, width); });
+  linear(context, layer.mlp_proj, up, width, rows, x, hidden, true);
 }
 
 }  // namespace qvl::cpu

@@ -13,7 +13,8 @@ class Language {
  public:
   Language(const qvl_config& config, Weights& weights);
 
-  // A whole batch, in passes of at most config.max_tokens tokens.
+  // A whole batch, in passes of at most config.max_tokens tokens. Logits come for sequences without
+  // QVL_SEQUENCE_NO_LOGITS.
   void forward(Context& context, CpuKvPool& pool, const qvl_batch& batch, float* logits);
 
  private:
@@ -24,23 +25,24 @@ class Language {
     Matrix w1, w2, mlp_proj;
   };
 
-  // The part of a sequence that is in a pass.
+  // Tokens of a sequence that are in a pass, all of its prompt or all generated.
   struct Piece {
-    int32_t sequence;
-    int64_t first;  // row of the pass
+    const qvl_sequence* sequence;
+    int64_t token;  // in the batch
     int32_t n;
     int32_t past;
-    bool last;  // of its sequence in this batch
+    bool generated;
+    int32_t logits;     // row of the logits that its last token gives, or -1
+    int64_t first = 0;  // row of the pass
   };
 
   void check_ids(const qvl_batch& batch) const;
-  void embed(Context& context, const qvl_batch& batch, int64_t first_token, int64_t n, float* x) const;
-  void place(const qvl_batch& batch, const std::vector<Piece>& pieces);
-  void pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, const std::vector<Piece>& pieces,
-            int64_t first_token, int64_t n, float* logits);
-  void attend(Context& context, CpuKvPool& pool, const qvl_batch& batch, const std::vector<Piece>& pieces,
-              int layer, int64_t n);
-  void feed_forward(Context& context, const Layer& layer, int64_t n);
+  void embed(Context& context, const qvl_batch& batch, const Piece& piece, float* x) const;
+  void place(const CpuKvPool& pool, const Piece& piece);
+  void pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, std::vector<Piece>& pieces,
+            float* logits);
+  void attend(Context& context, CpuKvPool& pool, int layer, Rows rows);
+  void feed_forward(Context& context, const Layer& layer, Rows rows);
 
   const qvl_config& config_;
   const void* wte_;
@@ -52,9 +54,10 @@ class Language {
   // Of a pass: hidden states, normed ones, queries with keys and values, what attention gives, gate and
   // value.
   Buffer x_, normed_, qkv_, mixed_, gate_, up_;
-  // Of its tokens: angles, factor of the query, block and slot in the pool.
+  // Of its rows: angles, factor of the query, block and slot in the pool; and the work of attention.
   std::vector<float> cos_, sin_, query_scale_;
   std::vector<int32_t> block_, slot_;
+  std::vector<Queries> prompt_work_, decode_work_;
 };
 
 }  // namespace qvl::cpu

@@ -8,7 +8,8 @@ namespace qvl::cpu {
 namespace {
 
 constexpr int64_t kMatvecRows = 128;  // rows of weights in a task of matvec, at most
-constexpr int64_t kTileRows = 64;     // and of the blocked product
+constexpr int64_t kStretchBytes = 1 << 18;  // and of more than kMaxRows activations
+constexpr int64_t kTileRows = 64;     // rows in a task of the blocked product
 constexpr int64_t kMaxTokens = 384;   // packed at once: 512 columns of them fit into a second-level cache
 
 constexpr int kBits[QVL_DTYPES] = {32, 16, 8, 4, 4, 16};
@@ -17,16 +18,38 @@ const void* offset(const void* memory, uint64_t bytes) {
   return static_cast<const char*>(memory) + bytes;
 }
 
-void multiply_few(Context& context, const Matrix& m, const float* x, int64_t x_stride, int n_x, float* y,
-                  int64_t y_stride, bool add) {
+// Activations in groups of kMaxRows. A task is a stretch of the weights for all groups: the first brings it
+// from memory, the others find it in the cache.
+void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x, float* y,
+            int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;
-  void* prepared = context.activations.get<char>(kernels.prepared_bytes[m.dtype](m.k, n_x));
-  kernels.prepare_x[m.dtype](x, x_stride, n_x, m.k, prepared);
-  const Matvec product{m.values, m.scales, m.k, prepared, n_x, y, y_stride, m.bias, add};
+  const size_t group_bytes = kernels.prepared_bytes[m.dtype](m.k, kMaxRows);
+  const int64_t groups = (n_x + kMaxRows - 1) / kMaxRows;
+  char* prepared = context.activations.get<char>(group_bytes * static_cast<size_t>(groups));
+  const auto of_group = [&](int64_t g) {
+    return Matvec{m.values,
+                  m.scales,
+                  m.k,
+                  prepared + group_bytes * static_cast<size_t>(g),
+                  static_cast<int>(std::min<int64_t>(kMaxRows, n_x - g * kMaxRows)),
+                  y + g * kMaxRows * y_stride,
+                  y_stride,
+                  m.bias,
+                  add};
+  };
+  context.run(groups, (groups - 1) * kMaxRows * kElementWork * m.k, [&](int64_t g, int) {
+    const Matvec group = of_group(g);
+    kernels.prepare_x[m.dtype](x + g * kMaxRows * x_stride, x_stride, group.n_x, m.k,
+                               prepared + group_bytes * static_cast<size_t>(g));
+  });
   const int64_t even_share = m.rows / (8 * context.pool.size()) / 32 * 32;
-  const int64_t step = std::clamp<int64_t>(even_share, 32, kMatvecRows);
-  context.pool.run((m.rows + step - 1) / step, [&](int64_t task, int) {
-    kernels.matvec[m.dtype](product, task * step, std::min((task + 1) * step, m.rows));
+  const int64_t in_cache = kStretchBytes / static_cast<int64_t>(value_bytes(m.dtype, 1, m.k)) / 16 * 16;
+  const int64_t most = groups > 1 ? std::clamp<int64_t>(in_cache, 16, kMatvecRows) : kMatvecRows;
+  const int64_t step = std::clamp<int64_t>(even_share, std::min<int64_t>(32, most), most);
+  context.run((m.rows + step - 1) / step, m.rows * m.k * n_x, [&](int64_t task, int) {
+    for (int64_t g = 0; g < groups; ++g) {
+      kernels.matvec[m.dtype](of_group(g), task * step, std::min((task + 1) * step, m.rows));
+    }
   });
 }
 
@@ -57,7 +80,7 @@ Tile tile_of(const Kernels& kernels, int kind, const Matrix& m, const UnpackTile
   return {tile.tile, (tile.n_k + 1) / 2 * 2};
 }
 
-void multiply_many(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x, float* y,
+void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x, float* y,
                    int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;
   const int kind = kernels.bf16_dot && m.dtype != QVL_FLOAT32 ? 1 : 0;
@@ -71,7 +94,7 @@ void multiply_many(Context& context, const Matrix& m, const float* x, int64_t x_
   const size_t k_bytes = static_cast<size_t>(lanes) * (kind == 1 ? 2 : 4);  // of a panel, for each k
   const size_t panel_bytes = static_cast<size_t>(k_even) * k_bytes;
   char* panels = context.activations.get<char>(static_cast<size_t>(n_panels) * panel_bytes);
-  context.pool.run(n_panels, [&](int64_t p, int) {
+  context.rows(n_panels, int64_t{lanes} * m.k, [&](int64_t p, int) {
     const auto n = static_cast<int>(std::min<int64_t>(lanes, n_x - p * lanes));
     kernels.pack_panel[kind](x + p * lanes * x_stride, x_stride, n, m.k,
                              panels + static_cast<size_t>(p) * panel_bytes);
@@ -81,7 +104,7 @@ void multiply_many(Context& context, const Matrix& m, const float* x, int64_t x_
   const size_t c_floats = static_cast<size_t>(kTileRows * c_stride);
   for (Buffer& buffer : context.of_thread) buffer.get<float>(tile_floats + c_floats);
   const int64_t tasks = (m.rows + kTileRows - 1) / kTileRows;
-  context.pool.run(tasks, [&](int64_t task, int thread) {
+  context.run(tasks, m.rows * m.k * n_x, [&](int64_t task, int thread) {
     float* tile = context.of_thread[static_cast<size_t>(thread)].get<float>(tile_floats + c_floats);
     float* c = tile + tile_floats;
     const int64_t first_row = task * kTileRows;
@@ -112,17 +135,18 @@ Matrix Matrix::slice(int64_t first, int64_t n) const {
   return part;
 }
 
-void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, int64_t n_x, float* y,
+void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, Rows rows, float* y,
             int64_t y_stride, bool add) {
-  if (n_x <= kMaxRows) {
-    return multiply_few(context, matrix, x, x_stride, static_cast<int>(n_x), y, y_stride, add);
-  }
-  const int64_t parts = (n_x + kMaxTokens - 1) / kMaxTokens;
+  const int64_t n = rows.prompt;
+  const int64_t parts = std::max<int64_t>(1, (n + kMaxTokens - 1) / kMaxTokens);
   const int64_t lanes = context.kernels.lanes;
-  const int64_t step = ((n_x + parts - 1) / parts + lanes - 1) / lanes * lanes;
-  for (int64_t first = 0; first < n_x; first += step) {
-    multiply_many(context, matrix, x + first * x_stride, x_stride, std::min(step, n_x - first),
-                  y + first * y_stride, y_stride, add);
+  const int64_t step = ((n + parts - 1) / parts + lanes - 1) / lanes * lanes;
+  for (int64_t first = 0; first < n; first += step) {
+    blocked(context, matrix, x + first * x_stride, x_stride, std::min(step, n - first), y + first * y_stride,
+            y_stride, add);
+  }
+  if (rows.decode > 0) {
+    decode(context, matrix, x + n * x_stride, x_stride, rows.decode, y + n * y_stride, y_stride, add);
   }
 }
 

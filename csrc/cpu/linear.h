@@ -17,11 +17,19 @@ struct Matrix {
   Matrix slice(int64_t first, int64_t n) const;
 };
 
-// y [n_x][y_stride] (+)= x [n_x][x_stride] W^T + bias. x and y do not overlap.
+// Rows of activations: first those of prompts and images, then those of decode steps.
+struct Rows {
+  int64_t prompt;
+  int64_t decode;
+
+  int64_t n() const { return prompt + decode; }
+};
+
+// y [n][y_stride] (+)= x [n][x_stride] W^T + bias. x and y do not overlap.
 //
-// Up to kMaxRows activations go through the matrix-vector kernels, which stream the weights once; more
-// through a blocked product.
-void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, int64_t n_x, float* y,
+// Prompt rows go through a blocked product, decode rows through the matrix-vector kernels, which stream the
+// weights from memory once. What a row gives does not depend, to the bit, on how many there are.
+void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, Rows rows, float* y,
             int64_t y_stride, bool add = false);
 
 }  // namespace qvl::cpu

@@ -32,7 +32,7 @@ Resampler::Resampler(const qvl_config& config, Weights& weights, Context& contex
   layer_norm_rows(context, weights.norm(kPool + "ln_q"), weights.floats(kPool + "query"), n, config.hidden,
                   normed);
   context.kernels.add(weights.floats(kPool + "pos_embed"), normed, n * hidden);
-  linear(context, in_proj.slice(0, hidden), normed, hidden, n, queries, hidden);
+  linear(context, in_proj.slice(0, hidden), normed, hidden, {n, 0}, queries, hidden);
   const float scale = 1 / std::sqrt(static_cast<float>(kResamplerHeadDim));
   for (int64_t i = 0; i < n * hidden; ++i) queries[i] *= scale;
 }
@@ -46,28 +46,28 @@ void Resampler::run(Context& context, const float* patches_in, float* features) 
   auto* mixed = mixed_.get<float>(size(n_queries * hidden));
   auto* out = out_.get<float>(size(n_queries * hidden));
   if (projects_) {
-    linear(context, kv_proj_, patches_in, config_.vision_width, n, kv, hidden);
+    linear(context, kv_proj_, patches_in, config_.vision_width, {n, 0}, kv, hidden);
     patches_in = kv;
   }
   layer_norm_rows(context, ln_kv_, patches_in, n, config_.hidden, kv);
   std::memcpy(key_input, kv, size(n * hidden) * sizeof(float));
   context.kernels.add(key_positions_, key_input, n * hidden);
-  linear(context, key_, key_input, hidden, n, keys, hidden);
-  linear(context, value_, kv, hidden, n, values, hidden);
+  linear(context, key_, key_input, hidden, {n, 0}, keys, hidden);
+  linear(context, value_, kv, hidden, {n, 0}, values, hidden);
 
   const DenseKv source(keys, values, hidden, kResamplerHeadDim);
   std::vector<Queries> work;
   for (int64_t first = 0; first < n_queries; first += kQueryRows) {
-    work.push_back({first, static_cast<int>(std::min<int64_t>(kQueryRows, n_queries - first)), n, false});
+    work.push_back({first, static_cast<int>(std::min<int64_t>(kQueryRows, n_queries - first)), n, kAllKeys});
   }
   const AttentionShape shape{
       config_.hidden / kResamplerHeadDim, kResamplerHeadDim, hidden, kResamplerHeadDim, hidden,
       key_.dtype != QVL_FLOAT32};
   attention(context, shape, queries_.get<float>(size(n_queries * hidden)), source, work.data(),
             static_cast<int64_t>(work.size()), mixed);
-  linear(context, out_proj_, mixed, hidden, n_queries, out, hidden);
+  linear(context, out_proj_, mixed, hidden, {n_queries, 0}, out, hidden);
   layer_norm_rows(context, ln_post_, out, n_queries, config_.hidden, out);
-  linear(context, proj_, out, hidden, n_queries, features, hidden);
+  linear(context, proj_, out, hidden, {n_queries, 0}, features, hidden);
 }
 
 }  // namespace qvl::cpu

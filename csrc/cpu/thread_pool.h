@@ -1,13 +1,10 @@
 // Threads that wait for loops to share. One caller at a time.
 #pragma once
 
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <functional>
-#include <mutex>
-#include <thread>
-#include <vector>
+#include <memory>
+#include <string>
+#include <type_traits>
 
 namespace qvl::cpu {
 
@@ -19,11 +16,15 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
   ~ThreadPool();
 
-  int size() const { return static_cast<int>(workers_.size()) + 1; }
+  int size() const { return n_threads_; }
 
   // body(task, thread) for tasks 0 to n - 1; thread 0 is the caller. Each thread has a stretch of
   // neighbouring tasks, which it takes in order, so that it knows what memory it reads next; then it helps
   // with the others'. Returns when all are done. `body` must not throw.
+  //
+  // Only threads that have begun a task are waited for. Where waiting has cost more than the caller alone
+  // would have needed, because another process has a thread's processor, the caller runs alone for a while.
+  // In a child after fork() the first loop starts fresh threads, and fails like the constructor if it cannot.
   template <typename Body>
   void run(int64_t n, Body&& body) {
     using Plain = std::remove_reference_t<Body>;
@@ -34,33 +35,23 @@ class ThreadPool {
 
  private:
   using Function = void (*)(void*, int64_t, int);
+  struct Team;
 
   void run_erased(int64_t n, Function function, void* context);
-  void work(int thread);
-  void take_tasks(int thread);
-  void join();
+  bool alone();
 
-  // A thread's stretch of the tasks, on a cache line of its own.
-  struct alignas(64) Stretch {
-    std::atomic<int64_t> next{0};
-    int64_t end = 0;
-  };
-
-  // The loop that is shared now.
-  Function function_ = nullptr;
-  void* context_ = nullptr;
-  std::vector<Stretch> stretches_;
-  // A new loop raises the generation; workers count themselves off when they have no more to do in it.
-  std::atomic<uint32_t> generation_{0};
-  std::atomic<int> busy_{0};
-  std::atomic<bool> stop_{false};
-  std::atomic<int> sleepers_{0};
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::vector<std::thread> workers_;
+  int n_threads_;
+  std::unique_ptr<Team> team_;
+  int64_t debt_ = 0;         // nanoseconds that sharing has lost against running alone
+  int64_t alone_until_ = 0;  // nanoseconds of the steady clock; 0: now
 };
 
-// Threads to use: `asked` if it is over 0, else OMP_NUM_THREADS, else the CPUs that this process may run on.
+// Threads to use: `asked` if it is over 0, else OMP_NUM_THREADS, else the CPUs that this process may run on,
+// by its affinity and by the quota of its container.
 int thread_count(int asked);
+
+// CPUs that the control groups listed in `cgroup_file` (/proc/self/cgroup) and their parents allow, 0 if they
+// set no limit. `root` is where the groups are mounted (/sys/fs/cgroup). Versions 1 and 2.
+double cpu_quota(const std::string& cgroup_file, const std::string& root);
 
 }  // namespace qvl::cpu

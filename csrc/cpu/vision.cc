@@ -9,7 +9,7 @@
 namespace qvl::cpu {
 
 void layer_norm_rows(Context& context, const Norm& norm, const float* x, int64_t n, int width, float* y) {
-  context.rows(n, [&](int64_t i, int) {
+  context.rows(n, width, [&](int64_t i, int) {
     context.kernels.layer_norm(x + i * width, norm.weight, norm.bias, width, kVisionEpsilon, y + i * width);
   });
 }
@@ -37,7 +37,7 @@ Vision::Vision(const qvl_config& config, Weights& weights, Context& context)
 // [patches][3][patch_size][patch_size], so that the convolution is a product with its weights as they lie.
 void Vision::cut_patches(Context& context, const float* image, float* to) const {
   const int64_t size_ = config_.image_size, patch = config_.patch_size, grid = size_ / patch;
-  context.rows(patches_, [&](int64_t i, int) {
+  context.rows(patches_, 3 * patch * patch, [&](int64_t i, int) {
     const int64_t top = i / grid * patch, left = i % grid * patch;
     float* row = to + i * 3 * patch * patch;
     for (int64_t line = 0; line < 3 * patch; ++line, row += patch) {
@@ -49,10 +49,11 @@ void Vision::cut_patches(Context& context, const float* image, float* to) const 
 
 void Vision::encode(Context& context, const float* image, float* features) {
   const int64_t width = config_.vision_width;
+  const Rows rows{patches_, 0};
   auto* x = x_.get<float>(size(patches_ * width));
   auto* cut = wide_.get<float>(size(patches_ * std::max<int64_t>(conv1_.k, config_.vision_mlp_width)));
   cut_patches(context, image, cut);
-  linear(context, conv1_, cut, conv1_.k, patches_, x, width);
+  linear(context, conv1_, cut, conv1_.k, rows, x, width);
   context.kernels.add(positions_, x, patches_ * width);
   layer_norm_rows(context, ln_pre_, x, patches_, config_.vision_width, x);
   for (const Block& each : blocks_) block(context, each, x);
@@ -62,14 +63,15 @@ void Vision::encode(Context& context, const float* image, float* features) {
 void Vision::block(Context& context, const Block& block, float* x) {
   const int64_t width = config_.vision_width, mlp = config_.vision_mlp_width;
   const int head_dim = config_.vision_width / config_.vision_heads;
+  const Rows rows{patches_, 0};
   auto* normed = normed_.get<float>(size(patches_ * width));
   auto* qkv = qkv_.get<float>(size(patches_ * 3 * width));
   auto* wide = wide_.get<float>(size(patches_ * std::max<int64_t>(conv1_.k, mlp)));
   layer_norm_rows(context, block.ln_1, x, patches_, config_.vision_width, normed);
-  linear(context, block.in_proj, normed, width, patches_, qkv, 3 * width);
+  linear(context, block.in_proj, normed, width, rows, qkv, 3 * width);
   const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
   // Query, key and value of a head lie side by side: [heads][3][head_dim].
-  context.rows(patches_, [&](int64_t i, int) {
+  context.rows(patches_, width, [&](int64_t i, int) {
     for (int h = 0; h < config_.vision_heads; ++h) {
       float* q = qkv + i * 3 * width + h * 3 * head_dim;
       for (int d = 0; d < head_dim; ++d) q[d] *= scale;
@@ -79,16 +81,16 @@ void Vision::block(Context& context, const Block& block, float* x) {
   std::vector<Queries> work;
   for (int64_t first = 0; first < patches_; first += kQueryRows) {
     work.push_back(
-        {first, static_cast<int>(std::min<int64_t>(kQueryRows, patches_ - first)), patches_, false});
+        {first, static_cast<int>(std::min<int64_t>(kQueryRows, patches_ - first)), patches_, kAllKeys});
   }
   const AttentionShape shape{config_.vision_heads, head_dim, 3 * width,
                              3 * head_dim,         width,    block.in_proj.dtype != QVL_FLOAT32};
   attention(context, shape, qkv, kv, work.data(), static_cast<int64_t>(work.size()), normed);
-  linear(context, block.out_proj, normed, width, patches_, x, width, true);
+  linear(context, block.out_proj, normed, width, rows, x, width, true);
   layer_norm_rows(context, block.ln_2, x, patches_, config_.vision_width, normed);
-  linear(context, block.c_fc, normed, width, patches_, wide, mlp);
-  context.rows(patches_, [&](int64_t i, int) { context.kernels.gelu(wide + i * mlp, mlp); });
-  linear(context, block.c_proj, wide, mlp, patches_, x, width, true);
+  linear(context, block.c_fc, normed, width, rows, wide, mlp);
+  context.rows(patches_, mlp, [&](int64_t i, int) { context.kernels.gelu(wide + i * mlp, mlp); });
+  linear(context, block.c_proj, wide, mlp, rows, x, width, true);
 }
 
 }  // namespace qvl::cpu

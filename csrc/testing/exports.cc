@@ -8,6 +8,7 @@
 #include "core/pack.h"
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
+#include "cpu/kv_pool.h"
 #include "cpu/linear.h"
 #include "cpu/rotary.h"
 #include "reference/reference.h"
@@ -43,10 +44,12 @@ Matrix as_matrix(qvl_dtype dtype, int64_t rows, int64_t k, const void* packed, c
 
 }  // namespace
 
-EXPORT int qvlt_linear(qvl_isa isa, int threads, qvl_dtype dtype, int64_t n_x, int64_t rows, int64_t k,
-                       const float* x, const void* packed, const float* bias, int add, float* y) {
+// The first n_prompt of the n_x activations by the blocked product, the others by the matrix-vector kernels.
+EXPORT int qvlt_linear(qvl_isa isa, int threads, qvl_dtype dtype, int64_t n_prompt, int64_t n_x, int64_t rows,
+                       int64_t k, const float* x, const void* packed, const float* bias, int add, float* y) {
   return with_context(isa, threads, [&](Context& context) {
-    linear(context, as_matrix(dtype, rows, k, packed, bias), x, k, n_x, y, rows, add != 0);
+    linear(context, as_matrix(dtype, rows, k, packed, bias), x, k, {n_prompt, n_x - n_prompt}, y, rows,
+           add != 0);
   });
 }
 
@@ -105,43 +108,43 @@ EXPORT float qvlt_query_scale(const qvl_config* config, int position) {
   return query_scale(*config, position);
 }
 
-// q, k and v as in reference.h. tile: tokens in a tile of keys; dtype: what keys and values are rounded to
-// first.
-EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, int rounded, int64_t heads,
-                          int64_t head_dim, int64_t n, int64_t n_keys, int causal, const float* q,
-                          const float* k, const float* v, float* out) {
+EXPORT double qvlt_cpu_quota(const char* cgroup_file, const char* root) {
+  return cpu_quota(cgroup_file, root);
+}
+
+// q, k and v as in reference.h, keys and values by way of a pool of the type `dtype` with blocks of `tile`
+// tokens. decode: each query by itself, as in a decode step.
+EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, int rounded, int decode,
+                          int64_t heads, int64_t head_dim, int64_t n, int64_t n_keys, int causal,
+                          const float* q, const float* k, const float* v, float* out) {
   struct Kv final : KeysAndValues {
-    const void *keys, *values;
-    qvl_dtype dtype;
-    int64_t stride, head_dim;
+    const CpuKvPool& pool;
+    explicit Kv(const CpuKvPool& pool) : pool(pool) { tile_tokens = pool.block_tokens; }
     KvTile tile(const Queries& queries, int head, int64_t i) const override {
-      const size_t start =
-          static_cast<size_t>(i * tile_tokens * stride + head * head_dim) * (dtype == QVL_FLOAT32 ? 4 : 2);
-      const auto count = static_cast<int>(std::min<int64_t>(tile_tokens, queries.n_keys - i * tile_tokens));
-      return {static_cast<const char*>(keys) + start, static_cast<const char*>(values) + start, stride, dtype,
-              count};
+      const auto count = std::min<int64_t>(tile_tokens, queries.n_keys - i * tile_tokens);
+      return pool.tile(0, static_cast<int>(i), head, static_cast<int>(count));
     }
   };
   return with_context(isa, threads, [&](Context& context) {
     const int64_t stride = heads * head_dim;
-    std::vector<uint16_t> halves(static_cast<size_t>(2 * n_keys * stride));
-    context.kernels.narrow(k, halves.data(), n_keys * stride);
-    context.kernels.narrow(v, halves.data() + n_keys * stride, n_keys * stride);
-    Kv kv;
-    kv.tile_tokens = tile;
-    kv.dtype = dtype;
-    kv.stride = stride;
-    kv.head_dim = head_dim;
-    kv.keys = dtype == QVL_FLOAT32 ? static_cast<const void*>(k) : halves.data();
-    kv.values = dtype == QVL_FLOAT32 ? static_cast<const void*>(v) : halves.data() + n_keys * stride;
+    qvl_config config{};
+    config.layers = 1;
+    config.heads = static_cast<int32_t>(heads);
+    config.head_dim = static_cast<int32_t>(head_dim);
+    CpuKvPool pool(config, static_cast<int32_t>((n_keys + tile - 1) / tile), tile, dtype);
+    for (int t = 0; t < n_keys; ++t) {
+      pool.write(context.kernels, 0, t / tile, t % tile, 0, k + t * stride);
+      pool.write(context.kernels, 0, t / tile, t % tile, 1, v + t * stride);
+    }
+    const Seen seen = decode != 0 ? kDecode : causal != 0 ? kCausal : kAllKeys;
     std::vector<Queries> work;
     for (int64_t first = 0; first < n; first += kQueryRows) {
       const auto part = static_cast<int>(std::min<int64_t>(kQueryRows, n - first));
-      work.push_back({first, part, causal != 0 ? n_keys - n + first + part : n_keys, causal != 0});
+      work.push_back({first, part, causal != 0 ? n_keys - n + first + part : n_keys, seen});
     }
     const AttentionShape shape{
         static_cast<int>(heads), static_cast<int>(head_dim), stride, head_dim, stride, rounded != 0};
-    attention(context, shape, q, kv, work.data(), static_cast<int64_t>(work.size()), out);
+    attention(context, shape, q, Kv(pool), work.data(), static_cast<int64_t>(work.size()), out);
   });
 }
 

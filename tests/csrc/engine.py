@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -254,11 +254,11 @@ class Library:
         }
         kernels: dict[str, list[Any]] = {
             **testing,
-            "linear": [i32, i32, *testing["linear"]],
+            "linear": [i32, i32, i64, *testing["linear"]],
             "add": [i64, p, p],
             "bfloat16": [i64, p, p, p],
             "rotary": [POINTER(Config), i32, i64, p, p, p, p],
-            "attention": [i32, i32, i32, i32, *testing["attention"]],
+            "attention": [i32, i32, i32, i32, i32, *testing["attention"]],
         }
         if hasattr(self.dll, "qvlt_linear"):
             for name, arguments in testing.items():
@@ -267,6 +267,8 @@ class Library:
                 getattr(self.dll, f"qvlt_{name}").argtypes = [i32, *arguments]
             self.dll.qvlt_query_scale.argtypes = [POINTER(Config), i32]
             self.dll.qvlt_query_scale.restype = c_float
+            self.dll.qvlt_cpu_quota.argtypes = [c_char_p, c_char_p]
+            self.dll.qvlt_cpu_quota.restype = c_double
         for name, arguments in signatures.items():
             getattr(self.dll, name).argtypes = [*arguments, POINTER(Error)]
             getattr(self.dll, name).restype = c_int32

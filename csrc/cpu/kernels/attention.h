@@ -26,6 +26,16 @@ void attend_end(const float* state, int n_q, int64_t out_stride, float* out) {
   }
 }
 
+void attend_merge(const float* from_state, const float* from, int64_t out_stride, float* state, float* out) {
+  const float most = from_state[0] > state[0] ? from_state[0] : state[0];
+  const float mine = exp(all(state[0] - most))[0], other = exp(all(from_state[0] - most))[0];
+  state[0] = most;
+  state[1] = state[1] * mine + from_state[1] * other;
+  for (int64_t d = 0; d < out_stride; d += kLanes) {
+    store(out + d, load<Floats>(out + d) * mine + load<Floats>(from + d) * other);
+  }
+}
+
 QVL_INLINE void scale_row(float* out, int64_t width, float by) {
   for (int64_t d = 0; d < width; d += kLanes) store(out + d, load<Floats>(out + d) * by);
 }
@@ -62,10 +72,32 @@ QVL_INLINE void soften(float* scores, int n, int seen, float* state, float* out,
   state[1] += sum(total);
 }
 
-// `some` elements from i on, zero behind them.
-QVL_INLINE Floats elements(const void* memory, qvl_dtype dtype, int64_t i, int some) {
-  if (dtype == QVL_FLOAT32) return load_some(static_cast<const float*>(memory) + i, some);
-  return widen(load_some_halves(static_cast<const uint16_t*>(memory) + i, some));
+// body(a value of the type in which the tile is stored)
+template <typename Body>
+QVL_INLINE void by_type(const KvTile& tile, Body&& body) {
+  switch (tile.dtype) {
+    case QVL_FLOAT32:
+      return body(float{});
+    case QVL_BFLOAT16:
+      return body(BFloat16{});
+    case QVL_FLOAT16:
+      return body(Float16{});
+    default:
+      return body(int8_t{});
+  }
+}
+
+// What a token's stored values are to be multiplied with.
+template <typename Stored>
+QVL_INLINE float scale_of(const float* scales, int64_t t) {
+  if constexpr (sizeof(Stored) == 1) return scales[t];
+  return 1;
+}
+
+// `some` elements, zero behind them.
+template <typename Stored>
+QVL_INLINE Floats elements(const Stored* memory, int some) {
+  return some == kLanes ? load_floats(memory) : load_some(memory, some);
 }
 
 constexpr int kMaxHeadDim = 512;
@@ -73,19 +105,44 @@ constexpr int kMaxHeadDim = 512;
 // The keys of a tile in panels of tokens, packed by `pack` (gemm.h).
 template <typename Pack>
 QVL_INLINE void pack_keys(const KvTile& tile, int head_dim, char* to, size_t panel_bytes, Pack&& pack) {
-  for (int t = 0; t < tile.n; t += kLanes, to += panel_bytes) {
-    const int n = tile.n - t < kLanes ? tile.n - t : kLanes;
-    if (tile.dtype == QVL_FLOAT32) {
-      pack(static_cast<const float*>(tile.keys) + t * tile.stride, tile.stride, n, head_dim, to);
-    } else {
-      float rows[kLanes * kMaxHeadDim];
-      for (int i = 0; i < n; ++i) {
-        widen_all<BFloat16>(static_cast<const uint16_t*>(tile.keys) + (t + i) * tile.stride,
-                            rows + i * head_dim, head_dim);
+  by_type(tile, [&](auto type) {
+    using Stored = decltype(type);
+    const auto* keys = static_cast<const Stored*>(tile.keys);
+    for (int t = 0; t < tile.n; t += kLanes, to += panel_bytes) {
+      const int n = tile.n - t < kLanes ? tile.n - t : kLanes;
+      if constexpr (sizeof(Stored) == sizeof(float)) {
+        pack(keys + t * tile.stride, tile.stride, n, head_dim, to);
+      } else {
+        float rows[kLanes * kMaxHeadDim];
+        for (int i = 0; i < n; ++i) {
+          const Stored* from = keys + (t + i) * tile.stride;
+          const float scale = scale_of<Stored>(tile.key_scales, t + i);
+          in_steps(head_dim, [&](int64_t d, int some) {
+            store_some(rows + i * head_dim + d, elements(from + d, some) * scale, some);
+          });
+        }
+        pack(rows, head_dim, n, head_dim, to);
       }
-      pack(rows, head_dim, n, head_dim, to);
     }
-  }
+  });
+}
+
+// put(d, t, the values of token t from channel d on) for each vector of channels and each token below n; zero
+// for tokens that the tile has not.
+template <typename Put>
+QVL_INLINE void each_value(const KvTile& tile, int head_dim, int n, Put&& put) {
+  by_type(tile, [&](auto type) {
+    using Stored = decltype(type);
+    const auto* values = static_cast<const Stored*>(tile.values);
+    for (int d = 0; d < head_dim; d += kLanes) {
+      const int some = head_dim - d < kLanes ? head_dim - d : kLanes;
+      for (int t = 0; t < n; ++t) {
+        put(d, t,
+            t < tile.n ? elements(values + t * tile.stride + d, some) * scale_of<Stored>(tile.value_scales, t)
+                       : Floats{});
+      }
+    }
+  });
 }
 
 QVL_INLINE void soften_all(const KvTile& tile, int64_t visible, int n_q, float* scores, int tokens,
@@ -114,13 +171,9 @@ void attend(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTil
   float* scores = values + tokens * out_stride;
   const size_t panel_bytes = static_cast<size_t>(head_dim) * sizeof(Floats);
   pack_keys(tile, head_dim, reinterpret_cast<char*>(keys), panel_bytes, pack_panel_f32);
-  for (int d = 0; d < head_dim; d += kLanes) {
-    const int some = head_dim - d < kLanes ? head_dim - d : kLanes;
-    for (int t = 0; t < tile.n; ++t) {
-      store(values + static_cast<int64_t>(d) * tile.n + t * kLanes,
-            elements(tile.values, tile.dtype, t * tile.stride + d, some));
-    }
-  }
+  each_value(tile, head_dim, tile.n, [&](int d, int t, Floats value) {
+    store(values + static_cast<int64_t>(d) * tile.n + t * kLanes, value);
+  });
   multiply_tile<StepF32>(q, q_stride, n_q, head_dim, keys, panel_bytes, tokens / kLanes, true, scores, tokens,
                          {});
   soften_all(tile, visible, n_q, scores, tokens, state, out, out_stride);
@@ -140,16 +193,15 @@ void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, con
   uint16_t* weights = queries + int64_t{n_q} * width;
   const size_t panel_bytes = static_cast<size_t>(width / 2) * sizeof(Words);
   pack_keys(tile, head_dim, reinterpret_cast<char*>(keys), panel_bytes, pack_panel_bf16);
-  for (int d = 0; d < head_dim; d += kLanes) {
-    const int some = head_dim - d < kLanes ? head_dim - d : kLanes;
-    uint32_t* to = values + int64_t{d} * (tokens / 2);
-    for (int t = 0; t < tokens; t += 2, to += kLanes) {
-      const auto row = [&](int i) {
-        return i < tile.n ? elements(tile.values, tile.dtype, i * tile.stride + d, some) : Floats{};
-      };
-      store(to, widen_halves(narrow(row(t))) | widen_halves(narrow(row(t + 1))) << 16);
+  Words even_token{};
+  each_value(tile, head_dim, tokens, [&](int d, int t, Floats value) {
+    const Words half = widen_halves(narrow(value));
+    if (t % 2 == 0) {
+      even_token = half;
+    } else {
+      store(values + int64_t{d} * (tokens / 2) + t / 2 * kLanes, even_token | half << 16);
     }
-  }
+  });
   for (int i = 0; i < n_q; ++i) {
     narrow_all(q + i * q_stride, queries + int64_t{i} * width, head_dim);
     if (width > head_dim) queries[int64_t{i} * width + head_dim] = 0;
@@ -167,45 +219,54 @@ void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, con
 constexpr int kTogether = 4;
 
 // to [V vectors] += the values from channel d on, each token's times its weight; `some` channels in a vector.
-template <int V>
-QVL_INLINE void add_values(const KvTile& tile, const float* weights, int d, int some, float* to) {
+template <int V, typename Stored>
+QVL_INLINE void add_values(const Stored* values, int64_t stride, int n, const float* weights, int some,
+                           float* to) {
   Floats totals[V];
   for (int v = 0; v < V; ++v) totals[v] = load<Floats>(to + v * kLanes);
-  for (int t = 0; t < tile.n; ++t) {
+  for (int t = 0; t < n; ++t) {
     for (int v = 0; v < V; ++v) {
-      totals[v] += elements(tile.values, tile.dtype, t * tile.stride + d + v * kLanes, some) * weights[t];
+      totals[v] += elements(values + t * stride + v * kLanes, some) * weights[t];
     }
   }
   for (int v = 0; v < V; ++v) store(to + v * kLanes, totals[v]);
 }
 
-void attend_one(const float* q, int head_dim, const KvTile& tile, float* state, float* out) {
+template <typename Stored>
+QVL_INLINE void attend_one_of(const float* q, int head_dim, const KvTile& tile, float* state, float* out) {
   float scores[kMaxKvTile + kLanes];
   const int64_t width = round_up(head_dim, kLanes);
   const int whole = head_dim / kLanes * kLanes;
-  const int64_t element = tile.dtype == QVL_FLOAT32 ? 4 : 2;
+  const auto* keys = static_cast<const Stored*>(tile.keys);
+  const auto* values = static_cast<const Stored*>(tile.values);
   for (int t = 0; t < tile.n; ++t) {
-    const char* values = static_cast<const char*>(tile.values) + t * tile.stride * element;
-    for (int64_t i = 0; i < head_dim * element; i += 64) prefetch(values + i);
+    const Stored* key = keys + t * tile.stride;
+    for (int64_t i = 0; i < head_dim; i += 64 / sizeof(Stored)) prefetch(values + t * tile.stride + i);
     Floats dot{};
-    for (int d = 0; d < whole; d += kLanes) {
-      dot += load<Floats>(q + d) * elements(tile.keys, tile.dtype, t * tile.stride + d, kLanes);
-    }
+    for (int d = 0; d < whole; d += kLanes) dot += load<Floats>(q + d) * load_floats(key + d);
     if (whole < head_dim) {
       const int some = head_dim - whole;
-      dot += load_some(q + whole, some) * elements(tile.keys, tile.dtype, t * tile.stride + whole, some);
+      dot += load_some(q + whole, some) * load_some(key + whole, some);
     }
-    scores[t] = sum(dot);
+    scores[t] = sum(dot) * scale_of<Stored>(tile.key_scales, t);
   }
   soften(scores, tile.n, tile.n, state, out, width);
+  if constexpr (sizeof(Stored) == 1) {
+    for (int t = 0; t < tile.n; ++t) scores[t] *= tile.value_scales[t];
+  }
   // Several vectors at once: the additions to each wait for one another.
   int d = 0;
   for (; d + kTogether * kLanes <= head_dim; d += kTogether * kLanes) {
-    add_values<kTogether>(tile, scores, d, kLanes, out + d);
+    add_values<kTogether>(values + d, tile.stride, tile.n, scores, kLanes, out + d);
   }
   for (; d < head_dim; d += kLanes) {
-    add_values<1>(tile, scores, d, head_dim - d < kLanes ? head_dim - d : kLanes, out + d);
+    const int some = head_dim - d < kLanes ? head_dim - d : kLanes;
+    add_values<1>(values + d, tile.stride, tile.n, scores, some, out + d);
   }
+}
+
+void attend_one(const float* q, int head_dim, const KvTile& tile, float* state, float* out) {
+  by_type(tile, [&](auto type) { attend_one_of<decltype(type)>(q, head_dim, tile, state, out); });
 }
 
 }  // namespace

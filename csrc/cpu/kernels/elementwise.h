@@ -56,6 +56,30 @@ void narrow_all(const float* from, uint16_t* to, int64_t n) {
   });
 }
 
+void narrow_all_float16(const float* from, uint16_t* to, int64_t n) {
+  in_steps(n, [&](int64_t i, int some) {
+    const HalfWords halves = narrow_float16(load_some(from + i, some));
+    __builtin_memcpy(to + i, &halves, static_cast<size_t>(some) * 2);
+  });
+}
+
+float narrow_all_int8(const float* from, int8_t* to, int64_t n) {
+  Floats magnitudes{};
+  in_steps(n, [&](int64_t i, int some) {
+    const Floats v = load_some(from + i, some);
+    magnitudes = max(magnitudes, max(v, -v));
+  });
+  const float most = largest(magnitudes);
+  // The inverse of a denormal would overflow; it counts as zero.
+  const bool usable = most > 1e-35F && most < __builtin_inff();
+  const float inverse = usable ? 127.0F / most : 0.0F;
+  in_steps(n, [&](int64_t i, int some) {
+    const FewBytes bytes = narrow_few(nearest(load_some(from + i, some) * inverse));
+    __builtin_memcpy(to + i, &bytes, static_cast<size_t>(some));
+  });
+  return usable ? most / 127.0F : 0.0F;
+}
+
 void rotate(float* x, const float* cos, const float* sin, int head_dim, float scale) {
   float* const upper = x + head_dim / 2;
   each_vector(head_dim / 2, [&](int i, int some) {

@@ -25,6 +25,8 @@ constexpr Kernels make() {
   k.widen = widen_all<BFloat16>;
   k.widen_float16 = widen_all<Float16>;
   k.narrow = narrow_all;
+  k.narrow_float16 = narrow_all_float16;
+  k.narrow_int8 = narrow_all_int8;
   k.rotate = rotate;
 
   k.prepared_bytes[QVL_FLOAT32] = prepared_bytes_f32;
@@ -71,6 +73,7 @@ constexpr Kernels make() {
   k.attend_scratch_bytes = attend_scratch_bytes;
   k.attend = attend;
   k.attend_one = attend_one;
+  k.attend_merge = attend_merge;
   k.attend_end = attend_end;
   return k;
 }

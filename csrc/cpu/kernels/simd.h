@@ -222,6 +222,14 @@ QVL_INLINE Floats load_floats(const Float16* memory) {
 QVL_INLINE Floats load_floats(const BFloat16* memory) {
   return widen(load<HalfWords>(memory));
 }
+QVL_INLINE Floats load_floats(const int8_t* memory) {
+  return to_floats(widen_few(load<FewBytes>(memory)));
+}
+QVL_INLINE Floats load_some(const int8_t* memory, int n) {
+  FewBytes bytes{};
+  __builtin_memcpy(&bytes, memory, static_cast<size_t>(n));
+  return to_floats(widen_few(bytes));
+}
 QVL_INLINE Floats load_some(const Float16* memory, int n) {
   return widen_float16(load_some_halves(&memory->bits, n));
 }
@@ -234,6 +242,27 @@ QVL_INLINE HalfWords narrow(Floats v) {
   Words bits = reinterpret_cast<Words>(v);
   bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   return lower_halves(bits);
+}
+
+// To nearest, ties to even; what is out of range to the largest value, NaN too.
+QVL_INLINE HalfWords narrow_float16(Floats v) {
+  v = max(min(v, all(65504.0F)), all(-65504.0F));
+#if defined(__AVX512F__)
+  return reinterpret_cast<HalfWords>(
+      _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  return reinterpret_cast<HalfWords>(
+      _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const Words bits = reinterpret_cast<Words>(v), sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  const Words normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 1/2 leaves a subnormal's steps of 2^-24 in the lowest bits.
+  const Floats half = all(0.5F);
+  const Words small =
+      reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude) + half) - reinterpret_cast<Words>(half);
+  const Words rounded = magnitude >= (113u << 23) ? normal : small;
+  return lower_halves(rounded | sign >> 16);
+#endif
 }
 
 // Whole numbers of at most 2^22, to nearest.

@@ -52,8 +52,10 @@ struct KvTile {
   const void* keys;
   const void* values;
   int64_t stride;  // elements from token to token
-  qvl_dtype dtype;
+  qvl_dtype dtype;    // float32, bfloat16, float16 or int8
   int n;
+  const float* key_scales = nullptr;  // int8: of each token
+  const float* value_scales = nullptr;
 };
 
 struct Kernels {
@@ -72,6 +74,8 @@ struct Kernels {
   void (*widen)(const uint16_t* from, float* to, int64_t n);  // bfloat16 -> float32
   void (*widen_float16)(const uint16_t* from, float* to, int64_t n);
   void (*narrow)(const float* from, uint16_t* to, int64_t n);
+  void (*narrow_float16)(const float* from, uint16_t* to, int64_t n);  // beyond its range: its largest value
+  float (*narrow_int8)(const float* from, int8_t* to, int64_t n);      // returns the scale, of the largest
   // x [head_dim] rotated by cos, sin [head_dim / 2], times scale
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim, float scale);
 
@@ -108,6 +112,9 @@ struct Kernels {
                          int64_t visible, float* state, float* out, int64_t out_stride, void* scratch);
   // The same for one query that sees the whole tile, without rearranging it.
   void (*attend_one)(const float* q, int head_dim, const KvTile& tile, float* state, float* out);
+  // Add to state and out [out_stride] of one query what it got from other tiles.
+  void (*attend_merge)(const float* from_state, const float* from, int64_t out_stride, float* state,
+                       float* out);
   void (*attend_end)(const float* state, int n_q, int64_t out_stride, float* out);
 };
 
