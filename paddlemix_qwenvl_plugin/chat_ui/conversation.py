@@ -11,7 +11,8 @@ from paddlemix_qwenvl_plugin.chat_ui.session import Session
 from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
 from paddlemix_qwenvl_plugin.chat_ui.transcript import Transcripts
 from paddlemix_qwenvl_plugin.chat_ui.view import View
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of, print_traceback_if_debugging
+from paddlemix_qwenvl_plugin.util.debug import print_traceback_if_debugging
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 
 
 class Conversation:

@@ -9,7 +9,11 @@ import sys
 
 import pytest
 
-CODE = "import {first}; import {second}\nfrom paddlemix_qwenvl_plugin.util.threads import cpu_threads\nprint(cpu_threads())"
+CODE = """\
+import {first}; import {second}
+from paddlemix_qwenvl_plugin.util.threads import cpu_threads
+print(cpu_threads())
+"""
 
 
 @pytest.mark.parametrize(
