@@ -6,6 +6,8 @@ import os
 import re
 from dataclasses import dataclass
 
+from paddlemix_qwenvl_plugin.util.sources import is_address
+
 HELP = """\
 /image PATH   attach a picture to the next question (several: one line each);
               without PATH: drop those attached since the last question
@@ -41,10 +43,6 @@ def path_of(argument: str) -> str:
         return argument
     if len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "\"'":
         argument = argument[1:-1]
-    elif os.name != "nt" and not _is_url(argument):  # a backslash is a separator there
+    elif os.name != "nt" and not is_address(argument):  # a backslash is a separator there
         argument = re.sub(r"\\(.)", r"\1", argument)
     return os.path.expanduser(argument)  # noqa: PTH111 (a Path would fold the // of a URL)
-
-
-def _is_url(argument: str) -> bool:
-    return re.match(r"data:|[a-z][a-z0-9+.-]*://", argument, re.IGNORECASE) is not None

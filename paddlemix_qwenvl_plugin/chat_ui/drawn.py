@@ -13,6 +13,7 @@ from paddlemix_qwenvl_plugin.chat_ui.session import Picture
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
 from paddlemix_qwenvl_plugin.util.files import write_beside
+from paddlemix_qwenvl_plugin.util.sources import is_address
 
 
 def save_drawn(picture: Picture, boxes: Sequence[Box]) -> Path:
@@ -41,5 +42,5 @@ def save_drawn(picture: Picture, boxes: Sequence[Box]) -> Path:
 
 
 def _stem(picture: Picture) -> str:
-    name = urlsplit(picture.name).path if "://" in picture.name else picture.name
+    name = urlsplit(picture.name).path if is_address(picture.name) else picture.name
     return re.sub(r"[^\w.-]+", "_", Path(name).stem)[:60] or "picture"

@@ -13,7 +13,8 @@ from urllib.parse import quote
 from paddlemix_qwenvl_plugin.chat_ui.render import box_line, fragments
 from paddlemix_qwenvl_plugin.chat_ui.session import Session, Turn
 from paddlemix_qwenvl_plugin.util.errors import UsageError
-from paddlemix_qwenvl_plugin.util.files import write_beside
+from paddlemix_qwenvl_plugin.util.files import write_text
+from paddlemix_qwenvl_plugin.util.sources import is_address
 
 
 class Transcripts:
@@ -39,7 +40,7 @@ class Transcripts:
         if os.path.lexists(target) and target.absolute() not in self._own:
             raise UsageError(f"{target}: exists already; name a new file")
         text = form(session, target.parent)
-        write_beside(target, lambda partial: partial.write_text(text, "utf-8"))
+        write_text(target, text)
         self._own.add(target.absolute())
 
 
@@ -91,7 +92,7 @@ def _escaped(text: str) -> str:
 
 
 def _link(name: str, folder: Path) -> str:
-    if "://" in name:
+    if is_address(name):
         return quote(name, safe="/:?&=%#,;+~@")
     try:
         name = os.path.relpath(name, folder)

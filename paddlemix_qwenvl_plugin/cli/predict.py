@@ -11,7 +11,7 @@ import typer
 
 from paddlemix_qwenvl_plugin.cli import options as flags
 from paddlemix_qwenvl_plugin.util.errors import UsageError
-from paddlemix_qwenvl_plugin.util.files import check_target, write_beside
+from paddlemix_qwenvl_plugin.util.files import check_target, write_beside, write_text
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.answer import Answer
@@ -75,12 +75,7 @@ def predict(
     )
     result = answer.as_dict()
     if output is not None:
-        write_beside(
-            output,
-            lambda partial: partial.write_text(
-                json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8"
-            ),
-        )
+        write_text(output, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     if real_time_save is not None:
         from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
 

@@ -144,6 +144,11 @@ class QwenTokenizer:
                 raise UsageError(f"<img> without its </img> before {_shorten(path)!r}")
             ids += self._encode_path(path)
 
+    @property
+    def chat_stop_token_ids(self) -> list[int]:
+        """The tokens that end a turn of a chat."""
+        return [self.eod_id, self.im_end_id, self.im_start_id]
+
     def token_bytes(self, token_id: int) -> bytes:
         """What a token says, special tokens by name; an id outside [0, n_vocab) is U+FFFD."""
         return self._pieces[token_id] if 0 <= token_id < self.n_vocab else _REPLACEMENT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Annotated, Any, Callable, Optional
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
@@ -68,6 +68,12 @@ class GenerationOptions:
     def of(cls, values: Mapping[str, Any]) -> GenerationOptions:
         """From keyword arguments."""
         return cls(**values)
+
+    def within(self, room: int) -> GenerationOptions:
+        """These options with at most `room` new tokens."""
+        if self.max_new_tokens <= room:
+            return self
+        return replace(self, max_new_tokens=room, min_new_tokens=min(self.min_new_tokens, room))
 
     @property
     def greedy(self) -> bool:

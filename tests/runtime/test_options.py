@@ -76,6 +76,13 @@ def test_it_is_a_frozen_value() -> None:
         replace(options, seed=-1)
 
 
+def test_within_the_room_that_a_prompt_leaves() -> None:
+    options = GenerationOptions(max_new_tokens=9, min_new_tokens=4, seed=1)
+    for room in range(1, 12):
+        cut = options.within(room)
+        assert cut == replace(options, max_new_tokens=min(9, room), min_new_tokens=min(4, room))
+
+
 def qwenvl(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True)
