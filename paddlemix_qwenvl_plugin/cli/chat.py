@@ -31,9 +31,9 @@ def chat(
     from dataclasses import asdict
 
     from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation, converse, follow
-    from paddlemix_qwenvl_plugin.chat_ui.plain import Plain, piped_lines
     from paddlemix_qwenvl_plugin.chat_ui.session import Session
     from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
+    from paddlemix_qwenvl_plugin.chat_ui.view import Plain, piped_lines
 
     options: GenerationOptions = context.obj
     pair = flags.open_model(
