@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
 from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
+from paddlemix_qwenvl_plugin.util.sources import is_data_url, without_password
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
@@ -29,9 +29,7 @@ class Picture:
     @property
     def name(self) -> str:
         """The source without what nobody wants to read: the bytes of a data URL, a password."""
-        if self.source[:5].lower() == "data:":
-            return "data URL"
-        return re.sub(r"^(\w+://)[^/?#]*@", r"\1", self.source)
+        return "data URL" if is_data_url(self.source) else without_password(self.source)
 
 
 @dataclass

@@ -1,25 +1,34 @@
-"""A conversation on a terminal."""
+"""A conversation on a terminal: what is shown, previews of pictures, and what Ctrl-C does."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
+from PIL import Image
 from rich.console import Console
 
-from paddlemix_qwenvl_plugin.chat_ui.ctrl_c import on_ctrl_c
-from paddlemix_qwenvl_plugin.chat_ui.drawn import save_drawn
-from paddlemix_qwenvl_plugin.chat_ui.preview import preview
-from paddlemix_qwenvl_plugin.chat_ui.render import box_line, fragments
+from paddlemix_qwenvl_plugin.chat_ui.files import save_drawn
 from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
+from paddlemix_qwenvl_plugin.chat_ui.view import box_line, fragments
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
 from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.errors import one_line
 
 _STYLES = {"text": None, "ref": "bold cyan", "box": "green"}
+
+# A preview's cells, its pixels, and the terminals that can show one.
+_COLUMNS, _ROWS = 32, 8
+_PIXELS = (512, 256)
+_KITTY_CHUNK = 4096
+
+_ITERM = ("iTerm.app", "WezTerm", "mintty")
+_KITTY_TERMS = ("xterm-kitty", "xterm-ghostty")
 
 
 class Terminal:
@@ -87,3 +96,67 @@ class Terminal:
 
     def _out(self, text: str, style: str | None = None) -> None:
         self._console.out(text, end="", style=style, highlight=False)
+
+
+@contextlib.contextmanager
+def on_ctrl_c(call: Callable[[], object]) -> Iterator[None]:
+    """Have Ctrl-C call this. Outside of the main thread there are no signals, and this is an error."""
+    before = signal.signal(signal.SIGINT, lambda *_: call())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupt() -> None:
+    """Break off what is being done."""
+    raise KeyboardInterrupt
+
+
+def nothing() -> None:
+    """Let it pass."""
+
+
+def preview(image: Image.Image, environment: Mapping[str, str]) -> str:
+    """What makes the terminal of this environment show `image`, at most 32 columns by 8 rows; "" where it cannot.
+
+    Terminals are told by their own variables: a terminal that is asked, and does not know the question, may print it.
+    """
+    term = environment.get("TERM", "")
+    if "TMUX" in environment or term.startswith(("screen", "tmux")):
+        return ""  # they do not hand pictures on, and keep the variables of the terminal outside
+    if term in _KITTY_TERMS or "KITTY_WINDOW_ID" in environment:
+        return _kitty(image)
+    if environment.get("TERM_PROGRAM") in _ITERM or environment.get("LC_TERMINAL") == "iTerm2":
+        return _iterm(image)
+    return ""
+
+
+def _kitty(image: Image.Image) -> str:
+    """The kitty graphics protocol: PNG in base64, in chunks."""
+    # A cell is about twice as high as it is wide. With one side given, the other follows from the picture.
+    wide = image.width * 2 * _ROWS > image.height * _COLUMNS
+    side = f"c={_COLUMNS}" if wide else f"r={_ROWS}"
+    data = _png(image)
+    chunks = [data[i : i + _KITTY_CHUNK] for i in range(0, len(data), _KITTY_CHUNK)]
+    text = ""
+    for i, chunk in enumerate(chunks):
+        more = int(i < len(chunks) - 1)
+        # q=2: no reply, which would be read as if it had been typed.
+        keys = f"a=T,f=100,q=2,{side},m={more}" if i == 0 else f"m={more}"
+        text += f"\x1b_G{keys};{chunk}\x1b\\"
+    return text + "\n"
+
+
+def _iterm(image: Image.Image) -> str:
+    """iTerm2's inline images: PNG in base64, the picture's ratio kept."""
+    size = f"width={_COLUMNS};height={_ROWS};preserveAspectRatio=1"
+    return f"\x1b]1337;File=inline=1;{size}:{_png(image)}\x07\n"
+
+
+def _png(image: Image.Image) -> str:
+    small = image.copy()
+    small.thumbnail(_PIXELS)
+    file = io.BytesIO()
+    small.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode("ascii")

@@ -1,13 +1,61 @@
-"""What a conversation is shown on."""
+"""How a conversation is shown: what every view has to do, what all share, and the view of a pipe."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Protocol
+import contextlib
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple, Optional, Protocol
 
 from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
+from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
 from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Fragment(NamedTuple):
+    """A part of what is shown."""
+
+    text: str
+    kind: Literal["text", "ref", "box"]
+
+
+def without_controls(text: str) -> str:
+    """`text` with nothing in it that a terminal obeys but new lines and tabs."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def fragments(pieces: Iterable[Piece]) -> Iterator[Fragment]:
+    """Refs without their tags; boxes as [1], [2] … in their order; a malformed tag as the model said it."""
+    n_boxes = 0
+    last = ""
+    for piece in pieces:
+        if piece.boxes:
+            numbers = " ".join(f"[{n_boxes + i}]" for i in range(1, len(piece.boxes) + 1))
+            n_boxes += len(piece.boxes)
+            space = "" if not last or last.isspace() else " "
+            fragment = Fragment(space + numbers, "box")
+        elif piece.ref is not None:
+            fragment = Fragment(without_controls(piece.ref), "ref")
+        else:
+            fragment = Fragment(without_controls(piece.text), "text")
+        last = fragment.text[-1:]
+        yield fragment
+
+
+def box_line(number: int, box: Box, image_size: Optional[tuple[int, int]]) -> str:
+    """`[1] a red house: (70, 110), (400, 433)`, in pixels of a picture of (width, height).
+
+    Without a picture the points are in thousandths.
+    """
+    points = box.to_pixels(*image_size) if image_size else box.points
+    corners = ", ".join(f"({round(x)}, {round(y)})" for x, y in points)
+    name = f" {' '.join(without_controls(box.ref).split())}" if box.ref else ""
+    return f"[{number}]{name}: {corners}{'' if image_size else ' (thousandths)'}"
 
 
 class View(Protocol):
@@ -22,7 +70,7 @@ class View(Protocol):
     def attached(self, picture: Picture) -> None:
         """Show a picture that was attached."""
 
-    def stopping(self, stream: AnswerStream) -> AbstractContextManager[None]:
+    def stopping(self, stream: AnswerStream) -> contextlib.AbstractContextManager[None]:
         """Let Ctrl-C stop this answer, and nothing else."""
 
     def answer(self, stream: AnswerStream) -> list[Piece]:
@@ -30,3 +78,43 @@ class View(Protocol):
 
     def answered(self, turn: Turn, picture: Picture | None) -> None:
         """Show what goes with a whole answer: its boxes in `picture`, and what was wrong with them."""
+
+
+class Plain:
+    """See View. Answers are as `qwenvl predict` prints them, tags included, and as they come."""
+
+    def text(self, text: str) -> None:
+        print(text)
+
+    def note(self, text: str) -> None:
+        pass
+
+    def attached(self, picture: Picture) -> None:
+        pass
+
+    def stopping(self, stream: AnswerStream) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # Ctrl-C stops the program, as others in a script
+
+    def answer(self, stream: AnswerStream) -> list[Piece]:
+        pieces = []
+        for piece in stream:
+            pieces.append(piece)
+            print(without_controls(piece.text), end="", flush=True)
+        print(flush=True)
+        return pieces
+
+    def answered(self, turn: Turn, picture: Picture | None) -> None:
+        for problem in turn.answer.problems:
+            print(f"qwenvl: {problem}", file=sys.stderr)
+
+
+def piped_lines() -> Iterator[str]:
+    """The lines of standard input.
+
+    Raises:
+        UsageError: they are not text.
+    """
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input: not {error.encoding} text") from error

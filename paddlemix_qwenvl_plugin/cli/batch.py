@@ -27,6 +27,7 @@ def batch(
     device: flags.Device = "cpu",
     picture_label: flags.PictureLabel = None,
     allow_http: flags.AllowHttp = False,
+    allow_private_http: flags.AllowPrivateHttp = False,
 ) -> None:
     """Answer every row of a file; run it again to continue after an interruption.
 
@@ -36,7 +37,6 @@ def batch(
 
     from paddlemix_qwenvl_plugin.batch.job import count_failed, partial_path, run
     from paddlemix_qwenvl_plugin.batch.source import Source
-    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
     options: GenerationOptions = context.obj
     check_target(target)
@@ -45,9 +45,9 @@ def batch(
     if there and target.samefile(source):
         raise UsageError(f"{target}: is the input; name another output")
     if not there:
-        pair = QwenVL.from_exported(first_model_path, second_model_path, model, device, allow_http)
-        if picture_label is not None:
-            pair.tokenizer.picture_label = picture_label
+        pair = flags.open_model(
+            first_model_path, second_model_path, model, device, picture_label, allow_http, allow_private_http
+        )
         run(rows, target, pair, options, batch_size)
     failed, n_rows = count_failed(target, rows), len(rows.entries)
     partial_path(target).unlink(missing_ok=True)  # of a process that was killed at its very end

@@ -25,20 +25,20 @@ def chat(
     device: flags.Device = "cpu",
     picture_label: flags.PictureLabel = None,
     allow_http: flags.AllowHttp = False,
+    allow_private_http: flags.AllowPrivateHttp = False,
 ) -> None:
     """Talk about pictures with Qwen-VL-Chat, on a terminal or through a pipe."""
     from dataclasses import asdict
 
     from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation, converse, follow
-    from paddlemix_qwenvl_plugin.chat_ui.plain import Plain, piped_lines
     from paddlemix_qwenvl_plugin.chat_ui.session import Session
     from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
-    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+    from paddlemix_qwenvl_plugin.chat_ui.view import Plain, piped_lines
 
     options: GenerationOptions = context.obj
-    pair = QwenVL.from_exported(first_model_path, second_model_path, model, device, allow_http)
-    if picture_label is not None:
-        pair.tokenizer.picture_label = picture_label
+    pair = flags.open_model(
+        first_model_path, second_model_path, model, device, picture_label, allow_http, allow_private_http
+    )
     session = Session(pair, system, asdict(options))
     pictures = [session.attach(source) for source in image or []]
     if not (sys.stdin.isatty() and sys.stdout.isatty()):

@@ -22,9 +22,9 @@ def doctor(
 ) -> None:
     """Check Paddle, the upstreams, the hooks and a model folder, and say what mends them."""
     from paddlemix_qwenvl_plugin.doctor import examine
-    from paddlemix_qwenvl_plugin.recipes import environment
+    from paddlemix_qwenvl_plugin.util.machine import gpus
 
-    report = examine(model, environment.gpus())
+    report = examine(model, gpus())
     if as_json:
         print(json.dumps(report.as_dict(), ensure_ascii=False, indent=1))
     else:

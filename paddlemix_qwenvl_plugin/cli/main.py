@@ -26,12 +26,9 @@ from paddlemix_qwenvl_plugin.cli import (
     verify,
 )
 from paddlemix_qwenvl_plugin.cli.options import GenerationCommand
-from paddlemix_qwenvl_plugin.util.errors import (
-    QwenVLError,
-    line_of,
-    one_line,
-    print_traceback_if_debugging,
-)
+from paddlemix_qwenvl_plugin.util import env
+from paddlemix_qwenvl_plugin.util.debug import print_traceback_if_debugging
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line, line_of, one_line
 
 # typer carries its own copy of click from 0.16 on and needs click itself before that:
 # the base class of its exceptions is the one that is raised in both.
@@ -50,7 +47,7 @@ app = typer.Typer(
 @app.callback()
 def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
     if debug:
-        os.environ["QWENVL_DEBUG"] = "1"
+        os.environ[env.DEBUG.name] = "1"
 
 
 app.command("demo")(demo.demo)
@@ -99,8 +96,8 @@ def main() -> None:
     except (OSError, MemoryError) as error:
         _fail(line_of(error), 1)
     except Exception as error:  # a slip of this package or of a library
-        lines = str(error).strip().splitlines()
-        what = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        name, said = type(error).__name__, first_line(error)
+        what = name if said == name else f"{name}: {said[:200]}"
         _fail(f"internal error: {what} (run with --debug for the traceback)", 1)
     sys.exit(code)
 

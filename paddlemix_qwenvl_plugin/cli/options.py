@@ -5,10 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from typer.core import TyperCommand
+
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+
+if TYPE_CHECKING:
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 FirstModelPath = Annotated[Path, typer.Option("--first_model_path", help="Exported vision stage (prefix).")]
 SecondModelPath = Annotated[
@@ -36,6 +41,35 @@ PictureLabel = Annotated[
     ),
 ]
 AllowHttp = Annotated[bool, typer.Option("--allow_http", help="Let pictures come from http(s) URLs.")]
+
+AllowPrivateHttp = Annotated[
+    bool,
+    typer.Option("--allow_private_http", help="And from addresses that are not public, as in this network."),
+]
+
+
+def open_model(
+    vision: Path,
+    language: Path,
+    model: Optional[Path],
+    device: str,
+    picture_label: Optional[str],
+    allow_http: bool,
+    allow_private_http: bool,
+) -> QwenVL:
+    """The predictor that these flags ask for."""
+    from paddlemix_qwenvl_plugin.processing.images import ImageLimits
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+    limits = None
+    if allow_private_http:
+        if not allow_http:
+            raise UsageError("--allow_private_http: goes with --allow_http; give both")
+        limits = ImageLimits(allow_private=True)  # type: ignore[call-arg]
+    pair = QwenVL.from_exported(vision, language, model, device, allow_http, limits)
+    if picture_label is not None:
+        pair.tokenizer.picture_label = picture_label
+    return pair
 
 
 class GenerationCommand(TyperCommand):

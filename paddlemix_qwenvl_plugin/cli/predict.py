@@ -11,10 +11,9 @@ import typer
 
 from paddlemix_qwenvl_plugin.cli import options as flags
 from paddlemix_qwenvl_plugin.util.errors import UsageError
-from paddlemix_qwenvl_plugin.util.files import check_target, write_beside
+from paddlemix_qwenvl_plugin.util.files import check_target, write_beside, write_text
 
 if TYPE_CHECKING:
-    from paddlemix_qwenvl_plugin.runtime.answer import Answer
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 
 _DRAW_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -34,6 +33,7 @@ def predict(
     device: flags.Device = "cpu",
     picture_label: flags.PictureLabel = None,
     allow_http: flags.AllowHttp = False,
+    allow_private_http: flags.AllowPrivateHttp = False,
     as_json: bool = typer.Option(False, "--json", help="Print the whole answer as JSON."),
     output: Optional[Path] = typer.Option(
         None, "--output", help="Also write the answer as JSON to this file."
@@ -48,8 +48,6 @@ def predict(
     """Ask about pictures through both exported stages."""
     from dataclasses import asdict
 
-    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
-
     options: GenerationOptions = context.obj
     sources = image or []
     if not sources and not prompt:
@@ -63,11 +61,13 @@ def predict(
         raise UsageError(f"{real_time_save}: no such folder")
     if draw is not None and draw.suffix.lower() not in _DRAW_FORMATS:
         raise UsageError(f"--draw {draw}: not a picture format; name it .png or .jpg")
-    model_pair = QwenVL.from_exported(first_model_path, second_model_path, model, device, allow_http)
-    if picture_label is not None:
-        model_pair.tokenizer.picture_label = picture_label
+    pair = flags.open_model(
+        first_model_path, second_model_path, model, device, picture_label, allow_http, allow_private_http
+    )
     parts: list[dict[str, Any]] = [{"image": source} for source in sources]
-    answer = model_pair.generate(
+    if draw is not None:  # opened once, to ask about it and to draw on it
+        parts[-1]["image"] = pair.load_images(sources[-1:])[0]
+    answer = pair.generate(
         parts + ([{"text": prompt}] if prompt else []),
         chat=chat,
         system=system,
@@ -75,26 +75,15 @@ def predict(
     )
     result = answer.as_dict()
     if output is not None:
-        write_beside(
-            output,
-            lambda partial: partial.write_text(
-                json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8"
-            ),
-        )
+        write_text(output, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     if real_time_save is not None:
         from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
 
-        write_tokens(real_time_save, [answer.token_ids], model_pair.tokenizer.eod_id)
+        write_tokens(real_time_save, [answer.token_ids], pair.tokenizer.eod_id)
     if draw is not None:
-        _draw(draw, sources[-1], answer, allow_http)
+        from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
+
+        write_beside(draw, draw_boxes(parts[-1]["image"], answer.boxes).save)
     print(json.dumps(result, ensure_ascii=False) if as_json else answer.text)
     for problem in answer.problems:
         print(f"qwenvl: {problem}", file=sys.stderr)
-
-
-def _draw(target: Path, source: str, answer: Answer, allow_http: bool) -> None:
-    from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
-    from paddlemix_qwenvl_plugin.processing.images import load_image
-
-    drawn = draw_boxes(load_image(source, allow_http=allow_http), answer.boxes)
-    write_beside(target, drawn.save)

@@ -23,6 +23,7 @@ from paddlemix_qwenvl_plugin.processing.tokenizer import (
     check_picture_label,
 )
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.sources import is_data_url
 
 Part = Mapping[str, Any]
 """`{"image": source}`, `{"text": str}` or `{"box": [[x1, y1, x2, y2], …], "ref": str}` (ref optional)."""
@@ -240,7 +241,7 @@ def _image_name(source: Any, number: int, where: str) -> str:
     name = _checked_text(source, _PICTURE_TAGS, f"image of {where}")
     if not name:
         raise UsageError(f"image of {where} is empty")
-    return f"image-{number}" if name[:5].lower() == "data:" else name
+    return f"image-{number}" if is_data_url(name) else name
 
 
 def _render_boxes(part: Part, where: str) -> str:

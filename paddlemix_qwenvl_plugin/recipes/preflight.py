@@ -12,6 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 from paddlemix_qwenvl_plugin.recipes import environment
 from paddlemix_qwenvl_plugin.recipes.schema import Asset, Recipe, Requires
+from paddlemix_qwenvl_plugin.util.machine import GIB, gpus, memory_gib
 
 
 def problems(recipe: Recipe, output: Path) -> list[str]:
@@ -43,15 +44,15 @@ def _requires(requires: Requires, output: Path) -> list[str]:
             found.append(f"requires {line}; it is not installed (pip install '{line}')")
         elif not package.specifier.contains(installed, prereleases=True):
             found.append(f"requires {line}; installed is {installed}")
-    memory = environment.memory_gib()
+    memory = memory_gib()
     if requires.memory_gib and memory is not None and memory < requires.memory_gib:
         found.append(f"requires memory_gib {requires.memory_gib:g}; this machine has {memory:.1f}")
     if requires.disk_gib:
         there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-        free = shutil.disk_usage(there).free / environment.GIB
+        free = shutil.disk_usage(there).free / GIB
         if free < requires.disk_gib:
             found.append(f"requires disk_gib {requires.disk_gib:g}; {there} has {free:.1f} free")
-    if requires.gpu and not environment.gpus():
+    if requires.gpu and not gpus():
         found.append("requires gpu; the CUDA driver shows no device")
     return found
 

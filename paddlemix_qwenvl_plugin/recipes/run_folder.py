@@ -92,13 +92,6 @@ def earlier_results(folder: Path, recipe: Recipe, first: int) -> dict[str, Any]:
     return results
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file beside its final name and rename it, so that no half of one is left."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
 def to_json(data: dict[str, Any]) -> str:
     """`data` as the text of a JSON file."""
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

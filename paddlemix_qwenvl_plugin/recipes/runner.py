@@ -23,6 +23,7 @@ from paddlemix_qwenvl_plugin.recipes import (
 from paddlemix_qwenvl_plugin.recipes.schema import Recipe, Step
 from paddlemix_qwenvl_plugin.recipes.step_line import StepLine, seconds_text
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.files import write_text
 
 
 def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
@@ -42,9 +43,9 @@ def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
         raise QwenVLError(f"recipe {recipe.name} cannot run here: {'; '.join(missing)}")
     folder = run_folder.to_continue(recipe, output, first) if from_step else run_folder.new(recipe, output)
     earlier = run_folder.earlier_results(folder, recipe, first) if from_step else None
-    run_folder.write(folder / "recipe.resolved.yaml", run_folder.to_yaml(recipe.resolved()))
-    run_folder.write(folder / "environment.json", run_folder.to_json(environment.describe()))
-    run_folder.write(folder / "commands.txt", "\n".join(commands.shell_lines(recipe, folder)) + "\n")
+    write_text(folder / "recipe.resolved.yaml", run_folder.to_yaml(recipe.resolved()))
+    write_text(folder / "environment.json", run_folder.to_json(environment.describe()))
+    write_text(folder / "commands.txt", "\n".join(commands.shell_lines(recipe, folder)) + "\n")
     print(f"{recipe.name}: {folder}", flush=True)
     with process.termination_as_interrupt():
         _Run(recipe, folder, first, earlier).go()
@@ -108,7 +109,7 @@ class _Run:
     def _save(self, status: str) -> None:
         self.results["status"] = status
         self.results["seconds"] = round(sum(step["seconds"] for step in self.results["steps"]), 3)
-        run_folder.write(self.folder / "results.json", run_folder.to_json(self.results))
+        write_text(self.folder / "results.json", run_folder.to_json(self.results))
 
     def _step(self, index: int) -> None:
         step, result = self.recipe.steps[index], self.results["steps"][index]

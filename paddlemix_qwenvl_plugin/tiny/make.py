@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from paddlemix_qwenvl_plugin.checkpoint.convert import paddlemix_name
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, make_folder, naming
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.files import new_folder
 
 
 def make_tiny(folder: Path, seed: int = 0) -> None:
@@ -26,19 +26,11 @@ def make_tiny(folder: Path, seed: int = 0) -> None:
     Raises:
         UsageError: the folder exists, or cannot be made.
     """
-    if folder.exists():
-        raise UsageError(f"{folder}: exists already; name a new folder")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
-    try:
-        with naming(folder):
+    with new_folder(folder) as partial:
+        try:
             _write(partial, seed)
-            partial.replace(folder)
-    except SafetensorError as error:
-        raise QwenVLError(f"{folder}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        except SafetensorError as error:
+            raise QwenVLError(f"{folder}: cannot be written ({error})") from error
 
 
 def _write(folder: Path, seed: int) -> None:

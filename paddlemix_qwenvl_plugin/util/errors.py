@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,10 +34,9 @@ def line_of(error: BaseException) -> str:
     return one_line(str(error))
 
 
-def print_traceback_if_debugging() -> None:
-    """Print the traceback of the error that is being handled, with `qwenvl --debug`."""
-    if os.environ.get("QWENVL_DEBUG") == "1":
-        traceback.print_exc()
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, the name of its class if it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 
 @contextlib.contextmanager

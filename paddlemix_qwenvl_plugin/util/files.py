@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from paddlemix_qwenvl_plugin.util.errors import UsageError, naming
+from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
 
 
 def write_beside(target: Path, write: Callable[[Path], Any]) -> None:
@@ -22,6 +24,32 @@ def write_beside(target: Path, write: Callable[[Path], Any]) -> None:
             partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a text file, UTF-8, as `write_beside` does."""
+    write_beside(target, lambda partial: partial.write_text(text, "utf-8"))
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a folder beside `target` to fill, and rename it to `target` when it is whole.
+
+    Raises:
+        UsageError: `target` exists, or cannot be made.
+        OSError: it cannot be written; the error names a file.
+    """
+    if target.exists():
+        raise UsageError(f"{target}: exists already; name a new folder")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    make_folder(partial)
+    try:
+        with naming(target):
+            yield partial
+            partial.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_target(target: Path) -> None:

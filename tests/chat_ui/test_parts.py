@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from paddlemix_qwenvl_plugin.chat_ui.commands import Command, parse, path_of
+from paddlemix_qwenvl_plugin.chat_ui.conversation import Command, parse, path_of
 from paddlemix_qwenvl_plugin.chat_ui.line_input import state_folder
-from paddlemix_qwenvl_plugin.chat_ui.preview import preview
-from paddlemix_qwenvl_plugin.chat_ui.render import Fragment, box_line, fragments
+from paddlemix_qwenvl_plugin.chat_ui.terminal import preview
+from paddlemix_qwenvl_plugin.chat_ui.view import Fragment, box_line, fragments
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
 

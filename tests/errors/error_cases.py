@@ -1273,3 +1273,27 @@ cases(
         "a defect of qwenvl": lambda bench: bench.raising(RuntimeError("no such thing\nat all")),
     }
 )
+
+# Labels of pictures, addresses that are not public
+
+
+def tokenizer_config(text: str) -> Callable[[Bench], list[str]]:
+    """`predict` with this text as the tokenizer_config.json beside the language stage."""
+
+    def arrange(bench: Bench) -> list[str]:
+        command = bench.predict()
+        Path("text/tokenizer_config.json").write_text(text)
+        return command
+
+    return arrange
+
+
+cases(
+    {
+        "`--picture_label` without a place for the number": predict("--picture_label", "Picture: "),
+        "`--picture_label` with a picture's tag": predict("--picture_label", "<img>{}"),
+        "tokenizer_config.json is not JSON": tokenizer_config("{"),
+        "tokenizer_config.json with a `picture_label` that is none": tokenizer_config('{"picture_label": 1}'),
+        "`--allow_private_http` alone": predict("--allow_private_http"),
+    }
+)

@@ -58,6 +58,7 @@ def test_ids_of_the_real_vocabulary(real: QwenTokenizer) -> None:
     assert (real.quad_start_id, real.quad_end_id) == (151855, 151856)
     assert (real.img_start_id, real.img_end_id, real.img_pad_id) == (151857, 151858, 151859)
     assert real.n_vocab == 151860
+    assert real.chat_stop_token_ids == [151643, 151645, 151644]
     assert real.special_tokens["<|extra_0|>"] == 151646
 
 
@@ -211,6 +212,12 @@ def test_allowed_special_names_the_tokens(tiny: QwenTokenizer) -> None:
     assert tiny.box_end_id in ids
     assert tiny.im_end_id not in ids
     assert tiny.img_start_id not in ids
+
+
+def test_control_tokens_are_text_unless_named(tiny: QwenTokenizer) -> None:
+    text = "<|endoftext|><|im_start|><|im_end|><|extra_0|><box>"
+    assert [i for i in tiny.encode(text) if i >= tiny.eod_id] == [tiny.box_start_id]
+    assert len(tiny.encode(text, "all")) == 5
 
 
 def test_lone_surrogates_do_not_crash(tiny: QwenTokenizer) -> None:

@@ -1,13 +1,11 @@
-"""Generation options: what is accepted, the line for what is not, and the command line's flags for them."""
+"""Generation options: what is accepted, and the line for what is not."""
 
 from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, asdict, fields, replace
+from dataclasses import FrozenInstanceError, asdict, replace
 from typing import Any
 
 import pytest
@@ -76,34 +74,8 @@ def test_it_is_a_frozen_value() -> None:
         replace(options, seed=-1)
 
 
-def qwenvl(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("command", ["predict", "chat", "batch"])
-def test_the_commands_have_a_flag_for_each(command: str) -> None:
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", qwenvl(command, "--help").stdout).split())
-    for field in fields(GenerationOptions):
-        [about] = re.findall(rf"--{field.name} (.*?\))\.( \[default: (.*?)\])?", text)
-        assert about[0].endswith(f"({RANGES[field.name][1]})")
-        assert about[2] == ("" if field.default is None else str(field.default))
-
-
-@pytest.mark.parametrize("flag", ["--max_new_tokens", "--max-new-tokens", "--max_new-tokens"])
-def test_both_spellings_of_a_flag(flag: str) -> None:
-    for arguments in ([flag, "0"], [f"{flag}=0"]):
-        done = qwenvl(
-            "predict", "--first-model-path", "a", "--second_model_path=b", "--prompt=-a-_b", *arguments
-        )
-        assert (done.returncode, done.stderr) == (
-            2,
-            "qwenvl: max_new_tokens: 0 is out of range; it must be at least 1\n",
-        )
-
-
-@pytest.mark.parametrize("flag", ["--dry_run", "--dry-run"])
-def test_both_spellings_below_the_top(flag: str) -> None:
-    done = qwenvl("run", "tiny-cpu", flag)
-    assert done.returncode == 0, done.stderr
-    assert "make-tiny" in done.stdout
+def test_within_the_room_that_a_prompt_leaves() -> None:
+    options = GenerationOptions(max_new_tokens=9, min_new_tokens=4, seed=1)
+    for room in range(1, 12):
+        cut = options.within(room)
+        assert cut == replace(options, max_new_tokens=min(9, room), min_new_tokens=min(4, room))

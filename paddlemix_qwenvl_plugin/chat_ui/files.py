@@ -1,19 +1,24 @@
-"""The conversation as a file."""
+"""What a conversation writes: transcripts, and pictures with the boxes of an answer."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
-from paddlemix_qwenvl_plugin.chat_ui.render import box_line, fragments
-from paddlemix_qwenvl_plugin.chat_ui.session import Session, Turn
+from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Session, Turn
+from paddlemix_qwenvl_plugin.chat_ui.view import box_line, fragments
+from paddlemix_qwenvl_plugin.processing.boxes import Box
+from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
 from paddlemix_qwenvl_plugin.util.errors import UsageError
-from paddlemix_qwenvl_plugin.util.files import write_beside
+from paddlemix_qwenvl_plugin.util.files import write_beside, write_text
+from paddlemix_qwenvl_plugin.util.sources import is_address
 
 
 class Transcripts:
@@ -39,7 +44,7 @@ class Transcripts:
         if os.path.lexists(target) and target.absolute() not in self._own:
             raise UsageError(f"{target}: exists already; name a new file")
         text = form(session, target.parent)
-        write_beside(target, lambda partial: partial.write_text(text, "utf-8"))
+        write_text(target, text)
         self._own.add(target.absolute())
 
 
@@ -91,10 +96,40 @@ def _escaped(text: str) -> str:
 
 
 def _link(name: str, folder: Path) -> str:
-    if "://" in name:
+    if is_address(name):
         return quote(name, safe="/:?&=%#,;+~@")
     try:
         name = os.path.relpath(name, folder)
     except ValueError:  # another drive
         name = str(Path(name).absolute())
     return quote(Path(name).as_posix())
+
+
+def save_drawn(picture: Picture, boxes: Sequence[Box]) -> Path:
+    """Draw `boxes`, numbered as in the answer, to a new PNG file in the working folder, named after the picture.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    numbered = [
+        replace(box, ref=f"{number} {box.ref or ''}".strip()) for number, box in enumerate(boxes, start=1)
+    ]
+    drawn = draw_boxes(picture.image, numbered)
+    for number in itertools.count(1):
+        target = Path(f"{_stem(picture)}-boxes-{number}.png")
+        try:
+            target.touch(exist_ok=False)  # takes the name: two chats in a folder do not write the same file
+        except FileExistsError:
+            continue
+        try:
+            write_beside(target, drawn.save)
+        except BaseException:
+            target.unlink()
+            raise
+        return target
+    raise AssertionError("unreachable")
+
+
+def _stem(picture: Picture) -> str:
+    name = urlsplit(picture.name).path if is_address(picture.name) else picture.name
+    return re.sub(r"[^\w.-]+", "_", Path(name).stem)[:60] or "picture"

@@ -1,0 +1,86 @@
+"""Files and folders that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from paddlemix_qwenvl_plugin.util.errors import UsageError, first_line
+from paddlemix_qwenvl_plugin.util.files import new_folder, write_beside, write_text
+
+
+def test_a_file_is_replaced_whole_or_left(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    write_text(target, "Grüße\n")
+    assert target.read_bytes() == "Grüße\n".encode()
+
+    def fail(partial: Path) -> None:
+        assert (partial.parent, partial.suffix) == (tmp_path, ".json")
+        partial.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space") as caught:
+        write_beside(target, fail)
+    assert caught.value.filename == str(target)
+    assert target.read_bytes() == "Grüße\n".encode()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def break_off(target: Path, error: BaseException) -> Path:
+    """A folder that is begun and fails; the partial folder's path."""
+    with new_folder(target) as partial:
+        assert partial.parent == target.parent
+        assert not list(partial.iterdir())
+        try:
+            (partial / "weights").write_text("half")
+            raise error
+        finally:
+            error.partial = partial  # type: ignore[attr-defined]
+    return partial
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space") as caught:
+            break_off(target, OSError(errno.ENOSPC, "No space left on device"))
+        assert caught.value.filename == str(target)
+        assert not list(target.parent.iterdir())
+    with new_folder(target) as partial:
+        (partial / "weights").write_text("whole")
+        assert not target.exists()
+    assert [(path.name, path.read_text()) for path in target.iterdir()] == [("weights", "whole")]
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_a_killed_process_left_of_a_folder_goes(tmp_path: Path) -> None:
+    killed = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        break_off(tmp_path / "model", killed)
+    left: Path = killed.partial  # type: ignore[attr-defined]
+    assert not left.exists()
+    left.mkdir()
+    (left / "old").write_text("")
+    with new_folder(tmp_path / "model") as partial:
+        (partial / "new").write_text("")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for target, line in (
+        (tmp_path, "exists already; name a new folder"),
+        (tmp_path / "file" / "model", "cannot make this folder"),
+    ):
+        with pytest.raises(UsageError, match=line):
+            new_folder(target).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("said", "line"), [("", "ValueError"), ("\n \n", "ValueError"), ("\n a\nb", "a"), ("a\rb", "a")]
+)
+def test_first_line(said: str, line: str) -> None:
+    assert first_line(ValueError(said)) == line
