@@ -332,7 +332,7 @@ def pdparams(content: bytes) -> Provoke:
 cases(
     {
         "model_state.pdparams is not a pickle": pdparams(b"\x00" * 1000),
-        "model_state.pdparams is a damaged pickle": pdparams(b"\x80\x02cnothing\nhere\nq\x00."),
+        "model_state.pdparams is a damaged pickle": pdparams(b"\x80\x02}q\x00X\xff\x00\x00\x00name"),
         "model_state.pdparams holds a list": pdparams(pickle.dumps([1, 2], 2)),
         "model_state.pdparams holds a number": pdparams(pickle.dumps({"epoch": 3}, 2)),
     }
@@ -1271,5 +1271,49 @@ cases(
         "Ctrl-C": lambda bench: bench.raising(KeyboardInterrupt()),
         "the memory is used up": lambda bench: bench.raising(MemoryError()),
         "a defect of qwenvl": lambda bench: bench.raising(RuntimeError("no such thing\nat all")),
+    }
+)
+
+# Inputs that are meant to harm
+
+
+class Call:
+    """Pickled as a call of a function, which an unpickler that refuses nothing carries out."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch ran",)
+
+
+def header(change: Callable[[dict[str, Any]], None], more: bytes = b"") -> Provoke:
+    """model/model.safetensors with another header and `more` bytes at its end."""
+
+    def provoke(bench: Bench) -> list[str]:
+        path = bench.model() / "model.safetensors"
+        content = path.read_bytes()
+        [length] = struct.unpack("<Q", content[:8])
+        entries = json.loads(content[8 : 8 + length])
+        change(entries)
+        text = json.dumps(entries).encode().ljust(length)
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :] + more)
+        return bench.export()
+
+    return provoke
+
+
+def overlap(entries: dict[str, Any]) -> None:
+    """Let one tensor lie where another of its size does."""
+    first, second = (f"transformer.llm.h.{i}.ln_1.weight" for i in range(2))
+    entries[second]["data_offsets"] = entries[first]["data_offsets"]
+
+
+cases(
+    {
+        "`seq_length` is beyond reason": config(seq_length=10**18),
+        "`max_position_embeddings` is beyond reason": config(max_position_embeddings=10**12),
+        "`num_hidden_layers` is beyond reason": config(num_hidden_layers=10**9),
+        "config.json is nested without end": config_text("[" * 100_000),
+        "two tensors overlap": header(overlap),
+        "bytes after the last tensor": header(lambda entries: None, b"1234"),
+        "model_state.pdparams brings code": pdparams(pickle.dumps({WTE: Call()}, 2)),
     }
 )
