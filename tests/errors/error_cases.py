@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import shutil
-import socket
 import struct
 import sys
 import zlib
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from made_up_net import MadeUpNet
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -770,10 +770,9 @@ def _(bench: Bench) -> list[str]:
 
 @case("a picture from the web that cannot be had")
 def _(bench: Bench) -> list[str]:
-    with socket.socket() as listener:  # a port that is free now
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    return bench.predict("--image", f"http://127.0.0.1:{port}/dog.png", "--allow-http")
+    net = MadeUpNet(bench.monkeypatch, {"pictures.example": [["93.184.215.14"]]})
+    net.dead = {"93.184.215.14"}
+    return bench.predict("--image", "http://pictures.example/dog.png", "--allow-http")
 
 
 def look_at(content: Callable[[], bytes | Image.Image], name: str = "dog.png") -> Provoke:
@@ -1314,6 +1313,9 @@ cases(
         "config.json is nested without end": config_text("[" * 100_000),
         "two tensors overlap": header(overlap),
         "bytes after the last tensor": header(lambda entries: None, b"1234"),
+        "a web address on this machine or its network": predict(
+            "--image", "http://169.254.169.254/dog.png", "--allow-http"
+        ),
         "model_state.pdparams brings code": pdparams(pickle.dumps({WTE: Call()}, 2)),
     }
 )
