@@ -1,4 +1,7 @@
-"""The model's `config.json`: every size the code uses comes from here."""
+"""The model's `config.json`: every size the code uses comes from here, and is bounded here.
+
+The bounds leave room for models many times as large; what they keep out is a file that takes all memory.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
@@ -19,14 +22,14 @@ class VisionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    image_size: PositiveInt = 448
-    patch_size: PositiveInt = 14
-    width: PositiveInt = 1664
-    layers: PositiveInt = 48
-    heads: PositiveInt = 16
-    mlp_ratio: float = Field(default=4.9231, gt=0)
-    output_dim: PositiveInt = 4096
-    n_queries: PositiveInt = 256
+    image_size: int = Field(default=448, ge=1, le=4096)
+    patch_size: int = Field(default=14, ge=1, le=1024)
+    width: int = Field(default=1664, ge=1, le=65536)
+    layers: int = Field(default=48, ge=1, le=1024)
+    heads: int = Field(default=16, ge=1, le=1024)
+    mlp_ratio: float = Field(default=4.9231, gt=0, le=64)
+    output_dim: int = Field(default=4096, ge=1, le=65536)
+    n_queries: int = Field(default=256, ge=1, le=65536)
     image_start_id: int = Field(default=151857, ge=0)
 
     @property
@@ -41,6 +44,8 @@ class VisionConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> VisionConfig:
         _require(self.image_size % self.patch_size == 0, "image_size must be a multiple of patch_size")
+        _require(self.grid <= 256, "image_size must be at most 256 x patch_size")
+        _require(self.mlp_width >= 1, "width x mlp_ratio must be at least 1")
         _require(self.width % self.heads == 0, "width must be a multiple of heads")
         _require(
             self.output_dim % RESAMPLER_HEAD_DIM == 0,
@@ -58,16 +63,16 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    intermediate_size: PositiveInt
-    vocab_size: PositiveInt
-    kv_channels: PositiveInt = 128
-    layer_norm_epsilon: float = Field(default=1e-6, gt=0)
-    seq_length: PositiveInt = 2048
-    max_position_embeddings: PositiveInt = 8192
-    rotary_emb_base: float = Field(default=10000, gt=1)
+    hidden_size: int = Field(ge=1, le=65536)
+    num_hidden_layers: int = Field(ge=1, le=1024)
+    num_attention_heads: int = Field(ge=1, le=1024)
+    intermediate_size: int = Field(ge=1, le=1 << 20)
+    vocab_size: int = Field(ge=1, le=1 << 22)
+    kv_channels: int = Field(default=128, ge=1, le=512)
+    layer_norm_epsilon: float = Field(default=1e-6, gt=0, lt=1)
+    seq_length: int = Field(default=2048, ge=2, le=1 << 20)
+    max_position_embeddings: int = Field(default=8192, ge=1, le=1 << 20)
+    rotary_emb_base: float = Field(default=10000, gt=1, le=1e9)
     rotary_pct: float = 1.0
     use_dynamic_ntk: bool = True
     use_logn_attn: bool = True
@@ -138,7 +143,7 @@ def is_chat_model(folder: Path) -> bool:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
-    except ValueError as error:  # also what is not UTF-8
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8, or nested without end
         raise QwenVLError(f"{path}: not valid JSON ({error})") from error
 
 

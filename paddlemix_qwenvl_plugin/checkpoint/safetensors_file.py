@@ -38,7 +38,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """List a file's tensors.
 
     Raises:
-        QwenVLError: the file is truncated or not a safetensors file.
+        QwenVLError: the file is truncated, too long or not a safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -53,7 +53,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 for name, value in header.items()
                 if name != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise QwenVLError(f"{path}: the safetensors header is damaged ({error})") from error
     for name, entry in entries.items():
         if entry.n_bytes != math.prod(entry.shape) * entry.numpy_dtype.itemsize:
@@ -62,6 +62,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise QwenVLError(
                 f"{path}: truncated, {size} bytes of at least {entry.offset + entry.n_bytes}; copy the file again"
             )
+    # One tensor after another to the file's end, as the format says: nothing is read twice, nothing lies hidden.
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
+        if entry.offset != end:
+            raise QwenVLError(
+                f"{path}: the header is damaged: {name} begins at byte {entry.offset}, "
+                f"the tensor before it ends at {end}"
+            )
+        end += entry.n_bytes
+    if end != size:
+        raise QwenVLError(f"{path}: {size - end} bytes too many after the last tensor; copy the file again")
     return entries
 
 

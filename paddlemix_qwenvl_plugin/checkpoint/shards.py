@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.checkpoint import safetensors_file, torch_file
+from paddlemix_qwenvl_plugin.checkpoint import pdparams_file, safetensors_file, torch_file
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 # (file or index, kind), in the order of preference where a folder holds several.
@@ -108,7 +108,7 @@ class Shards:
     def _load(self, path: Path) -> dict[str, NDArray[np.generic]]:
         if self._held is None or self._held[0] != path:
             self._held = None  # before the next file is read, not after
-            self._held = (path, _load_pdparams(path))
+            self._held = (path, pdparams_file.read(path))
         return self._held[1]
 
 
@@ -121,7 +121,7 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
         index = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise QwenVLError(
             f"{path}: not a weight index, a JSON object with 'weight_map'; copy it again"
         ) from error
@@ -133,38 +133,9 @@ def read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def _load_pdparams(path: Path) -> dict[str, NDArray[np.generic]]:
-    import paddle
-
-    with path.open("rb") as file:
-        if file.read(1) != b"\x80":  # how a pickle begins; Paddle would try other readers, which are noisy
-            raise QwenVLError(f"{path}: not a Paddle weight file")
-    try:
-        state = paddle.load(str(path), return_numpy=True)
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise QwenVLError(f"{path}: not a Paddle weight file, or truncated ({_short(error)})") from error
-    return _arrays(state, path)
-
-
-def _arrays(state: Any, path: Path) -> dict[str, NDArray[np.generic]]:
-    if not isinstance(state, dict) or not state:
-        raise QwenVLError(f"{path}: holds no table of tensors")
-    # paddle.save adds this table of variable names to a state dict.
-    state.pop("StructuredToParameterName@@", None)
-    for name, value in state.items():
-        if not isinstance(value, np.ndarray):
-            raise QwenVLError(f"{path}: {name} is not a tensor")
-    return state
-
-
 def _dtype_name(array: NDArray[np.generic], name: str, path: Path) -> str:
     if array.dtype == np.uint16:  # Paddle's NumPy form of bfloat16
         return "bfloat16"
     if array.dtype.kind != "f":
         raise QwenVLError(f"{path}: {name} has dtype {array.dtype}, a weight must be a floating-point tensor")
     return str(array.dtype.name)
-
-
-def _short(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

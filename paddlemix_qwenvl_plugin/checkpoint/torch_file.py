@@ -1,14 +1,12 @@
 """Reading one tensor at a time from a PyTorch weight file, without PyTorch.
 
 Since PyTorch 1.6 such a file is a zip archive: `data.pkl`, a pickle of the table of tensors, and beside it the raw
-values, `data/KEY` for each storage. A pickle can run any code, so this one may name nothing but what a table of
-tensors is made of; anything else is refused.
+values, `data/KEY` for each storage.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paddlemix_qwenvl_plugin.checkpoint.table_pickle import DAMAGED, RefusedError, TableUnpickler, first_line
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 # Class of a storage in the pickle -> dtype here, and as NumPy has it.
@@ -27,10 +26,7 @@ _STORAGES = {
     "BFloat16Storage": ("bfloat16", "<u2"),
     "DoubleStorage": ("float64", "<f8"),
 }
-_DAMAGED = (
-    *(zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError, TypeError),
-    *(AttributeError, IndexError, NotImplementedError, OverflowError, MemoryError, RecursionError),
-)
+_DAMAGED = (zipfile.BadZipFile, *DAMAGED)
 
 
 @dataclass(frozen=True)
@@ -56,17 +52,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             [pickled] = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
             folder = pickled[: -len("data.pkl")]
             with archive.open(pickled) as file:
-                table = _Unpickler(file).load()
+                table = _Unpickler(file, _KNOWN).load()
             if not isinstance(table, dict) or not table:
                 raise QwenVLError(f"{path}: holds no table of tensors")
             tensors = {str(name): _entry(path, str(name), value, folder) for name, value in table.items()}
             for name, tensor in tensors.items():
                 _check_inside(path, name, tensor, archive.getinfo(tensor.member).file_size)
-    except _Refused as error:
+    except RefusedError as error:
         raise QwenVLError(f"{path}: {error}; only tables of tensors are read") from error
     except _DAMAGED as error:
         raise QwenVLError(
-            f"{path}: not a PyTorch weight file (of PyTorch 1.6 or newer), or truncated ({_first_line(error)})"
+            f"{path}: not a PyTorch weight file (of PyTorch 1.6 or newer), or truncated ({first_line(error)})"
         ) from error
     return tensors
 
@@ -81,14 +77,10 @@ def read_tensor(path: Path, tensor: StoredTensor) -> NDArray[np.generic]:
         with zipfile.ZipFile(path) as archive:
             values = np.frombuffer(archive.read(tensor.member), tensor.numpy_dtype)
     except _DAMAGED as error:
-        raise QwenVLError(f"{path}: {tensor.member} cannot be read ({_first_line(error)})") from error
+        raise QwenVLError(f"{path}: {tensor.member} cannot be read ({first_line(error)})") from error
     strides = [stride * values.itemsize for stride in tensor.strides]
     view = np.lib.stride_tricks.as_strided(values[tensor.start :], tensor.shape, strides, writeable=False)
     return np.ascontiguousarray(view)
-
-
-class _Refused(Exception):
-    pass
 
 
 @dataclass(frozen=True)
@@ -107,7 +99,7 @@ class _Tensor:
 
 def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
     if not isinstance(storage, _Storage):
-        raise _Refused("a tensor without a storage")
+        raise RefusedError("a tensor without a storage")
     return _Tensor(storage, int(start), tuple(map(int, shape)), tuple(map(int, strides)))
 
 
@@ -115,22 +107,23 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
-class _Unpickler(pickle.Unpickler):
+_KNOWN = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+}
+
+
+class _Unpickler(TableUnpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _rebuild_parameter
         if module == "torch" and name.endswith("Storage"):
             return name
-        raise _Refused(f"its pickle asks for {module}.{name}")
+        return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> _Storage:
         what, kind, key = pid[:3]
         if what != "storage" or not isinstance(kind, str):
-            raise _Refused("its pickle refers to something that is no storage")
+            raise RefusedError("its pickle refers to something that is no storage")
         return _Storage(kind, str(key))
 
 
@@ -155,7 +148,3 @@ def _check_inside(path: Path, name: str, tensor: StoredTensor, n_bytes: int) -> 
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides))
     if not sane or (tensor.start + last + 1) * tensor.numpy_dtype.itemsize > n_bytes:
         raise QwenVLError(f"{path}: {name} reaches beyond its {n_bytes} bytes; copy the file again")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

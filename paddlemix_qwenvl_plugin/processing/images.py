@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import os
 import re
 import stat
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Optional
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
@@ -23,27 +24,38 @@ from PIL import Image, UnidentifiedImageError
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
-if TYPE_CHECKING:
-    import httpx
-
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
-_CHUNK_BYTES = 64 * 1024
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Pillow hands these to another program (Ghostscript) or to the operating system's drawing code.
 _REFUSED_FORMATS = ("EPS", "WMF")
 
-_header_lock = threading.Lock()
+_warnings_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What a picture may cost: encoded size in bytes, width x height, and the whole time of a download."""
+    """What a picture may cost, and where it may come from.
+
+    Encoded size in bytes, width x height, the whole time of a download, and whether a download may come from
+    addresses that are not public: this machine's own, its network's, those that clouds keep their secrets at.
+    """
 
     max_bytes: int = 50 * 1024 * 1024
     max_pixels: int = 64_000_000
     timeout_seconds: float = 10.0
+    allow_private: bool = False
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -68,12 +80,13 @@ def preprocess_all(images: Sequence[Image.Image], image_size: int = 448) -> npt.
 
 
 def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-    """Load `source` as a fully decoded RGB picture.
+    """Load `source` as a fully decoded RGB picture, upright as its EXIF orientation says, on white where it is clear.
 
     `source` is a path, encoded bytes, a PIL picture, a `data:` URL, a `file://` URL or, with `allow_http`, an
-    http(s) URL. Of an animation the first frame is taken. An EXIF orientation is not applied, transparency is
-    dropped, as in the official code. Paths, `file://` URLs and web addresses are opened wherever they point:
-    a server decides before the call which of them a client may name.
+    http(s) URL. Of an animation the first frame is taken. 16-bit grey is scaled by its depth. The official code
+    reads a picture as it is stored, drops transparency, and makes 16-bit grey white. Paths and `file://` URLs are
+    opened wherever they point, web addresses where they are public or `limits` allow others: a server decides
+    before the call which of them a client may name.
 
     Raises UsageError for a source that is not there or not of a supported kind, and QwenVLError for one that
     is no picture, is damaged, exceeds `limits` or cannot be downloaded.
@@ -95,10 +108,13 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
     if scheme in ("http", "https"):
         name = describe_source(source)
         if not allow_http:
-            raise UsageError(f"image {name}: downloading is off, pass --allow-http to turn it on")
+            raise UsageError(f"image {name}: downloading is off, pass --allow_http to turn it on")
         if not _has_host(source):
             raise UsageError(f"image {name}: this address names no host")
-        return _open(_download(source, name, limits), name, limits)
+        from paddlemix_qwenvl_plugin.processing.download import download  # httpx is slow to import
+
+        content = download(source, name, limits.max_bytes, limits.timeout_seconds, limits.allow_private)
+        return _open(content, name, limits)
     if scheme == "file":
         return _open_file(_file_url_path(source), limits)
     if re.match(r"[a-z][a-z0-9+.-]*://", source, re.IGNORECASE):
@@ -176,9 +192,7 @@ def _open(encoded: bytes, name: str, limits: ImageLimits) -> Image.Image:
     if len(encoded) > limits.max_bytes:
         raise QwenVLError(f"image {name} is larger than the limit of {_mebibytes(limits.max_bytes)}")
     try:
-        # Our own limit on the pixels decides. Pillow would print a warning besides.
-        with _header_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with _no_warnings():
             image = Image.open(io.BytesIO(encoded))
     except UnidentifiedImageError as error:
         raise QwenVLError(f"image {name} is not in a picture format that Pillow knows") from error
@@ -200,68 +214,49 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
     if width == 0 or height == 0:
         raise QwenVLError(f"image {name} is {width} x {height} pixels: nothing to look at")
     try:
-        return image.convert("RGB")
+        image.load()  # what says how to turn it may stand behind the pixels
+        turn = _turn(image)
+        pixels = _as_rgb(image)
+        return pixels if turn is None else pixels.transpose(turn)
     except Exception as error:  # as above: the plugins have no common error for damaged data
         raise QwenVLError(f"image {name} is damaged or cut short: {error}") from error
 
 
-def _download(url: str, name: str, limits: ImageLimits) -> bytes:
-    """The body of `url`, within `limits.timeout_seconds` from the call to the last byte.
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Keep Pillow's warnings off stderr: our own limit on the pixels decides, and damaged notes are passed over.
 
-    httpx limits each read, so a server that sends a byte now and then would hold us for ever. A thread of its
-    own bounds the whole, name resolution included.
+    Python's filters are the whole process's, so only one thread at a time changes them: not while it decodes.
     """
-    import httpx  # only downloads need it, and it is slow to import
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
-    client = httpx.Client(
-        follow_redirects=True,
-        timeout=limits.timeout_seconds,
-        # Not compressed: a small body must not unfold into a large one.
-        headers={"Accept-Encoding": "identity"},
-    )
-    outcome: list[bytes | BaseException] = []
 
-    def work() -> None:
+def _turn(image: Image.Image) -> Optional[Image.Transpose]:
+    """How to set a picture upright; None where it is, or does not say in a way that can be read."""
+    with _no_warnings():
         try:
-            outcome.append(_fetch(client, url, name, limits))
-        except httpx.TimeoutException:
-            outcome.append(_too_slow(name, limits))
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-            outcome.append(QwenVLError(f"image {name} cannot be downloaded: {error}"))
-        except BaseException as error:  # raised again in the caller's thread
-            outcome.append(error)
-
-    thread = threading.Thread(target=work, name="image-download", daemon=True)
-    thread.start()
-    thread.join(limits.timeout_seconds)
-    # Ends the thread's next read if it is still at work.
-    client.close()
-    result = outcome[0] if outcome else _too_slow(name, limits)
-    if isinstance(result, BaseException):
-        raise result
-    return result
+            return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        except Exception:  # a damaged note beside a picture that may be whole
+            return None
 
 
-def _fetch(client: httpx.Client, url: str, name: str, limits: ImageLimits) -> bytes:
-    too_large = QwenVLError(f"image {name} is larger than the limit of {_mebibytes(limits.max_bytes)}")
-    with client.stream("GET", url) as response:
-        if response.status_code != 200:
-            raise QwenVLError(f"image {name}: the server answered with status {response.status_code}")
-        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise QwenVLError(f"image {name}: the server sent it compressed though asked not to")
-        declared = response.headers.get("Content-Length", "")
-        if re.fullmatch("[0-9]{1,18}", declared) and int(declared) > limits.max_bytes:
-            raise too_large
-        body = bytearray()
-        for chunk in response.iter_raw(_CHUNK_BYTES):
-            body += chunk
-            if len(body) > limits.max_bytes:
-                raise too_large
-        return bytes(body)
-
-
-def _too_slow(name: str, limits: ImageLimits) -> QwenVLError:
-    return QwenVLError(f"image {name} was not there within {limits.timeout_seconds:g} seconds")
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent lies on white."""
+    # Pillow keeps 16 bits in 32 for some kinds of file, and clips both at 255.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.uint32)
+        grey = ((values + 128) // 257).clip(max=255).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    clear = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(clear, mask=clear)
+    return white
 
 
 def _mebibytes(n_bytes: int) -> str:

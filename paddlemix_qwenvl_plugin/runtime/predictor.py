@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -35,10 +34,9 @@ from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.runtime.request import DEFAULT_SYSTEM, Request
 from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.sources import is_address
 
 PathLike = Union[str, Path]
-
-_URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class QwenVL:
@@ -124,7 +122,7 @@ class QwenVL:
     def load_images(self, sources: Sequence[Any], folder: Optional[Path] = None) -> list[Image.Image]:
         """Open images as this predictor's `allow_http` and `limits` let it; relative paths start from `folder`."""
         if folder is not None:
-            sources = [folder / i if isinstance(i, str) and not _URL.match(i) else i for i in sources]
+            sources = [folder / i if isinstance(i, str) and not is_address(i) else i for i in sources]
         return [load_image(i, allow_http=self._allow_http, limits=self._limits) for i in sources]
 
     def image_inputs(self, images: Sequence[Image.Image]) -> list[ImageInput]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from batch_helpers import STREET, openai_row, read_rows, text, user, write_rows
+from made_up_net import MadeUpNet
 
 from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.cli.main import main
@@ -94,7 +95,8 @@ def test_progress_in_a_log(batch, monkeypatch):
     assert (code, err.splitlines()) == (0, ["2 of 3 rows are there from before", "rows answered: 1/1"])
 
 
-def test_allow_http(batch, tmp_path):
+def test_allow_http(batch, tmp_path, monkeypatch):
+    MadeUpNet(monkeypatch, {"pictures.example": [["93.184.215.14"]]})
     (tmp_path / "web").mkdir()
     shutil.copyfile(STREET, tmp_path / "web" / "street.png")
 
@@ -104,7 +106,7 @@ def test_allow_http(batch, tmp_path):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "web")) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/street.png"
+        url = f"http://pictures.example:{server.server_port}/street.png"
         rows = [openai_row("a", [user(url, text("?"))]), {"id": 2, "image": url}]
         write_rows(Path("in.jsonl"), rows)
         assert batch("--max_new_tokens", "1")[0] == 1

@@ -145,7 +145,7 @@ def test_bad_rows_have_a_line_each_and_the_job_goes_on(cheap, folder):
     no_picture = f"image {folder / 'in' / 'no.png'} does not exist"
     assert errors[2] == {"code": "invalid_request", "message": no_picture}
     assert errors[3] == no_picture
-    assert errors[4]["message"].endswith("downloading is off, pass --allow-http to turn it on")
+    assert errors[4]["message"].endswith("downloading is off, pass --allow_http to turn it on")
     assert "leaves no room in the context of 8192" in errors[5]
     assert "must not contain <img>" in errors[6]
     assert errors[7]["message"].startswith("body.tools: unknown key")

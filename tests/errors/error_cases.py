@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import shutil
-import socket
 import struct
 import sys
 import zlib
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from made_up_net import MadeUpNet
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -332,7 +332,7 @@ def pdparams(content: bytes) -> Provoke:
 cases(
     {
         "model_state.pdparams is not a pickle": pdparams(b"\x00" * 1000),
-        "model_state.pdparams is a damaged pickle": pdparams(b"\x80\x02cnothing\nhere\nq\x00."),
+        "model_state.pdparams is a damaged pickle": pdparams(b"\x80\x02}q\x00X\xff\x00\x00\x00name"),
         "model_state.pdparams holds a list": pdparams(pickle.dumps([1, 2], 2)),
         "model_state.pdparams holds a number": pdparams(pickle.dumps({"epoch": 3}, 2)),
     }
@@ -770,10 +770,9 @@ def _(bench: Bench) -> list[str]:
 
 @case("a picture from the web that cannot be had")
 def _(bench: Bench) -> list[str]:
-    with socket.socket() as listener:  # a port that is free now
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    return bench.predict("--image", f"http://127.0.0.1:{port}/dog.png", "--allow_http")
+    net = MadeUpNet(bench.monkeypatch, {"pictures.example": [["93.184.215.14"]]})
+    net.dead = {"93.184.215.14"}
+    return bench.predict("--image", "http://pictures.example/dog.png", "--allow_http")
 
 
 def look_at(content: Callable[[], bytes | Image.Image], name: str = "dog.png") -> Provoke:
@@ -1288,6 +1287,38 @@ def tokenizer_config(text: str) -> Callable[[Bench], list[str]]:
     return arrange
 
 
+# Inputs that are meant to harm
+
+
+class Call:
+    """Pickled as a call of a function, which an unpickler that refuses nothing carries out."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch ran",)
+
+
+def header(change: Callable[[dict[str, Any]], None], more: bytes = b"") -> Provoke:
+    """model/model.safetensors with another header and `more` bytes at its end."""
+
+    def provoke(bench: Bench) -> list[str]:
+        path = bench.model() / "model.safetensors"
+        content = path.read_bytes()
+        [length] = struct.unpack("<Q", content[:8])
+        entries = json.loads(content[8 : 8 + length])
+        change(entries)
+        text = json.dumps(entries).encode().ljust(length)
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :] + more)
+        return bench.export()
+
+    return provoke
+
+
+def overlap(entries: dict[str, Any]) -> None:
+    """Let one tensor lie where another of its size does."""
+    first, second = (f"transformer.llm.h.{i}.ln_1.weight" for i in range(2))
+    entries[second]["data_offsets"] = entries[first]["data_offsets"]
+
+
 cases(
     {
         "`--picture_label` without a place for the number": predict("--picture_label", "Picture: "),
@@ -1295,5 +1326,15 @@ cases(
         "tokenizer_config.json is not JSON": tokenizer_config("{"),
         "tokenizer_config.json with a `picture_label` that is none": tokenizer_config('{"picture_label": 1}'),
         "`--allow_private_http` alone": predict("--allow_private_http"),
+        "`seq_length` is beyond reason": config(seq_length=10**18),
+        "`max_position_embeddings` is beyond reason": config(max_position_embeddings=10**12),
+        "`num_hidden_layers` is beyond reason": config(num_hidden_layers=10**9),
+        "config.json is nested without end": config_text("[" * 100_000),
+        "two tensors overlap": header(overlap),
+        "bytes after the last tensor": header(lambda entries: None, b"1234"),
+        "a web address on this machine or its network": predict(
+            "--image", "http://169.254.169.254/dog.png", "--allow_http"
+        ),
+        "model_state.pdparams brings code": pdparams(pickle.dumps({WTE: Call()}, 2)),
     }
 )

@@ -74,7 +74,7 @@ def files() -> set[Path]:
 
 
 def test_the_table_and_the_cases_agree() -> None:
-    assert [row.what for row in ROWS] == list(CASES)
+    assert sorted(row.what for row in ROWS) == sorted(CASES)
     assert len(ROWS) >= 55
 
 

@@ -1,0 +1,232 @@
+"""A .pdparams file is read as paddle.load reads it, and runs none of the code that a crafted file brings."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from paddlemix_qwenvl_plugin import QwenVLError
+from paddlemix_qwenvl_plugin.checkpoint import pdparams_file
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+from paddlemix_qwenvl_plugin.cli.main import main
+
+
+def tensors(dtype: str) -> dict[str, paddle.Tensor]:
+    values = np.arange(24, dtype=np.float32).reshape(2, 3, 4) - 7.5
+    made = {"cube": values, "row": values[0, 0], "one": values[:1, 0, 0], "wide": values.reshape(1, 24)}
+    return {name: paddle.to_tensor(value).astype(dtype) for name, value in made.items()}
+
+
+def check(path: Path) -> dict[str, np.ndarray]:
+    """Compare with what Paddle itself reads."""
+    read = pdparams_file.read(path)
+    expected = paddle.load(str(path), return_numpy=True)
+    assert read.keys() == expected.keys()
+    for name, value in expected.items():
+        assert read[name].dtype == value.dtype
+        np.testing.assert_array_equal(read[name], value, err_msg=name)
+    return read
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_state_dict(tmp_path: Path, protocol: int, dtype: str) -> None:
+    path = tmp_path / "a.pdparams"
+    paddle.save(tensors(dtype), str(path), protocol=protocol)
+    assert len(check(path)) == 4
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_parameters_of_a_layer(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "a.pdparams"
+    paddle.save(paddle.nn.Linear(3, 4).state_dict(), str(path), protocol=protocol)
+    assert list(check(path)) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_tensors_beside_something_else(tmp_path: Path, protocol: int) -> None:
+    """In such a dict paddle.save writes each tensor as its name and its values."""
+    path = tmp_path / "a.pdparams"
+    paddle.save({**tensors("float32"), "epoch": 3}, str(path), protocol=protocol)
+    with pytest.raises(QwenVLError, match="epoch is not a tensor"):
+        pdparams_file.read(path)
+    paddle.save({**tensors("float32"), "array": np.ones([2, 2], "float32")}, str(path), protocol=protocol)
+    assert len(check(path)) == 5
+
+
+def test_tensors_of_a_static_program(tmp_path: Path) -> None:
+    path = tmp_path / "a.pdparams"
+    owners = tensors("float32")  # a DenseTensor does not own its values
+    state = {name: owner.value().get_tensor() for name, owner in owners.items()}
+    paddle.save({**state, "array": np.ones([2, 2], "float32")}, str(path))
+    assert b"eval" in path.read_bytes()
+    assert len(check(path)) == 5
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_large_tensors_that_are_split(tmp_path: Path, protocol: int, monkeypatch: Any) -> None:
+    """Paddle splits above 2^30 bytes; here above the bytes of five numbers."""
+    from paddle.framework import io_utils
+
+    source = Path(io_utils.__file__).read_text()
+    assert source.count("(2**30 - 1)") == 1
+    found = re.search(r"\ndef _unpack_saved_dict.*?return saved_obj\n", source, re.S)
+    assert found
+    smaller: dict[str, Any] = vars(io_utils).copy()
+    exec(found[0].replace("(2**30 - 1)", "20"), smaller)
+    monkeypatch.setattr("paddle.framework.io._unpack_saved_dict", smaller["_unpack_saved_dict"])
+    path = tmp_path / "a.pdparams"
+    paddle.save(tensors("float32"), str(path), protocol=protocol)
+    assert b"UnpackBigParamInfor@@" in path.read_bytes()
+    assert check(path)["cube"].shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("core", ["core", "_core"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4"])
+def test_arrays_as_any_numpy_writes_them(tmp_path: Path, core: str, order: Any, dtype: str) -> None:
+    values = np.asarray(np.arange(6.0).reshape(2, 3), dtype, order=order)
+    pickled, n = re.subn(rb"numpy\._?core\.", f"numpy.{core}.".encode(), pickle.dumps({"a": values}, 2))
+    assert n == 1
+    path = tmp_path / "a.pdparams"
+    path.write_bytes(pickled)
+    np.testing.assert_array_equal(pdparams_file.read(path)["a"], values)
+
+
+class Evil:
+    """Pickled as a call of a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+COMMANDS = {
+    "export": ["export-vision", "--model_name_or_path", "model", "--save_path", "out/vision"],
+    "convert": ["convert", "model", "new"],
+    "doctor": ["doctor", "--model_name_or_path", "model"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("indexed", [False, True])
+def test_code_in_a_file_does_not_run(
+    golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, command: str, indexed: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes((golden("a").folder / "config.json").read_bytes())
+    name = "model_state-00001-of-00001.pdparams" if indexed else "model_state.pdparams"
+    if indexed:
+        index = {"weight_map": {"lm_head.weight": name}}
+        (model / "model_state.pdparams.index.json").write_text(json.dumps(index))
+    content = pickle.dumps({"lm_head.weight": Evil(os.system, "touch ran")}, protocol=4)
+    (model / name).write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["qwenvl", *COMMANDS[command]])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    printed = "".join(capfd.readouterr())
+    assert caught.value.code == 1
+    assert f"model/{name}: its pickle asks for posix.system; only tables of tensors are read" in printed
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
+    pickle.loads(content)["lm_head.weight"]  # the file is one that works
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        (Evil(eval, "__import__('os').mkdir('ran')", {}), "its pickle evaluates"),
+        (Evil(eval, "data.mkdir('ran')", {"data": 1}), "its pickle evaluates"),
+        (Evil(getattr, os, "mkdir"), "its pickle asks for"),
+        (Evil(paddle.load, "other.pdparams"), "its pickle asks for paddle"),
+        (Evil(np.load, "other.npy", None, True), "its pickle asks for numpy"),
+        (np.array([os.mkdir], dtype=object), "its pickle asks for|holds no numbers"),
+        (np.array(["a", None], dtype=object), "an array in it holds no numbers"),
+        (np.zeros(2, dtype="f4,f4"), "an array in it holds no numbers"),
+    ],
+)
+def test_other_calls_are_refused(tmp_path: Path, value: Any, line: str) -> None:
+    path = tmp_path / "a.pdparams"
+    if (
+        isinstance(value, Evil) and os in value.call[1]
+    ):  # a module cannot be pickled, a call that imports it can
+        value = Evil(getattr, Evil(__import__, "os"), "mkdir")
+    path.write_bytes(pickle.dumps({"a": value}, 4))
+    with pytest.raises(QwenVLError, match=line):
+        pdparams_file.read(path)
+
+
+def test_a_file_cannot_change_the_reader(tmp_path: Path) -> None:
+    """BUILD with a tuple sets attributes, of a class as well: here one that every later array would go through."""
+    path = tmp_path / "a.pdparams"
+    path.write_bytes(b"\x80\x02cnumpy\nndarray\nN}X\x0c\x00\x00\x00__setstate__cbuiltins\ntuple\ns\x86b.")
+    with pytest.raises(QwenVLError, match="its pickle changes what it is made with"):
+        pdparams_file.read(path)
+    paddle.save(tensors("float32"), str(path))
+    check(path)
+
+
+def test_a_shape_that_lies(tmp_path: Path) -> None:
+    whole = pickle.dumps({"a": np.arange(6, dtype="<f4").reshape(2, 3)}, 2)
+    path = tmp_path / "a.pdparams"
+    for shape in (
+        b"K\x02K\x04\x86",
+        b"J\xff\xff\xff\xffK\x06\x86",
+        b"J\xff\xff\xff\xffJ\xfa\xff\xff\xff\x86",
+    ):
+        assert b"K\x02K\x03\x86" in whole
+        path.write_bytes(whole.replace(b"K\x02K\x03\x86", shape))
+        with pytest.raises(QwenVLError, match="an array of 6 values where"):
+            pdparams_file.read(path)
+
+
+def test_every_cut_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pdparams"
+    paddle.save(tensors("float32"), str(path))
+    whole = path.read_bytes()
+    for n in range(len(whole)):
+        path.write_bytes(whole[:n])
+        with pytest.raises(QwenVLError, match="not a Paddle weight file"):
+            pdparams_file.read(path)
+
+
+def test_a_few_bytes_do_not_take_gigabytes(tmp_path: Path) -> None:
+    """LONG_BINPUT with a place far away: an unpickler with a list for its memo would make room for it."""
+    path = tmp_path / "a.pdparams"
+    path.write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".")
+    read = (
+        "import resource, sys; from pathlib import Path\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))\n"
+        "from paddlemix_qwenvl_plugin.checkpoint import pdparams_file\n"
+        "pdparams_file.read(Path(sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-c", read, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr.splitlines()[-1].endswith("holds no table of tensors")
+
+
+def test_a_folder_of_such_files(golden: Any, tmp_path: Path) -> None:
+    """The order of a state dict does not matter, nor does an OrderedDict."""
+    model = golden("a")
+    (tmp_path / "config.json").write_bytes((model.folder / "config.json").read_bytes())
+    state = collections.OrderedDict(reversed(list(model.weights.items())))
+    paddle.save(state, str(tmp_path / "model_state.pdparams"), protocol=2)
+    read, original = Checkpoint(tmp_path), Checkpoint(model.folder)
+    assert read.fingerprint() == original.fingerprint()

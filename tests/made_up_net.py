@@ -1,0 +1,47 @@
+"""A resolver and addresses of the tests' own: names lead to public addresses, and these to servers on this machine."""
+
+from __future__ import annotations
+
+import socket
+from ipaddress import ip_address
+from typing import Any
+
+import pytest
+
+
+class MadeUpNet:
+    """Names with the answers that the resolver gives one after the other, the last one for ever.
+
+    `asked` are the names that were looked up, `reached` the addresses that were connected to, in order.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, names: dict[str, list[list[str]]]) -> None:
+        self._names = names
+        self._lookup = socket.getaddrinfo
+        self._connect = socket.create_connection
+        self.asked: list[str] = []
+        self.reached: list[str] = []
+        self.dead: set[str] = set()
+        monkeypatch.setattr(socket, "getaddrinfo", self._getaddrinfo)
+        monkeypatch.setattr(socket, "create_connection", self._create_connection)
+
+    def _getaddrinfo(self, host: str, *args: Any, **kwargs: Any) -> list[Any]:
+        if host not in self._names:
+            return self._lookup(host, *args, **kwargs)  # numbers in any spelling; there are no other names
+        self.asked.append(host)
+        answers = self._names[host]
+        addresses = answers.pop(0) if len(answers) > 1 else answers[0]
+        return [
+            (socket.AF_INET6 if ":" in a else socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 0))
+            for a in addresses
+        ]
+
+    def _create_connection(self, address: tuple[str, int], *args: Any, **kwargs: Any) -> socket.socket:
+        host, port = address
+        if host in self._names:  # whoever connects by name asks the resolver once more
+            [(*_, (host, _))] = self._getaddrinfo(host)[:1]
+        self.reached.append(host)
+        if host in self.dead:
+            raise ConnectionRefusedError(f"{host} does not answer")
+        assert ip_address(host).is_global or host == "127.0.0.1"
+        return self._connect(("127.0.0.1", port), *args, **kwargs)

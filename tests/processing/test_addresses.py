@@ -1,0 +1,215 @@
+"""Pictures come from public addresses only, unless told otherwise: the address that is connected to decides."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_up_net import MadeUpNet
+from PIL import Image
+
+from paddlemix_qwenvl_plugin.processing.download import is_public
+from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+
+PUBLIC, OTHER_PUBLIC = "93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"
+REFUSED = "is not at a public address, pass --allow_private_http to allow it"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """/to/URL redirects there, all else is a picture; the server keeps the Host header of each request."""
+
+    def do_GET(self) -> None:
+        self.server.hosts.append(self.headers["Host"])  # type: ignore[attr-defined]
+        buffer = io.BytesIO()
+        Image.new("RGB", (6, 4), "#c86432").save(buffer, "PNG")
+        target = self.path.partition("/to/")[2]
+        self.send_response(302 if target else 200)
+        if target:
+            self.send_header("Location", target)
+        self.end_headers()
+        self.wfile.write(b"" if target else buffer.getvalue())
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        http_server.hosts = []  # type: ignore[attr-defined]
+        threading.Thread(target=http_server.serve_forever, args=(0.02,), daemon=True).start()
+        yield http_server
+        http_server.shutdown()
+
+
+def hosts(server: ThreadingHTTPServer) -> list[str]:
+    return server.hosts  # type: ignore[attr-defined, no-any-return]
+
+
+load = partial(load_image, allow_http=True)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *(
+            "127.0.0.1",
+            "2130706433",
+            "0x7f000001",
+            "0x7f.1",
+            "0177.0.0.1",
+            "017700000001",
+            "127.1",
+            "0",
+            "0.0.0.0",
+        ),
+        *("[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "localhost"),
+    ],
+)
+def test_this_machine_in_every_spelling(server: ThreadingHTTPServer, host: str) -> None:
+    with pytest.raises(QwenVLError, match=f"{REFUSED}|Invalid IPv4 address"):  # httpx knows no 0177.0.0.1
+        load(f"http://{host}:{server.server_port}/a.png")
+    assert hosts(server) == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *(
+            "10.0.0.1",
+            "172.16.0.1",
+            "192.168.1.1",
+            "169.254.169.254",
+            "100.64.0.1",
+            "198.18.0.1",
+            "192.0.2.1",
+        ),
+        *("0.0.0.0", "127.0.0.53", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255"),
+        *(
+            "::",
+            "::1",
+            "fe80::1",
+            "fe80::1%1",
+            "fc00::1",
+            "fd00:ec2::254",
+            "fec0::1",
+            "ff02::1",
+            "2001:db8::1",
+        ),
+        *("::ffff:10.0.0.1", "::ffff:169.254.169.254", "::127.0.0.1", "64:ff9b::10.0.0.1", "64:ff9b::7f00:1"),
+        *("2002:7f00:1::", "2002:a00:1::1", "2001:0:7f00:1::"),
+    ],
+)
+def test_addresses_that_are_not_public(address: str) -> None:
+    assert not is_public(ip_address(address))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [PUBLIC, OTHER_PUBLIC, "8.8.8.8", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::1", "172.32.0.1"],
+)
+def test_addresses_that_are_public(address: str) -> None:
+    assert is_public(ip_address(address))
+
+
+def test_allowed(server: ThreadingHTTPServer) -> None:
+    url = f"http://127.0.0.1:{server.server_port}/a.png"
+    assert load(url, limits=ImageLimits(allow_private=True)).size == (6, 4)
+
+
+def test_public_name(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = MadeUpNet(monkeypatch, {"pictures.example": [[PUBLIC]]})
+    assert load(f"http://pictures.example:{server.server_port}/a.png").size == (6, 4)
+    assert (net.asked, net.reached) == (["pictures.example"], [PUBLIC])
+    assert hosts(server) == [f"pictures.example:{server.server_port}"]
+
+
+def test_the_next_address_is_tried(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are not public are passed over."""
+    net = MadeUpNet(monkeypatch, {"pictures.example": [["10.0.0.1", OTHER_PUBLIC, PUBLIC]]})
+    net.dead = {OTHER_PUBLIC}
+    url = f"http://pictures.example:{server.server_port}/a.png"
+    assert load(url).size == (6, 4)
+    assert net.reached == [OTHER_PUBLIC, PUBLIC]
+    net.dead = {OTHER_PUBLIC, PUBLIC}
+    with pytest.raises(QwenVLError, match="cannot be downloaded"):
+        load(url)
+
+
+def test_a_name_that_changes_its_mind(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DNS rebinding: public when it is checked, this machine when it is asked once more."""
+    net = MadeUpNet(monkeypatch, {"rebinding.example": [[PUBLIC], ["127.0.0.1"]]})
+    assert load(f"http://rebinding.example:{server.server_port}/a.png").size == (6, 4)
+    assert (net.asked, net.reached) == (["rebinding.example"], [PUBLIC])
+    with pytest.raises(UsageError, match=f"rebinding.example {REFUSED}"):
+        load(f"http://rebinding.example:{server.server_port}/a.png")
+    assert net.reached == [PUBLIC]
+
+
+@pytest.mark.parametrize(
+    "target", ["http://127.0.0.1:{port}/a.png", "http://2130706433:{port}/a.png", "http://inside.example/"]
+)
+def test_redirect_to_a_private_address(
+    server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    net = MadeUpNet(monkeypatch, {"pictures.example": [[PUBLIC]], "inside.example": [["10.1.2.3"]]})
+    to = target.format(port=server.server_port)
+    url = f"http://pictures.example:{server.server_port}/to/http://pictures.example:{server.server_port}/to/{to}"
+    with pytest.raises(UsageError, match=REFUSED):
+        load(url)
+    assert net.reached == [PUBLIC, PUBLIC]
+    assert len(hosts(server)) == 2
+
+
+def test_no_proxy_of_the_environment(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would connect for us, to addresses that nobody checked; here it is the server itself."""
+    net = MadeUpNet(monkeypatch, {"pictures.example": [[PUBLIC]]})
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("ALL_PROXY", f"http://127.0.0.1:{server.server_port}")
+    assert load(f"http://pictures.example:{server.server_port}/a.png").size == (6, 4)
+    assert net.reached == [PUBLIC]
+
+
+def test_certificate_of_the_name(
+    server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """TLS asks for the host by name, and takes no other host's certificate from the same address."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl on the PATH to make a certificate with")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"),
+            *("-addext", "subjectAltName=DNS:pictures.example", "-keyout", key, "-out", certificate),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    asked: list[Any] = []
+    context.sni_callback = lambda connection, name, _: asked.append(name)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    MadeUpNet(monkeypatch, {name: [[PUBLIC]] for name in ("pictures.example", "other.example")})
+    assert load(f"https://pictures.example:{server.server_port}/a.png").size == (6, 4)
+    with pytest.raises(QwenVLError, match=r"cannot be downloaded: .*certificate"):
+        load(f"https://other.example:{server.server_port}/a.png")
+    to_other = (
+        f"https://pictures.example:{server.server_port}/to/https://other.example:{server.server_port}/a.png"
+    )
+    with pytest.raises(QwenVLError, match=r"cannot be downloaded: .*certificate"):
+        load(to_other)
+    assert asked == ["pictures.example", "other.example", "pictures.example", "other.example"]
