@@ -1,17 +1,13 @@
 #include "core/tensors.h"
 
-#include "core/error.h"
-
-#if !defined(_WIN32)
 #include <sys/mman.h>
-#endif
+
+#include "core/error.h"
 
 namespace qvl {
 
 Tensors::~Tensors() {
-#if !defined(_WIN32)
   if (mapping_ != nullptr) munmap(mapping_, mapped_bytes_);
-#endif
 }
 
 void Tensors::add(const qvl_tensor& tensor, std::string name) {

@@ -86,40 +86,40 @@ void adjust(const qvl_sampling& s, int32_t vocab, const int32_t* counts, Candida
   }
 }
 
-// The token at `fraction` of the probability that top-k and top-p leave.
+// The token at `fraction` of the probability that top-k and top-p leave. Sums go from the likeliest on; no
+// more of them are put in order than it takes.
 int32_t draw(const qvl_sampling& s, int32_t vocab, Candidate* candidates, double fraction) {
-  const auto temperature = static_cast<double>(s.temperature);
-  const auto weight = [&](const Candidate& c, double most) {
-    return std::exp((c.logit - most) / temperature);
-  };
+  const auto temperature = static_cast<double>(s.temperature), top_p = static_cast<double>(s.top_p);
   int32_t n = vocab;
   if (s.top_k > 0 && s.top_k < vocab) {
     n = s.top_k;
-    std::nth_element(candidates, candidates + n, candidates + vocab, likelier);
+    std::partial_sort(candidates, candidates + n, candidates + vocab, likelier);
   }
   const double most = std::min_element(candidates, candidates + n, likelier)->logit;
+  const auto weight = [&](const Candidate& c) { return std::exp((c.logit - most) / temperature); };
   double total = 0;
-  for (int32_t i = 0; i < n; ++i) total += weight(candidates[i], most);
+  for (int32_t i = 0; i < n; ++i) total += weight(candidates[i]);
   // A row with an infinity has no distribution: its likeliest token.
   if (!std::isfinite(total)) return std::min_element(candidates, candidates + n, likelier)->id;
-  // Sort the likeliest, more and more of them, until they reach top_p; mostly a few do. Sums go from the
-  // likeliest on.
+  // Those that top-p keeps, or without it those up to the drawn one.
+  const bool all = top_p >= 1;
   int32_t kept = 0;
-  double before = 0;
-  for (int32_t sorted = 0; kept == sorted && sorted < n;) {
-    const int32_t end = std::min<int64_t>(n, std::max<int64_t>(int64_t{sorted} * 8, 256));
-    if (end < n) std::nth_element(candidates + sorted, candidates + end, candidates + n, likelier);
-    std::sort(candidates + sorted, candidates + end, likelier);
-    sorted = end;
-    while (kept < end && before / total < static_cast<double>(s.top_p))
-      before += weight(candidates[kept++], most);
-  }
-  kept = std::max(kept, 1);
   double mass = 0;
-  for (int32_t i = 0; i < kept; ++i) mass += weight(candidates[i], most);
+  double depth = 4;  // weights down to exp(-depth) are in order; mostly the first ones are enough
+  for (int32_t sorted = 0; kept == sorted && sorted < n; depth += depth < 16 ? 2 : depth) {
+    const double least = depth < 800 ? most - depth * temperature : -INFINITY;
+    Candidate* const end = std::partition(candidates + sorted, candidates + n,
+                                          [&](const Candidate& c) { return c.logit >= least; });
+    std::sort(candidates + sorted, end, likelier);
+    sorted = static_cast<int32_t>(end - candidates);
+    while (kept < sorted && (all ? mass <= fraction * total : mass / total < top_p)) {
+      mass += weight(candidates[kept++]);
+    }
+  }
+  if (all) return candidates[kept - 1].id;
   double reach = 0;
   for (int32_t i = 0; i < kept; ++i) {
-    reach += weight(candidates[i], most);
+    reach += weight(candidates[i]);
     if (reach > fraction * mass) return candidates[i].id;
   }
   return candidates[kept - 1].id;

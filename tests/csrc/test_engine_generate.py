@@ -8,6 +8,7 @@ from engine import (
     FINISH_END,
     FINISH_LENGTH,
     FLOAT32,
+    INTERNAL,
     INVALID,
     LANGUAGE,
     STOPPED,
@@ -81,6 +82,16 @@ def test_a_callback_stops(engine):
     with pytest.raises(EngineError, match="after step 2") as error:
         engine.generate(PROMPTS, 10, on_step=lambda step, requests, tokens: step == 2)
     assert error.value.status == STOPPED
+    assert engine.generate(PROMPTS, 10)[0] == alone(engine)
+
+
+def test_broken_logits_are_an_error(engine):
+    """No arbitrary tokens from a model whose numbers have run over."""
+    features = np.full([2, engine.config.hidden], np.nan, np.float32)
+    line = r"requests\[1\]: the logits of token 0 have a NaN or no finite value"
+    with pytest.raises(EngineError, match=line) as error:
+        engine.generate(PROMPTS[:2], 3, spans=[[], [(5, features)]])
+    assert error.value.status == INTERNAL
     assert engine.generate(PROMPTS, 10)[0] == alone(engine)
 
 

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine import BFLOAT16, DTYPES, FLOAT32, ISAS, LANGUAGE, Engine, make_config, store
+from engine import (
+    BFLOAT16,
+    COMPUTE_BFLOAT16,
+    COMPUTE_FLOAT16,
+    COMPUTE_FLOAT32,
+    DTYPES,
+    FLOAT32,
+    ISAS,
+    LANGUAGE,
+    UNSUPPORTED,
+    Engine,
+    EngineError,
+    make_config,
+    store,
+)
 
 NAMES = pytest.mark.parametrize("name", ["a", "b"])
 
@@ -133,6 +147,27 @@ def test_bfloat16_cache(best):
         a = exact.forward([(prompt, 0, 100, table)])
         b = rounded.forward([(prompt, 0, 100, table)])
     assert 0 < np.abs(a - b).max() <= 0.05 * np.abs(a).max()
+
+
+def test_compute(library, golden_model):
+    """float32 products are those of the instruction sets without bfloat16, to the bit; float16 is not for a CPU."""
+    model = golden_model("a")
+    weights = store(library, model.language_weights(), BFLOAT16)
+    prompt, rows = model.prompt[:100], []
+    for changes in ({"compute": COMPUTE_FLOAT32}, {"isa": ISAS["avx512"]}, {"compute": COMPUTE_BFLOAT16}):
+        try:
+            engine = Engine(library, make_config(model.config, LANGUAGE, **changes), weights)
+        except EngineError as error:
+            if error.status != UNSUPPORTED:
+                raise
+            pytest.skip(f"this processor cannot: {error}")
+        with engine, engine.pool(4) as pool:
+            rows.append(pool.forward([(prompt, 0, 100, list(range(4)))]))
+    assert (rows[0] == rows[1]).all()
+    assert (rows[0] != rows[2]).any()
+    line = "config: compute: a CPU does not compute in float16"
+    with pytest.raises(EngineError, match=line):
+        Engine(library, make_config(model.config, LANGUAGE, compute=COMPUTE_FLOAT16), weights)
 
 
 def test_describe_and_version(library, golden_model):

@@ -1,0 +1,125 @@
+/* A program whose structs are as version 0.1 of the header had them: without the later fields, and with
+ * nothing readable behind them. It must run on every later library.
+ *
+ *   old_structs FILE < 26 numbers of qvl_config, from stages on, floats as such
+ *
+ * Prints the 8 tokens after the prompt 1 2 3 4 5, the likeliest ones, with vectors of ones at places 1 and 2.
+ */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+typedef struct {
+  uint32_t size, stages;
+  int32_t device, device_index, n_threads, isa, max_tokens;
+  int32_t hidden, layers, heads, head_dim, mlp_width, vocab;
+  float norm_epsilon;
+  int32_t seq_length, max_positions;
+  float rotary_base;
+  int32_t dynamic_ntk, logn;
+  int32_t image_size, patch_size, vision_width, vision_layers, vision_heads, vision_mlp_width, n_queries;
+} config_0_1;
+
+typedef struct {
+  int32_t n_new, n_past, prompt_len, n_blocks;
+  const int32_t* blocks;
+} sequence_0_1;
+
+typedef struct {
+  int32_t start, count;
+  const float* features;
+} span_0_1;
+
+typedef struct {
+  uint32_t size;
+  int32_t n_sequences;
+  const sequence_0_1* sequences;
+  const int32_t* tokens;
+  int32_t n_spans, reserved;
+  const span_0_1* spans;
+} batch_0_1;
+
+typedef struct {
+  uint32_t size;
+  float temperature, top_p;
+  int32_t top_k;
+  float repetition_penalty, frequency_penalty, presence_penalty;
+  int32_t n_forbidden;
+  const int32_t* forbidden;
+  uint64_t seed, counter;
+} sampling_0_1;
+
+/* Handles are pointers, and errors begin with their text. */
+int32_t qvl_weights_open(const char* path, void** weights, char* error);
+void qvl_weights_free(void* weights);
+int32_t qvl_engine_create(const config_0_1* config, void* weights, void** engine, char* error);
+void qvl_engine_free(void* engine);
+int32_t qvl_kv_pool_create(void* engine, int32_t n, int32_t tokens, int32_t dtype, void** pool, char* error);
+void qvl_kv_pool_free(void* pool);
+int32_t qvl_forward(void* engine, void* pool, const batch_0_1* batch, float* logits, void* stream,
+                    char* error);
+int32_t qvl_sample(void* engine, int32_t n, const float* logits, const sampling_0_1* sampling, uint32_t size,
+                   int32_t* const* counts, int32_t* tokens, void* stream, char* error);
+void qvl_sampling_init(sampling_0_1* sampling);
+
+static char error[512];
+
+static void must(int32_t status) {
+  if (status == 0) return;
+  fprintf(stderr, "%s\n", error);
+  exit(1);
+}
+
+/* Memory that ends where the bytes end: the page behind cannot be touched. */
+static void* ending(size_t bytes) {
+  char* pages = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED || bytes > 4096 || mprotect(pages + 4096, 4096, PROT_NONE) != 0) exit(2);
+  return pages + 4096 - bytes;
+}
+
+int main(int n, char** arguments) {
+  config_0_1* config = ending(sizeof *config);
+  config->size = sizeof *config;
+  for (size_t i = 1; i < sizeof *config / 4; ++i) {
+    double value;
+    if (scanf("%lf", &value) != 1) return 2;
+    const float real = (float)value;
+    const int32_t whole = (int32_t)value;
+    const char* at = (const char*)config + 4 * i;
+    const int is_real = at == (const char*)&config->norm_epsilon || at == (const char*)&config->rotary_base;
+    memcpy((char*)config + 4 * i, is_real ? (const void*)&real : (const void*)&whole, 4);
+  }
+  void *weights, *engine, *pool;
+  must(n == 2 ? qvl_weights_open(arguments[1], &weights, error) : 1);
+  must(qvl_engine_create(config, weights, &engine, error));
+  qvl_weights_free(weights);
+  must(qvl_kv_pool_create(engine, 2, 32, 0, &pool, error));
+  int32_t tokens[5] = {1, 2, 3, 4, 5};
+  const int32_t blocks[2] = {1, 0};
+  float* ones = malloc((size_t)config->hidden * 2 * sizeof(float));
+  for (int32_t i = 0; i < 2 * config->hidden; ++i) ones[i] = 1;
+  float* logits = malloc((size_t)config->vocab * sizeof(float));
+  sequence_0_1* sequence = ending(sizeof *sequence);
+  span_0_1* span = ending(sizeof *span);
+  batch_0_1* batch = ending(sizeof *batch);
+  sampling_0_1* sampling = ending(sizeof *sampling);
+  *sequence = (sequence_0_1){5, 0, 5, 2, blocks};
+  *span = (span_0_1){1, 2, ones};
+  *batch = (batch_0_1){sizeof *batch, 1, sequence, tokens, 1, 0, span};
+  sampling->size = sizeof *sampling;
+  qvl_sampling_init(sampling);
+  for (int i = 0; i < 8; ++i) {
+    must(qvl_forward(engine, pool, batch, logits, NULL, error));
+    must(qvl_sample(engine, 1, logits, sampling, sizeof *sampling, NULL, tokens, NULL, error));
+    printf("%d ", tokens[0]);
+    *sequence = (sequence_0_1){1, 5 + i, 5, 2, blocks};
+    batch->n_spans = 0;
+  }
+  qvl_kv_pool_free(pool);
+  qvl_engine_free(engine);
+  free(ones);
+  free(logits);
+  return 0;
+}

@@ -1,0 +1,247 @@
+"""Weights as objects of their own: shared, mapped from a parameter file, refused where they are damaged."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine import (
+    BAD_WEIGHT,
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    INT4_G64,
+    INT8,
+    INVALID,
+    LANGUAGE,
+    Config,
+    DeviceInfo,
+    Engine,
+    EngineError,
+    Stored,
+    Weights,
+    make_config,
+    pointer,
+    store,
+)
+
+PROMPT = [5, 6, 7, 8, 9]
+PADDLE_TYPES = {FLOAT32: (5, 4), FLOAT16: (4, 2), BFLOAT16: (22, 2)}
+
+
+def varint(value: int, least: int = 1) -> bytes:
+    out = b""
+    while value > 127 or least > 1:
+        out, value, least = out + bytes([value & 127 | 128]), value >> 7, least - 1
+    return out + bytes([value])
+
+
+def record(name: str, data: bytes, dtype: int, shape: tuple[int, ...], start: int, n_bytes: int = 0) -> bytes:
+    """As it lies at `start` of a parameter file, with the data, of n_bytes if not given, on a multiple of 64."""
+    code, size = PADDLE_TYPES.get(dtype, (20, 1))
+    head = b"\x08" + varint(code) + b"\x10" + varint((n_bytes or len(data)) // size)
+    field = b"qvl1" + struct.pack("<BBH", dtype, len(shape), len(name))
+    field += struct.pack(f"<{len(shape)}q", *shape) + name.encode()
+    field += bytes(-(start + 20 + len(head) + 4 + len(field)) % 64)
+    message = head + b"\x7a" + varint(len(field), 3) + field
+    return bytes(16) + struct.pack("<i", len(message)) + message + data
+
+
+def params_file(path: Path, stored: dict[str, Stored]) -> Path:
+    """A second writer of the format of paddlemix_qwenvl_plugin/artifact/params_file.py."""
+    out = b""
+    for name, (data, dtype, shape) in stored.items():
+        out += record(name, data.tobytes(), dtype, shape, len(out))
+    path.write_bytes(out)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(golden_model):
+    return golden_model("a")
+
+
+@pytest.fixture(scope="module")
+def mixed(library, model):
+    """Weights of every kind."""
+    kinds = [FLOAT32, BFLOAT16, INT8, INT4_G64, FLOAT16]
+    names = sorted(model.language_weights())
+    return store(
+        library, model.language_weights(), FLOAT32, of=lambda name: kinds[names.index(name) % len(kinds)]
+    )
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory, mixed):
+    return params_file(tmp_path_factory.mktemp("params") / "qwen.pdiparams", mixed)
+
+
+def test_the_tensors_of_a_file(library, mixed, file):
+    with Weights(library, file) as weights:
+        assert len(weights) == len(mixed)
+        for i, (name, (data, dtype, shape)) in enumerate(mixed.items()):
+            tensor = weights[i]
+            assert (tensor.name.decode(), tensor.dtype, tuple(tensor.shape[: tensor.n_dims])) == (
+                name,
+                dtype,
+                shape,
+            )
+            assert tensor.data % 64 == 0
+            assert ctypes.string_at(tensor.data, tensor.bytes) == data.tobytes()
+        with pytest.raises(EngineError, match=f"i is {len(mixed)}; there are {len(mixed)} weights"):
+            weights[len(mixed)]
+
+
+def test_two_engines_on_weights_that_are_freed(library, model, mixed, file):
+    config = make_config(model.config, LANGUAGE)
+    with Engine(library, config, mixed) as engine:
+        expected = engine.generate([PROMPT], 8)
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    with Weights(library, file) as weights:
+        first, second = (Engine(library, config, weights) for _ in range(2))
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+    with second:
+        with first:
+            assert first.generate([PROMPT], 8) == expected
+        assert second.generate([PROMPT], 8) == expected
+
+
+def test_files_are_mapped(library, tmp_path):
+    """Opening takes no memory, whatever the size."""
+    name, shape = "wte.weight", (1 << 16, 1 << 13)  # 2 GiB, of which nothing is on the disk
+    path = tmp_path / "large"
+    path.write_bytes(record(name, b"", FLOAT32, shape, 0, n_bytes=2 << 30))
+    os.truncate(path, path.stat().st_size + (2 << 30))
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    with Weights(library, path) as weights:
+        assert weights[0].bytes == 2 << 30
+        assert resident() - before < 1 << 20
+
+
+def damaged(library, path: Path) -> tuple[int, str]:
+    with pytest.raises(EngineError) as error:
+        Weights(library, path)
+    return error.value.status, str(error.value)
+
+
+def test_files_that_are_none(library, tmp_path):
+    missing = tmp_path / "missing"
+    assert damaged(library, missing) == (INVALID, f"{missing}: No such file or directory")
+    assert damaged(library, tmp_path) == (INVALID, f"{tmp_path}: is not a file")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert damaged(library, pipe) == (INVALID, f"{pipe}: is not a file")
+    empty = tmp_path / "empty"
+    empty.touch()
+    assert damaged(library, empty) == (BAD_WEIGHT, f"{empty}: is empty; export again")
+
+
+def test_damaged_files(library, mixed, file, tmp_path):
+    """Cut off anywhere in a head, or with any byte of it changed, a file is refused or its tensors differ."""
+    names = ["ln_f.weight", "h.0.attn.c_proj.weight", "h.0.ln_1.weight"]
+    whole = params_file(tmp_path / "some", {name: mixed[name] for name in names}).read_bytes()
+    start = len(record(names[0], mixed[names[0]][0].tobytes(), *mixed[names[0]][1:], 0))
+    path = tmp_path / "damaged"
+    for at in range(start, start + 128):
+        path.write_bytes(whole[:at])
+        if at > start:
+            assert damaged(library, path)[0] == BAD_WEIGHT
+        for flip in (1, 64, 255):
+            changed = bytearray(whole)
+            changed[at] ^= flip
+            path.write_bytes(changed)
+            line, status = str(path), BAD_WEIGHT
+            try:
+                with Weights(library, path) as weights:
+                    assert weights[0].name == names[0].encode()
+            except EngineError as error:
+                line, status = str(error), error.status
+            assert status == BAD_WEIGHT
+            assert line.startswith(str(path)) or "given twice" in line
+    path.write_bytes(whole[:-1])
+    assert damaged(library, path)[1].endswith("; export again")
+
+
+def test_a_file_without_names(library, tmp_path):
+    """As Paddle itself writes it."""
+    path = tmp_path / "old.pdiparams"
+    message = b"\x08\x05\x10\x04"
+    path.write_bytes(bytes(16) + struct.pack("<i", len(message)) + message + bytes(16))
+    line = f"{path}: does not name its tensors, as exports of an earlier version; export again"
+    assert damaged(library, path) == (BAD_WEIGHT, line)
+
+
+def test_names_given_twice(library, mixed, tmp_path):
+    data, dtype, shape = mixed["ln_f.weight"]
+    one = record("ln_f.weight", data.tobytes(), dtype, shape, 0)
+    path = tmp_path / "twice"
+    path.write_bytes(one + record("ln_f.weight", data.tobytes(), dtype, shape, len(one)))
+    assert damaged(library, path) == (BAD_WEIGHT, "ln_f.weight: given twice")
+
+
+def test_others_are_ignored_and_missing_ones_named(library, model, mixed):
+    config = make_config(model.config, LANGUAGE)
+    with Engine(library, config, {**mixed, "h.9.ln_1.weight": mixed["ln_f.weight"]}) as engine:
+        assert len(engine.generate([PROMPT], 2)[0][0]) == 2
+    some = {name: weight for name, weight in mixed.items() if name != "h.1.ln_2.weight"}
+    with pytest.raises(EngineError, match=r"h\.1\.ln_2\.weight: this weight is missing") as error:
+        Engine(library, config, some)
+    assert error.value.status == BAD_WEIGHT
+
+
+def test_structs_of_version_0_1(library, model, mixed, file):
+    """A C program with structs of that size, and no memory behind them, gets the same tokens."""
+    config = make_config(model.config, LANGUAGE)
+    values = [getattr(config, name) for name, *_ in Config._fields_[1:26]]
+    done = subprocess.run(
+        [str(library.path.parent / "old_structs"), str(file)],
+        input=" ".join(map(str, values)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ones = np.ones([2, config.hidden], np.float32)
+    with Engine(library, config, mixed) as engine, engine.pool(2) as pool:
+        expected = engine.generate([[1, 2, 3, 4, 5]], 8, spans=[[(1, ones)]], pool=pool)[0][0]
+    assert [int(token) for token in done.stdout.split()] == expected
+
+
+def test_the_device(library):
+    info = DeviceInfo(size=ctypes.sizeof(DeviceInfo))
+    library.call("qvl_get_device_info", 0, 0, info)
+    assert info.name
+    assert info.threads >= 1
+    assert info.isa.decode() in ("generic", "avx2", "avx512", "avx512_bf16")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < info.free_bytes <= info.memory_bytes <= total
+    assert (library.dll.qvl_device_count(0), library.dll.qvl_device_count(1)) == (1, 0)
+    for device, index in ((0, 1), (1, 0), (7, 0)):
+        with pytest.raises(EngineError, match=f"device {device}, index {index}"):
+            library.call("qvl_get_device_info", device, index, info)
+
+
+def test_host_memory_events_and_copies(library, model, mixed):
+    with Engine(library, make_config(model.config, LANGUAGE), mixed) as engine:
+        memory, event, done = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int32(-1)
+        library.call("qvl_host_alloc", engine.handle, 1000, ctypes.byref(memory))
+        library.call("qvl_event_create", engine.handle, ctypes.byref(event))
+        given, back = np.arange(1000, dtype=np.uint8), np.zeros(1000, np.uint8)
+        library.call("qvl_copy_async", engine.handle, memory, pointer(given), 1000, None)
+        library.call("qvl_copy_async", engine.handle, pointer(back), memory, 1000, None)
+        library.call("qvl_event_record", event, None)
+        library.call("qvl_event_wait", event)
+        library.call("qvl_event_query", event, ctypes.byref(done))
+        library.dll.qvl_event_free(event)
+        library.dll.qvl_host_free(engine.handle, memory)
+    assert done.value == 1
+    assert (back == given).all()
