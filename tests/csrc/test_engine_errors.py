@@ -188,7 +188,7 @@ def test_ids_under_a_span_are_not_read(engine):
         (0, 32, FLOAT32, "pool: n_blocks is 0"),
         (1, 0, FLOAT32, "pool: block_tokens is 0; it must be 1 to 256"),
         (1, 257, FLOAT32, "pool: block_tokens is 257"),
-        (1, 32, INT8, "pool: dtype is 2"),
+        (1, 32, INT4_G64, "pool: dtype is 3"),
     ],
 )
 def test_pools(engine, n_blocks, block_tokens, dtype, message):
