@@ -34,6 +34,8 @@ constexpr int kSpins = 2000;
 // where a processor is busy elsewhere all the time.
 constexpr int64_t kTolerated = 50000;
 constexpr int64_t kAlone = 32;
+// A worker that looked for a loop for longer had no processor meanwhile.
+constexpr int64_t kPreempted = 500000;
 
 void pause() {
 #if defined(__x86_64__)
@@ -107,7 +109,9 @@ struct ThreadPool::Team {
                            std::memory_order_release);
     }
     loop.store(number);
+    // A thread that was woken and has not begun is not woken again: that is a system call each time.
     if (sleepers.load() == 0) return;
+    sleepers.store(0);
     // The empty section orders this with a worker that is between its last look and its sleep.
     {
       const std::lock_guard<std::mutex> lock(mutex);
@@ -153,13 +157,19 @@ struct ThreadPool::Team {
   void work(int thread) {
     uint32_t seen = 0;
     while (true) {
+      const int64_t start = now();
       int spins = 0;
       while (loop.load() == seen && ++spins < kSpins) pause();
+      const int64_t spun = now() - start;
+      if (spun > kPreempted) preempted.fetch_add(spun, std::memory_order_relaxed);
       if (loop.load() == seen) {
         std::unique_lock<std::mutex> lock(mutex);
-        sleepers.fetch_add(1);
-        wake.wait(lock, [&] { return loop.load() != seen; });
-        sleepers.fetch_sub(1);
+        // Counted before the last look, and again after each waking, which has set the count back.
+        while (true) {
+          sleepers.fetch_add(1);
+          if (loop.load() != seen) break;
+          wake.wait(lock);
+        }
       }
       seen = loop.load();
       if (stop.load()) return;
@@ -175,6 +185,7 @@ struct ThreadPool::Team {
   std::atomic<uint32_t> loop{0};
   std::atomic<bool> stop{false};
   std::atomic<int> sleepers{0};
+  std::atomic<int64_t> preempted{0};  // nanoseconds for which workers lost their processors while they waited
   std::mutex mutex;
   std::condition_variable wake;
   std::vector<std::thread> workers;
@@ -211,12 +222,13 @@ void ThreadPool::run_erased(int64_t n, Function function, void* context) {
   }
   const int64_t start = now();
   team_->publish(n, function, context);
+  const int64_t published = now();
   const int64_t taken = team_->take_tasks(team_->loop.load(std::memory_order_relaxed), 0);
   const int64_t finished = now();
   team_->wait();
-  if (taken == 0) return;
+  if (team_->preempted.load(std::memory_order_relaxed) > 0) debt_ += team_->preempted.exchange(0);
   // What this loop took beyond the time of the caller alone, at its own pace.
-  const int64_t loss = now() - start - (finished - start) * n / taken;
+  const int64_t loss = taken > 0 ? now() - start - (finished - published) * n / taken : 0;
   debt_ = std::max<int64_t>(0, debt_ + loss);
   if (debt_ > kTolerated) {
     alone_until_ = now() + kAlone * debt_;
