@@ -15,7 +15,6 @@ from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, first_problem
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.progress import track
 
-
 _BLOCK = 1 << 22
 
 # Of a parameter file, these many stretches of these many bytes are looked at when it is opened: 4 MiB, which takes

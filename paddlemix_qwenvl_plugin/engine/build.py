@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -153,7 +153,13 @@ def _operators(engine: Path) -> Target:
     flags = (f"-isystem{include}", f"-isystem{include / 'third_party'}", "-w")
     names = ("libphi.so", "libphi_core.so", "libcommon.so")
     present = [f"-l:{name}" for name in names if (package / "libs" / name).is_file()]
-    link = (f"-L{package / 'libs'}", *present, f"-L{engine.parent}", f"-l:{LIBRARY}", f"-Wl,-rpath,{engine.parent}")
+    link = (
+        f"-L{package / 'libs'}",
+        *present,
+        f"-L{engine.parent}",
+        f"-l:{LIBRARY}",
+        f"-Wl,-rpath,{engine.parent}",
+    )
     identity = (paddle.__version__, str(paddle.version.commit), str(package))
     return Target(OPERATORS, operators_units(source_folder(), flags), link, identity)
 
@@ -231,7 +237,7 @@ def _sha256(path: Path) -> str:
 
 def _run_all(
     commands: Sequence[Sequence[str]], folder: Path
-) -> Iterator[subprocess.CompletedProcess[str]]:
+) -> Generator[subprocess.CompletedProcess[str], None, None]:
     """Run commands side by side, yielding each as it ends. However this ends, none of them runs on.
 
     Their output goes through files in `folder`: nothing here has to read while they run.

@@ -127,9 +127,7 @@ def export_language(
         choice = "fused"
     checkpoint = Checkpoint(Path(model))
     kinds = quantised(checkpoint.language, quant_type)
-    fused = partial(
-        FusedGeneration, weights=stage_weights(checkpoint.config, "language", dtype, quant_type)
-    )
+    fused = partial(FusedGeneration, weights=stage_weights(checkpoint.config, "language", dtype, quant_type))
     stage = _Stage(
         "language",
         [
@@ -193,7 +191,9 @@ def _export(
             config=checkpoint.config,
             weights=FileDigest.of(params),
             weights_samples=digest_of_samples(params),
-            programs={name: FileDigest.of(scratch / name) for name, *_ in sorted(todo, key=lambda one: one[0])},
+            programs={
+                name: FileDigest.of(scratch / name) for name, *_ in sorted(todo, key=lambda one: one[0])
+            },
         )
         manifest_path(scratch / prefix.name).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
         companions = [name for name in stage.companions if (checkpoint.folder / name).is_file()]
@@ -218,6 +218,4 @@ def _check_names(model: Path, prefix: Path, names: list[str]) -> None:
     exported_before = manifest_path(prefix).is_file()
     for name in names:
         if name in COMPANIONS or (beside and not exported_before and (model / name).exists()):
-            raise UsageError(
-                f"{prefix}: an export would write over the model's {name}; name another prefix"
-            )
+            raise UsageError(f"{prefix}: an export would write over the model's {name}; name another prefix")

@@ -247,9 +247,7 @@ def test_a_compiler_with_arguments(compiler: Path, tmp_path: Path, monkeypatch: 
     assert all(line.startswith("-g1 ") for line in compiler.read_text().splitlines())
 
 
-def test_a_shipped_library_is_taken(
-    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shipped_library_is_taken(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = tmp_path / "libqwenvl.so"
     shipped.write_text("")
     monkeypatch.setattr(build, "SHIPPED", shipped)
