@@ -1,6 +1,6 @@
-"""Build the wheel of a release: the package with the engine compiled for every instruction set of this processor's kind.
+"""Build the wheel of a release: the package with the engine, compiled for each instruction set of such processors.
 
-    pip install '.[release]'
+    pip install -e '.[release]'
     python -m tools.release_wheel dist
 
 writes dist/paddlemix_qwenvl_plugin-VERSION-py3-none-manylinux_….whl. `auditwheel` finds out which systems it runs
@@ -30,7 +30,15 @@ def release_wheel(output: Path) -> Path:
     make_folder(output)
     with tempfile.TemporaryDirectory(prefix="qwenvl-release-") as scratch:
         folder = Path(scratch)
-        _run("pip", "wheel", "--no-deps", "--wheel-dir", str(folder / "pure"), str(REPO))
+        _run(
+            "pip",
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            str(folder / "pure"),
+            str(REPO),
+        )
         _run("wheel", "unpack", "--dest", str(folder / "tree"), str(_only(folder / "pure", "*.whl")))
         tree = _only(folder / "tree", "*")
         shutil.copy(_engine(folder), tree / build.SHIPPED.relative_to(REPO))

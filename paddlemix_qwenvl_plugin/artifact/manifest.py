@@ -10,7 +10,7 @@ from typing import Optional
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from paddlemix_qwenvl_plugin.artifact.contract import CONTRACT_VERSION, CONTRACT_VERSIONS
+from paddlemix_qwenvl_plugin.artifact.contract import CONTRACT_VERSIONS
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, first_problem
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.progress import track
@@ -99,8 +99,9 @@ def read_manifest(prefix: Path, stage: Optional[str] = None) -> Manifest:
         data = json.loads(path.read_text("utf-8"))
         found = data.get("contract") if isinstance(data, dict) else None
         if isinstance(found, int) and found not in CONTRACT_VERSIONS:
+            versions = " and ".join(map(str, CONTRACT_VERSIONS))
             raise QwenVLError(
-                f"{path}: contract version {found}, this plugin runs version {CONTRACT_VERSION}; export again"
+                f"{path}: contract version {found}, this plugin runs versions {versions}; export again"
             )
         manifest = Manifest.model_validate(data)
     except ValidationError as error:

@@ -25,7 +25,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 REPO = Path(__file__).resolve().parents[2]
 
-FUSED = ("vision/vision", "text/qwen", "text/qwen.step") if HAS_COMPILER else ()
+FUSED = ("vision/vision", "text/qwen") if HAS_COMPILER else ()
 
 needs_weights = pytest.mark.skipif(
     not (MODEL / "model.safetensors").is_file(),

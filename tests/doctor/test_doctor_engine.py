@@ -72,9 +72,8 @@ def test_instruction_set(environment: Environment, cache: Path) -> None:
     """The best whose instructions the kernel lists; here the kernel's words are compared one by one."""
     words = Path("/proc/cpuinfo").read_text().split()
     best = "generic"
-    if platform.machine() == "x86_64":
-        if {"avx2", "fma", "f16c"} <= set(words):
-            best = "avx2"
-            if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= set(words):
-                best = "avx512_bf16" if {"avx512_bf16", "avx512vbmi"} <= set(words) else "avx512"
+    if platform.machine() == "x86_64" and {"avx2", "fma", "f16c"} <= set(words):
+        best = "avx2"
+        if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= set(words):
+            best = "avx512_bf16" if {"avx512_bf16", "avx512vbmi"} <= set(words) else "avx512"
     assert environment.checks()["engine"]["data"]["instruction_set"] == best

@@ -12,7 +12,7 @@ from engines import needs_compiler
 from paddlemix_qwenvl_plugin.artifact.manifest import read_manifest
 from paddlemix_qwenvl_plugin.export.export import export_language
 
-LINE = "the engine is not built for this Paddle, and QWENVL_NO_BUILD is set: run qwenvl build-ops"
+LINE = "the engine is not built, and QWENVL_NO_BUILD is set: run qwenvl build-engine"
 
 
 def command(folder: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -13,9 +13,8 @@ from engines import needs_compiler, open_pair
 from stock_inputs import stock_feed
 
 from paddlemix_qwenvl_plugin.export.export import export_language
-from paddlemix_qwenvl_plugin.runtime.programs import Program, Stage
+from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 MIN_LENGTH, MAX_LENGTH, EOS, STOP_FLAGS, STOP_NUMS = 8, 9, 12, 16, 21
 
@@ -97,28 +96,3 @@ def test_caches_come_and_go(tiny_exported: Path) -> None:
     for _ in range(40):  # 4 MB of keys and values each
         vl.generate_ids(prompt, max_new_tokens=2, eos_token_ids=())
     assert memory() - before < 40e6
-
-
-@pytest.fixture
-def forward(tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
-    monkeypatch.setenv("QWENVL_ENGINE", "fused")
-    return Stage(tiny_exported / "text" / "qwen", "language", "cpu").open(".step")
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("tokens", "span", "sequence", "line"),
-    [
-        ([1, 2], [0, -1], [1, 0, 1, 1], "do not add up to the tokens"),
-        ([1], [0, -1], [1, 0, 1, 2], "more than the blocks"),
-        ([10**6], [0, -1], [1, 0, 1, 1], "vocabulary"),
-        ([1], [0, 3], [1, 0, 1, 1], "a picture that is not there"),
-    ],
-)
-def test_a_batch_that_cannot_be_is_an_error(
-    forward: Program, tokens: list[int], span: list[int], sequence: list[int], line: str
-) -> None:
-    features = np.zeros([1, 256, 256], np.float32)
-    numbers = [np.array(values, np.int32) for values in ([span], [sequence], [0])]
-    with pytest.raises(QwenVLError, match=line):
-        forward([np.array(tokens, np.int32), features, *numbers, np.array([10**6, 1, 16, 0], np.int64)])

@@ -1133,25 +1133,25 @@ cases(
     }
 )
 
-# build-ops
+# build-engine
 
 
-def build_ops(bench: Bench, compiler: str, cache: str = "cache") -> list[str]:
+def build_engine(bench: Bench, compiler: str, cache: str = "cache") -> list[str]:
     bench.monkeypatch.setenv("CXX", compiler)
     bench.monkeypatch.setenv("QWENVL_CACHE_DIR", cache)
-    return ["build-ops"]
+    return ["build-engine"]
 
 
-@case("`build-ops` where the cache folder cannot be made")
+@case("`build-engine` where the cache folder cannot be made")
 def _(bench: Bench) -> list[str]:
     Path("cache").write_text("")
-    return build_ops(bench, "true")
+    return build_engine(bench, "true")
 
 
 cases(
     {
-        "`build-ops` without a compiler": lambda bench: build_ops(bench, "no-such-compiler"),
-        "`build-ops` with a compiler that fails": lambda bench: build_ops(bench, "false"),
+        "`build-engine` without a compiler": lambda bench: build_engine(bench, "no-such-compiler"),
+        "`build-engine` with a compiler that fails": lambda bench: build_engine(bench, "false"),
     }
 )
 
@@ -1319,6 +1319,64 @@ def overlap(entries: dict[str, Any]) -> None:
     entries[second]["data_offsets"] = entries[first]["data_offsets"]
 
 
+# Exported files and the engine
+
+
+def verify(bench: Bench, prefix: str = "text/qwen") -> list[str]:
+    bench.exported()
+    return ["verify", prefix]
+
+
+def compiler(bench: Bench, does: str) -> list[str]:
+    """`build-engine` with a compiler of one line."""
+    Path("cxx").write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{does}\n')
+    Path("cxx").chmod(0o755)
+    return build_engine(bench, "./cxx")
+
+
+@case("`verify` where nothing was exported")
+def _(bench: Bench) -> list[str]:
+    return verify(bench, "text/other")
+
+
+@case("`verify` of weights in which a bit was flipped")
+def _(bench: Bench) -> list[str]:
+    arguments = verify(bench)
+    path = Path("text/qwen.pdiparams")
+    data = bytearray(path.read_bytes())
+    data[3_000_000] ^= 1
+    path.write_bytes(data)
+    return arguments
+
+
+@case("`verify` without one of the programs")
+def _(bench: Bench) -> list[str]:
+    arguments = verify(bench)
+    Path("text/qwen.step.json").unlink()
+    return arguments
+
+
+@case("`export-vision --save_path model/config`")
+def _(bench: Bench) -> list[str]:
+    return ["export-vision", "--model_name_or_path", str(bench.model()), "--save_path", "model/config"]
+
+
+@case("`export-language --model_prefix config`")
+def _(bench: Bench) -> list[str]:
+    model = ["--model_name_or_path", str(bench.model())]
+    return ["export-language", *model, "--output_path", "out", "--model_prefix", "config"]
+
+
+@case("a weight that is not a number")
+def _(bench: Bench) -> list[str]:
+    tensors = bench.weights()
+    name = next(name for name in tensors if name.endswith("ln_post.bias"))
+    tensors[name] = tensors[name].copy()
+    tensors[name][1] = np.nan
+    bench.save(tensors)
+    return bench.export("--engine", "portable")
+
+
 cases(
     {
         "`--picture_label` without a place for the number": predict("--picture_label", "Picture: "),
@@ -1336,5 +1394,12 @@ cases(
             "--image", "http://169.254.169.254/dog.png", "--allow_http"
         ),
         "model_state.pdparams brings code": pdparams(pickle.dumps({WTE: Call()}, 2)),
+        "`build-engine` with a compiler that is killed": lambda bench: compiler(bench, "kill -KILL $$"),
+        "`CXX` with arguments, of which the first is no command": lambda bench: build_engine(
+            bench, "no-such-launcher g++"
+        ),
+        "`build-engine` on a full disk": lambda bench: compiler(
+            bench, 'echo "cannot write a.o: No space left on device" >&2; exit 1'
+        ),
     }
 )

@@ -1,0 +1,217 @@
+"""Parameter files: read by a second reader, by Paddle, and those of contract version 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engines import needs_compiler, open_pair
+
+from paddlemix_qwenvl_plugin.artifact.contract import step_inputs
+from paddlemix_qwenvl_plugin.artifact.manifest import manifest_path, params_path, read_manifest
+from paddlemix_qwenvl_plugin.artifact.params_file import Record, read_tensors, write_params
+from paddlemix_qwenvl_plugin.artifact.weights import Weight
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
+from paddlemix_qwenvl_plugin.export.program import Program, save_program
+from paddlemix_qwenvl_plugin.modeling.generation import Step
+from paddlemix_qwenvl_plugin.modeling.language import LanguageModel
+from paddlemix_qwenvl_plugin.modeling.weights import language_parameters, vision_parameters
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+# Codes of qvl_dtype in csrc/include/qwenvl.h, and how a record stores them: Paddle's type and the bytes of a number.
+KINDS = {
+    0: ("float32", 5, 4),
+    1: ("bfloat16", 22, 2),
+    2: ("int8", 20, 1),
+    3: ("int4_g64", 20, 1),
+    5: ("float16", 4, 2),
+}
+
+
+def parse(data: bytes) -> dict[str, tuple[str, tuple[int, ...], int, bytes]]:
+    """Name -> (type, shape of the values, offset, bytes), from the description of the format."""
+    found, at = {}, 0
+    while at < len(data):
+        zero, level, version, length = struct.unpack_from("<IQIi", data, at)
+        assert (zero, level, version) == (0, 0, 0)
+        message = data[at + 20 : at + 20 + length]
+        head, _, content = message.partition(b"qvl1")
+        assert head[0] == 0x08
+        paddle_type = head[1]
+        assert head[-4] == 0x7A
+        first, second, third = head[-3:]
+        assert first & 128
+        assert second & 128
+        assert (first & 127) + (second & 127) * 128 + third * 16384 == len(content) + 4
+        dims, count, shift, value = head[2:-4], 1, 0, 0
+        for byte in dims:
+            if shift == 0 and value == 0 and byte == 0x10:
+                value = -1
+                continue
+            value = max(value, 0) | (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                count, shift, value = count * value, 0, 0
+        code, n_dims, n_name = struct.unpack_from("<BBH", content)
+        shape = struct.unpack_from(f"<{n_dims}q", content, 4)
+        name = content[4 + 8 * n_dims : 4 + 8 * n_dims + n_name].decode()
+        assert not any(content[4 + 8 * n_dims + n_name :])
+        kind, expected_type, item = KINDS[code]
+        assert paddle_type == expected_type
+        start = at + 20 + length
+        at = start + count * item
+        found[name] = (kind, shape, start, data[start:at])
+    assert at == len(data)
+    return found
+
+
+def write_old(path: Path, records: list[tuple[int, tuple[int, ...], bytes]]) -> None:
+    """A file as contract version 2 had it: (Paddle's type, dimensions, bytes) one after another."""
+    with path.open("wb") as file:
+        for paddle_type, dims, raw in records:
+            message = bytes([0x08, paddle_type])
+            for dim in dims:
+                message += b"\x10"
+                while dim > 127:
+                    message += bytes([dim & 127 | 128])
+                    dim >>= 7
+                message += bytes([dim])
+            file.write(struct.pack("<IQIi", 0, 0, 0, len(message)) + message + raw)
+
+
+def make_old(prefix: Path) -> None:
+    """Turn an exported stage into one of contract version 2."""
+    tensors = parse(params_path(prefix).read_bytes())
+    types = {kind: number for kind, number, _ in KINDS.values()}
+    write_old(
+        params_path(prefix),
+        [
+            (types[kind], (len(raw),) if kind.startswith("int") else shape, raw)
+            for kind, shape, _, raw in (tensors[name] for name in sorted(tensors))
+        ],
+    )
+    path = manifest_path(prefix)
+    data = json.loads(path.read_text())
+    data["contract"] = 2
+    data["weights"]["bytes"] = params_path(prefix).stat().st_size
+    del data["weights_samples"]
+    path.write_text(json.dumps(data))
+
+
+@pytest.fixture
+def exported(tiny_exported: Path, tmp_path: Path) -> Path:
+    for folder in ("vision", "text"):
+        shutil.copytree(tiny_exported / folder, tmp_path / folder)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_weight_is_where_the_file_says(dtype: str, tiny_exported: Path, tmp_path: Path) -> None:
+    model = tiny_exported / "model"
+    export_vision(model, tmp_path / "vision", dtype, engine="portable")
+    export_language(model, tmp_path, "text", dtype, engine="portable")
+    checkpoint = Checkpoint(model)
+    streams = {
+        "vision": vision_parameters(checkpoint, dtype),
+        "text": language_parameters(checkpoint, dtype),
+    }
+    for prefix, stream in streams.items():
+        found = parse((tmp_path / f"{prefix}.pdiparams").read_bytes())
+        for name, values in stream:
+            kind, shape, offset, raw = found.pop(name)
+            assert (kind, shape, raw) == (dtype, values.shape, np.ascontiguousarray(values).tobytes())
+            assert offset % 64 == 0
+        assert not found
+
+
+@needs_compiler
+@pytest.mark.parametrize("quant_type", [None, "weight_only_int8", "weight_only_int4"])
+@pytest.mark.parametrize("contract", [2, 3])
+def test_read_tensors(contract: int, quant_type: str, tiny_exported: Path, tmp_path: Path) -> None:
+    export_language(tiny_exported / "model", tmp_path, "text", "bfloat16", quant_type=quant_type)
+    prefix = tmp_path / "text"
+    expected = parse(params_path(prefix).read_bytes())
+    assert {kind for kind, *_ in expected.values()} == {
+        None: {"bfloat16"},
+        "weight_only_int8": {"bfloat16", "int8"},
+        "weight_only_int4": {"bfloat16", "int8", "int4_g64"},
+    }[quant_type]
+    if contract == 2:
+        make_old(prefix)
+    data = params_path(prefix).read_bytes()
+    entries = read_tensors(params_path(prefix), read_manifest(prefix, "language"))
+    assert {entry.name for entry in entries} == set(expected)
+    for name, kind, shape, offset, n_bytes in entries:
+        assert (kind, shape, data[offset : offset + n_bytes]) == (*expected[name][:2], expected[name][3])
+
+
+@pytest.mark.parametrize("form", ["pir", "legacy"])
+def test_the_order_is_that_of_the_names(form: str, tiny_exported: Path, tmp_path: Path) -> None:
+    """It is all that files of version 2 have. Twelve layers, for there "h.10" comes before "h.2"."""
+    config = Checkpoint(tiny_exported / "model").config.model_copy(update={"num_hidden_layers": 12})
+    program = Program(
+        LanguageModel, config, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:]), "float32", "float32"
+    )
+    names = list(save_program(program, form, tmp_path / "program"))
+    assert names == sorted(names)
+    assert names.index("h.10.ln_1.weight") < names.index("h.2.ln_1.weight")
+
+
+@pytest.mark.parametrize("extension", [".json", ".pdmodel"])
+def test_an_old_export_answers_the_same(extension: str, exported: Path, tiny_exported: Path) -> None:
+    answers = []
+    for root in (exported, tiny_exported):
+        stages = (root / "vision" / f"vision{extension}", root / "text" / f"qwen{extension}")
+        if root == exported:
+            make_old(root / "vision" / "vision")
+            make_old(root / "text" / "qwen")
+        vl = open_pair(*stages, "portable")
+        answers.append(vl.generate_ids(np.arange(40)[None], max_new_tokens=24, eos_token_ids=()))
+        answers[-1] = np.asarray(answers[-1]).tolist()
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_values_that_are_not_finite(dtype: str, value: float, tmp_path: Path) -> None:
+    values = np.ones([3, 5], np.float32)
+    values[1, 2] = value
+    stored = values.view(np.uint32) >> 16 if dtype == "bfloat16" else values.astype(dtype)
+    stored = stored.astype("<u2") if dtype == "bfloat16" else stored
+    path = tmp_path / "a.pdiparams"
+    with pytest.raises(QwenVLError, match=r"wte\.weight: 1 of its values"):
+        write_params(
+            path,
+            {"wte.weight": Record((3, 5), dtype)},
+            {"wte.weight": Weight((3, 5), dtype)},
+            [("wte.weight", stored)],
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("spoil", ["magic", "type", "name", "length", "cut"])
+def test_damaged_records(spoil: str, exported: Path) -> None:
+    """Beside what digests find: a manifest without samples leaves it to the reader."""
+    prefix = exported / "text" / "qwen"
+    path, manifest_file = params_path(prefix), manifest_path(prefix)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"qvl1")
+    if spoil == "cut":
+        del data[-100:]
+    elif spoil == "length":
+        data[16:20] = struct.pack("<i", 1 << 20)
+    else:
+        place, new = {"magic": (at, b"x"), "type": (at + 4, b"\x63"), "name": (at + 16, b"Z")}[spoil]
+        data[place : place + 1] = new
+    path.write_bytes(data)
+    manifest = json.loads(manifest_file.read_text())
+    manifest["weights"]["bytes"] = len(data)
+    del manifest["weights_samples"]
+    manifest_file.write_text(json.dumps(manifest))
+    with pytest.raises(QwenVLError, match=r"qwen\.pdiparams: (damaged|cut off|its tensors)"):
+        read_tensors(path, read_manifest(prefix, "language"))

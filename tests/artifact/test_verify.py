@@ -1,0 +1,100 @@
+"""What is found out about an exported stage when it is opened, and what `qwenvl verify` finds out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paddlemix_qwenvl_plugin.artifact.manifest import (
+    check_weights,
+    digest_of_samples,
+    manifest_path,
+    params_path,
+    read_manifest,
+    verify,
+)
+from paddlemix_qwenvl_plugin.export.export import export_language
+from paddlemix_qwenvl_plugin.tiny.make import make_tiny
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+
+@pytest.fixture
+def prefix(tiny_exported: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_exported / "text", tmp_path / "text")
+    return tmp_path / "text" / "qwen"
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 16]))
+
+
+def test_weights_of_another_model(prefix: Path, tmp_path: Path) -> None:
+    """Of the same size, from the same config: the manifest's own digests tell."""
+    make_tiny(tmp_path / "model", seed=2)
+    export_language(tmp_path / "model", tmp_path / "other", "qwen")
+    other = params_path(tmp_path / "other" / "qwen")
+    assert other.stat().st_size == params_path(prefix).stat().st_size
+    shutil.copyfile(other, params_path(prefix))
+    with pytest.raises(QwenVLError, match=r"qwen\.pdiparams: not the weights that were exported"):
+        check_weights(params_path(prefix), read_manifest(prefix, "language"))
+
+
+def test_samples_are_spread_and_bounded(tmp_path: Path) -> None:
+    """A file with holes, larger than memory: a byte changed at the ends and in between is seen."""
+    path, size = tmp_path / "large", 40 << 30
+    with path.open("wb") as file:
+        file.truncate(size)
+    before = digest_of_samples(path)
+    for at in (0, size - 1, (size - (1 << 16)) * 31 // 63 + 5):
+        flip(path, at)
+        assert digest_of_samples(path) != before
+        flip(path, at)
+        assert digest_of_samples(path) == before
+    flip(path, size // 200)
+    assert digest_of_samples(path) == before  # that is what `verify` is for
+
+
+def test_small_files_are_looked_at_whole(tmp_path: Path) -> None:
+    path = tmp_path / "small"
+    path.write_bytes(np.random.RandomState(0).bytes(3 << 20))
+    before = digest_of_samples(path)
+    for at in np.random.RandomState(1).randint(0, 3 << 20, 200):
+        flip(path, int(at))
+        assert digest_of_samples(path) != before
+        flip(path, int(at))
+
+
+@pytest.mark.parametrize("which", ["qwen.pdiparams", "qwen.step.json", "qwen.pdmodel"])
+def test_verify_finds_a_flipped_bit(which: str, prefix: Path) -> None:
+    assert verify(prefix) == read_manifest(prefix, "language")
+    path = prefix.with_name(which)
+    flip(path, path.stat().st_size // 3)
+    with pytest.raises(QwenVLError, match=f"{which}: not what qwen.manifest.json describes"):
+        verify(prefix)
+    path.unlink()
+    with pytest.raises(QwenVLError, match=f"{which}: missing"):
+        verify(prefix)
+
+
+def test_a_manifest_without_samples_opens(prefix: Path) -> None:
+    data = json.loads(manifest_path(prefix).read_text())
+    del data["weights_samples"]
+    manifest_path(prefix).write_text(json.dumps({**data, "contract": 2}))
+    check_weights(params_path(prefix), read_manifest(prefix, "language"))
+
+
+def test_the_command(prefix: Path) -> None:
+    command = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "verify", str(prefix)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{prefix}: the language stage is as it was exported (6.7 MB)\n"
