@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from paddle import nn
 
 from paddlemix_qwenvl_plugin.export.export import export_vision
 from paddlemix_qwenvl_plugin.upstream.model_folder import model_config, model_folder
+from paddlemix_qwenvl_plugin.upstream.patching import replace
 from paddlemix_qwenvl_plugin.util.notice import notice
 
 _CLASS = "QWenLMHeadModel"  # both language-only Qwen and Qwen-VL; the latter has a section `visual`
@@ -49,7 +51,7 @@ class EncoderToExport(nn.Layer):
         super().__init__()
         self._folder = folder
         self._export_dtype = dtype
-        _let_jit_save_export()
+        replace(paddle.jit, "save", _exporting)
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
         raise NotImplementedError(
@@ -68,11 +70,7 @@ class EncoderToExport(nn.Layer):
         export_vision(self._folder, path, dtype)
 
 
-def _let_jit_save_export() -> None:
-    save = paddle.jit.save
-    if getattr(save, "_qwenvl", False):
-        return
-
+def _exporting(save: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(save)
     def save_or_export(layer: Any, path: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(layer, EncoderToExport):
@@ -80,5 +78,4 @@ def _let_jit_save_export() -> None:
         else:
             save(layer, path, *args, **kwargs)
 
-    vars(save_or_export)["_qwenvl"] = True
-    paddle.jit.save = save_or_export
+    return save_or_export

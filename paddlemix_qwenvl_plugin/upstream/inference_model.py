@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,6 +16,7 @@ from paddlemix_qwenvl_plugin.modeling.generation import StockGeneration
 from paddlemix_qwenvl_plugin.modeling.weights import load_language
 from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
 from paddlemix_qwenvl_plugin.upstream.model_folder import model_folder
+from paddlemix_qwenvl_plugin.upstream.patching import replace
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.notice import notice
 
@@ -46,7 +48,7 @@ class QWenForQWenVLInferenceModel:
         Checkpoint(folder)  # says now what is wrong with the folder
         dtype = dtype or paddle.get_default_dtype()
         if dtype != "float32" and not paddle.is_compiled_with_cuda():
-            _let_arange_make_half_numbers()
+            replace(paddle, "arange", _making_half_numbers)
         return cls(folder, config, dtype, quant_type)
 
     @classmethod
@@ -135,19 +137,15 @@ class QWenForQWenVLInferenceModel:
         return self._generation
 
 
-def _let_arange_make_half_numbers() -> None:
+def _making_half_numbers(arange: Callable[..., Any]) -> Callable[..., Any]:
     """Upstream's predictor makes a range in the model's dtype, for which Paddle has no CPU kernel in half types."""
-    arange = paddle.arange
-    if getattr(arange, "_qwenvl", False):
-        return
 
     def wrapped(*args: Any, dtype: Any = None, **kwargs: Any) -> Any:
         if str(dtype).rpartition(".")[2] in ("float16", "bfloat16"):
             return arange(*args, dtype="float32", **kwargs).astype(dtype)
         return arange(*args, dtype=dtype, **kwargs)
 
-    vars(wrapped)["_qwenvl"] = True
-    paddle.arange = wrapped
+    return wrapped
 
 
 def _skip_upstream_validation() -> None:
@@ -157,6 +155,10 @@ def _skip_upstream_validation() -> None:
     """
     script = sys.modules["__main__"]
     if hasattr(script, "validate_pdmodel"):
-        vars(script)["validate_pdmodel"] = lambda model_path, model_prefix, device: notice(
-            "validate_pdmodel skipped: the export has no print operators, and Paddle 3 cannot be asked that way"
-        )
+        replace(script, "validate_pdmodel", lambda _: _skipped_validation)
+
+
+def _skipped_validation(model_path: str, model_prefix: str, device: str) -> None:
+    notice(
+        "validate_pdmodel skipped: the export has no print operators, and Paddle 3 cannot be asked that way"
+    )

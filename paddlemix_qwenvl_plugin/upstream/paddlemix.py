@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,23 +34,33 @@ def hook_auto_modeling(module: ModuleType) -> None:
 
 
 def hook_qwen_vl_processing(module: ModuleType) -> None:
-    """paddlemix.processors.qwen_vl_processing: whoever makes a processor may be the stock Predictor; adapt that one."""
+    """paddlemix.processors.qwen_vl_processing: who makes a processor may be the stock Predictor: adapt it."""
     processor = module.QwenVLProcessor
     upstream = vars(processor)["__init__"]
 
     @functools.wraps(upstream)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         upstream(self, *args, **kwargs)
-        # The Predictor is no class of a module that could be hooked: it is in the script, whatever that is called.
-        caller = sys._getframe(1)
-        maker = caller.f_locals.get("self")
-        if hasattr(maker, "create_predictor") and "load_real_time_tokens" in caller.f_globals:
+        for script, predictor in _stock_predictors():
             from paddlemix_qwenvl_plugin.upstream import stock_predictor
 
-            stock_predictor.adapt(maker, self, caller.f_globals)
+            stock_predictor.adapt(predictor, script)
 
     with patching(module) as patch:
         patch.set(processor, "__init__", __init__)
+
+
+def _stock_predictors() -> Iterator[tuple[ModuleType, type]]:
+    """Scripts and their Predictor: in no module that could be hooked, but in the script, whatever that is called.
+
+    It is known by its method `create_predictor`, beside the reader of token files.
+    """
+    for script in list(sys.modules.values()):
+        names = getattr(script, "__dict__", {})
+        if "load_real_time_tokens" in names:
+            for value in list(names.values()):
+                if isinstance(value, type) and "create_predictor" in vars(value):
+                    yield script, value
 
 
 def _script_name() -> str:

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import paddle
@@ -22,6 +23,7 @@ from paddlemix_qwenvl_plugin.artifact.manifest import manifest_path
 from paddlemix_qwenvl_plugin.checkpoint.config import is_chat_model
 from paddlemix_qwenvl_plugin.runtime.programs import Stage, stage_prefix
 from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
+from paddlemix_qwenvl_plugin.upstream.patching import replace
 from paddlemix_qwenvl_plugin.util.errors import make_folder
 from paddlemix_qwenvl_plugin.util.notice import notice
 
@@ -31,34 +33,33 @@ _INPUT_IDS, _FEATURES, _IMG_POS, _MASK, _EOS, _TGT_MASK, _STOP_NUMS, _CACHES = 0
 _FOLDER_VARIABLE = "QWENVL_REAL_TIME_SAVE_DIR"
 
 
-def adapt(predictor: Any, processor: Any, script: dict[str, Any]) -> None:
-    """Make a Predictor that is being built open our exports; those of others it opens as before.
+def adapt(predictor_class: type, script: ModuleType) -> None:
+    """Make the script's Predictors open our exports; those of others they open as before.
 
     Args:
-        predictor: the Predictor, which has `args`, `config` and `tokenizer` by now.
-        processor: its QwenVLProcessor.
-        script: the globals of the script, whose reader of token files is pointed at this process's own folder.
+        predictor_class: its objects have `args`, `tokenizer` and `processor` when they call `create_predictor`.
+        script: has the reader of token files, which is pointed at this process's own folder.
     """
-    upstream = predictor.create_predictor
 
-    @functools.wraps(upstream)
-    def create_predictor(model_path: str) -> Any:
-        if not manifest_path(stage_prefix(model_path)).is_file():
-            return upstream(model_path)
-        device = _device(predictor.args.device)
-        if model_path == predictor.args.first_model_path:
-            stage = Stage(model_path, "vision", device)
-            size = stage.manifest.config.visual.image_size
-            processor.image_processor.image_size = (size, size)
-            return ImageEncoder(stage)
-        script["load_real_time_tokens"] = _reading_own_folder(script["load_real_time_tokens"])
-        return LanguageModel(
-            Stage(model_path, "language", device),
-            predictor.tokenizer,
-            Path(predictor.args.model_name_or_path),
-        )
+    def opening_ours(upstream: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(upstream)
+        def create_predictor(self: Any, model_path: str) -> Any:
+            if not manifest_path(stage_prefix(model_path)).is_file():
+                return upstream(self, model_path)
+            device = _device(self.args.device)
+            if model_path == self.args.first_model_path:
+                stage = Stage(model_path, "vision", device)
+                size = stage.manifest.config.visual.image_size
+                self.processor.image_processor.image_size = (size, size)
+                return ImageEncoder(stage)
+            replace(script, "load_real_time_tokens", _reading_own_folder)
+            return LanguageModel(
+                Stage(model_path, "language", device), self.tokenizer, Path(self.args.model_name_or_path)
+            )
 
-    predictor.create_predictor = create_predictor
+        return create_predictor
+
+    replace(predictor_class, "create_predictor", opening_ours)
 
 
 class ImageEncoder:
@@ -148,15 +149,12 @@ def _own_folder() -> Path:
 
 def _reading_own_folder(reader: Callable[[], Any]) -> Callable[[], Any]:
     """The script's reader of token files, which looks in the working directory, made to look in our folder."""
-    if hasattr(reader, "_qwenvl"):
-        return reader
 
     @functools.wraps(reader)
     def read() -> Any:
         with _working_in(_own_folder()):
             return reader()
 
-    vars(read)["_qwenvl"] = True
     return read
 
 

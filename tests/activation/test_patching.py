@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from paddlemix_qwenvl_plugin.upstream.patching import patching
+from paddlemix_qwenvl_plugin.upstream.patching import patching, put_back, replace
 
 
 class Base:
@@ -60,3 +60,17 @@ def test_all_is_kept(module: ModuleType) -> None:
     finally:
         del Derived.static
         Derived.value = of_class["value"]
+
+
+def test_replaced_once_and_put_back(module: ModuleType) -> None:
+    """A second call must not wrap what the first one made."""
+    for _ in range(2):
+        replace(module, "name", lambda value: [value])
+    replace(Derived, "static", lambda _: staticmethod(lambda: "replaced"))
+    assert (module.name, Derived.static()) == ([1], "replaced")
+    put_back()
+    assert module.name == 1
+    assert "static" not in vars(Derived)
+    replace(module, "name", lambda value: [value])
+    assert module.name == [1]
+    put_back()

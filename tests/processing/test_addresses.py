@@ -29,6 +29,8 @@ REFUSED = "is not at a public address, pass --allow_private_http to allow it"
 class Handler(BaseHTTPRequestHandler):
     """/to/URL redirects there, all else is a picture; the server keeps the Host header of each request."""
 
+    protocol_version = "HTTP/1.1"  # connections that could be used again
+
     def do_GET(self) -> None:
         self.server.hosts.append(self.headers["Host"])  # type: ignore[attr-defined]
         buffer = io.BytesIO()
@@ -37,8 +39,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(302 if target else 200)
         if target:
             self.send_header("Location", target)
+        body = b"" if target else buffer.getvalue()
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(b"" if target else buffer.getvalue())
+        self.wfile.write(body)
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -48,6 +52,8 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        http_server.daemon_threads = True
+        http_server.block_on_close = False
         http_server.hosts = []  # type: ignore[attr-defined]
         threading.Thread(target=http_server.serve_forever, args=(0.02,), daemon=True).start()
         yield http_server
