@@ -17,8 +17,8 @@ from PIL import Image
 from paddlemix_qwenvl_plugin import QwenVL, export_language, export_vision
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
 from paddlemix_qwenvl_plugin.demo.run import MODEL
-from paddlemix_qwenvl_plugin.demo.score import ask
-from paddlemix_qwenvl_plugin.runtime.feature_cache import FeatureCache
+from paddlemix_qwenvl_plugin.demo.score import request
+from paddlemix_qwenvl_plugin.runtime.loop import Loop
 
 ROWS: Sequence[tuple[str, str, Optional[str]]] = (
     ("portable", "float32", None),
@@ -47,11 +47,12 @@ def main() -> None:
 
 
 def answer_all(model: QwenVL, pictures: dict[Path, Image.Image]) -> tuple[float, float, float]:
-    model._features = FeatureCache()  # a round encodes each picture anew
+    model.load()
+    model._loop = Loop(model._loop._executor)  # a round encodes each image anew
     tokens = prompts = images = 0
     seconds = dict.fromkeys(("decode", "prefill", "encode_images"), 0.0)
     for question in QUESTIONS:
-        answer = ask(model, question.sample, [pictures[path] for path in question.pictures])
+        answer = model.ask(request(question.sample, [pictures[path] for path in question.pictures])).finish()
         for part in seconds:
             seconds[part] += answer.timings[part]
         tokens += len(answer.token_ids) - 1

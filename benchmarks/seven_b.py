@@ -50,7 +50,7 @@ ANSWER = """
 import numpy as np
 from paddlemix_qwenvl_plugin import QwenVL
 vl = QwenVL.from_exported({vision!r}, {language!r})
-vl._vision, vl._generator
+vl.load()
 pixels = np.random.default_rng(0).standard_normal((1, 3, 448, 448)).astype("float32")
 report["open"] = time.perf_counter() - start
 begin = time.perf_counter()
