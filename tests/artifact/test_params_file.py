@@ -129,6 +129,23 @@ def test_every_weight_is_where_the_file_says(dtype: str, tiny_exported: Path, tm
         assert not found
 
 
+def test_values_are_aligned_whatever_came_before(tmp_path: Path) -> None:
+    """Odd shapes: the tiny model's tensors all have a multiple of 64 bytes."""
+    random = np.random.RandomState(0)
+    values = {
+        f"h.{i}.weight": random.randn(*random.randint(1, 9, i % 4 + 1)).astype("float32") for i in range(40)
+    }
+    path = tmp_path / "a.pdiparams"
+    records = {name: Record(value.shape, "float32") for name, value in values.items()}
+    weights = {name: Weight(value.shape, "float32") for name, value in values.items()}
+    write_params(path, records, weights, reversed(values.items()))
+    found = parse(path.read_bytes())
+    assert list(found) == list(values)
+    for name, (kind, shape, offset, raw) in found.items():
+        assert (kind, shape, raw) == ("float32", values[name].shape, values[name].tobytes())
+        assert offset % 64 == 0
+
+
 @needs_compiler
 @pytest.mark.parametrize("quant_type", [None, "weight_only_int8", "weight_only_int4"])
 @pytest.mark.parametrize("contract", [2, 3])
