@@ -180,6 +180,27 @@ def test_a_file_without_names(library, tmp_path):
     assert damaged(library, path) == (BAD_WEIGHT, line)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape", "n_bytes"),
+    [
+        ("a", FLOAT32, (16,), 128),  # Paddle's length and ours differ
+        ("a", FLOAT32, (17,), 64),
+        ("a", 9, (16,), 64),
+        ("a", FLOAT32, (), 64),
+        ("a", FLOAT32, (1, 1, 1, 1, 16), 64),
+        ("a", FLOAT32, (-4, -4), 64),
+        ("a", FLOAT32, (1 << 62, 1 << 62), 64),
+        ("a", INT8, (1 << 40, 1 << 40), 64),
+        ("", FLOAT32, (16,), 64),
+        ("a\nb", FLOAT32, (16,), 64),
+    ],
+)
+def test_records_that_cannot_be(library, tmp_path, name, dtype, shape, n_bytes):
+    path = tmp_path / "file"
+    path.write_bytes(record(name, bytes(64), dtype, shape, 0, n_bytes))
+    assert damaged(library, path) == (BAD_WEIGHT, f"{path}: damaged at byte 0; export again")
+
+
 def test_names_given_twice(library, mixed, tmp_path):
     data, dtype, shape = mixed["ln_f.weight"]
     one = record("ln_f.weight", data.tobytes(), dtype, shape, 0)
