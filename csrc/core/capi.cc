@@ -196,7 +196,8 @@ uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, int32_t b
   if (guarded(nullptr, [&] { qvl::check_pool_sizes(c, n_blocks, block_tokens, dtype); }) != QVL_OK) return 0;
   const uint64_t element = dtype == QVL_FLOAT32 ? 4 : dtype == QVL_INT8 ? 1 : 2;
   const uint64_t scale = dtype == QVL_INT8 ? 4 : 0, blocks = static_cast<uint64_t>(n_blocks);
-  const uint64_t token = static_cast<uint64_t>(c.heads) * (static_cast<uint64_t>(c.head_dim) * element + scale);
+  const uint64_t token =
+      static_cast<uint64_t>(c.heads) * (static_cast<uint64_t>(c.head_dim) * element + scale);
   const uint64_t block = 2 * static_cast<uint64_t>(c.layers) * static_cast<uint64_t>(block_tokens) * token;
   return block <= PTRDIFF_MAX / blocks ? block * blocks : 0;
 }

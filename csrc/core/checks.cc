@@ -94,9 +94,9 @@ void check_pool_sizes(const qvl_config& config, int32_t n_blocks, int32_t block_
   QVL_REQUIRE(n_blocks >= 1, QVL_INVALID, "pool: n_blocks is %d; it must be at least 1", n_blocks);
   QVL_REQUIRE(block_tokens >= 1 && block_tokens <= kMaxBlockTokens, QVL_INVALID,
               "pool: block_tokens is %d; it must be 1 to %d", block_tokens, kMaxBlockTokens);
-  QVL_REQUIRE(
-      dtype == QVL_FLOAT32 || dtype == QVL_BFLOAT16 || dtype == QVL_FLOAT16 || dtype == QVL_INT8, QVL_INVALID,
-      "pool: dtype is %d; it must be QVL_FLOAT32, QVL_BFLOAT16, QVL_FLOAT16 or QVL_INT8", dtype);
+  QVL_REQUIRE(dtype == QVL_FLOAT32 || dtype == QVL_BFLOAT16 || dtype == QVL_FLOAT16 || dtype == QVL_INT8,
+              QVL_INVALID, "pool: dtype is %d; it must be QVL_FLOAT32, QVL_BFLOAT16, QVL_FLOAT16 or QVL_INT8",
+              dtype);
 }
 
 }  // namespace qvl

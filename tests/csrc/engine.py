@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import POINTER, c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    c_char,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +221,8 @@ class Library:
                 getattr(self.dll, f"qvlt_{name}").argtypes = [i32, *arguments]
             self.dll.qvlt_query_scale.argtypes = [POINTER(Config), i32]
             self.dll.qvlt_query_scale.restype = c_float
+            self.dll.qvlt_pool_blocks.argtypes = [*([i32] * 6), p, i32, i32, p]
+            self.dll.qvlt_pool_blocks.restype = i64
             self.dll.qvlt_cpu_quota.argtypes = [c_char_p, c_char_p]
             self.dll.qvlt_cpu_quota.restype = c_double
         for name, arguments in signatures.items():

@@ -10,6 +10,7 @@ from engine import (
     BAD_WEIGHT,
     BFLOAT16,
     FLOAT32,
+    INT4_G64,
     INT8,
     INVALID,
     LANGUAGE,

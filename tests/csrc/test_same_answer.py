@@ -53,9 +53,7 @@ def weights(random):
         shapes[f"h.{i}.attn.c_proj.weight"] = (HIDDEN, HIDDEN)
         shapes[f"h.{i}.mlp.w1.weight"] = shapes[f"h.{i}.mlp.w2.weight"] = (MLP, HIDDEN)
         shapes[f"h.{i}.mlp.c_proj.weight"] = (HIDDEN, MLP)
-    return {
-        name: (random.standard_normal(shape) * 0.3).astype(np.float32) for name, shape in shapes.items()
-    }
+    return {name: (random.standard_normal(shape) * 0.3).astype(np.float32) for name, shape in shapes.items()}
 
 
 @pytest.fixture(params=DTYPES)
@@ -135,24 +133,28 @@ def test_cuts_and_others(case):
         pool_dtype, threads = POOLS[trial % 4], 1 + trial % 3
         expected = case.alone(pool_dtype)
         n_others = [0, 1, 3, 7, 8, 9, 40, 70][trial]
-        cuts = sorted({0, PROMPT, *random.integers(1, PROMPT, random.integers(0, 6)).tolist(), 21, PROMPT - 1})
+        cuts = sorted(
+            {0, PROMPT, *random.integers(1, PROMPT, random.integers(0, 6)).tolist(), 21, PROMPT - 1}
+        )
         steps = [*zip(cuts, cuts[1:]), *((at, at + 1) for at in range(PROMPT, PROMPT + NEW))]
         max_tokens = int(random.choice([7, 33, 512]))
         rows = []
-        with case.engine(threads, max_tokens) as engine:
-            with engine.pool(N_BLOCKS + 70, BLOCK, pool_dtype) as pool:
-                for start, end in steps:
-                    parts = case.others(pool, n_others, N_BLOCKS)
-                    mine = int(random.integers(0, n_others + 1))
-                    at = sum(len(part[0]) for part in parts[:mine])
-                    parts.insert(mine, case.part(start, end))
-                    wanted = end >= PROMPT
-                    flags = [random.choice([0, NO_LOGITS]) for _ in parts]
-                    flags[mine] = 0 if wanted else NO_LOGITS
-                    logits = pool.forward(parts, case.spans(start, end, at), flags=flags)
-                    assert np.isfinite(logits).all()
-                    if wanted:
-                        rows.append(logits[sum(not flag for flag in flags[:mine])])
+        with (
+            case.engine(threads, max_tokens) as engine,
+            engine.pool(N_BLOCKS + 70, BLOCK, pool_dtype) as pool,
+        ):
+            for start, end in steps:
+                parts = case.others(pool, n_others, N_BLOCKS)
+                mine = int(random.integers(0, n_others + 1))
+                at = sum(len(part[0]) for part in parts[:mine])
+                parts.insert(mine, case.part(start, end))
+                wanted = end >= PROMPT
+                flags = [random.choice([0, NO_LOGITS]) for _ in parts]
+                flags[mine] = 0 if wanted else NO_LOGITS
+                logits = pool.forward(parts, case.spans(start, end, at), flags=flags)
+                assert np.isfinite(logits).all()
+                if wanted:
+                    rows.append(logits[sum(not flag for flag in flags[:mine])])
         check(rows, expected)
 
 
