@@ -138,7 +138,8 @@ void attend_decode(Context& context, const AttentionShape& shape, const float* q
     for (int64_t p = 0; p < n_chunks;) {
       const Queries& queries = *parts[static_cast<size_t>(p)].queries;
       float* sums = sums_of(p++, head);
-      for (; p < n_chunks && parts[static_cast<size_t>(p)].chunk > 0; ++p) decode.merge(sums_of(p, head), sums);
+      for (; p < n_chunks && parts[static_cast<size_t>(p)].chunk > 0; ++p)
+        decode.merge(sums_of(p, head), sums);
       decode.finish(sums, to(queries, head));
     }
   }
@@ -160,7 +161,8 @@ void attention(Context& context, const AttentionShape& shape, const float* q, co
     std::vector<Queries> rows;
     for (const Queries* queries = work; queries != work + n_work; ++queries) {
       for (int i = 0; i < queries->n; ++i) {
-        rows.push_back({queries->first + i, 1, queries->n_keys - queries->n + i + 1, kDecode, queries->blocks});
+        rows.push_back(
+            {queries->first + i, 1, queries->n_keys - queries->n + i + 1, kDecode, queries->blocks});
       }
     }
     return attend_decode(context, shape, q, kv, rows, out);
@@ -168,7 +170,8 @@ void attention(Context& context, const AttentionShape& shape, const float* q, co
   const Prompt prompt(context.kernels, shape, kv);
   for (Buffer& buffer : context.of_thread) buffer.get<float>(prompt.scratch_floats());
   int64_t pairs = 0;
-  for (const Queries* queries = work; queries != work + n_work; ++queries) pairs += queries->n * queries->n_keys;
+  for (const Queries* queries = work; queries != work + n_work; ++queries)
+    pairs += queries->n * queries->n_keys;
   // The last pieces first: with causal attention they are the longest.
   context.run(n_work * shape.heads, 2 * pairs * shape.heads * shape.head_dim, [&](int64_t i, int thread) {
     const Queries& queries = work[n_work - 1 - i / shape.heads];

@@ -7,10 +7,10 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr int64_t kMatvecRows = 128;  // rows of weights in a task of matvec, at most
+constexpr int64_t kMatvecRows = 128;        // rows of weights in a task of matvec, at most
 constexpr int64_t kStretchBytes = 1 << 18;  // and of more than kMaxRows activations
-constexpr int64_t kTileRows = 64;     // rows in a task of the blocked product
-constexpr int64_t kMaxTokens = 384;   // packed at once: 512 columns of them fit into a second-level cache
+constexpr int64_t kTileRows = 64;           // rows in a task of the blocked product
+constexpr int64_t kMaxTokens = 384;  // packed at once: 512 columns of them fit into a second-level cache
 
 constexpr int kBits[QVL_DTYPES] = {32, 16, 8, 4, 4, 16};
 
@@ -81,7 +81,7 @@ Tile tile_of(const Kernels& kernels, int kind, const Matrix& m, const UnpackTile
 }
 
 void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x, float* y,
-                   int64_t y_stride, bool add) {
+             int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;
   const int kind = kernels.bf16_dot && m.dtype != QVL_FLOAT32 ? 1 : 0;
   // Columns in equal parts, as far as quantised weights' units allow.

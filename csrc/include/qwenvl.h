@@ -191,9 +191,9 @@ typedef struct qvl_config {
  *
  * All may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16; the matrices other than wte.weight may be quantised.
  * Types may be mixed. Products run in float32 where the weight is float32. Elsewhere the products of prompts
- * and pictures round their activations to bfloat16 if the machine has instructions for it; products of up to
- * 8 tokens, as in a decode step, leave them in float32, but on a CPU round them to 8 bits with a scale for
- * each 32 values if the weight is quantised. Everything else is float32.
+ * and pictures round their activations to bfloat16 if the machine has instructions for it; those of decode
+ * steps, and lm_head's, leave them in float32, but on a CPU round them to 8 bits with a scale for each 32
+ * values if the weight is quantised. Everything else is float32.
  */
 typedef struct qvl_tensor {
   const char* name;

@@ -112,6 +112,22 @@ EXPORT double qvlt_cpu_quota(const char* cgroup_file, const char* root) {
   return cpu_quota(cgroup_file, root);
 }
 
+// Writes all blocks of a pool from `data`, copies block `from` to block `to`, and reads all into `out`.
+// Returns the bytes of a block.
+EXPORT int64_t qvlt_pool_blocks(qvl_dtype dtype, int layers, int heads, int head_dim, int n_blocks,
+                                int block_tokens, const char* data, int from, int to, char* out) {
+  qvl_config config{};
+  config.layers = layers;
+  config.heads = heads;
+  config.head_dim = head_dim;
+  CpuKvPool pool(config, n_blocks, block_tokens, dtype);
+  const uint64_t bytes = pool.block_bytes();
+  for (int i = 0; i < n_blocks; ++i) pool.write_block(i, data + static_cast<uint64_t>(i) * bytes);
+  pool.copy_block(from, to);
+  for (int i = 0; i < n_blocks; ++i) pool.read_block(i, out + static_cast<uint64_t>(i) * bytes);
+  return static_cast<int64_t>(bytes);
+}
+
 // q, k and v as in reference.h, keys and values by way of a pool of the type `dtype` with blocks of `tile`
 // tokens. decode: each query by itself, as in a decode step.
 EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, int rounded, int decode,

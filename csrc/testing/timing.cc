@@ -118,8 +118,9 @@ EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
   return static_cast<double>(bytes) / best;
 }
 
-// Seconds of one product of n_x activations, as rows of a prompt or of a decode step, with a [rows, k] matrix, the best of `repeats`, each with the
-// next of `copies` matrices so that none is in a cache; a negative number if it cannot be done.
+// Seconds of one product of n_x activations, as rows of a prompt or of a decode step, with a [rows, k]
+// matrix, the best of `repeats`, each with the next of `copies` matrices so that none is in a cache; a
+// negative number if it cannot be done.
 EXPORT double qvlt_time_linear(qvl_isa isa, int threads, qvl_dtype dtype, int decode, int64_t n_x,
                                int64_t rows, int64_t k, int copies, int repeats) {
   double best = 1e9;
@@ -137,8 +138,8 @@ EXPORT double qvlt_time_linear(qvl_isa isa, int threads, qvl_dtype dtype, int de
       const Matrix matrix{values, values + value_bytes(dtype, rows, k), dtype, rows, static_cast<int>(k),
                           nullptr};
       const Rows activations = decode != 0 ? Rows{0, n_x} : Rows{n_x, 0};
-      best = std::min(best,
-                      seconds([&] { linear(context, matrix, x.data(), k, activations, y.data(), rows); }));
+      best =
+          std::min(best, seconds([&] { linear(context, matrix, x.data(), k, activations, y.data(), rows); }));
     }
   });
   return status == QVL_OK ? best : -1;

@@ -278,6 +278,8 @@ class Library:
                 getattr(self.dll, f"qvlt_{name}").argtypes = [i32, *arguments]
             self.dll.qvlt_query_scale.argtypes = [POINTER(Config), i32]
             self.dll.qvlt_query_scale.restype = c_float
+            self.dll.qvlt_pool_blocks.argtypes = [*([i32] * 6), p, i32, i32, p]
+            self.dll.qvlt_pool_blocks.restype = i64
             self.dll.qvlt_cpu_quota.argtypes = [c_char_p, c_char_p]
             self.dll.qvlt_cpu_quota.restype = c_double
         for name, arguments in signatures.items():

@@ -267,6 +267,18 @@ def test_attention(library, isa, dtype, heads, head_dim, n, n_keys, causal, tile
     assert error > 1e-5 or n_keys == 1  # of one key the weight is 1 and its rounded value may be exact
 
 
+@pytest.mark.parametrize(("dtype", "of_head"), [(FLOAT32, 40), (BFLOAT16, 20), (FLOAT16, 20), (INT8, 14)])
+def test_blocks_of_a_pool(library, dtype, of_head):
+    """Blocks written, one copied onto another, all read back: 10 values a head, for int8 with a scale of 4 bytes."""
+    layers, heads, head_dim, n_blocks, block_tokens = 3, 5, 10, 4, 7
+    block = 2 * layers * heads * block_tokens * of_head
+    data = RANDOM.integers(0, 256, [n_blocks, block], np.uint8)
+    got = np.zeros_like(data)
+    sizes = dtype, layers, heads, head_dim, n_blocks, block_tokens
+    assert library.dll.qvlt_pool_blocks(*sizes, pointer(data), 1, 3, pointer(got)) == block
+    assert (got == data[[0, 1, 2, 1]]).all()
+
+
 def test_references(library):
     """The loops in C++ against NumPy: the measure is measured."""
     x, w, b = normal(3, 20), normal(5, 20), normal(5)

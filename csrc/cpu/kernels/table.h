@@ -51,8 +51,8 @@ struct Ahead {
 struct KvTile {
   const void* keys;
   const void* values;
-  int64_t stride;  // elements from token to token
-  qvl_dtype dtype;    // float32, bfloat16, float16 or int8
+  int64_t stride;   // elements from token to token
+  qvl_dtype dtype;  // float32, bfloat16, float16 or int8
   int n;
   const float* key_scales = nullptr;  // int8: of each token
   const float* value_scales = nullptr;
