@@ -172,9 +172,7 @@ def second_question(folder: Path) -> None:
         firsts.append(ask(f"What is this? {n}"))
         seconds_.append(ask(f"How many shapes are there? {n}"))
     first, second = 1e3 * min(firsts), 1e3 * min(seconds_)
-    print(
-        f"\nTo the first token: {first:.1f} ms, of another question about the image {second:.1f} ms: {second / first:.2f}"
-    )
+    print(f"\nTo the first token {first:.1f} ms; of a second question about the image {second:.1f} ms")
 
 
 def busy(folder: Path, n: int) -> None:

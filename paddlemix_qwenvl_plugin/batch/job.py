@@ -13,7 +13,6 @@ from paddlemix_qwenvl_plugin.batch.journal import Journal
 from paddlemix_qwenvl_plugin.batch.request import Asked, Reply
 from paddlemix_qwenvl_plugin.batch.rows import Row, dump, error_line, id_key, reply_line, result_id
 from paddlemix_qwenvl_plugin.batch.source import Source
-from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
@@ -26,11 +25,10 @@ def partial_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
-def run(source: Source, target: Path, model: QwenVL, options: GenerationOptions, window: int) -> None:
+def run(source: Source, target: Path, model: QwenVL, window: int) -> None:
     """Answer every row of `source` into `target`, and continue where an earlier process of the same job ended.
 
     Args:
-        options: those with which `source` was opened.
         window: rows that are run at once.
 
     Raises:
@@ -41,8 +39,9 @@ def run(source: Source, target: Path, model: QwenVL, options: GenerationOptions,
     job = {
         "qwenvl_batch": 1,
         "input": source.sha256,
-        "options": asdict(options),
+        "options": asdict(source.defaults),
         "weights": model.weights,
+        "picture_label": model.tokenizer.picture_label,
     }
     keys = {id_key(entry.id) for entry in source.entries if entry.id is not None}
     partial = partial_path(target)

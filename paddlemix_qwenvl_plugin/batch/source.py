@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from paddlemix_qwenvl_plugin.batch.request import RowId
 from paddlemix_qwenvl_plugin.batch.rows import Row, id_key, read_row
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.files import check_source
 
@@ -33,25 +34,26 @@ class Source:
     Attributes:
         path: of the file.
         entries: one a row.
+        defaults: the options of rows that have none of their own.
         sha256: of the whole file.
 
     Raises:
         UsageError: no such file, or two rows of one id.
     """
 
-    def __init__(self, path: Path, defaults: Mapping[str, Any]) -> None:
-        """`defaults` are the generation options of rows that have none of their own."""
+    def __init__(self, path: Path, defaults: GenerationOptions) -> None:
         check_source(path)
         self.path = path
         self.entries: list[Entry] = []
-        self._defaults = defaults
+        self.defaults = defaults
+        values = asdict(defaults)
         self._file = path.open("rb")
         digest, offset, numbers = hashlib.sha256(), 0, dict[str, int]()
         images: dict[int, int] = {}
         for number, line in enumerate(self._file, start=1):
             digest.update(line)
             if line.strip():
-                row = read_row(number, line, defaults)
+                row = read_row(number, line, values)
                 named = tuple(images.setdefault(hash(image), len(images)) for image in _images(row))
                 self.entries.append(Entry(number, offset, hash(line), row.id, row.openai, named))
                 if row.id is not None:
@@ -72,7 +74,7 @@ class Source:
         line = self._file.readline()
         if hash(line) != entry.checksum:
             raise QwenVLError(f"{self.path}: was changed while it was being read; start again")
-        return read_row(entry.number, line, self._defaults)
+        return read_row(entry.number, line, asdict(self.defaults))
 
 
 def _images(row: Row) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 from PIL import Image
 
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
 from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.sources import is_data_url, without_password
@@ -58,7 +58,7 @@ class Session:
         picture: the last picture asked about, to which the boxes of an answer refer.
     """
 
-    def __init__(self, vl: QwenVL, system: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, vl: QwenVL, system: str, options: GenerationOptions) -> None:
         self._vl = vl
         self._options = options
         self._chat = vl.chat(system)
@@ -91,7 +91,7 @@ class Session:
     def ask(self, question: str) -> AnswerStream:
         """Ask about the attached pictures and all before. Errors as of `Chat.ask`; they leave everything as it was."""
         pictures = [{"image": picture.source} for picture in self.attached]
-        return self._chat.ask([*pictures, {"text": question}], **self._options)
+        return self._chat.ask_with([*pictures, {"text": question}], self._options)
 
     def record(self, question: str, answer: Answer, pieces: list[Piece]) -> Turn | None:
         """Note the turn that `ask` made; None if it was stopped before its first token, which makes no turn."""

@@ -33,14 +33,12 @@ def batch(
 
     The generation options hold for rows that have none of their own.
     """
-    from dataclasses import asdict
-
     from paddlemix_qwenvl_plugin.batch.job import count_failed, partial_path, run
     from paddlemix_qwenvl_plugin.batch.source import Source
 
     options: GenerationOptions = context.obj
     check_target(target)
-    rows = Source(source, asdict(options))
+    rows = Source(source, options)
     there = target.exists()
     if there and target.samefile(source):
         raise UsageError(f"{target}: is the input; name another output")
@@ -48,7 +46,7 @@ def batch(
         pair = flags.open_model(
             first_model_path, second_model_path, model, device, picture_label, allow_http, allow_private_http
         )
-        run(rows, target, pair, options, batch_size)
+        run(rows, target, pair, batch_size)
     failed, n_rows = count_failed(target, rows), len(rows.entries)
     partial_path(target).unlink(missing_ok=True)  # of a process that was killed at its very end
     print(f"{target}: has all {n_rows} rows already" if there else f"{target}: wrote {n_rows} rows")

@@ -28,8 +28,6 @@ def chat(
     allow_private_http: flags.AllowPrivateHttp = False,
 ) -> None:
     """Talk about pictures with Qwen-VL-Chat, on a terminal or through a pipe."""
-    from dataclasses import asdict
-
     from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation, converse, follow
     from paddlemix_qwenvl_plugin.chat_ui.session import Session
     from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
@@ -39,7 +37,7 @@ def chat(
     pair = flags.open_model(
         first_model_path, second_model_path, model, device, picture_label, allow_http, allow_private_http
     )
-    session = Session(pair, system, asdict(options))
+    session = Session(pair, system, options)
     pictures = [session.attach(source) for source in image or []]
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         pair.load()

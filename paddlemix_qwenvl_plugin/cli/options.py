@@ -65,7 +65,7 @@ def open_model(
     if allow_private_http:
         if not allow_http:
             raise UsageError("--allow_private_http: goes with --allow_http; give both")
-        limits = ImageLimits(allow_private=True)  # type: ignore[call-arg]
+        limits = ImageLimits(allow_private=True)
     pair = QwenVL.from_exported(vision, language, model, device, allow_http, limits)
     if picture_label is not None:
         pair.tokenizer.picture_label = picture_label

@@ -46,7 +46,7 @@ def predict(
     ),
 ) -> None:
     """Ask about pictures through both exported stages."""
-    from dataclasses import asdict
+    from paddlemix_qwenvl_plugin.runtime.request import Request
 
     options: GenerationOptions = context.obj
     sources = image or []
@@ -67,12 +67,8 @@ def predict(
     parts: list[dict[str, Any]] = [{"image": source} for source in sources]
     if draw is not None:  # opened once, to ask about it and to draw on it
         parts[-1]["image"] = pair.load_images(sources[-1:])[0]
-    answer = pair.generate(
-        parts + ([{"text": prompt}] if prompt else []),
-        chat=chat,
-        system=system,
-        **asdict(options),
-    )
+    request = Request(parts + ([{"text": prompt}] if prompt else []), options, chat=chat, system=system)
+    answer = pair.ask(request).finish()
     result = answer.as_dict()
     if output is not None:
         write_text(output, json.dumps(result, ensure_ascii=False, indent=1) + "\n")

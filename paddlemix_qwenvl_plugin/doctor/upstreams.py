@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from paddlemix_qwenvl_plugin.doctor.probe import Answer
 from paddlemix_qwenvl_plugin.doctor.report import Check, Status
 from paddlemix_qwenvl_plugin.upstream import patches, pins
 from paddlemix_qwenvl_plugin.upstream.pins import Broken, Upstream
+from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 _INSTALL_PADDLENLP = "pip install 'paddlemix-qwenvl-plugin[paddlenlp]'"
@@ -164,7 +164,7 @@ def check_hooks(answers: Mapping[str, Answer]) -> Check:
         failed_imports.update(answer.value.get("not_imported", {}))
     data = {"modules": modules, "not_imported": failed_imports}
     if not modules:
-        if os.environ.get("QWENVL_PLUGIN") == "0":
+        if not env.PLUGIN.read():
             message = "hooks: switched off by QWENVL_PLUGIN=0"
         elif "_qwenvl_activate" in sys.modules:
             message = "hooks: none armed"

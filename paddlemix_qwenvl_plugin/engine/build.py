@@ -26,13 +26,13 @@ from paddlemix_qwenvl_plugin.engine.sources import (
     operators_units,
     source_folder,
 )
+from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, one_line
 from paddlemix_qwenvl_plugin.util.progress import track
 from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
 LIBRARY = "libqwenvl.so"
 OPERATORS = "libqwenvl_paddle.so"
-NO_BUILD = "QWENVL_NO_BUILD"
 
 # A release puts the library here (tools/release_wheel.py).
 SHIPPED = Path(__file__).with_name(LIBRARY)
@@ -72,8 +72,8 @@ def cache_folder() -> Path:
     """QWENVL_CACHE_DIR, else `qwenvl` in the user's cache folder."""
     from platformdirs import user_cache_path
 
-    named = os.environ.get("QWENVL_CACHE_DIR")
-    return (Path(named).absolute() if named else user_cache_path("qwenvl")) / "engine"
+    named = env.CACHE_DIR.read()
+    return (named.absolute() if named else user_cache_path("qwenvl")) / "engine"
 
 
 def compiler() -> list[str]:
@@ -178,8 +178,8 @@ def _built(target: Target, allowed: bool) -> Path:
     built, failed = folder / target.name, folder / "failed"
     if _is_whole(built):
         return built
-    if not allowed and os.environ.get(NO_BUILD, "0") not in ("", "0"):
-        raise QwenVLError(f"the engine is not built, and {NO_BUILD} is set: run qwenvl build-engine")
+    if not allowed and env.NO_BUILD.read():
+        raise QwenVLError(f"the engine is not built, and {env.NO_BUILD.name} is set: run qwenvl build-engine")
     if not allowed and failed.is_file():  # it would fail again, at the start of every process
         raise QwenVLError(f"{failed.read_text('utf-8')} (qwenvl build-engine tries again)")
     if shutil.which(command[0]) is None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Optional
 
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util import env
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 from paddlemix_qwenvl_plugin.util.notice import notice
-
-ENGINE = "QWENVL_ENGINE"
-
-_CHOICES = ("auto", "fused", "portable")
 
 
 def engine_choice(asked: Optional[str] = None) -> str:
@@ -19,11 +15,7 @@ def engine_choice(asked: Optional[str] = None) -> str:
     Raises:
         UsageError: another word.
     """
-    flag = "--engine" if asked is not None else ENGINE
-    choice = asked if asked is not None else os.environ.get(ENGINE) or "auto"
-    if choice not in _CHOICES:
-        raise UsageError(f"{flag} {choice}: must be one of {', '.join(_CHOICES)}")
-    return choice
+    return env.ENGINE.read() if asked is None else env.ENGINE.check(asked, "--engine")
 
 
 def engine_available(choice: str, operators: bool = False) -> bool:

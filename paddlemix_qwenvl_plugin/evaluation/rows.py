@@ -13,6 +13,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import first_problem
 from paddlemix_qwenvl_plugin.evaluation.ask import Question
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.files import check_source, write_beside
+from paddlemix_qwenvl_plugin.util.sources import is_address
 
 Id = Union[StrictInt, StrictStr]
 
@@ -65,7 +66,7 @@ def check_pictures(path: Path, rows: Mapping[Id, Row]) -> None:
     """
     for row_id, row in rows.items():
         # A `data:` URL or one with a scheme is left to the loader.
-        if "://" not in row.image and row.image[:5].lower() != "data:" and not Path(row.image).exists():
+        if not is_address(row.image) and not Path(row.image).exists():
             raise UsageError(f"{path}, id {row_id!r}: image {row.image} does not exist")
 
 

@@ -41,19 +41,22 @@ class Chat:
         self._image_size: Optional[tuple[int, int]] = None
 
     def ask(self, query: Query, **options: Any) -> AnswerStream:
+        """Answer the next turn, in pieces; one turn at a time. See `ask_with`."""
+        return self.ask_with(query, GenerationOptions.of(options))
+
+    def ask_with(self, query: Query, options: GenerationOptions) -> AnswerStream:
         """Answer the next turn, in pieces; one turn at a time.
 
         A stream that is closed early counts as a turn with what was said until then, if anything was.
 
         Args:
             query: text, or a list of parts (processing/prompts.py).
-            options: see GenerationOptions.
+            options: sampling parameters and limits.
 
         Raises:
             UsageError, QwenVLError: one line that names the part, image or option.
         """
         start = time.perf_counter()
-        chosen = GenerationOptions.of(options)
         if isinstance(query, str):
             query = [{"text": query}]
         tokenizer = self._vl.tokenizer
@@ -74,7 +77,7 @@ class Chat:
             prompt,
             images,
             tokenizer.chat_stop_token_ids,
-            chosen,
+            options,
             image_size,
             time.perf_counter() - start,
             remember,

@@ -10,11 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from paddlemix_qwenvl_plugin.artifact.manifest import FileDigest, Manifest, read_manifest
+from paddlemix_qwenvl_plugin.artifact.manifest import (
+    FileDigest,
+    Manifest,
+    check_weights,
+    params_path,
+    read_manifest,
+)
 from paddlemix_qwenvl_plugin.artifact.params_file import check_records
 from paddlemix_qwenvl_plugin.engine.operators import load as load_operators
 from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.machine import paddle_gpus
 from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
 _FORMS = (".json", ".pdmodel")
@@ -43,8 +50,10 @@ class Stage:
         self._forms = _FORMS if self.prefix == Path(path) else (Path(path).suffix,)
         self.device = _check_device(device)
         self.manifest: Manifest = read_manifest(self.prefix, stage)
-        self.params = self.prefix.with_name(self.prefix.name + ".pdiparams")
-        self._check_params()
+        self.params = params_path(self.prefix)
+        check_weights(self.params, self.manifest)
+        if self.manifest.weights_samples is None:  # before contract version 3
+            check_records(self.params)
 
     @property
     def compute_dtype(self) -> str:
@@ -97,14 +106,6 @@ class Stage:
             )
         return Program(_create_predictor(program, self.params, self.device), _place(self.device))
 
-    def _check_params(self) -> None:
-        if not self.params.is_file():
-            raise QwenVLError(f"{self.params}: missing; export again")
-        size, expected = self.params.stat().st_size, self.manifest.weights.bytes
-        if size != expected:
-            raise QwenVLError(f"{self.params}: {size} bytes where {expected} were exported; export again")
-        check_records(self.params)
-
 
 def stage_prefix(path: str | Path) -> Path:
     """The prefix of a stage's files, from the prefix itself or from a program file."""
@@ -151,7 +152,7 @@ def _check_device(device: str) -> str:
                 f"--device {device}: this Paddle ({paddle.__version__}) is a CPU build; "
                 "install paddlepaddle-gpu or use --device cpu"
             )
-        count = paddle.device.cuda.device_count()
+        count = paddle_gpus()
         if int(device.partition(":")[2] or 0) >= count:
             raise UsageError(f"--device {device}: Paddle sees {count} GPU(s)")
     return device

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
+
+from paddlemix_qwenvl_plugin.util import env
 
 _ABSENT = object()
 
@@ -24,7 +25,7 @@ class Patch:
         # Not getattr: it binds methods and shows what is inherited, and neither can be put back as it was.
         self._undo.append((owner, name, vars(owner).get(name, _ABSENT)))
         setattr(owner, name, value)
-        if os.environ.get("QWENVL_PLUGIN_DEBUG") == "1" and sys.stderr is not None:
+        if env.PLUGIN_DEBUG.read() and sys.stderr is not None:
             of = getattr(owner, "__qualname__", None) or getattr(owner, "__name__", type(owner).__qualname__)
             sys.stderr.write(f"qwenvl: {self._who} set {name} of {of}\n")
 

@@ -24,13 +24,12 @@ from paddlemix_qwenvl_plugin.checkpoint.config import is_chat_model
 from paddlemix_qwenvl_plugin.runtime.programs import Stage, stage_prefix
 from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
 from paddlemix_qwenvl_plugin.upstream.patching import replace
+from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.errors import make_folder
 from paddlemix_qwenvl_plugin.util.notice import notice
 
 # Places in the stock inputs (artifact/contract.py).
 _INPUT_IDS, _FEATURES, _IMG_POS, _MASK, _EOS, _TGT_MASK, _STOP_NUMS, _CACHES = 0, 1, 2, 3, 12, 19, 21, 22
-
-_FOLDER_VARIABLE = "QWENVL_REAL_TIME_SAVE_DIR"
 
 
 def adapt(predictor_class: type, script: ModuleType) -> None:
@@ -136,14 +135,14 @@ def _device(asked: str) -> str:
 @functools.cache
 def _own_folder() -> Path:
     """Where this process puts its token files: two in one working directory would read each other's."""
-    named = os.environ.get(_FOLDER_VARIABLE)
+    named = env.REAL_TIME_SAVE_DIR.read()
     if named:
-        folder = Path(named).absolute()
+        folder = named.absolute()
         make_folder(folder)
     else:
         folder = Path(tempfile.mkdtemp(prefix="qwenvl-real-time-save-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ[_FOLDER_VARIABLE] = str(folder)  # a patched reader (patches/) looks there
+    os.environ[env.REAL_TIME_SAVE_DIR.name] = str(folder)  # a patched reader (patches/) looks there
     return folder
 
 

@@ -81,7 +81,7 @@ ENGINE = Choice(
 )
 CACHE_DIR = Folder("QWENVL_CACHE_DIR", "the user's cache folder", "where the built engine is kept")
 NO_BUILD = Switch(
-    "QWENVL_NO_BUILD", False, "`1`: never compile the engine on first use; `qwenvl build-ops` still does"
+    "QWENVL_NO_BUILD", False, "`1`: never compile the engine on first use; `qwenvl build-engine` still does"
 )
 PLUGIN = Switch("QWENVL_PLUGIN", True, "`0`: no hooks into PaddleNLP and PaddleMIX")
 PLUGIN_DEBUG = Switch("QWENVL_PLUGIN_DEBUG", False, "`1`: tell on stderr what the hooks do")
