@@ -7,10 +7,9 @@ own form. It also takes a paste of several lines as one, and knows how wide a Ch
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
+from platformdirs import user_state_path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
@@ -26,20 +25,9 @@ def line_reader(warn: Callable[[str], None]) -> Callable[[], str]:
     return lambda: session.prompt("> ")
 
 
-def state_folder() -> Path:
-    """Where the platform wants a program to keep what it remembers."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or "~/AppData/Local")
-    elif sys.platform == "darwin":
-        base = Path("~/Library/Application Support")
-    else:
-        base = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state")
-    return base.expanduser() / "qwenvl"
-
-
 def _history(warn: Callable[[str], None]) -> History:
     try:
-        file = state_folder() / "chat-history"
+        file = user_state_path("qwenvl", appauthor=False) / "chat-history"
         file.parent.mkdir(parents=True, exist_ok=True)
         # What one asks is nobody else's business.
         os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))

@@ -28,6 +28,7 @@ def batch(
     picture_label: flags.PictureLabel = None,
     allow_http: flags.AllowHttp = False,
     allow_private_http: flags.AllowPrivateHttp = False,
+    verify: flags.Verify = False,
 ) -> None:
     """Answer every row of a file; run it again to continue after an interruption.
 
@@ -44,7 +45,14 @@ def batch(
         raise UsageError(f"{target}: is the input; name another output")
     if not there:
         pair = flags.open_model(
-            first_model_path, second_model_path, model, device, picture_label, allow_http, allow_private_http
+            first_model_path,
+            second_model_path,
+            model,
+            device,
+            picture_label,
+            allow_http,
+            allow_private_http,
+            verify,
         )
         run(rows, target, pair, batch_size)
     failed, n_rows = count_failed(target, rows), len(rows.entries)

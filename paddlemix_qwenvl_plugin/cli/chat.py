@@ -26,6 +26,7 @@ def chat(
     picture_label: flags.PictureLabel = None,
     allow_http: flags.AllowHttp = False,
     allow_private_http: flags.AllowPrivateHttp = False,
+    verify: flags.Verify = False,
 ) -> None:
     """Talk about pictures with Qwen-VL-Chat, on a terminal or through a pipe."""
     from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation, converse, follow
@@ -35,7 +36,14 @@ def chat(
 
     options: GenerationOptions = context.obj
     pair = flags.open_model(
-        first_model_path, second_model_path, model, device, picture_label, allow_http, allow_private_http
+        first_model_path,
+        second_model_path,
+        model,
+        device,
+        picture_label,
+        allow_http,
+        allow_private_http,
+        verify,
     )
     session = Session(pair, system, options)
     pictures = [session.attach(source) for source in image or []]

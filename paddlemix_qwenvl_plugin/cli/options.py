@@ -48,6 +48,12 @@ AllowPrivateHttp = Annotated[
 ]
 
 
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Read all files of the stages first, and compare them with the export."),
+]
+
+
 def open_model(
     vision: Path,
     language: Path,
@@ -56,6 +62,7 @@ def open_model(
     picture_label: Optional[str],
     allow_http: bool,
     allow_private_http: bool,
+    verify: bool,
 ) -> QwenVL:
     """The predictor that these flags ask for."""
     from paddlemix_qwenvl_plugin.processing.images import ImageLimits
@@ -66,7 +73,7 @@ def open_model(
         if not allow_http:
             raise UsageError("--allow_private_http: goes with --allow_http; give both")
         limits = ImageLimits(allow_private=True)
-    pair = QwenVL.from_exported(vision, language, model, device, allow_http, limits)
+    pair = QwenVL.from_exported(vision, language, model, device, allow_http, limits, verify)
     if picture_label is not None:
         pair.tokenizer.picture_label = picture_label
     return pair

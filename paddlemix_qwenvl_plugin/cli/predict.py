@@ -34,6 +34,7 @@ def predict(
     picture_label: flags.PictureLabel = None,
     allow_http: flags.AllowHttp = False,
     allow_private_http: flags.AllowPrivateHttp = False,
+    verify: flags.Verify = False,
     as_json: bool = typer.Option(False, "--json", help="Print the whole answer as JSON."),
     output: Optional[Path] = typer.Option(
         None, "--output", help="Also write the answer as JSON to this file."
@@ -62,7 +63,14 @@ def predict(
     if draw is not None and draw.suffix.lower() not in _DRAW_FORMATS:
         raise UsageError(f"--draw {draw}: not a picture format; name it .png or .jpg")
     pair = flags.open_model(
-        first_model_path, second_model_path, model, device, picture_label, allow_http, allow_private_http
+        first_model_path,
+        second_model_path,
+        model,
+        device,
+        picture_label,
+        allow_http,
+        allow_private_http,
+        verify,
     )
     parts: list[dict[str, Any]] = [{"image": source} for source in sources]
     if draw is not None:  # opened once, to ask about it and to draw on it

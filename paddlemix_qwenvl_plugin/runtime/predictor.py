@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from paddlemix_qwenvl_plugin.artifact.manifest import check_pair
+from paddlemix_qwenvl_plugin.artifact.manifest import verify as verify_stage
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
 from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess
 from paddlemix_qwenvl_plugin.processing.prompts import (
@@ -30,7 +31,7 @@ from paddlemix_qwenvl_plugin.runtime.chat import Chat
 from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
-from paddlemix_qwenvl_plugin.runtime.programs import Stage
+from paddlemix_qwenvl_plugin.runtime.programs import Stage, stage_prefix
 from paddlemix_qwenvl_plugin.runtime.request import DEFAULT_SYSTEM, Request
 from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
@@ -62,6 +63,7 @@ class QwenVL:
         device: str = "cpu",
         allow_http: bool = False,
         limits: Optional[ImageLimits] = None,
+        verify: bool = False,
     ) -> QwenVL:
         """Open two exported stages.
 
@@ -71,12 +73,16 @@ class QwenVL:
             model: the model folder, or any folder with `qwen.tiktoken`; None: the folder of stage 2.
             device: "cpu", "gpu" or "gpu:N".
             allow_http: whether pictures may come from http(s) URLs.
-            limits: bytes, pixels and seconds that a picture may take.
+            limits: what an image may take, and from where.
+            verify: read all files of both stages and compare them with what was exported; else samples of the weights.
 
         Raises:
             UsageError: a path or a device that is not there.
             QwenVLError: damaged files, or stages that do not belong together.
         """
+        if verify:
+            for stage in (vision, language):
+                verify_stage(stage_prefix(stage))
         vision_stage = Stage(vision, "vision", device)
         language_stage = Stage(language, "language", device)
         check_pair(vision_stage.manifest, language_stage.manifest)

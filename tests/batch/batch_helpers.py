@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def run_job(source: Path, target: Path, model: QwenVL, window: int = 4, **options: Any) -> None:
     chosen = GenerationOptions(**{"max_new_tokens": 4, **options})
-    run(Source(source, asdict(chosen)), target, model, chosen, window)
+    run(Source(source, chosen), target, model, window)
 
 
 class CheapModel(QwenVL):

@@ -19,7 +19,7 @@ from batch_helpers import (
 from executors import record, say
 from PIL import Image
 
-from paddlemix_qwenvl_plugin import QwenVL, QwenVLError, UsageError
+from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL, QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.batch.job import count_failed
 from paddlemix_qwenvl_plugin.batch.source import Source
 from paddlemix_qwenvl_plugin.runtime.image_cache import ImageCache
@@ -151,7 +151,7 @@ def test_bad_rows_have_a_line_each_and_the_job_goes_on(cheap, folder):
     assert errors[7]["message"].startswith("body.tools: unknown key")
     assert "not in a picture format" in errors[8]
     assert errors[9] == "line 11: id must be a string or a whole number"
-    assert count_failed(target, Source(source, {})) == 9
+    assert count_failed(target, Source(source, GenerationOptions())) == 9
 
 
 def test_end_tokens_stop_and_are_not_said(cheap, folder):
@@ -286,7 +286,9 @@ def test_an_output_that_appears_meanwhile_is_left_alone(cheap, folder):
     ],
 )
 def test_another_output_is_told(folder, rows):
-    source = Source(write_rows(folder / "in.jsonl", [{"id": n, "prompt": "?"} for n in range(2)]), {})
+    source = Source(
+        write_rows(folder / "in.jsonl", [{"id": n, "prompt": "?"} for n in range(2)]), GenerationOptions()
+    )
     with pytest.raises(UsageError, match=r"is not the output of .*in\.jsonl"):
         count_failed(write_rows(folder / "out.jsonl", rows), source)
 
@@ -300,7 +302,7 @@ def test_another_output_is_told(folder, rows):
 )
 def test_an_id_twice_is_told_with_both_lines(folder, rows, lines):
     with pytest.raises(UsageError, match=f"lines {lines} have the same id"):
-        Source(write_rows(folder / "in.jsonl", rows), {})
+        Source(write_rows(folder / "in.jsonl", rows), GenerationOptions())
 
 
 def test_rows_without_ids_are_not_the_same_row(cheap, folder):
@@ -315,14 +317,14 @@ def test_rows_without_ids_are_not_the_same_row(cheap, folder):
 def test_a_byte_order_mark_and_windows_line_ends(folder):
     path = folder / "in.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"id": 1, "prompt": "?"}\r\n\r\n{"id": 2, "prompt": "a\xe2\x80\xa8b"}')
-    source = Source(path, {})
+    source = Source(path, GenerationOptions())
     assert [entry.id for entry in source.entries] == [1, 2]
     assert source.row(1).asked.request.parts == [{"text": "a\u2028b"}]
 
 
 def test_an_input_that_changes_is_told(cheap, folder):
     path = write_rows(folder / "in.jsonl", [{"id": 1, "prompt": "?"}])
-    source = Source(path, {})
+    source = Source(path, GenerationOptions())
     write_rows(path, [{"id": 1, "prompt": "!"}])
     with pytest.raises(QwenVLError, match="was changed while it was being read; start again"):
         source.row(0)

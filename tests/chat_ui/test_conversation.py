@@ -15,7 +15,7 @@ import pytest
 from chat_helpers import STREET, plain
 from PIL import Image
 
-from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
 from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation, converse
 from paddlemix_qwenvl_plugin.chat_ui.session import Session
 from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
@@ -36,7 +36,7 @@ def signal_ctrl_c() -> None:
 
 @pytest.fixture
 def session(vl: QwenVL) -> Session:
-    return Session(vl, "Be brief.", {"max_new_tokens": 200})
+    return Session(vl, "Be brief.", GenerationOptions(max_new_tokens=200))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from chat_helpers import REPO, STREET
 
-from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
 from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation
 from paddlemix_qwenvl_plugin.chat_ui.session import Session
 from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
@@ -35,7 +35,7 @@ def test_session(
     assert match is not None
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(STREET, "street.png")
-    conversation = Conversation(Session(vl, "You are a helpful assistant.", {}), Terminal())
+    conversation = Conversation(Session(vl, "You are a helpful assistant.", GenerationOptions()), Terminal())
     shown = ""
     for line in re.findall(r"^> (.*)$", match.group(1), re.MULTILINE):
         say(ANSWERS.get(line, ""))

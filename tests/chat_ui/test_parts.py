@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from paddlemix_qwenvl_plugin.chat_ui.conversation import Command, parse, path_of
-from paddlemix_qwenvl_plugin.chat_ui.line_input import state_folder
 from paddlemix_qwenvl_plugin.chat_ui.terminal import preview
 from paddlemix_qwenvl_plugin.chat_ui.view import Fragment, box_line, fragments
 from paddlemix_qwenvl_plugin.processing.boxes import Box
@@ -152,22 +151,3 @@ def test_iterm(environment: dict[str, str]) -> None:
 @pytest.mark.parametrize("environment", NOTHING)
 def test_no_preview(environment: dict[str, str]) -> None:
     assert preview(noise(90, 90), environment) == ""
-
-
-@pytest.mark.parametrize(
-    ("platform", "variables", "folder"),
-    [
-        ("linux", {}, "/home/me/.local/state/qwenvl"),
-        ("linux", {"XDG_STATE_HOME": "/state"}, "/state/qwenvl"),
-        ("darwin", {"XDG_STATE_HOME": "/state"}, "/home/me/Library/Application Support/qwenvl"),
-        ("win32", {"LOCALAPPDATA": "/local"}, "/local/qwenvl"),
-    ],
-)
-def test_state_folder(
-    platform: str, variables: dict[str, str], folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.platform", platform)
-    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
-    for name, value in {"HOME": "/home/me", **variables}.items():
-        monkeypatch.setenv(name, value)
-    assert str(state_folder()) == folder

@@ -1,0 +1,149 @@
+"""The same tokens whatever else is running, on the engine, at every storage type; and a soak of everything at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, Optional
+
+import numpy as np
+import pytest
+from engines import needs_compiler
+from soak import soak
+
+from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL, export_language, export_vision
+from paddlemix_qwenvl_plugin.demo.run import MODEL
+from paddlemix_qwenvl_plugin.processing.prompts import Prompt
+from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
+from paddlemix_qwenvl_plugin.runtime.generation import ImageInput
+from paddlemix_qwenvl_plugin.runtime.loop import Loop
+
+pytestmark = needs_compiler
+
+STORAGE = [
+    ("float32", None),
+    ("bfloat16", None),
+    ("float16", None),
+    ("bfloat16", "weight_only_int8"),
+    ("bfloat16", "weight_only_int4"),
+]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Optional[str]], QwenVL]:
+    """The demo model, stored as asked."""
+    models: dict[Any, QwenVL] = {}
+
+    def get(dtype: str, quant_type: Optional[str]) -> QwenVL:
+        if (dtype, quant_type) not in models:
+            folder = tmp_path_factory.mktemp("same")
+            export_vision(MODEL, folder / "vision", dtype, engine="fused")
+            export_language(MODEL, folder, "qwen", dtype, engine="fused", quant_type=quant_type)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("QWENVL_ENGINE", "fused")
+                models[dtype, quant_type] = QwenVL.from_exported(folder / "vision", folder / "qwen")
+                models[dtype, quant_type].load()
+        return models[dtype, quant_type]
+
+    return get
+
+
+class Asked:
+    """A request that can be made again: a prompt, perhaps with an image and an earlier answer, and options."""
+
+    def __init__(self, vl: QwenVL, rng: random.Random, most_new: int = 40) -> None:
+        vision = vl.config.visual
+        words = [rng.randrange(50) for _ in range(rng.randrange(1, 30))]
+        self.ids, self.pixels, self.generated = list(words), [], []
+        if rng.random() < 0.4:
+            self.pixels.append(rng.randrange(4))
+            slots = [vision.image_start_id + 2] * vision.n_queries
+            self.ids += [vision.image_start_id, *slots, vision.image_start_id + 1]
+        if rng.random() < 0.3:
+            start = len(self.ids)
+            self.ids += [rng.randrange(300) for _ in range(rng.randrange(1, 40))]
+            self.generated.append((start, len(self.ids)))
+        self.ids += [rng.randrange(300) for _ in range(rng.randrange(1, 50))]
+        sampled = {"temperature": 1.3, "top_p": 0.9, "seed": rng.randrange(99)}
+        penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.3}
+        chosen = rng.choice([{}, {}, sampled, {"top_k": 5, "seed": 3}, penalties, {**sampled, **penalties}])
+        self.stop = [vl.tokenizer.eod_id] if rng.random() < 0.4 else []
+        self.options = GenerationOptions(max_new_tokens=rng.randrange(1, most_new), **chosen)
+
+    def start(self, vl: QwenVL) -> Any:
+        side = vl.config.visual.image_size
+        images = [
+            ImageInput.of(np.random.default_rng(n).standard_normal([3, side, side]).astype("float32"))
+            for n in self.pixels
+        ]
+        prompt = Prompt("", self.ids, [], self.generated)
+        return vl.start(prompt, images, self.stop, self.options, None)
+
+
+def alone(vl: QwenVL, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The answer on a loop of its own, with nothing cached."""
+    monkeypatch.setattr(vl, "_loop", Loop(vl._loop._executor))
+    return asked.start(vl).finish().token_ids
+
+
+def small_steps(executor: EngineExecutor, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    limits = executor.limits
+    monkeypatch.setattr(
+        executor, "limits", type(limits)(limits.max_running, tokens, limits.n_blocks, limits.block_tokens)
+    )
+
+
+@pytest.mark.parametrize(("dtype", "quant_type"), STORAGE)
+def test_alone_in_a_batch_cut_and_after_a_hit(opened, monkeypatch, dtype, quant_type):
+    vl = opened(dtype, quant_type)
+    rng = random.Random(dtype)
+    asked = [Asked(vl, rng) for _ in range(64)]
+    expected = [alone(vl, each, monkeypatch) for each in asked[:20]]
+    assert len({tuple(tokens) for tokens in expected}) > 10
+
+    executor = vl._loop._executor
+    for step_tokens in (512, 96, 71):
+        small_steps(executor, monkeypatch, step_tokens)
+        monkeypatch.setattr(vl, "_loop", Loop(executor))
+        streams = (each.start(vl) for each in asked)
+        together = [answer.token_ids for answer in vl.finish_all(streams, 64)]
+        assert together[:20] == expected
+        again = [each.start(vl) for each in asked[:20]]
+        assert [stream.finish().token_ids for stream in again] == expected
+        assert sum(stream._generation.n_cached for stream in again) > 500
+
+
+@pytest.mark.parametrize(("dtype", "quant_type"), STORAGE)
+def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
+    """In a pool of one context, where each takes the others' blocks."""
+    vl = opened(dtype, quant_type)
+    rng = random.Random(1)
+    asked = [Asked(vl, rng, most_new=90) for _ in range(24)]
+    expected = [alone(vl, each, monkeypatch) for each in asked]
+    context = vl.config.max_position_embeddings
+    n_blocks = context // 32
+    small = EngineExecutor(*vl._stages, n_blocks=n_blocks)
+    monkeypatch.setattr(vl, "_loop", Loop(small))
+    # All but a few blocks are held by nobody's request.
+    held = [vl._loop._scheduler.pool.allocate() for _ in range(n_blocks - 17)]
+    preempted = []
+    preempt = vl._loop._scheduler._preempt
+    monkeypatch.setattr(
+        vl._loop._scheduler, "_preempt", lambda each: (preempted.append(len(each.tokens)), preempt(each))
+    )
+    streams = (each.start(vl) for each in asked)
+    assert [answer.token_ids for answer in vl.finish_all(streams, 24)] == expected
+    assert any(preempted), "some lost their blocks with tokens generated"
+    vl._loop._scheduler.pool.release(held)
+
+
+def test_soak(opened, monkeypatch):
+    """Hundreds of requests of every kind, cut, cancelled, found and preempted: as alone, and memory stays flat.
+
+    `python benchmarks/soak.py` runs 10,000 of them.
+    """
+    report = soak(opened("bfloat16", "weight_only_int8"), monkeypatch, 400, Asked)
+    assert report.preempted > 5
+    assert report.cancelled > 5
+    assert report.cached_tokens > 1000
+    assert report.grown_bytes < 16 * 2**20

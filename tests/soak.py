@@ -1,0 +1,88 @@
+"""A soak of the loop on the engine: requests of every kind come, go and are cancelled, in a small KV cache."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
+from paddlemix_qwenvl_plugin.runtime.loop import Loop
+
+DISTINCT = 60  # requests; each is made many times
+
+
+@dataclass
+class Report:
+    """What happened. `grown_bytes`: of the process, from the first fifth to the end."""
+
+    requests: int = 0
+    cancelled: int = 0
+    preempted: int = 0
+    cached_tokens: int = 0
+    grown_bytes: int = 0
+
+
+def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int, asked_class: Any) -> Report:
+    """Run the requests, at most 12 at once, and compare each answer with the one that it gets alone.
+
+    Raises:
+        AssertionError: an answer is another one, or blocks are left in use.
+    """
+    rng = random.Random(5)
+    report = Report(n_requests)
+    asked = [asked_class(vl, rng) for _ in range(DISTINCT)]
+    expected = []
+    for each in asked:
+        monkeypatch.setattr(vl, "_loop", Loop(vl._loop._executor))
+        expected.append(each.start(vl).finish().token_ids)
+    n_blocks = vl.config.max_position_embeddings // 32
+    loop = Loop(EngineExecutor(*vl._stages, n_blocks=n_blocks))
+    monkeypatch.setattr(vl, "_loop", loop)
+    pool, scheduler = loop._scheduler.pool, loop._scheduler
+    held = [pool.allocate() for _ in range(n_blocks - 20)]
+    preempt = scheduler._preempt
+
+    def counting(generation: Any) -> None:
+        report.preempted += 1
+        preempt(generation)
+
+    monkeypatch.setattr(scheduler, "_preempt", counting)
+    active: list[tuple[int, Any]] = []
+    started, early = 0, 0
+    while started < n_requests or active:
+        if started < n_requests and len(active) < 12:
+            which = rng.randrange(DISTINCT)
+            active.append((which, asked[which].start(vl).submit()))
+            started += 1
+            if started == n_requests // 5:
+                early = resident_bytes()
+        scheduler.prompt_budget = rng.choice([9, 40, 200, 512])
+        loop.step()
+        for which, stream in list(active):
+            if stream.done:
+                active.remove((which, stream))
+                report.cached_tokens += stream._generation.n_cached
+                assert stream.finish().token_ids == expected[which], which
+            elif rng.random() < 0.002:
+                active.remove((which, stream))
+                stream.close()
+                tokens = stream._generation.tokens
+                assert tokens == expected[which][: len(tokens)], which
+                report.cancelled += 1
+    loop.step()
+    assert pool.n_free == n_blocks - len(held)
+    report.grown_bytes = resident_bytes() - early
+    return report
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    [line] = [
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:")
+    ]
+    return int(line.split()[1]) * 1024
