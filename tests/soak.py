@@ -35,7 +35,7 @@ def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int, asked_cla
     """
     rng = random.Random(5)
     report = Report(n_requests)
-    asked = [asked_class(vl, rng) for _ in range(DISTINCT)]
+    asked = [asked_class(vl, rng, 90) for _ in range(DISTINCT)]
     expected = []
     for each in asked:
         monkeypatch.setattr(vl, "_loop", Loop(vl._loop._executor))
@@ -44,7 +44,7 @@ def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int, asked_cla
     loop = Loop(EngineExecutor(*vl._stages, n_blocks=n_blocks))
     monkeypatch.setattr(vl, "_loop", loop)
     pool, scheduler = loop._scheduler.pool, loop._scheduler
-    held = [pool.allocate() for _ in range(n_blocks - 20)]
+    held = [pool.allocate() for _ in range(n_blocks - 17)]
     preempt = scheduler._preempt
 
     def counting(generation: Any) -> None:

@@ -94,7 +94,7 @@ def test_answers_are_those_of_generate(vl, folder):
 def test_boxes_are_in_pixels_of_the_rows_last_image(tiny_exported, folder, monkeypatch):
     model = open_cheap(tiny_exported)
     said = "<ref>a</ref><box>(0,0),(500,1000)</box>"
-    say(model, monkeypatch, model.tokenizer.encode(f"{said}<|endoftext|>"))
+    say(model, monkeypatch, [*model.tokenizer.encode(said), model.tokenizer.eod_id])
     rows = [
         {"id": 1, "images": ["red.png", "street.png"]},
         {"id": 2, "images": ["street.png", "red.png"]},

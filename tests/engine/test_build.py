@@ -37,7 +37,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("QWENVL_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv(build.NO_BUILD, raising=False)
+    monkeypatch.delenv("QWENVL_NO_BUILD", raising=False)
     return calls
 
 
@@ -189,7 +189,7 @@ def runs(number: int) -> bool:
 
 
 def test_no_build(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(build.NO_BUILD, "1")
+    monkeypatch.setenv("QWENVL_NO_BUILD", "1")
     with pytest.raises(QwenVLError, match=r"QWENVL_NO_BUILD is set: run qwenvl build-engine"):
         build.library()
     assert not compiler.exists()

@@ -27,8 +27,8 @@ def test_rows_end_on_their_own(golden: Callable[[str], Any], engine: str, extens
     tokens = model.figures["tokens"].tolist()
     end, n_prompt = tokens[4], model.input_ids.shape[1]
     assert end not in tokens[:4]
-    vl = open_pair(model.vision, model.language, engine, model=model.folder)
-    features = np.concatenate([vl.encode_images(model.images)] * 3)
+    [features] = Stage(model.vision, "vision", "cpu").open()([model.images])
+    features = np.concatenate([features.numpy()] * 3)
     places = [[row, *place] for row in range(3) for _, *place in model.img_pos.tolist()]
     ids = np.repeat(model.input_ids, 3, axis=0)
     feed = stock_feed(model.config, ids, features, np.array(places), max_new=9, ends=[end])

@@ -51,11 +51,11 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Optional[
 class Asked:
     """A request that can be made again: a prompt, perhaps with an image and an earlier answer, and options."""
 
-    def __init__(self, vl: QwenVL, rng: random.Random, most_new: int = 40) -> None:
+    def __init__(self, vl: QwenVL, rng: random.Random, most_new: int = 40, with_image: float = 0.4) -> None:
         vision = vl.config.visual
         words = [rng.randrange(50) for _ in range(rng.randrange(1, 30))]
         self.ids, self.pixels, self.generated = list(words), [], []
-        if rng.random() < 0.4:
+        if rng.random() < with_image:
             self.pixels.append(rng.randrange(4))
             slots = [vision.image_start_id + 2] * vision.n_queries
             self.ids += [vision.image_start_id, *slots, vision.image_start_id + 1]
@@ -118,14 +118,14 @@ def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
     """In a pool of one context, where each takes the others' blocks."""
     vl = opened(dtype, quant_type)
     rng = random.Random(1)
-    asked = [Asked(vl, rng, most_new=90) for _ in range(24)]
+    asked = [Asked(vl, rng, most_new=90, with_image=0) for _ in range(24)]
     expected = [alone(vl, each, monkeypatch) for each in asked]
     context = vl.config.max_position_embeddings
     n_blocks = context // 32
     small = EngineExecutor(*vl._stages, n_blocks=n_blocks)
     monkeypatch.setattr(vl, "_loop", Loop(small))
     # All but a few blocks are held by nobody's request.
-    held = [vl._loop._scheduler.pool.allocate() for _ in range(n_blocks - 17)]
+    held = [vl._loop._scheduler.pool.allocate() for _ in range(n_blocks - 8)]
     preempted = []
     preempt = vl._loop._scheduler._preempt
     monkeypatch.setattr(

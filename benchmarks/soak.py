@@ -1,0 +1,40 @@
+"""A soak of the loop on the engine: 10,000 requests of every kind, each compared with its answer alone.
+
+Run: python benchmarks/soak.py
+Needs the plugin, pytest and a C++ compiler; a few minutes. Prints what happened, and how much the process grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from paddlemix_qwenvl_plugin import QwenVL, export_language, export_vision
+from paddlemix_qwenvl_plugin.demo.run import MODEL
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+
+
+def main() -> None:
+    sys.path[:0] = [str(TESTS), str(TESTS / "runtime")]
+    from soak import soak
+    from test_same_tokens import Asked
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--requests", type=int, default=10_000)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder = Path(name)
+        export_vision(MODEL, folder / "vision", "bfloat16")
+        export_language(MODEL, folder, "qwen", "bfloat16", quant_type="weight_only_int8")
+        model = QwenVL.from_exported(folder / "vision", folder / "qwen")
+        model.load()
+        print(soak(model, patch, arguments.requests, Asked))
+
+
+if __name__ == "__main__":
+    main()
