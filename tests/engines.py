@@ -24,5 +24,5 @@ def open_pair(vision: Path, language: Path, engine: str, model: Optional[Path] =
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWENVL_ENGINE", engine)
         pair = QwenVL.from_exported(vision, language, model)
-        pair.load()
+        pair._loop.load(vision=True)
     return pair

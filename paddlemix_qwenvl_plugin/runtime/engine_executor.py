@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 from collections.abc import Sequence
 from functools import cached_property
@@ -26,6 +27,8 @@ _MAX_RUNNING = 256
 # The KV cache takes memory as it is filled, at most this part of what is free when the model is opened.
 _CACHE_SHARE = 0.25
 _CACHE_CONTEXTS = 64
+
+_numbers = itertools.count()
 
 
 class EngineExecutor:
@@ -89,30 +92,23 @@ class EngineExecutor:
             row = self._rows.get(generation)
             if row is None:
                 row = self._rows[generation] = _Row(generation, self._vocab_size)
-            row.update_blocks()
             start = generation.n_computed
-            end = start + chunk.n
-            parts = [(start, end, False)] if generation.decoding else generation.entries(start, end)
-            for first, last, generated in parts:
-                if n_entries == self._room:
-                    self._grow(2 * self._room)
-                entry = self._sequences[n_entries]
-                entry.n_new = last - first
-                entry.n_past = first
-                entry.prompt_len = row.prompt_len
-                entry.n_blocks = row.n_blocks
-                entry.blocks = row.blocks_address
-                picks = chunk.picks and last == end
-                entry.flags = (0 if picks else c.NO_LOGITS) | (c.GENERATED if generated else 0)
+            if generation.decoding:
+                self._put(n_entries, row, start, 1, True, False)
                 n_entries += 1
-            if not generation.decoding:
+                tokens.append(generation.tokens[-1])
+            else:
+                end = start + chunk.n
+                for first, last, generated in generation.entries(start, end):
+                    self._put(n_entries, row, first, last - first, chunk.picks and last == end, generated)
+                    n_entries += 1
                 for image, first, last in images_of(generation, start, end):
                     assert image.features is not None
                     features = image.features[first - image.slots[0] : last - image.slots[0]]
                     spans.append((len(tokens) + first - start, last - first, features))
-            tokens += generation.ids(start, end)
+                tokens += generation.ids(start, end)
             if chunk.picks:
-                self._sampling[n_rows] = row.sampling(len(generation.tokens))
+                self._sample(n_rows, row, len(generation.tokens))
                 counts.append(row.counts_address)
                 n_rows += 1
         self._run(tokens, spans, counts, n_entries, n_rows)
@@ -121,6 +117,30 @@ class EngineExecutor:
     def forget(self, generation: Generation) -> None:
         """See Executor."""
         self._rows.pop(generation, None)
+
+    def _put(self, i: int, row: _Row, n_past: int, n_new: int, picks: bool, generated: bool) -> None:
+        """Write entry i of the batch. Most fields are those of the step before."""
+        if i == self._room:
+            self._grow(2 * self._room)
+        entry = self._entries[i]
+        entry.n_past = n_past
+        shape = (row.number, row.update_blocks(), n_new, picks, generated)
+        if self._shapes[i] != shape:
+            self._shapes[i] = shape
+            entry.n_new = n_new
+            entry.prompt_len = row.prompt_len
+            entry.n_blocks = row.n_blocks
+            entry.blocks = row.blocks_address
+            entry.flags = (0 if picks else c.NO_LOGITS) | (c.GENERATED if generated else 0)
+
+    def _sample(self, i: int, row: _Row, n_tokens: int) -> None:
+        """Write how row i of the logits is sampled, after `n_tokens`."""
+        held_back = row.holds_back_stop(n_tokens)
+        sampling = self._samplings[i]
+        if self._sampled[i] != (row.number, held_back):
+            self._sampled[i] = row.number, held_back
+            self._sampling[i] = row.sampling(held_back)
+        sampling.counter = n_tokens
 
     def _run(
         self,
@@ -140,8 +160,7 @@ class EngineExecutor:
             row.start, row.count, row.features = start, n, features.ctypes.data
         batch.spans = ctypes.addressof(rows)
         args.rows = n_rows
-        penalised = any(address is not None for address in counts)
-        addresses = (ctypes.c_void_p * n_rows)(*counts) if penalised else None
+        addresses = (ctypes.c_void_p * n_rows)(*counts) if any(counts) else None
         args.counts = ctypes.addressof(addresses) if addresses is not None else None
         if self._step(self._language.handle, self._pool.handle, self._args, None, self._error):
             raise c.failure(self._error)
@@ -152,6 +171,10 @@ class EngineExecutor:
         self._sequences = (c.SequenceRow * room)(*self._sequences)
         self._sampling = (c.Sampling * room)(*self._sampling)
         self._picked = (ctypes.c_int32 * room)()
+        # Views of the elements, and what was written to them last.
+        self._entries, self._samplings = list(self._sequences), list(self._sampling)
+        self._shapes: list[Any] = [None] * room
+        self._sampled: list[Any] = [None] * room
         self._batch.sequences = ctypes.addressof(self._sequences)
         self._args.sampling = ctypes.addressof(self._sampling)
         self._args.tokens = ctypes.addressof(self._picked)
@@ -161,15 +184,17 @@ class _Row:
     """What the engine is told of a request, besides what changes from step to step."""
 
     def __init__(self, generation: Generation, vocab_size: int) -> None:
+        self.number = next(_numbers)
         self._generation = generation
         options = generation.options
         self.prompt_len = len(generation.prompt)
         self._blocks: list[int] = []
         self._table: Any = (ctypes.c_int32 * 0)()
         self.n_blocks = 0
+        self._version = 0
         self.blocks_address = 0
-        self._stop = [token for token in generation.stop_token_ids if 0 <= token < vocab_size]
-        self._forbidden = (ctypes.c_int32 * len(self._stop))(*self._stop)
+        stop = [token for token in generation.stop_token_ids if 0 <= token < vocab_size]
+        self._forbidden = (ctypes.c_int32 * len(stop))(*stop)
         self._sampling = _sampling(options)
         self._counts: NDArray[np.int32] | None = None
         self.counts_address: int | None = None
@@ -178,12 +203,13 @@ class _Row:
             self._counts = np.bincount(generation.tokens, minlength=vocab_size).astype(np.int32)
             self.counts_address = self._counts.ctypes.data
 
-    def update_blocks(self) -> None:
-        """Bring the block table up to date."""
+    def update_blocks(self) -> int:
+        """Bring the block table up to date; a number that is another one for another table."""
         blocks = self._generation.blocks
         if blocks is not self._blocks:  # it is computed again, in other blocks
             self._blocks = blocks
             self.n_blocks = 0
+            self._version += 1
         if len(blocks) != self.n_blocks:
             if len(blocks) > len(self._table):
                 self._table = (ctypes.c_int32 * (2 * len(blocks)))(*blocks)
@@ -191,16 +217,18 @@ class _Row:
             else:
                 self._table[self.n_blocks : len(blocks)] = blocks[self.n_blocks :]
             self.n_blocks = len(blocks)
+            self._version += 1
+        return self._version
 
-    def sampling(self, n_tokens: int) -> c.Sampling:
-        """How the next token is picked after `n_tokens`; stop tokens are forbidden before min_new_tokens."""
+    def holds_back_stop(self, n_tokens: int) -> bool:
+        """Whether stop tokens are forbidden after `n_tokens`."""
+        return n_tokens < self._generation.options.min_new_tokens
+
+    def sampling(self, held_back: bool) -> c.Sampling:
+        """How a token is picked, but for its number."""
         sampling = self._sampling
-        sampling.counter = n_tokens
-        if n_tokens < self._generation.options.min_new_tokens and self._stop:
-            sampling.n_forbidden = len(self._stop)
-            sampling.forbidden = ctypes.addressof(self._forbidden)
-        else:
-            sampling.n_forbidden = 0
+        sampling.n_forbidden = len(self._forbidden) if held_back else 0
+        sampling.forbidden = ctypes.addressof(self._forbidden)
         return sampling
 
 

@@ -50,6 +50,7 @@ class Generation:
     Attributes:
         prompt: token ids.
         tokens: the generated token ids, the stop token included.
+        n_total: tokens of the prompt and generated ones.
         n_computed: how many of prompt + tokens have their keys and values in `blocks`.
         finish_reason: "stop", "length" or "cancelled"; None while it runs.
         error: what ended it instead; raised where its tokens are read.
@@ -80,6 +81,7 @@ class Generation:
         self.error: Optional[BaseException] = None
         self.encode_seconds = self.prefill_seconds = self.decode_seconds = 0.0
 
+        self.n_total = len(self.prompt)
         self.n_computed = 0
         self.n_cached = 0  # of them, found in the prefix cache
         self.blocks: list[int] = []
@@ -90,11 +92,6 @@ class Generation:
         self._chain = hashlib.sha256(b"qwenvl %d" % rotary_class).digest()
 
     @property
-    def n_total(self) -> int:
-        """Tokens of the prompt and generated ones."""
-        return len(self.prompt) + len(self.tokens)
-
-    @property
     def n_pending(self) -> int:
         """Tokens whose keys and values are still to be computed; at least 1 while it runs."""
         return self.n_total - self.n_computed
@@ -102,7 +99,7 @@ class Generation:
     @property
     def decoding(self) -> bool:
         """Whether its next step runs its newest token alone."""
-        return bool(self.tokens) and self.n_pending == 1
+        return self.n_total - self.n_computed == 1 and bool(self.tokens)
 
     @property
     def finished(self) -> bool:
@@ -111,6 +108,7 @@ class Generation:
     def take(self, token: int) -> None:
         """Add the token that a step gave."""
         self.tokens.append(token)
+        self.n_total += 1
         if token in self.stop_token_ids:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.options.max_new_tokens:

@@ -53,6 +53,7 @@ class Scheduler:
         self.prompt_budget = limits.step_tokens
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []  # the oldest first
+        self._preempted: set[Generation] = set()  # while the next step is being chosen
 
     @property
     def idle(self) -> bool:
@@ -84,13 +85,17 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """Choose the next step, and allocate its blocks."""
         planned: dict[Generation, int] = {}
-        decoding = [generation for generation in self.running if generation.decoding]
-        for generation in decoding:
-            self._plan(generation, 1, planned)
+        self._preempted.clear()
+        prompts = []
+        for generation in self.running.copy():
+            if generation.decoding:
+                self._plan(generation, 1, planned)
+            else:
+                prompts.append(generation)
         budget = self.limits.step_tokens - len(planned)
         if planned:
             budget = min(budget, self.prompt_budget)
-        for generation in [each for each in self.running if not each.decoding]:
+        for generation in prompts:
             budget -= self._plan(generation, min(budget, generation.n_pending), planned)
         while budget > 0 and self.waiting and len(self.running) < self.limits.max_running:
             generation = self.waiting[0]
@@ -136,13 +141,14 @@ class Scheduler:
             return False
         self.waiting.popleft()
         self.running.append(generation)
+        self._preempted.discard(generation)
         generation.blocks = found
         generation.n_computed = generation.n_cached = n_found
         return True
 
     def _plan(self, generation: Generation, n: int, planned: dict[Generation, int]) -> int:
         """Allocate blocks for n more tokens, taking the youngest requests' if need be; n, or 0 if it is preempted."""
-        if n <= 0 or generation not in self.running:
+        if n <= 0 or generation in self._preempted:
             return 0
         needed = self._n_blocks(generation.n_computed + n)
         while len(generation.blocks) < needed:
@@ -160,6 +166,7 @@ class Scheduler:
 
     def _preempt(self, generation: Generation) -> None:
         self.running.remove(generation)
+        self._preempted.add(generation)
         self._free(generation)
         self.waiting.appendleft(generation)
 
