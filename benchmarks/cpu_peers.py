@@ -263,8 +263,9 @@ def portable_graph(folder: Path, n_layers: int, seconds: float) -> dict[str, flo
     import numpy as np
     from safetensors.numpy import save_file
 
-    from paddlemix_qwenvl_plugin import QwenVL, export_language, export_vision
+    from paddlemix_qwenvl_plugin import export_language, export_vision
     from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
+    from paddlemix_qwenvl_plugin.runtime.programs import Stage
     from paddlemix_qwenvl_plugin.tiny.make import random_weights
 
     os.environ["QWENVL_ENGINE"] = "portable"
@@ -276,20 +277,25 @@ def portable_graph(folder: Path, n_layers: int, seconds: float) -> dict[str, flo
     save_file(random_weights(parse_config(config, "7B"), 0), str(folder / "model.safetensors"))
     export_vision(folder, folder / "vision")
     export_language(folder, folder / "text", "qwen")
-    model = QwenVL.from_exported(folder / "vision", folder / "text" / "qwen")
-    nothing = np.zeros([0, 256, HIDDEN], np.float32), np.zeros([0, 3], np.int64)
+    encode = Stage(folder / "vision", "vision", "cpu").open()
+    step = Stage(folder / "text" / "qwen", "language", "cpu").open(".step")
+    nothing = np.zeros([1, 256, HIDDEN], np.float32), np.array([[-1, 0, 0]])
     pixels = np.zeros([1, 3, 448, 448], np.float32)
 
-    def forward(cache: Any, n_rows: int, n_tokens: int) -> Any:
-        chunks = [np.full(n_tokens, 5)] * n_rows
-        return cache.run(chunks, *nothing, np.full([n_rows, 1], PROMPT))[1]
+    def empty(n_rows: int) -> list[Any]:
+        shape = [n_rows, HEADS, 1, HIDDEN // HEADS]
+        return [step.zeros(shape, "float32") for _ in range(2 * n_layers)]
 
-    figures = {"vision": best(lambda: model._vision([pixels]), seconds)}
-    empty = model._generator.empty_cache(1, PROMPT)
-    figures["prefill"] = best(lambda: forward(empty, 1, PROMPT), seconds)
+    def forward(cache: list[Any], n_rows: int, past: int, n_tokens: int) -> list[Any]:
+        lengths = (np.full([n_rows, 1], n) for n in (n_tokens, past, PROMPT))
+        valid = np.tile(np.arange(past + 1) > 0, [n_rows, 1])
+        return step([np.full([n_rows, n_tokens], 5), *nothing, *lengths, valid, *cache])[1:]
+
+    figures = {"vision": best(lambda: encode([pixels]), seconds)}
+    figures["prefill"] = best(lambda: forward(empty(1), 1, 0, PROMPT), seconds)
     for n in (1, BATCH):
-        cache = forward(model._generator.empty_cache(n, PAST), n, PAST)
-        figures[f"decode_{n}"] = best(functools.partial(forward, cache, n, 1), seconds)
+        cache = forward(empty(n), n, 0, PAST)
+        figures[f"decode_{n}"] = best(functools.partial(forward, cache, n, PAST, 1), seconds)
     return figures
 
 

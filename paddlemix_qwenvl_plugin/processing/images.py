@@ -11,7 +11,7 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -69,14 +69,6 @@ def preprocess(image: Image.Image, image_size: int = 448) -> npt.NDArray[np.floa
     resized = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
     pixels = np.asarray(resized, dtype=np.float32) / np.float32(255)
     return np.ascontiguousarray(((pixels - _MEAN) / _STD).transpose(2, 0, 1))
-
-
-def preprocess_all(images: Sequence[Image.Image], image_size: int = 448) -> npt.NDArray[np.float32]:
-    """float32 [N, 3, image_size, image_size]; N may be 0."""
-    batch = np.empty((len(images), 3, image_size, image_size), dtype=np.float32)
-    for i, image in enumerate(images):
-        batch[i] = preprocess(image, image_size)
-    return batch
 
 
 def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:

@@ -22,7 +22,7 @@ from paddlemix_qwenvl_plugin.evaluation.captions import CaptionRow
 from paddlemix_qwenvl_plugin.evaluation.grounding import GroundingRow
 from paddlemix_qwenvl_plugin.evaluation.rows import Row
 from paddlemix_qwenvl_plugin.evaluation.vqa import VqaRow
-from paddlemix_qwenvl_plugin.processing.images import preprocess_all
+from paddlemix_qwenvl_plugin.processing.images import preprocess
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 
 Run = Callable[..., Any]
@@ -173,7 +173,7 @@ def test_answers_are_what_the_model_says_to_prompt_and_picture(tiny_exported: Pa
     said = list(ask.answers(pair, requests, options))
     for request, text in zip(requests, said):
         ids = ask.prompt_ids(pair.tokenizer, request)
-        features = pair.encode_images(preprocess_all(pair.load_images([request.image])))
+        features = pair.encode_images([preprocess(image) for image in pair.load_images([request.image])])
         ends = [pair.tokenizer.eod_id, pair.tokenizer.im_end_id, pair.tokenizer.im_start_id]
         tokens = pair.generate_ids(
             np.array([ids]), features, eos_token_ids=ends, max_new_tokens=8, min_new_tokens=8

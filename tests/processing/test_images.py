@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess, preprocess_all
+from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 HERE = ImageLimits(allow_private=True)  # for servers on this machine
@@ -63,14 +63,6 @@ def test_one_colour_stays_one_colour(size: tuple[int, int], image_size: int) -> 
     expected = (np.array([200, 100, 50]) / 255 - MEAN) / STD
     assert tensor.shape == (3, image_size, image_size)
     assert np.abs(tensor - expected[:, None, None]).max() < 1e-5
-
-
-def test_preprocess_all() -> None:
-    images = [Image.new("RGB", (3, 3), colour) for colour in ("red", "blue")]
-    batch = preprocess_all(images, 56)
-    assert batch.shape == (2, 3, 56, 56)
-    assert np.array_equal(batch[1], preprocess(images[1], 56))
-    assert preprocess_all([]).shape == (0, 3, 448, 448)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.demo.world.draw import draw
 from paddlemix_qwenvl_plugin.demo.world.sample import Sample
 from paddlemix_qwenvl_plugin.demo.world.scene import random_scene
 from paddlemix_qwenvl_plugin.demo.world.tasks import conversation, held_out
-from paddlemix_qwenvl_plugin.processing.images import preprocess_all
+from paddlemix_qwenvl_plugin.processing.images import preprocess
 from paddlemix_qwenvl_plugin.processing.prompts import base_prompt, chat_prompt
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 
@@ -93,7 +93,7 @@ def test_the_trainer_computes_the_same_logits() -> None:
     scenes = [random_scene(random.Random(i)) for i in range(2)]
     images = [draw(scene) for scene in scenes]
     prompt = chat_prompt(tokenizer, [*({"image": image} for image in images), {"text": "What do you see?"}])
-    pixels = preprocess_all(images, 128)
+    pixels = np.stack([preprocess(image, 128) for image in images])
     ids = np.array([prompt.input_ids])
     starts = np.nonzero(ids[0] == tokenizer.img_start_id)[0]
     with torch.no_grad():

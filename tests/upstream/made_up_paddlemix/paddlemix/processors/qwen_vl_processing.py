@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import numpy as np
 import paddle
 
-from paddlemix_qwenvl_plugin.processing.images import load_image, preprocess_all
+from paddlemix_qwenvl_plugin.processing.images import load_image, preprocess
 from paddlemix_qwenvl_plugin.processing.prompts import base_prompt
 
 
@@ -10,7 +11,9 @@ class ImageProcessor:
     image_size = (448, 448)
 
     def __call__(self, paths):
-        return paddle.to_tensor(preprocess_all([load_image(path) for path in paths], self.image_size[0]))
+        return paddle.to_tensor(
+            np.stack([preprocess(load_image(path), self.image_size[0]) for path in paths])
+        )
 
 
 class QwenVLProcessor:
