@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ from paddlemix_qwenvl_plugin.processing.prompts import (
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.chat import Chat
+from paddlemix_qwenvl_plugin.runtime.executor import Executor
 from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -50,6 +52,7 @@ class QwenVL:
         self._model = model
         self._allow_http = allow_http
         self._limits = limits
+        self._opening = threading.Lock()
         self.config: ModelConfig = language.manifest.config
         # What tells these weights from others, their dtype included.
         self.weights: list[str] = [stage.manifest.weights.sha256 for stage in (vision, language)]
@@ -107,14 +110,20 @@ class QwenVL:
 
     @cached_property
     def _loop(self) -> Loop:
+        with self._opening:  # cached_property has no lock of its own from Python 3.12 on
+            if "_loop" not in vars(self):
+                vars(self)["_loop"] = Loop(self._open())
+            return vars(self)["_loop"]  # type: ignore[no-any-return]
+
+    def _open(self) -> Executor:
         vision, language = self._stages
         if language.engine:
             from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
 
-            return Loop(EngineExecutor(vision, language))
+            return EngineExecutor(vision, language)
         from paddlemix_qwenvl_plugin.runtime.portable_executor import PortableExecutor
 
-        return Loop(PortableExecutor(vision, language))
+        return PortableExecutor(vision, language)
 
     def load(self, vision: bool = True) -> None:
         """Open the vocabulary and the stages, stage 1 only with `vision`, now rather than at their first use.
