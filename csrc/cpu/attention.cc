@@ -7,9 +7,9 @@
 namespace qvl::cpu {
 namespace {
 
-// A decode step's keys are taken in chunks of about this many, each with a softmax of its own, which are put
+// A decode step's keys are taken in chunks of up to this many, each with a softmax of its own, which are put
 // together in order. So several threads can share a long context, and how many they are changes no bit.
-constexpr int kChunkKeys = 256;
+constexpr int kChunkKeys = kMaxKvTile;
 
 struct Shared {
   const Kernels& kernels;
@@ -69,10 +69,13 @@ struct Decode : Shared {
   }
 
   void chunk(const Queries& queries, int head, const float* q, int64_t i, float* sums) const {
-    kernels.attend_begin(1, padded, sums + padded, sums);
+    KvTile tiles[kMaxKvTile];
+    int n = 0;
     for (int64_t t = i * chunk_tiles; t < (i + 1) * chunk_tiles && t * kv.tile_tokens < queries.n_keys; ++t) {
-      kernels.attend_one(q, shape.head_dim, kv.tile(queries, head, t), sums + padded, sums);
+      tiles[n++] = kv.tile(queries, head, t);
     }
+    kernels.attend_begin(1, padded, sums + padded, sums);
+    kernels.attend_one(q, shape.head_dim, tiles, n, sums + padded, sums);
   }
   void merge(const float* from, float* sums) const {
     kernels.attend_merge(from + padded, from, padded, sums + padded, sums);

@@ -87,15 +87,15 @@ def test_linear(library, isa, dtype, shape):
 def test_linear_of_a_row_does_not_depend_on_the_others(library, isa):
     """Bit for bit: what a row gives alone it gives in a batch, in a prompt or in a decode step."""
     columns = 1300
-    for rows, kind in itertools.product((37, 200), DTYPES.values()):
+    for add, rows, kind in itertools.product((0, 1), (37, 200), DTYPES.values()):
         packed = library.pack(normal(rows, columns), kind)
-        x = normal(70, columns)
+        x, bias = normal(70, columns), normal(rows)
 
-        def product(threads, prompt, x, rows=rows, kind=kind, packed=packed):
-            y = np.empty([len(x), rows], np.float32)
+        def product(threads, prompt, x, add=add, rows=rows, kind=kind, packed=packed, bias=bias):
+            y = np.full([len(x), rows], 0.3, np.float32)
             library.dll.qvlt_linear(
-                *(isa, threads, kind, prompt, len(x), rows, columns, pointer(x), pointer(packed), None, 0),
-                pointer(y),
+                *(isa, threads, kind, prompt, len(x), rows, columns),
+                *(pointer(x), pointer(packed), pointer(bias), add, pointer(y)),
             )
             return y
 

@@ -216,57 +216,80 @@ void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, con
 }
 #endif
 
-constexpr int kTogether = 4;
+// Scores of a tile's tokens, of as many at once as a vector has lanes; written up to a whole vector. What is
+// read a little later is asked for: these tokens' values, and the keys of the next tile.
+template <typename Stored>
+QVL_INLINE void score_keys(const float* q, int head_dim, const KvTile& tile, const void* next,
+                           float* scores) {
+  const auto* keys = static_cast<const Stored*>(tile.keys);
+  const auto* values = static_cast<const Stored*>(tile.values);
+  const auto* next_keys = static_cast<const Stored*>(next);
+  for (int t = 0; t < tile.n; t += kLanes) {
+    const int last = tile.n - t < kLanes ? tile.n - t - 1 : kLanes - 1;  // read again for tokens behind it
+    Floats dots[kLanes] = {};
+    in_steps(head_dim, [&](int64_t d, int some) {
+      const Floats part = load_some(q + d, some);
+      const Stored* key = keys + t * tile.stride + d;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        dots[i] += part * elements(key, some);
+        key += i < last ? tile.stride : 0;
+      }
+    });
+    for (int64_t i = 0; i < (last + 1) * tile.stride; i += 64 / sizeof(Stored)) {
+      prefetch(values + t * tile.stride + i);
+      prefetch(next_keys + t * tile.stride + i);
+    }
+    Floats total = sums_of(dots);
+    if constexpr (sizeof(Stored) == 1) total *= load_some(tile.key_scales + t, last + 1);
+    store(scores + t, total);
+  }
+}
 
 // to [V vectors] += the values from channel d on, each token's times its weight; `some` channels in a vector.
 template <int V, typename Stored>
-QVL_INLINE void add_values(const Stored* values, int64_t stride, int n, const float* weights, int some,
+QVL_INLINE void add_values(const KvTile* tiles, int n_tiles, int64_t d, const float* weights, int some,
                            float* to) {
   Floats totals[V];
   for (int v = 0; v < V; ++v) totals[v] = load<Floats>(to + v * kLanes);
-  for (int t = 0; t < n; ++t) {
-    for (int v = 0; v < V; ++v) {
-      totals[v] += elements(values + t * stride + v * kLanes, some) * weights[t];
+  for (const KvTile* tile = tiles; tile != tiles + n_tiles; weights += tile++->n) {
+    const Stored* values = static_cast<const Stored*>(tile->values) + d;
+    for (int t = 0; t < tile->n; ++t) {
+      const Floats weight = all(weights[t] * scale_of<Stored>(tile->value_scales, t));
+      for (int v = 0; v < V; ++v) {
+        totals[v] += elements(values + t * tile->stride + v * kLanes, some) * weight;
+      }
     }
   }
   for (int v = 0; v < V; ++v) store(to + v * kLanes, totals[v]);
 }
 
 template <typename Stored>
-QVL_INLINE void attend_one_of(const float* q, int head_dim, const KvTile& tile, float* state, float* out) {
+QVL_INLINE void attend_one_of(const float* q, int head_dim, const KvTile* tiles, int n_tiles, float* state,
+                              float* out) {
   float scores[kMaxKvTile + kLanes];
-  const int64_t width = round_up(head_dim, kLanes);
-  const int whole = head_dim / kLanes * kLanes;
-  const auto* keys = static_cast<const Stored*>(tile.keys);
-  const auto* values = static_cast<const Stored*>(tile.values);
-  for (int t = 0; t < tile.n; ++t) {
-    const Stored* key = keys + t * tile.stride;
-    for (int64_t i = 0; i < head_dim; i += 64 / sizeof(Stored)) prefetch(values + t * tile.stride + i);
-    Floats dot{};
-    for (int d = 0; d < whole; d += kLanes) dot += load<Floats>(q + d) * load_floats(key + d);
-    if (whole < head_dim) {
-      const int some = head_dim - whole;
-      dot += load_some(q + whole, some) * load_some(key + whole, some);
-    }
-    scores[t] = sum(dot) * scale_of<Stored>(tile.key_scales, t);
+  int n = 0;
+  for (int i = 0; i < n_tiles; n += tiles[i++].n) {
+    // Behind a head's keys in a block are those of the next head, which probably follows.
+    const void* next = i + 1 < n_tiles ? tiles[i + 1].keys
+                                       : static_cast<const Stored*>(tiles->keys) + tiles->n * tiles->stride;
+    score_keys<Stored>(q, head_dim, tiles[i], next, scores + n);
   }
-  soften(scores, tile.n, tile.n, state, out, width);
-  if constexpr (sizeof(Stored) == 1) {
-    for (int t = 0; t < tile.n; ++t) scores[t] *= tile.value_scales[t];
-  }
+  soften(scores, n, n, state, out, round_up(head_dim, kLanes));
   // Several vectors at once: the additions to each wait for one another.
+  constexpr int kTogether = 4;
   int d = 0;
   for (; d + kTogether * kLanes <= head_dim; d += kTogether * kLanes) {
-    add_values<kTogether>(values + d, tile.stride, tile.n, scores, kLanes, out + d);
+    add_values<kTogether, Stored>(tiles, n_tiles, d, scores, kLanes, out + d);
   }
   for (; d < head_dim; d += kLanes) {
     const int some = head_dim - d < kLanes ? head_dim - d : kLanes;
-    add_values<1>(values + d, tile.stride, tile.n, scores, some, out + d);
+    add_values<1, Stored>(tiles, n_tiles, d, scores, some, out + d);
   }
 }
 
-void attend_one(const float* q, int head_dim, const KvTile& tile, float* state, float* out) {
-  by_type(tile, [&](auto type) { attend_one_of<decltype(type)>(q, head_dim, tile, state, out); });
+void attend_one(const float* q, int head_dim, const KvTile* tiles, int n_tiles, float* state, float* out) {
+  by_type(*tiles, [&](auto type) { attend_one_of<decltype(type)>(q, head_dim, tiles, n_tiles, state, out); });
 }
 
 }  // namespace

@@ -15,10 +15,19 @@ using qvl::cpu::Matvec;
 
 constexpr int kPanelRows = 16;  // rows that take turns on a cut of the columns
 
-QVL_INLINE void put(const Matvec& p, int64_t row, int x, float value) {
-  float& y = p.y[x * p.y_stride + row];
-  if (p.bias != nullptr) value += p.bias[row];
-  y = p.add ? y + value : value;
+// The sums of n rows with activation x. A function of its own, so that a row's last roundings are the same
+// whichever kernel it comes from.
+template <bool Scaled>
+__attribute__((noinline)) void put(const Matvec& p, int64_t row, int n, int x, const float* sums) {
+  float* const y = p.y + x * p.y_stride + row;
+  for (int i = 0; i < n; i += kLanes) {
+    const int some = n - i < kLanes ? n - i : kLanes;
+    Floats value = load_some(sums + i, some);
+    if (Scaled) value *= load_some(static_cast<const float*>(p.scales) + row + i, some);
+    if (p.bias != nullptr) value += load_some(p.bias + row + i, some);
+    if (p.add) value += load_some(y + i, some);
+    store_some(y + i, value, some);
+  }
 }
 
 // Asks for the lines of the weights in the order in which they lie in memory, some way ahead of the reading:
@@ -62,21 +71,18 @@ QVL_INLINE void put_sums(const Floats (&sums)[R][N], Floats* to) {
 //   rows_at_once(n)   rows at a time with n activations: as many as keep a group's sums in registers; with
 //                     one activation what was measured to be fastest
 //   row_bytes(k)      of the weights
-//   scale(p, row)     factor of a finished row
+//   kScaled           whether a finished row has a factor
 //   kGroup            activations that are multiplied at the same time
 //   add<R, N, Turn, Turns, Stride>(p, row, x, first, end, ahead, sums)
 //                     add the products of columns first to end with activations x to x + N - 1 to sums
 //                     [R][Stride], which hold nothing yet where first is 0; in Turns calls for the same
 //                     weights as many lines are asked for from `ahead` on as are read
-template <typename Rows, int R, int N>
-QVL_INLINE void whole_rows(const Matvec& p, int64_t row, NextLines& ahead) {
-  Floats sums[R * N];
-  Rows::template add<R, N, 0, 1, N>(p, row, 0, 0, p.k, ahead, sums);
+template <typename Rows, int R>
+QVL_INLINE void whole_rows(const Matvec& p, int64_t row, NextLines& ahead, float* to) {
+  Floats sums[R];
+  Rows::template add<R, 1, 0, 1, 1>(p, row, 0, 0, p.k, ahead, sums);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) put(p, row + r, n, sum(sums[r * N + n]) * Rows::scale(p, row + r));
-  }
+  for (int r = 0; r < R; ++r) to[r] = sum(sums[r]);
 }
 
 // All N activations from X on, a group of them after another; the rows' cut stays in the first-level cache.
@@ -92,8 +98,15 @@ template <typename Rows>
 void matvec_one(const Matvec& p, int64_t row, int64_t end) {
   constexpr int R = Rows::rows_at_once(1);
   NextLines ahead(p, Rows::row_bytes(p.k) * row + kAheadOfOne);
-  for (; row + R <= end; row += R) whole_rows<Rows, R, 1>(p, row, ahead);
-  for (; row < end; ++row) whole_rows<Rows, 1, 1>(p, row, ahead);
+  constexpr int kRows = 16 * R;
+  float sums[kRows];
+  for (; row < end; row += kRows) {
+    const int n = end - row < kRows ? static_cast<int>(end - row) : kRows;
+    int r = 0;
+    for (; r + R <= n; r += R) whole_rows<Rows, R>(p, row + r, ahead, sums + r);
+    for (; r < n; ++r) whole_rows<Rows, 1>(p, row + r, ahead, sums + r);
+    put<Rows::kScaled>(p, row, n, 0, sums);
+  }
 }
 
 template <typename Rows, int N>
@@ -103,15 +116,23 @@ void matvec_many(const Matvec& p, int64_t row, int64_t end) {
   Floats sums[kPanelRows * N];
   NextLines ahead(p, row_bytes * row + kPanelRows * row_bytes);
   for (; row < end; row += kPanelRows) {
-    const int64_t panel_end = row + kPanelRows < end ? row + kPanelRows : end;
+    const int rows = end - row < kPanelRows ? static_cast<int>(end - row) : kPanelRows;
     for (int first = 0; first < p.k; first += Rows::kCut) {
       const int last = first + Rows::kCut < p.k ? first + Rows::kCut : p.k;
-      int64_t r = row;
-      for (; r + R <= panel_end; r += R) cut_rows<Rows, R, N>(p, r, first, last, ahead, sums + (r - row) * N);
-      for (; r < panel_end; ++r) cut_rows<Rows, 1, N>(p, r, first, last, ahead, sums + (r - row) * N);
+      int r = 0;
+      for (; r + R <= rows; r += R) cut_rows<Rows, R, N>(p, row + r, first, last, ahead, sums + r * N);
+      for (; r < rows; ++r) cut_rows<Rows, 1, N>(p, row + r, first, last, ahead, sums + r * N);
     }
-    for (int64_t r = row; r < panel_end; ++r) {
-      for (int n = 0; n < N; ++n) put(p, r, n, sum(sums[(r - row) * N + n]) * Rows::scale(p, r));
+    for (int i = rows * N; i < kPanelRows * N; ++i) sums[i] = Floats{};
+    for (int n = 0; n < N; ++n) {
+      float totals[kPanelRows];
+      for (int r = 0; r < kPanelRows; r += kLanes) {
+        Floats of_rows[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) of_rows[i] = sums[(r + i) * N + n];
+        store(totals + r, sums_of(of_rows));
+      }
+      put<Rows::kScaled>(p, row, rows, n, totals);
     }
   }
 }

@@ -32,7 +32,7 @@ struct RowsBf16 {
   static constexpr int kGroup = kLanes == 16 ? 4 : 2;
   static constexpr int rows_at_once(int n) { return n == 1 ? 1 : kLanes == 16 ? 4 : 2; }
   static QVL_INLINE int64_t row_bytes(int k) { return int64_t{2} * k; }
-  static QVL_INLINE float scale(const Matvec&, int64_t) { return 1; }
+  static constexpr bool kScaled = false;
 
   template <int R, int N, int Turn, int Turns, int Stride>
   static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, NextLines& ahead,

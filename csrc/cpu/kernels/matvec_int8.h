@@ -22,9 +22,7 @@ struct RowsInt8 {
   static constexpr int kGroup = kLanes == 16 ? 4 : 2;
   static constexpr int rows_at_once(int n) { return (n == 1 ? 4 : 2) * (kLanes == 16 ? 2 : 1); }
   static QVL_INLINE int64_t row_bytes(int k) { return round_up(k, kUnit); }
-  static QVL_INLINE float scale(const Matvec& p, int64_t row) {
-    return static_cast<const float*>(p.scales)[row];
-  }
+  static constexpr bool kScaled = true;
 
   template <int R, int N, int Turn, int Turns, int Stride>
   static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, NextLines& ahead,

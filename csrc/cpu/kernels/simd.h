@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <utility>
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -105,24 +107,30 @@ QVL_INLINE Words shuffle(Words a, Words b, Words from) {
 #endif
 }
 
-// Rows become columns: squares of 1, 2, 4 ... lanes off the diagonal change places.
+// Of two vectors seen as rows of pairs of squares, `Side` lanes wide: the squares off the diagonal change
+// places, which gives these two. The lanes come as a pack because the shuffles need constants.
+using AllLanes = std::make_integer_sequence<uint32_t, kLanes>;
+
+template <uint32_t Side, uint32_t... I>
+QVL_INLINE Words upper_squares(Words a, Words b, std::integer_sequence<uint32_t, I...>) {
+  return shuffle(a, b, Words{(I & Side ? kLanes + I - Side : I)...});
+}
+template <uint32_t Side, uint32_t... I>
+QVL_INLINE Words lower_squares(Words a, Words b, std::integer_sequence<uint32_t, I...>) {
+  return shuffle(a, b, Words{(I & Side ? kLanes + I : I + Side)...});
+}
+
+// Rows become columns.
+template <uint32_t Side = 1>
 QVL_INLINE void transpose(Words (&v)[kLanes]) {
-#pragma GCC unroll 4
-  for (int side = 1; side < kLanes; side *= 2) {
-    Words upper, lower;
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      upper[i] = i & side ? kLanes + i - side : i;
-      lower[i] = i & side ? kLanes + i : i + side;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & side) continue;
-      const Words a = v[i], b = v[i + side];
-      v[i] = shuffle(a, b, upper);
-      v[i + side] = shuffle(a, b, lower);
-    }
+  for (uint32_t i = 0; i < kLanes; ++i) {
+    if (i & Side) continue;
+    const Words a = v[i], b = v[i + Side];
+    v[i] = upper_squares<Side>(a, b, AllLanes{});
+    v[i + Side] = lower_squares<Side>(a, b, AllLanes{});
   }
+  if constexpr (2 * Side < kLanes) transpose<2 * Side>(v);
 }
 
 // Halving sums, in an order that depends on nothing but the width.
@@ -136,6 +144,19 @@ QVL_INLINE float sum(Floats v) {
     for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
   }
   return lanes[0];
+}
+
+// Lane i of the result is sum(v[i]), to the bit, for less work: two vectors become one at each step.
+template <uint32_t Side = kLanes / 2>
+QVL_INLINE Floats sums_of(Floats (&v)[kLanes]) {
+#pragma GCC unroll 8
+  for (uint32_t i = 0; i < Side; ++i) {
+    const Words a = reinterpret_cast<Words>(v[i]), b = reinterpret_cast<Words>(v[i + Side]);
+    v[i] = reinterpret_cast<Floats>(upper_squares<Side>(a, b, AllLanes{})) +
+           reinterpret_cast<Floats>(lower_squares<Side>(a, b, AllLanes{}));
+  }
+  if constexpr (Side > 1) return sums_of<Side / 2>(v);
+  return v[0];
 }
 
 QVL_INLINE float largest(Floats v) {

@@ -54,8 +54,8 @@ struct KvTile {
   int64_t stride;   // elements from token to token
   qvl_dtype dtype;  // float32, bfloat16, float16 or int8
   int n;
-  const float* key_scales = nullptr;  // int8: of each token
-  const float* value_scales = nullptr;
+  const float* key_scales;  // int8: of each token
+  const float* value_scales;
 };
 
 struct Kernels {
@@ -110,8 +110,10 @@ struct Kernels {
   // The same in bfloat16; NULL without bf16_dot.
   void (*attend_rounded)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile,
                          int64_t visible, float* state, float* out, int64_t out_stride, void* scratch);
-  // The same for one query that sees the whole tile, without rearranging it.
-  void (*attend_one)(const float* q, int head_dim, const KvTile& tile, float* state, float* out);
+  // The same for one query that sees all of some tiles of kMaxKvTile tokens at most together, without
+  // rearranging them.
+  void (*attend_one)(const float* q, int head_dim, const KvTile* tiles, int n_tiles, float* state,
+                     float* out);
   // Add to state and out [out_stride] of one query what it got from other tiles.
   void (*attend_merge)(const float* from_state, const float* from, int64_t out_stride, float* state,
                        float* out);
