@@ -30,10 +30,14 @@ namespace {
 // sleeps.
 constexpr int kSpins = 2000;
 
-// Losses of this many nanoseconds are made up for by this many times as long alone: a few per cent are lost
-// where a processor is busy elsewhere all the time.
+// What sharing loses beyond what it gained, in nanoseconds, is made up for by many times as long alone, each
+// time twice as long as before, up to a second: where a processor is busy elsewhere all the time, next to
+// nothing is lost. Gains count up to kCredit, which outlasts a processor that is away now and then; there the
+// next time alone is short again.
 constexpr int64_t kTolerated = 50000;
-constexpr int64_t kAlone = 32;
+constexpr int64_t kCredit = 2000000;
+constexpr int64_t kAlone = 32, kMostAlone = 1 << 14;
+constexpr int64_t kLongestAlone = 1000000000;
 // A worker that looked for a loop for longer had no processor meanwhile.
 constexpr int64_t kPreempted = 500000;
 
@@ -191,7 +195,7 @@ struct ThreadPool::Team {
   std::vector<std::thread> workers;
 };
 
-ThreadPool::ThreadPool(int n) : n_threads_(n) {
+ThreadPool::ThreadPool(int n) : n_threads_(n), alone_(kAlone) {
   count_forks();
   team_ = std::make_unique<Team>(n);
 }
@@ -229,11 +233,12 @@ void ThreadPool::run_erased(int64_t n, Function function, void* context) {
   if (team_->preempted.load(std::memory_order_relaxed) > 0) debt_ += team_->preempted.exchange(0);
   // What this loop took beyond the time of the caller alone, at its own pace.
   const int64_t loss = taken > 0 ? now() - start - (finished - published) * n / taken : 0;
-  debt_ = std::max<int64_t>(0, debt_ + loss);
-  if (debt_ > kTolerated) {
-    alone_until_ = now() + kAlone * debt_;
-    debt_ = 0;
-  }
+  debt_ = std::max(-kCredit, debt_ + loss);
+  if (debt_ == -kCredit) alone_ = kAlone;
+  if (debt_ <= kTolerated) return;
+  alone_until_ = now() + std::min(alone_ * debt_, kLongestAlone);
+  alone_ = std::min(2 * alone_, kMostAlone);
+  debt_ = 0;
 }
 
 int thread_count(int asked) {

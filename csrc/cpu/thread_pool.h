@@ -42,7 +42,8 @@ class ThreadPool {
 
   int n_threads_;
   std::unique_ptr<Team> team_;
-  int64_t debt_ = 0;         // nanoseconds that sharing has lost against running alone
+  int64_t debt_ = 0;         // nanoseconds that sharing has lost against running alone; negative: gained
+  int64_t alone_;            // how many times as long the next debt is made up for
   int64_t alone_until_ = 0;  // nanoseconds of the steady clock; 0: now
 };
 
