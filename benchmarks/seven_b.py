@@ -51,7 +51,7 @@ export_{stage}({arguments})
 SHARED = """
 from paddlemix_qwenvl_plugin import QwenVL
 vl = QwenVL.from_exported({vision!r}, {language!r})
-vl.load()
+vl._loop.load(vision=True)
 report["open"] = time.perf_counter() - start
 vl.generate_ids([[1, 2, 3]], max_new_tokens=1, eos_token_ids=())
 time.sleep(20)
@@ -61,12 +61,12 @@ with open("/proc/self/smaps_rollup") as file:
             report[line[:3] + "_gib"] = int(line.split()[1]) / 2**20
 """
 
-# A prompt of 300 tokens with a picture, then 1 and 33 new tokens.
+# A prompt of 300 tokens with an image, then the same again, which is in the prefix cache, with 1 and 33 new tokens.
 ANSWER = """
 import numpy as np
 from paddlemix_qwenvl_plugin import QwenVL
 vl = QwenVL.from_exported({vision!r}, {language!r})
-vl.load()
+vl._loop.load(vision=True)
 pixels = np.random.default_rng(0).standard_normal((1, 3, 448, 448)).astype("float32")
 report["open"] = time.perf_counter() - start
 begin = time.perf_counter()
@@ -74,11 +74,11 @@ features = vl.encode_images(pixels)
 report["encode_images"] = time.perf_counter() - begin
 assert features.shape == (1, 256, 4096) and np.isfinite(features).all()
 ids = [151857, *[151859] * 256, 151858, *range(1000, 1042)]
-for n in (1, 33):
+for name, n in (("prompt", 1), ("prompt_again", 1), ("33_tokens", 33)):
     begin = time.perf_counter()
     [tokens] = vl.generate_ids([ids], features, max_new_tokens=n, eos_token_ids=())
-    report[f"{{n}}_tokens"] = time.perf_counter() - begin
-report["ms_a_token"] = 1000 * (report["33_tokens"] - report["1_tokens"]) / 32
+    report[name] = time.perf_counter() - begin
+report["ms_a_token"] = 1000 * (report["33_tokens"] - report["prompt_again"]) / 32
 """
 
 

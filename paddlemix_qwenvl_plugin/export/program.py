@@ -104,20 +104,29 @@ def _build_and_save(program: Program, dtype: str, compute_dtype: str, prefix: Pa
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings about Paddle's own deprecated calls; nothing a user can act on.
+    """No warnings about Paddle's own deprecated calls, nothing a user can act on, and no traces of the building.
 
-    For one of them Paddle reads the sources of all callers, at each operator: half of an export's time.
+    For one of these warnings Paddle reads the sources of all callers, at each operator: half of an export's time. In
+    legacy programs it keeps each operator's callers, with paths of this machine.
     """
+    from paddle.base import framework
     from paddle.base.layers import math_op_patch
 
-    was = math_op_patch.inspect
-    math_op_patch.inspect = SimpleNamespace(stack=lambda: [("", "", 0)] * 2)
+    stand_ins = {
+        (math_op_patch, "inspect"): SimpleNamespace(stack=lambda: [("", "", 0)] * 2),
+        (framework, "traceback"): SimpleNamespace(extract_stack=list),
+    }
+    # Other versions of Paddle may do without one of them.
+    real = {(module, name): getattr(module, name) for module, name in stand_ins if hasattr(module, name)}
     try:
+        for module, name in real:
+            setattr(module, name, stand_ins[module, name])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        math_op_patch.inspect = was
+        for (module, name), value in real.items():
+            setattr(module, name, value)
 
 
 def _stored(parameter: Any, program: Program) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import paddle
 import pytest
@@ -114,3 +115,15 @@ def test_no_leftovers(golden):
         "qwen.pdiparams",
         *read_manifest(model.language, "language").programs,
     }
+
+
+def test_programs_name_no_path_of_this_machine(golden):
+    """Paddle keeps each operator's callers in legacy programs."""
+    model = golden("a")
+    programs = [*model.vision.parent.iterdir(), *model.language.parent.iterdir()]
+    programs = [path for path in programs if path.suffix in (".json", ".pdmodel")]
+    assert len(programs) > 6
+    for path in programs:
+        content = path.read_bytes()
+        assert b"site-packages" not in content, path.name
+        assert str(Path(__file__).resolve().parents[2]).encode() not in content, path.name
