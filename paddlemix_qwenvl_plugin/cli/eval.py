@@ -40,6 +40,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON."
 
 
 @app.command()
+@flags.evaluated
 def demo(
     n: int = typer.Option(1000, "--n", min=1, help="How many samples."),
     first: int = typer.Option(0, "--first", min=0, help="Number of the first sample."),
@@ -112,6 +113,7 @@ def demo(
 
 
 @app.command()
+@flags.evaluated
 def grounding(
     data: _Data,
     first_model_path: _First = None,
@@ -138,6 +140,7 @@ def grounding(
 
 
 @app.command()
+@flags.evaluated
 def vqa(
     data: _Data,
     metric: str = typer.Option("vqa", "--metric", help="vqa (VQA accuracy), exact (exact match) or anls."),
@@ -171,6 +174,7 @@ def vqa(
 
 
 @app.command()
+@flags.evaluated
 def captions(
     data: _Data,
     first_model_path: _First = None,

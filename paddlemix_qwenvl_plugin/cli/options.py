@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Callable, Optional, TypeVar
 
 import typer
 from typer.core import TyperCommand
@@ -14,6 +15,8 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 FirstModelPath = Annotated[Path, typer.Option("--first_model_path", help="Exported vision stage (prefix).")]
 SecondModelPath = Annotated[
@@ -52,6 +55,14 @@ Verify = Annotated[
     bool,
     typer.Option("--verify", help="Read all files of the stages first, and compare them with the export."),
 ]
+
+
+def evaluated(function: F) -> F:
+    """The command with its annotations as objects: before Python 3.10 typer does not look into those that are text."""
+    # Not get_type_hints, which makes an Optional of what has None for its default, around what typer looks for.
+    names = vars(sys.modules[function.__module__])
+    function.__annotations__ = {name: eval(text, names) for name, text in function.__annotations__.items()}
+    return function
 
 
 def open_model(
