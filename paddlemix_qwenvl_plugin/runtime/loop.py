@@ -50,9 +50,8 @@ class Loop:
     def cancel(self, generation: Generation) -> None:
         """End a request, unless it has ended; what it holds is free at the next step, at once if none is running."""
         self._cancelled.append(generation)
-        if self._lock.acquire(
-            blocking=False
-        ):  # never wait: the garbage collector may call this within a step
+        # Never wait: the garbage collector may call this within a step.
+        if self._lock.acquire(blocking=False):
             try:
                 self._take_queues()
             finally:
@@ -110,6 +109,10 @@ class Loop:
             if chunks:
                 self._run(chunks)
         except BaseException:  # Ctrl-C, or a defect: what the step left behind is not to be trusted
+            for generation in self._scheduler.running:
+                self._executor.forget(
+                    generation
+                )  # how often it has generated which token may be counted too far
             self._scheduler.preempt_all()
             raise
 
@@ -157,10 +160,7 @@ class Loop:
                 continue
             token = next(picked)
             if token == NO_TOKEN:
-                self._fail(
-                    generation,
-                    QwenVLError("the model's logits are not finite numbers; are its weights damaged?"),
-                )
+                self._fail(generation, QwenVLError(_NOT_FINITE))
                 continue
             generation.take(token)
             if generation.finish_reason is not None:

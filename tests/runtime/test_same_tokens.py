@@ -137,6 +137,34 @@ def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
     vl._loop._scheduler.pool.release(held)
 
 
+def test_after_a_step_broken_off(opened, monkeypatch):
+    """By Ctrl-C, when the engine has picked a token that nobody takes: penalties count what was generated."""
+    vl = opened("float32", None)
+    rng = random.Random(2)
+    asked = next(each for each in iter(lambda: Asked(vl, rng), None) if each.options.repetition_penalty > 1)
+    asked.stop, asked.options = [], GenerationOptions(max_new_tokens=12, repetition_penalty=1.4)
+    expected = alone(vl, asked, monkeypatch)
+    stream = asked.start(vl).submit()
+    executor = vl._loop._executor
+    step, n_steps = executor.step, iter(range(99))
+
+    def interrupted(chunks):
+        picked = step(chunks)
+        if next(n_steps) % 3 == 2:
+            raise KeyboardInterrupt
+        return picked
+
+    monkeypatch.setattr(executor, "step", interrupted)
+    tokens = []
+    while not stream.done:
+        try:
+            vl._loop.step()
+        except KeyboardInterrupt:
+            tokens.append(len(stream._generation.tokens))
+    assert len(tokens) > 2
+    assert stream._generation.tokens == expected
+
+
 def test_soak(opened, monkeypatch):
     """Hundreds of requests of every kind, cut, cancelled, found and preempted: as alone, and memory stays flat.
 
