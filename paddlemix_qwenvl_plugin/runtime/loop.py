@@ -110,9 +110,8 @@ class Loop:
                 self._run(chunks)
         except BaseException:  # Ctrl-C, or a defect: what the step left behind is not to be trusted
             for generation in self._scheduler.running:
-                self._executor.forget(
-                    generation
-                )  # how often it has generated which token may be counted too far
+                # The engine may have counted a token that the request never took.
+                self._executor.forget(generation)
             self._scheduler.preempt_all()
             raise
 
