@@ -64,9 +64,33 @@ uint64_t checked_host(const KvPool& pool, int32_t n, const void* host, uint64_t 
 // What qvl_sampling_init sets.
 constexpr qvl_sampling kGreedy = {sizeof(qvl_sampling), 0, 1, 0, 1, 0, 0, 0, nullptr, 0, 0};
 
+qvl_status allocated(qvl_engine* engine, uint64_t bytes, void** memory, void* (Backend::*alloc)(uint64_t),
+                     qvl_error* error) {
+  return guarded(error, [&] {
+    not_null(engine, "engine");
+    not_null(memory, "memory");
+    *memory = nullptr;
+    QVL_REQUIRE(bytes <= PTRDIFF_MAX, QVL_NO_MEMORY, "out of memory");
+    *memory = (engine->backend.get()->*alloc)(bytes);
+  });
+}
+
+qvl_status copied(qvl_engine* engine, void* to, const void* from, uint64_t bytes, qvl_stream stream,
+                  void (Backend::*copy)(void*, const void*, uint64_t, qvl_stream), qvl_error* error) {
+  return guarded(error, [&] {
+    not_null(engine, "engine");
+    if (bytes == 0) return;
+    not_null(to, "to");
+    not_null(from, "from");
+    (engine->backend.get()->*copy)(to, from, bytes, stream);
+  });
+}
+
 }  // namespace
 }  // namespace qvl
 
+using qvl::allocated;
+using qvl::copied;
 using qvl::guarded;
 using qvl::not_null;
 
@@ -191,13 +215,7 @@ const char* qvl_engine_describe(const qvl_engine* engine) {
 }
 
 qvl_status qvl_alloc(qvl_engine* engine, uint64_t bytes, void** memory, qvl_error* error) {
-  return guarded(error, [&] {
-    not_null(engine, "engine");
-    not_null(memory, "memory");
-    *memory = nullptr;
-    QVL_REQUIRE(bytes <= PTRDIFF_MAX, QVL_NO_MEMORY, "out of memory");
-    *memory = engine->backend->alloc(bytes);
-  });
+  return allocated(engine, bytes, memory, &qvl::Backend::alloc, error);
 }
 
 void qvl_dealloc(qvl_engine* engine, void* memory) {
@@ -206,23 +224,11 @@ void qvl_dealloc(qvl_engine* engine, void* memory) {
 
 qvl_status qvl_copy(qvl_engine* engine, void* to, const void* from, uint64_t bytes, qvl_stream stream,
                     qvl_error* error) {
-  return guarded(error, [&] {
-    not_null(engine, "engine");
-    if (bytes == 0) return;
-    not_null(to, "to");
-    not_null(from, "from");
-    engine->backend->copy(to, from, bytes, stream);
-  });
+  return copied(engine, to, from, bytes, stream, &qvl::Backend::copy, error);
 }
 
 qvl_status qvl_host_alloc(qvl_engine* engine, uint64_t bytes, void** memory, qvl_error* error) {
-  return guarded(error, [&] {
-    not_null(engine, "engine");
-    not_null(memory, "memory");
-    *memory = nullptr;
-    QVL_REQUIRE(bytes <= PTRDIFF_MAX, QVL_NO_MEMORY, "out of memory");
-    *memory = engine->backend->alloc_host(bytes);
-  });
+  return allocated(engine, bytes, memory, &qvl::Backend::alloc_host, error);
 }
 
 void qvl_host_free(qvl_engine* engine, void* memory) {
@@ -231,13 +237,7 @@ void qvl_host_free(qvl_engine* engine, void* memory) {
 
 qvl_status qvl_copy_async(qvl_engine* engine, void* to, const void* from, uint64_t bytes, qvl_stream stream,
                           qvl_error* error) {
-  return guarded(error, [&] {
-    not_null(engine, "engine");
-    if (bytes == 0) return;
-    not_null(to, "to");
-    not_null(from, "from");
-    engine->backend->copy_async(to, from, bytes, stream);
-  });
+  return copied(engine, to, from, bytes, stream, &qvl::Backend::copy_async, error);
 }
 
 qvl_status qvl_event_create(qvl_engine* engine, qvl_event** event, qvl_error* error) {
