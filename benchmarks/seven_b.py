@@ -81,6 +81,24 @@ for name, n in (("prompt", 1), ("prompt_again", 1), ("33_tokens", 33)):
 report["ms_a_token"] = 1000 * (report["33_tokens"] - report["prompt_again"]) / 32
 """
 
+# 64 requests of unequal length without images: every eighth alone, one after another, then all at once.
+AT_ONCE = """
+from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
+from paddlemix_qwenvl_plugin.processing.prompts import Prompt
+vl = QwenVL.from_exported({vision!r}, {language!r})
+requests = [([1000 + (7 * n + i) % 3000 for i in range(4 + 5 * n % 60)], 16 + 37 * n % 112) for n in range(64)]
+def rate(chosen, window):
+    begin = time.perf_counter()
+    options = [GenerationOptions(max_new_tokens=n) for _, n in chosen]
+    streams = (vl.start(Prompt("", ids, []), [], [], o, None) for (ids, _), o in zip(chosen, options))
+    n = sum(len(answer.token_ids) for answer in vl.finish_all(streams, window))
+    return n / (time.perf_counter() - begin)
+rate([([1, 2, 3], 2)], 1)
+report["alone_tokens_s"] = rate(requests[::8], 1)
+report["at_once_tokens_s"] = rate(requests, 64)
+report["times"] = report["at_once_tokens_s"] / report["alone_tokens_s"]
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -105,6 +123,7 @@ def main() -> None:
         print(", ".join(f"{name} {size:.2f} GB" for name, size in sizes.items()))
         stages = {"vision": vision, "language": language + "/qwen"}
         print(f"answer: {line(run(ANSWER.format(**stages)))}")
+        print(f"64 requests: {line(run(AT_ONCE.format(**stages)))}")
         with ThreadPoolExecutor(2) as pool:
             for report in pool.map(run, [SHARED.format(**stages)] * 2):
                 print(f"one of two processes: {line(report)}")
