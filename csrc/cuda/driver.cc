@@ -1,0 +1,50 @@
+#include "cuda/driver.h"
+
+#include <dlfcn.h>
+
+#include "core/error.h"
+
+namespace qvl::cuda {
+namespace {
+
+constexpr int kOldest = 11080;  // CUDA 11.8
+
+Driver load() {
+  void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
+  QVL_REQUIRE(library != nullptr, QVL_UNSUPPORTED,
+              "no NVIDIA driver: libcuda.so.1 cannot be loaded; install the driver, or use the CPU");
+  Driver loaded{};
+  const auto version = reinterpret_cast<CUresult (*)(int*)>(dlsym(library, "cuDriverGetVersion"));
+  int number = 0;
+  QVL_REQUIRE(version != nullptr && version(&number) == 0 && number >= kOldest, QVL_UNSUPPORTED,
+              "the NVIDIA driver knows CUDA %d.%d only; install one for CUDA 11.8 or newer (520 or newer)",
+              number / 1000, number % 1000 / 10);
+#define QVL_DRIVER_LOAD(field, symbol, arguments)                                 \
+  loaded.field = reinterpret_cast<CUresult(*) arguments>(dlsym(library, symbol)); \
+  QVL_REQUIRE(loaded.field != nullptr, QVL_UNSUPPORTED, "the NVIDIA driver has no %s", symbol);
+  QVL_DRIVER_FUNCTIONS(QVL_DRIVER_LOAD)
+#undef QVL_DRIVER_LOAD
+  loaded.cuTensorMapEncodeTiled =
+      reinterpret_cast<decltype(loaded.cuTensorMapEncodeTiled)>(dlsym(library, "cuTensorMapEncodeTiled"));
+  const CUresult started = loaded.cuInit(0);
+  QVL_REQUIRE(started != kNoDevice, QVL_UNSUPPORTED, "no NVIDIA GPU here");
+  QVL_REQUIRE(started == 0, QVL_UNSUPPORTED, "the NVIDIA driver does not start: error %d", started);
+  return loaded;
+}
+
+}  // namespace
+
+const Driver& driver() {
+  static const Driver loaded = load();
+  return loaded;
+}
+
+void check(CUresult result, const char* what) {
+  if (result == 0) return;
+  const char* text = nullptr;
+  driver().cuGetErrorString(result, &text);
+  if (result == kOutOfMemory) fail(QVL_NO_MEMORY, "%s: out of GPU memory", what);
+  fail(QVL_INTERNAL, "%s: %s (CUDA error %d)", what, text != nullptr ? text : "unknown error", result);
+}
+
+}  // namespace qvl::cuda

@@ -1,0 +1,136 @@
+#include "cuda/gpu.h"
+
+#include <dirent.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+
+#include "core/error.h"
+
+namespace qvl::cuda {
+namespace {
+
+// Numbers of the driver's interface.
+constexpr int kMultiprocessors = 16, kComputeMajor = 75, kComputeMinor = 76;
+constexpr int kMaxDynamicShared = 8;
+constexpr int kEarlyLaunch = 6;  // programmatic stream serialization
+constexpr int kFreeShared = 48 << 10;
+
+// QWENVL_CUDA_KERNELS, else where this library lies.
+std::string kernel_folder() {
+  const char* named = std::getenv("QWENVL_CUDA_KERNELS");
+  if (named != nullptr && *named != 0) return named;
+  Dl_info info{};
+  dladdr(reinterpret_cast<void*>(&kernel_folder), &info);
+  const std::string path = info.dli_fname != nullptr ? info.dli_fname : "";
+  const size_t slash = path.rfind('/');
+  return slash != std::string::npos ? path.substr(0, slash) : ".";
+}
+
+bool ends_with(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+// The files of `folder` whose names end so, in order.
+std::vector<std::string> files(const std::string& folder, const std::string& end) {
+  std::vector<std::string> found;
+  DIR* const listing = opendir(folder.c_str());
+  if (listing == nullptr) return found;
+  while (const dirent* entry = readdir(listing)) {
+    if (ends_with(entry->d_name, end)) found.push_back(folder + "/" + entry->d_name);
+  }
+  closedir(listing);
+  std::sort(found.begin(), found.end());
+  return found;
+}
+
+}  // namespace
+
+Gpu::Gpu(int index, Half half) : half_(half) {
+  const Driver& d = driver();
+  int count = 0, major = 0, minor = 0;
+  check(d.cuDeviceGetCount(&count), "counting GPUs");
+  QVL_REQUIRE(index >= 0 && index < count, QVL_UNSUPPORTED, "there is no GPU %d: this process sees %d", index,
+              count);
+  check(d.cuDeviceGet(&device_, index), "finding the GPU");
+  check(d.cuDeviceGetAttribute(&major, kComputeMajor, device_), "asking for the compute capability");
+  check(d.cuDeviceGetAttribute(&minor, kComputeMinor, device_), "asking for the compute capability");
+  check(d.cuDeviceGetAttribute(&multiprocessors_, kMultiprocessors, device_), "asking for multiprocessors");
+  arch_ = 10 * major + minor;
+  QVL_REQUIRE(arch_ >= (half == Half::kBfloat16 ? 80 : 70), QVL_UNSUPPORTED,
+              "GPU %d has compute capability %d.%d; the engine needs 7.0 for float16 and 8.0 for bfloat16",
+              index, major, minor);
+  const std::string folder = kernel_folder();
+  const char* type = half == Half::kBfloat16 ? "bf16" : "f16";
+  // Code for an architecture with "a" runs on that one alone, and is preferred there.
+  std::vector<std::string> cubins;
+  for (const char* kind : {"a.", "."}) {
+    cubins = files(folder, ".sm_" + std::to_string(arch_) + kind + type + ".cubin");
+    if (!cubins.empty()) break;
+  }
+  QVL_REQUIRE(!cubins.empty(), QVL_UNSUPPORTED, "no GPU kernels (*.sm_%d.%s.cubin) in %s", arch_, type,
+              folder.c_str());
+  check(d.cuDevicePrimaryCtxRetain(&context_, device_), "opening the GPU");
+  try {
+    const Current current(context_);
+    for (const std::string& path : cubins) {
+      std::ifstream file(path, std::ios::binary);
+      const std::vector<char> code{std::istreambuf_iterator<char>(file), {}};
+      CUmodule module = nullptr;
+      check(d.cuModuleLoadData(&module, code.data()), path.c_str());
+      modules_.push_back(module);
+    }
+  } catch (...) {
+    d.cuDevicePrimaryCtxRelease(device_);
+    throw;
+  }
+}
+
+Gpu::~Gpu() {
+  {
+    const Current current(context_);
+    for (CUmodule module : modules_) driver().cuModuleUnload(module);
+  }
+  driver().cuDevicePrimaryCtxRelease(device_);
+}
+
+Gpu::Kernel& Gpu::kernel(const char* name) const {
+  const std::lock_guard<std::mutex> lock(lock_);
+  const auto found = kernels_.find(name);
+  if (found != kernels_.end()) return found->second;
+  for (CUmodule module : modules_) {
+    CUfunction function = nullptr;
+    if (driver().cuModuleGetFunction(&function, module, name) != 0) continue;
+    return kernels_.emplace(name, Kernel{function, kFreeShared}).first->second;
+  }
+  fail(QVL_INTERNAL, "there is no GPU kernel %s", name);
+}
+
+void Gpu::launch_bytes(CUstream stream, const char* name, Dim grid, int threads, int shared_bytes,
+                       const void* params, bool early) const {
+  Kernel& called = kernel(name);
+  if (shared_bytes > called.shared_bytes) {
+    check(driver().cuFuncSetAttribute(called.function, kMaxDynamicShared, shared_bytes), name);
+    called.shared_bytes = shared_bytes;
+  }
+  CUlaunchAttribute attribute{};
+  attribute.id = kEarlyLaunch;
+  attribute.value[0] = 1;
+  CUlaunchConfig config{};
+  config.grid_x = grid.x;
+  config.grid_y = grid.y;
+  config.grid_z = grid.z;
+  config.block_x = static_cast<unsigned>(threads);
+  config.block_y = config.block_z = 1;
+  config.shared_bytes = static_cast<unsigned>(shared_bytes);
+  config.stream = stream;
+  config.attributes = &attribute;
+  config.n_attributes = early && arch_ >= 90 ? 1 : 0;
+  void* arguments[] = {const_cast<void*>(params)};
+  check(driver().cuLaunchKernelEx(&config, called.function, arguments, nullptr), name);
+}
+
+}  // namespace qvl::cuda

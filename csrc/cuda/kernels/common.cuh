@@ -1,0 +1,80 @@
+// What all kernels share. Compiled by NVRTC or nvcc, once with QVL_COMPUTE_BFLOAT16 defined and once without:
+// H is then bfloat16 or float16. No header of the standard library may be included.
+#pragma once
+
+#ifdef QVL_COMPUTE_BFLOAT16
+#include <cuda_bf16.h>
+#else
+#include <cuda_fp16.h>
+#endif
+
+namespace qvl::cuda {
+
+using int8 = signed char;
+using uint8 = unsigned char;
+using uint16 = unsigned short;
+using uint32 = unsigned int;
+using uint64 = unsigned long long;
+using int64 = long long;
+
+#ifdef QVL_COMPUTE_BFLOAT16
+using H = __nv_bfloat16;
+using H2 = __nv_bfloat162;
+__device__ inline float to_float(H value) {
+  return __bfloat162float(value);
+}
+__device__ inline H to_half(float value) {
+  return __float2bfloat16_rn(value);
+}
+__device__ inline H2 to_half2(float low, float high) {
+  return __floats2bfloat162_rn(low, high);
+}
+__device__ inline float2 to_float2(H2 value) {
+  return __bfloat1622float2(value);
+}
+#else
+using H = __half;
+using H2 = __half2;
+__device__ inline float to_float(H value) {
+  return __half2float(value);
+}
+// Saturates: a value out of range becomes the largest one, not infinity.
+__device__ inline float in_range(float value) {
+  return fminf(fmaxf(value, -65504.f), 65504.f) + (value - value);  // a NaN stays one
+}
+__device__ inline H to_half(float value) {
+  return __float2half_rn(in_range(value));
+}
+__device__ inline H2 to_half2(float low, float high) {
+  return __floats2half2_rn(in_range(low), in_range(high));
+}
+__device__ inline float2 to_float2(H2 value) {
+  return __half22float2(value);
+}
+#endif
+
+// A kernel launched early (Gpu::launch) waits here for its predecessors' writes. Nothing before sm_90.
+__device__ inline void wait_for_predecessors() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel in the stream start, if it is launched early.
+__device__ inline void start_successors() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ inline float warp_sum(float value) {
+  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, lane);
+  return value;
+}
+
+__device__ inline float warp_max(float value) {
+  for (int lane = 16; lane > 0; lane /= 2) value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFu, value, lane));
+  return value;
+}
+
+}  // namespace qvl::cuda

@@ -1,0 +1,185 @@
+// What the layers are made of. Every function enqueues kernels on a stream and returns.
+//
+// H is the type computed in, bfloat16 or float16 (Gpu::half). All pointers are device memory, 16-byte
+// aligned; rows are contiguous. The residual stream x is float32, inputs of products are H, products add up
+// in float32.
+//
+// What a row gives never depends on the other rows or on their number: to the bit, see "Two kinds of
+// arithmetic" in qwenvl.h. Functions called *_decode serve tokens of decode steps, 1 to 256 rows, and
+// lm_head; those called
+// *_prompt serve tokens of prompts, 1 to thousands of rows; a row's own result may differ between the two.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/gpu.h"
+
+namespace qvl::cuda {
+
+// A weight [out, in] on the GPU. `in` is padded to `stride` values with zeros: a multiple of 8 (kHalf: as
+// stored) or of 128 (quantised).
+enum class Storage { kHalf, kInt8, kInt4G64, kInt4G128 };
+struct Matrix {
+  Storage storage;
+  int out, in;
+  int stride;
+  void* values;       // kHalf: H [out, stride]; else as upload_matrix lays it out
+  void* scales;       // quantised: as upload_matrix lays it out
+  const float* bias;  // float32 [out], or NULL
+};
+
+// What becomes of a product's rows.
+enum class Into {
+  kHalf,      // H [n, out]
+  kFloat,     // float32 [n, out]
+  kAdd,       // added to float32 [n, out]
+  kGelu,      // H [n, out], gelu with erf
+  kSiluTimes  // H [n, out / 2]: the matrix is [w1; w2] with rows interleaved (see gate_up), y = w1 x *
+              // silu(w2 x)
+};
+
+// ---- weights: linear_decode.cc ------------------------------------------------------------------------
+
+// Bytes of values and scales of a matrix on the GPU.
+struct MatrixBytes {
+  uint64_t values, scales;
+};
+MatrixBytes matrix_bytes(Storage storage, int out, int in);
+
+// Turn a matrix as it lies in a file (qwenvl.h: qvl_packed_bytes), copied to `from`, into the layout of the
+// kernels. `from` float32, bfloat16 or float16 gives kHalf, rounded; INT8 and INT4 keep their integers and
+// scales. Row r of the file becomes row first + r * step of `to`: two matrices are interleaved with step 2.
+void upload_matrix(const Gpu&, CUstream, qvl_dtype dtype, const void* from, int out, const Matrix& to,
+                   int first, int step);
+
+// ---- decode steps: linear_decode.cc, attention_decode.cc, elementwise.cc --------------------------------
+
+// y = x W^T + bias, x H [n, x_stride].
+void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into,
+                   void* y);
+
+// y = x / rms(x) * weight: x float32 [n, width] -> H [n, width].
+void rms_norm(const Gpu&, CUstream, const float* x, const float* weight, float epsilon, int n, int width,
+              void* y);
+
+// Rows of the embedding, or of images' features, as float32.
+// ids int32 [n] (clamped to the vocabulary); features: float32 [width] pointers [n], 0 where the id counts,
+// or NULL.
+void embed(const Gpu&, CUstream, const void* wte /* H [vocab, width] */, int vocab, int width,
+           const int32_t* ids, const uint64_t* features, int n, float* x);
+
+// Where tokens are, in device memory; of a pass over n tokens.
+struct Places {
+  const int32_t* positions;     // [n]
+  const int32_t* angle_tables;  // [n]: which of the tables of angles holds for the token's sequence
+  const int32_t* tables;        // [n]: index of the token's sequence, a row of `blocks`
+  const int32_t* blocks;        // [sequences, max_blocks]: block tables
+  int max_blocks;
+};
+
+// Cosines and sines: float32 [tables][max_positions][head_dim / 2] each; query scales [max_positions] (logn,
+// and 1 / sqrt(head_dim)).
+struct Angles {
+  const float* cos;
+  const float* sin;
+  const float* query_scale;
+  int max_positions;
+};
+
+// A layer's keys and values: block b at base + b * block_bytes: [2][heads][block_tokens][head_dim] of dtype,
+// and for int8 behind them float32 scales [2][heads][block_tokens] (value = scale * integer).
+struct KvLayer {
+  char* base;
+  uint64_t block_bytes;
+  int block_tokens;  // 1 to 256
+  qvl_dtype dtype;   // QVL_BFLOAT16, QVL_FLOAT16, QVL_FLOAT32, QVL_INT8
+  int heads, head_dim;
+};
+
+// Rotate queries and keys (pairs d, d + head_dim / 2), scale the queries, write keys and values to the cache.
+// qkv H [n, 3 * heads * head_dim] -> q H [n, heads * head_dim].
+void rotate_and_store(const Gpu&, CUstream, const void* qkv, const Places&, const Angles&, const KvLayer&,
+                      int n, void* q);
+
+// Attention of one query a sequence over its keys: q H [n, heads * head_dim] -> H, the same shape. Sequence i
+// has positions[i] + 1 keys; none has more than max_keys. Split over keys at fixed places (multiples of a
+// constant), so that a row does not depend on max_keys or n.
+uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys);
+void attention_decode(const Gpu&, CUstream, const void* q, const Places&, const KvLayer&, int n, int max_keys,
+                      void* scratch, void* y);
+
+// ---- prompts: linear_prompt.cc, attention_prompt.cc -----------------------------------------------------
+
+// y = x W^T + bias, x H [n, x_stride]. Quantised matrices need linear_prompt_scratch bytes.
+uint64_t linear_prompt_scratch(const Matrix&);
+void linear_prompt(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
+                   void* scratch);
+
+// Pieces of prompts: queries [first, first + n) of q, at positions past .. past + n - 1 of the sequence
+// `table`, each attends to the keys at its own position and before. Host arrays; copied into launches or
+// uploaded by the caller with the places.
+struct Piece {
+  int first, n, past, table;
+};
+// pieces in device memory [n_pieces]; n_tiles: the sum of ceil(n / kQueryTile); n: all queries.
+constexpr int kQueryTile = 64;
+struct Tile {
+  int piece, offset;  // queries offset .. offset + kQueryTile - 1 of the piece
+};
+void attention_prompt(const Gpu&, CUstream, const void* q, const Piece* pieces, const Tile* tiles,
+                      int n_tiles, const int32_t* blocks, int max_blocks, const KvLayer&, void* y);
+
+// ---- images: vision.cc ----------------------------------------------------------------------------------
+
+// images float32 [n, 3, size, size] -> H [n * patches, stride], a patch's [3][patch][patch] values a row,
+// zeros behind them.
+void cut_patches(const Gpu&, CUstream, const float* images, int n, int size, int patch, int stride, void* y);
+
+// Normalise rows of float32 x [n, width] to H and float32, either of which may be NULL; x may be normalised
+// in place. `add` float32 [period, width] is added to the H result's row i % period; NULL: nothing.
+void layer_norm(const Gpu&, CUstream, const float* x, const float* weight, const float* bias, float epsilon,
+                int n, int width, const float* add, int period, void* y_half, float* y_float);
+
+// x[i] += add[i % period]: float32 [n, width].
+void add_rows(const Gpu&, CUstream, float* x, const float* add, int n, int width, int period);
+
+// Attention over all keys of the same image. Strides in values. Query i of image b, head h: q + b * q_image +
+// i * q_stride + h * q_head; keys and values likewise. q is multiplied by `scale`. y H [images * n_queries,
+// heads * head_dim]. head_dim 1 to 128, a multiple of 8.
+struct DenseAttention {
+  const void *q, *k, *v;
+  int64_t q_image, q_stride, q_head;
+  int64_t kv_image, kv_stride, kv_head;
+  int images, n_queries, n_keys, heads, head_dim;
+  float scale;
+};
+void attention_dense(const Gpu&, CUstream, const DenseAttention&, void* y);
+
+// ---- sampling: sample.cc --------------------------------------------------------------------------------
+
+// A row's sampling parameters (qvl_sampling), in device memory.
+struct Pick {
+  float temperature, top_p;
+  int32_t top_k;
+  float repetition_penalty, frequency_penalty, presence_penalty;
+  int32_t n_forbidden, first_forbidden;  // a part of `forbidden`
+  double fraction;                       // random_fraction(seed, counter)
+  int32_t* counts;                       // [vocab] or NULL
+};
+
+struct Sampled {
+  int32_t* tokens;  // [n]
+  float* logprobs;  // [n] or NULL
+  int32_t n_top;
+  int32_t* top_tokens;  // [n, n_top]
+  float* top_logprobs;
+};
+
+uint64_t sample_scratch(int n, int vocab);
+
+// As qvl_sample and qvl_step say. any_draw: some row is not greedy; any_changed: some row has penalties or
+// forbidden ids (the kernels for them are launched only then).
+void sample(const Gpu&, CUstream, const float* logits, int n, int vocab, const Pick* picks,
+            const int32_t* forbidden, bool any_draw, bool any_changed, void* scratch, const Sampled&);
+
+}  // namespace qvl::cuda
