@@ -84,18 +84,20 @@ report["ms_a_token"] = 1000 * (report["33_tokens"] - report["prompt_again"]) / 3
 # 64 requests of unequal length without images: every eighth alone, one after another, then all at once.
 AT_ONCE = """
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
-from paddlemix_qwenvl_plugin.processing.prompts import Prompt
 vl = QwenVL.from_exported({vision!r}, {language!r})
 requests = [([1000 + (7 * n + i) % 3000 for i in range(4 + 5 * n % 60)], 16 + 37 * n % 112) for n in range(64)]
-def rate(chosen, window):
+def rate(chosen):
+    generations = [vl._generation(ids, [], [], GenerationOptions(max_new_tokens=n)) for ids, n in chosen]
     begin = time.perf_counter()
-    options = [GenerationOptions(max_new_tokens=n) for _, n in chosen]
-    streams = (vl.start(Prompt("", ids, []), [], [], o, None) for (ids, _), o in zip(chosen, options))
-    n = sum(len(answer.token_ids) for answer in vl.finish_all(streams, window))
-    return n / (time.perf_counter() - begin)
-rate([([1, 2, 3], 2)], 1)
-report["alone_tokens_s"] = rate(requests[::8], 1)
-report["at_once_tokens_s"] = rate(requests, 64)
+    for generation in generations:
+        vl._loop.submit(generation)
+    while any(not generation.finished for generation in generations):
+        vl._loop.step()
+    return sum(n for _, n in chosen) / (time.perf_counter() - begin)
+rate([([1, 2, 3], 2)])
+alone = requests[::8]
+report["alone_tokens_s"] = sum(n for _, n in alone) / sum(n / rate([(ids, n)]) for ids, n in alone)
+report["at_once_tokens_s"] = rate(requests)
 report["times"] = report["at_once_tokens_s"] / report["alone_tokens_s"]
 """
 

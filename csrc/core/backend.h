@@ -18,9 +18,9 @@ struct KvPool {
 
   // One block, all layers. What the functions on whole blocks pass has block_bytes(), as kv_block_bytes()
   // says.
-  virtual void copy_block(int32_t from, int32_t to) = 0;
-  virtual void read_block(int32_t block, void* host) = 0;
-  virtual void write_block(int32_t block, const void* host) = 0;
+  virtual void copy_block(int32_t from, int32_t to, qvl_stream stream) = 0;
+  virtual void read_block(int32_t block, void* host, qvl_stream stream) = 0;
+  virtual void write_block(int32_t block, const void* host, qvl_stream stream) = 0;
   virtual uint64_t block_bytes() const = 0;
 };
 
@@ -72,5 +72,17 @@ std::unique_ptr<Backend> make_cpu_backend(const qvl_config& config, const Weight
 
 // Fill everything but `size`.
 void describe_cpu(qvl_device_info* info);
+
+// What libqwenvl_cuda.so gives, by its symbol qvl_cuda_back_end. Its functions throw Error.
+struct CudaBackEnd {
+  const char* version;  // qvl_version() of the sources that it was built from
+  int32_t (*count)();
+  void (*describe)(int32_t index, qvl_device_info* info);
+  std::unique_ptr<Backend> (*make)(const qvl_config& config, const WeightTable& weights);
+};
+
+// Loads the library at the first call: the one beside this library, or one that the process has loaded
+// already. Throws QVL_UNSUPPORTED if there is none.
+const CudaBackEnd& cuda_back_end();
 
 }  // namespace qvl

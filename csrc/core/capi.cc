@@ -40,8 +40,8 @@ qvl_dtype cache_dtype(const qvl_config& config, const WeightTable& weights) {
 }
 
 std::unique_ptr<Backend> make_backend(const qvl_config& config, const WeightTable& weights) {
-  QVL_REQUIRE(config.device == QVL_DEVICE_CPU, QVL_UNSUPPORTED, "config: this build has no CUDA back end");
-  return make_cpu_backend(config, weights);
+  return config.device == QVL_DEVICE_CUDA ? cuda_back_end().make(config, weights)
+                                          : make_cpu_backend(config, weights);
 }
 
 // False if there is nothing to do.
@@ -121,7 +121,9 @@ qvl_status qvl_unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* pack
 }
 
 int32_t qvl_device_count(qvl_device device) {
-  return device == QVL_DEVICE_CPU;
+  int32_t count = device == QVL_DEVICE_CPU;
+  if (device == QVL_DEVICE_CUDA) guarded(nullptr, [&] { count = qvl::cuda_back_end().count(); });
+  return count;
 }
 
 qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_device_info* info, qvl_error* error) {
@@ -129,11 +131,16 @@ qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_device_info
     not_null(info, "info");
     const uint32_t size = info->size;
     qvl::check_size<qvl_device_info>("info", "size", size);
-    QVL_REQUIRE(index >= 0 && index < qvl_device_count(device), QVL_INVALID,
-                "device %d, index %d: this library can use %d of that kind", device, index,
-                qvl_device_count(device));
+    // Why there is no GPU says more than their number.
+    const int32_t count = device == QVL_DEVICE_CUDA ? qvl::cuda_back_end().count() : qvl_device_count(device);
+    QVL_REQUIRE(index >= 0 && index < count, QVL_INVALID,
+                "device %d, index %d: this library can use %d of that kind", device, index, count);
     qvl_device_info made{};
-    qvl::describe_cpu(&made);
+    if (device == QVL_DEVICE_CUDA) {
+      qvl::cuda_back_end().describe(index, &made);
+    } else {
+      qvl::describe_cpu(&made);
+    }
     made.size = size;
     std::memcpy(info, &made, std::min<size_t>(size, sizeof made));
   });
@@ -321,36 +328,36 @@ uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, int32_t b
 }
 
 qvl_status qvl_kv_copy_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* from, const int32_t* to,
-                              qvl_stream, qvl_error* error) {
+                              qvl_stream stream, qvl_error* error) {
   return guarded(error, [&] {
     if (!qvl::blocks_given(pool, n)) return;
     qvl::check_blocks(*pool->blocks, "from", n, from);
     qvl::check_blocks(*pool->blocks, "to", n, to);
     for (int32_t i = 0; i < n; ++i) {
-      if (from[i] != to[i]) pool->blocks->copy_block(from[i], to[i]);
+      if (from[i] != to[i]) pool->blocks->copy_block(from[i], to[i], stream);
     }
   });
 }
 
 qvl_status qvl_kv_read_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, void* host, uint64_t bytes,
-                              qvl_stream, qvl_error* error) {
+                              qvl_stream stream, qvl_error* error) {
   return guarded(error, [&] {
     if (!qvl::blocks_given(pool, n)) return;
     qvl::check_blocks(*pool->blocks, "blocks", n, blocks);
     const uint64_t block = qvl::checked_host(*pool->blocks, n, host, bytes);
     auto* at = static_cast<char*>(host);
-    for (int32_t i = 0; i < n; ++i, at += block) pool->blocks->read_block(blocks[i], at);
+    for (int32_t i = 0; i < n; ++i, at += block) pool->blocks->read_block(blocks[i], at, stream);
   });
 }
 
 qvl_status qvl_kv_write_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, const void* host,
-                               uint64_t bytes, qvl_stream, qvl_error* error) {
+                               uint64_t bytes, qvl_stream stream, qvl_error* error) {
   return guarded(error, [&] {
     if (!qvl::blocks_given(pool, n)) return;
     qvl::check_blocks(*pool->blocks, "blocks", n, blocks);
     const uint64_t block = qvl::checked_host(*pool->blocks, n, host, bytes);
     const auto* at = static_cast<const char*>(host);
-    for (int32_t i = 0; i < n; ++i, at += block) pool->blocks->write_block(blocks[i], at);
+    for (int32_t i = 0; i < n; ++i, at += block) pool->blocks->write_block(blocks[i], at, stream);
   });
 }
 

@@ -70,7 +70,7 @@ qvl_config checked_config(const qvl_config* config) {
   in_range("hidden", c.hidden, 1, kLargest);
   if (has_language(c)) check_language(c);
   if (has_vision(c)) check_vision(c);
-  if (c.max_tokens == 0) c.max_tokens = 512;
+  if (c.max_tokens == 0) c.max_tokens = c.device == QVL_DEVICE_CUDA ? 2048 : 512;
   return c;
 }
 

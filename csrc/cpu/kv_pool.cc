@@ -55,17 +55,17 @@ void CpuKvPool::write(const Kernels& kernels, int layer, int block, int slot, in
   }
 }
 
-void CpuKvPool::copy_block(int32_t from, int32_t to) {
+void CpuKvPool::copy_block(int32_t from, int32_t to, qvl_stream) {
   if (from == to) return;
   for (int i = 0; i < layers_; ++i) std::memcpy(of_block(i, to), of_block(i, from), layer_bytes_);
 }
 
-void CpuKvPool::read_block(int32_t block, void* host) {
+void CpuKvPool::read_block(int32_t block, void* host, qvl_stream) {
   char* to = static_cast<char*>(host);
   for (int i = 0; i < layers_; ++i, to += layer_bytes_) std::memcpy(to, of_block(i, block), layer_bytes_);
 }
 
-void CpuKvPool::write_block(int32_t block, const void* host) {
+void CpuKvPool::write_block(int32_t block, const void* host, qvl_stream) {
   const char* from = static_cast<const char*>(host);
   for (int i = 0; i < layers_; ++i, from += layer_bytes_) std::memcpy(of_block(i, block), from, layer_bytes_);
 }

@@ -18,9 +18,9 @@ class CpuKvPool final : public KvPool {
   // Write the keys (part 0) or values (part 1) of one token, [heads][head_dim] at `from`.
   void write(const Kernels& kernels, int layer, int block, int slot, int part, const float* from);
 
-  void copy_block(int32_t from, int32_t to) override;
-  void read_block(int32_t block, void* host) override;
-  void write_block(int32_t block, const void* host) override;
+  void copy_block(int32_t from, int32_t to, qvl_stream stream) override;
+  void read_block(int32_t block, void* host, qvl_stream stream) override;
+  void write_block(int32_t block, const void* host, qvl_stream stream) override;
   uint64_t block_bytes() const override { return size(layers_) * layer_bytes_; }
 
  private:

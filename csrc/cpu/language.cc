@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "core/error.h"
-#include "cpu/rotary.h"
+#include "core/rotary.h"
 
 namespace qvl::cpu {
 namespace {

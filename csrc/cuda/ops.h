@@ -143,6 +143,9 @@ void layer_norm(const Gpu&, CUstream, const float* x, const float* weight, const
 // x[i] += add[i % period]: float32 [n, width].
 void add_rows(const Gpu&, CUstream, float* x, const float* add, int n, int width, int period);
 
+// float32 [n] -> H [n]. (convert.cc)
+void to_half(const Gpu&, CUstream, const float* x, int64_t n, void* y);
+
 // Attention over all keys of the same image. Strides in values. Query i of image b, head h: q + b * q_image +
 // i * q_stride + h * q_head; keys and values likewise. q is multiplied by `scale`. y H [images * n_queries,
 // heads * head_dim]. head_dim 1 to 128, a multiple of 8.

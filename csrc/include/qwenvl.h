@@ -137,7 +137,7 @@ typedef struct qvl_config {
   int32_t n_threads;    /* CPU: 0 for OMP_NUM_THREADS if it is set, else the CPUs this process may use */
   qvl_isa isa;
   int32_t max_tokens; /* tokens in one pass over the layers, which sets the scratch memory; more are split;
-                         0: 512 */
+                         0: 512, on a GPU 2048 */
 
   /* The language model. hidden = heads * head_dim. */
   int32_t hidden;

@@ -10,7 +10,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/kv_pool.h"
 #include "cpu/linear.h"
-#include "cpu/rotary.h"
+#include "core/rotary.h"
 #include "reference/reference.h"
 
 using namespace qvl;

@@ -1,17 +1,21 @@
-#include "cpu/rotary.h"
+#include "core/rotary.h"
 
 #include <algorithm>
 #include <cmath>
 
-namespace qvl::cpu {
+namespace qvl {
+
+int ntk_doublings(const qvl_config& config, int prompt_len) {
+  int doublings = 0;
+  if (config.dynamic_ntk == 0) return doublings;
+  for (int64_t length = config.seq_length; prompt_len > length; length *= 2) ++doublings;
+  return doublings;
+}
 
 double ntk_alpha(const qvl_config& config, int prompt_len) {
-  if (config.dynamic_ntk == 0) return 1;
   // ceil(log2(r) + 1) counts how many of 1, 2, 4 ... times seq_length the prompt exceeds, plus 1: exact,
   // where a logarithm rounds.
-  int power = 1;
-  for (int64_t length = config.seq_length; prompt_len > length; length *= 2) ++power;
-  return std::ldexp(1.0, power) - 1;
+  return std::ldexp(1.0, ntk_doublings(config, prompt_len) + 1) - 1;
 }
 
 void rotary_frequencies(const qvl_config& config, int prompt_len, float* frequencies) {
@@ -38,4 +42,4 @@ float query_scale(const qvl_config& config, int position) {
   return static_cast<float>(logn / std::sqrt(static_cast<double>(config.head_dim)));
 }
 
-}  // namespace qvl::cpu
+}  // namespace qvl

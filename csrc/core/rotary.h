@@ -3,7 +3,10 @@
 
 #include "qwenvl.h"
 
-namespace qvl::cpu {
+namespace qvl {
+
+// How many of 1, 2, 4 ... times seq_length the prompt exceeds: its rotary base follows from that. 0 without NTK.
+int ntk_doublings(const qvl_config& config, int prompt_len);
 
 // max(1, 2^ceil(log2(prompt_len / seq_length) + 1) - 1)
 double ntk_alpha(const qvl_config& config, int prompt_len);
@@ -17,4 +20,4 @@ void rotary_row(const qvl_config& config, const float* frequencies, int position
 // logn / sqrt(head_dim); logn is 1 up to seq_length tokens, then log_seq_length(position + 1).
 float query_scale(const qvl_config& config, int position);
 
-}  // namespace qvl::cpu
+}  // namespace qvl

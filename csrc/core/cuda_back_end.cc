@@ -1,0 +1,38 @@
+// Finds the library of the CUDA back end.
+#include <dlfcn.h>
+
+#include <cstring>
+#include <string>
+
+#include "core/backend.h"
+#include "core/error.h"
+
+namespace qvl {
+namespace {
+
+constexpr char kLibrary[] = "libqwenvl_cuda.so";
+
+const CudaBackEnd* load() {
+  Dl_info info{};
+  dladdr(reinterpret_cast<void*>(&load), &info);
+  const std::string here = info.dli_fname != nullptr ? info.dli_fname : "";
+  const std::string beside = here.substr(0, here.rfind('/') + 1) + kLibrary;
+  void* library = dlopen(beside.c_str(), RTLD_NOW);
+  // One that is loaded already is found by its name alone.
+  if (library == nullptr) library = dlopen(kLibrary, RTLD_NOW);
+  QVL_REQUIRE(library != nullptr, QVL_UNSUPPORTED,
+              "no GPU back end: there is no %s; run qwenvl build-engine --device gpu", kLibrary);
+  const auto* found = static_cast<const CudaBackEnd*>(dlsym(library, "qvl_cuda_back_end"));
+  QVL_REQUIRE(found != nullptr && std::strcmp(found->version, qvl_version()) == 0, QVL_UNSUPPORTED,
+              "%s is of another version than the engine; run qwenvl build-engine --device gpu", kLibrary);
+  return found;
+}
+
+}  // namespace
+
+const CudaBackEnd& cuda_back_end() {
+  static const CudaBackEnd* const found = load();
+  return *found;
+}
+
+}  // namespace qvl

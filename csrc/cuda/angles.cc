@@ -1,0 +1,43 @@
+#include "cuda/angles.h"
+
+#include <vector>
+
+#include "core/rotary.h"
+
+namespace qvl::cuda {
+namespace {
+
+DeviceMemory uploaded(Uploader& uploader, const std::vector<float>& values) {
+  const uint64_t bytes = values.size() * sizeof(float);
+  DeviceMemory memory(bytes);
+  uploader.copy(memory.get(), values.data(), bytes);
+  return memory;
+}
+
+}  // namespace
+
+AngleTables::AngleTables(const qvl_config& config, Uploader& uploader) : config_(config) {
+  const auto half = static_cast<size_t>(config.head_dim / 2),
+             rows = static_cast<size_t>(config.max_positions);
+  const auto tables = static_cast<size_t>(ntk_doublings(config, config.max_positions)) + 1;
+  std::vector<float> cos(tables * rows * half), sin(cos.size()), scale(rows), frequencies(half);
+  int64_t prompt_len = config.seq_length;  // the longest of a table
+  for (size_t t = 0; t < tables; ++t, prompt_len *= 2) {
+    rotary_frequencies(config, static_cast<int>(prompt_len), frequencies.data());
+    for (size_t i = 0; i < rows; ++i) {
+      const size_t at = (t * rows + i) * half;
+      rotary_row(config, frequencies.data(), static_cast<int>(i), &cos[at], &sin[at]);
+    }
+  }
+  for (size_t i = 0; i < rows; ++i) scale[i] = query_scale(config, static_cast<int>(i));
+  cos_ = uploaded(uploader, cos);
+  sin_ = uploaded(uploader, sin);
+  scale_ = uploaded(uploader, scale);
+  angles_ = {cos_.get<float>(), sin_.get<float>(), scale_.get<float>(), config.max_positions};
+}
+
+int AngleTables::table(int32_t prompt_len) const {
+  return ntk_doublings(config_, prompt_len);
+}
+
+}  // namespace qvl::cuda

@@ -1,0 +1,25 @@
+// Rotary angles and query scales of all positions, computed once: core/rotary.h has the formulas.
+#pragma once
+
+#include "cuda/memory.h"
+#include "cuda/ops.h"
+#include "cuda/upload.h"
+
+namespace qvl::cuda {
+
+class AngleTables {
+ public:
+  AngleTables(const qvl_config& config, Uploader& uploader);
+
+  const Angles& angles() const { return angles_; }
+
+  // Which table holds for a sequence.
+  int table(int32_t prompt_len) const;
+
+ private:
+  const qvl_config config_;
+  DeviceMemory cos_, sin_, scale_;
+  Angles angles_{};
+};
+
+}  // namespace qvl::cuda

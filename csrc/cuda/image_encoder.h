@@ -1,0 +1,45 @@
+// The vision tower and the resampler on the GPU.
+#pragma once
+
+#include <vector>
+
+#include "cuda/weights.h"
+
+namespace qvl::cuda {
+
+class ImageEncoder {
+ public:
+  ImageEncoder(const Gpu& gpu, CUstream stream, const qvl_config& config, Weights& weights);
+
+  // images float32 [n, 3, size, size] -> features float32 [n, n_queries, hidden], both in device memory.
+  void encode(CUstream stream, int64_t n, const float* images, float* features);
+
+ private:
+  struct Block {
+    Norm ln_1, ln_2;
+    Matrix in_proj, out_proj, c_fc, c_proj;
+  };
+
+  void tower(CUstream stream, int n, const float* images);
+  void resample(CUstream stream, int n, float* features);
+  void product(CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride, int64_t n, Into into,
+               void* y);
+
+  const Gpu& gpu_;
+  const qvl_config config_;
+  const int patches_;
+  Matrix conv1_;
+  const float* positions_;
+  Norm ln_pre_;
+  std::vector<Block> blocks_;
+
+  bool projects_;
+  Matrix kv_proj_, key_, value_, out_proj_, proj_;
+  Norm ln_kv_, ln_post_;
+  const float* key_positions_;
+  DeviceMemory queries_;
+
+  DeviceMemory x_, normed_, qkv_, wide_, keys_, values_, scratch_;
+};
+
+}  // namespace qvl::cuda

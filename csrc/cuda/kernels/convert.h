@@ -1,0 +1,12 @@
+// Parameters of convert.cu.
+#pragma once
+
+namespace qvl::cuda {
+
+struct ToHalf {
+  const void* x;  // float32 [n]
+  void* y;        // H [n]
+  long long n;
+};
+
+}  // namespace qvl::cuda

@@ -1,0 +1,260 @@
+#include "cuda/language.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+
+namespace qvl::cuda {
+namespace {
+
+constexpr int kMaxDecodeRows = 256;  // of linear_decode
+
+uint64_t size(int64_t n) {
+  return static_cast<uint64_t>(n);
+}
+
+void multiple_of_8(const char* name, int value) {
+  QVL_REQUIRE(value % 8 == 0, QVL_UNSUPPORTED, "config: %s is %d; a GPU needs a multiple of 8", name, value);
+}
+
+// Bytes of a row that a product writes.
+uint64_t row_bytes(const Matrix& matrix, Into into) {
+  switch (into) {
+    case Into::kFloat:
+    case Into::kAdd:
+      return size(matrix.out) * 4;
+    case Into::kSiluTimes:
+      return size(matrix.out);
+    default:
+      return size(matrix.out) * 2;
+  }
+}
+
+char* bytes(void* memory) {
+  return static_cast<char*>(memory);
+}
+const char* bytes(const void* memory) {
+  return static_cast<const char*>(memory);
+}
+
+}  // namespace
+
+Language::Language(const Gpu& gpu, CUstream stream, const qvl_config& config, Weights& weights)
+    : gpu_(gpu), config_(config), angles_(config, weights.uploader()) {
+  multiple_of_8("hidden", config.hidden);
+  multiple_of_8("mlp_width", config.mlp_width);
+  QVL_REQUIRE(config.head_dim <= 256, QVL_UNSUPPORTED, "config: head_dim is %d; a GPU takes up to 256",
+              config.head_dim);
+  (void)stream;
+  wte_ = weights.matrix("wte.weight");
+  for (int i = 0; i < config.layers; ++i) {
+    const std::string name = "h." + std::to_string(i) + ".";
+    Layer layer;
+    layer.ln_1 = weights.floats(name + "ln_1.weight");
+    layer.c_attn = weights.linear(name + "attn.c_attn");
+    layer.attn_proj = weights.matrix(name + "attn.c_proj.weight");
+    layer.ln_2 = weights.floats(name + "ln_2.weight");
+    layer.gate_up = weights.interleaved(name + "mlp.w1.weight", name + "mlp.w2.weight");
+    layer.mlp_proj = weights.matrix(name + "mlp.c_proj.weight");
+    layers_.push_back(layer);
+  }
+  ln_f_ = weights.floats("ln_f.weight");
+  lm_head_ = weights.matrix("lm_head.weight");
+
+  const uint64_t n = size(config.max_tokens), hidden = size(config.hidden);
+  x_ = DeviceMemory(n * hidden * 4);
+  normed_ = DeviceMemory(n * hidden * 2);
+  qkv_ = DeviceMemory(3 * n * hidden * 2);
+  q_ = DeviceMemory(n * hidden * 2);
+  mixed_ = DeviceMemory(n * hidden * 2);
+  wide_ = DeviceMemory(n * size(config.mlp_width) * 2);
+  uint64_t scratch = 0;
+  for (const Layer& layer : layers_) {
+    for (const Matrix* matrix : {&layer.c_attn, &layer.attn_proj, &layer.gate_up, &layer.mlp_proj}) {
+      scratch = std::max(scratch, linear_prompt_scratch(*matrix));
+    }
+  }
+  prompt_scratch_ = DeviceMemory(scratch);
+}
+
+void Language::reserve(int rows, int max_keys) {
+  const uint64_t needed = attention_decode_scratch(rows, config_.heads, config_.head_dim, max_keys);
+  if (needed <= decode_scratch_.bytes()) return;
+  decode_scratch_ = DeviceMemory();  // freeing waits for the GPU
+  decode_scratch_ = DeviceMemory(needed);
+  ++moved_;
+}
+
+void Language::forward(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, float* logits,
+                       StepInput& input) {
+  std::vector<Part> parts;
+  int64_t n = 0, token = 0;
+  int32_t rows = 0;
+  for (int32_t i = 0; i < batch.n_sequences; ++i) {
+    const qvl_sequence& sequence = batch.sequences[i];
+    const bool wanted = logits != nullptr && (sequence.flags & QVL_SEQUENCE_NO_LOGITS) == 0;
+    for (int32_t done = 0; done < sequence.n_new;) {
+      const int32_t past = sequence.n_past + done;
+      const bool prompt = (sequence.flags & QVL_SEQUENCE_GENERATED) == 0 && past < sequence.prompt_len;
+      const auto room = static_cast<int32_t>(config_.max_tokens - n);
+      int32_t part = std::min(sequence.n_new - done, room);
+      if (prompt) part = std::min(part, sequence.prompt_len - past);
+      const bool last = done + part == sequence.n_new;
+      parts.push_back({&sequence, token, part, past, !prompt, last && wanted ? rows++ : -1, 0});
+      n += part;
+      token += part;
+      done += part;
+      if (n < config_.max_tokens) continue;
+      pass(stream, pool, batch, parts, logits, input);
+      parts.clear();
+      n = 0;
+    }
+  }
+  if (n > 0) pass(stream, pool, batch, parts, logits, input);
+}
+
+void Language::place(const InputArrays& at, int i, const qvl_sequence& sequence, int32_t position,
+                     int table) const {
+  at.features[i] = 0;
+  at.positions[i] = position;
+  at.angle_tables[i] = angles_.table(sequence.prompt_len);
+  at.table_of[i] = table;
+}
+
+void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
+                    float* logits, StepInput& input) {
+  PassShape shape;
+  InputSizes sizes;
+  for (const Part& part : parts) {
+    const int32_t keys = part.past + part.n;
+    shape.max_blocks = std::max(shape.max_blocks, (keys + pool.block_tokens - 1) / pool.block_tokens);
+    if (part.generated) {
+      shape.n_decode += part.n;
+      shape.max_keys = std::max(shape.max_keys, keys);
+    } else {
+      shape.n_prompt += part.n;
+      shape.tiles += (part.n + kQueryTile - 1) / kQueryTile;
+      ++sizes.pieces;
+    }
+  }
+  sizes.rows = shape.rows();
+  sizes.tables = static_cast<int>(parts.size());
+  sizes.max_blocks = shape.max_blocks;
+  sizes.tiles = shape.tiles;
+  reserve(std::min(shape.n_decode, kMaxDecodeRows), shape.max_keys);
+
+  const InputArrays host = input.begin(sizes);
+  const bool ids_here = !is_device_visible(batch.tokens);
+  int next = 0, piece = 0, tile = 0;
+  for (const bool generated : {false, true}) {
+    for (size_t table = 0; table < parts.size(); ++table) {
+      Part& part = parts[table];
+      if (part.generated != generated) continue;
+      part.first = next;
+      next += part.n;
+      const int32_t used = (part.past + part.n + pool.block_tokens - 1) / pool.block_tokens;
+      std::copy_n(part.sequence->blocks, used, host.blocks + static_cast<int>(table) * shape.max_blocks);
+      for (int32_t i = 0; i < part.n; ++i) {
+        place(host, part.first + i, *part.sequence, part.past + i, static_cast<int>(table));
+        if (ids_here) host.ids[part.first + i] = batch.tokens[part.token + i];
+      }
+      take_features(stream, batch, part, host);
+      if (generated) continue;
+      host.pieces[piece] = {part.first, part.n, part.past, static_cast<int>(table)};
+      for (int32_t offset = 0; offset < part.n; offset += kQueryTile) host.tiles[tile++] = {piece, offset};
+      ++piece;
+    }
+  }
+  const InputArrays at = input.send(stream);
+  if (!ids_here) {
+    for (const Part& part : parts)
+      copy(stream, at.ids + part.first, batch.tokens + part.token, size(part.n) * 4);
+  }
+  layers(stream, pool, at, shape);
+
+  // Runs of rows that stand side by side, in the pass as in the logits.
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (parts[i].logits < 0) continue;
+    const int first = parts[i].first + parts[i].n - 1, row = parts[i].logits;
+    int n = 1;
+    for (; i + 1 < parts.size() && n < kMaxDecodeRows; ++i, ++n) {
+      const Part& after = parts[i + 1];
+      if (after.logits != row + n || after.first + after.n - 1 != first + n) break;
+    }
+    head(stream, first, n, logits + int64_t{row} * config_.vocab);
+  }
+}
+
+void Language::take_features(CUstream stream, const qvl_batch& batch, const Part& part,
+                             const InputArrays& host) {
+  for (int32_t s = 0; s < batch.n_spans; ++s) {
+    const qvl_span& span = batch.spans[s];
+    const int64_t first = std::max<int64_t>(span.start, part.token);
+    const int64_t end = std::min<int64_t>(int64_t{span.start} + span.count, part.token + part.n);
+    if (first >= end) continue;
+    const uint64_t row = size(config_.hidden) * sizeof(float);
+    const int to = part.first + static_cast<int>(first - part.token);
+    const char* from = bytes(static_cast<const void*>(span.features)) + size(first - span.start) * row;
+    if (!is_device_visible(span.features)) {
+      if (features_.bytes() == 0) features_ = DeviceMemory(size(config_.max_tokens) * row);
+      char* const there = features_.get<char>() + size(to) * row;
+      copy(stream, there, from, size(end - first) * row);
+      from = there;
+    }
+    for (int i = 0; i < end - first; ++i) {
+      host.features[to + i] = address(from + size(i) * row);
+      host.ids[to + i] = 0;
+    }
+  }
+}
+
+void Language::product(CUstream stream, const Matrix& matrix, const void* x, const PassShape& shape,
+                       Into into, void* y) {
+  if (shape.n_prompt > 0) {
+    linear_prompt(gpu_, stream, matrix, x, matrix.in, shape.n_prompt, into, y, prompt_scratch_.get());
+  }
+  for (int done = shape.n_prompt; done < shape.rows(); done += kMaxDecodeRows) {
+    const int n = std::min(kMaxDecodeRows, shape.rows() - done);
+    linear_decode(gpu_, stream, matrix, bytes(x) + size(done) * size(matrix.in) * 2, matrix.in, n, into,
+                  bytes(y) + size(done) * row_bytes(matrix, into));
+  }
+}
+
+void Language::layers(CUstream stream, const CudaKvPool& pool, const InputArrays& at,
+                      const PassShape& shape) {
+  const int n = shape.rows(), hidden = config_.hidden;
+  auto* x = x_.get<float>();
+  embed(gpu_, stream, wte_.values, config_.vocab, hidden, at.ids, at.features, n, x);
+  const Places places{at.positions, at.angle_tables, at.table_of, at.blocks, shape.max_blocks};
+  for (int i = 0; i < config_.layers; ++i) {
+    const Layer& layer = layers_[size(i)];
+    const KvLayer kv = pool.layer(i);
+    rms_norm(gpu_, stream, x, layer.ln_1, config_.norm_epsilon, n, hidden, normed_.get());
+    product(stream, layer.c_attn, normed_.get(), shape, Into::kHalf, qkv_.get());
+    rotate_and_store(gpu_, stream, qkv_.get(), places, angles_.angles(), kv, n, q_.get());
+    if (shape.n_prompt > 0) {
+      attention_prompt(gpu_, stream, q_.get(), at.pieces, at.tiles, shape.tiles, at.blocks, shape.max_blocks,
+                       kv, mixed_.get());
+    }
+    for (int done = shape.n_prompt; done < n; done += kMaxDecodeRows) {
+      const Places of_rows{at.positions + done, at.angle_tables + done, at.table_of + done, at.blocks,
+                           shape.max_blocks};
+      const uint64_t offset = size(done) * size(hidden) * 2;
+      attention_decode(gpu_, stream, q_.get<char>() + offset, of_rows, kv, std::min(kMaxDecodeRows, n - done),
+                       shape.max_keys, decode_scratch_.get(), mixed_.get<char>() + offset);
+    }
+    product(stream, layer.attn_proj, mixed_.get(), shape, Into::kAdd, x);
+    rms_norm(gpu_, stream, x, layer.ln_2, config_.norm_epsilon, n, hidden, normed_.get());
+    product(stream, layer.gate_up, normed_.get(), shape, Into::kSiluTimes, wide_.get());
+    product(stream, layer.mlp_proj, wide_.get(), shape, Into::kAdd, x);
+  }
+}
+
+void Language::head(CUstream stream, int first, int n, float* logits) {
+  const uint64_t hidden = size(config_.hidden);
+  rms_norm(gpu_, stream, x_.get<float>() + size(first) * hidden, ln_f_, config_.norm_epsilon, n,
+           config_.hidden, normed_.get());
+  linear_decode(gpu_, stream, lm_head_, normed_.get(), config_.hidden, n, Into::kFloat, logits);
+}
+
+}  // namespace qvl::cuda

@@ -1,0 +1,77 @@
+// The language model's layers on the GPU.
+#pragma once
+
+#include <vector>
+
+#include "cuda/angles.h"
+#include "cuda/kv_pool.h"
+#include "cuda/step_input.h"
+#include "cuda/weights.h"
+
+namespace qvl::cuda {
+
+// The rows of a pass: those of prompts first, then those of decode steps.
+struct PassShape {
+  int n_prompt = 0, n_decode = 0;
+  int tiles = 0;       // of the prompts' queries
+  int max_blocks = 0;  // of a sequence
+  int max_keys = 0;    // of a decode row
+
+  int rows() const { return n_prompt + n_decode; }
+};
+
+class Language {
+ public:
+  Language(const Gpu& gpu, CUstream stream, const qvl_config& config, Weights& weights);
+
+  // Run the batch; logits float32 [wanted rows, vocab] in device memory, or NULL.
+  void forward(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, float* logits,
+               StepInput& input);
+
+  // Enqueue the layers for rows that are described in device memory.
+  void layers(CUstream stream, const CudaKvPool& pool, const InputArrays& at, const PassShape& shape);
+
+  // Logits of rows first .. first + n - 1.
+  void head(CUstream stream, int first, int n, float* logits);
+
+  // Describe row i: a token at `position` of the sequence whose block table is row `table`.
+  void place(const InputArrays& at, int i, const qvl_sequence& sequence, int32_t position, int table) const;
+
+  // Room for `rows` decode rows with up to max_keys keys. A captured graph holds as long as moved() is the
+  // same.
+  void reserve(int rows, int max_keys);
+  int moved() const { return moved_; }
+
+ private:
+  struct Layer {
+    const float *ln_1, *ln_2;
+    Matrix c_attn, attn_proj, gate_up, mlp_proj;
+  };
+  // A part of a sequence in one pass.
+  struct Part {
+    const qvl_sequence* sequence;
+    int64_t token;  // its first, in the batch
+    int32_t n, past;
+    bool generated;  // computed as a decode step does
+    int32_t logits;  // its last token's row of the logits; -1: none
+    int first;       // its first row in the pass
+  };
+
+  void pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
+            float* logits, StepInput& input);
+  void take_features(CUstream stream, const qvl_batch& batch, const Part& part, const InputArrays& host);
+  void product(CUstream stream, const Matrix& matrix, const void* x, const PassShape& shape, Into into,
+               void* y);
+
+  const Gpu& gpu_;
+  const qvl_config config_;
+  AngleTables angles_;
+  Matrix wte_, lm_head_;
+  const float* ln_f_;
+  std::vector<Layer> layers_;
+  // Scratch: activations of a pass.
+  DeviceMemory x_, normed_, qkv_, q_, mixed_, wide_, features_, prompt_scratch_, decode_scratch_;
+  int moved_ = 0;
+};
+
+}  // namespace qvl::cuda

@@ -1,0 +1,131 @@
+#include "cuda/step_graphs.h"
+
+#include <algorithm>
+
+#include "cuda/gpu.h"
+
+namespace qvl::cuda {
+namespace {
+
+constexpr int kMaxRows = 256;
+constexpr size_t kMaxGraphs = 128;
+constexpr int kRelaxed = 2;  // other threads may use the GPU during a capture
+constexpr int kFewestKeys = 256;
+
+// Rows of the graph that serves n: at most 7 more.
+int row_bucket(int n) {
+  return n <= 2 ? n : n <= 4 ? 4 : (n + 7) / 8 * 8;
+}
+
+int key_bucket(int keys, int most) {
+  int bucket = kFewestKeys;
+  while (bucket < keys) bucket *= 2;
+  return std::max(keys, std::min(bucket, most));
+}
+
+}  // namespace
+
+StepGraphs::StepGraphs(const qvl_config& config, CUcontext context, Language& language, Sampler& sampler,
+                       StepInput& input)
+    : config_(config), context_(context), language_(language), sampler_(sampler), input_(input) {
+  check(driver().cuStreamCreate(&stream_, 1), "making a stream");
+}
+
+StepGraphs::~StepGraphs() {
+  const Current current(context_);
+  for (const auto& [key, graph] : graphs_) driver().cuGraphExecDestroy(graph);
+  driver().cuStreamDestroy(stream_);
+}
+
+bool StepGraphs::serves(const qvl_batch& batch, const Picks& picks) {
+  if (batch.n_spans > 0 || batch.n_sequences > kMaxRows || picks.n != batch.n_sequences) return false;
+  for (int i = 0; i < batch.n_sequences; ++i) {
+    const qvl_sequence& s = batch.sequences[i];
+    const bool decode = s.n_past >= s.prompt_len || (s.flags & QVL_SEQUENCE_GENERATED) != 0;
+    if (s.n_new != 1 || !decode) return false;
+    if (picks.counts != nullptr && picks.counts[i] != nullptr && !is_device_visible(picks.counts[i]))
+      return false;
+  }
+  return true;
+}
+
+void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, const Picks& picks) {
+  const int n = batch.n_sequences, rows = row_bucket(n);
+  int keys = 0;
+  for (int i = 0; i < n; ++i) keys = std::max(keys, batch.sequences[i].n_past + 1);
+  const SampleKind kind = sample_kind(picks);
+  PassShape shape;
+  shape.n_decode = rows;
+  shape.max_keys = key_bucket(keys, config_.max_positions);
+  shape.max_blocks = (shape.max_keys + pool.block_tokens - 1) / pool.block_tokens;
+  InputSizes sizes;
+  sizes.rows = sizes.tables = sizes.picks = rows;
+  sizes.max_blocks = shape.max_blocks;
+  sizes.forbidden = kind.forbidden;
+
+  const InputArrays host = input_.begin(sizes);
+  const bool ids_here = !is_device_visible(batch.tokens);
+  const int32_t spare = pool.spare_block();
+  for (int i = 0; i < rows; ++i) {
+    // A row that is not there is the first token of a sequence in the spare block.
+    const qvl_sequence absent{1, 0, 1, 1, &spare, 0, 0};
+    const qvl_sequence& s = i < n ? batch.sequences[i] : absent;
+    language_.place(host, i, s, s.n_past, i);
+    host.ids[i] = ids_here && i < n ? batch.tokens[i] : 0;
+    std::copy_n(s.blocks, s.n_past / pool.block_tokens + 1, host.blocks + i * shape.max_blocks);
+  }
+  sampler_.describe(picks, rows, host);
+  const CUgraphExec graph = captured(pool, sizes, shape, kind);
+  const InputArrays at = input_.send(stream);
+  if (!ids_here) copy(stream, at.ids, batch.tokens, static_cast<uint64_t>(n) * 4);
+  check(driver().cuGraphLaunch(graph, stream), "computing on the GPU");
+  sampler_.give(stream, picks);
+}
+
+void StepGraphs::forget_moved() {
+  const int moved = input_.moved() + language_.moved() + sampler_.moved();
+  if (moved == moved_ && graphs_.size() < kMaxGraphs) return;
+  moved_ = moved;
+  for (const auto& [key, graph] : graphs_) driver().cuGraphExecDestroy(graph);
+  graphs_.clear();
+}
+
+CUgraphExec StepGraphs::captured(const CudaKvPool& pool, const InputSizes& sizes, const PassShape& shape,
+                                 const SampleKind& kind) {
+  const int rows = shape.n_decode;
+  language_.reserve(rows, shape.max_keys);
+  sampler_.reserve(rows, kind);
+  const uint64_t logits = static_cast<uint64_t>(rows) * static_cast<uint64_t>(config_.vocab) * sizeof(float);
+  if (logits_.bytes() < logits) {
+    logits_ = DeviceMemory();
+    logits_ = DeviceMemory(logits);
+    moved_ = -1;
+  }
+  forget_moved();
+  const Key key{pool.number(), rows,          shape.max_keys, kind.draws,
+                kind.changes,  kind.logprobs, kind.n_top,     kind.forbidden};
+  const auto found = graphs_.find(key);
+  if (found != graphs_.end()) return found->second;
+
+  const InputArrays at = input_.device(sizes);
+  CUgraph graph = nullptr;
+  check(driver().cuStreamBeginCapture(stream_, kRelaxed), "capturing a step");
+  try {
+    language_.layers(stream_, pool, at, shape);
+    language_.head(stream_, 0, rows, logits_.get<float>());
+    sampler_.run(stream_, logits_.get<float>(), rows, at, kind);
+  } catch (...) {
+    driver().cuStreamEndCapture(stream_, &graph);
+    if (graph != nullptr) driver().cuGraphDestroy(graph);
+    throw;
+  }
+  check(driver().cuStreamEndCapture(stream_, &graph), "capturing a step");
+  CUgraphExec made = nullptr;
+  const CUresult result = driver().cuGraphInstantiate(&made, graph, 0);
+  driver().cuGraphDestroy(graph);
+  check(result, "capturing a step");
+  graphs_.emplace(key, made);
+  return made;
+}
+
+}  // namespace qvl::cuda

@@ -1,0 +1,44 @@
+// Decode steps as CUDA graphs: the layers and the sampling of a number of rows, captured once and replayed.
+#pragma once
+
+#include <map>
+#include <tuple>
+
+#include "cuda/language.h"
+#include "cuda/sampler.h"
+
+namespace qvl::cuda {
+
+class StepGraphs {
+ public:
+  StepGraphs(const qvl_config& config, CUcontext context, Language& language, Sampler& sampler,
+             StepInput& input);
+  ~StepGraphs();
+  StepGraphs(const StepGraphs&) = delete;
+  StepGraphs& operator=(const StepGraphs&) = delete;
+
+  // Whether the step is one token of each of up to 256 sequences, all of them sampled, nothing else.
+  static bool serves(const qvl_batch& batch, const Picks& picks);
+
+  void step(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, const Picks& picks);
+
+ private:
+  // Pool, rows, keys, draws, changes, logprobs, n_top, forbidden: what is fixed in a graph.
+  using Key = std::tuple<uint64_t, int, int, bool, bool, bool, int, int>;
+
+  CUgraphExec captured(const CudaKvPool& pool, const InputSizes& sizes, const PassShape& shape,
+                       const SampleKind& kind);
+  void forget_moved();
+
+  const qvl_config config_;
+  const CUcontext context_;
+  Language& language_;
+  Sampler& sampler_;
+  StepInput& input_;
+  CUstream stream_ = nullptr;  // for capturing only
+  DeviceMemory logits_;
+  std::map<Key, CUgraphExec> graphs_;
+  int moved_ = 0;
+};
+
+}  // namespace qvl::cuda

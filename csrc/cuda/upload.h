@@ -1,0 +1,40 @@
+// Copies mapped or ordinary host memory to the GPU, at the rate of the bus or the disk.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <vector>
+
+#include "cuda/memory.h"
+
+namespace qvl::cuda {
+
+class Uploader {
+ public:
+  Uploader(CUcontext context, CUstream stream);
+  ~Uploader();
+
+  // Enqueue the copy on the stream. `from` may be let go of when this returns.
+  void copy(void* to, const void* from, uint64_t bytes);
+
+ private:
+  struct Slot {
+    HostMemory memory;
+    Mark free;  // its last copy has been read
+  };
+  struct Worker {
+    CUstream stream = nullptr;
+    Mark done;
+    std::array<Slot, 2> slots;  // one is filled while the other is read
+    size_t next = 0;
+  };
+
+  void copy_part(Worker& worker, char* to, const char* from, uint64_t bytes);
+
+  CUcontext context_;
+  CUstream stream_;
+  Mark before_;
+  std::vector<std::unique_ptr<Worker>> workers_;
+};
+
+}  // namespace qvl::cuda
