@@ -1,7 +1,4 @@
-"""The GPU against figures of the real PaddleMIX model, and every storage type against the CPU engine.
-
-Run: see README.md in this folder.
-"""
+"""A GPU against figures of the real PaddleMIX model, and its storage types against each other (tests/cuda/README.md)."""
 
 from __future__ import annotations
 
@@ -10,12 +7,17 @@ import pytest
 from engine import (
     COMPUTE_BFLOAT16,
     COMPUTE_FLOAT16,
+    DEVICE_LIBRARY,
     DTYPES,
     FLOAT32,
     INT8,
     Engine,
     make_config,
     store,
+)
+
+pytestmark = pytest.mark.skipif(
+    not DEVICE_LIBRARY, reason="needs a GPU: set QWENVL_TEST_LIBRARY (tests/cuda/README.md)"
 )
 
 # Largest errors, as a share of the largest value. The golden models have random weights, which magnify: on a CPU
@@ -63,7 +65,7 @@ def test_golden(library, golden_model, name, compute):
 @pytest.mark.parametrize("pool_dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_storage_types(library, golden_model, dtype, pool_dtype):
-    """Against float32 arithmetic in NumPy's place: the same weights as float32 in float16 arithmetic, a float32 pool."""
+    """Against the same values as float32 weights, in float16 arithmetic with a float32 pool."""
     model = golden_model("a")
     packed = store(library, model.weights, DTYPES[dtype])
     rounded = {}
