@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -81,8 +81,8 @@ class EngineExecutor:
         [features] = self._vision.encode_images(pixels[None])
         return features
 
-    def step(self, chunks: Sequence[Chunk]) -> list[int]:
-        """See Executor."""
+    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[int]]:
+        """See Executor; it has ended when this returns."""
         tokens: list[int] = []
         spans: list[tuple[int, int, NDArray[np.float32]]] = []
         counts: list[int | None] = []
@@ -112,7 +112,8 @@ class EngineExecutor:
                 counts.append(row.counts_address)
                 n_rows += 1
         self._run(tokens, spans, counts, n_entries, n_rows)
-        return self._picked[:n_rows]
+        picked = self._picked[:n_rows]
+        return lambda: picked
 
     def forget(self, generation: Generation) -> None:
         """See Executor."""

@@ -1,4 +1,4 @@
-"""A GPU against figures of the real PaddleMIX model, and its storage types against each other (tests/cuda/README.md)."""
+"""A GPU against the real PaddleMIX model's figures, and its storage types against each other (tests/cuda/README.md)."""
 
 from __future__ import annotations
 

@@ -146,15 +146,15 @@ def test_after_a_step_broken_off(opened, monkeypatch):
     expected = alone(vl, asked, monkeypatch)
     stream = asked.start(vl).submit()
     executor = vl._loop._executor
-    step, n_steps = executor.step, iter(range(99))
+    start, n_steps = executor.start, iter(range(99))
 
     def interrupted(chunks):
-        picked = step(chunks)
+        picked = start(chunks)
         if next(n_steps) % 3 == 2:
             raise KeyboardInterrupt
         return picked
 
-    monkeypatch.setattr(executor, "step", interrupted)
+    monkeypatch.setattr(executor, "start", interrupted)
     tokens = []
     while not stream.done:
         try:
