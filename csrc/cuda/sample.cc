@@ -59,12 +59,17 @@ void sample(const Gpu& gpu, CUstream stream, const float* logits, int n, int voc
   params.top_tokens = sampled.top_tokens;
   params.top_logprobs = sampled.top_logprobs;
 
+  // Few rows are shared among more blocks; whole numbers add up to the same.
+  params.bin_vectors = n <= 8 ? 1 : kScanVectors;
+
   const auto rows = static_cast<unsigned>(n), chunks = static_cast<unsigned>(params.chunks);
   if (any_changed) gpu.launch(stream, "sample_mark", {rows}, 256, 0, params, true);
   gpu.launch(stream, "sample_scan", {chunks, rows}, kScanThreads, 0, params, true);
   gpu.launch(stream, "sample_peak", {rows}, 32, 0, params, true);
   if (any_draw) {
-    gpu.launch(stream, "sample_bins", {chunks, rows}, kScanThreads, 0, params, true);
+    const int part = 4 * params.bin_vectors * kScanThreads;
+    gpu.launch(stream, "sample_bins", {static_cast<unsigned>((vocab + part - 1) / part), rows}, kScanThreads,
+               0, params, true);
     gpu.launch(stream, "sample_draw", {rows}, kSearchThreads, 0, params, true);
   }
   if (sampled.n_top > 0) gpu.launch(stream, "sample_top", {rows}, kSearchThreads, 0, params, true);

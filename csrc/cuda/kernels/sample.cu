@@ -276,9 +276,10 @@ struct DrawItems {
     low = static_cast<float>(best - to - slack);
   }
 
+  __device__ bool near(float logit) const { return logit >= low && logit <= high; }
+
   // Whether the id has a key; then its key and distance.
   __device__ bool get(int id, float logit, uint64& key, double& distance_) const {
-    if (!(logit >= low && logit <= high)) return false;
     distance_ = distance(id, logit);
     if (!(distance_ < kFarthest)) return false;
     key = __double2ull_rd(distance_ * (1ull << kStepBits)) << kIdBits | static_cast<uint32>(id);
@@ -290,13 +291,21 @@ struct DrawItems {
 struct TopItems {
   static constexpr bool kHasFirstBins = false;
   const float* logits;
+  uint32 low, high;
 
+  __device__ static uint32 upper(float logit) {
+    const uint32 bits = __float_as_uint(logit + 0.f);  // -0 becomes 0
+    return bits >> 31 != 0 ? bits : bits ^ 0x7FFFFFFF;
+  }
   __device__ uint64 weight(double) const { return 0; }
   __device__ uint64 weight_of(uint64) const { return 0; }
-  __device__ void narrow(uint64, uint64) {}
+  __device__ void narrow(uint64 first, uint64 last) {
+    low = static_cast<uint32>(first >> 32);
+    high = static_cast<uint32>(last >> 32);
+  }
+  __device__ bool near(float logit) const { return upper(logit) >= low && upper(logit) <= high; }
   __device__ bool get(int id, float logit, uint64& key, double&) const {
-    const uint32 bits = __float_as_uint(logit + 0.f);  // -0 becomes 0
-    key = static_cast<uint64>(bits >> 31 != 0 ? bits : bits ^ 0x7FFFFFFF) << 32 | static_cast<uint32>(id);
+    key = static_cast<uint64>(upper(logit)) << 32 | static_cast<uint32>(id);
     return true;
   }
 };
@@ -322,29 +331,28 @@ struct Bins {
 
 constexpr int kBinShift = 53;  // of the first level: the upper 11 bits of a key
 
-// A block for each chunk of each row: the bins of the first level.
+// A block for each bin_vectors * 4 * kScanThreads logits of each row: the bins of the first level.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
     sample_bins(const __grid_constant__ SampleParams p) {
   __shared__ Bins bins;
   start_successors();
   wait_for_predecessors();
-  const int row = blockIdx.y, first = blockIdx.x * kScanChunk + 4 * threadIdx.x;
+  const int row = blockIdx.y;
   const Pick pick = p.picks[row];
   const RowState state = p.states[row];
   if (!draws(pick, state)) return;
-  float values[kScanVectors][4];
-  load_logits(p.logits + static_cast<int64>(row) * p.vocab, p.vocab, first, values);
   bins.clear();
-  DrawItems items(p, row, pick, state);
-  items.narrow(0, ~0ull);
-#pragma unroll
-  for (int v = 0; v < kScanVectors; ++v) {
+  const DrawItems items(p, row, pick, state);
+  const int first = 4 * (blockIdx.x * p.bin_vectors * kScanThreads + threadIdx.x);
+  for (int v = 0; v < p.bin_vectors; ++v) {
+    float values[1][4];
+    load_logits(items.row.logits, p.vocab, first + 4 * v * kScanThreads, values);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int id = first + 4 * v * kScanThreads + j;
       uint64 key;
       double distance;
-      if (id < p.vocab && items.get(id, values[v][j], key, distance))
+      if (id < p.vocab && items.get(id, values[0][j], key, distance))
         bins.add(static_cast<int>(key >> kBinShift), items.weight(distance));
     }
   }
@@ -405,20 +413,26 @@ class Search {
   }
 
  private:
-  // Call each(id, logit) for the whole row.
+  // Call each(key, distance) for the ids of the row with keys first to last.
   template <typename Each>
-  __device__ void each_logit(Each&& each) {
+  __device__ void each_item(uint64 first_key, uint64 last_key, Each&& each) {
     constexpr int kVectors = 4;
+    items_.narrow(first_key, last_key);
     for (int first = 4 * threadIdx.x; first < vocab_; first += 4 * kVectors * kSearchThreads) {
       float values[kVectors][4];
       load_logits(logits_, vocab_, first, values);
+      uint32 near = 0;  // a bit for each that may be one: mostly few are
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int id = first + 4 * v * kSearchThreads + j;
-          if (id < vocab_) each(id, values[v][j]);
-        }
+        for (int j = 0; j < 4; ++j) near |= items_.near(values[v][j]) ? 1u << (4 * v + j) : 0;
+      }
+      for (; near != 0; near &= near - 1) {
+        const int bit = __ffs(near) - 1, id = first + bit / 4 * 4 * kSearchThreads + bit % 4;
+        uint64 key;
+        double distance;
+        if (id < vocab_ && items_.get(id, logits_[id], key, distance) && key >= first_key && key <= last_key)
+          each(key, distance);
       }
     }
   }
@@ -439,12 +453,8 @@ class Search {
       const uint64 first = above < 64 ? prefix << above : 0;
       const uint64 last = above < 64 ? ((prefix + 1) << above) - 1 : ~0ull;
       bins.clear();
-      items_.narrow(first, last);
-      each_logit([&](int id, float logit) {
-        uint64 key;
-        double distance;
-        if (items_.get(id, logit, key, distance) && key >= first && key <= last)
-          bins.add(static_cast<int>(key >> shift & (kSearchBins - 1)), items_.weight(distance));
+      each_item(first, last, [&](uint64 key, double distance) {
+        bins.add(static_cast<int>(key >> shift & (kSearchBins - 1)), items_.weight(distance));
       });
     }
     __syncthreads();
@@ -528,13 +538,7 @@ class Search {
     __syncthreads();
     if (threadIdx.x == 0) room_.n_kept = 0;
     __syncthreads();
-    items_.narrow(first, last);
-    each_logit([&](int id, float logit) {
-      uint64 key;
-      double distance;
-      if (items_.get(id, logit, key, distance) && key >= first && key <= last)
-        room_.keys[atomicAdd(&room_.n_kept, 1)] = key;
-    });
+    each_item(first, last, [&](uint64 key, double) { room_.keys[atomicAdd(&room_.n_kept, 1)] = key; });
     __syncthreads();
     n_kept_ = room_.n_kept;
     sort();
@@ -596,7 +600,7 @@ class Search {
 };
 
 // A block a row: the token at `fraction` of the weight that top-k and then top-p leave.
-extern "C" __global__ void __launch_bounds__(kSearchThreads)
+extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
     sample_draw(const __grid_constant__ SampleParams p) {
   __shared__ SearchRoom room;
   start_successors();
@@ -623,7 +627,7 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads)
 }
 
 // A block a row: the n_top likeliest.
-extern "C" __global__ void __launch_bounds__(kSearchThreads)
+extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
     sample_top(const __grid_constant__ SampleParams p) {
   __shared__ SearchRoom room;
   start_successors();
@@ -631,7 +635,7 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads)
   const int row = blockIdx.x, thread = threadIdx.x;
   const RowState state = p.states[row];
   const bool broken = state.peak < 0;
-  TopItems items{p.logits + static_cast<int64>(row) * p.vocab};
+  TopItems items{p.logits + static_cast<int64>(row) * p.vocab, 0, 0};
   if (!broken) {
     Search<TopItems> search(room, items, items.logits, p.vocab, p, row);
     uint64 key, through;

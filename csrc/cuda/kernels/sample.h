@@ -31,6 +31,7 @@ struct SampleParams {
   const Pick* picks;
   const int* forbidden;
   int vocab, chunks;
+  int bin_vectors;  // float4 a thread of sample_bins
   bool any_draw, any_changed, want_floor;
   double weight_one;  // what the weight 1 is in whole numbers, such that a row's sum stays under 2^63
 
