@@ -59,7 +59,7 @@ app.command("export-language")(evaluated(export.export_language))
 app.command("verify")(verify.verify)
 app.command("convert")(convert.convert)
 app.command("make-tiny")(make_tiny.make_tiny)
-app.command("build-engine")(build_engine.build_engine)
+app.command("build-engine")(evaluated(build_engine.build_engine))
 app.command("build-ops", hidden=True)(build_engine.build_engine)  # its earlier name
 app.command("run")(run.run)
 app.command("doctor")(doctor.doctor)

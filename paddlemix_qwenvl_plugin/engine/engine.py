@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Sequence
 from ctypes import byref, c_void_p, sizeof
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,10 +61,23 @@ class Weights:
 
 
 class Engine:
-    """An engine for one stage, library.VISION or library.LANGUAGE, on the CPU."""
+    """An engine for one stage, library.VISION or library.LANGUAGE."""
 
-    def __init__(self, weights: Weights, config: ModelConfig, stage: int) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        config: ModelConfig,
+        stage: int,
+        gpu: Optional[int] = None,
+        compute: str = "best",
+        max_tokens: int = 0,
+    ) -> None:
         """
+        Args:
+            gpu: None: on the CPU. Else gpu.load has been called for it.
+            compute: what products are computed in, a key of library.COMPUTE.
+            max_tokens: tokens in one pass over the layers; 0: 512.
+
         Raises:
             QwenVLError: a weight is missing or has another shape than the config asks for.
         """
@@ -73,6 +86,10 @@ class Engine:
         described = c.Config(
             size=sizeof(c.Config),
             stages=stage,
+            device=c.CPU if gpu is None else c.CUDA,
+            device_index=gpu or 0,
+            max_tokens=max_tokens,
+            compute=c.COMPUTE[compute],
             n_threads=cpu_threads(),
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
@@ -107,7 +124,7 @@ class Engine:
 
 
 class KvPool:
-    """Keys and values in `n_blocks` blocks of `block_tokens` tokens; memory is taken as blocks are written."""
+    """Keys and values in `n_blocks` blocks of `block_tokens` tokens; on a CPU memory is taken as blocks are written."""
 
     def __init__(self, engine: Engine, n_blocks: int, block_tokens: int, dtype: str) -> None:
         self.handle = c_void_p()

@@ -17,13 +17,19 @@ from ctypes import (
     c_uint64,
     c_void_p,
 )
-from typing import Any
+from typing import Any, Optional
 
 from paddlemix_qwenvl_plugin.engine.build import library
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4_g64": 3, "int4_g128": 4, "float16": 5}
 """The codes of qvl_dtype."""
+
+COMPUTE = {"best": 0, "float32": 1, "bfloat16": 2, "float16": 3}
+"""The codes of qvl_compute."""
+
+CPU, CUDA = 0, 1
+"""QVL_DEVICE_*."""
 
 VISION, LANGUAGE = 1, 2
 """QVL_STAGE_*."""
@@ -209,8 +215,8 @@ def failure(error: Error) -> QwenVLError:
     return QwenVLError(error.message.decode("utf-8", "replace"))
 
 
-def device_info() -> DeviceInfo:
-    """The processor, and the memory that this process may use."""
+def device_info(gpu: Optional[int] = None) -> DeviceInfo:
+    """A GPU, or the processor and the memory that this process may use."""
     info = DeviceInfo(size=ctypes.sizeof(DeviceInfo))
-    call("qvl_get_device_info", 0, 0, byref(info))
+    call("qvl_get_device_info", CPU if gpu is None else CUDA, gpu or 0, byref(info))
     return info

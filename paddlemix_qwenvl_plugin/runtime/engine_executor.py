@@ -16,15 +16,17 @@ from paddlemix_qwenvl_plugin.artifact.params_file import read_tensors
 from paddlemix_qwenvl_plugin.engine import library as c
 from paddlemix_qwenvl_plugin.engine.engine import Engine, KvPool, NamedTensor, Weights
 from paddlemix_qwenvl_plugin.runtime.generation import Generation
+from paddlemix_qwenvl_plugin.runtime.gpu_memory import check_room
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits, images_of
 
 _BLOCK_TOKENS = 32
 _STEP_TOKENS = 512
+_GPU_STEP_TOKENS = 2048
 _MAX_RUNNING = 256
 
-# The KV cache takes memory as it is filled, at most this part of what is free when the model is opened.
+# On a CPU the KV cache takes memory as it is filled, at most this part of what is free when the model is opened.
 _CACHE_SHARE = 0.25
 _CACHE_CONTEXTS = 64
 
@@ -34,20 +36,39 @@ _numbers = itertools.count()
 class EngineExecutor:
     """See Executor."""
 
-    def __init__(self, vision: Stage, language: Stage, n_blocks: int | None = None) -> None:
-        """`n_blocks` of the KV cache; None: a share of the free memory."""
+    def __init__(
+        self, vision: Stage, language: Stage, n_blocks: int | None = None, gpu_memory: float = 0.9
+    ) -> None:
+        """
+        Args:
+            n_blocks: of the KV cache; None: a share of the free memory.
+            gpu_memory: that share, of a GPU's memory which the weights leave.
+
+        Raises:
+            QwenVLError: the GPU has too little memory.
+        """
         self._vision_stage = vision
+        self._gpu = gpu = language.gpu
         config = language.manifest.config
         self._vocab_size = config.vocab_size
-        self._language = Engine(_weights(language), config, c.LANGUAGE)
-        dtype = "float32" if language.manifest.dtype == "float32" else "bfloat16"
+        full = language.manifest.dtype == "float32"
+        self._compute, dtype, step_tokens = "best", "float32" if full else "bfloat16", _STEP_TOKENS
+        if gpu is not None:
+            device = c.device_info(gpu)
+            check_room(vision, language, device.free_bytes, gpu_memory)
+            has_bfloat16 = device.compute_major >= 8 and language.manifest.dtype != "float16"
+            self._compute = dtype = "bfloat16" if has_bfloat16 else "float16"
+            step_tokens = _GPU_STEP_TOKENS
+            _ = self._vision  # the cache gets a share of what both stages leave
+        self._language = self._engine(language, c.LANGUAGE)
         context = -(-config.max_position_embeddings // _BLOCK_TOKENS)
         if n_blocks is None:
             block_bytes = KvPool.block_bytes(self._language, _BLOCK_TOKENS, dtype)
-            affordable = int(c.device_info().free_bytes * _CACHE_SHARE) // block_bytes
+            share = _CACHE_SHARE if gpu is None else gpu_memory
+            affordable = int(c.device_info(gpu).free_bytes * share) // block_bytes
             n_blocks = max(context, min(affordable, _CACHE_CONTEXTS * context))
         self._pool = KvPool(self._language, n_blocks, _BLOCK_TOKENS, dtype)
-        self.limits = Limits(_MAX_RUNNING, _STEP_TOKENS, n_blocks, _BLOCK_TOKENS)
+        self.limits = Limits(_MAX_RUNNING, step_tokens, n_blocks, _BLOCK_TOKENS)
         self._rows: dict[Generation, _Row] = {}
         self._batch = c.Batch(
             size=ctypes.sizeof(c.Batch),
@@ -68,7 +89,11 @@ class EngineExecutor:
 
     @cached_property
     def _vision(self) -> Engine:
-        return Engine(_weights(self._vision_stage), self._vision_stage.manifest.config, c.VISION)
+        return self._engine(self._vision_stage, c.VISION)
+
+    def _engine(self, stage: Stage, which: int) -> Engine:
+        max_tokens = 0 if self._gpu is None else _GPU_STEP_TOKENS
+        return Engine(_weights(stage), stage.manifest.config, which, self._gpu, self._compute, max_tokens)
 
     def load(self, vision: bool) -> None:
         """See Executor; the language stage is there already."""

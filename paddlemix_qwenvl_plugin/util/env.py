@@ -73,11 +73,36 @@ class Folder:
         return Path(text) if text else None
 
 
+@dataclass(frozen=True)
+class Text:
+    """A variable with a word of any kind; who reads it checks it. Unset or empty: None."""
+
+    name: str
+    values: str
+    shown_default: str
+    meaning: str
+
+    def read(self) -> Optional[str]:
+        return os.environ.get(self.name) or None
+
+
 ENGINE = Choice(
     "QWENVL_ENGINE",
     ("auto", "fused", "portable"),
     "whether exports have programs of the engine and predictors take them: where it can be built, always (or an "
     "error), or never; a flag `--engine` goes before it",
+)
+DEVICE = Text(
+    "QWENVL_DEVICE",
+    "`cpu`, `gpu` or `gpu:N`",
+    "`cpu`",
+    "where the engine's operators for Paddle compute, in programs that do not say it; of the stock scripts: instead of "
+    "their `--device`",
+)
+CUDA_KERNELS = Folder(
+    "QWENVL_CUDA_KERNELS",
+    "built on first use",
+    "a folder of GPU kernels (`*.cubin`) that are taken as they are",
 )
 CACHE_DIR = Folder("QWENVL_CACHE_DIR", "the user's cache folder", "where the built engine is kept")
 NO_BUILD = Switch(
@@ -92,4 +117,14 @@ REAL_TIME_SAVE_DIR = Folder(
     "where the stock predictor's `real_time_save.*` files are written and read",
 )
 
-VARIABLES = (ENGINE, CACHE_DIR, NO_BUILD, PLUGIN, PLUGIN_DEBUG, DEBUG, REAL_TIME_SAVE_DIR)
+VARIABLES = (
+    ENGINE,
+    DEVICE,
+    CUDA_KERNELS,
+    CACHE_DIR,
+    NO_BUILD,
+    PLUGIN,
+    PLUGIN_DEBUG,
+    DEBUG,
+    REAL_TIME_SAVE_DIR,
+)
