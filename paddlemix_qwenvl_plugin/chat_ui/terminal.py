@@ -7,7 +7,6 @@ import contextlib
 import io
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping
 
 from PIL import Image
@@ -35,8 +34,6 @@ class Terminal:
     """See View."""
 
     def __init__(self) -> None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # for what the terminal's encoding lacks
         self._console = Console()
 
     def text(self, text: str) -> None:

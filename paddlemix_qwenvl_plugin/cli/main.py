@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -23,6 +24,7 @@ from paddlemix_qwenvl_plugin.cli import (
     predict,
     recipes,
     run,
+    signals,
     verify,
 )
 from paddlemix_qwenvl_plugin.cli.options import GenerationCommand, evaluated
@@ -71,17 +73,19 @@ app.add_typer(patches.app, name="patches")
 def main() -> None:
     """Run the command line.
 
-    An error ends as one line on stderr and exit code 1 (failure), 2 (usage) or 130 (interrupted).
+    An error ends as one line on stderr and exit code 1 (failure), 2 (usage), 130 (interrupted), 143 (SIGTERM) or 129
+    (SIGHUP).
     """
+    _mend_streams()
     # Notes for Paddle's developers, in C++ and in Python.
     os.environ.setdefault("GLOG_minloglevel", "2")
     warnings.filterwarnings("ignore", message="No ccache found")
     try:
-        code = app(prog_name="qwenvl", standalone_mode=False) or 0
+        with signals.ending():
+            code = app(prog_name="qwenvl", standalone_mode=False) or 0
         if code == 130:  # some versions of typer make this of Ctrl-C, others let it through
             raise KeyboardInterrupt
-        if sys.stdout is not None:
-            sys.stdout.flush()  # a full disk shows here, while it can still be reported
+        sys.stdout.flush()  # a full disk shows here, while it can still be reported
     except QwenVLError as error:
         _fail(line_of(error), error.exit_code)
     except _ClickException as error:
@@ -89,6 +93,8 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
+    except signals.Terminated as error:
+        _fail("terminated", int(error.code or 0))
     except BrokenPipeError:
         # Who reads the output has gone, as in `qwenvl recipes list | head -1`: there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -100,6 +106,19 @@ def main() -> None:
         what = name if said == name else f"{name}: {said[:200]}"
         _fail(f"internal error: {what} (run with --debug for the traceback)", 1)
     sys.exit(code)
+
+
+def _mend_streams() -> None:
+    """Have a standard stream for each that is closed, and an output that takes every character.
+
+    Opened in this order they take the numbers 0 to 2, so that no other file gets them, and with it what C++ code
+    prints.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, code: int) -> NoReturn:

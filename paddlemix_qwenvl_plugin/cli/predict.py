@@ -88,6 +88,8 @@ def predict(
         from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
 
         write_beside(draw, draw_boxes(parts[-1]["image"], answer.boxes).save)
-    print(json.dumps(result, ensure_ascii=False) if as_json else answer.text)
+    # JSON has escapes of its own for what the output's encoding lacks.
+    utf_8 = sys.stdout.encoding.lower().replace("_", "-") == "utf-8"
+    print(json.dumps(result, ensure_ascii=not utf_8) if as_json else answer.text)
     for problem in answer.problems:
         print(f"qwenvl: {problem}", file=sys.stderr)

@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple, Optional
 
@@ -315,7 +316,7 @@ def _run_all(
         while waiting or running:
             while waiting and len(running) < cpu_threads():
                 number, command = waiting.pop(0)
-                with (folder / f"{number}.out").open("wb") as out:
+                with (folder / f"{number}.out").open("wb") as out, _signals_later():
                     running[number] = subprocess.Popen(
                         command,
                         stdin=subprocess.DEVNULL,
@@ -331,7 +332,26 @@ def _run_all(
             if not ended:
                 time.sleep(0.02)
     finally:
-        for process in running.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with _signals_later():
+            for process in running.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """Put off what Ctrl-C and SIGTERM do until the block has ended, so that no process is started and not known."""
+    came: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python calls handlers in no other
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    for late in came:
+        signal.raise_signal(late)

@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from paddlemix_qwenvl_plugin.batch.journal import Journal
+from paddlemix_qwenvl_plugin.cli.signals import Terminated
 
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
 WTE = "transformer.llm.wte.weight"
@@ -1268,6 +1269,7 @@ def _(bench: Bench) -> list[str]:
 cases(
     {
         "Ctrl-C": lambda bench: bench.raising(KeyboardInterrupt()),
+        "SIGTERM": lambda bench: bench.raising(Terminated(143)),
         "the memory is used up": lambda bench: bench.raising(MemoryError()),
         "a defect of qwenvl": lambda bench: bench.raising(RuntimeError("no such thing\nat all")),
     }
