@@ -30,6 +30,7 @@ from paddlemix_qwenvl_plugin.artifact.weights import Weight, stage_weights
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
 from paddlemix_qwenvl_plugin.engine.library import DTYPES
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.files import write_beside
 
 ALIGNMENT = 64
 
@@ -78,8 +79,8 @@ def write_params(
         QwenVLError: a value is not a finite number.
     """
     offsets: dict[str, int] = {}
-    partial = path.with_name(path.name + ".partial")
-    try:
+
+    def write(partial: Path) -> None:
         with partial.open("wb") as file:
             for name, record in records.items():
                 file.write(_record_head(record, name, weights[name], file.tell()))
@@ -98,9 +99,8 @@ def write_params(
             os.fsync(file.fileno())
         if offsets:  # a slip of this package, not of the user's
             raise AssertionError(f"parameters without weights: {sorted(offsets)}")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_beside(path, write)
 
 
 def read_tensors(path: Path, manifest: Manifest) -> list[Entry]:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.checkpoint.table_pickle import DAMAGED, RefusedError, TableUnpickler, first_line
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.checkpoint.table_pickle import DAMAGED, RefusedError, TableUnpickler
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
 
 # Class of a storage in the pickle -> dtype here, and as NumPy has it.
 _STORAGES = {
@@ -62,7 +62,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise QwenVLError(f"{path}: {error}; only tables of tensors are read") from error
     except _DAMAGED as error:
         raise QwenVLError(
-            f"{path}: not a PyTorch weight file (of PyTorch 1.6 or newer), or truncated ({first_line(error)})"
+            f"{path}: not a PyTorch weight file (of PyTorch 1.6 or newer), or truncated ({first_line(error)[:200]})"
         ) from error
     return tensors
 
@@ -77,7 +77,7 @@ def read_tensor(path: Path, tensor: StoredTensor) -> NDArray[np.generic]:
         with zipfile.ZipFile(path) as archive:
             values = np.frombuffer(archive.read(tensor.member), tensor.numpy_dtype)
     except _DAMAGED as error:
-        raise QwenVLError(f"{path}: {tensor.member} cannot be read ({first_line(error)})") from error
+        raise QwenVLError(f"{path}: {tensor.member} cannot be read ({first_line(error)[:200]})") from error
     strides = [stride * values.itemsize for stride in tensor.strides]
     view = np.lib.stride_tricks.as_strided(values[tensor.start :], tensor.shape, strides, writeable=False)
     return np.ascontiguousarray(view)

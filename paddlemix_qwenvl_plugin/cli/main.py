@@ -27,7 +27,7 @@ from paddlemix_qwenvl_plugin.cli import (
     signals,
     verify,
 )
-from paddlemix_qwenvl_plugin.cli.options import GenerationCommand, evaluated
+from paddlemix_qwenvl_plugin.cli.options import GenerationCommand, evaluated, open_model
 from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.debug import print_traceback_if_debugging
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line, line_of, one_line
@@ -53,9 +53,9 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
 
 
 app.command("demo")(demo.demo)
-app.command("predict", cls=GenerationCommand)(evaluated(predict.predict))
-app.command("batch", cls=GenerationCommand)(evaluated(batch.batch))
-app.command("chat", cls=GenerationCommand)(evaluated(chat.chat))
+app.command("predict", cls=GenerationCommand)(evaluated(predict.predict, open_pair=open_model))
+app.command("batch", cls=GenerationCommand)(evaluated(batch.batch, open_pair=open_model))
+app.command("chat", cls=GenerationCommand)(evaluated(chat.chat, open_pair=open_model))
 app.command("export-vision")(evaluated(export.export_vision))
 app.command("export-language")(evaluated(export.export_language))
 app.command("verify")(verify.verify)

@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
-from paddlemix_qwenvl_plugin.cli import options as flags
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.files import check_target, write_beside, write_text
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 _DRAW_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def predict(
     context: typer.Context,
-    first_model_path: flags.FirstModelPath,
-    second_model_path: flags.SecondModelPath,
-    model: flags.ModelFolder = None,
+    open_pair: Callable[[], QwenVL],
     image: Optional[list[str]] = typer.Option(
         None, "--image", help="Picture: path, data URL or http(s) URL; may be repeated."
     ),
     prompt: str = typer.Option("", "--prompt", help="Question or instruction."),
     chat: bool = typer.Option(False, "--chat", help="Use the chat form (Qwen-VL-Chat)."),
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message (chat)."),
-    device: flags.Device = "cpu",
-    picture_label: flags.PictureLabel = None,
-    allow_http: flags.AllowHttp = False,
-    allow_private_http: flags.AllowPrivateHttp = False,
-    verify: flags.Verify = False,
     as_json: bool = typer.Option(False, "--json", help="Print the whole answer as JSON."),
     output: Optional[Path] = typer.Option(
         None, "--output", help="Also write the answer as JSON to this file."
@@ -62,16 +56,7 @@ def predict(
         raise UsageError(f"{real_time_save}: no such folder")
     if draw is not None and draw.suffix.lower() not in _DRAW_FORMATS:
         raise UsageError(f"--draw {draw}: not a picture format; name it .png or .jpg")
-    pair = flags.open_model(
-        first_model_path,
-        second_model_path,
-        model,
-        device,
-        picture_label,
-        allow_http,
-        allow_private_http,
-        verify,
-    )
+    pair = open_pair()
     parts: list[dict[str, Any]] = [{"image": source} for source in sources]
     if draw is not None:  # opened once, to ask about it and to draw on it
         parts[-1]["image"] = pair.load_images(sources[-1:])[0]

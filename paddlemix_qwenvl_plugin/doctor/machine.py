@@ -147,7 +147,7 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
     wheel = next(
         (
             wheel
-            for wheel in pins.load().paddle.gpu_wheels
+            for wheel in pins.load().gpu_wheels
             if wheel.version == paddle.data["distributions"].get("paddlepaddle-gpu")
         ),
         None,

@@ -11,12 +11,10 @@ from paddle import nn
 from paddlemix_qwenvl_plugin.artifact.weights import Weight
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
-from paddlemix_qwenvl_plugin.engine.library import DTYPES
+from paddlemix_qwenvl_plugin.engine.library import DTYPES, LANGUAGE, VISION
 from paddlemix_qwenvl_plugin.engine.operators import call
 from paddlemix_qwenvl_plugin.engine.quantize import packed_bytes
 from paddlemix_qwenvl_plugin.modeling.layers import parameter_attr
-
-_VISION, _LANGUAGE = 1, 2
 
 # What the engine reads of the 22 stock inputs, in the order of the operator (the others: see StockGeneration).
 _STOCK_PLACES = {
@@ -84,7 +82,7 @@ class FusedStage(nn.Layer):
 class FusedVision(FusedStage):
     """Stage 1, with the inputs and outputs of VisionModel."""
 
-    _stage = _VISION
+    _stage = VISION
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
         return self._call("qwenvl_encode_images", {"images": images}, ("features",))[0]
@@ -93,7 +91,7 @@ class FusedVision(FusedStage):
 class FusedGeneration(FusedStage):
     """Stage 2 in one run, with the inputs and outputs of StockGeneration."""
 
-    _stage = _LANGUAGE
+    _stage = LANGUAGE
 
     def forward(self, *inputs: paddle.Tensor) -> list[paddle.Tensor]:
         read = {name: inputs[place] for name, place in _STOCK_PLACES.items()}

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.sources import is_data_url, without_password
 
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
@@ -120,11 +121,9 @@ def describe_source(source: Any) -> str:
         return "PIL image"
     if isinstance(source, (bytes, bytearray)):
         return "image bytes"
-    name = str(source)
-    if name[:5].lower() == "data:":
+    if is_data_url(str(source)):
         return "data URL"
-    name = re.sub(r"^(\w+://)[^/?#]*@", r"\1", name)
-    name = "".join(c if c.isprintable() else "?" for c in name)
+    name = "".join(c if c.isprintable() else "?" for c in without_password(str(source)))
     return name if len(name) <= 120 else f"{name[:80]}…{name[-39:]}"
 
 

@@ -11,17 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 from PIL import Image
 
-from paddlemix_qwenvl_plugin.processing.tokenizer import (
-    IMAGE_TAGS,
-    PICTURE_LABEL,
-    AllowedSpecial,
-    QwenTokenizer,
-    check_picture_label,
-)
+from paddlemix_qwenvl_plugin.processing.tokenizer import IMAGE_TAGS, PICTURE_LABEL, QwenTokenizer
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.sources import is_data_url
 
@@ -85,20 +79,10 @@ def render(parts: Sequence[Part], start: int = 1, label: str = PICTURE_LABEL) ->
     return text, images
 
 
-def base_prompt(
-    tokenizer: QwenTokenizer,
-    parts: Sequence[Part],
-    *,
-    label: Optional[str] = None,
-    allowed_special: AllowedSpecial = IMAGE_TAGS,
-) -> Prompt:
-    """The prompt of the base model: the parts, one after the other.
-
-    `label` as in `render`, default: the tokenizer's. Special tokens other than `allowed_special` are plain text.
-    Raises UsageError as `render` does, and for a label that is none.
-    """
-    text, images = render(parts, label=_label(tokenizer, label))
-    return Prompt(text, tokenizer.encode(text, allowed_special), images)
+def base_prompt(tokenizer: QwenTokenizer, parts: Sequence[Part]) -> Prompt:
+    """The prompt of the base model: the parts, one after the other. Raises UsageError as `render` does."""
+    text, images = render(parts, label=tokenizer.picture_label)
+    return Prompt(text, tokenizer.encode(text), images)
 
 
 def chat_prompt(
@@ -107,22 +91,20 @@ def chat_prompt(
     history: Sequence[tuple[Query, str]] = (),
     system: str = "You are a helpful assistant.",
     max_window: int = 6144,
-    *,
-    label: Optional[str] = None,
 ) -> Prompt:
     """The prompt of the chat model: system, the (query, answer) turns of `history`, and the new query.
 
     Turns are kept from the newest backwards while they and the system text take less than `max_window`
     tokens; the new query is always kept and not counted. The images of a dropped turn are dropped with it.
-    Pictures are numbered through the whole conversation, dropped turns included. `label` as in `base_prompt`.
+    Pictures are numbered through the whole conversation, dropped turns included.
 
     Role and content are tokenised apart, and ChatML's own tokens are plain text in a content. An answer or a
     system text with picture tags does not make a picture: the tags are plain text there. An answer is written as
     it is given: the official code strips the white space around one before it makes it history.
 
-    Raises UsageError for a query, a history, a system text or a label of another form.
+    Raises UsageError for a query, a history or a system text of another form.
     """
-    label = _label(tokenizer, label)
+    label = tokenizer.picture_label
     new_line = tokenizer.encode("\n")
 
     def opening(role: str) -> list[int]:
@@ -195,10 +177,6 @@ def image_spans(input_ids: Sequence[int], img_start_id: int, n_image_slots: int)
     if start is not None:
         raise QwenVLError(f"<img> at token {start} has no </img> after it")
     return spans
-
-
-def _label(tokenizer: QwenTokenizer, label: Optional[str]) -> str:
-    return tokenizer.picture_label if label is None else check_picture_label(label)
 
 
 def _query_text(query: Query, where: str, start: int, label: str) -> tuple[str, list[Any]]:

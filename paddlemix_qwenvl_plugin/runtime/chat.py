@@ -41,22 +41,19 @@ class Chat:
         self._image_size: Optional[tuple[int, int]] = None
 
     def ask(self, query: Query, **options: Any) -> AnswerStream:
-        """Answer the next turn, in pieces; one turn at a time. See `ask_with`."""
-        return self.ask_with(query, GenerationOptions.of(options))
-
-    def ask_with(self, query: Query, options: GenerationOptions) -> AnswerStream:
         """Answer the next turn, in pieces; one turn at a time.
 
         A stream that is closed early counts as a turn with what was said until then, if anything was.
 
         Args:
             query: text, or a list of parts (processing/prompts.py).
-            options: sampling parameters and limits.
+            options: see GenerationOptions.
 
         Raises:
             UsageError, QwenVLError: one line that names the part, image or option.
         """
         start = time.perf_counter()
+        chosen = GenerationOptions.of(options)
         if isinstance(query, str):
             query = [{"text": query}]
         tokenizer = self._vl.tokenizer
@@ -77,7 +74,7 @@ class Chat:
             prompt,
             images,
             tokenizer.chat_stop_token_ids,
-            options,
+            chosen,
             image_size,
             time.perf_counter() - start,
             remember,

@@ -7,9 +7,12 @@ batch row, little-endian.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+from paddlemix_qwenvl_plugin.util.files import write_beside
 
 _NAME = "real_time_save.temp_ids_rank_0_step_"
 
@@ -26,7 +29,5 @@ def write_tokens(folder: Path, tokens: Sequence[Sequence[int]], end_token: int) 
         old.unlink()
     for step in range(max(map(len, tokens), default=0)):
         values = [row[step] if step < len(row) else end_token for row in tokens]
-        path = folder / f"{_NAME}{step + 1}"
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(b"11" + np.asarray(values, "<i8").tobytes())
-        partial.replace(path)
+        content = b"11" + np.asarray(values, "<i8").tobytes()
+        write_beside(folder / f"{_NAME}{step + 1}", partial(Path.write_bytes, data=content))

@@ -124,9 +124,6 @@ class AnswerStream(Iterator[Piece]):
             },
         )
 
-    def _is_stopping(self) -> bool:
-        return self._stopping
-
     def _assemble(self) -> Generator[Piece, None, None]:
         builder = PieceBuilder(self._tokenizer)
         for token in self._tokens:
@@ -141,7 +138,7 @@ class AnswerStream(Iterator[Piece]):
         failed = False
         try:
             while not self._stopping:
-                loop.advance(generation, self._n_seen, self._is_stopping)
+                loop.advance(generation, self._n_seen, lambda: self._stopping)
                 if len(generation.tokens) == self._n_seen:
                     return
                 self._n_seen += 1

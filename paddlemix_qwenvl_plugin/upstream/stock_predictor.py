@@ -26,6 +26,7 @@ from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
 from paddlemix_qwenvl_plugin.upstream.patching import replace
 from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.errors import make_folder
+from paddlemix_qwenvl_plugin.util.machine import paddle_gpus
 from paddlemix_qwenvl_plugin.util.notice import notice
 
 # Places in the stock inputs (artifact/contract.py).
@@ -124,7 +125,7 @@ class LanguageModel:
 
 
 def _device(asked: str) -> str:
-    if asked == "gpu" and not (paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
+    if asked == "gpu" and not paddle_gpus():
         notice("--device gpu: Paddle has no GPU here, running on the CPU")
         return "cpu"
     if asked == "cpu":

@@ -165,10 +165,24 @@ def test_exporter_without_the_plugin(tree, golden, tmp_path):
     assert not (tmp_path / "vision" / "vision.manifest.json").exists()
 
 
+def test_exporter_of_another_name(golden, tmp_path):
+    """What is saved decides, whatever the script is called."""
+    tree = tmp_path / "tree"
+    shutil.copytree(MADE_UP, tree)
+    scripts = tree / "deploy" / "qwen_vl"
+    (scripts / "export_image_encoder.py").rename(scripts / "my_exporter.py")
+    done = export_encoder(tree, golden("a").folder, tmp_path, script="my_exporter.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "upstream loads" not in done.stdout
+    assert (tmp_path / "vision" / "vision.manifest.json").is_file()
+
+
 def test_other_scripts_and_other_models_get_upstream_s(golden, tmp_path):
     folder = golden("a").folder
     done = export_encoder(MADE_UP, folder, tmp_path, script="another_script.py")
-    assert f"upstream loads {folder} as float16" in done.stdout
+    assert done.stdout.splitlines() == [f"upstream loads {folder} as float16", "sizes [1, 3, 2, 3] 2 False"]
+    assert (tmp_path / "vision" / "vision.pdiparams").is_file()
+    assert not (tmp_path / "vision" / "vision.manifest.json").exists()
     other = tmp_path / "qwen-without-eyes"
     other.mkdir()
     config = {**golden("a").config}
@@ -176,7 +190,28 @@ def test_other_scripts_and_other_models_get_upstream_s(golden, tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     done = export_encoder(MADE_UP, other, tmp_path)
     assert f"upstream loads {other} as float16" in done.stdout
-    assert (tmp_path / "vision" / "vision.pdiparams").is_file()
+    assert not (tmp_path / "vision" / "vision.manifest.json").exists()
+
+
+@pytest.mark.parametrize("tree", [real])
+def test_model_that_is_run_is_upstream_s(tree, golden, tmp_path):
+    """PaddleMIX's own class, though the hook was there first: it is used in ways that its scripts use it."""
+    model = golden("a")
+    weights = folders.renamed(model.weights, "paddlemix", transpose=False)
+    folder = folders.write(tmp_path / "model", model.folder / "config.json", weights, "safetensors")
+    np.save(tmp_path / "images.npy", model.images)
+    done = run(
+        tree,
+        HERE / "drive_model.py",
+        folder,
+        tmp_path / "images.npy",
+        tmp_path / "features.npy",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    want = model.figures["features_every_16th_query"]
+    features = np.load(tmp_path / "features.npy")
+    assert np.abs(features[:, ::16] - want).max() < 1e-4 * np.abs(want).max()
 
 
 def test_predictor_of_other_size(two_layers, tmp_path):

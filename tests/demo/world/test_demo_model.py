@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.demo.score import mark, score
 from paddlemix_qwenvl_plugin.demo.world.draw import draw
 from paddlemix_qwenvl_plugin.demo.world.sample import Sample
 from paddlemix_qwenvl_plugin.demo.world.scene import random_scene
-from paddlemix_qwenvl_plugin.demo.world.tasks import conversation, held_out
+from paddlemix_qwenvl_plugin.demo.world.tasks import held_out
 from paddlemix_qwenvl_plugin.processing.images import preprocess
 from paddlemix_qwenvl_plugin.processing.prompts import base_prompt, chat_prompt
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
@@ -113,6 +113,7 @@ def test_the_trainer_computes_the_same_logits() -> None:
 
 def test_training_rows_are_the_chat_prompts() -> None:
     pytest.importorskip("torch", reason=NO_TORCH)
+    from tools.train_demo.conversation import conversation
     from tools.train_demo.rows import NAME, ONE, make_row
 
     tokenizer = QwenTokenizer.from_folder(FOLDER)
