@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.artifact.params_file import read_tensors
 from paddlemix_qwenvl_plugin.engine import library as c
-from paddlemix_qwenvl_plugin.engine.engine import Engine, KvPool, NamedTensor, Weights
+from paddlemix_qwenvl_plugin.engine.engine import (
+    DeviceArray,
+    Engine,
+    KvPool,
+    NamedTensor,
+    PickedTokens,
+    Weights,
+)
 from paddlemix_qwenvl_plugin.runtime.generation import Generation
 from paddlemix_qwenvl_plugin.runtime.gpu_memory import check_room
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -37,18 +44,25 @@ class EngineExecutor:
     """See Executor."""
 
     def __init__(
-        self, vision: Stage, language: Stage, n_blocks: int | None = None, gpu_memory: float = 0.9
+        self,
+        vision: Stage,
+        language: Stage,
+        n_blocks: int | None = None,
+        gpu_memory: float = 0.9,
+        ahead: bool | None = None,
     ) -> None:
         """
         Args:
             n_blocks: of the KV cache; None: a share of the free memory.
             gpu_memory: that share, of a GPU's memory which the weights leave.
+            ahead: start a step while the one before it is computed (loop.py); None: on a GPU.
 
         Raises:
             QwenVLError: the GPU has too little memory.
         """
         self._vision_stage = vision
         self._gpu = gpu = language.gpu
+        self._ahead = gpu is not None if ahead is None else ahead
         config = language.manifest.config
         self._vocab_size = config.vocab_size
         full = language.manifest.dtype == "float32"
@@ -68,7 +82,7 @@ class EngineExecutor:
             affordable = int(c.device_info(gpu).free_bytes * share) // block_bytes
             n_blocks = max(context, min(affordable, _CACHE_CONTEXTS * context))
         self._pool = KvPool(self._language, n_blocks, _BLOCK_TOKENS, dtype)
-        self.limits = Limits(_MAX_RUNNING, step_tokens, n_blocks, _BLOCK_TOKENS)
+        self.limits = Limits(_MAX_RUNNING, step_tokens, n_blocks, _BLOCK_TOKENS, ahead=self._ahead)
         self._rows: dict[Generation, _Row] = {}
         self._batch = c.Batch(
             size=ctypes.sizeof(c.Batch),
@@ -79,6 +93,10 @@ class EngineExecutor:
             size=ctypes.sizeof(c.StepArgs),
             sampling_size=ctypes.sizeof(c.Sampling),
             batch=ctypes.pointer(self._batch),
+        )
+        # Where steps write tokens, the one written last at the end: a step reads there what the step before picked.
+        self._outputs = (
+            [] if not self._ahead else [PickedTokens(self._language, _MAX_RUNNING) for _ in range(2)]
         )
         self._room = 0
         self._sequences = (c.SequenceRow * 0)()
@@ -107,18 +125,19 @@ class EngineExecutor:
         return features
 
     def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[int]]:
-        """See Executor; it has ended when this returns."""
+        """See Executor. On a CPU the step has ended when this returns."""
         tokens: list[int] = []
         spans: list[tuple[int, int, NDArray[np.float32]]] = []
         counts: list[int | None] = []
         n_entries = n_rows = 0
         for chunk in chunks:
             generation = chunk.generation
-            row = self._rows.get(generation)
-            if row is None:
-                row = self._rows[generation] = _Row(generation, self._vocab_size)
+            row = self._rows.get(generation) or self._row(generation)
             start = generation.n_computed
-            if generation.decoding:
+            if chunk.ahead:
+                self._put(n_entries, row, generation.n_total, 1, True, False)
+                n_entries += 1
+            elif generation.decoding:
                 self._put(n_entries, row, start, 1, True, False)
                 n_entries += 1
                 tokens.append(generation.tokens[-1])
@@ -133,16 +152,25 @@ class EngineExecutor:
                     spans.append((len(tokens) + first - start, last - first, features))
                 tokens += generation.ids(start, end)
             if chunk.picks:
-                self._sample(n_rows, row, len(generation.tokens))
+                self._sample(n_rows, row, len(generation.tokens) + chunk.ahead)
                 counts.append(row.counts_address)
                 n_rows += 1
         self._run(tokens, spans, counts, n_entries, n_rows)
-        picked = self._picked[:n_rows]
-        return lambda: picked
+        if not self._ahead:
+            picked = self._picked[:n_rows]
+            return lambda: picked
+        written = self._outputs[-1]
+        written.record()
+        return lambda: written.wait(n_rows)
 
     def forget(self, generation: Generation) -> None:
         """See Executor."""
         self._rows.pop(generation, None)
+
+    def _row(self, generation: Generation) -> _Row:
+        engine = self._language if self._ahead else None
+        row = self._rows[generation] = _Row(generation, self._vocab_size, engine)
+        return row
 
     def _put(self, i: int, row: _Row, n_past: int, n_new: int, picks: bool, generated: bool) -> None:
         """Write entry i of the batch. Most fields are those of the step before."""
@@ -176,10 +204,14 @@ class EngineExecutor:
         n_entries: int,
         n_rows: int,
     ) -> None:
+        """Without `tokens` they are those that the step before picks."""
         batch, args = self._batch, self._args
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         batch.n_sequences = n_entries
-        batch.tokens = ctypes.addressof(ids)
+        batch.tokens = ctypes.addressof(ids) if tokens else self._outputs[-1].address
+        if self._ahead:
+            self._outputs.reverse()
+            args.tokens = self._outputs[-1].address
         batch.n_spans = len(spans)
         rows = (c.Span * len(spans))()
         for row, (start, n, features) in zip(rows, spans):
@@ -209,7 +241,7 @@ class EngineExecutor:
 class _Row:
     """What the engine is told of a request, besides what changes from step to step."""
 
-    def __init__(self, generation: Generation, vocab_size: int) -> None:
+    def __init__(self, generation: Generation, vocab_size: int, counts_on: Engine | None) -> None:
         self.number = next(_numbers)
         self._generation = generation
         options = generation.options
@@ -222,12 +254,16 @@ class _Row:
         stop = [token for token in generation.stop_token_ids if 0 <= token < vocab_size]
         self._forbidden = (ctypes.c_int32 * len(stop))(*stop)
         self._sampling = _sampling(options)
-        self._counts: NDArray[np.int32] | None = None
+        self._counts: NDArray[np.int32] | DeviceArray | None = None
         self.counts_address: int | None = None
         if (options.repetition_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0):
             # A request that is computed again has generated tokens already.
-            self._counts = np.bincount(generation.tokens, minlength=vocab_size).astype(np.int32)
-            self.counts_address = self._counts.ctypes.data
+            counts = np.bincount(generation.tokens, minlength=vocab_size).astype(np.int32)
+            if counts_on is None:
+                self._counts, self.counts_address = counts, counts.ctypes.data
+            else:
+                self._counts = DeviceArray(counts_on, counts)
+                self.counts_address = self._counts.address
 
     def update_blocks(self) -> int:
         """Bring the block table up to date; a number that is another one for another table."""
