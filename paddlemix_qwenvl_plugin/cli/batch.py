@@ -25,6 +25,7 @@ def batch(
     model: flags.ModelFolder = None,
     batch_size: int = typer.Option(8, "--batch_size", min=1, help="Rows that are run together."),
     device: flags.Device = "cpu",
+    gpu_memory: flags.GpuMemory = 0.9,
     picture_label: flags.PictureLabel = None,
     allow_http: flags.AllowHttp = False,
     allow_private_http: flags.AllowPrivateHttp = False,
@@ -53,6 +54,7 @@ def batch(
             allow_http,
             allow_private_http,
             verify,
+            gpu_memory,
         )
         run(rows, target, pair, batch_size)
     failed, n_rows = count_failed(target, rows), len(rows.entries)

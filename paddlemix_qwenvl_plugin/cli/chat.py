@@ -23,6 +23,7 @@ def chat(
     ),
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message."),
     device: flags.Device = "cpu",
+    gpu_memory: flags.GpuMemory = 0.9,
     picture_label: flags.PictureLabel = None,
     allow_http: flags.AllowHttp = False,
     allow_private_http: flags.AllowPrivateHttp = False,
@@ -44,6 +45,7 @@ def chat(
         allow_http,
         allow_private_http,
         verify,
+        gpu_memory,
     )
     session = Session(pair, system, options)
     pictures = [session.attach(source) for source in image or []]

@@ -29,6 +29,12 @@ ModelFolder = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, gpu or gpu:N.")]
+GpuMemory = Annotated[
+    float,
+    typer.Option(
+        "--gpu_memory", help="Share of the GPU memory beside the weights that the KV cache may take."
+    ),
+]
 QuantType = Annotated[
     Optional[str],
     typer.Option(
@@ -74,6 +80,7 @@ def open_model(
     allow_http: bool,
     allow_private_http: bool,
     verify: bool,
+    gpu_memory: float,
 ) -> QwenVL:
     """The predictor that these flags ask for."""
     from paddlemix_qwenvl_plugin.processing.images import ImageLimits
@@ -84,7 +91,7 @@ def open_model(
         if not allow_http:
             raise UsageError("--allow_private_http: goes with --allow_http; give both")
         limits = ImageLimits(allow_private=True)
-    pair = QwenVL.from_exported(vision, language, model, device, allow_http, limits, verify)
+    pair = QwenVL.from_exported(vision, language, model, device, allow_http, limits, verify, gpu_memory)
     if picture_label is not None:
         pair.tokenizer.picture_label = picture_label
     return pair

@@ -31,6 +31,7 @@ def predict(
     chat: bool = typer.Option(False, "--chat", help="Use the chat form (Qwen-VL-Chat)."),
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message (chat)."),
     device: flags.Device = "cpu",
+    gpu_memory: flags.GpuMemory = 0.9,
     picture_label: flags.PictureLabel = None,
     allow_http: flags.AllowHttp = False,
     allow_private_http: flags.AllowPrivateHttp = False,
@@ -71,6 +72,7 @@ def predict(
         allow_http,
         allow_private_http,
         verify,
+        gpu_memory,
     )
     parts: list[dict[str, Any]] = [{"image": source} for source in sources]
     if draw is not None:  # opened once, to ask about it and to draw on it
