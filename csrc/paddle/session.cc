@@ -51,8 +51,9 @@ int32_t named_gpu() {
   if (name.empty() || name == "cpu") return kCpu;
   if (name == "gpu") return 0;
   const std::string number = name.rfind("gpu:", 0) == 0 ? name.substr(4) : "";
-  require(!number.empty() && number.size() <= 4 && number.find_first_not_of("0123456789") == std::string::npos,
-          "QWENVL_DEVICE " + name + ": must be cpu, gpu or gpu:N");
+  require(
+      !number.empty() && number.size() <= 4 && number.find_first_not_of("0123456789") == std::string::npos,
+      "QWENVL_DEVICE " + name + ": must be cpu, gpu or gpu:N");
   return std::stoi(number);
 }
 

@@ -28,6 +28,12 @@ ModelFolder = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, gpu or gpu:N.")]
+GpuMemory = Annotated[
+    float,
+    typer.Option(
+        "--gpu_memory", help="Share of the GPU memory beside the weights that the KV cache may take."
+    ),
+]
 QuantType = Annotated[
     Optional[str],
     typer.Option(
@@ -91,6 +97,7 @@ def open_model(
     second_model_path: SecondModelPath,
     model: ModelFolder = None,
     device: Device = "cpu",
+    gpu_memory: GpuMemory = 0.9,
     picture_label: PictureLabel = None,
     allow_http: AllowHttp = False,
     allow_private_http: AllowPrivateHttp = False,
@@ -106,7 +113,7 @@ def open_model(
             raise UsageError("--allow_private_http: goes with --allow_http; give both")
         limits = ImageLimits(allow_private=True)
     pair = QwenVL.from_exported(
-        first_model_path, second_model_path, model, device, allow_http, limits, verify
+        first_model_path, second_model_path, model, device, allow_http, limits, verify, gpu_memory
     )
     if picture_label is not None:
         pair.tokenizer.picture_label = picture_label

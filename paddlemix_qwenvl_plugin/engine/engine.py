@@ -69,13 +69,11 @@ class Engine:
         config: ModelConfig,
         stage: int,
         gpu: Optional[int] = None,
-        compute: str = "best",
         max_tokens: int = 0,
     ) -> None:
         """
         Args:
             gpu: None: on the CPU. Else gpu.load has been called for it.
-            compute: what products are computed in, a key of library.COMPUTE.
             max_tokens: tokens in one pass over the layers; 0: 512.
 
         Raises:
@@ -89,7 +87,6 @@ class Engine:
             device=c.CPU if gpu is None else c.CUDA,
             device_index=gpu or 0,
             max_tokens=max_tokens,
-            compute=c.COMPUTE[compute],
             n_threads=cpu_threads(),
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,

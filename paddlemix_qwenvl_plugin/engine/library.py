@@ -25,9 +25,6 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4_g64": 3, "int4_g128": 4, "float16": 5}
 """The codes of qvl_dtype."""
 
-COMPUTE = {"best": 0, "float32": 1, "bfloat16": 2, "float16": 3}
-"""The codes of qvl_compute."""
-
 CPU, CUDA = 0, 1
 """QVL_DEVICE_*."""
 

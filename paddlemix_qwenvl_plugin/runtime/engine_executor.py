@@ -66,13 +66,12 @@ class EngineExecutor:
         config = language.manifest.config
         self._vocab_size = config.vocab_size
         full = language.manifest.dtype == "float32"
-        self._compute, dtype, step_tokens = "best", "float32" if full else "bfloat16", _STEP_TOKENS
+        dtype, step_tokens = "float32" if full else "bfloat16", _STEP_TOKENS
         if gpu is not None:
             device = c.device_info(gpu)
             check_room(vision, language, device.free_bytes, gpu_memory)
             has_bfloat16 = device.compute_major >= 8 and language.manifest.dtype != "float16"
-            self._compute = dtype = "bfloat16" if has_bfloat16 else "float16"
-            step_tokens = _GPU_STEP_TOKENS
+            dtype, step_tokens = "bfloat16" if has_bfloat16 else "float16", _GPU_STEP_TOKENS
             _ = self._vision  # the cache gets a share of what both stages leave
         self._language = self._engine(language, c.LANGUAGE)
         context = -(-config.max_position_embeddings // _BLOCK_TOKENS)
@@ -111,7 +110,7 @@ class EngineExecutor:
 
     def _engine(self, stage: Stage, which: int) -> Engine:
         max_tokens = 0 if self._gpu is None else _GPU_STEP_TOKENS
-        return Engine(_weights(stage), stage.manifest.config, which, self._gpu, self._compute, max_tokens)
+        return Engine(_weights(stage), stage.manifest.config, which, self._gpu, max_tokens)
 
     def load(self, vision: bool) -> None:
         """See Executor; the language stage is there already."""

@@ -152,8 +152,8 @@ def _check_paddle_gpu(index: int) -> None:
 
     if not paddle.is_compiled_with_cuda():
         raise UsageError(
-            f"--device gpu:{index}: the portable graph runs in Paddle, and this one ({paddle.__version__}) is a CPU "
-            "build; use the engine, or install paddlepaddle-gpu"
+            f"--device gpu:{index}: the portable graph runs in Paddle, and this one ({paddle.__version__}) is a "
+            "CPU build; use the engine, or install paddlepaddle-gpu"
         )
     if index >= paddle_gpus():
         raise UsageError(f"--device gpu:{index}: Paddle sees {paddle_gpus()} GPU(s)")

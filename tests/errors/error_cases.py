@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import pytest
@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from paddlemix_qwenvl_plugin.batch.journal import Journal
 from paddlemix_qwenvl_plugin.cli.signals import Terminated
+from paddlemix_qwenvl_plugin.util.machine import CudaDriver, Gpu
 
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
 WTE = "transformer.llm.wte.weight"
@@ -695,16 +696,43 @@ def predict(*arguments: str) -> Provoke:
     return lambda bench: bench.predict(*arguments)
 
 
-@case("`--device gpu` with a Paddle for CPUs")
-def _(bench: Bench) -> list[str]:
-    import paddle
+def driver(driver: Optional[CudaDriver], *arguments: str) -> Provoke:
+    """`predict` beside this driver, with a Paddle for CPUs."""
 
-    bench.monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
-    return bench.predict("--device", "gpu")
+    def provoke(bench: Bench) -> list[str]:
+        import paddle
+
+        bench.monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
+        bench.monkeypatch.setattr("paddlemix_qwenvl_plugin.engine.gpu.cuda_driver", lambda: driver)
+        bench.monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        return bench.predict(*arguments)
+
+    return provoke
+
+
+@case("`--device gpu` without NVRTC")
+def _(bench: Bench) -> list[str]:
+    bench.monkeypatch.setattr("paddlemix_qwenvl_plugin.engine.nvrtc._libraries", lambda: iter(()))
+    return driver(CudaDriver(12090, [Gpu("NVIDIA H200", 90)]), "--device", "gpu")(bench)
+
+
+@case("`--device gpu` with `QWENVL_ENGINE=portable` and a Paddle for CPUs")
+def _(bench: Bench) -> list[str]:
+    bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")
+    return driver(None, "--device", "gpu")(bench)
 
 
 cases(
     {
+        "`--device gpu` without a driver": driver(None, "--device", "gpu"),
+        "`--device gpu` with a driver that is too old": driver(CudaDriver(11080, []), "--device", "gpu"),
+        "`--device gpu:1` with one GPU": driver(
+            CudaDriver(12090, [Gpu("NVIDIA H200", 90)]), "--device", "gpu:1"
+        ),
+        "`--device gpu` with a GPU that is too old": driver(
+            CudaDriver(12090, [Gpu("NVIDIA P100", 60)]), "--device", "gpu"
+        ),
+        "`--gpu_memory 0`": predict("--gpu_memory", "0"),
         "`--device tpu`": predict("--device", "tpu"),
         "`--device cpu:`": predict("--device", "cpu:"),
         "`--max_new_tokens 0`": predict("--max_new_tokens", "0"),
