@@ -13,7 +13,6 @@ import pytest
 from spoilt import spoil
 
 from paddlemix_qwenvl_plugin.artifact.manifest import (
-    FileDigest,
     Manifest,
     check_weights,
     digest_of_samples,

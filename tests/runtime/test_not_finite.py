@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -70,8 +71,7 @@ def test_commands(
     elif name == "predict":
         flags += ["--prompt", "?", "--image", str(STREET), "--output", "answer.json"]
     else:
-        Path("lines").write_text("What is it?\nWhy?\n")
-        monkeypatch.setattr(sys, "stdin", Path("lines").open())
+        monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nWhy?\n"))
     monkeypatch.setattr(sys, "argv", ["qwenvl", name, *flags, *stages(exported)])
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
