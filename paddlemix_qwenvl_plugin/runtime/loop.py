@@ -21,7 +21,14 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 _STALL_SECONDS = 0.25
 _LEAST_PROMPT_TOKENS = 32
 
-_NOT_FINITE = "the model's logits are not finite numbers: its weights are damaged (qwenvl verify checks them)"
+
+class NotFiniteError(QwenVLError):
+    """The logits of a request are infinite or not numbers. Other requests go on."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits are not finite numbers: its weights are damaged (qwenvl verify checks them)"
+        )
 
 
 class _Step(NamedTuple):
@@ -188,7 +195,7 @@ class Loop:
             if token is None:
                 continue
             if token == NO_TOKEN:
-                self._fail(generation, QwenVLError(_NOT_FINITE))
+                self._fail(generation, NotFiniteError())
                 continue
             generation.take(token)
             if generation.finish_reason is not None:

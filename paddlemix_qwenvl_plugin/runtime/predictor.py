@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from paddlemix_qwenvl_plugin.artifact.manifest import check_pair
-from paddlemix_qwenvl_plugin.artifact.manifest import verify as verify_stage
+from paddlemix_qwenvl_plugin.artifact.verify import verify as verify_stage
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
 from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess
 from paddlemix_qwenvl_plugin.processing.prompts import (
@@ -86,7 +86,8 @@ class QwenVL:
             device: "cpu", "gpu" or "gpu:N".
             allow_http: whether pictures may come from http(s) URLs.
             limits: what an image may take, and from where.
-            verify: read all files of both stages and compare them with what was exported; else samples of the weights.
+            verify: read all files of both stages and compare them with what was exported; else weights of more than
+                64 MiB are compared by samples.
             gpu_memory: share of a GPU's memory which the KV cache may take of what the weights leave, up to 1.
 
         Raises:

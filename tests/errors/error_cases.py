@@ -25,9 +25,12 @@ import yaml
 from made_up_net import MadeUpNet
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from spoilt import spoil
 
 from paddlemix_qwenvl_plugin.batch.journal import Journal
 from paddlemix_qwenvl_plugin.cli.signals import Terminated
+from paddlemix_qwenvl_plugin.export.export import export_language
+from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 from paddlemix_qwenvl_plugin.util.machine import CudaDriver, Gpu
 
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
@@ -1376,6 +1379,39 @@ def _(bench: Bench) -> list[str]:
     data = bytearray(path.read_bytes())
     data[3_000_000] ^= 1
     path.write_bytes(data)
+    return arguments
+
+
+@case("`verify` of weights that are no numbers, as an earlier version exported them")
+def _(bench: Bench) -> list[str]:
+    arguments = verify(bench)
+    spoil(Path("text/qwen"), "h.0.attn.c_attn.weight", np.nan)
+    return arguments
+
+
+@case("a parameter file of up to 64 MiB has a flipped bit")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.predict()
+    path = Path("text/qwen.pdiparams")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 63 * 2 - 20_000] ^= 1  # between two samples
+    path.write_bytes(data)
+    return arguments
+
+
+@case("a parameter file of the right size is another model's")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.predict()
+    make_tiny(Path("model"), seed=2)
+    export_language(Path("model"), Path("other"), "qwen", engine="portable")
+    Path("other/qwen.pdiparams").replace("text/qwen.pdiparams")
+    return arguments
+
+
+@case("logits that are not finite")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.predict()
+    spoil(Path("text/qwen"), "ln_f.weight", 3e38, 256)
     return arguments
 
 

@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 
-from paddlemix_qwenvl_plugin.artifact.manifest import verify
+from paddlemix_qwenvl_plugin.artifact.verify import verify
 from paddlemix_qwenvl_plugin.export import export
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
