@@ -20,6 +20,7 @@ if not FOLDER or not LIBRARY.exists():
     )
 
 DLL = ctypes.CDLL(str(LIBRARY))
+DLL.qvlt_gpu_sample_scratch.restype = ctypes.c_int64
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
 # A value rounded to the nearest is off by no more than this part of it.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
@@ -67,4 +68,5 @@ def close(got: torch.Tensor, wanted: torch.Tensor, slack: float) -> None:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    a, b = (each.contiguous().view(-1).view(torch.uint8) for each in (a, b))
+    return torch.equal(a, b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 
 import numpy as np
@@ -61,7 +62,7 @@ def sample(logits, settings, n_top=0, logprobs=True):
         forbidden += s.forbidden
     on_gpu = torch.from_numpy(picks.view(np.uint8).reshape(-1)).cuda()
     ids = torch.tensor(forbidden or [0], dtype=torch.int32, device="cuda")
-    bytes_ = DLL.qvlt_gpu_sample_scratch(n, vocab)
+    bytes_ = DLL.qvlt_gpu_sample_scratch(ctypes.c_int64(n), ctypes.c_int64(vocab))
     scratch = torch.full([bytes_ + 64], 0xEE, dtype=torch.uint8, device="cuda")
     tokens = poisoned(n + 1, dtype=torch.int32)
     probabilities = poisoned(n + 1, dtype=torch.float32) if logprobs else None
