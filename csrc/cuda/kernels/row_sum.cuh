@@ -5,7 +5,7 @@
 
 namespace qvl::cuda {
 
-constexpr int kRowVectors = 4;  // float4 that a thread of a row's block can hold
+constexpr int kRowVectors = 2;  // float4 that a thread of a row's block can hold
 
 // The sum of all threads' values, in all threads. The order of the additions depends on the number of threads
 // alone. `room` is 32 floats of shared memory that nothing else uses until the kernel ends.
