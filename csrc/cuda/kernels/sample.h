@@ -10,6 +10,8 @@ constexpr int kScanVectors = 4;  // float4 a thread
 constexpr int kScanChunk = 4 * kScanVectors * kScanThreads;
 constexpr int kSearchThreads = 1024;
 constexpr int kSearchBins = 2048;
+constexpr int kKept = 2048;  // ids that a search puts in order
+constexpr int kScanWarps = kScanThreads / 32;
 
 // What a chunk of a row has.
 struct ChunkPeak {
@@ -26,6 +28,14 @@ struct RowState {
   int peak;      // id of `best`; -1 if the row has a NaN or nothing finite
 };
 
+// Ids of a row that draws, among which the first search of sample_draw ends.
+struct KeptIds {
+  bool by_count;                               // top-k counts: there are so many ids
+  unsigned long long mass;                     // the weight of all ids of the row
+  unsigned long long base_count, base_weight;  // of those before the kept
+  int n;                                       // 0: they were too many
+};
+
 struct SampleParams {
   const float* logits;
   const Pick* picks;
@@ -40,6 +50,9 @@ struct SampleParams {
   RowState* states;                 // [n]
   unsigned long long* bin_weights;  // [n, kSearchBins]
   unsigned int* bin_counts;         // [n, kSearchBins]
+  KeptIds* kept;                    // [n]
+  unsigned long long* kept_keys;    // [n, kKept]
+  float* warp_mosts;                // [n, chunks * kScanWarps]: the largest logit of each warp of the scan
   unsigned int* marks;              // [n, mark_words]: a bit for each forbidden id
   int mark_words;
 
