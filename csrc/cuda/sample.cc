@@ -54,8 +54,8 @@ void sample(const Gpu& gpu, CUstream stream, const float* logits, int n, int voc
   params.any_draw = any_draw;
   params.any_changed = any_changed;
   params.want_floor = sampled.logprobs != nullptr || sampled.n_top > 0;
-  params.weight_one = 0x1p62;
-  for (int64_t ids = 1; ids < vocab; ids *= 2) params.weight_one /= 2;
+  params.weight_shift = 31;
+  for (int64_t ids = 1; ids < vocab; ids *= 2) --params.weight_shift;
   params.tokens = sampled.tokens;
   params.logprobs = sampled.logprobs;
   params.n_top = sampled.n_top;

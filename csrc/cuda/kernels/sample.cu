@@ -24,8 +24,9 @@
 namespace qvl::cuda {
 
 constexpr int kHasFinite = 1, kHasNan = 2;
-constexpr int kIdBits = 24, kStepBits = 35;  // of a key for draws
-constexpr double kFarthest = 32;             // as 2^5: kStepBits + 5 + kIdBits is 64
+constexpr int kIdBits = 24, kStepBits = 35;       // of a key for draws
+constexpr uint64 kFarthest = 32ull << kStepBits;  // in steps; with kIdBits these are 64 bits
+constexpr uint64 kLog2E = 6653256548922161246;    // log2(e) * 2^62
 constexpr double kForbidden = -1e10;
 
 __device__ inline float infinity() {
@@ -127,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
       p.bin_weights[static_cast<int64>(row) * kSearchBins + i] = 0;
       p.bin_counts[static_cast<int64>(row) * kSearchBins + i] = 0;
     }
-    if (chunk == 0 && thread == 0) p.kept[row].n = 0;
+    if (chunk == 0 && thread == 0) p.kept[row].n = p.kept[row].blocks_done = 0;
   }
   Row changes(p, row);
   if (changes.marks != nullptr) {
@@ -135,14 +136,17 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
     const int start = chunk * kScanChunk;
     for (int i = thread; i < kScanChunk / 32; i += kScanThreads) marks[i] = 0;
     __syncthreads();
+    bool some = false;
     for (int i = thread; i < pick.n_forbidden; i += kScanThreads) {
       const int bit = p.forbidden[pick.first_forbidden + i] - start;
-      if (bit >= 0 && bit < kScanChunk) atomicOr(marks + bit / 32, 1u << bit % 32);
+      if (bit < 0 || bit >= kScanChunk) continue;
+      atomicOr(marks + bit / 32, 1u << bit % 32);
+      some = true;
     }
-    __syncthreads();
+    some = __syncthreads_or(some);
     for (int i = thread; p.any_draw && i < kScanChunk / 32; i += kScanThreads)
       p.marks[static_cast<int64>(row) * p.mark_words + start / 32 + i] = marks[i];
-    changes.marks = marks;
+    changes.marks = some ? marks : nullptr;
     changes.first_marked = start;
   }
   float most = -infinity();
@@ -258,22 +262,21 @@ struct Near {
 struct DrawItems : Near {
   static constexpr bool kHasFirstBins = true;  // from sample_bins
   Row row;
-  double best, temperature, per_temperature, weight_one;
+  double best, steps;  // steps in a difference of 1
+  int weight_shift;
 
   __device__ DrawItems(const SampleParams& p, int number, const Pick& pick, const RowState& state)
       : row(p, number),
         best(state.best),
-        temperature(pick.temperature),
-        per_temperature(1 / temperature),
-        weight_one(p.weight_one) {}
+        steps((1ull << kStepBits) / static_cast<double>(pick.temperature)),
+        weight_shift(p.weight_shift) {}
 
-  __device__ double distance(int id, float logit) const {
-    return (best - row.value(id, logit)) * per_temperature;
-  }
-  __device__ uint64 weight(double distance) const { return __double2ull_rn(exp(-distance) * weight_one); }
-  __device__ uint64 weight_of(uint64 key) const {
-    const int id = static_cast<int>(key & ((1u << kIdBits) - 1));
-    return weight(distance(id, row.logits[id]));
+  // Of the distance in the key alone, off by a few parts in ten million: 2^-t, t the distance times log2(e).
+  __device__ uint64 weight(uint64 key) const {
+    const uint64 t = __umul64hi(key >> kIdBits << 24, kLog2E);  // in steps of 2^-57
+    const float part = static_cast<float>(static_cast<uint32>(t >> 25)) * 0x1p-32f;
+    const uint64 mantissa = static_cast<uint64>(exp2f(-part) * 0x1p31f);
+    return mantissa << weight_shift >> (t >> 57);
   }
 
   // Only ids with keys first to last are asked for from now on.
@@ -281,17 +284,17 @@ struct DrawItems : Near {
     low = -infinity();
     high = infinity();
     if (row.changed()) return;
-    const double step = temperature / (1ull << kStepBits);
-    const double to = ((last >> kIdBits) + 1) * step, slack = 1e-6 * (fabs(best) + to);
-    high = static_cast<float>(best - (first >> kIdBits) * step + slack);
+    const double from = (first >> kIdBits) / steps, to = ((last >> kIdBits) + 1) / steps;
+    const double slack = 1e-6 * (fabs(best) + to);
+    high = static_cast<float>(best - from + slack);
     low = static_cast<float>(best - to - slack);
   }
 
-  // Whether the id has a key; then its key and distance.
-  __device__ bool get(int id, float logit, uint64& key, double& distance_) const {
-    distance_ = distance(id, logit);
-    if (!(distance_ < kFarthest)) return false;
-    key = __double2ull_rd(distance_ * (1ull << kStepBits)) << kIdBits | static_cast<uint32>(id);
+  // Whether the id has a key, and which.
+  __device__ bool get(int id, float logit, uint64& key) const {
+    const double distance = (best - row.value(id, logit)) * steps;
+    if (!(distance < static_cast<double>(kFarthest))) return false;
+    key = __double2ull_rd(distance) << kIdBits | static_cast<uint32>(id);
     return true;
   }
 };
@@ -307,8 +310,7 @@ struct TopItems : Near {
     const uint32 bits = __float_as_uint(logit + 0.f);  // -0 becomes 0
     return bits >> 31 != 0 ? bits : bits ^ 0x7FFFFFFF;
   }
-  __device__ uint64 weight(double) const { return 0; }
-  __device__ uint64 weight_of(uint64) const { return 0; }
+  __device__ uint64 weight(uint64) const { return 0; }
   __device__ static float logit_of(uint32 upper) {
     return __uint_as_float(upper >> 31 != 0 ? upper : upper ^ 0x7FFFFFFF);
   }
@@ -317,7 +319,7 @@ struct TopItems : Near {
     high = logit_of(static_cast<uint32>(first >> 32));
   }
   __device__ uint64 key(uint32 id, float logit) const { return static_cast<uint64>(upper(logit)) << 32 | id; }
-  __device__ bool get(int id, float logit, uint64& key_, double&) const {
+  __device__ bool get(int id, float logit, uint64& key_) const {
     key_ = key(static_cast<uint32>(id), logit);
     return true;
   }
@@ -343,40 +345,6 @@ struct Bins {
 };
 
 constexpr int kBinShift = 53;  // of the first level: the upper 11 bits of a key
-
-// A block for each bin_vectors * 4 * kScanThreads logits of each row: the bins of the first level.
-extern "C" __global__ void __launch_bounds__(kScanThreads)
-    sample_bins(const __grid_constant__ SampleParams p) {
-  __shared__ Bins bins;
-  start_successors();
-  wait_for_predecessors();
-  const int row = blockIdx.y;
-  const Pick pick = p.picks[row];
-  const RowState state = p.states[row];
-  if (!draws(pick, state)) return;
-  bins.clear();
-  const DrawItems items(p, row, pick, state);
-  const int first = 4 * (blockIdx.x * p.bin_vectors * kScanThreads + threadIdx.x);
-  for (int v = 0; v < p.bin_vectors; ++v) {
-    float values[1][4];
-    load_logits(items.row.logits, p.vocab, first + 4 * v * kScanThreads, values);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int id = first + 4 * v * kScanThreads + j;
-      uint64 key;
-      double distance;
-      if (id < p.vocab && items.get(id, values[0][j], key, distance))
-        bins.add(static_cast<int>(key >> kBinShift), items.weight(distance));
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < kSearchBins; i += kScanThreads) {
-    if (bins.counts[i] == 0) continue;
-    const int64 at = static_cast<int64>(row) * kSearchBins + i;
-    atomicAdd(p.bin_counts + at, bins.counts[i]);
-    atomicAdd(p.bin_weights + at, bins.weight(i));
-  }
-}
 
 // What the values of the threads before this one add up to, and those of all. `room`: kWarps numbers.
 template <int kWarps>
@@ -409,28 +377,20 @@ __device__ inline uint64 draw_target(const Pick& pick, uint64 mass) {
   return min(__double2ull_rd(pick.fraction * static_cast<double>(mass)), mass - 1);
 }
 
-// The same blocks: gather the ids up to the bin in which the first of sample_draw's searches ends, later ones
-// ending no later; or of that bin alone if there is no other search.
-extern "C" __global__ void __launch_bounds__(kScanThreads)
-    sample_keep(const __grid_constant__ SampleParams p) {
+// A row's bins are whole: find the one in which the first of sample_draw's searches ends, later ones ending
+// no later. All before it are wanted, too, unless there is no other search.
+__device__ void choose_kept(const SampleParams& p, int row, const Pick& pick) {
   constexpr int kEach = kSearchBins / kScanThreads;
   __shared__ uint64 room[2][kScanWarps];
-  __shared__ uint64 before_count, before_weight, here_count;
-  __shared__ int last_bin;
-  start_successors();
-  wait_for_predecessors();
-  const int row = blockIdx.y, thread = threadIdx.x;
-  const Pick pick = p.picks[row];
-  const RowState state = p.states[row];
-  if (!draws(pick, state)) return;
-  uint64 weights[kEach], counts[kEach], weight = 0, count = 0;
+  const int thread = threadIdx.x;
   const int64 bin = static_cast<int64>(row) * kSearchBins + kEach * thread;
   const auto* weight_pairs = reinterpret_cast<const ulonglong2*>(p.bin_weights + bin);
   const auto* count_pairs = reinterpret_cast<const uint2*>(p.bin_counts + bin);
+  uint64 weights[kEach], counts[kEach], weight = 0, count = 0;
 #pragma unroll
   for (int i = 0; i < kEach; i += 2) {
-    const ulonglong2 two = weight_pairs[i / 2];
-    const uint2 numbers = count_pairs[i / 2];
+    const ulonglong2 two = __ldcg(weight_pairs + i / 2);
+    const uint2 numbers = __ldcg(count_pairs + i / 2);
     weights[i] = two.x, weights[i + 1] = two.y;
     counts[i] = numbers.x, counts[i + 1] = numbers.y;
     weight += two.x + two.y;
@@ -448,28 +408,36 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
   for (int i = 0; i < kEach; ++i) {
     const uint64 before = by_count ? count : weight, here = by_count ? counts[i] : weights[i];
     if (before <= target && target - before < here) {
-      last_bin = kEach * thread + i;
-      before_count = count;
-      before_weight = weight;
-      here_count = counts[i];
+      const int last = kEach * thread + i;
+      KeptIds& kept = p.kept[row];
+      kept.by_count = by_count;
+      kept.mass = mass;
+      kept.base_count = one_search ? count : 0;
+      kept.base_weight = one_search ? weight : 0;
+      kept.first_key = one_search ? static_cast<uint64>(last) << kBinShift : 0;
+      kept.last_key = (static_cast<uint64>(last + 1) << kBinShift) - 1;
+      kept.too_many = counts[i] + (one_search ? 0 : count) > kKept;
     }
     count += counts[i];
     weight += weights[i];
   }
-  __syncthreads();
-  KeptIds& kept = p.kept[row];
-  if (blockIdx.x == 0 && thread == 0) {
-    kept.mass = mass;
-    kept.by_count = by_count;
-    kept.base_count = one_search ? before_count : 0;
-    kept.base_weight = one_search ? before_weight : 0;
-  }
-  if (here_count + (one_search ? 0 : before_count) > kKept) return;
-  const uint64 first_key = one_search ? static_cast<uint64>(last_bin) << kBinShift : 0;
-  const uint64 last_key = (static_cast<uint64>(last_bin + 1) << kBinShift) - 1;
-  DrawItems items(p, row, pick, state);
-  items.narrow(first_key, last_key);
-  const int first = 4 * (blockIdx.x * p.bin_vectors * kScanThreads + thread);
+}
+
+// A block for each bin_vectors * 4 * kScanThreads logits of each row: the bins of the first level. A row's
+// last block to end looks at the whole.
+extern "C" __global__ void __launch_bounds__(kScanThreads)
+    sample_bins(const __grid_constant__ SampleParams p) {
+  __shared__ Bins bins;
+  __shared__ bool last;
+  start_successors();
+  wait_for_predecessors();
+  const int row = blockIdx.y;
+  const Pick pick = p.picks[row];
+  const RowState state = p.states[row];
+  if (!draws(pick, state)) return;
+  bins.clear();
+  const DrawItems items(p, row, pick, state);
+  const int first = 4 * (blockIdx.x * p.bin_vectors * kScanThreads + threadIdx.x);
   for (int v = 0; v < p.bin_vectors; ++v) {
     float values[1][4];
     load_logits(items.row.logits, p.vocab, first + 4 * v * kScanThreads, values);
@@ -477,9 +445,49 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
     for (int j = 0; j < 4; ++j) {
       const int id = first + 4 * v * kScanThreads + j;
       uint64 key;
-      double distance;
-      if (id < p.vocab && items.near(values[0][j]) && items.get(id, values[0][j], key, distance) &&
-          key >= first_key && key <= last_key)
+      if (id < p.vocab && items.get(id, values[0][j], key))
+        bins.add(static_cast<int>(key >> kBinShift), items.weight(key));
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kSearchBins; i += kScanThreads) {
+    if (bins.counts[i] == 0) continue;
+    const int64 at = static_cast<int64>(row) * kSearchBins + i;
+    atomicAdd(p.bin_counts + at, bins.counts[i]);
+    atomicAdd(p.bin_weights + at, bins.weight(i));
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(&p.kept[row].blocks_done, 1) + 1 == gridDim.x;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  choose_kept(p, row, pick);
+}
+
+// The same blocks: gather the ids that were chosen.
+extern "C" __global__ void __launch_bounds__(kScanThreads)
+    sample_keep(const __grid_constant__ SampleParams p) {
+  start_successors();
+  wait_for_predecessors();
+  const int row = blockIdx.y;
+  const Pick pick = p.picks[row];
+  const RowState state = p.states[row];
+  KeptIds& kept = p.kept[row];
+  if (!draws(pick, state) || kept.too_many) return;
+  const uint64 first_key = kept.first_key, last_key = kept.last_key;
+  DrawItems items(p, row, pick, state);
+  items.narrow(first_key, last_key);
+  const int first = 4 * (blockIdx.x * p.bin_vectors * kScanThreads + threadIdx.x);
+  for (int v = 0; v < p.bin_vectors; ++v) {
+    float values[1][4];
+    load_logits(items.row.logits, p.vocab, first + 4 * v * kScanThreads, values);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int id = first + 4 * v * kScanThreads + j;
+      uint64 key;
+      if (id < p.vocab && items.near(values[0][j]) && items.get(id, values[0][j], key) && key >= first_key &&
+          key <= last_key)
         p.kept_keys[static_cast<int64>(row) * kKept + atomicAdd(&kept.n, 1)] = key;
     }
   }
@@ -569,7 +577,7 @@ class Search {
   }
 
  private:
-  // Call each(key, distance) for the ids of the row with keys first to last.
+  // Call each(key) for the ids of the row with keys first to last.
   template <typename Each>
   __device__ void each_item(uint64 first_key, uint64 last_key, Each&& each) {
     constexpr int kVectors = 4;
@@ -586,9 +594,7 @@ class Search {
       for (; near != 0; near &= near - 1) {
         const int bit = __ffs(near) - 1, id = first + bit / 4 * 4 * kSearchThreads + bit % 4;
         uint64 key;
-        double distance;
-        if (id < vocab_ && items_.get(id, logits_[id], key, distance) && key >= first_key && key <= last_key)
-          each(key, distance);
+        if (id < vocab_ && items_.get(id, logits_[id], key) && key >= first_key && key <= last_key) each(key);
       }
     }
   }
@@ -609,8 +615,8 @@ class Search {
       const uint64 first = above < 64 ? prefix << above : 0;
       const uint64 last = above < 64 ? ((prefix + 1) << above) - 1 : ~0ull;
       bins.clear();
-      each_item(first, last, [&](uint64 key, double distance) {
-        bins.add(static_cast<int>(key >> shift & (kSearchBins - 1)), items_.weight(distance));
+      each_item(first, last, [&](uint64 key) {
+        bins.add(static_cast<int>(key >> shift & (kSearchBins - 1)), items_.weight(key));
       });
     }
     __syncthreads();
@@ -676,7 +682,7 @@ class Search {
     __syncthreads();
     if (threadIdx.x == 0) room_.n_kept = 0;
     __syncthreads();
-    each_item(first, last, [&](uint64 key, double) {
+    each_item(first, last, [&](uint64 key) {
       const int at = atomicAdd(&room_.n_kept, 1);
       if (at < kKept) room_.keys[at] = key;
     });
@@ -688,7 +694,7 @@ class Search {
   __device__ void put_in_order() {
     sort(n_kept_);
     for (int i = threadIdx.x; i < kKept; i += kSearchThreads)
-      room_.weights[i] = i < n_kept_ ? items_.weight_of(room_.keys[i]) : 0;
+      room_.weights[i] = i < n_kept_ ? items_.weight(room_.keys[i]) : 0;
     __syncthreads();
   }
 

@@ -28,12 +28,15 @@ struct RowState {
   int peak;      // id of `best`; -1 if the row has a NaN or nothing finite
 };
 
-// Ids of a row that draws, among which the first search of sample_draw ends.
+// Ids of a row that draws: those among which the first search of sample_draw ends.
 struct KeptIds {
+  unsigned blocks_done;                        // of sample_bins
   bool by_count;                               // top-k counts: there are so many ids
+  bool too_many;                               // they are not kept
+  int n;                                       // how many are
   unsigned long long mass;                     // the weight of all ids of the row
   unsigned long long base_count, base_weight;  // of those before the kept
-  int n;                                       // 0: they were too many
+  unsigned long long first_key, last_key;      // that the kept have
 };
 
 struct SampleParams {
@@ -43,7 +46,7 @@ struct SampleParams {
   int vocab, chunks;
   int bin_vectors;  // float4 a thread of sample_bins
   bool any_draw, any_changed, want_floor;
-  double weight_one;  // what the weight 1 is in whole numbers, such that a row's sum stays under 2^63
+  int weight_shift;  // the weight 1 is 2^(31 + weight_shift), such that a row's sum stays under 2^63
 
   // Scratch memory.
   ChunkPeak* peaks;                 // [n, chunks]
