@@ -55,11 +55,13 @@ __device__ void rms_norm_row(const RmsNormParams& p) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(1024, 2) rms_norm_held(const __grid_constant__ RmsNormParams p) {
+extern "C" __global__ void __launch_bounds__(1024, kRowBlocks)
+    rms_norm_held(const __grid_constant__ RmsNormParams p) {
   rms_norm_row<true>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(1024, 2) rms_norm_any(const __grid_constant__ RmsNormParams p) {
+extern "C" __global__ void __launch_bounds__(1024, kRowBlocks)
+    rms_norm_any(const __grid_constant__ RmsNormParams p) {
   rms_norm_row<false>(p);
 }
 

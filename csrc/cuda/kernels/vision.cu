@@ -97,12 +97,12 @@ __device__ void layer_norm_row(const LayerNormParams& p) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(1024, 2)
+extern "C" __global__ void __launch_bounds__(1024, kRowBlocks)
     layer_norm_held(const __grid_constant__ LayerNormParams p) {
   layer_norm_row<true>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(1024, 2)
+extern "C" __global__ void __launch_bounds__(1024, kRowBlocks)
     layer_norm_any(const __grid_constant__ LayerNormParams p) {
   layer_norm_row<false>(p);
 }
