@@ -65,10 +65,14 @@ void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const Pl
   params.heads = layer.heads;
   params.head_dim = layer.head_dim;
   params.type = cache_type(layer.dtype);
-  const int64_t warps = int64_t{n} * layer.heads;
-  gpu.launch(stream, layer.head_dim % 4 == 0 ? "rotate_and_store_even" : "rotate_and_store_odd",
-             {static_cast<unsigned>((warps + kRotateWarps - 1) / kRotateWarps)}, 32 * kRotateWarps, 0, params,
-             true);
+  // 16 lanes a head of 128, else a warp.
+  const bool usual = layer.head_dim == 128;
+  const char* name = usual                     ? "rotate_and_store_128"
+                     : layer.head_dim % 4 == 0 ? "rotate_and_store_2"
+                                               : "rotate_and_store_1";
+  const int64_t threads = int64_t{n} * layer.heads * (usual ? 16 : 32);
+  gpu.launch(stream, name, {static_cast<unsigned>((threads + kRotateThreads - 1) / kRotateThreads)},
+             kRotateThreads, 0, params, true);
 }
 
 }  // namespace qvl::cuda

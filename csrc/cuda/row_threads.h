@@ -5,9 +5,9 @@
 
 namespace qvl::cuda {
 
-// Whether the row can be held in registers: whole float4, 4 at most a thread.
+// Whether the row can be held in registers: whole float4, 2 at most a thread.
 inline bool row_held(int width) {
-  return width % 4 == 0 && width <= 4 * 4 * 1024;
+  return width % 4 == 0 && width <= 4 * 2 * 1024;
 }
 
 // Two float4 a thread, as far as 1024 threads go. Of the width alone: the order of a row's sums depends on

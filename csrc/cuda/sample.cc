@@ -23,12 +23,15 @@ uint64_t lay_out(SampleParams& params, int n, int vocab, void* scratch) {
   const auto rows = static_cast<uint64_t>(n);
   params.vocab = vocab;
   params.chunks = (vocab + kScanChunk - 1) / kScanChunk;
-  params.mark_words = (vocab + 31) / 32;
+  params.mark_words = params.chunks * kScanChunk / 32;
   Parts parts{static_cast<char*>(scratch)};
   params.peaks = parts.take<ChunkPeak>(rows * static_cast<uint64_t>(params.chunks));
   params.states = parts.take<RowState>(rows);
   params.bin_weights = parts.take<unsigned long long>(rows * kSearchBins);
   params.bin_counts = parts.take<unsigned>(rows * kSearchBins);
+  params.kept = parts.take<KeptIds>(rows);
+  params.kept_keys = parts.take<unsigned long long>(rows * kKept);
+  params.warp_mosts = parts.take<float>(rows * static_cast<uint64_t>(params.chunks) * kScanWarps);
   params.marks = parts.take<unsigned>(rows * static_cast<uint64_t>(params.mark_words));
   return parts.used;
 }
@@ -51,8 +54,8 @@ void sample(const Gpu& gpu, CUstream stream, const float* logits, int n, int voc
   params.any_draw = any_draw;
   params.any_changed = any_changed;
   params.want_floor = sampled.logprobs != nullptr || sampled.n_top > 0;
-  params.weight_one = 0x1p62;
-  for (int64_t ids = 1; ids < vocab; ids *= 2) params.weight_one /= 2;
+  params.weight_shift = 31;
+  for (int64_t ids = 1; ids < vocab; ids *= 2) --params.weight_shift;
   params.tokens = sampled.tokens;
   params.logprobs = sampled.logprobs;
   params.n_top = sampled.n_top;
@@ -63,13 +66,13 @@ void sample(const Gpu& gpu, CUstream stream, const float* logits, int n, int voc
   params.bin_vectors = n <= 8 ? 1 : kScanVectors;
 
   const auto rows = static_cast<unsigned>(n), chunks = static_cast<unsigned>(params.chunks);
-  if (any_changed) gpu.launch(stream, "sample_mark", {rows}, 256, 0, params, true);
   gpu.launch(stream, "sample_scan", {chunks, rows}, kScanThreads, 0, params, true);
   gpu.launch(stream, "sample_peak", {rows}, 32, 0, params, true);
   if (any_draw) {
     const int part = 4 * params.bin_vectors * kScanThreads;
-    gpu.launch(stream, "sample_bins", {static_cast<unsigned>((vocab + part - 1) / part), rows}, kScanThreads,
-               0, params, true);
+    const Dim parts{static_cast<unsigned>((vocab + part - 1) / part), rows};
+    gpu.launch(stream, "sample_bins", parts, kScanThreads, 0, params, true);
+    gpu.launch(stream, "sample_keep", parts, kScanThreads, 0, params, true);
     gpu.launch(stream, "sample_draw", {rows}, kSearchThreads, 0, params, true);
   }
   if (sampled.n_top > 0) gpu.launch(stream, "sample_top", {rows}, kSearchThreads, 0, params, true);

@@ -55,11 +55,13 @@ __device__ void rms_norm_row(const RmsNormParams& p) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(1024) rms_norm_held(const __grid_constant__ RmsNormParams p) {
+extern "C" __global__ void __launch_bounds__(1024, kRowBlocks)
+    rms_norm_held(const __grid_constant__ RmsNormParams p) {
   rms_norm_row<true>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(1024) rms_norm_any(const __grid_constant__ RmsNormParams p) {
+extern "C" __global__ void __launch_bounds__(1024, kRowBlocks)
+    rms_norm_any(const __grid_constant__ RmsNormParams p) {
   rms_norm_row<false>(p);
 }
 
@@ -95,6 +97,10 @@ extern "C" __global__ void __launch_bounds__(kEmbedThreads) embed(const __grid_c
     x[i] = given != 0 ? features[i] : to_float(from[i]);
 }
 
+__device__ inline float to_float(float value) {
+  return value;
+}
+
 __device__ inline uint16 bfloat16_bits(float value) {
   const uint32 bits = __float_as_uint(value);
   if (value != value) return static_cast<uint16>(bits >> 16 | 64);
@@ -108,28 +114,35 @@ __device__ inline uint16 float16_bits(float value) {
   return bits;
 }
 
-// A warp takes the query, key and value of a head of a token. Lane l has the dimensions kStep * l + 32 *
-// kStep
-// * j and those half a head above, kStep 2 where half a head is even, else 1.
-template <int kStep>
+// kLanes lanes of a warp take the query, key and value of a head of a token. Each has kSteps times kStep
+// dimensions side by side, and those half a head above: kSteps * kStep * kLanes is half a head or more.
+template <int kStep_, int kSteps_, int kLanes_>
 struct HeadPart {
-  static constexpr int kSteps = kMaxHeadDim / 2 / 32 / kStep;
+  static constexpr int kStep = kStep_, kSteps = kSteps_, kLanes = kLanes_;
   float low[kSteps][kStep], high[kSteps][kStep];
 
-  __device__ void load(const H* from, int half) {
+  __device__ static int dimension(int step) { return kStep * (threadIdx.x % kLanes + kLanes * step); }
+
+  // One step's values.
+  template <typename Value>
+  struct alignas(kStep * sizeof(Value)) Run {
+    Value values[kStep];
+  };
+
+  template <typename Value>
+  __device__ void load(const Value* low_from, const Value* high_from, int half) {
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-      const int d = kStep * (threadIdx.x % 32 + 32 * j);
+      const int d = dimension(j);
 #pragma unroll
       for (int s = 0; s < kStep; ++s) low[j][s] = high[j][s] = 0;
       if (d >= half) continue;
-      if constexpr (kStep == 2) {
-        const float2 a = to_float2(*reinterpret_cast<const H2*>(from + d));
-        const float2 b = to_float2(*reinterpret_cast<const H2*>(from + half + d));
-        low[j][0] = a.x, low[j][1] = a.y, high[j][0] = b.x, high[j][1] = b.y;
-      } else {
-        low[j][0] = to_float(from[d]);
-        high[j][0] = to_float(from[half + d]);
+      const auto a = *reinterpret_cast<const Run<Value>*>(low_from + d);
+      const auto b = *reinterpret_cast<const Run<Value>*>(high_from + d);
+#pragma unroll
+      for (int s = 0; s < kStep; ++s) {
+        low[j][s] = to_float(a.values[s]);
+        high[j][s] = to_float(b.values[s]);
       }
     }
   }
@@ -146,105 +159,108 @@ struct HeadPart {
     }
   }
 
-  // Each step's dimension with its values: put(dimension, values).
-  template <typename Put>
-  __device__ void each(int half, Put&& put) const {
+  template <typename Value, typename Convert>
+  __device__ void store(Value* to, int half, Convert&& convert) const {
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-      const int d = kStep * (threadIdx.x % 32 + 32 * j);
+      const int d = dimension(j);
       if (d >= half) continue;
-      put(d, low[j]);
-      put(half + d, high[j]);
+      Run<Value> a, b;
+#pragma unroll
+      for (int s = 0; s < kStep; ++s) {
+        a.values[s] = convert(low[j][s]);
+        b.values[s] = convert(high[j][s]);
+      }
+      *reinterpret_cast<Run<Value>*>(to + d) = a;
+      *reinterpret_cast<Run<Value>*>(to + half + d) = b;
     }
+  }
+
+  // The largest magnitude of the head, in all its lanes.
+  __device__ float most() const {
+    float most = 0;
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+#pragma unroll
+      for (int s = 0; s < kStep; ++s) most = fmaxf(most, fmaxf(fabsf(low[j][s]), fabsf(high[j][s])));
+    }
+    for (int lane = kLanes / 2; lane > 0; lane /= 2)
+      most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, lane));
+    return most;
   }
 };
 
-template <int kStep, typename Value, typename Convert>
-__device__ void store_part(const HeadPart<kStep>& part, int half, Value* to, Convert&& convert) {
-  part.each(half, [&](int d, const float* values) {
-    if constexpr (kStep == 2) {
-      struct alignas(2 * sizeof(Value)) Two {
-        Value first, second;
-      };
-      *reinterpret_cast<Two*>(to + d) = Two{convert(values[0]), convert(values[1])};
-    } else {
-      to[d] = convert(values[0]);
-    }
-  });
-}
-
 // `row`: of [2][heads][block_tokens] in the block.
-template <int kStep>
-__device__ void store_cached(const RotateParams& p, const HeadPart<kStep>& part, char* block, int row) {
+template <typename Part>
+__device__ void store_cached(const RotateParams& p, const Part& part, char* block, int row) {
   const int half = p.head_dim / 2;
   const int64 first = static_cast<int64>(row) * p.head_dim;
   switch (p.type) {
     case kCacheFloat32:
-      return store_part(part, half, reinterpret_cast<float*>(block) + first, [](float v) { return v; });
+      return part.store(reinterpret_cast<float*>(block) + first, half, [](float v) { return v; });
     case kCacheBfloat16:
-      return store_part(part, half, reinterpret_cast<uint16*>(block) + first, bfloat16_bits);
+      return part.store(reinterpret_cast<uint16*>(block) + first, half, bfloat16_bits);
     case kCacheFloat16:
-      return store_part(part, half, reinterpret_cast<uint16*>(block) + first, float16_bits);
+      return part.store(reinterpret_cast<uint16*>(block) + first, half, float16_bits);
     default:
-      float most = 0;
-      part.each(half, [&](int, const float* values) {
-        for (int s = 0; s < kStep; ++s) most = fmaxf(most, fabsf(values[s]));
-      });
-      most = warp_max(most);
+      const float most = part.most();
       // The inverse of a denormal would overflow; it counts as zero.
       const bool usable = most > 1e-35f && most < __int_as_float(0x7F800000);
       const float inverse = usable ? 127.f / most : 0.f;
-      store_part(part, half, reinterpret_cast<int8*>(block) + first,
+      part.store(reinterpret_cast<int8*>(block) + first, half,
                  [=](float v) { return static_cast<int8>(__float2int_rn(v * inverse)); });
       char* scales = block + 2 * static_cast<int64>(p.heads) * p.block_tokens * p.head_dim;
-      if (threadIdx.x % 32 == 0) reinterpret_cast<float*>(scales)[row] = usable ? most / 127.f : 0.f;
+      if (threadIdx.x % Part::kLanes == 0)
+        reinterpret_cast<float*>(scales)[row] = usable ? most / 127.f : 0.f;
   }
 }
 
-template <int kStep>
+template <typename Part>
 __device__ void rotate_head(const RotateParams& p) {
   start_successors();
   wait_for_predecessors();
-  const int64 task = static_cast<int64>(blockIdx.x) * kRotateWarps + threadIdx.x / 32;
-  if (task >= static_cast<int64>(p.n) * p.heads) return;
+  const int64 here =
+      static_cast<int64>(blockIdx.x) * (blockDim.x / Part::kLanes) + threadIdx.x / Part::kLanes;
+  // Lanes without a head do the last one again, so that all are there to exchange values.
+  const int64 task = min(here, static_cast<int64>(p.n) * p.heads - 1);
   const int token = static_cast<int>(task / p.heads), head = static_cast<int>(task % p.heads);
   const int half = p.head_dim / 2;
   const int64 width = static_cast<int64>(p.heads) * p.head_dim;
   const H* from = static_cast<const H*>(p.qkv) + 3 * width * token + head * p.head_dim;
-  HeadPart<kStep> query, key, value, angles;
-  query.load(from, half);
-  key.load(from + width, half);
-  value.load(from + 2 * width, half);
   const int position = p.positions[token];
-  const int64 place = (static_cast<int64>(p.angle_tables[token]) * p.max_positions + position) * half;
-#pragma unroll
-  for (int j = 0; j < HeadPart<kStep>::kSteps; ++j) {
-    const int d = kStep * (threadIdx.x % 32 + 32 * j);
-#pragma unroll
-    for (int s = 0; s < kStep; ++s) {
-      angles.low[j][s] = d < half ? p.cos[place + d + s] : 0;
-      angles.high[j][s] = d < half ? p.sin[place + d + s] : 0;
-    }
-  }
+  const int64 angle_table = p.angle_tables[token], table = p.tables[token];
+  Part query, key, value, angles;
+  query.load(from, from + half, half);
+  key.load(from + width, from + width + half, half);
+  value.load(from + 2 * width, from + 2 * width + half, half);
+  const int64 place = (angle_table * p.max_positions + position) * half;
+  angles.load(p.cos + place, p.sin + place, half);
   const float scale = p.query_scale[position];
-  const int64 table = static_cast<int64>(p.tables[token]) * p.max_blocks;
-  const int number = p.blocks[table + position / p.block_tokens], slot = position % p.block_tokens;
+  const int number = p.blocks[table * p.max_blocks + position / p.block_tokens];
+  const int slot = position % p.block_tokens;
   char* block = p.cache + number * p.block_bytes;
   query.rotate(angles, scale);
   key.rotate(angles, 1);
-  store_part(query, half, static_cast<H*>(p.q) + width * token + head * p.head_dim, to_half);
+  query.store(static_cast<H*>(p.q) + width * token + head * p.head_dim, half, to_half);
   store_cached(p, key, block, head * p.block_tokens + slot);
   store_cached(p, value, block, (p.heads + head) * p.block_tokens + slot);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * kRotateWarps)
-    rotate_and_store_even(const __grid_constant__ RotateParams p) {
-  rotate_head<2>(p);
+extern "C" __global__ void __launch_bounds__(kRotateThreads)
+    rotate_and_store_128(const __grid_constant__ RotateParams p) {
+  rotate_head<HeadPart<4, 1, 16>>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * kRotateWarps)
-    rotate_and_store_odd(const __grid_constant__ RotateParams p) {
-  rotate_head<1>(p);
+// head_dim a multiple of 4, up to kMaxHeadDim.
+extern "C" __global__ void __launch_bounds__(kRotateThreads)
+    rotate_and_store_2(const __grid_constant__ RotateParams p) {
+  rotate_head<HeadPart<2, kMaxHeadDim / 2 / 64, 32>>(p);
+}
+
+// head_dim even, up to kMaxHeadDim.
+extern "C" __global__ void __launch_bounds__(kRotateThreads)
+    rotate_and_store_1(const __grid_constant__ RotateParams p) {
+  rotate_head<HeadPart<1, kMaxHeadDim / 2 / 32, 32>>(p);
 }
 
 }  // namespace qvl::cuda

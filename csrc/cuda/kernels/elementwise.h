@@ -23,7 +23,7 @@ struct EmbedParams {
   int parts;  // blocks a row
 };
 
-constexpr int kRotateWarps = 4;
+constexpr int kRotateThreads = 128;
 constexpr int kMaxHeadDim = 512;
 
 enum CacheType { kCacheFloat32, kCacheBfloat16, kCacheFloat16, kCacheInt8 };

@@ -5,7 +5,14 @@
 
 namespace qvl::cuda {
 
-constexpr int kRowVectors = 4;  // float4 that a thread of a row's block can hold
+// Blocks of 1024 threads that are to fit a multiprocessor: those with room for 2048 threads.
+#if __CUDA_ARCH__ == 700 || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+constexpr int kRowBlocks = 2;
+#else
+constexpr int kRowBlocks = 1;
+#endif
+
+constexpr int kRowVectors = 2;  // float4 that a thread of a row's block can hold
 
 // The sum of all threads' values, in all threads. The order of the additions depends on the number of threads
 // alone. `room` is 32 floats of shared memory that nothing else uses until the kernel ends.

@@ -1,9 +1,9 @@
 // Picking tokens from rows of logits, float32 [n, vocab].
 //
-// The parts, each a launch: sample_mark (forbidden ids as bits; only where a row has some), sample_scan (a
-// block for each 4096 logits: its likeliest id, its checks, its part of the softmax's sum), sample_peak (a
-// warp a row puts them together: greedy rows are done); and where a row draws sample_bins and sample_draw;
-// and where log-probabilities of the likeliest are wanted sample_top.
+// The parts, each a launch: sample_scan (a block for each 4096 logits: its likeliest id, its checks, its part
+// of the softmax's sum, its forbidden ids as bits), sample_peak (a warp a row puts them together: greedy rows
+// are done); where a row draws sample_bins, sample_keep and sample_draw; and where log-probabilities of the
+// likeliest are wanted sample_top.
 //
 // Greedy, one row of 151,936: 608 KB from the L2 cache, in which the product before left it, by 38 blocks
 // with 64 bytes on their way a thread, then 38 small structs: two launches and little more. 256 rows are 156
@@ -14,18 +14,19 @@
 // under it weighs nothing. Weights exp(-distance) are whole numbers, so that sums do not depend on the order
 // of the additions, and atomic additions give the same bits however the row is shared among blocks. Where a
 // running sum (of ids for top-k, of weights for top-p and the draw) crosses a value is found by the bin of
-// the key's first 11 bits, made by all blocks of a row in sample_bins; and then, by one block a row, by
-// keeping the ids of that bin, and all before it if they are few, and putting them in order. Only if a bin
-// has more than 2048 are its next 11 bits counted. One pass over the row takes a block about 6 us; mostly one
-// is all, a flat row with top-k and top-p needs some more.
+// the key's first 11 bits (sample_bins, all blocks of a row), and then by putting the ids of that bin in
+// order, and with them all before it where later sums need those. If they are 2048 or fewer, sample_keep, all
+// blocks of a row, gathers them, and sample_draw, one block a row, does not read the row. Else, in flat rows,
+// it counts bins of the next 11 bits, and reads the row a few times, at about 6 us each.
 #include "cuda/kernels/common.cuh"
 #include "cuda/kernels/sample.h"
 
 namespace qvl::cuda {
 
 constexpr int kHasFinite = 1, kHasNan = 2;
-constexpr int kIdBits = 24, kStepBits = 35;  // of a key for draws
-constexpr double kFarthest = 32;             // as 2^5: kStepBits + 5 + kIdBits is 64
+constexpr int kIdBits = 24, kStepBits = 35;       // of a key for draws
+constexpr uint64 kFarthest = 32ull << kStepBits;  // in steps; with kIdBits these are 64 bits
+constexpr uint64 kLog2E = 6653256548922161246;    // log2(e) * 2^62
 constexpr double kForbidden = -1e10;
 
 __device__ inline float infinity() {
@@ -40,7 +41,8 @@ __device__ inline bool is_greedy(const Pick& pick) {
 struct Row {
   const float* logits;
   const int* counts;    // NULL without penalties
-  const uint32* marks;  // NULL without forbidden ids
+  const uint32* marks;  // NULL without forbidden ids; bit 0 is id first_marked
+  int first_marked = 0;
   double repetition, frequency, presence;
 
   __device__ Row(const SampleParams& p, int row) : logits(p.logits + static_cast<int64>(row) * p.vocab) {
@@ -59,7 +61,8 @@ struct Row {
   // Rounded after each operation, as on the CPU.
   __device__ double value(int id, float logit) const {
     double value = logit;
-    if (marks != nullptr && (marks[id / 32] >> id % 32 & 1) != 0) value = kForbidden;
+    const int bit = id - first_marked;
+    if (marks != nullptr && (marks[bit / 32] >> bit % 32 & 1) != 0) value = kForbidden;
     const int count = counts != nullptr ? counts[id] : 0;
     if (count <= 0) return value;
     value = value < 0 ? value * repetition : value / repetition;
@@ -106,28 +109,14 @@ __device__ void finish(const SampleParams& p, int row, int token, double floor) 
   p.logprobs[row] = static_cast<float>(logit - floor);
 }
 
-// A block a row.
-extern "C" __global__ void __launch_bounds__(256) sample_mark(const __grid_constant__ SampleParams p) {
-  start_successors();
-  wait_for_predecessors();
-  const Pick& pick = p.picks[blockIdx.x];
-  if (pick.n_forbidden == 0) return;
-  uint32* marks = p.marks + static_cast<int64>(blockIdx.x) * p.mark_words;
-  for (int i = threadIdx.x; i < p.mark_words; i += blockDim.x) marks[i] = 0;
-  __syncthreads();
-  for (int i = threadIdx.x; i < pick.n_forbidden; i += blockDim.x) {
-    const int id = p.forbidden[pick.first_forbidden + i];
-    atomicOr(marks + id / 32, 1u << id % 32);
-  }
-}
-
 // A block for each chunk of each row.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
     sample_scan(const __grid_constant__ SampleParams p) {
-  constexpr int kWarps = kScanThreads / 32;
+  constexpr int kWarps = kScanWarps;
   __shared__ double bests[kWarps];
   __shared__ int ids[kWarps], all_flags[kWarps];
   __shared__ float mosts[kWarps], sums[kWarps];
+  __shared__ uint32 marks[kScanChunk / 32];
   start_successors();
   wait_for_predecessors();
   const int row = blockIdx.y, chunk = blockIdx.x, thread = threadIdx.x;
@@ -139,8 +128,27 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
       p.bin_weights[static_cast<int64>(row) * kSearchBins + i] = 0;
       p.bin_counts[static_cast<int64>(row) * kSearchBins + i] = 0;
     }
+    if (chunk == 0 && thread == 0) p.kept[row].n = p.kept[row].blocks_done = 0;
   }
-  const Row changes(p, row);
+  Row changes(p, row);
+  if (changes.marks != nullptr) {
+    const Pick& pick = p.picks[row];
+    const int start = chunk * kScanChunk;
+    for (int i = thread; i < kScanChunk / 32; i += kScanThreads) marks[i] = 0;
+    __syncthreads();
+    bool some = false;
+    for (int i = thread; i < pick.n_forbidden; i += kScanThreads) {
+      const int bit = p.forbidden[pick.first_forbidden + i] - start;
+      if (bit < 0 || bit >= kScanChunk) continue;
+      atomicOr(marks + bit / 32, 1u << bit % 32);
+      some = true;
+    }
+    some = __syncthreads_or(some);
+    for (int i = thread; p.any_draw && i < kScanChunk / 32; i += kScanThreads)
+      p.marks[static_cast<int64>(row) * p.mark_words + start / 32 + i] = marks[i];
+    changes.marks = some ? marks : nullptr;
+    changes.first_marked = start;
+  }
   float most = -infinity();
   int id = 0x7FFFFFFF, flags = 0;
 #pragma unroll
@@ -178,6 +186,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
     ids[thread / 32] = id;
     all_flags[thread / 32] = flags;
     mosts[thread / 32] = most;
+    if (p.n_top > 0) p.warp_mosts[(static_cast<int64>(row) * p.chunks + chunk) * kWarps + thread / 32] = most;
   }
   __syncthreads();
   float sum = 0;
@@ -242,27 +251,32 @@ __device__ inline bool draws(const Pick& pick, const RowState& state) {
   return state.peak >= 0 && !is_greedy(pick) && !isinf(state.best);
 }
 
+// Logits that are worth a closer look: those of a range of keys lie in it.
+struct Near {
+  float low, high;  // a NaN is no bound
+
+  __device__ bool near(float logit) const { return !(logit < low || logit > high); }
+};
+
 // The ids of a row with weights, in the order of draws.
-struct DrawItems {
+struct DrawItems : Near {
   static constexpr bool kHasFirstBins = true;  // from sample_bins
   Row row;
-  double best, temperature, per_temperature, weight_one;
-  float low, high;  // a logit out of these is out of the range of keys asked for
+  double best, steps;  // steps in a difference of 1
+  int weight_shift;
 
   __device__ DrawItems(const SampleParams& p, int number, const Pick& pick, const RowState& state)
       : row(p, number),
         best(state.best),
-        temperature(pick.temperature),
-        per_temperature(1 / temperature),
-        weight_one(p.weight_one) {}
+        steps((1ull << kStepBits) / static_cast<double>(pick.temperature)),
+        weight_shift(p.weight_shift) {}
 
-  __device__ double distance(int id, float logit) const {
-    return (best - row.value(id, logit)) * per_temperature;
-  }
-  __device__ uint64 weight(double distance) const { return __double2ull_rn(exp(-distance) * weight_one); }
-  __device__ uint64 weight_of(uint64 key) const {
-    const int id = static_cast<int>(key & ((1u << kIdBits) - 1));
-    return weight(distance(id, row.logits[id]));
+  // Of the distance in the key alone, off by a few parts in ten million: 2^-t, t the distance times log2(e).
+  __device__ uint64 weight(uint64 key) const {
+    const uint64 t = __umul64hi(key >> kIdBits << 24, kLog2E);  // in steps of 2^-57
+    const float part = static_cast<float>(static_cast<uint32>(t >> 25)) * 0x1p-32f;
+    const uint64 mantissa = static_cast<uint64>(exp2f(-part) * 0x1p31f);
+    return mantissa << weight_shift >> (t >> 57);
   }
 
   // Only ids with keys first to last are asked for from now on.
@@ -270,42 +284,43 @@ struct DrawItems {
     low = -infinity();
     high = infinity();
     if (row.changed()) return;
-    const double step = temperature / (1ull << kStepBits);
-    const double to = ((last >> kIdBits) + 1) * step, slack = 1e-6 * (fabs(best) + to);
-    high = static_cast<float>(best - (first >> kIdBits) * step + slack);
+    const double from = (first >> kIdBits) / steps, to = ((last >> kIdBits) + 1) / steps;
+    const double slack = 1e-6 * (fabs(best) + to);
+    high = static_cast<float>(best - from + slack);
     low = static_cast<float>(best - to - slack);
   }
 
-  __device__ bool near(float logit) const { return logit >= low && logit <= high; }
-
-  // Whether the id has a key; then its key and distance.
-  __device__ bool get(int id, float logit, uint64& key, double& distance_) const {
-    distance_ = distance(id, logit);
-    if (!(distance_ < kFarthest)) return false;
-    key = __double2ull_rd(distance_ * (1ull << kStepBits)) << kIdBits | static_cast<uint32>(id);
+  // Whether the id has a key, and which.
+  __device__ bool get(int id, float logit, uint64& key) const {
+    const double distance = (best - row.value(id, logit)) * steps;
+    if (!(distance < static_cast<double>(kFarthest))) return false;
+    key = __double2ull_rd(distance) << kIdBits | static_cast<uint32>(id);
     return true;
   }
 };
 
 // The ids of a row in the order of its unchanged logits; they weigh nothing.
-struct TopItems {
+struct TopItems : Near {
   static constexpr bool kHasFirstBins = false;
   const float* logits;
-  uint32 low, high;
+
+  __device__ explicit TopItems(const float* logits) : logits(logits) {}
 
   __device__ static uint32 upper(float logit) {
     const uint32 bits = __float_as_uint(logit + 0.f);  // -0 becomes 0
     return bits >> 31 != 0 ? bits : bits ^ 0x7FFFFFFF;
   }
-  __device__ uint64 weight(double) const { return 0; }
-  __device__ uint64 weight_of(uint64) const { return 0; }
-  __device__ void narrow(uint64 first, uint64 last) {
-    low = static_cast<uint32>(first >> 32);
-    high = static_cast<uint32>(last >> 32);
+  __device__ uint64 weight(uint64) const { return 0; }
+  __device__ static float logit_of(uint32 upper) {
+    return __uint_as_float(upper >> 31 != 0 ? upper : upper ^ 0x7FFFFFFF);
   }
-  __device__ bool near(float logit) const { return upper(logit) >= low && upper(logit) <= high; }
-  __device__ bool get(int id, float logit, uint64& key, double&) const {
-    key = static_cast<uint64>(upper(logit)) << 32 | static_cast<uint32>(id);
+  __device__ void narrow(uint64 first, uint64 last) {
+    low = logit_of(static_cast<uint32>(last >> 32));
+    high = logit_of(static_cast<uint32>(first >> 32));
+  }
+  __device__ uint64 key(uint32 id, float logit) const { return static_cast<uint64>(upper(logit)) << 32 | id; }
+  __device__ bool get(int id, float logit, uint64& key_) const {
+    key_ = key(static_cast<uint32>(id), logit);
     return true;
   }
 };
@@ -331,10 +346,89 @@ struct Bins {
 
 constexpr int kBinShift = 53;  // of the first level: the upper 11 bits of a key
 
-// A block for each bin_vectors * 4 * kScanThreads logits of each row: the bins of the first level.
+// What the values of the threads before this one add up to, and those of all. `room`: kWarps numbers.
+template <int kWarps>
+__device__ uint64 sum_before(uint64 value, uint64* room, uint64& all) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint64 sum = value;
+  for (int far = 1; far < 32; far *= 2) {
+    const uint64 other = __shfl_up_sync(0xFFFFFFFFu, sum, far);
+    if (lane >= far) sum += other;
+  }
+  if (lane == 31) room[warp] = sum;
+  __syncthreads();
+  uint64 warps = lane < kWarps ? room[lane] : 0;
+  for (int far = 1; far < kWarps; far *= 2) {
+    const uint64 other = __shfl_up_sync(0xFFFFFFFFu, warps, far);
+    if (lane >= far) warps += other;
+  }
+  all = __shfl_sync(0xFFFFFFFFu, warps, kWarps - 1);
+  const uint64 before = __shfl_sync(0xFFFFFFFFu, warps, warp == 0 ? 0 : warp - 1);
+  return sum - value + (warp == 0 ? 0 : before);
+}
+
+// The id with which the weights are over this is the last that top-p leaves: no less than top_p of the mass.
+__device__ inline uint64 top_p_target(const Pick& pick, uint64 mass) {
+  const uint64 least = __double2ull_ru(static_cast<double>(pick.top_p) * static_cast<double>(mass));
+  return min(max(least, 1ull), mass) - 1;
+}
+
+__device__ inline uint64 draw_target(const Pick& pick, uint64 mass) {
+  return min(__double2ull_rd(pick.fraction * static_cast<double>(mass)), mass - 1);
+}
+
+// A row's bins are whole: find the one in which the first of sample_draw's searches ends, later ones ending
+// no later. All before it are wanted, too, unless there is no other search.
+__device__ void choose_kept(const SampleParams& p, int row, const Pick& pick) {
+  constexpr int kEach = kSearchBins / kScanThreads;
+  __shared__ uint64 room[2][kScanWarps];
+  const int thread = threadIdx.x;
+  const int64 bin = static_cast<int64>(row) * kSearchBins + kEach * thread;
+  const auto* weight_pairs = reinterpret_cast<const ulonglong2*>(p.bin_weights + bin);
+  const auto* count_pairs = reinterpret_cast<const uint2*>(p.bin_counts + bin);
+  uint64 weights[kEach], counts[kEach], weight = 0, count = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; i += 2) {
+    const ulonglong2 two = __ldcg(weight_pairs + i / 2);
+    const uint2 numbers = __ldcg(count_pairs + i / 2);
+    weights[i] = two.x, weights[i + 1] = two.y;
+    counts[i] = numbers.x, counts[i + 1] = numbers.y;
+    weight += two.x + two.y;
+    count += static_cast<uint64>(numbers.x) + numbers.y;
+  }
+  uint64 all_count, mass;
+  count = sum_before<kScanWarps>(count, room[0], all_count);
+  weight = sum_before<kScanWarps>(weight, room[1], mass);
+  const bool by_count = pick.top_k > 0 && static_cast<uint64>(pick.top_k) <= all_count;
+  const bool one_search = !by_count && pick.top_p >= 1;
+  const uint64 target = by_count     ? static_cast<uint64>(pick.top_k - 1)
+                        : one_search ? draw_target(pick, mass)
+                                     : top_p_target(pick, mass);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const uint64 before = by_count ? count : weight, here = by_count ? counts[i] : weights[i];
+    if (before <= target && target - before < here) {
+      const int last = kEach * thread + i;
+      KeptIds& kept = p.kept[row];
+      kept.by_count = by_count;
+      kept.mass = mass;
+      kept.base_count = one_search ? count : 0;
+      kept.base_weight = one_search ? weight : 0;
+      kept.first_key = one_search ? static_cast<uint64>(last) << kBinShift : 0;
+      kept.last_key = (static_cast<uint64>(last + 1) << kBinShift) - 1;
+      kept.too_many = counts[i] + (one_search ? 0 : count) > kKept;
+    }
+    count += counts[i];
+    weight += weights[i];
+  }
+}
+
+// A block for each bin_vectors * 4 * kScanThreads logits of each row: the bins of the first level. A row's
+// last block to end looks at the whole.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
     sample_bins(const __grid_constant__ SampleParams p) {
   __shared__ Bins bins;
+  __shared__ bool last;
   start_successors();
   wait_for_predecessors();
   const int row = blockIdx.y;
@@ -351,9 +445,8 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
     for (int j = 0; j < 4; ++j) {
       const int id = first + 4 * v * kScanThreads + j;
       uint64 key;
-      double distance;
-      if (id < p.vocab && items.get(id, values[0][j], key, distance))
-        bins.add(static_cast<int>(key >> kBinShift), items.weight(distance));
+      if (id < p.vocab && items.get(id, values[0][j], key))
+        bins.add(static_cast<int>(key >> kBinShift), items.weight(key));
     }
   }
   __syncthreads();
@@ -363,9 +456,43 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
     atomicAdd(p.bin_counts + at, bins.counts[i]);
     atomicAdd(p.bin_weights + at, bins.weight(i));
   }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(&p.kept[row].blocks_done, 1) + 1 == gridDim.x;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  choose_kept(p, row, pick);
 }
 
-constexpr int kKept = 2048;  // ids that a search puts in order
+// The same blocks: gather the ids that were chosen.
+extern "C" __global__ void __launch_bounds__(kScanThreads)
+    sample_keep(const __grid_constant__ SampleParams p) {
+  start_successors();
+  wait_for_predecessors();
+  const int row = blockIdx.y;
+  const Pick pick = p.picks[row];
+  const RowState state = p.states[row];
+  KeptIds& kept = p.kept[row];
+  if (!draws(pick, state) || kept.too_many) return;
+  const uint64 first_key = kept.first_key, last_key = kept.last_key;
+  DrawItems items(p, row, pick, state);
+  items.narrow(first_key, last_key);
+  const int first = 4 * (blockIdx.x * p.bin_vectors * kScanThreads + threadIdx.x);
+  for (int v = 0; v < p.bin_vectors; ++v) {
+    float values[1][4];
+    load_logits(items.row.logits, p.vocab, first + 4 * v * kScanThreads, values);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int id = first + 4 * v * kScanThreads + j;
+      uint64 key;
+      if (id < p.vocab && items.near(values[0][j]) && items.get(id, values[0][j], key) && key >= first_key &&
+          key <= last_key)
+        p.kept_keys[static_cast<int64>(row) * kKept + atomicAdd(&kept.n, 1)] = key;
+    }
+  }
+}
+
 constexpr int kNowhere = -1;
 
 struct SearchRoom {
@@ -375,8 +502,7 @@ struct SearchRoom {
   };
   uint64 keys[kKept];
   uint64 sums[2][32];
-  uint64 all_count, all_weight;        // of what crossing() last saw
-  uint64 before_count, before_weight;  // what lies before the place that it found
+  uint64 before_count, before_weight;  // what lies before the place that crossing() found
   uint64 here_count, here_weight;
   int found;
   int n_kept;
@@ -394,11 +520,49 @@ class Search {
     bin_counts_ = p.bin_counts + static_cast<int64>(row) * kSearchBins;
   }
 
-  // The weight of all ids.
-  __device__ uint64 weigh() {
-    fill(kBinShift, 0);
-    cross_bins(false, ~0ull);
-    return room_.all_weight;
+  // Begin with ids that have been gathered.
+  __device__ void begin_with(const KeptIds& kept, const uint64* keys) {
+    n_kept_ = kept.n;
+    base_count_ = kept.base_count;
+    base_weight_ = kept.base_weight;
+    for (int i = threadIdx.x; i < n_kept_; i += kSearchThreads) room_.keys[i] = keys[i];
+    put_in_order();
+  }
+
+  // Keep the ids with keys up to `last`. False if they are too many.
+  __device__ bool keep_up_to(uint64 last) {
+    base_count_ = base_weight_ = 0;
+    gather(0, last);
+    return n_kept_ > 0;
+  }
+
+  // Bitonic, of the first n keys: rounds of comparisons of keys a power of two apart. Those at most 32 apart
+  // stay in a warp.
+  __device__ void sort(int n) {
+    int whole = 2;
+    while (whole < n) whole *= 2;
+    for (int i = n + threadIdx.x; i < whole; i += kSearchThreads) room_.keys[i] = ~0ull;
+    __syncthreads();
+    const int thread = threadIdx.x;
+    for (int run = 2; run <= whole; run *= 2) {
+      for (int apart = run / 2; apart > 0; apart /= 2) {
+        const int i = 2 * thread - (thread & (apart - 1));
+        if (thread < whole / 2) {
+          const uint64 a = room_.keys[i], b = room_.keys[i + apart];
+          if ((a > b) == ((i & run) == 0)) {
+            room_.keys[i] = b;
+            room_.keys[i + apart] = a;
+          }
+        }
+        const int next = apart > 1 ? apart / 2 : run;
+        if (apart > 32 || next > 32) {
+          __syncthreads();
+        } else {
+          __syncwarp();
+        }
+      }
+    }
+    __syncthreads();
   }
 
   // The first id, in order, with which the number of ids, or their weight, is over `target`: its key, and
@@ -413,7 +577,7 @@ class Search {
   }
 
  private:
-  // Call each(key, distance) for the ids of the row with keys first to last.
+  // Call each(key) for the ids of the row with keys first to last.
   template <typename Each>
   __device__ void each_item(uint64 first_key, uint64 last_key, Each&& each) {
     constexpr int kVectors = 4;
@@ -430,9 +594,7 @@ class Search {
       for (; near != 0; near &= near - 1) {
         const int bit = __ffs(near) - 1, id = first + bit / 4 * 4 * kSearchThreads + bit % 4;
         uint64 key;
-        double distance;
-        if (id < vocab_ && items_.get(id, logits_[id], key, distance) && key >= first_key && key <= last_key)
-          each(key, distance);
+        if (id < vocab_ && items_.get(id, logits_[id], key) && key >= first_key && key <= last_key) each(key);
       }
     }
   }
@@ -453,40 +615,20 @@ class Search {
       const uint64 first = above < 64 ? prefix << above : 0;
       const uint64 last = above < 64 ? ((prefix + 1) << above) - 1 : ~0ull;
       bins.clear();
-      each_item(first, last, [&](uint64 key, double distance) {
-        bins.add(static_cast<int>(key >> shift & (kSearchBins - 1)), items_.weight(distance));
+      each_item(first, last, [&](uint64 key) {
+        bins.add(static_cast<int>(key >> shift & (kSearchBins - 1)), items_.weight(key));
       });
     }
     __syncthreads();
-  }
-
-  // Sums before this thread's, over the block.
-  __device__ uint64 sum_before(uint64 value, uint64* room, uint64& all) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint64 sum = value;
-    for (int far = 1; far < 32; far *= 2) {
-      const uint64 other = __shfl_up_sync(0xFFFFFFFFu, sum, far);
-      if (lane >= far) sum += other;
-    }
-    if (lane == 31) room[warp] = sum;
-    __syncthreads();
-    uint64 warps = room[lane];
-    for (int far = 1; far < 32; far *= 2) {
-      const uint64 other = __shfl_up_sync(0xFFFFFFFFu, warps, far);
-      if (lane >= far) warps += other;
-    }
-    all = __shfl_sync(0xFFFFFFFFu, warps, 31);
-    const uint64 before = __shfl_sync(0xFFFFFFFFu, warps, warp == 0 ? 0 : warp - 1);
-    return sum - value + (warp == 0 ? 0 : before);
   }
 
   // Of this thread's two of 2048 places: sets `found` to the one in which the running sum crosses target.
   __device__ void crossing(const uint64 (&counts)[2], const uint64 (&weights)[2], bool by_count,
                            uint64 target) {
     if (threadIdx.x == 0) room_.found = kNowhere;
-    uint64 all_count, all_weight;
-    uint64 count = sum_before(counts[0] + counts[1], room_.sums[0], all_count);
-    uint64 weight = sum_before(weights[0] + weights[1], room_.sums[1], all_weight);
+    uint64 all;
+    uint64 count = sum_before<32>(counts[0] + counts[1], room_.sums[0], all);
+    uint64 weight = sum_before<32>(weights[0] + weights[1], room_.sums[1], all);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint64 before = by_count ? count : weight, here = by_count ? counts[i] : weights[i];
@@ -499,10 +641,6 @@ class Search {
       }
       count += counts[i];
       weight += weights[i];
-    }
-    if (threadIdx.x == 0) {
-      room_.all_count = all_count;
-      room_.all_weight = all_weight;
     }
     __syncthreads();
   }
@@ -535,44 +673,28 @@ class Search {
     }
     const uint64 first = all ? 0 : prefix << shift, last = ((prefix + 1) << shift) - 1;
     if (all) base_count_ = base_weight_ = 0;
-    __syncthreads();
-    if (threadIdx.x == 0) room_.n_kept = 0;
-    __syncthreads();
-    each_item(first, last, [&](uint64 key, double) { room_.keys[atomicAdd(&room_.n_kept, 1)] = key; });
-    __syncthreads();
-    n_kept_ = room_.n_kept;
-    sort();
-    for (int i = threadIdx.x; i < kKept; i += kSearchThreads)
-      room_.weights[i] = i < n_kept_ ? items_.weight_of(room_.keys[i]) : 0;
-    __syncthreads();
+    gather(first, last);
     return true;
   }
 
-  // Bitonic: rounds of comparisons of keys a power of two apart. Those at most 32 apart stay in a warp.
-  __device__ void sort() {
-    int n = 2;
-    while (n < n_kept_) n *= 2;
-    for (int i = n_kept_ + threadIdx.x; i < n; i += kSearchThreads) room_.keys[i] = ~0ull;
+  // Keep the ids with keys first to last, in order; none if they are more than kKept.
+  __device__ void gather(uint64 first, uint64 last) {
     __syncthreads();
-    const int thread = threadIdx.x;
-    for (int run = 2; run <= n; run *= 2) {
-      for (int apart = run / 2; apart > 0; apart /= 2) {
-        const int i = 2 * thread - (thread & (apart - 1));
-        if (thread < n / 2) {
-          const uint64 a = room_.keys[i], b = room_.keys[i + apart];
-          if ((a > b) == ((i & run) == 0)) {
-            room_.keys[i] = b;
-            room_.keys[i + apart] = a;
-          }
-        }
-        const int next = apart > 1 ? apart / 2 : run;
-        if (apart > 32 || next > 32) {
-          __syncthreads();
-        } else {
-          __syncwarp();
-        }
-      }
-    }
+    if (threadIdx.x == 0) room_.n_kept = 0;
+    __syncthreads();
+    each_item(first, last, [&](uint64 key) {
+      const int at = atomicAdd(&room_.n_kept, 1);
+      if (at < kKept) room_.keys[at] = key;
+    });
+    __syncthreads();
+    n_kept_ = room_.n_kept <= kKept ? room_.n_kept : 0;
+    put_in_order();
+  }
+
+  __device__ void put_in_order() {
+    sort(n_kept_);
+    for (int i = threadIdx.x; i < kKept; i += kSearchThreads)
+      room_.weights[i] = i < n_kept_ ? items_.weight(room_.keys[i]) : 0;
     __syncthreads();
   }
 
@@ -611,18 +733,18 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
   if (!draws(pick, state)) return;
   DrawItems items(p, row, pick, state);
   Search<DrawItems> search(room, items, items.row.logits, p.vocab, p, row);
-  uint64 key, mass = search.weigh(), through;
-  if (pick.top_k > 0 && pick.top_k < p.vocab &&
-      search.find(true, static_cast<uint64>(pick.top_k - 1), false, key, through))
-    mass = through;
-  if (pick.top_p < 1) {
-    // The sum is over `least` once it is no less than top_p of the mass.
-    const uint64 least = __double2ull_ru(static_cast<double>(pick.top_p) * static_cast<double>(mass));
-    search.find(false, min(max(least, 1ull), mass) - 1, false, key, through);
+  const KeptIds kept = p.kept[row];
+  if (kept.n > 0) search.begin_with(kept, p.kept_keys + static_cast<int64>(row) * kKept);
+  uint64 key, mass = kept.mass, through;
+  if (kept.by_count) {
+    search.find(true, static_cast<uint64>(pick.top_k - 1), false, key, through);
     mass = through;
   }
-  const uint64 reach = __double2ull_rd(pick.fraction * static_cast<double>(mass));
-  search.find(false, min(reach, mass - 1), false, key, through);
+  if (pick.top_p < 1) {
+    search.find(false, top_p_target(pick, mass), false, key, through);
+    mass = through;
+  }
+  search.find(false, draw_target(pick, mass), false, key, through);
   if (threadIdx.x == 0) finish(p, row, static_cast<int>(key & ((1u << kIdBits) - 1)), state.floor);
 }
 
@@ -635,11 +757,17 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
   const int row = blockIdx.x, thread = threadIdx.x;
   const RowState state = p.states[row];
   const bool broken = state.peak < 0;
-  TopItems items{p.logits + static_cast<int64>(row) * p.vocab, 0, 0};
+  TopItems items(p.logits + static_cast<int64>(row) * p.vocab);
   if (!broken) {
     Search<TopItems> search(room, items, items.logits, p.vocab, p, row);
-    uint64 key, through;
-    search.find(true, static_cast<uint64>(p.n_top - 1), true, key, through);
+    // The n_top-th of some logits is a bound for all: few are above it, mostly.
+    const int mosts = min(p.chunks * kScanWarps, kSearchThreads);
+    if (thread < mosts)
+      room.keys[thread] =
+          items.key(0xFFFFFFFF, p.warp_mosts[static_cast<int64>(row) * p.chunks * kScanWarps + thread]);
+    search.sort(mosts);
+    uint64 key = p.n_top <= mosts ? room.keys[p.n_top - 1] : ~0ull, through;
+    if (!search.keep_up_to(key)) search.find(true, static_cast<uint64>(p.n_top - 1), true, key, through);
   }
   if (thread >= p.n_top) return;
   const int id = broken ? -1 : static_cast<int>(room.keys[thread] & 0xFFFFFFFF);

@@ -62,12 +62,18 @@ __device__ void layer_norm_row(const LayerNormParams& p) {
       a.x -= mean, a.y -= mean, a.z -= mean, a.w -= mean;
       squares += (a.x * a.x + a.y * a.y) + (a.z * a.z + a.w * a.w);
     }
+    float4 weights[kRowVectors];  // on their way before the barrier
+#pragma unroll
+    for (int v = 0; v < kRowVectors; ++v) {
+      const int i = 4 * (v * blockDim.x + threadIdx.x);
+      if (i < width) weights[v] = load4(p.weight + i);
+    }
     const float scale = 1 / sqrtf(block_sum(squares, rooms[1]) / n + p.epsilon);
 #pragma unroll
     for (int v = 0; v < kRowVectors; ++v) {
       const int i = 4 * (v * blockDim.x + threadIdx.x);
       if (i >= width) continue;
-      const float4 w = load4(p.weight + i), b = load4(p.bias + i);
+      const float4 w = weights[v], b = load4(p.bias + i);
       float4 a = values[v];
       a.x = a.x * scale * w.x + b.x;
       a.y = a.y * scale * w.y + b.y;
@@ -91,12 +97,13 @@ __device__ void layer_norm_row(const LayerNormParams& p) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(1024, kRowBlocks)
     layer_norm_held(const __grid_constant__ LayerNormParams p) {
   layer_norm_row<true>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(1024) layer_norm_any(const __grid_constant__ LayerNormParams p) {
+extern "C" __global__ void __launch_bounds__(1024, kRowBlocks)
+    layer_norm_any(const __grid_constant__ LayerNormParams p) {
   layer_norm_row<false>(p);
 }
 
