@@ -87,8 +87,10 @@ def random_rows(half, n, width, stride):
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize(
     ("out", "width", "n"),
-    [(2, 1, 1), (16, 128, 8), (38, 200, 3), (130, 1000, 33), (518, 2056, 9), (94, 11008, 7), (4096, 4096, 1)]
-    + [(4096, 4096, 16), (300, 4096, 70), (258, 11008, 40), (62, 384, 256)],
+    [
+        *((2, 1, 1), (16, 128, 8), (38, 200, 3), (130, 1000, 33), (518, 2056, 9), (94, 11008, 7)),
+        *((4096, 4096, 1), (4096, 4096, 16), (300, 4096, 70), (258, 11008, 40), (62, 384, 256)),
+    ],
 )
 def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, width, n):
     matrix, exact = random_matrix(cuda_library, launch, half, storage, out, width)
@@ -186,11 +188,8 @@ class Cache:
         self.memory = torch.full((total, self.block_bytes), 255, dtype=torch.uint8, device="cuda")
         shape = (total, 2, heads, block_tokens)
         stored = self.memory[:, :value_bytes].view(DTYPES[dtype]).view(*shape, width)
-        scales = (
-            self.memory[:, value_bytes : value_bytes + scale_bytes]
-            .view(torch.float32)
-            .view(*shape[: 4 if scale_bytes else 1], *([] if scale_bytes else [0]))
-        )
+        if dtype == INT8:
+            scales = self.memory[:, value_bytes : value_bytes + scale_bytes].view(torch.float32).view(shape)
         self.max_blocks = max(tables) + 2
         self.blocks = torch.full((len(lengths), self.max_blocks), 2**31 - 1, dtype=torch.int32)
         self.sequences = []  # float64 [2, heads, length, width]
