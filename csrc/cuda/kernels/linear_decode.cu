@@ -318,13 +318,13 @@ __device__ inline int target_row(const UploadMatrix& p, int row) {
 template <int group>
 __device__ void upload_int4(const UploadMatrix& p) {
   const int row = blockIdx.x, to = target_row(p, row), units = p.stride / kUnit;
-  const uint32* from = static_cast<const uint32*>(p.from) + static_cast<int64>(row) * (p.stride / 8);
+  const uint16* from = static_cast<const uint16*>(p.from) + static_cast<int64>(row) * (p.stride / 4);
   for (int i = threadIdx.x; i < p.stride / kRun; i += blockDim.x) {
-    // Value 32 j + w of a unit is nibble j of word w.
+    // Value 32 j + w of a unit is nibble j of word w, of 16 bits.
     const int k = kRun * i, j = k % kUnit / 32, word = k / kUnit * 32 + k % 32;
     uint32 run = 0;
     for (int v = 0; v < kRun; ++v) {
-      const uint32 nibble = row < p.rows ? from[word + v] >> (4 * j) & 15u : 8u;
+      const uint32 nibble = row < p.rows ? static_cast<uint32>(from[word + v]) >> (4 * j) & 15u : 8u;
       run |= nibble << (4 * (v % 2 * 4 + v / 2));
     }
     static_cast<uint32*>(p.values)[int4_word(to, k, units)] = run;
