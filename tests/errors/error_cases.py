@@ -27,7 +27,6 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from paddlemix_qwenvl_plugin.batch.journal import Journal
-from paddlemix_qwenvl_plugin.engine.nvrtc import Nvrtc
 from paddlemix_qwenvl_plugin.util.machine import CudaDriver, Gpu
 
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
@@ -716,14 +715,16 @@ def _(bench: Bench) -> list[str]:
     return driver(CudaDriver(12090, [Gpu("NVIDIA H200", 90)]), "--device", "gpu")(bench)
 
 
-def found(nvrtc: Nvrtc, *include: Path) -> Provoke:
-    """`predict --device gpu` with this NVRTC, and its headers in these folders."""
+def found(major: int, minor: int, architecture: int, *include: Path) -> Provoke:
+    """`predict --device gpu` with an NVRTC that knows this architecture, and its headers in these folders."""
 
     def provoke(bench: Bench) -> list[str]:
-        module = "paddlemix_qwenvl_plugin.engine.nvrtc"
-        bench.monkeypatch.setattr(f"{module}._libraries", lambda: iter([nvrtc.library]))
-        bench.monkeypatch.setattr(f"{module}._opened", lambda library: nvrtc)
-        bench.monkeypatch.setattr(f"{module}._include", lambda library: include)
+        from paddlemix_qwenvl_plugin.engine import nvrtc
+
+        there = nvrtc.Nvrtc(f"libnvrtc.so.{major}", (major, minor), frozenset({architecture}))
+        bench.monkeypatch.setattr(nvrtc, "_libraries", lambda: iter([there.library]))
+        bench.monkeypatch.setattr(nvrtc, "_opened", lambda library: there)
+        bench.monkeypatch.setattr(nvrtc, "_include", lambda library: include)
         return driver(CudaDriver(12090, [Gpu("NVIDIA B200", 100)]), "--device", "gpu")(bench)
 
     return provoke
@@ -745,13 +746,9 @@ cases(
         "`--device gpu` with a GPU that is too old": driver(
             CudaDriver(12090, [Gpu("NVIDIA P100", 60)]), "--device", "gpu"
         ),
-        "`--device gpu` with an NVRTC that does not know the GPU": found(
-            Nvrtc("libnvrtc.so.12", (12, 4), frozenset({80, 90})), Path("include")
-        ),
-        "`--device gpu` with an NVRTC that is newer than the driver": found(
-            Nvrtc("libnvrtc.so.13", (13, 0), frozenset({100})), Path("include")
-        ),
-        "`--device gpu` without CUDA's headers": found(Nvrtc("libnvrtc.so.12", (12, 9), frozenset({100}))),
+        "`--device gpu` with an NVRTC that does not know the GPU": found(12, 4, 90, Path("include")),
+        "`--device gpu` with an NVRTC that is newer than the driver": found(13, 0, 100, Path("include")),
+        "`--device gpu` without CUDA's headers": found(12, 9, 100),
         "`--gpu_memory 0`": predict("--gpu_memory", "0"),
         "`--device tpu`": predict("--device", "tpu"),
         "`--device cpu:`": predict("--device", "cpu:"),
