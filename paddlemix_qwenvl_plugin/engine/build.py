@@ -75,12 +75,13 @@ def cuda_library(allowed: bool = False) -> Path:
     return shipped if shipped.is_file() else built(cuda_target(), allowed) / CUDA_LIBRARY
 
 
-def library_state() -> tuple[str, Path]:
+def library_state(for_gpus: bool = False) -> tuple[str, Path]:
     """("shipped", "built", "failed" or "not built", where the engine's library is or would be); builds nothing."""
-    if SHIPPED.is_file():
-        return "shipped", SHIPPED
-    state, folder = target_state(_library())
-    return state, folder / LIBRARY
+    shipped = SHIPPED.with_name(CUDA_LIBRARY) if for_gpus else SHIPPED
+    if shipped.is_file():
+        return "shipped", shipped
+    state, folder = target_state(cuda_target() if for_gpus else _library())
+    return state, folder / shipped.name
 
 
 def target_state(target: Target) -> tuple[str, Path]:

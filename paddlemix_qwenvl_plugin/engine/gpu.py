@@ -49,15 +49,22 @@ def usable(index: int) -> Gpu:
     return gpu
 
 
-def kernels() -> build.Target:
-    """The kernels for all GPUs here that the engine runs on.
+def compiler() -> nvrtc.Nvrtc:
+    """The NVRTC for the kernels of all GPUs here that the engine runs on.
 
     Raises:
-        QwenVLError: no driver, or no NVRTC to compile them with.
+        QwenVLError: no driver, or no NVRTC.
     """
-    driver = _driver()
-    architectures = {gpu.architecture for gpu in driver.gpus if gpu.architecture >= _OLDEST_GPU}
-    return build.kernel_target(nvrtc.find(architectures, driver.version // 1000), architectures)
+    return nvrtc.find(_architectures(), _driver().version // 1000)
+
+
+def kernels() -> build.Target:
+    """The kernels for all GPUs here that the engine runs on. Errors as for `compiler`."""
+    return build.kernel_target(compiler(), _architectures())
+
+
+def _architectures() -> set[int]:
+    return {gpu.architecture for gpu in _driver().gpus if gpu.architecture >= _OLDEST_GPU}
 
 
 def build_for(index: int, allowed: bool = False) -> tuple[Path, Path]:
@@ -87,8 +94,8 @@ def _driver() -> CudaDriver:
             "--device gpu: there is no NVIDIA driver (libcuda.so.1); install it or use --device cpu"
         )
     if driver.version < 1000 * _OLDEST_DRIVER:
-        knows = f"{driver.version // 1000}.{driver.version % 1000 // 10}"
         raise UsageError(
-            f"--device gpu: the NVIDIA driver knows CUDA {knows} only; install one for CUDA {_OLDEST_DRIVER} or newer"
+            f"--device gpu: the NVIDIA driver knows CUDA {driver.cuda} only; "
+            f"install one for CUDA {_OLDEST_DRIVER} or newer"
         )
     return driver

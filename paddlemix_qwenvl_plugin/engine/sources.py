@@ -81,7 +81,9 @@ def operators_units(csrc: Path, paddle_flags: Sequence[str]) -> list[Unit]:
 
 def cuda_units(csrc: Path) -> list[Unit]:
     """Everything `libqwenvl_cuda.so` is made of. It needs the driver when it runs, and nothing of CUDA to be built."""
-    core = [csrc / "core" / name for name in ("config.cc", "pack.cc")]
+    core = [
+        path for path in sorted((csrc / "core").glob("*.cc")) if path.stem in ("config", "pack", "rotary")
+    ]
     return [_unit(source) for source in (*sorted((csrc / "cuda").glob("*.cc")), *core)]
 
 

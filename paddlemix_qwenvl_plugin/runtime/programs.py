@@ -92,6 +92,7 @@ class Stage:
         target, before_runs = "", None
         has_operator = not suffix and any(".fused." in name for name in self.manifest.programs)
         if has_operator and engine_available(self._choice(), operators=True, gpu=gpu):
+            operators.load()
             before_runs = functools.partial(operators.use_device, gpu)
             target, gpu = ".fused", None
         elif gpu is None and self.manifest.dtype != "float32":

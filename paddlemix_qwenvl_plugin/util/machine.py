@@ -39,6 +39,11 @@ class CudaDriver(NamedTuple):
     version: int
     gpus: list[Gpu]
 
+    @property
+    def cuda(self) -> str:
+        """`version` as people write it."""
+        return f"{self.version // 1000}.{self.version % 1000 // 10}"
+
 
 def cuda_driver() -> Optional[CudaDriver]:
     """NVIDIA's driver, asked without any framework; None where there is none."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from engines import needs_compiler
-from fakes import fake_driver, fake_nvrtc, headers
+from fake_cuda import fake_driver, fake_nvrtc, headers
 
 from paddlemix_qwenvl_plugin.engine import build, gpu, nvrtc, sources
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError

@@ -719,6 +719,21 @@ def _(bench: Bench) -> list[str]:
     return driver(CudaDriver(12090, [Gpu("NVIDIA H200", 90)]), "--device", "gpu")(bench)
 
 
+def found(major: int, minor: int, architecture: int, *include: Path) -> Provoke:
+    """`predict --device gpu` with an NVRTC that knows this architecture, and its headers in these folders."""
+
+    def provoke(bench: Bench) -> list[str]:
+        from paddlemix_qwenvl_plugin.engine import nvrtc
+
+        there = nvrtc.Nvrtc(f"libnvrtc.so.{major}", (major, minor), frozenset({architecture}))
+        bench.monkeypatch.setattr(nvrtc, "_libraries", lambda: iter([there.library]))
+        bench.monkeypatch.setattr(nvrtc, "_opened", lambda library: there)
+        bench.monkeypatch.setattr(nvrtc, "_include", lambda library: include)
+        return driver(CudaDriver(12090, [Gpu("NVIDIA B200", 100)]), "--device", "gpu")(bench)
+
+    return provoke
+
+
 @case("`--device gpu` with `QWENVL_ENGINE=portable` and a Paddle for CPUs")
 def _(bench: Bench) -> list[str]:
     bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")
@@ -735,6 +750,9 @@ cases(
         "`--device gpu` with a GPU that is too old": driver(
             CudaDriver(12090, [Gpu("NVIDIA P100", 60)]), "--device", "gpu"
         ),
+        "`--device gpu` with an NVRTC that does not know the GPU": found(12, 4, 90, Path("include")),
+        "`--device gpu` with an NVRTC that is newer than the driver": found(13, 0, 100, Path("include")),
+        "`--device gpu` without CUDA's headers": found(12, 9, 100),
         "`--gpu_memory 0`": predict("--gpu_memory", "0"),
         "`--device tpu`": predict("--device", "tpu"),
         "`--device cpu:`": predict("--device", "cpu:"),

@@ -18,6 +18,8 @@ from typing import Any
 import folders
 import numpy as np
 import pytest
+from engines import needs_compiler
+from fake_cuda import fake_driver
 from safetensors.numpy import load_file, save_file
 
 from paddlemix_qwenvl_plugin import QwenVL
@@ -220,6 +222,20 @@ def test_predictor_of_other_size(two_layers, tmp_path):
         [tokens], [ids] = answer["tokens"], answer["input_ids"]
         assert len(tokens) == MADE_UP_MAX_LEN - len(ids)
         assert tokens[:24] == expected(two_layers, query, 24)
+
+
+@needs_compiler
+def test_a_gpu_that_is_not_there(two_layers, tmp_path):
+    """The script's own default is a GPU, and means one that is there; QWENVL_DEVICE means what it says."""
+    fake_driver(tmp_path)
+    driver = {"LD_LIBRARY_PATH": str(tmp_path), "FAKE_CUDA": "12090", "FAKE_GPUS": "0"}
+    command = predictor_command(MADE_UP, two_layers, [ONE_PICTURE], tmp_path / "out.json")
+    done = run(MADE_UP, *command, cwd=tmp_path, **driver)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "qwenvl: --device gpu: there is no GPU here, running on the CPU" in done.stderr.splitlines()
+    done = run(MADE_UP, *command, cwd=tmp_path, QWENVL_DEVICE="gpu", **driver)
+    assert done.returncode == 1
+    assert "--device gpu:0: the NVIDIA driver shows 0 GPU(s) here" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("tree", [real])
