@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Optional
 import typer
 
 from paddlemix_qwenvl_plugin.cli import options as flags
+from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -35,6 +36,8 @@ def chat(
     from paddlemix_qwenvl_plugin.chat_ui.view import Plain, piped_lines
 
     options: GenerationOptions = context.obj
+    if sys.stdin is None:
+        raise UsageError("standard input: is closed, and questions come from there; give it a file or a pipe")
     pair = flags.open_model(
         first_model_path,
         second_model_path,

@@ -240,7 +240,9 @@ def _check(stages: _Stages, predictions: Optional[Path], output: Optional[Path])
     if stages.given and predictions is not None:
         raise UsageError("--predictions runs no model: leave out the exported stages")
     if output is not None:
-        check_target(output)
+        from paddlemix_qwenvl_plugin.evaluation.rows import is_scored
+
+        check_target(output, is_scored)
 
 
 def _answers(
