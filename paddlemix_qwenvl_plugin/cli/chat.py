@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Optional
 
 import typer
 
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
@@ -28,6 +30,8 @@ def chat(
     from paddlemix_qwenvl_plugin.chat_ui.view import Plain, piped_lines
 
     options: GenerationOptions = context.obj
+    if sys.stdin is None:
+        raise UsageError("standard input: is closed, and questions come from there; give it a file or a pipe")
     pair = open_pair()
     session = Session(pair, system, options)
     pictures = [session.attach(source) for source in image or []]

@@ -61,7 +61,9 @@ class _Run:
         if self.has_stages and self.predictions is not None:
             raise UsageError("--predictions runs no model: leave out the exported stages")
         if self.output is not None:
-            check_target(self.output)
+            from paddlemix_qwenvl_plugin.evaluation.rows import is_scored
+
+            check_target(self.output, is_scored)
 
     def open(self) -> QwenVL:
         from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL

@@ -109,14 +109,16 @@ def main() -> None:
 
 
 def _mend_streams() -> None:
-    """Have a standard stream for each that is closed, and an output that takes every character.
+    """Have an output for each that is closed, and one that takes every character.
 
     Opened in this order they take the numbers 0 to 2, so that no other file gets them, and with it what C++ code
-    prints.
+    prints. A closed input stays None: who reads it says so.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if sys.stdin is None:
+        os.open(os.devnull, os.O_RDONLY)
+    for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -168,7 +168,7 @@ def _export(
         for form, extension in FORMATS.items()
     ]
     own = [*(name for name, *_ in todo), params_path(prefix).name, manifest_path(prefix).name]
-    _check_names(checkpoint.folder, prefix, own)
+    _check_names(checkpoint.folder, prefix, own, stage.companions)
     make_folder(prefix.parent)
     with naming(prefix), scratch_folder(prefix) as scratch:
         records = None
@@ -208,8 +208,8 @@ def _export(
     return manifest
 
 
-def _check_names(model: Path, prefix: Path, names: list[str]) -> None:
-    """Refuse a prefix under which an export would write over files of the model, or over companions of any.
+def _check_names(model: Path, prefix: Path, names: list[str], companions: tuple[str, ...]) -> None:
+    """Refuse a prefix under which an export would write over a model: this one's files, or another's companions.
 
     Raises:
         UsageError: it would. Files of an earlier export under this prefix are none of the model's.
@@ -219,3 +219,9 @@ def _check_names(model: Path, prefix: Path, names: list[str]) -> None:
     for name in names:
         if name in COMPANIONS or (beside and not exported_before and (model / name).exists()):
             raise UsageError(f"{prefix}: an export would write over the model's {name}; name another prefix")
+    if any(prefix.parent.glob(manifest_path(Path("*")).name)):  # they came with an export
+        return
+    for name in companions:
+        there, new = prefix.with_name(name), model / name
+        if there.is_file() and new.is_file() and there.read_bytes() != new.read_bytes():
+            raise UsageError(f"{there}: exists, and no export wrote it; name another folder")

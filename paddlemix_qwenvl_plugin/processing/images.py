@@ -23,7 +23,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
-from paddlemix_qwenvl_plugin.util.sources import is_data_url, without_password
+from paddlemix_qwenvl_plugin.util.sources import is_address, is_data_url, without_password
 
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
@@ -113,6 +113,13 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
     if re.match(r"[a-z][a-z0-9+.-]*://", source, re.IGNORECASE):
         raise UsageError(f"image {describe_source(source)}: scheme {scheme!r} is not supported")
     return _open_file(Path(source), limits)
+
+
+def local_path(source: str) -> Optional[Path]:
+    """The file that a source names, as a path or a `file://` URL; None for another address."""
+    if source[:5].lower() == "file:":
+        return _file_url_path(source)
+    return None if is_address(source) else Path(source)
 
 
 def describe_source(source: Any) -> str:

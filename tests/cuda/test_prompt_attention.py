@@ -13,7 +13,12 @@ from prompt import HALVES, error_of, run  # noqa: E402
 
 QUERY_TILE = 64
 # Types of a cache by their numbers in qwenvl.h.
-CACHES = {"float32": (0, torch.float32), "bfloat16": (1, torch.bfloat16), "float16": (5, torch.float16), "int8": (2, torch.int8)}
+CACHES = {
+    "float32": (0, torch.float32),
+    "bfloat16": (1, torch.bfloat16),
+    "float16": (5, torch.float16),
+    "int8": (2, torch.int8),
+}
 
 
 class Cache:
@@ -45,7 +50,11 @@ class Cache:
         for i, (length, count) in enumerate(zip(lengths, counts)):
             mine = [order.pop() for _ in range(count)]
             self.tables[i, :count] = torch.tensor(mine, dtype=torch.int32)
-            both = real[mine].permute(1, 2, 0, 3, 4).reshape(2, heads, count * block_tokens, head_dim)[:, :, :length]
+            both = (
+                real[mine]
+                .permute(1, 2, 0, 3, 4)
+                .reshape(2, heads, count * block_tokens, head_dim)[:, :, :length]
+            )
             self.keys.append(both[0])
             self.values.append(both[1])
         self.tables = self.tables.cuda()
@@ -105,7 +114,13 @@ def test_a_prompt_cut_anywhere_is_the_same(half: torch.dtype, kind: str) -> None
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize(
     ("images", "queries", "keys", "heads", "head_dim"),
-    [(2, 1024, 1024, 3, 104), (1, 256, 1024, 4, 128), (3, 7, 5, 2, 8), (1, 65, 130, 3, 40), (2, 16, 16, 2, 64)],
+    [
+        (2, 1024, 1024, 3, 104),
+        (1, 256, 1024, 4, 128),
+        (3, 7, 5, 2, 8),
+        (1, 65, 130, 3, 40),
+        (2, 16, 16, 2, 64),
+    ],
 )
 def test_images(half: torch.dtype, images: int, queries: int, keys: int, heads: int, head_dim: int) -> None:
     width = heads * head_dim
@@ -128,6 +143,20 @@ def test_images(half: torch.dtype, images: int, queries: int, keys: int, heads: 
     assert error_of(y[:-1], expected) < bound(half)
     alone = torch.full((queries, width), float("nan"), dtype=half, device="cuda")
     last = images - 1
-    run("attention_dense", half, q[min(last, q.shape[0] - 1)], k[last], v[last], *strides, 1, queries, keys, heads, head_dim, scale, alone)
+    run(
+        "attention_dense",
+        half,
+        q[min(last, q.shape[0] - 1)],
+        k[last],
+        v[last],
+        *strides,
+        1,
+        queries,
+        keys,
+        heads,
+        head_dim,
+        scale,
+        alone,
+    )
     torch.cuda.synchronize()
     assert torch.equal(alone, y[last * queries : -1])

@@ -24,7 +24,24 @@ def product(
     y = torch.full((x.shape[0] + 1, out), float("nan"), dtype=dtype, device="cuda")
     if start is not None:
         y[:-1] = start
-    run("linear_prompt", w.dtype, tile, 0, w.shape[0], columns, w.stride(0), w, None, bias, x, x.stride(0), x.shape[0], into, y, None)
+    run(
+        "linear_prompt",
+        w.dtype,
+        tile,
+        0,
+        w.shape[0],
+        columns,
+        w.stride(0),
+        w,
+        None,
+        bias,
+        x,
+        x.stride(0),
+        x.shape[0],
+        into,
+        y,
+        None,
+    )
     torch.cuda.synchronize()
     assert y[-1].isnan().all(), "written behind the last row"
     return y[:-1]
@@ -43,7 +60,15 @@ def reference(
     return y if start is None else y + start.double()
 
 
-SIZES = [(1, 8, 8), (5, 24, 56), (37, 100, 120), (130, 66, 1000), (284, 200, 72), (300, 1001, 264), (65, 4096, 136)]
+SIZES = [
+    (1, 8, 8),
+    (5, 24, 56),
+    (37, 100, 120),
+    (130, 66, 1000),
+    (284, 200, 72),
+    (300, 1001, 264),
+    (65, 4096, 136),
+]
 
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
@@ -61,7 +86,9 @@ def test_every_tile_at_odd_sizes(half: torch.dtype, into: int, n: int, out: int,
     results = {}
     for tile in [CHOSEN, PORTABLE, *prompt.tiles()]:
         results[tile] = product(tile, into, w, x, columns, bias, start)
-        assert error_of(results[tile], expected) < bound, prompt.DLL.qvlt_gpu_linear_prompt_tile_name(max(tile, -1))
+        assert error_of(results[tile], expected) < bound, prompt.DLL.qvlt_gpu_linear_prompt_tile_name(
+            max(tile, -1)
+        )
     for tile in prompt.tiles():
         assert torch.equal(results[tile], results[CHOSEN]), prompt.DLL.qvlt_gpu_linear_prompt_tile_name(tile)
 

@@ -51,7 +51,7 @@ class Bench:
         self.stdout: str | None = None
         # What must live as long as the command runs.
         self.keep: Any = None
-        self.stdin = b""
+        self.stdin: bytes | None = b""  # None: closed
 
     def model(self) -> Path:
         """A copy of the tiny model in model/."""
@@ -773,9 +773,32 @@ cases(
         "`--draw` to a folder that is not there": predict("--image", str(STREET), "--draw", "out/drawn.png"),
         "`--output` to a folder that is not there": predict("--output", "out/answer.json"),
         "`--output` to a folder": predict("--output", "text"),
+        "`--output` onto another file": predict("--output", "text/config.json"),
+        "`--output` and `--draw` to one file": predict(
+            "--image", str(STREET), "--output", "drawn.png", "--draw", "drawn.png"
+        ),
         "`--real_time_save` to a folder that is not there": predict("--real_time_save", "out"),
     }
 )
+
+
+@case("`--draw` onto the picture that is asked about")
+def _(bench: Bench) -> list[str]:
+    shutil.copyfile(STREET, "dog.png")
+    return bench.predict("--image", "dog.png", "--draw", "dog.png")
+
+
+@case("`--draw` onto another picture")
+def _(bench: Bench) -> list[str]:
+    shutil.copyfile(STREET, "cat.png")
+    return bench.predict("--image", str(STREET), "--draw", "cat.png")
+
+
+@case("`export-language --output_path` of another model")
+def _(bench: Bench) -> list[str]:
+    shutil.copytree(bench.model(), "other")
+    Path("other/config.json").write_text("{}")
+    return ["export-language", "--model_name_or_path", "model", "--output_path", "other"]
 
 
 @case("no more room on the disk for `--output`")
@@ -1042,6 +1065,13 @@ def _(bench: Bench) -> list[str]:
     return bench.chat("Hello", "/save talk.json")
 
 
+@case("`chat <&-`")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.chat()
+    bench.stdin = None
+    return arguments
+
+
 @case("lines that are not text")
 def _(bench: Bench) -> list[str]:
     arguments = bench.chat()
@@ -1057,6 +1087,14 @@ def _(bench: Bench) -> list[str]:
     bench.demo_model(bench.model())
     Path("qwenvl-demo").write_text("")
     return ["demo"]
+
+
+@case("`demo` to a folder with somebody else's files")
+def _(bench: Bench) -> list[str]:
+    bench.demo_model(bench.model())
+    Path("site").mkdir()
+    Path("site/index.html").write_text("my page")
+    return ["demo", "site"]
 
 
 @case("the demo model's weights are missing")
@@ -1172,6 +1210,7 @@ cases(
             bench, "--output", "out/answers.jsonl"
         ),
         "`eval --output` to a folder": lambda bench: vqa_stages(bench, "--output", "vision"),
+        "`eval --output` onto the data set": lambda bench: vqa_stages(bench, "--output", "data.jsonl"),
         "no more room on the disk for `eval --output`": vqa_full_disk,
         "`eval captions` without its libraries": captions_bare,
         "`--metric anls` without its library": anls_bare,
