@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
@@ -13,6 +12,7 @@ from typing import Any
 
 import tiktoken
 
+from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 VOCAB_FILE_NAME = "qwen.tiktoken"
@@ -211,14 +211,7 @@ def check_picture_label(label: Any) -> str:
 
 
 def _read_picture_label(config_file: Path) -> str:
-    try:
-        settings = json.loads(config_file.read_text("utf-8"))
-    except FileNotFoundError:
-        return PICTURE_LABEL
-    except OSError as error:
-        raise QwenVLError(f"{config_file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise QwenVLError(f"{config_file}: is not JSON: {error}") from error
+    settings = read_json(config_file) if config_file.exists() else None
     if not isinstance(settings, dict) or "picture_label" not in settings:
         return PICTURE_LABEL
     try:

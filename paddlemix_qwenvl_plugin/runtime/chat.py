@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Optional
 
-from paddlemix_qwenvl_plugin.processing.prompts import Query, chat_prompt
+from paddlemix_qwenvl_plugin.processing.prompts import Query, chat_prompt, render
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.generation import ImageInput
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -58,7 +58,7 @@ class Chat:
             query = [{"text": query}]
         tokenizer = self._vl.tokenizer
         prompt = chat_prompt(tokenizer, query, self.history, self.system)
-        opened = self._vl.load_images(chat_prompt(tokenizer, query).images)
+        opened = self._vl.load_images(render(query)[1])
         images = [*self._images, *self._vl.image_inputs(opened)]
         # The images of dropped turns are dropped too, the oldest first.
         images = images[len(images) - len(prompt.images) :]

@@ -22,9 +22,10 @@ def write_tokens(folder: Path, tokens: Sequence[Sequence[int]], end_token: int) 
 
     Args:
         folder: an existing folder; the stock reader looks in the working directory.
-        tokens: the generated tokens of each row.
+        tokens: the generated tokens of each row, perhaps with -1 after its end, as the stock graph gives them.
         end_token: what a row that ended early shows in the later steps.
     """
+    tokens = [[token for token in row if token >= 0] for row in tokens]
     for old in folder.glob(f"{_NAME}*"):
         old.unlink()
     for step in range(max(map(len, tokens), default=0)):

@@ -57,8 +57,11 @@ def become(deferred: Any) -> Any:
 def _made(deferred: Deferred) -> Any:
     known = state(deferred)
     if "real" not in known:
-        real = known["make"]()
-        for step in known["steps"]:
-            step(real)
+        try:
+            real = known["make"]()
+            for step in known["steps"]:
+                step(real)
+        except AttributeError as error:  # which isinstance() and hasattr() would take for an answer
+            raise RuntimeError(f"AttributeError: {error}") from error
         known["real"] = real
     return known["real"]

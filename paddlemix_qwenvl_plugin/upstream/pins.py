@@ -5,30 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paddlemix_qwenvl_plugin.checkpoint.config import first_problem
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
-from paddlemix_qwenvl_plugin.util.requirement import RequirementText
+from paddlemix_qwenvl_plugin.util.requirement import RequirementText, VersionText
 
 _FILE = Path(__file__).with_name("pins.yaml")
-
-
-def _version(value: str) -> str:
-    try:
-        Version(value)
-    except InvalidVersion as error:
-        raise ValueError(f"not a version such as '3.0.0': {value!r}") from error
-    return value
-
-
-VersionText = Annotated[str, AfterValidator(_version)]
 
 
 class _Frozen(BaseModel):

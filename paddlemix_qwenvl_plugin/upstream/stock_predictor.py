@@ -92,8 +92,7 @@ class LanguageModel:
             The outputs of the program.
         """
         outputs = self._program(self._as_declared(inputs))
-        rows = [[token for token in row if token >= 0] for row in outputs[-1].numpy().tolist()]
-        write_tokens(_own_folder(), rows, self._end)
+        write_tokens(_own_folder(), outputs[-1].numpy().tolist(), self._end)
         return outputs
 
     def _as_declared(self, inputs: list[Any]) -> list[Any]:

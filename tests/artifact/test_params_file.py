@@ -171,10 +171,8 @@ def test_read_tensors(contract: int, quant_type: str, tiny_exported: Path, tmp_p
 def test_the_order_is_that_of_the_names(form: str, tiny_exported: Path, tmp_path: Path) -> None:
     """It is all that files of version 2 have. Twelve layers, for there "h.10" comes before "h.2"."""
     config = Checkpoint(tiny_exported / "model").config.model_copy(update={"num_hidden_layers": 12})
-    program = Program(
-        LanguageModel, config, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:]), "float32", "float32"
-    )
-    names = list(save_program(program, form, tmp_path / "program"))
+    program = Program("", LanguageModel, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:]))
+    names = list(save_program(program, config, "float32", "float32", form, tmp_path / "program"))
     assert names == sorted(names)
     assert names.index("h.10.ln_1.weight") < names.index("h.2.ln_1.weight")
 

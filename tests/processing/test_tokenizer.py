@@ -100,8 +100,8 @@ def test_the_picture_label_of_a_folder(tiny_vocab_file: Path, tmp_path: Path) ->
         ('{"picture_label": 3}', "picture_label: 3 must be text with {} once"),
         ('{"picture_label": "Picture"}', "picture_label: 'Picture' must be text with {} once"),
         ('{"picture_label": "<img>{}"}', "picture_label: '<img>{}' must not contain <img>"),
-        ("{", "is not JSON: "),
-        ("\xff", "is not JSON: "),
+        ("{", "not valid JSON ("),
+        ("\xff", "not valid JSON ("),
     ],
 )
 def test_a_bad_picture_label(tiny_vocab_file: Path, tmp_path: Path, settings: str, message: str) -> None:

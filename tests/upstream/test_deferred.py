@@ -74,11 +74,13 @@ def test_static_encoder_that_is_run_is_static(model):
     assert isinstance(model.visual.forward, paddle.jit.dy2static.program_translator.StaticFunction)
 
 
-def test_what_cannot_be_made_says_so_when_it_is_used():
+@pytest.mark.parametrize("error", [OSError, AttributeError])
+@pytest.mark.parametrize("use", [USES["isinstance"], USES["attribute"]])
+def test_what_cannot_be_made_says_so_whenever_it_is_used(error, use):
     def fails() -> Any:
-        raise OSError("no such weights")
+        raise error("no such weights")
 
     deferred = Deferred(fails)
     for _ in range(2):
-        with pytest.raises(OSError, match="no such weights"):
-            deferred.parameters()
+        with pytest.raises((OSError, RuntimeError), match="no such weights"):
+            use(deferred)

@@ -200,7 +200,13 @@ def test_model_that_is_run_is_upstream_s(tree, golden, tmp_path):
     """PaddleMIX's own class, though the hook was there first: it is used in ways that its scripts use it."""
     model = golden("a")
     weights = folders.renamed(model.weights, "paddlemix", transpose=False)
-    folder = folders.write(tmp_path / "model", model.folder / "config.json", weights, "safetensors")
+    folder = folders.write(tmp_path / "model", model.folder / "config.json", weights, "pdparams")
+    # Upstream's class reads the language model's config from a folder that this one names.
+    config = {**model.config, "llm_pretrained_model_name_or_path": str(tmp_path / "llm")}
+    (folder / "config.json").write_text(json.dumps(config))
+    del config["visual"]
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text(json.dumps({**config, "architectures": ["QWenModel"]}))
     np.save(tmp_path / "images.npy", model.images)
     done = run(
         tree,

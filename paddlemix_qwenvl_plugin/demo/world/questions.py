@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.demo.world.scene import Scene, Thing
 _TEXT_COLOUR = {"en": "the text", "zh": "文字"}
 _KIND = {"en": ("What shape is {}?", "Which shape is {}?"), "zh": ("{}是什么形状？", "{}是什么形状的？")}
 # Questions about a property of a thing, and what the answer says of the thing.
-_PROPERTIES = {
+_PROPERTIES: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "colour": {
         "en": (("What colour is {}?", "What color is {}?"), "{} is {}"),
         "zh": (("{}是什么颜色？", "{}是什么颜色的？"), "{}是{}的"),
