@@ -9,6 +9,9 @@ struct CutPatchesParams {
   int size, patch, stride;
 };
 
+constexpr int kNormWarps = 8;
+constexpr int kNormWarpWidth = 2048;
+
 struct LayerNormParams {
   const float* x;
   const float* weight;
@@ -16,7 +19,7 @@ struct LayerNormParams {
   const float* add;  // or NULL
   void* y_half;      // or NULL
   float* y_float;    // or NULL
-  int width, period;
+  int n, width, period;
   float epsilon;
 };
 
