@@ -15,13 +15,7 @@ void cut_patches(const Gpu& gpu, CUstream stream, const float* images, int n, in
 
 void layer_norm(const Gpu& gpu, CUstream stream, const float* x, const float* weight, const float* bias,
                 float epsilon, int n, int width, const float* add, int period, void* y_half, float* y_float) {
-  const LayerNormParams params{x, weight, bias, add, y_half, y_float, n, width, period, epsilon};
-  if (width % 4 == 0 && width <= kNormWarpWidth) {
-    const auto rows = static_cast<unsigned>(n);
-    gpu.launch(stream, "layer_norm_warp", {(rows + kNormWarps - 1) / kNormWarps}, 32 * kNormWarps, 0, params,
-               true);
-    return;
-  }
+  const LayerNormParams params{x, weight, bias, add, y_half, y_float, width, period, epsilon};
   gpu.launch(stream, row_held(width) ? "layer_norm_held" : "layer_norm_any", {static_cast<unsigned>(n)},
              row_threads(width), 0, params, true);
 }

@@ -13,11 +13,15 @@
 // far their logit lies under the largest, in temperatures, in steps of 2^-35, then the id; what is 32 or more
 // under it weighs nothing. Weights exp(-distance) are whole numbers, so that sums do not depend on the order
 // of the additions, and atomic additions give the same bits however the row is shared among blocks. Where a
-// running sum (of ids for top-k, of weights for top-p and the draw) crosses a value is found by the bin of
-// the key's first 11 bits (sample_bins, all blocks of a row), and then by putting the ids of that bin in
-// order, and with them all before it where later sums need those. If they are 2048 or fewer, sample_keep, all
-// blocks of a row, gathers them, and sample_draw, one block a row, does not read the row. Else, in flat rows,
-// it counts bins of the next 11 bits, and reads the row a few times, at about 6 us each.
+// running sum (of ids for top-k, of weights for top-p and the draw) crosses a value is found by the bin of the
+// key's first 11 bits (sample_bins, all blocks of a row), and then by putting the ids of that bin in order, and
+// with them all before it where later sums need those. If they are 2048 or fewer, sample_keep, all blocks of
+// a row, gathers them, and sample_draw, one block a row, does not read the row. Else, in flat rows, it counts
+// bins of the next 11 bits, and reads the row a few times.
+//
+// Seen on an H200: greedy 3.5 us for one row, 13 for 64, 45 for 256. A draw adds 14 to 22 us for one row, 76 to
+// 82 for 64 (57 of them sample_bins: its atomic additions in shared memory bound it), and 150 for one flat row
+// with top-p.
 #include "cuda/kernels/common.cuh"
 #include "cuda/kernels/sample.h"
 

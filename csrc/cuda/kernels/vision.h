@@ -9,9 +9,6 @@ struct CutPatchesParams {
   int size, patch, stride;
 };
 
-constexpr int kNormWarps = 8;
-constexpr int kNormWarpWidth = 2048;
-
 struct LayerNormParams {
   const float* x;
   const float* weight;
@@ -19,7 +16,7 @@ struct LayerNormParams {
   const float* add;  // or NULL
   void* y_half;      // or NULL
   float* y_float;    // or NULL
-  int n, width, period;
+  int width, period;
   float epsilon;
 };
 
