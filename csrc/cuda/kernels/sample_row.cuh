@@ -1,0 +1,66 @@
+// A row of logits with its penalties and forbidden ids, and how threads read it.
+#pragma once
+
+#include "cuda/kernels/common.cuh"
+#include "cuda/kernels/sample.h"
+
+namespace qvl::cuda {
+
+constexpr double kForbidden = -1e10;
+
+__device__ inline float infinity() {
+  return __int_as_float(0x7F800000);
+}
+
+// A row's logits as its penalties and forbidden ids leave them.
+struct Row {
+  const float* logits;
+  const int* counts;    // NULL without penalties
+  const uint32* marks;  // NULL without forbidden ids; bit 0 is id first_marked
+  int first_marked = 0;
+  double repetition, frequency, presence;
+
+  __device__ Row(const SampleParams& p, int row) : logits(p.logits + static_cast<int64>(row) * p.vocab) {
+    const Pick& pick = p.picks[row];
+    repetition = pick.repetition_penalty;
+    frequency = pick.frequency_penalty;
+    presence = pick.presence_penalty;
+    const bool penalised = p.any_changed && (repetition != 1 || frequency != 0 || presence != 0);
+    counts = penalised ? pick.counts : nullptr;
+    marks =
+        p.any_changed && pick.n_forbidden > 0 ? p.marks + static_cast<int64>(row) * p.mark_words : nullptr;
+  }
+
+  __device__ bool changed() const { return counts != nullptr || marks != nullptr; }
+
+  // Rounded after each operation, as on the CPU.
+  __device__ double value(int id, float logit) const {
+    double value = logit;
+    const int bit = id - first_marked;
+    if (marks != nullptr && (marks[bit / 32] >> bit % 32 & 1) != 0) value = kForbidden;
+    const int count = counts != nullptr ? counts[id] : 0;
+    if (count <= 0) return value;
+    value = value < 0 ? value * repetition : value / repetition;
+    return __dadd_rn(value, -__dadd_rn(__dmul_rn(count, frequency), presence));
+  }
+};
+
+// A thread's logits of kVectors float4 from `first` on, 4 * threads apart; -infinity behind the row.
+template <int kVectors>
+__device__ void load_logits(const float* logits, int vocab, int first, float (&values)[kVectors][4]) {
+  const int step = 4 * blockDim.x;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int i = first + v * step;
+    if (vocab % 4 == 0) {
+      float4 four{-infinity(), -infinity(), -infinity(), -infinity()};
+      if (i < vocab) four = *reinterpret_cast<const float4*>(logits + i);
+      values[v][0] = four.x, values[v][1] = four.y, values[v][2] = four.z, values[v][3] = four.w;
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) values[v][j] = i + j < vocab ? logits[i + j] : -infinity();
+    }
+  }
+}
+
+}  // namespace qvl::cuda

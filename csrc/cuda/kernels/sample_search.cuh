@@ -1,0 +1,356 @@
+// Ids of a row in order, and where running sums over them cross a value. sample.cu says how.
+#pragma once
+
+#include "cuda/kernels/sample_row.cuh"
+
+namespace qvl::cuda {
+
+constexpr int kIdBits = 24, kStepBits = 35;       // of a key for draws
+constexpr uint64 kFarthest = 32ull << kStepBits;  // in steps; with kIdBits these are 64 bits
+constexpr uint64 kLog2E = 6653256548922161246;    // log2(e) * 2^62
+
+// Logits that are worth a closer look: those of a range of keys lie in it.
+struct Near {
+  float low, high;  // a NaN is no bound
+
+  __device__ bool near(float logit) const { return !(logit < low || logit > high); }
+};
+
+// The ids of a row with weights, in the order of draws.
+struct DrawItems : Near {
+  static constexpr bool kHasFirstBins = true;  // from sample_bins
+  Row row;
+  double best, steps;  // steps in a difference of 1
+  int weight_shift;
+
+  __device__ DrawItems(const SampleParams& p, int number, const Pick& pick, const RowState& state)
+      : row(p, number),
+        best(state.best),
+        steps((1ull << kStepBits) / static_cast<double>(pick.temperature)),
+        weight_shift(p.weight_shift) {}
+
+  // Of the distance in the key alone, off by a few parts in ten million: 2^-t, t the distance times log2(e).
+  __device__ uint64 weight(uint64 key) const {
+    const uint64 t = __umul64hi(key >> kIdBits << 24, kLog2E);  // in steps of 2^-57
+    const float part = static_cast<float>(static_cast<uint32>(t >> 25)) * 0x1p-32f;
+    const uint64 mantissa = static_cast<uint64>(exp2f(-part) * 0x1p31f);
+    return mantissa << weight_shift >> (t >> 57);
+  }
+
+  // Only ids with keys first to last are asked for from now on.
+  __device__ void narrow(uint64 first, uint64 last) {
+    low = -infinity();
+    high = infinity();
+    if (row.changed()) return;
+    const double from = (first >> kIdBits) / steps, to = ((last >> kIdBits) + 1) / steps;
+    const double slack = 1e-6 * (fabs(best) + to);
+    high = static_cast<float>(best - from + slack);
+    low = static_cast<float>(best - to - slack);
+  }
+
+  // Whether the id has a key, and which.
+  __device__ bool get(int id, float logit, uint64& key) const {
+    const double distance = (best - row.value(id, logit)) * steps;
+    if (!(distance < static_cast<double>(kFarthest))) return false;
+    key = __double2ull_rd(distance) << kIdBits | static_cast<uint32>(id);
+    return true;
+  }
+};
+
+// The ids of a row in the order of its unchanged logits; they weigh nothing.
+struct TopItems : Near {
+  static constexpr bool kHasFirstBins = false;
+  const float* logits;
+
+  __device__ explicit TopItems(const float* logits) : logits(logits) {}
+
+  __device__ static uint32 upper(float logit) {
+    const uint32 bits = __float_as_uint(logit + 0.f);  // -0 becomes 0
+    return bits >> 31 != 0 ? bits : bits ^ 0x7FFFFFFF;
+  }
+  __device__ uint64 weight(uint64) const { return 0; }
+  __device__ static float logit_of(uint32 upper) {
+    return __uint_as_float(upper >> 31 != 0 ? upper : upper ^ 0x7FFFFFFF);
+  }
+  __device__ void narrow(uint64 first, uint64 last) {
+    low = logit_of(static_cast<uint32>(last >> 32));
+    high = logit_of(static_cast<uint32>(first >> 32));
+  }
+  __device__ uint64 key(uint32 id, float logit) const { return static_cast<uint64>(upper(logit)) << 32 | id; }
+  __device__ bool get(int id, float logit, uint64& key_) const {
+    key_ = key(static_cast<uint32>(id), logit);
+    return true;
+  }
+};
+
+// Weights and numbers of ids by bin, in shared memory. A weight is in two words: atomic additions of 64 bits
+// are loops there.
+struct Bins {
+  uint32 low[kSearchBins], high[kSearchBins], counts[kSearchBins];
+
+  __device__ void clear() {
+    for (int i = threadIdx.x; i < kSearchBins; i += blockDim.x) low[i] = high[i] = counts[i] = 0;
+    __syncthreads();
+  }
+  __device__ void add(int bin, uint64 weight) {
+    atomicAdd(counts + bin, 1);
+    const auto part = static_cast<uint32>(weight);
+    uint32 rest = static_cast<uint32>(weight >> 32);
+    if (part != 0 && atomicAdd(low + bin, part) + part < part) ++rest;
+    if (rest != 0) atomicAdd(high + bin, rest);
+  }
+  __device__ uint64 weight(int bin) const { return static_cast<uint64>(high[bin]) << 32 | low[bin]; }
+};
+
+constexpr int kBinShift = 53;  // of the first level: the upper 11 bits of a key
+
+// What the values of the threads before this one add up to, and those of all. `room`: kWarps numbers.
+template <int kWarps>
+__device__ uint64 sum_before(uint64 value, uint64* room, uint64& all) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint64 sum = value;
+  for (int far = 1; far < 32; far *= 2) {
+    const uint64 other = __shfl_up_sync(0xFFFFFFFFu, sum, far);
+    if (lane >= far) sum += other;
+  }
+  if (lane == 31) room[warp] = sum;
+  __syncthreads();
+  uint64 warps = lane < kWarps ? room[lane] : 0;
+  for (int far = 1; far < kWarps; far *= 2) {
+    const uint64 other = __shfl_up_sync(0xFFFFFFFFu, warps, far);
+    if (lane >= far) warps += other;
+  }
+  all = __shfl_sync(0xFFFFFFFFu, warps, kWarps - 1);
+  const uint64 before = __shfl_sync(0xFFFFFFFFu, warps, warp == 0 ? 0 : warp - 1);
+  return sum - value + (warp == 0 ? 0 : before);
+}
+
+constexpr int kNowhere = -1;
+
+struct SearchRoom {
+  union {
+    Bins bins;
+    uint64 weights[kKept];  // of the kept
+  };
+  uint64 keys[kKept];
+  uint64 sums[2][32];
+  uint64 before_count, before_weight;  // what lies before the place that crossing() found
+  uint64 here_count, here_weight;
+  int found;
+  int n_kept;
+};
+
+// Where running sums over a row's ids cross a value. All threads of a block of kSearchThreads call with the
+// same arguments.
+template <typename Items>
+class Search {
+ public:
+  __device__ Search(SearchRoom& room, Items& items, const float* logits, int vocab, const SampleParams& p,
+                    int row)
+      : room_(room), items_(items), logits_(logits), vocab_(vocab) {
+    bin_weights_ = p.bin_weights + static_cast<int64>(row) * kSearchBins;
+    bin_counts_ = p.bin_counts + static_cast<int64>(row) * kSearchBins;
+  }
+
+  // Begin with ids that have been gathered.
+  __device__ void begin_with(const KeptIds& kept, const uint64* keys) {
+    n_kept_ = kept.n;
+    base_count_ = kept.base_count;
+    base_weight_ = kept.base_weight;
+    for (int i = threadIdx.x; i < n_kept_; i += kSearchThreads) room_.keys[i] = keys[i];
+    put_in_order();
+  }
+
+  // Keep the ids with keys up to `last`. False if they are too many.
+  __device__ bool keep_up_to(uint64 last) {
+    base_count_ = base_weight_ = 0;
+    gather(0, last);
+    return n_kept_ > 0;
+  }
+
+  // Bitonic, of the first n keys: rounds of comparisons of keys a power of two apart. Those at most 32 apart
+  // stay in a warp.
+  __device__ void sort(int n) {
+    int whole = 2;
+    while (whole < n) whole *= 2;
+    for (int i = n + threadIdx.x; i < whole; i += kSearchThreads) room_.keys[i] = ~0ull;
+    __syncthreads();
+    const int thread = threadIdx.x;
+    for (int run = 2; run <= whole; run *= 2) {
+      for (int apart = run / 2; apart > 0; apart /= 2) {
+        const int i = 2 * thread - (thread & (apart - 1));
+        if (thread < whole / 2) {
+          const uint64 a = room_.keys[i], b = room_.keys[i + apart];
+          if ((a > b) == ((i & run) == 0)) {
+            room_.keys[i] = b;
+            room_.keys[i + apart] = a;
+          }
+        }
+        const int next = apart > 1 ? apart / 2 : run;
+        if (apart > 32 || next > 32) {
+          __syncthreads();
+        } else {
+          __syncwarp();
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  // The first id, in order, with which the number of ids, or their weight, is over `target`: its key, and
+  // the weight up to and with it. False if all are not over it. The ids in order up to it are kept, all of
+  // them if `whole`.
+  __device__ bool find(bool by_count, uint64 target, bool whole, uint64& key, uint64& through) {
+    if (!find_kept(by_count, target, key, through)) {
+      if (!keep(by_count, target, whole)) return false;
+      find_kept(by_count, target, key, through);
+    }
+    return true;
+  }
+
+ private:
+  // Call each(key) for the ids of the row with keys first to last.
+  template <typename Each>
+  __device__ void each_item(uint64 first_key, uint64 last_key, Each&& each) {
+    constexpr int kVectors = 4;
+    items_.narrow(first_key, last_key);
+    for (int first = 4 * threadIdx.x; first < vocab_; first += 4 * kVectors * kSearchThreads) {
+      float values[kVectors][4];
+      load_logits(logits_, vocab_, first, values);
+      uint32 near = 0;  // a bit for each that may be one: mostly few are
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) near |= items_.near(values[v][j]) ? 1u << (4 * v + j) : 0;
+      }
+      for (; near != 0; near &= near - 1) {
+        const int bit = __ffs(near) - 1, id = first + bit / 4 * 4 * kSearchThreads + bit % 4;
+        uint64 key;
+        if (id < vocab_ && items_.get(id, logits_[id], key) && key >= first_key && key <= last_key) each(key);
+      }
+    }
+  }
+
+  // The bins of the keys that begin with `prefix`, at the level of `shift`.
+  __device__ void fill(int shift, uint64 prefix) {
+    Bins& bins = room_.bins;
+    __syncthreads();
+    if (Items::kHasFirstBins && shift == kBinShift) {
+      for (int i = threadIdx.x; i < kSearchBins; i += kSearchThreads) {
+        const uint64 weight = bin_weights_[i];
+        bins.low[i] = static_cast<uint32>(weight);
+        bins.high[i] = static_cast<uint32>(weight >> 32);
+        bins.counts[i] = bin_counts_[i];
+      }
+    } else {
+      const int above = shift + 11;
+      const uint64 first = above < 64 ? prefix << above : 0;
+      const uint64 last = above < 64 ? ((prefix + 1) << above) - 1 : ~0ull;
+      bins.clear();
+      each_item(first, last, [&](uint64 key) {
+        bins.add(static_cast<int>(key >> shift & (kSearchBins - 1)), items_.weight(key));
+      });
+    }
+    __syncthreads();
+  }
+
+  // Of this thread's two of 2048 places: sets `found` to the one in which the running sum crosses target.
+  __device__ void crossing(const uint64 (&counts)[2], const uint64 (&weights)[2], bool by_count,
+                           uint64 target) {
+    if (threadIdx.x == 0) room_.found = kNowhere;
+    uint64 all;
+    uint64 count = sum_before<32>(counts[0] + counts[1], room_.sums[0], all);
+    uint64 weight = sum_before<32>(weights[0] + weights[1], room_.sums[1], all);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint64 before = by_count ? count : weight, here = by_count ? counts[i] : weights[i];
+      if (before <= target && target - before < here) {
+        room_.found = 2 * threadIdx.x + i;
+        room_.before_count = count;
+        room_.before_weight = weight;
+        room_.here_count = counts[i];
+        room_.here_weight = weights[i];
+      }
+      count += counts[i];
+      weight += weights[i];
+    }
+    __syncthreads();
+  }
+
+  __device__ void cross_bins(bool by_count, uint64 target) {
+    const int at = 2 * threadIdx.x;
+    const Bins& bins = room_.bins;
+    crossing({bins.counts[at], bins.counts[at + 1]}, {bins.weight(at), bins.weight(at + 1)}, by_count,
+             target);
+  }
+
+  // Keep the ids among which the sum crosses, in order. False if it does nowhere.
+  __device__ bool keep(bool by_count, uint64 target, bool whole) {
+    uint64 prefix = 0, left = target;
+    base_count_ = base_weight_ = 0;
+    n_kept_ = 0;
+    int shift = kBinShift;
+    bool all;  // that lie before, too
+    for (;; shift -= 11) {
+      fill(shift, prefix);
+      cross_bins(by_count, left);
+      if (room_.found == kNowhere) return false;
+      prefix = prefix * kSearchBins + static_cast<uint64>(room_.found);
+      left -= by_count ? room_.before_count : room_.before_weight;
+      base_count_ += room_.before_count;
+      base_weight_ += room_.before_weight;
+      all = base_count_ + room_.here_count <= kKept;
+      // The last level's bins have 512 keys.
+      if (all || (!whole && room_.here_count <= kKept)) break;
+    }
+    const uint64 first = all ? 0 : prefix << shift, last = ((prefix + 1) << shift) - 1;
+    if (all) base_count_ = base_weight_ = 0;
+    gather(first, last);
+    return true;
+  }
+
+  // Keep the ids with keys first to last, in order; none if they are more than kKept.
+  __device__ void gather(uint64 first, uint64 last) {
+    __syncthreads();
+    if (threadIdx.x == 0) room_.n_kept = 0;
+    __syncthreads();
+    each_item(first, last, [&](uint64 key) {
+      const int at = atomicAdd(&room_.n_kept, 1);
+      if (at < kKept) room_.keys[at] = key;
+    });
+    __syncthreads();
+    n_kept_ = room_.n_kept <= kKept ? room_.n_kept : 0;
+    put_in_order();
+  }
+
+  __device__ void put_in_order() {
+    sort(n_kept_);
+    for (int i = threadIdx.x; i < kKept; i += kSearchThreads)
+      room_.weights[i] = i < n_kept_ ? items_.weight(room_.keys[i]) : 0;
+    __syncthreads();
+  }
+
+  __device__ bool find_kept(bool by_count, uint64 target, uint64& key, uint64& through) {
+    const uint64 base = by_count ? base_count_ : base_weight_;
+    if (n_kept_ == 0 || target < base) return false;
+    const int at = 2 * threadIdx.x;
+    __syncthreads();
+    crossing({at < n_kept_ ? 1ull : 0ull, at + 1 < n_kept_ ? 1ull : 0ull},
+             {room_.weights[at], room_.weights[at + 1]}, by_count, target - base);
+    if (room_.found == kNowhere) return false;
+    key = room_.keys[room_.found];
+    through = base_weight_ + room_.before_weight + room_.here_weight;
+    return true;
+  }
+
+  SearchRoom& room_;
+  Items& items_;
+  const float* logits_;
+  int vocab_;
+  const uint64* bin_weights_;
+  const uint32* bin_counts_;
+  int n_kept_ = 0;
+  uint64 base_count_ = 0, base_weight_ = 0;  // before the kept
+};
+
+}  // namespace qvl::cuda
