@@ -35,10 +35,10 @@ class Recording:
         self.done.append("encode")
         return self._executor.encode_image(pixels)
 
-    def step(self, chunks: Sequence[Chunk]) -> list[int]:
+    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[int]]:
         self.done.append(sum(chunk.n for chunk in chunks))
         self.before_step()
-        return self._executor.step(chunks)
+        return self._executor.start(chunks)
 
     def forget(self, generation: Generation) -> None:
         self._executor.forget(generation)
@@ -63,7 +63,7 @@ class Scripted:
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         return np.zeros(self._shape, np.float32)
 
-    def step(self, chunks: Sequence[Chunk]) -> list[int]:
+    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[int]]:
         self.steps.append([(chunk.generation.n_computed, chunk.n) for chunk in chunks])
         picked = []
         for chunk in chunks:
@@ -74,7 +74,7 @@ class Scripted:
                 said = list(self._script(generation.prompt))
                 n = len(generation.tokens)
                 picked.append(said[n] if n < len(said) else NO_TOKEN)
-        return picked
+        return lambda: picked
 
     def forget(self, generation: Generation) -> None:
         pass

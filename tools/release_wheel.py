@@ -41,7 +41,8 @@ def release_wheel(output: Path) -> Path:
         )
         _run("wheel", "unpack", "--dest", str(folder / "tree"), str(_only(folder / "pure", "*.whl")))
         tree = _only(folder / "tree", "*")
-        shutil.copy(_engine(folder), tree / build.SHIPPED.relative_to(REPO))
+        for library in _libraries(folder):
+            shutil.copy(library, tree / build.SHIPPED.with_name(library.name).relative_to(REPO))
         metadata = _only(tree, "*.dist-info") / "WHEEL"
         text = metadata.read_text("utf-8").replace("Root-Is-Purelib: true", "Root-Is-Purelib: false")
         metadata.write_text(re.sub(r"(?m)^Tag: .*$", f"Tag: py3-none-{_platform()}", text), "utf-8")
@@ -54,15 +55,18 @@ def release_wheel(output: Path) -> Path:
         return Path(shutil.copy(repaired, output / repaired.name))
 
 
-def _engine(folder: Path) -> Path:
-    """libqwenvl.so that needs nothing but the C library, whatever C++ library the system has."""
+def _libraries(folder: Path) -> list[Path]:
+    """The engine, and its part for GPUs, that need nothing but the C library, whatever C++ library the system has."""
     csrc = sources.source_folder()
-    units = sources.library_units(csrc, sources.all_isas(csrc))
     link = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s")
-    made = folder / "engine"
-    made.mkdir()
-    with (folder / "build.log").open("w", encoding="utf-8") as log:
-        return build.build(build.Target(build.LIBRARY, units, link), made, log)
+    units = sources.library_units(csrc, sources.all_isas(csrc))
+    targets = (build.library_target(units, link), build.cuda_target(link))
+    for target in targets:
+        made = folder / target.name
+        made.mkdir()
+        with (folder / "build.log").open("a", encoding="utf-8") as log:
+            build.build(target, made, log)
+    return [folder / target.name / target.name for target in targets]
 
 
 def _platform() -> str:

@@ -50,6 +50,9 @@ class Backend {
   virtual ~Backend() = default;
 
   virtual const char* describe() const = 0;
+
+  // Whether calls return before their work is done.
+  virtual bool runs_ahead() const = 0;
   virtual void* alloc(uint64_t bytes) = 0;
   virtual void dealloc(void* memory) = 0;
   virtual void* alloc_host(uint64_t bytes) = 0;

@@ -1,6 +1,11 @@
 // qvl_generate: the prompts as one packed batch, then one token a request and step until all have ended.
+//
+// A device that computes while the host goes on gets the next step before the tokens of this one are read: it
+// takes them from its own memory, and what it computes for requests that end with this step is thrown away.
 #include <algorithm>
+#include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "core/checks.h"
@@ -56,14 +61,49 @@ class Generation {
       backend_.copy(counts_[i], zeros.data(), vocab * sizeof(int32_t), call_.stream);
     }
     std::iota(active_.begin(), active_.end(), 0);
+    for (Flight& flight : flights_) {
+      flight.tokens = HostTokens(backend_, n);
+      flight.ended = backend_.make_event();
+    }
+    if (n > 0) start(flights_[0], true, ids.data());
     for (int32_t step = 0; !active_.empty(); ++step) {
-      feed(step == 0, ids.data());
-      pick(ids.data());
-      take(step);
+      Flight &now = flights_[step % 2], &next = flights_[(step + 1) % 2];
+      const bool ahead = backend_.runs_ahead() && goes_on(now);
+      if (ahead) start_ahead(next, ids.data());
+      take(now, step);
+      if (!ahead && !active_.empty()) start(next, false, ids.data());
     }
   }
 
  private:
+  // Page-locked memory that goes with its scope.
+  class HostTokens {
+   public:
+    HostTokens() = default;
+    HostTokens(Backend& backend, size_t n)
+        : backend_(&backend), data_(static_cast<int32_t*>(backend.alloc_host(n * sizeof(int32_t)))) {}
+    HostTokens& operator=(HostTokens&& other) noexcept {
+      std::swap(backend_, other.backend_);
+      std::swap(data_, other.data_);
+      return *this;
+    }
+    ~HostTokens() {
+      if (data_ != nullptr) backend_->dealloc_host(data_);
+    }
+    int32_t* data() const { return data_; }
+
+   private:
+    Backend* backend_ = nullptr;
+    int32_t* data_ = nullptr;
+  };
+
+  // A step that is being computed.
+  struct Flight {
+    std::vector<int32_t> requests;  // of its rows
+    HostTokens tokens;
+    std::unique_ptr<Event> ended;
+  };
+
   void check() {
     const qvl_config& config = engine_.config;
     QVL_REQUIRE(has_language(config), QVL_INVALID, "the engine has no language stage");
@@ -123,7 +163,45 @@ class Generation {
     first_block_ = std::move(first);
   }
 
-  // Lay out the step's batch: the prompts, or the last token of each active request.
+  // Whether a step's requests are those that are active, and will be after it unless one meets an end token.
+  bool goes_on(const Flight& flight) const {
+    return flight.requests == active_ && std::all_of(active_.begin(), active_.end(), [&](int32_t i) {
+             return call_.results[i].n_tokens + 1 < call_.requests[i].max_new;
+           });
+  }
+
+  // Start a step of the active requests: their prompts, or their last tokens.
+  void start(Flight& flight, bool prompts, int32_t* ids) {
+    flight.requests = active_;
+    feed(prompts, ids);
+    pick(flight, 0, ids);
+  }
+
+  // Start the step behind one that is being computed, whose tokens are in `ids`.
+  void start_ahead(Flight& flight, int32_t* ids) {
+    flight.requests = active_;
+    sequences_.clear();
+    spans_.clear();
+    for (const int32_t i : active_) {
+      const auto at = static_cast<size_t>(i);
+      sequences_.push_back(sequence(at, 1));
+      lengths_[at] += 1;
+    }
+    pick(flight, 1, ids);
+  }
+
+  // The entry of a request's next n tokens.
+  qvl_sequence sequence(size_t at, int32_t n) const {
+    qvl_sequence made{};
+    made.n_new = n;
+    made.n_past = lengths_[at];
+    made.prompt_len = call_.requests[at].n_tokens;
+    made.n_blocks = static_cast<int32_t>(first_block_[at + 1] - first_block_[at]);
+    made.blocks = blocks_.data() + first_block_[at];
+    return made;
+  }
+
+  // Lay out the step's batch, and bring its tokens.
   void feed(bool prompts, int32_t* ids) {
     sequences_.clear();
     spans_.clear();
@@ -141,26 +219,21 @@ class Generation {
       } else {
         fed_.push_back(picked_[at]);
       }
-      qvl_sequence sequence{};
-      sequence.n_new = static_cast<int32_t>(fed_.size()) - start;
-      sequence.n_past = lengths_[at];
-      sequence.prompt_len = r.n_tokens;
-      sequence.n_blocks = static_cast<int32_t>(first_block_[at + 1] - first_block_[at]);
-      sequence.blocks = blocks_.data() + first_block_[at];
-      sequences_.push_back(sequence);
-      lengths_[at] += sequence.n_new;
+      sequences_.push_back(sequence(at, static_cast<int32_t>(fed_.size()) - start));
+      lengths_[at] += sequences_.back().n_new;
     }
     backend_.copy(ids, fed_.data(), fed_.size() * sizeof(int32_t), call_.stream);
   }
 
-  // Run the batch and pick a token for each of its sequences.
-  void pick(int32_t* ids) {
+  // Run the batch and pick a token for each of its sequences. `unread`: tokens of theirs that were picked and
+  // not read.
+  void pick(Flight& flight, int32_t unread, int32_t* ids) {
     sampling_.clear();
     step_counts_.clear();
     for (const int32_t i : active_) {
       const auto at = static_cast<size_t>(i);
       const Request& r = call_.requests[i];
-      const int32_t done = call_.results[i].n_tokens;
+      const int32_t done = call_.results[i].n_tokens + unread;
       qvl_sampling s = r.sampling;
       std::vector<int32_t>& forbidden = forbidden_[at];
       forbidden.clear();
@@ -184,20 +257,25 @@ class Generation {
     picks.counts = step_counts_.data();
     picks.tokens = ids;
     step(engine_, *pool_, batch, nullptr, picks, call_.stream);
-    step_tokens_.resize(active_.size());
-    backend_.copy(step_tokens_.data(), ids, active_.size() * sizeof(int32_t), call_.stream);
+    backend_.copy_async(flight.tokens.data(), ids, active_.size() * sizeof(int32_t), call_.stream);
+    flight.ended->record(call_.stream);
   }
 
-  // Hand the step's tokens out and drop the requests that have ended.
-  void take(int32_t step) {
-    asked_ = active_;
-    for (size_t row = 0; row < asked_.size(); ++row) {
-      const int32_t i = asked_[row], token = step_tokens_[row];
+  // Wait for a step, hand its tokens out and drop the requests that have ended.
+  void take(Flight& flight, int32_t step) {
+    flight.ended->wait();
+    asked_.clear();
+    step_tokens_.clear();
+    for (size_t row = 0; row < flight.requests.size(); ++row) {
+      const int32_t i = flight.requests[row], token = flight.tokens.data()[row];
       qvl_result& result = call_.results[i];
+      if (result.finish) continue;  // with the step before
       QVL_REQUIRE(
           token >= 0, QVL_INTERNAL,
           "requests[%d]: the logits of token %d have a NaN or no finite value; are the weights damaged?", i,
           result.n_tokens);
+      asked_.push_back(i);
+      step_tokens_.push_back(token);
       call_.tokens[i * call_.stride + result.n_tokens++] = token;
       picked_[static_cast<size_t>(i)] = token;
       if (std::find(ends_.begin(), ends_.end(), token) != ends_.end()) {
@@ -223,6 +301,7 @@ class Generation {
   std::vector<int32_t> ends_, active_, lengths_, picked_, blocks_;
   std::vector<int64_t> first_block_;
   std::vector<std::vector<int32_t>> forbidden_;
+  Flight flights_[2];
   std::vector<int32_t*> counts_;
   // Of a step; kept so that their memory is.
   std::vector<qvl_sequence> sequences_;

@@ -53,6 +53,7 @@ class CpuBackend final : public Backend {
   }
 
   const char* describe() const override { return description_; }
+  bool runs_ahead() const override { return false; }
   void* alloc(uint64_t bytes) override { return cpu::allocate(bytes); }
   void dealloc(void* memory) override { std::free(memory); }
   void copy(void* to, const void* from, uint64_t bytes, qvl_stream) override {

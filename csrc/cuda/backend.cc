@@ -80,7 +80,7 @@ class CudaBackend final : public Backend {
       order_.emplace();
       Weights weights(gpu_, own_, table);
       if ((config.stages & QVL_STAGE_LANGUAGE) != 0) {
-        language_.emplace(gpu_, own_, config, weights);
+        language_.emplace(gpu_, config, weights);
         sampler_.emplace(gpu_, config);
         input_.emplace();
         graphs_.emplace(config, gpu_.context(), *language_, *sampler_, *input_);
@@ -105,6 +105,7 @@ class CudaBackend final : public Backend {
   }
 
   const char* describe() const override { return description_; }
+  bool runs_ahead() const override { return true; }
 
   void* alloc(uint64_t bytes) override {
     const Current current(gpu_.context());

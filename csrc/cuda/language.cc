@@ -13,10 +13,6 @@ uint64_t size(int64_t n) {
   return static_cast<uint64_t>(n);
 }
 
-void multiple_of_8(const char* name, int value) {
-  QVL_REQUIRE(value % 8 == 0, QVL_UNSUPPORTED, "config: %s is %d; a GPU needs a multiple of 8", name, value);
-}
-
 // Bytes of a row that a product writes.
 uint64_t row_bytes(const Matrix& matrix, Into into) {
   switch (into) {
@@ -39,13 +35,12 @@ const char* bytes(const void* memory) {
 
 }  // namespace
 
-Language::Language(const Gpu& gpu, CUstream stream, const qvl_config& config, Weights& weights)
+Language::Language(const Gpu& gpu, const qvl_config& config, Weights& weights)
     : gpu_(gpu), config_(config), angles_(config, weights.uploader()) {
-  multiple_of_8("hidden", config.hidden);
-  multiple_of_8("mlp_width", config.mlp_width);
+  QVL_REQUIRE(config.hidden % 8 == 0, QVL_UNSUPPORTED, "config: hidden is %d; a GPU needs a multiple of 8",
+              config.hidden);
   QVL_REQUIRE(config.head_dim <= 256, QVL_UNSUPPORTED, "config: head_dim is %d; a GPU takes up to 256",
               config.head_dim);
-  (void)stream;
   wte_ = weights.matrix("wte.weight");
   for (int i = 0; i < config.layers; ++i) {
     const std::string name = "h." + std::to_string(i) + ".";
@@ -67,7 +62,7 @@ Language::Language(const Gpu& gpu, CUstream stream, const qvl_config& config, We
   qkv_ = DeviceMemory(3 * n * hidden * 2);
   q_ = DeviceMemory(n * hidden * 2);
   mixed_ = DeviceMemory(n * hidden * 2);
-  wide_ = DeviceMemory(n * size(config.mlp_width) * 2);
+  wide_ = DeviceMemory(n * size(layers_[0].gate_up.out));
   uint64_t scratch = 0;
   for (const Layer& layer : layers_) {
     for (const Matrix* matrix : {&layer.c_attn, &layer.attn_proj, &layer.gate_up, &layer.mlp_proj}) {
@@ -208,14 +203,14 @@ void Language::take_features(CUstream stream, const qvl_batch& batch, const Part
   }
 }
 
-void Language::product(CUstream stream, const Matrix& matrix, const void* x, const PassShape& shape,
-                       Into into, void* y) {
+void Language::product(CUstream stream, const Matrix& matrix, const void* x, int x_stride,
+                       const PassShape& shape, Into into, void* y) {
   if (shape.n_prompt > 0) {
-    linear_prompt(gpu_, stream, matrix, x, matrix.in, shape.n_prompt, into, y, prompt_scratch_.get());
+    linear_prompt(gpu_, stream, matrix, x, x_stride, shape.n_prompt, into, y, prompt_scratch_.get());
   }
   for (int done = shape.n_prompt; done < shape.rows(); done += kMaxDecodeRows) {
     const int n = std::min(kMaxDecodeRows, shape.rows() - done);
-    linear_decode(gpu_, stream, matrix, bytes(x) + size(done) * size(matrix.in) * 2, matrix.in, n, into,
+    linear_decode(gpu_, stream, matrix, bytes(x) + size(done) * size(x_stride) * 2, x_stride, n, into,
                   bytes(y) + size(done) * row_bytes(matrix, into));
   }
 }
@@ -230,7 +225,7 @@ void Language::layers(CUstream stream, const CudaKvPool& pool, const InputArrays
     const Layer& layer = layers_[size(i)];
     const KvLayer kv = pool.layer(i);
     rms_norm(gpu_, stream, x, layer.ln_1, config_.norm_epsilon, n, hidden, normed_.get());
-    product(stream, layer.c_attn, normed_.get(), shape, Into::kHalf, qkv_.get());
+    product(stream, layer.c_attn, normed_.get(), hidden, shape, Into::kHalf, qkv_.get());
     rotate_and_store(gpu_, stream, qkv_.get(), places, angles_.angles(), kv, n, q_.get());
     if (shape.n_prompt > 0) {
       attention_prompt(gpu_, stream, q_.get(), at.pieces, at.tiles, shape.tiles, at.blocks, shape.max_blocks,
@@ -243,10 +238,10 @@ void Language::layers(CUstream stream, const CudaKvPool& pool, const InputArrays
       attention_decode(gpu_, stream, q_.get<char>() + offset, of_rows, kv, std::min(kMaxDecodeRows, n - done),
                        shape.max_keys, decode_scratch_.get(), mixed_.get<char>() + offset);
     }
-    product(stream, layer.attn_proj, mixed_.get(), shape, Into::kAdd, x);
+    product(stream, layer.attn_proj, mixed_.get(), hidden, shape, Into::kAdd, x);
     rms_norm(gpu_, stream, x, layer.ln_2, config_.norm_epsilon, n, hidden, normed_.get());
-    product(stream, layer.gate_up, normed_.get(), shape, Into::kSiluTimes, wide_.get());
-    product(stream, layer.mlp_proj, wide_.get(), shape, Into::kAdd, x);
+    product(stream, layer.gate_up, normed_.get(), hidden, shape, Into::kSiluTimes, wide_.get());
+    product(stream, layer.mlp_proj, wide_.get(), layer.gate_up.out / 2, shape, Into::kAdd, x);
   }
 }
 

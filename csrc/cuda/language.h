@@ -22,7 +22,7 @@ struct PassShape {
 
 class Language {
  public:
-  Language(const Gpu& gpu, CUstream stream, const qvl_config& config, Weights& weights);
+  Language(const Gpu& gpu, const qvl_config& config, Weights& weights);
 
   // Run the batch; logits float32 [wanted rows, vocab] in device memory, or NULL.
   void forward(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, float* logits,
@@ -60,8 +60,8 @@ class Language {
   void pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
             float* logits, StepInput& input);
   void take_features(CUstream stream, const qvl_batch& batch, const Part& part, const InputArrays& host);
-  void product(CUstream stream, const Matrix& matrix, const void* x, const PassShape& shape, Into into,
-               void* y);
+  void product(CUstream stream, const Matrix& matrix, const void* x, int x_stride, const PassShape& shape,
+               Into into, void* y);
 
   const Gpu& gpu_;
   const qvl_config config_;

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "cuda/gpu.h"
+#include "cuda/kernels/pick.h"
 
 namespace qvl::cuda {
 
@@ -159,16 +160,6 @@ struct DenseAttention {
 void attention_dense(const Gpu&, CUstream, const DenseAttention&, void* y);
 
 // ---- sampling: sample.cc --------------------------------------------------------------------------------
-
-// A row's sampling parameters (qvl_sampling), in device memory.
-struct Pick {
-  float temperature, top_p;
-  int32_t top_k;
-  float repetition_penalty, frequency_penalty, presence_penalty;
-  int32_t n_forbidden, first_forbidden;  // a part of `forbidden`
-  double fraction;                       // random_fraction(seed, counter)
-  int32_t* counts;                       // [vocab] or NULL
-};
 
 struct Sampled {
   int32_t* tokens;  // [n]

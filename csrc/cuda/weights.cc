@@ -151,7 +151,15 @@ Matrix Weights::interleaved(const std::string& first, const std::string& second)
   const qvl_tensor &a = table_.at(first), &b = table_.at(second);
   QVL_REQUIRE(storage(a.dtype) == storage(b.dtype), QVL_UNSUPPORTED,
               "%s and %s are stored differently; a GPU needs them alike", first.c_str(), second.c_str());
-  const Matrix made = empty(storage(a.dtype), 2 * a.shape[0], inner(a));
+  // Rows of zeros behind make the result's row a whole number of vectors.
+  const auto rows = static_cast<int64_t>(rounded(static_cast<uint64_t>(a.shape[0]), 8));
+  const Matrix made = empty(storage(a.dtype), 2 * rows, inner(a));
+  if (rows != a.shape[0]) {
+    const MatrixBytes bytes = matrix_bytes(made.storage, made.out, made.in);
+    check(driver().cuMemsetD8Async(address(made.values), 0, bytes.values, stream_), "clearing a weight");
+    if (bytes.scales)
+      check(driver().cuMemsetD8Async(address(made.scales), 0, bytes.scales, stream_), "clearing a weight");
+  }
   fill(a, made, 0, 2);
   fill(b, made, 1, 2);
   return made;

@@ -28,7 +28,8 @@ class Weights {
   Matrix matrix(const std::string& name, const std::string& bias = "");
   Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
 
-  // Row i of the first becomes row 2 i, row i of the second row 2 i + 1.
+  // Row i of the first becomes row 2 i, row i of the second row 2 i + 1; zeros behind, up to a multiple of 16
+  // rows.
   Matrix interleaved(const std::string& first, const std::string& second);
 
   // Values of the type computed in, whatever the tensor is stored as.

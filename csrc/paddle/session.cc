@@ -1,6 +1,8 @@
 #include "paddle/session.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <new>
@@ -14,6 +16,9 @@ namespace {
 
 std::mutex mutex;
 std::atomic<int32_t> n_threads{0};
+
+constexpr int32_t kCpu = -1, kFromEnvironment = -2;
+std::atomic<int32_t> gpu{kFromEnvironment};
 
 struct Entry {
   std::shared_ptr<Session> session;
@@ -39,6 +44,19 @@ void end_session(phi::Allocation* allocation) {
   if (entry.deleter != nullptr) entry.deleter(allocation);
 }
 
+// What QWENVL_DEVICE names.
+int32_t named_gpu() {
+  const char* value = std::getenv("QWENVL_DEVICE");
+  const std::string name = value != nullptr ? value : "";
+  if (name.empty() || name == "cpu") return kCpu;
+  if (name == "gpu") return 0;
+  const std::string number = name.rfind("gpu:", 0) == 0 ? name.substr(4) : "";
+  require(
+      !number.empty() && number.size() <= 4 && number.find_first_not_of("0123456789") == std::string::npos,
+      "QWENVL_DEVICE " + name + ": must be cpu, gpu or gpu:N");
+  return std::stoi(number);
+}
+
 qvl_config make_config(const Description& d) {
   qvl_config c = QVL_INIT(qvl_config);
   int32_t* const fields[N_SIZES] = {reinterpret_cast<int32_t*>(&c.stages),
@@ -62,6 +80,9 @@ qvl_config make_config(const Description& d) {
   check_sizes(d.sizes);
   for (size_t i = 0; i < d.sizes.size(); ++i) *fields[i] = d.sizes[i];
   c.n_threads = n_threads;
+  const int32_t chosen = gpu == kFromEnvironment ? named_gpu() : gpu.load();
+  c.device = chosen == kCpu ? QVL_DEVICE_CPU : QVL_DEVICE_CUDA;
+  c.device_index = std::max(chosen, 0);
   c.norm_epsilon = d.norm_epsilon;
   c.rotary_base = d.rotary_base;
   return c;
@@ -172,4 +193,9 @@ std::shared_ptr<Session> session(const Description& description, const std::vect
 // For the engines made from now on; 0: as qvl_config has it.
 extern "C" __attribute__((visibility("default"))) void qwenvl_set_threads(int32_t n) {
   qvl::paddle_ops::n_threads = n;
+}
+
+// For the engines made from now on; -1: on the CPU. Before the first call QWENVL_DEVICE says it.
+extern "C" __attribute__((visibility("default"))) void qwenvl_set_gpu(int32_t index) {
+  qvl::paddle_ops::gpu = index;
 }

@@ -122,9 +122,9 @@ EXPORT int64_t qvlt_pool_blocks(qvl_dtype dtype, int layers, int heads, int head
   config.head_dim = head_dim;
   CpuKvPool pool(config, n_blocks, block_tokens, dtype);
   const uint64_t bytes = pool.block_bytes();
-  for (int i = 0; i < n_blocks; ++i) pool.write_block(i, data + static_cast<uint64_t>(i) * bytes);
-  pool.copy_block(from, to);
-  for (int i = 0; i < n_blocks; ++i) pool.read_block(i, out + static_cast<uint64_t>(i) * bytes);
+  for (int i = 0; i < n_blocks; ++i) pool.write_block(i, data + static_cast<uint64_t>(i) * bytes, nullptr);
+  pool.copy_block(from, to, nullptr);
+  for (int i = 0; i < n_blocks; ++i) pool.read_block(i, out + static_cast<uint64_t>(i) * bytes, nullptr);
   return static_cast<int64_t>(bytes);
 }
 

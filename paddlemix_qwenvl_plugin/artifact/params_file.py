@@ -30,6 +30,7 @@ from paddlemix_qwenvl_plugin.artifact.weights import Weight, stage_weights
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
 from paddlemix_qwenvl_plugin.engine.library import DTYPES
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.files import write_beside
 
 ALIGNMENT = 64
 
@@ -78,8 +79,8 @@ def write_params(
         QwenVLError: a value is not a finite number.
     """
     offsets: dict[str, int] = {}
-    partial = path.with_name(path.name + ".partial")
-    try:
+
+    def write(partial: Path) -> None:
         with partial.open("wb") as file:
             for name, record in records.items():
                 file.write(_record_head(record, name, weights[name], file.tell()))
@@ -91,16 +92,26 @@ def write_params(
                 record = records[name]
                 if values.shape != record.shape or values.dtype != _STORAGE[record.dtype]:
                     raise AssertionError(f"{name}: {values.dtype} {values.shape}, program has {record}")
-                _check_finite(name, values, record.dtype)
+                bad = 0 if record.dtype == "uint8" else n_not_finite(values, record.dtype)
+                if bad:  # of packed ones, the packing tells
+                    raise QwenVLError(
+                        f"{name}: {bad} of its values are infinite or not a number; mend the weights"
+                    )
                 file.seek(offsets.pop(name))
                 file.write(np.ascontiguousarray(values).data)
             file.flush()
             os.fsync(file.fileno())
         if offsets:  # a slip of this package, not of the user's
             raise AssertionError(f"parameters without weights: {sorted(offsets)}")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_beside(path, write)
+
+
+def n_not_finite(values: NDArray[np.generic], dtype: str) -> int:
+    """How many values, in the storage type of `dtype`, are infinite or not a number."""
+    # NumPy has no bfloat16: there an exponent of ones is infinity or not a number.
+    finite = (values & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(values)  # type: ignore[operator]
+    return int(finite.size - finite.sum())
 
 
 def read_tensors(path: Path, manifest: Manifest) -> list[Entry]:
@@ -197,17 +208,6 @@ def _record_head(record: Record, name: str, weight: Weight, position: int) -> by
     n = len(content)
     message += bytes((_FIELD, n & 127 | 128, n >> 7 & 127 | 128, n >> 14)) + content
     return struct.pack("<IQIi", 0, 0, 0, len(message)) + message
-
-
-def _check_finite(name: str, values: NDArray[np.generic], dtype: str) -> None:
-    if dtype == "uint8":  # packed, which has checked them
-        return
-    # NumPy has no bfloat16: there an exponent of ones is infinity or not a number.
-    finite = (values & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(values)  # type: ignore[operator]
-    if not finite.all():
-        raise QwenVLError(
-            f"{name}: {int((~finite).sum())} of its values are infinite or not a number; mend the weights"
-        )
 
 
 def _varint(value: int) -> bytes:

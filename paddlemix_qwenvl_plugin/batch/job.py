@@ -13,6 +13,7 @@ from paddlemix_qwenvl_plugin.batch.journal import Journal
 from paddlemix_qwenvl_plugin.batch.request import Asked, Reply
 from paddlemix_qwenvl_plugin.batch.rows import Row, dump, error_line, id_key, reply_line, result_id
 from paddlemix_qwenvl_plugin.batch.source import Source
+from paddlemix_qwenvl_plugin.runtime.loop import NotFiniteError
 from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
@@ -120,9 +121,11 @@ class _Job:
 
     def _reply(self, row: Row, stream: AnswerStream, tag: str) -> bytes:
         assert isinstance(row.asked, Asked)
-        return reply_line(
-            row.id, row.openai, Reply(stream.finish(), stream.n_prompt_tokens, row.asked.model), tag
-        )
+        try:
+            answer = stream.finish()
+        except NotFiniteError as error:
+            return error_line(row.id, row.openai, error, tag)
+        return reply_line(row.id, row.openai, Reply(answer, stream.n_prompt_tokens, row.asked.model), tag)
 
     def _key(self, index: int) -> str:
         return id_key(self._source.entries[index].id)

@@ -11,7 +11,7 @@ from pathlib import Path
 from paddlemix_qwenvl_plugin.chat_ui.files import Transcripts
 from paddlemix_qwenvl_plugin.chat_ui.session import Session
 from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal, interrupt, nothing, on_ctrl_c
-from paddlemix_qwenvl_plugin.chat_ui.view import View
+from paddlemix_qwenvl_plugin.chat_ui.view import Plain
 from paddlemix_qwenvl_plugin.util.debug import print_traceback_if_debugging
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 from paddlemix_qwenvl_plugin.util.sources import is_address
@@ -59,7 +59,7 @@ def path_of(argument: str) -> str:
 class Conversation:
     """Carries out lines on a session, and shows what comes of them."""
 
-    def __init__(self, session: Session, view: View) -> None:
+    def __init__(self, session: Session, view: Plain) -> None:
         self._session = session
         self._view = view
         self._transcripts = Transcripts()

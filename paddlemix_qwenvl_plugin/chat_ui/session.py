@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
@@ -91,7 +91,7 @@ class Session:
     def ask(self, question: str) -> AnswerStream:
         """Ask about the attached pictures and all before. Errors as of `Chat.ask`; they leave everything as it was."""
         pictures = [{"image": picture.source} for picture in self.attached]
-        return self._chat.ask_with([*pictures, {"text": question}], self._options)
+        return self._chat.ask([*pictures, {"text": question}], **asdict(self._options))
 
     def record(self, question: str, answer: Answer, pieces: list[Piece]) -> Turn | None:
         """Note the turn that `ask` made; None if it was stopped before its first token, which makes no turn."""

@@ -7,7 +7,6 @@ import contextlib
 import io
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping
 
 from PIL import Image
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from paddlemix_qwenvl_plugin.chat_ui.files import save_drawn
 from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
-from paddlemix_qwenvl_plugin.chat_ui.view import box_line, fragments
+from paddlemix_qwenvl_plugin.chat_ui.view import Plain, box_line, fragments
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
 from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.errors import one_line
@@ -31,12 +30,10 @@ _ITERM = ("iTerm.app", "WezTerm", "mintty")
 _KITTY_TERMS = ("xterm-kitty", "xterm-ghostty")
 
 
-class Terminal:
-    """See View."""
+class Terminal(Plain):
+    """A person's terminal: each method as in Plain."""
 
     def __init__(self) -> None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # for what the terminal's encoding lacks
         self._console = Console()
 
     def text(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""How a conversation is shown: what every view has to do, what all share, and the view of a pipe."""
+"""How a conversation is shown: in a pipe, and what a terminal (terminal.py) does alike."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple, Optional, Protocol
+from typing import Literal, NamedTuple, Optional
 
 from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
 from paddlemix_qwenvl_plugin.processing.boxes import Box
@@ -58,44 +58,25 @@ def box_line(number: int, box: Box, image_size: Optional[tuple[int, int]]) -> st
     return f"[{number}]{name}: {corners}{'' if image_size else ' (thousandths)'}"
 
 
-class View(Protocol):
-    """A terminal, or a pipe that a program reads."""
+class Plain:
+    """A pipe that a program reads: answers as `qwenvl predict` prints them, tags included, and as they come."""
 
     def text(self, text: str) -> None:
         """Show what was asked for, as the help."""
-
-    def note(self, text: str) -> None:
-        """Say what happened."""
-
-    def attached(self, picture: Picture) -> None:
-        """Show a picture that was attached."""
-
-    def stopping(self, stream: AnswerStream) -> contextlib.AbstractContextManager[None]:
-        """Let Ctrl-C stop this answer, and nothing else."""
-
-    def answer(self, stream: AnswerStream) -> list[Piece]:
-        """Show an answer as it comes; its pieces, also of one that was stopped."""
-
-    def answered(self, turn: Turn, picture: Picture | None) -> None:
-        """Show what goes with a whole answer: its boxes in `picture`, and what was wrong with them."""
-
-
-class Plain:
-    """See View. Answers are as `qwenvl predict` prints them, tags included, and as they come."""
-
-    def text(self, text: str) -> None:
         print(text)
 
     def note(self, text: str) -> None:
-        pass
+        """Say what happened, to a person."""
 
     def attached(self, picture: Picture) -> None:
-        pass
+        """Show a picture that was attached, to a person."""
 
     def stopping(self, stream: AnswerStream) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()  # Ctrl-C stops the program, as others in a script
+        """Let Ctrl-C stop this answer, and nothing else; here the program, as others in a script."""
+        return contextlib.nullcontext()
 
     def answer(self, stream: AnswerStream) -> list[Piece]:
+        """Show an answer as it comes; its pieces, also of one that was stopped."""
         pieces = []
         for piece in stream:
             pieces.append(piece)
@@ -104,6 +85,7 @@ class Plain:
         return pieces
 
     def answered(self, turn: Turn, picture: Picture | None) -> None:
+        """Show what goes with a whole answer: its boxes in `picture`, and what was wrong with them."""
         for problem in turn.answer.problems:
             print(f"qwenvl: {problem}", file=sys.stderr)
 

@@ -126,7 +126,7 @@ def load_config(folder: Path) -> ModelConfig:
         raise UsageError(f"{path.parent}: no such model folder")
     if not path.is_file():
         raise UsageError(f"{path.parent}: no config.json in it; is it a model folder?")
-    return parse_config(_read_json(path), str(path))
+    return parse_config(read_json(path), str(path))
 
 
 def is_chat_model(folder: Path) -> bool:
@@ -136,13 +136,16 @@ def is_chat_model(folder: Path) -> bool:
         QwenVLError: the file is there and is not JSON.
     """
     path = Path(folder) / "generation_config.json"
-    data = _read_json(path) if path.is_file() else None
+    data = read_json(path) if path.is_file() else None
     return isinstance(data, dict) and data.get("chat_format") == "chatml"
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file says. QwenVLError, which names it, where that cannot be read."""
     try:
         return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise QwenVLError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # also what is not UTF-8, or nested without end
         raise QwenVLError(f"{path}: not valid JSON ({error})") from error
 

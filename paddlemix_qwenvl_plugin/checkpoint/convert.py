@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Optional
 
-import numpy as np
-from numpy.typing import NDArray
-
 from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
-from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
+from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
+from paddlemix_qwenvl_plugin.util.files import new_folder
 
 MAX_SHARD_BYTES = 2 * 1024**3
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
@@ -35,25 +34,14 @@ def convert(
     Raises:
         UsageError: `target` exists. QwenVLError: as Checkpoint raises.
     """
-    if target.exists():
-        raise UsageError(f"{target}: exists already; name a new folder")
     checkpoint = Checkpoint(source)
     if dtype is None:
         dtype = checkpoint.dtype if checkpoint.dtype in STORAGE else "float32"
-    partial = target.with_name(target.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    make_folder(partial)
-    try:
-        with naming(target):
-            _write_shards(checkpoint, partial, dtype, max_shard_bytes)
-            for path in sorted(source.iterdir()):
-                if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
-                    shutil.copyfile(path, partial / path.name)
-            partial.replace(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_folder(target) as partial:
+        _write_shards(checkpoint, partial, dtype, max_shard_bytes)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
+                shutil.copyfile(path, partial / path.name)
 
 
 def paddlemix_name(name: str) -> str:
@@ -68,28 +56,21 @@ def paddlemix_name(name: str) -> str:
 
 
 def _write_shards(checkpoint: Checkpoint, folder: Path, dtype: str, max_shard_bytes: int) -> None:
-    shard: dict[str, NDArray[np.generic]] = {}
-    files: list[list[str]] = []
+    shards: list[dict[str, TensorSpec]] = [{}]
     size = total = 0
-    specs = {**checkpoint.language, **checkpoint.vision}
-    for name, values in checkpoint.tensors(specs, dtype):
-        if shard and size + values.nbytes > max_shard_bytes:
-            safetensors_file.write(folder / _temporary(len(files)), shard, dtype)
-            files.append(list(shard))
-            shard, size = {}, 0
-        shard[paddlemix_name(name)] = values
-        size += values.nbytes
-        total += values.nbytes
-    safetensors_file.write(folder / _temporary(len(files)), shard, dtype)
-    files.append(list(shard))
+    for name, spec in {**checkpoint.language, **checkpoint.vision}.items():
+        n_bytes = math.prod(spec.shape) * STORAGE[dtype].itemsize
+        if shards[-1] and size + n_bytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += n_bytes
+        total += n_bytes
     weight_map = {}
-    for i, names in enumerate(files):
-        final = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        (folder / _temporary(i)).replace(folder / final)
-        weight_map.update(dict.fromkeys(names, final))
+    for number, specs in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = {paddlemix_name(name): values for name, values in checkpoint.tensors(specs, dtype)}
+        safetensors_file.write(folder / file, shard, dtype)
+        weight_map.update(dict.fromkeys(shard, file))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", "utf-8")
-
-
-def _temporary(number: int) -> str:
-    return f"model-{number + 1:05d}.safetensors"

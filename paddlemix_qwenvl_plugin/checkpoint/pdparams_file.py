@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.checkpoint.table_pickle import DAMAGED, RefusedError, TableUnpickler, first_line
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.checkpoint.table_pickle import DAMAGED, RefusedError, TableUnpickler
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
 
 _SPLIT = "UnpackBigParamInfor@@"
 _VARIABLES = "StructuredToParameterName@@"
@@ -50,7 +50,9 @@ def read(path: Path) -> dict[str, NDArray[np.generic]]:
     except RefusedError as error:
         raise QwenVLError(f"{path}: {error}; only tables of tensors are read") from error
     except DAMAGED as error:
-        raise QwenVLError(f"{path}: not a Paddle weight file, or truncated ({first_line(error)})") from error
+        raise QwenVLError(
+            f"{path}: not a Paddle weight file, or truncated ({first_line(error)[:200]})"
+        ) from error
     return tensors
 
 

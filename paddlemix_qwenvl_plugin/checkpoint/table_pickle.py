@@ -46,8 +46,3 @@ class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         self.load_build()
 
     dispatch[pickle.BUILD[0]] = _build
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what a library says of damaged bytes, at most 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

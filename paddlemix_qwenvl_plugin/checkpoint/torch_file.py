@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.checkpoint.table_pickle import DAMAGED, RefusedError, TableUnpickler, first_line
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.checkpoint.table_pickle import DAMAGED, RefusedError, TableUnpickler
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
 
 # Class of a storage in the pickle -> dtype here, and as NumPy has it.
 _STORAGES = {
@@ -31,14 +31,24 @@ _DAMAGED = (zipfile.BadZipFile, *DAMAGED)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `strides` and `start` count values of the storage, the archive's member `member`."""
+    """Where a tensor lies: `strides` and `start` count values of the storage, the archive's member `member`.
+
+    `kind` is the storage's class, a key of _STORAGES.
+    """
 
     shape: tuple[int, ...]
-    dtype: str
-    numpy_dtype: np.dtype[np.generic]
+    kind: str
     member: str
     start: int
     strides: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return _STORAGES[self.kind][0]
+
+    @property
+    def numpy_dtype(self) -> np.dtype[np.generic]:
+        return np.dtype(_STORAGES[self.kind][1])
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -55,14 +65,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 table = _Unpickler(file, _KNOWN).load()
             if not isinstance(table, dict) or not table:
                 raise QwenVLError(f"{path}: holds no table of tensors")
-            tensors = {str(name): _entry(path, str(name), value, folder) for name, value in table.items()}
-            for name, tensor in tensors.items():
-                _check_inside(path, name, tensor, archive.getinfo(tensor.member).file_size)
+            tensors = {}
+            for name, tensor in table.items():
+                _check_kind(path, name, tensor)
+                member = f"{folder}data/{tensor.member}"
+                _check_inside(path, name, tensor, archive.getinfo(member).file_size)
+                tensors[str(name)] = replace(tensor, member=member)
     except RefusedError as error:
         raise QwenVLError(f"{path}: {error}; only tables of tensors are read") from error
     except _DAMAGED as error:
         raise QwenVLError(
-            f"{path}: not a PyTorch weight file (of PyTorch 1.6 or newer), or truncated ({first_line(error)})"
+            f"{path}: not a PyTorch weight file (of PyTorch 1.6 or newer), or truncated ({first_line(error)[:200]})"
         ) from error
     return tensors
 
@@ -77,30 +90,21 @@ def read_tensor(path: Path, tensor: StoredTensor) -> NDArray[np.generic]:
         with zipfile.ZipFile(path) as archive:
             values = np.frombuffer(archive.read(tensor.member), tensor.numpy_dtype)
     except _DAMAGED as error:
-        raise QwenVLError(f"{path}: {tensor.member} cannot be read ({first_line(error)})") from error
+        raise QwenVLError(f"{path}: {tensor.member} cannot be read ({first_line(error)[:200]})") from error
     strides = [stride * values.itemsize for stride in tensor.strides]
     view = np.lib.stride_tricks.as_strided(values[tensor.start :], tensor.shape, strides, writeable=False)
     return np.ascontiguousarray(view)
 
 
-@dataclass(frozen=True)
-class _Storage:
+class _Storage(NamedTuple):
     kind: str
     key: str
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    storage: _Storage
-    start: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
     if not isinstance(storage, _Storage):
         raise RefusedError("a tensor without a storage")
-    return _Tensor(storage, int(start), tuple(map(int, shape)), tuple(map(int, strides)))
+    return StoredTensor(tuple(map(int, shape)), *storage, int(start), tuple(map(int, strides)))
 
 
 def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
@@ -127,18 +131,14 @@ class _Unpickler(TableUnpickler):
         return _Storage(kind, str(key))
 
 
-def _entry(path: Path, name: str, value: Any, folder: str) -> StoredTensor:
-    if not isinstance(value, _Tensor):
+def _check_kind(path: Path, name: Any, value: Any) -> None:
+    if not isinstance(value, StoredTensor):
         raise QwenVLError(f"{path}: {name} is not a tensor")
-    if value.storage.kind not in _STORAGES:
-        kind = value.storage.kind
-        raise QwenVLError(f"{path}: {name} is a {kind}, a weight must be a floating-point tensor")
-    dtype, numpy_dtype = _STORAGES[value.storage.kind]
-    member = f"{folder}data/{value.storage.key}"
-    return StoredTensor(value.shape, dtype, np.dtype(numpy_dtype), member, value.start, value.strides)
+    if value.kind not in _STORAGES:
+        raise QwenVLError(f"{path}: {name} is a {value.kind}, a weight must be a floating-point tensor")
 
 
-def _check_inside(path: Path, name: str, tensor: StoredTensor, n_bytes: int) -> None:
+def _check_inside(path: Path, name: Any, tensor: StoredTensor, n_bytes: int) -> None:
     """Strides and sizes come from the file, and NumPy reads wherever they lead."""
     sane = (
         len(tensor.shape) == len(tensor.strides)

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from paddlemix_qwenvl_plugin.cli import options as flags
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.files import check_target
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 
 def batch(
     context: typer.Context,
+    open_pair: Callable[[], QwenVL],
     source: Path = typer.Argument(..., metavar="IN.jsonl", help="A request on each line."),
     target: Path = typer.Argument(..., metavar="OUT.jsonl", help="Where the results go, in the same order."),
-    *,
-    first_model_path: flags.FirstModelPath,
-    second_model_path: flags.SecondModelPath,
-    model: flags.ModelFolder = None,
     batch_size: int = typer.Option(8, "--batch_size", min=1, help="Rows that are run together."),
-    device: flags.Device = "cpu",
-    picture_label: flags.PictureLabel = None,
-    allow_http: flags.AllowHttp = False,
-    allow_private_http: flags.AllowPrivateHttp = False,
-    verify: flags.Verify = False,
 ) -> None:
     """Answer every row of a file; run it again to continue after an interruption.
 
@@ -44,17 +37,7 @@ def batch(
     if there and target.samefile(source):
         raise UsageError(f"{target}: is the input; name another output")
     if not there:
-        pair = flags.open_model(
-            first_model_path,
-            second_model_path,
-            model,
-            device,
-            picture_label,
-            allow_http,
-            allow_private_http,
-            verify,
-        )
-        run(rows, target, pair, batch_size)
+        run(rows, target, open_pair(), batch_size)
     failed, n_rows = count_failed(target, rows), len(rows.entries)
     partial_path(target).unlink(missing_ok=True)  # of a process that was killed at its very end
     print(f"{target}: has all {n_rows} rows already" if there else f"{target}: wrote {n_rows} rows")

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from paddlemix_qwenvl_plugin.cli import options as flags
 
-def build_engine() -> None:
+
+def build_engine(device: flags.Device = "cpu") -> None:
     """Build the engine now, rather than when it is first used, and its operators for the installed Paddle."""
     from paddlemix_qwenvl_plugin.engine.build import library, operators_library
+    from paddlemix_qwenvl_plugin.engine.gpu import build_for, gpu_index
 
+    index = gpu_index(device)
     print(library(allowed=True))
+    if index is not None:
+        print(*build_for(index, allowed=True), sep="\n")
     if find_spec("paddle") is not None:
         print(operators_library(allowed=True))

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Optional
 
 import typer
 
-from paddlemix_qwenvl_plugin.cli import options as flags
+from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 
 def chat(
     context: typer.Context,
-    first_model_path: flags.FirstModelPath,
-    second_model_path: flags.SecondModelPath,
-    model: flags.ModelFolder = None,
+    open_pair: Callable[[], QwenVL],
     image: Optional[list[str]] = typer.Option(
         None, "--image", help="Picture to begin with: path, data URL or http(s) URL; may be repeated."
     ),
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message."),
-    device: flags.Device = "cpu",
-    picture_label: flags.PictureLabel = None,
-    allow_http: flags.AllowHttp = False,
-    allow_private_http: flags.AllowPrivateHttp = False,
-    verify: flags.Verify = False,
 ) -> None:
     """Talk about pictures with Qwen-VL-Chat, on a terminal or through a pipe."""
     from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation, converse, follow
@@ -35,16 +30,9 @@ def chat(
     from paddlemix_qwenvl_plugin.chat_ui.view import Plain, piped_lines
 
     options: GenerationOptions = context.obj
-    pair = flags.open_model(
-        first_model_path,
-        second_model_path,
-        model,
-        device,
-        picture_label,
-        allow_http,
-        allow_private_http,
-        verify,
-    )
+    if sys.stdin is None:
+        raise UsageError("standard input: is closed, and questions come from there; give it a file or a pipe")
+    pair = open_pair()
     session = Session(pair, system, options)
     pictures = [session.attach(source) for source in image or []]
     if not (sys.stdin.isatty() and sys.stdout.isatty()):

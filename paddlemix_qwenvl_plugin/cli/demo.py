@@ -19,8 +19,7 @@ def demo(
     It answers the bundled questions only: `qwenvl predict` and `qwenvl chat` are for pictures of your own.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # One of the questions is in Chinese, which not every terminal can take.
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True)
     print("A small demo model, trained on drawn pictures of shapes and words, answers eight questions.")
     from paddlemix_qwenvl_plugin.demo.run import PAGE, SHEET, run_demo
 

@@ -26,7 +26,7 @@ def doctor(
 
     report = examine(model, gpus())
     if as_json:
-        print(json.dumps(report.as_dict(), ensure_ascii=False, indent=1))
+        print(json.dumps(report.as_dict(), indent=1))
     else:
         _print(report)
     problems = report.count("problem")

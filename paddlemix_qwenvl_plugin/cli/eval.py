@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -39,9 +40,68 @@ _Predictions = Annotated[
 _Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """The flags of all tasks: whose answers are scored, and where they go."""
+
+    first_model_path: _First = None
+    second_model_path: _Second = None
+    model: flags.ModelFolder = None
+    device: flags.Device = "cpu"
+    output: _Output = None
+    predictions: _Predictions = None
+    as_json: _Json = False
+
+    @property
+    def has_stages(self) -> bool:
+        return (self.first_model_path, self.second_model_path, self.model) != (None, None, None)
+
+    def check(self) -> None:
+        """Find out before the work begins what cannot be."""
+        if self.has_stages and self.predictions is not None:
+            raise UsageError("--predictions runs no model: leave out the exported stages")
+        if self.output is not None:
+            from paddlemix_qwenvl_plugin.evaluation.rows import is_scored
+
+            check_target(self.output, is_scored)
+
+    def open(self) -> QwenVL:
+        from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+        if self.first_model_path is None or self.second_model_path is None:
+            raise UsageError("give --first_model_path and --second_model_path, or --predictions")
+        pair = QwenVL.from_exported(self.first_model_path, self.second_model_path, self.model, self.device)
+        pair.load()
+        return pair
+
+    def answers(self, data: Path, rows: Mapping[Id, Row], options: GenerationOptions) -> dict[Id, str]:
+        """The answer to each row: out of a file, or of the model."""
+        from paddlemix_qwenvl_plugin.evaluation import ask
+        from paddlemix_qwenvl_plugin.evaluation.rows import check_pictures, read_predictions
+        from paddlemix_qwenvl_plugin.util.progress import track
+
+        self.check()
+        if self.predictions is not None:
+            return read_predictions(self.predictions, rows)
+        check_pictures(data, rows)
+        answers = ask.answers(self.open(), (row.asked() for row in rows.values()), options)
+        return dict(zip(rows, track(answers, "rows answered", len(rows))))
+
+    def write(self, texts: Mapping[Id, str], scores: Mapping[Id, float]) -> None:
+        from paddlemix_qwenvl_plugin.evaluation.rows import write_predictions
+
+        if self.output is not None:
+            lines = ({"id": key, "text": texts[key], "score": scores[key]} for key in texts)
+            write_predictions(self.output, lines)
+
+
+_task = functools.partial(flags.evaluated, run=_Run)
+
+
 @app.command()
-@flags.evaluated
+@_task
 def demo(
+    run: Callable[[], _Run],
     n: int = typer.Option(1000, "--n", min=1, help="How many samples."),
     first: int = typer.Option(0, "--first", min=0, help="Number of the first sample."),
     dtype: Optional[str] = typer.Option(
@@ -51,13 +111,6 @@ def demo(
     export_to: Optional[Path] = typer.Option(
         None, "--export_to", metavar="DIR", help="Keep the export in this folder."
     ),
-    first_model_path: _First = None,
-    second_model_path: _Second = None,
-    model: flags.ModelFolder = None,
-    device: flags.Device = "cpu",
-    output: _Output = None,
-    predictions: _Predictions = None,
-    as_json: _Json = False,
 ) -> None:
     """Ask about drawn pictures that the demo model has not seen.
 
@@ -69,29 +122,28 @@ def demo(
     from paddlemix_qwenvl_plugin.evaluation.rows import read_predictions, write_predictions
     from paddlemix_qwenvl_plugin.util.progress import track
 
-    stages = _Stages(first_model_path, second_model_path, model, device)
+    given = run()
     of_export = (dtype, quant_type, export_to)
-    if (stages.given or predictions is not None) and any(flag is not None for flag in of_export):
+    if (given.has_stages or given.predictions) and any(flag is not None for flag in of_export):
         raise UsageError(
             "--dtype, --quant_type and --export_to are for the export of the demo model: "
             "give none with exported stages or with --predictions"
         )
-    _check(stages, predictions, output)
+    given.check()
     samples = {number: held_out(number) for number in range(first, first + n)}
-    if predictions is not None:
-        texts: Mapping[Id, str] = read_predictions(predictions, samples)
+    if given.predictions is not None:
+        texts: Mapping[Id, str] = read_predictions(given.predictions, samples)
     else:
         with contextlib.ExitStack() as stack:
-            if not stages.given:
+            if not given.has_stages:
                 folder = export_to or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwenvl-")))
-                stages = _export_demo_model(folder, dtype or "float32", quant_type, device)
-            pair = stages.open()
-            answers = task.answers(pair, samples.values())
+                given = _export_demo_model(given, folder, dtype or "float32", quant_type)
+            answers = task.answers(given.open(), samples.values())
             texts = dict(zip(samples, track(answers, "samples answered", n)))
     marks = {number: task.mark(sample, texts[number]) for number, sample in samples.items()}
-    if output is not None:
+    if given.output is not None:
         write_predictions(
-            output,
+            given.output,
             (
                 {
                     "id": number,
@@ -105,167 +157,82 @@ def demo(
             ),
         )
     rates = task.score(list(marks.values()))
-    if as_json:
+    if given.as_json:
         figures = {name: {**rate.as_dict(), "goal": task.GOALS.get(name)} for name, rate in rates.items()}
         print(json.dumps(figures))
     else:
         print(table(rates, task.GOALS))
 
 
+def _export_demo_model(run: _Run, folder: Path, dtype: str, quant_type: Optional[str]) -> _Run:
+    from paddlemix_qwenvl_plugin.demo.run import MODEL
+    from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
+
+    vision = folder / "vision" / "vision"
+    export_vision(MODEL, vision, dtype)
+    export_language(MODEL, folder / "text", "qwen", dtype, quant_type=quant_type)
+    return replace(run, first_model_path=vision, second_model_path=folder / "text" / "qwen")
+
+
 @app.command()
-@flags.evaluated
-def grounding(
-    data: _Data,
-    first_model_path: _First = None,
-    second_model_path: _Second = None,
-    model: flags.ModelFolder = None,
-    device: flags.Device = "cpu",
-    output: _Output = None,
-    predictions: _Predictions = None,
-    as_json: _Json = False,
-) -> None:
+@_task
+def grounding(run: Callable[[], _Run], data: _Data) -> None:
     """Referring expressions, as in RefCOCO: is the box right?"""
     from paddlemix_qwenvl_plugin.evaluation import grounding as task
     from paddlemix_qwenvl_plugin.evaluation.overlap import IOU
     from paddlemix_qwenvl_plugin.evaluation.rates import Rate, table
     from paddlemix_qwenvl_plugin.evaluation.rows import read_rows
 
-    rows = read_rows(data, task.GroundingRow)
-    stages = _Stages(first_model_path, second_model_path, model, device)
-    texts = _answers(data, rows, task.OPTIONS, stages, predictions, output)
+    given, rows = run(), read_rows(data, task.GroundingRow)
+    texts = given.answers(data, rows, task.OPTIONS)
     overlaps = {row_id: task.overlap(row, texts[row_id]) for row_id, row in rows.items()}
-    _write(output, texts, overlaps)
+    given.write(texts, overlaps)
     rate = Rate(sum(overlap >= IOU for overlap in overlaps.values()), len(overlaps))
-    print(json.dumps(rate.as_dict()) if as_json else table({"IoU of at least 0.5": rate}))
+    print(json.dumps(rate.as_dict()) if given.as_json else table({"IoU of at least 0.5": rate}))
 
 
 @app.command()
-@flags.evaluated
+@_task
 def vqa(
+    run: Callable[[], _Run],
     data: _Data,
     metric: str = typer.Option("vqa", "--metric", help="vqa (VQA accuracy), exact (exact match) or anls."),
     max_new_tokens: Optional[int] = typer.Option(
         None, "--max_new_tokens", help="Default: 10; with --metric anls 100."
     ),
-    first_model_path: _First = None,
-    second_model_path: _Second = None,
-    model: flags.ModelFolder = None,
-    device: flags.Device = "cpu",
-    output: _Output = None,
-    predictions: _Predictions = None,
-    as_json: _Json = False,
 ) -> None:
     """Questions with short answers, as in VQAv2, OK-VQA, TextVQA and DocVQA."""
     from paddlemix_qwenvl_plugin.evaluation import vqa as task
     from paddlemix_qwenvl_plugin.evaluation.rows import read_rows
 
-    rows = read_rows(data, task.VqaRow)
+    given, rows = run(), read_rows(data, task.VqaRow)
     task.check(data, rows, metric)
-    stages = _Stages(first_model_path, second_model_path, model, device)
     room = task.MAX_NEW_TOKENS[metric] if max_new_tokens is None else max_new_tokens
-    texts = _answers(data, rows, task.options(room), stages, predictions, output)
+    texts = given.answers(data, rows, task.options(room))
     scores = {row_id: task.METRICS[metric](texts[row_id], row.answers) for row_id, row in rows.items()}
-    _write(output, texts, scores)
+    given.write(texts, scores)
     mean = sum(scores.values()) / len(scores)
-    if as_json:
+    if given.as_json:
         print(json.dumps({"metric": metric, "n": len(scores), "value": mean}))
     else:
         print(f"{metric}  {100 * mean:.2f}  ({len(scores)} questions)")
 
 
 @app.command()
-@flags.evaluated
-def captions(
-    data: _Data,
-    first_model_path: _First = None,
-    second_model_path: _Second = None,
-    model: flags.ModelFolder = None,
-    device: flags.Device = "cpu",
-    output: _Output = None,
-    predictions: _Predictions = None,
-    as_json: _Json = False,
-) -> None:
+@_task
+def captions(run: Callable[[], _Run], data: _Data) -> None:
     """Captions, as in COCO, Flickr30K and NoCaps: CIDEr, BLEU-4 and ROUGE-L."""
     from paddlemix_qwenvl_plugin.evaluation import captions as task
     from paddlemix_qwenvl_plugin.evaluation.rows import read_rows
 
-    rows = read_rows(data, task.CaptionRow)
+    given, rows = run(), read_rows(data, task.CaptionRow)
     task.check_libraries()
-    stages = _Stages(first_model_path, second_model_path, model, device)
-    texts = _answers(data, rows, task.OPTIONS, stages, predictions, output)
+    texts = given.answers(data, rows, task.OPTIONS)
     scores = task.score(rows, texts)
-    _write(output, texts, scores.cider)
-    if as_json:
+    given.write(texts, scores.cider)
+    if given.as_json:
         print(json.dumps({"n": len(rows), **scores.values}))
     else:
         for name, value in scores.values.items():
             print(f"{name:8} {100 * value:6.2f}")
         print(f"({len(rows)} pictures)")
-
-
-@dataclass(frozen=True)
-class _Stages:
-    """The flags that name exported stages, and where they run."""
-
-    vision: Optional[Path]
-    language: Optional[Path]
-    model: Optional[Path]
-    device: str
-
-    @property
-    def given(self) -> bool:
-        return (self.vision, self.language, self.model) != (None, None, None)
-
-    def open(self) -> QwenVL:
-        from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
-
-        if self.vision is None or self.language is None:
-            raise UsageError("give --first_model_path and --second_model_path, or --predictions")
-        pair = QwenVL.from_exported(self.vision, self.language, self.model, self.device)
-        pair.load()
-        return pair
-
-
-def _export_demo_model(folder: Path, dtype: str, quant_type: Optional[str], device: str) -> _Stages:
-    from paddlemix_qwenvl_plugin.demo.run import MODEL
-    from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
-
-    stages = _Stages(folder / "vision" / "vision", folder / "text" / "qwen", None, device)
-    export_vision(MODEL, folder / "vision" / "vision", dtype)
-    export_language(MODEL, folder / "text", "qwen", dtype, quant_type=quant_type)
-    return stages
-
-
-def _check(stages: _Stages, predictions: Optional[Path], output: Optional[Path]) -> None:
-    if stages.given and predictions is not None:
-        raise UsageError("--predictions runs no model: leave out the exported stages")
-    if output is not None:
-        check_target(output)
-
-
-def _answers(
-    data: Path,
-    rows: Mapping[Id, Row],
-    options: GenerationOptions,
-    stages: _Stages,
-    predictions: Optional[Path],
-    output: Optional[Path],
-) -> dict[Id, str]:
-    """The answer to each row: out of a file, or of the model."""
-    from paddlemix_qwenvl_plugin.evaluation import ask
-    from paddlemix_qwenvl_plugin.evaluation.rows import check_pictures, read_predictions
-    from paddlemix_qwenvl_plugin.util.progress import track
-
-    _check(stages, predictions, output)
-    if predictions is not None:
-        return read_predictions(predictions, rows)
-    check_pictures(data, rows)
-    answers = ask.answers(stages.open(), (row.asked() for row in rows.values()), options)
-    return dict(zip(rows, track(answers, "rows answered", len(rows))))
-
-
-def _write(output: Optional[Path], texts: Mapping[Id, str], scores: Mapping[Id, float]) -> None:
-    from paddlemix_qwenvl_plugin.evaluation.rows import write_predictions
-
-    if output is not None:
-        write_predictions(output, ({"id": key, "text": texts[key], "score": scores[key]} for key in texts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -23,9 +24,10 @@ from paddlemix_qwenvl_plugin.cli import (
     predict,
     recipes,
     run,
+    signals,
     verify,
 )
-from paddlemix_qwenvl_plugin.cli.options import GenerationCommand, evaluated
+from paddlemix_qwenvl_plugin.cli.options import GenerationCommand, evaluated, open_model
 from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.debug import print_traceback_if_debugging
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line, line_of, one_line
@@ -51,15 +53,15 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
 
 
 app.command("demo")(demo.demo)
-app.command("predict", cls=GenerationCommand)(evaluated(predict.predict))
-app.command("batch", cls=GenerationCommand)(evaluated(batch.batch))
-app.command("chat", cls=GenerationCommand)(evaluated(chat.chat))
+app.command("predict", cls=GenerationCommand)(evaluated(predict.predict, open_pair=open_model))
+app.command("batch", cls=GenerationCommand)(evaluated(batch.batch, open_pair=open_model))
+app.command("chat", cls=GenerationCommand)(evaluated(chat.chat, open_pair=open_model))
 app.command("export-vision")(evaluated(export.export_vision))
 app.command("export-language")(evaluated(export.export_language))
 app.command("verify")(verify.verify)
 app.command("convert")(convert.convert)
 app.command("make-tiny")(make_tiny.make_tiny)
-app.command("build-engine")(build_engine.build_engine)
+app.command("build-engine")(evaluated(build_engine.build_engine))
 app.command("build-ops", hidden=True)(build_engine.build_engine)  # its earlier name
 app.command("run")(run.run)
 app.command("doctor")(doctor.doctor)
@@ -71,17 +73,19 @@ app.add_typer(patches.app, name="patches")
 def main() -> None:
     """Run the command line.
 
-    An error ends as one line on stderr and exit code 1 (failure), 2 (usage) or 130 (interrupted).
+    An error ends as one line on stderr and exit code 1 (failure), 2 (usage), 130 (interrupted), 143 (SIGTERM) or 129
+    (SIGHUP).
     """
+    _mend_streams()
     # Notes for Paddle's developers, in C++ and in Python.
     os.environ.setdefault("GLOG_minloglevel", "2")
     warnings.filterwarnings("ignore", message="No ccache found")
     try:
-        code = app(prog_name="qwenvl", standalone_mode=False) or 0
+        with signals.ending():
+            code = app(prog_name="qwenvl", standalone_mode=False) or 0
         if code == 130:  # some versions of typer make this of Ctrl-C, others let it through
             raise KeyboardInterrupt
-        if sys.stdout is not None:
-            sys.stdout.flush()  # a full disk shows here, while it can still be reported
+        sys.stdout.flush()  # a full disk shows here, while it can still be reported
     except QwenVLError as error:
         _fail(line_of(error), error.exit_code)
     except _ClickException as error:
@@ -89,6 +93,8 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
+    except signals.Terminated as error:
+        _fail("terminated", int(error.code or 0))
     except BrokenPipeError:
         # Who reads the output has gone, as in `qwenvl recipes list | head -1`: there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -100,6 +106,21 @@ def main() -> None:
         what = name if said == name else f"{name}: {said[:200]}"
         _fail(f"internal error: {what} (run with --debug for the traceback)", 1)
     sys.exit(code)
+
+
+def _mend_streams() -> None:
+    """Have an output for each that is closed, and one that takes every character.
+
+    Opened in this order they take the numbers 0 to 2, so that no other file gets them, and with it what C++ code
+    prints. A closed input stays None: who reads it says so.
+    """
+    if sys.stdin is None:
+        os.open(os.devnull, os.O_RDONLY)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Callable, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from typer.core import TyperCommand
@@ -15,8 +16,6 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 FirstModelPath = Annotated[Path, typer.Option("--first_model_path", help="Exported vision stage (prefix).")]
 SecondModelPath = Annotated[
@@ -29,6 +28,12 @@ ModelFolder = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, gpu or gpu:N.")]
+GpuMemory = Annotated[
+    float,
+    typer.Option(
+        "--gpu_memory", help="Share of the GPU memory beside the weights that the KV cache may take."
+    ),
+]
 QuantType = Annotated[
     Optional[str],
     typer.Option(
@@ -57,23 +62,46 @@ Verify = Annotated[
 ]
 
 
-def evaluated(function: F) -> F:
-    """The command with its annotations as objects: before Python 3.10 typer does not look into those that are text."""
+def evaluated(function: Callable[..., Any], **makers: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with its annotations as objects: before Python 3.10 typer does not look into those that are text.
+
+    A parameter that `makers` has is no flag: in its place come the flags of its maker, and it gets the maker with them.
+    """
+    flags = {name: _flags(make) for name, make in makers.items()}
+
+    @functools.wraps(function)
+    def command(**given: Any) -> Any:
+        for name, make in makers.items():
+            given[name] = functools.partial(make, **{flag.name: given.pop(flag.name) for flag in flags[name]})
+        return function(**given)
+
+    parameters = [flag for made in flags.values() for flag in made] + _flags(function, makers)
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {flag.name: flag.annotation for flag in parameters}
+    return command
+
+
+def _flags(function: Callable[..., Any], but: Collection[str] = ()) -> list[inspect.Parameter]:
+    """The parameters of a function of this package that typer makes flags of."""
     # Not get_type_hints, which makes an Optional of what has None for its default, around what typer looks for.
     names = vars(sys.modules[function.__module__])
-    function.__annotations__ = {name: eval(text, names) for name, text in function.__annotations__.items()}
-    return function
+    return [
+        flag.replace(annotation=eval(flag.annotation, names), kind=inspect.Parameter.KEYWORD_ONLY)
+        for flag in inspect.signature(function).parameters.values()
+        if flag.name not in but
+    ]
 
 
 def open_model(
-    vision: Path,
-    language: Path,
-    model: Optional[Path],
-    device: str,
-    picture_label: Optional[str],
-    allow_http: bool,
-    allow_private_http: bool,
-    verify: bool,
+    first_model_path: FirstModelPath,
+    second_model_path: SecondModelPath,
+    model: ModelFolder = None,
+    device: Device = "cpu",
+    gpu_memory: GpuMemory = 0.9,
+    picture_label: PictureLabel = None,
+    allow_http: AllowHttp = False,
+    allow_private_http: AllowPrivateHttp = False,
+    verify: Verify = False,
 ) -> QwenVL:
     """The predictor that these flags ask for."""
     from paddlemix_qwenvl_plugin.processing.images import ImageLimits
@@ -84,7 +112,9 @@ def open_model(
         if not allow_http:
             raise UsageError("--allow_private_http: goes with --allow_http; give both")
         limits = ImageLimits(allow_private=True)
-    pair = QwenVL.from_exported(vision, language, model, device, allow_http, limits, verify)
+    pair = QwenVL.from_exported(
+        first_model_path, second_model_path, model, device, allow_http, limits, verify, gpu_memory
+    )
     if picture_label is not None:
         pair.tokenizer.picture_label = picture_label
     return pair

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
-from paddlemix_qwenvl_plugin.cli import options as flags
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.files import check_target, write_beside, write_text
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
+_LARGEST_ANSWER = 1 << 26
 _DRAW_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def predict(
     context: typer.Context,
-    first_model_path: flags.FirstModelPath,
-    second_model_path: flags.SecondModelPath,
-    model: flags.ModelFolder = None,
+    open_pair: Callable[[], QwenVL],
     image: Optional[list[str]] = typer.Option(
         None, "--image", help="Picture: path, data URL or http(s) URL; may be repeated."
     ),
     prompt: str = typer.Option("", "--prompt", help="Question or instruction."),
     chat: bool = typer.Option(False, "--chat", help="Use the chat form (Qwen-VL-Chat)."),
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message (chat)."),
-    device: flags.Device = "cpu",
-    picture_label: flags.PictureLabel = None,
-    allow_http: flags.AllowHttp = False,
-    allow_private_http: flags.AllowPrivateHttp = False,
-    verify: flags.Verify = False,
     as_json: bool = typer.Option(False, "--json", help="Print the whole answer as JSON."),
     output: Optional[Path] = typer.Option(
         None, "--output", help="Also write the answer as JSON to this file."
@@ -55,23 +51,12 @@ def predict(
         raise UsageError("nothing to ask: give --prompt, --image or both")
     if draw is not None and not sources:
         raise UsageError("--draw needs an --image to draw on")
-    for file in (output, draw):
-        if file is not None:
-            check_target(file)
+    _check_targets(output, draw, sources)
     if real_time_save is not None and not real_time_save.is_dir():
         raise UsageError(f"{real_time_save}: no such folder")
     if draw is not None and draw.suffix.lower() not in _DRAW_FORMATS:
         raise UsageError(f"--draw {draw}: not a picture format; name it .png or .jpg")
-    pair = flags.open_model(
-        first_model_path,
-        second_model_path,
-        model,
-        device,
-        picture_label,
-        allow_http,
-        allow_private_http,
-        verify,
-    )
+    pair = open_pair()
     parts: list[dict[str, Any]] = [{"image": source} for source in sources]
     if draw is not None:  # opened once, to ask about it and to draw on it
         parts[-1]["image"] = pair.load_images(sources[-1:])[0]
@@ -85,9 +70,44 @@ def predict(
 
         write_tokens(real_time_save, [answer.token_ids], pair.tokenizer.eod_id)
     if draw is not None:
-        from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
+        from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes, save_drawn
 
-        write_beside(draw, draw_boxes(parts[-1]["image"], answer.boxes).save)
-    print(json.dumps(result, ensure_ascii=False) if as_json else answer.text)
+        write_beside(draw, partial(save_drawn, draw_boxes(parts[-1]["image"], answer.boxes)))
+    # JSON has escapes of its own for what the output's encoding lacks.
+    utf_8 = sys.stdout.encoding.lower().replace("_", "-") == "utf-8"
+    print(json.dumps(result, ensure_ascii=not utf_8) if as_json else answer.text)
     for problem in answer.problems:
         print(f"qwenvl: {problem}", file=sys.stderr)
+
+
+def _check_targets(output: Optional[Path], draw: Optional[Path], sources: Sequence[str]) -> None:
+    """Refuse to write over what an earlier `predict` did not write, and over the pictures that are asked about."""
+    from paddlemix_qwenvl_plugin.processing.drawing import is_drawn
+
+    for target, own in ((output, _is_answer), (draw, is_drawn)):
+        if target is None:
+            continue
+        if any(_is_same(target, source) for source in sources):
+            raise UsageError(f"{target}: is the picture that is asked about; name another file")
+        check_target(target, own)
+    if output is not None and draw is not None and output.resolve() == draw.resolve():
+        raise UsageError(f"--output and --draw: both name {draw}; give two files")
+
+
+def _is_same(target: Path, source: str) -> bool:
+    from paddlemix_qwenvl_plugin.processing.images import local_path
+
+    path = local_path(source)
+    try:
+        return path is not None and target.samefile(path)
+    except (OSError, ValueError):  # one of them is not there, or cannot be: that is told where it is opened
+        return False
+
+
+def _is_answer(path: Path) -> bool:
+    """Whether --output wrote this file."""
+    try:
+        data = json.loads(path.read_text("utf-8")) if path.stat().st_size < _LARGEST_ANSWER else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and {"text", "boxes", "token_ids", "finish_reason"} <= set(data)

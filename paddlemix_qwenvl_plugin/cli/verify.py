@@ -11,7 +11,7 @@ def verify(
     prefix: Path = typer.Argument(..., help="Prefix of an exported stage, as --save_path gave it."),
 ) -> None:
     """Read every file of an exported stage and compare it with what was exported."""
-    from paddlemix_qwenvl_plugin.artifact.manifest import verify as verify_stage
+    from paddlemix_qwenvl_plugin.artifact.verify import verify as verify_stage
 
     manifest = verify_stage(prefix)
     print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -22,18 +23,22 @@ from paddlemix_qwenvl_plugin.demo.sheet import contact_sheet
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError, make_folder, one_line
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, make_folder, one_line
 from paddlemix_qwenvl_plugin.util.files import write_beside
 
 MODEL = Path(__file__).resolve().parent / "model"
 
 PAGE, SHEET, ANSWERS = "index.html", "sheet.png", "answers.json"
 
+# What a demo writes into its folder, and the file that tells such a folder.
+_NAMES = (PAGE, SHEET, ANSWERS, "pictures", "vision", "text")
+_MARK = ".qwenvl-demo"
+
 
 def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None) -> Run:
     """Write index.html, sheet.png, answers.json, pictures/ and the stages vision/vision and text/qwen to `out`.
 
-    Files of these names are replaced, others are left alone.
+    What an earlier demo wrote is replaced, other files are left alone.
 
     Args:
         out: a folder, made if it is not there.
@@ -41,14 +46,14 @@ def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None
         model: another folder than that of the shipped model.
 
     Raises:
-        UsageError: `out` cannot be made.
+        UsageError: `out` cannot be made, or has files of these names that no demo wrote.
         QwenVLError: the model's weights are not in the installation.
     """
     model = model or MODEL
     weights = model / "model.safetensors"
     if not weights.is_file():
         raise QwenVLError(f"{weights}: the demo model's weights are missing; install the package again")
-    make_folder(out)
+    _claim(out)
     start = time.perf_counter()
     manifest = export_vision(model, out / "vision" / "vision")
     exported_vision = time.perf_counter()
@@ -71,6 +76,18 @@ def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None
     run = Run(tuple(results), parameters, export_seconds)
     _write(out, run)
     return run
+
+
+def _claim(out: Path) -> None:
+    """Make the folder of a demo, or take that of an earlier one."""
+    make_folder(out)
+    mark, page = out / _MARK, out / PAGE
+    # Earlier versions left no mark; the page is the last that they wrote.
+    ours = mark.exists() or (page.is_file() and b"<title>qwenvl demo:" in page.read_bytes()[:4096])
+    for name in () if ours else _NAMES:
+        if os.path.lexists(out / name):
+            raise UsageError(f"{out / name}: exists, and no demo wrote it; name another folder")
+    mark.touch()
 
 
 def _ask(pair: QwenVL, question: Question) -> Result:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Optional
 
 from paddlemix_qwenvl_plugin.doctor import installation, machine, upstreams
-from paddlemix_qwenvl_plugin.doctor.engine import check_engine
+from paddlemix_qwenvl_plugin.doctor.engine import check_engine, check_gpu_engine
 from paddlemix_qwenvl_plugin.doctor.model import check_model
 from paddlemix_qwenvl_plugin.doctor.probe import Answer, ask
 from paddlemix_qwenvl_plugin.doctor.report import Check, Report
@@ -52,6 +52,7 @@ def examine(model: Optional[Path] = None, visible_gpus: Sequence[str] = ()) -> R
         paddle,
         machine.check_gpu(paddle, gpu_answer, visible_gpus),
         check_engine(),
+        check_gpu_engine(),
         *(
             upstreams.check_upstream(one, versions, answers.get(one.name, Answer({})), imports, bool(rows))
             for one in pins.load().upstreams

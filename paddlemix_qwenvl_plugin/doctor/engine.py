@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 from paddlemix_qwenvl_plugin.doctor.report import Check
-from paddlemix_qwenvl_plugin.engine import build, sources
+from paddlemix_qwenvl_plugin.engine import build, gpu, nvrtc, sources
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.machine import cuda_driver
 
 
 def check_engine() -> Check:
@@ -41,3 +42,40 @@ def check_engine() -> Check:
         return Check("engine", "problem", f"{where}; {said}", "qwenvl build-engine", data)
     message = f"{where}; not built so far, its first use builds it with {version}"
     return Check("engine", "note", message, "qwenvl build-engine", data)
+
+
+def check_gpu_engine() -> Check:
+    """Driver, GPUs, NVRTC, library and kernels. Builds nothing."""
+    driver = cuda_driver()
+    data: dict[str, Any] = {
+        "driver": None if driver is None else driver.cuda,
+        "gpus": [] if driver is None else [each._asdict() for each in driver.gpus],
+        "nvrtc": None,
+        "state": None,
+        "library": None,
+        "kernels": None,
+    }
+    if driver is None or not driver.gpus:
+        seen = "no NVIDIA driver" if driver is None else f"driver for CUDA {driver.cuda}, which shows no GPU"
+        return Check("gpu_engine", "ok", f"engine on GPUs: {seen}", data=data)
+    names = ", ".join(f"{each.name} (sm_{each.architecture})" for each in driver.gpus)
+    where = f"engine on GPUs: {names}, driver for CUDA {driver.cuda}"
+    try:
+        gpu.usable(0)
+        data["nvrtc"] = str(gpu.compiler())
+        library_state, library = build.library_state(for_gpus=True)
+        kernels_state, kernels = build.target_state(gpu.kernels())
+    except QwenVLError as error:
+        said, fix, _ = str(error).partition(f": {nvrtc.INSTALL}")
+        return Check("gpu_engine", "note", f"{where}; {said}", nvrtc.INSTALL if fix else None, data)
+    states = {library_state, kernels_state}
+    state = next((each for each in ("failed", "not built") if each in states), "built")
+    data.update(state=state, library=str(library), kernels=str(kernels))
+    where += f", {data['nvrtc']}"
+    if state == "built":
+        return Check("gpu_engine", "ok", f"{where}, built in {kernels}", data=data)
+    again = "qwenvl build-engine --device gpu"
+    if state == "failed":
+        failed = (library.parent if library_state == "failed" else kernels) / "failed"
+        return Check("gpu_engine", "problem", f"{where}; {failed.read_text('utf-8')}", again, data)
+    return Check("gpu_engine", "note", f"{where}; not built so far, its first use builds it", again, data)

@@ -14,6 +14,7 @@ from typing import Any
 from paddlemix_qwenvl_plugin import upstream
 from paddlemix_qwenvl_plugin.doctor.probe import cause_of, one_line
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.files import write_text
 
 
 def paddle() -> dict[str, Any]:
@@ -125,7 +126,5 @@ def main() -> None:
         answer = {"value": {}, "cause": one_line(str(error)), "usage": isinstance(error, UsageError)}
     except BaseException as error:  # SystemExit as well
         answer = {"value": {}, "cause": cause_of(error)}
-    partial = Path(f"{file}.partial")
-    partial.write_text(json.dumps(answer), "utf-8")
-    partial.replace(file)
+    write_text(Path(file), json.dumps(answer))
     os._exit(0)  # what a half-imported library does on its way out tells nothing more

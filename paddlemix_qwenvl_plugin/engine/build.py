@@ -1,6 +1,7 @@
 """The engine's libraries: shipped, or compiled on first use, once for all processes of a user.
 
 `libqwenvl.so` is the engine and knows no Paddle. `libqwenvl_paddle.so` binds it to the installed Paddle.
+`libqwenvl_cuda.so` is its part for GPUs, and the kernels for the GPUs that are here are files of their own.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, Optional
 
+from paddlemix_qwenvl_plugin.engine import nvrtc_compile
+from paddlemix_qwenvl_plugin.engine.nvrtc import Nvrtc
 from paddlemix_qwenvl_plugin.engine.sources import (
     Unit,
+    cuda_units,
     digest,
     isas_here,
+    kernel_units,
     library_units,
     operators_units,
     source_folder,
@@ -32,10 +39,14 @@ from paddlemix_qwenvl_plugin.util.progress import track
 from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
 LIBRARY = "libqwenvl.so"
+CUDA_LIBRARY = "libqwenvl_cuda.so"
 OPERATORS = "libqwenvl_paddle.so"
 
-# A release puts the library here (tools/release_wheel.py).
+# A release puts the library here, and that for GPUs beside it (tools/release_wheel.py).
 SHIPPED = Path(__file__).with_name(LIBRARY)
+
+_GPU_FOLDERS = ("include", "core", "cuda")
+_GPU_WORDS = ("the engine for GPUs", "qwenvl build-engine --device gpu")
 
 # What a compiler says of trouble that has gone when it is tried again.
 _PASSING = ("No space left", "Killed")
@@ -50,22 +61,35 @@ def library(allowed: bool = False) -> Path:
     Raises:
         QwenVLError: it is not there and cannot be built; the line says why.
     """
-    return SHIPPED if SHIPPED.is_file() else _built(_library(), allowed)
+    return SHIPPED if SHIPPED.is_file() else built(_library(), allowed) / LIBRARY
 
 
 def operators_library(allowed: bool = False) -> Path:
     """The engine as operators of the installed Paddle, linked to `library()`. Arguments and errors are the same."""
-    return _built(_operators(library(allowed)), allowed)
+    return built(_operators(library(allowed)), allowed) / OPERATORS
 
 
-def library_state() -> tuple[str, Path]:
+def cuda_library(allowed: bool = False) -> Path:
+    """The engine's part for GPUs, which `library()` loads. Arguments and errors are the same."""
+    shipped = SHIPPED.with_name(CUDA_LIBRARY)
+    return shipped if shipped.is_file() else built(cuda_target(), allowed) / CUDA_LIBRARY
+
+
+def library_state(for_gpus: bool = False) -> tuple[str, Path]:
     """("shipped", "built", "failed" or "not built", where the engine's library is or would be); builds nothing."""
-    if SHIPPED.is_file():
-        return "shipped", SHIPPED
-    folder = _folder(_library())
-    if _is_whole(folder / LIBRARY):
-        return "built", folder / LIBRARY
-    return "failed" if (folder / "failed").is_file() else "not built", folder / LIBRARY
+    shipped = SHIPPED.with_name(CUDA_LIBRARY) if for_gpus else SHIPPED
+    if shipped.is_file():
+        return "shipped", shipped
+    state, folder = target_state(cuda_target() if for_gpus else _library())
+    return state, folder / shipped.name
+
+
+def target_state(target: Target) -> tuple[str, Path]:
+    """("built", "failed" or "not built", the folder where it is or would be); builds nothing."""
+    folder = _folder(target)
+    if _is_whole(target, folder):
+        return "built", folder
+    return "failed" if (folder / "failed").is_file() else "not built", folder
 
 
 def cache_folder() -> Path:
@@ -90,38 +114,52 @@ def compiler_version(command: Sequence[str]) -> str:
 
 
 class Target(NamedTuple):
-    """A library to make. `identity` is what decides about it beside sources, flags and the compiler."""
+    """A library to make of units, or with `link` None the files that these are compiled to.
+
+    Attributes:
+        folders: of csrc/, whose files decide about it, as do the flags and `identity`.
+        what: what it is called in errors; `again` is the command that builds it.
+    """
 
     name: str
+    folders: tuple[str, ...]
     units: list[Unit]
-    link: tuple[str, ...]
-    identity: tuple[str, ...] = ()
+    compiler: list[str]
+    identity: tuple[str, ...]
+    link: Optional[tuple[str, ...]] = ()
+    what: str = "the engine"
+    again: str = "qwenvl build-engine"
+
+    @property
+    def files(self) -> list[str]:
+        """Names of what is made."""
+        return [self.name] if self.link is not None else [unit.name for unit in self.units]
 
 
-def build(target: Target, folder: Path, log: IO[str]) -> Path:
-    """Compile and link in an empty folder; returns the library in it.
+def build(target: Target, folder: Path, log: IO[str]) -> None:
+    """Compile and link in an empty folder, which gets `target.files`.
 
     Raises:
         BuildFailed: the compiler did not do it.
     """
-    csrc, command = source_folder(), compiler()
+    csrc = source_folder()
     include = (f"-I{csrc}", f"-I{csrc / 'include'}")
-    objects = [folder / f"{unit.name}.o" for unit in target.units]
     compile_all = [
-        [*command, *unit.flags, *include, "-c", str(unit.source), "-o", str(made)]
-        for unit, made in zip(target.units, objects)
+        [*target.compiler, *unit.flags, *include, "-c", str(unit.source), "-o", str(folder / unit.name)]
+        for unit in target.units
     ]
-    made = folder / target.name
-    link = [*command, "-shared", f"-Wl,-soname,{target.name}", "-o", str(made)]
-    link += [*map(str, objects), *target.link, "-pthread"]
-    for label, commands in ((f"building {target.name}", compile_all), ("", [link])):
+    rounds = [(f"building {target.name}", compile_all)]
+    if target.link is not None:
+        link = [*target.compiler, "-shared", f"-Wl,-soname,{target.name}", "-o", str(folder / target.name)]
+        link += [*(str(folder / unit.name) for unit in target.units), *target.link, "-pthread"]
+        rounds.append(("", [link]))
+    for label, commands in rounds:
         with contextlib.closing(_run_all(commands, folder)) as running:
             for done in track(running, label, len(commands)):
                 log.write(f"{shlex.join(done.args)}\n{done.stdout}")
                 log.flush()
                 if done.returncode:
                     raise BuildFailed(done)
-    return made
 
 
 class BuildFailed(Exception):
@@ -142,7 +180,31 @@ class BuildFailed(Exception):
 
 def _library() -> Target:
     csrc = source_folder()
-    return Target(LIBRARY, library_units(csrc, isas_here(csrc)), ())
+    return library_target(library_units(csrc, isas_here(csrc)))
+
+
+def library_target(units: list[Unit], link: tuple[str, ...] = ()) -> Target:
+    """The engine of these units."""
+    return Target(LIBRARY, ("include", "core", "cpu"), units, compiler(), _compiler_identity(), link)
+
+
+def cuda_target(link: tuple[str, ...] = ()) -> Target:
+    """The engine's part for GPUs."""
+    units = cuda_units(source_folder())
+    link = ("-Wl,-z,defs", *link, "-ldl")  # what is missing shows now, not when it is loaded
+    return Target(CUDA_LIBRARY, _GPU_FOLDERS, units, compiler(), _compiler_identity(), link, *_GPU_WORDS)
+
+
+def kernel_target(nvrtc: Nvrtc, architectures: Iterable[int]) -> Target:
+    """The kernels for these GPUs."""
+    units = kernel_units(source_folder(), sorted(set(architectures)))
+    command = [sys.executable, nvrtc_compile.__file__, nvrtc.library]
+    command += [f"-I{folder}" for folder in nvrtc.include]
+    return Target("GPU kernels", _GPU_FOLDERS, units, command, (str(nvrtc),), None, *_GPU_WORDS)
+
+
+def _compiler_identity() -> tuple[str, ...]:
+    return (*compiler(), compiler_version(compiler()))
 
 
 def _operators(engine: Path) -> Target:
@@ -160,69 +222,75 @@ def _operators(engine: Path) -> Target:
         f"-l:{LIBRARY}",
         f"-Wl,-rpath,{engine.parent}",
     )
-    identity = (paddle.__version__, str(paddle.version.commit), str(package))
-    return Target(OPERATORS, operators_units(source_folder(), flags), link, identity)
+    identity = (*_compiler_identity(), paddle.__version__, str(paddle.version.commit), str(package))
+    units = operators_units(source_folder(), flags)
+    return Target(OPERATORS, ("include", "paddle"), units, compiler(), identity, link)
 
 
 def _folder(target: Target) -> Path:
-    command = compiler()
     flags = [text for unit in target.units for text in (unit.name, *unit.flags)]
-    key = (target.name, *command, compiler_version(command), *flags, *target.link, *target.identity)
-    return cache_folder() / digest(source_folder(), *key)
+    key = (target.name, *target.identity, *flags, *(target.link or ()))
+    return cache_folder() / digest(source_folder(), target.folders, *key)
 
 
-def _built(target: Target, allowed: bool) -> Path:
+def built(target: Target, allowed: bool = False) -> Path:
+    """The folder with the target's files. Arguments and errors as for `library`."""
     if os.name == "nt":
         raise QwenVLError("the engine does not run on Windows so far")
-    folder, command = _folder(target), compiler()
-    built, failed = folder / target.name, folder / "failed"
-    if _is_whole(built):
-        return built
+    folder, command = _folder(target), target.compiler[0]
+    failed = folder / "failed"
+    if _is_whole(target, folder):
+        return folder
     if not allowed and env.NO_BUILD.read():
-        raise QwenVLError(f"the engine is not built, and {env.NO_BUILD.name} is set: run qwenvl build-engine")
+        raise QwenVLError(f"{target.what} is not built, and {env.NO_BUILD.name} is set: run {target.again}")
     if not allowed and failed.is_file():  # it would fail again, at the start of every process
-        raise QwenVLError(f"{failed.read_text('utf-8')} (qwenvl build-engine tries again)")
-    if shutil.which(command[0]) is None:
+        raise QwenVLError(f"{failed.read_text('utf-8')} ({target.again} tries again)")
+    if shutil.which(command) is None:
         raise QwenVLError(
-            f"the engine needs a C++17 compiler, and there is no {command[0]}: apt-get install g++"
+            f"{target.what} needs a C++17 compiler, and there is no {command}: apt-get install g++"
         )
     from filelock import FileLock
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
-            if not _is_whole(built):  # another process built it meanwhile
-                _build_into(target, built, failed)
+            if not _is_whole(target, folder):  # another process built it meanwhile
+                _build_into(target, folder, failed)
     except OSError as error:
         raise QwenVLError(
             f"{folder}: cannot build the engine there ({error.strerror}); set QWENVL_CACHE_DIR to a folder of yours"
         ) from error
-    return built
+    return folder
 
 
-def _build_into(target: Target, built: Path, failed: Path) -> None:
-    """Build in a scratch folder beside `built`; `failed` remembers why it cannot be."""
-    folder, log_path = built.parent, built.with_name("build.log")
+def _build_into(target: Target, folder: Path, failed: Path) -> None:
+    """Build in a scratch folder inside `folder`; `failed` remembers why it cannot be."""
+    log_path = folder / "build.log"
     failed.unlink(missing_ok=True)
     for left in folder.glob("scratch-*"):  # by builds that were killed: this one has the lock
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="scratch-") as scratch:
         try:
             with log_path.open("w", encoding="utf-8") as log:
-                made = build(target, Path(scratch), log)
+                build(target, Path(scratch), log)
         except BuildFailed as error:
-            line = f"the engine does not compile here: {error}; see {log_path}"
+            line = f"{target.what} does not compile here: {error}; see {log_path}"
             if not error.passing:
                 failed.write_text(line, "utf-8")
             raise QwenVLError(line) from error
-        _digest_of(built).write_text(_sha256(made), "utf-8")
-        made.replace(built)
+        for name in target.files:
+            made = Path(scratch, name)
+            _digest_of(folder / name).write_text(_sha256(made), "utf-8")
+            made.replace(folder / name)
 
 
-def _is_whole(built: Path) -> bool:
-    """Whether the library is there as it was built: one that was cut off would end the process that loads it."""
+def _is_whole(target: Target, folder: Path) -> bool:
+    """Whether all files are there as they were built: a library that was cut off would end the process."""
     try:
-        return _digest_of(built).read_text("utf-8") == _sha256(built)
+        return all(
+            _digest_of(path).read_text("utf-8") == _sha256(path)
+            for path in map(folder.joinpath, target.files)
+        )
     except (FileNotFoundError, NotADirectoryError):
         return False
 
@@ -249,7 +317,7 @@ def _run_all(
         while waiting or running:
             while waiting and len(running) < cpu_threads():
                 number, command = waiting.pop(0)
-                with (folder / f"{number}.out").open("wb") as out:
+                with (folder / f"{number}.out").open("wb") as out, _signals_later():
                     running[number] = subprocess.Popen(
                         command,
                         stdin=subprocess.DEVNULL,
@@ -265,7 +333,26 @@ def _run_all(
             if not ended:
                 time.sleep(0.02)
     finally:
-        for process in running.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with _signals_later():
+            for process in running.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """Put off what Ctrl-C and SIGTERM do until the block has ended, so that no process is started and not known."""
+    came: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python calls handlers in no other
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    for late in came:
+        signal.raise_signal(late)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from ctypes import byref, c_void_p, sizeof
+from ctypes import byref, c_int32, c_void_p, sizeof
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,10 +61,21 @@ class Weights:
 
 
 class Engine:
-    """An engine for one stage, library.VISION or library.LANGUAGE, on the CPU."""
+    """An engine for one stage, library.VISION or library.LANGUAGE."""
 
-    def __init__(self, weights: Weights, config: ModelConfig, stage: int) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        config: ModelConfig,
+        stage: int,
+        gpu: Optional[int] = None,
+        max_tokens: int = 0,
+    ) -> None:
         """
+        Args:
+            gpu: None: on the CPU. Else gpu.load has been called for it.
+            max_tokens: tokens in one pass over the layers; 0: 512.
+
         Raises:
             QwenVLError: a weight is missing or has another shape than the config asks for.
         """
@@ -73,6 +84,9 @@ class Engine:
         described = c.Config(
             size=sizeof(c.Config),
             stages=stage,
+            device=c.CPU if gpu is None else c.CUDA,
+            device_index=gpu or 0,
+            max_tokens=max_tokens,
             n_threads=cpu_threads(),
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
@@ -106,18 +120,64 @@ class Engine:
         return features
 
 
+def _free_before(engine: Engine, owner: Any, function: Any, *arguments: Any) -> None:
+    """Call `function` when `owner` is gone, and keep the engine until then, also where both go at once."""
+    weakref.finalize(owner, _call_of, engine, function, arguments)
+
+
+def _call_of(_: Engine, function: Any, arguments: tuple[Any, ...]) -> None:
+    function(*arguments)
+
+
 class KvPool:
-    """Keys and values in `n_blocks` blocks of `block_tokens` tokens; memory is taken as blocks are written."""
+    """Keys and values in `n_blocks` blocks of `block_tokens` tokens; on a CPU memory is taken as blocks are written."""
 
     def __init__(self, engine: Engine, n_blocks: int, block_tokens: int, dtype: str) -> None:
         self.handle = c_void_p()
-        self._engine = engine  # must outlive the pool
         c.call(
             "qvl_kv_pool_create", engine.handle, n_blocks, block_tokens, c.DTYPES[dtype], byref(self.handle)
         )
-        weakref.finalize(self, c.load().qvl_kv_pool_free, self.handle)
+        _free_before(engine, self, c.load().qvl_kv_pool_free, self.handle)
 
     @staticmethod
     def block_bytes(engine: Engine, block_tokens: int, dtype: str) -> int:
         """Bytes of a block, keys and values of all layers."""
         return int(c.load().qvl_kv_pool_bytes(engine.handle, 1, block_tokens, c.DTYPES[dtype]))
+
+
+class DeviceArray:
+    """A copy of an array in the memory of the engine's device; `address` is where."""
+
+    def __init__(self, engine: Engine, values: NDArray[np.int32]) -> None:
+        memory = c_void_p()
+        c.call("qvl_alloc", engine.handle, values.nbytes, byref(memory))
+        _free_before(engine, self, c.load().qvl_dealloc, engine.handle, memory)
+        c.call("qvl_copy", engine.handle, memory, values.ctypes.data, values.nbytes, None)
+        self.address = memory.value
+
+
+class PickedTokens:
+    """Room for the tokens of a step, int32 [room], which the device writes and reads, and the event behind them."""
+
+    def __init__(self, engine: Engine, room: int) -> None:
+        memory, self._event = c_void_p(), c_void_p()
+        c.call("qvl_host_alloc", engine.handle, sizeof(c_int32) * room, byref(memory))
+        _free_before(engine, self, c.load().qvl_host_free, engine.handle, memory)
+        c.call("qvl_event_create", engine.handle, byref(self._event))
+        _free_before(engine, self, c.load().qvl_event_free, self._event)
+        assert memory.value is not None
+        self.address = memory.value
+        self._tokens = (c_int32 * room).from_address(memory.value)
+
+    def record(self) -> None:
+        """Note that a step which writes here has been started."""
+        c.call("qvl_event_record", self._event, None)
+
+    def wait(self, n: int) -> list[int]:
+        """The first n tokens, once the step has ended.
+
+        Raises:
+            QwenVLError: it failed.
+        """
+        c.call("qvl_event_wait", self._event)
+        return self._tokens[:n]

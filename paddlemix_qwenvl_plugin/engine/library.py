@@ -17,13 +17,16 @@ from ctypes import (
     c_uint64,
     c_void_p,
 )
-from typing import Any
+from typing import Any, Optional
 
 from paddlemix_qwenvl_plugin.engine.build import library
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4_g64": 3, "int4_g128": 4, "float16": 5}
 """The codes of qvl_dtype."""
+
+CPU, CUDA = 0, 1
+"""QVL_DEVICE_*."""
 
 VISION, LANGUAGE = 1, 2
 """QVL_STAGE_*."""
@@ -169,6 +172,15 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qvl_engine_create": (c_int32, [POINTER(Config), _HANDLE, POINTER(_HANDLE), _ERROR]),
     "qvl_engine_free": (None, [_HANDLE]),
     "qvl_engine_describe": (c_char_p, [_HANDLE]),
+    "qvl_alloc": (c_int32, [_HANDLE, c_uint64, POINTER(c_void_p), _ERROR]),
+    "qvl_dealloc": (None, [_HANDLE, c_void_p]),
+    "qvl_copy": (c_int32, [_HANDLE, c_void_p, c_void_p, c_uint64, c_void_p, _ERROR]),
+    "qvl_host_alloc": (c_int32, [_HANDLE, c_uint64, POINTER(c_void_p), _ERROR]),
+    "qvl_host_free": (None, [_HANDLE, c_void_p]),
+    "qvl_event_create": (c_int32, [_HANDLE, POINTER(_HANDLE), _ERROR]),
+    "qvl_event_record": (c_int32, [_HANDLE, c_void_p, _ERROR]),
+    "qvl_event_wait": (c_int32, [_HANDLE, _ERROR]),
+    "qvl_event_free": (None, [_HANDLE]),
     "qvl_encode_images": (c_int32, [_HANDLE, c_int64, c_void_p, c_void_p, c_void_p, _ERROR]),
     "qvl_kv_pool_create": (c_int32, [_HANDLE, c_int32, c_int32, c_int32, POINTER(_HANDLE), _ERROR]),
     "qvl_kv_pool_bytes": (c_uint64, [_HANDLE, c_int32, c_int32, c_int32]),
@@ -209,8 +221,8 @@ def failure(error: Error) -> QwenVLError:
     return QwenVLError(error.message.decode("utf-8", "replace"))
 
 
-def device_info() -> DeviceInfo:
-    """The processor, and the memory that this process may use."""
+def device_info(gpu: Optional[int] = None) -> DeviceInfo:
+    """A GPU, or the processor and the memory that this process may use."""
     info = DeviceInfo(size=ctypes.sizeof(DeviceInfo))
-    call("qvl_get_device_info", 0, 0, byref(info))
+    call("qvl_get_device_info", CPU if gpu is None else CUDA, gpu or 0, byref(info))
     return info

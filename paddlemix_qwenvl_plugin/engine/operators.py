@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 from paddlemix_qwenvl_plugin.engine.build import operators_library
+from paddlemix_qwenvl_plugin.engine.gpu import gpu_index
+from paddlemix_qwenvl_plugin.engine.gpu import load as load_gpu
+from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
 
@@ -29,7 +32,17 @@ def load() -> ctypes.CDLL:
     built = ctypes.CDLL(str(path))
     built.qwenvl_set_threads.restype, built.qwenvl_set_threads.argtypes = None, [ctypes.c_int32]
     built.qwenvl_set_threads(cpu_threads())
+    built.qwenvl_set_gpu.restype, built.qwenvl_set_gpu.argtypes = None, [ctypes.c_int32]
+    device = env.DEVICE.read()
+    gpu = gpu_index(device, env.DEVICE.name) if device else None
+    if gpu is not None:
+        load_gpu(gpu)
     return built
+
+
+def use_device(gpu: Optional[int]) -> None:
+    """Have engines that operators make from now on compute on this GPU; None: on the CPU."""
+    load().qwenvl_set_gpu(-1 if gpu is None else gpu)
 
 
 def call(name: str, inputs: dict[str, Any], attributes: dict[str, Any], outputs: Sequence[str]) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Isa:
 
 @dataclass(frozen=True)
 class Unit:
-    """One run of the compiler."""
+    """One run of a compiler; `name` is the file that it makes."""
 
     name: str
     source: Path
@@ -66,28 +66,58 @@ def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
         level = "-O0" if isa.name == "generic" and len(isas) == 2 else "-O3"
         names = (f"-DQVL_KERNELS={isa.name}_kernels", f"-DQVL_KERNELS_ISA={isa.code}")
         source = csrc / "cpu" / "kernels" / "kernels.cc"
-        found.append(Unit(f"kernels_{isa.name}", source, (*_COMMON, *_KERNELS, level, *isa.flags, *names)))
+        found.append(Unit(f"kernels_{isa.name}.o", source, (*_COMMON, *_KERNELS, level, *isa.flags, *names)))
     without = tuple(f"-DQVL_WITHOUT_{isa.name.upper()}" for isa in all_isas(csrc) if isa not in isas)
     for folder in ("core", "cpu"):
         for source in sorted((csrc / folder).glob("*.cc")):
-            found.append(Unit(f"{folder}_{source.stem}", source, (*_COMMON, *without)))
+            found.append(_unit(source, *without))
     return found
 
 
 def operators_units(csrc: Path, paddle_flags: Sequence[str]) -> list[Unit]:
     """Everything `libqwenvl_paddle.so` is made of."""
-    sources = sorted((csrc / "paddle").glob("*.cc"))
-    return [Unit(f"paddle_{source.stem}", source, (*_COMMON, *paddle_flags)) for source in sources]
+    return [_unit(source, *paddle_flags) for source in sorted((csrc / "paddle").glob("*.cc"))]
 
 
-def digest(csrc: Path, *more: str) -> str:
-    """Of all files of csrc/, their names, and whatever else decides what the library is."""
+def cuda_units(csrc: Path) -> list[Unit]:
+    """Everything `libqwenvl_cuda.so` is made of. It needs the driver when it runs, and nothing of CUDA to be built."""
+    core = [
+        path for path in sorted((csrc / "core").glob("*.cc")) if path.stem in ("config", "pack", "rotary")
+    ]
+    return [_unit(source) for source in (*sorted((csrc / "cuda").glob("*.cc")), *core)]
+
+
+def kernel_units(csrc: Path, architectures: Iterable[int]) -> list[Unit]:
+    """Every file of GPU kernels for each architecture, in float16 and, where GPUs have it, in bfloat16.
+
+    Args:
+        architectures: compute capabilities times ten.
+    """
+    found = []
+    for architecture in architectures:
+        # Those of 9.0 have instructions that no later GPU has.
+        code = "sm_90a" if architecture == 90 else f"sm_{architecture}"
+        flags = ("--std=c++17", f"--gpu-architecture={code}")
+        for source in sorted((csrc / "cuda" / "kernels").glob("*.cu")):
+            found.append(Unit(f"{source.stem}.{code}.f16.cubin", source, flags))
+            if architecture >= 80:
+                bfloat16 = (*flags, "-DQVL_COMPUTE_BFLOAT16")
+                found.append(Unit(f"{source.stem}.{code}.bf16.cubin", source, bfloat16))
+    return found
+
+
+def digest(csrc: Path, folders: Iterable[str], *more: str) -> str:
+    """Of all files of these folders of csrc/, their names, and whatever else decides what is made of them."""
     value = hashlib.sha256()
-    for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
+    for path in sorted(path for folder in folders for path in (csrc / folder).rglob("*") if path.is_file()):
         value.update(f"{path.relative_to(csrc)}\0".encode() + path.read_bytes() + b"\0")
     for text in more:
         value.update(text.encode() + b"\0")
     return value.hexdigest()[:24]
+
+
+def _unit(source: Path, *flags: str) -> Unit:
+    return Unit(f"{source.parent.name}_{source.stem}.o", source, (*_COMMON, *flags))
 
 
 def _cpu_features() -> set[str]:

@@ -51,6 +51,6 @@ def answers(model: QwenVL, questions: Iterable[Question], options: GenerationOpt
 def _start(model: QwenVL, question: Question, options: GenerationOptions) -> AnswerStream:
     tokenizer = model.tokenizer
     images = model.load_images([question.image])
-    prompt = Prompt("", prompt_ids(tokenizer, question), [question.image])
+    prompt = Prompt(prompt_ids(tokenizer, question), [question.image])
     inputs = model.image_inputs(images)
     return model.start(prompt, inputs, tokenizer.chat_stop_token_ids, options, images[0].size)

@@ -96,6 +96,20 @@ def write_predictions(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     write_beside(path, lambda partial: partial.write_text(text, "utf-8", "backslashreplace"))
 
 
+def is_scored(path: Path) -> bool:
+    """Whether `qwenvl eval` wrote this file, by its first line."""
+    with path.open("rb") as file:
+        try:
+            line = json.loads(file.readline(1 << 22))
+        except (ValueError, RecursionError):
+            return False
+    return (
+        isinstance(line, dict)
+        and {"id", "text"} <= set(line)
+        and not {"score", "words_right"}.isdisjoint(line)
+    )
+
+
 _Kind = TypeVar("_Kind", bound=BaseModel)
 _Value = TypeVar("_Value")
 

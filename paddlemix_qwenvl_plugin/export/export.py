@@ -12,7 +12,6 @@ import paddle
 
 from paddlemix_qwenvl_plugin.artifact.contract import (
     CONTRACT_VERSION,
-    Input,
     step_inputs,
     stock_inputs,
     vision_inputs,
@@ -27,7 +26,6 @@ from paddlemix_qwenvl_plugin.artifact.manifest import (
 from paddlemix_qwenvl_plugin.artifact.params_file import write_params
 from paddlemix_qwenvl_plugin.artifact.weights import stage_weights
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
-from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import check_dtype
 from paddlemix_qwenvl_plugin.engine.quantize import check_quant_type, quantised
 from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
@@ -51,21 +49,12 @@ PathLike = Union[str, Path]
 COMPANIONS = ("config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json")
 
 
-class _Variant(NamedTuple):
-    """A program to export: what comes after the prefix, the model, its inputs, how it is called on them."""
-
-    suffix: str
-    model_class: Any
-    inputs: Callable[[ModelConfig, str, str], list[Input]]
-    run: Callable[[Any, list[Any]], Any]
-
-
 class _Stage(NamedTuple):
     """What is exported for a stage. Its portable programs are left out where weights are quantised."""
 
     name: str
-    portable: list[_Variant]
-    fused: list[_Variant]
+    portable: list[Program]
+    fused: list[Program]
     parameters: Callable[[Checkpoint, str], Parameters]
     companions: tuple[str, ...]
 
@@ -94,8 +83,8 @@ def export_vision(
     fused = partial(FusedVision, weights=stage_weights(checkpoint.config, "vision", dtype))
     stage = _Stage(
         "vision",
-        [_Variant("", VisionModel, vision_inputs, _on_all)],
-        [_Variant("", fused, vision_inputs, _on_all)],
+        [Program("", VisionModel, vision_inputs, _on_all)],
+        [Program("", fused, vision_inputs, _on_all)],
         vision_parameters,
         (),
     )
@@ -131,10 +120,10 @@ def export_language(
     stage = _Stage(
         "language",
         [
-            _Variant("", LanguageModel, stock_inputs, lambda lm, i: StockGeneration(lm)(*i[:22], i[22:])),
-            _Variant(".step", LanguageModel, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:])),
+            Program("", LanguageModel, stock_inputs, lambda lm, i: StockGeneration(lm)(*i[:22], i[22:])),
+            Program(".step", LanguageModel, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:])),
         ],
-        [_Variant("", fused, stock_inputs, _on_all)],
+        [Program("", fused, stock_inputs, _on_all)],
         partial(language_parameters, quantised=kinds),
         COMPANIONS,
     )
@@ -162,19 +151,18 @@ def _export(
         targets.append((".fused", dtype, stage.fused))
     weights = stage_weights(checkpoint.config, stage.name, dtype, quant_type)
     todo = [
-        (prefix.name + variant.suffix + target + extension, form, compute_dtype, variant)
-        for target, compute_dtype, variants in targets
-        for variant in variants
+        (prefix.name + program.suffix + target + extension, form, compute_dtype, program)
+        for target, compute_dtype, programs in targets
+        for program in programs
         for form, extension in FORMATS.items()
     ]
     own = [*(name for name, *_ in todo), params_path(prefix).name, manifest_path(prefix).name]
-    _check_names(checkpoint.folder, prefix, own)
+    _check_names(checkpoint.folder, prefix, own, stage.companions)
     make_folder(prefix.parent)
     with naming(prefix), scratch_folder(prefix) as scratch:
         records = None
-        for name, form, compute_dtype, (_, model_class, inputs, run) in todo:
-            program = Program(model_class, checkpoint.config, inputs, run, dtype, compute_dtype)
-            found = save_program(program, form, scratch / name)
+        for name, form, compute_dtype, program in todo:
+            found = save_program(program, checkpoint.config, dtype, compute_dtype, form, scratch / name)
             if records is not None and list(found.items()) != list(records.items()):
                 raise AssertionError(f"{name} orders its parameters unlike the other programs")
             records = found
@@ -208,8 +196,8 @@ def _export(
     return manifest
 
 
-def _check_names(model: Path, prefix: Path, names: list[str]) -> None:
-    """Refuse a prefix under which an export would write over files of the model, or over companions of any.
+def _check_names(model: Path, prefix: Path, names: list[str], companions: tuple[str, ...]) -> None:
+    """Refuse a prefix under which an export would write over a model: this one's files, or another's companions.
 
     Raises:
         UsageError: it would. Files of an earlier export under this prefix are none of the model's.
@@ -219,3 +207,9 @@ def _check_names(model: Path, prefix: Path, names: list[str]) -> None:
     for name in names:
         if name in COMPANIONS or (beside and not exported_before and (model / name).exists()):
             raise UsageError(f"{prefix}: an export would write over the model's {name}; name another prefix")
+    if any(prefix.parent.glob(manifest_path(Path("*")).name)):  # they came with an export
+        return
+    for name in companions:
+        there, new = prefix.with_name(name), model / name
+        if there.is_file() and new.is_file() and there.read_bytes() != new.read_bytes():
+            raise UsageError(f"{there}: exists, and no export wrote it; name another folder")

@@ -11,10 +11,9 @@ import contextlib
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
@@ -33,53 +32,57 @@ _STAND_IN = "float64"
 _PIR_TYPES = {"float16": "0.t_f16", "bfloat16": "0.t_bf16"}
 
 
-@dataclass(frozen=True)
-class Program:
-    """A program to build.
+class Program(NamedTuple):
+    """A program to build: what comes after the prefix of its file, the model, its inputs, how it is called on them.
 
-    `inputs` declares its inputs, given the two dtypes; `run` calls the model on them. Parameters are stored in `dtype`,
-    activations computed in `compute_dtype`.
+    `inputs` is given the two dtypes: parameters are stored in the first, activations computed in the second.
     """
 
+    suffix: str
     model_class: Any
-    config: ModelConfig
     inputs: Callable[[ModelConfig, str, str], list[Input]]
     run: Callable[[Any, list[Any]], Any]
-    dtype: str
-    compute_dtype: str
 
 
-def save_program(program: Program, form: str, path: Path) -> dict[str, Record]:
+def save_program(
+    program: Program, config: ModelConfig, dtype: str, compute_dtype: str, form: str, path: Path
+) -> dict[str, Record]:
     """Write one program, form "pir" or "legacy", to `path`.
 
     Returns:
         Every parameter, in the order of the parameter file.
     """
-    half = program.compute_dtype
-    stand_in = form == "pir" and half != "float32"
-    dtypes = (_STAND_IN, _STAND_IN) if stand_in else (program.dtype, program.compute_dtype)
+    stand_in = form == "pir" and compute_dtype != "float32"
+    dtypes = (_STAND_IN, _STAND_IN) if stand_in else (dtype, compute_dtype)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch, _static_mode(form):
         prefix = Path(scratch) / "program"
-        records = _build_and_save(program, *dtypes, prefix)
+        found = _build_and_save(program, config, *dtypes, prefix)
         order = read_first_dims(prefix.with_suffix(".pdiparams"))
         built = prefix.with_suffix(FORMATS[form])
         if form == "pir":
             text = built.read_text("utf-8")
             if stand_in:
-                text = text.replace('"0.t_f64"', f'"{_PIR_TYPES[half]}"').replace('"float64"', f'"{half}"')
+                text = text.replace('"0.t_f64"', f'"{_PIR_TYPES[compute_dtype]}"')
+                text = text.replace('"float64"', f'"{compute_dtype}"')
             elif '"0.t_f64"' in text:
                 raise AssertionError("the program has float64, which must stay free for the half types")
             built.write_text(text, "utf-8")
         built.replace(path)
-    names = list(records)
-    return {names[number - 1]: records[names[number - 1]] for number in order}
+    parameters = [found[number - 1] for number in order]
+    return {name: Record(shape, "uint8" if packed else dtype) for name, shape, packed in parameters}
 
 
-def _build_and_save(program: Program, dtype: str, compute_dtype: str, prefix: Path) -> dict[str, Record]:
+def _build_and_save(
+    program: Program, config: ModelConfig, dtype: str, compute_dtype: str, prefix: Path
+) -> list[tuple[str, tuple[int, ...], bool]]:
+    """Returns name, shape, and whether it is of bytes, of each parameter.
+
+    Number N has a placeholder of length N in the parameter file.
+    """
     main, startup = static.Program(), static.Program()
     with static.program_guard(main, startup), _quiet():
-        model = build(program.model_class, program.config, dtype, compute_dtype)
-        declared = program.inputs(program.config, dtype, compute_dtype)
+        model = build(program.model_class, config, dtype, compute_dtype)
+        declared = program.inputs(config, dtype, compute_dtype)
         inputs = [static.data(i.name, list(i.shape), i.dtype) for i in declared]
         outputs = program.run(model, inputs)
         parameters = list(model.parameters())
@@ -96,10 +99,8 @@ def _build_and_save(program: Program, dtype: str, compute_dtype: str, prefix: Pa
                 program=main,
                 skip_prune_program=True,
             )
-    return {
-        parameter.name: Record(tuple(parameter.shape), _stored(parameter, program))
-        for parameter in parameters
-    }
+    # Here, while the program is alive. Paddle has a type of dtypes for each form of program.
+    return [(it.name, tuple(it.shape), str(it.dtype).lower().endswith("uint8")) for it in parameters]
 
 
 @contextlib.contextmanager
@@ -127,11 +128,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for (module, name), value in real.items():
             setattr(module, name, value)
-
-
-def _stored(parameter: Any, program: Program) -> str:
-    """The dtype in the parameter file; Paddle has a type of dtypes for each form of program."""
-    return "uint8" if str(parameter.dtype).lower().endswith("uint8") else program.dtype
 
 
 @contextlib.contextmanager

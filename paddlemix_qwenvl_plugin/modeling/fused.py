@@ -8,36 +8,17 @@ from typing import Any
 import paddle
 from paddle import nn
 
+from paddlemix_qwenvl_plugin.artifact.contract import stock_inputs
 from paddlemix_qwenvl_plugin.artifact.weights import Weight
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
-from paddlemix_qwenvl_plugin.engine.library import DTYPES
+from paddlemix_qwenvl_plugin.engine.library import DTYPES, LANGUAGE, VISION
 from paddlemix_qwenvl_plugin.engine.operators import call
 from paddlemix_qwenvl_plugin.engine.quantize import packed_bytes
 from paddlemix_qwenvl_plugin.modeling.layers import parameter_attr
 
-_VISION, _LANGUAGE = 1, 2
-
-# What the engine reads of the 22 stock inputs, in the order of the operator (the others: see StockGeneration).
-_STOCK_PLACES = {
-    "input_ids": 0,
-    "image_features": 1,
-    "img_pos": 2,
-    "penalty_score": 5,
-    "frequency_score": 6,
-    "presence_score": 7,
-    "min_length": 8,
-    "max_length": 9,
-    "temperature": 10,
-    "top_p": 11,
-    "eos_token_id": 12,
-    "seq_len_encoder": 13,
-    "seq_len_decoder": 14,
-    "step_idx": 15,
-    "stop_flags": 16,
-    "tgt_pos": 18,
-    "stop_nums": 21,
-}
+# Stock inputs that the engine does not read (see StockGeneration); the others are the operator's, in this order.
+_UNREAD = ("attention_mask", "position_ids", "tgt_ids", "tgt_generation_mask", "pre_ids")
 
 
 class FusedStage(nn.Layer):
@@ -53,6 +34,7 @@ class FusedStage(nn.Layer):
 
     def __init__(self, config: ModelConfig, compute_dtype: str, *, weights: Mapping[str, Weight]) -> None:
         super().__init__()
+        self._config = config
         for name, weight in weights.items():
             self.add_parameter(name.replace(".", "_"), self._parameter(name, weight))
         vision = config.visual
@@ -84,7 +66,7 @@ class FusedStage(nn.Layer):
 class FusedVision(FusedStage):
     """Stage 1, with the inputs and outputs of VisionModel."""
 
-    _stage = _VISION
+    _stage = VISION
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
         return self._call("qwenvl_encode_images", {"images": images}, ("features",))[0]
@@ -93,9 +75,10 @@ class FusedVision(FusedStage):
 class FusedGeneration(FusedStage):
     """Stage 2 in one run, with the inputs and outputs of StockGeneration."""
 
-    _stage = _LANGUAGE
+    _stage = LANGUAGE
 
     def forward(self, *inputs: paddle.Tensor) -> list[paddle.Tensor]:
-        read = {name: inputs[place] for name, place in _STOCK_PLACES.items()}
+        names = [declared.name for declared in stock_inputs(self._config, "", "")[:22]]
+        read = {name: tensor for name, tensor in zip(names, inputs) if name not in _UNREAD}
         outputs = ("next_tokens", "steps", "stopped", "lengths", "positions", "tokens")
         return self._call("qwenvl_generate", read, outputs)

@@ -6,6 +6,7 @@ the operator is appended by its own name instead; everywhere else Paddle's funct
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import paddle
@@ -22,22 +23,6 @@ def matmul(x: paddle.Tensor, y: paddle.Tensor, transpose_y: bool = False) -> pad
     if in_dynamic_or_pir_mode():
         return paddle.matmul(x, y, transpose_y=transpose_y)
     return _append("matmul_v2", {"X": x, "Y": y}, x.dtype, trans_x=False, trans_y=transpose_y)
-
-
-def cos(x: paddle.Tensor) -> paddle.Tensor:
-    return paddle.cos(x) if in_dynamic_or_pir_mode() else _append("cos", {"X": x}, x.dtype)
-
-
-def sin(x: paddle.Tensor) -> paddle.Tensor:
-    return paddle.sin(x) if in_dynamic_or_pir_mode() else _append("sin", {"X": x}, x.dtype)
-
-
-def log(x: paddle.Tensor) -> paddle.Tensor:
-    return paddle.log(x) if in_dynamic_or_pir_mode() else _append("log", {"X": x}, x.dtype)
-
-
-def rsqrt(x: paddle.Tensor) -> paddle.Tensor:
-    return paddle.rsqrt(x) if in_dynamic_or_pir_mode() else _append("rsqrt", {"X": x}, x.dtype)
 
 
 def gelu(x: paddle.Tensor) -> paddle.Tensor:
@@ -64,20 +49,19 @@ def total(x: paddle.Tensor, axis: int | None = None) -> paddle.Tensor:
     return out if axis is not None else out.reshape([1])
 
 
-def logical_not(x: paddle.Tensor) -> paddle.Tensor:
-    return paddle.logical_not(x) if in_dynamic_or_pir_mode() else _append("logical_not", {"X": x}, "bool")
+def _function(name: str, out_dtype: Any = None) -> Callable[..., paddle.Tensor]:
+    """Paddle's function of one or two tensors whose operator has the same name; None: of the first one's dtype."""
+
+    def function(*tensors: paddle.Tensor) -> paddle.Tensor:
+        if in_dynamic_or_pir_mode():
+            return getattr(paddle, name)(*tensors)
+        return _append(name, dict(zip("XY", tensors)), out_dtype or tensors[0].dtype)
+
+    return function
 
 
-def logical_and(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
-    if in_dynamic_or_pir_mode():
-        return paddle.logical_and(x, y)
-    return _append("logical_and", {"X": x, "Y": y}, "bool")
-
-
-def logical_or(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
-    if in_dynamic_or_pir_mode():
-        return paddle.logical_or(x, y)
-    return _append("logical_or", {"X": x, "Y": y}, "bool")
+cos, sin, log, rsqrt = map(_function, ("cos", "sin", "log", "rsqrt"))
+logical_not, logical_and, logical_or = (_function(f"logical_{name}", "bool") for name in ("not", "and", "or"))
 
 
 def _append(op_type: str, inputs: dict[str, paddle.Tensor], out_dtype: Any, /, **attrs: Any) -> paddle.Tensor:

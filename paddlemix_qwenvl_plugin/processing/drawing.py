@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Optional, Union
 
 from PIL import Image, ImageDraw, ImageFont
@@ -34,6 +35,9 @@ _CJK_FONTS = (
 # The built-in font ends with the Latin letters.
 _LAST_LATIN = 0x24F
 
+# The EXIF tag for the program that made a picture, and what is written there.
+_SOFTWARE, _NAME = 0x0131, "qwenvl"
+
 Font = Union[ImageFont.FreeTypeFont, ImageFont.ImageFont]
 
 
@@ -60,6 +64,22 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
             left, top = min(x for x, _ in corners), min(y for _, y in corners)
             _draw_label(draw, (width, height), (left, top), box.ref, colour, font_size)
     return drawn
+
+
+def save_drawn(drawn: Image.Image, path: Path) -> None:
+    """Write a picture, in the format of the suffix, for `is_drawn` to know. BMP and GIF have no place for that."""
+    exif = Image.Exif()
+    exif[_SOFTWARE] = _NAME
+    drawn.save(path, exif=exif)
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether `save_drawn` wrote this file."""
+    try:
+        with Image.open(path) as picture:
+            return picture.getexif().get(_SOFTWARE) == _NAME
+    except Exception:  # no picture, or a damaged one: Pillow's plugins have no common error
+        return False
 
 
 def _draw_label(

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.sources import is_address, is_data_url, without_password
 
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
@@ -114,17 +115,22 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
     return _open_file(Path(source), limits)
 
 
+def local_path(source: str) -> Optional[Path]:
+    """The file that a source names, as a path or a `file://` URL; None for another address."""
+    if source[:5].lower() == "file:":
+        return _file_url_path(source)
+    return None if is_address(source) else Path(source)
+
+
 def describe_source(source: Any) -> str:
     """A short name of an image source for messages; never the picture itself, nor a URL's password."""
     if isinstance(source, Image.Image):
         return "PIL image"
     if isinstance(source, (bytes, bytearray)):
         return "image bytes"
-    name = str(source)
-    if name[:5].lower() == "data:":
+    if is_data_url(str(source)):
         return "data URL"
-    name = re.sub(r"^(\w+://)[^/?#]*@", r"\1", name)
-    name = "".join(c if c.isprintable() else "?" for c in name)
+    name = "".join(c if c.isprintable() else "?" for c in without_password(str(source)))
     return name if len(name) <= 120 else f"{name[:80]}…{name[-39:]}"
 
 

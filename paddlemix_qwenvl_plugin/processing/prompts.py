@@ -11,17 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 from PIL import Image
 
-from paddlemix_qwenvl_plugin.processing.tokenizer import (
-    IMAGE_TAGS,
-    PICTURE_LABEL,
-    AllowedSpecial,
-    QwenTokenizer,
-    check_picture_label,
-)
+from paddlemix_qwenvl_plugin.processing.tokenizer import IMAGE_TAGS, PICTURE_LABEL, QwenTokenizer
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.sources import is_data_url
 
@@ -37,7 +31,7 @@ _KEY_SETS = ({"image"}, {"text"}, {"box"}, {"box", "ref"})
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as text and as ids.
+    """A prompt as token ids.
 
     Attributes:
         images: the image sources, one for each `<img>`, in order.
@@ -45,7 +39,6 @@ class Prompt:
             that closes it, in order: what a decode step made, rather than a prefill.
     """
 
-    text: str
     input_ids: list[int]
     images: list[Any]
     generated: list[tuple[int, int]] = field(default_factory=list)
@@ -85,20 +78,10 @@ def render(parts: Sequence[Part], start: int = 1, label: str = PICTURE_LABEL) ->
     return text, images
 
 
-def base_prompt(
-    tokenizer: QwenTokenizer,
-    parts: Sequence[Part],
-    *,
-    label: Optional[str] = None,
-    allowed_special: AllowedSpecial = IMAGE_TAGS,
-) -> Prompt:
-    """The prompt of the base model: the parts, one after the other.
-
-    `label` as in `render`, default: the tokenizer's. Special tokens other than `allowed_special` are plain text.
-    Raises UsageError as `render` does, and for a label that is none.
-    """
-    text, images = render(parts, label=_label(tokenizer, label))
-    return Prompt(text, tokenizer.encode(text, allowed_special), images)
+def base_prompt(tokenizer: QwenTokenizer, parts: Sequence[Part]) -> Prompt:
+    """The prompt of the base model: the parts, one after the other. Raises UsageError as `render` does."""
+    text, images = render(parts, label=tokenizer.picture_label)
+    return Prompt(tokenizer.encode(text), images)
 
 
 def chat_prompt(
@@ -107,30 +90,27 @@ def chat_prompt(
     history: Sequence[tuple[Query, str]] = (),
     system: str = "You are a helpful assistant.",
     max_window: int = 6144,
-    *,
-    label: Optional[str] = None,
 ) -> Prompt:
     """The prompt of the chat model: system, the (query, answer) turns of `history`, and the new query.
 
     Turns are kept from the newest backwards while they and the system text take less than `max_window`
     tokens; the new query is always kept and not counted. The images of a dropped turn are dropped with it.
-    Pictures are numbered through the whole conversation, dropped turns included. `label` as in `base_prompt`.
+    Pictures are numbered through the whole conversation, dropped turns included.
 
     Role and content are tokenised apart, and ChatML's own tokens are plain text in a content. An answer or a
     system text with picture tags does not make a picture: the tags are plain text there. An answer is written as
     it is given: the official code strips the white space around one before it makes it history.
 
-    Raises UsageError for a query, a history, a system text or a label of another form.
+    Raises UsageError for a query, a history or a system text of another form.
     """
-    label = _label(tokenizer, label)
+    label = tokenizer.picture_label
     new_line = tokenizer.encode("\n")
 
     def opening(role: str) -> list[int]:
         return [tokenizer.im_start_id, *tokenizer.encode(role), *new_line]
 
-    def message(role: str, content: str, tags: Sequence[str] = IMAGE_TAGS) -> tuple[str, list[int]]:
-        ids = [*opening(role), *tokenizer.encode(content, tags), tokenizer.im_end_id]
-        return f"<|im_start|>{role}\n{content}<|im_end|>", ids
+    def message(role: str, content: str, tags: Sequence[str] = IMAGE_TAGS) -> list[int]:
+        return [*opening(role), *tokenizer.encode(content, tags), tokenizer.im_end_id]
 
     without_pictures = [tag for tag in IMAGE_TAGS if tag not in _PICTURE_TAGS]
     turns: list[tuple[str, list[Any], str]] = []
@@ -141,32 +121,25 @@ def chat_prompt(
         turns.append((text, images, _checked_text(answer, (), f"answer of history turn {number}")))
     last_text, last_images = _query_text(query, "query", n_pictures + 1, label)
 
-    system_text, system_ids = message("system", _checked_text(system, (), "system text"), without_pictures)
+    ids = message("system", _checked_text(system, (), "system text"), without_pictures)
     assistant = opening("assistant")
-    kept: list[tuple[str, list[int], int, list[Any]]] = []  # text, ids, how many of them the answer, images
-    n_tokens = len(system_ids)
+    kept: list[tuple[list[int], int, list[Any]]] = []  # ids, how many of them the answer, images
+    n_tokens = len(ids)
     for text, images, answer in reversed(turns):
-        user_text, user_ids = message("user", text)
-        answer_text, answer_ids = message("assistant", answer, without_pictures)
-        turn_ids = new_line + user_ids + new_line + answer_ids
+        answer_ids = message("assistant", answer, without_pictures)
+        turn_ids = new_line + message("user", text) + new_line + answer_ids
         n_tokens += len(turn_ids)
         if n_tokens >= max_window:
             break
-        kept.append((f"\n{user_text}\n{answer_text}", turn_ids, len(answer_ids) - len(assistant), images))
+        kept.append((turn_ids, len(answer_ids) - len(assistant), images))
 
-    whole, ids, all_images, generated = system_text, system_ids, list[Any](), list[tuple[int, int]]()
-    for turn_text, turn_ids, n_answer, images in reversed(kept):
-        whole += turn_text
+    all_images, generated = list[Any](), list[tuple[int, int]]()
+    for turn_ids, n_answer, images in reversed(kept):
         ids = ids + turn_ids
         all_images += images
         generated.append((len(ids) - n_answer, len(ids)))
-    user_text, user_ids = message("user", last_text)
-    return Prompt(
-        f"{whole}\n{user_text}\n<|im_start|>assistant\n",
-        ids + new_line + user_ids + new_line + assistant,
-        all_images + last_images,
-        generated,
-    )
+    ids = ids + new_line + message("user", last_text) + new_line + assistant
+    return Prompt(ids, all_images + last_images, generated)
 
 
 def image_spans(input_ids: Sequence[int], img_start_id: int, n_image_slots: int) -> list[tuple[int, int]]:
@@ -195,10 +168,6 @@ def image_spans(input_ids: Sequence[int], img_start_id: int, n_image_slots: int)
     if start is not None:
         raise QwenVLError(f"<img> at token {start} has no </img> after it")
     return spans
-
-
-def _label(tokenizer: QwenTokenizer, label: Optional[str]) -> str:
-    return tokenizer.picture_label if label is None else check_picture_label(label)
 
 
 def _query_text(query: Query, where: str, start: int, label: str) -> tuple[str, list[Any]]:

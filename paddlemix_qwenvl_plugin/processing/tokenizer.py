@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any
 
 import tiktoken
 
+from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 VOCAB_FILE_NAME = "qwen.tiktoken"
@@ -52,8 +52,6 @@ _WORD_PATTERN = "|".join(
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
-AllowedSpecial = Union[Literal["all"], Collection[str]]
-
 
 class QwenTokenizer:
     """Text to ids and back.
@@ -84,12 +82,6 @@ class QwenTokenizer:
         self.eod_id = self.special_tokens[_END_OF_TEXT]
         self.im_start_id = self.special_tokens[_IM_START]
         self.im_end_id = self.special_tokens[_IM_END]
-        self.ref_start_id = self.special_tokens["<ref>"]
-        self.ref_end_id = self.special_tokens["</ref>"]
-        self.box_start_id = self.special_tokens["<box>"]
-        self.box_end_id = self.special_tokens["</box>"]
-        self.quad_start_id = self.special_tokens["<quad>"]
-        self.quad_end_id = self.special_tokens["</quad>"]
         self.img_start_id = self.special_tokens["<img>"]
         self.img_end_id = self.special_tokens["</img>"]
         self.img_pad_id = self.special_tokens["<imgpad>"]
@@ -119,16 +111,15 @@ class QwenTokenizer:
     def picture_label(self, label: str) -> None:
         self._picture_label = check_picture_label(label)
 
-    def encode(self, text: str, allowed_special: AllowedSpecial = IMAGE_TAGS) -> list[int]:
+    def encode(self, text: str, allowed_special: Collection[str] = IMAGE_TAGS) -> list[int]:
         """Ids of `text` after NFC normalisation.
 
-        `allowed_special` names the special tokens that are recognised; the others are ordinary text, ChatML's own
-        and `<|endoftext|>` unless they are named or all are. Pictures are recognised if `<img>` is. Half a
-        surrogate pair becomes U+FFFD in text and `?` in a path.
+        `allowed_special` names the special tokens that are recognised; the others are ordinary text. Pictures are
+        recognised if `<img>` is. Half a surrogate pair becomes U+FFFD in text and `?` in a path.
 
         Raises UsageError for a path longer than `n_image_slots` bytes and for an `<img>` without `</img>`.
         """
-        allowed = set(self.special_tokens if allowed_special == "all" else allowed_special)
+        allowed = set(allowed_special)
         text = unicodedata.normalize("NFC", text)
         if "<img>" not in allowed:
             return self._encode_text(text, allowed)
@@ -153,13 +144,11 @@ class QwenTokenizer:
         """What a token says, special tokens by name; an id outside [0, n_vocab) is U+FFFD."""
         return self._pieces[token_id] if 0 <= token_id < self.n_vocab else _REPLACEMENT
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Never fails, whatever the ids.
 
         Picture slots are shown as the path they hold. An id outside [0, n_vocab), for example one of the
-        model's padded vocabulary rows, becomes U+FFFD too, so that it does not vanish unseen. With
-        `skip_special_tokens` every id that is not below `eod_id` is left out: the box tags as well, and the
-        path between the picture tags stays.
+        model's padded vocabulary rows, becomes U+FFFD too, so that it does not vanish unseen.
         """
         shown: list[bytes] = []
         id_list = [int(i) for i in ids]
@@ -167,15 +156,11 @@ class QwenTokenizer:
         while position < len(id_list):
             path, position_after = self._path_at(id_list, position)
             if path is not None:
-                shown.append(path if skip_special_tokens else b"<img>" + path + b"</img>")
+                shown.append(b"<img>" + path + b"</img>")
                 position = position_after
-                continue
-            token_id = id_list[position]
-            position += 1
-            if 0 <= token_id < self.eod_id:
-                shown.append(self._pieces[token_id])
-            elif not skip_special_tokens:
-                shown.append(self.token_bytes(token_id))
+            else:
+                shown.append(self.token_bytes(id_list[position]))
+                position += 1
         return b"".join(shown).decode("utf-8", errors="replace")
 
     def _encode_text(self, text: str, allowed: set[str]) -> list[int]:
@@ -226,14 +211,7 @@ def check_picture_label(label: Any) -> str:
 
 
 def _read_picture_label(config_file: Path) -> str:
-    try:
-        settings = json.loads(config_file.read_text("utf-8"))
-    except FileNotFoundError:
-        return PICTURE_LABEL
-    except OSError as error:
-        raise QwenVLError(f"{config_file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise QwenVLError(f"{config_file}: is not JSON: {error}") from error
+    settings = read_json(config_file) if config_file.exists() else None
     if not isinstance(settings, dict) or "picture_label" not in settings:
         return PICTURE_LABEL
     try:
@@ -243,7 +221,7 @@ def _read_picture_label(config_file: Path) -> str:
 
 
 def _read_vocabulary(vocab_file: Path) -> list[bytes]:
-    """Tokens in the order of their ranks, which must be 0, 1, 2 … without a gap."""
+    """The tokens, in the order of their ranks: 0, 1, 2 …, one a line."""
     try:
         lines = vocab_file.read_bytes().splitlines()
     except FileNotFoundError as error:
@@ -251,7 +229,6 @@ def _read_vocabulary(vocab_file: Path) -> list[bytes]:
     except OSError as error:
         raise UsageError(f"vocabulary file {vocab_file} cannot be read: {error.strerror}") from error
     ranks: dict[bytes, int] = {}
-    line_of_rank: dict[int, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -266,23 +243,16 @@ def _read_vocabulary(vocab_file: Path) -> list[bytes]:
             raise QwenVLError(f"{where}: the token is empty")
         if token in ranks:
             raise QwenVLError(f"{where}: token {token!r} appears twice (first with rank {ranks[token]})")
-        if rank in line_of_rank:
-            raise QwenVLError(f"{where}: rank {rank} is already taken on line {line_of_rank[rank]}")
+        if rank != len(ranks):
+            raise QwenVLError(f"{where}: rank {rank}, where {len(ranks)} comes next")
         ranks[token] = rank
-        line_of_rank[rank] = number
-    out_of_range = [rank for rank in line_of_rank if not 0 <= rank < len(ranks)]
-    if out_of_range:
-        raise QwenVLError(
-            f"vocabulary file {vocab_file}, line {line_of_rank[out_of_range[0]]}: rank {out_of_range[0]} "
-            f"leaves a gap, {len(ranks)} tokens need the ranks 0 to {len(ranks) - 1}"
-        )
     missing = [value for value in range(256) if bytes([value]) not in ranks]
     if missing:
         raise QwenVLError(
             f"vocabulary file {vocab_file}: {len(missing)} of the 256 single bytes are missing, "
             f"the first is 0x{missing[0]:02x}"
         )
-    return sorted(ranks, key=ranks.__getitem__)
+    return list(ranks)
 
 
 def _shorten(path: str, limit: int = 60) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from paddlemix_qwenvl_plugin.artifact.manifest import FileDigest
 from paddlemix_qwenvl_plugin.recipes import environment
 from paddlemix_qwenvl_plugin.recipes.schema import Asset, Recipe, Requires
 from paddlemix_qwenvl_plugin.util.machine import GIB, gpus, memory_gib
@@ -72,15 +72,7 @@ def _asset(asset: Asset) -> list[str]:
         return []
     if path.is_dir():
         return [f"asset {asset.name}: {path} is a folder and sha256 is for files; list its files as assets"]
-    digest = _sha256(path)
+    digest = FileDigest.of(path).sha256
     if digest != asset.sha256:
         return [f"asset {asset.name}: {path} has sha256 {digest}, not {asset.sha256}; fetch it again"]
     return []
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

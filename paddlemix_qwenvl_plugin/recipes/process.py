@@ -6,9 +6,8 @@ import contextlib
 import os
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, Callable, Optional
 
@@ -38,7 +37,7 @@ def run(
 
     Raises:
         QwenVLError: the program cannot be started.
-        KeyboardInterrupt: passed on, after the process group was ended.
+        KeyboardInterrupt, SystemExit: passed on, after the process group was ended.
     """
     start = time.monotonic()
     try:
@@ -61,30 +60,6 @@ def run(
     except BaseException:
         _end(process)
         raise
-
-
-@contextlib.contextmanager
-def termination_as_interrupt() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP act like Ctrl-C: the steps have a session of their own, so a
-    signal that ends only this process would leave them running."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python allows handlers in the main thread only
-        return
-    names = ("SIGTERM", "SIGHUP")
-    wanted = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    # One that is ignored (nohup) stays ignored.
-    wanted = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
-    for number in wanted:
-        signal.signal(number, _interrupt)
-    try:
-        yield
-    finally:
-        for number in wanted:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -35,7 +35,7 @@ def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
         UsageError: the recipe has no step `from_step`, or no run folder can be made in `output`.
         QwenVLError: something required is missing, there is no run to continue, a step failed or ran out
             of time, or an expectation was missed. results.json is written in the last three cases.
-        KeyboardInterrupt: passed on, after the step was ended and results.json written.
+        KeyboardInterrupt, SystemExit: passed on (Ctrl-C, SIGTERM), after the step was ended and results.json written.
     """
     first = _index(recipe, from_step)
     missing = preflight.problems(recipe, output)
@@ -47,8 +47,7 @@ def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
     write_text(folder / "environment.json", run_folder.to_json(environment.describe()))
     write_text(folder / "commands.txt", "\n".join(commands.shell_lines(recipe, folder)) + "\n")
     print(f"{recipe.name}: {folder}", flush=True)
-    with process.termination_as_interrupt():
-        _Run(recipe, folder, first, earlier).go()
+    _Run(recipe, folder, first, earlier).go()
     return folder
 
 
@@ -97,7 +96,7 @@ class _Run:
             for index in range(self.first, len(self.recipe.steps)):
                 self._step(index)
             self._expects()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             self._save("interrupted")
             raise
         except QwenVLError:
@@ -122,7 +121,7 @@ class _Run:
             log_start = log.tell()
             try:
                 ended, seconds = self._repeat(step, line, log)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):
                 result.update(status="interrupted", seconds=round(time.monotonic() - start, 3))
                 raise
             except QwenVLError as error:

@@ -6,12 +6,11 @@ import re
 import shlex
 from typing import Annotated, Any, Literal, Optional, Union
 
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from paddlemix_qwenvl_plugin.recipes import interpolate
-from paddlemix_qwenvl_plugin.util.requirement import RequirementText
+from paddlemix_qwenvl_plugin.util.requirement import RequirementText, SpecifierText
 
 
 def _as_text(value: Any) -> Any:
@@ -23,14 +22,6 @@ def _as_text(value: Any) -> Any:
 
 def _as_argv(value: Any) -> Any:
     return shlex.split(value) if isinstance(value, str) else value
-
-
-def _specifier(value: str) -> str:
-    try:
-        SpecifierSet(value)
-    except InvalidSpecifier as error:
-        raise ValueError(f"not a version range such as '>=3.0,<3.4': {value!r}") from error
-    return value
 
 
 def _regex(value: str) -> str:
@@ -46,7 +37,6 @@ ItemName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 # The name becomes part of a folder's name.
 RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Text = Annotated[str, BeforeValidator(_as_text)]
-Specifier = Annotated[str, AfterValidator(_specifier)]
 
 
 class _Strict(BaseModel):
@@ -70,8 +60,8 @@ class _Strict(BaseModel):
 class Requires(_Strict):
     """What the machine must have; checked before the first step."""
 
-    python: Optional[Specifier] = None
-    paddle: Optional[Specifier] = None
+    python: Optional[SpecifierText] = None
+    paddle: Optional[SpecifierText] = None
     packages: list[RequirementText] = []
     memory_gib: Optional[float] = Field(default=None, gt=0)
     disk_gib: Optional[float] = Field(default=None, gt=0)

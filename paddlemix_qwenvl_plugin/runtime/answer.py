@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from paddlemix_qwenvl_plugin.processing.boxes import Box, parse_boxes
-from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.processing.boxes import Box
 
 
 @dataclass(frozen=True)
@@ -55,19 +53,3 @@ class Answer:
             "finish_reason": self.finish_reason,
             "timings": {name: round(value, 4) for name, value in self.timings.items()},
         }
-
-
-def answer_of(
-    tokenizer: QwenTokenizer,
-    token_ids: list[int],
-    stop_token_ids: Collection[int],
-    image_size: Optional[tuple[int, int]],
-    finish_reason: str,
-    timings: dict[str, float],
-) -> Answer:
-    """Read the generated tokens; arguments as in Answer."""
-    text = tokenizer.decode(token_ids[:-1] if token_ids and token_ids[-1] in stop_token_ids else token_ids)
-    parsed = parse_boxes(text)
-    return Answer(
-        text, tuple(parsed.boxes), image_size, tuple(parsed.problems), token_ids, finish_reason, timings
-    )

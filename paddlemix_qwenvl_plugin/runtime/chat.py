@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Optional
 
-from paddlemix_qwenvl_plugin.processing.prompts import Query, chat_prompt
+from paddlemix_qwenvl_plugin.processing.prompts import Query, chat_prompt, render
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.generation import ImageInput
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -41,27 +41,24 @@ class Chat:
         self._image_size: Optional[tuple[int, int]] = None
 
     def ask(self, query: Query, **options: Any) -> AnswerStream:
-        """Answer the next turn, in pieces; one turn at a time. See `ask_with`."""
-        return self.ask_with(query, GenerationOptions.of(options))
-
-    def ask_with(self, query: Query, options: GenerationOptions) -> AnswerStream:
         """Answer the next turn, in pieces; one turn at a time.
 
         A stream that is closed early counts as a turn with what was said until then, if anything was.
 
         Args:
             query: text, or a list of parts (processing/prompts.py).
-            options: sampling parameters and limits.
+            options: see GenerationOptions.
 
         Raises:
             UsageError, QwenVLError: one line that names the part, image or option.
         """
         start = time.perf_counter()
+        chosen = GenerationOptions.of(options)
         if isinstance(query, str):
             query = [{"text": query}]
         tokenizer = self._vl.tokenizer
         prompt = chat_prompt(tokenizer, query, self.history, self.system)
-        opened = self._vl.load_images(chat_prompt(tokenizer, query).images)
+        opened = self._vl.load_images(render(query)[1])
         images = [*self._images, *self._vl.image_inputs(opened)]
         # The images of dropped turns are dropped too, the oldest first.
         images = images[len(images) - len(prompt.images) :]
@@ -77,7 +74,7 @@ class Chat:
             prompt,
             images,
             tokenizer.chat_stop_token_ids,
-            options,
+            chosen,
             image_size,
             time.perf_counter() - start,
             remember,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,17 +14,26 @@ from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.artifact.params_file import read_tensors
 from paddlemix_qwenvl_plugin.engine import library as c
-from paddlemix_qwenvl_plugin.engine.engine import Engine, KvPool, NamedTensor, Weights
+from paddlemix_qwenvl_plugin.engine.engine import (
+    DeviceArray,
+    Engine,
+    KvPool,
+    NamedTensor,
+    PickedTokens,
+    Weights,
+)
 from paddlemix_qwenvl_plugin.runtime.generation import Generation
+from paddlemix_qwenvl_plugin.runtime.gpu_memory import check_room
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits, images_of
 
 _BLOCK_TOKENS = 32
 _STEP_TOKENS = 512
+_GPU_STEP_TOKENS = 2048
 _MAX_RUNNING = 256
 
-# The KV cache takes memory as it is filled, at most this part of what is free when the model is opened.
+# On a CPU the KV cache takes memory as it is filled, at most this part of what is free when the model is opened.
 _CACHE_SHARE = 0.25
 _CACHE_CONTEXTS = 64
 
@@ -34,20 +43,45 @@ _numbers = itertools.count()
 class EngineExecutor:
     """See Executor."""
 
-    def __init__(self, vision: Stage, language: Stage, n_blocks: int | None = None) -> None:
-        """`n_blocks` of the KV cache; None: a share of the free memory."""
+    def __init__(
+        self,
+        vision: Stage,
+        language: Stage,
+        n_blocks: int | None = None,
+        gpu_memory: float = 0.9,
+        ahead: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            n_blocks: of the KV cache; None: a share of the free memory.
+            gpu_memory: that share, of a GPU's memory which the weights leave.
+            ahead: start a step while the one before it is computed (loop.py); None: on a GPU.
+
+        Raises:
+            QwenVLError: the GPU has too little memory.
+        """
         self._vision_stage = vision
+        self._gpu = gpu = language.gpu
+        self._ahead = gpu is not None if ahead is None else ahead
         config = language.manifest.config
         self._vocab_size = config.vocab_size
-        self._language = Engine(_weights(language), config, c.LANGUAGE)
-        dtype = "float32" if language.manifest.dtype == "float32" else "bfloat16"
+        full = language.manifest.dtype == "float32"
+        dtype, step_tokens = "float32" if full else "bfloat16", _STEP_TOKENS
+        if gpu is not None:
+            device = c.device_info(gpu)
+            check_room(vision, language, device.free_bytes, gpu_memory)
+            has_bfloat16 = device.compute_major >= 8 and language.manifest.dtype != "float16"
+            dtype, step_tokens = "bfloat16" if has_bfloat16 else "float16", _GPU_STEP_TOKENS
+            _ = self._vision  # the cache gets a share of what both stages leave
+        self._language = self._engine(language, c.LANGUAGE)
         context = -(-config.max_position_embeddings // _BLOCK_TOKENS)
         if n_blocks is None:
             block_bytes = KvPool.block_bytes(self._language, _BLOCK_TOKENS, dtype)
-            affordable = int(c.device_info().free_bytes * _CACHE_SHARE) // block_bytes
+            share = _CACHE_SHARE if gpu is None else gpu_memory
+            affordable = int(c.device_info(gpu).free_bytes * share) // block_bytes
             n_blocks = max(context, min(affordable, _CACHE_CONTEXTS * context))
         self._pool = KvPool(self._language, n_blocks, _BLOCK_TOKENS, dtype)
-        self.limits = Limits(_MAX_RUNNING, _STEP_TOKENS, n_blocks, _BLOCK_TOKENS)
+        self.limits = Limits(_MAX_RUNNING, step_tokens, n_blocks, _BLOCK_TOKENS, ahead=self._ahead)
         self._rows: dict[Generation, _Row] = {}
         self._batch = c.Batch(
             size=ctypes.sizeof(c.Batch),
@@ -59,6 +93,10 @@ class EngineExecutor:
             sampling_size=ctypes.sizeof(c.Sampling),
             batch=ctypes.pointer(self._batch),
         )
+        # Where steps write tokens, the one written last at the end: a step reads there what the step before picked.
+        self._outputs = (
+            [] if not self._ahead else [PickedTokens(self._language, _MAX_RUNNING) for _ in range(2)]
+        )
         self._room = 0
         self._sequences = (c.SequenceRow * 0)()
         self._sampling = (c.Sampling * 0)()
@@ -68,7 +106,11 @@ class EngineExecutor:
 
     @cached_property
     def _vision(self) -> Engine:
-        return Engine(_weights(self._vision_stage), self._vision_stage.manifest.config, c.VISION)
+        return self._engine(self._vision_stage, c.VISION)
+
+    def _engine(self, stage: Stage, which: int) -> Engine:
+        max_tokens = 0 if self._gpu is None else _GPU_STEP_TOKENS
+        return Engine(_weights(stage), stage.manifest.config, which, self._gpu, max_tokens)
 
     def load(self, vision: bool) -> None:
         """See Executor; the language stage is there already."""
@@ -81,19 +123,20 @@ class EngineExecutor:
         [features] = self._vision.encode_images(pixels[None])
         return features
 
-    def step(self, chunks: Sequence[Chunk]) -> list[int]:
-        """See Executor."""
+    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[int]]:
+        """See Executor. On a CPU the step has ended when this returns."""
         tokens: list[int] = []
         spans: list[tuple[int, int, NDArray[np.float32]]] = []
         counts: list[int | None] = []
         n_entries = n_rows = 0
         for chunk in chunks:
             generation = chunk.generation
-            row = self._rows.get(generation)
-            if row is None:
-                row = self._rows[generation] = _Row(generation, self._vocab_size)
+            row = self._rows.get(generation) or self._row(generation)
             start = generation.n_computed
-            if generation.decoding:
+            if chunk.ahead:
+                self._put(n_entries, row, generation.n_total, 1, True, False)
+                n_entries += 1
+            elif generation.decoding:
                 self._put(n_entries, row, start, 1, True, False)
                 n_entries += 1
                 tokens.append(generation.tokens[-1])
@@ -108,15 +151,25 @@ class EngineExecutor:
                     spans.append((len(tokens) + first - start, last - first, features))
                 tokens += generation.ids(start, end)
             if chunk.picks:
-                self._sample(n_rows, row, len(generation.tokens))
+                self._sample(n_rows, row, len(generation.tokens) + chunk.ahead)
                 counts.append(row.counts_address)
                 n_rows += 1
         self._run(tokens, spans, counts, n_entries, n_rows)
-        return self._picked[:n_rows]
+        if not self._ahead:
+            picked = self._picked[:n_rows]
+            return lambda: picked
+        written = self._outputs[-1]
+        written.record()
+        return lambda: written.wait(n_rows)
 
     def forget(self, generation: Generation) -> None:
         """See Executor."""
         self._rows.pop(generation, None)
+
+    def _row(self, generation: Generation) -> _Row:
+        engine = self._language if self._ahead else None
+        row = self._rows[generation] = _Row(generation, self._vocab_size, engine)
+        return row
 
     def _put(self, i: int, row: _Row, n_past: int, n_new: int, picks: bool, generated: bool) -> None:
         """Write entry i of the batch. Most fields are those of the step before."""
@@ -150,10 +203,14 @@ class EngineExecutor:
         n_entries: int,
         n_rows: int,
     ) -> None:
+        """Without `tokens` they are those that the step before picks."""
         batch, args = self._batch, self._args
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         batch.n_sequences = n_entries
-        batch.tokens = ctypes.addressof(ids)
+        batch.tokens = ctypes.addressof(ids) if tokens else self._outputs[-1].address
+        if self._ahead:
+            self._outputs.reverse()
+            args.tokens = self._outputs[-1].address
         batch.n_spans = len(spans)
         rows = (c.Span * len(spans))()
         for row, (start, n, features) in zip(rows, spans):
@@ -183,7 +240,7 @@ class EngineExecutor:
 class _Row:
     """What the engine is told of a request, besides what changes from step to step."""
 
-    def __init__(self, generation: Generation, vocab_size: int) -> None:
+    def __init__(self, generation: Generation, vocab_size: int, counts_on: Engine | None) -> None:
         self.number = next(_numbers)
         self._generation = generation
         options = generation.options
@@ -196,12 +253,16 @@ class _Row:
         stop = [token for token in generation.stop_token_ids if 0 <= token < vocab_size]
         self._forbidden = (ctypes.c_int32 * len(stop))(*stop)
         self._sampling = _sampling(options)
-        self._counts: NDArray[np.int32] | None = None
+        self._counts: NDArray[np.int32] | DeviceArray | None = None
         self.counts_address: int | None = None
         if (options.repetition_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0):
             # A request that is computed again has generated tokens already.
-            self._counts = np.bincount(generation.tokens, minlength=vocab_size).astype(np.int32)
-            self.counts_address = self._counts.ctypes.data
+            counts = np.bincount(generation.tokens, minlength=vocab_size).astype(np.int32)
+            if counts_on is None:
+                self._counts, self.counts_address = counts, counts.ctypes.data
+            else:
+                self._counts = DeviceArray(counts_on, counts)
+                self.counts_address = self._counts.address
 
     def update_blocks(self) -> int:
         """Bring the block table up to date; a number that is another one for another table."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -26,11 +26,15 @@ class Executor(Protocol):
     def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 [3, image_size, image_size] -> features float32 [n_queries, hidden_size]."""
 
-    def step(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Compute the chunks, and pick a token for each with `picks`, in their order; NO_TOKEN where it cannot be.
+    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[int]]:
+        """Start a step: compute the chunks, and pick a token for each with `picks`.
+
+        Returns:
+            What waits for the step to end and gives the tokens in the chunks' order, NO_TOKEN where one cannot be
+            picked. Steps end in the order of their start.
 
         Raises:
-            QwenVLError: the step failed as a whole.
+            QwenVLError: the step failed as a whole; also where it is waited for.
         """
 
     def forget(self, generation: Generation) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +21,30 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 _STALL_SECONDS = 0.25
 _LEAST_PROMPT_TOKENS = 32
 
-_NOT_FINITE = "the model's logits are not finite numbers: its weights are damaged (qwenvl verify checks them)"
+
+class NotFiniteError(QwenVLError):
+    """The logits of a request are infinite or not numbers. Other requests go on."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits are not finite numbers: its weights are damaged (qwenvl verify checks them)"
+        )
+
+
+class _Step(NamedTuple):
+    """A step that is being computed; `start` as time.perf_counter() has it."""
+
+    chunks: list[Chunk]
+    start: float
+    tokens: Callable[[], list[int]]
 
 
 class Loop:
     """Continuous batching: requests join and leave between steps.
 
     There is no thread of its own. Whoever waits for tokens runs steps, which move all requests on; of several threads
-    one runs a step and the others wait for it.
+    one runs a step and the others wait for it. Where the executor can compute ahead, the next step is started before
+    the tokens of this one are read: what it computed for requests that end with this one is thrown away.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -37,6 +54,8 @@ class Loop:
         self._lock = threading.Lock()  # of all but the two queues
         self._submitted: deque[Generation] = deque()
         self._cancelled: deque[Generation] = deque()
+        self._started: _Step | None = None  # behind the one that was read last
+        self._ended = 0.0
 
     def load(self, vision: bool) -> None:
         """Open the programs now rather than at their first use, stage 1 only with `vision`."""
@@ -81,6 +100,7 @@ class Loop:
         with self._lock:
             self._take_queues()
             if self._scheduler.idle:
+                self._started = None  # whatever it gives, nobody wants it
                 return False
             self._step()
             return True
@@ -102,13 +122,17 @@ class Loop:
     def _step(self) -> None:
         self._take_queues()
         try:
-            encoded = self._encode_next()
-            if encoded and not self._scheduler.running:
-                return  # nobody waits for tokens: who waits for this one may stop here
-            chunks = self._scheduler.schedule()
-            if chunks:
-                self._run(chunks)
+            step, self._started = self._started, None
+            if step is None:
+                encoded = self._encode_next()
+                if encoded and not self._scheduler.running:
+                    return  # nobody waits for tokens: who waits for this one may stop here
+                step = self._start(self._scheduler.schedule())
+            if step is not None:
+                self._started = self._start(self._scheduler.schedule_ahead(step.chunks))
+                self._finish(step)
         except BaseException:  # Ctrl-C, or a defect: what the step left behind is not to be trusted
+            self._started = None
             for generation in self._scheduler.running:
                 # The engine may have counted a token that the request never took.
                 self._executor.forget(generation)
@@ -137,29 +161,41 @@ class Loop:
             self._images.put(image.digest, features)
         return features
 
-    def _run(self, chunks: list[Chunk]) -> None:
+    def _start(self, chunks: list[Chunk]) -> _Step | None:
+        if not chunks:
+            return None
         start = time.perf_counter()
         try:
-            picked = iter(self._executor.step(chunks))
-        except QwenVLError as error:  # the step takes its requests with it, and no others
-            for chunk in chunks:
-                self._fail(chunk.generation, error)
+            return _Step(chunks, start, self._executor.start(chunks))
+        except QwenVLError as error:
+            self._fail_all(chunks, error)
+            return None
+
+    def _finish(self, step: _Step) -> None:
+        try:
+            picked = iter(step.tokens())
+        except QwenVLError as error:
+            self._fail_all(step.chunks, error)
             return
-        seconds = time.perf_counter() - start
+        end = time.perf_counter()
+        seconds = end - max(step.start, self._ended)
+        self._ended = end
         n_prompt = 0
-        for chunk in chunks:
+        for chunk in step.chunks:
             generation = chunk.generation
+            token = next(picked) if chunk.picks else None
+            if generation.finished:  # while this step was computed
+                continue
             if generation.tokens:
                 generation.decode_seconds += seconds
             else:
                 generation.prefill_seconds += seconds
                 n_prompt += chunk.n
             self._scheduler.done(chunk)
-            if not chunk.picks:
+            if token is None:
                 continue
-            token = next(picked)
             if token == NO_TOKEN:
-                self._fail(generation, QwenVLError(_NOT_FINITE))
+                self._fail(generation, NotFiniteError())
                 continue
             generation.take(token)
             if generation.finish_reason is not None:
@@ -168,6 +204,12 @@ class Loop:
             tokens = int(n_prompt * _STALL_SECONDS / seconds)
             most = self._scheduler.limits.step_tokens
             self._scheduler.prompt_budget = min(max(tokens, _LEAST_PROMPT_TOKENS), most)
+
+    def _fail_all(self, chunks: list[Chunk], error: QwenVLError) -> None:
+        """A step takes its requests with it, and no others."""
+        for chunk in chunks:
+            if not chunk.generation.finished:
+                self._fail(chunk.generation, error)
 
     def _fail(self, generation: Generation, error: QwenVLError) -> None:
         generation.error = error

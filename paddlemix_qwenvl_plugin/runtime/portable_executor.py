@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -43,8 +43,8 @@ class PortableExecutor:
         features: NDArray[np.float32] = self._vision([pixels[None]])[0].numpy()[0]
         return features
 
-    def step(self, chunks: Sequence[Chunk]) -> list[int]:
-        """See Executor."""
+    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[int]]:
+        """See Executor; it has ended when this returns."""
         [chunk] = chunks
         generation = chunk.generation
         if generation not in self._running or generation.n_computed == 0:
@@ -64,7 +64,8 @@ class PortableExecutor:
         logits, *cache = self._program([ids, features, positions, *lengths, valid, *cache])
         self._running[generation] = sampler, cache
         row = logits.numpy()[0]
-        return [sampler.pick(row) if np.isfinite(row).all() else NO_TOKEN]
+        picked = [sampler.pick(row) if np.isfinite(row).all() else NO_TOKEN]
+        return lambda: picked
 
     def forget(self, generation: Generation) -> None:
         """See Executor."""

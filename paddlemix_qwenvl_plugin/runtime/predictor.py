@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from paddlemix_qwenvl_plugin.artifact.manifest import check_pair
-from paddlemix_qwenvl_plugin.artifact.manifest import verify as verify_stage
+from paddlemix_qwenvl_plugin.artifact.verify import verify as verify_stage
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
 from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess
 from paddlemix_qwenvl_plugin.processing.prompts import (
@@ -31,6 +31,7 @@ from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.chat import Chat
 from paddlemix_qwenvl_plugin.runtime.executor import Executor
 from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
+from paddlemix_qwenvl_plugin.runtime.gpu_memory import check_share
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.programs import Stage, stage_prefix
@@ -46,9 +47,16 @@ class QwenVL:
     """A pair of exported stages. Use `from_exported`. Several threads may ask at once."""
 
     def __init__(
-        self, vision: Stage, language: Stage, model: Path, allow_http: bool, limits: ImageLimits
+        self,
+        vision: Stage,
+        language: Stage,
+        model: Path,
+        allow_http: bool,
+        limits: ImageLimits,
+        gpu_memory: float,
     ) -> None:
         self._stages = vision, language
+        self._gpu_memory = gpu_memory
         self._model = model
         self._allow_http = allow_http
         self._limits = limits
@@ -67,6 +75,7 @@ class QwenVL:
         allow_http: bool = False,
         limits: Optional[ImageLimits] = None,
         verify: bool = False,
+        gpu_memory: float = 0.9,
     ) -> QwenVL:
         """Open two exported stages.
 
@@ -77,12 +86,15 @@ class QwenVL:
             device: "cpu", "gpu" or "gpu:N".
             allow_http: whether pictures may come from http(s) URLs.
             limits: what an image may take, and from where.
-            verify: read all files of both stages and compare them with what was exported; else samples of the weights.
+            verify: read all files of both stages and compare them with what was exported; else weights of more than
+                64 MiB are compared by samples.
+            gpu_memory: share of a GPU's memory which the KV cache may take of what the weights leave, up to 1.
 
         Raises:
             UsageError: a path or a device that is not there.
             QwenVLError: damaged files, or stages that do not belong together.
         """
+        check_share(gpu_memory)
         if verify:
             for stage in (vision, language):
                 verify_stage(stage_prefix(stage))
@@ -94,7 +106,7 @@ class QwenVL:
             raise UsageError(f"{folder}: no such model folder")
         if (folder / "config.json").is_file() and load_config(folder) != language_stage.manifest.config:
             raise QwenVLError(f"{folder}: its config.json is not that of the exported model; export again")
-        return cls(vision_stage, language_stage, folder, allow_http, limits or ImageLimits())
+        return cls(vision_stage, language_stage, folder, allow_http, limits or ImageLimits(), gpu_memory)
 
     @cached_property
     def tokenizer(self) -> QwenTokenizer:
@@ -120,7 +132,7 @@ class QwenVL:
         if language.engine:
             from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
 
-            return EngineExecutor(vision, language)
+            return EngineExecutor(vision, language, gpu_memory=self._gpu_memory)
         from paddlemix_qwenvl_plugin.runtime.portable_executor import PortableExecutor
 
         return PortableExecutor(vision, language)

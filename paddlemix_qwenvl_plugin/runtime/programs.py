@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from paddlemix_qwenvl_plugin.artifact.manifest import (
     read_manifest,
 )
 from paddlemix_qwenvl_plugin.artifact.params_file import check_records
-from paddlemix_qwenvl_plugin.engine.operators import load as load_operators
+from paddlemix_qwenvl_plugin.engine import operators
+from paddlemix_qwenvl_plugin.engine.gpu import gpu_index
 from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.machine import paddle_gpus
@@ -39,7 +40,7 @@ class Stage:
         device: "cpu", "gpu" or "gpu:N".
 
     Raises:
-        UsageError: nothing exported there, or a device that this Paddle does not have.
+        UsageError: nothing exported there, or a device that is not here.
         QwenVLError: a file is missing, damaged or not the one that was exported.
     """
 
@@ -48,17 +49,19 @@ class Stage:
         if not self.prefix.name:
             raise UsageError(f"{path}: must be the prefix of an exported {stage} stage, folder and file name")
         self._forms = _FORMS if self.prefix == Path(path) else (Path(path).suffix,)
-        self.device = _check_device(device)
+        self.gpu = gpu_index(device)
         self.manifest: Manifest = read_manifest(self.prefix, stage)
         self.params = params_path(self.prefix)
         check_weights(self.params, self.manifest)
         if self.manifest.weights_samples is None:  # before contract version 3
             check_records(self.params)
+        if self.gpu is not None and not self.engine:
+            _check_paddle_gpu(self.gpu)
 
     @property
     def compute_dtype(self) -> str:
         """What the portable programs compute in on this device."""
-        return "float32" if self.device == "cpu" else self.manifest.dtype
+        return "float32" if self.gpu is None else self.manifest.dtype
 
     @functools.cached_property
     def engine(self) -> bool:
@@ -67,15 +70,13 @@ class Stage:
         Raises:
             UsageError, QwenVLError: what was asked for cannot be had.
         """
-        return engine_available(self._choice())
+        return engine_available(self._choice(), gpu=self.gpu)
 
     def _choice(self) -> str:
-        """ "auto", "fused" or "portable": what was asked for, as far as this stage and this device have it."""
+        """ "auto", "fused" or "portable": what was asked for, as far as this stage has it."""
         choice, quant_type = engine_choice(), self.manifest.quant_type
-        if self.device != "cpu" and (quant_type is not None or choice == "fused"):
-            raise UsageError(f"{self.prefix}: the engine runs on CPUs so far; use --device cpu")
         if quant_type is None:
-            return choice if self.device == "cpu" else "portable"
+            return choice
         if choice == "portable":
             raise UsageError(
                 f"{self.prefix}: quantised weights ({quant_type}) need the engine, not QWENVL_ENGINE=portable"
@@ -87,12 +88,15 @@ class Stage:
 
         `.step` programs are portable.
         """
-        half_on_cpu = self.device == "cpu" and self.manifest.dtype != "float32"
-        target = ".cpu" if half_on_cpu else ""
+        gpu = self.gpu  # of Paddle
+        target, before_runs = "", None
         has_operator = not suffix and any(".fused." in name for name in self.manifest.programs)
-        if has_operator and engine_available(self._choice(), operators=True):
-            load_operators()
-            target = ".fused"
+        if has_operator and engine_available(self._choice(), operators=True, gpu=gpu):
+            operators.load()
+            before_runs = functools.partial(operators.use_device, gpu)
+            target, gpu = ".fused", None
+        elif gpu is None and self.manifest.dtype != "float32":
+            target = ".cpu"
         programs = [
             self.prefix.with_name(f"{self.prefix.name}{suffix}{target}{form}") for form in self._forms
         ]
@@ -104,7 +108,7 @@ class Stage:
             raise QwenVLError(
                 f"{program}: not the program that {self.prefix.name}.manifest.json describes; export again"
             )
-        return Program(_create_predictor(program, self.params, self.device), _place(self.device))
+        return Program(_create_predictor(program, self.params, gpu), _place(gpu), before_runs)
 
 
 def stage_prefix(path: str | Path) -> Path:
@@ -116,14 +120,17 @@ def stage_prefix(path: str | Path) -> Path:
 class Program:
     """A program in Paddle Inference. Not safe for use by several threads at once."""
 
-    def __init__(self, predictor: Any, place: Any) -> None:
+    def __init__(self, predictor: Any, place: Any, before_runs: Optional[Callable[[], None]] = None) -> None:
         self._predictor = predictor
         self._place = place
+        self._before_runs = before_runs
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Run on NumPy arrays or Paddle tensors; the outputs are Paddle tensors of their own memory."""
         import paddle
 
+        if self._before_runs is not None:
+            self._before_runs()
         try:
             tensors = [
                 paddle.to_tensor(i, place=self._place) if isinstance(i, np.ndarray) else i for i in inputs
@@ -141,41 +148,36 @@ class Program:
         return paddle.zeros(shape, dtype=dtype).to(self._place)
 
 
-def _check_device(device: str) -> str:
-    if not re.fullmatch(r"cpu|gpu(:[0-9]{1,4})?", device):
-        raise UsageError(f"--device {device}: must be cpu, gpu or gpu:N")
-    if device != "cpu":
-        import paddle
-
-        if not paddle.is_compiled_with_cuda():
-            raise UsageError(
-                f"--device {device}: this Paddle ({paddle.__version__}) is a CPU build; "
-                "install paddlepaddle-gpu or use --device cpu"
-            )
-        count = paddle_gpus()
-        if int(device.partition(":")[2] or 0) >= count:
-            raise UsageError(f"--device {device}: Paddle sees {count} GPU(s)")
-    return device
-
-
-def _place(device: str) -> Any:
+def _check_paddle_gpu(index: int) -> None:
     import paddle
 
-    return paddle.CPUPlace() if device == "cpu" else paddle.CUDAPlace(int(device.partition(":")[2] or 0))
+    if not paddle.is_compiled_with_cuda():
+        raise UsageError(
+            f"--device gpu:{index}: the portable graph runs in Paddle, and this one ({paddle.__version__}) is a "
+            "CPU build; use the engine, or install paddlepaddle-gpu"
+        )
+    if index >= paddle_gpus():
+        raise UsageError(f"--device gpu:{index}: Paddle sees {paddle_gpus()} GPU(s)")
 
 
-def _create_predictor(program: Path, params: Path, device: str) -> Any:
+def _place(gpu: Optional[int]) -> Any:
+    import paddle
+
+    return paddle.CPUPlace() if gpu is None else paddle.CUDAPlace(gpu)
+
+
+def _create_predictor(program: Path, params: Path, gpu: Optional[int]) -> Any:
     from paddle import inference
 
     config = inference.Config(str(program), str(params))
     config.disable_glog_info()
-    if device == "cpu":
+    if gpu is None:
         config.disable_gpu()
         config.set_cpu_math_library_num_threads(cpu_threads())
         # Paddle 3.3 turns oneDNN on by itself, and its plug-in fails on these graphs (zero-dimension reorders).
         getattr(config, "disable_onednn", config.disable_mkldnn)()
     else:
-        config.enable_use_gpu(100, int(device.partition(":")[2] or 0))
+        config.enable_use_gpu(100, gpu)
     try:
         return inference.create_predictor(config)
     except _PADDLE_ERRORS as error:

@@ -7,9 +7,12 @@ batch row, little-endian.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+from paddlemix_qwenvl_plugin.util.files import write_beside
 
 _NAME = "real_time_save.temp_ids_rank_0_step_"
 
@@ -19,14 +22,13 @@ def write_tokens(folder: Path, tokens: Sequence[Sequence[int]], end_token: int) 
 
     Args:
         folder: an existing folder; the stock reader looks in the working directory.
-        tokens: the generated tokens of each row.
+        tokens: the generated tokens of each row, perhaps with -1 after its end, as the stock graph gives them.
         end_token: what a row that ended early shows in the later steps.
     """
+    tokens = [[token for token in row if token >= 0] for row in tokens]
     for old in folder.glob(f"{_NAME}*"):
         old.unlink()
     for step in range(max(map(len, tokens), default=0)):
         values = [row[step] if step < len(row) else end_token for row in tokens]
-        path = folder / f"{_NAME}{step + 1}"
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(b"11" + np.asarray(values, "<i8").tobytes())
-        partial.replace(path)
+        content = b"11" + np.asarray(values, "<i8").tobytes()
+        write_beside(folder / f"{_NAME}{step + 1}", partial(Path.write_bytes, data=content))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from paddlemix_qwenvl_plugin.runtime.blocks import BlockPool
@@ -19,6 +19,7 @@ class Limits:
         step_tokens: tokens in one step; a longer prompt is run in chunks.
         n_blocks, block_tokens: of the KV cache. It must hold one request of the model's whole context.
         prefix_cache: whether blocks can be shared between requests.
+        ahead: whether a step can be started while the one before it is computed.
     """
 
     max_running: int
@@ -26,15 +27,20 @@ class Limits:
     n_blocks: int
     block_tokens: int
     prefix_cache: bool = True
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """`n` pending tokens of a request in a step; with `picks` the last of them gives the next token."""
+    """`n` pending tokens of a request in a step; with `picks` the last of them gives the next token.
+
+    With `ahead` it is one token, the one that the step before picks in the same place, and which is not known yet.
+    """
 
     generation: Generation
     n: int
     picks: bool
+    ahead: bool = False
 
 
 class Scheduler:
@@ -103,6 +109,23 @@ class Scheduler:
                 break
             budget -= self._plan(generation, min(budget, generation.n_pending), planned)
         return [Chunk(each, n, n == each.n_pending) for each, n in planned.items()]
+
+    def schedule_ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """The step behind one that is being computed, if the same requests all go on and nothing else waits."""
+        if not self.limits.ahead or self.waiting or len(chunks) != len(self.running):
+            return []
+        needed = 0
+        for chunk in chunks:
+            generation = chunk.generation
+            last = len(generation.tokens) + 1 >= generation.options.max_new_tokens
+            if last or not chunk.picks or generation.finished:
+                return []
+            needed += self._n_blocks(generation.n_total + 1) - len(generation.blocks)
+        if needed > self.pool.n_free:
+            return []
+        for chunk in chunks:
+            self._plan(chunk.generation, chunk.generation.n_total + 1 - chunk.generation.n_computed, {})
+        return [Chunk(chunk.generation, 1, True, ahead=True) for chunk in chunks]
 
     def done(self, chunk: Chunk) -> None:
         """Note that a chunk's tokens were computed; the token that it gave has not been added yet."""

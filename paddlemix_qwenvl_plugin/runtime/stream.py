@@ -7,8 +7,9 @@ from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
 from typing import Optional
 
+from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
-from paddlemix_qwenvl_plugin.runtime.answer import Answer, answer_of
+from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.generation import Generation
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece, PieceBuilder
@@ -107,11 +108,15 @@ class AnswerStream(Iterator[Piece]):
         generation = self._generation
         tokens = generation.tokens[: self._n_seen]
         whole = generation.finish_reason is not None and len(tokens) == len(generation.tokens)
-        return answer_of(
-            self._tokenizer,
-            tokens,
-            generation.stop_token_ids,
+        ended = bool(tokens) and tokens[-1] in generation.stop_token_ids
+        text = self._tokenizer.decode(tokens[:-1] if ended else tokens)
+        parsed = parse_boxes(text)
+        return Answer(
+            text,
+            tuple(parsed.boxes),
             self._image_size,
+            tuple(parsed.problems),
+            tokens,
             (generation.finish_reason if whole else None) or "cancelled",
             {
                 "prepare": self._prepare_seconds,
@@ -123,9 +128,6 @@ class AnswerStream(Iterator[Piece]):
                 / max(generation.decode_seconds, 1e-9),
             },
         )
-
-    def _is_stopping(self) -> bool:
-        return self._stopping
 
     def _assemble(self) -> Generator[Piece, None, None]:
         builder = PieceBuilder(self._tokenizer)
@@ -141,7 +143,7 @@ class AnswerStream(Iterator[Piece]):
         failed = False
         try:
             while not self._stopping:
-                loop.advance(generation, self._n_seen, self._is_stopping)
+                loop.advance(generation, self._n_seen, lambda: self._stopping)
                 if len(generation.tokens) == self._n_seen:
                     return
                 self._n_seen += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -28,18 +27,12 @@ def write_tiny_vocabulary(path: Path) -> None:
     """Write 256 single bytes (rank = byte value) and 200 merges; the same bytes on every call.
 
     The merges are trained on a paragraph in this module, so each is the concatenation of two tokens of lower
-    rank and the tokenizer can reach it. The file is written beside `path` and renamed.
+    rank and the tokenizer can reach it.
     """
     tokens = [bytes([value]) for value in range(256)]
     tokens += _train_merges(re.findall(r" ?[^\W\d_]+| ?[^\w\s]+", _TEXT))
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(b"".join(lines))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    path.write_bytes(b"".join(lines))
 
 
 def _train_merges(words: list[str]) -> list[bytes]:

@@ -1,81 +1,74 @@
-"""What PaddleMIX's stock exporter of the image encoder gets for its model: a folder, exported when it is saved."""
+"""PaddleMIX's Qwen-VL model where only its image encoder is exported: from the model folder, without loading it.
+
+Upstream's model is made as soon as anything else is done with it (deferred.py).
+"""
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import paddle
-from paddle import nn
 
 from paddlemix_qwenvl_plugin.export.export import export_vision
-from paddlemix_qwenvl_plugin.upstream.model_folder import model_config, model_folder
+from paddlemix_qwenvl_plugin.upstream.deferred import Deferred, become, state
+from paddlemix_qwenvl_plugin.upstream.model_folder import model_folder
 from paddlemix_qwenvl_plugin.upstream.patching import replace
+from paddlemix_qwenvl_plugin.util.machine import paddle_gpus
 from paddlemix_qwenvl_plugin.util.notice import notice
 
-_CLASS = "QWenLMHeadModel"  # both language-only Qwen and Qwen-VL; the latter has a section `visual`
 
+class DeferredModel(Deferred):
+    """The model; its `visual` can be exported without it."""
 
-def is_qwen_vl(model: str) -> bool:
-    """Whether the config.json of a model folder, or of a community name, is that of a Qwen-VL model."""
-    path = model_config(model)
-    if path is None:
-        return False
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError:  # upstream reads it next, and says what is wrong
-        return False
-    if not isinstance(config, dict) or "visual" not in config:
-        return False
-    return _CLASS in (config.get("architectures") or [_CLASS])
+    kept = ("eval", "visual")
 
-
-class ModelToExport:
-    """Has what the stock exporter asks of the model: `eval()` and `visual`."""
-
-    def __init__(self, model: str, dtype: str) -> None:
-        self.visual = EncoderToExport(model_folder(model), dtype)
-
-    def eval(self) -> ModelToExport:
-        """Nothing here trains."""
-        return self
-
-
-class EncoderToExport(nn.Layer):
-    """The image encoder as a layer without weights: `paddle.jit.save` exports it from the model folder."""
-
-    def __init__(self, folder: Path, dtype: str) -> None:
-        super().__init__()
-        self._folder = folder
-        self._export_dtype = dtype
+    def __init__(self, load: Callable[[], Any], name_or_path: str, dtype: str) -> None:
+        super().__init__(load)
+        encoder = DeferredEncoder(lambda: become(self).visual)
+        state(encoder).update(model=name_or_path, dtype=dtype)
+        state(self).update(visual=encoder)
+        replace(paddle.jit, "to_static", _keeping)
         replace(paddle.jit, "save", _exporting)
 
-    def forward(self, images: paddle.Tensor) -> paddle.Tensor:
-        raise NotImplementedError(
-            "this encoder is only exported; to run it, load the model in another script"
-        )
+    def eval(self) -> None:
+        """Remember it for when the model is made."""
+        state(self)["steps"].append(lambda model: model.eval())
 
-    def export(self, path: str) -> None:
-        """Export to PATH.* as `qwenvl export-vision` does; float32 where there is no GPU for half types."""
-        dtype = self._export_dtype
-        if dtype != "float32" and not (paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
-            notice(
-                f"no GPU here: the image encoder is exported as float32 in place of {dtype} "
-                f"(for a GPU elsewhere: qwenvl export-vision --dtype {dtype})"
-            )
-            dtype = "float32"
-        export_vision(self._folder, path, dtype)
+
+class DeferredEncoder(Deferred):
+    """The image encoder: `paddle.jit.save` exports it from the model folder."""
+
+
+def _keeping(to_static: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(to_static)
+    def to_static_or_keep(function: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if type(function) is not DeferredEncoder:
+            return to_static(function, *args, **kwargs)
+        state(function)["steps"].append(lambda encoder: to_static(encoder, *args, **kwargs))
+        return function
+
+    return to_static_or_keep
 
 
 def _exporting(save: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(save)
     def save_or_export(layer: Any, path: str, *args: Any, **kwargs: Any) -> None:
-        if isinstance(layer, EncoderToExport):
-            layer.export(path)
+        if type(layer) is DeferredEncoder:
+            _export(state(layer)["model"], state(layer)["dtype"], path)
         else:
             save(layer, path, *args, **kwargs)
 
     return save_or_export
+
+
+def _export(model: str, dtype: str, path: str) -> None:
+    """Export to PATH.* as `qwenvl export-vision` does; float32 where there is no GPU for half types."""
+    if dtype != "float32" and not paddle_gpus():
+        notice(
+            f"no GPU here: the image encoder is exported as float32 in place of {dtype} "
+            f"(for a GPU elsewhere: qwenvl export-vision --dtype {dtype})"
+        )
+        dtype = "float32"
+    export_vision(model_folder(model), path, dtype)

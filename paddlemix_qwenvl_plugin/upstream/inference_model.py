@@ -125,8 +125,7 @@ class QWenForQWenVLInferenceModel:
         inputs["eos_token_id"] = inputs["eos_token_id"].flatten()
         with paddle.no_grad():
             outputs = generation(**inputs)
-        rows = [[token for token in row if token >= 0] for row in outputs[-1].numpy().tolist()]
-        write_tokens(Path(), rows, int(inputs["eos_token_id"][0]))
+        write_tokens(Path(), outputs[-1].numpy().tolist(), int(inputs["eos_token_id"][0]))
         return outputs
 
     def _load(self) -> StockGeneration:

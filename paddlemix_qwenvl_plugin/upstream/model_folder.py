@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Optional
 
 from paddlemix_qwenvl_plugin.checkpoint.shards import WEIGHT_FILES, read_index
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
 
 _COMMUNITY_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_CLASS = "QWenLMHeadModel"  # both language-only Qwen and Qwen-VL; the latter has a section `visual`
 
 
-def model_config(name_or_path: str) -> Optional[Path]:
-    """config.json of a model folder or of a community name; None where there is none."""
+def is_qwen_vl(name_or_path: str) -> bool:
+    """Whether the config.json of a model folder, or of a community name, is that of a Qwen-VL model.
+
+    Raises:
+        QwenVLError: no way to the model of a community name.
+    """
+    path: Optional[Path] = Path(name_or_path) / "config.json"
     if _is_community_name(name_or_path):
-        return _download(name_or_path, "config.json")
-    path = Path(name_or_path) / "config.json"
-    return path if path.is_file() else None
+        # Upstream reads the model's kind off the name as well: one without it is no reason to ask the network.
+        path = _download(name_or_path, "config.json") if "qwen" in name_or_path.lower() else None
+    if path is None or not path.is_file():
+        return False
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except ValueError:  # upstream reads it next, and says what is wrong
+        return False
+    if not isinstance(config, dict) or "visual" not in config:
+        return False
+    return _CLASS in (config.get("architectures") or [_CLASS])
 
 
 def model_folder(name_or_path: str) -> Path:
@@ -55,6 +70,5 @@ def _download(repository: str, *names: str) -> Optional[Path]:
     try:
         found = resolve_file_path(repository, list(names))
     except OSError as error:  # PaddleNLP's word for every trouble on the way
-        first = str(error).strip().partition("\n")[0]
-        raise QwenVLError(f"{repository}: PaddleNLP cannot download it ({first})") from error
+        raise QwenVLError(f"{repository}: PaddleNLP cannot download it ({first_line(error)})") from error
     return Path(found) if found else None

@@ -5,29 +5,36 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from paddlemix_qwenvl_plugin.upstream.model_folder import is_qwen_vl
 from paddlemix_qwenvl_plugin.upstream.patching import patching
-
-_ENCODER_EXPORTER = "export_image_encoder.py"
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.notice import notice
 
 
 def hook_auto_modeling(module: ModuleType) -> None:
-    """paddlemix.auto.modeling: AutoModelMIX gives the stock exporter of the image encoder ours; others get theirs."""
+    """paddlemix.auto.modeling: we export the image encoder of a Qwen-VL model; all else is upstream's."""
     auto_model = module.AutoModelMIX
     upstream = vars(auto_model)["from_pretrained"].__func__
 
     @functools.wraps(upstream)
-    def from_pretrained(cls: Any, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
-        if _script_name() == _ENCODER_EXPORTER:
-            from paddlemix_qwenvl_plugin.upstream import image_encoder
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        def load() -> Any:
+            return upstream(cls, pretrained_model_name_or_path, *args, **kwargs)
 
-            if image_encoder.is_qwen_vl(pretrained_model_name_or_path):
-                dtype = str(kwargs.get("dtype") or "float32")
-                return image_encoder.ModelToExport(pretrained_model_name_or_path, dtype)
-        return upstream(cls, pretrained_model_name_or_path, *args, **kwargs)
+        try:
+            ours = is_qwen_vl(str(pretrained_model_name_or_path))
+        except QwenVLError as error:  # upstream may have the model in a cache of its own
+            notice(str(error))
+            return load()
+        if not ours:
+            return load()
+        from paddlemix_qwenvl_plugin.upstream.image_encoder import DeferredModel
+
+        dtype = str(kwargs.get("dtype") or "float32")
+        return DeferredModel(load, str(pretrained_model_name_or_path), dtype)
 
     with patching(module) as patch:
         patch.set(auto_model, "from_pretrained", classmethod(from_pretrained))
@@ -61,7 +68,3 @@ def _stock_predictors() -> Iterator[tuple[ModuleType, type]]:
             for value in list(names.values()):
                 if isinstance(value, type) and "create_predictor" in vars(value):
                     yield script, value
-
-
-def _script_name() -> str:
-    return Path(getattr(sys.modules["__main__"], "__file__", None) or "").name

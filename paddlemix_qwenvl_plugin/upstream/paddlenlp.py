@@ -53,7 +53,7 @@ def hook_qwen_tokenizer(module: ModuleType) -> None:
         upstream(self, vocab_file, *args, **kwargs)
         missing = [name for name in ("pad_token_id", "eos_token_id") if getattr(self, name) is None]
         if missing:
-            from paddlemix_qwenvl_plugin.upstream.image_encoder import is_qwen_vl
+            from paddlemix_qwenvl_plugin.upstream.model_folder import is_qwen_vl
 
             if is_qwen_vl(str(Path(vocab_file).parent)):
                 for name in missing:

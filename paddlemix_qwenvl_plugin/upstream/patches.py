@@ -48,8 +48,6 @@ class Patch:
     `files` maps each path it touches, relative to the tree, to the git blob id the file has at the commit.
     """
 
-    upstream: str
-    commit: str
     path: Path
     what: str
     files: dict[str, str]
@@ -94,7 +92,7 @@ def shipped(upstream: Upstream) -> list[Patch]:
         QwenVLError: a patch file is not as `git diff --full-index` writes it, or two touch the same file.
     """
     folder = shipped_dir() / upstream.name / upstream.commit
-    patches = [_read(path, upstream) for path in sorted(folder.glob("*.patch"))]
+    patches = [_read(path) for path in sorted(folder.glob("*.patch"))]
     touched = [file for patch in patches for file in patch.files]
     for file in touched:
         if touched.count(file) > 1:
@@ -102,12 +100,12 @@ def shipped(upstream: Upstream) -> list[Patch]:
     return patches
 
 
-def _read(path: Path, upstream: Upstream) -> Patch:
+def _read(path: Path) -> Patch:
     text = path.read_text(encoding="utf-8")
     files = dict(_FILE.findall(text))
     if len(files) != len(re.findall(r"^diff ", text, re.MULTILINE)) or not files:
         raise QwenVLError(f"{path}: not a patch that changes files as git diff --full-index writes it")
-    return Patch(upstream.name, upstream.commit, path, text.partition("\n")[0], files)
+    return Patch(path, text.partition("\n")[0], files)
 
 
 def open_tree(folder: Path) -> Tree:
@@ -154,13 +152,10 @@ def apply(folder: Path, force: bool = False) -> Report:
         UsageError: as `open_tree`.
     """
     report = check(folder, force)
-    _refuse(report)
-    conflicts = report.having(State.CONFLICT)
-    if conflicts:
-        names = ", ".join(patch.name for patch in conflicts)
-        raise QwenVLError(f"{folder}: nothing applied, for this does not apply here: {names}")
-    _apply(report.tree.root, report.having(State.APPLIES))
-    return report
+    conflicts = ", ".join(patch.name for patch in report.having(State.CONFLICT))
+    if conflicts and not report.trouble:
+        raise QwenVLError(f"{folder}: nothing applied, for this does not apply here: {conflicts}")
+    return _change(report, State.APPLIES)
 
 
 def revert(folder: Path, force: bool = False) -> Report:
@@ -169,15 +164,14 @@ def revert(folder: Path, force: bool = False) -> Report:
     Raises:
         QwenVLError, UsageError: as `apply`; a patch that does not apply is no error here.
     """
-    report = check(folder, force)
-    _refuse(report)
-    _apply(report.tree.root, report.having(State.APPLIED), "--reverse")
-    return report
+    return _change(check(folder, force), State.APPLIED, "--reverse")
 
 
-def _refuse(report: Report) -> None:
+def _change(report: Report, state: State, *arguments: str) -> Report:
     if report.trouble:
         raise QwenVLError(report.trouble)
+    _apply(report.tree.root, report.having(state), *arguments)
+    return report
 
 
 def _trouble(tree: Tree, states: Sequence[tuple[Patch, State]], force: bool) -> Optional[str]:

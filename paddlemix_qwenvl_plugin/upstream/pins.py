@@ -1,34 +1,22 @@
-"""The supported upstream commits, wheel sets and Paddle versions, read from pins.yaml."""
+"""The supported upstream commits and wheels, read from pins.yaml."""
 
 from __future__ import annotations
 
-import datetime
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Any, Literal
 
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from paddlemix_qwenvl_plugin.checkpoint.config import first_problem
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
-from paddlemix_qwenvl_plugin.util.requirement import RequirementText
+from paddlemix_qwenvl_plugin.util.requirement import RequirementText, VersionText
 
 _FILE = Path(__file__).with_name("pins.yaml")
-
-
-def _version(value: str) -> str:
-    try:
-        Version(value)
-    except InvalidVersion as error:
-        raise ValueError(f"not a version such as '3.0.0': {value!r}") from error
-    return value
-
-
-VersionText = Annotated[str, AfterValidator(_version)]
 
 
 class _Frozen(BaseModel):
@@ -41,44 +29,22 @@ class Upstream(_Frozen):
     name: str
     title: str
     commit: str = Field(pattern=r"^[0-9a-f]{40}$")
-    date: datetime.date
     markers: tuple[str, ...] = Field(min_length=1)  # files that every checkout of it has
-    note: str
 
 
 class PaddleNLPWheel(_Frozen):
     """A PaddleNLP wheel. Generation 1 picks the model class in its script, 2 through the auto classes."""
 
     version: VersionText
-    date: str = Field(pattern=r"^\d{4}-\d{2}$")
     generation: Literal[1, 2]
 
 
 class GpuWheel(_Frozen):
-    """A GPU wheel of Paddle and the GPUs (compute capability times ten) it has machine code for."""
+    """A GPU wheel of Paddle, and the GPUs (compute capability times ten) that it has machine code for."""
 
     version: VersionText
-    cuda: str
-    cudnn: str
     architectures: tuple[int, ...]
     ptx: bool
-
-
-class Paddle(_Frozen):
-    """The wheels of Paddle on the Python index."""
-
-    cpu_wheels: tuple[VersionText, ...]
-    gpu_wheels: tuple[GpuWheel, ...]
-
-
-class WheelSet(_Frozen):
-    """Requirements that were seen to install together and to import."""
-
-    name: str
-    python: str
-    gives: tuple[str, ...]
-    requirements: tuple[RequirementText, ...]
-    note: str
 
 
 class Broken(_Frozen):
@@ -106,13 +72,8 @@ class Pins(_Frozen):
 
     upstreams: tuple[Upstream, ...]
     paddlenlp_wheels: tuple[PaddleNLPWheel, ...]
-    paddle: Paddle
-    wheel_sets: tuple[WheelSet, ...]
+    gpu_wheels: tuple[GpuWheel, ...]
     broken: tuple[Broken, ...]
-
-    def upstream(self, name: str) -> Optional[Upstream]:
-        """The upstream of this name, None if there is none."""
-        return next((upstream for upstream in self.upstreams if upstream.name == name), None)
 
 
 @functools.cache
@@ -130,6 +91,4 @@ def load(path: Path = _FILE) -> Pins:
     except yaml.YAMLError as error:
         raise QwenVLError(f"{path}: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise QwenVLError(f"{path}: {key}: {first['msg']}") from error
+        raise QwenVLError(f"{path}: {first_problem(error)}") from error

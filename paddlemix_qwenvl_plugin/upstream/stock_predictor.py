@@ -26,6 +26,7 @@ from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
 from paddlemix_qwenvl_plugin.upstream.patching import replace
 from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.errors import make_folder
+from paddlemix_qwenvl_plugin.util.machine import gpus
 from paddlemix_qwenvl_plugin.util.notice import notice
 
 # Places in the stock inputs (artifact/contract.py).
@@ -45,15 +46,16 @@ def adapt(predictor_class: type, script: ModuleType) -> None:
         def create_predictor(self: Any, model_path: str) -> Any:
             if not manifest_path(stage_prefix(model_path)).is_file():
                 return upstream(self, model_path)
-            device = _device(self.args.device)
             if model_path == self.args.first_model_path:
-                stage = Stage(model_path, "vision", device)
+                stage = _stage(model_path, "vision", self.args.device)
                 size = stage.manifest.config.visual.image_size
                 self.processor.image_processor.image_size = (size, size)
                 return ImageEncoder(stage)
             replace(script, "load_real_time_tokens", _reading_own_folder)
             return LanguageModel(
-                Stage(model_path, "language", device), self.tokenizer, Path(self.args.model_name_or_path)
+                _stage(model_path, "language", self.args.device),
+                self.tokenizer,
+                Path(self.args.model_name_or_path),
             )
 
         return create_predictor
@@ -90,8 +92,7 @@ class LanguageModel:
             The outputs of the program.
         """
         outputs = self._program(self._as_declared(inputs))
-        rows = [[token for token in row if token >= 0] for row in outputs[-1].numpy().tolist()]
-        write_tokens(_own_folder(), rows, self._end)
+        write_tokens(_own_folder(), outputs[-1].numpy().tolist(), self._end)
         return outputs
 
     def _as_declared(self, inputs: list[Any]) -> list[Any]:
@@ -123,13 +124,16 @@ class LanguageModel:
         return [self._end, *(self._turn_ends if chat else [])]
 
 
-def _device(asked: str) -> str:
-    if asked == "gpu" and not (paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
-        notice("--device gpu: Paddle has no GPU here, running on the CPU")
-        return "cpu"
-    if asked == "cpu":
+def _stage(path: str, stage: str, asked: str) -> Stage:
+    """The stage on QWENVL_DEVICE, else on what the script was asked for, or by default asks for, which is a GPU."""
+    device = env.DEVICE.read()
+    if device is None and asked == "gpu" and not gpus():
+        notice("--device gpu: there is no GPU here, running on the CPU")
+        device = "cpu"
+    opened = Stage(path, stage, device or asked)
+    if opened.gpu is None or opened.engine:
         paddle.set_device("cpu")  # a GPU build of Paddle would make the script's tensors on the GPU
-    return asked
+    return opened
 
 
 @functools.cache

@@ -52,16 +52,21 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_target(target: Path) -> None:
+def check_target(target: Path, own: Callable[[Path], bool] = lambda target: True) -> None:
     """Find out before long work that a file cannot be written there.
 
+    Args:
+        own: tells a file that an earlier run of the command wrote, which may be replaced. So may an empty one.
+
     Raises:
-        UsageError: its folder is not there, or it is something else than a file.
+        UsageError: its folder is not there, it is something else than a file, or somebody else's file.
     """
     if target.exists() and not target.is_file():
         raise UsageError(f"{target}: is a folder or a device; name a file")
     if not target.parent.is_dir():
         raise UsageError(f"{target.parent}: no such folder")
+    if target.exists() and target.stat().st_size and not own(target):
+        raise UsageError(f"{target}: exists, and this command did not write it; name another file")
 
 
 def check_source(source: Path) -> None:

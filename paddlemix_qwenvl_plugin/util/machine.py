@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 GIB = 1024**3
 
@@ -25,26 +26,59 @@ def memory_gib() -> Optional[float]:
     return min(total, int(text)) / GIB if text.isdigit() else total / GIB
 
 
-def gpus() -> list[str]:
-    """Names of the CUDA devices the driver shows to this process, without any framework."""
+class Gpu(NamedTuple):
+    """A GPU; `architecture` is its compute capability times ten."""
+
+    name: str
+    architecture: int
+
+
+class CudaDriver(NamedTuple):
+    """`version` is that of the CUDA it knows: 12090 for 12.9. `gpus` are those that it shows to this process."""
+
+    version: int
+    gpus: list[Gpu]
+
+    @property
+    def cuda(self) -> str:
+        """`version` as people write it."""
+        return f"{self.version // 1000}.{self.version % 1000 // 10}"
+
+
+def cuda_driver() -> Optional[CudaDriver]:
+    """NVIDIA's driver, asked without any framework; None where there is none."""
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
-        return []  # no driver, so no device
-    count = ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
-        return []
-    names = []
-    for ordinal in range(count.value):
+        return None
+    number = ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(number))
+    driver = CudaDriver(number.value, [])
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(number)):
+        return driver
+    for ordinal in range(number.value):
         device, name = ctypes.c_int(), ctypes.create_string_buffer(128)
         cuda.cuDeviceGet(ctypes.byref(device), ordinal)
         cuda.cuDeviceGetName(name, len(name), device)
-        names.append(name.value.decode(errors="replace"))
-    return names
+        capability = []
+        for attribute in (75, 76):  # major, minor
+            cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+            capability.append(number.value)
+        architecture = 10 * capability[0] + capability[1]
+        driver.gpus.append(Gpu(name.value.decode(errors="replace"), architecture))
+    return driver
+
+
+def gpus() -> list[str]:
+    """Names of the CUDA devices the driver shows to this process."""
+    driver = cuda_driver()
+    return [gpu.name for gpu in driver.gpus] if driver else []
 
 
 def paddle_gpus() -> int:
-    """How many CUDA devices Paddle can use; 0 in a build for CPUs. Imports Paddle."""
+    """How many CUDA devices Paddle can use; 0 in a build for CPUs, and without Paddle. Imports it."""
+    if find_spec("paddle") is None:
+        return 0
     import paddle
 
     return int(paddle.device.cuda.device_count()) if paddle.is_compiled_with_cuda() else 0

@@ -1,19 +1,27 @@
-"""A pip requirement as the type of a pydantic field."""
+"""Requirements and versions, as pip writes them, as types of pydantic fields."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from pydantic import AfterValidator
 
 
-def _requirement(value: str) -> str:
-    try:
-        Requirement(value)
-    except InvalidRequirement as error:
-        raise ValueError(f"not a requirement such as 'numpy>=1.24': {value!r}") from error
-    return value
+def _taken_by(parse: Callable[[str], object], what: str) -> AfterValidator:
+    def check(value: str) -> str:
+        try:
+            parse(value)
+        except ValueError as error:
+            raise ValueError(f"not {what}: {value!r}") from error
+        return value
+
+    return AfterValidator(check)
 
 
-RequirementText = Annotated[str, AfterValidator(_requirement)]
+RequirementText = Annotated[str, _taken_by(Requirement, "a requirement such as 'numpy>=1.24'")]
+SpecifierText = Annotated[str, _taken_by(SpecifierSet, "a version range such as '>=3.0,<3.4'")]
+VersionText = Annotated[str, _taken_by(Version, "a version such as '3.0.0'")]

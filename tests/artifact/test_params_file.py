@@ -12,7 +12,7 @@ import pytest
 from engines import needs_compiler, open_pair
 
 from paddlemix_qwenvl_plugin.artifact.contract import step_inputs
-from paddlemix_qwenvl_plugin.artifact.manifest import manifest_path, params_path, read_manifest
+from paddlemix_qwenvl_plugin.artifact.manifest import FileDigest, manifest_path, params_path, read_manifest
 from paddlemix_qwenvl_plugin.artifact.params_file import Record, read_tensors, write_params
 from paddlemix_qwenvl_plugin.artifact.weights import Weight
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
@@ -98,7 +98,7 @@ def make_old(prefix: Path) -> None:
     path = manifest_path(prefix)
     data = json.loads(path.read_text())
     data["contract"] = 2
-    data["weights"]["bytes"] = params_path(prefix).stat().st_size
+    data["weights"] = FileDigest.of(params_path(prefix)).model_dump()
     del data["weights_samples"]
     path.write_text(json.dumps(data))
 
@@ -171,10 +171,8 @@ def test_read_tensors(contract: int, quant_type: str, tiny_exported: Path, tmp_p
 def test_the_order_is_that_of_the_names(form: str, tiny_exported: Path, tmp_path: Path) -> None:
     """It is all that files of version 2 have. Twelve layers, for there "h.10" comes before "h.2"."""
     config = Checkpoint(tiny_exported / "model").config.model_copy(update={"num_hidden_layers": 12})
-    program = Program(
-        LanguageModel, config, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:]), "float32", "float32"
-    )
-    names = list(save_program(program, form, tmp_path / "program"))
+    program = Program("", LanguageModel, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:]))
+    names = list(save_program(program, config, "float32", "float32", form, tmp_path / "program"))
     assert names == sorted(names)
     assert names.index("h.10.ln_1.weight") < names.index("h.2.ln_1.weight")
 
@@ -213,7 +211,7 @@ def test_values_that_are_not_finite(dtype: str, value: float, tmp_path: Path) ->
 
 @pytest.mark.parametrize("spoil", ["magic", "type", "name", "length", "cut"])
 def test_damaged_records(spoil: str, exported: Path) -> None:
-    """Beside what digests find: a manifest without samples leaves it to the reader."""
+    """Beside what digests find: the manifest is of the damaged file."""
     prefix = exported / "text" / "qwen"
     path, manifest_file = params_path(prefix), manifest_path(prefix)
     data = bytearray(path.read_bytes())
@@ -227,8 +225,7 @@ def test_damaged_records(spoil: str, exported: Path) -> None:
         data[place : place + 1] = new
     path.write_bytes(data)
     manifest = json.loads(manifest_file.read_text())
-    manifest["weights"]["bytes"] = len(data)
-    del manifest["weights_samples"]
+    manifest["weights"] = FileDigest.of(path).model_dump()
     manifest_file.write_text(json.dumps(manifest))
     with pytest.raises(QwenVLError, match=r"qwen\.pdiparams: (damaged|cut off|its tensors)"):
         read_tensors(path, read_manifest(prefix, "language"))

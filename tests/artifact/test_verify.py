@@ -10,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from spoilt import spoil
 
 from paddlemix_qwenvl_plugin.artifact.manifest import (
+    Manifest,
     check_weights,
     digest_of_samples,
     manifest_path,
     params_path,
     read_manifest,
-    verify,
 )
-from paddlemix_qwenvl_plugin.export.export import export_language
+from paddlemix_qwenvl_plugin.artifact.verify import verify
+from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
@@ -47,6 +49,47 @@ def test_weights_of_another_model(prefix: Path, tmp_path: Path) -> None:
     shutil.copyfile(other, params_path(prefix))
     with pytest.raises(QwenVLError, match=r"qwen\.pdiparams: not the weights that were exported"):
         check_weights(params_path(prefix), read_manifest(prefix, "language"))
+
+
+def test_every_flipped_bit_is_seen_when_a_small_stage_is_opened(prefix: Path) -> None:
+    """Two hundred at once would be seen by the samples as well: here one, outside of them."""
+    path, size = params_path(prefix), params_path(prefix).stat().st_size
+    sampled = [(size - (1 << 16)) * i // 63 for i in range(64)]
+    outside = [at + (1 << 16) + 3 for at, after in zip(sampled, sampled[1:]) if after > at + (1 << 16) + 3]
+    assert len(outside) > 30
+    for at in outside[::10]:
+        before = digest_of_samples(path)
+        flip(path, at)
+        assert digest_of_samples(path) == before
+        with pytest.raises(QwenVLError, match="not the weights that were exported"):
+            check_weights(path, read_manifest(prefix, "language"))
+        flip(path, at)
+    check_weights(path, read_manifest(prefix, "language"))
+
+
+def test_of_a_large_stage_the_samples_are_compared(prefix: Path) -> None:
+    path = params_path(prefix)
+    with path.open("r+b") as file:
+        file.truncate(40 << 30)
+    data = json.loads(manifest_path(prefix).read_text())
+    data["weights"]["bytes"] = 40 << 30
+    manifest = Manifest.model_validate({**data, "weights_samples": digest_of_samples(path)})
+    check_weights(path, manifest)
+    flip(path, (40 << 30) - 1)
+    with pytest.raises(QwenVLError, match="not the weights that were exported"):
+        check_weights(path, manifest)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_verify_finds_weights_that_are_no_numbers(
+    dtype: str, value: float, tiny_exported: Path, tmp_path: Path
+) -> None:
+    export_vision(tiny_exported / "model", tmp_path / "vision", dtype, "portable")
+    verify(tmp_path / "vision")
+    spoil(tmp_path / "vision", "visual.conv1.weight", value)
+    with pytest.raises(QwenVLError, match=r"visual\.conv1\.weight: 1 of its values are infinite"):
+        verify(tmp_path / "vision")
 
 
 def test_samples_are_spread_and_bounded(tmp_path: Path) -> None:

@@ -215,9 +215,9 @@ def test_an_error_in_the_middle_of_an_answer(
 
     steps = iter(range(3))
     executor = vl._loop._executor
-    step = executor.step
+    start = executor.start
     monkeypatch.setattr(
-        executor, "step", lambda chunks: fail() if next(steps, None) is None else step(chunks)
+        executor, "start", lambda chunks: fail() if next(steps, None) is None else start(chunks)
     )
     shown = talk("/image street.png", "Two?")
     assert shown.startswith("Picture 1: street.png, 960 x 640\n")

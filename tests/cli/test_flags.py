@@ -108,3 +108,51 @@ def test_draw_opens_the_picture_once(
     assert len(opened) == 2
     with really(drawn) as picture, really(STREET) as street:
         assert picture.size == street.size
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "bmp", "gif"])
+def test_what_is_written_again_and_what_is_not(
+    suffix: str, tiny_exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second run replaces what the first wrote, but for the formats that have no place for a note."""
+    draw, output = tmp_path / f"drawn.{suffix}", tmp_path / "answer.json"
+    output.touch()
+    predict(tiny_exported, capsys, "--draw", str(draw), "--output", str(output))
+    before = draw.read_bytes()
+    draw.write_bytes(before + b"more")
+    if suffix in ("bmp", "gif"):
+        refused(tiny_exported, draw, "--draw", str(draw))
+        return
+    predict(tiny_exported, capsys, "--draw", str(draw), "--output", str(output))
+    assert draw.read_bytes() == before
+
+
+def refused(exported: Path, untouched: Path, *arguments: str, image: object = STREET) -> str:
+    """The line of a `qwenvl predict` that leaves a file as it was."""
+    before = untouched.read_bytes()
+    done = qwenvl(
+        *("predict", "--first_model_path", str(exported / "vision" / "vision")),
+        *("--second_model_path", str(exported / "text" / "qwen"), "--prompt", "?", "--image", str(image)),
+        *arguments,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert untouched.read_bytes() == before
+    return done.stderr
+
+
+def test_the_picture_is_not_written_over(
+    tiny_exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even one that was drawn on before, which a run about another picture replaces."""
+    drawn, link = tmp_path / "drawn.png", tmp_path / "link.png"
+    predict(tiny_exported, capsys, "--draw", str(drawn))
+    link.symlink_to(drawn)
+    for flag in ("--draw", "--output"):
+        for target in (drawn, link):
+            for image in (drawn, drawn.as_uri()):
+                line = refused(tiny_exported, drawn, flag, str(target), image=image)
+                assert line == f"qwenvl: {target}: is the picture that is asked about; name another file\n"
+    mine = tmp_path / "mine.png"
+    Image.new("RGB", (4, 4)).save(mine)
+    assert "did not write it" in refused(tiny_exported, mine, "--draw", str(mine))
+    assert "did not write it" in refused(tiny_exported, mine, "--output", str(mine))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import (
     POINTER,
@@ -31,6 +32,8 @@ DTYPES = {
     "int4_g128": INT4_G128,
     "float16": FLOAT16,
 }
+# Names a library to be tested on a GPU; see conftest.py.
+DEVICE_LIBRARY = os.environ.get("QWENVL_TEST_LIBRARY", "")
 ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
 OK, INVALID, BAD_WEIGHT, UNSUPPORTED, NO_MEMORY, STOPPED, INTERNAL = range(7)
 VISION, LANGUAGE = 1, 2
@@ -315,6 +318,7 @@ def make_config(data: Mapping[str, Any], stages: int = VISION | LANGUAGE, **chan
     config = Config(
         size=ctypes.sizeof(Config),
         stages=stages,
+        device=bool(DEVICE_LIBRARY),
         hidden=data["hidden_size"],
         layers=data["num_hidden_layers"],
         heads=data["num_attention_heads"],

@@ -21,7 +21,7 @@ from paddlemix_qwenvl_plugin.demo import run as run_module
 from paddlemix_qwenvl_plugin.demo import score as evaluation
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
 from paddlemix_qwenvl_plugin.demo.run import MODEL, run_demo
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -38,6 +38,7 @@ def files(folder: Path) -> set[str]:
 
 
 OWN = {
+    ".qwenvl-demo",
     "index.html",
     "sheet.png",
     "answers.json",
@@ -58,15 +59,33 @@ OWN = {
 }
 
 
+def test_files_that_no_demo_wrote_are_left_alone(tmp_path: Path, random_model: Path) -> None:
+    """Also from versions that left no mark: their page tells."""
+    for name in ("index.html", "sheet.png", "answers.json", "pictures", "vision", "text"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).symlink_to(tmp_path / "nowhere")
+        with pytest.raises(UsageError, match=rf"{name}: exists, and no demo wrote it; name another folder"):
+            run_demo(folder, print, random_model)
+        assert [path.name for path in folder.iterdir()] == [name]
+    page = tmp_path / "index" / "index.html"
+    page.unlink()
+    page.write_text("<html><title>My page</title>")
+    with pytest.raises(UsageError, match=r"index\.html: exists"):
+        run_demo(page.parent, print, random_model)
+    assert page.read_text() == "<html><title>My page</title>"
+
+
 def test_own_files_are_replaced_and_no_others(
     tmp_path: Path, random_model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A run with a random model into a folder with everything in it; wrong answers are an error in the end."""
+    """A run with a random model into the folder of an earlier one; wrong answers are an error in the end."""
     mine = ["notes.txt", "vision/notes.txt", "text/mine.json", "pictures/mine.png"]
     out = tmp_path / "qwenvl-demo"
     for name in (*mine, *OWN):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("old")
+    (out / "index.html").write_text("<html><title>qwenvl demo: 8 of 8 right")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluation, "_MAX_NEW_TOKENS", 4)  # a random model does not stop by itself
     monkeypatch.setattr(run_module, "MODEL", random_model)
@@ -83,7 +102,8 @@ def test_own_files_are_replaced_and_no_others(
     assert printed.out.count("WRONG, the picture shows") == 8
 
     assert files(out) == {*mine, *OWN}
-    assert {name for name in files(out) if (out / name).read_bytes() == b"old"} == set(mine)
+    old = {name for name in files(out) if (out / name).read_bytes() == b"old"}
+    assert old == {*mine, ".qwenvl-demo"}
     assert Page((out / "index.html").read_text("utf-8")).texts("h1") == ["0 of 8 answers are right"]
     assert json.loads((out / "answers.json").read_text("utf-8"))["right"] == 0
 

@@ -6,9 +6,12 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from doctor_helpers import Environment
+from engines import needs_compiler
+from fake_cuda import fake_driver, fake_nvrtc, headers
 
 COMPILER = """[ "$1" = --version ] && { echo made-up 1.0; exit 0; }
 while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
@@ -22,10 +25,12 @@ def cache(environment: Environment, tmp_path: Path) -> Path:
     return tmp_path / "cache" / "engine"
 
 
-def build(environment: Environment) -> None:
+def build(
+    environment: Environment,
+    code: str = "from paddlemix_qwenvl_plugin.engine.build import library; library()",
+) -> None:
     """Build with the made-up compiler, as far as it goes."""
     environment.variables["PATH"] = f"{environment.programs}{os.pathsep}{os.environ['PATH']}"
-    code = "from paddlemix_qwenvl_plugin.engine.build import library; library()"
     variables = {**environment.variables, "PYTHONPATH": str(environment.packages)}
     subprocess.run([environment.python, "-c", code], env=variables, capture_output=True, check=False)
     del environment.variables["PATH"]
@@ -77,3 +82,40 @@ def test_instruction_set(environment: Environment, cache: Path) -> None:
         if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= set(words):
             best = "avx512_bf16" if {"avx512_bf16", "avx512vbmi"} <= set(words) else "avx512"
     assert environment.checks()["engine"]["data"]["instruction_set"] == best
+
+
+@needs_compiler
+def test_gpus(environment: Environment, cache: Path, tmp_path: Path) -> None:
+    """A driver and an NVRTC that are made up, from neither to kernels that are built, and that do not."""
+    environment.variables.update(LD_LIBRARY_PATH=str(fake_driver(tmp_path).parent), FAKE_CUDA="12080")
+
+    def check(gpus: int = 1) -> dict[str, Any]:
+        environment.variables["FAKE_GPUS"] = str(gpus)
+        found: dict[str, Any] = environment.checks()["gpu_engine"]
+        return found
+
+    assert (check(0)["status"], check(0)["data"]["driver"]) == ("ok", "12.8")
+    assert check(0)["message"] == "engine on GPUs: driver for CUDA 12.8, which shows no GPU"
+    found = check()
+    assert found["data"]["gpus"] == [{"name": "First", "architecture": 86}]
+    wheel = environment.packages / "nvidia" / "cuda_nvrtc"
+    library = fake_nvrtc(wheel / "lib" / "libnvrtc.so.12", 12, 0, 80)
+    found = check()
+    assert (found["status"], found["fix"]) == ("note", "pip install 'paddlemix-qwenvl-plugin[gpu-engine]'")
+    assert found["message"].endswith(f"{library} is NVRTC 12.0, which cannot compile for sm_86")
+    fake_nvrtc(library, 12, 7, 86)
+    headers(wheel / "include")
+    found = check()
+    assert (found["status"], found["fix"]) == ("note", "qwenvl build-engine --device gpu")
+    assert (found["data"]["nvrtc"], found["data"]["state"]) == ("NVRTC 12.7", "not built")
+
+    environment.program("c++", COMPILER)
+    build(environment, "from paddlemix_qwenvl_plugin.engine.gpu import build_for; build_for(0)")
+    found = check()
+    assert (found["status"], found["data"]["state"]) == ("ok", "built")
+    Path(found["data"]["library"]).write_text("cut")
+    assert check()["data"]["state"] == "not built"
+    Path(found["data"]["library"]).with_name("failed").write_text("so it failed")
+    found = check()
+    assert found["data"]["state"] == "failed"
+    assert found["message"].endswith("so it failed")

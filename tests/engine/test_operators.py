@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,3 +100,49 @@ def test_caches_come_and_go(tiny_exported: Path) -> None:
     for _ in range(40):  # 4 MB of keys and values each
         vl.generate_ids(prompt, max_new_tokens=2, eos_token_ids=())
     assert memory() - before < 40e6
+
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+import numpy as np
+import paddle
+from paddlemix_qwenvl_plugin.engine import operators
+from paddlemix_qwenvl_plugin.runtime import programs
+
+operators.load()
+os.environ["QWENVL_DEVICE"] = sys.argv[2]
+prefix = Path(sys.argv[1])
+opened = programs._create_predictor(prefix.with_suffix(".fused.json"), prefix.with_suffix(".pdiparams"), None)
+try:
+    opened.run([paddle.zeros([1, 3, 448, 448])])
+    print("answered")
+except Exception as error:
+    print(programs._last_line(error))
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("device", "line"),
+    [
+        ("", "^answered$"),
+        ("cpu", "^answered$"),
+        ("gpu:12345", "^QWENVL_DEVICE gpu:12345: must be cpu, gpu or gpu:N$"),
+        ("gpu:", "^QWENVL_DEVICE gpu:: must be cpu, gpu or gpu:N$"),
+        ("gpu", "(?i)cuda|nvidia|gpu"),  # its part for GPUs is not loaded here
+        ("gpu:1", "(?i)cuda|nvidia|gpu"),
+    ],
+)
+def test_a_program_of_somebody_else(tiny_exported: Path, device: str, line: str) -> None:
+    """Opened in Paddle Inference as it is: QWENVL_DEVICE says where it computes."""
+    environment = {name: value for name, value in os.environ.items() if name != "QWENVL_DEVICE"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, tiny_exported / "vision" / "vision", device],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(line, done.stdout.strip().splitlines()[-1])

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import pytest
@@ -25,8 +25,13 @@ import yaml
 from made_up_net import MadeUpNet
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from spoilt import spoil
 
 from paddlemix_qwenvl_plugin.batch.journal import Journal
+from paddlemix_qwenvl_plugin.cli.signals import Terminated
+from paddlemix_qwenvl_plugin.export.export import export_language
+from paddlemix_qwenvl_plugin.tiny.make import make_tiny
+from paddlemix_qwenvl_plugin.util.machine import CudaDriver, Gpu
 
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
 WTE = "transformer.llm.wte.weight"
@@ -46,7 +51,7 @@ class Bench:
         self.stdout: str | None = None
         # What must live as long as the command runs.
         self.keep: Any = None
-        self.stdin = b""
+        self.stdin: bytes | None = b""  # None: closed
 
     def model(self) -> Path:
         """A copy of the tiny model in model/."""
@@ -694,16 +699,61 @@ def predict(*arguments: str) -> Provoke:
     return lambda bench: bench.predict(*arguments)
 
 
-@case("`--device gpu` with a Paddle for CPUs")
-def _(bench: Bench) -> list[str]:
-    import paddle
+def driver(driver: Optional[CudaDriver], *arguments: str) -> Provoke:
+    """`predict` beside this driver, with a Paddle for CPUs."""
 
-    bench.monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
-    return bench.predict("--device", "gpu")
+    def provoke(bench: Bench) -> list[str]:
+        import paddle
+
+        bench.monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
+        bench.monkeypatch.setattr("paddlemix_qwenvl_plugin.engine.gpu.cuda_driver", lambda: driver)
+        bench.monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        return bench.predict(*arguments)
+
+    return provoke
+
+
+@case("`--device gpu` without NVRTC")
+def _(bench: Bench) -> list[str]:
+    bench.monkeypatch.setattr("paddlemix_qwenvl_plugin.engine.nvrtc._libraries", lambda: iter(()))
+    return driver(CudaDriver(12090, [Gpu("NVIDIA H200", 90)]), "--device", "gpu")(bench)
+
+
+def found(major: int, minor: int, architecture: int, *include: Path) -> Provoke:
+    """`predict --device gpu` with an NVRTC that knows this architecture, and its headers in these folders."""
+
+    def provoke(bench: Bench) -> list[str]:
+        from paddlemix_qwenvl_plugin.engine import nvrtc
+
+        there = nvrtc.Nvrtc(f"libnvrtc.so.{major}", (major, minor), frozenset({architecture}))
+        bench.monkeypatch.setattr(nvrtc, "_libraries", lambda: iter([there.library]))
+        bench.monkeypatch.setattr(nvrtc, "_opened", lambda library: there)
+        bench.monkeypatch.setattr(nvrtc, "_include", lambda library: include)
+        return driver(CudaDriver(12090, [Gpu("NVIDIA B200", 100)]), "--device", "gpu")(bench)
+
+    return provoke
+
+
+@case("`--device gpu` with `QWENVL_ENGINE=portable` and a Paddle for CPUs")
+def _(bench: Bench) -> list[str]:
+    bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")
+    return driver(None, "--device", "gpu")(bench)
 
 
 cases(
     {
+        "`--device gpu` without a driver": driver(None, "--device", "gpu"),
+        "`--device gpu` with a driver that is too old": driver(CudaDriver(11080, []), "--device", "gpu"),
+        "`--device gpu:1` with one GPU": driver(
+            CudaDriver(12090, [Gpu("NVIDIA H200", 90)]), "--device", "gpu:1"
+        ),
+        "`--device gpu` with a GPU that is too old": driver(
+            CudaDriver(12090, [Gpu("NVIDIA P100", 60)]), "--device", "gpu"
+        ),
+        "`--device gpu` with an NVRTC that does not know the GPU": found(12, 4, 90, Path("include")),
+        "`--device gpu` with an NVRTC that is newer than the driver": found(13, 0, 100, Path("include")),
+        "`--device gpu` without CUDA's headers": found(12, 9, 100),
+        "`--gpu_memory 0`": predict("--gpu_memory", "0"),
         "`--device tpu`": predict("--device", "tpu"),
         "`--device cpu:`": predict("--device", "cpu:"),
         "`--max_new_tokens 0`": predict("--max_new_tokens", "0"),
@@ -723,9 +773,32 @@ cases(
         "`--draw` to a folder that is not there": predict("--image", str(STREET), "--draw", "out/drawn.png"),
         "`--output` to a folder that is not there": predict("--output", "out/answer.json"),
         "`--output` to a folder": predict("--output", "text"),
+        "`--output` onto another file": predict("--output", "text/config.json"),
+        "`--output` and `--draw` to one file": predict(
+            "--image", str(STREET), "--output", "drawn.png", "--draw", "drawn.png"
+        ),
         "`--real_time_save` to a folder that is not there": predict("--real_time_save", "out"),
     }
 )
+
+
+@case("`--draw` onto the picture that is asked about")
+def _(bench: Bench) -> list[str]:
+    shutil.copyfile(STREET, "dog.png")
+    return bench.predict("--image", "dog.png", "--draw", "dog.png")
+
+
+@case("`--draw` onto another picture")
+def _(bench: Bench) -> list[str]:
+    shutil.copyfile(STREET, "cat.png")
+    return bench.predict("--image", str(STREET), "--draw", "cat.png")
+
+
+@case("`export-language --output_path` of another model")
+def _(bench: Bench) -> list[str]:
+    shutil.copytree(bench.model(), "other")
+    Path("other/config.json").write_text("{}")
+    return ["export-language", "--model_name_or_path", "model", "--output_path", "other"]
 
 
 @case("no more room on the disk for `--output`")
@@ -992,6 +1065,13 @@ def _(bench: Bench) -> list[str]:
     return bench.chat("Hello", "/save talk.json")
 
 
+@case("`chat <&-`")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.chat()
+    bench.stdin = None
+    return arguments
+
+
 @case("lines that are not text")
 def _(bench: Bench) -> list[str]:
     arguments = bench.chat()
@@ -1007,6 +1087,14 @@ def _(bench: Bench) -> list[str]:
     bench.demo_model(bench.model())
     Path("qwenvl-demo").write_text("")
     return ["demo"]
+
+
+@case("`demo` to a folder with somebody else's files")
+def _(bench: Bench) -> list[str]:
+    bench.demo_model(bench.model())
+    Path("site").mkdir()
+    Path("site/index.html").write_text("my page")
+    return ["demo", "site"]
 
 
 @case("the demo model's weights are missing")
@@ -1122,6 +1210,7 @@ cases(
             bench, "--output", "out/answers.jsonl"
         ),
         "`eval --output` to a folder": lambda bench: vqa_stages(bench, "--output", "vision"),
+        "`eval --output` onto the data set": lambda bench: vqa_stages(bench, "--output", "data.jsonl"),
         "no more room on the disk for `eval --output`": vqa_full_disk,
         "`eval captions` without its libraries": captions_bare,
         "`--metric anls` without its library": anls_bare,
@@ -1268,6 +1357,7 @@ def _(bench: Bench) -> list[str]:
 cases(
     {
         "Ctrl-C": lambda bench: bench.raising(KeyboardInterrupt()),
+        "SIGTERM": lambda bench: bench.raising(Terminated(143)),
         "the memory is used up": lambda bench: bench.raising(MemoryError()),
         "a defect of qwenvl": lambda bench: bench.raising(RuntimeError("no such thing\nat all")),
     }
@@ -1346,6 +1436,39 @@ def _(bench: Bench) -> list[str]:
     data = bytearray(path.read_bytes())
     data[3_000_000] ^= 1
     path.write_bytes(data)
+    return arguments
+
+
+@case("`verify` of weights that are no numbers, as an earlier version exported them")
+def _(bench: Bench) -> list[str]:
+    arguments = verify(bench)
+    spoil(Path("text/qwen"), "h.0.attn.c_attn.weight", np.nan)
+    return arguments
+
+
+@case("a parameter file of up to 64 MiB has a flipped bit")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.predict()
+    path = Path("text/qwen.pdiparams")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 63 * 2 - 20_000] ^= 1  # between two samples
+    path.write_bytes(data)
+    return arguments
+
+
+@case("a parameter file of the right size is another model's")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.predict()
+    make_tiny(Path("model"), seed=2)
+    export_language(Path("model"), Path("other"), "qwen", engine="portable")
+    Path("other/qwen.pdiparams").replace("text/qwen.pdiparams")
+    return arguments
+
+
+@case("logits that are not finite")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.predict()
+    spoil(Path("text/qwen"), "ln_f.weight", 3e38, 256)
     return arguments
 
 

@@ -37,7 +37,8 @@ def bench(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def in_process(arguments: list[str], bench: Bench, capfd: pytest.CaptureFixture[str]) -> Outcome:
     bench.monkeypatch.setattr(sys, "argv", ["qwenvl", *arguments])
-    bench.monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bench.stdin), "utf-8"))
+    stdin = None if bench.stdin is None else io.TextIOWrapper(io.BytesIO(bench.stdin), "utf-8")
+    bench.monkeypatch.setattr(sys, "stdin", stdin)
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_info:
         main()
@@ -56,7 +57,7 @@ def in_subprocess(arguments: list[str], bench: Bench) -> Outcome:
             [*COMMAND, *arguments],
             env={**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""},
             preexec_fn=limit,
-            input=bench.stdin.decode(),
+            input=(bench.stdin or b"").decode(),
             stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
@@ -147,7 +148,8 @@ def test_a_reader_that_goes_away() -> None:
 
 
 def test_a_full_output_file_is_left_as_it_was(bench: Bench) -> None:
-    Path("answer.json").write_text("earlier")
+    earlier = '{"text": "earlier", "boxes": [], "token_ids": [], "finish_reason": "stop"}'
+    Path("answer.json").write_text(earlier)
     bench.max_file_bytes = 16
     assert in_subprocess(bench.predict("--output", "answer.json"), bench).code == 1
-    assert Path("answer.json").read_text() == "earlier"
+    assert Path("answer.json").read_text() == earlier

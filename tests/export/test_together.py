@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 
-from paddlemix_qwenvl_plugin.artifact.manifest import verify
+from paddlemix_qwenvl_plugin.artifact.verify import verify
 from paddlemix_qwenvl_plugin.export import export
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
@@ -120,3 +120,15 @@ def test_exporting_into_the_model_folder_twice(other: Path) -> None:
         verify(other / "qwen")
     assert (other / "config.json").read_text().endswith("\n\n")
     assert leftovers(other) == []
+
+
+def test_another_models_files_are_left_alone(other: Path, text: Path, tmp_path: Path) -> None:
+    """Where an export has put such files, the next one replaces them; a model's own are nobody else's."""
+    third = tmp_path / "third"
+    make_tiny(third, seed=6)
+    before = contents(third)
+    with pytest.raises(UsageError, match=r"third/config\.json: exists, and no export wrote it"):
+        export_language(other, third, "qwen", engine="portable")
+    assert contents(third) == before
+    export_language(other, text, "qwen", engine="portable")
+    assert (text / "config.json").read_bytes() == (other / "config.json").read_bytes()

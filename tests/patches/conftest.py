@@ -15,8 +15,7 @@ def tree(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     if shutil.which("git") is None:
         pytest.skip("git is not on PATH; install it")
     real = pins.load()
-    upstream = real.upstream(request.param)
-    assert upstream is not None
+    [upstream] = [one for one in real.upstreams if one.name == request.param]
     made = make(tmp_path, upstream)
     others = tuple(made.pinned if one.name == upstream.name else one for one in real.upstreams)
     faked = real.model_copy(update={"upstreams": others})

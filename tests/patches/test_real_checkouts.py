@@ -26,8 +26,7 @@ from paddlemix_qwenvl_plugin.upstream.patches import State
 
 def checkout(name: str, tmp: Path) -> Path:
     variable = f"QWENVL_{name.upper()}_DIR"
-    upstream = pins.load().upstream(name)
-    assert upstream is not None
+    [upstream] = [one for one in pins.load().upstreams if one.name == name]
     if not os.environ.get(variable):
         pytest.skip(
             f"{variable} is not set: the folder of a git clone that has {upstream.title} {upstream.commit}"
@@ -315,9 +314,7 @@ def test_no_unhashable_dataclass_defaults(paddlemix: Path, tmp_path: Path) -> No
 
 def test_paddlemix_imports(paddlemix: Path) -> None:
     if importlib.util.find_spec("ppdiffusers") is None or importlib.util.find_spec("paddlenlp") is None:
-        pytest.skip(
-            "ppdiffusers or paddlenlp is not installed: the wheel set paddlemix-python-3.10 of pins.yaml has them"
-        )
+        pytest.skip("ppdiffusers or paddlenlp is not installed: the second set of docs/upstream.md has them")
     done = subprocess.run(
         [
             sys.executable,

@@ -10,24 +10,30 @@ from paddlemix_qwenvl_plugin.processing.prompts import base_prompt, chat_prompt,
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
-PADDLEMIX_LABEL = "Picture {}:"  # PaddleMIX, which made the goldens, writes no space after the colon
+
+@pytest.fixture
+def paddlemix_s(real: QwenTokenizer, monkeypatch: pytest.MonkeyPatch) -> QwenTokenizer:
+    """PaddleMIX, which made the goldens, writes no space after the colon."""
+    monkeypatch.setattr(real, "picture_label", "Picture {}:")
+    return real
 
 
-def test_golden_base_prompts(real: QwenTokenizer, golden_tokens: dict[str, Any]) -> None:
+def test_golden_base_prompts(paddlemix_s: QwenTokenizer, golden_tokens: dict[str, Any]) -> None:
     for query in golden_tokens["queries"]:
-        prompt = base_prompt(real, query["query"], label=PADDLEMIX_LABEL, allowed_special="all")
-        assert prompt.text == query["text"]
-        assert prompt.input_ids == query["input_ids"]
+        prompt = base_prompt(paddlemix_s, query["query"])
+        # ChatML's own tokens are text in ours, where PaddleMIX has them.
+        assert (prompt.input_ids == query["input_ids"]) == ("<|" not in query["text"])
+        assert paddlemix_s.decode(prompt.input_ids) == query["decoded"]
         assert prompt.images == [part["image"] for part in query["query"] if "image" in part]
 
 
-def test_golden_chats(real: QwenTokenizer, golden_tokens: dict[str, Any]) -> None:
+def test_golden_chats(paddlemix_s: QwenTokenizer, golden_tokens: dict[str, Any]) -> None:
     for chat in golden_tokens["chats"]:
         history = [tuple(turn) for turn in chat["history"]]
-        prompt = chat_prompt(real, chat["query"], history, chat["system"], label=PADDLEMIX_LABEL)
-        assert prompt.text == chat["raw_text"]
+        prompt = chat_prompt(paddlemix_s, chat["query"], history, chat["system"])
+        assert paddlemix_s.decode(prompt.input_ids) == chat["raw_text"]
         assert prompt.input_ids == chat["input_ids"]
-        spans = image_spans(prompt.input_ids, real.img_start_id, real.n_image_slots)
+        spans = image_spans(prompt.input_ids, paddlemix_s.img_start_id, paddlemix_s.n_image_slots)
         assert prompt.images == ["a.jpg"] * len(spans)
 
 
@@ -39,18 +45,13 @@ def test_a_picture_is_announced_as_in_the_official_prompts(real: QwenTokenizer) 
         assert prompt.input_ids[start - 5 : start] == [24669, 220, 16, 25, 220]
 
 
-def test_the_label_is_the_tokenizers_unless_given(tiny_vocab_file: Path) -> None:
+def test_the_label_is_the_tokenizers(tiny_vocab_file: Path) -> None:
     tokenizer = QwenTokenizer(tiny_vocab_file, picture_label="Bild {0} {}")
     query, history = [{"image": "b"}], [([{"image": "a"}], "!")]
-    assert base_prompt(tokenizer, query).text == "Bild {0} 1<img>b</img>\n"
-    assert "user\nBild {0} 1<img>a</img>\n" in chat_prompt(tokenizer, query, history).text
-    assert "user\nBild {0} 2<img>b</img>\n" in chat_prompt(tokenizer, query, history).text
-    assert base_prompt(tokenizer, query, label="<{}>").text == "<1><img>b</img>\n"
-    given = chat_prompt(tokenizer, query, history, label="<{}>").text
-    assert "user\n<1><img>a" in given
-    assert "user\n<2><img>b" in given
-    with pytest.raises(UsageError, match=r"picture_label: 'no number' must be text with \{\} once"):
-        base_prompt(tokenizer, query, label="no number")
+    assert tokenizer.decode(base_prompt(tokenizer, query).input_ids) == "Bild {0} 1<img>b</img>\n"
+    text = tokenizer.decode(chat_prompt(tokenizer, query, history).input_ids)
+    assert "user\nBild {0} 1<img>a</img>\n" in text
+    assert "user\nBild {0} 2<img>b</img>\n" in text
 
 
 def test_control_tokens_are_text_in_a_base_prompt(tiny: QwenTokenizer) -> None:
@@ -58,9 +59,9 @@ def test_control_tokens_are_text_in_a_base_prompt(tiny: QwenTokenizer) -> None:
     ids = base_prompt(tiny, [{"text": text}]).input_ids
     controls = {tiny.eod_id, tiny.im_start_id, tiny.im_end_id, tiny.special_tokens["<|extra_0|>"]}
     assert not controls & set(ids)
-    assert tiny.box_start_id in ids
+    assert tiny.special_tokens["<box>"] in ids
     assert tiny.decode(ids) == text
-    assert controls <= set(base_prompt(tiny, [{"text": text}], allowed_special="all").input_ids)
+    assert controls <= set(tiny.encode(text, tiny.special_tokens))
 
 
 def answers_in(ids: list[int], tokenizer: QwenTokenizer) -> list[tuple[int, int]]:
@@ -161,10 +162,15 @@ def test_chat_numbers_pictures_through_the_turns(tiny: QwenTokenizer) -> None:
         ("Picture 2:<img>2.jpg</img>\nAnd?", "A cat."),
     ]
     prompt = chat_prompt(tiny, [{"image": b"3"}, {"text": "Compare."}], history)
-    assert "Picture 1: <img>1.jpg</img>\nWhat?<|im_end|>" in prompt.text
-    assert "user\nPicture 3: <img>image-3</img>\nCompare.<|im_end|>\n<|im_start|>assistant\n" in prompt.text
+    assert tiny.decode(prompt.input_ids) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nPicture 1: <img>1.jpg</img>\nWhat?<|im_end|>\n"
+        "<|im_start|>assistant\nA dog.<|im_end|>\n"
+        "<|im_start|>user\nPicture 2:<img>2.jpg</img>\nAnd?<|im_end|>\n"
+        "<|im_start|>assistant\nA cat.<|im_end|>\n"
+        "<|im_start|>user\nPicture 3: <img>image-3</img>\nCompare.<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert prompt.images == ["1.jpg", "2.jpg", b"3"]
-    assert tiny.decode(prompt.input_ids) == prompt.text
     assert len(image_spans(prompt.input_ids, tiny.img_start_id, 256)) == 3
 
 
@@ -174,8 +180,7 @@ def test_chat_drops_the_oldest_turns_and_their_images(tiny: QwenTokenizer) -> No
     def images(max_window: int) -> list[Any]:
         prompt = chat_prompt(tiny, [{"image": "4.jpg"}], history, max_window=max_window)
         assert len(image_spans(prompt.input_ids, tiny.img_start_id, 256)) == len(prompt.images)
-        assert prompt.text.count("<img>") == len(prompt.images)
-        assert "Picture 4: <img>4.jpg" in prompt.text
+        assert "Picture 4: <img>4.jpg" in tiny.decode(prompt.input_ids)
         return prompt.images
 
     # Every turn has the same length, so the borders can be worked out from the whole.
@@ -193,8 +198,8 @@ def test_chat_drops_the_oldest_turns_and_their_images(tiny: QwenTokenizer) -> No
 
 def test_a_long_turn_ends_the_history(tiny: QwenTokenizer) -> None:
     prompt = chat_prompt(tiny, "now", [("old", "1"), ("x9" * 200, "2"), ("new", "3")], max_window=300)
-    assert "new" in prompt.text
-    assert "old" not in prompt.text
+    assert "new" in tiny.decode(prompt.input_ids)
+    assert "old" not in tiny.decode(prompt.input_ids)
 
 
 def test_chat_content_cannot_close_its_turn(tiny: QwenTokenizer) -> None:
@@ -211,8 +216,8 @@ def test_answers_make_no_pictures(tiny: QwenTokenizer) -> None:
     prompt = chat_prompt(tiny, "And?", [("What?", answer)], system="<img>")
     assert prompt.images == []
     assert image_spans(prompt.input_ids, tiny.img_start_id, 256) == []
-    assert tiny.box_start_id in prompt.input_ids
-    assert tiny.decode(prompt.input_ids) == prompt.text
+    assert tiny.special_tokens["<box>"] in prompt.input_ids
+    assert f"\n<|im_start|>assistant\n{answer}<|im_end|>\n" in tiny.decode(prompt.input_ids)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_timeout_ends_the_whole_process_group(tmp_path: Path) -> None:
     assert results(tmp_path)["steps"][0]["status"] == "timeout"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupt_ends_the_process_group_and_keeps_the_results(
     tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -187,7 +187,7 @@ def test_interrupt_ends_the_process_group_and_keeps_the_results(
     assert is_running(int((run_folder(tmp_path) / "pid").read_text()))
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Traceback" not in err
     assert out.splitlines()[-1] == "[2/3] two … interrupted"
     assert ends_soon(int((run_folder(tmp_path) / "pid").read_text()))

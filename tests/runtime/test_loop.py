@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,8 @@ class PagedMemory:
         self.limits = limits
         self.memory: dict[tuple[int, int], Any] = {}
         self.loop: Any = None
-        self.n_steps = self.n_encoded = self.n_preempted = self.n_found = 0
+        self.n_steps = self.n_encoded = self.n_preempted = self.n_found = self.n_ahead = 0
+        self.picked: list[int] = []  # by the last step
         self.seen: dict[Generation, int] = {}
 
     def load(self, vision: bool) -> None:
@@ -67,7 +68,7 @@ class PagedMemory:
         self.n_encoded += 1
         return pixels[0, :1]
 
-    def step(self, chunks: Sequence[Chunk]) -> list[int]:
+    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[int]]:
         self.n_steps += 1
         scheduler = self.loop._scheduler
         assert len(chunks) <= self.limits.max_running
@@ -78,23 +79,26 @@ class PagedMemory:
         picked = []
         for chunk in chunks:
             generation = chunk.generation
-            done = generation.n_computed
+            # Ahead: behind the step before, which gave the last token.
+            done = generation.n_total if chunk.ahead else generation.n_computed
+            known = [*generation.tokens, self.picked[len(picked)]] if chunk.ahead else generation.tokens
+            n_total = len(generation.prompt) + len(known)
+            self.n_ahead += chunk.ahead
             if done < self.seen.get(generation, 0):
                 self.n_preempted += 1
             elif generation not in self.seen:
                 self.n_found += done > 0
-            assert (done + chunk.n == generation.n_total) == chunk.picks
-            mine = contents(generation, generation.tokens)
+            assert (done + chunk.n == n_total) == chunk.picks
+            mine = contents(generation, known)
             for place in range(done, done + chunk.n):
                 block, slot = self._place(generation, place)
                 assert scheduler.pool._users[block] == 1
                 self.memory[block, slot] = mine[place]
             self.seen[generation] = done + chunk.n
             if chunk.picks:
-                picked.append(
-                    next_token([self.memory[self._place(generation, i)] for i in range(generation.n_total)])
-                )
-        return picked
+                picked.append(next_token([self.memory[self._place(generation, i)] for i in range(n_total)]))
+        self.picked = picked
+        return lambda: picked
 
     def forget(self, generation: Generation) -> None:
         pass
@@ -139,10 +143,11 @@ def made_up(rng: random.Random, context: int) -> Generation:
     spare=st.integers(0, 30),
     max_running=st.integers(1, 9),
     step_tokens=st.sampled_from([9, 12, 32]),
+    ahead=st.booleans(),
 )
-def test_answers_are_those_alone(seed, block_tokens, spare, max_running, step_tokens):
+def test_answers_are_those_alone(seed, block_tokens, spare, max_running, step_tokens, ahead):
     context = 96
-    limits = Limits(max_running, step_tokens, -(-context // block_tokens) + spare, block_tokens)
+    limits = Limits(max_running, step_tokens, -(-context // block_tokens) + spare, block_tokens, ahead=ahead)
     check(random.Random(seed), limits, context, 30)
 
 
@@ -174,9 +179,11 @@ def check(rng: random.Random, limits: Limits, context: int, n_requests: int) -> 
     return executor
 
 
-def test_soak():
+@pytest.mark.parametrize("ahead", [False, True])
+def test_soak(ahead):
     """10,000 requests; all that can happen to one happens."""
-    executor = check(random.Random(1), Limits(9, 32, 26, 4), 96, 10_000)
+    executor = check(random.Random(1), Limits(9, 32, 26, 4, ahead=ahead), 96, 10_000)
+    assert (executor.n_ahead > 1000) == ahead
     assert executor.n_preempted > 100
     assert executor.n_found > 1000
     assert executor.n_encoded == 3
@@ -217,7 +224,7 @@ def test_a_failed_step_ends_its_requests_and_no_others(monkeypatch):
         raise QwenVLError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(executor, "step", fail)
+        patch.setattr(executor, "start", fail)
         with pytest.raises(QwenVLError, match="out of memory"):
             loop.advance(first, 0)
     loop.advance(second, len(expected(second)) - 1)
@@ -231,14 +238,14 @@ def test_a_step_broken_off_is_computed_again(monkeypatch):
     assert len(expected(generation)) > 2
     loop.submit(generation)
     loop.advance(generation, 1)
-    step = executor.step
+    start = executor.start
 
     def interrupted(chunks):
-        step(chunks)
+        start(chunks)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(executor, "step", interrupted)
+        patch.setattr(executor, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
             loop.advance(generation, 2)
     while not generation.finished:
@@ -250,7 +257,7 @@ def test_logits_that_are_no_numbers_end_the_request(monkeypatch):
     loop, executor = open_loop(Limits(4, 64, 64, 8))
     generation = Generation([1, 2], [], [], GenerationOptions())
     loop.submit(generation)
-    monkeypatch.setattr(executor, "step", lambda chunks: [NO_TOKEN])
+    monkeypatch.setattr(executor, "start", lambda chunks: lambda: [NO_TOKEN])
     with pytest.raises(QwenVLError, match="not finite"):
         loop.advance(generation, 0)
     assert loop._scheduler.idle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any, Optional
@@ -87,10 +88,7 @@ def alone(vl: QwenVL, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> list[int
 
 
 def small_steps(executor: EngineExecutor, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    limits = executor.limits
-    monkeypatch.setattr(
-        executor, "limits", type(limits)(limits.max_running, tokens, limits.n_blocks, limits.block_tokens)
-    )
+    monkeypatch.setattr(executor, "limits", dataclasses.replace(executor.limits, step_tokens=tokens))
 
 
 @pytest.mark.parametrize(("dtype", "quant_type"), STORAGE)
@@ -111,6 +109,22 @@ def test_alone_in_a_batch_cut_and_after_a_hit(opened, monkeypatch, dtype, quant_
         again = [each.start(vl) for each in asked[:20]]
         assert [stream.finish().token_ids for stream in again] == expected
         assert sum(stream._generation.n_cached for stream in again) > 500
+
+
+def test_one_step_ahead(opened, monkeypatch):
+    """As on a GPU: a step starts before the tokens of the one before it are read."""
+    vl = opened("float32", None)
+    rng = random.Random(4)
+    asked = [Asked(vl, rng) for _ in range(24)]
+    expected = [alone(vl, each, monkeypatch) for each in asked]
+    executor = EngineExecutor(*vl._stages, ahead=True)
+    start, n_ahead = executor.start, []
+    monkeypatch.setattr(executor, "start", lambda chunks: n_ahead.append(chunks[0].ahead) or start(chunks))
+    for window in (1, 5, 24):
+        monkeypatch.setattr(vl, "_loop", Loop(executor))
+        streams = (each.start(vl) for each in asked)
+        assert [answer.token_ids for answer in vl.finish_all(streams, window)] == expected
+    assert sum(n_ahead) > len(n_ahead) / 3
 
 
 @pytest.mark.parametrize(("dtype", "quant_type"), STORAGE)
@@ -146,15 +160,15 @@ def test_after_a_step_broken_off(opened, monkeypatch):
     expected = alone(vl, asked, monkeypatch)
     stream = asked.start(vl).submit()
     executor = vl._loop._executor
-    step, n_steps = executor.step, iter(range(99))
+    start, n_steps = executor.start, iter(range(99))
 
     def interrupted(chunks):
-        picked = step(chunks)
+        picked = start(chunks)
         if next(n_steps) % 3 == 2:
             raise KeyboardInterrupt
         return picked
 
-    monkeypatch.setattr(executor, "step", interrupted)
+    monkeypatch.setattr(executor, "start", interrupted)
     tokens = []
     while not stream.done:
         try:

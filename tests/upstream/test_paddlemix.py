@@ -18,6 +18,8 @@ from typing import Any
 import folders
 import numpy as np
 import pytest
+from engines import needs_compiler
+from fake_cuda import fake_driver
 from safetensors.numpy import load_file, save_file
 
 from paddlemix_qwenvl_plugin import QwenVL
@@ -165,10 +167,24 @@ def test_exporter_without_the_plugin(tree, golden, tmp_path):
     assert not (tmp_path / "vision" / "vision.manifest.json").exists()
 
 
+def test_exporter_of_another_name(golden, tmp_path):
+    """What is saved decides, whatever the script is called."""
+    tree = tmp_path / "tree"
+    shutil.copytree(MADE_UP, tree)
+    scripts = tree / "deploy" / "qwen_vl"
+    (scripts / "export_image_encoder.py").rename(scripts / "my_exporter.py")
+    done = export_encoder(tree, golden("a").folder, tmp_path, script="my_exporter.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "upstream loads" not in done.stdout
+    assert (tmp_path / "vision" / "vision.manifest.json").is_file()
+
+
 def test_other_scripts_and_other_models_get_upstream_s(golden, tmp_path):
     folder = golden("a").folder
     done = export_encoder(MADE_UP, folder, tmp_path, script="another_script.py")
-    assert f"upstream loads {folder} as float16" in done.stdout
+    assert done.stdout.splitlines() == [f"upstream loads {folder} as float16", "sizes [1, 3, 2, 3] 2 False"]
+    assert (tmp_path / "vision" / "vision.pdiparams").is_file()
+    assert not (tmp_path / "vision" / "vision.manifest.json").exists()
     other = tmp_path / "qwen-without-eyes"
     other.mkdir()
     config = {**golden("a").config}
@@ -176,7 +192,34 @@ def test_other_scripts_and_other_models_get_upstream_s(golden, tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     done = export_encoder(MADE_UP, other, tmp_path)
     assert f"upstream loads {other} as float16" in done.stdout
-    assert (tmp_path / "vision" / "vision.pdiparams").is_file()
+    assert not (tmp_path / "vision" / "vision.manifest.json").exists()
+
+
+@pytest.mark.parametrize("tree", [real])
+def test_model_that_is_run_is_upstream_s(tree, golden, tmp_path):
+    """PaddleMIX's own class, though the hook was there first: it is used in ways that its scripts use it."""
+    model = golden("a")
+    weights = folders.renamed(model.weights, "paddlemix", transpose=False)
+    folder = folders.write(tmp_path / "model", model.folder / "config.json", weights, "pdparams")
+    # Upstream's class reads the language model's config from a folder that this one names.
+    config = {**model.config, "llm_pretrained_model_name_or_path": str(tmp_path / "llm")}
+    (folder / "config.json").write_text(json.dumps(config))
+    del config["visual"]
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text(json.dumps({**config, "architectures": ["QWenModel"]}))
+    np.save(tmp_path / "images.npy", model.images)
+    done = run(
+        tree,
+        HERE / "drive_model.py",
+        folder,
+        tmp_path / "images.npy",
+        tmp_path / "features.npy",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    want = model.figures["features_every_16th_query"]
+    features = np.load(tmp_path / "features.npy")
+    assert np.abs(features[:, ::16] - want).max() < 1e-4 * np.abs(want).max()
 
 
 def test_predictor_of_other_size(two_layers, tmp_path):
@@ -185,6 +228,20 @@ def test_predictor_of_other_size(two_layers, tmp_path):
         [tokens], [ids] = answer["tokens"], answer["input_ids"]
         assert len(tokens) == MADE_UP_MAX_LEN - len(ids)
         assert tokens[:24] == expected(two_layers, query, 24)
+
+
+@needs_compiler
+def test_a_gpu_that_is_not_there(two_layers, tmp_path):
+    """The script's own default is a GPU, and means one that is there; QWENVL_DEVICE means what it says."""
+    fake_driver(tmp_path)
+    driver = {"LD_LIBRARY_PATH": str(tmp_path), "FAKE_CUDA": "12090", "FAKE_GPUS": "0"}
+    command = predictor_command(MADE_UP, two_layers, [ONE_PICTURE], tmp_path / "out.json")
+    done = run(MADE_UP, *command, cwd=tmp_path, **driver)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "qwenvl: --device gpu: there is no GPU here, running on the CPU" in done.stderr.splitlines()
+    done = run(MADE_UP, *command, cwd=tmp_path, QWENVL_DEVICE="gpu", **driver)
+    assert done.returncode == 1
+    assert "--device gpu:0: the NVIDIA driver shows 0 GPU(s) here" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("tree", [real])

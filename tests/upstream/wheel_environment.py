@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 from paddlemix_qwenvl_plugin.upstream import pins
 
@@ -30,6 +29,16 @@ IMPORTED = (
     *("aistudio-sdk", "colorlog", "datasets", "fastapi", "filelock", "huggingface_hub", "jieba", "jinja2"),
     *("ml_dtypes", "numpy", "omegaconf", "scipy", "sentencepiece", "seqeval", "setuptools"),
     *("tokenizers>=0.21,<0.22", "tqdm"),
+)
+CONSTRAINTS = (
+    *(
+        "numpy==1.26.4",
+        "huggingface_hub==0.25.2",
+        "aistudio-sdk==0.2.6",
+        "datasets==2.21.0",
+        "pyarrow==17.0.0",
+    ),
+    *("setuptools<75", "scipy<1.15", "onnx<1.18", "protobuf<6", "visualdl==2.5.3"),
 )
 # What pip and its HTTP library say where there is no way to an index.
 NO_INDEX = (
@@ -72,7 +81,7 @@ class WheelEnvironment:
 
 def make(version: str, folder: Path) -> WheelEnvironment:
     """Make the environment of a wheel in `folder`: a few links to what is cached, and to this checkout."""
-    dependencies = _dependencies(version)
+    dependencies = _dependencies()
     wheel = cached(
         f"paddlenlp-{version}",
         lambda target: _pip(
@@ -106,20 +115,10 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _dependencies(version: str) -> Path:
-    """A virtual environment with what the wheel imports, in the versions of the wheel's set in pins.yaml."""
-    (pinned,) = (
-        wheel_set
-        for wheel_set in pins.load().wheel_sets
-        if f"paddlenlp=={version}" in wheel_set.requirements and wheel_set.gives == ("paddlenlp",)
-    )
-    constraints = [
-        text
-        for text in pinned.requirements
-        if Requirement(text).specifier and Requirement(text).name not in ("paddlenlp", "paddlepaddle")
-    ]
+def _dependencies() -> Path:
+    """A virtual environment with what the wheels import, in the versions of the set in docs/upstream.md."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    digest = hashlib.sha256("\n".join([python, *IMPORTED, *constraints]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("\n".join([python, *IMPORTED, *CONSTRAINTS]).encode()).hexdigest()[:12]
 
     def build(folder: Path) -> None:
         done = subprocess.run(
@@ -128,7 +127,7 @@ def _dependencies(version: str) -> Path:
         if done.returncode != 0:
             pytest.fail(f"python -m venv: {(done.stdout + done.stderr).strip()[-500:]}")
         listed = folder / "constraints.txt"
-        listed.write_text("".join(f"{text}\n" for text in constraints))
+        listed.write_text("".join(f"{text}\n" for text in CONSTRAINTS))
         _pip(folder / "bin" / "python", "--constraint", listed, *IMPORTED)
 
     return cached(f"dependencies-python-{python}-{digest}", build)

@@ -10,6 +10,8 @@ import pytest
 from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
+KINDS = (env.Switch, env.Choice, env.Folder, env.Text)
+VARIABLES = [value for value in vars(env).values() if isinstance(value, KINDS)]
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -18,7 +20,17 @@ def test_the_page_has_the_table() -> None:
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:3] == "| `"
     ]
-    assert rows == [[f"`{v.name}`", v.values, v.shown_default, v.meaning] for v in env.VARIABLES]
+    assert [row[0] for row in rows] == [f"`{variable.name}`" for variable in VARIABLES]
+    for variable, (_, values, default, _) in zip(VARIABLES, rows):
+        if isinstance(variable, env.Switch):
+            assert (values, default) == ("`0` or `1`", f"`{int(variable.default)}`")
+        elif isinstance(variable, env.Choice):
+            assert (values, default) == (
+                ", ".join(f"`{w}`" for w in variable.words),
+                f"`{variable.words[0]}`",
+            )
+        elif isinstance(variable, env.Folder):
+            assert values == "a folder"
 
 
 def test_every_variable_that_is_spelled_out_is_in_the_table() -> None:
@@ -30,7 +42,7 @@ def test_every_variable_that_is_spelled_out_is_in_the_table() -> None:
         for name in re.findall(r"QWENVL_[A-Z_]*[A-Z]", path.read_text("utf-8"))
     }
     of_tests = {"QWENVL_PADDLEMIX_DIR", "QWENVL_PADDLENLP_DIR", "QWENVL_TEST_ENVS"}
-    assert spelled - of_tests == {variable.name for variable in env.VARIABLES}
+    assert spelled - of_tests == {variable.name for variable in VARIABLES}
 
 
 @pytest.mark.parametrize(("text", "on"), [(None, None), ("", None), ("0", False), ("1", True), ("yes", True)])

@@ -18,8 +18,8 @@ from paddlemix_qwenvl_plugin.demo.world.captions import base_turn
 from paddlemix_qwenvl_plugin.demo.world.draw import draw
 from paddlemix_qwenvl_plugin.demo.world.sample import Sample
 from paddlemix_qwenvl_plugin.demo.world.scene import Scene, random_scene
-from paddlemix_qwenvl_plugin.demo.world.tasks import conversation
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from tools.train_demo.conversation import conversation
 from tools.train_demo.rows import ONE, TWO, Row, Size, make_row
 
 PICTURES = 512  # of a shard; each has two rows of its own, and every fourth begins a row of two pictures

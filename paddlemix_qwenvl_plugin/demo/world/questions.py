@@ -10,14 +10,23 @@ from paddlemix_qwenvl_plugin.demo.world.phrases import listing, sentence, unique
 from paddlemix_qwenvl_plugin.demo.world.sample import Turn
 from paddlemix_qwenvl_plugin.demo.world.scene import Scene, Thing
 
-_COLOUR = {"en": ("What colour is {}?", "What color is {}?"), "zh": ("{}是什么颜色？", "{}是什么颜色的？")}
 _TEXT_COLOUR = {"en": "the text", "zh": "文字"}
 _KIND = {"en": ("What shape is {}?", "Which shape is {}?"), "zh": ("{}是什么形状？", "{}是什么形状的？")}
-_SIZE = {
-    "en": ("Is {} large or small?", "Is {} small or large?", "How big is {}?"),
-    "zh": ("{}是大的还是小的？", "{}有多大？"),
+# Questions about a property of a thing, and what the answer says of the thing.
+_PROPERTIES: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
+    "colour": {
+        "en": (("What colour is {}?", "What color is {}?"), "{} is {}"),
+        "zh": (("{}是什么颜色？", "{}是什么颜色的？"), "{}是{}的"),
+    },
+    "size": {
+        "en": (("Is {} large or small?", "Is {} small or large?", "How big is {}?"), "{} is {}"),
+        "zh": (("{}是大的还是小的？", "{}有多大？"), "{}是{}"),
+    },
+    "place": {
+        "en": (("Where is {}?", "Where in the picture is {}?"), "{} is {}"),
+        "zh": (("{}在哪里？", "{}在图中的什么位置？"), "{}在{}"),
+    },
 }
-_PLACE = {"en": ("Where is {}?", "Where in the picture is {}?"), "zh": ("{}在哪里？", "{}在图中的什么位置？")}
 _EXISTS = {"en": ("Is there a {}?", "Do you see a {}?"), "zh": ("图中有{}吗？", "有{}吗？")}
 _COUNT = {"en": ("How many {} are there?", "Count the {}."), "zh": ("有多少个{}？", "图中有几个{}？")}
 _READ = {
@@ -39,17 +48,16 @@ _NUMBERS = {
 
 def colour(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
     if len(scene.texts) == 1 and (not scene.shapes or rng.random() < 0.2):
-        thing, name = scene.texts[0], _TEXT_COLOUR[language]
-    elif scene.shapes:
-        thing = rng.choice(scene.shapes)
-        name = _name_without(rng, scene, thing, language, "colour")
-        if not name:
-            return None
-    else:
-        return None
-    word = COLOURS[thing.colour][language]
-    answer = f"{name}是{word}的" if language == "zh" else f"{name} is {word}"
-    return Turn("colour", language, rng.choice(_COLOUR[language]).format(name), sentence(answer, language))
+        return _property(rng, language, "colour", (scene.texts[0], _TEXT_COLOUR[language]))
+    return _property(rng, language, "colour", _shape_without(rng, scene, language, "colour"))
+
+
+def size(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+    return _property(rng, language, "size", _shape_without(rng, scene, language, "size"))
+
+
+def place(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+    return _property(rng, language, "place", _shape_without(rng, scene, language, "place"))
 
 
 def kind(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
@@ -67,30 +75,6 @@ def kind(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
     answer = f"它是{word}" if language == "zh" else f"it is a {word}"
     question = rng.choice(_KIND[language]).format(rng.choice(names))
     return Turn("shape", language, question, sentence(answer, language))
-
-
-def size(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
-    if not scene.shapes:
-        return None
-    thing = rng.choice(scene.shapes)
-    name = _name_without(rng, scene, thing, language, "size")
-    if not name:
-        return None
-    word = SIZES[thing.size][language]
-    answer = f"{name}是{word}" if language == "zh" else f"{name} is {word}"
-    return Turn("size", language, rng.choice(_SIZE[language]).format(name), sentence(answer, language))
-
-
-def place(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
-    if not scene.shapes:
-        return None
-    thing = rng.choice(scene.shapes)
-    name = _name_without(rng, scene, thing, language, "cell")
-    if not name:
-        return None
-    where = PLACES[thing.cell][language]
-    answer = f"{name}在{where}" if language == "zh" else f"{name} is {where}"
-    return Turn("place", language, rng.choice(_PLACE[language]).format(name), sentence(answer, language))
 
 
 def exists(rng: random.Random, scene: Scene, language: str) -> Turn:
@@ -177,7 +161,7 @@ def side(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
     if first == second:
         return None
     is_so = first < second if chosen in ("left", "above") else first > second
-    a, b = (_name_without(rng, scene, thing, language, "cell") for thing in pair)
+    a, b = (_name_without(rng, scene, thing, language, "place") for thing in pair)
     if not a or not b:
         return None
     word = _SIDES[chosen][language]
@@ -190,13 +174,36 @@ def side(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
     return Turn("relation", language, f"Is {a} {word} {b}?", answer)
 
 
-def _name_without(rng: random.Random, scene: Scene, thing: Thing, language: str, told: str) -> str:
+def _property(
+    rng: random.Random, language: str, asked: str, named: Optional[tuple[Thing, str]]
+) -> Optional[Turn]:
+    """A question about a property of a thing that has a name."""
+    if named is None:
+        return None
+    thing, name = named
+    questions, answer = _PROPERTIES[asked][language]
+    text = answer.format(name, _word(thing, asked, language))
+    return Turn(asked, language, rng.choice(questions).format(name), sentence(text, language))
+
+
+def _word(thing: Thing, asked: str, language: str) -> str:
+    if asked == "place":
+        return PLACES[thing.cell][language]
+    return (COLOURS[thing.colour] if asked == "colour" else SIZES[thing.size])[language]
+
+
+def _shape_without(
+    rng: random.Random, scene: Scene, language: str, asked: str
+) -> Optional[tuple[Thing, str]]:
+    """Any shape, and a name as of `_name_without`; None if there is none."""
+    thing = rng.choice(scene.shapes) if scene.shapes else None
+    name = thing and _name_without(rng, scene, thing, language, asked)
+    return (thing, name) if thing and name else None
+
+
+def _name_without(rng: random.Random, scene: Scene, thing: Thing, language: str, asked: str) -> str:
     """A unique name that does not give away the property asked for; empty if there is none."""
-    hidden = {
-        "colour": COLOURS[thing.colour][language],
-        "size": SIZES[thing.size][language],
-        "cell": PLACES[thing.cell][language],
-    }[told]
+    hidden = _word(thing, asked, language)
     names = [name for name in unique_names(scene, thing, language) if hidden not in name]
     return rng.choice(names) if names else ""
 

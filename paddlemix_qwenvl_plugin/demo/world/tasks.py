@@ -34,8 +34,6 @@ _TWO_PICTURES: dict[_Maker, float] = {
     pairs.total: 2,
     pairs.colour: 3,
 }
-_CAPTIONS = ("caption", "grounded caption")
-_WHOLE = (*_CAPTIONS, "reading")  # tell all there is, so that once in a conversation is enough
 
 
 def held_out(number: int) -> Sample:
@@ -60,18 +58,6 @@ def picture_turn(rng: random.Random, scene: Scene) -> Turn:
 def pair_turn(rng: random.Random, scenes: tuple[Scene, Scene]) -> Turn:
     """A question about two pictures."""
     return _draw(rng, _TWO_PICTURES, scenes)
-
-
-def conversation(rng: random.Random, scenes: tuple[Scene, ...], n_turns: int) -> tuple[Turn, ...]:
-    """Different questions about one or two pictures; captions mostly come last, since they answer the others."""
-    turns: dict[str, Turn] = {}
-    for _ in range(n_turns):
-        turn = pair_turn(rng, (scenes[0], scenes[1])) if len(scenes) > 1 else picture_turn(rng, scenes[0])
-        turns.setdefault(turn.task if turn.task in _WHOLE else turn.question, turn)
-    chosen = list(turns.values())
-    if rng.random() < 0.8:
-        chosen.sort(key=lambda turn: turn.task in _CAPTIONS)
-    return tuple(chosen)
 
 
 def _draw(rng: random.Random, makers: dict[_Maker, float], subject: Any) -> Turn:

@@ -19,9 +19,10 @@ class ImageProcessor:
 class QwenVLProcessor:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        self.tokenizer.picture_label = "Picture {}:"  # as PaddleMIX writes it
         self.image_processor = ImageProcessor()
 
     def __call__(self, query, return_tensors):
-        prompt = base_prompt(self.tokenizer, query, label="Picture {}:")  # as PaddleMIX writes it
+        prompt = base_prompt(self.tokenizer, query)
         images = self.image_processor(prompt.images) if prompt.images else None
         return {"input_ids": paddle.to_tensor([prompt.input_ids]), "images": images}

@@ -1,0 +1,63 @@
+#include "cuda/kernels/attention_prompt.h"
+#include "core/error.h"
+#include "cuda/ops.h"
+
+namespace qvl::cuda {
+namespace {
+
+int key_type(const Gpu& gpu, qvl_dtype dtype) {
+  switch (dtype) {
+    case QVL_BFLOAT16:
+      return gpu.half() == Half::kBfloat16 ? kHalfKeys : kBfloat16Keys;
+    case QVL_FLOAT16:
+      return gpu.half() == Half::kFloat16 ? kHalfKeys : kFloat16Keys;
+    case QVL_FLOAT32:
+      return kFloatKeys;
+    case QVL_INT8:
+      return kInt8Keys;
+    default:
+      fail(QVL_INTERNAL, "attention of prompts: keys of type %d", static_cast<int>(dtype));
+  }
+}
+
+}  // namespace
+
+void attention_prompt(const Gpu& gpu, CUstream stream, const void* q, const Piece* pieces, const Tile* tiles,
+                      int n_tiles, const int32_t* blocks, int max_blocks, const KvLayer& kv, void* y) {
+  static_assert(kAttentionTile == kQueryTile, "the caller cuts the tiles");
+  static_assert(sizeof(Piece) == 16 && sizeof(Tile) == 8, "read as integers");
+  QVL_REQUIRE(kv.head_dim % 2 == 0 && kv.head_dim <= 256, QVL_UNSUPPORTED,
+              "attention of prompts: a head has %d values; an even number up to 256 is needed", kv.head_dim);
+  struct Kernel {
+    const char* name;
+    int dim;  // of a head, padded
+    int shared_bytes;
+  };
+#define QVL_KERNEL(D)                              \
+  {                                                \
+    "attention_prompt_" #D, D, kAttentionShared<D> \
+  }
+  constexpr Kernel kKernels[] = {QVL_KERNEL(16), QVL_KERNEL(32), QVL_KERNEL(64), QVL_KERNEL(128),
+                                 QVL_KERNEL(256)};
+#undef QVL_KERNEL
+  const Kernel* kernel = kKernels;
+  while (kernel->dim < kv.head_dim) ++kernel;
+  PagedAttention params;
+  params.q = q;
+  params.y = y;
+  params.pieces = reinterpret_cast<const int*>(pieces);
+  params.tiles = reinterpret_cast<const int*>(tiles);
+  params.blocks = blocks;
+  params.base = kv.base;
+  params.block_bytes = kv.block_bytes;
+  params.max_blocks = max_blocks;
+  params.block_tokens = kv.block_tokens;
+  params.type = key_type(gpu, kv.dtype);
+  params.heads = kv.heads;
+  params.head_dim = kv.head_dim;
+  const Dim grid{static_cast<unsigned>(n_tiles), static_cast<unsigned>(kv.heads)};
+  gpu.launch(stream, kernel->name, grid, kAttentionThreads, gpu.arch() >= 80 ? kernel->shared_bytes : 0,
+             params, true);
+}
+
+}  // namespace qvl::cuda

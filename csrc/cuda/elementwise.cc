@@ -1,0 +1,78 @@
+// Launches of kernels/elementwise.cu.
+#include "cuda/kernels/elementwise.h"
+#include "core/error.h"
+#include "cuda/ops.h"
+#include "cuda/row_threads.h"
+
+namespace qvl::cuda {
+namespace {
+
+int cache_type(qvl_dtype dtype) {
+  switch (dtype) {
+    case QVL_FLOAT32:
+      return kCacheFloat32;
+    case QVL_BFLOAT16:
+      return kCacheBfloat16;
+    case QVL_FLOAT16:
+      return kCacheFloat16;
+    case QVL_INT8:
+      return kCacheInt8;
+    default:
+      fail(QVL_INTERNAL, "there is no cache of type %d", dtype);
+  }
+}
+
+}  // namespace
+
+void rms_norm(const Gpu& gpu, CUstream stream, const float* x, const float* weight, float epsilon, int n,
+              int width, void* y) {
+  const RmsNormParams params{x, weight, y, width, epsilon};
+  gpu.launch(stream, row_held(width) ? "rms_norm_held" : "rms_norm_any", {static_cast<unsigned>(n)},
+             row_threads(width), 0, params, true);
+}
+
+void embed(const Gpu& gpu, CUstream stream, const void* wte, int vocab, int width, const int32_t* ids,
+           const uint64_t* features, int n, float* x) {
+  constexpr int kBlock = kEmbedThreads * kEmbedValues;
+  const int parts = (width + kBlock - 1) / kBlock;
+  // uint64_t is another type of the same size than the kernels' there.
+  const auto* addresses = reinterpret_cast<const unsigned long long*>(features);
+  const EmbedParams params{wte, ids, addresses, x, vocab, width, parts};
+  gpu.launch(stream, "embed", {static_cast<unsigned>(n) * static_cast<unsigned>(parts)}, kEmbedThreads, 0,
+             params, true);
+}
+
+void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const Places& places,
+                      const Angles& angles, const KvLayer& layer, int n, void* q) {
+  QVL_REQUIRE(layer.head_dim % 2 == 0 && layer.head_dim <= kMaxHeadDim, QVL_UNSUPPORTED,
+              "head_dim is %d; a GPU takes even ones up to %d", layer.head_dim, kMaxHeadDim);
+  RotateParams params{};
+  params.qkv = qkv;
+  params.q = q;
+  params.positions = places.positions;
+  params.angle_tables = places.angle_tables;
+  params.tables = places.tables;
+  params.blocks = places.blocks;
+  params.max_blocks = places.max_blocks;
+  params.cos = angles.cos;
+  params.sin = angles.sin;
+  params.query_scale = angles.query_scale;
+  params.max_positions = angles.max_positions;
+  params.cache = layer.base;
+  params.block_bytes = layer.block_bytes;
+  params.block_tokens = layer.block_tokens;
+  params.n = n;
+  params.heads = layer.heads;
+  params.head_dim = layer.head_dim;
+  params.type = cache_type(layer.dtype);
+  // 16 lanes a head of 128, else a warp.
+  const bool usual = layer.head_dim == 128;
+  const char* name = usual                     ? "rotate_and_store_128"
+                     : layer.head_dim % 4 == 0 ? "rotate_and_store_2"
+                                               : "rotate_and_store_1";
+  const int64_t threads = int64_t{n} * layer.heads * (usual ? 16 : 32);
+  gpu.launch(stream, name, {static_cast<unsigned>((threads + kRotateThreads - 1) / kRotateThreads)},
+             kRotateThreads, 0, params, true);
+}
+
+}  // namespace qvl::cuda

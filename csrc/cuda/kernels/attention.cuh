@@ -1,0 +1,214 @@
+// Attention of a tile of 64 queries over keys that come in tiles of 64, for any source of keys and values.
+//
+// A block has 4 warps of 16 queries. Scores stay in registers: 16 x 64 a warp from q k^T, a running maximum
+// and sum a query, then p v. Tiles of keys lie at multiples of 64 from key 0, and a tile that a query does
+// not see changes none of its bits (its factor is 1, its weights 0): what a query gives depends on its own
+// position alone. Two buffers of keys and values in shared memory, filled by cp.async where the source allows
+// it.
+//
+// Cost: 4 head_dim operations a query and key on the tensor cores; an exponential a query and key, 16 a cycle
+// and multiprocessor, which is half as long at head_dim 128.
+#pragma once
+
+#include "cuda/kernels/attention_prompt.h"
+#include "cuda/kernels/mma.cuh"
+
+namespace qvl::cuda {
+
+constexpr int kQueries = kAttentionTile, kAttentionWarps = kAttentionThreads / 32;
+constexpr float kLog2E = 1.44269504f;
+
+__device__ inline float minus_infinity() {
+  return __int_as_float(0xFF800000);
+}
+
+// What a block works on. Query i (of n) lies at q + i * q_stride, sees keys 0 .. first_position + i where
+// causal, and all n_keys otherwise; its result goes to y + i * y_stride. Scores are multiplied by `scale`.
+struct Job {
+  const H* q;
+  H* y;
+  int64 q_stride, y_stride;
+  int n, n_keys, head_dim;
+  int first_position;
+  bool causal;
+  float scale;
+};
+
+#if __CUDA_ARCH__ >= 800
+
+// exp2 of the difference; 0 where a is -infinity.
+__device__ inline float power(float a) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+
+// D: head_dim, padded to a multiple of 16. Source::load<D>(to, part, first) writes keys (part 0) or values
+// (part 1) first .. first + kAttentionKeys<D> - 1 to rows of D + 8 in shared memory, zeros where there are
+// none; it may use copy_async.
+template <int D, typename Source>
+__device__ inline void attend(const Job& job, const Source& source) {
+  constexpr int kRow = D + 8, kKeys = kAttentionKeys<D>;
+  constexpr bool kKeepQueries = D <= 128;  // in registers
+  extern __shared__ __align__(16) H shared[];
+  H* const queries = shared;
+  H* const buffers = shared + kQueries * kRow;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int tiles = (job.n_keys + kKeys - 1) / kKeys;
+
+  auto load = [&](int tile, int part) {
+    if (tile < tiles) {
+      source.template load<D>(buffers + (tile % 2 * 2 + part) * kKeys * kRow, part, tile * kKeys);
+    }
+    commit_copies();
+  };
+  load(0, 0);
+  for (int i = threadIdx.x; i < kQueries * D / 2; i += kAttentionThreads) {
+    const int row = i / (D / 2), column = i % (D / 2) * 2;
+    H2 value = to_half2(0, 0);
+    if (row < job.n && column < job.head_dim) {
+      value = *reinterpret_cast<const H2*>(job.q + row * job.q_stride + column);
+    }
+    *reinterpret_cast<H2*>(queries + row * kRow + column) = value;
+  }
+  load(0, 1);
+  __syncthreads();
+  const H* const my_queries = queries + (warp * 16 + lane % 16) * kRow + lane / 16 * 8;
+  uint32 q[D / 16][4];
+  if (kKeepQueries) {
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) load_matrices(q[k], my_queries + 16 * k);
+  }
+
+  float sums[D / 8][4] = {};
+  float most[2] = {minus_infinity(), minus_infinity()}, total[2] = {0, 0};
+  const int row = warp * 16 + lane / 4;
+  const float scale = job.scale * kLog2E;
+  for (int tile = 0; tile < tiles; ++tile) {
+    load(tile + 1, 0);
+    load(tile + 1, 1);
+    wait_for_copies<3>();
+    __syncthreads();
+    const H* const keys = buffers + tile % 2 * 2 * kKeys * kRow;
+    const H* const values = keys + kKeys * kRow;
+    float scores[kKeys / 8][4] = {};
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      uint32 loaded[4];
+      if (!kKeepQueries) load_matrices(loaded, my_queries + 16 * k);
+      const uint32(&a)[4] = kKeepQueries ? q[k] : loaded;
+#pragma unroll
+      for (int j = 0; j < kKeys / 16; ++j) {
+        uint32 b[4];
+        load_matrices(b, keys + (16 * j + lane / 16 * 8 + lane % 8) * kRow + 16 * k + lane / 8 % 2 * 8);
+        multiply(scores[2 * j], a, b[0], b[1]);
+        multiply(scores[2 * j + 1], a, b[2], b[3]);
+      }
+    }
+    const int first = tile * kKeys;
+    const bool whole = first + kKeys <= (job.causal ? job.first_position + 1 : job.n_keys);
+    if (!whole) {
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int key = first + 8 * j + lane % 4 * 2 + i % 2;
+          const int seen = job.causal ? job.first_position + row + i / 2 * 8 + 1 : job.n_keys;
+          if (key >= seen) scores[j][i] = minus_infinity();
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float best = most[half];
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+        best = fmaxf(best, fmaxf(scores[j][2 * half], scores[j][2 * half + 1]));
+      }
+      best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 1));
+      best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 2));
+      const float factor = power((most[half] - best) * scale), shift = best * scale;
+      most[half] = best;
+      total[half] *= factor;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) sums[j][2 * half] *= factor, sums[j][2 * half + 1] *= factor;
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+        scores[j][2 * half] = power(scores[j][2 * half] * scale - shift);
+        scores[j][2 * half + 1] = power(scores[j][2 * half + 1] * scale - shift);
+        total[half] += scores[j][2 * half] + scores[j][2 * half + 1];
+      }
+    }
+    wait_for_copies<2>();
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      const uint32 a[4] = {as_bits(to_half2(scores[2 * k][0], scores[2 * k][1])),
+                           as_bits(to_half2(scores[2 * k][2], scores[2 * k][3])),
+                           as_bits(to_half2(scores[2 * k + 1][0], scores[2 * k + 1][1])),
+                           as_bits(to_half2(scores[2 * k + 1][2], scores[2 * k + 1][3]))};
+#pragma unroll
+      for (int j = 0; j < D / 16; ++j) {
+        uint32 b[4];
+        load_matrices_transposed(b, values + (16 * k + lane % 16) * kRow + 16 * j + lane / 16 * 8);
+        multiply(sums[2 * j], a, b[0], b[1]);
+        multiply(sums[2 * j + 1], a, b[2], b[3]);
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    total[half] += __shfl_xor_sync(0xFFFFFFFFu, total[half], 1);
+    total[half] += __shfl_xor_sync(0xFFFFFFFFu, total[half], 2);
+    const int query = row + 8 * half;
+    if (query >= job.n) continue;
+    const float factor = 1 / total[half];
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      const int column = 8 * j + lane % 4 * 2;
+      if (column >= job.head_dim) continue;
+      *reinterpret_cast<H2*>(job.y + query * job.y_stride + column) =
+          to_half2(sums[j][2 * half] * factor, sums[j][2 * half + 1] * factor);
+    }
+  }
+}
+
+#else
+
+// Right, not fast: a warp goes over the keys of one query after another, its lanes over the dimensions.
+template <int D, typename Source>
+__device__ inline void attend(const Job& job, const Source& source) {
+  constexpr int kEach = (D + 31) / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int i = warp; i < job.n; i += kAttentionWarps) {
+    const int seen = job.causal ? job.first_position + i + 1 : job.n_keys;
+    float q[kEach], sums[kEach] = {}, most = minus_infinity(), total = 0;
+    for (int j = 0; j < kEach; ++j) {
+      const int d = lane + 32 * j;
+      q[j] = d < job.head_dim ? to_float(job.q[i * job.q_stride + d]) * job.scale : 0.f;
+    }
+    for (int key = 0; key < seen; ++key) {
+      float score = 0;
+      for (int j = 0; j < kEach; ++j) {
+        if (lane + 32 * j < job.head_dim) score += q[j] * to_float(source.value(0, key, lane + 32 * j));
+      }
+      score = warp_sum(score);
+      const float best = fmaxf(most, score), factor = __expf(most - best), weight = __expf(score - best);
+      most = best;
+      total = total * factor + weight;
+      for (int j = 0; j < kEach; ++j) {
+        const int d = lane + 32 * j;
+        if (d < job.head_dim) sums[j] = sums[j] * factor + weight * to_float(source.value(1, key, d));
+      }
+    }
+    for (int j = 0; j < kEach; ++j) {
+      const int d = lane + 32 * j;
+      if (d < job.head_dim) job.y[i * job.y_stride + d] = to_half(sums[j] / total);
+    }
+  }
+}
+
+#endif
+
+}  // namespace qvl::cuda

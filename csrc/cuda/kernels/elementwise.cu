@@ -1,0 +1,266 @@
+// Norm, embedding, and rotary angles with the write to the cache: what lies between the products.
+//
+// At the 7B geometry a row is 16 KB of float32 or 24 KB of queries, keys and values: nothing beside the
+// products' weights. A kernel takes what a launch and one way to memory and back take, 1 to 2 us, as long as
+// all loads of a thread are on their way at once. So: weights are read before the predecessors end, a row of
+// the norm is held in registers between its two uses, and all sums of a block cross one barrier. For prompts
+// of thousands of rows the bytes bound them: 24 KB a row for norms, 48 KB for the rotation, at the rate of
+// the L2 cache, where the product before left them.
+#include "cuda/kernels/elementwise.h"
+#include "cuda/kernels/row_sum.cuh"
+
+namespace qvl::cuda {
+
+// A block a row. kHeld: the width is a multiple of 4 and the row fits the registers of its threads.
+template <bool kHeld>
+__device__ void rms_norm_row(const RmsNormParams& p) {
+  __shared__ float room[32];
+  const int width = p.width;
+  const float* x = p.x + static_cast<int64>(blockIdx.x) * width;
+  H* y = static_cast<H*>(p.y) + static_cast<int64>(blockIdx.x) * width;
+  float squares = 0;
+  if constexpr (kHeld) {
+    float4 weights[kRowVectors], values[kRowVectors];
+#pragma unroll
+    for (int v = 0; v < kRowVectors; ++v) {
+      const int i = 4 * (v * blockDim.x + threadIdx.x);
+      if (i < width) weights[v] = load4(p.weight + i);
+    }
+    start_successors();
+    wait_for_predecessors();
+#pragma unroll
+    for (int v = 0; v < kRowVectors; ++v) {
+      const int i = 4 * (v * blockDim.x + threadIdx.x);
+      values[v] = i < width ? load4(x + i) : float4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (int v = 0; v < kRowVectors; ++v) {
+      const float4 a = values[v];
+      squares += (a.x * a.x + a.y * a.y) + (a.z * a.z + a.w * a.w);
+    }
+    const float scale = 1 / sqrtf(block_sum(squares, room) / static_cast<float>(width) + p.epsilon);
+#pragma unroll
+    for (int v = 0; v < kRowVectors; ++v) {
+      const int i = 4 * (v * blockDim.x + threadIdx.x);
+      const float4 a = values[v], w = weights[v];
+      if (i < width)
+        store4(y + i, a.x * scale * w.x, a.y * scale * w.y, a.z * scale * w.z, a.w * scale * w.w);
+    }
+  } else {
+    start_successors();
+    wait_for_predecessors();
+    for (int i = threadIdx.x; i < width; i += blockDim.x) squares += x[i] * x[i];
+    const float scale = 1 / sqrtf(block_sum(squares, room) / static_cast<float>(width) + p.epsilon);
+    for (int i = threadIdx.x; i < width; i += blockDim.x) y[i] = to_half(x[i] * scale * p.weight[i]);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(1024, kRowBlocks)
+    rms_norm_held(const __grid_constant__ RmsNormParams p) {
+  rms_norm_row<true>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(1024, kRowBlocks)
+    rms_norm_any(const __grid_constant__ RmsNormParams p) {
+  rms_norm_row<false>(p);
+}
+
+// `parts` blocks a row, a thread takes 8 values side by side.
+extern "C" __global__ void __launch_bounds__(kEmbedThreads) embed(const __grid_constant__ EmbedParams p) {
+  start_successors();
+  wait_for_predecessors();
+  const int row = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
+  const int first = (part * kEmbedThreads + threadIdx.x) * kEmbedValues;
+  float* x = p.x + static_cast<int64>(row) * p.width;
+  const uint64 given = p.features != nullptr ? p.features[row] : 0;
+  const float* features = reinterpret_cast<const float*>(given);
+  const int id = min(max(p.ids[row], 0), p.vocab - 1);
+  const H* from = static_cast<const H*>(p.wte) + static_cast<int64>(id) * p.width;
+  if (p.width % kEmbedValues == 0 && given % 16 == 0) {
+    if (first >= p.width) return;
+    float4 low, high;
+    if (given != 0) {
+      low = load4(features + first);
+      high = load4(features + first + 4);
+    } else {
+      const Half8 values = *reinterpret_cast<const Half8*>(from + first);
+      const float2 a = to_float2(values.pairs[0]), b = to_float2(values.pairs[1]);
+      const float2 c = to_float2(values.pairs[2]), d = to_float2(values.pairs[3]);
+      low = {a.x, a.y, b.x, b.y};
+      high = {c.x, c.y, d.x, d.y};
+    }
+    *reinterpret_cast<float4*>(x + first) = low;
+    *reinterpret_cast<float4*>(x + first + 4) = high;
+    return;
+  }
+  for (int i = first; i < min(first + kEmbedValues, p.width); ++i)
+    x[i] = given != 0 ? features[i] : to_float(from[i]);
+}
+
+__device__ inline float to_float(float value) {
+  return value;
+}
+
+__device__ inline uint16 bfloat16_bits(float value) {
+  const uint32 bits = __float_as_uint(value);
+  if (value != value) return static_cast<uint16>(bits >> 16 | 64);
+  return static_cast<uint16>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);  // the nearest, even of two
+}
+
+__device__ inline uint16 float16_bits(float value) {
+  uint16 bits;  // what is out of range becomes the largest value, a NaN stays one
+  const float in = value != value ? value : fminf(fmaxf(value, -65504.f), 65504.f);
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(in));
+  return bits;
+}
+
+// kLanes lanes of a warp take the query, key and value of a head of a token. Each has kSteps times kStep
+// dimensions side by side, and those half a head above: kSteps * kStep * kLanes is half a head or more.
+template <int kStep_, int kSteps_, int kLanes_>
+struct HeadPart {
+  static constexpr int kStep = kStep_, kSteps = kSteps_, kLanes = kLanes_;
+  float low[kSteps][kStep], high[kSteps][kStep];
+
+  __device__ static int dimension(int step) { return kStep * (threadIdx.x % kLanes + kLanes * step); }
+
+  // One step's values.
+  template <typename Value>
+  struct alignas(kStep * sizeof(Value)) Run {
+    Value values[kStep];
+  };
+
+  template <typename Value>
+  __device__ void load(const Value* low_from, const Value* high_from, int half) {
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+      const int d = dimension(j);
+#pragma unroll
+      for (int s = 0; s < kStep; ++s) low[j][s] = high[j][s] = 0;
+      if (d >= half) continue;
+      const auto a = *reinterpret_cast<const Run<Value>*>(low_from + d);
+      const auto b = *reinterpret_cast<const Run<Value>*>(high_from + d);
+#pragma unroll
+      for (int s = 0; s < kStep; ++s) {
+        low[j][s] = to_float(a.values[s]);
+        high[j][s] = to_float(b.values[s]);
+      }
+    }
+  }
+
+  __device__ void rotate(const HeadPart& angles, float scale) {  // low: cosines, high: sines
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+#pragma unroll
+      for (int s = 0; s < kStep; ++s) {
+        const float a = low[j][s], b = high[j][s], c = angles.low[j][s], z = angles.high[j][s];
+        low[j][s] = (a * c - b * z) * scale;
+        high[j][s] = (b * c + a * z) * scale;
+      }
+    }
+  }
+
+  template <typename Value, typename Convert>
+  __device__ void store(Value* to, int half, Convert&& convert) const {
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+      const int d = dimension(j);
+      if (d >= half) continue;
+      Run<Value> a, b;
+#pragma unroll
+      for (int s = 0; s < kStep; ++s) {
+        a.values[s] = convert(low[j][s]);
+        b.values[s] = convert(high[j][s]);
+      }
+      *reinterpret_cast<Run<Value>*>(to + d) = a;
+      *reinterpret_cast<Run<Value>*>(to + half + d) = b;
+    }
+  }
+
+  // The largest magnitude of the head, in all its lanes.
+  __device__ float most() const {
+    float most = 0;
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+#pragma unroll
+      for (int s = 0; s < kStep; ++s) most = fmaxf(most, fmaxf(fabsf(low[j][s]), fabsf(high[j][s])));
+    }
+    for (int lane = kLanes / 2; lane > 0; lane /= 2)
+      most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, lane));
+    return most;
+  }
+};
+
+// `row`: of [2][heads][block_tokens] in the block.
+template <typename Part>
+__device__ void store_cached(const RotateParams& p, const Part& part, char* block, int row) {
+  const int half = p.head_dim / 2;
+  const int64 first = static_cast<int64>(row) * p.head_dim;
+  switch (p.type) {
+    case kCacheFloat32:
+      return part.store(reinterpret_cast<float*>(block) + first, half, [](float v) { return v; });
+    case kCacheBfloat16:
+      return part.store(reinterpret_cast<uint16*>(block) + first, half, bfloat16_bits);
+    case kCacheFloat16:
+      return part.store(reinterpret_cast<uint16*>(block) + first, half, float16_bits);
+    default:
+      const float most = part.most();
+      // The inverse of a denormal would overflow; it counts as zero.
+      const bool usable = most > 1e-35f && most < __int_as_float(0x7F800000);
+      const float inverse = usable ? 127.f / most : 0.f;
+      part.store(reinterpret_cast<int8*>(block) + first, half,
+                 [=](float v) { return static_cast<int8>(__float2int_rn(v * inverse)); });
+      char* scales = block + 2 * static_cast<int64>(p.heads) * p.block_tokens * p.head_dim;
+      if (threadIdx.x % Part::kLanes == 0)
+        reinterpret_cast<float*>(scales)[row] = usable ? most / 127.f : 0.f;
+  }
+}
+
+template <typename Part>
+__device__ void rotate_head(const RotateParams& p) {
+  start_successors();
+  wait_for_predecessors();
+  const int64 here =
+      static_cast<int64>(blockIdx.x) * (blockDim.x / Part::kLanes) + threadIdx.x / Part::kLanes;
+  // Lanes without a head do the last one again, so that all are there to exchange values.
+  const int64 task = min(here, static_cast<int64>(p.n) * p.heads - 1);
+  const int token = static_cast<int>(task / p.heads), head = static_cast<int>(task % p.heads);
+  const int half = p.head_dim / 2;
+  const int64 width = static_cast<int64>(p.heads) * p.head_dim;
+  const H* from = static_cast<const H*>(p.qkv) + 3 * width * token + head * p.head_dim;
+  const int position = p.positions[token];
+  const int64 angle_table = p.angle_tables[token], table = p.tables[token];
+  Part query, key, value, angles;
+  query.load(from, from + half, half);
+  key.load(from + width, from + width + half, half);
+  value.load(from + 2 * width, from + 2 * width + half, half);
+  const int64 place = (angle_table * p.max_positions + position) * half;
+  angles.load(p.cos + place, p.sin + place, half);
+  const float scale = p.query_scale[position];
+  const int number = p.blocks[table * p.max_blocks + position / p.block_tokens];
+  const int slot = position % p.block_tokens;
+  char* block = p.cache + number * p.block_bytes;
+  query.rotate(angles, scale);
+  key.rotate(angles, 1);
+  query.store(static_cast<H*>(p.q) + width * token + head * p.head_dim, half, to_half);
+  store_cached(p, key, block, head * p.block_tokens + slot);
+  store_cached(p, value, block, (p.heads + head) * p.block_tokens + slot);
+}
+
+extern "C" __global__ void __launch_bounds__(kRotateThreads)
+    rotate_and_store_128(const __grid_constant__ RotateParams p) {
+  rotate_head<HeadPart<4, 1, 16>>(p);
+}
+
+// head_dim a multiple of 4, up to kMaxHeadDim.
+extern "C" __global__ void __launch_bounds__(kRotateThreads)
+    rotate_and_store_2(const __grid_constant__ RotateParams p) {
+  rotate_head<HeadPart<2, kMaxHeadDim / 2 / 64, 32>>(p);
+}
+
+// head_dim even, up to kMaxHeadDim.
+extern "C" __global__ void __launch_bounds__(kRotateThreads)
+    rotate_and_store_1(const __grid_constant__ RotateParams p) {
+  rotate_head<HeadPart<1, kMaxHeadDim / 2 / 32, 32>>(p);
+}
+
+}  // namespace qvl::cuda

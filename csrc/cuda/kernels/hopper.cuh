@@ -1,0 +1,156 @@
+// Hopper's own instructions (sm_90a): barriers in shared memory, tensor copies, products of warpgroups.
+#pragma once
+
+#include "cuda/kernels/common.cuh"
+#include "cuda/kernels/linear_prompt.h"
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+namespace qvl::cuda {
+
+// Addresses of shared memory are 32 bits wide here.
+
+__device__ inline void barrier_init(uint32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Make barriers known to the copy engine and to the other blocks of the cluster.
+__device__ inline void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ inline void barrier_expect(uint32 barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+__device__ inline void barrier_wait(uint32 barrier, uint32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra.uni end;\n"
+      "bra.uni again;\n"
+      "end:\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Arrive at the barrier with this address in block `rank` of the cluster.
+__device__ inline void barrier_arrive(uint32 barrier, uint32 rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+__device__ inline uint32 cluster_rank() {
+  uint32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Threads of one warpgroup meet; barrier 0 is __syncthreads().
+__device__ inline void warpgroup_sync(int barrier) {
+  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+}
+
+// The box at (column, row) of the tensor to shared memory, here or in all blocks of `blocks` (a bit each).
+__device__ inline void copy_box(uint32 to, const TensorMap& map, int column, int row, uint32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+      "[%4];" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+__device__ inline void copy_box_to(uint32 to, const TensorMap& map, int column, int row, uint32 barrier,
+                                   uint32 blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16>(blocks))
+      : "memory");
+}
+
+// Describes rows of 64 values (128 bytes, swizzled by the copy engine) that begin at a multiple of 1024.
+__device__ inline uint64 describe(uint32 address) {
+  return static_cast<uint64>(address >> 4 & 0x3FFF) | uint64{1} << 16 | uint64{1024 >> 4} << 32 |
+         uint64{1} << 62;
+}
+
+__device__ inline void products_begin() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ inline void products_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int n>
+__device__ inline void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
+}
+
+// The lists of registers that an instruction of width N names: N / 2 accumulators, then two descriptors and
+// whether to add.
+#define QVL_L16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define QVL_L32 QVL_L16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define QVL_L48 QVL_L32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define QVL_L52 QVL_L48 ",%48,%49,%50,%51"
+#define QVL_L64 QVL_L52 ",%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define QVL_L72 QVL_L64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define QVL_L96                                                                                  \
+  QVL_L72                                                                                        \
+      ",%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93" \
+      ",%94,%95"
+#define QVL_L104 QVL_L96 ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define QVL_L128                                                                                        \
+  QVL_L104                                                                                              \
+      ",%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122" \
+      ",%123,%124,%125,%126,%127"
+#define QVL_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define QVL_F16(i) QVL_F4(i), QVL_F4(i + 4), QVL_F4(i + 8), QVL_F4(i + 12)
+#ifdef QVL_COMPUTE_BFLOAT16
+#define QVL_TYPES ".f32.bf16.bf16"
+#else
+#define QVL_TYPES ".f32.f16.f16"
+#endif
+#define QVL_PRODUCT(N, LIST, A, B, ADD, ...)                                                                 \
+  template <>                                                                                                \
+  struct Product<N> {                                                                                        \
+    static __device__ inline void run(float* d, uint64 a, uint64 b, int add) {                               \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
+                   "k16" QVL_TYPES " {" LIST "}, %" A ", %" B ", add, 1, 1, 0, 0;\n}"                        \
+                   : __VA_ARGS__                                                                             \
+                   : "l"(a), "l"(b), "r"(add));                                                              \
+    }                                                                                                        \
+  };
+
+// d [64, N] (+)= a [64, 16] b [N, 16]^T, both in shared memory.
+template <int N>
+struct Product;
+QVL_PRODUCT(32, QVL_L16, "16", "17", "18", QVL_F16(0))
+QVL_PRODUCT(64, QVL_L32, "32", "33", "34", QVL_F16(0), QVL_F16(16))
+QVL_PRODUCT(96, QVL_L48, "48", "49", "50", QVL_F16(0), QVL_F16(16), QVL_F16(32))
+QVL_PRODUCT(104, QVL_L52, "52", "53", "54", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F4(48))
+QVL_PRODUCT(128, QVL_L64, "64", "65", "66", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F16(48))
+QVL_PRODUCT(144, QVL_L72, "72", "73", "74", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F16(48), QVL_F4(64),
+            QVL_F4(68))
+QVL_PRODUCT(192, QVL_L96, "96", "97", "98", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F16(48), QVL_F16(64),
+            QVL_F16(80))
+QVL_PRODUCT(208, QVL_L104, "104", "105", "106", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F16(48),
+            QVL_F16(64), QVL_F16(80), QVL_F4(96), QVL_F4(100))
+QVL_PRODUCT(256, QVL_L128, "128", "129", "130", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F16(48),
+            QVL_F16(64), QVL_F16(80), QVL_F16(96), QVL_F16(112))
+
+}  // namespace qvl::cuda
+
+#endif

@@ -1,0 +1,37 @@
+// Parameters of the products of prompts, shared by launchers and kernels. Plain types only.
+#pragma once
+
+namespace qvl::cuda {
+
+// What becomes of the rows of y: `Into` of ops.h by number.
+constexpr int kIntoHalf = 0, kIntoFloat = 1, kIntoAdd = 2, kIntoGelu = 3, kIntoSiluTimes = 4;
+
+struct Result {
+  const float* bias;  // [out], or NULL
+  void* y;
+  int n, out, into;
+};
+
+// y [n, out] = x [n, x_stride] W^T, W [out, stride]; `in` values of a row count.
+struct LinearPrompt {
+  Result result;
+  const void* x;
+  const void* w;
+  long long x_stride;
+  int in, stride;
+};
+
+// What the driver's cuTensorMapEncodeTiled writes.
+struct alignas(64) TensorMap {
+  unsigned long long opaque[16];
+};
+
+// The same with both operands as tensors [rows, in], cut in boxes of 64 values.
+struct LinearTensors {
+  TensorMap w, x;
+  Result result;
+  int steps;               // ceil(in / 64)
+  int m_groups, n_groups;  // clusters over rows of W and over tokens
+};
+
+}  // namespace qvl::cuda

@@ -1,0 +1,210 @@
+// Products of prompts on Hopper: wgmma on tiles that the copy engine brings.
+//
+// A block computes 64 C rows of W x N tokens: C warpgroups of 64 rows each, and one of
+// which one thread asks for copies. Steps of 64 values of k come through S buffers: W [64 C, 64] and x [N,
+// 64], rows of 128 bytes swizzled by the copy engine. Blocks of a cluster, CM tiles of rows by CN tiles of
+// tokens, share what they read: each asks for its part of a tile and sends it to all that need it. Clusters
+// go over the tiles, tokens first, so that W comes from memory once and x stays in the L2 cache.
+//
+// Each sum has one accumulator and goes over k in ascending steps of 16, whatever the tile: a row's bits do
+// not depend on the choice.
+//
+// Cost of a step, in cycles of a multiprocessor: 2 C N of wgmma (64 x 8 x 16 products in 4 cycles), against
+// (64 C / CN + N / CM) 128 bytes from the L2 cache, of which 32 to 38 a cycle arrive. So tiles are large, or
+// shared, and there are about as many as multiprocessors; linear_prompt.cc chooses.
+#include "cuda/kernels/hopper.cuh"
+#include "cuda/kernels/linear_prompt.cuh"
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+namespace qvl::cuda {
+
+constexpr int kChunk = 16;         // tokens at a time on their way out
+constexpr int kChunkRow = 64 + 4;  // floats between them
+constexpr int kChunkBytes = kChunk * kChunkRow * 4;
+
+// Four columns of a row of y, bias added; a column beyond `out` is left out.
+__device__ inline void finish_four(const Result& p, int row, int column, float4 v) {
+  if (p.out % 4 != 0) {
+    if (column < p.out) finish_pair(p, row, column, v.x, v.y);
+    if (column + 2 < p.out) finish_pair(p, row, column + 2, v.z, v.w);
+    return;
+  }
+  if (column >= p.out) return;
+  if (p.bias != nullptr) {
+    const float4 bias = *reinterpret_cast<const float4*>(p.bias + column);
+    v.x += bias.x, v.y += bias.y, v.z += bias.z, v.w += bias.w;
+  }
+  const int64 at = static_cast<int64>(row) * p.out + column;
+  if (p.into == kIntoSiluTimes) {
+    reinterpret_cast<H2*>(p.y)[at / 4] = to_half2(silu_times(v.x, v.y), silu_times(v.z, v.w));
+  } else if (p.into == kIntoFloat) {
+    *reinterpret_cast<float4*>(static_cast<float*>(p.y) + at) = v;
+  } else if (p.into == kIntoAdd) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(static_cast<float*>(p.y) + at),
+                 "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+  } else {
+    if (p.into == kIntoGelu) v = make_float4(gelu(v.x), gelu(v.y), gelu(v.z), gelu(v.w));
+    H2 pairs[2] = {to_half2(v.x, v.y), to_half2(v.z, v.w)};
+    *reinterpret_cast<uint2*>(static_cast<H*>(p.y) + at) = *reinterpret_cast<uint2*>(pairs);
+  }
+}
+
+template <int C, int N, int CM, int CN, int S, int BLOCKS>
+__device__ inline void linear(const LinearTensors& p) {
+  constexpr int kRows = 64 * C, kBlocks = CM * CN, kPeers = CM + CN - 1;
+  constexpr int kBytesW = kRows * 128, kBytesX = N * 128;
+  // One instruction must do with the registers of a thread at entry, 128 with four warpgroups.
+  constexpr int kWidth = C == 3 && N > 144 ? N / 2 : N;
+  static_assert(kRows / CN % 8 == 0 && N % (8 * CM) == 0, "parts of tiles are whole groups of 8 rows");
+  extern __shared__ char raw[];
+  // The same offset in every block of a cluster.
+  char* const aligned = raw + (-static_cast<uint32>(__cvta_generic_to_shared(raw)) & 1023);
+  const uint32 tiles_w = static_cast<uint32>(__cvta_generic_to_shared(aligned));
+  const uint32 tiles_x = tiles_w + S * kBytesW;
+  float* const chunks = reinterpret_cast<float*>(aligned + S * (kBytesW + kBytesX));
+  const uint32 full = tiles_x + S * kBytesX + C * kChunkBytes, empty = full + 8 * S;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int rank = kBlocks > 1 ? static_cast<int>(cluster_rank()) : 0;
+  const int rank_m = rank % CM, rank_n = rank / CM;
+  const int first_group = blockIdx.x / kBlocks, stride = gridDim.x / kBlocks;
+  const int groups = p.m_groups * p.n_groups;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S; ++i) {
+      barrier_init(full + 8 * i, 1);
+      barrier_init(empty + 8 * i, C * kPeers);
+    }
+    publish_barriers();
+  }
+  if (kBlocks > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
+  start_successors();
+
+  if (warp >= 4 * C) {
+    if (C > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(BLOCKS == 1 ? 40 : 24));
+    if (warp == 4 * C && lane == 0) {
+      constexpr int kPartW = kRows / CN, kPartX = N / CM;
+      uint32 to_w = 0, to_x = 0;  // the blocks that need this one's parts
+      for (int i = 0; i < CN; ++i) to_w |= 1u << (rank_m + CM * i);
+      for (int i = 0; i < CM; ++i) to_x |= 1u << (i + CM * rank_n);
+      auto copy_w = [&](int slot, int group, int step) {
+        const int row = (group / p.n_groups * CM + rank_m) * kRows + rank_n * kPartW;
+        const uint32 to = tiles_w + slot * kBytesW + rank_n * kPartW * 128;
+        if (CN > 1) {
+          copy_box_to(to, p.w, step * 64, row, full + 8 * slot, to_w);
+        } else {
+          copy_box(to, p.w, step * 64, row, full + 8 * slot);
+        }
+      };
+      auto copy_x = [&](int slot, int group, int step) {
+        const int row = (group % p.n_groups * CN + rank_n) * N + rank_m * kPartX;
+        const uint32 to = tiles_x + slot * kBytesX + rank_m * kPartX * 128;
+        if (CM > 1) {
+          copy_box_to(to, p.x, step * 64, row, full + 8 * slot, to_x);
+        } else {
+          copy_box(to, p.x, step * 64, row, full + 8 * slot);
+        }
+      };
+      // Nobody writes weights: the first ones come before the predecessors are done.
+      const int ahead = first_group < groups ? min(S, p.steps) : 0;
+      for (int i = 0; i < ahead; ++i) {
+        barrier_expect(full + 8 * i, kBytesW + kBytesX);
+        copy_w(i, first_group, i);
+      }
+      wait_for_predecessors();
+      for (int i = 0; i < ahead; ++i) copy_x(i, first_group, i);
+      int slot = ahead % S;
+      uint32 phase = ahead == S ? 1 : 0;  // how often the slots have been around, by parity
+      for (int group = first_group; group < groups; group += stride) {
+        for (int step = group == first_group ? ahead : 0; step < p.steps; ++step) {
+          barrier_wait(empty + 8 * slot, phase ^ 1);
+          barrier_expect(full + 8 * slot, kBytesW + kBytesX);
+          copy_w(slot, group, step);
+          copy_x(slot, group, step);
+          if (++slot == S) slot = 0, phase ^= 1;
+        }
+      }
+    }
+  } else {
+    if (C > 1)
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(BLOCKS > 1 ? 104 : C == 2 ? 224 : 152));
+    const int part = warp / 4, thread = threadIdx.x % 128;
+    float* const chunk = chunks + part * kChunk * kChunkRow;
+    // The block that this warp tells when a slot is free: those of the same rows, then the others of the same
+    // tokens.
+    const int peer = warp % 4;
+    const int told =
+        peer < CN ? rank_m + CM * peer : (peer - CN < rank_m ? peer - CN : peer - CN + 1) + CM * rank_n;
+    static_assert(kPeers <= 4, "a warp tells one block");
+    auto release = [&](int slot) {
+      if (lane == 0 && peer < kPeers) barrier_arrive(empty + 8 * slot, told);
+    };
+    float sums[N / 2];
+    int slot = 0;
+    uint32 phase = 0;
+    for (int group = first_group; group < groups; group += stride) {
+      for (int step = 0; step < p.steps; ++step) {
+        barrier_wait(full + 8 * slot, phase);
+        const uint64 w = describe(tiles_w + slot * kBytesW + part * 64 * 128);
+        const uint64 x = describe(tiles_x + slot * kBytesX);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+#pragma unroll
+          for (int j = 0; j < N / kWidth; ++j) {
+            Product<kWidth>::run(sums + j * kWidth / 2, w + 2 * k, x + 2 * k + j * kWidth * 8, step + k != 0);
+          }
+        }
+        products_commit();
+        products_wait<1>();
+        if (step > 0) release(slot == 0 ? S - 1 : slot - 1);
+        if (++slot == S) slot = 0, phase ^= 1;
+      }
+      products_wait<0>();
+      release(slot == 0 ? S - 1 : slot - 1);
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+
+      const int first_out = (group / p.n_groups * CM + rank_m) * kRows + part * 64;
+      const int first_token = (group % p.n_groups * CN + rank_n) * N;
+#pragma unroll
+      for (int i = 0; i < N; i += kChunk) {
+        if (first_token + i >= p.result.n) break;
+        warpgroup_sync(1 + part);
+        float* const to = chunk + lane % 4 * 2 * kChunkRow + peer * 16 + lane / 4;
+#pragma unroll
+        for (int j = 0; j < kChunk && i + j < N; j += 8) {
+          to[j * kChunkRow] = sums[(i + j) / 2];
+          to[(j + 1) * kChunkRow] = sums[(i + j) / 2 + 1];
+          to[j * kChunkRow + 8] = sums[(i + j) / 2 + 2];
+          to[(j + 1) * kChunkRow + 8] = sums[(i + j) / 2 + 3];
+        }
+        warpgroup_sync(1 + part);
+#pragma unroll
+        for (int j = 0; j < kChunk && i + j < N; j += 8) {
+          const int token = first_token + i + j + thread / 16;
+          const float4 v =
+              *reinterpret_cast<float4*>(chunk + (j + thread / 16) * kChunkRow + thread % 16 * 4);
+          if (token < p.result.n) finish_four(p.result, token, first_out + thread % 16 * 4, v);
+        }
+      }
+    }
+  }
+  if (kBlocks > 1) cluster_sync();  // others may still send here
+}
+
+#define QVL_LINEAR(C, N, CM, CN, S, BLOCKS)                                                          \
+  extern "C" __global__ void __cluster_dims__(CM* CN, 1, 1) __launch_bounds__(128 * (C + 1), BLOCKS) \
+      linear_prompt_##C##x##N##_##CM##x##CN(const __grid_constant__ LinearTensors p) {               \
+    linear<C, N, CM, CN, S, BLOCKS>(p);                                                              \
+  }
+#include "cuda/kernels/linear_prompt_tiles.h"
+
+}  // namespace qvl::cuda
+
+#endif

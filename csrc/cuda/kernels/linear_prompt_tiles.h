@@ -1,0 +1,17 @@
+// Tiles of linear_prompt_hopper.cu: warpgroups of 64 rows, tokens, cluster (rows, tokens), buffers, blocks a
+// multiprocessor.
+QVL_LINEAR(1, 32, 1, 1, 8, 2)
+QVL_LINEAR(1, 64, 1, 1, 6, 2)
+QVL_LINEAR(1, 144, 1, 1, 6, 1)
+QVL_LINEAR(1, 144, 1, 2, 6, 1)
+QVL_LINEAR(1, 144, 2, 2, 6, 1)
+QVL_LINEAR(3, 144, 1, 2, 4, 1)
+QVL_LINEAR(2, 104, 1, 2, 6, 1)
+QVL_LINEAR(1, 208, 2, 1, 6, 1)
+QVL_LINEAR(3, 208, 1, 1, 4, 1)
+QVL_LINEAR(3, 208, 2, 1, 4, 1)
+QVL_LINEAR(2, 128, 1, 2, 6, 1)
+QVL_LINEAR(2, 128, 1, 4, 6, 1)
+QVL_LINEAR(2, 256, 1, 1, 4, 1)
+QVL_LINEAR(2, 256, 1, 2, 4, 1)
+QVL_LINEAR(2, 256, 2, 1, 4, 1)

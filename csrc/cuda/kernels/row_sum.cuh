@@ -1,0 +1,44 @@
+// Sums over the threads of a block, for rows that have a block each.
+#pragma once
+
+#include "cuda/kernels/common.cuh"
+
+namespace qvl::cuda {
+
+// Blocks of 1024 threads that are to fit a multiprocessor: those with room for 2048 threads.
+#if __CUDA_ARCH__ == 700 || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+constexpr int kRowBlocks = 2;
+#else
+constexpr int kRowBlocks = 1;
+#endif
+
+constexpr int kRowVectors = 2;  // float4 that a thread of a row's block can hold
+
+// The sum of all threads' values, in all threads. The order of the additions depends on the number of threads
+// alone. `room` is 32 floats of shared memory that nothing else uses until the kernel ends.
+__device__ inline float block_sum(float value, float* room) {
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  value = warp_sum(value);
+  if (lane == 0) room[threadIdx.x / 32] = value;
+  __syncthreads();
+  return warp_sum(lane < warps ? room[lane] : 0.f);
+}
+
+__device__ inline float4 load4(const float* at) {
+  return *reinterpret_cast<const float4*>(at);
+}
+
+struct alignas(8) Half4 {
+  H2 pairs[2];
+};
+
+struct alignas(16) Half8 {
+  H2 pairs[4];
+};
+
+// Four values of H at `at`, 8-byte aligned.
+__device__ inline void store4(H* at, float a, float b, float c, float d) {
+  *reinterpret_cast<Half4*>(at) = Half4{{to_half2(a, b), to_half2(c, d)}};
+}
+
+}  // namespace qvl::cuda

@@ -1,0 +1,69 @@
+// Parameters and scratch memory of the kernels in sample.cu, for host and device.
+#pragma once
+
+#include "cuda/kernels/pick.h"
+
+namespace qvl::cuda {
+
+constexpr int kScanThreads = 256;
+constexpr int kScanVectors = 4;  // float4 a thread
+constexpr int kScanChunk = 4 * kScanVectors * kScanThreads;
+constexpr int kSearchThreads = 1024;
+constexpr int kSearchBins = 2048;
+constexpr int kKept = 2048;  // ids that a search puts in order
+constexpr int kScanWarps = kScanThreads / 32;
+
+// What a chunk of a row has.
+struct ChunkPeak {
+  double best;  // the largest logit after penalties, and the lowest id that has it
+  int id;
+  int flags;        // kHasFinite, kHasNan
+  float most, sum;  // of the unchanged logits: the largest, and the sum of exp(logit - most)
+};
+
+// What the kernels after the scan must know of a row.
+struct RowState {
+  double best;   // as in ChunkPeak
+  double floor;  // log-probability of an unchanged logit: logit - floor
+  int peak;      // id of `best`; -1 if the row has a NaN or nothing finite
+};
+
+// Ids of a row that draws: those among which the first search of sample_draw ends.
+struct KeptIds {
+  unsigned blocks_done;                        // of sample_bins
+  bool by_count;                               // top-k counts: there are so many ids
+  bool too_many;                               // they are not kept
+  int n;                                       // how many are
+  unsigned long long mass;                     // the weight of all ids of the row
+  unsigned long long base_count, base_weight;  // of those before the kept
+  unsigned long long first_key, last_key;      // that the kept have
+};
+
+struct SampleParams {
+  const float* logits;
+  const Pick* picks;
+  const int* forbidden;
+  int vocab, chunks;
+  int bin_vectors;  // float4 a thread of sample_bins
+  bool any_draw, any_changed, want_floor;
+  int weight_shift;  // the weight 1 is 2^(31 + weight_shift), such that a row's sum stays under 2^63
+
+  // Scratch memory.
+  ChunkPeak* peaks;                 // [n, chunks]
+  RowState* states;                 // [n]
+  unsigned long long* bin_weights;  // [n, kSearchBins]
+  unsigned int* bin_counts;         // [n, kSearchBins]
+  KeptIds* kept;                    // [n]
+  unsigned long long* kept_keys;    // [n, kKept]
+  float* warp_mosts;                // [n, chunks * kScanWarps]: the largest logit of each warp of the scan
+  unsigned int* marks;              // [n, mark_words]: a bit for each forbidden id
+  int mark_words;
+
+  int* tokens;
+  float* logprobs;
+  int n_top;
+  int* top_tokens;
+  float* top_logprobs;
+};
+
+}  // namespace qvl::cuda

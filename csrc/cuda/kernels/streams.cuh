@@ -1,0 +1,85 @@
+// What kernels that stream from memory are made of: copies ahead of their use, and products of fragments.
+// Architectures older than sm_80 have neither; they get a plain load and sums over shuffles instead.
+#pragma once
+
+#include "cuda/kernels/common.cuh"
+
+namespace qvl::cuda {
+
+__device__ inline uint32 shared_address(const void* p) {
+  return static_cast<uint32>(__cvta_generic_to_shared(p));
+}
+
+// A thread's own copy of 16 bytes to shared memory; zeros if not `there`. Needs no barrier where the thread
+// reads it back itself after wait_for_copies.
+__device__ inline void copy_ahead16(void* to, const void* from, bool there) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(there ? 16 : 0)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+template <int bytes>  // 4 or 8
+__device__ inline void copy_ahead(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(bytes)
+               : "memory");
+#else
+  for (int i = 0; i < bytes / 4; ++i) static_cast<uint32*>(to)[i] = static_cast<const uint32*>(from)[i];
+#endif
+}
+
+// Ends a group of copies.
+__device__ inline void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most n of the thread's groups are under way.
+template <int n>
+__device__ inline void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+#endif
+}
+
+// sums [16, 8] += a [16, 16] b [16, 8], spread over the lanes of a warp as mma.m16n8k16 has it: lane 4 g + t
+// has of a rows g and g + 8 (a0, a1), and again (a2, a3), of b column g (b0, b1), of the sums rows g and
+// g + 8, columns 2 t and 2 t + 1. Which k a slot stands for is the caller's choice, the same for a and b:
+// slots of a0, a1 and b0 are one pair of k for each t, those of a2, a3 and b1 another.
+__device__ inline void multiply(float (&sums)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0,
+                                uint32 b1) {
+#if __CUDA_ARCH__ >= 800
+#ifdef QVL_COMPUTE_BFLOAT16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+#endif
+      "{%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  const int lane = threadIdx.x % 32, row = lane & ~3, column = lane % 4 * 8;
+  const uint32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  for (int t = 0; t < 4; ++t) {
+    for (int half = 0; half < 2; ++half) {
+      const uint32 low = __shfl_sync(0xFFFFFFFFu, b[half], column + t);
+      const uint32 high = __shfl_sync(0xFFFFFFFFu, b[half], column + 4 + t);
+      const float2 x = to_float2(reinterpret_cast<const H2&>(low));
+      const float2 y = to_float2(reinterpret_cast<const H2&>(high));
+      for (int upper = 0; upper < 2; ++upper) {
+        const uint32 bits = __shfl_sync(0xFFFFFFFFu, a[2 * half + upper], row + t);
+        const float2 w = to_float2(reinterpret_cast<const H2&>(bits));
+        sums[2 * upper] += w.x * x.x + w.y * x.y;
+        sums[2 * upper + 1] += w.x * y.x + w.y * y.y;
+      }
+    }
+  }
+#endif
+}
+
+}  // namespace qvl::cuda

@@ -1,0 +1,31 @@
+// Parameters of the kernels in vision.cu, for host and device.
+#pragma once
+
+namespace qvl::cuda {
+
+struct CutPatchesParams {
+  const float* images;
+  void* y;
+  int size, patch, stride;
+};
+
+struct LayerNormParams {
+  const float* x;
+  const float* weight;
+  const float* bias;
+  const float* add;  // or NULL
+  void* y_half;      // or NULL
+  float* y_float;    // or NULL
+  int width, period;
+  float epsilon;
+};
+
+constexpr int kAddThreads = 256;
+
+struct AddRowsParams {
+  float* x;
+  const float* add;
+  long long values, period;  // counted in float4 by add_rows_4
+};
+
+}  // namespace qvl::cuda

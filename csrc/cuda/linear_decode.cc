@@ -1,0 +1,116 @@
+// Products of decode steps, and matrices on the GPU: kernels/linear_decode.cu.
+#include <algorithm>
+#include <string>
+
+#include "core/error.h"
+#include "core/pack.h"
+#include "cuda/kernels/linear_decode.h"
+#include "cuda/ops.h"
+
+namespace qvl::cuda {
+namespace {
+
+constexpr int kTileRows = 16, kWarps = 16, kThreads = 32 * kWarps;
+constexpr int kMostColumns = 8;
+constexpr int kMostRows = 256;
+
+// As in the kernel: steps in the ring, and what a block may have of shared memory.
+int ring_depth(int arch) {
+  if (arch < 80) return 2;
+  return arch == 80 || (arch >= 90 && arch < 120) ? 5 : 3;
+}
+int shared_limit(int arch) {
+  if (arch == 75) return 64 << 10;
+  if (arch == 70) return 96 << 10;
+  if (arch == 80) return 163 << 10;
+  return arch >= 90 && arch < 120 ? 227 << 10 : 99 << 10;
+}
+
+int group_of(Storage storage) {
+  return storage == Storage::kInt4G64 ? 64 : 128;
+}
+
+const char* name_of(Storage storage) {
+  constexpr const char* kNames[] = {"half", "int8", "int4_g64", "int4_g128"};
+  return kNames[static_cast<int>(storage)];
+}
+
+uint64_t rounded(int value, int unit) {
+  return static_cast<uint64_t>((value + unit - 1) / unit * unit);
+}
+
+}  // namespace
+
+MatrixBytes matrix_bytes(Storage storage, int out, int in) {
+  if (storage == Storage::kHalf) return {static_cast<uint64_t>(out) * rounded(in, 8) * 2, 0};
+  const uint64_t rows = rounded(out, kTileRows), values = rows * static_cast<uint64_t>(padded(in));
+  if (storage == Storage::kInt8) return {values, rows * sizeof(float)};
+  return {values / 2, values / static_cast<uint64_t>(group_of(storage)) * 2};
+}
+
+void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void* from, int out,
+                   const Matrix& to, int first, int step) {
+  const bool fits = dtype == QVL_INT8        ? to.storage == Storage::kInt8
+                    : dtype == QVL_INT4_G64  ? to.storage == Storage::kInt4G64
+                    : dtype == QVL_INT4_G128 ? to.storage == Storage::kInt4G128
+                                             : to.storage == Storage::kHalf;
+  QVL_REQUIRE(fits && first + (out - 1) * step < to.out, QVL_INTERNAL,
+              "upload_matrix: dtype %d, row %d of %d", dtype, first + (out - 1) * step, to.out);
+  UploadMatrix p{};
+  p.from = from;
+  p.from_scales = static_cast<const char*>(from) + value_bytes(dtype, out, to.in);
+  p.values = to.values;
+  p.scales = to.scales;
+  p.rows = out;
+  p.in = to.in;
+  p.stride = to.stride;
+  p.first = first;
+  p.step = step;
+  // Whoever writes the last row fills up its tile.
+  if (to.storage != Storage::kHalf && first + (out - 1) * step == to.out - 1)
+    p.padding = static_cast<int>(rounded(to.out, kTileRows)) - to.out;
+  const char* name = dtype == QVL_FLOAT32    ? "float32"
+                     : dtype == QVL_BFLOAT16 ? "bfloat16"
+                     : dtype == QVL_FLOAT16  ? "float16"
+                                             : name_of(to.storage);
+  gpu.launch(stream, (std::string("upload_matrix_") + name).c_str(), {static_cast<unsigned>(out + p.padding)},
+             256, 0, p);
+}
+
+void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
+                   int n, Into into, void* y) {
+  QVL_REQUIRE(n >= 1 && n <= kMostRows, QVL_INTERNAL, "linear_decode: %d rows", n);
+  LinearDecode p{};
+  p.values = matrix.values;
+  p.scales = matrix.scales;
+  p.bias = matrix.bias;
+  p.x = x;
+  p.y = y;
+  p.x_stride = x_stride;
+  p.out = matrix.out;
+  p.in = matrix.in;
+  p.stride = matrix.stride;
+  p.n = n;
+  p.into = static_cast<int>(into);
+  // Shared memory: the ring, scales, x, and the slices' sums twice. A row of x is 64 bytes more than a
+  // multiple of 128, so that two rows lie in different banks.
+  const int depth = ring_depth(gpu.arch());
+  p.x_pitch = static_cast<int>(padded(matrix.in)) * 2 + 64;
+  p.scales_at = depth * kWarps * 1024;
+  p.x_at = p.scales_at;
+  if (matrix.storage == Storage::kInt4G64 || matrix.storage == Storage::kInt4G128)
+    p.x_at += depth * kWarps * 8 * 4 * (128 / group_of(matrix.storage));
+  const int column = p.x_pitch + 2 * kWarps * 20 * 4;
+  p.columns = std::min({n, kMostColumns, (shared_limit(gpu.arch()) - p.x_at) / column});
+  QVL_REQUIRE(p.columns >= 1, QVL_UNSUPPORTED, "a matrix of %d columns: rows do not fit on this GPU",
+              matrix.in);
+  p.sums_at = p.x_at + p.columns * p.x_pitch;
+  const int tiles = static_cast<int>(rounded(matrix.out, kTileRows)) / kTileRows;
+  const int chunks = (n + p.columns - 1) / p.columns;
+  const int blocks = std::min(tiles, (gpu.multiprocessors() + chunks - 1) / chunks);
+  gpu.launch(stream, (std::string("linear_decode_") + name_of(matrix.storage)).c_str(),
+             {static_cast<unsigned>(blocks), static_cast<unsigned>(chunks)}, kThreads,
+             p.x_at + p.columns * column, p, true);
+}
+
+}  // namespace qvl::cuda

@@ -1,0 +1,126 @@
+#include "cuda/linear_prompt.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+#include "cuda/kernels/linear_prompt.h"
+
+namespace qvl::cuda {
+namespace {
+
+// A variant of linear_prompt_hopper.cu.
+struct Tile64 {
+  const char* name;
+  int parts, tokens;         // 64 * parts rows of W, tokens
+  int cluster_m, cluster_n;  // tiles that share what they read
+  int buffers, blocks;       // blocks a multiprocessor
+};
+
+constexpr Tile64 kTiles[] = {
+#define QVL_LINEAR(C, N, CM, CN, S, BLOCKS) \
+  {"linear_prompt_" #C "x" #N "_" #CM "x" #CN, C, N, CM, CN, S, BLOCKS},
+#include "cuda/kernels/linear_prompt_tiles.h"
+#undef QVL_LINEAR
+};
+constexpr int kTileCount = static_cast<int>(sizeof kTiles / sizeof *kTiles);
+
+int divide_up(int a, int b) {
+  return (a + b - 1) / b;
+}
+
+struct Groups {
+  int m, n;
+};
+Groups groups(const Tile64& tile, int out, int n) {
+  return {divide_up(out, 64 * tile.parts * tile.cluster_m), divide_up(n, tile.tokens * tile.cluster_n)};
+}
+
+// Estimated time of a product in cycles: rounds of tiles, each a number of steps of 64 values and a way out.
+double cycles(const Gpu& gpu, const Tile64& tile, int out, int in, int n) {
+  const Groups all = groups(tile, out, n);
+  const int cluster = tile.cluster_m * tile.cluster_n;
+  const int rounds = divide_up(all.m * all.n, gpu.multiprocessors() * tile.blocks / cluster);
+  const double products = 2.0 * tile.parts * tile.tokens * tile.blocks;
+  const double bytes =
+      128.0 * (64.0 * tile.parts / tile.cluster_n + double(tile.tokens) / tile.cluster_m) * tile.blocks;
+  return rounds * (std::max(products, bytes / 36) * divide_up(in, 64) + 2000);
+}
+
+// Rows of 64 values, in boxes of `box` rows.
+TensorMap tensor(const void* base, int64_t rows, int64_t columns, int64_t stride, int box, Half half) {
+  constexpr int kFloat16 = 6, kBfloat16 = 9, kSwizzle128 = 3, kL2Lines256 = 3;
+  const uint64_t size[] = {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows)};
+  const uint64_t strides[] = {static_cast<uint64_t>(stride) * 2};
+  const uint32_t boxes[] = {64, static_cast<uint32_t>(box)}, steps[] = {1, 1};
+  TensorMap map;
+  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap), "the driver's own size");
+  check(driver().cuTensorMapEncodeTiled(
+            reinterpret_cast<CUtensorMap*>(&map), half == Half::kBfloat16 ? kBfloat16 : kFloat16, 2,
+            const_cast<void*>(base), size, strides, boxes, steps, 0, kSwizzle128, kL2Lines256, 0),
+        "describing a matrix to the copy engine");
+  return map;
+}
+
+}  // namespace
+
+int linear_prompt_tiles(const Gpu& gpu) {
+  return gpu.arch() == 90 && driver().cuTensorMapEncodeTiled != nullptr ? kTileCount : 0;
+}
+
+const char* linear_prompt_tile_name(int tile) {
+  return tile < 0 ? "linear_prompt" : kTiles[tile].name;
+}
+
+int linear_prompt_tile(const Gpu& gpu, int out, int in, int n) {
+  int best = -1;
+  double least = 0;
+  for (int i = 0; i < linear_prompt_tiles(gpu); ++i) {
+    const double time = cycles(gpu, kTiles[i], out, in, n);
+    if (best < 0 || time < least) best = i, least = time;
+  }
+  return best;
+}
+
+void linear_prompt_with(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x,
+                        int64_t x_stride, int n, Into into, void* y) {
+  QVL_REQUIRE(matrix.stride % 8 == 0 && x_stride % 8 == 0, QVL_INTERNAL,
+              "rows of matrices and activations are multiples of 8 values");
+  const Result result{matrix.bias, y, n, matrix.out, static_cast<int>(into)};
+  if (tile < 0) {
+    constexpr int kTile = 128, kThreads = 256, kShared = 3 * 2 * kTile * (32 + 8) * 2;
+    const LinearPrompt params{result, x, matrix.values, x_stride, matrix.in, matrix.stride};
+    const Dim grid{static_cast<unsigned>(divide_up(n, kTile)),
+                   static_cast<unsigned>(divide_up(matrix.out, kTile))};
+    gpu.launch(stream, "linear_prompt", grid, kThreads, gpu.arch() >= 80 ? kShared : 0, params, true);
+    return;
+  }
+  const Tile64& t = kTiles[tile];
+  const int rows = 64 * t.parts, cluster = t.cluster_m * t.cluster_n;
+  LinearTensors params;
+  params.w = tensor(matrix.values, matrix.out, matrix.in, matrix.stride, rows / t.cluster_n, gpu.half());
+  params.x = tensor(x, n, matrix.in, x_stride, t.tokens / t.cluster_m, gpu.half());
+  params.result = result;
+  params.steps = divide_up(matrix.in, 64);
+  const Groups all = groups(t, matrix.out, n);
+  params.m_groups = all.m;
+  params.n_groups = all.n;
+  const int resident = gpu.multiprocessors() * t.blocks / cluster;
+  const Dim grid{static_cast<unsigned>(std::min(all.m * all.n, resident) * cluster)};
+  constexpr int kChunk = 16 * 68 * 4, kAlign = 1024;
+  const int shared = t.buffers * ((rows + t.tokens) * 128 + 16) + t.parts * kChunk + kAlign;
+  gpu.launch(stream, t.name, grid, 128 * (t.parts + 1), shared, params, true);
+}
+
+uint64_t linear_prompt_scratch(const Matrix& matrix) {
+  return matrix.storage == Storage::kHalf ? 0 : uint64_t{2} * matrix.out * matrix.stride;
+}
+
+void linear_prompt(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
+                   int n, Into into, void* y, void* /* scratch */) {
+  QVL_REQUIRE(matrix.storage == Storage::kHalf, QVL_UNSUPPORTED,
+              "products of prompts with quantised weights are not written yet");
+  linear_prompt_with(gpu, stream, linear_prompt_tile(gpu, matrix.out, matrix.in, n), matrix, x, x_stride, n,
+                     into, y);
+}
+
+}  // namespace qvl::cuda

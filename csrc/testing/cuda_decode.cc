@@ -1,0 +1,74 @@
+// The launchers of decode steps for tests/cuda: C functions that return NULL or what went wrong.
+#include <exception>
+#include <string>
+
+#include "cuda/ops.h"
+
+using namespace qvl;
+using namespace qvl::cuda;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+const Gpu& gpu(int half) {
+  static const Gpu bfloat16(0, Half::kBfloat16), float16(0, Half::kFloat16);
+  return half == 0 ? bfloat16 : float16;
+}
+
+template <typename Body>
+const char* guarded_line(Body&& body) {
+  static thread_local std::string line;
+  try {
+    body();
+    return nullptr;
+  } catch (const std::exception& error) {
+    line = error.what();
+    return line.c_str();
+  }
+}
+
+Matrix matrix(int storage, int out, int in, int stride, void* values, void* scales, const float* bias) {
+  return {static_cast<Storage>(storage), out, in, stride, values, scales, bias};
+}
+
+}  // namespace
+
+EXPORT void decode_matrix_bytes(int storage, int out, int in, uint64_t* values, uint64_t* scales) {
+  const MatrixBytes bytes = matrix_bytes(static_cast<Storage>(storage), out, in);
+  *values = bytes.values;
+  *scales = bytes.scales;
+}
+
+EXPORT const char* decode_upload(int half, CUstream stream, int dtype, const void* from, int rows,
+                                 int storage, int out, int in, int stride, void* values, void* scales,
+                                 int first, int step) {
+  return guarded_line([&] {
+    upload_matrix(gpu(half), stream, dtype, from, rows,
+                  matrix(storage, out, in, stride, values, scales, nullptr), first, step);
+  });
+}
+
+EXPORT const char* decode_linear(int half, CUstream stream, int storage, int out, int in, int stride,
+                                 void* values, void* scales, const float* bias, const void* x,
+                                 int64_t x_stride, int n, int into, void* y) {
+  return guarded_line([&] {
+    linear_decode(gpu(half), stream, matrix(storage, out, in, stride, values, scales, bias), x, x_stride, n,
+                  static_cast<Into>(into), y);
+  });
+}
+
+EXPORT uint64_t decode_attention_scratch(int n, int heads, int head_dim, int max_keys) {
+  return attention_decode_scratch(n, heads, head_dim, max_keys);
+}
+
+EXPORT const char* decode_attention(int half, CUstream stream, const void* q, const int32_t* positions,
+                                    const int32_t* tables, const int32_t* blocks, int max_blocks, char* base,
+                                    uint64_t block_bytes, int block_tokens, int dtype, int heads,
+                                    int head_dim, int n, int max_keys, void* scratch, void* y) {
+  return guarded_line([&] {
+    const Places places{positions, nullptr, tables, blocks, max_blocks};
+    const KvLayer cache{base, block_bytes, block_tokens, dtype, heads, head_dim};
+    attention_decode(gpu(half), stream, q, places, cache, n, max_keys, scratch, y);
+  });
+}

@@ -1,0 +1,111 @@
+// The functions for prompts and images of cuda/ops.h as C functions, for tests/cuda. Pointers are device
+// memory; they return NULL, or a line that says what is wrong.
+#include <string>
+
+#include "core/error.h"
+#include "cuda/linear_prompt.h"
+#include "cuda/ops.h"
+
+using namespace qvl;
+using namespace qvl::cuda;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+// Never freed: the driver may be gone when static objects are.
+const Gpu& prompt_gpu(int64_t bfloat16) {
+  static const Gpu* const made[] = {new Gpu(0, Half::kFloat16), new Gpu(0, Half::kBfloat16)};
+  return *made[bfloat16 != 0];
+}
+
+template <typename Body>
+const char* reported(Body&& body) {
+  static thread_local qvl_error error;
+  return guarded(&error, body) == QVL_OK ? nullptr : error.message;
+}
+
+}  // namespace
+
+EXPORT int64_t qvlt_gpu_linear_prompt_tiles() {
+  return linear_prompt_tiles(prompt_gpu(1));
+}
+
+EXPORT const char* qvlt_gpu_linear_prompt_tile_name(int64_t tile) {
+  return linear_prompt_tile_name(static_cast<int>(tile));
+}
+
+EXPORT int64_t qvlt_gpu_linear_prompt_tile(int64_t out, int64_t in, int64_t n) {
+  return linear_prompt_tile(prompt_gpu(1), static_cast<int>(out), static_cast<int>(in), static_cast<int>(n));
+}
+
+// tile -1: the portable kernel; -2: linear_prompt itself.
+EXPORT const char* qvlt_gpu_linear_prompt(int64_t bfloat16, CUstream stream, int64_t tile, int64_t storage,
+                                          int64_t out, int64_t in, int64_t stride, void* values, void* scales,
+                                          const float* bias, const void* x, int64_t x_stride, int64_t n,
+                                          int64_t into, void* y, void* scratch) {
+  return reported([&] {
+    const Gpu& gpu = prompt_gpu(bfloat16);
+    const Current current(gpu.context());
+    const Matrix matrix{static_cast<Storage>(storage),
+                        static_cast<int>(out),
+                        static_cast<int>(in),
+                        static_cast<int>(stride),
+                        values,
+                        scales,
+                        bias};
+    if (tile == -2) {
+      linear_prompt(gpu, stream, matrix, x, x_stride, static_cast<int>(n), static_cast<Into>(into), y,
+                    scratch);
+    } else {
+      linear_prompt_with(gpu, stream, static_cast<int>(tile), matrix, x, x_stride, static_cast<int>(n),
+                         static_cast<Into>(into), y);
+    }
+  });
+}
+
+EXPORT const char* qvlt_gpu_attention_prompt(int64_t bfloat16, CUstream stream, const void* q,
+                                             const Piece* pieces, const Tile* tiles, int64_t n_tiles,
+                                             const int32_t* blocks, int64_t max_blocks, char* base,
+                                             int64_t block_bytes, int64_t block_tokens, int64_t dtype,
+                                             int64_t heads, int64_t head_dim, void* y) {
+  return reported([&] {
+    const Gpu& gpu = prompt_gpu(bfloat16);
+    const Current current(gpu.context());
+    const KvLayer kv{base,
+                     static_cast<uint64_t>(block_bytes),
+                     static_cast<int>(block_tokens),
+                     static_cast<qvl_dtype>(dtype),
+                     static_cast<int>(heads),
+                     static_cast<int>(head_dim)};
+    attention_prompt(gpu, stream, q, pieces, tiles, static_cast<int>(n_tiles), blocks,
+                     static_cast<int>(max_blocks), kv, y);
+  });
+}
+
+EXPORT const char* qvlt_gpu_attention_dense(int64_t bfloat16, CUstream stream, const void* q, const void* k,
+                                            const void* v, int64_t q_image, int64_t q_stride, int64_t q_head,
+                                            int64_t kv_image, int64_t kv_stride, int64_t kv_head,
+                                            int64_t images, int64_t n_queries, int64_t n_keys, int64_t heads,
+                                            int64_t head_dim, double scale, void* y) {
+  return reported([&] {
+    const Gpu& gpu = prompt_gpu(bfloat16);
+    const Current current(gpu.context());
+    const DenseAttention a{q,
+                           k,
+                           v,
+                           q_image,
+                           q_stride,
+                           q_head,
+                           kv_image,
+                           kv_stride,
+                           kv_head,
+                           static_cast<int>(images),
+                           static_cast<int>(n_queries),
+                           static_cast<int>(n_keys),
+                           static_cast<int>(heads),
+                           static_cast<int>(head_dim),
+                           static_cast<float>(scale)};
+    attention_dense(gpu, stream, a, y);
+  });
+}

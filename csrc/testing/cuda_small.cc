@@ -1,0 +1,108 @@
+// The kernels between the products, and sampling, as C functions for tests/cuda. Pointers are device memory
+// unless said otherwise. A function returns NULL, or one line that says what went wrong.
+#include "core/error.h"
+#include "cuda/ops.h"
+
+using namespace qvl;
+using namespace qvl::cuda;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+// Never freed: the driver may be gone when static objects are.
+template <Half kHalf>
+const Gpu& gpu_of() {
+  static const Gpu* const made = new Gpu(0, kHalf);
+  return *made;
+}
+
+template <typename Body>
+const char* on_gpu(int64_t bfloat16, Body&& body) {
+  static thread_local qvl_error line;
+  const qvl_status status = guarded(&line, [&] {
+    const Gpu& gpu = bfloat16 != 0 ? gpu_of<Half::kBfloat16>() : gpu_of<Half::kFloat16>();
+    const Current current(gpu.context());
+    body(gpu);
+  });
+  return status == QVL_OK ? nullptr : line.message;
+}
+
+int as_int(int64_t value) {
+  return static_cast<int>(value);
+}
+
+}  // namespace
+
+EXPORT const char* qvlt_gpu_rms_norm(int64_t bfloat16, CUstream stream, const float* x, const float* weight,
+                                     double epsilon, int64_t n, int64_t width, void* y) {
+  return on_gpu(bfloat16, [&](const Gpu& gpu) {
+    rms_norm(gpu, stream, x, weight, static_cast<float>(epsilon), as_int(n), as_int(width), y);
+  });
+}
+
+EXPORT const char* qvlt_gpu_embed(int64_t bfloat16, CUstream stream, const void* wte, int64_t vocab,
+                                  int64_t width, const int32_t* ids, const uint64_t* features, int64_t n,
+                                  float* x) {
+  return on_gpu(bfloat16, [&](const Gpu& gpu) {
+    embed(gpu, stream, wte, as_int(vocab), as_int(width), ids, features, as_int(n), x);
+  });
+}
+
+EXPORT const char* qvlt_gpu_rotate_and_store(int64_t bfloat16, CUstream stream, const void* qkv,
+                                             const int32_t* positions, const int32_t* angle_tables,
+                                             const int32_t* tables, const int32_t* blocks, int64_t max_blocks,
+                                             const float* cos, const float* sin, const float* query_scale,
+                                             int64_t max_positions, char* base, int64_t block_bytes,
+                                             int64_t block_tokens, int64_t dtype, int64_t heads,
+                                             int64_t head_dim, int64_t n, void* q) {
+  return on_gpu(bfloat16, [&](const Gpu& gpu) {
+    const Places places{positions, angle_tables, tables, blocks, as_int(max_blocks)};
+    const Angles angles{cos, sin, query_scale, as_int(max_positions)};
+    const KvLayer layer{base,
+                        static_cast<uint64_t>(block_bytes),
+                        as_int(block_tokens),
+                        static_cast<qvl_dtype>(dtype),
+                        as_int(heads),
+                        as_int(head_dim)};
+    rotate_and_store(gpu, stream, qkv, places, angles, layer, as_int(n), q);
+  });
+}
+
+EXPORT const char* qvlt_gpu_cut_patches(int64_t bfloat16, CUstream stream, const float* images, int64_t n,
+                                        int64_t size, int64_t patch, int64_t stride, void* y) {
+  return on_gpu(bfloat16, [&](const Gpu& gpu) {
+    cut_patches(gpu, stream, images, as_int(n), as_int(size), as_int(patch), as_int(stride), y);
+  });
+}
+
+EXPORT const char* qvlt_gpu_layer_norm(int64_t bfloat16, CUstream stream, const float* x, const float* weight,
+                                       const float* bias, double epsilon, int64_t n, int64_t width,
+                                       const float* add, int64_t period, void* y_half, float* y_float) {
+  return on_gpu(bfloat16, [&](const Gpu& gpu) {
+    layer_norm(gpu, stream, x, weight, bias, static_cast<float>(epsilon), as_int(n), as_int(width), add,
+               as_int(period), y_half, y_float);
+  });
+}
+
+EXPORT const char* qvlt_gpu_add_rows(int64_t bfloat16, CUstream stream, float* x, const float* add, int64_t n,
+                                     int64_t width, int64_t period) {
+  return on_gpu(bfloat16, [&](const Gpu& gpu) {
+    add_rows(gpu, stream, x, add, as_int(n), as_int(width), as_int(period));
+  });
+}
+
+EXPORT int64_t qvlt_gpu_sample_scratch(int64_t n, int64_t vocab) {
+  return static_cast<int64_t>(sample_scratch(as_int(n), as_int(vocab)));
+}
+
+EXPORT const char* qvlt_gpu_sample(int64_t bfloat16, CUstream stream, const float* logits, int64_t n,
+                                   int64_t vocab, const void* picks, const int32_t* forbidden,
+                                   int64_t any_draw, int64_t any_changed, void* scratch, int32_t* tokens,
+                                   float* logprobs, int64_t n_top, int32_t* top_tokens, float* top_logprobs) {
+  return on_gpu(bfloat16, [&](const Gpu& gpu) {
+    const Sampled sampled{tokens, logprobs, as_int(n_top), top_tokens, top_logprobs};
+    sample(gpu, stream, logits, as_int(n), as_int(vocab), static_cast<const Pick*>(picks), forbidden,
+           any_draw != 0, any_changed != 0, scratch, sampled);
+  });
+}

@@ -1,0 +1,55 @@
+"""All of an exported stage read: whether it is as it was exported, and whether that was good."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from paddlemix_qwenvl_plugin.artifact.manifest import (
+    FileDigest,
+    Manifest,
+    manifest_path,
+    params_path,
+    read_manifest,
+)
+from paddlemix_qwenvl_plugin.artifact.params_file import n_not_finite, read_tensors
+from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.progress import track
+
+_VALUES = 1 << 22  # that are looked at together
+
+
+def verify(prefix: Path) -> Manifest:
+    """Read all files of an exported stage, compare them with its manifest, and look for weights that are no numbers.
+
+    Raises:
+        UsageError: nothing was exported under this prefix.
+        QwenVLError: a file is missing or was changed, or a weight is infinite or not a number, as earlier versions
+            exported them.
+    """
+    manifest = read_manifest(prefix)
+    for name, expected in {params_path(prefix).name: manifest.weights, **manifest.programs}.items():
+        path = prefix.with_name(name)
+        if not path.is_file():
+            raise QwenVLError(f"{path}: missing; export again")
+        if FileDigest.of(path, f"verifying {name}") != expected:
+            raise QwenVLError(f"{path}: not what {manifest_path(prefix).name} describes; export again")
+    _check_numbers(params_path(prefix), manifest)
+    return manifest
+
+
+def _check_numbers(path: Path, manifest: Manifest) -> None:
+    """Look at the weights that are stored as numbers; those that are packed were looked at when they were."""
+    entries = [entry for entry in read_tensors(path, manifest) if entry.dtype in STORAGE]
+    for entry in track(entries, f"looking at the numbers in {path.name}", len(entries)):
+        storage = STORAGE[entry.dtype]
+        shape = entry.n_bytes // storage.itemsize
+        values = np.memmap(path, storage, "r", entry.offset, shape)
+        bad = sum(n_not_finite(values[i : i + _VALUES], entry.dtype) for i in range(0, shape, _VALUES))
+        if bad:
+            raise QwenVLError(
+                f"{path}: {entry.name}: {bad} of its values are infinite or not a number; mend the weights of the "
+                "model, and export again"
+            )

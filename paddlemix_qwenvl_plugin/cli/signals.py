@@ -1,0 +1,87 @@
+"""What ends a command from outside: Ctrl-C, SIGTERM and SIGHUP all let it clean up."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any, Optional
+
+_NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+# A command that was told to end cleans up. Another Ctrl-C within this time would only break that off.
+_CLEANING_SECONDS = 1.0
+
+# The module whose import has Paddle print a C++ traceback on stdout at signals, SIGTERM among them.
+_PADDLE = "paddle.base"
+
+
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP. Its `code` is 128 and the number, as shells have it."""
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """Within the block SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP raise Terminated; once a second at most.
+
+    After one of them, none disturbs what little is left of the process. One that is ignored (nohup) stays ignored.
+    Outside of the main thread, where Python allows no handlers, nothing changes.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in _NUMBERS if main_thread}
+    ours = [n for n, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
+    last: Optional[float] = None
+
+    def end(number: int, frame: object) -> None:
+        nonlocal last
+        if last is not None and time.monotonic() - last < _CLEANING_SECONDS:
+            return
+        last = time.monotonic()
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
+
+    def install() -> None:
+        for number in ours:
+            signal.signal(number, end)
+
+    finder: Any = _AfterPaddle(install)
+    install()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+        for number in ours:
+            signal.signal(number, before[number] if last is None else signal.SIG_IGN)
+
+
+class _AfterPaddle:
+    """A finder on sys.meta_path that waits for Paddle's import, takes its handlers away, and has ours put back."""
+
+    def __init__(self, install: Any) -> None:
+        self._install = install
+
+    def find_spec(
+        self, name: str, path: Optional[Sequence[str]] = None, target: Optional[ModuleType] = None
+    ) -> Optional[ModuleSpec]:
+        if name != _PADDLE:
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]  # duck-typed
+        spec = PathFinder.find_spec(name, path)
+        loader: Any = spec and spec.loader
+        if loader is None:
+            return spec
+        execute = loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            module.core.disable_signal_handler()
+            self._install()
+
+        loader.exec_module = exec_module
+        return spec

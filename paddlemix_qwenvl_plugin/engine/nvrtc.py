@@ -1,0 +1,112 @@
+"""NVRTC, NVIDIA's run-time compiler, and its headers: found in pip wheels or a toolkit."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+INSTALL = "pip install 'paddlemix-qwenvl-plugin[gpu-engine]'"
+
+_MAJORS = (13, 12)
+_NAMES = tuple(f"libnvrtc.so.{major}" for major in _MAJORS)
+_SYSTEM = Path("/usr")
+
+
+class Nvrtc(NamedTuple):
+    """A library that was found. `architectures` that it compiles for: compute capabilities times ten."""
+
+    library: str
+    version: tuple[int, int]
+    architectures: frozenset[int]
+    include: tuple[Path, ...] = ()
+
+    def __str__(self) -> str:
+        return f"NVRTC {self.version[0]}.{self.version[1]}"
+
+
+def find(architectures: Collection[int], newest: int) -> Nvrtc:
+    """The first NVRTC that compiles for these GPUs, with its headers.
+
+    Args:
+        architectures: compute capabilities times ten.
+        newest: major version of CUDA that the driver knows.
+
+    Raises:
+        QwenVLError: there is none, or none that fits; the line says what to install.
+    """
+    problems = []
+    for library in _libraries():
+        found = _opened(library)
+        if found is None:
+            continue
+        missing = [f"sm_{each}" for each in architectures if each not in found.architectures]
+        include = _include(library)
+        if found.version[0] > newest:
+            problems.append(f"{library} is {found}, and the NVIDIA driver knows CUDA {newest} only")
+        elif missing:
+            problems.append(f"{library} is {found}, which cannot compile for {', '.join(missing)}")
+        elif not include:
+            problems.append(f"{library} is {found}, and there is no header cuda_fp16.h for it")
+        else:
+            return found._replace(include=include)
+    none = "no NVRTC (libnvrtc.so.12 or libnvrtc.so.13), which compiles the GPU kernels"
+    raise QwenVLError(f"{(problems or [none])[0]}: {INSTALL}")
+
+
+def _libraries() -> Iterator[str]:
+    """Paths, and names for the system's loader."""
+    patterns = ("nvidia/*/lib/libnvrtc.so.*", "paddle/libs/libnvrtc*.so*", "torch/lib/libnvrtc*.so*")
+    for site in _sites():
+        for pattern in patterns:
+            for path in sorted(site.glob(pattern), reverse=True):
+                if not any(word in path.name for word in ("builtins", ".alt.")):
+                    yield str(path)
+    for toolkit in _toolkits():
+        yield from map(str, sorted(toolkit.glob("lib64/libnvrtc.so.1?"), reverse=True))
+    yield from _NAMES
+
+
+def _opened(library: str) -> Optional[Nvrtc]:
+    """None for what cannot be loaded, and for versions that are too old."""
+    try:
+        nvrtc = ctypes.CDLL(library)
+    except OSError:
+        return None
+    major, minor, n = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    if major.value not in _MAJORS:
+        return None
+    nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(n))
+    architectures = (ctypes.c_int * n.value)()
+    nvrtc.nvrtcGetSupportedArchs(architectures)
+    return Nvrtc(library, (major.value, minor.value), frozenset(architectures))
+
+
+def _include(library: str) -> tuple[Path, ...]:
+    """Folders with the headers, those beside the library first; empty if there are none."""
+    beside = Path(library).parents[1] if "/" in library else _SYSTEM
+    roots = [beside / "include", beside.parent / "cuda_runtime" / "include"]
+    for site in _sites():
+        roots += [path / "include" for path in sorted(site.glob("nvidia/*"), reverse=True)]
+    roots += [path / "include" for path in (*_toolkits(), _SYSTEM)]
+    for root in roots:
+        if (root / "cuda_fp16.h").is_file():
+            # What it includes is NVRTC's own in some versions, in these folders in others.
+            more = (root / "cccl", root.parents[1] / "cuda_cccl" / "include")
+            return (root, *(folder for folder in more if folder.is_dir()))
+    return ()
+
+
+def _sites() -> list[Path]:
+    return [Path(path) for path in dict.fromkeys(sys.path) if path]
+
+
+def _toolkits() -> list[Path]:
+    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    return [Path(path) for path in (*named, "/usr/local/cuda") if path]

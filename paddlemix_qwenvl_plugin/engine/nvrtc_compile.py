@@ -1,0 +1,42 @@
+"""A compiler of GPU kernels: NVRTC in a process of its own, which may crash or be killed.
+
+    python nvrtc_compile.py LIBNVRTC OPTION… -c SOURCE -o CUBIN
+
+Run as a file: it needs neither the package nor what the package needs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+
+def compile_kernels(library: str, options: list[str], source: Path, cubin: Path) -> int:
+    """Compile; what NVRTC says goes to stdout. Returns the exit code."""
+    nvrtc = ctypes.CDLL(library)
+    program = ctypes.c_void_p()
+    text = source.read_bytes()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, str(source).encode(), 0, None, None)
+    given = [option.encode() for option in options]
+    result = nvrtc.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
+    print(_bytes(nvrtc, "ProgramLog", program).rstrip(b"\0\n").decode("utf-8", "replace"))
+    if result:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        print(f"{source.name}: error: {nvrtc.nvrtcGetErrorString(result).decode()}")
+        return 1
+    cubin.write_bytes(_bytes(nvrtc, "CUBIN", program))
+    return 0
+
+
+def _bytes(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{what}")(program, buffer)
+    return buffer.raw
+
+
+if __name__ == "__main__":
+    _, nvrtc_path, *arguments, _c, source_path, _o, cubin_path = sys.argv
+    sys.exit(compile_kernels(nvrtc_path, arguments, Path(source_path), Path(cubin_path)))

@@ -1,0 +1,50 @@
+"""Whether a pair of stages fits into a GPU's memory, before anything is copied there."""
+
+from __future__ import annotations
+
+from paddlemix_qwenvl_plugin.runtime.programs import Stage
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.machine import GIB
+
+# Of a language stage in half precision. The embedding is never quantised, c_attn and lm_head to 8 bits at most.
+_SMALLER = (("weight_only_int8", 0.55), ("weight_only_int4", 0.4))
+
+
+def check_share(share: float) -> float:
+    """`share` of the free memory, for the KV cache, if it is one; UsageError else."""
+    if not 0 < share <= 1:
+        raise UsageError(f"--gpu_memory {share:g}: must be over 0, up to 1")
+    return share
+
+
+def check_room(vision: Stage, language: Stage, free: int, share: float) -> None:
+    """
+    Args:
+        free: bytes of GPU memory.
+        share: of what the weights leave, for the KV cache.
+
+    Raises:
+        QwenVLError: weights and the KV cache of one request of the model's whole context do not fit.
+    """
+    config = language.manifest.config
+    cache = 4 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings / share
+
+    def fits(factor: float) -> bool:
+        return _bytes(vision) + factor * _bytes(language) + cache <= free
+
+    if fits(1):
+        return
+    smaller = [name for name, factor in _SMALLER if language.manifest.quant_type is None and fits(factor)]
+    advice = f"export with --quant_type {smaller[0]}" if smaller else "use a larger GPU or --device cpu"
+    needed = (_bytes(vision) + _bytes(language) + cache) / GIB
+    raise QwenVLError(
+        f"{language.params}: needs {needed:.1f} GiB of GPU memory with the KV cache of one request, "
+        f"and {free / GIB:.1f} GiB are free; free some, or {advice}"
+    )
+
+
+def _bytes(stage: Stage) -> float:
+    """Of the weights on a GPU, where float32 is kept in half precision."""
+    size = stage.params.stat().st_size
+    in_full = stage.manifest.dtype == "float32" and stage.manifest.quant_type is None
+    return size / 2 if in_full else size

@@ -1,0 +1,66 @@
+"""Calls of csrc/testing/cuda_prompt.cc with PyTorch tensors as memory, and what its tests share."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="no PyTorch, which holds the memory of these tests")
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+FOLDER = os.environ.get("QWENVL_CUDA_KERNELS", "")
+LIBRARY = Path(FOLDER) / "libqwenvl_cuda_test.so"
+if not FOLDER or not LIBRARY.exists():
+    pytest.skip(
+        "no libqwenvl_cuda_test.so: QWENVL_CUDA_KERNELS names the folder of it and its cubins",
+        allow_module_level=True,
+    )
+
+DLL = ctypes.CDLL(str(LIBRARY))
+for _name in ("tiles", "tile"):
+    getattr(DLL, f"qvlt_gpu_linear_prompt_{_name}").restype = ctypes.c_int64
+DLL.qvlt_gpu_linear_prompt_tile_name.restype = ctypes.c_char_p
+HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
+HALF, FLOAT, ADD, GELU, SILU_TIMES = range(5)
+PORTABLE, CHOSEN = -1, -2  # tiles that are none
+
+
+def tiles() -> list[int]:
+    return list(range(DLL.qvlt_gpu_linear_prompt_tiles()))
+
+
+def run(name: str, half: torch.dtype, *args: object) -> None:
+    """Call qvlt_gpu_NAME on the current stream: tensors by address, None as NULL, whole numbers, floats."""
+    given: list[object] = [
+        ctypes.c_int64(half == torch.bfloat16),
+        ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+    ]
+    for arg in args:
+        if arg is None:
+            given.append(ctypes.c_void_p(None))
+        elif isinstance(arg, torch.Tensor):
+            assert arg.is_cuda
+            given.append(ctypes.c_void_p(arg.data_ptr()))
+        elif isinstance(arg, float):
+            given.append(ctypes.c_double(arg))
+        else:
+            given.append(ctypes.c_int64(int(arg)))  # type: ignore[call-overload]
+    function = getattr(DLL, f"qvlt_gpu_{name}")
+    function.restype = ctypes.c_char_p
+    error = function(*given)
+    assert error is None, error.decode()
+
+
+def error_of(got: torch.Tensor, reference: torch.Tensor) -> float:
+    """The distance from a float64 reference, as a part of its norm; NaN stays NaN."""
+    return ((got.double() - reference).norm() / reference.norm()).item()
+
+
+def rows_of(values: torch.Tensor, stride: int) -> torch.Tensor:
+    """The same rows `stride` values apart, NaN between them."""
+    wide = values.new_full((values.shape[0], stride), float("nan"))
+    wide[:, : values.shape[1]] = values
+    return wide

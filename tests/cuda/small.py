@@ -1,0 +1,72 @@
+"""Calls of csrc/testing/cuda_small.cc with PyTorch tensors as memory, and what its tests share."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="no PyTorch, which holds the memory of these tests")
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+FOLDER = os.environ.get("QWENVL_CUDA_KERNELS", "")
+LIBRARY = Path(FOLDER) / "libqwenvl_cuda_test.so"
+if not FOLDER or not LIBRARY.exists():
+    pytest.skip(
+        "no libqwenvl_cuda_test.so: QWENVL_CUDA_KERNELS names the folder of it and its cubins",
+        allow_module_level=True,
+    )
+
+DLL = ctypes.CDLL(str(LIBRARY))
+DLL.qvlt_gpu_sample_scratch.restype = ctypes.c_int64
+HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
+# A value rounded to the nearest is off by no more than this part of it.
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
+
+
+def run(name: str, half: torch.dtype, *args: object) -> None:
+    """Call qvlt_gpu_NAME on the current stream: tensors by address, None as NULL, whole numbers, floats."""
+    given: list[object] = [
+        ctypes.c_int64(half == torch.bfloat16),
+        ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+    ]
+    for arg in args:
+        if arg is None:
+            given.append(ctypes.c_void_p(None))
+        elif isinstance(arg, torch.Tensor):
+            assert arg.is_cuda
+            assert arg.is_contiguous()
+            given.append(ctypes.c_void_p(arg.data_ptr()))
+        elif isinstance(arg, float):
+            given.append(ctypes.c_double(arg))
+        else:
+            given.append(ctypes.c_int64(int(arg)))  # type: ignore[call-overload]
+    function = getattr(DLL, f"qvlt_gpu_{name}")
+    function.restype = ctypes.c_char_p
+    error = function(*given)
+    assert error is None, error.decode()
+
+
+def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda") * scale
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """NaN for floats, a number nothing writes for integers."""
+    value = float("nan") if dtype.is_floating_point else -77777777
+    return torch.full(shape, value, dtype=dtype, device="cuda")
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor, slack: float) -> None:
+    """`got` is float64 `wanted` rounded to its type, within `slack` besides."""
+    error = (got.double() - wanted).abs()
+    bound = ROUNDING[got.dtype] * 1.02 * wanted.abs() + slack
+    assert got.shape == wanted.shape
+    assert bool((error <= bound).all()), f"largest error {error.max().item()}"
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = (each.contiguous().view(-1).view(torch.uint8) for each in (a, b))
+    return torch.equal(a, b)

@@ -1,0 +1,258 @@
+"""Kernels of decode steps against float64: matrices at every storage type, and paged attention."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="tests of GPU kernels need PyTorch")
+
+HALVES = {0: torch.bfloat16, 1: torch.float16}  # what is computed in
+EPSILON = {0: 2.0**-8, 1: 2.0**-11}
+FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128, FLOAT16 = range(6)  # qvl_dtype
+DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16, INT8: torch.int8}
+STORAGES = {"half": BFLOAT16, "int8": INT8, "int4_g64": INT4_G64, "int4_g128": INT4_G128}
+INTOS = ("half", "float", "add", "gelu", "silu_times")
+
+
+def rounded(value, unit):
+    return (value + unit - 1) // unit * unit
+
+
+def random_integers(low, high, *shape):
+    return torch.randint(low, high, shape, device="cuda")
+
+
+def stored_matrix(dtype, out, width):
+    """A random matrix as a file has it (qwenvl.h): bytes, and the float64 [out, width] it stands for."""
+    if dtype in (FLOAT32, BFLOAT16, FLOAT16):
+        stored = torch.randn(out, width, device="cuda").to(DTYPES[dtype])
+        return stored.view(torch.uint8).flatten(), stored.double()
+    padded = rounded(width, 128)
+    inside = torch.arange(padded, device="cuda") < width
+    if dtype == INT8:
+        values = random_integers(-128, 128, out, padded) * inside
+        scales = torch.rand(out, device="cuda") / 100 + 0.001
+        stored = torch.cat([values.to(torch.int8).view(torch.uint8).flatten(), scales.view(torch.uint8)])
+        return stored, (values.double() * scales.double()[:, None])[:, :width]
+    group = 64 if dtype == INT4_G64 else 128
+    values = random_integers(-8, 8, out, padded) * inside
+    scales = (torch.randn(out, padded // group, device="cuda") / 10).bfloat16()
+    nibbles = (values + 8).view(out, padded // 128, 4, 32)  # value 32 j + i is nibble j of word i
+    low, high = nibbles[:, :, 0] | nibbles[:, :, 1] << 4, nibbles[:, :, 2] | nibbles[:, :, 3] << 4
+    stored = torch.stack([low, high], dim=-1).to(torch.uint8)
+    stored = torch.cat([stored.flatten(), scales.view(torch.uint8).flatten()])
+    return stored, (values * scales.double().repeat_interleave(group, dim=1))[:, :width]
+
+
+class Matrix:
+    """A matrix on the GPU, uploaded in parts [(bytes, dtype, rows, first, step)]."""
+
+    def __init__(self, library, launch, half, storage, out, width, parts):
+        self.half, self.launch = half, launch
+        values, scales = ctypes.c_uint64(), ctypes.c_uint64()
+        index = list(STORAGES).index(storage)
+        library.decode_matrix_bytes(index, out, width, ctypes.byref(values), ctypes.byref(scales))
+        self.values = torch.full((values.value,), 255, dtype=torch.uint8, device="cuda")
+        self.scales = torch.full((scales.value,), 255, dtype=torch.uint8, device="cuda")
+        stride = rounded(width, 8 if storage == "half" else 128)
+        self.shape = (index, out, width, stride, self.values, self.scales)
+        for stored, dtype, rows, first, step in parts:
+            launch("decode_upload", half, dtype, stored, rows, *self.shape, first, step)
+
+    def product(self, x, into, y, bias=None, stride=None):
+        stride = ctypes.c_int64(stride or x.shape[1])
+        self.launch("decode_linear", self.half, *self.shape, bias, x, stride, len(x), INTOS.index(into), y)
+        return y
+
+
+def random_matrix(library, launch, half, storage, out, width):
+    dtype = STORAGES[storage]
+    stored, exact = stored_matrix(dtype, out, width)
+    if storage == "half":
+        exact = exact.to(HALVES[half]).double()
+    return Matrix(library, launch, half, storage, out, width, [(stored, dtype, out, 0, 1)]), exact
+
+
+def random_rows(half, n, width, stride):
+    """[n, stride] with not-a-number behind `width` values."""
+    x = torch.full((n, stride), math.nan, dtype=HALVES[half], device="cuda")
+    x[:, :width] = torch.randn(n, width, device="cuda")
+    return x
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    ("out", "width", "n"),
+    [
+        *((2, 1, 1), (16, 128, 8), (38, 200, 3), (130, 1000, 33), (518, 2056, 9), (94, 11008, 7)),
+        *((4096, 4096, 1), (4096, 4096, 16), (300, 4096, 70), (258, 11008, 40), (62, 384, 256)),
+    ],
+)
+def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, width, n):
+    matrix, exact = random_matrix(cuda_library, launch, half, storage, out, width)
+    x = random_rows(half, n, width, width + 3 if width % 8 else width + 8)
+    wide = x[:, :width].double()
+    bias = torch.randn(out, device="cuda")
+    product = wide @ exact.T + bias.double()
+    room = wide.abs() @ exact.abs().T * 2.0**-18 + 1e-6  # of additions in float32
+    before = torch.randn(n, out, device="cuda")
+    silu = product[:, 0::2] * (product[:, 1::2] * torch.sigmoid(product[:, 1::2]))
+    silu_room = room[:, 0::2] * product[:, 1::2].abs() + room[:, 1::2] * product[:, 0::2].abs() * 1.1 + 1e-6
+    expected = {
+        "half": (product, room),
+        "float": (product, room),
+        "add": (product + before.double(), room + before.abs().double() * 2.0**-23),
+        "gelu": (product * torch.special.ndtr(product), room * 1.2),
+        "silu_times": (silu, silu_room + silu.abs() * 2.0**-19),
+    }
+    for into, (reference, bound) in expected.items():
+        as_float = into in ("float", "add")
+        y = torch.full((n + 1, reference.shape[1]), math.nan, device="cuda")
+        y = y if as_float else y.to(HALVES[half])
+        if into == "add":
+            y[:n] = before
+        matrix.product(x, into, y, bias, x.shape[1])
+        if not as_float:
+            reference = reference.clamp(-65504, 65504) if half else reference
+            bound = bound + reference.abs() * EPSILON[half] + 2.0**-25
+        missed = (y[:n].double() - reference).abs()
+        assert (missed <= bound).all(), (into, (missed / bound).nan_to_num(math.inf).max().item())
+        assert y[n].isnan().all(), into
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("out", "width"), [(200, 200), (4096, 4096), (400, 11008)])
+def test_a_row_does_not_depend_on_the_others(cuda_library, launch, half, storage, out, width):
+    matrix, _ = random_matrix(cuda_library, launch, half, storage, out, width)
+    x = torch.randn(256, width, device="cuda").to(HALVES[half])
+
+    def product(rows):
+        return matrix.product(
+            rows.contiguous(), "float", torch.full((len(rows), out), math.nan, device="cuda")
+        )
+
+    alone = torch.cat([product(x[i : i + 1]) for i in range(64)])
+    assert not alone.isnan().any()
+    for n in (2, 3, 5, 8, 9, 12, 16, 17, 25, 32, 33, 48, 63, 64, 65, 128, 256):
+        assert torch.equal(product(x[:n])[:64], alone[:n]), n
+        least = min(n, 64)
+        assert torch.equal(product(x[:least].flip(0)).flip(0), alone[:least]), n
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, INT8, INT4_G64, INT4_G128])
+@pytest.mark.parametrize(("out", "width"), [(10, 72), (75, 300)])
+def test_two_matrices_are_interleaved(cuda_library, launch, half, dtype, out, width):
+    storage = next((name for name, kind in STORAGES.items() if kind == dtype), "half")
+    first, first_exact = stored_matrix(dtype, out, width)
+    second, second_exact = stored_matrix(dtype, out, width)
+    parts = [(first, dtype, out, 0, 2), (second, dtype, out, 1, 2)]
+    matrix = Matrix(cuda_library, launch, half, storage, 2 * out, width, parts)
+    exact = torch.stack([first_exact, second_exact], dim=1).flatten(0, 1)
+    if storage == "half":
+        exact = exact.to(HALVES[half]).double()
+    # The unit vectors read the matrix back, to the rounding of what it is multiplied with: none.
+    for start in range(0, width, 256):
+        n = min(256, width - start)
+        x = torch.zeros(n, width, dtype=HALVES[half], device="cuda")
+        x[torch.arange(n), start + torch.arange(n)] = 1
+        y = matrix.product(x, "float", torch.full((n, 2 * out), math.nan, device="cuda"))
+        assert torch.equal(y, exact.T[start : start + n].float())
+
+
+def test_float16_does_not_overflow(cuda_library, launch):
+    stored = torch.tensor([[1e6, -1e6]] * 2, device="cuda")
+    matrix = Matrix(cuda_library, launch, 1, "half", 2, 2, [(stored, FLOAT32, 2, 0, 1)])
+    x = torch.tensor([[1.0, 0.0], [0.0, 60000.0]], dtype=torch.float16, device="cuda")
+    y = matrix.product(x, "half", torch.full((2, 2), math.nan, dtype=torch.float16, device="cuda"), stride=2)
+    assert y.tolist() == [[65504.0] * 2, [-65504.0] * 2]
+
+
+class Cache:
+    """Sequences of random keys and values in scattered blocks, everything else poisoned."""
+
+    def __init__(self, dtype, heads, width, block_tokens, lengths):
+        self.dtype, self.heads, self.width, self.block_tokens = dtype, heads, width, block_tokens
+        tables = [-(-length // block_tokens) for length in lengths]
+        total = sum(tables) + 3
+        ids = torch.randperm(total)[: sum(tables)].split(tables)
+        values = 2 * heads * block_tokens * width
+        value_bytes = values * torch.empty(0, dtype=DTYPES[dtype]).element_size()
+        scale_bytes = 2 * heads * block_tokens * 4 if dtype == INT8 else 0
+        self.block_bytes = rounded(value_bytes + scale_bytes, 64)
+        self.memory = torch.full((total, self.block_bytes), 255, dtype=torch.uint8, device="cuda")
+        shape = (total, 2, heads, block_tokens)
+        stored = self.memory[:, :value_bytes].view(DTYPES[dtype]).view(*shape, width)
+        if dtype == INT8:
+            scales = self.memory[:, value_bytes : value_bytes + scale_bytes].view(torch.float32).view(shape)
+        self.max_blocks = max(tables) + 2
+        self.blocks = torch.full((len(lengths), self.max_blocks), 2**31 - 1, dtype=torch.int32)
+        self.sequences = []  # float64 [2, heads, length, width]
+        for i, (length, mine) in enumerate(zip(lengths, ids)):
+            self.blocks[i, : len(mine)] = mine
+            token = torch.arange(length)
+            block, slot = mine[token // block_tokens], token % block_tokens
+            if dtype == INT8:
+                new = random_integers(-127, 128, length, 2, heads, width).to(torch.int8)
+                scale = torch.rand(length, 2, heads, device="cuda") / 50
+                scales[block, :, :, slot] = scale
+                exact = new.double() * scale.double()[..., None]
+            else:
+                new = torch.randn(length, 2, heads, width, device="cuda").to(DTYPES[dtype])
+                exact = new.double()
+            stored[block, :, :, slot] = new
+            self.sequences.append(exact.permute(1, 2, 0, 3))
+        self.blocks = self.blocks.cuda()
+        self.positions = torch.tensor(lengths, dtype=torch.int32, device="cuda") - 1
+
+    def attention(self, library, launch, half, q, rows, max_keys):
+        n = len(rows)
+        size = library.decode_attention_scratch
+        size.restype = ctypes.c_uint64
+        scratch = torch.full(
+            (size(n, self.heads, self.width, max_keys),), 255, dtype=torch.uint8, device="cuda"
+        )
+        y = torch.full((n + 1, self.heads * self.width), math.nan, dtype=HALVES[half], device="cuda")
+        tables = torch.tensor(rows, dtype=torch.int32, device="cuda")
+        positions, picked = self.positions[tables].contiguous(), q[tables].contiguous()
+        launch(
+            *("decode_attention", half, picked, positions, tables, self.blocks, self.max_blocks, self.memory),
+            *(ctypes.c_uint64(self.block_bytes), self.block_tokens, self.dtype, self.heads, self.width, n),
+            *(max_keys, scratch, y),
+        )
+        assert y[n].isnan().all()
+        return y[:n]
+
+
+ATTENTION = [
+    (heads, width, block_tokens)
+    for heads, width in ((3, 128), (5, 8), (2, 18), (3, 64), (1, 256))
+    for block_tokens in (1, 7, 32, 256)
+]
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "width", "block_tokens"), ATTENTION)
+def test_attention_is_that_of_float64(cuda_library, launch, half, dtype, heads, width, block_tokens):
+    lengths = [1, 2, 127, 128, 129, 300, 31, 33, 513, 64]
+    cache = Cache(dtype, heads, width, block_tokens, lengths)
+    q = (torch.randn(len(lengths), heads * width, device="cuda") * 2 / math.sqrt(width)).to(HALVES[half])
+    y = cache.attention(cuda_library, launch, half, q, list(range(len(lengths))), max(lengths))
+    for i, (keys, values) in enumerate(cache.sequences):
+        scores = torch.einsum("hd,htd->ht", q[i].double().view(heads, width), keys)
+        reference = torch.einsum("ht,htd->hd", scores.softmax(dim=-1), values).flatten()
+        bound = reference.abs() * EPSILON[half] + values.abs().max() * 2.0**-18
+        missed = (y[i].double() - reference).abs()
+        assert (missed <= bound).all(), (lengths[i], (missed / bound).nan_to_num(math.inf).max().item())
+    # A row by itself, and where more keys are allowed for.
+    for i, length in enumerate(lengths):
+        for max_keys in (length, 1000):
+            assert torch.equal(cache.attention(cuda_library, launch, half, q, [i], max_keys)[0], y[i])
+    rows = [5, 0, 5, 8]
+    assert torch.equal(cache.attention(cuda_library, launch, half, q, rows, 600), y[rows])

@@ -1,0 +1,192 @@
+"""Norm, embedding and rotation with the write to the cache, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from small import HALVES, close, normal, poisoned, run, same_bits, torch
+
+EPSILON = 1e-6
+# As in qwenvl.h, and what PyTorch calls them.
+CACHES = {
+    "float32": (0, torch.float32),
+    "bfloat16": (1, torch.bfloat16),
+    "float16": (5, torch.float16),
+    "int8": (2, torch.int8),
+}
+
+
+@pytest.fixture(params=HALVES)
+def half(request):
+    return HALVES[request.param]
+
+
+@pytest.mark.parametrize("width", [1, 6, 100, 640, 1664, 4096, 5120, 4099, 16384, 20000])
+@pytest.mark.parametrize("n", [1, 3, 70])
+def test_rms_norm(half, n, width):
+    x, weight = normal(n, width, scale=3), normal(width)
+    y = poisoned(n + 1, width, dtype=half)
+    run("rms_norm", half, x, weight, EPSILON, n, width, y)
+    wide = x.double()
+    wanted = wide / (wide.square().mean(1, keepdim=True) + EPSILON).sqrt() * weight.double()
+    close(y[:n], wanted, slack=3e-6)
+    assert bool(y[n].isnan().all())
+    for row in {0, n // 2, n - 1}:
+        alone = poisoned(1, width, dtype=half)
+        run("rms_norm", half, x[row].clone(), weight, EPSILON, 1, width, alone)
+        assert same_bits(alone[0], y[row])
+
+
+@pytest.mark.parametrize("width", [1, 6, 640, 1664, 4096, 4099])
+@pytest.mark.parametrize("pictures", [False, True])
+def test_embed(half, width, pictures):
+    vocab, n = 50, 9
+    wte = normal(vocab, width).to(half)
+    ids = torch.tensor([0, 49, 7, 7, -3, 50, 2**30, 11, 12], dtype=torch.int32, device="cuda")
+    wanted = wte[ids.long().clamp(0, vocab - 1)].float()
+    addresses = None
+    if pictures:
+        features = normal(3, width)
+        place = torch.tensor([0, 0, 1, 0, 0, 0, 3, 2, 0], device="cuda")
+        addresses = torch.where(place > 0, features.data_ptr() + (place - 1) * width * 4, place)
+        wanted = torch.where(place[:, None] > 0, features[(place - 1).clamp(0)], wanted)
+    x = poisoned(n + 1, width, dtype=torch.float32)
+    run("embed", half, wte, vocab, width, ids, addresses, n, x)
+    assert torch.equal(x[:n], wanted)
+    assert bool(x[n].isnan().all())
+
+
+def narrow_int8(rows):
+    """float64 [..., head_dim] -> int8 and scales, as the CPU's pools have them; also how near a half it was."""
+    most = rows.abs().amax(-1, keepdim=True)
+    exact = rows * 127 / most
+    return exact, (most / 127)[..., 0]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_tokens"),
+    [(32, 128, 16), (3, 128, 7), (2, 80, 256), (5, 6, 1), (3, 2, 5), (1, 256, 16), (2, 512, 3), (7, 90, 16)],
+)
+def test_rotate_and_store(half, cache, heads, head_dim, block_tokens):
+    number, dtype = CACHES[cache]
+    random = np.random.default_rng(heads * head_dim)
+    sequences, max_positions, tables = 4, 40, 3
+    max_blocks = -(-max_positions // block_tokens)
+    # Which token of which sequence, in any order.
+    chosen = random.permutation(sequences * max_positions)[: int(random.integers(30, 100))]
+    sequence, position = chosen // max_positions, chosen % max_positions
+    n = len(chosen)
+    n_blocks = sequences * max_blocks + 3
+    blocks = random.permutation(n_blocks)[: sequences * max_blocks].reshape(sequences, max_blocks)
+    angle_table = random.integers(0, tables, n)
+    size = torch.empty(0, dtype=dtype).element_size()
+    values = 2 * heads * block_tokens * head_dim
+    layer = values * size + (2 * heads * block_tokens * 4 if cache == "int8" else 0)
+    block_bytes = (layer + 15) // 16 * 16 + 48
+    pool = torch.full([n_blocks, block_bytes], 0x7D, dtype=torch.uint8, device="cuda")
+    width = heads * head_dim
+    qkv = normal(n, 3 * width).to(half)
+    angle = normal(tables, max_positions, head_dim // 2) * 3
+    cos, sin = angle.cos(), angle.sin()
+    query_scale = torch.rand(max_positions, device="cuda") + 0.1
+    as_ints = [
+        torch.tensor(array, dtype=torch.int32, device="cuda")
+        for array in (position, angle_table, sequence, blocks)
+    ]
+    q = poisoned(n + 1, width, dtype=half)
+
+    def call(rows, pool, q):
+        positions, angle_tables, tables_of, table = as_ints
+        run(
+            "rotate_and_store",
+            half,
+            *(qkv[rows].clone(), positions[rows].clone(), angle_tables[rows].clone()),
+            *(tables_of[rows].clone(), table, max_blocks, cos, sin, query_scale, max_positions),
+            *(pool, block_bytes, block_tokens, number, heads, head_dim, len(qkv[rows]), q),
+        )
+
+    call(slice(None), pool, q)
+    parts = qkv.double().view(n, 3, heads, 2, head_dim // 2)
+    c = cos.double()[angle_table, position][:, None]
+    s = sin.double()[angle_table, position][:, None]
+
+    def turned(part, scale=1.0):
+        a, b = part[:, :, 0], part[:, :, 1]
+        return torch.stack([(a * c - b * s) * scale, (b * c + a * s) * scale], 2).view(n, heads, head_dim)
+
+    scale = query_scale.double()[position][:, None, None]
+    close(q[:n], turned(parts[:, 0], scale).view(n, width), slack=1e-6)
+    assert bool(q[n].isnan().all())
+    # [n, 2, heads, head_dim]
+    stored = torch.stack([turned(parts[:, 1]), parts[:, 2].reshape(n, heads, head_dim)], 1)
+    place, slot = blocks[sequence, position // block_tokens], position % block_tokens
+    got = pool[:, : values * size].view(dtype).view(n_blocks, 2, heads, block_tokens, head_dim)
+    got = got[place, :, :, slot]
+    untouched = pool.clone()
+    view = untouched[:, : values * size].view(dtype).view(n_blocks, 2, heads, block_tokens, head_dim)
+    if cache == "int8":
+        exact, scales = narrow_int8(stored)
+        close(got.float() - exact.float(), torch.zeros_like(exact), slack=0.5 + 1e-4)
+        n_scales = 2 * heads * block_tokens * 4
+        got_scales = pool[:, values : values + n_scales].view(torch.float32)
+        got_scales = got_scales.view(n_blocks, 2, heads, block_tokens)[place, :, :, slot]
+        assert bool(((got_scales.double() / scales - 1).abs() < 1e-6).all())
+        left = untouched[:, values : values + n_scales].view(torch.float32)
+        left.view(n_blocks, 2, heads, block_tokens)[place, :, :, slot] = 0
+        view[place, :, :, slot] = 0
+    else:
+        close(got, stored, slack=1e-6)
+        view[place, :, :, slot] = 0
+    # Nothing else of the pool was written.
+    reference = torch.full_like(pool, 0x7D)
+    view = reference[:, : values * size].view(dtype).view(n_blocks, 2, heads, block_tokens, head_dim)
+    view[place, :, :, slot] = 0
+    if cache == "int8":
+        left = reference[:, values : values + n_scales].view(torch.float32)
+        left.view(n_blocks, 2, heads, block_tokens)[place, :, :, slot] = 0
+    assert torch.equal(untouched, reference)
+    # Each token by itself gives the same bits.
+    other = torch.full_like(pool, 0x7D)
+    for row in range(n):
+        alone = poisoned(1, width, dtype=half)
+        call(slice(row, row + 1), other, alone)
+        assert same_bits(alone[0], q[row])
+    assert torch.equal(other, pool)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-38, float("inf")])
+def test_int8_without_a_scale(half, value):
+    """A head of zeros, of denormals or with an infinity is stored as zeros with scale 0, as on the CPU."""
+    heads, head_dim = 1, 64
+    qkv = torch.zeros(1, 3 * head_dim, device="cuda", dtype=half)
+    qkv[0, 2 * head_dim] = value
+    pool = torch.full([2 * (head_dim + 4)], 0x7D, dtype=torch.uint8, device="cuda")
+    zero = torch.zeros(1, dtype=torch.int32, device="cuda")
+    ones, nothing = torch.ones(32, device="cuda"), torch.zeros(32, device="cuda")
+    q = poisoned(head_dim, dtype=half)
+    run(
+        "rotate_and_store",
+        half,
+        *(
+            qkv,
+            zero,
+            zero,
+            zero,
+            zero,
+            1,
+            ones,
+            nothing,
+            ones,
+            1,
+            pool,
+            len(pool),
+            1,
+            2,
+            heads,
+            head_dim,
+            1,
+            q,
+        ),
+    )
+    assert pool.count_nonzero().item() == 0

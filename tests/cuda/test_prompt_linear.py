@@ -1,0 +1,123 @@
+"""linear_prompt against float64, and to the bit against itself with other tiles and other rows."""
+
+from __future__ import annotations
+
+import pytest
+
+prompt = pytest.importorskip("prompt", reason="the tests of prompts need a GPU")
+import torch  # noqa: E402
+from prompt import ADD, CHOSEN, FLOAT, GELU, HALF, HALVES, PORTABLE, SILU_TIMES, error_of, rows_of, run  # noqa: E402
+
+
+def product(
+    tile: int,
+    into: int,
+    w: torch.Tensor,
+    x: torch.Tensor,
+    columns: int,
+    bias: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`w` [out, stride] and `x` [n, x_stride] are of `columns` values a row; `start` is added to."""
+    out = w.shape[0] // 2 if into == SILU_TIMES else w.shape[0]
+    dtype = torch.float32 if into in (FLOAT, ADD) else w.dtype
+    y = torch.full((x.shape[0] + 1, out), float("nan"), dtype=dtype, device="cuda")
+    if start is not None:
+        y[:-1] = start
+    run(
+        "linear_prompt",
+        w.dtype,
+        tile,
+        0,
+        w.shape[0],
+        columns,
+        w.stride(0),
+        w,
+        None,
+        bias,
+        x,
+        x.stride(0),
+        x.shape[0],
+        into,
+        y,
+        None,
+    )
+    torch.cuda.synchronize()
+    assert y[-1].isnan().all(), "written behind the last row"
+    return y[:-1]
+
+
+def reference(
+    into: int, w: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, start: torch.Tensor | None
+) -> torch.Tensor:
+    y = x.double() @ w.double().T
+    if bias is not None:
+        y += bias.double()
+    if into == GELU:
+        return y * 0.5 * (1 + torch.erf(y / 2**0.5))
+    if into == SILU_TIMES:
+        return y[:, 0::2] * torch.nn.functional.silu(y[:, 1::2])
+    return y if start is None else y + start.double()
+
+
+SIZES = [
+    (1, 8, 8),
+    (5, 24, 56),
+    (37, 100, 120),
+    (130, 66, 1000),
+    (284, 200, 72),
+    (300, 1001, 264),
+    (65, 4096, 136),
+]
+
+
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+@pytest.mark.parametrize("into", [HALF, FLOAT, ADD, GELU, SILU_TIMES])
+@pytest.mark.parametrize(("n", "out", "columns"), SIZES)
+def test_every_tile_at_odd_sizes(half: torch.dtype, into: int, n: int, out: int, columns: int) -> None:
+    if into == SILU_TIMES:
+        out += out % 2
+    w = torch.randn(out, columns, device="cuda").to(half)
+    x = rows_of(torch.randn(n, columns, device="cuda").to(half), columns + 8)
+    bias = torch.randn(out, device="cuda") if n % 2 else None
+    start = torch.randn(n, out, device="cuda") if into == ADD else None
+    expected = reference(into, w, x[:, :columns], bias, start)
+    bound = 1e-5 if into in (FLOAT, ADD) else 4e-3 if half == torch.bfloat16 else 5e-4
+    results = {}
+    for tile in [CHOSEN, PORTABLE, *prompt.tiles()]:
+        results[tile] = product(tile, into, w, x, columns, bias, start)
+        assert error_of(results[tile], expected) < bound, prompt.DLL.qvlt_gpu_linear_prompt_tile_name(
+            max(tile, -1)
+        )
+    for tile in prompt.tiles():
+        assert torch.equal(results[tile], results[CHOSEN]), prompt.DLL.qvlt_gpu_linear_prompt_tile_name(tile)
+
+
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+def test_rows_of_x_end_before_those_of_w(half: torch.dtype) -> None:
+    """Rows of W are padded with zeros; what lies behind a row of x does not count."""
+    w = torch.zeros(48, 128, device="cuda", dtype=half)
+    w[:, :100] = torch.randn(48, 100, device="cuda").to(half)
+    x = rows_of(torch.randn(9, 100, device="cuda").to(half), 104)
+    expected = reference(FLOAT, w[:, :100], x[:, :100], None, None)
+    for tile in [CHOSEN, PORTABLE, *prompt.tiles()]:
+        assert error_of(product(tile, FLOAT, w, x, 100), expected) < 1e-5
+
+
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+def test_a_row_is_the_same_among_others(half: torch.dtype) -> None:
+    w = torch.randn(1664, 1088, device="cuda").to(half)
+    x = torch.randn(2000, 1088, device="cuda").to(half)
+    for tile in (CHOSEN, PORTABLE):
+        whole = product(tile, FLOAT, w, x, 1088)
+        for first, n in [(0, 1), (1999, 1), (137, 284), (900, 1024), (3, 17), (500, 64)]:
+            assert torch.equal(product(tile, FLOAT, w, x[first : first + n], 1088), whole[first : first + n])
+
+
+def test_many_tiles_a_block() -> None:
+    """More groups of tiles than multiprocessors: blocks go around, their buffers with them."""
+    w = torch.randn(8192, 328, device="cuda").to(torch.bfloat16)
+    x = torch.randn(1500, 328, device="cuda").to(torch.bfloat16)
+    expected = reference(FLOAT, w, x, None, None)
+    for tile in [PORTABLE, *prompt.tiles()]:
+        assert error_of(product(tile, FLOAT, w, x, 328), expected) < 1e-5

@@ -1,0 +1,71 @@
+"""Patches, norm and added positions of the vision tower, against float64."""
+
+from __future__ import annotations
+
+import pytest
+from small import HALVES, close, normal, poisoned, run, same_bits, torch
+
+EPSILON = 1e-6
+
+
+@pytest.fixture(params=HALVES)
+def half(request):
+    return HALVES[request.param]
+
+
+@pytest.mark.parametrize(("size", "patch", "stride"), [(448, 14, 592), (30, 5, 80), (6, 3, 27), (4, 1, 3)])
+@pytest.mark.parametrize("n", [1, 3])
+def test_cut_patches(half, n, size, patch, stride):
+    images = normal(n, 3, size, size)
+    grid = size // patch
+    y = poisoned(n * grid * grid + 1, stride, dtype=half)
+    run("cut_patches", half, images, n, size, patch, stride, y)
+    cut = images.view(n, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5).reshape(n * grid * grid, -1)
+    assert torch.equal(y[:-1, : 3 * patch * patch], cut.to(half))
+    assert y[:-1, 3 * patch * patch :].count_nonzero() == 0
+    assert bool(y[-1].isnan().all())
+
+
+@pytest.mark.parametrize("width", [1, 6, 100, 1664, 1030, 4096, 16384, 20000])
+@pytest.mark.parametrize("n", [1, 3, 70])
+@pytest.mark.parametrize("which", ["half", "float", "both", "in place", "added"])
+def test_layer_norm(half, n, width, which):
+    x, weight, bias = normal(n, width) + 20, normal(width), normal(width)
+    given = x.clone()
+    add, period = (normal(4, width), 4) if which == "added" else (None, 0)
+    y_half = None if which in ("float", "in place") else poisoned(n + 1, width, dtype=half)
+    y_float = poisoned(n + 1, width, dtype=torch.float32) if which in ("float", "both", "added") else None
+    if which == "in place":
+        y_float = x
+    run("layer_norm", half, x, weight, bias, EPSILON, n, width, add, period, y_half, y_float)
+    wide = given.double()
+    differences = wide - wide.mean(1, keepdim=True)
+    wanted = differences / (differences.square().mean(1, keepdim=True) + EPSILON).sqrt()
+    slack = 5e-5  # the mean of values near 20 is off by their last bits
+    wanted = wanted * weight.double() + bias.double()
+    if y_float is not None:
+        close(y_float[:n], wanted, slack)
+    if y_half is not None:
+        rows = torch.arange(n, device="cuda") % max(period, 1)
+        close(y_half[:n], wanted + (add[rows].double() if add is not None else 0), slack)
+        assert bool(y_half[n].isnan().all())
+    for row in {0, n // 2, n - 1}:
+        if add is not None and row % period != 0:
+            continue
+        alone = poisoned(1, width, dtype=half)
+        alone_float = poisoned(1, width, dtype=torch.float32)
+        one = given[row].clone()
+        run("layer_norm", half, one, weight, bias, EPSILON, 1, width, add, period, alone, alone_float)
+        assert y_half is None or same_bits(alone[0], y_half[row])
+        assert y_float is None or same_bits(alone_float[0], y_float[row])
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "period"), [(2048, 1664, 1024), (7, 6, 3), (5, 1, 2), (256, 4096, 256)]
+)
+def test_add_rows(half, n, width, period):
+    x, add = normal(n + 1, width), normal(period, width)
+    wanted = x.clone()
+    wanted[:n] += add[torch.arange(n, device="cuda") % period]
+    run("add_rows", half, x, add, n, width, period)
+    assert torch.equal(x, wanted)

@@ -1,0 +1,32 @@
+// The CPU back end in the place of that for GPUs: what Python does for a GPU, on machines that have none.
+#include <cstdio>
+#include <cstdlib>
+
+#include "core/backend.h"
+
+namespace {
+
+int32_t count() {
+  return 2;
+}
+
+void describe(int32_t index, qvl_device_info* info) {
+  qvl::describe_cpu(info);
+  std::snprintf(info->name, sizeof info->name, "GPU %d", index);
+  info->compute_major = 8;
+  if (const char* free = std::getenv("FAKE_FREE_BYTES")) info->free_bytes = std::strtoull(free, nullptr, 10);
+}
+
+std::unique_ptr<qvl::Backend> make(const qvl_config& config, const qvl::WeightTable& weights) {
+  std::printf("made on GPU %d from %s\n", config.device_index, std::getenv("QWENVL_CUDA_KERNELS"));
+  std::fflush(stdout);
+  qvl_config on_cpu = config;
+  on_cpu.device = QVL_DEVICE_CPU;
+  on_cpu.device_index = 0;
+  return qvl::make_cpu_backend(on_cpu, weights);
+}
+
+}  // namespace
+
+extern "C" QVL_API const qvl::CudaBackEnd qvl_cuda_back_end;
+const qvl::CudaBackEnd qvl_cuda_back_end = {"0.2", count, describe, make};

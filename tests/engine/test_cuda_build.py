@@ -1,0 +1,226 @@
+"""Building for GPUs where there is none: the driver and NVRTC are made up, the compilers say that they were called."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engines import needs_compiler
+from fake_cuda import fake_driver, fake_nvrtc, headers
+
+from paddlemix_qwenvl_plugin.engine import build, gpu, nvrtc, sources
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.machine import CudaDriver, Gpu
+
+pytestmark = needs_compiler
+
+CSRC = sources.source_folder()
+INSTALL = r": pip install 'paddlemix-qwenvl-plugin\[gpu-engine\]'$"
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder in which NVRTC is looked for."""
+    monkeypatch.setattr(nvrtc, "_sites", lambda: [tmp_path / "site"])
+    monkeypatch.setattr(nvrtc, "_toolkits", lambda: [tmp_path / "toolkit"])
+    monkeypatch.setattr(nvrtc, "_NAMES", ())
+    monkeypatch.setattr(nvrtc, "_SYSTEM", tmp_path / "usr")
+    return tmp_path / "site"
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sources with two kernel files, an NVRTC for them, and a GPU."""
+    csrc = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
+    folder = csrc / "cuda" / "kernels"
+    for old in folder.glob("*.cu"):
+        old.unlink()
+    for name in ("one.cu", "two.cu"):
+        (folder / name).write_text(f"// {name}")
+    monkeypatch.setattr(build, "source_folder", lambda: csrc)
+    monkeypatch.setenv("QWENVL_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("QWENVL_NO_BUILD", raising=False)
+    monkeypatch.delenv("QWENVL_CUDA_KERNELS", raising=False)
+    wheel = site / "nvidia" / "cuda_nvrtc"
+    fake_nvrtc(wheel / "lib" / "libnvrtc.so.12", 12, 9, 75, 80, 90)
+    headers(site / "nvidia" / "cuda_runtime" / "include")
+    has(monkeypatch, 90)
+    return folder
+
+
+def has(monkeypatch: pytest.MonkeyPatch, *architectures: int, version: int = 12090) -> None:
+    """Make up a driver with these GPUs."""
+    driver = CudaDriver(version, [Gpu(f"GPU {each}", each) for each in architectures])
+    monkeypatch.setattr(gpu, "cuda_driver", lambda: driver)
+
+
+def test_the_driver_is_asked(tmp_path: Path) -> None:
+    fake_driver(tmp_path)
+    code = "from paddlemix_qwenvl_plugin.util.machine import cuda_driver; print(cuda_driver())"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "FAKE_CUDA": "12040", "FAKE_GPUS": "2"}
+    said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    first, second = Gpu("First", 86), Gpu("Second", 96)
+    assert said.strip() == repr(CudaDriver(12040, [first, second]))
+    environment["FAKE_GPUS"] = "0"
+    said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert said.strip() == repr(CudaDriver(12040, []))
+
+
+def test_kernels_are_built_once_and_found_again(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    has(monkeypatch, 75, 90, 90, 61)  # the last one is too old, and not built for
+    folder = build.built(gpu.kernels())
+    names = {
+        f"{stem}.{code}.cubin"
+        for stem in ("one", "two")
+        for code in ("sm_75.f16", "sm_90a.f16", "sm_90a.bf16")
+    }
+    assert {path.name for path in folder.glob("*.cubin")} == names
+    assert (folder / "two.sm_90a.bf16.cubin").read_text() == "// two.cu"
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*.cubin")}
+    assert build.built(gpu.kernels()) == folder
+    assert times == {path: path.stat().st_mtime_ns for path in folder.glob("*.cubin")}
+    log = (folder / "build.log").read_text()
+    assert log.count("--gpu-architecture=sm_90a -DQVL_COMPUTE_BFLOAT16") == 2
+    (folder / "one.sm_75.f16.cubin").write_text("cut")
+    assert build.target_state(gpu.kernels()) == ("not built", folder)
+    assert (build.built(gpu.kernels()) / "one.sm_75.f16.cubin").read_text() == "// one.cu"
+
+
+def test_another_kernel_header_gpu_or_nvrtc_is_another_folder(
+    kernels: Path, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [build.built(gpu.kernels())]
+    (kernels / "more.cuh").write_text("")
+    folders.append(build.built(gpu.kernels()))
+    has(monkeypatch, 80)
+    folders.append(build.built(gpu.kernels()))
+    library = site / "nvidia" / "cuda_nvrtc" / "lib" / "libnvrtc.so.12"
+    library.unlink()
+    fake_nvrtc(library.with_name("libnvrtc.so.13"), 12, 10, 80)
+    folders.append(build.built(gpu.kernels()))
+    assert len(set(folders)) == 4
+    engine = build.library_state()[1]
+    (kernels / "less.cuh").write_text("")
+    assert build.library_state()[1] == engine  # which GPU kernels are no part of
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("FAIL", r"here: one\.cu: error: NVRTC_ERROR_COMPILATION; see \S+build\.log$"),
+        ("CRASH", r"here: \S+ was killed by SIGABRT; see \S+build\.log$"),
+    ],
+)
+def test_kernels_that_do_not_compile(kernels: Path, source: str, line: str) -> None:
+    (kernels / "one.cu").write_text(source)
+    with pytest.raises(QwenVLError, match=rf"^the engine for GPUs does not compile {line}") as error:
+        build.built(gpu.kernels())
+    log = Path(str(error.value).rpartition(" ")[2])
+    assert not list(log.parent.rglob("*.cubin"))
+    if source == "FAIL":
+        assert "one.cu(1): a word" in log.read_text()
+        with pytest.raises(QwenVLError, match=r"\(qwenvl build-engine --device gpu tries again\)$"):
+            build.built(gpu.kernels())
+
+
+def test_no_build(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWENVL_NO_BUILD", "1")
+    line = r"^the engine for GPUs is not built, .* is set: run qwenvl build-engine --device gpu$"
+    with pytest.raises(QwenVLError, match=line):
+        build.built(gpu.kernels())
+
+
+def test_kernels_of_the_user_need_no_nvrtc(
+    kernels: Path, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(site)
+    monkeypatch.setenv("QWENVL_CUDA_KERNELS", "/there")
+    monkeypatch.setattr(build, "cuda_library", lambda allowed: Path("library"))
+    assert gpu.build_for(0) == (Path("library"), Path("/there"))
+
+
+def test_where_nvrtc_is_found(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wheels of both majors, Paddle's and PyTorch's own copies, a toolkit; what does not fit is passed over."""
+    with pytest.raises(QwenVLError, match=rf"^no NVRTC .*{INSTALL}"):
+        nvrtc.find([90], 13)
+    headers(site / "nvidia" / "cuda_runtime" / "include")
+
+    def found(*architectures: int, newest: int = 13) -> tuple[Path, tuple[Path, ...]]:
+        library, _, _, include = nvrtc.find(architectures, newest)
+        return Path(library), include
+
+    tool = fake_nvrtc(tmp_path / "toolkit" / "lib64" / "libnvrtc.so.12", 12, 1, 70)
+    headers(tmp_path / "toolkit" / "include")
+    assert found(70) == (tool, (tmp_path / "toolkit" / "include",))
+    torch = fake_nvrtc(site / "torch" / "lib" / "libnvrtc-0123abcd.so.12", 12, 4, 70, 90)
+    assert found(70)[0] == torch
+    wheel = fake_nvrtc(site / "nvidia" / "cuda_nvrtc" / "lib" / "libnvrtc.so.12", 12, 9, 70, 90, 100)
+    fake_nvrtc(wheel.with_name("libnvrtc-builtins.so.12.9"), 12, 9, 120)
+    assert found(90) == (wheel, (site / "nvidia" / "cuda_runtime" / "include",))
+    newer = fake_nvrtc(site / "nvidia" / "cu13" / "lib" / "libnvrtc.so.13", 13, 0, 75, 90, 120)
+    include = headers(site / "nvidia" / "cu13" / "include")
+    (include / "cccl").mkdir()
+    assert found(120) == (newer, (include, include / "cccl"))
+    assert found(70)[0] == wheel
+
+    with pytest.raises(
+        QwenVLError, match=rf"libnvrtc.so.12 is NVRTC 12.9, which cannot compile for sm_130{INSTALL}"
+    ):
+        found(130)
+    for each in (torch, wheel, tool):
+        each.unlink()
+    with pytest.raises(
+        QwenVLError, match=rf"is NVRTC 13.0, and the NVIDIA driver knows CUDA 12 only{INSTALL}"
+    ):
+        found(90, newest=12)
+    for folder in (site / "nvidia" / "cuda_runtime", include, tmp_path / "toolkit"):
+        shutil.rmtree(folder)
+    with pytest.raises(QwenVLError, match=rf"and there is no header cuda_fp16.h for it{INSTALL}"):
+        found(90)
+
+
+def test_gpus_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "cuda_driver", lambda: None)
+    with pytest.raises(
+        UsageError, match=r"^--device gpu: there is no NVIDIA driver \(libcuda.so.1\); install it or"
+    ):
+        gpu.usable(0)
+    has(monkeypatch, 90, version=11080)
+    with pytest.raises(UsageError, match=r"knows CUDA 11\.8 only; install one for CUDA 12 or newer$"):
+        gpu.usable(0)
+    has(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(
+        UsageError, match=r"^--device gpu:0: .* shows 0 GPU\(s\) here; CUDA_VISIBLE_DEVICES is ''$"
+    ):
+        gpu.usable(0)
+    has(monkeypatch, 61, 90)
+    with pytest.raises(
+        UsageError, match=r"^--device gpu:0: GPU 61 has compute capability 6\.1; the engine needs 7\.0$"
+    ):
+        gpu.usable(0)
+    assert gpu.usable(1).architecture == 90
+    with pytest.raises(UsageError, match=r"^--device gpu:2: the NVIDIA driver shows 2 GPU\(s\) here"):
+        gpu.usable(2)
+
+
+def test_the_library_is_built_and_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that `load` has prepared opens it as libqwenvl.so does: by its name."""
+    monkeypatch.setenv("QWENVL_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("QWENVL_NO_BUILD", raising=False)
+    library = build.cuda_library()
+    assert library.name == "libqwenvl_cuda.so"
+    code = """
+import ctypes, os
+from pathlib import Path
+from paddlemix_qwenvl_plugin.engine import gpu
+gpu.build_for = lambda index: (Path(os.environ["LIBRARY"]), Path("/kernels"))
+gpu.load(0)
+assert os.environ["QWENVL_CUDA_KERNELS"] == "/kernels"
+ctypes.CDLL("libqwenvl_cuda.so")
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "LIBRARY": str(library)}, check=True)

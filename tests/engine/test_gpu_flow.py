@@ -1,0 +1,126 @@
+"""`device="gpu"` from the flag to the engine, with the CPU back end in the place of that for GPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engines import needs_compiler
+
+from paddlemix_qwenvl_plugin.engine import build, sources
+from paddlemix_qwenvl_plugin.export.export import export_language
+
+pytestmark = needs_compiler
+
+# What stands for a machine with two GPUs; then the code of a test.
+MACHINE = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from paddlemix_qwenvl_plugin.engine import gpu
+gpu.build_for = lambda index: (Path(os.environ["FAKE_LIBRARY"]), Path("/kernels"))
+vision, language = sys.argv[1:3]
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    csrc = sources.source_folder()
+    units = sources.library_units(csrc, sources.isas_here(csrc))
+    stand_in = Path(__file__).with_name("cpu_as_gpu.cc")
+    flags = units[-1].flags
+    own = ("core_capi.o", "core_generate.o", "core_cuda_back_end.o")
+    units = [sources.Unit("stand_in.o", stand_in, flags), *(unit for unit in units if unit.name not in own)]
+    target = build.cuda_target()._replace(units=units)
+    folder = tmp_path_factory.mktemp("library")
+    with (folder / "build.log").open("w", encoding="utf-8") as log:
+        build.build(target, folder, log)
+    return folder / build.CUDA_LIBRARY
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """In bfloat16, of which keys and values are kept in bfloat16 on every device."""
+    folder = tmp_path_factory.mktemp("text")
+    export_language(tiny_exported / "model", folder, "qwen", "bfloat16")
+    return tiny_exported / "vision" / "vision", folder / "qwen"
+
+
+def run(
+    code: str, library: Path, pair: tuple[Path, Path], **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", MACHINE + code, *map(str, pair)],
+        env={**os.environ, "FAKE_LIBRARY": str(library), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+PREDICT = """
+sys.modules["paddle"] = None
+from paddlemix_qwenvl_plugin import QwenVL
+pixels = np.random.default_rng(1).standard_normal([1, 3, 448, 448]).astype(np.float32)
+for device in ("cpu", "gpu:1"):
+    vl = QwenVL.from_exported(vision, language, device=device)
+    features = vl.encode_images(pixels)
+    rows = [np.arange(n) % 300 for n in (3, 700, 2500)]
+    answers = [vl.generate_ids(row[None], max_new_tokens=6, eos_token_ids=()) for row in rows]
+    print(hash(features.tobytes()), answers)
+"""
+
+
+def test_our_predictor_without_paddle(library: Path, pair: tuple[Path, Path]) -> None:
+    done = run(PREDICT, library, pair, PYTHONHASHSEED="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    on_cpu, *made, on_gpu = done.stdout.splitlines()
+    assert made == ["made on GPU 1 from /kernels"] * 2
+    assert on_cpu == on_gpu
+
+
+OPERATORS = """
+from paddlemix_qwenvl_plugin.runtime.programs import Stage
+pixels = np.random.default_rng(1).standard_normal([1, 3, 448, 448]).astype(np.float32)
+for device in ("cpu", "gpu"):
+    [features] = Stage(vision, "vision", device).open()([pixels])
+    print(hash(features.numpy().tobytes()))
+"""
+
+
+def test_operators_in_a_paddle_for_cpus(library: Path, pair: tuple[Path, Path]) -> None:
+    done = run(OPERATORS, library, pair, PYTHONHASHSEED="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    on_cpu, made, on_gpu = done.stdout.splitlines()[-3:]
+    assert made == "made on GPU 0 from /kernels"
+    assert on_cpu == on_gpu
+
+
+MEMORY = """
+from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+vl = QwenVL.from_exported(vision, language, device="gpu", gpu_memory=0.5)
+try:
+    vl.load()
+    print(vl._loop._scheduler.limits.n_blocks)
+except QwenVLError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("free", [10, 200_000_000])
+def test_memory(library: Path, pair: tuple[Path, Path], free: int) -> None:
+    """Half of what is free is for the KV cache; where there is no room at all, nothing is made."""
+    done = run(MEMORY, library, pair, FAKE_FREE_BYTES=str(free))
+    assert done.returncode == 0, done.stderr[-2000:]
+    *made, last = done.stdout.splitlines()
+    if free == 10:
+        assert not made
+        assert last.startswith(f"{pair[1]}.pdiparams: needs 0.")
+        assert last.endswith("and 0.0 GiB are free; free some, or use a larger GPU or --device cpu")
+        return
+    # The tiny model: 2 layers, keys and values of 256 numbers in 2 bytes, 32 tokens a block.
+    assert int(last) == free // 2 // (2 * 2 * 256 * 2 * 32)

@@ -1,0 +1,72 @@
+"""A driver and an NVRTC as C files of a few lines, for machines that have none."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+DRIVER = """
+#include <stdlib.h>
+#include <string.h>
+static int number(const char* name) { return atoi(getenv(name)); }
+int cuDriverGetVersion(int* version) { *version = number("FAKE_CUDA"); return 0; }
+int cuInit(unsigned flags) { return number("FAKE_GPUS") ? 0 : 100; }
+int cuDeviceGetCount(int* n) { *n = number("FAKE_GPUS"); return 0; }
+int cuDeviceGet(int* device, int i) { *device = 7 * i; return 0; }
+int cuDeviceGetName(char* name, int n, int device) { strncpy(name, device == 7 ? "Second" : "First", n); return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  *value = attribute == 75 ? 8 + device / 7 : attribute == 76 ? 6 : -1;
+  return 0;
+}
+"""
+
+# Compiles by copying, and fails where the source says so.
+NVRTC = """
+#include <stdlib.h>
+#include <string.h>
+static const int archs[] = {ARCHS};
+static char* text;
+int nvrtcVersion(int* major, int* minor) { *major = MAJOR; *minor = MINOR; return 0; }
+int nvrtcGetNumSupportedArchs(int* n) { *n = sizeof archs / sizeof *archs; return 0; }
+int nvrtcGetSupportedArchs(int* to) { memcpy(to, archs, sizeof archs); return 0; }
+int nvrtcCreateProgram(void** program, const char* source, const char* name, int n, void* a, void* b) {
+  text = strdup(source);
+  *program = text;
+  return 0;
+}
+int nvrtcCompileProgram(void* program, int n, const char** options) {
+  if (strstr(text, "CRASH")) abort();
+  return strstr(text, "FAIL") != 0 ? 6 : 0;
+}
+const char* nvrtcGetErrorString(int result) { return "NVRTC_ERROR_COMPILATION"; }
+int nvrtcGetProgramLogSize(void* program, size_t* size) { *size = 18; return 0; }
+int nvrtcGetProgramLog(void* program, char* to) { strcpy(to, "one.cu(1): a word"); return 0; }
+int nvrtcGetCUBINSize(void* program, size_t* size) { *size = strlen(text); return 0; }
+int nvrtcGetCUBIN(void* program, char* to) { memcpy(to, text, strlen(text)); return 0; }
+"""
+
+
+def fake_driver(folder: Path) -> Path:
+    """libcuda.so.1 in `folder`; it reads FAKE_CUDA (12090) and FAKE_GPUS from the environment."""
+    return _library(folder / "libcuda.so.1", DRIVER)
+
+
+def fake_nvrtc(path: Path, major: int, minor: int, *architectures: int) -> Path:
+    """An NVRTC of this version that knows these architectures."""
+    numbers = ", ".join(map(str, architectures))
+    return _library(path, NVRTC, f"-DMAJOR={major}", f"-DMINOR={minor}", f"-DARCHS={numbers}")
+
+
+def headers(folder: Path) -> Path:
+    """What stands for CUDA's headers in `folder`."""
+    folder.mkdir(parents=True)
+    (folder / "cuda_fp16.h").write_text("")
+    return folder
+
+
+def _library(path: Path, text: str, *flags: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = path.with_suffix(".c")
+    source.write_text(text)
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", *flags, "-o", path, source], check=True)
+    return path

@@ -1,0 +1,19 @@
+"""Use AutoModelMIX as PaddleMIX's own scripts do: MODEL IMAGES.npy FEATURES.npy."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import paddle
+from paddlemix.auto import AutoModelMIX
+from paddlenlp.transformers.model_utils import PretrainedModel
+
+folder, images, out = sys.argv[1:]
+model = AutoModelMIX.from_pretrained(folder, dtype="float32")
+model.eval()
+assert isinstance(model, PretrainedModel)
+assert not model.training
+assert type(model).__name__ == "QWenLMHeadModel"
+with paddle.no_grad():
+    np.save(out, model.visual(paddle.to_tensor(np.load(images))).numpy())
