@@ -49,7 +49,7 @@ from timing import measure, measure_waiting, note, report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "csrc"))
 
-from engine import (  # noqa: E402
+from engine import (
     BFLOAT16,
     DTYPES,
     LANGUAGE,
