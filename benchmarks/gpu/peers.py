@@ -374,9 +374,7 @@ def time_prompts(column: str, vision: Vision, language: Language, capture: Funct
         report(column, row, measure(run, lambda ids=ids: ids.random_(0, language.sizes.vocab)))
 
 
-def time_steps(
-    column: str, language: Language, capture: Function, steps: tuple[tuple[int, int], ...]
-) -> None:
+def time_steps(column: str, language: Language, capture: Function) -> None:
     cache = None
     for batch, past in sorted(STEPS):
         length = CACHED if batch < REQUESTS else CACHED_REQUESTS

@@ -1,7 +1,7 @@
 """The engine on a GPU beside PyTorch, at the 7B geometry: one table of one run on one machine.
 
 Run: QWENVL_LIBRARY=.../libqwenvl.so QWENVL_CUDA_KERNELS=FOLDER python benchmarks/gpu/run.py
-Needs PyTorch for CUDA, 80 GB of GPU memory and 5 minutes; for the engine, libqwenvl_cuda.so beside libqwenvl.so. The
+Needs PyTorch for CUDA, 100 GB of GPU memory and 5 minutes; for the engine, libqwenvl_cuda.so beside libqwenvl.so. The
 plugin need not be installed, nor Paddle.
 
 Every part runs in a process of its own, one after another: machine.py the limits, peers.py PyTorch, ours.py the engine
@@ -23,6 +23,7 @@ from pathlib import Path
 from model import COPY, OPEN_ROW, RATE, READ, STORAGES, Machine, Sizes, floors
 
 FOLDER = Path(__file__).resolve().parent
+HEADS = ("milliseconds", "weights", "ours", "eager", "compiled", "floor", "ours / floor", "compiled / ours")
 Figures = dict[tuple[str, str], float]  # by column and row
 
 
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def run(part: list[str], figures: Figures) -> int:
-    """Run a part, say what it prints, and add its figures; of two for the same row the lower counts."""
+    """Run a part, say what it prints, and add its figures."""
     program = [sys.executable, "-u", str(FOLDER / part[0]), *part[1:]]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -72,7 +73,7 @@ def run(part: list[str], figures: Figures) -> int:
                 continue
             key = said["column"], said["row"]
             print(f"{key[0]}: {key[1]}: {said['value']:.2f}", file=sys.stderr, flush=True)
-            figures[key] = min(said["value"], figures.get(key, said["value"]))
+            figures[key] = said["value"]
     return process.returncode
 
 
@@ -81,17 +82,8 @@ def show(figures: Figures, types: list[str]) -> None:
     limits = {row: value for (column, row), value in figures.items() if column == "machine"}
     if len(limits) < 3:
         raise SystemExit("the machine's limits were not measured")
-    print(
-        f"{datetime.date.today()}; "
-        + ", ".join(
-            f"{row[: row.index(',')]} {limits[row]:.0f} {row.split()[-1]}" for row in (COPY, READ, RATE)
-        )
-    )
-    print(
-        "\n| | weights | ours | eager | compiled | floor | ours / floor | compiled / ours |\n"
-        + "| --- " * 8
-        + "|"
-    )
+    print(f"{datetime.date.today()}:", "; ".join(f"{row} {limits[row]:.0f}" for row in (COPY, READ, RATE)))
+    print("\n| " + " | ".join(HEADS) + " |\n" + "| --- " * len(HEADS) + "|")
     machine = Machine(1e9 * limits[READ], 1e12 * limits[RATE])
     for storage in types:
         for row, floor in floors(Sizes(), storage, machine).items():
@@ -99,12 +91,8 @@ def show(figures: Figures, types: list[str]) -> None:
             if ours is None and storage != "bf16":
                 continue  # the weights of images are not quantised
             eager, compiled = (figures.get((column, row)) for column in ("eager", "compiled"))
-            cells = [
-                row,
-                storage,
-                *map(shown, (ours, eager, compiled, floor, over(ours, floor), over(compiled, ours))),
-            ]
-            print("| " + " | ".join(cells) + " |")
+            values = (ours, eager, compiled, floor, over(ours, floor), over(compiled, ours))
+            print("| " + " | ".join((row, storage, *map(shown, values))) + " |")
     if ("bf16", OPEN_ROW) in figures:
         print(f"| {OPEN_ROW} | bf16 | {shown(figures['bf16', OPEN_ROW])} |" + " |" * 5)
 
