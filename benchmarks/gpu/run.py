@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     both = arguments.peers == arguments.ours
+    engine = both or arguments.ours or arguments.open
+    if engine and not Path(os.environ.get("QWENVL_LIBRARY", "")).is_file():
+        raise SystemExit("QWENVL_LIBRARY must name libqwenvl.so")
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as folder:
         check = ["--check", str(Path(folder) / "check.pt")]
