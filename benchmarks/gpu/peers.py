@@ -453,7 +453,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", type=Path, help="write a prompt and its logits there")
+    parser.add_argument("--check", type=Path, help="write a prompt and its logits there instead")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     torch._dynamo.config.recompile_limit = 64
@@ -461,6 +461,7 @@ def main() -> None:
     vision, language = Vision(sizes), Language(sizes)
     if arguments.check:
         save_check(arguments.check, vision, language)
+        return
     for column, how, capture in (("eager", eager, as_it_is), ("compiled", compiled, Graphs().capture)):
         for model in (vision, language):
             model.compile_with(how)

@@ -53,10 +53,10 @@ def main() -> None:
         check = ["--check", str(Path(folder) / "check.pt")]
         parts = [["machine.py"]]
         if both or arguments.peers:
-            parts.append(["peers.py", *check])
+            parts.append(["peers.py"])
         if both or arguments.ours:
-            # Only a file that PyTorch has written can be compared with.
-            parts += [["ours.py", "--type", each, *(check if both else [])] for each in arguments.types]
+            parts.append(["peers.py", *check])
+            parts += [["ours.py", "--type", each, *check] for each in arguments.types]
         if arguments.open:
             parts.append(["ours.py", "--open", str(arguments.open)])
         failed = [" ".join(part[:3]) for part in parts if run(part, figures) != 0]
