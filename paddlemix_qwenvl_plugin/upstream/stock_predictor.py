@@ -21,6 +21,7 @@ import paddle
 
 from paddlemix_qwenvl_plugin.artifact.manifest import manifest_path
 from paddlemix_qwenvl_plugin.checkpoint.config import is_chat_model
+from paddlemix_qwenvl_plugin.engine.gpu import gpu_index
 from paddlemix_qwenvl_plugin.runtime.programs import Stage, stage_prefix
 from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
 from paddlemix_qwenvl_plugin.upstream.patching import replace
@@ -127,7 +128,9 @@ class LanguageModel:
 def _stage(path: str, stage: str, asked: str) -> Stage:
     """The stage on QWENVL_DEVICE, else on what the script was asked for, or by default asks for, which is a GPU."""
     device = env.DEVICE.read()
-    if device is None and asked == "gpu" and not gpus():
+    if device is not None:
+        gpu_index(device, env.DEVICE.name)  # names the variable where it is wrong
+    elif asked == "gpu" and not gpus():
         notice("--device gpu: there is no GPU here, running on the CPU")
         device = "cpu"
     opened = Stage(path, stage, device or asked)

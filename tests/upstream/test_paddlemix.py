@@ -242,6 +242,8 @@ def test_a_gpu_that_is_not_there(two_layers, tmp_path):
     done = run(MADE_UP, *command, cwd=tmp_path, QWENVL_DEVICE="gpu", **driver)
     assert done.returncode == 1
     assert "--device gpu:0: the NVIDIA driver shows 0 GPU(s) here" in done.stderr.splitlines()[-1]
+    done = run(MADE_UP, *command, cwd=tmp_path, QWENVL_DEVICE="tpu", **driver)
+    assert done.stderr.splitlines()[-1].endswith("QWENVL_DEVICE tpu: must be cpu, gpu or gpu:N")
 
 
 @pytest.mark.parametrize("tree", [real])
