@@ -30,7 +30,6 @@ from paddlemix_qwenvl_plugin.artifact.weights import Weight, stage_weights
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
 from paddlemix_qwenvl_plugin.engine.library import DTYPES
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
-from paddlemix_qwenvl_plugin.util.files import write_beside
 
 ALIGNMENT = 64
 
@@ -67,7 +66,7 @@ def write_params(
     weights: Mapping[str, Weight],
     stream: Iterable[tuple[str, NDArray[np.generic]]],
 ) -> None:
-    """Write the file beside `path`, onto the disk, and rename it.
+    """Write the file, onto the disk; where that fails, none is left.
 
     Args:
         path: the `.pdiparams` file.
@@ -79,9 +78,8 @@ def write_params(
         QwenVLError: a value is not a finite number.
     """
     offsets: dict[str, int] = {}
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:
+    try:
+        with path.open("wb") as file:
             for name, record in records.items():
                 file.write(_record_head(record, name, weights[name], file.tell()))
                 offsets[name] = file.tell()
@@ -103,8 +101,9 @@ def write_params(
             os.fsync(file.fileno())
         if offsets:  # a slip of this package, not of the user's
             raise AssertionError(f"parameters without weights: {sorted(offsets)}")
-
-    write_beside(path, write)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def n_not_finite(values: NDArray[np.generic], dtype: str) -> int:

@@ -138,7 +138,7 @@ class Checkpoint:
             raise QwenVLError(f"{self.folder}: not a Qwen-VL checkpoint, tensor {looked} is missing")
         canonical: dict[str, str] = {}
         for name in stored:
-            key = _to_canonical(name, scheme) or name
+            key = re.sub(r"^visual\.vit\.", "visual.", name.removeprefix(scheme))
             if key in canonical:
                 raise QwenVLError(
                     f"{self.folder}: tensors {canonical[key]} and {name} are the same tensor twice"
@@ -166,11 +166,3 @@ class Checkpoint:
                 evidence = (transposed, canonical[name])
         # Each half has a fused 3x projection, which is never square.
         return evidence is not None and evidence[0]
-
-
-def _to_canonical(name: str, scheme: str) -> Optional[str]:
-    if name.startswith(scheme):
-        return name[len(scheme) :]
-    if name.startswith("visual.vit."):
-        return "visual." + name[len("visual.vit.") :]
-    return None

@@ -97,12 +97,7 @@ def model(folder: str) -> dict[str, Any]:
     config = checkpoint.config
     there = (checkpoint.folder / VOCAB_FILE_NAME).is_file()
     if there:
-        start = QwenTokenizer.from_folder(checkpoint.folder, config.visual.n_queries).img_start_id
-        if start != config.visual.image_start_id:
-            raise QwenVLError(
-                f"{checkpoint.folder / VOCAB_FILE_NAME}: <img> is token {start}, but config.json says "
-                f"{config.visual.image_start_id}; this is another model's vocabulary"
-            )
+        QwenTokenizer.of_model(checkpoint.folder, config)
     specs = {**checkpoint.language, **checkpoint.vision}
     return {
         "scheme": checkpoint.scheme,

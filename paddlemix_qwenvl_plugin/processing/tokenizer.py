@@ -12,7 +12,7 @@ from typing import Any
 
 import tiktoken
 
-from paddlemix_qwenvl_plugin.checkpoint.config import read_json
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, read_json
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 VOCAB_FILE_NAME = "qwen.tiktoken"
@@ -101,6 +101,17 @@ class QwenTokenizer:
         """
         folder = Path(folder)
         return cls(folder / VOCAB_FILE_NAME, n_image_slots, _read_picture_label(folder / CONFIG_FILE_NAME))
+
+    @classmethod
+    def of_model(cls, folder: Path, config: ModelConfig) -> QwenTokenizer:
+        """That of a model folder. Errors as in `from_folder`, and QwenVLError (file) if it is another model's."""
+        tokenizer = cls.from_folder(folder, config.visual.n_queries)
+        if tokenizer.img_start_id != config.visual.image_start_id:
+            raise QwenVLError(
+                f"{Path(folder) / VOCAB_FILE_NAME}: <img> is token {tokenizer.img_start_id}, but config.json says "
+                f"{config.visual.image_start_id}; this is another model's vocabulary"
+            )
+        return tokenizer
 
     @property
     def picture_label(self) -> str:

@@ -111,14 +111,7 @@ class QwenVL:
     @cached_property
     def tokenizer(self) -> QwenTokenizer:
         """The tokenizer of the model folder."""
-        tokenizer = QwenTokenizer.from_folder(self._model, self.config.visual.n_queries)
-        expected = self.config.visual.image_start_id
-        if tokenizer.img_start_id != expected:
-            raise QwenVLError(
-                f"{self._model / 'qwen.tiktoken'}: <img> is token {tokenizer.img_start_id}, "
-                f"but config.json says {expected}; this is another model's vocabulary"
-            )
-        return tokenizer
+        return QwenTokenizer.of_model(self._model, self.config)
 
     @cached_property
     def _loop(self) -> Loop:
