@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -16,6 +17,10 @@ _NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 # A command that was told to end cleans up. Another Ctrl-C within this time would only break that off.
 _CLEANING_SECONDS = 1.0
+
+# Python calls handlers between its own steps, and a call into C++ may take minutes: after this time SIGTERM and SIGHUP
+# end a process without its cleaning up.
+_PATIENCE_SECONDS = 8.0
 
 # The module whose import has Paddle print a C++ traceback on stdout at signals, SIGTERM among them.
 _PADDLE = "paddle.base"
@@ -52,12 +57,39 @@ def ending() -> Iterator[None]:
     install()
     sys.meta_path.insert(0, finder)
     try:
-        yield
+        with _no_longer_than_patience() if main_thread else contextlib.nullcontext():
+            yield
     finally:
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)
         for number in ours:
             signal.signal(number, before[number] if last is None else signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _no_longer_than_patience() -> Iterator[None]:
+    """Within the block a process that SIGTERM or SIGHUP does not end in time is ended by a thread."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    done = threading.Event()
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] != signal.SIGINT and signal.getsignal(number[0]) != signal.SIG_IGN:
+                if not done.wait(_PATIENCE_SECONDS):
+                    os.write(2, b"qwenvl: terminated\n")
+                    os._exit(128 + number[0])
+                break
+        os.close(reader)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        done.set()
+        signal.set_wakeup_fd(before)
+        os.close(writer)
 
 
 class _AfterPaddle:

@@ -77,7 +77,7 @@ def is_drawn(path: Path) -> bool:
     """Whether `save_drawn` wrote this file."""
     try:
         with Image.open(path) as picture:
-            return picture.getexif().get(_SOFTWARE) == _NAME
+            return bool(picture.getexif().get(_SOFTWARE) == _NAME)
     except Exception:  # no picture, or a damaged one: Pillow's plugins have no common error
         return False
 

@@ -90,6 +90,29 @@ def test_ctrl_c_and_a_terminal_that_goes_away(
     assert not list(tmp_path.iterdir())
 
 
+def test_sigterm_ends_a_command_that_is_in_a_long_call(tmp_path: Path) -> None:
+    """Python's handlers wait for the end of a call into C, here one of minutes."""
+    code = """
+import hashlib, os, signal, sys, threading
+from paddlemix_qwenvl_plugin.cli import main
+from paddlemix_qwenvl_plugin.tiny import make
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+make.make_tiny = lambda *_: hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
+sys.argv = ["qwenvl", "make-tiny", "model"]
+main.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=40,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "qwenvl: terminated\n")
+
+
 def test_a_signal_that_is_ignored_stays_ignored(tiny_exported: Path, tmp_path: Path) -> None:
     """As under nohup."""
     command = ["nohup", sys.executable, "-c", RUN, str(int(signal.SIGHUP)), "export-vision"]
