@@ -1,10 +1,10 @@
 #include "core/error.h"
+#include "cuda/attention.h"
 #include "cuda/kernels/attention_prompt.h"
-#include "cuda/ops.h"
 
 namespace qvl::cuda {
 
-void attention_dense(const Gpu& gpu, CUstream stream, const DenseAttention& a, void* y) {
+void attention_dense_with(const Gpu& gpu, CUstream stream, bool portable, const DenseAttention& a, void* y) {
   QVL_REQUIRE(a.head_dim % 8 == 0 && a.head_dim <= 128, QVL_UNSUPPORTED,
               "attention over images: a head has %d values; a multiple of 8 up to 128 is needed", a.head_dim);
   struct Kernel {
@@ -12,21 +12,41 @@ void attention_dense(const Gpu& gpu, CUstream stream, const DenseAttention& a, v
     int dim;  // of a head, padded
     int shared_bytes;
   };
-#define QVL_KERNEL(D)                             \
-  {                                               \
-    "attention_dense_" #D, D, kAttentionShared<D> \
+#define QVL_KERNEL(D) {"attention_dense_" #D, D, kAttentionShared<D>}
+#define QVL_KERNEL_HOPPER(D)                          \
+  {                                                   \
+    "attention_dense_hopper_" #D, D, kHopperShared<D> \
   }
-  constexpr Kernel kKernels[] = {QVL_KERNEL(32), QVL_KERNEL(64), QVL_KERNEL(112), QVL_KERNEL(128)};
-#undef QVL_KERNEL
-  const Kernel* kernel = kKernels;
+  constexpr Kernel kPortable[] = {QVL_KERNEL(32), QVL_KERNEL(64), QVL_KERNEL(112), QVL_KERNEL(128)};
+  constexpr Kernel kHopper[] = {QVL_KERNEL_HOPPER(64), QVL_KERNEL_HOPPER(104), QVL_KERNEL_HOPPER(128)};
+  const bool hopper = gpu.arch() == 90 && !portable;
+  const Kernel* kernel = hopper ? kHopper : kPortable;
   while (kernel->dim < a.head_dim) ++kernel;
-  const DenseParams params{a.q,         a.k,      a.v,        y,           a.q_image,
-                           a.q_stride,  a.q_head, a.kv_image, a.kv_stride, a.kv_head,
-                           a.n_queries, a.n_keys, a.heads,    a.head_dim,  a.scale};
-  const Dim grid{static_cast<unsigned>((a.n_queries + kAttentionTile - 1) / kAttentionTile),
-                 static_cast<unsigned>(a.heads), static_cast<unsigned>(a.images)};
-  gpu.launch(stream, kernel->name, grid, kAttentionThreads, gpu.arch() >= 80 ? kernel->shared_bytes : 0,
-             params, true);
+  DenseParams params;
+  params.q = a.q;
+  params.k = a.k;
+  params.v = a.v;
+  params.y = y;
+  params.q_image = a.q_image;
+  params.q_stride = a.q_stride;
+  params.q_head = a.q_head;
+  params.kv_image = a.kv_image;
+  params.kv_stride = a.kv_stride;
+  params.kv_head = a.kv_head;
+  params.n_queries = a.n_queries;
+  params.n_keys = a.n_keys;
+  params.heads = a.heads;
+  params.head_dim = a.head_dim;
+  params.scale = a.scale;
+  const int queries = hopper ? kAttentionTile : kAttentionQueries;
+  const Dim grid{static_cast<unsigned>((a.n_queries + queries - 1) / queries), static_cast<unsigned>(a.heads),
+                 static_cast<unsigned>(a.images)};
+  gpu.launch(stream, kernel->name, grid, hopper ? kHopperThreads : kAttentionThreads,
+             gpu.arch() >= 80 ? kernel->shared_bytes : 0, params, true);
+}
+
+void attention_dense(const Gpu& gpu, CUstream stream, const DenseAttention& a, void* y) {
+  attention_dense_with(gpu, stream, false, a, y);
 }
 
 }  // namespace qvl::cuda

@@ -22,8 +22,9 @@ int key_type(const Gpu& gpu, qvl_dtype dtype) {
 
 }  // namespace
 
-void attention_prompt(const Gpu& gpu, CUstream stream, const void* q, const Piece* pieces, const Tile* tiles,
-                      int n_tiles, const int32_t* blocks, int max_blocks, const KvLayer& kv, void* y) {
+void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const void* q, const Piece* pieces,
+                           const Tile* tiles, int n_tiles, const int32_t* blocks, int max_blocks,
+                           const KvLayer& kv, void* y) {
   static_assert(kAttentionTile == kQueryTile, "the caller cuts the tiles");
   static_assert(sizeof(Piece) == 16 && sizeof(Tile) == 8, "read as integers");
   QVL_REQUIRE(kv.head_dim % 2 == 0 && kv.head_dim <= 256, QVL_UNSUPPORTED,
@@ -33,14 +34,16 @@ void attention_prompt(const Gpu& gpu, CUstream stream, const void* q, const Piec
     int dim;  // of a head, padded
     int shared_bytes;
   };
-#define QVL_KERNEL(D)                              \
-  {                                                \
-    "attention_prompt_" #D, D, kAttentionShared<D> \
+#define QVL_KERNEL(D) {"attention_prompt_" #D, D, kAttentionShared<D>}
+#define QVL_KERNEL_HOPPER(D)                           \
+  {                                                    \
+    "attention_prompt_hopper_" #D, D, kHopperShared<D> \
   }
-  constexpr Kernel kKernels[] = {QVL_KERNEL(16), QVL_KERNEL(32), QVL_KERNEL(64), QVL_KERNEL(128),
-                                 QVL_KERNEL(256)};
-#undef QVL_KERNEL
-  const Kernel* kernel = kKernels;
+  constexpr Kernel kPortable[] = {QVL_KERNEL(16), QVL_KERNEL(32), QVL_KERNEL(64), QVL_KERNEL(128),
+                                  QVL_KERNEL(256)};
+  constexpr Kernel kHopper[] = {QVL_KERNEL_HOPPER(64), QVL_KERNEL_HOPPER(128)};
+  const bool hopper = gpu.arch() == 90 && kv.head_dim <= 128 && !portable;
+  const Kernel* kernel = hopper ? kHopper : kPortable;
   while (kernel->dim < kv.head_dim) ++kernel;
   PagedAttention params;
   params.q = q;
@@ -55,9 +58,15 @@ void attention_prompt(const Gpu& gpu, CUstream stream, const void* q, const Piec
   params.type = key_type(gpu, kv.dtype);
   params.heads = kv.heads;
   params.head_dim = kv.head_dim;
-  const Dim grid{static_cast<unsigned>(n_tiles), static_cast<unsigned>(kv.heads)};
-  gpu.launch(stream, kernel->name, grid, kAttentionThreads, gpu.arch() >= 80 ? kernel->shared_bytes : 0,
-             params, true);
+  const Dim grid{static_cast<unsigned>(kv.heads), static_cast<unsigned>(n_tiles),
+                 hopper ? 1u : kAttentionTile / kAttentionQueries};
+  gpu.launch(stream, kernel->name, grid, hopper ? kHopperThreads : kAttentionThreads,
+             gpu.arch() >= 80 ? kernel->shared_bytes : 0, params, true);
+}
+
+void attention_prompt(const Gpu& gpu, CUstream stream, const void* q, const Piece* pieces, const Tile* tiles,
+                      int n_tiles, const int32_t* blocks, int max_blocks, const KvLayer& kv, void* y) {
+  attention_prompt_with(gpu, stream, false, q, pieces, tiles, n_tiles, blocks, max_blocks, kv, y);
 }
 
 }  // namespace qvl::cuda

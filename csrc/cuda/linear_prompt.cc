@@ -106,7 +106,7 @@ void linear_prompt_with(const Gpu& gpu, CUstream stream, int tile, const Matrix&
   params.n_groups = all.n;
   const int resident = gpu.multiprocessors() * t.blocks / cluster;
   const Dim grid{static_cast<unsigned>(std::min(all.m * all.n, resident) * cluster)};
-  constexpr int kChunk = 16 * 68 * 4, kAlign = 1024;
+  constexpr int kChunk = 32 * 68 * 4, kAlign = 1024;
   const int shared = t.buffers * ((rows + t.tokens) * 128 + 16) + t.parts * kChunk + kAlign;
   gpu.launch(stream, t.name, grid, 128 * (t.parts + 1), shared, params, true);
 }

@@ -123,7 +123,7 @@ struct Piece {
   int first, n, past, table;
 };
 // pieces in device memory [n_pieces]; n_tiles: the sum of ceil(n / kQueryTile); n: all queries.
-constexpr int kQueryTile = 64;
+constexpr int kQueryTile = 128;
 struct Tile {
   int piece, offset;  // queries offset .. offset + kQueryTile - 1 of the piece
 };

@@ -3,8 +3,8 @@
 #include <string>
 
 #include "core/error.h"
+#include "cuda/attention.h"
 #include "cuda/linear_prompt.h"
-#include "cuda/ops.h"
 
 using namespace qvl;
 using namespace qvl::cuda;
@@ -64,11 +64,11 @@ EXPORT const char* qvlt_gpu_linear_prompt(int64_t bfloat16, CUstream stream, int
   });
 }
 
-EXPORT const char* qvlt_gpu_attention_prompt(int64_t bfloat16, CUstream stream, const void* q,
-                                             const Piece* pieces, const Tile* tiles, int64_t n_tiles,
-                                             const int32_t* blocks, int64_t max_blocks, char* base,
-                                             int64_t block_bytes, int64_t block_tokens, int64_t dtype,
-                                             int64_t heads, int64_t head_dim, void* y) {
+EXPORT const char* qvlt_gpu_attention_prompt(int64_t bfloat16, CUstream stream, int64_t portable,
+                                             const void* q, const Piece* pieces, const Tile* tiles,
+                                             int64_t n_tiles, const int32_t* blocks, int64_t max_blocks,
+                                             char* base, int64_t block_bytes, int64_t block_tokens,
+                                             int64_t dtype, int64_t heads, int64_t head_dim, void* y) {
   return reported([&] {
     const Gpu& gpu = prompt_gpu(bfloat16);
     const Current current(gpu.context());
@@ -78,15 +78,16 @@ EXPORT const char* qvlt_gpu_attention_prompt(int64_t bfloat16, CUstream stream, 
                      static_cast<qvl_dtype>(dtype),
                      static_cast<int>(heads),
                      static_cast<int>(head_dim)};
-    attention_prompt(gpu, stream, q, pieces, tiles, static_cast<int>(n_tiles), blocks,
-                     static_cast<int>(max_blocks), kv, y);
+    attention_prompt_with(gpu, stream, portable != 0, q, pieces, tiles, static_cast<int>(n_tiles), blocks,
+                          static_cast<int>(max_blocks), kv, y);
   });
 }
 
-EXPORT const char* qvlt_gpu_attention_dense(int64_t bfloat16, CUstream stream, const void* q, const void* k,
-                                            const void* v, int64_t q_image, int64_t q_stride, int64_t q_head,
-                                            int64_t kv_image, int64_t kv_stride, int64_t kv_head,
-                                            int64_t images, int64_t n_queries, int64_t n_keys, int64_t heads,
+EXPORT const char* qvlt_gpu_attention_dense(int64_t bfloat16, CUstream stream, int64_t portable,
+                                            const void* q, const void* k, const void* v, int64_t q_image,
+                                            int64_t q_stride, int64_t q_head, int64_t kv_image,
+                                            int64_t kv_stride, int64_t kv_head, int64_t images,
+                                            int64_t n_queries, int64_t n_keys, int64_t heads,
                                             int64_t head_dim, double scale, void* y) {
   return reported([&] {
     const Gpu& gpu = prompt_gpu(bfloat16);
@@ -106,6 +107,6 @@ EXPORT const char* qvlt_gpu_attention_dense(int64_t bfloat16, CUstream stream, c
                            static_cast<int>(heads),
                            static_cast<int>(head_dim),
                            static_cast<float>(scale)};
-    attention_dense(gpu, stream, a, y);
+    attention_dense_with(gpu, stream, portable != 0, a, y);
   });
 }

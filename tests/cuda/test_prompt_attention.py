@@ -11,14 +11,9 @@ prompt = pytest.importorskip("prompt", reason="the tests of prompts need a GPU")
 import torch  # noqa: E402
 from prompt import HALVES, error_of, run  # noqa: E402
 
-QUERY_TILE = 64
+QUERY_TILE = 128
 # Types of a cache by their numbers in qwenvl.h.
-CACHES = {
-    "float32": (0, torch.float32),
-    "bfloat16": (1, torch.bfloat16),
-    "float16": (5, torch.float16),
-    "int8": (2, torch.int8),
-}
+CACHES = {"float32": (0, torch.float32), "bfloat16": (1, torch.bfloat16), "float16": (5, torch.float16), "int8": (2, torch.int8)}
 
 
 class Cache:
@@ -50,21 +45,17 @@ class Cache:
         for i, (length, count) in enumerate(zip(lengths, counts)):
             mine = [order.pop() for _ in range(count)]
             self.tables[i, :count] = torch.tensor(mine, dtype=torch.int32)
-            both = (
-                real[mine]
-                .permute(1, 2, 0, 3, 4)
-                .reshape(2, heads, count * block_tokens, head_dim)[:, :, :length]
-            )
+            both = real[mine].permute(1, 2, 0, 3, 4).reshape(2, heads, count * block_tokens, head_dim)[:, :, :length]
             self.keys.append(both[0])
             self.values.append(both[1])
         self.tables = self.tables.cuda()
 
-    def attention(self, q: torch.Tensor, pieces: list[tuple[int, int, int, int]]) -> torch.Tensor:
+    def attention(self, q: torch.Tensor, pieces: list[tuple[int, int, int, int]], portable: bool) -> torch.Tensor:
         """`pieces`: first, n, past, table."""
         tiles = [(i, offset) for i, piece in enumerate(pieces) for offset in range(0, piece[1], QUERY_TILE)]
         y = torch.full((q.shape[0] + 1, q.shape[1]), float("nan"), dtype=q.dtype, device="cuda")
         on_gpu = [torch.tensor(each, dtype=torch.int32, device="cuda") for each in (pieces, tiles)]
-        run("attention_prompt", q.dtype, q, *on_gpu, len(tiles), self.tables, self.max_blocks, self.memory,
+        run("attention_prompt", q.dtype, portable, q, *on_gpu, len(tiles), self.tables, self.max_blocks, self.memory,
             self.block_bytes, self.block_tokens, self.dtype, self.heads, self.head_dim, y)  # fmt: skip
         torch.cuda.synchronize()
         assert y[-1].isnan().all(), "written behind the last query"
@@ -94,8 +85,9 @@ def test_prompts(half: torch.dtype, kind: str, head_dim: int, block_tokens: int)
     cache = Cache(kind, [200, 1, 77, 330], heads, head_dim, block_tokens)
     pieces = [(0, 130, 70, 0), (130, 1, 0, 1), (131, 77, 0, 2), (208, 65, 265, 3)]
     q = (torch.randn(273, heads * head_dim, device="cuda") / head_dim**0.5).to(half)
-    got = cache.attention(q, pieces)
-    assert error_of(got, cache.reference(q, pieces)) < bound(half)
+    expected = cache.reference(q, pieces)
+    for portable in (False, True):
+        assert error_of(cache.attention(q, pieces, portable), expected) < bound(half)
 
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
@@ -104,23 +96,18 @@ def test_a_prompt_cut_anywhere_is_the_same(half: torch.dtype, kind: str) -> None
     heads, head_dim, length = 2, 128, 300
     cache = Cache(kind, [length], heads, head_dim, 32)
     q = (torch.randn(length, heads * head_dim, device="cuda") / head_dim**0.5 * 3).to(half)
-    whole = cache.attention(q, [(0, length, 0, 0)])
-    for _ in range(8):
-        places = sorted(random.sample(range(1, length), 5))
-        pieces = [(a, b - a, a, 0) for a, b in zip([0, *places], [*places, length])]
-        assert torch.equal(cache.attention(q, pieces), whole), places
+    for portable in (False, True):
+        whole = cache.attention(q, [(0, length, 0, 0)], portable)
+        for _ in range(8):
+            places = sorted(random.sample(range(1, length), 5))
+            pieces = [(a, b - a, a, 0) for a, b in zip([0, *places], [*places, length])]
+            assert torch.equal(cache.attention(q, pieces, portable), whole), places
 
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize(
     ("images", "queries", "keys", "heads", "head_dim"),
-    [
-        (2, 1024, 1024, 3, 104),
-        (1, 256, 1024, 4, 128),
-        (3, 7, 5, 2, 8),
-        (1, 65, 130, 3, 40),
-        (2, 16, 16, 2, 64),
-    ],
+    [(2, 1024, 1024, 3, 104), (1, 256, 1024, 4, 128), (3, 7, 5, 2, 8), (1, 65, 130, 3, 40), (2, 16, 16, 2, 64)],
 )
 def test_images(half: torch.dtype, images: int, queries: int, keys: int, heads: int, head_dim: int) -> None:
     width = heads * head_dim
@@ -133,30 +120,19 @@ def test_images(half: torch.dtype, images: int, queries: int, keys: int, heads: 
         q = torch.randn(1, queries, heads, head_dim, device="cuda").to(half)
         k, v = torch.randn(2, images, keys, heads, head_dim, device="cuda").to(half)
         strides = [0, width, head_dim, keys * width, width, head_dim]
-    y = torch.full((images * queries + 1, width), float("nan"), dtype=half, device="cuda")
-    run("attention_dense", half, q, k, v, *strides, images, queries, keys, heads, head_dim, scale, y)
-    torch.cuda.synchronize()
-    assert y[-1].isnan().all(), "written behind the last query"
     each = [t.double().transpose(1, 2) for t in (q, k, v)]
     weights = (each[0] @ each[1].transpose(2, 3) * scale).softmax(-1)
     expected = (weights @ each[2]).transpose(1, 2).reshape(images * queries, width)
-    assert error_of(y[:-1], expected) < bound(half)
-    alone = torch.full((queries, width), float("nan"), dtype=half, device="cuda")
     last = images - 1
-    run(
-        "attention_dense",
-        half,
-        q[min(last, q.shape[0] - 1)],
-        k[last],
-        v[last],
-        *strides,
-        1,
-        queries,
-        keys,
-        heads,
-        head_dim,
-        scale,
-        alone,
-    )
-    torch.cuda.synchronize()
-    assert torch.equal(alone, y[last * queries : -1])
+    for portable in (False, True):
+        y = torch.full((images * queries + 1, width), float("nan"), dtype=half, device="cuda")
+        shape = (queries, keys, heads, head_dim, scale)
+        run("attention_dense", half, portable, q, k, v, *strides, images, *shape, y)
+        torch.cuda.synchronize()
+        assert y[-1].isnan().all(), "written behind the last query"
+        assert error_of(y[:-1], expected) < bound(half)
+        alone = torch.full((queries, width), float("nan"), dtype=half, device="cuda")
+        only = (q[min(last, q.shape[0] - 1)], k[last], v[last])
+        run("attention_dense", half, portable, *only, *strides, 1, *shape, alone)
+        torch.cuda.synchronize()
+        assert torch.equal(alone, y[last * queries : -1])

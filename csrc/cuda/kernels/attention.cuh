@@ -1,10 +1,11 @@
-// Attention of a tile of 64 queries over keys that come in tiles of 64, for any source of keys and values.
+// Attention of 64 queries over keys that come in tiles, for any source of keys and values: tensor cores
+// through mma.sync from sm_80 on, plain loops before.
 //
 // A block has 4 warps of 16 queries. Scores stay in registers: 16 x 64 a warp from q k^T, a running maximum
-// and sum a query, then p v. Tiles of keys lie at multiples of 64 from key 0, and a tile that a query does
-// not see changes none of its bits (its factor is 1, its weights 0): what a query gives depends on its own
-// position alone. Two buffers of keys and values in shared memory, filled by cp.async where the source allows
-// it.
+// and sum a query, then p v. Tiles of keys lie at multiples of their size from key 0, and a tile that a query
+// does not see changes none of its bits (its factor is 1, its weights 0): what a query gives depends on its
+// own position alone. Two buffers of keys and values in shared memory, filled by cp.async where the source
+// allows it.
 //
 // Cost: 4 head_dim operations a query and key on the tensor cores; an exponential a query and key, 16 a cycle
 // and multiprocessor, which is half as long at head_dim 128.
@@ -15,7 +16,7 @@
 
 namespace qvl::cuda {
 
-constexpr int kQueries = kAttentionTile, kAttentionWarps = kAttentionThreads / 32;
+constexpr int kAttentionWarps = kAttentionThreads / 32;
 constexpr float kLog2E = 1.44269504f;
 
 __device__ inline float minus_infinity() {
@@ -43,25 +44,38 @@ __device__ inline float power(float a) {
   return result;
 }
 
-// D: head_dim, padded to a multiple of 16. Source::load<D>(to, part, first) writes keys (part 0) or values
-// (part 1) first .. first + kAttentionKeys<D> - 1 to rows of D + 8 in shared memory, zeros where there are
-// none; it may use copy_async.
+// Where 8 values of a row begin in shared memory, d a multiple of 8: rows of D + 8 values, so that ldmatrix
+// meets every bank once.
+template <int D>
+struct PaddedRows {
+  static constexpr int kDims = D, kKeys = kAttentionKeys<D>;
+  __device__ static int at(int row, int d) { return row * (D + 8) + d; }
+};
+
+// D: head_dim, padded to a multiple of 16. Source has two functions for 128 threads:
+// locate(first, keys, thread) looks up where keys first .. first + keys - 1 lie (it may write to shared
+// memory); after a barrier, load<Rows>(to, part, first, thread) writes keys (part 0) or values (part 1) first
+// .. first + Rows::kKeys - 1 to Rows::at, zeros where there are none; it may use copy_async.
 template <int D, typename Source>
 __device__ inline void attend(const Job& job, const Source& source) {
-  constexpr int kRow = D + 8, kKeys = kAttentionKeys<D>;
+  using Rows = PaddedRows<D>;
+  constexpr int kRow = D + 8, kKeys = Rows::kKeys, kQueries = kAttentionQueries;
   constexpr bool kKeepQueries = D <= 128;  // in registers
-  extern __shared__ __align__(16) H shared[];
-  H* const queries = shared;
-  H* const buffers = shared + kQueries * kRow;
+  extern __shared__ __align__(16) char raw_shared[];
+  H* const queries = reinterpret_cast<H*>(raw_shared);
+  H* const buffers = queries + kQueries * kRow;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tiles = (job.n_keys + kKeys - 1) / kKeys;
 
   auto load = [&](int tile, int part) {
     if (tile < tiles) {
-      source.template load<D>(buffers + (tile % 2 * 2 + part) * kKeys * kRow, part, tile * kKeys);
+      source.template load<Rows>(buffers + (tile % 2 * 2 + part) * kKeys * kRow, part, tile * kKeys,
+                                 threadIdx.x);
     }
     commit_copies();
   };
+  source.locate(0, kKeys, threadIdx.x);
+  __syncthreads();
   load(0, 0);
   for (int i = threadIdx.x; i < kQueries * D / 2; i += kAttentionThreads) {
     const int row = i / (D / 2), column = i % (D / 2) * 2;
@@ -72,6 +86,8 @@ __device__ inline void attend(const Job& job, const Source& source) {
     *reinterpret_cast<H2*>(queries + row * kRow + column) = value;
   }
   load(0, 1);
+  __syncthreads();
+  source.locate(kKeys, kKeys, threadIdx.x);
   __syncthreads();
   const H* const my_queries = queries + (warp * 16 + lane % 16) * kRow + lane / 16 * 8;
   uint32 q[D / 16][4];
@@ -155,6 +171,7 @@ __device__ inline void attend(const Job& job, const Source& source) {
         multiply(sums[2 * j + 1], a, b[2], b[3]);
       }
     }
+    source.locate((tile + 2) * kKeys, kKeys, threadIdx.x);
     __syncthreads();
   }
 #pragma unroll

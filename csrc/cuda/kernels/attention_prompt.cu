@@ -1,13 +1,12 @@
 // Causal attention of prompts over a paged cache.
 //
-// A block has up to 64 queries of a piece, for one head. Keys and values are converted to H on their way to
-// shared memory, whatever the cache holds. Layout and cost: attention.cuh.
+// A block has queries of one tile of a piece, for one head; the tiles that see most keys come first. Keys and
+// values are converted to H on their way to shared memory, whatever the cache holds. Layout and cost:
+// attention.cuh, attention_hopper.cuh.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "cuda/kernels/attention_prompt.h"
-
-#include "cuda/kernels/attention.cuh"
+#include "cuda/kernels/attention_hopper.cuh"
 
 namespace qvl::cuda {
 
@@ -15,83 +14,127 @@ struct PagedKeys {
   const PagedAttention& p;
   const int* table;  // the sequence's blocks
   int head, n;
+  int64* places;  // in shared memory: where keys lie, or -1; and behind these where their scales do
 
-  // Where head_dim values of a key or value lie.
-  __device__ const char* at(int part, int key, int bytes) const {
-    const int64 row = static_cast<int64>(part * p.heads + head) * p.block_tokens + key % p.block_tokens;
-    return p.base + table[key / p.block_tokens] * p.block_bytes + row * p.head_dim * bytes;
+  // Bytes of a value, and from keys to values.
+  __device__ int width() const { return p.type == kFloatKeys ? 4 : p.type == kInt8Keys ? 1 : 2; }
+  __device__ int64 part_bytes() const {
+    return static_cast<int64>(p.heads) * p.block_tokens * p.head_dim * width();
   }
-  __device__ float scale(int part, int key) const {
-    const int64 rows = static_cast<int64>(p.heads) * p.block_tokens;
-    const char* block = p.base + table[key / p.block_tokens] * p.block_bytes + 2 * rows * p.head_dim;
-    return reinterpret_cast<const float*>(block)[part * rows + head * p.block_tokens + key % p.block_tokens];
+  __device__ int64 place(int key) const {
+    const int block = key / p.block_tokens, row = head * p.block_tokens + key % p.block_tokens;
+    return static_cast<int64>(table[block] * p.block_bytes) + static_cast<int64>(row) * p.head_dim * width();
+  }
+  __device__ int64 scale_place(int key) const {
+    const int block = key / p.block_tokens, row = head * p.block_tokens + key % p.block_tokens;
+    return static_cast<int64>(table[block] * p.block_bytes) + 2 * part_bytes() + 4 * row;
+  }
+  __device__ float scale(int part, int64 at) const {
+    return *reinterpret_cast<const float*>(p.base + at + part * p.heads * p.block_tokens * 4);
+  }
+
+  // A value of any type, d values behind `from`.
+  __device__ float number(const char* from, int d) const {
+    switch (p.type) {
+      case kHalfKeys:
+        return to_float(reinterpret_cast<const H*>(from)[d]);
+      case kBfloat16Keys:
+        return __uint_as_float(static_cast<uint32>(reinterpret_cast<const uint16*>(from)[d]) << 16);
+      case kFloat16Keys:
+        return __half2float(reinterpret_cast<const __half*>(from)[d]);
+      case kFloatKeys:
+        return reinterpret_cast<const float*>(from)[d];
+      default:
+        return static_cast<float>(reinterpret_cast<const int8*>(from)[d]);
+    }
   }
 
   __device__ H value(int part, int key, int d) const {
-    switch (p.type) {
-      case kHalfKeys:
-        return reinterpret_cast<const H*>(at(part, key, 2))[d];
-      case kBfloat16Keys:
-        return to_half(
-            __uint_as_float(static_cast<uint32>(reinterpret_cast<const uint16*>(at(part, key, 2))[d]) << 16));
-      case kFloat16Keys:
-        return to_half(__half2float(reinterpret_cast<const __half*>(at(part, key, 2))[d]));
-      case kFloatKeys:
-        return to_half(reinterpret_cast<const float*>(at(part, key, 4))[d]);
-      default:
-        return to_half(scale(part, key) * static_cast<float>(at(part, key, 1)[d]));
-    }
+    const float factor = p.type == kInt8Keys ? scale(part, scale_place(key)) : 1.f;
+    return to_half(factor * number(p.base + place(key) + part * part_bytes(), d));
   }
 
 #if __CUDA_ARCH__ >= 800
-  template <int D>
-  __device__ void load(H* to, int part, int first) const {
-    if (p.type == kHalfKeys && p.head_dim % 8 == 0 && p.block_bytes % 16 == 0) {
-      for (int i = threadIdx.x; i < kAttentionKeys<D> * D / 8; i += kAttentionThreads) {
-        const int key = i / (D / 8), d = i % (D / 8) * 8;
-        const bool there = first + key < n && d < p.head_dim;
-        copy_async(to + key * (D + 8) + d, there ? at(part, first + key, 2) + 2 * d : p.base, there ? 16 : 0);
-      }
-      return;
+  __device__ void locate(int first, int keys, int thread) const {
+    for (int i = thread; i < keys; i += 128) {
+      const int key = first + i;
+      places[i] = key < n ? place(key) : -1;
+      if (p.type == kInt8Keys && key < n) places[keys + i] = scale_place(key);
     }
-    // Eight neighbouring values a thread: the compiler merges what it may of their loads.
-    for (int i = threadIdx.x; i < kAttentionKeys<D> * D / 8; i += kAttentionThreads) {
-      const int key = i / (D / 8), d = i % (D / 8) * 8;
-      uint32 pairs[4] = {};
-      if (first + key < n) {
-        if (p.type == kInt8Keys && p.head_dim % 8 == 0 && p.block_bytes % 8 == 0) {
-          if (d < p.head_dim) {
-            const float factor = scale(part, first + key);
-            const uint2 bytes = *reinterpret_cast<const uint2*>(at(part, first + key, 1) + d);
+  }
+
+  template <typename Rows>
+  __device__ void load(H* to, int part, int, int thread) const {
+    constexpr int kParts = Rows::kDims / 8, kEach = Rows::kKeys * kParts / 128;
+    const char* const base = p.base + part * part_bytes();
+    if (p.type == kHalfKeys && p.head_dim % 8 == 0 && p.block_bytes % 16 == 0) {
+#pragma unroll 4
+      for (int i = thread; i < Rows::kKeys * kParts; i += 128) {
+        const int key = i / kParts, d = i % kParts * 8;
+        const int64 at = places[key];
+        const bool there = at >= 0 && d < p.head_dim;
+        copy_async(to + Rows::at(key, d), there ? base + at + 2 * d : p.base, there ? 16 : 0);
+      }
+    } else if (p.type == kInt8Keys && p.head_dim % 8 == 0 && p.block_bytes % 8 == 0) {
+      constexpr int kBatch = kEach < 8 ? kEach : 8;  // loads under way
+      for (int begin = thread; begin < Rows::kKeys * kParts; begin += 128 * kBatch) {
+        uint2 bytes[kBatch];
+        float factors[kBatch];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              const int two = static_cast<int>(j < 2 ? bytes.x : bytes.y) >> (j % 2 * 16);
-              pairs[j] =
-                  as_bits(to_half2(factor * static_cast<int8>(two), factor * static_cast<int8>(two >> 8)));
-            }
-          }
-        } else {
+        for (int j = 0; j < kBatch; ++j) {
+          const int i = begin + 128 * j, key = i / kParts, d = i % kParts * 8;
+          const int64 at = places[key];
+          const bool there = at >= 0 && d < p.head_dim;
+          bytes[j] = there ? *reinterpret_cast<const uint2*>(base + at + d) : make_uint2(0, 0);
+          factors[j] = there ? scale(part, places[Rows::kKeys + key]) : 0.f;
+        }
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            if (d + 2 * j >= p.head_dim) continue;
-            const H low = value(part, first + key, d + 2 * j), high = value(part, first + key, d + 2 * j + 1);
-            pairs[j] = as_bits(H2(low, high));
+        for (int j = 0; j < kBatch; ++j) {
+          const int i = begin + 128 * j, key = i / kParts, d = i % kParts * 8;
+          uint32 pairs[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const int two = static_cast<int>(k < 2 ? bytes[j].x : bytes[j].y) >> (k % 2 * 16);
+            pairs[k] = as_bits(
+                to_half2(factors[j] * static_cast<int8>(two), factors[j] * static_cast<int8>(two >> 8)));
           }
+          *reinterpret_cast<uint4*>(to + Rows::at(key, d)) =
+              make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         }
       }
-      *reinterpret_cast<uint4*>(to + key * (D + 8) + d) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    } else {
+      for (int i = thread; i < Rows::kKeys * kParts; i += 128) {
+        const int key = i / kParts, d = i % kParts * 8;
+        const int64 at = places[key];
+        const float factor = at >= 0 && p.type == kInt8Keys ? scale(part, places[Rows::kKeys + key]) : 1.f;
+        uint32 pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int from = d + 2 * j;
+          const bool there = at >= 0 && from < p.head_dim;
+          pairs[j] =
+              there
+                  ? as_bits(to_half2(factor * number(base + at, from), factor * number(base + at, from + 1)))
+                  : 0;
+        }
+        *reinterpret_cast<uint4*>(to + Rows::at(key, d)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      }
     }
   }
 #endif
 };
 
-template <int D>
-__device__ inline void prompt(const PagedAttention& p) {
-  wait_for_predecessors();
-  const int piece = p.tiles[2 * blockIdx.x], offset = p.tiles[2 * blockIdx.x + 1], head = blockIdx.y;
+struct Work {
+  Job job;
+  const int* table;
+};
+
+// Queries begin .. begin + queries - 1 of a tile; may be none.
+__device__ inline Work work_of(const PagedAttention& p, int tile, int head, int begin, int queries) {
+  const int piece = p.tiles[2 * tile], offset = p.tiles[2 * tile + 1] + begin;
   const int first = p.pieces[4 * piece], n = p.pieces[4 * piece + 1], past = p.pieces[4 * piece + 2];
   Job job;
-  job.n = min(kAttentionTile, n - offset);
+  job.n = min(queries, n - offset);
   job.first_position = past + offset;
   job.n_keys = job.first_position + job.n;
   job.q_stride = job.y_stride = static_cast<int64>(p.heads) * p.head_dim;
@@ -101,9 +144,19 @@ __device__ inline void prompt(const PagedAttention& p) {
   job.head_dim = p.head_dim;
   job.causal = true;
   job.scale = 1;
-  const int* table = p.blocks + static_cast<int64>(p.pieces[4 * piece + 3]) * p.max_blocks;
-  attend<D>(job, PagedKeys{p, table, head, job.n_keys});
-  start_successors();
+  return {job, p.blocks + static_cast<int64>(p.pieces[4 * piece + 3]) * p.max_blocks};
+}
+
+template <int D>
+__device__ inline void prompt(const PagedAttention& p) {
+  extern __shared__ __align__(16) char raw_shared[];
+  wait_for_predecessors();
+  const int head = blockIdx.x;
+  const Work work =
+      work_of(p, gridDim.y - 1 - blockIdx.y, head, blockIdx.z * kAttentionQueries, kAttentionQueries);
+  if (work.job.n <= 0) return;
+  int64* const places = reinterpret_cast<int64*>(raw_shared + kAttentionShared<D> - 64 * 16);
+  attend<D>(work.job, PagedKeys{p, work.table, head, work.job.n_keys, places});
 }
 
 #define QVL_PROMPT(D)                                                  \
@@ -116,5 +169,28 @@ QVL_PROMPT(32)
 QVL_PROMPT(64)
 QVL_PROMPT(128)
 QVL_PROMPT(256)
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+template <int D>
+__device__ inline void prompt_hopper(const PagedAttention& p) {
+  extern __shared__ char raw_shared[];
+  wait_for_predecessors();
+  const int head = blockIdx.x;
+  const Work work = work_of(p, gridDim.y - 1 - blockIdx.y, head, 0, kAttentionTile);
+  char* const aligned = raw_shared + (-shared_address(raw_shared) & 1023);
+  int64* const places = reinterpret_cast<int64*>(aligned + 5 * kHopperKeys * ((D + 63) / 64 * 128));
+  attend_hopper<D>(work.job, PagedKeys{p, work.table, head, work.job.n_keys, places});
+}
+
+#define QVL_PROMPT_HOPPER(D)                                                  \
+  extern "C" __global__ void __launch_bounds__(kHopperThreads, 1)             \
+      attention_prompt_hopper_##D(const __grid_constant__ PagedAttention p) { \
+    prompt_hopper<D>(p);                                                      \
+  }
+QVL_PROMPT_HOPPER(64)
+QVL_PROMPT_HOPPER(128)
+
+#endif
 
 }  // namespace qvl::cuda

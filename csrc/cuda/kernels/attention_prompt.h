@@ -3,15 +3,22 @@
 
 namespace qvl::cuda {
 
-constexpr int kAttentionTile = 64;  // queries a block: kQueryTile of ops.h
-constexpr int kAttentionThreads = 128;
+constexpr int kAttentionTile = 128;  // queries: kQueryTile of ops.h
 
-// Keys a tile: half as many of large heads, for a block must do with the 99 KB of sm_86.
+// The portable kernels: 4 warps have half a tile. Keys a tile: half as many of large heads, for a block must
+// do with the 99 KB of sm_86. Shared memory of a block: queries, two tiles of keys and two of values, rows of
+// D + 8 values; where 64 keys lie.
+constexpr int kAttentionThreads = 128, kAttentionQueries = 64;
 template <int D>
 constexpr int kAttentionKeys = D <= 128 ? 64 : 32;
-// Shared memory of a block: queries, two tiles of keys and two of values, rows of D + 8 values.
 template <int D>
-constexpr int kAttentionShared = (kAttentionTile + 4 * kAttentionKeys<D>)*(D + 8) * 2;
+constexpr int kAttentionShared = (kAttentionQueries + 4 * kAttentionKeys<D>)*(D + 8) * 2 + 64 * 16;
+
+// The kernels of Hopper: two warpgroups with 64 queries each, a third brings keys and values. Shared memory:
+// queries, two tiles of 128 keys and two of values, in rows of 64 values; where 128 keys lie; barriers.
+constexpr int kHopperThreads = 384, kHopperKeys = 128;
+template <int D>
+constexpr int kHopperShared = 5 * kHopperKeys * ((D + 63) / 64 * 128) + kHopperKeys * 16 + 64 + 1024;
 
 constexpr int kHalfKeys = 0, kBfloat16Keys = 1, kFloat16Keys = 2, kFloatKeys = 3, kInt8Keys = 4;
 

@@ -29,7 +29,7 @@ __device__ inline void barrier_wait(uint32 barrier, uint32 parity) {
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra.uni end;\n"
       "bra.uni again;\n"
       "end:\n"
@@ -38,13 +38,15 @@ __device__ inline void barrier_wait(uint32 barrier, uint32 parity) {
       : "memory");
 }
 
-// Arrive at the barrier with this address in block `rank` of the cluster.
+// Arrive at the barrier with this address in block `rank` of the cluster. Not as release at the cluster's
+// scope, which costs a fence of the whole GPU (a microsecond): what is handed over is a place that has been
+// read.
 __device__ inline void barrier_arrive(uint32 barrier, uint32 rank) {
   asm volatile(
       "{\n"
       ".reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
       "}" ::"r"(barrier),
       "r"(rank)
       : "memory");
@@ -58,6 +60,15 @@ __device__ inline uint32 cluster_rank() {
 
 __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ inline void barrier_arrive(uint32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// What this thread wrote to shared memory may be read by wgmma.
+__device__ inline void publish_writes() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Threads of one warpgroup meet; barrier 0 is __syncthreads().
@@ -82,10 +93,11 @@ __device__ inline void copy_box_to(uint32 to, const TensorMap& map, int column, 
       : "memory");
 }
 
-// Describes rows of 64 values (128 bytes, swizzled by the copy engine) that begin at a multiple of 1024.
-__device__ inline uint64 describe(uint32 address) {
-  return static_cast<uint64>(address >> 4 & 0x3FFF) | uint64{1} << 16 | uint64{1024 >> 4} << 32 |
-         uint64{1} << 62;
+// Describes rows of 64 values, 128 bytes whose eight parts of 16 lie at part ^ row % 8; they begin at a
+// multiple of 1024. `columns`: bytes from 64 values of a row to the next 64 (read of B with rows of N only).
+__device__ inline uint64 describe(uint32 address, uint32 columns = 16) {
+  return static_cast<uint64>(address >> 4 & 0x3FFF) | static_cast<uint64>(columns >> 4) << 16 |
+         uint64{1024 >> 4} << 32 | uint64{1} << 62;
 }
 
 __device__ inline void products_begin() {
@@ -99,6 +111,13 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
 }
 
+// Keeps the compiler from using sums before the products_wait() that they come after.
+template <int n>
+__device__ inline void settle(float (&sums)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
 // The lists of registers that an instruction of width N names: N / 2 accumulators, then two descriptors and
 // whether to add.
 #define QVL_L16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
@@ -107,15 +126,15 @@ __device__ inline void products_wait() {
 #define QVL_L52 QVL_L48 ",%48,%49,%50,%51"
 #define QVL_L64 QVL_L52 ",%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define QVL_L72 QVL_L64 ",%64,%65,%66,%67,%68,%69,%70,%71"
-#define QVL_L96                                                                                  \
-  QVL_L72                                                                                        \
-      ",%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93" \
-      ",%94,%95"
+#define QVL_L96                                                                              \
+  QVL_L72                                                                                    \
+  ",%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93" \
+  ",%94,%95"
 #define QVL_L104 QVL_L96 ",%96,%97,%98,%99,%100,%101,%102,%103"
-#define QVL_L128                                                                                        \
-  QVL_L104                                                                                              \
-      ",%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122" \
-      ",%123,%124,%125,%126,%127"
+#define QVL_L128                                                                                    \
+  QVL_L104                                                                                          \
+  ",%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122" \
+  ",%123,%124,%125,%126,%127"
 #define QVL_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define QVL_F16(i) QVL_F4(i), QVL_F4(i + 4), QVL_F4(i + 8), QVL_F4(i + 12)
 #ifdef QVL_COMPUTE_BFLOAT16
@@ -134,6 +153,17 @@ __device__ inline void products_wait() {
     }                                                                                                        \
   };
 
+#define QVL_PRODUCT_REGISTERS(N, LIST, A0, A1, A2, A3, B, ...)                                          \
+  template <>                                                                                           \
+  struct ProductRegisters<N> {                                                                          \
+    static __device__ inline void run(float* d, const uint32 (&a)[4], uint64 b) {                       \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16" QVL_TYPES " {" LIST "}, {%" A0 ", %" A1 \
+                   ", %" A2 ", %" A3 "}, %" B ", 1, 1, 1, 1;"                                           \
+                   : __VA_ARGS__                                                                        \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                               \
+    }                                                                                                   \
+  };
+
 // d [64, N] (+)= a [64, 16] b [N, 16]^T, both in shared memory.
 template <int N>
 struct Product;
@@ -150,6 +180,15 @@ QVL_PRODUCT(208, QVL_L104, "104", "105", "106", QVL_F16(0), QVL_F16(16), QVL_F16
             QVL_F16(64), QVL_F16(80), QVL_F4(96), QVL_F4(100))
 QVL_PRODUCT(256, QVL_L128, "128", "129", "130", QVL_F16(0), QVL_F16(16), QVL_F16(32), QVL_F16(48),
             QVL_F16(64), QVL_F16(80), QVL_F16(96), QVL_F16(112))
+
+// d [64, N] += a [64, 16] b [16, N]: a in registers, b in shared memory, rows of N.
+template <int N>
+struct ProductRegisters;
+QVL_PRODUCT_REGISTERS(64, QVL_L32, "32", "33", "34", "35", "36", QVL_F16(0), QVL_F16(16))
+QVL_PRODUCT_REGISTERS(104, QVL_L52, "52", "53", "54", "55", "56", QVL_F16(0), QVL_F16(16), QVL_F16(32),
+                      QVL_F4(48))
+QVL_PRODUCT_REGISTERS(128, QVL_L64, "64", "65", "66", "67", "68", QVL_F16(0), QVL_F16(16), QVL_F16(32),
+                      QVL_F16(48))
 
 }  // namespace qvl::cuda
 

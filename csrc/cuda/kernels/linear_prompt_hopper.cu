@@ -19,7 +19,7 @@
 
 namespace qvl::cuda {
 
-constexpr int kChunk = 16;         // tokens at a time on their way out
+constexpr int kChunk = 32;         // tokens at a time on their way out
 constexpr int kChunkRow = 64 + 4;  // floats between them
 constexpr int kChunkBytes = kChunk * kChunkRow * 4;
 
@@ -51,7 +51,7 @@ __device__ inline void finish_four(const Result& p, int row, int column, float4 
   }
 }
 
-template <int C, int N, int CM, int CN, int S, int BLOCKS>
+template <int C, int N, int CM, int CN, int S>
 __device__ inline void linear(const LinearTensors& p) {
   constexpr int kRows = 64 * C, kBlocks = CM * CN, kPeers = CM + CN - 1;
   constexpr int kBytesW = kRows * 128, kBytesX = N * 128;
@@ -86,7 +86,7 @@ __device__ inline void linear(const LinearTensors& p) {
   start_successors();
 
   if (warp >= 4 * C) {
-    if (C > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(BLOCKS == 1 ? 40 : 24));
+    if (C > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C == 4 ? 24 : 40));
     if (warp == 4 * C && lane == 0) {
       constexpr int kPartW = kRows / CN, kPartX = N / CM;
       uint32 to_w = 0, to_x = 0;  // the blocks that need this one's parts
@@ -132,7 +132,7 @@ __device__ inline void linear(const LinearTensors& p) {
     }
   } else {
     if (C > 1)
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(BLOCKS > 1 ? 104 : C == 2 ? 224 : 152));
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C == 2 ? 224 : C == 3 ? 152 : 112));
     const int part = warp / 4, thread = threadIdx.x % 128;
     float* const chunk = chunks + part * kChunk * kChunkRow;
     // The block that this warp tells when a slot is free: those of the same rows, then the others of the same
@@ -167,8 +167,7 @@ __device__ inline void linear(const LinearTensors& p) {
       }
       products_wait<0>();
       release(slot == 0 ? S - 1 : slot - 1);
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+      settle(sums);
 
       const int first_out = (group / p.n_groups * CM + rank_m) * kRows + part * 64;
       const int first_token = (group % p.n_groups * CN + rank_n) * N;
@@ -201,7 +200,7 @@ __device__ inline void linear(const LinearTensors& p) {
 #define QVL_LINEAR(C, N, CM, CN, S, BLOCKS)                                                          \
   extern "C" __global__ void __cluster_dims__(CM* CN, 1, 1) __launch_bounds__(128 * (C + 1), BLOCKS) \
       linear_prompt_##C##x##N##_##CM##x##CN(const __grid_constant__ LinearTensors p) {               \
-    linear<C, N, CM, CN, S, BLOCKS>(p);                                                              \
+    linear<C, N, CM, CN, S>(p);                                                              \
   }
 #include "cuda/kernels/linear_prompt_tiles.h"
 

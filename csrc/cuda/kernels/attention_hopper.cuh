@@ -1,0 +1,209 @@
+// Attention of 128 queries on Hopper: wgmma, for any source of keys and values.
+//
+// Two warpgroups have 64 queries each; a third one brings tiles of 128 keys and values through two buffers,
+// by cp.async or converted on their way. While the tensor cores multiply p with the values of a tile they are
+// given the scores of the next, and the running softmax of those is computed meanwhile. What attention.cuh
+// says of tiles and bits holds here.
+//
+// In shared memory rows are cut in columns of 64 values, [column][row] of 128 bytes, the layout of
+// describe().
+//
+// Cost of a tile of 128 keys at head_dim 128, in cycles of a multiprocessor: 4096 of wgmma for 128 queries,
+// 1024 of exponentials beside them.
+#pragma once
+
+#include "cuda/kernels/attention.cuh"
+#include "cuda/kernels/hopper.cuh"
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+namespace qvl::cuda {
+
+template <int D>
+struct SwizzledRows {
+  static constexpr int kDims = (D + 15) / 16 * 16, kKeys = kHopperKeys;
+  __device__ static int at(int row, int d) {
+    return (d / 64 * kKeys + row) * 64 + (d % 64 / 8 ^ row % 8) * 8;
+  }
+};
+
+// Source as of attend(); its load() is called by 128 threads.
+template <int D, typename Source>
+__device__ inline void attend_hopper(const Job& job, const Source& source) {
+  using Rows = SwizzledRows<D>;
+  constexpr int kKeys = kHopperKeys, kColumn = kKeys * 128, kTile = (D + 63) / 64 * kColumn;
+  extern __shared__ char raw_shared[];
+  char* const aligned = raw_shared + (-shared_address(raw_shared) & 1023);
+  const uint32 queries = shared_address(aligned), keys = queries + kTile, values = keys + 2 * kTile;
+  const uint32 barriers = values + 2 * kTile + kKeys * 16;
+  // Of keys (part 0) and values (part 1), by buffer.
+  auto full = [&](int part, int tile) { return barriers + 8 * (2 * part + tile % 2); };
+  auto empty = [&](int part, int tile) { return barriers + 32 + 8 * (2 * part + tile % 2); };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, thread = threadIdx.x % 128;
+  const int tiles = (job.n_keys + kKeys - 1) / kKeys;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 4; ++i) {
+      barrier_init(barriers + 8 * i, 128);
+      barrier_init(barriers + 32 + 8 * i, 8);
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+
+  if (warp >= 8) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(72));
+    for (int tile = 0; tile < tiles; ++tile) {
+      warpgroup_sync(1);
+      source.locate(tile * kKeys, kKeys, thread);
+      warpgroup_sync(1);
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        barrier_wait(empty(part, tile), tile / 2 % 2 ^ 1);
+        H* const to = reinterpret_cast<H*>(aligned + (1 + 2 * part + tile % 2) * kTile);
+        source.template load<Rows>(to, part, tile * kKeys, thread);
+        commit_copies();
+        // The part before this one is there.
+        wait_for_copies<1>();
+        publish_writes();
+        if (part == 1) {
+          barrier_arrive(full(0, tile));
+        } else if (tile > 0) {
+          barrier_arrive(full(1, tile - 1));
+        }
+      }
+    }
+    wait_for_copies<0>();
+    publish_writes();
+    barrier_arrive(full(1, tiles - 1));
+    return;
+  }
+
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(216));
+  const int group = warp / 4, row = group * 64 + warp % 4 * 16 + lane / 4;
+  for (int i = thread; i < 64 * Rows::kDims / 8; i += 128) {
+    const int query = group * 64 + i / (Rows::kDims / 8), d = i % (Rows::kDims / 8) * 8;
+    uint32 pairs[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      pairs[j] = query < job.n && d + 2 * j < job.head_dim
+                     ? *reinterpret_cast<const uint32*>(job.q + query * job.q_stride + d + 2 * j)
+                     : 0;
+    }
+    *reinterpret_cast<uint4*>(aligned + 2 * Rows::at(query, d)) =
+        make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
+  publish_writes();
+  warpgroup_sync(2 + group);
+
+  float scores[kKeys / 2], sums[D / 2] = {};
+  uint32 weights[kKeys / 16][4];
+  float most[2] = {minus_infinity(), minus_infinity()}, total[2] = {0, 0}, factor[2];
+  const float scale = job.scale * kLog2E;
+
+  auto score = [&](int tile) {
+    barrier_wait(full(0, tile), tile / 2 % 2);
+    products_begin();
+    const uint64 a = describe(queries + group * 64 * 128), b = describe(keys + tile % 2 * kTile);
+#pragma unroll
+    for (int k = 0; k < (D + 15) / 16; ++k) {
+      const int step = (k / 4 * kColumn + k % 4 * 32) / 16;
+      Product<kKeys>::run(scores, a + step, b + step, k != 0);
+    }
+    products_commit();
+  };
+  auto release = [&](int part, int tile) {
+    if (lane == 0) barrier_arrive(empty(part, tile));
+  };
+  // Scores of a tile to weights; what was summed before counts `factor` times.
+  auto weigh = [&](int tile) {
+    const int first = tile * kKeys;
+    const bool whole =
+        first + kKeys <= (job.causal ? job.first_position + group * 64 + warp % 4 * 16 + 1 : job.n_keys);
+    if (!whole) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) {
+        const int key = first + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        const int seen = job.causal ? job.first_position + row + i / 2 % 2 * 8 + 1 : job.n_keys;
+        if (key >= seen) scores[i] = minus_infinity();
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float best = most[half];
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; i += 4) {
+        best = fmaxf(best, fmaxf(scores[i + 2 * half], scores[i + 2 * half + 1]));
+      }
+      best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 1));
+      best = fmaxf(best, __shfl_xor_sync(0xFFFFFFFFu, best, 2));
+      factor[half] = power((most[half] - best) * scale);
+      const float shift = best * scale;
+      most[half] = best;
+      total[half] *= factor[half];
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; i += 4) {
+        scores[i + 2 * half] = power(scores[i + 2 * half] * scale - shift);
+        scores[i + 2 * half + 1] = power(scores[i + 2 * half + 1] * scale - shift);
+        total[half] += scores[i + 2 * half] + scores[i + 2 * half + 1];
+      }
+    }
+  };
+  auto pack = [&] {
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i)
+      weights[i / 4][i % 4] = as_bits(to_half2(scores[2 * i], scores[2 * i + 1]));
+  };
+
+  auto add_values = [&](int tile) {
+    barrier_wait(full(1, tile), tile / 2 % 2);
+    products_begin();
+    const uint64 v = describe(values + tile % 2 * kTile, kColumn);
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) ProductRegisters<D>::run(sums, weights[k], v + k * 16 * 128 / 16);
+    products_commit();
+  };
+
+  score(0);
+  products_wait<0>();
+  settle(scores);
+  release(0, 0);
+  weigh(0);
+  pack();
+  for (int tile = 0; tile + 1 < tiles; ++tile) {
+    score(tile + 1);
+    add_values(tile);
+    products_wait<1>();
+    settle(scores);
+    release(0, tile + 1);
+    weigh(tile + 1);
+    products_wait<0>();
+    settle(sums);
+    release(1, tile);
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) sums[i] *= factor[i / 2 % 2];
+    pack();
+  }
+  add_values(tiles - 1);
+  products_wait<0>();
+  settle(sums);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    total[half] += __shfl_xor_sync(0xFFFFFFFFu, total[half], 1);
+    total[half] += __shfl_xor_sync(0xFFFFFFFFu, total[half], 2);
+    const int query = row + 8 * half;
+    if (query >= job.n) continue;
+    const float share = 1 / total[half];
+#pragma unroll
+    for (int i = 0; i < D / 2; i += 4) {
+      const int column = i * 2 + lane % 4 * 2;
+      if (column >= job.head_dim) continue;
+      *reinterpret_cast<H2*>(job.y + query * job.y_stride + column) =
+          to_half2(sums[i + 2 * half] * share, sums[i + 2 * half + 1] * share);
+    }
+  }
+}
+
+}  // namespace qvl::cuda
+
+#endif
