@@ -141,8 +141,21 @@ void Weights::fill(const qvl_tensor& tensor, const Matrix& to, int first, int st
 
 Matrix Weights::matrix(const std::string& name, const std::string& bias) {
   const qvl_tensor& tensor = table_.at(name);
-  Matrix made = empty(storage(tensor.dtype), tensor.shape[0], inner(tensor));
-  fill(tensor, made, 0, 1);
+  const bool in_place =
+      tensor.device == QVL_DEVICE_CUDA && tensor.dtype == stored_as(gpu_.half()) && inner(tensor) % 8 == 0;
+  Matrix made{};
+  if (in_place) {
+    made = {Storage::kHalf,
+            static_cast<int>(tensor.shape[0]),
+            static_cast<int>(inner(tensor)),
+            static_cast<int>(inner(tensor)),
+            const_cast<void*>(tensor.data),
+            nullptr,
+            nullptr};
+  } else {
+    made = empty(storage(tensor.dtype), tensor.shape[0], inner(tensor));
+    fill(tensor, made, 0, 1);
+  }
   if (!bias.empty()) made.bias = floats(bias);
   return made;
 }

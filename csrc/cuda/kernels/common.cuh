@@ -40,7 +40,7 @@ __device__ inline float to_float(H value) {
 }
 // Saturates: a value out of range becomes the largest one, not infinity.
 __device__ inline float in_range(float value) {
-  return fminf(fmaxf(value, -65504.f), 65504.f) + (value - value);  // a NaN stays one
+  return value != value ? value : fminf(fmaxf(value, -65504.f), 65504.f);
 }
 __device__ inline H to_half(float value) {
   return __float2half_rn(in_range(value));
