@@ -1,0 +1,74 @@
+// Quantised matrices on the GPU, and how their integers become H. All of it is exact.
+//
+// Rows go in tiles of 16 (the last one is filled up with zeros), values of a row in units of 128. A lane 4 g
+// + t of a warp finds what it needs of rows g and g + 8 of a tile in its own 16 bytes: runs of 8 values that
+// begin at 8 t, as mma.m16n8k16 wants them (streams.cuh).
+//
+//   INT8: [tile][unit][32-value quarter c][lane] 16 bytes: the run at 32 c + 8 t of row g, of row g + 8.
+//   Bytes
+//         of a run: values 0 2 1 3 4 6 5 7. Scales float32 [out].
+//   INT4: [tile][unit][64-value half c][lane] 4 words: the runs at 64 c + 8 t and 64 c + 32 + 8 t of row g,
+//         then those of row g + 8. Nibbles of a run, from the lowest: values 0 2 4 6 1 3 5 7, plus 8.
+//         Scales bfloat16 [tile][unit][g][group of the unit][row g, row g + 8].
+#pragma once
+
+#include "cuda/kernels/common.cuh"
+
+namespace qvl::cuda {
+
+constexpr int kTileRows = 16, kUnit = 128, kRun = 8;
+
+// Word of a tile's values where a run begins; k: its first value, a multiple of 8.
+__device__ inline int64 int8_word(int row, int k, int units) {
+  const int g = row % 8, t = k % 32 / 8;
+  const int64 quarter = (static_cast<int64>(row / kTileRows) * units + k / kUnit) * 4 + k % kUnit / 32;
+  return (quarter * 32 + 4 * g + t) * 4 + row % 16 / 8 * 2;
+}
+__device__ inline int64 int4_word(int row, int k, int units) {
+  const int g = row % 8, t = k % 32 / 8;
+  const int64 half = (static_cast<int64>(row / kTileRows) * units + k / kUnit) * 2 + k % kUnit / 64;
+  return (half * 32 + 4 * g + t) * 4 + row % 16 / 8 * 2 + k % 64 / 32;
+}
+// Index of the scale of a group of `group` values.
+__device__ inline int64 int4_scale(int row, int k, int units, int group) {
+  const int64 unit = static_cast<int64>(row / kTileRows) * units + k / kUnit;
+  return ((unit * 8 + row % 8) * (kUnit / group) + k % kUnit / group) * 2 + row % 16 / 8;
+}
+
+__device__ inline H2 half2_bits(uint32 bits) {
+  return reinterpret_cast<const H2&>(bits);
+}
+__device__ inline uint32 bits_of(H2 value) {
+  return reinterpret_cast<const uint32&>(value);
+}
+
+#ifdef QVL_COMPUTE_BFLOAT16
+// A bfloat16 from 128 to 255 has the low 7 bits of an integer as its last ones.
+__device__ inline uint32 nibbles_to_half2(uint32 word) {  // of bits 0-3 and 16-19
+  return bits_of(__hsub2(half2_bits((word & 0x000F000Fu) | 0x43004300u), half2_bits(0x43084308u)));
+}
+__device__ inline uint32 bytes_to_half2(uint32 word) {  // of bits 0-7 and 16-23, two's complement
+  // 128 + low bits, and -128 or (sign bit) -256.
+  return bits_of(__hadd2(half2_bits((word & 0x007F007Fu) | 0x43004300u),
+                         half2_bits((word & 0x00800080u) | 0xC300C300u)));
+}
+#else
+// A float16 from 1024 to 2047 has the low 10 bits of an integer as its last ones.
+__device__ inline uint32 nibbles_to_half2(uint32 word) {
+  return bits_of(__hsub2(half2_bits((word & 0x000F000Fu) | 0x64006400u), half2_bits(0x64086408u)));
+}
+__device__ inline uint32 bytes_to_half2(uint32 word) {
+  // 1024 + (value + 128) - 1152.
+  return bits_of(__hsub2(half2_bits((word & 0x00FF00FFu) ^ 0x64806480u), half2_bits(0x64806480u)));
+}
+#endif
+
+// The two scales in a word, bfloat16.
+__device__ inline float low_scale(uint32 word) {
+  return __uint_as_float(word << 16);
+}
+__device__ inline float high_scale(uint32 word) {
+  return __uint_as_float(word & 0xFFFF0000u);
+}
+
+}  // namespace qvl::cuda
