@@ -1,6 +1,7 @@
 #include "core/error.h"
 #include "cuda/attention.h"
 #include "cuda/kernels/attention_prompt.h"
+#include "cuda/tensor_map.h"
 
 namespace qvl::cuda {
 
@@ -38,6 +39,16 @@ void attention_dense_with(const Gpu& gpu, CUstream stream, bool portable, const 
   params.heads = a.heads;
   params.head_dim = a.head_dim;
   params.scale = a.scale;
+  params.boxes = hopper && has_tensor_maps(gpu) && a.kv_image > 0 &&
+                 reinterpret_cast<uintptr_t>(a.k) % 16 == 0 && reinterpret_cast<uintptr_t>(a.v) % 16 == 0 &&
+                 (a.kv_stride | a.kv_head | a.kv_image) % 8 == 0;
+  if (params.boxes) {
+    for (int part = 0; part < 2; ++part) {
+      params.keys[part] =
+          tensor_map(gpu, part == 0 ? a.k : a.v, {a.head_dim, a.n_keys, a.heads, a.images},
+                     {2 * a.kv_stride, 2 * a.kv_head, 2 * a.kv_image}, {64, kHopperKeys, 1, 1});
+    }
+  }
   const int queries = hopper ? kAttentionTile : kAttentionQueries;
   const Dim grid{static_cast<unsigned>((a.n_queries + queries - 1) / queries), static_cast<unsigned>(a.heads),
                  static_cast<unsigned>(a.images)};

@@ -1,6 +1,7 @@
 #include "cuda/kernels/attention_prompt.h"
 #include "core/error.h"
 #include "cuda/ops.h"
+#include "cuda/tensor_map.h"
 
 namespace qvl::cuda {
 namespace {
@@ -58,6 +59,15 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
   params.type = key_type(gpu, kv.dtype);
   params.heads = kv.heads;
   params.head_dim = kv.head_dim;
+  // The copy engine takes whole blocks; how many there are does not matter to it.
+  params.boxes = hopper && has_tensor_maps(gpu) && params.type == kHalfKeys && kv.head_dim % 8 == 0 &&
+                 kv.block_tokens % 8 == 0 && kHopperKeys % kv.block_tokens == 0 && kv.block_bytes % 16 == 0;
+  if (params.boxes) {
+    const int64_t head = int64_t{2} * kv.block_tokens * kv.head_dim, most = INT32_MAX;
+    params.keys = tensor_map(gpu, kv.base, {kv.head_dim, kv.block_tokens, 2 * kv.heads, most},
+                             {2 * kv.head_dim, head, static_cast<int64_t>(kv.block_bytes)},
+                             {64, kv.block_tokens, 1, 1});
+  }
   const Dim grid{static_cast<unsigned>(kv.heads), static_cast<unsigned>(n_tiles),
                  hopper ? 1u : kAttentionTile / kAttentionQueries};
   gpu.launch(stream, kernel->name, grid, hopper ? kHopperThreads : kAttentionThreads,

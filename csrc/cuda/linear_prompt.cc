@@ -4,6 +4,7 @@
 
 #include "core/error.h"
 #include "cuda/kernels/linear_prompt.h"
+#include "cuda/tensor_map.h"
 
 namespace qvl::cuda {
 namespace {
@@ -47,24 +48,14 @@ double cycles(const Gpu& gpu, const Tile64& tile, int out, int in, int n) {
 }
 
 // Rows of 64 values, in boxes of `box` rows.
-TensorMap tensor(const void* base, int64_t rows, int64_t columns, int64_t stride, int box, Half half) {
-  constexpr int kFloat16 = 6, kBfloat16 = 9, kSwizzle128 = 3, kL2Lines256 = 3;
-  const uint64_t size[] = {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows)};
-  const uint64_t strides[] = {static_cast<uint64_t>(stride) * 2};
-  const uint32_t boxes[] = {64, static_cast<uint32_t>(box)}, steps[] = {1, 1};
-  TensorMap map;
-  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap), "the driver's own size");
-  check(driver().cuTensorMapEncodeTiled(
-            reinterpret_cast<CUtensorMap*>(&map), half == Half::kBfloat16 ? kBfloat16 : kFloat16, 2,
-            const_cast<void*>(base), size, strides, boxes, steps, 0, kSwizzle128, kL2Lines256, 0),
-        "describing a matrix to the copy engine");
-  return map;
+TensorMap rows_of(const Gpu& gpu, const void* base, int64_t rows, int64_t columns, int64_t stride, int box) {
+  return tensor_map(gpu, base, {columns, rows}, {stride * 2}, {64, box});
 }
 
 }  // namespace
 
 int linear_prompt_tiles(const Gpu& gpu) {
-  return gpu.arch() == 90 && driver().cuTensorMapEncodeTiled != nullptr ? kTileCount : 0;
+  return has_tensor_maps(gpu) ? kTileCount : 0;
 }
 
 const char* linear_prompt_tile_name(int tile) {
@@ -81,8 +72,11 @@ int linear_prompt_tile(const Gpu& gpu, int out, int in, int n) {
   return best;
 }
 
-void linear_prompt_with(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x,
-                        int64_t x_stride, int n, Into into, void* y) {
+namespace {
+
+// written: whether the kernel before this one writes the matrix.
+void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x, int64_t x_stride,
+            int n, Into into, void* y, bool written) {
   QVL_REQUIRE(matrix.stride % 8 == 0 && x_stride % 8 == 0, QVL_INTERNAL,
               "rows of matrices and activations are multiples of 8 values");
   const Result result{matrix.bias, y, n, matrix.out, static_cast<int>(into)};
@@ -97,10 +91,11 @@ void linear_prompt_with(const Gpu& gpu, CUstream stream, int tile, const Matrix&
   const Tile64& t = kTiles[tile];
   const int rows = 64 * t.parts, cluster = t.cluster_m * t.cluster_n;
   LinearTensors params;
-  params.w = tensor(matrix.values, matrix.out, matrix.in, matrix.stride, rows / t.cluster_n, gpu.half());
-  params.x = tensor(x, n, matrix.in, x_stride, t.tokens / t.cluster_m, gpu.half());
+  params.w = rows_of(gpu, matrix.values, matrix.out, matrix.in, matrix.stride, rows / t.cluster_n);
+  params.x = rows_of(gpu, x, n, matrix.in, x_stride, t.tokens / t.cluster_m);
   params.result = result;
   params.steps = divide_up(matrix.in, 64);
+  params.written = written ? 1 : 0;
   const Groups all = groups(t, matrix.out, n);
   params.m_groups = all.m;
   params.n_groups = all.n;
@@ -111,15 +106,33 @@ void linear_prompt_with(const Gpu& gpu, CUstream stream, int tile, const Matrix&
   gpu.launch(stream, t.name, grid, 128 * (t.parts + 1), shared, params, true);
 }
 
+}  // namespace
+
+void linear_prompt_with(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x,
+                        int64_t x_stride, int n, Into into, void* y) {
+  launch(gpu, stream, tile, matrix, x, x_stride, n, into, y, false);
+}
+
 uint64_t linear_prompt_scratch(const Matrix& matrix) {
   return matrix.storage == Storage::kHalf ? 0 : uint64_t{2} * matrix.out * matrix.stride;
 }
 
 void linear_prompt(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
-                   int n, Into into, void* y, void* /* scratch */) {
-  QVL_REQUIRE(matrix.storage == Storage::kHalf, QVL_UNSUPPORTED,
-              "products of prompts with quantised weights are not written yet");
-  linear_prompt_with(gpu, stream, linear_prompt_tile(gpu, matrix.out, matrix.in, n), matrix, x, x_stride, n,
+                   int n, Into into, void* y, void* scratch) {
+  Matrix half = matrix;
+  if (matrix.storage != Storage::kHalf) {
+    half.storage = Storage::kHalf;
+    half.values = scratch;
+    const char* const name = matrix.storage == Storage::kInt8      ? "dequantise_int8"
+                             : matrix.storage == Storage::kInt4G64 ? "dequantise_int4_g64"
+                                                                   : "dequantise_int4_g128";
+    constexpr int kThreads = 256, kValues = 8;
+    const int64_t threads = static_cast<int64_t>(matrix.out) * matrix.stride / kValues;
+    const Dequantise params{matrix.values, matrix.scales, scratch, matrix.out, matrix.stride};
+    gpu.launch(stream, name, {static_cast<unsigned>((threads + kThreads - 1) / kThreads)}, kThreads, 0,
+               params, true);
+  }
+  linear_prompt_with(gpu, stream, linear_prompt_tile(gpu, matrix.out, matrix.in, n), half, x, x_stride, n,
                      into, y);
 }
 

@@ -13,7 +13,12 @@ from prompt import HALVES, error_of, run  # noqa: E402
 
 QUERY_TILE = 128
 # Types of a cache by their numbers in qwenvl.h.
-CACHES = {"float32": (0, torch.float32), "bfloat16": (1, torch.bfloat16), "float16": (5, torch.float16), "int8": (2, torch.int8)}
+CACHES = {
+    "float32": (0, torch.float32),
+    "bfloat16": (1, torch.bfloat16),
+    "float16": (5, torch.float16),
+    "int8": (2, torch.int8),
+}
 
 
 class Cache:
@@ -45,12 +50,18 @@ class Cache:
         for i, (length, count) in enumerate(zip(lengths, counts)):
             mine = [order.pop() for _ in range(count)]
             self.tables[i, :count] = torch.tensor(mine, dtype=torch.int32)
-            both = real[mine].permute(1, 2, 0, 3, 4).reshape(2, heads, count * block_tokens, head_dim)[:, :, :length]
+            both = (
+                real[mine]
+                .permute(1, 2, 0, 3, 4)
+                .reshape(2, heads, count * block_tokens, head_dim)[:, :, :length]
+            )
             self.keys.append(both[0])
             self.values.append(both[1])
         self.tables = self.tables.cuda()
 
-    def attention(self, q: torch.Tensor, pieces: list[tuple[int, int, int, int]], portable: bool) -> torch.Tensor:
+    def attention(
+        self, q: torch.Tensor, pieces: list[tuple[int, int, int, int]], portable: bool
+    ) -> torch.Tensor:
         """`pieces`: first, n, past, table."""
         tiles = [(i, offset) for i, piece in enumerate(pieces) for offset in range(0, piece[1], QUERY_TILE)]
         y = torch.full((q.shape[0] + 1, q.shape[1]), float("nan"), dtype=q.dtype, device="cuda")
@@ -107,7 +118,13 @@ def test_a_prompt_cut_anywhere_is_the_same(half: torch.dtype, kind: str) -> None
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize(
     ("images", "queries", "keys", "heads", "head_dim"),
-    [(2, 1024, 1024, 3, 104), (1, 256, 1024, 4, 128), (3, 7, 5, 2, 8), (1, 65, 130, 3, 40), (2, 16, 16, 2, 64)],
+    [
+        (2, 1024, 1024, 3, 104),
+        (1, 256, 1024, 4, 128),
+        (3, 7, 5, 2, 8),
+        (1, 65, 130, 3, 40),
+        (2, 16, 16, 2, 64),
+    ],
 )
 def test_images(half: torch.dtype, images: int, queries: int, keys: int, heads: int, head_dim: int) -> None:
     width = heads * head_dim

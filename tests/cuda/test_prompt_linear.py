@@ -121,3 +121,61 @@ def test_many_tiles_a_block() -> None:
     expected = reference(FLOAT, w, x, None, None)
     for tile in [PORTABLE, *prompt.tiles()]:
         assert error_of(product(tile, FLOAT, w, x, 328), expected) < 1e-5
+
+
+def packed(kind: str, numbers: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layout of kernels/quantised.cuh: numbers [out, in] and scales [out] or [out, groups], whole tiles."""
+    out, columns = numbers.shape
+    tiles, units = out // 16, columns // 128
+    if kind == "int8":
+        parts = numbers.reshape(tiles, 2, 8, units, 4, 4, 8)[..., [0, 2, 1, 3, 4, 6, 5, 7]]
+        return parts.permute(0, 3, 4, 2, 5, 1, 6).contiguous().to(torch.int8), scales.float()
+    parts = numbers.reshape(tiles, 2, 8, units, 2, 2, 4, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]] + 8
+    nibbles = parts.permute(0, 3, 4, 2, 6, 1, 5, 7).contiguous().to(torch.uint8)
+    values = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+    groups = scales.reshape(tiles, 2, 8, units, -1).permute(0, 3, 2, 4, 1)
+    return values.contiguous(), groups.contiguous().to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+@pytest.mark.parametrize(("storage", "kind", "group"), [(1, "int8", 0), (2, "int4", 64), (3, "int4", 128)])
+@pytest.mark.parametrize(("n", "out", "columns"), [(3, 16, 128), (77, 30, 100), (284, 128, 640)])
+def test_quantised_weights(
+    half: torch.dtype, storage: int, kind: str, group: int, n: int, out: int, columns: int
+) -> None:
+    rows, stride = -(-out // 16) * 16, -(-columns // 128) * 128
+    most = 127 if kind == "int8" else 7
+    numbers = torch.randint(
+        -most - (kind == "int4"), most + 1, (rows, stride), device="cuda", dtype=torch.int32
+    )
+    numbers[:, columns:] = 0
+    scales = torch.rand((rows, stride // group) if group else (rows,), device="cuda") + 0.1
+    scales = scales.to(torch.bfloat16) if group else scales
+    exact = numbers.double() * (
+        scales.double().repeat_interleave(group, 1) if group else scales.double()[:, None]
+    )
+    x = rows_of(torch.randn(n, columns, device="cuda").to(half), -(-columns // 8) * 8)
+    expected = reference(FLOAT, exact[:out, :columns], x[:, :columns], None, None)
+    values, packed_scales = packed(kind, numbers, scales)
+    scratch = torch.full((out, stride), float("nan"), dtype=half, device="cuda")
+    y = torch.full((n, out), float("nan"), device="cuda")
+    run(
+        "linear_prompt",
+        half,
+        CHOSEN,
+        storage,
+        out,
+        columns,
+        stride,
+        values,
+        packed_scales,
+        None,
+        x,
+        x.stride(0),
+        n,
+        FLOAT,
+        y,
+        scratch,
+    )
+    torch.cuda.synchronize()
+    assert error_of(y, expected) < (4e-3 if half == torch.bfloat16 else 5e-4)

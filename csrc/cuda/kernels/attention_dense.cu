@@ -10,6 +10,8 @@ struct DenseKeys {
   const H *k, *v;
   int64 stride;
   int n, head_dim;
+  const DenseParams& p;
+  int image, head;
 
   __device__ H value(int part, int key, int d) const { return (part == 0 ? k : v)[key * stride + d]; }
 
@@ -28,12 +30,30 @@ struct DenseKeys {
     }
   }
 #endif
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  __device__ bool boxes() const { return p.boxes != 0; }
+  __device__ int copied(int) const { return kHopperKeys * 128; }
+  template <int kColumns>
+  __device__ void copy(uint32 to, int part, int tile, uint32 barrier) const {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      copy_box(to + i * kHopperKeys * 128, p.keys[part], 64 * i, tile * kHopperKeys, head, image, barrier);
+    }
+  }
+#endif
 };
 
 __device__ inline DenseKeys keys_of(const DenseParams& p, int image, int head) {
   const int64 at = image * p.kv_image + head * p.kv_head;
-  return {static_cast<const H*>(p.k) + at, static_cast<const H*>(p.v) + at, p.kv_stride, p.n_keys,
-          p.head_dim};
+  return {static_cast<const H*>(p.k) + at,
+          static_cast<const H*>(p.v) + at,
+          p.kv_stride,
+          p.n_keys,
+          p.head_dim,
+          p,
+          image,
+          head};
 }
 
 __device__ inline Job job_of(const DenseParams& p, int image, int head, int first, int queries) {
@@ -56,6 +76,7 @@ __device__ inline Job job_of(const DenseParams& p, int image, int head, int firs
   extern "C" __global__ void __launch_bounds__(kAttentionThreads)                                   \
       attention_dense_##D(const __grid_constant__ DenseParams p) {                                  \
     wait_for_predecessors();                                                                        \
+    start_successors();                                                                             \
     attend<D>(job_of(p, blockIdx.z, blockIdx.y, blockIdx.x * kAttentionQueries, kAttentionQueries), \
               keys_of(p, blockIdx.z, blockIdx.y));                                                  \
   }
@@ -69,6 +90,7 @@ QVL_DENSE(128)
   extern "C" __global__ void __launch_bounds__(kHopperThreads, 1)                                    \
       attention_dense_hopper_##D(const __grid_constant__ DenseParams p) {                            \
     wait_for_predecessors();                                                                         \
+    start_successors();                                                                              \
     attend_hopper<D>(job_of(p, blockIdx.z, blockIdx.y, blockIdx.x * kAttentionTile, kAttentionTile), \
                      keys_of(p, blockIdx.z, blockIdx.y));                                            \
   }

@@ -27,7 +27,10 @@ struct SwizzledRows {
   }
 };
 
-// Source as of attend(); its load() is called by 128 threads.
+// Source as of attend(), and three functions more. boxes(): whether the copy engine may bring keys and
+// values; then copy(to, part, tile, barrier) asks for those of a tile, in columns of kHopperKeys rows, and
+// copied(tile) says how many bytes will come a column. Keys from `n` on may be left out; if not, they are
+// zeros.
 template <int D, typename Source>
 __device__ inline void attend_hopper(const Job& job, const Source& source) {
   using Rows = SwizzledRows<D>;
@@ -37,6 +40,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   const uint32 queries = shared_address(aligned), keys = queries + kTile, values = keys + 2 * kTile;
   const uint32 barriers = values + 2 * kTile + kKeys * 16;
   // Of keys (part 0) and values (part 1), by buffer.
+  const uint32 landed = barriers + 64;
   auto full = [&](int part, int tile) { return barriers + 8 * (2 * part + tile % 2); };
   auto empty = [&](int part, int tile) { return barriers + 32 + 8 * (2 * part + tile % 2); };
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, thread = threadIdx.x % 128;
@@ -44,15 +48,46 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < 4; ++i) {
-      barrier_init(barriers + 8 * i, 128);
+      barrier_init(barriers + 8 * i, source.boxes() ? 1 : 128);
       barrier_init(barriers + 32 + 8 * i, 8);
     }
+    barrier_init(landed, 1);
     publish_barriers();
   }
   __syncthreads();
 
   if (warp >= 8) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(72));
+    if (source.boxes()) {
+      if (warp > 8) return;
+      for (int tile = 0; tile < tiles; ++tile) {
+#pragma unroll 1
+        for (int part = 0; part < 2; ++part) {
+          barrier_wait(empty(part, tile), tile / 2 % 2 ^ 1);
+          // Values that no query sees count 0 times; they must be numbers all the same.
+          const int there = job.n_keys - tile * kKeys;
+          const bool fill = part == 1 && there < kKeys;
+          if (lane == 0) {
+            const uint32 barrier = fill ? landed : full(part, tile);
+            barrier_expect(barrier, source.copied(tile) * ((D + 63) / 64));
+            source.template copy<(D + 63) / 64>(
+                part == 0 ? keys + tile % 2 * kTile : values + tile % 2 * kTile, part, tile, barrier);
+          }
+          if (fill) {
+            barrier_wait(landed, 0);
+            H* const to = reinterpret_cast<H*>(aligned + (3 + tile % 2) * kTile);
+            for (int i = lane; i < (kKeys - there) * (Rows::kDims / 8); i += 32) {
+              const int row = there + i / (Rows::kDims / 8), d = i % (Rows::kDims / 8) * 8;
+              *reinterpret_cast<uint4*>(to + Rows::at(row, d)) = make_uint4(0, 0, 0, 0);
+            }
+            publish_writes();
+            __syncwarp();
+            if (lane == 0) barrier_arrive(full(1, tile));
+          }
+        }
+      }
+      return;
+    }
     for (int tile = 0; tile < tiles; ++tile) {
       warpgroup_sync(1);
       source.locate(tile * kKeys, kKeys, thread);
@@ -62,20 +97,9 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
         barrier_wait(empty(part, tile), tile / 2 % 2 ^ 1);
         H* const to = reinterpret_cast<H*>(aligned + (1 + 2 * part + tile % 2) * kTile);
         source.template load<Rows>(to, part, tile * kKeys, thread);
-        commit_copies();
-        // The part before this one is there.
-        wait_for_copies<1>();
-        publish_writes();
-        if (part == 1) {
-          barrier_arrive(full(0, tile));
-        } else if (tile > 0) {
-          barrier_arrive(full(1, tile - 1));
-        }
+        barrier_arrive_after_copies(full(part, tile));
       }
     }
-    wait_for_copies<0>();
-    publish_writes();
-    barrier_arrive(full(1, tiles - 1));
     return;
   }
 
@@ -83,15 +107,20 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   const int group = warp / 4, row = group * 64 + warp % 4 * 16 + lane / 4;
   for (int i = thread; i < 64 * Rows::kDims / 8; i += 128) {
     const int query = group * 64 + i / (Rows::kDims / 8), d = i % (Rows::kDims / 8) * 8;
-    uint32 pairs[4];
+    uint4 eight = make_uint4(0, 0, 0, 0);
+    const H* const from = job.q + query * job.q_stride + d;
+    if (query < job.n && d < job.head_dim) {
+      if (job.head_dim % 8 == 0 && job.q_stride % 8 == 0 && reinterpret_cast<uint64>(job.q) % 16 == 0) {
+        eight = *reinterpret_cast<const uint4*>(from);
+      } else {
+        uint32* const pairs = &eight.x;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      pairs[j] = query < job.n && d + 2 * j < job.head_dim
-                     ? *reinterpret_cast<const uint32*>(job.q + query * job.q_stride + d + 2 * j)
-                     : 0;
+        for (int j = 0; j < 4; ++j) {
+          if (d + 2 * j < job.head_dim) pairs[j] = *reinterpret_cast<const uint32*>(from + 2 * j);
+        }
+      }
     }
-    *reinterpret_cast<uint4*>(aligned + 2 * Rows::at(query, d)) =
-        make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    *reinterpret_cast<uint4*>(aligned + 2 * Rows::at(query, d)) = eight;
   }
   publish_writes();
   warpgroup_sync(2 + group);
@@ -103,6 +132,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
 
   auto score = [&](int tile) {
     barrier_wait(full(0, tile), tile / 2 % 2);
+    if (!source.boxes()) publish_writes();
     products_begin();
     const uint64 a = describe(queries + group * 64 * 128), b = describe(keys + tile % 2 * kTile);
 #pragma unroll
@@ -157,6 +187,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
 
   auto add_values = [&](int tile) {
     barrier_wait(full(1, tile), tile / 2 % 2);
+    if (!source.boxes()) publish_writes();
     products_begin();
     const uint64 v = describe(values + tile % 2 * kTile, kColumn);
 #pragma unroll

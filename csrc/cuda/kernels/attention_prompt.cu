@@ -122,6 +122,27 @@ struct PagedKeys {
     }
   }
 #endif
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  __device__ bool boxes() const { return p.boxes != 0; }
+  // Blocks of the tile that hold keys.
+  __device__ int blocks(int tile) const {
+    return (min(kHopperKeys, n - tile * kHopperKeys) + p.block_tokens - 1) / p.block_tokens;
+  }
+  __device__ int copied(int tile) const { return blocks(tile) * p.block_tokens * 128; }
+  template <int kColumns>
+  __device__ void copy(uint32 to, int part, int tile, uint32 barrier) const {
+    const int first = tile * (kHopperKeys / p.block_tokens), count = blocks(tile);
+    for (int block = 0; block < count; ++block) {
+      const int at = table[first + block];
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        copy_box(to + (i * kHopperKeys + block * p.block_tokens) * 128, p.keys, 64 * i, 0,
+                 part * p.heads + head, at, barrier);
+      }
+    }
+  }
+#endif
 };
 
 struct Work {
@@ -151,6 +172,7 @@ template <int D>
 __device__ inline void prompt(const PagedAttention& p) {
   extern __shared__ __align__(16) char raw_shared[];
   wait_for_predecessors();
+  start_successors();
   const int head = blockIdx.x;
   const Work work =
       work_of(p, gridDim.y - 1 - blockIdx.y, head, blockIdx.z * kAttentionQueries, kAttentionQueries);
@@ -176,6 +198,7 @@ template <int D>
 __device__ inline void prompt_hopper(const PagedAttention& p) {
   extern __shared__ char raw_shared[];
   wait_for_predecessors();
+  start_successors();
   const int head = blockIdx.x;
   const Work work = work_of(p, gridDim.y - 1 - blockIdx.y, head, 0, kAttentionTile);
   char* const aligned = raw_shared + (-shared_address(raw_shared) & 1023);

@@ -1,6 +1,8 @@
 // Parameters of attention over many queries, shared by launchers and kernels. Plain types only.
 #pragma once
 
+#include "cuda/kernels/tensor_map.h"
+
 namespace qvl::cuda {
 
 constexpr int kAttentionTile = 128;  // queries: kQueryTile of ops.h
@@ -18,7 +20,7 @@ constexpr int kAttentionShared = (kAttentionQueries + 4 * kAttentionKeys<D>)*(D 
 // queries, two tiles of 128 keys and two of values, in rows of 64 values; where 128 keys lie; barriers.
 constexpr int kHopperThreads = 384, kHopperKeys = 128;
 template <int D>
-constexpr int kHopperShared = 5 * kHopperKeys * ((D + 63) / 64 * 128) + kHopperKeys * 16 + 64 + 1024;
+constexpr int kHopperShared = 5 * kHopperKeys * ((D + 63) / 64 * 128) + kHopperKeys * 16 + 128 + 1024;
 
 constexpr int kHalfKeys = 0, kBfloat16Keys = 1, kFloat16Keys = 2, kFloatKeys = 3, kInt8Keys = 4;
 
@@ -32,6 +34,10 @@ struct PagedAttention {
   const char* base;
   unsigned long long block_bytes;
   int max_blocks, block_tokens, type, heads, head_dim;
+  // Hopper: [blocks][2 * heads][block_tokens][head_dim], boxes of 64 values of a block's tokens; used if
+  // boxes.
+  TensorMap keys;
+  int boxes;
 };
 
 // Strides in values, as in DenseAttention of ops.h.
@@ -42,6 +48,9 @@ struct DenseParams {
   long long kv_image, kv_stride, kv_head;
   int n_queries, n_keys, heads, head_dim;
   float scale;
+  // Hopper: [images][heads][n_keys][head_dim], boxes of 64 values of 128 keys; used if boxes.
+  TensorMap keys[2];
+  int boxes;
 };
 
 }  // namespace qvl::cuda

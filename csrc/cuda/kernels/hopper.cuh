@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/kernels/common.cuh"
-#include "cuda/kernels/linear_prompt.h"
+#include "cuda/kernels/tensor_map.h"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -66,7 +66,12 @@ __device__ inline void barrier_arrive(uint32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// What this thread wrote to shared memory may be read by wgmma.
+// Arrive once the copies that this thread has asked for are there.
+__device__ inline void barrier_arrive_after_copies(uint32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// What this thread wrote to shared memory, or knows to be written, may be read by wgmma.
 __device__ inline void publish_writes() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -90,6 +95,16 @@ __device__ inline void copy_box_to(uint32 to, const TensorMap& map, int column, 
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
       "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
       "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16>(blocks))
+      : "memory");
+}
+
+__device__ inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1, int x2, int x3,
+                                uint32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
+      "%5}], "
+      "[%6];" ::"r"(to),
+      "l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier)
       : "memory");
 }
 

@@ -1,6 +1,8 @@
 // Parameters of the products of prompts, shared by launchers and kernels. Plain types only.
 #pragma once
 
+#include "cuda/kernels/tensor_map.h"
+
 namespace qvl::cuda {
 
 // What becomes of the rows of y: `Into` of ops.h by number.
@@ -21,9 +23,12 @@ struct LinearPrompt {
   int in, stride;
 };
 
-// What the driver's cuTensorMapEncodeTiled writes.
-struct alignas(64) TensorMap {
-  unsigned long long opaque[16];
+// Quantised as quantised.cuh says -> y H [out, stride].
+struct Dequantise {
+  const void* values;
+  const void* scales;
+  void* y;
+  int out, stride;
 };
 
 // The same with both operands as tensors [rows, in], cut in boxes of 64 values.
@@ -31,6 +36,7 @@ struct LinearTensors {
   TensorMap w, x;
   Result result;
   int steps;               // ceil(in / 64)
+  int written;             // whether a predecessor writes w
   int m_groups, n_groups;  // clusters over rows of W and over tokens
 };
 

@@ -23,31 +23,53 @@ constexpr int kChunk = 32;         // tokens at a time on their way out
 constexpr int kChunkRow = 64 + 4;  // floats between them
 constexpr int kChunkBytes = kChunk * kChunkRow * 4;
 
-// Four columns of a row of y, bias added; a column beyond `out` is left out.
-__device__ inline void finish_four(const Result& p, int row, int column, float4 v) {
-  if (p.out % 4 != 0) {
-    if (column < p.out) finish_pair(p, row, column, v.x, v.y);
-    if (column + 2 < p.out) finish_pair(p, row, column + 2, v.z, v.w);
-    return;
+// Four neighbouring columns of `rows` of y, 8 apart from `row` on; columns beyond `out` are left out. The
+// sums lie in `chunk`, 8 rows apart as well. A loop for each kind, outside of which nothing is decided: the
+// instructions must fit in their cache.
+template <int kMost>
+__device__ inline void finish_four(const Result& p, int row, int column, const float* chunk, float4 bias) {
+  float4 v[kMost];
+#pragma unroll
+  for (int j = 0; j < kMost; ++j) {
+    v[j] = *reinterpret_cast<const float4*>(chunk + j * 8 * kChunkRow);
+    v[j].x += bias.x, v[j].y += bias.y, v[j].z += bias.z, v[j].w += bias.w;
   }
-  if (column >= p.out) return;
-  if (p.bias != nullptr) {
-    const float4 bias = *reinterpret_cast<const float4*>(p.bias + column);
-    v.x += bias.x, v.y += bias.y, v.z += bias.z, v.w += bias.w;
-  }
-  const int64 at = static_cast<int64>(row) * p.out + column;
+  const int left = column < p.out ? (p.n - row + 7) / 8 : 0;
+  const int64 step = static_cast<int64>(8) * p.out, at = static_cast<int64>(row) * p.out + column;
   if (p.into == kIntoSiluTimes) {
-    reinterpret_cast<H2*>(p.y)[at / 4] = to_half2(silu_times(v.x, v.y), silu_times(v.z, v.w));
+    H2* const y = static_cast<H2*>(p.y) + at / 4;
+#pragma unroll
+    for (int j = 0; j < kMost; ++j) {
+      if (j < left) y[j * step / 4] = to_half2(silu_times(v[j].x, v[j].y), silu_times(v[j].z, v[j].w));
+    }
   } else if (p.into == kIntoFloat) {
-    *reinterpret_cast<float4*>(static_cast<float*>(p.y) + at) = v;
+    float* const y = static_cast<float*>(p.y) + at;
+#pragma unroll
+    for (int j = 0; j < kMost; ++j) {
+      if (j < left) *reinterpret_cast<float4*>(y + j * step) = v[j];
+    }
   } else if (p.into == kIntoAdd) {
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(static_cast<float*>(p.y) + at),
-                 "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-                 : "memory");
+    float* const y = static_cast<float*>(p.y) + at;
+#pragma unroll
+    for (int j = 0; j < kMost; ++j) {
+      if (j < left) {
+        asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(y + j * step), "f"(v[j].x),
+                     "f"(v[j].y), "f"(v[j].z), "f"(v[j].w)
+                     : "memory");
+      }
+    }
   } else {
-    if (p.into == kIntoGelu) v = make_float4(gelu(v.x), gelu(v.y), gelu(v.z), gelu(v.w));
-    H2 pairs[2] = {to_half2(v.x, v.y), to_half2(v.z, v.w)};
-    *reinterpret_cast<uint2*>(static_cast<H*>(p.y) + at) = *reinterpret_cast<uint2*>(pairs);
+    if (p.into == kIntoGelu) {
+#pragma unroll
+      for (int j = 0; j < kMost; ++j)
+        v[j] = make_float4(gelu(v[j].x), gelu(v[j].y), gelu(v[j].z), gelu(v[j].w));
+    }
+    H* const y = static_cast<H*>(p.y) + at;
+#pragma unroll
+    for (int j = 0; j < kMost; ++j) {
+      H2 pairs[2] = {to_half2(v[j].x, v[j].y), to_half2(v[j].z, v[j].w)};
+      if (j < left) *reinterpret_cast<uint2*>(y + j * step) = *reinterpret_cast<uint2*>(pairs);
+    }
   }
 }
 
@@ -110,7 +132,8 @@ __device__ inline void linear(const LinearTensors& p) {
           copy_box(to, p.x, step * 64, row, full + 8 * slot);
         }
       };
-      // Nobody writes weights: the first ones come before the predecessors are done.
+      // As a rule nobody writes weights: the first ones come before the predecessors are done.
+      if (p.written) wait_for_predecessors();
       const int ahead = first_group < groups ? min(S, p.steps) : 0;
       for (int i = 0; i < ahead; ++i) {
         barrier_expect(full + 8 * i, kBytesW + kBytesX);
@@ -131,8 +154,7 @@ __device__ inline void linear(const LinearTensors& p) {
       }
     }
   } else {
-    if (C > 1)
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C == 2 ? 224 : C == 3 ? 152 : 112));
+    if (C > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C == 2 ? 224 : C == 3 ? 152 : 112));
     const int part = warp / 4, thread = threadIdx.x % 128;
     float* const chunk = chunks + part * kChunk * kChunkRow;
     // The block that this warp tells when a slot is free: those of the same rows, then the others of the same
@@ -171,25 +193,40 @@ __device__ inline void linear(const LinearTensors& p) {
 
       const int first_out = (group / p.n_groups * CM + rank_m) * kRows + part * 64;
       const int first_token = (group % p.n_groups * CN + rank_n) * N;
-#pragma unroll
-      for (int i = 0; i < N; i += kChunk) {
-        if (first_token + i >= p.result.n) break;
+      const int column = first_out + thread % 16 * 4;
+      const bool fours = p.result.out % 4 == 0;
+      float4 bias = make_float4(0, 0, 0, 0);
+      if (fours && p.result.bias != nullptr && column < p.result.out) {
+        bias = *reinterpret_cast<const float4*>(p.result.bias + column);
+      }
+#pragma unroll 1
+      for (int i = 0; i < N && first_token + i < p.result.n; i += kChunk) {
         warpgroup_sync(1 + part);
         float* const to = chunk + lane % 4 * 2 * kChunkRow + peer * 16 + lane / 4;
 #pragma unroll
-        for (int j = 0; j < kChunk && i + j < N; j += 8) {
-          to[j * kChunkRow] = sums[(i + j) / 2];
-          to[(j + 1) * kChunkRow] = sums[(i + j) / 2 + 1];
-          to[j * kChunkRow + 8] = sums[(i + j) / 2 + 2];
-          to[(j + 1) * kChunkRow + 8] = sums[(i + j) / 2 + 3];
+        for (int c = 0; c < N; c += kChunk) {
+          if (c != i) continue;
+#pragma unroll
+          for (int j = 0; j < kChunk && c + j < N; j += 8) {
+            to[j * kChunkRow] = sums[(c + j) / 2];
+            to[(j + 1) * kChunkRow] = sums[(c + j) / 2 + 1];
+            to[j * kChunkRow + 8] = sums[(c + j) / 2 + 2];
+            to[(j + 1) * kChunkRow + 8] = sums[(c + j) / 2 + 3];
+          }
         }
         warpgroup_sync(1 + part);
-#pragma unroll
-        for (int j = 0; j < kChunk && i + j < N; j += 8) {
-          const int token = first_token + i + j + thread / 16;
-          const float4 v =
-              *reinterpret_cast<float4*>(chunk + (j + thread / 16) * kChunkRow + thread % 16 * 4);
-          if (token < p.result.n) finish_four(p.result, token, first_out + thread % 16 * 4, v);
+        const int token = first_token + i + thread / 16, end = min(p.result.n, first_token + N);
+        const float* const from = chunk + thread / 16 * kChunkRow + thread % 16 * 4;
+        if (fours) {
+          Result result = p.result;
+          result.n = end;
+          finish_four<kChunk / 8>(result, token, column, from, bias);
+        } else {
+          for (int j = 0; j < kChunk && token + j < end; j += 8) {
+            const float* const v = from + j * kChunkRow;
+            if (column < p.result.out) finish_pair(p.result, token + j, column, v[0], v[1]);
+            if (column + 2 < p.result.out) finish_pair(p.result, token + j, column + 2, v[2], v[3]);
+          }
         }
       }
     }
@@ -200,7 +237,7 @@ __device__ inline void linear(const LinearTensors& p) {
 #define QVL_LINEAR(C, N, CM, CN, S, BLOCKS)                                                          \
   extern "C" __global__ void __cluster_dims__(CM* CN, 1, 1) __launch_bounds__(128 * (C + 1), BLOCKS) \
       linear_prompt_##C##x##N##_##CM##x##CN(const __grid_constant__ LinearTensors p) {               \
-    linear<C, N, CM, CN, S>(p);                                                              \
+    linear<C, N, CM, CN, S>(p);                                                                      \
   }
 #include "cuda/kernels/linear_prompt_tiles.h"
 

@@ -1,0 +1,20 @@
+// Tensors of H for the copy engine: boxes of them come to shared memory as hopper.cuh's describe() wants
+// them.
+#pragma once
+
+#include <initializer_list>
+
+#include "cuda/gpu.h"
+#include "cuda/kernels/tensor_map.h"
+
+namespace qvl::cuda {
+
+// Whether kernels with tensor maps run here: on Hopper, and with a driver of CUDA 12.
+bool has_tensor_maps(const Gpu&);
+
+// Sizes and boxes in values, strides of all dimensions but the first in bytes, multiples of 16. What lies
+// outside of the sizes reads as zeros.
+TensorMap tensor_map(const Gpu&, const void* base, std::initializer_list<int64_t> sizes,
+                     std::initializer_list<int64_t> strides, std::initializer_list<int> box);
+
+}  // namespace qvl::cuda
