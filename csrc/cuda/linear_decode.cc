@@ -10,8 +10,8 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr int kTileRows = 16, kWarps = 16, kThreads = 32 * kWarps;
-constexpr int kMostColumns = 8;
+constexpr int kTileRows = 16, kWarps = 16, kThreads = 32 * kWarps, kUnit = 128;
+constexpr int kMostColumns = 8, kSumsPitch = 18, kStepBytes = 1024;
 constexpr int kMostRows = 256;
 
 // As in the kernel: steps in the ring, and what a block may have of shared memory.
@@ -37,6 +37,23 @@ const char* name_of(Storage storage) {
 
 uint64_t rounded(int value, int unit) {
   return static_cast<uint64_t>((value + unit - 1) / unit * unit);
+}
+
+// Lay out the shared memory of a block that takes `columns` rows of x, and return its size. A row of x is 64
+// bytes more than a multiple of 128, so that two rows lie in different banks.
+int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, LinearDecode& p) {
+  const bool int4 = matrix.storage == Storage::kInt4G64 || matrix.storage == Storage::kInt4G128;
+  const int units = static_cast<int>(padded(matrix.in)) / kUnit;
+  const int depth = ring_depth(arch), groups = int4 ? kUnit / group_of(matrix.storage) : 0;
+  p.columns = columns;
+  p.tiles_at_once = tiles_at_once;
+  p.x_pitch = units * kUnit * 2 + 64;
+  p.scales_at = depth * kWarps * kStepBytes;
+  p.x_at = p.scales_at + depth * kWarps * 8 * 4 * groups;
+  p.offsets_at = p.x_at + columns * p.x_pitch;
+  p.offsets_pitch = (columns + 1) / 2 * 2;
+  p.sums_at = p.offsets_at + units * groups * p.offsets_pitch * 4;
+  return p.sums_at + 2 * kWarps * tiles_at_once * columns * kSumsPitch * 4;
 }
 
 }  // namespace
@@ -87,30 +104,27 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   p.x = x;
   p.y = y;
   p.x_stride = x_stride;
+  p.tile_bytes = static_cast<long long>(matrix_bytes(matrix.storage, kTileRows, matrix.in).values);
   p.out = matrix.out;
   p.in = matrix.in;
   p.stride = matrix.stride;
   p.n = n;
   p.into = static_cast<int>(into);
-  // Shared memory: the ring, scales, x, and the slices' sums twice. A row of x is 64 bytes more than a
-  // multiple of 128, so that two rows lie in different banks.
-  const int depth = ring_depth(gpu.arch());
-  p.x_pitch = static_cast<int>(padded(matrix.in)) * 2 + 64;
-  p.scales_at = depth * kWarps * 1024;
-  p.x_at = p.scales_at;
-  if (matrix.storage == Storage::kInt4G64 || matrix.storage == Storage::kInt4G128)
-    p.x_at += depth * kWarps * 8 * 4 * (128 / group_of(matrix.storage));
-  const int column = p.x_pitch + 2 * kWarps * 20 * 4;
-  p.columns = std::min({n, kMostColumns, (shared_limit(gpu.arch()) - p.x_at) / column});
-  QVL_REQUIRE(p.columns >= 1, QVL_UNSUPPORTED, "a matrix of %d columns: rows do not fit on this GPU",
+
+  const int limit = shared_limit(gpu.arch());
+  int columns = std::min(n, kMostColumns);
+  while (columns > 1 && lay_out(gpu.arch(), matrix, columns, 1, p) > limit) --columns;
+  int at_once = columns <= 2 ? 4 : columns <= 4 ? 2 : 1, shared = 0;
+  while ((shared = lay_out(gpu.arch(), matrix, columns, at_once, p)) > limit && at_once > 1) at_once /= 2;
+  QVL_REQUIRE(shared <= limit, QVL_UNSUPPORTED, "a matrix with rows of %d values is too wide for this GPU",
               matrix.in);
-  p.sums_at = p.x_at + p.columns * p.x_pitch;
   const int tiles = static_cast<int>(rounded(matrix.out, kTileRows)) / kTileRows;
-  const int chunks = (n + p.columns - 1) / p.columns;
+  const int chunks = (n + columns - 1) / columns;
   const int blocks = std::min(tiles, (gpu.multiprocessors() + chunks - 1) / chunks);
+  // More than half of the shared memory, so that no multiprocessor gets two blocks and another none.
   gpu.launch(stream, (std::string("linear_decode_") + name_of(matrix.storage)).c_str(),
              {static_cast<unsigned>(blocks), static_cast<unsigned>(chunks)}, kThreads,
-             p.x_at + p.columns * column, p, true);
+             std::max(shared, limit / 2 + 2048), p, true);
 }
 
 }  // namespace qvl::cuda

@@ -1,15 +1,21 @@
 // y = x W^T for 1 to 256 rows of x, and the layouts of W.
 //
 // Cost. Bytes: each weight once, 4.3 TB/s on an H200; nothing else counts for few rows. 4096 x 4096 takes 7.8
-// us in bfloat16, 2 us with 4 bits: as long as a kernel takes to start. So the next kernel starts early and
-// fetches its first 64 KB of weights a multiprocessor while this one ends.
+// us in bfloat16, 2 us with 4 bits: as long as a kernel takes to start. So the next kernel starts when the
+// last weights have been asked for, and fetches its first 64 KB on each multiprocessor that is done. At that
+// rate a multiprocessor may spend 220 instructions of a warp on a KB of weights; 4 and 8 bits are bound by
+// those.
 //
 // Layout. A block a multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
-// columns are rows of x. k is cut into 16 slices, a warp each, of whole units of 128; a warp walks along its
+// columns are rows of x. k is cut into 16 slices of whole units of 128, a warp each, which walks along its
 // slice of tile after tile. A step is 1 KB of weights, 32 bytes of each lane, which the lane copies ahead
 // into its own place in a ring in shared memory and reads back as its fragments: no barrier, no register is
 // held by a load under way. Sums of the slices meet in shared memory, added in a fixed order: ((0 + 1) + (2 +
 // 3)) + (4 + 5) and so on. Nothing in a column depends on the other columns, or on how many there are.
+//
+// A block takes up to 8 rows of x, which lie in shared memory; more rows are more blocks, which read the same
+// weights at about the same time. No two blocks fit on a multiprocessor: where they do, some get two and
+// others none, which made a chain of products up to a third slower than without an early start.
 #include "cuda/kernels/linear_decode.h"
 #include "cuda/kernels/quantised.cuh"
 #include "cuda/kernels/stored.cuh"
@@ -18,8 +24,9 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr int kWarps = 16, kThreads = 32 * kWarps;
-constexpr int kSumsPitch = 20;  // floats of a column's 16 sums: lanes of a warp hit different banks
+constexpr int kWarps = 16, kThreads = 32 * kWarps, kSlices = 16;
+constexpr int kStepBytes = 1024;
+constexpr int kSumsPitch = 18;  // floats of a column's 16 sums: few lanes of a warp hit the same bank
 
 // Steps in the ring: as in linear_decode.cc.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
@@ -29,67 +36,71 @@ constexpr int kDepth = 3;
 #else
 constexpr int kDepth = 2;
 #endif
+constexpr int kSlotBytes = kWarps * kStepBytes;
 
 struct Lane {
   int index, g, t;
 };
 
-__device__ inline uint4 zero4() {
-  return make_uint4(0, 0, 0, 0);
-}
-
-// A lane's part of x: the run of values k .. k + 7 of its column.
+// A lane's part of x: runs of values k .. k + 7 of column g.
 struct Columns {
   const char* row;
-  bool there;
+  const float2* offsets;  // of columns 2 t, 2 t + 1, a row of them a group
+  int offsets_pitch;
 
-  __device__ uint4 run(int k) const { return there ? *reinterpret_cast<const uint4*>(row + 2 * k) : zero4(); }
+  __device__ uint4 run(int k) const { return *reinterpret_cast<const uint4*>(row + 2 * k); }
+};
+
+// Where the weights are that a lane fetches next.
+struct Ahead {
+  const char* from;
+  const char* scales;
+  int tile, step;
 };
 
 struct HalfWeights {
-  static constexpr int kStep = 32;  // values of k in a step
-  static constexpr int kScaleBytes = 0;
+  static constexpr int kStep = 32;       // values of k in a step
+  static constexpr int kScaleBytes = 0;  // of a row pair in a step
+  static constexpr int kGroup = 0;
 
-  __device__ static void copy(const LinearDecode& p, uint4* slot, void*, int tile, int step,
-                              const Lane& lane) {
-    const int row = tile * kTileRows + lane.g, k = step * kStep + kRun * lane.t;
-    const char* from = static_cast<const char*>(p.values) + 2 * (static_cast<int64>(row) * p.stride + k);
-    const bool inside = k < p.stride, first = inside && row < p.out, second = inside && row + 8 < p.out;
-    copy_ahead16(slot, first ? from : p.values, first);
-    copy_ahead16(slot + 32, second ? from + 16 * static_cast<int64>(p.stride) : p.values, second);
+  // Bytes from a lane's first weights to those of the next step; to its place in a tile.
+  static constexpr int kStepAhead = 2 * kStep;
+  __device__ static int64 place(const LinearDecode& p, const Lane& lane) {
+    return 2 * (static_cast<int64>(lane.g) * p.stride + kRun * lane.t);
+  }
+  __device__ static int64 second(const LinearDecode& p) { return 16 * static_cast<int64>(p.stride); }
+  __device__ static bool there(const LinearDecode& p, const Ahead& ahead, const Lane& lane, int row) {
+    return ahead.step * kStep + kRun * lane.t < p.stride && ahead.tile * kTileRows + lane.g + row < p.out;
   }
 
-  __device__ static void add(float (&sums)[4], const uint4* slot, const void*, const Columns& x, int step,
-                             const Lane& lane) {
-    const uint4 a = slot[0], b = slot[32], c = x.run(step * kStep + kRun * lane.t);
-    multiply(sums, a.x, b.x, a.y, b.y, c.x, c.y);
-    multiply(sums, a.z, b.z, a.w, b.w, c.z, c.w);
+  __device__ static void add(float (&sums)[4], const char* slot, const void*, const Columns& x, int step) {
+    const uint4 a = *reinterpret_cast<const uint4*>(slot), b = *reinterpret_cast<const uint4*>(slot + 512);
+    const uint4 v = x.run(step * kStep);
+    multiply(sums, a.x, b.x, a.y, b.y, v.x, v.y);
+    multiply(sums, a.z, b.z, a.w, b.w, v.z, v.w);
   }
 
   __device__ static float finish(const LinearDecode&, int, float sum) { return sum; }
 };
 
-// The 16 bytes of steps of quantised matrices lie one after another.
-__device__ inline void copy_step(const LinearDecode& p, uint4* slot, int64 step, const Lane& lane) {
-  const uint4* from = static_cast<const uint4*>(p.values) + step * 64 + lane.index;
-  copy_ahead16(slot, from, true);
-  copy_ahead16(slot + 32, from + 32, true);
-}
+// Steps of quantised matrices lie one after another, 16 bytes of a lane, and 512 bytes later 16 more.
+struct QuantisedWeights {
+  static constexpr int kStepAhead = kStepBytes;
+  __device__ static int64 place(const LinearDecode&, const Lane& lane) { return 16 * lane.index; }
+  __device__ static int64 second(const LinearDecode&) { return 512; }
+  __device__ static bool there(const LinearDecode&, const Ahead&, const Lane&, int) { return true; }
+};
 
-struct Int8Weights {
+struct Int8Weights : QuantisedWeights {
   static constexpr int kStep = 64;
   static constexpr int kScaleBytes = 0;
+  static constexpr int kGroup = 0;
 
-  __device__ static void copy(const LinearDecode& p, uint4* slot, void*, int tile, int step,
-                              const Lane& lane) {
-    copy_step(p, slot, static_cast<int64>(tile) * (p.stride / kStep) + step, lane);
-  }
-
-  __device__ static void add(float (&sums)[4], const uint4* slot, const void*, const Columns& x, int step,
-                             const Lane& lane) {
+  __device__ static void add(float (&sums)[4], const char* slot, const void*, const Columns& x, int step) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const uint4 w = slot[32 * c], v = x.run(step * kStep + 32 * c + kRun * lane.t);
+      const uint4 w = *reinterpret_cast<const uint4*>(slot + 512 * c);
+      const uint4 v = x.run(step * kStep + 32 * c);
       multiply(sums, bytes_to_half2(w.x), bytes_to_half2(w.z), bytes_to_half2(w.x >> 8),
                bytes_to_half2(w.z >> 8), v.x, v.y);
       multiply(sums, bytes_to_half2(w.y), bytes_to_half2(w.w), bytes_to_half2(w.y >> 8),
@@ -102,48 +113,60 @@ struct Int8Weights {
   }
 };
 
+// A nibble as it lies in the word is the number kUnitOf * nibble + kOffset: bfloat16 from 128 on, or a
+// denormal float16. What is too much, (kOffset + 8 kUnitOf) times the sum of x, is where the sum of a group
+// begins.
+#ifdef QVL_COMPUTE_BFLOAT16
+constexpr float kUnitOf = 1, kTooMuch = 128 + 8;
+__device__ inline uint32 raw_nibbles(uint32 word) {
+  return (word & 0x000F000Fu) | 0x43004300u;
+}
+#else
+constexpr float kUnitOf = 1.f / (1 << 24), kTooMuch = 8 * kUnitOf;
+__device__ inline uint32 raw_nibbles(uint32 word) {
+  return word & 0x000F000Fu;
+}
+#endif
+
 template <int group>
-struct Int4Weights {
+struct Int4Weights : QuantisedWeights {
   static constexpr int kStep = kUnit;
-  static constexpr int kScaleBytes = 4 * (kUnit / group);  // of a row pair in a step
+  static constexpr int kScaleBytes = 4 * (kUnit / group);
+  static constexpr int kGroup = group;
 
-  __device__ static void copy(const LinearDecode& p, uint4* slot, void* scales, int tile, int step,
-                              const Lane& lane) {
-    const int64 index = static_cast<int64>(tile) * (p.stride / kStep) + step;
-    copy_step(p, slot, index, lane);
-    if (lane.t == 0)
-      copy_ahead<kScaleBytes>(scales,
-                              static_cast<const char*>(p.scales) + (index * 8 + lane.g) * kScaleBytes);
-  }
-
-  __device__ static void add(float (&sums)[4], const uint4* slot, const void* scales, const Columns& x,
-                             int step, const Lane& lane) {
-    __syncwarp();  // the scales were copied by the pair's first lane
-    float part[4] = {};
+  __device__ static void add(float (&sums)[4], const char* slot, const void* scales, const Columns& x,
+                             int step) {
+    float part[4];
+    __syncwarp();  // the scales were copied by the first of four lanes
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const uint4 w = slot[32 * c];
+      if (64 * c % group == 0) {
+        const float2 begin = x.offsets[(step * kUnit + 64 * c) / group * x.offsets_pitch];
+        part[0] = part[2] = begin.x;
+        part[1] = part[3] = begin.y;
+      }
+      const uint4 w = *reinterpret_cast<const uint4*>(slot + 512 * c);
 #pragma unroll
       for (int run = 0; run < 2; ++run) {
-        const uint32 a = run ? w.y : w.x, b = run ? w.w : w.z;
-        const uint4 v = x.run(step * kStep + 64 * c + 32 * run + kRun * lane.t);
-        multiply(part, nibbles_to_half2(a), nibbles_to_half2(b), nibbles_to_half2(a >> 4),
-                 nibbles_to_half2(b >> 4), v.x, v.y);
-        multiply(part, nibbles_to_half2(a >> 8), nibbles_to_half2(b >> 8), nibbles_to_half2(a >> 12),
-                 nibbles_to_half2(b >> 12), v.z, v.w);
+        const uint32 low = run ? w.y : w.x, high = run ? w.w : w.z;
+        const uint4 v = x.run(step * kStep + 64 * c + 32 * run);
+        multiply(part, raw_nibbles(low), raw_nibbles(high), raw_nibbles(low >> 4), raw_nibbles(high >> 4),
+                 v.x, v.y);
+        multiply(part, raw_nibbles(low >> 8), raw_nibbles(high >> 8), raw_nibbles(low >> 12),
+                 raw_nibbles(high >> 12), v.z, v.w);
       }
       if (64 * (c + 1) % group == 0) {
         const uint32 pair = static_cast<const uint32*>(scales)[64 * c / group];
-        sums[0] += low_scale(pair) * part[0];
-        sums[1] += low_scale(pair) * part[1];
-        sums[2] += high_scale(pair) * part[2];
-        sums[3] += high_scale(pair) * part[3];
-        part[0] = part[1] = part[2] = part[3] = 0;
+        const float first = low_scale(pair), second = high_scale(pair);
+        sums[0] += first * part[0];
+        sums[1] += first * part[1];
+        sums[2] += second * part[2];
+        sums[3] += second * part[3];
       }
     }
   }
 
-  __device__ static float finish(const LinearDecode&, int, float sum) { return sum; }
+  __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kUnitOf); }
 };
 
 // Eight values of a row of x from k on, zeros behind the row's end.
@@ -151,18 +174,25 @@ __device__ inline uint4 load_x(const LinearDecode& p, int row, int k) {
   const H* from = static_cast<const H*>(p.x) + row * p.x_stride + k;
   if (k + kRun <= p.in && reinterpret_cast<uint64>(from) % 16 == 0)
     return __ldcg(reinterpret_cast<const uint4*>(from));
-  uint4 run = zero4();
+  uint4 run = make_uint4(0, 0, 0, 0);
   for (int i = 0; i < kRun && k + i < p.in; ++i)
     reinterpret_cast<uint16*>(&run)[i] = __ldcg(reinterpret_cast<const uint16*>(from) + i);
   return run;
 }
 
-// The sum of a row of the tile over the slices: at [slice][column][kSumsPitch] from `sums` on.
-__device__ inline float whole_sum(const float* sums, int slice_pitch) {
+__device__ inline float sum_of_run(const uint4& run) {
+  const H2* pairs = reinterpret_cast<const H2*>(&run);
   float sum = 0;
 #pragma unroll
-  for (int slice = 0; slice < kWarps; slice += 2)
-    sum += sums[slice * slice_pitch] + sums[(slice + 1) * slice_pitch];
+  for (int i = 0; i < 4; ++i) sum += to_float2(pairs[i]).x + to_float2(pairs[i]).y;
+  return sum;
+}
+
+// The sum over all slices; sums: that of slice 0, the others `pitch` floats apart.
+__device__ inline float whole_sum(const float* sums, int pitch) {
+  float sum = 0;
+#pragma unroll
+  for (int slice = 0; slice < kSlices; slice += 2) sum += sums[slice * pitch] + sums[(slice + 1) * pitch];
   return sum;
 }
 
@@ -175,110 +205,148 @@ __device__ float finished(const LinearDecode& p, int row, float sum) {
   return p.bias != nullptr ? value + p.bias[row] : value;
 }
 
-// Write the tile's part of the rows of y from `first` on.
+// Write y's value, or of kSiluTimes the one of two rows, that the tile's row `local` has in a column.
 template <class Weights>
-__device__ void write_tile(const LinearDecode& p, const float* sums, int tile, int first, int columns) {
-  const int slice_pitch = columns * kSumsPitch;
-  const int rows = p.into == kSiluTimes ? kTileRows / 2 : kTileRows;
-  for (int i = threadIdx.x; i < rows * columns; i += kThreads) {
-    const int column = i / rows, local = i % rows;
-    const float* at = sums + column * kSumsPitch;
-    if (p.into == kSiluTimes) {
-      const int row = tile * kTileRows + 2 * local;
-      if (row + 1 >= p.out) continue;
-      const float up = finished<Weights>(p, row, whole_sum(at + 2 * local, slice_pitch));
-      const float gate = finished<Weights>(p, row + 1, whole_sum(at + 2 * local + 1, slice_pitch));
-      static_cast<H*>(p.y)[(first + column) * static_cast<int64>(p.out / 2) + row / 2] =
-          to_half(up * (gate / (1 + __expf(-gate))));
-      continue;
-    }
-    const int row = tile * kTileRows + local;
-    if (row >= p.out) continue;
-    const float value = finished<Weights>(p, row, whole_sum(at + local, slice_pitch));
-    const int64 to = (first + column) * static_cast<int64>(p.out) + row;
-    switch (p.into) {
-      case kHalf:
-        static_cast<H*>(p.y)[to] = to_half(value);
-        break;
-      case kFloat:
-        static_cast<float*>(p.y)[to] = value;
-        break;
-      case kAdd:
-        static_cast<float*>(p.y)[to] = __ldcg(static_cast<const float*>(p.y) + to) + value;
-        break;
-      case kGelu:
-        static_cast<H*>(p.y)[to] = to_half(0.5f * value * (1 + erff(value * 0.70710678f)));
-    }
+__device__ void write_value(const LinearDecode& p, const float* sums, int pitch, int tile, int local,
+                            int64 column) {
+  if (p.into == kSiluTimes) {
+    const int row = tile * kTileRows + 2 * local;
+    if (row + 1 >= p.out) return;
+    const float up = finished<Weights>(p, row, whole_sum(sums + 2 * local, pitch));
+    const float gate = finished<Weights>(p, row + 1, whole_sum(sums + 2 * local + 1, pitch));
+    static_cast<H*>(p.y)[column * (p.out / 2) + row / 2] = to_half(up * (gate / (1 + __expf(-gate))));
+    return;
+  }
+  const int row = tile * kTileRows + local;
+  if (row >= p.out) return;
+  const float value = finished<Weights>(p, row, whole_sum(sums + local, pitch));
+  const int64 to = column * p.out + row;
+  switch (p.into) {
+    case kHalf:
+      static_cast<H*>(p.y)[to] = to_half(value);
+      break;
+    case kFloat:
+      static_cast<float*>(p.y)[to] = value;
+      break;
+    case kAdd:
+      static_cast<float*>(p.y)[to] = __ldcg(static_cast<const float*>(p.y) + to) + value;
+      break;
+    case kGelu:
+      static_cast<H*>(p.y)[to] = to_half(0.5f * value * (1 + erff(value * 0.70710678f)));
   }
 }
 
 template <class Weights>
 __device__ void linear_decode(const LinearDecode& p) {
+  constexpr int kStepsOfUnit = kUnit / Weights::kStep;
   extern __shared__ uint4 shared[];
   char* const bytes = reinterpret_cast<char*>(shared);
   const int warp = threadIdx.x / 32;
   const Lane lane{static_cast<int>(threadIdx.x % 32), static_cast<int>(threadIdx.x % 32 / 4),
                   static_cast<int>(threadIdx.x % 4)};
-  start_successors();
 
-  // This warp's slice, in steps.
+  // This warp's slice, in steps, and the tiles it takes.
   const int units = (p.in + kUnit - 1) / kUnit;
-  const int from = units * warp / kWarps * (kUnit / Weights::kStep);
-  const int to = units * (warp + 1) / kWarps * (kUnit / Weights::kStep);
+  const int from = units * warp / kSlices * kStepsOfUnit, to = units * (warp + 1) / kSlices * kStepsOfUnit;
   const int tiles = (p.out + kTileRows - 1) / kTileRows;
+  const int first_tile = blockIdx.x, next_tile = gridDim.x;
 
-  uint4* const ring = shared + warp * 64 + lane.index;
+  const int64 tile_bytes = p.tile_bytes, second = Weights::second(p);
+  const int64 tile_scales = static_cast<int64>(units) * 8 * Weights::kScaleBytes;
+  Ahead ahead{static_cast<const char*>(p.values) + first_tile * tile_bytes + Weights::place(p, lane) +
+                  static_cast<int64>(from) * Weights::kStepAhead,
+              static_cast<const char*>(p.scales) + first_tile * tile_scales +
+                  (static_cast<int64>(from) * 8 + lane.g) * Weights::kScaleBytes,
+              from < to ? first_tile : tiles, from};
+  const auto advance = [&](Ahead& at) {
+    at.from += Weights::kStepAhead;
+    at.scales += 8 * Weights::kScaleBytes;
+    if (++at.step == to) {
+      at.step = from;
+      at.tile += next_tile;
+      at.from += next_tile * tile_bytes - static_cast<int64>(to - from) * Weights::kStepAhead;
+      at.scales += next_tile * tile_scales - static_cast<int64>(to - from) * 8 * Weights::kScaleBytes;
+      return at.tile >= tiles;
+    }
+    return false;
+  };
+  char* const ring = bytes + warp * kStepBytes + 16 * lane.index;
   char* const scales = bytes + p.scales_at + (warp * 8 + lane.g) * Weights::kScaleBytes;
   constexpr int kScalePitch = kWarps * 8 * Weights::kScaleBytes;
-  int ahead_tile = blockIdx.x, ahead_step = from, ahead_slot = 0;
-  const auto fetch = [&] {
-    if (ahead_tile < tiles && from < to) {
-      Weights::copy(p, ring + ahead_slot * (kWarps * 64), scales + ahead_slot * kScalePitch, ahead_tile,
-                    ahead_step, lane);
-      if (++ahead_step == to) {
-        ahead_step = from;
-        ahead_tile += gridDim.x;
-      }
+  const auto fetch = [&](int slot) {
+    if (ahead.tile < tiles) {
+      char* const into = ring + slot * kSlotBytes;
+      const bool a = Weights::there(p, ahead, lane, 0), b = Weights::there(p, ahead, lane, 8);
+      copy_ahead16(into, a ? ahead.from : p.values, a);
+      copy_ahead16(into + 512, b ? ahead.from + second : p.values, b);
+      if (Weights::kScaleBytes != 0 && lane.t == 0)
+        copy_ahead<Weights::kScaleBytes ? Weights::kScaleBytes : 4>(scales + slot * kScalePitch,
+                                                                    ahead.scales);
+      if (advance(ahead)) start_successors();
     }
-    ahead_slot = ahead_slot + 1 == kDepth ? 0 : ahead_slot + 1;
     commit_copies();
   };
-  for (int i = 0; i < kDepth - 1; ++i) fetch();
-
+  for (int i = 0; i < kDepth - 1; ++i) fetch(i);
   wait_for_predecessors();
   const int first = blockIdx.y * p.columns, columns = min(p.columns, p.n - first);
-  {
-    const int begin = from * Weights::kStep / kRun, runs = to * Weights::kStep / kRun - begin;
-    for (int column = 0; column < columns; ++column)
-      for (int i = begin + lane.index; i < begin + runs; i += 32)
-        *reinterpret_cast<uint4*>(bytes + p.x_at + column * p.x_pitch + 16 * i) =
-            load_x(p, first + column, kRun * i);
-    __syncwarp();
-  }
-  const Columns x{bytes + p.x_at + lane.g * p.x_pitch, lane.g < columns};
-
-  int slot = 0;
-  float* sums = reinterpret_cast<float*>(bytes + p.sums_at);
-  const int all_sums = kWarps * columns * kSumsPitch;
-  int other = all_sums;  // from one half of the sums' double buffer to the other
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    float part[4] = {};
-    for (int step = from; step < to; ++step) {
-      wait_for_copies<kDepth - 2>();
-      Weights::add(part, ring + slot * (kWarps * 64), scales + slot * kScalePitch, x, step, lane);
-      slot = slot + 1 == kDepth ? 0 : slot + 1;
-      fetch();
-    }
-    float* const mine = sums + warp * columns * kSumsPitch + lane.g;
+  char* const x_bytes = bytes + p.x_at;
+  float* const offsets = reinterpret_cast<float*>(bytes + p.offsets_at);
+  const int end = to * Weights::kStep / kRun;
+  for (int column = 0; column < columns; ++column) {
+    for (int start = from * Weights::kStep / kRun; start < end; start += 32) {
+      const int i = start + lane.index;
+      uint4 run = make_uint4(0, 0, 0, 0);
+      if (i < end) {
+        run = load_x(p, first + column, kRun * i);
+        *reinterpret_cast<uint4*>(x_bytes + column * p.x_pitch + 16 * i) = run;
+      }
+      if constexpr (Weights::kGroup != 0) {
+        constexpr int kLanes = Weights::kGroup / kRun;
+        float sum = sum_of_run(run);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int column = 2 * lane.t + i;
-      if (column >= columns) continue;
-      mine[column * kSumsPitch] = part[i];
-      mine[column * kSumsPitch + 8] = part[i + 2];
+        for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
+        if (lane.index % kLanes == 0 && i < end)
+          offsets[i / kLanes * p.offsets_pitch + column] = -kTooMuch * sum;
+      }
+    }
+  }
+  __syncwarp();
+  Columns x;  // a column that is not there is as the last one, and not written
+  x.row = x_bytes + min(lane.g, columns - 1) * p.x_pitch + 2 * kRun * lane.t;
+  x.offsets_pitch = p.offsets_pitch / 2;
+  x.offsets = reinterpret_cast<const float2*>(offsets) + min(lane.t, x.offsets_pitch - 1);
+
+  int slot = 0, before = kDepth - 1;
+  float* sums = reinterpret_cast<float*>(bytes + p.sums_at);
+  const int tile_sums = columns * kSumsPitch, pitch = p.tiles_at_once * tile_sums;  // of a tile, a slice
+  int other = kSlices * pitch;  // from one half of the sums' double buffer to the other
+  const int rows = p.into == kSiluTimes ? kTileRows / 2 : kTileRows;
+  for (int next = first_tile; next < tiles; next += p.tiles_at_once * next_tile) {
+    const int here = min(p.tiles_at_once, (tiles - next + next_tile - 1) / next_tile);
+    for (int j = 0; j < here; ++j) {
+      float part[4] = {};
+      for (int step = from; step < to; ++step) {
+        wait_for_copies<kDepth - 2>();
+        Weights::add(part, ring + slot * kSlotBytes, scales + slot * kScalePitch, x, step);
+        fetch(before);
+        before = slot;
+        slot = slot + 1 == kDepth ? 0 : slot + 1;
+      }
+      float* const mine = sums + warp * pitch + j * tile_sums + lane.g;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = 2 * lane.t + i;
+        if (column >= columns) continue;
+        mine[column * kSumsPitch] = part[i];
+        mine[column * kSumsPitch + 8] = part[i + 2];
+      }
     }
     __syncthreads();
-    write_tile<Weights>(p, sums, tile, first, columns);
+    for (int i = threadIdx.x; i < here * columns * rows; i += kThreads) {
+      const int local = i % rows, j = i / rows / columns, column = i / rows % columns;
+      write_value<Weights>(p, sums + j * tile_sums + column * kSumsPitch, pitch, next + j * next_tile, local,
+                           first + column);
+    }
     sums += other;
     other = -other;
   }
@@ -286,10 +354,10 @@ __device__ void linear_decode(const LinearDecode& p) {
 
 }  // namespace
 
-#define QVL_LINEAR_DECODE(name, weights)                                               \
-  extern "C" __global__ __launch_bounds__(                                             \
-      kThreads, 2) void linear_decode_##name(const __grid_constant__ LinearDecode p) { \
-    linear_decode<weights>(p);                                                         \
+#define QVL_LINEAR_DECODE(name, weights)                                       \
+  extern "C" __global__ __launch_bounds__(kThreads) void linear_decode_##name( \
+      const __grid_constant__ LinearDecode p) {                                \
+    linear_decode<weights>(p);                                                 \
   }
 QVL_LINEAR_DECODE(half, HalfWeights)
 QVL_LINEAR_DECODE(int8, Int8Weights)

@@ -21,11 +21,14 @@ struct LinearDecode {
   const void* x;
   void* y;
   long long x_stride;
+  long long tile_bytes;  // from one tile's values to the next one's
   int out, in, stride;
-  int n, columns;                // rows of x, and how many of them a block takes
-  int x_pitch;                   // bytes of a row of x in shared memory
-  int scales_at, x_at, sums_at;  // bytes into shared memory, behind the ring
-  int into;                      // Into
+  int n, columns;                            // rows of x, and how many of them a block takes
+  int into;                                  // Into
+  int tiles_at_once;                         // between barriers
+  int x_pitch;                               // bytes of a row of x in shared memory
+  int offsets_pitch;                         // floats of a group's offsets, one a column
+  int scales_at, x_at, offsets_at, sums_at;  // bytes into shared memory, behind the ring
 };
 
 }  // namespace qvl::cuda
