@@ -100,6 +100,24 @@ def test_operators_in_a_paddle_for_cpus(library: Path, pair: tuple[Path, Path]) 
     assert on_cpu == on_gpu
 
 
+OTHERS = """
+import paddle
+from paddlemix_qwenvl_plugin.engine import operators
+from paddlemix_qwenvl_plugin.runtime import programs
+operators.load()
+prefix = Path(vision)
+opened = programs._create_predictor(prefix.with_suffix(".fused.json"), prefix.with_suffix(".pdiparams"), None)
+opened.run([paddle.zeros([1, 3, 448, 448])])
+"""
+
+
+def test_a_program_of_somebody_else(library: Path, pair: tuple[Path, Path]) -> None:
+    """QWENVL_DEVICE alone has the library and the kernels loaded."""
+    done = run(OTHERS, library, pair, QWENVL_DEVICE="gpu:1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "made on GPU 1 from /kernels"
+
+
 MEMORY = """
 from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
