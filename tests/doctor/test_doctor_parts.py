@@ -87,8 +87,8 @@ def test_a_gpu_that_only_the_driver_shows(monkeypatch: pytest.MonkeyPatch) -> No
     cpu = Answer({"version": "3.3.1", "gpu_build": False, "cuda": None, "architectures": []})
     paddle = machine.check_paddle({"paddlepaddle": "3.3.1"}, True, cpu, False)
     check = machine.check_gpu(paddle, Answer({}), ["A GPU"])
-    assert check.status == "note"
-    assert check.message.startswith("A GPU, which this Paddle, no GPU build, does not use")
+    assert check.status == "ok"
+    assert check.message == "A GPU, which this Paddle, no GPU build, leaves to the engine"
     assert check.data["gpus"] == [{"name": "A GPU", "architecture": None, "driver": None}]
     assert check.data["visible"] == ["A GPU"]
 

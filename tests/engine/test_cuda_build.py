@@ -12,7 +12,7 @@ import pytest
 from engines import needs_compiler
 from fake_cuda import fake_driver, fake_nvrtc, headers
 
-from paddlemix_qwenvl_plugin.engine import build, gpu, nvrtc, sources
+from paddlemix_qwenvl_plugin.engine import build, gpu, nvrtc, select, sources
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.machine import CudaDriver, Gpu
 
@@ -181,6 +181,23 @@ def test_where_nvrtc_is_found(site: Path, tmp_path: Path, monkeypatch: pytest.Mo
         shutil.rmtree(folder)
     with pytest.raises(QwenVLError, match=rf"and there is no header cuda_fp16.h for it{INSTALL}"):
         found(90)
+
+
+def test_the_cpu_is_never_taken_instead(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where the engine for GPUs cannot be had, a Paddle for GPUs may do it; without one that is an error."""
+    monkeypatch.setattr(gpu, "cuda_driver", lambda: None)
+    monkeypatch.setattr(build, "library", lambda: Path("library"))
+    monkeypatch.setattr(select, "paddle_gpus", lambda: 1)
+    assert not select.engine_available("auto", gpu=0)
+    said = capfd.readouterr().err
+    assert said.startswith("qwenvl: --device gpu: there is no NVIDIA driver")
+    assert said.endswith(". Going on with the portable graph\n")
+    for choice, index, n_gpus in (("fused", 0, 1), ("auto", 1, 1), ("auto", 0, 0)):
+        monkeypatch.setattr(select, "paddle_gpus", lambda n=n_gpus: n)
+        with pytest.raises(UsageError, match="there is no NVIDIA driver"):
+            select.engine_available(choice, gpu=index)
 
 
 def test_gpus_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

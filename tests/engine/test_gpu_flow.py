@@ -27,18 +27,19 @@ vision, language = sys.argv[1:3]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library() -> Path:
+    """The stand-in, in the cache beside the engine: it takes as long to build."""
     csrc = sources.source_folder()
-    units = sources.library_units(csrc, sources.isas_here(csrc))
     stand_in = Path(__file__).with_name("cpu_as_gpu.cc")
-    flags = units[-1].flags
     own = ("core_capi.o", "core_generate.o", "core_cuda_back_end.o")
-    units = [sources.Unit("stand_in.o", stand_in, flags), *(unit for unit in units if unit.name not in own)]
-    target = build.cuda_target()._replace(units=units)
-    folder = tmp_path_factory.mktemp("library")
-    with (folder / "build.log").open("w", encoding="utf-8") as log:
-        build.build(target, folder, log)
-    return folder / build.CUDA_LIBRARY
+    units = [unit for unit in sources.library_units(csrc, sources.isas_here(csrc)) if unit.name not in own]
+    target = build.cuda_target()
+    target = target._replace(
+        units=[*units, sources.Unit("stand_in.o", stand_in, units[-1].flags)],
+        folders=("include", "core", "cpu"),
+        identity=(*target.identity, stand_in.read_text()),
+    )
+    return build.built(target, allowed=True) / build.CUDA_LIBRARY
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,24 @@ def test_operators_in_a_paddle_for_cpus(library: Path, pair: tuple[Path, Path]) 
     on_cpu, made, on_gpu = done.stdout.splitlines()[-3:]
     assert made == "made on GPU 0 from /kernels"
     assert on_cpu == on_gpu
+
+
+OTHERS = """
+import paddle
+from paddlemix_qwenvl_plugin.engine import operators
+from paddlemix_qwenvl_plugin.runtime import programs
+operators.load()
+prefix = Path(vision)
+opened = programs._create_predictor(prefix.with_suffix(".fused.json"), prefix.with_suffix(".pdiparams"), None)
+opened.run([paddle.zeros([1, 3, 448, 448])])
+"""
+
+
+def test_a_program_of_somebody_else(library: Path, pair: tuple[Path, Path]) -> None:
+    """QWENVL_DEVICE alone has the library and the kernels loaded."""
+    done = run(OTHERS, library, pair, QWENVL_DEVICE="gpu:1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "made on GPU 1 from /kernels"
 
 
 MEMORY = """
