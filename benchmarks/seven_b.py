@@ -90,7 +90,7 @@ requests = [([1000 + (7 * n + i) % 3000 for i in range(4 + 5 * n % 60)], 16 + 37
 def rate(chosen, window):
     begin = time.perf_counter()
     options = [GenerationOptions(max_new_tokens=n) for _, n in chosen]
-    streams = (vl.start(Prompt(ids, []), [], [], o, None) for (ids, _), o in zip(chosen, options))
+    streams = (vl.start(Prompt("", ids, []), [], [], o, None) for (ids, _), o in zip(chosen, options))
     n = sum(len(answer.token_ids) for answer in vl.finish_all(streams, window))
     return n / (time.perf_counter() - begin)
 rate([([1, 2, 3], 2)], 1)
