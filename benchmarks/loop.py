@@ -109,7 +109,7 @@ def streamed(model: QwenVL, n_new: int) -> float:
     """Seconds of the same through the loop, its text read piece by piece."""
     options = GenerationOptions(max_new_tokens=n_new)
     model._loop = Loop(model._loop._executor)  # without the prefix of the last round
-    stream = model.start(Prompt("", PROMPT, []), [], [], options, None)
+    stream = model.start(Prompt(PROMPT, []), [], [], options, None)
     taken = seconds(lambda: list(stream))
     assert len(stream.answer.token_ids) == n_new
     return taken
@@ -151,7 +151,7 @@ def run_all(model: QwenVL, window: int) -> float:
     """Seconds of 64 requests of unequal length."""
     model._loop = Loop(model._loop._executor)
     streams = (
-        model.start(Prompt("", ids, []), [], [], GenerationOptions(max_new_tokens=n), None)
+        model.start(Prompt(ids, []), [], [], GenerationOptions(max_new_tokens=n), None)
         for ids, n in zip(PROMPTS, LENGTHS)
     )
     return seconds(lambda: list(model.finish_all(streams, window)))

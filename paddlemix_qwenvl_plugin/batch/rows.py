@@ -17,7 +17,6 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 class Row(NamedTuple):
     """A row of the input; `id` is None where the row has none that can be read."""
 
-    number: int
     id: RowId
     openai: bool
     asked: Union[Asked, UsageError]
@@ -34,22 +33,22 @@ def read_row(number: int, line: bytes, defaults: Mapping[str, Any]) -> Row:
         values = _parse(line)
     except UsageError as error:
         openai = any(f'"{key}"'.encode() in line for key in openai_form.MARKS)
-        return Row(number, None, openai, UsageError(f"line {number}: {error}"))
+        return Row(None, openai, UsageError(f"line {number}: {error}"))
     openai = any(key in values for key in openai_form.MARKS)
     key = "custom_id" if openai else "id"
     row_id = values.get(key)
     if not isinstance(row_id, str) and (openai or type(row_id) is not int):
         kind = "a string" if openai else "a string or a whole number"
-        return Row(number, None, openai, UsageError(f"line {number}: {key} must be {kind}"))
+        return Row(None, openai, UsageError(f"line {number}: {key} must be {kind}"))
     # A key that is null counts as one that is not there: clients write out what they leave unset.
     given = {name: value for name, value in values.items() if value is not None}
     read: Callable[[Mapping[str, Any], Mapping[str, Any]], Asked] = (
         openai_form.read if openai else plain_form.read
     )
     try:
-        return Row(number, row_id, openai, read(given, defaults))
+        return Row(row_id, openai, read(given, defaults))
     except UsageError as error:
-        return Row(number, row_id, openai, error)
+        return Row(row_id, openai, error)
 
 
 def reply_line(row_id: RowId, openai: bool, reply: Reply, tag: str) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from paddlemix_qwenvl_plugin.chat_ui.files import Transcripts
@@ -26,20 +25,12 @@ HELP = """\
 Any other line is a question, and one that begins with a space always is."""
 
 
-@dataclass(frozen=True)
-class Command:
-    """A line `/name argument`."""
-
-    name: str
-    argument: str = ""
-
-
-def parse(line: str) -> Command | str:
-    """The command of a line that begins with a slash; else the question, "" if there is none."""
+def parse(line: str) -> tuple[str, str] | str:
+    """Name and argument of a line `/name argument`; else the question, "" if there is none."""
     if not line.startswith("/"):
         return line.strip()
-    name, *rest = line[1:].strip().split(maxsplit=1) or [""]
-    return Command(name, *rest)
+    name, argument, *_ = [*line[1:].strip().split(maxsplit=1), "", ""]
+    return name, argument
 
 
 def path_of(argument: str) -> str:
@@ -67,14 +58,13 @@ class Conversation:
     def run(self, line: str) -> bool:
         """Carry out a line; False if it was /quit. Errors leave the conversation as it was."""
         parsed = parse(line)
-        if isinstance(parsed, Command):
-            return self._command(parsed)
+        if not isinstance(parsed, str):
+            return self._command(*parsed)
         if parsed:
             self._ask(parsed)
         return True
 
-    def _command(self, command: Command) -> bool:
-        name, argument = command.name, command.argument
+    def _command(self, name: str, argument: str) -> bool:
         if name not in ("image", "save", "clear", "help", "quit"):
             raise UsageError(f"/{name}: no such command; see /help")
         if argument and name not in ("image", "save"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from paddlemix_qwenvl_plugin.demo.world.draw import draw
 from paddlemix_qwenvl_plugin.demo.world.sample import Sample, Turn
@@ -12,12 +13,8 @@ from paddlemix_qwenvl_plugin.evaluation.overlap import IOU, Corners, iou
 from paddlemix_qwenvl_plugin.evaluation.rates import Rate
 from paddlemix_qwenvl_plugin.processing.boxes import Box, BoxParse, parse_boxes
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 from paddlemix_qwenvl_plugin.runtime.request import Request
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 GOALS = {"words": 0.95, "boxes": 0.9, "reading": 0.9}
 """What the shipped model should reach."""

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from paddlemix_qwenvl_plugin.processing.prompts import Prompt
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
-
-if TYPE_CHECKING:
-    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from paddlemix_qwenvl_plugin.chat_ui.conversation import Command, parse, path_of
+from paddlemix_qwenvl_plugin.chat_ui.conversation import parse, path_of
 from paddlemix_qwenvl_plugin.chat_ui.terminal import preview
 from paddlemix_qwenvl_plugin.chat_ui.view import Fragment, box_line, fragments
 from paddlemix_qwenvl_plugin.processing.boxes import Box
@@ -23,10 +23,10 @@ QUAD = Box("quad", ((0, 0), (500, 10), (490, 1000), (5, 990)))
 @pytest.mark.parametrize(
     ("line", "meaning"),
     [
-        ("/image a b.png ", Command("image", "a b.png")),
-        ("/image\ta.png", Command("image", "a.png")),
-        ("/quit", Command("quit", "")),
-        ("/", Command("", "")),
+        ("/image a b.png ", ("image", "a b.png")),
+        ("/image\ta.png", ("image", "a.png")),
+        ("/quit", ("quit", "")),
+        ("/", ("", "")),
         ("  What? ", "What?"),
         (" /etc/hosts is what?", "/etc/hosts is what?"),
         ("\n", ""),

@@ -77,7 +77,7 @@ class Asked:
             ImageInput.of(np.random.default_rng(n).standard_normal([3, side, side]).astype("float32"))
             for n in self.pixels
         ]
-        prompt = Prompt("", self.ids, [], self.generated)
+        prompt = Prompt(self.ids, [], self.generated)
         return vl.start(prompt, images, self.stop, self.options, None)
 
 
