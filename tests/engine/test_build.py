@@ -153,8 +153,19 @@ def test_an_ended_build_leaves_nothing_in_the_way(how: signal.Signals, compiler:
     assert not list(built.parent.glob("scratch-*"))
 
 
-@pytest.mark.parametrize("pauses", [[], [0, 0], [0.003, 0.003], [0.1, 0.1]])
-def test_ctrl_c_ends_the_compilers(pauses: list[float], compiler: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "pauses"),
+    [
+        (signal.SIGINT, []),
+        (signal.SIGINT, [0, 0]),
+        (signal.SIGINT, [0.003, 0.003]),
+        (signal.SIGINT, [0.1, 0.1]),
+        (signal.SIGTERM, []),
+    ],
+)
+def test_ctrl_c_ends_the_compilers(
+    how: signal.Signals, pauses: list[float], compiler: Path, tmp_path: Path
+) -> None:
     """The compiler itself, and what it started: both would go on for a minute. Once, and three times in a row."""
     children = tmp_path / "children"
     change_compiler("sleep 0.05", f'sleep 61 & echo "$$ $!" >> {children}; wait')
@@ -162,12 +173,12 @@ def test_ctrl_c_ends_the_compilers(pauses: list[float], compiler: Path, tmp_path
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for(children)
     began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    for pause in pauses:
+    for pause in (0, *pauses):
         time.sleep(pause)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
     _, said = process.communicate(timeout=30)
-    assert (process.returncode, said.split("\n")) == (130, ["qwenvl: interrupted", ""])
+    line = "qwenvl: interrupted\n" if how == signal.SIGINT else "qwenvl: terminated\n"
+    assert (process.returncode, said) == (128 + how, line)
     assert time.monotonic() - began < 10  # of the minute
     for line in children.read_text().splitlines():
         for number in line.split():
