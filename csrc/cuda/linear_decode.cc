@@ -56,6 +56,29 @@ int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, Line
   return p.sums_at + 2 * kWarps * tiles_at_once * columns * kSumsPitch * 4;
 }
 
+// More than 8 rows of x: kernels/linear_decode_wide.cu.
+void wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p) {
+  constexpr int kWideWarps = 4, kColumnBytes = 2 * kUnit + 64;
+  constexpr int kUnitBytes[] = {4096, 2048, 1024, 1024};
+  const auto storage = static_cast<size_t>(matrix.storage);
+  const bool int4 = storage >= static_cast<size_t>(Storage::kInt4G64);
+  const int groups = int4 ? kUnit / group_of(matrix.storage) : 0;
+  p.columns = p.n <= 16 ? 16 : p.n <= 32 ? 32 : 64;
+  const int tiles = static_cast<int>(rounded(matrix.out, kTileRows)) / kTileRows;
+  const int chunks = (p.n + p.columns - 1) / p.columns;
+  // Two warps a tile where whole tiles a warp would leave multiprocessors without a block.
+  const int split = (tiles + kWideWarps - 1) / kWideWarps * chunks < gpu.multiprocessors() ? 2 : 1;
+  const int row_tiles = kWideWarps / split, stages = ring_depth(gpu.arch()) == 5 ? 3 : 2;
+  const int stage = split * p.columns * kColumnBytes + kWideWarps * (kUnitBytes[storage] + 8 * 4 * groups);
+  const int pairs = split > 1 ? row_tiles * 4 * p.columns * kTileRows : 0;
+  const int shared = stages * stage + 4 * (split * groups * p.columns + pairs);
+  const std::string name = std::string("linear_wide_") + name_of(matrix.storage) + "_" +
+                           std::to_string(p.columns / 8) + "_" + std::to_string(split);
+  gpu.launch(stream, name.c_str(),
+             {static_cast<unsigned>((tiles + row_tiles - 1) / row_tiles), static_cast<unsigned>(chunks)},
+             32 * kWideWarps, shared, p, true);
+}
+
 }  // namespace
 
 MatrixBytes matrix_bytes(Storage storage, int out, int in) {
@@ -111,6 +134,8 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   p.n = n;
   p.into = static_cast<int>(into);
 
+  const bool aligned = x_stride % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  if (n > kMostColumns && aligned && gpu.arch() >= 80) return wide(gpu, stream, matrix, p);
   const int limit = shared_limit(gpu.arch());
   int columns = std::min(n, kMostColumns);
   while (columns > 1 && lay_out(gpu.arch(), matrix, columns, 1, p) > limit) --columns;

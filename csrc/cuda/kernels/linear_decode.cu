@@ -13,18 +13,17 @@
 // held by a load under way. Sums of the slices meet in shared memory, added in a fixed order: ((0 + 1) + (2 +
 // 3)) + (4 + 5) and so on. Nothing in a column depends on the other columns, or on how many there are.
 //
-// A block takes up to 8 rows of x, which lie in shared memory; more rows are more blocks, which read the same
-// weights at about the same time. No two blocks fit on a multiprocessor: where they do, some get two and
-// others none, which made a chain of products up to a third slower than without an early start.
-#include "cuda/kernels/linear_decode.h"
-#include "cuda/kernels/quantised.cuh"
+// A block takes up to 8 rows of x, which lie in shared memory; from sm_80 on more rows are
+// linear_decode_wide.cu's, and before that they are more blocks. No two blocks fit on a multiprocessor: where
+// they do, some get two and others none, which made a chain of products up to a third slower than without an
+// early start.
+#include "cuda/kernels/linear_decode.cuh"
 #include "cuda/kernels/stored.cuh"
-#include "cuda/kernels/streams.cuh"
 
 namespace qvl::cuda {
 namespace {
 
-constexpr int kWarps = 16, kThreads = 32 * kWarps, kSlices = 16;
+constexpr int kWarps = kSlices, kThreads = 32 * kWarps;
 constexpr int kStepBytes = 1024;
 constexpr int kSumsPitch = 18;  // floats of a column's 16 sums: few lanes of a warp hit the same bank
 
@@ -113,21 +112,6 @@ struct Int8Weights : QuantisedWeights {
   }
 };
 
-// A nibble as it lies in the word is the number kUnitOf * nibble + kOffset: bfloat16 from 128 on, or a
-// denormal float16. What is too much, (kOffset + 8 kUnitOf) times the sum of x, is where the sum of a group
-// begins.
-#ifdef QVL_COMPUTE_BFLOAT16
-constexpr float kUnitOf = 1, kTooMuch = 128 + 8;
-__device__ inline uint32 raw_nibbles(uint32 word) {
-  return (word & 0x000F000Fu) | 0x43004300u;
-}
-#else
-constexpr float kUnitOf = 1.f / (1 << 24), kTooMuch = 8 * kUnitOf;
-__device__ inline uint32 raw_nibbles(uint32 word) {
-  return word & 0x000F000Fu;
-}
-#endif
-
 template <int group>
 struct Int4Weights : QuantisedWeights {
   static constexpr int kStep = kUnit;
@@ -180,14 +164,6 @@ __device__ inline uint4 load_x(const LinearDecode& p, int row, int k) {
   return run;
 }
 
-__device__ inline float sum_of_run(const uint4& run) {
-  const H2* pairs = reinterpret_cast<const H2*>(&run);
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sum += to_float2(pairs[i]).x + to_float2(pairs[i]).y;
-  return sum;
-}
-
 // The sum over all slices; sums: that of slice 0, the others `pitch` floats apart.
 __device__ inline float whole_sum(const float* sums, int pitch) {
   float sum = 0;
@@ -196,44 +172,17 @@ __device__ inline float whole_sum(const float* sums, int pitch) {
   return sum;
 }
 
-// As enum class Into of ops.h.
-constexpr int kHalf = 0, kFloat = 1, kAdd = 2, kGelu = 3, kSiluTimes = 4;
-
+// Write what the rows of a tile give in a column: `local` counts them, of kSiluTimes pairs of them.
 template <class Weights>
-__device__ float finished(const LinearDecode& p, int row, float sum) {
-  const float value = Weights::finish(p, row, sum);
-  return p.bias != nullptr ? value + p.bias[row] : value;
-}
-
-// Write y's value, or of kSiluTimes the one of two rows, that the tile's row `local` has in a column.
-template <class Weights>
-__device__ void write_value(const LinearDecode& p, const float* sums, int pitch, int tile, int local,
-                            int64 column) {
-  if (p.into == kSiluTimes) {
-    const int row = tile * kTileRows + 2 * local;
-    if (row + 1 >= p.out) return;
-    const float up = finished<Weights>(p, row, whole_sum(sums + 2 * local, pitch));
-    const float gate = finished<Weights>(p, row + 1, whole_sum(sums + 2 * local + 1, pitch));
-    static_cast<H*>(p.y)[column * (p.out / 2) + row / 2] = to_half(up * (gate / (1 + __expf(-gate))));
-    return;
-  }
-  const int row = tile * kTileRows + local;
+__device__ void write_sums(const LinearDecode& p, const float* sums, int pitch, int tile, int local,
+                           int64 column) {
+  const int step = p.into == kSiluTimes ? 2 : 1, row = tile * kTileRows + step * local;
   if (row >= p.out) return;
-  const float value = finished<Weights>(p, row, whole_sum(sums + local, pitch));
-  const int64 to = column * p.out + row;
-  switch (p.into) {
-    case kHalf:
-      static_cast<H*>(p.y)[to] = to_half(value);
-      break;
-    case kFloat:
-      static_cast<float*>(p.y)[to] = value;
-      break;
-    case kAdd:
-      static_cast<float*>(p.y)[to] = __ldcg(static_cast<const float*>(p.y) + to) + value;
-      break;
-    case kGelu:
-      static_cast<H*>(p.y)[to] = to_half(0.5f * value * (1 + erff(value * 0.70710678f)));
-  }
+  const auto value = [&](int i) {
+    const float sum = Weights::finish(p, row + i, whole_sum(sums + step * local + i, pitch));
+    return p.bias != nullptr ? sum + p.bias[row + i] : sum;
+  };
+  write_result(p, row, column, value(0), step == 2 ? value(1) : 0.f);
 }
 
 template <class Weights>
@@ -344,8 +293,8 @@ __device__ void linear_decode(const LinearDecode& p) {
     __syncthreads();
     for (int i = threadIdx.x; i < here * columns * rows; i += kThreads) {
       const int local = i % rows, j = i / rows / columns, column = i / rows % columns;
-      write_value<Weights>(p, sums + j * tile_sums + column * kSumsPitch, pitch, next + j * next_tile, local,
-                           first + column);
+      write_sums<Weights>(p, sums + j * tile_sums + column * kSumsPitch, pitch, next + j * next_tile, local,
+                          first + column);
     }
     sums += other;
     other = -other;

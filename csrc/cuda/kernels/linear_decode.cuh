@@ -1,0 +1,66 @@
+// What the two kernels of decode steps share: linear_decode.cu for up to 8 rows of x, linear_decode_wide.cu
+// for more. They give the same bits: k is cut into the same slices, a slice is added up by the same
+// instructions in the same order, and the slices' sums are added in the same order.
+#pragma once
+
+#include "cuda/kernels/linear_decode.h"
+#include "cuda/kernels/quantised.cuh"
+#include "cuda/kernels/streams.cuh"
+
+namespace qvl::cuda {
+
+constexpr int kSlices = 16;  // of k, in whole units of 128
+
+__device__ inline int slice_begin(int units, int slice) {
+  return units * slice / kSlices;
+}
+
+// A nibble as it lies in the word is the number kUnitOf * nibble + kOffset: bfloat16 from 128 on, or a
+// denormal float16. What is too much, (kOffset + 8 kUnitOf) times the sum of x, is where the sum of a group
+// begins.
+#ifdef QVL_COMPUTE_BFLOAT16
+constexpr float kUnitOf = 1, kTooMuch = 128 + 8;
+__device__ inline uint32 raw_nibbles(uint32 word) {
+  return (word & 0x000F000Fu) | 0x43004300u;
+}
+#else
+constexpr float kUnitOf = 1.f / (1 << 24), kTooMuch = 8 * kUnitOf;
+__device__ inline uint32 raw_nibbles(uint32 word) {
+  return word & 0x000F000Fu;
+}
+#endif
+
+__device__ inline float sum_of_run(const uint4& run) {
+  const H2* pairs = reinterpret_cast<const H2*>(&run);
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum += to_float2(pairs[i]).x + to_float2(pairs[i]).y;
+  return sum;
+}
+
+// As enum class Into of ops.h.
+constexpr int kHalf = 0, kFloat = 1, kAdd = 2, kGelu = 3, kSiluTimes = 4;
+
+// Write y's value of a row of the matrix and a row of x; of kSiluTimes that of `row` and `row + 1`, whose sum
+// is `gate`.
+__device__ inline void write_result(const LinearDecode& p, int row, int64 column, float value, float gate) {
+  const int64 to = column * p.out + row;
+  switch (p.into) {
+    case kHalf:
+      static_cast<H*>(p.y)[to] = to_half(value);
+      break;
+    case kFloat:
+      static_cast<float*>(p.y)[to] = value;
+      break;
+    case kAdd:
+      static_cast<float*>(p.y)[to] = __ldcg(static_cast<const float*>(p.y) + to) + value;
+      break;
+    case kGelu:
+      static_cast<H*>(p.y)[to] = to_half(0.5f * value * (1 + erff(value * 0.70710678f)));
+      break;
+    default:
+      static_cast<H*>(p.y)[to / 2] = to_half(value * (gate / (1 + __expf(-gate))));
+  }
+}
+
+}  // namespace qvl::cuda

@@ -1,0 +1,329 @@
+// y = x W^T for more than 8 rows of x, to the bit what linear_decode.cu gives for each of them.
+//
+// Cost. Bytes: each weight once; x once more for each block, from the L2 cache: with 64 rows of x and 64 of W
+// in a block as many bytes as weights in bfloat16. Up to 64 rows the weights' bytes bound it, the tensor
+// cores behind.
+//
+// Layout. A block of 4 warps has up to 4 tiles of 16 rows of W and 16, 32 or 64 rows of x, its columns. k
+// goes by in units of 128, one a stage of a ring in shared memory: the columns' values, which all warps read,
+// and each warp's weights, which the lane that copies them reads back. A warp adds up a slice of k at a time,
+// as one warp of linear_decode.cu does, and the slices' sums in the same order. Where W has too few rows to
+// fill the GPU, two warps share a tile: each has half of the slices.
+#include "cuda/kernels/linear_decode.cuh"
+
+namespace qvl::cuda {
+namespace {
+
+constexpr int kWideWarps = 4, kWideThreads = 32 * kWideWarps;
+constexpr int kColumnBytes = 2 * kUnit + 64;  // two columns lie in different banks
+
+// Stages in the ring: as in linear_decode.cc.
+#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr int kStages = 3;
+#else
+constexpr int kStages = 2;
+#endif
+
+struct HalfUnit {
+  static constexpr int kBytes = 4096, kScaleBytes = 0, kGroup = 0;
+
+  __device__ static void copy(const LinearDecode& p, int tile, int unit, int lane, char* to) {
+    const int g = lane / 4, k = unit * kUnit + kRun * (lane % 4), row = tile * kTileRows + g;
+    const char* from = static_cast<const char*>(p.values) + 2 * (static_cast<int64>(row) * p.stride + k);
+    const int64 second = 16 * static_cast<int64>(p.stride);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const bool k_there = k + 32 * step < p.stride, a = k_there && row < p.out,
+                 b = k_there && row + 8 < p.out;
+      copy_ahead16(to + 1024 * step, a ? from + 64 * step : p.values, a);
+      copy_ahead16(to + 1024 * step + 512, b ? from + second + 64 * step : p.values, b);
+    }
+  }
+
+  template <int kTiles>
+  __device__ static void add(float (&sums)[kTiles][4], const char* weights, const char*, const char* x,
+                             const float*) {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const uint4 a = *reinterpret_cast<const uint4*>(weights + 1024 * step);
+      const uint4 b = *reinterpret_cast<const uint4*>(weights + 1024 * step + 512);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const uint4 v = *reinterpret_cast<const uint4*>(x + 8 * j * kColumnBytes + 64 * step);
+        multiply(sums[j], a.x, b.x, a.y, b.y, v.x, v.y);
+        multiply(sums[j], a.z, b.z, a.w, b.w, v.z, v.w);
+      }
+    }
+  }
+
+  __device__ static float finish(const LinearDecode&, int, float sum) { return sum; }
+};
+
+template <int bytes>
+struct QuantisedUnit {
+  static constexpr int kBytes = bytes;
+
+  __device__ static void copy(const LinearDecode& p, int tile, int unit, int lane, char* to) {
+    const bool there = static_cast<int64>(tile) * kTileRows < p.out;
+    const char* from = static_cast<const char*>(p.values) + tile * p.tile_bytes +
+                       static_cast<int64>(unit) * bytes + 16 * lane;
+#pragma unroll
+    for (int i = 0; i < bytes / 512; ++i)
+      copy_ahead16(to + 512 * i, there ? from + 512 * i : p.values, there);
+  }
+};
+
+struct Int8Unit : QuantisedUnit<2048> {
+  static constexpr int kScaleBytes = 0, kGroup = 0;
+
+  template <int kTiles>
+  __device__ static void add(float (&sums)[kTiles][4], const char* weights, const char*, const char* x,
+                             const float*) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const uint4 w = *reinterpret_cast<const uint4*>(weights + 512 * c);
+      const uint32 a[4] = {bytes_to_half2(w.x), bytes_to_half2(w.z), bytes_to_half2(w.x >> 8),
+                           bytes_to_half2(w.z >> 8)};
+      const uint32 b[4] = {bytes_to_half2(w.y), bytes_to_half2(w.w), bytes_to_half2(w.y >> 8),
+                           bytes_to_half2(w.w >> 8)};
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const uint4 v = *reinterpret_cast<const uint4*>(x + 8 * j * kColumnBytes + 64 * c);
+        multiply(sums[j], a[0], a[1], a[2], a[3], v.x, v.y);
+        multiply(sums[j], b[0], b[1], b[2], b[3], v.z, v.w);
+      }
+    }
+  }
+
+  __device__ static float finish(const LinearDecode& p, int row, float sum) {
+    return sum * static_cast<const float*>(p.scales)[row];
+  }
+};
+
+template <int group>
+struct Int4Unit : QuantisedUnit<1024> {
+  static constexpr int kScaleBytes = 4 * (kUnit / group), kGroup = group;
+
+  // scales: of rows g and g + 8; offsets: of columns 2 t and 2 t + 1, [group of the unit][column].
+  template <int kTiles>
+  __device__ static void add(float (&sums)[kTiles][4], const char* weights, const char* scales, const char* x,
+                             const float* offsets) {
+    constexpr int kColumns = 8 * kTiles;
+    uint32 a[2][2][8];  // [half of the unit][run]
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const uint4 w = *reinterpret_cast<const uint4*>(weights + 512 * c);
+#pragma unroll
+      for (int run = 0; run < 2; ++run) {
+        const uint32 low = run ? w.y : w.x, high = run ? w.w : w.z;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          a[c][run][2 * i] = raw_nibbles(low >> (4 * i));
+          a[c][run][2 * i + 1] = raw_nibbles(high >> (4 * i));
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      float part[4];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        if (64 * c % group == 0) {
+          const float2 begin = *reinterpret_cast<const float2*>(offsets + 64 * c / group * kColumns + 8 * j);
+          part[0] = part[2] = begin.x;
+          part[1] = part[3] = begin.y;
+        }
+#pragma unroll
+        for (int run = 0; run < 2; ++run) {
+          const uint4 v = *reinterpret_cast<const uint4*>(x + 8 * j * kColumnBytes + 128 * c + 64 * run);
+          const uint32(&w)[8] = a[c][run];
+          multiply(part, w[0], w[1], w[2], w[3], v.x, v.y);
+          multiply(part, w[4], w[5], w[6], w[7], v.z, v.w);
+        }
+        if (64 * (c + 1) % group == 0) {
+          const uint32 pair = reinterpret_cast<const uint32*>(scales)[64 * c / group];
+          const float first = low_scale(pair), second = high_scale(pair);
+          sums[j][0] += first * part[0];
+          sums[j][1] += first * part[1];
+          sums[j][2] += second * part[2];
+          sums[j][3] += second * part[3];
+        }
+      }
+    }
+  }
+
+  __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kUnitOf); }
+};
+
+template <class Unit, int kTiles, int kSplit>
+__device__ void linear_wide(const LinearDecode& p) {
+  constexpr int kColumns = 8 * kTiles, kRowTiles = kWideWarps / kSplit, kRows = kRowTiles * kTileRows;
+  constexpr int kXBytes = kColumns * kColumnBytes;
+  constexpr int kScalesAt = kSplit * kXBytes + kWideWarps * Unit::kBytes;
+  constexpr int kStageBytes = kScalesAt + kWideWarps * 8 * Unit::kScaleBytes;
+  constexpr int kGroups = Unit::kGroup ? kUnit / Unit::kGroup : 0;
+  constexpr int kPairs = kSlices / 2 / kSplit;  // of slices, that a warp adds up
+  extern __shared__ uint4 shared[];
+  char* const bytes = reinterpret_cast<char*>(shared);
+  float* const offsets =
+      reinterpret_cast<float*>(bytes + kStages * kStageBytes);  // [kSplit][kGroups][kColumns]
+  float* const pairs =
+      offsets + kSplit * kGroups * kColumns;  // of the second half: [tile][pair][column][row]
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int half = warp / kRowTiles, row_tile = warp % kRowTiles;
+  const int tile = blockIdx.x * kRowTiles + row_tile;
+  const int first = blockIdx.y * kColumns, columns = min(kColumns, p.n - first);
+  const int units = (p.in + kUnit - 1) / kUnit;
+  const auto begin_of = [&](int part) { return slice_begin(units, part * (kSlices / kSplit)); };
+  int count = 0;
+#pragma unroll
+  for (int part = 0; part < kSplit; ++part) count = max(count, begin_of(part + 1) - begin_of(part));
+  const int from = begin_of(half), to = begin_of(half + 1);
+
+  const auto stage_of = [&](int i) { return bytes + i % kStages * kStageBytes; };
+  const auto copy_weights = [&](int i) {
+    if (from + i >= to) return;
+    char* const stage = stage_of(i);
+    Unit::copy(p, tile, from + i, lane, stage + kSplit * kXBytes + warp * Unit::kBytes + 16 * lane);
+    if constexpr (Unit::kScaleBytes != 0) {
+      const bool there = tile * kTileRows < p.out;
+      const int64 at = (static_cast<int64>(there ? tile : 0) * units + from + i) * 8 + g;
+      if (t == 0)
+        copy_ahead<Unit::kScaleBytes>(stage + kScalesAt + (warp * 8 + g) * Unit::kScaleBytes,
+                                      static_cast<const char*>(p.scales) + at * Unit::kScaleBytes);
+    }
+  };
+  const auto copy_x = [&](int i) {
+#pragma unroll
+    for (int part = 0; part < kSplit; ++part) {
+      const int unit = begin_of(part) + i;
+      if (unit >= begin_of(part + 1)) continue;
+      char* const to_part = stage_of(i) + part * kXBytes;
+      for (int c = threadIdx.x; c < kColumns * (kUnit / kRun); c += kWideThreads) {
+        const int column = c / (kUnit / kRun), run = c % (kUnit / kRun), k = unit * kUnit + kRun * run;
+        const bool there = column < columns && k < p.in;
+        const H* source = static_cast<const H*>(p.x) + (first + column) * p.x_stride + k;
+        copy_ahead16(to_part + column * kColumnBytes + 16 * run, there ? source : p.x, there);
+      }
+    }
+  };
+
+  for (int i = 0; i < kStages - 1; ++i) copy_weights(i);
+  wait_for_predecessors();
+  for (int i = 0; i < kStages - 1; ++i) {
+    copy_x(i);
+    commit_copies();
+  }
+
+  float sums[kTiles][4] = {}, even[kTiles][4], total[kTiles][4] = {};
+  int slice = half * (kSlices / kSplit);
+  const auto end_slices = [&](int unit) {  // those that end before `unit`
+    while (slice < (half + 1) * (kSlices / kSplit) && slice_begin(units, slice + 1) <= unit) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (slice % 2 == 0) {
+            even[j][i] = sums[j][i];
+          } else if (half == 0) {
+            total[j][i] += even[j][i] + sums[j][i];
+          } else {
+            const int pair = slice / 2 - kPairs, column = 8 * j + 2 * t + i % 2, row = g + i / 2 * 8;
+            pairs[((row_tile * kPairs + pair) * kColumns + column) * kTileRows + row] =
+                even[j][i] + sums[j][i];
+          }
+          sums[j][i] = 0;
+        }
+      }
+      ++slice;
+    }
+  };
+  end_slices(from);
+  for (int i = 0; i < count; ++i) {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();
+    if (i + kStages - 1 < count) {
+      copy_weights(i + kStages - 1);
+      copy_x(i + kStages - 1);
+    } else {
+      start_successors();
+    }
+    commit_copies();
+    const char* const stage = stage_of(i);
+    if constexpr (kGroups != 0) {
+      constexpr int kLanes = Unit::kGroup / kRun;
+#pragma unroll
+      for (int part = 0; part < kSplit; ++part) {
+        for (int c = threadIdx.x; c < kColumns * (kUnit / kRun); c += kWideThreads) {
+          const int column = c / (kUnit / kRun), run = c % (kUnit / kRun);
+          float sum = sum_of_run(
+              *reinterpret_cast<const uint4*>(stage + part * kXBytes + column * kColumnBytes + 16 * run));
+#pragma unroll
+          for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
+          if (run % kLanes == 0)
+            offsets[(part * kGroups + run / kLanes) * kColumns + column] = -kTooMuch * sum;
+        }
+      }
+      __syncthreads();
+    }
+    if (from + i < to) {
+      Unit::template add<kTiles>(sums, stage + kSplit * kXBytes + warp * Unit::kBytes + 16 * lane,
+                                 stage + kScalesAt + (warp * 8 + g) * Unit::kScaleBytes,
+                                 stage + half * kXBytes + g * kColumnBytes + 2 * kRun * t,
+                                 offsets + half * kGroups * kColumns + 2 * t);
+      end_slices(from + i + 1);
+    }
+  }
+
+  // The first half adds the second one's pairs, and lays the sums out for whole rows to be written.
+  constexpr int kPitch = kRows + 2;
+  float* const out = reinterpret_cast<float*>(bytes);  // [column][row]
+  wait_for_copies<0>();
+  __syncthreads();
+  if (half == 0) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = 8 * j + 2 * t + i % 2, row = g + i / 2 * 8;
+        float sum = total[j][i];
+        if (kSplit > 1) {
+          for (int pair = 0; pair < kPairs; ++pair)
+            sum += pairs[((row_tile * kPairs + pair) * kColumns + column) * kTileRows + row];
+        }
+        out[column * kPitch + row_tile * kTileRows + row] = sum;
+      }
+    }
+  }
+  __syncthreads();
+  const int step = p.into == kSiluTimes ? 2 : 1, rows = kRows / step;
+  for (int i = threadIdx.x; i < columns * rows; i += kWideThreads) {
+    const int column = i / rows, local = i % rows * step, row = blockIdx.x * kRows + local;
+    if (row >= p.out) continue;
+    const auto value = [&](int more) {
+      const float sum = Unit::finish(p, row + more, out[column * kPitch + local + more]);
+      return p.bias != nullptr ? sum + p.bias[row + more] : sum;
+    };
+    write_result(p, row, first + column, value(0), step == 2 ? value(1) : 0.f);
+  }
+}
+
+}  // namespace
+
+#define QVL_WIDE(name, unit, tiles, split)                                                                   \
+  extern "C" __global__ __launch_bounds__(                                                                   \
+      kWideThreads, 2) void linear_wide_##name##_##tiles##_##split(const __grid_constant__ LinearDecode p) { \
+    linear_wide<unit, tiles, split>(p);                                                                      \
+  }
+#define QVL_WIDE_TILES(name, unit, tiles) QVL_WIDE(name, unit, tiles, 1) QVL_WIDE(name, unit, tiles, 2)
+#define QVL_WIDE_ALL(name, unit) \
+  QVL_WIDE_TILES(name, unit, 2) QVL_WIDE_TILES(name, unit, 4) QVL_WIDE_TILES(name, unit, 8)
+#if __CUDA_ARCH__ >= 800
+QVL_WIDE_ALL(half, HalfUnit)
+QVL_WIDE_ALL(int8, Int8Unit)
+QVL_WIDE_ALL(int4_g64, Int4Unit<64>)
+QVL_WIDE_ALL(int4_g128, Int4Unit<128>)
+#endif
+
+}  // namespace qvl::cuda
