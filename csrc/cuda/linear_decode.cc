@@ -56,27 +56,38 @@ int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, Line
   return p.sums_at + 2 * kWarps * tiles_at_once * columns * kSumsPitch * 4;
 }
 
-// More than 8 rows of x: kernels/linear_decode_wide.cu.
-void wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p) {
-  constexpr int kWideWarps = 4, kColumnBytes = 2 * kUnit + 64;
+// More than 8 rows of x: kernels/linear_decode_wide.cu. False if a block does not fit on this GPU.
+bool wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p) {
   constexpr int kUnitBytes[] = {4096, 2048, 1024, 1024};
   const auto storage = static_cast<size_t>(matrix.storage);
-  const bool int4 = storage >= static_cast<size_t>(Storage::kInt4G64);
-  const int groups = int4 ? kUnit / group_of(matrix.storage) : 0;
-  p.columns = p.n <= 16 ? 16 : p.n <= 32 ? 32 : 64;
+  const int unit = kUnitBytes[storage], limit = shared_limit(gpu.arch());
+  const int groups = storage >= static_cast<size_t>(Storage::kInt4G64) ? kUnit / group_of(matrix.storage) : 0;
+  p.columns = p.n <= 32 ? 32 : 64;
   const int tiles = static_cast<int>(rounded(matrix.out, kTileRows)) / kTileRows;
   const int chunks = (p.n + p.columns - 1) / p.columns;
-  // Two warps a tile where whole tiles a warp would leave multiprocessors without a block.
-  const int split = (tiles + kWideWarps - 1) / kWideWarps * chunks < gpu.multiprocessors() ? 2 : 1;
-  const int row_tiles = kWideWarps / split, stages = ring_depth(gpu.arch()) == 5 ? 3 : 2;
-  const int stage = split * p.columns * kColumnBytes + kWideWarps * (kUnitBytes[storage] + 8 * 4 * groups);
-  const int pairs = split > 1 ? row_tiles * 4 * p.columns * kTileRows : 0;
-  const int shared = stages * stage + 4 * (split * groups * p.columns + pairs);
+  // Where all multiprocessors have work for the largest part of the time; of equals the larger blocks.
+  int best = 0, shared = 0;
+  double best_share = 0;
+  for (const int rows : {12, 6, 2}) {
+    const int stages = wide_stages(unit, groups, p.columns, rows, limit);
+    const int bytes =
+        stages * wide_stage_bytes(unit, groups, p.columns, rows) + wide_rest_bytes(groups, p.columns, rows);
+    const int blocks = (tiles + rows - 1) / rows * chunks, processors = gpu.multiprocessors();
+    const int waves = (blocks + processors - 1) / processors;
+    const double share =
+        static_cast<double>(tiles * chunks) / (static_cast<double>(waves) * processors * rows);
+    if (bytes > limit || share <= best_share + 0.05) continue;
+    best = rows;
+    best_share = share;
+    shared = bytes;
+  }
+  if (best == 0) return false;
   const std::string name = std::string("linear_wide_") + name_of(matrix.storage) + "_" +
-                           std::to_string(p.columns / 8) + "_" + std::to_string(split);
+                           std::to_string(p.columns / 8) + "_" + std::to_string(best);
   gpu.launch(stream, name.c_str(),
-             {static_cast<unsigned>((tiles + row_tiles - 1) / row_tiles), static_cast<unsigned>(chunks)},
-             32 * kWideWarps, shared, p, true);
+             {static_cast<unsigned>((tiles + best - 1) / best), static_cast<unsigned>(chunks)},
+             32 * best * wide_split(best), shared, p, true);
+  return true;
 }
 
 }  // namespace
@@ -135,7 +146,7 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   p.into = static_cast<int>(into);
 
   const bool aligned = x_stride % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-  if (n > kMostColumns && aligned && gpu.arch() >= 80) return wide(gpu, stream, matrix, p);
+  if (n > kMostColumns && aligned && gpu.arch() >= 80 && wide(gpu, stream, matrix, p)) return;
   const int limit = shared_limit(gpu.arch());
   int columns = std::min(n, kMostColumns);
   while (columns > 1 && lay_out(gpu.arch(), matrix, columns, 1, p) > limit) --columns;

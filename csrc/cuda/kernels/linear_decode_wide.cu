@@ -1,27 +1,26 @@
 // y = x W^T for more than 8 rows of x, to the bit what linear_decode.cu gives for each of them.
 //
-// Cost. Bytes: each weight once; x once more for each block, from the L2 cache: with 64 rows of x and 64 of W
-// in a block as many bytes as weights in bfloat16. Up to 64 rows the weights' bytes bound it, the tensor
-// cores behind.
+// Cost. Bytes: each weight once; x once more for each block, from the L2 cache. Up to 64 rows the weights'
+// bytes bound it, the tensor cores behind; what counts is that every multiprocessor has weights under way all
+// the time.
 //
-// Layout. A block of 4 warps has up to 4 tiles of 16 rows of W and 16, 32 or 64 rows of x, its columns. k
-// goes by in units of 128, one a stage of a ring in shared memory: the columns' values, which all warps read,
-// and each warp's weights, which the lane that copies them reads back. A warp adds up a slice of k at a time,
-// as one warp of linear_decode.cu does, and the slices' sums in the same order. Where W has too few rows to
-// fill the GPU, two warps share a tile: each has half of the slices.
+// Layout. One block a multiprocessor has R tiles of 16 rows of W, a warp each, and 32 or 64 rows of x, its
+// columns: R is 12, 6 or 2, whatever leaves the fewest multiprocessors without work. k goes by in units of
+// 128, one a stage of a ring in shared memory: the columns' values, which all warps read, and each warp's
+// weights, which the lane that copies them reads back. A warp adds up a slice of k at a time, as one warp of
+// linear_decode.cu does, and the slices' sums in the same order. Of two tiles a block each has two warps,
+// with half of the slices each.
 #include "cuda/kernels/linear_decode.cuh"
 
 namespace qvl::cuda {
 namespace {
 
-constexpr int kWideWarps = 4, kWideThreads = 32 * kWideWarps;
-constexpr int kColumnBytes = 2 * kUnit + 64;  // two columns lie in different banks
-
-// Stages in the ring: as in linear_decode.cc.
-#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
-constexpr int kStages = 3;
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr int kSharedBytes = 227 << 10;
+#elif __CUDA_ARCH__ == 800
+constexpr int kSharedBytes = 163 << 10;
 #else
-constexpr int kStages = 2;
+constexpr int kSharedBytes = 99 << 10;
 #endif
 
 struct HalfUnit {
@@ -109,44 +108,43 @@ struct Int4Unit : QuantisedUnit<1024> {
   __device__ static void add(float (&sums)[kTiles][4], const char* weights, const char* scales, const char* x,
                              const float* offsets) {
     constexpr int kColumns = 8 * kTiles;
-    uint32 a[2][2][8];  // [half of the unit][run]
+    float parts[kTiles][4];  // of a group
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const uint4 w = *reinterpret_cast<const uint4*>(weights + 512 * c);
+      if (64 * c % group == 0) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          const float2 begin = *reinterpret_cast<const float2*>(offsets + 64 * c / group * kColumns + 8 * j);
+          parts[j][0] = parts[j][2] = begin.x;
+          parts[j][1] = parts[j][3] = begin.y;
+        }
+      }
 #pragma unroll
       for (int run = 0; run < 2; ++run) {
         const uint32 low = run ? w.y : w.x, high = run ? w.w : w.z;
+        uint32 a[8];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          a[c][run][2 * i] = raw_nibbles(low >> (4 * i));
-          a[c][run][2 * i + 1] = raw_nibbles(high >> (4 * i));
+          a[2 * i] = raw_nibbles(low >> (4 * i));
+          a[2 * i + 1] = raw_nibbles(high >> (4 * i));
+        }
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          const uint4 v = *reinterpret_cast<const uint4*>(x + 8 * j * kColumnBytes + 128 * c + 64 * run);
+          multiply(parts[j], a[0], a[1], a[2], a[3], v.x, v.y);
+          multiply(parts[j], a[4], a[5], a[6], a[7], v.z, v.w);
         }
       }
-    }
+      if (64 * (c + 1) % group == 0) {
+        const uint32 pair = reinterpret_cast<const uint32*>(scales)[64 * c / group];
+        const float first = low_scale(pair), second = high_scale(pair);
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      float part[4];
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if (64 * c % group == 0) {
-          const float2 begin = *reinterpret_cast<const float2*>(offsets + 64 * c / group * kColumns + 8 * j);
-          part[0] = part[2] = begin.x;
-          part[1] = part[3] = begin.y;
-        }
-#pragma unroll
-        for (int run = 0; run < 2; ++run) {
-          const uint4 v = *reinterpret_cast<const uint4*>(x + 8 * j * kColumnBytes + 128 * c + 64 * run);
-          const uint32(&w)[8] = a[c][run];
-          multiply(part, w[0], w[1], w[2], w[3], v.x, v.y);
-          multiply(part, w[4], w[5], w[6], w[7], v.z, v.w);
-        }
-        if (64 * (c + 1) % group == 0) {
-          const uint32 pair = reinterpret_cast<const uint32*>(scales)[64 * c / group];
-          const float first = low_scale(pair), second = high_scale(pair);
-          sums[j][0] += first * part[0];
-          sums[j][1] += first * part[1];
-          sums[j][2] += second * part[2];
-          sums[j][3] += second * part[3];
+        for (int j = 0; j < kTiles; ++j) {
+          sums[j][0] += first * parts[j][0];
+          sums[j][1] += first * parts[j][1];
+          sums[j][2] += second * parts[j][2];
+          sums[j][3] += second * parts[j][3];
         }
       }
     }
@@ -155,13 +153,16 @@ struct Int4Unit : QuantisedUnit<1024> {
   __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kUnitOf); }
 };
 
-template <class Unit, int kTiles, int kSplit>
+template <class Unit, int kTiles, int kRowTiles>
 __device__ void linear_wide(const LinearDecode& p) {
-  constexpr int kColumns = 8 * kTiles, kRowTiles = kWideWarps / kSplit, kRows = kRowTiles * kTileRows;
+  constexpr int kSplit = wide_split(kRowTiles), kWideWarps = kRowTiles * kSplit,
+                kWideThreads = 32 * kWideWarps;
+  constexpr int kColumns = 8 * kTiles, kRows = kRowTiles * kTileRows;
   constexpr int kXBytes = kColumns * kColumnBytes;
   constexpr int kScalesAt = kSplit * kXBytes + kWideWarps * Unit::kBytes;
-  constexpr int kStageBytes = kScalesAt + kWideWarps * 8 * Unit::kScaleBytes;
   constexpr int kGroups = Unit::kGroup ? kUnit / Unit::kGroup : 0;
+  constexpr int kStageBytes = wide_stage_bytes(Unit::kBytes, kGroups, kColumns, kRowTiles);
+  constexpr int kStages = wide_stages(Unit::kBytes, kGroups, kColumns, kRowTiles, kSharedBytes);
   constexpr int kPairs = kSlices / 2 / kSplit;  // of slices, that a warp adds up
   extern __shared__ uint4 shared[];
   char* const bytes = reinterpret_cast<char*>(shared);
@@ -311,14 +312,15 @@ __device__ void linear_wide(const LinearDecode& p) {
 
 }  // namespace
 
-#define QVL_WIDE(name, unit, tiles, split)                                                                   \
-  extern "C" __global__ __launch_bounds__(                                                                   \
-      kWideThreads, 2) void linear_wide_##name##_##tiles##_##split(const __grid_constant__ LinearDecode p) { \
-    linear_wide<unit, tiles, split>(p);                                                                      \
+#define QVL_WIDE(name, unit, tiles, rows)                                                     \
+  extern "C" __global__ __launch_bounds__(                                                    \
+      32 * rows * wide_split(rows),                                                           \
+      1) void linear_wide_##name##_##tiles##_##rows(const __grid_constant__ LinearDecode p) { \
+    linear_wide<unit, tiles, rows>(p);                                                        \
   }
-#define QVL_WIDE_TILES(name, unit, tiles) QVL_WIDE(name, unit, tiles, 1) QVL_WIDE(name, unit, tiles, 2)
-#define QVL_WIDE_ALL(name, unit) \
-  QVL_WIDE_TILES(name, unit, 2) QVL_WIDE_TILES(name, unit, 4) QVL_WIDE_TILES(name, unit, 8)
+#define QVL_WIDE_ROWS(name, unit, tiles) \
+  QVL_WIDE(name, unit, tiles, 2) QVL_WIDE(name, unit, tiles, 6) QVL_WIDE(name, unit, tiles, 12)
+#define QVL_WIDE_ALL(name, unit) QVL_WIDE_ROWS(name, unit, 4) QVL_WIDE_ROWS(name, unit, 8)
 #if __CUDA_ARCH__ >= 800
 QVL_WIDE_ALL(half, HalfUnit)
 QVL_WIDE_ALL(int8, Int8Unit)
