@@ -51,7 +51,8 @@ def predict(
         raise UsageError("nothing to ask: give --prompt, --image or both")
     if draw is not None and not sources:
         raise UsageError("--draw needs an --image to draw on")
-    _check_targets(output, draw, sources)
+    if output is not None or draw is not None:
+        _check_targets(output, draw, sources)
     if real_time_save is not None and not real_time_save.is_dir():
         raise UsageError(f"{real_time_save}: no such folder")
     if draw is not None and draw.suffix.lower() not in _DRAW_FORMATS:

@@ -57,7 +57,7 @@ def ending() -> Iterator[None]:
     install()
     sys.meta_path.insert(0, finder)
     try:
-        with _no_longer_than_patience() if main_thread else contextlib.nullcontext():
+        with _no_longer_than_patience() if main_thread and os.name == "posix" else contextlib.nullcontext():
             yield
     finally:
         if finder in sys.meta_path:
@@ -74,12 +74,11 @@ def _no_longer_than_patience() -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        while number := os.read(reader, 1):
-            if number[0] != signal.SIGINT and signal.getsignal(number[0]) != signal.SIG_IGN:
-                if not done.wait(_PATIENCE_SECONDS):
+        while number := os.read(reader, 1):  # of any signal that has a handler
+            if number[0] in (signal.SIGTERM, signal.SIGHUP) and not done.wait(_PATIENCE_SECONDS):
+                with contextlib.suppress(OSError):
                     os.write(2, b"qwenvl: terminated\n")
-                    os._exit(128 + number[0])
-                break
+                os._exit(128 + number[0])
         os.close(reader)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()

@@ -90,27 +90,40 @@ def test_ctrl_c_and_a_terminal_that_goes_away(
     assert not list(tmp_path.iterdir())
 
 
-def test_sigterm_ends_a_command_that_is_in_a_long_call(tmp_path: Path) -> None:
-    """Python's handlers wait for the end of a call into C, here one of minutes."""
-    code = """
-import hashlib, os, signal, sys, threading
-from paddlemix_qwenvl_plugin.cli import main
+def in_a_call(number: signal.Signals, folder: Path, call: str) -> subprocess.CompletedProcess[str]:
+    """`make-tiny`, sent a signal in a call, with little patience."""
+    code = f"""
+import hashlib, os, signal, sys, threading, time
+from paddlemix_qwenvl_plugin.cli import main, signals
 from paddlemix_qwenvl_plugin.tiny import make
-threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-make.make_tiny = lambda *_: hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
+signals._PATIENCE_SECONDS = 0.5
+signal.signal(signal.SIGUSR1, lambda *_: None)
+threading.Timer(0.5, os.kill, (os.getpid(), {int(number)})).start()
+make.make_tiny = lambda *_: {call}
 sys.argv = ["qwenvl", "make-tiny", "model"]
 main.main()
 """
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPO)},
         capture_output=True,
         text=True,
-        timeout=40,
+        timeout=60,
         check=False,
     )
+
+
+def test_sigterm_ends_a_command_that_is_in_a_long_call(tmp_path: Path) -> None:
+    """Python's handlers wait for the end of a call into C, here one of minutes."""
+    done = in_a_call(signal.SIGTERM, tmp_path, 'hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)')
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "qwenvl: terminated\n")
+
+
+def test_another_signal_ends_nothing(tmp_path: Path) -> None:
+    """One that somebody handles, as that of a terminal that changes its size."""
+    done = in_a_call(signal.SIGUSR1, tmp_path, "time.sleep(3)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "made model\n", "")
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tiny_exported: Path, tmp_path: Path) -> None:
