@@ -74,8 +74,11 @@ def build_for(index: int, allowed: bool = False) -> tuple[Path, Path]:
         UsageError, QwenVLError: GPU `index` cannot be used, or something cannot be built.
     """
     usable(index)
-    library = build.cuda_library(allowed)
-    return library, env.CUDA_KERNELS.read() or build.built(kernels(), allowed)
+    folder = env.CUDA_KERNELS.read()
+    if folder is not None:
+        return build.cuda_library(allowed), folder
+    target = kernels()  # where NVRTC is missing, nothing else is built first
+    return build.cuda_library(allowed), build.built(target, allowed)
 
 
 @functools.cache

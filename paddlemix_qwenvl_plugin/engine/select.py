@@ -36,9 +36,9 @@ def engine_available(choice: str, operators: bool = False, gpu: Optional[int] = 
     from paddlemix_qwenvl_plugin.engine.gpu import load
 
     try:
-        operators_library() if operators else library()
         if gpu is not None:
             load(gpu)
+        operators_library() if operators else library()
     except QwenVLError as error:
         if choice == "fused" or (gpu is not None and paddle_gpus() <= gpu):
             raise
