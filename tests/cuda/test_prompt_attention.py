@@ -88,9 +88,13 @@ def bound(half: torch.dtype) -> float:
     return 8e-3 if half == torch.bfloat16 else 1e-3
 
 
+# Of a head and of a block.
+SHAPES = [(128, 32), (128, 8), (8, 1), (16, 5), (42, 7), (64, 256), (64, 64), (90, 16), (200, 32), (256, 3)]
+
+
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize(("head_dim", "block_tokens"), [(128, 32), (8, 1), (16, 5), (42, 7), (64, 256), (90, 16), (200, 32), (256, 3)])  # fmt: skip
+@pytest.mark.parametrize(("head_dim", "block_tokens"), SHAPES)
 def test_prompts(half: torch.dtype, kind: str, head_dim: int, block_tokens: int) -> None:
     heads = 3
     cache = Cache(kind, [200, 1, 77, 330], heads, head_dim, block_tokens)

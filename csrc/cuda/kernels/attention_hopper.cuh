@@ -8,7 +8,7 @@
 // In shared memory rows are cut in columns of 64 values, [column][row] of 128 bytes, the layout of
 // describe().
 //
-// Cost of a tile of 128 keys at head_dim 128, in cycles of a multiprocessor: 4096 of wgmma for 128 queries,
+// Cost of a tile of 128 keys at head_dim 128, in cycles of a multiprocessor: 2048 of wgmma for 128 queries,
 // 1024 of exponentials beside them.
 #pragma once
 
@@ -97,7 +97,10 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
         barrier_wait(empty(part, tile), tile / 2 % 2 ^ 1);
         H* const to = reinterpret_cast<H*>(aligned + (1 + 2 * part + tile % 2) * kTile);
         source.template load<Rows>(to, part, tile * kKeys, thread);
-        barrier_arrive_after_copies(full(part, tile));
+        commit_copies();
+        wait_for_copies<0>();
+        publish_writes();
+        barrier_arrive(full(part, tile));
       }
     }
     return;
@@ -132,7 +135,6 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
 
   auto score = [&](int tile) {
     barrier_wait(full(0, tile), tile / 2 % 2);
-    if (!source.boxes()) publish_writes();
     products_begin();
     const uint64 a = describe(queries + group * 64 * 128), b = describe(keys + tile % 2 * kTile);
 #pragma unroll
@@ -187,7 +189,6 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
 
   auto add_values = [&](int tile) {
     barrier_wait(full(1, tile), tile / 2 % 2);
-    if (!source.boxes()) publish_writes();
     products_begin();
     const uint64 v = describe(values + tile % 2 * kTile, kColumn);
 #pragma unroll

@@ -66,12 +66,7 @@ __device__ inline void barrier_arrive(uint32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrive once the copies that this thread has asked for are there.
-__device__ inline void barrier_arrive_after_copies(uint32 barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// What this thread wrote to shared memory, or knows to be written, may be read by wgmma.
+// What this thread wrote to shared memory may be read by wgmma.
 __device__ inline void publish_writes() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -10,8 +10,8 @@
 // not depend on the choice.
 //
 // Cost of a step, in cycles of a multiprocessor: 2 C N of wgmma (64 x 8 x 16 products in 4 cycles), against
-// (64 C / CN + N / CM) 128 bytes from the L2 cache, of which 32 to 38 a cycle arrive. So tiles are large, or
-// shared, and there are about as many as multiprocessors; linear_prompt.cc chooses.
+// (64 C + N) 128 bytes of which 47 a cycle come in, whether a cluster shares them or not; sharing spares the
+// L2 cache. So tiles are large, and there are about as many as multiprocessors; linear_prompt.cc chooses.
 #include "cuda/kernels/hopper.cuh"
 #include "cuda/kernels/linear_prompt.cuh"
 
