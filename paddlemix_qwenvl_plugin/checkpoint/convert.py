@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
-from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+from paddlemix_qwenvl_plugin.util.files import new_folder
 
 MAX_SHARD_BYTES = 2 * 1024**3
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
@@ -40,20 +41,11 @@ def convert(
     checkpoint = Checkpoint(source)
     if dtype is None:
         dtype = checkpoint.dtype if checkpoint.dtype in STORAGE else "float32"
-    partial = target.with_name(target.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    make_folder(partial)
-    try:
-        with naming(target):
-            _write_shards(checkpoint, partial, dtype, max_shard_bytes)
-            for path in sorted(source.iterdir()):
-                if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
-                    shutil.copyfile(path, partial / path.name)
-            partial.replace(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_folder(target) as partial:
+        _write_shards(checkpoint, partial, dtype, max_shard_bytes)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
+                shutil.copyfile(path, partial / path.name)
 
 
 def paddlemix_name(name: str) -> str:
