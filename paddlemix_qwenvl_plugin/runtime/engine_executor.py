@@ -19,6 +19,7 @@ from paddlemix_qwenvl_plugin.runtime.generation import Generation
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits, images_of
+from paddlemix_qwenvl_plugin.util.memory import address_space_left
 
 _BLOCK_TOKENS = 32
 _STEP_TOKENS = 512
@@ -44,7 +45,7 @@ class EngineExecutor:
         context = -(-config.max_position_embeddings // _BLOCK_TOKENS)
         if n_blocks is None:
             block_bytes = KvPool.block_bytes(self._language, _BLOCK_TOKENS, dtype)
-            affordable = int(c.device_info().free_bytes * _CACHE_SHARE) // block_bytes
+            affordable = int(_free_bytes() * _CACHE_SHARE) // block_bytes
             n_blocks = max(context, min(affordable, _CACHE_CONTEXTS * context))
         self._pool = KvPool(self._language, n_blocks, _BLOCK_TOKENS, dtype)
         self.limits = Limits(_MAX_RUNNING, _STEP_TOKENS, n_blocks, _BLOCK_TOKENS)
@@ -245,6 +246,12 @@ def _sampling(options: GenerationOptions) -> c.Sampling:
     seed = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
     sampling.seed = seed % 2**64
     return sampling
+
+
+def _free_bytes() -> int:
+    """Memory that this process may still take."""
+    free, left = int(c.device_info().free_bytes), address_space_left()
+    return free if left is None else min(free, left)
 
 
 def _weights(stage: Stage) -> Weights:
