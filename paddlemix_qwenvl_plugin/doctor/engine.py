@@ -7,6 +7,7 @@ from typing import Optional
 from paddlemix_qwenvl_plugin.doctor.report import Check
 from paddlemix_qwenvl_plugin.engine import build, sources
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.program import program
 
 
 def check_engine() -> Check:
@@ -38,6 +39,6 @@ def check_engine() -> Check:
         return Check("engine", "note", message, "apt-get install g++", data)
     if state == "failed":
         said = (path.parent / "failed").read_text("utf-8")
-        return Check("engine", "problem", f"{where}; {said}", "qwenvl build-engine", data)
+        return Check("engine", "problem", f"{where}; {said}", f"{program()} build-engine", data)
     message = f"{where}; not built so far, its first use builds it with {version}"
-    return Check("engine", "note", message, "qwenvl build-engine", data)
+    return Check("engine", "note", message, f"{program()} build-engine", data)

@@ -28,6 +28,7 @@ from paddlemix_qwenvl_plugin.engine.sources import (
 )
 from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, one_line
+from paddlemix_qwenvl_plugin.util.program import program
 from paddlemix_qwenvl_plugin.util.progress import track
 from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
@@ -179,9 +180,11 @@ def _built(target: Target, allowed: bool) -> Path:
     if _is_whole(built):
         return built
     if not allowed and env.NO_BUILD.read():
-        raise QwenVLError(f"the engine is not built, and {env.NO_BUILD.name} is set: run qwenvl build-engine")
+        raise QwenVLError(
+            f"the engine is not built, and {env.NO_BUILD.name} is set: run {program()} build-engine"
+        )
     if not allowed and failed.is_file():  # it would fail again, at the start of every process
-        raise QwenVLError(f"{failed.read_text('utf-8')} (qwenvl build-engine tries again)")
+        raise QwenVLError(f"{failed.read_text('utf-8')} ({program()} build-engine tries again)")
     if shutil.which(command[0]) is None:
         raise QwenVLError(
             f"the engine needs a C++17 compiler, and there is no {command[0]}: apt-get install g++"

@@ -15,12 +15,13 @@ from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
 from paddlemix_qwenvl_plugin.runtime.image_cache import ImageCache
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Scheduler
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.program import program
 
 # How long prompts may hold up those who decode, in a step.
 _STALL_SECONDS = 0.25
 _LEAST_PROMPT_TOKENS = 32
 
-_NOT_FINITE = "the model's logits are not finite numbers: its weights are damaged (qwenvl verify checks them)"
+_NOT_FINITE = "the model's logits are not finite numbers: its weights are damaged ({} verify checks them)"
 
 
 class Loop:
@@ -159,7 +160,7 @@ class Loop:
                 continue
             token = next(picked)
             if token == NO_TOKEN:
-                self._fail(generation, QwenVLError(_NOT_FINITE))
+                self._fail(generation, QwenVLError(_NOT_FINITE.format(program())))
                 continue
             generation.take(token)
             if generation.finish_reason is not None:

@@ -22,6 +22,7 @@ from paddlemix_qwenvl_plugin.engine.operators import load as load_operators
 from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.machine import paddle_gpus
+from paddlemix_qwenvl_plugin.util.paddle_version import require_paddle
 from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
 _FORMS = (".json", ".pdmodel")
@@ -89,6 +90,7 @@ class Stage:
         """
         half_on_cpu = self.device == "cpu" and self.manifest.dtype != "float32"
         target = ".cpu" if half_on_cpu else ""
+        require_paddle()
         has_operator = not suffix and any(".fused." in name for name in self.manifest.programs)
         if has_operator and engine_available(self._choice(), operators=True):
             load_operators()
@@ -145,6 +147,7 @@ def _check_device(device: str) -> str:
     if not re.fullmatch(r"cpu|gpu(:[0-9]{1,4})?", device):
         raise UsageError(f"--device {device}: must be cpu, gpu or gpu:N")
     if device != "cpu":
+        require_paddle()
         import paddle
 
         if not paddle.is_compiled_with_cuda():
