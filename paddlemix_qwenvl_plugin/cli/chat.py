@@ -32,7 +32,8 @@ def chat(
     from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation, converse, follow
     from paddlemix_qwenvl_plugin.chat_ui.session import Session
     from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
-    from paddlemix_qwenvl_plugin.chat_ui.view import Plain, piped_lines
+    from paddlemix_qwenvl_plugin.chat_ui.view import Plain
+    from paddlemix_qwenvl_plugin.util import standard_input
 
     options: GenerationOptions = context.obj
     pair = flags.open_model(
@@ -49,7 +50,7 @@ def chat(
     pictures = [session.attach(source) for source in image or []]
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         pair.load()
-        follow(Conversation(session, Plain()), piped_lines())
+        follow(Conversation(session, Plain()), standard_input.lines())
         return
     from paddlemix_qwenvl_plugin.chat_ui.line_input import line_reader
 

@@ -15,6 +15,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from paddlemix_qwenvl_plugin.batch.journal import Journal
+from paddlemix_qwenvl_plugin.recipes import expect, process
+from paddlemix_qwenvl_plugin.util import paddle_version
 
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
 WTE = "transformer.llm.wte.weight"
@@ -43,6 +46,8 @@ class Bench:
         self.monkeypatch = monkeypatch
         # If set, the command runs in a process that cannot write larger files, as on a full disk.
         self.max_file_bytes: int | None = None
+        # If set, the command runs in a process that can have no more addresses, as with `ulimit -v`.
+        self.max_address_bytes: int | None = None
         self.stdout: str | None = None
         # What must live as long as the command runs.
         self.keep: Any = None
@@ -718,6 +723,7 @@ cases(
         "`--presence_penalty inf`": predict("--presence_penalty", "inf"),
         "`--seed -1`": predict("--seed", "-1"),
         "neither `--prompt` nor `--image`": lambda bench: bench.predict(prompt=""),
+        "`--prompt -` and `--image -`": lambda bench: bench.predict("--image", "-", prompt="-"),
         "`--draw` without `--image`": predict("--draw", "drawn.png"),
         "`--draw` to an unknown picture format": predict("--image", str(STREET), "--draw", "drawn.txt"),
         "`--draw` to a folder that is not there": predict("--image", str(STREET), "--draw", "out/drawn.png"),
@@ -726,6 +732,43 @@ cases(
         "`--real_time_save` to a folder that is not there": predict("--real_time_save", "out"),
     }
 )
+
+
+@case("`--prompt -` of what is not text")
+def _(bench: Bench) -> list[str]:
+    bench.stdin = b"What is \xff?\n"
+    return bench.predict(prompt="-")
+
+
+@case("generation_config.json is not JSON")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.predict()
+    Path("text/generation_config.json").write_text("chatml")
+    return arguments
+
+
+@case("`ulimit -v 800000` where Paddle is needed")
+def _(bench: Bench) -> list[str]:
+    bench.max_address_bytes = 800000 << 10
+    bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")
+    return bench.predict()
+
+
+@case("`ulimit -v 150000`")
+def _(bench: Bench) -> list[str]:
+    bench.max_address_bytes = 150000 << 10
+    return bench.predict()
+
+
+@case("Paddle is there and cannot be imported")
+def _(bench: Bench) -> list[str]:
+    def broken(name: str) -> None:
+        print("Compile with WITH_GPU", file=sys.stderr)
+        raise ImportError("libcublas.so.11: cannot open shared object file\nSee the FAQ")
+
+    bench.monkeypatch.setattr(paddle_version, "import_module", broken)
+    bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")
+    return bench.predict()
 
 
 @case("no more room on the disk for `--output`")
@@ -992,6 +1035,11 @@ def _(bench: Bench) -> list[str]:
     return bench.chat("Hello", "/save talk.json")
 
 
+@case("a line without end")
+def _(bench: Bench) -> list[str]:
+    return bench.chat("a" * (1 << 20))
+
+
 @case("lines that are not text")
 def _(bench: Bench) -> list[str]:
     arguments = bench.chat()
@@ -1202,6 +1250,12 @@ cases(
         "`recipes show` of an unknown recipe": lambda bench: ["recipes", "show", "huge-gpu"],
         "a recipe that is not YAML": lambda bench: bench.recipe_text("steps: [\n"),
         "a recipe with a date that is none": lambda bench: bench.recipe_text("why: 2024-13-45\n"),
+        "a recipe that is nested without end": lambda bench: bench.recipe_text(f"why: {'[' * 2000}\n"),
+        "a recipe with an alias": lambda bench: bench.recipe_text("why: &a x\nname: *a\n"),
+        "a recipe of more than 64 KiB": lambda bench: bench.recipe_text(f"why: {'x' * 70000}\n"),
+        "a recipe with a NUL": recipe(steps=python("\0")),
+        "a recipe with a date": recipe(expect=[{"file": "x", "key": "a", "equals": date(2024, 1, 1)}]),
+        "a recipe with a number of a thousand bits": recipe(seed=1 << 1000),
         "a recipe that is a list": lambda bench: bench.recipe_text("- steps\n"),
         "a key given twice": lambda bench: bench.recipe_text("schema: 1\nschema: 1\n"),
         "an unknown key": recipe(speed=1),
@@ -1210,6 +1264,7 @@ cases(
         "a recipe without steps": recipe(steps=None),
         "two steps of one name": recipe(steps=[*python(""), *python("")]),
         "an unknown `${name}`": recipe(env={"HERE": "${folder}"}),
+        "a variable in `env` of another kind of name": recipe(env={"B=": "x"}),
         "a number where text is wanted": recipe(name=7),
         "an override without `=`": recipe("seed"),
         "an override of an unknown key": recipe("speed=1"),
@@ -1228,6 +1283,7 @@ cases(
             lambda folder: (folder / "recipe.resolved.yaml").write_text("name: other\n")
         ),
         "an asset is missing": recipe(assets=[{"name": "dog", "path": "dog.png", "why": "to ask about"}]),
+        "an asset that never ends": recipe(assets=[{"name": "dog", "path": "/dev/zero", "sha256": "0" * 64}]),
         "too little memory": recipe(requires={"memory_gib": 1e6}),
         "a step fails": recipe(steps=python("raise SystemExit(3)")),
         "a step takes too long": recipe(steps=python("import time; time.sleep(9)", timeout_seconds=0.3)),
@@ -1235,6 +1291,21 @@ cases(
         "an expectation is missed": recipe(expect=[{"file": "${run_dir}/answer.json"}]),
     }
 )
+
+
+@case("a step writes without end")
+def _(bench: Bench) -> list[str]:
+    bench.monkeypatch.setattr(process, "LOG_MIB", 1)
+    return bench.recipe(steps=python("while True: print('x' * 1000)"))
+
+
+@case("an expected expression never ends")
+def _(bench: Bench) -> list[str]:
+    bench.monkeypatch.setattr(expect, "_SEARCH_SECONDS", 0.5)
+    wrote = 'import sys; open(sys.argv[1], "w").write(\'{"a": "\' + "a" * 40 + \'!"}\')'
+    steps = [{"name": "only", "run": ["${python}", "-c", wrote, "${run_dir}/a.json"]}]
+    return bench.recipe(steps=steps, expect=[{"file": "${run_dir}/a.json", "key": "a", "matches": "(a+)+$"}])
+
 
 # Doctor
 
