@@ -1460,6 +1460,9 @@ cases(
         "`num_hidden_layers` is beyond reason": config(num_hidden_layers=10**9),
         "config.json is nested without end": config_text("[" * 100_000),
         "two tensors overlap": header(overlap),
+        "a tensor of a hundred thousand dimensions": header(
+            lambda entries: entries[WTE].update(shape=[1 << 62] * 100000)
+        ),
         "bytes after the last tensor": header(lambda entries: None, b"1234"),
         "a web address on this machine or its network": predict(
             "--image", "http://169.254.169.254/dog.png", "--allow_http"

@@ -133,6 +133,13 @@ def test_a_name_cannot_break_the_line(bench: Bench, capfd: pytest.CaptureFixture
     assert outcome.err == "qwenvl: a b?[31m: no such model folder\n"
 
 
+def test_a_line_is_never_endless(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    outcome = in_process(["convert", f"begin{'x' * 100_000}end", "new"], bench, capfd)
+    assert outcome.err.startswith("qwenvl: begin")
+    assert "xend: " in outcome.err
+    assert 1000 < len(outcome.err) < 2100
+
+
 def test_a_reader_that_goes_away() -> None:
     """`qwenvl recipes list | head -0`, the output buffered and not."""
     for unbuffered in ("", "1"):
