@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from collections.abc import Iterator
 from PIL import _imaging
 
 _HANDLERS = ("TIFFSetErrorHandler", "TIFFSetWarningHandler")
+
+# Without a handler, Python writes what a library logs to stderr; those of the user's get it still.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _lock = threading.Lock()
 _n_inside = 0
