@@ -42,6 +42,7 @@ def test_every_variable_that_is_spelled_out_is_in_the_table() -> None:
         for name in re.findall(r"QWENVL_[A-Z_]*[A-Z]", path.read_text("utf-8"))
     }
     of_tests = {"QWENVL_PADDLEMIX_DIR", "QWENVL_PADDLENLP_DIR", "QWENVL_TEST_ENVS"}
+    of_tests |= {"QWENVL_FUZZ_SECONDS", "QWENVL_FUZZ_SEED"}
     assert spelled - of_tests == {variable.name for variable in VARIABLES}
 
 
