@@ -90,7 +90,10 @@ def bound(half: torch.dtype) -> float:
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize(("head_dim", "block_tokens"), [(128, 32), (8, 1), (16, 5), (42, 7), (64, 256), (90, 16), (200, 32), (256, 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("head_dim", "block_tokens"),
+    [(128, 32), (8, 1), (16, 5), (42, 7), (64, 256), (90, 16), (200, 32), (256, 3)],
+)
 def test_prompts(half: torch.dtype, kind: str, head_dim: int, block_tokens: int) -> None:
     heads = 3
     cache = Cache(kind, [200, 1, 77, 330], heads, head_dim, block_tokens)
