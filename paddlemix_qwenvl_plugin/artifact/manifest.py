@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from paddlemix_qwenvl_plugin.artifact.contract import CONTRACT_VERSIONS
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, first_problem
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.program import program
 from paddlemix_qwenvl_plugin.util.progress import track
 
 _BLOCK = 1 << 22
@@ -94,7 +95,7 @@ def read_manifest(prefix: Path, stage: Optional[str] = None) -> Manifest:
     """
     path = manifest_path(prefix)
     if not path.is_file():
-        what, command = (f"{stage} stage", f"qwenvl export-{stage}") if stage else ("stage", "an export")
+        what, command = (f"{stage} stage", f"{program()} export-{stage}") if stage else ("stage", "an export")
         raise UsageError(f"{prefix}: no exported {what} there ({path.name} is missing); run {command} first")
     try:
         data = json.loads(path.read_text("utf-8"))
@@ -107,7 +108,7 @@ def read_manifest(prefix: Path, stage: Optional[str] = None) -> Manifest:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         raise QwenVLError(f"{path}: {first_problem(error)}; export again") from error
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8, or nested without end
         raise QwenVLError(f"{path}: not valid JSON ({error}); export again") from error
     if stage is not None and manifest.stage != stage:
         raise UsageError(f"{prefix}: this is an exported {manifest.stage} stage, not the {stage} stage")

@@ -27,7 +27,7 @@ def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
     prompt = check_type(values.get("prompt", ""), str, "prompt")
     if not images and not prompt:
         raise UsageError("nothing to ask: give prompt, image or both")
-    chat = check_type(values.get("chat", False), bool, "chat")
+    chat = check_type(values["chat"], bool, "chat") if "chat" in values else None
     if "system" in values and not chat:
         raise UsageError('system: only a chat has a system message; add "chat": true')
     query = [{"image": check_type(image, str, "image")} for image in images]

@@ -10,8 +10,12 @@ from typing import NamedTuple
 from paddlemix_qwenvl_plugin.batch.request import RowId
 from paddlemix_qwenvl_plugin.batch.rows import Row, id_key, read_row
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.util import standard_input
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.files import check_source
+
+STANDARD = Path("-")
+"""What stands for standard input, or output, in the place of a file."""
 
 
 class Entry(NamedTuple):
@@ -32,7 +36,7 @@ class Source:
     """The rows of a file; blank lines are no rows.
 
     Attributes:
-        path: of the file.
+        path: of the file, relative paths of images start from its folder; `-`: standard input is copied first.
         entries: one a row.
         defaults: the options of rows that have none of their own.
         sha256: of the whole file.
@@ -42,12 +46,15 @@ class Source:
     """
 
     def __init__(self, path: Path, defaults: GenerationOptions) -> None:
-        check_source(path)
         self.path = path
+        if path == STANDARD:
+            name, self._file = standard_input.NAME, standard_input.copied()
+        else:
+            check_source(path)
+            name, self._file = str(path), path.open("rb")
         self.entries: list[Entry] = []
         self.defaults = defaults
         values = asdict(defaults)
-        self._file = path.open("rb")
         digest, offset, numbers = hashlib.sha256(), 0, dict[str, int]()
         images: dict[int, int] = {}
         for number, line in enumerate(self._file, start=1):
@@ -59,7 +66,7 @@ class Source:
                 if row.id is not None:
                     first = numbers.setdefault(id_key(row.id), number)
                     if first != number:
-                        raise UsageError(f"{path}: lines {first} and {number} have the same id {row.id!r}")
+                        raise UsageError(f"{name}: lines {first} and {number} have the same id {row.id!r}")
             offset += len(line)
         self.sha256 = digest.hexdigest()
 

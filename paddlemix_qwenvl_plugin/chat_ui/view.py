@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, Optional
@@ -12,9 +11,8 @@ from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
 from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
-from paddlemix_qwenvl_plugin.util.errors import UsageError
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from paddlemix_qwenvl_plugin.util.errors import one_line
+from paddlemix_qwenvl_plugin.util.text import without_controls
 
 
 class Fragment(NamedTuple):
@@ -22,11 +20,6 @@ class Fragment(NamedTuple):
 
     text: str
     kind: Literal["text", "ref", "box"]
-
-
-def without_controls(text: str) -> str:
-    """`text` with nothing in it that a terminal obeys but new lines and tabs."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def fragments(pieces: Iterable[Piece]) -> Iterator[Fragment]:
@@ -87,16 +80,4 @@ class Plain:
     def answered(self, turn: Turn, picture: Picture | None) -> None:
         """Show what goes with a whole answer: its boxes in `picture`, and what was wrong with them."""
         for problem in turn.answer.problems:
-            print(f"qwenvl: {problem}", file=sys.stderr)
-
-
-def piped_lines() -> Iterator[str]:
-    """The lines of standard input.
-
-    Raises:
-        UsageError: they are not text.
-    """
-    try:
-        yield from sys.stdin
-    except UnicodeDecodeError as error:
-        raise UsageError(f"standard input: not {error.encoding} text") from error
+            print(f"qwenvl: {one_line(problem)}", file=sys.stderr)

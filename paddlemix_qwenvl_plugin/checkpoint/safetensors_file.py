@@ -21,6 +21,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMS = 8
 
 
 @dataclass(frozen=True)
@@ -111,4 +112,6 @@ def _entry(where: str, value: dict[str, object], base: int) -> StoredTensor:
     shape = tuple(int(n) for n in value["shape"])  # type: ignore[attr-defined]
     if begin < 0 or end < begin or any(n < 0 for n in shape):  # type: ignore[has-type]
         raise ValueError("negative size or offset")
+    if len(shape) > _MAX_DIMS:  # the product of a million sizes takes hours
+        raise ValueError(f"a tensor of {len(shape)} dimensions")
     return StoredTensor(shape, _DTYPES[code], np.dtype(_NUMPY[code]), base + begin, end - begin)  # type: ignore[has-type]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +23,14 @@ if TYPE_CHECKING:
 def batch(
     context: typer.Context,
     open_pair: Callable[[], QwenVL],
-    source: Path = typer.Argument(..., metavar="IN.jsonl", help="A request on each line."),
-    target: Path = typer.Argument(..., metavar="OUT.jsonl", help="Where the results go, in the same order."),
+    source: Path = typer.Argument(
+        ..., metavar="IN.jsonl", help="A request on each line; - is standard input."
+    ),
+    target: Path = typer.Argument(
+        ...,
+        metavar="OUT.jsonl",
+        help="Where the results go, in the order of the input; - is standard output.",
+    ),
     batch_size: int = typer.Option(8, "--batch_size", min=1, help="Rows that are run together."),
 ) -> None:
     """Answer every row of a file; run it again to continue after an interruption.
@@ -28,18 +38,27 @@ def batch(
     The generation options hold for rows that have none of their own.
     """
     from paddlemix_qwenvl_plugin.batch.job import count_failed, partial_path, run
-    from paddlemix_qwenvl_plugin.batch.source import Source
+    from paddlemix_qwenvl_plugin.batch.source import STANDARD, Source
 
     options: GenerationOptions = context.obj
-    check_target(target)
-    rows = Source(source, options)
-    there = target.exists()
-    if there and target.samefile(source):
-        raise UsageError(f"{target}: is the input; name another output")
-    if not there:
-        run(rows, target, open_pair(), batch_size)
-    failed, n_rows = count_failed(target, rows), len(rows.entries)
-    partial_path(target).unlink(missing_ok=True)  # of a process that was killed at its very end
-    print(f"{target}: has all {n_rows} rows already" if there else f"{target}: wrote {n_rows} rows")
+    with contextlib.ExitStack() as stack:
+        name, to_stdout = str(target), target == STANDARD
+        if to_stdout:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qwenvl-batch-"))
+            name, target = "standard output", Path(folder) / "out.jsonl"
+        check_target(target)
+        rows = Source(source, options)
+        there = target.exists()
+        if there and source != STANDARD and target.samefile(source):
+            raise UsageError(f"{name}: is the input; name another output")
+        if not there:
+            run(rows, target, open_pair(), batch_size)
+        failed, n_rows = count_failed(target, rows), len(rows.entries)
+        partial_path(target).unlink(missing_ok=True)  # of a process that was killed at its very end
+        if to_stdout:
+            with target.open("rb") as file:
+                shutil.copyfileobj(file, sys.stdout.buffer)
+        else:
+            print(f"{name}: has all {n_rows} rows already" if there else f"{name}: wrote {n_rows} rows")
     if failed:
-        raise QwenVLError(f"{failed} of {n_rows} rows failed; their lines in {target} say why")
+        raise QwenVLError(f"{failed} of {n_rows} rows failed; their lines in {name} say why")

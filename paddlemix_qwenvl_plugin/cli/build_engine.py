@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from paddlemix_qwenvl_plugin.cli import options as flags
+from paddlemix_qwenvl_plugin.util.paddle_version import require_paddle
 
 
 def build_engine(device: flags.Device = "cpu") -> None:
@@ -17,4 +18,5 @@ def build_engine(device: flags.Device = "cpu") -> None:
     if index is not None:
         print(*build_for(index, allowed=True), sep="\n")
     if find_spec("paddle") is not None:
+        require_paddle()
         print(operators_library(allowed=True))

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Optional
 
 import typer
 
-from paddlemix_qwenvl_plugin.util.errors import UsageError
-
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
@@ -27,17 +25,17 @@ def chat(
     from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation, converse, follow
     from paddlemix_qwenvl_plugin.chat_ui.session import Session
     from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
-    from paddlemix_qwenvl_plugin.chat_ui.view import Plain, piped_lines
+    from paddlemix_qwenvl_plugin.chat_ui.view import Plain
+    from paddlemix_qwenvl_plugin.util import standard_input
 
     options: GenerationOptions = context.obj
-    if sys.stdin is None:
-        raise UsageError("standard input: is closed, and questions come from there; give it a file or a pipe")
+    standard_input.check()
     pair = open_pair()
     session = Session(pair, system, options)
     pictures = [session.attach(source) for source in image or []]
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         pair.load()
-        follow(Conversation(session, Plain()), piped_lines())
+        follow(Conversation(session, Plain()), standard_input.lines())
         return
     from paddlemix_qwenvl_plugin.chat_ui.line_input import line_reader
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.program import program
 
 
 def demo(
@@ -34,4 +35,5 @@ def demo(
             f"{wrong} of the demo's {len(run.results)} answers are wrong, where all are right in our tests: "
             f"this installation does not compute what it should; see {out / PAGE}"
         )
-    print("Your own pictures need the real model and `qwenvl predict` or `qwenvl chat`; the page says how.")
+    name = program()
+    print(f"Your own pictures need the real model and `{name} predict` or `{name} chat`; the page says how.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import sys
-import warnings
 from typing import Any, NoReturn
 
 import typer
@@ -31,6 +30,9 @@ from paddlemix_qwenvl_plugin.cli.options import GenerationCommand, evaluated, op
 from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.debug import print_traceback_if_debugging
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line, line_of, one_line
+from paddlemix_qwenvl_plugin.util.memory import require_addresses
+from paddlemix_qwenvl_plugin.util.program import program
+from paddlemix_qwenvl_plugin.version import __version__
 
 # typer carries its own copy of click from 0.16 on and needs click itself before that:
 # the base class of its exceptions is the one that is raised in both.
@@ -39,15 +41,28 @@ _ClickException: Any = typer.BadParameter.__mro__[2]
 app = typer.Typer(
     name="qwenvl",
     help="Export and run Qwen-VL with Paddle.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     # Flags are spelled as upstream's, --max_new_tokens; --max-new-tokens is the same.
-    context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("-", "_"),
+        "help_option_names": ["-h", "--help"],
+    },
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"qwenvl {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and end."
+    ),
+) -> None:
     if debug:
         os.environ[env.DEBUG.name] = "1"
 
@@ -77,10 +92,8 @@ def main() -> None:
     (SIGHUP).
     """
     _mend_streams()
-    # Notes for Paddle's developers, in C++ and in Python.
-    os.environ.setdefault("GLOG_minloglevel", "2")
-    warnings.filterwarnings("ignore", message="No ccache found")
     try:
+        require_addresses("qwenvl", 200)
         with signals.ending():
             code = app(prog_name="qwenvl", standalone_mode=False) or 0
         if code == 130:  # some versions of typer make this of Ctrl-C, others let it through
@@ -89,8 +102,8 @@ def main() -> None:
     except QwenVLError as error:
         _fail(line_of(error), error.exit_code)
     except _ClickException as error:
-        command = error.ctx.command_path if error.ctx else "qwenvl"
-        _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
+        words = error.ctx.command_path.split()[1:] if error.ctx else []
+        _fail(f"{error.format_message().rstrip('.')}; see {' '.join([program(), *words])} --help", 2)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     except signals.Terminated as error:

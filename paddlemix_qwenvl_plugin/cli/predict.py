@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
-from paddlemix_qwenvl_plugin.util.errors import UsageError
+from paddlemix_qwenvl_plugin.util import standard_input
+from paddlemix_qwenvl_plugin.util.errors import UsageError, one_line
 from paddlemix_qwenvl_plugin.util.files import check_target, write_beside, write_text
+from paddlemix_qwenvl_plugin.util.text import json_line, without_controls
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -26,14 +28,16 @@ def predict(
     context: typer.Context,
     open_pair: Callable[[], QwenVL],
     image: Optional[list[str]] = typer.Option(
-        None, "--image", help="Picture: path, data URL or http(s) URL; may be repeated."
+        None, "--image", help="Picture: path, data URL, http(s) URL or - (standard input); may be repeated."
     ),
-    prompt: str = typer.Option("", "--prompt", help="Question or instruction."),
-    chat: bool = typer.Option(False, "--chat", help="Use the chat form (Qwen-VL-Chat)."),
+    prompt: str = typer.Option("", "--prompt", help="Question or instruction; - reads standard input."),
+    chat: Optional[bool] = typer.Option(
+        None, "--chat/--no_chat", help="Use the chat form (Qwen-VL-Chat); default: as the model folder says."
+    ),
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message (chat)."),
     as_json: bool = typer.Option(False, "--json", help="Print the whole answer as JSON."),
     output: Optional[Path] = typer.Option(
-        None, "--output", help="Also write the answer as JSON to this file."
+        None, "--output", help="Also write the answer as JSON to this file; - is --json."
     ),
     draw: Optional[Path] = typer.Option(
         None, "--draw", help="Draw the boxes on the last picture, to this file."
@@ -46,7 +50,11 @@ def predict(
     from paddlemix_qwenvl_plugin.runtime.request import Request
 
     options: GenerationOptions = context.obj
-    sources = image or []
+    sources: list[Any] = image or []
+    if [prompt, *sources].count("-") > 1:
+        raise UsageError("-: standard input can be read once; give one --image or the --prompt there")
+    if output == Path("-"):
+        as_json, output = True, None
     if not sources and not prompt:
         raise UsageError("nothing to ask: give --prompt, --image or both")
     if draw is not None and not sources:
@@ -58,11 +66,20 @@ def predict(
     if draw is not None and draw.suffix.lower() not in _DRAW_FORMATS:
         raise UsageError(f"--draw {draw}: not a picture format; name it .png or .jpg")
     pair = open_pair()
+    if prompt == "-":
+        prompt = standard_input.read_text()
+    sources = [standard_input.read_bytes() if source == "-" else source for source in sources]
     parts: list[dict[str, Any]] = [{"image": source} for source in sources]
     if draw is not None:  # opened once, to ask about it and to draw on it
         parts[-1]["image"] = pair.load_images(sources[-1:])[0]
     request = Request(parts + ([{"text": prompt}] if prompt else []), options, chat=chat, system=system)
-    answer = pair.ask(request).finish()
+    stream = pair.ask(request)
+    streamed = not as_json and sys.stdout.isatty()
+    if streamed:
+        for piece in stream:
+            print(without_controls(piece.text), end="", flush=True)
+        print()
+    answer = stream.finish()
     result = answer.as_dict()
     if output is not None:
         write_text(output, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
@@ -74,11 +91,12 @@ def predict(
         from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes, save_drawn
 
         write_beside(draw, partial(save_drawn, draw_boxes(parts[-1]["image"], answer.boxes)))
-    # JSON has escapes of its own for what the output's encoding lacks.
-    utf_8 = sys.stdout.encoding.lower().replace("_", "-") == "utf-8"
-    print(json.dumps(result, ensure_ascii=not utf_8) if as_json else answer.text)
+    if not streamed:
+        # JSON has escapes of its own for what the output's encoding lacks.
+        utf_8 = sys.stdout.encoding.lower().replace("_", "-") == "utf-8"
+        print(json_line(result, ensure_ascii=not utf_8) if as_json else without_controls(answer.text))
     for problem in answer.problems:
-        print(f"qwenvl: {problem}", file=sys.stderr)
+        print(f"qwenvl: {one_line(problem)}", file=sys.stderr)
 
 
 def _check_targets(output: Optional[Path], draw: Optional[Path], sources: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from paddlemix_qwenvl_plugin.util.errors import UsageError
+from paddlemix_qwenvl_plugin.util.errors import UsageError, line_of
 
 app = typer.Typer(name="recipes", help="List, show and check recipes.")
 
@@ -51,7 +51,7 @@ def validate(
         try:
             recipe = loader.load(loader.find(path))
         except UsageError as error:
-            print(f"bad  {error}")
+            print(f"bad  {line_of(error)}")
             bad += 1
         else:
             print(f"ok   {path}: {recipe.name}, {len(recipe.steps)} steps")

@@ -14,6 +14,7 @@ from paddlemix_qwenvl_plugin.demo.world.captions import caption_text
 from paddlemix_qwenvl_plugin.processing.boxes import Box, parse_boxes
 from paddlemix_qwenvl_plugin.processing.drawing import COLOURS
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
+from paddlemix_qwenvl_plugin.util.program import program
 from paddlemix_qwenvl_plugin.version import __version__
 
 _HERE = Path(__file__).resolve().parent
@@ -36,6 +37,7 @@ def html_page(run: Run, out: Path) -> str:
         tokens_per_second=f"{_tokens_per_second(run.results):.0f}",
         paddle=escape(paddle.__version__),
         plugin=escape(__version__),
+        qwenvl=escape(program()),
         vision=escape(shlex.quote(str(out / "vision" / "vision"))),
         language=escape(shlex.quote(str(out / "text" / "qwen"))),
         picture=escape(shlex.quote(str(out / "pictures" / "caption.png"))),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Optional
 
+from filelock import FileLock
 from PIL import Image
 
 from paddlemix_qwenvl_plugin.checkpoint.tensors import language_specs, vision_specs
@@ -20,6 +22,8 @@ from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS, Question
 from paddlemix_qwenvl_plugin.demo.result import Result, Run
 from paddlemix_qwenvl_plugin.demo.score import request
 from paddlemix_qwenvl_plugin.demo.sheet import contact_sheet
+from paddlemix_qwenvl_plugin.engine.build import library_state
+from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
@@ -54,6 +58,12 @@ def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None
     if not weights.is_file():
         raise QwenVLError(f"{weights}: the demo model's weights are missing; install the package again")
     _claim(out)
+    with _alone_in(out):
+        return _run(out, say, model)
+
+
+def _run(out: Path, say: Callable[[str], None], model: Path) -> Run:
+    _build_engine(say)
     start = time.perf_counter()
     manifest = export_vision(model, out / "vision" / "vision")
     exported_vision = time.perf_counter()
@@ -88,6 +98,26 @@ def _claim(out: Path) -> None:
         if os.path.lexists(out / name):
             raise UsageError(f"{out / name}: exists, and no demo wrote it; name another folder")
     mark.touch()
+
+
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Let another demo in the same folder end first: its exports would be renamed under the feet of this one."""
+    lock = out / ".qwenvl-demo.lock"
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(PermissionError):  # Windows removes no open file
+                lock.unlink()
+
+
+def _build_engine(say: Callable[[str], None]) -> None:
+    """Build the engine if need be, so that it is not counted as a part of the export."""
+    there = library_state()[0] in ("shipped", "built")
+    start = time.perf_counter()
+    if engine_available(engine_choice(), operators=True) and not there:
+        say(f"Built the engine in {time.perf_counter() - start:.1f} s.")
 
 
 def _ask(pair: QwenVL, question: Question) -> Result:

@@ -8,6 +8,7 @@ from paddlemix_qwenvl_plugin.doctor.report import Check
 from paddlemix_qwenvl_plugin.engine import build, gpu, nvrtc, sources
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 from paddlemix_qwenvl_plugin.util.machine import cuda_driver
+from paddlemix_qwenvl_plugin.util.program import program
 
 
 def check_engine() -> Check:
@@ -39,9 +40,9 @@ def check_engine() -> Check:
         return Check("engine", "note", message, "apt-get install g++", data)
     if state == "failed":
         said = (path.parent / "failed").read_text("utf-8")
-        return Check("engine", "problem", f"{where}; {said}", "qwenvl build-engine", data)
+        return Check("engine", "problem", f"{where}; {said}", f"{program()} build-engine", data)
     message = f"{where}; not built so far, its first use builds it with {version}"
-    return Check("engine", "note", message, "qwenvl build-engine", data)
+    return Check("engine", "note", message, f"{program()} build-engine", data)
 
 
 def check_gpu_engine() -> Check:
@@ -74,7 +75,7 @@ def check_gpu_engine() -> Check:
     where += f", {data['nvrtc']}"
     if state == "built":
         return Check("gpu_engine", "ok", f"{where}, built in {kernels}", data=data)
-    again = "qwenvl build-engine --device gpu"
+    again = f"{program()} build-engine --device gpu"
     if state == "failed":
         failed = (library.parent if library_state == "failed" else kernels) / "failed"
         return Check("gpu_engine", "problem", f"{where}; {failed.read_text('utf-8')}", again, data)

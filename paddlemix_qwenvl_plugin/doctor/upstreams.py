@@ -20,6 +20,7 @@ from paddlemix_qwenvl_plugin.upstream import patches, pins
 from paddlemix_qwenvl_plugin.upstream.pins import Broken, Upstream
 from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.program import program
 
 _INSTALL_PADDLENLP = "pip install 'paddlemix-qwenvl-plugin[paddlenlp]'"
 # Found on sys.path, these count as installed in whatever version.
@@ -107,7 +108,7 @@ def check_upstream(
     message = f"{what}: import {name} fails: {answer.cause}"
     if patches.State.APPLIES.value in data["patches"].values():
         message += "; its patches are not applied"
-        fix = f"qwenvl patches apply --tree {shlex.quote(str(root))}"
+        fix = f"{program()} patches apply --tree {shlex.quote(str(root))}"
     elif not mended and name == "paddlenlp":
         fix = _INSTALL_PADDLENLP
     return Check(name, "problem", message, fix, data)

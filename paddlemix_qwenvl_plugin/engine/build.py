@@ -35,6 +35,7 @@ from paddlemix_qwenvl_plugin.engine.sources import (
 )
 from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, one_line
+from paddlemix_qwenvl_plugin.util.program import program
 from paddlemix_qwenvl_plugin.util.progress import track
 from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
@@ -46,7 +47,7 @@ OPERATORS = "libqwenvl_paddle.so"
 SHIPPED = Path(__file__).with_name(LIBRARY)
 
 _GPU_FOLDERS = ("include", "core", "cuda")
-_GPU_WORDS = ("the engine for GPUs", "qwenvl build-engine --device gpu")
+_GPU_WORDS = ("the engine for GPUs", "build-engine --device gpu")
 
 # What a compiler says of trouble that has gone when it is tried again.
 _PASSING = ("No space left", "Killed")
@@ -118,7 +119,7 @@ class Target(NamedTuple):
 
     Attributes:
         folders: of csrc/, whose files decide about it, as do the flags and `identity`.
-        what: what it is called in errors; `again` is the command that builds it.
+        what: what it is called in errors; `again` is our command that builds it.
     """
 
     name: str
@@ -128,7 +129,7 @@ class Target(NamedTuple):
     identity: tuple[str, ...]
     link: Optional[tuple[str, ...]] = ()
     what: str = "the engine"
-    again: str = "qwenvl build-engine"
+    again: str = "build-engine"
 
     @property
     def files(self) -> list[str]:
@@ -242,9 +243,11 @@ def built(target: Target, allowed: bool = False) -> Path:
     if _is_whole(target, folder):
         return folder
     if not allowed and env.NO_BUILD.read():
-        raise QwenVLError(f"{target.what} is not built, and {env.NO_BUILD.name} is set: run {target.again}")
+        raise QwenVLError(
+            f"{target.what} is not built, and {env.NO_BUILD.name} is set: run {program()} {target.again}"
+        )
     if not allowed and failed.is_file():  # it would fail again, at the start of every process
-        raise QwenVLError(f"{failed.read_text('utf-8')} ({target.again} tries again)")
+        raise QwenVLError(f"{failed.read_text('utf-8')} ({program()} {target.again} tries again)")
     if shutil.which(command) is None:
         raise QwenVLError(
             f"{target.what} needs a C++17 compiler, and there is no {command}: apt-get install g++"

@@ -30,7 +30,6 @@ from paddlemix_qwenvl_plugin.checkpoint.dtypes import check_dtype
 from paddlemix_qwenvl_plugin.engine.quantize import check_quant_type, quantised
 from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
 from paddlemix_qwenvl_plugin.export.program import FORMATS, Program, save_program
-from paddlemix_qwenvl_plugin.export.scratch import scratch_folder
 from paddlemix_qwenvl_plugin.modeling.fused import FusedGeneration, FusedVision
 from paddlemix_qwenvl_plugin.modeling.generation import Step, StockGeneration
 from paddlemix_qwenvl_plugin.modeling.language import LanguageModel
@@ -41,6 +40,7 @@ from paddlemix_qwenvl_plugin.modeling.weights import (
     vision_parameters,
 )
 from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
+from paddlemix_qwenvl_plugin.util.scratch import scratch_folder
 from paddlemix_qwenvl_plugin.version import __version__
 
 PathLike = Union[str, Path]
@@ -159,7 +159,7 @@ def _export(
     own = [*(name for name, *_ in todo), params_path(prefix).name, manifest_path(prefix).name]
     _check_names(checkpoint.folder, prefix, own, stage.companions)
     make_folder(prefix.parent)
-    with naming(prefix), scratch_folder(prefix) as scratch:
+    with naming(prefix), scratch_folder(prefix, "export") as scratch:
         records = None
         for name, form, compute_dtype, program in todo:
             found = save_program(program, checkpoint.config, dtype, compute_dtype, form, scratch / name)

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import io
 import os
 import re
 import stat
-import threading
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -22,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from paddlemix_qwenvl_plugin.processing.quiet import quiet
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.sources import is_address, is_data_url, without_password
 
@@ -41,8 +38,6 @@ _TURNS = {
 
 # Pillow hands these to another program (Ghostscript) or to the operating system's drawing code.
 _REFUSED_FORMATS = ("EPS", "WMF")
-
-_warnings_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -190,7 +185,7 @@ def _open(encoded: bytes, name: str, limits: ImageLimits) -> Image.Image:
     if len(encoded) > limits.max_bytes:
         raise QwenVLError(f"image {name} is larger than the limit of {_mebibytes(limits.max_bytes)}")
     try:
-        with _no_warnings():
+        with quiet():
             image = Image.open(io.BytesIO(encoded))
     except UnidentifiedImageError as error:
         raise QwenVLError(f"image {name} is not in a picture format that Pillow knows") from error
@@ -212,32 +207,21 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
     if width == 0 or height == 0:
         raise QwenVLError(f"image {name} is {width} x {height} pixels: nothing to look at")
     try:
-        image.load()  # what says how to turn it may stand behind the pixels
-        turn = _turn(image)
-        pixels = _as_rgb(image)
+        with quiet():
+            image.load()  # what says how to turn it may stand behind the pixels
+            turn = _turn(image)
+            pixels = _as_rgb(image)
         return pixels if turn is None else pixels.transpose(turn)
     except Exception as error:  # as above: the plugins have no common error for damaged data
         raise QwenVLError(f"image {name} is damaged or cut short: {error}") from error
 
 
-@contextlib.contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Keep Pillow's warnings off stderr: our own limit on the pixels decides, and damaged notes are passed over.
-
-    Python's filters are the whole process's, so only one thread at a time changes them: not while it decodes.
-    """
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _turn(image: Image.Image) -> Optional[Image.Transpose]:
     """How to set a picture upright; None where it is, or does not say in a way that can be read."""
-    with _no_warnings():
-        try:
-            return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-        except Exception:  # a damaged note beside a picture that may be whole
-            return None
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a damaged note beside a picture that may be whole
+        return None
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from paddlemix_qwenvl_plugin.recipes import interpolate
+from paddlemix_qwenvl_plugin.recipes import interpolate, plain_yaml
 from paddlemix_qwenvl_plugin.recipes.schema import Recipe
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.shipped import PACKAGE, shipped_folder
@@ -31,7 +31,7 @@ def find(recipe: str) -> Path:
     Raises:
         UsageError: there is no such file or shipped recipe.
     """
-    path = Path(recipe).expanduser()
+    path = _expanded(recipe)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         if not path.is_file():
             raise UsageError(f"{recipe}: no such recipe file")
@@ -65,33 +65,19 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     return recipe
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, except that a key given twice is an error instead of a silent last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        with path.open("rb") as file:
+            content = file.read(plain_yaml.MAX_BYTES + 1)
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise UsageError(f"{path}{where}: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
+    if len(content) > plain_yaml.MAX_BYTES:
+        raise UsageError(f"{path}: longer than {plain_yaml.MAX_BYTES >> 10} KiB; is it a recipe?")
+    try:
+        return plain_yaml.read(text)
+    except plain_yaml.NotPlain as error:
+        raise UsageError(f"{path}{error.where}: {error}") from error
 
 
 def _validate(data: Any, source: str) -> Recipe:
@@ -115,7 +101,7 @@ def _line(error: Any, data: Any) -> str:
     elif error["type"] == "value_error":
         message = str(error["ctx"]["error"])
     elif error["type"] != "unknown_key":
-        message = f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
+        message = f"{message[0].lower()}{message[1:]}, got {error['input']!r:.60}"
     key = _dotted(location, data)
     return f"{key}: {message}" if key else message
 
@@ -124,6 +110,8 @@ def _dotted(location: list[Any], data: Any) -> str:
     """A key path as overrides write it: items of lists go by their name where they have one."""
     parts = []
     for part in location:
+        if part == "[key]":  # pydantic's word for the key itself, which comes before it
+            continue
         try:
             data = data[part]
         except (KeyError, IndexError, TypeError):
@@ -138,9 +126,11 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UsageError(f"override {override!r}: write key=value")
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"override {override!r}: the value is not YAML; quote it") from error
+        value = plain_yaml.read(text)
+    except plain_yaml.NotPlain as error:
+        raise UsageError(
+            f"override {override!r:.200}: the value is not plain YAML ({error}); quote it"
+        ) from error
     *parents, last = key.split(".")
     node: Any = data
     for depth, part in enumerate(parents):
@@ -166,10 +156,15 @@ def _position(node: Any, part: str, override: str, where: str) -> str | int:
 def _fix_paths(recipe: Recipe, folder: Path) -> None:
     values = {"recipe_dir": str(folder)}
     for asset in recipe.assets:
-        asset.path = str(Path.cwd() / Path(interpolate.fill(asset.path, values)).expanduser())
+        asset.path = str(Path.cwd() / _expanded(interpolate.fill(asset.path, values)))
     for step in recipe.steps:
         step.run = [interpolate.fill(argument, values) for argument in step.run]
     for expect in recipe.expect:
         expect.file = interpolate.fill(expect.file, values)
     for key, value in recipe.env.items():
         recipe.env[key] = interpolate.fill(value, values)
+
+
+def _expanded(path: str) -> Path:
+    """`path` with the home folder for its `~`; a Path of its own would fail where there is no such user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111

@@ -72,6 +72,8 @@ def _asset(asset: Asset) -> list[str]:
         return []
     if path.is_dir():
         return [f"asset {asset.name}: {path} is a folder and sha256 is for files; list its files as assets"]
+    if not path.is_file():  # a device may never end
+        return [f"asset {asset.name}: {path} is neither a file nor a folder"]
     digest = FileDigest.of(path).sha256
     if digest != asset.sha256:
         return [f"asset {asset.name}: {path} has sha256 {digest}, not {asset.sha256}; fetch it again"]

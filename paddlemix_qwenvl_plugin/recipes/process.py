@@ -16,6 +16,9 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 _TICK_SECONDS = 0.2
 _GRACE_SECONDS = 5.0
 
+LOG_MIB = 100
+"""How large a log may become before the command is ended."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -24,6 +27,7 @@ class Finished:
     exit_code: int
     seconds: float
     timed_out: bool = False
+    log_full: bool = False
 
 
 def run(
@@ -54,6 +58,9 @@ def run(
             if left <= 0:
                 _end(process)
                 return Finished(process.returncode, time.monotonic() - start, timed_out=True)
+            if os.fstat(log.fileno()).st_size > LOG_MIB << 20:
+                _end(process)
+                return Finished(process.returncode, time.monotonic() - start, log_full=True)
             with contextlib.suppress(subprocess.TimeoutExpired):  # still running: tick again
                 code = process.wait(min(left, _TICK_SECONDS))
                 return Finished(code, time.monotonic() - start)

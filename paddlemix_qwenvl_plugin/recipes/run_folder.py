@@ -57,7 +57,7 @@ def to_continue(recipe: Recipe, output: Path, first: int) -> Path:
     folder, wanted = folders[-1], recipe.resolved()
     try:
         there = dict(yaml.safe_load(_read(folder / "recipe.resolved.yaml")))
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise QwenVLError(f"{folder / 'recipe.resolved.yaml'}: damaged; run without --from_step") from error
     differing = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if differing:
@@ -81,7 +81,7 @@ def earlier_results(folder: Path, recipe: Recipe, first: int) -> dict[str, Any]:
         results["bench"]
         for step in recipe.steps[:first]:
             ended[step.name]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise QwenVLError(f"{path}: damaged; run without --from_step") from error
     for step in recipe.steps[:first]:
         if ended[step.name] != "ok":

@@ -154,7 +154,7 @@ class _Run:
             log.flush()
             ended = process.run(argv, self.env, log, step.timeout_seconds, line.tick)
             seconds.append(ended.seconds)
-            if ended.exit_code or ended.timed_out:
+            if ended.exit_code or ended.timed_out or ended.log_full:
                 return ended, []
         if bench is None:
             return ended, []
@@ -194,6 +194,8 @@ def _bench_text(seconds: list[float]) -> str:
 def _problem(step: Step, ended: process.Finished) -> Optional[str]:
     if ended.timed_out:
         return f"was stopped after timeout_seconds {step.timeout_seconds:g}"
+    if ended.log_full:
+        return f"was stopped, for the log is larger than {process.LOG_MIB} MiB"
     if ended.exit_code < 0:
         number = -ended.exit_code
         known = number in [int(s) for s in signal.Signals]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import warnings
 from typing import Annotated, Any, Literal, Optional, Union
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -26,9 +27,17 @@ def _as_argv(value: Any) -> Any:
 
 def _regex(value: str) -> str:
     try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"not a regular expression ({error}): {value!r}") from error
+        with warnings.catch_warnings():  # about what a later Python may read differently
+            warnings.simplefilter("ignore")
+            re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"not a regular expression ({error}): {value!r:.60}") from error
+    return value
+
+
+def _variable(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) is None:
+        raise ValueError("not a name for an environment variable: letters, digits and _")
     return value
 
 
@@ -37,6 +46,7 @@ ItemName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 # The name becomes part of a folder's name.
 RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Text = Annotated[str, BeforeValidator(_as_text)]
+Variable = Annotated[str, AfterValidator(_variable)]
 
 
 class _Strict(BaseModel):
@@ -144,7 +154,7 @@ class Recipe(_Strict):
     requires: Requires = Requires()
     pins: dict[str, Text] = {}
     assets: list[Asset] = []
-    env: dict[str, Text] = {}
+    env: dict[Variable, Text] = {}
     seed: Optional[int] = None
     dtype: Optional[Literal["float32", "float16", "bfloat16"]] = None
     steps: list[Step] = Field(min_length=1)

@@ -27,6 +27,7 @@ from paddlemix_qwenvl_plugin.runtime.gpu_memory import check_room
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits, images_of
+from paddlemix_qwenvl_plugin.util.memory import address_space_left
 
 _BLOCK_TOKENS = 32
 _STEP_TOKENS = 512
@@ -78,7 +79,7 @@ class EngineExecutor:
         if n_blocks is None:
             block_bytes = KvPool.block_bytes(self._language, _BLOCK_TOKENS, dtype)
             share = _CACHE_SHARE if gpu is None else gpu_memory
-            affordable = int(c.device_info(gpu).free_bytes * share) // block_bytes
+            affordable = int(_free_bytes(gpu) * share) // block_bytes
             n_blocks = max(context, min(affordable, _CACHE_CONTEXTS * context))
         self._pool = KvPool(self._language, n_blocks, _BLOCK_TOKENS, dtype)
         self.limits = Limits(_MAX_RUNNING, step_tokens, n_blocks, _BLOCK_TOKENS, ahead=self._ahead)
@@ -306,6 +307,13 @@ def _sampling(options: GenerationOptions) -> c.Sampling:
     seed = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
     sampling.seed = seed % 2**64
     return sampling
+
+
+def _free_bytes(gpu: int | None) -> int:
+    """Memory that the KV cache may have a share of."""
+    free = int(c.device_info(gpu).free_bytes)
+    left = address_space_left() if gpu is None else None
+    return free if left is None else min(free, left)
 
 
 def _weights(stage: Stage) -> Weights:

@@ -16,6 +16,7 @@ from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
 from paddlemix_qwenvl_plugin.runtime.image_cache import ImageCache
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Scheduler
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.program import program
 
 # How long prompts may hold up those who decode, in a step.
 _STALL_SECONDS = 0.25
@@ -27,7 +28,7 @@ class NotFiniteError(QwenVLError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the model's logits are not finite numbers: its weights are damaged (qwenvl verify checks them)"
+            f"the model's logits are not finite numbers: its weights are damaged ({program()} verify checks them)"
         )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from paddlemix_qwenvl_plugin.artifact.manifest import check_pair
 from paddlemix_qwenvl_plugin.artifact.verify import verify as verify_stage
-from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, is_chat_model, load_config
 from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess
 from paddlemix_qwenvl_plugin.processing.prompts import (
     Part,
@@ -112,6 +112,11 @@ class QwenVL:
     def tokenizer(self) -> QwenTokenizer:
         """The tokenizer of the model folder."""
         return QwenTokenizer.of_model(self._model, self.config)
+
+    @cached_property
+    def is_chat(self) -> bool:
+        """Whether the model is asked in the chat form unless a request says otherwise: as its folder says."""
+        return is_chat_model(self._model) or is_chat_model(self._stages[1].prefix.parent)
 
     @cached_property
     def _loop(self) -> Loop:
@@ -227,7 +232,7 @@ class QwenVL:
         self,
         parts: Union[str, Sequence[Part]],
         *,
-        chat: bool = False,
+        chat: Optional[bool] = None,
         history: Sequence[tuple[Query, str]] = (),
         system: str = DEFAULT_SYSTEM,
         **options: Any,
@@ -248,7 +253,7 @@ class QwenVL:
         self,
         parts: Union[str, Sequence[Part]],
         *,
-        chat: bool = False,
+        chat: Optional[bool] = None,
         history: Sequence[tuple[Query, str]] = (),
         system: str = DEFAULT_SYSTEM,
         **options: Any,
@@ -257,7 +262,8 @@ class QwenVL:
 
         Args:
             parts: text, or a list of {"image": …}, {"text": …} and {"box": …, "ref": …} (processing/prompts.py).
-            chat: use the ChatML form of Qwen-VL-Chat and stop at its turn tokens; False: the base model's form.
+            chat: use the ChatML form of Qwen-VL-Chat and stop at its turn tokens; False: the base model's form; None:
+                what the model folder says.
             history: earlier turns (query, answer), chat only.
             system: the system message, chat only.
             options: see GenerationOptions.
@@ -334,7 +340,7 @@ class QwenVL:
         """The prompt of a request, and the tokens that end its answer."""
         parts: Sequence[Part] = [{"text": request.parts}] if isinstance(request.parts, str) else request.parts
         tokenizer = self.tokenizer
-        if request.chat:
+        if self.is_chat if request.chat is None else request.chat:
             prompt = chat_prompt(tokenizer, parts, request.history, request.system)
             return prompt, tokenizer.chat_stop_token_ids
         if request.history:

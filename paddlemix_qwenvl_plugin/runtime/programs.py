@@ -23,6 +23,7 @@ from paddlemix_qwenvl_plugin.engine.gpu import gpu_index
 from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.machine import paddle_gpus
+from paddlemix_qwenvl_plugin.util.paddle_version import require_paddle
 from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
 _FORMS = (".json", ".pdmodel")
@@ -88,6 +89,7 @@ class Stage:
 
         `.step` programs are portable.
         """
+        require_paddle()
         gpu = self.gpu  # of Paddle
         target, before_runs = "", None
         has_operator = not suffix and any(".fused." in name for name in self.manifest.programs)
@@ -149,6 +151,7 @@ class Program:
 
 
 def _check_paddle_gpu(index: int) -> None:
+    require_paddle()
     import paddle
 
     if not paddle.is_compiled_with_cuda():

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+_LONGEST = 2000
+
 
 class QwenVLError(Exception):
     """The request was understood and could not be carried out (exit code 1)."""
@@ -20,8 +22,10 @@ class UsageError(QwenVLError):
 
 
 def one_line(text: str) -> str:
-    """`text` on one line, whatever a file in it is called, and nothing in it that a terminal obeys."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.splitlines()))
+    """`text` on one line that can be read, whatever a file in it is called or holds: nothing that a terminal obeys, and
+    where it is very long its two ends."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.splitlines()))
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
 
 
 def line_of(error: BaseException) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
+from paddlemix_qwenvl_plugin.util.scratch import scratch_folder
 
 
 def write_beside(target: Path, write: Callable[[Path], Any]) -> None:
@@ -17,7 +18,8 @@ def write_beside(target: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         OSError: it cannot be written; the error names a file.
     """
-    partial = target.with_name(f".partial-{target.name}")
+    # A name of its own: another process may be writing the same file.
+    partial = target.with_name(f".partial-{uuid.uuid4().hex[:12]}{target.suffix}")
     try:
         with naming(target):
             write(partial)
@@ -33,7 +35,7 @@ def write_text(target: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Give a folder beside `target` to fill, and rename it to `target` when it is whole.
+    """Give a folder to fill, and rename it to `target` when it is whole.
 
     Raises:
         UsageError: `target` exists, or cannot be made.
@@ -41,15 +43,14 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise UsageError(f"{target}: exists already; name a new folder")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
-    try:
-        with naming(target):
-            yield partial
-            partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    make_folder(target.parent)
+    with naming(target), scratch_folder(target, "partial") as scratch:
+        partial = scratch / "new"
+        partial.mkdir()
+        yield partial
+        if target.exists():  # another process was quicker
+            raise UsageError(f"{target}: exists already; name a new folder")
+        partial.replace(target)
 
 
 def check_target(target: Path, own: Callable[[Path], bool] = lambda target: True) -> None:

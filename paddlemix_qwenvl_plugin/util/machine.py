@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+from paddlemix_qwenvl_plugin.util.paddle_version import require_paddle
+
 GIB = 1024**3
 
 
@@ -79,6 +81,7 @@ def paddle_gpus() -> int:
     """How many CUDA devices Paddle can use; 0 in a build for CPUs, and without Paddle. Imports it."""
     if find_spec("paddle") is None:
         return 0
+    require_paddle()
     import paddle
 
     return int(paddle.device.cuda.device_count()) if paddle.is_compiled_with_cuda() else 0

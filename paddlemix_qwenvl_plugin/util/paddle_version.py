@@ -1,20 +1,31 @@
-"""Which Paddle is installed, asked before anything imports it."""
+"""Paddle, imported: new enough, whole, and without what it says to its own developers."""
 
 from __future__ import annotations
 
-from importlib import metadata, util
+import contextlib
+import io
+import os
+import sys
+from importlib import import_module, metadata, util
 
 from packaging.version import Version
 
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
+from paddlemix_qwenvl_plugin.util.memory import require_addresses
+from paddlemix_qwenvl_plugin.util.program import program
 
 MINIMUM = "3.0"
 
+_NEEDED_MIB = 2048
+
 
 def require_paddle() -> None:
-    """Raise QwenVLError, with what mends it, unless a Paddle new enough is installed.
+    """Import Paddle, which is slow: where it is used, not at the top of a module that is loaded for less.
 
     Builds for other devices carry other distribution names; their version is not checked.
+
+    Raises:
+        QwenVLError: it is not there, too old or broken; the line has what mends it.
     """
     if util.find_spec("paddle") is None:
         raise QwenVLError(
@@ -27,3 +38,14 @@ def require_paddle() -> None:
             continue
         if Version(found) < Version(MINIMUM):
             raise QwenVLError(f"{distribution} {found} is too old; install {MINIMUM} or newer")
+    if "paddle" not in sys.modules:
+        require_addresses("Paddle", _NEEDED_MIB)
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    try:
+        # It warns of a compiler's cache that is missing, and explains failures at length.
+        with contextlib.redirect_stderr(io.StringIO()):
+            import_module("paddle")
+    except Exception as error:
+        raise QwenVLError(
+            f"Paddle cannot be imported ({type(error).__name__}: {first_line(error)}); see {program()} doctor"
+        ) from error

@@ -122,8 +122,8 @@ def test_colours(
     conversation = Conversation(session, terminal)
     conversation.run("Where?")
     raw = capsys.readouterr().out
-    assert "See \x1b[1;36m[red]the house[/red]\x1b[0m\x1b[32m [1]\x1b[0m!�[5m\n" in raw
-    assert "See [red]the house[/red] [1]!�[5m" in plain(raw)
+    assert "See \x1b[1;36m[red]the house[/red]\x1b[0m\x1b[32m [1]\x1b[0m!\\x1b[5m\n" in raw
+    assert "See [red]the house[/red] [1]!\\x1b[5m" in plain(raw)
 
 
 def test_transcripts(talk: Talk, say: Say) -> None:

@@ -79,7 +79,7 @@ def test_fragments() -> None:
         Fragment("[3]", "box"),
         Fragment("<box>(1,2)</box>", "text"),
         Fragment("<ref> </ref>", "text"),
-        Fragment("�[31m���狗\u3000\n\t!", "text"),
+        Fragment("\\x1b[31m\\x07\\x0d\\x9b狗\u3000\n\t!", "text"),
     ]
 
 
@@ -95,7 +95,7 @@ def test_box_lines() -> None:
     assert box_line(1, HOUSE, (960, 640)) == "[1] a red house: (70, 110), (400, 433)"
     assert box_line(2, HOUSE, None) == "[2] a red house: (73, 172), (417, 676) (thousandths)"
     assert box_line(3, QUAD, (100, 200)) == "[3]: (0, 0), (50, 2), (49, 200), (0, 198)"
-    assert box_line(4, Box("box", ((0, 0), (1, 1)), "a\n\x1b[2Jb"), None).startswith("[4] a �[2Jb: ")
+    assert box_line(4, Box("box", ((0, 0), (1, 1)), "a\n\x1b[2Jb"), None).startswith("[4] a \\x1b[2Jb: ")
 
 
 KITTY = [{"TERM": "xterm-kitty"}, {"TERM": "xterm-ghostty"}, {"TERM": "xterm", "KITTY_WINDOW_ID": "1"}]

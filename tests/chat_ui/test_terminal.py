@@ -14,7 +14,7 @@ import pytest
 from chat_helpers import STREET, Terminal
 
 from paddlemix_qwenvl_plugin import QwenVL
-from paddlemix_qwenvl_plugin.chat_ui.view import without_controls
+from paddlemix_qwenvl_plugin.util.text import without_controls
 
 Open = Callable[..., Terminal]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,13 @@ def test_a_wrong_answer_says_what_is_right(text: str) -> None:
     assert page.texts("p", "answer")[0].strip()
 
 
-def test_the_command_on_the_page_is_quoted(right_run: Run) -> None:
+def test_the_commands_on_the_page_are_quoted_and_named_as_started(
+    right_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["my <env>/bin/qwenvl", "demo"])
     page = Page(html_page(right_run, Path("my <demo>")))
     assert any("--first_model_path 'my <demo>/vision/vision' " in text for text in page.texts("pre"))
+    lines = "\n".join(page.texts("pre")).splitlines()
+    started = [line for line in lines if "qwenvl" in line and not line.startswith("  ")]
+    assert len(started) == 4
+    assert all(line.startswith("'my <env>/bin/qwenvl' ") for line in started), started

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,45 @@ def test_missing_weights_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(QwenVLError, match=r"model\.safetensors: the demo model's weights are missing"):
         run_demo(tmp_path / "demo", print, tmp_path)
     assert not (tmp_path / "demo").exists()
+
+
+def test_two_demos_in_one_folder(tmp_path: Path, random_model: Path) -> None:
+    program = f"""
+from pathlib import Path
+from paddlemix_qwenvl_plugin.demo import run, score
+score._MAX_NEW_TOKENS = 4
+made = run.run_demo(Path("demo"), lambda line: None, Path({str(random_model)!r}))
+print(len(made.results))
+"""
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPO)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    assert [process.communicate(timeout=300) for process in both] == [("8\n", ""), ("8\n", "")]
+    assert files(tmp_path / "demo") == OWN
+
+
+def test_building_the_engine_is_no_part_of_the_export(
+    tmp_path: Path, random_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(run_module, "library_state", lambda: ("not built", Path("libqwenvl.so")))
+    monkeypatch.setattr(run_module, "engine_available", lambda choice, operators: time.sleep(5) or True)
+    start, lines = time.perf_counter(), list[str]()
+    run = run_demo(tmp_path, lines.append, random_model)
+    assert run.export_seconds + 5 < time.perf_counter() - start
+    assert re.fullmatch(r"Built the engine in 5\.\d s\.", lines[0])
+    assert [line.split(" in ")[0] for line in lines[1:3]] == [
+        "Exported the vision stage",
+        "Exported the language stage",
+    ]
 
 
 @needs_weights

@@ -15,6 +15,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -30,7 +31,9 @@ from spoilt import spoil
 from paddlemix_qwenvl_plugin.batch.journal import Journal
 from paddlemix_qwenvl_plugin.cli.signals import Terminated
 from paddlemix_qwenvl_plugin.export.export import export_language
+from paddlemix_qwenvl_plugin.recipes import expect, process
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
+from paddlemix_qwenvl_plugin.util import paddle_version
 from paddlemix_qwenvl_plugin.util.machine import CudaDriver, Gpu
 
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
@@ -48,6 +51,8 @@ class Bench:
         self.monkeypatch = monkeypatch
         # If set, the command runs in a process that cannot write larger files, as on a full disk.
         self.max_file_bytes: int | None = None
+        # If set, the command runs in a process that can have no more addresses, as with `ulimit -v`.
+        self.max_address_bytes: int | None = None
         self.stdout: str | None = None
         # What must live as long as the command runs.
         self.keep: Any = None
@@ -768,6 +773,7 @@ cases(
         "`--presence_penalty inf`": predict("--presence_penalty", "inf"),
         "`--seed -1`": predict("--seed", "-1"),
         "neither `--prompt` nor `--image`": lambda bench: bench.predict(prompt=""),
+        "`--prompt -` and `--image -`": lambda bench: bench.predict("--image", "-", prompt="-"),
         "`--draw` without `--image`": predict("--draw", "drawn.png"),
         "`--draw` to an unknown picture format": predict("--image", str(STREET), "--draw", "drawn.txt"),
         "`--draw` to a folder that is not there": predict("--image", str(STREET), "--draw", "out/drawn.png"),
@@ -799,6 +805,43 @@ def _(bench: Bench) -> list[str]:
     shutil.copytree(bench.model(), "other")
     Path("other/config.json").write_text("{}")
     return ["export-language", "--model_name_or_path", "model", "--output_path", "other"]
+
+
+@case("`--prompt -` of what is not text")
+def _(bench: Bench) -> list[str]:
+    bench.stdin = b"What is \xff?\n"
+    return bench.predict(prompt="-")
+
+
+@case("generation_config.json is not JSON")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.predict()
+    Path("text/generation_config.json").write_text("chatml")
+    return arguments
+
+
+@case("`ulimit -v 800000` where Paddle is needed")
+def _(bench: Bench) -> list[str]:
+    bench.max_address_bytes = 800000 << 10
+    bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")
+    return bench.predict()
+
+
+@case("`ulimit -v 150000`")
+def _(bench: Bench) -> list[str]:
+    bench.max_address_bytes = 150000 << 10
+    return bench.predict()
+
+
+@case("Paddle is there and cannot be imported")
+def _(bench: Bench) -> list[str]:
+    def broken(name: str) -> None:
+        print("Compile with WITH_GPU", file=sys.stderr)
+        raise ImportError("libcublas.so.11: cannot open shared object file\nSee the FAQ")
+
+    bench.monkeypatch.setattr(paddle_version, "import_module", broken)
+    bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")
+    return bench.predict()
 
 
 @case("no more room on the disk for `--output`")
@@ -1072,6 +1115,11 @@ def _(bench: Bench) -> list[str]:
     return arguments
 
 
+@case("a line without end")
+def _(bench: Bench) -> list[str]:
+    return bench.chat("a" * (1 << 20))
+
+
 @case("lines that are not text")
 def _(bench: Bench) -> list[str]:
     arguments = bench.chat()
@@ -1291,6 +1339,12 @@ cases(
         "`recipes show` of an unknown recipe": lambda bench: ["recipes", "show", "huge-gpu"],
         "a recipe that is not YAML": lambda bench: bench.recipe_text("steps: [\n"),
         "a recipe with a date that is none": lambda bench: bench.recipe_text("why: 2024-13-45\n"),
+        "a recipe that is nested without end": lambda bench: bench.recipe_text(f"why: {'[' * 2000}\n"),
+        "a recipe with an alias": lambda bench: bench.recipe_text("why: &a x\nname: *a\n"),
+        "a recipe of more than 64 KiB": lambda bench: bench.recipe_text(f"why: {'x' * 70000}\n"),
+        "a recipe with a NUL": recipe(steps=python("\0")),
+        "a recipe with a date": recipe(expect=[{"file": "x", "key": "a", "equals": date(2024, 1, 1)}]),
+        "a recipe with a number of a thousand bits": recipe(seed=1 << 1000),
         "a recipe that is a list": lambda bench: bench.recipe_text("- steps\n"),
         "a key given twice": lambda bench: bench.recipe_text("schema: 1\nschema: 1\n"),
         "an unknown key": recipe(speed=1),
@@ -1299,6 +1353,7 @@ cases(
         "a recipe without steps": recipe(steps=None),
         "two steps of one name": recipe(steps=[*python(""), *python("")]),
         "an unknown `${name}`": recipe(env={"HERE": "${folder}"}),
+        "a variable in `env` of another kind of name": recipe(env={"B=": "x"}),
         "a number where text is wanted": recipe(name=7),
         "an override without `=`": recipe("seed"),
         "an override of an unknown key": recipe("speed=1"),
@@ -1317,6 +1372,7 @@ cases(
             lambda folder: (folder / "recipe.resolved.yaml").write_text("name: other\n")
         ),
         "an asset is missing": recipe(assets=[{"name": "dog", "path": "dog.png", "why": "to ask about"}]),
+        "an asset that never ends": recipe(assets=[{"name": "dog", "path": "/dev/zero", "sha256": "0" * 64}]),
         "too little memory": recipe(requires={"memory_gib": 1e6}),
         "a step fails": recipe(steps=python("raise SystemExit(3)")),
         "a step takes too long": recipe(steps=python("import time; time.sleep(9)", timeout_seconds=0.3)),
@@ -1324,6 +1380,21 @@ cases(
         "an expectation is missed": recipe(expect=[{"file": "${run_dir}/answer.json"}]),
     }
 )
+
+
+@case("a step writes without end")
+def _(bench: Bench) -> list[str]:
+    bench.monkeypatch.setattr(process, "LOG_MIB", 1)
+    return bench.recipe(steps=python("while True: print('x' * 1000)"))
+
+
+@case("an expected expression never ends")
+def _(bench: Bench) -> list[str]:
+    bench.monkeypatch.setattr(expect, "_SEARCH_SECONDS", 0.5)
+    wrote = 'import sys; open(sys.argv[1], "w").write(\'{"a": "\' + "a" * 40 + \'!"}\')'
+    steps = [{"name": "only", "run": ["${python}", "-c", wrote, "${run_dir}/a.json"]}]
+    return bench.recipe(steps=steps, expect=[{"file": "${run_dir}/a.json", "key": "a", "matches": "(a+)+$"}])
+
 
 # Doctor
 
@@ -1512,6 +1583,9 @@ cases(
         "`num_hidden_layers` is beyond reason": config(num_hidden_layers=10**9),
         "config.json is nested without end": config_text("[" * 100_000),
         "two tensors overlap": header(overlap),
+        "a tensor of a hundred thousand dimensions": header(
+            lambda entries: entries[WTE].update(shape=[1 << 62] * 100000)
+        ),
         "bytes after the last tensor": header(lambda entries: None, b"1234"),
         "a web address on this machine or its network": predict(
             "--image", "http://169.254.169.254/dog.png", "--allow_http"

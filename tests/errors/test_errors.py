@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from error_cases import CASES, Bench
+from error_cases import CASES, STREET, Bench
 from error_doc import Row, rows
 
 from paddlemix_qwenvl_plugin.cli.main import main
@@ -37,7 +38,9 @@ def bench(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def in_process(arguments: list[str], bench: Bench, capfd: pytest.CaptureFixture[str]) -> Outcome:
     bench.monkeypatch.setattr(sys, "argv", ["qwenvl", *arguments])
-    stdin = None if bench.stdin is None else io.TextIOWrapper(io.BytesIO(bench.stdin), "utf-8")
+    stdin = None  # closed
+    if bench.stdin is not None:  # as in the C locale
+        stdin = io.TextIOWrapper(io.BytesIO(bench.stdin), "utf-8", "surrogateescape")
     bench.monkeypatch.setattr(sys, "stdin", stdin)
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_info:
@@ -51,6 +54,8 @@ def in_subprocess(arguments: list[str], bench: Bench) -> Outcome:
     def limit() -> None:
         if bench.max_file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (bench.max_file_bytes, bench.max_file_bytes))
+        if bench.max_address_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (bench.max_address_bytes, bench.max_address_bytes))
 
     with Path(bench.stdout or os.devnull).open("w") as stdout:
         done = subprocess.run(
@@ -83,7 +88,7 @@ def test_the_table_and_the_cases_agree() -> None:
 def test_error(row: Row, bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = CASES[row.what](bench)
     before = files()
-    if bench.max_file_bytes is not None or bench.stdout is not None:
+    if any(limit is not None for limit in (bench.max_file_bytes, bench.max_address_bytes, bench.stdout)):
         outcome = in_subprocess(arguments, bench)
     else:
         outcome = in_process(arguments, bench, capfd)
@@ -130,6 +135,13 @@ def test_a_name_cannot_break_the_line(bench: Bench, capfd: pytest.CaptureFixture
     assert outcome.err == "qwenvl: a b?[31m: no such model folder\n"
 
 
+def test_a_line_is_never_endless(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    outcome = in_process(["convert", f"begin{'x' * 100_000}end", "new"], bench, capfd)
+    assert outcome.err.startswith("qwenvl: begin")
+    assert "xend: " in outcome.err
+    assert 1000 < len(outcome.err) < 2100
+
+
 def test_a_reader_that_goes_away() -> None:
     """`qwenvl recipes list | head -0`, the output buffered and not."""
     for unbuffered in ("", "1"):
@@ -153,3 +165,16 @@ def test_a_full_output_file_is_left_as_it_was(bench: Bench) -> None:
     bench.max_file_bytes = 16
     assert in_subprocess(bench.predict("--output", "answer.json"), bench).code == 1
     assert Path("answer.json").read_text() == earlier
+
+
+@pytest.mark.parametrize("kib", [300000, 500000, 650000, 800000])
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+def test_little_memory_gives_an_answer_or_a_line_about_it(engine: str, kib: int, bench: Bench) -> None:
+    bench.max_address_bytes = kib << 10
+    bench.monkeypatch.setenv("QWENVL_ENGINE", engine)
+    outcome = in_subprocess(bench.predict("--image", str(STREET)), bench)
+    if outcome.code == 0:
+        assert outcome.err == ""
+    else:
+        assert outcome.code == 1
+        assert re.fullmatch("qwenvl: .*(out of memory|cannot start \\d+ threads).*\n", outcome.err)

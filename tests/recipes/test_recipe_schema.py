@@ -166,7 +166,7 @@ def test_overrides_set_present_and_absent_keys(tmp_path: Path) -> None:
         ("name.x=1", "override 'name.x=1': name has no keys"),
         ("seed=1.5", "override: seed: input should be a valid integer, got 1.5"),
         ("seed", "override 'seed': write key=value"),
-        ("seed=[1", "override 'seed=[1': the value is not YAML; quote it"),
+        ("seed=[1", "override 'seed=[1': the value is not plain YAML (expected"),
     ],
 )
 def test_bad_override(tmp_path: Path, override: str, expected: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -28,17 +29,25 @@ def test_a_file_is_replaced_whole_or_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def break_off(target: Path, error: BaseException) -> Path:
-    """A folder that is begun and fails; the partial folder's path."""
+def test_a_file_that_two_write_at_once_is_one_of_the_two(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+
+    def first(partial: Path) -> None:
+        partial.write_text("first")
+        write_text(target, "second")
+        assert target.read_text() == "second"
+
+    write_beside(target, first)
+    assert target.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def break_off(target: Path, error: BaseException) -> None:
+    """A folder that is begun and fails."""
     with new_folder(target) as partial:
-        assert partial.parent == target.parent
         assert not list(partial.iterdir())
-        try:
-            (partial / "weights").write_text("half")
-            raise error
-        finally:
-            error.partial = partial  # type: ignore[attr-defined]
-    return partial
+        (partial / "weights").write_text("half")
+        raise error
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -53,19 +62,39 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
         assert not target.exists()
     assert [(path.name, path.read_text()) for path in target.iterdir()] == [("weights", "whole")]
     assert list(target.parent.iterdir()) == [target]
+    (tmp_path / "plain").mkdir()
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_that_two_make_at_once_is_the_quicker_ones(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+
+    def slow() -> None:
+        with new_folder(target) as partial:
+            (partial / "slow").write_text("")
+            with new_folder(target) as quick:
+                (quick / "quick").write_text("")
+            assert (partial / "slow").exists()
+
+    with pytest.raises(UsageError, match="model: exists already"):
+        slow()
+    assert [path.name for path in target.iterdir()] == ["quick"]
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_what_a_killed_process_left_of_a_folder_goes(tmp_path: Path) -> None:
-    killed = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        break_off(tmp_path / "model", killed)
-    left: Path = killed.partial  # type: ignore[attr-defined]
-    assert not left.exists()
-    left.mkdir()
-    (left / "old").write_text("")
-    with new_folder(tmp_path / "model") as partial:
+    target = tmp_path / "model"
+    child = os.fork()
+    if child == 0:
+        with new_folder(target) as partial:
+            (partial / "old").write_text("")
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert [path.name.startswith(".partial-model-") for path in tmp_path.iterdir()] == [True]
+    with new_folder(target) as partial:
         (partial / "new").write_text("")
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:

@@ -1,11 +1,19 @@
-"""What a user reads when Paddle is missing or too old."""
+"""What a user reads when Paddle is missing, too old or broken, and that it is quiet else."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from paddlemix_qwenvl_plugin import QwenVLError
 from paddlemix_qwenvl_plugin.util import paddle_version
+
+REPO = Path(__file__).resolve().parents[2]
+STREET = str(REPO / "recipes" / "pictures" / "street.png")
 
 
 def test_missing(monkeypatch):
@@ -18,6 +26,42 @@ def test_too_old(monkeypatch):
     monkeypatch.setattr(paddle_version.metadata, "version", lambda name: "2.6.2")
     with pytest.raises(QwenVLError, match=r"paddlepaddle 2\.6\.2 is too old; install 3\.0 or newer"):
         paddle_version.require_paddle()
+
+
+def test_broken(tmp_path):
+    """A Paddle that speaks at length and fails: one line, which points to doctor."""
+    (tmp_path / "paddle").mkdir()
+    broken = "import sys\nprint('Mac: DYLD_LIBRARY_PATH', file=sys.stderr)\nimport libcublas\n"
+    (tmp_path / "paddle" / "__init__.py").write_text(broken)
+    for command in (
+        ["export-vision", "--model_name_or_path", ".", "--save_path", "v"],
+        ["demo", str(tmp_path)],
+    ):
+        done = python_with(tmp_path, "-m", "paddlemix_qwenvl_plugin.cli", *command)
+        line = (
+            "Paddle cannot be imported (ModuleNotFoundError: No module named 'libcublas'); see qwenvl doctor"
+        )
+        assert (done.returncode, done.stderr) == (1, f"qwenvl: {line}\n")
+
+
+def test_nothing_of_paddles_on_the_stderr_of_a_user_of_the_python_interface(tiny_exported, tmp_path):
+    program = f"""
+from paddlemix_qwenvl_plugin import QwenVL, export_vision
+export_vision({str(tiny_exported / "model")!r}, {str(tmp_path / "v")!r}, engine="portable")
+vl = QwenVL.from_exported({str(tiny_exported / "vision" / "vision")!r}, {str(tiny_exported / "text" / "qwen")!r})
+print(len(vl.generate([{{"image": {STREET!r}}}], max_new_tokens=2).token_ids))
+"""
+    done = python_with(tmp_path, "-c", program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
+
+
+def python_with(folder, *arguments):
+    """Python with `folder` before all others, on portable graphs."""
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{REPO}", "QWENVL_ENGINE": "portable"}
+    environment.pop("GLOG_minloglevel", None)
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_new_enough():

@@ -1,0 +1,92 @@
+"""YAML as plain data: what a recipe and the value of an override are made of, and how much of it there may be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 1 << 16
+"""The longest text that is read. Recipes take a few kilobytes, and some forms of YAML take long to read."""
+
+_MAX_DEPTH = 32
+_INT_BITS = 63
+
+
+class NotPlain(Exception):
+    """The text is not plain YAML; `where` is ":line:column", or empty where that is not known."""
+
+    def __init__(self, message: str, where: str = "") -> None:
+        super().__init__(message)
+        self.where = where
+
+
+def read(text: str) -> Any:
+    """The mappings, lists, texts, numbers, true, false and null of a YAML text.
+
+    Raises:
+        NotPlain: it is not YAML, gives a key twice, uses an alias, or holds what JSON or a command line cannot.
+    """
+    try:
+        data = yaml.load(text, Loader=_Loader)
+        _check(data, "", 0)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise NotPlain(str(error.problem), f":{mark.line + 1}:{mark.column + 1}" if mark else "") from error
+    except RecursionError as error:
+        raise NotPlain(f"nested more than {_MAX_DEPTH} deep") from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        # What a tag promises and the text is not, as a date that is none, raises almost anything.
+        raise NotPlain(" ".join(str(error).split()) or type(error).__name__) from error
+    return data
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, except that a key given twice is an error instead of a silent last one.
+
+    So is an alias: a few of them, each of the one before, are a text of gigabytes.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "an alias; write its value out", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _check(value: Any, where: str, depth: int) -> None:
+    """Raise ValueError, with the dotted key `where`, for what a JSON file or a program's arguments cannot hold."""
+    if depth > _MAX_DEPTH:
+        raise RecursionError
+    problem = ""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check(key, where, depth + 1)
+            _check(item, f"{where}.{key}" if where else str(key), depth + 1)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check(item, f"{where}.{i}" if where else str(i), depth + 1)
+    elif isinstance(value, str):
+        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+            problem = "text with a NUL or half a surrogate pair"
+    elif isinstance(value, int):
+        problem = "a number of more than 64 bits" if value.bit_length() > _INT_BITS else ""
+    elif isinstance(value, float):
+        problem = "" if math.isfinite(value) else "a number must be finite"
+    elif value is not None:
+        problem = f"a {type(value).__name__}, where text, a number, a list or a mapping is wanted; quote it"
+    if problem:
+        raise ValueError(f"{where}: {problem}" if where else problem)

@@ -1,0 +1,33 @@
+"""How much memory a limit on addresses leaves: what runs into it ends the process, hangs, or speaks of other things."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Optional
+
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+
+def address_space_left() -> Optional[int]:
+    """Bytes that a limit of this process's addresses, as `ulimit -v` sets one, leaves it; None without a limit."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    statm = Path("/proc/self/statm")
+    used = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else 0
+    return max(0, limit - used)
+
+
+def require_addresses(what: str, mib: int) -> None:
+    """Raise QwenVLError, a line about memory, where such a limit leaves less than `what` takes."""
+    left = address_space_left()
+    if left is not None and left < mib << 20:
+        raise QwenVLError(
+            f"out of memory: {what} takes {mib} MiB of addresses, and a limit (ulimit -v) leaves {left >> 20}"
+        )

@@ -1,0 +1,90 @@
+"""Runs `qwenvl` for each line of its input, in a process of its own with limits, and says how it ended.
+
+A line is {"arguments": […], "folder": …}, the answer to it {"ended": exit code, negative for a signal, "said": standard
+error, "seconds": …, "mib": peak memory}. What is slow to import is imported once, before the first fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from PIL import Image
+
+from paddlemix_qwenvl_plugin.batch import source  # noqa: F401
+from paddlemix_qwenvl_plugin.checkpoint import convert  # noqa: F401
+from paddlemix_qwenvl_plugin.cli.main import main
+from paddlemix_qwenvl_plugin.recipes import runner  # noqa: F401
+from paddlemix_qwenvl_plugin.runtime import engine_executor, predictor  # noqa: F401
+
+ADDRESSES = 16 << 30
+SECONDS = 30.0
+
+
+def run(arguments: list[str], folder: str) -> None:
+    """The child: never returns."""
+    code = 99
+    try:
+        os.setsid()
+        os.chdir(folder)
+        for name, number in (("stdout", 1), ("stderr", 2)):
+            os.dup2(os.open(f".{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python has it
+        sys.argv = ["qwenvl", *arguments]
+        main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 98
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(child: int) -> tuple[int, float]:
+    """(status, peak memory in MiB); a child that takes too long is killed."""
+    end = time.monotonic() + SECONDS
+    while True:
+        done, status, usage = os.wait4(child, os.WNOHANG)
+        if done:
+            return status, usage.ru_maxrss / 1024
+        if time.monotonic() > end:
+            os.killpg(child, signal.SIGKILL)
+            end += SECONDS
+        time.sleep(0.002)
+
+
+def serve() -> None:
+    Image.init()
+    for line in sys.stdin:
+        job = json.loads(line)
+        start = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            run(**job)
+        status, mib = wait(child)
+        said = (Path(job["folder"]) / ".stderr").read_text("utf-8", "replace")[-4000:]
+        answer = {
+            "ended": -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status),
+            "said": said,
+            "seconds": time.monotonic() - start,
+            "mib": mib,
+        }
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

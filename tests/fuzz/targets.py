@@ -1,0 +1,207 @@
+"""What is fuzzed: the good inputs that are spoilt, and the command that reads each."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from safetensors.numpy import save_file
+
+from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
+from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
+from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.tiny.make import random_weights, tiny_config
+from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
+
+REPO = Path(__file__).resolve().parents[2]
+
+YAML_WORDS = (
+    *rb"""&a |*a|<<: |- |? |: |> |[|{|}|]|'|"|#|!!binary |!!set |!!omap |!!timestamp x|!!int ''|!!float x|!!bool x|!x |
+    !!null |"\0"|"\ud800"|"\x1b[31m"|1e999|.nan|-.inf|2024-13-45|2024-01-01|2024-01-01T00:00:00+99:99|~|null|yes|${|
+    ${run_dir}|${x}|~nobody/x|/dev/zero|/dev/stdin|../x|(a+)+$|a{99999999999}|[[a]|B=: x|env: {a: 1}|matches: '|
+    equals: |approx: {value: 1, tolerance: 1}|timeout_seconds: |requires: {packages: [x]}|bench: {step: only}""".split(
+        b"|"
+    ),
+    *(
+        b"| ",
+        b"\t",
+        b"%YAML 9.9\n---\n",
+        b"---\n",
+        b"...\n",
+        b"\xef\xbb\xbf",
+        b"[" * 2000,
+        b"{a: " * 500,
+        b"(" * 200,
+    ),
+    *(b"0x" + b"f" * 40, b"9" * 5000, b"1:" * 9000, b"why: " + b"a" * 70000, b"sha256: " + b"0" * 64),
+)
+
+IMAGE_WORDS = (
+    *b"IHDR IDAT IEND PLTE tRNS tEXt zTXt iTXt iCCP eXIf acTL fcTL fdAT GIF89a RIFF WEBPVP8X ALPH %!PS-Adobe".split(),
+    *(
+        b"\xff\xd8",
+        b"\xff\xe1",
+        b"\xff\xc0",
+        b"\xff\xda",
+        b"\xff\xd9",
+        b"Exif\0\0",
+        b"II*\0",
+        b"MM\0*",
+        b"\x21\xff",
+    ),
+    *(b"P6 9999999 9999999 255\n", b"P7\n", b"\0\0\0\x0cjP  ", b"DDS "),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """`lay_out` writes an input into an empty folder and returns the arguments of `qwenvl`."""
+
+    seeds: Sequence[bytes]
+    lay_out: Callable[[bytes, Path], list[str]]
+    words: Sequence[bytes] = ()
+    is_json: bool = False
+
+
+def make_base(folder: Path) -> None:
+    """A model as small as it can be, in model/, and its exports vision/v and text/t."""
+    model = folder / "model"
+    model.mkdir()
+    write_tiny_vocabulary(model / "qwen.tiktoken")
+    tokenizer = QwenTokenizer.from_folder(model)
+    config = tiny_config(tokenizer.n_vocab, tokenizer.img_start_id)
+    config.update(hidden_size=128, num_attention_heads=2, intermediate_size=64)
+    config["visual"].update(image_size=56, width=16, heads=2, layers=1, output_dim=128, n_queries=64)
+    (model / "config.json").write_text(json.dumps(config, indent=1))
+    save_file(random_weights(parse_config(config, "base"), seed=1), model / "model.safetensors")
+    export_vision(model, folder / "vision" / "v")
+    export_language(model, folder / "text", "t")
+
+
+def targets(base: Path) -> dict[str, Target]:
+    """By name; `base` is what `make_base` made."""
+    config = (base / "model" / "config.json").read_bytes()
+    weights = (base / "model" / "model.safetensors").read_bytes()
+    values = 8 + struct.unpack("<Q", weights[:8])[0]
+    (base / "small.png").write_bytes(_encoded("RGB", "PNG"))
+
+    def convert_config(data: bytes, folder: Path) -> list[str]:
+        _link(base / "model", folder / "model", leave_out="config.json")
+        (folder / "model" / "config.json").write_bytes(data)
+        return ["convert", "model", "out"]
+
+    def convert_weights(data: bytes, folder: Path) -> list[str]:
+        _link(base / "model", folder / "model", leave_out="model.safetensors")
+        (folder / "model" / "model.safetensors").write_bytes(data + weights[values:])
+        return ["convert", "model", "out"]
+
+    def manifest(stage: str, prefix: str) -> Callable[[bytes, Path], list[str]]:
+        def lay_out(data: bytes, folder: Path) -> list[str]:
+            name = f"{prefix}.manifest.json"
+            for each in ("vision", "text"):
+                _link(base / each, folder / each, leave_out=name)
+            (folder / stage / name).write_bytes(data)
+            return _predict(base / "small.png")
+
+        return lay_out
+
+    def look_at(data: bytes, folder: Path) -> list[str]:
+        for each in ("vision", "text"):
+            _link(base / each, folder / each)
+        (folder / "x").write_bytes(data)
+        return _predict(Path("x"))
+
+    def dry_run(data: bytes, folder: Path) -> list[str]:
+        (folder / "fake.yaml").write_bytes(data)
+        return ["run", "fake.yaml", "--dry_run"]
+
+    recipes = [path.read_bytes() for path in sorted((REPO / "recipes").glob("*.yaml"))]
+    return {
+        "config": Target([config], convert_config, is_json=True),
+        "manifest_vision": Target(
+            [(base / "vision" / "v.manifest.json").read_bytes()], manifest("vision", "v"), is_json=True
+        ),
+        "manifest_language": Target(
+            [(base / "text" / "t.manifest.json").read_bytes()], manifest("text", "t"), is_json=True
+        ),
+        "safetensors": Target([weights[8:values]], _framed(convert_weights), is_json=True),
+        "image": Target(list(_pictures()), look_at, IMAGE_WORDS),
+        "recipe": Target([*recipes, _RECIPE], dry_run, YAML_WORDS),
+    }
+
+
+_RECIPE = b"""\
+schema: 1
+name: only
+why: every key there is
+requires: {python: ">=3.9", packages: [numpy>=1], memory_gib: 0.1, disk_gib: 0.1, gpu: false}
+pins: {a: b}
+assets: [{name: here, path: "${recipe_dir}/fake.yaml", sha256: null, why: x}]
+env: {A: "${seed}"}
+seed: 7
+dtype: float32
+steps:
+  - {name: only, run: "${python} -c pass ${assets.here}", timeout_seconds: 3}
+expect:
+  - {file: "${run_dir}/a.json", key: a.0.b, approx: {value: 3.5, tolerance: 0.5}}
+  - {file: x, key: a, matches: "^a+$"}
+  - {file: x, key: a, equals: [1, {b: null}]}
+bench: {step: only, repeat: 2, warmup: 1}
+"""
+
+
+def _framed(lay_out: Callable[[bytes, Path], list[str]]) -> Callable[[bytes, Path], list[str]]:
+    """A header's length goes before it, so that most of them are read."""
+
+    def framed(data: bytes, folder: Path) -> list[str]:
+        return lay_out(struct.pack("<Q", len(data)) + data, folder)
+
+    return framed
+
+
+def _predict(picture: Path) -> list[str]:
+    stages = ["--first_model_path", "vision/v", "--second_model_path", "text/t"]
+    return ["predict", *stages, "--image", str(picture), "--prompt", "a", "--max_new_tokens", "2"]
+
+
+def _link(source: Path, target: Path, leave_out: str = "") -> None:
+    target.mkdir()
+    for path in source.iterdir():
+        if path.name != leave_out:
+            os.link(path, target / path.name)
+
+
+def _encoded(mode: str, form: str, **options: object) -> bytes:
+    picture = Image.linear_gradient("L").resize((23, 17)).convert(mode)
+    file = io.BytesIO()
+    picture.save(file, form, **options)
+    return file.getvalue()
+
+
+def _pictures() -> list[bytes]:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain = "PNG JPEG BMP TIFF PPM TGA PCX SGI DDS QOI WEBP JPEG2000 AVIF SPIDER ICO ICNS MPO GIF"
+    modes = "P:PNG RGBA:PNG LA:PNG 1:PNG I;16:PNG P:GIF P:TIFF CMYK:JPEG CMYK:TIFF RGBA:WEBP RGBA:TIFF 1:XBM F:TIFF"
+    kinds = [("RGB", form) for form in plain.split()] + [pair.split(":") for pair in modes.split()]
+    made = []
+    for mode, form in kinds:
+        try:
+            made.append(_encoded(mode, form))
+        except (KeyError, OSError, ValueError, AttributeError):
+            continue  # a form or a mode that this Pillow cannot write
+    for compression in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits"):
+        made.append(_encoded("RGB", "TIFF", compression=compression))
+    made += [_encoded("RGB", "JPEG", exif=exif, progressive=True), _encoded("RGB", "PNG", exif=exif)]
+    frames = [Image.new("P", (9, 9), i) for i in range(3)]
+    for form in ("GIF", "PNG", "TIFF", "WEBP"):
+        file = io.BytesIO()
+        frames[0].save(file, form, save_all=True, append_images=frames[1:])
+        made.append(file.getvalue())
+    return made

@@ -1,0 +1,123 @@
+"""Spoilt configs, manifests, safetensors headers, images and recipes: a line or an answer, in bounded memory and time.
+
+QWENVL_FUZZ_SECONDS is how long all targets take together (60), QWENVL_FUZZ_SEED what is tried (0). An input that does
+harm is kept in found/TARGET and tried again in every run from then on; remove those that tell nothing new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from mutate import spoilt
+from targets import REPO, Target, make_base, targets
+
+SECONDS = float(os.environ.get("QWENVL_FUZZ_SECONDS") or 60)
+SEED = int(os.environ.get("QWENVL_FUZZ_SEED") or 0)
+FOUND = Path(__file__).with_name("found")
+NAMES = ("config", "manifest_vision", "manifest_language", "safetensors", "image", "recipe")
+
+MAX_MIB = 2048
+MAX_SECONDS = 20.0
+MAX_FINDS = 20
+
+
+class Runner:
+    """Lays inputs out and has child.py run `qwenvl` on them."""
+
+    def __init__(self, folder: Path) -> None:
+        base = folder / "base"
+        base.mkdir(parents=True)
+        make_base(base)
+        self.targets: dict[str, Target] = targets(base)
+        self._work = folder / "work"
+        self._child: subprocess.Popen[str] | None = None
+
+    def problem(self, target: Target, data: bytes) -> str | None:
+        """What is wrong with how `qwenvl` took this input; None if nothing is."""
+        shutil.rmtree(self._work, ignore_errors=True)
+        self._work.mkdir()
+        ended = self._run(target.lay_out(data, self._work))
+        said = [
+            line for line in ended["said"].splitlines() if not line.startswith("warning: ")
+        ]  # of a dry run
+        if ended["ended"] not in (0, 1, 2):
+            return f"ended with {ended['ended']}: {said[-1:]}"
+        if ended["seconds"] > MAX_SECONDS:
+            return f"took {ended['seconds']:.0f} s"
+        if ended["mib"] > MAX_MIB:
+            return f"took {ended['mib']:.0f} MiB"
+        if len(said) > 1 or (said and not said[0].startswith("qwenvl: ")):
+            return f"says more than a line: {said[:3]}"
+        if any(word in said[0] for word in ("internal error", "out of memory")) if said else ended["ended"]:
+            return f"ended with {ended['ended']}: {said}"
+        return None
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+
+    def _run(self, arguments: list[str]) -> dict[str, Any]:
+        if self._child is None:
+            environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "QWENVL_DEBUG": "0"}
+            self._child = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("child.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**environment, "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                text=True,
+            )
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.write(json.dumps({"arguments": arguments, "folder": str(self._work)}) + "\n")
+        self._child.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._child.stdout.readline())
+        return answer
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    made = Runner(tmp_path_factory.mktemp("fuzz"))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_good_inputs_and_those_that_once_did_harm(name: str, runner: Runner) -> None:
+    target = runner.targets[name]
+    kept = sorted((FOUND / name).glob("*"))
+    for data in target.seeds:
+        assert runner.problem(target, data) is None
+    for path in kept:
+        assert runner.problem(target, path.read_bytes()) is None, path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spoilt_inputs(name: str, runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    target = runner.targets[name]
+    end = time.monotonic() + SECONDS / len(NAMES)
+    n_tried, finds = 0, dict[str, Path]()
+    while time.monotonic() < end and len(finds) < MAX_FINDS:
+        random = Random(f"{name} {SEED} {n_tried}")
+        data = spoilt(random.choice(target.seeds), random, target.words, target.is_json)
+        problem = runner.problem(target, data)
+        n_tried += 1
+        if problem is not None and problem not in finds:
+            path = FOUND / name / hashlib.sha256(data).hexdigest()[:12]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            finds[problem] = path
+    with capsys.disabled():
+        print(f"\n{name}: {n_tried} inputs of seed {SEED}, {len(finds)} did harm")
+    assert not finds
