@@ -202,16 +202,16 @@ def test_a_failing_model_leaves_what_was_answered(cheap, folder, monkeypatch):
     source = write_rows(folder / "in.jsonl", [{"id": n, "prompt": f"{n}"} for n in range(12)])
     target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
     prompts = cheap.executor.prompts
-    step = cheap.executor.step
+    start = cheap.executor.start
 
     def failing(chunks):
         if len(prompts) == 8:
             raise QwenVLError("Paddle Inference failed")
-        return step(chunks)
+        return start(chunks)
 
     prompts.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(cheap.executor, "step", failing)
+        patch.setattr(cheap.executor, "start", failing)
         with pytest.raises(QwenVLError, match="Paddle Inference failed"):
             run_job(source, target, cheap)
     assert partial.read_bytes().count(b"\n") == 1 + 4
@@ -223,7 +223,7 @@ def test_a_failing_model_leaves_what_was_answered(cheap, folder, monkeypatch):
 
 def test_a_job_that_fails_at_once_leaves_nothing(cheap, folder, monkeypatch):
     source = write_rows(folder / "in.jsonl", [{"id": 1, "prompt": "?"}])
-    monkeypatch.setattr(cheap.executor, "step", lambda chunks: 1 / 0)
+    monkeypatch.setattr(cheap.executor, "start", lambda chunks: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_job(source, folder / "out.jsonl", cheap)
     assert not (folder / "out.jsonl.partial").exists()
@@ -248,13 +248,13 @@ def test_another_jobs_partial_file_is_refused(tiny_exported, folder, change, dif
     source = write_rows(folder / "in.jsonl", [{"id": 0, "prompt": "?"}])
     target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
     kept = []
-    step = model.executor.step
+    start = model.executor.start
 
     def keeping(chunks):
         kept.append(partial.read_bytes())
-        return step(chunks)
+        return start(chunks)
 
-    model.executor.step = keeping
+    model.executor.start = keeping
     run_job(source, target, model)
     target.unlink()
     partial.write_bytes(kept[0])

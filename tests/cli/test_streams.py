@@ -37,7 +37,7 @@ def ask(
     with monkeypatch.context() as patch:
         patch.setattr(QwenVL, "from_exported", lambda *arguments: pair)
         patch.setattr(sys, "argv", ["qwenvl", *command, *stages(exported)])
-        patch.setattr(sys, "stdin", io.StringIO(lines))
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode()), "utf-8"))
         patch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding))
         with pytest.raises(SystemExit) as ended:
             main()

@@ -71,7 +71,8 @@ def test_commands(
     elif name == "predict":
         flags += ["--prompt", "?", "--image", str(STREET), "--output", "answer.json"]
     else:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nWhy?\n"))
+        lines = io.BytesIO(b"What is it?\nWhy?\n")
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, "utf-8"))
     monkeypatch.setattr(sys, "argv", ["qwenvl", name, *flags, *stages(exported)])
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
