@@ -5,7 +5,8 @@
 
 namespace qvl {
 
-// How many of 1, 2, 4 ... times seq_length the prompt exceeds: its rotary base follows from that. 0 without NTK.
+// How many of 1, 2, 4 ... times seq_length the prompt exceeds: its rotary base follows from that. 0 without
+// NTK.
 int ntk_doublings(const qvl_config& config, int prompt_len);
 
 // max(1, 2^ceil(log2(prompt_len / seq_length) + 1) - 1)

@@ -6,11 +6,11 @@
 
 #include "core/error.h"
 #include "core/pack.h"
+#include "core/rotary.h"
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
 #include "cpu/kv_pool.h"
 #include "cpu/linear.h"
-#include "core/rotary.h"
 #include "reference/reference.h"
 
 using namespace qvl;
