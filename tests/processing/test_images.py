@@ -10,6 +10,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 HERE = ImageLimits(allow_private=True)  # for servers on this machine
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
+# What the fuzzer found: one that Pillow logs of, one that it warns of and libtiff writes of.
+SPOILT = [
+    Path(__file__).parents[1] / "fuzz" / "found" / "image" / name for name in ("2635063f1b20", "5b2fb807bf83")
+]
 
 
 def encoded(size: tuple[int, int] = (6, 4), format: str = "PNG", colour: str = "#c86432") -> bytes:
@@ -207,6 +212,23 @@ def test_transparent_colours_lie_on_white(recwarn: pytest.WarningsRecorder) -> N
         loaded = np.asarray(load_image(buffer.getvalue())).astype(int)[0]
         assert np.abs(loaded - np.array(expected)).max() <= 1
     assert not list(recwarn)
+
+
+def test_nothing_is_said_beside_the_error_and_settings_are_left_as_they_were(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Pictures of which Pillow warns, Pillow logs and libtiff writes; several at once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        with ThreadPoolExecutor(4) as pool:
+            loading = [pool.submit(load_image, path) for path in SPOILT * 8]
+            errors = [str(each.exception()) for each in loading]
+        assert warnings.filters == before
+    assert all(error.startswith("image ") for error in errors)
+    assert capfd.readouterr() == ("", "")
+    with pytest.warns(UserWarning, match="Tag data larger than file"):
+        Image.open(SPOILT[-1])
 
 
 def test_picture_is_decoded_when_it_returns(tmp_path: Path) -> None:

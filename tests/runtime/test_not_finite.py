@@ -72,7 +72,7 @@ def test_commands(
         flags += ["--prompt", "?", "--image", str(STREET), "--output", "answer.json"]
     else:
         lines = io.BytesIO(b"What is it?\nWhy?\n")
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, "utf-8"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, "utf-8"))
     monkeypatch.setattr(sys, "argv", ["qwenvl", name, *flags, *stages(exported)])
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
