@@ -45,30 +45,8 @@ Language::Language(const qvl_config& config, Weights& weights) : config_(config)
 
 void Language::forward(Context& context, CpuKvPool& pool, const qvl_batch& batch, float* logits) {
   check_ids(batch);
-  std::vector<Piece> pieces;
-  int64_t n = 0, token = 0;
-  int32_t rows = 0;
-  for (int32_t i = 0; i < batch.n_sequences; ++i) {
-    const qvl_sequence& sequence = batch.sequences[i];
-    const bool wanted = logits != nullptr && (sequence.flags & QVL_SEQUENCE_NO_LOGITS) == 0;
-    for (int32_t done = 0; done < sequence.n_new;) {
-      const int32_t past = sequence.n_past + done;
-      const bool prompt = (sequence.flags & QVL_SEQUENCE_GENERATED) == 0 && past < sequence.prompt_len;
-      const auto room = static_cast<int32_t>(config_.max_tokens - n);
-      int32_t part = std::min(sequence.n_new - done, room);
-      if (prompt) part = std::min(part, sequence.prompt_len - past);
-      const bool last = done + part == sequence.n_new;
-      pieces.push_back({&sequence, token, part, past, !prompt, last && wanted ? rows++ : -1});
-      n += part;
-      token += part;
-      done += part;
-      if (n < config_.max_tokens) continue;
-      pass(context, pool, batch, pieces, logits);
-      pieces.clear();
-      n = 0;
-    }
-  }
-  if (n > 0) pass(context, pool, batch, pieces, logits);
+  for_each_pass(batch, config_.max_tokens, logits != nullptr,
+                [&](std::vector<Part>& parts) { pass(context, pool, batch, parts, logits); });
 }
 
 void Language::check_ids(const qvl_batch& batch) const {
@@ -86,11 +64,11 @@ void Language::check_ids(const qvl_batch& batch) const {
   }
 }
 
-void Language::embed(Context& context, const qvl_batch& batch, const Piece& piece, float* x) const {
+void Language::embed(Context& context, const qvl_batch& batch, const Part& part, float* x) const {
   const int64_t hidden = config_.hidden;
   const qvl_span* span = batch.spans;
   const qvl_span* const spans_end = batch.spans + batch.n_spans;
-  for (int64_t token = piece.token; token < piece.token + piece.n; ++token, x += hidden) {
+  for (int64_t token = part.token; token < part.token + part.n; ++token, x += hidden) {
     while (span != spans_end && token >= int64_t{span->start} + span->count) ++span;
     if (span != spans_end && token >= span->start) {
       std::memcpy(x, span->features + (token - span->start) * hidden, size(hidden) * sizeof(float));
@@ -104,13 +82,13 @@ void Language::embed(Context& context, const qvl_batch& batch, const Piece& piec
   }
 }
 
-// Where the piece's tokens are: angles, blocks and slots, and what they attend to.
-void Language::place(const CpuKvPool& pool, const Piece& piece) {
-  const qvl_sequence& sequence = *piece.sequence;
+// Where the part's tokens are: angles, blocks and slots, and what they attend to.
+void Language::place(const CpuKvPool& pool, const Part& part) {
+  const qvl_sequence& sequence = *part.sequence;
   const auto half = size(config_.head_dim / 2);
   std::vector<float> frequencies(half);
   rotary_frequencies(config_, sequence.prompt_len, frequencies.data());
-  for (int32_t position = piece.past; position < piece.past + piece.n; ++position) {
+  for (int32_t position = part.past; position < part.past + part.n; ++position) {
     const size_t at = cos_.size();
     cos_.resize(at + half);
     sin_.resize(at + half);
@@ -119,18 +97,18 @@ void Language::place(const CpuKvPool& pool, const Piece& piece) {
     block_.push_back(sequence.blocks[position / pool.block_tokens]);
     slot_.push_back(position % pool.block_tokens);
   }
-  for (int32_t done = 0; done < piece.n; done += kQueryRows) {
-    const int32_t part = std::min(kQueryRows, piece.n - done);
-    std::vector<Queries>& work = piece.generated ? decode_work_ : prompt_work_;
-    work.push_back({piece.first + done, part, int64_t{piece.past} + done + part,
-                    piece.generated ? kDecode : kCausal, sequence.blocks});
+  for (int32_t done = 0; done < part.n; done += kQueryRows) {
+    const int32_t n = std::min(kQueryRows, part.n - done);
+    std::vector<Queries>& work = part.generated ? decode_work_ : prompt_work_;
+    work.push_back({part.first + done, n, int64_t{part.past} + done + n, part.generated ? kDecode : kCausal,
+                    sequence.blocks});
   }
 }
 
-void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, std::vector<Piece>& pieces,
+void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
                     float* logits) {
   Rows rows{0, 0};
-  for (const Piece& piece : pieces) (piece.generated ? rows.decode : rows.prompt) += piece.n;
+  for (const Part& part : parts) (part.generated ? rows.decode : rows.prompt) += part.n;
   const int64_t hidden = config_.hidden;
   auto* x = x_.get<float>(size(rows.n() * hidden));
   auto* normed = normed_.get<float>(size(rows.n() * hidden));
@@ -143,12 +121,12 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, s
   decode_work_.clear();
   int64_t next = 0;
   for (const bool generated : {false, true}) {
-    for (Piece& piece : pieces) {
-      if (piece.generated != generated) continue;
-      piece.first = next;
-      next += piece.n;
-      embed(context, batch, piece, x + piece.first * hidden);
-      place(pool, piece);
+    for (Part& part : parts) {
+      if (part.generated != generated) continue;
+      part.first = next;
+      next += part.n;
+      embed(context, batch, part, x + part.first * hidden);
+      place(pool, part);
     }
   }
   for (int i = 0; i < config_.layers; ++i) {
@@ -159,10 +137,10 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, s
   // is one row, and so one product serves both kinds.
   int64_t n_last = 0;
   int32_t first = 0;
-  for (const Piece& piece : pieces) {
-    if (piece.logits < 0) continue;
-    if (n_last == 0) first = piece.logits;
-    context.kernels.rms_norm(x + (piece.first + piece.n - 1) * hidden, ln_f_, config_.hidden,
+  for (const Part& part : parts) {
+    if (part.logits < 0) continue;
+    if (n_last == 0) first = part.logits;
+    context.kernels.rms_norm(x + (part.first + part.n - 1) * hidden, ln_f_, config_.hidden,
                              config_.norm_epsilon, normed + n_last++ * hidden);
   }
   if (n_last == 0) return;

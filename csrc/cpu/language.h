@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "core/passes.h"
 #include "cpu/context.h"
 #include "cpu/kv_pool.h"
 #include "cpu/weights.h"
@@ -25,21 +26,10 @@ class Language {
     Matrix w1, w2, mlp_proj;
   };
 
-  // Tokens of a sequence that are in a pass, all of its prompt or all generated.
-  struct Piece {
-    const qvl_sequence* sequence;
-    int64_t token;  // in the batch
-    int32_t n;
-    int32_t past;
-    bool generated;
-    int32_t logits;     // row of the logits that its last token gives, or -1
-    int64_t first = 0;  // row of the pass
-  };
-
   void check_ids(const qvl_batch& batch) const;
-  void embed(Context& context, const qvl_batch& batch, const Piece& piece, float* x) const;
-  void place(const CpuKvPool& pool, const Piece& piece);
-  void pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, std::vector<Piece>& pieces,
+  void embed(Context& context, const qvl_batch& batch, const Part& part, float* x) const;
+  void place(const CpuKvPool& pool, const Part& part);
+  void pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
             float* logits);
   void attend(Context& context, CpuKvPool& pool, int layer, Rows rows);
   void feed_forward(Context& context, const Layer& layer, Rows rows);

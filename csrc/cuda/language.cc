@@ -82,30 +82,8 @@ void Language::reserve(int rows, int max_keys) {
 
 void Language::forward(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, float* logits,
                        StepInput& input) {
-  std::vector<Part> parts;
-  int64_t n = 0, token = 0;
-  int32_t rows = 0;
-  for (int32_t i = 0; i < batch.n_sequences; ++i) {
-    const qvl_sequence& sequence = batch.sequences[i];
-    const bool wanted = logits != nullptr && (sequence.flags & QVL_SEQUENCE_NO_LOGITS) == 0;
-    for (int32_t done = 0; done < sequence.n_new;) {
-      const int32_t past = sequence.n_past + done;
-      const bool prompt = (sequence.flags & QVL_SEQUENCE_GENERATED) == 0 && past < sequence.prompt_len;
-      const auto room = static_cast<int32_t>(config_.max_tokens - n);
-      int32_t part = std::min(sequence.n_new - done, room);
-      if (prompt) part = std::min(part, sequence.prompt_len - past);
-      const bool last = done + part == sequence.n_new;
-      parts.push_back({&sequence, token, part, past, !prompt, last && wanted ? rows++ : -1, 0});
-      n += part;
-      token += part;
-      done += part;
-      if (n < config_.max_tokens) continue;
-      pass(stream, pool, batch, parts, logits, input);
-      parts.clear();
-      n = 0;
-    }
-  }
-  if (n > 0) pass(stream, pool, batch, parts, logits, input);
+  for_each_pass(batch, config_.max_tokens, logits != nullptr,
+                [&](std::vector<Part>& parts) { pass(stream, pool, batch, parts, logits, input); });
 }
 
 void Language::place(const InputArrays& at, int i, const qvl_sequence& sequence, int32_t position,
@@ -155,7 +133,7 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
       }
       take_features(stream, batch, part, host);
       if (generated) continue;
-      host.pieces[piece] = {part.first, part.n, part.past, static_cast<int>(table)};
+      host.pieces[piece] = {static_cast<int>(part.first), part.n, part.past, static_cast<int>(table)};
       for (int32_t offset = 0; offset < part.n; offset += kQueryTile) host.tiles[tile++] = {piece, offset};
       ++piece;
     }

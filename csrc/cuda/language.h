@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "core/passes.h"
 #include "cuda/angles.h"
 #include "cuda/kv_pool.h"
 #include "cuda/step_input.h"
@@ -47,16 +48,6 @@ class Language {
     const float *ln_1, *ln_2;
     Matrix c_attn, attn_proj, gate_up, mlp_proj;
   };
-  // A part of a sequence in one pass.
-  struct Part {
-    const qvl_sequence* sequence;
-    int64_t token;  // its first, in the batch
-    int32_t n, past;
-    bool generated;  // computed as a decode step does
-    int32_t logits;  // its last token's row of the logits; -1: none
-    int first;       // its first row in the pass
-  };
-
   void pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
             float* logits, StepInput& input);
   void take_features(CUstream stream, const qvl_batch& batch, const Part& part, const InputArrays& host);
