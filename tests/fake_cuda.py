@@ -9,13 +9,14 @@ DRIVER = """
 #include <stdlib.h>
 #include <string.h>
 static int number(const char* name) { return atoi(getenv(name)); }
+static int major() { return getenv("FAKE_MAJOR") ? number("FAKE_MAJOR") : 8; }
 int cuDriverGetVersion(int* version) { *version = number("FAKE_CUDA"); return 0; }
 int cuInit(unsigned flags) { return number("FAKE_GPUS") ? 0 : 100; }
 int cuDeviceGetCount(int* n) { *n = number("FAKE_GPUS"); return 0; }
 int cuDeviceGet(int* device, int i) { *device = 7 * i; return 0; }
 int cuDeviceGetName(char* name, int n, int device) { strncpy(name, device == 7 ? "Second" : "First", n); return 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
-  *value = attribute == 75 ? 8 + device / 7 : attribute == 76 ? 6 : -1;
+  *value = attribute == 75 ? major() + device / 7 : attribute == 76 ? 6 : -1;
   return 0;
 }
 """
@@ -47,7 +48,7 @@ int nvrtcGetCUBIN(void* program, char* to) { memcpy(to, text, strlen(text)); ret
 
 
 def fake_driver(folder: Path) -> Path:
-    """libcuda.so.1 in `folder`; it reads FAKE_CUDA (12090) and FAKE_GPUS from the environment."""
+    """libcuda.so.1 in `folder`; it reads FAKE_CUDA (12090), FAKE_GPUS and FAKE_MAJOR (8) from the environment."""
     return _library(folder / "libcuda.so.1", DRIVER)
 
 

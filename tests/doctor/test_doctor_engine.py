@@ -86,8 +86,13 @@ def test_instruction_set(environment: Environment, cache: Path) -> None:
 
 @needs_compiler
 def test_gpus(environment: Environment, cache: Path, tmp_path: Path) -> None:
-    """A driver and an NVRTC that are made up, from neither to kernels that are built, and that do not."""
-    environment.variables.update(LD_LIBRARY_PATH=str(fake_driver(tmp_path).parent), FAKE_CUDA="12080")
+    """A driver and an NVRTC that are made up, from neither to kernels that are built, and that do not.
+
+    The GPU is one that no real NVRTC knows, for there may be one here.
+    """
+    environment.variables.update(
+        LD_LIBRARY_PATH=str(fake_driver(tmp_path).parent), FAKE_CUDA="12080", FAKE_MAJOR="99"
+    )
 
     def check(gpus: int = 1) -> dict[str, Any]:
         environment.variables["FAKE_GPUS"] = str(gpus)
@@ -97,13 +102,13 @@ def test_gpus(environment: Environment, cache: Path, tmp_path: Path) -> None:
     assert (check(0)["status"], check(0)["data"]["driver"]) == ("ok", "12.8")
     assert check(0)["message"] == "engine on GPUs: driver for CUDA 12.8, which shows no GPU"
     found = check()
-    assert found["data"]["gpus"] == [{"name": "First", "architecture": 86}]
+    assert found["data"]["gpus"] == [{"name": "First", "architecture": 996}]
     wheel = environment.packages / "nvidia" / "cuda_nvrtc"
     library = fake_nvrtc(wheel / "lib" / "libnvrtc.so.12", 12, 0, 80)
     found = check()
     assert (found["status"], found["fix"]) == ("note", "pip install 'paddlemix-qwenvl-plugin[gpu-engine]'")
-    assert found["message"].endswith(f"{library} is NVRTC 12.0, which cannot compile for sm_86")
-    fake_nvrtc(library, 12, 7, 86)
+    assert found["message"].endswith(f"{library} is NVRTC 12.0, which cannot compile for sm_996")
+    fake_nvrtc(library, 12, 7, 996)
     headers(wheel / "include")
     found = check()
     assert (found["status"], found["fix"]) == ("note", "qwenvl build-engine --device gpu")
