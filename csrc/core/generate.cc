@@ -270,10 +270,9 @@ class Generation {
       const int32_t i = flight.requests[row], token = flight.tokens.data()[row];
       qvl_result& result = call_.results[i];
       if (result.finish) continue;  // with the step before
-      QVL_REQUIRE(
-          token >= 0, QVL_INTERNAL,
-          "requests[%d]: the logits of token %d have a NaN or no finite value; are the weights damaged?", i,
-          result.n_tokens);
+      QVL_REQUIRE(token >= 0, QVL_INTERNAL,
+                  "requests[%d]: the logits of token %d are no finite numbers; are the weights damaged?", i,
+                  result.n_tokens);
       asked_.push_back(i);
       step_tokens_.push_back(token);
       call_.tokens[i * call_.stride + result.n_tokens++] = token;

@@ -400,7 +400,7 @@ QVL_API qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_
 /* ---- sampling ----------------------------------------------------------------------------------------- */
 
 /* How one row picks its token. In this order: forbidden ids, penalties, temperature, top-k, top-p. A row of
- * logits that has a NaN or no finite value gives the token -1, and raises no count.
+ * logits that has a NaN, a positive infinity or no finite value gives the token -1, and raises no count.
  * The random number of draw c with seed s is splitmix64's output for the state s + (c + 1) *
  * 0x9E3779B97F4A7C15, its upper 53 bits taken as a fraction: the caller owns the state and the same pair
  * gives the same draw on every device.

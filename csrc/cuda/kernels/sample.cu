@@ -27,7 +27,7 @@
 
 namespace qvl::cuda {
 
-constexpr int kHasFinite = 1, kHasNan = 2;
+constexpr int kHasFinite = 1, kHasBroken = 2;
 
 __device__ inline bool is_greedy(const Pick& pick) {
   return pick.temperature == 0 || pick.top_p == 0 || pick.top_k == 1;
@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float x = values[v][j];
-      if (x != x) flags |= kHasNan;
+      if (!(x < infinity())) flags |= kHasBroken;  // a NaN or an infinity
       if (fabsf(x) < infinity()) flags |= kHasFinite;
       if (x > most) {
         most = x;
@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
   }
   likeliest_of_warp(best, id);
   flags = (__any_sync(0xFFFFFFFFu, flags & kHasFinite) ? kHasFinite : 0) |
-          (__any_sync(0xFFFFFFFFu, flags & kHasNan) ? kHasNan : 0);
+          (__any_sync(0xFFFFFFFFu, flags & kHasBroken) ? kHasBroken : 0);
   most = warp_max(most);
   if (thread % 32 == 0) {
     bests[thread / 32] = best;
@@ -176,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(32) sample_peak(const __grid_consta
   }
   likeliest_of_warp(best, id);
   const bool finite = __any_sync(0xFFFFFFFFu, flags & kHasFinite);
-  const bool broken = __any_sync(0xFFFFFFFFu, flags & kHasNan);
+  const bool broken = __any_sync(0xFFFFFFFFu, flags & kHasBroken);
   if (p.want_floor) {
     most = warp_max(most);
     double total = 0;
@@ -188,12 +188,11 @@ extern "C" __global__ void __launch_bounds__(32) sample_peak(const __grid_consta
   if (lane != 0) return;
   if (!finite || broken) id = -1;
   p.states[row] = {best, floor, id};
-  // A row with an infinity has no distribution: its likeliest token.
-  if (id < 0 || greedy || isinf(best)) finish(p, row, id, floor);
+  if (id < 0 || greedy) finish(p, row, id, floor);
 }
 
 __device__ inline bool draws(const Pick& pick, const RowState& state) {
-  return state.peak >= 0 && !is_greedy(pick) && !isinf(state.best);
+  return state.peak >= 0 && !is_greedy(pick);
 }
 
 // The id with which the weights are over this is the last that top-p leaves: no less than top_p of the mass.
