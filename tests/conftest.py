@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# Under nohup it is ignored, also by the commands that the tests start and stop.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(params=ENGINES)
