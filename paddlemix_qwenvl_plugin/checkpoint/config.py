@@ -44,7 +44,7 @@ class VisionConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> VisionConfig:
         _require(self.image_size % self.patch_size == 0, "image_size must be a multiple of patch_size")
-        _require(self.grid <= 256, "image_size must be at most 256 x patch_size")
+        _require(self.grid <= 128, "image_size must be at most 128 x patch_size")
         _require(self.mlp_width >= 1, "width x mlp_ratio must be at least 1")
         _require(self.width % self.heads == 0, "width must be a multiple of heads")
         _require(

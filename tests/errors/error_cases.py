@@ -263,6 +263,7 @@ cases(
         "two sizes are wrong": config(num_hidden_layers=0, vocab_size=-1),
         "heads and channels do not make `hidden_size`": config(num_attention_heads=3),
         "the picture is no whole number of patches": config(visual_={"patch_size": 15}),
+        "a picture of very many patches": config(visual_={"image_size": 14 * 129, "patch_size": 14}),
         "`mlp_ratio` is infinite": config(visual_={"mlp_ratio": float("inf")}),
     }
 )
