@@ -46,7 +46,6 @@ class CudaEvent final : public Event {
 };
 
 bool bfloat16_here(int index) {
-  constexpr int kComputeMajor = 75;
   CUdevice device = 0;
   int major = 0;
   return driver().cuDeviceGet(&device, index) == 0 &&
@@ -306,7 +305,6 @@ int32_t count() {
 }
 
 void describe(int32_t index, qvl_device_info* info) {
-  constexpr int kMultiprocessors = 16, kComputeMajor = 75, kComputeMinor = 76;
   const Driver& d = driver();
   CUdevice device = 0;
   check(d.cuDeviceGet(&device, index), "finding the GPU");

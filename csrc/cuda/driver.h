@@ -21,6 +21,9 @@ using CUevent = struct CUevent_st*;
 using CUgraph = struct CUgraph_st*;
 using CUgraphExec = struct CUgraphExec_st*;
 
+// Attributes of a device, for cuDeviceGetAttribute.
+constexpr int kMultiprocessors = 16, kComputeMajor = 75, kComputeMinor = 76;
+
 constexpr CUresult kOutOfMemory = 2, kNoDevice = 100, kNotReady = 600;
 
 // 128 bytes that describe a tensor to the bulk copy engine (sm_90 and newer).
@@ -50,7 +53,6 @@ struct CUlaunchConfig {
   F(cuDeviceGet, "cuDeviceGet", (CUdevice*, int))                                                   \
   F(cuDeviceGetName, "cuDeviceGetName", (char*, int, CUdevice))                                     \
   F(cuDeviceGetAttribute, "cuDeviceGetAttribute", (int*, int, CUdevice))                            \
-  F(cuDeviceTotalMem, "cuDeviceTotalMem_v2", (size_t*, CUdevice))                                   \
   F(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain", (CUcontext*, CUdevice))                   \
   F(cuDevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2", (CUdevice))                          \
   F(cuCtxPushCurrent, "cuCtxPushCurrent_v2", (CUcontext))                                           \
@@ -61,7 +63,6 @@ struct CUlaunchConfig {
   F(cuMemHostAlloc, "cuMemHostAlloc", (void**, size_t, unsigned))                                   \
   F(cuMemFreeHost, "cuMemFreeHost", (void*))                                                        \
   F(cuMemcpyAsync, "cuMemcpyAsync", (CUdeviceptr, CUdeviceptr, size_t, CUstream))                   \
-  F(cuMemcpy2DAsync, "cuMemcpy2DAsync_v2", (const void*, CUstream))                                 \
   F(cuMemsetD8Async, "cuMemsetD8Async", (CUdeviceptr, unsigned char, size_t, CUstream))             \
   F(cuPointerGetAttribute, "cuPointerGetAttribute", (void*, int, CUdeviceptr))                      \
   F(cuStreamCreate, "cuStreamCreate", (CUstream*, unsigned))                                        \
@@ -79,7 +80,6 @@ struct CUlaunchConfig {
   F(cuModuleUnload, "cuModuleUnload", (CUmodule))                                                   \
   F(cuModuleGetFunction, "cuModuleGetFunction", (CUfunction*, CUmodule, const char*))               \
   F(cuFuncSetAttribute, "cuFuncSetAttribute", (CUfunction, int, int))                               \
-  F(cuFuncGetAttribute, "cuFuncGetAttribute", (int*, int, CUfunction))                              \
   F(cuLaunchKernelEx, "cuLaunchKernelEx", (const CUlaunchConfig*, CUfunction, void**, void**))      \
   F(cuGraphInstantiate, "cuGraphInstantiateWithFlags", (CUgraphExec*, CUgraph, unsigned long long)) \
   F(cuGraphLaunch, "cuGraphLaunch", (CUgraphExec, CUstream))                                        \

@@ -14,7 +14,6 @@ namespace qvl::cuda {
 namespace {
 
 // Numbers of the driver's interface.
-constexpr int kMultiprocessors = 16, kComputeMajor = 75, kComputeMinor = 76;
 constexpr int kMaxDynamicShared = 8;
 constexpr int kEarlyLaunch = 6;  // programmatic stream serialization
 constexpr int kFreeShared = 48 << 10;

@@ -15,10 +15,6 @@ constexpr int kImages = 8;  // at once: more fill the GPU no better
 
 const std::string kPool = "visual.attn_pool.";
 
-uint64_t size(int64_t n) {
-  return static_cast<uint64_t>(n);
-}
-
 // Rows first .. first + n - 1.
 Matrix slice(const Matrix& matrix, int first, int n) {
   Matrix part = matrix;

@@ -9,10 +9,6 @@ namespace {
 
 constexpr int kMaxDecodeRows = 256;  // of linear_decode
 
-uint64_t size(int64_t n) {
-  return static_cast<uint64_t>(n);
-}
-
 // Bytes of a row that a product writes.
 uint64_t row_bytes(const Matrix& matrix, Into into) {
   switch (into) {

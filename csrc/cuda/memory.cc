@@ -9,10 +9,6 @@ namespace {
 constexpr int kMemoryType = 2;  // of a pointer
 constexpr unsigned kPortable = 1, kMapped = 2, kNoTiming = 2;
 
-double gib(uint64_t bytes) {
-  return static_cast<double>(bytes) / (1 << 30);
-}
-
 }  // namespace
 
 bool is_device_visible(const void* pointer) {

@@ -12,6 +12,14 @@ inline CUdeviceptr address(const void* memory) {
   return static_cast<CUdeviceptr>(reinterpret_cast<uintptr_t>(memory));
 }
 
+inline uint64_t size(int64_t n) {
+  return static_cast<uint64_t>(n);
+}
+
+inline double gib(uint64_t bytes) {
+  return static_cast<double>(bytes) / (1 << 30);
+}
+
 inline constexpr uint64_t rounded(uint64_t bytes, uint64_t unit) {
   return (bytes + unit - 1) / unit * unit;
 }

@@ -7,10 +7,6 @@
 namespace qvl::cuda {
 namespace {
 
-uint64_t size(int64_t n) {
-  return static_cast<uint64_t>(n);
-}
-
 const int32_t* counts_of(const Picks& picks, int i) {
   return picks.counts != nullptr ? picks.counts[i] : nullptr;
 }

@@ -36,10 +36,6 @@ qvl_dtype stored_as(Half half) {
   return half == Half::kBfloat16 ? QVL_BFLOAT16 : QVL_FLOAT16;
 }
 
-double gib(uint64_t bytes) {
-  return static_cast<double>(bytes) / (1 << 30);
-}
-
 }  // namespace
 
 Weights::Weights(const Gpu& gpu, CUstream stream, const WeightTable& table)

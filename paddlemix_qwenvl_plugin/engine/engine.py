@@ -69,12 +69,10 @@ class Engine:
         config: ModelConfig,
         stage: int,
         gpu: Optional[int] = None,
-        max_tokens: int = 0,
     ) -> None:
         """
         Args:
             gpu: None: on the CPU. Else gpu.load has been called for it.
-            max_tokens: tokens in one pass over the layers; 0: 512.
 
         Raises:
             QwenVLError: a weight is missing or has another shape than the config asks for.
@@ -86,7 +84,6 @@ class Engine:
             stages=stage,
             device=c.CPU if gpu is None else c.CUDA,
             device_index=gpu or 0,
-            max_tokens=max_tokens,
             n_threads=cpu_threads(),
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,

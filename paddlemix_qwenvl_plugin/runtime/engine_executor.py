@@ -110,8 +110,7 @@ class EngineExecutor:
         return self._engine(self._vision_stage, c.VISION)
 
     def _engine(self, stage: Stage, which: int) -> Engine:
-        max_tokens = 0 if self._gpu is None else _GPU_STEP_TOKENS
-        return Engine(_weights(stage), stage.manifest.config, which, self._gpu, max_tokens)
+        return Engine(_weights(stage), stage.manifest.config, which, self._gpu)
 
     def load(self, vision: bool) -> None:
         """See Executor; the language stage is there already."""
