@@ -1,11 +1,12 @@
-// Products of decode steps, and matrices on the GPU: kernels/linear_decode.cu.
+// Products of decode steps, and matrices on the GPU: kernels/linear_decode.cu, kernels/upload_matrix.cu.
 #include <algorithm>
 #include <string>
 
 #include "core/error.h"
 #include "core/pack.h"
 #include "cuda/kernels/linear_decode.h"
-#include "cuda/ops.h"
+#include "cuda/linear_decode_hopper.h"
+#include "cuda/tensor_map.h"
 
 namespace qvl::cuda {
 namespace {
@@ -17,13 +18,13 @@ constexpr int kMostRows = 256;
 // As in the kernel: steps in the ring, and what a block may have of shared memory.
 int ring_depth(int arch) {
   if (arch < 80) return 2;
-  return arch == 80 || (arch >= 90 && arch < 120) ? 5 : 3;
+  return arch == 80 || (arch >= 100 && arch < 120) ? 5 : 3;
 }
 int shared_limit(int arch) {
   if (arch == 75) return 64 << 10;
   if (arch == 70) return 96 << 10;
   if (arch == 80) return 163 << 10;
-  return arch >= 90 && arch < 120 ? 227 << 10 : 99 << 10;
+  return arch >= 100 && arch < 120 ? 227 << 10 : 99 << 10;
 }
 
 int group_of(Storage storage) {
@@ -115,6 +116,7 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
   p.rows = out;
   p.in = to.in;
   p.stride = to.stride;
+  p.out = to.out;
   p.first = first;
   p.step = step;
   // Whoever writes the last row fills up its tile.
@@ -131,6 +133,9 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
 void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
                    int n, Into into, void* y) {
   QVL_REQUIRE(n >= 1 && n <= kMostRows, QVL_INTERNAL, "linear_decode: %d rows", n);
+  QVL_REQUIRE(x_stride % 8 == 0, QVL_INTERNAL, "linear_decode: rows of x %lld values apart",
+              static_cast<long long>(x_stride));
+  if (has_tensor_maps(gpu)) return linear_decode_hopper(gpu, stream, matrix, x, x_stride, n, into, y);
   LinearDecode p{};
   p.values = matrix.values;
   p.scales = matrix.scales;
@@ -145,8 +150,7 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   p.n = n;
   p.into = static_cast<int>(into);
 
-  const bool aligned = x_stride % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-  if (n > kMostColumns && aligned && gpu.arch() >= 80 && wide(gpu, stream, matrix, p)) return;
+  if (n > kMostColumns && gpu.arch() >= 80 && wide(gpu, stream, matrix, p)) return;
   const int limit = shared_limit(gpu.arch());
   int columns = std::min(n, kMostColumns);
   while (columns > 1 && lay_out(gpu.arch(), matrix, columns, 1, p) > limit) --columns;

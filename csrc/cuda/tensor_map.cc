@@ -11,7 +11,7 @@ bool has_tensor_maps(const Gpu& gpu) {
 }
 
 TensorMap tensor_map(const Gpu& gpu, const void* base, std::initializer_list<int64_t> sizes,
-                     std::initializer_list<int64_t> strides, std::initializer_list<int> box) {
+                     std::initializer_list<int64_t> strides, std::initializer_list<int> box, bool swizzled) {
   // Numbers of the driver's interface.
   constexpr int kFloat16 = 6, kBfloat16 = 9, kSwizzle128 = 3, kL2Lines256 = 3;
   constexpr size_t kMost = 5;
@@ -28,7 +28,7 @@ TensorMap tensor_map(const Gpu& gpu, const void* base, std::initializer_list<int
   check(driver().cuTensorMapEncodeTiled(
             reinterpret_cast<CUtensorMap*>(&map), gpu.half() == Half::kBfloat16 ? kBfloat16 : kFloat16,
             static_cast<unsigned>(sizes.size()), const_cast<void*>(base), all_sizes, all_strides, all_boxes,
-            steps, 0, kSwizzle128, kL2Lines256, 0),
+            steps, 0, swizzled ? kSwizzle128 : 0, kL2Lines256, 0),
         "describing a tensor to the copy engine");
   return map;
 }

@@ -94,7 +94,7 @@ def random_rows(half, n, width, stride):
 )
 def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, width, n):
     matrix, exact = random_matrix(cuda_library, launch, half, storage, out, width)
-    x = random_rows(half, n, width, width + 3 if width % 8 else width + 8)
+    x = random_rows(half, n, width, rounded(width, 8) + 8)
     wide = x[:, :width].double()
     bias = torch.randn(out, device="cuda")
     product = wide @ exact.T + bias.double()
@@ -159,7 +159,7 @@ def test_two_matrices_are_interleaved(cuda_library, launch, half, dtype, out, wi
     # The unit vectors read the matrix back, to the rounding of what it is multiplied with: none.
     for start in range(0, width, 256):
         n = min(256, width - start)
-        x = torch.zeros(n, width, dtype=HALVES[half], device="cuda")
+        x = torch.zeros(n, rounded(width, 8), dtype=HALVES[half], device="cuda")
         x[torch.arange(n), start + torch.arange(n)] = 1
         y = matrix.product(x, "float", torch.full((n, 2 * out), math.nan, device="cuda"))
         assert torch.equal(y, exact.T[start : start + n].float())
@@ -168,8 +168,9 @@ def test_two_matrices_are_interleaved(cuda_library, launch, half, dtype, out, wi
 def test_float16_does_not_overflow(cuda_library, launch):
     stored = torch.tensor([[1e6, -1e6]] * 2, device="cuda")
     matrix = Matrix(cuda_library, launch, 1, "half", 2, 2, [(stored, FLOAT32, 2, 0, 1)])
-    x = torch.tensor([[1.0, 0.0], [0.0, 60000.0]], dtype=torch.float16, device="cuda")
-    y = matrix.product(x, "half", torch.full((2, 2), math.nan, dtype=torch.float16, device="cuda"), stride=2)
+    x = torch.zeros(2, 8, dtype=torch.float16, device="cuda")
+    x[0, 0], x[1, 1] = 1, 60000
+    y = matrix.product(x, "half", torch.full((2, 2), math.nan, dtype=torch.float16, device="cuda"))
     assert y.tolist() == [[65504.0] * 2, [-65504.0] * 2]
 
 

@@ -93,6 +93,13 @@ __device__ inline void copy_box_to(uint32 to, const TensorMap& map, int column, 
       : "memory");
 }
 
+__device__ inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1, int x2, uint32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(to),
+      "l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(barrier)
+      : "memory");
+}
 __device__ inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1, int x2, int x3,
                                 uint32 barrier) {
   asm volatile(
@@ -130,6 +137,8 @@ __device__ inline void settle(float (&sums)[n]) {
 
 // The lists of registers that an instruction of width N names: N / 2 accumulators, then two descriptors and
 // whether to add.
+#define QVL_L4 "%0,%1,%2,%3"
+#define QVL_L8 QVL_L4 ",%4,%5,%6,%7"
 #define QVL_L16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define QVL_L32 QVL_L16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define QVL_L48 QVL_L32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
@@ -146,6 +155,7 @@ __device__ inline void settle(float (&sums)[n]) {
   ",%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122" \
   ",%123,%124,%125,%126,%127"
 #define QVL_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define QVL_F8(i) QVL_F4(i), QVL_F4(i + 4)
 #define QVL_F16(i) QVL_F4(i), QVL_F4(i + 4), QVL_F4(i + 8), QVL_F4(i + 12)
 #ifdef QVL_COMPUTE_BFLOAT16
 #define QVL_TYPES ".f32.bf16.bf16"
@@ -174,9 +184,23 @@ __device__ inline void settle(float (&sums)[n]) {
     }                                                                                                   \
   };
 
+#define QVL_PRODUCT_LEFT(N, LIST, A0, A1, A2, A3, B, ADD, ...)                                               \
+  template <>                                                                                                \
+  struct ProductLeft<N> {                                                                                    \
+    static __device__ inline void run(float* d, const uint32* a, uint64 b, int add) {                        \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
+                   "k16" QVL_TYPES " {" LIST "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B                  \
+                   ", add, 1, 1, 0;\n}"                                                                      \
+                   : __VA_ARGS__                                                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                          \
+    }                                                                                                        \
+  };
+
 // d [64, N] (+)= a [64, 16] b [N, 16]^T, both in shared memory.
 template <int N>
 struct Product;
+QVL_PRODUCT(8, QVL_L4, "4", "5", "6", QVL_F4(0))
+QVL_PRODUCT(16, QVL_L8, "8", "9", "10", QVL_F8(0))
 QVL_PRODUCT(32, QVL_L16, "16", "17", "18", QVL_F16(0))
 QVL_PRODUCT(64, QVL_L32, "32", "33", "34", QVL_F16(0), QVL_F16(16))
 QVL_PRODUCT(96, QVL_L48, "48", "49", "50", QVL_F16(0), QVL_F16(16), QVL_F16(32))
@@ -199,6 +223,14 @@ QVL_PRODUCT_REGISTERS(104, QVL_L52, "52", "53", "54", "55", "56", QVL_F16(0), QV
                       QVL_F4(48))
 QVL_PRODUCT_REGISTERS(128, QVL_L64, "64", "65", "66", "67", "68", QVL_F16(0), QVL_F16(16), QVL_F16(32),
                       QVL_F16(48))
+
+// d [64, N] (+)= a [64, 16] b [N, 16]^T: a in registers, b in shared memory, rows of k.
+template <int N>
+struct ProductLeft;
+QVL_PRODUCT_LEFT(8, QVL_L4, "4", "5", "6", "7", "8", "9", QVL_F4(0))
+QVL_PRODUCT_LEFT(16, QVL_L8, "8", "9", "10", "11", "12", "13", QVL_F8(0))
+QVL_PRODUCT_LEFT(32, QVL_L16, "16", "17", "18", "19", "20", "21", QVL_F16(0))
+QVL_PRODUCT_LEFT(64, QVL_L32, "32", "33", "34", "35", "36", "37", QVL_F16(0), QVL_F16(16))
 
 }  // namespace qvl::cuda
 

@@ -1,4 +1,4 @@
-// y = x W^T for 1 to 256 rows of x, and the layouts of W.
+// y = x W^T for 1 to 256 rows of x. Hopper has linear_decode_hopper.cu instead.
 //
 // Cost. Bytes: each weight once, 4.3 TB/s on an H200; nothing else counts for few rows. 4096 x 4096 takes 7.8
 // us in bfloat16, 2 us with 4 bits: as long as a kernel takes to start. So the next kernel starts when the
@@ -18,7 +18,8 @@
 // they do, some get two and others none, which made a chain of products up to a third slower than without an
 // early start.
 #include "cuda/kernels/linear_decode.cuh"
-#include "cuda/kernels/stored.cuh"
+
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
 
 namespace qvl::cuda {
 namespace {
@@ -28,7 +29,7 @@ constexpr int kStepBytes = 1024;
 constexpr int kSumsPitch = 18;  // floats of a column's 16 sums: few lanes of a warp hit the same bank
 
 // Steps in the ring: as in linear_decode.cc.
-#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
 constexpr int kDepth = 5;
 #elif __CUDA_ARCH__ >= 800
 constexpr int kDepth = 3;
@@ -314,73 +315,6 @@ QVL_LINEAR_DECODE(int4_g64, Int4Weights<64>)
 QVL_LINEAR_DECODE(int4_g128, Int4Weights<128>)
 #undef QVL_LINEAR_DECODE
 
-// ---- upload: a block a row --------------------------------------------------------------------------------
-
-namespace {
-
-template <typename T>
-__device__ void upload_half(const UploadMatrix& p) {
-  const int row = blockIdx.x;
-  const T* from = static_cast<const T*>(p.from) + static_cast<int64>(row) * p.in;
-  H* to = static_cast<H*>(p.values) + (p.first + static_cast<int64>(row) * p.step) * p.stride;
-  for (int k = threadIdx.x; k < p.stride; k += blockDim.x)
-    to[k] = to_half(k < p.in ? value_of(from[k]) : 0.f);
-}
-
-// Row of the matrix that a block writes; it exists in the file or is padding.
-__device__ inline int target_row(const UploadMatrix& p, int row) {
-  return row < p.rows ? p.first + row * p.step : p.first + (p.rows - 1) * p.step + row - p.rows + 1;
-}
-
-template <int group>
-__device__ void upload_int4(const UploadMatrix& p) {
-  const int row = blockIdx.x, to = target_row(p, row), units = p.stride / kUnit;
-  const uint16* from = static_cast<const uint16*>(p.from) + static_cast<int64>(row) * (p.stride / 4);
-  for (int i = threadIdx.x; i < p.stride / kRun; i += blockDim.x) {
-    // Value 32 j + w of a unit is nibble j of word w, of 16 bits.
-    const int k = kRun * i, j = k % kUnit / 32, word = k / kUnit * 32 + k % 32;
-    uint32 run = 0;
-    for (int v = 0; v < kRun; ++v) {
-      const uint32 nibble = row < p.rows ? static_cast<uint32>(from[word + v]) >> (4 * j) & 15u : 8u;
-      run |= nibble << (4 * (v % 2 * 4 + v / 2));
-    }
-    static_cast<uint32*>(p.values)[int4_word(to, k, units)] = run;
-  }
-  const uint16* scales =
-      static_cast<const uint16*>(p.from_scales) + static_cast<int64>(row) * (p.stride / group);
-  for (int i = threadIdx.x; i < p.stride / group; i += blockDim.x)
-    static_cast<uint16*>(p.scales)[int4_scale(to, i * group, units, group)] =
-        row < p.rows ? scales[i] : uint16{0};
-}
-
-}  // namespace
-
-extern "C" __global__ void upload_matrix_float32(const __grid_constant__ UploadMatrix p) {
-  upload_half<float>(p);
-}
-extern "C" __global__ void upload_matrix_bfloat16(const __grid_constant__ UploadMatrix p) {
-  upload_half<BFloat16Value>(p);
-}
-extern "C" __global__ void upload_matrix_float16(const __grid_constant__ UploadMatrix p) {
-  upload_half<Float16Value>(p);
-}
-extern "C" __global__ void upload_matrix_int4_g64(const __grid_constant__ UploadMatrix p) {
-  upload_int4<64>(p);
-}
-extern "C" __global__ void upload_matrix_int4_g128(const __grid_constant__ UploadMatrix p) {
-  upload_int4<128>(p);
-}
-
-extern "C" __global__ void upload_matrix_int8(const __grid_constant__ UploadMatrix p) {
-  const int row = blockIdx.x, to = target_row(p, row), units = p.stride / kUnit;
-  const uint32* from = static_cast<const uint32*>(p.from) + static_cast<int64>(row) * (p.stride / 4);
-  for (int i = threadIdx.x; i < p.stride / kRun; i += blockDim.x) {
-    uint32* run = static_cast<uint32*>(p.values) + int8_word(to, kRun * i, units);
-    for (int half = 0; half < 2; ++half)  // values 0 1 2 3 become 0 2 1 3
-      run[half] = row < p.rows ? __byte_perm(from[2 * i + half], 0, 0x3120) : 0u;
-  }
-  if (threadIdx.x == 0 && row < p.rows)
-    static_cast<float*>(p.scales)[to] = static_cast<const float*>(p.from_scales)[row];
-}
-
 }  // namespace qvl::cuda
+
+#endif

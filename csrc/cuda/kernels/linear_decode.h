@@ -1,5 +1,8 @@
-// Parameters of linear_decode.cu, shared by host and device.
+// Parameters of the products of decode steps, shared by host and device.
 #pragma once
+
+#include "cuda/kernels/linear_prompt.h"
+#include "cuda/kernels/tensor_map.h"
 
 #ifdef __CUDACC__
 #define QVL_BOTH_SIDES __host__ __device__
@@ -17,6 +20,7 @@ struct UploadMatrix {
   int rows;  // of `from`, and rows of zeros to add behind the last one
   int padding;
   int in, stride;
+  int out;  // rows of the whole matrix
   int first, step;
 };
 
@@ -58,6 +62,32 @@ struct LinearDecode {
   int x_pitch;                               // bytes of a row of x in shared memory
   int offsets_pitch;                         // floats of a group's offsets, one a column
   int scales_at, x_at, offsets_at, sums_at;  // bytes into shared memory, behind the ring
+};
+
+// linear_decode_hopper.cu: warpgroups that share k, and where their sums meet: floats between columns, and
+// columns at a time.
+constexpr int kHopperGroups = 4, kHopperColumn = 64 + 4;
+QVL_BOTH_SIDES constexpr int hopper_columns(int n) {
+  return n < 32 ? n : 32;
+}
+QVL_BOTH_SIDES constexpr int hopper_sum_bytes(int n) {
+  return 4 * kHopperGroups * hopper_columns(n) * kHopperColumn;
+}
+
+struct LinearHopper {
+  // Boxes of an item. W: H [64, rows, steps], or quantised lines of 512 bytes, and scales of 16 rows. x: H
+  // [64, N, steps]. Rows that are not whole boxes of 64 values: boxes of one step, [64, rows] and [64, N].
+  TensorMap w, scales, x;
+  bool whole;
+  const float* row_scales;  // int8
+  Result result;
+  int rows, tiles;       // of W a tile: a multiple of 8, of 16 where quantised
+  int all_steps, steps;  // of k, and in an item
+  int items;             // a tile
+  // A multiple of the groups: a stage serves one of them only, which then cannot take the stage's round
+  // before for the one it waits for.
+  int stages;
+  int stage_bytes;
 };
 
 }  // namespace qvl::cuda

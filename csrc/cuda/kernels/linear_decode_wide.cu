@@ -12,10 +12,12 @@
 // with half of the slices each.
 #include "cuda/kernels/linear_decode.cuh"
 
+#if __CUDA_ARCH__ >= 800 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
 namespace qvl::cuda {
 namespace {
 
-#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#if __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
 constexpr int kSharedBytes = 227 << 10;
 #elif __CUDA_ARCH__ == 800
 constexpr int kSharedBytes = 163 << 10;
@@ -321,11 +323,11 @@ __device__ void linear_wide(const LinearDecode& p) {
 #define QVL_WIDE_ROWS(name, unit, tiles) \
   QVL_WIDE(name, unit, tiles, 2) QVL_WIDE(name, unit, tiles, 6) QVL_WIDE(name, unit, tiles, 12)
 #define QVL_WIDE_ALL(name, unit) QVL_WIDE_ROWS(name, unit, 4) QVL_WIDE_ROWS(name, unit, 8)
-#if __CUDA_ARCH__ >= 800
 QVL_WIDE_ALL(half, HalfUnit)
 QVL_WIDE_ALL(int8, Int8Unit)
 QVL_WIDE_ALL(int4_g64, Int4Unit<64>)
 QVL_WIDE_ALL(int4_g128, Int4Unit<128>)
-#endif
 
 }  // namespace qvl::cuda
+
+#endif

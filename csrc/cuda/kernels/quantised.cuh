@@ -1,14 +1,14 @@
 // Quantised matrices on the GPU, and how their integers become H. All of it is exact.
 //
-// Rows go in tiles of 16 (the last one is filled up with zeros), values of a row in units of 128. A lane 4 g
+// Rows go in tiles of 16 (the last one is filled up with zeros), values of a row in units of 128; on Hopper
+// units come first, [unit][tile], so that neighbouring tiles of a unit are one copy. A lane 4 g
 // + t of a warp finds what it needs of rows g and g + 8 of a tile in its own 16 bytes: runs of 8 values that
-// begin at 8 t, as mma.m16n8k16 wants them (streams.cuh).
+// are two products of 16 deep (run_value). Quarters are of 32 values, halves of 64.
 //
-//   INT8: [tile][unit][32-value quarter c][lane] 16 bytes: the run at 32 c + 8 t of row g, of row g + 8.
-//   Bytes
-//         of a run: values 0 2 1 3 4 6 5 7. Scales float32 [out].
-//   INT4: [tile][unit][64-value half c][lane] 4 words: the runs at 64 c + 8 t and 64 c + 32 + 8 t of row g,
-//         then those of row g + 8. Nibbles of a run, from the lowest: values 0 2 4 6 1 3 5 7, plus 8.
+//   INT8: [tile][unit][quarter][lane] 16 bytes: the run of row g, then that of row g + 8. Bytes of a run:
+//         values 0 2 1 3 4 6 5 7. Scales float32 [out].
+//   INT4: [tile][unit][half][lane] 4 words: the runs of both quarters of row g, then those of row g + 8.
+//         Nibbles of a run, from the lowest: values 0 2 4 6 1 3 5 7, plus 8.
 //         Scales bfloat16 [tile][unit][g][group of the unit][row g, row g + 8].
 #pragma once
 
@@ -18,22 +18,43 @@ namespace qvl::cuda {
 
 constexpr int kTileRows = 16, kUnit = 128, kRun = 8;
 
-// Word of a tile's values where a run begins; k: its first value, a multiple of 8.
-__device__ inline int64 int8_word(int row, int k, int units) {
-  const int g = row % 8, t = k % 32 / 8;
-  const int64 quarter = (static_cast<int64>(row / kTileRows) * units + k / kUnit) * 4 + k % kUnit / 32;
-  return (quarter * 32 + 4 * g + t) * 4 + row % 16 / 8 * 2;
+// Where value v of the run of lane t lies in its quarter. With mma.m16n8k16 x is read as the weights are, so
+// that a run's values are neighbours. wgmma reads x itself: pairs lie 8 apart, as in its fragments.
+__device__ inline int run_value(int t, int v) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  return v / 2 * 8 + 2 * t + v % 2;
+#else
+  return kRun * t + v;
+#endif
 }
-__device__ inline int64 int4_word(int row, int k, int units) {
-  const int g = row % 8, t = k % 32 / 8;
-  const int64 half = (static_cast<int64>(row / kTileRows) * units + k / kUnit) * 2 + k % kUnit / 64;
-  return (half * 32 + 4 * g + t) * 4 + row % 16 / 8 * 2 + k % 64 / 32;
-}
-// Index of the scale of a group of `group` values.
-__device__ inline int64 int4_scale(int row, int k, int units, int group) {
-  const int64 unit = static_cast<int64>(row / kTileRows) * units + k / kUnit;
-  return ((unit * 8 + row % 8) * (kUnit / group) + k % kUnit / group) * 2 + row % 16 / 8;
-}
+
+// A matrix as it is cut up.
+struct Cut {
+  int units, tiles;
+
+  __device__ Cut(int stride, int out) : units(stride / kUnit), tiles((out + kTileRows - 1) / kTileRows) {}
+
+  __device__ int64 unit_of(int row, int k) const {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    return static_cast<int64>(k / kUnit) * tiles + row / kTileRows;
+#else
+    return static_cast<int64>(row / kTileRows) * units + k / kUnit;
+#endif
+  }
+  // Word of the values where the run of lane t = k % 32 / 8 begins; k: a multiple of 8.
+  __device__ int64 int8_word(int row, int k) const {
+    const int64 quarter = unit_of(row, k) * 4 + k % kUnit / 32;
+    return (quarter * 32 + 4 * (row % 8) + k % 32 / 8) * 4 + row % 16 / 8 * 2;
+  }
+  __device__ int64 int4_word(int row, int k) const {
+    const int64 half = unit_of(row, k) * 2 + k % kUnit / 64;
+    return (half * 32 + 4 * (row % 8) + k % 32 / 8) * 4 + row % 16 / 8 * 2 + k % 64 / 32;
+  }
+  // Index of the scale of a group of `group` values.
+  __device__ int64 int4_scale(int row, int k, int group) const {
+    return ((unit_of(row, k) * 8 + row % 8) * (kUnit / group) + k % kUnit / group) * 2 + row % 16 / 8;
+  }
+};
 
 __device__ inline H2 half2_bits(uint32 bits) {
   return reinterpret_cast<const H2&>(bits);

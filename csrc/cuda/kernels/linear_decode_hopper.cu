@@ -1,0 +1,360 @@
+// y = x W^T for 1 to 256 rows of x on Hopper: wgmma with W on its left side, which the copy engine brings.
+//
+// Cost. Bytes: each weight once, 4.3 TB/s on an H200, 33 KB a microsecond and multiprocessor; x once more for
+// each tile, from the L2 cache. A wgmma takes 2 KB of H or less, so that up to 64 rows of x the instructions
+// are few; weights of 8 and 4 bits become H in registers, about one and a half instructions of a lane a
+// value.
+//
+// Layout. A tile is `rows` rows of W, up to 64 kTiles, and N rows of x, its columns. k goes by in steps of 64
+// (H) or 128 values (quantised) and is cut into four slices, one for each warpgroup, which adds it up in
+// ascending order. One warp asks for W and x, an item of a slice at a time, as many ahead as shared memory
+// has stages; items go around the slices. The slices' sums meet in shared memory, (0 + 1) + (2 + 3). So a
+// row's bits depend neither on `rows` nor on N nor on the steps of an item.
+//
+// Blocks are persistent, one a multiprocessor. Where registers and shared memory allow, the next kernels, up
+// to the next product, start beside them, and that one fetches its first stages while the others run.
+#include "cuda/kernels/hopper.cuh"
+#include "cuda/kernels/linear_decode.h"
+#include "cuda/kernels/linear_prompt.cuh"
+#include "cuda/kernels/quantised.cuh"
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+namespace qvl::cuda {
+namespace {
+
+constexpr int kGroups = kHopperGroups, kThreads = 128 * kGroups + 32;
+constexpr int kBoxBytes = 128;   // of a row of 64 values of H
+constexpr int kLineBytes = 512;  // of quantised weights, in a tensor map
+
+__device__ inline int slice_begin(int steps, int slice) {
+  return steps * slice / kGroups;
+}
+
+// What a warp works on in a step. Addresses are of shared memory.
+struct Step {
+  uint32 x, weights, scales;
+  int tile, lane;  // the first of the warp's tiles of 16 rows, the others follow 4 apart
+  int rows;
+};
+
+__device__ inline uint4 load_shared16(uint32 address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address));
+  return value;
+}
+__device__ inline uint32 load_shared4(uint32 address) {
+  uint32 value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address));
+  return value;
+}
+
+// Describes x in a stage from value k on, a multiple of 16.
+template <int N>
+__device__ inline uint64 describe_x(uint32 x, int k) {
+  return describe(x + k / 64 * (N * kBoxBytes)) + k % 64 / 8;
+}
+
+struct HalfWeights {
+  static constexpr int kBoxes = 1;  // of 64 values in a step
+  static constexpr bool kInRegisters = false;
+
+  __device__ static int step_bytes(int rows) { return rows * kBoxBytes; }
+  __device__ static int scale_bytes(int) { return 0; }
+
+  template <int N, int kTiles>
+  __device__ static void add(float (&sums)[kTiles][N / 2], const Step& step) {
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        Product<N>::run(sums[m], describe(step.weights + m * 64 * kBoxBytes) + 2 * k,
+                        describe_x<N>(step.x, 16 * k), 1);
+      }
+    }
+    products_commit();
+  }
+
+  __device__ static float scale(const LinearHopper&, int) { return 1; }
+};
+
+struct Int8Weights {
+  static constexpr int kBoxes = 2, kTileBytes = 2048;
+  static constexpr bool kInRegisters = true;
+
+  __device__ static int step_bytes(int rows) { return rows / kTileRows * kTileBytes; }
+  __device__ static int scale_bytes(int) { return 0; }
+
+  template <int N, int kTiles>
+  __device__ static void add(float (&sums)[kTiles][N / 2], const Step& step) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      const int tile = 4 * m + step.tile;
+      const bool there = kTileRows * tile < step.rows;
+      const uint32 from = step.weights + tile * kTileBytes + 16 * step.lane;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32 a[4][4];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const uint4 w = there ? load_shared16(from + 1024 * half + 512 * c) : make_uint4(0, 0, 0, 0);
+          const uint32 rows[2][2] = {{w.x, w.y}, {w.z, w.w}};
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int row = 0; row < 2; ++row) {
+              a[2 * c + i][row] = bytes_to_half2(rows[row][i]);
+              a[2 * c + i][2 + row] = bytes_to_half2(rows[row][i] >> 8);
+            }
+          }
+        }
+        products_begin();
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          ProductLeft<N>::run(sums[m], a[i], describe_x<N>(step.x, 64 * half + 16 * i), 1);
+        products_commit();
+        products_wait<1>();
+      }
+    }
+  }
+
+  __device__ static float scale(const LinearHopper& p, int row) { return p.row_scales[row]; }
+};
+
+template <int group>
+struct Int4Weights {
+  static constexpr int kBoxes = 2, kTileBytes = 1024, kTileScales = 8 * 4 * (kUnit / group);
+  static constexpr bool kInRegisters = true;
+
+  __device__ static int step_bytes(int rows) { return rows / kTileRows * kTileBytes; }
+  __device__ static int scale_bytes(int rows) { return rows / kTileRows * kTileScales; }
+
+  // A group's sums are added to those before while the next group's products are under way, where registers
+  // allow.
+  template <int N, int kTiles>
+  __device__ static void add(float (&sums)[kTiles][N / 2], const Step& step) {
+    constexpr int kOfTile = kUnit / group, kBuffers = N <= 16 && group == 64 ? 2 : 1;
+    float parts[kBuffers][N / 2];
+    uint32 scales[kBuffers] = {};
+    const auto fold = [&](int i) {
+      float (&part)[N / 2] = parts[i % kBuffers];
+      float (&to)[N / 2] = sums[i / kOfTile];
+      settle(part);
+      const float first = low_scale(scales[i % kBuffers]), second = high_scale(scales[i % kBuffers]);
+#pragma unroll
+      for (int j = 0; j < N / 2; ++j) to[j] += (j % 4 < 2 ? first : second) * part[j];
+    };
+#pragma unroll
+    for (int i = 0; i < kTiles * kOfTile; ++i) {
+      const int tile = i / kOfTile * 4 + step.tile, begin = i % kOfTile * (group / 64);
+      const bool there = kTileRows * tile < step.rows;
+#pragma unroll
+      for (int half = begin; half < begin + group / 64; ++half) {
+        const uint4 w = there ? load_shared16(step.weights + tile * kTileBytes + 512 * half + 16 * step.lane)
+                              : make_uint4(0, 0, 0, 0);
+        const uint32 rows[2][2] = {{w.x, w.y}, {w.z, w.w}};
+        uint32 a[4][4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+          for (int row = 0; row < 2; ++row) {
+            const uint32 run = rows[row][j / 2] >> (8 * (j % 2));
+            a[j][row] = nibbles_to_half2(run);
+            a[j][2 + row] = nibbles_to_half2(run >> 4);
+          }
+        }
+        products_begin();
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          ProductLeft<N>::run(parts[i % kBuffers], a[j], describe_x<N>(step.x, 64 * half + 16 * j),
+                              half > begin || j > 0);
+        }
+      }
+      products_commit();
+      scales[i % kBuffers] =
+          there ? load_shared4(step.scales + tile * kTileScales + 4 * (step.lane / 4 * kOfTile + i % kOfTile))
+                : 0;
+      if (i + 1 < kBuffers) continue;
+      products_wait<kBuffers - 1>();
+      fold(i + 1 - kBuffers);
+    }
+    if (kBuffers == 1) return;
+    products_wait<0>();
+    fold(kTiles * kOfTile - 1);
+  }
+
+  __device__ static float scale(const LinearHopper&, int) { return 1; }
+};
+
+// Where an item is in the ring of stages; `phase`: how often the ring has been around, by parity.
+struct Place {
+  int item = 0, stage = 0;
+  uint32 phase = 0;
+
+  // To a later item, counted over all tiles.
+  __device__ void advance(int to, int stages) {
+    for (stage += to - item; stage >= stages; stage -= stages) phase ^= 1;
+    item = to;
+  }
+};
+
+template <class Weights, int N, int kTiles>
+__device__ inline void linear_decode(const LinearHopper& p) {
+  constexpr int kXBytes = Weights::kBoxes * N * kBoxBytes;  // of a step
+  constexpr int kColumns = hopper_columns(N);
+  extern __shared__ char raw[];
+  char* const aligned = raw + (-static_cast<uint32>(__cvta_generic_to_shared(raw)) & 1023);
+  const uint32 ring = static_cast<uint32>(__cvta_generic_to_shared(aligned));
+  float* const sums_out = reinterpret_cast<float*>(aligned + p.stages * p.stage_bytes);
+  const uint32 full = ring + p.stages * p.stage_bytes + hopper_sum_bytes(N), empty = full + 8 * p.stages;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_row = blockIdx.y * N;  // of x
+  const int step_bytes = Weights::step_bytes(p.rows), scale_bytes = Weights::scale_bytes(p.rows);
+  // In a stage, each of all steps: x, weights, scales.
+  const int weights_at = p.steps * kXBytes, scales_at = weights_at + p.steps * step_bytes;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < p.stages; ++i) {
+      barrier_init(full + 8 * i, 1);
+      barrier_init(empty + 8 * i, 4);  // warps
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+  start_successors();
+
+  if (warp == 4 * kGroups) {
+    if (lane != 0) return;
+    const int bytes = p.steps * (kXBytes + step_bytes + scale_bytes);
+    const auto step_of = [&](int item) {
+      return slice_begin(p.all_steps, item % kGroups) + item / kGroups * p.steps;
+    };
+    // Boxes of 64 values, one behind the other: one copy if rows are cut into whole boxes.
+    const auto copy_boxes = [&](const TensorMap& map, uint32 to, int row, int first, int count, int box_bytes,
+                                uint32 barrier) {
+      if (p.whole) return copy_box(to, map, 0, row, first, barrier);
+      for (int i = 0; i < count; ++i) copy_box(to + i * box_bytes, map, 64 * (first + i), row, barrier);
+    };
+    const auto ask_for_weights = [&](int stage, int tile, int item) {
+      const uint32 to = ring + stage * p.stage_bytes, barrier = full + 8 * stage;
+      barrier_expect(barrier, bytes);
+      if constexpr (Weights::kInRegisters) {
+        const int tiles = p.rows / kTileRows;
+        copy_box(to + weights_at, p.w, 0, tile * (step_bytes / kLineBytes), step_of(item), barrier);
+        if (scale_bytes != 0) copy_box(to + scales_at, p.scales, 0, tile * tiles, step_of(item), barrier);
+      } else {
+        copy_boxes(p.w, to + weights_at, tile * p.rows, step_of(item), p.steps, step_bytes, barrier);
+      }
+    };
+    const auto ask_for_x = [&](int stage, int item) {
+      copy_boxes(p.x, ring + stage * p.stage_bytes, first_row, Weights::kBoxes * step_of(item),
+                 Weights::kBoxes * p.steps, N * kBoxBytes, full + 8 * stage);
+    };
+    // Weights are there before the predecessors are done, x is not.
+    const int tiles = (p.tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
+    const int ahead = min(p.stages, tiles * p.items);
+    int tile = blockIdx.x, item = 0;
+    const auto next = [&] {
+      if (++item == p.items) item = 0, tile += gridDim.x;
+    };
+    for (int i = 0; i < ahead; ++i, next()) ask_for_weights(i, tile, item);
+    wait_for_predecessors();
+    for (int i = 0; i < ahead; ++i) ask_for_x(i, i % p.items);
+    Place place;
+    place.advance(ahead, p.stages);
+    for (; tile < p.tiles; next(), place.advance(place.item + 1, p.stages)) {
+      barrier_wait(empty + 8 * place.stage, place.phase ^ 1);
+      ask_for_weights(place.stage, tile, item);
+      ask_for_x(place.stage, item);
+    }
+    return;
+  }
+
+  wait_for_predecessors();  // before y is written
+  const int group = warp / 4;
+  const int steps = slice_begin(p.all_steps, group + 1) - slice_begin(p.all_steps, group);
+  // Tiles of 16 rows go to a warp by its place, so that few of them keep all four schedulers busy.
+  const int place_in_group = Weights::kInRegisters ? (warp + 2 * group) % 4 : warp % 4;
+  Place place;
+  int first_item = 0;  // of the tile
+  for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, first_item += p.items) {
+    float sums[kTiles][N / 2] = {};
+    for (int done = 0, item = group; item < p.items; done += p.steps, item += kGroups) {
+      place.advance(first_item + item, p.stages);
+      barrier_wait(full + 8 * place.stage, place.phase);
+      const uint32 stage = ring + place.stage * p.stage_bytes;
+      Step step{stage, stage + weights_at, stage + scales_at, place_in_group, lane, p.rows};
+      for (int i = min(p.steps, steps - done); i > 0; --i) {
+        Weights::template add<N, kTiles>(sums, step);
+        step.x += kXBytes;
+        step.weights += step_bytes;
+        step.scales += scale_bytes;
+      }
+      products_wait<0>();
+      if (lane == 0) barrier_arrive(empty + 8 * place.stage);
+    }
+
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      settle(sums[m]);
+#pragma unroll
+      for (int begin = 0; begin < N; begin += kColumns) {
+        if (first_row + begin >= p.result.n) break;
+        float* const to =
+            sums_out + (group * kColumns + lane % 4 * 2) * kHopperColumn + place_in_group * 16 + lane / 4;
+#pragma unroll
+        for (int j = 0; j < kColumns; j += 8) {
+          const float* const from = sums[m] + (begin + j) / 2;
+          to[j * kHopperColumn] = from[0];
+          to[(j + 1) * kHopperColumn] = from[1];
+          to[j * kHopperColumn + 8] = from[2];
+          to[(j + 1) * kHopperColumn + 8] = from[3];
+        }
+        asm volatile("bar.sync 1, %0;" ::"n"(128 * kGroups) : "memory");
+        for (int i = threadIdx.x; i < kColumns * 32; i += 128 * kGroups) {
+          const int local = i % 32 * 2, column = i / 32, row = tile * p.rows + 64 * m + local;
+          const int to_row = first_row + begin + column;
+          if (to_row >= p.result.n || 64 * m + local >= p.rows || row >= p.result.out) continue;
+          float2 parts[kGroups];
+#pragma unroll
+          for (int part = 0; part < kGroups; ++part) {
+            parts[part] = *reinterpret_cast<const float2*>(
+                sums_out + (part * kColumns + column) * kHopperColumn + local);
+          }
+          const float a = (parts[0].x + parts[1].x) + (parts[2].x + parts[3].x);
+          const float b = (parts[0].y + parts[1].y) + (parts[2].y + parts[3].y);
+          finish_pair(p.result, to_row, row, a * Weights::scale(p, row),
+                      row + 1 < p.result.out ? b * Weights::scale(p, row + 1) : 0);
+        }
+        asm volatile("bar.sync 1, %0;" ::"n"(128 * kGroups) : "memory");
+      }
+    }
+  }
+}
+
+}  // namespace
+
+#define QVL_HOPPER(NAME, WEIGHTS, N, TILES)                                                            \
+  extern "C" __global__ __launch_bounds__(                                                             \
+      kThreads, 1) void linear_hopper_##NAME##_##N##_##TILES(const __grid_constant__ LinearHopper p) { \
+    linear_decode<WEIGHTS, N, TILES>(p);                                                               \
+  }
+#define QVL_HOPPER_TILES(NAME, WEIGHTS, N) \
+  QVL_HOPPER(NAME, WEIGHTS, N, 1) QVL_HOPPER(NAME, WEIGHTS, N, 2) QVL_HOPPER(NAME, WEIGHTS, N, 3)
+#define QVL_HOPPER_WIDE(NAME, WEIGHTS)                                                                  \
+  QVL_HOPPER_TILES(NAME, WEIGHTS, 8)                                                                    \
+  QVL_HOPPER_TILES(NAME, WEIGHTS, 16) QVL_HOPPER(NAME, WEIGHTS, 32, 1) QVL_HOPPER(NAME, WEIGHTS, 32, 2) \
+      QVL_HOPPER(NAME, WEIGHTS, 64, 1)
+QVL_HOPPER_WIDE(half, HalfWeights)
+QVL_HOPPER(half, HalfWeights, 32, 3)
+QVL_HOPPER(half, HalfWeights, 64, 2)
+QVL_HOPPER_WIDE(int8, Int8Weights)
+QVL_HOPPER_WIDE(int4_g64, Int4Weights<64>)
+QVL_HOPPER_WIDE(int4_g128, Int4Weights<128>)
+
+}  // namespace qvl::cuda
+
+#endif

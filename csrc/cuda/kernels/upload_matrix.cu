@@ -1,0 +1,86 @@
+// Matrices as they lie in a file into the layouts of the kernels: a block a row. H as it is; quantised as
+// quantised.cuh says. Cost: the bytes, once for each weight when a model is opened.
+#include "cuda/kernels/linear_decode.h"
+#include "cuda/kernels/quantised.cuh"
+#include "cuda/kernels/stored.cuh"
+
+namespace qvl::cuda {
+namespace {
+
+template <typename T>
+__device__ void upload_half(const UploadMatrix& p) {
+  const int row = blockIdx.x;
+  const T* from = static_cast<const T*>(p.from) + static_cast<int64>(row) * p.in;
+  H* to = static_cast<H*>(p.values) + (p.first + static_cast<int64>(row) * p.step) * p.stride;
+  for (int k = threadIdx.x; k < p.stride; k += blockDim.x)
+    to[k] = to_half(k < p.in ? value_of(from[k]) : 0.f);
+}
+
+// Row of the matrix that a block writes; it exists in the file or is padding.
+__device__ inline int target_row(const UploadMatrix& p, int row) {
+  return row < p.rows ? p.first + row * p.step : p.first + (p.rows - 1) * p.step + row - p.rows + 1;
+}
+
+template <int group>
+__device__ void upload_int4(const UploadMatrix& p) {
+  const int row = blockIdx.x, to = target_row(p, row);
+  const Cut cut(p.stride, p.out);
+  const uint16* from = static_cast<const uint16*>(p.from) + static_cast<int64>(row) * (p.stride / 4);
+  for (int i = threadIdx.x; i < p.stride / kRun; i += blockDim.x) {
+    // Value 32 j + w of a unit is nibble j of word w, of 16 bits.
+    const int k = kRun * i, j = k % kUnit / 32, word = k / kUnit * 32;
+    uint32 run = 0;
+    for (int v = 0; v < kRun; ++v) {
+      const int value = run_value(k % 32 / kRun, v);
+      const uint32 nibble = row < p.rows ? static_cast<uint32>(from[word + value]) >> (4 * j) & 15u : 8u;
+      run |= nibble << (4 * (v % 2 * 4 + v / 2));
+    }
+    static_cast<uint32*>(p.values)[cut.int4_word(to, k)] = run;
+  }
+  const uint16* scales =
+      static_cast<const uint16*>(p.from_scales) + static_cast<int64>(row) * (p.stride / group);
+  for (int i = threadIdx.x; i < p.stride / group; i += blockDim.x)
+    static_cast<uint16*>(p.scales)[cut.int4_scale(to, i * group, group)] =
+        row < p.rows ? scales[i] : uint16{0};
+}
+
+}  // namespace
+
+extern "C" __global__ void upload_matrix_float32(const __grid_constant__ UploadMatrix p) {
+  upload_half<float>(p);
+}
+extern "C" __global__ void upload_matrix_bfloat16(const __grid_constant__ UploadMatrix p) {
+  upload_half<BFloat16Value>(p);
+}
+extern "C" __global__ void upload_matrix_float16(const __grid_constant__ UploadMatrix p) {
+  upload_half<Float16Value>(p);
+}
+extern "C" __global__ void upload_matrix_int4_g64(const __grid_constant__ UploadMatrix p) {
+  upload_int4<64>(p);
+}
+extern "C" __global__ void upload_matrix_int4_g128(const __grid_constant__ UploadMatrix p) {
+  upload_int4<128>(p);
+}
+
+extern "C" __global__ void upload_matrix_int8(const __grid_constant__ UploadMatrix p) {
+  const int row = blockIdx.x, to = target_row(p, row);
+  const Cut cut(p.stride, p.out);
+  const uint8* from = static_cast<const uint8*>(p.from) + static_cast<int64>(row) * p.stride;
+  for (int i = threadIdx.x; i < p.stride / kRun; i += blockDim.x) {
+    const int k = kRun * i;
+    uint32* run = static_cast<uint32*>(p.values) + cut.int8_word(to, k);
+    for (int half = 0; half < 2; ++half) {
+      uint32 word = 0;
+      for (int v = 0; v < 4; ++v) {
+        const int place = v % 2 * 2 + v / 2;  // values 0 1 2 3 become 0 2 1 3
+        const uint32 value = row < p.rows ? from[k / 32 * 32 + run_value(k % 32 / kRun, 4 * half + v)] : 0u;
+        word |= value << (8 * place);
+      }
+      run[half] = word;
+    }
+  }
+  if (threadIdx.x == 0 && row < p.rows)
+    static_cast<float*>(p.scales)[to] = static_cast<const float*>(p.from_scales)[row];
+}
+
+}  // namespace qvl::cuda

@@ -1,0 +1,119 @@
+#include "cuda/linear_decode_hopper.h"
+
+#include <algorithm>
+#include <string>
+
+#include "core/error.h"
+#include "cuda/kernels/linear_decode.h"
+#include "cuda/tensor_map.h"
+
+namespace qvl::cuda {
+namespace {
+
+constexpr int kThreads = 128 * kHopperGroups + 32, kAlign = 1024, kBoxBytes = 128;
+constexpr int kMostShared = 227 << 10, kLeastShared = 120 << 10;  // the least: one block a multiprocessor
+// With few rows of x, attention and its 64 KB fit beside.
+constexpr int kSharedBeside = 158 << 10;
+constexpr int kMostStages = 32, kMostSteps = 4;
+
+// Of a storage type, by number: its kernels' name, bytes of 16 rows in a step of k and of their scales, boxes
+// of 64 values in a step, and 64-row parts of a tile at most for up to 16, 32 and 64 rows of x.
+struct Kind {
+  const char* name;
+  int tile_bytes, scale_bytes, boxes;
+  int most_parts[3];
+};
+constexpr Kind kKinds[] = {{"half", 16 * kBoxBytes, 0, 1, {3, 3, 2}},
+                           {"int8", 2048, 0, 2, {3, 2, 1}},
+                           {"int4_g64", 1024, 64, 2, {3, 2, 1}},
+                           {"int4_g128", 1024, 32, 2, {3, 2, 1}}};
+
+int divide_up(int a, int b) {
+  return (a + b - 1) / b;
+}
+
+// Bytes that a step brings.
+int step_bytes(const Kind& kind, int rows, int columns) {
+  return rows / 8 * (kind.tile_bytes + kind.scale_bytes) / 2 + kind.boxes * kBoxBytes * columns;
+}
+
+// Rows of W a tile that take the least time: rounds of tiles, each the bytes that come in and what a round
+// costs besides, as bytes.
+int best_rows(const Kind& kind, int out, int steps, int columns, int blocks, int unit, int most) {
+  constexpr double kRound = 40e3;
+  int best = unit;
+  double least = 0;
+  for (int rows = unit; rows <= most; rows += unit) {
+    const int rounds = divide_up(divide_up(out, rows), blocks);
+    const double cost = rounds * (steps * static_cast<double>(step_bytes(kind, rows, columns)) + kRound);
+    if (least == 0 || cost <= least) best = rows, least = cost;
+  }
+  return best;
+}
+
+// Steps of an item: many small ones cost time, and so do those that lie behind a slice's end.
+int best_steps(int slice, int bytes) {
+  constexpr int kItem = 1500, kMostBytes = 24 << 10;
+  int best = 1, least = 0;
+  for (int steps = 1; steps <= kMostSteps && (steps == 1 || steps * bytes <= kMostBytes); ++steps) {
+    const int cost = divide_up(slice, steps) * (steps * bytes + kItem);
+    if (least == 0 || cost < least) best = steps, least = cost;
+  }
+  return best;
+}
+
+// H in boxes of 64 values: `steps` of them at once if rows are whole ones.
+TensorMap boxes_of(const Gpu& gpu, const void* base, int64_t rows, int64_t in, int64_t stride, int box,
+                   int steps) {
+  if (in % 64 != 0) return tensor_map(gpu, base, {in, rows}, {stride * 2}, {64, box});
+  return tensor_map(gpu, base, {64, rows, in / 64}, {stride * 2, kBoxBytes}, {64, box, steps});
+}
+
+}  // namespace
+
+void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x,
+                          int64_t x_stride, int n, Into into, void* y) {
+  const bool half = matrix.storage == Storage::kHalf;
+  const Kind& kind = kKinds[static_cast<int>(matrix.storage)];
+  const int columns = n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64, chunks = divide_up(n, columns);
+  const int blocks = std::max(1, gpu.multiprocessors() / chunks);
+
+  LinearHopper p{};
+  p.row_scales = static_cast<const float*>(matrix.scales);
+  p.result = {matrix.bias, y, n, matrix.out, static_cast<int>(into)};
+  p.whole = matrix.in % 64 == 0;
+  p.all_steps = divide_up(matrix.in, 64 * kind.boxes);
+  const int most = 64 * kind.most_parts[columns <= 16 ? 0 : columns / 32];
+  p.rows = best_rows(kind, matrix.out, p.all_steps, columns, blocks, half ? 8 : 16, most);
+  p.tiles = divide_up(matrix.out, p.rows);
+  const int bytes = step_bytes(kind, p.rows, columns), slice = divide_up(p.all_steps, kHopperGroups);
+  p.steps = best_steps(slice, bytes);
+  p.items = kHopperGroups * divide_up(slice, p.steps);
+  p.stage_bytes = divide_up(p.steps * bytes, kAlign) * kAlign;
+  const int room = (columns <= 16 ? kSharedBeside : kMostShared) - kAlign - hopper_sum_bytes(columns);
+  p.stages = std::min(kMostStages, room / (p.stage_bytes + 16) / kHopperGroups * kHopperGroups);
+  const int shared = kAlign + p.stages * (p.stage_bytes + 16) + hopper_sum_bytes(columns);
+
+  if (half) {
+    p.w = boxes_of(gpu, matrix.values, matrix.out, matrix.in, matrix.stride, p.rows, p.steps);
+  } else {
+    constexpr int kLine = 512;  // bytes
+    const int tiles = divide_up(matrix.out, 16), lines = kind.tile_bytes / kLine;
+    p.w = tensor_map(gpu, matrix.values, {kLine / 2, tiles * lines, p.all_steps},
+                     {kLine, tiles * kind.tile_bytes}, {kLine / 2, p.rows / 16 * lines, p.steps}, false);
+    if (kind.scale_bytes != 0) {
+      p.scales = tensor_map(gpu, matrix.scales, {kind.scale_bytes / 2, tiles, p.all_steps},
+                            {kind.scale_bytes, tiles * kind.scale_bytes},
+                            {kind.scale_bytes / 2, p.rows / 16, p.steps}, false);
+    }
+  }
+  p.x = boxes_of(gpu, x, n, matrix.in, x_stride, columns, kind.boxes * p.steps);
+
+  const std::string name = std::string("linear_hopper_") + kind.name + "_" + std::to_string(columns) + "_" +
+                           std::to_string(divide_up(p.rows, 64));
+  gpu.launch(stream, name.c_str(),
+             {static_cast<unsigned>(std::min(p.tiles, blocks)), static_cast<unsigned>(chunks)}, kThreads,
+             std::max(shared, kLeastShared), p, true);
+}
+
+}  // namespace qvl::cuda
