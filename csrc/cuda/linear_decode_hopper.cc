@@ -90,9 +90,10 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
   p.steps = best_steps(slice, bytes);
   p.items = kHopperGroups * divide_up(slice, p.steps);
   p.stage_bytes = divide_up(p.steps * bytes, kAlign) * kAlign;
-  const int room = (columns <= 16 ? kSharedBeside : kMostShared) - kAlign - hopper_sum_bytes(columns);
+  const int parts = divide_up(p.rows, 64), sums = hopper_sum_bytes(columns, parts);
+  const int room = (columns <= 16 ? kSharedBeside : kMostShared) - kAlign - sums;
   p.stages = std::min(kMostStages, room / (p.stage_bytes + 16) / kHopperGroups * kHopperGroups);
-  const int shared = kAlign + p.stages * (p.stage_bytes + 16) + hopper_sum_bytes(columns);
+  const int shared = kAlign + p.stages * (p.stage_bytes + 16) + sums;
 
   if (half) {
     p.w = boxes_of(gpu, matrix.values, matrix.out, matrix.in, matrix.stride, p.rows, p.steps);
@@ -109,8 +110,8 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
   }
   p.x = boxes_of(gpu, x, n, matrix.in, x_stride, columns, kind.boxes * p.steps);
 
-  const std::string name = std::string("linear_hopper_") + kind.name + "_" + std::to_string(columns) + "_" +
-                           std::to_string(divide_up(p.rows, 64));
+  const std::string name =
+      std::string("linear_hopper_") + kind.name + "_" + std::to_string(columns) + "_" + std::to_string(parts);
   gpu.launch(stream, name.c_str(),
              {static_cast<unsigned>(std::min(p.tiles, blocks)), static_cast<unsigned>(chunks)}, kThreads,
              std::max(shared, kLeastShared), p, true);

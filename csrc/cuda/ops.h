@@ -55,7 +55,7 @@ void upload_matrix(const Gpu&, CUstream, qvl_dtype dtype, const void* from, int 
 
 // ---- decode steps: linear_decode.cc, attention_decode.cc, elementwise.cc --------------------------------
 
-// y = x W^T + bias, x H [n, x_stride].
+// y = x W^T + bias, x H [n, x_stride], x_stride a multiple of 8.
 void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into,
                    void* y);
 

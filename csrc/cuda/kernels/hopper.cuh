@@ -71,9 +71,31 @@ __device__ inline void publish_writes() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Threads of one warpgroup meet; barrier 0 is __syncthreads().
+// Whole warps of `threads` meet; barrier 0 is __syncthreads().
+template <int threads>
+__device__ inline void threads_sync(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(threads) : "memory");
+}
 __device__ inline void warpgroup_sync(int barrier) {
-  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+  threads_sync<128>(barrier);
+}
+
+__device__ inline uint4 load_shared16(uint32 address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address));
+  return value;
+}
+__device__ inline uint32 load_shared4(uint32 address) {
+  uint32 value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address));
+  return value;
+}
+
+// Have a map at hand that copies will name.
+__device__ inline void prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 // The box at (column, row) of the tensor to shared memory, here or in all blocks of `blocks` (a bit each).

@@ -1,6 +1,6 @@
-// What the two kernels of decode steps share: linear_decode.cu for up to 8 rows of x, linear_decode_wide.cu
-// for more. They give the same bits: k is cut into the same slices, a slice is added up by the same
-// instructions in the same order, and the slices' sums are added in the same order.
+// What the two kernels of decode steps on GPUs other than Hopper share: linear_decode.cu for up to 8 rows of
+// x, linear_decode_wide.cu for more. They give the same bits: k is cut into the same slices, a slice is added
+// up by the same instructions in the same order, and the slices' sums are added in the same order.
 #pragma once
 
 #include "cuda/kernels/linear_decode.h"
@@ -21,7 +21,7 @@ __device__ inline int slice_begin(int units, int slice) {
 #ifdef QVL_COMPUTE_BFLOAT16
 constexpr float kUnitOf = 1, kTooMuch = 128 + 8;
 __device__ inline uint32 raw_nibbles(uint32 word) {
-  return (word & 0x000F000Fu) | 0x43004300u;
+  return and_or<0x000F000F, 0x43004300>(word);
 }
 #else
 constexpr float kUnitOf = 1.f / (1 << 24), kTooMuch = 8 * kUnitOf;

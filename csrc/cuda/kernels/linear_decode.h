@@ -65,13 +65,16 @@ struct LinearDecode {
 };
 
 // linear_decode_hopper.cu: warpgroups that share k, and where their sums meet: floats between columns, and
-// columns at a time.
+// columns and 64-row parts at a time.
 constexpr int kHopperGroups = 4, kHopperColumn = 64 + 4;
 QVL_BOTH_SIDES constexpr int hopper_columns(int n) {
   return n < 32 ? n : 32;
 }
-QVL_BOTH_SIDES constexpr int hopper_sum_bytes(int n) {
-  return 4 * kHopperGroups * hopper_columns(n) * kHopperColumn;
+QVL_BOTH_SIDES constexpr int hopper_parts(int n, int parts) {
+  return n > 16 ? 1 : n > 8 && parts > 2 ? 2 : parts;
+}
+QVL_BOTH_SIDES constexpr int hopper_sum_bytes(int n, int parts) {
+  return 4 * kHopperGroups * hopper_parts(n, parts) * hopper_columns(n) * kHopperColumn;
 }
 
 struct LinearHopper {

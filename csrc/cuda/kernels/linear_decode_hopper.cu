@@ -38,19 +38,6 @@ struct Step {
   int rows;
 };
 
-__device__ inline uint4 load_shared16(uint32 address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address));
-  return value;
-}
-__device__ inline uint32 load_shared4(uint32 address) {
-  uint32 value;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address));
-  return value;
-}
-
 // Describes x in a stage from value k on, a multiple of 16.
 template <int N>
 __device__ inline uint64 describe_x(uint32 x, int k) {
@@ -97,17 +84,19 @@ struct Int8Weights {
       const uint32 from = step.weights + tile * kTileBytes + 16 * step.lane;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        uint32 a[4][4];
+        uint32 a[4][4] = {};
+        if (there) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const uint4 w = there ? load_shared16(from + 1024 * half + 512 * c) : make_uint4(0, 0, 0, 0);
-          const uint32 rows[2][2] = {{w.x, w.y}, {w.z, w.w}};
+          for (int c = 0; c < 2; ++c) {
+            const uint4 w = load_shared16(from + 1024 * half + 512 * c);
+            const uint32 rows[2][2] = {{w.x, w.y}, {w.z, w.w}};
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
+            for (int i = 0; i < 2; ++i) {
 #pragma unroll
-            for (int row = 0; row < 2; ++row) {
-              a[2 * c + i][row] = bytes_to_half2(rows[row][i]);
-              a[2 * c + i][2 + row] = bytes_to_half2(rows[row][i] >> 8);
+              for (int row = 0; row < 2; ++row) {
+                a[2 * c + i][row] = bytes_to_half2(rows[row][i]);
+                a[2 * c + i][2 + row] = bytes_to_half2(rows[row][i] >> 8);
+              }
             }
           }
         }
@@ -116,7 +105,9 @@ struct Int8Weights {
         for (int i = 0; i < 4; ++i)
           ProductLeft<N>::run(sums[m], a[i], describe_x<N>(step.x, 64 * half + 16 * i), 1);
         products_commit();
-        products_wait<1>();
+        // With one part the compiler makes every product wait, unless none is under way while registers are
+        // filled.
+        products_wait<(kTiles > 1)>();
       }
     }
   }
@@ -153,17 +144,18 @@ struct Int4Weights {
       const bool there = kTileRows * tile < step.rows;
 #pragma unroll
       for (int half = begin; half < begin + group / 64; ++half) {
-        const uint4 w = there ? load_shared16(step.weights + tile * kTileBytes + 512 * half + 16 * step.lane)
-                              : make_uint4(0, 0, 0, 0);
-        const uint32 rows[2][2] = {{w.x, w.y}, {w.z, w.w}};
-        uint32 a[4][4];
+        uint32 a[4][4] = {};
+        if (there) {
+          const uint4 w = load_shared16(step.weights + tile * kTileBytes + 512 * half + 16 * step.lane);
+          const uint32 rows[2][2] = {{w.x, w.y}, {w.z, w.w}};
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+          for (int j = 0; j < 4; ++j) {
 #pragma unroll
-          for (int row = 0; row < 2; ++row) {
-            const uint32 run = rows[row][j / 2] >> (8 * (j % 2));
-            a[j][row] = nibbles_to_half2(run);
-            a[j][2 + row] = nibbles_to_half2(run >> 4);
+            for (int row = 0; row < 2; ++row) {
+              const uint32 run = rows[row][j / 2] >> (8 * (j % 2));
+              a[j][row] = nibbles_to_half2(run);
+              a[j][2 + row] = nibbles_to_half2(run >> 4);
+            }
           }
         }
         products_begin();
@@ -204,19 +196,48 @@ struct Place {
 template <class Weights, int N, int kTiles>
 __device__ inline void linear_decode(const LinearHopper& p) {
   constexpr int kXBytes = Weights::kBoxes * N * kBoxBytes;  // of a step
-  constexpr int kColumns = hopper_columns(N);
+  constexpr int kColumns = hopper_columns(N), kParts = hopper_parts(N, kTiles);
+  constexpr int kPartFloats = kGroups * kColumns * kHopperColumn;
   extern __shared__ char raw[];
   char* const aligned = raw + (-static_cast<uint32>(__cvta_generic_to_shared(raw)) & 1023);
   const uint32 ring = static_cast<uint32>(__cvta_generic_to_shared(aligned));
   float* const sums_out = reinterpret_cast<float*>(aligned + p.stages * p.stage_bytes);
-  const uint32 full = ring + p.stages * p.stage_bytes + hopper_sum_bytes(N), empty = full + 8 * p.stages;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32 full = ring + p.stages * p.stage_bytes + hopper_sum_bytes(N, kTiles),
+               empty = full + 8 * p.stages;
+  // The same in all lanes: the compiler then keeps what follows from it in uniform registers.
+  const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
   const int first_row = blockIdx.y * N;  // of x
   const int step_bytes = Weights::step_bytes(p.rows), scale_bytes = Weights::scale_bytes(p.rows);
   // In a stage, each of all steps: x, weights, scales.
   const int weights_at = p.steps * kXBytes, scales_at = weights_at + p.steps * step_bytes;
 
-  if (threadIdx.x == 0) {
+  // Boxes of 64 values, one behind the other: one copy if rows are cut into whole boxes.
+  const auto copy_boxes = [&](const TensorMap& map, uint32 to, int row, int first, int count, int box_bytes,
+                              uint32 barrier) {
+    if (p.whole) return copy_box(to, map, 0, row, first, barrier);
+    for (int i = 0; i < count; ++i) copy_box(to + i * box_bytes, map, 64 * (first + i), row, barrier);
+  };
+  const auto step_of = [&](int item) {
+    return slice_begin(p.all_steps, item % kGroups) + item / kGroups * p.steps;
+  };
+  const auto ask_for_weights = [&](int stage, int tile, int item) {
+    const uint32 to = ring + stage * p.stage_bytes, barrier = full + 8 * stage;
+    barrier_expect(barrier, p.steps * (kXBytes + step_bytes + scale_bytes));
+    if constexpr (Weights::kInRegisters) {
+      const int tiles = p.rows / kTileRows;
+      copy_box(to + weights_at, p.w, 0, tile * (step_bytes / kLineBytes), step_of(item), barrier);
+      if (scale_bytes != 0) copy_box(to + scales_at, p.scales, 0, tile * tiles, step_of(item), barrier);
+    } else {
+      copy_boxes(p.w, to + weights_at, tile * p.rows, step_of(item), p.steps, step_bytes, barrier);
+    }
+  };
+  const auto ask_for_x = [&](int stage, int item) {
+    copy_boxes(p.x, ring + stage * p.stage_bytes, first_row, Weights::kBoxes * step_of(item),
+               Weights::kBoxes * p.steps, N * kBoxBytes, full + 8 * stage);
+  };
+
+  if (warp == 4 * kGroups && lane == 0) {
+    prefetch(p.x);
     for (int i = 0; i < p.stages; ++i) {
       barrier_init(full + 8 * i, 1);
       barrier_init(empty + 8 * i, 4);  // warps
@@ -226,54 +247,33 @@ __device__ inline void linear_decode(const LinearHopper& p) {
   __syncthreads();
   start_successors();
 
+  // The first round of stages, a warp each, for asking takes time. Weights are there before the predecessors
+  // are done, x is not.
+  const int my_tiles = (p.tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
+  const int ahead = min(p.stages, my_tiles * p.items);
+  if (lane == 0) {
+    for (int i = warp; i < ahead; i += kThreads / 32)
+      ask_for_weights(i, blockIdx.x + i / p.items * gridDim.x, i % p.items);
+  }
+  wait_for_predecessors();
+  if (lane == 0) {
+    for (int i = warp; i < ahead; i += kThreads / 32) ask_for_x(i, i % p.items);
+  }
+
   if (warp == 4 * kGroups) {
     if (lane != 0) return;
-    const int bytes = p.steps * (kXBytes + step_bytes + scale_bytes);
-    const auto step_of = [&](int item) {
-      return slice_begin(p.all_steps, item % kGroups) + item / kGroups * p.steps;
-    };
-    // Boxes of 64 values, one behind the other: one copy if rows are cut into whole boxes.
-    const auto copy_boxes = [&](const TensorMap& map, uint32 to, int row, int first, int count, int box_bytes,
-                                uint32 barrier) {
-      if (p.whole) return copy_box(to, map, 0, row, first, barrier);
-      for (int i = 0; i < count; ++i) copy_box(to + i * box_bytes, map, 64 * (first + i), row, barrier);
-    };
-    const auto ask_for_weights = [&](int stage, int tile, int item) {
-      const uint32 to = ring + stage * p.stage_bytes, barrier = full + 8 * stage;
-      barrier_expect(barrier, bytes);
-      if constexpr (Weights::kInRegisters) {
-        const int tiles = p.rows / kTileRows;
-        copy_box(to + weights_at, p.w, 0, tile * (step_bytes / kLineBytes), step_of(item), barrier);
-        if (scale_bytes != 0) copy_box(to + scales_at, p.scales, 0, tile * tiles, step_of(item), barrier);
-      } else {
-        copy_boxes(p.w, to + weights_at, tile * p.rows, step_of(item), p.steps, step_bytes, barrier);
-      }
-    };
-    const auto ask_for_x = [&](int stage, int item) {
-      copy_boxes(p.x, ring + stage * p.stage_bytes, first_row, Weights::kBoxes * step_of(item),
-                 Weights::kBoxes * p.steps, N * kBoxBytes, full + 8 * stage);
-    };
-    // Weights are there before the predecessors are done, x is not.
-    const int tiles = (p.tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
-    const int ahead = min(p.stages, tiles * p.items);
-    int tile = blockIdx.x, item = 0;
-    const auto next = [&] {
-      if (++item == p.items) item = 0, tile += gridDim.x;
-    };
-    for (int i = 0; i < ahead; ++i, next()) ask_for_weights(i, tile, item);
-    wait_for_predecessors();
-    for (int i = 0; i < ahead; ++i) ask_for_x(i, i % p.items);
     Place place;
     place.advance(ahead, p.stages);
-    for (; tile < p.tiles; next(), place.advance(place.item + 1, p.stages)) {
+    int tile = blockIdx.x + ahead / p.items * gridDim.x, item = ahead % p.items;
+    for (; tile < p.tiles; place.advance(place.item + 1, p.stages)) {
       barrier_wait(empty + 8 * place.stage, place.phase ^ 1);
       ask_for_weights(place.stage, tile, item);
       ask_for_x(place.stage, item);
+      if (++item == p.items) item = 0, tile += gridDim.x;
     }
     return;
   }
 
-  wait_for_predecessors();  // before y is written
   const int group = warp / 4;
   const int steps = slice_begin(p.all_steps, group + 1) - slice_begin(p.all_steps, group);
   // Tiles of 16 rows go to a warp by its place, so that few of them keep all four schedulers busy.
@@ -281,6 +281,7 @@ __device__ inline void linear_decode(const LinearHopper& p) {
   Place place;
   int first_item = 0;  // of the tile
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, first_item += p.items) {
+    const bool last = tile + static_cast<int>(gridDim.x) >= p.tiles;
     float sums[kTiles][N / 2] = {};
     for (int done = 0, item = group; item < p.items; done += p.steps, item += kGroups) {
       place.advance(first_item + item, p.stages);
@@ -298,38 +299,45 @@ __device__ inline void linear_decode(const LinearHopper& p) {
     }
 
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-      settle(sums[m]);
+    for (int m = 0; m < kTiles; ++m) settle(sums[m]);
+#pragma unroll
+    for (int first = 0; first < kTiles; first += kParts) {
 #pragma unroll
       for (int begin = 0; begin < N; begin += kColumns) {
         if (first_row + begin >= p.result.n) break;
         float* const to =
             sums_out + (group * kColumns + lane % 4 * 2) * kHopperColumn + place_in_group * 16 + lane / 4;
 #pragma unroll
-        for (int j = 0; j < kColumns; j += 8) {
-          const float* const from = sums[m] + (begin + j) / 2;
-          to[j * kHopperColumn] = from[0];
-          to[(j + 1) * kHopperColumn] = from[1];
-          to[j * kHopperColumn + 8] = from[2];
-          to[(j + 1) * kHopperColumn + 8] = from[3];
-        }
-        asm volatile("bar.sync 1, %0;" ::"n"(128 * kGroups) : "memory");
-        for (int i = threadIdx.x; i < kColumns * 32; i += 128 * kGroups) {
-          const int local = i % 32 * 2, column = i / 32, row = tile * p.rows + 64 * m + local;
-          const int to_row = first_row + begin + column;
-          if (to_row >= p.result.n || 64 * m + local >= p.rows || row >= p.result.out) continue;
-          float2 parts[kGroups];
+        for (int m = first; m < first + kParts && m < kTiles; ++m) {
 #pragma unroll
-          for (int part = 0; part < kGroups; ++part) {
-            parts[part] = *reinterpret_cast<const float2*>(
-                sums_out + (part * kColumns + column) * kHopperColumn + local);
+          for (int j = 0; j < kColumns; j += 8) {
+            const float* const from = sums[m] + (begin + j) / 2;
+            float* const at = to + (m - first) * kPartFloats + j * kHopperColumn;
+            at[0] = from[0];
+            at[kHopperColumn] = from[1];
+            at[8] = from[2];
+            at[kHopperColumn + 8] = from[3];
           }
-          const float a = (parts[0].x + parts[1].x) + (parts[2].x + parts[3].x);
-          const float b = (parts[0].y + parts[1].y) + (parts[2].y + parts[3].y);
+        }
+        threads_sync<128 * kGroups>(1);
+        for (int i = threadIdx.x; i < kParts * kColumns * 32; i += 128 * kGroups) {
+          const int local = i % 32 * 2, column = i / 32 % kColumns, part = i / 32 / kColumns;
+          const int in_tile = 64 * (first + part) + local, row = tile * p.rows + in_tile;
+          const int to_row = first_row + begin + column;
+          if (to_row >= p.result.n || in_tile >= p.rows || row >= p.result.out) continue;
+          float2 slices[kGroups];
+#pragma unroll
+          for (int slice = 0; slice < kGroups; ++slice) {
+            slices[slice] = *reinterpret_cast<const float2*>(
+                sums_out + part * kPartFloats + (slice * kColumns + column) * kHopperColumn + local);
+          }
+          const float a = (slices[0].x + slices[1].x) + (slices[2].x + slices[3].x);
+          const float b = (slices[0].y + slices[1].y) + (slices[2].y + slices[3].y);
           finish_pair(p.result, to_row, row, a * Weights::scale(p, row),
                       row + 1 < p.result.out ? b * Weights::scale(p, row + 1) : 0);
         }
-        asm volatile("bar.sync 1, %0;" ::"n"(128 * kGroups) : "memory");
+        if (last && first + kParts >= kTiles && begin + kColumns >= N) break;
+        threads_sync<128 * kGroups>(1);
       }
     }
   }
@@ -344,10 +352,10 @@ __device__ inline void linear_decode(const LinearHopper& p) {
   }
 #define QVL_HOPPER_TILES(NAME, WEIGHTS, N) \
   QVL_HOPPER(NAME, WEIGHTS, N, 1) QVL_HOPPER(NAME, WEIGHTS, N, 2) QVL_HOPPER(NAME, WEIGHTS, N, 3)
-#define QVL_HOPPER_WIDE(NAME, WEIGHTS)                                                                  \
-  QVL_HOPPER_TILES(NAME, WEIGHTS, 8)                                                                    \
-  QVL_HOPPER_TILES(NAME, WEIGHTS, 16) QVL_HOPPER(NAME, WEIGHTS, 32, 1) QVL_HOPPER(NAME, WEIGHTS, 32, 2) \
-      QVL_HOPPER(NAME, WEIGHTS, 64, 1)
+#define QVL_HOPPER_WIDE(NAME, WEIGHTS) \
+  QVL_HOPPER_TILES(NAME, WEIGHTS, 8)   \
+  QVL_HOPPER_TILES(NAME, WEIGHTS, 16)  \
+  QVL_HOPPER(NAME, WEIGHTS, 32, 1) QVL_HOPPER(NAME, WEIGHTS, 32, 2) QVL_HOPPER(NAME, WEIGHTS, 64, 1)
 QVL_HOPPER_WIDE(half, HalfWeights)
 QVL_HOPPER(half, HalfWeights, 32, 3)
 QVL_HOPPER(half, HalfWeights, 64, 2)

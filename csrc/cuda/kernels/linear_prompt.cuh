@@ -17,7 +17,11 @@ __device__ inline float silu_times(float x, float gate) {
 // Adds to float32 in memory without waiting for the old value. One addition an element and launch, so what
 // comes out does not depend on the order of blocks.
 __device__ inline void add_to(float* y, float value) {
+#ifdef __CUDA_ARCH__
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(y), "f"(value) : "memory");
+#else
+  *y += value;
+#endif
 }
 
 // Finish columns `column` (even) and column + 1 of a row; one beyond `out` is left out.

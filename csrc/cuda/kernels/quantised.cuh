@@ -63,24 +63,47 @@ __device__ inline uint32 bits_of(H2 value) {
   return reinterpret_cast<const uint32&>(value);
 }
 
+// (word & mask) | bits and (word & mask) ^ bits as one instruction each: of its own accord the compiler takes
+// two, for only one operand may be a number. On the host, where a test runs kernels, they are plain.
+template <uint32 mask, uint32 bits>
+__device__ inline uint32 and_or(uint32 word) {
+#ifdef __CUDA_ARCH__
+  uint32 result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(word), "n"(mask), "n"(bits));
+  return result;
+#else
+  return (word & mask) | bits;
+#endif
+}
+template <uint32 mask, uint32 bits>
+__device__ inline uint32 and_xor(uint32 word) {
+#ifdef __CUDA_ARCH__
+  uint32 result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(result) : "r"(word), "n"(mask), "n"(bits));
+  return result;
+#else
+  return (word & mask) ^ bits;
+#endif
+}
+
 #ifdef QVL_COMPUTE_BFLOAT16
 // A bfloat16 from 128 to 255 has the low 7 bits of an integer as its last ones.
 __device__ inline uint32 nibbles_to_half2(uint32 word) {  // of bits 0-3 and 16-19
-  return bits_of(__hsub2(half2_bits((word & 0x000F000Fu) | 0x43004300u), half2_bits(0x43084308u)));
+  return bits_of(__hsub2(half2_bits(and_or<0x000F000F, 0x43004300>(word)), half2_bits(0x43084308u)));
 }
 __device__ inline uint32 bytes_to_half2(uint32 word) {  // of bits 0-7 and 16-23, two's complement
   // 128 + low bits, and -128 or (sign bit) -256.
-  return bits_of(__hadd2(half2_bits((word & 0x007F007Fu) | 0x43004300u),
-                         half2_bits((word & 0x00800080u) | 0xC300C300u)));
+  return bits_of(__hadd2(half2_bits(and_or<0x007F007F, 0x43004300>(word)),
+                         half2_bits(and_or<0x00800080, 0xC300C300>(word))));
 }
 #else
 // A float16 from 1024 to 2047 has the low 10 bits of an integer as its last ones.
 __device__ inline uint32 nibbles_to_half2(uint32 word) {
-  return bits_of(__hsub2(half2_bits((word & 0x000F000Fu) | 0x64006400u), half2_bits(0x64086408u)));
+  return bits_of(__hsub2(half2_bits(and_or<0x000F000F, 0x64006400>(word)), half2_bits(0x64086408u)));
 }
 __device__ inline uint32 bytes_to_half2(uint32 word) {
   // 1024 + (value + 128) - 1152.
-  return bits_of(__hsub2(half2_bits((word & 0x00FF00FFu) ^ 0x64806480u), half2_bits(0x64806480u)));
+  return bits_of(__hsub2(half2_bits(and_xor<0x00FF00FF, 0x64806480>(word)), half2_bits(0x64806480u)));
 }
 #endif
 

@@ -1,6 +1,8 @@
 // Values as they are stored, whatever is computed in, to float32.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include "cuda/kernels/common.cuh"
 
 namespace qvl::cuda {
@@ -22,9 +24,7 @@ __device__ inline float value_of(BFloat16Value value) {
   return __uint_as_float(static_cast<uint32>(value.bits) << 16);
 }
 __device__ inline float value_of(Float16Value value) {
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
-  return wide;
+  return __half2float(__ushort_as_half(value.bits));
 }
 
 }  // namespace qvl::cuda

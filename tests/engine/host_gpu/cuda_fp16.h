@@ -1,0 +1,16 @@
+// What kernels use of cuda_fp16.h where they compute in bfloat16.
+#pragma once
+
+#include <cstring>
+
+struct __half {
+  unsigned short bits;
+};
+inline __half __ushort_as_half(unsigned short bits) {
+  return {bits};
+}
+inline float __half2float(__half value) {
+  _Float16 number;
+  std::memcpy(&number, &value, 2);
+  return number;
+}

@@ -1,0 +1,276 @@
+// linear_decode_hopper.cu and upload_matrix.cu, and what launches them, as a library for the host: three
+// multiprocessors, whose blocks run one after another.
+#include <barrier>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
+
+#define QVL_COMPUTE_BFLOAT16
+#include "cuda/kernels/hopper.cuh"
+
+#define __shared__
+#include "cuda/kernels/linear_decode_hopper.cu"
+#include "cuda/kernels/upload_matrix.cu"
+#undef QVL_COMPUTE_BFLOAT16  // qwenvl.h has a constant of this name
+
+#include "core/error.h"
+#include "cuda/ops.h"
+#include "cuda/tensor_map.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace qvl::cuda {
+namespace {
+char raw[227 << 10];  // what the kernels declare
+}
+
+char* const shared_memory = raw;
+uint32 registers_of[544][4];
+
+namespace {
+
+constexpr int kMultiprocessors_ = 3;
+
+struct HostMap {
+  const char* base;
+  std::vector<int64_t> sizes, strides;
+  std::vector<int> box;
+  bool swizzled;
+};
+std::vector<std::unique_ptr<HostMap>> maps;
+
+struct Copy {
+  uint32 to;
+  const HostMap* map;
+  std::vector<int> at;
+  uint32 barrier;
+};
+
+struct Barrier {
+  int arrivals = 0, pending = 0, bytes = 0;
+  uint32 phase = 0;
+};
+
+// One lock for everything: what is tried here is the order of things.
+std::mutex lock;
+std::condition_variable changed;
+std::map<uint32, Barrier> barriers;
+std::vector<Copy> copies;
+bool finished;
+std::unique_ptr<std::barrier<>> meetings[kMeetings];
+
+void finish_phase(Barrier& barrier) {
+  if (barrier.pending != 0 || barrier.bytes != 0) return;
+  barrier.phase ^= 1;
+  barrier.pending = barrier.arrivals;
+  changed.notify_all();
+}
+
+int bytes_of(const HostMap& map) {
+  int bytes = 2;
+  for (const int size : map.box) bytes *= size;
+  return bytes;
+}
+
+void copy(const Copy& copy) {
+  const HostMap& map = *copy.map;
+  const int lines = bytes_of(map) / 2 / map.box[0];
+  for (int line = 0; line < lines; ++line) {
+    int64_t from = 0;
+    bool inside = true;
+    for (size_t d = 1, left = static_cast<size_t>(line); d < map.box.size(); ++d) {
+      const auto size = static_cast<size_t>(map.box[d]);
+      const int64_t coordinate = copy.at[d] + static_cast<int64_t>(left % size);
+      left /= size;
+      inside = inside && coordinate < map.sizes[d];
+      from += coordinate * map.strides[d - 1];
+    }
+    for (int i = 0; i < map.box[0]; ++i) {
+      const int64_t column = copy.at[0] + i;
+      uint32 to = copy.to + static_cast<uint32>(2 * (line * map.box[0] + i));
+      if (map.swizzled) to ^= to >> 3 & 0x70;
+      uint16 value = 0;
+      if (inside && column < map.sizes[0]) std::memcpy(&value, map.base + from + 2 * column, 2);
+      std::memcpy(raw + to, &value, 2);
+    }
+  }
+}
+
+// The copy engine.
+void copy_all() {
+  static std::mt19937 random(1);
+  std::unique_lock<std::mutex> held(lock);
+  while (true) {
+    changed.wait(held, [] { return finished || !copies.empty(); });
+    if (copies.empty()) return;
+    // The others get on meanwhile, so that later copies may overtake.
+    held.unlock();
+    std::this_thread::yield();
+    held.lock();
+    std::swap(copies[random() % copies.size()], copies.back());
+    const Copy next = copies.back();
+    copies.pop_back();
+    copy(next);
+    Barrier& barrier = barriers[next.barrier];
+    barrier.bytes -= bytes_of(*next.map);
+    finish_phase(barrier);
+  }
+}
+
+using Hopper = void (*)(LinearHopper);
+using Upload = void (*)(UploadMatrix);
+const std::map<std::string, Hopper>& products_by_name() {
+#define QVL_NAME(NAME, N, TILES) \
+  {"linear_hopper_" #NAME "_" #N "_" #TILES, linear_hopper_##NAME##_##N##_##TILES},
+#define QVL_NAMES(NAME)                                                                   \
+  QVL_NAME(NAME, 8, 1)                                                                    \
+  QVL_NAME(NAME, 8, 2)                                                                    \
+  QVL_NAME(NAME, 8, 3)                                                                    \
+  QVL_NAME(NAME, 16, 1) QVL_NAME(NAME, 16, 2) QVL_NAME(NAME, 16, 3) QVL_NAME(NAME, 32, 1) \
+      QVL_NAME(NAME, 32, 2) QVL_NAME(NAME, 64, 1)
+  static const std::map<std::string, Hopper> found = {QVL_NAMES(half) QVL_NAMES(int8) QVL_NAMES(
+      int4_g64) QVL_NAMES(int4_g128) QVL_NAME(half, 32, 3) QVL_NAME(half, 64, 2)};
+  return found;
+}
+const std::map<std::string, Upload> uploads = {{"upload_matrix_float32", upload_matrix_float32},
+                                               {"upload_matrix_bfloat16", upload_matrix_bfloat16},
+                                               {"upload_matrix_int8", upload_matrix_int8},
+                                               {"upload_matrix_int4_g64", upload_matrix_int4_g64},
+                                               {"upload_matrix_int4_g128", upload_matrix_int4_g128}};
+
+}  // namespace
+
+void barrier_init(uint32 barrier, int arrivals) {
+  const std::lock_guard<std::mutex> held(lock);
+  barriers[barrier] = {arrivals, arrivals};
+}
+
+void barrier_arrive(uint32 barrier) {
+  const std::lock_guard<std::mutex> held(lock);
+  --barriers[barrier].pending;
+  finish_phase(barriers[barrier]);
+}
+
+void barrier_expect(uint32 barrier, int bytes) {
+  const std::lock_guard<std::mutex> held(lock);
+  barriers[barrier].bytes += bytes;
+  --barriers[barrier].pending;
+  finish_phase(barriers[barrier]);
+}
+
+void barrier_wait(uint32 barrier, uint32 parity) {
+  std::unique_lock<std::mutex> held(lock);
+  const auto done = [&] { return barriers[barrier].phase != parity; };
+  if (changed.wait_for(held, std::chrono::seconds(60), done)) return;
+  std::fprintf(stderr, "a barrier of the kernel that nothing completes\n");
+  std::abort();
+}
+
+void copy_later(uint32 to, const TensorMap& map, std::vector<int> at, uint32 barrier) {
+  const std::lock_guard<std::mutex> held(lock);
+  copies.push_back({to, reinterpret_cast<const HostMap*>(map.opaque[0]), std::move(at), barrier});
+  changed.notify_all();
+}
+
+void meet(int barrier, int) {
+  meetings[barrier]->arrive_and_wait();
+}
+
+Gpu::Gpu(int, Half half) : multiprocessors_(kMultiprocessors_), arch_(90), half_(half) {}
+Gpu::~Gpu() = default;
+
+bool has_tensor_maps(const Gpu&) {
+  return true;
+}
+
+TensorMap tensor_map(const Gpu&, const void* base, std::initializer_list<int64_t> sizes,
+                     std::initializer_list<int64_t> strides, std::initializer_list<int> box, bool swizzled) {
+  for (const int64_t stride : strides)
+    QVL_REQUIRE(stride % 16 == 0, QVL_INTERNAL, "a stride of %lld bytes", static_cast<long long>(stride));
+  for (const int size : box) QVL_REQUIRE(size <= 256, QVL_INTERNAL, "a box of %d", size);
+  maps.push_back(
+      std::make_unique<HostMap>(HostMap{static_cast<const char*>(base), sizes, strides, box, swizzled}));
+  TensorMap map{};
+  map.opaque[0] = reinterpret_cast<unsigned long long>(maps.back().get());
+  return map;
+}
+
+void Gpu::launch_bytes(CUstream, const char* name, Dim grid, int threads, int shared_bytes,
+                       const void* params, bool) const {
+  const auto upload = uploads.find(name);
+  if (upload != uploads.end()) {
+    threadIdx.x = 0;
+    blockDim.x = 1;
+    for (unsigned block = 0; block < grid.x; ++block) {
+      blockIdx.x = block;
+      upload->second(*static_cast<const UploadMatrix*>(params));
+    }
+    return;
+  }
+  QVL_REQUIRE(shared_bytes <= static_cast<int>(sizeof raw), QVL_INTERNAL, "%d bytes of shared memory",
+              shared_bytes);
+  const Hopper kernel = products_by_name().at(name);
+  for (unsigned block = 0; block < grid.x * grid.y; ++block) {
+    std::memset(raw, 0xFF, sizeof raw);  // not a number
+    barriers.clear();
+    finished = false;
+    for (int i = 0; i < kMeetings; ++i) {
+      const int count = i == 0 ? threads : i == 1 ? threads - 32 : i < kOfWarps ? 128 : 32;
+      meetings[i] = std::make_unique<std::barrier<>>(count);
+    }
+    std::thread engine(copy_all);
+    std::vector<std::thread> running;
+    for (int i = 0; i < threads; ++i) {
+      running.emplace_back([&, i] {
+        threadIdx.x = static_cast<unsigned>(i);
+        blockIdx = {block % grid.x, block / grid.x};
+        gridDim = {grid.x, grid.y};
+        kernel(*static_cast<const LinearHopper*>(params));
+      });
+    }
+    for (std::thread& thread : running) thread.join();
+    {
+      const std::lock_guard<std::mutex> held(lock);
+      finished = true;
+      changed.notify_all();
+    }
+    engine.join();
+  }
+  maps.clear();
+}
+
+}  // namespace qvl::cuda
+
+void __syncthreads() {
+  qvl::cuda::meet(0, 0);
+}
+
+// y = x W^T + bias. `stored`: W as qvl_packed_bytes has it; NULL or what went wrong.
+EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, const float* bias,
+                               const void* x, int64_t x_stride, int n, int into, void* y) {
+  using namespace qvl;
+  using namespace qvl::cuda;
+  static std::string failed;
+  try {
+    const Gpu gpu(0, Half::kBfloat16);
+    const Storage storage = dtype == QVL_INT8        ? Storage::kInt8
+                            : dtype == QVL_INT4_G64  ? Storage::kInt4G64
+                            : dtype == QVL_INT4_G128 ? Storage::kInt4G128
+                                                     : Storage::kHalf;
+    const MatrixBytes bytes = matrix_bytes(storage, out, in);
+    std::vector<char> values(bytes.values + 64), scales(bytes.scales + 64);
+    const int unit = storage == Storage::kHalf ? 8 : 128;
+    const Matrix matrix{storage, out, in, (in + unit - 1) / unit * unit, values.data(), scales.data(), bias};
+    upload_matrix(gpu, nullptr, dtype, stored, out, matrix, 0, 1);
+    linear_decode(gpu, nullptr, matrix, x, x_stride, n, static_cast<Into>(into), y);
+    return nullptr;
+  } catch (const std::exception& error) {
+    failed = error.what();
+    return failed.c_str();
+  }
+}
