@@ -2,17 +2,21 @@
 //
 // Cost. Bytes: each key and value once, 512 a head and token in bfloat16; 300 tokens of one sequence with 32
 // heads are 4.9 MB, 1.1 us on an H200, 2000 tokens of 32 sequences 1.05 GB, 245 us. 0.5 multiplications a
-// byte: the plain units do.
+// byte: the plain units do. For a few hundred keys ways to memory and back count: the kernel ahead of the
+// rotation starts this one early, which asks for all that earlier steps have written before it waits.
 //
-// Layout. A block takes a chunk of 128 keys of a head and a sequence, a warp 32 of them. The warp has all its
-// keys and values copied to shared memory at once, each lane into its own place, as in linear_decode.cu: 64
-// KB under way a block, three blocks a multiprocessor. 16 bytes of a key a lane: 16 lanes share a key in 16
-// bits, 8 in 8 bits. Warps, and in a second kernel chunks, are put together in a fixed order. Chunks begin at
-// multiples of 128 tokens, so that a row depends on its own keys alone.
+// Layout. A head's and a sequence's keys lie in chunks of 128, which begin at multiples of 128 tokens, so
+// that a row depends on its own keys alone. A block takes a run of chunks, a warp 32 keys of each. The warp
+// has them copied to shared memory, each lane into its own place, as in linear_decode.cu, and asks for the
+// next chunk's keys when it has read these, for its values likewise: 64 KB under way a block, three blocks a
+// multiprocessor. 16 bytes of a key a lane: 16 lanes share a key in 16 bits, 8 in 8 bits. Warps are put
+// together in a fixed order, and by the last block of a head and a sequence so are its chunks.
+//
+// The block that has the newest key rotates and stores it, if rotate_and_store has not.
 //
 // attention_decode_any takes every head_dim up to 256, value by value.
 #include "cuda/kernels/attention_decode.h"
-#include "cuda/kernels/stored.cuh"
+#include "cuda/kernels/rotate.cuh"
 #include "cuda/kernels/streams.cuh"
 
 namespace qvl::cuda {
@@ -20,51 +24,59 @@ namespace {
 
 constexpr int kChunk = 128, kWarps = 4, kThreads = 32 * kWarps, kWarpKeys = kChunk / kWarps;
 constexpr int kFastDim = 128, kMostDim = 256;
+constexpr int kTogetherChunks = 8;  // that are asked for at once when they are put together
 constexpr float kLog2E = 1.44269504f;
 
 __device__ inline float nothing() {
   return __int_as_float(static_cast<int>(0xFF800000u));  // -infinity
 }
 
-// Where key and value of a token lie; T is the cache's type.
-template <typename T>
-struct Token {
-  const char* block;
-  int slot;
-
-  __device__ Token(const AttentionDecode& p, const int* table, int token) {
-    slot = token % p.block_tokens;
-    block = p.base + static_cast<uint64>(__ldcg(table + token / p.block_tokens)) * p.block_bytes;
-  }
-  // which: 0 for the key, 1 for the value.
-  __device__ const T* vector(const AttentionDecode& p, int which, int head) const {
-    return reinterpret_cast<const T*>(block) +
-           (static_cast<int64>(which * p.heads + head) * p.block_tokens + slot) * p.head_dim;
-  }
-  __device__ float scale(const AttentionDecode& p, int which, int head) const {
-    if (sizeof(T) != 1) return 1;
-    const char* scales = block + 2 * static_cast<int64>(p.heads) * p.block_tokens * p.head_dim;
-    return __ldcg(reinterpret_cast<const float*>(scales) + (which * p.heads + head) * p.block_tokens + slot);
-  }
-};
-
-// What a block works on.
-struct Chunk {
-  int row, head, index, keys;  // keys of the sequence
+// What a block works on: chunks begin .. end - 1 of a head of a row.
+struct Run {
+  int row, head, position, begin, end;
+  int chunks;  // of the row
   const int* table;
 
-  __device__ explicit Chunk(const AttentionDecode& p)
+  __device__ explicit Run(const AttentionDecode& p)
       : row(blockIdx.z),
         head(blockIdx.y),
-        index(blockIdx.x),
-        keys(__ldcg(p.positions + row) + 1),
-        table(p.blocks + static_cast<int64>(__ldcg(p.tables + row)) * p.max_blocks) {}
+        position(__ldcg(p.positions + row)),
+        begin(blockIdx.x * p.run),
+        chunks(position / kChunk + 1),
+        table(p.blocks + static_cast<int64>(__ldcg(p.tables + row)) * p.max_blocks) {
+    end = min(begin + p.run, chunks);
+  }
+  // Of the block of the cache that has the token.
+  __device__ int number(const AttentionDecode& p, int token) const {
+    return __ldcg(table + token / p.block_tokens);
+  }
+  __device__ int64 pair(const AttentionDecode& p) const { return static_cast<int64>(row) * p.heads + head; }
+};
+
+// Where key and value of a token lie; T is the cache's type.
+template <typename T>
+struct Place {
+  char* block;
+  int slot;
+
+  __device__ Place(const AttentionDecode& p, int number, int token)
+      : block(p.base + static_cast<uint64>(number) * p.block_bytes), slot(token % p.block_tokens) {}
+  // which: 0 for the key, 1 for the value.
+  __device__ T* vector(const AttentionDecode& p, int which, int head) const {
+    return reinterpret_cast<T*>(block) +
+           (static_cast<int64>(which * p.heads + head) * p.block_tokens + slot) * p.head_dim;
+  }
+  // Of 8 bits.
+  __device__ float* scale(const AttentionDecode& p, int which, int head) const {
+    char* scales = block + 2 * static_cast<int64>(p.heads) * p.block_tokens * p.head_dim;
+    return reinterpret_cast<float*>(scales) + (which * p.heads + head) * p.block_tokens + slot;
+  }
 };
 
 // Put the warps together and write the chunk's part; sums: [kWarps][head_dim] of shared memory, written by
 // all, most and total of this warp.
-__device__ void write_part(const AttentionDecode& p, const Chunk& chunk, const float* sums, float most,
-                           float total) {
+__device__ inline void write_part(const AttentionDecode& p, int head_dim, const Run& run, int chunk,
+                                  const float* sums, float most, float total) {
   __shared__ float mosts[kWarps], totals[kWarps];
   if (threadIdx.x % 32 == 0) {
     mosts[threadIdx.x / 32] = most;
@@ -78,11 +90,12 @@ __device__ void write_part(const AttentionDecode& p, const Chunk& chunk, const f
     scales[warp] = exp2f(mosts[warp] - all);
     sum += totals[warp] * scales[warp];
   }
-  const int64 part = (static_cast<int64>(chunk.row) * p.heads + chunk.head) * p.chunks + chunk.index;
-  for (int d = threadIdx.x; d < p.head_dim; d += kThreads) {
+  const int64 part = run.pair(p) * p.chunks + chunk;
+#pragma unroll 1
+  for (int d = threadIdx.x; d < head_dim; d += kThreads) {
     float value = 0;
-    for (int warp = 0; warp < kWarps; ++warp) value += sums[warp * p.head_dim + d] * scales[warp];
-    p.sums[part * p.head_dim + d] = value;
+    for (int warp = 0; warp < kWarps; ++warp) value += sums[warp * head_dim + d] * scales[warp];
+    p.sums[part * head_dim + d] = value;
   }
   if (threadIdx.x == 0) {
     p.parts[2 * part] = all;
@@ -90,101 +103,315 @@ __device__ void write_part(const AttentionDecode& p, const Chunk& chunk, const f
   }
 }
 
-// The values in a lane's 16 bytes.
-template <typename T>
-__device__ void widen(const uint4& bytes, float (&values)[16 / sizeof(T)]) {
-  const T* stored = reinterpret_cast<const T*>(&bytes);
+// Add one, or make it zero where it was `most`; returns what it was. What the block wrote before is seen by
+// those that count later.
+__device__ inline unsigned count(unsigned* counter, unsigned most) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(most)
+               : "memory");
+  return before;
+}
+
+// The last block of a head and a row puts the chunks together.
+__device__ void end_run(const AttentionDecode& p, const Run& run) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const unsigned others = (run.chunks - 1) / p.run;
+    last = others == 0 || count(p.counters + run.pair(p), others) == others;
+  }
+  __syncthreads();
+  if (!last) return;
+  const int64 first = run.pair(p) * p.chunks;
+  for (int d = threadIdx.x; d < p.head_dim; d += kThreads) {
+    float most = nothing(), total = 0, sum = 0;
+    for (int chunk = 0; chunk < run.chunks; chunk += kTogetherChunks) {
+      float2 parts[kTogetherChunks];
+      float values[kTogetherChunks], higher = most;
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i) values[i] = value_of(stored[i]);
+      for (int i = 0; i < kTogetherChunks; ++i) {
+        const bool there = chunk + i < run.chunks;
+        const int64 part = first + chunk + i;
+        parts[i] = there ? __ldcg(reinterpret_cast<const float2*>(p.parts) + part) : float2{nothing(), 0};
+        values[i] = there ? __ldcg(p.sums + part * p.head_dim + d) : 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < kTogetherChunks; ++i) higher = fmaxf(higher, parts[i].x);
+      const float before = exp2f(most - higher);
+      total *= before;
+      sum *= before;
+#pragma unroll
+      for (int i = 0; i < kTogetherChunks; ++i) {
+        const float scale = exp2f(parts[i].x - higher);
+        total += parts[i].y * scale;
+        sum += values[i] * scale;
+      }
+      most = higher;
+    }
+    static_cast<H*>(p.y)[run.pair(p) * p.head_dim + d] = to_half(sum / total);
+  }
+}
+
+// How lanes share the keys of a warp: 16 bytes each.
+template <typename T>
+struct Lanes {
+  static constexpr int kValues = 16 / sizeof(T);     // of a lane
+  static constexpr int kLanes = kFastDim / kValues;  // of a key
+  static constexpr int kTogether = 32 / kLanes;      // keys of a load
+  static constexpr int kLoads = kWarpKeys / kTogether;
+
+  __device__ static int first() { return threadIdx.x % kLanes * kValues; }  // of the lane's values
+
+  __device__ static void widen(const uint4& bytes, float (&values)[kValues]) {
+    const T* stored = reinterpret_cast<const T*>(&bytes);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values[i] = value_of(stored[i]);
+  }
+};
+
+// A lane's values of a head of H, as they are loaded.
+template <typename T>
+struct Loaded {
+  static constexpr int kValues = Lanes<T>::kValues;
+  uint4 bytes[kValues / 8];
+
+  __device__ void load(const H* from) {
+#pragma unroll
+    for (int i = 0; i < kValues / 8; ++i) bytes[i] = __ldcg(reinterpret_cast<const uint4*>(from) + i);
+  }
+  __device__ float operator[](int i) const {
+    return to_float(reinterpret_cast<const H*>(&bytes[i / 8])[i % 8]);
+  }
+};
+
+// The angles of a lane's values.
+template <typename T>
+struct Turn {
+  using L = Lanes<T>;
+  float cosines[L::kValues], sines[L::kValues], query_scale;
+
+  __device__ Turn(const AttentionDecode& p, const Run& run) {
+    constexpr int kHalf = kFastDim / 2;
+    query_scale = p.query_scale[run.position];
+    const int64 place = static_cast<int64>(__ldcg(p.angle_tables + run.row)) * p.max_positions + run.position;
+    const bool low = L::first() < kHalf;
+#pragma unroll
+    for (int i = 0; i < L::kValues; i += 4) {
+      const int64 at = place * kHalf + L::first() % kHalf + i;
+      const float4 c = *reinterpret_cast<const float4*>(p.cos + at);
+      const float4 z = *reinterpret_cast<const float4*>(p.sin + at);
+      cosines[i] = c.x, cosines[i + 1] = c.y, cosines[i + 2] = c.z, cosines[i + 3] = c.w;
+      sines[i] = z.x, sines[i + 1] = z.y, sines[i + 2] = z.z, sines[i + 3] = z.w;
+#pragma unroll
+      for (int j = i; j < i + 4; ++j) sines[j] = low ? -sines[j] : sines[j];
+    }
+  }
+
+  // others: half a head away.
+  __device__ void of(const Loaded<T>& own, const Loaded<T>& others, float (&values)[L::kValues]) const {
+#pragma unroll
+    for (int i = 0; i < L::kValues; ++i) values[i] = turned(own[i], others[i], cosines[i], sines[i]);
+  }
+};
+
+// A lane's 16 bytes of a new vector as the cache has it.
+__device__ inline BFloat16Value narrow(BFloat16Value, float value, const Int8Head*) {
+  return bfloat16_of(value);
+}
+__device__ inline Float16Value narrow(Float16Value, float value, const Int8Head*) {
+  return float16_of(value);
+}
+__device__ inline int8 narrow(int8, float value, const Int8Head* head) {
+  return head->of(value);
+}
+
+template <typename T>
+__device__ uint4 narrowed(const float (&values)[Lanes<T>::kValues], float& scale) {
+  float most = 0;
+  if constexpr (sizeof(T) == 1) {
+#pragma unroll
+    for (float value : values) most = fmaxf(most, fabsf(value));
+#pragma unroll
+    for (int other = Lanes<T>::kLanes / 2; other > 0; other /= 2)
+      most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, other));
+  }
+  const Int8Head head(most);
+  scale = head.scale;
+  uint4 bytes;
+#pragma unroll
+  for (int i = 0; i < Lanes<T>::kValues; ++i) reinterpret_cast<T*>(&bytes)[i] = narrow(T{}, values[i], &head);
+  return bytes;
 }
 
 template <typename T>
 __device__ void attention(const AttentionDecode& p) {
-  constexpr int kValues = 16 / sizeof(T);     // of a lane
-  constexpr int kLanes = kFastDim / kValues;  // of a key
-  constexpr int kTogether = 32 / kLanes;      // keys of a load
-  constexpr int kLoads = kWarpKeys / kTogether;
+  using L = Lanes<T>;
+  constexpr int kValues = L::kValues, kLanes = L::kLanes, kTogether = L::kTogether, kLoads = L::kLoads;
+  constexpr bool kScaled = sizeof(T) == 1;
   extern __shared__ uint4 shared[];
+  __shared__ float all[kWarps * kFastDim];
   start_successors();
-  wait_for_predecessors();
-  const Chunk chunk(p);
-  if (chunk.index * kChunk >= chunk.keys) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, which = lane / kLanes;
+  const bool rotate = p.qkv != nullptr;
+  if (!rotate) wait_for_predecessors();
+  const Run run(p);
+  if (run.begin >= run.end) return;
+  // The same in all lanes, which the compiler sees.
+  const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32, which = lane / kLanes;
   uint4* const keys = shared + warp * (2 * kLoads * 32) + lane;
   uint4* const values = keys + kLoads * 32;
 
   // A lane finds a key; all get to know where it is.
-  const int first = chunk.index * kChunk + warp * kWarpKeys;
-  const int here = chunk.keys - first;  // keys of this warp, or more, or none
-  const Token<T> token(p, chunk.table, min(first + lane, chunk.keys - 1));
+  const auto token_of = [&](int chunk) {
+    return min(chunk * kChunk + warp * kWarpKeys + lane, run.position);
+  };
   const int64 to_value = static_cast<int64>(p.heads) * p.block_tokens * (kFastDim * sizeof(T));
-  const int64 mine = reinterpret_cast<int64>(token.vector(p, 0, chunk.head));
-  for (int half = 0; half < 2; ++half) {
+  const auto fetch = [&](int half, int64 mine, int here, int newest) {
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       const int key = j * kTogether + which;
       const char* from = reinterpret_cast<const char*>(__shfl_sync(0xFFFFFFFFu, mine, key)) + half * to_value;
-      copy_ahead16((half ? values : keys) + 32 * j, from + lane % kLanes * 16, key < here);
+      if (key != newest) copy_ahead16((half ? values : keys) + 32 * j, from + lane % kLanes * 16, key < here);
+    }
+  };
+  const auto keys_of = [&](int chunk) {  // of this warp, or more, or none
+    return run.position + 1 - chunk * kChunk - warp * kWarpKeys;
+  };
+  const auto newest_of = [&](int chunk) { return rotate ? keys_of(chunk) - 1 : -1; };
+  const auto address_of = [&](const Place<T>& place) {
+    return reinterpret_cast<int64>(place.vector(p, 0, run.head));
+  };
+
+  float key_scale = 1, value_scale = 1;
+  int64 mine;
+  {
+    const int token = token_of(run.begin);
+    const Place<T> place(p, run.number(p, token), token);
+    mine = address_of(place);
+    for (int half = 0; half < 2; ++half) {
+      fetch(half, mine, keys_of(run.begin), newest_of(run.begin));
+      commit_copies();
+    }
+    if constexpr (kScaled) {
+      key_scale = __ldcg(place.scale(p, 0, run.head));
+      value_scale = __ldcg(place.scale(p, 1, run.head));
+    }
+  }
+
+  float q[kValues], new_key_scale, new_value_scale;
+  uint4 new_key, new_value;
+  Loaded<T> own;
+  if (rotate) {
+    const Turn<T> turn(p, run);
+    wait_for_predecessors();
+    // The new key and value are one warp's, but to ask takes no time where all do.
+    const int width = p.heads * kFastDim, over = L::first() < kFastDim / 2 ? kFastDim / 2 : -kFastDim / 2;
+    const H* from = static_cast<const H*>(p.qkv) + 3 * static_cast<int64>(width) * run.row +
+                    run.head * kFastDim + L::first();
+    Loaded<T> others, key, other_keys, value;
+    own.load(from);
+    others.load(from + over);
+    key.load(from + width);
+    other_keys.load(from + width + over);
+    value.load(from + 2 * width);
+    turn.of(own, others, q);
+#pragma unroll
+    for (float& each : q) each = to_float(to_half(each * turn.query_scale));
+    float vector[kValues];
+    turn.of(key, other_keys, vector);
+    new_key = narrowed<T>(vector, new_key_scale);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) vector[i] = value[i];
+    new_value = narrowed<T>(vector, new_value_scale);
+  } else {
+    own.load(static_cast<const H*>(p.q) + run.pair(p) * kFastDim + L::first());
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) q[i] = own[i];
+  }
+#pragma unroll
+  for (float& value : q) value *= kLog2E;
+
+  for (int chunk = run.begin; chunk < run.end; ++chunk) {
+    const bool more = chunk + 1 < run.end;
+    const int here = keys_of(chunk), newest = newest_of(chunk);
+    const int next_token = token_of(chunk + 1);
+    const int next_number = more ? run.number(p, next_token) : 0;
+
+    if (newest >= 0 && newest < kWarpKeys) {
+      char* const to = reinterpret_cast<char*>(__shfl_sync(0xFFFFFFFFu, mine, newest)) + lane % kLanes * 16;
+      if (which == newest % kTogether) {
+        keys[newest / kTogether * 32] = new_key;
+        values[newest / kTogether * 32] = new_value;
+        *reinterpret_cast<uint4*>(to) = new_key;
+        *reinterpret_cast<uint4*>(to + to_value) = new_value;
+      }
+      if (kScaled && lane == newest) {
+        const Place<T> place(p, run.number(p, run.position), run.position);
+        *place.scale(p, 0, run.head) = key_scale = new_key_scale;
+        *place.scale(p, 1, run.head) = value_scale = new_value_scale;
+      }
+    }
+
+    wait_for_copies<1>();
+    float scores[kLoads], most = nothing();
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      float key[kValues], sum = 0;
+      L::widen(keys[32 * j], key);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) sum += q[i] * key[i];
+#pragma unroll
+      for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
+      if (kScaled) sum *= __shfl_sync(0xFFFFFFFFu, key_scale, j * kTogether + which);
+      scores[j] = j * kTogether + which < here ? sum : nothing();
+      most = fmaxf(most, scores[j]);
+    }
+    const Place<T> next(p, next_number, next_token);
+    float next_value_scale = 1;
+    if (more) {
+      mine = address_of(next);
+      fetch(0, mine, keys_of(chunk + 1), newest_of(chunk + 1));
+      if constexpr (kScaled) {
+        key_scale = __ldcg(next.scale(p, 0, run.head));
+        next_value_scale = __ldcg(next.scale(p, 1, run.head));
+      }
     }
     commit_copies();
-  }
-  const float key_scale = token.scale(p, 0, chunk.head), value_scale = token.scale(p, 1, chunk.head);
 
-  float q[kValues];
-  {
-    const H* from = static_cast<const H*>(p.q) +
-                    (static_cast<int64>(chunk.row) * p.heads + chunk.head) * kFastDim +
-                    lane % kLanes * kValues;
+    most = warp_max(most);
+    const float base = here > 0 ? most : 0;
+    float total = 0, sums[kValues] = {};
+    wait_for_copies<1>();
 #pragma unroll
-    for (int i = 0; i < kValues; i += 8) {
-      const uint4 bytes = __ldcg(reinterpret_cast<const uint4*>(from + i));
-      const H* stored = reinterpret_cast<const H*>(&bytes);
+    for (int j = 0; j < kLoads; ++j) {
+      float weight = exp2f(scores[j] - base);
+      total += weight;
+      if (kScaled) weight *= __shfl_sync(0xFFFFFFFFu, value_scale, j * kTogether + which);
+      float value[kValues];
+      L::widen(values[32 * j], value);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) q[i + j] = to_float(stored[j]) * kLog2E;
+      for (int i = 0; i < kValues; ++i) sums[i] += weight * value[i];
     }
-  }
+    if (more) fetch(1, mine, keys_of(chunk + 1), newest_of(chunk + 1));
+    commit_copies();
+    value_scale = next_value_scale;
 
-  wait_for_copies<1>();
-  float scores[kLoads], most = nothing();
 #pragma unroll
-  for (int j = 0; j < kLoads; ++j) {
-    float key[kValues], sum = 0;
-    widen<T>(keys[32 * j], key);
+    for (int other = kLanes; other < 32; other *= 2) {
+      total += __shfl_xor_sync(0xFFFFFFFFu, total, other);
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) sum += q[i] * key[i];
+      for (int i = 0; i < kValues; ++i) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], other);
+    }
+    if (chunk != run.begin) __syncthreads();  // the sums of the chunk before have been read
+    if (which == 0) {
 #pragma unroll
-    for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
-    if (sizeof(T) == 1) sum *= __shfl_sync(0xFFFFFFFFu, key_scale, j * kTogether + which);
-    scores[j] = j * kTogether + which < here ? sum : nothing();
-    most = fmaxf(most, scores[j]);
+      for (int i = 0; i < kValues; ++i) all[warp * kFastDim + lane * kValues + i] = sums[i];
+    }
+    write_part(p, kFastDim, run, chunk, all, most, total);
   }
-  most = warp_max(most);
-  const float base = here > 0 ? most : 0;
-  float total = 0, sums[kValues] = {};
-  wait_for_copies<0>();
-#pragma unroll
-  for (int j = 0; j < kLoads; ++j) {
-    float weight = exp2f(scores[j] - base);
-    total += weight;
-    if (sizeof(T) == 1) weight *= __shfl_sync(0xFFFFFFFFu, value_scale, j * kTogether + which);
-    float value[kValues];
-    widen<T>(values[32 * j], value);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) sums[i] += weight * value[i];
-  }
-#pragma unroll
-  for (int other = kLanes; other < 32; other *= 2) {
-    total += __shfl_xor_sync(0xFFFFFFFFu, total, other);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], other);
-  }
-  float* const all = reinterpret_cast<float*>(shared);
-  __syncthreads();  // the copies have been read
-  if (which == 0) {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) all[warp * kFastDim + lane * kValues + i] = sums[i];
-  }
-  write_part(p, chunk, all, most, total);
+  end_run(p, run);
 }
 
 template <typename T>
@@ -193,30 +420,33 @@ __device__ void attention_any(const AttentionDecode& p) {
   __shared__ float all[kWarps * kMostDim];
   start_successors();
   wait_for_predecessors();
-  const Chunk chunk(p);
-  if (chunk.index * kChunk >= chunk.keys) return;
+  const Run run(p);
+  if (run.begin >= run.end) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first = chunk.index * kChunk + warp * kWarpKeys;
-  const int here = min(kWarpKeys, chunk.keys - first);
-  const H* q =
-      static_cast<const H*>(p.q) + (static_cast<int64>(chunk.row) * p.heads + chunk.head) * p.head_dim;
+  const int first = run.begin * kChunk + warp * kWarpKeys;
+  const int here = min(kWarpKeys, run.position + 1 - first);
+  const H* q = static_cast<const H*>(p.q) + run.pair(p) * p.head_dim;
+  const auto place_of = [&](int key) { return Place<T>(p, run.number(p, first + key), first + key); };
+  const auto scale_of = [&](const Place<T>& place, int part) {
+    return sizeof(T) == 1 ? __ldcg(place.scale(p, part, run.head)) : 1.f;
+  };
 
   float score = nothing();  // of key `lane`
   for (int key = 0; key < here; ++key) {
-    const Token<T> token(p, chunk.table, first + key);
-    const T* vector = token.vector(p, 0, chunk.head);
+    const Place<T> place = place_of(key);
+    const T* vector = place.vector(p, 0, run.head);
     float sum = 0;
     for (int d = lane; d < p.head_dim; d += 32) sum += to_float(q[d]) * kLog2E * value_of(vector[d]);
-    sum = warp_sum(sum) * token.scale(p, 0, chunk.head);
+    sum = warp_sum(sum) * scale_of(place, 0);
     if (lane == key) score = sum;
   }
   const float most = warp_max(score);
   const float weight = here > 0 ? exp2f(score - most) : 0;
   float sums[kMost] = {};
   for (int key = 0; key < here; ++key) {
-    const Token<T> token(p, chunk.table, first + key);
-    const T* vector = token.vector(p, 1, chunk.head);
-    const float scaled = __shfl_sync(0xFFFFFFFFu, weight, key) * token.scale(p, 1, chunk.head);
+    const Place<T> place = place_of(key);
+    const T* vector = place.vector(p, 1, run.head);
+    const float scaled = __shfl_sync(0xFFFFFFFFu, weight, key) * scale_of(place, 1);
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
       const int d = lane + 32 * i;
@@ -228,46 +458,24 @@ __device__ void attention_any(const AttentionDecode& p) {
     const int d = lane + 32 * i;
     if (d < p.head_dim) all[warp * p.head_dim + d] = sums[i];
   }
-  write_part(p, chunk, all, most, warp_sum(weight));
+  write_part(p, p.head_dim, run, run.begin, all, most, warp_sum(weight));
+  end_run(p, run);
 }
 
 }  // namespace
 
-#define QVL_ATTENTION_DECODE(name, body, type)                                    \
-  extern "C" __global__ __launch_bounds__(kThreads) void attention_decode_##name( \
-      const __grid_constant__ AttentionDecode p) {                                \
-    body<type>(p);                                                                \
+#define QVL_ATTENTION_DECODE(name, body, type, blocks)                                            \
+  extern "C" __global__ __launch_bounds__(                                                        \
+      kThreads, blocks) void attention_decode_##name(const __grid_constant__ AttentionDecode p) { \
+    body<type>(p);                                                                                \
   }
-QVL_ATTENTION_DECODE(bfloat16, attention, BFloat16Value)
-QVL_ATTENTION_DECODE(float16, attention, Float16Value)
-QVL_ATTENTION_DECODE(int8, attention, int8)
-QVL_ATTENTION_DECODE(any_bfloat16, attention_any, BFloat16Value)
-QVL_ATTENTION_DECODE(any_float16, attention_any, Float16Value)
-QVL_ATTENTION_DECODE(any_float32, attention_any, float)
-QVL_ATTENTION_DECODE(any_int8, attention_any, int8)
+QVL_ATTENTION_DECODE(bfloat16, attention, BFloat16Value, 3)
+QVL_ATTENTION_DECODE(float16, attention, Float16Value, 3)
+QVL_ATTENTION_DECODE(int8, attention, int8, 4)
+QVL_ATTENTION_DECODE(any_bfloat16, attention_any, BFloat16Value, 1)
+QVL_ATTENTION_DECODE(any_float16, attention_any, Float16Value, 1)
+QVL_ATTENTION_DECODE(any_float32, attention_any, float, 1)
+QVL_ATTENTION_DECODE(any_int8, attention_any, int8, 1)
 #undef QVL_ATTENTION_DECODE
-
-// Put the chunks of a head and a sequence together: a block each, a thread a value.
-extern "C" __global__ __launch_bounds__(kMostDim) void attention_decode_combine(
-    const __grid_constant__ AttentionDecode p) {
-  start_successors();
-  wait_for_predecessors();
-  const int row = blockIdx.y, head = blockIdx.x, d = threadIdx.x;
-  const int chunks = __ldcg(p.positions + row) / kChunk + 1;
-  const int64 first = (static_cast<int64>(row) * p.heads + head) * p.chunks;
-  const float2* parts = reinterpret_cast<const float2*>(p.parts) + first;
-  if (d >= p.head_dim) return;
-  float most = nothing();
-  for (int i = 0; i < chunks; ++i) most = fmaxf(most, __ldcg(parts + i).x);
-  float total = 0, sum = 0;
-#pragma unroll 4
-  for (int i = 0; i < chunks; ++i) {
-    const float2 part = __ldcg(parts + i);
-    const float scale = exp2f(part.x - most);
-    total += part.y * scale;
-    sum += __ldcg(p.sums + (first + i) * p.head_dim + d) * scale;
-  }
-  static_cast<H*>(p.y)[(static_cast<int64>(row) * p.heads + head) * p.head_dim + d] = to_half(sum / total);
-}
 
 }  // namespace qvl::cuda
