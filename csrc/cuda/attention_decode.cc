@@ -1,7 +1,6 @@
 // Attention of decode steps: kernels/attention_decode.cu.
 #include "cuda/kernels/attention_decode.h"
 
-#include <algorithm>
 #include <string>
 
 #include "core/error.h"
@@ -13,7 +12,6 @@ namespace {
 // As in the kernel.
 constexpr int kChunk = 128, kThreads = 128, kFastDim = 128, kMostDim = 256;
 constexpr int kMostRows = 256;
-constexpr int kLongestRun = 4;  // of chunks that a block takes
 
 int chunks_of(int max_keys) {
   return (max_keys + kChunk - 1) / kChunk;
@@ -29,16 +27,22 @@ uint64_t counters_of(int heads) {
 }
 
 bool is_fast(const Gpu& gpu, const KvLayer& cache) {
-  // In 16 bits the kernels need 66 KB of shared memory, which sm_75 has not.
+  // In 16 bits the kernels need 64 KB of shared memory, which sm_75 has not quite.
   return cache.head_dim == kFastDim && cache.dtype != QVL_FLOAT32 && cache.block_bytes % 16 == 0 &&
          (gpu.arch() != 75 || cache.dtype == QVL_INT8);
 }
 
-void launch(const Gpu& gpu, CUstream stream, AttentionDecode& p, const Places& places, const KvLayer& cache,
-            int n, int max_keys, void* scratch) {
+// Whether blocks are so few that launches count, and not how long a block lasts.
+bool is_small(const Gpu& gpu, const KvLayer& cache, int n, int max_keys) {
+  return parts_of(n, cache.heads, max_keys) <= 8 * static_cast<uint64_t>(gpu.multiprocessors());
+}
+
+AttentionDecode params(const Gpu& gpu, const Places& places, const KvLayer& cache, int n, int max_keys,
+                       void* scratch, void* y) {
   QVL_REQUIRE(cache.head_dim <= kMostDim && cache.head_dim % 2 == 0, QVL_UNSUPPORTED,
               "heads of %d values: a GPU takes even numbers up to %d", cache.head_dim, kMostDim);
   QVL_REQUIRE(n >= 1 && n <= kMostRows, QVL_INTERNAL, "attention of %d rows", n);
+  AttentionDecode p{};
   p.positions = places.positions;
   p.tables = places.tables;
   p.blocks = places.blocks;
@@ -49,22 +53,26 @@ void launch(const Gpu& gpu, CUstream stream, AttentionDecode& p, const Places& p
   p.heads = cache.heads;
   p.head_dim = cache.head_dim;
   p.chunks = chunks_of(max_keys);
-  p.counters = static_cast<unsigned*>(scratch);
-  p.parts = reinterpret_cast<float*>(p.counters + counters_of(cache.heads));
+  auto* const counters = static_cast<unsigned*>(scratch);
+  p.counters = is_small(gpu, cache, n, max_keys) ? counters : nullptr;
+  p.parts = reinterpret_cast<float*>(counters + counters_of(cache.heads));
   p.sums = p.parts + 2 * parts_of(n, cache.heads, max_keys);
+  p.y = y;
+  return p;
+}
+
+void launch(const Gpu& gpu, CUstream stream, const AttentionDecode& p, const KvLayer& cache, int n) {
   const char* type = cache.dtype == QVL_BFLOAT16  ? "bfloat16"
                      : cache.dtype == QVL_FLOAT16 ? "float16"
                      : cache.dtype == QVL_FLOAT32 ? "float32"
                                                   : "int8";
   const bool fast = is_fast(gpu, cache);
   const int shared = fast ? 2 * kChunk * kFastDim * (cache.dtype == QVL_INT8 ? 1 : 2) : 0;
-  // A block that starts has nothing under way at first: where there are many, they take more each.
-  const uint64_t many = static_cast<uint64_t>(gpu.multiprocessors()) * (cache.dtype == QVL_INT8 ? 8 : 6);
-  const uint64_t run = parts_of(n, cache.heads, max_keys) / many;
-  p.run = fast ? std::clamp(static_cast<int>(run), 1, kLongestRun) : 1;
-  const auto runs = static_cast<unsigned>((p.chunks + p.run - 1) / p.run);
+  const auto heads = static_cast<unsigned>(p.heads), rows = static_cast<unsigned>(n);
   gpu.launch(stream, (std::string("attention_decode_") + (fast ? "" : "any_") + type).c_str(),
-             {runs, static_cast<unsigned>(cache.heads), static_cast<unsigned>(n)}, kThreads, shared, p, true);
+             {heads, static_cast<unsigned>(p.chunks), rows}, kThreads, shared, p, true);
+  if (p.counters == nullptr)
+    gpu.launch(stream, "attention_decode_combine", {heads, rows}, (p.head_dim + 31) / 32 * 32, 0, p, true);
 }
 
 }  // namespace
@@ -76,29 +84,29 @@ uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys) 
 
 void attention_decode(const Gpu& gpu, CUstream stream, const void* q, const Places& places,
                       const KvLayer& cache, int n, int max_keys, void* scratch, void* y) {
-  AttentionDecode p{};
+  AttentionDecode p = params(gpu, places, cache, n, max_keys, scratch, y);
   p.q = q;
-  p.y = y;
-  launch(gpu, stream, p, places, cache, n, max_keys, scratch);
+  launch(gpu, stream, p, cache, n);
 }
 
 void attention_step(const Gpu& gpu, CUstream stream, const void* qkv, const Places& places,
                     const Angles& angles, const KvLayer& cache, int n, int max_keys, void* q, void* scratch,
                     void* y) {
-  if (!is_fast(gpu, cache)) {
+  AttentionDecode p = params(gpu, places, cache, n, max_keys, scratch, y);
+  p.tables = nullptr;
+  p.early = 1;
+  if (is_fast(gpu, cache) && is_small(gpu, cache, n, max_keys)) {
+    p.qkv = qkv;
+    p.angle_tables = places.angle_tables;
+    p.cos = angles.cos;
+    p.sin = angles.sin;
+    p.query_scale = angles.query_scale;
+    p.max_positions = angles.max_positions;
+  } else {
     rotate_and_store(gpu, stream, qkv, places, angles, cache, n, q);
-    attention_decode(gpu, stream, q, places, cache, n, max_keys, scratch, y);
-    return;
+    p.q = q;
   }
-  AttentionDecode p{};
-  p.qkv = qkv;
-  p.angle_tables = places.angle_tables;
-  p.cos = angles.cos;
-  p.sin = angles.sin;
-  p.query_scale = angles.query_scale;
-  p.max_positions = angles.max_positions;
-  p.y = y;
-  launch(gpu, stream, p, places, cache, n, max_keys, scratch);
+  launch(gpu, stream, p, cache, n);
 }
 
 }  // namespace qvl::cuda

@@ -110,10 +110,10 @@ uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys);
 void attention_decode(const Gpu&, CUstream, const void* q, const Places&, const KvLayer&, int n, int max_keys,
                       void* scratch, void* y);
 
-// A step's rotate_and_store and attention_decode in one, to the bit; q: room for the rotated queries. Every
-// row is the newest token of a sequence of its own. `places`, and the keys and values of earlier tokens, are
-// read before the kernels launched before this one have ended: what wrote them must have ended before the
-// first of a chain of early launches began, as it has before a graph.
+// A step's rotate_and_store and attention_decode, to the bit; q: room for the rotated queries. Row i is the
+// newest token of a sequence of its own, whose block table is row i of places.blocks. `places`, and the keys
+// and values of earlier tokens, are read before the kernels launched before this one have ended: what wrote
+// them must have ended before the first of a chain of early launches began, as it has before a graph.
 void attention_step(const Gpu&, CUstream, const void* qkv, const Places&, const Angles&, const KvLayer&,
                     int n, int max_keys, void* q, void* scratch, void* y);
 

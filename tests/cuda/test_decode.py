@@ -240,13 +240,16 @@ class Cache:
         scratch, memory = self.scratch(library, n, max_keys), self.memory.clone()
         q = torch.full((n, self.heads * self.width), math.nan, dtype=HALVES[half], device="cuda")
         y = torch.full((n + 1, self.heads * self.width), math.nan, dtype=HALVES[half], device="cuda")
-        tables = torch.tensor(rows, dtype=torch.int32, device="cuda")
-        positions, picked = self.positions[tables].contiguous(), qkv[tables].contiguous()
+        picked, mine = qkv[rows].contiguous(), self.blocks[rows].contiguous()
+        positions, tables = (
+            self.positions[rows].contiguous(),
+            torch.arange(n, dtype=torch.int32, device="cuda"),
+        )
         angle_tables, cos, sin, query_scale = angles
-        angle_tables = angle_tables[tables].contiguous()
+        angle_tables = angle_tables[rows].contiguous()
         torch.cuda.synchronize()  # what is read early must have been written
         launch(
-            *("decode_step", half, fused, picked, positions, angle_tables, tables, self.blocks),
+            *("decode_step", half, fused, picked, positions, angle_tables, tables, mine),
             *(self.max_blocks, cos, sin, query_scale, len(query_scale), memory),
             *(ctypes.c_uint64(self.block_bytes), self.block_tokens, self.dtype, self.heads, self.width, n),
             *(max_keys, q, scratch, y),
@@ -293,18 +296,22 @@ def test_attention_is_that_of_float64(cuda_library, launch, half, dtype, heads, 
 )
 def test_a_step_is_rotation_and_attention(cuda_library, launch, half, dtype, heads, width, block_tokens):
     lengths = [1, 2, 127, 128, 129, 300, 31, 33, 513, 64, 2000, 1025, 1500, 1792]
+    lengths += torch.randint(1, 700, (31,)).tolist()
     cache = Cache(dtype, heads, width, block_tokens, lengths)
     qkv = torch.randn(len(lengths), 3 * heads * width, device="cuda").to(HALVES[half])
     angle = torch.randn(2, 2048, width // 2, device="cuda") * 3
     angle_tables = torch.tensor([i % 2 for i in range(len(lengths))], dtype=torch.int32, device="cuda")
     angles = (angle_tables, angle.cos(), angle.sin(), torch.rand(2048, device="cuda") / math.sqrt(width))
-    rows = list(range(len(lengths)))
-    y, memory = cache.step(cuda_library, launch, half, 0, qkv, angles, rows, max(lengths))
-    # By more blocks, with one chunk of keys each, and by fewer.
-    for picked, max_keys in ((rows, 2000), (rows, 8192), (rows[::-1], 2000)):
-        got, stored = cache.step(cuda_library, launch, half, 1, qkv, angles, picked, max_keys)
-        assert torch.equal(got, y[picked])
-        assert torch.equal(stored, memory)
-    for i, length in enumerate(lengths):
-        got, _ = cache.step(cuda_library, launch, half, 1, qkv, angles, [i], length)
-        assert torch.equal(got[0], y[i])
+
+    def step(fused, rows, max_keys):
+        return cache.step(cuda_library, launch, half, fused, qkv, angles, rows, max_keys)
+
+    everything = list(range(len(lengths)))
+    y, _ = step(0, everything, max(lengths))
+    # Few blocks and many, whose chunks are put together in other ways.
+    for rows in (everything, everything[::-1], everything[:5], [10], [5], [0]):
+        for max_keys in (max(lengths[i] for i in rows), 8000):
+            (apart, stored), (got, also_stored) = (step(fused, rows, max_keys) for fused in (0, 1))
+            assert torch.equal(apart, y[rows])
+            assert torch.equal(got, y[rows])
+            assert torch.equal(also_stored, stored)

@@ -2,17 +2,19 @@
 //
 // Cost. Bytes: each key and value once, 512 a head and token in bfloat16; 300 tokens of one sequence with 32
 // heads are 4.9 MB, 1.1 us on an H200, 2000 tokens of 32 sequences 1.05 GB, 245 us. 0.5 multiplications a
-// byte: the plain units do. For a few hundred keys ways to memory and back count: the kernel ahead of the
-// rotation starts this one early, which asks for all that earlier steps have written before it waits.
+// byte: the plain units do. What bounds it is how long a block lasts, for its 64 KB of shared memory are
+// under way but a part of that: ways to memory one after another, of positions, blocks, keys, and whatever
+// follows.
 //
-// Layout. A head's and a sequence's keys lie in chunks of 128, which begin at multiples of 128 tokens, so
-// that a row depends on its own keys alone. A block takes a run of chunks, a warp 32 keys of each. The warp
-// has them copied to shared memory, each lane into its own place, as in linear_decode.cu, and asks for the
-// next chunk's keys when it has read these, for its values likewise: 64 KB under way a block, three blocks a
-// multiprocessor. 16 bytes of a key a lane: 16 lanes share a key in 16 bits, 8 in 8 bits. Warps are put
-// together in a fixed order, and by the last block of a head and a sequence so are its chunks.
+// Layout. A block takes a chunk of 128 keys of a head and a row, a warp 32 of them. The warp has all its keys
+// and values copied to shared memory at once, each lane into its own place, as in linear_decode.cu, three
+// blocks a multiprocessor. 16 bytes of a key a lane: 16 lanes share a key in 16 bits, 8 in 8 bits. Warps, and
+// then chunks, are put together in a fixed order. Chunks begin at multiples of 128 tokens, so that a row
+// depends on its own keys alone. Neighbouring blocks have neighbouring heads, whose keys lie side by side.
 //
-// The block that has the newest key rotates and stores it, if rotate_and_store has not.
+// Where there are few chunks, the time of a launch counts: the last block of a head and a row puts its chunks
+// together, and each block rotates its query, the one with the newest key also that, and stores it. Where
+// there are many, kernels of their own do it.
 //
 // attention_decode_any takes every head_dim up to 256, value by value.
 #include "cuda/kernels/attention_decode.h"
@@ -31,21 +33,21 @@ __device__ inline float nothing() {
   return __int_as_float(static_cast<int>(0xFF800000u));  // -infinity
 }
 
-// What a block works on: chunks begin .. end - 1 of a head of a row.
-struct Run {
-  int row, head, position, begin, end;
-  int chunks;  // of the row
+// What a block works on: a chunk of a head of a row.
+struct Chunk {
+  int row, head, index;
+  int first;     // token
+  int position;  // of the row, its last token
   const int* table;
 
-  __device__ explicit Run(const AttentionDecode& p)
+  __device__ explicit Chunk(const AttentionDecode& p)
       : row(blockIdx.z),
-        head(blockIdx.y),
+        head(blockIdx.x),
+        index(blockIdx.y),
+        first(index * kChunk),
         position(__ldcg(p.positions + row)),
-        begin(blockIdx.x * p.run),
-        chunks(position / kChunk + 1),
-        table(p.blocks + static_cast<int64>(__ldcg(p.tables + row)) * p.max_blocks) {
-    end = min(begin + p.run, chunks);
-  }
+        table(p.blocks +
+              static_cast<int64>(p.tables != nullptr ? __ldcg(p.tables + row) : row) * p.max_blocks) {}
   // Of the block of the cache that has the token.
   __device__ int number(const AttentionDecode& p, int token) const {
     return __ldcg(table + token / p.block_tokens);
@@ -75,7 +77,7 @@ struct Place {
 
 // Put the warps together and write the chunk's part; sums: [kWarps][head_dim] of shared memory, written by
 // all, most and total of this warp.
-__device__ inline void write_part(const AttentionDecode& p, int head_dim, const Run& run, int chunk,
+__device__ inline void write_part(const AttentionDecode& p, int head_dim, const Chunk& chunk,
                                   const float* sums, float most, float total) {
   __shared__ float mosts[kWarps], totals[kWarps];
   if (threadIdx.x % 32 == 0) {
@@ -90,7 +92,7 @@ __device__ inline void write_part(const AttentionDecode& p, int head_dim, const 
     scales[warp] = exp2f(mosts[warp] - all);
     sum += totals[warp] * scales[warp];
   }
-  const int64 part = run.pair(p) * p.chunks + chunk;
+  const int64 part = chunk.pair(p) * p.chunks + chunk.index;
 #pragma unroll 1
   for (int d = threadIdx.x; d < head_dim; d += kThreads) {
     float value = 0;
@@ -103,36 +105,17 @@ __device__ inline void write_part(const AttentionDecode& p, int head_dim, const 
   }
 }
 
-// Add one, or make it zero where it was `most`; returns what it was. What the block wrote before is seen by
-// those that count later.
-__device__ inline unsigned count(unsigned* counter, unsigned most) {
-  unsigned before;
-  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(counter), "r"(most)
-               : "memory");
-  return before;
-}
-
-// The last block of a head and a row puts the chunks together.
-__device__ void end_run(const AttentionDecode& p, const Run& run) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const unsigned others = (run.chunks - 1) / p.run;
-    last = others == 0 || count(p.counters + run.pair(p), others) == others;
-  }
-  __syncthreads();
-  if (!last) return;
-  const int64 first = run.pair(p) * p.chunks;
-  for (int d = threadIdx.x; d < p.head_dim; d += kThreads) {
+// Put the chunks of a head and a row together.
+__device__ inline void combine(const AttentionDecode& p, int64 pair, int chunks) {
+  const int64 first = pair * p.chunks;
+  for (int d = threadIdx.x; d < p.head_dim; d += blockDim.x) {
     float most = nothing(), total = 0, sum = 0;
-    for (int chunk = 0; chunk < run.chunks; chunk += kTogetherChunks) {
+    for (int chunk = 0; chunk < chunks; chunk += kTogetherChunks) {
       float2 parts[kTogetherChunks];
       float values[kTogetherChunks], higher = most;
 #pragma unroll
       for (int i = 0; i < kTogetherChunks; ++i) {
-        const bool there = chunk + i < run.chunks;
+        const bool there = chunk + i < chunks;
         const int64 part = first + chunk + i;
         parts[i] = there ? __ldcg(reinterpret_cast<const float2*>(p.parts) + part) : float2{nothing(), 0};
         values[i] = there ? __ldcg(p.sums + part * p.head_dim + d) : 0.f;
@@ -150,8 +133,30 @@ __device__ void end_run(const AttentionDecode& p, const Run& run) {
       }
       most = higher;
     }
-    static_cast<H*>(p.y)[run.pair(p) * p.head_dim + d] = to_half(sum / total);
+    static_cast<H*>(p.y)[pair * p.head_dim + d] = to_half(sum / total);
   }
+}
+
+// Add one, or make it zero where it was `most`; returns what it was. What the block wrote before is seen by
+// those that count later.
+__device__ inline unsigned count(unsigned* counter, unsigned most) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(most)
+               : "memory");
+  return before;
+}
+
+// The last block of a head and a row puts the chunks together, if no other kernel does.
+__device__ void end_chunk(const AttentionDecode& p, const Chunk& chunk) {
+  if (p.counters == nullptr) return;
+  __shared__ bool last;
+  const unsigned others = chunk.position / kChunk;
+  __syncthreads();
+  if (threadIdx.x == 0) last = others == 0 || count(p.counters + chunk.pair(p), others) == others;
+  __syncthreads();
+  if (last) combine(p, chunk.pair(p), static_cast<int>(others) + 1);
 }
 
 // How lanes share the keys of a warp: 16 bytes each.
@@ -165,9 +170,16 @@ struct Lanes {
   __device__ static int first() { return threadIdx.x % kLanes * kValues; }  // of the lane's values
 
   __device__ static void widen(const uint4& bytes, float (&values)[kValues]) {
-    const T* stored = reinterpret_cast<const T*>(&bytes);
+    const uint32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) values[i] = value_of(stored[i]);
+    for (int i = 0; i < kValues; ++i) {
+      if constexpr (sizeof(T) == 1) {  // 2^23 + 128 + the value: a conversion takes longer
+        const uint32 bits = __byte_perm(words[i / 4] ^ 0x80808080u, 0x4B000000u, 0x7550 + i % 4);
+        values[i] = __uint_as_float(bits) - 8388736.f;
+      } else {
+        values[i] = value_of(T{static_cast<uint16>(words[i / 2] >> 16 * (i % 2))});
+      }
+    }
   }
 };
 
@@ -192,16 +204,16 @@ struct Turn {
   using L = Lanes<T>;
   float cosines[L::kValues], sines[L::kValues], query_scale;
 
-  __device__ Turn(const AttentionDecode& p, const Run& run) {
+  __device__ Turn(const AttentionDecode& p, int position, int table) {
     constexpr int kHalf = kFastDim / 2;
-    query_scale = p.query_scale[run.position];
-    const int64 place = static_cast<int64>(__ldcg(p.angle_tables + run.row)) * p.max_positions + run.position;
+    query_scale = p.query_scale[position];
+    const int64 place = static_cast<int64>(table) * p.max_positions + position;
     const bool low = L::first() < kHalf;
 #pragma unroll
     for (int i = 0; i < L::kValues; i += 4) {
-      const int64 at = place * kHalf + L::first() % kHalf + i;
-      const float4 c = *reinterpret_cast<const float4*>(p.cos + at);
-      const float4 z = *reinterpret_cast<const float4*>(p.sin + at);
+      const int64 here = place * kHalf + L::first() % kHalf + i;
+      const float4 c = *reinterpret_cast<const float4*>(p.cos + here);
+      const float4 z = *reinterpret_cast<const float4*>(p.sin + here);
       cosines[i] = c.x, cosines[i + 1] = c.y, cosines[i + 2] = c.z, cosines[i + 3] = c.w;
       sines[i] = z.x, sines[i + 1] = z.y, sines[i + 2] = z.z, sines[i + 3] = z.w;
 #pragma unroll
@@ -251,65 +263,55 @@ __device__ void attention(const AttentionDecode& p) {
   constexpr int kValues = L::kValues, kLanes = L::kLanes, kTogether = L::kTogether, kLoads = L::kLoads;
   constexpr bool kScaled = sizeof(T) == 1;
   extern __shared__ uint4 shared[];
-  __shared__ float all[kWarps * kFastDim];
   start_successors();
   const bool rotate = p.qkv != nullptr;
-  if (!rotate) wait_for_predecessors();
-  const Run run(p);
-  if (run.begin >= run.end) return;
-  // The same in all lanes, which the compiler sees.
+  if (!p.early) wait_for_predecessors();
+  const Chunk chunk(p);
+  const int angle_table = rotate ? __ldcg(p.angle_tables + chunk.row) : 0;
+  // The warp is the same in all lanes, which the compiler sees so.
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32, which = lane / kLanes;
+  // A lane finds a key, before it is known whether the row has it; all get to know where it is.
+  const int first = chunk.first + warp * kWarpKeys, token = first + lane;
+  // Exchanged with itself, so that the load does not wait until it is needed.
+  const int number =
+      __shfl_sync(0xFFFFFFFFu, chunk.number(p, min(token, p.max_blocks * p.block_tokens - 1)), lane);
+  if (chunk.first > chunk.position) return;
+  const int here = chunk.position + 1 - first;  // keys of this warp, or more, or none
+  const int newest = here - 1;
+  const bool has_newest = newest >= 0 && newest < kWarpKeys;
+  const Place<T> place(p, lane < here ? number : 0, token);
+  const int64 mine = reinterpret_cast<int64>(place.vector(p, 0, chunk.head));
+  const int64 to_value = static_cast<int64>(p.heads) * p.block_tokens * (kFastDim * sizeof(T));
   uint4* const keys = shared + warp * (2 * kLoads * 32) + lane;
   uint4* const values = keys + kLoads * 32;
-
-  // A lane finds a key; all get to know where it is.
-  const auto token_of = [&](int chunk) {
-    return min(chunk * kChunk + warp * kWarpKeys + lane, run.position);
-  };
-  const int64 to_value = static_cast<int64>(p.heads) * p.block_tokens * (kFastDim * sizeof(T));
-  const auto fetch = [&](int half, int64 mine, int here, int newest) {
+  if (has_newest && !rotate) wait_for_predecessors();  // who stored it
+  const int stored = rotate ? newest : here;
+  for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       const int key = j * kTogether + which;
       const char* from = reinterpret_cast<const char*>(__shfl_sync(0xFFFFFFFFu, mine, key)) + half * to_value;
-      if (key != newest) copy_ahead16((half ? values : keys) + 32 * j, from + lane % kLanes * 16, key < here);
+      if (!rotate || key != newest)
+        copy_ahead16((half ? values : keys) + 32 * j, from + lane % kLanes * 16, key < stored);
     }
-  };
-  const auto keys_of = [&](int chunk) {  // of this warp, or more, or none
-    return run.position + 1 - chunk * kChunk - warp * kWarpKeys;
-  };
-  const auto newest_of = [&](int chunk) { return rotate ? keys_of(chunk) - 1 : -1; };
-  const auto address_of = [&](const Place<T>& place) {
-    return reinterpret_cast<int64>(place.vector(p, 0, run.head));
-  };
-
+    commit_copies();
+  }
   float key_scale = 1, value_scale = 1;
-  int64 mine;
-  {
-    const int token = token_of(run.begin);
-    const Place<T> place(p, run.number(p, token), token);
-    mine = address_of(place);
-    for (int half = 0; half < 2; ++half) {
-      fetch(half, mine, keys_of(run.begin), newest_of(run.begin));
-      commit_copies();
-    }
-    if constexpr (kScaled) {
-      key_scale = __ldcg(place.scale(p, 0, run.head));
-      value_scale = __ldcg(place.scale(p, 1, run.head));
-    }
+  if constexpr (kScaled) {
+    key_scale = __ldcg(place.scale(p, 0, chunk.head));
+    value_scale = __ldcg(place.scale(p, 1, chunk.head));
   }
 
-  float q[kValues], new_key_scale, new_value_scale;
-  uint4 new_key, new_value;
+  float q[kValues];
   Loaded<T> own;
   if (rotate) {
-    const Turn<T> turn(p, run);
+    const Turn<T> turn(p, chunk.position, angle_table);
     wait_for_predecessors();
     // The new key and value are one warp's, but to ask takes no time where all do.
     const int width = p.heads * kFastDim, over = L::first() < kFastDim / 2 ? kFastDim / 2 : -kFastDim / 2;
-    const H* from = static_cast<const H*>(p.qkv) + 3 * static_cast<int64>(width) * run.row +
-                    run.head * kFastDim + L::first();
+    const H* from = static_cast<const H*>(p.qkv) + 3 * static_cast<int64>(width) * chunk.row +
+                    chunk.head * kFastDim + L::first();
     Loaded<T> others, key, other_keys, value;
     own.load(from);
     others.load(from + over);
@@ -319,99 +321,77 @@ __device__ void attention(const AttentionDecode& p) {
     turn.of(own, others, q);
 #pragma unroll
     for (float& each : q) each = to_float(to_half(each * turn.query_scale));
-    float vector[kValues];
+    float vector[kValues], new_scales[2];
+    uint4 bytes[2];
     turn.of(key, other_keys, vector);
-    new_key = narrowed<T>(vector, new_key_scale);
+    bytes[0] = narrowed<T>(vector, new_scales[0]);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) vector[i] = value[i];
-    new_value = narrowed<T>(vector, new_value_scale);
+    bytes[1] = narrowed<T>(vector, new_scales[1]);
+    if (has_newest) {
+      char* const to = reinterpret_cast<char*>(__shfl_sync(0xFFFFFFFFu, mine, newest)) + lane % kLanes * 16;
+      if (which == newest % kTogether) {
+        keys[newest / kTogether * 32] = bytes[0];
+        values[newest / kTogether * 32] = bytes[1];
+        *reinterpret_cast<uint4*>(to) = bytes[0];
+        *reinterpret_cast<uint4*>(to + to_value) = bytes[1];
+      }
+      if (kScaled && lane == newest) {
+        *place.scale(p, 0, chunk.head) = key_scale = new_scales[0];
+        *place.scale(p, 1, chunk.head) = value_scale = new_scales[1];
+      }
+    }
   } else {
-    own.load(static_cast<const H*>(p.q) + run.pair(p) * kFastDim + L::first());
+    wait_for_predecessors();
+    own.load(static_cast<const H*>(p.q) + chunk.pair(p) * kFastDim + L::first());
 #pragma unroll
     for (int i = 0; i < kValues; ++i) q[i] = own[i];
   }
 #pragma unroll
   for (float& value : q) value *= kLog2E;
 
-  for (int chunk = run.begin; chunk < run.end; ++chunk) {
-    const bool more = chunk + 1 < run.end;
-    const int here = keys_of(chunk), newest = newest_of(chunk);
-    const int next_token = token_of(chunk + 1);
-    const int next_number = more ? run.number(p, next_token) : 0;
-
-    if (newest >= 0 && newest < kWarpKeys) {
-      char* const to = reinterpret_cast<char*>(__shfl_sync(0xFFFFFFFFu, mine, newest)) + lane % kLanes * 16;
-      if (which == newest % kTogether) {
-        keys[newest / kTogether * 32] = new_key;
-        values[newest / kTogether * 32] = new_value;
-        *reinterpret_cast<uint4*>(to) = new_key;
-        *reinterpret_cast<uint4*>(to + to_value) = new_value;
-      }
-      if (kScaled && lane == newest) {
-        const Place<T> place(p, run.number(p, run.position), run.position);
-        *place.scale(p, 0, run.head) = key_scale = new_key_scale;
-        *place.scale(p, 1, run.head) = value_scale = new_value_scale;
-      }
-    }
-
-    wait_for_copies<1>();
-    float scores[kLoads], most = nothing();
+  wait_for_copies<1>();
+  float scores[kLoads], most = nothing();
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      float key[kValues], sum = 0;
-      L::widen(keys[32 * j], key);
+  for (int j = 0; j < kLoads; ++j) {
+    float key[kValues], sum = 0;
+    L::widen(keys[32 * j], key);
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) sum += q[i] * key[i];
+    for (int i = 0; i < kValues; ++i) sum += q[i] * key[i];
 #pragma unroll
-      for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
-      if (kScaled) sum *= __shfl_sync(0xFFFFFFFFu, key_scale, j * kTogether + which);
-      scores[j] = j * kTogether + which < here ? sum : nothing();
-      most = fmaxf(most, scores[j]);
-    }
-    const Place<T> next(p, next_number, next_token);
-    float next_value_scale = 1;
-    if (more) {
-      mine = address_of(next);
-      fetch(0, mine, keys_of(chunk + 1), newest_of(chunk + 1));
-      if constexpr (kScaled) {
-        key_scale = __ldcg(next.scale(p, 0, run.head));
-        next_value_scale = __ldcg(next.scale(p, 1, run.head));
-      }
-    }
-    commit_copies();
-
-    most = warp_max(most);
-    const float base = here > 0 ? most : 0;
-    float total = 0, sums[kValues] = {};
-    wait_for_copies<1>();
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      float weight = exp2f(scores[j] - base);
-      total += weight;
-      if (kScaled) weight *= __shfl_sync(0xFFFFFFFFu, value_scale, j * kTogether + which);
-      float value[kValues];
-      L::widen(values[32 * j], value);
-#pragma unroll
-      for (int i = 0; i < kValues; ++i) sums[i] += weight * value[i];
-    }
-    if (more) fetch(1, mine, keys_of(chunk + 1), newest_of(chunk + 1));
-    commit_copies();
-    value_scale = next_value_scale;
-
-#pragma unroll
-    for (int other = kLanes; other < 32; other *= 2) {
-      total += __shfl_xor_sync(0xFFFFFFFFu, total, other);
-#pragma unroll
-      for (int i = 0; i < kValues; ++i) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], other);
-    }
-    if (chunk != run.begin) __syncthreads();  // the sums of the chunk before have been read
-    if (which == 0) {
-#pragma unroll
-      for (int i = 0; i < kValues; ++i) all[warp * kFastDim + lane * kValues + i] = sums[i];
-    }
-    write_part(p, kFastDim, run, chunk, all, most, total);
+    for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
+    if (kScaled) sum *= __shfl_sync(0xFFFFFFFFu, key_scale, j * kTogether + which);
+    scores[j] = j * kTogether + which < here ? sum : nothing();
+    most = fmaxf(most, scores[j]);
   }
-  end_run(p, run);
+  most = warp_max(most);
+  const float base = here > 0 ? most : 0;
+  float total = 0, sums[kValues] = {};
+  wait_for_copies<0>();
+#pragma unroll
+  for (int j = 0; j < kLoads; ++j) {
+    float weight = exp2f(scores[j] - base);
+    total += weight;
+    if (kScaled) weight *= __shfl_sync(0xFFFFFFFFu, value_scale, j * kTogether + which);
+    float value[kValues];
+    L::widen(values[32 * j], value);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) sums[i] += weight * value[i];
+  }
+#pragma unroll
+  for (int other = kLanes; other < 32; other *= 2) {
+    total += __shfl_xor_sync(0xFFFFFFFFu, total, other);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], other);
+  }
+  float* const all = reinterpret_cast<float*>(shared);
+  __syncthreads();  // the copies have been read
+  if (which == 0) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) all[warp * kFastDim + lane * kValues + i] = sums[i];
+  }
+  write_part(p, kFastDim, chunk, all, most, total);
+  end_chunk(p, chunk);
 }
 
 template <typename T>
@@ -420,21 +400,21 @@ __device__ void attention_any(const AttentionDecode& p) {
   __shared__ float all[kWarps * kMostDim];
   start_successors();
   wait_for_predecessors();
-  const Run run(p);
-  if (run.begin >= run.end) return;
+  const Chunk chunk(p);
+  if (chunk.first > chunk.position) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first = run.begin * kChunk + warp * kWarpKeys;
-  const int here = min(kWarpKeys, run.position + 1 - first);
-  const H* q = static_cast<const H*>(p.q) + run.pair(p) * p.head_dim;
-  const auto place_of = [&](int key) { return Place<T>(p, run.number(p, first + key), first + key); };
+  const int first = chunk.first + warp * kWarpKeys;
+  const int here = min(kWarpKeys, chunk.position + 1 - first);
+  const H* q = static_cast<const H*>(p.q) + chunk.pair(p) * p.head_dim;
+  const auto place_of = [&](int key) { return Place<T>(p, chunk.number(p, first + key), first + key); };
   const auto scale_of = [&](const Place<T>& place, int part) {
-    return sizeof(T) == 1 ? __ldcg(place.scale(p, part, run.head)) : 1.f;
+    return sizeof(T) == 1 ? __ldcg(place.scale(p, part, chunk.head)) : 1.f;
   };
 
   float score = nothing();  // of key `lane`
   for (int key = 0; key < here; ++key) {
     const Place<T> place = place_of(key);
-    const T* vector = place.vector(p, 0, run.head);
+    const T* vector = place.vector(p, 0, chunk.head);
     float sum = 0;
     for (int d = lane; d < p.head_dim; d += 32) sum += to_float(q[d]) * kLog2E * value_of(vector[d]);
     sum = warp_sum(sum) * scale_of(place, 0);
@@ -445,7 +425,7 @@ __device__ void attention_any(const AttentionDecode& p) {
   float sums[kMost] = {};
   for (int key = 0; key < here; ++key) {
     const Place<T> place = place_of(key);
-    const T* vector = place.vector(p, 1, run.head);
+    const T* vector = place.vector(p, 1, chunk.head);
     const float scaled = __shfl_sync(0xFFFFFFFFu, weight, key) * scale_of(place, 1);
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
@@ -458,8 +438,8 @@ __device__ void attention_any(const AttentionDecode& p) {
     const int d = lane + 32 * i;
     if (d < p.head_dim) all[warp * p.head_dim + d] = sums[i];
   }
-  write_part(p, p.head_dim, run, run.begin, all, most, warp_sum(weight));
-  end_run(p, run);
+  write_part(p, p.head_dim, chunk, all, most, warp_sum(weight));
+  end_chunk(p, chunk);
 }
 
 }  // namespace
@@ -477,5 +457,15 @@ QVL_ATTENTION_DECODE(any_float16, attention_any, Float16Value, 1)
 QVL_ATTENTION_DECODE(any_float32, attention_any, float, 1)
 QVL_ATTENTION_DECODE(any_int8, attention_any, int8, 1)
 #undef QVL_ATTENTION_DECODE
+
+extern "C" __global__ __launch_bounds__(kThreads) void attention_decode_combine(
+    const __grid_constant__ AttentionDecode p) {
+  start_successors();
+  const int row = blockIdx.y, pair = row * p.heads + static_cast<int>(blockIdx.x);
+  if (!p.early) wait_for_predecessors();
+  const int chunks = __ldcg(p.positions + row) / kChunk + 1;
+  wait_for_predecessors();
+  combine(p, pair, chunks);
+}
 
 }  // namespace qvl::cuda

@@ -8,7 +8,7 @@ struct AttentionDecode {
   const void* qkv;  // H [n][3][heads][head_dim], still to be rotated and, its keys and values, to be stored
   const int* positions;
   const int* angle_tables;
-  const int* tables;
+  const int* tables;  // or NULL: row i has table i
   const int* blocks;
   const float* cos;
   const float* sin;
@@ -19,11 +19,12 @@ struct AttentionDecode {
   int max_blocks;
   int block_tokens;
   int heads, head_dim;
-  int chunks;          // that the sequence of most keys has
-  int run;             // of them a block takes
-  unsigned* counters;  // [n][heads]: blocks that are done, zeros before and after
-  float* sums;         // [n][heads][chunks][head_dim]: of exp2(score - most) * value
-  float* parts;        // [n][heads][chunks][2]: most, and the sum of exp2(score - most)
+  int chunks;  // that the sequence of most keys has
+  int early;   // all of this but q and qkv, and all keys but the newest, are there before kernels end
+  unsigned*
+      counters;  // [n][heads]: blocks that are done, zeros before and after; NULL: none puts chunks together
+  float* sums;   // [n][heads][chunks][head_dim]: of exp2(score - most) * value
+  float* parts;  // [n][heads][chunks][2]: most, and the sum of exp2(score - most)
   void* y;
 };
 
