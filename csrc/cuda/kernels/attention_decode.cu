@@ -12,9 +12,10 @@
 // then chunks, are put together in a fixed order. Chunks begin at multiples of 128 tokens, so that a row
 // depends on its own keys alone. Neighbouring blocks have neighbouring heads, whose keys lie side by side.
 //
-// Where there are few chunks, the time of a launch counts: the last block of a head and a row puts its chunks
-// together, and each block rotates its query, the one with the newest key also that, and stores it. Where
-// there are many, kernels of their own do it.
+// Where there are few chunks, launches and ways to memory count: each block has asked for older keys before
+// the product ahead ends, and rotates the query itself; the one with the newest key rotates and stores that;
+// and the last block of a head and a row puts its chunks together. Where there are many, kernels of their own
+// do so.
 //
 // attention_decode_any takes every head_dim up to 256, value by value.
 #include "cuda/kernels/attention_decode.h"
@@ -173,7 +174,7 @@ struct Lanes {
     const uint32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      if constexpr (sizeof(T) == 1) {  // 2^23 + 128 + the value: a conversion takes longer
+      if constexpr (sizeof(T) == 1) {  // as 2^23 + 128 + the value: two steps, where a conversion takes three
         const uint32 bits = __byte_perm(words[i / 4] ^ 0x80808080u, 0x4B000000u, 0x7550 + i % 4);
         values[i] = __uint_as_float(bits) - 8388736.f;
       } else {
@@ -297,8 +298,8 @@ __device__ void attention(const AttentionDecode& p) {
     }
     commit_copies();
   }
-  float key_scale = 1, value_scale = 1;
-  if constexpr (kScaled) {
+  float key_scale = 0, value_scale = 0;  // of a key that is not there
+  if (kScaled && lane < here) {
     key_scale = __ldcg(place.scale(p, 0, chunk.head));
     value_scale = __ldcg(place.scale(p, 1, chunk.head));
   }
@@ -458,7 +459,7 @@ QVL_ATTENTION_DECODE(any_float32, attention_any, float, 1)
 QVL_ATTENTION_DECODE(any_int8, attention_any, int8, 1)
 #undef QVL_ATTENTION_DECODE
 
-extern "C" __global__ __launch_bounds__(kThreads) void attention_decode_combine(
+extern "C" __global__ __launch_bounds__(kMostDim) void attention_decode_combine(
     const __grid_constant__ AttentionDecode p) {
   start_successors();
   const int row = blockIdx.y, pair = row * p.heads + static_cast<int>(blockIdx.x);

@@ -20,9 +20,9 @@ struct AttentionDecode {
   int block_tokens;
   int heads, head_dim;
   int chunks;  // that the sequence of most keys has
-  int early;   // all of this but q and qkv, and all keys but the newest, are there before kernels end
-  unsigned*
-      counters;  // [n][heads]: blocks that are done, zeros before and after; NULL: none puts chunks together
+  int early;   // only q or qkv, and with q the newest keys, are what the kernels ahead write
+  // [n][heads]: blocks that are done, zeros before and after. NULL: another kernel puts the chunks together.
+  unsigned* counters;
   float* sums;   // [n][heads][chunks][head_dim]: of exp2(score - most) * value
   float* parts;  // [n][heads][chunks][2]: most, and the sum of exp2(score - most)
   void* y;
