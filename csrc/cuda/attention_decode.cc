@@ -11,6 +11,7 @@ namespace {
 
 // As in the kernel.
 constexpr int kChunk = 128, kThreads = 128, kFastDim = 128, kMostDim = 256;
+constexpr int kMostRows = 256;
 
 int chunks_of(int max_keys) {
   return (max_keys + kChunk - 1) / kChunk;
@@ -20,18 +21,28 @@ uint64_t parts_of(int n, int heads, int max_keys) {
   return static_cast<uint64_t>(n) * static_cast<uint64_t>(heads) * static_cast<uint64_t>(chunks_of(max_keys));
 }
 
-}  // namespace
-
-uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys) {
-  return parts_of(n, heads, max_keys) * (static_cast<uint64_t>(head_dim) + 2) * sizeof(float);
+// For any number of rows, so that they always lie in the same place.
+uint64_t counters_of(int heads) {
+  return kMostRows * static_cast<uint64_t>(heads);
 }
 
-void attention_decode(const Gpu& gpu, CUstream stream, const void* q, const Places& places,
-                      const KvLayer& cache, int n, int max_keys, void* scratch, void* y) {
+bool is_fast(const Gpu& gpu, const KvLayer& cache) {
+  // In 16 bits the kernels need 64 KB of shared memory, which sm_75 has not quite.
+  return cache.head_dim == kFastDim && cache.dtype != QVL_FLOAT32 && cache.block_bytes % 16 == 0 &&
+         (gpu.arch() != 75 || cache.dtype == QVL_INT8);
+}
+
+// Whether blocks are so few that launches count, and not how long a block lasts.
+bool is_small(const Gpu& gpu, const KvLayer& cache, int n, int max_keys) {
+  return parts_of(n, cache.heads, max_keys) <= 8 * static_cast<uint64_t>(gpu.multiprocessors());
+}
+
+AttentionDecode params(const Gpu& gpu, const Places& places, const KvLayer& cache, int n, int max_keys,
+                       void* scratch, void* y) {
   QVL_REQUIRE(cache.head_dim <= kMostDim && cache.head_dim % 2 == 0, QVL_UNSUPPORTED,
               "heads of %d values: a GPU takes even numbers up to %d", cache.head_dim, kMostDim);
+  QVL_REQUIRE(n >= 1 && n <= kMostRows, QVL_INTERNAL, "attention of %d rows", n);
   AttentionDecode p{};
-  p.q = q;
   p.positions = places.positions;
   p.tables = places.tables;
   p.blocks = places.blocks;
@@ -42,22 +53,60 @@ void attention_decode(const Gpu& gpu, CUstream stream, const void* q, const Plac
   p.heads = cache.heads;
   p.head_dim = cache.head_dim;
   p.chunks = chunks_of(max_keys);
-  p.parts = static_cast<float*>(scratch);
+  auto* const counters = static_cast<unsigned*>(scratch);
+  p.counters = is_small(gpu, cache, n, max_keys) ? counters : nullptr;
+  p.parts = reinterpret_cast<float*>(counters + counters_of(cache.heads));
   p.sums = p.parts + 2 * parts_of(n, cache.heads, max_keys);
   p.y = y;
+  return p;
+}
+
+void launch(const Gpu& gpu, CUstream stream, const AttentionDecode& p, const KvLayer& cache, int n) {
   const char* type = cache.dtype == QVL_BFLOAT16  ? "bfloat16"
                      : cache.dtype == QVL_FLOAT16 ? "float16"
                      : cache.dtype == QVL_FLOAT32 ? "float32"
                                                   : "int8";
-  // The fast kernels need 64 KB of shared memory in 16 bits, which sm_75 has not quite.
-  const int value = cache.dtype == QVL_INT8 ? 1 : 2;
-  const bool fast = cache.head_dim == kFastDim && cache.dtype != QVL_FLOAT32 && cache.block_bytes % 16 == 0 &&
-                    (gpu.arch() != 75 || value == 1);
-  const auto heads = static_cast<unsigned>(cache.heads), rows = static_cast<unsigned>(n);
+  const bool fast = is_fast(gpu, cache);
+  const int shared = fast ? 2 * kChunk * kFastDim * (cache.dtype == QVL_INT8 ? 1 : 2) : 0;
+  const auto heads = static_cast<unsigned>(p.heads), rows = static_cast<unsigned>(n);
   gpu.launch(stream, (std::string("attention_decode_") + (fast ? "" : "any_") + type).c_str(),
-             {static_cast<unsigned>(p.chunks), heads, rows}, kThreads,
-             fast ? 2 * kChunk * kFastDim * value : 0, p, true);
-  gpu.launch(stream, "attention_decode_combine", {heads, rows}, (cache.head_dim + 31) / 32 * 32, 0, p, true);
+             {heads, static_cast<unsigned>(p.chunks), rows}, kThreads, shared, p, true);
+  if (p.counters == nullptr)
+    gpu.launch(stream, "attention_decode_combine", {heads, rows}, (p.head_dim + 31) / 32 * 32, 0, p, true);
+}
+
+}  // namespace
+
+uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys) {
+  const uint64_t part = static_cast<uint64_t>(head_dim) + 2;
+  return counters_of(heads) * sizeof(unsigned) + parts_of(n, heads, max_keys) * part * sizeof(float);
+}
+
+void attention_decode(const Gpu& gpu, CUstream stream, const void* q, const Places& places,
+                      const KvLayer& cache, int n, int max_keys, void* scratch, void* y) {
+  AttentionDecode p = params(gpu, places, cache, n, max_keys, scratch, y);
+  p.q = q;
+  launch(gpu, stream, p, cache, n);
+}
+
+void attention_step(const Gpu& gpu, CUstream stream, const void* qkv, const Places& places,
+                    const Angles& angles, const KvLayer& cache, int n, int max_keys, void* q, void* scratch,
+                    void* y) {
+  AttentionDecode p = params(gpu, places, cache, n, max_keys, scratch, y);
+  p.tables = nullptr;
+  p.early = 1;
+  if (is_fast(gpu, cache) && is_small(gpu, cache, n, max_keys)) {
+    p.qkv = qkv;
+    p.angle_tables = places.angle_tables;
+    p.cos = angles.cos;
+    p.sin = angles.sin;
+    p.query_scale = angles.query_scale;
+    p.max_positions = angles.max_positions;
+  } else {
+    rotate_and_store(gpu, stream, qkv, places, angles, cache, n, q);
+    p.q = q;
+  }
+  launch(gpu, stream, p, cache, n);
 }
 
 }  // namespace qvl::cuda

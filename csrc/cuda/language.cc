@@ -73,6 +73,8 @@ void Language::reserve(int rows, int max_keys) {
   if (needed <= decode_scratch_.bytes()) return;
   decode_scratch_ = DeviceMemory();  // freeing waits for the GPU
   decode_scratch_ = DeviceMemory(needed);
+  check(driver().cuMemsetD8Async(address(decode_scratch_.get()), 0, needed, nullptr), "clearing GPU memory");
+  check(driver().cuStreamSynchronize(nullptr), "clearing GPU memory");
   ++moved_;
 }
 
@@ -189,6 +191,28 @@ void Language::product(CUstream stream, const Matrix& matrix, const void* x, int
   }
 }
 
+void Language::attention(CUstream stream, const Places& places, const InputArrays& at, const PassShape& shape,
+                         const KvLayer& kv) {
+  const int n = shape.rows(), hidden = config_.hidden;
+  if (shape.is_step) {
+    attention_step(gpu_, stream, qkv_.get(), places, angles_.angles(), kv, n, shape.max_keys, q_.get(),
+                   decode_scratch_.get(), mixed_.get());
+    return;
+  }
+  rotate_and_store(gpu_, stream, qkv_.get(), places, angles_.angles(), kv, n, q_.get());
+  if (shape.n_prompt > 0) {
+    attention_prompt(gpu_, stream, q_.get(), at.pieces, at.tiles, shape.tiles, at.blocks, shape.max_blocks,
+                     kv, mixed_.get());
+  }
+  for (int done = shape.n_prompt; done < n; done += kMaxDecodeRows) {
+    const Places of_rows{at.positions + done, at.angle_tables + done, at.table_of + done, at.blocks,
+                         shape.max_blocks};
+    const uint64_t offset = size(done) * size(hidden) * 2;
+    attention_decode(gpu_, stream, q_.get<char>() + offset, of_rows, kv, std::min(kMaxDecodeRows, n - done),
+                     shape.max_keys, decode_scratch_.get(), mixed_.get<char>() + offset);
+  }
+}
+
 void Language::layers(CUstream stream, const CudaKvPool& pool, const InputArrays& at,
                       const PassShape& shape) {
   const int n = shape.rows(), hidden = config_.hidden;
@@ -200,18 +224,7 @@ void Language::layers(CUstream stream, const CudaKvPool& pool, const InputArrays
     const KvLayer kv = pool.layer(i);
     rms_norm(gpu_, stream, x, layer.ln_1, config_.norm_epsilon, n, hidden, normed_.get());
     product(stream, layer.c_attn, normed_.get(), hidden, shape, Into::kHalf, qkv_.get());
-    rotate_and_store(gpu_, stream, qkv_.get(), places, angles_.angles(), kv, n, q_.get());
-    if (shape.n_prompt > 0) {
-      attention_prompt(gpu_, stream, q_.get(), at.pieces, at.tiles, shape.tiles, at.blocks, shape.max_blocks,
-                       kv, mixed_.get());
-    }
-    for (int done = shape.n_prompt; done < n; done += kMaxDecodeRows) {
-      const Places of_rows{at.positions + done, at.angle_tables + done, at.table_of + done, at.blocks,
-                           shape.max_blocks};
-      const uint64_t offset = size(done) * size(hidden) * 2;
-      attention_decode(gpu_, stream, q_.get<char>() + offset, of_rows, kv, std::min(kMaxDecodeRows, n - done),
-                       shape.max_keys, decode_scratch_.get(), mixed_.get<char>() + offset);
-    }
+    attention(stream, places, at, shape, kv);
     product(stream, layer.attn_proj, mixed_.get(), hidden, shape, Into::kAdd, x);
     rms_norm(gpu_, stream, x, layer.ln_2, config_.norm_epsilon, n, hidden, normed_.get());
     product(stream, layer.gate_up, normed_.get(), hidden, shape, Into::kSiluTimes, wide_.get());

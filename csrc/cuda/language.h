@@ -14,9 +14,10 @@ namespace qvl::cuda {
 // The rows of a pass: those of prompts first, then those of decode steps.
 struct PassShape {
   int n_prompt = 0, n_decode = 0;
-  int tiles = 0;       // of the prompts' queries
-  int max_blocks = 0;  // of a sequence
-  int max_keys = 0;    // of a decode row
+  int tiles = 0;         // of the prompts' queries
+  int max_blocks = 0;    // of a sequence
+  int max_keys = 0;      // of a decode row
+  bool is_step = false;  // of rows as attention_step takes them
 
   int rows() const { return n_prompt + n_decode; }
 };
@@ -51,6 +52,8 @@ class Language {
   void pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
             float* logits, StepInput& input);
   void take_features(CUstream stream, const qvl_batch& batch, const Part& part, const InputArrays& host);
+  void attention(CUstream stream, const Places& places, const InputArrays& at, const PassShape& shape,
+                 const KvLayer& kv);
   void product(CUstream stream, const Matrix& matrix, const void* x, int x_stride, const PassShape& shape,
                Into into, void* y);
 

@@ -105,9 +105,17 @@ void rotate_and_store(const Gpu&, CUstream, const void* qkv, const Places&, cons
 // Attention of one query a sequence over its keys: q H [n, heads * head_dim] -> H, the same shape. Sequence i
 // has positions[i] + 1 keys; none has more than max_keys. Split over keys at fixed places (multiples of a
 // constant), so that a row does not depend on max_keys or n.
+// scratch: zeros where it is new; what a call leaves there is the next one's, whatever its n and max_keys.
 uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys);
 void attention_decode(const Gpu&, CUstream, const void* q, const Places&, const KvLayer&, int n, int max_keys,
                       void* scratch, void* y);
+
+// A step's rotate_and_store and attention_decode, to the bit; q: room for the rotated queries. Row i is the
+// newest token of a sequence of its own, whose block table is row i of places.blocks. `places`, and the keys
+// and values of earlier tokens, are read before the kernels launched before this one have ended: what wrote
+// them must have ended before the first of a chain of early launches began, as it has before a graph.
+void attention_step(const Gpu&, CUstream, const void* qkv, const Places&, const Angles&, const KvLayer&,
+                    int n, int max_keys, void* q, void* scratch, void* y);
 
 // ---- prompts: linear_prompt.cc, attention_prompt.cc -----------------------------------------------------
 

@@ -55,6 +55,7 @@ void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& 
   for (int i = 0; i < n; ++i) keys = std::max(keys, batch.sequences[i].n_past + 1);
   const SampleKind kind = sample_kind(picks);
   PassShape shape;
+  shape.is_step = true;
   shape.n_decode = rows;
   shape.max_keys = key_bucket(keys, config_.max_positions);
   shape.max_blocks = (shape.max_keys + pool.block_tokens - 1) / pool.block_tokens;

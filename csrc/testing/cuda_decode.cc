@@ -72,3 +72,23 @@ EXPORT const char* decode_attention(int half, CUstream stream, const void* q, co
     attention_decode(gpu(half), stream, q, places, cache, n, max_keys, scratch, y);
   });
 }
+
+// fused 0: rotate_and_store and attention_decode; 1: attention_step.
+EXPORT const char* decode_step(int half, CUstream stream, int fused, const void* qkv,
+                               const int32_t* positions, const int32_t* angle_tables, const int32_t* tables,
+                               const int32_t* blocks, int max_blocks, const float* cos, const float* sin,
+                               const float* query_scale, int max_positions, char* base, uint64_t block_bytes,
+                               int block_tokens, int dtype, int heads, int head_dim, int n, int max_keys,
+                               void* q, void* scratch, void* y) {
+  return guarded_line([&] {
+    const Places places{positions, angle_tables, tables, blocks, max_blocks};
+    const Angles angles{cos, sin, query_scale, max_positions};
+    const KvLayer cache{base, block_bytes, block_tokens, dtype, heads, head_dim};
+    if (fused != 0) {
+      attention_step(gpu(half), stream, qkv, places, angles, cache, n, max_keys, q, scratch, y);
+      return;
+    }
+    rotate_and_store(gpu(half), stream, qkv, places, angles, cache, n, q);
+    attention_decode(gpu(half), stream, q, places, cache, n, max_keys, scratch, y);
+  });
+}

@@ -211,13 +211,18 @@ class Cache:
         self.blocks = self.blocks.cuda()
         self.positions = torch.tensor(lengths, dtype=torch.int32, device="cuda") - 1
 
-    def attention(self, library, launch, half, q, rows, max_keys):
-        n = len(rows)
+    def scratch(self, library, n, max_keys):
+        """Zeros where blocks are counted, not-a-number elsewhere."""
         size = library.decode_attention_scratch
         size.restype = ctypes.c_uint64
-        scratch = torch.full(
-            (size(n, self.heads, self.width, max_keys),), 255, dtype=torch.uint8, device="cuda"
-        )
+        n_bytes = size(n, self.heads, self.width, max_keys)
+        scratch = torch.full((n_bytes,), 255, dtype=torch.uint8, device="cuda")
+        scratch[: 4 * 256 * self.heads] = 0
+        return scratch
+
+    def attention(self, library, launch, half, q, rows, max_keys):
+        n = len(rows)
+        scratch = self.scratch(library, n, max_keys)
         y = torch.full((n + 1, self.heads * self.width), math.nan, dtype=HALVES[half], device="cuda")
         tables = torch.tensor(rows, dtype=torch.int32, device="cuda")
         positions, picked = self.positions[tables].contiguous(), q[tables].contiguous()
@@ -227,7 +232,32 @@ class Cache:
             *(max_keys, scratch, y),
         )
         assert y[n].isnan().all()
+        assert scratch[: 4 * 256 * self.heads].count_nonzero() == 0
         return y[:n]
+
+    def step(self, library, launch, half, fused, qkv, angles, rows, max_keys):
+        """The rows' results, and the cache as it is then; this cache stays as it is."""
+        n = len(rows)
+        scratch, memory = self.scratch(library, n, max_keys), self.memory.clone()
+        q = torch.full((n, self.heads * self.width), math.nan, dtype=HALVES[half], device="cuda")
+        y = torch.full((n + 1, self.heads * self.width), math.nan, dtype=HALVES[half], device="cuda")
+        picked, mine = qkv[rows].contiguous(), self.blocks[rows].contiguous()
+        positions, tables = (
+            self.positions[rows].contiguous(),
+            torch.arange(n, dtype=torch.int32, device="cuda"),
+        )
+        angle_tables, cos, sin, query_scale = angles
+        angle_tables = angle_tables[rows].contiguous()
+        torch.cuda.synchronize()  # what is read early must have been written
+        launch(
+            *("decode_step", half, fused, picked, positions, angle_tables, tables, mine),
+            *(self.max_blocks, cos, sin, query_scale, len(query_scale), memory),
+            *(ctypes.c_uint64(self.block_bytes), self.block_tokens, self.dtype, self.heads, self.width, n),
+            *(max_keys, q, scratch, y),
+        )
+        assert y[n].isnan().all()
+        assert not y[:n].isnan().any()
+        return y[:n], memory
 
 
 ATTENTION = [
@@ -257,3 +287,32 @@ def test_attention_is_that_of_float64(cuda_library, launch, half, dtype, heads, 
             assert torch.equal(cache.attention(cuda_library, launch, half, q, [i], max_keys)[0], y[i])
     rows = [5, 0, 5, 8]
     assert torch.equal(cache.attention(cuda_library, launch, half, q, rows, 600), y[rows])
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "width", "block_tokens"),
+    [*((32, 128, n) for n in (1, 7, 16, 32, 256)), (2, 18, 7), (3, 64, 16)],
+)
+def test_a_step_is_rotation_and_attention(cuda_library, launch, half, dtype, heads, width, block_tokens):
+    lengths = [1, 2, 127, 128, 129, 300, 31, 33, 513, 64, 2000, 1025, 1500, 1792]
+    lengths += torch.randint(1, 700, (31,)).tolist()
+    cache = Cache(dtype, heads, width, block_tokens, lengths)
+    qkv = torch.randn(len(lengths), 3 * heads * width, device="cuda").to(HALVES[half])
+    angle = torch.randn(2, 2048, width // 2, device="cuda") * 3
+    angle_tables = torch.tensor([i % 2 for i in range(len(lengths))], dtype=torch.int32, device="cuda")
+    angles = (angle_tables, angle.cos(), angle.sin(), torch.rand(2048, device="cuda") / math.sqrt(width))
+
+    def step(fused, rows, max_keys):
+        return cache.step(cuda_library, launch, half, fused, qkv, angles, rows, max_keys)
+
+    everything = list(range(len(lengths)))
+    y, _ = step(0, everything, max(lengths))
+    # Few blocks and many, whose chunks are put together in other ways.
+    for rows in (everything, everything[::-1], everything[:5], [10], [5], [0]):
+        for max_keys in (max(lengths[i] for i in rows), 8000):
+            (apart, stored), (got, also_stored) = (step(fused, rows, max_keys) for fused in (0, 1))
+            assert torch.equal(apart, y[rows])
+            assert torch.equal(got, y[rows])
+            assert torch.equal(also_stored, stored)

@@ -2,17 +2,24 @@
 //
 // Cost. Bytes: each key and value once, 512 a head and token in bfloat16; 300 tokens of one sequence with 32
 // heads are 4.9 MB, 1.1 us on an H200, 2000 tokens of 32 sequences 1.05 GB, 245 us. 0.5 multiplications a
-// byte: the plain units do.
+// byte: the plain units do. What bounds it is how long a block lasts, for its 64 KB of shared memory are
+// under way but a part of that: ways to memory one after another, of positions, blocks, keys, and whatever
+// follows.
 //
-// Layout. A block takes a chunk of 128 keys of a head and a sequence, a warp 32 of them. The warp has all its
-// keys and values copied to shared memory at once, each lane into its own place, as in linear_decode.cu: 64
-// KB under way a block, three blocks a multiprocessor. 16 bytes of a key a lane: 16 lanes share a key in 16
-// bits, 8 in 8 bits. Warps, and in a second kernel chunks, are put together in a fixed order. Chunks begin at
-// multiples of 128 tokens, so that a row depends on its own keys alone.
+// Layout. A block takes a chunk of 128 keys of a head and a row, a warp 32 of them. The warp has all its keys
+// and values copied to shared memory at once, each lane into its own place, as in linear_decode.cu, three
+// blocks a multiprocessor. 16 bytes of a key a lane: 16 lanes share a key in 16 bits, 8 in 8 bits. Warps, and
+// then chunks, are put together in a fixed order. Chunks begin at multiples of 128 tokens, so that a row
+// depends on its own keys alone. Neighbouring blocks have neighbouring heads, whose keys lie side by side.
+//
+// Where there are few chunks, launches and ways to memory count: each block has asked for older keys before
+// the product ahead ends, and rotates the query itself; the one with the newest key rotates and stores that;
+// and the last block of a head and a row puts its chunks together. Where there are many, kernels of their own
+// do so.
 //
 // attention_decode_any takes every head_dim up to 256, value by value.
 #include "cuda/kernels/attention_decode.h"
-#include "cuda/kernels/stored.cuh"
+#include "cuda/kernels/rotate.cuh"
 #include "cuda/kernels/streams.cuh"
 
 namespace qvl::cuda {
@@ -20,51 +27,59 @@ namespace {
 
 constexpr int kChunk = 128, kWarps = 4, kThreads = 32 * kWarps, kWarpKeys = kChunk / kWarps;
 constexpr int kFastDim = 128, kMostDim = 256;
+constexpr int kTogetherChunks = 8;  // that are asked for at once when they are put together
 constexpr float kLog2E = 1.44269504f;
 
 __device__ inline float nothing() {
   return __int_as_float(static_cast<int>(0xFF800000u));  // -infinity
 }
 
-// Where key and value of a token lie; T is the cache's type.
-template <typename T>
-struct Token {
-  const char* block;
-  int slot;
-
-  __device__ Token(const AttentionDecode& p, const int* table, int token) {
-    slot = token % p.block_tokens;
-    block = p.base + static_cast<uint64>(__ldcg(table + token / p.block_tokens)) * p.block_bytes;
-  }
-  // which: 0 for the key, 1 for the value.
-  __device__ const T* vector(const AttentionDecode& p, int which, int head) const {
-    return reinterpret_cast<const T*>(block) +
-           (static_cast<int64>(which * p.heads + head) * p.block_tokens + slot) * p.head_dim;
-  }
-  __device__ float scale(const AttentionDecode& p, int which, int head) const {
-    if (sizeof(T) != 1) return 1;
-    const char* scales = block + 2 * static_cast<int64>(p.heads) * p.block_tokens * p.head_dim;
-    return __ldcg(reinterpret_cast<const float*>(scales) + (which * p.heads + head) * p.block_tokens + slot);
-  }
-};
-
-// What a block works on.
+// What a block works on: a chunk of a head of a row.
 struct Chunk {
-  int row, head, index, keys;  // keys of the sequence
+  int row, head, index;
+  int first;     // token
+  int position;  // of the row, its last token
   const int* table;
 
   __device__ explicit Chunk(const AttentionDecode& p)
       : row(blockIdx.z),
-        head(blockIdx.y),
-        index(blockIdx.x),
-        keys(__ldcg(p.positions + row) + 1),
-        table(p.blocks + static_cast<int64>(__ldcg(p.tables + row)) * p.max_blocks) {}
+        head(blockIdx.x),
+        index(blockIdx.y),
+        first(index * kChunk),
+        position(__ldcg(p.positions + row)),
+        table(p.blocks +
+              static_cast<int64>(p.tables != nullptr ? __ldcg(p.tables + row) : row) * p.max_blocks) {}
+  // Of the block of the cache that has the token.
+  __device__ int number(const AttentionDecode& p, int token) const {
+    return __ldcg(table + token / p.block_tokens);
+  }
+  __device__ int64 pair(const AttentionDecode& p) const { return static_cast<int64>(row) * p.heads + head; }
+};
+
+// Where key and value of a token lie; T is the cache's type.
+template <typename T>
+struct Place {
+  char* block;
+  int slot;
+
+  __device__ Place(const AttentionDecode& p, int number, int token)
+      : block(p.base + static_cast<uint64>(number) * p.block_bytes), slot(token % p.block_tokens) {}
+  // which: 0 for the key, 1 for the value.
+  __device__ T* vector(const AttentionDecode& p, int which, int head) const {
+    return reinterpret_cast<T*>(block) +
+           (static_cast<int64>(which * p.heads + head) * p.block_tokens + slot) * p.head_dim;
+  }
+  // Of 8 bits.
+  __device__ float* scale(const AttentionDecode& p, int which, int head) const {
+    char* scales = block + 2 * static_cast<int64>(p.heads) * p.block_tokens * p.head_dim;
+    return reinterpret_cast<float*>(scales) + (which * p.heads + head) * p.block_tokens + slot;
+  }
 };
 
 // Put the warps together and write the chunk's part; sums: [kWarps][head_dim] of shared memory, written by
 // all, most and total of this warp.
-__device__ void write_part(const AttentionDecode& p, const Chunk& chunk, const float* sums, float most,
-                           float total) {
+__device__ inline void write_part(const AttentionDecode& p, int head_dim, const Chunk& chunk,
+                                  const float* sums, float most, float total) {
   __shared__ float mosts[kWarps], totals[kWarps];
   if (threadIdx.x % 32 == 0) {
     mosts[threadIdx.x / 32] = most;
@@ -78,11 +93,12 @@ __device__ void write_part(const AttentionDecode& p, const Chunk& chunk, const f
     scales[warp] = exp2f(mosts[warp] - all);
     sum += totals[warp] * scales[warp];
   }
-  const int64 part = (static_cast<int64>(chunk.row) * p.heads + chunk.head) * p.chunks + chunk.index;
-  for (int d = threadIdx.x; d < p.head_dim; d += kThreads) {
+  const int64 part = chunk.pair(p) * p.chunks + chunk.index;
+#pragma unroll 1
+  for (int d = threadIdx.x; d < head_dim; d += kThreads) {
     float value = 0;
-    for (int warp = 0; warp < kWarps; ++warp) value += sums[warp * p.head_dim + d] * scales[warp];
-    p.sums[part * p.head_dim + d] = value;
+    for (int warp = 0; warp < kWarps; ++warp) value += sums[warp * head_dim + d] * scales[warp];
+    p.sums[part * head_dim + d] = value;
   }
   if (threadIdx.x == 0) {
     p.parts[2 * part] = all;
@@ -90,71 +106,262 @@ __device__ void write_part(const AttentionDecode& p, const Chunk& chunk, const f
   }
 }
 
-// The values in a lane's 16 bytes.
-template <typename T>
-__device__ void widen(const uint4& bytes, float (&values)[16 / sizeof(T)]) {
-  const T* stored = reinterpret_cast<const T*>(&bytes);
+// Put the chunks of a head and a row together.
+__device__ inline void combine(const AttentionDecode& p, int64 pair, int chunks) {
+  const int64 first = pair * p.chunks;
+  for (int d = threadIdx.x; d < p.head_dim; d += blockDim.x) {
+    float most = nothing(), total = 0, sum = 0;
+    for (int chunk = 0; chunk < chunks; chunk += kTogetherChunks) {
+      float2 parts[kTogetherChunks];
+      float values[kTogetherChunks], higher = most;
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i) values[i] = value_of(stored[i]);
+      for (int i = 0; i < kTogetherChunks; ++i) {
+        const bool there = chunk + i < chunks;
+        const int64 part = first + chunk + i;
+        parts[i] = there ? __ldcg(reinterpret_cast<const float2*>(p.parts) + part) : float2{nothing(), 0};
+        values[i] = there ? __ldcg(p.sums + part * p.head_dim + d) : 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < kTogetherChunks; ++i) higher = fmaxf(higher, parts[i].x);
+      const float before = exp2f(most - higher);
+      total *= before;
+      sum *= before;
+#pragma unroll
+      for (int i = 0; i < kTogetherChunks; ++i) {
+        const float scale = exp2f(parts[i].x - higher);
+        total += parts[i].y * scale;
+        sum += values[i] * scale;
+      }
+      most = higher;
+    }
+    static_cast<H*>(p.y)[pair * p.head_dim + d] = to_half(sum / total);
+  }
+}
+
+// Add one, or make it zero where it was `most`; returns what it was. What the block wrote before is seen by
+// those that count later.
+__device__ inline unsigned count(unsigned* counter, unsigned most) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(most)
+               : "memory");
+  return before;
+}
+
+// The last block of a head and a row puts the chunks together, if no other kernel does.
+__device__ void end_chunk(const AttentionDecode& p, const Chunk& chunk) {
+  if (p.counters == nullptr) return;
+  __shared__ bool last;
+  const unsigned others = chunk.position / kChunk;
+  __syncthreads();
+  if (threadIdx.x == 0) last = others == 0 || count(p.counters + chunk.pair(p), others) == others;
+  __syncthreads();
+  if (last) combine(p, chunk.pair(p), static_cast<int>(others) + 1);
+}
+
+// How lanes share the keys of a warp: 16 bytes each.
+template <typename T>
+struct Lanes {
+  static constexpr int kValues = 16 / sizeof(T);     // of a lane
+  static constexpr int kLanes = kFastDim / kValues;  // of a key
+  static constexpr int kTogether = 32 / kLanes;      // keys of a load
+  static constexpr int kLoads = kWarpKeys / kTogether;
+
+  __device__ static int first() { return threadIdx.x % kLanes * kValues; }  // of the lane's values
+
+  __device__ static void widen(const uint4& bytes, float (&values)[kValues]) {
+    const uint32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      if constexpr (sizeof(T) == 1) {  // as 2^23 + 128 + the value: two steps, where a conversion takes three
+        const uint32 bits = __byte_perm(words[i / 4] ^ 0x80808080u, 0x4B000000u, 0x7550 + i % 4);
+        values[i] = __uint_as_float(bits) - 8388736.f;
+      } else {
+        values[i] = value_of(T{static_cast<uint16>(words[i / 2] >> 16 * (i % 2))});
+      }
+    }
+  }
+};
+
+// A lane's values of a head of H, as they are loaded.
+template <typename T>
+struct Loaded {
+  static constexpr int kValues = Lanes<T>::kValues;
+  uint4 bytes[kValues / 8];
+
+  __device__ void load(const H* from) {
+#pragma unroll
+    for (int i = 0; i < kValues / 8; ++i) bytes[i] = __ldcg(reinterpret_cast<const uint4*>(from) + i);
+  }
+  __device__ float operator[](int i) const {
+    return to_float(reinterpret_cast<const H*>(&bytes[i / 8])[i % 8]);
+  }
+};
+
+// The angles of a lane's values.
+template <typename T>
+struct Turn {
+  using L = Lanes<T>;
+  float cosines[L::kValues], sines[L::kValues], query_scale;
+
+  __device__ Turn(const AttentionDecode& p, int position, int table) {
+    constexpr int kHalf = kFastDim / 2;
+    query_scale = p.query_scale[position];
+    const int64 place = static_cast<int64>(table) * p.max_positions + position;
+    const bool low = L::first() < kHalf;
+#pragma unroll
+    for (int i = 0; i < L::kValues; i += 4) {
+      const int64 here = place * kHalf + L::first() % kHalf + i;
+      const float4 c = *reinterpret_cast<const float4*>(p.cos + here);
+      const float4 z = *reinterpret_cast<const float4*>(p.sin + here);
+      cosines[i] = c.x, cosines[i + 1] = c.y, cosines[i + 2] = c.z, cosines[i + 3] = c.w;
+      sines[i] = z.x, sines[i + 1] = z.y, sines[i + 2] = z.z, sines[i + 3] = z.w;
+#pragma unroll
+      for (int j = i; j < i + 4; ++j) sines[j] = low ? -sines[j] : sines[j];
+    }
+  }
+
+  // others: half a head away.
+  __device__ void of(const Loaded<T>& own, const Loaded<T>& others, float (&values)[L::kValues]) const {
+#pragma unroll
+    for (int i = 0; i < L::kValues; ++i) values[i] = turned(own[i], others[i], cosines[i], sines[i]);
+  }
+};
+
+// A lane's 16 bytes of a new vector as the cache has it.
+__device__ inline BFloat16Value narrow(BFloat16Value, float value, const Int8Head*) {
+  return bfloat16_of(value);
+}
+__device__ inline Float16Value narrow(Float16Value, float value, const Int8Head*) {
+  return float16_of(value);
+}
+__device__ inline int8 narrow(int8, float value, const Int8Head* head) {
+  return head->of(value);
+}
+
+template <typename T>
+__device__ uint4 narrowed(const float (&values)[Lanes<T>::kValues], float& scale) {
+  float most = 0;
+  if constexpr (sizeof(T) == 1) {
+#pragma unroll
+    for (float value : values) most = fmaxf(most, fabsf(value));
+#pragma unroll
+    for (int other = Lanes<T>::kLanes / 2; other > 0; other /= 2)
+      most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, other));
+  }
+  const Int8Head head(most);
+  scale = head.scale;
+  uint4 bytes;
+#pragma unroll
+  for (int i = 0; i < Lanes<T>::kValues; ++i) reinterpret_cast<T*>(&bytes)[i] = narrow(T{}, values[i], &head);
+  return bytes;
 }
 
 template <typename T>
 __device__ void attention(const AttentionDecode& p) {
-  constexpr int kValues = 16 / sizeof(T);     // of a lane
-  constexpr int kLanes = kFastDim / kValues;  // of a key
-  constexpr int kTogether = 32 / kLanes;      // keys of a load
-  constexpr int kLoads = kWarpKeys / kTogether;
+  using L = Lanes<T>;
+  constexpr int kValues = L::kValues, kLanes = L::kLanes, kTogether = L::kTogether, kLoads = L::kLoads;
+  constexpr bool kScaled = sizeof(T) == 1;
   extern __shared__ uint4 shared[];
   start_successors();
-  wait_for_predecessors();
+  const bool rotate = p.qkv != nullptr;
+  if (!p.early) wait_for_predecessors();
   const Chunk chunk(p);
-  if (chunk.index * kChunk >= chunk.keys) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, which = lane / kLanes;
+  const int angle_table = rotate ? __ldcg(p.angle_tables + chunk.row) : 0;
+  // The warp is the same in all lanes, which the compiler sees so.
+  const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32, which = lane / kLanes;
+  // A lane finds a key, before it is known whether the row has it; all get to know where it is.
+  const int first = chunk.first + warp * kWarpKeys, token = first + lane;
+  // Exchanged with itself, so that the load does not wait until it is needed.
+  const int number =
+      __shfl_sync(0xFFFFFFFFu, chunk.number(p, min(token, p.max_blocks * p.block_tokens - 1)), lane);
+  if (chunk.first > chunk.position) return;
+  const int here = chunk.position + 1 - first;  // keys of this warp, or more, or none
+  const int newest = here - 1;
+  const bool has_newest = newest >= 0 && newest < kWarpKeys;
+  const Place<T> place(p, lane < here ? number : 0, token);
+  const int64 mine = reinterpret_cast<int64>(place.vector(p, 0, chunk.head));
+  const int64 to_value = static_cast<int64>(p.heads) * p.block_tokens * (kFastDim * sizeof(T));
   uint4* const keys = shared + warp * (2 * kLoads * 32) + lane;
   uint4* const values = keys + kLoads * 32;
-
-  // A lane finds a key; all get to know where it is.
-  const int first = chunk.index * kChunk + warp * kWarpKeys;
-  const int here = chunk.keys - first;  // keys of this warp, or more, or none
-  const Token<T> token(p, chunk.table, min(first + lane, chunk.keys - 1));
-  const int64 to_value = static_cast<int64>(p.heads) * p.block_tokens * (kFastDim * sizeof(T));
-  const int64 mine = reinterpret_cast<int64>(token.vector(p, 0, chunk.head));
+  if (has_newest && !rotate) wait_for_predecessors();  // who stored it
+  const int stored = rotate ? newest : here;
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       const int key = j * kTogether + which;
       const char* from = reinterpret_cast<const char*>(__shfl_sync(0xFFFFFFFFu, mine, key)) + half * to_value;
-      copy_ahead16((half ? values : keys) + 32 * j, from + lane % kLanes * 16, key < here);
+      if (!rotate || key != newest)
+        copy_ahead16((half ? values : keys) + 32 * j, from + lane % kLanes * 16, key < stored);
     }
     commit_copies();
   }
-  const float key_scale = token.scale(p, 0, chunk.head), value_scale = token.scale(p, 1, chunk.head);
+  float key_scale = 0, value_scale = 0;  // of a key that is not there
+  if (kScaled && lane < here) {
+    key_scale = __ldcg(place.scale(p, 0, chunk.head));
+    value_scale = __ldcg(place.scale(p, 1, chunk.head));
+  }
 
   float q[kValues];
-  {
-    const H* from = static_cast<const H*>(p.q) +
-                    (static_cast<int64>(chunk.row) * p.heads + chunk.head) * kFastDim +
-                    lane % kLanes * kValues;
+  Loaded<T> own;
+  if (rotate) {
+    const Turn<T> turn(p, chunk.position, angle_table);
+    wait_for_predecessors();
+    // The new key and value are one warp's, but to ask takes no time where all do.
+    const int width = p.heads * kFastDim, over = L::first() < kFastDim / 2 ? kFastDim / 2 : -kFastDim / 2;
+    const H* from = static_cast<const H*>(p.qkv) + 3 * static_cast<int64>(width) * chunk.row +
+                    chunk.head * kFastDim + L::first();
+    Loaded<T> others, key, other_keys, value;
+    own.load(from);
+    others.load(from + over);
+    key.load(from + width);
+    other_keys.load(from + width + over);
+    value.load(from + 2 * width);
+    turn.of(own, others, q);
 #pragma unroll
-    for (int i = 0; i < kValues; i += 8) {
-      const uint4 bytes = __ldcg(reinterpret_cast<const uint4*>(from + i));
-      const H* stored = reinterpret_cast<const H*>(&bytes);
+    for (float& each : q) each = to_float(to_half(each * turn.query_scale));
+    float vector[kValues], new_scales[2];
+    uint4 bytes[2];
+    turn.of(key, other_keys, vector);
+    bytes[0] = narrowed<T>(vector, new_scales[0]);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) q[i + j] = to_float(stored[j]) * kLog2E;
+    for (int i = 0; i < kValues; ++i) vector[i] = value[i];
+    bytes[1] = narrowed<T>(vector, new_scales[1]);
+    if (has_newest) {
+      char* const to = reinterpret_cast<char*>(__shfl_sync(0xFFFFFFFFu, mine, newest)) + lane % kLanes * 16;
+      if (which == newest % kTogether) {
+        keys[newest / kTogether * 32] = bytes[0];
+        values[newest / kTogether * 32] = bytes[1];
+        *reinterpret_cast<uint4*>(to) = bytes[0];
+        *reinterpret_cast<uint4*>(to + to_value) = bytes[1];
+      }
+      if (kScaled && lane == newest) {
+        *place.scale(p, 0, chunk.head) = key_scale = new_scales[0];
+        *place.scale(p, 1, chunk.head) = value_scale = new_scales[1];
+      }
     }
+  } else {
+    wait_for_predecessors();
+    own.load(static_cast<const H*>(p.q) + chunk.pair(p) * kFastDim + L::first());
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) q[i] = own[i];
   }
+#pragma unroll
+  for (float& value : q) value *= kLog2E;
 
   wait_for_copies<1>();
   float scores[kLoads], most = nothing();
 #pragma unroll
   for (int j = 0; j < kLoads; ++j) {
     float key[kValues], sum = 0;
-    widen<T>(keys[32 * j], key);
+    L::widen(keys[32 * j], key);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) sum += q[i] * key[i];
 #pragma unroll
     for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
-    if (sizeof(T) == 1) sum *= __shfl_sync(0xFFFFFFFFu, key_scale, j * kTogether + which);
+    if (kScaled) sum *= __shfl_sync(0xFFFFFFFFu, key_scale, j * kTogether + which);
     scores[j] = j * kTogether + which < here ? sum : nothing();
     most = fmaxf(most, scores[j]);
   }
@@ -166,9 +373,9 @@ __device__ void attention(const AttentionDecode& p) {
   for (int j = 0; j < kLoads; ++j) {
     float weight = exp2f(scores[j] - base);
     total += weight;
-    if (sizeof(T) == 1) weight *= __shfl_sync(0xFFFFFFFFu, value_scale, j * kTogether + which);
+    if (kScaled) weight *= __shfl_sync(0xFFFFFFFFu, value_scale, j * kTogether + which);
     float value[kValues];
-    widen<T>(values[32 * j], value);
+    L::widen(values[32 * j], value);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) sums[i] += weight * value[i];
   }
@@ -184,7 +391,8 @@ __device__ void attention(const AttentionDecode& p) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) all[warp * kFastDim + lane * kValues + i] = sums[i];
   }
-  write_part(p, chunk, all, most, total);
+  write_part(p, kFastDim, chunk, all, most, total);
+  end_chunk(p, chunk);
 }
 
 template <typename T>
@@ -194,29 +402,32 @@ __device__ void attention_any(const AttentionDecode& p) {
   start_successors();
   wait_for_predecessors();
   const Chunk chunk(p);
-  if (chunk.index * kChunk >= chunk.keys) return;
+  if (chunk.first > chunk.position) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first = chunk.index * kChunk + warp * kWarpKeys;
-  const int here = min(kWarpKeys, chunk.keys - first);
-  const H* q =
-      static_cast<const H*>(p.q) + (static_cast<int64>(chunk.row) * p.heads + chunk.head) * p.head_dim;
+  const int first = chunk.first + warp * kWarpKeys;
+  const int here = min(kWarpKeys, chunk.position + 1 - first);
+  const H* q = static_cast<const H*>(p.q) + chunk.pair(p) * p.head_dim;
+  const auto place_of = [&](int key) { return Place<T>(p, chunk.number(p, first + key), first + key); };
+  const auto scale_of = [&](const Place<T>& place, int part) {
+    return sizeof(T) == 1 ? __ldcg(place.scale(p, part, chunk.head)) : 1.f;
+  };
 
   float score = nothing();  // of key `lane`
   for (int key = 0; key < here; ++key) {
-    const Token<T> token(p, chunk.table, first + key);
-    const T* vector = token.vector(p, 0, chunk.head);
+    const Place<T> place = place_of(key);
+    const T* vector = place.vector(p, 0, chunk.head);
     float sum = 0;
     for (int d = lane; d < p.head_dim; d += 32) sum += to_float(q[d]) * kLog2E * value_of(vector[d]);
-    sum = warp_sum(sum) * token.scale(p, 0, chunk.head);
+    sum = warp_sum(sum) * scale_of(place, 0);
     if (lane == key) score = sum;
   }
   const float most = warp_max(score);
   const float weight = here > 0 ? exp2f(score - most) : 0;
   float sums[kMost] = {};
   for (int key = 0; key < here; ++key) {
-    const Token<T> token(p, chunk.table, first + key);
-    const T* vector = token.vector(p, 1, chunk.head);
-    const float scaled = __shfl_sync(0xFFFFFFFFu, weight, key) * token.scale(p, 1, chunk.head);
+    const Place<T> place = place_of(key);
+    const T* vector = place.vector(p, 1, chunk.head);
+    const float scaled = __shfl_sync(0xFFFFFFFFu, weight, key) * scale_of(place, 1);
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
       const int d = lane + 32 * i;
@@ -228,46 +439,34 @@ __device__ void attention_any(const AttentionDecode& p) {
     const int d = lane + 32 * i;
     if (d < p.head_dim) all[warp * p.head_dim + d] = sums[i];
   }
-  write_part(p, chunk, all, most, warp_sum(weight));
+  write_part(p, p.head_dim, chunk, all, most, warp_sum(weight));
+  end_chunk(p, chunk);
 }
 
 }  // namespace
 
-#define QVL_ATTENTION_DECODE(name, body, type)                                    \
-  extern "C" __global__ __launch_bounds__(kThreads) void attention_decode_##name( \
-      const __grid_constant__ AttentionDecode p) {                                \
-    body<type>(p);                                                                \
+#define QVL_ATTENTION_DECODE(name, body, type, blocks)                                            \
+  extern "C" __global__ __launch_bounds__(                                                        \
+      kThreads, blocks) void attention_decode_##name(const __grid_constant__ AttentionDecode p) { \
+    body<type>(p);                                                                                \
   }
-QVL_ATTENTION_DECODE(bfloat16, attention, BFloat16Value)
-QVL_ATTENTION_DECODE(float16, attention, Float16Value)
-QVL_ATTENTION_DECODE(int8, attention, int8)
-QVL_ATTENTION_DECODE(any_bfloat16, attention_any, BFloat16Value)
-QVL_ATTENTION_DECODE(any_float16, attention_any, Float16Value)
-QVL_ATTENTION_DECODE(any_float32, attention_any, float)
-QVL_ATTENTION_DECODE(any_int8, attention_any, int8)
+QVL_ATTENTION_DECODE(bfloat16, attention, BFloat16Value, 3)
+QVL_ATTENTION_DECODE(float16, attention, Float16Value, 3)
+QVL_ATTENTION_DECODE(int8, attention, int8, 4)
+QVL_ATTENTION_DECODE(any_bfloat16, attention_any, BFloat16Value, 1)
+QVL_ATTENTION_DECODE(any_float16, attention_any, Float16Value, 1)
+QVL_ATTENTION_DECODE(any_float32, attention_any, float, 1)
+QVL_ATTENTION_DECODE(any_int8, attention_any, int8, 1)
 #undef QVL_ATTENTION_DECODE
 
-// Put the chunks of a head and a sequence together: a block each, a thread a value.
 extern "C" __global__ __launch_bounds__(kMostDim) void attention_decode_combine(
     const __grid_constant__ AttentionDecode p) {
   start_successors();
-  wait_for_predecessors();
-  const int row = blockIdx.y, head = blockIdx.x, d = threadIdx.x;
+  const int row = blockIdx.y, pair = row * p.heads + static_cast<int>(blockIdx.x);
+  if (!p.early) wait_for_predecessors();
   const int chunks = __ldcg(p.positions + row) / kChunk + 1;
-  const int64 first = (static_cast<int64>(row) * p.heads + head) * p.chunks;
-  const float2* parts = reinterpret_cast<const float2*>(p.parts) + first;
-  if (d >= p.head_dim) return;
-  float most = nothing();
-  for (int i = 0; i < chunks; ++i) most = fmaxf(most, __ldcg(parts + i).x);
-  float total = 0, sum = 0;
-#pragma unroll 4
-  for (int i = 0; i < chunks; ++i) {
-    const float2 part = __ldcg(parts + i);
-    const float scale = exp2f(part.x - most);
-    total += part.y * scale;
-    sum += __ldcg(p.sums + (first + i) * p.head_dim + d) * scale;
-  }
-  static_cast<H*>(p.y)[(static_cast<int64>(row) * p.heads + head) * p.head_dim + d] = to_half(sum / total);
+  wait_for_predecessors();
+  combine(p, pair, chunks);
 }
 
 }  // namespace qvl::cuda

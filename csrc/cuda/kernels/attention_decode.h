@@ -4,16 +4,25 @@
 namespace qvl::cuda {
 
 struct AttentionDecode {
-  const void* q;
+  const void* q;    // H [n][heads][head_dim]; or NULL, and
+  const void* qkv;  // H [n][3][heads][head_dim], still to be rotated and, its keys and values, to be stored
   const int* positions;
-  const int* tables;
+  const int* angle_tables;
+  const int* tables;  // or NULL: row i has table i
   const int* blocks;
+  const float* cos;
+  const float* sin;
+  const float* query_scale;
+  char* base;
+  unsigned long long block_bytes;
+  int max_positions;
   int max_blocks;
   int block_tokens;
-  const char* base;
-  unsigned long long block_bytes;
   int heads, head_dim;
-  int chunks;    // that the sequence of most keys has
+  int chunks;  // that the sequence of most keys has
+  int early;   // only q or qkv, and with q the newest keys, are what the kernels ahead write
+  // [n][heads]: blocks that are done, zeros before and after. NULL: another kernel puts the chunks together.
+  unsigned* counters;
   float* sums;   // [n][heads][chunks][head_dim]: of exp2(score - most) * value
   float* parts;  // [n][heads][chunks][2]: most, and the sum of exp2(score - most)
   void* y;

@@ -7,6 +7,7 @@
 // of thousands of rows the bytes bound them: 24 KB a row for norms, 48 KB for the rotation, at the rate of
 // the L2 cache, where the product before left them.
 #include "cuda/kernels/elementwise.h"
+#include "cuda/kernels/rotate.cuh"
 #include "cuda/kernels/row_sum.cuh"
 
 namespace qvl::cuda {
@@ -19,6 +20,7 @@ __device__ void rms_norm_row(const RmsNormParams& p) {
   const float* x = p.x + static_cast<int64>(blockIdx.x) * width;
   H* y = static_cast<H*>(p.y) + static_cast<int64>(blockIdx.x) * width;
   float squares = 0;
+  start_successors();
   if constexpr (kHeld) {
     float4 weights[kRowVectors], values[kRowVectors];
 #pragma unroll
@@ -26,7 +28,6 @@ __device__ void rms_norm_row(const RmsNormParams& p) {
       const int i = 4 * (v * blockDim.x + threadIdx.x);
       if (i < width) weights[v] = load4(p.weight + i);
     }
-    start_successors();
     wait_for_predecessors();
 #pragma unroll
     for (int v = 0; v < kRowVectors; ++v) {
@@ -47,7 +48,6 @@ __device__ void rms_norm_row(const RmsNormParams& p) {
         store4(y + i, a.x * scale * w.x, a.y * scale * w.y, a.z * scale * w.z, a.w * scale * w.w);
     }
   } else {
-    start_successors();
     wait_for_predecessors();
     for (int i = threadIdx.x; i < width; i += blockDim.x) squares += x[i] * x[i];
     const float scale = 1 / sqrtf(block_sum(squares, room) / static_cast<float>(width) + p.epsilon);
@@ -101,19 +101,6 @@ __device__ inline float to_float(float value) {
   return value;
 }
 
-__device__ inline uint16 bfloat16_bits(float value) {
-  const uint32 bits = __float_as_uint(value);
-  if (value != value) return static_cast<uint16>(bits >> 16 | 64);
-  return static_cast<uint16>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);  // the nearest, even of two
-}
-
-__device__ inline uint16 float16_bits(float value) {
-  uint16 bits;  // what is out of range becomes the largest value, a NaN stays one
-  const float in = value != value ? value : fminf(fmaxf(value, -65504.f), 65504.f);
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(in));
-  return bits;
-}
-
 // kLanes lanes of a warp take the query, key and value of a head of a token. Each has kSteps times kStep
 // dimensions side by side, and those half a head above: kSteps * kStep * kLanes is half a head or more.
 template <int kStep_, int kSteps_, int kLanes_>
@@ -153,8 +140,8 @@ struct HeadPart {
 #pragma unroll
       for (int s = 0; s < kStep; ++s) {
         const float a = low[j][s], b = high[j][s], c = angles.low[j][s], z = angles.high[j][s];
-        low[j][s] = (a * c - b * z) * scale;
-        high[j][s] = (b * c + a * z) * scale;
+        low[j][s] = turned(a, b, c, -z) * scale;
+        high[j][s] = turned(b, a, c, z) * scale;
       }
     }
   }
@@ -199,19 +186,14 @@ __device__ void store_cached(const RotateParams& p, const Part& part, char* bloc
     case kCacheFloat32:
       return part.store(reinterpret_cast<float*>(block) + first, half, [](float v) { return v; });
     case kCacheBfloat16:
-      return part.store(reinterpret_cast<uint16*>(block) + first, half, bfloat16_bits);
+      return part.store(reinterpret_cast<BFloat16Value*>(block) + first, half, bfloat16_of);
     case kCacheFloat16:
-      return part.store(reinterpret_cast<uint16*>(block) + first, half, float16_bits);
+      return part.store(reinterpret_cast<Float16Value*>(block) + first, half, float16_of);
     default:
-      const float most = part.most();
-      // The inverse of a denormal would overflow; it counts as zero.
-      const bool usable = most > 1e-35f && most < __int_as_float(0x7F800000);
-      const float inverse = usable ? 127.f / most : 0.f;
-      part.store(reinterpret_cast<int8*>(block) + first, half,
-                 [=](float v) { return static_cast<int8>(__float2int_rn(v * inverse)); });
+      const Int8Head head(part.most());
+      part.store(reinterpret_cast<int8*>(block) + first, half, [=](float v) { return head.of(v); });
       char* scales = block + 2 * static_cast<int64>(p.heads) * p.block_tokens * p.head_dim;
-      if (threadIdx.x % Part::kLanes == 0)
-        reinterpret_cast<float*>(scales)[row] = usable ? most / 127.f : 0.f;
+      if (threadIdx.x % Part::kLanes == 0) reinterpret_cast<float*>(scales)[row] = head.scale;
   }
 }
 
