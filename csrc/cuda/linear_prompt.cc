@@ -133,8 +133,8 @@ void linear_prompt(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
     gpu.launch(stream, name, {static_cast<unsigned>((threads + kThreads - 1) / kThreads)}, kThreads, 0,
                params, true);
   }
-  linear_prompt_with(gpu, stream, linear_prompt_tile(gpu, matrix.out, matrix.in, n), half, x, x_stride, n,
-                     into, y);
+  launch(gpu, stream, linear_prompt_tile(gpu, matrix.out, matrix.in, n), half, x, x_stride, n, into, y,
+         matrix.storage != Storage::kHalf);
 }
 
 }  // namespace qvl::cuda

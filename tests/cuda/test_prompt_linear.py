@@ -123,6 +123,17 @@ def test_many_tiles_a_block() -> None:
         assert error_of(product(tile, FLOAT, w, x, 328), expected) < 1e-5
 
 
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+def test_gelu(half: torch.dtype) -> None:
+    """As close as values of this type can be, but for 5e-5."""
+    x = torch.linspace(-9, 9, 20000, device="cuda").to(half)[:, None].expand(-1, 8).contiguous()
+    got = product(CHOSEN, GELU, torch.eye(8, device="cuda").to(half), x, 8).double()
+    wide = x.double()
+    expected = wide * torch.special.ndtr(wide)
+    rounding = 2.0**-8 if half == torch.bfloat16 else 2.0**-11
+    assert ((got - expected).abs() <= rounding * expected.abs() + 5e-5).all()
+
+
 def packed(kind: str, numbers: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The layout of kernels/quantised.cuh: numbers [out, in] and scales [out] or [out, groups], whole tiles."""
     out, columns = numbers.shape

@@ -6,8 +6,21 @@
 
 namespace qvl::cuda {
 
+// x times the normal distribution up to x, as a polynomial: half the instructions of erff. At most 4.6e-5 off
+// (at -4.25, where it becomes 0), and 2e-5 of the value from -1 on.
 __device__ inline float gelu(float x) {
-  return 0.5f * x * (1 + erff(x * 0.70710678f));
+  const float square = fminf(x * x, 4.25f * 4.25f);
+  float slope = -2.1248387e-12f;
+  slope = fmaf(slope, square, 2.34336245e-10f);
+  slope = fmaf(slope, square, -1.16305197e-08f);
+  slope = fmaf(slope, square, 3.46490964e-07f);
+  slope = fmaf(slope, square, -6.99565362e-06f);
+  slope = fmaf(slope, square, 1.02684615e-04f);
+  slope = fmaf(slope, square, -1.14473666e-03f);
+  slope = fmaf(slope, square, 9.88993794e-03f);
+  slope = fmaf(slope, square, -6.64079785e-02f);
+  slope = fmaf(slope, square, 3.98913950e-01f);
+  return x * __saturatef(fmaf(slope, x, 0.5f));
 }
 
 __device__ inline float silu_times(float x, float gate) {
