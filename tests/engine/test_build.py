@@ -265,7 +265,9 @@ def test_a_compiler_with_arguments(compiler: Path, tmp_path: Path, monkeypatch: 
 
 
 @needs_compiler
-def test_a_cxx_library_that_is_linked_in_stays_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cxx_library_that_is_linked_in_stays_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some compilers link it into what they make. Paddle has another, and must not see this one."""
     monkeypatch.setenv("CXX", "c++ -static-libstdc++")
     source = tmp_path / "one.cc"
