@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Optional
@@ -9,6 +10,9 @@ from typing import Optional
 import pytest
 
 from paddlemix_qwenvl_plugin import QwenVL
+
+# "gpu" runs the tests that know it there (tests/cuda/README.md).
+DEVICE = os.environ.get("QWENVL_TEST_DEVICE", "cpu")
 
 HAS_COMPILER = shutil.which("c++") is not None
 

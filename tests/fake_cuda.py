@@ -21,8 +21,9 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 }
 """
 
-# Compiles by copying, and fails where the source says so.
+# Compiles by copying, and fails where the source says so, or where its BUILTINS are asked for and not found.
 NVRTC = """
+#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
 static const int archs[] = {ARCHS};
@@ -36,6 +37,9 @@ int nvrtcCreateProgram(void** program, const char* source, const char* name, int
   return 0;
 }
 int nvrtcCompileProgram(void* program, int n, const char** options) {
+#ifdef BUILTINS
+  if (!dlopen(BUILTINS, RTLD_NOW)) return 7;
+#endif
   if (strstr(text, "CRASH")) abort();
   return strstr(text, "FAIL") != 0 ? 6 : 0;
 }
@@ -52,10 +56,13 @@ def fake_driver(folder: Path) -> Path:
     return _library(folder / "libcuda.so.1", DRIVER)
 
 
-def fake_nvrtc(path: Path, major: int, minor: int, *architectures: int) -> Path:
-    """An NVRTC of this version that knows these architectures."""
-    numbers = ", ".join(map(str, architectures))
-    return _library(path, NVRTC, f"-DMAJOR={major}", f"-DMINOR={minor}", f"-DARCHS={numbers}")
+def fake_nvrtc(path: Path, major: int, minor: int, *architectures: int, builtins: str | None = None) -> Path:
+    """An NVRTC of this version that knows these architectures. It opens a library of the name `builtins`."""
+    flags = [f"-DMAJOR={major}", f"-DMINOR={minor}", f"-DARCHS={', '.join(map(str, architectures))}"]
+    if builtins is not None:
+        _library(path.with_name(builtins), "", f"-Wl,-soname,{builtins}")
+        flags += [f'-DBUILTINS="{builtins}"', "-ldl"]
+    return _library(path, NVRTC, *flags)
 
 
 def headers(folder: Path) -> Path:

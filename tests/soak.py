@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asked import Asked
 
 from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin.engine.library import device_info
 from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 
@@ -18,16 +20,17 @@ DISTINCT = 60  # requests; each is made many times
 
 @dataclass
 class Report:
-    """What happened. `grown_bytes`: of the process, from the first fifth to the end."""
+    """What happened. `grown_bytes`: of the process, `taken_bytes`: of the GPU, from the first fifth to the end."""
 
     requests: int = 0
     cancelled: int = 0
     preempted: int = 0
     cached_tokens: int = 0
     grown_bytes: int = 0
+    taken_bytes: int = 0
 
 
-def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int, asked_class: Any) -> Report:
+def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int) -> Report:
     """Run the requests, at most 12 at once, and compare each answer with the one that it gets alone.
 
     Raises:
@@ -35,7 +38,7 @@ def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int, asked_cla
     """
     rng = random.Random(5)
     report = Report(n_requests)
-    asked = [asked_class(vl, rng, 90) for _ in range(DISTINCT)]
+    asked = [Asked(vl, rng, 90) for _ in range(DISTINCT)]
     expected = []
     for each in asked:
         monkeypatch.setattr(vl, "_loop", Loop(vl._loop._executor))
@@ -53,14 +56,14 @@ def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int, asked_cla
 
     monkeypatch.setattr(scheduler, "_preempt", counting)
     active: list[tuple[int, Any]] = []
-    started, early = 0, 0
+    started, early, free = 0, 0, 0
     while started < n_requests or active:
         if started < n_requests and len(active) < 12:
             which = rng.randrange(DISTINCT)
             active.append((which, asked[which].start(vl).submit()))
             started += 1
             if started == n_requests // 5:
-                early = resident_bytes()
+                early, free = resident_bytes(), free_bytes(vl)
         scheduler.prompt_budget = rng.choice([9, 40, 200, 512])
         loop.step()
         for which, stream in list(active):
@@ -76,8 +79,14 @@ def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int, asked_cla
                 report.cancelled += 1
     loop.step()
     assert pool.n_free == n_blocks - len(held)
-    report.grown_bytes = resident_bytes() - early
+    report.grown_bytes, report.taken_bytes = resident_bytes() - early, free - free_bytes(vl)
     return report
+
+
+def free_bytes(vl: QwenVL) -> int:
+    """Of the GPU that this pair is on; 0 on a CPU."""
+    gpu = vl._stages[1].gpu
+    return 0 if gpu is None else int(device_info(gpu).free_bytes)
 
 
 def resident_bytes() -> int:

@@ -58,7 +58,7 @@ def release_wheel(output: Path) -> Path:
 def _libraries(folder: Path) -> list[Path]:
     """The engine, and its part for GPUs, that need nothing but the C library, whatever C++ library the system has."""
     csrc = sources.source_folder()
-    link = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s")
+    link = ("-static-libstdc++", "-static-libgcc", "-s")
     units = sources.library_units(csrc, sources.all_isas(csrc))
     targets = (build.library_target(units, link), build.cuda_target(link))
     for target in targets:

@@ -12,6 +12,7 @@
 #include "core/config.h"
 #include "core/engine.h"
 #include "core/error.h"
+#include "core/passes.h"
 #include "core/sampling.h"
 
 namespace qvl {
@@ -122,6 +123,7 @@ class Generation {
                   "%s: %d tokens and %d new ones; the model takes %d", where, r.n_tokens, r.max_new,
                   config.max_positions);
       check_spans(where, r.n_spans, r.spans, r.n_tokens);
+      check_ids(where, config.vocab, r.n_tokens, r.tokens, r.n_spans, r.spans);
       check_sampling(config, "requests", i, r.sampling, true);
       n_prompt += r.n_tokens;
     }

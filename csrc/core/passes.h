@@ -4,9 +4,32 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/error.h"
 #include "qwenvl.h"
 
 namespace qvl {
+
+// Ids in host memory, of which those that a span covers are not read. `where` names what has them.
+inline void check_ids(const char* where, int32_t vocab, int64_t n, const int32_t* ids, int32_t n_spans,
+                      const qvl_span* spans) {
+  int64_t at = 0;
+  for (int32_t s = 0; s <= n_spans; ++s) {
+    const int64_t end = s < n_spans ? spans[s].start : n;
+    for (; at < end; ++at) {
+      QVL_REQUIRE(ids[at] >= 0 && ids[at] < vocab, QVL_INVALID,
+                  "%s: tokens[%lld] is %d; the vocabulary has %d", where, static_cast<long long>(at), ids[at],
+                  vocab);
+    }
+    if (s < n_spans) at += spans[s].count;
+  }
+}
+
+// The same of a batch.
+inline void check_ids(const qvl_batch& batch, int32_t vocab) {
+  int64_t n = 0;
+  for (int32_t i = 0; i < batch.n_sequences; ++i) n += batch.sequences[i].n_new;
+  check_ids("batch", vocab, n, batch.tokens, batch.n_spans, batch.spans);
+}
 
 // Tokens of a sequence that are in a pass, all of its prompt or all as a decode step computes them.
 struct Part {

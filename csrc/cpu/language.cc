@@ -44,24 +44,9 @@ Language::Language(const qvl_config& config, Weights& weights) : config_(config)
 }
 
 void Language::forward(Context& context, CpuKvPool& pool, const qvl_batch& batch, float* logits) {
-  check_ids(batch);
+  check_ids(batch, config_.vocab);
   for_each_pass(batch, config_.max_tokens, logits != nullptr,
                 [&](std::vector<Part>& parts) { pass(context, pool, batch, parts, logits); });
-}
-
-void Language::check_ids(const qvl_batch& batch) const {
-  int64_t n_tokens = 0;
-  for (int32_t i = 0; i < batch.n_sequences; ++i) n_tokens += batch.sequences[i].n_new;
-  int64_t token = 0;
-  for (int32_t s = 0; s <= batch.n_spans; ++s) {
-    const int64_t end = s < batch.n_spans ? batch.spans[s].start : n_tokens;
-    for (; token < end; ++token) {
-      QVL_REQUIRE(batch.tokens[token] >= 0 && batch.tokens[token] < config_.vocab, QVL_INVALID,
-                  "batch: tokens[%lld] is %d; the vocabulary has %d", static_cast<long long>(token),
-                  batch.tokens[token], config_.vocab);
-    }
-    if (s < batch.n_spans) token += batch.spans[s].count;
-  }
 }
 
 void Language::embed(Context& context, const qvl_batch& batch, const Part& part, float* x) const {

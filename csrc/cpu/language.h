@@ -26,7 +26,6 @@ class Language {
     Matrix w1, w2, mlp_proj;
   };
 
-  void check_ids(const qvl_batch& batch) const;
   void embed(Context& context, const qvl_batch& batch, const Part& part, float* x) const;
   void place(const CpuKvPool& pool, const Part& part);
   void pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "core/error.h"
+#include "core/passes.h"
 #include "cuda/image_encoder.h"
 #include "cuda/step_graphs.h"
 
@@ -164,6 +165,7 @@ class CudaBackend final : public Backend {
 
   void forward(KvPool& pool, const qvl_batch& batch, float* logits, qvl_stream given) override {
     const Current current(gpu_.context());
+    check_host_ids(batch);
     const CUstream at = computing_on(given);
     const bool here = logits == nullptr || is_device_visible(logits);
     const uint64_t bytes = logits_bytes(batch);
@@ -188,6 +190,7 @@ class CudaBackend final : public Backend {
             qvl_stream given) override {
     if (picks.n == 0) return forward(pool, batch, nullptr, given);
     const Current current(gpu_.context());
+    check_host_ids(batch);
     const CUstream at = computing_on(given);
     if (logits == nullptr && StepGraphs::serves(batch, picks)) {
       graphs_->step(at, static_cast<CudaKvPool&>(pool), batch, picks);
@@ -233,6 +236,11 @@ class CudaBackend final : public Backend {
       memory = DeviceMemory(bytes);
     }
     return memory.get<float>();
+  }
+
+  // Those in memory that a step in front of this one may still write are clamped where they are read.
+  void check_host_ids(const qvl_batch& batch) const {
+    if (!is_device_visible(batch.tokens)) check_ids(batch, config_.vocab);
   }
 
   void run(CUstream at, KvPool& pool, const qvl_batch& batch, float* logits) {

@@ -49,6 +49,9 @@ SHIPPED = Path(__file__).with_name(LIBRARY)
 _GPU_FOLDERS = ("include", "core", "cuda")
 _GPU_WORDS = ("the engine for GPUs", "build-engine --device gpu")
 
+# A C++ library that a compiler links in stays inside: two that see each other, as Paddle's and it, end the process.
+_LINK = ("-Wl,--exclude-libs,ALL",)
+
 # What a compiler says of trouble that has gone when it is tried again.
 _PASSING = ("No space left", "Killed")
 
@@ -186,13 +189,14 @@ def _library() -> Target:
 
 def library_target(units: list[Unit], link: tuple[str, ...] = ()) -> Target:
     """The engine of these units."""
+    link = (*_LINK, *link)
     return Target(LIBRARY, ("include", "core", "cpu"), units, compiler(), _compiler_identity(), link)
 
 
 def cuda_target(link: tuple[str, ...] = ()) -> Target:
     """The engine's part for GPUs."""
     units = cuda_units(source_folder())
-    link = ("-Wl,-z,defs", *link, "-ldl")  # what is missing shows now, not when it is loaded
+    link = (*_LINK, "-Wl,-z,defs", *link, "-ldl")  # what is missing shows now, not when it is loaded
     return Target(CUDA_LIBRARY, _GPU_FOLDERS, units, compiler(), _compiler_identity(), link, *_GPU_WORDS)
 
 
@@ -217,6 +221,7 @@ def _operators(engine: Path) -> Target:
     names = ("libphi.so", "libphi_core.so", "libcommon.so")
     present = [f"-l:{name}" for name in names if (package / "libs" / name).is_file()]
     link = (
+        *_LINK,
         f"-L{package / 'libs'}",
         *present,
         f"-L{engine.parent}",

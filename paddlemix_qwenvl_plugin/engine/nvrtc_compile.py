@@ -7,6 +7,7 @@ Run as a file: it needs neither the package nor what the package needs.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 
 def compile_kernels(library: str, options: list[str], source: Path, cubin: Path) -> int:
     """Compile; what NVRTC says goes to stdout. Returns the exit code."""
-    nvrtc = ctypes.CDLL(library)
+    nvrtc = _loaded(library)
     program = ctypes.c_void_p()
     text = source.read_bytes()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, str(source).encode(), 0, None, None)
@@ -27,6 +28,15 @@ def compile_kernels(library: str, options: list[str], source: Path, cubin: Path)
         return 1
     cubin.write_bytes(_bytes(nvrtc, "CUBIN", program))
     return 0
+
+
+def _loaded(library: str) -> ctypes.CDLL:
+    """NVRTC, behind its built-in functions: what lies beside it is not found by the copies in wheels of CUDA 13."""
+    if "/" in library:
+        for builtins in Path(library).parent.glob("libnvrtc-builtins.so.*"):
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(builtins))
+    return ctypes.CDLL(library)
 
 
 def _bytes(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.util.digest import digest_of
 
 # Added to the id of a token whose keys and values have the arithmetic of a decode step (qwenvl.h), so that a cached
 # block is found again only where recomputing it would give the same bits.
@@ -36,12 +37,12 @@ class ImageInput:
     @classmethod
     def of(cls, pixels: NDArray[np.float32]) -> ImageInput:
         """An image still to be encoded."""
-        return cls(hashlib.sha256(pixels.data).digest(), pixels)
+        return cls(digest_of(pixels), pixels)
 
     @classmethod
     def encoded(cls, features: NDArray[np.float32]) -> ImageInput:
         """An image whose features are known."""
-        return cls(hashlib.sha256(b"features" + features.tobytes()).digest(), None, features)
+        return cls(hashlib.sha256(b"features" + digest_of(features)).digest(), None, features)
 
 
 class Generation:

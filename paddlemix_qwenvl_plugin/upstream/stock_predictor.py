@@ -62,6 +62,23 @@ def adapt(predictor_class: type, script: ModuleType) -> None:
         return create_predictor
 
     replace(predictor_class, "create_predictor", opening_ours)
+    if getattr(script, "paddle", None) is paddle:
+        replace(script, "paddle", _OlderPaddle)
+
+
+class _OlderPaddle:
+    """Paddle as the script knows it: `where(condition)` gave columns, which it puts side by side."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def where(self, *args: Any, **kwargs: Any) -> Any:
+        """paddle.where."""
+        found = self._module.where(*args, **kwargs)
+        return tuple(index.reshape([-1, 1]) for index in found) if isinstance(found, (list, tuple)) else found
 
 
 class ImageEncoder:

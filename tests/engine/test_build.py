@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from engines import needs_compiler
 
 from paddlemix_qwenvl_plugin.engine import build, sources
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
@@ -260,6 +262,25 @@ def test_a_compiler_with_arguments(compiler: Path, tmp_path: Path, monkeypatch: 
     built = build.library()
     assert built.is_file()
     assert all(line.startswith("-g1 ") for line in compiler.read_text().splitlines())
+
+
+@needs_compiler
+def test_a_cxx_library_that_is_linked_in_stays_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some compilers link it into what they make. Paddle has another, and must not see this one."""
+    monkeypatch.setenv("CXX", "c++ -static-libstdc++")
+    source = tmp_path / "one.cc"
+    source.write_text(
+        "#include <iostream>\n"
+        'extern "C" __attribute__((visibility("default"))) void say(int n) { std::cout << n; }'
+    )
+    target = build.library_target([sources.Unit("one.o", source, ("-fPIC",))])
+    with (tmp_path / "log").open("w") as log:
+        build.build(target, tmp_path, log)
+    library = ctypes.CDLL(str(tmp_path / target.name))
+    assert hasattr(library, "say")
+    assert not hasattr(library, "_ZNSolsEi")  # std::ostream << int
 
 
 def test_a_shipped_library_is_taken(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

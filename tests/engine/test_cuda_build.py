@@ -134,6 +134,18 @@ def test_no_build(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         build.built(gpu.kernels())
 
 
+def test_builtins_beside_nvrtc_are_found(kernels: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In wheels of CUDA 13 NVRTC does not look beside itself."""
+    has(monkeypatch, 90, version=13000)
+    shutil.rmtree(site / "nvidia" / "cuda_nvrtc")
+    library = site / "nvidia" / "cu13" / "lib" / "libnvrtc.so.13"
+    fake_nvrtc(library, 13, 0, 90, builtins="libnvrtc-builtins.so.13.0")
+    headers(site / "nvidia" / "cu13" / "include")
+    target = gpu.kernels()
+    assert target.compiler[2] == str(library)
+    assert all((build.built(target) / name).is_file() for name in target.files)
+
+
 def test_kernels_of_the_user_need_no_nvrtc(
     kernels: Path, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

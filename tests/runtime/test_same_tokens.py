@@ -7,16 +7,14 @@ import random
 from collections.abc import Callable
 from typing import Any, Optional
 
-import numpy as np
 import pytest
-from engines import needs_compiler
+from asked import Asked
+from engines import DEVICE, needs_compiler
 from soak import soak
 
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL, export_language, export_vision
 from paddlemix_qwenvl_plugin.demo.run import MODEL
-from paddlemix_qwenvl_plugin.processing.prompts import Prompt
 from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
-from paddlemix_qwenvl_plugin.runtime.generation import ImageInput
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 
 pytestmark = needs_compiler
@@ -42,43 +40,13 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Optional[
             export_language(MODEL, folder, "qwen", dtype, engine="fused", quant_type=quant_type)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("QWENVL_ENGINE", "fused")
-                models[dtype, quant_type] = QwenVL.from_exported(folder / "vision", folder / "qwen")
+                models[dtype, quant_type] = QwenVL.from_exported(
+                    folder / "vision", folder / "qwen", device=DEVICE
+                )
                 models[dtype, quant_type].load()
         return models[dtype, quant_type]
 
     return get
-
-
-class Asked:
-    """A request that can be made again: a prompt, perhaps with an image and an earlier answer, and options."""
-
-    def __init__(self, vl: QwenVL, rng: random.Random, most_new: int = 40, with_image: float = 0.4) -> None:
-        vision = vl.config.visual
-        words = [rng.randrange(50) for _ in range(rng.randrange(1, 30))]
-        self.ids, self.pixels, self.generated = list(words), [], []
-        if rng.random() < with_image:
-            self.pixels.append(rng.randrange(4))
-            slots = [vision.image_start_id + 2] * vision.n_queries
-            self.ids += [vision.image_start_id, *slots, vision.image_start_id + 1]
-        if rng.random() < 0.3:
-            start = len(self.ids)
-            self.ids += [rng.randrange(300) for _ in range(rng.randrange(1, 40))]
-            self.generated.append((start, len(self.ids)))
-        self.ids += [rng.randrange(300) for _ in range(rng.randrange(1, 50))]
-        sampled = {"temperature": 1.3, "top_p": 0.9, "seed": rng.randrange(99)}
-        penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.3}
-        chosen = rng.choice([{}, {}, sampled, {"top_k": 5, "seed": 3}, penalties, {**sampled, **penalties}])
-        self.stop = [vl.tokenizer.eod_id] if rng.random() < 0.4 else []
-        self.options = GenerationOptions(max_new_tokens=rng.randrange(1, most_new), **chosen)
-
-    def start(self, vl: QwenVL) -> Any:
-        side = vl.config.visual.image_size
-        images = [
-            ImageInput.of(np.random.default_rng(n).standard_normal([3, side, side]).astype("float32"))
-            for n in self.pixels
-        ]
-        prompt = Prompt(self.ids, [], self.generated)
-        return vl.start(prompt, images, self.stop, self.options, None)
 
 
 def alone(vl: QwenVL, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -184,7 +152,7 @@ def test_soak(opened, monkeypatch):
 
     `python benchmarks/soak.py` runs 10,000 of them.
     """
-    report = soak(opened("bfloat16", "weight_only_int8"), monkeypatch, 400, Asked)
+    report = soak(opened("bfloat16", "weight_only_int8"), monkeypatch, 400)
     assert report.preempted > 5
     assert report.cancelled > 5
     assert report.cached_tokens > 1000

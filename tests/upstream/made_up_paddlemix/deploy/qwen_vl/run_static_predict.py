@@ -35,7 +35,7 @@ class Predictor:
         rows, width, half = features.shape[0], ids.shape[1], "float16"
         starts = paddle.where(ids == self.visual["image_start_id"])
         ends = paddle.where(ids == self.visual["image_start_id"] + 1)
-        img_pos = paddle.stack([starts[0].flatten(), starts[1].flatten(), ends[1].flatten()], axis=1)
+        img_pos = paddle.concat([starts[0], starts[1], ends[1]], axis=1)  # columns, as in older Paddles
         mask = paddle.zeros([rows, 1, MAX_LEN, MAX_LEN], half)
         mask[:, 0, :width, :width] = paddle.tril(paddle.ones([width, width], half))
 

@@ -1,0 +1,35 @@
+"""Digests of arrays of megabytes, made by several threads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.util.threads import cpu_threads
+
+_PART = 1 << 19
+_MOST_THREADS = 8
+
+
+def digest_of(array: NDArray[Any]) -> bytes:
+    """SHA-256 of the SHA-256 of each half mebibyte of a contiguous array; its shape does not count."""
+    data = array.reshape(-1).view("u1").data
+    parts = [data[start : start + _PART] for start in range(0, len(data), _PART)]
+    # Two processors often share the arithmetic of a core, and then two threads take longer than one.
+    n_threads = min(len(parts), cpu_threads() // 2, _MOST_THREADS)
+    if n_threads < 2:
+        return _sha256(map(_of_part, parts))
+    with ThreadPoolExecutor(n_threads) as pool:  # hashlib lets other threads run meanwhile
+        return _sha256(pool.map(_of_part, parts))
+
+
+def _of_part(part: memoryview) -> bytes:
+    return hashlib.sha256(part).digest()
+
+
+def _sha256(digests: Iterable[bytes]) -> bytes:
+    return hashlib.sha256(b"".join(digests)).digest()

@@ -1,0 +1,102 @@
+"""Run as a process: the stock predictor script, where PaddleNLP is there and little of what it and PaddleMIX import.
+
+drive_stock_bare.py TREE PICTURE ARGUMENT…: TREE is a PaddleMIX at the pinned commit, ARGUMENTs are the script's. The
+script, PaddleMIX's processor and tokenizer and PaddleNLP are the real ones, unmodified. Packages that are not installed
+are stood in for by modules that have any name; PaddleMIX's packages are entered without their __init__, which import
+every model. The picture that the script would download is the file PICTURE.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from io import BytesIO
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+# What PaddleNLP 3.0.0b0 and these modules of PaddleMIX import and do not use here.
+UNUSED = (
+    *("aistudio_sdk", "colorlog", "cv2", "datasets", "dill", "emoji", "fastapi", "jieba", "multiprocess"),
+    *("omegaconf", "onnx", "paddle2onnx", "ppdiffusers", "rouge", "seqeval", "uvicorn", "visualdl"),
+)
+BARE = ("", ".processors", ".models", ".models.qwen_vl", ".utils")
+
+
+class Anything:
+    """Takes all that is done to it while modules are imported."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Anything:
+        return Anything()
+
+    def __getattr__(self, name: str) -> Anything:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
+
+
+class StandIn(ModuleType):
+    __path__: Sequence[str] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (Exception if name.endswith("Error") else Anything,), {})
+
+
+class StandIns(MetaPathFinder, Loader):
+    """Makes the modules of packages that are not there."""
+
+    def __init__(self, packages: set[str]) -> None:
+        self._packages = packages
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        ours = name.partition(".")[0] in self._packages
+        return ModuleSpec(name, self, is_package=True) if ours else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+def enter(name: str, folder: Path) -> ModuleType:
+    """A package whose modules are the real ones and whose __init__ is not run."""
+    package = ModuleType(name)
+    package.__path__ = [str(folder)]
+    sys.modules[name] = package
+    return package
+
+
+def main(tree: Path, picture: Path, arguments: list[str]) -> None:
+    sys.meta_path.append(StandIns({name for name in UNUSED if importlib.util.find_spec(name) is None}))
+    for name, now in {"float_": np.float64, "bool8": np.bool_}.items():  # of NumPy 1
+        if not hasattr(np, name):
+            setattr(np, name, now)
+    import paddlenlp  # noqa: F401
+    import requests
+
+    requests.get = lambda url, **_: SimpleNamespace(raw=BytesIO(picture.read_bytes()))
+    for part in BARE:
+        enter(f"paddlemix{part}", tree / "paddlemix" / part.replace(".", "/").strip("/"))
+    mix: Any = sys.modules["paddlemix"]
+    mix.QwenVLProcessor = importlib.import_module("paddlemix.processors.qwen_vl_processing").QwenVLProcessor
+    mix.QWenVLTokenizer = importlib.import_module("paddlemix.models.qwen_vl.tokenizer").QWenVLTokenizer
+    script = tree / "deploy" / "qwen_vl" / "run_static_predict.py"
+    sys.argv = [str(script), *arguments]
+    sys.path[0] = str(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
