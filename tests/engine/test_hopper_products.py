@@ -6,6 +6,7 @@ place in shared memory that is given up too early is seen.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -138,6 +139,8 @@ def test_results_are_finished(library: ctypes.CDLL) -> None:
     before = np.random.default_rng(0).standard_normal(sums.shape, np.float32)
     assert (product.run(x, "add", before.copy()) == before + sums).all()
     assert (product.run(x, "half") == bfloat16(sums)).all()
+    normal = np.vectorize(lambda each: each * (1 + math.erf(each / 2**0.5)) / 2)(sums.astype(float))
+    assert np.allclose(widened(product.run(x, "gelu")), normal, rtol=2.0**-8, atol=5e-5)
     value, gate = sums[:, 0::2].astype(float), sums[:, 1::2].astype(float)
     seen = widened(product.run(x, "silu_times"))
     expected = value * gate / (1 + np.exp(-gate))

@@ -43,6 +43,9 @@ inline unsigned __float_as_uint(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
+inline float __saturatef(float x) {
+  return std::fmin(std::fmax(x, 0.f), 1.f);
+}
 inline float __expf(float x) {
   return std::exp(x);
 }
