@@ -7,7 +7,7 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr int kOldest = 11080;  // CUDA 11.8
+constexpr int kOldest = 12000;
 
 Driver load() {
   void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
@@ -17,15 +17,13 @@ Driver load() {
   const auto version = reinterpret_cast<CUresult (*)(int*)>(dlsym(library, "cuDriverGetVersion"));
   int number = 0;
   QVL_REQUIRE(version != nullptr && version(&number) == 0 && number >= kOldest, QVL_UNSUPPORTED,
-              "the NVIDIA driver knows CUDA %d.%d only; install one for CUDA 11.8 or newer (520 or newer)",
+              "the NVIDIA driver knows CUDA %d.%d only; install one for CUDA 12 or newer (525 or newer)",
               number / 1000, number % 1000 / 10);
 #define QVL_DRIVER_LOAD(field, symbol, arguments)                                 \
   loaded.field = reinterpret_cast<CUresult(*) arguments>(dlsym(library, symbol)); \
   QVL_REQUIRE(loaded.field != nullptr, QVL_UNSUPPORTED, "the NVIDIA driver has no %s", symbol);
   QVL_DRIVER_FUNCTIONS(QVL_DRIVER_LOAD)
 #undef QVL_DRIVER_LOAD
-  loaded.cuTensorMapEncodeTiled =
-      reinterpret_cast<decltype(loaded.cuTensorMapEncodeTiled)>(dlsym(library, "cuTensorMapEncodeTiled"));
   const CUresult started = loaded.cuInit(0);
   QVL_REQUIRE(started != kNoDevice, QVL_UNSUPPORTED, "no NVIDIA GPU here");
   QVL_REQUIRE(started == 0, QVL_UNSUPPORTED, "the NVIDIA driver does not start: error %d", started);

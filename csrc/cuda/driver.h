@@ -44,55 +44,55 @@ struct CUlaunchConfig {
   unsigned n_attributes;
 };
 
-// The functions that are used, by name; the versions are those of CUDA 11.8, which drivers from 520 on have.
-#define QVL_DRIVER_FUNCTIONS(F)                                                                     \
-  F(cuInit, "cuInit", (unsigned))                                                                   \
-  F(cuDriverGetVersion, "cuDriverGetVersion", (int*))                                               \
-  F(cuGetErrorString, "cuGetErrorString", (CUresult, const char**))                                 \
-  F(cuDeviceGetCount, "cuDeviceGetCount", (int*))                                                   \
-  F(cuDeviceGet, "cuDeviceGet", (CUdevice*, int))                                                   \
-  F(cuDeviceGetName, "cuDeviceGetName", (char*, int, CUdevice))                                     \
-  F(cuDeviceGetAttribute, "cuDeviceGetAttribute", (int*, int, CUdevice))                            \
-  F(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain", (CUcontext*, CUdevice))                   \
-  F(cuDevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2", (CUdevice))                          \
-  F(cuCtxPushCurrent, "cuCtxPushCurrent_v2", (CUcontext))                                           \
-  F(cuCtxPopCurrent, "cuCtxPopCurrent_v2", (CUcontext*))                                            \
-  F(cuMemGetInfo, "cuMemGetInfo_v2", (size_t*, size_t*))                                            \
-  F(cuMemAlloc, "cuMemAlloc_v2", (CUdeviceptr*, size_t))                                            \
-  F(cuMemFree, "cuMemFree_v2", (CUdeviceptr))                                                       \
-  F(cuMemHostAlloc, "cuMemHostAlloc", (void**, size_t, unsigned))                                   \
-  F(cuMemFreeHost, "cuMemFreeHost", (void*))                                                        \
-  F(cuMemcpyAsync, "cuMemcpyAsync", (CUdeviceptr, CUdeviceptr, size_t, CUstream))                   \
-  F(cuMemsetD8Async, "cuMemsetD8Async", (CUdeviceptr, unsigned char, size_t, CUstream))             \
-  F(cuPointerGetAttribute, "cuPointerGetAttribute", (void*, int, CUdeviceptr))                      \
-  F(cuStreamCreate, "cuStreamCreate", (CUstream*, unsigned))                                        \
-  F(cuStreamDestroy, "cuStreamDestroy_v2", (CUstream))                                              \
-  F(cuStreamSynchronize, "cuStreamSynchronize", (CUstream))                                         \
-  F(cuStreamWaitEvent, "cuStreamWaitEvent", (CUstream, CUevent, unsigned))                          \
-  F(cuStreamBeginCapture, "cuStreamBeginCapture_v2", (CUstream, int))                               \
-  F(cuStreamEndCapture, "cuStreamEndCapture", (CUstream, CUgraph*))                                 \
-  F(cuEventCreate, "cuEventCreate", (CUevent*, unsigned))                                           \
-  F(cuEventDestroy, "cuEventDestroy_v2", (CUevent))                                                 \
-  F(cuEventRecord, "cuEventRecord", (CUevent, CUstream))                                            \
-  F(cuEventQuery, "cuEventQuery", (CUevent))                                                        \
-  F(cuEventSynchronize, "cuEventSynchronize", (CUevent))                                            \
-  F(cuModuleLoadData, "cuModuleLoadData", (CUmodule*, const void*))                                 \
-  F(cuModuleUnload, "cuModuleUnload", (CUmodule))                                                   \
-  F(cuModuleGetFunction, "cuModuleGetFunction", (CUfunction*, CUmodule, const char*))               \
-  F(cuFuncSetAttribute, "cuFuncSetAttribute", (CUfunction, int, int))                               \
-  F(cuLaunchKernelEx, "cuLaunchKernelEx", (const CUlaunchConfig*, CUfunction, void**, void**))      \
-  F(cuGraphInstantiate, "cuGraphInstantiateWithFlags", (CUgraphExec*, CUgraph, unsigned long long)) \
-  F(cuGraphLaunch, "cuGraphLaunch", (CUgraphExec, CUstream))                                        \
-  F(cuGraphExecDestroy, "cuGraphExecDestroy", (CUgraphExec))                                        \
-  F(cuGraphDestroy, "cuGraphDestroy", (CUgraph))
+// The functions that are used, by name; the versions are those of CUDA 12.0, which drivers from 525 on have.
+#define QVL_DRIVER_FUNCTIONS(F)                                                                              \
+  F(cuInit, "cuInit", (unsigned))                                                                            \
+  F(cuDriverGetVersion, "cuDriverGetVersion", (int*))                                                        \
+  F(cuGetErrorString, "cuGetErrorString", (CUresult, const char**))                                          \
+  F(cuDeviceGetCount, "cuDeviceGetCount", (int*))                                                            \
+  F(cuDeviceGet, "cuDeviceGet", (CUdevice*, int))                                                            \
+  F(cuDeviceGetName, "cuDeviceGetName", (char*, int, CUdevice))                                              \
+  F(cuDeviceGetAttribute, "cuDeviceGetAttribute", (int*, int, CUdevice))                                     \
+  F(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain", (CUcontext*, CUdevice))                            \
+  F(cuDevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2", (CUdevice))                                   \
+  F(cuCtxPushCurrent, "cuCtxPushCurrent_v2", (CUcontext))                                                    \
+  F(cuCtxPopCurrent, "cuCtxPopCurrent_v2", (CUcontext*))                                                     \
+  F(cuMemGetInfo, "cuMemGetInfo_v2", (size_t*, size_t*))                                                     \
+  F(cuMemAlloc, "cuMemAlloc_v2", (CUdeviceptr*, size_t))                                                     \
+  F(cuMemFree, "cuMemFree_v2", (CUdeviceptr))                                                                \
+  F(cuMemHostAlloc, "cuMemHostAlloc", (void**, size_t, unsigned))                                            \
+  F(cuMemFreeHost, "cuMemFreeHost", (void*))                                                                 \
+  F(cuMemcpyAsync, "cuMemcpyAsync", (CUdeviceptr, CUdeviceptr, size_t, CUstream))                            \
+  F(cuMemsetD8Async, "cuMemsetD8Async", (CUdeviceptr, unsigned char, size_t, CUstream))                      \
+  F(cuPointerGetAttribute, "cuPointerGetAttribute", (void*, int, CUdeviceptr))                               \
+  F(cuStreamCreate, "cuStreamCreate", (CUstream*, unsigned))                                                 \
+  F(cuStreamDestroy, "cuStreamDestroy_v2", (CUstream))                                                       \
+  F(cuStreamSynchronize, "cuStreamSynchronize", (CUstream))                                                  \
+  F(cuStreamWaitEvent, "cuStreamWaitEvent", (CUstream, CUevent, unsigned))                                   \
+  F(cuStreamBeginCapture, "cuStreamBeginCapture_v2", (CUstream, int))                                        \
+  F(cuStreamEndCapture, "cuStreamEndCapture", (CUstream, CUgraph*))                                          \
+  F(cuEventCreate, "cuEventCreate", (CUevent*, unsigned))                                                    \
+  F(cuEventDestroy, "cuEventDestroy_v2", (CUevent))                                                          \
+  F(cuEventRecord, "cuEventRecord", (CUevent, CUstream))                                                     \
+  F(cuEventQuery, "cuEventQuery", (CUevent))                                                                 \
+  F(cuEventSynchronize, "cuEventSynchronize", (CUevent))                                                     \
+  F(cuModuleLoadData, "cuModuleLoadData", (CUmodule*, const void*))                                          \
+  F(cuModuleUnload, "cuModuleUnload", (CUmodule))                                                            \
+  F(cuModuleGetFunction, "cuModuleGetFunction", (CUfunction*, CUmodule, const char*))                        \
+  F(cuFuncSetAttribute, "cuFuncSetAttribute", (CUfunction, int, int))                                        \
+  F(cuLaunchKernelEx, "cuLaunchKernelEx", (const CUlaunchConfig*, CUfunction, void**, void**))               \
+  F(cuGraphInstantiate, "cuGraphInstantiateWithFlags", (CUgraphExec*, CUgraph, unsigned long long))          \
+  F(cuGraphLaunch, "cuGraphLaunch", (CUgraphExec, CUstream))                                                 \
+  F(cuGraphExecDestroy, "cuGraphExecDestroy", (CUgraphExec))                                                 \
+  F(cuGraphDestroy, "cuGraphDestroy", (CUgraph))                                                             \
+  F(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled",                                                        \
+    (CUtensorMap*, int, unsigned, void*, const uint64_t*, const uint64_t*, const uint32_t*, const uint32_t*, \
+     int, int, int, int))
 
 struct Driver {
 #define QVL_DRIVER_FIELD(field, symbol, arguments) CUresult(*field) arguments;
   QVL_DRIVER_FUNCTIONS(QVL_DRIVER_FIELD)
 #undef QVL_DRIVER_FIELD
-  // NULL before CUDA 12.
-  CUresult (*cuTensorMapEncodeTiled)(CUtensorMap*, int, unsigned, void*, const uint64_t*, const uint64_t*,
-                                     const uint32_t*, const uint32_t*, int, int, int, int);
 };
 
 // The driver, initialised. Throws QVL_UNSUPPORTED where there is none, or one that is too old.

@@ -7,7 +7,7 @@
 namespace qvl::cuda {
 
 bool has_tensor_maps(const Gpu& gpu) {
-  return gpu.arch() == 90 && driver().cuTensorMapEncodeTiled != nullptr;
+  return gpu.arch() == 90;
 }
 
 TensorMap tensor_map(const Gpu& gpu, const void* base, std::initializer_list<int64_t> sizes,

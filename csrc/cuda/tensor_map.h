@@ -9,7 +9,7 @@
 
 namespace qvl::cuda {
 
-// Whether kernels with tensor maps run here: on Hopper, and with a driver of CUDA 12.
+// Whether kernels with tensor maps run here: on Hopper.
 bool has_tensor_maps(const Gpu&);
 
 // Sizes and boxes in values, strides of all dimensions but the first in bytes, multiples of 16. What lies
