@@ -18,8 +18,9 @@ from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Under nohup it is ignored, also by the commands that the tests start and stop.
+# Under nohup, and in the background of a script, these are ignored, also by the commands that the tests start and stop.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=ENGINES)
