@@ -7,9 +7,10 @@
 //
 // Layout. A tile is `rows` rows of W, up to 64 kTiles, and N rows of x, its columns. k goes by in steps of 64
 // (H) or 128 values (quantised) and is cut into four slices, one for each warpgroup, which adds it up in
-// ascending order. One warp asks for W and x, an item of a slice at a time, as many ahead as shared memory
-// has stages; items go around the slices. The slices' sums meet in shared memory, (0 + 1) + (2 + 3). So a
-// row's bits depend neither on `rows` nor on N nor on the steps of an item.
+// ascending order. One warp asks for W and x, after a first round by all of them, an item of a slice at a
+// time, as many ahead as shared memory has stages; items go around the slices. The slices' sums meet in
+// shared memory, (0 + 1) + (2 + 3). So a row's bits depend neither on `rows` nor on N nor on the steps of an
+// item.
 //
 // Blocks are persistent, one a multiprocessor. Where registers and shared memory allow, the next kernels, up
 // to the next product, start beside them, and that one fetches its first stages while the others run.
