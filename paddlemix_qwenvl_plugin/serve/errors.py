@@ -1,0 +1,38 @@
+"""Errors of the HTTP interface, in the form of OpenAI's error object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+
+class ApiError(QwenVLError):
+    """An answer that is an error: {"error": {"message", "type", "param", "code"}} with an HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        param: Optional[str] = None,
+        code: Optional[str] = None,
+        headers: Optional[Mapping[str, str]] = None,
+    ) -> None:
+        """
+        Args:
+            kind: OpenAI's `type`: invalid_request_error, authentication_error, rate_limit_error, server_error …
+            param: the parameter at fault, as `messages[0].content`.
+            code: a word that programs go by, as `context_length_exceeded`.
+        """
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
