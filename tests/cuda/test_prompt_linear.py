@@ -138,14 +138,20 @@ def packed(kind: str, numbers: torch.Tensor, scales: torch.Tensor) -> tuple[torc
     """The layout of kernels/quantised.cuh: numbers [out, in] and scales [out] or [out, groups], whole tiles."""
     out, columns = numbers.shape
     tiles, units = out // 16, columns // 128
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    if hopper:  # of a quarter, a lane's run is pairs that lie 8 apart; units come before tiles
+        numbers = numbers.reshape(out, -1, 4, 4, 2).transpose(2, 3).reshape(out, columns)
     if kind == "int8":
         parts = numbers.reshape(tiles, 2, 8, units, 4, 4, 8)[..., [0, 2, 1, 3, 4, 6, 5, 7]]
-        return parts.permute(0, 3, 4, 2, 5, 1, 6).contiguous().to(torch.int8), scales.float()
+        values = parts.permute(0, 3, 4, 2, 5, 1, 6).to(torch.int8)
+        return (values.transpose(0, 1) if hopper else values).contiguous(), scales.float()
     parts = numbers.reshape(tiles, 2, 8, units, 2, 2, 4, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]] + 8
-    nibbles = parts.permute(0, 3, 4, 2, 6, 1, 5, 7).contiguous().to(torch.uint8)
+    nibbles = parts.permute(0, 3, 4, 2, 6, 1, 5, 7).to(torch.uint8)
     values = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
-    groups = scales.reshape(tiles, 2, 8, units, -1).permute(0, 3, 2, 4, 1)
-    return values.contiguous(), groups.contiguous().to(torch.bfloat16)
+    groups = scales.reshape(tiles, 2, 8, units, -1).permute(0, 3, 2, 4, 1).to(torch.bfloat16)
+    if hopper:
+        values, groups = values.transpose(0, 1), groups.transpose(0, 1)
+    return values.contiguous(), groups.contiguous()
 
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
