@@ -26,19 +26,20 @@ needs_chromium = pytest.mark.skipif(
 
 
 class Browser:
-    """Chromium with a log of its requests and its console."""
+    """Chromium with a log of its console and, if asked for, of its requests."""
 
-    def __init__(self, arguments: Sequence[str] = ()) -> None:
+    def __init__(self, arguments: Sequence[str] = (), log_requests: bool = True) -> None:
         webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install -e '.[dev]'")
         from selenium.webdriver.chrome.service import Service
 
+        self.logs = ["performance", "browser"] if log_requests else ["browser"]
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         for argument in ("--headless=new", "--disable-dev-shm-usage", *arguments):
             options.add_argument(argument)
         if os.getuid() == 0:
             options.add_argument("--no-sandbox")
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+        options.set_capability("goog:loggingPrefs", dict.fromkeys(self.logs, "ALL"))
         self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
 
     def open(self, url: str, width: int = 1280, scheme: str = "light") -> None:
@@ -50,8 +51,8 @@ class Browser:
             mobile=width < 600,
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.driver.get_log("performance")
-        self.driver.get_log("browser")
+        for log in self.logs:
+            self.driver.get_log(log)
         self.driver.get(url)
 
     def call(self, method: str, **arguments: Any) -> Any:

@@ -47,11 +47,15 @@ export class BoxFigure {
     }
   }
 
+  /** Bring a box into view. */
+  show(number) {
+    this.drawn[number - 1].badge.scrollIntoView({ block: 'nearest' });
+  }
+
   /** Move the focus to a box. */
   focus(number) {
-    const { badge } = this.drawn[number - 1];
-    badge.focus({ preventScroll: true });
-    badge.scrollIntoView({ block: 'nearest' });
+    this.drawn[number - 1].badge.focus({ preventScroll: true });
+    this.show(number);
   }
 
   #clear() {
@@ -86,7 +90,8 @@ export class BoxFigure {
     badge.addEventListener('blur', () => this.on.focus([]));
     badge.addEventListener('click', (event) => {
       event.stopPropagation();
-      this.on.follow(number);
+      if (event.detail) badge.focus();
+      else this.on.follow(number); // by a key: to the words
     });
     return badge;
   }

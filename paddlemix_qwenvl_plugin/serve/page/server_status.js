@@ -31,8 +31,10 @@ export class ServerStatus {
 
   /** The model's name, asked for until it is known. */
   async findModel() {
-    this.model ??= await modelName();
-    byId('model').textContent = this.model;
+    if (!this.model) {
+      this.model = await modelName();
+      byId('model').textContent = this.model;
+    }
     return this.model;
   }
 

@@ -11,7 +11,8 @@ export class TextView {
   /**
    * @param {object} on
    * @param {(numbers: number[]) => void} on.hover, on.focus: boxes that are pointed at, or []
-   * @param {(number: number) => void} on.follow: go to a box
+   * @param {(number: number) => void} on.show: bring a box into view
+   * @param {(number: number) => void} on.follow: move the focus to a box
    */
   constructor(on) {
     this.on = on;
@@ -71,7 +72,7 @@ export class TextView {
 
   #makeButton(mark, box) {
     const { node } = mark;
-    const follow = () => this.on.follow(mark.numbers[0]);
+    const follow = () => this.on.follow(box.number);
     node.tabIndex = 0;
     node.setAttribute('role', 'button');
     node.classList.add('linked');
@@ -80,7 +81,8 @@ export class TextView {
     node.addEventListener('pointerleave', () => this.on.hover([]));
     node.addEventListener('focus', () => this.on.focus(mark.numbers));
     node.addEventListener('blur', () => this.on.focus([]));
-    node.addEventListener('click', follow);
+    // By mouse or finger the focus stays; a screen reader's click goes to the box, as a key does.
+    node.addEventListener('click', (event) => (event.detail ? this.on.show(box.number) : follow()));
     node.addEventListener('keydown', (event) => {
       if (event.key !== 'Enter' && event.key !== ' ') return;
       event.preventDefault();

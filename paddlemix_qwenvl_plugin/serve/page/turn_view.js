@@ -23,7 +23,8 @@ export class TurnView {
       hover: (numbers) => this.#light({ hover: numbers }),
       focus: (numbers) => this.#light({ focus: numbers }),
     };
-    this.text = new TextView({ ...lights, follow: (box) => this.figure?.focus(box) });
+    const show = (box) => this.figure?.show(box);
+    this.text = new TextView({ ...lights, show, follow: (box) => this.figure?.focus(box) });
     const image = images.at(-1);
     const figureOn = { ...lights, follow: (box) => this.text.focus(box) };
     this.figure = image ? new BoxFigure(image, images.length, figureOn) : null;

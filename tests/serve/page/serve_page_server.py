@@ -109,6 +109,7 @@ class PageServer(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     server: PageServer
+    protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -125,7 +126,10 @@ class Handler(BaseHTTPRequestHandler):
             if file.parent != PAGE or not file.is_file():
                 self._refuse(Refusal(404))
                 return
-            headers = {"Content-Type": f"{TYPES[file.suffix]}; charset=utf-8", "Content-Security-Policy": POLICY}
+            headers = {
+                "Content-Type": f"{TYPES[file.suffix]}; charset=utf-8",
+                "Content-Security-Policy": POLICY,
+            }
             self._send(200, headers, file.read_bytes())
 
     def do_POST(self) -> None:
