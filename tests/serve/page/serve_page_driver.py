@@ -51,6 +51,8 @@ class Page:
         ]
         self.browser.call("Emulation.setEmulatedMedia", features=features)
         self.wait(lambda: self.js("return document.getElementById('status').dataset.state") != "unknown")
+        if self.server.ready == 200 and self.server.key is None:
+            self.wait(lambda: self.js("return document.getElementById('model').textContent"))
 
     def wait(self, condition: Callable[[], Any]) -> Any:
         """Wait until the condition is true; its value."""

@@ -181,7 +181,6 @@ def test_a_screen_reader_hears_whole_answers(page: Page, server: PageServer, tmp
     server.plays.append(["<ref>a dog</ref>", gate, "<box>(1,2),(30,40)</box>", " runs."])
     page.open()
     page.attach(image_file(tmp_path))
-    page.wait(lambda: page.find("#model").text)
     page.js(
         "window.heard = [];"
         "for (const region of document.querySelectorAll('[role=status], [role=alert], [aria-live]'))"
