@@ -99,7 +99,9 @@ export class TurnView {
     this.shownError = error;
     this.problem.replaceChildren();
     if (!error) return;
-    const words = error.seconds ? ['error.busy.seconds', { seconds: error.seconds }] : `error.${error.kind}`;
+    const { kind, seconds } = error;
+    const waits = seconds > 0 && ['busy', 'unready'].includes(kind);
+    const words = waits ? [`error.${kind}.seconds`, { seconds }] : `error.${kind}`;
     const act = error.kind === 'key' ? [this.on.key, 'key', 'key.enter'] : [this.on.retry, 'retry', 'retry'];
     const button = element('button', { type: 'button', onclick: act[0] }, icon(act[1]), element('span', { text: act[2] }));
     this.problem.append(

@@ -65,6 +65,7 @@ export const en = {
   'error.busy': 'The server is busy.',
   'error.busy.seconds': ({ seconds }) => `The server is busy. Try again in ${seconds} ${seconds === 1 ? 'second' : 'seconds'}.`,
   'error.unready': 'The server is not ready. Try again in a moment.',
+  'error.unready.seconds': ({ seconds }) => `The server is not ready. Try again in ${seconds} ${seconds === 1 ? 'second' : 'seconds'}.`,
   'error.key': 'The server asks for an API key.',
   'error.refused': 'The server refused this request.',
   'error.failed': 'The server could not finish this answer.',

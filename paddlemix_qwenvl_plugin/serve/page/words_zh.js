@@ -65,6 +65,7 @@ export const zh = {
   'error.busy': '服务器繁忙。',
   'error.busy.seconds': ({ seconds }) => `服务器繁忙，请在 ${seconds} 秒后重试。`,
   'error.unready': '服务器尚未就绪，请稍后重试。',
+  'error.unready.seconds': ({ seconds }) => `服务器尚未就绪，请在 ${seconds} 秒后重试。`,
   'error.key': '服务器要求提供 API 密钥。',
   'error.refused': '服务器拒绝了此请求。',
   'error.failed': '服务器未能完成此回答。',
