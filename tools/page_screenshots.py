@@ -1,7 +1,7 @@
 """Take the docs' screenshots of the server's page: `python -m tools.page_screenshots URL`.
 
-URL is that of a server of the demo model (`qwenvl serve --demo`). Needs Selenium, Chromium with its driver, and a font with
-Chinese glyphs, such as Debian's fonts-noto-cjk.
+URL is that of a server of the demo model (`qwenvl serve --demo`). Needs Selenium, Chromium with its driver, and a font
+with Chinese glyphs, such as Debian's fonts-noto-cjk.
 """
 
 from __future__ import annotations
