@@ -32,13 +32,19 @@ def test_boxes_are_where_the_answer_says(
     page.ask("What is there?", image_file(tmp_path, size=size))
     ((left, top, right, bottom),) = page.rectangles(".frame img")
     assert (right - left) / (bottom - top) == pytest.approx(size[0] / size[1], rel=0.02)
-    drawn = page.rectangles(".frame .line")
+    drawn = page.js(
+        "return [...document.querySelectorAll('.frame .line')].map(shape => [...shape.points]"
+        ".map(point => point.matrixTransform(shape.getScreenCTM())).map(point => [point.x, point.y]))"
+    )
     boxes = parse_boxes(ANSWER).boxes
     assert len(drawn) == len(boxes) == 4
-    for box, rectangle in zip(boxes, drawn):
-        xs = [left + x * (right - left) / 1000 for x, _ in box.points]
-        ys = [top + y * (bottom - top) / 1000 for _, y in box.points]
-        assert rectangle == pytest.approx([min(xs), min(ys), max(xs), max(ys)], abs=0.6)
+    for box, corners in zip(boxes, drawn):
+        points = list(box.points)
+        if box.kind == "box":
+            (x1, y1), (x2, y2) = points
+            points = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
+        wanted = [[left + x * (right - left) / 1000, top + y * (bottom - top) / 1000] for x, y in points]
+        assert corners == [pytest.approx(corner, abs=0.6) for corner in wanted]
     # The colour on the left side of the first box.
     page.js(
         "document.querySelector('.frame').scrollIntoView({block: 'start'}); document.activeElement.blur()"
@@ -113,6 +119,8 @@ def test_words_and_boxes_light_each_other_up(page: Page, server: PageServer, tmp
     assert lit(page) == (["two balls"], [3])
     mouse.click().perform()
     assert lit(page) == ([], [])
+    page.all(".box-badge")[1].click()
+    assert page.js("return document.activeElement.ariaLabel") == "Box 2: two balls"
 
 
 def test_tap_on_a_phone(page: Page, server: PageServer, tmp_path: Path) -> None:
