@@ -15,7 +15,7 @@ export class ServerError extends Error {
   }
 }
 
-const KINDS = { 401: 'key', 403: 'key', 429: 'busy', 502: 'unready', 503: 'unready', 504: 'unready' };
+const KINDS = { 401: 'key', 429: 'busy', 502: 'unready', 503: 'unready', 504: 'unready' };
 // Of an error that comes within a stream, where there is no status any more.
 const STREAM_KINDS = { invalid_request_error: 'refused', rate_limit_error: 'busy' };
 

@@ -19,7 +19,7 @@ from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 PAGE = Path(paddlemix_qwenvl_plugin.__file__).parent / "serve" / "page"
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self'; script-src 'self'; connect-src 'self'; "
-    "object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+    "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 PATIENCE = 60.0  # seconds

@@ -93,11 +93,12 @@ def test_stop(page: Page, server: PageServer, way: str) -> None:
         (Refusal(503, "dead", {"Retry-After": "1"}), ["The server is not ready. Try again in 1 second.", "dead"]),
         (Refusal(503, "restarting"), ["The server is not ready. Try again in a moment.", "restarting"]),
         (Refusal(400, "messages: too long"), ["The server refused this request.", "messages: too long"]),
+        (Refusal(403, "wrong host"), ["The server refused this request.", "wrong host"]),
         (Refusal(500, "oops"), ["The server could not finish this answer.", "oops"]),
         (["Half ", StreamError("it died")], ["The server could not finish this answer.", "it died"]),
         (["Half ", Broken()], ["The connection was lost before the answer was complete."]),
     ],
-    ids=["busy-seconds", "busy", "not-ready-seconds", "not-ready", "refused", "failed", "stream-error", "cut"],
+    ids=["busy-seconds", "busy", "unready-seconds", "unready", "refused", "forbidden", "failed", "stream", "cut"],
 )  # fmt: skip
 def test_an_error_says_what_happened_and_can_be_retried(
     page: Page, server: PageServer, play: Play, words: list[str]

@@ -194,6 +194,10 @@ def test_a_screen_reader_hears_whole_answers(page: Page, server: PageServer, tmp
     page.wait_for_end()
     page.wait(lambda: len(page.js("return heard")) == 2)
     assert page.js("return heard[1]") == "Answer with a box on the image: a dog runs."
+    labels = page.js(
+        "return [...document.querySelectorAll('textarea, input:not([type=file])')].map(e => e.labels.length)"
+    )
+    assert labels == [1, 1]
     headings = page.js("return [...document.querySelectorAll('h1, #turns h2')].map(e => e.textContent)")
     assert headings == ["Qwen-VL", "Question 1", "Answer 1"]
 
