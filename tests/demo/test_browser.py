@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from chromium import Browser, needs_chromium
 from demo_helpers import answered, named
-from PIL import Image, ImageColor
+from PIL import ImageColor
 
 from paddlemix_qwenvl_plugin.demo.page import html_page
 from paddlemix_qwenvl_plugin.demo.result import Result, Run
 from paddlemix_qwenvl_plugin.processing.drawing import COLOURS
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
-DRIVER = shutil.which("chromedriver")
-
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None,
-    reason="no Chromium with its driver: apt-get install chromium chromium-driver",
-)
+pytestmark = needs_chromium
 
 WIDTHS = (1280, 360)
 
@@ -57,61 +44,6 @@ return ratios;
 """
 
 
-class Browser:
-    """Chromium without a window, with a log of its requests and its console."""
-
-    def __init__(self) -> None:
-        webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install -e '.[dev]'")
-        from selenium.webdriver.chrome.service import Service
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        options.add_argument("--headless=new")
-        options.add_argument("--disable-dev-shm-usage")
-        if os.getuid() == 0:
-            options.add_argument("--no-sandbox")
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-
-    def open(self, page: Path, width: int = 1280, scheme: str = "light") -> None:
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=800,
-            deviceScaleFactor=1,
-            mobile=width < 600,
-        )
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.driver.get_log("performance")
-        self.driver.get_log("browser")
-        self.driver.get(page.as_uri())
-
-    def call(self, method: str, **arguments: Any) -> Any:
-        return self.driver.execute_cdp_cmd(method, arguments)
-
-    def js(self, code: str) -> Any:
-        return self.driver.execute_script(code)
-
-    def requests(self) -> list[str]:
-        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [
-            event["params"]["request"]["url"]
-            for event in events
-            if event["method"] == "Network.requestWillBeSent"
-        ]
-
-    def screenshot(self) -> Any:
-        """The whole page, int16 [H, W, 3]."""
-        width, height = self.js("const e = document.documentElement; return [e.clientWidth, e.scrollHeight]")
-        shot = self.call(
-            "Page.captureScreenshot",
-            captureBeyondViewport=True,
-            clip={"x": 0, "y": 0, "width": width, "height": height, "scale": 1},
-        )
-        with Image.open(io.BytesIO(base64.b64decode(shot["data"]))) as image:
-            return np.asarray(image.convert("RGB"), np.int16)
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     started = Browser()
@@ -133,13 +65,13 @@ def page(tmp_path_factory: pytest.TempPathFactory, right_run: Run) -> Path:
 
 
 def test_every_picture_loads(browser: Browser, page: Path) -> None:
-    browser.open(page)
+    browser.open(page.as_uri())
     sizes = browser.js("return [...document.images].map(i => [i.complete, i.naturalWidth, i.width > 200])")
     assert sizes == [[True, 256, True]] * 10
 
 
 def test_nothing_is_requested_and_the_console_is_silent(browser: Browser, page: Path) -> None:
-    browser.open(page)
+    browser.open(page.as_uri())
     browser.js("document.querySelectorAll('details').forEach(d => d.open = true)")
     requests = browser.requests()
     assert page.as_uri() in requests
@@ -150,7 +82,7 @@ def test_nothing_is_requested_and_the_console_is_silent(browser: Browser, page: 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_boxes_are_where_the_answers_say(browser: Browser, page: Path, right_run: Run, width: int) -> None:
     """By the places of the elements, and by the colour of the pixels there."""
-    browser.open(page, width)
+    browser.open(page.as_uri(), width)
     pixels = browser.screenshot()
     checked = 0
     for result in right_run.results:
@@ -188,7 +120,7 @@ def test_boxes_are_where_the_answers_say(browser: Browser, page: Path, right_run
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_horizontal_scrolling(browser: Browser, page: Path, width: int) -> None:
-    browser.open(page, width)
+    browser.open(page.as_uri(), width)
     browser.js("document.querySelectorAll('details').forEach(d => d.open = true)")
     inner, scroll, client = browser.js(
         "const e = document.documentElement; return [innerWidth, e.scrollWidth, e.clientWidth]"
@@ -207,7 +139,7 @@ def test_no_horizontal_scrolling(browser: Browser, page: Path, width: int) -> No
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_text_is_readable(browser: Browser, page: Path, width: int, scheme: str) -> None:
-    browser.open(page, width, scheme)
+    browser.open(page.as_uri(), width, scheme)
     browser.js("document.querySelectorAll('details').forEach(d => d.open = true)")
     ratios = browser.js(CONTRASTS)
     assert len(ratios) > 60
@@ -224,7 +156,7 @@ def test_text_is_readable(browser: Browser, page: Path, width: int, scheme: str)
 
 
 def test_the_raw_answer_opens(browser: Browser, page: Path, right_run: Run) -> None:
-    browser.open(page)
+    browser.open(page.as_uri())
     result = right_run.results[1]
     card = f"document.getElementById('{result.question.name}')"
     shown = f"return {card}.querySelector('pre').checkVisibility()"
@@ -236,7 +168,7 @@ def test_the_raw_answer_opens(browser: Browser, page: Path, right_run: Run) -> N
 
 def test_two_pictures_stand_side_by_side(browser: Browser, page: Path) -> None:
     for width in WIDTHS:
-        browser.open(page, width)
+        browser.open(page.as_uri(), width)
         first, second = browser.js(
             "return [...document.querySelectorAll('#pair img')].map(e => e.getBoundingClientRect())"
             ".map(r => [r.left, r.top, r.right])"

@@ -1,0 +1,93 @@
+/** The server's interface: its state, its model, and streamed answers. */
+
+import { events } from './sse.js';
+import { load, keep } from './store.js';
+
+const STORED_KEY = 'qwenvl-api-key';
+
+/** A failure that the page has words for, `error.KIND`; `detail` is the server's own sentence, if it said one. */
+export class ServerError extends Error {
+  constructor(kind, { detail = '', seconds = null } = {}) {
+    super(detail || kind);
+    this.kind = kind;
+    this.detail = detail;
+    this.seconds = seconds;
+  }
+}
+
+const KINDS = { 401: 'key', 429: 'busy', 502: 'unready', 503: 'unready', 504: 'unready' };
+// Of an error that comes within a stream, where there is no status any more.
+const STREAM_KINDS = { invalid_request_error: 'refused', rate_limit_error: 'busy' };
+
+function kindOf(status) {
+  return KINDS[status] ?? (status < 500 ? 'refused' : 'failed');
+}
+
+async function errorOf(response) {
+  const body = await response.json().catch(() => null); // a proxy's page is no JSON
+  const seconds = Number.parseInt(response.headers.get('Retry-After'), 10);
+  return new ServerError(kindOf(response.status), {
+    detail: body?.error?.message ?? '',
+    seconds: Number.isNaN(seconds) ? null : seconds,
+  });
+}
+
+async function request(path, options = {}) {
+  const key = load('sessionStorage', STORED_KEY);
+  const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers, cache: 'no-store' });
+  } catch (error) {
+    if (error.name === 'AbortError') throw error;
+    throw new ServerError('network');
+  }
+  if (!response.ok) throw await errorOf(response);
+  return response;
+}
+
+export function setKey(key) {
+  keep('sessionStorage', STORED_KEY, key);
+}
+
+/** "ready", "starting" or "unreachable". */
+export async function serverState() {
+  try {
+    await request('health/ready');
+    return 'ready';
+  } catch (error) {
+    return error.kind === 'unready' ? 'starting' : 'unreachable';
+  }
+}
+
+/** The name of the server's model. */
+export async function modelName() {
+  const response = await request('v1/models');
+  return (await response.json()).data[0].id;
+}
+
+/**
+ * The pieces of an answer: { text, finish, usage }, each where it is there.
+ *
+ * @throws {ServerError} and an AbortError once `signal` has fired
+ */
+export async function* answer(model, messages, signal) {
+  const response = await request('v1/chat/completions', {
+    method: 'POST',
+    headers: { 'Content-Type': 'application/json' },
+    body: JSON.stringify({ model, messages, stream: true, stream_options: { include_usage: true } }),
+    signal,
+  });
+  try {
+    for await (const data of events(response.body)) {
+      if (data === '[DONE]') return;
+      const { error, choices, usage } = JSON.parse(data);
+      if (error) throw new ServerError(STREAM_KINDS[error.type] ?? 'failed', { detail: error.message });
+      yield { text: choices[0]?.delta.content ?? '', finish: choices[0]?.finish_reason ?? null, usage };
+    }
+  } catch (error) {
+    if (error.name === 'AbortError' || error instanceof ServerError) throw error;
+    throw new ServerError('cut');
+  }
+  throw new ServerError('cut');
+}

@@ -1,0 +1,117 @@
+/** Where a question is written: text, images, send and stop. */
+
+import { byId, element, iconButton } from './dom.js';
+import { readImage } from './image_file.js';
+import { setWords } from './language.js';
+import { closeNotice, notice } from './notice.js';
+
+const form = byId('composer');
+const field = byId('question');
+
+export class Composer {
+  /**
+   * @param {object} on
+   * @param {(question: {text: string, images: object[]}) => void} on.send
+   * @param {() => void} on.stop
+   */
+  constructor(on) {
+    this.on = on;
+    this.images = [];
+    this.running = false;
+    this.reading = Promise.resolve();
+    form.addEventListener('submit', (event) => {
+      event.preventDefault();
+      this.send();
+    });
+    field.addEventListener('input', () => this.#show());
+    field.addEventListener('keydown', (event) => {
+      // While an input method composes, as for Chinese, Enter takes what it offers.
+      if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+      event.preventDefault();
+      this.send();
+    });
+    byId('stop').addEventListener('click', on.stop);
+    byId('attach').addEventListener('click', () => byId('files').click());
+    for (const input of [byId('files'), byId('capture')]) {
+      input.addEventListener('change', () => {
+        this.attach([...input.files]);
+        input.value = '';
+      });
+    }
+  }
+
+  /** Read image files into the question, one after the other. */
+  attach(files) {
+    for (const file of files) {
+      this.reading = this.reading.then(() => this.#read(file));
+    }
+  }
+
+  async send() {
+    await this.reading;
+    const text = field.value.trim();
+    if (!text || this.running) return;
+    const question = { text, images: this.images };
+    this.fill({ text: '', images: [] });
+    closeNotice();
+    // On a phone the keyboard would cover the answer.
+    if (matchMedia('(pointer: coarse)').matches) field.blur();
+    this.on.send(question);
+  }
+
+  /** Replace what is written. */
+  fill({ text, images }) {
+    field.value = text;
+    this.images = [...images];
+    this.#show();
+  }
+
+  get written() {
+    return { text: field.value, images: this.images };
+  }
+
+  /** Whether an answer is running: then it can be stopped, and nothing sent. */
+  setRunning(running) {
+    const held = document.activeElement === byId('send') || document.activeElement === byId('stop');
+    this.running = running;
+    byId('send').hidden = running;
+    byId('stop').hidden = !running;
+    if (held) field.focus();
+  }
+
+  focus() {
+    field.focus();
+  }
+
+  async #read(file) {
+    try {
+      this.images.push(await readImage(file));
+      this.#show();
+    } catch {
+      // Browsers say no more than that it failed.
+      notice(['image.problem', { name: file.name }]);
+    }
+  }
+
+  #remove(image) {
+    this.images = this.images.filter((other) => other !== image);
+    this.#show();
+    field.focus();
+  }
+
+  #show() {
+    byId('send').disabled = !field.value.trim();
+    const list = byId('attached');
+    list.hidden = !this.images.length;
+    list.replaceChildren(
+      ...this.images.map((image) => {
+        const button = iconButton('close', 'dismiss', () => this.#remove(image));
+        setWords(button, 'label', 'remove', { name: image.name });
+        return element('li', {}, element('img', { src: image.url, alt: image.name }), button);
+      }),
+    );
+    // The field grows with its text up to the limit of the style sheet.
+    field.style.height = 'auto';
+    field.style.height = `${field.scrollHeight}px`;
+  }
+}

@@ -1,0 +1,74 @@
+/** A conversation: turns of a question with images and its answer. */
+
+import { parseAnswer } from './answer_text.js';
+
+/**
+ * A turn is { question: { text, images }, answer }, its answer
+ * { text, state, error, finish, usage, seconds } with state "running", "done", "stopped" or "failed".
+ */
+export class Conversation {
+  turns = [];
+
+  /** Begin a turn; its answer has no text yet. */
+  add(question) {
+    const turn = { question, answer: null };
+    this.restart(turn);
+    this.turns.push(turn);
+    return turn;
+  }
+
+  restart(turn) {
+    turn.answer = { text: '', state: 'running', error: null, finish: null, usage: null, seconds: null };
+  }
+
+  /** All images up to a turn, the oldest first. Boxes of its answer are on the last one. */
+  imagesUpTo(turn) {
+    return this.turns.slice(0, this.turns.indexOf(turn) + 1).flatMap(({ question }) => question.images);
+  }
+
+  /**
+   * The messages that ask for a turn's answer, in OpenAI's form.
+   *
+   * Of a question that has no answer, for it failed or was stopped, the words are left out; its images go to the next
+   * question, for the user sees them above it.
+   */
+  messagesFor(turn) {
+    const messages = [];
+    let images = [];
+    for (const { question, answer } of this.turns.slice(0, this.turns.indexOf(turn))) {
+      images.push(...question.images);
+      if (!answer.text) continue;
+      messages.push(userMessage(images, question.text), { role: 'assistant', content: answer.text });
+      images = [];
+    }
+    messages.push(userMessage([...images, ...turn.question.images], turn.question.text));
+    return messages;
+  }
+
+  /** The whole conversation as a file: messages in OpenAI's form, those of the model with their boxes. */
+  exported(model) {
+    const messages = this.turns.flatMap((turn) => [
+      userMessage(turn.question.images, turn.question.text),
+      ...(turn.answer.text ? [this.#assistantMessage(turn)] : []),
+    ]);
+    return { model, messages };
+  }
+
+  #assistantMessage(turn) {
+    const image = this.imagesUpTo(turn).at(-1);
+    const pixels = ([x, y]) => [(x * image.width) / 1000, (y * image.height) / 1000];
+    const boxes = parseAnswer(turn.answer.text).boxes.map(({ kind, ref, points }) => ({
+      kind,
+      ref,
+      points,
+      pixels: image ? points.map(pixels) : null,
+    }));
+    return { role: 'assistant', content: turn.answer.text, boxes };
+  }
+}
+
+function userMessage(images, text) {
+  if (!images.length) return { role: 'user', content: text };
+  const parts = images.map(({ url }) => ({ type: 'image_url', image_url: { url } }));
+  return { role: 'user', content: [...parts, { type: 'text', text }] };
+}

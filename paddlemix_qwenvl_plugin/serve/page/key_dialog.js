@@ -1,0 +1,34 @@
+/** The dialog for an API key. */
+
+import { modelName, setKey } from './api.js';
+import { byId } from './dom.js';
+import { clearWords, setWords } from './language.js';
+
+/** Let `openKeyDialog` ask for a key; `then` is called once the server took one. */
+export function startKeyDialog(then) {
+  const dialog = byId('key-dialog');
+  byId('key-cancel').addEventListener('click', () => dialog.close());
+  byId('key-button').addEventListener('click', openKeyDialog);
+  byId('key-form').addEventListener('submit', async (event) => {
+    event.preventDefault();
+    setKey(byId('key').value.trim());
+    try {
+      await modelName();
+    } catch (error) {
+      setWords(byId('key-error'), 'text', error.kind === 'key' ? 'key.wrong' : `error.${error.kind}`);
+      byId('key').select();
+      return;
+    }
+    dialog.close();
+    then();
+  });
+}
+
+export function openKeyDialog() {
+  const dialog = byId('key-dialog');
+  if (dialog.open) return;
+  byId('key-button').hidden = false;
+  byId('key').value = '';
+  clearWords(byId('key-error'));
+  dialog.showModal();
+}

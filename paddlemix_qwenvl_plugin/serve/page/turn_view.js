@@ -1,0 +1,117 @@
+/** A turn on the page: the question with its images, the answer with its boxes. */
+
+import { parseAnswer } from './answer_text.js';
+import { element, icon, iconButton } from './dom.js';
+import { BoxFigure } from './figure.js';
+import { TextView } from './text_view.js';
+import { clearWords, setWords } from './language.js';
+
+export class TurnView {
+  /**
+   * @param {object} turn of conversation.js
+   * @param {number} number of the turn, from 1
+   * @param {object[]} images all of the conversation up to this turn
+   * @param {object} on
+   * @param {() => void} on.edit, on.retry, on.copy, on.key
+   */
+  constructor(turn, number, images, on) {
+    this.turn = turn;
+    this.on = on;
+    this.images = images;
+    this.lit = { hover: [], focus: [] };
+    const lights = {
+      hover: (numbers) => this.#light({ hover: numbers }),
+      focus: (numbers) => this.#light({ focus: numbers }),
+    };
+    const show = (box) => this.figure?.show(box);
+    this.text = new TextView({ ...lights, show, follow: (box) => this.figure?.focus(box) });
+    const image = images.at(-1);
+    const figureOn = { ...lights, follow: (box) => this.text.focus(box) };
+    this.figure = image ? new BoxFigure(image, images.length, figureOn) : null;
+
+    this.waiting = element('p', { class: 'waiting', text: 'answering' });
+    this.problem = element('div', { class: 'problem', role: 'alert' });
+    this.note = element('p', { class: 'note' });
+    this.copy = iconButton('copy', 'copy', on.copy);
+    this.retry = iconButton('retry', 'retry', on.retry);
+    this.tools = element('div', { class: 'turn-tools' }, this.copy, this.retry, this.note);
+    this.said = element('div', { class: 'said' }, this.waiting, this.text.node, this.problem, this.tools);
+    this.answer = element('article', { class: 'answer' }, heading('heading.answer', number), this.said);
+    this.node = element('section', { class: 'turn' }, this.#question(number), this.answer);
+    this.update();
+  }
+
+  /** Show the turn as it is now; `isLast`: whether it may be retried. */
+  update(isLast = true) {
+    const { text, state, error } = this.turn.answer;
+    const running = state === 'running';
+    const { segments, boxes } = parseAnswer(text, !running);
+    this.text.update(segments);
+    this.text.node.hidden = !text;
+    this.waiting.hidden = !running || Boolean(text);
+    this.answer.classList.toggle('running', running);
+    this.tools.hidden = running;
+    this.copy.hidden = !text;
+    this.retry.hidden = !isLast || error !== null; // an error has a button of its own
+    if (!running) this.#showNote();
+    if (error !== this.shownError) this.#showError(error);
+    if (!this.figure) return;
+    this.figure.update(boxes);
+    if (boxes.length && !this.figure.node.isConnected) this.answer.append(this.figure.node);
+    if (!boxes.length) this.figure.node.remove();
+    this.answer.classList.toggle('grounded', boxes.length > 0);
+  }
+
+  #question(number) {
+    const { text, images } = this.turn.question;
+    const before = this.images.length - images.length;
+    const thumbs = images.map((image, index) => {
+      const alt = ['image.alt', { number: before + index + 1, name: image.name }];
+      return element('img', { src: image.url, width: image.width, height: image.height, alt });
+    });
+    const edit = iconButton('edit', 'edit', this.on.edit);
+    return element(
+      'article',
+      { class: 'question' },
+      heading('heading.question', number),
+      thumbs.length ? element('div', { class: 'thumbs' }, ...thumbs) : null,
+      element('div', { class: 'asked' }, edit, element('p', { class: 'words', dir: 'auto' }, text)),
+    );
+  }
+
+  #light(change) {
+    Object.assign(this.lit, change);
+    const numbers = this.lit.hover.length ? this.lit.hover : this.lit.focus;
+    this.text.light(numbers);
+    this.figure?.light(numbers);
+  }
+
+  #showNote() {
+    const { state, finish, usage, seconds, text } = this.turn.answer;
+    if (state === 'stopped') setWords(this.note, 'text', 'answer.stopped');
+    else if (finish === 'length') setWords(this.note, 'text', 'answer.length');
+    else if (state === 'done' && !text) setWords(this.note, 'text', 'answer.empty');
+    else if (usage) setWords(this.note, 'text', 'answer.usage', { tokens: usage.completion_tokens, seconds: seconds.toFixed(1) });
+    else clearWords(this.note);
+  }
+
+  #showError(error) {
+    this.shownError = error;
+    this.problem.replaceChildren();
+    if (!error) return;
+    const { kind, seconds } = error;
+    const waits = seconds > 0 && ['busy', 'unready'].includes(kind);
+    const words = waits ? [`error.${kind}.seconds`, { seconds }] : `error.${kind}`;
+    const act = error.kind === 'key' ? [this.on.key, 'key', 'key.enter'] : [this.on.retry, 'retry', 'retry'];
+    const button = element('button', { type: 'button', onclick: act[0] }, icon(act[1]), element('span', { text: act[2] }));
+    this.problem.append(
+      element('p', { text: words }),
+      error.detail ? element('p', { class: 'detail', lang: 'en' }, error.detail) : '',
+      button,
+    );
+  }
+}
+
+function heading(key, number) {
+  return element('h2', { class: 'visually-hidden', text: [key, { number }] });
+}
