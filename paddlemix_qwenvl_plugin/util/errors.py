@@ -21,6 +21,10 @@ class UsageError(QwenVLError):
     exit_code = 2
 
 
+class TooLargeError(QwenVLError):
+    """Something takes more bytes, pixels or memory than it may."""
+
+
 def one_line(text: str) -> str:
     """`text` on one line that can be read, whatever a file in it is called or holds: nothing that a terminal obeys, and
     where it is very long its two ends."""
