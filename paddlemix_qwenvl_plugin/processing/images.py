@@ -65,13 +65,13 @@ def preprocess(image: Image.Image, image_size: int = 448) -> npt.NDArray[np.floa
     return normalise(resize(image, image_size))
 
 
-def resize(image: Image.Image, image_size: int = 448) -> npt.NDArray[np.uint8]:
+def resize(image: Image.Image, image_size: int) -> npt.NDArray[np.uint8]:
     """uint8 [image_size, image_size, 3]: RGB, bicubic."""
     return np.asarray(image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC))
 
 
 def normalise(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """float32 [3, height, width] of uint8 [height, width, 3] RGB: CLIP mean and standard deviation."""
+    """uint8 [image_size, image_size, 3] -> float32 [3, image_size, image_size] with CLIP's mean and deviation."""
     scaled = pixels.astype(np.float32) / np.float32(255)
     return np.ascontiguousarray(((scaled - _MEAN) / _STD).transpose(2, 0, 1))
 
