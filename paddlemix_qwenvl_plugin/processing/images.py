@@ -90,7 +90,8 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
     """
     if isinstance(source, Image.Image):
         return _decode(source, "PIL image", limits)
-    return _open(read_encoded(source, allow_http=allow_http, limits=limits), describe_source(source), limits)
+    encoded = read_encoded(source, allow_http=allow_http, limits=limits)
+    return decode_image(encoded, describe_source(source), limits)
 
 
 def read_encoded(source: Any, *, allow_http: bool = False, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
@@ -122,6 +123,35 @@ def read_encoded(source: Any, *, allow_http: bool = False, limits: ImageLimits =
     if re.match(r"[a-z][a-z0-9+.-]*://", source, re.IGNORECASE):
         raise UsageError(f"image {describe_source(source)}: scheme {scheme!r} is not supported")
     return _read_file(Path(source), limits)
+
+
+def decode_image(encoded: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """The picture that is encoded in bytes, as `load_image` gives it; error lines call it `name`."""
+    if not encoded:
+        raise QwenVLError(f"image {name} is empty")
+    if len(encoded) > limits.max_bytes:
+        raise TooLargeError(f"image {name} is larger than the limit of {_mebibytes(limits.max_bytes)}")
+    try:
+        with quiet():
+            image = Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError as error:
+        raise QwenVLError(f"image {name} is not in a picture format that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise TooLargeError(f"image {name} has too many pixels: {error}") from error
+    except Exception as error:  # damaged headers raise almost anything in Pillow's format plugins
+        raise QwenVLError(f"image {name} cannot be read: {error}") from error
+    if image.format in _REFUSED_FORMATS:
+        raise QwenVLError(f"image {name}: the format {image.format} is not accepted")
+    return _decode(image, name, limits)
+
+
+def from_folder(source: Any, folder: Optional[Path]) -> Any:
+    """`source`, where it is a relative path from `folder` on."""
+    return (
+        folder / source
+        if folder is not None and isinstance(source, str) and not is_address(source)
+        else source
+    )
 
 
 def local_path(source: str) -> Optional[Path]:
@@ -190,25 +220,6 @@ def _decode_data_url(url: str, limits: ImageLimits) -> bytes:
         return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
     except binascii.Error as error:
         raise UsageError(f"data URL is not valid base64: {error}") from error
-
-
-def _open(encoded: bytes, name: str, limits: ImageLimits) -> Image.Image:
-    if not encoded:
-        raise QwenVLError(f"image {name} is empty")
-    if len(encoded) > limits.max_bytes:
-        raise TooLargeError(f"image {name} is larger than the limit of {_mebibytes(limits.max_bytes)}")
-    try:
-        with quiet():
-            image = Image.open(io.BytesIO(encoded))
-    except UnidentifiedImageError as error:
-        raise QwenVLError(f"image {name} is not in a picture format that Pillow knows") from error
-    except Image.DecompressionBombError as error:
-        raise TooLargeError(f"image {name} has too many pixels: {error}") from error
-    except Exception as error:  # damaged headers raise almost anything in Pillow's format plugins
-        raise QwenVLError(f"image {name} cannot be read: {error}") from error
-    if image.format in _REFUSED_FORMATS:
-        raise QwenVLError(f"image {name}: the format {image.format} is not accepted")
-    return _decode(image, name, limits)
 
 
 def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:

@@ -21,6 +21,10 @@ class UsageError(QwenVLError):
     exit_code = 2
 
 
+class RequestError(QwenVLError):
+    """One of several requests failed; the others can go on."""
+
+
 class TooLargeError(QwenVLError):
     """Something takes more bytes, pixels or memory than it may."""
 
