@@ -8,15 +8,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Generic
 
 from paddlemix_qwenvl_plugin.batch.journal import Journal
 from paddlemix_qwenvl_plugin.batch.request import Asked, Reply
 from paddlemix_qwenvl_plugin.batch.rows import Row, dump, error_line, id_key, reply_line, result_id
 from paddlemix_qwenvl_plugin.batch.source import Source
-from paddlemix_qwenvl_plugin.runtime.loop import NotFiniteError
-from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
-from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.runtime.model import Model, S
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, RequestError, UsageError
 from paddlemix_qwenvl_plugin.util.files import write_beside
 from paddlemix_qwenvl_plugin.util.progress import track
 
@@ -26,7 +25,7 @@ def partial_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
-def run(source: Source, target: Path, model: QwenVL, window: int) -> None:
+def run(source: Source, target: Path, model: Model[S], window: int) -> None:
     """Answer every row of `source` into `target`, and continue where an earlier process of the same job ended.
 
     Args:
@@ -42,7 +41,7 @@ def run(source: Source, target: Path, model: QwenVL, window: int) -> None:
         "input": source.sha256,
         "options": asdict(source.defaults),
         "weights": model.weights,
-        "picture_label": model.tokenizer.picture_label,
+        "picture_label": model.picture_label,
     }
     keys = {id_key(entry.id) for entry in source.entries if entry.id is not None}
     partial = partial_path(target)
@@ -68,8 +67,8 @@ def count_failed(target: Path, source: Source) -> int:
     return sum(result is not None and result[1] for result in results)
 
 
-class _Job:
-    def __init__(self, source: Source, model: QwenVL, journal: Journal, digest: str) -> None:
+class _Job(Generic[S]):
+    def __init__(self, source: Source, model: Model[S], journal: Journal, digest: str) -> None:
         self._source = source
         self._model = model
         self._journal = journal
@@ -90,7 +89,7 @@ class _Job:
 
     def _answer(self, indices: Sequence[int], window: int) -> Iterator[int]:
         """Answer rows into the journal, `window` of them at a time; yields the index of each."""
-        active: dict[AnswerStream, tuple[int, Row]] = {}
+        active: dict[S, tuple[int, Row]] = {}
         todo = iter(indices)
         try:
             while True:
@@ -114,18 +113,19 @@ class _Job:
             for stream in active:
                 stream.close()
 
-    def _start(self, row: Row) -> AnswerStream:
+    def _start(self, row: Row) -> S:
         if isinstance(row.asked, UsageError):
             raise row.asked
         return self._model.ask(row.asked.request, self._source.path.parent).submit()
 
-    def _reply(self, row: Row, stream: AnswerStream, tag: str) -> bytes:
+    def _reply(self, row: Row, stream: S, tag: str) -> bytes:
         assert isinstance(row.asked, Asked)
         try:
             answer = stream.finish()
-        except NotFiniteError as error:
+        except RequestError as error:
             return error_line(row.id, row.openai, error, tag)
-        return reply_line(row.id, row.openai, Reply(answer, stream.n_prompt_tokens, row.asked.model), tag)
+        reply = Reply(answer, stream.n_prompt_tokens, stream.n_new_tokens, row.asked.model)
+        return reply_line(row.id, row.openai, reply, tag)
 
     def _key(self, index: int) -> str:
         return id_key(self._source.entries[index].id)

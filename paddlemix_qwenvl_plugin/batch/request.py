@@ -29,16 +29,16 @@ class Reply:
 
     answer: Answer
     n_prompt_tokens: int
+    n_new_tokens: int
     model: str
 
     @property
     def usage(self) -> dict[str, int]:
         """The tokens of the prompt and of the answer, end token included."""
-        n_new = len(self.answer.token_ids)
         return {
             "prompt_tokens": self.n_prompt_tokens,
-            "completion_tokens": n_new,
-            "total_tokens": self.n_prompt_tokens + n_new,
+            "completion_tokens": self.n_new_tokens,
+            "total_tokens": self.n_prompt_tokens + self.n_new_tokens,
         }
 
 

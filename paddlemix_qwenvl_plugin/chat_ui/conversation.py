@@ -97,7 +97,7 @@ class Conversation:
         stream = self._session.ask(question)
         with self._view.stopping(stream):
             pieces = self._view.answer(stream)
-            turn = self._session.record(question, stream.answer, pieces)
+            turn = self._session.record(question, stream, pieces)
             if turn is None:
                 self._view.note("(stopped before the answer; the question does not count)")
             else:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import Any, Optional
 
 from PIL import Image
 
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
+from paddlemix_qwenvl_plugin.runtime.model import Conversation, Model, Stream
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
-from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.sources import is_data_url, without_password
-
-if TYPE_CHECKING:
-    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 
 @dataclass(frozen=True)
@@ -58,10 +55,10 @@ class Session:
         picture: the last picture asked about, to which the boxes of an answer refer.
     """
 
-    def __init__(self, vl: QwenVL, system: str, options: GenerationOptions) -> None:
+    def __init__(self, vl: Model[Any], system: str, options: GenerationOptions) -> None:
         self._vl = vl
         self._options = options
-        self._chat = vl.chat(system)
+        self._chat: Conversation[Stream] = vl.chat(system)
         self.clear()
 
     @property
@@ -88,17 +85,17 @@ class Session:
         self.attached.append(picture)
         return picture
 
-    def ask(self, question: str) -> AnswerStream:
+    def ask(self, question: str) -> Stream:
         """Ask about the attached pictures and all before. Errors as of `Chat.ask`; they leave everything as it was."""
         pictures = [{"image": picture.source} for picture in self.attached]
         return self._chat.ask([*pictures, {"text": question}], **asdict(self._options))
 
-    def record(self, question: str, answer: Answer, pieces: list[Piece]) -> Turn | None:
+    def record(self, question: str, stream: Stream, pieces: list[Piece]) -> Turn | None:
         """Note the turn that `ask` made; None if it was stopped before its first token, which makes no turn."""
-        if not answer.token_ids:
+        if not stream.n_new_tokens:
             return None
         pictures = tuple((picture.number, picture.name) for picture in self.attached)
-        turn = Turn(pictures, question, answer, tuple(pieces))
+        turn = Turn(pictures, question, stream.answer, tuple(pieces))
         self.turns.append(turn)
         if self.attached:
             self.picture = self.attached[-1]

@@ -15,8 +15,8 @@ from rich.console import Console
 from paddlemix_qwenvl_plugin.chat_ui.files import save_drawn
 from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
 from paddlemix_qwenvl_plugin.chat_ui.view import Plain, box_line, fragments
+from paddlemix_qwenvl_plugin.runtime.model import Stream
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
-from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.errors import one_line
 
 _STYLES = {"text": None, "ref": "bold cyan", "box": "green"}
@@ -55,10 +55,10 @@ class Terminal(Plain):
         self._console.file.write(preview(picture.image, os.environ))
         self._console.file.flush()
 
-    def stopping(self, stream: AnswerStream) -> contextlib.AbstractContextManager[None]:
+    def stopping(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
         return on_ctrl_c(stream.stop)
 
-    def answer(self, stream: AnswerStream) -> list[Piece]:
+    def answer(self, stream: Stream) -> list[Piece]:
         pieces: list[Piece] = []
 
         def noted() -> Iterator[Piece]:

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple, Optional
 
 from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
 from paddlemix_qwenvl_plugin.processing.boxes import Box
+from paddlemix_qwenvl_plugin.runtime.model import Stream
 from paddlemix_qwenvl_plugin.runtime.pieces import Piece
-from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.errors import one_line
 from paddlemix_qwenvl_plugin.util.text import without_controls
 
@@ -64,11 +64,11 @@ class Plain:
     def attached(self, picture: Picture) -> None:
         """Show a picture that was attached, to a person."""
 
-    def stopping(self, stream: AnswerStream) -> contextlib.AbstractContextManager[None]:
+    def stopping(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
         """Let Ctrl-C stop this answer, and nothing else; here the program, as others in a script."""
         return contextlib.nullcontext()
 
-    def answer(self, stream: AnswerStream) -> list[Piece]:
+    def answer(self, stream: Stream) -> list[Piece]:
         """Show an answer as it comes; its pieces, also of one that was stopped."""
         pieces = []
         for piece in stream:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -16,13 +16,13 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.files import check_target
 
 if TYPE_CHECKING:
+    from paddlemix_qwenvl_plugin.runtime.model import Model
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
-    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 
 def batch(
     context: typer.Context,
-    open_pair: Callable[[], QwenVL],
+    open_pair: Callable[[], Model[Any]],
     source: Path = typer.Argument(
         ..., metavar="IN.jsonl", help="A request on each line; - is standard input."
     ),

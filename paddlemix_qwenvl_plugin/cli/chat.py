@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
 if TYPE_CHECKING:
+    from paddlemix_qwenvl_plugin.runtime.model import Model
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
-    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 
 def chat(
     context: typer.Context,
-    open_pair: Callable[[], QwenVL],
+    open_pair: Callable[[], Model[Any]],
     image: Optional[list[str]] = typer.Option(
         None, "--image", help="Picture to begin with: path, data URL or http(s) URL; may be repeated."
     ),

@@ -26,7 +26,7 @@ from paddlemix_qwenvl_plugin.cli import (
     signals,
     verify,
 )
-from paddlemix_qwenvl_plugin.cli.options import GenerationCommand, evaluated, open_model
+from paddlemix_qwenvl_plugin.cli.options import GenerationCommand, evaluated, open_model, open_model_or_server
 from paddlemix_qwenvl_plugin.util import env
 from paddlemix_qwenvl_plugin.util.debug import print_traceback_if_debugging
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line, line_of, one_line
@@ -69,8 +69,8 @@ def _options(
 
 app.command("demo")(demo.demo)
 app.command("predict", cls=GenerationCommand)(evaluated(predict.predict, open_pair=open_model))
-app.command("batch", cls=GenerationCommand)(evaluated(batch.batch, open_pair=open_model))
-app.command("chat", cls=GenerationCommand)(evaluated(chat.chat, open_pair=open_model))
+app.command("batch", cls=GenerationCommand)(evaluated(batch.batch, open_pair=open_model_or_server))
+app.command("chat", cls=GenerationCommand)(evaluated(chat.chat, open_pair=open_model_or_server))
 app.command("export-vision")(evaluated(export.export_vision))
 app.command("export-language")(evaluated(export.export_language))
 app.command("verify")(verify.verify)

@@ -15,6 +15,8 @@ from typer.core import TyperCommand
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 if TYPE_CHECKING:
+    from paddlemix_qwenvl_plugin.processing.images import ImageLimits
+    from paddlemix_qwenvl_plugin.runtime.model import Model
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 FirstModelPath = Annotated[Path, typer.Option("--first_model_path", help="Exported vision stage (prefix).")]
@@ -104,20 +106,86 @@ def open_model(
     verify: Verify = False,
 ) -> QwenVL:
     """The predictor that these flags ask for."""
-    from paddlemix_qwenvl_plugin.processing.images import ImageLimits
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
-    limits = None
-    if allow_private_http:
-        if not allow_http:
-            raise UsageError("--allow_private_http: goes with --allow_http; give both")
-        limits = ImageLimits(allow_private=True)
+    limits = _limits(allow_http, allow_private_http)
     pair = QwenVL.from_exported(
         first_model_path, second_model_path, model, device, allow_http, limits, verify, gpu_memory
     )
     if picture_label is not None:
         pair.tokenizer.picture_label = picture_label
     return pair
+
+
+def open_model_or_server(
+    first_model_path: Annotated[
+        Optional[Path], typer.Option("--first_model_path", help="Exported vision stage (prefix).")
+    ] = None,
+    second_model_path: Annotated[
+        Optional[Path], typer.Option("--second_model_path", help="Exported language stage (prefix).")
+    ] = None,
+    url: Annotated[
+        Optional[str],
+        typer.Option("--url", help="Ask this server (qwenvl serve) in place of exported stages."),
+    ] = None,
+    api_key_file: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--api_key_file", help="File with the server's API key; default: the variable QWENVL_API_KEY."
+        ),
+    ] = None,
+    model: ModelFolder = None,
+    device: Device = "cpu",
+    gpu_memory: GpuMemory = 0.9,
+    picture_label: PictureLabel = None,
+    allow_http: AllowHttp = False,
+    allow_private_http: AllowPrivateHttp = False,
+    verify: Verify = False,
+) -> Model[Any]:
+    """The predictor that these flags ask for, or the model of a server."""
+    if url is None:
+        if api_key_file is not None:
+            raise UsageError("--api_key_file: goes with --url; give both")
+        if first_model_path is None or second_model_path is None:
+            raise UsageError("give --first_model_path and --second_model_path, or the --url of a server")
+        return open_model(
+            first_model_path,
+            second_model_path,
+            model,
+            device,
+            gpu_memory,
+            picture_label,
+            allow_http,
+            allow_private_http,
+            verify,
+        )
+    for flag, given in (
+        ("first_model_path", first_model_path is not None),
+        ("second_model_path", second_model_path is not None),
+        ("model_name_or_path", model is not None),
+        ("device", device != "cpu"),
+        ("gpu_memory", gpu_memory != 0.9),
+        ("picture_label", picture_label is not None),
+        ("verify", verify),
+    ):
+        if given:
+            raise UsageError(f"--{flag}: is for exported stages; leave it out, or --url")
+    from paddlemix_qwenvl_plugin.remote.access import check_url, read_key
+    from paddlemix_qwenvl_plugin.remote.model import ServerModel
+    from paddlemix_qwenvl_plugin.remote.server import Server
+
+    server = Server(check_url(url), read_key(api_key_file))
+    return ServerModel(server, allow_http, _limits(allow_http, allow_private_http))
+
+
+def _limits(allow_http: bool, allow_private_http: bool) -> Optional[ImageLimits]:
+    from paddlemix_qwenvl_plugin.processing.images import ImageLimits
+
+    if not allow_private_http:
+        return None
+    if not allow_http:
+        raise UsageError("--allow_private_http: goes with --allow_http; give both")
+    return ImageLimits(allow_private=True)
 
 
 class GenerationCommand(TyperCommand):

@@ -6,18 +6,27 @@ import ipaddress
 import re
 import socket
 import threading
-from typing import Union
+from collections.abc import Callable
+from typing import Optional, Union
 
 import httpx
 
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError, UsageError
 
 _CHUNK_BYTES = 64 * 1024
+_MAX_REDIRECTS = 5
 # Whose last 32 bits are an IPv4 address, to which a gateway passes on what is sent there (NAT64, RFC 6052).
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
-def download(url: str, name: str, max_bytes: int, timeout_seconds: float, allow_private: bool) -> bytes:
+def download(
+    url: str,
+    name: str,
+    max_bytes: int,
+    timeout_seconds: float,
+    allow_private: bool,
+    allows_host: Optional[Callable[[str], bool]] = None,
+) -> bytes:
     """The body of `url`, within `timeout_seconds` from the call to the last byte.
 
     httpx limits each read, so a server that sends a byte now and then would hold us for ever. A thread of its
@@ -27,17 +36,21 @@ def download(url: str, name: str, max_bytes: int, timeout_seconds: float, allow_
     Args:
         name: what error lines call the picture.
         max_bytes: the most that is read; a longer body is an error.
+        allows_host: whether a host, as the URL or a redirect names it, may be asked at all; None: every one. Not looked
+            at with `allow_private`.
 
     Raises:
-        UsageError: the host, or that of a redirect, is not at a public address.
+        UsageError: the host, or that of a redirect, is not allowed, or not at a public address.
+        TooLargeError: the body is longer.
         QwenVLError: what is wrong with the answer, or that there was none in time.
     """
     client = httpx.Client(
         follow_redirects=True,
+        max_redirects=_MAX_REDIRECTS,
         timeout=timeout_seconds,
         # Not compressed: a small body must not unfold into a large one.
         headers={"Accept-Encoding": "identity"},
-        transport=None if allow_private else _PublicTransport(name),
+        transport=None if allow_private else _PublicTransport(name, allows_host),
     )
     too_slow = QwenVLError(f"image {name} was not there within {timeout_seconds:g} seconds")
     outcome: list[Union[bytes, BaseException]] = []
@@ -82,13 +95,16 @@ class _PublicTransport(httpx.BaseTransport):
     httpx asks it for every redirect anew.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, allows_host: Optional[Callable[[str], bool]]) -> None:
         self._name = name
+        self._allows_host = allows_host
         # A connection is not used again: it is found by its address, and has shown one host's certificate.
         self._transport = httpx.HTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         host = request.url.raw_host.decode("ascii")
+        if self._allows_host is not None and not self._allows_host(host):
+            raise UsageError(f"image {self._name}: host {host} is not allowed")
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         addresses = dict.fromkeys(ipaddress.ip_address(entry[4][0]) for entry in found)
         public = [str(address) for address in addresses if is_public(address)]
@@ -120,7 +136,7 @@ class _PublicTransport(httpx.BaseTransport):
 
 
 def _fetch(client: httpx.Client, url: str, name: str, max_bytes: int) -> bytes:
-    too_large = QwenVLError(f"image {name} is larger than the limit of {max_bytes / 2**20:g} MiB")
+    too_large = TooLargeError(f"image {name} is larger than the limit of {max_bytes / 2**20:g} MiB")
     with client.stream("GET", url) as response:
         if response.status_code != 200:
             raise QwenVLError(f"image {name}: the server answered with status {response.status_code}")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from paddlemix_qwenvl_plugin.processing.quiet import quiet
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError, UsageError
 from paddlemix_qwenvl_plugin.util.sources import is_address, is_data_url, without_password
 
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -62,9 +62,18 @@ def preprocess(image: Image.Image, image_size: int = 448) -> npt.NDArray[np.floa
 
     The aspect ratio is not kept: boxes are in thousandths of the width and of the height for that reason.
     """
-    resized = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(resized, dtype=np.float32) / np.float32(255)
-    return np.ascontiguousarray(((pixels - _MEAN) / _STD).transpose(2, 0, 1))
+    return normalise(resize(image, image_size))
+
+
+def resize(image: Image.Image, image_size: int) -> npt.NDArray[np.uint8]:
+    """uint8 [image_size, image_size, 3]: RGB, bicubic."""
+    return np.asarray(image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC))
+
+
+def normalise(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """uint8 [image_size, image_size, 3] -> float32 [3, image_size, image_size] with CLIP's mean and deviation."""
+    scaled = pixels.astype(np.float32) / np.float32(255)
+    return np.ascontiguousarray(((scaled - _MEAN) / _STD).transpose(2, 0, 1))
 
 
 def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
@@ -81,10 +90,17 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
     """
     if isinstance(source, Image.Image):
         return _decode(source, "PIL image", limits)
+    encoded = read_encoded(source, allow_http=allow_http, limits=limits)
+    return decode_image(encoded, describe_source(source), limits)
+
+
+def read_encoded(source: Any, *, allow_http: bool = False, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """The encoded bytes of `source`, at most one more than the limit; `source` and errors as for `load_image`, which
+    reads them. No PIL picture, which has none."""
     if isinstance(source, (bytes, bytearray)):
-        return _open(bytes(source), "image bytes", limits)
+        return bytes(source)
     if isinstance(source, os.PathLike):
-        return _open_file(Path(source), limits)
+        return _read_file(Path(source), limits)
     if not isinstance(source, str):
         raise UsageError(
             f"image source must be a path, a URL, bytes or a PIL image, got {type(source).__name__}"
@@ -92,7 +108,7 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
     before_colon, colon, _ = source.partition(":")
     scheme = before_colon.lower() if colon else ""
     if scheme == "data":
-        return _open(_decode_data_url(source, limits), "data URL", limits)
+        return _decode_data_url(source, limits)
     if scheme in ("http", "https"):
         name = describe_source(source)
         if not allow_http:
@@ -101,13 +117,41 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
             raise UsageError(f"image {name}: this address names no host")
         from paddlemix_qwenvl_plugin.processing.download import download  # httpx is slow to import
 
-        content = download(source, name, limits.max_bytes, limits.timeout_seconds, limits.allow_private)
-        return _open(content, name, limits)
+        return download(source, name, limits.max_bytes, limits.timeout_seconds, limits.allow_private)
     if scheme == "file":
-        return _open_file(_file_url_path(source), limits)
+        return _read_file(_file_url_path(source), limits)
     if re.match(r"[a-z][a-z0-9+.-]*://", source, re.IGNORECASE):
         raise UsageError(f"image {describe_source(source)}: scheme {scheme!r} is not supported")
-    return _open_file(Path(source), limits)
+    return _read_file(Path(source), limits)
+
+
+def decode_image(encoded: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """The picture that is encoded in bytes, as `load_image` gives it; error lines call it `name`."""
+    if not encoded:
+        raise QwenVLError(f"image {name} is empty")
+    if len(encoded) > limits.max_bytes:
+        raise TooLargeError(f"image {name} is larger than the limit of {_mebibytes(limits.max_bytes)}")
+    try:
+        with quiet():
+            image = Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError as error:
+        raise QwenVLError(f"image {name} is not in a picture format that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise TooLargeError(f"image {name} has too many pixels: {error}") from error
+    except Exception as error:  # damaged headers raise almost anything in Pillow's format plugins
+        raise QwenVLError(f"image {name} cannot be read: {error}") from error
+    if image.format in _REFUSED_FORMATS:
+        raise QwenVLError(f"image {name}: the format {image.format} is not accepted")
+    return _decode(image, name, limits)
+
+
+def from_folder(source: Any, folder: Optional[Path]) -> Any:
+    """`source`, where it is a relative path from `folder` on."""
+    return (
+        folder / source
+        if folder is not None and isinstance(source, str) and not is_address(source)
+        else source
+    )
 
 
 def local_path(source: str) -> Optional[Path]:
@@ -129,7 +173,7 @@ def describe_source(source: Any) -> str:
     return name if len(name) <= 120 else f"{name[:80]}…{name[-39:]}"
 
 
-def _open_file(path: Path, limits: ImageLimits) -> Image.Image:
+def _read_file(path: Path, limits: ImageLimits) -> bytes:
     name = describe_source(path)
     try:
         mode = path.stat().st_mode
@@ -138,14 +182,13 @@ def _open_file(path: Path, limits: ImageLimits) -> Image.Image:
         if not stat.S_ISREG(mode):  # a pipe or a device may never end
             raise UsageError(f"image {name} is not a regular file")
         with path.open("rb") as file:
-            encoded = file.read(limits.max_bytes + 1)
+            return file.read(limits.max_bytes + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"image {name} does not exist") from error
     except OSError as error:
         raise UsageError(f"image {name} cannot be read: {error.strerror}") from error
     except ValueError as error:  # a null character or half a surrogate pair
         raise UsageError(f"image {name} cannot be a file name: {error}") from error
-    return _open(encoded, name, limits)
 
 
 def _has_host(url: str) -> bool:
@@ -168,7 +211,7 @@ def _decode_data_url(url: str, limits: ImageLimits) -> bytes:
         raise UsageError("data URL has no comma between its header and its data")
     # Escapes take three characters for a byte, base64 less.
     if len(payload) > 3 * limits.max_bytes + 3:
-        raise QwenVLError(f"image data URL is larger than the limit of {_mebibytes(limits.max_bytes)}")
+        raise TooLargeError(f"image data URL is larger than the limit of {_mebibytes(limits.max_bytes)}")
     encoded = unquote_to_bytes(payload.encode("utf-8", errors="replace"))
     if not header.lower().endswith(";base64"):
         return encoded
@@ -179,29 +222,10 @@ def _decode_data_url(url: str, limits: ImageLimits) -> bytes:
         raise UsageError(f"data URL is not valid base64: {error}") from error
 
 
-def _open(encoded: bytes, name: str, limits: ImageLimits) -> Image.Image:
-    if not encoded:
-        raise QwenVLError(f"image {name} is empty")
-    if len(encoded) > limits.max_bytes:
-        raise QwenVLError(f"image {name} is larger than the limit of {_mebibytes(limits.max_bytes)}")
-    try:
-        with quiet():
-            image = Image.open(io.BytesIO(encoded))
-    except UnidentifiedImageError as error:
-        raise QwenVLError(f"image {name} is not in a picture format that Pillow knows") from error
-    except Image.DecompressionBombError as error:
-        raise QwenVLError(f"image {name} has too many pixels: {error}") from error
-    except Exception as error:  # damaged headers raise almost anything in Pillow's format plugins
-        raise QwenVLError(f"image {name} cannot be read: {error}") from error
-    if image.format in _REFUSED_FORMATS:
-        raise QwenVLError(f"image {name}: the format {image.format} is not accepted")
-    return _decode(image, name, limits)
-
-
 def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
     width, height = image.size
     if width * height > limits.max_pixels:
-        raise QwenVLError(
+        raise TooLargeError(
             f"image {name} is {width} x {height} pixels, more than the limit of {limits.max_pixels} pixels"
         )
     if width == 0 or height == 0:
@@ -212,6 +236,8 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
             turn = _turn(image)
             pixels = _as_rgb(image)
         return pixels if turn is None else pixels.transpose(turn)
+    except MemoryError as error:
+        raise TooLargeError(f"image {name} of {width} x {height} pixels: out of memory") from error
     except Exception as error:  # as above: the plugins have no common error for damaged data
         raise QwenVLError(f"image {name} is damaged or cut short: {error}") from error
 

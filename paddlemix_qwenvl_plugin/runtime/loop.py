@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN, Executor
 from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
 from paddlemix_qwenvl_plugin.runtime.image_cache import ImageCache
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Scheduler
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, RequestError
 from paddlemix_qwenvl_plugin.util.program import program
 
 # How long prompts may hold up those who decode, in a step.
@@ -23,7 +23,7 @@ _STALL_SECONDS = 0.25
 _LEAST_PROMPT_TOKENS = 32
 
 
-class NotFiniteError(QwenVLError):
+class NotFiniteError(RequestError):
     """The logits of a request are infinite or not numbers. Other requests go on."""
 
     def __init__(self) -> None:

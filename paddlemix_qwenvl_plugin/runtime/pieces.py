@@ -33,7 +33,8 @@ class Piece:
 class PieceBuilder:
     """Tokens in, pieces out. A character is handed out when its last byte is there, a tag with its end tag."""
 
-    def __init__(self, tokenizer: QwenTokenizer) -> None:
+    def __init__(self, tokenizer: Optional[QwenTokenizer] = None) -> None:
+        """`tokenizer` is what `add` needs."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
@@ -41,7 +42,12 @@ class PieceBuilder:
 
     def add(self, token: int) -> Iterator[Piece]:
         """The pieces that are complete with this token."""
-        self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
+        assert self._tokenizer is not None
+        return self.add_text(self._decoder.decode(self._tokenizer.token_bytes(token)))
+
+    def add_text(self, text: str) -> Iterator[Piece]:
+        """The pieces that are complete with this text, for a caller that decodes the tokens itself."""
+        self._held += text
         return self._complete(last=False)
 
     def finish(self) -> Iterator[Piece]:

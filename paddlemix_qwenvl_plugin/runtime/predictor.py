@@ -17,7 +17,7 @@ from PIL import Image
 from paddlemix_qwenvl_plugin.artifact.manifest import check_pair
 from paddlemix_qwenvl_plugin.artifact.verify import verify as verify_stage
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, is_chat_model, load_config
-from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess
+from paddlemix_qwenvl_plugin.processing.images import ImageLimits, from_folder, load_image, preprocess
 from paddlemix_qwenvl_plugin.processing.prompts import (
     Part,
     Prompt,
@@ -38,7 +38,6 @@ from paddlemix_qwenvl_plugin.runtime.programs import Stage, stage_prefix
 from paddlemix_qwenvl_plugin.runtime.request import DEFAULT_SYSTEM, Request
 from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
-from paddlemix_qwenvl_plugin.util.sources import is_address
 
 PathLike = Union[str, Path]
 
@@ -113,6 +112,11 @@ class QwenVL:
         """The tokenizer of the model folder."""
         return QwenTokenizer.of_model(self._model, self.config)
 
+    @property
+    def picture_label(self) -> str:
+        """What a prompt writes before an image."""
+        return self.tokenizer.picture_label
+
     @cached_property
     def is_chat(self) -> bool:
         """Whether the model is asked in the chat form unless a request says otherwise: as its folder says."""
@@ -146,9 +150,10 @@ class QwenVL:
 
     def load_images(self, sources: Sequence[Any], folder: Optional[Path] = None) -> list[Image.Image]:
         """Open images as this predictor's `allow_http` and `limits` let it; relative paths start from `folder`."""
-        if folder is not None:
-            sources = [folder / i if isinstance(i, str) and not is_address(i) else i for i in sources]
-        return [load_image(i, allow_http=self._allow_http, limits=self._limits) for i in sources]
+        return [
+            load_image(from_folder(source, folder), allow_http=self._allow_http, limits=self._limits)
+            for source in sources
+        ]
 
     def image_inputs(self, images: Sequence[Image.Image]) -> list[ImageInput]:
         """Images as a request takes them."""

@@ -103,6 +103,11 @@ class AnswerStream(Iterator[Piece]):
         return len(self._generation.prompt)
 
     @property
+    def n_new_tokens(self) -> int:
+        """Tokens of the answer so far, the end token included."""
+        return self._n_seen
+
+    @property
     def answer(self) -> Answer:
         """The whole answer, or what was said so far."""
         generation = self._generation

@@ -88,9 +88,9 @@ class ServeSettings(BaseSettings):
     max_images: Annotated[int, Field(ge=0, description="Most images of a request.")] = 8
     max_image_bytes: Annotated[int, Field(ge=1, description="Most bytes of an encoded image.")] = 20 * 2**20
     max_image_pixels: Annotated[int, Field(ge=1, description="Most pixels of an image.")] = 64_000_000
-    image_timeout: Annotated[float, Field(gt=0, description="Seconds to download and decode an image.")] = (
-        10.0
-    )
+    image_timeout: Annotated[
+        float, Field(gt=0, description="Seconds to download an image, and again to decode it.")
+    ] = 10.0
     image_workers: Annotated[int, Field(ge=1, le=64, description="Processes that decode images.")] = 2
     image_hosts: Annotated[
         list[str],

@@ -21,6 +21,14 @@ class UsageError(QwenVLError):
     exit_code = 2
 
 
+class RequestError(QwenVLError):
+    """One of several requests failed; the others can go on."""
+
+
+class TooLargeError(QwenVLError):
+    """Something takes more bytes, pixels or memory than it may."""
+
+
 def one_line(text: str) -> str:
     """`text` on one line that can be read, whatever a file in it is called or holds: nothing that a terminal obeys, and
     where it is very long its two ends."""

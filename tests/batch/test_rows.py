@@ -182,7 +182,7 @@ def test_wrong_openai_rows(row, message):
 
 
 def test_plain_output():
-    line = reply_line(3, False, Reply(ANSWER, 300, "m"), "tag")
+    line = reply_line(3, False, Reply(ANSWER, 300, len(ANSWER.token_ids), "m"), "tag")
     assert "狗".encode() in line
     assert json.loads(line) == {
         "id": 3,
@@ -205,7 +205,7 @@ def test_plain_output():
 
 
 def test_openai_output():
-    row = json.loads(reply_line("a", True, Reply(ANSWER, 300, "m"), "tag"))
+    row = json.loads(reply_line("a", True, Reply(ANSWER, 300, len(ANSWER.token_ids), "m"), "tag"))
     body = row["response"].pop("body")
     assert row == {
         "id": "batch_req_tag",
@@ -235,7 +235,7 @@ def test_openai_output():
 def test_output_lines_are_known_again(row_id):
     for openai in (False, True):
         for failed, line in (
-            (False, reply_line(row_id, openai, Reply(ANSWER, 1, "m"), "tag")),
+            (False, reply_line(row_id, openai, Reply(ANSWER, 1, len(ANSWER.token_ids), "m"), "tag")),
             (True, error_line(row_id, openai, QwenVLError("no"), "tag")),
         ):
             assert line.count(b"\n") == 1

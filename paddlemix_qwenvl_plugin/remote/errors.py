@@ -1,0 +1,91 @@
+"""What a server's error means for who asked."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Optional
+
+import httpx
+
+from paddlemix_qwenvl_plugin.util import env
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, RequestError, UsageError
+
+
+class RefusedError(RequestError, UsageError):
+    """The request is wrong, says the server.
+
+    Attributes:
+        param, code: of OpenAI's error object.
+    """
+
+    def __init__(self, message: str, param: Optional[str], code: Optional[str]) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class BusyError(QwenVLError):
+    """The server cannot carry this request now.
+
+    Attributes:
+        retry_after: the seconds after which to try again, if it said so.
+    """
+
+    def __init__(self, message: str, retry_after: Optional[float]) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+def error_of_response(url: str, response: httpx.Response) -> QwenVLError:
+    """The error that a response (read) with another status than 200 is."""
+    status = response.status_code
+    error = _error_object(response.content)
+    message = str(error.get("message") or f"{response.reason_phrase or 'no reason given'}")
+    if status in (400, 413, 415, 422):
+        return RefusedError(message, error.get("param"), error.get("code"))
+    if status == 500:
+        return RequestError(f"{url}: {message}")
+    if status in (429, 502, 503, 504):
+        seconds = _retry_after(response)
+        when = "later" if seconds is None else f"in {seconds:g} seconds"
+        return BusyError(f"{url}: {message} (status {status}); try again {when}", seconds)
+    if status in (401, 403):
+        return QwenVLError(f"{url}: {message}; give its API key with --api_key_file or {env.API_KEY.name}")
+    return QwenVLError(
+        f"{url}: {message} (status {status}); is it the address of an OpenAI-compatible server?"
+    )
+
+
+def error_of_event(url: str, error: Any) -> QwenVLError:
+    """The error that an event in the middle of a stream is."""
+    given = error if isinstance(error, dict) else {"message": error}
+    message = str(given.get("message"))
+    if given.get("type") == "invalid_request_error":
+        return RefusedError(message, given.get("param"), given.get("code"))
+    return RequestError(f"{url}: {message}")
+
+
+def error_of_connection(url: str, error: Exception) -> QwenVLError:
+    """The error that there was no response, or not the whole of one."""
+    reason = str(error) or type(error).__name__
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+        return QwenVLError(f"{url}: cannot be reached ({reason}); is the server running there?")
+    return QwenVLError(f"{url}: the connection broke ({reason})")
+
+
+def no_openai_form(url: str) -> QwenVLError:
+    """The error that a response is not what it should be."""
+    return QwenVLError(f"{url}: its answer is not in OpenAI's form; is it an OpenAI-compatible server?")
+
+
+def _error_object(content: bytes) -> dict[str, Any]:
+    try:
+        error = json.loads(content)["error"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return error if isinstance(error, dict) else {"message": error}
+
+
+def _retry_after(response: httpx.Response) -> Optional[float]:
+    text = response.headers.get("Retry-After", "")
+    return float(text) if text.isascii() and text.isdigit() and len(text) < 10 else None

@@ -1,0 +1,141 @@
+"""An answer that a server sends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, NamedTuple, Optional
+
+from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
+from paddlemix_qwenvl_plugin.remote.server import Server
+from paddlemix_qwenvl_plugin.runtime.answer import Answer
+from paddlemix_qwenvl_plugin.runtime.pieces import Piece, PieceBuilder
+
+
+class End(NamedTuple):
+    """How an answer ended."""
+
+    finish_reason: str
+    n_prompt_tokens: int
+    n_new_tokens: int
+
+
+Work = Callable[[Callable[[str], None]], Coroutine[Any, Any, End]]
+"""What asks the server, and hands on the text that it gets."""
+
+
+class ServerStream(Iterator[Piece]):
+    """As AnswerStream. The ids of tokens stay with the server, and so does how it spent its time."""
+
+    def __init__(
+        self,
+        server: Server,
+        work: Work,
+        image_size: Optional[tuple[int, int]],
+        prepare_seconds: float,
+        on_end: Callable[[Answer], None] = lambda answer: None,
+    ) -> None:
+        """Arguments as of AnswerStream."""
+        self._server = server
+        self._work = work
+        self._image_size = image_size
+        self._prepare_seconds = prepare_seconds
+        self._on_end = on_end
+        self._start = self._seconds = 0.0
+        self._stopping = False
+        # Unlike other queues, a signal handler may put something into it.
+        self._coming: SimpleQueue[Optional[str]] = SimpleQueue()
+        self._future: Optional[Future[End]] = None
+        self._end: Optional[End] = None
+        self._said: list[str] = []
+        self._texts = self._receive()
+        self._pieces = self._assemble()
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def submit(self) -> ServerStream:
+        """Ask now, before the first piece is wanted."""
+        if self._future is None:
+            self._start = time.perf_counter()
+            self._future = self._server.start(self._work(self._coming.put))
+            self._future.add_done_callback(lambda _: self._coming.put(None))
+        return self
+
+    def stop(self) -> None:
+        """End the iteration; a signal handler or another thread may call this."""
+        self._stopping = True
+        self._coming.put(None)
+
+    def close(self) -> None:
+        """Cancel the request."""
+        self._pieces.close()
+        self._texts.close()
+        if self._future is not None:
+            self._future.cancel()
+
+    def finish(self) -> Answer:
+        """Wait for what is left, and return the whole answer."""
+        for _ in self._texts:
+            pass
+        return self.answer
+
+    @property
+    def future(self) -> Future[End]:
+        """Of the request, which is submitted."""
+        assert self._future is not None
+        return self._future
+
+    @property
+    def n_prompt_tokens(self) -> int:
+        """Tokens of the prompt, as the server counted them; 0 before the end."""
+        return self._end.n_prompt_tokens if self._end is not None else 0
+
+    @property
+    def n_new_tokens(self) -> int:
+        """Tokens of the answer, as the server counted them; before the end the number of texts that came."""
+        return self._end.n_new_tokens if self._end is not None else len(self._said)
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, or what was said so far."""
+        text = "".join(self._said)
+        parsed = parse_boxes(text)
+        return Answer(
+            text,
+            tuple(parsed.boxes),
+            self._image_size,
+            tuple(parsed.problems),
+            [],
+            self._end.finish_reason if self._end is not None else "cancelled",
+            {"prepare": self._prepare_seconds, "server": self._seconds},
+        )
+
+    def _assemble(self) -> Generator[Piece, None, None]:
+        builder = PieceBuilder()
+        for text in self._texts:
+            yield from builder.add_text(text)
+        yield from builder.finish()
+
+    def _receive(self) -> Generator[str, None, None]:
+        future = self.submit().future
+        failed = False
+        try:
+            while not self._stopping:
+                text = self._coming.get()
+                if text is not None:
+                    self._said.append(text)
+                    yield text
+                elif not self._stopping:
+                    self._end = future.result()
+                    return
+        except Exception:
+            failed = True
+            raise
+        finally:
+            future.cancel()
+            self._seconds = time.perf_counter() - self._start
+            if self.n_new_tokens and not failed:
+                self._on_end(self.answer)

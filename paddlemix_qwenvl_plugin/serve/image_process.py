@@ -1,0 +1,128 @@
+"""The front's side of one image worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from asyncio.subprocess import PIPE, Process
+from typing import Optional
+
+import numpy as np
+
+from paddlemix_qwenvl_plugin.serve import image_worker
+from paddlemix_qwenvl_plugin.serve.service import LoadedImage
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError
+
+_START_SECONDS = 60.0
+# What a decoder loses is given back then.
+_MOST_IMAGES = 1000
+_LONGEST_MESSAGE = 16 * 1024
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+
+
+class NoWorkerError(QwenVLError):
+    """The worker process cannot be started."""
+
+
+class ImageProcess:
+    """A worker process that decodes one image at a time: started when it is needed, killed when it takes too long."""
+
+    def __init__(self, image_size: int, max_bytes: int, max_pixels: int, timeout_seconds: float) -> None:
+        """See ImageLimits; `timeout_seconds` are for one image."""
+        self._image_size = image_size
+        self._arguments = [str(image_size), str(max_bytes), str(max_pixels)]
+        self._timeout_seconds = timeout_seconds
+        self._process: Optional[Process] = None
+        self._n_images = 0
+
+    @property
+    def pid(self) -> Optional[int]:
+        """Of the process, if there is one."""
+        return self._process.pid if self._process is not None else None
+
+    async def start(self) -> None:
+        """Start the process unless it is there.
+
+        Raises:
+            NoWorkerError: it does not start.
+        """
+        if self._process is not None and self._process.returncode is None and self._n_images < _MOST_IMAGES:
+            return
+        await self.stop()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", image_worker.__name__, *self._arguments),
+                stdin=PIPE,
+                stdout=PIPE,
+                env={**os.environ, **_ENVIRONMENT},
+            )
+            self._n_images = 0
+            kind, _ = await asyncio.wait_for(self._read_frame(), _START_SECONDS)
+            if kind != image_worker.READY:
+                raise EOFError
+        except (OSError, EOFError, asyncio.TimeoutError) as error:
+            await self.stop()
+            raise NoWorkerError("a process that decodes images does not start") from error
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def decode(self, kind: bytes, encoded: bytes) -> LoadedImage:
+        """Decode an encoded image (kind BYTES) or a data: URL (DATA_URL).
+
+        Raises:
+            TooLargeError: more bytes, pixels, memory or time than there may be.
+            NoWorkerError: see `start`.
+            QwenVLError: it is no image, or the process died of it.
+        """
+        await self.start()
+        self._n_images += 1
+        try:
+            answer, payload = await asyncio.wait_for(self._ask(kind, encoded), self._timeout_seconds)
+        except asyncio.TimeoutError:
+            await self.stop()
+            raise TooLargeError(f"decoding it takes more than {self._timeout_seconds:g} seconds") from None
+        except (EOFError, ConnectionError):
+            await self.stop()
+            raise QwenVLError("the process that was decoding it ended: damaged, or too much memory") from None
+        except BaseException:
+            await self.stop()
+            raise
+        if answer == image_worker.IMAGE:
+            header, shape = image_worker.SIZE, (self._image_size, self._image_size, 3)
+            return LoadedImage(
+                np.frombuffer(payload, np.uint8, offset=header.size).reshape(shape),
+                header.unpack_from(payload),
+            )
+        message = payload.decode("utf-8", "replace")
+        raise TooLargeError(message) if answer == image_worker.TOO_LARGE else QwenVLError(message)
+
+    async def stop(self) -> None:
+        """Kill the process, whatever it does; it is gone when this returns."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+    async def _ask(self, kind: bytes, encoded: bytes) -> tuple[bytes, bytes]:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(image_worker.HEADER.pack(kind, len(encoded)))
+        self._process.stdin.write(encoded)
+        await self._process.stdin.drain()
+        return await self._read_frame()
+
+    async def _read_frame(self) -> tuple[bytes, bytes]:
+        """Kind and payload; EOFError where it ends or sends what it must not."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        header = await self._process.stdout.readexactly(image_worker.HEADER.size)
+        kind, n = image_worker.HEADER.unpack(header)
+        n_image = image_worker.SIZE.size + self._image_size**2 * 3
+        if n != n_image if kind == image_worker.IMAGE else n > _LONGEST_MESSAGE:
+            raise EOFError
+        return kind, await self._process.stdout.readexactly(n)

@@ -1,0 +1,120 @@
+"""The process that decodes images for the front, one after the other: `python -m … IMAGE_SIZE MAX_BYTES MAX_PIXELS`.
+
+It trusts no image: an image may be a decompression bomb, or make a decoder crash or run for ever. Its memory is limited
+here, its time by the front, which kills it. It imports Pillow and NumPy, and neither Paddle nor what the front needs.
+
+A frame is a kind (1 byte), the length of its payload (uint32, big-endian) and the payload. In come encoded images
+(BYTES) and data: URLs in ASCII (DATA_URL). Out come READY once, and for each frame an IMAGE, which is width and height
+(uint32 each) and the pixels, or why there is none, as UTF-8: TOO_LARGE or INVALID.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import struct
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, features
+
+from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, resize
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError, UsageError, line_of
+
+HEADER = struct.Struct(">cI")
+SIZE = struct.Struct(">II")
+BYTES, DATA_URL = b"B", b"U"
+READY, IMAGE, TOO_LARGE, INVALID = b"R", b"I", b"L", b"X"
+
+# Measured, bytes a pixel: 12 for JPEG and PNG, 16 for AVIF, 20 for WebP, 23 for JPEG 2000 without transparency. An
+# encoded image lies in memory as a URL, its text, and decoded.
+_BYTES_PER_PIXEL = 32
+_COPIES_OF_ENCODED = 6
+_BYTES_BESIDE = 128 * 2**20
+_MAX_OPEN_FILES = 16
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Decode what standard input asks for until it ends."""
+    _end_with_parent()
+    image_size, max_bytes, max_pixels = (int(argument) for argument in sys.argv[1:4])
+    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # a library that prints must not write into a frame
+    _limit_memory(max_bytes, max_pixels)
+    limits = ImageLimits(max_bytes, max_pixels)
+    _write(replies, READY, b"")
+    while header := requests.read(HEADER.size):
+        kind, n = HEADER.unpack(header)
+        _write(replies, *_answer(kind, requests.read(n), image_size, limits))
+
+
+def _answer(kind: bytes, payload: bytes, image_size: int, limits: ImageLimits) -> tuple[bytes, bytes]:
+    """The kind and the payload of the reply."""
+    try:
+        size, pixels = _decode(kind, payload, image_size, limits)
+    except TooLargeError as error:
+        return TOO_LARGE, line_of(error).encode()
+    except MemoryError:
+        return TOO_LARGE, b"image: out of memory"
+    except QwenVLError as error:
+        return INVALID, line_of(error).encode()
+    return IMAGE, SIZE.pack(*size) + pixels.tobytes()
+
+
+def _decode(
+    kind: bytes, payload: bytes, image_size: int, limits: ImageLimits
+) -> tuple[tuple[int, int], NDArray[np.uint8]]:
+    if kind == BYTES:
+        image = load_image(payload, limits=limits)
+    else:
+        url = payload.decode("ascii")
+        if kind != DATA_URL or url[:5].lower() != "data:":  # load_image would open a path
+            raise UsageError("not a data: URL")
+        image = load_image(url, limits=limits)
+    return image.size, resize(image, image_size)
+
+
+def _write(file: BinaryIO, kind: bytes, payload: bytes) -> None:
+    file.write(HEADER.pack(kind, len(payload)) + payload)
+    file.flush()
+
+
+def _end_with_parent() -> None:
+    """Die with the front, also in the middle of an image; else the end of standard input ends the process."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the front's: it ends us when its last requests are done
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _limit_memory(max_bytes: int, max_pixels: int) -> None:
+    """Limit what is left to take after all imports, and leave little else to do than computing."""
+    Image.init()  # the plugins of all formats
+    if features.check("avif"):
+        from PIL import AvifImagePlugin
+
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there are as many processes as may compute at once
+    for limit, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, _MAX_OPEN_FILES),
+    ):
+        resource.setrlimit(limit, (value, value))
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")  # before any other process
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        more = _BYTES_PER_PIXEL * max_pixels + _COPIES_OF_ENCODED * max_bytes + _BYTES_BESIDE
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + more, in_use + more))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Images of requests: data: URLs and, where the settings list hosts, http(s) URLs; decoded in child processes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from typing import Optional
+
+from paddlemix_qwenvl_plugin.serve import image_worker
+from paddlemix_qwenvl_plugin.serve.errors import ApiError
+from paddlemix_qwenvl_plugin.serve.image_hosts import ImageHosts
+from paddlemix_qwenvl_plugin.serve.image_process import ImageProcess, NoWorkerError
+from paddlemix_qwenvl_plugin.serve.service import LoadedImage
+from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError, line_of
+
+# About a hundred images. A conversation sends its images again with each turn.
+_CACHE_BYTES = 64 * 2**20
+
+
+class WorkerImageLoader:
+    """The ImageLoader of service.py.
+
+    An image that is being decoded is decoded to its end even where its request is cancelled: that is sooner done than
+    a new process started. `load` waits for a free process for as long as that takes, or until it is cancelled.
+    """
+
+    def __init__(self, settings: ServeSettings, image_size: int) -> None:
+        """
+        Args:
+            image_size: of the model, in pixels.
+        """
+        self._hosts = ImageHosts(settings.image_hosts, settings.max_image_bytes, settings.image_timeout)
+        self._processes = [
+            ImageProcess(
+                image_size, settings.max_image_bytes, settings.max_image_pixels, settings.image_timeout
+            )
+            for _ in range(settings.image_workers)
+        ]
+        self._free: Optional[asyncio.LifoQueue[ImageProcess]] = None  # the one used last is running already
+        self._decoding: set[asyncio.Task[LoadedImage]] = set()
+        self._cache: OrderedDict[bytes, LoadedImage] = OrderedDict()
+        self._cached_bytes = 0
+        self.n_cache_hits = 0
+
+    async def start(self) -> None:
+        """Start all processes, which `load` does at the latest.
+
+        Raises:
+            NoWorkerError: they do not start.
+        """
+        await asyncio.gather(*(process.start() for process in self._processes))
+
+    async def load(self, url: str, param: str) -> LoadedImage:
+        """See ImageLoader."""
+        scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
+        if scheme == "data":
+            if not url.isascii():
+                raise _error(param, "a data: URL must be ASCII", "invalid_image_url")
+            return await self._decoded(image_worker.DATA_URL, url.encode("ascii"), param)
+        if scheme in ("http", "https"):
+            return await self._decoded(image_worker.BYTES, await self._hosts.fetch(url, param), param)
+        raise _error(
+            param, "must be a data: URL (data:image/png;base64,…) or an http(s) URL", "invalid_image_url"
+        )
+
+    async def close(self) -> None:
+        """See ImageLoader."""
+        for task in list(self._decoding):
+            task.cancel()
+        await asyncio.gather(*self._decoding, return_exceptions=True)
+        await asyncio.gather(*(process.stop() for process in self._processes))
+
+    async def _decoded(self, kind: bytes, encoded: bytes, param: str) -> LoadedImage:
+        key = await asyncio.to_thread(_digest, kind, encoded)
+        found = self._cache.get(key)
+        if found is not None:
+            self._cache.move_to_end(key)
+            self.n_cache_hits += 1
+            return found
+        try:
+            image = await self._decode(kind, encoded)
+        except TooLargeError as error:
+            raise _error(param, f"{line_of(error)}; send a smaller one", "image_too_large") from error
+        except NoWorkerError as error:
+            raise ApiError(503, f"{line_of(error)}; try again later", "server_error", param) from error
+        except QwenVLError as error:
+            hint = "check that it is a whole PNG, JPEG or WebP image"
+            raise _error(param, f"{line_of(error)}; {hint}", "invalid_image") from error
+        self._keep(key, image)
+        return image
+
+    async def _decode(self, kind: bytes, encoded: bytes) -> LoadedImage:
+        if self._free is None:
+            self._free = asyncio.LifoQueue()
+            for process in self._processes:
+                self._free.put_nowait(process)
+        free, process = self._free, await self._free.get()
+        task = asyncio.ensure_future(process.decode(kind, encoded))
+        self._decoding.add(task)
+
+        def ended(task: asyncio.Task[LoadedImage]) -> None:
+            self._decoding.discard(task)
+            free.put_nowait(process)
+            if not task.cancelled():
+                task.exception()  # whoever asked may be gone
+
+        task.add_done_callback(ended)
+        return await asyncio.shield(task)
+
+    def _keep(self, key: bytes, image: LoadedImage) -> None:
+        if key not in self._cache:
+            self._cache[key] = image
+            self._cached_bytes += image.pixels.nbytes
+        while self._cached_bytes > _CACHE_BYTES:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached_bytes -= oldest.pixels.nbytes
+
+
+def _digest(kind: bytes, encoded: bytes) -> bytes:
+    digest = hashlib.sha256(kind)
+    digest.update(encoded)  # lets other threads run
+    return digest.digest()
+
+
+def _error(param: str, message: str, code: str) -> ApiError:
+    return ApiError(400, f"{param}: {message}", param=param, code=code)

@@ -1,0 +1,285 @@
+"""`qwenvl batch --url`: the results of a job on stages, from a server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+from base64 import b64encode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from remote_server import FakeServer, Said, fake_server, images, last_text
+
+from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin.batch.job import run
+from paddlemix_qwenvl_plugin.batch.source import Source
+from paddlemix_qwenvl_plugin.cli.main import main
+from paddlemix_qwenvl_plugin.remote import server as remote
+from paddlemix_qwenvl_plugin.remote.model import ServerModel
+from paddlemix_qwenvl_plugin.remote.server import Server
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.request import Request
+
+STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
+DATA_URL = "data:image/png;base64," + b64encode(STREET.read_bytes()).decode()
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with fake_server() as made:
+        yield made
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(STREET, "street.png")
+    return tmp_path
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def results() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def batch(
+    server: FakeServer, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
+    """Runs `qwenvl batch in.jsonl out.jsonl --url …`: exit code, stdout, stderr."""
+
+    def batch(*flags: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(
+            sys, "argv", ["qwenvl", "batch", "in.jsonl", "out.jsonl", "--url", server.url, *flags]
+        )
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return batch
+
+
+def openai_row(row_id: str, *messages: Any, **body: Any) -> dict[str, Any]:
+    made = [{"role": role, "content": content} for role, content in messages]
+    return {"custom_id": row_id, "body": {"messages": made, **body}}
+
+
+def test_as_on_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> None:
+    """The server has the model that the other job opens; images as data: URLs, which have no name in either prompt."""
+    vl = QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
+    image = {"type": "image_url", "image_url": {"url": DATA_URL}}
+    write(
+        [
+            {"id": 1, "image": DATA_URL, "prompt": "What is it?"},
+            {"id": "two", "prompt": "Who are you?", "chat": True, "system": "Be brief.", "max_new_tokens": 3},
+            {
+                "id": 3,
+                "images": [DATA_URL, DATA_URL],
+                "prompt": "Both?",
+                "chat": True,
+                "temperature": 1.5,
+                "seed": 4,
+            },
+            {"id": 4, "image": "no.png", "prompt": "?"},
+            {"id": 5, "image": "street.png"},
+            openai_row(
+                "six", ("system", "Short."), ("user", [image]), ("assistant", "A street."), ("user", "Sure?")
+            ),
+            openai_row("seven", ("user", "Hello"), tools=[]),
+        ]
+    )
+
+    def parts(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {"text": p["text"]} if p["type"] == "text" else {"image": p["image_url"]["url"]} for p in content
+        ]
+
+    def answer(body: dict[str, Any]) -> Said:
+        options = {
+            "max_new_tokens": body["max_tokens"],
+            "temperature": body["temperature"],
+            "seed": body.get("seed"),
+        }
+        if "messages" in body:
+            system, *turns, question = body["messages"]
+            contents = [turn["content"] for turn in turns]
+            history = [(parts(asked), said) for asked, said in zip(contents[::2], contents[1::2])]
+            kind: dict[str, Any] = {"chat": True, "system": system["content"], "history": history}
+            stream = vl.stream(parts(question["content"]), **kind, **options)
+        else:
+            stream = vl.stream(parts(body["prompt"]), chat=False, **options)
+        whole = stream.finish()
+        usage = {"prompt_tokens": stream.n_prompt_tokens, "completion_tokens": len(whole.token_ids)}
+        return Said(whole.text, whole.finish_reason, usage)
+
+    server.answer = answer
+    # As a server with the base model, as which the tiny one counts.
+    server.refuse = lambda path, body: (
+        (400, {"message": "no chat model", "param": "model"}, {})
+        if path == "/v1/chat/completions"
+        and body["messages"][0]["content"] == "You are a helpful assistant."
+        and "Both?" not in last_text(body)
+        else None
+    )
+    code, out, err = batch("--max_new_tokens", "6", "--batch_size", "3")
+    assert (code, out) == (1, "out.jsonl: wrote 7 rows\n")
+    assert "2 of 7 rows failed" in err
+    from_server = results()
+    Path("out.jsonl").unlink()
+    run(Source(Path("in.jsonl"), GenerationOptions(max_new_tokens=6)), Path("out.jsonl"), vl, 3)
+    for row, expected in zip(from_server, results()):
+        for each in (row, expected):
+            if each.get("response"):
+                for key in ("id", "created"):
+                    del each["response"]["body"][key]
+                del each["response"]["request_id"]
+            if "custom_id" in each:
+                del each["id"]
+        if row.get("id") == 5:  # asked by its path on stages
+            continue
+        assert row == expected
+    assert images(server.bodies[-1].get("prompt", [])) in ([], [STREET.read_bytes()])
+
+
+def test_several_at_once(server: FakeServer, batch: Any) -> None:
+    """As many as --batch_size: none is answered before all of them are asked."""
+    barrier = threading.Barrier(4)
+
+    def answer(body: dict[str, Any]) -> str:
+        barrier.wait(60)
+        return last_text(body)
+
+    server.answer = answer
+    write([{"id": n, "prompt": f"{n}?"} for n in range(12)])
+    assert batch("--batch_size", "4") == (0, "out.jsonl: wrote 12 rows\n", "")
+    assert [row["text"] for row in results()] == [f"{n}?" for n in range(12)]
+    assert server.most_at_once == 4
+
+
+def test_a_busy_server_is_asked_again(
+    server: FakeServer, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    real_sleep = remote.asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        await real_sleep(0)
+
+    monkeypatch.setattr(remote.asyncio, "sleep", sleep)
+    coming = [
+        (429, {"Retry-After": "7"}),
+        (503, {}),
+        (503, {"Retry-After": "soon"}),
+        (429, {"Retry-After": "86400"}),
+    ]
+
+    def refuse(path: str, body: dict[str, Any]) -> Any:
+        if path != "/v1/models" and coming:
+            status, headers = coming.pop(0)
+            return status, {"message": "full"}, headers
+        return None
+
+    server.refuse = refuse
+    write([{"id": 1, "prompt": "Hello"}])
+    assert batch()[0] == 0
+    assert slept == [7, 2, 4, 60]
+    assert results()[0]["text"] == "You said Hello."
+
+    slept.clear()
+    Path("out.jsonl").unlink()
+    server.refuse = lambda path, body: None if path == "/v1/models" else (429, {"message": "full"}, {})
+    code, _, err = batch()
+    assert code == 1
+    assert f"qwenvl: {server.url}: full (status 429); try again later\n" in err
+    assert 500 < sum(slept) <= 600
+    assert not Path("out.jsonl").exists()
+
+
+def test_a_job_goes_on_with_another_address(server: FakeServer, batch: Any) -> None:
+    """The server goes away in the middle: one line, and the same command asks the rest of the rows."""
+    write([{"id": n, "prompt": f"{n}?"} for n in range(4)])
+
+    def refuse(path: str, body: dict[str, Any]) -> Any:
+        return (403, {"message": "key withdrawn"}, {}) if body and last_text(body) == "2?" else None
+
+    server.refuse = refuse
+    code, _, err = batch("--batch_size", "1")
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"qwenvl: {server.url}: key withdrawn; give its API key")
+    with fake_server() as other:
+        flags = ["--url", other.url, "--batch_size", "1"]
+        assert batch(*flags)[:2] == (0, "out.jsonl: wrote 4 rows\n")
+        assert [last_text(body) for body in other.bodies] == ["2?", "3?"]
+    assert [row["text"] for row in results()] == [f"You said {n}?." for n in range(4)]
+
+
+def test_a_wrong_row_is_its_own(server: FakeServer, batch: Any) -> None:
+    said = {
+        "1?": (400, {"message": "messages: no", "param": "messages"}),
+        "2?": (500, {"message": "not finite"}),
+    }
+    server.refuse = lambda path, body: (
+        (*said[last_text(body)], {}) if body and last_text(body) in said else None
+    )
+    write([{"id": n, "prompt": f"{n}?"} for n in range(4)])
+    assert batch()[0] == 1
+    assert [row.get("error") for row in results()] == [
+        None,
+        "messages: no",
+        f"{server.url}: not finite",
+        None,
+    ]
+
+
+def test_no_server(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    write([{"id": 1, "prompt": "Hello"}])
+    monkeypatch.setattr(
+        sys, "argv", ["qwenvl", "batch", "in.jsonl", "out.jsonl", "--url", "http://127.0.0.1:9/v1"]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    err = capsys.readouterr().err
+    assert err.startswith("qwenvl: http://127.0.0.1:9: cannot be reached (")
+    assert err.count("\n") == 1
+    assert not list(folder.glob("out.*"))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{}, [], {"data": []}, {"data": [{}]}, "text"],
+    ids=["empty", "list", "no model", "no id", "word"],
+)
+def test_something_else_than_a_server(server: FakeServer, batch: Any, answer: Any, monkeypatch: Any) -> None:
+    handler: Any = server.RequestHandlerClass
+    monkeypatch.setattr(handler, "do_GET", lambda self: self._json(200, answer))
+    write([{"id": 1, "prompt": "Hello"}])
+    code, _, err = batch()
+    assert (code, err) == (
+        1,
+        f"qwenvl: {server.url}: its answer is not in OpenAI's form; is it an OpenAI-compatible server?\n",
+    )
+
+
+def test_closed_streams_end_their_requests(server: FakeServer) -> None:
+    """A job that ends with an error leaves no request on the server that it does not wait for."""
+    started, go_on = threading.Semaphore(0), threading.Event()
+
+    def answer(body: dict[str, Any]) -> str:
+        started.release()
+        go_on.wait(60)
+        return "late"
+
+    server.answer = answer
+    stream = ServerModel(Server(server.url, None)).ask(Request("Hello")).submit()
+    assert started.acquire(timeout=60)
+    stream.close()
+    assert stream.future.cancelled()
+    go_on.set()
