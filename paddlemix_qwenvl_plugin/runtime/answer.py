@@ -35,21 +35,22 @@ class Answer:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready values; a box has `points` in thousandths and, of the last picture, `pixels`."""
-        size = self.image_size
         return {
             "text": self.text,
-            "boxes": [
-                {
-                    "kind": box.kind,
-                    "ref": box.ref,
-                    "points": box.points,
-                    "pixels": box.to_pixels(*size) if size else None,
-                }
-                for box in self.boxes
-            ],
-            "image_size": size,
+            "boxes": [box_as_dict(box, self.image_size) for box in self.boxes],
+            "image_size": self.image_size,
             "problems": list(self.problems),
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
             "timings": {name: round(value, 4) for name, value in self.timings.items()},
         }
+
+
+def box_as_dict(box: Box, image_size: Optional[tuple[int, int]]) -> dict[str, Any]:
+    """JSON-ready values of a box: `points` in thousandths and, with an image's (width, height), `pixels`."""
+    return {
+        "kind": box.kind,
+        "ref": box.ref,
+        "points": box.points,
+        "pixels": box.to_pixels(*image_size) if image_size else None,
+    }

@@ -41,7 +41,11 @@ class PieceBuilder:
 
     def add(self, token: int) -> Iterator[Piece]:
         """The pieces that are complete with this token."""
-        self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
+        return self.add_text(self._decoder.decode(self._tokenizer.token_bytes(token)))
+
+    def add_text(self, text: str) -> Iterator[Piece]:
+        """The pieces that are complete with this text, for a caller that decodes the tokens itself."""
+        self._held += text
         return self._complete(last=False)
 
     def finish(self) -> Iterator[Piece]:
