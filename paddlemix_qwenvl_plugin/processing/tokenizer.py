@@ -87,7 +87,7 @@ class QwenTokenizer:
         self.img_end_id = self.special_tokens["</img>"]
         self.img_pad_id = self.special_tokens["<imgpad>"]
         self._pieces = [*pieces, *(token.encode() for token in self.special_tokens)]
-        self.max_token_bytes = max(map(len, pieces))  # of a token of text
+        self.max_token_bytes = max(map(len, self._pieces))
         self._encoding = tiktoken.Encoding(
             "qwen",
             pat_str=_WORD_PATTERN,
@@ -218,7 +218,9 @@ def _nfc(text: str) -> str:
     if len(text) > 1000 and not text.isascii():
         text = "".join(
             "".join(sorted(run, key=unicodedata.combining) if combining else run)
-            for combining, run in itertools.groupby(text, lambda character: unicodedata.combining(character) > 0)
+            for combining, run in itertools.groupby(
+                text, lambda character: unicodedata.combining(character) > 0
+            )
         )
     return unicodedata.normalize("NFC", text)
 

@@ -1,0 +1,104 @@
+"""Work for a client that may go away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from paddlemix_qwenvl_plugin.serve.errors import as_api_error
+from paddlemix_qwenvl_plugin.serve.openai.json_text import dumps, event
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client has closed the connection, or has left what it was sent unread for too long."""
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away or when this is cancelled.
+
+    Raises:
+        ClientGone: it went away.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        watch.cancel()
+        task.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. The status is sent with the first event: an error before it is an error response.
+
+    An error later is an event of its own, the last one. When the client goes away, `events` is closed.
+    """
+
+    def __init__(self, events: AsyncGenerator[str, None], send_timeout: float) -> None:
+        """
+        Args:
+            events: the data of each event.
+            send_timeout: seconds that a client may leave what it is sent unread.
+        """
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._events = events
+        self._send_timeout = send_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(ClientGone):
+            await while_connected(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        started = False
+        try:
+            async for data in self._events:
+                if not started:
+                    started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await self._send(send, data)
+        except QwenVLError as error:
+            if not started:
+                raise
+            await self._send(send, dumps(as_api_error(error).body()))
+        finally:
+            await self._events.aclose()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, data: str) -> None:
+        """Send an event; asyncio.wait_for would take longer than all the rest."""
+        task = asyncio.current_task()
+        assert task is not None
+        expired = False
+
+        def expire() -> None:
+            nonlocal expired
+            expired = True
+            task.cancel()
+
+        timer = asyncio.get_running_loop().call_later(self._send_timeout, expire)
+        try:
+            await send({"type": "http.response.body", "body": event(data), "more_body": True})
+        except asyncio.CancelledError:
+            if expired:
+                raise ClientGone from None
+            raise
+        finally:
+            timer.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
