@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,9 +38,8 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     located = [(_path(error, body), error) for error in errors]
     # A value that may be one of several types has an error for each: the one that fits furthest is meant.
     top = located[0][0][:1]
-    within = [(path, error) for path, error in located if path[:1] == top]
-    path = max((path for path, _ in within), key=len)
-    same = [error for other, error in within if other == path]
+    path = max((path for path, _ in located if path[:1] == top), key=_depth)
+    same = [error for other, error in located if other == path]
     param = _written(path)
     code, what = _described(same)
     if not param:
@@ -51,11 +51,17 @@ def _path(error: Mapping[str, Any], body: Any) -> tuple[Any, ...]:
     """Where in the body an error is: its location without the names of the types that were tried."""
     path: list[Any] = []
     value = body
+    tag_passed = False
     steps = error["loc"][1:]  # without "body"
     for number, step in enumerate(steps, start=1):
         inside = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+        # The role of a message and the type of a part are steps too, and may be called as a parameter is.
+        if isinstance(value, dict) and step in (value.get("role"), value.get("type")) and not tag_passed:
+            tag_passed = True
+            continue
         if step in inside:
             value = value[step]
+            tag_passed = False
         elif not (error["type"] == "missing" and number == len(steps)):
             continue
         path.append(step)
@@ -65,6 +71,10 @@ def _path(error: Mapping[str, Any], body: Any) -> tuple[Any, ...]:
     elif error["type"] in ("unknown_parameter", "unsupported_parameter"):
         path.append(context["name"])
     return tuple(path)
+
+
+def _depth(path: Sequence[Any]) -> tuple[int, list[int]]:
+    return len(path), [step if isinstance(step, int) else -1 for step in path]
 
 
 def _described(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -79,11 +89,12 @@ def _described(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     types = [_WORDS.get(error["type"].removesuffix("_type")) for error in errors]
     if all(types):
         return "invalid_type", f"must be {' or '.join(dict.fromkeys(map(str, types)))}"
-    return "invalid_value", " or ".join(dict.fromkeys(map(_in_words, errors)))
+    # Of the types that a value may have, it has the one that finds something else wrong.
+    return "invalid_value", _in_words(next(error for error, kind in zip(errors, types) if not kind))
 
 
 def _in_words(error: Mapping[str, Any]) -> str:
-    what = str(error["msg"]).replace("Input should be", "must be").replace("Input should", "must")
+    what = re.sub(r"^\w+ should ", "must ", str(error["msg"]))
     value = error["input"]
     return f"{what}, got {value}" if isinstance(value, (int, float)) and len(str(value)) < 40 else what
 

@@ -57,7 +57,7 @@ class ChatCompletionRequest(SamplingParameters):
         Optional[int], Field(ge=0, le=20, description="With logprobs: those of so many likeliest tokens too.")
     ] = None
     metadata: Annotated[
-        Optional[dict[str, str]], Field(max_length=16, description="Accepted and not used.")
+        Optional[dict[str, Any]], Field(max_length=16, description="Accepted and not used.")
     ] = None
     prompt_cache_key: Annotated[Optional[str], Field(description="Accepted and not used.")] = None
     safety_identifier: Annotated[Optional[str], Field(description="Accepted and not used.")] = None

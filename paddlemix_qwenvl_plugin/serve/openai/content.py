@@ -34,7 +34,6 @@ class ImagePart(Schema):
 
 
 ContentPart = Annotated[Union[TextPart, ImagePart], Field(discriminator="type")]
-TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
 ContentParts = Annotated[list[ContentPart], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
 
 
@@ -86,6 +85,20 @@ def texts_of(parts: Sequence[dict[str, Any]]) -> list[str]:
     return [part["text"] for part in parts if "text" in part]
 
 
-def read_text(content: Union[str, Sequence[TextPart]]) -> str:
-    """The text of a content without images."""
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+def read_text(content: Union[str, Sequence[Union[TextPart, ImagePart]]], param: str) -> str:
+    """The text of a content of a message that is not a user's.
+
+    Raises:
+        ApiError: it has an image.
+    """
+    if isinstance(content, str):
+        return content
+    text = ""
+    for index, part in enumerate(content):
+        if isinstance(part, ImagePart):
+            where = f"{param}[{index}].type"
+            raise ApiError(
+                400, f"{where}: only a message of the user may have images", param=where, code="invalid_value"
+            )
+        text += part.text
+    return text

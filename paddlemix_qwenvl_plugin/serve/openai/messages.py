@@ -14,7 +14,6 @@ from paddlemix_qwenvl_plugin.serve.openai.content import (
     ContentParts,
     ImageSource,
     Query,
-    TextParts,
     read_query,
     read_text,
 )
@@ -25,7 +24,7 @@ _Name = Annotated[Optional[str], Field(description="Accepted; the model does not
 
 class SystemMessage(Schema):
     role: Literal["system", "developer"]
-    content: Union[str, TextParts]
+    content: Union[str, ContentParts]
     name: _Name = None
 
 
@@ -43,7 +42,7 @@ class AssistantMessage(Schema):
     )
 
     role: Literal["assistant"]
-    content: Union[str, TextParts]
+    content: Union[str, ContentParts]
     name: _Name = None
     boxes: Annotated[
         Optional[list[dict[str, Any]]],
@@ -79,12 +78,13 @@ def read_conversation(
     answers: list[str] = []
     for index, message in enumerate(messages):
         param = f"messages[{index}]"
+        content = f"{param}.content"
         if isinstance(message, SystemMessage):
             if queries:
                 raise _wrong_order(f"{param}.role", "system messages come first")
-            system.append(read_text(message.content))
+            system.append(read_text(message.content, content))
         elif isinstance(message, UserMessage):
-            query = read_query(message.content, f"{param}.content")
+            query = read_query(message.content, content)
             if len(queries) > len(answers):  # two in a row
                 queries[-1] = Query(
                     [*queries[-1].parts, {"text": "\n"}, *query.parts], [*queries[-1].images, *query.images]
@@ -94,9 +94,9 @@ def read_conversation(
         elif not queries:
             raise _wrong_order(f"{param}.role", "a message of the user comes before one of the assistant")
         elif len(answers) == len(queries):
-            answers[-1] += "\n" + read_text(message.content)
+            answers[-1] += "\n" + read_text(message.content, content)
         else:
-            answers.append(read_text(message.content))
+            answers.append(read_text(message.content, content))
     if len(queries) == len(answers):
         raise _wrong_order("messages", "the last message must be one of the user")
     return Conversation(

@@ -29,12 +29,11 @@ class Schema(BaseModel):
         for name, value in values.items():
             if name in cls.model_fields:
                 continue
+            shown = {
+                "name": name.encode("utf-8", "replace").decode()
+            }  # pydantic takes no half surrogate pair
             if name not in cls.not_supported:
-                raise PydanticCustomError(
-                    "unknown_parameter", "is no parameter of this server", {"name": name}
-                )
+                raise PydanticCustomError("unknown_parameter", "is no parameter of this server", shown)
             if value and value not in cls.not_supported[name]:
-                raise PydanticCustomError(
-                    "unsupported_parameter", "is not supported by this server", {"name": name}
-                )
+                raise PydanticCustomError("unsupported_parameter", "is not supported by this server", shown)
         return {name: value for name, value in values.items() if name in cls.model_fields}
