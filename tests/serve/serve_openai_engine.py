@@ -78,6 +78,7 @@ class Engine:
         step_seconds: how long a step takes at least.
         submitted: the streams of all requests so far.
         dead: whether requests are refused.
+        going: whether steps are run.
     """
 
     def __init__(self, vl: QwenVL) -> None:
@@ -85,8 +86,9 @@ class Engine:
         self.ready = True
         self.restarts = 0
         self.stats = EngineStats()
-        self.reset()
+        self.going = threading.Event()
         self.wake = threading.Event()
+        self.reset()
         self._active: list[Stream] = []
         self._stopping = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -96,6 +98,7 @@ class Engine:
         self.step_seconds = 0.0
         self.submitted: list[Stream] = []
         self.dead = False
+        self.going.set()
 
     async def start(self) -> None:
         pass
@@ -139,6 +142,7 @@ class Engine:
                 self.wake.wait()
                 self.wake.clear()
                 continue
+            self.going.wait()
             start = time.perf_counter()
             self.vl._loop.step()
             for stream in list(self._active):

@@ -66,7 +66,7 @@ def running(demo_exported: Path) -> Iterator[Server]:
     async def defect(request: Request) -> None:
         raise KeyError("secret")
 
-    config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off")
+    config = uvicorn.Config(app, port=0, log_config=None, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -82,8 +82,8 @@ def running(demo_exported: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def server(running: Server) -> Iterator[Server]:
-    """With the settings and the loop as they were, after each test."""
+def server(running: Server, caplog: pytest.LogCaptureFixture) -> Iterator[Server]:
+    """With the settings and the loop as they were, after each test; no error may be logged but `server.logs`."""
     service, loop = running.service, running.engine.vl._loop
     before = replace(service)
     yield running
@@ -95,6 +95,9 @@ def server(running: Server) -> Iterator[Server]:
     running.admission.most = 0
     running.admission.keys.clear()
     running.images.loaded.clear()
+    errors = [record.getMessage() for record in caplog.get_records("call") if record.levelname == "ERROR"]
+    expected, running.logs = running.logs, []
+    assert [message.strip() for message in errors] == expected
 
 
 @pytest.fixture

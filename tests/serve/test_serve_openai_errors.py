@@ -384,3 +384,4 @@ def test_a_defect_says_nothing_but_a_request_id(server):
     assert response.headers["x-request-id"] in error["message"]
     assert error["type"] == "server_error"
     assert "secret" not in response.text
+    server.logs = ["Exception in ASGI application"]
