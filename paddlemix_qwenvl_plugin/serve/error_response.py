@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -12,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from paddlemix_qwenvl_plugin.serve.engine_api import EngineUnavailable
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
+from paddlemix_qwenvl_plugin.serve.invalid_body import invalid_body
 from paddlemix_qwenvl_plugin.serve.request_info import info_of
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 
@@ -32,7 +31,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, UsageError):
         return ApiError(400, line_of(error))
     if isinstance(error, RequestValidationError):
-        return _of_validation(error)
+        return invalid_body(error.errors(), error.body)
     if isinstance(error, HTTPException):
         return _of_http(error)
     if isinstance(error, QwenVLError):
@@ -62,15 +61,3 @@ def _of_http(error: HTTPException) -> ApiError:
         return ApiError(405, "This path has no such method", code="method_not_allowed", headers=error.headers)
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     return ApiError(error.status_code, str(error.detail), kind, headers=error.headers)
-
-
-def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong, under its name as the body has it: messages[0].content."""
-    problem: dict[str, Any] = dict(error.errors()[0])
-    if problem["type"] == "json_invalid":
-        reason = problem.get("ctx", {}).get("error", "")
-        return ApiError(400, f"The body is not valid JSON: {reason}", code="invalid_json")
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"][1:])
-    param = place.lstrip(".") or None
-    message = str(problem["msg"])
-    return ApiError(400, f"{param}: {message}" if param else message, param=param)

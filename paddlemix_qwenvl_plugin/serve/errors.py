@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from paddlemix_qwenvl_plugin.serve.engine_api import EngineUnavailable
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 
 class ApiError(QwenVLError):
@@ -36,18 +35,10 @@ class ApiError(QwenVLError):
 
     def body(self) -> dict[str, Any]:
         """The JSON body."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _sound(self.param)
+        return {"error": {"message": _sound(str(self)), "type": self.kind, "param": param, "code": self.code}}
 
 
-def as_api_error(error: QwenVLError) -> ApiError:
-    """What a client is told of an error."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, EngineUnavailable):
-        # A new engine is there within seconds.
-        return ApiError(
-            503, str(error), "server_error", code="engine_unavailable", headers={"Retry-After": "2"}
-        )
-    if isinstance(error, UsageError):
-        return ApiError(400, str(error), code="invalid_value")
-    return ApiError(500, str(error), "server_error", code="engine_error")
+def _sound(text: str) -> str:
+    """`text` without half surrogate pairs, which a request may bring and no response can carry."""
+    return text.encode("utf-8", "replace").decode()

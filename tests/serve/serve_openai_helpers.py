@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ NAME = "qwen-vl-chat"
 
 @dataclass
 class Server:
-    """A server, its parts, clients for it, and what it is expected to log as errors in a test."""
+    """A server, its parts, and clients for it."""
 
     url: str
     service: Service
@@ -30,7 +30,6 @@ class Server:
     admission: NoLimits
     openai: openai.OpenAI
     http: httpx.Client
-    logs: list[str] = field(default_factory=list)
 
     def wait_until_idle(self) -> None:
         """Until the engine has no request and no slot is held."""

@@ -68,24 +68,19 @@ def test_a_client_that_does_not_wait_for_a_whole_answer(server, endless):
     cancelled_soon(server, 2)
 
 
-def test_a_client_that_goes_away_before_the_first_token(server, endless):
+def test_a_client_that_goes_away_before_the_first_token(server, monkeypatch):
     """While its image is loaded."""
     waiting = threading.Event()
-    load = server.images.load
 
     async def stuck(url, param):
         waiting.set()
         await asyncio.sleep(60)
 
-    server.images.load = stuck
-    try:
-        content, _ = asking("caption")
-        body = {"model": NAME, "messages": [{"role": "user", "content": content}], "stream": True}
-        thread = threading.Thread(target=abandon, args=(server, body, waiting))
-        thread.start()
-        thread.join(30)
-    finally:
-        server.images.load = load
+    monkeypatch.setattr(server.images, "load", stuck)
+    content, _ = asking("caption")
+    abandon(
+        server, {"model": NAME, "messages": [{"role": "user", "content": content}], "stream": True}, waiting
+    )
     server.wait_until_idle()
     assert not server.engine.submitted
 
@@ -108,6 +103,22 @@ def test_a_whole_answer_takes_too_long(server, endless, limited):
     assert error.value.code == "timeout"
     assert error.value.response.headers["x-should-retry"] == "false"
     cancelled_soon(server)
+
+
+def test_images_take_too_long(server, limited, monkeypatch):
+    """The time for a request begins with them."""
+    limited(running_timeout=0.1)
+    load = server.images.load
+
+    async def slow(url, param):
+        await asyncio.sleep(0.5)
+        return await load(url, param)
+
+    monkeypatch.setattr(server.images, "load", slow)
+    content, _ = asking("caption")
+    with pytest.raises(openai.InternalServerError, match=r"more than 0\.1 seconds"):
+        whole(server, [{"role": "user", "content": content}])
+    assert not server.engine.submitted
 
 
 def test_a_stream_takes_too_long(server, endless, limited):
@@ -178,25 +189,3 @@ def test_one_choice_fails_and_all_end(server, endless):
     with pytest.raises(openai.APIError, match="out of memory"):
         list(stream)
     cancelled_soon(server, 3)
-
-
-def test_a_reader_that_stops_reading(server, monkeypatch, limited):
-    """Its request ends, and nothing is kept for it, once it has left what it was sent unread for too long."""
-    tokenizer = server.service.tokenizer
-    say(server.engine.vl, monkeypatch, tokenizer.encode("on and on ")[:1] * 2000)
-    limited(send_timeout=0.3)
-    body = {"model": NAME, "messages": ask("?"), "stream": True, "max_tokens": 800, "n": 8, "logprobs": True}
-    body["top_logprobs"] = 20  # much to send, so that the socket's buffers are full
-    content = json.dumps(body).encode()
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect((host, int(port)))
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        wait_for(lambda: server.admission.held)
-        server.wait_until_idle()
-        received = b"".join(iter(lambda: connection.recv(2**20), b""))
-    assert received.startswith(b"HTTP/1.1 200 ")
-    assert b"[DONE]" not in received
-    server.logs = ["ASGI callable returned without completing response."]

@@ -106,7 +106,6 @@ async def chat_completions(request: Request, service: Service, body: ChatComplet
         n=body.n or 1,
         stop_strings=body.stop_strings,
         n_logprobs=body.n_logprobs,
-        key=getattr(request.state, "api_key", None),
     )
     with_logprobs = body.n_logprobs is not None
     form = ChatForm(service.model_name, service.tokenizer, with_logprobs, body.include_usage)

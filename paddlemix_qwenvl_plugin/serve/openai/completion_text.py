@@ -40,6 +40,12 @@ class Delta:
     def __bool__(self) -> bool:
         return bool(self.text or self.tokens)
 
+    def extend(self, other: Delta) -> None:
+        """Add what follows."""
+        self.text += other.text
+        self.boxes += other.boxes
+        self.tokens += other.tokens
+
 
 class CompletionText:
     """Tokens in, deltas out; the texts of all deltas are the completion up to its stop string.

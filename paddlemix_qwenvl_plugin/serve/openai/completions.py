@@ -62,7 +62,6 @@ async def completions(request: Request, service: Service, body: CompletionReques
         n=body.n or 1,
         stop_strings=body.stop_strings,
         n_logprobs=body.logprobs,
-        key=getattr(request.state, "api_key", None),
     )
     with_logprobs = body.logprobs is not None
     form = TextForm(service.model_name, service.tokenizer, with_logprobs, body.include_usage)

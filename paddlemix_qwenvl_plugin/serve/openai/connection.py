@@ -10,15 +10,16 @@ from typing import Any, TypeVar
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from paddlemix_qwenvl_plugin.serve.errors import as_api_error
+from paddlemix_qwenvl_plugin.serve.error_response import api_error
 from paddlemix_qwenvl_plugin.serve.openai.json_text import dumps, event
+from paddlemix_qwenvl_plugin.serve.request_info import info_of
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """The client has closed the connection, or has left what it was sent unread for too long."""
+    """The client has closed the connection."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -46,57 +47,33 @@ class EventStream(StreamingResponse):
     An error later is an event of its own, the last one. When the client goes away, `events` is closed.
     """
 
-    def __init__(self, events: AsyncGenerator[str, None], send_timeout: float) -> None:
-        """
-        Args:
-            events: the data of each event.
-            send_timeout: seconds that a client may leave what it is sent unread.
-        """
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        """`events` are the data of each event."""
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events = events
-        self._send_timeout = send_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(ClientGone):
-            await while_connected(receive, self._send_all(send))
+            await while_connected(receive, self._send_all(scope, send))
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
         started = False
         try:
             async for data in self._events:
                 if not started:
                     started = True
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await self._send(send, data)
+                await send({"type": "http.response.body", "body": event(data), "more_body": True})
         except QwenVLError as error:
             if not started:
                 raise
-            await self._send(send, dumps(as_api_error(error).body()))
+            told = api_error(error)
+            info_of(scope).error = told.code or told.kind
+            await send({"type": "http.response.body", "body": event(dumps(told.body())), "more_body": True})
         finally:
             await self._events.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send(self, send: Send, data: str) -> None:
-        """Send an event; asyncio.wait_for would take longer than all the rest."""
-        task = asyncio.current_task()
-        assert task is not None
-        expired = False
-
-        def expire() -> None:
-            nonlocal expired
-            expired = True
-            task.cancel()
-
-        timer = asyncio.get_running_loop().call_later(self._send_timeout, expire)
-        try:
-            await send({"type": "http.response.body", "body": event(data), "more_body": True})
-        except asyncio.CancelledError:
-            if expired:
-                raise ClientGone from None
-            raise
-        finally:
-            timer.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

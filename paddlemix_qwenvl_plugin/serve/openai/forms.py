@@ -11,7 +11,7 @@ from typing import Any, Optional, Protocol
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.runtime.answer import box_as_dict
 from paddlemix_qwenvl_plugin.serve.openai import logprobs
-from paddlemix_qwenvl_plugin.serve.openai.completion import Event
+from paddlemix_qwenvl_plugin.serve.openai.choice import Event
 from paddlemix_qwenvl_plugin.serve.openai.completion_text import Delta
 from paddlemix_qwenvl_plugin.serve.openai.json_text import dumps
 
@@ -26,9 +26,7 @@ class Choice:
 
     def add(self, event: Event) -> None:
         """Add the next event of this choice."""
-        self.delta.text += event.delta.text
-        self.delta.boxes += event.delta.boxes
-        self.delta.tokens += event.delta.tokens
+        self.delta.extend(event.delta)
         self.finish_reason, self.image_size = event.finish_reason, event.image_size
 
 

@@ -12,6 +12,7 @@ from paddlemix_qwenvl_plugin.serve.openai.connection import ClientGone, EventStr
 from paddlemix_qwenvl_plugin.serve.openai.forms import Choice, Form
 from paddlemix_qwenvl_plugin.serve.openai.json_text import dumps
 from paddlemix_qwenvl_plugin.serve.openai.parameters import SamplingParameters
+from paddlemix_qwenvl_plugin.serve.request_info import info_of
 from paddlemix_qwenvl_plugin.serve.service import Service
 
 CLIENT_CLOSED_REQUEST = 499
@@ -22,10 +23,10 @@ async def respond(
     request: Request, service: Service, asked: Asked, form: Form, parameters: SamplingParameters
 ) -> Response:
     """The response to a request. Errors as for Completion.events; those of a stream may be raised when it is sent."""
-    completion = Completion(service, asked)
+    completion = Completion(service, asked, info_of(request.scope))
     if parameters.stream:
         events = _events(completion, form, parameters.include_usage)
-        return EventStream(events, service.settings.send_timeout)
+        return EventStream(events)
     try:
         body = await while_connected(request.receive, _whole(completion, form))
     except ClientGone:
