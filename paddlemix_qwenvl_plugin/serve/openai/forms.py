@@ -64,9 +64,10 @@ class ChatForm:
         if boxes:
             fields.append(f'"boxes":{dumps([box_as_dict(box, event.image_size) for box in boxes])}')
         chances = dumps(logprobs.of_chat(self._tokenizer, tokens)) if self._with_logprobs else "null"
+        reason = f'"{event.finish_reason}"' if event.finish_reason else "null"
         return self._head.around(
             f'{{"index":{event.choice},"delta":{{{",".join(fields)}}},"logprobs":{chances},'
-            f'"finish_reason":{dumps(event.finish_reason)}}}'
+            f'"finish_reason":{reason}}}'
         )
 
     def usage_chunk(self, usage: Mapping[str, Any]) -> str:

@@ -72,30 +72,6 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
-class MessageDelta(BaseModel):
-    role: Optional[Literal["assistant"]] = None
-    content: Optional[str] = None
-    boxes: Optional[list[BoxOut]] = None
-
-
-class ChatChunkChoice(BaseModel):
-    index: int
-    delta: MessageDelta
-    logprobs: Optional[Logprobs]
-    finish_reason: Optional[FinishReason]
-
-
-class ChatCompletionChunk(BaseModel):
-    """The data of an event of a stream."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: Annotated[list[ChatChunkChoice], Field(description="Empty in the last chunk, with the usage.")]
-    usage: Optional[Usage] = None
-
-
 class TextLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float]

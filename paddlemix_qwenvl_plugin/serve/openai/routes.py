@@ -27,8 +27,9 @@ _ERRORS: dict[Union[int, str], dict[str, Any]] = {
 
 def _or_events(model: type[Any], chunk: str) -> dict[Union[int, str], dict[str, Any]]:
     """The responses of a route that answers whole or, with `stream`, in events."""
-    described = f"Whole, or with `stream` events whose data are {chunk}, the last one `[DONE]`."
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    described = f"Whole, or with `stream` in events whose data are {chunk}, after the last one `[DONE]`."
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+    events = {"text/event-stream": {"itemSchema": event}}
     return {200: {"model": model, "description": described, "content": events}, **_ERRORS}
 
 
@@ -39,7 +40,10 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         "/v1/chat/completions",
         response_class=Response,
-        responses=_or_events(ChatCompletion, "`ChatCompletionChunk` objects"),
+        responses=_or_events(
+            ChatCompletion,
+            "chat.completion.chunk objects, with `delta.boxes`",
+        ),
     )
     async def chat_completions(request: Request, body: chat.ChatCompletionRequest) -> Response:
         """Answer a conversation about images."""
@@ -48,7 +52,7 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         "/v1/completions",
         response_class=Response,
-        responses=_or_events(TextCompletion, "`TextCompletion` objects"),
+        responses=_or_events(TextCompletion, "text_completion objects"),
     )
     async def completions(request: Request, body: text.CompletionRequest) -> Response:
         """Go on with a prompt."""
