@@ -47,6 +47,7 @@ class Stream:
         self.generation = generation
         self.ended: Optional[Ended] = None
         self.n_sent = 0
+        self.n_before = sum(other.n_sent for other in engine.submitted)  # tokens that had been sent by then
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[list[Token] | QwenVLError | Ended] = asyncio.Queue()

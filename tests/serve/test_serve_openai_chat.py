@@ -12,6 +12,7 @@ from serve_openai_engine import N_CACHED, likeliest, logprob
 from serve_openai_helpers import NAME, ask, asking, said, streamed, whole
 
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
+from paddlemix_qwenvl_plugin.processing.prompts import chat_prompt
 
 pytest_plugins = ("serve_openai_fixtures",)
 
@@ -73,6 +74,10 @@ def test_turns_of_several_messages(server, alone):
     history = [([parts[0], {"text": "\n"}, parts[1]], "Where\nit is.")]
     answer = alone.generate("And?", chat=True, history=history, system="Be brief.\nIn English.")
     assert whole(server, messages).choices[0].message.content == answer.text
+    history = [([{"image": b""}, *history[0][0][1:]], history[0][1])]
+    prompt = chat_prompt(alone.tokenizer, [{"text": "And?"}], history, "Be brief.\nIn English.")
+    assert server.engine.submitted[-1].request.prompt == prompt.input_ids
+    assert server.engine.submitted[-1].request.generated == prompt.generated
 
 
 def test_sampling_parameters(server, alone):
@@ -133,6 +138,7 @@ def test_choices_share_a_prompt(server, alone):
     completion = whole(server, messages, n=3, max_tokens=5, seed=1, temperature=1.0)
     streams = server.engine.submitted
     assert len(streams) == 3
+    assert all(stream.n_before for stream in streams[1:])
     assert completion.usage.prompt_tokens == len(streams[0].request.prompt)
     assert completion.usage.completion_tokens == 15
     assert completion.usage.prompt_tokens_details.cached_tokens == N_CACHED
