@@ -117,6 +117,16 @@ def test_greedy_unless_asked(server, alone):
         assert whole(server, ask("Hello"), max_tokens=20, **parameters).choices[0].message.content == greedy
 
 
+def test_min_tokens_holds_stop_tokens_back(server, alone):
+    content, parts = asking("caption")
+    n = len(alone.generate(parts, chat=True, max_new_tokens=200).token_ids)
+    answer = alone.generate(parts, chat=True, max_new_tokens=n + 10, min_new_tokens=n + 10)
+    messages = [{"role": "user", "content": content}]
+    completion = whole(server, messages, max_tokens=n + 10, extra_body={"min_tokens": n + 10})
+    assert completion.choices[0].message.content == answer.text
+    assert completion.usage.completion_tokens == n + 10
+
+
 def test_choices_have_seeds_of_their_own(server, alone):
     parameters = {"n": 4, "seed": -5, "max_tokens": 20, **SAMPLED}
     completion = whole(server, ask("Hello"), **parameters)

@@ -150,6 +150,7 @@ CHAT = [
         "too large",
     ),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "invalid_value", "another value"),
+    ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "invalid_value", "4 is more than the most tokens"),
     ({"presence_penalty": 2.1}, "presence_penalty", "invalid_value", "equal to 2"),
     ({"frequency_penalty": -3}, "frequency_penalty", "invalid_value", "equal to -2"),
     ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value", "0.01"),

@@ -37,6 +37,9 @@ class SamplingParameters(Schema):
     max_tokens: Annotated[
         Optional[int], Field(ge=1, description="Most tokens of a completion; default: the server's.")
     ] = None
+    min_tokens: Annotated[
+        Optional[int], Field(ge=0, description="Fewest tokens before a stop token may end a completion.")
+    ] = None
     temperature: Annotated[
         Optional[float],
         Field(ge=0, le=2, description="0, or none of this, top_p and top_k: the likeliest token."),
@@ -106,7 +109,17 @@ class SamplingParameters(Schema):
             "seed": None if self.seed is None else self.seed % 2**64,
         }
         chosen = {name: value for name, value in given.items() if value is not None}
-        return GenerationOptions.of({"max_new_tokens": self._max_new_tokens(settings), **chosen})
+        most = self._max_new_tokens(settings)
+        if (self.min_tokens or 0) > most:
+            raise ApiError(
+                400,
+                f"min_tokens: {self.min_tokens} is more than the most tokens of this completion, {most}",
+                param="min_tokens",
+                code="invalid_value",
+            )
+        return GenerationOptions.of(
+            {"max_new_tokens": most, "min_new_tokens": self.min_tokens or 0, **chosen}
+        )
 
     @property
     def asked_max_tokens(self) -> tuple[str, Optional[int]]:
