@@ -62,9 +62,18 @@ def preprocess(image: Image.Image, image_size: int = 448) -> npt.NDArray[np.floa
 
     The aspect ratio is not kept: boxes are in thousandths of the width and of the height for that reason.
     """
-    resized = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(resized, dtype=np.float32) / np.float32(255)
-    return np.ascontiguousarray(((pixels - _MEAN) / _STD).transpose(2, 0, 1))
+    return normalise(resize(image, image_size))
+
+
+def resize(image: Image.Image, image_size: int) -> npt.NDArray[np.uint8]:
+    """uint8 [image_size, image_size, 3]: RGB, bicubic."""
+    return np.asarray(image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC))
+
+
+def normalise(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """uint8 [image_size, image_size, 3] -> float32 [3, image_size, image_size] with CLIP's mean and deviation."""
+    scaled = pixels.astype(np.float32) / np.float32(255)
+    return np.ascontiguousarray(((scaled - _MEAN) / _STD).transpose(2, 0, 1))
 
 
 def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
