@@ -366,8 +366,12 @@ class QwenVL:
             generated, n_logprobs: see Generation.
 
         Raises:
-            UsageError: it has no room for a single token, or another number of images.
+            UsageError: an id that is none, another number of images, no room for a single token.
         """
+        if not input_ids:
+            raise UsageError("input_ids: must have at least one token")
+        if min(input_ids) < 0 or max(input_ids) >= self.config.vocab_size:
+            raise UsageError(f"input_ids: ids must be 0 to {self.config.vocab_size - 1}")
         spans = self._spans(input_ids)
         if len(spans) != len(images):
             raise UsageError(
@@ -412,10 +416,7 @@ class QwenVL:
             raise UsageError(f"lengths: {len(row_lengths)} values for {len(ids)} rows")
         if not all(1 <= n <= ids.shape[1] for n in row_lengths):
             raise UsageError(f"lengths: {row_lengths}, each must be 1 to {ids.shape[1]}")
-        rows = [row[:n].tolist() for row, n in zip(ids, row_lengths)]
-        if any(min(row) < 0 or max(row) >= self.config.vocab_size for row in rows):
-            raise UsageError(f"input_ids: ids must be 0 to {self.config.vocab_size - 1}")
-        return rows
+        return [row[:n].tolist() for row, n in zip(ids, row_lengths)]
 
     def _check_features(self, features: Optional[ArrayLike]) -> NDArray[np.float32]:
         shape = (self.config.visual.n_queries, self.config.hidden_size)
