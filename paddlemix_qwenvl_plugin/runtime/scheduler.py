@@ -64,7 +64,9 @@ class Scheduler:
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         self.n_prompt_tokens = self.n_cached_tokens = self.n_preempted = 0
-        self._preempted: set[Generation] = set()  # while the next step is being chosen
+        # While the next step is being chosen.
+        self._preempted: set[Generation] = set()
+        self._full = False  # one that waits has no room
 
     @property
     def idle(self) -> bool:
@@ -97,6 +99,7 @@ class Scheduler:
         """Choose the next step, and allocate its blocks."""
         planned: dict[Generation, int] = {}
         self._preempted.clear()
+        self._full = False
         for generation in self.running.copy():
             if generation.decoding:
                 self._plan(generation, 1, planned)
@@ -121,11 +124,14 @@ class Scheduler:
             if generation in self._preempted:
                 continue
             if generation not in self.running:
+                if self._full:
+                    continue  # overtaken again and again, that one would never have room
                 found = self._found(generation)
                 if self._missing_image(generation, found):
                     continue  # those without images need not wait for it
                 if not self._has_room(generation, found):
-                    break  # nor overtake it: the room would never come
+                    self._full = True
+                    continue
                 self._admit(generation, found)
             before = planned.get(generation, 0)
             n = min(budget, generation.n_pending - before)

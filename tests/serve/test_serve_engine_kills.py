@@ -109,6 +109,11 @@ async def main():
     if sys.argv[3] == "opening":
         print(client.pid, flush=True)
     await starting
+    if sys.argv[3] == "idle":
+        while not client.stats.blocks:
+            await asyncio.sleep(0.01)
+        print(client.pid, flush=True)
+        await asyncio.sleep(1000)
     options = GenerationOptions(max_new_tokens=8000)
     streams = [client.submit(EngineRequest([i, 20, 30], [], [], options)) for i in range(64)]
     async for _ in streams[0]:
@@ -120,7 +125,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("when", ["opening", "running"])
+@pytest.mark.parametrize("when", ["opening", "idle", "running"])
 def test_no_orphan_survives_a_front_that_is_killed(stages, when):
     front = subprocess.Popen([sys.executable, "-c", _FRONT, *map(str, stages), when], stdout=subprocess.PIPE)
     assert front.stdout is not None
