@@ -159,10 +159,10 @@ class EngineExecutor:
                 n_logprobs.append(generation.n_logprobs)
                 n_rows += 1
         output = self._run(tokens, spans, counts, n_logprobs, n_entries)
+        output.record()
         if not self._ahead:
             picked = self._read(output, n_logprobs)
             return lambda: picked
-        output.record()
         return lambda: self._read(output, n_logprobs)
 
     def check_device(self) -> None:

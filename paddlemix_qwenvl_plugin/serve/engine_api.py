@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Optional, Protocol
+from typing import Literal, NamedTuple, Optional, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +40,7 @@ class EngineRequest:
     n_logprobs: Optional[int] = None
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A generated token.
 
     Attributes:

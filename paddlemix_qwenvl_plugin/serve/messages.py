@@ -93,8 +93,6 @@ def tokens_since(generation: Generation, n_sent: int) -> list[Any]:
 def read_tokens(tokens: list[Any]) -> list[Token]:
     """What `tokens_since` gave."""
     return [
-        Token(each)
-        if isinstance(each, int)
-        else Token(each[0], each[1], tuple((i, logprob) for i, logprob in each[2]))
+        Token(each) if isinstance(each, int) else Token(each[0], each[1], tuple(map(tuple, each[2])))
         for each in tokens
     ]

@@ -18,7 +18,7 @@ class ReceivedTokens:
         self._tokens: list[Token] = []
         self._error: Optional[QwenVLError] = None
         self._ended: Optional[Ended] = None
-        self._changed = asyncio.Event()
+        self._reader: Optional[asyncio.Future[None]] = None  # what it waits for
 
     def __aiter__(self) -> ReceivedTokens:
         return self
@@ -29,8 +29,8 @@ class ReceivedTokens:
                 raise self._error
             if self._ended is not None:
                 raise StopAsyncIteration
-            self._changed.clear()
-            await self._changed.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         tokens, self._tokens = self._tokens, []
         return tokens
 
@@ -47,14 +47,18 @@ class ReceivedTokens:
     def add(self, tokens: list[Token]) -> None:
         """Tokens have come."""
         self._tokens += tokens
-        self._changed.set()
+        self._tell()
 
     def end(self, ended: Ended) -> None:
         """The last one has come."""
         self._ended = ended
-        self._changed.set()
+        self._tell()
 
     def fail(self, error: QwenVLError) -> None:
         """No more will come. Those that have are still read."""
         self._error = error
-        self._changed.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)

@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import numpy as np
 import pytest
-from engines import needs_compiler, open_pair
+from engines import DEVICE, needs_compiler, open_pair
 from serve_engine_helpers import Asked, exported, opened
 
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
@@ -117,6 +117,28 @@ def test_after_a_preemption(vl):
     for generation, wanted in zip(together, alone):
         check(generation, executor.kept[generation])
         assert (generation.tokens, generation.logprobs) == (wanted.tokens, wanted.logprobs)
+
+
+def test_with_steps_ahead_as_without(tmp_path_factory):
+    """On a GPU as well (QWENVL_TEST_DEVICE): what a step wrote is read before another one writes there."""
+    vl = QwenVL.from_exported(*exported(tmp_path_factory), device=DEVICE)
+    answers = []
+    for ahead in (False, True):
+        rng = random.Random(8)
+        loop = Loop(EngineExecutor(*vl._stages, ahead=ahead, gpu_memory=0.1))
+        generations = [
+            generation_of(vl, Asked.at_random(vl, rng), rng.choice([None, 0, 3])) for _ in range(20)
+        ]
+        run(loop, generations)
+        for generation in generations:
+            for token, (logprob, top) in zip(generation.tokens, generation.logprobs):
+                assert len(top) == generation.n_logprobs
+                assert not top or not generation.options.greedy or (token, logprob) == top[0]
+                assert sum(np.exp(p) for _, p in top) < 1 + 1e-5
+                assert logprob <= max([p for _, p in top], default=0)
+        answers.append([(each.tokens, each.logprobs) for each in generations])
+    assert answers[0] == answers[1]
+    assert sum(len(logprobs) for _, logprobs in answers[0]) > 50
 
 
 def test_of_the_portable_graph(vl, tmp_path_factory):
