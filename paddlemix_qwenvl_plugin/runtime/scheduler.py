@@ -110,7 +110,7 @@ class Scheduler:
         prompts += (each for each in self.waiting if each not in self._preempted)
         if prompts and budget > 0:
             left = self._plan_prompts(prompts, budget - budget // 2, planned)
-            prompts.sort(key=lambda generation: generation.n_pending)
+            prompts.sort(key=lambda each: each.n_pending - planned.get(each, 0))
             self._plan_prompts(prompts, budget // 2 + left, planned)
         return [Chunk(each, n, n == each.n_pending) for each, n in planned.items()]
 
