@@ -81,7 +81,14 @@ def _middleware(
         # The page is open: it asks its user for the key.
         open_paths = page_paths.union(operations.HEALTH_PATHS)
         middleware.append(Middleware(Auth, keys=keys, open_paths=open_paths))
-    middleware.append(Middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout))
+    middleware.append(
+        Middleware(
+            BodyLimit,
+            max_bytes=settings.max_body_bytes,
+            max_held_bytes=max(settings.max_held_bytes, settings.max_body_bytes),
+            timeout=settings.body_timeout,
+        )
+    )
     return middleware
 
 

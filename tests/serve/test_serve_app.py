@@ -17,8 +17,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serve_service_helpers import PATH, CountingEngine, fake_app, fake_service, served
+from starlette.responses import Response
 
 from paddlemix_qwenvl_plugin.serve import json_log
+from paddlemix_qwenvl_plugin.serve.middleware.body import BodyLimit
 from paddlemix_qwenvl_plugin.serve.service import Service
 
 HOST = "http://127.0.0.1:8000"
@@ -204,6 +206,40 @@ def test_long_bodies(size: int, status: int, chunked: bool) -> None:
             assert error["code"] == "request_too_large"
             assert "1048576 bytes" in error["message"]
             assert answer.headers["Connection"] == "close"
+
+
+def test_bodies_of_all_requests_are_bounded() -> None:
+    """A body counts until its request is answered, also where the answer is an error or the client left."""
+    release = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        assert len((await receive())["body"]) == 600_000
+        await release.wait()
+        await Response("done")(scope, receive, send)
+
+    async def go() -> None:
+        limited = BodyLimit(slow, max_bytes=MIB, max_held_bytes=MIB, timeout=60)
+        transport = httpx.ASGITransport(app=limited)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+
+            async def post() -> httpx.Response:
+                headers = {"Content-Type": "application/json"}
+                return await client.post("/", content=b"x" * 600_000, headers=headers)
+
+            first = asyncio.create_task(post())
+            while not limited._held_bytes:
+                await asyncio.sleep(0)
+            second = await post()
+            assert second.status_code == 429
+            assert second.headers["Retry-After"] == "1"
+            assert second.json()["error"]["type"] == "rate_limit_error"
+            assert limited._held_bytes == 600_000
+            release.set()
+            assert (await first).text == "done"
+            assert limited._held_bytes == 0
+            assert (await post()).text == "done"
+
+    asyncio.run(go())
 
 
 def test_who_asks_before_sending_is_told_before_sending() -> None:
