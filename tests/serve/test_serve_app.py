@@ -210,10 +210,11 @@ def test_long_bodies(size: int, status: int, chunked: bool) -> None:
 
 def test_bodies_of_all_requests_are_bounded() -> None:
     """A body counts until its request is answered, also where the answer is an error or the client left."""
-    release = asyncio.Event()
+    begun, release = asyncio.Event(), asyncio.Event()
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
         assert len((await receive())["body"]) == 600_000
+        begun.set()
         await release.wait()
         await Response("done")(scope, receive, send)
 
@@ -227,9 +228,8 @@ def test_bodies_of_all_requests_are_bounded() -> None:
                 return await client.post("/", content=b"x" * 600_000, headers=headers)
 
             first = asyncio.create_task(post())
-            while not limited._held_bytes:
-                await asyncio.sleep(0)
-            second = await post()
+            await begun.wait()
+            second = await asyncio.wait_for(post(), 10)
             assert second.status_code == 429
             assert second.headers["Retry-After"] == "1"
             assert second.json()["error"]["type"] == "rate_limit_error"
