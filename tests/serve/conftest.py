@@ -41,7 +41,7 @@ def alone(stages: DemoStages) -> QwenVL:
 
 
 @pytest.fixture
-def serve_demo(demo_cache: Path) -> Iterator[Callable[..., ServerProcess]]:
+def serve_demo(demo_cache: Path, stages: DemoStages) -> Iterator[Callable[..., ServerProcess]]:
     """serve_demo("--max_running", 4, …) is a `qwenvl serve --demo` on a free port; killed after the test if need be."""
     started: list[ServerProcess] = []
 

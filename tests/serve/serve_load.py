@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import time
 from collections import Counter
@@ -14,6 +15,8 @@ from typing import Any, Optional
 import httpx
 from serve_nonsense import NONSENSE
 from serve_questions import Question
+
+logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
 
 # Longer than an answer takes on a busy machine.
 PATIENCE = 300.0

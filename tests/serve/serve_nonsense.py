@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import zlib
@@ -16,7 +17,7 @@ from PIL import Image
 from serve_openai_helpers import NAME, ask
 
 # Settings of the server for this: what is too much is soon sent.
-FLAGS = ("--max_body_bytes", 2**20, "--body_timeout", 3)
+FLAGS = ("--max_body_bytes", 2**20)
 
 _CHAT = "/v1/chat/completions"
 
@@ -80,13 +81,13 @@ def _png(width: int, height: int) -> bytes:
 
 
 async def _slow(http: httpx.AsyncClient) -> Optional[str]:
-    """A body that never comes to its end: 408, or the connection is cut off."""
+    """A body that comes to no end for a while."""
     reader, writer = await _connect(http)
     try:
         writer.write(_head("Content-Length: 1000") + b"{")
-        answer = await reader.read(65536)
-        if answer and not answer.startswith(b"HTTP/1.1 408 "):
-            return f"status {answer[9:12]!r}"
+        with contextlib.suppress(asyncio.TimeoutError):
+            answer = await asyncio.wait_for(reader.read(65536), 3)
+            return f"answered too soon: {answer[:100]!r}"
         return None
     finally:
         writer.close()

@@ -84,11 +84,14 @@ def test_answers_under_load_are_those_alone(
     code, log = server.end()
     tally = load.tally
     with capsys.disabled():
+        print(f"\n{tally.requests} requests of {CLIENTS} clients in {seconds:.0f} s:", end=" ")
         print(
-            f"\n{tally.requests} requests of {CLIENTS} clients in {seconds:.0f} s: {tally.answered} answers,"
+            f"{tally.answered} answers, {tally.hung_up} hung up, {sum(tally.nonsense.values())} nonsense,",
+            end=" ",
         )
-        print(f"{tally.hung_up} hung up, {sum(tally.nonsense.values())} nonsense, {len(tally.wrong)} wrong;")
-        print(f"alive within {pulse.late:.2f} s; {figures['qwenvl_completion_tokens_total']:.0f} tokens")
+        print(f"{len(tally.wrong)} wrong; {figures['qwenvl_completion_tokens_total']:.0f} tokens,", end=" ")
+        print(f"alive within {pulse.late:.2f} s")
+        print(*tally.wrong[:10], sep="\n", end="")
         for each in (memory[0], memory[int(WARM_UP * len(memory))], memory[-1]):
             print({what: f"{value / 2**20:.0f} MiB" for what, value in each.items()})
     assert tally.wrong == []
