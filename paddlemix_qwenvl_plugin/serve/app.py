@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 from pathlib import Path
 from typing import Optional
 
@@ -98,6 +99,9 @@ def _add_page(app: FastAPI, folder: Path) -> frozenset[str]:
         return frozenset()
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     paths = frozenset({"/", *(f"/{name}" for name in names)})
+    mimetypes.add_type(
+        "text/javascript", ".js"
+    )  # some systems say text/plain, and browsers refuse such modules
     files = StaticFiles(directory=folder, html=True)
     for path in sorted(paths):
         app.router.routes.append(Route(path, files))

@@ -1,4 +1,4 @@
-"""The body of a request: of bounded size, in bounded time, JSON."""
+"""The body of a request: of bounded size, in bounded time, JSON that is soon parsed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from paddlemix_qwenvl_plugin.serve.error_response import respond
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
+from paddlemix_qwenvl_plugin.serve.middleware.json_size import check_size
 
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS", "DELETE")
 # A client that is still sending when it is answered may not see the answer: a connection with unread bytes is reset.
@@ -54,6 +55,7 @@ class BodyLimit:
             problem = _problem(headers)
             if problem is not None:
                 raise problem
+            check_size(body)
         except ClientLeft:
             return
         except asyncio.TimeoutError:
