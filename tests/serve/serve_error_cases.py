@@ -9,7 +9,8 @@ import json
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple, Optional
 
 import httpx
 from PIL import Image
@@ -17,6 +18,7 @@ from PIL import Image
 from paddlemix_qwenvl_plugin.checkpoint.config import load_config
 from paddlemix_qwenvl_plugin.demo.run import MODEL
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.serve import image_process
 from paddlemix_qwenvl_plugin.serve.admission import SlotQueue
 from paddlemix_qwenvl_plugin.serve.app import create_app
 from paddlemix_qwenvl_plugin.serve.engine_api import (
@@ -55,6 +57,7 @@ class Engine:
         self.then: Optional[Exception] = None
         self.refuses: Optional[Exception] = None
         self.hangs = False
+        self.ends_with: Literal["length", "cancelled"] = "length"
 
     async def start(self) -> None: ...
 
@@ -81,7 +84,7 @@ class Stream:
             await self._cancelled.wait()
             self.ended = Ended("cancelled", 0)
         else:
-            self.ended = Ended("length", 0)
+            self.ended = Ended(self._engine.ends_with, 0)
 
     def cancel(self) -> None:
         self._cancelled.set()
@@ -267,6 +270,20 @@ async def long_wait(bench: Bench) -> Got:
         return await chat()(bench)
 
 
+async def cancelled(bench: Bench) -> Got:
+    bench.engine.ends_with = "cancelled"
+    return await chat()(bench)
+
+
+async def no_image_process(bench: Bench) -> Got:
+    python, image_process.sys = image_process.sys, SimpleNamespace(executable="/bin/false")  # type: ignore
+    try:
+        bench.configure(max_images=3)
+        return await look_at(data_url(png()))(bench)
+    finally:
+        image_process.sys = python
+
+
 async def ending(bench: Bench) -> Got:
     bench.configure(max_running=2).admission.close()
     return await chat()(bench)
@@ -408,6 +425,8 @@ CASES: dict[str, Case] = {
     "longer than `running_timeout`, in a stream": within(
         engine(chat(stream=True), hangs=True), running_timeout=0.2
     ),
+    "the server ends a request": cancelled,
+    "an image process that does not start": no_image_process,
     "after SIGTERM": ending,
     "a mistake of the server": mistake,
 }

@@ -80,12 +80,17 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("no systemd-analyze: apt-get install systemd")
     program = values("ExecStart")[0].split()[0]
-    copy = tmp_path / UNIT.name
-    copy.write_text(UNIT.read_text("utf-8").replace(program, "/bin/true"), "utf-8")
+    copies = [tmp_path / path.name for path in (UNIT, UNIT.with_suffix(".socket"))]
+    for copy in copies:
+        copy.write_text(UNIT.with_name(copy.name).read_text("utf-8").replace(program, "/bin/true"), "utf-8")
     done = subprocess.run(
-        ["systemd-analyze", "verify", str(copy)], capture_output=True, text=True, timeout=60, check=False
+        ["systemd-analyze", "verify", *map(str, copies)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
-    about_it = [line for line in done.stderr.splitlines() if UNIT.name in line]
+    about_it = [line for line in done.stderr.splitlines() if UNIT.stem in line]
     assert (done.returncode, about_it) == (0, [])
 
 
