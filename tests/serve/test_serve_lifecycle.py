@@ -251,7 +251,8 @@ class Load:
             while not self._over.is_set():
                 try:
                     answer = client.post(PATH, json={"n_tokens": 2})
-                    self.answers.append(str(answer.status_code))
+                    failed = " and an error" if "error" in answer.text else ""
+                    self.answers.append(f"{answer.status_code}{failed}")
                 except httpx.TransportError as error:
                     self.answers.append(repr(error))
 
@@ -280,6 +281,22 @@ def test_an_upgrade_drops_no_request(start: Callable[..., Process], unused_port:
     assert code == 0, errors
     load.more(50)
     assert {*load.end()} == {"200"}
+
+
+def test_a_restart_behind_a_socket_of_systemd_drops_no_request(start: Callable[..., Process]) -> None:
+    """Requests wait in the socket while the first server ends and the second one loads."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
+        hand_over = {"pass_fds": [3], "preexec_fn": lambda: os.dup2(listener.fileno(), 3) and None}
+        with_number = ["sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"', "sh"]
+        first = start(engine={"pause": 0.005}, prefix=with_number, **hand_over)
+        load = Load(first.ready())
+        load.more(50)
+        first.send(signal.SIGTERM)
+        code, errors = first.end()
+        assert code == 0, errors
+        start(engine={"loading": 0.5}, prefix=with_number, **hand_over)
+        load.more(50)
+        assert {*load.end()} == {"200"}
 
 
 def test_a_second_server_does_not_listen_before_it_is_ready(

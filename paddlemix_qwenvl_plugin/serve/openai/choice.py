@@ -148,7 +148,13 @@ class ChoiceRun:
         reason = stream.ended.reason if stream.ended is not None else "cancelled"
         if reason == "cancelled":
             self._deadline.check()
-            raise ApiError(503, "The server has ended this request.", "server_error", code="cancelled")
+            raise ApiError(
+                503,
+                "The server has ended this request; try again.",
+                "server_error",
+                code="cancelled",
+                headers={"Retry-After": "1"},
+            )
         return reason
 
 
