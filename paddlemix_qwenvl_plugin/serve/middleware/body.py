@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Optional
 
 from starlette.datastructures import Headers
@@ -19,6 +20,13 @@ _CLOSE = {"Connection": "close"}
 
 class ClientLeft(Exception):
     """The connection ended within the body."""
+
+
+@dataclass
+class _Held:
+    """How much of a request's body is in memory."""
+
+    n_bytes: int = 0
 
 
 class BodyLimit:
@@ -42,16 +50,16 @@ class BodyLimit:
         if scope["type"] != "http" or scope["method"] in _WITHOUT_BODY:
             await self._app(scope, receive, send)
             return
-        body = bytearray()
+        held = _Held()
         try:
-            await self._handle(body, scope, receive, send)
+            await self._handle(held, scope, receive, send)
         finally:
-            self._held_bytes -= len(body)
+            self._held_bytes -= held.n_bytes
 
-    async def _handle(self, body: bytearray, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, held: _Held, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         try:
-            await asyncio.wait_for(self._read(body, headers, receive), self._timeout)
+            body = await asyncio.wait_for(self._read(held, headers, receive), self._timeout)
             problem = _problem(headers)
             if problem is not None:
                 raise problem
@@ -65,7 +73,7 @@ class BodyLimit:
         except ApiError as error:
             await respond(error, scope, receive, send)
             return
-        whole: Optional[Message] = {"type": "http.request", "body": bytes(body), "more_body": False}
+        whole: Optional[Message] = {"type": "http.request", "body": body, "more_body": False}
 
         async def replay() -> Message:
             nonlocal whole
@@ -76,8 +84,8 @@ class BodyLimit:
 
         await self._app(scope, replay, send)
 
-    async def _read(self, body: bytearray, headers: Headers, receive: Receive) -> None:
-        """Read the body; what is in `body` counts as held.
+    async def _read(self, held: _Held, headers: Headers, receive: Receive) -> bytes:
+        """The body, which counts as held from its first bytes on.
 
         Raises:
             ApiError: it is too long, or there is no room for it now.
@@ -86,6 +94,7 @@ class BodyLimit:
         announced = headers.get("content-length", "")
         if headers.get("expect") and announced.isdigit() and int(announced) > self._max_bytes:
             raise self._too_long()  # the client waits for our word before it sends
+        pieces: list[bytes] = []
         size, full = 0, False
         more = True
         while more and size <= 2 * self._max_bytes:
@@ -96,11 +105,13 @@ class BodyLimit:
             size += len(piece)
             full = full or self._held_bytes + len(piece) > self._max_held_bytes
             if full or size > self._max_bytes:
-                self._held_bytes -= len(body)
-                body.clear()
+                pieces.clear()
+                n_bytes = 0
             else:
-                self._held_bytes += len(piece)
-                body += piece
+                pieces.append(piece)
+                n_bytes = size
+            self._held_bytes += n_bytes - held.n_bytes
+            held.n_bytes = n_bytes
             more = message.get("more_body", False)
         if size > self._max_bytes:
             raise self._too_long()
@@ -112,6 +123,7 @@ class BodyLimit:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
+        return b"".join(pieces)
 
     def _too_long(self) -> ApiError:
         return ApiError(
