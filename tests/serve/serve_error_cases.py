@@ -392,6 +392,7 @@ CASES: dict[str, Case] = {
     "`max_tokens` of 0": chat(max_tokens=0),
     "`max_tokens` above `max_new_tokens`": chat(max_tokens=3000),
     "`max_tokens` and `max_completion_tokens`": chat(max_tokens=3, max_completion_tokens=4),
+    "`min_tokens` above `max_tokens`": chat(min_tokens=9),
     "`n` of 0": chat(n=0),
     "`n` above `max_choices`": chat(n=9),
     "`n` above `max_running`": within(chat(n=3), max_running=2),
