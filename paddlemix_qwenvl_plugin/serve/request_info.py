@@ -20,6 +20,7 @@ class RequestInfo:
         begin: when its head was read, on the clock of time.monotonic.
         key: short hash of its API key; None where no keys are demanded.
         prompt_tokens, completion_tokens, cached_tokens: its usage, of all its choices.
+        prompts, completions: their texts, of all choices, where the settings want them in the log.
         error: code of the error that it was answered with, or its type; also that of an error event in a stream.
     """
 
@@ -29,6 +30,8 @@ class RequestInfo:
     prompt_tokens: Optional[int] = None
     completion_tokens: Optional[int] = None
     cached_tokens: Optional[int] = None
+    prompts: Optional[list[str]] = None
+    completions: Optional[list[str]] = None
     error: Optional[str] = None
 
 

@@ -13,6 +13,8 @@ from serve_openai_helpers import NAME, ask, asking, said, streamed, whole
 
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 from paddlemix_qwenvl_plugin.processing.prompts import chat_prompt
+from paddlemix_qwenvl_plugin.serve.openai import respond
+from paddlemix_qwenvl_plugin.serve.request_info import RequestInfo
 
 pytest_plugins = ("serve_openai_fixtures",)
 
@@ -316,6 +318,35 @@ def test_harmless_parameters(server):
 def test_the_key_is_that_of_the_request(server):
     whole(server, ask("?"), max_tokens=1)
     assert server.admission.keys == [None]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_are_logged_if_asked(server, limited, monkeypatch, stream):
+    """Not by default; then with their control tokens, and without the bytes of their images."""
+    infos = []
+
+    def info_of(scope):
+        infos.append(RequestInfo())
+        return infos[-1]
+
+    monkeypatch.setattr(respond, "info_of", info_of)
+    content, _ = asking("locate")
+    messages = [{"role": "user", "content": content}]
+    ask_for = streamed if stream else whole
+    ask_for(server, messages, max_tokens=60)
+    server.wait_until_idle()
+    assert infos[0].prompt_tokens
+    assert infos[0].prompts is infos[0].completions is None
+    limited(log_prompts=True)
+    answer = whole(server, messages, max_tokens=60).choices[0].message.content
+    ask_for(server, messages, max_tokens=60)
+    server.wait_until_idle()
+    assert infos[-1].completions == [answer]
+    (prompt,) = infos[-1].prompts
+    question = content[-1]["text"]
+    assert prompt.endswith(f"{question}<|im_end|>\n<|im_start|>assistant\n")
+    assert "<img>image-1</img>" in prompt
+    assert len(prompt) < 300
 
 
 def test_raw_stream_has_the_status_of_its_first_event(server):

@@ -47,7 +47,9 @@ def test_every_variable_that_is_spelled_out_is_in_the_table() -> None:
     of_benchmarks = {"QWENVL_LIBRARY"}
     mistyped = {"QWENVL_SERVE_MAX_WAITNG"}  # in docs/errors.md
     of_serve = {"QWENVL_SERVE", *(f"QWENVL_SERVE_{name.upper()}" for name in ServeSettings.model_fields)}
-    assert spelled - of_tests - of_benchmarks - of_serve - mistyped == {variable.name for variable in VARIABLES}
+    assert spelled - of_tests - of_benchmarks - of_serve - mistyped == {
+        variable.name for variable in VARIABLES
+    }
 
 
 @pytest.mark.parametrize(("text", "on"), [(None, None), ("", None), ("0", False), ("1", True), ("yes", True)])

@@ -83,6 +83,8 @@ class RequestLog:
             "prompt_tokens": info.prompt_tokens,
             "completion_tokens": info.completion_tokens,
             "cached_tokens": info.cached_tokens,
+            "prompts": info.prompts,
+            "completions": info.completions,
             "key": info.key,
             "error": info.error,
             "client_left": True if not complete else None,

@@ -76,12 +76,17 @@ class Completion:
         async with self._service.admission.slots(self.n_choices, self._info.key):
             timer = asyncio.get_running_loop().call_later(self._deadline.seconds, self._time_out)
             try:
+                if self._service.settings.log_prompts:
+                    self._info.prompts = [self._text(prompt) for prompt in self._asked.prompts]
+                    self._info.completions = [""] * self.n_choices
                 for prompt in self._asked.prompts:
                     await self._prepare(prompt)
                 choices = [run.events(self._info) for run in self._runs]
                 events = choices[0] if len(choices) == 1 else merge(choices)
                 try:
                     async for event in events:
+                        if self._info.completions is not None:
+                            self._info.completions[event.choice] += event.delta.text
                         yield event
                 finally:
                     await events.aclose()
@@ -117,6 +122,11 @@ class Completion:
             run = ChoiceRun(service, len(self._runs), own, asked.stop_strings, size, self._deadline, first)
             first = first or run
             self._runs.append(run)
+
+    def _text(self, prompt: ReadyPrompt) -> str:
+        """A prompt as the log has it: an image is the tags around its name."""
+        tokenizer = self._service.tokenizer
+        return tokenizer.decode(token for token in prompt.token_ids if token != tokenizer.img_pad_id)
 
     def _time_out(self) -> None:
         self._deadline.passed = True
