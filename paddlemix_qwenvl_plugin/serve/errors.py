@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, one_line
 
 
 class ApiError(QwenVLError):
@@ -35,10 +35,7 @@ class ApiError(QwenVLError):
 
     def body(self) -> dict[str, Any]:
         """The JSON body."""
-        param = None if self.param is None else _sound(self.param)
-        return {"error": {"message": _sound(str(self)), "type": self.kind, "param": param, "code": self.code}}
-
-
-def _sound(text: str) -> str:
-    """`text` without half surrogate pairs, which a request may bring and no response can carry."""
-    return text.encode("utf-8", "replace").decode()
+        # A message may name what a request brings. JSON takes any name but half surrogate pairs.
+        param = None if self.param is None else self.param.encode("utf-8", "replace").decode()
+        message = one_line(str(self))
+        return {"error": {"message": message, "type": self.kind, "param": param, "code": self.code}}

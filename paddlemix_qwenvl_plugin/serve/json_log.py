@@ -37,6 +37,8 @@ def start_logging(level: str) -> None:
     LOGGER.setLevel(level.upper())
     # What uvicorn says of its start and end is said by us.
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, LOGGER.level))
+    # Its warnings are about clients that went away while they were sent something.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     logging.captureWarnings(True)
 
 

@@ -33,14 +33,16 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """What the server logs."""
     lines = io.StringIO()
     root = logging.getLogger()
-    before = root.handlers[:], root.level, json_log.LOGGER.level, logging.getLogger("uvicorn").level
+    loggers = [root, json_log.LOGGER, logging.getLogger("uvicorn"), logging.getLogger("asyncio")]
+    before = root.handlers[:], [logger.level for logger in loggers]
     monkeypatch.setattr("sys.stderr", lines)
     json_log.start_logging("debug")
     try:
         yield lines
     finally:
-        root.handlers[:], level, json_log.LOGGER.level, logging.getLogger("uvicorn").level = before
-        root.setLevel(level)
+        root.handlers[:], levels = before
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
         logging.captureWarnings(False)
 
 
@@ -268,6 +270,21 @@ def test_a_body_that_does_not_come() -> None:
         assert b"body_timeout" in answer
 
 
+def test_a_client_that_leaves_within_a_burst_of_events(logged: io.StringIO) -> None:
+    """asyncio warns of the fifth write after the one that failed."""
+
+    async def write() -> None:
+        ours, theirs = socket.socketpair()
+        _, writer = await asyncio.open_connection(sock=ours)
+        theirs.close()
+        for _ in range(10):
+            writer.write(b"data: 1\n\n")
+        writer.close()
+
+    asyncio.run(write())
+    assert logged.getvalue() == ""
+
+
 def test_a_client_that_leaves_within_its_body(logged: io.StringIO) -> None:
     service = ready_service()
     with served(service) as url:
@@ -291,7 +308,7 @@ def test_a_client_that_leaves_within_its_body(logged: io.StringIO) -> None:
         ("text/plain", b"{}", 415, "unsupported_media_type"),
         (None, b"{}", 415, "unsupported_media_type"),
         ("application/json", b"{", 400, "invalid_json"),
-        ("application/json", b"\xff", 400, None),
+        ("application/json", b"\xff", 400, "invalid_json"),
         ("application/json", b"[" * 100_000, 400, None),
         ("application/json", b"", 400, None),
         ("application/json", b"[]", 400, None),

@@ -29,6 +29,7 @@ def image(url, **more):
 # What is added to a good request; the parameter and the code of the error, and words of its message.
 CHAT = [
     ({"model": "gpt-4o"}, "model", "model_not_found", "`gpt-4o` does not exist"),
+    ({"model": "a\n\x1b[2Jb"}, "model", "model_not_found", r"`a ?[2Jb` does not exist"),
     ({"model": 3}, "model", "invalid_type", "must be a string"),
     ({"model": ...}, "model", "missing_required_parameter", "is required"),
     ({"messages": ...}, "messages", "missing_required_parameter", "is required"),
