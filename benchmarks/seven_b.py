@@ -87,7 +87,7 @@ from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
 vl = QwenVL.from_exported({vision!r}, {language!r})
 requests = [([1000 + (7 * n + i) % 3000 for i in range(4 + 5 * n % 60)], 16 + 37 * n % 112) for n in range(64)]
 def rate(chosen):
-    generations = [vl._generation(ids, [], [], GenerationOptions(max_new_tokens=n)) for ids, n in chosen]
+    generations = [vl.generation(ids, [], [], GenerationOptions(max_new_tokens=n)) for ids, n in chosen]
     begin = time.perf_counter()
     for generation in generations:
         vl._loop.submit(generation)

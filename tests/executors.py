@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from paddlemix_qwenvl_plugin import QwenVL
-from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN, Executor
+from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN, Executor, Picked
 from paddlemix_qwenvl_plugin.runtime.generation import Generation
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
@@ -35,7 +35,7 @@ class Recording:
         self.done.append("encode")
         return self._executor.encode_image(pixels)
 
-    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[int]]:
+    def start(self, chunks: Sequence[Chunk]) -> Callable[[], Picked]:
         self.done.append(sum(chunk.n for chunk in chunks))
         self.before_step()
         return self._executor.start(chunks)
@@ -63,7 +63,7 @@ class Scripted:
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         return np.zeros(self._shape, np.float32)
 
-    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[int]]:
+    def start(self, chunks: Sequence[Chunk]) -> Callable[[], Picked]:
         self.steps.append([(chunk.generation.n_computed, chunk.n) for chunk in chunks])
         picked = []
         for chunk in chunks:
@@ -74,7 +74,7 @@ class Scripted:
                 said = list(self._script(generation.prompt))
                 n = len(generation.tokens)
                 picked.append(said[n] if n < len(said) else NO_TOKEN)
-        return lambda: picked
+        return lambda: Picked(picked)
 
     def forget(self, generation: Generation) -> None:
         pass

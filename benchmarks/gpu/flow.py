@@ -145,7 +145,7 @@ def python(folder: Path) -> None:
 
     def generate(pixels: Any, ids: Any) -> list[int]:
         options = GenerationOptions(max_new_tokens=NEW_TOKENS)
-        generation = vl._generation(ids[0].tolist(), [ImageInput.of(pixels[0])], [], options)
+        generation = vl.generation(ids[0].tolist(), [ImageInput.of(pixels[0])], [], options)
         vl._loop.submit(generation)
         while not generation.finished:
             vl._loop.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -208,8 +208,6 @@ class GenerationCommand(TyperCommand):
 def _generation_flags() -> list[Any]:
     from paddlemix_qwenvl_plugin.runtime.options import allowed, described
 
-    def command() -> None: ...
-
     parameters = []
     for name, field in described().items():
         text = f"{(field.description or '').rstrip('.')} ({allowed(field)})."
@@ -222,6 +220,15 @@ def _generation_flags() -> list[Any]:
                 annotation=Annotated[field.annotation, option],  # type: ignore[name-defined]
             )
         )
+    return made_flags(parameters)
+
+
+def made_flags(parameters: Sequence[inspect.Parameter]) -> list[Any]:
+    """The flags that typer makes of the parameters of a function, for a command that makes its flags when it is asked
+    for them."""
+
+    def command() -> None: ...
+
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     app = typer.Typer(add_completion=False)
     app.command()(command)

@@ -116,3 +116,24 @@ class _AfterPaddle:
 
         loader.exec_module = exec_module
         return spec
+
+
+@contextlib.contextmanager
+def handled_by_the_command() -> Iterator[list[int]]:
+    """Within the block, which `ending` surrounds, a command sets handlers of its own, and takes the time that it needs
+    to end. After it everything is as before.
+
+    Yields:
+        The signals that end commands here, without those that are ignored (nohup).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield []
+        return
+    before = {number: signal.getsignal(number) for number in _NUMBERS}
+    descriptor = signal.set_wakeup_fd(-1)
+    try:
+        yield [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)

@@ -17,6 +17,7 @@ from filelock import FileLock
 from PIL import Image
 
 from paddlemix_qwenvl_plugin.checkpoint.tensors import language_specs, vision_specs
+from paddlemix_qwenvl_plugin.demo import MODEL as MODEL
 from paddlemix_qwenvl_plugin.demo.page import html_page
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS, Question
 from paddlemix_qwenvl_plugin.demo.result import Result, Run
@@ -29,8 +30,6 @@ from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, make_folder, one_line
 from paddlemix_qwenvl_plugin.util.files import write_beside
-
-MODEL = Path(__file__).resolve().parent / "model"
 
 PAGE, SHEET, ANSWERS = "index.html", "sheet.png", "answers.json"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from ctypes import byref, c_int32, c_void_p, sizeof
+from ctypes import byref, c_float, c_int32, c_void_p, sizeof
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -153,18 +153,29 @@ class DeviceArray:
         self.address = memory.value
 
 
-class PickedTokens:
-    """Room for the tokens of a step, int32 [room], which the device writes and reads, and the event behind them."""
+class StepOutput:
+    """What a step writes for each of up to `room` rows, in memory that host and device both reach.
 
-    def __init__(self, engine: Engine, room: int) -> None:
+    A token int32 and its log probability float32, and the `n_top` likeliest tokens with theirs; and the event behind
+    the step. `tokens`, `logprobs`, `top_tokens` and `top_logprobs` are the addresses.
+    """
+
+    def __init__(self, engine: Engine, room: int, n_top: int) -> None:
         memory, self._event = c_void_p(), c_void_p()
-        c.call("qvl_host_alloc", engine.handle, sizeof(c_int32) * room, byref(memory))
+        c.call("qvl_host_alloc", engine.handle, 4 * room * (2 + 2 * n_top), byref(memory))
         _free_before(engine, self, c.load().qvl_host_free, engine.handle, memory)
         c.call("qvl_event_create", engine.handle, byref(self._event))
         _free_before(engine, self, c.load().qvl_event_free, self._event)
         assert memory.value is not None
-        self.address = memory.value
-        self._tokens = (c_int32 * room).from_address(memory.value)
+        self.tokens = memory.value
+        self.logprobs = self.tokens + 4 * room
+        self.top_tokens = self.logprobs + 4 * room
+        self.top_logprobs = self.top_tokens + 4 * room * n_top
+        self._n_top = n_top
+        self._tokens = (c_int32 * room).from_address(self.tokens)
+        self._logprobs = (c_float * room).from_address(self.logprobs)
+        self._top_tokens = (c_int32 * (room * n_top)).from_address(self.top_tokens)
+        self._top_logprobs = (c_float * (room * n_top)).from_address(self.top_logprobs)
 
     def record(self) -> None:
         """Note that a step which writes here has been started."""
@@ -178,3 +189,12 @@ class PickedTokens:
         """
         c.call("qvl_event_wait", self._event)
         return self._tokens[:n]
+
+    def logprob(self, row: int) -> float:
+        """The log probability of the row's token. The step has ended, and was asked for it; so below."""
+        return self._logprobs[row]
+
+    def top(self, row: int, n: int, n_written: int) -> list[tuple[int, float]]:
+        """The n likeliest tokens of a row with their log probabilities, of n_written that the step gave for each."""
+        part = slice(row * n_written, row * n_written + n)
+        return list(zip(self._top_tokens[part], self._top_logprobs[part]))

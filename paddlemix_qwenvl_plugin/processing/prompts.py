@@ -24,7 +24,7 @@ Part = Mapping[str, Any]
 
 Query = Union[str, Sequence[Part]]
 
-_PICTURE_TAGS = ("<img>", "</img>")
+_PICTURE_TAGS = ("<img>", "</img>", "<imgpad>")
 _PICTURE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 _KEY_SETS = ({"image"}, {"text"}, {"box"}, {"box", "ref"})
 
@@ -75,6 +75,8 @@ def render(parts: Sequence[Part], start: int = 1, label: str = PICTURE_LABEL) ->
             text += _checked_text(part["text"], _PICTURE_TAGS, f"text of {where}", hint)
         else:
             text += _render_boxes(part, where)
+    if text.count("<img>") != len(images) or text.count("</img>") != len(images) or "<imgpad>" in text:
+        raise UsageError("the texts of the query must not make <img>, </img> or <imgpad> where they meet")
     return text, images
 
 

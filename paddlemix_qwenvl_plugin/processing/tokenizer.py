@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
@@ -86,6 +87,7 @@ class QwenTokenizer:
         self.img_end_id = self.special_tokens["</img>"]
         self.img_pad_id = self.special_tokens["<imgpad>"]
         self._pieces = [*pieces, *(token.encode() for token in self.special_tokens)]
+        self.max_token_bytes = max(map(len, self._pieces))
         self._encoding = tiktoken.Encoding(
             "qwen",
             pat_str=_WORD_PATTERN,
@@ -131,7 +133,7 @@ class QwenTokenizer:
         Raises UsageError for a path longer than `n_image_slots` bytes and for an `<img>` without `</img>`.
         """
         allowed = set(allowed_special)
-        text = unicodedata.normalize("NFC", text)
+        text = _nfc(text)
         if "<img>" not in allowed:
             return self._encode_text(text, allowed)
         ids: list[int] = []
@@ -206,6 +208,21 @@ class QwenTokenizer:
         if not all(0 <= value < 256 for value in path):
             return None, start
         return bytes(path), start + len(slots) + 2
+
+
+def _nfc(text: str) -> str:
+    """The NFC form of `text`, in time that grows with its length.
+
+    unicodedata sorts combining marks by insertion: a long run of them in the wrong order takes minutes.
+    """
+    if len(text) > 1000 and not text.isascii():
+        text = "".join(
+            "".join(sorted(run, key=unicodedata.combining) if combining else run)
+            for combining, run in itertools.groupby(
+                text, lambda character: unicodedata.combining(character) > 0
+            )
+        )
+    return unicodedata.normalize("NFC", text)
 
 
 def check_picture_label(label: Any) -> str:

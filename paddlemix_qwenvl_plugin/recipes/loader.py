@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from paddlemix_qwenvl_plugin.recipes import interpolate, plain_yaml
+from paddlemix_qwenvl_plugin.recipes import interpolate
 from paddlemix_qwenvl_plugin.recipes.schema import Recipe
+from paddlemix_qwenvl_plugin.util import plain_yaml
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.shipped import PACKAGE, shipped_folder
 
@@ -53,7 +54,7 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     Raises:
         UsageError: the file cannot be read, is not YAML, or breaks the schema; an override does.
     """
-    data = _read_yaml(path)
+    data = plain_yaml.read_file(path, "a recipe")
     recipe = _validate(data, str(path))
     if overrides:
         data = copy.deepcopy(data)
@@ -63,21 +64,6 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
         recipe = _validate(data, "override")
     _fix_paths(recipe, path.resolve().parent)
     return recipe
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            content = file.read(plain_yaml.MAX_BYTES + 1)
-        text = content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
-    if len(content) > plain_yaml.MAX_BYTES:
-        raise UsageError(f"{path}: longer than {plain_yaml.MAX_BYTES >> 10} KiB; is it a recipe?")
-    try:
-        return plain_yaml.read(text)
-    except plain_yaml.NotPlain as error:
-        raise UsageError(f"{path}{error.where}: {error}") from error
 
 
 def _validate(data: Any, source: str) -> Recipe:

@@ -26,6 +26,10 @@ class BlockPool:
         """Blocks that nobody uses, cached ones included."""
         return len(self._free)
 
+    def n_unused(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks nobody uses."""
+        return sum(block in self._free for block in blocks)
+
     def find(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks of the longest beginning of `keys` that is registered."""
         found = []

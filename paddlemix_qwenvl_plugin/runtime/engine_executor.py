@@ -19,10 +19,11 @@ from paddlemix_qwenvl_plugin.engine.engine import (
     Engine,
     KvPool,
     NamedTensor,
-    PickedTokens,
+    StepOutput,
     Weights,
 )
-from paddlemix_qwenvl_plugin.runtime.generation import Generation
+from paddlemix_qwenvl_plugin.runtime.executor import Picked
+from paddlemix_qwenvl_plugin.runtime.generation import MAX_LOGPROBS, Generation, TokenLogprobs
 from paddlemix_qwenvl_plugin.runtime.gpu_memory import check_room
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
@@ -94,10 +95,11 @@ class EngineExecutor:
             sampling_size=ctypes.sizeof(c.Sampling),
             batch=ctypes.pointer(self._batch),
         )
-        # Where steps write tokens, the one written last at the end: a step reads there what the step before picked.
-        self._outputs = (
-            [] if not self._ahead else [PickedTokens(self._language, _MAX_RUNNING) for _ in range(2)]
-        )
+        # Where steps write, the one written last at the end: a step ahead reads there what the step before picked.
+        self._n_top = min(MAX_LOGPROBS, config.vocab_size)
+        self._outputs = [
+            StepOutput(self._language, _MAX_RUNNING, self._n_top) for _ in range(1 + self._ahead)
+        ]
         self._room = 0
         self._sequences = (c.SequenceRow * 0)()
         self._sampling = (c.Sampling * 0)()
@@ -123,11 +125,12 @@ class EngineExecutor:
         [features] = self._vision.encode_images(pixels[None])
         return features
 
-    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[int]]:
+    def start(self, chunks: Sequence[Chunk]) -> Callable[[], Picked]:
         """See Executor. On a CPU the step has ended when this returns."""
         tokens: list[int] = []
         spans: list[tuple[int, int, NDArray[np.float32]]] = []
         counts: list[int | None] = []
+        n_logprobs: list[int | None] = []
         n_entries = n_rows = 0
         for chunk in chunks:
             generation = chunk.generation
@@ -153,14 +156,18 @@ class EngineExecutor:
             if chunk.picks:
                 self._sample(n_rows, row, len(generation.tokens) + chunk.ahead)
                 counts.append(row.counts_address)
+                n_logprobs.append(generation.n_logprobs)
                 n_rows += 1
-        self._run(tokens, spans, counts, n_entries, n_rows)
+        output = self._run(tokens, spans, counts, n_logprobs, n_entries)
+        output.record()
         if not self._ahead:
-            picked = self._picked[:n_rows]
+            picked = self._read(output, n_logprobs)
             return lambda: picked
-        written = self._outputs[-1]
-        written.record()
-        return lambda: written.wait(n_rows)
+        return lambda: self._read(output, n_logprobs)
+
+    def check_device(self) -> None:
+        """See Executor."""
+        DeviceArray(self._language, np.zeros(1, np.int32))
 
     def forget(self, generation: Generation) -> None:
         """See Executor."""
@@ -200,17 +207,22 @@ class EngineExecutor:
         tokens: list[int],
         spans: list[tuple[int, int, NDArray[np.float32]]],
         counts: list[int | None],
+        n_logprobs: list[int | None],
         n_entries: int,
-        n_rows: int,
-    ) -> None:
-        """Without `tokens` they are those that the step before picks."""
-        batch, args = self._batch, self._args
+    ) -> StepOutput:
+        """Start the step; without `tokens` they are those that the step before picks. Returns where it writes."""
+        batch, args, n_rows = self._batch, self._args, len(counts)
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         batch.n_sequences = n_entries
-        batch.tokens = ctypes.addressof(ids) if tokens else self._outputs[-1].address
-        if self._ahead:
-            self._outputs.reverse()
-            args.tokens = self._outputs[-1].address
+        batch.tokens = ctypes.addressof(ids) if tokens else self._outputs[-1].tokens
+        self._outputs.reverse()
+        output = self._outputs[-1]
+        args.tokens = output.tokens
+        args.n_logprobs = self._n_top if any(n_logprobs) else 0
+        wanted = any(n is not None for n in n_logprobs)
+        args.logprobs = output.logprobs if wanted else None
+        args.top_tokens = output.top_tokens if args.n_logprobs else None
+        args.top_logprobs = output.top_logprobs if args.n_logprobs else None
         batch.n_spans = len(spans)
         rows = (c.Span * len(spans))()
         for row, (start, n, features) in zip(rows, spans):
@@ -221,20 +233,34 @@ class EngineExecutor:
         args.counts = ctypes.addressof(addresses) if addresses is not None else None
         if self._step(self._language.handle, self._pool.handle, self._args, None, self._error):
             raise c.failure(self._error)
+        return output
+
+    def _read(self, output: StepOutput, n_logprobs: list[int | None]) -> Picked:
+        """What a step wrote, once it has ended."""
+        tokens = output.wait(len(n_logprobs))
+        if all(n is None for n in n_logprobs):
+            return Picked(tokens)
+        # One number for all rows: another one for each mixture would be another graph to a GPU.
+        n_written = self._n_top if any(n_logprobs) else 0
+        return Picked(
+            tokens,
+            [
+                None if n is None else TokenLogprobs(output.logprob(i), tuple(output.top(i, n, n_written)))
+                for i, n in enumerate(n_logprobs)
+            ],
+        )
 
     def _grow(self, room: int) -> None:
         """Make room for `room` entries and rows in a step."""
         self._room = room
         self._sequences = (c.SequenceRow * room)(*self._sequences)
         self._sampling = (c.Sampling * room)(*self._sampling)
-        self._picked = (ctypes.c_int32 * room)()
         # Views of the elements, and what was written to them last.
         self._entries, self._samplings = list(self._sequences), list(self._sampling)
         self._shapes: list[Any] = [None] * room
         self._sampled: list[Any] = [None] * room
         self._batch.sequences = ctypes.addressof(self._sequences)
         self._args.sampling = ctypes.addressof(self._sampling)
-        self._args.tokens = ctypes.addressof(self._picked)
 
 
 class _Row:

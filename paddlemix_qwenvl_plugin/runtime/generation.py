@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,21 @@ from paddlemix_qwenvl_plugin.util.digest import digest_of
 # block is found again only where recomputing it would give the same bits.
 _GENERATED = 1 << 32
 
+MAX_LOGPROBS = 20
+"""How many of the likeliest tokens a request may ask for beside each of its own."""
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities under the unchanged logits.
+
+    Attributes:
+        logprob: of the token that was picked.
+        top: (token id, log probability) of the likeliest ones, the likeliest first, the lower id first of equals.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
 
 @dataclass
 class ImageInput:
@@ -24,18 +39,19 @@ class ImageInput:
 
     Attributes:
         digest: of what the vision tower is given; images with the same digest have the same features.
-        pixels: float32 [3, image_size, image_size], contiguous; None where `features` are given.
+        pixels: float32 [3, image_size, image_size] from `preprocess`, or uint8 [image_size, image_size, 3] from
+            `resize`, contiguous; None where `features` are given.
         features: float32 [n_queries, hidden_size], once they are known.
         slots: [start, end) of its tokens in the prompt.
     """
 
     digest: bytes
-    pixels: Optional[NDArray[np.float32]] = None
+    pixels: Optional[NDArray[Any]] = None
     features: Optional[NDArray[np.float32]] = None
     slots: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, pixels: NDArray[np.float32]) -> ImageInput:
+    def of(cls, pixels: NDArray[Any]) -> ImageInput:
         """An image still to be encoded."""
         return cls(digest_of(pixels), pixels)
 
@@ -52,7 +68,10 @@ class Generation:
         prompt: token ids.
         tokens: the generated token ids, the stop token included.
         n_total: tokens of the prompt and generated ones.
+        n_logprobs: None: no log probabilities; else how many of the likeliest tokens come with each token.
+        logprobs: those of `tokens`, where `n_logprobs` asks for them.
         n_computed: how many of prompt + tokens have their keys and values in `blocks`.
+        n_cached: tokens of the prompt that were found in the prefix cache when it first ran; None before.
         finish_reason: "stop", "length" or "cancelled"; None while it runs.
         error: what ended it instead; raised where its tokens are read.
         encode_seconds, prefill_seconds, decode_seconds: time of the steps that it took part in.
@@ -66,6 +85,7 @@ class Generation:
         options: GenerationOptions,
         generated: Sequence[tuple[int, int]] = (),
         rotary_class: int = 0,
+        n_logprobs: Optional[int] = None,
     ) -> None:
         """
         Args:
@@ -78,13 +98,15 @@ class Generation:
         self.stop_token_ids = frozenset(stop_token_ids)
         self.options = options
         self.tokens: list[int] = []
+        self.n_logprobs = n_logprobs
+        self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: Optional[str] = None
         self.error: Optional[BaseException] = None
         self.encode_seconds = self.prefill_seconds = self.decode_seconds = 0.0
 
         self.n_total = len(self.prompt)
         self.n_computed = 0
-        self.n_cached = 0  # of them, found in the prefix cache
+        self.n_cached: Optional[int] = None
         self.blocks: list[int] = []
         self._boundaries = sorted({edge for span in generated for edge in span})
         self._generated = sorted(generated)
@@ -106,8 +128,10 @@ class Generation:
     def finished(self) -> bool:
         return self.finish_reason is not None or self.error is not None
 
-    def take(self, token: int) -> None:
+    def take(self, token: int, logprobs: Optional[TokenLogprobs] = None) -> None:
         """Add the token that a step gave."""
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
         self.tokens.append(token)
         self.n_total += 1
         if token in self.stop_token_ids:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN, Executor
+from paddlemix_qwenvl_plugin.processing.images import normalise
+from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN, Executor, Picked
 from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
 from paddlemix_qwenvl_plugin.runtime.image_cache import ImageCache
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Scheduler
+from paddlemix_qwenvl_plugin.runtime.statistics import LoopStatistics
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, RequestError
 from paddlemix_qwenvl_plugin.util.program import program
 
@@ -37,7 +40,7 @@ class _Step(NamedTuple):
 
     chunks: list[Chunk]
     start: float
-    tokens: Callable[[], list[int]]
+    picked: Callable[[], Picked]
 
 
 class Loop:
@@ -57,6 +60,7 @@ class Loop:
         self._cancelled: deque[Generation] = deque()
         self._started: _Step | None = None  # behind the one that was read last
         self._ended = 0.0
+        self._counts: Counter[str] = Counter()  # the counters of LoopStatistics that are kept here
 
     def load(self, vision: bool) -> None:
         """Open the programs now rather than at their first use, stage 1 only with `vision`."""
@@ -111,6 +115,26 @@ class Loop:
         with self._lock:
             return self._encode(image)
 
+    def check_device(self) -> None:
+        """Raise an error if the device computes nothing any more, as a GPU after a fault."""
+        with self._lock:
+            self._executor.check_device()
+
+    @property
+    def statistics(self) -> LoopStatistics:
+        """What happened so far; for the thread that runs the steps."""
+        scheduler = self._scheduler
+        return LoopStatistics(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self._submitted),
+            blocks=scheduler.pool.n_blocks,
+            blocks_used=scheduler.pool.n_blocks - scheduler.pool.n_free,
+            prompt_tokens=scheduler.n_prompt_tokens,
+            cached_tokens=scheduler.n_cached_tokens,
+            preempted=scheduler.n_preempted,
+            **self._counts,
+        )
+
     def _take_queues(self) -> None:
         while self._submitted:
             self._scheduler.add(self._submitted.popleft())
@@ -126,8 +150,8 @@ class Loop:
             step, self._started = self._started, None
             if step is None:
                 encoded = self._encode_next()
-                if encoded and not self._scheduler.running:
-                    return  # nobody waits for tokens: who waits for this one may stop here
+                if encoded and not self._scheduler.running and len(self._scheduler.waiting) == 1:
+                    return  # nobody else waits: who waits for this one may stop here
                 step = self._start(self._scheduler.schedule())
             if step is not None:
                 self._started = self._start(self._scheduler.schedule_ahead(step.chunks))
@@ -141,25 +165,32 @@ class Loop:
             raise
 
     def _encode_next(self) -> bool:
-        """Encode one image, if the next request waits for it: between two images the others go on."""
-        image = self._scheduler.image_to_encode()
-        if image is None:
+        """Encode one image, if a request waits for it: between two images the others go on."""
+        found = self._scheduler.image_to_encode()
+        if found is None:
             return False
-        generation = self._scheduler.waiting[0]
+        generation, image = found
         start = time.perf_counter()
         try:
             image.features = self._encode(image)
+            image.pixels = None
         except QwenVLError as error:
             self._fail(generation, error)
         generation.encode_seconds += time.perf_counter() - start
         return True
 
     def _encode(self, image: ImageInput) -> NDArray[np.float32]:
-        features = image.features if image.features is not None else self._images.get(image.digest)
-        if features is None:
-            assert image.pixels is not None
-            features = self._executor.encode_image(image.pixels)
-            self._images.put(image.digest, features)
+        if image.features is not None:
+            return image.features
+        features = self._images.get(image.digest)
+        if features is not None:
+            self._counts["image_cache_hits"] += 1
+            return features
+        pixels = image.pixels
+        assert pixels is not None
+        features = self._executor.encode_image(normalise(pixels) if pixels.dtype == np.uint8 else pixels)
+        self._images.put(image.digest, features)
+        self._counts["images_encoded"] += 1
         return features
 
     def _start(self, chunks: list[Chunk]) -> _Step | None:
@@ -174,17 +205,19 @@ class Loop:
 
     def _finish(self, step: _Step) -> None:
         try:
-            picked = iter(step.tokens())
+            tokens, logprobs = step.picked()
         except QwenVLError as error:
             self._fail_all(step.chunks, error)
             return
+        picked = iter(zip(tokens, repeat(None) if logprobs is None else logprobs))
+        self._counts["steps"] += 1
         end = time.perf_counter()
         seconds = end - max(step.start, self._ended)
         self._ended = end
         n_prompt = 0
         for chunk in step.chunks:
             generation = chunk.generation
-            token = next(picked) if chunk.picks else None
+            token, logprob = next(picked) if chunk.picks else (None, None)
             if generation.finished:  # while this step was computed
                 continue
             if generation.tokens:
@@ -198,13 +231,14 @@ class Loop:
             if token == NO_TOKEN:
                 self._fail(generation, NotFiniteError())
                 continue
-            generation.take(token)
+            generation.take(token, logprob)
+            self._counts["completion_tokens"] += 1
             if generation.finish_reason is not None:
                 self._drop(generation)
         if n_prompt >= _LEAST_PROMPT_TOKENS:
-            tokens = int(n_prompt * _STALL_SECONDS / seconds)
+            in_time = int(n_prompt * _STALL_SECONDS / seconds)
             most = self._scheduler.limits.step_tokens
-            self._scheduler.prompt_budget = min(max(tokens, _LEAST_PROMPT_TOKENS), most)
+            self._scheduler.prompt_budget = min(max(in_time, _LEAST_PROMPT_TOKENS), most)
 
     def _fail_all(self, chunks: list[Chunk], error: QwenVLError) -> None:
         """A step takes its requests with it, and no others."""

@@ -95,7 +95,7 @@ def allowed(field: FieldInfo) -> str:
         if hasattr(limit, name)
     }
     if "le" not in limits:
-        return f"at least {limits['ge']}"
+        return f"at least {limits['ge']}" if "ge" in limits else f"over {limits['gt']}"
     if "gt" in limits:
         return f"over {limits['gt']}, up to {limits['le']}"
     return f"{limits['ge']} to {limits['le']}"

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN
+from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN, Picked
 from paddlemix_qwenvl_plugin.runtime.generation import Generation
 from paddlemix_qwenvl_plugin.runtime.programs import Program, Stage
-from paddlemix_qwenvl_plugin.runtime.sampling import RowSampler
+from paddlemix_qwenvl_plugin.runtime.sampling import RowSampler, log_probabilities
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 
@@ -43,7 +43,7 @@ class PortableExecutor:
         features: NDArray[np.float32] = self._vision([pixels[None]])[0].numpy()[0]
         return features
 
-    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[int]]:
+    def start(self, chunks: Sequence[Chunk]) -> Callable[[], Picked]:
         """See Executor; it has ended when this returns."""
         [chunk] = chunks
         generation = chunk.generation
@@ -64,8 +64,15 @@ class PortableExecutor:
         logits, *cache = self._program([ids, features, positions, *lengths, valid, *cache])
         self._running[generation] = sampler, cache
         row = logits.numpy()[0]
-        picked = [sampler.pick(row) if np.isfinite(row).all() else NO_TOKEN]
+        if not np.isfinite(row).all():
+            return lambda: Picked([NO_TOKEN])
+        token, n_top = sampler.pick(row), generation.n_logprobs
+        picked = Picked([token], None if n_top is None else [log_probabilities(row, token, n_top)])
         return lambda: picked
+
+    def check_device(self) -> None:
+        """See Executor; it is Paddle's own error."""
+        self._program.zeros([1], "float32").numpy()
 
     def forget(self, generation: Generation) -> None:
         """See Executor."""

@@ -30,7 +30,7 @@ from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.chat import Chat
 from paddlemix_qwenvl_plugin.runtime.executor import Executor
-from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
+from paddlemix_qwenvl_plugin.runtime.generation import MAX_LOGPROBS, Generation, ImageInput
 from paddlemix_qwenvl_plugin.runtime.gpu_memory import check_share
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -148,6 +148,11 @@ class QwenVL:
         _ = self.tokenizer
         self._loop.load(vision)
 
+    def open_loop(self) -> Loop:
+        """The loop behind all requests, with both stages open; for who drives it. Errors as for `load`."""
+        self._loop.load(vision=True)
+        return self._loop
+
     def load_images(self, sources: Sequence[Any], folder: Optional[Path] = None) -> list[Image.Image]:
         """Open images as this predictor's `allow_http` and `limits` let it; relative paths start from `folder`."""
         return [
@@ -216,7 +221,7 @@ class QwenVL:
             )
         images = iter([ImageInput.encoded(each) for each in given])
         generations = [
-            self._generation(row, [next(images) for _ in row_spans], stop, chosen)
+            self.generation(row, [next(images) for _ in row_spans], stop, chosen)
             for row, row_spans in zip(rows, spans)
         ]
         loop = self._loop
@@ -331,9 +336,7 @@ class QwenVL:
             images: one for each `<img>` of the prompt, in order.
             image_size, prepare_seconds, on_end: see AnswerStream.
         """
-        if len(self._spans(prompt.input_ids)) != len(images):
-            raise AssertionError("the prompt has another number of images")
-        generation = self._generation(prompt.input_ids, images, stop_token_ids, options, prompt.generated)
+        generation = self.generation(prompt.input_ids, images, stop_token_ids, options, prompt.generated)
 
         def open_loop() -> Loop:
             self.load(vision=bool(images))
@@ -352,19 +355,35 @@ class QwenVL:
             raise UsageError("history: only a chat prompt has earlier turns; pass chat=True")
         return base_prompt(tokenizer, parts), [tokenizer.eod_id]
 
-    def _generation(
+    def generation(
         self,
         input_ids: Sequence[int],
         images: Sequence[ImageInput],
         stop_token_ids: Sequence[int],
         options: GenerationOptions,
         generated: Sequence[tuple[int, int]] = (),
+        n_logprobs: Optional[int] = None,
     ) -> Generation:
         """A request for the loop, with max_new_tokens cut to what the context has room for.
 
+        Args:
+            images: one for each `<img>` of the prompt, in order.
+            generated, n_logprobs: see Generation.
+
         Raises:
-            UsageError: it has no room for a single token.
+            UsageError: an id that is none, another number of images, no room for a single token.
         """
+        if not input_ids:
+            raise UsageError("input_ids: must have at least one token")
+        if min(input_ids) < 0 or max(input_ids) >= self.config.vocab_size:
+            raise UsageError(f"input_ids: ids must be 0 to {self.config.vocab_size - 1}")
+        spans = self._spans(input_ids)
+        if len(spans) != len(images):
+            raise UsageError(
+                f"images: {len(images)}, but the prompt has {len(spans)} <img> … </img> place(s)"
+            )
+        if n_logprobs is not None and not 0 <= n_logprobs <= MAX_LOGPROBS:
+            raise UsageError(f"n_logprobs: {n_logprobs} is out of range; it must be 0 to {MAX_LOGPROBS}")
         room = self.config.max_position_embeddings - len(input_ids)
         if room < 1:
             raise UsageError(
@@ -373,11 +392,11 @@ class QwenVL:
             )
         placed = [
             ImageInput(image.digest, image.pixels, image.features, (start + 1, end))
-            for image, (start, end) in zip(images, self._spans(input_ids))
+            for image, (start, end) in zip(images, spans)
         ]
         rotary_class = self.config.ntk_doublings(len(input_ids))
         options = options.within(room)
-        return Generation(input_ids, placed, stop_token_ids, options, generated, rotary_class)
+        return Generation(input_ids, placed, stop_token_ids, options, generated, rotary_class, n_logprobs)
 
     def _spans(self, input_ids: Sequence[int]) -> list[tuple[int, int]]:
         vision = self.config.visual
@@ -402,10 +421,7 @@ class QwenVL:
             raise UsageError(f"lengths: {len(row_lengths)} values for {len(ids)} rows")
         if not all(1 <= n <= ids.shape[1] for n in row_lengths):
             raise UsageError(f"lengths: {row_lengths}, each must be 1 to {ids.shape[1]}")
-        rows = [row[:n].tolist() for row, n in zip(ids, row_lengths)]
-        if any(min(row) < 0 or max(row) >= self.config.vocab_size for row in rows):
-            raise UsageError(f"input_ids: ids must be 0 to {self.config.vocab_size - 1}")
-        return rows
+        return [row[:n].tolist() for row, n in zip(ids, row_lengths)]
 
     def _check_features(self, features: Optional[ArrayLike]) -> NDArray[np.float32]:
         shape = (self.config.visual.n_queries, self.config.hidden_size)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from paddlemix_qwenvl_plugin.runtime.generation import TokenLogprobs
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 
 # A forbidden token's logit, as upstream sets it.
@@ -67,6 +68,15 @@ class RowSampler:
         reach = np.cumsum(probabilities[: kept.size])
         index = np.searchsorted(reach, random_fraction(self._seed, self._n_tokens) * reach[-1], side="right")
         return int(kept[min(int(index), kept.size - 1)])
+
+
+def log_probabilities(logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprobs:
+    """Those of a token and of the n_top likeliest, under float32 logits [vocab_size]."""
+    exact = logits.astype(np.float64)
+    exact -= exact.max()
+    exact -= np.log(np.exp(exact).sum())
+    top = np.argsort(-exact, kind="stable")[:n_top]
+    return TokenLogprobs(float(exact[token]), tuple(zip(top.tolist(), exact[top].tolist())))
 
 
 def random_fraction(seed: int, counter: int) -> float:

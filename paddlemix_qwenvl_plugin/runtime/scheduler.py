@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from paddlemix_qwenvl_plugin.runtime.blocks import BlockPool
@@ -44,13 +44,17 @@ class Chunk:
 
 
 class Scheduler:
-    """First come, first served, in steps under a budget of tokens.
+    """First come, first served, in steps under a budget of tokens; short prompts do not wait for long ones to end.
 
-    Every decoding request runs its token in every step. What is left of the budget goes to prompts, in chunks. When
-    blocks run out, the youngest request gives its blocks back and waits to be computed again.
+    Every decoding request runs its token in every step. What is left of the budget goes to prompts, in chunks: one half
+    to the oldest ones, the other to those with the fewest tokens left. When blocks run out, the request that was
+    admitted last gives its blocks back and waits to be computed again.
 
     Attributes:
         prompt_budget: prompt tokens of a step beside which others decode, 1 to limits.step_tokens.
+        running: in the order of their admission.
+        n_prompt_tokens, n_cached_tokens: of the requests admitted so far, and how many were in the prefix cache.
+        n_preempted: how often a request gave its blocks back.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -58,8 +62,11 @@ class Scheduler:
         self.pool = BlockPool(limits.n_blocks)
         self.prompt_budget = limits.step_tokens
         self.waiting: deque[Generation] = deque()
-        self.running: list[Generation] = []  # the oldest first
-        self._preempted: set[Generation] = set()  # while the next step is being chosen
+        self.running: list[Generation] = []
+        self.n_prompt_tokens = self.n_cached_tokens = self.n_preempted = 0
+        # While the next step is being chosen.
+        self._preempted: set[Generation] = set()
+        self._full = False  # one that waits has no room
 
     @property
     def idle(self) -> bool:
@@ -77,38 +84,60 @@ class Scheduler:
         elif generation in self.waiting:
             self.waiting.remove(generation)
 
-    def image_to_encode(self) -> ImageInput | None:
-        """An image that the next request to be admitted needs, and whose features are not known."""
-        if not self.waiting or len(self.running) >= self.limits.max_running:
+    def image_to_encode(self) -> tuple[Generation, ImageInput] | None:
+        """An image whose features the next request with images needs and does not have."""
+        if len(self.running) >= self.limits.max_running:
             return None
-        generation = self.waiting[0]
-        n_found = len(self._found(generation)) * self.limits.block_tokens
-        for image in generation.images:
-            if image.features is None and image.slots[1] > n_found:
-                return image
-        return None
+        # Of one request alone: features take memory.
+        generation = next((each for each in self.waiting if each.images), None)
+        if generation is None:
+            return None
+        image = self._missing_image(generation, self._found(generation))
+        return None if image is None else (generation, image)
 
     def schedule(self) -> list[Chunk]:
         """Choose the next step, and allocate its blocks."""
         planned: dict[Generation, int] = {}
         self._preempted.clear()
-        prompts = []
+        self._full = False
         for generation in self.running.copy():
             if generation.decoding:
                 self._plan(generation, 1, planned)
-            else:
-                prompts.append(generation)
         budget = self.limits.step_tokens - len(planned)
         if planned:
             budget = min(budget, self.prompt_budget)
-        for generation in prompts:
-            budget -= self._plan(generation, min(budget, generation.n_pending), planned)
-        while budget > 0 and self.waiting and len(self.running) < self.limits.max_running:
-            generation = self.waiting[0]
-            if not self._admit(generation):
-                break
-            budget -= self._plan(generation, min(budget, generation.n_pending), planned)
+        prompts = [each for each in self.running if not each.decoding]
+        prompts += (each for each in self.waiting if each not in self._preempted)
+        if prompts and budget > 0:
+            left = self._plan_prompts(prompts, budget - budget // 2, planned)
+            prompts.sort(key=lambda each: each.n_pending - planned.get(each, 0))
+            self._plan_prompts(prompts, budget // 2 + left, planned)
         return [Chunk(each, n, n == each.n_pending) for each, n in planned.items()]
+
+    def _plan_prompts(
+        self, prompts: Iterable[Generation], budget: int, planned: dict[Generation, int]
+    ) -> int:
+        """Spend a budget of tokens on prompts in this order, admitting those that wait; what is left of it."""
+        for generation in prompts:
+            if budget <= 0:
+                break
+            if generation in self._preempted:
+                continue
+            if generation not in self.running:
+                if self._full:
+                    continue  # overtaken again and again, that one would never have room
+                found = self._found(generation)
+                if self._missing_image(generation, found):
+                    continue  # those without images need not wait for it
+                if not self._has_room(generation, found):
+                    self._full = True
+                    continue
+                self._admit(generation, found)
+            before = planned.get(generation, 0)
+            n = min(budget, generation.n_pending - before)
+            if n and self._plan(generation, before + n, planned):
+                budget -= n
+        return budget
 
     def schedule_ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """The step behind one that is being computed, if the same requests all go on and nothing else waits."""
@@ -150,24 +179,35 @@ class Scheduler:
         n_blocks = (generation.n_total - 1) // self.limits.block_tokens
         return self.pool.find(generation.block_keys(n_blocks, self.limits.block_tokens))
 
-    def _admit(self, generation: Generation) -> bool:
-        """Move the first waiting request to the running ones, unless an image is missing or blocks are scarce."""
-        found = self._found(generation)
+    def _missing_image(self, generation: Generation, found: Sequence[int]) -> ImageInput | None:
+        """The first image without features of those that the blocks found do not cover."""
         n_found = len(found) * self.limits.block_tokens
-        if any(image.features is None and image.slots[1] > n_found for image in generation.images):
+        for image in generation.images:
+            if image.features is None and image.slots[1] > n_found:
+                return image
+        return None
+
+    def _has_room(self, generation: Generation, found: Sequence[int]) -> bool:
+        """Whether a request that waits can run without taking blocks that the running ones are about to need."""
+        if not self.running:
+            return True
+        if len(self.running) >= self.limits.max_running:
             return False
+        others = sum(max(1, self._n_blocks(each.n_total) - len(each.blocks)) for each in self.running)
+        spare = self.pool.n_free - self.pool.n_unused(found) - others
+        return self._n_blocks(generation.n_total) - len(found) <= spare
+
+    def _admit(self, generation: Generation, found: list[int]) -> None:
+        """Move a waiting request to the running ones, with the blocks that were found for it."""
         self.pool.share(found)
-        # Room for all of it, and a block for each of the others, or they would take its blocks back at once.
-        spare = self.pool.n_free - len(self.running)
-        if self.running and self._n_blocks(generation.n_total) - len(found) > spare:
-            self.pool.release(found)
-            return False
-        self.waiting.popleft()
+        self.waiting.remove(generation)
         self.running.append(generation)
-        self._preempted.discard(generation)
         generation.blocks = found
-        generation.n_computed = generation.n_cached = n_found
-        return True
+        generation.n_computed = len(found) * self.limits.block_tokens
+        if generation.n_cached is None:
+            generation.n_cached = generation.n_computed
+            self.n_prompt_tokens += len(generation.prompt)
+            self.n_cached_tokens += generation.n_cached
 
     def _plan(self, generation: Generation, n: int, planned: dict[Generation, int]) -> int:
         """Allocate blocks for n more tokens, taking the youngest requests' if need be; n, or 0 if it is preempted."""
@@ -188,6 +228,7 @@ class Scheduler:
         return n
 
     def _preempt(self, generation: Generation) -> None:
+        self.n_preempted += 1
         self.running.remove(generation)
         self._preempted.add(generation)
         self._free(generation)

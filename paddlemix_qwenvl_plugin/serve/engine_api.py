@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Optional, Protocol
+from typing import Literal, NamedTuple, Optional, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.runtime.statistics import LoopStatistics
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 
@@ -39,8 +40,7 @@ class EngineRequest:
     n_logprobs: Optional[int] = None
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A generated token.
 
     Attributes:
@@ -62,30 +62,8 @@ class Ended:
     n_cached: int
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """Gauges and counters of the engine process, since its start; sent once a second while it works.
-
-    Attributes:
-        running, waiting: requests in the loop.
-        blocks, blocks_used: of the KV cache.
-        prompt_tokens, cached_tokens, completion_tokens: counters.
-        images_encoded, image_cache_hits: counters.
-        preempted: counter of requests that gave their blocks back.
-        steps: counter.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    blocks: int = 0
-    blocks_used: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    images_encoded: int = 0
-    image_cache_hits: int = 0
-    preempted: int = 0
-    steps: int = 0
+EngineStats = LoopStatistics
+"""Gauges and counters of the engine process, since its start; sent once a second while it works."""
 
 
 class TokenStream(Protocol):

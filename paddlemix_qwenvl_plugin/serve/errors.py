@@ -35,4 +35,10 @@ class ApiError(QwenVLError):
 
     def body(self) -> dict[str, Any]:
         """The JSON body."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _sound(self.param)
+        return {"error": {"message": _sound(str(self)), "type": self.kind, "param": param, "code": self.code}}
+
+
+def _sound(text: str) -> str:
+    """`text` without half surrogate pairs, which a request may bring and no response can carry."""
+    return text.encode("utf-8", "replace").decode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Optional, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.serve.engine_api import EngineClient
+from paddlemix_qwenvl_plugin.serve.metrics import Metrics
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 
@@ -49,6 +50,20 @@ class Admission(Protocol):
             ApiError: 429 with Retry-After where the queue or the key's share is full; 503 where waiting took too long.
         """
 
+    @property
+    def running(self) -> int:
+        """Slots that are held."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for slots."""
+
+    def close(self) -> None:
+        """Let no new request in: they get 503. Those that wait go on waiting."""
+
+    def refuse_waiting(self) -> None:
+        """Let in neither a new request nor those that wait."""
+
 
 @dataclass
 class Service:
@@ -57,6 +72,7 @@ class Service:
     Attributes:
         model_name: what clients call the model.
         is_chat: whether the model is Qwen-VL-Chat; the base model has /v1/completions only.
+        draining: whether the server is ending: it answers what it has begun.
     """
 
     settings: ServeSettings
@@ -67,3 +83,5 @@ class Service:
     model_name: str
     images: ImageLoader
     admission: Admission
+    metrics: Metrics = field(default_factory=Metrics)
+    draining: bool = False

@@ -5,17 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENVIRONMENT_PREFIX = "QWENVL_SERVE_"
+
+
+def _split(value: object) -> object:
+    """The items of a list that a variable gives as one text, with commas between them."""
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return value
+
+
+Texts = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 
 
 class ServeSettings(BaseSettings):
     """Settings of `qwenvl serve`. Each field is a flag, `--max_waiting`, a variable, `QWENVL_SERVE_MAX_WAITING`, and a
     key of the YAML file that `--config` names."""
 
-    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, allow_inf_nan=False
+    )
 
     # Model
     first_model_path: Annotated[Optional[Path], Field(description="Exported vision stage (prefix).")] = None
@@ -52,7 +64,7 @@ class ServeSettings(BaseSettings):
     no_auth: Annotated[
         bool, Field(description="Listen on other addresses than this machine's without API keys.")
     ] = False
-    cors_origins: Annotated[list[str], Field(description="Origins of other web pages that may ask.")] = []
+    cors_origins: Annotated[Texts, Field(description="Origins of other web pages that may ask.")] = []
     page: Annotated[bool, Field(description="Serve the web page at /.")] = True
 
     # Load
@@ -68,6 +80,7 @@ class ServeSettings(BaseSettings):
     running_timeout: Annotated[float, Field(gt=0, description="Seconds that a request may be computed.")] = (
         600.0
     )
+    body_timeout: Annotated[float, Field(gt=0, description="Seconds to receive a request.")] = 60.0
     send_timeout: Annotated[
         float, Field(gt=0, description="Seconds that a client may leave what it is sent unread.")
     ] = 30.0
@@ -93,7 +106,7 @@ class ServeSettings(BaseSettings):
     ] = 10.0
     image_workers: Annotated[int, Field(ge=1, le=64, description="Processes that decode images.")] = 2
     image_hosts: Annotated[
-        list[str],
+        Texts,
         Field(
             description="Hosts from which images may be downloaded; *.example.org for subdomains. Default: none."
         ),

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paddlemix_qwenvl_plugin.processing.tokenizer import IMAGE_TAGS, QwenTokenizer
+from paddlemix_qwenvl_plugin.processing.tokenizer import IMAGE_TAGS, QwenTokenizer, _nfc
 from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
@@ -184,6 +184,23 @@ def test_where_text_is_cut_before_the_merges(tmp_path: Path) -> None:
 
 def test_combined_characters_count_after_normalisation(tiny: QwenTokenizer) -> None:
     assert len(tiny.encode(f"<img>{'e' * 127}e\u0301{'e' * 127}</img>")) == 258
+
+
+@settings(deadline=None)
+@given(text=st.text(alphabet="ae\u0301\u0316\u0344\u0323\u0345ǭ각가ᄀ狗", max_size=40))
+def test_long_texts_are_normalised_like_short_ones(text: str) -> None:
+    assert _nfc(text + "狗" * 1000) == unicodedata.normalize("NFC", text + "狗" * 1000)
+
+
+def test_many_combining_marks_are_normalised_soon(tiny: QwenTokenizer) -> None:
+    """unicodedata alone takes minutes for these."""
+    assert len(tiny.encode("a" + "\u0301\u0316" * 300_000)) > 600_000
+
+
+def test_no_character_becomes_the_beginning_of_a_tag() -> None:
+    """What is no tag before NFC is none after it."""
+    others = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000 and chr(code) != "<")
+    assert not [other for other in others if "<" in unicodedata.normalize("NFC", other)]
 
 
 @pytest.mark.parametrize("text", ["<img>a", "<img>a</img><img>", "<img>a<img>b</img>", "<img></ img>"])

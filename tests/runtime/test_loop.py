@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paddlemix_qwenvl_plugin import QwenVLError
-from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN
+from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN, Picked
 from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -68,7 +68,7 @@ class PagedMemory:
         self.n_encoded += 1
         return pixels[0, :1]
 
-    def start(self, chunks: Sequence[Chunk]) -> Callable[[], list[int]]:
+    def start(self, chunks: Sequence[Chunk]) -> Callable[[], Picked]:
         self.n_steps += 1
         scheduler = self.loop._scheduler
         assert len(chunks) <= self.limits.max_running
@@ -98,7 +98,7 @@ class PagedMemory:
             if chunk.picks:
                 picked.append(next_token([self.memory[self._place(generation, i)] for i in range(n_total)]))
         self.picked = picked
-        return lambda: picked
+        return lambda: Picked(picked)
 
     def forget(self, generation: Generation) -> None:
         pass
@@ -257,7 +257,7 @@ def test_logits_that_are_no_numbers_end_the_request(monkeypatch):
     loop, executor = open_loop(Limits(4, 64, 64, 8))
     generation = Generation([1, 2], [], [], GenerationOptions())
     loop.submit(generation)
-    monkeypatch.setattr(executor, "start", lambda chunks: lambda: [NO_TOKEN])
+    monkeypatch.setattr(executor, "start", lambda chunks: lambda: Picked([NO_TOKEN]))
     with pytest.raises(QwenVLError, match="not finite"):
         loop.advance(generation, 0)
     assert loop._scheduler.idle

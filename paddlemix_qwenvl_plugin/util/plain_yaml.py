@@ -1,17 +1,43 @@
-"""YAML as plain data: what a recipe and the value of an override are made of, and how much of it there may be."""
+"""YAML as plain data: what recipes and settings are made of, and how much of it there may be."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+
 MAX_BYTES = 1 << 16
-"""The longest text that is read. Recipes take a few kilobytes, and some forms of YAML take long to read."""
+"""The longest text that is read. Recipes and settings take a few kilobytes; some forms of YAML take long to read."""
 
 _MAX_DEPTH = 32
 _INT_BITS = 63
+
+
+def read_file(path: Path, what: str) -> Any:
+    """The data of a file of at most MAX_BYTES.
+
+    Args:
+        what: what the file should be, as "a recipe".
+
+    Raises:
+        UsageError: it cannot be read, is too long, or is not plain YAML; the line names the file and the place in it.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from error
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"{path}: longer than {MAX_BYTES >> 10} KiB; is it {what}?")
+    try:
+        return read(text)
+    except NotPlain as error:
+        raise UsageError(f"{path}{error.where}: {error}") from error
 
 
 class NotPlain(Exception):

@@ -1,0 +1,110 @@
+"""`qwenvl serve`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from typer.core import TyperCommand
+
+from paddlemix_qwenvl_plugin.cli import signals
+from paddlemix_qwenvl_plugin.cli.options import made_flags
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+_LIBRARIES = ("fastapi", "prometheus_client", "pydantic_settings", "uvicorn")
+
+
+class ServeCommand(TyperCommand):
+    """A command with a flag for each field of ServeSettings; those that were given are in its context's `obj`.
+
+    The flags are made when the command is asked for: pydantic takes too long to load for `qwenvl --help`.
+    """
+
+    def get_params(self, ctx: Any) -> Any:
+        return [*super().get_params(ctx), *_setting_flags()]
+
+    def invoke(self, ctx: Any) -> Any:
+        from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+
+        given = {name: ctx.params.pop(name) for name in ServeSettings.model_fields}
+        # A list's flag may be repeated, or have commas as its variable has.
+        given = {n: ",".join(v) if isinstance(v, (list, tuple)) else v for n, v in given.items()}
+        ctx.obj = {name: value for name, value in given.items() if value not in (None, "")}
+        return super().invoke(ctx)
+
+
+def serve(
+    context: typer.Context,
+    config: Optional[Path] = typer.Option(None, "--config", metavar="FILE", help="Settings as a YAML file."),
+    print_config: bool = typer.Option(
+        False, "--print_config", help="Print the settings and where each comes from, and end."
+    ),
+) -> None:
+    """Answer requests over HTTP in OpenAI's form, and show a web page to ask on.
+
+    Each flag is also a variable, QWENVL_SERVE_ and its name in capitals, and a key of the file. Flags go before
+    variables, variables before the file.
+    """
+    from paddlemix_qwenvl_plugin.serve.settings_sources import read_settings
+
+    settings = read_settings(context.obj, config)
+    if print_config:
+        print(settings.as_yaml(), end="")
+        return
+    from paddlemix_qwenvl_plugin.serve.start import start
+
+    with signals.handled_by_the_command() as numbers:
+        second = start(settings.values, numbers, functools.partial(print, flush=True))
+    if second == signal.SIGINT:
+        raise KeyboardInterrupt
+    if second is not None:
+        raise signals.Terminated(128 + second)
+
+
+@functools.cache
+def _setting_flags() -> list[Any]:
+    _require_libraries()
+    from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+
+    return made_flags([_parameter(name, field) for name, field in ServeSettings.model_fields.items()])
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    """What typer makes a flag of. Its default is None, whatever the field's: a flag that is not given says nothing."""
+    from paddlemix_qwenvl_plugin.runtime.options import allowed
+    from paddlemix_qwenvl_plugin.serve.settings_sources import words
+
+    notes = []
+    kind: Any = field.annotation
+    if words(field):
+        kind = str
+        notes.append(", ".join(words(field)))
+    elif field.metadata and any(hasattr(limit, bound) for limit in field.metadata for bound in ("ge", "gt")):
+        notes.append(allowed(field))
+    if field.default not in (None, False, []):
+        notes.append(f"default: {'on' if field.default is True else field.default}")
+    text = (field.description or "").rstrip(".") + (f" ({'; '.join(notes)})." if notes else ".")
+    opposite = name[len("no_") :] if name.startswith("no_") else f"no_{name}"
+    spelled = f"--{name}/--{opposite}" if kind is bool else f"--{name}"
+    option = typer.Option(spelled, help=text, rich_help_panel="Settings", show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Optional[kind], option]
+    )
+
+
+def _require_libraries() -> None:
+    for library in _LIBRARIES:
+        try:
+            __import__(library)
+        except ImportError as error:
+            raise QwenVLError(
+                f"qwenvl serve needs the library {error.name or library}:"
+                " pip install 'paddlemix-qwenvl-plugin[serve]'"
+            ) from error

@@ -1,0 +1,31 @@
+"""What the loop has done since it was made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LoopStatistics:
+    """Gauges and counters of a loop.
+
+    Attributes:
+        running, waiting: requests in the loop.
+        blocks, blocks_used: of the KV cache.
+        prompt_tokens, cached_tokens, completion_tokens: counters; cached ones were found in the prefix cache.
+        images_encoded, image_cache_hits: counters.
+        preempted: counter of requests that gave their blocks back.
+        steps: counter.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    blocks: int = 0
+    blocks_used: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    images_encoded: int = 0
+    image_cache_hits: int = 0
+    preempted: int = 0
+    steps: int = 0

@@ -1,0 +1,97 @@
+"""The web application: its routes, and what every request passes through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional
+
+from fastapi import APIRouter, FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
+
+from paddlemix_qwenvl_plugin.serve import operations
+from paddlemix_qwenvl_plugin.serve.api_keys import ApiKeys, keys_of
+from paddlemix_qwenvl_plugin.serve.error_response import install_handlers
+from paddlemix_qwenvl_plugin.serve.middleware.auth import Auth
+from paddlemix_qwenvl_plugin.serve.middleware.body import BodyLimit
+from paddlemix_qwenvl_plugin.serve.middleware.headers import SecurityHeaders
+from paddlemix_qwenvl_plugin.serve.middleware.origins import OriginCheck
+from paddlemix_qwenvl_plugin.serve.middleware.request_log import RequestLog
+from paddlemix_qwenvl_plugin.serve.service import Service
+from paddlemix_qwenvl_plugin.version import __version__
+
+PAGE = Path(__file__).resolve().parent / "page"
+
+
+def create_app(service: Service, router: Optional[APIRouter] = None, page: Path = PAGE) -> FastAPI:
+    """The application of a service.
+
+    Args:
+        router: the routes of the API; None: OpenAI's.
+        page: the folder of the web page, served at / if it has an index.html and the settings want it.
+
+    Raises:
+        UsageError: the API keys cannot be read.
+    """
+    settings = service.settings
+    keys = keys_of(settings)
+    # FastAPI's own pages about the API have scripts from elsewhere.
+    app = FastAPI(title="qwenvl serve", version=__version__, docs_url=None, redoc_url=None)
+    if router is None:
+        from paddlemix_qwenvl_plugin.serve.openai import routes
+
+        router = routes.router(service)
+    app.include_router(router)
+    app.include_router(operations.router(service))
+    page_paths = _add_page(app, page) if settings.page else frozenset()
+    install_handlers(app)
+    paths = [*app.openapi()["paths"], *page_paths]
+    app.user_middleware = _middleware(service, keys, paths, page_paths)
+    service.metrics.watch(service.engine, service.admission)
+    return app
+
+
+def _middleware(
+    service: Service, keys: Optional[ApiKeys], paths: list[str], page_paths: frozenset[str]
+) -> list[Middleware]:
+    """The outermost first."""
+    settings = service.settings
+    middleware = [
+        Middleware(RequestLog, service=service, paths=paths),
+        Middleware(SecurityHeaders, page_paths=page_paths),
+    ]
+    if keys is None:
+        # Who has no key has no need of one: a page of elsewhere would need nothing but the user's browser.
+        middleware.append(
+            Middleware(OriginCheck, allowed=settings.cors_origins, loopback_only=not settings.no_auth)
+        )
+    if settings.cors_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["X-Request-Id", "Retry-After"],
+            )
+        )
+    if keys is not None:
+        # The page is open: it asks its user for the key.
+        open_paths = page_paths.union(operations.HEALTH_PATHS)
+        middleware.append(Middleware(Auth, keys=keys, open_paths=open_paths))
+    middleware.append(Middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout))
+    return middleware
+
+
+def _add_page(app: FastAPI, folder: Path) -> frozenset[str]:
+    """Serve the files of the page, each at its own path, index.html at /; the paths."""
+    if not (folder / "index.html").is_file():
+        return frozenset()
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    paths = frozenset({"/", *(f"/{name}" for name in names)})
+    files = StaticFiles(directory=folder, html=True)
+    for path in sorted(paths):
+        app.router.routes.append(Route(path, files))
+    return paths

@@ -1,0 +1,136 @@
+"""The front's side of the engine process: one that runs, requests that are with it, and a new one when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any, Optional
+
+from paddlemix_qwenvl_plugin.serve.engine_api import (
+    Ended,
+    EngineRequest,
+    EngineStats,
+    EngineUnavailable,
+    ModelSettings,
+)
+from paddlemix_qwenvl_plugin.serve.engine_child import EngineChild
+from paddlemix_qwenvl_plugin.serve.messages import pack, pack_request, read_tokens
+from paddlemix_qwenvl_plugin.serve.token_stream import ReceivedTokens
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+_LOG = logging.getLogger(__name__)
+
+# Between two starts of a process that does not become ready: doubled each time.
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 30.0
+
+
+class ProcessEngineClient:
+    """See EngineClient."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self.ready = False
+        self.restarts = 0
+        self.stats = EngineStats()
+        self._settings = settings
+        self._child: Optional[EngineChild] = None
+        self._why = "the engine has not been started"  # while it is not ready
+        self._streams: dict[int, ReceivedTokens] = {}
+        self._n_requests = 0
+        self._keeper: Optional[asyncio.Task[None]] = None
+
+    @property
+    def pid(self) -> Optional[int]:
+        """The engine process, None while there is none."""
+        return None if self._child is None else self._child.pid
+
+    async def start(self) -> None:
+        """See EngineClient."""
+        await self._open()
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def stop(self) -> None:
+        """See EngineClient."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+            self._keeper = None
+        elif self._child is not None:  # `start` is waiting for it, and raises
+            await self._child.end()
+        self._lose("the server is ending")
+
+    def submit(self, request: EngineRequest) -> ReceivedTokens:
+        """See EngineClient."""
+        if not self.ready or self._child is None:
+            raise EngineUnavailable(self._why)
+        child, number = self._child, self._n_requests
+        self._n_requests += 1
+        stream = ReceivedTokens(lambda: child.send(pack({"kind": "cancel", "number": number})))
+        child.send(pack_request(number, request))
+        self._streams[number] = stream
+        return stream
+
+    async def _open(self) -> None:
+        """Start a process and wait until it is ready; it is ended if it does not become so."""
+        self._child = child = await EngineChild.start(self._settings, self._take)
+        try:
+            await child.wait_ready()
+        except BaseException:
+            self._child = None
+            await child.end()
+            raise
+        self.ready = True
+
+    async def _keep(self) -> None:
+        """Start a new process whenever one ends; end it when this task is cancelled."""
+        while True:
+            child = self._child
+            assert child is not None
+            try:
+                await child.wait_closed()
+                self.ready, self._why = False, "the engine process has ended"
+                line = str(await child.wait_ended())
+            finally:
+                self._child = None
+                await child.end()
+            _LOG.error("%s; starting a new one", line)
+            self._lose(f"{line}; a new one is being started, try again in a few seconds")
+            self.restarts += 1
+            await self._open_again()
+
+    async def _open_again(self) -> None:
+        start, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                await self._open()
+            except (QwenVLError, OSError) as error:
+                _LOG.error("the engine process cannot be started again: %s; next try in %g s", error, pause)
+                self._why = f"the engine cannot be started again: {error}"
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            else:
+                _LOG.info("the engine process is ready again after %.1f s", time.monotonic() - start)
+                return
+
+    def _lose(self, line: str) -> None:
+        """Fail every request: its process is gone."""
+        self.ready, self._why = False, line
+        self.stats = EngineStats()
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(EngineUnavailable(line))
+
+    def _take(self, message: dict[str, Any]) -> None:
+        """Hand out what a message brings."""
+        if message.pop("kind") == "statistics":
+            self.stats = EngineStats(**message)
+            return
+        for number, tokens in message["tokens"]:
+            self._streams[number].add(read_tokens(tokens))
+        for number, reason, n_cached in message["ended"]:
+            self._streams.pop(number).end(Ended(reason, n_cached))
+        for number, line in message["failed"]:
+            self._streams.pop(number).fail(QwenVLError(line))

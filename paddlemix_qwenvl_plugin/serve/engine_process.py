@@ -1,0 +1,213 @@
+"""The engine process: `python -m paddlemix_qwenvl_plugin.serve.engine_process FD`, started by the front.
+
+It opens the model and runs its loop. Requests come in through the socket FD, and after each step one message goes out
+with all that the step gave (messages.py). It ends when the socket is closed, at SIGTERM, and with the front.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, Optional
+
+from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
+from paddlemix_qwenvl_plugin.runtime.loop import Loop, NotFiniteError
+from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+from paddlemix_qwenvl_plugin.runtime.statistics import LoopStatistics
+from paddlemix_qwenvl_plugin.serve.messages import Unpacker, pack, tokens_since, unpack_request
+from paddlemix_qwenvl_plugin.util.debug import print_traceback_if_debugging
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
+
+_STATISTICS_SECONDS = 1.0
+
+# How long a step, or the end of what is being built, may hold up the end of the process.
+_END_SECONDS = 2.0
+
+_PR_SET_PDEATHSIG = 1
+
+
+class _Request:
+    """A request in the loop, and how many of its tokens were sent."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+        self.n_sent = 0
+
+
+class EngineProcess:
+    """The loop between the messages that come in and those that go out.
+
+    The main thread runs steps and sends; a thread reads, so that requests come in and the end of the front is seen
+    while a step is computed.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()  # of the next two
+        self._requests: dict[int, _Request] = {}
+        self._refused: list[tuple[int, str]] = []
+        self._wake = threading.Event()
+        self._reported = LoopStatistics()
+        self._report_at = 0.0
+
+    def run(self) -> None:
+        """Open the model that the first message names, and answer until the front is gone."""
+        messages = _read(self._connection)
+        settings = next(messages)[0]
+        threading.Thread(target=self._follow, args=[messages], name="messages", daemon=True).start()
+        try:
+            self._model = QwenVL.from_exported(
+                settings["first_model_path"],
+                settings["second_model_path"],
+                settings["model_name_or_path"],
+                settings["device"],
+                verify=settings["verify"],
+                gpu_memory=settings["gpu_memory"],
+            )
+            self._loop = self._model.open_loop()
+            _take_signals()  # Paddle may have been imported
+            _die_with_parent()
+            self._send({"kind": "ready"})
+            self._answer(self._loop)
+        except (QwenVLError, OSError, MemoryError) as error:
+            print_traceback_if_debugging()
+            code = getattr(error, "exit_code", 1)
+            self._send({"kind": "broken", "line": line_of(error), "exit_code": code})
+            sys.exit(code)
+
+    def _answer(self, loop: Loop) -> None:
+        while True:
+            self._wake.clear()
+            busy = loop.step()
+            self._send_updates(loop)
+            wait = self._report(loop.statistics)
+            if not busy:
+                self._wake.wait(wait)
+
+    def _send_updates(self, loop: Loop) -> None:
+        """Send what is new, if anything is."""
+        with self._lock:
+            requests = list(self._requests.items())
+            failed, self._refused = self._refused, []
+        tokens, ended, broken = [], [], False
+        for number, request in requests:
+            generation = request.generation
+            finished = generation.finished  # before its tokens are read: the last one comes first
+            if len(generation.tokens) > request.n_sent:
+                tokens.append([number, tokens_since(generation, request.n_sent)])
+                request.n_sent = len(generation.tokens)
+            if not finished:
+                continue
+            if generation.error is not None:
+                failed.append((number, line_of(generation.error)))
+                broken |= not isinstance(generation.error, NotFiniteError)
+            else:
+                ended.append([number, generation.finish_reason, generation.n_cached or 0])
+            with self._lock:
+                del self._requests[number]
+        if tokens or ended or failed:
+            self._send({"kind": "step", "tokens": tokens, "ended": ended, "failed": failed})
+        if broken:
+            loop.check_device()  # or every request to come would fail as well
+
+    def _report(self, statistics: LoopStatistics) -> Optional[float]:
+        """Send statistics that have changed, once a second; seconds until then, None if they have not."""
+        if statistics == self._reported:
+            return None
+        now = time.monotonic()
+        if now < self._report_at:
+            return self._report_at - now
+        self._send({"kind": "statistics", **asdict(statistics)})
+        self._reported, self._report_at = statistics, now + _STATISTICS_SECONDS
+        return None
+
+    def _send(self, header: dict[str, Any]) -> None:
+        try:
+            self._connection.sendall(pack(header))
+        except OSError:  # the front is gone, and nobody is left to tell
+            sys.exit(0)
+
+    def _follow(self, messages: Iterator[tuple[dict[str, Any], bytes]]) -> None:
+        """Take requests and cancellations in until the front is gone, and end the process then."""
+        try:
+            with contextlib.suppress(OSError):
+                for header, content in messages:
+                    if header["kind"] == "submit":
+                        self._submit(header, content)
+                    else:
+                        self._cancel(header["number"])
+                    self._wake.set()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # lets what is being built clean up
+            time.sleep(_END_SECONDS)
+            os._exit(1)  # in the middle of a step
+
+    def _cancel(self, number: int) -> None:
+        with self._lock:
+            request = self._requests.get(number)
+        if request is not None:
+            self._loop.cancel(request.generation)
+
+    def _submit(self, header: dict[str, Any], content: bytes) -> None:
+        number = header["number"]
+        try:
+            request = unpack_request(header, content)
+            generation = self._model.generation(
+                request.prompt,
+                [ImageInput.of(image) for image in request.images],
+                request.stop_token_ids,
+                request.options,
+                request.generated,
+                request.n_logprobs,
+            )
+        except QwenVLError as error:
+            with self._lock:
+                self._refused.append((number, line_of(error)))
+            return
+        with self._lock:
+            self._requests[number] = _Request(generation)
+        self._loop.submit(generation)
+
+
+def _read(connection: socket.socket) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The messages of a connection, until it is closed."""
+    unpacker = Unpacker()
+    while data := connection.recv(1 << 20):
+        yield from unpacker.feed(data)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process with the one that started it, where it can; the closed socket does elsewhere."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _take_signals() -> None:
+    """End at SIGTERM, and not at Ctrl-C, which is for the front: it says when to end."""
+    if "paddle" in sys.modules:  # whose own handlers print a traceback
+        sys.modules["paddle"].base.core.disable_signal_handler()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # what is being cleaned up is not broken off
+    sys.exit(128 + number)
+
+
+def main() -> None:
+    """Run the process. Its one argument is the number of the socket."""
+    _take_signals()
+    EngineProcess(socket.socket(fileno=int(sys.argv[1]))).run()
+
+
+if __name__ == "__main__":
+    main()

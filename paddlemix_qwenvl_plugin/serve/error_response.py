@@ -1,0 +1,63 @@
+"""From an error to its answer, in OpenAI's form."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from paddlemix_qwenvl_plugin.serve.engine_api import EngineUnavailable
+from paddlemix_qwenvl_plugin.serve.errors import ApiError
+from paddlemix_qwenvl_plugin.serve.invalid_body import invalid_body
+from paddlemix_qwenvl_plugin.serve.request_info import info_of
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
+
+
+async def respond(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request with an error."""
+    await _response(error, scope)(scope, receive, send)
+
+
+def api_error(error: Exception) -> ApiError:
+    """The error that a client sees for one that was raised."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineUnavailable):
+        return ApiError(
+            503, line_of(error), "server_error", code="engine_unavailable", headers={"Retry-After": "1"}
+        )
+    if isinstance(error, UsageError):
+        return ApiError(400, line_of(error))
+    if isinstance(error, RequestValidationError):
+        return invalid_body(error.errors(), error.body)
+    if isinstance(error, HTTPException):
+        return _of_http(error)
+    if isinstance(error, QwenVLError):
+        return ApiError(500, line_of(error), "server_error", code="engine_error")
+    return ApiError(500, "The server made a mistake; its log has more", "server_error", code="internal_error")
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Have the app answer the errors that handlers raise, in OpenAI's form."""
+
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return _response(api_error(error), request.scope)
+
+    for kind in (QwenVLError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, handle)
+
+
+def _response(error: ApiError, scope: Scope) -> JSONResponse:
+    info_of(scope).error = error.code or error.kind
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _of_http(error: HTTPException) -> ApiError:
+    if error.status_code == 404:
+        return ApiError(404, "There is nothing at this path", code="not_found")
+    if error.status_code == 405:
+        return ApiError(405, "This path has no such method", code="method_not_allowed", headers=error.headers)
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    return ApiError(error.status_code, str(error.detail), kind, headers=error.headers)

@@ -1,0 +1,107 @@
+"""The socket that the server listens on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from contextlib import suppress
+from typing import NamedTuple
+
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+
+# systemd's first descriptor (sd_listen_fds).
+_SYSTEMD_DESCRIPTOR = 3
+BACKLOG = 2048
+
+
+class Listener(NamedTuple):
+    """A bound socket, and whether it is systemd's: then others have it as well, and closing it here loses nothing."""
+
+    socket: socket.socket
+    inherited: bool = False
+
+
+def bound_socket(host: str, port: int, reuse_port: bool) -> Listener:
+    """A TCP socket bound to an address; with `reuse_port` it does not listen yet, else it does.
+
+    The kernel gives connections to every socket that listens on a port: one of a server that is still loading its
+    model must not. One that systemd opened is taken instead, whatever the address.
+
+    Raises:
+        UsageError: no such address.
+        QwenVLError: the port is in use, or not allowed.
+    """
+    inherited = _from_systemd()
+    if inherited is not None:
+        return Listener(inherited, inherited=True)
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        raise UsageError(f"--host {host}: no such address ({error})") from error
+    family, kind, protocol, _, address = infos[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers have one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            _allow_others(listener)
+        listener.bind(address)
+        if not reuse_port:
+            listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise _problem(host, port, error) from error
+    listener.setblocking(False)
+    return Listener(listener)
+
+
+def url_of(listener: socket.socket) -> str:
+    """The address that a client on this machine asks."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def accept_queued(listener: socket.socket) -> list[socket.socket]:
+    """The connections that the kernel has accepted and nobody has taken: closing the socket would reset them."""
+    taken = []
+    with suppress(OSError):  # BlockingIOError at their end, or no more file descriptors
+        while True:
+            connection, _ = listener.accept()
+            connection.setblocking(False)
+            taken.append(connection)
+    return taken
+
+
+def _from_systemd() -> socket.socket | None:
+    """The socket that systemd's socket activation hands over, if it has."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not os.environ.get("LISTEN_FDS", "").isdigit():
+        return None
+    count = int(os.environ["LISTEN_FDS"])
+    if count != 1:
+        raise UsageError(f"LISTEN_FDS {count}: the server takes one socket; give the unit one ListenStream")
+    # Children must not take it for theirs.
+    del os.environ["LISTEN_PID"], os.environ["LISTEN_FDS"]
+    os.set_inheritable(_SYSTEMD_DESCRIPTOR, False)
+    listener = socket.socket(fileno=_SYSTEMD_DESCRIPTOR)
+    listener.setblocking(False)
+    return listener
+
+
+def _allow_others(listener: socket.socket) -> None:
+    if not hasattr(socket, "SO_REUSEPORT"):
+        raise UsageError("--reuse_port: this system has no SO_REUSEPORT")
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+
+def _problem(host: str, port: int, error: OSError) -> QwenVLError:
+    if error.errno == errno.EADDRINUSE:
+        return QwenVLError(
+            f"--port {port}: another program listens there; name another one, or 0 for any that is free"
+        )
+    if error.errno == errno.EACCES:
+        return QwenVLError(f"--port {port}: this user may not listen there; name one from 1024 on")
+    if error.errno == errno.EADDRNOTAVAIL:
+        return QwenVLError(f"--host {host}: not an address of this machine")
+    return QwenVLError(f"--host {host} --port {port}: cannot listen there ({error.strerror})")

@@ -1,0 +1,40 @@
+"""API keys are asked for."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from paddlemix_qwenvl_plugin.serve.api_keys import ApiKeys
+from paddlemix_qwenvl_plugin.serve.error_response import respond
+from paddlemix_qwenvl_plugin.serve.errors import ApiError
+from paddlemix_qwenvl_plugin.serve.request_info import info_of
+
+
+class Auth:
+    """Lets requests with a known key in, and those for open paths."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: frozenset[str]) -> None:
+        self._app = app
+        self._keys = keys
+        self._open_paths = open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self._open_paths:
+            await self._app(scope, receive, send)
+            return
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        name = self._keys.short_hash(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
+        if name is None:
+            said = "Incorrect API key" if key else "No API key: send the header Authorization: Bearer KEY"
+            error = ApiError(
+                401,
+                said,
+                "authentication_error",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await respond(error, scope, receive, send)
+            return
+        info_of(scope).key = name
+        await self._app(scope, receive, send)

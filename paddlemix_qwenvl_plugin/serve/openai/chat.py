@@ -1,0 +1,112 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Optional
+
+from fastapi import Request, Response
+from pydantic import Field
+
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.serve.errors import ApiError
+from paddlemix_qwenvl_plugin.serve.openai import prompt
+from paddlemix_qwenvl_plugin.serve.openai.completion import Asked
+from paddlemix_qwenvl_plugin.serve.openai.forms import ChatForm
+from paddlemix_qwenvl_plugin.serve.openai.messages import Messages, read_conversation
+from paddlemix_qwenvl_plugin.serve.openai.models import check_is_chat, check_model
+from paddlemix_qwenvl_plugin.serve.openai.parameters import SamplingParameters
+from paddlemix_qwenvl_plugin.serve.openai.respond import respond
+from paddlemix_qwenvl_plugin.serve.service import Service
+from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+
+
+class ChatCompletionRequest(SamplingParameters):
+    """A conversation to answer. Boxes that the model names come beside its text, as `boxes`."""
+
+    not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **SamplingParameters.not_supported,
+        "audio": (),
+        "function_call": ("none", "auto"),
+        "functions": (),
+        "modalities": (["text"],),
+        "moderation": (),
+        "parallel_tool_calls": (True,),
+        "prediction": (),
+        "prompt_cache_options": (),
+        "prompt_cache_retention": ("in_memory",),
+        "reasoning_effort": ("none",),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "store": (),
+        "tool_choice": ("none", "auto"),
+        "tools": (),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
+
+    messages: Messages
+    max_completion_tokens: Annotated[
+        Optional[int], Field(ge=1, description="Another name of max_tokens.")
+    ] = None
+    logprobs: Annotated[
+        Optional[bool],
+        Field(description="Give the log probability of each token before sampling parameters."),
+    ] = None
+    top_logprobs: Annotated[
+        Optional[int], Field(ge=0, le=20, description="With logprobs: those of so many likeliest tokens too.")
+    ] = None
+    metadata: Annotated[
+        Optional[dict[str, Any]], Field(max_length=16, description="Accepted and not used.")
+    ] = None
+    prompt_cache_key: Annotated[Optional[str], Field(description="Accepted and not used.")] = None
+    safety_identifier: Annotated[Optional[str], Field(description="Accepted and not used.")] = None
+
+    def options(self, settings: ServeSettings) -> GenerationOptions:
+        """See SamplingParameters."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(
+                400, "top_logprobs: only with logprobs: true", param="top_logprobs", code="invalid_value"
+            )
+        return super().options(settings)
+
+    @property
+    def asked_max_tokens(self) -> tuple[str, Optional[int]]:
+        """See SamplingParameters."""
+        if self.max_completion_tokens is None:
+            return super().asked_max_tokens
+        if self.max_tokens not in (None, self.max_completion_tokens):
+            raise ApiError(
+                400,
+                "max_tokens: another value than max_completion_tokens; give one of them",
+                param="max_tokens",
+                code="invalid_value",
+            )
+        return "max_completion_tokens", self.max_completion_tokens
+
+    @property
+    def n_logprobs(self) -> Optional[int]:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+async def chat_completions(request: Request, service: Service, body: ChatCompletionRequest) -> Response:
+    """Answer a conversation, whole or in events.
+
+    Raises:
+        ApiError: what is wrong with the request, or why there is no answer.
+    """
+    check_model(service, body.model)
+    check_is_chat(service)
+    options = body.options(service.settings)
+    conversation = read_conversation(body.messages)
+    asked = Asked(
+        prompts=[await prompt.chat(service, conversation)],
+        stop_token_ids=service.tokenizer.chat_stop_token_ids,
+        options=options,
+        n=body.n or 1,
+        stop_strings=body.stop_strings,
+        n_logprobs=body.n_logprobs,
+    )
+    with_logprobs = body.n_logprobs is not None
+    form = ChatForm(service.model_name, service.tokenizer, with_logprobs, body.include_usage)
+    return await respond(request, service, asked, form, body)

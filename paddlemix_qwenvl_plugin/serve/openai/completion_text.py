@@ -1,0 +1,111 @@
+"""The text of a completion, from its tokens, as they come."""
+
+from __future__ import annotations
+
+import codecs
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Optional
+
+from paddlemix_qwenvl_plugin.processing.boxes import Box
+from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.runtime.pieces import Piece, PieceBuilder
+from paddlemix_qwenvl_plugin.serve.engine_api import Token
+from paddlemix_qwenvl_plugin.serve.openai.stop_strings import StopStrings
+
+
+class PlacedToken(NamedTuple):
+    """A token, and how many characters of the completion come before it."""
+
+    token: Token
+    start: int
+
+
+@dataclass
+class Delta:
+    """What is new in a completion.
+
+    Attributes:
+        text: tags of boxes are never cut: `<box>…</box>` comes whole, or as the end of the completion.
+        boxes: those that are complete in the text.
+        tokens: those whose text has begun to be handed out, if log probabilities were asked for; stop tokens, and
+            tokens of a stop string alone, are not among them.
+    """
+
+    text: str = ""
+    boxes: list[Box] = field(default_factory=list)
+    tokens: list[PlacedToken] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.tokens)
+
+    def extend(self, other: Delta) -> None:
+        """Add what follows."""
+        self.text += other.text
+        self.boxes += other.boxes
+        self.tokens += other.tokens
+
+
+class CompletionText:
+    """Tokens in, deltas out; the texts of all deltas are the completion up to its stop string.
+
+    Attributes:
+        n_tokens: tokens that were taken, the stop token included.
+        stopped: whether a stop string has ended the completion.
+    """
+
+    def __init__(
+        self,
+        tokenizer: QwenTokenizer,
+        stop_token_ids: Collection[int],
+        stop_strings: Sequence[str],
+        with_tokens: bool,
+    ) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._stops = StopStrings(stop_strings)
+        self._pieces = PieceBuilder(tokenizer)
+        self._waiting: Optional[deque[PlacedToken]] = deque() if with_tokens else None
+        self._n_decoded = 0
+        self._n_given = 0
+        self.n_tokens = 0
+
+    @property
+    def stopped(self) -> bool:
+        return self._stops.found
+
+    def add(self, tokens: Iterable[Token]) -> Delta:
+        """What is new with these tokens; those after a stop string are not taken."""
+        ready = ""
+        for token in tokens:
+            self.n_tokens += 1
+            if token.id in self._stop_token_ids:
+                continue
+            if self._waiting is not None:
+                self._waiting.append(PlacedToken(token, self._n_decoded))
+            text = self._decode(self._token_bytes(token.id))
+            self._n_decoded += len(text)
+            ready += self._stops.add(text)
+            if self._stops.found:
+                break
+        return self._delta(self._pieces.add_text(ready)) if ready else Delta()
+
+    def finish(self) -> Delta:
+        """What was held back: no more tokens are coming."""
+        rest = self._stops.add(self._decode(b"", final=True)) + self._stops.finish()
+        delta = self._delta([*self._pieces.add_text(rest), *self._pieces.finish()])
+        if self._waiting and not self.stopped:
+            delta.tokens += self._waiting  # those that say nothing
+        return delta
+
+    def _delta(self, pieces: Iterable[Piece]) -> Delta:
+        delta = Delta()
+        for piece in pieces:
+            delta.text += piece.text
+            delta.boxes += piece.boxes
+        self._n_given += len(delta.text)
+        while self._waiting and self._waiting[0].start < self._n_given:
+            delta.tokens.append(self._waiting.popleft())
+        return delta

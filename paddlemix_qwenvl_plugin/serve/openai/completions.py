@@ -1,0 +1,89 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Optional, Union
+
+from fastapi import Request, Response
+from pydantic import Field
+
+from paddlemix_qwenvl_plugin.serve.openai import prompt
+from paddlemix_qwenvl_plugin.serve.openai.completion import Asked
+from paddlemix_qwenvl_plugin.serve.openai.content import MOST_PARTS, ContentParts, read_query
+from paddlemix_qwenvl_plugin.serve.openai.forms import TextForm
+from paddlemix_qwenvl_plugin.serve.openai.models import check_model
+from paddlemix_qwenvl_plugin.serve.openai.parameters import SamplingParameters, too_large
+from paddlemix_qwenvl_plugin.serve.openai.prompt import ReadyPrompt
+from paddlemix_qwenvl_plugin.serve.openai.respond import respond
+from paddlemix_qwenvl_plugin.serve.service import Service
+
+_Token = Annotated[int, Field(ge=0, lt=2**31)]
+_Tokens = Annotated[list[_Token], Field(min_length=1, max_length=65536, fail_fast=True)]
+_Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
+_TokenLists = Annotated[list[_Tokens], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
+
+
+class CompletionRequest(SamplingParameters):
+    """Prompts to go on with, in the base model's form: nothing is put around them."""
+
+    not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **SamplingParameters.not_supported,
+        "best_of": (1,),
+        "echo": (),
+        "suffix": (),
+    }
+
+    prompt: Annotated[
+        Union[str, _Texts, _Tokens, _TokenLists, ContentParts],
+        Field(
+            description="Text, several texts, tokens, several lists of tokens, or (an extension) one prompt of text "
+            "and image_url parts as in a chat's message."
+        ),
+    ]
+    logprobs: Annotated[
+        Optional[int],
+        Field(ge=0, le=20, description="Give the log probabilities of the tokens and of so many likeliest."),
+    ] = None
+
+
+async def completions(request: Request, service: Service, body: CompletionRequest) -> Response:
+    """Go on with prompts, whole or in events.
+
+    Raises:
+        ApiError: what is wrong with the request, or why there is no completion.
+    """
+    check_model(service, body.model)
+    options = body.options(service.settings)
+    asked = Asked(
+        prompts=await _prompts(service, body),
+        stop_token_ids=[service.tokenizer.eod_id],
+        options=options,
+        n=body.n or 1,
+        stop_strings=body.stop_strings,
+        n_logprobs=body.logprobs,
+    )
+    with_logprobs = body.logprobs is not None
+    form = TextForm(service.model_name, service.tokenizer, with_logprobs, body.include_usage)
+    return await respond(request, service, asked, form, body)
+
+
+async def _prompts(service: Service, body: CompletionRequest) -> list[ReadyPrompt]:
+    given: Any = body.prompt
+    if isinstance(given, str):
+        return [await prompt.base(service, read_query(given, "prompt"), "prompt")]
+    if isinstance(given[0], int):
+        return [prompt.token_ids(service, given, "prompt")]
+    if not isinstance(given[0], (str, list)):
+        return [await prompt.base(service, read_query(given, "prompt"), "prompt")]
+    n_choices, most = len(given) * (body.n or 1), service.settings.max_choices
+    if n_choices > most:
+        raise too_large("prompt: number of completions", n_choices, most, "prompt")
+    ready = []
+    for index, one in enumerate(given):
+        param = f"prompt[{index}]"
+        if isinstance(one, str):
+            ready.append(await prompt.base(service, read_query(one, param), param))
+        else:
+            ready.append(prompt.token_ids(service, one, param))
+    return ready

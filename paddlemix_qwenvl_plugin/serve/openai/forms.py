@@ -1,0 +1,152 @@
+"""Completions as the JSON of chat.completion and text_completion objects, whole and in events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional, Protocol
+
+from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.runtime.answer import box_as_dict
+from paddlemix_qwenvl_plugin.serve.openai import logprobs
+from paddlemix_qwenvl_plugin.serve.openai.choice import Event
+from paddlemix_qwenvl_plugin.serve.openai.completion_text import Delta
+from paddlemix_qwenvl_plugin.serve.openai.json_text import dumps
+
+
+@dataclass
+class Choice:
+    """A whole choice."""
+
+    delta: Delta = field(default_factory=Delta)
+    finish_reason: Optional[str] = None
+    image_size: Optional[tuple[int, int]] = None
+
+    def add(self, event: Event) -> None:
+        """Add the next event of this choice."""
+        self.delta.extend(event.delta)
+        self.finish_reason, self.image_size = event.finish_reason, event.image_size
+
+
+class Form(Protocol):
+    """How a completion is written."""
+
+    def chunk(self, event: Event) -> str:
+        """The JSON of the chunk of an event."""
+
+    def usage_chunk(self, usage: Mapping[str, Any]) -> str:
+        """The JSON of the last chunk of a stream with usage."""
+
+    def whole(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole response."""
+
+
+class ChatForm:
+    """chat.completion, and chat.completion.chunk; the first chunk of a choice has the role."""
+
+    def __init__(self, model: str, tokenizer: QwenTokenizer, with_logprobs: bool, with_usage: bool) -> None:
+        """`with_usage`: each chunk says that it has no usage, as OpenAI's do where the last one has."""
+        self._tokenizer = tokenizer
+        self._with_logprobs = with_logprobs
+        self._head = _Head("chatcmpl", model, "chat.completion.chunk", with_usage)
+        self._begun: set[int] = set()
+
+    def chunk(self, event: Event) -> str:
+        text, boxes, tokens = event.delta.text, event.delta.boxes, event.delta.tokens
+        fields = []
+        if event.choice not in self._begun:
+            self._begun.add(event.choice)
+            fields.append('"role":"assistant"')
+        if text or fields:
+            fields.append(f'"content":{dumps(text)}')
+        if boxes:
+            fields.append(f'"boxes":{dumps([box_as_dict(box, event.image_size) for box in boxes])}')
+        chances = dumps(logprobs.of_chat(self._tokenizer, tokens)) if self._with_logprobs else "null"
+        reason = f'"{event.finish_reason}"' if event.finish_reason else "null"
+        return self._head.around(
+            f'{{"index":{event.choice},"delta":{{{",".join(fields)}}},"logprobs":{chances},'
+            f'"finish_reason":{reason}}}'
+        )
+
+    def usage_chunk(self, usage: Mapping[str, Any]) -> str:
+        return self._head.with_usage(usage)
+
+    def whole(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **self._head.fields,
+            "object": "chat.completion",
+            "choices": [
+                {
+                    "index": index,
+                    "message": {
+                        "role": "assistant",
+                        "content": choice.delta.text,
+                        "refusal": None,
+                        "boxes": [box_as_dict(box, choice.image_size) for box in choice.delta.boxes],
+                    },
+                    "logprobs": logprobs.of_chat(self._tokenizer, choice.delta.tokens)
+                    if self._with_logprobs
+                    else None,
+                    "finish_reason": choice.finish_reason,
+                }
+                for index, choice in enumerate(choices)
+            ],
+            "usage": usage,
+        }
+
+
+class TextForm:
+    """text_completion, whole and in chunks."""
+
+    def __init__(self, model: str, tokenizer: QwenTokenizer, with_logprobs: bool, with_usage: bool) -> None:
+        """See ChatForm."""
+        self._tokenizer = tokenizer
+        self._with_logprobs = with_logprobs
+        self._head = _Head("cmpl", model, "text_completion", with_usage)
+
+    def chunk(self, event: Event) -> str:
+        choice = self._choice(event.choice, event.delta, event.image_size, event.finish_reason)
+        return self._head.around(dumps(choice))
+
+    def usage_chunk(self, usage: Mapping[str, Any]) -> str:
+        return self._head.with_usage(usage)
+
+    def whole(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
+        written = [
+            self._choice(index, choice.delta, choice.image_size, choice.finish_reason)
+            for index, choice in enumerate(choices)
+        ]
+        return {**self._head.fields, "choices": written, "usage": usage}
+
+    def _choice(
+        self, index: int, delta: Delta, image_size: Optional[tuple[int, int]], finish_reason: Optional[str]
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": delta.text,
+            "boxes": [box_as_dict(box, image_size) for box in delta.boxes],
+            "logprobs": logprobs.of_text(self._tokenizer, delta.tokens) if self._with_logprobs else None,
+            "finish_reason": finish_reason,
+        }
+
+
+class _Head:
+    """What all chunks of a stream have in common, written once."""
+
+    def __init__(self, kind: str, model: str, name: str, with_usage: bool) -> None:
+        self.fields = {
+            "id": f"{kind}-{uuid.uuid4().hex}",
+            "object": name,
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._before = dumps(self.fields)[:-1] + ',"choices":['
+        self._after = '],"usage":null}' if with_usage else "]}"
+
+    def around(self, choice: str) -> str:
+        return f"{self._before}{choice}{self._after}"
+
+    def with_usage(self, usage: Mapping[str, Any]) -> str:
+        return f'{self._before}],"usage":{dumps(usage)}}}'

@@ -1,0 +1,25 @@
+"""The images of a request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from paddlemix_qwenvl_plugin.serve.openai.content import ImageSource
+from paddlemix_qwenvl_plugin.serve.service import ImageLoader, LoadedImage
+
+
+async def load_images(loader: ImageLoader, sources: Sequence[ImageSource]) -> list[LoadedImage]:
+    """Load images side by side, each URL once.
+
+    Raises:
+        ApiError: of the first that fails; the others are cancelled.
+    """
+    params = {source.url: source.param for source in reversed(sources)}  # of a URL's first mention
+    tasks = {url: asyncio.ensure_future(loader.load(url, param)) for url, param in params.items()}
+    try:
+        await asyncio.gather(*tasks.values())
+    finally:
+        for task in tasks.values():
+            task.cancel()
+    return [tasks[source.url].result() for source in sources]

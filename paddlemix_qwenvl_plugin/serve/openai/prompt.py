@@ -1,0 +1,129 @@
+"""Prompts within the server's limits, tokenised beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from paddlemix_qwenvl_plugin.processing.prompts import Prompt, base_prompt, chat_prompt
+from paddlemix_qwenvl_plugin.processing.tokenizer import IMAGE_TAGS
+from paddlemix_qwenvl_plugin.serve.errors import ApiError
+from paddlemix_qwenvl_plugin.serve.openai.content import ImageSource, Query, texts_of
+from paddlemix_qwenvl_plugin.serve.openai.messages import Conversation
+from paddlemix_qwenvl_plugin.serve.openai.parameters import too_large
+from paddlemix_qwenvl_plugin.serve.service import Service
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ReadyPrompt:
+    """A prompt within the limits.
+
+    Attributes:
+        token_ids: those of image slots included.
+        images: one for each `<img>`, in order; not loaded yet.
+        generated: see EngineRequest.
+    """
+
+    token_ids: list[int]
+    images: list[ImageSource] = field(default_factory=list)
+    generated: list[tuple[int, int]] = field(default_factory=list)
+
+
+async def chat(service: Service, conversation: Conversation) -> ReadyPrompt:
+    """The prompt of a conversation. No turn is dropped: one that is too long is an error.
+
+    Raises:
+        ApiError: it is over a limit, or cannot be tokenised.
+    """
+    system, history, query, images = conversation
+    texts = [system, *(answer for _, answer in history), *texts_of(query)]
+    texts += [text for parts, _ in history for text in texts_of(parts)]
+    return await _ready(
+        service,
+        "messages",
+        texts,
+        images,
+        lambda: chat_prompt(service.tokenizer, query, history, system, max_window=sys.maxsize),
+    )
+
+
+async def base(service: Service, query: Query, param: str) -> ReadyPrompt:
+    """The prompt of the base model. Errors as for `chat`."""
+    return await _ready(
+        service,
+        param,
+        texts_of(query.parts),
+        query.images,
+        lambda: base_prompt(service.tokenizer, query.parts),
+    )
+
+
+def token_ids(service: Service, ids: list[int], param: str) -> ReadyPrompt:
+    """A prompt that a client has tokenised.
+
+    Raises:
+        ApiError: it is over a limit, or a token is not one that text can make.
+    """
+    special = service.tokenizer.special_tokens
+    tags = {special[tag] for tag in IMAGE_TAGS if "img" not in tag}
+    n_plain = min(special.values())
+    for index, token in enumerate(ids):
+        if not (0 <= token < n_plain or token in tags):
+            where = f"{param}[{index}]"
+            raise ApiError(
+                400,
+                f"{where}: {token} is no token of text; control tokens are not accepted",
+                param=where,
+                code="invalid_value",
+            )
+    _check_length(service, len(ids), param)
+    return ReadyPrompt(ids)
+
+
+def most_tokens(service: Service) -> int:
+    """The length of the longest prompt."""
+    limit = service.config.max_position_embeddings - 1  # room for one to come
+    return min(limit, service.settings.max_prompt_tokens or limit)
+
+
+async def _ready(
+    service: Service,
+    param: str,
+    texts: Sequence[str],
+    images: Sequence[ImageSource],
+    tokenise: Callable[[], Prompt],
+) -> ReadyPrompt:
+    if len(images) > service.settings.max_images:
+        raise too_large(f"{param}: number of images", len(images), service.settings.max_images, param)
+    # What is surely too long is not tokenised.
+    tokenizer = service.tokenizer
+    least = sum(map(len, texts)) // tokenizer.max_token_bytes + tokenizer.n_image_slots * len(images)
+    if least > most_tokens(service):
+        _refuse_length(service, f"at least {least}", param)
+    try:
+        prompt = await asyncio.to_thread(tokenise)
+    except UsageError as error:
+        raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
+    _check_length(service, len(prompt.input_ids), param)
+    return ReadyPrompt(prompt.input_ids, list(images), prompt.generated)
+
+
+def _check_length(service: Service, n_tokens: int, param: str) -> None:
+    if n_tokens > most_tokens(service):
+        _refuse_length(service, str(n_tokens), param)
+    if n_tokens == 0:
+        raise ApiError(400, f"{param}: is empty", param=param, code="invalid_value")
+
+
+def _refuse_length(service: Service, n_tokens: str, param: str) -> NoReturn:
+    raise ApiError(
+        400,
+        f"This model's maximum context length is {most_tokens(service)} tokens in a prompt. However, your {param} "
+        f"resulted in {n_tokens} tokens. Please reduce the length of the {param}.",
+        param=param,
+        code="context_length_exceeded",
+    )

@@ -1,0 +1,62 @@
+"""Answering a request: events or a whole response."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import Request, Response
+
+from paddlemix_qwenvl_plugin.serve.openai.completion import Asked, Completion
+from paddlemix_qwenvl_plugin.serve.openai.connection import ClientGone, EventStream, while_connected
+from paddlemix_qwenvl_plugin.serve.openai.forms import Choice, Form
+from paddlemix_qwenvl_plugin.serve.openai.json_text import dumps
+from paddlemix_qwenvl_plugin.serve.openai.parameters import SamplingParameters
+from paddlemix_qwenvl_plugin.serve.request_info import info_of
+from paddlemix_qwenvl_plugin.serve.service import Service
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that did not wait for its response; nobody gets it, but logs have it."""
+
+
+async def respond(
+    request: Request, service: Service, asked: Asked, form: Form, parameters: SamplingParameters
+) -> Response:
+    """The response to a request. Errors as for Completion.events; those of a stream may be raised when it is sent."""
+    completion = Completion(service, asked, info_of(request.scope))
+    if parameters.stream:
+        events = _events(completion, form, parameters.include_usage)
+        return EventStream(events)
+    try:
+        body = await while_connected(request.receive, _whole(completion, form))
+    except ClientGone:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(dumps(body), media_type="application/json")
+
+
+async def _events(completion: Completion, form: Form, with_usage: bool) -> AsyncGenerator[str, None]:
+    events = completion.events()
+    try:
+        async for event in events:
+            yield form.chunk(event)
+    finally:
+        await events.aclose()
+    if with_usage:
+        yield form.usage_chunk(_usage(completion))
+    yield "[DONE]"
+
+
+async def _whole(completion: Completion, form: Form) -> dict[str, Any]:
+    choices = [Choice() for _ in range(completion.n_choices)]
+    async for event in completion.events():
+        choices[event.choice].add(event)
+    return form.whole(choices, _usage(completion))
+
+
+def _usage(completion: Completion) -> dict[str, Any]:
+    return {
+        "prompt_tokens": completion.n_prompt_tokens,
+        "completion_tokens": completion.n_completion_tokens,
+        "total_tokens": completion.n_prompt_tokens + completion.n_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": completion.n_cached_tokens},
+    }

@@ -1,0 +1,123 @@
+"""Where settings come from: flags over environment over YAML file over defaults, and which of them gave each."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import EnvSettingsSource
+
+from paddlemix_qwenvl_plugin.runtime.options import allowed
+from paddlemix_qwenvl_plugin.serve.settings import ENVIRONMENT_PREFIX, ServeSettings
+from paddlemix_qwenvl_plugin.util import env, plain_yaml
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+
+_OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+_KINDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false"}
+
+
+class Origin(NamedTuple):
+    """Where a value comes from: `place` is the source, `name` the setting as it is spelled there."""
+
+    place: str
+    name: str
+
+
+class Settings(NamedTuple):
+    """The settings, and the origin of each that is not a default."""
+
+    values: ServeSettings
+    origins: dict[str, Origin]
+
+    def as_yaml(self) -> str:
+        """A file for `--config` that gives these settings, with the origin of each as a comment."""
+        lines = []
+        for name, value in self.values.model_dump(mode="json").items():
+            origin = self.origins.get(name)
+            # JSON is YAML, and on one line.
+            text = json.dumps(value, ensure_ascii=False)
+            lines.append(f"{name}: {text}  # {origin.place if origin else 'default'}")
+        return "\n".join(lines) + "\n"
+
+
+def read_settings(flags: Mapping[str, Any], config: Optional[Path] = None) -> Settings:
+    """The settings of a command.
+
+    Args:
+        flags: the flags that were given, by the names of the settings.
+        config: a YAML file; None: that of QWENVL_SERVE_CONFIG, if it is set.
+
+    Raises:
+        UsageError: an unknown setting or a wrong value; the line names the flag, the variable, or the file and key.
+    """
+    named = env.SERVE_CONFIG.read()
+    config = config or (Path(named) if named else None)
+    _check_variables()
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    if config is not None:
+        for name, value in _from_file(config).items():
+            values[name], origins[name] = value, Origin(str(config), f"{config}: {name}")
+    for name, value in EnvSettingsSource(ServeSettings)().items():
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        values[name], origins[name] = value, Origin(variable, variable)
+    for name, value in flags.items():
+        values[name], origins[name] = value, Origin(f"--{name}", f"--{name}")
+    try:
+        return Settings(ServeSettings(**values), origins)
+    except ValidationError as error:
+        raise UsageError(_line(error, origins)) from None
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    data = plain_yaml.read_file(path, "a file of settings")
+    if data is None:  # all of it is comments
+        return {}
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: settings are a mapping of keys to values")
+    for key in data:
+        if key not in ServeSettings.model_fields:
+            raise UsageError(f"{path}: {key}: no such setting{_meant(str(key), ServeSettings.model_fields)}")
+    return data
+
+
+def _check_variables() -> None:
+    """Refuse a variable with the prefix that is no setting: pydantic passes over those."""
+    known = [ENVIRONMENT_PREFIX + name.upper() for name in ServeSettings.model_fields]
+    known.append(env.SERVE_CONFIG.name)
+    for name in sorted(os.environ):
+        if name.upper().startswith(ENVIRONMENT_PREFIX) and name.upper() not in known:
+            raise UsageError(f"{name}: no such setting{_meant(name, known)}")
+
+
+def _meant(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else "; see qwenvl serve --help"
+
+
+def _line(error: ValidationError, origins: Mapping[str, Origin]) -> str:
+    """What is wrong with the first setting that is, and where it was given."""
+    problem: Any = error.errors(include_url=False)[0]
+    field, value = str(problem["loc"][0]), problem["input"]
+    where = origins[field].name if field in origins else field
+    if problem["type"] in _OUT_OF_RANGE:
+        return f"{where}: {value} is out of range; it must be {allowed(ServeSettings.model_fields[field])}"
+    if problem["type"] == "literal_error":
+        return f"{where}: {value!r} must be one of {', '.join(words(ServeSettings.model_fields[field]))}"
+    kind = _KINDS.get(problem["type"].partition("_")[0])
+    if kind is not None:
+        return f"{where}: {value!r} is not {kind}"
+    message = str(problem["msg"])
+    return f"{where}: {message[:1].lower()}{message[1:]}, got {value!r}"
+
+
+def words(field: FieldInfo) -> tuple[str, ...]:
+    """The words that a setting of a few words may be, none for others."""
+    annotation: Any = field.annotation
+    return getattr(annotation, "__args__", ()) if str(annotation).startswith("typing.Literal") else ()

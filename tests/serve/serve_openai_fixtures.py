@@ -1,0 +1,104 @@
+"""The demo model behind OpenAI's routes, under uvicorn in a thread, and the openai client."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from serve_openai_engine import Engine, Images, NoLimits
+from serve_openai_helpers import NAME, Server, wait_for
+
+from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin.demo.run import MODEL
+from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
+from paddlemix_qwenvl_plugin.serve.error_response import install_handlers
+from paddlemix_qwenvl_plugin.serve.openai.routes import router
+from paddlemix_qwenvl_plugin.serve.service import Service
+from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+
+
+@pytest.fixture(scope="session")
+def demo_exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve-openai")
+    export_vision(MODEL, folder / "vision" / "vision")
+    export_language(MODEL, folder / "text", "qwen")
+    return folder
+
+
+def open_demo(folder: Path) -> QwenVL:
+    return QwenVL.from_exported(folder / "vision" / "vision", folder / "text" / "qwen")
+
+
+@pytest.fixture(scope="session")
+def alone(demo_exported: Path) -> QwenVL:
+    """The model without a server."""
+    return open_demo(demo_exported)
+
+
+@pytest.fixture(scope="session")
+def running(demo_exported: Path) -> Iterator[Server]:
+    vl = open_demo(demo_exported)
+    engine, images, admission = Engine(vl), Images(vl.config.visual.image_size), NoLimits()
+    service = Service(
+        ServeSettings(max_new_tokens=2000),
+        engine,
+        vl.tokenizer,
+        vl.config,
+        True,
+        NAME,
+        images,
+        admission,
+    )
+    app = FastAPI()
+    app.include_router(router(service))
+    install_handlers(app)
+
+    config = uvicorn.Config(app, port=0, log_config=None, log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    with client, httpx.Client(base_url=url, timeout=60) as http:
+        yield Server(url, service, engine, images, admission, client, http)
+    server.should_exit = True
+    asyncio.run(engine.stop())
+    thread.join(30)
+
+
+@pytest.fixture
+def server(running: Server, caplog: pytest.LogCaptureFixture) -> Iterator[Server]:
+    """With the settings and the loop as they were, after each test. No error may be logged."""
+    service, loop = running.service, running.engine.vl._loop
+    before = replace(service)
+    yield running
+    vars(service).update(vars(before))
+    running.admission.refuse = None
+    running.wait_until_idle()
+    running.engine.vl._loop = loop
+    running.engine.reset()
+    running.admission.most = 0
+    running.admission.keys.clear()
+    running.images.loaded.clear()
+    assert not [record for record in caplog.get_records("call") if record.levelname == "ERROR"]
+
+
+@pytest.fixture
+def limited(server: Server) -> Callable[..., None]:
+    """limited(max_images=1) changes settings for this test."""
+
+    def change(**settings: Any) -> None:
+        server.service.settings = server.service.settings.model_copy(update=settings)
+
+    return change

@@ -1,0 +1,79 @@
+"""What the tests of OpenAI's routes have in common."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+from serve_openai_engine import Engine, Images, NoLimits
+
+from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
+from paddlemix_qwenvl_plugin.serve.service import Service
+
+NAME = "qwen-vl-chat"
+
+
+@dataclass
+class Server:
+    """A server, its parts, and clients for it."""
+
+    url: str
+    service: Service
+    engine: Engine
+    images: Images
+    admission: NoLimits
+    openai: openai.OpenAI
+    http: httpx.Client
+
+    def wait_until_idle(self) -> None:
+        """Until the engine has no request and no slot is held."""
+        wait_for(lambda: self.engine.idle and not self.admission.held)
+
+
+def wait_for(holds: Callable[[], Any], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def data_url(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def image_part(path: Path) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(path)}}
+
+
+def asking(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A question of the demo: the content of a message, and the parts of a query for QwenVL."""
+    (question,) = [question for question in QUESTIONS if question.name == name]
+    text = question.turn.question
+    content = [*map(image_part, question.pictures), {"type": "text", "text": text}]
+    return content, [*({"image": str(path)} for path in question.pictures), {"text": text}]
+
+
+def whole(server: Server, messages: Any, **parameters: Any) -> Any:
+    """A chat completion."""
+    return server.openai.chat.completions.create(model=NAME, messages=messages, **parameters)
+
+
+def streamed(server: Server, messages: Any, **parameters: Any) -> list[Any]:
+    """The chunks of a streamed chat completion."""
+    return list(whole(server, messages, stream=True, **parameters))
+
+
+def said(chunks: list[Any], index: int = 0) -> str:
+    """The text of a choice in chunks."""
+    choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+    return "".join(choice.delta.content or "" for choice in choices)
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]

@@ -1,0 +1,277 @@
+"""Who gets in: API keys, hosts, origins, CORS."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+from typing import Any, Optional
+
+import httpx
+import pytest
+from serve_service_helpers import PATH, CountingEngine, fake_app, fake_service
+
+from paddlemix_qwenvl_plugin.serve.api_keys import ApiKeys, check_exposure, is_loopback
+from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+
+HOST = "http://127.0.0.1:8000"
+
+
+def ask(
+    method: str,
+    path: str,
+    headers: Optional[dict[str, str]] = None,
+    page: Optional[Path] = None,
+    **settings: Any,
+) -> httpx.Response:
+    engine = CountingEngine()
+    engine.ready = True
+    app = fake_app(fake_service(engine, **settings), **({"page": page} if page else {}))
+
+    async def go() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=HOST) as client:
+            body = {} if method == "POST" else None
+            return await client.request(method, path, json=body, headers=headers)
+
+    return asyncio.run(go())
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    path.write_text("# of Ann\nkey-of-ann\n\n  key-of-bob  \n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.mark.parametrize("key", ["key-of-ann", "key-of-bob"])
+def test_every_key_of_the_file_opens(key: str, key_file: Path) -> None:
+    answer = ask("POST", PATH, {"Authorization": f"Bearer {key}"}, api_key_file=key_file)
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer key-of-an",
+        "Bearer key-of-anna",
+        "Bearer KEY-OF-ANN",
+        "Bearer # of Ann",
+        "Basic key-of-ann",
+        "key-of-ann",
+        "Bearer key-of-ann key-of-bob",
+        "Bearer kéy",
+    ],
+)
+@pytest.mark.parametrize(("method", "path"), [("POST", PATH), ("GET", "/metrics"), ("GET", "/openapi.json")])
+def test_others_are_refused_in_openai_s_form(
+    authorization: Optional[str], method: str, path: str, key_file: Path
+) -> None:
+    headers = None if authorization is None else {"Authorization": authorization.encode("latin-1")}
+    answer = ask(method, path, headers, api_key_file=key_file)  # type: ignore[arg-type]
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    error = answer.json()["error"]
+    assert (error["type"], error["code"], error["param"]) == (
+        "authentication_error",
+        "invalid_api_key",
+        None,
+    )
+    assert "key-of" not in answer.text
+
+
+def test_what_is_open_beside_keys(key_file: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page"
+    (page / "parts").mkdir(parents=True)
+    (page / "index.html").write_text("<p>page</p>")
+    (page / "parts" / "app.js").write_text("1")
+    for path, status in [
+        ("/health/live", 200),
+        ("/health/ready", 200),
+        ("/", 200),
+        ("/parts/app.js", 200),
+        ("/parts/../../keys", 401),
+        ("/parts/%2e%2e/%2e%2e/keys", 401),
+        ("/parts", 401),
+        ("/health", 401),
+        ("/metrics", 401),
+    ]:
+        assert ask("GET", path, page=page, api_key_file=key_file).status_code == status, path
+
+
+def test_the_limit_of_a_key_is_its_own(key_file: Path) -> None:
+    service = fake_service(CountingEngine(), api_key_file=key_file, max_per_key=1)
+    app = fake_app(service)
+
+    async def go() -> None:
+        await service.engine.start()
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url=HOST) as client:
+            ann, bob = ({"Authorization": f"Bearer key-of-{name}"} for name in ("ann", "bob"))
+            (name,) = {ApiKeys(["key-of-ann"]).short_hash(b"key-of-ann")}
+            async with service.admission.slots(1, name):
+                answers = [await client.post(PATH, json={}, headers=who) for who in (ann, bob)]
+        assert [answer.status_code for answer in answers] == [429, 200]
+        assert answers[0].json()["error"]["type"] == "rate_limit_error"
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", "no key in it; write one on each line"),
+        (b"# only this\n\n", "no key in it; write one on each line"),
+        (b"\xff\xfe", r"cannot be read \(not UTF-8\)"),
+        (b"good\ntwo words\n", ":2: an API key is printable ASCII without spaces"),
+        ("schlüssel".encode(), ":1: an API key is printable ASCII without spaces"),
+    ],
+)
+def test_bad_key_files(content: bytes, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=line):
+        ApiKeys.of_file(path)
+
+
+def test_a_missing_key_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^--api_key_file .*keys: cannot be read \(No such file"):
+        ApiKeys.of_file(tmp_path / "keys")
+
+
+@pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, True), (0o604, True)])
+def test_a_key_file_that_others_can_read(
+    mode: int, warned: bool, key_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key_file.chmod(mode)
+    with caplog.at_level(logging.WARNING):
+        ApiKeys.of_file(key_file)
+    assert ("other users can read the API keys" in caplog.text) is warned
+
+
+@pytest.mark.parametrize(
+    ("address", "settings", "refused"),
+    [
+        ("127.0.0.1", {}, False),
+        ("::1", {}, False),
+        ("127.8.8.8", {}, False),
+        ("0.0.0.0", {}, True),
+        ("::", {}, True),
+        ("192.168.1.2", {}, True),
+        ("0.0.0.0", {"no_auth": True}, False),
+        ("0.0.0.0", {"api_key_file": "keys"}, False),
+    ],
+)
+def test_other_machines_need_a_key_or_a_word(address: str, settings: dict[str, Any], refused: bool) -> None:
+    if not refused:
+        check_exposure(ServeSettings(host=address, **settings), address)
+        return
+    with pytest.raises(UsageError, match=rf"^--host {address}: .* give --api_key_file, or --no_auth"):
+        check_exposure(ServeSettings(host=address, **settings), address)
+
+
+@pytest.mark.parametrize(
+    ("name", "loopback"),
+    [
+        ("localhost", True),
+        ("LOCALHOST", True),
+        ("app.localhost", True),
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("localhost.example.org", False),
+        ("127.0.0.1.example.org", False),
+        ("example.org", False),
+        ("", False),
+        ("0.0.0.0", False),
+    ],
+)
+def test_names_of_this_machine(name: str, loopback: bool) -> None:
+    assert is_loopback(name) is loopback
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("localhost:8000", 200),
+        ("[::1]:8000", 200),
+        ("rebound.example.org:8000", 403),
+        ("rebound.example.org", 403),
+        ("127.0.0.1.example.org", 403),
+        ("localhost:8000@example.org", 403),
+        ("", 403),
+    ],
+)
+@pytest.mark.parametrize(("method", "path"), [("POST", PATH), ("GET", "/metrics"), ("GET", "/health/ready")])
+def test_dns_rebinding(host: str, status: int, method: str, path: str, key_file: Path) -> None:
+    answer = ask(method, path, {"Host": host})
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json()["error"]["code"] == "host_not_allowed"
+    # Where keys are asked for, the server has what name its owner gives it.
+    bearer = {"Host": host, "Authorization": "Bearer key-of-ann"}
+    assert ask(method, path, bearer, api_key_file=key_file).status_code == 200
+    assert ask(method, path, {"Host": host}, no_auth=True).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        (None, True),
+        (HOST, True),
+        ("https://127.0.0.1:8000", True),
+        ("http://chat.example.org", True),
+        ("http://127.0.0.1:8001", False),
+        ("http://localhost:8000", False),  # another origin, though the same server
+        ("http://evil.example.org", False),
+        ("http://chat.example.org.evil.org", False),
+        ("null", False),
+    ],
+)
+@pytest.mark.parametrize("no_auth", [False, True])
+def test_pages_of_elsewhere(origin: Optional[str], allowed: bool, no_auth: bool) -> None:
+    headers = {} if origin is None else {"Origin": origin}
+    answer = ask("POST", PATH, headers, cors_origins=["http://chat.example.org"], no_auth=no_auth)
+    assert answer.status_code == (200 if allowed else 403)
+    if not allowed:
+        assert answer.json()["error"]["code"] == "origin_not_allowed"
+    # What they get anyway they cannot read.
+    read = ask("GET", "/health/live", headers, cors_origins=["http://chat.example.org"], no_auth=no_auth)
+    assert read.status_code == 200
+    shown = read.headers.get("Access-Control-Allow-Origin")
+    assert shown == (origin if origin == "http://chat.example.org" else None)
+
+
+def test_cors_is_off_unless_listed(key_file: Path) -> None:
+    asked = {
+        "Origin": "http://chat.example.org",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+    }
+    for settings in ({}, {"api_key_file": key_file}):
+        answer = ask("OPTIONS", PATH, asked, **settings)
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+        listed = ask("OPTIONS", PATH, asked, cors_origins=["http://chat.example.org"], **settings)
+        assert listed.status_code == 200
+        assert listed.headers["Access-Control-Allow-Origin"] == "http://chat.example.org"
+        assert "authorization" in listed.headers["Access-Control-Allow-Headers"].lower()
+        assert "Access-Control-Allow-Credentials" not in listed.headers
+    refused = ask(
+        "POST",
+        PATH,
+        {"Origin": "http://chat.example.org"},
+        cors_origins=["http://chat.example.org"],
+        api_key_file=key_file,
+    )
+    assert refused.status_code == 401
+    assert (
+        refused.headers["Access-Control-Allow-Origin"] == "http://chat.example.org"
+    )  # so that the page can tell why
+    assert json.loads(refused.content)["error"]["code"] == "invalid_api_key"

@@ -1,0 +1,43 @@
+"""Messages through a stream of bytes that is cut anywhere."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paddlemix_qwenvl_plugin import GenerationOptions
+from paddlemix_qwenvl_plugin.serve.engine_api import EngineRequest
+from paddlemix_qwenvl_plugin.serve.messages import Unpacker, pack, pack_request, unpack_request
+
+headers = st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=20) | st.none(), max_size=4)
+
+
+@settings(deadline=None)
+@given(sent=st.lists(st.tuples(headers, st.binary(max_size=300)), max_size=5), cuts=st.data())
+def test_what_is_packed_comes_out(sent, cuts):
+    stream = b"".join(pack(header, [np.frombuffer(content, np.uint8)]) for header, content in sent)
+    unpacker, got = Unpacker(), []
+    while stream:
+        n = cuts.draw(st.integers(1, len(stream)))
+        got += unpacker.feed(stream[:n])
+        stream = stream[n:]
+    assert got == sent
+
+
+def test_a_request_travels_whole():
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, [7, 7, 3]).astype(np.uint8) for _ in range(3)]
+    options = GenerationOptions(max_new_tokens=9, temperature=0.3, top_k=4, seed=2**63)
+    request = EngineRequest(range(9000), images, {4, 5}, options, [(2, 5), (9, 12)], 20)
+    [(header, content)] = Unpacker().feed(pack_request(7, request))
+    assert (header["kind"], header["number"]) == ("submit", 7)
+    got = unpack_request(header, content)
+    assert list(got.prompt) == list(range(9000))
+    assert (set(got.stop_token_ids), got.options, got.n_logprobs) == ({4, 5}, options, 20)
+    assert list(got.generated) == [(2, 5), (9, 12)]
+    np.testing.assert_array_equal(got.images, images)
+    assert content == b"".join(image.tobytes() for image in images)
+    json.dumps(header)  # plain data, nothing that runs when it is read

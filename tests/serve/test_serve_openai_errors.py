@@ -1,0 +1,378 @@
+"""Bad requests: OpenAI's error object with the right status, parameter and code."""
+
+from __future__ import annotations
+
+import json
+
+import openai
+import pytest
+from pydantic import ValidationError
+from serve_openai_helpers import NAME, ask, asking, whole
+
+from paddlemix_qwenvl_plugin.serve.errors import ApiError
+from paddlemix_qwenvl_plugin.serve.openai.chat import ChatCompletionRequest
+from paddlemix_qwenvl_plugin.serve.openai.completions import CompletionRequest
+
+pytest_plugins = ("serve_openai_fixtures",)
+
+TEXT = {"type": "text", "text": "?"}
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+def image(url, **more):
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+# What is added to a good request; the parameter and the code of the error, and words of its message.
+CHAT = [
+    ({"model": "gpt-4o"}, "model", "model_not_found", "`gpt-4o` does not exist"),
+    ({"model": 3}, "model", "invalid_type", "must be a string"),
+    ({"model": ...}, "model", "missing_required_parameter", "is required"),
+    ({"messages": ...}, "messages", "missing_required_parameter", "is required"),
+    ({"messages": []}, "messages", "invalid_value", "at least 1 item"),
+    ({"messages": "hello"}, "messages", "invalid_type", "must be a list"),
+    ({"messages": [3]}, "messages[0]", "invalid_type", "must be an object"),
+    ({"messages": [{}]}, "messages[0].role", "missing_required_parameter", "is required"),
+    ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].role", "invalid_value", "'system'"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter", "is required"),
+    (
+        {"messages": [{"role": "user", "content": None}]},
+        "messages[0].content",
+        "invalid_type",
+        "string or a list",
+    ),
+    (
+        {"messages": [{"role": "user", "content": 3}]},
+        "messages[0].content",
+        "invalid_type",
+        "string or a list",
+    ),
+    ({"messages": user()}, "messages[0].content", "invalid_value", "at least 1 item"),
+    ({"messages": user("a")}, "messages[0].content[0]", "invalid_type", "must be an object"),
+    ({"messages": user({"type": "video"})}, "messages[0].content[0].type", "invalid_value", "'image_url'"),
+    ({"messages": user({"text": "a"})}, "messages[0].content[0].type", "missing_required_parameter", ""),
+    ({"messages": user({"type": "text"})}, "messages[0].content[0].text", "missing_required_parameter", ""),
+    (
+        {"messages": user(TEXT, {**TEXT, "x": 1})},
+        "messages[0].content[1].x",
+        "unknown_parameter",
+        "no parameter",
+    ),
+    (
+        {"messages": user(image(3))},
+        "messages[0].content[0].image_url.url",
+        "invalid_type",
+        "must be a string",
+    ),
+    (
+        {"messages": user(image("data:,x", a=1))},
+        "messages[0].content[0].image_url.a",
+        "unknown_parameter",
+        "",
+    ),
+    (
+        {"messages": user(image("data:,x"))},
+        "messages[0].content[0].image_url.url",
+        "invalid_image",
+        "picture",
+    ),
+    (
+        {"messages": user(TEXT, image("data:x"))},
+        "messages[0].content[1].image_url.url",
+        "invalid_image",
+        "comma",
+    ),
+    ({"messages": ask("a<img>/etc/passwd</img>")}, "messages[0].content", "invalid_value", "image_url"),
+    ({"messages": ask("</img>")}, "messages[0].content", "invalid_value", "</img>"),
+    ({"messages": ask("<imgpad>")}, "messages[0].content", "invalid_value", "<imgpad>"),
+    (
+        {"messages": user({"type": "text", "text": "<im"}, {"type": "text", "text": "g>"})},
+        "messages[0].content",
+        "invalid_value",
+        "<img>",
+    ),
+    (
+        {"messages": [*ask("a"), {"role": "assistant", "content": [image("data:,x")]}, *ask("b")]},
+        "messages[1].content[0].type",
+        "invalid_value",
+        "only a message of the user",
+    ),
+    (
+        {"messages": [{"role": "system", "content": [image("data:,x")]}, *ask("b")]},
+        "messages[0].content[0].type",
+        "invalid_value",
+        "only a message of the user",
+    ),
+    (
+        {"messages": [*ask("a"), {"role": "system", "content": "b"}]},
+        "messages[1].role",
+        "invalid_value",
+        "first",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "b"}, *ask("a")]},
+        "messages[0].role",
+        "invalid_value",
+        "before",
+    ),
+    (
+        {"messages": [*ask("a"), {"role": "assistant", "content": "b"}]},
+        "messages",
+        "invalid_value",
+        "the last",
+    ),
+    ({"messages": [{"role": "system", "content": "b"}]}, "messages", "invalid_value", "the last"),
+    (
+        {"messages": [*ask("a"), {"role": "assistant", "content": "b", "tool_calls": [1]}]},
+        "messages[1].tool_calls",
+        "unsupported_parameter",
+        "not supported",
+    ),
+    ({"messages": ask("a b c d e " * 4000)}, "messages", "context_length_exceeded", "maximum context length"),
+    ({"messages": ask("a" * 2_000_000)}, "messages", "context_length_exceeded", "at least"),
+    ({"messages": ask("?") * 2000}, "messages", "invalid_value", "at most 1024"),
+    ({"temperature": 3}, "temperature", "invalid_value", "less than or equal to 2, got 3"),
+    ({"temperature": -0.1}, "temperature", "invalid_value", "greater than or equal to 0"),
+    ({"temperature": "hot"}, "temperature", "invalid_type", "must be a number"),
+    ({"temperature": "1"}, "temperature", "invalid_type", "must be a number"),
+    ({"top_p": 1.5}, "top_p", "invalid_value", "less than or equal to 1"),
+    ({"top_k": -2}, "top_k", "invalid_value", "-1"),
+    ({"top_k": 1.5}, "top_k", "invalid_type", "whole number"),
+    ({"max_tokens": 0}, "max_tokens", "invalid_value", "greater than or equal to 1"),
+    ({"max_tokens": 3000}, "max_tokens", "invalid_value", "3000 is too large, this server allows 2000"),
+    (
+        {"max_tokens": ..., "max_completion_tokens": 10**30},
+        "max_completion_tokens",
+        "invalid_value",
+        "too large",
+    ),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "invalid_value", "another value"),
+    ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "invalid_value", "4 is more than the most tokens"),
+    ({"presence_penalty": 2.1}, "presence_penalty", "invalid_value", "equal to 2"),
+    ({"frequency_penalty": -3}, "frequency_penalty", "invalid_value", "equal to -2"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value", "0.01"),
+    ({"seed": 2**64}, "seed", "invalid_value", "less than"),
+    ({"seed": True}, "seed", "invalid_type", "whole number"),
+    ({"n": 0}, "n", "invalid_value", "equal to 1"),
+    ({"n": 9}, "n", "invalid_value", "9 is too large, this server allows 8"),
+    ({"stream": "yes"}, "stream", "invalid_type", "true or false"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", "stream: true"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter", "no parameter"),
+    ({"top_logprobs": 3}, "top_logprobs", "invalid_value", "logprobs: true"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value", "equal to 20"),
+    ({"logprobs": 3}, "logprobs", "invalid_type", "true or false"),
+    ({"metadata": 3}, "metadata", "invalid_type", "must be an object"),
+    ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "not supported"),
+    ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter", "not supported"),
+    ({"functions": [{}]}, "functions", "unsupported_parameter", "not supported"),
+    (
+        {"response_format": {"type": "json_object"}},
+        "response_format",
+        "unsupported_parameter",
+        "not supported",
+    ),
+    ({"audio": {"voice": "x"}}, "audio", "unsupported_parameter", "not supported"),
+    ({"modalities": ["text", "audio"]}, "modalities", "unsupported_parameter", "not supported"),
+    ({"logit_bias": {"1": 2}}, "logit_bias", "unsupported_parameter", "not supported"),
+    ({"store": True}, "store", "unsupported_parameter", "not supported"),
+    ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported_parameter", "not supported"),
+    ({"prediction": {"type": "content"}}, "prediction", "unsupported_parameter", "not supported"),
+    ({"echo": True}, "echo", "unknown_parameter", "no parameter"),
+    ({"temprature": 1}, "temprature", "unknown_parameter", "no parameter"),
+    ({"a\ud800": 1}, "a?", "unknown_parameter", "no parameter"),
+    ({"x" * 1000: 1}, "x" * 59 + "…", "unknown_parameter", "no parameter"),
+]
+
+TEXTS = [
+    ({"prompt": ...}, "prompt", "missing_required_parameter", "is required"),
+    ({"prompt": ""}, "prompt", "invalid_value", "empty"),
+    ({"prompt": []}, "prompt", "invalid_value", "at least 1 item"),
+    ({"prompt": [[]]}, "prompt[0]", "invalid_value", "at least 1 item"),
+    ({"prompt": {}}, "prompt", "invalid_type", "string or a list"),
+    ({"prompt": ["a", 3]}, "prompt[1]", "invalid_type", "string"),
+    ({"prompt": ["a", "<img>"]}, "prompt[1]", "invalid_value", "<img>"),
+    ({"prompt": "<img>x</img>"}, "prompt", "invalid_value", "image_url"),
+    ({"prompt": [1, -1]}, "prompt[1]", "invalid_value", "-1"),
+    ({"prompt": [1, 2**40]}, "prompt[1]", "invalid_value", "less than"),
+    ({"prompt": [1, 681]}, "prompt[1]", "invalid_value", "control tokens"),
+    ({"prompt": [[1], [890]]}, "prompt[1][0]", "invalid_value", "control tokens"),
+    ({"prompt": [[1], [892]]}, "prompt[1][0]", "invalid_value", "control tokens"),
+    ({"prompt": [1, 100_000]}, "prompt[1]", "invalid_value", "control tokens"),
+    ({"prompt": [1] * 9000}, "prompt", "context_length_exceeded", "9000 tokens"),
+    ({"prompt": ["a"] * 5, "n": 2}, "prompt", "invalid_value", "10 is too large"),
+    ({"echo": True}, "echo", "unsupported_parameter", "not supported"),
+    ({"suffix": "x"}, "suffix", "unsupported_parameter", "not supported"),
+    ({"best_of": 3}, "best_of", "unsupported_parameter", "not supported"),
+    ({"logprobs": True}, "logprobs", "invalid_type", "whole number"),
+    ({"logprobs": 21}, "logprobs", "invalid_value", "equal to 20"),
+    ({"messages": ask("?")}, "messages", "unknown_parameter", "no parameter"),
+]
+
+TOKENS = [
+    ({}, "prompt", "invalid_value", "give one of them"),
+    ({"prompt": "a", "messages": ask("a")}, "prompt", "invalid_value", "give one of them"),
+    ({"text": "a"}, "text", "unknown_parameter", "no parameter"),
+    ({"prompt": "a", "model": "x"}, "model", "model_not_found", "does not exist"),
+]
+
+
+def refused(server, path, base, changes, param, code, words):
+    body = {key: value for key, value in {**base, **changes}.items() if value is not ...}
+    response = server.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code == (404 if code == "model_not_found" else 400), response.text
+    assert response.headers["content-type"] == "application/json"
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+    assert words in error["message"]
+    assert len(error["message"]) < 400
+    assert not server.admission.held
+
+
+@pytest.mark.parametrize(("changes", "param", "code", "words"), CHAT)
+def test_chat(server, changes, param, code, words):
+    base = {"model": NAME, "messages": ask("?"), "max_tokens": 1}
+    refused(server, "/v1/chat/completions", base, changes, param, code, words)
+
+
+@pytest.mark.parametrize(("changes", "param", "code", "words"), TEXTS)
+def test_text(server, changes, param, code, words):
+    base = {"model": NAME, "prompt": "a", "max_tokens": 1}
+    refused(server, "/v1/completions", base, changes, param, code, words)
+
+
+@pytest.mark.parametrize(("changes", "param", "code", "words"), TOKENS)
+def test_tokens(server, changes, param, code, words):
+    refused(server, "/tokenize", {}, changes, param, code, words)
+
+
+JSON = "application/json"
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "status", "code"),
+    [
+        (b"{", JSON, 400, "invalid_json"),
+        (b"", JSON, 400, "missing_required_parameter"),
+        (b"[]", JSON, 400, "invalid_type"),
+        (b"3", JSON, 400, "invalid_type"),
+        (b"null", JSON, 400, None),
+        (b"\xff\xfe", JSON, 400, None),
+        (b"[" * 100_000, JSON, 400, None),
+        (b'{"model": ' + b"9" * 5000 + b"}", JSON, 400, None),
+        (b'{"messages": NaN}', JSON, 400, None),
+        (b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', JSON, None, None),
+        (
+            b'{"model": "qwen-vl-chat", "messages": [{"role": "user", "content": "\\ud800"}]}',
+            JSON,
+            None,
+            None,
+        ),
+        (b'{"model": "qwen-vl-chat", "seed": 1e400, "messages": []}', JSON, 400, None),
+        (b'{"model": "qwen-vl-chat"}', "text/plain", 415, "unsupported_media_type"),
+        (b'{"model": "qwen-vl-chat"}', "application/x-www-form-urlencoded", 415, "unsupported_media_type"),
+    ],
+)
+def test_bodies(server, content, content_type, status, code):
+    response = server.http.post(
+        "/v1/chat/completions", content=content, headers={"content-type": content_type}
+    )
+    assert response.status_code == status or (status is None and response.status_code in (200, 400, 404))
+    if response.status_code != 200:
+        error = response.json()["error"]
+        assert error["message"]
+        assert code is None or error["code"] == code
+
+
+def test_many_wrong_values_are_few_errors():
+    """In a list, and as parameters: a body of some megabytes must not make gigabytes of them."""
+    many = dict.fromkeys(map(str, range(10_000)), 1)
+    good = {"model": NAME, "messages": ask("?")}
+    for bad in (
+        {"messages": [1] * 10_000},
+        many,
+        {"stop": [1] * 10_000},
+        {"messages": user(*[3] * 10_000)},
+        {"messages": [{**ask("?")[0], **many}]},
+        {"messages": user({**TEXT, **many})},
+        {"messages": [*ask("?"), {"role": "assistant", "content": "", "boxes": [1] * 10_000}]},
+        {"metadata": many},
+    ):
+        with pytest.raises(ValidationError) as errors:
+            ChatCompletionRequest.model_validate({**good, **bad})
+        assert errors.value.error_count() <= 10
+    for prompt in (["a", *[3] * 10_000], [1, *["a"] * 10_000], [[1, *["a"] * 10_000]] * 10, [[1] * 70_000]):
+        with pytest.raises(ValidationError) as errors:
+            CompletionRequest.model_validate({"model": NAME, "prompt": prompt})
+        assert errors.value.error_count() <= 10
+
+
+def test_what_clients_write_is_not_repeated(server):
+    for secret in ({"temperature": "my secret"}, {"messages": "my secret"}, {"stop": ["my secret" * 100]}):
+        response = server.http.post(
+            "/v1/chat/completions", json={"model": NAME, "messages": ask("?"), **secret}
+        )
+        assert response.status_code == 400
+        assert "secret" not in response.text
+
+
+def test_the_client_raises_its_own_errors(server):
+    with pytest.raises(openai.NotFoundError) as not_found:
+        server.openai.chat.completions.create(model="gpt-4o", messages=ask("?"))
+    assert not_found.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as bad:
+        whole(server, ask("?"), temperature=9, stream=True)
+    assert (bad.value.param, bad.value.type) == ("temperature", "invalid_request_error")
+    server.admission.refuse = ApiError(
+        429, "The queue is full.", "rate_limit_error", code="queue_full", headers={"Retry-After": "3"}
+    )
+    for stream in (False, True):
+        with pytest.raises(openai.RateLimitError) as full:
+            whole(server, ask("?"), stream=stream)
+        assert full.value.response.headers["retry-after"] == "3"
+
+
+def test_limits_are_settings(server, limited):
+    content, _ = asking("pair")
+    messages = [{"role": "user", "content": content}]
+    limited(max_images=1, max_prompt_tokens=300, max_new_tokens=4, max_choices=1)
+    with pytest.raises(
+        openai.BadRequestError, match="number of images: 2 is too large, this server allows 1"
+    ):
+        whole(server, messages)
+    with pytest.raises(openai.BadRequestError, match="300 tokens"):
+        whole(server, ask("a b c " * 200))
+    with pytest.raises(openai.BadRequestError, match="5 is too large, this server allows 4"):
+        whole(server, ask("?"), max_tokens=5)
+    with pytest.raises(openai.BadRequestError, match="2 is too large, this server allows 1"):
+        whole(server, ask("?"), n=2)
+    assert whole(server, ask("Hello")).usage.completion_tokens <= 4
+    assert not server.images.loaded
+
+
+def test_a_chat_needs_a_chat_model(server):
+    server.service.is_chat = False
+    with pytest.raises(openai.BadRequestError, match="/v1/completions"):
+        whole(server, ask("?"))
+    assert server.http.post("/tokenize", json={"messages": ask("?")}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v1/nothing", 404, "not_found"),
+        ("POST", "/v1/embeddings", 404, "not_found"),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+        ("GET", "/v1/models/x", 404, "model_not_found"),
+    ],
+)
+def test_routes(server, method, path, status, code):
+    response = server.http.request(method, path)
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == code
+    assert status != 405 or response.headers["allow"]

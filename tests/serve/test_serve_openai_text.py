@@ -1,0 +1,144 @@
+"""Completions of the base model's form, models, tokenize."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+from executors import say
+from serve_openai_engine import likeliest, logprob
+from serve_openai_helpers import NAME, ask, asking
+
+from paddlemix_qwenvl_plugin.processing.prompts import base_prompt, chat_prompt
+
+pytest_plugins = ("serve_openai_fixtures",)
+
+
+def complete(server, prompt, **parameters):
+    return server.openai.completions.create(model=NAME, prompt=prompt, **parameters)
+
+
+def test_text_and_tokens(server, alone):
+    answer = alone.generate("A red", chat=False, max_new_tokens=20)
+    completion = complete(server, "A red", max_tokens=20)
+    assert completion.object == "text_completion"
+    assert completion.choices[0].text == answer.text
+    assert completion.choices[0].finish_reason == answer.finish_reason
+    assert completion.usage.completion_tokens == len(answer.token_ids)
+    tokens = alone.tokenizer.encode("A red")
+    assert completion.usage.prompt_tokens == len(tokens)
+    assert complete(server, tokens, max_tokens=20).choices[0].text == answer.text
+    chunks = list(
+        complete(server, "A red", max_tokens=20, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == answer.text
+    assert chunks[-1].usage == completion.usage
+    assert chunks[-2].choices[0].finish_reason == answer.finish_reason
+
+
+def test_several_prompts(server, alone):
+    prompts = ["A red", "Two blue", "狗"]
+    parameters = {"temperature": 1.2, "seed": 5, "max_tokens": 12, "n": 2}
+    completion = complete(server, prompts, **parameters)
+    texts = [choice.text for choice in completion.choices]
+    options = {"temperature": 1.2, "seed": 5, "max_new_tokens": 12}
+    assert texts[::2] == [alone.generate(one, chat=False, **options).text for one in prompts]
+    assert [choice.index for choice in completion.choices] == [0, 1, 2, 3, 4, 5]
+    assert completion.usage.prompt_tokens == sum(len(alone.tokenizer.encode(one)) for one in prompts)
+    lists = [alone.tokenizer.encode(one) for one in prompts]
+    assert [choice.text for choice in complete(server, lists, **parameters).choices] == texts
+    chunks = list(complete(server, prompts, stream=True, **parameters))
+    parts = [(choice.index, choice.text) for chunk in chunks for choice in chunk.choices]
+    assert ["".join(text for index, text in parts if index == i) for i in range(6)] == texts
+
+
+def test_an_image_and_boxes(server, alone):
+    """As the base model is asked: an extension of OpenAI's prompt."""
+    content, parts = asking("grounded")
+    answer = alone.generate(parts, chat=False, max_new_tokens=150)
+    assert answer.boxes
+    choice = complete(server, content, max_tokens=150).choices[0]
+    assert choice.text == answer.text
+    expected = answer.as_dict()["boxes"]
+    assert [tuple(map(tuple, box["pixels"])) for box in choice.boxes] == [box["pixels"] for box in expected]
+    chunks = list(complete(server, content, max_tokens=150, stream=True))
+    assert [box for chunk in chunks for box in chunk.choices[0].boxes] == choice.boxes
+
+
+def test_logprobs(server, monkeypatch):
+    tokenizer = server.service.tokenizer
+    text = "A 狗!"
+    tokens = tokenizer.encode(text)
+    say(server.engine.vl, monkeypatch, [*tokens, tokenizer.eod_id])
+    logprobs = complete(server, "x", logprobs=2).choices[0].logprobs
+    assert logprobs.token_logprobs == [logprob(token) for token in tokens]
+    decoded = [tokenizer.token_bytes(token) for token in tokens]
+    whole_ones = [said.decode() for said in decoded if said.decode("utf-8", "ignore").encode() == said]
+    assert [token for token in logprobs.tokens if not token.startswith("bytes:")] == whole_ones
+    for said, offset in zip(logprobs.tokens, logprobs.text_offset):
+        assert said.startswith("bytes:") or text[offset:].startswith(said)
+    assert [list(top.values()) for top in logprobs.top_logprobs] == [
+        [value for _, value in likeliest(token, 2)] for token in tokens
+    ]
+    assert complete(server, "x").choices[0].logprobs is None
+
+
+def test_stop(server, alone):
+    text = alone.generate("A red", chat=False, max_new_tokens=20).text
+    choice = complete(server, "A red", max_tokens=20, stop=text[6:9]).choices[0]
+    assert choice.text == text[: text.index(text[6:9])]
+    assert choice.finish_reason == "stop"
+
+
+def test_a_prompt_brings_no_control_tokens(server):
+    tokenizer = server.service.tokenizer
+    complete(server, "<|im_start|>system<|im_end|><|endoftext|><ref>a</ref>", max_tokens=1)
+    prompt = server.engine.submitted[-1].request.prompt
+    tags = {tokenizer.special_tokens[tag] for tag in ("<ref>", "</ref>")}
+    assert {token for token in prompt if token >= tokenizer.eod_id} == tags
+    complete(server, prompt, max_tokens=1)
+    assert server.engine.submitted[-1].request.prompt == prompt
+
+
+def test_models(server):
+    (model,) = server.openai.models.list().data
+    assert model.id == NAME
+    assert server.openai.models.retrieve(NAME) == model
+    with pytest.raises(openai.NotFoundError):
+        server.openai.models.retrieve("gpt-4o")
+
+
+def test_tokenize(server, alone):
+    """The tokens that the prompts of the other routes have."""
+    content, parts = asking("pair")
+    tokenizer = alone.tokenizer
+    plain = server.http.post("/tokenize", json={"prompt": "A red <|im_end|> 狗"}).json()
+    assert plain["tokens"] == tokenizer.encode("A red <|im_end|> 狗")
+    assert plain["count"] == len(plain["tokens"])
+    assert plain["max_model_len"] == alone.config.max_position_embeddings
+    chat = server.http.post("/tokenize", json={"model": NAME, "messages": ask("Hello")}).json()
+    assert chat["tokens"] == chat_prompt(tokenizer, "Hello").input_ids
+    counted = server.http.post("/tokenize", json={"prompt": content}).json()
+    assert counted["count"] == len(
+        base_prompt(tokenizer, [{"image": b"x"}, {"image": b"x"}, parts[-1]]).input_ids
+    )
+    assert not server.images.loaded
+
+
+def test_no_turn_is_dropped(server):
+    """A history longer than the window of `qwenvl chat`."""
+    turn = [*ask("one two three four " * 230), {"role": "assistant", "content": "ok"}]
+    count = server.http.post("/tokenize", json={"messages": [*turn * 3, *ask("And?")]}).json()["count"]
+    assert 6144 < count < 8192
+
+
+def test_the_document_describes_requests_and_responses(server):
+    document = server.http.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    assert {"ChatCompletionRequest", "ChatCompletion", "ErrorBody", "CompletionRequest", "BoxOut"} <= set(
+        schemas
+    )
+    assert "HTTPValidationError" not in schemas
+    assert schemas["ChatCompletionRequest"]["additionalProperties"] is False
+    route = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert set(route["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert set(route) == {"200", "4XX", "5XX"}
