@@ -100,7 +100,10 @@ class SlotQueue:
         most = min(self._max_running, self._max_per_key if key and self._max_per_key else self._max_running)
         if n > most:
             raise ApiError(
-                400, f"n: {n} choices at once are more than the {most} that this server has", param="n"
+                400,
+                f"n: {n} choices at once are more than the {most} that this server has",
+                param="n",
+                code="invalid_value",
             )
         if key is not None and self._max_per_key is not None and self._of_key[key] + n > self._max_per_key:
             raise _too_many(

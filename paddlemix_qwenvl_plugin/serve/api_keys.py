@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import os
 import stat
 from collections.abc import Collection
 from pathlib import Path
@@ -43,7 +44,7 @@ class ApiKeys:
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
             raise UsageError(f"--api_key_file {path}: no key in it; write one on each line")
-        if mode & (stat.S_IRGRP | stat.S_IROTH):
+        if mode & (stat.S_IRGRP | stat.S_IROTH) and not _of_systemd(path):
             log(logging.WARNING, "other users can read the API keys: chmod 600 the file", file=str(path))
         return cls(keys)
 
@@ -89,6 +90,12 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
+
+
+def _of_systemd(path: Path) -> bool:
+    """Whether a file is a credential of the service: systemd lets its user read it by an ACL, which looks like more."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    return bool(folder) and path.is_relative_to(str(folder))
 
 
 def _digest(key: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 from pathlib import Path
 from typing import Optional
 
@@ -81,7 +82,14 @@ def _middleware(
         # The page is open: it asks its user for the key.
         open_paths = page_paths.union(operations.HEALTH_PATHS)
         middleware.append(Middleware(Auth, keys=keys, open_paths=open_paths))
-    middleware.append(Middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout))
+    middleware.append(
+        Middleware(
+            BodyLimit,
+            max_bytes=settings.max_body_bytes,
+            max_held_bytes=max(settings.max_held_bytes, settings.max_body_bytes),
+            timeout=settings.body_timeout,
+        )
+    )
     return middleware
 
 
@@ -91,6 +99,9 @@ def _add_page(app: FastAPI, folder: Path) -> frozenset[str]:
         return frozenset()
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     paths = frozenset({"/", *(f"/{name}" for name in names)})
+    mimetypes.add_type(
+        "text/javascript", ".js"
+    )  # some systems say text/plain, and browsers refuse such modules
     files = StaticFiles(directory=folder, html=True)
     for path in sorted(paths):
         app.router.routes.append(Route(path, files))

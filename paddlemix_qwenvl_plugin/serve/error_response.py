@@ -59,5 +59,10 @@ def _of_http(error: HTTPException) -> ApiError:
         return ApiError(404, "There is nothing at this path", code="not_found")
     if error.status_code == 405:
         return ApiError(405, "This path has no such method", code="method_not_allowed", headers=error.headers)
+    if error.status_code == 400:  # FastAPI's only one: a body that the parser has an error of its own for
+        message = (
+            "The body is not valid JSON: it is no UTF-8, nested too deeply, or has a number that is too long."
+        )
+        return ApiError(400, message, code="invalid_json")
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     return ApiError(error.status_code, str(error.detail), kind, headers=error.headers)

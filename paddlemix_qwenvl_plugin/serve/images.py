@@ -84,7 +84,14 @@ class WorkerImageLoader:
         except TooLargeError as error:
             raise _error(param, f"{line_of(error)}; send a smaller one", "image_too_large") from error
         except NoWorkerError as error:
-            raise ApiError(503, f"{line_of(error)}; try again later", "server_error", param) from error
+            raise ApiError(
+                503,
+                f"{param}: {line_of(error)}; try again later",
+                "server_error",
+                param,
+                "image_process_unavailable",
+                {"Retry-After": "1"},
+            ) from error
         except QwenVLError as error:
             hint = "check that it is a whole PNG, JPEG or WebP image"
             raise _error(param, f"{line_of(error)}; {hint}", "invalid_image") from error

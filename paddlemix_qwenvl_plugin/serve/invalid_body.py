@@ -94,7 +94,7 @@ def _described(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def _in_words(error: Mapping[str, Any]) -> str:
-    what = re.sub(r"^\w+ should ", "must ", str(error["msg"]))
+    what = re.sub(r"^\w+ should ", "must ", str(error["msg"])).replace(" after validation", "")
     value = error["input"]
     return f"{what}, got {value}" if isinstance(value, (int, float)) and len(str(value)) < 40 else what
 

@@ -42,7 +42,8 @@ async def run(
     """Serve until a signal comes, and end in order.
 
     Args:
-        listener: a bound socket. With `reuse_port` it begins to listen when the engine is ready.
+        listener: a bound socket. With `reuse_port` it begins to listen when the engine is ready; connections to one
+            of systemd's wait in it until then.
         signals: those that end the server. The first lets requests finish, the second does not.
         ready: called when the engine is ready for the first time.
 
@@ -56,10 +57,11 @@ async def run(
     with _handling(signals, server):
         loading = asyncio.create_task(service.engine.start())
         try:
-            if service.settings.reuse_port:
+            if service.settings.reuse_port or listener.inherited:
                 await server.first_of(loading)
                 if server.should_exit or loading.exception() is not None:
                     return await _result(loading, server)
+            if service.settings.reuse_port and not listener.inherited:
                 listener.socket.listen(BACKLOG)
                 give_to_all(listener.socket)
             serving = asyncio.create_task(server.serve(sockets=[listener.socket]))

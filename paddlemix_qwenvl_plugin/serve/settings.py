@@ -96,6 +96,9 @@ class ServeSettings(BaseSettings):
     default_max_new_tokens: Annotated[int, Field(ge=1, description="Where a request does not say.")] = 512
     max_choices: Annotated[int, Field(ge=1, le=128, description="Most completions of a request (n).")] = 8
     max_body_bytes: Annotated[int, Field(ge=1024, description="Most bytes of a request.")] = 32 * 2**20
+    max_held_bytes: Annotated[
+        int, Field(ge=1024, description="Most bytes of all requests that are not answered yet.")
+    ] = 2**30
 
     # Images
     max_images: Annotated[int, Field(ge=0, description="Most images of a request.")] = 8

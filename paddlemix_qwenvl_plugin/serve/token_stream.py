@@ -8,6 +8,9 @@ from typing import Callable, Optional
 from paddlemix_qwenvl_plugin.serve.engine_api import Ended, Token
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
+# How long a step may take to see that a request is cancelled. A process that hangs never does.
+CANCEL_SECONDS = 5.0
+
 
 class ReceivedTokens:
     """See TokenStream. The client puts in what the engine process sends; one reader takes it out."""
@@ -19,6 +22,7 @@ class ReceivedTokens:
         self._error: Optional[QwenVLError] = None
         self._ended: Optional[Ended] = None
         self._reader: Optional[asyncio.Future[None]] = None  # what it waits for
+        self._giving_up: Optional[asyncio.TimerHandle] = None
 
     def __aiter__(self) -> ReceivedTokens:
         return self
@@ -41,8 +45,10 @@ class ReceivedTokens:
 
     def cancel(self) -> None:
         """See TokenStream."""
-        if self._ended is None and self._error is None:
+        if self._giving_up is None and self._ended is None and self._error is None:
             self._cancel()
+            loop = asyncio.get_running_loop()
+            self._giving_up = loop.call_later(CANCEL_SECONDS, self.end, Ended("cancelled", 0))
 
     def add(self, tokens: list[Token]) -> None:
         """Tokens have come."""
@@ -50,8 +56,8 @@ class ReceivedTokens:
         self._tell()
 
     def end(self, ended: Ended) -> None:
-        """The last one has come."""
-        self._ended = ended
+        """The last one has come, or is waited for no longer."""
+        self._ended = self._ended or ended
         self._tell()
 
     def fail(self, error: QwenVLError) -> None:
@@ -60,5 +66,7 @@ class ReceivedTokens:
         self._tell()
 
     def _tell(self) -> None:
+        if self._giving_up is not None and (self._ended is not None or self._error is not None):
+            self._giving_up.cancel()
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import struct
 import sys
 import zlib
@@ -1599,5 +1600,53 @@ cases(
         "`build-engine` on a full disk": lambda bench: compiler(
             bench, 'echo "cannot write a.o: No space left on device" >&2; exit 1'
         ),
+    }
+)
+
+
+def serve(*flags: str) -> Provoke:
+    return lambda bench: ["serve", *flags]
+
+
+@case("`serve` with stages that are not there")
+def serve_no_stages(bench: Bench) -> list[str]:
+    bench.stdout = os.devnull  # in a process of its own: it has begun to log
+    stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
+    return ["serve", "--port", "0", *stages]
+
+
+@case("a file of keys that is not there")
+def serve_no_keys(bench: Bench) -> list[str]:
+    bench.stdout = os.devnull
+    return ["serve", "--port", "0", *bench.predict()[1:5], "--api_key_file", "keys"]
+
+
+@case("a variable that is no setting")
+def serve_variable(bench: Bench) -> list[str]:
+    bench.monkeypatch.setenv("QWENVL_SERVE_MAX_WAITNG", "1")
+    return ["serve", "--demo"]
+
+
+@case("a key of the file that is no setting")
+def serve_key(bench: Bench) -> list[str]:
+    Path("serve.yaml").write_text("max_waitng: 1")
+    return ["serve", "--demo", "--config", "serve.yaml"]
+
+
+@case("a port that is in use")
+def serve_port(bench: Bench) -> list[str]:
+    bench.keep = socket.create_server(("127.0.0.1", 0))
+    return ["serve", "--demo", "--port", str(bench.keep.getsockname()[1])]
+
+
+cases(
+    {
+        "`serve` without stages": serve(),
+        "`serve --demo` with stages": serve("--demo", "--first_model_path", "vision/vision"),
+        "`serve` with a number out of range": serve("--demo", "--port", "70000"),
+        "`serve` with a word where a number is wanted": serve("--demo", "--max_running", "many"),
+        "a file of settings that is not there": serve("--demo", "--config", "serve.yaml"),
+        "an address of other machines, without keys": serve("--demo", "--port", "0", "--host", "0.0.0.0"),
+        "an address that is none": serve("--demo", "--host", "no.such.host.invalid"),
     }
 )

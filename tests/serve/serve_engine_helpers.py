@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -12,10 +11,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-import pytest
 
-from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL, export_language, export_vision
-from paddlemix_qwenvl_plugin.demo.run import MODEL
+from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
 from paddlemix_qwenvl_plugin.processing.images import normalise
 from paddlemix_qwenvl_plugin.processing.prompts import Prompt
 from paddlemix_qwenvl_plugin.runtime.generation import ImageInput
@@ -24,24 +21,6 @@ from paddlemix_qwenvl_plugin.serve.engine_client import ProcessEngineClient
 
 # Longer than anything takes on a busy machine.
 PATIENCE = 120.0
-
-
-def exported(factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The demo model's two stages, made once a session."""
-    folder = factory.getbasetemp() / "serve-engine"
-    vision, language = folder / "vision" / "vision", folder / "text" / "qwen"
-    if not folder.exists():
-        export_vision(MODEL, vision)
-        export_language(MODEL, language.parent, language.name)
-    return vision, language
-
-
-@functools.cache
-def opened(vision: Path, language: Path) -> QwenVL:
-    """The model in this process."""
-    vl = QwenVL.from_exported(vision, language)
-    vl.load()
-    return vl
 
 
 def settings_of(stages: tuple[Path, Path]) -> ModelSettings:

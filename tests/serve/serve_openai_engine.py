@@ -116,7 +116,7 @@ class Engine:
             assert image.shape == (size, size, 3)
             assert image.dtype == np.uint8
         images = self.vl.image_inputs([Image.fromarray(image) for image in request.images])
-        generation = self.vl._generation(
+        generation = self.vl.generation(
             request.prompt, images, request.stop_token_ids, request.options, request.generated
         )
         stream = Stream(self, request, generation)

@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,8 +17,7 @@ from serve_openai_engine import Engine, Images, NoLimits
 from serve_openai_helpers import NAME, Server, wait_for
 
 from paddlemix_qwenvl_plugin import QwenVL
-from paddlemix_qwenvl_plugin.demo.run import MODEL
-from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
+from paddlemix_qwenvl_plugin.serve.demo_model import DemoStages
 from paddlemix_qwenvl_plugin.serve.error_response import install_handlers
 from paddlemix_qwenvl_plugin.serve.openai.routes import router
 from paddlemix_qwenvl_plugin.serve.service import Service
@@ -27,26 +25,8 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 
 @pytest.fixture(scope="session")
-def demo_exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve-openai")
-    export_vision(MODEL, folder / "vision" / "vision")
-    export_language(MODEL, folder / "text", "qwen")
-    return folder
-
-
-def open_demo(folder: Path) -> QwenVL:
-    return QwenVL.from_exported(folder / "vision" / "vision", folder / "text" / "qwen")
-
-
-@pytest.fixture(scope="session")
-def alone(demo_exported: Path) -> QwenVL:
-    """The model without a server."""
-    return open_demo(demo_exported)
-
-
-@pytest.fixture(scope="session")
-def running(demo_exported: Path) -> Iterator[Server]:
-    vl = open_demo(demo_exported)
+def running(stages: DemoStages) -> Iterator[Server]:
+    vl = QwenVL.from_exported(*stages)  # of its own: tests exchange its loop
     engine, images, admission = Engine(vl), Images(vl.config.visual.image_size), NoLimits()
     service = Service(
         ServeSettings(max_new_tokens=2000),

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import logging
+import mimetypes
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -17,8 +18,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serve_service_helpers import PATH, CountingEngine, fake_app, fake_service, served
+from starlette.responses import Response
 
 from paddlemix_qwenvl_plugin.serve import json_log
+from paddlemix_qwenvl_plugin.serve.middleware.body import BodyLimit
 from paddlemix_qwenvl_plugin.serve.service import Service
 
 HOST = "http://127.0.0.1:8000"
@@ -163,13 +166,21 @@ def test_every_answer_has_the_security_headers(tmp_path: Path) -> None:
             assert policy["default-src"] == "'none'"
 
 
-def test_the_page(tmp_path: Path) -> None:
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mimetypes, "_db", mimetypes.MimeTypes())
+    mimetypes.add_type("text/plain", ".js")  # as some systems have it
     (tmp_path / "index.html").write_text("<p>page</p>")
+    (tmp_path / "app.js").write_text("1")
+    types = {"/": "text/html; charset=utf-8", "/app.js": "text/javascript; charset=utf-8"}
+    for path, content_type in types.items():
+        headers = ask(ready_service(), "GET", path, page=tmp_path).headers
+        # A page and modules of two versions do not go together: a browser asks whether it has the newest.
+        assert (headers["Content-Type"], headers["Cache-Control"]) == (content_type, "no-cache")
+    assert "Cache-Control" not in ask(ready_service(), "GET", "/health/live", page=tmp_path).headers
     answer = ask(ready_service(), "GET", "/", page=tmp_path)
     assert (answer.status_code, answer.text) == (200, "<p>page</p>")
-    assert answer.headers["Content-Type"].startswith("text/html")
     again = ask(ready_service(), "GET", "/", page=tmp_path, headers={"If-None-Match": answer.headers["ETag"]})
-    assert again.status_code == 304
+    assert (again.status_code, again.headers["Cache-Control"]) == (304, "no-cache")
     assert ask(ready_service(page=False), "GET", "/", page=tmp_path).status_code == 404
     assert ask(ready_service(), "GET", "/", page=tmp_path / "none").status_code == 404
 
@@ -204,6 +215,40 @@ def test_long_bodies(size: int, status: int, chunked: bool) -> None:
             assert error["code"] == "request_too_large"
             assert "1048576 bytes" in error["message"]
             assert answer.headers["Connection"] == "close"
+
+
+def test_bodies_of_all_requests_are_bounded() -> None:
+    """A body counts until its request is answered, also where the answer is an error or the client left."""
+    begun, release = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        assert len((await receive())["body"]) == 600_000
+        begun.set()
+        await release.wait()
+        await Response("done")(scope, receive, send)
+
+    async def go() -> None:
+        limited = BodyLimit(slow, max_bytes=MIB, max_held_bytes=MIB, timeout=60)
+        transport = httpx.ASGITransport(app=limited)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+
+            async def post() -> httpx.Response:
+                headers = {"Content-Type": "application/json"}
+                return await client.post("/", content=b"x" * 600_000, headers=headers)
+
+            first = asyncio.create_task(post())
+            await begun.wait()
+            second = await asyncio.wait_for(post(), 10)
+            assert second.status_code == 429
+            assert second.headers["Retry-After"] == "1"
+            assert second.json()["error"]["type"] == "rate_limit_error"
+            assert limited._held_bytes == 600_000
+            release.set()
+            assert (await first).text == "done"
+            assert limited._held_bytes == 0
+            assert (await post()).text == "done"
+
+    asyncio.run(go())
 
 
 def test_who_asks_before_sending_is_told_before_sending() -> None:

@@ -155,6 +155,17 @@ def test_a_key_file_that_others_can_read(
     assert ("other users can read the API keys" in caplog.text) is warned
 
 
+def test_a_key_file_of_systemd(
+    key_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A credential has an ACL for the service's user, which shows as rights of the group."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(key_file.parent))
+    key_file.chmod(0o440)
+    with caplog.at_level(logging.WARNING):
+        ApiKeys.of_file(key_file)
+    assert "other users" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("address", "settings", "refused"),
     [

@@ -12,17 +12,7 @@ import signal
 import numpy as np
 import pytest
 from engines import needs_compiler
-from serve_engine_helpers import (
-    Asked,
-    exported,
-    opened,
-    read,
-    running,
-    settings_of,
-    until,
-    with_engine,
-    words,
-)
+from serve_engine_helpers import Asked, read, running, settings_of, until, with_engine, words
 
 from paddlemix_qwenvl_plugin import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.serve import engine_child
@@ -32,21 +22,11 @@ from paddlemix_qwenvl_plugin.serve.engine_client import ProcessEngineClient
 pytestmark = needs_compiler
 
 
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory):
-    return exported(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def vl(stages):
-    return opened(*stages)
-
-
-def test_answers_are_those_alone(stages, vl):
+def test_answers_are_those_alone(stages, alone):
     """32 at once, some cancelled in the middle, one whose reader comes when all is over."""
     rng = random.Random(1)
-    asked = [Asked.at_random(vl, rng) for _ in range(32)]
-    expected = [each.alone(vl) for each in asked]
+    asked = [Asked.at_random(alone, rng) for _ in range(32)]
+    expected = [each.alone(alone) for each in asked]
     assert len({tuple(tokens) for tokens in expected}) > 20
     assert any(each.request.images for each in asked)
 
@@ -103,8 +83,8 @@ def test_what_is_cancelled_is_free(stages):
     with_engine(stages, use)
 
 
-def test_a_request_that_cannot_be_fails_alone(stages, vl):
-    image = np.zeros([vl.config.visual.image_size] * 2 + [3], np.uint8)
+def test_a_request_that_cannot_be_fails_alone(stages, alone):
+    image = np.zeros([alone.config.visual.image_size] * 2 + [3], np.uint8)
     bad = [
         (dataclasses.replace(words(), images=[image]), "images: 1, but the prompt has 0 "),
         (dataclasses.replace(words(), prompt=[5] * 9000), "no room in the context"),
@@ -192,10 +172,10 @@ def test_a_start_broken_off_leaves_no_process(stages):
     asyncio.run(run())
 
 
-def test_log_probabilities_come_with_their_tokens(stages, vl):
+def test_log_probabilities_come_with_their_tokens(stages, alone):
     asked = dataclasses.replace(words(20), n_logprobs=3)
-    generation = vl.generation(asked.prompt, [], [], asked.options, n_logprobs=3)
-    loop = vl.open_loop()
+    generation = alone.generation(asked.prompt, [], [], asked.options, n_logprobs=3)
+    loop = alone.open_loop()
     loop.submit(generation)
     while loop.step():
         pass

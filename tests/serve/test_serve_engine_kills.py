@@ -13,7 +13,7 @@ import time
 
 import pytest
 from engines import needs_compiler
-from serve_engine_helpers import PATIENCE, Asked, exported, opened, read, running, until, with_engine, words
+from serve_engine_helpers import PATIENCE, Asked, read, running, until, with_engine, words
 
 from paddlemix_qwenvl_plugin.serve import engine_client
 from paddlemix_qwenvl_plugin.serve.engine_api import EngineStats, EngineUnavailable
@@ -24,16 +24,11 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory):
-    return exported(tmp_path_factory)
-
-
-def test_killed_ten_times_under_load(stages):
+def test_killed_ten_times_under_load(stages, alone):
     """Each request ends in its answer or in one line, and a new process answers."""
-    vl, rng = opened(*stages), random.Random(2)
-    asked = [Asked.at_random(vl, rng) for _ in range(12)]
-    expected = [each.alone(vl) for each in asked]
+    rng = random.Random(2)
+    asked = [Asked.at_random(alone, rng) for _ in range(12)]
+    expected = [each.alone(alone) for each in asked]
     pids, lines = [], []
 
     async def use(client):

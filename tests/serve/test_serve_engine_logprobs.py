@@ -9,7 +9,7 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 from engines import DEVICE, needs_compiler, open_pair
-from serve_engine_helpers import Asked, exported, opened
+from serve_engine_helpers import Asked
 
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
 from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
@@ -22,8 +22,8 @@ pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
-def vl(tmp_path_factory: pytest.TempPathFactory) -> QwenVL:
-    return opened(*exported(tmp_path_factory))
+def vl(alone: QwenVL) -> QwenVL:
+    return alone
 
 
 class KeepsLogits(EngineExecutor):
@@ -119,9 +119,9 @@ def test_after_a_preemption(vl):
         assert (generation.tokens, generation.logprobs) == (wanted.tokens, wanted.logprobs)
 
 
-def test_with_steps_ahead_as_without(tmp_path_factory):
+def test_with_steps_ahead_as_without(stages):
     """On a GPU as well (QWENVL_TEST_DEVICE): what a step wrote is read before another one writes there."""
-    vl = QwenVL.from_exported(*exported(tmp_path_factory), device=DEVICE)
+    vl = QwenVL.from_exported(*stages, device=DEVICE)
     answers = []
     for ahead in (False, True):
         rng = random.Random(8)
@@ -141,9 +141,9 @@ def test_with_steps_ahead_as_without(tmp_path_factory):
     assert sum(len(logprobs) for _, logprobs in answers[0]) > 50
 
 
-def test_of_the_portable_graph(vl, tmp_path_factory):
+def test_of_the_portable_graph(vl, stages):
     """As the engine's, but for how they round."""
-    portable = open_pair(*exported(tmp_path_factory), "portable")
+    portable = open_pair(*stages, "portable")
     for options in ({}, {"temperature": 1.5, "seed": 5}):
         both = []
         for pair in (vl, portable):

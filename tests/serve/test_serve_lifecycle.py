@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Optional
+from typing import Any, Optional
 
 import httpx
 import pytest
+from serve_process import ServerProcess
+from serve_process import wait_until as until
 from serve_service_helpers import PATH, CountingEngine, fake_service, served
 
 from paddlemix_qwenvl_plugin.serve import connection
@@ -28,11 +27,10 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import start as run_start
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-REPO = Path(__file__).resolve().parents[2]
 LONG = 120.0
 
 
-class Process:
+class Process(ServerProcess):
     """`qwenvl serve` around a counting engine."""
 
     def __init__(
@@ -43,52 +41,8 @@ class Process:
         **options: Any,
     ) -> None:
         script = Path(__file__).with_name("serve_fake_server.py")
-        self._process = subprocess.Popen(
-            [*prefix, sys.executable, str(script), json.dumps(engine or {}), *map(str, flags)],
-            env={**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests' / 'serve'}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
-        )
-        self.pid = self._process.pid
-        self._lines: queue.Queue[str] = queue.Queue()
-        self._errors: list[str] = []
-        readers = {self._process.stdout: self._lines.put, self._process.stderr: self._errors.append}
-        # A pipe that nobody reads stops the server.
-        self._readers = [threading.Thread(target=_each_line, args=reader) for reader in readers.items()]
-        for thread in self._readers:
-            thread.start()
-
-    def line(self) -> str:
-        """The next line that it says."""
-        return self._lines.get(timeout=LONG)
-
-    def ready(self) -> str:
-        """The address that it serves at, once it is ready."""
-        line = self.line()
-        assert line.startswith("Serving counting on cpu at http://"), line
-        return line.split()[-1]
-
-    def send(self, number: int) -> None:
-        self._process.send_signal(number)
-
-    def end(self) -> tuple[int, str]:
-        """Its exit code and what it said on stderr, once it has ended."""
-        code = self._process.wait(LONG)
-        for thread in self._readers:
-            thread.join(LONG)
-        return code, "".join(self._errors)
-
-    def close(self) -> None:
-        self._process.kill()
-        self.end()
-
-
-def _each_line(stream: IO[str], take: Callable[[str], None]) -> None:
-    with stream:
-        for line in stream:
-            take(line)
+        command = [*prefix, sys.executable, str(script), json.dumps(engine or {})]
+        super().__init__(flags, command, **options)
 
 
 @pytest.fixture
@@ -130,13 +84,6 @@ class Streaming(threading.Thread):
         self.join(LONG)
         assert not self.is_alive()
         return self.events
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + LONG
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def refused(url: str) -> bool:
@@ -304,7 +251,8 @@ class Load:
             while not self._over.is_set():
                 try:
                     answer = client.post(PATH, json={"n_tokens": 2})
-                    self.answers.append(str(answer.status_code))
+                    failed = " and an error" if "error" in answer.text else ""
+                    self.answers.append(f"{answer.status_code}{failed}")
                 except httpx.TransportError as error:
                     self.answers.append(repr(error))
 
@@ -333,6 +281,22 @@ def test_an_upgrade_drops_no_request(start: Callable[..., Process], unused_port:
     assert code == 0, errors
     load.more(50)
     assert {*load.end()} == {"200"}
+
+
+def test_a_restart_behind_a_socket_of_systemd_drops_no_request(start: Callable[..., Process]) -> None:
+    """Requests wait in the socket while the first server ends and the second one loads."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
+        hand_over = {"pass_fds": [3], "preexec_fn": lambda: os.dup2(listener.fileno(), 3) and None}
+        with_number = ["sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"', "sh"]
+        first = start(engine={"pause": 0.005}, prefix=with_number, **hand_over)
+        load = Load(first.ready())
+        load.more(50)
+        first.send(signal.SIGTERM)
+        code, errors = first.end()
+        assert code == 0, errors
+        start(engine={"loading": 0.5}, prefix=with_number, **hand_over)
+        load.more(50)
+        assert {*load.end()} == {"200"}
 
 
 def test_a_second_server_does_not_listen_before_it_is_ready(

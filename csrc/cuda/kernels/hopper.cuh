@@ -1,4 +1,5 @@
-// Hopper's own instructions (sm_90a): barriers in shared memory, tensor copies, products of warpgroups.
+// Hopper's own instructions (sm_90a): barriers in shared memory, copies by the copy engine, products of
+// warpgroups.
 #pragma once
 
 #include "cuda/kernels/common.cuh"
@@ -129,6 +130,14 @@ __device__ inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1,
       "%5}], "
       "[%6];" ::"r"(to),
       "l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier)
+      : "memory");
+}
+
+// Bytes that lie side by side; both addresses and `bytes` are multiples of 16.
+__device__ inline void copy_bytes(uint32 to, const void* from, int bytes, uint32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
 

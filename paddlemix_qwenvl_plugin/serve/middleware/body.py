@@ -1,4 +1,4 @@
-"""The body of a request: of bounded size, in bounded time, JSON."""
+"""The body of a request: of bounded size, in bounded time, JSON that is soon parsed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from paddlemix_qwenvl_plugin.serve.error_response import respond
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
+from paddlemix_qwenvl_plugin.serve.middleware.json_size import check_size
 
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS", "DELETE")
 # A client that is still sending when it is answered may not see the answer: a connection with unread bytes is reset.
@@ -23,27 +24,38 @@ class ClientLeft(Exception):
 class BodyLimit:
     """Reads the body of a request before anybody else sees the request, and hands it on in one piece."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int, timeout: float) -> None:
         """
         Args:
             max_bytes: of a body; of a longer one as much again is read and thrown away, so that its client, which is
                 still sending, sees the answer.
+            max_held_bytes: of the bodies of all requests that have not been answered.
             timeout: seconds to receive a body.
         """
         self._app = app
         self._max_bytes = max_bytes
+        self._max_held_bytes = max_held_bytes
         self._timeout = timeout
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in _WITHOUT_BODY:
             await self._app(scope, receive, send)
             return
+        body = bytearray()
+        try:
+            await self._handle(body, scope, receive, send)
+        finally:
+            self._held_bytes -= len(body)
+
+    async def _handle(self, body: bytearray, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         try:
-            body = await asyncio.wait_for(self._read(headers, receive), self._timeout)
+            await asyncio.wait_for(self._read(body, headers, receive), self._timeout)
             problem = _problem(headers)
             if problem is not None:
                 raise problem
+            check_size(body)
         except ClientLeft:
             return
         except asyncio.TimeoutError:
@@ -53,7 +65,7 @@ class BodyLimit:
         except ApiError as error:
             await respond(error, scope, receive, send)
             return
-        whole: Optional[Message] = {"type": "http.request", "body": body, "more_body": False}
+        whole: Optional[Message] = {"type": "http.request", "body": bytes(body), "more_body": False}
 
         async def replay() -> Message:
             nonlocal whole
@@ -64,32 +76,42 @@ class BodyLimit:
 
         await self._app(scope, replay, send)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes:
-        """The body.
+    async def _read(self, body: bytearray, headers: Headers, receive: Receive) -> None:
+        """Read the body; what is in `body` counts as held.
 
         Raises:
-            ApiError: it is too long.
+            ApiError: it is too long, or there is no room for it now.
             ClientLeft: it ended too early.
         """
         announced = headers.get("content-length", "")
         if headers.get("expect") and announced.isdigit() and int(announced) > self._max_bytes:
             raise self._too_long()  # the client waits for our word before it sends
-        pieces: list[bytes] = []
-        size = 0
+        size, full = 0, False
         more = True
         while more and size <= 2 * self._max_bytes:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientLeft
-            size += len(message.get("body", b""))
-            if size <= self._max_bytes:
-                pieces.append(message.get("body", b""))
+            piece = message.get("body", b"")
+            size += len(piece)
+            full = full or self._held_bytes + len(piece) > self._max_held_bytes
+            if full or size > self._max_bytes:
+                self._held_bytes -= len(body)
+                body.clear()
             else:
-                pieces.clear()
+                self._held_bytes += len(piece)
+                body += piece
             more = message.get("more_body", False)
         if size > self._max_bytes:
             raise self._too_long()
-        return b"".join(pieces)
+        if full:
+            raise ApiError(
+                429,
+                "The requests that wait take all the memory that this server gives them; try again later",
+                "rate_limit_error",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            )
 
     def _too_long(self) -> ApiError:
         return ApiError(

@@ -29,7 +29,8 @@ class SecurityHeaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        policy = _PAGE_POLICY if scope["path"] in self._page_paths else _OTHER_POLICY
+        of_page = scope["path"] in self._page_paths
+        policy = _PAGE_POLICY if of_page else _OTHER_POLICY
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -37,6 +38,8 @@ class SecurityHeaders:
                 for name, value in _FOR_ALL.items():
                     headers[name] = value
                 headers["Content-Security-Policy"] = policy
+                if of_page:  # asked for again each time: an old module does not fit new ones
+                    headers["Cache-Control"] = "no-cache"
             await send(message)
 
         await self._app(scope, receive, with_headers)

@@ -37,6 +37,21 @@ class Deadline:
     seconds: float
     passed: bool = False
 
+    def check(self) -> None:
+        """Raise the error if it has."""
+        if self.passed:
+            raise self.error()
+
+    def error(self) -> ApiError:
+        return ApiError(
+            504,
+            f"The completion took more than {self.seconds:g} seconds; ask for fewer tokens.",
+            "server_error",
+            code="timeout",
+            # It would take as long again: clients that try again by themselves should not.
+            headers={"x-should-retry": "false"},
+        )
+
 
 class ChoiceRun:
     """A request of the engine, from its submission to its last token.
@@ -89,7 +104,7 @@ class ChoiceRun:
         try:
             if self._after is not None:
                 await self._after.begun.wait()
-            self._check_time()
+            self._deadline.check()
             self._stream = self._service.engine.submit(self._request)
             tokens = self._stream.__aiter__()
             delta = Delta()
@@ -132,20 +147,15 @@ class ChoiceRun:
         """Why it ended, of itself."""
         reason = stream.ended.reason if stream.ended is not None else "cancelled"
         if reason == "cancelled":
-            self._check_time()
-            raise ApiError(503, "The server has ended this request.", "server_error", code="cancelled")
-        return reason
-
-    def _check_time(self) -> None:
-        if self._deadline.passed:
+            self._deadline.check()
             raise ApiError(
-                504,
-                f"The completion took more than {self._deadline.seconds:g} seconds; ask for fewer tokens.",
+                503,
+                "The server has ended this request; try again.",
                 "server_error",
-                code="timeout",
-                # It would take as long again: clients that try again by themselves should not.
-                headers={"x-should-retry": "false"},
+                code="cancelled",
+                headers={"Retry-After": "1"},
             )
+        return reason
 
 
 async def _drain(tokens: AsyncIterator[list[Token]]) -> None:

@@ -96,7 +96,12 @@ class Completion:
     async def _prepare(self, prompt: ReadyPrompt) -> None:
         """Load the images of a prompt and prepare its choices."""
         asked, service = self._asked, self._service
-        images = await load_images(service.images, prompt.images)
+        loading = load_images(service.images, prompt.images)
+        try:
+            # Of a request's prompts one at most has images: the deadline begins with them.
+            images = await asyncio.wait_for(loading, self._deadline.seconds)
+        except asyncio.TimeoutError:
+            raise self._deadline.error() from None
         request = EngineRequest(
             prompt=prompt.token_ids,
             images=[image.pixels for image in images],

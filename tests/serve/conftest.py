@@ -1,0 +1,55 @@
+"""The demo model, exported once for all tests of the server, and what it answers without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serve_process import ServerProcess
+
+from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin.engine.build import cache_folder
+from paddlemix_qwenvl_plugin.serve.demo_model import DemoStages, demo_stages
+
+
+@pytest.fixture(scope="session")
+def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for QWENVL_CACHE_DIR: for the demo model as this source exports it; the engine is the user's."""
+    folder = tmp_path_factory.mktemp("serve-cache")
+    built = cache_folder()
+    built.mkdir(parents=True, exist_ok=True)
+    (folder / "engine").symlink_to(built, target_is_directory=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stages(demo_cache: Path) -> DemoStages:
+    """The demo model, exported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWENVL_CACHE_DIR", str(demo_cache))
+        return demo_stages(print)
+
+
+@pytest.fixture(scope="session")
+def alone(stages: DemoStages) -> QwenVL:
+    """The model without a server."""
+    model = QwenVL.from_exported(*stages)
+    model.load()
+    return model
+
+
+@pytest.fixture
+def serve_demo(demo_cache: Path, stages: DemoStages) -> Iterator[Callable[..., ServerProcess]]:
+    """serve_demo("--max_running", 4, …) is a `qwenvl serve --demo` on a free port; killed after the test if need be."""
+    started: list[ServerProcess] = []
+
+    def start(*flags: object, **options: Any) -> ServerProcess:
+        flags = ("--demo", "--port", 0, *flags)
+        started.append(ServerProcess(flags, environment={"QWENVL_CACHE_DIR": str(demo_cache)}, **options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()

@@ -1,0 +1,95 @@
+"""Every row of the server's tables in docs/errors.md is a test: the request gives that status, code and message."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import pytest
+from serve_error_cases import CASES, Bench
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
+
+
+class Row(NamedTuple):
+    """`…` in param and message stands for any text."""
+
+    what: str
+    status: int
+    code: Optional[str]
+    param: Optional[str]
+    message: str
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def rows() -> list[Row]:
+    found = []
+    for line in DOCUMENT.read_text("utf-8").splitlines():
+        row = cells(line)
+        if len(row) == 5 and row[1].isdigit():
+            what, status, *texts = row
+            code, param, message = (text.strip("`").strip() or None for text in texts)
+            found.append(Row(what, int(status), code, param, message or ""))
+    return found
+
+
+def kinds() -> dict[int, tuple[str, bool]]:
+    """Status -> OpenAI's type, and whether there is a Retry-After."""
+    found = {}
+    for line in DOCUMENT.read_text("utf-8").splitlines():
+        row = cells(line)
+        if len(row) == 4 and row[0].isdigit():
+            found[int(row[0])] = row[1].strip("`"), row[2] == "yes"
+    return found
+
+
+ROWS = rows()
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def shared(loop: asyncio.AbstractEventLoop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    bench = Bench(tmp_path_factory.mktemp("serve-errors"))
+    yield bench
+    loop.run_until_complete(bench.close())
+
+
+@pytest.fixture
+def bench(shared: Bench) -> Bench:
+    shared.reset()
+    return shared
+
+
+def matches(pattern: str, text: str) -> bool:
+    return re.fullmatch(".+".join(map(re.escape, pattern.split("…"))), text) is not None
+
+
+def test_the_tables_and_the_cases_agree() -> None:
+    assert [row.what for row in ROWS] == list(CASES)
+    assert len(ROWS) >= 60
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.what.replace("`", ""))
+def test_error(row: Row, bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
+    got = loop.run_until_complete(asyncio.wait_for(CASES[row.what](bench), 60))
+    assert set(got.error) == {"message", "type", "param", "code"}
+    kind = got.error["code"], got.error["param"]
+    assert (got.status, *kind) == (row.status, row.code, row.param), got.error
+    assert matches(row.message, got.error["message"]), got.error["message"]
+    # In a stream that has begun, the error is what it would have been before.
+    types = {200: ("server_error", False), **kinds()}
+    assert (got.error["type"], "retry-after" in got.headers) == types[row.status]
+    assert got.headers["x-request-id"]
+    assert "\n" not in got.error["message"]
