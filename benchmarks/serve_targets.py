@@ -64,7 +64,7 @@ def ours(folder: Path) -> Server:
 
 def llama(folder: Path, program: Path, context: int) -> Server:
     """With 64 slots of `context` tokens, and without the cache of prompts, which would find nothing."""
-    model = ["-m", str(folder / "qwen.gguf"), "--alias", "model", "--no-mmap"]
+    model = ["-m", str(folder / "qwen.gguf"), "--alias", "model"]
     load = f"-np 64 -c {64 * context} -cb -t {_THREADS} -tb {_THREADS} --cache-ram 0"
     return Server("llama-server", [str(program), *model, *load.split()], "/health", {"cache_prompt": False})
 
