@@ -26,7 +26,7 @@ from serve_targets import Load, Server, llama, on_loop, on_server, ours
 
 # So many requests for each client, and at least so many, in a round; the lengths of prompts and completions.
 _REQUESTS = {"slice": (2, 8), "demo": (8, 64)}
-_PROMPT_TOKENS, _NEW_TOKENS = (16, 64), (16, 64)
+_PROMPT_TOKENS, _NEW_TOKENS = (16, 48), (16, 48)
 _TIMES = "first token, ms: p50, p95, p99", "between tokens, ms"
 
 
