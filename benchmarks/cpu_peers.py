@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gguf_weights import write_gguf
+
 HIDDEN, HEADS, MLP, PROMPT, PAST, BATCH = 4096, 32, 11008, 300, 300, 8
 WIDTH, VISION_HEADS, VISION_MLP, PATCHES = 1664, 16, 8192, 1024
 
@@ -138,52 +140,15 @@ def torch_peer(threads: int, seconds: float) -> None:
 # ---- llama.cpp -------------------------------------------------------------------------------------------
 
 LAYERS, VOCAB = 2, 64
-
-
-def write_gguf(path: Path, kind: str) -> None:
-    """Random weights of the geometry, as llama.cpp stores its "qwen"; the types are gguf's own."""
-    import gguf
-    import numpy as np
-    from gguf import quants
-
-    quant = getattr(gguf.GGMLQuantizationType, kind)
-    writer = gguf.GGUFWriter(path, "qwen")
-    writer.add_context_length(8192)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(2 * MLP)
-    writer.add_block_count(LAYERS)
-    writer.add_head_count(HEADS)
-    writer.add_rope_freq_base(10000)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(VOCAB)
-    writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{kind}"))
-    random = np.random.default_rng(0)
-
-    def vector(name: str, n: int) -> None:
-        writer.add_tensor(name, np.ones(n, np.float32))
-
-    def matrix(name: str, rows: int, columns: int) -> None:
-        few = quants.quantize(random.standard_normal((64, columns)).astype(np.float32) * 0.02, quant)
-        writer.add_tensor(name, np.resize(few, (rows, *few.shape[1:])), raw_dtype=quant)
-
-    matrix("token_embd.weight", VOCAB, HIDDEN)
-    vector("output_norm.weight", HIDDEN)
-    matrix("output.weight", VOCAB, HIDDEN)
-    for i in range(LAYERS):
-        vector(f"blk.{i}.attn_norm.weight", HIDDEN)
-        matrix(f"blk.{i}.attn_qkv.weight", 3 * HIDDEN, HIDDEN)
-        vector(f"blk.{i}.attn_qkv.bias", 3 * HIDDEN)
-        matrix(f"blk.{i}.attn_output.weight", HIDDEN, HIDDEN)
-        vector(f"blk.{i}.ffn_norm.weight", HIDDEN)
-        matrix(f"blk.{i}.ffn_gate.weight", MLP, HIDDEN)
-        matrix(f"blk.{i}.ffn_up.weight", MLP, HIDDEN)
-        matrix(f"blk.{i}.ffn_down.weight", HIDDEN, MLP)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * MLP,
+    "kv_channels": HIDDEN // HEADS,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": LAYERS,
+    "vocab_size": VOCAB,
+}
 
 
 def llama_peer(threads: int, seconds: float) -> None:
@@ -195,7 +160,7 @@ def llama_peer(threads: int, seconds: float) -> None:
     for kind in ("BF16", "Q8_0", "Q4_0"):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{kind}.gguf"
-            write_gguf(path, kind)
+            write_gguf(path, kind, SIZES)
             parameters = llama_cpp.llama_model_default_params()
             parameters.use_mmap = False  # into memory, repacked for this processor
             model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)

@@ -1,0 +1,103 @@
+"""Random weights of a Qwen-1 geometry as a GGUF file, which llama.cpp reads. Needs NumPy and gguf, not this package.
+
+python benchmarks/gguf_weights.py PATH JSON: JSON has write_gguf's other arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
+# So many rows of a matrix are random; more rows repeat them.
+RANDOM_ROWS = 4096
+N_BYTES = 256
+
+
+def write_gguf(
+    path: Path,
+    kind: str,
+    sizes: dict[str, Any],
+    n_words: Optional[int] = None,
+) -> None:
+    """Write llama.cpp's architecture "qwen".
+
+    Args:
+        kind: gguf's own name of the weights' type, as Q8_0.
+        sizes: as in config.json.
+        n_words: tokens after those of the 256 bytes that are words. The first one after them ends a completion; it
+            and all that are no words have logits of 0. None: a model without a tokenizer, all its logits are random.
+    """
+    import gguf
+    import numpy as np
+    from gguf import quants
+
+    quant = getattr(gguf.GGMLQuantizationType, kind)
+    hidden, mlp, vocab = sizes["hidden_size"], sizes["intermediate_size"] // 2, sizes["vocab_size"]
+    writer = gguf.GGUFWriter(path, "qwen")
+    writer.add_context_length(sizes["max_position_embeddings"])
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(2 * mlp)
+    writer.add_block_count(sizes["num_hidden_layers"])
+    writer.add_head_count(sizes["num_attention_heads"])
+    writer.add_rope_freq_base(10000)
+    writer.add_rope_dimension_count(sizes["kv_channels"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{kind}"))
+    random = np.random.default_rng(0)
+
+    def vector(name: str, n: int) -> None:
+        writer.add_tensor(name, np.ones(n, np.float32))
+
+    def matrix(name: str, rows: int, columns: int, kept: slice = slice(None)) -> None:
+        few = random.standard_normal((min(rows, RANDOM_ROWS), columns)).astype(np.float32)
+        few = quants.quantize(few * np.float32(0.02), quant)
+        values = np.zeros((rows, *few.shape[1:]), few.dtype)
+        values[kept] = np.resize(few, values[kept].shape)
+        writer.add_tensor(name, values, raw_dtype=quant)
+
+    if n_words is None:
+        spoken = slice(None)
+        writer.add_tokenizer_model("no_vocab")
+        writer.add_vocab_size(vocab)
+    else:
+        end = N_BYTES + n_words
+        spoken = slice(N_BYTES, end)
+        others = [f"<|{i}|>" for i in range(end, vocab)]
+        tokens = [*_bytes_as_gpt2(), *(f"\u0120{i:06d}" for i in range(N_BYTES, end)), *others]
+        normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("qwen2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([normal] * end + [control] * len(others))
+        writer.add_token_merges(["0 0"])  # prompts are token ids
+        writer.add_eos_token_id(end)
+
+    matrix("token_embd.weight", vocab, hidden)
+    vector("output_norm.weight", hidden)
+    matrix("output.weight", vocab, hidden, spoken)
+    for i in range(sizes["num_hidden_layers"]):
+        vector(f"blk.{i}.attn_norm.weight", hidden)
+        matrix(f"blk.{i}.attn_qkv.weight", 3 * hidden, hidden)
+        vector(f"blk.{i}.attn_qkv.bias", 3 * hidden)
+        matrix(f"blk.{i}.attn_output.weight", hidden, hidden)
+        vector(f"blk.{i}.ffn_norm.weight", hidden)
+        matrix(f"blk.{i}.ffn_gate.weight", mlp, hidden)
+        matrix(f"blk.{i}.ffn_up.weight", mlp, hidden)
+        matrix(f"blk.{i}.ffn_down.weight", hidden, mlp)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _bytes_as_gpt2() -> list[str]:
+    """The characters by which GPT-2's vocabulary names the bytes: themselves where they can be seen."""
+    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = sorted(set(range(256)) - seen)
+    return [chr(b) if b in seen else chr(256 + hidden.index(b)) for b in range(256)]
+
+
+if __name__ == "__main__":
+    write_gguf(Path(sys.argv[1]), **json.loads(sys.argv[2]))

@@ -1,0 +1,98 @@
+"""Random weights of one geometry at 8 bits, as our exported stages and as a GGUF file, with one made-up vocabulary.
+
+Every token of a completion is a word of ASCII characters, so that each has an event of its own in a stream: the logits
+of tokens that are no words, and of those that end a completion, are 0, and they are never the likeliest.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from paddlemix_qwenvl_plugin import export_language, export_vision
+from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from geometry_7b import write_model
+
+_VISION: dict[str, Any] = {  # as small as the format lets it be: no request has an image
+    "heads": 6,
+    "image_size": 128,
+    "layers": 1,
+    "mlp_ratio": 4.0,
+    "n_queries": 256,
+    "patch_size": 8,
+    "width": 192,
+}
+SIZES: dict[str, dict[str, Any]] = {
+    # Four layers of the 7B model, with its whole vocabulary.
+    "slice": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "kv_channels": 128,
+        "intermediate_size": 22016,
+        "vocab_size": 151936,
+        "seq_length": 2048,
+        "max_position_embeddings": 8192,
+        "visual": {**_VISION, "image_start_id": 151857, "output_dim": 4096},
+    },
+    # The demo model's language stage.
+    "demo": {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "kv_channels": 64,
+        "intermediate_size": 768,
+        "vocab_size": 896,
+        "seq_length": 2048,
+        "max_position_embeddings": 8192,
+        "visual": {**_VISION, "image_start_id": 890, "output_dim": 256},
+    },
+}
+# Single bytes are the first tokens; <|endoftext|> is the first of the special ones, of which <img> is number 214.
+_N_BYTES, _N_BEFORE_IMAGE = 256, 214
+
+
+def words(sizes: dict[str, Any]) -> range:
+    """The ids of the tokens that are words."""
+    return range(_N_BYTES, sizes["visual"]["image_start_id"] - _N_BEFORE_IMAGE)
+
+
+def export_stages(folder: Path, sizes: dict[str, Any]) -> None:
+    """Write FOLDER/vision.* and FOLDER/text/qwen.*."""
+    model = write_model(folder / "model", sizes, "bfloat16")
+    tokens = [bytes([byte]) for byte in range(_N_BYTES)] + [_word(i).encode() for i in words(sizes)]
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    (model / "qwen.tiktoken").write_text("".join(lines))
+    _silence(model, sizes)
+    export_vision(model, folder / "vision", "bfloat16")
+    export_language(model, folder / "text", "qwen", "bfloat16", quant_type="weight_only_int8")
+
+
+def export_gguf(path: Path, sizes: dict[str, Any], python: Path) -> None:
+    """The same geometry for llama.cpp, written by an interpreter that has gguf; the weights are other random ones."""
+    description = {"kind": "Q8_0", "sizes": sizes, "n_words": len(words(sizes))}
+    script = Path(__file__).with_name("gguf_weights.py")
+    subprocess.run([python, script, path, json.dumps(description)], check=True)
+
+
+def _word(token: int) -> str:
+    return f" {token:06d}"
+
+
+def _silence(model: Path, sizes: dict[str, Any]) -> None:
+    """Set the rows of lm_head to zero that belong to no word."""
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    path = model / index["weight_map"]["lm_head.weight"]
+    entry = safetensors_file.read_header(path)["lm_head.weight"]
+    row = entry.n_bytes // sizes["vocab_size"]
+    with path.open("r+b") as file:
+        for ids in (range(words(sizes).start), range(words(sizes).stop, sizes["vocab_size"])):
+            file.seek(entry.offset + ids.start * row)
+            file.write(bytes(len(ids) * row))
