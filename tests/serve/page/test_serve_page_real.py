@@ -1,0 +1,96 @@
+"""The page before a real server with the demo model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from chromium import Browser
+from engines import needs_compiler
+from serve_page_driver import Page
+from serve_process import ServerProcess, sound_log, wait_until_idle
+
+from paddlemix_qwenvl_plugin import QwenVL
+from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
+from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
+
+pytestmark = [
+    needs_compiler,
+    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, which only Linux has"),
+]
+
+(LOCATE,) = (question for question in QUESTIONS if question.name == "locate")
+
+
+def _shown(page: Page) -> tuple[str, list[list[float]]]:
+    """The words of the last answer, and its box on the image in thousandths."""
+    ((left, top, right, bottom),) = page.rectangles(".turn:last-child .frame img")
+    ((x1, y1, x2, y2),) = page.js(
+        "return [...document.querySelectorAll('.turn:last-child .frame .line')].map(shape => {"
+        " const corners = [...shape.points].map(point => point.matrixTransform(shape.getScreenCTM()));"
+        " const of = (axis, pick) => pick(...corners.map(corner => corner[axis]));"
+        " return [of('x', Math.min), of('y', Math.min), of('x', Math.max), of('y', Math.max)]; })"
+    )
+    width, height = (right - left) / 1000, (bottom - top) / 1000
+    corners = [[(x1 - left) / width, (y1 - top) / height], [(x2 - left) / width, (y2 - top) / height]]
+    return page.answers()[-1], corners
+
+
+def _check(page: Page, alone: QwenVL) -> None:
+    """Raise AssertionError unless the last answer is that of QwenVL alone, and its box where that is."""
+    answer = alone.generate([{"image": str(LOCATE.pictures[0])}, {"text": LOCATE.turn.question}], chat=True)
+    (box,) = answer.boxes
+    words, corners = _shown(page)
+    assert words == parse_boxes(answer.text).text
+    assert corners == [pytest.approx(list(point), abs=3) for point in box.points]
+
+
+def test_a_question_a_stop_and_an_engine_that_is_killed(
+    page_browser: Browser, serve_demo: Callable[..., ServerProcess], alone: QwenVL, tmp_path: Path
+) -> None:
+    process = serve_demo()
+    url = process.ready()
+    server: Any = SimpleNamespace(url=f"{url}/", ready=200, key=None)
+    page = Page(page_browser, server, tmp_path)
+    page.open()
+    assert page.find("#model").text == "qwen-vl-chat"
+    page.ask(LOCATE.turn.question, LOCATE.pictures[0])
+    _check(page, alone)
+    assert "tokens" in page.note()
+
+    engine = process.engine()
+    assert engine is not None
+    os.kill(engine, signal.SIGSTOP)  # so that the answer does not come too soon
+    page.type("And now?\n")
+    page.wait(lambda: page.find("#stop").is_displayed())
+    page.click("#stop")
+    page.wait_for_end()
+    assert page.note() == "Stopped"
+    os.kill(engine, signal.SIGCONT)
+    wait_until_idle(url)
+
+    os.kill(engine, signal.SIGSTOP)
+    page.attach(LOCATE.pictures[0])
+    page.type(LOCATE.turn.question + "\n")
+    page.wait(lambda: page.all(".answer.running"))
+    os.kill(engine, signal.SIGKILL)
+    page.wait_for_end()
+    line, detail, retry = page.problem()
+    assert line == "The server is not ready. Try again in 1 second."
+    assert detail.startswith("the engine process was killed (SIGKILL)")
+    assert retry == "Retry"
+    page.wait(lambda: page.find("#state").text == "Ready")
+    page.all(".said > .problem button")[-1].click()
+    page.wait_for_end()
+    _check(page, alone)
+    assert page.complaints() == []
+    process.send(signal.SIGTERM)
+    code, log = process.end()
+    assert code == 0
+    sound_log(log)
