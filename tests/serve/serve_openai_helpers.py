@@ -52,11 +52,14 @@ def image_part(path: Path) -> dict[str, Any]:
 
 
 def asking(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A question of the demo: the content of a message, and the parts of a query for QwenVL."""
+    """A question of the demo: the content of a message, and the parts of a query for QwenVL.
+
+    Bytes, not paths: a prompt names a path, and the server calls an image image-1.
+    """
     (question,) = [question for question in QUESTIONS if question.name == name]
     text = question.turn.question
     content = [*map(image_part, question.pictures), {"type": "text", "text": text}]
-    return content, [*({"image": str(path)} for path in question.pictures), {"text": text}]
+    return content, [*({"image": path.read_bytes()} for path in question.pictures), {"text": text}]
 
 
 def whole(server: Server, messages: Any, **parameters: Any) -> Any:

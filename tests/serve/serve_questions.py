@@ -88,7 +88,7 @@ def _image_and_text(rng: random.Random) -> _Made:
 
 def _content(images: Sequence[Any], text: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     asked = [{"type": "image_url", "image_url": {"url": data_url(path)}} for path in images]
-    given = [{"image": str(path)} for path in images]
+    given = [{"image": path.read_bytes()} for path in images]
     return [*asked, {"type": "text", "text": text}], [*given, {"text": text}]
 
 
