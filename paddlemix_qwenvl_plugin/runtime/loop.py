@@ -16,15 +16,11 @@ from paddlemix_qwenvl_plugin.processing.images import normalise
 from paddlemix_qwenvl_plugin.runtime.executor import NO_TOKEN, Executor, Picked
 from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
 from paddlemix_qwenvl_plugin.runtime.image_cache import ImageCache
+from paddlemix_qwenvl_plugin.runtime.prompt_budget import PromptBudget
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Scheduler
 from paddlemix_qwenvl_plugin.runtime.statistics import LoopStatistics
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, RequestError
 from paddlemix_qwenvl_plugin.util.program import program
-
-# How long prompts may hold up those who decode, in a step; or as long as these take by themselves, if that is longer:
-# they come forward at half their rate at least, and prompts do not wait for ever on a slow machine.
-_STALL_SECONDS = 0.25
-_LEAST_PROMPT_TOKENS = 32
 
 
 class NotFiniteError(RequestError):
@@ -61,7 +57,7 @@ class Loop:
         self._cancelled: deque[Generation] = deque()
         self._started: _Step | None = None  # behind the one that was read last
         self._ended = 0.0
-        self._decode_seconds = 0.0  # of the last step without prompts
+        self._prompt_budget = PromptBudget(executor.limits.step_tokens)
         self._counts: Counter[str] = Counter()  # the counters of LoopStatistics that are kept here
 
     def load(self, vision: bool) -> None:
@@ -238,17 +234,8 @@ class Loop:
             self._counts["completion_tokens"] += 1
             if generation.finish_reason is not None:
                 self._drop(generation)
-        if not n_prompt:
-            self._decode_seconds = seconds
-        elif n_prompt >= _LEAST_PROMPT_TOKENS:
-            self._set_prompt_budget(n_prompt, seconds - (self._decode_seconds if n_decoding else 0), seconds)
-
-    def _set_prompt_budget(self, n_tokens: int, prompt_seconds: float, step_seconds: float) -> None:
-        """Choose it by a step in which n_tokens of prompts took prompt_seconds, or so: times vary."""
-        rate = n_tokens / max(prompt_seconds, step_seconds / 8)
-        in_time = int(rate * max(_STALL_SECONDS, self._decode_seconds))
-        most = self._scheduler.limits.step_tokens
-        self._scheduler.prompt_budget = min(max(in_time, _LEAST_PROMPT_TOKENS), most)
+        self._prompt_budget.learn(n_prompt, n_decoding, seconds)
+        self._scheduler.prompt_budget = self._prompt_budget.tokens
 
     def _fail_all(self, chunks: list[Chunk], error: QwenVLError) -> None:
         """A step takes its requests with it, and no others."""

@@ -191,7 +191,7 @@ def test_soak(ahead):
 
 def test_a_long_prompt_does_not_stall_the_others():
     loop, executor = open_loop(Limits(4, 64, 64, 8))
-    loop._scheduler.prompt_budget = 16
+    loop._prompt_budget.tokens = 16
     first = Generation([1, 2], [], [], GenerationOptions(max_new_tokens=20))
     loop.submit(first)
     loop.step()

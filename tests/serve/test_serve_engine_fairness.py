@@ -41,7 +41,7 @@ class Counting:
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
     """A loop whose steps take as long as a prompt may hold up others."""
-    monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.loop._LEAST_PROMPT_TOKENS", STEP_TOKENS)
+    monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.prompt_budget._LEAST_TOKENS", STEP_TOKENS)
     return Loop(Counting(4000))
 
 
@@ -140,16 +140,16 @@ def test_words_do_not_wait_for_the_images_of_others(loop):
     assert steps_until(loop, lambda: many[1].finished) == 9
 
 
-@pytest.mark.parametrize(("decode_seconds", "expected"), [(0.0, 50), (0.1, 50), (1.0, 200)])
-def test_prompts_take_as_long_as_decoding(monkeypatch, decode_seconds, expected):
-    """Or a quarter of a second: at 200 prompt tokens a second, 50 tokens or, beside slow decoding, 200."""
+@pytest.mark.parametrize(("decode_seconds", "expected"), [(0.0, 100), (0.05, 100), (0.3, 360)])
+def test_prompts_take_three_times_as_long_as_decoding(monkeypatch, decode_seconds, expected):
+    """Or a quarter of a second: at 400 prompt tokens a second, 100 tokens or, beside slow decoding, 360."""
     executor = Counting(4000)
     loop = Loop(executor)
     now = [0.0]
     start = executor.start
 
     def slow(chunks: Sequence[Chunk]) -> Callable[[], Picked]:
-        now[0] += sum(chunk.n for chunk in chunks if not chunk.generation.tokens) / 200
+        now[0] += sum(chunk.n for chunk in chunks if not chunk.generation.tokens) / 400
         now[0] += decode_seconds if any(chunk.generation.tokens for chunk in chunks) else 0
         return start(chunks)
 
@@ -158,7 +158,7 @@ def test_prompts_take_as_long_as_decoding(monkeypatch, decode_seconds, expected)
     first = prompt_of(40, 100)
     loop.submit(first)
     steps_until(loop, lambda: len(first.tokens) == 3)
-    loop.submit(prompt_of(2000))
+    loop.submit(prompt_of(3000))
     for _ in range(4):
         loop.step()
     assert expected - 2 <= executor.n_run[-1] - 1 <= expected

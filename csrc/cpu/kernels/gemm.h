@@ -102,9 +102,12 @@ QVL_INLINE void multiply_block(const typename Step::Element* tile, int64_t width
   }
 }
 
-// Rows and panels at once: as many sums as there are registers, less those for the panels and a weight.
-constexpr int kBlockRows = kLanes == 16 ? 8 : 4;
+// Panels at once, and rows for so many: as many sums as there are registers, less those for the panels and a
+// weight. The fewer the panels, the more rows, or a sum would wait for the one before it.
 constexpr int kBlockPanels = 3;
+constexpr int block_rows(int panels) {
+  return (panels == 3 ? 4 : panels == 2 ? 6 : 8) * (kLanes == 16 ? 2 : 1);
+}
 
 // Asks for a share of the lines with each block of a product, since memory has its own pace.
 class Prefetcher {
@@ -135,16 +138,18 @@ template <typename Step, int P>
 QVL_INLINE void multiply_panels(const typename Step::Element* tile, int64_t width, int rows, int n_steps,
                                 const char* panels, size_t panel_bytes, bool first, float* c,
                                 int64_t c_stride, Prefetcher& prefetcher) {
+  constexpr int kMost = block_rows(P), kFewer = block_rows(kBlockPanels);
+  const auto block = [&](auto some, int r) {
+    multiply_block<Step, some, P>(tile + r * width, width, n_steps, panels, panel_bytes, first,
+                                  c + r * c_stride, c_stride);
+  };
   int r = 0;
-  for (; r + kBlockRows <= rows; r += kBlockRows) {
+  for (; r + kMost <= rows; r += kMost) {
     prefetcher.next_block();
-    multiply_block<Step, kBlockRows, P>(tile + r * width, width, n_steps, panels, panel_bytes, first,
-                                        c + r * c_stride, c_stride);
+    block(std::integral_constant<int, kMost>(), r);
   }
-  for (; r < rows; ++r) {
-    multiply_block<Step, 1, P>(tile + r * width, width, n_steps, panels, panel_bytes, first, c + r * c_stride,
-                               c_stride);
-  }
+  for (; r + kFewer <= rows; r += kFewer) block(std::integral_constant<int, kFewer>(), r);
+  for (; r < rows; ++r) block(std::integral_constant<int, 1>(), r);
 }
 
 template <typename Step>
@@ -152,7 +157,8 @@ void multiply_tile(const void* tile, int64_t width, int rows, int n_k, const voi
                    int n_panels, bool first, float* c, int64_t c_stride, const Ahead& ahead) {
   const int n_steps = (n_k + Step::kPerStep - 1) / Step::kPerStep;
   const auto* from = static_cast<const typename Step::Element*>(tile);
-  Prefetcher prefetcher(ahead, int64_t{rows + kBlockRows - 1} / kBlockRows * (n_panels / kBlockPanels + 1));
+  Prefetcher prefetcher(ahead,
+                        int64_t{(rows + block_rows(1) - 1) / block_rows(1)} * (n_panels / kBlockPanels + 1));
   for (int q = 0; q < n_panels;) {
     const char* x = static_cast<const char*>(panels) + static_cast<size_t>(q) * panel_bytes;
     float* to = c + q * kLanes;

@@ -19,7 +19,7 @@ void prepare_int8(const float* x, int64_t x_stride, int n_x, int k, void* prepar
 
 struct RowsInt8 {
   static constexpr int kCut = 2048;
-  static constexpr int kGroup = kLanes == 16 ? 4 : 2;
+  static constexpr int kGroup = 4;
   static constexpr int rows_at_once(int n) { return (n == 1 ? 4 : 2) * (kLanes == 16 ? 2 : 1); }
   static QVL_INLINE int64_t row_bytes(int k) { return round_up(k, kUnit); }
   static constexpr bool kScaled = true;
@@ -54,7 +54,9 @@ struct RowsInt8 {
       x[n] = Int8X::block(p, first_x + n, first);
       keep(x[n]);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) dots[r][n] = load<Ints>(x[n] + sizeof(Floats));
+      for (int r = 0; r < R; ++r) {
+        dots[r][n] = kSignedProducts ? Ints{} : load<Ints>(x[n] + sizeof(Floats));
+      }
     }
     if constexpr (Whole != 0) {
 #pragma GCC unroll 8
@@ -69,17 +71,23 @@ struct RowsInt8 {
   template <int R, int N, int Turn, int Turns>
   static QVL_INLINE void step(const uint8_t* const (&w)[R], const char* const (&x)[N], int i,
                               NextLines& ahead, Ints (&dots)[R][N]) {
-    UnsignedBytes v[R];
+    SignedBytes v[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      v[r] = load<UnsignedBytes>(w[r] + i) ^ uint8_t { 128 };  // value + 128
+      v[r] = load<SignedBytes>(w[r] + i);
       if (r % Turns == Turn && i % 64 == 0) ahead.ask();
     }
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       const SignedBytes a = load<SignedBytes>(x[n] + Int8X::kValues + i);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) dots[r][n] = multiply_add(dots[r][n], v[r], a);
+      for (int r = 0; r < R; ++r) {
+        if constexpr (kSignedProducts) {
+          dots[r][n] = multiply_add_signed(dots[r][n], v[r], a);
+        } else {
+          dots[r][n] = multiply_add(dots[r][n], reinterpret_cast<UnsignedBytes>(v[r]) ^ uint8_t{128}, a);
+        }
+      }
     }
   }
 };

@@ -204,6 +204,9 @@ QVL_INLINE HalfWords lower_halves(Words words) {
 QVL_INLINE Ints widen_few(FewBytes bytes) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Ints>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(bytes)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Ints>(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bytes))));
 #else
   return __builtin_convertvector(bytes, Ints);
 #endif
@@ -292,35 +295,53 @@ QVL_INLINE Ints nearest(Floats v) {
   return __builtin_convertvector((v + magic) - magic, Ints);
 }
 
+// Of values from -128 to 127.
 QVL_INLINE FewBytes narrow_few(Ints v) {
 #if defined(__AVX512F__)
   return reinterpret_cast<FewBytes>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i wide = reinterpret_cast<__m256i>(v);
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  const __m128i bytes = _mm_packs_epi16(halves, halves);
+  return load<FewBytes>(&bytes);
 #else
   return __builtin_convertvector(v, FewBytes);
 #endif
 }
 
-// sums[i] + the four a[4i + j] b[4i + j], in 32 bits.
+// sums[i] + the four a[4i + j] b[4i + j], in 32 bits. Without VNNI AVX2 adds two products in 16 bits: there a
+// is at most 128, and signed values have multiply_add_signed.
 QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
 #if defined(__AVX512VNNI__)
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
       reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+  return sums + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #else
   // Even and odd bytes apart, in 16 bits, which hold a product but no sum of two.
   const Shorts a_even = reinterpret_cast<Shorts>(reinterpret_cast<Halves>(a) & 0xFF);
   const Shorts a_odd = reinterpret_cast<Shorts>(reinterpret_cast<Halves>(a) >> 8);
   const Shorts b_even = reinterpret_cast<Shorts>(b) << 8 >> 8, b_odd = reinterpret_cast<Shorts>(b) >> 8;
-#if defined(__AVX2__)
-  const __m256i even =
-      _mm256_madd_epi16(reinterpret_cast<__m256i>(a_even), reinterpret_cast<__m256i>(b_even));
-  const __m256i odd = _mm256_madd_epi16(reinterpret_cast<__m256i>(a_odd), reinterpret_cast<__m256i>(b_odd));
-  return sums + reinterpret_cast<Ints>(even) + reinterpret_cast<Ints>(odd);
-#else
   const Ints even = reinterpret_cast<Ints>(a_even * b_even), odd = reinterpret_cast<Ints>(a_odd * b_odd);
   return sums + (even << 16 >> 16) + (even >> 16) + (odd << 16 >> 16) + (odd >> 16);
 #endif
-#endif
 }
+
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+constexpr bool kSignedProducts = true;
+
+// The same for signed bytes a, of which each sign goes over to b, which must not be -128.
+QVL_INLINE Ints multiply_add_signed(Ints sums, SignedBytes a, SignedBytes b) {
+  const __m256i from = reinterpret_cast<__m256i>(a);
+  return multiply_add(sums, reinterpret_cast<UnsignedBytes>(_mm256_abs_epi8(from)),
+                      reinterpret_cast<SignedBytes>(_mm256_sign_epi8(reinterpret_cast<__m256i>(b), from)));
+}
+#else
+constexpr bool kSignedProducts = false;
+
+QVL_INLINE Ints multiply_add_signed(Ints sums, SignedBytes a, SignedBytes b);
+#endif
 
 // Keep an address in a register of its own, where a compiler would work it out of others at each use.
 template <typename T>
