@@ -32,7 +32,7 @@ ROWS: Sequence[tuple[str, str, Optional[str]]] = (
 
 
 def main() -> None:
-    pictures = {path: Image.open(path).convert("RGB") for one in QUESTIONS for path in one.pictures}
+    pictures = {path: Image.open(path).convert("RGB") for one in QUESTIONS for path in one.images}
     print("| | ms a token | ms a prompt | ms a picture |\n| --- | --- | --- | --- |")
     for engine, dtype, quant_type in ROWS:
         os.environ["QWENVL_ENGINE"] = engine
@@ -52,12 +52,12 @@ def answer_all(model: QwenVL, pictures: dict[Path, Image.Image]) -> tuple[float,
     tokens = prompts = images = 0
     seconds = dict.fromkeys(("decode", "prefill", "encode_images"), 0.0)
     for question in QUESTIONS:
-        answer = model.ask(request(question.sample, [pictures[path] for path in question.pictures])).finish()
+        answer = model.ask(request(question.sample, [pictures[path] for path in question.images])).finish()
         for part in seconds:
             seconds[part] += answer.timings[part]
         tokens += len(answer.token_ids) - 1
         prompts += 1
-        images += len(question.pictures)
+        images += len(question.images)
     decode, prefill, encode = seconds.values()
     return 1e3 * decode / tokens, 1e3 * prefill / prompts, 1e3 * encode / images
 

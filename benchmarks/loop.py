@@ -116,7 +116,7 @@ def streamed(model: QwenVL, n_new: int) -> float:
 
 
 def per_token(measure: Callable[[QwenVL, int], float], model: QwenVL) -> float:
-    """ms a token of decoding, the prompt taken off."""
+    """Ms a token of decoding, the prompt taken off."""
     return 1e3 * (best(lambda: measure(model, TOKENS + 1)) - best(lambda: measure(model, 1))) / TOKENS
 
 
@@ -159,7 +159,7 @@ def run_all(model: QwenVL, window: int) -> float:
 
 def second_question(folder: Path) -> None:
     model = open_demo(folder, "float32", None)
-    image = {"image": str(QUESTIONS[0].pictures[0])}
+    image = {"image": str(QUESTIONS[0].images[0])}
     options = GenerationOptions(max_new_tokens=1)
 
     def ask(text: str) -> float:

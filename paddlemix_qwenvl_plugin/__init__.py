@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.answer import Answer
     from paddlemix_qwenvl_plugin.runtime.chat import Chat
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
-    from paddlemix_qwenvl_plugin.runtime.pieces import Piece
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
     from paddlemix_qwenvl_plugin.runtime.request import Request
+    from paddlemix_qwenvl_plugin.runtime.segments import Segment
     from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
     from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
@@ -29,7 +29,7 @@ _WHERE = {
     "Chat": "runtime.chat",
     "GenerationOptions": "runtime.options",
     "ImageLimits": "processing.images",
-    "Piece": "runtime.pieces",
+    "Segment": "runtime.segments",
     "QwenVL": "runtime.predictor",
     "QwenVLError": "util.errors",
     "Request": "runtime.request",
@@ -46,10 +46,10 @@ __all__ = [
     "Chat",
     "GenerationOptions",
     "ImageLimits",
-    "Piece",
     "QwenVL",
     "QwenVLError",
     "Request",
+    "Segment",
     "UsageError",
     "__version__",
     "export_language",

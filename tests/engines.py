@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(
 ENGINES = ["portable", pytest.param("fused", marks=needs_compiler)]
 
 
-def open_pair(vision: Path, language: Path, engine: str, model: Optional[Path] = None) -> QwenVL:
+def open_model(vision: Path, language: Path, engine: str, model: Optional[Path] = None) -> QwenVL:
     """A predictor on these programs, for longer than a test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWENVL_ENGINE", engine)

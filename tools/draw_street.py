@@ -1,6 +1,6 @@
-"""Draw the bundled picture, recipes/pictures/street.png: a street with a house, a car, a tree, a dog and a sign.
+"""Draw the bundled picture, recipes/images/street.png: a street with a house, a car, a tree, a dog and a sign.
 
-Run: python tools/draw_street.py recipes/pictures/street.png
+Run: python tools/draw_street.py recipes/images/street.png
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
 REPO = Path(__file__).resolve().parent.parent
-IMAGES = REPO / "paddlemix_qwenvl_plugin" / "demo" / "pictures"
-OUT = REPO / "docs" / "pictures"
+IMAGES = REPO / "paddlemix_qwenvl_plugin" / "demo" / "images"
+OUT = REPO / "docs" / "images"
 SECONDS = 120
 
 

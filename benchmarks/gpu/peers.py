@@ -151,7 +151,7 @@ def before_attention(
     values: Any,
     slots: Any,
 ) -> Any:
-    """x [n, hidden] and what the layer before adds to it; keys and values go to their slots."""
+    """X [n, hidden] and what the layer before adds to it; keys and values go to their slots."""
     x = x + delta
     heads, head_dim = keys.shape[1:]
     q, k, v = f.linear(rms(x, ln), weight, bias).view(-1, 3, heads, head_dim).unbind(1)

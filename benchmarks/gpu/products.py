@@ -57,7 +57,7 @@ class Products:
         return Matrix(storage, out, width, values, scales)
 
     def launch(self, matrix: Matrix, x: torch.Tensor, into: str, y: torch.Tensor) -> None:
-        """y (+)= x W^T on the current stream. x bfloat16 [n, width]."""
+        """Y (+)= x W^T on the current stream. x bfloat16 [n, width]."""
         unit = 8 if matrix.storage == "half" else 128
         failed = self.library.decode_linear(
             *(0, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream), STORAGES.index(matrix.storage)),

@@ -30,10 +30,9 @@ class Journal:
     """
 
     def __init__(self, path: Path, job: Mapping[str, Any], keys: Collection[str]) -> None:
-        """
-        Args:
-            job: what makes the job this one, JSON-ready.
-            keys: of the rows that the job has.
+        """Args:
+        job: what makes the job this one, JSON-ready.
+        keys: of the rows that the job has.
         """
         self._path = path
         self._file = _open_locked(path)

@@ -96,8 +96,8 @@ class Conversation:
     def _ask(self, question: str) -> None:
         stream = self._session.ask(question)
         with self._view.stopping(stream):
-            pieces = self._view.answer(stream)
-            turn = self._session.record(question, stream, pieces)
+            segments = self._view.answer(stream)
+            turn = self._session.record(question, stream, segments)
             if turn is None:
                 self._view.note("(stopped before the answer; the question does not count)")
             else:

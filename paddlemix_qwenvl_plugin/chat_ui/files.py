@@ -77,7 +77,7 @@ def _turn(turn: Turn, folder: Path) -> Iterator[str]:
     yield "\n".join(f"> {line}" for line in _escaped(turn.question).splitlines())
     answer = "".join(
         f"**{_escaped(text.strip())}**" if kind == "ref" else text if kind == "box" else _escaped(text)
-        for text, kind in fragments(turn.pieces)
+        for text, kind in fragments(turn.segments)
     )
     stopped = " *(stopped)*" if turn.answer.finish_reason == "cancelled" else ""
     yield f"{answer}{stopped}"

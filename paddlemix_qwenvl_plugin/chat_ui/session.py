@@ -11,7 +11,7 @@ from PIL import Image
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.model import Conversation, Model, Stream
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
-from paddlemix_qwenvl_plugin.runtime.pieces import Piece
+from paddlemix_qwenvl_plugin.runtime.segments import Segment
 from paddlemix_qwenvl_plugin.util.sources import is_data_url, without_password
 
 
@@ -35,14 +35,14 @@ class Turn:
 
     Attributes:
         pictures: (number, name) of the pictures asked with it.
-        pieces: the answer as it was streamed.
+        segments: the answer as it was streamed.
         drawn: the picture with the boxes, if one was written.
     """
 
     pictures: tuple[tuple[int, str], ...]
     question: str
     answer: Answer
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
     drawn: Optional[Path] = None
 
 
@@ -90,12 +90,12 @@ class Session:
         pictures = [{"image": picture.source} for picture in self.attached]
         return self._chat.ask([*pictures, {"text": question}], **asdict(self._options))
 
-    def record(self, question: str, stream: Stream, pieces: list[Piece]) -> Turn | None:
+    def record(self, question: str, stream: Stream, segments: list[Segment]) -> Turn | None:
         """Note the turn that `ask` made; None if it was stopped before its first token, which makes no turn."""
         if not stream.n_new_tokens:
             return None
         pictures = tuple((picture.number, picture.name) for picture in self.attached)
-        turn = Turn(pictures, question, stream.answer, tuple(pieces))
+        turn = Turn(pictures, question, stream.answer, tuple(segments))
         self.turns.append(turn)
         if self.attached:
             self.picture = self.attached[-1]

@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.chat_ui.files import save_drawn
 from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
 from paddlemix_qwenvl_plugin.chat_ui.view import Plain, box_line, fragments
 from paddlemix_qwenvl_plugin.runtime.model import Stream
-from paddlemix_qwenvl_plugin.runtime.pieces import Piece
+from paddlemix_qwenvl_plugin.runtime.segments import Segment
 from paddlemix_qwenvl_plugin.util.errors import one_line
 
 _STYLES = {"text": None, "ref": "bold cyan", "box": "green"}
@@ -58,13 +58,13 @@ class Terminal(Plain):
     def stopping(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
         return on_ctrl_c(stream.stop)
 
-    def answer(self, stream: Stream) -> list[Piece]:
-        pieces: list[Piece] = []
+    def answer(self, stream: Stream) -> list[Segment]:
+        segments: list[Segment] = []
 
-        def noted() -> Iterator[Piece]:
-            for piece in stream:
-                pieces.append(piece)
-                yield piece
+        def noted() -> Iterator[Segment]:
+            for segment in stream:
+                segments.append(segment)
+                yield segment
 
         waiting = self._console.status("Ctrl-C stops")
         try:
@@ -74,8 +74,8 @@ class Terminal(Plain):
                 self._out(text, _STYLES[kind])
         finally:
             waiting.stop()
-            self._out("\n" if pieces else "")
-        return pieces
+            self._out("\n" if segments else "")
+        return segments
 
     def answered(self, turn: Turn, picture: Picture | None) -> None:
         answer = turn.answer

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Optional
 from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.runtime.model import Stream
-from paddlemix_qwenvl_plugin.runtime.pieces import Piece
+from paddlemix_qwenvl_plugin.runtime.segments import Segment
 from paddlemix_qwenvl_plugin.util.errors import one_line
 from paddlemix_qwenvl_plugin.util.text import without_controls
 
@@ -22,20 +22,20 @@ class Fragment(NamedTuple):
     kind: Literal["text", "ref", "box"]
 
 
-def fragments(pieces: Iterable[Piece]) -> Iterator[Fragment]:
+def fragments(segments: Iterable[Segment]) -> Iterator[Fragment]:
     """Refs without their tags; boxes as [1], [2] … in their order; a malformed tag as the model said it."""
     n_boxes = 0
     last = ""
-    for piece in pieces:
-        if piece.boxes:
-            numbers = " ".join(f"[{n_boxes + i}]" for i in range(1, len(piece.boxes) + 1))
-            n_boxes += len(piece.boxes)
+    for segment in segments:
+        if segment.boxes:
+            numbers = " ".join(f"[{n_boxes + i}]" for i in range(1, len(segment.boxes) + 1))
+            n_boxes += len(segment.boxes)
             space = "" if not last or last.isspace() else " "
             fragment = Fragment(space + numbers, "box")
-        elif piece.ref is not None:
-            fragment = Fragment(without_controls(piece.ref), "ref")
+        elif segment.ref is not None:
+            fragment = Fragment(without_controls(segment.ref), "ref")
         else:
-            fragment = Fragment(without_controls(piece.text), "text")
+            fragment = Fragment(without_controls(segment.text), "text")
         last = fragment.text[-1:]
         yield fragment
 
@@ -68,14 +68,14 @@ class Plain:
         """Let Ctrl-C stop this answer, and nothing else; here the program, as others in a script."""
         return contextlib.nullcontext()
 
-    def answer(self, stream: Stream) -> list[Piece]:
-        """Show an answer as it comes; its pieces, also of one that was stopped."""
-        pieces = []
-        for piece in stream:
-            pieces.append(piece)
-            print(without_controls(piece.text), end="", flush=True)
+    def answer(self, stream: Stream) -> list[Segment]:
+        """Show an answer as it comes; its segments, also of one that was stopped."""
+        segments = []
+        for segment in stream:
+            segments.append(segment)
+            print(without_controls(segment.text), end="", flush=True)
         print(flush=True)
-        return pieces
+        return segments
 
     def answered(self, turn: Turn, picture: Picture | None) -> None:
         """Show what goes with a whole answer: its boxes in `picture`, and what was wrong with them."""

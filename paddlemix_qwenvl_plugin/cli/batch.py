@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def batch(
     context: typer.Context,
-    open_pair: Callable[[], Model[Any]],
+    open_model: Callable[[], Model[Any]],
     source: Path = typer.Argument(
         ..., metavar="IN.jsonl", help="A request on each line; - is standard input."
     ),
@@ -52,7 +52,7 @@ def batch(
         if there and source != STANDARD and target.samefile(source):
             raise UsageError(f"{name}: is the input; name another output")
         if not there:
-            run(rows, target, open_pair(), batch_size)
+            run(rows, target, open_model(), batch_size)
         failed, n_rows = count_failed(target, rows), len(rows.entries)
         partial_path(target).unlink(missing_ok=True)  # of a process that was killed at its very end
         if to_stdout:

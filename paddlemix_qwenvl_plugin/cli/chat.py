@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def chat(
     context: typer.Context,
-    open_pair: Callable[[], Model[Any]],
+    open_model: Callable[[], Model[Any]],
     image: Optional[list[str]] = typer.Option(
         None, "--image", help="Picture to begin with: path, data URL or http(s) URL; may be repeated."
     ),
@@ -30,18 +30,18 @@ def chat(
 
     options: GenerationOptions = context.obj
     standard_input.check()
-    pair = open_pair()
-    session = Session(pair, system, options)
+    model = open_model()
+    session = Session(model, system, options)
     pictures = [session.attach(source) for source in image or []]
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        pair.load()
+        model.load()
         follow(Conversation(session, Plain()), standard_input.lines())
         return
     from paddlemix_qwenvl_plugin.chat_ui.line_input import line_reader
 
     terminal = Terminal()
     with terminal.waiting("Loading the model"):
-        pair.load()
+        model.load()
     terminal.note("Ask about pictures; /help lists the commands.")
     for picture in pictures:
         terminal.attached(picture)

@@ -70,20 +70,20 @@ class _Run:
 
         if self.first_model_path is None or self.second_model_path is None:
             raise UsageError("give --first_model_path and --second_model_path, or --predictions")
-        pair = QwenVL.from_exported(self.first_model_path, self.second_model_path, self.model, self.device)
-        pair.load()
-        return pair
+        model = QwenVL.from_exported(self.first_model_path, self.second_model_path, self.model, self.device)
+        model.load()
+        return model
 
     def answers(self, data: Path, rows: Mapping[Id, Row], options: GenerationOptions) -> dict[Id, str]:
         """The answer to each row: out of a file, or of the model."""
         from paddlemix_qwenvl_plugin.evaluation import ask
-        from paddlemix_qwenvl_plugin.evaluation.rows import check_pictures, read_predictions
+        from paddlemix_qwenvl_plugin.evaluation.rows import check_images, read_predictions
         from paddlemix_qwenvl_plugin.util.progress import track
 
         self.check()
         if self.predictions is not None:
             return read_predictions(self.predictions, rows)
-        check_pictures(data, rows)
+        check_images(data, rows)
         answers = ask.answers(self.open(), (row.asked() for row in rows.values()), options)
         return dict(zip(rows, track(answers, "rows answered", len(rows))))
 

@@ -69,9 +69,9 @@ def _options(
 
 
 app.command("demo")(demo.demo)
-app.command("predict", cls=GenerationCommand)(evaluated(predict.predict, open_pair=open_model))
-app.command("batch", cls=GenerationCommand)(evaluated(batch.batch, open_pair=open_model_or_server))
-app.command("chat", cls=GenerationCommand)(evaluated(chat.chat, open_pair=open_model_or_server))
+app.command("predict", cls=GenerationCommand)(evaluated(predict.predict, open_model=open_model))
+app.command("batch", cls=GenerationCommand)(evaluated(batch.batch, open_model=open_model_or_server))
+app.command("chat", cls=GenerationCommand)(evaluated(chat.chat, open_model=open_model_or_server))
 app.command("serve", cls=serve.ServeCommand)(serve.serve)
 app.command("export-vision")(evaluated(export.export_vision))
 app.command("export-language")(evaluated(export.export_language))

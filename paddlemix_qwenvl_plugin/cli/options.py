@@ -109,12 +109,12 @@ def open_model(
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
     limits = _limits(allow_http, allow_private_http)
-    pair = QwenVL.from_exported(
+    model = QwenVL.from_exported(
         first_model_path, second_model_path, model, device, allow_http, limits, verify, gpu_memory
     )
     if picture_label is not None:
-        pair.tokenizer.picture_label = picture_label
-    return pair
+        model.tokenizer.picture_label = picture_label
+    return model
 
 
 def open_model_or_server(
@@ -225,7 +225,8 @@ def _generation_flags() -> list[Any]:
 
 def made_flags(parameters: Sequence[inspect.Parameter]) -> list[Any]:
     """The flags that typer makes of the parameters of a function, for a command that makes its flags when it is asked
-    for them."""
+    for them.
+    """
 
     def command() -> None: ...
 

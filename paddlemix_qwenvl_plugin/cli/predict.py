@@ -26,7 +26,7 @@ _DRAW_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tif
 
 def predict(
     context: typer.Context,
-    open_pair: Callable[[], QwenVL],
+    open_model: Callable[[], QwenVL],
     image: Optional[list[str]] = typer.Option(
         None, "--image", help="Picture: path, data URL, http(s) URL or - (standard input); may be repeated."
     ),
@@ -65,15 +65,15 @@ def predict(
         raise UsageError(f"{real_time_save}: no such folder")
     if draw is not None and draw.suffix.lower() not in _DRAW_FORMATS:
         raise UsageError(f"--draw {draw}: not a picture format; name it .png or .jpg")
-    pair = open_pair()
+    model = open_model()
     if prompt == "-":
         prompt = standard_input.read_text()
     sources = [standard_input.read_bytes() if source == "-" else source for source in sources]
     parts: list[dict[str, Any]] = [{"image": source} for source in sources]
     if draw is not None:  # opened once, to ask about it and to draw on it
-        parts[-1]["image"] = pair.load_images(sources[-1:])[0]
+        parts[-1]["image"] = model.load_images(sources[-1:])[0]
     request = Request(parts + ([{"text": prompt}] if prompt else []), options, chat=chat, system=system)
-    stream = pair.ask(request)
+    stream = model.ask(request)
     streamed = not as_json and sys.stdout.isatty()
     if streamed:
         for piece in stream:
@@ -86,7 +86,7 @@ def predict(
     if real_time_save is not None:
         from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
 
-        write_tokens(real_time_save, [answer.token_ids], pair.tokenizer.eod_id)
+        write_tokens(real_time_save, [answer.token_ids], model.tokenizer.eod_id)
     if draw is not None:
         from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes, save_drawn
 

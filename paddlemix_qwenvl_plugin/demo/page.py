@@ -28,7 +28,7 @@ def html_page(run: Run, out: Path) -> str:
     return _template("page.html").substitute(
         right=run.right,
         total=len(run.results),
-        pictures=sum(len(result.question.pictures) for result in run.results),
+        pictures=sum(len(result.question.images) for result in run.results),
         cards="\n".join(_card(result) for result in run.results),
         colours="\n".join(f".c{i}{{--box:{colour}}}" for i, colour in enumerate(COLOURS)),
         parameters=f"{run.parameters / 1e6:.1f} million",
@@ -40,7 +40,7 @@ def html_page(run: Run, out: Path) -> str:
         qwenvl=escape(program()),
         vision=escape(shlex.quote(str(out / "vision" / "vision"))),
         language=escape(shlex.quote(str(out / "text" / "qwen"))),
-        picture=escape(shlex.quote(str(out / "pictures" / "caption.png"))),
+        picture=escape(shlex.quote(str(out / "images" / "caption.png"))),
     )
 
 
@@ -50,7 +50,7 @@ def _template(name: str) -> Template:
 
 def _card(result: Result) -> str:
     question, answer = result.question, result.answer
-    pictures = question.pictures
+    pictures = question.images
     expected = parse_boxes(question.turn.answer).text
     return _template("card.html").substitute(
         name=question.name,
@@ -70,9 +70,9 @@ def _card(result: Result) -> str:
 def _figure(result: Result, number: int) -> str:
     """A picture of the question; the boxes are on the last one."""
     question = result.question
-    last = len(question.pictures) - 1
+    last = len(question.images) - 1
     boxes = result.answer.boxes if number == last else ()
-    picture = _picture(question.pictures[number], caption_text(question.sample.scenes[number], "en"), boxes)
+    picture = _picture(question.images[number], caption_text(question.sample.scenes[number], "en"), boxes)
     return f"<figure>{picture}{f'<figcaption>Picture {number + 1}</figcaption>' if last else ''}</figure>"
 
 

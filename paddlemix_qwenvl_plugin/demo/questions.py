@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.demo.world import captions, pairs, questions
 from paddlemix_qwenvl_plugin.demo.world.sample import Sample, Turn
 from paddlemix_qwenvl_plugin.demo.world.scene import random_scene
 
-PICTURES = Path(__file__).resolve().parent / "pictures"
+IMAGES = Path(__file__).resolve().parent / "images"
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Question:
         return self.sample.turns[0]
 
     @property
-    def pictures(self) -> list[Path]:
+    def images(self) -> list[Path]:
         """The scenes as PNG files. Their pixels are the same everywhere, whatever Pillow's letters look like."""
         numbers = [f"-{i}" for i in range(1, len(self.sample.scenes) + 1)] if self.sample.scenes[1:] else [""]
-        return [PICTURES / f"{self.name}{number}.png" for number in numbers]
+        return [IMAGES / f"{self.name}{number}.png" for number in numbers]
 
 
 def _question(

@@ -38,7 +38,7 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         turn = self.question.turn
         return {
-            "pictures": [path.name for path in self.question.pictures],
+            "images": [path.name for path in self.question.images],
             "question": turn.question,
             "expected": turn.answer,
             "right": self.right,

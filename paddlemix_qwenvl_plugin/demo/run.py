@@ -34,12 +34,12 @@ from paddlemix_qwenvl_plugin.util.files import write_beside
 PAGE, SHEET, ANSWERS = "index.html", "sheet.png", "answers.json"
 
 # What a demo writes into its folder, and the file that tells such a folder.
-_NAMES = (PAGE, SHEET, ANSWERS, "pictures", "vision", "text")
+_NAMES = (PAGE, SHEET, ANSWERS, "images", "vision", "text")
 _MARK = ".qwenvl-demo"
 
 
 def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None) -> Run:
-    """Write index.html, sheet.png, answers.json, pictures/ and the stages vision/vision and text/qwen to `out`.
+    """Write index.html, sheet.png, answers.json, images/ and the stages vision/vision and text/qwen to `out`.
 
     What an earlier demo wrote is replaced, other files are left alone.
 
@@ -75,7 +75,7 @@ def _run(out: Path, say: Callable[[str], None], model: Path) -> Run:
     results = []
     for number, question in enumerate(QUESTIONS, start=1):
         say("")
-        say(f"{number}/{len(QUESTIONS)} {question.title} ({', '.join(p.name for p in question.pictures)})")
+        say(f"{number}/{len(QUESTIONS)} {question.title} ({', '.join(p.name for p in question.images)})")
         say(f"    Q  {question.turn.question}")
         results.append(_ask(pair, question))
         for line in _answer_lines(results[-1]):
@@ -121,7 +121,7 @@ def _build_engine(say: Callable[[str], None]) -> None:
 
 def _ask(pair: QwenVL, question: Question) -> Result:
     images = []
-    for path in question.pictures:
+    for path in question.images:
         # Opened here: in a prompt a path may have 256 bytes, and nobody knows where this is installed.
         with Image.open(path) as file:
             images.append(file.convert("RGB"))
@@ -144,9 +144,9 @@ def _write(out: Path, run: Run) -> None:
     answers = json.dumps(run.as_dict(), ensure_ascii=False, indent=1) + "\n"
     sheet = contact_sheet(run.results)
     page = html_page(run, out)
-    make_folder(out / "pictures")
-    for picture in (path for result in run.results for path in result.question.pictures):
-        write_beside(out / "pictures" / picture.name, partial(shutil.copyfile, picture))
+    make_folder(out / "images")
+    for picture in (path for result in run.results for path in result.question.images):
+        write_beside(out / "images" / picture.name, partial(shutil.copyfile, picture))
     write_beside(out / ANSWERS, lambda path: path.write_text(answers, "utf-8"))
     write_beside(out / SHEET, lambda path: sheet.save(path, optimize=True))
     write_beside(out / PAGE, lambda path: path.write_text(page, "utf-8"))

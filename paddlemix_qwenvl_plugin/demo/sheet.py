@@ -51,7 +51,7 @@ def _rows(results: Sequence[Result]) -> Iterator[list[tuple[int, Result]]]:
     row: list[tuple[int, Result]] = []
     column = 0
     for result in results:
-        width = len(result.question.pictures)
+        width = len(result.question.images)
         if column + width > COLUMNS:
             yield row
             row, column = [], 0
@@ -62,7 +62,7 @@ def _rows(results: Sequence[Result]) -> Iterator[list[tuple[int, Result]]]:
 
 def _pictures(result: Result) -> Iterator[Image.Image]:
     """The question's pictures, the boxes on the last one."""
-    paths = result.question.pictures
+    paths = result.question.images
     for path in paths:
         with Image.open(path) as file:
             picture = file.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -75,7 +75,7 @@ def _labelled(box: Box) -> Box:
 
 
 def _text(result: Result) -> _Lines:
-    width = len(result.question.pictures) * (SIDE + GAP) - GAP
+    width = len(result.question.images) * (SIDE + GAP) - GAP
     answer = parse_boxes(result.answer.text).text
     verdict = (_RIGHT, "right") if result.right else (_WRONG, "wrong")
     return [

@@ -70,8 +70,7 @@ class Engine:
         stage: int,
         gpu: Optional[int] = None,
     ) -> None:
-        """
-        Args:
+        """Args:
             gpu: None: on the CPU. Else gpu.load has been called for it.
 
         Raises:

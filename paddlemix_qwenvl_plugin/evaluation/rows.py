@@ -58,7 +58,7 @@ def read_rows(path: Path, kind: type[RowKind]) -> dict[Id, RowKind]:
     return rows
 
 
-def check_pictures(path: Path, rows: Mapping[Id, Row]) -> None:
+def check_images(path: Path, rows: Mapping[Id, Row]) -> None:
     """Find a picture that is not there before the work of the others is done.
 
     Raises:

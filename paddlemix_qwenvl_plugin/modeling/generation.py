@@ -207,7 +207,6 @@ def sample(logits: paddle.Tensor, temperature: paddle.Tensor, top_p: paddle.Tens
     Returns:
         int64 [B, 1].
     """
-
     # Both ways are computed: a conditional block would cost more code than the sort costs time.
     probabilities = nn.functional.softmax(logits / paddle.clip(temperature, min=1e-6), axis=-1)
     order = paddle.argsort(probabilities, axis=-1, descending=True)

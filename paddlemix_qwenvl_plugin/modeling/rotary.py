@@ -31,7 +31,7 @@ def ntk_alpha(prompt_len: paddle.Tensor, config: ModelConfig) -> paddle.Tensor:
 def rotary_tables(
     positions: paddle.Tensor, prompt_len: paddle.Tensor, config: ModelConfig
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """cos and sin, each float32 [B, S, 1, head_dim].
+    """Cos and sin, each float32 [B, S, 1, head_dim].
 
     base = rotary_emb_base * alpha^(d / (d - 2)); the angle of pair i at position p is p * base^(-2i / d).
 

@@ -96,7 +96,8 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
 
 def read_encoded(source: Any, *, allow_http: bool = False, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
     """The encoded bytes of `source`, at most one more than the limit; `source` and errors as for `load_image`, which
-    reads them. No PIL picture, which has none."""
+    reads them. No PIL picture, which has none.
+    """
     if isinstance(source, (bytes, bytearray)):
         return bytes(source)
     if isinstance(source, os.PathLike):

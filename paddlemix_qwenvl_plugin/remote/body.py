@@ -27,10 +27,9 @@ class ContentReader:
     def __init__(
         self, allow_http: bool, limits: ImageLimits, locate: Callable[[Any], Any] = lambda s: s
     ) -> None:
-        """
-        Args:
-            allow_http, limits: see load_image.
-            locate: what a source of a query stands for, as a relative path.
+        """Args:
+        allow_http, limits: see load_image.
+        locate: what a source of a query stands for, as a relative path.
         """
         self._allow_http = allow_http
         self._limits = limits

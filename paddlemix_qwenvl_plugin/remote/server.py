@@ -35,10 +35,9 @@ class Server:
     """A server in OpenAI's form. Coroutines of this class run in its event loop: see `start`."""
 
     def __init__(self, url: str, key: Optional[str]) -> None:
-        """
-        Args:
-            url: see check_url.
-            key: the API key, if it wants one.
+        """Args:
+        url: see check_url.
+        key: the API key, if it wants one.
         """
         self.url = url
         headers = {"Authorization": f"Bearer {key}"} if key is not None else {}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Optional
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 from paddlemix_qwenvl_plugin.remote.server import Server
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
-from paddlemix_qwenvl_plugin.runtime.pieces import Piece, PieceBuilder
+from paddlemix_qwenvl_plugin.runtime.segments import Segment, SegmentBuilder
 
 
 class End(NamedTuple):
@@ -26,7 +26,7 @@ Work = Callable[[Callable[[str], None]], Coroutine[Any, Any, End]]
 """What asks the server, and hands on the text that it gets."""
 
 
-class ServerStream(Iterator[Piece]):
+class ServerStream(Iterator[Segment]):
     """As AnswerStream. The ids of tokens stay with the server, and so does how it spent its time."""
 
     def __init__(
@@ -51,13 +51,13 @@ class ServerStream(Iterator[Piece]):
         self._end: Optional[End] = None
         self._said: list[str] = []
         self._texts = self._receive()
-        self._pieces = self._assemble()
+        self._segments = self._assemble()
 
-    def __next__(self) -> Piece:
-        return next(self._pieces)
+    def __next__(self) -> Segment:
+        return next(self._segments)
 
     def submit(self) -> ServerStream:
-        """Ask now, before the first piece is wanted."""
+        """Ask now, before the first segment is wanted."""
         if self._future is None:
             self._start = time.perf_counter()
             self._future = self._server.start(self._work(self._coming.put))
@@ -71,7 +71,7 @@ class ServerStream(Iterator[Piece]):
 
     def close(self) -> None:
         """Cancel the request."""
-        self._pieces.close()
+        self._segments.close()
         self._texts.close()
         if self._future is not None:
             self._future.cancel()
@@ -113,8 +113,8 @@ class ServerStream(Iterator[Piece]):
             {"prepare": self._prepare_seconds, "server": self._seconds},
         )
 
-    def _assemble(self) -> Generator[Piece, None, None]:
-        builder = PieceBuilder()
+    def _assemble(self) -> Generator[Segment, None, None]:
+        builder = SegmentBuilder()
         for text in self._texts:
             yield from builder.add_text(text)
         yield from builder.finish()

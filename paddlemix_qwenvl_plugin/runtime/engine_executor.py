@@ -53,8 +53,7 @@ class EngineExecutor:
         gpu_memory: float = 0.9,
         ahead: bool | None = None,
     ) -> None:
-        """
-        Args:
+        """Args:
             n_blocks: of the KV cache; None: a share of the free memory.
             gpu_memory: that share, of a GPU's memory which the weights leave.
             ahead: start a step while the one before it is computed (loop.py); None: on a GPU.

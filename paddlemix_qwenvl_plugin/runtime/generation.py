@@ -87,11 +87,10 @@ class Generation:
         rotary_class: int = 0,
         n_logprobs: Optional[int] = None,
     ) -> None:
-        """
-        Args:
-            images: in the order of their slots, which do not overlap.
-            generated: [start, end) ranges of the prompt that decode steps of earlier requests computed.
-            rotary_class: what the rotary base of this prompt depends on (ModelConfig.ntk_doublings).
+        """Args:
+        images: in the order of their slots, which do not overlap.
+        generated: [start, end) ranges of the prompt that decode steps of earlier requests computed.
+        rotary_class: what the rotary base of this prompt depends on (ModelConfig.ntk_doublings).
         """
         self.prompt = list(prompt)
         self.images = list(images)

@@ -18,8 +18,7 @@ def check_share(share: float) -> float:
 
 
 def check_room(vision: Stage, language: Stage, free: int, share: float) -> None:
-    """
-    Args:
+    """Args:
         free: bytes of GPU memory.
         share: of what the weights leave, for the KV cache.
 

@@ -10,12 +10,12 @@ from PIL import Image
 
 from paddlemix_qwenvl_plugin.processing.prompts import Query
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
-from paddlemix_qwenvl_plugin.runtime.pieces import Piece
 from paddlemix_qwenvl_plugin.runtime.request import Request
+from paddlemix_qwenvl_plugin.runtime.segments import Segment
 
 
-class Stream(Iterator[Piece], Protocol):
-    """An answer in pieces; AnswerStream says what these do."""
+class Stream(Iterator[Segment], Protocol):
+    """An answer in segments; AnswerStream says what these do."""
 
     def submit(self: S) -> S: ...
 

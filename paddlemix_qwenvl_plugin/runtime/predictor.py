@@ -268,7 +268,7 @@ class QwenVL:
         system: str = DEFAULT_SYSTEM,
         **options: Any,
     ) -> AnswerStream:
-        """Answer one prompt in pieces, as they are generated.
+        """Answer one prompt in segments, as they are generated.
 
         Args:
             parts: text, or a list of {"image": …}, {"text": …} and {"box": …, "ref": …} (processing/prompts.py).
@@ -288,7 +288,7 @@ class QwenVL:
         return Chat(self, system)
 
     def ask(self, request: Request, folder: Optional[Path] = None) -> AnswerStream:
-        """Answer a request in pieces; relative paths of images start from `folder`. Errors as for `stream`."""
+        """Answer a request in segments; relative paths of images start from `folder`. Errors as for `stream`."""
         start = time.perf_counter()
         prompt, stop = self._prompt(request)
         images = self.load_images(prompt.images, folder)

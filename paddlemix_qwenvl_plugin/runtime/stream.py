@@ -12,11 +12,11 @@ from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.generation import Generation
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
-from paddlemix_qwenvl_plugin.runtime.pieces import Piece, PieceBuilder
+from paddlemix_qwenvl_plugin.runtime.segments import Segment, SegmentBuilder
 
 
-class AnswerStream(Iterator[Piece]):
-    """An answer in pieces, generated as they are asked for.
+class AnswerStream(Iterator[Segment]):
+    """An answer in segments, generated as they are asked for.
 
     `close()`, the end of a `with` block, or dropping the stream cancels the request; `answer` has what was said until
     then. An error in the middle is raised by the iteration.
@@ -31,13 +31,12 @@ class AnswerStream(Iterator[Piece]):
         prepare_seconds: float,
         on_end: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
-        """
-        Args:
-            open_loop: gives the loop that the request is submitted to when its first piece is asked for.
-            image_size: see Answer.
-            prepare_seconds: what tokenising and loading images took.
-            on_end: called once with the answer when the generation ends or is cancelled after its first token; not
-                after an error.
+        """Args:
+        open_loop: gives the loop that the request is submitted to when its first segment is asked for.
+        image_size: see Answer.
+        prepare_seconds: what tokenising and loading images took.
+        on_end: called once with the answer when the generation ends or is cancelled after its first token; not
+            after an error.
         """
         self._open_loop = open_loop
         self._generation = generation
@@ -50,10 +49,10 @@ class AnswerStream(Iterator[Piece]):
         self._n_seen = 0  # tokens that were handed out
         self._loop: Loop | None = None
         self._tokens = self._generate()
-        self._pieces = self._assemble()
+        self._segments = self._assemble()
 
-    def __next__(self) -> Piece:
-        return next(self._pieces)
+    def __next__(self) -> Segment:
+        return next(self._segments)
 
     def __enter__(self) -> AnswerStream:
         return self
@@ -64,7 +63,7 @@ class AnswerStream(Iterator[Piece]):
         self.close()
 
     def submit(self) -> AnswerStream:
-        """Queue the request now, so that it is computed beside others before its first piece is asked for."""
+        """Queue the request now, so that it is computed beside others before its first segment is asked for."""
         if self._loop is None:
             start = time.perf_counter()
             self._loop = self._open_loop()
@@ -74,7 +73,7 @@ class AnswerStream(Iterator[Piece]):
 
     def close(self) -> None:
         """Cancel the request."""
-        self._pieces.close()
+        self._segments.close()
         self._tokens.close()
         if self._loop is not None:
             self._loop.cancel(self._generation)
@@ -82,7 +81,7 @@ class AnswerStream(Iterator[Piece]):
     def stop(self) -> None:
         """End the iteration after the token that is being generated.
 
-        Unlike `close()`, a signal handler or another thread may call this while a piece is awaited.
+        Unlike `close()`, a signal handler or another thread may call this while a segment is awaited.
         """
         self._stopping = True
 
@@ -134,8 +133,8 @@ class AnswerStream(Iterator[Piece]):
             },
         )
 
-    def _assemble(self) -> Generator[Piece, None, None]:
-        builder = PieceBuilder(self._tokenizer)
+    def _assemble(self) -> Generator[Segment, None, None]:
+        builder = SegmentBuilder(self._tokenizer)
         for token in self._tokens:
             if token not in self._generation.stop_token_ids:
                 yield from builder.add(token)

@@ -36,13 +36,12 @@ class SlotQueue:
         max_per_key: Optional[int] = None,
         observe_wait: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        """
-        Args:
-            max_running: slots.
-            max_waiting: requests that wait for one.
-            waiting_timeout: seconds that a request waits at most.
-            max_per_key: slots that a key holds or waits for at most.
-            observe_wait: called with the seconds that each admitted request waited.
+        """Args:
+        max_running: slots.
+        max_waiting: requests that wait for one.
+        waiting_timeout: seconds that a request waits at most.
+        max_per_key: slots that a key holds or waits for at most.
+        observe_wait: called with the seconds that each admitted request waited.
         """
         self.running = 0
         self._max_running = max_running

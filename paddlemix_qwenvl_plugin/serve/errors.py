@@ -20,11 +20,10 @@ class ApiError(QwenVLError):
         code: Optional[str] = None,
         headers: Optional[Mapping[str, str]] = None,
     ) -> None:
-        """
-        Args:
-            kind: OpenAI's `type`: invalid_request_error, authentication_error, rate_limit_error, server_error …
-            param: the parameter at fault, as `messages[0].content`.
-            code: a word that programs go by, as `context_length_exceeded`.
+        """Args:
+        kind: OpenAI's `type`: invalid_request_error, authentication_error, rate_limit_error, server_error …
+        param: the parameter at fault, as `messages[0].content`.
+        code: a word that programs go by, as `context_length_exceeded`.
         """
         super().__init__(message)
         self.status = status

@@ -26,11 +26,10 @@ class ImageHosts:
     """Downloads images from the hosts that the settings list."""
 
     def __init__(self, hosts: Sequence[str], max_bytes: int, timeout_seconds: float) -> None:
-        """
-        Args:
-            hosts: names, `*.example.org` for all below example.org.
-            max_bytes: of an image.
-            timeout_seconds: for a whole download.
+        """Args:
+        hosts: names, `*.example.org` for all below example.org.
+        max_bytes: of an image.
+        timeout_seconds: for a whole download.
         """
         self._hosts = [_normal(host) for host in hosts]
         self._max_bytes = max_bytes

@@ -27,9 +27,8 @@ class WorkerImageLoader:
     """
 
     def __init__(self, settings: ServeSettings, image_size: int) -> None:
-        """
-        Args:
-            image_size: of the model, in pixels.
+        """Args:
+        image_size: of the model, in pixels.
         """
         self._hosts = ImageHosts(settings.image_hosts, settings.max_image_bytes, settings.image_timeout)
         self._processes = [

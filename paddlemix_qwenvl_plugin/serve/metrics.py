@@ -75,7 +75,7 @@ class Metrics:
         self._first_token.observe(seconds)
 
     def next_tokens(self, n: int, seconds: float) -> None:
-        """n tokens of a completion came together, so long after those before them."""
+        """N tokens of a completion came together, so long after those before them."""
         self._between_tokens.observe(seconds / n)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:

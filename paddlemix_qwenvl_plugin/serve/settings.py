@@ -23,7 +23,8 @@ Texts = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 
 class ServeSettings(BaseSettings):
     """Settings of `qwenvl serve`. Each field is a flag, `--max_waiting`, a variable, `QWENVL_SERVE_MAX_WAITING`, and a
-    key of the YAML file that `--config` names."""
+    key of the YAML file that `--config` names.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=ENVIRONMENT_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, allow_inf_nan=False

@@ -67,7 +67,7 @@ def _greet(service: Service, listener: socket.socket, say: Callable[[str], None]
 def _example(url: str, model: str) -> str:
     """A question of the demo as a command, for any shell and any base64."""
     question = next(question for question in QUESTIONS if question.name == "locate")
-    image = f"data:image/png;base64,$(base64 < {shlex.quote(str(question.pictures[0]))} | tr -d '\\n')"
+    image = f"data:image/png;base64,$(base64 < {shlex.quote(str(question.images[0]))} | tr -d '\\n')"
     text = json.dumps(question.turn.question)
     return f"""curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d @- <<END
 {{"model": "{model}", "messages": [{{"role": "user", "content": [

@@ -88,7 +88,7 @@ class ImageEncoder:
         self._program = stage.open()
 
     def run(self, inputs: list[Any]) -> list[Any]:
-        """images [N, 3, size, size] -> [features float32 [N, n_queries, H]]."""
+        """Images [N, 3, size, size] -> [features float32 [N, n_queries, H]]."""
         return self._program([inputs[0].astype("float32")])
 
 

@@ -31,7 +31,8 @@ class TooLargeError(QwenVLError):
 
 def one_line(text: str) -> str:
     """`text` on one line that can be read, whatever a file in it is called or holds: nothing that a terminal obeys, and
-    where it is very long its two ends."""
+    where it is very long its two ends.
+    """
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.splitlines()))
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engines import needs_compiler, open_pair
+from engines import needs_compiler, open_model
 
 from paddlemix_qwenvl_plugin.artifact.contract import step_inputs
 from paddlemix_qwenvl_plugin.artifact.manifest import FileDigest, manifest_path, params_path, read_manifest
@@ -185,7 +185,7 @@ def test_an_old_export_answers_the_same(extension: str, exported: Path, tiny_exp
         if root == exported:
             make_old(root / "vision" / "vision")
             make_old(root / "text" / "qwen")
-        vl = open_pair(*stages, "portable")
+        vl = open_model(*stages, "portable")
         answers.append(vl.generate_ids(np.arange(40)[None], max_new_tokens=24, eos_token_ids=()))
         answers[-1] = np.asarray(answers[-1]).tolist()
     assert answers[0] == answers[1]

@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
 REPO = Path(__file__).resolve().parents[2]
-STREET = REPO / "recipes" / "pictures" / "street.png"
+STREET = REPO / "recipes" / "images" / "street.png"
 
 
 def openai_row(row_id: Any, messages: Any, **body: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pexpect
 from paddlemix_qwenvl_plugin.engine.build import cache_folder
 
 REPO = Path(__file__).resolve().parents[2]
-STREET = REPO / "recipes" / "pictures" / "street.png"
+STREET = REPO / "recipes" / "images" / "street.png"
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b_G.*?\x1b\\|\x1b\][^\x07]*\x07", re.DOTALL)
 # prompt_toolkit asks for marked pastes whenever it begins to read a line, and ends that with the line.

@@ -1,4 +1,4 @@
-"""The parts of the chat by themselves: lines, pieces, previews."""
+"""The parts of the chat by themselves: lines, segments, previews."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.chat_ui.conversation import parse, path_of
 from paddlemix_qwenvl_plugin.chat_ui.terminal import preview
 from paddlemix_qwenvl_plugin.chat_ui.view import Fragment, box_line, fragments
 from paddlemix_qwenvl_plugin.processing.boxes import Box
-from paddlemix_qwenvl_plugin.runtime.pieces import Piece
+from paddlemix_qwenvl_plugin.runtime.segments import Segment
 
 HOUSE = Box("box", ((73, 172), (417, 676)), "a red house")
 QUAD = Box("quad", ((0, 0), (500, 10), (490, 1000), (5, 990)))
@@ -59,18 +59,18 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fragments() -> None:
-    pieces = [
-        Piece("There is "),
-        Piece("<ref>a red house</ref>", ref="a red house"),
-        Piece("<box>(73,172),(417,676)</box>", boxes=(HOUSE,)),
-        Piece("<box>(0,0),(1,1)</box>", boxes=(HOUSE,)),
-        Piece(" and "),
-        Piece("<quad>…</quad>", boxes=(QUAD,)),
-        Piece("<box>(1,2)</box>"),
-        Piece("<ref> </ref>"),
-        Piece("\x1b[31m\x07\r\x9b狗\u3000\n\t!"),
+    segments = [
+        Segment("There is "),
+        Segment("<ref>a red house</ref>", ref="a red house"),
+        Segment("<box>(73,172),(417,676)</box>", boxes=(HOUSE,)),
+        Segment("<box>(0,0),(1,1)</box>", boxes=(HOUSE,)),
+        Segment(" and "),
+        Segment("<quad>…</quad>", boxes=(QUAD,)),
+        Segment("<box>(1,2)</box>"),
+        Segment("<ref> </ref>"),
+        Segment("\x1b[31m\x07\r\x9b狗\u3000\n\t!"),
     ]
-    assert list(fragments(pieces)) == [
+    assert list(fragments(segments)) == [
         Fragment("There is ", "text"),
         Fragment("a red house", "ref"),
         Fragment(" [1]", "box"),
@@ -86,7 +86,7 @@ def test_fragments() -> None:
 def test_fragments_come_with_their_pieces() -> None:
     def endless():
         while True:
-            yield Piece("word ")
+            yield Segment("word ")
 
     assert next(fragments(endless())) == Fragment("word ", "text")
 

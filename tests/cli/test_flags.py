@@ -15,7 +15,7 @@ from PIL import Image
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
 from paddlemix_qwenvl_plugin.cli.main import main
 
-STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
+STREET = Path(__file__).resolve().parents[2] / "recipes" / "images" / "street.png"
 RANGES = {
     "max_new_tokens": "at least 1",
     "min_new_tokens": "at least 0",

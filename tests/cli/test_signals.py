@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-STREET = REPO / "recipes" / "pictures" / "street.png"
+STREET = REPO / "recipes" / "images" / "street.png"
 
 # Sends itself a signal as soon as Paddle is imported.
 RUN = """

@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin import QwenVL, __version__
 from paddlemix_qwenvl_plugin.util.text import without_controls
 
 REPO = Path(__file__).resolve().parents[2]
-STREET = REPO / "recipes" / "pictures" / "street.png"
+STREET = REPO / "recipes" / "images" / "street.png"
 COMMAND = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli"]
 STAGES = ("--first_model_path", "vision/vision", "--second_model_path", "text/qwen")
 SAMPLED = {"max_new_tokens": 48, "temperature": 9.0, "seed": 1}

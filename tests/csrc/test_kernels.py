@@ -173,7 +173,7 @@ def test_bfloat16(library, isa):
 
 
 def rotary_by_formula(config, prompt_len):
-    """alpha = 2^ceil(log2(L / seq_length) + 1) - 1, at least 1; the frequencies in double precision."""
+    """Alpha = 2^ceil(log2(L / seq_length) + 1) - 1, at least 1; the frequencies in double precision."""
     ratio = prompt_len / config.seq_length
     alpha = max(1, 2 ** math.ceil(math.log2(ratio) + 1) - 1)
     dim = config.head_dim

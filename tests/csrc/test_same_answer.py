@@ -101,7 +101,7 @@ class Case:
         return self.reference[pool_dtype]
 
     def others(self, pool, n, first_block):
-        """n other sequences in blocks of their own: prompts, pieces and, behind a first pass, single tokens."""
+        """N other sequences in blocks of their own: prompts, pieces and, behind a first pass, single tokens."""
         parts, warm = [], []
         for i in range(n):
             table = [first_block + i]
@@ -186,7 +186,8 @@ def test_shared_blocks(case):
 @pytest.mark.parametrize("flag", [0, GENERATED])
 def test_generated_tokens_again(case, flag):
     """After a preemption: prompt and generated tokens in one pass, in one entry or two, known by their positions or,
-    with another rotary base kept by prompt_len, by the flag."""
+    with another rotary base kept by prompt_len, by the flag.
+    """
     expected = case.alone(INT8)
     end = PROMPT + NEW
     for threads in (1, 3):

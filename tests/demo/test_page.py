@@ -60,7 +60,7 @@ def test_nothing_is_fetched_and_nothing_runs(right_run: Run) -> None:
 def test_pictures_are_the_bundled_ones(right_run: Run) -> None:
     page = Page(html_page(right_run, OUT))
     sources = [attributes["src"] for tag, attributes, _ in page.elements if tag == "img"]
-    paths = [path for result in right_run.results for path in result.question.pictures]
+    paths = [path for result in right_run.results for path in result.question.images]
     assert len(sources) == len(paths) == 9
     for source, path in zip(sources, paths):
         inside = base64.b64decode((source or "").removeprefix("data:image/png;base64,"))

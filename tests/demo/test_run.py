@@ -43,7 +43,7 @@ OWN = {
     "index.html",
     "sheet.png",
     "answers.json",
-    *(f"pictures/{path.name}" for question in QUESTIONS for path in question.pictures),
+    *(f"images/{path.name}" for question in QUESTIONS for path in question.images),
     *(f"vision/vision.{end}" for end in ("json", "pdmodel", "pdiparams", "manifest.json")),
     *(f"text/qwen.{end}" for end in ("json", "pdmodel", "pdiparams", "manifest.json")),
     *(f"{stage}.fused.{end}" for stage in FUSED for end in ("json", "pdmodel")),
@@ -62,7 +62,7 @@ OWN = {
 
 def test_files_that_no_demo_wrote_are_left_alone(tmp_path: Path, random_model: Path) -> None:
     """Also from versions that left no mark: their page tells."""
-    for name in ("index.html", "sheet.png", "answers.json", "pictures", "vision", "text"):
+    for name in ("index.html", "sheet.png", "answers.json", "images", "vision", "text"):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         (folder / name).symlink_to(tmp_path / "nowhere")
@@ -81,7 +81,7 @@ def test_own_files_are_replaced_and_no_others(
     tmp_path: Path, random_model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A run with a random model into the folder of an earlier one; wrong answers are an error in the end."""
-    mine = ["notes.txt", "vision/notes.txt", "text/mine.json", "pictures/mine.png"]
+    mine = ["notes.txt", "vision/notes.txt", "text/mine.json", "images/mine.png"]
     out = tmp_path / "qwenvl-demo"
     for name in (*mine, *OWN):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def test_the_shipped_model_is_right(
         assert shown.group() in answers["grounded"]["answer"]["text"]
     with (
         Image.open(tmp_path / "there" / "sheet.png") as made,
-        Image.open(REPO / "docs" / "pictures" / "demo.png") as documented,
+        Image.open(REPO / "docs" / "images" / "demo.png") as documented,
     ):
         assert made.width == documented.width
         # Chinese words, in the last row, take more room where there is a font for them.

@@ -46,7 +46,7 @@ def test_boxes_are_over_their_things(right_run: Run) -> None:
 
 def test_pictures_are_on_it(right_run: Run) -> None:
     image = contact_sheet(right_run.results)
-    with Image.open(right_run.results[0].question.pictures[0]) as picture:
+    with Image.open(right_run.results[0].question.images[0]) as picture:
         wanted = np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
     assert (np.asarray(image)[GAP : GAP + SIDE, GAP : GAP + SIDE] == wanted).all()
 

@@ -18,7 +18,7 @@ from doc_helpers import REPO, blocks, section
 import paddlemix_qwenvl_plugin as plugin
 from paddlemix_qwenvl_plugin.cli.main import app
 
-STREET = REPO / "recipes" / "pictures" / "street.png"
+STREET = REPO / "recipes" / "images" / "street.png"
 
 
 def run_block(code: str, names: dict[str, Any], where: str) -> None:
@@ -46,8 +46,8 @@ def test_readme_real_model_and_python(
     tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The four commands, on the tiny model instead of the real one, then the Python example on their files."""
-    (tmp_path / "recipes" / "pictures").mkdir(parents=True)
-    shutil.copyfile(STREET, tmp_path / "recipes" / "pictures" / "street.png")
+    (tmp_path / "recipes" / "images").mkdir(parents=True)
+    shutil.copyfile(STREET, tmp_path / "recipes" / "images" / "street.png")
     monkeypatch.chdir(tmp_path)
     readme = (REPO / "README.md").read_text("utf-8")
     (commands,) = blocks(section(readme, "The real model"), "sh")

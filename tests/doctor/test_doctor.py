@@ -274,7 +274,7 @@ def test_every_broken_row(environment: Environment, row: pins.Broken) -> None:
 
 
 def test_a_checkout_counts_as_installed(environment: Environment) -> None:
-    """pip does not know a checkout on PYTHONPATH."""
+    """Pip does not know a checkout on PYTHONPATH."""
     environment.well()
     environment.module("paddlenlp/__init__.py")
     environment.distribution("aistudio_sdk", "0.3.0")

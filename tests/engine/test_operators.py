@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import needs_compiler, open_pair
+from engines import needs_compiler, open_model
 from stock_inputs import stock_feed
 
 from paddlemix_qwenvl_plugin.export.export import export_language
@@ -85,7 +85,7 @@ def test_programs_come_and_go(tmp_path: Path) -> None:
 
 @needs_compiler
 def test_caches_come_and_go(tiny_exported: Path) -> None:
-    vl = open_pair(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", "fused")
+    vl = open_model(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", "fused")
     prompt = np.arange(1000).reshape(1, -1) % 200
 
     def memory() -> int:

@@ -37,7 +37,7 @@ from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 from paddlemix_qwenvl_plugin.util import paddle_version
 from paddlemix_qwenvl_plugin.util.machine import CudaDriver, Gpu
 
-STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
+STREET = Path(__file__).resolve().parents[2] / "recipes" / "images" / "street.png"
 WTE = "transformer.llm.wte.weight"
 LM_HEAD = "lm_head.weight"
 ROW = {"id": "a", "prompt": "What is it?"}

@@ -193,7 +193,7 @@ def test_long_texts_are_normalised_like_short_ones(text: str) -> None:
 
 
 def test_many_combining_marks_are_normalised_soon(tiny: QwenTokenizer) -> None:
-    """unicodedata alone takes minutes for these."""
+    """Unicodedata alone takes minutes for these."""
     assert len(tiny.encode("a" + "\u0301\u0316" * 300_000)) > 600_000
 
 

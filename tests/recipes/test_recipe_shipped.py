@@ -47,7 +47,7 @@ def test_dry_run_of_a_shipped_recipe(tmp_path: Path, name: str) -> None:
     assert value(predict, "--first_model_path") == value(vision, "--save_path")
     assert value(predict, "--second_model_path") == f"{value(language, '--output_path')}/qwen"
     assert value(vision, "--dtype") == value(language, "--dtype") == "bfloat16"
-    assert value(predict, "--image") == str(REPO / "recipes" / "pictures" / "street.png")
+    assert value(predict, "--image") == str(REPO / "recipes" / "images" / "street.png")
     assert not list(tmp_path.iterdir())
 
 

@@ -24,7 +24,7 @@ from paddlemix_qwenvl_plugin.remote.server import Server
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.request import Request
 
-STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
+STREET = Path(__file__).resolve().parents[2] / "recipes" / "images" / "street.png"
 DATA_URL = "data:image/png;base64," + b64encode(STREET.read_bytes()).decode()
 
 

@@ -26,7 +26,7 @@ from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 REPO = Path(__file__).resolve().parents[2]
-STREET = REPO / "recipes" / "pictures" / "street.png"
+STREET = REPO / "recipes" / "images" / "street.png"
 BOXES = "See <ref>a red house</ref><box>(73,172),(417,676)</box> and\u2028more."
 
 
@@ -111,7 +111,7 @@ def test_boxes_are_drawn(
     assert shown.count("[1] a red house: (70, 110), (400, 433)") == 2
     assert (folder / "street-boxes-1.png").is_file()
     assert session.turns[0].answer.text == BOXES
-    assert [piece.ref for piece in session.turns[0].pieces if piece.ref] == ["a red house"]
+    assert [segment.ref for segment in session.turns[0].segments if segment.ref] == ["a red house"]
 
 
 def test_pieces_come_as_they_are_sent(server: FakeServer, model: ServerModel) -> None:
@@ -120,13 +120,13 @@ def test_pieces_come_as_they_are_sent(server: FakeServer, model: ServerModel) ->
     assert next(stream).text == "You"
     assert stream.answer.text == "You"
     server.go_on.set()
-    assert "".join(piece.text for piece in stream) == " said Hello."
+    assert "".join(segment.text for segment in stream) == " said Hello."
     assert (stream.n_prompt_tokens, stream.n_new_tokens) == (7, 16)
     assert stream.answer.finish_reason == "stop"
 
 
 def test_stopped(server: FakeServer, model: ServerModel) -> None:
-    """From another thread, while the next piece is awaited: the server is told, and what was said counts."""
+    """From another thread, while the next segment is awaited: the server is told, and what was said counts."""
     server.go_on.clear()
     chat = model.chat()
     stream = chat.ask("Hello")

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from engines import ENGINES, open_pair
+from engines import ENGINES, open_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin import QwenVL, UsageError, export_language, export_
 
 @pytest.fixture(scope="module", params=ENGINES)
 def vl(tiny_exported, request):
-    return open_pair(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", request.param)
+    return open_model(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", request.param)
 
 
 def prompt_with_images(vl, n_images, words):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engines import ENGINES, open_pair
+from engines import ENGINES, open_model
 from executors import say
 from PIL import Image
 
@@ -17,12 +17,12 @@ from paddlemix_qwenvl_plugin.export.export import export_vision
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 
-STREET = Path(__file__).parents[2] / "recipes" / "pictures" / "street.png"
+STREET = Path(__file__).parents[2] / "recipes" / "images" / "street.png"
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def vl(tiny_exported, request):
-    return open_pair(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", request.param)
+    return open_model(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", request.param)
 
 
 def test_equals_the_steps_by_hand(vl):

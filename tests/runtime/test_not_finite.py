@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.demo import run as demo
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 
-STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
+STREET = Path(__file__).resolve().parents[2] / "recipes" / "images" / "street.png"
 LINE = "the model's logits are not finite numbers: its weights are damaged (qwenvl verify checks them)"
 
 

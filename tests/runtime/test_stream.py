@@ -1,4 +1,4 @@
-"""Answers in pieces, and conversations that keep what earlier turns computed."""
+"""Answers in segments, and conversations that keep what earlier turns computed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engines import ENGINES, open_pair
+from engines import ENGINES, open_model
 from executors import record
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,11 +21,11 @@ from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
 from paddlemix_qwenvl_plugin.runtime.image_cache import ImageCache
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
-from paddlemix_qwenvl_plugin.runtime.pieces import Piece, PieceBuilder
+from paddlemix_qwenvl_plugin.runtime.segments import Segment, SegmentBuilder
 from paddlemix_qwenvl_plugin.tiny import make as tiny
 from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
 
-STREET = Path(__file__).parents[2] / "recipes" / "pictures" / "street.png"
+STREET = Path(__file__).parents[2] / "recipes" / "images" / "street.png"
 OTHER = Path(__file__).parents[1] / "golden" / "text" / "wide.png"
 PICTURE = [{"image": str(STREET)}, {"text": "What is this?"}]
 OTHER_PICTURE = [{"image": str(OTHER)}, {"text": "And this?"}]
@@ -46,7 +46,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=ENGINES)
 def vl(exported, request):
-    return open_pair(exported / "vision" / "vision", exported / "text" / "qwen", request.param)
+    return open_model(exported / "vision" / "vision", exported / "text" / "qwen", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def work(vl, monkeypatch):
 def test_pieces_are_the_answer(vl):
     whole = vl.generate(PICTURE, max_new_tokens=40)
     stream = vl.stream(PICTURE, max_new_tokens=40)
-    pieces = list(stream)
-    assert len(pieces) > 5
-    assert "".join(piece.text for piece in pieces) == whole.text
+    segments = list(stream)
+    assert len(segments) > 5
+    assert "".join(segment.text for segment in segments) == whole.text
     assert stream.answer.token_ids == whole.token_ids
     assert stream.answer.finish_reason == whole.finish_reason == "length"
     assert set(stream.answer.timings) == set(whole.timings)
@@ -95,37 +95,37 @@ def test_pieces_of_any_text(tokenizer, text):
     """As one reading of the whole text has them, however the tokens cut it."""
     for tags in ("all", ()):
         ids = tokenizer.encode(text.replace("<img>", ""), allowed_special=tags)
-        builder = PieceBuilder(tokenizer)
-        pieces = [piece for token in ids for piece in builder.add(token)] + list(builder.finish())
+        builder = SegmentBuilder(tokenizer)
+        segments = [segment for token in ids for segment in builder.add(token)] + list(builder.finish())
         said = tokenizer.decode(ids)
-        assert "".join(piece.text for piece in pieces) == said
-        assert [box for piece in pieces for box in piece.boxes] == parse_boxes(said).boxes
-        assert all(piece.text for piece in pieces)
+        assert "".join(segment.text for segment in segments) == said
+        assert [box for segment in segments for box in segment.boxes] == parse_boxes(said).boxes
+        assert all(segment.text for segment in segments)
 
 
 @settings(deadline=None)
 @given(data=st.binary(max_size=12))
 def test_any_bytes(tokenizer, data):
-    builder = PieceBuilder(tokenizer)
-    pieces = [piece for byte in data for piece in builder.add(byte)] + list(builder.finish())
-    assert "".join(piece.text for piece in pieces) == data.decode("utf-8", "replace")
+    builder = SegmentBuilder(tokenizer)
+    segments = [segment for byte in data for segment in builder.add(byte)] + list(builder.finish())
+    assert "".join(segment.text for segment in segments) == data.decode("utf-8", "replace")
 
 
 def test_words_come_at_once_and_characters_whole(tokenizer):
-    builder = PieceBuilder(tokenizer)
-    assert [list(builder.add(byte)) for byte in b"ab"] == [[Piece("a")], [Piece("b")]]
-    assert [list(builder.add(byte)) for byte in "狗".encode()] == [[], [], [Piece("狗")]]
+    builder = SegmentBuilder(tokenizer)
+    assert [list(builder.add(byte)) for byte in b"ab"] == [[Segment("a")], [Segment("b")]]
+    assert [list(builder.add(byte)) for byte in "狗".encode()] == [[], [], [Segment("狗")]]
 
 
 def test_refs_and_boxes_come_whole(tokenizer):
-    builder = PieceBuilder(tokenizer)
+    builder = SegmentBuilder(tokenizer)
     ids = tokenizer.encode("Here: <ref>the dog</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>.")
-    pieces = [piece for token in ids for piece in builder.add(token)]
-    tagged = [piece for piece in pieces if piece.ref or piece.boxes]
-    assert [piece.ref for piece in tagged] == ["the dog", None, None]
-    assert [box.ref for piece in tagged for box in piece.boxes] == ["the dog", "the dog"]
-    assert [box.points for piece in tagged for box in piece.boxes] == [((1, 2), (3, 4)), ((5, 6), (7, 8))]
-    assert pieces[-1] == Piece(".")
+    segments = [segment for token in ids for segment in builder.add(token)]
+    tagged = [segment for segment in segments if segment.ref or segment.boxes]
+    assert [segment.ref for segment in tagged] == ["the dog", None, None]
+    assert [box.ref for segment in tagged for box in segment.boxes] == ["the dog", "the dog"]
+    assert [box.points for segment in tagged for box in segment.boxes] == [((1, 2), (3, 4)), ((5, 6), (7, 8))]
+    assert segments[-1] == Segment(".")
 
 
 def test_a_closed_stream_stops_the_work(vl, work):
@@ -251,13 +251,13 @@ def test_a_failed_turn_is_no_turn(vl):
 
 
 def test_stop_ends_after_the_token_in_work(vl, work):
-    """Also while no piece comes, and what was held back is handed out: the pieces are the answer's text."""
+    """Also while no segment comes, and what was held back is handed out: the segments are the answer's text."""
     chat = vl.chat()
     stream = chat.ask(PICTURE, max_new_tokens=40)
     said = [next(stream).text]
     work.before_step = stream.stop
     n_steps = len(work.steps)
-    said += [piece.text for piece in stream]
+    said += [segment.text for segment in stream]
     assert len(work.steps) == n_steps + 1
     assert "".join(said) == stream.answer.text
     assert stream.answer.finish_reason == "cancelled"

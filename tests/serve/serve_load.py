@@ -71,10 +71,9 @@ class Load:
         polite: bool = False,
         forgiving: bool = False,
     ) -> None:
-        """
-        Args:
-            polite: no client hangs up or sends nonsense.
-            forgiving: an error in OpenAI's form with a status of 503 or 504, or in a stream, is no wrong answer.
+        """Args:
+        polite: no client hangs up or sends nonsense.
+        forgiving: an error in OpenAI's form with a status of 503 or 504, or in a stream, is no wrong answer.
         """
         self.tally = Tally()
         self._url = url

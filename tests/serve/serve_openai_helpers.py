@@ -58,8 +58,8 @@ def asking(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """
     (question,) = [question for question in QUESTIONS if question.name == name]
     text = question.turn.question
-    content = [*map(image_part, question.pictures), {"type": "text", "text": text}]
-    return content, [*({"image": path.read_bytes()} for path in question.pictures), {"text": text}]
+    content = [*map(image_part, question.images), {"type": "text", "text": text}]
+    return content, [*({"image": path.read_bytes()} for path in question.images), {"text": text}]
 
 
 def whole(server: Server, messages: Any, **parameters: Any) -> Any:

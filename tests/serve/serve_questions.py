@@ -10,7 +10,7 @@ from typing import Any
 from serve_openai_helpers import NAME, data_url
 
 from paddlemix_qwenvl_plugin import QwenVL
-from paddlemix_qwenvl_plugin.demo.questions import PICTURES, QUESTIONS
+from paddlemix_qwenvl_plugin.demo.questions import IMAGES, QUESTIONS
 from paddlemix_qwenvl_plugin.demo.questions import Question as DemoQuestion
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -41,7 +41,7 @@ class Question:
 
 
 def questions(alone: QwenVL, n: int, seed: int = 1) -> list[Question]:
-    """n questions with their answers; the same for the same seed."""
+    """N questions with their answers; the same for the same seed."""
     rng = random.Random(seed)
     made = _made(rng)
     return [_answered(alone, *next(made)) for _ in range(n)]
@@ -75,7 +75,7 @@ _Made = tuple[str, list[dict[str, Any]], list[dict[str, Any]]]
 def _demo(rng: random.Random) -> _Made:
     question: DemoQuestion = rng.choice(QUESTIONS)
     path = CHAT if question.sample.form == "chat" else COMPLETIONS
-    return path, *_content(question.pictures, question.turn.question)
+    return path, *_content(question.images, question.turn.question)
 
 
 def _text(rng: random.Random) -> _Made:
@@ -83,7 +83,7 @@ def _text(rng: random.Random) -> _Made:
 
 
 def _image_and_text(rng: random.Random) -> _Made:
-    return CHAT, *_content([rng.choice(sorted(PICTURES.glob("*.png")))], rng.choice(_TEXTS))
+    return CHAT, *_content([rng.choice(sorted(IMAGES.glob("*.png")))], rng.choice(_TEXTS))
 
 
 def _content(images: Sequence[Any], text: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -57,11 +57,10 @@ class CountingEngine:
     """An EngineClient whose completions are their numbers of tokens."""
 
     def __init__(self, pause: float = 0.0, loading: float = 0.0, tell: bool = False) -> None:
-        """
-        Args:
-            pause: seconds before each token.
-            loading: seconds to start.
-            tell: print a line when it begins to start.
+        """Args:
+        pause: seconds before each token.
+        loading: seconds to start.
+        tell: print a line when it begins to start.
         """
         self.ready = False
         self.restarts = 0

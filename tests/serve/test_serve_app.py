@@ -254,7 +254,7 @@ def test_bodies_of_all_requests_are_bounded() -> None:
 
 
 def test_who_asks_before_sending_is_told_before_sending() -> None:
-    """curl asks "Expect: 100-continue" for long bodies."""
+    """Curl asks "Expect: 100-continue" for long bodies."""
     with served(ready_service(max_body_bytes=MIB)) as url, connected(url) as connection:
         head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Type: application/json"
         connection.sendall(f"{head}\r\nContent-Length: {2 * MIB}\r\n\r\n".encode())
@@ -271,7 +271,7 @@ def test_a_body_that_does_not_come() -> None:
 
 
 def test_a_client_that_leaves_within_a_burst_of_events(logged: io.StringIO) -> None:
-    """asyncio warns of the fifth write after the one that failed."""
+    """Asyncio warns of the fifth write after the one that failed."""
 
     async def write() -> None:
         ours, theirs = socket.socketpair()

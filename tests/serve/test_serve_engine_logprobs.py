@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import numpy as np
 import pytest
-from engines import DEVICE, needs_compiler, open_pair
+from engines import DEVICE, needs_compiler, open_model
 from serve_engine_helpers import Asked
 
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
@@ -143,7 +143,7 @@ def test_with_steps_ahead_as_without(stages):
 
 def test_of_the_portable_graph(vl, stages):
     """As the engine's, but for how they round."""
-    portable = open_pair(*stages, "portable")
+    portable = open_model(*stages, "portable")
     for options in ({}, {"temperature": 1.5, "seed": 5}):
         both = []
         for pair in (vl, portable):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from serve_openai_helpers import NAME, data_url
 from serve_process import ServerProcess, metrics, sound_log, wait_until_idle
 
-from paddlemix_qwenvl_plugin.demo.questions import PICTURES
+from paddlemix_qwenvl_plugin.demo.questions import IMAGES
 
 if sys.version_info < (3, 10):
     pytest.skip("schemathesis needs Python 3.10", allow_module_level=True)
@@ -39,7 +39,7 @@ FLAGS = ("--max_new_tokens", 6, "--max_running", 8, "--image_workers", 1)
 PATIENCE = 60.0  # seconds for any reply
 BATCH = 15
 
-IMAGE = data_url(PICTURES / "locate.png")
+IMAGE = data_url(IMAGES / "locate.png")
 
 
 def _tame(body: Any, data: Any) -> None:

@@ -20,7 +20,7 @@ from paddlemix_qwenvl_plugin.serve.images import WorkerImageLoader
 from paddlemix_qwenvl_plugin.serve.service import LoadedImage
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
-STREET = Path(__file__).resolve().parents[2] / "recipes" / "pictures" / "street.png"
+STREET = Path(__file__).resolve().parents[2] / "recipes" / "images" / "street.png"
 PUBLIC = "93.184.215.14"
 PARAM = "messages[0].content[0].image_url.url"
 NET = {

@@ -139,7 +139,7 @@ def odd_images() -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "encoded",
     [
-        *(path.read_bytes() for path in sorted((REPO / "recipes" / "pictures").glob("*.png"))),
+        *(path.read_bytes() for path in sorted((REPO / "recipes" / "images").glob("*.png"))),
         *odd_images().values(),
     ],
 )

@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 MADE_UP = HERE / "made_up_paddlemix"
 MADE_UP_MAX_LEN = 600
 PICTURES = HERE.parent / "golden" / "text"
-STREET = HERE.parents[1] / "recipes" / "pictures" / "street.png"
+STREET = HERE.parents[1] / "recipes" / "images" / "street.png"
 
 REAL = os.environ.get("QWENVL_PADDLEMIX_DIR")
 MISSING = [name for name in ("paddlenlp", "ppdiffusers") if importlib.util.find_spec(name) is None]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engines import needs_compiler, open_pair
+from engines import needs_compiler, open_model
 from stock_models import VOCABULARY, StockModels, answers
 from wheel_environment import WheelEnvironment
 
@@ -55,7 +55,7 @@ def test_stock_export(
     done = script("export_model.py", stock.folders[scheme], *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     # The engine rounds activations where weights are float16.
-    vl = open_pair(stock.golden.vision, tmp_path / "out" / "qwen", "portable")
+    vl = open_model(stock.golden.vision, tmp_path / "out" / "qwen", "portable")
     features = vl.encode_images(stock.golden.images)
     tokens = vl.generate_ids(stock.golden.input_ids, features, max_new_tokens=24, eos_token_ids=())
     assert tokens == [stock.golden.figures["tokens"].tolist()]

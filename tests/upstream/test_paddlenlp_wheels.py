@@ -10,7 +10,7 @@ from typing import Any
 
 import paddle
 import pytest
-from engines import open_pair
+from engines import open_model
 from stock_models import SCHEMES, StockModels, answers
 from wheel_environment import WheelEnvironment, cached
 
@@ -43,7 +43,7 @@ def exported(
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_exported_graph_gives_golden_tokens(exported: Path, stock: StockModels, scheme: str) -> None:
     # The engine rounds activations where weights are float16.
-    vl = open_pair(stock.golden.vision, exported / scheme / "qwen", "portable")
+    vl = open_model(stock.golden.vision, exported / scheme / "qwen", "portable")
     features = vl.encode_images(stock.golden.images)
     tokens = vl.generate_ids(stock.golden.input_ids, features, max_new_tokens=24, eos_token_ids=())
     assert tokens == [stock.golden.figures["tokens"].tolist()]

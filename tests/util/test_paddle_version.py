@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin import QwenVLError
 from paddlemix_qwenvl_plugin.util import paddle_version
 
 REPO = Path(__file__).resolve().parents[2]
-STREET = str(REPO / "recipes" / "pictures" / "street.png")
+STREET = str(REPO / "recipes" / "images" / "street.png")
 
 
 def test_missing(monkeypatch):

@@ -33,12 +33,11 @@ class BodyLimit:
     """Reads the body of a request before anybody else sees the request, and hands it on in one piece."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int, timeout: float) -> None:
-        """
-        Args:
-            max_bytes: of a body; of a longer one as much again is read and thrown away, so that its client, which is
-                still sending, sees the answer.
-            max_held_bytes: of the bodies of all requests that have not been answered.
-            timeout: seconds to receive a body.
+        """Args:
+        max_bytes: of a body; of a longer one as much again is read and thrown away, so that its client, which is
+            still sending, sees the answer.
+        max_held_bytes: of the bodies of all requests that have not been answered.
+        timeout: seconds to receive a body.
         """
         self._app = app
         self._max_bytes = max_bytes

@@ -25,10 +25,9 @@ class OriginCheck:
     """
 
     def __init__(self, app: ASGIApp, allowed: Collection[str], loopback_only: bool) -> None:
-        """
-        Args:
-            allowed: origins of other pages that may ask.
-            loopback_only: whether the server is for this machine only, and goes by its names.
+        """Args:
+        allowed: origins of other pages that may ask.
+        loopback_only: whether the server is for this machine only, and goes by its names.
         """
         self._app = app
         self._allowed = frozenset(origin.rstrip("/").lower() for origin in allowed)

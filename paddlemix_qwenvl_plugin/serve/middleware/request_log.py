@@ -27,9 +27,8 @@ class RequestLog:
     """The outermost middleware."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: Collection[str]) -> None:
-        """
-        Args:
-            paths: the routes, which metrics tell apart; other paths are one.
+        """Args:
+        paths: the routes, which metrics tell apart; other paths are one.
         """
         self._app = app
         self._service = service

@@ -71,11 +71,10 @@ class ChoiceRun:
         deadline: Deadline,
         after: Optional[ChoiceRun] = None,
     ) -> None:
-        """
-        Args:
-            deadline: who lets it pass cancels the run.
-            after: a run with the same prompt: this one is submitted when that one has begun, and finds the prompt in
-                the prefix cache.
+        """Args:
+        deadline: who lets it pass cancels the run.
+        after: a run with the same prompt: this one is submitted when that one has begun, and finds the prompt in
+            the prefix cache.
         """
         self._service = service
         self._index = index

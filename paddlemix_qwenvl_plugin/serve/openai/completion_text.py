@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional
 
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
-from paddlemix_qwenvl_plugin.runtime.pieces import Piece, PieceBuilder
+from paddlemix_qwenvl_plugin.runtime.segments import Segment, SegmentBuilder
 from paddlemix_qwenvl_plugin.serve.engine_api import Token
 from paddlemix_qwenvl_plugin.serve.openai.stop_strings import StopStrings
 
@@ -66,7 +66,7 @@ class CompletionText:
         self._stop_token_ids = frozenset(stop_token_ids)
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._stops = StopStrings(stop_strings)
-        self._pieces = PieceBuilder(tokenizer)
+        self._segments = SegmentBuilder(tokenizer)
         self._waiting: Optional[deque[PlacedToken]] = deque() if with_tokens else None
         self._n_decoded = 0
         self._n_given = 0
@@ -90,21 +90,21 @@ class CompletionText:
             ready += self._stops.add(text)
             if self._stops.found:
                 break
-        return self._delta(self._pieces.add_text(ready)) if ready else Delta()
+        return self._delta(self._segments.add_text(ready)) if ready else Delta()
 
     def finish(self) -> Delta:
         """What was held back: no more tokens are coming."""
         rest = self._stops.add(self._decode(b"", final=True)) + self._stops.finish()
-        delta = self._delta([*self._pieces.add_text(rest), *self._pieces.finish()])
+        delta = self._delta([*self._segments.add_text(rest), *self._segments.finish()])
         if self._waiting and not self.stopped:
             delta.tokens += self._waiting  # those that say nothing
         return delta
 
-    def _delta(self, pieces: Iterable[Piece]) -> Delta:
+    def _delta(self, segments: Iterable[Segment]) -> Delta:
         delta = Delta()
-        for piece in pieces:
-            delta.text += piece.text
-            delta.boxes += piece.boxes
+        for segment in segments:
+            delta.text += segment.text
+            delta.boxes += segment.boxes
         self._n_given += len(delta.text)
         while self._waiting and self._waiting[0].start < self._n_given:
             delta.tokens.append(self._waiting.popleft())

@@ -44,7 +44,7 @@ def _shown(page: Page) -> tuple[str, list[list[float]]]:
 
 def _check(page: Page, alone: QwenVL) -> None:
     """Raise AssertionError unless the last answer is that of QwenVL alone, and its box where that is."""
-    answer = alone.generate([{"image": str(LOCATE.pictures[0])}, {"text": LOCATE.turn.question}], chat=True)
+    answer = alone.generate([{"image": str(LOCATE.images[0])}, {"text": LOCATE.turn.question}], chat=True)
     (box,) = answer.boxes
     words, corners = _shown(page)
     assert words == parse_boxes(answer.text).text
@@ -60,7 +60,7 @@ def test_a_question_a_stop_and_an_engine_that_is_killed(
     page = Page(page_browser, server, tmp_path)
     page.open()
     assert page.find("#model").text == "qwen-vl-chat"
-    page.ask(LOCATE.turn.question, LOCATE.pictures[0])
+    page.ask(LOCATE.turn.question, LOCATE.images[0])
     _check(page, alone)
     assert "tokens" in page.note()
 
@@ -76,7 +76,7 @@ def test_a_question_a_stop_and_an_engine_that_is_killed(
     wait_until_idle(url)
 
     os.kill(engine, signal.SIGSTOP)
-    page.attach(LOCATE.pictures[0])
+    page.attach(LOCATE.images[0])
     page.type(LOCATE.turn.question + "\n")
     page.wait(lambda: page.all(".answer.running"))
     os.kill(engine, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""An answer in pieces, while it is being generated: words as they come, refs and boxes when they are complete."""
+"""An answer in segments, while it is being generated: words as they come, refs and boxes when they are complete."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _TAGS = tuple(f"<{slash}{kind}>" for slash in ("", "/") for kind in ("ref", "box
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """A part of an answer.
 
     Attributes:
-        text: as the model said it, tags included; the texts of all pieces are the answer's text.
-        ref: the words between `<ref>` and `</ref>`, if this piece is a ref.
-        boxes: what stands between `<box>` and `</box>` (or quad), if this piece is a box; empty if it is malformed.
+        text: as the model said it, tags included; the texts of all segments are the answer's text.
+        ref: the words between `<ref>` and `</ref>`, if this segment is a ref.
+        boxes: what stands between `<box>` and `</box>` (or quad), if this segment is a box; empty if it is malformed.
     """
 
     text: str
@@ -30,8 +30,8 @@ class Piece:
     boxes: tuple[Box, ...] = ()
 
 
-class PieceBuilder:
-    """Tokens in, pieces out. A character is handed out when its last byte is there, a tag with its end tag."""
+class SegmentBuilder:
+    """Tokens in, segments out. A character is handed out when its last byte is there, a tag with its end tag."""
 
     def __init__(self, tokenizer: Optional[QwenTokenizer] = None) -> None:
         """`tokenizer` is what `add` needs."""
@@ -40,22 +40,22 @@ class PieceBuilder:
         self._held = ""
         self._ref: str | None = None
 
-    def add(self, token: int) -> Iterator[Piece]:
-        """The pieces that are complete with this token."""
+    def add(self, token: int) -> Iterator[Segment]:
+        """The segments that are complete with this token."""
         assert self._tokenizer is not None
         return self.add_text(self._decoder.decode(self._tokenizer.token_bytes(token)))
 
-    def add_text(self, text: str) -> Iterator[Piece]:
-        """The pieces that are complete with this text, for a caller that decodes the tokens itself."""
+    def add_text(self, text: str) -> Iterator[Segment]:
+        """The segments that are complete with this text, for a caller that decodes the tokens itself."""
         self._held += text
         return self._complete(last=False)
 
-    def finish(self) -> Iterator[Piece]:
-        """The pieces that wait for more, as the text they are."""
+    def finish(self) -> Iterator[Segment]:
+        """The segments that wait for more, as the text they are."""
         self._held += self._decoder.decode(b"", final=True)
         return self._complete(last=True)
 
-    def _complete(self, last: bool) -> Iterator[Piece]:
+    def _complete(self, last: bool) -> Iterator[Segment]:
         while self._held:
             tag = _TAG.search(self._held)
             if tag is None:
@@ -77,14 +77,14 @@ class PieceBuilder:
             text = self._take(n_ready)
             if text.strip():
                 self._ref = None
-            yield Piece(text)
+            yield Segment(text)
 
-    def _tagged(self, kind: str, text: str) -> Piece:
+    def _tagged(self, kind: str, text: str) -> Segment:
         if kind == "ref":
             self._ref = text[len("<ref>") : -len("</ref>")].strip() or None
-            return Piece(text, ref=self._ref)
+            return Segment(text, ref=self._ref)
         before = f"<ref>{self._ref}</ref>" if self._ref is not None else ""
-        return Piece(text, boxes=tuple(parse_boxes(before + text).boxes))
+        return Segment(text, boxes=tuple(parse_boxes(before + text).boxes))
 
     def _take(self, n: int) -> str:
         taken, self._held = self._held[:n], self._held[n:]

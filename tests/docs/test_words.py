@@ -1,0 +1,97 @@
+"""The words that docs/glossary.md discourages, in no tracked text of the project."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from doc_helpers import REPO
+
+GLOSSARY = REPO / "docs" / "glossary.md"
+SUFFIXES = {
+    ".py",
+    ".md",
+    ".h",
+    ".cc",
+    ".cu",
+    ".cuh",
+    ".js",
+    ".html",
+    ".css",
+    ".toml",
+    ".yaml",
+    ".yml",
+    ".sh",
+    ".txt",
+}
+# Text that is not ours to word: upstream's figures, inputs of the fuzzer, what the demo model is trained on.
+EXEMPT = (
+    "docs/glossary.md",
+    "tests/golden/",
+    "tests/fuzz/found/",
+    "paddlemix_qwenvl_plugin/demo/world/",
+    "paddlemix_qwenvl_plugin/demo/questions.py",
+    "tests/demo/world/",
+    "tools/train_demo/",
+)
+# "Picture 1: " is literal text of the official prompts; the demo model is asked in the words it was trained on.
+ALLOWED = re.compile(
+    r"picture[_ ]?label|npicture_label|Picture ?(?:\d|\{|N\b|%)"
+    r"|(?:in|of|describe|which) (?:the |this )?picture",
+    re.IGNORECASE,
+)
+
+
+def discouraged() -> list[str]:
+    rows = [
+        line.split("|")[1:-1] for line in GLOSSARY.read_text("utf-8").splitlines() if line.startswith("|")
+    ]
+    return [word.strip() for row in rows[2:] for word in row[2].split(",") if word.strip()]
+
+
+def tracked() -> list[Path]:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout: the tracked files are not known")
+    names = [name for name in listing.stdout.split("\0") if Path(name).suffix in SUFFIXES]
+    return [REPO / name for name in names if not name.startswith(EXEMPT)]
+
+
+def found(text: str, words: list[str]) -> Iterator[tuple[int, str]]:
+    # A word is also found in names, as in `n_pictures` or `PictureLabel`.
+    pattern = re.compile(
+        r"(?<![^\W_])(?:" + "|".join(words) + r")s?(?![^\W_])|(?-i:(?<=[a-z])(?:Picture|Piece)s?)",
+        re.IGNORECASE,
+    )
+    for number, line in enumerate(text.splitlines(), 1):
+        for match in pattern.finditer(ALLOWED.sub("", line)):
+            yield number, match.group()
+
+
+def test_no_discouraged_words() -> None:
+    words = discouraged()
+    assert len(words) > 10
+    places = [
+        f"{path.relative_to(REPO)}:{number}: {word}"
+        for path in tracked()
+        if path.exists()
+        for number, word in found(path.read_text("utf-8"), words)
+    ]
+    assert not places, f"{len(places)} discouraged words, see docs/glossary.md:\n" + "\n".join(places[:200])
+
+
+@pytest.mark.parametrize(
+    ("text", "n"),
+    [
+        ("A picture, a PHOTO and pictures", 3),
+        ("n_pictures = picture_turn", 2),
+        ('label = "Picture 1: ", --picture_label', 0),
+        ("encrypted spoilage of masterpieces", 0),
+        ("it is mended", 1),
+    ],
+)
+def test_what_is_found(text: str, n: int) -> None:
+    assert len(list(found(text, discouraged()))) == n
