@@ -1,0 +1,51 @@
+"""The tables of docs/errors.md: one row per case, with the message that the case gives.
+
+After a message is reworded in the code, the rows that differ are written anew by
+
+    QWENVL_TEST_UPDATE_ERRORS=1 pytest tests/errors tests/serve/test_serve_errors.py
+
+Put `…` back for what varies, such as a library's own words.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
+_UPDATE = os.environ.get("QWENVL_TEST_UPDATE_ERRORS") == "1"
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a table's line."""
+    return [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def table_rows() -> Iterator[list[str]]:
+    """The cells of every table line, in the document's order."""
+    return map(cells_of, DOCUMENT.read_text("utf-8").splitlines())
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether a text is what a row says; `…` in the row stands for any text."""
+    return re.fullmatch(".+".join(map(re.escape, pattern.split("…"))), text) is not None
+
+
+def check(what: str, pattern: str, text: str) -> None:
+    """Compare a case's message with its row, or rewrite the row if that is wanted."""
+    if _UPDATE and not matches(pattern, text):
+        document = DOCUMENT.read_text("utf-8")
+        reworded = [_reworded(line, what, pattern, text) for line in document.split("\n")]
+        assert reworded != document.split("\n"), f"no row of {what!r} has the message {pattern!r}"
+        DOCUMENT.write_text("\n".join(reworded), "utf-8")
+    else:
+        assert matches(pattern, text), text
+
+
+def _reworded(line: str, what: str, pattern: str, text: str) -> str:
+    if not line.startswith("|") or cells_of(line)[:1] != [what]:
+        return line
+    old, new = (f"`{words}`".replace("|", r"\|") for words in (pattern, text))
+    return line.replace(old, new)
