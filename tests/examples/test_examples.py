@@ -26,6 +26,7 @@ from paddlemix_qwenvl_plugin.demo.score import mark
 from paddlemix_qwenvl_plugin.demo.world.captions import caption_text
 from paddlemix_qwenvl_plugin.demo.world.sample import Sample, Turn
 from paddlemix_qwenvl_plugin.demo.world.scene import Scene, Thing
+from paddlemix_qwenvl_plugin.serve.demo_model import demo_stages
 
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLES = REPO / "examples"
@@ -54,22 +55,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Run:
     """Run a script without arguments, once; its standard output."""
+    return functools.cache(lambda name: started(name, folder))
 
-    @functools.cache
-    def run_once(name: str) -> str:
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLES / f"{name}.py")],
-            cwd=folder,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
-    return run_once
+def started(name: str, folder: Path, *arguments: str) -> str:
+    """Standard output of a script that is run in a folder."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def documented(name: str) -> str:
@@ -115,6 +116,32 @@ def test_prints_what_it_documents(name: str, run: Run) -> None:
 def test_readme_shows_the_output(name: str) -> None:
     readme = (EXAMPLES / "README.md").read_text("utf-8")
     assert f"```console\n$ python examples/{name}.py\n{documented(name)}\n```" in readme
+
+
+def test_readme_links_resolve() -> None:
+    readme = (EXAMPLES / "README.md").read_text("utf-8")
+    links = re.findall(r"\]\(([^)#]+)(?:#([^)]+))?\)", readme)
+    assert len(links) > 5
+    for target, fragment in links:
+        text = (EXAMPLES / target).read_text("utf-8")
+        titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        assert not fragment or fragment in [title.lower().replace(" ", "-") for title in titles], target
+
+
+def test_other_stages_and_images(tmp_path: Path) -> None:
+    shutil.copyfile(BY_NAME["read"].images[0], tmp_path / "sign.PNG")
+    (tmp_path / "notes.txt").write_text("no image")
+    flags = [
+        str(tmp_path),
+        "--model",
+        *map(str, demo_stages(print)),
+        "--prompt",
+        "Generate the caption in Chinese:",
+    ]
+    assert started("caption_folder", tmp_path, *flags).split() == [
+        "sign.PNG",
+        caption_text(SCENES["read.png"], "zh"),
+    ]
 
 
 def test_caption_folder(run: Run) -> None:
@@ -312,7 +339,7 @@ def test_under_the_hood(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokens == sum(lengths)
     assert max(lengths) <= steps <= max(lengths) + 3
     cached, of = map(int, re.findall(r"(\d+) of (\d+) prompt tokens were in the cache", printed)[0])
-    assert 256 < cached < of
+    assert 256 <= cached < of
     assert "1 image encoded in all, 0 of " in printed
     sizes = [int(n) for n in re.findall(r": (\d+) bytes", printed)]
     assert sizes == [4 * 384 * 256, 384 * (256 + 4), 384 * (256 // 2 + 2 * 256 // 64)]
