@@ -1,0 +1,59 @@
+"""Start the HTTP server, ask it a question in OpenAI's form, and stop it.
+
+    python examples/serve_and_call.py
+    python examples/serve_and_call.py --image FILE --question "Is there a dog?" --model out/vision/vision out/text/qwen
+
+The first command prints
+
+    <ref>the blue heart in the centre</ref><box>(380,380),(540,530)</box>
+    the blue heart in the centre [[97.28, 97.28], [138.24, 135.68]]
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+from demo_model import IMAGES, parser
+
+
+@contextlib.contextmanager
+def server(*flags: str) -> Iterator[str]:
+    """Run `qwenvl serve` with these flags; the value is its address."""
+    command = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "serve", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            # Without such a line the server did not start, and stderr has the reason.
+            yield next(line.split()[-1] for line in process.stdout or () if line.startswith("Serving "))
+        finally:
+            process.terminate()
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--image", type=Path, default=IMAGES / "locate.png")
+    flags.add_argument("--question", default="Draw a box around the blue heart in the centre.")
+    arguments = flags.parse_args()
+
+    serve = ["--demo"]
+    if arguments.model:
+        serve = ["--first_model_path", arguments.model[0], "--second_model_path", arguments.model[1]]
+    data = base64.b64encode(arguments.image.read_bytes()).decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:;base64,{data}"}}
+    text = {"type": "text", "text": arguments.question}
+    request = {"model": "qwen-vl-chat", "messages": [{"role": "user", "content": [image, text]}]}
+    with server("--port", "0", "--device", arguments.device, "--log_level", "warning", *serve) as address:
+        reply = httpx.post(f"{address}/v1/chat/completions", json=request, timeout=600, trust_env=False)
+    message = reply.raise_for_status().json()["choices"][0]["message"]
+    print(message["content"])
+    for box in message["boxes"]:
+        print(box["ref"], box["pixels"])
+
+
+if __name__ == "__main__":
+    main()
