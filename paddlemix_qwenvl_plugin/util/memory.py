@@ -32,5 +32,5 @@ def require_addresses(what: str, mib: int) -> None:
     left = address_space_left()
     if left is not None and left < mib << 20:
         raise QwenVLError(
-            f"out of memory: {what} takes {mib} MiB of addresses, and a limit (ulimit -v) leaves {left >> 20}"
+            f"out of memory: {what} takes {mib} MiB of address space, and a limit (ulimit -v) leaves {left >> 20}"
         )
