@@ -45,8 +45,8 @@ class _Entry:
 class Checkpoint:
     """The weights of a model folder under canonical names, in Paddle's [in, out] layout.
 
-    The checkpoint must contain exactly the tensors of the model, with the right shapes. The naming scheme and the layout
-    of each half of the model are detected from the names and shapes.
+    The checkpoint must contain exactly the tensors of the model, with the right shapes. The naming scheme and the
+    layout of each half of the model are detected from the names and shapes.
 
     Raises:
         UsageError: the folder, its config or its weights do not exist.
@@ -77,8 +77,8 @@ class Checkpoint:
     ) -> Iterator[tuple[str, NDArray[np.generic]]]:
         """Yield (canonical name, values) in `dtype`, bfloat16 as uint16 bits.
 
-        Linear weights are [in, out], with `out_in` [out, in]. At most one tensor (safetensors, PyTorch) or one weight file
-        (.pdparams) is in memory at a time.
+        Linear weights are [in, out], with `out_in` [out, in]. At most one tensor (safetensors, PyTorch) or one weight
+        file (.pdparams) is in memory at a time.
         """
         names = {self._entries[name].stored_name: name for name in specs}
         for stored_name, array in self._shards.read(set(names)):

@@ -337,7 +337,10 @@ def _run_all(
                     )
             ended = [number for number, process in running.items() if process.poll() is not None]
             for number in ended:
-                process, output = running.pop(number), (folder / f"{number}.out").read_text("utf-8", "replace")
+                process, output = (
+                    running.pop(number),
+                    (folder / f"{number}.out").read_text("utf-8", "replace"),
+                )
                 yield subprocess.CompletedProcess(list(commands[number]), process.returncode, output)
             if not ended:
                 time.sleep(0.02)

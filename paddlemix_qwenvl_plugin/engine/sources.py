@@ -58,8 +58,8 @@ def isas_here(csrc: Path) -> list[Isa]:
 def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
     """Compiler runs for `libqwenvl.so`; the kernels, which take longest, come first.
 
-    Beside one better ISA, the generic kernels serve comparison only: they are compiled without optimisation, which takes
-    most of the time. In a library of more than two ISAs, any of them may be the best of a machine.
+    Beside one better ISA, the generic kernels serve comparison only: they are compiled without optimisation, which
+    takes most of the time. In a library of more than two ISAs, any of them may be the best of a machine.
     """
     found = []
     for isa in reversed(isas):

@@ -1,7 +1,7 @@
 """The environment variables that this package reads; docs/environment.md describes them.
 
-`activation/_qwenvl_activate.py` reads QWENVL_PLUGIN and QWENVL_PLUGIN_DEBUG without this module: it runs at the start of
-every Python process and imports nothing.
+`activation/_qwenvl_activate.py` reads QWENVL_PLUGIN and QWENVL_PLUGIN_DEBUG without this module: it runs at the start
+of every Python process and imports nothing.
 """
 
 from __future__ import annotations
