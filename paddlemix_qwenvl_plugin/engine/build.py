@@ -366,5 +366,5 @@ def _deferred_signals() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
-    for number in received:
-        signal.raise_signal(number)
+    for late in received:
+        signal.raise_signal(late)

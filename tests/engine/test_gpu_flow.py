@@ -1,4 +1,4 @@
-"""`device="gpu"` from the flag to the engine, with the CPU back end in the place of that for GPUs."""
+"""`device="gpu"` from the flag to the engine, with the CPU back end in place of the GPU's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.export.export import export_language
 
 pytestmark = needs_compiler
 
-# What stands for a machine with two GPUs; then the code of a test.
+# Fakes a machine with two GPUs; the code of a test follows.
 MACHINE = """
 import os, sys
 from pathlib import Path
@@ -28,7 +28,7 @@ vision, language = sys.argv[1:3]
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The stand-in, in the cache beside the engine: it takes as long to build."""
+    """The stand-in, cached beside the engine: it takes as long to build."""
     csrc = sources.source_folder()
     stand_in = Path(__file__).with_name("cpu_as_gpu.cc")
     own = ("core_capi.o", "core_generate.o", "core_cuda_back_end.o")
@@ -111,8 +111,8 @@ opened.run([paddle.zeros([1, 3, 448, 448])])
 """
 
 
-def test_a_program_of_somebody_else(library: Path, pair: tuple[Path, Path]) -> None:
-    """QWENVL_DEVICE alone has the library and the kernels loaded."""
+def test_the_program_of_another_framework(library: Path, pair: tuple[Path, Path]) -> None:
+    """QWENVL_DEVICE alone loads the library and the kernels."""
     done = run(OTHERS, library, pair, QWENVL_DEVICE="gpu:1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "made on GPU 1 from /kernels"
@@ -132,7 +132,7 @@ except QwenVLError as error:
 
 @pytest.mark.parametrize("free", [10, 200_000_000])
 def test_memory(library: Path, pair: tuple[Path, Path], free: int) -> None:
-    """Half of what is free is for the KV cache; where there is no room at all, nothing is made."""
+    """Half of the free memory is for the KV cache; without enough memory, nothing is created."""
     done = run(MEMORY, library, pair, FAKE_FREE_BYTES=str(free))
     assert done.returncode == 0, done.stderr[-2000:]
     *made, last = done.stdout.splitlines()

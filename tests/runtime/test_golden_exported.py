@@ -42,7 +42,7 @@ def test_predictor_tokens(pair):
 
 
 def test_step_program_logits(golden, name, extension, monkeypatch):
-    """The prompt in two pieces, then its last tokens and the decode one by one: every logit of the goldens.
+    """The prompt in two chunks, then its last tokens and the decode steps one by one: every logit of the goldens.
 
     Of the portable program; tests/csrc has the same of the engine.
     """
@@ -79,7 +79,7 @@ def test_step_program_logits(golden, name, extension, monkeypatch):
 
 @pytest.mark.parametrize("mask_axes", [2, 4])
 def test_stock_contract(pair, extension, mask_axes):
-    """What the stock predictor feeds, in its order: the tokens come out, and the five stock outputs."""
+    """The stock predictor's inputs, in its order, give the tokens and the five stock outputs."""
     model, _, features = pair
     stock = Stage(program(model.language, extension), "language", "cpu").open()
     feed = stock_feed(model.config, model.input_ids, features, model.img_pos, max_new=24, mask_axes=mask_axes)
