@@ -27,6 +27,6 @@ def open_model(vision: Path, language: Path, engine: str, model: Optional[Path] 
     """Open a model on these programs, for use by several tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWENVL_ENGINE", engine)
-        pair = QwenVL.from_exported(vision, language, model)
-        pair._loop.load(vision=True)
-    return pair
+        vl = QwenVL.from_exported(vision, language, model)
+        vl._loop.load(vision=True)
+    return vl

@@ -437,7 +437,7 @@ def test_download(server: str, path: str) -> None:
         ("to_file", "cannot be downloaded: .*protocol"),
         ("to_ftp", "cannot be downloaded: .*protocol"),
         ("loop", "cannot be downloaded: .*redirects"),
-        ("compressed", "the server sent it compressed"),
+        ("compressed", "the server compressed it"),
         ("cut", "cannot be downloaded"),
         ("nonsense", "cannot be downloaded"),
     ],

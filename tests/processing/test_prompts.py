@@ -38,7 +38,7 @@ def test_golden_chats(paddlemix_s: QwenTokenizer, golden_tokens: dict[str, Any])
 
 
 def test_an_image_is_labelled_as_in_the_official_prompts(real: QwenTokenizer) -> None:
-    # "Picture", " ", "1", ":", " " and <img>, each a token of its own but for "Picture".
+    # The label is five tokens.
     assert real.encode("Picture 1: ") == [24669, 220, 16, 25, 220]
     for prompt in (base_prompt(real, [{"image": "a.jpg"}]), chat_prompt(real, [{"image": "a.jpg"}])):
         start = prompt.input_ids.index(real.img_start_id)

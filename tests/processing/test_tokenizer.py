@@ -98,7 +98,7 @@ def test_the_picture_label_of_a_folder(tiny_vocab_file: Path, tmp_path: Path) ->
     ("settings", "message"),
     [
         ('{"picture_label": 3}', "picture_label: 3 must be text with {} once"),
-        ('{"picture_label": "Picture"}', "picture_label: 'Picture' must be text with {} once"),
+        ('{"picture_label": "Label"}', "picture_label: 'Label' must be text with {} once"),
         ('{"picture_label": "<img>{}"}', "picture_label: '<img>{}' must not contain <img>"),
         ("{", "not valid JSON ("),
         ("\xff", "not valid JSON ("),
