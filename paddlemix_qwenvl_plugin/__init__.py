@@ -1,4 +1,4 @@
-"""Export and run Qwen-VL with Paddle.
+"""Export Qwen-VL as static Paddle graphs and answer questions about images with them.
 
 Importing this package loads neither Paddle nor PaddleNLP: the names below are resolved on first use.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
     from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
-_WHERE = {
+_MODULES = {
     "Answer": "runtime.answer",
     "AnswerStream": "runtime.stream",
     "Chat": "runtime.chat",
@@ -60,6 +60,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,6 +1,6 @@
-"""`python -m paddlemix_qwenvl_plugin.launch SCRIPT ...`: run an upstream script with the plugin active.
+"""Run an upstream script with the plugin active: `python -m paddlemix_qwenvl_plugin.launch SCRIPT ...`.
 
-For where Python does not read the installed qwenvl_activate.pth, as in a folder made by `pip install --target`.
+For installations in which Python does not read qwenvl_activate.pth, such as `pip install --target`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _USAGE = "usage: python -m paddlemix_qwenvl_plugin.launch (SCRIPT | -m MODULE) [
 
 
 def main() -> None:
-    """Run the script or module that sys.argv names, as `python` itself would."""
+    """Run the script or module named in sys.argv, as `python` itself would."""
     arguments = sys.argv[1:]
     if arguments[:1] in (["-h"], ["--help"]):
         print(_USAGE)
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _prepare(arguments: list[str]) -> str:
-    """Activate the plugin, set sys.argv and sys.path; return the script or the module."""
+    """Activate the plugin, set sys.argv and sys.path, return the name of the script or module."""
     as_module = arguments[:1] == ["-m"]
     arguments = arguments[1:] if as_module else arguments
     if not arguments:
@@ -49,20 +49,20 @@ def _prepare(arguments: list[str]) -> str:
             "run: pip install paddlemix-qwenvl-plugin"
         ) from error
     activation.init()
-    if as_module and not _is_there(name):
+    if as_module and not _module_exists(name):
         raise UsageError(f"{name}: no such module")
     sys.argv = arguments
-    # `python -m` has put the working directory first. That is right for a module, unless -I or -P forbids it.
+    # `python -m` puts the working directory first. That is right for a module, unless -I or -P forbids it.
     if not (as_module or sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         sys.path[0] = str(Path(name).resolve().parent)
     return name
 
 
-def _is_there(module: str) -> bool:
+def _module_exists(module: str) -> bool:
     try:
         return util.find_spec(module) is not None
     except ModuleNotFoundError as error:
-        # One of the packages around it is missing; anything else that is missing is that package's affair.
+        # A parent package is missing. Any other missing module is an import error inside a parent: raise it.
         if error.name is not None and f"{module}.".startswith(f"{error.name}."):
             return False
         raise

@@ -1,3 +1,3 @@
-"""The plugin's version, in one place for the package and for what it writes."""
+"""The version of the plugin, for the package and for the files that it writes."""
 
 __version__ = "0.1.0"

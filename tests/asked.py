@@ -1,4 +1,4 @@
-"""Requests of every kind, drawn at random, that can be made again."""
+"""Random requests of every kind, reproducible."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.runtime.generation import ImageInput
 
 
 class Asked:
-    """A request that can be made again: a prompt, perhaps with an image and an earlier answer, and options."""
+    """A reproducible request: a prompt, possibly with an image and an earlier answer, and options."""
 
     def __init__(self, vl: QwenVL, rng: random.Random, most_new: int = 40, with_image: float = 0.4) -> None:
         vision = vl.config.visual

@@ -1,4 +1,4 @@
-"""Chromium without a window, driven by Selenium, for the tests of pages."""
+"""Headless Chromium, driven by Selenium, for the tests of pages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_chromium = pytest.mark.skipif(
 
 
 class Browser:
-    """Chromium with a log of its console and, if asked for, of its requests."""
+    """Chromium with a log of its console and, optionally, of its requests."""
 
     def __init__(self, arguments: Sequence[str] = (), log_requests: bool = True) -> None:
         webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install -e '.[dev]'")

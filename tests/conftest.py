@@ -1,4 +1,4 @@
-"""Model folders and exports that several tests use, made once a session."""
+"""Model folders and exports shared by tests, created once per session."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Under nohup, and in the background of a script, these are ignored, also by the commands that the tests start and stop.
+# Under nohup and in background jobs these are ignored, and the commands that the tests start and stop inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which programs of an export are opened in this test: each in turn."""
+    """The programs of an export to open: each in turn."""
     monkeypatch.setenv("QWENVL_ENGINE", request.param)
     return str(request.param)
 
@@ -53,7 +53,7 @@ class Golden:
 
     @property
     def images(self) -> np.ndarray:
-        """The pictures the figures were made with (tests/golden/README.md)."""
+        """The images of the reference figures (tests/golden/README.md)."""
         n_images = len(self.figures["features_every_16th_query"])
         return np.random.RandomState(101).randn(n_images, 3, 448, 448).astype("float32")
 
@@ -68,7 +68,7 @@ class Golden:
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Golden]:
-    """golden("a") or golden("b"), exported in float32."""
+    """Export golden model "a" or "b" in float32, once per session."""
     made: dict[str, Golden] = {}
 
     def get(name: str) -> Golden:

@@ -11,7 +11,7 @@ import pytest
 
 from paddlemix_qwenvl_plugin import QwenVL
 
-# "gpu" runs the tests that know it there (tests/cuda/README.md).
+# "gpu" runs the tests that support it on a GPU (tests/cuda/README.md).
 DEVICE = os.environ.get("QWENVL_TEST_DEVICE", "cpu")
 
 HAS_COMPILER = shutil.which("c++") is not None
@@ -24,9 +24,9 @@ ENGINES = ["portable", pytest.param("fused", marks=needs_compiler)]
 
 
 def open_model(vision: Path, language: Path, engine: str, model: Optional[Path] = None) -> QwenVL:
-    """A predictor on these programs, for longer than a test."""
+    """Open a model on these programs, for use by several tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWENVL_ENGINE", engine)
-        pair = QwenVL.from_exported(vision, language, model)
-        pair._loop.load(vision=True)
-    return pair
+        vl = QwenVL.from_exported(vision, language, model)
+        vl._loop.load(vision=True)
+    return vl

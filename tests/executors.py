@@ -1,4 +1,4 @@
-"""Executors for tests: one that records what another does, and one that says what it is told to say."""
+"""Executors for tests: one that records the calls of another, and one that generates scripted tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 
 class Recording:
-    """Passes everything on. `done` has "encode" for each image and, for each step, how many tokens it ran."""
+    """Forward all calls. `done` records "encode" for each image and the number of tokens of each step."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
@@ -45,7 +45,7 @@ class Recording:
 
 
 class Scripted:
-    """Says `script(prompt)`, token by token, and computes nothing. `prompts` has those that it was asked."""
+    """Generate `script(prompt)` token by token without computing anything. `prompts` records the prompts."""
 
     def __init__(
         self, vl: QwenVL, script: Callable[[list[int]], Iterable[int]], limits: Optional[Limits] = None
@@ -81,14 +81,14 @@ class Scripted:
 
 
 def record(vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Recording:
-    """A new loop without caches on the executor of `vl`, which records."""
+    """Replace the loop of `vl` by one without cached content, on a recording executor."""
     recording = Recording(vl._loop._executor)
     monkeypatch.setattr(vl, "_loop", Loop(recording))
     return recording
 
 
 def say(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> list[list[int]]:
-    """Let the model say these tokens, whatever it is asked; returns the prompts that it gets."""
+    """Make the model generate these tokens for any prompt; returns the list of recorded prompts."""
     scripted = Scripted(vl, lambda prompt: tokens)
     monkeypatch.setattr(vl, "_loop", Loop(scripted))
     return scripted.prompts

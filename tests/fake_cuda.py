@@ -1,4 +1,4 @@
-"""A driver and an NVRTC as C files of a few lines, for machines that have none."""
+"""Fake CUDA driver and NVRTC in a few lines of C, for machines without them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 }
 """
 
-# Compiles by copying, and fails where the source says so, or where its BUILTINS are asked for and not found.
+# Compiles by copying; fails if the source requests it, or if its BUILTINS are not found.
 NVRTC = """
 #include <dlfcn.h>
 #include <stdlib.h>
@@ -52,12 +52,12 @@ int nvrtcGetCUBIN(void* program, char* to) { memcpy(to, text, strlen(text)); ret
 
 
 def fake_driver(folder: Path) -> Path:
-    """libcuda.so.1 in `folder`; it reads FAKE_CUDA (12090), FAKE_GPUS and FAKE_MAJOR (8) from the environment."""
+    """Build libcuda.so.1 in `folder`; it reads FAKE_CUDA (12090), FAKE_GPUS and FAKE_MAJOR (8) from the environment."""
     return _library(folder / "libcuda.so.1", DRIVER)
 
 
 def fake_nvrtc(path: Path, major: int, minor: int, *architectures: int, builtins: str | None = None) -> Path:
-    """An NVRTC of this version that knows these architectures. It opens a library of the name `builtins`."""
+    """Build an NVRTC of this version for these architectures; it opens the library named `builtins`."""
     flags = [f"-DMAJOR={major}", f"-DMINOR={minor}", f"-DARCHS={', '.join(map(str, architectures))}"]
     if builtins is not None:
         _library(path.with_name(builtins), "", f"-Wl,-soname,{builtins}")
@@ -66,7 +66,7 @@ def fake_nvrtc(path: Path, major: int, minor: int, *architectures: int, builtins
 
 
 def headers(folder: Path) -> Path:
-    """What stands for CUDA's headers in `folder`."""
+    """Create stand-ins for CUDA's headers in `folder`."""
     folder.mkdir(parents=True)
     (folder / "cuda_fp16.h").write_text("")
     return folder

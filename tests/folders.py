@@ -1,4 +1,4 @@
-"""The golden weights written as each upstream would: three naming schemes, two layouts, several file formats."""
+"""Write the golden weights in each upstream's form: three naming schemes, two layouts, several file formats."""
 
 from __future__ import annotations
 

@@ -39,11 +39,11 @@ CONFIG: dict[str, Any] = {
 
 
 def write_model(folder: Path, sizes: dict[str, Any], dtype: str) -> Path:
-    """A folder of safetensors with Hugging Face's names and [out, in] layout; one of its shards is held at a time."""
+    """Write a safetensors folder with Hugging Face's names and [out, in] layout, one shard in memory at a time."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(sizes))
     config = parse_config(sizes, "test")
-    # A short pattern repeated: gigabytes of real random numbers would cost more time than what they are for.
+    # A short pattern repeated: generating gigabytes of random numbers would take longer than the test.
     pattern = np.random.default_rng(0).standard_normal(1048573).astype(np.float32)
     weight_map: dict[str, str] = {}
     for number, group in enumerate(shards({**language_specs(config), **vision_specs(config)})):

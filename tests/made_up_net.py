@@ -1,4 +1,4 @@
-"""A resolver and addresses of the tests' own: names lead to public addresses, and these to servers on this machine."""
+"""Fake resolver and connections: names resolve to public addresses, which connect to servers on this machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 
 class MadeUpNet:
-    """Names with the answers that the resolver gives one after the other, the last one for ever.
+    """Names with successive answers of the resolver, the last of which repeats.
 
-    `asked` are the names that were looked up, `reached` the addresses that were connected to, in order.
+    `asked` has the resolved names, `reached` the connected addresses, in order.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, names: dict[str, list[list[str]]]) -> None:
@@ -27,7 +27,7 @@ class MadeUpNet:
 
     def _getaddrinfo(self, host: str, *args: Any, **kwargs: Any) -> list[Any]:
         if host not in self._names:
-            return self._lookup(host, *args, **kwargs)  # numbers in any spelling; there are no other names
+            return self._lookup(host, *args, **kwargs)  # numeric addresses in any spelling
         self.asked.append(host)
         answers = self._names[host]
         addresses = answers.pop(0) if len(answers) > 1 else answers[0]
@@ -38,7 +38,7 @@ class MadeUpNet:
 
     def _create_connection(self, address: tuple[str, int], *args: Any, **kwargs: Any) -> socket.socket:
         host, port = address
-        if host in self._names:  # whoever connects by name asks the resolver once more
+        if host in self._names:  # connecting by name queries the resolver again
             [(*_, (host, _))] = self._getaddrinfo(host)[:1]
         self.reached.append(host)
         if host in self.dead:

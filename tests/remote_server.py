@@ -1,4 +1,4 @@
-"""A server in OpenAI's form for tests: it answers what it is told to, and keeps what it was asked."""
+"""Fake server with OpenAI's API: scripted answers, recorded requests."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ Answer = Callable[[dict[str, Any]], Union[str, Said]]
 
 
 class FakeServer(ThreadingHTTPServer):
-    """`answer(body)` gives an answer, or the text of one that has ended; `refuse(path, body)` gives the status, error
+    """Server with scripted answers.
+
+    `answer(body)` returns an answer, or the text of a finished one; `refuse(path, body)` returns the status, error
     and headers of an error instead.
 
     Attributes:
         asked: (path, body) of each request that was not refused.
         gone: released for each client that went away in a stream.
-        go_on: while it is not set, streams wait behind their first piece.
-        cut: break streams off behind their first piece.
-        key: the API key that is demanded.
+        go_on: while it is not set, streams wait after their first delta.
+        cut: abort streams after their first delta.
+        key: the required API key.
     """
 
     daemon_threads = True
@@ -131,9 +133,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        pieces = [said.text[i : i + 3] for i in range(0, len(said.text), 3)]
+        chunks = [said.text[i : i + 3] for i in range(0, len(said.text), 3)]
         deltas: list[dict[str, Any]] = [{"delta": {"role": "assistant", "content": ""}}]
-        deltas += [{"delta": {"content": piece}} for piece in pieces]
+        deltas += [{"delta": {"content": chunk}} for chunk in chunks]
         deltas.append({"delta": {"boxes": []}, "finish_reason": said.finish_reason})
         try:
             self.wfile.write(b": a comment\r\n\r\n")
@@ -150,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.gone.release()
 
     def _event(self, values: dict[str, Any]) -> None:
-        # As servers that write JSON without escapes: U+2028 stays as it is.
+        # Like servers that write JSON without escapes: U+2028 is not escaped.
         self.wfile.write(b"data: " + json.dumps(values, ensure_ascii=False).encode() + b"\n\n")
 
     def _json(self, status: int, values: Any, headers: Optional[dict[str, str]] = None) -> None:
@@ -168,5 +170,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def usage(text: str) -> dict[str, int]:
-    """Of an answer: 7 tokens of prompt, and one for each character and the end."""
+    """Usage of an answer: 7 prompt tokens, and one token for each character and for the end."""
     return {"prompt_tokens": 7, "completion_tokens": len(text) + 1, "total_tokens": len(text) + 8}

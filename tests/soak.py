@@ -1,4 +1,4 @@
-"""A soak of the loop on the engine: requests of every kind come, go and are cancelled, in a small KV cache."""
+"""Soak test of the loop on the engine: random requests join, end and are cancelled, in a small KV cache."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from paddlemix_qwenvl_plugin.engine.library import device_info
 from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 
-DISTINCT = 60  # requests; each is made many times
+DISTINCT = 60  # requests; each is repeated many times
 
 
 @dataclass
 class Report:
-    """What happened. `grown_bytes`: of the process, `taken_bytes`: of the GPU, from the first fifth to the end."""
+    """Results. `grown_bytes` (process) and `taken_bytes` (GPU): growth of memory from the first fifth to the end."""
 
     requests: int = 0
     cancelled: int = 0
@@ -31,10 +31,10 @@ class Report:
 
 
 def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int) -> Report:
-    """Run the requests, at most 12 at once, and compare each answer with the one that it gets alone.
+    """Run the requests, at most 12 at once, and compare each answer with that of the request alone.
 
     Raises:
-        AssertionError: an answer is another one, or blocks are left in use.
+        AssertionError: an answer differs, or blocks are left in use.
     """
     rng = random.Random(5)
     report = Report(n_requests)
@@ -84,13 +84,13 @@ def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int) -> Report
 
 
 def free_bytes(vl: QwenVL) -> int:
-    """Of the GPU that this pair is on; 0 on a CPU."""
+    """Used memory of the model's GPU; 0 on a CPU."""
     gpu = vl._stages[1].gpu
     return 0 if gpu is None else int(device_info(gpu).free_bytes)
 
 
 def resident_bytes() -> int:
-    """Of this process."""
+    """Resident memory of this process."""
     [line] = [
         line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:")
     ]

@@ -1,4 +1,4 @@
-"""The 22 inputs and the caches that PaddleMIX's stock predictor feeds, for a batch of prompts."""
+"""The 22 inputs and the caches of PaddleMIX's stock predictor, for a batch of prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def stock_feed(
     mask_axes: int = 4,
     max_len: int = 1024,
 ) -> list[np.ndarray]:
-    """In the order of the contract; the workspace inputs hold noise, as upstream's do."""
+    """Inputs in the order of the contract; workspace inputs contain noise, as upstream's do."""
     rows, width = input_ids.shape
     random = np.random.default_rng(5)
     length = np.array([[n] for n in lengths or [width] * rows])

@@ -1,1 +1,1 @@
-"""An exported stage on disk: its contract, its manifest, its parameter file."""
+"""Exported stages on disk: program inputs, manifest, parameter file, verification."""

@@ -1,7 +1,4 @@
-"""What goes in and out of the exported programs: names, order, shapes and dtypes.
-
-B rows, S tokens, N pictures, H hidden size, P cache slots; -1 is any size.
-"""
+"""Inputs of the exported programs: names, order, shapes and dtypes. -1 is any size."""
 
 from __future__ import annotations
 
@@ -10,13 +7,13 @@ from dataclasses import dataclass
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 
 CONTRACT_VERSION = 3
-# Version 2 has parameter files without names, whose tensors begin anywhere; its portable programs are the same.
+# Version 2 has parameter files without names and without alignment; its portable programs are the same.
 CONTRACT_VERSIONS = (2, 3)
 
 
 @dataclass(frozen=True)
 class Input:
-    """Declaration of a program's input."""
+    """Name, shape and dtype of a program's input."""
 
     name: str
     shape: tuple[int, ...]
@@ -24,15 +21,15 @@ class Input:
 
 
 def vision_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[Input]:
-    """Stage 1; its pictures are float32 whatever the dtype of the model."""
+    """Inputs of the vision stage: images in float32, whatever the dtype of the model."""
     size = config.visual.image_size
     return [Input("images", (-1, 3, size, size), "float32")]
 
 
 def stock_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[Input]:
-    """Stage 2 as the stock predictor feeds it: 22 inputs, then a cache per layer.
+    """Inputs of the language stage as the stock predictor feeds it: 22 inputs, then a cache per layer.
 
-    attention_mask is declared with 2 axes and fed with 4 by the stock scripts; both are taken.
+    attention_mask is declared with 2 axes and fed with 4 by the stock scripts; both are accepted.
     """
     cache = (2, -1, config.num_attention_heads, -1, config.head_dim)
     return [
@@ -63,10 +60,10 @@ def stock_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[In
 
 
 def step_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[Input]:
-    """One forward pass: a chunk of each row after a cache of P >= 1 slots (see modeling/generation.py).
+    """Inputs of the portable step program: a chunk of each row after a cache of at least 1 slot.
 
-    A program cannot be fed an empty tensor, so an empty cache is one slot with cache_valid False, and no
-    picture is one picture with a negative row in img_pos.
+    See modeling/generation.py. Paddle Inference does not accept empty tensors: an empty cache is one slot with
+    cache_valid False, and a step without images has one image with a negative row in img_pos.
     """
     cache = (-1, config.num_attention_heads, -1, config.head_dim)
     return [

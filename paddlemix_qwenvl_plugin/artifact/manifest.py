@@ -1,4 +1,4 @@
-"""The manifest beside each exported stage, `PREFIX.manifest.json`: what it is and from what it was made."""
+"""The manifest beside each exported stage, `PREFIX.manifest.json`: versions, dtypes, config and file digests."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from paddlemix_qwenvl_plugin.util.progress import track
 
 _BLOCK = 1 << 22
 
-# A parameter file of so many bytes is read whole when it is opened, which takes some 50 ms. Of a larger one these many
-# stretches of these many bytes are: 4 MiB, a few milliseconds.
-_WHOLE = 1 << 26
-_N_SAMPLES, _SAMPLE = 64, 1 << 16
+# A parameter file of up to 64 MiB is digested completely when it is opened, which takes some 50 ms. Of a larger one 64
+# samples of 64 KiB are: 4 MiB, a few milliseconds.
+_MAX_FULL_BYTES = 1 << 26
+_N_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
 class FileDigest(BaseModel):
@@ -34,7 +34,7 @@ class FileDigest(BaseModel):
 
     @classmethod
     def of(cls, path: Path, label: Optional[str] = None) -> FileDigest:
-        """Read a whole file; with a label, its progress is reported under it."""
+        """Compute the digest of a file; with a label, report progress under it."""
         digest, size = hashlib.sha256(), 0
         with path.open("rb") as file:
             blocks: Iterable[bytes] = iter(lambda: file.read(_BLOCK), b"")
@@ -47,20 +47,21 @@ class FileDigest(BaseModel):
 
 
 def digest_of_samples(path: Path) -> str:
-    """SHA-256 of stretches spread evenly over a file, its first and last bytes among them."""
+    """SHA-256 of samples spread evenly over a file, the first and last bytes included."""
     digest, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
         for i in range(_N_SAMPLES):
-            file.seek(max(size - _SAMPLE, 0) * i // (_N_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE))
+            file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_N_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 
 class Manifest(BaseModel):
-    """One exported stage. `model` is the checkpoint's fingerprint, which both stages of a pair share.
+    """The manifest of an exported stage.
 
-    `quant_type` tells how matrices are stored that are not stored as `dtype`; `weights_samples` is
-    `digest_of_samples` of the parameter file, which exports of contract version 2 lack.
+    `model` is the checkpoint's fingerprint, the same in both stages of a model. `quant_type` is the storage of matrices
+    that are not stored as `dtype`. `weights_samples` is `digest_of_samples` of the parameter file; exports of contract
+    version 2 lack it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,19 +80,24 @@ class Manifest(BaseModel):
 
 
 def manifest_path(prefix: Path) -> Path:
+    """Path of a stage's manifest."""
     return prefix.with_name(prefix.name + ".manifest.json")
 
 
 def params_path(prefix: Path) -> Path:
+    """Path of a stage's parameter file."""
     return prefix.with_name(prefix.name + ".pdiparams")
 
 
 def read_manifest(prefix: Path, stage: Optional[str] = None) -> Manifest:
-    """Read and check the manifest of an exported stage, "vision" or "language"; None: of either.
+    """Read and validate the manifest of an exported stage.
+
+    Args:
+        stage: the expected stage, "vision" or "language"; None accepts either.
 
     Raises:
-        UsageError: nothing was exported under this prefix.
-        QwenVLError: the manifest is damaged, of another stage or of another contract version.
+        UsageError: nothing was exported under this prefix, or another stage.
+        QwenVLError: the manifest is damaged, or has an unsupported contract version.
     """
     path = manifest_path(prefix)
     if not path.is_file():
@@ -108,7 +114,7 @@ def read_manifest(prefix: Path, stage: Optional[str] = None) -> Manifest:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         raise QwenVLError(f"{path}: {first_problem(error)}; export again") from error
-    except (ValueError, RecursionError) as error:  # also what is not UTF-8, or nested without end
+    except (ValueError, RecursionError) as error:  # includes invalid UTF-8 and excessive nesting
         raise QwenVLError(f"{path}: not valid JSON ({error}); export again") from error
     if stage is not None and manifest.stage != stage:
         raise UsageError(f"{prefix}: this is an exported {manifest.stage} stage, not the {stage} stage")
@@ -116,17 +122,17 @@ def read_manifest(prefix: Path, stage: Optional[str] = None) -> Manifest:
 
 
 def check_weights(path: Path, manifest: Manifest) -> None:
-    """Find out whether a parameter file is the one that was exported; of more than 64 MiB samples are read.
+    """Check that a parameter file is the exported one; of files over 64 MiB, only samples are read.
 
     Raises:
-        QwenVLError: it is missing, of another size, or differs where it was read.
+        QwenVLError: the file is missing, or its size or content differs from the manifest.
     """
     if not path.is_file():
         raise QwenVLError(f"{path}: missing; export again")
     size, expected = path.stat().st_size, manifest.weights.bytes
     if size != expected:
         raise QwenVLError(f"{path}: {size} bytes where {expected} were exported; export again")
-    if expected <= _WHOLE:
+    if expected <= _MAX_FULL_BYTES:
         same = FileDigest.of(path) == manifest.weights
     else:
         same = manifest.weights_samples in (None, digest_of_samples(path))
@@ -135,7 +141,7 @@ def check_weights(path: Path, manifest: Manifest) -> None:
 
 
 def check_pair(vision: Manifest, language: Manifest) -> None:
-    """Refuse two stages that were not exported from the same model."""
+    """Check that both stages were exported from the same model; raise QwenVLError otherwise."""
     if vision.model != language.model:
         raise QwenVLError(
             f"the two stages come from different models (vision {vision.model[:12]}, language {language.model[:12]}); "

@@ -1,17 +1,16 @@
-"""Paddle's combined parameter file (`.pdiparams`), written tensor by tensor so that it can be mapped.
+"""Read and write Paddle's combined parameter file (`.pdiparams`), tensor by tensor, aligned for mapping.
 
-Paddle's own writer wants every weight in memory, often twice. The format is one record a tensor, in an order that
-the program fixes: uint32 0, uint64 0, uint32 0, int32 length of a TensorDesc message, the message (field 1 the
-data type, field 2 each dimension), the raw values. Source: paddle/fluid/framework/lod_tensor.cc and
-tensor_util.cc.
+Paddle's own writer needs every weight in memory, often twice. The format is one record per tensor, in the order of the
+program: uint32 0, uint64 0, uint32 0, int32 length of a TensorDesc message, the message (field 1 the data type, field 2
+each dimension), the raw values. Source: paddle/fluid/framework/lod_tensor.cc and tensor_util.cc.
 
-From contract version 3 on, the message ends in a field that Paddle does not know and skips: number 15, its length
-as a varint of exactly 3 bytes, then
+From contract version 3 on, the message ends in a field that Paddle skips as unknown: number 15, its length as a varint
+of exactly 3 bytes, then
 
     4 bytes "qvl1", uint8 qvl_dtype, uint8 n_dims (1 to 4), uint16 length of the name, int64 [n_dims] shape of the
-    values whatever their storage, the canonical name (csrc/include/qwenvl.h) in UTF-8, zeros
+    values (not of their storage), the canonical name (csrc/include/qwenvl.h) in UTF-8, zeros
 
-all little-endian. The zeros make the raw values begin at a multiple of 64 bytes.
+all little-endian. The zeros align the raw values to 64 bytes.
 """
 
 from __future__ import annotations
@@ -40,18 +39,18 @@ _NAMES = {code: name for name, code in DTYPES.items()}
 
 _FIELD = 0x7A  # number 15, bytes
 _MAGIC = b"qvl1"
-_LONGEST = 1 << 12  # of a message that is read: names have some fifty bytes
+_MAX_MESSAGE_BYTES = 1 << 12  # names have some fifty bytes
 
 
 class Record(NamedTuple):
-    """A parameter as the program has it; `dtype` is float32, float16, bfloat16, or uint8 for quantised bytes."""
+    """A parameter of the program: shape, and dtype float32, float16, bfloat16, or uint8 for quantised bytes."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 class Entry(NamedTuple):
-    """A weight in the file: canonical name, a key of library.DTYPES, shape of the values, where its bytes lie."""
+    """A weight in the file: canonical name, dtype (a key of library.DTYPES), shape of the values, byte range."""
 
     name: str
     dtype: str
@@ -66,12 +65,12 @@ def write_params(
     weights: Mapping[str, Weight],
     stream: Iterable[tuple[str, NDArray[np.generic]]],
 ) -> None:
-    """Write the file, onto the disk; where that fails, none is left.
+    """Write a parameter file and flush it to the disk; on failure the file is removed.
 
     Args:
         path: the `.pdiparams` file.
         records: every parameter, in the file's order.
-        weights: what they are, by the same names.
+        weights: shape and dtype of the values, by the same names.
         stream: (name, values in storage type) in any order, each name once.
 
     Raises:
@@ -91,15 +90,15 @@ def write_params(
                 if values.shape != record.shape or values.dtype != _STORAGE[record.dtype]:
                     raise AssertionError(f"{name}: {values.dtype} {values.shape}, program has {record}")
                 bad = 0 if record.dtype == "uint8" else n_not_finite(values, record.dtype)
-                if bad:  # of packed ones, the packing tells
+                if bad:  # quantised values were checked when they were packed
                     raise QwenVLError(
-                        f"{name}: {bad} of its values are infinite or not a number; mend the weights"
+                        f"{name}: {bad} of its values are infinite or not a number; fix the weights"
                     )
                 file.seek(offsets.pop(name))
                 file.write(np.ascontiguousarray(values).data)
             file.flush()
             os.fsync(file.fileno())
-        if offsets:  # a slip of this package, not of the user's
+        if offsets:  # internal invariant violated
             raise AssertionError(f"parameters without weights: {sorted(offsets)}")
     except BaseException:
         path.unlink(missing_ok=True)
@@ -107,16 +106,16 @@ def write_params(
 
 
 def n_not_finite(values: NDArray[np.generic], dtype: str) -> int:
-    """How many values, in the storage type of `dtype`, are infinite or not a number."""
-    # NumPy has no bfloat16: there an exponent of ones is infinity or not a number.
+    """Count the values that are infinite or not a number, in the storage type of `dtype`."""
+    # NumPy has no bfloat16: an exponent of all ones is infinity or not a number.
     finite = (values & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(values)  # type: ignore[operator]
     return int(finite.size - finite.sum())
 
 
 def read_tensors(path: Path, manifest: Manifest) -> list[Entry]:
-    """Where each weight of a stage lies, in the file's order; the heads of the records are read, not the values.
+    """List the weights of a stage with their byte ranges, in the file's order; only record headers are read.
 
-    Files of contract version 2 have no names: there the order is that of the sorted names.
+    Files of contract version 2 have no names: their records are in the order of the sorted names.
 
     Raises:
         QwenVLError: the file is missing, damaged, or not the one that the manifest describes.
@@ -138,10 +137,10 @@ def read_tensors(path: Path, manifest: Manifest) -> list[Entry]:
 
 
 def check_records(path: Path) -> None:
-    """Walk over the heads of the records, which reads little of the file.
+    """Check that the records fill the file; only their headers are read.
 
     Raises:
-        QwenVLError: the records do not fill the file, as after a copy that was broken off.
+        QwenVLError: they do not, as after an interrupted copy.
     """
     for _ in _records(path):
         pass
@@ -167,7 +166,7 @@ def _records(path: Path) -> Iterator[_Found]:
             file.seek(position)
             head = file.read(20)
             length = struct.unpack("<16xi", head)[0] if len(head) == 20 and not any(head[:16]) else 0
-            message = file.read(length) if 0 < length <= _LONGEST else b""
+            message = file.read(length) if 0 < length <= _MAX_MESSAGE_BYTES else b""
             try:
                 found = _parse(message, position + 20 + length)
             except (IndexError, KeyError, ValueError, struct.error) as error:
@@ -193,12 +192,12 @@ def _parse(message: bytes, offset: int) -> _Found:
     shape = struct.unpack_from(f"<{n_dims}q", content, 8)
     name = content[8 + 8 * n_dims :][:length].decode("utf-8")
     if magic != _MAGIC or offset % ALIGNMENT:
-        raise ValueError("another description, or values that are not aligned")
+        raise ValueError("unknown field content, or unaligned values")
     return _Found(offset, n_bytes, Entry(name, _NAMES[code], shape, offset, n_bytes))
 
 
 def _record_head(record: Record, name: str, weight: Weight, position: int) -> bytes:
-    """The head of a record that begins at `position`, so long that the values are aligned."""
+    """The header of a record that begins at `position`, padded so that the values are aligned."""
     sizes = b"".join(b"\x10" + _varint(n) for n in record.shape)
     message = b"\x08" + _varint(_TYPE_CODES[record.dtype]) + sizes
     content = struct.pack("<4sBBH", _MAGIC, DTYPES[weight.dtype], len(weight.shape), len(name.encode()))
@@ -219,7 +218,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    """The number and the position after it."""
+    """Decode a varint: the number and the position after it."""
     value = shift = 0
     while True:
         byte = data[position]

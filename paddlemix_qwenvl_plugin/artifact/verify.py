@@ -1,4 +1,4 @@
-"""All of an exported stage read: whether it is as it was exported, and whether that was good."""
+"""Full verification of an exported stage: file digests, and weights that are not finite."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 from paddlemix_qwenvl_plugin.util.progress import track
 
-_VALUES = 1 << 22  # that are looked at together
+_CHUNK_VALUES = 1 << 22
 
 
 def verify(prefix: Path) -> Manifest:
-    """Read all files of an exported stage, compare them with its manifest, and look for weights that are no numbers.
+    """Read all files of an exported stage, compare them with its manifest, and check that all weights are finite.
 
     Raises:
         UsageError: nothing was exported under this prefix.
-        QwenVLError: a file is missing or was changed, or a weight is infinite or not a number, as earlier versions
-            exported them.
+        QwenVLError: a file is missing or was changed, or a weight is infinite or not a number (earlier versions
+            exported such weights).
     """
     manifest = read_manifest(prefix)
     for name, expected in {params_path(prefix).name: manifest.weights, **manifest.programs}.items():
@@ -41,15 +41,16 @@ def verify(prefix: Path) -> Manifest:
 
 
 def _check_numbers(path: Path, manifest: Manifest) -> None:
-    """Look at the weights that are stored as numbers; those that are packed were looked at when they were."""
+    """Check the weights in floating-point storage; quantised ones were checked when they were packed."""
     entries = [entry for entry in read_tensors(path, manifest) if entry.dtype in STORAGE]
-    for entry in track(entries, f"looking at the numbers in {path.name}", len(entries)):
+    for entry in track(entries, f"checking the values in {path.name}", len(entries)):
         storage = STORAGE[entry.dtype]
         shape = entry.n_bytes // storage.itemsize
         values = np.memmap(path, storage, "r", entry.offset, shape)
-        bad = sum(n_not_finite(values[i : i + _VALUES], entry.dtype) for i in range(0, shape, _VALUES))
+        starts = range(0, shape, _CHUNK_VALUES)
+        bad = sum(n_not_finite(values[i : i + _CHUNK_VALUES], entry.dtype) for i in starts)
         if bad:
             raise QwenVLError(
-                f"{path}: {entry.name}: {bad} of its values are infinite or not a number; mend the weights of the "
+                f"{path}: {entry.name}: {bad} of its values are infinite or not a number; fix the weights of the "
                 "model, and export again"
             )

@@ -1,4 +1,4 @@
-"""Which weights a stage has in its parameter file: names, shapes and types, from its config alone."""
+"""The weights in a stage's parameter file: names, shapes and storage types, derived from its config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 from paddlemix_qwenvl_plugin.engine.quantize import quantised
 
-# Tables that are resized to the patch grid, and from which table.
+# Position tables resized to the patch grid -> the table that they are resized from.
 TABLES = {
     "visual.positional_embedding": "visual.positional_embedding",
     "visual.attn_pool.key_pos_embed": "visual.attn_pool.pos_embed",
@@ -17,7 +17,7 @@ TABLES = {
 
 
 class Weight(NamedTuple):
-    """Shape of the values, matrices [out, in], and how they are stored (a key of library.DTYPES)."""
+    """Shape of a weight's values, matrices [out, in], and their storage type (a key of library.DTYPES)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -26,7 +26,7 @@ class Weight(NamedTuple):
 def stage_weights(
     config: ModelConfig, stage: str, dtype: str, quant_type: Optional[str] = None
 ) -> dict[str, Weight]:
-    """The weights of a stage, "vision" or "language", by canonical name in the order of the forward pass."""
+    """List the weights of a stage, "vision" or "language", by canonical name in the order of the forward pass."""
     specs = vision_specs(config) if stage == "vision" else language_specs(config)
     kinds = quantised(specs, quant_type)
     return {
@@ -35,7 +35,7 @@ def stage_weights(
 
 
 def parameter_shapes(specs: Mapping[str, TensorSpec], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of each parameter of a stage, in the order of the specs."""
+    """Shapes of a stage's parameters in the engine's layout (matrices [out, in]), in the order of the specs."""
     shapes = {name: spec.shape[::-1] if spec.linear else spec.shape for name, spec in specs.items()}
     for table, like in TABLES.items():
         if like in specs:

@@ -1,0 +1,1 @@
+"""Reading and converting model folders: config, checkpoint, shards, file formats."""

@@ -1,4 +1,4 @@
-"""A model folder opened: any naming scheme and linear layout of upstream, read as canonical tensors.
+"""Read a model folder in any upstream naming scheme and linear layout as canonical tensors.
 
 | scheme | language | vision |
 | --- | --- | --- |
@@ -25,9 +25,9 @@ from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# Buffers that some checkpoints carry and that follow from the config.
+# Buffers in some checkpoints; the config determines them.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|logn_tensor)$")
-# Naming scheme -> what the language model's names begin with.
+# Naming scheme -> prefix of the language model's names.
 _LANGUAGE_PREFIXES = {
     "PaddleMIX": "transformer.llm.",
     "Paddle static": "qwen.",
@@ -45,12 +45,12 @@ class _Entry:
 class Checkpoint:
     """The weights of a model folder under canonical names, in Paddle's [in, out] layout.
 
-    Every tensor of the model must be there with the right shape and nothing else may be; the naming scheme
-    and the layout of each half of the model are read off the names and shapes.
+    The checkpoint must contain exactly the tensors of the model, with the right shapes. The naming scheme and the
+    layout of each half of the model are detected from the names and shapes.
 
     Raises:
-        UsageError: the folder, its config or its weights are not there.
-        QwenVLError: names the tensor that is missing, unknown, mis-shaped or laid out unlike the others.
+        UsageError: the folder, its config or its weights do not exist.
+        QwenVLError: a tensor is missing, unknown, mis-shaped or laid out unlike the others; the message names it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,22 +77,22 @@ class Checkpoint:
     ) -> Iterator[tuple[str, NDArray[np.generic]]]:
         """Yield (canonical name, values) in `dtype`, bfloat16 as uint16 bits.
 
-        Linear weights are [in, out], with `out_in` [out, in].
-        At most one tensor (safetensors) or one weight file (other formats) is held beside what the caller keeps.
+        Linear weights are [in, out], with `out_in` [out, in]. At most one tensor (safetensors, PyTorch) or one weight
+        file (.pdparams) is in memory at a time.
         """
         names = {self._entries[name].stored_name: name for name in specs}
         for stored_name, array in self._shards.read(set(names)):
             name = names[stored_name]
             entry = self._entries[name]
             values = cast(array, entry.dtype, dtype, name)
-            turn = specs[name].linear and entry.transposed != out_in
-            yield name, np.ascontiguousarray(values.T) if turn else values
+            transpose = specs[name].linear and entry.transposed != out_in
+            yield name, np.ascontiguousarray(values.T) if transpose else values
 
     def fingerprint(self) -> str:
-        """A digest that two folders share when they hold the same model, whatever the naming and layout.
+        """A digest of the model's content, independent of naming scheme and layout.
 
-        Hashes up to 64 values of each norm and bias (rounded to float16, so that a float16 or an exact
-        bfloat16 conversion of the folder keeps it) and the config.
+        Hashes the config and up to 64 values of each norm and bias, rounded to float16: a conversion of the folder to
+        float16, or an exact one to bfloat16, keeps the digest.
         """
         digest = hashlib.sha256(self.config.model_dump_json().encode())
         small = {
@@ -134,8 +134,8 @@ class Checkpoint:
         prefixes = _LANGUAGE_PREFIXES.values()
         scheme = next((p for p in prefixes if f"{p}wte.weight" in stored), None)
         if scheme is None:
-            looked = " or ".join(f"{prefix}wte.weight" for prefix in prefixes)
-            raise QwenVLError(f"{self.folder}: not a Qwen-VL checkpoint, tensor {looked} is missing")
+            candidates = " or ".join(f"{prefix}wte.weight" for prefix in prefixes)
+            raise QwenVLError(f"{self.folder}: not a Qwen-VL checkpoint, tensor {candidates} is missing")
         canonical: dict[str, str] = {}
         for name in stored:
             key = re.sub(r"^visual\.vit\.", "visual.", name.removeprefix(scheme))
@@ -154,7 +154,7 @@ class Checkpoint:
             if shape != spec.shape and not (spec.linear and shape == spec.shape[::-1]):
                 raise QwenVLError(
                     f"{self.folder}: tensor {canonical[name]} has shape {list(shape)}, "
-                    f"config.json asks for {list(spec.shape)}" + (" or its transpose" if spec.linear else "")
+                    f"config.json requires {list(spec.shape)}" + (" or its transpose" if spec.linear else "")
                 )
             if spec.linear and spec.shape[0] != spec.shape[1]:
                 transposed = shape != spec.shape

@@ -1,6 +1,6 @@
-"""The model's `config.json`: every size the code uses comes from here, and is bounded here.
+"""The model's `config.json`, validated: the source of all sizes in the code.
 
-The bounds leave room for models many times as large; what they keep out is a file that takes all memory.
+The bounds admit models many times as large as Qwen-VL; they reject files that would exhaust memory.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ class VisionConfig(BaseModel):
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the picture."""
+        """Patches along one side of the image."""
         return self.image_size // self.patch_size
 
     @property
     def mlp_width(self) -> int:
+        """Width of the MLP."""
         return int(self.width * self.mlp_ratio)
 
     @model_validator(mode="after")
@@ -59,7 +60,7 @@ class VisionConfig(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """Sizes of the whole model. Keys that config.json has beyond these are upstream's and are not read."""
+    """Sizes of the whole model. Other keys of config.json belong to upstream and are ignored."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -80,6 +81,7 @@ class ModelConfig(BaseModel):
 
     @property
     def head_dim(self) -> int:
+        """Size of an attention head."""
         return self.kv_channels
 
     @property
@@ -89,12 +91,12 @@ class ModelConfig(BaseModel):
 
     @property
     def max_ntk_doublings(self) -> int:
-        """What `ntk_doublings` is for the longest prompt."""
+        """The value of `ntk_doublings` for the longest prompt."""
         ratio = max(2, self.max_position_embeddings / self.seq_length)
         return max(1, math.ceil(math.log2(ratio)) + 1) if self.use_dynamic_ntk else 0
 
     def ntk_doublings(self, n_tokens: int) -> int:
-        """How many of seq_length x 1, 2, 4 … a prompt of `n_tokens` exceeds: its rotary base depends on that alone."""
+        """Number of thresholds seq_length x 1, 2, 4 … that a prompt of `n_tokens` exceeds; it sets the rotary base."""
         return sum(n_tokens > self.seq_length * 2**k for k in range(self.max_ntk_doublings))
 
     @model_validator(mode="after")
@@ -115,11 +117,11 @@ class ModelConfig(BaseModel):
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Read `config.json` of a model folder.
+    """Read and validate `config.json` of a model folder.
 
     Raises:
-        UsageError: the folder or the file is not there.
-        QwenVLError: the file is not JSON, or a size is missing or impossible; the line names the key.
+        UsageError: the folder or the file does not exist.
+        QwenVLError: the file is not JSON, or a size is missing or invalid; the message names the key.
     """
     path = Path(folder) / "config.json"
     if not path.parent.is_dir():
@@ -130,10 +132,10 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def is_chat_model(folder: Path) -> bool:
-    """Whether a model folder says that its model ends its turns, as Qwen-VL-Chat does (generation_config.json).
+    """Whether a model folder holds a chat model such as Qwen-VL-Chat: "chat_format" in generation_config.json.
 
     Raises:
-        QwenVLError: the file is there and is not JSON.
+        QwenVLError: the file exists and is not JSON.
     """
     path = Path(folder) / "generation_config.json"
     data = read_json(path) if path.is_file() else None
@@ -141,17 +143,17 @@ def is_chat_model(folder: Path) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file says. QwenVLError, which names it, where that cannot be read."""
+    """Read a JSON file; raise QwenVLError, which names the file, if it cannot be read or parsed."""
     try:
         return json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise QwenVLError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # also what is not UTF-8, or nested without end
+    except (ValueError, RecursionError) as error:  # includes invalid UTF-8 and excessive nesting
         raise QwenVLError(f"{path}: not valid JSON ({error})") from error
 
 
 def parse_config(data: Any, origin: str) -> ModelConfig:
-    """Check a config that was read from `origin`, a name for the error line."""
+    """Validate the content of a config file; `origin` names the file in error messages."""
     if not isinstance(data, dict):
         raise QwenVLError(f"{origin}: must be a JSON object")
     if "visual" not in data:
@@ -163,7 +165,7 @@ def parse_config(data: Any, origin: str) -> ModelConfig:
 
 
 def first_problem(error: ValidationError) -> str:
-    """One line for pydantic's first complaint: `key: what is wrong`."""
+    """Format pydantic's first validation error as one line, `key: problem (and N more)`."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""Rewrite a model folder as sharded safetensors with PaddleMIX's names, streaming."""
+"""Convert a model folder to sharded safetensors with PaddleMIX's tensor names, one shard at a time."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdipar
 def convert(
     source: Path, target: Path, dtype: Optional[str] = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write the model of `source` into the new folder `target`; tokenizer and config files come along.
+    """Convert the model of `source` to the new folder `target`; tokenizer and config files are copied.
 
-    The folder appears under its name only when it is whole.
+    The folder is created atomically.
 
     Args:
         source: a model folder in any supported form.
         target: must not exist yet.
-        dtype: float32, float16 or bfloat16; None keeps what the token embedding has.
-        max_shard_bytes: size of a weight file; a tensor larger than this gets a file of its own.
+        dtype: float32, float16 or bfloat16; None keeps the storage type of the token embedding.
+        max_shard_bytes: maximum size of a shard; a larger tensor is a shard by itself.
 
     Raises:
-        UsageError: `target` exists. QwenVLError: as Checkpoint raises.
+        UsageError: `target` exists.
+        QwenVLError: as for Checkpoint.
     """
     checkpoint = Checkpoint(source)
     if dtype is None:
@@ -45,7 +46,7 @@ def convert(
 
 
 def paddlemix_name(name: str) -> str:
-    """The name that PaddleMIX's model class gives to a canonical tensor."""
+    """The name of a canonical tensor in PaddleMIX's model class."""
     if name == "lm_head.weight":
         return name
     if not name.startswith("visual."):

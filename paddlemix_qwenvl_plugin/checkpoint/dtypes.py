@@ -1,4 +1,7 @@
-"""Floating-point types of weights as NumPy sees them. NumPy has no bfloat16: its bits travel as uint16."""
+"""Floating-point storage types of weights in NumPy, and conversions between them.
+
+NumPy has no bfloat16: its bits are uint16.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ STORAGE: dict[str, np.dtype[Any]] = {
 
 
 def check_dtype(name: str, flag: str = "--dtype") -> str:
-    """Return `name` if it is a supported dtype, else raise UsageError naming the flag."""
+    """Return `name` if it is a supported dtype; otherwise raise UsageError, which names the flag."""
     if name not in DTYPES:
         raise UsageError(f"{flag} {name}: must be one of {', '.join(DTYPES)}")
     return name
@@ -30,7 +33,7 @@ def cast(array: NDArray[np.generic], source: str, target: str, name: str) -> NDA
     Args:
         array: values of any shape, in the storage type of `source`.
         source, target: one of DTYPES (`source` may be float64 as well).
-        name: the tensor's name, for the error line.
+        name: the tensor's name, for the error message.
 
     Raises:
         QwenVLError: a finite value does not fit into float16.
@@ -52,7 +55,7 @@ def cast(array: NDArray[np.generic], source: str, target: str, name: str) -> NDA
 
 
 def to_float32(array: NDArray[np.generic], source: str) -> NDArray[np.float32]:
-    """The values as float32, whatever the storage type."""
+    """Convert values from any storage type to float32."""
     if source == "bfloat16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)

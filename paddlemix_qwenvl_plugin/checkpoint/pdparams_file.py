@@ -1,11 +1,11 @@
-"""Reading a .pdparams file, as paddle.save writes it: a pickle of a table of NumPy arrays.
+"""Read a .pdparams file of paddle.save, a pickle of a table of NumPy arrays, without executing its code.
 
-| in the pickle | what |
+| in the pickle | meaning |
 | --- | --- |
 | an array | a tensor of a state dict; bfloat16 as uint16 bits |
 | `(name, array)` | a tensor of any other dict |
 | `eval("data", {"data": array})` | a tensor of a static program |
-| `UnpackBigParamInfor@@` | which arrays protocols 2 and 3 split, those above 1 GiB: shape and names of the parts |
+| `UnpackBigParamInfor@@` | arrays above 1 GiB, which protocols 2 and 3 split: shape, and names of the parts |
 | `StructuredToParameterName@@` | names of variables, not needed |
 """
 
@@ -28,10 +28,10 @@ _VARIABLES = "StructuredToParameterName@@"
 
 
 def read(path: Path) -> dict[str, NDArray[np.generic]]:
-    """All tensors of a file, read-only views of its bytes where they are not split.
+    """Read all tensors of a file; those that are not split are read-only views of its bytes.
 
     Raises:
-        QwenVLError: not such a file, truncated, or one with more in it than tensors.
+        QwenVLError: not a Paddle weight file, truncated, or a pickle of more than tensors.
     """
     try:
         with path.open("rb") as file:
@@ -57,7 +57,7 @@ def read(path: Path) -> dict[str, NDArray[np.generic]]:
 
 
 class _Dtype:
-    """numpy.dtype: its code, as "f4", and its byte order."""
+    """Stand-in for numpy.dtype: its code, such as "f4", and its byte order."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         self.code = str(code)
@@ -68,7 +68,7 @@ class _Dtype:
 
 
 class _Array:
-    """numpy.ndarray: filled from bytes with checks of our own, for NumPy trusts what a pickle says."""
+    """Stand-in for numpy.ndarray, filled from bytes with checks: NumPy trusts the content of a pickle."""
 
     values: NDArray[np.generic]
 
@@ -79,7 +79,7 @@ class _Array:
         content = content.encode("latin1") if isinstance(content, str) else content  # from Python 2
         values = np.frombuffer(content, np.dtype(dtype.code).newbyteorder(dtype.order))
         if min(shape, default=0) < 0 or math.prod(shape) != values.size:
-            raise ValueError(f"an array of {values.size} values where {list(shape)} is said")
+            raise ValueError(f"an array of {values.size} values where {list(shape)} is declared")
         self.values = values.reshape(shape, order="F" if by_columns else "C")
 
 
@@ -88,7 +88,7 @@ def _reconstruct(*_: Any) -> _Array:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How protocol 2 writes bytes."""
+    """Stand-in for `_codecs.encode`, with which protocol 2 writes bytes."""
     if encoding != "latin1":
         raise RefusedError(f"its pickle encodes as {encoding}")
     return text.encode("latin1")

@@ -1,8 +1,8 @@
-"""Reading one tensor at a time from a safetensors file, and writing a file.
+"""Read safetensors files one tensor at a time, and write them.
 
-The safetensors library maps the whole file, so every page it touched stays resident; its NumPy functions have no
-bfloat16, and those that have it change between its versions. A weight file is read here by offset instead: memory
-holds one tensor. Format: 8 bytes little-endian header length, a JSON header, then the raw values.
+The safetensors library maps the whole file, so every page that it touches stays resident; its NumPy functions lack
+bfloat16, and the functions that have it change between versions. This module reads by offset instead, one tensor in
+memory at a time. Format: 8 bytes little-endian header length, a JSON header, then the raw values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_DIMS = 8
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in the file; `dtype` is float32, float16, bfloat16 or float64."""
+    """Location and type of a tensor in a safetensors file; `dtype` is float32, float16, bfloat16 or float64."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -36,7 +36,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """List a file's tensors.
+    """List the tensors of a safetensors file.
 
     Raises:
         QwenVLError: the file is truncated, too long or not a safetensors file.
@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise QwenVLError(
                 f"{path}: truncated, {size} bytes of at least {entry.offset + entry.n_bytes}; copy the file again"
             )
-    # One tensor after another to the file's end, as the format says: nothing is read twice, nothing lies hidden.
+    # The format requires tensors without gaps or overlaps up to the end of the file.
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
         if entry.offset != end:
@@ -78,14 +78,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(path: Path, entry: StoredTensor) -> NDArray[np.generic]:
-    """The values of one tensor, in its storage type (bfloat16 as uint16 bits)."""
+    """Read one tensor of a safetensors file in its storage type (bfloat16 as uint16 bits)."""
     count = int(np.prod(entry.shape, dtype=np.int64))
     values = np.fromfile(path, dtype=entry.numpy_dtype, count=count, offset=entry.offset)
     return values.reshape(entry.shape)
 
 
 def write(path: Path, tensors: dict[str, NDArray[np.generic]], dtype: str) -> None:
-    """Write tensors of one storage type (bfloat16 as uint16 bits), in this order."""
+    """Write a safetensors file with tensors of one storage type (bfloat16 as uint16 bits), in the given order."""
     code = next(code for code, name in _DTYPES.items() if name == dtype)
     header: dict[str, object] = {"__metadata__": {"format": "pd"}}
     offset = 0

@@ -1,4 +1,4 @@
-"""The weight files of a model folder: which there are, which tensor lies where, and reading them in turn."""
+"""The shards of a model folder: discovery, index of tensors, and reading one after the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.checkpoint import pdparams_file, safetensors_file, torch_file
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
-# (file or index, kind), in the order of preference where a folder holds several.
+# (file or index, kind), in the order of preference if a folder has several.
 WEIGHT_FILES = (
     ("model.safetensors.index.json", "safetensors"),
     ("model.safetensors", "safetensors"),
@@ -29,23 +29,23 @@ _BY_TENSOR: dict[str, Any] = {"safetensors": safetensors_file, "bin": torch_file
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as its file has it. `dtype` is float32, float16, bfloat16 or float64."""
+    """Shape and dtype of a tensor in its shard; `dtype` is float32, float16, bfloat16 or float64."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 class Shards:
-    """The weight files of one folder.
+    """The shards of one folder.
 
-    `tensors` maps every stored name to its shape and dtype. safetensors and PyTorch files are read tensor by tensor;
-    .pdparams can only be read a whole file at a time, so at most one such file is held.
+    `tensors` maps every stored name to its shape and dtype. safetensors and PyTorch files are read tensor by tensor; a
+    .pdparams file can only be read as a whole, so at most one is in memory.
     """
 
     def __init__(self, files: list[Path], kind: str, index: dict[str, str] | None) -> None:
         self.files = files
         self.kind = kind
-        self._held: tuple[Path, dict[str, NDArray[np.generic]]] | None = None
+        self._loaded: tuple[Path, dict[str, NDArray[np.generic]]] | None = None
         self._headers: dict[Path, dict[str, Any]] = {}
         self._where: dict[str, Path] = {}
         self.tensors: dict[str, Stored] = {}
@@ -58,15 +58,15 @@ class Shards:
         for name, file_name in (index or {}).items():
             if self._where.get(name) is None or self._where[name].name != file_name:
                 raise QwenVLError(
-                    f"{files[0].parent}: the index says {name} is in {file_name}, but it is not"
+                    f"{files[0].parent}: the index lists {name} in {file_name}, which does not contain it"
                 )
 
     @classmethod
     def open(cls, folder: Path) -> Shards:
-        """Find the weights of a folder.
+        """Find and index the weight files of a folder.
 
         Raises:
-            UsageError: no weight file of a known name is there.
+            UsageError: the folder has no weight file with a known name.
             QwenVLError: a file of the index is missing, or a file is damaged.
         """
         for name, kind in WEIGHT_FILES:
@@ -85,16 +85,16 @@ class Shards:
         raise UsageError(f"{folder}: no weights in it (looked for {names})")
 
     def read(self, names: set[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
-        """Yield the named tensors file by file, in storage type."""
+        """Yield the named tensors in storage type, shard by shard."""
         for path in self.files:
-            wanted = [name for name in self.tensors if name in names and self._where[name] == path]
+            selected = [name for name in self.tensors if name in names and self._where[name] == path]
             if self.kind in _BY_TENSOR:
-                for name in wanted:
+                for name in selected:
                     yield name, _BY_TENSOR[self.kind].read_tensor(path, self._headers[path][name])
-            elif wanted:
-                held = self._load(path)
-                for name in wanted:
-                    yield name, held[name]
+            elif selected:
+                tensors = self._load(path)
+                for name in selected:
+                    yield name, tensors[name]
 
     def _list(self, path: Path) -> dict[str, Stored]:
         if self.kind in _BY_TENSOR:
@@ -106,17 +106,17 @@ class Shards:
         }
 
     def _load(self, path: Path) -> dict[str, NDArray[np.generic]]:
-        if self._held is None or self._held[0] != path:
-            self._held = None  # before the next file is read, not after
-            self._held = (path, pdparams_file.read(path))
-        return self._held[1]
+        if self._loaded is None or self._loaded[0] != path:
+            self._loaded = None  # free the memory before the next file is read
+            self._loaded = (path, pdparams_file.read(path))
+        return self._loaded[1]
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index of a checkpoint in several files.
+    """Read the index of a sharded checkpoint: tensor name -> file name.
 
     Raises:
-        QwenVLError: not an index, or one that names a file outside its folder.
+        QwenVLError: not an index, or a file outside the folder.
     """
     try:
         weight_map = json.loads(path.read_text("utf-8"))["weight_map"]

@@ -1,4 +1,4 @@
-"""An unpickler for tables of tensors: a pickle can run any code, so this one may name nothing but what it is given."""
+"""A restricted unpickler for tables of tensors: a pickle can run any code, so only listed names resolve."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import IO, Any, ClassVar
 
-# What reading a damaged pickle raises.
+# Exceptions raised while reading a damaged pickle.
 DAMAGED = (
     *(pickle.UnpicklingError, struct.error, EOFError, OSError, KeyError, ValueError, TypeError),
     *(AttributeError, IndexError, NotImplementedError, OverflowError, MemoryError, RecursionError),
@@ -15,16 +15,16 @@ DAMAGED = (
 
 
 class RefusedError(Exception):
-    """A pickle asks for something that no table of tensors has in it."""
+    """A pickle uses a feature that no table of tensors needs."""
 
 
-# The one written in Python: the other one takes gigabytes of memory when a few bytes ask it to.
+# The implementation in Python: the one in C allocates gigabytes on request of a few bytes.
 class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
-    """Reads a pickle of any protocol.
+    """Unpickler for any protocol that resolves only the names in `known`.
 
     Args:
         file: the pickle, open for reading bytes.
-        known: (module, name) -> what the pickle gets for it. Anything else is refused with RefusedError.
+        known: (module, name) -> replacement object. Any other name raises RefusedError.
     """
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
@@ -34,14 +34,14 @@ class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         self._known = known
 
     def find_class(self, module: str, name: str) -> Any:
-        """What `known` has for a name."""
+        """Resolve a name from `known`; raise RefusedError for any other."""
         try:
             return self._known[module, name]
         except KeyError:
-            raise RefusedError(f"its pickle asks for {module}.{name}") from None
+            raise RefusedError(f"its pickle imports {module}.{name}") from None
 
     def _build(self: Any) -> None:
-        if callable(self.stack[-2]):  # it would change a class or a function for whoever uses it next
+        if callable(self.stack[-2]):  # would modify a class or a function that other pickles use
             raise RefusedError("its pickle changes what it is made with")
         self.load_build()
 

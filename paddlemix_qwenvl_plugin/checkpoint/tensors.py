@@ -1,4 +1,4 @@
-"""Which tensors a model has: canonical name, shape in Paddle's layout, and how each is stored elsewhere.
+"""The tensors of a model: canonical names, shapes in Paddle's layout, and transposition elsewhere.
 
 The canonical names are Hugging Face's without the leading `transformer.`; a linear weight is [in, out].
 """
@@ -43,7 +43,7 @@ def vision_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     width, out, mlp = vision.width, vision.output_dim, vision.mlp_width
     specs = {
         "visual.conv1.weight": TensorSpec((width, 3, vision.patch_size, vision.patch_size)),
-        # The table is square but of its own size; 256 rows in every published checkpoint.
+        # A square table, independent of the patch grid; 256 rows in every published checkpoint.
         "visual.positional_embedding": TensorSpec((256, width)),
     }
     specs.update(_norm("visual.ln_pre", width))

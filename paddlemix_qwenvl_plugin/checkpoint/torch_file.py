@@ -1,7 +1,7 @@
-"""Reading one tensor at a time from a PyTorch weight file, without PyTorch.
+"""Read PyTorch weight files one tensor at a time, without PyTorch.
 
-Since PyTorch 1.6 such a file is a zip archive: `data.pkl`, a pickle of the table of tensors, and beside it the raw
-values, `data/KEY` for each storage.
+Since PyTorch 1.6 such a file is a zip archive: `data.pkl`, a pickle of the table of tensors, and the raw values,
+`data/KEY` for each storage.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.checkpoint.table_pickle import DAMAGED, RefusedError, TableUnpickler
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
 
-# Class of a storage in the pickle -> dtype here, and as NumPy has it.
+# Class of a storage in the pickle -> dtype, NumPy dtype.
 _STORAGES = {
     "FloatStorage": ("float32", "<f4"),
     "HalfStorage": ("float16", "<f2"),
@@ -31,9 +31,10 @@ _DAMAGED = (zipfile.BadZipFile, *DAMAGED)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `strides` and `start` count values of the storage, the archive's member `member`.
+    """Location and type of a tensor in a PyTorch file.
 
-    `kind` is the storage's class, a key of _STORAGES.
+    `member` is the archive's member with the storage, `kind` the storage's class (a key of _STORAGES); `start` and
+    `strides` count values of the storage.
     """
 
     shape: tuple[int, ...]
@@ -44,18 +45,20 @@ class StoredTensor:
 
     @property
     def dtype(self) -> str:
+        """float32, float16, bfloat16 or float64."""
         return _STORAGES[self.kind][0]
 
     @property
     def numpy_dtype(self) -> np.dtype[np.generic]:
+        """The storage type in NumPy; uint16 for bfloat16."""
         return np.dtype(_STORAGES[self.kind][1])
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """List a file's tensors.
+    """List the tensors of a PyTorch weight file.
 
     Raises:
-        QwenVLError: not such a file, truncated, or one with more in it than floating-point tensors.
+        QwenVLError: not a PyTorch weight file, truncated, or a pickle of more than floating-point tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -81,7 +84,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(path: Path, tensor: StoredTensor) -> NDArray[np.generic]:
-    """The values of one tensor, in its storage type (bfloat16 as uint16 bits).
+    """Read one tensor of a PyTorch file in its storage type (bfloat16 as uint16 bits).
 
     Raises:
         QwenVLError: the values are damaged.
@@ -139,12 +142,12 @@ def _check_kind(path: Path, name: Any, value: Any) -> None:
 
 
 def _check_inside(path: Path, name: Any, tensor: StoredTensor, n_bytes: int) -> None:
-    """Strides and sizes come from the file, and NumPy reads wherever they lead."""
-    sane = (
+    """Check strides and sizes from the file: NumPy does not bound them, and would read outside the storage."""
+    valid = (
         len(tensor.shape) == len(tensor.strides)
         and min((tensor.start, *tensor.shape, *tensor.strides)) >= 0
         and math.prod(tensor.shape) * tensor.numpy_dtype.itemsize <= n_bytes
     )
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides))
-    if not sane or (tensor.start + last + 1) * tensor.numpy_dtype.itemsize > n_bytes:
+    if not valid or (tensor.start + last + 1) * tensor.numpy_dtype.itemsize > n_bytes:
         raise QwenVLError(f"{path}: {name} reaches beyond its {n_bytes} bytes; copy the file again")

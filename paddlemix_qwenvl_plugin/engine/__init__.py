@@ -1,1 +1,1 @@
-"""The engine (csrc/) as custom operators of the installed Paddle: built on first use, then loaded from a cache."""
+"""The engine (csrc/): building it on first use, its C interface, and its operators for Paddle."""

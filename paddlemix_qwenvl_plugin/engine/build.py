@@ -1,7 +1,7 @@
-"""The engine's libraries: shipped, or compiled on first use, once for all processes of a user.
+"""The engine's libraries: shipped, or compiled on first use into a cache shared by all processes of a user.
 
-`libqwenvl.so` is the engine and knows no Paddle. `libqwenvl_paddle.so` binds it to the installed Paddle.
-`libqwenvl_cuda.so` is its part for GPUs, and the kernels for the GPUs that are here are files of their own.
+`libqwenvl.so` is the engine, independent of Paddle. `libqwenvl_paddle.so` binds it to the installed Paddle.
+`libqwenvl_cuda.so` is its part for GPUs; the kernels for the GPUs of this machine are separate files.
 """
 
 from __future__ import annotations
@@ -43,44 +43,44 @@ LIBRARY = "libqwenvl.so"
 CUDA_LIBRARY = "libqwenvl_cuda.so"
 OPERATORS = "libqwenvl_paddle.so"
 
-# A release puts the library here, and that for GPUs beside it (tools/release_wheel.py).
+# Location of the library in a release, with the library for GPUs beside it (tools/release_wheel.py).
 SHIPPED = Path(__file__).with_name(LIBRARY)
 
 _GPU_FOLDERS = ("include", "core", "cuda")
 _GPU_WORDS = ("the engine for GPUs", "build-engine --device gpu")
 
-# A C++ library that a compiler links in stays inside: two that see each other, as Paddle's and it, end the process.
+# Hide a statically linked C++ runtime: if Paddle's and the engine's copies see each other, the process crashes.
 _LINK = ("-Wl,--exclude-libs,ALL",)
 
-# What a compiler says of trouble that has gone when it is tried again.
-_PASSING = ("No space left", "Killed")
+# Compiler messages of transient failures, which a retry may not hit.
+_TRANSIENT = ("No space left", "Killed")
 
 
 def library(allowed: bool = False) -> Path:
-    """The engine's library: the shipped one, else that of these sources and this processor, built now if need be.
+    """Path of the engine's library: shipped, or built for this processor if it is not in the cache.
 
     Args:
-        allowed: build also where QWENVL_NO_BUILD is set, or where it has failed before.
+        allowed: build even if QWENVL_NO_BUILD is set or an earlier build failed.
 
     Raises:
-        QwenVLError: it is not there and cannot be built; the line says why.
+        QwenVLError: the library does not exist and cannot be built; the message has the reason.
     """
     return SHIPPED if SHIPPED.is_file() else built(_library(), allowed) / LIBRARY
 
 
 def operators_library(allowed: bool = False) -> Path:
-    """The engine as operators of the installed Paddle, linked to `library()`. Arguments and errors are the same."""
+    """Path of the engine's operators for the installed Paddle, linked to `library()`; arguments and errors as there."""
     return built(_operators(library(allowed)), allowed) / OPERATORS
 
 
 def cuda_library(allowed: bool = False) -> Path:
-    """The engine's part for GPUs, which `library()` loads. Arguments and errors are the same."""
+    """Path of the engine's part for GPUs, which `library()` loads; arguments and errors as there."""
     shipped = SHIPPED.with_name(CUDA_LIBRARY)
     return shipped if shipped.is_file() else built(cuda_target(), allowed) / CUDA_LIBRARY
 
 
 def library_state(for_gpus: bool = False) -> tuple[str, Path]:
-    """("shipped", "built", "failed" or "not built", where the engine's library is or would be); builds nothing."""
+    """State of the engine's library ("shipped", "built", "failed", "not built") and its path; builds nothing."""
     shipped = SHIPPED.with_name(CUDA_LIBRARY) if for_gpus else SHIPPED
     if shipped.is_file():
         return "shipped", shipped
@@ -89,15 +89,15 @@ def library_state(for_gpus: bool = False) -> tuple[str, Path]:
 
 
 def target_state(target: Target) -> tuple[str, Path]:
-    """("built", "failed" or "not built", the folder where it is or would be); builds nothing."""
+    """State of a target ("built", "failed", "not built") and its folder; builds nothing."""
     folder = _folder(target)
-    if _is_whole(target, folder):
+    if _is_complete(target, folder):
         return "built", folder
     return "failed" if (folder / "failed").is_file() else "not built", folder
 
 
 def cache_folder() -> Path:
-    """QWENVL_CACHE_DIR, else `qwenvl` in the user's cache folder."""
+    """The cache of built libraries: `engine` in QWENVL_CACHE_DIR, else in `qwenvl` of the user's cache folder."""
     from platformdirs import user_cache_path
 
     named = env.CACHE_DIR.read()
@@ -105,12 +105,12 @@ def cache_folder() -> Path:
 
 
 def compiler() -> list[str]:
-    """CXX, which may have arguments, else c++."""
+    """The compiler's command: CXX, which may have arguments, else c++."""
     return shlex.split(os.environ.get("CXX") or "") or ["c++"]
 
 
 def compiler_version(command: Sequence[str]) -> str:
-    """What the compiler says of itself; empty where it is not there."""
+    """Output of the compiler's `--version`; empty if the compiler is not installed."""
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run([*command, "--version"], capture_output=True, check=False)
@@ -118,11 +118,12 @@ def compiler_version(command: Sequence[str]) -> str:
 
 
 class Target(NamedTuple):
-    """A library to make of units, or with `link` None the files that these are compiled to.
+    """A library to build from units; with `link` None, the units' output files themselves.
 
     Attributes:
-        folders: of csrc/, whose files decide about it, as do the flags and `identity`.
-        what: what it is called in errors; `again` is our command that builds it.
+        folders: folders of csrc/ whose files are part of the cache key, as are the flags and `identity`.
+        what: name in error messages.
+        again: the `qwenvl` command that builds it.
     """
 
     name: str
@@ -136,15 +137,15 @@ class Target(NamedTuple):
 
     @property
     def files(self) -> list[str]:
-        """Names of what is made."""
+        """Names of the files that a build creates."""
         return [self.name] if self.link is not None else [unit.name for unit in self.units]
 
 
 def build(target: Target, folder: Path, log: IO[str]) -> None:
-    """Compile and link in an empty folder, which gets `target.files`.
+    """Compile and link `target.files` in an empty folder; commands and their output go to `log`.
 
     Raises:
-        BuildFailed: the compiler did not do it.
+        BuildFailed: a compiler or the linker failed.
     """
     csrc = source_folder()
     include = (f"-I{csrc}", f"-I{csrc / 'include'}")
@@ -167,19 +168,19 @@ def build(target: Target, folder: Path, log: IO[str]) -> None:
 
 
 class BuildFailed(Exception):
-    """A compiler that ended with an error; `passing` if it may do better another time."""
+    """A compiler ended with an error; `transient` if a retry may succeed."""
 
     def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
         lines = [line.strip() for line in done.stdout.splitlines()]
-        telling = [line for line in lines if any(word in line for word in _PASSING)]
-        telling += [line for line in lines if "error" in line.lower()]
+        relevant = [line for line in lines if any(word in line for word in _TRANSIENT)]
+        relevant += [line for line in lines if "error" in line.lower()]
         cause = f"{done.args[0]} ended with exit code {done.returncode}"
         if done.returncode < 0:
             cause = f"{done.args[0]} was killed by {signal.Signals(-done.returncode).name}"
-        elif telling:
-            cause = one_line(telling[0])[:300]
+        elif relevant:
+            cause = one_line(relevant[0])[:300]
         super().__init__(cause)
-        self.passing = done.returncode < 0 or any(word in cause for word in _PASSING)
+        self.transient = done.returncode < 0 or any(word in cause for word in _TRANSIENT)
 
 
 def _library() -> Target:
@@ -188,20 +189,20 @@ def _library() -> Target:
 
 
 def library_target(units: list[Unit], link: tuple[str, ...] = ()) -> Target:
-    """The engine of these units."""
+    """Build target of the engine's library."""
     link = (*_LINK, *link)
     return Target(LIBRARY, ("include", "core", "cpu"), units, compiler(), _compiler_identity(), link)
 
 
 def cuda_target(link: tuple[str, ...] = ()) -> Target:
-    """The engine's part for GPUs."""
+    """Build target of the engine's part for GPUs."""
     units = cuda_units(source_folder())
-    link = (*_LINK, "-Wl,-z,defs", *link, "-ldl")  # what is missing shows now, not when it is loaded
+    link = (*_LINK, "-Wl,-z,defs", *link, "-ldl")  # report undefined symbols now, not at load time
     return Target(CUDA_LIBRARY, _GPU_FOLDERS, units, compiler(), _compiler_identity(), link, *_GPU_WORDS)
 
 
 def kernel_target(nvrtc: Nvrtc, architectures: Iterable[int]) -> Target:
-    """The kernels for these GPUs."""
+    """Build target of the GPU kernels for some architectures (compute capabilities times ten)."""
     units = kernel_units(source_folder(), sorted(set(architectures)))
     command = [sys.executable, nvrtc_compile.__file__, nvrtc.library]
     command += [f"-I{folder}" for folder in nvrtc.include]
@@ -213,7 +214,7 @@ def _compiler_identity() -> tuple[str, ...]:
 
 
 def _operators(engine: Path) -> Target:
-    """Finds the engine where it lies, and Paddle's own libraries in the process that loads it."""
+    """Build target of the operators: linked to the engine by its path, to Paddle's libraries in the loading process."""
     import paddle
 
     package, include = Path(paddle.__file__).parent, Path(paddle.sysconfig.get_include())
@@ -240,29 +241,29 @@ def _folder(target: Target) -> Path:
 
 
 def built(target: Target, allowed: bool = False) -> Path:
-    """The folder with the target's files. Arguments and errors as for `library`."""
+    """Folder with the target's files, built now if necessary; arguments and errors as for `library`."""
     if os.name == "nt":
         raise QwenVLError("the engine does not run on Windows so far")
     folder, command = _folder(target), target.compiler[0]
     failed = folder / "failed"
-    if _is_whole(target, folder):
+    if _is_complete(target, folder):
         return folder
     if not allowed and env.NO_BUILD.read():
         raise QwenVLError(
             f"{target.what} is not built, and {env.NO_BUILD.name} is set: run {program()} {target.again}"
         )
-    if not allowed and failed.is_file():  # it would fail again, at the start of every process
+    if not allowed and failed.is_file():  # do not repeat a failing build at the start of every process
         raise QwenVLError(f"{failed.read_text('utf-8')} ({program()} {target.again} tries again)")
     if shutil.which(command) is None:
         raise QwenVLError(
-            f"{target.what} needs a C++17 compiler, and there is no {command}: apt-get install g++"
+            f"{target.what} needs a C++17 compiler, and {command} was not found: apt-get install g++"
         )
     from filelock import FileLock
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
-            if not _is_whole(target, folder):  # another process built it meanwhile
+            if not _is_complete(target, folder):  # another process may have built it meanwhile
                 _build_into(target, folder, failed)
     except OSError as error:
         raise QwenVLError(
@@ -272,18 +273,18 @@ def built(target: Target, allowed: bool = False) -> Path:
 
 
 def _build_into(target: Target, folder: Path, failed: Path) -> None:
-    """Build in a scratch folder inside `folder`; `failed` remembers why it cannot be."""
+    """Build in a scratch folder inside `folder`; the file `failed` records the reason of a permanent failure."""
     log_path = folder / "build.log"
     failed.unlink(missing_ok=True)
-    for left in folder.glob("scratch-*"):  # by builds that were killed: this one has the lock
-        shutil.rmtree(left, ignore_errors=True)
+    for stale in folder.glob("scratch-*"):  # left by killed builds: this process holds the lock
+        shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="scratch-") as scratch:
         try:
             with log_path.open("w", encoding="utf-8") as log:
                 build(target, Path(scratch), log)
         except BuildFailed as error:
             line = f"{target.what} does not compile here: {error}; see {log_path}"
-            if not error.passing:
+            if not error.transient:
                 failed.write_text(line, "utf-8")
             raise QwenVLError(line) from error
         for name in target.files:
@@ -292,8 +293,8 @@ def _build_into(target: Target, folder: Path, failed: Path) -> None:
             made.replace(folder / name)
 
 
-def _is_whole(target: Target, folder: Path) -> bool:
-    """Whether all files are there as they were built: a library that was cut off would end the process."""
+def _is_complete(target: Target, folder: Path) -> bool:
+    """Whether all files exist with their digests: loading a truncated library would crash the process."""
     try:
         return all(
             _digest_of(path).read_text("utf-8") == _sha256(path)
@@ -314,34 +315,37 @@ def _sha256(path: Path) -> str:
 def _run_all(
     commands: Sequence[Sequence[str]], folder: Path
 ) -> Generator[subprocess.CompletedProcess[str], None, None]:
-    """Run commands side by side, yielding each as it ends. However this ends, none of them runs on.
+    """Run commands in parallel, yielding each result as it ends; all are killed if the generator is closed or fails.
 
-    Their output goes through files in `folder`: nothing here has to read while they run.
+    Their output goes through files in `folder`, so that no pipe has to be read meanwhile.
     """
     waiting = list(enumerate(commands))
     running: dict[int, subprocess.Popen[bytes]] = {}
-    environment = {**os.environ, "LC_ALL": "C"}  # BuildFailed reads what they say
+    environment = {**os.environ, "LC_ALL": "C"}  # BuildFailed parses the English messages
     try:
         while waiting or running:
             while waiting and len(running) < cpu_threads():
                 number, command = waiting.pop(0)
-                with (folder / f"{number}.out").open("wb") as out, _signals_later():
+                with (folder / f"{number}.out").open("wb") as out, _deferred_signals():
                     running[number] = subprocess.Popen(
                         command,
                         stdin=subprocess.DEVNULL,
                         stdout=out,
                         stderr=out,
                         env=environment,
-                        start_new_session=True,  # a group, which can be killed as one
+                        start_new_session=True,  # a process group, killed as a whole
                     )
             ended = [number for number, process in running.items() if process.poll() is not None]
             for number in ended:
-                process, said = running.pop(number), (folder / f"{number}.out").read_text("utf-8", "replace")
-                yield subprocess.CompletedProcess(list(commands[number]), process.returncode, said)
+                process, output = (
+                    running.pop(number),
+                    (folder / f"{number}.out").read_text("utf-8", "replace"),
+                )
+                yield subprocess.CompletedProcess(list(commands[number]), process.returncode, output)
             if not ended:
                 time.sleep(0.02)
     finally:
-        with _signals_later():
+        with _deferred_signals():
             for process in running.values():
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -349,18 +353,18 @@ def _run_all(
 
 
 @contextlib.contextmanager
-def _signals_later() -> Iterator[None]:
-    """Put off what Ctrl-C and SIGTERM do until the block has ended, so that no process is started and not known."""
-    came: list[int] = []
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # Python calls handlers in no other
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, lambda number, frame: came.append(number))
+def _deferred_signals() -> Iterator[None]:
+    """Defer SIGINT and SIGTERM to the end of the block, so that no started process is lost track of."""
+    received: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # Python calls handlers in no other thread
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
-    for late in came:
+    for late in received:
         signal.raise_signal(late)

@@ -1,4 +1,7 @@
-"""Weights, engines and KV pools of the engine's library as Python objects; freed with them."""
+"""Python objects for weights, engines, KV pools and step outputs of the engine's library.
+
+Each frees its C counterpart when it is collected.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
 
 class NamedTensor(NamedTuple):
-    """A weight: canonical name (qwenvl.h), dtype (a key of library.DTYPES), shape of its values, stored bytes."""
+    """A weight in memory: canonical name (qwenvl.h), dtype (a key of library.DTYPES), shape of its values, bytes."""
 
     name: str
     dtype: str
@@ -26,7 +29,7 @@ class NamedTensor(NamedTuple):
 
 
 class Weights:
-    """The weights of a stage. Engines made with them keep what they need."""
+    """The weights of a stage. Engines created from them keep what they need."""
 
     def __init__(self, handle: c_void_p, keep: Any = None) -> None:
         self.handle = handle
@@ -35,7 +38,7 @@ class Weights:
 
     @classmethod
     def open(cls, params: Path) -> Weights:
-        """Map a parameter file whose tensors carry their names (contract version 3).
+        """Map a parameter file with tensor names (contract version 3) into memory.
 
         Raises:
             QwenVLError: the file is damaged.
@@ -46,7 +49,7 @@ class Weights:
 
     @classmethod
     def of(cls, tensors: Sequence[NamedTensor]) -> Weights:
-        """Take tensors in memory, aligned to 64 bytes; they are not copied."""
+        """Wrap tensors in memory, aligned to 64 bytes, without copying them."""
         rows = (c.Tensor * len(tensors))()
         for row, tensor in zip(rows, tensors):
             row.name = tensor.name.encode()
@@ -61,7 +64,7 @@ class Weights:
 
 
 class Engine:
-    """An engine for one stage, library.VISION or library.LANGUAGE."""
+    """An instance of the engine for one stage, library.VISION or library.LANGUAGE."""
 
     def __init__(
         self,
@@ -70,15 +73,17 @@ class Engine:
         stage: int,
         gpu: Optional[int] = None,
     ) -> None:
-        """Args:
-            gpu: None: on the CPU. Else gpu.load has been called for it.
+        """Create an engine on the CPU or a GPU.
+
+        Args:
+            gpu: index of the GPU, after a call of gpu.load; None: the CPU.
 
         Raises:
-            QwenVLError: a weight is missing or has another shape than the config asks for.
+            QwenVLError: a weight is missing or does not have the shape that the config requires.
         """
         vision = config.visual
         self.config = config
-        described = c.Config(
+        c_config = c.Config(
             size=sizeof(c.Config),
             stages=stage,
             device=c.CPU if gpu is None else c.CUDA,
@@ -105,19 +110,19 @@ class Engine:
             n_queries=vision.n_queries,
         )
         self.handle = c_void_p()
-        c.call("qvl_engine_create", byref(described), weights.handle, byref(self.handle))
+        c.call("qvl_engine_create", byref(c_config), weights.handle, byref(self.handle))
         self._weights = weights
         self._free = weakref.finalize(self, c.load().qvl_engine_free, self.handle)
 
     def encode_images(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Stage 1: float32 [N, 3, image_size, image_size] -> float32 [N, n_queries, hidden_size]."""
+        """Run the vision stage: float32 [N, 3, image_size, image_size] -> float32 [N, n_queries, hidden_size]."""
         features = np.empty([len(pixels), self.config.visual.n_queries, self.config.hidden_size], np.float32)
         c.call("qvl_encode_images", self.handle, len(pixels), pixels.ctypes.data, features.ctypes.data, None)
         return features
 
 
 def _free_before(engine: Engine, owner: Any, function: Any, *arguments: Any) -> None:
-    """Call `function` when `owner` is gone, and keep the engine until then, also where both go at once."""
+    """Call `function` when `owner` is collected, and keep the engine alive until then, even in a common cycle."""
     weakref.finalize(owner, _call_of, engine, function, arguments)
 
 
@@ -126,7 +131,7 @@ def _call_of(_: Engine, function: Any, arguments: tuple[Any, ...]) -> None:
 
 
 class KvPool:
-    """Keys and values in `n_blocks` blocks of `block_tokens` tokens; on a CPU memory is taken as blocks are written."""
+    """A KV cache of `n_blocks` blocks of `block_tokens` tokens; on a CPU, memory is used as blocks are written."""
 
     def __init__(self, engine: Engine, n_blocks: int, block_tokens: int, dtype: str) -> None:
         self.handle = c_void_p()
@@ -137,12 +142,12 @@ class KvPool:
 
     @staticmethod
     def block_bytes(engine: Engine, block_tokens: int, dtype: str) -> int:
-        """Bytes of a block, keys and values of all layers."""
+        """Size of a block in bytes: keys and values of all layers."""
         return int(c.load().qvl_kv_pool_bytes(engine.handle, 1, block_tokens, c.DTYPES[dtype]))
 
 
 class DeviceArray:
-    """A copy of an array in the memory of the engine's device; `address` is where."""
+    """A copy of an array in the memory of the engine's device, at `address`."""
 
     def __init__(self, engine: Engine, values: NDArray[np.int32]) -> None:
         memory = c_void_p()
@@ -153,10 +158,10 @@ class DeviceArray:
 
 
 class StepOutput:
-    """What a step writes for each of up to `room` rows, in memory that host and device both reach.
+    """Output buffers of a step for up to `room` rows, in memory accessible to host and device, and the step's event.
 
-    A token int32 and its log probability float32, and the `n_top` likeliest tokens with theirs; and the event behind
-    the step. `tokens`, `logprobs`, `top_tokens` and `top_logprobs` are the addresses.
+    Per row: a token int32 and its log probability float32, and the `n_top` likeliest tokens with theirs. `tokens`,
+    `logprobs`, `top_tokens` and `top_logprobs` are the addresses.
     """
 
     def __init__(self, engine: Engine, room: int, n_top: int) -> None:
@@ -177,23 +182,23 @@ class StepOutput:
         self._top_logprobs = (c_float * (room * n_top)).from_address(self.top_logprobs)
 
     def record(self) -> None:
-        """Note that a step which writes here has been started."""
+        """Record the event behind a step that writes here."""
         c.call("qvl_event_record", self._event, None)
 
     def wait(self, n: int) -> list[int]:
-        """The first n tokens, once the step has ended.
+        """Wait for the step to end and return the first n tokens.
 
         Raises:
-            QwenVLError: it failed.
+            QwenVLError: the step failed.
         """
         c.call("qvl_event_wait", self._event)
         return self._tokens[:n]
 
     def logprob(self, row: int) -> float:
-        """The log probability of the row's token. The step has ended, and was asked for it; so below."""
+        """Log probability of the row's token, after `wait` for a step that computes log probabilities."""
         return self._logprobs[row]
 
     def top(self, row: int, n: int, n_written: int) -> list[tuple[int, float]]:
-        """The n likeliest tokens of a row with their log probabilities, of n_written that the step gave for each."""
+        """The n likeliest tokens of a row with their log probabilities, of n_written per row; after `wait`."""
         part = slice(row * n_written, row * n_written + n)
         return list(zip(self._top_tokens[part], self._top_logprobs[part]))

@@ -1,4 +1,4 @@
-"""The engine on GPUs: whether there is one that it runs on, and its library and kernels, built and loaded."""
+"""The engine on GPUs: device selection, and building and loading of its library and kernels."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _OLDEST_GPU = 70
 
 
 def gpu_index(device: str, flag: str = "--device") -> Optional[int]:
-    """Which GPU "gpu" or "gpu:N" is, which `flag` gave; None for "cpu".
+    """Parse a device, "gpu" or "gpu:N", into a GPU's index; None for "cpu".
 
     Raises:
-        UsageError: another word.
+        UsageError: any other text; the message names `flag`.
     """
     if not re.fullmatch(r"cpu|gpu(:[0-9]{1,4})?", device):
         raise UsageError(f"{flag} {device}: must be cpu, gpu or gpu:N")
@@ -30,10 +30,10 @@ def gpu_index(device: str, flag: str = "--device") -> Optional[int]:
 
 
 def usable(index: int) -> Gpu:
-    """GPU `index` of those that the driver shows to this process.
+    """Check that the engine runs on GPU `index`, counted among the GPUs visible to this process.
 
     Raises:
-        UsageError: it is not there, or the engine does not run on it.
+        UsageError: the GPU does not exist, or the engine does not support it.
     """
     gpus = _driver().gpus
     if index >= len(gpus):
@@ -50,16 +50,16 @@ def usable(index: int) -> Gpu:
 
 
 def compiler() -> nvrtc.Nvrtc:
-    """The NVRTC for the kernels of all GPUs here that the engine runs on.
+    """Find the NVRTC that compiles the kernels for all supported GPUs of this machine.
 
     Raises:
-        QwenVLError: no driver, or no NVRTC.
+        QwenVLError: no driver, or no suitable NVRTC.
     """
     return nvrtc.find(_architectures(), _driver().version // 1000)
 
 
 def kernels() -> build.Target:
-    """The kernels for all GPUs here that the engine runs on. Errors as for `compiler`."""
+    """Build target of the kernels for all supported GPUs of this machine. Errors as for `compiler`."""
     return build.kernel_target(compiler(), _architectures())
 
 
@@ -68,24 +68,28 @@ def _architectures() -> set[int]:
 
 
 def build_for(index: int, allowed: bool = False) -> tuple[Path, Path]:
-    """The library for GPUs and the folder of kernels, built now if need be; `allowed` as for build.library.
+    """Paths of the library for GPUs and of the folder of kernels, built now if necessary.
+
+    Args:
+        index: the GPU.
+        allowed: as for build.library.
 
     Raises:
-        UsageError, QwenVLError: GPU `index` cannot be used, or something cannot be built.
+        UsageError, QwenVLError: GPU `index` cannot be used, or a build failed.
     """
     usable(index)
     folder = env.CUDA_KERNELS.read()
     if folder is not None:
         return build.cuda_library(allowed), folder
-    target = kernels()  # where NVRTC is missing, nothing else is built first
+    target = kernels()  # first: without NVRTC, building the library is in vain
     return build.cuda_library(allowed), build.built(target, allowed)
 
 
 @functools.cache
 def load(index: int) -> None:
-    """Have the engine's library find its part for GPUs, and that find its kernels. Errors as for `build_for`."""
+    """Load the engine's part for GPUs and set the path of its kernels. Errors as for `build_for`."""
     library, folder = build_for(index)
-    # libqwenvl.so asks the system's loader for it by its name, which is known from now on.
+    # libqwenvl.so opens it by its name, which the system's loader resolves from now on.
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     os.environ[env.CUDA_KERNELS.name] = str(folder)
 
@@ -94,7 +98,7 @@ def _driver() -> CudaDriver:
     driver = cuda_driver()
     if driver is None:
         raise UsageError(
-            "--device gpu: there is no NVIDIA driver (libcuda.so.1); install it or use --device cpu"
+            "--device gpu: no NVIDIA driver found (libcuda.so.1); install it or use --device cpu"
         )
     if driver.version < 1000 * _OLDEST_DRIVER:
         raise UsageError(

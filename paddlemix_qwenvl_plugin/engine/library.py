@@ -1,4 +1,4 @@
-"""The C interface of the engine (csrc/include/qwenvl.h) through ctypes. Calls release Python's global lock."""
+"""The C interface of the engine (csrc/include/qwenvl.h) through ctypes; calls release Python's global lock."""
 
 from __future__ import annotations
 
@@ -23,23 +23,27 @@ from paddlemix_qwenvl_plugin.engine.build import library
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4_g64": 3, "int4_g128": 4, "float16": 5}
-"""The codes of qvl_dtype."""
+"""Storage types and their codes in qvl_dtype."""
 
 CPU, CUDA = 0, 1
-"""QVL_DEVICE_*."""
+"""Devices: QVL_DEVICE_*."""
 
 VISION, LANGUAGE = 1, 2
-"""QVL_STAGE_*."""
+"""Stages: QVL_STAGE_*."""
 
 NO_LOGITS, GENERATED = 1, 2
-"""QVL_SEQUENCE_*."""
+"""Flags of a sequence: QVL_SEQUENCE_*."""
 
 
 class Error(Structure):
+    """The struct qvl_error."""
+
     _fields_ = [("message", c_char * 512)]
 
 
 class Config(Structure):
+    """The struct qvl_config."""
+
     _fields_ = [
         ("size", c_uint32),
         ("stages", c_uint32),
@@ -72,6 +76,8 @@ class Config(Structure):
 
 
 class Tensor(Structure):
+    """The struct qvl_tensor."""
+
     _fields_ = [
         ("name", c_char_p),
         ("data", c_void_p),
@@ -84,6 +90,8 @@ class Tensor(Structure):
 
 
 class DeviceInfo(Structure):
+    """The struct qvl_device_info."""
+
     _fields_ = [
         ("size", c_uint32),
         ("name", c_char * 128),
@@ -97,6 +105,8 @@ class DeviceInfo(Structure):
 
 
 class SequenceRow(Structure):
+    """The struct qvl_sequence."""
+
     _fields_ = [
         ("n_new", c_int32),
         ("n_past", c_int32),
@@ -109,10 +119,14 @@ class SequenceRow(Structure):
 
 
 class Span(Structure):
+    """The struct qvl_span."""
+
     _fields_ = [("start", c_int32), ("count", c_int32), ("features", c_void_p)]
 
 
 class Batch(Structure):
+    """The struct qvl_batch."""
+
     _fields_ = [
         ("size", c_uint32),
         ("n_sequences", c_int32),
@@ -127,6 +141,8 @@ class Batch(Structure):
 
 
 class Sampling(Structure):
+    """The struct qvl_sampling."""
+
     _fields_ = [
         ("size", c_uint32),
         ("temperature", c_float),
@@ -143,6 +159,8 @@ class Sampling(Structure):
 
 
 class StepArgs(Structure):
+    """The struct qvl_step_args."""
+
     _fields_ = [
         ("size", c_uint32),
         ("sampling_size", c_uint32),
@@ -192,12 +210,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The engine's library with the signatures of its functions, built now unless it is there.
+    """Load the engine's library, built now if necessary, and declare the signatures of its functions.
 
     Raises:
-        QwenVLError: it cannot be built.
+        QwenVLError: the library cannot be built.
     """
-    # Global, so that the operators for Paddle (csrc/paddle) find the same engine.
+    # Global, so that the operators for Paddle (csrc/paddle) resolve to the same engine.
     built = ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(built, name)
@@ -206,10 +224,10 @@ def load() -> ctypes.CDLL:
 
 
 def call(function: str, *arguments: Any) -> None:
-    """Call a function that returns a qvl_status and takes a qvl_error last.
+    """Call a function of the engine that returns a qvl_status and takes a qvl_error as its last argument.
 
     Raises:
-        QwenVLError: the line that the engine gives.
+        QwenVLError: the function failed; the message is the engine's.
     """
     error = Error()
     if getattr(load(), function)(*arguments, byref(error)):
@@ -217,12 +235,12 @@ def call(function: str, *arguments: Any) -> None:
 
 
 def failure(error: Error) -> QwenVLError:
-    """What the engine says went wrong."""
+    """The exception with the engine's error message."""
     return QwenVLError(error.message.decode("utf-8", "replace"))
 
 
 def device_info(gpu: Optional[int] = None) -> DeviceInfo:
-    """A GPU, or the processor and the memory that this process may use."""
+    """Query a GPU, or (None) the processor and the memory that this process may use."""
     info = DeviceInfo(size=ctypes.sizeof(DeviceInfo))
     call("qvl_get_device_info", CPU if gpu is None else CUDA, gpu or 0, byref(info))
     return info

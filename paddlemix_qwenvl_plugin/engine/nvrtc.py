@@ -1,4 +1,4 @@
-"""NVRTC, NVIDIA's run-time compiler, and its headers: found in pip wheels or a toolkit."""
+"""Search for NVRTC, NVIDIA's run-time compiler, and its headers in pip wheels and CUDA toolkits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SYSTEM = Path("/usr")
 
 
 class Nvrtc(NamedTuple):
-    """A library that was found. `architectures` that it compiles for: compute capabilities times ten."""
+    """An NVRTC library: path, version, supported architectures (compute capabilities times ten), header folders."""
 
     library: str
     version: tuple[int, int]
@@ -31,14 +31,14 @@ class Nvrtc(NamedTuple):
 
 
 def find(architectures: Collection[int], newest: int) -> Nvrtc:
-    """The first NVRTC that compiles for these GPUs, with its headers.
+    """Find the first NVRTC with headers that compiles for some architectures.
 
     Args:
         architectures: compute capabilities times ten.
-        newest: major version of CUDA that the driver knows.
+        newest: major version of CUDA that the driver supports.
 
     Raises:
-        QwenVLError: there is none, or none that fits; the line says what to install.
+        QwenVLError: no suitable NVRTC; the message names the package to install.
     """
     problems = []
     for library in _libraries():
@@ -52,7 +52,7 @@ def find(architectures: Collection[int], newest: int) -> Nvrtc:
         elif missing:
             problems.append(f"{library} is {found}, which cannot compile for {', '.join(missing)}")
         elif not include:
-            problems.append(f"{library} is {found}, and there is no header cuda_fp16.h for it")
+            problems.append(f"{library} is {found}, without its header cuda_fp16.h")
         else:
             return found._replace(include=include)
     none = "no NVRTC (libnvrtc.so.12 or libnvrtc.so.13), which compiles the GPU kernels"
@@ -60,7 +60,7 @@ def find(architectures: Collection[int], newest: int) -> Nvrtc:
 
 
 def _libraries() -> Iterator[str]:
-    """Paths, and names for the system's loader."""
+    """Candidates: paths, then names for the system's loader."""
     patterns = ("nvidia/*/lib/libnvrtc.so.*", "paddle/libs/libnvrtc*.so*", "torch/lib/libnvrtc*.so*")
     for site in _sites():
         for pattern in patterns:
@@ -73,7 +73,7 @@ def _libraries() -> Iterator[str]:
 
 
 def _opened(library: str) -> Optional[Nvrtc]:
-    """None for what cannot be loaded, and for versions that are too old."""
+    """Load a candidate; None if it cannot be loaded or has an unsupported version."""
     try:
         nvrtc = ctypes.CDLL(library)
     except OSError:
@@ -89,7 +89,7 @@ def _opened(library: str) -> Optional[Nvrtc]:
 
 
 def _include(library: str) -> tuple[Path, ...]:
-    """Folders with the headers, those beside the library first; empty if there are none."""
+    """Header folders, those beside the library first; empty if cuda_fp16.h is not found."""
     beside = Path(library).parents[1] if "/" in library else _SYSTEM
     roots = [beside / "include", beside.parent / "cuda_runtime" / "include"]
     for site in _sites():
@@ -97,7 +97,7 @@ def _include(library: str) -> tuple[Path, ...]:
     roots += [path / "include" for path in (*_toolkits(), _SYSTEM)]
     for root in roots:
         if (root / "cuda_fp16.h").is_file():
-            # What it includes is NVRTC's own in some versions, in these folders in others.
+            # cuda_fp16.h includes headers that some versions of NVRTC have built in and others keep in these folders.
             more = (root / "cccl", root.parents[1] / "cuda_cccl" / "include")
             return (root, *(folder for folder in more if folder.is_dir()))
     return ()

@@ -1,8 +1,8 @@
-"""A compiler of GPU kernels: NVRTC in a process of its own, which may crash or be killed.
+"""Compile GPU kernels with NVRTC in a separate process, which may crash or be killed.
 
     python nvrtc_compile.py LIBNVRTC OPTION… -c SOURCE -o CUBIN
 
-Run as a file: it needs neither the package nor what the package needs.
+Run as a file: it imports neither the package nor its dependencies.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def compile_kernels(library: str, options: list[str], source: Path, cubin: Path) -> int:
-    """Compile; what NVRTC says goes to stdout. Returns the exit code."""
+    """Compile a source file to a cubin, print NVRTC's log to stdout, and return the exit code."""
     nvrtc = _loaded(library)
     program = ctypes.c_void_p()
     text = source.read_bytes()
@@ -31,7 +31,7 @@ def compile_kernels(library: str, options: list[str], source: Path, cubin: Path)
 
 
 def _loaded(library: str) -> ctypes.CDLL:
-    """NVRTC, behind its built-in functions: what lies beside it is not found by the copies in wheels of CUDA 13."""
+    """Load NVRTC, after its library of built-in functions, which the copies in wheels of CUDA 13 do not find."""
     if "/" in library:
         for builtins in Path(library).parent.glob("libnvrtc-builtins.so.*"):
             with contextlib.suppress(OSError):

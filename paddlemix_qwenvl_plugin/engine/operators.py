@@ -1,4 +1,4 @@
-"""The engine as operators of Paddle in this process: registered once, and called in programs of both forms."""
+"""The engine's operators for Paddle: registration in this process, and calls in PIR and legacy programs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Build the library if need be, and have Paddle know its operators.
+    """Load the operators' library, built now if necessary, and register its operators with Paddle.
 
     Raises:
-        QwenVLError: it cannot be built.
+        QwenVLError: the library cannot be built.
     """
     from paddle.base import core
     from paddle.base.framework import OpProtoHolder, get_all_op_protos
 
     path = operators_library()
     core.load_op_meta_info_and_register_op(str(path))
-    # For programs of the legacy form; the method that does it takes other arguments in each Paddle.
+    # For legacy programs; Paddle's own method for it has different arguments in each version.
     known = OpProtoHolder.instance().op_proto_map
     known.update({proto.type: proto for proto in get_all_op_protos() if proto.type not in known})
     built = ctypes.CDLL(str(path))
@@ -41,12 +41,12 @@ def load() -> ctypes.CDLL:
 
 
 def use_device(gpu: Optional[int]) -> None:
-    """Have engines that operators make from now on compute on this GPU; None: on the CPU."""
+    """Set the GPU of engines that operators create from now on; None: the CPU."""
     load().qwenvl_set_gpu(-1 if gpu is None else gpu)
 
 
 def call(name: str, inputs: dict[str, Any], attributes: dict[str, Any], outputs: Sequence[str]) -> list[Any]:
-    """Run an operator, or append it to the program that is being built.
+    """Run an operator, or append it to the program under construction.
 
     Args:
         inputs: by name in the operator's order; a list of tensors for `weights`.

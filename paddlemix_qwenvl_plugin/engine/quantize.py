@@ -1,4 +1,4 @@
-"""How the engine stores a stage's weights: as they are, or quantised (csrc/include/qwenvl.h, `qvl_dtype`)."""
+"""Quantization of a stage's weights for the engine (csrc/include/qwenvl.h, `qvl_dtype`)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _EIGHT_BITS = ("lm_head.weight", "attn.c_attn.weight")
 
 
 def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
-    """Return it if it is one of QUANT_TYPES or None, else raise UsageError."""
+    """Return `quant_type` if it is one of QUANT_TYPES or None; otherwise raise UsageError."""
     if quant_type is not None and quant_type not in QUANT_TYPES:
         raise UsageError(f"--quant_type {quant_type}: must be one of {', '.join(QUANT_TYPES)}")
     return quant_type
 
 
 def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
-    """Which weights are quantised, and as what: "int8" or "int4_g64".
+    """Select the weights to quantise: name -> "int8" or "int4_g64".
 
-    The matrices that take the errors of 4 bits worst stay at 8: the logits' and attention's c_attn
-    (docs/demo-model.md has the figures).
+    The matrices most sensitive to 4-bit errors stay at 8 bits: lm_head and attention's c_attn (figures in
+    docs/demo-model.md).
     """
     if quant_type is None:
         return {}
@@ -39,15 +39,15 @@ def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dic
 
 
 def packed_bytes(kind: str, n_out: int, n_in: int) -> int:
-    """Length of a quantised [n_out, n_in] matrix."""
+    """Size of a quantised [n_out, n_in] matrix in bytes."""
     return int(load().qvl_packed_bytes(DTYPES[kind], n_out, n_in))
 
 
 def pack(kind: str, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
-    """Quantise a matrix [out, in].
+    """Quantise a matrix [out, in] into the engine's storage.
 
     Raises:
-        QwenVLError: it has a value that is not finite.
+        QwenVLError: a value is not finite; the message begins with `name`.
     """
     values = np.ascontiguousarray(values)
     packed = np.empty(packed_bytes(kind, *values.shape), np.uint8)

@@ -1,4 +1,4 @@
-"""Whether the engine is used: what the user asked for, and what this machine can do."""
+"""Choice between the engine and the portable graph, by the user's setting and the machine."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from paddlemix_qwenvl_plugin.util.notice import notice
 
 
 def engine_choice(asked: Optional[str] = None) -> str:
-    """ "auto", "fused" or "portable": what a flag says, else QWENVL_ENGINE, else auto.
+    """The engine setting, "auto", "fused" or "portable": from a flag, else QWENVL_ENGINE, else "auto".
 
     Raises:
-        UsageError: another word.
+        UsageError: any other value.
     """
     return env.ENGINE.read() if asked is None else env.ENGINE.check(asked, "--engine")
 
 
 def engine_available(choice: str, operators: bool = False, gpu: Optional[int] = None) -> bool:
-    """Whether to use the engine, which is built now if need be. Says so where "auto" has to do without.
+    """Whether to use the engine, built now if necessary; with "auto", a fallback prints a notice.
 
     Args:
-        choice: what `engine_choice` gave.
-        operators: its operators for Paddle are needed as well.
-        gpu: on which GPU; None: on the CPU.
+        choice: the result of `engine_choice`.
+        operators: also require its operators for Paddle.
+        gpu: index of the GPU; None: the CPU.
 
     Raises:
-        QwenVLError: the engine cannot be built, and "fused" was asked for, or a GPU that this Paddle does not use.
+        QwenVLError: the engine cannot be built, and no fallback exists: the setting is "fused", or this Paddle cannot
+            use the GPU.
     """
     if choice == "portable":
         return False
@@ -42,6 +43,6 @@ def engine_available(choice: str, operators: bool = False, gpu: Optional[int] = 
     except QwenVLError as error:
         if choice == "fused" or (gpu is not None and paddle_gpus() <= gpu):
             raise
-        notice(f"{error}. Going on with the portable graph")
+        notice(f"{error}. Falling back to the portable graph")
         return False
     return True

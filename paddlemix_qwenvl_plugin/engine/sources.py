@@ -1,4 +1,4 @@
-"""What is compiled, and with which flags."""
+"""Source files of the engine's libraries and their compiler flags."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _KERNELS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w")
 
 @dataclass(frozen=True)
 class Isa:
-    """An instruction set that the kernels are compiled for: a line of csrc/cpu/kernels/isas.txt."""
+    """An ISA for which the CPU kernels are compiled: a line of csrc/cpu/kernels/isas.txt."""
 
     name: str
     code: str
     flags: tuple[str, ...]
 
     def runs_here(self) -> bool:
-        """Whether this processor has all of it."""
+        """Whether this processor supports the ISA."""
         needed = {flag[2:] for flag in self.flags if "=" not in flag and "prefer" not in flag}
         return needed <= _cpu_features()
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One run of a compiler; `name` is the file that it makes."""
+    """One run of a compiler; `name` is the output file."""
 
     name: str
     source: Path
@@ -38,28 +38,28 @@ class Unit:
 
 
 def source_folder() -> Path:
-    """csrc/ of a source tree, or its copy in an installed package."""
+    """The folder csrc/ of a source tree, or its copy in an installed package."""
     return shipped_folder("csrc", "engine/csrc")
 
 
 def all_isas(csrc: Path) -> list[Isa]:
-    """Those of this kind of processor, the generic one first and each better than the one before."""
+    """The ISAs of this processor architecture: generic first, then in ascending order of capability."""
     lines = (csrc / "cpu" / "kernels" / "isas.txt").read_text("utf-8").splitlines()
     isas = [Isa(name, code, tuple(flags)) for name, code, *flags in map(str.split, lines)]
     return isas if platform.machine() in ("x86_64", "AMD64") else isas[:1]
 
 
 def isas_here(csrc: Path) -> list[Isa]:
-    """The generic one and the best that this processor has."""
+    """The generic ISA and the best one that this processor supports."""
     generic, *better = all_isas(csrc)
     return [generic, *[isa for isa in better if isa.runs_here()][-1:]]
 
 
 def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
-    """Everything `libqwenvl.so` is made of. The kernels, which take longest, come first.
+    """Compiler runs for `libqwenvl.so`; the kernels, which take longest, come first.
 
-    Beside a better set the generic one is there for comparison only, and is not optimised, which takes most of the
-    time. In a library of more than two sets any may be the best of a machine.
+    Beside one better ISA, the generic kernels serve comparison only: they are compiled without optimisation, which
+    takes most of the time. In a library of more than two ISAs, any of them may be the best of a machine.
     """
     found = []
     for isa in reversed(isas):
@@ -75,12 +75,12 @@ def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
 
 
 def operators_units(csrc: Path, paddle_flags: Sequence[str]) -> list[Unit]:
-    """Everything `libqwenvl_paddle.so` is made of."""
+    """Compiler runs for `libqwenvl_paddle.so`."""
     return [_unit(source, *paddle_flags) for source in sorted((csrc / "paddle").glob("*.cc"))]
 
 
 def cuda_units(csrc: Path) -> list[Unit]:
-    """Everything `libqwenvl_cuda.so` is made of. It needs the driver when it runs, and nothing of CUDA to be built."""
+    """Compiler runs for `libqwenvl_cuda.so`, which needs no part of CUDA to be built, and the driver to run."""
     core = [
         path for path in sorted((csrc / "core").glob("*.cc")) if path.stem in ("config", "pack", "rotary")
     ]
@@ -88,14 +88,14 @@ def cuda_units(csrc: Path) -> list[Unit]:
 
 
 def kernel_units(csrc: Path, architectures: Iterable[int]) -> list[Unit]:
-    """Every file of GPU kernels for each architecture, in float16 and, where GPUs have it, in bfloat16.
+    """Compiler runs for the GPU kernels: each file for each architecture, in float16 and, from 8.0 on, in bfloat16.
 
     Args:
         architectures: compute capabilities times ten.
     """
     found = []
     for architecture in architectures:
-        # Those of 9.0 have instructions that no later GPU has.
+        # GPUs of 9.0 have instructions that no later GPU has.
         code = "sm_90a" if architecture == 90 else f"sm_{architecture}"
         flags = ("--std=c++17", f"--gpu-architecture={code}")
         for source in sorted((csrc / "cuda" / "kernels").glob("*.cu")):
@@ -107,7 +107,7 @@ def kernel_units(csrc: Path, architectures: Iterable[int]) -> list[Unit]:
 
 
 def digest(csrc: Path, folders: Iterable[str], *more: str) -> str:
-    """Of all files of these folders of csrc/, their names, and whatever else decides what is made of them."""
+    """Cache key: digest of the names and contents of all files in some folders of csrc/, and of `more`."""
     value = hashlib.sha256()
     for path in sorted(path for folder in folders for path in (csrc / folder).rglob("*") if path.is_file()):
         value.update(f"{path.relative_to(csrc)}\0".encode() + path.read_bytes() + b"\0")
@@ -121,7 +121,7 @@ def _unit(source: Path, *flags: str) -> Unit:
 
 
 def _cpu_features() -> set[str]:
-    """What the processor has, as the compiler's -m flags spell it; nothing where the system does not tell."""
+    """Features of this processor, spelled as the compiler's -m flags; empty if the system does not report them."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:

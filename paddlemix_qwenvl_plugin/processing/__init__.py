@@ -1,0 +1,1 @@
+"""Inputs and outputs of the model: images, prompts, tokenizer, boxes."""

@@ -1,4 +1,4 @@
-"""Boxes in the model's answers: `<ref>the dog</ref><box>(x1,y1),(x2,y2)</box>`."""
+"""Parse boxes in the model's answers: `<ref>the dog</ref><box>(x1,y1),(x2,y2)</box>`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _POINTS = {
     "box": re.compile(rf"\s*{_POINT}\s*,\s*{_POINT}\s*"),
     "quad": re.compile(rf"\s*{_POINT}\s*,\s*{_POINT}\s*,\s*{_POINT}\s*,\s*{_POINT}\s*"),
 }
-# What an answer that was cut short leaves of a box.
+# The rest of a box in a truncated answer.
 _COORDINATES = re.compile(r"[\s0-9(),-]*")
 
 Points = tuple[tuple[int, int], ...]
@@ -23,10 +23,10 @@ Points = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Box:
-    """A box (top left and bottom right corner) or a quad (four corners, in the model's order).
+    """A box (top left and bottom right corner) or a quad (four corners in the model's order) in an answer.
 
-    `points` are (x, y) in thousandths of the picture's width and height, from 0 to 1000. `ref` is what the
-    box shows, if the model said so.
+    `points` are (x, y) in thousandths of the image's width and height, 0 to 1000. `ref` is the text of the `<ref>` that
+    the box belongs to, if any.
     """
 
     kind: Literal["box", "quad"]
@@ -34,13 +34,13 @@ class Box:
     ref: Optional[str] = None
 
     def to_pixels(self, width: int, height: int) -> tuple[tuple[float, float], ...]:
-        """The points as (x, y) in pixels of a picture of `width` x `height` pixels."""
+        """The points as (x, y) in pixels of an image of `width` x `height` pixels."""
         return tuple((x * width / _FULL, y * height / _FULL) for x, y in self.points)
 
 
 @dataclass(frozen=True)
 class BoxParse:
-    """What `parse_boxes` found: boxes in order, what was wrong, and the text without boxes and tags."""
+    """Result of `parse_boxes`: boxes in order, problems as one line each, and the text without boxes and tags."""
 
     boxes: list[Box]
     problems: list[str]
@@ -48,12 +48,11 @@ class BoxParse:
 
 
 def parse_boxes(text: str) -> BoxParse:
-    """Find the boxes in `text`; any text is accepted.
+    """Parse all boxes in an answer; any text is accepted.
 
-    A box belongs to the `<ref>` before it if nothing but spaces and other boxes stands between. In the clean
-    text a ref's words stay and boxes go. Coordinates outside 0 to 1000 are moved to the edge and a box's
-    corners are put in order (top left first); both are reported in `problems`. What cannot be read as a box
-    is left out and reported.
+    A box belongs to the preceding `<ref>` if only spaces and other boxes are between them. The clean text keeps the
+    text of refs, without boxes. Coordinates outside 0 to 1000 are clamped and the corners of a box are ordered (top
+    left first); both are reported in `problems`. Malformed boxes are left out and reported.
     """
     boxes: list[Box] = []
     problems: list[str] = []

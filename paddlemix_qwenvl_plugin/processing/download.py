@@ -1,4 +1,4 @@
-"""Download a picture within limits of bytes and time, and from public addresses only unless told otherwise."""
+"""Download images within limits of size and time, by default from public addresses only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError, Usag
 
 _CHUNK_BYTES = 64 * 1024
 _MAX_REDIRECTS = 5
-# Whose last 32 bits are an IPv4 address, to which a gateway passes on what is sent there (NAT64, RFC 6052).
+# NAT64 (RFC 6052): a gateway forwards to the IPv4 address in the last 32 bits.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
@@ -27,39 +27,39 @@ def download(
     allow_private: bool,
     allows_host: Optional[Callable[[str], bool]] = None,
 ) -> bytes:
-    """The body of `url`, within `timeout_seconds` from the call to the last byte.
+    """Download the body of a URL; `timeout_seconds` bounds the whole call.
 
-    httpx limits each read, so a server that sends a byte now and then would hold us for ever. A thread of its
-    own bounds the whole, name resolution included. With `allow_private` a proxy that the environment names is
-    used; without it none is, since a proxy connects to addresses that nobody here has seen.
+    httpx only limits each read, so a slow server could hold the caller forever. A separate thread bounds the total
+    time, name resolution included. With `allow_private`, the proxy that the environment names is used; without it none
+    is, since a proxy connects to addresses that this process cannot check.
 
     Args:
-        name: what error lines call the picture.
-        max_bytes: the most that is read; a longer body is an error.
-        allows_host: whether a host, as the URL or a redirect names it, may be asked at all; None: every one. Not looked
-            at with `allow_private`.
+        name: name of the image in error messages.
+        max_bytes: maximum size; a longer body is an error.
+        allows_host: whether a host, as the URL or a redirect names it, may be contacted; None: any host. Ignored with
+            `allow_private`.
 
     Raises:
-        UsageError: the host, or that of a redirect, is not allowed, or not at a public address.
-        TooLargeError: the body is longer.
-        QwenVLError: what is wrong with the answer, or that there was none in time.
+        UsageError: the host, or that of a redirect, is not allowed, or has no public address.
+        TooLargeError: the body is longer than `max_bytes`.
+        QwenVLError: the download failed or timed out.
     """
     client = httpx.Client(
         follow_redirects=True,
         max_redirects=_MAX_REDIRECTS,
         timeout=timeout_seconds,
-        # Not compressed: a small body must not unfold into a large one.
+        # Not compressed: a small body could expand into a large one.
         headers={"Accept-Encoding": "identity"},
         transport=None if allow_private else _PublicTransport(name, allows_host),
     )
-    too_slow = QwenVLError(f"image {name} was not there within {timeout_seconds:g} seconds")
+    timed_out = QwenVLError(f"image {name}: the download timed out after {timeout_seconds:g} s")
     outcome: list[Union[bytes, BaseException]] = []
 
     def work() -> None:
         try:
             outcome.append(_fetch(client, url, name, max_bytes))
         except httpx.TimeoutException:
-            outcome.append(too_slow)
+            outcome.append(timed_out)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, socket.gaierror) as error:
             outcome.append(QwenVLError(f"image {name} cannot be downloaded: {error}"))
         except BaseException as error:  # raised again in the caller's thread
@@ -68,37 +68,37 @@ def download(
     thread = threading.Thread(target=work, name="image-download", daemon=True)
     thread.start()
     thread.join(timeout_seconds)
-    # Ends the thread's next read if it is still at work.
+    # Fails the next read of a thread that is still running.
     client.close()
-    result = outcome[0] if outcome else too_slow
+    result = outcome[0] if outcome else timed_out
     if isinstance(result, BaseException):
         raise result
     return result
 
 
 def is_public(address: Union[ipaddress.IPv4Address, ipaddress.IPv6Address]) -> bool:
-    """Whether an address is one of the internet's, also behind the IPv4 address that an IPv6 address carries."""
+    """Whether an address is public; for an IPv6 address with an embedded IPv4 address, the latter decides."""
     if isinstance(address, ipaddress.IPv6Address):
-        carried = address.ipv4_mapped or address.sixtofour
+        embedded = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:
-            carried = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if carried is not None:
-            return is_public(carried)
+            embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if embedded is not None:
+            return is_public(embedded)
         if address.is_site_local:
             return False
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
 
 
 class _PublicTransport(httpx.BaseTransport):
-    """Resolves a host once, and connects to the addresses that were checked: no second answer can differ.
+    """Transport that resolves a host once and connects only to the addresses that it checked (no DNS rebinding).
 
-    httpx asks it for every redirect anew.
+    httpx calls it for each redirect.
     """
 
     def __init__(self, name: str, allows_host: Optional[Callable[[str], bool]]) -> None:
         self._name = name
         self._allows_host = allows_host
-        # A connection is not used again: it is found by its address, and has shown one host's certificate.
+        # No keep-alive: connections are pooled by address, but have verified the certificate of one host.
         self._transport = httpx.HTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
@@ -120,7 +120,7 @@ class _PublicTransport(httpx.BaseTransport):
         return self._connect(request, host, public[-1])
 
     def _connect(self, request: httpx.Request, host: str, address: str) -> httpx.Response:
-        """Send `request` to `address`; its Host header and the certificate that is asked for stay the host's."""
+        """Send `request` to `address`; the Host header and the verified certificate remain those of `host`."""
         return self._transport.handle_request(
             httpx.Request(
                 request.method,
@@ -141,7 +141,7 @@ def _fetch(client: httpx.Client, url: str, name: str, max_bytes: int) -> bytes:
         if response.status_code != 200:
             raise QwenVLError(f"image {name}: the server answered with status {response.status_code}")
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise QwenVLError(f"image {name}: the server sent it compressed though asked not to")
+            raise QwenVLError(f"image {name}: the server compressed it, which the request did not accept")
         declared = response.headers.get("Content-Length", "")
         if re.fullmatch("[0-9]{1,18}", declared) and int(declared) > max_bytes:
             raise too_large

@@ -1,4 +1,4 @@
-"""Draw boxes with their labels on a picture."""
+"""Draw labelled boxes on an image."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 
-# One box after the other. Far apart in hue, and all dark enough for white letters.
+# Colours of successive boxes: far apart in hue, and all dark enough for white letters.
 COLOURS = ("#c8102e", "#1b7a34", "#2b50d8", "#a84300", "#7b1fa2", "#00707a", "#b8176f", "#6b6000")
 
-# Fonts with Chinese, Japanese and Korean glyphs, as the common systems name their files.
+# Files of fonts with Chinese, Japanese and Korean glyphs on common systems.
 _CJK_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKsc-Regular.otf",
@@ -32,21 +32,21 @@ _CJK_FONTS = (
     "Arial Unicode.ttf",
 )
 
-# The built-in font ends with the Latin letters.
+# Last character of Pillow's built-in font.
 _LAST_LATIN = 0x24F
 
-# The EXIF tag for the program that made a picture, and what is written there.
+# The EXIF tag Software and its value in drawn images.
 _SOFTWARE, _NAME = 0x0131, "qwenvl"
 
 Font = Union[ImageFont.FreeTypeFont, ImageFont.ImageFont]
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """A copy of `image` (RGB) with the outlines of `boxes` and their refs as labels.
+    """Draw the outlines of `boxes` and their refs as labels on an RGB copy of `image`.
 
-    A label stands on a filled patch of the box's colour, above the box if there is room, and always inside
-    the picture; a label that is too wide is cut short. Labels that need Chinese glyphs use a font of the
-    system; without one they show as empty squares.
+    A label has a background of the box's colour, above the box if it fits there, and always inside the image; a label
+    that is too wide is truncated. Labels with Chinese glyphs use a font of the system; without one they show as empty
+    squares.
     """
     drawn = image.convert("RGB")
     draw = ImageDraw.Draw(drawn)
@@ -67,18 +67,18 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
 
 
 def save_drawn(drawn: Image.Image, path: Path) -> None:
-    """Write a picture, in the format of the suffix, for `is_drawn` to know. BMP and GIF have no place for that."""
+    """Write a drawn image in the format of the suffix, marked for `is_drawn`; BMP and GIF cannot hold the mark."""
     exif = Image.Exif()
     exif[_SOFTWARE] = _NAME
     drawn.save(path, exif=exif)
 
 
 def is_drawn(path: Path) -> bool:
-    """Whether `save_drawn` wrote this file."""
+    """Whether a file carries the mark of `save_drawn`."""
     try:
-        with Image.open(path) as picture:
-            return bool(picture.getexif().get(_SOFTWARE) == _NAME)
-    except Exception:  # no picture, or a damaged one: Pillow's plugins have no common error
+        with Image.open(path) as image:
+            return bool(image.getexif().get(_SOFTWARE) == _NAME)
+    except Exception:  # no image, or a damaged one: Pillow's plugins have no common error
         return False
 
 
@@ -98,18 +98,18 @@ def _draw_label(
     if not label:
         return
     left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
-    patch_width, patch_height = right - left + 2 * padding, bottom - top + 2 * padding
-    x = min(max(corner[0], 0), width - patch_width)
-    above = corner[1] - patch_height
-    y = min(above if above >= 0 else corner[1], height - patch_height)
-    if x < 0 or y < 0:  # the picture is smaller than the letters
+    label_width, label_height = right - left + 2 * padding, bottom - top + 2 * padding
+    x = min(max(corner[0], 0), width - label_width)
+    above = corner[1] - label_height
+    y = min(above if above >= 0 else corner[1], height - label_height)
+    if x < 0 or y < 0:  # the image is smaller than the letters
         return
-    draw.rectangle((x, y, x + patch_width - 1, y + patch_height - 1), fill=colour)
+    draw.rectangle((x, y, x + label_width - 1, y + label_height - 1), fill=colour)
     draw.text((x + padding - left, y + padding - top), label, fill="white", font=font)
 
 
 def _fit(draw: ImageDraw.ImageDraw, label: str, font: Font, room: float) -> str:
-    """`label`, cut short with an ellipsis until it is at most `room` pixels wide; "" if nothing fits."""
+    """Truncate `label` with an ellipsis to at most `room` pixels; "" if nothing fits."""
     if len(label) <= room and draw.textlength(label, font=font) <= room:
         return label
     label = label[: max(0, int(room))]  # a letter takes at least a pixel
@@ -122,12 +122,12 @@ def _fit(draw: ImageDraw.ImageDraw, label: str, font: Font, room: float) -> str:
 
 
 def font_for(text: str, size: int) -> Font:
-    """A font of `size` pixels for `text`; see can_draw."""
+    """Choose a font of `size` pixels for `text`: the built-in one for Latin text, else one with Chinese glyphs."""
     return (None if _is_latin(text) else _cjk_font(size)) or _latin_font(size)
 
 
 def can_draw(text: str) -> bool:
-    """Whether `text` is Latin, or this system has a font with Chinese glyphs: without one they are empty squares."""
+    """Whether `text` is Latin, or this system has a font with Chinese glyphs (without one: empty squares)."""
     return _is_latin(text) or _cjk_font(12) is not None
 
 
@@ -145,6 +145,6 @@ def _cjk_font(size: int) -> Optional[Font]:
     for name in _CJK_FONTS:
         try:
             return ImageFont.truetype(name, size)
-        except OSError:  # not on this system: the next one
+        except OSError:  # not on this system
             continue
     return None

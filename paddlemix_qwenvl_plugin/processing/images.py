@@ -1,4 +1,4 @@
-"""Load pictures from anywhere within limits, and turn them into the vision tower's input."""
+"""Load images from files, bytes and URLs within limits, and preprocess them for the vision stage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_TURNS = {
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -36,16 +36,20 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow hands these to another program (Ghostscript) or to the operating system's drawing code.
+# Pillow passes these to another program (Ghostscript) or to the operating system's drawing code.
 _REFUSED_FORMATS = ("EPS", "WMF")
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What a picture may cost, and where it may come from.
+    """Limits for loading an image.
 
-    Encoded size in bytes, width x height, the whole time of a download, and whether a download may come from
-    addresses that are not public: this machine's own, its network's, those that clouds keep their secrets at.
+    Attributes:
+        max_bytes: encoded size.
+        max_pixels: width x height.
+        timeout_seconds: total time of a download.
+        allow_private: also download from addresses that are not public: this machine, its network, the metadata
+            services of clouds.
     """
 
     max_bytes: int = 50 * 1024 * 1024
@@ -58,35 +62,50 @@ DEFAULT_LIMITS = ImageLimits()
 
 
 def preprocess(image: Image.Image, image_size: int = 448) -> npt.NDArray[np.float32]:
-    """float32 [3, image_size, image_size]: RGB, bicubic resize, CLIP mean and standard deviation.
+    """Preprocess an image for the vision stage: RGB, bicubic resize, CLIP mean and standard deviation.
 
-    The aspect ratio is not kept: boxes are in thousandths of the width and of the height for that reason.
+    The aspect ratio is not kept; for that reason boxes are in thousandths of the width and of the height.
+
+    Returns:
+        float32 [3, image_size, image_size].
     """
     return normalise(resize(image, image_size))
 
 
 def resize(image: Image.Image, image_size: int) -> npt.NDArray[np.uint8]:
-    """uint8 [image_size, image_size, 3]: RGB, bicubic."""
+    """Resize an image with bicubic interpolation to RGB uint8 [image_size, image_size, 3]."""
     return np.asarray(image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC))
 
 
 def normalise(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """uint8 [image_size, image_size, 3] -> float32 [3, image_size, image_size] with CLIP's mean and deviation."""
+    """Normalise pixels by CLIP's mean and standard deviation.
+
+    Args:
+        pixels: uint8 [image_size, image_size, 3].
+
+    Returns:
+        float32 [3, image_size, image_size].
+    """
     scaled = pixels.astype(np.float32) / np.float32(255)
     return np.ascontiguousarray(((scaled - _MEAN) / _STD).transpose(2, 0, 1))
 
 
 def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-    """Load `source` as a fully decoded RGB picture, upright as its EXIF orientation says, on white where it is clear.
+    """Load an image as fully decoded RGB, with its EXIF orientation applied and transparency on white.
 
-    `source` is a path, encoded bytes, a PIL picture, a `data:` URL, a `file://` URL or, with `allow_http`, an
-    http(s) URL. Of an animation the first frame is taken. 16-bit grey is scaled by its depth. The official code
-    reads a picture as it is stored, drops transparency, and makes 16-bit grey white. Paths and `file://` URLs are
-    opened wherever they point, web addresses where they are public or `limits` allow others: a server decides
-    before the call which of them a client may name.
+    The first frame of an animation is used; 16-bit grey is scaled by its depth. The official code ignores the EXIF
+    orientation, drops transparency and turns 16-bit grey white. Paths and `file://` URLs are not restricted, and
+    http(s) URLs only to public addresses (unless `limits` allow others): a server decides before the call which sources
+    a client may name.
 
-    Raises UsageError for a source that is not there or not of a supported kind, and QwenVLError for one that
-    is no picture, is damaged, exceeds `limits` or cannot be downloaded.
+    Args:
+        source: a path, encoded bytes, a PIL image, a `data:` or `file://` URL or, with `allow_http`, an http(s) URL.
+        allow_http: allow downloads.
+        limits: size, time and addresses.
+
+    Raises:
+        UsageError: the source does not exist or is not of a supported kind.
+        QwenVLError: the source is no image, is damaged, exceeds `limits` or cannot be downloaded.
     """
     if isinstance(source, Image.Image):
         return _decode(source, "PIL image", limits)
@@ -95,8 +114,9 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
 
 
 def read_encoded(source: Any, *, allow_http: bool = False, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """The encoded bytes of `source`, at most one more than the limit; `source` and errors as for `load_image`, which
-    reads them. No PIL picture, which has none.
+    """Read the encoded bytes of an image, at most one more than the limit, for `decode_image`.
+
+    `source` and errors as for `load_image`, except that PIL images, which have no encoded bytes, are rejected.
     """
     if isinstance(source, (bytes, bytearray)):
         return bytes(source)
@@ -127,7 +147,7 @@ def read_encoded(source: Any, *, allow_http: bool = False, limits: ImageLimits =
 
 
 def decode_image(encoded: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-    """The picture that is encoded in bytes, as `load_image` gives it; error lines call it `name`."""
+    """Decode an image from bytes as `load_image` does; `name` identifies it in error messages."""
     if not encoded:
         raise QwenVLError(f"image {name} is empty")
     if len(encoded) > limits.max_bytes:
@@ -136,7 +156,7 @@ def decode_image(encoded: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS
         with quiet():
             image = Image.open(io.BytesIO(encoded))
     except UnidentifiedImageError as error:
-        raise QwenVLError(f"image {name} is not in a picture format that Pillow knows") from error
+        raise QwenVLError(f"image {name} is not in an image format that Pillow supports") from error
     except Image.DecompressionBombError as error:
         raise TooLargeError(f"image {name} has too many pixels: {error}") from error
     except Exception as error:  # damaged headers raise almost anything in Pillow's format plugins
@@ -147,7 +167,7 @@ def decode_image(encoded: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS
 
 
 def from_folder(source: Any, folder: Optional[Path]) -> Any:
-    """`source`, where it is a relative path from `folder` on."""
+    """Resolve a relative path against `folder`; other sources are returned unchanged."""
     return (
         folder / source
         if folder is not None and isinstance(source, str) and not is_address(source)
@@ -156,14 +176,14 @@ def from_folder(source: Any, folder: Optional[Path]) -> Any:
 
 
 def local_path(source: str) -> Optional[Path]:
-    """The file that a source names, as a path or a `file://` URL; None for another address."""
+    """The local file that a source names, as a path or a `file://` URL; None for other URLs."""
     if source[:5].lower() == "file:":
         return _file_url_path(source)
     return None if is_address(source) else Path(source)
 
 
 def describe_source(source: Any) -> str:
-    """A short name of an image source for messages; never the picture itself, nor a URL's password."""
+    """A short name of an image source for messages, without image data and without a URL's password."""
     if isinstance(source, Image.Image):
         return "PIL image"
     if isinstance(source, (bytes, bytearray)):
@@ -230,30 +250,30 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
             f"image {name} is {width} x {height} pixels, more than the limit of {limits.max_pixels} pixels"
         )
     if width == 0 or height == 0:
-        raise QwenVLError(f"image {name} is {width} x {height} pixels: nothing to look at")
+        raise QwenVLError(f"image {name} is {width} x {height} pixels; it must have at least 1 x 1")
     try:
         with quiet():
-            image.load()  # what says how to turn it may stand behind the pixels
-            turn = _turn(image)
+            image.load()  # the EXIF orientation may be stored after the pixels
+            transpose = _upright_transpose(image)
             pixels = _as_rgb(image)
-        return pixels if turn is None else pixels.transpose(turn)
+        return pixels if transpose is None else pixels.transpose(transpose)
     except MemoryError as error:
         raise TooLargeError(f"image {name} of {width} x {height} pixels: out of memory") from error
     except Exception as error:  # as above: the plugins have no common error for damaged data
         raise QwenVLError(f"image {name} is damaged or cut short: {error}") from error
 
 
-def _turn(image: Image.Image) -> Optional[Image.Transpose]:
-    """How to set a picture upright; None where it is, or does not say in a way that can be read."""
+def _upright_transpose(image: Image.Image) -> Optional[Image.Transpose]:
+    """The operation that applies the EXIF orientation; None if it is upright, missing or unreadable."""
     try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a damaged note beside a picture that may be whole
+        return _TRANSPOSES.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged metadata of an image whose pixels may be intact
         return None
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent lies on white."""
-    # Pillow keeps 16 bits in 32 for some kinds of file, and clips both at 255.
+    """Convert to RGB, with transparent pixels on white."""
+    # Pillow keeps 16 bits in 32 for some formats, and its conversion clips both at 255.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.uint32)
         grey = ((values + 128) // 257).clip(max=255).astype(np.uint8)
@@ -262,9 +282,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(grey).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
-    clear = image.convert("RGBA")
+    transparent = image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
-    white.paste(clear, mask=clear)
+    white.paste(transparent, mask=transparent)
     return white
 
 

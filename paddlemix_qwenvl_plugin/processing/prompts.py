@@ -1,7 +1,7 @@
-"""Prompts in the forms that Qwen-VL was trained on: plain (base model) and ChatML (chat model).
+"""Build prompts in the forms that Qwen-VL was trained on: plain (base model) and ChatML (chat model).
 
-A `str` query is ready-made text: the paths between its picture tags are returned as image sources. Text from
-a client that you do not trust goes into parts, where those tags are refused.
+A `str` query is a rendered prompt: the paths between its image tags become image sources. Pass text from untrusted
+clients as parts, in which those tags are rejected.
 """
 
 from __future__ import annotations
@@ -20,23 +20,28 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.sources import is_data_url
 
 Part = Mapping[str, Any]
-"""`{"image": source}`, `{"text": str}` or `{"box": [[x1, y1, x2, y2], …], "ref": str}` (ref optional)."""
+"""A part of a query, with one of the keys image, text or box.
+
+`{"image": source}`, `{"text": str}` or `{"box": [[x1, y1, x2, y2], …], "ref": str}` (ref optional).
+"""
 
 Query = Union[str, Sequence[Part]]
+"""A query: a list of parts, or rendered text."""
 
-_PICTURE_TAGS = ("<img>", "</img>", "<imgpad>")
-_PICTURE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+_IMAGE_SPAN_TAGS = ("<img>", "</img>", "<imgpad>")
+_IMAGE_SPAN = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 _KEY_SETS = ({"image"}, {"text"}, {"box"}, {"box", "ref"})
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as token ids.
+    """A prompt as token ids, with its image sources.
 
     Attributes:
+        input_ids: the token ids, image slots included.
         images: the image sources, one for each `<img>`, in order.
-        generated: the [start, end) ranges of `input_ids` that hold earlier answers, each with the `<|im_end|>`
-            that closes it, in order: what a decode step made, rather than a prefill.
+        generated: the [start, end) ranges of `input_ids` with earlier answers, each with its closing `<|im_end|>`, in
+            order: tokens computed by decode steps rather than by a prefill.
     """
 
     input_ids: list[int]
@@ -45,12 +50,18 @@ class Prompt:
 
 
 def render(parts: Sequence[Part], start: int = 1, label: str = PICTURE_LABEL) -> tuple[str, list[Any]]:
-    """The text form of `parts` and their image sources.
+    """Render the parts of a query as text, and list their image sources.
 
-    `label` stands before each picture, with the picture's number, from `start` on, for its `{}`. A path or URL is
-    named in the text as it was given. Bytes, PIL pictures and `data:` URLs are called `image-1`, `image-2` … after
-    the picture's number. Box coordinates are integers in thousandths of the picture's width and height. Raises
-    UsageError for a part of another form.
+    The text names paths and URLs as given; bytes, PIL images and `data:` URLs become `image-1`, `image-2` … by the
+    image's number.
+
+    Args:
+        parts: see Part. Box coordinates are integers in thousandths of the image's width and height.
+        start: number of the first image.
+        label: text before each image, with `{}` for the image's number.
+
+    Raises:
+        UsageError: an invalid part.
     """
     if isinstance(parts, (str, bytes, Mapping)) or not isinstance(parts, Sequence):
         raise UsageError(f"a query must be a list of parts, got {type(parts).__name__}")
@@ -66,22 +77,22 @@ def render(parts: Sequence[Part], start: int = 1, label: str = PICTURE_LABEL) ->
             keys = ", ".join(str(key) for key in part) or "none"
             raise UsageError(f"{where} must have the key image, text or box (ref beside box), got: {keys}")
         if "image" in part:
-            picture_number = start + len(images)
-            name = _image_name(part["image"], picture_number, where)
-            text += f"{label.replace('{}', str(picture_number))}<img>{name}</img>\n"
+            image_number = start + len(images)
+            name = _image_name(part["image"], image_number, where)
+            text += f"{label.replace('{}', str(image_number))}<img>{name}</img>\n"
             images.append(part["image"])
         elif "text" in part:
-            hint = ': give a picture as a part {"image": …} of its own (--image)'
-            text += _checked_text(part["text"], _PICTURE_TAGS, f"text of {where}", hint)
+            hint = ': give an image as a part {"image": …} (--image)'
+            text += _checked_text(part["text"], _IMAGE_SPAN_TAGS, f"text of {where}", hint)
         else:
             text += _render_boxes(part, where)
     if text.count("<img>") != len(images) or text.count("</img>") != len(images) or "<imgpad>" in text:
-        raise UsageError("the texts of the query must not make <img>, </img> or <imgpad> where they meet")
+        raise UsageError("adjacent texts of the query must not join to <img>, </img> or <imgpad>")
     return text, images
 
 
 def base_prompt(tokenizer: QwenTokenizer, parts: Sequence[Part]) -> Prompt:
-    """The prompt of the base model: the parts, one after the other. Raises UsageError as `render` does."""
+    """Build the prompt of the base model: the rendered parts. Errors as for `render`."""
     text, images = render(parts, label=tokenizer.picture_label)
     return Prompt(tokenizer.encode(text), images)
 
@@ -93,17 +104,18 @@ def chat_prompt(
     system: str = "You are a helpful assistant.",
     max_window: int = 6144,
 ) -> Prompt:
-    """The prompt of the chat model: system, the (query, answer) turns of `history`, and the new query.
+    """Build the prompt of the chat model: system text, (query, answer) turns of `history`, and the new query.
 
-    Turns are kept from the newest backwards while they and the system text take less than `max_window`
-    tokens; the new query is always kept and not counted. The images of a dropped turn are dropped with it.
-    Pictures are numbered through the whole conversation, dropped turns included.
+    Turns are kept from the newest backwards while they and the system text take less than `max_window` tokens; the new
+    query is always kept and not counted. The images of a dropped turn are dropped with it. Images are numbered through
+    the whole conversation, dropped turns included.
 
-    Role and content are tokenised apart, and ChatML's own tokens are plain text in a content. An answer or a
-    system text with picture tags does not make a picture: the tags are plain text there. An answer is written as
-    it is given: the official code strips the white space around one before it makes it history.
+    Role and content are tokenised separately, and ChatML's own tokens are plain text in a content. Image tags in an
+    answer or in the system text are plain text, too. Answers are not stripped: the official code strips the white space
+    around an answer before it appends it to the history.
 
-    Raises UsageError for a query, a history or a system text of another form.
+    Raises:
+        UsageError: an invalid query, history or system text.
     """
     label = tokenizer.picture_label
     new_line = tokenizer.encode("\n")
@@ -114,21 +126,21 @@ def chat_prompt(
     def message(role: str, content: str, tags: Sequence[str] = IMAGE_TAGS) -> list[int]:
         return [*opening(role), *tokenizer.encode(content, tags), tokenizer.im_end_id]
 
-    without_pictures = [tag for tag in IMAGE_TAGS if tag not in _PICTURE_TAGS]
+    tags_without_images = [tag for tag in IMAGE_TAGS if tag not in _IMAGE_SPAN_TAGS]
     turns: list[tuple[str, list[Any], str]] = []
-    n_pictures = 0
+    n_images = 0
     for number, (turn_query, answer) in enumerate(_checked_history(history), start=1):
-        text, images = _query_text(turn_query, f"query of history turn {number}", n_pictures + 1, label)
-        n_pictures += len(images)
+        text, images = _query_text(turn_query, f"query of history turn {number}", n_images + 1, label)
+        n_images += len(images)
         turns.append((text, images, _checked_text(answer, (), f"answer of history turn {number}")))
-    last_text, last_images = _query_text(query, "query", n_pictures + 1, label)
+    last_text, last_images = _query_text(query, "query", n_images + 1, label)
 
-    ids = message("system", _checked_text(system, (), "system text"), without_pictures)
+    ids = message("system", _checked_text(system, (), "system text"), tags_without_images)
     assistant = opening("assistant")
-    kept: list[tuple[list[int], int, list[Any]]] = []  # ids, how many of them the answer, images
+    kept: list[tuple[list[int], int, list[Any]]] = []  # ids, number of answer tokens, images
     n_tokens = len(ids)
     for text, images, answer in reversed(turns):
-        answer_ids = message("assistant", answer, without_pictures)
+        answer_ids = message("assistant", answer, tags_without_images)
         turn_ids = new_line + message("user", text) + new_line + answer_ids
         n_tokens += len(turn_ids)
         if n_tokens >= max_window:
@@ -145,9 +157,10 @@ def chat_prompt(
 
 
 def image_spans(input_ids: Sequence[int], img_start_id: int, n_image_slots: int) -> list[tuple[int, int]]:
-    """(index of `<img>`, index of `</img>`) of each picture, in order.
+    """Find the images in token ids: (index of `<img>`, index of `</img>`) of each, in order.
 
-    Raises QwenVLError if the ids between two tags are not `n_image_slots`, or a tag has no partner.
+    Raises:
+        QwenVLError: a span does not have `n_image_slots` ids between its tags, or a tag is unmatched.
     """
     img_end_id = img_start_id + 1
     spans: list[tuple[int, int]] = []
@@ -162,7 +175,7 @@ def image_spans(input_ids: Sequence[int], img_start_id: int, n_image_slots: int)
                 raise QwenVLError(f"</img> at token {index} has no <img> before it")
             if index - start - 1 != n_image_slots:
                 raise QwenVLError(
-                    f"the picture at token {start} has {index - start - 1} slots, "
+                    f"the image at token {start} has {index - start - 1} slots, "
                     f"the model needs {n_image_slots}"
                 )
             spans.append((start, index))
@@ -178,9 +191,9 @@ def _query_text(query: Query, where: str, start: int, label: str) -> tuple[str, 
             return render(query, start, label)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from error
-    images: list[Any] = _PICTURE.findall(query)
+    images: list[Any] = _IMAGE_SPAN.findall(query)
     if not all(images):
-        raise UsageError(f"{where}: <img></img> names no picture")
+        raise UsageError(f"{where}: <img></img> names no image")
     if len(images) != query.count("<img>") or len(images) != query.count("</img>"):
         raise UsageError(f"{where}: <img> and </img> do not pair")
     return query, images
@@ -209,7 +222,7 @@ def _image_name(source: Any, number: int, where: str) -> str:
         return f"image-{number}"
     if isinstance(source, os.PathLike):
         source = str(Path(source))
-    name = _checked_text(source, _PICTURE_TAGS, f"image of {where}")
+    name = _checked_text(source, _IMAGE_SPAN_TAGS, f"image of {where}")
     if not name:
         raise UsageError(f"image of {where} is empty")
     return f"image-{number}" if is_data_url(name) else name
@@ -234,7 +247,7 @@ def _render_boxes(part: Part, where: str) -> str:
             raise UsageError(f"box of {where} must be a list of [x1, y1, x2, y2] integers, got {box!r:.60}")
         if not all(0 <= value <= 1000 for value in box):
             raise UsageError(
-                f"box of {where} must be in thousandths of the picture's size, 0 to 1000, got {box!r:.60}"
+                f"box of {where} must be in thousandths of the image's size, 0 to 1000, got {box!r:.60}"
             )
         text += "<box>({},{}),({},{})</box>".format(*box)
     return text

@@ -1,4 +1,4 @@
-"""Pillow without what it and its libraries write to stderr."""
+"""Suppress warnings and stderr output of Pillow and its libraries."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from PIL import _imaging
 
 _HANDLERS = ("TIFFSetErrorHandler", "TIFFSetWarningHandler")
 
-# Without a handler, Python writes what a library logs to stderr; those of the user's get it still.
+# Without a handler, Python writes a library's log records to stderr. The user's own handlers still receive them.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _lock = threading.Lock()
-_n_inside = 0
+_n_active = 0
 _outermost = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of Pillow's and no lines of libtiff's; errors are raised as ever.
+    """Suppress Pillow's warnings and libtiff's messages in the block; errors are raised as usual.
 
-    Both are settings of the whole process: the first thread inside changes them, the last one puts them back.
+    Both are settings of the whole process: the first thread to enter changes them, the last one to leave restores them.
     """
-    global _n_inside
+    global _n_active
     with _lock:
-        _n_inside += 1
-        if _n_inside == 1:
+        _n_active += 1
+        if _n_active == 1:
             _outermost.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             _outermost.enter_context(_silent_libtiff())
@@ -39,8 +39,8 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _n_inside -= 1
-            if _n_inside == 0:
+            _n_active -= 1
+            if _n_active == 0:
                 _outermost.close()
 
 
@@ -57,7 +57,7 @@ def _silent_libtiff() -> Iterator[None]:
 
 @functools.cache
 def _libtiff() -> list[ctypes._NamedFuncPointer]:
-    """What sets the functions that libtiff calls with its lines; none where this Pillow hides them."""
+    """The functions that set libtiff's message handlers; none where this Pillow hides their symbols."""
     try:
         library = ctypes.CDLL(_imaging.__file__)
         setters = [getattr(library, name) for name in _HANDLERS]

@@ -1,4 +1,4 @@
-"""The Qwen-VL tokenizer: byte-level BPE, and picture spans that hold the bytes of a path."""
+"""The Qwen-VL tokenizer: byte-level BPE, and image spans with the bytes of a path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VOCAB_FILE_NAME = "qwen.tiktoken"
 CONFIG_FILE_NAME = "tokenizer_config.json"
 
 PICTURE_LABEL = "Picture {}: "
-"""What stands before a picture in the prompts that Qwen-VL was tuned on, its number for `{}`."""
+"""Text before an image in the prompts that Qwen-VL was tuned on, `{}` for the image's number."""
 
 _END_OF_TEXT = "<|endoftext|>"
 _IM_START = "<|im_start|>"
@@ -28,7 +28,7 @@ _IM_END = "<|im_end|>"
 _N_EXTRAS = 205
 
 IMAGE_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
-"""The tags that a prompt may use; ChatML's own tokens and `<|endoftext|>` are plain text in one."""
+"""Special tokens that a prompt may use; ChatML's own tokens and `<|endoftext|>` are plain text in a prompt."""
 
 _SPECIAL_TOKENS = (
     _END_OF_TEXT,
@@ -38,7 +38,7 @@ _SPECIAL_TOKENS = (
     *IMAGE_TAGS,
 )
 
-# How text is cut before the merges. The order of the alternatives decides the ids.
+# Splits text into words before the BPE merges. The order of the alternatives affects the ids.
 _WORD_PATTERN = "|".join(
     (
         r"'(?i:[sdmt]|ll|re|ve)",  # English contractions
@@ -55,12 +55,12 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
 class QwenTokenizer:
-    """Text to ids and back.
+    """Tokenizer of Qwen-VL: text to token ids and back.
 
-    Ranks of the vocabulary file come first; then `<|endoftext|>`, `<|im_start|>`, `<|im_end|>`, 205 spare
-    tokens and the nine `IMAGE_TAGS`. A picture `<img>path</img>` is the start id, `n_image_slots` ids and the
-    end id; the slots hold the path's UTF-8 byte values as they are (byte 0x61 is id 97, whatever that rank
-    means in text), filled up with the pad id.
+    The ids are the ranks of the vocabulary file, then `<|endoftext|>`, `<|im_start|>`, `<|im_end|>`, 205 spare tokens
+    and the nine `IMAGE_TAGS`. An image `<img>path</img>` is the start id, `n_image_slots` ids and the end id; the slots
+    contain the path's UTF-8 byte values as ids (byte 0x61 is id 97, independent of that rank's meaning in text), padded
+    with the pad id.
     """
 
     def __init__(
@@ -68,56 +68,62 @@ class QwenTokenizer:
     ) -> None:
         """Read a vocabulary in `qwen.tiktoken` format: a base64 token and its rank on each line.
 
-        Raises UsageError if the file is missing or the label is none, and QwenVLError (file and line) if it is
-        malformed.
+        Raises:
+            UsageError: the file is missing, or the label is invalid.
+            QwenVLError: the file is malformed; the message names file and line.
         """
         if n_image_slots < 1:
             raise UsageError(f"n_image_slots must be at least 1, got {n_image_slots}")
-        pieces = _read_vocabulary(Path(vocab_file))
+        tokens = _read_vocabulary(Path(vocab_file))
         self.n_image_slots = n_image_slots
         self.picture_label = picture_label
         self.special_tokens: dict[str, int] = {
-            token: rank for rank, token in enumerate(_SPECIAL_TOKENS, start=len(pieces))
+            token: rank for rank, token in enumerate(_SPECIAL_TOKENS, start=len(tokens))
         }
-        self.n_vocab = len(pieces) + len(self.special_tokens)
+        self.n_vocab = len(tokens) + len(self.special_tokens)
         self.eod_id = self.special_tokens[_END_OF_TEXT]
         self.im_start_id = self.special_tokens[_IM_START]
         self.im_end_id = self.special_tokens[_IM_END]
         self.img_start_id = self.special_tokens["<img>"]
         self.img_end_id = self.special_tokens["</img>"]
         self.img_pad_id = self.special_tokens["<imgpad>"]
-        self._pieces = [*pieces, *(token.encode() for token in self.special_tokens)]
-        self.max_token_bytes = max(map(len, self._pieces))
+        self._token_bytes = [*tokens, *(token.encode() for token in self.special_tokens)]
+        self.max_token_bytes = max(map(len, self._token_bytes))
         self._encoding = tiktoken.Encoding(
             "qwen",
             pat_str=_WORD_PATTERN,
-            mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)},
+            mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
             special_tokens=self.special_tokens,
         )
 
     @classmethod
     def from_folder(cls, folder: Path, n_image_slots: int = 256) -> QwenTokenizer:
-        """Read `qwen.tiktoken` in `folder`, and the key `picture_label` of `tokenizer_config.json` where there is one.
+        """Read `qwen.tiktoken` of a folder, and the key `picture_label` of its `tokenizer_config.json`, if present.
 
-        Errors as in the constructor, and QwenVLError (file) if the label cannot be read or is none.
+        Errors as in the constructor, and QwenVLError if the label cannot be read or is invalid; the message names the
+        file.
         """
         folder = Path(folder)
         return cls(folder / VOCAB_FILE_NAME, n_image_slots, _read_picture_label(folder / CONFIG_FILE_NAME))
 
     @classmethod
     def of_model(cls, folder: Path, config: ModelConfig) -> QwenTokenizer:
-        """That of a model folder. Errors as in `from_folder`, and QwenVLError (file) if it is another model's."""
+        """Read the tokenizer of a model folder.
+
+        Errors as in `from_folder`, and QwenVLError if the vocabulary does not match the config; the message names the
+        file.
+        """
         tokenizer = cls.from_folder(folder, config.visual.n_queries)
         if tokenizer.img_start_id != config.visual.image_start_id:
             raise QwenVLError(
-                f"{Path(folder) / VOCAB_FILE_NAME}: <img> is token {tokenizer.img_start_id}, but config.json says "
-                f"{config.visual.image_start_id}; this is another model's vocabulary"
+                f"{Path(folder) / VOCAB_FILE_NAME}: <img> is token {tokenizer.img_start_id}, but "
+                f"{config.visual.image_start_id} in config.json; this is another model's vocabulary"
             )
         return tokenizer
 
     @property
     def picture_label(self) -> str:
-        """What a prompt writes before a picture, `{}` for its number; it can be set. UsageError if it is none."""
+        """Text before each image in a prompt, `{}` for the image's number; setting an invalid one raises UsageError."""
         return self._picture_label
 
     @picture_label.setter
@@ -125,12 +131,17 @@ class QwenTokenizer:
         self._picture_label = check_picture_label(label)
 
     def encode(self, text: str, allowed_special: Collection[str] = IMAGE_TAGS) -> list[int]:
-        """Ids of `text` after NFC normalisation.
+        """Tokenise text after NFC normalisation.
 
-        `allowed_special` names the special tokens that are recognised; the others are ordinary text. Pictures are
-        recognised if `<img>` is. Half a surrogate pair becomes U+FFFD in text and `?` in a path.
+        Half a surrogate pair becomes U+FFFD in text and `?` in a path.
 
-        Raises UsageError for a path longer than `n_image_slots` bytes and for an `<img>` without `</img>`.
+        Args:
+            text: the text, with `<img>path</img>` for images.
+            allowed_special: special tokens to recognise; others are ordinary text. Without `<img>` in it, images are
+                not recognised.
+
+        Raises:
+            UsageError: a path is longer than `n_image_slots` bytes, or an `<img>` has no `</img>`.
         """
         allowed = set(allowed_special)
         text = _nfc(text)
@@ -150,18 +161,18 @@ class QwenTokenizer:
 
     @property
     def chat_stop_token_ids(self) -> list[int]:
-        """The tokens that end a turn of a chat."""
+        """Stop tokens of a chat turn."""
         return [self.eod_id, self.im_end_id, self.im_start_id]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token says, special tokens by name; an id outside [0, n_vocab) is U+FFFD."""
-        return self._pieces[token_id] if 0 <= token_id < self.n_vocab else _REPLACEMENT
+        """Bytes of a token, the name for a special token; U+FFFD for an id outside [0, n_vocab)."""
+        return self._token_bytes[token_id] if 0 <= token_id < self.n_vocab else _REPLACEMENT
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Never fails, whatever the ids.
+        """Decode token ids to text; bytes that are not UTF-8 become U+FFFD. Never fails for any ids.
 
-        Picture slots are shown as the path they hold. An id outside [0, n_vocab), for example one of the
-        model's padded vocabulary rows, becomes U+FFFD too, so that it does not vanish unseen.
+        Image slots are shown as the path in them. An id outside [0, n_vocab), for example one of the model's padded
+        vocabulary rows, becomes U+FFFD as well, so that it stays visible.
         """
         shown: list[bytes] = []
         id_list = [int(i) for i in ids]
@@ -196,7 +207,7 @@ class QwenTokenizer:
         return [self.img_start_id, *path_bytes, *[self.img_pad_id] * n_free, self.img_end_id]
 
     def _path_at(self, ids: list[int], start: int) -> tuple[bytes | None, int]:
-        """The path in the picture span that begins at `start` and the position after it, or (None, start)."""
+        """The path in the image span that begins at `start` and the position after it, or (None, start)."""
         if ids[start] != self.img_start_id:
             return None, start
         # A span is short: do not search a long text again for each stray <img>.
@@ -211,7 +222,7 @@ class QwenTokenizer:
 
 
 def _nfc(text: str) -> str:
-    """The NFC form of `text`, in time that grows with its length.
+    """Normalise text to NFC in near-linear time.
 
     unicodedata sorts combining marks by insertion: a long run of them in the wrong order takes minutes.
     """
@@ -226,10 +237,10 @@ def _nfc(text: str) -> str:
 
 
 def check_picture_label(label: Any) -> str:
-    """`label`, if it can stand before a picture; else UsageError."""
+    """Return `label` if it is a valid picture label; otherwise raise UsageError."""
     if not isinstance(label, str) or label.count("{}") != 1:
         raise UsageError(
-            f"picture_label: {label!r:.60} must be text with {{}} once, for the picture's number, "
+            f"picture_label: {label!r:.60} must be text with {{}} once, for the image's number, "
             f"such as {PICTURE_LABEL!r}"
         )
     for tag in _SPECIAL_TOKENS:
@@ -249,7 +260,7 @@ def _read_picture_label(config_file: Path) -> str:
 
 
 def _read_vocabulary(vocab_file: Path) -> list[bytes]:
-    """The tokens, in the order of their ranks: 0, 1, 2 …, one a line."""
+    """Read the tokens of a vocabulary file, one per line, in the order of their ranks 0, 1, 2 …."""
     try:
         lines = vocab_file.read_bytes().splitlines()
     except FileNotFoundError as error:
@@ -272,7 +283,7 @@ def _read_vocabulary(vocab_file: Path) -> list[bytes]:
         if token in ranks:
             raise QwenVLError(f"{where}: token {token!r} appears twice (first with rank {ranks[token]})")
         if rank != len(ranks):
-            raise QwenVLError(f"{where}: rank {rank}, where {len(ranks)} comes next")
+            raise QwenVLError(f"{where}: rank {rank}, expected {len(ranks)}")
         ranks[token] = rank
     missing = [value for value in range(256) if bytes([value]) not in ranks]
     if missing:

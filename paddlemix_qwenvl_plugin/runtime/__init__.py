@@ -1,0 +1,1 @@
+"""Inference: predictor, continuous batching, KV cache, sampling, executors."""

@@ -1,4 +1,4 @@
-"""The answer to a prompt."""
+"""Answers as objects, and their JSON form."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from paddlemix_qwenvl_plugin.processing.boxes import Box
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one prompt.
+    """The model's answer to a prompt: text, boxes, token ids and timings.
 
     Attributes:
-        text: what the model said, with its `<ref>` and `<box>` tags, without the end token.
-        boxes: the boxes and quads in it, in thousandths of the picture's width and height;
+        text: the completion with its `<ref>` and `<box>` tags, without the stop token.
+        boxes: its boxes and quads, in thousandths of the image's width and height;
             `box.to_pixels(*answer.image_size)` gives pixels.
-        image_size: (width, height) in pixels of the last picture, to which the boxes refer; None without a picture.
-        problems: boxes that could not be read, one line each.
-        token_ids: every generated token, the end token included.
-        finish_reason: "stop" (an end token), "length" (max_new_tokens, or the context is full) or "cancelled"
-            (a stream that was closed, or has not ended yet).
+        image_size: (width, height) in pixels of the last image, to which the boxes refer; None without an image.
+        problems: boxes that could not be parsed, one line each.
+        token_ids: every generated token, the stop token included.
+        finish_reason: "stop" (a stop token), "length" (max_new_tokens, or the context is full) or "cancelled" (the
+            stream was closed, or has not ended yet).
         timings: seconds of "prepare", "load" (of the programs, at the first call), "encode_images", "prefill" and
-            "decode", and the decode's "tokens_per_second".
+            "decode", and the decoding rate "tokens_per_second".
     """
 
     text: str
@@ -34,7 +34,7 @@ class Answer:
     timings: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready values; a box has `points` in thousandths and, of the last picture, `pixels`."""
+        """Convert to JSON-ready values; a box has `points` in thousandths and `pixels` of the last image."""
         return {
             "text": self.text,
             "boxes": [box_as_dict(box, self.image_size) for box in self.boxes],
@@ -47,7 +47,7 @@ class Answer:
 
 
 def box_as_dict(box: Box, image_size: Optional[tuple[int, int]]) -> dict[str, Any]:
-    """JSON-ready values of a box: `points` in thousandths and, with an image's (width, height), `pixels`."""
+    """Convert a box to JSON-ready values: `points` in thousandths and, with an image's (width, height), `pixels`."""
     return {
         "kind": box.kind,
         "ref": box.ref,

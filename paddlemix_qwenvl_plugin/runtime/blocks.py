@@ -1,4 +1,4 @@
-"""The blocks of a KV cache: who uses which, and which hold a prefix that a later prompt may share."""
+"""Allocation of KV cache blocks, with reference counts and a prefix cache."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
-    """A reference-counted allocator with a prefix cache.
+    """Reference-counted allocator of KV cache blocks with a prefix cache.
 
     A full block can be registered under a key, the digest of everything that its keys and values depend on. A block
-    that nobody uses any more keeps its content and its key until the pool needs it: the least recently used goes first.
+    without users keeps its content and key until the pool reuses it, the least recently used block first.
     """
 
     def __init__(self, n_blocks: int) -> None:
@@ -18,20 +18,20 @@ class BlockPool:
         self._users = [0] * n_blocks
         self._keys: list[bytes | None] = [None] * n_blocks
         self._registered: dict[bytes, int] = {}
-        # Blocks without users; the first is the next to be taken.
+        # Blocks without users; the first is allocated next.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(n_blocks))
 
     @property
     def n_free(self) -> int:
-        """Blocks that nobody uses, cached ones included."""
+        """Number of blocks without users, cached ones included."""
         return len(self._free)
 
     def n_unused(self, blocks: Iterable[int]) -> int:
-        """How many of these blocks nobody uses."""
+        """Number of the given blocks that have no users."""
         return sum(block in self._free for block in blocks)
 
     def find(self, keys: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest beginning of `keys` that is registered."""
+        """Find the blocks of the longest registered prefix of `keys`."""
         found = []
         for key in keys:
             block = self._registered.get(key)
@@ -47,7 +47,7 @@ class BlockPool:
             self._free.pop(block, None)
 
     def allocate(self) -> int | None:
-        """A block with one user and undefined content; None if all are in use."""
+        """Allocate a block with one user and undefined content; None if all are in use."""
         if not self._free:
             return None
         block, _ = self._free.popitem(last=False)
@@ -59,9 +59,9 @@ class BlockPool:
         return block
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Take a user away from each block of a sequence, given in order.
+        """Remove a user from each block of a sequence, given in order.
 
-        The end of a sequence is of use to fewer prompts than its beginning, so it goes first.
+        Fewer prompts share the end of a sequence than its beginning, so its last blocks are reused first.
         """
         for block in reversed(blocks):
             self._users[block] -= 1
@@ -71,7 +71,7 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def register(self, block: int, key: bytes) -> None:
-        """Let `find` give this full block for `key`, unless another block holds the same."""
+        """Register a full block under `key` for `find`, unless the key or the block is registered already."""
         if key not in self._registered and self._keys[block] is None:
             self._registered[key] = block
             self._keys[block] = key

@@ -1,4 +1,4 @@
-"""A conversation about images."""
+"""Conversations about images with the chat model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Chat:
-    """A conversation in the ChatML form. `QwenVL.chat` begins one.
+    """A conversation about images in the ChatML form; created by `QwenVL.chat`.
 
-    On the engine, what earlier turns computed is found in the prefix cache: only what follows them is run.
+    On the engine, the prefix cache holds the tokens of earlier turns: only new tokens are computed.
 
     Attributes:
         system: the system message.
@@ -31,26 +31,26 @@ class Chat:
 
     @property
     def history(self) -> tuple[tuple[Query, str], ...]:
-        """(query, answer) of each turn, the oldest first."""
+        """The (query, answer) turns so far, the oldest first."""
         return tuple(self._history)
 
     def clear(self) -> None:
-        """Forget all turns."""
+        """Remove all turns from the history."""
         self._history: list[tuple[Query, str]] = []
         self._images: list[ImageInput] = []
         self._image_size: Optional[tuple[int, int]] = None
 
     def ask(self, query: Query, **options: Any) -> AnswerStream:
-        """Answer the next turn, in pieces; one turn at a time.
+        """Ask the next question and return a stream of the answer's segments; one turn at a time.
 
-        A stream that is closed early counts as a turn with what was said until then, if anything was.
+        A stream that is closed after its first token adds a turn with the text so far.
 
         Args:
             query: text, or a list of parts (processing/prompts.py).
             options: see GenerationOptions.
 
         Raises:
-            UsageError, QwenVLError: one line that names the part, image or option.
+            UsageError, QwenVLError: an invalid part, image or option; the message names it.
         """
         start = time.perf_counter()
         chosen = GenerationOptions.of(options)
@@ -58,14 +58,14 @@ class Chat:
             query = [{"text": query}]
         tokenizer = self._vl.tokenizer
         prompt = chat_prompt(tokenizer, query, self.history, self.system)
-        opened = self._vl.load_images(render(query)[1])
-        images = [*self._images, *self._vl.image_inputs(opened)]
-        # The images of dropped turns are dropped too, the oldest first.
+        loaded = self._vl.load_images(render(query)[1])
+        images = [*self._images, *self._vl.image_inputs(loaded)]
+        # The images of dropped turns are dropped as well, the oldest first.
         images = images[len(images) - len(prompt.images) :]
-        image_size = opened[-1].size if opened else self._image_size
+        image_size = loaded[-1].size if loaded else self._image_size
 
-        def remember(answer: Answer) -> None:
-            # Stripped, as the official code does it.
+        def append_turn(answer: Answer) -> None:
+            # Stripped, as in the official code.
             self._history.append((query, answer.text.strip()))
             self._images = images
             self._image_size = image_size
@@ -77,5 +77,5 @@ class Chat:
             chosen,
             image_size,
             time.perf_counter() - start,
-            remember,
+            append_turn,
         )

@@ -1,4 +1,4 @@
-"""Steps on the engine: a packed batch of prompts, parts of prompts and single tokens in one call."""
+"""Executor on the engine: one call computes a packed batch of prompts, chunks of prompts and decode steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STEP_TOKENS = 512
 _GPU_STEP_TOKENS = 2048
 _MAX_RUNNING = 256
 
-# On a CPU the KV cache takes memory as it is filled, at most this part of what is free when the model is opened.
+# On a CPU the KV cache takes memory as it is filled, at most this share of the memory free when the model is opened.
 _CACHE_SHARE = 0.25
 _CACHE_CONTEXTS = 64
 
@@ -43,7 +43,7 @@ _numbers = itertools.count()
 
 
 class EngineExecutor:
-    """See Executor."""
+    """Executor on the engine, on the CPU or a GPU, with a paged KV cache."""
 
     def __init__(
         self,
@@ -53,10 +53,14 @@ class EngineExecutor:
         gpu_memory: float = 0.9,
         ahead: bool | None = None,
     ) -> None:
-        """Args:
-            n_blocks: of the KV cache; None: a share of the free memory.
-            gpu_memory: that share, of a GPU's memory which the weights leave.
-            ahead: start a step while the one before it is computed (loop.py); None: on a GPU.
+        """Create an executor; the vision stage is loaded at its first use, on a GPU at once.
+
+        Args:
+            vision: the vision stage.
+            language: the language stage.
+            n_blocks: size of the KV cache in blocks; None: a share of the free memory.
+            gpu_memory: that share, of the GPU memory that the weights leave free.
+            ahead: start a step while the previous one is computed (loop.py); None: on a GPU only.
 
         Raises:
             QwenVLError: the GPU has too little memory.
@@ -73,7 +77,7 @@ class EngineExecutor:
             check_room(vision, language, device.free_bytes, gpu_memory)
             has_bfloat16 = device.compute_major >= 8 and language.manifest.dtype != "float16"
             dtype, step_tokens = "bfloat16" if has_bfloat16 else "float16", _GPU_STEP_TOKENS
-            _ = self._vision  # the cache gets a share of what both stages leave
+            _ = self._vision  # load it first: the cache gets a share of the memory that both stages leave
         self._language = self._engine(language, c.LANGUAGE)
         context = -(-config.max_position_embeddings // _BLOCK_TOKENS)
         if n_blocks is None:
@@ -94,7 +98,7 @@ class EngineExecutor:
             sampling_size=ctypes.sizeof(c.Sampling),
             batch=ctypes.pointer(self._batch),
         )
-        # Where steps write, the one written last at the end: a step ahead reads there what the step before picked.
+        # Output buffers, the last written one at the end: a step ahead reads the tokens of the previous step from it.
         self._n_top = min(MAX_LOGPROBS, config.vocab_size)
         self._outputs = [
             StepOutput(self._language, _MAX_RUNNING, self._n_top) for _ in range(1 + self._ahead)
@@ -114,18 +118,18 @@ class EngineExecutor:
         return Engine(_weights(stage), stage.manifest.config, which, self._gpu)
 
     def load(self, vision: bool) -> None:
-        """See Executor; the language stage is there already."""
+        """Load the vision stage if `vision`; the language stage is loaded already."""
         if vision:
             _ = self._vision
 
     def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See Executor."""
+        """Encode an image: float32 [3, image_size, image_size] -> float32 [n_queries, hidden_size]."""
         features: NDArray[np.float32]
         [features] = self._vision.encode_images(pixels[None])
         return features
 
     def start(self, chunks: Sequence[Chunk]) -> Callable[[], Picked]:
-        """See Executor. On a CPU the step has ended when this returns."""
+        """Start a step (see Executor); on a CPU the step has ended when this returns."""
         tokens: list[int] = []
         spans: list[tuple[int, int, NDArray[np.float32]]] = []
         counts: list[int | None] = []
@@ -165,11 +169,11 @@ class EngineExecutor:
         return lambda: self._read(output, n_logprobs)
 
     def check_device(self) -> None:
-        """See Executor."""
+        """Raise an error if the GPU is unusable after a fault: copies a number to it."""
         DeviceArray(self._language, np.zeros(1, np.int32))
 
     def forget(self, generation: Generation) -> None:
-        """See Executor."""
+        """Free the state of a request."""
         self._rows.pop(generation, None)
 
     def _row(self, generation: Generation) -> _Row:
@@ -178,7 +182,7 @@ class EngineExecutor:
         return row
 
     def _put(self, i: int, row: _Row, n_past: int, n_new: int, picks: bool, generated: bool) -> None:
-        """Write entry i of the batch. Most fields are those of the step before."""
+        """Write entry i of the batch; most fields are unchanged from the previous step."""
         if i == self._room:
             self._grow(2 * self._room)
         entry = self._entries[i]
@@ -193,12 +197,12 @@ class EngineExecutor:
             entry.flags = (0 if picks else c.NO_LOGITS) | (c.GENERATED if generated else 0)
 
     def _sample(self, i: int, row: _Row, n_tokens: int) -> None:
-        """Write how row i of the logits is sampled, after `n_tokens`."""
-        held_back = row.holds_back_stop(n_tokens)
+        """Write the sampling parameters of row i of the logits, for a request with `n_tokens` generated tokens."""
+        stop_forbidden = row.stop_forbidden(n_tokens)
         sampling = self._samplings[i]
-        if self._sampled[i] != (row.number, held_back):
-            self._sampled[i] = row.number, held_back
-            self._sampling[i] = row.sampling(held_back)
+        if self._sampled[i] != (row.number, stop_forbidden):
+            self._sampled[i] = row.number, stop_forbidden
+            self._sampling[i] = row.sampling(stop_forbidden)
         sampling.counter = n_tokens
 
     def _run(
@@ -209,7 +213,7 @@ class EngineExecutor:
         n_logprobs: list[int | None],
         n_entries: int,
     ) -> StepOutput:
-        """Start the step; without `tokens` they are those that the step before picks. Returns where it writes."""
+        """Start a step and return its output buffers; without `tokens`, its inputs are the previous step's outputs."""
         batch, args, n_rows = self._batch, self._args, len(counts)
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         batch.n_sequences = n_entries
@@ -218,8 +222,8 @@ class EngineExecutor:
         output = self._outputs[-1]
         args.tokens = output.tokens
         args.n_logprobs = self._n_top if any(n_logprobs) else 0
-        wanted = any(n is not None for n in n_logprobs)
-        args.logprobs = output.logprobs if wanted else None
+        with_logprobs = any(n is not None for n in n_logprobs)
+        args.logprobs = output.logprobs if with_logprobs else None
         args.top_tokens = output.top_tokens if args.n_logprobs else None
         args.top_logprobs = output.top_logprobs if args.n_logprobs else None
         batch.n_spans = len(spans)
@@ -235,11 +239,11 @@ class EngineExecutor:
         return output
 
     def _read(self, output: StepOutput, n_logprobs: list[int | None]) -> Picked:
-        """What a step wrote, once it has ended."""
+        """Wait for a step and read its output."""
         tokens = output.wait(len(n_logprobs))
         if all(n is None for n in n_logprobs):
             return Picked(tokens)
-        # One number for all rows: another one for each mixture would be another graph to a GPU.
+        # The same number for all rows: each other number would need another CUDA graph.
         n_written = self._n_top if any(n_logprobs) else 0
         return Picked(
             tokens,
@@ -250,11 +254,11 @@ class EngineExecutor:
         )
 
     def _grow(self, room: int) -> None:
-        """Make room for `room` entries and rows in a step."""
+        """Enlarge the batch to `room` entries and rows."""
         self._room = room
         self._sequences = (c.SequenceRow * room)(*self._sequences)
         self._sampling = (c.Sampling * room)(*self._sampling)
-        # Views of the elements, and what was written to them last.
+        # Views of the elements, and the values written to them last.
         self._entries, self._samplings = list(self._sequences), list(self._sampling)
         self._shapes: list[Any] = [None] * room
         self._sampled: list[Any] = [None] * room
@@ -263,7 +267,7 @@ class EngineExecutor:
 
 
 class _Row:
-    """What the engine is told of a request, besides what changes from step to step."""
+    """The engine's input for a request that does not change from step to step: block table, sampling, counts."""
 
     def __init__(self, generation: Generation, vocab_size: int, counts_on: Engine | None) -> None:
         self.number = next(_numbers)
@@ -281,7 +285,7 @@ class _Row:
         self._counts: NDArray[np.int32] | DeviceArray | None = None
         self.counts_address: int | None = None
         if (options.repetition_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0):
-            # A request that is computed again has generated tokens already.
+            # A preempted request has generated tokens already.
             counts = np.bincount(generation.tokens, minlength=vocab_size).astype(np.int32)
             if counts_on is None:
                 self._counts, self.counts_address = counts, counts.ctypes.data
@@ -290,9 +294,9 @@ class _Row:
                 self.counts_address = self._counts.address
 
     def update_blocks(self) -> int:
-        """Bring the block table up to date; a number that is another one for another table."""
+        """Update the block table and return its version, which changes with the table."""
         blocks = self._generation.blocks
-        if blocks is not self._blocks:  # it is computed again, in other blocks
+        if blocks is not self._blocks:  # the request was preempted and now has other blocks
             self._blocks = blocks
             self.n_blocks = 0
             self._version += 1
@@ -306,14 +310,14 @@ class _Row:
             self._version += 1
         return self._version
 
-    def holds_back_stop(self, n_tokens: int) -> bool:
-        """Whether stop tokens are forbidden after `n_tokens`."""
+    def stop_forbidden(self, n_tokens: int) -> bool:
+        """Whether stop tokens are forbidden after `n_tokens` generated tokens."""
         return n_tokens < self._generation.options.min_new_tokens
 
-    def sampling(self, held_back: bool) -> c.Sampling:
-        """How a token is picked, but for its number."""
+    def sampling(self, stop_forbidden: bool) -> c.Sampling:
+        """The sampling parameters, without the counter."""
         sampling = self._sampling
-        sampling.n_forbidden = len(self._forbidden) if held_back else 0
+        sampling.n_forbidden = len(self._forbidden) if stop_forbidden else 0
         sampling.forbidden = ctypes.addressof(self._forbidden)
         return sampling
 
@@ -334,14 +338,14 @@ def _sampling(options: GenerationOptions) -> c.Sampling:
 
 
 def _free_bytes(gpu: int | None) -> int:
-    """Memory that the KV cache may have a share of."""
+    """Free memory, of which the KV cache gets a share."""
     free = int(c.device_info(gpu).free_bytes)
     left = address_space_left() if gpu is None else None
     return free if left is None else min(free, left)
 
 
 def _weights(stage: Stage) -> Weights:
-    """The weights of a stage, mapped; those of an export from before contract version 3 are read."""
+    """Open the weights of a stage: mapped, or read into memory for exports before contract version 3."""
     if stage.manifest.contract >= 3:
         return Weights.open(stage.params)
     return Weights.of(
@@ -353,7 +357,7 @@ def _weights(stage: Stage) -> Weights:
 
 
 def _read(stage: Stage, offset: int, n_bytes: int) -> NDArray[np.uint8]:
-    """Bytes of the parameter file, in memory aligned to 64 bytes."""
+    """Read a range of the parameter file into memory aligned to 64 bytes."""
     room = np.empty(n_bytes + 63, np.uint8)
     aligned = room[-room.ctypes.data % 64 :][:n_bytes]
     with stage.params.open("rb") as file:

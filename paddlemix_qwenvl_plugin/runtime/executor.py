@@ -1,4 +1,4 @@
-"""What computes a step: the engine (engine_executor.py) or the portable graph (portable_executor.py)."""
+"""Interface of executors, which compute steps: engine_executor.py and portable_executor.py implement it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from paddlemix_qwenvl_plugin.runtime.generation import Generation, TokenLogprobs
 from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 NO_TOKEN = -1
-"""In place of a token, where the logits were not finite numbers."""
+"""Token of a row whose logits are not finite."""
 
 
 class Picked(NamedTuple):
-    """What a step gave.
+    """The tokens that a step picked.
 
     Attributes:
-        tokens: one for each chunk with `picks`, in their order, NO_TOKEN where one cannot be picked.
-        logprobs: those of each token, None for a request without n_logprobs; None if no request has it.
+        tokens: one for each chunk with `picks`, in their order; NO_TOKEN if the logits are not finite.
+        logprobs: log probabilities of each token, None for a request without n_logprobs; None if no request has it.
     """
 
     tokens: list[int]
@@ -28,28 +28,28 @@ class Picked(NamedTuple):
 
 
 class Executor(Protocol):
-    """Both stages of a model, with a KV cache. Calls come from one thread at a time."""
+    """Interface for running both stages of a model with a KV cache. Not thread-safe: one call at a time."""
 
     limits: Limits
 
     def load(self, vision: bool) -> None:
-        """Open the programs now rather than at their first use, stage 1 only with `vision`."""
+        """Load the language stage and, with `vision`, the vision stage now rather than at their first use."""
 
     def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [3, image_size, image_size] -> features float32 [n_queries, hidden_size]."""
+        """Encode an image: float32 [3, image_size, image_size] -> float32 [n_queries, hidden_size]."""
 
     def start(self, chunks: Sequence[Chunk]) -> Callable[[], Picked]:
-        """Start a step: compute the chunks, and pick a token for each with `picks`.
+        """Start a step: compute the chunks, and pick a token for each chunk with `picks`.
 
         Returns:
-            What waits for the step to end and gives its tokens. Steps end in the order of their start.
+            A function that waits for the step and returns its tokens. Steps end in the order of their start.
 
         Raises:
-            QwenVLError: the step failed as a whole; also where it is waited for.
+            QwenVLError: the step failed as a whole; the returned function may raise it as well.
         """
 
     def check_device(self) -> None:
-        """Raise an error if the device computes nothing any more, as a GPU after a fault."""
+        """Raise an error if the device is unusable, such as a GPU after a fault."""
 
     def forget(self, generation: Generation) -> None:
-        """Free what is kept for a request beside its blocks: it has ended, or is computed from its beginning again."""
+        """Free the state of a request other than its blocks: it has ended, or will be recomputed from the start."""

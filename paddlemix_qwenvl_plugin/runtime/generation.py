@@ -1,4 +1,4 @@
-"""A request in the loop: its tokens, its images, how far it has come."""
+"""State of a request in the loop: tokens, images, KV cache blocks, progress."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.util.digest import digest_of
 
-# Added to the id of a token whose keys and values have the arithmetic of a decode step (qwenvl.h), so that a cached
-# block is found again only where recomputing it would give the same bits.
+# Added to the id of a token whose keys and values were computed by a decode step (qwenvl.h): its arithmetic differs
+# from a prefill's, and a cached block may only be reused where recomputing it would give the same bits.
 _GENERATED = 1 << 32
 
 MAX_LOGPROBS = 20
-"""How many of the likeliest tokens a request may ask for beside each of its own."""
+"""Maximum number of likeliest tokens reported per generated token."""
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural logarithms of probabilities under the unchanged logits.
+    """Log probabilities (natural) of a generated token under the unmodified logits.
 
     Attributes:
-        logprob: of the token that was picked.
-        top: (token id, log probability) of the likeliest ones, the likeliest first, the lower id first of equals.
+        logprob: log probability of the picked token.
+        top: (token id, log probability) of the likeliest tokens, in descending order, equal ones in order of their ids.
     """
 
     logprob: float
@@ -35,13 +35,13 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass
 class ImageInput:
-    """An image of a prompt.
+    """An image of a prompt, as pixels or features.
 
     Attributes:
-        digest: of what the vision tower is given; images with the same digest have the same features.
+        digest: digest of the pixels or the features; images with the same digest have the same features.
         pixels: float32 [3, image_size, image_size] from `preprocess`, or uint8 [image_size, image_size, 3] from
-            `resize`, contiguous; None where `features` are given.
-        features: float32 [n_queries, hidden_size], once they are known.
+            `resize`, contiguous; None for an image given as features.
+        features: float32 [n_queries, hidden_size]; None until the image is encoded.
         slots: [start, end) of its tokens in the prompt.
     """
 
@@ -52,29 +52,29 @@ class ImageInput:
 
     @classmethod
     def of(cls, pixels: NDArray[Any]) -> ImageInput:
-        """An image still to be encoded."""
+        """Create an image from pixels, to be encoded."""
         return cls(digest_of(pixels), pixels)
 
     @classmethod
     def encoded(cls, features: NDArray[np.float32]) -> ImageInput:
-        """An image whose features are known."""
+        """Create an image from its features."""
         return cls(hashlib.sha256(b"features" + digest_of(features)).digest(), None, features)
 
 
 class Generation:
-    """A request from its submission to its last token.
+    """A request in the loop, from submission to finish reason.
 
     Attributes:
-        prompt: token ids.
-        tokens: the generated token ids, the stop token included.
-        n_total: tokens of the prompt and generated ones.
-        n_logprobs: None: no log probabilities; else how many of the likeliest tokens come with each token.
-        logprobs: those of `tokens`, where `n_logprobs` asks for them.
-        n_computed: how many of prompt + tokens have their keys and values in `blocks`.
-        n_cached: tokens of the prompt that were found in the prefix cache when it first ran; None before.
-        finish_reason: "stop", "length" or "cancelled"; None while it runs.
-        error: what ended it instead; raised where its tokens are read.
-        encode_seconds, prefill_seconds, decode_seconds: time of the steps that it took part in.
+        prompt: token ids of the prompt.
+        tokens: generated token ids, the stop token included.
+        n_total: number of prompt and generated tokens.
+        n_logprobs: number of likeliest tokens to report with each token; None: no log probabilities.
+        logprobs: log probabilities of `tokens`, if `n_logprobs` is not None.
+        n_computed: number of tokens, of prompt + tokens, whose keys and values are in `blocks`.
+        n_cached: prompt tokens found in the prefix cache at the first admission; None before.
+        finish_reason: "stop", "length" or "cancelled"; None while the request runs or after an error.
+        error: the exception that ended the request, raised to the reader of its tokens.
+        encode_seconds, prefill_seconds, decode_seconds: time of the steps in which the request took part.
     """
 
     def __init__(
@@ -87,10 +87,16 @@ class Generation:
         rotary_class: int = 0,
         n_logprobs: Optional[int] = None,
     ) -> None:
-        """Args:
-        images: in the order of their slots, which do not overlap.
-        generated: [start, end) ranges of the prompt that decode steps of earlier requests computed.
-        rotary_class: what the rotary base of this prompt depends on (ModelConfig.ntk_doublings).
+        """Create a request.
+
+        Args:
+            prompt: token ids.
+            images: in the order of their slots, which do not overlap.
+            stop_token_ids: tokens that end the completion.
+            options: sampling parameters and limits.
+            generated: [start, end) ranges of the prompt that decode steps of earlier requests computed.
+            rotary_class: determines the rotary base of the prompt (ModelConfig.ntk_doublings).
+            n_logprobs: see the attribute.
         """
         self.prompt = list(prompt)
         self.images = list(images)
@@ -115,20 +121,21 @@ class Generation:
 
     @property
     def n_pending(self) -> int:
-        """Tokens whose keys and values are still to be computed; at least 1 while it runs."""
+        """Number of tokens whose keys and values are not yet computed; at least 1 while the request runs."""
         return self.n_total - self.n_computed
 
     @property
     def decoding(self) -> bool:
-        """Whether its next step runs its newest token alone."""
+        """Whether the next step is a decode step: it computes only the newest token."""
         return self.n_total - self.n_computed == 1 and bool(self.tokens)
 
     @property
     def finished(self) -> bool:
+        """Whether the request has a finish reason or an error."""
         return self.finish_reason is not None or self.error is not None
 
     def take(self, token: int, logprobs: Optional[TokenLogprobs] = None) -> None:
-        """Add the token that a step gave."""
+        """Append a generated token, and set the finish reason on a stop token or at max_new_tokens."""
         if logprobs is not None:
             self.logprobs.append(logprobs)
         self.tokens.append(token)
@@ -139,14 +146,14 @@ class Generation:
             self.finish_reason = "length"
 
     def ids(self, start: int, end: int) -> list[int]:
-        """Tokens start to end of prompt + tokens."""
+        """Token ids [start, end) of prompt + tokens."""
         n = len(self.prompt)
         if start >= n:
             return self.tokens[start - n : end - n]
         return self.prompt[start:end] if end <= n else [*self.prompt[start:], *self.tokens[: end - n]]
 
     def entries(self, start: int, end: int) -> list[tuple[int, int, bool]]:
-        """[start, end) in parts that are wholly in the arithmetic of a prompt or (True) of a decode step."""
+        """Split [start, end) into (start, end, generated) ranges of prefill and of decode-step arithmetic."""
         n = len(self.prompt)
         edges = [start, *(edge for edge in self._boundaries if start < edge < end)]
         if start < n < end:
@@ -155,7 +162,7 @@ class Generation:
         return [(a, b, a >= n or self._in_generated(a)) for a, b in zip(edges, edges[1:])]
 
     def block_keys(self, n_blocks: int, block_tokens: int) -> list[bytes]:
-        """The keys of the first n_blocks full blocks: a hash chain over tokens, images and the rotary base."""
+        """Prefix cache keys of the first n_blocks full blocks: a hash chain over tokens, images and rotary class."""
         while len(self._block_keys) < n_blocks:
             start = len(self._block_keys) * block_tokens
             end = start + block_tokens
@@ -172,7 +179,7 @@ class Generation:
         return self._block_keys[:n_blocks]
 
     def reset(self) -> None:
-        """Forget what was computed, as when its blocks are given to others."""
+        """Discard the computed state after the blocks were released."""
         self.n_computed = 0
         self.blocks = []
 
@@ -180,7 +187,7 @@ class Generation:
         return any(start <= position < end for start, end in self._generated)
 
     def _identities(self) -> NDArray[np.int64]:
-        """For each token of the prompt what its keys and values depend on: its id, or its place in its image."""
+        """For each prompt token the value that enters the block keys: its id, or its position in an image."""
         identity = np.array(self.prompt, np.int64)
         for start, end in self._generated:
             identity[start:end] += _GENERATED

@@ -1,4 +1,4 @@
-"""Whether a pair of stages fits into a GPU's memory, before anything is copied there."""
+"""Check that a model fits into a GPU's memory, before anything is copied there."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.machine import GIB
 
-# Of a language stage in half precision. The embedding is never quantised, c_attn and lm_head to 8 bits at most.
+# Size relative to a language stage in half precision. The embedding is never quantised, c_attn and lm_head to 8 bits.
 _SMALLER = (("weight_only_int8", 0.55), ("weight_only_int4", 0.4))
 
 
 def check_share(share: float) -> float:
-    """`share` of the free memory, for the KV cache, if it is one; UsageError else."""
+    """Return `share` if it is a valid share of GPU memory, over 0 up to 1; otherwise raise UsageError."""
     if not 0 < share <= 1:
         raise UsageError(f"--gpu_memory {share:g}: must be over 0, up to 1")
     return share
 
 
 def check_room(vision: Stage, language: Stage, free: int, share: float) -> None:
-    """Args:
-        free: bytes of GPU memory.
-        share: of what the weights leave, for the KV cache.
+    """Check that the weights and the KV cache of one request of the full context fit into GPU memory.
+
+    Args:
+        vision: the vision stage.
+        language: the language stage.
+        free: free bytes of GPU memory.
+        share: share of the memory left by the weights that the KV cache may take.
 
     Raises:
-        QwenVLError: weights and the KV cache of one request of the model's whole context do not fit.
+        QwenVLError: they do not fit; the message suggests a quantization that would.
     """
     config = language.manifest.config
     cache = 4 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings / share
@@ -43,7 +47,7 @@ def check_room(vision: Stage, language: Stage, free: int, share: float) -> None:
 
 
 def _bytes(stage: Stage) -> float:
-    """Of the weights on a GPU, where float32 is kept in half precision."""
+    """Size of a stage's weights on a GPU, which stores float32 weights in half precision."""
     size = stage.params.stat().st_size
     in_full = stage.manifest.dtype == "float32" and stage.manifest.quant_type is None
     return size / 2 if in_full else size

@@ -1,4 +1,4 @@
-"""The features of images seen before, by content."""
+"""Cache of image features by content."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MAX_BYTES = 256 * 2**20
 
 
 class ImageCache:
-    """Features by digest, up to `max_bytes` of them; the least recently used go first."""
+    """LRU cache of image features by digest, of up to `max_bytes`."""
 
     def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -19,14 +19,14 @@ class ImageCache:
         self._features: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
 
     def get(self, digest: bytes) -> NDArray[np.float32] | None:
-        """The features of an image, float32 [n_queries, hidden_size], if they are there."""
+        """The cached features of an image, float32 [n_queries, hidden_size]; None if absent."""
         features = self._features.get(digest)
         if features is not None:
             self._features.move_to_end(digest)
         return features
 
     def put(self, digest: bytes, features: NDArray[np.float32]) -> None:
-        """Keep features; one set is kept whatever its size."""
+        """Add features and evict the least recently used; one entry is kept whatever its size."""
         if digest not in self._features:
             self._features[digest] = features
             self._n_bytes += features.nbytes

@@ -1,4 +1,4 @@
-"""The one loop behind every front end: requests come in at any time, tokens come out."""
+"""Continuous batching: the loop that runs steps for the requests of all front ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from paddlemix_qwenvl_plugin.util.program import program
 
 
 class NotFiniteError(RequestError):
-    """The logits of a request are infinite or not numbers. Other requests go on."""
+    """The logits of a request are infinite or not a number; other requests are not affected."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -33,7 +33,7 @@ class NotFiniteError(RequestError):
 
 
 class _Step(NamedTuple):
-    """A step that is being computed; `start` as time.perf_counter() has it."""
+    """A started step; `start` is in seconds of time.perf_counter()."""
 
     chunks: list[Chunk]
     start: float
@@ -43,25 +43,25 @@ class _Step(NamedTuple):
 class Loop:
     """Continuous batching: requests join and leave between steps.
 
-    There is no thread of its own. Whoever waits for tokens runs steps, which move all requests on; of several threads
-    one runs a step and the others wait for it. Where the executor can compute ahead, the next step is started before
-    the tokens of this one are read: what it computed for requests that end with this one is thrown away.
+    The loop has no thread: a thread that waits for tokens runs steps, which advance all requests; of several threads
+    one runs a step and the others wait for it. If the executor can compute ahead, the next step is started before the
+    tokens of the current one are read; its results for requests that end with the current step are discarded.
     """
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._scheduler = Scheduler(executor.limits)
         self._images = ImageCache()
-        self._lock = threading.Lock()  # of all but the two queues
+        self._lock = threading.Lock()  # guards all but the two queues
         self._submitted: deque[Generation] = deque()
         self._cancelled: deque[Generation] = deque()
-        self._started: _Step | None = None  # behind the one that was read last
+        self._started: _Step | None = None  # started ahead, not yet read
         self._ended = 0.0
         self._prompt_budget = PromptBudget(executor.limits.step_tokens)
-        self._counts: Counter[str] = Counter()  # the counters of LoopStatistics that are kept here
+        self._counts: Counter[str] = Counter()  # counters of LoopStatistics
 
     def load(self, vision: bool) -> None:
-        """Open the programs now rather than at their first use, stage 1 only with `vision`."""
+        """Load the language stage and, with `vision`, the vision stage now rather than at their first use."""
         with self._lock:
             self._executor.load(vision)
 
@@ -70,9 +70,9 @@ class Loop:
         self._submitted.append(generation)
 
     def cancel(self, generation: Generation) -> None:
-        """End a request, unless it has ended; what it holds is free at the next step, at once if none is running."""
+        """Cancel a request unless it has ended; its blocks are freed at once, or at the next step if one is running."""
         self._cancelled.append(generation)
-        # Never wait: the garbage collector may call this within a step.
+        # Do not block: the garbage collector may call this within a step.
         if self._lock.acquire(blocking=False):
             try:
                 self._take_queues()
@@ -82,7 +82,7 @@ class Loop:
     def advance(
         self, generation: Generation, n_seen: int, stopping: Callable[[], bool] = lambda: False
     ) -> None:
-        """Run steps until a request has more than `n_seen` tokens or has ended, or before one `stopping` says so.
+        """Run steps until a request has more than `n_seen` tokens or has ended, or `stopping` returns true.
 
         Raises:
             QwenVLError: the request failed.
@@ -99,28 +99,28 @@ class Loop:
             raise generation.error
 
     def step(self) -> bool:
-        """Run one step; False if there is nothing to run."""
+        """Run one step; return False if no request waits or runs."""
         with self._lock:
             self._take_queues()
             if self._scheduler.idle:
-                self._started = None  # whatever it gives, nobody wants it
+                self._started = None  # all of its requests have ended
                 return False
             self._step()
             return True
 
     def encode(self, image: ImageInput) -> NDArray[np.float32]:
-        """The features of an image, float32 [n_queries, hidden_size], encoded unless they are known."""
+        """The features of an image, float32 [n_queries, hidden_size]: cached, or encoded now."""
         with self._lock:
             return self._encode(image)
 
     def check_device(self) -> None:
-        """Raise an error if the device computes nothing any more, as a GPU after a fault."""
+        """Raise an error if the device is unusable, such as a GPU after a fault."""
         with self._lock:
             self._executor.check_device()
 
     @property
     def statistics(self) -> LoopStatistics:
-        """What happened so far; for the thread that runs the steps."""
+        """Gauges and counters; to be read by the thread that runs the steps."""
         scheduler = self._scheduler
         return LoopStatistics(
             running=len(scheduler.running),
@@ -149,21 +149,21 @@ class Loop:
             if step is None:
                 encoded = self._encode_next()
                 if encoded and not self._scheduler.running and len(self._scheduler.waiting) == 1:
-                    return  # nobody else waits: who waits for this one may stop here
+                    return  # the only request: its reader may stop between the image and the prefill
                 step = self._start(self._scheduler.schedule())
             if step is not None:
                 self._started = self._start(self._scheduler.schedule_ahead(step.chunks))
                 self._finish(step)
-        except BaseException:  # Ctrl-C, or a defect: what the step left behind is not to be trusted
+        except BaseException:  # Ctrl-C or a defect: the state after the interrupted step is undefined
             self._started = None
             for generation in self._scheduler.running:
-                # The engine may have counted a token that the request never took.
+                # The engine may have counted a token that was never added to the request.
                 self._executor.forget(generation)
             self._scheduler.preempt_all()
             raise
 
     def _encode_next(self) -> bool:
-        """Encode one image, if a request waits for it: between two images the others go on."""
+        """Encode one image if a request waits for it; running requests have a step between two images."""
         found = self._scheduler.image_to_encode()
         if found is None:
             return False
@@ -216,7 +216,7 @@ class Loop:
         for chunk in step.chunks:
             generation = chunk.generation
             token, logprob = next(picked) if chunk.picks else (None, None)
-            if generation.finished:  # while this step was computed
+            if generation.finished:  # cancelled while this step was computed
                 continue
             if generation.tokens:
                 generation.decode_seconds += seconds
@@ -238,7 +238,7 @@ class Loop:
         self._scheduler.prompt_budget = self._prompt_budget.tokens
 
     def _fail_all(self, chunks: list[Chunk], error: QwenVLError) -> None:
-        """A step takes its requests with it, and no others."""
+        """Fail the requests of a step; others are not affected."""
         for chunk in chunks:
             if not chunk.generation.finished:
                 self._fail(chunk.generation, error)

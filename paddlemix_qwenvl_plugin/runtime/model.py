@@ -1,4 +1,4 @@
-"""What front ends need of a model, whether its stages are opened here or a server has it."""
+"""Interface of a model for front ends, implemented by QwenVL and by the client of a remote server."""
 
 from __future__ import annotations
 
@@ -15,24 +15,31 @@ from paddlemix_qwenvl_plugin.runtime.segments import Segment
 
 
 class Stream(Iterator[Segment], Protocol):
-    """An answer in segments; AnswerStream says what these do."""
+    """Interface of a streamed answer; see AnswerStream."""
 
-    def submit(self: S) -> S: ...
+    def submit(self: S) -> S:
+        """Queue the request before its first segment is read."""
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """End the iteration after the current token; safe in signal handlers and other threads."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Cancel the request."""
 
-    def finish(self) -> Answer: ...
-
-    @property
-    def n_prompt_tokens(self) -> int: ...
-
-    @property
-    def n_new_tokens(self) -> int: ...
+    def finish(self) -> Answer:
+        """Generate the rest and return the complete answer."""
 
     @property
-    def answer(self) -> Answer: ...
+    def n_prompt_tokens(self) -> int:
+        """Number of tokens of the prompt."""
+
+    @property
+    def n_new_tokens(self) -> int:
+        """Number of generated tokens so far."""
+
+    @property
+    def answer(self) -> Answer:
+        """The complete answer, or the answer so far."""
 
 
 S = TypeVar("S", bound=Stream)
@@ -40,32 +47,39 @@ S_co = TypeVar("S_co", bound=Stream, covariant=True)
 
 
 class Conversation(Protocol[S_co]):
-    """A conversation about images, as Chat."""
+    """Interface of a conversation about images; see Chat."""
 
     system: str
 
-    def clear(self) -> None: ...
+    def clear(self) -> None:
+        """Remove all turns from the history."""
 
-    def ask(self, query: Query, **options: Any) -> S_co: ...
+    def ask(self, query: Query, **options: Any) -> S_co:
+        """Ask the next question and return a stream of the answer."""
 
 
 class Model(Protocol[S]):
-    """What QwenVL does for `chat` and `batch`."""
+    """Interface of a model for `qwenvl chat` and `qwenvl batch`; see QwenVL."""
 
     @property
     def weights(self) -> list[str]:
-        """What tells this model from others."""
+        """Texts that identify the weights, their dtype included."""
 
     @property
     def picture_label(self) -> str:
-        """See QwenTokenizer."""
+        """Text before each image in a prompt, `{}` for the image's number."""
 
-    def load(self) -> None: ...
+    def load(self) -> None:
+        """Load the model now rather than at its first use."""
 
-    def load_images(self, sources: Sequence[Any], folder: Optional[Path] = None) -> list[Image.Image]: ...
+    def load_images(self, sources: Sequence[Any], folder: Optional[Path] = None) -> list[Image.Image]:
+        """Load images; relative paths are resolved against `folder`."""
 
-    def chat(self, system: str) -> Conversation[S]: ...
+    def chat(self, system: str) -> Conversation[S]:
+        """Begin a conversation."""
 
-    def ask(self, request: Request, folder: Optional[Path] = None) -> S: ...
+    def ask(self, request: Request, folder: Optional[Path] = None) -> S:
+        """Answer a request in segments; relative image paths are resolved against `folder`."""
 
-    def wait_any(self, streams: Collection[S]) -> list[S]: ...
+    def wait_any(self, streams: Collection[S]) -> list[S]:
+        """Generate until at least one of the submitted streams is done; return those that are."""

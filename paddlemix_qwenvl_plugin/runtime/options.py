@@ -1,4 +1,4 @@
-"""How to pick tokens and when to stop."""
+"""Sampling parameters and length limits of a generation."""
 
 from __future__ import annotations
 
@@ -15,40 +15,45 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class GenerationOptions:
-    """Options of a generation; they hold for every row of a batch.
+    """Sampling parameters and length limits of a generation; they apply to every row of a batch.
 
-    Greedy unless `temperature`, `top_p` or `top_k` is given. The order is upstream's: end tokens are held back before
-    `min_new_tokens`, penalties, temperature, then the top-k and top-p cuts. Penalties count generated tokens only.
-    Every row draws from its own generator with `seed`, so that a row of a batch gives the tokens that it gives alone.
+    Greedy unless `temperature`, `top_p` or `top_k` is given. The order is upstream's: stop tokens are forbidden before
+    `min_new_tokens`, then penalties, temperature, top-k and top-p. Penalties count generated tokens only. Every row has
+    its own random generator seeded with `seed`, so that a row generates the same tokens alone and in a batch.
 
-    The command line's flags, their defaults and their help are made of these fields (cli/options.py).
+    The command line's flags, defaults and help texts are generated from these fields (cli/options.py).
 
     Raises:
-        UsageError: an option that is none, or a value out of its range; the line names the option.
+        UsageError: an unknown option, or a value out of range; the message names the option.
     """
 
-    max_new_tokens: Annotated[int, Field(ge=1, description="Most tokens of an answer.")] = 512
-    min_new_tokens: Annotated[int, Field(ge=0, description="Fewest tokens before an answer may end.")] = 0
+    max_new_tokens: Annotated[int, Field(ge=1, description="Maximum number of generated tokens.")] = 512
+    min_new_tokens: Annotated[
+        int, Field(ge=0, description="Number of generated tokens before a stop token may end an answer.")
+    ] = 0
     temperature: Annotated[
         Optional[float],
-        Field(ge=0, le=100, description="Sample; greedy if neither this, top_p nor top_k is given."),
+        Field(
+            ge=0, le=100, description="Sampling temperature; greedy if neither this, top_p nor top_k is set."
+        ),
     ] = None
     top_p: Annotated[
-        Optional[float], Field(ge=0, le=1, description="Sample among the likeliest that make up this much.")
+        Optional[float],
+        Field(ge=0, le=1, description="Sample from the likeliest tokens up to this cumulative probability."),
     ] = None
-    top_k: Annotated[Optional[int], Field(ge=1, description="Sample among this many likeliest.")] = None
+    top_k: Annotated[
+        Optional[int], Field(ge=1, description="Sample from this number of the likeliest tokens.")
+    ] = None
     repetition_penalty: Annotated[
-        float, Field(gt=0, le=100, description="Divides the logits of tokens generated before.")
+        float, Field(gt=0, le=100, description="Divides the logits of tokens generated so far.")
     ] = 1.0
     frequency_penalty: Annotated[
-        float, Field(ge=-100, le=100, description="Taken off such a logit for each time.")
+        float, Field(ge=-100, le=100, description="Subtracted from such a logit for each occurrence.")
     ] = 0.0
-    presence_penalty: Annotated[float, Field(ge=-100, le=100, description="Taken off such a logit once.")] = (
-        0.0
-    )
-    seed: Annotated[Optional[int], Field(ge=0, description="Of the sampling; default: fresh randomness.")] = (
-        None
-    )
+    presence_penalty: Annotated[
+        float, Field(ge=-100, le=100, description="Subtracted from such a logit once.")
+    ] = 0.0
+    seed: Annotated[Optional[int], Field(ge=0, description="Seed of the sampling; random by default.")] = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -66,28 +71,29 @@ class GenerationOptions:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> GenerationOptions:
-        """From keyword arguments."""
+        """Create options from keyword arguments."""
         return cls(**values)
 
     def within(self, room: int) -> GenerationOptions:
-        """These options with at most `room` new tokens."""
+        """A copy of the options with at most `room` new tokens."""
         if self.max_new_tokens <= room:
             return self
         return replace(self, max_new_tokens=room, min_new_tokens=min(self.min_new_tokens, room))
 
     @property
     def greedy(self) -> bool:
-        asked = (self.temperature, self.top_p, self.top_k)
-        return asked == (None, None, None) or self.temperature == 0 or self.top_p == 0 or self.top_k == 1
+        """Whether each token is the likeliest one."""
+        sampling = (self.temperature, self.top_p, self.top_k)
+        return sampling == (None, None, None) or self.temperature == 0 or self.top_p == 0 or self.top_k == 1
 
 
 def described() -> dict[str, FieldInfo]:
-    """Each option's name, and its type, default, description and limits."""
+    """The options' fields by name: type, default, description and limits."""
     return dict(GenerationOptions.__pydantic_fields__)  # type: ignore[attr-defined]
 
 
 def allowed(field: FieldInfo) -> str:
-    """The values that a field may have, in words: "at least 1", "0 to 100"."""
+    """Describe the range of a field's values: "at least 1", "0 to 100"."""
     limits = {
         name: getattr(limit, name)
         for limit in field.metadata
@@ -102,7 +108,7 @@ def allowed(field: FieldInfo) -> str:
 
 
 def _line(error: ValidationError) -> str:
-    """What is wrong with the first option that is; those that do not exist go first."""
+    """Format the first invalid option as one line; unknown options take precedence."""
     problems = error.errors(include_url=False)
     unknown = next(
         (problem for problem in problems if problem["type"] == "unexpected_keyword_argument"), None

@@ -1,4 +1,4 @@
-"""Steps on the portable step program in Paddle Inference, one request at a time (artifact/contract.py)."""
+"""Executor on the portable step program in Paddle Inference (artifact/contract.py), one request at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 
 class PortableExecutor:
-    """See Executor. Keys and values are tensors that go into the program and come out longer."""
+    """Executor on the portable graph; the KV cache is an input of the program and, extended, an output."""
 
     def __init__(self, vision: Stage, language: Stage) -> None:
         self._vision_stage = vision
@@ -25,7 +25,7 @@ class PortableExecutor:
         self._dtype = language.compute_dtype
         self._program = language.open(".step")
         context = self._config.max_position_embeddings
-        # One block that holds everything: there is nothing to share, and a prompt is run whole.
+        # One block for the whole context: no prefix sharing, no chunked prefill.
         self.limits = Limits(1, context, 1, context, prefix_cache=False)
         self._running: dict[Generation, tuple[RowSampler, list[Any]]] = {}
 
@@ -34,17 +34,17 @@ class PortableExecutor:
         return self._vision_stage.open()
 
     def load(self, vision: bool) -> None:
-        """See Executor; the language stage is open already."""
+        """Load the vision stage if `vision`; the language stage is loaded already."""
         if vision:
             _ = self._vision
 
     def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See Executor."""
+        """Encode an image: float32 [3, image_size, image_size] -> float32 [n_queries, hidden_size]."""
         features: NDArray[np.float32] = self._vision([pixels[None]])[0].numpy()[0]
         return features
 
     def start(self, chunks: Sequence[Chunk]) -> Callable[[], Picked]:
-        """See Executor; it has ended when this returns."""
+        """Run a step (see Executor); it has ended when this returns."""
         [chunk] = chunks
         generation = chunk.generation
         if generation not in self._running or generation.n_computed == 0:
@@ -71,25 +71,25 @@ class PortableExecutor:
         return lambda: picked
 
     def check_device(self) -> None:
-        """See Executor; it is Paddle's own error."""
+        """Raise Paddle's error if the GPU is unusable after a fault."""
         self._program.zeros([1], "float32").numpy()
 
     def forget(self, generation: Generation) -> None:
-        """See Executor."""
+        """Free the state of a request, its KV cache included."""
         self._running.pop(generation, None)
 
     def _empty_cache(self) -> list[Any]:
-        """A program cannot be fed an empty tensor, so the cache of no tokens has one slot that is not valid."""
+        """An empty cache: one invalid slot, since Paddle Inference does not accept empty tensors."""
         shape = [1, self._config.num_attention_heads, 1, self._config.head_dim]
         return [self._program.zeros(shape, self._dtype) for _ in range(2 * self._config.num_hidden_layers)]
 
     def _images(self, generation: Generation, past: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Features and positions of the images in the tokens from `past` on; without one, an image in row -1."""
+        """Features and positions of the images in the tokens from `past` on; without images, one in row -1."""
         images = [image for image in generation.images if image.slots[0] >= past]
         if not images:
             shape = [1, self._config.visual.n_queries, self._config.hidden_size]
             return np.zeros(shape, np.float32), np.array([[-1, 0, 0]], np.int64)
-        features = np.stack([image.features for image in images])  # type: ignore[misc]  # encoded before
+        features = np.stack([image.features for image in images])  # type: ignore[misc]  # encoded already
         # The contract counts from `<img>` to `</img>`, the tags around the slots.
         positions = [(0, image.slots[0] - 1 - past, image.slots[1] - past) for image in images]
         return features, np.array(positions, np.int64)

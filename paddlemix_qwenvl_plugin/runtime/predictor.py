@@ -1,4 +1,4 @@
-"""The public predictor: images and words in, words and boxes out, through the two exported stages."""
+"""QwenVL, the public predictor: answers prompts with images through the two exported stages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PathLike = Union[str, Path]
 
 
 class QwenVL:
-    """A pair of exported stages. Use `from_exported`. Several threads may ask at once."""
+    """Qwen-VL opened from its two exported stages, with `from_exported`. Thread-safe."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class QwenVL:
         self._limits = limits
         self._opening = threading.Lock()
         self.config: ModelConfig = language.manifest.config
-        # What tells these weights from others, their dtype included.
+        # Identifies the weights, their dtype included.
         self.weights: list[str] = [stage.manifest.weights.sha256 for stage in (vision, language)]
 
     @classmethod
@@ -76,22 +76,22 @@ class QwenVL:
         verify: bool = False,
         gpu_memory: float = 0.9,
     ) -> QwenVL:
-        """Open two exported stages.
+        """Open a model from its two exported stages.
 
         Args:
-            vision: prefix of stage 1, or its program file (`.json` or `.pdmodel`) to choose the form.
-            language: the same for stage 2.
-            model: the model folder, or any folder with `qwen.tiktoken`; None: the folder of stage 2.
+            vision: prefix of the vision stage, or its program file (`.json` or `.pdmodel`) to choose the form.
+            language: the same for the language stage.
+            model: the model folder, or any folder with `qwen.tiktoken`; None: the folder of the language stage.
             device: "cpu", "gpu" or "gpu:N".
-            allow_http: whether pictures may come from http(s) URLs.
-            limits: what an image may take, and from where.
-            verify: read all files of both stages and compare them with what was exported; else weights of more than
-                64 MiB are compared by samples.
-            gpu_memory: share of a GPU's memory which the KV cache may take of what the weights leave, up to 1.
+            allow_http: allow images from http(s) URLs.
+            limits: limits for loading images.
+            verify: compare the digests of all files with the manifests; otherwise weights of more than 64 MiB are
+                compared by samples.
+            gpu_memory: share of the GPU memory left by the weights that the KV cache may take, up to 1.
 
         Raises:
-            UsageError: a path or a device that is not there.
-            QwenVLError: damaged files, or stages that do not belong together.
+            UsageError: a path or the device does not exist.
+            QwenVLError: files are damaged, or the stages come from different models.
         """
         check_share(gpu_memory)
         if verify:
@@ -114,17 +114,17 @@ class QwenVL:
 
     @property
     def picture_label(self) -> str:
-        """What a prompt writes before an image."""
+        """Text before each image in a prompt, `{}` for the image's number."""
         return self.tokenizer.picture_label
 
     @cached_property
     def is_chat(self) -> bool:
-        """Whether the model is asked in the chat form unless a request says otherwise: as its folder says."""
+        """Whether the model folder declares a chat model; the default of a request's `chat`."""
         return is_chat_model(self._model) or is_chat_model(self._stages[1].prefix.parent)
 
     @cached_property
     def _loop(self) -> Loop:
-        with self._opening:  # cached_property has no lock of its own from Python 3.12 on
+        with self._opening:  # cached_property has no lock from Python 3.12 on
             if "_loop" not in vars(self):
                 vars(self)["_loop"] = Loop(self._open())
             return vars(self)["_loop"]  # type: ignore[no-any-return]
@@ -140,38 +140,44 @@ class QwenVL:
         return PortableExecutor(vision, language)
 
     def load(self, vision: bool = True) -> None:
-        """Open the vocabulary and the stages, stage 1 only with `vision`, now rather than at their first use.
+        """Load the tokenizer and the stages, the vision stage only with `vision`, now rather than at their first use.
 
         Raises:
-            UsageError, QwenVLError: files that are missing or damaged.
+            UsageError, QwenVLError: a file is missing or damaged.
         """
         _ = self.tokenizer
         self._loop.load(vision)
 
     def open_loop(self) -> Loop:
-        """The loop behind all requests, with both stages open; for who drives it. Errors as for `load`."""
+        """Load both stages and return the loop behind all requests, for servers that run its steps.
+
+        Errors as for `load`.
+        """
         self._loop.load(vision=True)
         return self._loop
 
     def load_images(self, sources: Sequence[Any], folder: Optional[Path] = None) -> list[Image.Image]:
-        """Open images as this predictor's `allow_http` and `limits` let it; relative paths start from `folder`."""
+        """Load images within `allow_http` and `limits`; relative paths are resolved against `folder`."""
         return [
             load_image(from_folder(source, folder), allow_http=self._allow_http, limits=self._limits)
             for source in sources
         ]
 
     def image_inputs(self, images: Sequence[Image.Image]) -> list[ImageInput]:
-        """Images as a request takes them."""
+        """Preprocess images for requests."""
         return [ImageInput.of(preprocess(image, self.config.visual.image_size)) for image in images]
 
     def encode_images(self, pixels: ArrayLike) -> NDArray[np.float32]:
-        """Stage 1.
+        """Run the vision stage on preprocessed images; features of known images come from a cache.
 
         Args:
             pixels: float32 [N, 3, image_size, image_size], from `preprocess`.
 
         Returns:
-            float32 [N, n_queries, hidden_size]. Those of images seen before are remembered.
+            Features, float32 [N, n_queries, hidden_size].
+
+        Raises:
+            UsageError: another shape.
         """
         size = self.config.visual.image_size
         array = np.ascontiguousarray(pixels, np.float32)
@@ -191,21 +197,21 @@ class QwenVL:
         eos_token_ids: Optional[Iterable[int]] = None,
         **options: Any,
     ) -> list[list[int]]:
-        """Stage 2 on token ids.
+        """Run the language stage on a batch of token ids.
 
         Args:
             input_ids: int64 [B, T]; a row shorter than T is padded on the right.
             features: float32 [N, n_queries, hidden_size], of the batch's images in order of appearance, row by row.
-            lengths: each row's own length; None: T for all.
-            eos_token_ids: tokens that end a row, kept as its last token; None: the tokenizer's end-of-text token, none
-                where the model folder has no tokenizer; empty: only max_new_tokens ends a row.
+            lengths: length of each row; None: T for all.
+            eos_token_ids: stop tokens, kept as the last token of a row; None: the tokenizer's end-of-text token, or
+                none if the model folder has no tokenizer; empty: only max_new_tokens ends a row.
             options: see GenerationOptions.
 
         Returns:
-            The new tokens of each row.
+            The generated token ids of each row.
 
         Raises:
-            UsageError: a shape, id or option that cannot be; the line names it.
+            UsageError: an invalid shape, id or option; the message names it.
         """
         chosen = GenerationOptions.of(options)
         if eos_token_ids is not None:
@@ -247,14 +253,14 @@ class QwenVL:
         system: str = DEFAULT_SYSTEM,
         **options: Any,
     ) -> Answer:
-        """Answer one prompt; arguments and errors as for `stream`."""
+        """Answer one prompt and return the complete answer; arguments and errors as for `stream`."""
         return self.stream(parts, chat=chat, history=history, system=system, **options).finish()
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer several prompts at once, each with its own options; answers are those that each gets alone.
+        """Answer several prompts in one batch, each with its own options; each answer is the same as without a batch.
 
         Raises:
-            UsageError, QwenVLError: of the first request that fails; nothing is answered then.
+            UsageError, QwenVLError: the error of the first request that fails; no answers are returned.
         """
         streams = [self.ask(request) for request in requests]
         return list(self.finish_all(streams, max(1, len(streams))))
@@ -272,14 +278,14 @@ class QwenVL:
 
         Args:
             parts: text, or a list of {"image": …}, {"text": …} and {"box": …, "ref": …} (processing/prompts.py).
-            chat: use the ChatML form of Qwen-VL-Chat and stop at its turn tokens; False: the base model's form; None:
-                what the model folder says.
+            chat: True: the ChatML form of Qwen-VL-Chat, with its stop tokens; False: the base model's form; None: as
+                the model folder declares.
             history: earlier turns (query, answer), chat only.
             system: the system message, chat only.
             options: see GenerationOptions.
 
         Raises:
-            UsageError, QwenVLError: one line that names the part, image or option.
+            UsageError, QwenVLError: an invalid part, image or option; the message names it.
         """
         return self.ask(Request(parts, GenerationOptions.of(options), chat, history, system))
 
@@ -288,7 +294,7 @@ class QwenVL:
         return Chat(self, system)
 
     def ask(self, request: Request, folder: Optional[Path] = None) -> AnswerStream:
-        """Answer a request in segments; relative paths of images start from `folder`. Errors as for `stream`."""
+        """Answer a request in segments; relative image paths are resolved against `folder`. Errors as for `stream`."""
         start = time.perf_counter()
         prompt, stop = self._prompt(request)
         images = self.load_images(prompt.images, folder)
@@ -297,10 +303,10 @@ class QwenVL:
         return self.start(prompt, inputs, stop, request.options, size, time.perf_counter() - start)
 
     def finish_all(self, streams: Iterable[AnswerStream], window: int = 16) -> Iterator[Answer]:
-        """The whole answers of streams in their order; `window` of them are generated at once.
+        """Yield the complete answers of streams in their order; up to `window` of them are generated at once.
 
         Raises:
-            QwenVLError: of the first one that fails.
+            QwenVLError: the error of the first stream that fails.
         """
         active: deque[AnswerStream] = deque()
         try:
@@ -315,7 +321,7 @@ class QwenVL:
                 stream.close()
 
     def wait_any(self, streams: Collection[AnswerStream]) -> list[AnswerStream]:
-        """Generate until at least one of these submitted streams is done; those that are."""
+        """Generate until at least one of the submitted streams is done; return those that are."""
         while not (done := [stream for stream in streams if stream.done]):
             self._loop.step()
         return done
@@ -330,10 +336,13 @@ class QwenVL:
         prepare_seconds: float = 0.0,
         on_end: Callable[[Answer], None] = lambda answer: None,
     ) -> AnswerStream:
-        """Start a request on a prompt that is tokenised and images that are loaded.
+        """Create the stream for a tokenised prompt and loaded images.
 
         Args:
+            prompt: the tokenised prompt.
             images: one for each `<img>` of the prompt, in order.
+            stop_token_ids: tokens that end the answer.
+            options: sampling parameters and limits.
             image_size, prepare_seconds, on_end: see AnswerStream.
         """
         generation = self.generation(prompt.input_ids, images, stop_token_ids, options, prompt.generated)
@@ -345,7 +354,7 @@ class QwenVL:
         return AnswerStream(open_loop, generation, self.tokenizer, image_size, prepare_seconds, on_end)
 
     def _prompt(self, request: Request) -> tuple[Prompt, Sequence[int]]:
-        """The prompt of a request, and the tokens that end its answer."""
+        """The prompt and the stop tokens of a request."""
         parts: Sequence[Part] = [{"text": request.parts}] if isinstance(request.parts, str) else request.parts
         tokenizer = self.tokenizer
         if self.is_chat if request.chat is None else request.chat:
@@ -364,14 +373,17 @@ class QwenVL:
         generated: Sequence[tuple[int, int]] = (),
         n_logprobs: Optional[int] = None,
     ) -> Generation:
-        """A request for the loop, with max_new_tokens cut to what the context has room for.
+        """Create a request for the loop, with max_new_tokens limited to the rest of the context.
 
         Args:
+            input_ids: token ids of the prompt.
             images: one for each `<img>` of the prompt, in order.
+            stop_token_ids: tokens that end the completion.
+            options: sampling parameters and limits.
             generated, n_logprobs: see Generation.
 
         Raises:
-            UsageError: an id that is none, another number of images, no room for a single token.
+            UsageError: an invalid id, a wrong number of images, or a prompt that fills the context.
         """
         if not input_ids:
             raise UsageError("input_ids: must have at least one token")

@@ -1,4 +1,4 @@
-"""An exported stage opened in Paddle Inference."""
+"""Exported stages: checking their files, choosing engine or Paddle, opening programs in Paddle Inference."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
 _FORMS = (".json", ".pdmodel")
 
-# What Paddle's C++ errors become in Python.
+# Python exceptions of Paddle's C++ errors.
 _PADDLE_ERRORS = (RuntimeError, ValueError, OSError, MemoryError, SystemError, IndexError)
 
 
 class Stage:
-    """The files of an exported stage, checked against their manifest.
+    """An exported stage whose files were checked against its manifest.
 
     Args:
         path: the prefix, or the program file itself to choose its form (`.json` PIR, `.pdmodel` legacy).
@@ -41,8 +41,8 @@ class Stage:
         device: "cpu", "gpu" or "gpu:N".
 
     Raises:
-        UsageError: nothing exported there, or a device that is not here.
-        QwenVLError: a file is missing, damaged or not the one that was exported.
+        UsageError: nothing was exported under the prefix, or the device does not exist.
+        QwenVLError: a file is missing, damaged or not the exported one.
     """
 
     def __init__(self, path: str | Path, stage: str, device: str) -> None:
@@ -61,20 +61,20 @@ class Stage:
 
     @property
     def compute_dtype(self) -> str:
-        """What the portable programs compute in on this device."""
+        """Compute dtype of the portable programs on this device."""
         return "float32" if self.gpu is None else self.manifest.dtype
 
     @functools.cached_property
     def engine(self) -> bool:
-        """Whether the engine computes this stage; where it can be, it is built now.
+        """Whether the engine computes this stage; it is built now if necessary.
 
         Raises:
-            UsageError, QwenVLError: what was asked for cannot be had.
+            UsageError, QwenVLError: the requested engine is unavailable.
         """
         return engine_available(self._choice(), gpu=self.gpu)
 
     def _choice(self) -> str:
-        """ "auto", "fused" or "portable": what was asked for, as far as this stage has it."""
+        """The engine setting, "auto", "fused" or "portable"; quantised stages require "fused"."""
         choice, quant_type = engine_choice(), self.manifest.quant_type
         if quant_type is None:
             return choice
@@ -85,12 +85,13 @@ class Stage:
         return "fused"
 
     def open(self, suffix: str = "") -> Program:
-        """Load the program PREFIX + suffix in Paddle Inference: the engine's operator, if it is to be used and there.
+        """Load the program PREFIX + suffix in Paddle Inference.
 
-        `.step` programs are portable.
+        The program with the engine's operator is preferred if the stage has it and the engine is available. `.step`
+        programs are portable.
         """
         require_paddle()
-        gpu = self.gpu  # of Paddle
+        gpu = self.gpu  # Paddle's device
         target, before_runs = "", None
         has_operator = not suffix and any(".fused." in name for name in self.manifest.programs)
         if has_operator and engine_available(self._choice(), operators=True, gpu=gpu):
@@ -114,13 +115,13 @@ class Stage:
 
 
 def stage_prefix(path: str | Path) -> Path:
-    """The prefix of a stage's files, from the prefix itself or from a program file."""
+    """The prefix of a stage's files, given the prefix or a program file."""
     path = Path(path)
     return path.with_suffix("") if path.suffix in _FORMS else path
 
 
 class Program:
-    """A program in Paddle Inference. Not safe for use by several threads at once."""
+    """A program loaded in Paddle Inference. Not thread-safe."""
 
     def __init__(self, predictor: Any, place: Any, before_runs: Optional[Callable[[], None]] = None) -> None:
         self._predictor = predictor
@@ -128,7 +129,7 @@ class Program:
         self._before_runs = before_runs
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        """Run on NumPy arrays or Paddle tensors; the outputs are Paddle tensors of their own memory."""
+        """Run on NumPy arrays or Paddle tensors; the outputs are Paddle tensors that later runs do not overwrite."""
         import paddle
 
         if self._before_runs is not None:
@@ -137,14 +138,14 @@ class Program:
             tensors = [
                 paddle.to_tensor(i, place=self._place) if isinstance(i, np.ndarray) else i for i in inputs
             ]
-            # A run writes into the memory of the last run's outputs where they fit, even when those are fed back as
-            # inputs, as a KV cache is: hand out copies.
+            # A run reuses the memory of the last run's outputs where they fit, even if those are inputs now, as a KV
+            # cache is: return copies.
             return [output.clone() for output in self._predictor.run(tensors)]
         except _PADDLE_ERRORS as error:
             raise QwenVLError(f"Paddle Inference failed ({_last_line(error)})") from error
 
     def zeros(self, shape: list[int], dtype: str) -> Any:
-        """A Paddle tensor where the program runs."""
+        """Create a Paddle tensor of zeros on the program's device."""
         import paddle
 
         return paddle.zeros(shape, dtype=dtype).to(self._place)
@@ -177,7 +178,7 @@ def _create_predictor(program: Path, params: Path, gpu: Optional[int]) -> Any:
     if gpu is None:
         config.disable_gpu()
         config.set_cpu_math_library_num_threads(cpu_threads())
-        # Paddle 3.3 turns oneDNN on by itself, and its plug-in fails on these graphs (zero-dimension reorders).
+        # Paddle 3.3 enables oneDNN by default, which fails on these graphs (zero-dimension reorders).
         getattr(config, "disable_onednn", config.disable_mkldnn)()
     else:
         config.enable_use_gpu(100, gpu)
@@ -188,10 +189,10 @@ def _create_predictor(program: Path, params: Path, gpu: Optional[int]) -> Any:
 
 
 def _last_line(error: BaseException) -> str:
-    """Paddle's messages are long, and their last line says what was wrong; the engine's line begins with its name."""
+    """The cause in Paddle's long messages: the line of the engine, which begins with its name, else the last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in lines:
-        _, found, said = line.partition("qwenvl: ")
+        _, found, message = line.partition("qwenvl: ")
         if found:
-            return re.sub(r" \(at \S+:\d+\)$", "", said)
+            return re.sub(r" \(at \S+:\d+\)$", "", message)
     return lines[-1] if lines else type(error).__name__

@@ -1,36 +1,36 @@
-"""How many prompt tokens run in a step beside requests that decode."""
+"""Budget of prompt tokens in a step with decoding requests, adapted to measured step times."""
 
 from __future__ import annotations
 
-# Prompts may take so long of a step, or so many times what its decoding takes by itself, if that is longer: on a slow
-# machine streams go on at a quarter of their pace, and the first token of the last of many prompts does not wait for
-# ever. Fewer tokens would take hardly less time: a step of prompts reads the weights, too.
+# Time of a step for prompts: 0.25 s, or 3 times the time of its decoding if that is longer. On a slow machine, streams
+# then continue at a quarter of their pace, and the last of many prompts still gets its first token soon. Fewer than 64
+# tokens would hardly take less time: a step of prompts reads the weights, too.
 _PROMPT_SECONDS = 0.25
 _PROMPT_SHARE = 3.0
-_LEAST_TOKENS = 64
-# What a decode step costs beside its rows (it reads the weights), in rows.
+_MIN_TOKENS = 64
+# Fixed cost of a decode step, which reads the weights, in rows.
 _ROWS_FOR_WEIGHTS = 4
 
 
 class PromptBudget:
-    """Chooses the budget by the times of the last steps.
+    """Budget of prompt tokens for the next step with decoding requests, chosen by the times of the last steps.
 
     Attributes:
-        tokens: prompt tokens of the next step beside which others decode, at least 1.
+        tokens: the budget, at least 1.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self.tokens = most
-        self._row_seconds = 0.0  # of decoding, by the last step without prompts
+    def __init__(self, maximum: int) -> None:
+        self._maximum = maximum
+        self.tokens = maximum
+        self._row_seconds = 0.0  # decode time per row in the last step without prompts
 
     def learn(self, n_prompt: int, n_decoding: int, seconds: float) -> None:
-        """Note the time of a step with so many tokens of prompts and of decoding requests."""
+        """Update the budget with the time of a step of `n_prompt` prompt tokens and `n_decoding` decoding requests."""
         if not n_prompt:
             self._row_seconds = seconds / (n_decoding + _ROWS_FOR_WEIGHTS)
-        elif n_prompt >= _LEAST_TOKENS // 2:  # the rate by fewer tokens would be that of reading the weights
+        elif n_prompt >= _MIN_TOKENS // 2:  # with fewer tokens, reading the weights dominates the rate
             decode_seconds = self._row_seconds * (n_decoding + _ROWS_FOR_WEIGHTS)
-            # Times vary: a step may be shorter than its decoding was thought to be.
+            # Times vary: a step may be shorter than the estimate of its decoding.
             prompt_seconds = max(seconds - (decode_seconds if n_decoding else 0), seconds / 8)
             allowed = max(_PROMPT_SECONDS, _PROMPT_SHARE * decode_seconds)
-            self.tokens = min(max(int(n_prompt / prompt_seconds * allowed), _LEAST_TOKENS), self._most)
+            self.tokens = min(max(int(n_prompt / prompt_seconds * allowed), _MIN_TOKENS), self._maximum)

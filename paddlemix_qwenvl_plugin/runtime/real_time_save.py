@@ -1,6 +1,6 @@
-"""The files in which the stock graph hands out its tokens, one a step, for the stock reader.
+"""Token files in the format of the stock graph, one per step, for the stock reader.
 
-`real_time_save.temp_ids_rank_0_step_N`, N from 1: the byte "1" (complete), a type byte ("1": int64), then one int64 a
+`real_time_save.temp_ids_rank_0_step_N`, N from 1: the byte "1" (complete), a type byte ("1": int64), then one int64 per
 batch row, little-endian.
 """
 
@@ -18,12 +18,12 @@ _NAME = "real_time_save.temp_ids_rank_0_step_"
 
 
 def write_tokens(folder: Path, tokens: Sequence[Sequence[int]], end_token: int) -> None:
-    """Write the tokens of a batch, replacing what an earlier run left.
+    """Write the token files of a batch, replacing those of an earlier run.
 
     Args:
-        folder: an existing folder; the stock reader looks in the working directory.
-        tokens: the generated tokens of each row, perhaps with -1 after its end, as the stock graph gives them.
-        end_token: what a row that ended early shows in the later steps.
+        folder: an existing folder; the stock reader uses the working directory.
+        tokens: the generated tokens of each row; -1 after the end of a row, as the stock graph pads, is ignored.
+        end_token: padding for rows that end early.
     """
     tokens = [[token for token in row if token >= 0] for row in tokens]
     for old in folder.glob(f"{_NAME}*"):

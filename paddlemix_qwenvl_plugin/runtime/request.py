@@ -1,4 +1,4 @@
-"""What a front end asks for."""
+"""Requests of front ends: a prompt with its options."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to answer it.
+    """A prompt with its sampling parameters, for `QwenVL.ask` and `QwenVL.generate_batch`.
 
     Attributes:
         parts: text, or a list of {"image": …}, {"text": …} and {"box": …, "ref": …} (processing/prompts.py).
         options: sampling parameters and limits.
-        chat: use the ChatML form of Qwen-VL-Chat and stop at its turn tokens; False: the base model's form; None: what
-            the model folder says.
+        chat: True: the ChatML form of Qwen-VL-Chat, with its stop tokens; False: the base model's form; None: as the
+            model folder declares.
         history: earlier turns (query, answer), chat only.
         system: the system message, chat only.
     """

@@ -1,4 +1,4 @@
-"""Picking the next token from logits in NumPy, as the engine does it (qvl_sampling in csrc/include/qwenvl.h)."""
+"""Sampling in NumPy, with the engine's semantics (qvl_sampling in csrc/include/qwenvl.h)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.runtime.generation import TokenLogprobs
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 
-# A forbidden token's logit, as upstream sets it.
+# Logit of a forbidden token, as in upstream.
 _FORBIDDEN = -1e10
 
 
 class RowSampler:
-    """The options of a request, how often it has generated which token, and its random numbers."""
+    """Sampler of one request: its options, the counts of its generated tokens, its random numbers."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class RowSampler:
         vocab_size: int,
         tokens: Sequence[int] = (),
     ) -> None:
-        """`tokens` are those generated so far."""
+        """Create a sampler for a request that has generated `tokens` so far."""
         self._options = options
         self._stop = [token for token in stop_token_ids if 0 <= token < vocab_size]
         self._counts = np.bincount(tokens, minlength=vocab_size) if tokens else np.zeros(vocab_size, np.int64)
@@ -33,7 +33,7 @@ class RowSampler:
         self._seed = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
 
     def pick(self, logits: NDArray[np.float32]) -> int:
-        """Take the next token from float32 logits [vocab_size] and remember it."""
+        """Pick the next token from float32 logits [vocab_size] and count it."""
         token = self._choose(self._adjust(logits))
         self._counts[token] += 1
         self._n_tokens += 1
@@ -59,7 +59,7 @@ class RowSampler:
         if options.greedy:
             return int(logits.argmax())
         scaled = logits / (options.temperature or 1.0)
-        # Stable, so that of equal logits the lower id comes first, as in argmax.
+        # Stable: of equal logits the lower id is first, as in argmax.
         order = np.argsort(-scaled, kind="stable")[: options.top_k]
         weights = np.exp(scaled[order] - scaled[order[0]])
         probabilities = weights / weights.sum()
@@ -71,7 +71,7 @@ class RowSampler:
 
 
 def log_probabilities(logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprobs:
-    """Those of a token and of the n_top likeliest, under float32 logits [vocab_size]."""
+    """Log probabilities of a token and of the n_top likeliest tokens under float32 logits [vocab_size]."""
     exact = logits.astype(np.float64)
     exact -= exact.max()
     exact -= np.log(np.exp(exact).sum())
@@ -80,7 +80,7 @@ def log_probabilities(logits: NDArray[np.float32], token: int, n_top: int) -> To
 
 
 def random_fraction(seed: int, counter: int) -> float:
-    """Draw number `counter` of a seed, in [0, 1): splitmix64, as the engine draws."""
+    """Random number `counter` of a seed, in [0, 1): splitmix64, as in the engine."""
     mask = 2**64 - 1
     z = (seed + (counter + 1) * 0x9E3779B97F4A7C15) & mask
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask

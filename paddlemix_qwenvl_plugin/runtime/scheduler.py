@@ -1,4 +1,4 @@
-"""Which requests run in the next step, and how many of their tokens."""
+"""Scheduling: the requests and tokens of each step, admission, preemption."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
 
 @dataclass(frozen=True)
 class Limits:
-    """What an executor can do, and how steps are cut.
+    """Limits and capabilities of an executor.
 
     Attributes:
-        max_running: requests in one step.
-        step_tokens: tokens in one step; a longer prompt is run in chunks.
-        n_blocks, block_tokens: of the KV cache. It must hold one request of the model's whole context.
-        prefix_cache: whether blocks can be shared between requests.
-        ahead: whether a step can be started while the one before it is computed.
+        max_running: maximum number of requests in a step.
+        step_tokens: maximum number of tokens in a step; a longer prompt runs as a chunked prefill.
+        n_blocks, block_tokens: blocks of the KV cache and tokens per block; one request of the model's full context
+            must fit.
+        prefix_cache: whether requests can share blocks.
+        ahead: whether a step can be started while the previous one is computed.
     """
 
     max_running: int
@@ -32,9 +33,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Chunk:
-    """`n` pending tokens of a request in a step; with `picks` the last of them gives the next token.
+    """`n` pending tokens of a request in a step; with `picks`, the next token is picked after the last of them.
 
-    With `ahead` it is one token, the one that the step before picks in the same place, and which is not known yet.
+    With `ahead` it is the single token that the running step picks in the same row, which is not known yet.
     """
 
     generation: Generation
@@ -44,17 +45,19 @@ class Chunk:
 
 
 class Scheduler:
-    """First come, first served, in steps under a budget of tokens; short prompts do not wait for long ones to end.
+    """First-come, first-served scheduler with a token budget per step, chunked prefill and preemption.
 
-    Every decoding request runs its token in every step. What is left of the budget goes to prompts, in chunks: one half
-    to the oldest ones, the other to those with the fewest tokens left. When blocks run out, the request that was
-    admitted last gives its blocks back and waits to be computed again.
+    Every decoding request has one token in every step. The rest of the budget goes to prompts, in chunks: one half to
+    the oldest prompts, the other to those with the fewest tokens left, so that short prompts do not wait for long ones.
+    When blocks run out, the request admitted last is preempted.
 
     Attributes:
-        prompt_budget: prompt tokens of a step beside which others decode, 1 to limits.step_tokens.
-        running: in the order of their admission.
-        n_prompt_tokens, n_cached_tokens: of the requests admitted so far, and how many were in the prefix cache.
-        n_preempted: how often a request gave its blocks back.
+        prompt_budget: prompt tokens of a step with decoding requests, 1 to limits.step_tokens.
+        waiting: requests to admit, in order.
+        running: admitted requests, in the order of their admission.
+        n_prompt_tokens, n_cached_tokens: prompt tokens of the requests admitted so far, and those of them found in the
+            prefix cache.
+        n_preempted: number of preemptions.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -64,12 +67,13 @@ class Scheduler:
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         self.n_prompt_tokens = self.n_cached_tokens = self.n_preempted = 0
-        # While the next step is being chosen.
+        # State of `schedule`.
         self._preempted: set[Generation] = set()
-        self._full = False  # one that waits has no room
+        self._full = False  # a waiting request did not fit
 
     @property
     def idle(self) -> bool:
+        """Whether no request waits or runs."""
         return not self.waiting and not self.running
 
     def add(self, generation: Generation) -> None:
@@ -77,7 +81,7 @@ class Scheduler:
         self.waiting.append(generation)
 
     def remove(self, generation: Generation) -> None:
-        """Forget a request and free its blocks."""
+        """Remove a request and free its blocks."""
         if generation in self.running:
             self.running.remove(generation)
             self._free(generation)
@@ -85,10 +89,10 @@ class Scheduler:
             self.waiting.remove(generation)
 
     def image_to_encode(self) -> tuple[Generation, ImageInput] | None:
-        """An image whose features the next request with images needs and does not have."""
+        """The first image without features of the next waiting request with images; None if no image is needed."""
         if len(self.running) >= self.limits.max_running:
             return None
-        # Of one request alone: features take memory.
+        # Only for one request at a time: features take memory.
         generation = next((each for each in self.waiting if each.images), None)
         if generation is None:
             return None
@@ -96,7 +100,7 @@ class Scheduler:
         return None if image is None else (generation, image)
 
     def schedule(self) -> list[Chunk]:
-        """Choose the next step, and allocate its blocks."""
+        """Choose the chunks of the next step and allocate their blocks."""
         planned: dict[Generation, int] = {}
         self._preempted.clear()
         self._full = False
@@ -117,7 +121,7 @@ class Scheduler:
     def _plan_prompts(
         self, prompts: Iterable[Generation], budget: int, planned: dict[Generation, int]
     ) -> int:
-        """Spend a budget of tokens on prompts in this order, admitting those that wait; what is left of it."""
+        """Spend a token budget on prompts in the given order, admitting waiting ones; return the unused budget."""
         for generation in prompts:
             if budget <= 0:
                 break
@@ -125,10 +129,10 @@ class Scheduler:
                 continue
             if generation not in self.running:
                 if self._full:
-                    continue  # overtaken again and again, that one would never have room
+                    continue  # no overtaking: the request that did not fit would starve
                 found = self._found(generation)
                 if self._missing_image(generation, found):
-                    continue  # those without images need not wait for it
+                    continue  # not encoded yet; requests without missing images may overtake it
                 if not self._has_room(generation, found):
                     self._full = True
                     continue
@@ -140,7 +144,7 @@ class Scheduler:
         return budget
 
     def schedule_ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """The step behind one that is being computed, if the same requests all go on and nothing else waits."""
+        """The decode step after a running step, if all of its requests continue and no other waits; else no chunks."""
         if not self.limits.ahead or self.waiting or len(chunks) != len(self.running):
             return []
         needed = 0
@@ -157,7 +161,7 @@ class Scheduler:
         return [Chunk(chunk.generation, 1, True, ahead=True) for chunk in chunks]
 
     def done(self, chunk: Chunk) -> None:
-        """Note that a chunk's tokens were computed; the token that it gave has not been added yet."""
+        """Record that a chunk was computed, before its picked token is added; register its full blocks."""
         generation = chunk.generation
         before = generation.n_computed // self.limits.block_tokens
         generation.n_computed += chunk.n
@@ -168,19 +172,19 @@ class Scheduler:
                 self.pool.register(generation.blocks[i], keys[i])
 
     def preempt_all(self) -> None:
-        """Have every running request computed again, as after a step that was broken off."""
+        """Preempt every running request, as after an interrupted step."""
         while self.running:
             self._preempt(self.running[-1])
 
     def _found(self, generation: Generation) -> list[int]:
-        """Blocks in the cache for the beginning of a request; its last token is always computed."""
+        """Cached blocks for the beginning of a request, without its last token, which is always computed."""
         if not self.limits.prefix_cache:
             return []
         n_blocks = (generation.n_total - 1) // self.limits.block_tokens
         return self.pool.find(generation.block_keys(n_blocks, self.limits.block_tokens))
 
     def _missing_image(self, generation: Generation, found: Sequence[int]) -> ImageInput | None:
-        """The first image without features of those that the blocks found do not cover."""
+        """The first image without features that the cached blocks do not cover."""
         n_found = len(found) * self.limits.block_tokens
         for image in generation.images:
             if image.features is None and image.slots[1] > n_found:
@@ -188,7 +192,7 @@ class Scheduler:
         return None
 
     def _has_room(self, generation: Generation, found: Sequence[int]) -> bool:
-        """Whether a request that waits can run without taking blocks that the running ones are about to need."""
+        """Whether a waiting request fits without blocks that the running ones need for their next tokens."""
         if not self.running:
             return True
         if len(self.running) >= self.limits.max_running:
@@ -198,7 +202,7 @@ class Scheduler:
         return self._n_blocks(generation.n_total) - len(found) <= spare
 
     def _admit(self, generation: Generation, found: list[int]) -> None:
-        """Move a waiting request to the running ones, with the blocks that were found for it."""
+        """Move a waiting request to the running ones, with its cached blocks."""
         self.pool.share(found)
         self.waiting.remove(generation)
         self.running.append(generation)
@@ -210,7 +214,7 @@ class Scheduler:
             self.n_cached_tokens += generation.n_cached
 
     def _plan(self, generation: Generation, n: int, planned: dict[Generation, int]) -> int:
-        """Allocate blocks for n more tokens, taking the youngest requests' if need be; n, or 0 if it is preempted."""
+        """Allocate blocks for n more tokens, preempting the youngest requests; return n, or 0 if itself preempted."""
         if n <= 0 or generation in self._preempted:
             return 0
         needed = self._n_blocks(generation.n_computed + n)
@@ -243,7 +247,7 @@ class Scheduler:
 
 
 def images_of(generation: Generation, start: int, end: int) -> Iterator[tuple[ImageInput, int, int]]:
-    """The images with slots among tokens [start, end), each with the part of its slots that lies there."""
+    """Yield the images with slots in tokens [start, end), each with the range of its slots within it."""
     for image in generation.images:
         first, last = max(start, image.slots[0]), min(end, image.slots[1])
         if first < last:

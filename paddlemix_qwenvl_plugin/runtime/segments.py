@@ -1,4 +1,4 @@
-"""An answer in segments, while it is being generated: words as they come, refs and boxes when they are complete."""
+"""Split a streamed answer into segments: text as it is generated, refs and boxes when they are complete."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _TAGS = tuple(f"<{slash}{kind}>" for slash in ("", "/") for kind in ("ref", "box
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of an answer.
+    """A segment of a streamed answer: text, a complete ref or a complete box.
 
     Attributes:
-        text: as the model said it, tags included; the texts of all segments are the answer's text.
-        ref: the words between `<ref>` and `</ref>`, if this segment is a ref.
-        boxes: what stands between `<box>` and `</box>` (or quad), if this segment is a box; empty if it is malformed.
+        text: the generated text, tags included; the texts of all segments join to the answer's text.
+        ref: the text between `<ref>` and `</ref>`, if the segment is a ref.
+        boxes: the box or quad, if the segment is one; empty if it is malformed.
     """
 
     text: str
@@ -31,27 +31,27 @@ class Segment:
 
 
 class SegmentBuilder:
-    """Tokens in, segments out. A character is handed out when its last byte is there, a tag with its end tag."""
+    """Incremental builder of segments from tokens; yields a character with its last byte, a tag with its end tag."""
 
     def __init__(self, tokenizer: Optional[QwenTokenizer] = None) -> None:
-        """`tokenizer` is what `add` needs."""
+        """Create a builder; only `add` needs the tokenizer."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self._ref: str | None = None
 
     def add(self, token: int) -> Iterator[Segment]:
-        """The segments that are complete with this token."""
+        """Add a token and yield the segments that it completes."""
         assert self._tokenizer is not None
         return self.add_text(self._decoder.decode(self._tokenizer.token_bytes(token)))
 
     def add_text(self, text: str) -> Iterator[Segment]:
-        """The segments that are complete with this text, for a caller that decodes the tokens itself."""
+        """Add text and yield the segments that it completes, for a caller that decodes the tokens itself."""
         self._held += text
         return self._complete(last=False)
 
     def finish(self) -> Iterator[Segment]:
-        """The segments that wait for more, as the text they are."""
+        """End the answer and yield what is left, incomplete tags as plain text."""
         self._held += self._decoder.decode(b"", final=True)
         return self._complete(last=True)
 
@@ -92,7 +92,7 @@ class SegmentBuilder:
 
 
 def _before_partial_tag(text: str) -> int:
-    """How much of `text` cannot be the beginning of a tag."""
+    """Length of `text` before a possible beginning of a tag at its end."""
     start = text.rfind("<")
     if start >= 0 and any(tag.startswith(text[start:]) for tag in _TAGS):
         return start

@@ -1,4 +1,4 @@
-"""What the loop has done since it was made."""
+"""Statistics of the loop since its creation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ class LoopStatistics:
     """Gauges and counters of a loop.
 
     Attributes:
-        running, waiting: requests in the loop.
-        blocks, blocks_used: of the KV cache.
-        prompt_tokens, cached_tokens, completion_tokens: counters; cached ones were found in the prefix cache.
-        images_encoded, image_cache_hits: counters.
-        preempted: counter of requests that gave their blocks back.
-        steps: counter.
+        running, waiting: current number of requests.
+        blocks, blocks_used: blocks of the KV cache, and those in use.
+        prompt_tokens, cached_tokens, completion_tokens: counters of tokens; cached ones were found in the prefix cache.
+        images_encoded, image_cache_hits: counters of images.
+        preempted: counter of preemptions.
+        steps: counter of steps.
     """
 
     running: int = 0

@@ -1,4 +1,4 @@
-"""An answer while it is being generated."""
+"""Streamed answers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from paddlemix_qwenvl_plugin.runtime.segments import Segment, SegmentBuilder
 
 
 class AnswerStream(Iterator[Segment]):
-    """An answer in segments, generated as they are asked for.
+    """Iterator over the segments of an answer, which is generated during the iteration.
 
-    `close()`, the end of a `with` block, or dropping the stream cancels the request; `answer` has what was said until
-    then. An error in the middle is raised by the iteration.
+    `close()`, the end of a `with` block, or deleting the stream cancels the request; `answer` then has the text so far.
+    The iteration raises errors of the generation.
     """
 
     def __init__(
@@ -31,12 +31,16 @@ class AnswerStream(Iterator[Segment]):
         prepare_seconds: float,
         on_end: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
-        """Args:
-        open_loop: gives the loop that the request is submitted to when its first segment is asked for.
-        image_size: see Answer.
-        prepare_seconds: what tokenising and loading images took.
-        on_end: called once with the answer when the generation ends or is cancelled after its first token; not
-            after an error.
+        """Create a stream; the request is submitted when its first segment is requested.
+
+        Args:
+            open_loop: returns the loop to submit the request to.
+            generation: the request.
+            tokenizer: decodes the tokens.
+            image_size: see Answer.
+            prepare_seconds: time of tokenising and loading images.
+            on_end: called once with the answer when the generation ends or is cancelled after its first token; not
+                after an error.
         """
         self._open_loop = open_loop
         self._generation = generation
@@ -46,7 +50,7 @@ class AnswerStream(Iterator[Segment]):
         self._load_seconds = 0.0
         self._on_end = on_end
         self._stopping = False
-        self._n_seen = 0  # tokens that were handed out
+        self._n_seen = 0  # tokens delivered by the iteration
         self._loop: Loop | None = None
         self._tokens = self._generate()
         self._segments = self._assemble()
@@ -63,7 +67,7 @@ class AnswerStream(Iterator[Segment]):
         self.close()
 
     def submit(self) -> AnswerStream:
-        """Queue the request now, so that it is computed beside others before its first segment is asked for."""
+        """Submit the request now, so that it runs in a batch with others before its first segment is requested."""
         if self._loop is None:
             start = time.perf_counter()
             self._loop = self._open_loop()
@@ -79,39 +83,39 @@ class AnswerStream(Iterator[Segment]):
             self._loop.cancel(self._generation)
 
     def stop(self) -> None:
-        """End the iteration after the token that is being generated.
+        """End the iteration after the current token.
 
-        Unlike `close()`, a signal handler or another thread may call this while a segment is awaited.
+        Unlike `close()`, a signal handler or another thread may call this while the iteration waits for a segment.
         """
         self._stopping = True
 
     def finish(self) -> Answer:
-        """Generate what is left, and return the whole answer."""
+        """Generate the rest and return the complete answer."""
         for _ in self._tokens:
             pass
         return self.answer
 
     @property
     def done(self) -> bool:
-        """Whether its last token is computed."""
+        """Whether the last token has been computed."""
         return self._generation.finished
 
     @property
     def n_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
+        """Number of tokens of the prompt."""
         return len(self._generation.prompt)
 
     @property
     def n_new_tokens(self) -> int:
-        """Tokens of the answer so far, the end token included."""
+        """Number of generated tokens so far, the stop token included."""
         return self._n_seen
 
     @property
     def answer(self) -> Answer:
-        """The whole answer, or what was said so far."""
+        """The complete answer, or the answer so far."""
         generation = self._generation
         tokens = generation.tokens[: self._n_seen]
-        whole = generation.finish_reason is not None and len(tokens) == len(generation.tokens)
+        complete = generation.finish_reason is not None and len(tokens) == len(generation.tokens)
         ended = bool(tokens) and tokens[-1] in generation.stop_token_ids
         text = self._tokenizer.decode(tokens[:-1] if ended else tokens)
         parsed = parse_boxes(text)
@@ -121,7 +125,7 @@ class AnswerStream(Iterator[Segment]):
             self._image_size,
             tuple(parsed.problems),
             tokens,
-            (generation.finish_reason if whole else None) or "cancelled",
+            (generation.finish_reason if complete else None) or "cancelled",
             {
                 "prepare": self._prepare_seconds,
                 "load": self._load_seconds,

@@ -1,1 +1,1 @@
-"""Helpers without knowledge of the model, for every other package."""
+"""Helpers that are independent of the model, used by all other packages."""

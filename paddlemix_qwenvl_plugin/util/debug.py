@@ -1,4 +1,4 @@
-"""Tracebacks, for those who ask."""
+"""Tracebacks for `qwenvl --debug`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from paddlemix_qwenvl_plugin.util import env
 
 
 def print_traceback_if_debugging() -> None:
-    """Print the traceback of the error that is being handled, with `qwenvl --debug`."""
+    """Print the traceback of the current exception if QWENVL_DEBUG or `--debug` is set."""
     if env.DEBUG.read():
         traceback.print_exc()

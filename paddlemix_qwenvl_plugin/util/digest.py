@@ -1,4 +1,4 @@
-"""Digests of arrays of megabytes, made by several threads."""
+"""Digests of large arrays, computed by several threads."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.util.threads import cpu_threads
 
-_PART = 1 << 19
-_MOST_THREADS = 8
+_PART_BYTES = 1 << 19
+_MAX_THREADS = 8
 
 
 def digest_of(array: NDArray[Any]) -> bytes:
-    """SHA-256 of the SHA-256 of each half mebibyte of a contiguous array; its shape does not count."""
+    """SHA-256 of the SHA-256 digests of each half mebibyte of a contiguous array; the shape is not included."""
     data = array.reshape(-1).view("u1").data
-    parts = [data[start : start + _PART] for start in range(0, len(data), _PART)]
-    # Two processors often share the arithmetic of a core, and then two threads take longer than one.
-    n_threads = min(len(parts), cpu_threads() // 2, _MOST_THREADS)
+    parts = [data[start : start + _PART_BYTES] for start in range(0, len(data), _PART_BYTES)]
+    # Two logical CPUs often share the execution units of a core; two threads then take longer than one.
+    n_threads = min(len(parts), cpu_threads() // 2, _MAX_THREADS)
     if n_threads < 2:
         return _sha256(map(_of_part, parts))
-    with ThreadPoolExecutor(n_threads) as pool:  # hashlib lets other threads run meanwhile
+    with ThreadPoolExecutor(n_threads) as pool:  # hashlib releases the global lock
         return _sha256(pool.map(_of_part, parts))
 
 

@@ -1,7 +1,7 @@
-"""The environment variables that this package reads, in one table; docs/environment.md says what they mean.
+"""The environment variables that this package reads; docs/environment.md describes them.
 
-`activation/_qwenvl_activate.py` reads QWENVL_PLUGIN and QWENVL_PLUGIN_DEBUG by itself: it runs at the start of every
-Python and imports nothing.
+`activation/_qwenvl_activate.py` reads QWENVL_PLUGIN and QWENVL_PLUGIN_DEBUG without this module: it runs at the start
+of every Python process and imports nothing.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 @dataclass(frozen=True)
 class Switch:
-    """A variable that is `0` for off and `1`, or anything else, for on. Unset or empty: `default`."""
+    """A boolean variable: `0` is off, any other value is on. Unset or empty: `default`."""
 
     name: str
     default: bool
 
     def read(self) -> bool:
+        """Whether the variable is on."""
         text = os.environ.get(self.name, "")
         return text != "0" if text else self.default
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A variable that is one of a few words. Unset or empty: the first of them."""
+    """A variable with a fixed set of values, `words`. Unset or empty: the first one."""
 
     name: str
     words: tuple[str, ...]
 
     def read(self) -> str:
-        """UsageError, which names the variable, for another word."""
+        """The value. Raises UsageError, which names the variable, for a value that is not in `words`."""
         return self.check(os.environ.get(self.name) or self.words[0], self.name)
 
     def check(self, word: str, flag: str) -> str:
-        """`word`, which `flag` gave, if it is one of them; UsageError else."""
+        """Return `word` if it is an allowed value; otherwise raise UsageError, which names `flag`."""
         if word not in self.words:
             raise UsageError(f"{flag} {word}: must be one of {', '.join(self.words)}")
         return word
@@ -51,17 +52,19 @@ class Folder:
     name: str
 
     def read(self) -> Optional[Path]:
+        """The folder."""
         text = os.environ.get(self.name)
         return Path(text) if text else None
 
 
 @dataclass(frozen=True)
 class Text:
-    """A variable with a word of any kind; who reads it checks it. Unset or empty: None."""
+    """A variable with any text, which the reader validates. Unset or empty: None."""
 
     name: str
 
     def read(self) -> Optional[str]:
+        """The text."""
         return os.environ.get(self.name) or None
 
 

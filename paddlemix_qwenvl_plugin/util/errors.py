@@ -1,4 +1,4 @@
-"""The errors a user meets. Each carries one clear line: what is wrong, with what, and what to do."""
+"""Errors for users. Each has a message of one line: the subject, what is wrong, what to do."""
 
 from __future__ import annotations
 
@@ -6,39 +6,41 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-_LONGEST = 2000
+_MAX_LENGTH = 2000
 
 
 class QwenVLError(Exception):
-    """The request was understood and could not be carried out (exit code 1)."""
+    """Base class of all expected errors: a valid request failed (exit code 1)."""
 
     exit_code = 1
 
 
 class UsageError(QwenVLError):
-    """The request itself is wrong: a flag, a value, a recipe key, a path that is not there (exit code 2)."""
+    """An invalid request: a wrong flag, value or recipe key, or a path that does not exist (exit code 2)."""
 
     exit_code = 2
 
 
 class RequestError(QwenVLError):
-    """One of several requests failed; the others can go on."""
+    """A failure of one request; other requests in the loop are not affected."""
 
 
 class TooLargeError(QwenVLError):
-    """Something takes more bytes, pixels or memory than it may."""
+    """A limit on bytes, pixels or memory is exceeded."""
 
 
 def one_line(text: str) -> str:
-    """`text` on one line that can be read, whatever a file in it is called or holds: nothing that a terminal obeys, and
-    where it is very long its two ends.
+    """Format text as one printable line of at most about 2000 characters.
+
+    Line breaks become spaces, unprintable characters (terminal controls included) `?`. The middle of a longer line is
+    left out.
     """
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.splitlines()))
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+    return line if len(line) <= _MAX_LENGTH else f"{line[: _MAX_LENGTH // 2]} … {line[-_MAX_LENGTH // 2 :]}"
 
 
 def line_of(error: BaseException) -> str:
-    """The line that tells a user of an error that is no defect of this package."""
+    """Format an expected error as one line."""
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         return one_line(f"{error.filename}: {reason}" if error.filename else reason)
@@ -48,13 +50,13 @@ def line_of(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says, the name of its class if it says nothing."""
+    """The first line of an error's message; the name of its class if the message is empty."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError that names no file, as that of a full disk, name `path`."""
+    """Add `path` to an OSError raised in the block that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -64,7 +66,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, unless it is there; UsageError where that cannot be."""
+    """Create a folder and its parents if they do not exist; raise UsageError on failure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

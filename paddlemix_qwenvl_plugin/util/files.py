@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes, and checks of source and target paths before long work."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from paddlemix_qwenvl_plugin.util.scratch import scratch_folder
 
 
 def write_beside(target: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` make a file beside `target`, of the same suffix, and rename it to `target` when it is whole.
+    """Write a file atomically: `write` creates a temporary file beside `target`, which is then renamed to `target`.
+
+    The temporary file has the suffix of `target`.
 
     Raises:
-        OSError: it cannot be written; the error names a file.
+        OSError: the file cannot be written; the error names a file.
     """
-    # A name of its own: another process may be writing the same file.
+    # A unique name: another process may be writing the same file.
     partial = target.with_name(f".partial-{uuid.uuid4().hex[:12]}{target.suffix}")
     try:
         with naming(target):
@@ -29,17 +31,17 @@ def write_beside(target: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a text file, UTF-8, as `write_beside` does."""
+    """Write a UTF-8 text file atomically."""
     write_beside(target, lambda partial: partial.write_text(text, "utf-8"))
 
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Give a folder to fill, and rename it to `target` when it is whole.
+    """Create a folder atomically: yield a temporary folder to fill, then rename it to `target`.
 
     Raises:
-        UsageError: `target` exists, or cannot be made.
-        OSError: it cannot be written; the error names a file.
+        UsageError: `target` exists, or its parent cannot be created.
+        OSError: the folder cannot be written; the error names a file.
     """
     if target.exists():
         raise UsageError(f"{target}: exists already; name a new folder")
@@ -48,19 +50,20 @@ def new_folder(target: Path) -> Iterator[Path]:
         partial = scratch / "new"
         partial.mkdir()
         yield partial
-        if target.exists():  # another process was quicker
+        if target.exists():  # another process created it meanwhile
             raise UsageError(f"{target}: exists already; name a new folder")
         partial.replace(target)
 
 
 def check_target(target: Path, own: Callable[[Path], bool] = lambda target: True) -> None:
-    """Find out before long work that a file cannot be written there.
+    """Check before long work that a file can be written to `target`.
 
     Args:
-        own: tells a file that an earlier run of the command wrote, which may be replaced. So may an empty one.
+        own: whether an existing file was written by an earlier run of the command; such a file may be replaced, as may
+            an empty one.
 
     Raises:
-        UsageError: its folder is not there, it is something else than a file, or somebody else's file.
+        UsageError: its folder does not exist, `target` is not a regular file, or the command did not write it.
     """
     if target.exists() and not target.is_file():
         raise UsageError(f"{target}: is a folder or a device; name a file")
@@ -71,10 +74,10 @@ def check_target(target: Path, own: Callable[[Path], bool] = lambda target: True
 
 
 def check_source(source: Path) -> None:
-    """Find out whether there is a file to read.
+    """Check that `source` is a regular file.
 
     Raises:
-        UsageError: there is none, or something else than a file.
+        UsageError: the path does not exist, or is not a regular file.
     """
     if not source.is_file():
         raise UsageError(f"{source}: {'not a file' if source.exists() else 'no such file'}")

@@ -1,4 +1,4 @@
-"""The machine: its memory and its GPUs, asked without any framework, and the GPUs that Paddle can use."""
+"""Memory and GPUs of the machine, without any framework, and the GPUs that Paddle can use."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ GIB = 1024**3
 
 
 def memory_gib() -> Optional[float]:
-    """Memory this process may use, in GiB: the machine's, or a container's limit when that is lower.
+    """Memory available to this process in GiB: the machine's memory, or the container's limit if it is lower.
 
-    None where the platform does not tell.
+    None where the platform does not report it.
     """
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -29,26 +29,26 @@ def memory_gib() -> Optional[float]:
 
 
 class Gpu(NamedTuple):
-    """A GPU; `architecture` is its compute capability times ten."""
+    """A GPU: its name, and its compute capability times ten as `architecture`."""
 
     name: str
     architecture: int
 
 
 class CudaDriver(NamedTuple):
-    """`version` is that of the CUDA it knows: 12090 for 12.9. `gpus` are those that it shows to this process."""
+    """NVIDIA's driver: the CUDA version that it supports (12090 is 12.9), and the GPUs visible to this process."""
 
     version: int
     gpus: list[Gpu]
 
     @property
     def cuda(self) -> str:
-        """`version` as people write it."""
+        """The CUDA version in the form "12.9"."""
         return f"{self.version // 1000}.{self.version % 1000 // 10}"
 
 
 def cuda_driver() -> Optional[CudaDriver]:
-    """NVIDIA's driver, asked without any framework; None where there is none."""
+    """Query NVIDIA's driver without any framework; None if it is not installed."""
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -72,13 +72,13 @@ def cuda_driver() -> Optional[CudaDriver]:
 
 
 def gpus() -> list[str]:
-    """Names of the CUDA devices the driver shows to this process."""
+    """Names of the CUDA devices visible to this process."""
     driver = cuda_driver()
     return [gpu.name for gpu in driver.gpus] if driver else []
 
 
 def paddle_gpus() -> int:
-    """How many CUDA devices Paddle can use; 0 in a build for CPUs, and without Paddle. Imports it."""
+    """Number of CUDA devices that Paddle can use; 0 for a CPU build, and without Paddle. Imports Paddle."""
     if find_spec("paddle") is None:
         return 0
     require_paddle()

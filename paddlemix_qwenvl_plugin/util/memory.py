@@ -1,4 +1,7 @@
-"""How much memory a limit on addresses leaves: what runs into it ends the process, hangs, or speaks of other things."""
+"""Address space left under `ulimit -v`.
+
+Libraries that exceed this limit abort the process, hang, or report an unrelated error: check it first.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 
 def address_space_left() -> Optional[int]:
-    """Bytes that a limit of this process's addresses, as `ulimit -v` sets one, leaves it; None without a limit."""
+    """Bytes of address space left under this process's limit (`ulimit -v`); None without a limit."""
     if sys.platform == "win32":
         return None
     import resource
@@ -25,9 +28,9 @@ def address_space_left() -> Optional[int]:
 
 
 def require_addresses(what: str, mib: int) -> None:
-    """Raise QwenVLError, a line about memory, where such a limit leaves less than `what` takes."""
+    """Raise QwenVLError if the address space limit leaves less than the `mib` MiB that `what` takes."""
     left = address_space_left()
     if left is not None and left < mib << 20:
         raise QwenVLError(
-            f"out of memory: {what} takes {mib} MiB of addresses, and a limit (ulimit -v) leaves {left >> 20}"
+            f"out of memory: {what} takes {mib} MiB of address space, and a limit (ulimit -v) leaves {left >> 20}"
         )

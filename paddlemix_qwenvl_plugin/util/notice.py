@@ -1,4 +1,4 @@
-"""One line to the user, beside what a script prints."""
+"""Notices to the user on stderr."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import sys
 
 @functools.cache
 def notice(line: str) -> None:
-    """Write a line to stderr, where there is one, once: what the script prints stays its own."""
+    """Write a line to stderr once per process, if stderr exists; stdout belongs to the user's script."""
     if sys.stderr is not None:
         sys.stderr.write(f"qwenvl: {line}\n")

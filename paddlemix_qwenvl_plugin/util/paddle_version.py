@@ -1,4 +1,4 @@
-"""Paddle, imported: new enough, whole, and without what it says to its own developers."""
+"""Checked import of Paddle: minimum version, clear errors, no messages for Paddle's developers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ _NEEDED_MIB = 2048
 
 
 def require_paddle() -> None:
-    """Import Paddle, which is slow: where it is used, not at the top of a module that is loaded for less.
+    """Import Paddle and check its version.
 
-    Builds for other devices carry other distribution names; their version is not checked.
+    The import is slow: call this where Paddle is used, not at the top of a module. Builds for other devices have other
+    distribution names; their version is not checked.
 
     Raises:
-        QwenVLError: it is not there, too old or broken; the line has what mends it.
+        QwenVLError: Paddle is missing, too old or broken; the message names the fix.
     """
     if util.find_spec("paddle") is None:
         raise QwenVLError(
@@ -42,7 +43,7 @@ def require_paddle() -> None:
         require_addresses("Paddle", _NEEDED_MIB)
     os.environ.setdefault("GLOG_minloglevel", "2")
     try:
-        # It warns of a compiler's cache that is missing, and explains failures at length.
+        # Paddle warns that ccache is missing, and explains failures at length.
         with contextlib.redirect_stderr(io.StringIO()):
             import_module("paddle")
     except Exception as error:

@@ -1,4 +1,4 @@
-"""YAML as plain data: what recipes and settings are made of, and how much of it there may be."""
+"""A restricted YAML reader for recipes and settings: plain data of limited size and depth."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import yaml
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 MAX_BYTES = 1 << 16
-"""The longest text that is read. Recipes and settings take a few kilobytes; some forms of YAML take long to read."""
+"""Maximum size of a file. Recipes and settings take a few kilobytes; some YAML constructs take long to parse."""
 
 _MAX_DEPTH = 32
 _INT_BITS = 63
 
 
 def read_file(path: Path, what: str) -> Any:
-    """The data of a file of at most MAX_BYTES.
+    """Read a YAML file of at most MAX_BYTES.
 
     Args:
-        what: what the file should be, as "a recipe".
+        what: kind of file for the error message, such as "a recipe".
 
     Raises:
-        UsageError: it cannot be read, is too long, or is not plain YAML; the line names the file and the place in it.
+        UsageError: the file cannot be read, is too long, or is not plain YAML; the message names file, line and column.
     """
     try:
         with path.open("rb") as file:
@@ -41,7 +41,7 @@ def read_file(path: Path, what: str) -> Any:
 
 
 class NotPlain(Exception):
-    """The text is not plain YAML; `where` is ":line:column", or empty where that is not known."""
+    """Text that is not plain YAML; `where` is ":line:column", or empty if the position is unknown."""
 
     def __init__(self, message: str, where: str = "") -> None:
         super().__init__(message)
@@ -49,10 +49,10 @@ class NotPlain(Exception):
 
 
 def read(text: str) -> Any:
-    """The mappings, lists, texts, numbers, true, false and null of a YAML text.
+    """Parse YAML text into mappings, lists, strings, numbers, booleans and None.
 
     Raises:
-        NotPlain: it is not YAML, gives a key twice, uses an alias, or holds what JSON or a command line cannot.
+        NotPlain: invalid YAML, a duplicate key, an alias, or a value that JSON or a command line cannot represent.
     """
     try:
         data = yaml.load(text, Loader=_Loader)
@@ -63,15 +63,15 @@ def read(text: str) -> Any:
     except RecursionError as error:
         raise NotPlain(f"nested more than {_MAX_DEPTH} deep") from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
-        # What a tag promises and the text is not, as a date that is none, raises almost anything.
+        # A value that does not fit its tag, such as an invalid date, raises almost any exception.
         raise NotPlain(" ".join(str(error).split()) or type(error).__name__) from error
     return data
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, except that a key given twice is an error instead of a silent last one.
+    """YAML's safe loader, which also rejects duplicate keys (PyYAML silently keeps the last) and aliases.
 
-    So is an alias: a few of them, each of the one before, are a text of gigabytes.
+    A few nested aliases expand to gigabytes.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -94,7 +94,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check(value: Any, where: str, depth: int) -> None:
-    """Raise ValueError, with the dotted key `where`, for what a JSON file or a program's arguments cannot hold."""
+    """Raise ValueError, with the dotted key `where`, for a value that JSON or a command line cannot represent."""
     if depth > _MAX_DEPTH:
         raise RecursionError
     problem = ""

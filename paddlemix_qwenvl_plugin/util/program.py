@@ -1,4 +1,4 @@
-"""The name under which a user runs this package's command."""
+"""The name of this package's command, as the user typed it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def program() -> str:
-    """`qwenvl` as a user types it here, for the commands that messages name: as this process was started.
+    """The `qwenvl` command for messages, as this process was started.
 
-    "qwenvl" where that finds this one, and where something else was started.
+    "qwenvl" if the search path leads to the running command, or if another program was started; else its quoted path.
     """
     started = sys.argv[0] if sys.argv else ""
     path = Path(started)

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line every few seconds in a log."""
+"""Progress of long work: a bar on a terminal, otherwise a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    """Yield `items` while reporting on stderr how many of `total` are done; short work reports nothing."""
+    """Yield `items` and report progress out of `total` on stderr; work shorter than 5 s reports nothing to a log."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import track as bar

@@ -1,4 +1,4 @@
-"""Requirements and versions, as pip writes them, as types of pydantic fields."""
+"""Pydantic field types for pip requirements, version ranges and versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from packaging.version import Version
 from pydantic import AfterValidator
 
 
-def _taken_by(parse: Callable[[str], object], what: str) -> AfterValidator:
+def _valid_for(parse: Callable[[str], object], what: str) -> AfterValidator:
     def check(value: str) -> str:
         try:
             parse(value)
@@ -22,6 +22,6 @@ def _taken_by(parse: Callable[[str], object], what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-RequirementText = Annotated[str, _taken_by(Requirement, "a requirement such as 'numpy>=1.24'")]
-SpecifierText = Annotated[str, _taken_by(SpecifierSet, "a version range such as '>=3.0,<3.4'")]
-VersionText = Annotated[str, _taken_by(Version, "a version such as '3.0.0'")]
+RequirementText = Annotated[str, _valid_for(Requirement, "a requirement such as 'numpy>=1.24'")]
+SpecifierText = Annotated[str, _valid_for(SpecifierSet, "a version range such as '>=3.0,<3.4'")]
+VersionText = Annotated[str, _valid_for(Version, "a version such as '3.0.0'")]

@@ -1,4 +1,4 @@
-"""A folder to write in, beside where its files go, and what killed processes left of theirs."""
+"""Scratch folders beside their target, and removal of those that killed processes left."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ _LOCK = "lock"
 
 @contextlib.contextmanager
 def scratch_folder(target: Path, kind: str) -> Iterator[Path]:
-    """A folder `.KIND-NAME-…` beside `target`, gone in the end; those that killed processes left of it go first.
+    """Create a folder `.KIND-NAME-…` beside `target` and remove it at the end of the block.
 
-    A folder is in use as long as its lock is held, which ends with the process.
+    First remove such folders that killed processes left. A folder is in use while its lock is held; the lock ends with
+    the process.
     """
     name, unnamed = f".{kind}-{target.name}-", f".{kind}-new-"
-    for left in target.parent.glob(f"{glob.escape(name)}*/{_LOCK}"):
-        with contextlib.suppress(Timeout, FileNotFoundError), FileLock(left, timeout=0):
-            shutil.rmtree(left.parent, ignore_errors=True)
-    # Locked before it has its name, so that nobody takes it for one that was left.
+    for stale in target.parent.glob(f"{glob.escape(name)}*/{_LOCK}"):
+        with contextlib.suppress(Timeout, FileNotFoundError), FileLock(stale, timeout=0):
+            shutil.rmtree(stale.parent, ignore_errors=True)
+    # Lock before the rename to the final name, so that no other process removes the folder as stale.
     new = Path(tempfile.mkdtemp(dir=target.parent, prefix=unnamed))
     try:
         with FileLock(new / _LOCK):

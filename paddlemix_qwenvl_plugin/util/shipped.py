@@ -1,4 +1,4 @@
-"""Folders of data that come with the package: inside a wheel, or beside a source tree."""
+"""Data folders of the package: inside an installed wheel, or in a source tree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped_folder(what: str, inside: str, package: Path = PACKAGE) -> Path:
-    """Where `what` ("recipes", say) lies: at `inside` in a wheel's package, else in a source tree's folder `what`.
+    """Find a data folder: `inside` of the installed package, else the folder `what` of the source tree.
 
     Raises:
         QwenVLError: the installation has neither.
@@ -18,7 +18,7 @@ def shipped_folder(what: str, inside: str, package: Path = PACKAGE) -> Path:
     in_wheel, beside = package / inside, package.parent / what
     if in_wheel.is_dir():
         return in_wheel
-    # In site-packages a folder of that name may be anybody's; pyproject.toml tells a source tree.
+    # In site-packages a folder of that name may belong to another package; pyproject.toml marks a source tree.
     if beside.is_dir() and (package.parent / "pyproject.toml").is_file():
         return beside
     raise QwenVLError(f"{in_wheel}: the shipped {what} are missing; install the package again")

@@ -1,4 +1,4 @@
-"""Where something comes from, as a user names it: a path or an address."""
+"""Sources named by a user: paths and URLs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ _ADDRESS = re.compile(r"(data|https?):|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 def is_address(source: str) -> bool:
-    """Whether `source` is a URL, a `data:` URL included, and no path."""
+    """Whether `source` is a URL (`data:` URLs included) rather than a path."""
     return _ADDRESS.match(source) is not None
 
 
 def is_data_url(source: str) -> bool:
-    """Whether `source` holds its bytes itself."""
+    """Whether `source` is a `data:` URL."""
     return source[:5].lower() == "data:"
 
 
 def without_password(source: str) -> str:
-    """`source` without the user and password that a URL may have before its host."""
+    """Remove user name and password from a URL; a source without them is returned unchanged."""
     return re.sub(r"^(\w[\w+.-]*://)[^/?#]*@", r"\1", source)

@@ -1,4 +1,4 @@
-"""Standard input: of bounded length, and text where text is wanted."""
+"""Standard input as bytes or text of bounded length."""
 
 from __future__ import annotations
 
@@ -11,42 +11,50 @@ from typing import Any, BinaryIO, cast
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 NAME = "standard input"
-"""What messages call it."""
+"""Name of standard input in messages."""
 
 _MAX_TEXT = 1 << 20
 _MAX_BYTES = 50 << 20
 
 
 def read_bytes(limit: int = _MAX_BYTES) -> bytes:
-    """All of it.
+    """Read all of standard input.
 
     Raises:
-        UsageError: there is none, or more than `limit` bytes.
+        UsageError: standard input is closed, or has more than `limit` bytes.
     """
     return _bounded(_buffer().read(limit + 1), limit)
 
 
 def copied() -> BinaryIO:
-    """All of it, whatever its length, in a file that goes when it is closed. Raises UsageError if there is none."""
-    file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 (who asked for it closes it)
+    """Copy all of standard input, of any length, to a temporary file. Raises UsageError if standard input is closed."""
+    file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 (the caller closes it)
     shutil.copyfileobj(_buffer(), file)
     file.seek(0)
     return file
 
 
 def read_text() -> str:
-    """All of it, without the line end at its end. Raises UsageError as `read_bytes`, and for what is not text."""
+    """Read all of standard input as text, without trailing line ends; at most 1 MiB.
+
+    Raises:
+        UsageError: standard input is closed, too long, or not text in its encoding.
+    """
     return _decoded(read_bytes(_MAX_TEXT)).rstrip("\r\n")
 
 
 def lines() -> Iterator[str]:
-    """Each line when it is there. Raises UsageError for a line too long, and for one that is not text."""
+    """Yield the lines of standard input as they arrive.
+
+    Raises:
+        UsageError: standard input is closed, or a line is longer than 1 MiB or not text in its encoding.
+    """
     while line := _buffer().readline(_MAX_TEXT + 1):
         yield _decoded(_bounded(line, _MAX_TEXT))
 
 
 def check() -> None:
-    """Find out before long work whether there is one. Raises UsageError if it is closed."""
+    """Check before long work that standard input is open; raise UsageError if it is closed."""
     if sys.stdin is None:
         raise UsageError(f"{NAME}: is closed; give it a file or a pipe")
 
@@ -66,5 +74,5 @@ def _decoded(content: bytes) -> str:
     encoding = sys.stdin.encoding
     try:
         return content.decode(encoding)
-    except UnicodeDecodeError as error:  # as sys.stdin would be, were it not for its error handler
+    except UnicodeDecodeError as error:  # sys.stdin itself may have a lenient error handler
         raise UsageError(f"{NAME}: not {encoding} text") from error

@@ -1,7 +1,7 @@
-"""How many CPU threads to use.
+"""Number of CPU threads to use.
 
-Paddle sets OMP_NUM_THREADS=1 when it is imported, so the variable is read before: at the interpreter's start by the
-activation, else when this package is imported.
+Paddle sets OMP_NUM_THREADS=1 when it is imported, so the variable is read earlier: at the start of the interpreter by
+the activation, else when this package is imported.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import os
 import sys
 
 
-def _asked() -> str:
+def _omp_num_threads() -> str:
     activation = sys.modules.get("_qwenvl_activate")
     if activation is not None:
         return str(activation.omp_num_threads)
     return os.environ.get("OMP_NUM_THREADS", "") if "paddle" not in sys.modules else ""
 
 
-_ASKED = _asked()
+_OMP_NUM_THREADS = _omp_num_threads()
 
 
 def cpu_threads() -> int:
-    """OMP_NUM_THREADS as the user set it, else the CPUs that this process may run on."""
-    if _ASKED.isdigit() and int(_ASKED) > 0:
-        return int(_ASKED)
+    """Number of threads: OMP_NUM_THREADS as set by the user, else the CPUs that this process may run on."""
+    if _OMP_NUM_THREADS.isdigit() and int(_OMP_NUM_THREADS) > 0:
+        return int(_OMP_NUM_THREADS)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

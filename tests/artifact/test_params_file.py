@@ -1,4 +1,4 @@
-"""Parameter files: read by a second reader, by Paddle, and those of contract version 2."""
+"""Parameter files against a second reader and Paddle, and those of contract version 2."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def parse(data: bytes) -> dict[str, tuple[str, tuple[int, ...], int, bytes]]:
 
 
 def write_old(path: Path, records: list[tuple[int, tuple[int, ...], bytes]]) -> None:
-    """A file as contract version 2 had it: (Paddle's type, dimensions, bytes) one after another."""
+    """A file of contract version 2: records of (Paddle's type, dimensions, bytes)."""
     with path.open("wb") as file:
         for paddle_type, dims, raw in records:
             message = bytes([0x08, paddle_type])
@@ -169,7 +169,7 @@ def test_read_tensors(contract: int, quant_type: str, tiny_exported: Path, tmp_p
 
 @pytest.mark.parametrize("form", ["pir", "legacy"])
 def test_the_order_is_that_of_the_names(form: str, tiny_exported: Path, tmp_path: Path) -> None:
-    """It is all that files of version 2 have. Twelve layers, for there "h.10" comes before "h.2"."""
+    """Files of version 2 rely on the order. Twelve layers, since "h.10" sorts before "h.2"."""
     config = Checkpoint(tiny_exported / "model").config.model_copy(update={"num_hidden_layers": 12})
     program = Program("", LanguageModel, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:]))
     names = list(save_program(program, config, "float32", "float32", form, tmp_path / "program"))
@@ -209,19 +209,19 @@ def test_values_that_are_not_finite(dtype: str, value: float, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("spoil", ["magic", "type", "name", "length", "cut"])
-def test_damaged_records(spoil: str, exported: Path) -> None:
-    """Beside what digests find: the manifest is of the damaged file."""
+@pytest.mark.parametrize("damage", ["magic", "type", "name", "length", "cut"])
+def test_damaged_records(damage: str, exported: Path) -> None:
+    """Damage that digests do not detect: the manifest describes the damaged file."""
     prefix = exported / "text" / "qwen"
     path, manifest_file = params_path(prefix), manifest_path(prefix)
     data = bytearray(path.read_bytes())
     at = data.index(b"qvl1")
-    if spoil == "cut":
+    if damage == "cut":
         del data[-100:]
-    elif spoil == "length":
+    elif damage == "length":
         data[16:20] = struct.pack("<i", 1 << 20)
     else:
-        place, new = {"magic": (at, b"x"), "type": (at + 4, b"\x63"), "name": (at + 16, b"Z")}[spoil]
+        place, new = {"magic": (at, b"x"), "type": (at + 4, b"\x63"), "name": (at + 16, b"Z")}[damage]
         data[place : place + 1] = new
     path.write_bytes(data)
     manifest = json.loads(manifest_file.read_text())

@@ -1,4 +1,4 @@
-"""What is found out about an exported stage when it is opened, and what `qwenvl verify` finds out."""
+"""Damage detected when an exported stage is opened, and by `qwenvl verify`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from spoilt import spoil
+from corrupted import corrupt
 
 from paddlemix_qwenvl_plugin.artifact.manifest import (
     Manifest,
@@ -41,7 +41,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def test_weights_of_another_model(prefix: Path, tmp_path: Path) -> None:
-    """Of the same size, from the same config: the manifest's own digests tell."""
+    """Weights of the same size and config: the digests in the manifest differ."""
     make_tiny(tmp_path / "model", seed=2)
     export_language(tmp_path / "model", tmp_path / "other", "qwen")
     other = params_path(tmp_path / "other" / "qwen")
@@ -52,7 +52,7 @@ def test_weights_of_another_model(prefix: Path, tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_seen_when_a_small_stage_is_opened(prefix: Path) -> None:
-    """Two hundred at once would be seen by the samples as well: here one, outside of them."""
+    """One changed byte outside of the samples; two hundred would hit a sample as well."""
     path, size = params_path(prefix), params_path(prefix).stat().st_size
     sampled = [(size - (1 << 16)) * i // 63 for i in range(64)]
     outside = [at + (1 << 16) + 3 for at, after in zip(sampled, sampled[1:]) if after > at + (1 << 16) + 3]
@@ -87,13 +87,13 @@ def test_verify_finds_weights_that_are_no_numbers(
 ) -> None:
     export_vision(tiny_exported / "model", tmp_path / "vision", dtype, "portable")
     verify(tmp_path / "vision")
-    spoil(tmp_path / "vision", "visual.conv1.weight", value)
+    corrupt(tmp_path / "vision", "visual.conv1.weight", value)
     with pytest.raises(QwenVLError, match=r"visual\.conv1\.weight: 1 of its values are infinite"):
         verify(tmp_path / "vision")
 
 
 def test_samples_are_spread_and_bounded(tmp_path: Path) -> None:
-    """A file with holes, larger than memory: a byte changed at the ends and in between is seen."""
+    """A sparse file larger than memory: a byte changed at the ends or within a sample is detected."""
     path, size = tmp_path / "large", 40 << 30
     with path.open("wb") as file:
         file.truncate(size)
@@ -104,7 +104,7 @@ def test_samples_are_spread_and_bounded(tmp_path: Path) -> None:
         flip(path, at)
         assert digest_of_samples(path) == before
     flip(path, size // 200)
-    assert digest_of_samples(path) == before  # that is what `verify` is for
+    assert digest_of_samples(path) == before  # only `verify` reads it
 
 
 def test_small_files_are_looked_at_whole(tmp_path: Path) -> None:

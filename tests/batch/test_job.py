@@ -149,7 +149,7 @@ def test_bad_rows_have_a_line_each_and_the_job_goes_on(cheap, folder):
     assert "leaves no room in the context of 8192" in errors[5]
     assert "must not contain <img>" in errors[6]
     assert errors[7]["message"].startswith("body.tools: unknown key")
-    assert "not in a picture format" in errors[8]
+    assert "not in an image format" in errors[8]
     assert errors[9] == "line 11: id must be a string or a whole number"
     assert count_failed(target, Source(source, GenerationOptions())) == 9
 

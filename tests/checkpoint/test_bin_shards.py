@@ -32,14 +32,14 @@ STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BF
 
 
 def stand_in(module, name):
-    """What a pickle refers to as `module.name`."""
+    """Stand-in for an object that a pickle refers to as `module.name`."""
     found = type(name, (), {"__module__": module})
     setattr(sys.modules[module], name, found)
     return found
 
 
 class Pickler(pickle.Pickler):
-    """Pickles arrays as PyTorch does tensors: by a storage that lies beside the pickle, shape and strides."""
+    """Pickle arrays as PyTorch pickles tensors: storage outside the pickle, shape and strides."""
 
     def __init__(self, file, dtype):
         super().__init__(file, protocol=2)
@@ -62,7 +62,7 @@ class Pickler(pickle.Pickler):
 
 def write_bin(path, weights, dtype):
     body = io.BytesIO()
-    # Only while pickling: einops would take the stand-in for PyTorch.
+    # Only while pickling: einops would mistake the stand-in for PyTorch.
     with mock.patch.dict(sys.modules, {name: ModuleType(name) for name in ("torch", "torch._utils")}):
         pickler = Pickler(body, dtype)
         pickler.dump(OrderedDict(weights))
@@ -147,7 +147,7 @@ def test_a_state_dict():
     ("name", "line"),
     [
         ("integers", "steps is a LongStorage, a weight must be a floating-point tensor"),
-        ("module", "its pickle asks for torch.nn.modules.linear.Linear; only tables of tensors are read"),
+        ("module", "its pickle imports torch.nn.modules.linear.Linear; only tables of tensors are read"),
         ("before-1.6", "not a PyTorch weight file (of PyTorch 1.6 or newer), or truncated"),
     ],
 )
@@ -176,7 +176,7 @@ class Evil:
 def test_code_in_a_pickle_does_not_run(tmp_path):
     mark = tmp_path / "ran"
     path = with_pickle(tmp_path / "evil.bin", lambda _: pickle.dumps({"a": Evil(mark)}, protocol=2))
-    with pytest.raises(QwenVLError, match=r"its pickle asks for \w+\.mkdir"):
+    with pytest.raises(QwenVLError, match=r"its pickle imports \w+\.mkdir"):
         torch_file.read_header(path)
     assert not mark.exists()
 

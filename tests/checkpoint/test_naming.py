@@ -51,13 +51,13 @@ def test_buffers_of_older_checkpoints_are_passed_over(golden, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (lambda w: w.pop("transformer.llm.ln_f.weight"), "tensor ln_f.weight is missing"),
         (lambda w: w.update(extra=np.ones(3, np.float32)), "tensor extra is not part of this model"),
         (
             lambda w: w.update({"visual.ln_post.bias": np.ones(7, np.float32)}),
-            r"visual.ln_post.bias has shape \[7\], config.json asks for \[256\]",
+            r"visual.ln_post.bias has shape \[7\], config.json requires \[256\]",
         ),
         (
             lambda w: w.update({"lm_head.weight": np.ascontiguousarray(w["lm_head.weight"].T)}),
@@ -70,17 +70,17 @@ def test_buffers_of_older_checkpoints_are_passed_over(golden, tmp_path):
         (lambda w: w.pop("transformer.llm.wte.weight"), "not a Qwen-VL checkpoint"),
     ],
 )
-def test_what_does_not_fit_is_named(golden, tmp_path, spoil, message):
+def test_errors_name_the_tensor(golden, tmp_path, damage, message):
     model = golden("b")
     weights = dict(model.weights)
-    spoil(weights)
+    damage(weights)
     folder = write(tmp_path, model.folder / "config.json", weights, "safetensors")
     with pytest.raises(QwenVLError, match=message):
         Checkpoint(folder)
 
 
 def test_linear_pattern_covers_what_differs(golden):
-    """The test's own list of linear weights, checked against the one fact that tells: a fused projection is 3 wide."""
+    """Check the test's own list of linear weights: a fused projection is 3 times as wide."""
     model = golden("b")
     fused = [
         name

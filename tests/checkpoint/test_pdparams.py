@@ -1,4 +1,4 @@
-"""A .pdparams file is read as paddle.load reads it, and runs none of the code that a crafted file brings."""
+"""Reading .pdparams files as paddle.load does, without running the code in a crafted file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tensors(dtype: str) -> dict[str, paddle.Tensor]:
 
 
 def check(path: Path) -> dict[str, np.ndarray]:
-    """Compare with what Paddle itself reads."""
+    """Compare with paddle.load."""
     read = pdparams_file.read(path)
     expected = paddle.load(str(path), return_numpy=True)
     assert read.keys() == expected.keys()
@@ -142,10 +142,10 @@ def test_code_in_a_file_does_not_run(
         main()
     printed = "".join(capfd.readouterr())
     assert caught.value.code == 1
-    assert f"model/{name}: its pickle asks for posix.system; only tables of tensors are read" in printed
+    assert f"model/{name}: its pickle imports posix.system; only tables of tensors are read" in printed
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
-    pickle.loads(content)["lm_head.weight"]  # the file is one that works
+    pickle.loads(content)["lm_head.weight"]  # the file is valid
     assert (tmp_path / "ran").exists()
 
 
@@ -154,10 +154,10 @@ def test_code_in_a_file_does_not_run(
     [
         (Evil(eval, "__import__('os').mkdir('ran')", {}), "its pickle evaluates"),
         (Evil(eval, "data.mkdir('ran')", {"data": 1}), "its pickle evaluates"),
-        (Evil(getattr, os, "mkdir"), "its pickle asks for"),
-        (Evil(paddle.load, "other.pdparams"), "its pickle asks for paddle"),
-        (Evil(np.load, "other.npy", None, True), "its pickle asks for numpy"),
-        (np.array([os.mkdir], dtype=object), "its pickle asks for|holds no numbers"),
+        (Evil(getattr, os, "mkdir"), "its pickle imports"),
+        (Evil(paddle.load, "other.pdparams"), "its pickle imports paddle"),
+        (Evil(np.load, "other.npy", None, True), "its pickle imports numpy"),
+        (np.array([os.mkdir], dtype=object), "its pickle imports|holds no numbers"),
         (np.array(["a", None], dtype=object), "an array in it holds no numbers"),
         (np.zeros(2, dtype="f4,f4"), "an array in it holds no numbers"),
     ],
@@ -174,7 +174,7 @@ def test_other_calls_are_refused(tmp_path: Path, value: Any, line: str) -> None:
 
 
 def test_a_file_cannot_change_the_reader(tmp_path: Path) -> None:
-    """BUILD with a tuple sets attributes, of a class as well: here one that every later array would go through."""
+    """BUILD with a tuple sets attributes, also of a class: here one that every later array would use."""
     path = tmp_path / "a.pdparams"
     path.write_bytes(b"\x80\x02cnumpy\nndarray\nN}X\x0c\x00\x00\x00__setstate__cbuiltins\ntuple\ns\x86b.")
     with pytest.raises(QwenVLError, match="its pickle changes what it is made with"):
@@ -208,7 +208,7 @@ def test_every_cut_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_few_bytes_do_not_take_gigabytes(tmp_path: Path) -> None:
-    """LONG_BINPUT with a place far away: an unpickler with a list for its memo would make room for it."""
+    """LONG_BINPUT with a huge index: an unpickler with an array as its memo would allocate it."""
     path = tmp_path / "a.pdparams"
     path.write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".")
     read = (

@@ -1,4 +1,4 @@
-"""Building csrc for the tests, into build/ of the checkout, where the next session finds it again."""
+"""Build csrc for the tests, into build/ of the checkout, which later sessions reuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def build(folder: Path, *options: str, target: str = "all") -> Path:
-    """Configure and build csrc into a folder; skips the test where there is nothing to build with."""
+    """Configure and build csrc into a folder; skips the test if no build tools are installed."""
     if not shutil.which("cmake") or not (shutil.which("c++") or os.environ.get("CXX")):
         pytest.skip("the engine needs cmake and a C++17 compiler: apt-get install cmake g++")
     for command in (

@@ -26,7 +26,7 @@ def library() -> Library:
 
 @pytest.fixture(scope="session", params=["best"] if DEVICE_LIBRARY else [n for n in ISAS if n != "best"])
 def isa(request: pytest.FixtureRequest, library: Library) -> int:
-    """Each instruction set that this processor has."""
+    """Each ISA that this processor supports."""
     value = ISAS[request.param]
     if DEVICE_LIBRARY:
         return value

@@ -190,7 +190,7 @@ def pointer(array: np.ndarray) -> int:
 
 
 def aligned(n_bytes: int) -> np.ndarray:
-    """uint8 memory that begins on a cache line, as the engine likes its weights best."""
+    """uint8 memory aligned to a cache line, which the engine prefers for weights."""
     memory = np.empty(n_bytes + 63, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + n_bytes]
@@ -255,7 +255,7 @@ class Library:
                 *(c_int64, c_void_p, c_void_p, c_void_p),
             ],
         }
-        # Kernels and references of libqwenvl_testing.so; without it these names are simply not there.
+        # Kernels and references of libqwenvl_testing.so; the names are missing in other libraries.
         i32, i64, f32, p = c_int32, c_int64, c_float, c_void_p
         testing: dict[str, list[Any]] = {
             "linear": [i64, i64, i64, p, p, p, i32, p],
@@ -374,7 +374,7 @@ def make_tensors(stored: Mapping[str, Stored]) -> Any:
 
 
 class Weights:
-    """Weights in memory, which are kept, or those of a parameter file."""
+    """Weights in memory, which are kept alive, or of a parameter file."""
 
     def __init__(self, library: Library, stored: Mapping[str, Stored] | Path) -> None:
         self.library, self._stored, handle = library, stored, c_void_p()
@@ -634,7 +634,7 @@ class Pool:
 
 
 class Step(NamedTuple):
-    """What a step gives: int32 [rows], float32 [rows], int32 and float32 [rows, n_logprobs], float32 [rows, vocab]."""
+    """Output of a step: int32 [rows], float32 [rows], int32 and float32 [rows, n_logprobs], float32 [rows, vocab]."""
 
     tokens: np.ndarray
     logprobs: np.ndarray

@@ -69,7 +69,7 @@ class GoldenModel:
         return np.random.RandomState(101).randn(n, 3, 448, 448).astype("float32")
 
     def spans(self, features: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Each picture's features, beginning behind its <img>."""
+        """Features of each image, beginning after its <img>."""
         starts = np.flatnonzero(self.figures["input_ids"][0] == self.config["visual"]["image_start_id"]) + 1
         return list(zip(starts.tolist(), features))
 

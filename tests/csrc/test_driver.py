@@ -1,4 +1,4 @@
-"""A C program on the library (driver/driver.c), as it is and under the sanitizers."""
+"""A C program on the library (driver/driver.c), plain and under the sanitizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine import Library
 
 
 def run(folder: Path, *arguments: str) -> str:
-    # A sanitizer's own allocator ends the process where others return NULL, which is what is tested.
+    # By default a sanitizer's allocator aborts where others return NULL, the case under test.
     options = {f"{name}_OPTIONS": "allocator_may_return_null=1" for name in ("ASAN", "TSAN")}
     done = subprocess.run(
         [str(folder / "driver"), *arguments],
@@ -56,7 +56,7 @@ def test_threads_that_cannot_be_started(plain):
 
 
 @pytest.mark.parametrize("seed", ["1", "2", "3"])
-def test_spoilt_arguments(plain, seed):
+def test_corrupted_arguments(plain, seed):
     assert "of 20000 calls refused" in run(plain, "fuzz", "20000", seed)
 
 

@@ -1,4 +1,4 @@
-"""What callers get wrong: a code and one line that names it."""
+"""Errors of callers: a status code and a message that names the argument."""
 
 from __future__ import annotations
 

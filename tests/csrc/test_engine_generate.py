@@ -43,7 +43,7 @@ def test_a_batch_gives_what_its_requests_give(engine):
 
 
 def test_ends(engine):
-    """A request ends behind its first end id; before min_new it cannot."""
+    """A request ends after its first stop token, but not before min_new tokens."""
     free = alone(engine)
     ends = [free[0][2], free[3][4]]
     tokens, finish = engine.generate(PROMPTS, 10, end_ids=ends)
@@ -86,7 +86,7 @@ def test_a_callback_stops(engine):
 
 
 def test_broken_logits_are_an_error(engine):
-    """No arbitrary tokens from a model whose numbers have run over."""
+    """No arbitrary tokens from a model whose values overflowed."""
     features = np.full([2, engine.config.hidden], np.nan, np.float32)
     line = r"requests\[1\]: the logits of token 0 are no finite numbers"
     with pytest.raises(EngineError, match=line) as error:

@@ -34,7 +34,7 @@ def engine(library, golden_model):
     ids=str,
 )
 def test_the_same_tokens_as_the_predictor(engine, options):
-    """With the same seed, both pick the same 60 tokens in a row, penalties and held-back ends included."""
+    """With the same seed, both pick the same 60 tokens in a row, with penalties and forbidden stop tokens."""
     random, vocab = np.random.default_rng(9), engine.config.vocab
     ends = [3, 7, 500]
     given = GenerationOptions(max_new_tokens=99, min_new_tokens=20, seed=12345, **options)
@@ -71,7 +71,7 @@ def test_rows_are_their_own(engine):
 @pytest.mark.parametrize("vocab_part", [slice(None), slice(5, 9), slice(639, 640), slice(0, 1)], ids=str)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_broken_row(engine, value, vocab_part):
-    """A NaN, an infinity, or nothing finite, gives -1 and counts nothing; that one is impossible is no harm."""
+    """A NaN, an infinity, or no finite value gives -1 and counts nothing; a single -inf is allowed."""
     logits = np.zeros([1, engine.config.vocab], np.float32)
     logits[0, vocab_part] = value
     for options in ({"temperature": 0.0}, {"temperature": 1.0}, {"presence_penalty": 1.0}):

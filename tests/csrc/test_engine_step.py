@@ -27,7 +27,7 @@ def pool(engine):
 
 
 def parts(pool):
-    """Prompts, pieces of prompts and single tokens, as parts of a batch; what comes before is in the pool."""
+    """Prompts, chunks of prompts and single tokens as entries of a batch; earlier tokens are in the pool."""
     made = []
     for i, (prompt, n) in enumerate(zip(PROMPTS, DONE)):
         table = list(range(10 * i, 10 * i + 10))
@@ -38,7 +38,7 @@ def parts(pool):
 
 
 def test_logits_of_some(pool):
-    """Rows of the sequences that ask for them, as if all had."""
+    """Rows of the sequences with logits, selected from the rows of all."""
     batch = parts(pool)
     every = pool.forward(batch)
     some = pool.forward(batch, flags=FLAGS)
@@ -78,7 +78,7 @@ def test_logprobs(pool, engine, n):
 
 
 def test_a_broken_row_among_others(pool, engine):
-    """A prompt with NaN features gives -1 and NaN, the row beside it what it gives alone."""
+    """A prompt with NaN features gives -1 and NaN; the other row gives the same as alone."""
     batch, settings = parts(pool)[:2], [engine.sampling()] * 2
     alone = pool.step(batch, settings, n_logprobs=2)
     features = np.full([3, engine.config.hidden], np.nan, np.float32)
@@ -100,7 +100,7 @@ def test_no_rows_write_the_pool(pool, engine):
 
 
 def test_blocks_move(engine):
-    """A copied block, and one that was read and written back, hold what the first did."""
+    """A copied block, and one that was read and written back, equal the original."""
     prompt = PROMPTS[0][:64]
     for dtype in (FLOAT32, BFLOAT16):
         with engine.pool(6, 32, dtype) as pool, engine.pool(4, 32, dtype) as other:

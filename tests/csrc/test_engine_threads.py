@@ -1,4 +1,4 @@
-"""The engine's threads: after fork(), and how many there are under a container's quota."""
+"""The engine's threads: after fork(), and their number under a container's quota."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights as objects of their own: shared, mapped from a parameter file, refused where they are damaged."""
+"""Weights as separate objects: shared, mapped from a parameter file, rejected if damaged."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_files_that_are_none(library, tmp_path):
 
 
 def test_damaged_files(library, mixed, file, tmp_path):
-    """Cut off anywhere in a head, or with any byte of it changed, a file is refused or its tensors differ."""
+    """Truncated anywhere in a header, or with any byte of it changed, a file is rejected or its tensors differ."""
     names = ["ln_f.weight", "h.0.attn.c_proj.weight", "h.0.ln_1.weight"]
     whole = params_file(tmp_path / "some", {name: mixed[name] for name in names}).read_bytes()
     start = len(record(names[0], mixed[names[0]][0].tobytes(), *mixed[names[0]][1:], 0))

@@ -51,7 +51,7 @@ def best(library, golden_model, name):
 @NAMES
 @pytest.mark.parametrize("block_tokens", [1, 32, 100])
 def test_logits(best, block_tokens):
-    """The prompt in two pieces and its last tokens one by one, in scattered blocks: every logit of the goldens."""
+    """The prompt in two chunks and its last tokens one by one, in scattered blocks: every logit of the goldens."""
     model, engine = best
     prompt, length = model.prompt, len(model.prompt)
     spans = model.spans(engine.encode_images(model.images))
@@ -81,7 +81,7 @@ def test_logits(best, block_tokens):
 
 @NAMES
 def test_a_mixed_batch_gives_what_its_parts_give(best):
-    """A prompt, a piece of one and decodes of different lengths in one packed batch."""
+    """A prompt, a chunk of a prompt and decode steps of different lengths in one packed batch."""
     _, engine = best
     random = np.random.default_rng(2)
     prompts = [random.integers(0, 500, n).tolist() for n in (70, 5, 33, 200, 1)]

@@ -32,7 +32,7 @@ def share(got: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("compute", BOUNDS)
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_golden(library, golden_model, name, compute):
-    """Features, logits of the prompt in pieces, and decode steps along the reference's tokens."""
+    """Features, logits of the prompt in chunks, and decode steps along the reference's tokens."""
     model, bound = golden_model(name), BOUNDS[compute]
     prompt, length = model.prompt, len(model.prompt)
     table = np.random.default_rng(1).permutation(length // 32 + 3).tolist()

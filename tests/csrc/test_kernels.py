@@ -1,4 +1,4 @@
-"""Every kernel, for each instruction set, against loops in double precision, at odd sizes too."""
+"""Every kernel, for each ISA, against loops in double precision, including odd sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHAPES = [(1, 1), (3, 7), (17, 16), (33, 129), (64, 588), (70, 512), (5, 1100), 
 
 
 def rounded_activations(x, isa, dtype):
-    """Activations as the kernels for quantised weights see them, after csrc/cpu/kernels/quantised_x.h.
+    """Activations as rounded by the kernels for quantised weights, after csrc/cpu/kernels/quantised_x.h.
 
     A block is 8 vectors of bytes; the 32 values that one 32-bit lane of them meets share a scale of 1/127 of their
     largest. For 4-bit weights the values' order is that of the nibbles.
@@ -280,7 +280,7 @@ def test_blocks_of_a_pool(library, dtype, of_head):
 
 
 def test_references(library):
-    """The loops in C++ against NumPy: the measure is measured."""
+    """The reference loops in C++ against NumPy."""
     x, w, b = normal(3, 20), normal(5, 20), normal(5)
     y = np.empty([3, 5], np.float32)
     library.dll.qvlr_linear(3, 5, 20, pointer(x), pointer(w), pointer(b), 0, pointer(y))

@@ -34,7 +34,7 @@ def test_layout(library, dtype, shape):
 
 @pytest.mark.parametrize(("dtype", "steps"), [(INT8, 254), (INT4_G64, 16), (INT4_G128, 16)])
 def test_rounding(library, dtype, steps):
-    """At most half a step, and for int4 up to two at the ends, which may be cut off."""
+    """At most half a step, and for int4 up to two at the ends, which may be clipped."""
     values = RANDOM.standard_normal([16, 512]).astype(np.float32)
     error = np.abs(library.unpack(library.pack(values, dtype), dtype, 16, 512) - values)
     group = {INT8: 512, INT4_G64: 64, INT4_G128: 128}[dtype]
@@ -48,7 +48,7 @@ def test_rounding(library, dtype, steps):
 
 @pytest.mark.parametrize(("dtype", "group"), [(INT4_G64, 64), (INT4_G128, 128)])
 def test_scales_of_least_error(library, dtype, group):
-    """No group is worse off than with the scale that takes its extreme to -8, and together they gain."""
+    """No group has a larger error than with the scale that maps its extreme to -8; the total error is smaller."""
     values = RANDOM.standard_normal([16, 512]).astype(np.float32)
     groups = values.reshape(-1, group).astype(np.float64)
     extreme = np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1)
@@ -71,7 +71,7 @@ def test_values_that_are_kept(library):
 
 
 def test_float16(library):
-    """Every number that there is, and rounding as NumPy does it, across its whole range."""
+    """Every value, and rounding as in NumPy, across the whole range."""
     every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(16, -1)
     every = np.where(np.isnan(every), np.float16(1), every)
     bits = np.ascontiguousarray(every).view(np.uint8).ravel()

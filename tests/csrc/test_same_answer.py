@@ -83,7 +83,7 @@ class Case:
         return self.tokens[start:end], start, prompt_len, table or self.table
 
     def spans(self, start, end, at=0):
-        """Those of tokens start to end, which lie from `at` on in a batch: a part of the image's at most."""
+        """Spans of tokens start to end, at `at` in a batch: at most a part of the image's."""
         first, last = max(start, IMAGE[0]), min(end, sum(IMAGE))
         if first >= last:
             return []
@@ -101,7 +101,7 @@ class Case:
         return self.reference[pool_dtype]
 
     def others(self, pool, n, first_block):
-        """N other sequences in blocks of their own: prompts, pieces and, behind a first pass, single tokens."""
+        """N other sequences in separate blocks: prompts, chunks and, after a first pass, single tokens."""
         parts, warm = [], []
         for i in range(n):
             table = [first_block + i]
@@ -127,7 +127,7 @@ def check(got, expected):
 
 
 def test_cuts_and_others(case):
-    """The prompt in random pieces, each pass with others around, on 1 to 3 threads and in passes of any size."""
+    """The prompt in random chunks, each pass beside other sequences, on 1 to 3 threads and in passes of any size."""
     random = case.random
     for trial in range(8):
         pool_dtype, threads = POOLS[trial % 4], 1 + trial % 3
@@ -185,8 +185,9 @@ def test_shared_blocks(case):
 
 @pytest.mark.parametrize("flag", [0, GENERATED])
 def test_generated_tokens_again(case, flag):
-    """After a preemption: prompt and generated tokens in one pass, in one entry or two, known by their positions or,
-    with another rotary base kept by prompt_len, by the flag.
+    """After a preemption: prompt and generated tokens in one pass, in one entry or two.
+
+    Generated tokens are recognised by their positions or, with another rotary base kept by prompt_len, by the flag.
     """
     expected = case.alone(INT8)
     end = PROMPT + NEW

@@ -1,4 +1,4 @@
-"""Building the libraries, with a compiler that only says that it was called."""
+"""Building the libraries, with a fake compiler that only records its calls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CSRC = sources.source_folder()
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A compiler that makes files of one line; returns the file of its calls."""
+    """A fake compiler that creates files of one line; returns the file with its calls."""
     calls = tmp_path / "calls"
     script = tmp_path / "cxx"
     script.write_text(COMPILER.format(version="one", calls=calls))
@@ -120,14 +120,14 @@ def test_another_paddle_is_another_library_of_operators(
     assert build.library() == engine
 
 
-@pytest.mark.parametrize("spoil", ["cut", "emptied", "changed", "without its digest"])
-def test_a_library_that_is_not_whole_is_built_again(spoil: str, compiler: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "emptied", "changed", "without its digest"])
+def test_an_incomplete_library_is_built_again(damage: str, compiler: Path) -> None:
     built = build.library()
     good = built.read_bytes()
-    if spoil == "without its digest":
+    if damage == "without its digest":
         built.with_name("libqwenvl.so.sha256").unlink()
     else:
-        built.write_bytes({"cut": good[:2], "emptied": b"", "changed": b"M" + good[1:]}[spoil])
+        built.write_bytes({"cut": good[:2], "emptied": b"", "changed": b"M" + good[1:]}[damage])
     assert build.library_state()[0] == "not built"
     before = n_calls(compiler)
     assert build.library() == built
@@ -168,7 +168,7 @@ def test_an_ended_build_leaves_nothing_in_the_way(how: signal.Signals, compiler:
 def test_ctrl_c_ends_the_compilers(
     how: signal.Signals, pauses: list[float], compiler: Path, tmp_path: Path
 ) -> None:
-    """The compiler itself, and what it started: both would go on for a minute. Once, and three times in a row."""
+    """The compiler and its child processes, which would run for a minute. Once, and three times in a row."""
     children = tmp_path / "children"
     change_compiler("sleep 0.05", f'sleep 61 & echo "$$ $!" >> {children}; wait')
     command = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "build-engine"]
@@ -222,7 +222,7 @@ def test_a_failed_build_leaves_no_library(compiler: Path) -> None:
     assert "kernels.cc:1: error: no" in log.read_text()
     assert not list(log.parent.glob("*.so"))
 
-    # Nobody waits for the same failure twice, but who asks for it.
+    # A failed build is not repeated, except on explicit request.
     compiler.unlink(missing_ok=True)
     with pytest.raises(QwenVLError, match=r"see \S+build\.log \(qwenvl build-engine tries again\)"):
         build.library()
@@ -268,7 +268,7 @@ def test_a_compiler_with_arguments(compiler: Path, tmp_path: Path, monkeypatch: 
 def test_a_cxx_library_that_is_linked_in_stays_inside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some compilers link it into what they make. Paddle has another, and must not see this one."""
+    """Some compilers link it into the library. Paddle has another one, and must not see this one."""
     monkeypatch.setenv("CXX", "c++ -static-libstdc++")
     source = tmp_path / "one.cc"
     source.write_text(

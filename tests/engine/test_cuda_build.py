@@ -1,4 +1,4 @@
-"""Building for GPUs where there is none: the driver and NVRTC are made up, the compilers say that they were called."""
+"""Building for GPUs without one: fake driver and NVRTC, fake compilers that record their calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INSTALL = r": pip install 'paddlemix-qwenvl-plugin\[gpu-engine\]'$"
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only folder in which NVRTC is looked for."""
+    """The only folder in which NVRTC is searched."""
     monkeypatch.setattr(nvrtc, "_sites", lambda: [tmp_path / "site"])
     monkeypatch.setattr(nvrtc, "_toolkits", lambda: [tmp_path / "toolkit"])
     monkeypatch.setattr(nvrtc, "_NAMES", ())
@@ -53,7 +53,7 @@ def kernels(tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def has(monkeypatch: pytest.MonkeyPatch, *architectures: int, version: int = 12090) -> None:
-    """Make up a driver with these GPUs."""
+    """Install a fake driver with these GPUs."""
     driver = CudaDriver(version, [Gpu(f"GPU {each}", each) for each in architectures])
     monkeypatch.setattr(gpu, "cuda_driver", lambda: driver)
 
@@ -135,7 +135,7 @@ def test_no_build(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_builtins_beside_nvrtc_are_found(kernels: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In wheels of CUDA 13 NVRTC does not look beside itself."""
+    """In wheels of CUDA 13, NVRTC does not search its own folder."""
     has(monkeypatch, 90, version=13000)
     shutil.rmtree(site / "nvidia" / "cuda_nvrtc")
     library = site / "nvidia" / "cu13" / "lib" / "libnvrtc.so.13"
@@ -191,31 +191,31 @@ def test_where_nvrtc_is_found(site: Path, tmp_path: Path, monkeypatch: pytest.Mo
         found(90, newest=12)
     for folder in (site / "nvidia" / "cuda_runtime", include, tmp_path / "toolkit"):
         shutil.rmtree(folder)
-    with pytest.raises(QwenVLError, match=rf"and there is no header cuda_fp16.h for it{INSTALL}"):
+    with pytest.raises(QwenVLError, match=rf"without its header cuda_fp16.h{INSTALL}"):
         found(90)
 
 
 def test_the_cpu_is_never_taken_instead(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the engine for GPUs cannot be had, a Paddle for GPUs may do it; without one that is an error."""
+    """Without the engine for GPUs, Paddle for GPUs is the fallback; without that, an error."""
     monkeypatch.setattr(gpu, "cuda_driver", lambda: None)
     monkeypatch.setattr(build, "library", lambda: Path("library"))
     monkeypatch.setattr(select, "paddle_gpus", lambda: 1)
     assert not select.engine_available("auto", gpu=0)
     said = capfd.readouterr().err
-    assert said.startswith("qwenvl: --device gpu: there is no NVIDIA driver")
-    assert said.endswith(". Going on with the portable graph\n")
+    assert said.startswith("qwenvl: --device gpu: no NVIDIA driver found")
+    assert said.endswith(". Falling back to the portable graph\n")
     for choice, index, n_gpus in (("fused", 0, 1), ("auto", 1, 1), ("auto", 0, 0)):
         monkeypatch.setattr(select, "paddle_gpus", lambda n=n_gpus: n)
-        with pytest.raises(UsageError, match="there is no NVIDIA driver"):
+        with pytest.raises(UsageError, match="no NVIDIA driver found"):
             select.engine_available(choice, gpu=index)
 
 
 def test_gpus_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "cuda_driver", lambda: None)
     with pytest.raises(
-        UsageError, match=r"^--device gpu: there is no NVIDIA driver \(libcuda.so.1\); install it or"
+        UsageError, match=r"^--device gpu: no NVIDIA driver found \(libcuda.so.1\); install it or"
     ):
         gpu.usable(0)
     has(monkeypatch, 90, version=11080)
@@ -238,7 +238,7 @@ def test_gpus_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_library_is_built_and_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that `load` has prepared opens it as libqwenvl.so does: by its name."""
+    """After `load`, the library can be opened by its name, as libqwenvl.so does."""
     monkeypatch.setenv("QWENVL_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("QWENVL_NO_BUILD", raising=False)
     library = build.cuda_library()

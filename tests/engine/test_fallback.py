@@ -1,4 +1,4 @@
-"""Where the engine cannot be built: the portable programs, and one line that says so."""
+"""Without a built engine: fallback to the portable programs, and a notice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LINE = "the engine is not built, and QWENVL_NO_BUILD is set: run qwenvl build-en
 
 
 def command(folder: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A command of a user who has built nothing and must not."""
+    """Run a command with no built engine and QWENVL_NO_BUILD set."""
     nothing = {"QWENVL_CACHE_DIR": str(folder / "empty"), "QWENVL_NO_BUILD": "1"}
     return subprocess.run(
         [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", *map(str, arguments)],
@@ -36,7 +36,7 @@ def test_export(tiny_exported: Path, tmp_path: Path) -> None:
     flags = ("--model_name_or_path", tiny_exported / "model", "--save_path", tmp_path / "vision")
     done = command(tmp_path, "export-vision", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert own_lines(done) == [f"qwenvl: {LINE}. Going on with the portable graph"]
+    assert own_lines(done) == [f"qwenvl: {LINE}. Falling back to the portable graph"]
     assert set(read_manifest(tmp_path / "vision", "vision").programs) == {"vision.json", "vision.pdmodel"}
 
     done = command(tmp_path, "export-vision", *flags, "--engine", "fused")
@@ -53,7 +53,7 @@ def test_predict(tiny_exported: Path, tmp_path: Path) -> None:
     without = command(tmp_path, *asked)
     assert with_it.returncode == without.returncode == 0, without.stderr[-2000:]
     assert own_lines(with_it) == []
-    assert own_lines(without) == [f"qwenvl: {LINE}. Going on with the portable graph"]
+    assert own_lines(without) == [f"qwenvl: {LINE}. Falling back to the portable graph"]
     assert with_it.stdout == without.stdout != ""
     assert own_lines(command(tmp_path, *asked, QWENVL_ENGINE="portable")) == []
 

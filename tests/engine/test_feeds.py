@@ -1,4 +1,4 @@
-"""What a program may be fed through the operators: anything else than the contract is a line, not a crash."""
+"""Inputs of the operators: a violation of the contract is an error message, not a crash."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def programs(tiny_exported: Path) -> Iterator[dict[str, Program]]:
 
 
 def feed() -> list[np.ndarray]:
-    """Two rows of 300 tokens, a picture in the first."""
+    """Two rows of 300 tokens, an image in the first."""
     shapes = {"num_attention_heads": 4, "kv_channels": 64, "num_hidden_layers": 2}
     ids = np.arange(600).reshape(2, 300) % 200
     features = np.zeros([1, 256, 256], np.float32)
@@ -72,23 +72,23 @@ def test_the_feed_itself_is_fine(programs: dict[str, Program]) -> None:
     ],
 )
 def test_a_feed_that_cannot_be(programs: dict[str, Program], place: int, values: Any, line: str) -> None:
-    spoilt = feed()
-    spoilt[place] = values
+    corrupted = feed()
+    corrupted[place] = values
     if line.startswith("temperature is"):
-        spoilt[11][:] = 0.5  # greedy rows have no temperature
+        corrupted[11][:] = 0.5  # greedy rows have no temperature
     with pytest.raises(QwenVLError) as error:
-        programs["language"](spoilt)
+        programs["language"](corrupted)
     assert line in str(error.value)
 
 
 @pytest.mark.parametrize("shape", [[1, 3, 448, 447], [3, 448, 448], [1, 1, 448, 448], [1, 3, 224, 224]])
-def test_pictures_that_cannot_be(programs: dict[str, Program], shape: list[int]) -> None:
+def test_invalid_images(programs: dict[str, Program], shape: list[int]) -> None:
     with pytest.raises(QwenVLError, match="images: shape is"):
         programs["vision"]([np.zeros(shape, np.float32)])
 
 
 def test_an_engine_goes_with_its_program(tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once, seen by its threads; not when the next one is made."""
+    """The memory is freed at once, with its threads, not when the next engine is created."""
     monkeypatch.setenv("QWENVL_ENGINE", "fused")
 
     def threads() -> int:

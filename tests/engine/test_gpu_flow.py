@@ -1,4 +1,4 @@
-"""`device="gpu"` from the flag to the engine, with the CPU back end in the place of that for GPUs."""
+"""`device="gpu"` from the flag to the engine, with the CPU back end in place of the GPU's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.export.export import export_language
 
 pytestmark = needs_compiler
 
-# What stands for a machine with two GPUs; then the code of a test.
+# Fakes a machine with two GPUs; the code of a test follows.
 MACHINE = """
 import os, sys
 from pathlib import Path
@@ -28,7 +28,7 @@ vision, language = sys.argv[1:3]
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The stand-in, in the cache beside the engine: it takes as long to build."""
+    """The stand-in, cached beside the engine: it takes as long to build."""
     csrc = sources.source_folder()
     stand_in = Path(__file__).with_name("cpu_as_gpu.cc")
     own = ("core_capi.o", "core_generate.o", "core_cuda_back_end.o")
@@ -43,7 +43,7 @@ def library() -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def stages(tiny_exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """In bfloat16, of which keys and values are kept in bfloat16 on every device."""
     folder = tmp_path_factory.mktemp("text")
     export_language(tiny_exported / "model", folder, "qwen", "bfloat16")
@@ -51,10 +51,10 @@ def pair(tiny_exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 def run(
-    code: str, library: Path, pair: tuple[Path, Path], **environment: str
+    code: str, library: Path, stages: tuple[Path, Path], **environment: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", MACHINE + code, *map(str, pair)],
+        [sys.executable, "-c", MACHINE + code, *map(str, stages)],
         env={**os.environ, "FAKE_LIBRARY": str(library), **environment},
         capture_output=True,
         text=True,
@@ -75,8 +75,8 @@ for device in ("cpu", "gpu:1"):
 """
 
 
-def test_our_predictor_without_paddle(library: Path, pair: tuple[Path, Path]) -> None:
-    done = run(PREDICT, library, pair, PYTHONHASHSEED="1")
+def test_our_predictor_without_paddle(library: Path, stages: tuple[Path, Path]) -> None:
+    done = run(PREDICT, library, stages, PYTHONHASHSEED="1")
     assert done.returncode == 0, done.stderr[-2000:]
     on_cpu, *made, on_gpu = done.stdout.splitlines()
     assert made == ["made on GPU 1 from /kernels"] * 2
@@ -92,8 +92,8 @@ for device in ("cpu", "gpu"):
 """
 
 
-def test_operators_in_a_paddle_for_cpus(library: Path, pair: tuple[Path, Path]) -> None:
-    done = run(OPERATORS, library, pair, PYTHONHASHSEED="1")
+def test_operators_in_a_paddle_for_cpus(library: Path, stages: tuple[Path, Path]) -> None:
+    done = run(OPERATORS, library, stages, PYTHONHASHSEED="1")
     assert done.returncode == 0, done.stderr[-2000:]
     on_cpu, made, on_gpu = done.stdout.splitlines()[-3:]
     assert made == "made on GPU 0 from /kernels"
@@ -111,9 +111,9 @@ opened.run([paddle.zeros([1, 3, 448, 448])])
 """
 
 
-def test_a_program_of_somebody_else(library: Path, pair: tuple[Path, Path]) -> None:
-    """QWENVL_DEVICE alone has the library and the kernels loaded."""
-    done = run(OTHERS, library, pair, QWENVL_DEVICE="gpu:1")
+def test_the_program_of_another_framework(library: Path, stages: tuple[Path, Path]) -> None:
+    """QWENVL_DEVICE alone loads the library and the kernels."""
+    done = run(OTHERS, library, stages, QWENVL_DEVICE="gpu:1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "made on GPU 1 from /kernels"
 
@@ -131,14 +131,14 @@ except QwenVLError as error:
 
 
 @pytest.mark.parametrize("free", [10, 200_000_000])
-def test_memory(library: Path, pair: tuple[Path, Path], free: int) -> None:
-    """Half of what is free is for the KV cache; where there is no room at all, nothing is made."""
-    done = run(MEMORY, library, pair, FAKE_FREE_BYTES=str(free))
+def test_memory(library: Path, stages: tuple[Path, Path], free: int) -> None:
+    """Half of the free memory is for the KV cache; without enough memory, nothing is created."""
+    done = run(MEMORY, library, stages, FAKE_FREE_BYTES=str(free))
     assert done.returncode == 0, done.stderr[-2000:]
     *made, last = done.stdout.splitlines()
     if free == 10:
         assert not made
-        assert last.startswith(f"{pair[1]}.pdiparams: needs 0.")
+        assert last.startswith(f"{stages[1]}.pdiparams: needs 0.")
         assert last.endswith("and 0.0 GiB are free; free some, or use a larger GPU or --device cpu")
         return
     # The tiny model: 2 layers, keys and values of 256 numbers in 2 bytes, 32 tokens a block.

@@ -1,6 +1,7 @@
-"""Hopper's products of decode steps, the kernels' own code on the host: results against float64, and the same bits
-for a row whatever else is in the batch. Copies overtake each other and products are as late as can be, so that a
-place in shared memory that is given up too early is seen.
+"""Hopper's products of decode steps, the kernels' own code on the host.
+
+Results against float64, and the same bits for a row whatever else is in the batch. Copies overtake each other and
+products are as late as possible, so that shared memory that is reused too early gives wrong results.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def widened(bits: np.ndarray) -> np.ndarray:
 
 
 def matrix(random: np.random.Generator, dtype: int, out: int, width: int) -> tuple[bytes, np.ndarray]:
-    """A random matrix as a file has it (qwenvl.h), and the float64 [out, width] it stands for."""
+    """A random matrix in the storage of files (qwenvl.h), and its values in float64 [out, width]."""
     if dtype == BFLOAT16:
         bits = bfloat16(random.standard_normal((out, width)))
         return bits.tobytes(), widened(bits).astype(np.float64)
@@ -133,7 +134,7 @@ def test_a_row_does_not_depend_on_the_others(library: ctypes.CDLL, kind: str, ou
 
 
 def test_results_are_finished(library: ctypes.CDLL) -> None:
-    """What is made of the sums: bias, types, addition and activations."""
+    """Epilogues: bias, types, addition and activations."""
     product, x = Product(library, BFLOAT16, 74, 264), rows(9, 264)
     sums = product.run(x)
     before = np.random.default_rng(0).standard_normal(sums.shape, np.float32)

@@ -25,7 +25,7 @@ MIN_LENGTH, MAX_LENGTH, EOS, STOP_FLAGS, STOP_NUMS = 8, 9, 12, 16, 21
 
 @pytest.mark.parametrize("extension", [".json", ".pdmodel"])
 def test_rows_end_on_their_own(golden: Callable[[str], Any], engine: str, extension: str) -> None:
-    """An end token, a row that is stopped from the beginning, a short row, and `stop_nums` rows that suffice."""
+    """A stop token, a row stopped from the beginning, a short row, and a batch that ends after `stop_nums` rows."""
     model = golden("a")
     # Golden a's fifth token has not come before; as an end token it ends what may go on so long.
     tokens = model.figures["tokens"].tolist()
@@ -64,7 +64,7 @@ def test_rows_end_on_their_own(golden: Callable[[str], Any], engine: str, extens
 
 @needs_compiler
 def test_programs_come_and_go(tmp_path: Path) -> None:
-    """A program that is gone takes its engine with it, and another one at its place has weights of its own."""
+    """Deleting a program frees its engine, and another program at its path has its own weights."""
     answers = set()
     for seed in range(6):
         make_tiny(tmp_path / f"model-{seed}", seed)
@@ -134,8 +134,8 @@ except Exception as error:
         ("gpu:1", "(?i)cuda|nvidia|gpu"),
     ],
 )
-def test_a_program_of_somebody_else(tiny_exported: Path, device: str, line: str) -> None:
-    """Opened in Paddle Inference as it is: QWENVL_DEVICE says where it computes."""
+def test_the_program_of_another_framework(tiny_exported: Path, device: str, line: str) -> None:
+    """Opened directly in Paddle Inference: QWENVL_DEVICE sets its device."""
     environment = {name: value for name, value in os.environ.items() if name != "QWENVL_DEVICE"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, tiny_exported / "vision" / "vision", device],

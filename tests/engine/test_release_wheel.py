@@ -1,4 +1,4 @@
-"""The wheel of a release, installed where there is no compiler. Builds all instruction sets, which takes minutes."""
+"""The wheel of a release, installed without a compiler. Builds all ISAs, which takes minutes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_it_needs_no_compiler(tmp_path: Path) -> None:
     python = tmp_path / "env" / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel)
     (site_packages,) = (tmp_path / "env" / "lib").rglob("site-packages")
-    # What the package requires, without this checkout: the modules beside pytest.
+    # The package's requirements without this checkout: the modules installed beside pytest.
     requirements = {
         str(Path(importlib.util.find_spec(name).origin).parents[1]) for name in ("pydantic", "filelock")
     }
@@ -79,7 +79,7 @@ def test_it_needs_no_compiler(tmp_path: Path) -> None:
     ).expand(r"\1.\2")
     assert packed == str(3 * 128 + 3 * 4)
     assert not (tmp_path / "cache").exists()
-    # All instruction sets, and nothing but the system's C library.
+    # All ISAs, and no dependency but the system's C library.
     code = Path(path).read_bytes()
     assert all(f"{isa.name}".encode() in code for isa in all_isas(source_folder()))
     for_gpus = Path(path).with_name("libqwenvl_cuda.so")

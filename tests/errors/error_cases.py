@@ -24,10 +24,10 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 import yaml
+from corrupted import corrupt
 from made_up_net import MadeUpNet
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from spoilt import spoil
 
 from paddlemix_qwenvl_plugin.batch.journal import Journal
 from paddlemix_qwenvl_plugin.cli.signals import Terminated
@@ -1515,7 +1515,7 @@ def _(bench: Bench) -> list[str]:
 @case("`verify` of weights that are no numbers, as an earlier version exported them")
 def _(bench: Bench) -> list[str]:
     arguments = verify(bench)
-    spoil(Path("text/qwen"), "h.0.attn.c_attn.weight", np.nan)
+    corrupt(Path("text/qwen"), "h.0.attn.c_attn.weight", np.nan)
     return arguments
 
 
@@ -1541,7 +1541,7 @@ def _(bench: Bench) -> list[str]:
 @case("logits that are not finite")
 def _(bench: Bench) -> list[str]:
     arguments = bench.predict()
-    spoil(Path("text/qwen"), "ln_f.weight", 3e38, 256)
+    corrupt(Path("text/qwen"), "ln_f.weight", 3e38, 256)
     return arguments
 
 

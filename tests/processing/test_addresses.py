@@ -1,4 +1,4 @@
-"""Pictures come from public addresses only, unless told otherwise: the address that is connected to decides."""
+"""Images are downloaded from public addresses only, by default: the connected address decides."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REFUSED = "is not at a public address, pass --allow_private_http to allow it"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/to/URL redirects there, all else is a picture; the server keeps the Host header of each request."""
+    """Redirect /to/URL to URL, answer all else with an image, and record the Host header of each request."""
 
     protocol_version = "HTTP/1.1"  # connections that could be used again
 
@@ -136,17 +136,17 @@ def test_allowed(server: ThreadingHTTPServer) -> None:
 
 
 def test_public_name(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = MadeUpNet(monkeypatch, {"pictures.example": [[PUBLIC]]})
-    assert load(f"http://pictures.example:{server.server_port}/a.png").size == (6, 4)
-    assert (net.asked, net.reached) == (["pictures.example"], [PUBLIC])
-    assert hosts(server) == [f"pictures.example:{server.server_port}"]
+    net = MadeUpNet(monkeypatch, {"images.example": [[PUBLIC]]})
+    assert load(f"http://images.example:{server.server_port}/a.png").size == (6, 4)
+    assert (net.asked, net.reached) == (["images.example"], [PUBLIC])
+    assert hosts(server) == [f"images.example:{server.server_port}"]
 
 
 def test_the_next_address_is_tried(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that are not public are passed over."""
-    net = MadeUpNet(monkeypatch, {"pictures.example": [["10.0.0.1", OTHER_PUBLIC, PUBLIC]]})
+    """Addresses that are not public are skipped."""
+    net = MadeUpNet(monkeypatch, {"images.example": [["10.0.0.1", OTHER_PUBLIC, PUBLIC]]})
     net.dead = {OTHER_PUBLIC}
-    url = f"http://pictures.example:{server.server_port}/a.png"
+    url = f"http://images.example:{server.server_port}/a.png"
     assert load(url).size == (6, 4)
     assert net.reached == [OTHER_PUBLIC, PUBLIC]
     net.dead = {OTHER_PUBLIC, PUBLIC}
@@ -154,8 +154,8 @@ def test_the_next_address_is_tried(server: ThreadingHTTPServer, monkeypatch: pyt
         load(url)
 
 
-def test_a_name_that_changes_its_mind(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DNS rebinding: public when it is checked, this machine when it is asked once more."""
+def test_dns_rebinding(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DNS rebinding: a public address at the check, this machine at the next query."""
     net = MadeUpNet(monkeypatch, {"rebinding.example": [[PUBLIC], ["127.0.0.1"]]})
     assert load(f"http://rebinding.example:{server.server_port}/a.png").size == (6, 4)
     assert (net.asked, net.reached) == (["rebinding.example"], [PUBLIC])
@@ -170,9 +170,9 @@ def test_a_name_that_changes_its_mind(server: ThreadingHTTPServer, monkeypatch: 
 def test_redirect_to_a_private_address(
     server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    net = MadeUpNet(monkeypatch, {"pictures.example": [[PUBLIC]], "inside.example": [["10.1.2.3"]]})
+    net = MadeUpNet(monkeypatch, {"images.example": [[PUBLIC]], "inside.example": [["10.1.2.3"]]})
     to = target.format(port=server.server_port)
-    url = f"http://pictures.example:{server.server_port}/to/http://pictures.example:{server.server_port}/to/{to}"
+    url = f"http://images.example:{server.server_port}/to/http://images.example:{server.server_port}/to/{to}"
     with pytest.raises(UsageError, match=REFUSED):
         load(url)
     assert net.reached == [PUBLIC, PUBLIC]
@@ -180,25 +180,25 @@ def test_redirect_to_a_private_address(
 
 
 def test_no_proxy_of_the_environment(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would connect for us, to addresses that nobody checked; here it is the server itself."""
-    net = MadeUpNet(monkeypatch, {"pictures.example": [[PUBLIC]]})
+    """A proxy would connect to unchecked addresses; here it is the server itself."""
+    net = MadeUpNet(monkeypatch, {"images.example": [[PUBLIC]]})
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("ALL_PROXY", f"http://127.0.0.1:{server.server_port}")
-    assert load(f"http://pictures.example:{server.server_port}/a.png").size == (6, 4)
+    assert load(f"http://images.example:{server.server_port}/a.png").size == (6, 4)
     assert net.reached == [PUBLIC]
 
 
 def test_certificate_of_the_name(
     server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """TLS asks for the host by name, and takes no other host's certificate from the same address."""
+    """TLS requests the certificate by host name, and rejects another host's at the same address."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl on the PATH to make a certificate with")
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"),
-            *("-addext", "subjectAltName=DNS:pictures.example", "-keyout", key, "-out", certificate),
+            *("-addext", "subjectAltName=DNS:images.example", "-keyout", key, "-out", certificate),
         ],
         check=True,
         capture_output=True,
@@ -209,13 +209,13 @@ def test_certificate_of_the_name(
     context.sni_callback = lambda connection, name, _: asked.append(name)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    MadeUpNet(monkeypatch, {name: [[PUBLIC]] for name in ("pictures.example", "other.example")})
-    assert load(f"https://pictures.example:{server.server_port}/a.png").size == (6, 4)
+    MadeUpNet(monkeypatch, {name: [[PUBLIC]] for name in ("images.example", "other.example")})
+    assert load(f"https://images.example:{server.server_port}/a.png").size == (6, 4)
     with pytest.raises(QwenVLError, match=r"cannot be downloaded: .*certificate"):
         load(f"https://other.example:{server.server_port}/a.png")
     to_other = (
-        f"https://pictures.example:{server.server_port}/to/https://other.example:{server.server_port}/a.png"
+        f"https://images.example:{server.server_port}/to/https://other.example:{server.server_port}/a.png"
     )
     with pytest.raises(QwenVLError, match=r"cannot be downloaded: .*certificate"):
         load(to_other)
-    assert asked == ["pictures.example", "other.example", "pictures.example", "other.example"]
+    assert asked == ["images.example", "other.example", "images.example", "other.example"]

@@ -15,7 +15,7 @@ ref_text = st.text(min_size=1).map(lambda s: s.replace("<", "").strip()).filter(
 box_part = st.fixed_dictionaries(
     {"box": st.lists(corner_box, min_size=1, max_size=3)}, optional={"ref": ref_text}
 )
-pieces = [
+tags = [
     "<ref>",
     "</ref>",
     "<box>",
@@ -45,7 +45,7 @@ def test_every_rendered_box_is_parsed_back(parts: list[dict]) -> None:  # type: 
     assert parse.text == "".join(part.get("ref", "") + " and " for part in parts)
 
 
-@given(st.text() | st.lists(st.sampled_from(pieces) | st.text(max_size=3), max_size=20).map("".join))
+@given(st.text() | st.lists(st.sampled_from(tags) | st.text(max_size=3), max_size=20).map("".join))
 def test_any_text_is_accepted(text: str) -> None:
     parse = parse_boxes(text)
     for box in parse.boxes:
@@ -53,7 +53,7 @@ def test_any_text_is_accepted(text: str) -> None:
         assert len(box.points) == (2 if box.kind == "box" else 4)
     if "<box>" in text and not parse.boxes:
         assert parse.problems
-    if not any(tag in text for tag in pieces[:6]):
+    if not any(tag in text for tag in tags[:6]):
         assert parse.text == text
 
 

@@ -31,7 +31,7 @@ def test_outline_is_where_the_box_is() -> None:
     assert not mask[60:140, 110:290].any()
 
 
-def test_box_of_the_whole_picture_shows_on_all_sides() -> None:
+def test_box_of_the_whole_image_shows_on_all_sides() -> None:
     image = Image.new("RGB", (40, 20), "gray")
     mask = changed(image, draw_boxes(image, [Box("box", ((0, 0), (1000, 1000)))]))
     assert mask[[0, -1]].all()
@@ -57,12 +57,12 @@ def test_image_itself_is_left_alone() -> None:
 
 @pytest.mark.parametrize("points", [((0, 0), (1000, 1000)), ((990, 990), (1000, 1000)), ((0, 0), (5, 5))])
 @pytest.mark.parametrize("ref", ["dog", "a very long label " * 20, "海滩上的狗"])
-def test_label_is_whole_inside_the_picture(points: tuple, ref: str) -> None:  # type: ignore[type-arg]
+def test_label_is_whole_inside_the_image(points: tuple, ref: str) -> None:  # type: ignore[type-arg]
     image = Image.new("RGB", (300, 200), "gray")
     with_label = draw_boxes(image, [Box("box", points, ref)])
     mask = changed(draw_boxes(image, [Box("box", points)]), with_label)
     rows, columns = np.nonzero(mask)
-    # The patch has a border of its own colour all round; cut off at an edge, letters would touch the edge.
+    # The label has a border of its colour on all sides; if it were cut off, letters would touch the image's edge.
     letters = (np.asarray(with_label) > 200).all(axis=2)
     assert letters.any()
     assert not letters[[0, -1]].any()
@@ -77,9 +77,9 @@ def test_labels_are_readable_on_any_background() -> None:
         drawn = np.asarray(draw_boxes(image, [Box("box", ((300, 300), (900, 900)), "dog")]))
         colour = np.array(ImageColor.getrgb(drawing.COLOURS[0]))
         patch = (drawn == colour).all(axis=2)[:59]
-        # A filled patch, not only letters, stands above the box.
+        # A filled background, not only letters, is above the box.
         assert patch.sum() > 150
-    # 4.5 is what the web's accessibility guideline asks for small text.
+    # 4.5 is the contrast that WCAG requires for small text.
     assert all(1.05 / (luminance(colour) + 0.05) >= 4.5 for colour in drawing.COLOURS)
     assert len(set(drawing.COLOURS)) == len(drawing.COLOURS)
 

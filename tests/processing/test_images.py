@@ -25,8 +25,8 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 HERE = ImageLimits(allow_private=True)  # for servers on this machine
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
-# What the fuzzer found: one that Pillow logs of, one that it warns of and libtiff writes of.
-SPOILT = [
+# Found by the fuzzer: Pillow logs for the first; it warns, and libtiff writes, for the second.
+CORRUPTED = [
     Path(__file__).parents[1] / "fuzz" / "found" / "image" / name for name in ("2635063f1b20", "5b2fb807bf83")
 ]
 
@@ -38,7 +38,7 @@ def encoded(size: tuple[int, int] = (6, 4), format: str = "PNG", colour: str = "
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims to be of any size."""
+    """A PNG of a few bytes with any size in its header."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -48,7 +48,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["wide.png", "tall.png", "alpha.png", "gray.png", "palette.png"])
-def test_golden_pictures(golden_folder: Path, name: str) -> None:
+def test_golden_images(golden_folder: Path, name: str) -> None:
     golden = json.loads((golden_folder / "images.json").read_text())[name]
     # The official code drops transparency, load_image does not.
     path = golden_folder / name
@@ -106,14 +106,14 @@ def test_relative_names_that_look_like_schemes(tmp_path: Path, monkeypatch: pyte
 
 
 def upright() -> Image.Image:
-    """3 x 2 blocks of six colours, so that no two ways to turn it look alike."""
+    """3 x 2 blocks of six colours, so that no two orientations look alike."""
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255)]
     small = Image.new("RGB", (3, 2))
     small.putdata(colours)
     return small.resize((48, 32), Image.Resampling.NEAREST)
 
 
-# EXIF's own words: which side of the picture the stored first row is, and which the stored first column.
+# EXIF's wording: the side of the image that the stored first row is, then that of the first column.
 ORIENTATIONS = {
     1: lambda a: a,  # top, left
     2: lambda a: a[:, ::-1],  # top, right
@@ -152,19 +152,19 @@ def test_damaged_exif_is_no_reason(exif: bytes, recwarn: pytest.WarningsRecorder
 def test_16_bits_are_scaled(kind: str) -> None:
     values = np.array([[0, 255, 256, 257], [1000, 32768, 65279, 65535]], dtype=np.uint16)
     buffer = io.BytesIO()
-    picture = Image.fromarray(values)
+    image = Image.fromarray(values)
     if kind == "PPM":  # Pillow writes 8 bits only
         buffer.write(b"P5 4 2 65535\n" + values.astype(">u2").tobytes())
     elif kind != "array":
-        picture.save(buffer, kind)
-    loaded = load_image(picture if kind == "array" else buffer.getvalue())
+        image.save(buffer, kind)
+    loaded = load_image(image if kind == "array" else buffer.getvalue())
     expected = np.rint(values.astype(np.float64) / 65535 * 255)
     assert loaded.mode == "RGB"
     for channel in np.moveaxis(np.asarray(loaded), 2, 0):
         np.testing.assert_array_equal(channel, expected)
 
 
-def test_16_bits_of_which_one_is_clear() -> None:
+def test_16_bits_with_a_transparent_value() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.array([[0, 700, 701]], dtype=np.uint16)).save(buffer, "PNG")
     clear = b"tRNS" + struct.pack(">H", 700)
@@ -183,17 +183,17 @@ def on_white(rgba: np.ndarray) -> np.ndarray:
 def test_transparency_lies_on_white(mode: str) -> None:
     rgba = np.random.default_rng(5).integers(0, 256, (9, 11, 4), dtype=np.uint8)
     rgba[0, :3, 3] = (0, 255, 128)
-    picture = (
+    image = (
         Image.fromarray(rgba).convert(mode)
         if mode != "PA"
         else Image.fromarray(rgba).convert("LA").convert("PA")
     )
-    loaded = np.asarray(load_image(picture)).astype(np.float64)
-    assert np.abs(loaded - on_white(np.asarray(picture.convert("RGBA")))).max() <= 1
+    loaded = np.asarray(load_image(image)).astype(np.float64)
+    assert np.abs(loaded - on_white(np.asarray(image.convert("RGBA")))).max() <= 1
 
 
 def test_transparent_colours_lie_on_white(recwarn: pytest.WarningsRecorder) -> None:
-    """Of a palette some (of which Pillow warns), of a palette one, of grey one, of RGB one."""
+    """Several colours of a palette (Pillow warns), one of a palette, one grey, one of RGB."""
     palette = Image.new("P", (3, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     palette.putdata([0, 1, 2])
@@ -201,14 +201,14 @@ def test_transparent_colours_lie_on_white(recwarn: pytest.WarningsRecorder) -> N
     rgb.putpixel((1, 0), (9, 9, 9))
     grey = Image.new("L", (2, 1), 7)
     grey.putpixel((1, 0), 8)
-    for picture, transparency, expected in [
+    for image, transparency, expected in [
         (palette, bytes([0, 255, 128]), [(255, 255, 255), (40, 50, 60), (162, 167, 172)]),
         (palette, 1, [(10, 20, 30), (255, 255, 255), (70, 80, 90)]),
         (rgb, (9, 9, 9), [(1, 2, 3), (255, 255, 255)]),
         (grey, 8, [(7, 7, 7), (255, 255, 255)]),
     ]:
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG", transparency=transparency)
+        image.save(buffer, "PNG", transparency=transparency)
         loaded = np.asarray(load_image(buffer.getvalue())).astype(int)[0]
         assert np.abs(loaded - np.array(expected)).max() <= 1
     assert not list(recwarn)
@@ -217,21 +217,21 @@ def test_transparent_colours_lie_on_white(recwarn: pytest.WarningsRecorder) -> N
 def test_nothing_is_said_beside_the_error_and_settings_are_left_as_they_were(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Pictures of which Pillow warns, Pillow logs and libtiff writes; several at once."""
+    """Images for which Pillow warns, Pillow logs and libtiff writes; several at once."""
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         before = list(warnings.filters)
         with ThreadPoolExecutor(4) as pool:
-            loading = [pool.submit(load_image, path) for path in SPOILT * 8]
+            loading = [pool.submit(load_image, path) for path in CORRUPTED * 8]
             errors = [str(each.exception()) for each in loading]
         assert warnings.filters == before
     assert all(error.startswith("image ") for error in errors)
     assert capfd.readouterr() == ("", "")
     with pytest.warns(UserWarning, match="Tag data larger than file"):
-        Image.open(SPOILT[-1])
+        Image.open(CORRUPTED[-1])
 
 
-def test_picture_is_decoded_when_it_returns(tmp_path: Path) -> None:
+def test_image_is_decoded_when_it_returns(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encoded())
     image = load_image(path)
@@ -271,7 +271,7 @@ def test_sources_that_are_refused(source: Any, message: str) -> None:
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"<html>not found</html>", "is not in a picture format"),
+        (b"<html>not found</html>", "is not in an image format"),
         (encoded()[:-30], "is damaged or cut short"),
         (encoded((300, 200), "JPEG")[:900], "is damaged or cut short"),
         (png_header(20_000, 20_000), "pixels"),
@@ -285,7 +285,7 @@ def test_sources_that_are_refused(source: Any, message: str) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["path", "bytes", "data"])
-def test_bad_pictures(tmp_path: Path, content: bytes, message: str, kind: str) -> None:
+def test_bad_images(tmp_path: Path, content: bytes, message: str, kind: str) -> None:
     path = tmp_path / "bad.png"
     path.write_bytes(content)
     data_url = "data:image/png;base64," + base64.b64encode(content).decode()
@@ -304,7 +304,7 @@ def test_bad_pictures(tmp_path: Path, content: bytes, message: str, kind: str) -
     assert len(text) < 300
 
 
-def test_huge_picture_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_image_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise AssertionError("decoded")
 
@@ -331,7 +331,7 @@ def test_too_many_bytes(tmp_path: Path) -> None:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Each path is one way for a server to behave."""
+    """Each path is one behaviour of a server."""
 
     sent_bytes = 0
 
@@ -346,17 +346,17 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def answer_picture(self) -> None:
+    def answer_image(self) -> None:
         self.send(encoded())
 
     def answer_negotiated(self) -> None:
         if self.headers["Accept-Encoding"] == "identity":
-            self.answer_picture()
+            self.answer_image()
         else:
             self.answer_compressed()
 
     def answer_moved(self) -> None:
-        self.send(b"", 302, Location="/picture")
+        self.send(b"", 302, Location="/image")
 
     def answer_missing(self) -> None:
         self.send(encoded(), 404)
@@ -422,7 +422,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         http_server.shutdown()
 
 
-@pytest.mark.parametrize("path", ["picture", "moved", "negotiated", "picture?token=a&b=c"])
+@pytest.mark.parametrize("path", ["image", "moved", "negotiated", "image?token=a&b=c"])
 def test_download(server: str, path: str) -> None:
     assert load_image(f"{server}/{path}", allow_http=True, limits=HERE).getpixel((0, 0)) == (200, 100, 50)
 
@@ -431,13 +431,13 @@ def test_download(server: str, path: str) -> None:
     ("path", "message"),
     [
         ("missing", "answered with status 404"),
-        ("page", "not in a picture format"),
+        ("page", "not in an image format"),
         ("declared", "larger than the limit of 1 MiB"),
         ("endless", "larger than the limit of 1 MiB"),
         ("to_file", "cannot be downloaded: .*protocol"),
         ("to_ftp", "cannot be downloaded: .*protocol"),
         ("loop", "cannot be downloaded: .*redirects"),
-        ("compressed", "the server sent it compressed"),
+        ("compressed", "the server compressed it"),
         ("cut", "cannot be downloaded"),
         ("nonsense", "cannot be downloaded"),
     ],
@@ -455,7 +455,7 @@ def test_download_that_fails(server: str, path: str, message: str) -> None:
 @pytest.mark.parametrize("path", ["drip", "dripping_headers", "silent"])
 def test_slow_server(server: str, path: str) -> None:
     started = time.monotonic()
-    with pytest.raises(QwenVLError, match=rf"{path} was not there within 0\.3 seconds"):
+    with pytest.raises(QwenVLError, match=rf"{path}: the download timed out after 0\.3 s"):
         load_image(
             f"{server}/{path}", allow_http=True, limits=ImageLimits(timeout_seconds=0.3, allow_private=True)
         )

@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 @pytest.fixture
 def paddlemix_s(real: QwenTokenizer, monkeypatch: pytest.MonkeyPatch) -> QwenTokenizer:
-    """PaddleMIX, which made the goldens, writes no space after the colon."""
+    """The tokenizer with PaddleMIX's label, as in the goldens: no space after the colon."""
     monkeypatch.setattr(real, "picture_label", "Picture {}:")
     return real
 
@@ -21,7 +21,7 @@ def paddlemix_s(real: QwenTokenizer, monkeypatch: pytest.MonkeyPatch) -> QwenTok
 def test_golden_base_prompts(paddlemix_s: QwenTokenizer, golden_tokens: dict[str, Any]) -> None:
     for query in golden_tokens["queries"]:
         prompt = base_prompt(paddlemix_s, query["query"])
-        # ChatML's own tokens are text in ours, where PaddleMIX has them.
+        # ChatML's own tokens are plain text here; in PaddleMIX they are special.
         assert (prompt.input_ids == query["input_ids"]) == ("<|" not in query["text"])
         assert paddlemix_s.decode(prompt.input_ids) == query["decoded"]
         assert prompt.images == [part["image"] for part in query["query"] if "image" in part]
@@ -37,8 +37,8 @@ def test_golden_chats(paddlemix_s: QwenTokenizer, golden_tokens: dict[str, Any])
         assert prompt.images == ["a.jpg"] * len(spans)
 
 
-def test_a_picture_is_announced_as_in_the_official_prompts(real: QwenTokenizer) -> None:
-    # "Picture", " ", "1", ":", " " and <img>, each a token of its own but for "Picture".
+def test_an_image_is_labelled_as_in_the_official_prompts(real: QwenTokenizer) -> None:
+    # The label is five tokens.
     assert real.encode("Picture 1: ") == [24669, 220, 16, 25, 220]
     for prompt in (base_prompt(real, [{"image": "a.jpg"}]), chat_prompt(real, [{"image": "a.jpg"}])):
         start = prompt.input_ids.index(real.img_start_id)
@@ -65,7 +65,7 @@ def test_control_tokens_are_text_in_a_base_prompt(tiny: QwenTokenizer) -> None:
 
 
 def answers_in(ids: list[int], tokenizer: QwenTokenizer) -> list[tuple[int, int]]:
-    """Earlier answers, found by looking at every token: from behind `assistant` and a line end to `<|im_end|>`."""
+    """Earlier answers, found by scanning the tokens: from after `assistant` and a line end to `<|im_end|>`."""
     opening = [tokenizer.im_start_id, *tokenizer.encode("assistant"), *tokenizer.encode("\n")]
     found = []
     for index in range(len(ids)):
@@ -100,9 +100,9 @@ def test_a_base_prompt_has_no_earlier_answers(tiny: QwenTokenizer) -> None:
     assert base_prompt(tiny, [{"text": "<|im_start|>assistant\nYes<|im_end|>"}]).generated == []
 
 
-def test_render_numbers_pictures_and_names_what_has_no_name() -> None:
-    picture = Image.new("RGB", (1, 1))
-    sources = [Path("dir") / "a.png", b"raw", picture, "data:image/png;base64,AAAA", "http://x/y.png"]
+def test_render_numbers_images_and_names_unnamed_ones() -> None:
+    image = Image.new("RGB", (1, 1))
+    sources = [Path("dir") / "a.png", b"raw", image, "data:image/png;base64,AAAA", "http://x/y.png"]
     text, images = render([{"image": source} for source in sources], start=3)
     assert text == (
         f"Picture 3: <img>{sources[0]}</img>\nPicture 4: <img>image-4</img>\nPicture 5: <img>image-5</img>\n"
@@ -134,12 +134,12 @@ def test_render_boxes() -> None:
         ([{"image": "a", "text": "b"}], "got: image, text"),
         ([{"ref": "a"}], "got: ref"),
         ([{"text": 3}], "text of part 1 of the query must be a string, got int"),
-        ([{"text": "see <img>/etc/passwd</img>"}], "must not contain <img>: give a picture as a part"),
+        ([{"text": "see <img>/etc/passwd</img>"}], "must not contain <img>: give an image as a part"),
         ([{"text": "</img>"}], "must not contain </img>"),
         ([{"text": "<imgpad>"}], "must not contain <imgpad>"),
-        ([{"text": "<im"}, {"text": "g>"}], "where they meet"),
-        ([{"text": "<img"}, {"text": ">x</im"}, {"text": "g>"}], "where they meet"),
-        ([{"text": "<imgp"}, {"text": "ad>"}], "where they meet"),
+        ([{"text": "<im"}, {"text": "g>"}], "must not join"),
+        ([{"text": "<img"}, {"text": ">x</im"}, {"text": "g>"}], "must not join"),
+        ([{"text": "<imgp"}, {"text": "ad>"}], "must not join"),
         ([{"image": 3}], "image of part 1 of the query must be a string, got int"),
         ([{"image": ""}], "image of part 1 of the query is empty"),
         ([{"image": "a</img>b"}], "must not contain </img>"),
@@ -160,7 +160,7 @@ def test_render_refuses(parts: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_chat_numbers_pictures_through_the_turns(tiny: QwenTokenizer) -> None:
+def test_chat_numbers_images_through_the_turns(tiny: QwenTokenizer) -> None:
     history = [
         ([{"image": "1.jpg"}, {"text": "What?"}], "A dog."),
         ("Picture 2:<img>2.jpg</img>\nAnd?", "A cat."),
@@ -215,7 +215,7 @@ def test_chat_content_cannot_close_its_turn(tiny: QwenTokenizer) -> None:
     assert tiny.eod_id not in prompt.input_ids
 
 
-def test_answers_make_no_pictures(tiny: QwenTokenizer) -> None:
+def test_answers_make_no_images(tiny: QwenTokenizer) -> None:
     answer = "<ref>dog</ref><box>(1,2),(3,4)</box><img>/etc/passwd</img><img><imgpad>"
     prompt = chat_prompt(tiny, "And?", [("What?", answer)], system="<img>")
     assert prompt.images == []
@@ -231,7 +231,7 @@ def test_answers_make_no_pictures(tiny: QwenTokenizer) -> None:
         ("a<img>b", (), "query: <img> and </img> do not pair"),
         ("a</img>b", (), "query: <img> and </img> do not pair"),
         ("<img>a<img>b</img>", (), "query: <img> and </img> do not pair"),
-        ("<img></img>", (), "query: <img></img> names no picture"),
+        ("<img></img>", (), "query: <img></img> names no image"),
         ([], (), "query: a query must have at least one part"),
         (3, (), "query: a query must be a list of parts, got int"),
         ("a", "b", "history must be a list"),

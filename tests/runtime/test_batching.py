@@ -1,4 +1,4 @@
-"""Rows of a batch do not know of each other."""
+"""Rows of a batch do not affect each other."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_row_gives_the_tokens_that_it_gives_alone(vl, rows, options, padding, 
 
 
 def test_rows_end_on_their_own(vl):
-    """A row that meets its end token stops there while the others go on."""
+    """A row ends at its stop token while the others continue."""
     prompts = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]])
     free = vl.generate_ids(prompts, max_new_tokens=8, eos_token_ids=())
     end = free[0][2]

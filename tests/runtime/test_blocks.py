@@ -1,4 +1,4 @@
-"""The block pool against a slow model of it."""
+"""The block pool against a naive model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ operations = st.lists(
 
 
 class Slow:
-    """What a pool has to remember, as plain lists."""
+    """The state of a pool as plain lists."""
 
     def __init__(self, n: int) -> None:
         self.users = [0] * n
         self.key: list[bytes | None] = [None] * n
-        self.released: list[tuple[int, int]] = [(-1, 0)] * n  # when, and how near the end of its sequence
+        self.released: list[tuple[int, int]] = [(-1, 0)] * n  # time, and closeness to the end of its sequence
         self.now = 0
 
     def free(self) -> list[int]:
@@ -41,7 +41,7 @@ class Slow:
         return found
 
     def may_take(self, block: int) -> bool:
-        """One without a key if there is one, else the least recently released."""
+        """A block without a key if any, else the least recently released one."""
         free = self.free()
         if any(self.key[other] is None for other in free):
             return self.key[block] is None

@@ -1,4 +1,4 @@
-"""The public generate(): prompts, pictures, chat, boxes; its parts against the lower-level calls."""
+"""The public generate(): prompts, images, chat, boxes; its parts against the lower-level calls."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def vl(tiny_exported, request):
 
 
 def test_equals_the_steps_by_hand(vl):
-    """Tokenise, preprocess, encode and generate apart."""
+    """Tokenise, preprocess, encode and generate in separate calls."""
     parts = [{"image": str(STREET)}, {"text": "What is this?"}]
     answer = vl.generate(parts, max_new_tokens=8)
     ids = vl.tokenizer.encode(f"Picture 1:<img>{STREET}</img>\nWhat is this?")
@@ -43,10 +43,10 @@ def test_equals_the_steps_by_hand(vl):
 def test_every_kind_of_source_gives_the_same_answer(vl):
     data = STREET.read_bytes()
     url = "data:image/png;base64," + base64.b64encode(data).decode()
-    picture = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data))
     answers = [
         vl.generate([{"image": source}, {"text": "Hi"}], max_new_tokens=6).token_ids
-        for source in (data, url, picture)
+        for source in (data, url, image)
     ]
     assert answers[0] == answers[1] == answers[2]
 
@@ -79,9 +79,9 @@ def test_boxes_of_the_answer(vl, monkeypatch):
     assert len(answer.problems) == 1
     assert answer.text.startswith("<ref>the car</ref><box>")
     stream = vl.stream([{"image": str(STREET)}, {"text": "Where?"}])
-    pieces = list(stream)
-    assert "".join(piece.text for piece in pieces) == answer.text
-    assert tuple(box for piece in pieces for box in piece.boxes) == answer.boxes
+    segments = list(stream)
+    assert "".join(segment.text for segment in segments) == answer.text
+    assert tuple(box for segment in segments for box in segment.boxes) == answer.boxes
     assert stream.answer.finish_reason == "stop"
 
 

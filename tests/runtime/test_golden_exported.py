@@ -20,7 +20,7 @@ def program(prefix, extension):
 
 
 @pytest.fixture
-def pair(golden, name, extension, engine):
+def opened(golden, name, extension, engine):
     model = golden(name)
     vl = QwenVL.from_exported(
         program(model.vision, extension), program(model.language, extension), model.folder
@@ -28,21 +28,21 @@ def pair(golden, name, extension, engine):
     return model, vl, vl.encode_images(model.images)
 
 
-def test_features(pair):
-    model, _, features = pair
+def test_features(opened):
+    model, _, features = opened
     expected = model.figures["features_every_16th_query"]
     assert features.dtype == np.float32
     assert np.abs(features[:, ::16] - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-def test_predictor_tokens(pair):
-    model, vl, features = pair
+def test_predictor_tokens(opened):
+    model, vl, features = opened
     tokens = vl.generate_ids(model.input_ids, features, max_new_tokens=24, eos_token_ids=())
     assert tokens == [model.figures["tokens"].tolist()]
 
 
 def test_step_program_logits(golden, name, extension, monkeypatch):
-    """The prompt in two pieces, then its last tokens and the decode one by one: every logit of the goldens.
+    """The prompt in two chunks, then its last tokens and the decode steps one by one: every logit of the goldens.
 
     Of the portable program; tests/csrc has the same of the engine.
     """
@@ -78,9 +78,9 @@ def test_step_program_logits(golden, name, extension, monkeypatch):
 
 
 @pytest.mark.parametrize("mask_axes", [2, 4])
-def test_stock_contract(pair, extension, mask_axes):
-    """What the stock predictor feeds, in its order: the tokens come out, and the five stock outputs."""
-    model, _, features = pair
+def test_stock_contract(opened, extension, mask_axes):
+    """The stock predictor's inputs, in its order, give the tokens and the five stock outputs."""
+    model, _, features = opened
     stock = Stage(program(model.language, extension), "language", "cpu").open()
     feed = stock_feed(model.config, model.input_ids, features, model.img_pos, max_new=24, mask_axes=mask_axes)
     next_tokens, step_idx, stop_flags, seq_len_decoder, tgt_pos, tokens = (o.numpy() for o in stock(feed))

@@ -1,4 +1,4 @@
-"""The loop against a brute force: requests of every kind, one by one, by the definition of what they see."""
+"""The loop against brute force: random requests, computed one by one by definition."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def next_token(seen: Sequence[Any]) -> int:
 
 
 def contents(generation: Generation, tokens: Sequence[int]) -> list[Any]:
-    """What the keys and values of each token depend on, beside the tokens before it."""
+    """The inputs of each token's keys and values, apart from the tokens before it."""
     seen: list[Any] = [(token, False) for token in generation.prompt]
     for start, end in generation._generated:
         seen[start:end] = [(token, True) for token, _ in seen[start:end]]
@@ -39,7 +39,7 @@ def contents(generation: Generation, tokens: Sequence[int]) -> list[Any]:
 
 
 def expected(generation: Generation) -> list[int]:
-    """The answer, alone."""
+    """The answer of the request alone."""
     tokens: list[int] = []
     while len(tokens) < generation.options.max_new_tokens and (not tokens or tokens[-1] != STOP):
         tokens.append(next_token(contents(generation, tokens)))
@@ -47,10 +47,9 @@ def expected(generation: Generation) -> list[int]:
 
 
 class PagedMemory:
-    """A KV cache that holds what each slot depends on. A token is a digest of what is read through the block table.
+    """Executor whose KV cache holds the inputs of each slot; a token is a digest of the slots in the block table.
 
-    Checks of each step that it keeps to the budget, that all who decode are in it, and that nobody writes to a block
-    that others use.
+    Checks that each step keeps to the budget, contains all decoding requests, and does not write to shared blocks.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -79,7 +78,7 @@ class PagedMemory:
         picked = []
         for chunk in chunks:
             generation = chunk.generation
-            # Ahead: behind the step before, which gave the last token.
+            # Ahead: after the previous step, which picked the last token.
             done = generation.n_total if chunk.ahead else generation.n_computed
             known = [*generation.tokens, self.picked[len(picked)]] if chunk.ahead else generation.tokens
             n_total = len(generation.prompt) + len(known)
@@ -114,7 +113,7 @@ def open_loop(limits: Limits) -> tuple[Loop, PagedMemory]:
 
 
 def made_up(rng: random.Random, context: int) -> Generation:
-    """A request: few different beginnings, so that many share them; some with images and earlier answers."""
+    """A random request; prefixes repeat, so that many requests share them; some have images and earlier answers."""
     prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 4))] * rng.randrange(1, 6)
     images, generated = [], []
     if rng.random() < 0.4:
@@ -181,7 +180,7 @@ def check(rng: random.Random, limits: Limits, context: int, n_requests: int) -> 
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_soak(ahead):
-    """10,000 requests; all that can happen to one happens."""
+    """10,000 requests; every event occurs."""
     executor = check(random.Random(1), Limits(9, 32, 26, 4, ahead=ahead), 96, 10_000)
     assert (executor.n_ahead > 1000) == ahead
     assert executor.n_preempted > 100
@@ -232,7 +231,7 @@ def test_a_failed_step_ends_its_requests_and_no_others(monkeypatch):
 
 
 def test_a_step_broken_off_is_computed_again(monkeypatch):
-    """As by Ctrl-C: nothing that it may have written is trusted."""
+    """As by Ctrl-C: nothing that the step may have written is used."""
     loop, executor = open_loop(Limits(4, 64, 64, 8))
     generation = Generation([1] * 21, [], [STOP], GenerationOptions(max_new_tokens=9))
     assert len(expected(generation)) > 2

@@ -1,4 +1,4 @@
-"""Logits that are no numbers, of weights that are: an error in every front end, and never an answer."""
+"""Logits that are not finite, of finite weights: an error in every front end, never an answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINE = "the model's logits are not finite numbers: its weights are damaged (qwen
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose last norm takes everything out of the range of float32, and its exports."""
+    """A model whose last norm overflows float32, and its exports."""
     folder = tmp_path_factory.mktemp("overflowing")
     make_tiny(folder / "model", seed=1)
     path = folder / "model" / "model.safetensors"

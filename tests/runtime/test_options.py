@@ -1,4 +1,4 @@
-"""Generation options: what is accepted, and the line for what is not."""
+"""Generation options: accepted values, and errors for others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from paddlemix_qwenvl_plugin import GenerationOptions, UsageError
 
-# The ranges as docs/errors.md has them, and values on both sides of their ends.
+# The ranges in docs/errors.md, and values on both sides of their bounds.
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": (lambda n: n >= 1, "at least 1"),
     "min_new_tokens": (lambda n: n >= 0, "at least 0"),

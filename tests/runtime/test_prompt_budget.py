@@ -1,4 +1,4 @@
-"""The budget of prompt tokens on a made-up device, whose times are known."""
+"""The budget of prompt tokens on a simulated device with known times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MOST = 512
 
 
 def settle(seconds_per_prompt_token: float, decode: float, rows: int) -> PromptBudget:
-    """The budget after some steps of such a device, all of them with prompts but the first."""
+    """The budget after some steps of the device, all but the first with prompts."""
     budget = PromptBudget(MOST)
     budget.learn(0, rows, decode)
     for _ in range(20):
@@ -35,7 +35,7 @@ def test_time_of_prompts(per_token: float, decode: float, rows: int, prompt_seco
 
 
 def test_more_rows_than_were_seen() -> None:
-    """Decoding takes longer for 16 requests than for one: prompts are not given what one would be."""
+    """Decoding takes longer for 16 requests than for one: the prompt rate accounts for it."""
     one, many = PromptBudget(MOST), PromptBudget(MOST)
     for budget, rows in ((one, 1), (many, 16)):
         budget.learn(0, 1, 0.1)
@@ -45,7 +45,7 @@ def test_more_rows_than_were_seen() -> None:
 
 def test_prompts_alone_give_the_rate_whole() -> None:
     budget = PromptBudget(MOST)
-    budget.learn(0, 1, 0.125)  # beside nobody: as four fifths of it
+    budget.learn(0, 1, 0.125)  # without rows, a decode step takes four fifths of it: 0.1 s
     budget.learn(400, 0, 1.0)
     assert budget.tokens == 120  # 0.3 s of it, as its decoding takes 0.1
 

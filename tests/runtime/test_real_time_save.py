@@ -1,4 +1,4 @@
-"""The files that the stock reader expects, read back byte by byte as its format says."""
+"""Token files of the stock graph, parsed byte by byte by the format's description."""
 
 from __future__ import annotations
 

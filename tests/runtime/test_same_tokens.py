@@ -1,4 +1,4 @@
-"""The same tokens whatever else is running, on the engine, at every storage type; and a soak of everything at once."""
+"""The same tokens whatever else is running, on the engine, at every storage type; and a soak test."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STORAGE = [
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Optional[str]], QwenVL]:
-    """The demo model, stored as asked."""
+    """The demo model in the given storage types."""
     models: dict[Any, QwenVL] = {}
 
     def get(dtype: str, quant_type: Optional[str]) -> QwenVL:
@@ -50,7 +50,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Optional[
 
 
 def alone(vl: QwenVL, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The answer on a loop of its own, with nothing cached."""
+    """The answer on a separate loop, without cached content."""
     monkeypatch.setattr(vl, "_loop", Loop(vl._loop._executor))
     return asked.start(vl).finish().token_ids
 
@@ -80,7 +80,7 @@ def test_alone_in_a_batch_cut_and_after_a_hit(opened, monkeypatch, dtype, quant_
 
 
 def test_one_step_ahead(opened, monkeypatch):
-    """As on a GPU: a step starts before the tokens of the one before it are read."""
+    """As on a GPU: a step starts before the tokens of the previous one are read."""
     vl = opened("float32", None)
     rng = random.Random(4)
     asked = [Asked(vl, rng) for _ in range(24)]
@@ -97,7 +97,7 @@ def test_one_step_ahead(opened, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "quant_type"), STORAGE)
 def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
-    """In a pool of one context, where each takes the others' blocks."""
+    """In a pool of one context, in which requests preempt each other."""
     vl = opened(dtype, quant_type)
     rng = random.Random(1)
     asked = [Asked(vl, rng, most_new=90, with_image=0) for _ in range(24)]
@@ -106,7 +106,7 @@ def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
     n_blocks = context // 32
     small = EngineExecutor(*vl._stages, n_blocks=n_blocks)
     monkeypatch.setattr(vl, "_loop", Loop(small))
-    # All but a few blocks are held by nobody's request.
+    # All but a few blocks are allocated, without a request.
     held = [vl._loop._scheduler.pool.allocate() for _ in range(n_blocks - 8)]
     preempted = []
     preempt = vl._loop._scheduler._preempt
@@ -120,7 +120,7 @@ def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
 
 
 def test_after_a_step_broken_off(opened, monkeypatch):
-    """By Ctrl-C, when the engine has picked a token that nobody takes: penalties count what was generated."""
+    """Ctrl-C after the engine picked a token that is then discarded: penalties count generated tokens only."""
     vl = opened("float32", None)
     rng = random.Random(2)
     asked = next(each for each in iter(lambda: Asked(vl, rng), None) if each.options.repetition_penalty > 1)
@@ -148,7 +148,7 @@ def test_after_a_step_broken_off(opened, monkeypatch):
 
 
 def test_soak(opened, monkeypatch):
-    """Hundreds of requests of every kind, cut, cancelled, found and preempted: as alone, and memory stays flat.
+    """Hundreds of random requests, chunked, cancelled, cached and preempted: answers as alone, and constant memory.
 
     `python benchmarks/soak.py` runs 10,000 of them.
     """

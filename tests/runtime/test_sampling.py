@@ -17,7 +17,7 @@ LOGITS = np.array([1.0, 3.0, -1.0, 2.5, 2.9, 0.0, -4.0], np.float32)
 
 
 def expected_distribution(temperature, top_p=1.0, top_k=7):
-    """Probabilities by the definition, token by token."""
+    """Probabilities by definition, token by token."""
     weights = [np.exp(float(logit) / temperature) for logit in LOGITS]
     ranked = sorted(range(len(LOGITS)), key=lambda token: -LOGITS[token])[:top_k]
     total = sum(weights[token] for token in ranked)
@@ -83,7 +83,7 @@ def test_seeds():
     [(0, (1.0, 0.0, 0.0)), (9, (1.0, 0.0, 0.0)), (5, (1.7, 0.0, 0.0)), (0, (1.2, 0.6, 0.9))],
 )
 def test_stock_graph_and_predictor_agree(tiny_exported, engine, min_new, penalties):
-    """Penalties, min_length, end tokens and unequal rows: two implementations, the same tokens."""
+    """Penalties, min_length, stop tokens and unequal rows: two implementations, the same tokens."""
     prefix = tiny_exported / "text" / "qwen"
     vl = QwenVL.from_exported(tiny_exported / "vision" / "vision", prefix)
     ids = np.array([[5, 6, 7, 8, 9], [200, 100, 50, 0, 0], [33, 0, 0, 0, 0]])

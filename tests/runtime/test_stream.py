@@ -1,4 +1,4 @@
-"""Answers in segments, and conversations that keep what earlier turns computed."""
+"""Answers in segments, and conversations that reuse the computation of earlier turns."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
 
 STREET = Path(__file__).parents[2] / "recipes" / "images" / "street.png"
 OTHER = Path(__file__).parents[1] / "golden" / "text" / "wide.png"
-PICTURE = [{"image": str(STREET)}, {"text": "What is this?"}]
-OTHER_PICTURE = [{"image": str(OTHER)}, {"text": "And this?"}]
+IMAGE_QUERY = [{"image": str(STREET)}, {"text": "What is this?"}]
+OTHER_IMAGE_QUERY = [{"image": str(OTHER)}, {"text": "And this?"}]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A random model whose rotary base grows past 512 tokens; of this seed, because most repeat one token."""
+    """A random model whose rotary base grows past 512 tokens; with most seeds it would repeat one token."""
     folder = tmp_path_factory.mktemp("stream")
     small = tiny.tiny_config
     with pytest.MonkeyPatch.context() as patch:
@@ -58,13 +58,13 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def work(vl, monkeypatch):
-    """What the executor runs from now on."""
+    """Records the work of the executor from now on."""
     return record(vl, monkeypatch)
 
 
-def test_pieces_are_the_answer(vl):
-    whole = vl.generate(PICTURE, max_new_tokens=40)
-    stream = vl.stream(PICTURE, max_new_tokens=40)
+def test_segments_are_the_answer(vl):
+    whole = vl.generate(IMAGE_QUERY, max_new_tokens=40)
+    stream = vl.stream(IMAGE_QUERY, max_new_tokens=40)
     segments = list(stream)
     assert len(segments) > 5
     assert "".join(segment.text for segment in segments) == whole.text
@@ -91,8 +91,8 @@ text = st.lists(st.sampled_from([*TAGS.split(), *WORDS, *WHOLE * 4]), max_size=1
 
 @settings(deadline=None, max_examples=400)
 @given(text=st.one_of(text, st.text(max_size=20)))
-def test_pieces_of_any_text(tokenizer, text):
-    """As one reading of the whole text has them, however the tokens cut it."""
+def test_segments_of_any_text(tokenizer, text):
+    """The same boxes and text as from parsing the whole answer, however tokens split it."""
     for tags in ("all", ()):
         ids = tokenizer.encode(text.replace("<img>", ""), allowed_special=tags)
         builder = SegmentBuilder(tokenizer)
@@ -129,28 +129,28 @@ def test_refs_and_boxes_come_whole(tokenizer):
 
 
 def test_a_closed_stream_stops_the_work(vl, work):
-    with vl.stream(PICTURE, max_new_tokens=40) as stream:
+    with vl.stream(IMAGE_QUERY, max_new_tokens=40) as stream:
         list(itertools.islice(stream, 2))
     n_steps = len(work.steps)
     assert n_steps < 20
     assert list(stream) == []
     assert len(work.steps) == n_steps
     assert stream.answer.finish_reason == "cancelled"
-    assert stream.answer.token_ids == vl.generate(PICTURE, max_new_tokens=40).token_ids[:n_steps]
+    assert stream.answer.token_ids == vl.generate(IMAGE_QUERY, max_new_tokens=40).token_ids[:n_steps]
 
 
-def test_wrong_requests_fail_before_the_first_piece(vl):
+def test_wrong_requests_fail_before_the_first_segment(vl):
     with pytest.raises(UsageError, match="top_p"):
         vl.stream("Hi", top_p=2)
     with pytest.raises(UsageError, match=r"nothing\.png"):
         vl.stream([{"image": "nothing.png"}])
 
 
-def test_a_picture_is_encoded_once(vl, work):
-    vl.generate(PICTURE, max_new_tokens=1)
-    vl.generate([*PICTURE, {"text": " Again?"}], max_new_tokens=1)
+def test_an_image_is_encoded_once(vl, work):
+    vl.generate(IMAGE_QUERY, max_new_tokens=1)
+    vl.generate([*IMAGE_QUERY, {"text": " Again?"}], max_new_tokens=1)
     assert work.done.count("encode") == 1
-    vl.generate(OTHER_PICTURE, max_new_tokens=1)
+    vl.generate(OTHER_IMAGE_QUERY, max_new_tokens=1)
     assert work.done.count("encode") == 2
 
 
@@ -166,19 +166,19 @@ def test_image_cache_forgets_the_least_recently_used():
 
 
 def fresh(vl, history, query, n_tokens):
-    """The same turn by its history."""
+    """The same turn, computed from its history."""
     return vl.generate(query, chat=True, history=list(history), max_new_tokens=n_tokens).token_ids
 
 
 def test_chat_runs_only_what_is_new(vl, work):
     """On the engine a turn begins where the full blocks of the last one end; no image is encoded again on either."""
     chat = vl.chat()
-    first = chat.ask(PICTURE, max_new_tokens=4).finish()
+    first = chat.ask(IMAGE_QUERY, max_new_tokens=4).finish()
     n_first = work.steps[0]
     del work.done[:]
     second = chat.ask("Sure?", max_new_tokens=6).finish()
     assert "encode" not in work.done
-    before, now = turns(vl, [(PICTURE, first.text.strip())], "Sure?")
+    before, now = turns(vl, [(IMAGE_QUERY, first.text.strip())], "Sure?")
     before += [(token, True) for token in first.token_ids[:-1]]
     common = next(n for n, (a, b) in enumerate(zip([*before, None], now)) if a != b)
     assert common >= n_first
@@ -186,8 +186,8 @@ def test_chat_runs_only_what_is_new(vl, work):
     assert work.steps[0] == len(now) - n_cached
     assert second.image_size == first.image_size == (960, 640)
     assert [answer for _, answer in chat.history] == [first.text.strip(), second.text.strip()]
-    vl._loop = Loop(work._executor)  # without what is cached
-    assert second.token_ids == fresh(vl, [(PICTURE, first.text.strip())], "Sure?", 6)
+    vl._loop = Loop(work._executor)  # without cached content
+    assert second.token_ids == fresh(vl, [(IMAGE_QUERY, first.text.strip())], "Sure?", 6)
 
 
 def turns(vl, history, query):
@@ -199,9 +199,9 @@ def turns(vl, history, query):
 
 
 def test_chat_equals_the_same_turns_without_a_cache(vl):
-    """Six turns, past where the rotary base grows, with new pictures, one seen before, and an answer cut off."""
+    """Six turns, past where the rotary base grows, with new and repeated images, and a truncated answer."""
     chat = vl.chat("Be brief.")
-    queries = [PICTURE, "Sure?", OTHER_PICTURE, "Which is larger?", PICTURE, "Why?"]
+    queries = [IMAGE_QUERY, "Sure?", OTHER_IMAGE_QUERY, "Which is larger?", IMAGE_QUERY, "Why?"]
     for turn, query in enumerate(queries):
         expected = vl.generate(
             query if isinstance(query, list) else [{"text": query}],
@@ -223,19 +223,19 @@ def test_chat_equals_the_same_turns_without_a_cache(vl):
 
 
 def test_chat_drops_its_oldest_turns(vl, monkeypatch):
-    """The next prompt begins with another picture: what both names have in common is not kept by half."""
+    """The next prompt begins with another image: the common part of both names is not reused."""
     short = functools.partial(prompts.chat_prompt, max_window=600)
     monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.chat.chat_prompt", short)
     monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.predictor.chat_prompt", short)
     chat = vl.chat()
-    for query in (PICTURE, OTHER_PICTURE, PICTURE, "Why?", OTHER_PICTURE):
+    for query in (IMAGE_QUERY, OTHER_IMAGE_QUERY, IMAGE_QUERY, "Why?", OTHER_IMAGE_QUERY):
         expected = fresh(vl, chat.history, query if isinstance(query, list) else [{"text": query}], 6)
         assert chat.ask(query, max_new_tokens=6).finish().token_ids == expected
 
 
 def test_chat_forgets(vl, work):
     chat = vl.chat()
-    chat.ask(PICTURE, max_new_tokens=2).finish()
+    chat.ask(IMAGE_QUERY, max_new_tokens=2).finish()
     chat.clear()
     assert chat.history == ()
     answer = chat.ask("Hello", max_new_tokens=2).finish()
@@ -251,9 +251,9 @@ def test_a_failed_turn_is_no_turn(vl):
 
 
 def test_stop_ends_after_the_token_in_work(vl, work):
-    """Also while no segment comes, and what was held back is handed out: the segments are the answer's text."""
+    """Also while no segment is complete; held text is delivered: the segments join to the answer's text."""
     chat = vl.chat()
-    stream = chat.ask(PICTURE, max_new_tokens=40)
+    stream = chat.ask(IMAGE_QUERY, max_new_tokens=40)
     said = [next(stream).text]
     work.before_step = stream.stop
     n_steps = len(work.steps)
@@ -275,7 +275,7 @@ def test_a_stream_stopped_before_its_first_token_is_no_turn(vl, work):
 
 def test_a_turn_that_fails_in_the_middle_is_no_turn(vl, work):
     chat = vl.chat()
-    first = chat.ask(PICTURE, max_new_tokens=4).finish()
+    first = chat.ask(IMAGE_QUERY, max_new_tokens=4).finish()
     stream = chat.ask("Sure?", max_new_tokens=8)
     next(stream)
 

@@ -1,4 +1,4 @@
-"""Environment variables: the table, its page, and what is read."""
+"""Environment variables: the table, its documentation, and parsing."""
 
 from __future__ import annotations
 

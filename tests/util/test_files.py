@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Atomic writes of files and folders."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_file_that_two_write_at_once_is_one_of_the_two(tmp_path: Path) -> None
 
 
 def break_off(target: Path, error: BaseException) -> None:
-    """A folder that is begun and fails."""
+    """A folder whose creation fails."""
     with new_folder(target) as partial:
         assert not list(partial.iterdir())
         (partial / "weights").write_text("half")

@@ -1,4 +1,4 @@
-"""What a user reads when Paddle is missing, too old or broken, and that it is quiet else."""
+"""Messages for a missing, old or broken Paddle, and no output otherwise."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_too_old(monkeypatch):
 
 
 def test_broken(tmp_path):
-    """A Paddle that speaks at length and fails: one line, which points to doctor."""
+    """A Paddle that prints at length and fails: one line, which refers to doctor."""
     (tmp_path / "paddle").mkdir()
     broken = "import sys\nprint('Mac: DYLD_LIBRARY_PATH', file=sys.stderr)\nimport libcublas\n"
     (tmp_path / "paddle" / "__init__.py").write_text(broken)

@@ -1,4 +1,4 @@
-"""A path or an address."""
+"""Sources: paths and URLs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a terminal would obey is shown instead."""
+"""Control characters are escaped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads of CPU inference: what the environment said before Paddle changed it."""
+"""Number of CPU threads: OMP_NUM_THREADS as it was before Paddle changed it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_cpu_threads(order, asked):
     code = CODE.format(first=order[0], second=order[1])
     output = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     counted = len(os.sched_getaffinity(0))
-    # Once Paddle is there, only the activation at the interpreter's start knows what the user set.
+    # After Paddle is imported, only the activation at the interpreter's start knows the user's value.
     known = order[0] != "paddle" or importlib.util.find_spec("_qwenvl_activate") is not None
     expected = 3 if asked and known else counted
     assert int(output.stdout) == expected

@@ -3,7 +3,7 @@
  *   driver all            a small random model in every storage type, from memory and from a file: vision,
  *                         generate, steps, blocks, events
  *   driver threads        several engines at once, and several threads on one engine
- *   driver fuzz N SEED    N calls with one argument spoilt
+ *   driver fuzz N SEED    N calls with one argument corrupted
  *   driver limits         more threads than the memory has room for
  *   driver soak N         N requests; fails if they leave more memory in use than a tenth of them
  *
@@ -221,7 +221,7 @@ static qvl_engine* make_engine(const model* m) {
 
 enum { PROMPT = 37, NEW = 9, REQUESTS = 3 };
 
-/* Encode a picture and answer three prompts of different lengths, one of them with it. */
+/* Encode an image and answer three prompts of different lengths, one of them with it. */
 static void answer(qvl_engine* engine, int32_t* tokens) {
   enum { PIXELS = 3 * 28 * 28 };
   float image[PIXELS], features[QUERIES * HIDDEN];
@@ -338,7 +338,7 @@ static void free_file(params_file* file) {
 
 /* ---- steps -------------------------------------------------------------------------------------------- */
 
-/* A prompt in two pieces beside another, a copy of its blocks, and a step on each: the same tokens. */
+/* A prompt in two chunks beside another, a copy of its blocks, and a step on each: the same tokens. */
 static void take_steps(qvl_engine* engine) {
   enum { PIECE = 13, BLOCK = 8, TOP = 5 };
   qvl_kv_pool *pool, *other;
@@ -374,7 +374,7 @@ static void take_steps(qvl_engine* engine) {
     CHECK(tokens[i] == top[i * TOP] && logprobs[i] == top_logprobs[i * TOP]);
     for (int t = 1; t < TOP; ++t) CHECK(top_logprobs[i * TOP + t] <= top_logprobs[i * TOP + t - 1]);
   }
-  /* The second piece, on the blocks, on a copy of them, and on a copy in another pool. */
+  /* The second chunk, on the blocks, on a copy of them, and on a copy in another pool. */
   const int32_t from[2] = {7, 2}, to[2] = {10, 3}, there[3] = {1, 0, 2}, copies[3] = {10, 3, 1};
   const uint64_t bytes = 2 * qvl_kv_pool_bytes(engine, 1, BLOCK, QVL_BFLOAT16);
   void* saved = malloc(bytes);
@@ -495,7 +495,7 @@ static float odd_float(void) {
 }
 
 /* Set one 4-byte field of a struct to something odd, as an integer or as a float. */
-static void spoil(void* memory, size_t bytes) {
+static void corrupt(void* memory, size_t bytes) {
   const size_t at = next(&fuzz_random) % (bytes / 4) * 4;
   const int32_t whole = (int32_t)odd_number();
   const float real = odd_float();
@@ -511,7 +511,7 @@ static int fuzz_create(const model* m) {
   switch (next(&fuzz_random) % 9) {
     case 0:
     case 1:
-      spoil((char*)&config + 4, sizeof config - 4);
+      corrupt((char*)&config + 4, sizeof config - 4);
       break;
     case 2:
       config.size = (uint32_t)odd_number() % sizeof config;
@@ -580,7 +580,7 @@ static int fuzz_forward(qvl_engine* engine, qvl_kv_pool* pool) {
       s->blocks = NULL;
       break;
     case 6:
-      spoil(&spans[next(&fuzz_random) % 2], 8);
+      corrupt(&spans[next(&fuzz_random) % 2], 8);
       break;
     case 7:
       ids[next(&fuzz_random) % 6] = (int32_t)odd_number();
@@ -617,7 +617,7 @@ static int fuzz_generate(qvl_engine* engine, qvl_kv_pool* pool) {
       n = next(&fuzz_random) % 2 ? INT32_MAX : -(int32_t)(next(&fuzz_random) % 3);
       break;
     case 8:
-      spoil(&span, 8);
+      corrupt(&span, 8);
       break;
     case 9:
       stride = next(&fuzz_random) % 2 ? INT64_MIN : odd_number() % 17;
@@ -641,7 +641,7 @@ static int fuzz_generate(qvl_engine* engine, qvl_kv_pool* pool) {
       end = (int32_t)odd_number();
       break;
     default: /* n_forbidden stays: its pointer is NULL */
-      spoil(&sampling, offsetof(qvl_sampling, n_forbidden));
+      corrupt(&sampling, offsetof(qvl_sampling, n_forbidden));
       if (sampling.size > sizeof sampling) sampling.size = 1;
   }
   qvl_error error;
@@ -792,7 +792,7 @@ static int fuzz_sample(qvl_engine* engine) {
       sampling[0].n_forbidden = -1;
       break;
     default:
-      spoil(&sampling[next(&fuzz_random) % 2], offsetof(qvl_sampling, n_forbidden));
+      corrupt(&sampling[next(&fuzz_random) % 2], offsetof(qvl_sampling, n_forbidden));
   }
   qvl_error error;
   const qvl_status status =

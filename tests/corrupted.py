@@ -1,4 +1,4 @@
-"""Exports with weights that no export of this version has."""
+"""Corrupt weights in exports: values that this version never exports."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from paddlemix_qwenvl_plugin.artifact.manifest import (
 from paddlemix_qwenvl_plugin.artifact.params_file import read_tensors
 
 
-def spoil(prefix: Path, name: str, value: float, n: int = 1) -> None:
-    """Write `value` to the first n numbers of a weight. The manifest is then of the spoilt file."""
+def corrupt(prefix: Path, name: str, value: float, n: int = 1) -> None:
+    """Write `value` to the first n numbers of a weight, and update the manifest to the corrupted file."""
     path, manifest = params_path(prefix), read_manifest(prefix)
     entry = next(entry for entry in read_tensors(path, manifest) if entry.name == name)
     if entry.dtype == "bfloat16":
