@@ -225,7 +225,7 @@ def test_slow_hosts_do_not_stop_the_decoders(
     server: Any, net: MadeUpNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More of them than there are decoders, and than there may be downloads at once; those come later."""
-    monkeypatch.setattr(image_hosts, "_MOST_AT_ONCE", 3)
+    monkeypatch.setattr(image_hosts, "_MAX_DOWNLOADS", 3)
     from base64 import b64encode
 
     async def load() -> None:

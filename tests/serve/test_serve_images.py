@@ -169,7 +169,7 @@ def test_turned_image_has_its_upright_size(events: EventLoop, shared: WorkerImag
         ("data:image/png;base64", "invalid_image", "no comma"),
         ("data:image/png;base64,!!!!", "invalid_image", "not valid base64"),
         ("data:image/png;base64,", "invalid_image", "is empty"),
-        ("data:text/html,<html>", "invalid_image", "not in a picture format"),
+        ("data:text/html,<html>", "invalid_image", "format that Pillow"),
         (data_url(GOOD[:-30]), "invalid_image", "damaged or cut short"),
         ("http://example.org/a.png", "image_host_not_allowed", "example.org are not allowed"),
         ("https:", "image_host_not_allowed", "not allowed"),
@@ -310,7 +310,7 @@ def test_a_worker_that_is_killed(events: EventLoop, make: Any) -> None:
 def test_a_worker_is_replaced_after_a_while(
     events: EventLoop, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_process, "_MOST_IMAGES", 2)
+    monkeypatch.setattr(image_process, "_MAX_IMAGES", 2)
     loader = make()
     pids = []
     for _ in range(5):

@@ -99,13 +99,13 @@ CHAT = [
         {"messages": [*ask("a"), {"role": "assistant", "content": [image("data:,x")]}, *ask("b")]},
         "messages[1].content[0].type",
         "invalid_value",
-        "only a message of the user",
+        "only a user message",
     ),
     (
         {"messages": [{"role": "system", "content": [image("data:,x")]}, *ask("b")]},
         "messages[0].content[0].type",
         "invalid_value",
-        "only a message of the user",
+        "only a user message",
     ),
     (
         {"messages": [*ask("a"), {"role": "system", "content": "b"}]},
