@@ -75,7 +75,7 @@ def test_a_job_that_is_done_needs_no_model(batch):
 
 def test_failed_rows_are_counted_each_time(batch):
     write_rows(Path("in.jsonl"), [*ROWS, {"id": "x", "image": "no.png"}, b"oops"])
-    line = "qwenvl: 2 of 5 rows failed; their lines in out.jsonl say why\n"
+    line = "qwenvl: 2 of 5 rows failed; see their errors in out.jsonl\n"
     assert batch("--max_new_tokens", "1") == (1, "out.jsonl: wrote 5 rows\n", line)
     assert batch("--max_new_tokens", "1") == (1, "out.jsonl: has all 5 rows already\n", line)
 
@@ -92,7 +92,7 @@ def test_progress_in_a_log(batch, monkeypatch):
     path = Path("out.jsonl.partial")
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
     code, _, err = batch("--max_new_tokens", "1", "--batch_size", "2")
-    assert (code, err.splitlines()) == (0, ["2 of 3 rows are there from before", "rows answered: 1/1"])
+    assert (code, err.splitlines()) == (0, ["resuming: 2 of 3 rows are answered", "rows answered: 1/1"])
 
 
 def test_allow_http(batch, tmp_path, monkeypatch):

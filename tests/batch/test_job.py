@@ -319,7 +319,7 @@ def test_a_byte_order_mark_and_windows_line_ends(folder):
     path.write_bytes(b'\xef\xbb\xbf{"id": 1, "prompt": "?"}\r\n\r\n{"id": 2, "prompt": "a\xe2\x80\xa8b"}')
     source = Source(path, GenerationOptions())
     assert [entry.id for entry in source.entries] == [1, 2]
-    assert source.row(1).asked.request.parts == [{"text": "a\u2028b"}]
+    assert source.row(1).parsed.request.parts == [{"text": "a\u2028b"}]
 
 
 def test_an_input_that_changes_is_told(cheap, folder):

@@ -188,11 +188,11 @@ def test_errors_leave_the_conversation_as_it_was(talk: Talk, say: Say, session: 
         "/image broken.png": "image broken.png is damaged or cut short: ",
         "/image .": "image . is a directory",
         "/image http://127.0.0.1/a.png": "image http://127.0.0.1/a.png: downloading is off, ",
-        "/image": "/image: name a picture",
+        "/image": "/image: name an image",
         "/save": "/save: name a file, .md or .json",
         "/save talk.txt": "/save talk.txt: name it .md or .json",
         "/save nowhere/talk.md": "nowhere: no such folder",
-        "/clear all": "/clear: takes nothing behind it",
+        "/clear all": "/clear: takes no argument",
         "What is <img>huge.png</img>?": "query: text of part 1 of the query must not contain <img>",
     }.items():
         shown = talk(line)
@@ -242,7 +242,7 @@ def test_ctrl_c_before_the_first_word(
 
     with monkeypatch.context() as patch:
         patch.setattr(executor, "encode_image", interrupted_encode)
-        assert "the question does not count" in talk("One?")
+        assert "the question is discarded" in talk("One?")
     assert session.turns == []
     assert len(session.attached) == 1
     assert "Yes." in talk("One?")
@@ -251,7 +251,7 @@ def test_ctrl_c_before_the_first_word(
 
 def test_ctrl_c_breaks_off_a_command(talk: Talk, vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vl, "load_images", lambda sources: signal_ctrl_c())
-    assert talk("/image street.png", "/image") == "(stopped)\n/image: name a picture\n"
+    assert talk("/image street.png", "/image") == "(stopped)\n/image: name an image\n"
 
 
 def test_ctrl_c_at_the_prompt(talk: Talk) -> None:

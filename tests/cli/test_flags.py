@@ -151,7 +151,7 @@ def test_the_picture_is_not_written_over(
         for target in (drawn, link):
             for image in (drawn, drawn.as_uri()):
                 line = refused(tiny_exported, drawn, flag, str(target), image=image)
-                assert line == f"qwenvl: {target}: is the picture that is asked about; name another file\n"
+                assert line == f"qwenvl: {target}: is an input image; name another file\n"
     mine = tmp_path / "mine.png"
     Image.new("RGB", (4, 4)).save(mine)
     assert "did not write it" in refused(tiny_exported, mine, "--draw", str(mine))

@@ -264,7 +264,7 @@ def test_something_else_than_a_server(server: FakeServer, batch: Any, answer: An
     code, _, err = batch()
     assert (code, err) == (
         1,
-        f"qwenvl: {server.url}: its answer is not in OpenAI's form; is it an OpenAI-compatible server?\n",
+        f"qwenvl: {server.url}: the response is not in OpenAI's format; is it an OpenAI-compatible server?\n",
     )
 
 
