@@ -1,4 +1,4 @@
-"""A server in OpenAI's form for tests: it answers what it is told to, and keeps what it was asked."""
+"""Scripted OpenAI-compatible server for tests, which records its requests."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class FakeServer(ThreadingHTTPServer):
     Attributes:
         asked: (path, body) of each request that was not refused.
         gone: released for each client that went away in a stream.
-        go_on: while it is not set, streams wait behind their first piece.
-        cut: break streams off behind their first piece.
+        go_on: while it is not set, streams wait after their first delta.
+        cut: close streams after their first delta.
         key: the API key that is demanded.
     """
 
@@ -131,9 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        pieces = [said.text[i : i + 3] for i in range(0, len(said.text), 3)]
+        texts = [said.text[i : i + 3] for i in range(0, len(said.text), 3)]
         deltas: list[dict[str, Any]] = [{"delta": {"role": "assistant", "content": ""}}]
-        deltas += [{"delta": {"content": piece}} for piece in pieces]
+        deltas += [{"delta": {"content": text}} for text in texts]
         deltas.append({"delta": {"boxes": []}, "finish_reason": said.finish_reason})
         try:
             self.wfile.write(b": a comment\r\n\r\n")

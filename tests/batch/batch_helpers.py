@@ -21,13 +21,13 @@ STREET = REPO / "recipes" / "images" / "street.png"
 
 
 def openai_row(row_id: Any, messages: Any, **body: Any) -> dict[str, Any]:
-    """A row in OpenAI's form."""
+    """Row in OpenAI's format."""
     body = {"model": "m", "messages": messages, **body}
     return {"custom_id": row_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
 def user(*content: Any) -> dict[str, Any]:
-    """A message of the user: a text, or parts in which a string is a picture's address."""
+    """User message: a text, or parts in which a string is the URL of an image."""
     if len(content) == 1 and isinstance(content[0], str):
         return {"role": "user", "content": content[0]}
     parts = [{"type": "image_url", "image_url": {"url": c}} if isinstance(c, str) else c for c in content]

@@ -96,7 +96,7 @@ def test_progress_in_a_log(batch, monkeypatch):
 
 
 def test_allow_http(batch, tmp_path, monkeypatch):
-    MadeUpNet(monkeypatch, {"pictures.example": [["93.184.215.14"]]})
+    MadeUpNet(monkeypatch, {"images.example": [["93.184.215.14"]]})
     (tmp_path / "web").mkdir()
     shutil.copyfile(STREET, tmp_path / "web" / "street.png")
 
@@ -106,7 +106,7 @@ def test_allow_http(batch, tmp_path, monkeypatch):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "web")) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://pictures.example:{server.server_port}/street.png"
+        url = f"http://images.example:{server.server_port}/street.png"
         rows = [openai_row("a", [user(url, text("?"))]), {"id": 2, "image": url}]
         write_rows(Path("in.jsonl"), rows)
         assert batch("--max_new_tokens", "1")[0] == 1

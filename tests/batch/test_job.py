@@ -46,27 +46,27 @@ def folder(tmp_path):
 def test_answers_are_those_of_generate(vl, folder):
     """Every row alone, through `generate`, is the second implementation."""
     sampled = {"temperature": 1.5, "seed": 3}
-    picture, red = str(folder / "in" / "street.png"), str(folder / "in" / "red.png")
+    street, red = str(folder / "in" / "street.png"), str(folder / "in" / "red.png")
     system = {"role": "system", "content": "Be brief."}
     earlier = [user("street.png", text("A dog?")), {"role": "assistant", "content": "Yes."}]
     rows = [
         {"id": 1, "image": "street.png", "prompt": "What is this?"},
         {"id": 2, "prompt": "Hello, hello, hello!"},
         openai_row("c", [user(text("Look:"), "red.png", text("Red?"))]),
-        {"id": 4, "images": ["red.png", picture], "prompt": "Which?", **sampled},
+        {"id": 4, "images": ["red.png", street], "prompt": "Which?", **sampled},
         {"id": 5, "image": "red.png", "prompt": "Which?", **sampled},
         openai_row("f", [system, *earlier, user("Where?")], max_tokens=2),
         {"id": 7, "prompt": "Who?", "chat": True, "system": "Be long."},
         openai_row("h", [system, user("Hm?")], max_tokens=2),
     ]
     look = [{"text": "Look:"}, {"image": red}, {"text": "Red?"}]
-    history = [([{"image": picture}, {"text": "A dog?"}], "Yes.")]
+    history = [([{"image": street}, {"text": "A dog?"}], "Yes.")]
     brief = {"chat": True, "system": "Be brief.", "max_new_tokens": 2}
     alone = [
-        vl.generate([{"image": picture}, {"text": "What is this?"}], max_new_tokens=5),
+        vl.generate([{"image": street}, {"text": "What is this?"}], max_new_tokens=5),
         vl.generate("Hello, hello, hello!", max_new_tokens=5),
         vl.generate(look, chat=True, max_new_tokens=5),
-        vl.generate([{"image": red}, {"image": picture}, {"text": "Which?"}], max_new_tokens=5, **sampled),
+        vl.generate([{"image": red}, {"image": street}, {"text": "Which?"}], max_new_tokens=5, **sampled),
         vl.generate([{"image": red}, {"text": "Which?"}], max_new_tokens=5, **sampled),
         vl.generate("Where?", history=history, **brief),
         vl.generate("Who?", chat=True, system="Be long.", max_new_tokens=5),
@@ -142,14 +142,14 @@ def test_bad_rows_have_a_line_each_and_the_job_goes_on(cheap, folder):
     errors = [row.get("error") for row in results]
     assert errors[0] is errors[10] is None
     assert errors[1].startswith("line 2: not valid JSON")
-    no_picture = f"image {folder / 'in' / 'no.png'} does not exist"
-    assert errors[2] == {"code": "invalid_request", "message": no_picture}
-    assert errors[3] == no_picture
+    missing = f"image {folder / 'in' / 'no.png'} does not exist"
+    assert errors[2] == {"code": "invalid_request", "message": missing}
+    assert errors[3] == missing
     assert errors[4]["message"].endswith("downloading is off, pass --allow_http to turn it on")
     assert "leaves no room in the context of 8192" in errors[5]
     assert "must not contain <img>" in errors[6]
     assert errors[7]["message"].startswith("body.tools: unknown key")
-    assert "not in a picture format" in errors[8]
+    assert "format that Pillow" in errors[8]
     assert errors[9] == "line 11: id must be a string or a whole number"
     assert count_failed(target, Source(source, GenerationOptions())) == 9
 

@@ -32,7 +32,7 @@ def command(exported: Path, *arguments: str) -> list[str]:
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """Of a terminal that cannot show pictures, with a home of its own."""
+    """Environment of a terminal without image previews, with its own home folder."""
     kept = {key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "OMP_NUM_THREADS")}
     return {
         **kept,

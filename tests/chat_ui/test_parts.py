@@ -83,7 +83,7 @@ def test_fragments() -> None:
     ]
 
 
-def test_fragments_come_with_their_pieces() -> None:
+def test_fragments_come_with_their_segments() -> None:
     def endless():
         while True:
             yield Segment("word ")
@@ -131,10 +131,10 @@ def test_kitty(environment: dict[str, str], size: tuple[int, int], side: str) ->
     assert all(list(others) == ["m"] for others in keys[1:])
     assert [others["m"] for others in keys] == ["1"] * (len(keys) - 1) + ["0"]
     assert all(len(data) % 4 == 0 and len(data) <= 4096 for _, data in commands)
-    picture = Image.open(io.BytesIO(base64.b64decode("".join(data for _, data in commands))))
-    assert picture.format == "PNG"
-    assert max(picture.size) <= 512
-    assert picture.width / picture.height == pytest.approx(size[0] / size[1], rel=0.02)
+    shown = Image.open(io.BytesIO(base64.b64decode("".join(data for _, data in commands))))
+    assert shown.format == "PNG"
+    assert max(shown.size) <= 512
+    assert shown.width / shown.height == pytest.approx(size[0] / size[1], rel=0.02)
     assert len(commands) > 1 or size == (1, 1)
 
 

@@ -95,7 +95,7 @@ def test_picture_label(tiny_exported: Path, capsys: pytest.CaptureFixture[str]) 
     assert answers[0] != answers[1]
 
 
-def test_draw_opens_the_picture_once(
+def test_draw_opens_the_image_once(
     tiny_exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
@@ -106,8 +106,8 @@ def test_draw_opens_the_picture_once(
     drawn = tmp_path / "drawn.png"
     assert predict(tiny_exported, capsys, "--draw", str(drawn)) == tokens
     assert len(opened) == 2
-    with really(drawn) as picture, really(STREET) as street:
-        assert picture.size == street.size
+    with really(drawn) as image, really(STREET) as street:
+        assert image.size == street.size
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "bmp", "gif"])
@@ -140,10 +140,10 @@ def refused(exported: Path, untouched: Path, *arguments: str, image: object = ST
     return done.stderr
 
 
-def test_the_picture_is_not_written_over(
+def test_the_image_is_not_overwritten(
     tiny_exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not even one that was drawn on before, which a run about another picture replaces."""
+    """Not even a drawn image, which a run with another image may replace."""
     drawn, link = tmp_path / "drawn.png", tmp_path / "link.png"
     predict(tiny_exported, capsys, "--draw", str(drawn))
     link.symlink_to(drawn)

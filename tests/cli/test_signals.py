@@ -121,7 +121,7 @@ def test_sigterm_ends_a_command_that_is_in_a_long_call(tmp_path: Path) -> None:
 
 
 def test_another_signal_ends_nothing(tmp_path: Path) -> None:
-    """One that somebody handles, as that of a terminal that changes its size."""
+    """A signal with another handler, such as a change of the terminal's size."""
     done = in_a_call(signal.SIGUSR1, tmp_path, "time.sleep(3)")
     assert (done.returncode, done.stdout, done.stderr) == (0, "made model\n", "")
 

@@ -58,7 +58,7 @@ def test_no_control_of_an_answer_reaches_the_terminal(vl: QwenVL, tiny_exported:
     assert not control.search(in_json)
 
 
-def test_the_picture_from_standard_input_and_json_to_standard_output(vl: QwenVL, tiny_exported: Path) -> None:
+def test_the_image_from_standard_input_and_json_to_standard_output(vl: QwenVL, tiny_exported: Path) -> None:
     content = STREET.read_bytes()
     wanted = vl.generate([{"image": content}, {"text": "What is it?"}], **SAMPLED)
     arguments = ["predict", *STAGES, *FLAGS, "--image", "-", "--prompt", "What is it?", "--output", "-"]

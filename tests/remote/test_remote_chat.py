@@ -107,14 +107,14 @@ def test_boxes_are_drawn(
     for line in ("/image street.png", "What?", "And?"):
         conversation.run(line)
     shown = capsys.readouterr().out
-    assert "Picture 1: street.png, 960 x 640" in shown
+    assert "Image 1: street.png, 960 x 640" in shown
     assert shown.count("[1] a red house: (70, 110), (400, 433)") == 2
     assert (folder / "street-boxes-1.png").is_file()
     assert session.turns[0].answer.text == BOXES
     assert [segment.ref for segment in session.turns[0].segments if segment.ref] == ["a red house"]
 
 
-def test_pieces_come_as_they_are_sent(server: FakeServer, model: ServerModel) -> None:
+def test_segments_come_as_they_are_sent(server: FakeServer, model: ServerModel) -> None:
     server.go_on.clear()
     stream = model.chat().ask("Hello")
     assert next(stream).text == "You"
@@ -155,7 +155,7 @@ def test_closed(server: FakeServer, model: ServerModel, when: str) -> None:
     assert len(server.bodies[-1]["messages"]) == (4 if when == "after" else 2)
 
 
-def test_stopped_before_the_first_piece(server: FakeServer, model: ServerModel) -> None:
+def test_stopped_before_the_first_delta(server: FakeServer, model: ServerModel) -> None:
     """In a queue, or in a long prompt: there is not even the beginning of a response."""
     waiting, go_on = threading.Event(), threading.Event()
 

@@ -296,12 +296,12 @@ async def mistake(bench: Bench) -> Got:
 
 
 async def stalled(bench: Bench) -> Got:
-    async def pieces() -> AsyncIterator[bytes]:
+    async def chunks() -> AsyncIterator[bytes]:
         yield b"{"
         await asyncio.sleep(600)
 
     bench.configure(body_timeout=0.1)
-    return await bench.send("POST", CHAT, content=pieces(), headers=JSON)
+    return await bench.send("POST", CHAT, content=chunks(), headers=JSON)
 
 
 DIED = EngineUnavailable(

@@ -189,7 +189,7 @@ async def ask(
 
 
 class Pulse:
-    """Somebody who asks a path all the time; `late` has the longest it took in seconds, `wrong` what went wrong."""
+    """Client that polls a path; `late` is the longest response time in seconds, `wrong` lists the failures."""
 
     def __init__(self, url: str, path: str = "/health/live") -> None:
         self.n = 0

@@ -53,7 +53,7 @@ class ServerProcess:
         self.log: list[str] = []
         self._lines: queue.Queue[str] = queue.Queue()
         readers = {self._process.stdout: self._lines.put, self._process.stderr: self.log.append}
-        # A pipe that nobody reads stops the server.
+        # A full pipe that is not read blocks the server.
         self._readers = [threading.Thread(target=_each_line, args=reader) for reader in readers.items()]
         for thread in self._readers:
             thread.start()

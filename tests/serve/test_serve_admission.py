@@ -103,7 +103,7 @@ def test_it_does_what_the_ledger_says(
         queue = SlotQueue(max_running, max_waiting, LONG, max_per_key)
         ledger = Ledger(max_running, max_waiting, max_per_key)
         for what, number, key in steps:
-            everybody = ledger.inside + ledger.waiting
+            customers = ledger.inside + ledger.waiting
             if what == "come":
                 expected = ledger.status_of(number, key)
                 customer = Customer(queue, number, key)
@@ -120,8 +120,8 @@ def test_it_does_what_the_ledger_says(
             elif what == "leave" and ledger.inside:
                 customer = ledger.inside.pop(number % len(ledger.inside))
                 customer.leave.set()
-            elif what == "cancel" and everybody:
-                customer = everybody[number % len(everybody)]
+            elif what == "cancel" and customers:
+                customer = customers[number % len(customers)]
                 customer.task.cancel()
                 (ledger.inside if customer in ledger.inside else ledger.waiting).remove(customer)
             elif what == "cancel at once" and ledger.inside and ledger.waiting:
@@ -168,7 +168,7 @@ def test_who_waits_too_long_is_refused_and_those_behind_go_on() -> None:
     asyncio.run(play())
 
 
-def test_after_the_end_has_come_those_who_wait_go_on_and_nobody_comes() -> None:
+def test_after_close_waiting_requests_go_on_and_new_ones_are_refused() -> None:
     async def play() -> None:
         queue = SlotQueue(1, 5, LONG)
         inside, waiting, refused = (Customer(queue, 1, "a") for _ in range(3))
@@ -212,7 +212,7 @@ def test_retry_after_grows_with_the_queue(monkeypatch: pytest.MonkeyPatch) -> No
         await settle()
         return int(caught.value.headers["Retry-After"])
 
-    # Two slots, ten seconds each: with nobody waiting, one is free in at most ten seconds; with eight, in fifty.
+    # Two slots, ten seconds each: with an empty queue, one is free in at most ten seconds; with eight, in fifty.
     assert asyncio.run(retry_after(0)) == pytest.approx(10, abs=1)
     assert asyncio.run(retry_after(8)) == pytest.approx(50, abs=1)
 

@@ -396,7 +396,7 @@ def connected(url: str) -> socket.socket:
 
 def received(connection: socket.socket) -> bytes:
     """Everything until the other side closes."""
-    pieces = []
-    while piece := connection.recv(65536):
-        pieces.append(piece)
-    return b"".join(pieces)
+    chunks = []
+    while chunk := connection.recv(65536):
+        chunks.append(chunk)
+    return b"".join(chunks)

@@ -17,7 +17,7 @@ STEP_TOKENS = 512
 
 
 class Counting:
-    """Picks token 1 for everybody; `n_run` has the tokens of each step."""
+    """Picks token 1 for every request; `n_run` has the number of tokens of each step."""
 
     def __init__(self, n_blocks: int) -> None:
         self.limits = Limits(64, STEP_TOKENS, n_blocks, 32)

@@ -109,7 +109,7 @@ def test_after_a_preemption(vl):
     n_blocks = vl.config.max_position_embeddings // 32
     executor = KeepsLogits(vl, n_blocks)
     loop = Loop(executor)
-    for _ in range(n_blocks - 8):  # held by nobody's request
+    for _ in range(n_blocks - 8):  # held by no request
         loop._scheduler.pool.allocate()
     together = [generation_of(vl, each, 4) for each in asked]
     run(loop, together)

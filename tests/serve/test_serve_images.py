@@ -263,7 +263,7 @@ def pid_of(loader: WorkerImageLoader) -> int:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody has waited for yet has, too."""
+    """Whether a process has exited; a zombie counts."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -374,7 +374,7 @@ def test_close_ends_a_worker_at_work(events: EventLoop, make: Any) -> None:
 def test_the_same_image_is_decoded_once(events: EventLoop, make: Any) -> None:
     loader = make()
     first = events.run(loader.load(data_url(GOOD), PARAM))
-    os.kill(pid_of(loader), signal.SIGKILL)  # nobody there to decode it again
+    os.kill(pid_of(loader), signal.SIGKILL)  # no worker left to decode it again
     assert events.run(loader.load(data_url(GOOD), PARAM)) is first
     assert loader.n_cache_hits == 1
 

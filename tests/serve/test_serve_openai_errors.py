@@ -78,7 +78,7 @@ CHAT = [
         {"messages": user(image("data:,x"))},
         "messages[0].content[0].image_url.url",
         "invalid_image",
-        "picture",
+        "Pillow",
     ),
     (
         {"messages": user(TEXT, image("data:x"))},
