@@ -107,12 +107,12 @@ def open_model(
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
     limits = _limits(allow_http, allow_private_http)
-    model = QwenVL.from_exported(
+    opened = QwenVL.from_exported(
         first_model_path, second_model_path, model, device, allow_http, limits, verify, gpu_memory
     )
     if picture_label is not None:
-        model.tokenizer.picture_label = picture_label
-    return model
+        opened.tokenizer.picture_label = picture_label
+    return opened
 
 
 def open_model_or_server(

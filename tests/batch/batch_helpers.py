@@ -1,4 +1,4 @@
-"""Rows of batch files, and a model whose answers cost nothing."""
+"""Rows of batch files, and a model with cheap answers."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def text(words: str) -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
-    """`rows` as lines; bytes stay as they are."""
+    """Serialize `rows` as lines; bytes are copied verbatim."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of an output, without the time of day."""
+    """Rows of an output without the `created` times."""
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     for row in rows:
         if row.get("response"):

@@ -81,7 +81,7 @@ def test_failed_rows_are_counted_each_time(batch):
 
 
 def test_progress_in_a_log(batch, monkeypatch):
-    """A line for each row here, and first what an earlier process has done."""
+    """A progress line for each row, after a line on the rows of an earlier process."""
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
     write_rows(Path("in.jsonl"), ROWS)
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""A whole job: every row once, in order, with the answer that it has alone, wherever an earlier process ended."""
+"""Batch jobs: each row once, in order, with its own answer, wherever an earlier process ended."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 
 def test_answers_are_those_of_generate(vl, folder):
-    """Every row alone, through `generate`, is the second implementation."""
+    """Compare with each row alone through `generate`."""
     sampled = {"temperature": 1.5, "seed": 3}
     street, red = str(folder / "in" / "street.png"), str(folder / "in" / "red.png")
     system = {"role": "system", "content": "Be brief."}
@@ -163,7 +163,7 @@ def test_end_tokens_stop_and_are_not_said(cheap, folder):
 
 
 def test_resume_after_a_cut_anywhere(cheap, folder, monkeypatch):
-    """Whatever is left of the partial file, the output is that of a run without a stop, and no row is run again.
+    """For any truncation of the partial file, the output equals that of an uninterrupted run, and no row is run again.
 
     test_journal.py cuts at every byte.
     """
@@ -331,7 +331,7 @@ def test_an_input_that_changes_is_told(cheap, folder):
 
 
 def test_an_image_that_several_rows_ask_about_is_encoded_once(vl, folder, monkeypatch):
-    """Also where the features of one image only are remembered."""
+    """Also if the cache holds the features of only one image."""
     work = record(vl, monkeypatch)
     monkeypatch.setattr(vl._loop, "_images", ImageCache(max_bytes=1))
     for name in ("a", "b", "c"):
@@ -346,7 +346,7 @@ def test_an_image_that_several_rows_ask_about_is_encoded_once(vl, folder, monkey
 
 
 def test_a_longer_row_does_not_cut_a_shorter_one(vl, tmp_path, monkeypatch):
-    """Where the context ends, a row has the room that it has alone."""
+    """Near the end of the context, a row has the same room as alone."""
     monkeypatch.setattr(vl, "config", vl.config.model_copy(update={"max_position_embeddings": 64}))
     rows = [{"id": n, "prompt": "% " * n} for n in (31, 29, 25, 4, 3)]
     alone = [vl.generate(row["prompt"], max_new_tokens=20) for row in rows]

@@ -1,4 +1,4 @@
-"""Both forms of a row: what it asks, what is wrong with it, and the line that answers it."""
+"""Both formats of a row: parsing, errors, output lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from batch_helpers import openai_row, text, user
 
 from paddlemix_qwenvl_plugin import GenerationOptions, UsageError
-from paddlemix_qwenvl_plugin.batch.request import RowRequest, Reply
+from paddlemix_qwenvl_plugin.batch.request import Reply, RowRequest
 from paddlemix_qwenvl_plugin.batch.rows import error_line, id_key, read_row, reply_line, result_id
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.runtime.answer import Answer

@@ -43,7 +43,7 @@ def session(vl: QwenVL) -> Session:
 def talk(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Talk:
-    """talk(*lines): what the terminal shows; a line may be an exception, as of a key. Then Ctrl-D."""
+    """Function that types lines, then Ctrl-D, and returns the output; a line may be an exception, as of a key."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERM", "dumb")
     shutil.copyfile(STREET, "street.png")
@@ -101,10 +101,10 @@ def test_boxes_are_of_the_last_image(talk: Talk, say: Say) -> None:
     Image.new("RGB", (100, 50)).save("a small one.png")
     say("<box>(0,0),(1000,1000)</box>")
     shown = talk("/image street.png", "/image a small one.png", "Where?")
-    assert "Picture 2: a small one.png, 100 x 50" in shown
+    assert "Image 2: a small one.png, 100 x 50" in shown
     assert "[1]: (0, 0), (100, 50)\n" in shown
     assert Image.open("a_small_one-boxes-1.png").size == (100, 50)
-    assert "Picture 3: " in talk("/image street.png")
+    assert "Image 3: " in talk("/image street.png")
 
 
 def test_colours(

@@ -1,4 +1,4 @@
-"""The parts of the chat by themselves: lines, segments, previews."""
+"""Units of the chat: lines, segments, previews."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def noise(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("environment", KITTY)
 @pytest.mark.parametrize(("size", "side"), [((900, 300), "c=32"), ((300, 900), "r=8"), ((1, 1), "r=8")])
 def test_kitty(environment: dict[str, str], size: tuple[int, int], side: str) -> None:
-    """Chunks as the protocol wants them; together a small PNG of the same shape."""
+    """Chunks in the protocol's format; together a small PNG with the same aspect ratio."""
     text = preview(noise(*size), environment)
     commands = re.findall(r"\x1b_G([^;]*);([A-Za-z0-9+/=]*)\x1b\\", text)
     assert re.sub(r"\x1b_G[^\x1b]*\x1b\\", "", text) == "\n"

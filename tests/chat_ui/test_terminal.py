@@ -1,4 +1,4 @@
-"""The chat as a person meets it: typed at and read from a pseudo-terminal."""
+"""The chat on a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _image(tmp_path: Path) -> None:
 
 
 def expected(vl: QwenVL, folder: Path, *questions: str, n_tokens: int) -> list[str]:
-    """The answers to questions about the image, each from the whole conversation before it."""
+    """Answers to questions about the image, each computed from the whole conversation so far."""
     history: list = []
     for question in questions:
         parts = [{"text": question}]

@@ -1,4 +1,4 @@
-"""The flags that commands share."""
+"""Flags shared by commands."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_both_spellings_below_the_top(flag: str) -> None:
 
 
 def predict(exported: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[int]:
-    """The tokens of `qwenvl predict`, in this process."""
+    """Token ids of `qwenvl predict`, run in this process."""
     stages = (
         "--first_model_path",
         exported / "vision" / "vision",
@@ -114,7 +114,7 @@ def test_draw_opens_the_image_once(
 def test_what_is_written_again_and_what_is_not(
     suffix: str, tiny_exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A second run replaces what the first wrote, but for the formats that have no place for a note."""
+    """A second run replaces the first one's file, except in formats without metadata."""
     draw, output = tmp_path / f"drawn.{suffix}", tmp_path / "answer.json"
     output.touch()
     predict(tiny_exported, capsys, "--draw", str(draw), "--output", str(output))
@@ -128,7 +128,7 @@ def test_what_is_written_again_and_what_is_not(
 
 
 def refused(exported: Path, untouched: Path, *arguments: str, image: object = STREET) -> str:
-    """The line of a `qwenvl predict` that leaves a file as it was."""
+    """Error line of a `qwenvl predict` that leaves a file unchanged."""
     before = untouched.read_bytes()
     done = qwenvl(
         *("predict", "--first_model_path", str(exported / "vision" / "vision")),

@@ -1,4 +1,4 @@
-"""How to provoke each error of docs/errors.md: the table's `input` -> a function that sets it up.
+"""Cases of docs/errors.md: a row's `input` to the function that provokes the error.
 
 A function gets a `Bench` in an empty working directory and returns the arguments of `qwenvl`.
 """
@@ -72,7 +72,7 @@ class Bench:
         path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The tensors of model/, whose weight file is gone afterwards."""
+        """Read the tensors of model/ and remove its weight file."""
         path = self.model() / "model.safetensors"
         tensors = load_file(path)
         path.unlink()
@@ -82,7 +82,7 @@ class Bench:
         save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, f"model/{name}")
 
     def shards(self) -> dict[str, str]:
-        """model/ in two files, a.safetensors and b.safetensors; the index as a dict, not written yet."""
+        """Split model/ into a.safetensors and b.safetensors; return the index, not yet written, as a dict."""
         tensors = self.weights()
         names = list(tensors)
         half = len(names) // 2
@@ -182,7 +182,7 @@ def cases(rows: dict[str, Provoke]) -> None:
 
 
 def cut(path: str, keep: float) -> None:
-    """Keep this part of a file."""
+    """Truncate a file to this part."""
     os.truncate(path, int(Path(path).stat().st_size * keep))
 
 
@@ -998,7 +998,7 @@ def _(bench: Bench) -> list[str]:
 
 @case("the partial file of another job")
 def _(bench: Bench) -> list[str]:
-    """It was stopped before it wrote its output."""
+    """The job was stopped before it wrote its output."""
     from paddlemix_qwenvl_plugin.batch.job import run
     from paddlemix_qwenvl_plugin.batch.source import Source
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -1216,7 +1216,7 @@ def vqa_full_disk(bench: Bench) -> list[str]:
 
 
 def without(bench: Bench, library: str) -> None:
-    """Have the import of a library fail, whether it is installed or not."""
+    """Make the import of a library fail, whether installed or not."""
     for module in [name for name in sys.modules if name.split(".")[0] == library]:
         bench.monkeypatch.delitem(sys.modules, module)
     bench.monkeypatch.setitem(sys.modules, library, None)
@@ -1452,7 +1452,7 @@ def tokenizer_config(text: str) -> Callable[[Bench], list[str]]:
 
 
 class Call:
-    """Pickled as a call of a function, which an unpickler that refuses nothing carries out."""
+    """Object pickled as a function call, which an unrestricted unpickler executes."""
 
     def __reduce__(self) -> Any:
         return os.system, ("touch ran",)
@@ -1475,7 +1475,7 @@ def header(change: Callable[[dict[str, Any]], None], more: bytes = b"") -> Provo
 
 
 def overlap(entries: dict[str, Any]) -> None:
-    """Let one tensor lie where another of its size does."""
+    """Make a tensor overlap another one of its size."""
     first, second = (f"transformer.llm.h.{i}.ln_1.weight" for i in range(2))
     entries[second]["data_offsets"] = entries[first]["data_offsets"]
 

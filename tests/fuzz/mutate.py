@@ -30,7 +30,7 @@ _MARK = "a place for a fragment"
 
 
 def corrupted(data: bytes, random: Random, words: Sequence[bytes], is_json: bool) -> bytes:
-    """`data` with one to eight things wrong with it.
+    """Corrupt `data` in one to eight places.
 
     Args:
         words: what the format is made of, for the places where chance would never find it.
@@ -70,7 +70,7 @@ def _corrupted_json(data: bytes, random: Random) -> bytes:
 
 
 def _places(value: Any) -> Any:
-    """(the dict or list, the key or index) of every value."""
+    """List (the dict or list, the key or index) of every value."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     for key in keys:
         yield value, key

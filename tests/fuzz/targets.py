@@ -70,7 +70,7 @@ class Target:
 
 
 def make_base(folder: Path) -> None:
-    """A model as small as it can be, in model/, and its exports vision/v and text/t."""
+    """Create a minimal model in model/ and its exports vision/v and text/t."""
     model = folder / "model"
     model.mkdir()
     write_tiny_vocabulary(model / "qwen.tiktoken")
@@ -157,7 +157,7 @@ bench: {step: only, repeat: 2, warmup: 1}
 
 
 def _framed(lay_out: Callable[[bytes, Path], list[str]]) -> Callable[[bytes, Path], list[str]]:
-    """A header's length goes before it, so that most of them are read."""
+    """Prepend a header's length, so that most headers are read."""
 
     def framed(data: bytes, folder: Path) -> list[str]:
         return lay_out(struct.pack("<Q", len(data)) + data, folder)

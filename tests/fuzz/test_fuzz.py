@@ -1,4 +1,4 @@
-"""Corrupted configs, manifests, safetensors headers, images and recipes: a line or an answer, in bounded memory and time.
+"""Corrupted configs, manifests, safetensors headers, images, recipes: a line or an answer, in bounded memory and time.
 
 QWENVL_FUZZ_SECONDS is how long all targets take together (60), QWENVL_FUZZ_SEED what is tried (0). An input that does
 harm is kept in found/TARGET and tried again in every run from then on; remove those that tell nothing new.
@@ -44,7 +44,7 @@ class Runner:
         self._child: subprocess.Popen[str] | None = None
 
     def problem(self, target: Target, data: bytes) -> str | None:
-        """What is wrong with how `qwenvl` took this input; None if nothing is."""
+        """Problem of `qwenvl` with this input; None if it behaved well."""
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir()
         ended = self._run(target.lay_out(data, self._work))

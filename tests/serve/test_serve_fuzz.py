@@ -1,4 +1,4 @@
-"""Requests made at random from the OpenAPI document: never a 500, never a hang, each error in OpenAI's format.
+"""Random requests generated from the OpenAPI document: never a 500, never a hang, each error in OpenAI's format.
 
 QWENVL_TEST_FUZZ_SECONDS is how long it takes (20), QWENVL_TEST_FUZZ_SEED what is tried (0).
 """
@@ -68,7 +68,7 @@ def _tame(body: Any, data: Any) -> None:
 
 
 def _whole(value: Any) -> Any:
-    """A value without numbers like 1.0, which are whole in the words of a schema and not here."""
+    """Value without numbers like 1.0, which are integers in JSON Schema but not here."""
     if isinstance(value, list):
         return [_whole(each) for each in value]
     if isinstance(value, dict):
@@ -122,7 +122,7 @@ def _check(case: Any, response: Any) -> None:
 
 
 def _try(operation: Any, mode: Any, number: int, seen: Counter[str]) -> None:
-    """A batch of requests for an operation; the shortest of those that break something is in the traceback."""
+    """Batch of requests for an operation; the traceback shows the shortest failing one."""
 
     @seed(number)
     @settings(

@@ -1,4 +1,4 @@
-"""Bodies that would hold up the event loop when they are parsed."""
+"""Bodies whose parsing would block the event loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The life of a server, as a process that gets signals, and slow clients."""
+"""Lifecycle of a server process: signals, handover, slow clients."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_a_socket_of_systemd(start: Callable[..., Process]) -> None:
 
 
 class Load:
-    """Clients that ask one request after the other, each on a connection of its own or all on one."""
+    """Client with sequential requests, on one connection each or on one for all."""
 
     def __init__(self, url: str) -> None:
         self.answers: list[str] = []

@@ -1,4 +1,4 @@
-"""Bad requests: OpenAI's error object with the right status, parameter and code."""
+"""Invalid requests: OpenAI's error object with the right status, parameter and code."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def test_bodies(server, content, content_type, status, code):
 
 
 def test_many_wrong_values_are_few_errors():
-    """In a list, and as parameters: a body of some megabytes must not make gigabytes of them."""
+    """In a list and as parameters: a body of some megabytes must not cause gigabytes of errors."""
     many = dict.fromkeys(map(str, range(10_000)), 1)
     good = {"model": NAME, "messages": ask("?")}
     for bad in (

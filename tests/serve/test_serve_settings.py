@@ -1,4 +1,4 @@
-"""Settings: which source counts, what a wrong one says, and that `qwenvl serve` has a flag for each."""
+"""Settings: precedence of sources, error messages, a flag of `qwenvl serve` for each."""
 
 from __future__ import annotations
 
