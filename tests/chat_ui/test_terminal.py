@@ -74,7 +74,7 @@ def test_a_session(open_terminal: Open, vl: QwenVL, tmp_path: Path, monkeypatch:
     first, *others = (turn["answer"]["timings"]["encode_images"] for turn in saved["turns"])
     assert min(others) < 0.001 < 0.005 < first
 
-    assert "forgotten" in terminal.type("/clear")
+    assert "cleared" in terminal.type("/clear")
     assert terminal.type("/save again.md").strip() == "/save: there is no answer yet to save"
     fresh = vl.generate("What is it?", chat=True, max_new_tokens=20).text
     assert without_controls(fresh) in terminal.type("What is it?")
