@@ -1,4 +1,4 @@
-"""Fake server with OpenAI's API: scripted answers, recorded requests."""
+"""Scripted OpenAI-compatible server for tests, which records its requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODEL = "qwen-vl-chat"
 
 
 class Said(NamedTuple):
-    """An answer."""
+    """Answer with its finish reason and usage."""
 
     text: str
     finish_reason: str
@@ -25,16 +25,15 @@ Answer = Callable[[dict[str, Any]], Union[str, Said]]
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Server with scripted answers.
-
-    `answer(body)` returns an answer, or the text of a finished one; `refuse(path, body)` returns the status, error
-    and headers of an error instead.
+    """Scripted server.
 
     Attributes:
+        answer: function of a request's body that returns an answer, or the text of a complete one.
+        refuse: function of path and body that returns status, error and headers of an error response, or None.
         asked: (path, body) of each request that was not refused.
-        gone: released for each client that went away in a stream.
+        gone: released for each client that disconnects in a stream.
         go_on: while it is not set, streams wait after their first delta.
-        cut: abort streams after their first delta.
+        cut: close streams after their first delta.
         key: the required API key.
     """
 
@@ -82,7 +81,7 @@ def last_text(body: dict[str, Any]) -> str:
 
 
 def images(content: Any) -> list[bytes]:
-    """The encoded images of a content."""
+    """Encoded images of a content."""
     urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
     for url in urls:
         assert url.startswith("data:image/"), url[:40]
@@ -133,9 +132,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        chunks = [said.text[i : i + 3] for i in range(0, len(said.text), 3)]
+        texts = [said.text[i : i + 3] for i in range(0, len(said.text), 3)]
         deltas: list[dict[str, Any]] = [{"delta": {"role": "assistant", "content": ""}}]
-        deltas += [{"delta": {"content": chunk}} for chunk in chunks]
+        deltas += [{"delta": {"content": text}} for text in texts]
         deltas.append({"delta": {"boxes": []}, "finish_reason": said.finish_reason})
         try:
             self.wfile.write(b": a comment\r\n\r\n")
@@ -152,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.gone.release()
 
     def _event(self, values: dict[str, Any]) -> None:
-        # Like servers that write JSON without escapes: U+2028 is not escaped.
+        # Without escapes, as some servers write JSON: U+2028 stays unescaped.
         self.wfile.write(b"data: " + json.dumps(values, ensure_ascii=False).encode() + b"\n\n")
 
     def _json(self, status: int, values: Any, headers: Optional[dict[str, str]] = None) -> None:
@@ -170,5 +169,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def usage(text: str) -> dict[str, int]:
-    """Usage of an answer: 7 prompt tokens, and one token for each character and for the end."""
+    """Usage of an answer: 7 prompt tokens, one token per character, one stop token."""
     return {"prompt_tokens": 7, "completion_tokens": len(text) + 1, "total_tokens": len(text) + 8}

@@ -1,1 +1,1 @@
-"""Batch jobs: rows of a JSONL file in, a row of results for each out."""
+"""Batch jobs: a JSONL file of requests to a JSONL file of results."""

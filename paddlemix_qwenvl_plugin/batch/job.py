@@ -1,4 +1,4 @@
-"""Run a batch job: answer row by row into the partial file, a window of rows at once; write them in their order."""
+"""Execution of a batch job: results go to a journal as they complete, then to the output in input order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Generic
 
 from paddlemix_qwenvl_plugin.batch.journal import Journal
-from paddlemix_qwenvl_plugin.batch.request import Asked, Reply
+from paddlemix_qwenvl_plugin.batch.request import Reply, RowRequest
 from paddlemix_qwenvl_plugin.batch.rows import Row, dump, error_line, id_key, reply_line, result_id
 from paddlemix_qwenvl_plugin.batch.source import Source
 from paddlemix_qwenvl_plugin.runtime.model import Model, S
@@ -21,19 +21,19 @@ from paddlemix_qwenvl_plugin.util.progress import track
 
 
 def partial_path(target: Path) -> Path:
-    """The partial file beside an output."""
+    """Path of the partial file of an output."""
     return target.with_name(f"{target.name}.partial")
 
 
 def run(source: Source, target: Path, model: Model[S], window: int) -> None:
-    """Answer every row of `source` into `target`, and continue where an earlier process of the same job ended.
+    """Answer every row of `source` into `target`; resume the job if an earlier process left its partial file.
 
     Args:
-        window: rows that are run at once.
+        window: number of concurrent rows.
 
     Raises:
-        QwenVLError: another process or another job has the partial file, or the exported stages cannot be run. What
-            was answered until then stays in the partial file.
+        QwenVLError: another process or another job owns the partial file, or the exported stages cannot be run. The
+            partial file keeps the results so far.
         OSError: a file cannot be written.
     """
     job = {
@@ -46,16 +46,16 @@ def run(source: Source, target: Path, model: Model[S], window: int) -> None:
     keys = {id_key(entry.id) for entry in source.entries if entry.id is not None}
     partial = partial_path(target)
     with Journal(partial, job, keys) as journal:
-        if not target.exists():  # else another process has ended the job since the caller looked
+        if not target.exists():  # else another process has completed the job since the caller's check
             _Job(source, model, journal, hashlib.sha256(dump(job)).hexdigest()).run(target, window)
     partial.unlink(missing_ok=True)
 
 
 def count_failed(target: Path, source: Source) -> int:
-    """How many rows of a finished output are errors.
+    """Count the errors in a complete output.
 
     Raises:
-        UsageError: it is not an output of `source`.
+        UsageError: the file is not the output of `source`.
     """
     with target.open("rb") as file:
         results = [result_id(line) for line in file]
@@ -77,18 +77,18 @@ class _Job(Generic[S]):
     def run(self, target: Path, window: int) -> None:
         entries = self._source.entries
         if len(self._journal):
-            print(f"{len(self._journal)} of {len(entries)} rows are there from before", file=sys.stderr)
-        left = [
+            print(f"resuming: {len(self._journal)} of {len(entries)} rows are answered", file=sys.stderr)
+        remaining = [
             i for i, entry in enumerate(entries) if entry.id is not None and self._key(i) not in self._journal
         ]
-        # Rows about one image one after another, so that what it costs is paid once.
-        left.sort(key=lambda i: entries[i].images)
-        for _ in track(self._answer(left, window), "rows answered", len(left)):
+        # Rows with the same images run consecutively, so that the caches serve them.
+        remaining.sort(key=lambda i: entries[i].images)
+        for _ in track(self._answer(remaining, window), "rows answered", len(remaining)):
             pass
         write_beside(target, self._write)
 
     def _answer(self, indices: Sequence[int], window: int) -> Iterator[int]:
-        """Answer rows into the journal, `window` of them at a time; yields the index of each."""
+        """Answer rows into the journal, `window` at a time; yield the index of each."""
         active: dict[S, tuple[int, Row]] = {}
         todo = iter(indices)
         try:
@@ -106,7 +106,7 @@ class _Job(Generic[S]):
                     for stream in self._model.wait_any(active) if active else []:
                         index, row = active.pop(stream)
                         done.append((index, self._reply(row, stream, self._tag(index))))
-                finally:  # what was answered stays, whatever happened to another row
+                finally:  # keep completed rows even if another one raised
                     self._journal.append((self._key(index), line) for index, line in done)
                 yield from (index for index, _ in done)
         finally:
@@ -114,24 +114,24 @@ class _Job(Generic[S]):
                 stream.close()
 
     def _start(self, row: Row) -> S:
-        if isinstance(row.asked, UsageError):
-            raise row.asked
-        return self._model.ask(row.asked.request, self._source.path.parent).submit()
+        if isinstance(row.parsed, UsageError):
+            raise row.parsed
+        return self._model.ask(row.parsed.request, self._source.path.parent).submit()
 
     def _reply(self, row: Row, stream: S, tag: str) -> bytes:
-        assert isinstance(row.asked, Asked)
+        assert isinstance(row.parsed, RowRequest)
         try:
             answer = stream.finish()
         except RequestError as error:
             return error_line(row.id, row.openai, error, tag)
-        reply = Reply(answer, stream.n_prompt_tokens, stream.n_new_tokens, row.asked.model)
+        reply = Reply(answer, stream.n_prompt_tokens, stream.n_new_tokens, row.parsed.model)
         return reply_line(row.id, row.openai, reply, tag)
 
     def _key(self, index: int) -> str:
         return id_key(self._source.entries[index].id)
 
     def _tag(self, index: int) -> str:
-        """A request's name: the same when a killed job is run again, another in another job."""
+        """Request id, stable over restarts of the job and different in other jobs."""
         number = self._source.entries[index].number
         return hashlib.sha256(f"{self._digest} {number}".encode()).hexdigest()[:24]
 
@@ -140,8 +140,8 @@ class _Job(Generic[S]):
             for index, entry in enumerate(self._source.entries):
                 if entry.id is not None:
                     file.write(self._journal.line(self._key(index)))
-                else:  # what is wrong with a row without an id is found again: it has no place in the journal
-                    error = self._source.row(index).asked
+                else:  # a row without an id is not in the journal: read its error again
+                    error = self._source.row(index).parsed
                     assert isinstance(error, UsageError)
                     file.write(error_line(None, entry.openai, error, self._tag(index)))
             file.flush()

@@ -1,6 +1,6 @@
-"""The partial file of a batch job: the output lines so far, in the order in which they were made.
+"""Journal of a batch job, the partial file: the output lines so far, in order of completion.
 
-Its first line says to which job it belongs. It is also the lock that keeps a second process away.
+Its first line identifies the job. The file is locked against a second process.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, naming
 
 
 class Journal:
-    """Output lines by the `id_key` of their rows, on disk.
+    """Output lines on disk, by the `id_key` of their rows.
 
-    Opening cuts off what a killed process left half written: everything from the first line that is not whole. A
-    journal that is closed without lines is removed.
+    Opening truncates the file at its first incomplete line, which a killed process may leave. Closing a journal
+    without lines removes it.
 
     Raises:
-        QwenVLError: another process has it, or it belongs to another job.
-        OSError: it cannot be written.
+        QwenVLError: another process holds the lock, or the file belongs to another job.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path, job: Mapping[str, Any], keys: Collection[str]) -> None:
-        """Args:
-        job: what makes the job this one, JSON-ready.
-        keys: of the rows that the job has.
+        """Open and lock the file.
+
+        Args:
+            job: identity of the job, JSON-serializable.
+            keys: `id_key` of each row of the job.
         """
         self._path = path
         self._file = _open_locked(path)
@@ -60,13 +62,13 @@ class Journal:
         return len(self._places)
 
     def line(self, key: str) -> bytes:
-        """The output line of a row, its line end included."""
+        """Read the output line of a row, line end included."""
         offset, size = self._places[key]
         self._file.seek(offset)
         return self._file.read(size)
 
     def append(self, lines: Iterable[tuple[str, bytes]]) -> None:
-        """Add (key, output line) pairs; when this returns they are on the disk."""
+        """Append (key, output line) pairs and sync them to disk."""
         with naming(self._path):
             offset = self._file.seek(0, os.SEEK_END)
             for key, line in lines:
@@ -85,7 +87,7 @@ class Journal:
                     f"{self._path}: {_difference(head, found)}; remove it or name another output"
                 )
             self._ours = True
-            self._file.truncate(0)  # new, or its process was killed at once
+            self._file.truncate(0)  # new, or killed while writing the first line
             self._file.write(head)
             self._file.flush()
             return
@@ -103,26 +105,26 @@ class Journal:
         if self._ours and not self._places:
             with contextlib.suppress(
                 PermissionError
-            ):  # Windows removes no open file: the first line stays there
+            ):  # Windows does not remove open files: the first line remains
                 self._path.unlink(missing_ok=True)
         with naming(self._path):
             self._file.close()
 
 
 def _difference(head: bytes, found: bytes) -> str:
-    wanted = json.loads(head)
+    expected = json.loads(head)
     try:
-        there = dict(json.loads(found))
+        actual = dict(json.loads(found))
     except (ValueError, TypeError):
-        there = {}
-    if set(there) != set(wanted):
+        actual = {}
+    if set(actual) != set(expected):
         return "not a partial file of this version of qwenvl batch"
-    different = [key for key in wanted if there[key] != wanted[key]]
+    different = [key for key in expected if actual[key] != expected[key]]
     return f"belongs to another job (different: {', '.join(different)})"
 
 
 def _open_locked(path: Path) -> BinaryIO:
-    """The file, made if need be, and locked until it is closed or the process ends."""
+    """Open or create the file and lock it until it is closed or the process ends."""
     while True:
         file = path.open("a+b")
         try:
@@ -130,7 +132,7 @@ def _open_locked(path: Path) -> BinaryIO:
         except BlockingIOError as error:
             file.close()
             raise QwenVLError(f"{path}: another qwenvl batch is writing it; wait for its end") from error
-        # The process that had it may have removed it between our open and our lock.
+        # The previous owner may have removed the file between the open and the lock.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
         file.close()
@@ -141,7 +143,7 @@ if sys.platform == "win32":
     def _lock(file: BinaryIO) -> None:
         import msvcrt
 
-        file.seek(2**31 - 2)  # nobody reads there: a locked byte cannot be read
+        file.seek(2**31 - 2)  # beyond the data: a locked byte cannot be read
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:

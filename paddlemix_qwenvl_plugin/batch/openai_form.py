@@ -1,4 +1,4 @@
-"""OpenAI's batch form: {"custom_id": …, "body": {"messages": […]}} in, {"custom_id": …, "response": …} out."""
+"""OpenAI's batch format: {"custom_id": …, "body": {"messages": […]}} in, {"custom_id": …, "response": …} out."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from paddlemix_qwenvl_plugin.batch.request import Asked, Reply, RowId, check_keys, check_type
+from paddlemix_qwenvl_plugin.batch.request import Reply, RowId, RowRequest, check_keys, check_type
 from paddlemix_qwenvl_plugin.processing.prompts import Query
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.request import DEFAULT_SYSTEM, Request
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
-# A row with one of these keys is in this form.
+# A row with one of these keys is in this format.
 MARKS = ("custom_id", "body")
 
 _FIXED = {"method": "POST", "url": "/v1/chat/completions"}
 
-# Those that change nothing here, and the values that ask for what happens anyway.
+# Ignored keys, and keys that accept only their default.
 _IGNORED = ("model", "user", "metadata")
 _HARMLESS = {"n": 1, "stream": False}
 
@@ -28,35 +28,35 @@ _OPTIONS = {
 }
 
 
-def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
-    """The request of a row without null values.
+def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
+    """Parse a row without null values.
 
     Raises:
-        UsageError: an unknown key, or a value that cannot be; the line names it.
+        UsageError: an unknown key or an invalid value; the message names it.
     """
     check_keys(values, ["custom_id", "body", *_FIXED])
     for key, value in _FIXED.items():
         if values.get(key, value) != value:
             raise UsageError(f"{key}: must be {value}")
-    body = _given(check_type(values.get("body"), dict, "body"))
+    body = _without_nulls(check_type(values.get("body"), dict, "body"))
     check_keys(body, ["messages", *_IGNORED, *_HARMLESS, *_OPTIONS], "body.")
     for key, harmless in _HARMLESS.items():
         if body.get(key, harmless) != harmless:
             raise UsageError(f"body.{key}: can only be {str(harmless).lower()}")
-    asked: dict[str, Any] = {}
+    requested: dict[str, Any] = {}
     for key in _OPTIONS.keys() & body.keys():
-        if asked.setdefault(_OPTIONS[key], body[key]) != body[key]:
+        if requested.setdefault(_OPTIONS[key], body[key]) != body[key]:
             raise UsageError("body.max_tokens: another value than body.max_completion_tokens")
     system, history, query = _conversation(check_type(body.get("messages"), list, "body.messages"))
-    options = GenerationOptions.of({**defaults, **asked})
-    return Asked(
+    options = GenerationOptions.of({**defaults, **requested})
+    return RowRequest(
         Request(query, options, True, history, DEFAULT_SYSTEM if system is None else system),
-        check_type(body.get("model", Asked.model), str, "body.model"),
+        check_type(body.get("model", RowRequest.model), str, "body.model"),
     )
 
 
 def reply(row_id: RowId, reply: Reply, tag: str) -> dict[str, Any]:
-    """The output row of an answer, with a chat.completion object."""
+    """Build the output row of an answer, with a chat.completion object."""
     message = {"role": "assistant", "content": reply.answer.text}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reply.answer.finish_reason}
     body = {
@@ -72,7 +72,7 @@ def reply(row_id: RowId, reply: Reply, tag: str) -> dict[str, Any]:
 
 
 def failure(row_id: RowId, code: str, message: str, tag: str) -> dict[str, Any]:
-    """The output row of an error."""
+    """Build the output row of an error."""
     error = {"code": code, "message": message}
     return {"id": f"batch_req_{tag}", "custom_id": row_id, "response": None, "error": error}
 
@@ -80,31 +80,31 @@ def failure(row_id: RowId, code: str, message: str, tag: str) -> dict[str, Any]:
 def _conversation(
     messages: list[Any],
 ) -> tuple[str | None, list[tuple[Query, str]], list[dict[str, Any]]]:
-    """The system message, the earlier turns and the last question."""
+    """Parse messages into the system message, the earlier turns and the last question."""
     system: str | None = None
     turns: list[list[dict[str, Any]]] = []
     for index, message in enumerate(messages):
         where = f"body.messages[{index}]"
-        given = _given(check_type(message, dict, where))
-        check_keys(given, ["role", "content"], f"{where}.")
-        role, wanted = given.get("role"), "assistant" if len(turns) % 2 else "user"
+        fields = _without_nulls(check_type(message, dict, where))
+        check_keys(fields, ["role", "content"], f"{where}.")
+        role, expected = fields.get("role"), "assistant" if len(turns) % 2 else "user"
         if role == "system" and index == 0:
-            system = _text(_parts(given.get("content"), where), where)
-        elif role == wanted:
-            turns.append(_parts(given.get("content"), where))
+            system = _text(_parts(fields.get("content"), where), where)
+        elif role == expected:
+            turns.append(_parts(fields.get("content"), where))
         else:
             raise UsageError(
-                f"{where}.role: must be {wanted} here, got {role!r:.40}; "
-                "a conversation is system (optional), then user and assistant in turn"
+                f"{where}.role: must be {expected} here, got {role!r:.40}; "
+                "a conversation is system (optional), then user and assistant alternating"
             )
     if len(turns) % 2 == 0:
-        raise UsageError("body.messages: must end with a message of the user")
-    answers = [_text(parts, "a message of the assistant in body.messages") for parts in turns[1::2]]
+        raise UsageError("body.messages: must end with a user message")
+    answers = [_text(parts, "an assistant message in body.messages") for parts in turns[1::2]]
     return system, list(zip(turns[::2], answers)), turns[-1]
 
 
 def _parts(content: Any, where: str) -> list[dict[str, Any]]:
-    """A message's content as parts of a query."""
+    """Convert a message's content to parts of a query."""
     if isinstance(content, str):
         return [{"text": content}]
     if not isinstance(content, list) or not content:
@@ -113,24 +113,24 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _part(part: Any, where: str) -> dict[str, Any]:
-    given = _given(check_type(part, dict, where))
-    kind = given.get("type")
+    fields = _without_nulls(check_type(part, dict, where))
+    kind = fields.get("type")
     if kind == "text":
-        check_keys(given, ["type", "text"], f"{where}.")
-        return {"text": check_type(given.get("text"), str, f"{where}.text")}
+        check_keys(fields, ["type", "text"], f"{where}.")
+        return {"text": check_type(fields.get("text"), str, f"{where}.text")}
     if kind == "image_url":
-        check_keys(given, ["type", "image_url"], f"{where}.")
-        picture = check_type(given.get("image_url"), dict, f"{where}.image_url")
-        check_keys(picture, ["url", "detail"], f"{where}.image_url.")
-        return {"image": check_type(picture.get("url"), str, f"{where}.image_url.url")}
+        check_keys(fields, ["type", "image_url"], f"{where}.")
+        image_url = check_type(fields.get("image_url"), dict, f"{where}.image_url")
+        check_keys(image_url, ["url", "detail"], f"{where}.image_url.")
+        return {"image": check_type(image_url.get("url"), str, f"{where}.image_url.url")}
     raise UsageError(f"{where}.type: must be text or image_url, got {kind!r:.40}")
 
 
 def _text(parts: list[dict[str, Any]], where: str) -> str:
     if any("image" in part for part in parts):
-        raise UsageError(f"{where}: only a message of the user may have a picture")
+        raise UsageError(f"{where}: only a user message may contain an image")
     return "".join(part["text"] for part in parts)
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The plain form: {"id": …, "image": …, "prompt": …} in, {"id": …, "text": …} out."""
+"""Plain batch format: {"id": …, "image": …, "prompt": …} in, {"id": …, "text": …} out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from paddlemix_qwenvl_plugin.batch.request import Asked, Reply, RowId, check_keys, check_type
+from paddlemix_qwenvl_plugin.batch.request import Reply, RowId, RowRequest, check_keys, check_type
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.runtime.request import DEFAULT_SYSTEM, Request
 from paddlemix_qwenvl_plugin.util.errors import UsageError
@@ -14,11 +14,11 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 _OPTIONS = [field.name for field in fields(GenerationOptions)]
 
 
-def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
-    """The request of a row without null values.
+def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
+    """Parse a row without null values.
 
     Raises:
-        UsageError: an unknown key, or a value that cannot be; the line names it.
+        UsageError: an unknown key or an invalid value; the message names it.
     """
     check_keys(values, ["id", "image", "images", "prompt", "chat", "system", *_OPTIONS])
     if "image" in values and "images" in values:
@@ -33,16 +33,16 @@ def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
     query = [{"image": check_type(image, str, "image")} for image in images]
     options = GenerationOptions.of({**defaults, **{key: values[key] for key in _OPTIONS if key in values}})
     system = check_type(values.get("system", DEFAULT_SYSTEM), str, "system")
-    return Asked(Request([*query, {"text": prompt}] if prompt else query, options, chat, (), system))
+    return RowRequest(Request([*query, {"text": prompt}] if prompt else query, options, chat, (), system))
 
 
 def reply(row_id: RowId, reply: Reply) -> dict[str, Any]:
-    """The output row of an answer."""
+    """Build the output row of an answer."""
     answer = reply.answer.as_dict()
     kept = {key: answer[key] for key in ("text", "boxes", "finish_reason")}
     return {"id": row_id, **kept, "usage": reply.usage}
 
 
 def failure(row_id: RowId, message: str) -> dict[str, Any]:
-    """The output row of an error."""
+    """Build the output row of an error."""
     return {"id": row_id, "error": message}

@@ -1,4 +1,4 @@
-"""What a row asks and what answers it, whatever its form."""
+"""Request and reply of a row, independent of its format."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a row asks, and the name by which it calls the model."""
+class RowRequest:
+    """Request of a row, and the model name that the reply repeats."""
 
     request: Request
     model: str = "qwen-vl"
@@ -25,7 +25,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answered request."""
+    """Answer to a row with its token counts."""
 
     answer: Answer
     n_prompt_tokens: int
@@ -34,7 +34,7 @@ class Reply:
 
     @property
     def usage(self) -> dict[str, int]:
-        """The tokens of the prompt and of the answer, end token included."""
+        """Token counts of prompt and answer, stop token included."""
         return {
             "prompt_tokens": self.n_prompt_tokens,
             "completion_tokens": self.n_new_tokens,
@@ -43,14 +43,14 @@ class Reply:
 
 
 def check_keys(values: Mapping[str, Any], known: Collection[str], where: str = "") -> None:
-    """Refuse a key that is not known."""
+    """Raise UsageError for the first unknown key."""
     for key in values:
         if key not in known:
             raise UsageError(f"{where}{key}: unknown key; known keys: {', '.join(sorted(known))}")
 
 
 def check_type(value: Any, kind: type[T], where: str) -> T:
-    """`value`, which must be of this type."""
+    """Return `value`; raise UsageError unless it has this type."""
     if not isinstance(value, kind):
         names = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
         raise UsageError(f"{where} must be {names[kind]}")

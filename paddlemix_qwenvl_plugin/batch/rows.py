@@ -1,6 +1,6 @@
-"""One line of a batch file: what it asks, and the line that answers it.
+"""Parsing of input lines and writing of output lines of a batch file.
 
-A row is in one of two forms: OpenAI's (openai_form.py) or the plain one (plain_form.py).
+A row is in one of two formats: OpenAI's (openai_form.py) or the plain one (plain_form.py).
 """
 
 from __future__ import annotations
@@ -10,24 +10,30 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn, Union
 
 from paddlemix_qwenvl_plugin.batch import openai_form, plain_form
-from paddlemix_qwenvl_plugin.batch.request import Asked, Reply, RowId
+from paddlemix_qwenvl_plugin.batch.request import Reply, RowId, RowRequest
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 
 
 class Row(NamedTuple):
-    """A row of the input; `id` is None where the row has none that can be read."""
+    """Row of the input.
+
+    Attributes:
+        id: None if the row has no valid id.
+        openai: whether the row is in OpenAI's format.
+        parsed: the request, or the error of an invalid row.
+    """
 
     id: RowId
     openai: bool
-    asked: Union[Asked, UsageError]
+    parsed: Union[RowRequest, UsageError]
 
 
 def read_row(number: int, line: bytes, defaults: Mapping[str, Any]) -> Row:
-    """Read line `number`; what is wrong with it becomes the row's `asked`.
+    """Parse line `number`; an error becomes the row's `parsed`.
 
     Args:
         line: the line's bytes.
-        defaults: generation options that hold where the row has none of its own.
+        defaults: generation options for those that the row does not set.
     """
     try:
         values = _parse(line)
@@ -40,25 +46,25 @@ def read_row(number: int, line: bytes, defaults: Mapping[str, Any]) -> Row:
     if not isinstance(row_id, str) and (openai or type(row_id) is not int):
         kind = "a string" if openai else "a string or a whole number"
         return Row(None, openai, UsageError(f"line {number}: {key} must be {kind}"))
-    # A key that is null counts as one that is not there: clients write out what they leave unset.
-    given = {name: value for name, value in values.items() if value is not None}
-    read: Callable[[Mapping[str, Any], Mapping[str, Any]], Asked] = (
+    # null equals an omitted key: clients serialize unset fields.
+    fields = {name: value for name, value in values.items() if value is not None}
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], RowRequest] = (
         openai_form.read if openai else plain_form.read
     )
     try:
-        return Row(row_id, openai, read(given, defaults))
+        return Row(row_id, openai, read(fields, defaults))
     except UsageError as error:
         return Row(row_id, openai, error)
 
 
 def reply_line(row_id: RowId, openai: bool, reply: Reply, tag: str) -> bytes:
-    """The output line of a row that was answered; `tag` is a name for the request, unlike any other's."""
+    """Write the output line of an answered row; `tag` is the unique request id."""
     form = openai_form.reply(row_id, reply, tag) if openai else plain_form.reply(row_id, reply)
     return dump(form)
 
 
 def error_line(row_id: RowId, openai: bool, error: QwenVLError, tag: str) -> bytes:
-    """The output line of a row that failed."""
+    """Write the output line of a failed row."""
     message = line_of(error)
     if not openai:
         return dump(plain_form.failure(row_id, message))
@@ -67,7 +73,7 @@ def error_line(row_id: RowId, openai: bool, error: QwenVLError, tag: str) -> byt
 
 
 def result_id(line: bytes) -> tuple[str, bool] | None:
-    """The `id_key` of the row that an output line answers and whether it failed; None: not a whole output line."""
+    """Parse an output line into the row's `id_key` and whether it failed; None if incomplete or not an output line."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -82,15 +88,15 @@ def result_id(line: bytes) -> tuple[str, bool] | None:
 
 
 def id_key(row_id: RowId) -> str:
-    """An id as a text that tells 1 from "1"."""
+    """Serialize an id as a string that distinguishes 1 from "1"."""
     return json.dumps(row_id)
 
 
 def dump(values: Any) -> bytes:
-    """`values` as a line of JSON in UTF-8."""
+    """Serialize `values` as a line of JSON in UTF-8."""
     try:
         return json.dumps(values, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair can only be written as an escape
+    except UnicodeEncodeError:  # a lone surrogate can only be written as an escape
         return json.dumps(values).encode() + b"\n"
 
 

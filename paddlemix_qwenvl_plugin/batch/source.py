@@ -1,4 +1,4 @@
-"""The input of a batch job: a JSONL file that is read once for its ids, and then row by row."""
+"""Input of a batch job: a JSONL file, indexed in one pass and then read by row."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.files import check_source
 
 STANDARD = Path("-")
-"""What stands for standard input, or output, in the place of a file."""
+"""Path that denotes standard input or output."""
 
 
 class Entry(NamedTuple):
-    """Where a row is. Rows themselves are not kept: a data URL in each would fill the memory.
+    """Index entry of a row. Rows themselves are not kept in memory: each may contain data URLs.
 
-    `images` are numbers in the order in which the input first names them.
+    Attributes:
+        number: line number, from 1.
+        offset: offset of the line in the file, in bytes.
+        checksum: hash of the line.
+        images: numbers of the row's images, in order of their first occurrence in the input.
     """
 
     number: int
@@ -33,16 +37,17 @@ class Entry(NamedTuple):
 
 
 class Source:
-    """The rows of a file; blank lines are no rows.
+    """Indexed rows of a file; blank lines are skipped.
 
     Attributes:
-        path: of the file, relative paths of images start from its folder; `-`: standard input is copied first.
-        entries: one a row.
-        defaults: the options of rows that have none of their own.
-        sha256: of the whole file.
+        path: path of the file, against whose folder relative paths of images are resolved; `-` copies standard input
+            to a temporary file.
+        entries: one entry per row.
+        defaults: generation options for those that a row does not set.
+        sha256: hex digest of the whole file.
 
     Raises:
-        UsageError: no such file, or two rows of one id.
+        UsageError: the file does not exist, or two rows have the same id.
     """
 
     def __init__(self, path: Path, defaults: GenerationOptions) -> None:
@@ -71,7 +76,7 @@ class Source:
         self.sha256 = digest.hexdigest()
 
     def row(self, index: int) -> Row:
-        """The row of `entries[index]`.
+        """Read the row of `entries[index]`.
 
         Raises:
             QwenVLError: the file has changed.
@@ -85,10 +90,10 @@ class Source:
 
 
 def _images(row: Row) -> list[str]:
-    """The addresses of a row's images."""
-    if isinstance(row.asked, UsageError):
+    """Sources of a row's images."""
+    if isinstance(row.parsed, UsageError):
         return []
-    request = row.asked.request
+    request = row.parsed.request
     queries = [*(query for query, _ in request.history), request.parts]
     return [
         part["image"] for query in queries for part in query if not isinstance(part, str) and "image" in part

@@ -1,1 +1,1 @@
-"""The `qwenvl chat` command: lines in, answers on a terminal or in a pipe out."""
+"""User interface of `qwenvl chat`, for terminals and pipes."""

@@ -1,4 +1,4 @@
-"""Lines in, commands and questions carried out."""
+"""Interpreter of chat lines: commands and questions."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 from paddlemix_qwenvl_plugin.util.sources import is_address
 
 HELP = """\
-/image PATH   attach a picture to the next question (several: one line each);
-              without PATH: drop those attached since the last question
-/clear        forget the conversation
+/image PATH   attach an image to the next question (one line for each image);
+              without PATH: remove the images attached since the last question
+/clear        clear the conversation
 /save FILE    write the conversation to FILE, as Markdown (.md) or JSON (.json)
-/help         this
-/quit         leave; so does Ctrl-D
-Any other line is a question, and one that begins with a space always is."""
+/help         show this help
+/quit         leave; also Ctrl-D
+Any other line is a question, and so is any line that begins with a space."""
 
 
 def parse(line: str) -> tuple[str, str] | str:
-    """Name and argument of a line `/name argument`; else the question, "" if there is none."""
+    """Parse a line into the name and argument of a command, or into a question ("" for a blank line)."""
     if not line.startswith("/"):
         return line.strip()
     name, argument, *_ = [*line[1:].strip().split(maxsplit=1), "", ""]
@@ -34,9 +34,9 @@ def parse(line: str) -> tuple[str, str] | str:
 
 
 def path_of(argument: str) -> str:
-    """The path that was typed or dropped onto the terminal: `a b.png`, `"a b.png"`, `a\\ b.png` or `~/a.png`.
+    r"""Decode a path typed or dropped onto the terminal: `a b.png`, `"a b.png"`, `a\ b.png` or `~/a.png`.
 
-    A file is taken by the name as it stands if there is one.
+    A file with the literal name takes precedence.
     """
     if os.path.lexists(argument):
         return argument
@@ -48,7 +48,7 @@ def path_of(argument: str) -> str:
 
 
 class Conversation:
-    """Carries out lines on a session, and shows what comes of them."""
+    """Interpreter of lines on a session, with a view for the output."""
 
     def __init__(self, session: Session, view: Plain) -> None:
         self._session = session
@@ -56,7 +56,7 @@ class Conversation:
         self._transcripts = Transcripts()
 
     def run(self, line: str) -> bool:
-        """Carry out a line; False if it was /quit. Errors leave the conversation as it was."""
+        """Execute a line; return False for /quit. Errors leave the conversation unchanged."""
         parsed = parse(line)
         if not isinstance(parsed, str):
             return self._command(*parsed)
@@ -68,7 +68,7 @@ class Conversation:
         if name not in ("image", "save", "clear", "help", "quit"):
             raise UsageError(f"/{name}: no such command; see /help")
         if argument and name not in ("image", "save"):
-            raise UsageError(f"/{name}: takes nothing behind it")
+            raise UsageError(f"/{name}: takes no argument")
         if name == "image":
             self._image(argument)
         elif name == "save":
@@ -79,7 +79,7 @@ class Conversation:
             self._view.note(f"saved: {target}")
         elif name == "clear":
             self._session.clear()
-            self._view.note("The conversation is forgotten.")
+            self._view.note("The conversation is cleared.")
         elif name == "help":
             self._view.text(HELP)
         return name != "quit"
@@ -89,9 +89,9 @@ class Conversation:
             self._view.attached(self._session.attach(path_of(argument)))
         elif self._session.attached:
             self._session.attached = []
-            self._view.note("The attached pictures are dropped.")
+            self._view.note("The attached images are removed.")
         else:
-            raise UsageError("/image: name a picture")
+            raise UsageError("/image: name an image")
 
     def _ask(self, question: str) -> None:
         stream = self._session.ask(question)
@@ -99,15 +99,15 @@ class Conversation:
             segments = self._view.answer(stream)
             turn = self._session.record(question, stream, segments)
             if turn is None:
-                self._view.note("(stopped before the answer; the question does not count)")
+                self._view.note("(stopped before the answer; the question is discarded)")
             else:
-                self._view.answered(turn, self._session.picture)
+                self._view.answered(turn, self._session.image)
 
 
 def converse(conversation: Conversation, terminal: Terminal, read: Callable[[], str]) -> None:
-    """A conversation with a person: an error is a line, and it goes on; Ctrl-D or /quit ends it.
+    """Run an interactive conversation until Ctrl-D or /quit; an error is shown and the conversation continues.
 
-    Between the lines Ctrl-C does nothing, so that one too many, after an answer say, does not end the program.
+    Between lines Ctrl-C has no effect, so that one pressed too late, after an answer, does not end the program.
     """
     with on_ctrl_c(nothing):
         while True:
@@ -120,8 +120,8 @@ def converse(conversation: Conversation, terminal: Terminal, read: Callable[[], 
                 continue
             try:
                 with on_ctrl_c(interrupt):
-                    going_on = conversation.run(line)
-                if not going_on:
+                    continues = conversation.run(line)
+                if not continues:
                     return
             except KeyboardInterrupt:
                 terminal.note("(stopped)")
@@ -131,7 +131,7 @@ def converse(conversation: Conversation, terminal: Terminal, read: Callable[[], 
 
 
 def follow(conversation: Conversation, lines: Iterable[str]) -> None:
-    """A conversation with a program: the first error is raised."""
+    """Run a scripted conversation; the first error is raised."""
     for line in lines:
         if not conversation.run(line):
             return

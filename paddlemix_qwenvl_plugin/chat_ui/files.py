@@ -1,4 +1,4 @@
-"""What a conversation writes: transcripts, and pictures with the boxes of an answer."""
+"""Output files of a conversation: transcripts and images with drawn boxes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Session, Turn
+from paddlemix_qwenvl_plugin.chat_ui.session import AttachedImage, Session, Turn
 from paddlemix_qwenvl_plugin.chat_ui.view import box_line, fragments
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
@@ -22,17 +22,17 @@ from paddlemix_qwenvl_plugin.util.sources import is_address
 
 
 class Transcripts:
-    """Writes a conversation to files, which it may write again; files that were there before are left alone."""
+    """Writer of transcripts that overwrites only files that it has written itself."""
 
     def __init__(self) -> None:
         self._own: set[Path] = set()
 
     def save(self, session: Session, target: Path) -> None:
-        """Write the conversation, as Markdown or JSON by the suffix of `target`.
+        """Write the conversation as Markdown or JSON, by the suffix of `target`.
 
         Raises:
-            UsageError: another suffix, a file that was there before, a folder that is not there, nothing to save.
-            OSError: it cannot be written.
+            UsageError: another suffix, an existing file of other origin, a missing folder, or no answer yet.
+            OSError: the file cannot be written.
         """
         form = {".md": as_markdown, ".json": as_json}.get(target.suffix.lower())
         if form is None:
@@ -49,10 +49,10 @@ class Transcripts:
 
 
 def as_json(session: Session, _folder: Path) -> str:
-    """The system message and the turns; `answer` has the fields of `qwenvl predict --json`."""
+    """Serialize the system message and turns as JSON; `answer` has the fields of `qwenvl predict --json`."""
     turns = [
         {
-            "pictures": [name for _, name in turn.pictures],
+            "images": [name for _, name in turn.images],
             "question": turn.question,
             "answer": turn.answer.as_dict(),
             "drawn": str(turn.drawn) if turn.drawn else None,
@@ -64,7 +64,7 @@ def as_json(session: Session, _folder: Path) -> str:
 
 
 def as_markdown(session: Session, folder: Path) -> str:
-    """The turns as the terminal showed them; pictures are linked from `folder`."""
+    """Write the turns as Markdown, as the terminal shows them; links to images are relative to `folder`."""
     blocks = ["# Chat", f"System: {_escaped(session.system)}"]
     for number, turn in enumerate(session.turns, start=1):
         blocks += [f"## Question {number}", *_turn(turn, folder)]
@@ -72,8 +72,8 @@ def as_markdown(session: Session, folder: Path) -> str:
 
 
 def _turn(turn: Turn, folder: Path) -> Iterator[str]:
-    for number, name in turn.pictures:
-        yield f"Picture {number}" if name == "data URL" else f"![Picture {number}]({_link(name, folder)})"
+    for number, name in turn.images:
+        yield f"Image {number}" if name == "data URL" else f"![Image {number}]({_link(name, folder)})"
     yield "\n".join(f"> {line}" for line in _escaped(turn.question).splitlines())
     answer = "".join(
         f"**{_escaped(text.strip())}**" if kind == "ref" else text if kind == "box" else _escaped(text)
@@ -90,7 +90,7 @@ def _turn(turn: Turn, folder: Path) -> Iterator[str]:
 
 
 def _escaped(text: str) -> str:
-    """Plain words, whatever Markdown would make of them."""
+    """Escape Markdown syntax."""
     text = re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)
     return re.sub(r"^(\s*)#", r"\1\\#", text, flags=re.MULTILINE)
 
@@ -105,20 +105,20 @@ def _link(name: str, folder: Path) -> str:
     return quote(Path(name).as_posix())
 
 
-def save_drawn(picture: Picture, boxes: Sequence[Box]) -> Path:
-    """Draw `boxes`, numbered as in the answer, to a new PNG file in the working folder, named after the picture.
+def save_drawn(attached: AttachedImage, boxes: Sequence[Box]) -> Path:
+    """Draw `boxes`, numbered as in the answer, to a new PNG file in the working folder, named after the image.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     numbered = [
         replace(box, ref=f"{number} {box.ref or ''}".strip()) for number, box in enumerate(boxes, start=1)
     ]
-    drawn = draw_boxes(picture.image, numbered)
+    drawn = draw_boxes(attached.image, numbered)
     for number in itertools.count(1):
-        target = Path(f"{_stem(picture)}-boxes-{number}.png")
+        target = Path(f"{_stem(attached)}-boxes-{number}.png")
         try:
-            target.touch(exist_ok=False)  # takes the name: two chats in a folder do not write the same file
+            target.touch(exist_ok=False)  # reserves the name against other chats in this folder
         except FileExistsError:
             continue
         try:
@@ -130,6 +130,6 @@ def save_drawn(picture: Picture, boxes: Sequence[Box]) -> Path:
     raise AssertionError("unreachable")
 
 
-def _stem(picture: Picture) -> str:
-    name = urlsplit(picture.name).path if is_address(picture.name) else picture.name
-    return re.sub(r"[^\w.-]+", "_", Path(name).stem)[:60] or "picture"
+def _stem(attached: AttachedImage) -> str:
+    name = urlsplit(attached.name).path if is_address(attached.name) else attached.name
+    return re.sub(r"[^\w.-]+", "_", Path(name).stem)[:60] or "image"

@@ -1,7 +1,7 @@
-"""Lines from a terminal, with a history that outlives the program.
+"""Line input on a terminal, with a persistent history.
 
-prompt_toolkit rather than Python's readline: Windows has no readline, and macOS a stand-in with a history file of its
-own form. It also takes a paste of several lines as one, and knows how wide a Chinese character is.
+prompt_toolkit instead of Python's readline: Windows has no readline, and macOS has libedit with another history
+format. prompt_toolkit also accepts a paste of several lines as one, and handles wide characters.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from paddlemix_qwenvl_plugin.util.errors import line_of
 
 
 def line_reader(warn: Callable[[str], None]) -> Callable[[], str]:
-    """A function that reads a line; it raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C.
+    """Create a function that reads a line; it raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C.
 
-    What is wrong with the history's file is told to `warn`, and the history then ends with the program.
+    An error of the history file is passed to `warn`, and the history is then kept in memory only.
     """
     session: PromptSession[str] = PromptSession(history=_history(warn), enable_suspend=True)
     return lambda: session.prompt("> ")
@@ -29,9 +29,9 @@ def _history(warn: Callable[[str], None]) -> History:
     try:
         file = user_state_path("qwenvl", appauthor=False) / "chat-history"
         file.parent.mkdir(parents=True, exist_ok=True)
-        # What one asks is nobody else's business.
+        # Readable by this user only.
         os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         warn(f"typed lines are not kept: {line_of(error)}")
         return InMemoryHistory()
     return _FileHistory(str(file), warn)
@@ -45,5 +45,5 @@ class _FileHistory(FileHistory):
     def store_string(self, string: str) -> None:
         try:
             super().store_string(string)
-        except OSError as error:  # as on a full disk; the question is asked all the same
+        except OSError as error:  # such as a full disk; the question is sent anyway
             self._warn(f"this line is not kept: {line_of(error)}")

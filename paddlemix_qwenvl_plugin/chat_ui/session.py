@@ -1,4 +1,4 @@
-"""A conversation with its attached pictures and what was shown of it."""
+"""Chat session: conversation, attached images and turns."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from paddlemix_qwenvl_plugin.util.sources import is_data_url, without_password
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An attached picture: its number in the conversation, where it came from, and its pixels (RGB)."""
+class AttachedImage:
+    """Attached image: its number in the conversation, its source, and its pixels (RGB)."""
 
     number: int
     source: str
@@ -25,21 +25,21 @@ class Picture:
 
     @property
     def name(self) -> str:
-        """The source without what nobody wants to read: the bytes of a data URL, a password."""
+        """The source for display, without the bytes of a data URL and without a password."""
         return "data URL" if is_data_url(self.source) else without_password(self.source)
 
 
 @dataclass
 class Turn:
-    """A question with its answer.
+    """Question and answer.
 
     Attributes:
-        pictures: (number, name) of the pictures asked with it.
-        segments: the answer as it was streamed.
-        drawn: the picture with the boxes, if one was written.
+        images: (number, name) of the images attached to the question.
+        segments: segments of the answer.
+        drawn: file of the image with drawn boxes, if written.
     """
 
-    pictures: tuple[tuple[int, str], ...]
+    images: tuple[tuple[int, str], ...]
     question: str
     answer: Answer
     segments: tuple[Segment, ...]
@@ -47,58 +47,58 @@ class Turn:
 
 
 class Session:
-    """A conversation about pictures.
+    """Conversation about images.
 
     Attributes:
-        attached: the pictures of the next question.
-        turns: what was asked and answered.
-        picture: the last picture asked about, to which the boxes of an answer refer.
+        attached: images of the next question.
+        turns: questions and answers so far.
+        image: the last image of a question, to which the boxes of answers refer.
     """
 
-    def __init__(self, vl: Model[Any], system: str, options: GenerationOptions) -> None:
-        self._vl = vl
+    def __init__(self, model: Model[Any], system: str, options: GenerationOptions) -> None:
+        self._model = model
         self._options = options
-        self._chat: Conversation[Stream] = vl.chat(system)
+        self._chat: Conversation[Stream] = model.chat(system)
         self.clear()
 
     @property
     def system(self) -> str:
-        """The system message."""
+        """System message."""
         return self._chat.system
 
     def clear(self) -> None:
-        """Forget the conversation and the attached pictures."""
+        """Remove all turns and attached images."""
         self._chat.clear()
-        self.attached: list[Picture] = []
+        self.attached: list[AttachedImage] = []
         self.turns: list[Turn] = []
-        self.picture: Optional[Picture] = None
-        self._n_pictures = 0
+        self.image: Optional[AttachedImage] = None
+        self._n_images = 0
 
-    def attach(self, source: str) -> Picture:
-        """Attach a picture to the next question.
+    def attach(self, source: str) -> AttachedImage:
+        """Attach an image to the next question.
 
         Raises:
-            UsageError, QwenVLError: it is not there, or cannot be read.
+            UsageError, QwenVLError: the image does not exist or cannot be read.
         """
-        [image] = self._vl.load_images([source])
-        picture = Picture(self._n_pictures + len(self.attached) + 1, source, image)
-        self.attached.append(picture)
-        return picture
+        [pixels] = self._model.load_images([source])
+        attached = AttachedImage(self._n_images + len(self.attached) + 1, source, pixels)
+        self.attached.append(attached)
+        return attached
 
     def ask(self, question: str) -> Stream:
-        """Ask about the attached pictures and all before. Errors as of `Chat.ask`; they leave everything as it was."""
-        pictures = [{"image": picture.source} for picture in self.attached]
-        return self._chat.ask([*pictures, {"text": question}], **asdict(self._options))
+        """Ask a question with the attached images. Raises as `Chat.ask`, without changes to the session."""
+        images = [{"image": attached.source} for attached in self.attached]
+        return self._chat.ask([*images, {"text": question}], **asdict(self._options))
 
     def record(self, question: str, stream: Stream, segments: list[Segment]) -> Turn | None:
-        """Note the turn that `ask` made; None if it was stopped before its first token, which makes no turn."""
+        """Append the turn of `ask`; return None for an answer stopped before its first token, which is discarded."""
         if not stream.n_new_tokens:
             return None
-        pictures = tuple((picture.number, picture.name) for picture in self.attached)
-        turn = Turn(pictures, question, stream.answer, tuple(segments))
+        images = tuple((attached.number, attached.name) for attached in self.attached)
+        turn = Turn(images, question, stream.answer, tuple(segments))
         self.turns.append(turn)
         if self.attached:
-            self.picture = self.attached[-1]
-        self._n_pictures += len(self.attached)
+            self.image = self.attached[-1]
+        self._n_images += len(self.attached)
         self.attached = []
         return turn

@@ -1,4 +1,4 @@
-"""A conversation on a terminal: what is shown, previews of pictures, and what Ctrl-C does."""
+"""Terminal view of a conversation: output, image previews, Ctrl-C handling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from paddlemix_qwenvl_plugin.chat_ui.files import save_drawn
-from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
+from paddlemix_qwenvl_plugin.chat_ui.session import AttachedImage, Turn
 from paddlemix_qwenvl_plugin.chat_ui.view import Plain, box_line, fragments
 from paddlemix_qwenvl_plugin.runtime.model import Stream
 from paddlemix_qwenvl_plugin.runtime.segments import Segment
@@ -21,7 +21,7 @@ from paddlemix_qwenvl_plugin.util.errors import one_line
 
 _STYLES = {"text": None, "ref": "bold cyan", "box": "green"}
 
-# A preview's cells, its pixels, and the terminals that can show one.
+# Maximum size of a preview in cells and in pixels, and the terminals that support previews.
 _COLUMNS, _ROWS = 32, 8
 _PIXELS = (512, 256)
 _KITTY_CHUNK = 4096
@@ -31,37 +31,43 @@ _KITTY_TERMS = ("xterm-kitty", "xterm-ghostty")
 
 
 class Terminal(Plain):
-    """A person's terminal: each method as in Plain."""
+    """View of a conversation on a terminal."""
 
     def __init__(self) -> None:
         self._console = Console()
 
     def text(self, text: str) -> None:
+        """Print requested text."""
         self._out(f"{text}\n")
 
     def note(self, text: str) -> None:
+        """Print a note, dimmed."""
         self._out(f"{one_line(text)}\n", "dim")
 
     def error(self, line: str) -> None:
+        """Print an error in red."""
         self._out(f"{line}\n", "red")
 
     def waiting(self, text: str) -> contextlib.AbstractContextManager[object]:
-        """Show that the program is at work."""
+        """Show a spinner within the block."""
         return self._console.status(text)
 
-    def attached(self, picture: Picture) -> None:
-        width, height = picture.image.size
-        self.note(f"Picture {picture.number}: {picture.name}, {width} x {height}")
-        self._console.file.write(preview(picture.image, os.environ))
+    def attached(self, image: AttachedImage) -> None:
+        """Print the number, name and size of an attached image, and its preview."""
+        width, height = image.image.size
+        self.note(f"Image {image.number}: {image.name}, {width} x {height}")
+        self._console.file.write(preview(image.image, os.environ))
         self._console.file.flush()
 
     def stopping(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
+        """Let Ctrl-C stop the answer within the block."""
         return on_ctrl_c(stream.stop)
 
     def answer(self, stream: Stream) -> list[Segment]:
+        """Print an answer as it is generated, with numbers for boxes; return its segments."""
         segments: list[Segment] = []
 
-        def noted() -> Iterator[Segment]:
+        def recorded() -> Iterator[Segment]:
             for segment in stream:
                 segments.append(segment)
                 yield segment
@@ -69,7 +75,7 @@ class Terminal(Plain):
         waiting = self._console.status("Ctrl-C stops")
         try:
             waiting.start()
-            for text, kind in fragments(noted()):
+            for text, kind in fragments(recorded()):
                 waiting.stop()
                 self._out(text, _STYLES[kind])
         finally:
@@ -77,18 +83,19 @@ class Terminal(Plain):
             self._out("\n" if segments else "")
         return segments
 
-    def answered(self, turn: Turn, picture: Picture | None) -> None:
+    def answered(self, turn: Turn, image: AttachedImage | None) -> None:
+        """Print notes and boxes of a complete answer and draw the boxes to a file."""
         answer = turn.answer
         if answer.finish_reason == "cancelled":
             self.note("(stopped)")
         elif answer.finish_reason == "length":
-            self.note("(cut off at --max_new_tokens, or where the context is full)")
+            self.note("(cut off at --max_new_tokens or the end of the context)")
         for problem in answer.problems:
             self.note(problem)
         for number, box in enumerate(answer.boxes, start=1):
             self._out(f"{box_line(number, box, answer.image_size)}\n", "green")
-        if answer.boxes and picture is not None:
-            turn.drawn = save_drawn(picture, answer.boxes)
+        if answer.boxes and image is not None:
+            turn.drawn = save_drawn(image, answer.boxes)
             self.note(f"boxes drawn: {turn.drawn}")
 
     def _out(self, text: str, style: str | None = None) -> None:
@@ -97,7 +104,7 @@ class Terminal(Plain):
 
 @contextlib.contextmanager
 def on_ctrl_c(call: Callable[[], object]) -> Iterator[None]:
-    """Have Ctrl-C call this. Outside of the main thread there are no signals, and this is an error."""
+    """Call a function on Ctrl-C within the block. Main thread only: Python raises ValueError in others."""
     before = signal.signal(signal.SIGINT, lambda *_: call())
     try:
         yield
@@ -106,22 +113,22 @@ def on_ctrl_c(call: Callable[[], object]) -> Iterator[None]:
 
 
 def interrupt() -> None:
-    """Break off what is being done."""
+    """Raise KeyboardInterrupt."""
     raise KeyboardInterrupt
 
 
 def nothing() -> None:
-    """Let it pass."""
+    """Do nothing."""
 
 
 def preview(image: Image.Image, environment: Mapping[str, str]) -> str:
-    """What makes the terminal of this environment show `image`, at most 32 columns by 8 rows; "" where it cannot.
+    """Escape sequence that shows `image` in at most 32 columns by 8 rows; "" if the terminal does not support it.
 
-    Terminals are told by their own variables: a terminal that is asked, and does not know the question, may print it.
+    The terminal is identified by its environment variables: a terminal that does not support a query may print it.
     """
     term = environment.get("TERM", "")
     if "TMUX" in environment or term.startswith(("screen", "tmux")):
-        return ""  # they do not hand pictures on, and keep the variables of the terminal outside
+        return ""  # multiplexers do not pass images on, but keep the outer terminal's variables
     if term in _KITTY_TERMS or "KITTY_WINDOW_ID" in environment:
         return _kitty(image)
     if environment.get("TERM_PROGRAM") in _ITERM or environment.get("LC_TERMINAL") == "iTerm2":
@@ -130,8 +137,8 @@ def preview(image: Image.Image, environment: Mapping[str, str]) -> str:
 
 
 def _kitty(image: Image.Image) -> str:
-    """The kitty graphics protocol: PNG in base64, in chunks."""
-    # A cell is about twice as high as it is wide. With one side given, the other follows from the picture.
+    """Encode an image in the kitty graphics protocol: PNG in base64, in chunks."""
+    # A cell is about twice as high as wide. With one side given, the terminal keeps the aspect ratio.
     wide = image.width * 2 * _ROWS > image.height * _COLUMNS
     side = f"c={_COLUMNS}" if wide else f"r={_ROWS}"
     data = _png(image)
@@ -139,14 +146,14 @@ def _kitty(image: Image.Image) -> str:
     text = ""
     for i, chunk in enumerate(chunks):
         more = int(i < len(chunks) - 1)
-        # q=2: no reply, which would be read as if it had been typed.
+        # q=2: no reply, which would be read as typed input.
         keys = f"a=T,f=100,q=2,{side},m={more}" if i == 0 else f"m={more}"
         text += f"\x1b_G{keys};{chunk}\x1b\\"
     return text + "\n"
 
 
 def _iterm(image: Image.Image) -> str:
-    """iTerm2's inline images: PNG in base64, the picture's ratio kept."""
+    """Encode an image for iTerm2's inline images protocol: PNG in base64, aspect ratio preserved."""
     size = f"width={_COLUMNS};height={_ROWS};preserveAspectRatio=1"
     return f"\x1b]1337;File=inline=1;{size}:{_png(image)}\x07\n"
 

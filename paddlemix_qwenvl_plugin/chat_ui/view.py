@@ -1,4 +1,4 @@
-"""How a conversation is shown: in a pipe, and what a terminal (terminal.py) does alike."""
+"""Plain view of a conversation for pipes, and formatting shared with the terminal view."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, Optional
 
-from paddlemix_qwenvl_plugin.chat_ui.session import Picture, Turn
+from paddlemix_qwenvl_plugin.chat_ui.session import AttachedImage, Turn
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.runtime.model import Stream
 from paddlemix_qwenvl_plugin.runtime.segments import Segment
@@ -16,14 +16,14 @@ from paddlemix_qwenvl_plugin.util.text import without_controls
 
 
 class Fragment(NamedTuple):
-    """A part of what is shown."""
+    """Displayed part of an answer."""
 
     text: str
     kind: Literal["text", "ref", "box"]
 
 
 def fragments(segments: Iterable[Segment]) -> Iterator[Fragment]:
-    """Refs without their tags; boxes as [1], [2] … in their order; a malformed tag as the model said it."""
+    """Convert segments for display: refs without tags, boxes as [1], [2] … in order, malformed tags verbatim."""
     n_boxes = 0
     last = ""
     for segment in segments:
@@ -41,9 +41,9 @@ def fragments(segments: Iterable[Segment]) -> Iterator[Fragment]:
 
 
 def box_line(number: int, box: Box, image_size: Optional[tuple[int, int]]) -> str:
-    """`[1] a red house: (70, 110), (400, 433)`, in pixels of a picture of (width, height).
+    """Format a box as `[1] a red house: (70, 110), (400, 433)`, in pixels of an image of (width, height).
 
-    Without a picture the points are in thousandths.
+    Without an image size the points are in thousandths.
     """
     points = box.to_pixels(*image_size) if image_size else box.points
     corners = ", ".join(f"({round(x)}, {round(y)})" for x, y in points)
@@ -52,24 +52,24 @@ def box_line(number: int, box: Box, image_size: Optional[tuple[int, int]]) -> st
 
 
 class Plain:
-    """A pipe that a program reads: answers as `qwenvl predict` prints them, tags included, and as they come."""
+    """View for a pipe: prints answers as `qwenvl predict` does, tags included, as they are generated."""
 
     def text(self, text: str) -> None:
-        """Show what was asked for, as the help."""
+        """Print requested text, such as the help."""
         print(text)
 
     def note(self, text: str) -> None:
-        """Say what happened, to a person."""
+        """Show a note; ignored in a pipe."""
 
-    def attached(self, picture: Picture) -> None:
-        """Show a picture that was attached, to a person."""
+    def attached(self, image: AttachedImage) -> None:
+        """Show an attached image; ignored in a pipe."""
 
     def stopping(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
-        """Let Ctrl-C stop this answer, and nothing else; here the program, as others in a script."""
+        """Let Ctrl-C stop the answer within the block; in a pipe Ctrl-C ends the program."""
         return contextlib.nullcontext()
 
     def answer(self, stream: Stream) -> list[Segment]:
-        """Show an answer as it comes; its segments, also of one that was stopped."""
+        """Print an answer as it is generated; return its segments, also of a stopped answer."""
         segments = []
         for segment in stream:
             segments.append(segment)
@@ -77,7 +77,7 @@ class Plain:
         print(flush=True)
         return segments
 
-    def answered(self, turn: Turn, picture: Picture | None) -> None:
-        """Show what goes with a whole answer: its boxes in `picture`, and what was wrong with them."""
+    def answered(self, turn: Turn, image: AttachedImage | None) -> None:
+        """Show the boxes of a complete answer in `image`, and problems of its tags; a pipe shows only problems."""
         for problem in turn.answer.problems:
             print(f"qwenvl: {one_line(problem)}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""The `qwenvl` command line."""

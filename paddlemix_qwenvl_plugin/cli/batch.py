@@ -24,18 +24,18 @@ def batch(
     context: typer.Context,
     open_model: Callable[[], Model[Any]],
     source: Path = typer.Argument(
-        ..., metavar="IN.jsonl", help="A request on each line; - is standard input."
+        ..., metavar="IN.jsonl", help="One request per line; - reads standard input."
     ),
     target: Path = typer.Argument(
         ...,
         metavar="OUT.jsonl",
-        help="Where the results go, in the order of the input; - is standard output.",
+        help="Results in the order of the input; - writes standard output.",
     ),
-    batch_size: int = typer.Option(8, "--batch_size", min=1, help="Rows that are run together."),
+    batch_size: int = typer.Option(8, "--batch_size", min=1, help="Number of concurrent rows."),
 ) -> None:
-    """Answer every row of a file; run it again to continue after an interruption.
+    """Answer every row of a file; run the command again to resume after an interruption.
 
-    The generation options hold for rows that have none of their own.
+    The generation options are defaults for rows that do not set them.
     """
     from paddlemix_qwenvl_plugin.batch.job import count_failed, partial_path, run
     from paddlemix_qwenvl_plugin.batch.source import STANDARD, Source
@@ -48,17 +48,17 @@ def batch(
             name, target = "standard output", Path(folder) / "out.jsonl"
         check_target(target)
         rows = Source(source, options)
-        there = target.exists()
-        if there and source != STANDARD and target.samefile(source):
+        exists = target.exists()
+        if exists and source != STANDARD and target.samefile(source):
             raise UsageError(f"{name}: is the input; name another output")
-        if not there:
+        if not exists:
             run(rows, target, open_model(), batch_size)
         failed, n_rows = count_failed(target, rows), len(rows.entries)
-        partial_path(target).unlink(missing_ok=True)  # of a process that was killed at its very end
+        partial_path(target).unlink(missing_ok=True)  # left by a process killed after writing the output
         if to_stdout:
             with target.open("rb") as file:
                 shutil.copyfileobj(file, sys.stdout.buffer)
         else:
-            print(f"{name}: has all {n_rows} rows already" if there else f"{name}: wrote {n_rows} rows")
+            print(f"{name}: has all {n_rows} rows already" if exists else f"{name}: wrote {n_rows} rows")
     if failed:
-        raise QwenVLError(f"{failed} of {n_rows} rows failed; their lines in {name} say why")
+        raise QwenVLError(f"{failed} of {n_rows} rows failed; see their errors in {name}")

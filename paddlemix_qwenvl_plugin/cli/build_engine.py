@@ -9,7 +9,7 @@ from paddlemix_qwenvl_plugin.util.paddle_version import require_paddle
 
 
 def build_engine(device: flags.Device = "cpu") -> None:
-    """Build the engine now, rather than when it is first used, and its operators for the installed Paddle."""
+    """Build the engine ahead of its first use, and its operators for the installed Paddle."""
     from paddlemix_qwenvl_plugin.engine.build import library, operators_library
     from paddlemix_qwenvl_plugin.engine.gpu import build_for, gpu_index
 

@@ -17,11 +17,11 @@ def chat(
     context: typer.Context,
     open_model: Callable[[], Model[Any]],
     image: Optional[list[str]] = typer.Option(
-        None, "--image", help="Picture to begin with: path, data URL or http(s) URL; may be repeated."
+        None, "--image", help="Image to attach first: path, data URL or http(s) URL; may be repeated."
     ),
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message."),
 ) -> None:
-    """Talk about pictures with Qwen-VL-Chat, on a terminal or through a pipe."""
+    """Chat about images with Qwen-VL-Chat, on a terminal or through a pipe."""
     from paddlemix_qwenvl_plugin.chat_ui.conversation import Conversation, converse, follow
     from paddlemix_qwenvl_plugin.chat_ui.session import Session
     from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
@@ -32,7 +32,7 @@ def chat(
     standard_input.check()
     model = open_model()
     session = Session(model, system, options)
-    pictures = [session.attach(source) for source in image or []]
+    attached = [session.attach(source) for source in image or []]
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         model.load()
         follow(Conversation(session, Plain()), standard_input.lines())
@@ -42,7 +42,7 @@ def chat(
     terminal = Terminal()
     with terminal.waiting("Loading the model"):
         model.load()
-    terminal.note("Ask about pictures; /help lists the commands.")
-    for picture in pictures:
-        terminal.attached(picture)
+    terminal.note("Ask about images; /help lists the commands.")
+    for each in attached:
+        terminal.attached(each)
     converse(Conversation(session, terminal), terminal, line_reader(terminal.error))

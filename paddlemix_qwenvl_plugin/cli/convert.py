@@ -9,9 +9,9 @@ import typer
 
 
 def convert(
-    source: Path = typer.Argument(..., metavar="SRC", help="Model folder in any supported form."),
+    source: Path = typer.Argument(..., metavar="SRC", help="Model folder in any supported format."),
     target: Path = typer.Argument(..., metavar="DST", help="New folder."),
-    dtype: Optional[str] = typer.Option(None, help="float32, float16 or bfloat16; default: as in SRC."),
+    dtype: Optional[str] = typer.Option(None, help="float32, float16 or bfloat16; default: that of SRC."),
 ) -> None:
     """Rewrite a model folder as sharded safetensors."""
     from paddlemix_qwenvl_plugin.checkpoint.convert import convert as rewrite

@@ -20,7 +20,7 @@ def doctor(
     model: Optional[Path] = typer.Option(None, "--model_name_or_path", help="Also check this model folder."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
-    """Check Paddle, the upstreams, the hooks and a model folder, and say what mends them."""
+    """Check Paddle, the upstreams, the hooks and a model folder, and suggest fixes."""
     from paddlemix_qwenvl_plugin.doctor import examine
     from paddlemix_qwenvl_plugin.util.machine import gpus
 
@@ -38,7 +38,7 @@ def _print(report: Report) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(soft_wrap=True)  # a line stays one, and can be copied
+    console = Console(soft_wrap=True)  # lines are not broken, so that they can be copied
     for check in report.checks:
         console.print(Text.assemble((f"{check.status:<8}", _COLOURS[check.status]), check.message))
         if check.fix is not None:

@@ -1,4 +1,4 @@
-"""`qwenvl eval`: how good a model's answers are."""
+"""`qwenvl eval`: accuracy of a model's answers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
-app = typer.Typer(name="eval", help="Measure how good a model's answers are.")
+app = typer.Typer(name="eval", help="Measure the accuracy of a model's answers.")
 
-_Data = Annotated[Path, typer.Argument(metavar="DATA.jsonl", help="The data set, a row on each line.")]
+_Data = Annotated[Path, typer.Argument(metavar="DATA.jsonl", help="Data set, one row per line.")]
 _First = Annotated[Optional[Path], typer.Option("--first_model_path", help="Exported vision stage (prefix).")]
 _Second = Annotated[
     Optional[Path], typer.Option("--second_model_path", help="Exported language stage (prefix).")
@@ -42,7 +42,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON."
 
 @dataclass(frozen=True)
 class _Run:
-    """The flags of all tasks: whose answers are scored, and where they go."""
+    """Flags common to all tasks: source of the answers and destination of the scores."""
 
     first_model_path: _First = None
     second_model_path: _Second = None
@@ -57,7 +57,7 @@ class _Run:
         return (self.first_model_path, self.second_model_path, self.model) != (None, None, None)
 
     def check(self) -> None:
-        """Find out before the work begins what cannot be."""
+        """Raise UsageError for conflicting flags and for a target that must not be overwritten."""
         if self.has_stages and self.predictions is not None:
             raise UsageError("--predictions runs no model: leave out the exported stages")
         if self.output is not None:
@@ -75,7 +75,7 @@ class _Run:
         return model
 
     def answers(self, data: Path, rows: Mapping[Id, Row], options: GenerationOptions) -> dict[Id, str]:
-        """The answer to each row: out of a file, or of the model."""
+        """Answer each row, from the predictions file or with the model."""
         from paddlemix_qwenvl_plugin.evaluation import ask
         from paddlemix_qwenvl_plugin.evaluation.rows import check_images, read_predictions
         from paddlemix_qwenvl_plugin.util.progress import track
@@ -102,19 +102,19 @@ _task = functools.partial(flags.evaluated, run=_Run)
 @_task
 def demo(
     run: Callable[[], _Run],
-    n: int = typer.Option(1000, "--n", min=1, help="How many samples."),
-    first: int = typer.Option(0, "--first", min=0, help="Number of the first sample."),
+    n: int = typer.Option(1000, "--n", min=1, help="Number of samples."),
+    first: int = typer.Option(0, "--first", min=0, help="Index of the first sample."),
     dtype: Optional[str] = typer.Option(
-        None, "--dtype", help="Of the export: float32, float16 or bfloat16; default: float32."
+        None, "--dtype", help="Storage type of the export: float32, float16 or bfloat16; default: float32."
     ),
     quant_type: flags.QuantType = None,
     export_to: Optional[Path] = typer.Option(
         None, "--export_to", metavar="DIR", help="Keep the export in this folder."
     ),
 ) -> None:
-    """Ask about drawn pictures that the demo model has not seen.
+    """Held-out drawn images of the demo model's world.
 
-    Exports the shipped demo model first, unless exported stages are given.
+    Exports the bundled demo model first, unless exported stages are given.
     """
     from paddlemix_qwenvl_plugin.demo import score as task
     from paddlemix_qwenvl_plugin.demo.world.tasks import held_out
@@ -123,8 +123,8 @@ def demo(
     from paddlemix_qwenvl_plugin.util.progress import track
 
     given = run()
-    of_export = (dtype, quant_type, export_to)
-    if (given.has_stages or given.predictions) and any(flag is not None for flag in of_export):
+    export_flags = (dtype, quant_type, export_to)
+    if (given.has_stages or given.predictions) and any(flag is not None for flag in export_flags):
         raise UsageError(
             "--dtype, --quant_type and --export_to are for the export of the demo model: "
             "give none with exported stages or with --predictions"
@@ -177,7 +177,7 @@ def _export_demo_model(run: _Run, folder: Path, dtype: str, quant_type: Optional
 @app.command()
 @_task
 def grounding(run: Callable[[], _Run], data: _Data) -> None:
-    """Referring expressions, as in RefCOCO: is the box right?"""
+    """Referring expressions, as in RefCOCO: boxes with an IoU of at least 0.5."""
     from paddlemix_qwenvl_plugin.evaluation import grounding as task
     from paddlemix_qwenvl_plugin.evaluation.overlap import IOU
     from paddlemix_qwenvl_plugin.evaluation.rates import Rate, table
@@ -207,8 +207,8 @@ def vqa(
 
     given, rows = run(), read_rows(data, task.VqaRow)
     task.check(data, rows, metric)
-    room = task.MAX_NEW_TOKENS[metric] if max_new_tokens is None else max_new_tokens
-    texts = given.answers(data, rows, task.options(room))
+    limit = task.MAX_NEW_TOKENS[metric] if max_new_tokens is None else max_new_tokens
+    texts = given.answers(data, rows, task.options(limit))
     scores = {row_id: task.METRICS[metric](texts[row_id], row.answers) for row_id, row in rows.items()}
     given.write(texts, scores)
     mean = sum(scores.values()) / len(scores)
@@ -235,4 +235,4 @@ def captions(run: Callable[[], _Run], data: _Data) -> None:
     else:
         for name, value in scores.values.items():
             print(f"{name:8} {100 * value:6.2f}")
-        print(f"({len(rows)} pictures)")
+        print(f"({len(rows)} images)")

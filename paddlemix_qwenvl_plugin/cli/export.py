@@ -13,8 +13,8 @@ _MODEL = typer.Option(..., "--model_name_or_path", help="Model folder.")
 _ENGINE = typer.Option(
     None,
     "--engine",
-    help="auto (programs of the engine beside the portable ones, where it can be built), fused (or an error), "
-    "portable (without); default: QWENVL_ENGINE, else auto.",
+    help="auto: add programs of the engine if it can be built; fused: fail if it cannot; "
+    "portable: portable graph only. Default: QWENVL_ENGINE, else auto.",
 )
 _DTYPE = typer.Option("float32", "--dtype", help="float32, float16 or bfloat16.")
 
@@ -25,7 +25,7 @@ def export_vision(
     dtype: str = _DTYPE,
     engine: Optional[str] = _ENGINE,
 ) -> None:
-    """Export stage 1: images to features."""
+    """Export the vision stage: images to features."""
     from paddlemix_qwenvl_plugin.export.export import export_vision as export
 
     manifest = export(model, save_path, dtype, engine)
@@ -42,7 +42,7 @@ def export_language(
     engine: Optional[str] = _ENGINE,
     quant_type: flags.QuantType = None,
 ) -> None:
-    """Export stage 2: tokens and features to tokens."""
+    """Export the language stage: tokens and features to tokens."""
     from paddlemix_qwenvl_plugin.export.export import export_language as export
 
     manifest = export(model, output_path, model_prefix, dtype, engine, quant_type)

@@ -1,4 +1,4 @@
-"""The `qwenvl` command: one module a subcommand, one place where errors become a line and an exit code."""
+"""The `qwenvl` command: subcommands, and the conversion of errors to one line and an exit code."""
 
 from __future__ import annotations
 
@@ -35,15 +35,14 @@ from paddlemix_qwenvl_plugin.util.memory import require_addresses
 from paddlemix_qwenvl_plugin.util.program import program
 from paddlemix_qwenvl_plugin.version import __version__
 
-# typer carries its own copy of click from 0.16 on and needs click itself before that:
-# the base class of its exceptions is the one that is raised in both.
+# typer vendors click from 0.16 on and depends on it before: this base class of its exceptions works with both.
 _ClickException: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="qwenvl",
     help="Export and run Qwen-VL with Paddle.",
     pretty_exceptions_enable=False,
-    # Flags are spelled as upstream's, --max_new_tokens; --max-new-tokens is the same.
+    # Flags are spelled as upstream's, --max_new_tokens; --max-new-tokens is an alias.
     context_settings={
         "token_normalize_func": lambda name: name.replace("-", "_"),
         "help_option_names": ["-h", "--help"],
@@ -61,7 +60,7 @@ def _version(wanted: bool) -> None:
 def _options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
     version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version and end."
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
     if debug:
@@ -90,15 +89,15 @@ app.add_typer(patches.app, name="patches")
 def main() -> None:
     """Run the command line.
 
-    An error ends as one line on stderr and exit code 1 (failure), 2 (usage), 130 (interrupted), 143 (SIGTERM) or 129
-    (SIGHUP).
+    An error prints one line on stderr and exits with code 1 (failure), 2 (usage), 130 (interrupted), 143 (SIGTERM) or
+    129 (SIGHUP).
     """
-    _mend_streams()
+    _prepare_streams()
     try:
         require_addresses("qwenvl", 200)
         with signals.ending():
             code = app(prog_name="qwenvl", standalone_mode=False) or 0
-        if code == 130:  # some versions of typer make this of Ctrl-C, others let it through
+        if code == 130:  # some versions of typer convert KeyboardInterrupt, others let it through
             raise KeyboardInterrupt
         sys.stdout.flush()  # a full disk shows here, while it can still be reported
     except QwenVLError as error:
@@ -111,23 +110,23 @@ def main() -> None:
     except signals.Terminated as error:
         _fail("terminated", int(error.code or 0))
     except BrokenPipeError:
-        # Who reads the output has gone, as in `qwenvl recipes list | head -1`: there is nobody to tell.
+        # The reader of the output has exited, as in `qwenvl recipes list | head -1`: print no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except (OSError, MemoryError) as error:
         _fail(line_of(error), 1)
-    except Exception as error:  # a slip of this package or of a library
-        name, said = type(error).__name__, first_line(error)
-        what = name if said == name else f"{name}: {said[:200]}"
+    except Exception as error:  # a defect of this package or of a library
+        name, text = type(error).__name__, first_line(error)
+        what = name if text == name else f"{name}: {text[:200]}"
         _fail(f"internal error: {what} (run with --debug for the traceback)", 1)
     sys.exit(code)
 
 
-def _mend_streams() -> None:
-    """Have an output for each that is closed, and one that takes every character.
+def _prepare_streams() -> None:
+    """Replace closed standard streams by /dev/null, and make stdout escape characters that it cannot encode.
 
-    Opened in this order they take the numbers 0 to 2, so that no other file gets them, and with it what C++ code
-    prints. A closed input stays None: who reads it says so.
+    Opened in this order they take the file descriptors 0 to 2, so that no other file gets one of them and with it the
+    output of C++ code. sys.stdin stays None if closed: its reader reports the error.
     """
     if sys.stdin is None:
         os.open(os.devnull, os.O_RDONLY)

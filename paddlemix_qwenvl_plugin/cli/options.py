@@ -1,4 +1,4 @@
-"""The flags that commands share."""
+"""Flags shared by commands."""
 
 from __future__ import annotations
 
@@ -25,49 +25,47 @@ SecondModelPath = Annotated[
 ]
 ModelFolder = Annotated[
     Optional[Path],
-    typer.Option(
-        "--model_name_or_path", help="Folder with the tokenizer; default: beside the language stage."
-    ),
+    typer.Option("--model_name_or_path", help="Tokenizer folder; default: the language stage's folder."),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, gpu or gpu:N.")]
 GpuMemory = Annotated[
     float,
     typer.Option(
-        "--gpu_memory", help="Share of the GPU memory beside the weights that the KV cache may take."
+        "--gpu_memory", help="Maximum share of the GPU memory left by the weights for the KV cache."
     ),
 ]
 QuantType = Annotated[
     Optional[str],
     typer.Option(
         "--quant_type",
-        help="Of the language model: weight_only_int8 or weight_only_int4; needs the engine.",
+        help="Quantization of the language model: weight_only_int8 or weight_only_int4; needs the engine.",
     ),
 ]
 PictureLabel = Annotated[
     Optional[str],
     typer.Option(
         "--picture_label",
-        help='Text before a picture, {} for its number; default: the model\'s, "Picture {}: ".',
+        help='Text before an image, {} for its number; default: the model\'s, "Picture {}: ".',
     ),
 ]
-AllowHttp = Annotated[bool, typer.Option("--allow_http", help="Let pictures come from http(s) URLs.")]
+AllowHttp = Annotated[bool, typer.Option("--allow_http", help="Allow images from http(s) URLs.")]
 
 AllowPrivateHttp = Annotated[
     bool,
-    typer.Option("--allow_private_http", help="And from addresses that are not public, as in this network."),
+    typer.Option("--allow_private_http", help="With --allow_http: allow addresses that are not public."),
 ]
-
 
 Verify = Annotated[
     bool,
-    typer.Option("--verify", help="Read all files of the stages first, and compare them with the export."),
+    typer.Option("--verify", help="Verify all files of the stages first."),
 ]
 
 
 def evaluated(function: Callable[..., Any], **makers: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with its annotations as objects: before Python 3.10 typer does not look into those that are text.
+    """Evaluate a command's string annotations, which typer does not before Python 3.10, and expand its makers.
 
-    A parameter that `makers` has is no flag: in its place come the flags of its maker, and it gets the maker with them.
+    A parameter named in `makers` is not a flag: the flags of its maker take its place, and the parameter receives the
+    maker bound to their values.
     """
     flags = {name: _flags(make) for name, make in makers.items()}
 
@@ -77,20 +75,20 @@ def evaluated(function: Callable[..., Any], **makers: Callable[..., Any]) -> Cal
             given[name] = functools.partial(make, **{flag.name: given.pop(flag.name) for flag in flags[name]})
         return function(**given)
 
-    parameters = [flag for made in flags.values() for flag in made] + _flags(function, makers)
+    parameters = [flag for own in flags.values() for flag in own] + _flags(function, makers)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {flag.name: flag.annotation for flag in parameters}
     return command
 
 
-def _flags(function: Callable[..., Any], but: Collection[str] = ()) -> list[inspect.Parameter]:
-    """The parameters of a function of this package that typer makes flags of."""
-    # Not get_type_hints, which makes an Optional of what has None for its default, around what typer looks for.
+def _flags(function: Callable[..., Any], excluded: Collection[str] = ()) -> list[inspect.Parameter]:
+    """Parameters of a function of this package, with evaluated annotations, for typer to convert to flags."""
+    # Not get_type_hints: it wraps annotations of parameters with default None in Optional, which hides them from typer.
     names = vars(sys.modules[function.__module__])
     return [
         flag.replace(annotation=eval(flag.annotation, names), kind=inspect.Parameter.KEYWORD_ONLY)
         for flag in inspect.signature(function).parameters.values()
-        if flag.name not in but
+        if flag.name not in excluded
     ]
 
 
@@ -105,16 +103,16 @@ def open_model(
     allow_private_http: AllowPrivateHttp = False,
     verify: Verify = False,
 ) -> QwenVL:
-    """The predictor that these flags ask for."""
+    """Open the exported stages of these flags."""
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
     limits = _limits(allow_http, allow_private_http)
-    model = QwenVL.from_exported(
+    opened = QwenVL.from_exported(
         first_model_path, second_model_path, model, device, allow_http, limits, verify, gpu_memory
     )
     if picture_label is not None:
-        model.tokenizer.picture_label = picture_label
-    return model
+        opened.tokenizer.picture_label = picture_label
+    return opened
 
 
 def open_model_or_server(
@@ -126,12 +124,12 @@ def open_model_or_server(
     ] = None,
     url: Annotated[
         Optional[str],
-        typer.Option("--url", help="Ask this server (qwenvl serve) in place of exported stages."),
+        typer.Option("--url", help="Use this server (qwenvl serve) instead of exported stages."),
     ] = None,
     api_key_file: Annotated[
         Optional[Path],
         typer.Option(
-            "--api_key_file", help="File with the server's API key; default: the variable QWENVL_API_KEY."
+            "--api_key_file", help="File with the server's API key; default: variable QWENVL_API_KEY."
         ),
     ] = None,
     model: ModelFolder = None,
@@ -142,7 +140,7 @@ def open_model_or_server(
     allow_private_http: AllowPrivateHttp = False,
     verify: Verify = False,
 ) -> Model[Any]:
-    """The predictor that these flags ask for, or the model of a server."""
+    """Open the exported stages of these flags, or the model of a server."""
     if url is None:
         if api_key_file is not None:
             raise UsageError("--api_key_file: goes with --url; give both")
@@ -159,7 +157,7 @@ def open_model_or_server(
             allow_private_http,
             verify,
         )
-    for flag, given in (
+    for flag, is_set in (
         ("first_model_path", first_model_path is not None),
         ("second_model_path", second_model_path is not None),
         ("model_name_or_path", model is not None),
@@ -168,7 +166,7 @@ def open_model_or_server(
         ("picture_label", picture_label is not None),
         ("verify", verify),
     ):
-        if given:
+        if is_set:
             raise UsageError(f"--{flag}: is for exported stages; leave it out, or --url")
     from paddlemix_qwenvl_plugin.remote.access import check_url, read_key
     from paddlemix_qwenvl_plugin.remote.model import ServerModel
@@ -189,15 +187,17 @@ def _limits(allow_http: bool, allow_private_http: bool) -> Optional[ImageLimits]
 
 
 class GenerationCommand(TyperCommand):
-    """A command with a flag for each field of GenerationOptions; it finds the options in its context's `obj`.
+    """Command with a flag for each field of GenerationOptions; the options are in its context's `obj`.
 
-    The flags are made when the command is asked for: pydantic takes too long to load for `qwenvl --help`.
+    The flags are created on first use of the command: importing pydantic is too slow for `qwenvl --help`.
     """
 
     def get_params(self, ctx: Any) -> Any:
+        """Return the parameters, with the generation flags."""
         return [*super().get_params(ctx), *_generation_flags()]
 
     def invoke(self, ctx: Any) -> Any:
+        """Store the GenerationOptions in the context and run the command."""
         from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions, described
 
         ctx.obj = GenerationOptions.of({name: ctx.params.pop(name) for name in described()})
@@ -224,9 +224,7 @@ def _generation_flags() -> list[Any]:
 
 
 def made_flags(parameters: Sequence[inspect.Parameter]) -> list[Any]:
-    """The flags that typer makes of the parameters of a function, for a command that makes its flags when it is asked
-    for them.
-    """
+    """Convert function parameters to click parameters with typer, for a command that creates its flags on demand."""
 
     def command() -> None: ...
 

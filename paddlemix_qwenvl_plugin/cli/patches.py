@@ -33,7 +33,7 @@ def list_(
 
 @app.command()
 def check(tree: Path = _TREE, force: bool = _FORCE) -> None:
-    """Say of each patch whether it is applied or applies; change nothing."""
+    """Print the state of each patch; change nothing."""
     from paddlemix_qwenvl_plugin.upstream import patches
 
     report = patches.check(tree, force)
@@ -48,7 +48,7 @@ def check(tree: Path = _TREE, force: bool = _FORCE) -> None:
 
 @app.command()
 def apply(tree: Path = _TREE, force: bool = _FORCE) -> None:
-    """Apply the patches: all, or none."""
+    """Apply all patches, or none if one fails."""
     from paddlemix_qwenvl_plugin.upstream import patches
 
     for patch, state in patches.apply(tree, force).states:
@@ -57,7 +57,7 @@ def apply(tree: Path = _TREE, force: bool = _FORCE) -> None:
 
 @app.command()
 def revert(tree: Path = _TREE, force: bool = _FORCE) -> None:
-    """Take the applied patches back."""
+    """Revert the applied patches."""
     from paddlemix_qwenvl_plugin.upstream import patches
 
     for patch, state in patches.revert(tree, force).states:

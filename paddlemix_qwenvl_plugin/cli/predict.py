@@ -28,11 +28,11 @@ def predict(
     context: typer.Context,
     open_model: Callable[[], QwenVL],
     image: Optional[list[str]] = typer.Option(
-        None, "--image", help="Picture: path, data URL, http(s) URL or - (standard input); may be repeated."
+        None, "--image", help="Image: path, data URL, http(s) URL or - (standard input); may be repeated."
     ),
     prompt: str = typer.Option("", "--prompt", help="Question or instruction; - reads standard input."),
     chat: Optional[bool] = typer.Option(
-        None, "--chat/--no_chat", help="Use the chat form (Qwen-VL-Chat); default: as the model folder says."
+        None, "--chat/--no_chat", help="Use the chat prompt (Qwen-VL-Chat); default: per the model folder."
     ),
     system: str = typer.Option("You are a helpful assistant.", "--system", help="System message (chat)."),
     as_json: bool = typer.Option(False, "--json", help="Print the whole answer as JSON."),
@@ -40,13 +40,13 @@ def predict(
         None, "--output", help="Also write the answer as JSON to this file; - is --json."
     ),
     draw: Optional[Path] = typer.Option(
-        None, "--draw", help="Draw the boxes on the last picture, to this file."
+        None, "--draw", help="Write the last image with drawn boxes to this file."
     ),
     real_time_save: Optional[Path] = typer.Option(
         None, "--real_time_save", help="Also write the tokens as real_time_save.* files to this folder."
     ),
 ) -> None:
-    """Ask about pictures through both exported stages."""
+    """Answer a prompt about images with the exported stages."""
     from paddlemix_qwenvl_plugin.runtime.request import Request
 
     options: GenerationOptions = context.obj
@@ -64,20 +64,20 @@ def predict(
     if real_time_save is not None and not real_time_save.is_dir():
         raise UsageError(f"{real_time_save}: no such folder")
     if draw is not None and draw.suffix.lower() not in _DRAW_FORMATS:
-        raise UsageError(f"--draw {draw}: not a picture format; name it .png or .jpg")
+        raise UsageError(f"--draw {draw}: not an image format; name it .png or .jpg")
     model = open_model()
     if prompt == "-":
         prompt = standard_input.read_text()
     sources = [standard_input.read_bytes() if source == "-" else source for source in sources]
     parts: list[dict[str, Any]] = [{"image": source} for source in sources]
-    if draw is not None:  # opened once, to ask about it and to draw on it
+    if draw is not None:  # loaded once, for the prompt and for drawing
         parts[-1]["image"] = model.load_images(sources[-1:])[0]
     request = Request(parts + ([{"text": prompt}] if prompt else []), options, chat=chat, system=system)
     stream = model.ask(request)
     streamed = not as_json and sys.stdout.isatty()
     if streamed:
-        for piece in stream:
-            print(without_controls(piece.text), end="", flush=True)
+        for segment in stream:
+            print(without_controls(segment.text), end="", flush=True)
         print()
     answer = stream.finish()
     result = answer.as_dict()
@@ -92,7 +92,7 @@ def predict(
 
         write_beside(draw, partial(save_drawn, draw_boxes(parts[-1]["image"], answer.boxes)))
     if not streamed:
-        # JSON has escapes of its own for what the output's encoding lacks.
+        # JSON escapes replace characters that the output's encoding lacks.
         utf_8 = sys.stdout.encoding.lower().replace("_", "-") == "utf-8"
         print(json_line(result, ensure_ascii=not utf_8) if as_json else without_controls(answer.text))
     for problem in answer.problems:
@@ -100,14 +100,14 @@ def predict(
 
 
 def _check_targets(output: Optional[Path], draw: Optional[Path], sources: Sequence[str]) -> None:
-    """Refuse to write over what an earlier `predict` did not write, and over the pictures that are asked about."""
+    """Refuse to overwrite the input images and files that `predict` did not write."""
     from paddlemix_qwenvl_plugin.processing.drawing import is_drawn
 
     for target, own in ((output, _is_answer), (draw, is_drawn)):
         if target is None:
             continue
         if any(_is_same(target, source) for source in sources):
-            raise UsageError(f"{target}: is the picture that is asked about; name another file")
+            raise UsageError(f"{target}: is an input image; name another file")
         check_target(target, own)
     if output is not None and draw is not None and output.resolve() == draw.resolve():
         raise UsageError(f"--output and --draw: both name {draw}; give two files")
@@ -119,7 +119,7 @@ def _is_same(target: Path, source: str) -> bool:
     path = local_path(source)
     try:
         return path is not None and target.samefile(path)
-    except (OSError, ValueError):  # one of them is not there, or cannot be: that is told where it is opened
+    except (OSError, ValueError):  # missing or invalid: reported when the file is opened
         return False
 
 

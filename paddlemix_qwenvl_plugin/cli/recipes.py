@@ -1,4 +1,4 @@
-"""`qwenvl recipes`: look at recipes and check them."""
+"""`qwenvl recipes`: list, show and check recipes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def list_() -> None:
 
 @app.command()
 def show(name: str = typer.Argument(..., help="A shipped recipe's name, or a path.")) -> None:
-    """Print a recipe's file."""
+    """Print a recipe file."""
     from paddlemix_qwenvl_plugin.recipes import loader
 
     print(loader.find(name).read_text(encoding="utf-8"), end="")

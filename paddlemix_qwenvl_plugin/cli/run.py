@@ -18,11 +18,11 @@ def run(
         metavar="KEY=VALUE",
         help="Replace values, e.g. dtype=float16 steps.predict.timeout_seconds=60",
     ),
-    dry_run: bool = typer.Option(False, "--dry_run", help="Print the commands, check, write nothing."),
+    dry_run: bool = typer.Option(False, "--dry_run", help="Print the commands and check; write nothing."),
     from_step: Optional[str] = typer.Option(
         None, "--from_step", metavar="NAME", help="Continue the newest run of this recipe at this step."
     ),
-    output: Path = typer.Option(Path("runs"), "--output", metavar="DIR", help="Where run folders are made."),
+    output: Path = typer.Option(Path("runs"), "--output", metavar="DIR", help="Parent of the run folders."),
 ) -> None:
     """Run a recipe and record it in a dated folder."""
     from paddlemix_qwenvl_plugin.recipes import loader, runner

@@ -22,19 +22,21 @@ _LIBRARIES = ("fastapi", "prometheus_client", "pydantic_settings", "uvicorn")
 
 
 class ServeCommand(TyperCommand):
-    """A command with a flag for each field of ServeSettings; those that were given are in its context's `obj`.
+    """Command with a flag for each field of ServeSettings; its context's `obj` has the values that were given.
 
-    The flags are made when the command is asked for: pydantic takes too long to load for `qwenvl --help`.
+    The flags are created on first use of the command: importing pydantic is too slow for `qwenvl --help`.
     """
 
     def get_params(self, ctx: Any) -> Any:
+        """Return the parameters, with the flags of the settings."""
         return [*super().get_params(ctx), *_setting_flags()]
 
     def invoke(self, ctx: Any) -> Any:
+        """Store the given settings in the context and run the command."""
         from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
         given = {name: ctx.params.pop(name) for name in ServeSettings.model_fields}
-        # A list's flag may be repeated, or have commas as its variable has.
+        # A list flag may be repeated, or comma-separated like its environment variable.
         given = {n: ",".join(v) if isinstance(v, (list, tuple)) else v for n, v in given.items()}
         ctx.obj = {name: value for name, value in given.items() if value not in (None, "")}
         return super().invoke(ctx)
@@ -44,13 +46,13 @@ def serve(
     context: typer.Context,
     config: Optional[Path] = typer.Option(None, "--config", metavar="FILE", help="Settings as a YAML file."),
     print_config: bool = typer.Option(
-        False, "--print_config", help="Print the settings and where each comes from, and end."
+        False, "--print_config", help="Print the settings with their origins, and exit."
     ),
 ) -> None:
-    """Answer requests over HTTP in OpenAI's form, and show a web page to ask on.
+    """Serve an OpenAI-compatible HTTP API and a web page.
 
-    Each flag is also a variable, QWENVL_SERVE_ and its name in capitals, and a key of the file. Flags go before
-    variables, variables before the file.
+    Each flag is also an environment variable, QWENVL_SERVE_ and its name in capitals, and a key of the file. Flags take
+    precedence over variables, variables over the file.
     """
     from paddlemix_qwenvl_plugin.serve.settings_sources import read_settings
 
@@ -77,7 +79,7 @@ def _setting_flags() -> list[Any]:
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    """What typer makes a flag of. Its default is None, whatever the field's: a flag that is not given says nothing."""
+    """Parameter from which typer creates a setting's flag. Its default is None: an unset flag overrides nothing."""
     from paddlemix_qwenvl_plugin.runtime.options import allowed
     from paddlemix_qwenvl_plugin.serve.settings_sources import words
 

@@ -1,4 +1,4 @@
-"""What ends a command from outside: Ctrl-C, SIGTERM and SIGHUP all let it clean up."""
+"""Signal handling of commands: Ctrl-C, SIGTERM and SIGHUP end a command with cleanup."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from typing import Any, Optional
 
 _NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-# A command that was told to end cleans up. Another Ctrl-C within this time would only break that off.
+# After a signal, further ones within this time are ignored: they would interrupt the cleanup.
 _CLEANING_SECONDS = 1.0
 
-# Python calls handlers between its own steps, and a call into C++ may take minutes: after this time SIGTERM and SIGHUP
-# end a process without its cleaning up.
+# Python runs signal handlers between bytecodes, and a call into C++ may take minutes: after this time SIGTERM and
+# SIGHUP end the process without cleanup.
 _PATIENCE_SECONDS = 8.0
 
-# The module whose import has Paddle print a C++ traceback on stdout at signals, SIGTERM among them.
+# Module whose import installs Paddle's signal handlers, which print a C++ traceback on stdout, also at SIGTERM.
 _PADDLE = "paddle.base"
 
 
 class Terminated(SystemExit):
-    """SIGTERM or SIGHUP. Its `code` is 128 and the number, as shells have it."""
+    """Termination by SIGTERM or SIGHUP. `code` is 128 plus the signal number, as in shells."""
 
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """Within the block SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP raise Terminated; once a second at most.
+    """Raise KeyboardInterrupt at SIGINT and Terminated at SIGTERM and SIGHUP within the block, once a second at most.
 
-    After one of them, none disturbs what little is left of the process. One that is ignored (nohup) stays ignored.
-    Outside of the main thread, where Python allows no handlers, nothing changes.
+    If one arrived, all are ignored after the block. A signal that is ignored before (nohup) stays ignored. Outside the
+    main thread, where Python allows no handlers, nothing changes.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in _NUMBERS if main_thread}
@@ -57,7 +57,7 @@ def ending() -> Iterator[None]:
     install()
     sys.meta_path.insert(0, finder)
     try:
-        with _no_longer_than_patience() if main_thread and os.name == "posix" else contextlib.nullcontext():
+        with _hard_deadline() if main_thread and os.name == "posix" else contextlib.nullcontext():
             yield
     finally:
         if finder in sys.meta_path:
@@ -67,8 +67,8 @@ def ending() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_longer_than_patience() -> Iterator[None]:
-    """Within the block a process that SIGTERM or SIGHUP does not end in time is ended by a thread."""
+def _hard_deadline() -> Iterator[None]:
+    """End the process from a thread if SIGTERM or SIGHUP does not end the block within _PATIENCE_SECONDS."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     done = threading.Event()
@@ -92,7 +92,7 @@ def _no_longer_than_patience() -> Iterator[None]:
 
 
 class _AfterPaddle:
-    """A finder on sys.meta_path that waits for Paddle's import, takes its handlers away, and has ours put back."""
+    """Finder on sys.meta_path that, after Paddle's import, disables its signal handlers and reinstalls ours."""
 
     def __init__(self, install: Any) -> None:
         self._install = install
@@ -120,11 +120,12 @@ class _AfterPaddle:
 
 @contextlib.contextmanager
 def handled_by_the_command() -> Iterator[list[int]]:
-    """Within the block, which `ending` surrounds, a command sets handlers of its own, and takes the time that it needs
-    to end. After it everything is as before.
+    """Let a command install its own signal handlers within the block, inside `ending`, without a deadline.
+
+    The handlers of `ending` are restored after the block.
 
     Yields:
-        The signals that end commands here, without those that are ignored (nohup).
+        The signals that end commands, without those that are ignored (nohup).
     """
     if threading.current_thread() is not threading.main_thread():
         yield []

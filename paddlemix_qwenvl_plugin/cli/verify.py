@@ -8,9 +8,9 @@ import typer
 
 
 def verify(
-    prefix: Path = typer.Argument(..., help="Prefix of an exported stage, as --save_path gave it."),
+    prefix: Path = typer.Argument(..., help="Prefix of an exported stage, as given to --save_path."),
 ) -> None:
-    """Read every file of an exported stage and compare it with what was exported."""
+    """Compare every file of an exported stage with its manifest."""
     from paddlemix_qwenvl_plugin.artifact.verify import verify as verify_stage
 
     manifest = verify_stage(prefix)

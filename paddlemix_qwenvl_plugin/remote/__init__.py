@@ -1,1 +1,1 @@
-"""A model that a server has, in OpenAI's form: what `qwenvl chat --url` and `qwenvl batch --url` ask."""
+"""Client of an OpenAI-compatible server, for `qwenvl chat --url` and `qwenvl batch --url`."""

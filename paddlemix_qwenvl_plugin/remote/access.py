@@ -1,4 +1,4 @@
-"""Where a server is, and the key that it wants."""
+"""URL and API key of a server."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from paddlemix_qwenvl_plugin.util.sources import without_password
 
 
 def check_url(url: str) -> str:
-    """The address below which a server's endpoints are, from what a user gave: with or without `/` or `/v1` behind it.
+    """Normalize a server's base URL: remove a trailing `/` or `/v1`.
 
     Raises:
-        UsageError: it is none, or has a password in it, which others would see in the list of processes.
+        UsageError: not an http(s) URL, or it contains a password, which the process list would show to other users.
     """
     try:
         parts = urlsplit(url)
@@ -33,17 +33,17 @@ def check_url(url: str) -> str:
 
 
 def read_key(file: Optional[Path]) -> Optional[str]:
-    """The API key: the first one of a file with a key on each line, else that of the environment, if there is one.
+    """Read the API key: the first key of a file with one key per line, else the environment variable, if set.
 
     Raises:
-        UsageError: the file cannot be read or has no key, or the key is one that no header can carry.
+        UsageError: the file is unreadable or contains no key, or the key is not printable ASCII.
     """
     if file is None:
-        key, where = env.API_KEY.read(), env.API_KEY.name
+        key, source = env.API_KEY.read(), env.API_KEY.name
     else:
-        key, where = _first_key(file), f"--api_key_file {file}"
+        key, source = _first_key(file), f"--api_key_file {file}"
     if key is not None and not all("!" <= c <= "~" for c in key):
-        raise UsageError(f"{where}: an API key is printable ASCII without spaces")
+        raise UsageError(f"{source}: an API key is printable ASCII without spaces")
     return key
 
 

@@ -1,4 +1,4 @@
-"""Requests as OpenAI's form has them."""
+"""Request bodies in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ Content = list[dict[str, Any]]
 
 
 class ContentReader:
-    """Makes contents of queries: images are read and checked here, and sent as data: URLs.
+    """Converter of queries to message contents; reads and checks images and embeds them as data: URLs.
 
     Attributes:
-        image_size: (width, height) of the last image that was read; None before one.
+        image_size: (width, height) of the last image read; None before the first.
     """
 
     def __init__(
         self, allow_http: bool, limits: ImageLimits, locate: Callable[[Any], Any] = lambda s: s
     ) -> None:
-        """Args:
-        allow_http, limits: see load_image.
-        locate: what a source of a query stands for, as a relative path.
+        """Set the options of image loading.
+
+        Args:
+            allow_http, limits: see load_image.
+            locate: resolves the source of an image, such as a relative path.
         """
         self._allow_http = allow_http
         self._limits = limits
@@ -37,13 +39,13 @@ class ContentReader:
         self.image_size: Optional[tuple[int, int]] = None
 
     def read(self, query: Query) -> Content:
-        """The content that is a query.
+        """Convert a query to a content.
 
         Raises:
-            UsageError, QwenVLError: one line that names the part or the image.
+            UsageError, QwenVLError: an invalid part or image; the message names it.
         """
         parts: Sequence[Part] = [{"text": query}] if isinstance(query, str) else query
-        render(parts)  # says what is wrong with them
+        render(parts)  # raises for invalid parts
         return [
             {"type": "image_url", "image_url": {"url": self._data_url(self._locate(part["image"]))}}
             if "image" in part
@@ -62,27 +64,27 @@ class ContentReader:
 def messages(
     reader: ContentReader, query: Query, history: Sequence[tuple[Query, str]], system: str
 ) -> list[dict[str, Any]]:
-    """The messages of a conversation; errors as for `ContentReader.read`."""
-    made: list[dict[str, Any]] = [{"role": "system", "content": system}]
-    for asked, answer in history:
-        made += [user(reader.read(asked)), assistant(answer)]
-    return [*made, user(reader.read(query))]
+    """Build the messages of a conversation. Raises as `ContentReader.read`."""
+    earlier: list[dict[str, Any]] = [{"role": "system", "content": system}]
+    for question, answer in history:
+        earlier += [user(reader.read(question)), assistant(answer)]
+    return [*earlier, user(reader.read(query))]
 
 
 def user(content: Content) -> dict[str, Any]:
-    """A message of the user."""
+    """Build a user message."""
     return {"role": "user", "content": content}
 
 
 def assistant(answer: str) -> dict[str, Any]:
-    """An earlier answer."""
+    """Build an assistant message from an earlier answer."""
     return {"role": "assistant", "content": answer}
 
 
 def parameters(options: GenerationOptions) -> dict[str, Any]:
-    """Sampling parameters under OpenAI's names, and those that OpenAI has not under ours; only what is not a default.
+    """Convert options to request parameters, under OpenAI's names where they exist; omit defaults.
 
-    The temperature is always there: OpenAI's default is to sample, ours is not to.
+    The temperature is always sent: OpenAI samples by default, this package is greedy.
     """
     sent: dict[str, Any] = {"max_tokens": options.max_new_tokens}
     if options.min_new_tokens:

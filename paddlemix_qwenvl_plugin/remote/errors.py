@@ -1,4 +1,4 @@
-"""What a server's error means for who asked."""
+"""Conversion of a server's errors to exceptions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, RequestError, Usage
 
 
 class RefusedError(RequestError, UsageError):
-    """The request is wrong, says the server.
+    """The server refused the request as invalid.
 
     Attributes:
-        param, code: of OpenAI's error object.
+        param, code: fields of OpenAI's error object.
     """
 
     def __init__(self, message: str, param: Optional[str], code: Optional[str]) -> None:
@@ -25,10 +25,10 @@ class RefusedError(RequestError, UsageError):
 
 
 class BusyError(QwenVLError):
-    """The server cannot carry this request now.
+    """The server cannot accept the request now.
 
     Attributes:
-        retry_after: the seconds after which to try again, if it said so.
+        retry_after: seconds of the response's Retry-After, if any.
     """
 
     def __init__(self, message: str, retry_after: Optional[float]) -> None:
@@ -37,7 +37,7 @@ class BusyError(QwenVLError):
 
 
 def error_of_response(url: str, response: httpx.Response) -> QwenVLError:
-    """The error that a response (read) with another status than 200 is."""
+    """Convert a fully read response with a status other than 200 to an exception."""
     status = response.status_code
     error = _error_object(response.content)
     message = str(error.get("message") or f"{response.reason_phrase or 'no reason given'}")
@@ -57,25 +57,25 @@ def error_of_response(url: str, response: httpx.Response) -> QwenVLError:
 
 
 def error_of_event(url: str, error: Any) -> QwenVLError:
-    """The error that an event in the middle of a stream is."""
-    given = error if isinstance(error, dict) else {"message": error}
-    message = str(given.get("message"))
-    if given.get("type") == "invalid_request_error":
-        return RefusedError(message, given.get("param"), given.get("code"))
+    """Convert an error event of a stream to an exception."""
+    fields = error if isinstance(error, dict) else {"message": error}
+    message = str(fields.get("message"))
+    if fields.get("type") == "invalid_request_error":
+        return RefusedError(message, fields.get("param"), fields.get("code"))
     return RequestError(f"{url}: {message}")
 
 
 def error_of_connection(url: str, error: Exception) -> QwenVLError:
-    """The error that there was no response, or not the whole of one."""
+    """Convert a transport error, without a complete response, to an exception."""
     reason = str(error) or type(error).__name__
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
         return QwenVLError(f"{url}: cannot be reached ({reason}); is the server running there?")
     return QwenVLError(f"{url}: the connection broke ({reason})")
 
 
-def no_openai_form(url: str) -> QwenVLError:
-    """The error that a response is not what it should be."""
-    return QwenVLError(f"{url}: its answer is not in OpenAI's form; is it an OpenAI-compatible server?")
+def invalid_response(url: str) -> QwenVLError:
+    """Create the error of a response that is not in OpenAI's format."""
+    return QwenVLError(f"{url}: the response is not in OpenAI's format; is it an OpenAI-compatible server?")
 
 
 def _error_object(content: bytes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The connection to a server: requests run in an event loop of its own, so that each can be cancelled at any time."""
+"""HTTP client of a server. Requests run in an event loop in a thread, so that each can be cancelled at any time."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ from paddlemix_qwenvl_plugin.remote.errors import (
     error_of_connection,
     error_of_event,
     error_of_response,
-    no_openai_form,
+    invalid_response,
 )
 
 T = TypeVar("T")
 
-# A server may keep a request waiting, and then compute a whole answer, before it sends the first byte.
+# A server may queue a request and compute the whole answer before it sends the first byte.
 _TIMEOUT = httpx.Timeout(30, read=1200)
-# Shorter than servers keep an idle connection: a request must not meet the end of one.
+# Shorter than servers keep an idle connection: a request must not race with its closing.
 _LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2)
 
-# How long a busy server is asked again, and for how long it is left alone each time if it does not say.
+# Total time of the retries while a server is busy, and the backoff between them without Retry-After.
 _PATIENCE_SECONDS = 600.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 
 
 class Server:
-    """A server in OpenAI's form. Coroutines of this class run in its event loop: see `start`."""
+    """Client of an OpenAI-compatible server. Run its coroutines with `start`."""
 
     def __init__(self, url: str, key: Optional[str]) -> None:
-        """Args:
-        url: see check_url.
-        key: the API key, if it wants one.
+        """Start the event loop.
+
+        Args:
+            url: base URL; see check_url.
+            key: API key, if the server requires one.
         """
         self.url = url
         headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
@@ -46,20 +48,20 @@ class Server:
         threading.Thread(target=self._loop.run_forever, name="server", daemon=True).start()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine in the event loop; to cancel the future ends its connection."""
+        """Run a coroutine in the event loop. Cancelling the future closes its connection."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def get(self, path: str) -> dict[str, Any]:
-        """The JSON object at a path. Errors as for `post`."""
+        """Get the JSON object at a path. Raises as `post`, without retries."""
         return await self._whole(self._client.build_request("GET", self.url + path))
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The whole answer to a request.
+        """Post a request and return the JSON response; retry while the server is busy.
 
         Raises:
-            RefusedError, RequestError: of this request; others may be answered.
+            RefusedError, RequestError: this request failed; others may succeed.
             BusyError: the server is still busy after ten minutes.
-            QwenVLError: there is no such server, or its key is another one.
+            QwenVLError: the server cannot be reached, or the API key is wrong.
         """
         waited, pause = 0.0, _FIRST_PAUSE
         while True:
@@ -73,7 +75,7 @@ class Server:
             waited, pause = waited + seconds, 2 * pause
 
     async def events(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """The events of a request with "stream": true. Errors as for `post`, but a busy server is asked once."""
+        """Yield the events of a request with "stream": true. Raises as `post`, without retries."""
         try:
             async with self._client.stream("POST", self.url + path, json=body) as response:
                 if response.status_code != 200:
@@ -102,16 +104,16 @@ class Server:
         try:
             value = json.loads(data)
         except ValueError as error:
-            raise no_openai_form(self.url) from error
+            raise invalid_response(self.url) from error
         if not isinstance(value, dict):
-            raise no_openai_form(self.url)
+            raise invalid_response(self.url)
         return value
 
 
 async def _data(response: httpx.Response) -> AsyncIterator[bytes]:
-    """The data of server-sent events, of which each is one line.
+    """Yield the data of server-sent events, one line each.
 
-    Not `aiter_lines`, which also ends a line at characters that JSON may hold, such as U+2028.
+    Not `aiter_lines`, which also splits at characters that JSON strings may contain, such as U+2028.
     """
     held = b""
     async for chunk in response.aiter_bytes():

@@ -1,4 +1,4 @@
-"""An answer that a server sends."""
+"""Answer stream of a server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.runtime.segments import Segment, SegmentBuilder
 
 
 class End(NamedTuple):
-    """How an answer ended."""
+    """Finish reason and token counts of an answer."""
 
     finish_reason: str
     n_prompt_tokens: int
@@ -23,11 +23,11 @@ class End(NamedTuple):
 
 
 Work = Callable[[Callable[[str], None]], Coroutine[Any, Any, End]]
-"""What asks the server, and hands on the text that it gets."""
+"""Coroutine function that sends the request and passes each received text to its argument."""
 
 
 class ServerStream(Iterator[Segment]):
-    """As AnswerStream. The ids of tokens stay with the server, and so does how it spent its time."""
+    """AnswerStream of a server. Its answer has no token ids and only total timings."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class ServerStream(Iterator[Segment]):
         prepare_seconds: float,
         on_end: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
-        """Arguments as of AnswerStream."""
+        """Create the stream; arguments as in AnswerStream."""
         self._server = server
         self._work = work
         self._image_size = image_size
@@ -45,11 +45,11 @@ class ServerStream(Iterator[Segment]):
         self._on_end = on_end
         self._start = self._seconds = 0.0
         self._stopping = False
-        # Unlike other queues, a signal handler may put something into it.
-        self._coming: SimpleQueue[Optional[str]] = SimpleQueue()
+        # SimpleQueue.put is reentrant: signal handlers may call it.
+        self._received: SimpleQueue[Optional[str]] = SimpleQueue()
         self._future: Optional[Future[End]] = None
         self._end: Optional[End] = None
-        self._said: list[str] = []
+        self._deltas: list[str] = []
         self._texts = self._receive()
         self._segments = self._assemble()
 
@@ -57,17 +57,17 @@ class ServerStream(Iterator[Segment]):
         return next(self._segments)
 
     def submit(self) -> ServerStream:
-        """Ask now, before the first segment is wanted."""
+        """Send the request now instead of at the first segment."""
         if self._future is None:
             self._start = time.perf_counter()
-            self._future = self._server.start(self._work(self._coming.put))
-            self._future.add_done_callback(lambda _: self._coming.put(None))
+            self._future = self._server.start(self._work(self._received.put))
+            self._future.add_done_callback(lambda _: self._received.put(None))
         return self
 
     def stop(self) -> None:
-        """End the iteration; a signal handler or another thread may call this."""
+        """End the iteration; safe in signal handlers and other threads."""
         self._stopping = True
-        self._coming.put(None)
+        self._received.put(None)
 
     def close(self) -> None:
         """Cancel the request."""
@@ -77,31 +77,31 @@ class ServerStream(Iterator[Segment]):
             self._future.cancel()
 
     def finish(self) -> Answer:
-        """Wait for what is left, and return the whole answer."""
+        """Wait for the end and return the whole answer."""
         for _ in self._texts:
             pass
         return self.answer
 
     @property
     def future(self) -> Future[End]:
-        """Of the request, which is submitted."""
+        """Future of the submitted request."""
         assert self._future is not None
         return self._future
 
     @property
     def n_prompt_tokens(self) -> int:
-        """Tokens of the prompt, as the server counted them; 0 before the end."""
+        """Number of prompt tokens reported by the server; 0 before the end."""
         return self._end.n_prompt_tokens if self._end is not None else 0
 
     @property
     def n_new_tokens(self) -> int:
-        """Tokens of the answer, as the server counted them; before the end the number of texts that came."""
-        return self._end.n_new_tokens if self._end is not None else len(self._said)
+        """Number of completion tokens reported by the server; before the end, the number of received deltas."""
+        return self._end.n_new_tokens if self._end is not None else len(self._deltas)
 
     @property
     def answer(self) -> Answer:
-        """The whole answer, or what was said so far."""
-        text = "".join(self._said)
+        """The answer so far."""
+        text = "".join(self._deltas)
         parsed = parse_boxes(text)
         return Answer(
             text,
@@ -124,9 +124,9 @@ class ServerStream(Iterator[Segment]):
         failed = False
         try:
             while not self._stopping:
-                text = self._coming.get()
+                text = self._received.get()
                 if text is not None:
-                    self._said.append(text)
+                    self._deltas.append(text)
                     yield text
                 elif not self._stopping:
                     self._end = future.result()

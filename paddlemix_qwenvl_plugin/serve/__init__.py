@@ -1,1 +1,1 @@
-"""`qwenvl serve`: an HTTP server in OpenAI's form, with the engine in a process of its own."""
+"""`qwenvl serve`: OpenAI-compatible HTTP server with the engine in a separate process."""

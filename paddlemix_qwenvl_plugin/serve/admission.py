@@ -1,4 +1,4 @@
-"""A bounded queue before the engine: first come, first served."""
+"""Bounded first-in-first-out queue in front of the engine."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Optional
 
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 
-# What a slot is held for before any was given back: nothing is known yet.
-_GUESSED_SECONDS = 1.0
-_MOST_RETRY_SECONDS = 3600
-# How much the newest of the holding times counts in their mean.
-_NEWEST = 0.1
+# Assumed holding time of a slot until the first one is released.
+_INITIAL_HOLD_SECONDS = 1.0
+_MAX_RETRY_SECONDS = 3600
+# Weight of the newest holding time in the moving average.
+_NEWEST_WEIGHT = 0.1
 
 
 class SlotQueue:
-    """The slots of the engine, and those who wait for them. Implements Admission; of one event loop.
+    """Engine slots and the queue of requests waiting for them. Implements Admission; bound to one event loop.
 
-    A request that needs several slots gets them at once; those behind it wait as well, or it would never get them.
+    A request for several slots gets them together. Later requests wait behind it; otherwise it would starve.
 
     Attributes:
-        running: slots that are held.
+        running: slots in use.
     """
 
     def __init__(
@@ -36,12 +36,14 @@ class SlotQueue:
         max_per_key: Optional[int] = None,
         observe_wait: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        """Args:
-        max_running: slots.
-        max_waiting: requests that wait for one.
-        waiting_timeout: seconds that a request waits at most.
-        max_per_key: slots that a key holds or waits for at most.
-        observe_wait: called with the seconds that each admitted request waited.
+        """Create an empty queue.
+
+        Args:
+            max_running: number of slots.
+            max_waiting: maximum number of waiting requests.
+            waiting_timeout: maximum wait of a request, in seconds.
+            max_per_key: maximum number of slots that an API key holds or waits for.
+            observe_wait: called with the waiting time in seconds of each admitted request.
         """
         self.running = 0
         self._max_running = max_running
@@ -50,23 +52,23 @@ class SlotQueue:
         self._max_per_key = max_per_key
         self._observe_wait = observe_wait
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
-        self._of_key: Counter[str] = Counter()
-        self._mean_seconds = _GUESSED_SECONDS
+        self._slots_by_key: Counter[str] = Counter()
+        self._mean_hold_seconds = _INITIAL_HOLD_SECONDS
         self._closed = False
 
     @property
     def waiting(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return len(self._queue)
 
     @contextlib.asynccontextmanager
     async def slots(self, n: int, key: Optional[str]) -> AsyncIterator[None]:
-        """Wait for n slots, and hold them within the block; see Admission.slots."""
+        """Wait for n slots and hold them within the block; see Admission.slots."""
         if self._closed:
             raise shutting_down()
         self._check(n, key)
         if key is not None:
-            self._of_key[key] += n
+            self._slots_by_key[key] += n
         try:
             begin = time.monotonic()
             await self._take(n)
@@ -75,45 +77,52 @@ class SlotQueue:
             try:
                 yield
             finally:
-                self._give_back(n)
-                self._mean_seconds += _NEWEST * (time.monotonic() - granted - self._mean_seconds)
+                self._release(n)
+                held = time.monotonic() - granted
+                self._mean_hold_seconds += _NEWEST_WEIGHT * (held - self._mean_hold_seconds)
         finally:
             if key is not None:
-                self._of_key[key] -= n
-                if not self._of_key[key]:
-                    del self._of_key[key]
+                self._slots_by_key[key] -= n
+                if not self._slots_by_key[key]:
+                    del self._slots_by_key[key]
 
     def close(self) -> None:
-        """Let no new request in: they get 503. Those that wait go on waiting."""
+        """Refuse new requests with 503. Waiting requests stay in the queue."""
         self._closed = True
 
     def refuse_waiting(self) -> None:
-        """Let in neither a new request nor those that wait."""
+        """Refuse new and waiting requests with 503."""
         self._closed = True
         for _, future in self._queue:
             if not future.done():
                 future.set_exception(shutting_down())
 
     def _check(self, n: int, key: Optional[str]) -> None:
-        """Raise ApiError for n slots that there never are, or not now."""
-        most = min(self._max_running, self._max_per_key if key and self._max_per_key else self._max_running)
-        if n > most:
+        """Raise ApiError if n slots exceed a limit (400) or the queue or the key's share is full (429)."""
+        limit = min(self._max_running, self._max_per_key if key and self._max_per_key else self._max_running)
+        if n > limit:
             raise ApiError(
                 400,
-                f"n: {n} choices at once are more than the {most} that this server has",
+                f"n: {n} choices at once exceed the server's limit of {limit}",
                 param="n",
                 code="invalid_value",
             )
-        if key is not None and self._max_per_key is not None and self._of_key[key] + n > self._max_per_key:
+        if (
+            key is not None
+            and self._max_per_key is not None
+            and self._slots_by_key[key] + n > self._max_per_key
+        ):
             raise _too_many(
-                f"This API key has {self._of_key[key]} requests at once, of at most {self._max_per_key}",
-                self._mean_seconds,
+                f"This API key has {self._slots_by_key[key]} requests at once, of at most {self._max_per_key}",
+                self._mean_hold_seconds,
             )
         if (self._queue or self.running + n > self._max_running) and self.waiting >= self._max_waiting:
-            ahead = self.running + sum(asked for asked, _ in self._queue)
-            raise _too_many(
-                f"{self.waiting} requests wait already", self._mean_seconds * ahead / self._max_running
-            )
+            if self._max_waiting:
+                message = f"{self.waiting} requests are waiting, the server's maximum"
+            else:
+                message = "All slots are in use, and this server keeps no waiting requests"
+            ahead = self.running + sum(n_slots for n_slots, _ in self._queue)
+            raise _too_many(message, self._mean_hold_seconds * ahead / self._max_running)
 
     async def _take(self, n: int) -> None:
         if not self._queue and self.running + n <= self._max_running:
@@ -123,11 +132,11 @@ class SlotQueue:
         entry = (n, future)
         self._queue.append(entry)
         try:
-            # Unlike wait_for it leaves the future alone: one that was granted meanwhile stays granted.
+            # Unlike wait_for, wait does not cancel the future: a slot granted meanwhile stays granted.
             await asyncio.wait([future], timeout=self._waiting_timeout)
         except asyncio.CancelledError:
             if future.done() and future.exception() is None:
-                self._give_back(n)
+                self._release(n)
             else:
                 self._leave(entry)
             raise
@@ -138,26 +147,26 @@ class SlotQueue:
                 f"No slot was free within {self._waiting_timeout:g} s; try again later",
                 "server_error",
                 code="waiting_timeout",
-                headers={"Retry-After": _retry_after(self._mean_seconds)},
+                headers={"Retry-After": _retry_after(self._mean_hold_seconds)},
             )
         if future.exception() is not None:
             self._leave(entry)
         future.result()
 
     def _leave(self, entry: tuple[int, asyncio.Future[None]]) -> None:
-        """Leave the queue: those behind may have waited for this one only."""
+        """Remove an entry from the queue and grant slots to the requests behind it."""
         with contextlib.suppress(ValueError):
             self._queue.remove(entry)
         self._grant()
 
-    def _give_back(self, n: int) -> None:
+    def _release(self, n: int) -> None:
         self.running -= n
         self._grant()
 
     def _grant(self) -> None:
         while self._queue and self.running + self._queue[0][0] <= self._max_running:
             n, future = self._queue[0]
-            if future.done():  # refused, and leaves when its task runs
+            if future.done():  # refused; its task has not run yet
                 self._queue.popleft()
                 continue
             self._queue.popleft()
@@ -166,7 +175,7 @@ class SlotQueue:
 
 
 def shutting_down() -> ApiError:
-    """What requests get that come after SIGTERM."""
+    """503 error for requests that arrive after SIGTERM."""
     return ApiError(
         503,
         "The server is shutting down; try again",
@@ -187,4 +196,4 @@ def _too_many(message: str, seconds: float) -> ApiError:
 
 
 def _retry_after(seconds: float) -> str:
-    return str(min(max(math.ceil(seconds), 1), _MOST_RETRY_SECONDS))
+    return str(min(max(math.ceil(seconds), 1), _MAX_RETRY_SECONDS))

@@ -1,4 +1,4 @@
-"""API keys, and who needs one."""
+"""API keys and the check that a server without them is local."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _HASH_CHARACTERS = 12
 
 
 class ApiKeys:
-    """The keys of a file. In memory there are only their hashes."""
+    """Set of API keys, kept in memory as SHA-256 digests only."""
 
     def __init__(self, keys: Collection[str]) -> None:
         self._digests = [_digest(key.encode()) for key in keys]
 
     @classmethod
     def of_file(cls, path: Path) -> ApiKeys:
-        """Read a key a line; lines that begin with # are comments.
+        """Read a file with one key per line; lines that begin with # are comments.
 
         Raises:
-            UsageError: the file cannot be read, has no key, or one that no header can carry.
+            UsageError: the file is unreadable, contains no key, or contains a key that is not printable ASCII.
         """
         try:
             lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
@@ -49,30 +49,30 @@ class ApiKeys:
         return cls(keys)
 
     def short_hash(self, key: bytes) -> Optional[str]:
-        """What limits and logs call a key; None for one that is not of the file.
+        """Identify a key for limits and logs by its first 12 hex digits; None for an unknown key.
 
-        Takes the same time for every key: all are compared, and only their hashes.
+        Constant time: compares the digest with every known digest.
         """
         digest = _digest(key)
         known = False
-        for own in self._digests:
-            known |= hmac.compare_digest(own, digest)
+        for known_digest in self._digests:
+            known |= hmac.compare_digest(known_digest, digest)
         return digest.hex()[:_HASH_CHARACTERS] if known else None
 
 
 def keys_of(settings: ServeSettings) -> Optional[ApiKeys]:
-    """The keys that requests need; None: they need none."""
+    """Read the configured API keys; None if requests need no key."""
     return None if settings.api_key_file is None else ApiKeys.of_file(settings.api_key_file)
 
 
 def check_exposure(settings: ServeSettings, address: str) -> None:
-    """Refuse to listen on an address of other machines without API keys, unless that is said out loud.
+    """Refuse a non-loopback address without API keys, unless `no_auth` is set.
 
     Args:
-        address: the IP address of the listening socket.
+        address: IP address of the listening socket.
 
     Raises:
-        UsageError
+        UsageError: the address is reachable from other machines and no API keys are configured.
     """
     if settings.api_key_file is None and not settings.no_auth and not is_loopback(address):
         raise UsageError(
@@ -82,7 +82,7 @@ def check_exposure(settings: ServeSettings, address: str) -> None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an IP address, or localhost, is that of this machine only."""
+    """Whether a host is a loopback IP address or a localhost name."""
     name = address.strip("[]").partition("%")[0].lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -93,7 +93,7 @@ def is_loopback(address: str) -> bool:
 
 
 def _of_systemd(path: Path) -> bool:
-    """Whether a file is a credential of the service: systemd lets its user read it by an ACL, which looks like more."""
+    """Whether a file is a systemd credential: its ACL for the service's user shows up as group permission."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
     return bool(folder) and path.is_relative_to(str(folder))
 

@@ -1,4 +1,4 @@
-"""The web application: its routes, and what every request passes through."""
+"""The ASGI application: routes and middleware."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ PAGE = Path(__file__).resolve().parent / "page"
 
 
 def create_app(service: Service, router: Optional[APIRouter] = None, page: Path = PAGE) -> FastAPI:
-    """The application of a service.
+    """Create the ASGI application of a service.
 
     Args:
-        router: the routes of the API; None: OpenAI's.
-        page: the folder of the web page, served at / if it has an index.html and the settings want it.
+        router: routes of the API; default: the OpenAI-compatible ones.
+        page: folder of the web page, served at / if it contains index.html and `settings.page` is on.
 
     Raises:
         UsageError: the API keys cannot be read.
     """
     settings = service.settings
     keys = keys_of(settings)
-    # FastAPI's own pages about the API have scripts from elsewhere.
+    # FastAPI's documentation pages load scripts from other hosts.
     app = FastAPI(title="qwenvl serve", version=__version__, docs_url=None, redoc_url=None)
     if router is None:
         from paddlemix_qwenvl_plugin.serve.openai import routes
@@ -57,14 +57,14 @@ def create_app(service: Service, router: Optional[APIRouter] = None, page: Path 
 def _middleware(
     service: Service, keys: Optional[ApiKeys], paths: list[str], page_paths: frozenset[str]
 ) -> list[Middleware]:
-    """The outermost first."""
+    """List the middleware, outermost first."""
     settings = service.settings
     middleware = [
         Middleware(RequestLog, service=service, paths=paths),
         Middleware(SecurityHeaders, page_paths=page_paths),
     ]
     if keys is None:
-        # Who has no key has no need of one: a page of elsewhere would need nothing but the user's browser.
+        # Without keys, a page of another origin could use the server through the user's browser.
         middleware.append(
             Middleware(OriginCheck, allowed=settings.cors_origins, loopback_only=not settings.no_auth)
         )
@@ -79,7 +79,7 @@ def _middleware(
             )
         )
     if keys is not None:
-        # The page is open: it asks its user for the key.
+        # The page itself needs no key: it prompts the user for one.
         open_paths = page_paths.union(operations.HEALTH_PATHS)
         middleware.append(Middleware(Auth, keys=keys, open_paths=open_paths))
     middleware.append(
@@ -94,14 +94,13 @@ def _middleware(
 
 
 def _add_page(app: FastAPI, folder: Path) -> frozenset[str]:
-    """Serve the files of the page, each at its own path, index.html at /; the paths."""
+    """Serve each file of the page at its path and index.html at /; return the paths."""
     if not (folder / "index.html").is_file():
         return frozenset()
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     paths = frozenset({"/", *(f"/{name}" for name in names)})
-    mimetypes.add_type(
-        "text/javascript", ".js"
-    )  # some systems say text/plain, and browsers refuse such modules
+    # Some systems map .js to text/plain, and browsers refuse such modules.
+    mimetypes.add_type("text/javascript", ".js")
     files = StaticFiles(directory=folder, html=True)
     for path in sorted(paths):
         app.router.routes.append(Route(path, files))

@@ -1,4 +1,4 @@
-"""An HTTP connection that its client cannot keep for nothing."""
+"""HTTP connection with timeouts for slow and idle clients."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any, Optional
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 15.0
-"""How long a client may take from connecting, or from an answer, to the whole head of its next request."""
+"""Timeout from the connection, or from the previous response, to the complete head of the next request."""
 
 _LAST_HEAD_SECONDS = 2.0
-"""The same for one that has just connected when the server is ending: it gets its answer, be it a 503."""
+"""The same timeout for a connection without a request at shutdown: its request still gets a response, or a 503."""
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, with two limits that uvicorn has not.
+    """uvicorn's HTTP connection with two additional timeouts.
 
-    - The head of a request must be there in time.
-    - What is sent must be read in time: a client that leaves more unread than the operating system and a buffer of
-      64 KiB hold is cut off after `send_timeout` seconds. Its request sees that it has gone.
+    - Head: the complete head of a request must arrive within HEAD_SECONDS.
+    - Send: a client that leaves more unread than the socket buffer plus 64 KiB hold is disconnected after
+      `send_timeout` seconds. Its request sees a disconnect.
     """
 
     send_timeout = 30.0
@@ -30,39 +30,47 @@ class Connection(H11Protocol):
         self._reading = _Timer(self)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the head timeout."""
         super().connection_made(transport)
         self._head.start(HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
+        """Stop the head timeout once a request is being answered."""
         super().data_received(data)
         if self._answering:
             self._head.stop()
 
     def on_response_complete(self) -> None:
+        """Start the head timeout for the next request."""
         super().on_response_complete()
         if not self._answering and not self.transport.is_closing():
             self._head.start(HEAD_SECONDS)
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
+        """Stop both timeouts."""
         self._head.stop()
         self._reading.stop()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
+        """Start the send timeout: the write buffer is full."""
         super().pause_writing()
         self._reading.start(self.send_timeout)
 
     def resume_writing(self) -> None:
+        """Stop the send timeout."""
         self._reading.stop()
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection, with the send timeout for its last response."""
         super().timeout_keep_alive_handler()
-        # Closed, the connection still waits for its client to read the last answer.
+        # A closed connection still waits for its client to read the last response.
         if self.transport.get_write_buffer_size():
             self._reading.start(self.send_timeout)
 
     def shutdown(self) -> None:
+        """Close after the current request, or after a short timeout if none has arrived."""
         if self.cycle is None:
             self._head.start(_LAST_HEAD_SECONDS)
         else:
@@ -74,7 +82,7 @@ class Connection(H11Protocol):
 
 
 class _Timer:
-    """Cuts a connection off unless it is stopped in time."""
+    """Timer that aborts a connection unless stopped in time."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

@@ -1,6 +1,6 @@
-"""The exported demo model in the user's cache folder, for `qwenvl serve --demo`.
+"""Exported demo model in the user's cache folder, for `qwenvl serve --demo`.
 
-`python -m paddlemix_qwenvl_plugin.serve.demo_model FOLDER` exports it: in a process of its own, which has Paddle.
+`python -m paddlemix_qwenvl_plugin.serve.demo_model FOLDER` exports it in a child process, which imports Paddle.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _KEY_CHARACTERS = 16
 
 
 class DemoStages(NamedTuple):
-    """Prefixes of the demo model's exported stages."""
+    """Prefixes of the demo model's two exported stages."""
 
     vision: Path
     language: Path
 
 
 def demo_stages(say: Callable[[str], None]) -> DemoStages:
-    """The demo model's stages, exported now unless an earlier call has.
+    """Return the demo model's exported stages; export them on the first call.
 
     Args:
-        say: called with a line before the export.
+        say: called with a progress line before the export.
 
     Raises:
-        QwenVLError: it cannot be exported; the export has said why on stderr.
+        QwenVLError: the export failed; its stderr has the reason.
     """
     folder = cache_folder().with_name("demo-model") / _key()
     stages = DemoStages(folder / "vision" / "vision", folder / "text" / "qwen")
@@ -47,14 +47,14 @@ def demo_stages(say: Callable[[str], None]) -> DemoStages:
         if not folder.is_dir():
             say("Exporting the demo model, once.")
             command = [sys.executable, "-m", __name__, str(folder)]
-            # Its stdout is for what native code prints.
+            # stdout to stderr: native code prints there.
             if subprocess.run(command, stdout=2, check=False).returncode:
                 raise QwenVLError("the demo model cannot be exported; see the lines above")
     return stages
 
 
 def _key() -> str:
-    """A name for the export of this model by this version."""
+    """Hash that identifies this model exported by this version."""
     digest = hashlib.sha256(f"{__version__} {CONTRACT_VERSION}".encode())
     for path in sorted(MODEL.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
@@ -65,7 +65,7 @@ def _export(target: Path) -> None:
     from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 
     with new_folder(target) as folder:
-        # The engine needs the weights of an export only, not Paddle programs that call it.
+        # The engine reads only an export's weights; it needs no Paddle programs that call the engine.
         export_vision(MODEL, folder / "vision" / "vision", engine="portable")
         export_language(MODEL, folder / "text", "qwen", engine="portable")
 

@@ -1,4 +1,4 @@
-"""What the HTTP front asks of the engine process, and what it gets back."""
+"""Interface between the HTTP front and the engine process: requests, tokens, client protocol."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 
 class EngineUnavailable(QwenVLError):
-    """The engine process is not ready, or died while it worked on this request."""
+    """The engine process is not ready, or ended while computing the request."""
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A prompt as token ids, and how to answer it.
+    """Prompt as token ids, with images and sampling parameters.
 
     Attributes:
-        prompt: token ids, those of image slots included.
+        prompt: token ids, image slots included.
         images: uint8 [image_size, image_size, 3] each, RGB, resized; one for each `<img>` of the prompt, in order.
         stop_token_ids: tokens that end the completion.
         options: sampling parameters and limits.
-        generated: [start, end) ranges of the prompt that earlier completions made (Prompt.generated).
-        n_logprobs: None: no log probabilities; else how many of the likeliest tokens come with each token, 0 to 20.
+        generated: [start, end) ranges of the prompt that are earlier completions (Prompt.generated).
+        n_logprobs: number of most likely tokens, 0 to 20, reported with each token's log probability; None: no log
+            probabilities.
     """
 
     prompt: Sequence[int]
@@ -44,9 +45,9 @@ class Token(NamedTuple):
     """A generated token.
 
     Attributes:
-        id: its token id; a stop token is the last one of its request.
-        logprob: natural logarithm of its probability under the unchanged logits, if asked for.
-        top: (token id, log probability) of the likeliest tokens, the likeliest first.
+        id: token id; a stop token is the last one of its request.
+        logprob: natural logarithm of the probability under the unmodified logits, if requested.
+        top: (token id, log probability) of the most likely tokens, in descending order.
     """
 
     id: int
@@ -56,52 +57,52 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a request: why, and how many tokens of its prompt were found in the prefix cache."""
+    """Finish reason of a request and the number of its prompt tokens found in the prefix cache."""
 
     reason: Literal["stop", "length", "cancelled"]
     n_cached: int
 
 
 EngineStats = LoopStatistics
-"""Gauges and counters of the engine process, since its start; sent once a second while it works."""
+"""Gauges and counters of the engine process since its start; sent at most once a second."""
 
 
 class TokenStream(Protocol):
-    """The tokens of a submitted request, in lists: each list is what was there since the last one.
+    """Async iterator over the tokens of a submitted request; each item is the list of tokens since the last item.
 
-    The iteration ends after the last token and raises QwenVLError if the request failed, EngineUnavailable if the
-    engine died. At most max_new_tokens tokens are held for a reader that is slow.
+    The iteration ends after the last token. It raises QwenVLError if the request failed and EngineUnavailable if the
+    engine process ended. At most max_new_tokens tokens are buffered for a slow reader.
     """
 
     def __aiter__(self) -> AsyncIterator[list[Token]]: ...
 
     @property
     def ended(self) -> Optional[Ended]:
-        """How it ended, once the iteration has."""
+        """The end of the request, once the iteration has ended; else None."""
 
     def cancel(self) -> None:
-        """End the request at the next step; no error if it has ended."""
+        """Cancel the request at the engine's next step; no effect if it has ended."""
 
 
 class EngineClient(Protocol):
-    """The front's side of the engine process. All calls come from the event loop's thread."""
+    """The front's client of the engine process. Call from the event loop's thread only."""
 
     ready: bool
     restarts: int
     stats: EngineStats
 
     async def start(self) -> None:
-        """Start the process, and keep one running until `stop`. Returns once the first one is ready.
+        """Start the process, wait until it is ready, and restart it whenever it ends until `stop`.
 
         Raises:
-            QwenVLError: the model cannot be opened; the process's own line says why.
+            QwenVLError: the model cannot be opened; the message is the process's own.
         """
 
     async def stop(self) -> None:
-        """End the process and what it works on; no process is left behind when this returns."""
+        """End the process and its requests; the process has exited when this returns."""
 
     def submit(self, request: EngineRequest) -> TokenStream:
-        """Queue a request.
+        """Submit a request.
 
         Raises:
             EngineUnavailable: no process is ready.
@@ -110,7 +111,7 @@ class EngineClient(Protocol):
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What the engine process opens; see QwenVL.from_exported."""
+    """Arguments of QwenVL.from_exported for the engine process, and its environment variables."""
 
     first_model_path: Path
     second_model_path: Path

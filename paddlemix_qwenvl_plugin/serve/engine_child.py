@@ -1,4 +1,4 @@
-"""An engine process as the front holds it: started, talked to, ended."""
+"""Engine process as a child of the front: start, messages, shutdown."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 _MODULE = "paddlemix_qwenvl_plugin.serve.engine_process"
 
-# How long a process may take from SIGTERM to its end.
+# Timeout from SIGTERM to the process's exit; then SIGKILL.
 _END_SECONDS = 5.0
 
 
 class EngineChild(asyncio.Protocol):
-    """A running engine process. Use `start`."""
+    """A running engine process; create with `start`."""
 
     def __init__(self, on_message: Callable[[dict[str, Any]], None]) -> None:
         self._on_message = on_message
@@ -32,22 +32,22 @@ class EngineChild(asyncio.Protocol):
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._closed = asyncio.Event()
         self._ready = asyncio.Event()
-        self._broken: Optional[QwenVLError] = None  # what it says is wrong
+        self._broken: Optional[QwenVLError] = None  # the process's own error
 
     @classmethod
     async def start(
         cls, settings: ModelSettings, on_message: Callable[[dict[str, Any]], None]
     ) -> EngineChild:
-        """Start a process; it begins to open the model.
+        """Start a process, which begins to open the model.
 
         Args:
-            on_message: called with each message of a process that is ready.
+            on_message: called with each message after "ready".
         """
         child = cls(on_message)
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                # Not asyncio's: the socket tells when it ends, and nobody else waits for it.
+                # Not asyncio's subprocess: the closed socket signals the exit, and only `end` waits for it.
                 child._process = subprocess.Popen(
                     [sys.executable, "-m", _MODULE, str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
@@ -69,19 +69,20 @@ class EngineChild(asyncio.Protocol):
 
     @property
     def pid(self) -> int:
+        """Process id."""
         assert self._process is not None
         return self._process.pid
 
     def send(self, message: bytes) -> None:
-        """Send a packed message; nothing happens if the process has ended."""
+        """Send a packed message; no effect if the process has ended."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(message)
 
     async def wait_ready(self) -> None:
-        """Wait until it takes requests.
+        """Wait until the process accepts requests.
 
         Raises:
-            QwenVLError: it ended before; what it said, or how it ended.
+            QwenVLError: the process ended first; the message is its own error or its exit status.
         """
         waiting = [asyncio.ensure_future(event.wait()) for event in (self._ready, self._closed)]
         try:
@@ -93,21 +94,21 @@ class EngineChild(asyncio.Protocol):
             raise await self.wait_ended()
 
     async def wait_closed(self) -> None:
-        """Wait until it is there no more, or does not listen."""
+        """Wait until the process has exited or closed its socket."""
         await self._closed.wait()
 
     async def wait_ended(self) -> QwenVLError:
-        """Wait for its end; why it ended, in one line."""
+        """Wait for the exit; return the reason as a one-line error."""
         assert self._process is not None
         await self.wait_closed()
         await self.end()
         code = self._process.returncode
         if self._broken is not None:
             return self._broken
-        return QwenVLError(f"the engine process {_how(code)}")
+        return QwenVLError(f"the engine process {_exit_text(code)}")
 
     async def end(self) -> None:
-        """End it, by force if need be."""
+        """End the process with SIGTERM, after a timeout with SIGKILL."""
         if self._transport is not None:
             self._transport.close()
         process = self._process
@@ -123,10 +124,12 @@ class EngineChild(asyncio.Protocol):
             process.wait()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport for `send`."""
         assert isinstance(transport, asyncio.WriteTransport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        """Handle "ready" and "broken"; pass other messages on."""
         for header, _ in self._unpacker.feed(data):
             if header["kind"] == "ready":
                 self._ready.set()
@@ -137,11 +140,12 @@ class EngineChild(asyncio.Protocol):
                 self._on_message(header)
 
     def connection_lost(self, error: Optional[Exception]) -> None:
+        """Mark the process as closed."""
         self._closed.set()
 
 
-def _how(code: Optional[int]) -> str:
-    """How a process ended."""
+def _exit_text(code: Optional[int]) -> str:
+    """Describe an exit code."""
     if code is None or code >= 0:
         return f"ended with exit code {code}"
     if -code == signal.SIGKILL:

@@ -1,4 +1,4 @@
-"""The front's side of the engine process: one that runs, requests that are with it, and a new one when it dies."""
+"""Engine client of the front: supervises the engine process and routes its tokens to requests."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 _LOG = logging.getLogger(__name__)
 
-# Between two starts of a process that does not become ready: doubled each time.
+# Backoff between restarts of a process that does not become ready; doubled each time.
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
 
 
 class ProcessEngineClient:
-    """See EngineClient."""
+    """EngineClient over a child process, which it restarts when it ends."""
 
     def __init__(self, settings: ModelSettings) -> None:
         self.ready = False
@@ -36,14 +36,14 @@ class ProcessEngineClient:
         self.stats = EngineStats()
         self._settings = settings
         self._child: Optional[EngineChild] = None
-        self._why = "the engine has not been started"  # while it is not ready
+        self._unavailable = "the engine has not been started"  # the reason while not ready
         self._streams: dict[int, ReceivedTokens] = {}
         self._n_requests = 0
         self._keeper: Optional[asyncio.Task[None]] = None
 
     @property
     def pid(self) -> Optional[int]:
-        """The engine process, None while there is none."""
+        """Process id of the engine process; None while none runs."""
         return None if self._child is None else self._child.pid
 
     async def start(self) -> None:
@@ -58,14 +58,14 @@ class ProcessEngineClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
             self._keeper = None
-        elif self._child is not None:  # `start` is waiting for it, and raises
+        elif self._child is not None:  # `start` is waiting for it and raises
             await self._child.end()
-        self._lose("the server is ending")
+        self._fail_all("the server is ending")
 
     def submit(self, request: EngineRequest) -> ReceivedTokens:
         """See EngineClient."""
         if not self.ready or self._child is None:
-            raise EngineUnavailable(self._why)
+            raise EngineUnavailable(self._unavailable)
         child, number = self._child, self._n_requests
         self._n_requests += 1
         stream = ReceivedTokens(lambda: child.send(pack({"kind": "cancel", "number": number})))
@@ -74,8 +74,8 @@ class ProcessEngineClient:
         return stream
 
     async def _open(self) -> None:
-        """Start a process and wait until it is ready; it is ended if it does not become so."""
-        self._child = child = await EngineChild.start(self._settings, self._take)
+        """Start a process and wait until it is ready; end it on failure."""
+        self._child = child = await EngineChild.start(self._settings, self._dispatch)
         try:
             await child.wait_ready()
         except BaseException:
@@ -85,19 +85,19 @@ class ProcessEngineClient:
         self.ready = True
 
     async def _keep(self) -> None:
-        """Start a new process whenever one ends; end it when this task is cancelled."""
+        """Restart the process whenever it ends; end it when this task is cancelled."""
         while True:
             child = self._child
             assert child is not None
             try:
                 await child.wait_closed()
-                self.ready, self._why = False, "the engine process has ended"
+                self.ready, self._unavailable = False, "the engine process has ended"
                 line = str(await child.wait_ended())
             finally:
                 self._child = None
                 await child.end()
             _LOG.error("%s; starting a new one", line)
-            self._lose(f"{line}; a new one is being started, try again in a few seconds")
+            self._fail_all(f"{line}; a new one is being started, try again in a few seconds")
             self.restarts += 1
             await self._open_again()
 
@@ -108,23 +108,23 @@ class ProcessEngineClient:
                 await self._open()
             except (QwenVLError, OSError) as error:
                 _LOG.error("the engine process cannot be started again: %s; next try in %g s", error, pause)
-                self._why = f"the engine cannot be started again: {error}"
+                self._unavailable = f"the engine cannot be started again: {error}"
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             else:
                 _LOG.info("the engine process is ready again after %.1f s", time.monotonic() - start)
                 return
 
-    def _lose(self, line: str) -> None:
-        """Fail every request: its process is gone."""
-        self.ready, self._why = False, line
+    def _fail_all(self, line: str) -> None:
+        """Fail every request: the process has ended."""
+        self.ready, self._unavailable = False, line
         self.stats = EngineStats()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(EngineUnavailable(line))
 
-    def _take(self, message: dict[str, Any]) -> None:
-        """Hand out what a message brings."""
+    def _dispatch(self, message: dict[str, Any]) -> None:
+        """Dispatch a message's statistics, or its tokens and ends to the streams."""
         if message.pop("kind") == "statistics":
             self.stats = EngineStats(**message)
             return

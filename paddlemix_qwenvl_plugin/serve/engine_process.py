@@ -1,7 +1,7 @@
 """The engine process: `python -m paddlemix_qwenvl_plugin.serve.engine_process FD`, started by the front.
 
-It opens the model and runs its loop. Requests come in through the socket FD, and after each step one message goes out
-with all that the step gave (messages.py). It ends when the socket is closed, at SIGTERM, and with the front.
+It opens the model and runs its loop. It reads requests from the socket FD and sends one message with all results
+after each step (messages.py). It ends when the socket is closed, at SIGTERM, and when the front dies.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
 
 _STATISTICS_SECONDS = 1.0
 
-# How long a step, or the end of what is being built, may hold up the end of the process.
+# Timeout of the shutdown, which a step or the cleanup of an engine build may delay.
 _END_SECONDS = 2.0
 
 _PR_SET_PDEATHSIG = 1
 
 
 class _Request:
-    """A request in the loop, and how many of its tokens were sent."""
+    """A request in the loop and the number of its tokens already sent."""
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
@@ -43,15 +43,15 @@ class _Request:
 
 
 class EngineProcess:
-    """The loop between the messages that come in and those that go out.
+    """Event loop of the engine process: requests in, one message of results per step out.
 
-    The main thread runs steps and sends; a thread reads, so that requests come in and the end of the front is seen
-    while a step is computed.
+    The main thread runs steps and sends. A second thread reads, so that requests and the front's exit are noticed
+    during a step.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._lock = threading.Lock()  # of the next two
+        self._lock = threading.Lock()  # guards the next two
         self._requests: dict[int, _Request] = {}
         self._refused: list[tuple[int, str]] = []
         self._wake = threading.Event()
@@ -59,7 +59,7 @@ class EngineProcess:
         self._report_at = 0.0
 
     def run(self) -> None:
-        """Open the model that the first message names, and answer until the front is gone."""
+        """Open the model named by the first message and serve requests until the front exits."""
         messages = _read(self._connection)
         settings = next(messages)[0]
         threading.Thread(target=self._follow, args=[messages], name="messages", daemon=True).start()
@@ -73,17 +73,17 @@ class EngineProcess:
                 gpu_memory=settings["gpu_memory"],
             )
             self._loop = self._model.open_loop()
-            _take_signals()  # Paddle may have been imported
+            _install_signal_handlers()  # again: Paddle may have been imported
             _die_with_parent()
             self._send({"kind": "ready"})
-            self._answer(self._loop)
+            self._run_steps(self._loop)
         except (QwenVLError, OSError, MemoryError) as error:
             print_traceback_if_debugging()
             code = getattr(error, "exit_code", 1)
             self._send({"kind": "broken", "line": line_of(error), "exit_code": code})
             sys.exit(code)
 
-    def _answer(self, loop: Loop) -> None:
+    def _run_steps(self, loop: Loop) -> None:
         while True:
             self._wake.clear()
             busy = loop.step()
@@ -93,14 +93,14 @@ class EngineProcess:
                 self._wake.wait(wait)
 
     def _send_updates(self, loop: Loop) -> None:
-        """Send what is new, if anything is."""
+        """Send new tokens, ends and failures, if any."""
         with self._lock:
             requests = list(self._requests.items())
             failed, self._refused = self._refused, []
         tokens, ended, broken = [], [], False
         for number, request in requests:
             generation = request.generation
-            finished = generation.finished  # before its tokens are read: the last one comes first
+            finished = generation.finished  # read before the tokens: the last token is appended first
             if len(generation.tokens) > request.n_sent:
                 tokens.append([number, tokens_since(generation, request.n_sent)])
                 request.n_sent = len(generation.tokens)
@@ -116,10 +116,10 @@ class EngineProcess:
         if tokens or ended or failed:
             self._send({"kind": "step", "tokens": tokens, "ended": ended, "failed": failed})
         if broken:
-            loop.check_device()  # or every request to come would fail as well
+            loop.check_device()  # raises if the device is lost: every later request would fail
 
     def _report(self, statistics: LoopStatistics) -> Optional[float]:
-        """Send statistics that have changed, once a second; seconds until then, None if they have not."""
+        """Send changed statistics, at most once a second; return the seconds until then, None if unchanged or sent."""
         if statistics == self._reported:
             return None
         now = time.monotonic()
@@ -132,11 +132,11 @@ class EngineProcess:
     def _send(self, header: dict[str, Any]) -> None:
         try:
             self._connection.sendall(pack(header))
-        except OSError:  # the front is gone, and nobody is left to tell
+        except OSError:  # the front has exited
             sys.exit(0)
 
     def _follow(self, messages: Iterator[tuple[dict[str, Any], bytes]]) -> None:
-        """Take requests and cancellations in until the front is gone, and end the process then."""
+        """Receive requests and cancellations until the front exits; then end the process."""
         try:
             with contextlib.suppress(OSError):
                 for header, content in messages:
@@ -146,7 +146,7 @@ class EngineProcess:
                         self._cancel(header["number"])
                     self._wake.set()
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # lets what is being built clean up
+            os.kill(os.getpid(), signal.SIGTERM)  # lets an engine build clean up
             time.sleep(_END_SECONDS)
             os._exit(1)  # in the middle of a step
 
@@ -178,34 +178,34 @@ class EngineProcess:
 
 
 def _read(connection: socket.socket) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """The messages of a connection, until it is closed."""
+    """Yield the messages of a connection until it is closed."""
     unpacker = Unpacker()
     while data := connection.recv(1 << 20):
         yield from unpacker.feed(data)
 
 
 def _die_with_parent() -> None:
-    """Have the kernel end this process with the one that started it, where it can; the closed socket does elsewhere."""
+    """On Linux, have the kernel kill this process when its parent dies; elsewhere the closed socket ends it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _take_signals() -> None:
-    """End at SIGTERM, and not at Ctrl-C, which is for the front: it says when to end."""
-    if "paddle" in sys.modules:  # whose own handlers print a traceback
+def _install_signal_handlers() -> None:
+    """End at SIGTERM and ignore SIGINT: Ctrl-C is handled by the front."""
+    if "paddle" in sys.modules:  # its handlers print a traceback
         sys.modules["paddle"].base.core.disable_signal_handler()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
 
 
 def _end(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # what is being cleaned up is not broken off
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
     sys.exit(128 + number)
 
 
 def main() -> None:
-    """Run the process. Its one argument is the number of the socket."""
-    _take_signals()
+    """Run the process. Its one argument is the file descriptor of the socket."""
+    _install_signal_handlers()
     EngineProcess(socket.socket(fileno=int(sys.argv[1]))).run()
 
 

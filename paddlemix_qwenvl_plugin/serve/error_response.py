@@ -1,4 +1,4 @@
-"""From an error to its answer, in OpenAI's form."""
+"""Error responses in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 
 
 async def respond(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request with an error."""
+    """Send an error as the response to a request."""
     await _response(error, scope)(scope, receive, send)
 
 
 def api_error(error: Exception) -> ApiError:
-    """The error that a client sees for one that was raised."""
+    """Convert an exception into the ApiError that the client sees."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineUnavailable):
@@ -36,11 +36,11 @@ def api_error(error: Exception) -> ApiError:
         return _of_http(error)
     if isinstance(error, QwenVLError):
         return ApiError(500, line_of(error), "server_error", code="engine_error")
-    return ApiError(500, "The server made a mistake; its log has more", "server_error", code="internal_error")
+    return ApiError(500, "Internal error; see the server's log", "server_error", code="internal_error")
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Have the app answer the errors that handlers raise, in OpenAI's form."""
+    """Install exception handlers that respond in OpenAI's format."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
         return _response(api_error(error), request.scope)
@@ -56,13 +56,13 @@ def _response(error: ApiError, scope: Scope) -> JSONResponse:
 
 def _of_http(error: HTTPException) -> ApiError:
     if error.status_code == 404:
-        return ApiError(404, "There is nothing at this path", code="not_found")
+        return ApiError(404, "No such path", code="not_found")
     if error.status_code == 405:
-        return ApiError(405, "This path has no such method", code="method_not_allowed", headers=error.headers)
-    if error.status_code == 400:  # FastAPI's only one: a body that the parser has an error of its own for
-        message = (
-            "The body is not valid JSON: it is no UTF-8, nested too deeply, or has a number that is too long."
+        return ApiError(
+            405, "Method not allowed for this path", code="method_not_allowed", headers=error.headers
         )
+    if error.status_code == 400:  # FastAPI's only one: the JSON parser raised another exception
+        message = "The body is not valid JSON: it is not UTF-8, nested too deeply, or has a number that is too long."
         return ApiError(400, message, code="invalid_json")
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     return ApiError(error.status_code, str(error.detail), kind, headers=error.headers)

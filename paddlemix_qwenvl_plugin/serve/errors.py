@@ -1,4 +1,4 @@
-"""Errors of the HTTP interface, in the form of OpenAI's error object."""
+"""Errors of the HTTP API as OpenAI error objects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, one_line
 
 
 class ApiError(QwenVLError):
-    """An answer that is an error: {"error": {"message", "type", "param", "code"}} with an HTTP status."""
+    """Error response: {"error": {"message", "type", "param", "code"}} with an HTTP status."""
 
     def __init__(
         self,
@@ -20,10 +20,12 @@ class ApiError(QwenVLError):
         code: Optional[str] = None,
         headers: Optional[Mapping[str, str]] = None,
     ) -> None:
-        """Args:
-        kind: OpenAI's `type`: invalid_request_error, authentication_error, rate_limit_error, server_error …
-        param: the parameter at fault, as `messages[0].content`.
-        code: a word that programs go by, as `context_length_exceeded`.
+        """Create an error response.
+
+        Args:
+            kind: OpenAI's `type`: invalid_request_error, authentication_error, rate_limit_error, server_error …
+            param: the invalid parameter, such as `messages[0].content`.
+            code: machine-readable code, such as `context_length_exceeded`.
         """
         super().__init__(message)
         self.status = status
@@ -33,8 +35,8 @@ class ApiError(QwenVLError):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The JSON body."""
-        # A message may name what a request brings. JSON takes any name but half surrogate pairs.
+        """Return the JSON body."""
+        # `param` may quote the request; a lone surrogate cannot be encoded as UTF-8.
         param = None if self.param is None else self.param.encode("utf-8", "replace").decode()
         message = one_line(str(self))
         return {"error": {"message": message, "type": self.kind, "param": param, "code": self.code}}

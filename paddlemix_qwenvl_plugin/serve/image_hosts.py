@@ -1,4 +1,4 @@
-"""Images by URL: from hosts of an allow-list, at public addresses, and nothing said about what lies elsewhere."""
+"""Image downloads from allow-listed hosts at public addresses; errors reveal nothing about other addresses."""
 
 from __future__ import annotations
 
@@ -18,38 +18,40 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError, line
 _log = logging.getLogger(__name__)
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole URLs, which may hold secrets
 
-# Each is a thread, which a slow host holds for as long as a download may take.
-_MOST_AT_ONCE = 16
+# Each download blocks a thread, up to the download timeout.
+_MAX_DOWNLOADS = 16
 
 
 class ImageHosts:
-    """Downloads images from the hosts that the settings list."""
+    """Downloader for images from the allow-listed hosts."""
 
     def __init__(self, hosts: Sequence[str], max_bytes: int, timeout_seconds: float) -> None:
-        """Args:
-        hosts: names, `*.example.org` for all below example.org.
-        max_bytes: of an image.
-        timeout_seconds: for a whole download.
+        """Set the hosts and limits.
+
+        Args:
+            hosts: host names; `*.example.org` allows all subdomains of example.org.
+            max_bytes: maximum size of an image.
+            timeout_seconds: timeout of a whole download.
         """
-        self._hosts = [_normal(host) for host in hosts]
+        self._hosts = [_normalized(host) for host in hosts]
         self._max_bytes = max_bytes
         self._timeout_seconds = timeout_seconds
-        self._free: Optional[asyncio.Semaphore] = None  # made in the event loop, which it belongs to
+        self._free: Optional[asyncio.Semaphore] = None  # created in the event loop that it is bound to
 
     def allows(self, host: str) -> bool:
-        """Whether images may come from a host."""
-        host = _normal(host)
+        """Whether downloads from a host are allowed."""
+        host = _normalized(host)
         return any(
             host.endswith(allowed[1:]) if allowed.startswith("*.") else host == allowed
             for allowed in self._hosts
         )
 
     async def fetch(self, url: str, param: str) -> bytes:
-        """The encoded image that an http(s) URL names.
+        """Download the encoded image at an http(s) URL.
 
         Raises:
-            ApiError: the host is not on the list, or there is no image to be had. Why is only logged: a client must not
-                learn from it what answers at which address.
+            ApiError: the host is not allowed, or the download failed. The reason is only logged: a client must not
+                be able to probe internal addresses.
         """
         try:
             host = httpx.URL(url).raw_host.decode("ascii")
@@ -58,31 +60,31 @@ class ImageHosts:
         if not self.allows(host):
             raise ApiError(
                 400,
-                f"{param}: images from {_shown(host)} are not allowed here; send the image as a data: URL"
+                f"{param}: images from {_printable(host)} are not allowed here; send the image as a data: URL"
                 + (f", or take it from {', '.join(self._hosts)}" if self._hosts else ""),
                 param=param,
                 code="image_host_not_allowed",
             )
         try:
             return await self._download(url, host)
-        except TooLargeError as error:  # at a public address
+        except TooLargeError as error:  # reveals nothing: the address is public
             message = f"{param}: {line_of(error)}; send a smaller one"
             raise ApiError(400, message, param=param, code="image_too_large") from error
         except QwenVLError as error:
             _log.info("image not downloaded: %s", line_of(error))
             raise ApiError(
                 400,
-                f"{param}: the image cannot be downloaded from {_shown(host)} within "
+                f"{param}: the image cannot be downloaded from {_printable(host)} within "
                 f"{self._timeout_seconds:g} seconds; check the URL, or send the image as a data: URL",
                 param=param,
                 code="image_download_failed",
             ) from error
 
     async def _download(self, url: str, host: str) -> bytes:
-        """`download` in a thread, which goes on and keeps its place where the caller is cancelled."""
+        """Run `download` in a thread. If the caller is cancelled, the thread continues and keeps its semaphore."""
         loop = asyncio.get_running_loop()
         if self._free is None:
-            self._free = asyncio.Semaphore(_MOST_AT_ONCE)
+            self._free = asyncio.Semaphore(_MAX_DOWNLOADS)
         await self._free.acquire()
         free = self._free
         done: asyncio.Future[bytes] = loop.create_future()
@@ -100,25 +102,25 @@ class ImageHosts:
             body, error = b"", None
             try:
                 body = download(url, host, self._max_bytes, self._timeout_seconds, False, self.allows)
-            except BaseException as raised:  # raised again where it is awaited
+            except BaseException as raised:  # raised again by the await below
                 error = raised
             with contextlib.suppress(RuntimeError):  # the event loop has ended
                 loop.call_soon_threadsafe(finish, body, error)
 
-        # Not of an executor, whose threads the end of the program waits for.
+        # No executor: the interpreter waits for its threads at exit.
         threading.Thread(target=work, name="image-hosts", daemon=True).start()
         return await done
 
 
-def _normal(host: str) -> str:
-    """A host name as it is compared: what is no ASCII as in DNS, lower case, without a last dot."""
+def _normalized(host: str) -> str:
+    """Normalize a host name for comparison: IDNA-encoded, lower case, without a trailing dot."""
     star, name = ("*.", host[2:]) if host.startswith("*.") else ("", host)
     with contextlib.suppress(httpx.InvalidURL, UnicodeError):
         name = httpx.URL(scheme="http", host=name).raw_host.decode("ascii")
     return star + name.lower().rstrip(".")
 
 
-def _shown(host: str) -> str:
-    """A host name for a message; it came from a client."""
+def _printable(host: str) -> str:
+    """Sanitize a client's host name for a message."""
     name = "".join(c if c.isprintable() else "?" for c in host)
     return name if len(name) <= 100 else f"{name[:97]}…"

@@ -1,4 +1,4 @@
-"""The front's side of one image worker."""
+"""Image worker as a child process of the front."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from paddlemix_qwenvl_plugin.serve.service import LoadedImage
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError
 
 _START_SECONDS = 60.0
-# What a decoder loses is given back then.
-_MOST_IMAGES = 1000
-_LONGEST_MESSAGE = 16 * 1024
+# Images until the process is replaced, which frees memory that a decoder leaks.
+_MAX_IMAGES = 1000
+_MAX_MESSAGE_BYTES = 16 * 1024
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
 
 class NoWorkerError(QwenVLError):
-    """The worker process cannot be started."""
+    """The image worker process cannot be started."""
 
 
 class ImageProcess:
-    """A worker process that decodes one image at a time: started when it is needed, killed when it takes too long."""
+    """Worker process that decodes one image at a time; started on demand, killed on timeout."""
 
     def __init__(self, image_size: int, max_bytes: int, max_pixels: int, timeout_seconds: float) -> None:
-        """See ImageLimits; `timeout_seconds` are for one image."""
+        """Set the limits; see ImageLimits. `timeout_seconds` applies to each image."""
         self._image_size = image_size
         self._arguments = [str(image_size), str(max_bytes), str(max_pixels)]
         self._timeout_seconds = timeout_seconds
@@ -39,16 +39,16 @@ class ImageProcess:
 
     @property
     def pid(self) -> Optional[int]:
-        """Of the process, if there is one."""
+        """Process id; None while no process runs."""
         return self._process.pid if self._process is not None else None
 
     async def start(self) -> None:
-        """Start the process unless it is there.
+        """Start the process unless it runs.
 
         Raises:
-            NoWorkerError: it does not start.
+            NoWorkerError: the process does not start.
         """
-        if self._process is not None and self._process.returncode is None and self._n_images < _MOST_IMAGES:
+        if self._process is not None and self._process.returncode is None and self._n_images < _MAX_IMAGES:
             return
         await self.stop()
         try:
@@ -64,23 +64,23 @@ class ImageProcess:
                 raise EOFError
         except (OSError, EOFError, asyncio.TimeoutError) as error:
             await self.stop()
-            raise NoWorkerError("a process that decodes images does not start") from error
+            raise NoWorkerError("an image worker process does not start") from error
         except BaseException:
             await self.stop()
             raise
 
     async def decode(self, kind: bytes, encoded: bytes) -> LoadedImage:
-        """Decode an encoded image (kind BYTES) or a data: URL (DATA_URL).
+        """Decode an encoded image (kind BYTES) or a data: URL (kind DATA_URL).
 
         Raises:
-            TooLargeError: more bytes, pixels, memory or time than there may be.
+            TooLargeError: bytes, pixels, memory or time over the limit.
             NoWorkerError: see `start`.
-            QwenVLError: it is no image, or the process died of it.
+            QwenVLError: not a valid image, or the process ended while decoding it.
         """
         await self.start()
         self._n_images += 1
         try:
-            answer, payload = await asyncio.wait_for(self._ask(kind, encoded), self._timeout_seconds)
+            reply, payload = await asyncio.wait_for(self._request(kind, encoded), self._timeout_seconds)
         except asyncio.TimeoutError:
             await self.stop()
             raise TooLargeError(f"decoding it takes more than {self._timeout_seconds:g} seconds") from None
@@ -90,17 +90,17 @@ class ImageProcess:
         except BaseException:
             await self.stop()
             raise
-        if answer == image_worker.IMAGE:
+        if reply == image_worker.IMAGE:
             header, shape = image_worker.SIZE, (self._image_size, self._image_size, 3)
             return LoadedImage(
                 np.frombuffer(payload, np.uint8, offset=header.size).reshape(shape),
                 header.unpack_from(payload),
             )
         message = payload.decode("utf-8", "replace")
-        raise TooLargeError(message) if answer == image_worker.TOO_LARGE else QwenVLError(message)
+        raise TooLargeError(message) if reply == image_worker.TOO_LARGE else QwenVLError(message)
 
     async def stop(self) -> None:
-        """Kill the process, whatever it does; it is gone when this returns."""
+        """Kill the process and wait for its exit."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -108,7 +108,7 @@ class ImageProcess:
             process.kill()
         await process.wait()
 
-    async def _ask(self, kind: bytes, encoded: bytes) -> tuple[bytes, bytes]:
+    async def _request(self, kind: bytes, encoded: bytes) -> tuple[bytes, bytes]:
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(image_worker.HEADER.pack(kind, len(encoded)))
@@ -117,12 +117,12 @@ class ImageProcess:
         return await self._read_frame()
 
     async def _read_frame(self) -> tuple[bytes, bytes]:
-        """Kind and payload; EOFError where it ends or sends what it must not."""
+        """Read a frame's kind and payload; EOFError at the end of the stream or for an invalid frame."""
         assert self._process is not None
         assert self._process.stdout is not None
         header = await self._process.stdout.readexactly(image_worker.HEADER.size)
         kind, n = image_worker.HEADER.unpack(header)
         n_image = image_worker.SIZE.size + self._image_size**2 * 3
-        if n != n_image if kind == image_worker.IMAGE else n > _LONGEST_MESSAGE:
+        if n != n_image if kind == image_worker.IMAGE else n > _MAX_MESSAGE_BYTES:
             raise EOFError
         return kind, await self._process.stdout.readexactly(n)

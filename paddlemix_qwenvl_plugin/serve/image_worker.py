@@ -1,11 +1,12 @@
-"""The process that decodes images for the front, one after the other: `python -m … IMAGE_SIZE MAX_BYTES MAX_PIXELS`.
+"""Image worker process, which decodes images for the front: `python -m … IMAGE_SIZE MAX_BYTES MAX_PIXELS`.
 
-It trusts no image: an image may be a decompression bomb, or make a decoder crash or run for ever. Its memory is limited
-here, its time by the front, which kills it. It imports Pillow and NumPy, and neither Paddle nor what the front needs.
+Images are untrusted: one may be a decompression bomb, crash a decoder or make it loop. This module limits the memory;
+the front limits the time and kills the process. It imports Pillow and NumPy, but neither Paddle nor the front's
+libraries.
 
-A frame is a kind (1 byte), the length of its payload (uint32, big-endian) and the payload. In come encoded images
-(BYTES) and data: URLs in ASCII (DATA_URL). Out come READY once, and for each frame an IMAGE, which is width and height
-(uint32 each) and the pixels, or why there is none, as UTF-8: TOO_LARGE or INVALID.
+A frame is a kind (1 byte), the length of its payload (uint32, big-endian) and the payload. Requests are encoded images
+(BYTES) and data: URLs in ASCII (DATA_URL). The first reply is READY. Then each request gets an IMAGE, whose payload is
+width and height (uint32 each) and the pixels, or an error message in UTF-8: TOO_LARGE or INVALID.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ SIZE = struct.Struct(">II")
 BYTES, DATA_URL = b"B", b"U"
 READY, IMAGE, TOO_LARGE, INVALID = b"R", b"I", b"L", b"X"
 
-# Measured, bytes a pixel: 12 for JPEG and PNG, 16 for AVIF, 20 for WebP, 23 for JPEG 2000 without transparency. An
-# encoded image lies in memory as a URL, its text, and decoded.
+# Measured bytes per pixel: 12 for JPEG and PNG, 16 for AVIF, 20 for WebP, 23 for JPEG 2000 without transparency. The
+# encoded image is in memory as a URL, as its text, and decoded.
 _BYTES_PER_PIXEL = 32
 _COPIES_OF_ENCODED = 6
-_BYTES_BESIDE = 128 * 2**20
+_BASE_BYTES = 128 * 2**20
 _MAX_OPEN_FILES = 16
 
 _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Decode what standard input asks for until it ends."""
+    """Answer the requests on standard input until it ends."""
     _end_with_parent()
     image_size, max_bytes, max_pixels = (int(argument) for argument in sys.argv[1:4])
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def _answer(kind: bytes, payload: bytes, image_size: int, limits: ImageLimits) -> tuple[bytes, bytes]:
-    """The kind and the payload of the reply."""
+    """Decode a request; return the kind and payload of the reply."""
     try:
         size, pixels = _decode(kind, payload, image_size, limits)
     except TooLargeError as error:
@@ -88,20 +89,20 @@ def _write(file: BinaryIO, kind: bytes, payload: bytes) -> None:
 
 
 def _end_with_parent() -> None:
-    """Die with the front, also in the middle of an image; else the end of standard input ends the process."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the front's: it ends us when its last requests are done
+    """On Linux, die with the front even while decoding; elsewhere the end of standard input ends the process."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # handled by the front, which ends the workers last
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _limit_memory(max_bytes: int, max_pixels: int) -> None:
-    """Limit what is left to take after all imports, and leave little else to do than computing."""
+    """Limit the memory used beyond the imports, and the files and core dumps of the process."""
     Image.init()  # the plugins of all formats
     if features.check("avif"):
         from PIL import AvifImagePlugin
 
-        AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there are as many processes as may compute at once
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # parallelism comes from the number of worker processes
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
@@ -110,10 +111,10 @@ def _limit_memory(max_bytes: int, max_pixels: int) -> None:
         resource.setrlimit(limit, (value, value))
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text("1000")  # before any other process
+            Path("/proc/self/oom_score_adj").write_text("1000")  # first victim of the OOM killer
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        more = _BYTES_PER_PIXEL * max_pixels + _COPIES_OF_ENCODED * max_bytes + _BYTES_BESIDE
-        resource.setrlimit(resource.RLIMIT_AS, (in_use + more, in_use + more))
+        limit = in_use + _BYTES_PER_PIXEL * max_pixels + _COPIES_OF_ENCODED * max_bytes + _BASE_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 if __name__ == "__main__":

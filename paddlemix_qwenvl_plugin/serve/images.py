@@ -1,4 +1,4 @@
-"""Images of requests: data: URLs and, where the settings list hosts, http(s) URLs; decoded in child processes."""
+"""Image loader of the server: data: URLs and http(s) URLs of allowed hosts, decoded in worker processes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from paddlemix_qwenvl_plugin.serve.service import LoadedImage
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError, line_of
 
-# About a hundred images. A conversation sends its images again with each turn.
+# About a hundred images. A client resends the images of a conversation with each turn.
 _CACHE_BYTES = 64 * 2**20
 
 
 class WorkerImageLoader:
-    """The ImageLoader of service.py.
+    """ImageLoader over a pool of worker processes, with a cache of decoded images.
 
-    An image that is being decoded is decoded to its end even where its request is cancelled: that is sooner done than
-    a new process started. `load` waits for a free process for as long as that takes, or until it is cancelled.
+    Decoding continues even if its request is cancelled: that is faster than starting a new process. `load` waits for
+    a free process without a timeout, until it is cancelled.
     """
 
     def __init__(self, settings: ServeSettings, image_size: int) -> None:
-        """Args:
-        image_size: of the model, in pixels.
+        """Create the pool; processes start on demand.
+
+        Args:
+            image_size: input size of the model, in pixels.
         """
         self._hosts = ImageHosts(settings.image_hosts, settings.max_image_bytes, settings.image_timeout)
         self._processes = [
@@ -37,17 +39,19 @@ class WorkerImageLoader:
             )
             for _ in range(settings.image_workers)
         ]
-        self._free: Optional[asyncio.LifoQueue[ImageProcess]] = None  # the one used last is running already
+        self._free: Optional[asyncio.LifoQueue[ImageProcess]] = (
+            None  # LIFO: prefers processes that already run
+        )
         self._decoding: set[asyncio.Task[LoadedImage]] = set()
         self._cache: OrderedDict[bytes, LoadedImage] = OrderedDict()
         self._cached_bytes = 0
         self.n_cache_hits = 0
 
     async def start(self) -> None:
-        """Start all processes, which `load` does at the latest.
+        """Start all processes now; otherwise `load` starts them on demand.
 
         Raises:
-            NoWorkerError: they do not start.
+            NoWorkerError: a process does not start.
         """
         await asyncio.gather(*(process.start() for process in self._processes))
 
@@ -110,7 +114,7 @@ class WorkerImageLoader:
             self._decoding.discard(task)
             free.put_nowait(process)
             if not task.cancelled():
-                task.exception()  # whoever asked may be gone
+                task.exception()  # mark as retrieved: the request may be cancelled
 
         task.add_done_callback(ended)
         return await asyncio.shield(task)
@@ -126,7 +130,7 @@ class WorkerImageLoader:
 
 def _digest(kind: bytes, encoded: bytes) -> bytes:
     digest = hashlib.sha256(kind)
-    digest.update(encoded)  # lets other threads run
+    digest.update(encoded)  # releases the GIL
     return digest.digest()
 
 

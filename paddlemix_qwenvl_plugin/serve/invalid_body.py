@@ -1,4 +1,4 @@
-"""What a client is told of a body that is not what the schema says."""
+"""Error messages for request bodies that do not match the schema."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 
-_WORDS = {
+_TYPE_WORDS = {
     "bool": "true or false",
     "dict": "an object",
     "float": "a number",
@@ -21,14 +21,14 @@ _WORDS = {
 
 
 def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """The error of the first parameter that is wrong, as pydantic lists them for `body`.
+    """Convert pydantic's errors for `body` into an ApiError for the first invalid parameter.
 
-    Values are not repeated, but for numbers: messages are logged, and what clients write is not.
+    The message quotes no values except numbers: messages are logged, and client text must not be.
     """
     if isinstance(body, bytes):
         return ApiError(
             415,
-            "The body is not read as JSON; send the header Content-Type: application/json.",
+            "The body is not declared as JSON; send the header Content-Type: application/json.",
             code="unsupported_media_type",
         )
     first = errors[0]
@@ -36,26 +36,26 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
         reason = f"{first['ctx']['error']} at character {first['loc'][-1]}"
         return ApiError(400, f"The body is not valid JSON: {reason}.", code="invalid_json")
     located = [(_path(error, body), error) for error in errors]
-    # A value that may be one of several types has an error for each: the one that fits furthest is meant.
+    # A union has an error for each of its types: report the one that matched deepest.
     top = located[0][0][:1]
     path = max((path for path, _ in located if path[:1] == top), key=_depth)
     same = [error for other, error in located if other == path]
-    param = _written(path)
-    code, what = _described(same)
+    param = _dotted(path)
+    code, what = _describe(same)
     if not param:
         return ApiError(400, f"The body {what}.", code=code)
     return ApiError(400, f"{param}: {what}", param=param, code=code)
 
 
 def _path(error: Mapping[str, Any], body: Any) -> tuple[Any, ...]:
-    """Where in the body an error is: its location without the names of the types that were tried."""
+    """Path of an error in the body: its location without the names of union types."""
     path: list[Any] = []
     value = body
     tag_passed = False
     steps = error["loc"][1:]  # without "body"
     for number, step in enumerate(steps, start=1):
         inside = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
-        # The role of a message and the type of a part are steps too, and may be called as a parameter is.
+        # A message's role and a part's type are steps too, and may have the name of a parameter.
         if isinstance(value, dict) and step in (value.get("role"), value.get("type")) and not tag_passed:
             tag_passed = True
             continue
@@ -77,8 +77,8 @@ def _depth(path: Sequence[Any]) -> tuple[int, list[int]]:
     return len(path), [step if isinstance(step, int) else -1 for step in path]
 
 
-def _described(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """OpenAI's code, and what is wrong, of one value."""
+def _describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """OpenAI's error code and the message for the errors of one value."""
     kind = errors[0]["type"]
     if kind in ("missing", "union_tag_not_found"):
         return "missing_required_parameter", "is required"
@@ -86,26 +86,26 @@ def _described(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         return kind, errors[0]["msg"]
     if kind == "union_tag_invalid":
         return "invalid_value", f"must be one of {errors[0]['ctx']['expected_tags']}"
-    types = [_WORDS.get(error["type"].removesuffix("_type")) for error in errors]
+    types = [_TYPE_WORDS.get(error["type"].removesuffix("_type")) for error in errors]
     if all(types):
         return "invalid_type", f"must be {' or '.join(dict.fromkeys(map(str, types)))}"
-    # Of the types that a value may have, it has the one that finds something else wrong.
-    return "invalid_value", _in_words(next(error for error, kind in zip(errors, types) if not kind))
+    # An error other than a type error: the value has this type of the union.
+    return "invalid_value", _message(next(error for error, kind in zip(errors, types) if not kind))
 
 
-def _in_words(error: Mapping[str, Any]) -> str:
+def _message(error: Mapping[str, Any]) -> str:
     what = re.sub(r"^\w+ should ", "must ", str(error["msg"])).replace(" after validation", "")
     value = error["input"]
     return f"{what}, got {value}" if isinstance(value, (int, float)) and len(str(value)) < 40 else what
 
 
-def _written(path: Sequence[Any]) -> str:
-    """messages[0].content"""
-    written = ""
+def _dotted(path: Sequence[Any]) -> str:
+    """Write a path as `messages[0].content`."""
+    text = ""
     for step in path:
-        written += f"[{step}]" if isinstance(step, int) else f".{_short(step)}" if written else _short(step)
-    return written
+        text += f"[{step}]" if isinstance(step, int) else f".{_shortened(step)}" if text else _shortened(step)
+    return text
 
 
-def _short(name: str) -> str:
+def _shortened(name: str) -> str:
     return name if len(name) <= 60 else f"{name[:59]}…"

@@ -1,4 +1,4 @@
-"""Logs as JSON, a line an event, on stderr."""
+"""JSON logs on stderr, one event per line."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def log(level: int, event: str, **fields: Any) -> None:
     """Log an event of the server.
 
     Args:
-        event: a few words, the same each time.
-        fields: what varies, as JSON has it.
+        event: constant name of the event, a few words.
+        fields: variable data, JSON-serializable.
     """
     if LOGGER.isEnabledFor(level):
         LOGGER.log(level, event, extra={_FIELDS: fields})
 
 
 def start_logging(level: str) -> None:
-    """Have all loggers of this process, uvicorn's included, write JSON to stderr.
+    """Send the records of all loggers of this process, uvicorn's included, to stderr as JSON.
 
     Args:
         level: debug, info, warning or error.
@@ -35,17 +35,18 @@ def start_logging(level: str) -> None:
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     LOGGER.setLevel(level.upper())
-    # What uvicorn says of its start and end is said by us.
+    # The server logs its own start and end.
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, LOGGER.level))
-    # Its warnings are about clients that went away while they were sent something.
+    # asyncio's warnings are about clients that disconnect while data is sent to them.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     logging.captureWarnings(True)
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object a record: time, level, logger, event, its fields, and the traceback where there is one."""
+    """Formatter that writes a record as a JSON object: time, level, logger, event, fields, traceback if any."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Format a record as one line of JSON."""
         moment = datetime.fromtimestamp(record.created, timezone.utc)
         line: dict[str, Any] = {
             "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),

@@ -1,4 +1,4 @@
-"""The socket that the server listens on."""
+"""Listening socket of the server."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ BACKLOG = 2048
 
 
 class Listener(NamedTuple):
-    """A bound socket, and whether it is systemd's: then others have it as well, and closing it here loses nothing."""
+    """A bound socket; `inherited` from systemd, other processes hold it too and closing it loses no connections."""
 
     socket: socket.socket
     inherited: bool = False
 
 
 def bound_socket(host: str, port: int, reuse_port: bool) -> Listener:
-    """A TCP socket bound to an address; with `reuse_port` it does not listen yet, else it does.
+    """Bind a TCP socket; it listens at once unless `reuse_port` is set.
 
-    The kernel gives connections to every socket that listens on a port: one of a server that is still loading its
-    model must not. One that systemd opened is taken instead, whatever the address.
+    The kernel distributes connections over all sockets that listen on a port, so a server that is still loading its
+    model must not listen. A socket passed by systemd takes precedence over the address.
 
     Raises:
-        UsageError: no such address.
-        QwenVLError: the port is in use, or not allowed.
+        UsageError: the address does not exist.
+        QwenVLError: the port is in use or not permitted.
     """
     inherited = _from_systemd()
     if inherited is not None:
@@ -42,46 +42,46 @@ def bound_socket(host: str, port: int, reuse_port: bool) -> Listener:
     family, kind, protocol, _, address = infos[0]
     listener = socket.socket(family, kind, protocol)
     try:
-        if os.name == "posix":  # elsewhere it would let two servers have one port
+        if os.name == "posix":  # elsewhere it would let two servers bind the same port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
-            _allow_others(listener)
+            _set_reuse_port(listener)
         listener.bind(address)
         if not reuse_port:
             listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise _problem(host, port, error) from error
+        raise _bind_error(host, port, error) from error
     listener.setblocking(False)
     return Listener(listener)
 
 
 def url_of(listener: socket.socket) -> str:
-    """The address that a client on this machine asks."""
+    """URL of the server for a client on this machine."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def accept_queued(listener: socket.socket) -> list[socket.socket]:
-    """The connections that the kernel has accepted and nobody has taken: closing the socket would reset them."""
-    taken = []
-    with suppress(OSError):  # BlockingIOError at their end, or no more file descriptors
+    """Accept all connections in the kernel's backlog: closing the socket would reset them."""
+    accepted = []
+    with suppress(OSError):  # BlockingIOError when the backlog is empty, or no more file descriptors
         while True:
             connection, _ = listener.accept()
             connection.setblocking(False)
-            taken.append(connection)
-    return taken
+            accepted.append(connection)
+    return accepted
 
 
 def _from_systemd() -> socket.socket | None:
-    """The socket that systemd's socket activation hands over, if it has."""
+    """Socket passed by systemd's socket activation, if any."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not os.environ.get("LISTEN_FDS", "").isdigit():
         return None
     count = int(os.environ["LISTEN_FDS"])
     if count != 1:
         raise UsageError(f"LISTEN_FDS {count}: the server takes one socket; give the unit one ListenStream")
-    # Children must not take it for theirs.
+    # Child processes must not take the socket for theirs.
     del os.environ["LISTEN_PID"], os.environ["LISTEN_FDS"]
     os.set_inheritable(_SYSTEMD_DESCRIPTOR, False)
     listener = socket.socket(fileno=_SYSTEMD_DESCRIPTOR)
@@ -89,13 +89,13 @@ def _from_systemd() -> socket.socket | None:
     return listener
 
 
-def _allow_others(listener: socket.socket) -> None:
+def _set_reuse_port(listener: socket.socket) -> None:
     if not hasattr(socket, "SO_REUSEPORT"):
         raise UsageError("--reuse_port: this system has no SO_REUSEPORT")
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
-def _problem(host: str, port: int, error: OSError) -> QwenVLError:
+def _bind_error(host: str, port: int, error: OSError) -> QwenVLError:
     if error.errno == errno.EADDRINUSE:
         return QwenVLError(
             f"--port {port}: another program listens there; name another one, or 0 for any that is free"

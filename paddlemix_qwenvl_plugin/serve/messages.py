@@ -1,7 +1,7 @@
-"""Messages between the HTTP front and the engine process: a JSON header, and bytes behind it.
+"""Messages between the HTTP front and the engine process: a JSON header followed by bytes.
 
-On the wire: length of the header and of the bytes, uint32 little endian each, the header in UTF-8, the bytes. Both ends
-are of one version and trust each other; nothing that is read is executed.
+Wire format: length of the header and length of the bytes, uint32 little-endian each, the header in UTF-8, the bytes.
+Both ends are of the same version and trust each other; no received data is executed.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from paddlemix_qwenvl_plugin.serve.engine_api import EngineRequest, Token
 
 _LENGTHS = struct.Struct("<II")
 
-# Headers are written by the thousand a second, without spaces and without looking for circles.
+# Thousands of headers a second: no spaces, no check for circular references.
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def pack(header: dict[str, Any], arrays: Iterable[NDArray[Any]] = ()) -> bytes:
-    """A message as bytes; the arrays' own bytes follow one another."""
+    """Encode a message; the bytes of the arrays are concatenated."""
     encoded = _encode(header).encode()
     parts = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays]
     return b"".join([_LENGTHS.pack(len(encoded), sum(map(len, parts))), encoded, *parts])
 
 
 class Unpacker:
-    """Messages out of a stream of bytes that comes in pieces of any length."""
+    """Incremental decoder of messages from chunks of a byte stream."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Take a piece; the messages that are whole with it."""
+        """Add a chunk; yield the (header, bytes) of each message that it completes."""
         self._buffer += data
         start = 0
         while len(self._buffer) - start >= _LENGTHS.size:
@@ -54,7 +54,7 @@ class Unpacker:
 
 
 def pack_request(number: int, request: EngineRequest) -> bytes:
-    """A request under a number of the front's choice, its images as bytes."""
+    """Encode a request under the front's request number, with its images as bytes."""
     header = {
         "kind": "submit",
         "number": number,
@@ -69,7 +69,7 @@ def pack_request(number: int, request: EngineRequest) -> bytes:
 
 
 def unpack_request(header: dict[str, Any], content: bytes) -> EngineRequest:
-    """What `pack_request` packed; the images share the memory of `content`."""
+    """Decode a request of `pack_request`; the images share the memory of `content`."""
     shape = header["image_shape"]
     images = np.frombuffer(content, np.uint8).reshape(-1, *shape) if shape else ()
     return EngineRequest(
@@ -83,7 +83,7 @@ def unpack_request(header: dict[str, Any], content: bytes) -> EngineRequest:
 
 
 def tokens_since(generation: Generation, n_sent: int) -> list[Any]:
-    """The tokens of a request from number `n_sent` on, as they travel: ids, or [id, log probability, likeliest]."""
+    """Encode the tokens from index `n_sent` on: ids, or [id, log probability, most likely tokens] each."""
     tokens = generation.tokens[n_sent:]
     if generation.n_logprobs is None:
         return tokens
@@ -91,7 +91,7 @@ def tokens_since(generation: Generation, n_sent: int) -> list[Any]:
 
 
 def read_tokens(tokens: list[Any]) -> list[Token]:
-    """What `tokens_since` gave."""
+    """Decode the tokens encoded by `tokens_since`."""
     return [
         Token(each) if isinstance(each, int) else Token(each[0], each[1], tuple(map(tuple, each[2])))
         for each in tokens

@@ -1,4 +1,4 @@
-"""What `GET /metrics` shows, in the form of Prometheus."""
+"""Prometheus metrics of the server, for `GET /metrics`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from paddlemix_qwenvl_plugin.serve.engine_api import EngineClient
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.serve.service import Admission
 
-# Seconds: of a token on a GPU to that of a large model on a small CPU; of a short answer to that of a long one.
+# Seconds. Tokens: from a GPU to a large model on a small CPU. Requests: from a short to a long completion.
 _TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
 _REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """The counters and histograms of a server, in a registry of its own.
+    """Counters and histograms of a server, in a separate registry.
 
-    Gauges, and the engine's counters, are read when they are asked for: `watch` names where.
+    Gauges and the engine's counters are read at each scrape, from the objects passed to `watch`.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Metrics:
             "qwenvl_requests", "HTTP requests.", ["path", "status"], registry=self.registry
         )
         self._request_seconds = self._histogram(
-            "qwenvl_request_duration_seconds", "From a request's head to the end of its answer.", ["path"]
+            "qwenvl_request_duration_seconds", "From a request's head to the end of its response.", ["path"]
         )
         self._errors = Counter("qwenvl_errors", "Errors, by their code.", ["kind"], registry=self.registry)
         self._queue_seconds = self._histogram(
@@ -44,7 +44,7 @@ class Metrics:
         )
         self._between_tokens = Histogram(
             "qwenvl_time_between_tokens_seconds",
-            "Between tokens of a completion. Tokens that arrive together count once, with their mean.",
+            "Between tokens of a completion. Tokens that arrive together are observed once, with their mean.",
             buckets=_TOKEN_BUCKETS,
             registry=self.registry,
         )
@@ -54,38 +54,38 @@ class Metrics:
         return Histogram(name, text, labels, buckets=_REQUEST_BUCKETS, registry=self.registry)
 
     def watch(self, engine: EngineClient, slots: Admission) -> None:
-        """Read the gauges, and the engine's counters, from these."""
+        """Register the objects from which gauges and the engine's counters are read."""
         self.registry.register(_Watched(engine, slots))
 
     def request(self, path: str, status: int, seconds: float) -> None:
-        """Count an HTTP request that has been answered. `path` is a route, of which there are few."""
+        """Count an answered HTTP request. `path` must be a route: each value is a time series."""
         self._requests.labels(path, str(status)).inc()
         self._request_seconds.labels(path).observe(seconds)
 
     def error(self, kind: str) -> None:
-        """Count an error, also one in the middle of a stream. `kind` is its code, or its type if it has none."""
+        """Count an error, error events of a stream included. `kind` is its code, or its type without a code."""
         self._errors.labels(kind).inc()
 
     def queued(self, seconds: float) -> None:
-        """A request got its slots."""
+        """Observe the queue time of an admitted request."""
         self._queue_seconds.observe(seconds)
 
     def first_token(self, seconds: float) -> None:
-        """The first token of a request is there, so long after the request's head."""
+        """Observe the time from a request's head to its first token."""
         self._first_token.observe(seconds)
 
     def next_tokens(self, n: int, seconds: float) -> None:
-        """N tokens of a completion came together, so long after those before them."""
+        """Observe n tokens that arrived together, `seconds` after the previous ones."""
         self._between_tokens.observe(seconds / n)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
-        """All of it, and its content type, as the header Accept of a request wants it."""
+        """Render all metrics in the format of the Accept header; return the body and its content type."""
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
 
 class _Watched(Collector):
-    """What is read at the moment when it is asked for."""
+    """Collector that reads gauges and the engine's counters at each scrape."""
 
     def __init__(self, engine: EngineClient, slots: Admission) -> None:
         self._engine = engine
@@ -94,22 +94,25 @@ class _Watched(Collector):
     def collect(self) -> Iterator[Metric]:
         engine, stats, slots = self._engine, self._engine.stats, self._slots
         gauges = {
-            "slots_running": ("Completions that hold a slot of the engine.", slots.running),
-            "queue_waiting": ("Requests that wait for a slot.", slots.waiting),
-            "engine_ready": ("Whether the engine process takes requests.", int(engine.ready)),
-            "engine_running": ("Completions in the engine's loop.", stats.running),
-            "engine_waiting": ("Completions that wait in the engine's loop, as for blocks.", stats.waiting),
+            "slots_running": ("Engine slots in use.", slots.running),
+            "queue_waiting": ("Requests waiting for a slot.", slots.waiting),
+            "engine_ready": ("Whether the engine process accepts requests.", int(engine.ready)),
+            "engine_running": ("Completions running in the engine's loop.", stats.running),
+            "engine_waiting": (
+                "Completions waiting in the engine's loop, such as for blocks.",
+                stats.waiting,
+            ),
             "kv_blocks": ("Blocks of the KV cache.", stats.blocks),
             "kv_blocks_used": ("Blocks of the KV cache in use.", stats.blocks_used),
         }
         counters = {
-            "engine_restarts": ("Engine processes that were started after the first.", engine.restarts),
-            "prompt_tokens": ("Tokens of prompts.", stats.prompt_tokens),
-            "cached_prompt_tokens": ("Tokens of prompts found in the prefix cache.", stats.cached_tokens),
-            "completion_tokens": ("Tokens of completions.", stats.completion_tokens),
-            "images_encoded": ("Images that were encoded.", stats.images_encoded),
-            "image_cache_hits": ("Images whose features were remembered.", stats.image_cache_hits),
-            "preempted": ("Completions that gave their blocks back for a while.", stats.preempted),
+            "engine_restarts": ("Restarts of the engine process.", engine.restarts),
+            "prompt_tokens": ("Prompt tokens.", stats.prompt_tokens),
+            "cached_prompt_tokens": ("Prompt tokens found in the prefix cache.", stats.cached_tokens),
+            "completion_tokens": ("Completion tokens.", stats.completion_tokens),
+            "images_encoded": ("Images encoded by the vision stage.", stats.images_encoded),
+            "image_cache_hits": ("Images whose features were found in the cache.", stats.image_cache_hits),
+            "preempted": ("Preemptions.", stats.preempted),
             "steps": ("Steps of the engine's loop.", stats.steps),
         }
         for name, (text, value) in gauges.items():

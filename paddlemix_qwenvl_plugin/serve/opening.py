@@ -1,4 +1,4 @@
-"""From settings to a service: the model's files, the engine, the images, the queue."""
+"""Construction of a Service from the settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 
 def open_service(settings: ServeSettings, say: Callable[[str], None]) -> Service:
-    """What request handlers share; its engine is not started.
+    """Open the configuration and tokenizer and create the service; its engine is not started.
 
     Raises:
         UsageError, QwenVLError: see QwenVL.from_exported.
@@ -29,17 +29,17 @@ def open_service(settings: ServeSettings, say: Callable[[str], None]) -> Service
         vision, language = demo_model.demo_stages(say)
     assert vision is not None
     assert language is not None
-    # On a CPU, whatever the engine's device is: only the configuration and the tokenizer are wanted of it.
+    # On the CPU regardless of the engine's device: only its configuration and tokenizer are used.
     model = QwenVL.from_exported(vision, language, settings.model_name_or_path)
     if settings.picture_label is not None:
         model.tokenizer.picture_label = settings.picture_label
-    # The demo model knows both forms, and its folder does not say so.
+    # The demo model is trained on both prompt formats; its configuration does not record that.
     is_chat = settings.demo or model.is_chat
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # a time beside every counter, which nobody asks for
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # no creation time for each counter
     metrics = Metrics()
     return Service(
         settings=settings,
-        engine=ProcessEngineClient(_of_engine(settings, vision, language)),
+        engine=ProcessEngineClient(_model_settings(settings, vision, language)),
         tokenizer=model.tokenizer,
         config=model.config,
         is_chat=is_chat,
@@ -56,7 +56,7 @@ def open_service(settings: ServeSettings, say: Callable[[str], None]) -> Service
     )
 
 
-def _of_engine(settings: ServeSettings, vision: Path, language: Path) -> ModelSettings:
+def _model_settings(settings: ServeSettings, vision: Path, language: Path) -> ModelSettings:
     return ModelSettings(
         first_model_path=vision,
         second_model_path=language,

@@ -1,4 +1,4 @@
-"""The paths that machines ask: health and metrics."""
+"""Operations endpoints: health checks and metrics."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ _RETRY_SECONDS = 1
 
 
 def router(service: Service) -> APIRouter:
-    """GET /health/live, /health/ready and /metrics."""
+    """Create the routes GET /health/live, /health/ready and /metrics."""
     routes = APIRouter(tags=["operations"])
 
-    @routes.get("/health/live", summary="Whether the server runs; also while its model is loaded.")
+    @routes.get("/health/live", summary="Whether the server runs, also while it loads the model.")
     async def live() -> JSONResponse:
         return JSONResponse({"status": "live"})
 
     @routes.get(
         "/health/ready",
-        summary="Whether a request would be answered now.",
-        responses={503: {"description": "The model is loaded, or loaded again, or the server is ending."}},
+        summary="Whether the server is ready for requests.",
+        responses={
+            503: {"description": "The model is loading or reloading, or the server is shutting down."}
+        },
     )
     async def ready() -> JSONResponse:
         if service.engine.ready and not service.draining:

@@ -1,4 +1,4 @@
-"""What is known of a request, from its first middleware to its line in the log."""
+"""Per-request record for logs, limits and metrics."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _STATE = "info"
 
 @dataclass
 class RequestInfo:
-    """Filled in by whoever comes to know it; handlers find it as `request.state.info`, or by `info_of(scope)`.
+    """Record of a request, filled in by middleware and handlers; available as `info_of(scope)`.
 
     Attributes:
-        id: the header X-Request-Id.
-        begin: when its head was read, on the clock of time.monotonic.
-        key: short hash of its API key; None where no keys are demanded.
-        prompt_tokens, completion_tokens, cached_tokens: its usage, of all its choices.
-        prompts, completions: their texts, of all choices, where the settings want them in the log.
-        error: code of the error that it was answered with, or its type; also that of an error event in a stream.
+        id: value of the header X-Request-Id.
+        begin: time at which its head was read (time.monotonic).
+        key: short hash of its API key; None if the server requires no keys.
+        prompt_tokens, completion_tokens, cached_tokens: usage of all choices.
+        prompts, completions: texts of all choices, if `log_prompts` is set.
+        error: code of the error response or of the stream's error event; its type without a code.
     """
 
     id: str = field(default_factory=lambda: uuid4().hex)
@@ -36,6 +36,6 @@ class RequestInfo:
 
 
 def info_of(scope: MutableMapping[str, Any]) -> RequestInfo:
-    """The info of an ASGI scope, made if it has none."""
+    """Return the RequestInfo of an ASGI scope; create it on first use."""
     info: RequestInfo = scope.setdefault("state", {}).setdefault(_STATE, RequestInfo())
     return info

@@ -1,7 +1,7 @@
-"""Two servers on one port: the kernel gives each connection to one of the sockets that listen (SO_REUSEPORT).
+"""Handover between two servers on one port: the kernel assigns each connection to one listening socket (SO_REUSEPORT).
 
-A socket that is closed takes with it the connections that it was given and that nobody has accepted, those whose
-handshake is on its way included: their clients see a reset. So the old server first has the kernel give it no more.
+Closing a socket resets the connections that it was assigned and has not accepted, including those whose handshake is
+in progress. So the old server first makes the kernel assign all new connections to the new one.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class _Program(ctypes.Structure):
 
 
 def give_to_the_newer(listener: socket.socket) -> None:
-    """Have the kernel give new connections to the server that began to listen after this one.
+    """Direct new connections to the server that began to listen after this one. Linux only; no effect elsewhere.
 
-    The program that chooses a socket says "number 1", and they are numbered from 0 as they came. Where there is no
-    number 1 the kernel chooses as before. On other systems than Linux nothing happens.
+    The attached BPF program returns socket index 1; sockets are numbered from 0 in listening order. If no socket has
+    index 1, the kernel chooses by hash as before.
     """
     if sys.platform != "linux":
         return
@@ -45,11 +45,11 @@ def give_to_the_newer(listener: socket.socket) -> None:
 
 
 def give_to_all(listener: socket.socket) -> None:
-    """Have the kernel spread new connections over all sockets again: an earlier server's choice outlives it.
+    """Distribute new connections over all sockets again: an earlier server's BPF program outlives it.
 
     Args:
-        listener: a socket that listens.
+        listener: a listening socket.
     """
     if sys.platform == "linux":
-        with suppress(OSError):  # there is no such choice, or Linux is older than 5.3
+        with suppress(OSError):  # no program is attached, or Linux is older than 5.3
             listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)

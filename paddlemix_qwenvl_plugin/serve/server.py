@@ -1,4 +1,4 @@
-"""The life of a server: it loads, answers, and ends with what it has begun."""
+"""Server lifecycle: startup, serving, graceful shutdown."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from paddlemix_qwenvl_plugin.serve.listening import BACKLOG, Listener, accept_qu
 from paddlemix_qwenvl_plugin.serve.reuse_port import give_to_all, give_to_the_newer
 from paddlemix_qwenvl_plugin.serve.service import Service
 
-# Longer than clients keep a connection (httpx: 5 s), so that they are the ones to close it: one that is closed while a
-# request is on its way loses the request.
+# Longer than clients keep a connection (httpx: 5 s), so that the client closes it: a request in transit is lost if the
+# server closes first.
 _KEEP_ALIVE_SECONDS = 15
-# For handlers to send their error events, and for the processes of the service to end.
+# Timeout for handlers to send their error events, and for the service's processes to end.
 _LAST_SECONDS = 10.0
 _CLEANING_SECONDS = 1.0
-# How long connections that are on their way may take to be there.
+# Time for TCP handshakes in progress to complete.
 _HANDSHAKE_SECONDS = 1.0
 _TICK_SECONDS = 0.05
 
@@ -39,16 +39,16 @@ async def run(
     signals: Sequence[int],
     ready: Callable[[], None],
 ) -> Optional[int]:
-    """Serve until a signal comes, and end in order.
+    """Serve until a signal arrives; then shut down gracefully.
 
     Args:
-        listener: a bound socket. With `reuse_port` it begins to listen when the engine is ready; connections to one
-            of systemd's wait in it until then.
-        signals: those that end the server. The first lets requests finish, the second does not.
+        listener: a bound socket. With `reuse_port` it begins to listen when the engine is ready; an inherited one
+            queues connections until then.
+        signals: signals that end the server. The first lets requests finish, the second does not.
         ready: called when the engine is ready for the first time.
 
     Returns:
-        The second signal; None: there was one only, and all is in order.
+        The second signal; None if only one arrived.
 
     Raises:
         QwenVLError: the engine cannot be started.
@@ -86,7 +86,7 @@ async def _result(loading: asyncio.Task[None], server: Server) -> Optional[int]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends in its own way; signals are `run`'s affair."""
+    """uvicorn server with a graceful shutdown; `run` installs the signal handlers."""
 
     def __init__(self, service: Service, app: FastAPI, listener: Listener) -> None:
         settings = service.settings
@@ -112,7 +112,7 @@ class Server(uvicorn.Server):
         self._ending = asyncio.Event()
 
     def end(self, number: int) -> None:
-        """Take a signal."""
+        """Handle a signal: shut down at the first, exit at the second."""
         if not self.should_exit:
             log(logging.INFO, "ending", signal=signal.Signals(number).name)
             self.should_exit = True
@@ -120,22 +120,22 @@ class Server(uvicorn.Server):
         elif self.second_signal is None:
             self.second_signal = number
             self.force_exit = True
-            # Nothing keeps a person waiting who says it twice. The engine process ends with this one.
+            # A second signal bounds the exit time. The engine process ends with this one.
             asyncio.get_running_loop().call_later(_LAST_SECONDS, os._exit, 128 + number)
 
     async def first_of(self, task: asyncio.Task[Any]) -> None:
-        """Wait for a task, or for the first signal."""
+        """Wait until a task is done or the first signal arrives."""
         ending = asyncio.create_task(self._ending.wait())
         await asyncio.wait([task, ending], return_when=asyncio.FIRST_COMPLETED)
         ending.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
-        """Leave signals alone."""
+        """Install no signal handlers."""
         yield
 
     async def shutdown(self, sockets: Optional[list[socket.socket]] = None) -> None:
-        """Finish what has begun, within `shutdown_timeout`; then end it with errors."""
+        """Let running requests finish within `shutdown_timeout`; then end the rest with errors."""
         settings = self._service.settings
         deadline = time.monotonic() + settings.shutdown_timeout
         self._service.draining = True
@@ -143,8 +143,8 @@ class Server(uvicorn.Server):
             give_to_the_newer(self._listener.socket)
             await self._wait(lambda: True, min(deadline, time.monotonic() + _HANDSHAKE_SECONDS))
         await self._stop_listening()
-        # Where another server takes over, connections that this one has may bring one more request each: a client that
-        # was refused would be the one that noticed.
+        # If another server takes over, each open connection may bring one more request: refusing it would make the
+        # handover visible to the client.
         if not settings.reuse_port and not self._listener.inherited:
             self._service.admission.close()
             for connection in list(self.server_state.connections):
@@ -155,7 +155,7 @@ class Server(uvicorn.Server):
         self._service.admission.refuse_waiting()
         await _bounded(self._service.engine.stop(), "the engine does not end")
         await self._wait(lambda: self.server_state.tasks, time.monotonic() + _LAST_SECONDS)
-        # What goes on even so sees that its client has gone, and gets a moment to clean up.
+        # Remaining handlers see a disconnect and get a moment to clean up.
         for connection in list(self.server_state.connections):
             connection.transport.abort()
         if self.server_state.tasks:
@@ -164,7 +164,7 @@ class Server(uvicorn.Server):
             task.cancel()
 
     async def _stop_listening(self) -> None:
-        """Take the connections that wait to be taken, and none after these."""
+        """Accept the queued connections and close the listening socket."""
         queued = [] if self._listener.inherited else accept_queued(self._listener.socket)
         for server in self.servers:
             server.close()
@@ -175,8 +175,8 @@ class Server(uvicorn.Server):
 
     def _protocol(self) -> Connection:
         protocol: Any = self.config.http_protocol_class
-        made: Connection = protocol(self.config, self.server_state, self.lifespan.state)
-        return made
+        connection: Connection = protocol(self.config, self.server_state, self.lifespan.state)
+        return connection
 
     async def _wait(self, busy: Callable[[], Any], deadline: float) -> None:
         while busy() and not self.force_exit and time.monotonic() < deadline:
@@ -185,9 +185,9 @@ class Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def _handling(numbers: Sequence[int], server: Server) -> Iterator[None]:
-    """Within the block these signals end the server."""
+    """End the server at these signals within the block."""
     loop = asyncio.get_running_loop()
-    # Not loop.add_signal_handler, which Windows has not.
+    # Not loop.add_signal_handler, which Windows lacks.
     before = {
         number: signal.signal(number, lambda n, _: loop.call_soon_threadsafe(server.end, n))
         for number in numbers
@@ -200,7 +200,7 @@ def _handling(numbers: Sequence[int], server: Server) -> Iterator[None]:
 
 
 async def _bounded(task: Any, problem: str) -> None:
-    """Await the end of something, for a while."""
+    """Await a task with a timeout; log `problem` if it passes."""
     try:
         await asyncio.wait_for(task, _LAST_SECONDS)
     except asyncio.TimeoutError:

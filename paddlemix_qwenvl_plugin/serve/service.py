@@ -1,4 +1,4 @@
-"""What a request handler works with: the model's tokenizer, the engine, the images, the queue."""
+"""Service: the objects that request handlers share, and the protocols of its parts."""
 
 from __future__ import annotations
 
@@ -17,62 +17,62 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 
 class LoadedImage(NamedTuple):
-    """An image as the engine takes it, uint8 [image_size, image_size, 3], and its own (width, height) in pixels."""
+    """Decoded image: pixels as uint8 [image_size, image_size, 3], and the original (width, height) in pixels."""
 
     pixels: NDArray[np.uint8]
     size: tuple[int, int]
 
 
 class ImageLoader(Protocol):
-    """Fetches and decodes images in processes of their own."""
+    """Loader that fetches images and decodes them in separate processes."""
 
     async def load(self, url: str, param: str) -> LoadedImage:
         """Load a data: URL, or an http(s) URL of an allowed host.
 
         Raises:
-            ApiError: what is wrong with it; `param` is the parameter that named it.
+            ApiError: the image cannot be loaded; `param` is the request parameter that contains the URL.
         """
 
     async def close(self) -> None:
-        """End the processes."""
+        """End the worker processes."""
 
 
 class Admission(Protocol):
-    """A bounded queue before the engine: first come, first served."""
+    """Bounded first-in-first-out queue in front of the engine."""
 
     def slots(self, n: int, key: Optional[str]) -> AbstractAsyncContextManager[None]:
-        """Wait for n slots, and hold them within the block.
+        """Wait for n slots and hold them within the block.
 
         Args:
-            key: the API key, for its own limit.
+            key: short hash of the API key, for the limit per key.
 
         Raises:
-            ApiError: 429 with Retry-After where the queue or the key's share is full; 503 where waiting took too long.
+            ApiError: 429 with Retry-After if the queue or the key's share is full; 503 after the waiting timeout.
         """
 
     @property
     def running(self) -> int:
-        """Slots that are held."""
+        """Number of slots in use."""
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for slots."""
+        """Number of requests waiting for slots."""
 
     def close(self) -> None:
-        """Let no new request in: they get 503. Those that wait go on waiting."""
+        """Refuse new requests with 503. Waiting requests stay in the queue."""
 
     def refuse_waiting(self) -> None:
-        """Let in neither a new request nor those that wait."""
+        """Refuse new and waiting requests with 503."""
 
 
 @dataclass
 class Service:
-    """Everything that handlers share.
+    """Shared state of request handlers.
 
     Attributes:
-        model_name: what clients call the model.
-        is_chat: whether the model is Qwen-VL-Chat; the base model has /v1/completions only.
-        draining: whether the server is ending: it answers what it has begun.
+        model_name: name of the model in the API.
+        is_chat: whether the model is Qwen-VL-Chat; the base model supports /v1/completions only.
+        draining: whether the server is shutting down: running requests finish.
     """
 
     settings: ServeSettings

@@ -1,4 +1,4 @@
-"""Where settings come from: flags over environment over YAML file over defaults, and which of them gave each."""
+"""Sources of settings, in order of precedence: flags, environment variables, YAML file, defaults."""
 
 from __future__ import annotations
 
@@ -23,41 +23,42 @@ _KINDS = {"int": "a whole number", "float": "a number", "finite": "a number", "b
 
 
 class Origin(NamedTuple):
-    """Where a value comes from: `place` is the source, `name` the setting as it is spelled there."""
+    """Source of a setting's value: `place` is the source, `name` the spelling of the setting there."""
 
     place: str
     name: str
 
 
 class Settings(NamedTuple):
-    """The settings, and the origin of each that is not a default."""
+    """Settings and the origin of each value that is not a default."""
 
     values: ServeSettings
     origins: dict[str, Origin]
 
     def as_yaml(self) -> str:
-        """A file for `--config` that gives these settings, with the origin of each as a comment."""
+        """Write the settings as YAML for `--config`, with the origin of each as a comment."""
         lines = []
         for name, value in self.values.model_dump(mode="json").items():
             origin = self.origins.get(name)
-            # JSON is YAML, and on one line.
+            # JSON is valid YAML and fits on one line.
             text = json.dumps(value, ensure_ascii=False)
             lines.append(f"{name}: {text}  # {origin.place if origin else 'default'}")
         return "\n".join(lines) + "\n"
 
 
 def read_settings(flags: Mapping[str, Any], config: Optional[Path] = None) -> Settings:
-    """The settings of a command.
+    """Read the settings of a command from all sources.
 
     Args:
-        flags: the flags that were given, by the names of the settings.
-        config: a YAML file; None: that of QWENVL_SERVE_CONFIG, if it is set.
+        flags: values of the flags on the command line, by setting name.
+        config: a YAML file; None: the file of QWENVL_SERVE_CONFIG, if set.
 
     Raises:
-        UsageError: an unknown setting or a wrong value; the line names the flag, the variable, or the file and key.
+        UsageError: an unknown setting or an invalid value; the message names the flag, the variable, or the file and
+            key.
     """
-    named = env.SERVE_CONFIG.read()
-    config = config or (Path(named) if named else None)
+    default_config = env.SERVE_CONFIG.read()
+    config = config or (Path(default_config) if default_config else None)
     _check_variables()
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
@@ -77,32 +78,34 @@ def read_settings(flags: Mapping[str, Any], config: Optional[Path] = None) -> Se
 
 def _from_file(path: Path) -> dict[str, Any]:
     data = plain_yaml.read_file(path, "a file of settings")
-    if data is None:  # all of it is comments
+    if data is None:  # only comments
         return {}
     if not isinstance(data, dict):
         raise UsageError(f"{path}: settings are a mapping of keys to values")
     for key in data:
         if key not in ServeSettings.model_fields:
-            raise UsageError(f"{path}: {key}: no such setting{_meant(str(key), ServeSettings.model_fields)}")
+            raise UsageError(
+                f"{path}: {key}: no such setting{_suggestion(str(key), ServeSettings.model_fields)}"
+            )
     return data
 
 
 def _check_variables() -> None:
-    """Refuse a variable with the prefix that is no setting: pydantic passes over those."""
+    """Refuse an unknown variable with the prefix: pydantic ignores it."""
     known = [ENVIRONMENT_PREFIX + name.upper() for name in ServeSettings.model_fields]
     known.append(env.SERVE_CONFIG.name)
     for name in sorted(os.environ):
         if name.upper().startswith(ENVIRONMENT_PREFIX) and name.upper() not in known:
-            raise UsageError(f"{name}: no such setting{_meant(name, known)}")
+            raise UsageError(f"{name}: no such setting{_suggestion(name, known)}")
 
 
-def _meant(name: str, known: Any) -> str:
+def _suggestion(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else "; see qwenvl serve --help"
 
 
 def _line(error: ValidationError, origins: Mapping[str, Origin]) -> str:
-    """What is wrong with the first setting that is, and where it was given."""
+    """Format the first error with its flag, variable, or file and key."""
     problem: Any = error.errors(include_url=False)[0]
     field, value = str(problem["loc"][0]), problem["input"]
     where = origins[field].name if field in origins else field
@@ -118,6 +121,6 @@ def _line(error: ValidationError, origins: Mapping[str, Origin]) -> str:
 
 
 def words(field: FieldInfo) -> tuple[str, ...]:
-    """The words that a setting of a few words may be, none for others."""
+    """Allowed values of a Literal setting; empty for other types."""
     annotation: Any = field.annotation
     return getattr(annotation, "__args__", ()) if str(annotation).startswith("typing.Literal") else ()

@@ -1,4 +1,4 @@
-"""From settings to a running server."""
+"""Start of the server from its settings."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 
 def start(settings: ServeSettings, signals: Sequence[int], say: Callable[[str], None]) -> Optional[int]:
-    """Serve until a signal ends it.
+    """Run the server until a signal ends it.
 
     Args:
-        signals: those that end the server.
+        signals: signals that end the server.
         say: called with each line for the user.
 
     Returns:
-        The second signal, where one came before all requests had ended; else None.
+        The second signal, if one arrived before all requests had ended; else None.
 
     Raises:
-        UsageError: settings that do not go together, or name what is not there.
-        QwenVLError: the model cannot be opened, or the port not be had.
+        UsageError: conflicting settings, or a missing file.
+        QwenVLError: the model cannot be opened, or the port cannot be bound.
     """
     _check(settings)
     listener = bound_socket(settings.host, settings.port, settings.reuse_port)
     with listener.socket:
         check_exposure(settings, listener.socket.getsockname()[0])
         start_logging(settings.log_level)
-        # Here: what is wrong with settings and port is said before the model's libraries are loaded.
+        # Imported late: errors of settings and port are reported before the slow imports.
         from paddlemix_qwenvl_plugin.serve.opening import open_service
 
         service = open_service(settings, say)
@@ -65,7 +65,7 @@ def _greet(service: Service, listener: socket.socket, say: Callable[[str], None]
 
 
 def _example(url: str, model: str) -> str:
-    """A question of the demo as a command, for any shell and any base64."""
+    """Write a question of the demo as a curl command, portable across shells and base64 versions."""
     question = next(question for question in QUESTIONS if question.name == "locate")
     image = f"data:image/png;base64,$(base64 < {shlex.quote(str(question.images[0]))} | tr -d '\\n')"
     text = json.dumps(question.turn.question)

@@ -1,4 +1,4 @@
-"""The front's end of a request: the tokens that have come and nobody has read."""
+"""Buffer of the received tokens of a request, in the front."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Callable, Optional
 from paddlemix_qwenvl_plugin.serve.engine_api import Ended, Token
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# How long a step may take to see that a request is cancelled. A process that hangs never does.
+# Timeout of a cancellation: a process that hangs never confirms it.
 CANCEL_SECONDS = 5.0
 
 
 class ReceivedTokens:
-    """See TokenStream. The client puts in what the engine process sends; one reader takes it out."""
+    """TokenStream filled by the engine client; supports one reader."""
 
     def __init__(self, cancel: Callable[[], None]) -> None:
-        """`cancel` tells the engine process, as long as the request has not ended."""
+        """Create an empty buffer; `cancel` sends the cancellation to the engine process."""
         self._cancel = cancel
         self._tokens: list[Token] = []
         self._error: Optional[QwenVLError] = None
         self._ended: Optional[Ended] = None
-        self._reader: Optional[asyncio.Future[None]] = None  # what it waits for
-        self._giving_up: Optional[asyncio.TimerHandle] = None
+        self._wakeup: Optional[asyncio.Future[None]] = None  # awaited by the reader
+        self._cancel_timer: Optional[asyncio.TimerHandle] = None
 
     def __aiter__(self) -> ReceivedTokens:
         return self
@@ -33,8 +33,8 @@ class ReceivedTokens:
                 raise self._error
             if self._ended is not None:
                 raise StopAsyncIteration
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
+            self._wakeup = asyncio.get_running_loop().create_future()
+            await self._wakeup
         tokens, self._tokens = self._tokens, []
         return tokens
 
@@ -45,28 +45,28 @@ class ReceivedTokens:
 
     def cancel(self) -> None:
         """See TokenStream."""
-        if self._giving_up is None and self._ended is None and self._error is None:
+        if self._cancel_timer is None and self._ended is None and self._error is None:
             self._cancel()
             loop = asyncio.get_running_loop()
-            self._giving_up = loop.call_later(CANCEL_SECONDS, self.end, Ended("cancelled", 0))
+            self._cancel_timer = loop.call_later(CANCEL_SECONDS, self.end, Ended("cancelled", 0))
 
     def add(self, tokens: list[Token]) -> None:
-        """Tokens have come."""
+        """Append received tokens."""
         self._tokens += tokens
-        self._tell()
+        self._notify()
 
     def end(self, ended: Ended) -> None:
-        """The last one has come, or is waited for no longer."""
+        """End the stream after the buffered tokens; the first call counts."""
         self._ended = self._ended or ended
-        self._tell()
+        self._notify()
 
     def fail(self, error: QwenVLError) -> None:
-        """No more will come. Those that have are still read."""
+        """Raise `error` to the reader after the buffered tokens."""
         self._error = error
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
-        if self._giving_up is not None and (self._ended is not None or self._error is not None):
-            self._giving_up.cancel()
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+    def _notify(self) -> None:
+        if self._cancel_timer is not None and (self._ended is not None or self._error is not None):
+            self._cancel_timer.cancel()
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)

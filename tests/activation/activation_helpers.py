@@ -1,4 +1,4 @@
-"""Fake upstream packages, and the environment that the interpreters of these tests get."""
+"""Fake upstream packages, and the environment of the tests' interpreters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """The environment without what steers Python or the plugin."""
+    """Environment without variables of Python or the plugin."""
     kept = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "QWENVL_"))}
     return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **more}
 

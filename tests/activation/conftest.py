@@ -13,7 +13,7 @@ from activation_helpers import AUTO, FAKES, REPO, Run, clean_environment
 
 
 def make_python(folder: Path) -> Path:
-    """A virtual environment with this package on its path; its site-packages."""
+    """Create a virtual environment with this package on its path; return its site-packages."""
     venv.create(folder, symlinks=True, with_pip=False)
     (site_packages,) = (folder / "lib").rglob("site-packages")
     (site_packages / "checkout.pth").write_text(f"{REPO}\n")
@@ -22,7 +22,7 @@ def make_python(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python that has this package on its path and no activation."""
+    """Python with this package on its path, without activation."""
     folder = tmp_path_factory.mktemp("bare")
     make_python(folder)
     return folder / "bin" / "python"
@@ -30,7 +30,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def active_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with the activation, as pip would install it."""
+    """Python with the activation, as pip would install it."""
     folder = tmp_path_factory.mktemp("active")
     site_packages = make_python(folder)
     for path in (REPO / "activation").glob("*qwenvl_activate.*"):
@@ -40,7 +40,7 @@ def active_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fakes(tmp_path: Path) -> Path:
-    """A folder with the fake packages, for PYTHONPATH."""
+    """Folder with the fake packages, for PYTHONPATH."""
     folder = tmp_path / "fakes"
     for name, text in FAKES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

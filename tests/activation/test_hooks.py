@@ -24,7 +24,7 @@ EARLY = "a.EARLY_HOOKS[{0!r}] = a._TABLE[{0!r}] = {1!r}; a.state[{0!r}] = 'armed
 
 @pytest.mark.parametrize(("hook", "ran"), [("hooks:early", True), ("hooks:no_such", False)])
 def test_early_hook_is_called_before_the_module(run: Run, fakes: Path, hook: str, ran: bool) -> None:
-    """What it prepares is there when the module is executed; if it fails, the module is what it would have been."""
+    """A hook runs before the module is executed; if it fails, the module is unchanged."""
     with (fakes / "hooks.py").open("a") as file:
         file.write("def early(module): calls.append((module.__name__, hasattr(module, 'Auto')))\n")
     arm = "import _qwenvl_activate as a\n" + EARLY.format(AUTO, hook)
@@ -35,7 +35,7 @@ def test_early_hook_is_called_before_the_module(run: Run, fakes: Path, hook: str
 
 
 def test_module_looks_as_without_the_plugin(run: Run) -> None:
-    """Loader, spec and file; also while it is being executed."""
+    """Loader, spec and file are the module's own, also during execution."""
     code = LOAD + (
         "from importlib.resources import files\n"
         "print(m.LOADERS, type(m.__loader__).__name__, type(m.__spec__.loader).__name__)\n"
@@ -81,7 +81,7 @@ def test_module_of_the_table_that_is_not_installed(run: Run) -> None:
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_finder_that_asks_all_finders(run: Run, place: int) -> None:
-    """Other import hooks do that, before this one or behind it; the hook still runs once."""
+    """Another import hook before or after this one; the hook still runs once."""
     done = run(
         "import sys, importlib.util\n"
         "class Asking:\n"
@@ -122,7 +122,7 @@ def test_warnings_as_errors_do_not_break_the_import(run: Run) -> None:
 
 
 def test_upstream_that_fails_fails_as_ever(run: Run) -> None:
-    """The error of the module itself passes through, and the next try is hooked again."""
+    """The module's own error propagates, and the next import is hooked again."""
     done = run(
         f"import sys, hooks; path = __import__('paddlenlp.transformers.auto').transformers.auto.__path__[0]\n"
         "text = open(path + '/modeling.py').read()\n"

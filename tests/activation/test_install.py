@@ -1,4 +1,4 @@
-"""What pip installs and removes, from a wheel and as an editable install."""
+"""Files that pip installs and removes, from a wheel and as an editable install."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = ("_qwenvl_activate.py", "qwenvl_activate.pth", "qwenvl_activate.start")
 
 
 def pip(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """This environment's pip, working on another environment; never on the network."""
+    """Run this environment's pip on another environment, without network."""
     command = [
         sys.executable,
         "-m",
@@ -29,7 +29,7 @@ def pip(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def build(folder: Path, kind: str) -> Path:
-    """A wheel, made by the build backend that pyproject.toml names, called as pip calls it."""
+    """Build a wheel with the build backend of pyproject.toml, as pip does."""
     call = f"import hatchling.build as b; print(b.build_{kind}({str(folder)!r}))"
     done = subprocess.run(
         [sys.executable, "-c", call], cwd=REPO, env=clean_environment(), capture_output=True, text=True

@@ -80,7 +80,7 @@ def test_same_as_with_the_pth(
 
 
 def test_plain_start_would_not_have_been_active(bare_python: Path, folder: Path, fakes: Path) -> None:
-    """What the test above compares is not something that a bare Python does by itself."""
+    """Control for the test above: a bare Python behaves differently."""
     done = start(bare_python, "scripts/stock.py", cwd=folder, PYTHONPATH=str(fakes))
     assert "No module named '_qwenvl_activate'" in done.stderr
 

@@ -1,4 +1,4 @@
-"""paddlenlp_ops where it is not installed."""
+"""Stand-in for paddlenlp_ops if it is not installed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from activation_helpers import Run
 
 
 def inside(code: str) -> str:
-    """Code that runs `code` as that of one of PaddleNLP's models, which import operators without asking."""
+    """Code that runs `code` as a PaddleNLP model, which imports operators unconditionally."""
     return f"import paddlenlp.experimental.models as m\nm.run({code!r})\n"
 
 
 def test_there_for_those_that_need_it_only(run: Run) -> None:
-    """Others look whether there is one and do something else if not: they go on as without the plugin."""
+    """Other code checks for the operators and falls back as without the plugin."""
     look = (
         "import importlib.util\n"
         "print(importlib.util.find_spec('paddlenlp_ops'))\n"
@@ -64,7 +64,7 @@ def test_any_operator_is_there_and_says_what_it_lacks(run: Run) -> None:
 
 
 def test_upstreams_way_to_load_operators(run: Run) -> None:
-    """PaddleNLP imports the parent of a dotted name and asks it for the last part."""
+    """PaddleNLP imports the parent of a dotted name and gets the last part as an attribute."""
     code = (
         "import importlib, inspect\n"
         "module = importlib.import_module('paddlenlp_ops')\n"

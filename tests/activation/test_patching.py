@@ -1,4 +1,4 @@
-"""All of a hook's changes or none."""
+"""Atomic patching: all of a hook's changes or none."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_all_is_kept(module: ModuleType) -> None:
 
 
 def test_replaced_once_and_put_back(module: ModuleType) -> None:
-    """A second call must not wrap what the first one made."""
+    """A second call must not wrap the first one's wrapper."""
     for _ in range(2):
         replace(module, "name", lambda value: [value])
     replace(Derived, "static", lambda _: staticmethod(lambda: "replaced"))

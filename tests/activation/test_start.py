@@ -1,4 +1,4 @@
-"""What happens at an interpreter's start: little."""
+"""Cost and effects of the activation at interpreter start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of batch files, and a model whose answers cost nothing."""
+"""Rows of batch files, and a model with cheap answers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ STREET = REPO / "recipes" / "images" / "street.png"
 
 
 def openai_row(row_id: Any, messages: Any, **body: Any) -> dict[str, Any]:
-    """A row in OpenAI's form."""
+    """Row in OpenAI's format."""
     body = {"model": "m", "messages": messages, **body}
     return {"custom_id": row_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
 def user(*content: Any) -> dict[str, Any]:
-    """A message of the user: a text, or parts in which a string is a picture's address."""
+    """User message: a text, or parts in which a string is the URL of an image."""
     if len(content) == 1 and isinstance(content[0], str):
         return {"role": "user", "content": content[0]}
     parts = [{"type": "image_url", "image_url": {"url": c}} if isinstance(c, str) else c for c in content]
@@ -39,14 +39,14 @@ def text(words: str) -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
-    """`rows` as lines; bytes stay as they are."""
+    """Serialize `rows` as lines; bytes are copied verbatim."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of an output, without the time of day."""
+    """Rows of an output without the `created` times."""
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     for row in rows:
         if row.get("response"):

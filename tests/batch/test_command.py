@@ -75,13 +75,13 @@ def test_a_job_that_is_done_needs_no_model(batch):
 
 def test_failed_rows_are_counted_each_time(batch):
     write_rows(Path("in.jsonl"), [*ROWS, {"id": "x", "image": "no.png"}, b"oops"])
-    line = "qwenvl: 2 of 5 rows failed; their lines in out.jsonl say why\n"
+    line = "qwenvl: 2 of 5 rows failed; see their errors in out.jsonl\n"
     assert batch("--max_new_tokens", "1") == (1, "out.jsonl: wrote 5 rows\n", line)
     assert batch("--max_new_tokens", "1") == (1, "out.jsonl: has all 5 rows already\n", line)
 
 
 def test_progress_in_a_log(batch, monkeypatch):
-    """A line for each row here, and first what an earlier process has done."""
+    """A progress line for each row, after a line on the rows of an earlier process."""
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
     write_rows(Path("in.jsonl"), ROWS)
     with monkeypatch.context() as patch:
@@ -92,11 +92,11 @@ def test_progress_in_a_log(batch, monkeypatch):
     path = Path("out.jsonl.partial")
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
     code, _, err = batch("--max_new_tokens", "1", "--batch_size", "2")
-    assert (code, err.splitlines()) == (0, ["2 of 3 rows are there from before", "rows answered: 1/1"])
+    assert (code, err.splitlines()) == (0, ["resuming: 2 of 3 rows are answered", "rows answered: 1/1"])
 
 
 def test_allow_http(batch, tmp_path, monkeypatch):
-    MadeUpNet(monkeypatch, {"pictures.example": [["93.184.215.14"]]})
+    MadeUpNet(monkeypatch, {"images.example": [["93.184.215.14"]]})
     (tmp_path / "web").mkdir()
     shutil.copyfile(STREET, tmp_path / "web" / "street.png")
 
@@ -106,7 +106,7 @@ def test_allow_http(batch, tmp_path, monkeypatch):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "web")) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://pictures.example:{server.server_port}/street.png"
+        url = f"http://images.example:{server.server_port}/street.png"
         rows = [openai_row("a", [user(url, text("?"))]), {"id": 2, "image": url}]
         write_rows(Path("in.jsonl"), rows)
         assert batch("--max_new_tokens", "1")[0] == 1

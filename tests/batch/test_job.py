@@ -1,4 +1,4 @@
-"""A whole job: every row once, in order, with the answer that it has alone, wherever an earlier process ended."""
+"""Batch jobs: each row once, in order, with its own answer, wherever an earlier process ended."""
 
 from __future__ import annotations
 
@@ -44,29 +44,29 @@ def folder(tmp_path):
 
 
 def test_answers_are_those_of_generate(vl, folder):
-    """Every row alone, through `generate`, is the second implementation."""
+    """Compare with each row alone through `generate`."""
     sampled = {"temperature": 1.5, "seed": 3}
-    picture, red = str(folder / "in" / "street.png"), str(folder / "in" / "red.png")
+    street, red = str(folder / "in" / "street.png"), str(folder / "in" / "red.png")
     system = {"role": "system", "content": "Be brief."}
     earlier = [user("street.png", text("A dog?")), {"role": "assistant", "content": "Yes."}]
     rows = [
         {"id": 1, "image": "street.png", "prompt": "What is this?"},
         {"id": 2, "prompt": "Hello, hello, hello!"},
         openai_row("c", [user(text("Look:"), "red.png", text("Red?"))]),
-        {"id": 4, "images": ["red.png", picture], "prompt": "Which?", **sampled},
+        {"id": 4, "images": ["red.png", street], "prompt": "Which?", **sampled},
         {"id": 5, "image": "red.png", "prompt": "Which?", **sampled},
         openai_row("f", [system, *earlier, user("Where?")], max_tokens=2),
         {"id": 7, "prompt": "Who?", "chat": True, "system": "Be long."},
         openai_row("h", [system, user("Hm?")], max_tokens=2),
     ]
     look = [{"text": "Look:"}, {"image": red}, {"text": "Red?"}]
-    history = [([{"image": picture}, {"text": "A dog?"}], "Yes.")]
+    history = [([{"image": street}, {"text": "A dog?"}], "Yes.")]
     brief = {"chat": True, "system": "Be brief.", "max_new_tokens": 2}
     alone = [
-        vl.generate([{"image": picture}, {"text": "What is this?"}], max_new_tokens=5),
+        vl.generate([{"image": street}, {"text": "What is this?"}], max_new_tokens=5),
         vl.generate("Hello, hello, hello!", max_new_tokens=5),
         vl.generate(look, chat=True, max_new_tokens=5),
-        vl.generate([{"image": red}, {"image": picture}, {"text": "Which?"}], max_new_tokens=5, **sampled),
+        vl.generate([{"image": red}, {"image": street}, {"text": "Which?"}], max_new_tokens=5, **sampled),
         vl.generate([{"image": red}, {"text": "Which?"}], max_new_tokens=5, **sampled),
         vl.generate("Where?", history=history, **brief),
         vl.generate("Who?", chat=True, system="Be long.", max_new_tokens=5),
@@ -142,9 +142,9 @@ def test_bad_rows_have_a_line_each_and_the_job_goes_on(cheap, folder):
     errors = [row.get("error") for row in results]
     assert errors[0] is errors[10] is None
     assert errors[1].startswith("line 2: not valid JSON")
-    no_picture = f"image {folder / 'in' / 'no.png'} does not exist"
-    assert errors[2] == {"code": "invalid_request", "message": no_picture}
-    assert errors[3] == no_picture
+    missing = f"image {folder / 'in' / 'no.png'} does not exist"
+    assert errors[2] == {"code": "invalid_request", "message": missing}
+    assert errors[3] == missing
     assert errors[4]["message"].endswith("downloading is off, pass --allow_http to turn it on")
     assert "leaves no room in the context of 8192" in errors[5]
     assert "must not contain <img>" in errors[6]
@@ -163,7 +163,7 @@ def test_end_tokens_stop_and_are_not_said(cheap, folder):
 
 
 def test_resume_after_a_cut_anywhere(cheap, folder, monkeypatch):
-    """Whatever is left of the partial file, the output is that of a run without a stop, and no row is run again.
+    """For any truncation of the partial file, the output equals that of an uninterrupted run, and no row is run again.
 
     test_journal.py cuts at every byte.
     """
@@ -319,7 +319,7 @@ def test_a_byte_order_mark_and_windows_line_ends(folder):
     path.write_bytes(b'\xef\xbb\xbf{"id": 1, "prompt": "?"}\r\n\r\n{"id": 2, "prompt": "a\xe2\x80\xa8b"}')
     source = Source(path, GenerationOptions())
     assert [entry.id for entry in source.entries] == [1, 2]
-    assert source.row(1).asked.request.parts == [{"text": "a\u2028b"}]
+    assert source.row(1).parsed.request.parts == [{"text": "a\u2028b"}]
 
 
 def test_an_input_that_changes_is_told(cheap, folder):
@@ -331,7 +331,7 @@ def test_an_input_that_changes_is_told(cheap, folder):
 
 
 def test_an_image_that_several_rows_ask_about_is_encoded_once(vl, folder, monkeypatch):
-    """Also where the features of one image only are remembered."""
+    """Also if the cache holds the features of only one image."""
     work = record(vl, monkeypatch)
     monkeypatch.setattr(vl._loop, "_images", ImageCache(max_bytes=1))
     for name in ("a", "b", "c"):
@@ -346,7 +346,7 @@ def test_an_image_that_several_rows_ask_about_is_encoded_once(vl, folder, monkey
 
 
 def test_a_longer_row_does_not_cut_a_shorter_one(vl, tmp_path, monkeypatch):
-    """Where the context ends, a row has the room that it has alone."""
+    """Near the end of the context, a row has the same room as alone."""
     monkeypatch.setattr(vl, "config", vl.config.model_copy(update={"max_position_embeddings": 64}))
     rows = [{"id": n, "prompt": "% " * n} for n in (31, 29, 25, 4, 3)]
     alone = [vl.generate(row["prompt"], max_new_tokens=20) for row in rows]

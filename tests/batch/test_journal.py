@@ -1,4 +1,4 @@
-"""The partial file: what was whole when a process ended is there for the next one, and nothing else."""
+"""The partial file: a restart keeps exactly the complete lines."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_cut_at_every_byte(path):
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tail=st.binary(max_size=40), n_lines=st.integers(0, 5))
 def test_what_is_no_line_is_cut_off_with_what_follows(path, tail, n_lines):
-    """As after a power cut, when the blocks of a last write are there in part."""
+    """As after a power cut: the last write is on disk in part."""
     path.unlink(missing_ok=True)
     good = make(path, list(LINES)[: n_lines + 1])
     path.write_bytes(good + b"\0" + tail + b"\n" + LINES[list(LINES)[-1]])

@@ -1,4 +1,4 @@
-"""`kill -9` at random moments: nothing is lost, nothing is there twice, and the results are the same."""
+"""`kill -9` at random moments: no row is lost or duplicated, and the results are the same."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def start(folder: Path, exported: Path, target: str) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a job of which some rows fail."""
+    """Wait for a job with failing rows."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
     assert err.splitlines()[-1].startswith(f"qwenvl: 20 of {N_ROWS} rows failed".encode())

@@ -1,4 +1,4 @@
-"""Both forms of a row: what it asks, what is wrong with it, and the line that answers it."""
+"""Both formats of a row: parsing, errors, output lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from batch_helpers import openai_row, text, user
 
 from paddlemix_qwenvl_plugin import GenerationOptions, UsageError
-from paddlemix_qwenvl_plugin.batch.request import Asked, Reply
+from paddlemix_qwenvl_plugin.batch.request import Reply, RowRequest
 from paddlemix_qwenvl_plugin.batch.rows import error_line, id_key, read_row, reply_line, result_id
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
@@ -35,13 +35,13 @@ def test_plain():
     row = read({"id": 3, "image": "a.png", "prompt": "What?", "temperature": 0.5}, seed=1)
     assert (row.id, row.openai) == (3, False)
     options = GenerationOptions(temperature=0.5, seed=1)
-    assert row.asked == Asked(Request([{"image": "a.png"}, {"text": "What?"}], options))
+    assert row.parsed == RowRequest(Request([{"image": "a.png"}, {"text": "What?"}], options))
 
 
 def test_plain_with_everything():
     row = read({"id": "a", "images": ["a.png", "b.png"], "chat": True, "system": "Be brief.", "prompt": None})
     parts = [{"image": "a.png"}, {"image": "b.png"}]
-    assert row.asked == Asked(Request(parts, GenerationOptions(), chat=True, system="Be brief."))
+    assert row.parsed == RowRequest(Request(parts, GenerationOptions(), chat=True, system="Be brief."))
 
 
 def test_openai():
@@ -64,7 +64,7 @@ def test_openai():
         history=[([{"image": "data:a"}, {"text": "What?"}], "A dog.")],
         system="Be brief.",
     )
-    assert row.asked == Asked(request, "m")
+    assert row.parsed == RowRequest(request, "m")
 
 
 def test_openai_options_have_their_names_here():
@@ -72,7 +72,7 @@ def test_openai_options_have_their_names_here():
     row = read(
         openai_row("x", [user("?")], max_completion_tokens=6, user="me", metadata={"a": "b"}, **options)
     )
-    assert row.asked.request.options == GenerationOptions(max_new_tokens=6, **options)
+    assert row.parsed.request.options == GenerationOptions(max_new_tokens=6, **options)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_openai_options_have_their_names_here():
 def test_rows_without_an_id(row, message):
     found = read(row)
     assert found.id is None
-    assert isinstance(found.asked, UsageError)
-    assert str(found.asked).startswith(message)
+    assert isinstance(found.parsed, UsageError)
+    assert str(found.parsed).startswith(message)
 
 
 @pytest.mark.parametrize("line", [b'{"custom_id": "a", "bod', b'{"body": oops}'])
@@ -121,8 +121,8 @@ def test_a_damaged_line_is_answered_in_its_form(line):
 def test_wrong_plain_rows(row, message):
     found = read({"id": "a", **row})
     assert found.id == "a"
-    assert isinstance(found.asked, UsageError)
-    assert str(found.asked).startswith(message)
+    assert isinstance(found.parsed, UsageError)
+    assert str(found.parsed).startswith(message)
 
 
 def wrong(*messages, **body):
@@ -144,7 +144,7 @@ def wrong(*messages, **body):
         (wrong(user("?"), top_p=2), "top_p: 2 is out of range"),
         (wrong(user("?"), model=1), "body.model must be a string"),
         (openai_row("a", "?"), "body.messages must be a list"),
-        (wrong(), "body.messages: must end with a message of the user"),
+        (wrong(), "body.messages: must end with a user message"),
         (wrong("?"), "body.messages[0] must be an object"),
         (wrong({"role": "tool", "content": "?"}), "body.messages[0].role: must be user here, got 'tool'"),
         (wrong(user("?"), user("?")), "body.messages[1].role: must be assistant here, got 'user'"),
@@ -177,8 +177,8 @@ def wrong(*messages, **body):
 def test_wrong_openai_rows(row, message):
     found = read(row)
     assert (found.id, found.openai) == ("a", True)
-    assert isinstance(found.asked, UsageError)
-    assert str(found.asked).startswith(message)
+    assert isinstance(found.parsed, UsageError)
+    assert str(found.parsed).startswith(message)
 
 
 def test_plain_output():

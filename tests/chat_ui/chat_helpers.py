@@ -32,7 +32,7 @@ def command(exported: Path, *arguments: str) -> list[str]:
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """Of a terminal that cannot show pictures, with a home of its own."""
+    """Environment of a terminal without image previews, with its own home folder."""
     kept = {key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "OMP_NUM_THREADS")}
     return {
         **kept,
@@ -49,7 +49,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
 
 
 class Terminal:
-    """A person at a terminal."""
+    """User at a terminal, scripted."""
 
     def __init__(self, exported: Path, folder: Path, *arguments: str, **variables: str) -> None:
         program, *rest = command(exported, *arguments)
@@ -67,7 +67,7 @@ class Terminal:
         self.greeting = self.until_prompt()
 
     def until_prompt(self) -> str:
-        """What is shown until the next line can be typed, without escapes."""
+        """Output up to the next prompt, without escapes."""
         self.child.expect_exact(_READING)
         self.raw = self.child.before
         return plain(self.raw)
@@ -78,12 +78,12 @@ class Terminal:
         self.child.expect_exact(_READ)
 
     def type(self, line: str) -> str:
-        """Type a line and press enter; what is shown then."""
+        """Type a line, press enter and return the output."""
         self.start(line)
         return self.until_prompt()
 
     def leave(self) -> int:
-        """Press Ctrl-D on an empty line; the exit code."""
+        """Press Ctrl-D on an empty line and return the exit code."""
         self.child.sendeof()
         self.child.expect(pexpect.EOF)
         self.child.close()
@@ -92,6 +92,6 @@ class Terminal:
 
 
 def plain(raw: str) -> str:
-    """What stays to be read of an output: no escapes, and lines that were written over are gone."""
+    """Visible text of an output, without escapes and overwritten lines."""
     text = _ESCAPES.sub("", raw.replace("\r\n", "\n"))
     return "\n".join(line.rpartition("\r")[2] for line in text.split("\n"))

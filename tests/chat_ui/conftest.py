@@ -1,4 +1,4 @@
-"""A model that says what it is told to, behind the whole of the program but its weights."""
+"""The whole program around a scripted model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def vl(tiny_exported: Path) -> QwenVL:
 
 @pytest.fixture
 def say(vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """say(text): all answers from now on."""
+    """Function that sets the text of all following answers."""
 
     def say(text: str) -> None:
         executors.say(vl, monkeypatch, [*vl.tokenizer.encode(text), vl.tokenizer.im_end_id])
@@ -29,7 +29,7 @@ def say(vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.fixture
 def open_terminal(tiny_exported: Path, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
-    """open_terminal(*arguments, **environment variables): a chat on a pseudo-terminal."""
+    """Function that opens a chat on a pseudo-terminal, with arguments and environment variables."""
     opened = []
 
     def open_one(*arguments: str, **variables: str) -> Terminal:

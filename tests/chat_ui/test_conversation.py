@@ -1,4 +1,4 @@
-"""Conversations with a model that answers what it is told to: boxes, their pictures, transcripts, errors."""
+"""Conversations with a scripted model: boxes, images, transcripts, errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def session(vl: QwenVL) -> Session:
 def talk(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Talk:
-    """talk(*lines): what the terminal shows; a line may be an exception, as of a key. Then Ctrl-D."""
+    """Function that types lines, then Ctrl-D, and returns the output; a line may be an exception, as of a key."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERM", "dumb")
     shutil.copyfile(STREET, "street.png")
@@ -89,7 +89,7 @@ def test_boxes(talk: Talk, say: Say) -> None:
     assert changed[420:, 20:50].mean() < 0.2  # beside it, nothing
 
 
-def test_boxes_without_a_picture(talk: Talk, say: Say) -> None:
+def test_boxes_without_an_image(talk: Talk, say: Say) -> None:
     say("<box>(1,2),(3,4)</box>")
     shown = talk("Where?")
     assert "\n[1]: (1, 2), (3, 4) (thousandths)\n" in shown
@@ -97,14 +97,14 @@ def test_boxes_without_a_picture(talk: Talk, say: Say) -> None:
     assert {path.name for path in Path().iterdir()} == {"street.png"}
 
 
-def test_boxes_are_of_the_last_picture(talk: Talk, say: Say) -> None:
+def test_boxes_are_of_the_last_image(talk: Talk, say: Say) -> None:
     Image.new("RGB", (100, 50)).save("a small one.png")
     say("<box>(0,0),(1000,1000)</box>")
     shown = talk("/image street.png", "/image a small one.png", "Where?")
-    assert "Picture 2: a small one.png, 100 x 50" in shown
+    assert "Image 2: a small one.png, 100 x 50" in shown
     assert "[1]: (0, 0), (100, 50)\n" in shown
     assert Image.open("a_small_one-boxes-1.png").size == (100, 50)
-    assert "Picture 3: " in talk("/image street.png")
+    assert "Image 3: " in talk("/image street.png")
 
 
 def test_colours(
@@ -134,7 +134,7 @@ def test_transcripts(talk: Talk, say: Say) -> None:
     )
     assert "saved: notes/talk.md" in shown
     assert (Path("notes") / "talk.md").read_text("utf-8") == (
-        "# Chat\n\nSystem: Be brief.\n\n## Question 1\n\n![Picture 1](../street.png)\n\n"
+        "# Chat\n\nSystem: Be brief.\n\n## Question 1\n\n![Image 1](../street.png)\n\n"
         "> What is \\*it\\*?\n> \\# Really\n\n"
         "**A red house** [1] stands by **two dogs** [2] [3]; 5 \\* 3 \\< 2 \\<box\\>(1,2)\\</box\\>.\n\n"
         "- \\[1\\] A red house: (70, 110), (400, 433)\n"
@@ -145,7 +145,7 @@ def test_transcripts(talk: Talk, say: Say) -> None:
     saved = json.loads((Path("notes") / "talk.JSON").read_text("utf-8"))
     assert saved["system"] == "Be brief."
     (turn,) = saved["turns"]
-    assert turn["pictures"] == ["street.png"]
+    assert turn["images"] == ["street.png"]
     assert turn["drawn"] == "street-boxes-1.png"
     assert turn["answer"]["text"] == ANSWER
     assert turn["answer"]["boxes"][0]["pixels"][0] == pytest.approx([70.08, 110.08])
@@ -188,11 +188,11 @@ def test_errors_leave_the_conversation_as_it_was(talk: Talk, say: Say, session: 
         "/image broken.png": "image broken.png is damaged or cut short: ",
         "/image .": "image . is a directory",
         "/image http://127.0.0.1/a.png": "image http://127.0.0.1/a.png: downloading is off, ",
-        "/image": "/image: name a picture",
+        "/image": "/image: name an image",
         "/save": "/save: name a file, .md or .json",
         "/save talk.txt": "/save talk.txt: name it .md or .json",
         "/save nowhere/talk.md": "nowhere: no such folder",
-        "/clear all": "/clear: takes nothing behind it",
+        "/clear all": "/clear: takes no argument",
         "What is <img>huge.png</img>?": "query: text of part 1 of the query must not contain <img>",
     }.items():
         shown = talk(line)
@@ -220,11 +220,11 @@ def test_an_error_in_the_middle_of_an_answer(
         executor, "start", lambda chunks: fail() if next(steps, None) is None else start(chunks)
     )
     shown = talk("/image street.png", "Two?")
-    assert shown.startswith("Picture 1: street.png, 960 x 640\n")
+    assert shown.startswith("Image 1: street.png, 960 x 640\n")
     assert shown.endswith("\nout of memory\n")
     monkeypatch.undo()
     assert [turn.question for turn in session.turns] == ["One?"]
-    assert [picture.source for picture in session.attached] == ["street.png"]
+    assert [image.source for image in session.attached] == ["street.png"]
     assert len(session._chat.history) == 1
 
 
@@ -242,7 +242,7 @@ def test_ctrl_c_before_the_first_word(
 
     with monkeypatch.context() as patch:
         patch.setattr(executor, "encode_image", interrupted_encode)
-        assert "the question does not count" in talk("One?")
+        assert "the question is discarded" in talk("One?")
     assert session.turns == []
     assert len(session.attached) == 1
     assert "Yes." in talk("One?")
@@ -251,7 +251,7 @@ def test_ctrl_c_before_the_first_word(
 
 def test_ctrl_c_breaks_off_a_command(talk: Talk, vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vl, "load_images", lambda sources: signal_ctrl_c())
-    assert talk("/image street.png", "/image") == "(stopped)\n/image: name a picture\n"
+    assert talk("/image street.png", "/image") == "(stopped)\n/image: name an image\n"
 
 
 def test_ctrl_c_at_the_prompt(talk: Talk) -> None:
@@ -274,9 +274,9 @@ def test_ctrl_c_between_lines_does_nothing(
     assert capsys.readouterr().out == ""
 
 
-def test_dropping_attached_pictures(talk: Talk, session: Session) -> None:
+def test_removing_attached_images(talk: Talk, session: Session) -> None:
     talk("/image street.png", "/image street.png", "/image")
     assert session.attached == []
-    assert "Picture 1: " in talk("/image street.png")
+    assert "Image 1: " in talk("/image street.png")
     talk("/clear")
     assert session.attached == []

@@ -1,4 +1,4 @@
-"""docs/chat.md is what the program does."""
+"""The session of docs/chat.md matches the program."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_session(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The lines typed in the document give what it shows below them."""
+    """The lines typed in the document produce its output."""
     match = re.search(r"```console\n\$ qwenvl chat .*\n.*\n(.*?)```", DOCUMENT, re.DOTALL)
     assert match is not None
     monkeypatch.chdir(tmp_path)

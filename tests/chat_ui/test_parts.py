@@ -1,4 +1,4 @@
-"""The parts of the chat by themselves: lines, segments, previews."""
+"""Units of the chat: lines, segments, previews."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_fragments() -> None:
     ]
 
 
-def test_fragments_come_with_their_pieces() -> None:
+def test_fragments_come_with_their_segments() -> None:
     def endless():
         while True:
             yield Segment("word ")
@@ -121,7 +121,7 @@ def noise(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("environment", KITTY)
 @pytest.mark.parametrize(("size", "side"), [((900, 300), "c=32"), ((300, 900), "r=8"), ((1, 1), "r=8")])
 def test_kitty(environment: dict[str, str], size: tuple[int, int], side: str) -> None:
-    """Chunks as the protocol wants them; together a small PNG of the same shape."""
+    """Chunks in the protocol's format; together a small PNG with the same aspect ratio."""
     text = preview(noise(*size), environment)
     commands = re.findall(r"\x1b_G([^;]*);([A-Za-z0-9+/=]*)\x1b\\", text)
     assert re.sub(r"\x1b_G[^\x1b]*\x1b\\", "", text) == "\n"
@@ -131,10 +131,10 @@ def test_kitty(environment: dict[str, str], size: tuple[int, int], side: str) ->
     assert all(list(others) == ["m"] for others in keys[1:])
     assert [others["m"] for others in keys] == ["1"] * (len(keys) - 1) + ["0"]
     assert all(len(data) % 4 == 0 and len(data) <= 4096 for _, data in commands)
-    picture = Image.open(io.BytesIO(base64.b64decode("".join(data for _, data in commands))))
-    assert picture.format == "PNG"
-    assert max(picture.size) <= 512
-    assert picture.width / picture.height == pytest.approx(size[0] / size[1], rel=0.02)
+    shown = Image.open(io.BytesIO(base64.b64decode("".join(data for _, data in commands))))
+    assert shown.format == "PNG"
+    assert max(shown.size) <= 512
+    assert shown.width / shown.height == pytest.approx(size[0] / size[1], rel=0.02)
     assert len(commands) > 1 or size == (1, 1)
 
 

@@ -35,9 +35,9 @@ def run(tiny_exported: Path, tmp_path: Path) -> Run:
 
 
 def test_answers_and_nothing_else(run: Run, vl: QwenVL, tmp_path: Path) -> None:
-    picture = [{"image": str(STREET)}, {"text": "What is it?"}]
-    first = vl.generate(picture, chat=True, max_new_tokens=8).text
-    second = vl.generate("Sure?", chat=True, history=[(picture, first)], max_new_tokens=8).text
+    query = [{"image": str(STREET)}, {"text": "What is it?"}]
+    first = vl.generate(query, chat=True, max_new_tokens=8).text
+    second = vl.generate("Sure?", chat=True, history=[(query, first)], max_new_tokens=8).text
     lines = f"/image {STREET}\n\nWhat is it?\n  Sure?  \n/save talk.json\n/quit\nWhy?\n"
     done = run(lines)
     assert (done.returncode, done.stderr) == (0, "")
@@ -47,8 +47,8 @@ def test_answers_and_nothing_else(run: Run, vl: QwenVL, tmp_path: Path) -> None:
 
 
 def test_the_first_error_ends_a_script(run: Run, vl: QwenVL) -> None:
-    picture = [{"image": str(STREET)}, {"text": "Hello"}]
-    first = vl.generate(picture, chat=True, max_new_tokens=8).text
+    query = [{"image": str(STREET)}, {"text": "Hello"}]
+    first = vl.generate(query, chat=True, max_new_tokens=8).text
     done = run("Hello\n/image nothing.png\nWhat is it?\n", "--image", str(STREET))
     assert done.returncode == 2
     assert done.stderr == "qwenvl: image nothing.png does not exist\n"

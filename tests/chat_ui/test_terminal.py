@@ -1,4 +1,4 @@
-"""The chat as a person meets it: typed at and read from a pseudo-terminal."""
+"""The chat on a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Open = Callable[..., Terminal]
 
 
 @pytest.fixture(autouse=True)
-def _picture(tmp_path: Path) -> None:
+def _image(tmp_path: Path) -> None:
     shutil.copyfile(STREET, tmp_path / "the street.png")
 
 
 def expected(vl: QwenVL, folder: Path, *questions: str, n_tokens: int) -> list[str]:
-    """The answers to questions about the picture, each from the whole conversation before it."""
+    """Answers to questions about the image, each computed from the whole conversation so far."""
     history: list = []
     for question in questions:
         parts = [{"text": question}]
@@ -51,7 +51,7 @@ def test_a_session(open_terminal: Open, vl: QwenVL, tmp_path: Path, monkeypatch:
     assert terminal.type("/image nothing.png").strip() == "image nothing.png does not exist"
     assert terminal.type("/save talk.md").strip() == "/save: there is no answer yet to save"
 
-    assert terminal.type("/image 'the street.png'").strip() == "Picture 1: the street.png, 960 x 640"
+    assert terminal.type("/image 'the street.png'").strip() == "Image 1: the street.png, 960 x 640"
     assert "\x1b_G" not in terminal.raw
     assert "1337" not in terminal.raw
     for question, answer in zip(questions, answers):
@@ -64,17 +64,17 @@ def test_a_session(open_terminal: Open, vl: QwenVL, tmp_path: Path, monkeypatch:
     markdown = re.sub(r"\\(.)", r"\1", (tmp_path / "talk.md").read_text("utf-8"))
     for question, answer in zip(questions, answers):
         assert f"> {question}\n\n{without_controls(answer)}\n" in markdown
-    assert "![Picture 1](the%20street.png)" in markdown
+    assert "![Image 1](the%20street.png)" in markdown
     saved = json.loads((tmp_path / "talk.json").read_text("utf-8"))
     assert [turn["question"] for turn in saved["turns"]] == questions
-    assert [turn["pictures"] for turn in saved["turns"]] == [["the street.png"], [], [], []]
+    assert [turn["images"] for turn in saved["turns"]] == [["the street.png"], [], [], []]
     assert [turn["answer"]["text"] for turn in saved["turns"]] == answers
-    # The picture was encoded for the first question, and not even looked up for the others (the quickest: the
+    # The image was encoded for the first question, and not even looked up for the others (the quickest: the
     # machine may be busy).
     first, *others = (turn["answer"]["timings"]["encode_images"] for turn in saved["turns"])
     assert min(others) < 0.001 < 0.005 < first
 
-    assert "forgotten" in terminal.type("/clear")
+    assert "cleared" in terminal.type("/clear")
     assert terminal.type("/save again.md").strip() == "/save: there is no answer yet to save"
     fresh = vl.generate("What is it?", chat=True, max_new_tokens=20).text
     assert without_controls(fresh) in terminal.type("What is it?")
@@ -107,7 +107,7 @@ def test_ctrl_c(open_terminal: Open, tmp_path: Path) -> None:
     terminal = open_terminal(
         "--image", "the street.png", "--max_new_tokens", "3000", "--min_new_tokens", "3000"
     )
-    assert "Picture 1: the street.png" in terminal.greeting
+    assert "Image 1: the street.png" in terminal.greeting
     for question in ("First?", "Second?"):
         terminal.start(question)
         terminal.child.expect("Ctrl-C stops")
@@ -151,6 +151,6 @@ def test_typed_lines_are_kept(open_terminal: Open, tmp_path: Path) -> None:
 
 def test_preview(open_terminal: Open) -> None:
     terminal = open_terminal("--image", "the street.png", TERM="xterm-kitty")
-    assert "Picture 1" in terminal.greeting
+    assert "Image 1" in terminal.greeting
     assert terminal.raw.count("\x1b_Ga=T") == 1
     assert terminal.leave() == 0

@@ -1,4 +1,4 @@
-"""The flags that commands share."""
+"""Flags shared by commands."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_both_spellings_below_the_top(flag: str) -> None:
 
 
 def predict(exported: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[int]:
-    """The tokens of `qwenvl predict`, in this process."""
+    """Token ids of `qwenvl predict`, run in this process."""
     stages = (
         "--first_model_path",
         exported / "vision" / "vision",
@@ -95,7 +95,7 @@ def test_picture_label(tiny_exported: Path, capsys: pytest.CaptureFixture[str]) 
     assert answers[0] != answers[1]
 
 
-def test_draw_opens_the_picture_once(
+def test_draw_opens_the_image_once(
     tiny_exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
@@ -106,15 +106,15 @@ def test_draw_opens_the_picture_once(
     drawn = tmp_path / "drawn.png"
     assert predict(tiny_exported, capsys, "--draw", str(drawn)) == tokens
     assert len(opened) == 2
-    with really(drawn) as picture, really(STREET) as street:
-        assert picture.size == street.size
+    with really(drawn) as image, really(STREET) as street:
+        assert image.size == street.size
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "bmp", "gif"])
 def test_what_is_written_again_and_what_is_not(
     suffix: str, tiny_exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A second run replaces what the first wrote, but for the formats that have no place for a note."""
+    """A second run replaces the first one's file, except in formats without metadata."""
     draw, output = tmp_path / f"drawn.{suffix}", tmp_path / "answer.json"
     output.touch()
     predict(tiny_exported, capsys, "--draw", str(draw), "--output", str(output))
@@ -128,7 +128,7 @@ def test_what_is_written_again_and_what_is_not(
 
 
 def refused(exported: Path, untouched: Path, *arguments: str, image: object = STREET) -> str:
-    """The line of a `qwenvl predict` that leaves a file as it was."""
+    """Error line of a `qwenvl predict` that leaves a file unchanged."""
     before = untouched.read_bytes()
     done = qwenvl(
         *("predict", "--first_model_path", str(exported / "vision" / "vision")),
@@ -140,10 +140,10 @@ def refused(exported: Path, untouched: Path, *arguments: str, image: object = ST
     return done.stderr
 
 
-def test_the_picture_is_not_written_over(
+def test_the_image_is_not_overwritten(
     tiny_exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not even one that was drawn on before, which a run about another picture replaces."""
+    """Not even a drawn image, which a run with another image may replace."""
     drawn, link = tmp_path / "drawn.png", tmp_path / "link.png"
     predict(tiny_exported, capsys, "--draw", str(drawn))
     link.symlink_to(drawn)
@@ -151,7 +151,7 @@ def test_the_picture_is_not_written_over(
         for target in (drawn, link):
             for image in (drawn, drawn.as_uri()):
                 line = refused(tiny_exported, drawn, flag, str(target), image=image)
-                assert line == f"qwenvl: {target}: is the picture that is asked about; name another file\n"
+                assert line == f"qwenvl: {target}: is an input image; name another file\n"
     mine = tmp_path / "mine.png"
     Image.new("RGB", (4, 4)).save(mine)
     assert "did not write it" in refused(tiny_exported, mine, "--draw", str(mine))

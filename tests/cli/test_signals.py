@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to a command: it cleans up, prints one line, and nothing of Paddle's."""
+"""Ctrl-C and SIGTERM: a command cleans up and prints one line, without Paddle's traceback."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ main()
 
 
 def end(number: signal.Signals, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a command in `folder` that is sent a signal; its input stays open."""
+    """Run a command in `folder` and send it a signal; its input stays open."""
     reader, writer = os.pipe()
     try:
         return subprocess.run(
@@ -91,7 +91,7 @@ def test_ctrl_c_and_a_terminal_that_goes_away(
 
 
 def in_a_call(number: signal.Signals, folder: Path, call: str) -> subprocess.CompletedProcess[str]:
-    """`make-tiny`, sent a signal in a call, with little patience."""
+    """`make-tiny`, sent a signal during a call, with a short deadline."""
     code = f"""
 import hashlib, os, signal, sys, threading, time
 from paddlemix_qwenvl_plugin.cli import main, signals
@@ -115,13 +115,13 @@ main.main()
 
 
 def test_sigterm_ends_a_command_that_is_in_a_long_call(tmp_path: Path) -> None:
-    """Python's handlers wait for the end of a call into C, here one of minutes."""
+    """Python's handlers run after a call into C, here one of minutes."""
     done = in_a_call(signal.SIGTERM, tmp_path, 'hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)')
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "qwenvl: terminated\n")
 
 
 def test_another_signal_ends_nothing(tmp_path: Path) -> None:
-    """One that somebody handles, as that of a terminal that changes its size."""
+    """A signal with another handler, such as a change of the terminal's size."""
     done = in_a_call(signal.SIGUSR1, tmp_path, "time.sleep(3)")
     assert (done.returncode, done.stdout, done.stderr) == (0, "made model\n", "")
 

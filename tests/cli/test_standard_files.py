@@ -1,4 +1,4 @@
-"""`-` for standard input and output, what a terminal shows, and what the program says of itself."""
+"""`-` for standard input and output, output on a terminal, progress lines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPO), "TERM": "dumb"}
 
 
 def qwenvl(folder: Path, *arguments: str, given: bytes = b"") -> bytes:
-    """What the command prints; it must end well and say nothing else than that an answer's boxes are malformed."""
+    """Output of a successful command; stderr may only report malformed boxes."""
     done = subprocess.run(
         [*COMMAND, *arguments], cwd=folder, input=given, env=ENVIRONMENT, capture_output=True, check=False
     )
@@ -58,7 +58,7 @@ def test_no_control_of_an_answer_reaches_the_terminal(vl: QwenVL, tiny_exported:
     assert not control.search(in_json)
 
 
-def test_the_picture_from_standard_input_and_json_to_standard_output(vl: QwenVL, tiny_exported: Path) -> None:
+def test_the_image_from_standard_input_and_json_to_standard_output(vl: QwenVL, tiny_exported: Path) -> None:
     content = STREET.read_bytes()
     wanted = vl.generate([{"image": content}, {"text": "What is it?"}], **SAMPLED)
     arguments = ["predict", *STAGES, *FLAGS, "--image", "-", "--prompt", "What is it?", "--output", "-"]
@@ -92,7 +92,7 @@ def test_batch_from_standard_input_to_standard_output(
 
 
 def test_predict_streams_on_a_terminal(vl: QwenVL, tiny_exported: Path) -> None:
-    """The first words are there long before the last ones."""
+    """The answer is streamed: the first words arrive long before the last ones."""
     options: dict[str, Any] = {**SAMPLED, "max_new_tokens": 3000}
     first = next(iter(vl.stream("What is it?", **options))).text
     arguments = [
@@ -156,7 +156,7 @@ def test_version_and_help(tmp_path: Path) -> None:
 
 
 def test_completion(tmp_path: Path) -> None:
-    """The shell's question for the words after `qwenvl exp`."""
+    """Shell completions of `qwenvl exp`."""
     done = subprocess.run(
         [*COMMAND],
         cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, or whose encoding lacks what is said."""
+"""Closed standard streams, and encodings that lack characters of the output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stages(exported: Path) -> list[str]:
 def ask(
     command: list[str], encoding: str, exported: Path, monkeypatch: pytest.MonkeyPatch, lines: str = ""
 ) -> bytes:
-    """What a command prints to an output of this encoding, the model saying SAID."""
+    """Output of a command in this encoding, with SAID as the model's answer."""
     pair = QwenVL.from_exported(exported / "vision" / "vision", exported / "text" / "qwen")
     say(pair, monkeypatch, [*pair.tokenizer.encode(SAID), pair.tokenizer.eod_id])
     printed = io.BytesIO()
@@ -70,7 +70,7 @@ def test_an_answer_arrives_in_every_encoding(
 @pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-", ">&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("command", ["chat", "predict", "export-vision"])
 def test_closed_streams(command: str, closed: str, tiny_exported: Path, tmp_path: Path) -> None:
-    """Nothing is lost of what goes elsewhere, and no file gets what was to be printed."""
+    """Other output is complete, and no file receives the printed text."""
     arguments = {
         "chat": [*stages(tiny_exported), "--max_new_tokens", "2"],
         "predict": [

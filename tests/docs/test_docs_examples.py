@@ -85,7 +85,7 @@ def test_batch(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPa
     for asked, printed in zip(examples[::2], examples[1::2]):
         Path("in.jsonl").write_text(asked, "utf-8")
         with pytest.raises(
-            plugin.QwenVLError, match=r"1 of . rows failed; their lines in out\.jsonl say why"
+            plugin.QwenVLError, match=r"1 of . rows failed; see their errors in out\.jsonl"
         ):
             app(arguments, standalone_mode=False)
         results = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""How to provoke each error of docs/errors.md: the table's `input` -> a function that sets it up.
+"""Cases of docs/errors.md: a row's `input` to the function that provokes the error.
 
 A function gets a `Bench` in an empty working directory and returns the arguments of `qwenvl`.
 """
@@ -45,7 +45,7 @@ C_ATTN = "transformer.llm.h.0.attn.c_attn.weight"
 
 
 class Bench:
-    """Makes good inputs in the working directory, for a case to spoil."""
+    """Creates valid inputs in the working directory, for a case to corrupt."""
 
     def __init__(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._tiny = tiny
@@ -72,7 +72,7 @@ class Bench:
         path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The tensors of model/, whose weight file is gone afterwards."""
+        """Read the tensors of model/ and remove its weight file."""
         path = self.model() / "model.safetensors"
         tensors = load_file(path)
         path.unlink()
@@ -82,7 +82,7 @@ class Bench:
         save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, f"model/{name}")
 
     def shards(self) -> dict[str, str]:
-        """model/ in two files, a.safetensors and b.safetensors; the index as a dict, not written yet."""
+        """Split model/ into a.safetensors and b.safetensors; return the index, not yet written, as a dict."""
         tensors = self.weights()
         names = list(tensors)
         half = len(names) // 2
@@ -127,7 +127,7 @@ class Bench:
         return ["batch", "in.jsonl", out, *self.predict()[1:5], "--max_new_tokens", "2", *more]
 
     def look_at(self, content: bytes | Image.Image, name: str) -> list[str]:
-        """`predict` with a picture of this content."""
+        """`predict` with an image of this content."""
         if isinstance(content, Image.Image):
             content.save(name)
         else:
@@ -182,7 +182,7 @@ def cases(rows: dict[str, Provoke]) -> None:
 
 
 def cut(path: str, keep: float) -> None:
-    """Keep this part of a file."""
+    """Truncate a file to this part."""
     os.truncate(path, int(Path(path).stat().st_size * keep))
 
 
@@ -263,8 +263,8 @@ cases(
         "`hidden_size` is a word": config(hidden_size="wide"),
         "two sizes are wrong": config(num_hidden_layers=0, vocab_size=-1),
         "heads and channels do not make `hidden_size`": config(num_attention_heads=3),
-        "the picture is no whole number of patches": config(visual_={"patch_size": 15}),
-        "a picture of very many patches": config(visual_={"image_size": 14 * 129, "patch_size": 14}),
+        "the image is no whole number of patches": config(visual_={"patch_size": 15}),
+        "an image of very many patches": config(visual_={"image_size": 14 * 129, "patch_size": 14}),
         "`mlp_ratio` is infinite": config(visual_={"mlp_ratio": float("inf")}),
     }
 )
@@ -777,7 +777,7 @@ cases(
         "neither `--prompt` nor `--image`": lambda bench: bench.predict(prompt=""),
         "`--prompt -` and `--image -`": lambda bench: bench.predict("--image", "-", prompt="-"),
         "`--draw` without `--image`": predict("--draw", "drawn.png"),
-        "`--draw` to an unknown picture format": predict("--image", str(STREET), "--draw", "drawn.txt"),
+        "`--draw` to an unknown image format": predict("--image", str(STREET), "--draw", "drawn.txt"),
         "`--draw` to a folder that is not there": predict("--image", str(STREET), "--draw", "out/drawn.png"),
         "`--output` to a folder that is not there": predict("--output", "out/answer.json"),
         "`--output` to a folder": predict("--output", "text"),
@@ -790,13 +790,13 @@ cases(
 )
 
 
-@case("`--draw` onto the picture that is asked about")
+@case("`--draw` onto the image of the prompt")
 def _(bench: Bench) -> list[str]:
     shutil.copyfile(STREET, "dog.png")
     return bench.predict("--image", "dog.png", "--draw", "dog.png")
 
 
-@case("`--draw` onto another picture")
+@case("`--draw` onto another image")
 def _(bench: Bench) -> list[str]:
     shutil.copyfile(STREET, "cat.png")
     return bench.predict("--image", str(STREET), "--draw", "cat.png")
@@ -852,7 +852,7 @@ def _(bench: Bench) -> list[str]:
     return bench.predict("--output", "answer.json")
 
 
-# Pictures
+# Images
 
 
 def street(form: str) -> bytes:
@@ -862,35 +862,35 @@ def street(form: str) -> bytes:
     return encoded.getvalue()
 
 
-@case("the picture is not there")
+@case("the image is not there")
 def _(bench: Bench) -> list[str]:
     return bench.predict("--image", "dog.png")
 
 
-@case("the picture is a folder")
+@case("the image is a folder")
 def _(bench: Bench) -> list[str]:
     Path("dog.png").mkdir()
     return bench.predict("--image", "dog.png")
 
 
-@case("the picture is a pipe")
+@case("the image is a pipe")
 def _(bench: Bench) -> list[str]:
     os.mkfifo("dog.png")
     return bench.predict("--image", "dog.png")
 
 
-@case("the picture is larger than 50 MiB")
+@case("the image is larger than 50 MiB")
 def _(bench: Bench) -> list[str]:
     arguments = bench.look_at(street("PNG"), "dog.png")
     os.truncate("dog.png", 50 * 2**20 + 1)
     return arguments
 
 
-@case("a picture from the web that cannot be had")
+@case("an image from the web that cannot be had")
 def _(bench: Bench) -> list[str]:
-    net = MadeUpNet(bench.monkeypatch, {"pictures.example": [["93.184.215.14"]]})
+    net = MadeUpNet(bench.monkeypatch, {"images.example": [["93.184.215.14"]]})
     net.dead = {"93.184.215.14"}
-    return bench.predict("--image", "http://pictures.example/dog.png", "--allow_http")
+    return bench.predict("--image", "http://images.example/dog.png", "--allow_http")
 
 
 def look_at(content: Callable[[], bytes | Image.Image], name: str = "dog.png") -> Provoke:
@@ -902,23 +902,23 @@ TEXT_BOMB = (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(64 * 2**20)))
 
 cases(
     {
-        "the picture is an empty file": look_at(lambda: b""),
-        "the picture is text": look_at(lambda: b"a dog on a beach\n"),
+        "the image is an empty file": look_at(lambda: b""),
+        "the image is text": look_at(lambda: b"a dog on a beach\n"),
         "a PNG that is cut off": look_at(lambda: street("PNG")[:5000]),
         "a JPEG that is cut off": look_at(lambda: street("JPEG")[:5000], "dog.jpg"),
         "a PNG of only a header": look_at(lambda: street("PNG")[:20]),
         "an EPS drawing": look_at(lambda: street("EPS"), "dog.eps"),
-        "a picture of 20000 x 20000": look_at(lambda: png(20000, 20000)),
+        "an image of 20000 x 20000": look_at(lambda: png(20000, 20000)),
         "a decompression bomb: a PNG of 81 million pixels in 44 kB": look_at(lambda: png(9000, 9000)),
         "a decompression bomb in a PNG's text": look_at(lambda: png(8, 8, TEXT_BOMB)),
-        "a picture of 1 x 1": look_at(lambda: Image.new("RGB", (1, 1))),
+        "an image of 1 x 1": look_at(lambda: Image.new("RGB", (1, 1))),
         "a web address without `--allow_http`": predict("--image", "http://127.0.0.1/dog.png"),
         "a web address without a host": predict("--image", "http:///dog.png", "--allow_http"),
         "an address of another kind": predict("--image", "ftp://127.0.0.1/dog.png"),
         "a file URL with a host": predict("--image", "file://elsewhere/dog.png"),
         "a data URL without a comma": predict("--image", "data:image/png;base64"),
         "a data URL of bad base64": predict("--image", "data:image/png;base64,a*b"),
-        "a data URL of no picture": predict(
+        "a data URL of no image": predict(
             "--image", "data:image/png;base64," + base64.b64encode(b"a dog").decode()
         ),
     }
@@ -927,7 +927,7 @@ cases(
 # Prompts
 
 
-@case("a picture's path is longer than the model's slots")
+@case("an image's path is longer than the model's slots")
 def _(bench: Bench) -> list[str]:
     folder = Path("a" * 150, "b" * 150)
     folder.mkdir(parents=True)
@@ -938,9 +938,9 @@ cases(
     {
         "a prompt beyond the context": lambda bench: bench.predict(prompt="% " * 8192),
         "a `<img>` in the prompt that is not closed": lambda bench: bench.predict(prompt="<img>dog.png"),
-        "a picture in the prompt's text": lambda bench: bench.predict(prompt="<img>dog.png</img>What is it?"),
-        "a picture in the text of a chat": lambda bench: bench.predict("--chat", prompt="<img>d.png</img>"),
-        "a `</img>` in a picture's name": predict("--image", "a</img>b.png"),
+        "an image in the prompt's text": lambda bench: bench.predict(prompt="<img>dog.png</img>What is it?"),
+        "an image in the text of a chat": lambda bench: bench.predict("--chat", prompt="<img>d.png</img>"),
+        "a `</img>` in an image's name": predict("--image", "a</img>b.png"),
     }
 )
 
@@ -998,7 +998,7 @@ def _(bench: Bench) -> list[str]:
 
 @case("the partial file of another job")
 def _(bench: Bench) -> list[str]:
-    """It was stopped before it wrote its output."""
+    """The job was stopped before it wrote its output."""
     from paddlemix_qwenvl_plugin.batch.job import run
     from paddlemix_qwenvl_plugin.batch.source import Source
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -1054,9 +1054,7 @@ def _(bench: Bench) -> list[str]:
 cases(
     {
         "`chat` with an option out of range": lambda bench: bench.chat("Hello", more=("--top_k", "0")),
-        "`chat --image` of a picture that is not there": lambda bench: bench.chat(
-            more=("--image", "dog.png")
-        ),
+        "`chat --image` of an image that is not there": lambda bench: bench.chat(more=("--image", "dog.png")),
     }
 )
 
@@ -1072,12 +1070,12 @@ cases(
     {
         "an unknown command of a chat": lambda bench: bench.chat("/explain", "Hello"),
         "a word behind `/clear`": lambda bench: bench.chat("/clear all"),
-        "`/image` of a picture that is not there": lambda bench: bench.chat("/image dog.png"),
+        "`/image` of an image that is not there": lambda bench: bench.chat("/image dog.png"),
     }
 )
 
 
-@case("`/image` of a damaged picture")
+@case("`/image` of a damaged image")
 def _(bench: Bench) -> list[str]:
     Path("dog.png").write_bytes(STREET.read_bytes()[:5000])
     return bench.chat("/image dog.png")
@@ -1085,7 +1083,7 @@ def _(bench: Bench) -> list[str]:
 
 cases(
     {
-        "`/image` without a path, and no picture to drop": lambda bench: bench.chat("/image"),
+        "`/image` without a path, and no image to drop": lambda bench: bench.chat("/image"),
         "`/save` without a name": lambda bench: bench.chat("Hello", "/save"),
         "`/save` to another kind of file": lambda bench: bench.chat("Hello", "/save talk.txt"),
         "`/save` before the first answer": lambda bench: bench.chat("/save talk.md"),
@@ -1139,7 +1137,7 @@ def _(bench: Bench) -> list[str]:
     return ["demo"]
 
 
-@case("`demo` to a folder with somebody else's files")
+@case("`demo` to a folder with other files")
 def _(bench: Bench) -> list[str]:
     bench.demo_model(bench.model())
     Path("site").mkdir()
@@ -1218,7 +1216,7 @@ def vqa_full_disk(bench: Bench) -> list[str]:
 
 
 def without(bench: Bench, library: str) -> None:
-    """Have the import of a library fail, whether it is installed or not."""
+    """Make the import of a library fail, whether installed or not."""
     for module in [name for name in sys.modules if name.split(".")[0] == library]:
         bench.monkeypatch.delitem(sys.modules, module)
     bench.monkeypatch.setitem(sys.modules, library, None)
@@ -1245,7 +1243,7 @@ cases(
         "a row lacks a key": lambda bench: vqa(rows=[{"image": "dog.png", "question_id": 1, "answers": []}]),
         "a row's box is no box": grounding_box,
         "two rows of a data set have one id": lambda bench: vqa(rows=[QUESTION, QUESTION]),
-        "a row's picture is not there": lambda bench: vqa_stages(bench, image="dog.png"),
+        "a row's image is not there": lambda bench: vqa_stages(bench, image="dog.png"),
         "VQA accuracy of a row with one answer": lambda bench: vqa_stages(bench, answers=["a dog"]),
         "`--metric bleu`": lambda bench: vqa("--metric", "bleu"),
         "`eval vqa --max_new_tokens 0`": lambda bench: vqa_stages(bench, "--max_new_tokens", "0"),
@@ -1255,7 +1253,7 @@ cases(
         "predictions with an answer to another row": lambda bench: vqa_predictions(
             {"id": 2, "text": "a cat"}, {"id": 1, "text": "a dog"}
         ),
-        "predictions without a text": lambda bench: vqa_predictions({"id": 1, "error": "no such picture"}),
+        "predictions without a text": lambda bench: vqa_predictions({"id": 1, "error": "no such image"}),
         "`eval --output` to a folder that is not there": lambda bench: vqa_stages(
             bench, "--output", "out/answers.jsonl"
         ),
@@ -1318,8 +1316,8 @@ def _(bench: Bench) -> list[str]:
     return bench.recipe("--output", "file")
 
 
-def earlier_run(spoil: Callable[[Path], Any]) -> Provoke:
-    """`run --from_step` on an earlier run's record that is spoilt."""
+def earlier_run(damage: Callable[[Path], Any]) -> Provoke:
+    """`run --from_step` on an earlier run with a damaged record."""
 
     def provoke(bench: Bench) -> list[str]:
         command = bench.recipe("--from_step", "only")
@@ -1328,7 +1326,7 @@ def earlier_run(spoil: Callable[[Path], Any]) -> Provoke:
         shutil.copyfile("fake.yaml", folder / "recipe.resolved.yaml")
         result = {"name": "only", "status": "ok", "seconds": 1.0, "exit_code": 0}
         (folder / "results.json").write_text(json.dumps({"steps": [result], "bench": None}))
-        spoil(folder)
+        damage(folder)
         return command
 
     return provoke
@@ -1454,7 +1452,7 @@ def tokenizer_config(text: str) -> Callable[[Bench], list[str]]:
 
 
 class Call:
-    """Pickled as a call of a function, which an unpickler that refuses nothing carries out."""
+    """Object pickled as a function call, which an unrestricted unpickler executes."""
 
     def __reduce__(self) -> Any:
         return os.system, ("touch ran",)
@@ -1477,7 +1475,7 @@ def header(change: Callable[[dict[str, Any]], None], more: bytes = b"") -> Provo
 
 
 def overlap(entries: dict[str, Any]) -> None:
-    """Let one tensor lie where another of its size does."""
+    """Make a tensor overlap another one of its size."""
     first, second = (f"transformer.llm.h.{i}.ln_1.weight" for i in range(2))
     entries[second]["data_offsets"] = entries[first]["data_offsets"]
 
@@ -1576,7 +1574,7 @@ def _(bench: Bench) -> list[str]:
 cases(
     {
         "`--picture_label` without a place for the number": predict("--picture_label", "Picture: "),
-        "`--picture_label` with a picture's tag": predict("--picture_label", "<img>{}"),
+        "`--picture_label` with an image's tag": predict("--picture_label", "<img>{}"),
         "tokenizer_config.json is not JSON": tokenizer_config("{"),
         "tokenizer_config.json with a `picture_label` that is none": tokenizer_config('{"picture_label": 1}'),
         "`--allow_private_http` alone": predict("--allow_private_http"),

@@ -1,4 +1,4 @@
-"""The rows of docs/errors.md: what is wrong, the line that says so, the exit code."""
+"""Rows of docs/errors.md: input, error line, exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every row of docs/errors.md is a test: the input gives that line, that exit code, and no file."""
+"""Every row of docs/errors.md is a test: the input produces that line and exit code, and no file."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def in_subprocess(arguments: list[str], bench: Bench) -> Outcome:
 
 
 def files() -> set[Path]:
-    """All files below the working directory, but for the records of recipes and the logs of builds."""
+    """All files below the working directory, except records of recipes and build logs."""
     return {
         path for path in Path().rglob("*") if not path.is_dir() and path.parts[0] not in ("runs", "cache")
     }

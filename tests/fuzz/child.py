@@ -1,4 +1,4 @@
-"""Runs `qwenvl` for each line of its input, in a process of its own with limits, and says how it ended.
+"""Run `qwenvl` for each line of the input in a child process with limits, and report its exit status.
 
 A line is {"arguments": […], "folder": …}, the answer to it {"ended": exit code, negative for a signal, "said": standard
 error, "seconds": …, "mib": peak memory}. What is slow to import is imported once, before the first fork.
@@ -29,7 +29,7 @@ SECONDS = 30.0
 
 
 def run(arguments: list[str], folder: str) -> None:
-    """The child: never returns."""
+    """Run the child process; never returns."""
     code = 99
     try:
         os.setsid()
@@ -55,7 +55,7 @@ def run(arguments: list[str], folder: str) -> None:
 
 
 def wait(child: int) -> tuple[int, float]:
-    """(status, peak memory in MiB); a child that takes too long is killed."""
+    """Wait for the child: (status, peak memory in MiB); kill it after the timeout."""
     end = time.monotonic() + SECONDS
     while True:
         done, status, usage = os.wait4(child, os.WNOHANG)

@@ -1,4 +1,4 @@
-"""Spoils bytes, and JSON by its structure, in ways that a seeded generator chooses."""
+"""Seeded corruption of bytes, and of JSON by its structure."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ FRAGMENTS = (
 _MARK = "a place for a fragment"
 
 
-def spoilt(data: bytes, random: Random, words: Sequence[bytes], is_json: bool) -> bytes:
-    """`data` with one to eight things wrong with it.
+def corrupted(data: bytes, random: Random, words: Sequence[bytes], is_json: bool) -> bytes:
+    """Corrupt `data` in one to eight places.
 
     Args:
         words: what the format is made of, for the places where chance would never find it.
@@ -38,13 +38,13 @@ def spoilt(data: bytes, random: Random, words: Sequence[bytes], is_json: bool) -
     """
     for _ in range(random.choice((1, 1, 1, 2, 3, 8))):
         if is_json and random.random() < 0.75:
-            data = _spoilt_json(data, random)
+            data = _corrupted_json(data, random)
         else:
             data = random.choice(_WAYS)(data, random, words)
     return data
 
 
-def _spoilt_json(data: bytes, random: Random) -> bytes:
+def _corrupted_json(data: bytes, random: Random) -> bytes:
     try:
         whole = {"": json.loads(data)}
     except (ValueError, RecursionError):
@@ -70,7 +70,7 @@ def _spoilt_json(data: bytes, random: Random) -> bytes:
 
 
 def _places(value: Any) -> Any:
-    """(the dict or list, the key or index) of every value."""
+    """List (the dict or list, the key or index) of every value."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     for key in keys:
         yield value, key
@@ -78,10 +78,10 @@ def _places(value: Any) -> Any:
 
 
 def _flip(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
-    spoilt = bytearray(data or b"\0")
+    result = bytearray(data or b"\0")
     for _ in range(random.choice((1, 1, 4, 30))):
-        spoilt[random.randrange(len(spoilt))] ^= 1 << random.randrange(8)
-    return bytes(spoilt)
+        result[random.randrange(len(result))] ^= 1 << random.randrange(8)
+    return bytes(result)
 
 
 def _number(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:

@@ -1,4 +1,4 @@
-"""What is fuzzed: the good inputs that are spoilt, and the command that reads each."""
+"""Targets of the fuzzer: valid inputs to corrupt, and the command that reads each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPO = Path(__file__).resolve().parents[2]
 YAML_WORDS = (
     *rb"""&a |*a|<<: |- |? |: |> |[|{|}|]|'|"|#|!!binary |!!set |!!omap |!!timestamp x|!!int ''|!!float x|!!bool x|!x |
     !!null |"\0"|"\ud800"|"\x1b[31m"|1e999|.nan|-.inf|2024-13-45|2024-01-01|2024-01-01T00:00:00+99:99|~|null|yes|${|
-    ${run_dir}|${x}|~nobody/x|/dev/zero|/dev/stdin|../x|(a+)+$|a{99999999999}|[[a]|B=: x|env: {a: 1}|matches: '|
+    ${run_dir}|${x}|~daemon/x|/dev/zero|/dev/stdin|../x|(a+)+$|a{99999999999}|[[a]|B=: x|env: {a: 1}|matches: '|
     equals: |approx: {value: 1, tolerance: 1}|timeout_seconds: |requires: {packages: [x]}|bench: {step: only}""".split(
         b"|"
     ),
@@ -70,7 +70,7 @@ class Target:
 
 
 def make_base(folder: Path) -> None:
-    """A model as small as it can be, in model/, and its exports vision/v and text/t."""
+    """Create a minimal model in model/ and its exports vision/v and text/t."""
     model = folder / "model"
     model.mkdir()
     write_tiny_vocabulary(model / "qwen.tiktoken")
@@ -131,7 +131,7 @@ def targets(base: Path) -> dict[str, Target]:
             [(base / "text" / "t.manifest.json").read_bytes()], manifest("text", "t"), is_json=True
         ),
         "safetensors": Target([weights[8:values]], _framed(convert_weights), is_json=True),
-        "image": Target(list(_pictures()), look_at, IMAGE_WORDS),
+        "image": Target(list(_images()), look_at, IMAGE_WORDS),
         "recipe": Target([*recipes, _RECIPE], dry_run, YAML_WORDS),
     }
 
@@ -157,7 +157,7 @@ bench: {step: only, repeat: 2, warmup: 1}
 
 
 def _framed(lay_out: Callable[[bytes, Path], list[str]]) -> Callable[[bytes, Path], list[str]]:
-    """A header's length goes before it, so that most of them are read."""
+    """Prepend a header's length, so that most headers are read."""
 
     def framed(data: bytes, folder: Path) -> list[str]:
         return lay_out(struct.pack("<Q", len(data)) + data, folder)
@@ -165,9 +165,9 @@ def _framed(lay_out: Callable[[bytes, Path], list[str]]) -> Callable[[bytes, Pat
     return framed
 
 
-def _predict(picture: Path) -> list[str]:
+def _predict(image: Path) -> list[str]:
     stages = ["--first_model_path", "vision/v", "--second_model_path", "text/t"]
-    return ["predict", *stages, "--image", str(picture), "--prompt", "a", "--max_new_tokens", "2"]
+    return ["predict", *stages, "--image", str(image), "--prompt", "a", "--max_new_tokens", "2"]
 
 
 def _link(source: Path, target: Path, leave_out: str = "") -> None:
@@ -178,13 +178,13 @@ def _link(source: Path, target: Path, leave_out: str = "") -> None:
 
 
 def _encoded(mode: str, form: str, **options: object) -> bytes:
-    picture = Image.linear_gradient("L").resize((23, 17)).convert(mode)
+    image = Image.linear_gradient("L").resize((23, 17)).convert(mode)
     file = io.BytesIO()
-    picture.save(file, form, **options)
+    image.save(file, form, **options)
     return file.getvalue()
 
 
-def _pictures() -> list[bytes]:
+def _images() -> list[bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     plain = "PNG JPEG BMP TIFF PPM TGA PCX SGI DDS QOI WEBP JPEG2000 AVIF SPIDER ICO ICNS MPO GIF"

@@ -1,4 +1,4 @@
-"""Spoilt configs, manifests, safetensors headers, images and recipes: a line or an answer, in bounded memory and time.
+"""Corrupted configs, manifests, safetensors headers, images, recipes: a line or an answer, in bounded memory and time.
 
 QWENVL_FUZZ_SECONDS is how long all targets take together (60), QWENVL_FUZZ_SEED what is tried (0). An input that does
 harm is kept in found/TARGET and tried again in every run from then on; remove those that tell nothing new.
@@ -19,7 +19,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from mutate import spoilt
+from mutate import corrupted
 from targets import REPO, Target, make_base, targets
 
 SECONDS = float(os.environ.get("QWENVL_FUZZ_SECONDS") or 60)
@@ -44,7 +44,7 @@ class Runner:
         self._child: subprocess.Popen[str] | None = None
 
     def problem(self, target: Target, data: bytes) -> str | None:
-        """What is wrong with how `qwenvl` took this input; None if nothing is."""
+        """Problem of `qwenvl` with this input; None if it behaved well."""
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir()
         ended = self._run(target.lay_out(data, self._work))
@@ -104,13 +104,13 @@ def test_good_inputs_and_those_that_once_did_harm(name: str, runner: Runner) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_spoilt_inputs(name: str, runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+def test_corrupted_inputs(name: str, runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     target = runner.targets[name]
     end = time.monotonic() + SECONDS / len(NAMES)
     n_tried, finds = 0, dict[str, Path]()
     while time.monotonic() < end and len(finds) < MAX_FINDS:
         random = Random(f"{name} {SEED} {n_tried}")
-        data = spoilt(random.choice(target.seeds), random, target.words, target.is_json)
+        data = corrupted(random.choice(target.seeds), random, target.words, target.is_json)
         problem = runner.problem(target, data)
         n_tried += 1
         if problem is not None and problem not in finds:

@@ -1,4 +1,4 @@
-"""`qwenvl batch --url`: the results of a job on stages, from a server."""
+"""`qwenvl batch --url`: the same results as on exported stages."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def openai_row(row_id: str, *messages: Any, **body: Any) -> dict[str, Any]:
 
 
 def test_as_on_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> None:
-    """The server has the model that the other job opens; images as data: URLs, which have no name in either prompt."""
+    """The server runs the same model; images as data: URLs, which have no name in either prompt."""
     vl = QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
     image = {"type": "image_url", "image_url": {"url": DATA_URL}}
     write(
@@ -149,7 +149,7 @@ def test_as_on_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> No
 
 
 def test_several_at_once(server: FakeServer, batch: Any) -> None:
-    """As many as --batch_size: none is answered before all of them are asked."""
+    """--batch_size concurrent requests: none is answered before all are sent."""
     barrier = threading.Barrier(4)
 
     def answer(body: dict[str, Any]) -> str:
@@ -204,7 +204,7 @@ def test_a_busy_server_is_asked_again(
 
 
 def test_a_job_goes_on_with_another_address(server: FakeServer, batch: Any) -> None:
-    """The server goes away in the middle: one line, and the same command asks the rest of the rows."""
+    """The server exits during the job: one error line, and the same command resumes with the remaining rows."""
     write([{"id": n, "prompt": f"{n}?"} for n in range(4)])
 
     def refuse(path: str, body: dict[str, Any]) -> Any:
@@ -264,12 +264,12 @@ def test_something_else_than_a_server(server: FakeServer, batch: Any, answer: An
     code, _, err = batch()
     assert (code, err) == (
         1,
-        f"qwenvl: {server.url}: its answer is not in OpenAI's form; is it an OpenAI-compatible server?\n",
+        f"qwenvl: {server.url}: the response is not in OpenAI's format; is it an OpenAI-compatible server?\n",
     )
 
 
 def test_closed_streams_end_their_requests(server: FakeServer) -> None:
-    """A job that ends with an error leaves no request on the server that it does not wait for."""
+    """A job that ends with an error cancels its running requests on the server."""
     started, go_on = threading.Semaphore(0), threading.Event()
 
     def answer(body: dict[str, Any]) -> str:

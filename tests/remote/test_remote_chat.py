@@ -1,4 +1,4 @@
-"""`qwenvl chat --url`: as the chat on stages, with a server's answers."""
+"""`qwenvl chat --url`: the chat with a server's answers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def chat_process(server: FakeServer, folder: Path, *flags: str) -> subprocess.Po
 
 
 def test_a_script(server: FakeServer, folder: Path) -> None:
-    """Through the command itself; the server gets the whole conversation with each question."""
+    """End to end; the server receives the whole conversation with each question."""
     lines = "/image street.png\nWhat is it?\nSure?\n/save talk.json\n/clear\nAnd now?\n"
     flags = ["--system", "Be brief.", "--max_new_tokens", "9", "--min_new_tokens", "2", "--top_k", "3"]
     with chat_process(server, folder, *flags) as program:
@@ -100,21 +100,21 @@ def test_a_script(server: FakeServer, folder: Path) -> None:
 def test_boxes_are_drawn(
     server: FakeServer, model: ServerModel, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In pixels of the image here, also in a later question about it."""
+    """Boxes in pixels of the local image, also for a later question about it."""
     server.answer = lambda body: BOXES
     session = Session(model, "You are a helpful assistant.", GenerationOptions())
     conversation = Conversation(session, Terminal())
     for line in ("/image street.png", "What?", "And?"):
         conversation.run(line)
     shown = capsys.readouterr().out
-    assert "Picture 1: street.png, 960 x 640" in shown
+    assert "Image 1: street.png, 960 x 640" in shown
     assert shown.count("[1] a red house: (70, 110), (400, 433)") == 2
     assert (folder / "street-boxes-1.png").is_file()
     assert session.turns[0].answer.text == BOXES
     assert [segment.ref for segment in session.turns[0].segments if segment.ref] == ["a red house"]
 
 
-def test_pieces_come_as_they_are_sent(server: FakeServer, model: ServerModel) -> None:
+def test_segments_come_as_they_are_sent(server: FakeServer, model: ServerModel) -> None:
     server.go_on.clear()
     stream = model.chat().ask("Hello")
     assert next(stream).text == "You"
@@ -126,7 +126,7 @@ def test_pieces_come_as_they_are_sent(server: FakeServer, model: ServerModel) ->
 
 
 def test_stopped(server: FakeServer, model: ServerModel) -> None:
-    """From another thread, while the next segment is awaited: the server is told, and what was said counts."""
+    """Stop from another thread while a segment is awaited: the request is cancelled, the answer so far counts."""
     server.go_on.clear()
     chat = model.chat()
     stream = chat.ask("Hello")
@@ -155,8 +155,8 @@ def test_closed(server: FakeServer, model: ServerModel, when: str) -> None:
     assert len(server.bodies[-1]["messages"]) == (4 if when == "after" else 2)
 
 
-def test_stopped_before_the_first_piece(server: FakeServer, model: ServerModel) -> None:
-    """In a queue, or in a long prompt: there is not even the beginning of a response."""
+def test_stopped_before_the_first_delta(server: FakeServer, model: ServerModel) -> None:
+    """Stop before the response has begun, as in a queue or a long prompt."""
     waiting, go_on = threading.Event(), threading.Event()
 
     def answer(body: dict[str, Any]) -> str:
@@ -219,7 +219,7 @@ def test_an_error_leaves_the_conversation_as_it_was(server: FakeServer, model: S
             chat.ask("Two").finish()
     server.refuse = lambda path, body: None
     server.cut = True
-    with pytest.raises(QwenVLError, match=r"broke off before its end|the connection broke"):
+    with pytest.raises(QwenVLError, match=r"the stream ended before|the connection broke"):
         chat.ask("Three").finish()
     server.cut = False
     chat.ask("Four").finish()

@@ -82,7 +82,7 @@ def test_commands(
     assert "\0" not in printed.out
     last = printed.err.splitlines()[-1]
     if name == "batch":
-        assert last == "qwenvl: 2 of 2 rows failed; their lines in out.jsonl say why"
+        assert last == "qwenvl: 2 of 2 rows failed; see their errors in out.jsonl"
         lines = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
         assert lines == [{"id": row["id"], "error": LINE} for row in rows]
     else:

@@ -1,4 +1,4 @@
-"""The demo model, exported once for all tests of the server, and what it answers without a server."""
+"""The demo model, exported once for all server tests, and its answers without a server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.serve.demo_model import DemoStages, demo_stages
 
 @pytest.fixture(scope="session")
 def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for QWENVL_CACHE_DIR: for the demo model as this source exports it; the engine is the user's."""
+    """Folder for QWENVL_CACHE_DIR with the demo model of this source and the user's engine."""
     folder = tmp_path_factory.mktemp("serve-cache")
     built = cache_folder()
     built.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def alone(stages: DemoStages) -> QwenVL:
 
 @pytest.fixture
 def serve_demo(demo_cache: Path, stages: DemoStages) -> Iterator[Callable[..., ServerProcess]]:
-    """serve_demo("--max_running", 4, …) is a `qwenvl serve --demo` on a free port; killed after the test if need be."""
+    """Function that starts `qwenvl serve --demo` with flags on a free port; the process is killed after the test."""
     started: list[ServerProcess] = []
 
     def start(*flags: object, **options: Any) -> ServerProcess:

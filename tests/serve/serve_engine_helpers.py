@@ -1,4 +1,4 @@
-"""The demo model behind a client, requests of every kind, and what QwenVL alone answers."""
+"""Engine client of the demo model, random requests, and QwenVL's own answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def settings_of(stages: tuple[Path, Path]) -> ModelSettings:
 
 
 def with_engine(stages: tuple[Path, Path], use: Callable[[ProcessEngineClient], Awaitable[Any]]) -> Any:
-    """What `use` makes of a client that has been started; it is stopped behind it."""
+    """Run `use` with a started client, and stop the client afterwards."""
 
     async def run() -> Any:
         client = ProcessEngineClient(settings_of(stages))
@@ -42,7 +42,7 @@ def with_engine(stages: tuple[Path, Path], use: Callable[[ProcessEngineClient], 
 
 
 async def until(true: Callable[[], bool]) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     end = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < end, "it never became so"
@@ -55,7 +55,7 @@ async def read(stream: TokenStream) -> list[int]:
 
 
 def running(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Whether a process runs and is not a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -65,13 +65,13 @@ def running(pid: int) -> bool:
 
 @dataclass
 class Asked:
-    """A request, as the front makes one."""
+    """Request of the front."""
 
     request: EngineRequest
 
     @classmethod
     def at_random(cls, vl: QwenVL, rng: random.Random, n_logprobs: Optional[int] = None) -> Asked:
-        """Few different beginnings, so that many share them; some with an image, an earlier answer, sampling."""
+        """Random request; few prefixes, so that many share them; some with an image, an earlier answer, sampling."""
         vision = vl.config.visual
         ids = [rng.randrange(3) for _ in range(rng.randrange(1, 90))]
         images, generated = [], []
@@ -93,7 +93,7 @@ class Asked:
         return cls(EngineRequest(ids, images, stop, options, generated, n_logprobs))
 
     def alone(self, vl: QwenVL) -> list[int]:
-        """What QwenVL answers, given the pixels as it makes them itself."""
+        """QwenVL's answer, with its own preprocessing of the pixels."""
         asked = self.request
         images = [ImageInput.of(normalise(image)) for image in asked.images]
         prompt = Prompt(list(asked.prompt), [], list(asked.generated))

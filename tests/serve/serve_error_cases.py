@@ -1,4 +1,4 @@
-"""How to provoke each error of the server's tables in docs/errors.md: a row's `request` -> what sends it."""
+"""Cases of the server's tables in docs/errors.md: a row's `request` to the function that sends it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KEY = "a-key"
 
 
 class Got(NamedTuple):
-    """An answer: its status, its error object, its headers."""
+    """Response: status, error object, headers."""
 
     status: int
     error: dict[str, Any]
@@ -47,7 +47,7 @@ class Got(NamedTuple):
 
 
 class Engine:
-    """An EngineClient that says a few tokens, or as many as a test wants, and then what goes wrong."""
+    """EngineClient that generates a few scripted tokens and then fails as configured."""
 
     def __init__(self) -> None:
         self.ready = True
@@ -91,7 +91,7 @@ class Stream:
 
 
 class Bench:
-    """The app as it is, with image processes, queue and tokenizer, around the engine above. Of one event loop."""
+    """The real app, with image processes, queue and tokenizer, around the engine above; bound to one event loop."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,7 +103,7 @@ class Bench:
         self._chosen: dict[str, Any] = {}
 
     def configure(self, is_chat: bool = True, **settings: Any) -> Service:
-        """Have the next requests go to a server with these settings."""
+        """Use a server with these settings for the next requests."""
         self._chosen = {"is_chat": is_chat, **settings}
         return self._server()[0]
 
@@ -117,7 +117,7 @@ class Bench:
             await service.images.close()
 
     async def send(self, method: str, path: str, **request: Any) -> Got:
-        """Send a request of httpx's form; the error of its answer, which may be the last event of a stream."""
+        """Send a request and return the error of the response, which may be the last event of a stream."""
         transport = httpx.ASGITransport(self._server()[1])
         base = "http://127.0.0.1:8000"
         async with httpx.AsyncClient(transport=transport, base_url=base, timeout=60) as client:
@@ -168,7 +168,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 def changed(path: str, good: dict[str, Any], changes: dict[str, Any]) -> Case:
-    """A good body with these parameters; ... leaves one out."""
+    """Valid body with these parameters; ... omits one."""
     body = {name: value for name, value in {**good, **changes}.items() if value is not ...}
     return lambda bench: bench.send("POST", path, json=body)
 
@@ -196,7 +196,7 @@ def data_url(encoded: bytes) -> str:
 
 
 def within(case: Case, **settings: Any) -> Case:
-    """A case, at a server with these settings."""
+    """Case at a server with these settings."""
 
     def send(bench: Bench) -> Awaitable[Got]:
         bench.configure(**settings)
@@ -206,7 +206,7 @@ def within(case: Case, **settings: Any) -> Case:
 
 
 def engine(case: Case, **state: Any) -> Case:
-    """A case, with an engine in this state."""
+    """Case with an engine in this state."""
 
     def send(bench: Bench) -> Awaitable[Got]:
         vars(bench.engine).update(state)
@@ -239,7 +239,7 @@ def key_file(bench: Bench) -> Path:
 
 
 async def with_others(bench: Bench, service: Service, n: int, request: Callable[[], Awaitable[Got]]) -> Got:
-    """The answer to a request that comes when n others are there, which take their time."""
+    """Response to a request that arrives while n slow ones are in the server."""
     bench.engine.hangs = True
     others = [asyncio.ensure_future(request()) for _ in range(n)]
     while service.admission.running + service.admission.waiting < n:
@@ -296,12 +296,12 @@ async def mistake(bench: Bench) -> Got:
 
 
 async def stalled(bench: Bench) -> Got:
-    async def pieces() -> AsyncIterator[bytes]:
+    async def chunks() -> AsyncIterator[bytes]:
         yield b"{"
         await asyncio.sleep(600)
 
     bench.configure(body_timeout=0.1)
-    return await bench.send("POST", CHAT, content=pieces(), headers=JSON)
+    return await bench.send("POST", CHAT, content=chunks(), headers=JSON)
 
 
 DIED = EngineUnavailable(

@@ -1,4 +1,4 @@
-"""`qwenvl serve` as it is, around an engine that counts: `python serve_fake_server.py ENGINE_JSON FLAG …`.
+"""`qwenvl serve` around a counting engine: `python serve_fake_server.py ENGINE_JSON FLAG …`.
 
 ENGINE_JSON has the arguments of CountingEngine, and `fails`, a line with which it does not start.
 """

@@ -1,4 +1,4 @@
-"""Many clients at once: most ask and read, some hang up, some send nonsense."""
+"""Load of concurrent clients: most read their answers, some disconnect, some send invalid requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATIENCE = 300.0
 
 @dataclass
 class Reply:
-    """What came back: the texts of all choices and why each ended, or an error object."""
+    """Reply: texts and finish reasons of all choices, or an error object."""
 
     status: int
     texts: list[str] = field(default_factory=list)
@@ -33,13 +33,13 @@ class Reply:
     whole: bool = False
 
     def answers(self, question: Question) -> bool:
-        """Whether it is the whole answer, as QwenVL gives it alone."""
+        """Whether the reply equals QwenVL's own answer."""
         return self.whole and (self.texts, self.reasons) == (question.texts, question.reasons)
 
 
 @dataclass
 class Tally:
-    """What the clients saw.
+    """Counts of the clients' results.
 
     Attributes:
         wrong: lines about replies that are neither the answer nor an error that `forgiving` load may get.
@@ -71,9 +71,11 @@ class Load:
         polite: bool = False,
         forgiving: bool = False,
     ) -> None:
-        """Args:
-        polite: no client hangs up or sends nonsense.
-        forgiving: an error in OpenAI's form with a status of 503 or 504, or in a stream, is no wrong answer.
+        """Create the clients.
+
+        Args:
+            polite: no client disconnects early or sends invalid requests.
+            forgiving: do not count an OpenAI error with status 503 or 504, or in a stream, as a wrong answer.
         """
         self.tally = Tally()
         self._url = url
@@ -83,7 +85,7 @@ class Load:
         self._forgiving = forgiving
 
     async def run(self, n_clients: int, go_on: Callable[[], bool]) -> None:
-        """Have the clients ask one request after the other while `go_on` says so."""
+        """Run the clients, each with one request after another, while `go_on` returns true."""
         await asyncio.gather(*(self._client(go_on) for _ in range(n_clients)))
 
     async def _client(self, go_on: Callable[[], bool]) -> None:
@@ -112,7 +114,7 @@ class Load:
             self.tally.wrong.append(f"{said}: {reply} but alone {question.texts} {question.reasons}")
 
     async def _hang_up(self, http: httpx.AsyncClient) -> None:
-        """Leave before the answer, or after some events; what has come until then is right."""
+        """Disconnect before the answer or after some events; check the events so far."""
         question = self._rng.choice(self._questions)
         if self._rng.random() < 0.3:
             task = asyncio.ensure_future(ask(http, question, stream=self._rng.random() < 0.5))
@@ -137,7 +139,7 @@ class Load:
 
 
 def is_failure(reply: Reply) -> bool:
-    """Whether a reply says, in OpenAI's form, that the server could not answer."""
+    """Whether a reply is an OpenAI error for a server that could not answer."""
     if reply.error is None or set(reply.error) != {"message", "type", "param", "code"}:
         return False
     return reply.error["type"] == "server_error" and reply.status in (200, 503, 504)
@@ -146,7 +148,7 @@ def is_failure(reply: Reply) -> bool:
 async def ask(
     http: httpx.AsyncClient, question: Question, stream: bool, n_events: Optional[int] = None
 ) -> Reply:
-    """Ask a question; with `n_events`, hang up after so many events."""
+    """Ask a question; with `n_events`, disconnect after that number of events."""
     if not stream:
         response = await http.post(question.path, json=question.body)
         body = response.json()
@@ -189,7 +191,7 @@ async def ask(
 
 
 class Pulse:
-    """Somebody who asks a path all the time; `late` has the longest it took in seconds, `wrong` what went wrong."""
+    """Client that polls a path; `late` is the longest response time in seconds, `wrong` lists the failures."""
 
     def __init__(self, url: str, path: str = "/health/live") -> None:
         self.n = 0

@@ -1,4 +1,4 @@
-"""Requests that make no sense, and what each is answered."""
+"""Invalid requests and their expected responses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHAT = "/v1/chat/completions"
 
 @dataclass(frozen=True)
 class Nonsense:
-    """A request; `send` says what is wrong with the reply, if anything is."""
+    """Invalid request; `send` returns the problem of the reply, if any."""
 
     name: str
     send: Callable[[httpx.AsyncClient], Awaitable[Optional[str]]]
@@ -71,7 +71,7 @@ def _url(data: bytes) -> str:
 
 
 def _png(width: int, height: int) -> bytes:
-    """A PNG that says that it is so large, with a few pixels."""
+    """PNG with this size in its header and few pixels."""
     image = io.BytesIO()
     Image.new("RGB", (8, 8)).save(image, "PNG")
     data = bytearray(image.getvalue())
@@ -81,7 +81,7 @@ def _png(width: int, height: int) -> bytes:
 
 
 async def _slow(http: httpx.AsyncClient) -> Optional[str]:
-    """A body that comes to no end for a while."""
+    """Body that is sent slowly."""
     reader, writer = await _connect(http)
     try:
         writer.write(_head("Content-Length: 1000") + b"{")
@@ -94,7 +94,7 @@ async def _slow(http: httpx.AsyncClient) -> Optional[str]:
 
 
 async def _left(http: httpx.AsyncClient) -> Optional[str]:
-    """A client that goes away within its body."""
+    """Client that disconnects within its body."""
     _, writer = await _connect(http)
     writer.write(_head("Content-Length: 1000") + b'{"model": ')
     await writer.drain()
@@ -103,7 +103,7 @@ async def _left(http: httpx.AsyncClient) -> Optional[str]:
 
 
 async def _noise(http: httpx.AsyncClient) -> Optional[str]:
-    """What is no HTTP at all."""
+    """Bytes that are not HTTP."""
     reader, writer = await _connect(http)
     try:
         writer.write(bytes(range(256)) + b"\r\n\r\n")

@@ -1,4 +1,4 @@
-"""The protocols that handlers work with, in this process: an engine, an image loader, a queue without limits."""
+"""In-process implementations of the handlers' protocols: engine, image loader, unlimited queue."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ N_CACHED = 7  # what this engine says of each prompt
 
 
 def logprob(token: int) -> float:
-    """What this engine says of a token."""
+    """Token with the log probabilities of this engine."""
     return -1 - token / 1024
 
 
@@ -53,7 +53,7 @@ class Stream:
         self._queue: asyncio.Queue[list[Token] | QwenVLError | Ended] = asyncio.Queue()
 
     def put(self, item: list[Token] | QwenVLError | Ended) -> None:
-        """From the engine's thread."""
+        """Deliver tokens; called from the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the server has gone
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
@@ -127,7 +127,7 @@ class Engine:
         return stream
 
     def die(self) -> None:
-        """End all requests as the end of the engine process does."""
+        """Fail all requests as the exit of the engine process does."""
         self.dead = True
         for stream in list(self._active):
             stream.put(EngineUnavailable("the engine died; a new one is starting"))

@@ -59,7 +59,7 @@ def running(stages: DemoStages) -> Iterator[Server]:
 
 @pytest.fixture
 def server(running: Server, caplog: pytest.LogCaptureFixture) -> Iterator[Server]:
-    """With the settings and the loop as they were, after each test. No error may be logged."""
+    """Restore settings and loop after each test; the test must log no error."""
     service, loop = running.service, running.engine.vl._loop
     before = replace(service)
     yield running
@@ -76,7 +76,7 @@ def server(running: Server, caplog: pytest.LogCaptureFixture) -> Iterator[Server
 
 @pytest.fixture
 def limited(server: Server) -> Callable[..., None]:
-    """limited(max_images=1) changes settings for this test."""
+    """Function that changes settings for this test."""
 
     def change(**settings: Any) -> None:
         server.service.settings = server.service.settings.model_copy(update=settings)

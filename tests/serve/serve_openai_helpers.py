@@ -1,4 +1,4 @@
-"""What the tests of OpenAI's routes have in common."""
+"""Helpers of the tests of OpenAI's routes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Server:
     http: httpx.Client
 
     def wait_until_idle(self) -> None:
-        """Until the engine has no request and no slot is held."""
+        """Wait until the engine has no request and no slot is in use."""
         wait_for(lambda: self.engine.idle and not self.admission.held)
 
 

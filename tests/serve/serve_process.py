@@ -1,4 +1,4 @@
-"""`qwenvl serve` as a process: what it says and logs, the processes below it, their memory, its metrics."""
+"""`qwenvl serve` as a process: output, log, child processes, memory, metrics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ServerProcess:
         environment: Mapping[str, str] = {},
         **options: Any,
     ) -> None:
-        """`options` are those of Popen."""
+        """Start the process; `options` are Popen's."""
         path = os.pathsep.join(map(str, (REPO, REPO / "tests" / "serve")))
         self._process = subprocess.Popen(
             [*command, *map(str, flags)],
@@ -53,19 +53,19 @@ class ServerProcess:
         self.log: list[str] = []
         self._lines: queue.Queue[str] = queue.Queue()
         readers = {self._process.stdout: self._lines.put, self._process.stderr: self.log.append}
-        # A pipe that nobody reads stops the server.
+        # A full pipe that is not read blocks the server.
         self._readers = [threading.Thread(target=_each_line, args=reader) for reader in readers.items()]
         for thread in self._readers:
             thread.start()
 
     def line(self) -> str:
-        """The next line that it says."""
+        """Read the next line of stdout."""
         line = self._lines.get(timeout=PATIENCE)
         assert line, "".join(self.log)
         return line
 
     def ready(self) -> str:
-        """The address that it serves at, once it is ready."""
+        """Wait until the server is ready; return its URL."""
         line = self.line()
         assert line.startswith("Serving "), line
         assert " on cpu at http://" in line
@@ -75,7 +75,7 @@ class ServerProcess:
         self._process.send_signal(number)
 
     def end(self) -> tuple[int, str]:
-        """Its exit code and what it said on stderr, once it has ended."""
+        """Wait for the exit; return the exit code and stderr."""
         code = self._process.wait(PATIENCE)
         for thread in self._readers:
             thread.join(PATIENCE)
@@ -86,7 +86,7 @@ class ServerProcess:
         self.end()
 
     def children(self) -> dict[int, str]:
-        """The processes below it, and what each is: "engine", "images" or its command."""
+        """Child processes by kind: "engine", "images" or the command."""
         below = {self.pid}
         found: dict[int, str] = {}
         parents = {pid: parent for pid, (parent, _) in _processes().items()}
@@ -97,11 +97,11 @@ class ServerProcess:
         return found
 
     def engine(self) -> Optional[int]:
-        """The engine's process, if there is one."""
+        """Process id of the engine process, if any."""
         return next((pid for pid, what in self.children().items() if what == "engine"), None)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of its own that each process has, weights and libraries that are mapped from files not counted."""
+        """Private bytes of each process, without file-mapped weights and libraries."""
         named = {self.pid: "front", **self.children()}
         memory: dict[str, int] = {}
         for pid, what in named.items():
@@ -117,14 +117,14 @@ def _each_line(stream: IO[str], take: Callable[[str], None]) -> None:
 
 
 def metrics(url: str) -> dict[str, float]:
-    """The gauges and counters that have no labels."""
+    """Gauges and counters without labels."""
     text = httpx.get(f"{url}/metrics", timeout=PATIENCE).text
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return {sample.name: sample.value for sample in samples if not sample.labels}
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never became so"
@@ -135,17 +135,17 @@ _AT_REST = ("slots_running", "queue_waiting", "engine_running", "engine_waiting"
 
 
 def wait_until_idle(url: str) -> None:
-    """Until no request holds or waits for a slot or a block."""
+    """Wait until no request holds or waits for a slot or a block."""
     wait_until(lambda: not any(metrics(url)[f"qwenvl_{name}"] for name in _AT_REST))
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Whether a process runs and is not a zombie."""
     return _processes().get(pid, (0, "Z"))[1] not in "ZX"
 
 
 def sound_log(text: str) -> list[dict[str, Any]]:
-    """The records of a log: each line is JSON, and none tells of an exception."""
+    """Records of a log: each line must be JSON, and none an exception."""
     records = [json.loads(line) for line in text.splitlines()]
     assert [record for record in records if "traceback" in record] == []
     return records

@@ -1,4 +1,4 @@
-"""A parser for what dashboards ask of Prometheus: enough of PromQL to see that a query is well-formed."""
+"""Parser of the subset of PromQL that the dashboards use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _AGGREGATIONS = ("sum", "max", "min", "avg", "count")
 
 
 class Series(NamedTuple):
-    """A metric that a query asks for; whether it asks for a range of time; the labels it is selected or summed by."""
+    """Metric of a query, whether as a range vector, and the labels of its selectors and sums."""
 
     name: str
     ranged: bool
@@ -24,7 +24,7 @@ class Series(NamedTuple):
 
 
 def series(query: str) -> list[Series]:
-    """What a query asks for.
+    """Parsed query.
 
     Raises:
         ValueError: it is not well-formed.
@@ -54,7 +54,7 @@ class _Parser:
         return self._tokens[self._at][1] if self._at < len(self._tokens) else None
 
     def take(self, *wanted: str) -> str:
-        """The next token, which must be one of these texts or kinds."""
+        """Consume the next token, which must be one of these texts or kinds."""
         kind, text = self._tokens[self._at] if self._at < len(self._tokens) else ("end", "end")
         if kind not in wanted and text not in wanted:
             raise ValueError(f"unexpected {text} where {' or '.join(wanted)} is wanted")

@@ -1,4 +1,4 @@
-"""Requests of every kind, and what QwenVL answers to each alone."""
+"""Random requests with QwenVL's own answers."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _answered(
 
 
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """A text up to the stop string that is complete first, the longest of those; whether there is one."""
+    """Cut a text at its first complete stop string, the longest of several; return whether one was found."""
     for end in range(1, len(text) + 1):
         lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
         if lengths:

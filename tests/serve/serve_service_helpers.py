@@ -1,4 +1,4 @@
-"""A service without a model: an engine whose tokens are counted up, a router of one path, servers of both."""
+"""Service without a model: counting engine, router with one path, servers of both."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PATH = "/v1/chat/completions"
 
 
 class CountingStream:
-    """Tokens 0, 1, 2 …, one list each, as the engine's `pause` lets them."""
+    """Stream of the tokens 0, 1, 2 …, one per list, `pause` seconds apart."""
 
     def __init__(self, engine: CountingEngine, n: int) -> None:
         self._engine = engine
@@ -54,13 +54,15 @@ class CountingStream:
 
 
 class CountingEngine:
-    """An EngineClient whose completions are their numbers of tokens."""
+    """EngineClient whose completions count up their tokens."""
 
     def __init__(self, pause: float = 0.0, loading: float = 0.0, tell: bool = False) -> None:
-        """Args:
-        pause: seconds before each token.
-        loading: seconds to start.
-        tell: print a line when it begins to start.
+        """Create the engine.
+
+        Args:
+            pause: seconds before each token.
+            loading: duration of the start, in seconds.
+            tell: print a line at the beginning of the start.
         """
         self.ready = False
         self.restarts = 0
@@ -160,7 +162,7 @@ def fake_app(service: Service, **arguments: Any) -> FastAPI:
 
 @contextlib.contextmanager
 def served(service: Service, **arguments: Any) -> Iterator[str]:
-    """A real server of a fake service in a thread; its address."""
+    """Run a real server of a fake service in a thread; return its URL."""
     listener = bound_socket(service.settings.host, 0, False)
     started = threading.Event()
     made: list[Server] = []

@@ -1,4 +1,4 @@
-"""The queue before the engine, against a list that a person would keep."""
+"""The queue in front of the engine, against a simple model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def settle() -> None:
 
 
 class Customer:
-    """A request that holds its slots until it is told to go."""
+    """Request that holds its slots until `leave` is set."""
 
     def __init__(self, queue: SlotQueue, n: int, key: Optional[str]) -> None:
         self.n, self.key = n, key
@@ -43,7 +43,7 @@ class Customer:
 
 
 class Ledger:
-    """What should happen: who is inside, and who waits, in order. Written without a look at SlotQueue."""
+    """Independent model of the queue: customers inside and waiting, in order."""
 
     def __init__(self, max_running: int, max_waiting: int, max_per_key: Optional[int]) -> None:
         self.max_running, self.max_waiting, self.max_per_key = max_running, max_waiting, max_per_key
@@ -51,7 +51,7 @@ class Ledger:
         self.waiting: list[Customer] = []
 
     def status_of(self, n: int, key: Optional[str]) -> Optional[int]:
-        """With what a customer who comes now is refused."""
+        """Status with which a new customer is refused, if any."""
         share = sum(c.n for c in self.inside + self.waiting if c.key == key)
         if n > self.max_running:
             return 400
@@ -103,7 +103,7 @@ def test_it_does_what_the_ledger_says(
         queue = SlotQueue(max_running, max_waiting, LONG, max_per_key)
         ledger = Ledger(max_running, max_waiting, max_per_key)
         for what, number, key in steps:
-            everybody = ledger.inside + ledger.waiting
+            customers = ledger.inside + ledger.waiting
             if what == "come":
                 expected = ledger.status_of(number, key)
                 customer = Customer(queue, number, key)
@@ -120,8 +120,8 @@ def test_it_does_what_the_ledger_says(
             elif what == "leave" and ledger.inside:
                 customer = ledger.inside.pop(number % len(ledger.inside))
                 customer.leave.set()
-            elif what == "cancel" and everybody:
-                customer = everybody[number % len(everybody)]
+            elif what == "cancel" and customers:
+                customer = customers[number % len(customers)]
                 customer.task.cancel()
                 (ledger.inside if customer in ledger.inside else ledger.waiting).remove(customer)
             elif what == "cancel at once" and ledger.inside and ledger.waiting:
@@ -168,7 +168,7 @@ def test_who_waits_too_long_is_refused_and_those_behind_go_on() -> None:
     asyncio.run(play())
 
 
-def test_after_the_end_has_come_those_who_wait_go_on_and_nobody_comes() -> None:
+def test_after_close_waiting_requests_go_on_and_new_ones_are_refused() -> None:
     async def play() -> None:
         queue = SlotQueue(1, 5, LONG)
         inside, waiting, refused = (Customer(queue, 1, "a") for _ in range(3))
@@ -212,9 +212,31 @@ def test_retry_after_grows_with_the_queue(monkeypatch: pytest.MonkeyPatch) -> No
         await settle()
         return int(caught.value.headers["Retry-After"])
 
-    # Two slots, ten seconds each: with nobody waiting, one is free in at most ten seconds; with eight, in fifty.
+    # Two slots, ten seconds each: with an empty queue, one is free in at most ten seconds; with eight, in fifty.
     assert asyncio.run(retry_after(0)) == pytest.approx(10, abs=1)
     assert asyncio.run(retry_after(8)) == pytest.approx(50, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("max_waiting", "message"),
+    [
+        (0, "All slots are in use, and this server keeps no waiting requests; try again later"),
+        (2, "2 requests are waiting, the server's maximum; try again later"),
+    ],
+)
+def test_the_message_of_a_full_queue(max_waiting: int, message: str) -> None:
+    async def refused() -> ApiError:
+        queue = SlotQueue(1, max_waiting, LONG)
+        customers = [Customer(queue, 1, None) for _ in range(1 + max_waiting)]
+        await settle()
+        with pytest.raises(ApiError) as caught:
+            await queue.slots(1, None).__aenter__()
+        for customer in customers:
+            customer.task.cancel()
+        await settle()
+        return caught.value
+
+    assert str(asyncio.run(refused())) == message
 
 
 def test_the_wait_is_measured() -> None:

@@ -1,4 +1,4 @@
-"""What every request passes through: ids, logs, bodies, headers, errors, health, metrics."""
+"""Middleware and operations: ids, logs, bodies, headers, errors, health, metrics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MIB = 2**20
 
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """What the server logs."""
+    """Log records of the server."""
     lines = io.StringIO()
     root = logging.getLogger()
     loggers = [root, json_log.LOGGER, logging.getLogger("uvicorn"), logging.getLogger("asyncio")]
@@ -197,7 +197,7 @@ async def _chunks(sizes: list[int]) -> AsyncIterator[bytes]:
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize(("size", "status"), [(MIB - 100, 200), (MIB + 1, 413), (3 * MIB, 413)])
 def test_long_bodies(size: int, status: int, chunked: bool) -> None:
-    """By real connections: 413 must reach a client that is still sending."""
+    """On real connections: 413 must reach a client that is still sending."""
     with served(ready_service(max_body_bytes=MIB)) as url:
         body: Any = _chunks([size // 4] * 4) if chunked else b'{"a": "' + b"x" * size + b'"}'
 
@@ -220,7 +220,7 @@ def test_long_bodies(size: int, status: int, chunked: bool) -> None:
 
 
 def test_bodies_of_all_requests_are_bounded() -> None:
-    """A body counts until its request is answered, also where the answer is an error or the client left."""
+    """A body counts until its request is answered, also with an error, or the client disconnects."""
     begun, release = asyncio.Event(), asyncio.Event()
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
@@ -395,8 +395,8 @@ def connected(url: str) -> socket.socket:
 
 
 def received(connection: socket.socket) -> bytes:
-    """Everything until the other side closes."""
-    pieces = []
-    while piece := connection.recv(65536):
-        pieces.append(piece)
-    return b"".join(pieces)
+    """Read until the peer closes."""
+    chunks = []
+    while chunk := connection.recv(65536):
+        chunks.append(chunk)
+    return b"".join(chunks)

@@ -1,4 +1,4 @@
-"""Who gets in: API keys, hosts, origins, CORS."""
+"""Access control: API keys, hosts, origins, CORS."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_key_file_that_others_can_read(
 def test_a_key_file_of_systemd(
     key_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A credential has an ACL for the service's user, which shows as rights of the group."""
+    """A credential's ACL for the service's user shows up as group permission."""
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(key_file.parent))
     key_file.chmod(0o440)
     with caplog.at_level(logging.WARNING):

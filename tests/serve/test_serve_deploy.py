@@ -1,4 +1,4 @@
-"""deploy/: the unit, the image and the dashboard name what is there, and fit the server's own behaviour."""
+"""deploy/: units, image and dashboard refer to existing names and fit the server's behaviour."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Configure = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def configured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Configure:
-    """configured(["qwenvl", "serve", …], environment): the settings that the command has then."""
+    """Function that returns the settings of a command in an environment."""
 
     def configured(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
         for name, value in environment.items():
@@ -261,7 +261,7 @@ def test_the_image_is_not_root_and_is_asked_how_it_is() -> None:
 
 
 def families() -> dict[str, Metric]:
-    """What GET /metrics has, by the names that queries use."""
+    """Metric families of GET /metrics, by the names in queries."""
     service = fake_service()
     fake_app(service)
     found = {}

@@ -1,4 +1,4 @@
-"""docs/serving.md says what the server has, and its examples and the README's run as printed."""
+"""docs/serving.md lists all settings, metrics and parameters, and its examples and the README's run as printed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ README = (REPO / "README.md").read_text("utf-8")
 
 
 def setting_row(name: str) -> str:
-    """The row of a setting: its name, its default and its description."""
+    """Table row of a setting: name, default, description."""
     field = ServeSettings.model_fields[name]
     default = (
         {None: "", False: "off", True: "on"}.get(field.default, f"`{field.default}`")
@@ -39,7 +39,7 @@ def setting_row(name: str) -> str:
 
 
 def metric_rows() -> list[str]:
-    """The rows of all metrics, in their own words."""
+    """Table rows of all metrics, with their documentation."""
     service = fake_service()
     fake_app(service)
     service.metrics.request("/", 200, 1.0)
@@ -122,7 +122,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def asked(command: str, url: str) -> dict[str, Any]:
-    """What a command of curl's gets, without what is never the same."""
+    """Response to a curl command, without its variable fields."""
     assert "http://localhost:8000" in command
     done = subprocess.run(
         ["bash", "-c", command.replace("http://localhost:8000", url)],
@@ -150,7 +150,7 @@ def test_the_curl_gives_the_answer(document: str, demo: str) -> None:
 
 
 def test_the_python_example(demo: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it prints is what the comments behind its `print` calls say."""
+    """The example prints the text of the comments after its `print` calls."""
     monkeypatch.chdir(REPO)
     names: dict[str, Any] = {}
     examples = blocks(SERVING, "python")
@@ -165,7 +165,7 @@ def test_the_python_example(demo: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_commands_parse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each `qwenvl serve` of the document has flags that there are."""
+    """Each `qwenvl serve` of the document has valid flags."""
     from paddlemix_qwenvl_plugin.cli.main import main
 
     commands = [

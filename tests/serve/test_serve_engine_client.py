@@ -23,7 +23,7 @@ pytestmark = needs_compiler
 
 
 def test_answers_are_those_alone(stages, alone):
-    """32 at once, some cancelled in the middle, one whose reader comes when all is over."""
+    """32 concurrent requests, some cancelled, one read after the end."""
     rng = random.Random(1)
     asked = [Asked.at_random(alone, rng) for _ in range(32)]
     expected = [each.alone(alone) for each in asked]
@@ -126,14 +126,14 @@ def test_a_model_that_cannot_be_opened(stages, tmp_path):
 
 
 def test_a_process_that_cannot_start(stages):
-    """It ends without a word of its own, as where a library is missing."""
+    """The process exits without an error message, as with a missing library."""
     broken = dataclasses.replace(settings_of(stages), environment={"PYTHONHOME": "/nothing"})
     with pytest.raises(QwenVLError, match="ended with exit code 1"):
         asyncio.run(ProcessEngineClient(broken).start())
 
 
 def test_ctrl_c_is_for_the_front_and_stop_takes_no_answer(stages, monkeypatch):
-    """Also of a process that does not react, as in the middle of a long step."""
+    """Also for a process that does not react, as during a long step."""
     monkeypatch.setattr(engine_child, "_END_SECONDS", 0.5)
 
     async def use(client):

@@ -1,4 +1,4 @@
-"""Who gets the prompt tokens of a step, on an executor that computes nothing."""
+"""Distribution of a step's prompt tokens over requests, on an executor that computes nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEP_TOKENS = 512
 
 
 class Counting:
-    """Picks token 1 for everybody; `n_run` has the tokens of each step."""
+    """Picks token 1 for every request; `n_run` has the number of tokens of each step."""
 
     def __init__(self, n_blocks: int) -> None:
         self.limits = Limits(64, STEP_TOKENS, n_blocks, 32)
@@ -40,7 +40,7 @@ class Counting:
 
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
-    """A loop whose steps take as long as a prompt may hold up others."""
+    """Loop whose steps take the maximum time that a prompt may delay others."""
     monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.prompt_budget._LEAST_TOKENS", STEP_TOKENS)
     return Loop(Counting(4000))
 
@@ -87,7 +87,7 @@ def test_a_long_prompt_gets_half_beside_any_number_of_short_ones(loop):
 
 @pytest.mark.parametrize("n_blocks", [4000, 300])
 def test_a_long_prompt_among_more_short_ones_than_can_run_gets_its_turn(loop, n_blocks):
-    """Also where it needs most of the blocks, which short ones would take again and again."""
+    """Also if it needs most of the blocks, which short requests would otherwise keep taking."""
     loop = Loop(Counting(n_blocks))
     long = prompt_of(8000)
 
@@ -102,7 +102,7 @@ def test_a_long_prompt_among_more_short_ones_than_can_run_gets_its_turn(loop, n_
 
 
 def test_of_equal_prompts_the_first_come_first(loop):
-    """One after the other, as their mean time to the first token is shortest."""
+    """Sequentially, which minimizes the mean time to the first token."""
     equal = [prompt_of(1000) for _ in range(8)]
     for generation in equal:
         loop.submit(generation)
@@ -123,7 +123,7 @@ def test_no_token_of_a_step_is_left_over(loop):
 
 
 def test_words_do_not_wait_for_the_images_of_others(loop):
-    """One image is encoded a step; requests without images go on meanwhile, and those with some keep their turn."""
+    """One image is encoded per step; requests without images continue, and those with images keep their order."""
     pixels = [np.full([2, 2, 3], i, np.uint8) for i in range(16)]
     many = []
     for start in (0, 8):

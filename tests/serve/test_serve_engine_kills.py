@@ -1,4 +1,4 @@
-"""The engine process killed, and the front killed."""
+"""Kills of the engine process and of the front."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 def test_killed_ten_times_under_load(stages, alone):
-    """Each request ends in its answer or in one line, and a new process answers."""
+    """Each request ends with its answer or a one-line error, and a new process answers."""
     rng = random.Random(2)
     asked = [Asked.at_random(alone, rng) for _ in range(12)]
     expected = [each.alone(alone) for each in asked]
@@ -62,7 +62,7 @@ def test_killed_ten_times_under_load(stages, alone):
 
 
 def test_a_process_that_dies_while_it_starts_is_tried_again(stages, tmp_path, monkeypatch):
-    """More and more slowly; requests are refused with its line meanwhile."""
+    """Restarts with backoff; meanwhile requests are refused with the process's error."""
     monkeypatch.setattr(engine_client, "_FIRST_PAUSE_SECONDS", 0.01)
     away = stages[1].parent.with_name("away")
 
@@ -138,7 +138,7 @@ def test_no_orphan_survives_a_front_that_is_killed(stages, when):
 
 
 def test_an_engine_without_a_device_ends(stages, tmp_path):
-    """A step that fails is asked about the device; where that computes nothing any more, a new process is started."""
+    """After a failed step the device is checked; if it is lost, a new process is started."""
     (tmp_path / "sitecustomize.py").write_text(_LOST_GPU)
     client = None
     with contextlib.ExitStack() as stack:

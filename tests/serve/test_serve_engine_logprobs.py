@@ -1,4 +1,4 @@
-"""Log probabilities against a float64 log softmax of the logits, whatever else a step computes."""
+"""Log probabilities against a float64 log softmax of the logits, in any batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def vl(alone: QwenVL) -> QwenVL:
 
 
 class KeepsLogits(EngineExecutor):
-    """An executor that also has the engine write out the logits of each step: float32 [vocab_size] for each token."""
+    """Executor that records the engine's logits of each step: float32 [vocab_size] per token."""
 
     def __init__(self, vl: QwenVL, n_blocks: Optional[int] = None, ahead: bool = False) -> None:
         super().__init__(*vl._stages, n_blocks=n_blocks, ahead=ahead)
@@ -61,7 +61,7 @@ def run(loop: Loop, generations: Sequence[Generation]) -> None:
 
 
 def check(generation: Generation, logits: Sequence[np.ndarray]) -> None:
-    """One entry for each token, and what it should be."""
+    """Check the log probabilities of each token."""
     assert len(generation.logprobs) == len(generation.tokens) > 0
     for token, (logprob, top), row in zip(generation.tokens, generation.logprobs, logits):
         exact = row.astype(np.float64)
@@ -75,7 +75,7 @@ def check(generation: Generation, logits: Sequence[np.ndarray]) -> None:
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_of_every_kind_of_request(vl, ahead):
-    """Greedy and sampled, with images and penalties, beside requests that ask for none or for other numbers."""
+    """Greedy and sampled, with images and penalties, beside requests with other values of n_logprobs."""
     rng = random.Random(3)
     executor = KeepsLogits(vl, ahead=ahead)
     numbers = [None, 0, 1, 5, 20]
@@ -94,7 +94,7 @@ def test_of_every_kind_of_request(vl, ahead):
 
 
 def test_after_a_preemption(vl):
-    """Each token has its own once, and to the bit those that it has alone."""
+    """Each token's log probabilities appear once and are bitwise those of the request alone."""
     rng = random.Random(1)
     asked = []
     for seed in range(12):
@@ -109,7 +109,7 @@ def test_after_a_preemption(vl):
     n_blocks = vl.config.max_position_embeddings // 32
     executor = KeepsLogits(vl, n_blocks)
     loop = Loop(executor)
-    for _ in range(n_blocks - 8):  # held by nobody's request
+    for _ in range(n_blocks - 8):  # held by no request
         loop._scheduler.pool.allocate()
     together = [generation_of(vl, each, 4) for each in asked]
     run(loop, together)
@@ -120,7 +120,7 @@ def test_after_a_preemption(vl):
 
 
 def test_with_steps_ahead_as_without(stages):
-    """On a GPU as well (QWENVL_TEST_DEVICE): what a step wrote is read before another one writes there."""
+    """Also on a GPU (QWENVL_TEST_DEVICE): a step's results are read before the next step overwrites them."""
     vl = QwenVL.from_exported(*stages, device=DEVICE)
     answers = []
     for ahead in (False, True):
@@ -142,7 +142,7 @@ def test_with_steps_ahead_as_without(stages):
 
 
 def test_of_the_portable_graph(vl, stages):
-    """As the engine's, but for how they round."""
+    """Equal to the engine's up to rounding."""
     portable = open_model(*stages, "portable")
     for options in ({}, {"temperature": 1.5, "seed": 5}):
         both = []

@@ -1,4 +1,4 @@
-"""Messages through a stream of bytes that is cut anywhere."""
+"""Messages in a byte stream with arbitrary chunk boundaries."""
 
 from __future__ import annotations
 

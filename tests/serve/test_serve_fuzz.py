@@ -1,4 +1,4 @@
-"""Requests made at random from the OpenAPI document: never a 500, never a hang, each error in OpenAI's form.
+"""Random requests generated from the OpenAPI document: never a 500, never a hang, each error in OpenAI's format.
 
 QWENVL_TEST_FUZZ_SECONDS is how long it takes (20), QWENVL_TEST_FUZZ_SEED what is tried (0).
 """
@@ -43,7 +43,7 @@ IMAGE = data_url(IMAGES / "locate.png")
 
 
 def _tame(body: Any, data: Any) -> None:
-    """Mend what most bodies made at random fail by, so that what comes after it is tried as well."""
+    """Fix the parameters by which most random bodies fail, so that later checks are reached as well."""
     if not isinstance(body, dict):
         return
     body.update(_whole(body), model=NAME)
@@ -68,7 +68,7 @@ def _tame(body: Any, data: Any) -> None:
 
 
 def _whole(value: Any) -> Any:
-    """A value without numbers like 1.0, which are whole in the words of a schema and not here."""
+    """Value without numbers like 1.0, which are integers in JSON Schema but not here."""
     if isinstance(value, list):
         return [_whole(each) for each in value]
     if isinstance(value, dict):
@@ -83,7 +83,7 @@ def _text_tokens(value: Any) -> Any:
 
 
 def _in_order(messages: list[dict[str, Any]], data: Any) -> list[dict[str, Any]]:
-    """System messages first, then one of the user, the others, and one of the user, as a chat has to be."""
+    """Valid order of a chat: system messages, a user message, others, a user message."""
     system = [each for each in messages if each.get("role") in ("system", "developer")]
     others = [each for each in messages if each not in system]
     for message in [*system, *others]:
@@ -104,7 +104,7 @@ def _image_urls(value: Any) -> list[dict[str, Any]]:
 
 
 def _check(case: Any, response: Any) -> None:
-    """Raise AssertionError unless this is an answer, or an error in OpenAI's form."""
+    """Raise AssertionError unless this is an answer, or an error in OpenAI's format."""
     shown = f"{case.method} {case.formatted_path} {case.body!r:.2000}: {response.status_code} {response.text:.500}"
     assert response.status_code < 500, shown
     if response.status_code >= 400:
@@ -122,7 +122,7 @@ def _check(case: Any, response: Any) -> None:
 
 
 def _try(operation: Any, mode: Any, number: int, seen: Counter[str]) -> None:
-    """A batch of requests for an operation; the shortest of those that break something is in the traceback."""
+    """Batch of requests for an operation; the traceback shows the shortest failing one."""
 
     @seed(number)
     @settings(

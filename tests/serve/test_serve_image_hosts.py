@@ -1,4 +1,4 @@
-"""Images by URL: from allowed hosts at public addresses only, and no word about what lies elsewhere."""
+"""Images by URL: allowed hosts at public addresses only; errors reveal nothing about others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HOSTS = [
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/to/URL redirects there; /status/N answers so; /slow waits for the test; all else is an image."""
+    """/to/URL redirects; /status/N responds with status N; /slow waits for the test; other paths are an image."""
 
     def do_GET(self) -> None:
         server: Any = self.server
@@ -204,7 +204,7 @@ def test_redirects_within_the_list_are_followed_a_few_times(server: Any, net: Ma
 
 
 def test_rebinding(server: Any, net: MadeUpNet) -> None:
-    """A name that is public when it is checked, and this machine when it is asked again."""
+    """DNS rebinding: a name that is public when checked and local when resolved again."""
     url = f"http://rebinding.example:{server.server_port}/a.png"
     assert fetched(url) == STREET.read_bytes()
     assert (net.asked, net.reached) == (["rebinding.example"], [PUBLIC])
@@ -224,8 +224,8 @@ def test_limits(server: Any, net: MadeUpNet) -> None:
 def test_slow_hosts_do_not_stop_the_decoders(
     server: Any, net: MadeUpNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More of them than there are decoders, and than there may be downloads at once; those come later."""
-    monkeypatch.setattr(image_hosts, "_MOST_AT_ONCE", 3)
+    """More downloads than decoders and than the limit of concurrent downloads; the others wait."""
+    monkeypatch.setattr(image_hosts, "_MAX_DOWNLOADS", 3)
     from base64 import b64encode
 
     async def load() -> None:

@@ -1,4 +1,4 @@
-"""Images of requests: equal to preprocess, and whatever they are, the front and the next image are not harmed."""
+"""Images of requests: equal to preprocess; no image harms the front or the next image."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class EventLoop:
-    """An event loop in a thread, as the front's."""
+    """Event loop in a thread, like the front's."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -63,7 +63,7 @@ def events() -> Iterator[EventLoop]:
 
 @pytest.fixture(scope="module")
 def shared(events: EventLoop) -> Iterator[WorkerImageLoader]:
-    """A loader of the default settings."""
+    """Loader with the default settings."""
     loader = WorkerImageLoader(ServeSettings(image_timeout=60), SIZE)
     events.run(loader.start())
     yield loader
@@ -72,7 +72,7 @@ def shared(events: EventLoop) -> Iterator[WorkerImageLoader]:
 
 @pytest.fixture
 def make(events: EventLoop) -> Iterator[Any]:
-    """make(**settings): a started loader of one process."""
+    """Function that creates a started loader with one process and these settings."""
     loaders = []
 
     def make(**settings: Any) -> WorkerImageLoader:
@@ -110,7 +110,7 @@ def refusal(events: EventLoop, loader: WorkerImageLoader, url: str) -> ApiError:
 
 
 def assert_works(events: EventLoop, loader: WorkerImageLoader) -> None:
-    """The next image is decoded, and not found in the cache."""
+    """Check that the next image is decoded, not served from the cache."""
     loader._cache.clear()
     assert events.run(loader.load(data_url(GOOD), PARAM)).size == (6, 4)
 
@@ -183,7 +183,7 @@ def test_refused(events: EventLoop, shared: WorkerImageLoader, url: str, code: s
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A grey PNG, black, of which at least the first 50 million pixels are there."""
+    """Black grayscale PNG with at least its first 50 million pixels."""
     rows = zlib.compress(bytes(min(width + 1, 50_000_000 // height + 1) * height), 1)
     header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     out = b"\x89PNG\r\n\x1a\n"
@@ -231,7 +231,7 @@ def webp_bomb() -> bytes:
     ids=["png", "gif", "tiff", "webp", "profile"],
 )
 def test_bombs(events: EventLoop, shared: WorkerImageLoader, bomb: Any, codes: list[str]) -> None:
-    """Each is refused by a worker that takes little memory for it and goes on."""
+    """Each is refused by a worker that uses little memory and continues."""
     assert_works(events, shared)
     pid = pid_of(shared)
     assert refusal(events, shared, data_url(bomb())).code in codes
@@ -263,7 +263,7 @@ def pid_of(loader: WorkerImageLoader) -> int:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody has waited for yet has, too."""
+    """Whether a process has exited; a zombie counts."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -310,7 +310,7 @@ def test_a_worker_that_is_killed(events: EventLoop, make: Any) -> None:
 def test_a_worker_is_replaced_after_a_while(
     events: EventLoop, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_process, "_MOST_IMAGES", 2)
+    monkeypatch.setattr(image_process, "_MAX_IMAGES", 2)
     loader = make()
     pids = []
     for _ in range(5):
@@ -344,7 +344,7 @@ def test_many_at_once(events: EventLoop, shared: WorkerImageLoader) -> None:
 
 
 def test_cancelled(events: EventLoop, make: Any) -> None:
-    """While it waits for a process, and while it is decoded: the process is there for the next one."""
+    """Cancelled while waiting for a process and while decoding: the process serves the next image."""
     loader = make()
     pid = pid_of(loader)
     os.kill(pid, signal.SIGSTOP)
@@ -374,7 +374,7 @@ def test_close_ends_a_worker_at_work(events: EventLoop, make: Any) -> None:
 def test_the_same_image_is_decoded_once(events: EventLoop, make: Any) -> None:
     loader = make()
     first = events.run(loader.load(data_url(GOOD), PARAM))
-    os.kill(pid_of(loader), signal.SIGKILL)  # nobody there to decode it again
+    os.kill(pid_of(loader), signal.SIGKILL)  # no worker left to decode it again
     assert events.run(loader.load(data_url(GOOD), PARAM)) is first
     assert loader.n_cache_hits == 1
 

@@ -1,4 +1,4 @@
-"""Bodies that would hold up the event loop when they are parsed."""
+"""Bodies whose parsing would block the event loop."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_what_counts_is_what_lies_outside_of_strings(value: Any, ascii_only: boo
         elif not inside:
             outside += 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_size, "_MOST_OUTSIDE", outside)
+        patch.setattr(json_size, "_MAX_OUTSIDE_BYTES", outside)
         json_size.check_size(body)
-        patch.setattr(json_size, "_MOST_OUTSIDE", outside - 1)
+        patch.setattr(json_size, "_MAX_OUTSIDE_BYTES", outside - 1)
         with pytest.raises(ApiError):
             json_size.check_size(body)

@@ -1,4 +1,4 @@
-"""Processes of a server that are killed or hang under load, and its own end. QWENVL_TEST_KILLS: how often (3)."""
+"""Processes of a server killed or hanging under load, and its shutdown. QWENVL_TEST_KILLS: number of kills (3)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def asked(alone: QwenVL) -> list[Question]:
 
 @pytest.fixture(scope="module")
 def long(asked: list[Question]) -> Question:
-    """A question whose answer takes a while; it is broken off, or waited for and not compared."""
+    """Question with a long answer, which is cancelled, or awaited without a comparison."""
     body = {name: asked[0].body[name] for name in ("model", "messages")}
     return Question(asked[0].path, {**body, "min_tokens": 1500, "max_tokens": 1500})
 
@@ -46,7 +46,7 @@ async def ask_each(url: str, asked: list[Question]) -> list[Reply]:
 
 
 async def begun(url: str, n: int) -> None:
-    """Wait until so many completions are computed."""
+    """Wait until this number of completions is running."""
     async with httpx.AsyncClient(timeout=PATIENCE, verify=False) as http:
         while True:
             text = (await http.get(f"{url}/metrics")).text
@@ -124,7 +124,7 @@ def test_the_engine_killed_under_load(
 def test_an_engine_that_hangs(
     serve_demo: Callable[..., ServerProcess], asked: list[Question], long: Question
 ) -> None:
-    """Requests end when their time is up, those that wait as well as those that run."""
+    """Waiting and running requests time out."""
     limits = ("--max_running", 4, "--running_timeout", 3, "--waiting_timeout", 2)
     server = serve_demo(*limits)
     url = server.ready()
@@ -160,7 +160,7 @@ def test_an_engine_that_hangs(
 def test_the_end_under_load(
     serve_demo: Callable[..., ServerProcess], asked: list[Question], long: Question
 ) -> None:
-    """SIGTERM: what runs is finished, what comes is refused, nothing is left."""
+    """SIGTERM: running requests finish, new ones are refused, no process is left."""
     server = serve_demo("--shutdown_timeout", 300)
     url = server.ready()
 

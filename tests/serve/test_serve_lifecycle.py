@@ -1,4 +1,4 @@
-"""The life of a server, as a process that gets signals, and slow clients."""
+"""Lifecycle of a server process: signals, handover, slow clients."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_a_socket_of_systemd(start: Callable[..., Process]) -> None:
 
 
 class Load:
-    """Clients that ask one request after the other, each on a connection of its own or all on one."""
+    """Client with sequential requests, on one connection each or on one for all."""
 
     def __init__(self, url: str) -> None:
         self.answers: list[str] = []
@@ -329,7 +329,7 @@ def test_a_client_that_does_not_read_is_cut_off() -> None:
         # One that reads, however much, is not.
         json_body = {"stream": True, "n_tokens": 300, "padding": 10**5}
         with httpx.stream("POST", url + PATH, json=json_body, timeout=LONG) as answer:
-            assert sum(len(piece) for piece in answer.iter_bytes()) > 300 * 10**5
+            assert sum(len(chunk) for chunk in answer.iter_bytes()) > 300 * 10**5
 
 
 def test_a_client_that_sends_no_request_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

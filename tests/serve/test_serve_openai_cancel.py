@@ -1,4 +1,4 @@
-"""Requests that end early: clients that go away, timeouts, the death of the engine."""
+"""Requests that end early: disconnects, timeouts, exit of the engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytest_plugins = ("serve_openai_fixtures",)
 
 @pytest.fixture
 def endless(server, monkeypatch):
-    """The model says 2000 tokens, one every 10 ms: no test waits for them."""
+    """Let the model generate 2000 tokens, one every 10 ms: no test waits for them."""
     tokenizer = server.service.tokenizer
     say(server.engine.vl, monkeypatch, tokenizer.encode("on and on ")[:1] * 2000)
     server.engine.step_seconds = 0.01
@@ -122,7 +122,7 @@ def test_images_take_too_long(server, limited, monkeypatch):
 
 
 def test_a_stream_takes_too_long(server, endless, limited):
-    """What was said is there; the error says that it is not all."""
+    """The partial text is delivered; the error marks it as incomplete."""
     limited(running_timeout=2)
     stream = whole(server, ask("?"), stream=True, max_tokens=2000)
     chunks = [next(stream)]

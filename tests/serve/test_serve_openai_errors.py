@@ -1,4 +1,4 @@
-"""Bad requests: OpenAI's error object with the right status, parameter and code."""
+"""Invalid requests: OpenAI's error object with the right status, parameter and code."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ CHAT = [
         {"messages": user(image("data:,x"))},
         "messages[0].content[0].image_url.url",
         "invalid_image",
-        "picture",
+        "Pillow",
     ),
     (
         {"messages": user(TEXT, image("data:x"))},
@@ -99,13 +99,13 @@ CHAT = [
         {"messages": [*ask("a"), {"role": "assistant", "content": [image("data:,x")]}, *ask("b")]},
         "messages[1].content[0].type",
         "invalid_value",
-        "only a message of the user",
+        "only a user message",
     ),
     (
         {"messages": [{"role": "system", "content": [image("data:,x")]}, *ask("b")]},
         "messages[0].content[0].type",
         "invalid_value",
-        "only a message of the user",
+        "only a user message",
     ),
     (
         {"messages": [*ask("a"), {"role": "system", "content": "b"}]},
@@ -290,7 +290,7 @@ def test_bodies(server, content, content_type, status, code):
 
 
 def test_many_wrong_values_are_few_errors():
-    """In a list, and as parameters: a body of some megabytes must not make gigabytes of them."""
+    """In a list and as parameters: a body of some megabytes must not cause gigabytes of errors."""
     many = dict.fromkeys(map(str, range(10_000)), 1)
     good = {"model": NAME, "messages": ask("?")}
     for bad in (

@@ -32,7 +32,7 @@ stops = st.lists(
 
 
 def cut(text, stop_strings):
-    """The text before the first stop string that is complete, character by character; None if there is none."""
+    """Reference implementation, character by character: the text before the first complete stop string, or None."""
     for end in range(1, len(text) + 1):
         starts = [end - len(stop) for stop in stop_strings if text[:end].endswith(stop)]
         if starts:
@@ -72,7 +72,7 @@ def test_nothing_is_held_back_without_need(bits, stop_strings):
 @settings(deadline=None, max_examples=300)
 @given(text=spoken, stop_strings=stops, by_bytes=st.booleans(), size=st.integers(1, 4))
 def test_any_tokens(text, stop_strings, by_bytes, size):
-    """Text, boxes and tokens of a completion, however its tokens cut it and come."""
+    """Text, boxes and tokens of a completion, for any split into tokens and lists."""
     ids = list(text.encode()) if by_bytes else TOKENIZER.encode(text)
     lists = [[Token(token) for token in ids[i : i + size]] for i in range(0, len(ids), size)]
     completion = CompletionText(TOKENIZER, [TOKENIZER.im_end_id], stop_strings, with_tokens=True)

@@ -1,4 +1,4 @@
-"""Completions of the base model's form, models, tokenize."""
+"""Completions in the base model's format, models, tokenize."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_several_prompts(server, alone):
 
 
 def test_an_image_and_boxes(server, alone):
-    """As the base model is asked: an extension of OpenAI's prompt."""
+    """Prompt in the base model's format, an extension of OpenAI's prompt."""
     content, parts = asking("grounded")
     answer = alone.generate(parts, chat=False, max_new_tokens=150)
     assert answer.boxes

@@ -1,4 +1,4 @@
-"""Settings: which source counts, what a wrong one says, and that `qwenvl serve` has a flag for each."""
+"""Settings: precedence of sources, error messages, a flag of `qwenvl serve` for each."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_the_command_has_a_flag_for_each_setting(
     assert done.code == 0
     flags = {word for word in done.stdout.split() if word.startswith("--")}
     assert flags >= {f"--{name}" for name in ServeSettings.model_fields}
-    assert "Most tokens of a completion that a request may ask for" in " ".join(done.stdout.split())
+    assert "Maximum tokens of a completion that a request may set" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Many clients at once for a while, among them some that hang up and some that send nonsense.
+"""Soak test with concurrent clients, some of which disconnect or send invalid requests.
 
 QWENVL_TEST_SOAK_CLIENTS and QWENVL_TEST_SOAK_SECONDS or QWENVL_TEST_SOAK_REQUESTS make it longer: 64 clients for 600 s,
 or 10000 requests.

@@ -1,1 +1,1 @@
-"""What every HTTP request passes through. Pure ASGI: nothing here holds a stream back or hides a client that left."""
+"""ASGI middleware. Pure ASGI: it does not buffer streams or hide a client's disconnect."""

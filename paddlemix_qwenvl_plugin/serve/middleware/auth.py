@@ -1,4 +1,4 @@
-"""API keys are asked for."""
+"""Authentication by API key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.serve.request_info import info_of
 
 
 class Auth:
-    """Lets requests with a known key in, and those for open paths."""
+    """Middleware that admits requests with a known API key, and all requests for open paths."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: frozenset[str]) -> None:
         self._app = app
@@ -20,16 +20,17 @@ class Auth:
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or respond with 401."""
         if scope["type"] != "http" or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         name = self._keys.short_hash(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
         if name is None:
-            said = "Incorrect API key" if key else "No API key: send the header Authorization: Bearer KEY"
+            message = "Incorrect API key" if key else "No API key: send the header Authorization: Bearer KEY"
             error = ApiError(
                 401,
-                said,
+                message,
                 "authentication_error",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},

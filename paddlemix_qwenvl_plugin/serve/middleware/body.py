@@ -1,4 +1,4 @@
-"""The body of a request: of bounded size, in bounded time, JSON that is soon parsed."""
+"""Limits on request bodies: size, receiving time, memory of all bodies, parsing cost."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.middleware.json_size import check_size
 
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS", "DELETE")
-# A client that is still sending when it is answered may not see the answer: a connection with unread bytes is reset.
+# A client that is still sending may not see the response: a connection closed with unread bytes is reset.
 _CLOSE = {"Connection": "close"}
 
 
 class ClientLeft(Exception):
-    """The connection ended within the body."""
+    """The client disconnected before the end of the body."""
 
 
 @dataclass
 class _Held:
-    """How much of a request's body is in memory."""
+    """Number of a request's body bytes in memory."""
 
     n_bytes: int = 0
 
 
 class BodyLimit:
-    """Reads the body of a request before anybody else sees the request, and hands it on in one piece."""
+    """Middleware that reads the whole body within its limits before it passes the request on."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int, timeout: float) -> None:
-        """Args:
-        max_bytes: of a body; of a longer one as much again is read and thrown away, so that its client, which is
-            still sending, sees the answer.
-        max_held_bytes: of the bodies of all requests that have not been answered.
-        timeout: seconds to receive a body.
+        """Set the limits.
+
+        Args:
+            max_bytes: maximum size of a body. Up to twice as much is read and discarded, so that a client that is
+                still sending sees the response.
+            max_held_bytes: maximum size of the bodies of all unanswered requests.
+            timeout: timeout for receiving a body, in seconds.
         """
         self._app = app
         self._max_bytes = max_bytes
@@ -46,6 +48,7 @@ class BodyLimit:
         self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the body and pass the request on, or respond with an error."""
         if scope["type"] != "http" or scope["method"] in _WITHOUT_BODY:
             await self._app(scope, receive, send)
             return
@@ -77,37 +80,37 @@ class BodyLimit:
         async def replay() -> Message:
             nonlocal whole
             if whole is None:
-                return await receive()  # http.disconnect, once the client goes away
+                return await receive()  # http.disconnect, once the client disconnects
             message, whole = whole, None
             return message
 
         await self._app(scope, replay, send)
 
     async def _read(self, held: _Held, headers: Headers, receive: Receive) -> bytes:
-        """The body, which counts as held from its first bytes on.
+        """Read the body, counting each received chunk as held.
 
         Raises:
-            ApiError: it is too long, or there is no room for it now.
-            ClientLeft: it ended too early.
+            ApiError: the body is too long (413), or the memory for bodies is in use (429).
+            ClientLeft: the client disconnected.
         """
-        announced = headers.get("content-length", "")
-        if headers.get("expect") and announced.isdigit() and int(announced) > self._max_bytes:
-            raise self._too_long()  # the client waits for our word before it sends
-        pieces: list[bytes] = []
+        content_length = headers.get("content-length", "")
+        if headers.get("expect") and content_length.isdigit() and int(content_length) > self._max_bytes:
+            raise self._too_long()  # the client waits for 100 Continue
+        chunks: list[bytes] = []
         size, full = 0, False
         more = True
         while more and size <= 2 * self._max_bytes:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientLeft
-            piece = message.get("body", b"")
-            size += len(piece)
-            full = full or self._held_bytes + len(piece) > self._max_held_bytes
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            full = full or self._held_bytes + len(chunk) > self._max_held_bytes
             if full or size > self._max_bytes:
-                pieces.clear()
+                chunks.clear()
                 n_bytes = 0
             else:
-                pieces.append(piece)
+                chunks.append(chunk)
                 n_bytes = size
             self._held_bytes += n_bytes - held.n_bytes
             held.n_bytes = n_bytes
@@ -117,17 +120,17 @@ class BodyLimit:
         if full:
             raise ApiError(
                 429,
-                "The requests that wait take all the memory that this server gives them; try again later",
+                "The memory for waiting requests is full; try again later",
                 "rate_limit_error",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
-        return b"".join(pieces)
+        return b"".join(chunks)
 
     def _too_long(self) -> ApiError:
         return ApiError(
             413,
-            f"The request has more than {self._max_bytes} bytes, the most that this server takes",
+            f"The request's body exceeds the server's limit of {self._max_bytes} bytes",
             code="request_too_large",
             headers=_CLOSE,
         )
@@ -136,10 +139,12 @@ class BodyLimit:
 def _problem(headers: Headers) -> Optional[ApiError]:
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
-        said = f"not {content_type}" if content_type else "which is missing"
-        return ApiError(415, f"Content-Type: must be application/json, {said}", code="unsupported_media_type")
+        found = f"not {content_type}" if content_type else "which is missing"
+        return ApiError(
+            415, f"Content-Type: must be application/json, {found}", code="unsupported_media_type"
+        )
     if headers.get("content-encoding", "identity").lower() != "identity":
         return ApiError(
-            415, "Content-Encoding: send the body as it is, without one", code="unsupported_media_type"
+            415, "Content-Encoding: not supported; send the body uncompressed", code="unsupported_media_type"
         )
     return None

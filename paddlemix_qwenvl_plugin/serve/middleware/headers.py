@@ -1,4 +1,4 @@
-"""Headers that keep browsers from doing more with an answer than is meant."""
+"""Security headers for browsers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _FOR_ALL = {
     "Referrer-Policy": "no-referrer",
     "X-Frame-Options": "DENY",
 }
-# The page has all its parts from this server; images that a user chose are data: and blob: URLs.
+# The page loads all resources from this server; a user's images are data: and blob: URLs.
 _PAGE_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'none';"
     " frame-ancestors 'none'"
@@ -19,13 +19,14 @@ _OTHER_POLICY = "default-src 'none'; frame-ancestors 'none'"
 
 
 class SecurityHeaders:
-    """Adds them to every answer."""
+    """Middleware that adds security headers to every response."""
 
     def __init__(self, app: ASGIApp, page_paths: frozenset[str]) -> None:
         self._app = app
         self._page_paths = page_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on and add the headers to its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -38,7 +39,7 @@ class SecurityHeaders:
                 for name, value in _FOR_ALL.items():
                     headers[name] = value
                 headers["Content-Security-Policy"] = policy
-                if of_page:  # asked for again each time: an old module does not fit new ones
+                if of_page:  # revalidated each time: modules of different versions do not fit together
                     headers["Cache-Control"] = "no-cache"
             await send(message)
 

@@ -1,25 +1,25 @@
-"""How much work the JSON of a body is for its parser, which holds up the event loop: bounded before it is parsed."""
+"""Bound on the parsing cost of a JSON body, checked before parsing, which blocks the event loop."""
 
 from __future__ import annotations
 
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 
-_MOST_QUOTES = 2**17
-_MOST_OUTSIDE = 2**20  # 8 prompts of 8191 token ids are half of it
+_MAX_QUOTES = 2**17
+_MAX_OUTSIDE_BYTES = 2**20  # 8 prompts of 8191 token ids are half of it
 
 
 def check_size(body: bytes) -> None:
-    """Raise ApiError unless this is soon parsed.
+    """Raise ApiError if parsing the body would be expensive.
 
-    An image is one long string, which costs next to nothing; what costs is the number of strings, and what lies outside
-    of them: lists, objects, numbers. 32 MB of lists take 6 s and 1 GB to parse, and 0.04 s to be seen here.
+    An image is one long string and cheap to parse. The cost grows with the number of strings and with the bytes outside
+    of strings: lists, objects, numbers. 32 MB of lists take 6 s and 1 GB to parse, and 0.04 s to check here.
     """
-    if body.count(b'"') > _MOST_QUOTES:
-        raise _too_large(f"{_MOST_QUOTES} quotation marks")
+    if body.count(b'"') > _MAX_QUOTES:
+        raise _too_large(f"{_MAX_QUOTES} quotation marks")
     if b"\\" in body:
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if sum(map(len, body.split(b'"')[::2])) > _MOST_OUTSIDE:
-        raise _too_large(f"{_MOST_OUTSIDE} bytes outside of strings")
+    if sum(map(len, body.split(b'"')[::2])) > _MAX_OUTSIDE_BYTES:
+        raise _too_large(f"{_MAX_OUTSIDE_BYTES} bytes outside of strings")
 
 
 def _too_large(limit: str) -> ApiError:

@@ -1,4 +1,4 @@
-"""Web pages of elsewhere must not use a server that asks for no key."""
+"""Protection of a server without API keys against web pages of other origins."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from paddlemix_qwenvl_plugin.serve.error_response import respond
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::\d+)?")
-_HARMLESS = ("GET", "HEAD", "OPTIONS")  # a page of elsewhere cannot read what they give
+_HARMLESS = ("GET", "HEAD", "OPTIONS")  # a page of another origin cannot read their responses
 
 
 class OriginCheck:
-    """Refuses what a browser sends in the name of another web page.
+    """Middleware that refuses requests of web pages of other origins.
 
-    A page can have the browser send a POST anywhere: its header Origin says which page. A page can also give its own
-    name the address of this machine (DNS rebinding), and be of the same origin then: the header Host has that name.
+    A page can make the browser send a POST to any host; the header Origin contains the page's origin. A page can also
+    resolve its own host name to this machine (DNS rebinding) and so have the same origin; the header Host contains
+    that name.
     """
 
     def __init__(self, app: ASGIApp, allowed: Collection[str], loopback_only: bool) -> None:
-        """Args:
-        allowed: origins of other pages that may ask.
-        loopback_only: whether the server is for this machine only, and goes by its names.
+        """Set the allowed origins and hosts.
+
+        Args:
+            allowed: origins of other pages that may use the server.
+            loopback_only: whether the header Host must be a loopback name or address.
         """
         self._app = app
         self._allowed = frozenset(origin.rstrip("/").lower() for origin in allowed)
         self._loopback_only = loopback_only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or respond with 403."""
         error = self._problem(scope) if scope["type"] == "http" else None
         if error is None:
             await self._app(scope, receive, send)
@@ -43,7 +47,7 @@ class OriginCheck:
     def _problem(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
-        if self._loopback_only and not is_loopback(_name(host)):
+        if self._loopback_only and not is_loopback(_host_name(host)):
             return ApiError(
                 403,
                 "Host: not a name of this machine; a server without API keys answers at localhost only",
@@ -63,7 +67,7 @@ class OriginCheck:
         )
 
 
-def _name(host: str) -> str:
-    """The header Host without its port; empty if it is none."""
+def _host_name(host: str) -> str:
+    """Host name of the header Host, without the port; empty if invalid."""
     match = _HOST.fullmatch(host)
     return match[1] if match else ""

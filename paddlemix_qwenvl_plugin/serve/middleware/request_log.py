@@ -1,4 +1,4 @@
-"""A request's id, its line in the log, its place in the metrics, and an answer whatever happens."""
+"""Request ids, the request log, metrics, and a response to unexpected exceptions."""
 
 from __future__ import annotations
 
@@ -15,36 +15,39 @@ from paddlemix_qwenvl_plugin.serve.json_log import LOGGER, log
 from paddlemix_qwenvl_plugin.serve.request_info import RequestInfo, info_of
 from paddlemix_qwenvl_plugin.serve.service import Service
 
-_SANE_ID = re.compile(r"[\w.:+/=-]{1,100}", re.ASCII)
-_LONGEST_PATH = 200
-# Asked for every few seconds by machines.
+_VALID_ID = re.compile(r"[\w.:+/=-]{1,100}", re.ASCII)
+_MAX_PATH = 200
+# Polled every few seconds by monitoring.
 _QUIET = ("/health/live", "/health/ready", "/metrics")
-# What a client that left before the answer began is counted as, after nginx.
+# nginx's status for a client that disconnected before the response began.
 _CLIENT_LEFT = 499
 
 
 class RequestLog:
-    """The outermost middleware."""
+    """Outermost middleware: assigns the request id and logs and counts each request."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: Collection[str]) -> None:
-        """Args:
-        paths: the routes, which metrics tell apart; other paths are one.
+        """Set the known paths.
+
+        Args:
+            paths: routes, the values of the metrics' label `path`; other paths are labelled "other".
         """
         self._app = app
         self._service = service
         self._paths = frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on; respond with 500 to an unexpected exception."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         info = info_of(scope)
-        given = Headers(scope=scope).get("x-request-id", "")
-        if _SANE_ID.fullmatch(given):
-            info.id = given
+        client_id = Headers(scope=scope).get("x-request-id", "")
+        if _VALID_ID.fullmatch(client_id):
+            info.id = client_id
         status, complete = _CLIENT_LEFT, False
 
-        async def note(message: Message) -> None:
+        async def observe(message: Message) -> None:
             nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -57,12 +60,12 @@ class RequestLog:
             await send(message)
 
         try:
-            await self._app(scope, receive, note)
+            await self._app(scope, receive, observe)
         except Exception as error:
             LOGGER.exception("exception in a request", extra={"qwenvl_fields": {"id": info.id}})
             if status == _CLIENT_LEFT:
-                await respond(api_error(error), scope, receive, note)
-            else:  # the answer is begun: uvicorn cuts the connection when it sees no end of it
+                await respond(api_error(error), scope, receive, observe)
+            else:  # the response has begun: uvicorn closes the connection of an incomplete response
                 info.error = info.error or "internal_error"
         finally:
             self._done(scope, info, status, complete)
@@ -76,7 +79,7 @@ class RequestLog:
         fields = {
             "id": info.id,
             "method": scope["method"],
-            "path": path[:_LONGEST_PATH],
+            "path": path[:_MAX_PATH],
             "status": status,
             "seconds": round(seconds, 4),
             "prompt_tokens": info.prompt_tokens,

@@ -1,1 +1,1 @@
-"""OpenAI's HTTP interface over a Service: chat completions, completions, models, tokenize."""
+"""OpenAI-compatible HTTP API over a Service: chat completions, completions, models, tokenize."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.openai import prompt
-from paddlemix_qwenvl_plugin.serve.openai.completion import Asked
+from paddlemix_qwenvl_plugin.serve.openai.completion import CompletionSpec
 from paddlemix_qwenvl_plugin.serve.openai.forms import ChatForm
 from paddlemix_qwenvl_plugin.serve.openai.messages import Messages, read_conversation
 from paddlemix_qwenvl_plugin.serve.openai.models import check_is_chat, check_model
@@ -22,7 +22,7 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 
 class ChatCompletionRequest(SamplingParameters):
-    """A conversation to answer. Boxes that the model names come beside its text, as `boxes`."""
+    """Body of a chat completion request. The response contains the model's boxes as `boxes`."""
 
     not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **SamplingParameters.not_supported,
@@ -46,24 +46,21 @@ class ChatCompletionRequest(SamplingParameters):
     }
 
     messages: Messages
-    max_completion_tokens: Annotated[
-        Optional[int], Field(ge=1, description="Another name of max_tokens.")
-    ] = None
+    max_completion_tokens: Annotated[Optional[int], Field(ge=1, description="Alias of max_tokens.")] = None
     logprobs: Annotated[
         Optional[bool],
-        Field(description="Give the log probability of each token before sampling parameters."),
+        Field(description="Return the log probability of each token before sampling parameters."),
     ] = None
     top_logprobs: Annotated[
-        Optional[int], Field(ge=0, le=20, description="With logprobs: those of so many likeliest tokens too.")
+        Optional[int],
+        Field(ge=0, le=20, description="With logprobs: number of most likely tokens to return as well."),
     ] = None
-    metadata: Annotated[
-        Optional[dict[str, Any]], Field(max_length=16, description="Accepted and not used.")
-    ] = None
-    prompt_cache_key: Annotated[Optional[str], Field(description="Accepted and not used.")] = None
-    safety_identifier: Annotated[Optional[str], Field(description="Accepted and not used.")] = None
+    metadata: Annotated[Optional[dict[str, Any]], Field(max_length=16, description="Ignored.")] = None
+    prompt_cache_key: Annotated[Optional[str], Field(description="Ignored.")] = None
+    safety_identifier: Annotated[Optional[str], Field(description="Ignored.")] = None
 
     def options(self, settings: ServeSettings) -> GenerationOptions:
-        """See SamplingParameters."""
+        """Convert the parameters; see SamplingParameters.options."""
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(
                 400, "top_logprobs: only with logprobs: true", param="top_logprobs", code="invalid_value"
@@ -71,10 +68,10 @@ class ChatCompletionRequest(SamplingParameters):
         return super().options(settings)
 
     @property
-    def asked_max_tokens(self) -> tuple[str, Optional[int]]:
-        """See SamplingParameters."""
+    def requested_max_tokens(self) -> tuple[str, Optional[int]]:
+        """Parameter name and value of the requested maximum, max_completion_tokens or max_tokens."""
         if self.max_completion_tokens is None:
-            return super().asked_max_tokens
+            return super().requested_max_tokens
         if self.max_tokens not in (None, self.max_completion_tokens):
             raise ApiError(
                 400,
@@ -86,20 +83,21 @@ class ChatCompletionRequest(SamplingParameters):
 
     @property
     def n_logprobs(self) -> Optional[int]:
+        """Number of log probabilities per token; see EngineRequest."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
 async def chat_completions(request: Request, service: Service, body: ChatCompletionRequest) -> Response:
-    """Answer a conversation, whole or in events.
+    """Handle a chat completion request, streamed or not.
 
     Raises:
-        ApiError: what is wrong with the request, or why there is no answer.
+        ApiError: the request is invalid or failed.
     """
     check_model(service, body.model)
     check_is_chat(service)
     options = body.options(service.settings)
     conversation = read_conversation(body.messages)
-    asked = Asked(
+    spec = CompletionSpec(
         prompts=[await prompt.chat(service, conversation)],
         stop_token_ids=service.tokenizer.chat_stop_token_ids,
         options=options,
@@ -109,4 +107,4 @@ async def chat_completions(request: Request, service: Service, body: ChatComplet
     )
     with_logprobs = body.n_logprobs is not None
     form = ChatForm(service.model_name, service.tokenizer, with_logprobs, body.include_usage)
-    return await respond(request, service, asked, form, body)
+    return await respond(request, service, spec, form, body)

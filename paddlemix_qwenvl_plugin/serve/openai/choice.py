@@ -1,4 +1,4 @@
-"""One choice of a completion, on the engine."""
+"""Choices: single completions running on the engine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 
 class Event(NamedTuple):
-    """What is new in a choice; the last one of a choice has its finish reason.
+    """Increment of a choice; its last event has the finish reason.
 
     Attributes:
-        image_size: (width, height) in pixels of the image that the boxes refer to.
+        image_size: (width, height) in pixels of the image to which the boxes refer.
     """
 
     choice: int
@@ -32,33 +32,34 @@ class Event(NamedTuple):
 
 @dataclass
 class Deadline:
-    """How long a request may run, in seconds, and whether it has."""
+    """Time limit of a request in seconds, and whether it has passed."""
 
     seconds: float
     passed: bool = False
 
     def check(self) -> None:
-        """Raise the error if it has."""
+        """Raise the timeout error if the deadline has passed."""
         if self.passed:
             raise self.error()
 
     def error(self) -> ApiError:
+        """Create the timeout error."""
         return ApiError(
             504,
-            f"The completion took more than {self.seconds:g} seconds; ask for fewer tokens.",
+            f"The completion timed out after {self.seconds:g} seconds; request fewer tokens.",
             "server_error",
             code="timeout",
-            # It would take as long again: clients that try again by themselves should not.
+            # A retry would take as long: clients must not retry automatically.
             headers={"x-should-retry": "false"},
         )
 
 
 class ChoiceRun:
-    """A request of the engine, from its submission to its last token.
+    """Run of one choice on the engine, from submission to the last token.
 
     Attributes:
-        begun: set with its first token, or when there will be none.
-        n_cached: tokens of its prompt that were found in the prefix cache, once it has ended.
+        begun: set at the first token, or when the run ends without one.
+        n_cached: number of prompt tokens found in the prefix cache; valid after the end.
     """
 
     def __init__(
@@ -71,10 +72,12 @@ class ChoiceRun:
         deadline: Deadline,
         after: Optional[ChoiceRun] = None,
     ) -> None:
-        """Args:
-        deadline: who lets it pass cancels the run.
-        after: a run with the same prompt: this one is submitted when that one has begun, and finds the prompt in
-            the prefix cache.
+        """Prepare a run.
+
+        Args:
+            deadline: deadline of the request. The caller cancels the run when it passes.
+            after: run with the same prompt. This run is submitted after that one's first token, so that it finds the
+                prompt in the prefix cache.
         """
         self._service = service
         self._index = index
@@ -91,14 +94,14 @@ class ChoiceRun:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens so far, those after a stop string not counted."""
+        """Number of tokens so far, without those after a stop string."""
         return self._text.n_tokens
 
     async def events(self, info: RequestInfo) -> AsyncGenerator[Event, None]:
-        """Submit it, and what it says.
+        """Submit the request and yield its events.
 
         Raises:
-            ApiError, QwenVLError: it has failed, or its time was up.
+            ApiError, QwenVLError: the request failed or timed out.
         """
         try:
             if self._after is not None:
@@ -128,12 +131,12 @@ class ChoiceRun:
             self.begun.set()
 
     def cancel(self) -> None:
-        """End it at the engine's next step; no error if it has ended."""
+        """Cancel the run at the engine's next step; no effect if it has ended."""
         if self._stream is not None:
             self._stream.cancel()
 
     def _observe(self, n_tokens: int, before: float) -> float:
-        """Tell the metrics of tokens that have come now; `before`: when those before them did, or the request."""
+        """Record token latencies in the metrics; `before` is the time of the previous tokens or of the request."""
         now = monotonic()
         if self.begun.is_set():
             self._service.metrics.next_tokens(n_tokens, now - before)
@@ -143,7 +146,7 @@ class ChoiceRun:
         return now
 
     def _reason(self, stream: TokenStream) -> Literal["stop", "length"]:
-        """Why it ended, of itself."""
+        """Finish reason of a stream that ended without a stop string; ApiError if it was cancelled."""
         reason = stream.ended.reason if stream.ended is not None else "cancelled"
         if reason == "cancelled":
             self._deadline.check()
@@ -158,7 +161,7 @@ class ChoiceRun:
 
 
 async def _drain(tokens: AsyncIterator[list[Token]]) -> None:
-    """Let a cancelled stream end, for what it says of its prompt."""
-    with suppress(QwenVLError):  # the completion is whole
+    """Read a cancelled stream to its end, which reports the cached prompt tokens."""
+    with suppress(QwenVLError):  # the completion is complete already
         async for _ in tokens:
             pass

@@ -1,4 +1,4 @@
-"""The completions of a request: the queue, the images, the choices."""
+"""Completions of a request: queueing, image loading, choices."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from paddlemix_qwenvl_plugin.serve.service import Service
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a request asks of the engine.
+class CompletionSpec:
+    """Validated completion request: prompts, sampling parameters, stop conditions.
 
     Attributes:
-        n: completions of each prompt.
+        n: number of completions per prompt.
         n_logprobs: see EngineRequest.
     """
 
@@ -35,51 +35,52 @@ class Asked:
 
 
 class Completion:
-    """The completions of a request, from its place in the queue to its last token."""
+    """Completions of a request, from the queue to the last token."""
 
-    def __init__(self, service: Service, asked: Asked, info: RequestInfo) -> None:
-        """`info` has the key whose share of the slots is taken, and is told the usage in the end."""
+    def __init__(self, service: Service, spec: CompletionSpec, info: RequestInfo) -> None:
+        """Prepare the completions. `info` supplies the API key for its limit and receives the usage at the end."""
         self._service = service
-        self._asked = asked
+        self._spec = spec
         self._info = info
         self._runs: list[ChoiceRun] = []
         self._deadline = Deadline(service.settings.running_timeout)
 
     @property
     def n_choices(self) -> int:
-        return self._asked.n * len(self._asked.prompts)
+        """Number of completions of all prompts."""
+        return self._spec.n * len(self._spec.prompts)
 
     @property
     def n_prompt_tokens(self) -> int:
-        """Tokens of the prompts, each counted once however many choices it has."""
-        return sum(len(prompt.token_ids) for prompt in self._asked.prompts)
+        """Number of prompt tokens; each prompt counts once, whatever its number of choices."""
+        return sum(len(prompt.token_ids) for prompt in self._spec.prompts)
 
     @property
     def n_completion_tokens(self) -> int:
-        """Tokens of all choices so far."""
+        """Number of completion tokens of all choices so far."""
         return sum(run.n_tokens for run in self._runs)
 
     @property
     def n_cached_tokens(self) -> int:
-        """Tokens of the prompts that the first choice of each found in the prefix cache."""
-        return sum(run.n_cached for run in self._runs[:: self._asked.n])
+        """Number of prompt tokens that the first choice of each prompt found in the prefix cache."""
+        return sum(run.n_cached for run in self._runs[:: self._spec.n])
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Wait for slots, load the images and generate. Closing this cancels what is left at the engine's next step.
+        """Wait for slots, load the images and generate. Closing the generator cancels the remaining runs.
 
-        Images are loaded within the slots: a request that the queue refuses costs no more than its bytes.
+        Images are loaded while holding the slots: a request refused by the queue costs only its body.
 
         Raises:
-            ApiError, QwenVLError: the queue is full, an image cannot be loaded, the engine failed, or the time for a
-                request was up: what was said until then is not passed off as a whole completion.
+            ApiError, QwenVLError: the queue is full, an image cannot be loaded, the engine failed, or the request
+                timed out. A partial completion is never reported as complete.
         """
         async with self._service.admission.slots(self.n_choices, self._info.key):
             timer = asyncio.get_running_loop().call_later(self._deadline.seconds, self._time_out)
             try:
                 if self._service.settings.log_prompts:
-                    self._info.prompts = [self._text(prompt) for prompt in self._asked.prompts]
+                    self._info.prompts = [self._text(prompt) for prompt in self._spec.prompts]
                     self._info.completions = [""] * self.n_choices
-                for prompt in self._asked.prompts:
+                for prompt in self._spec.prompts:
                     await self._prepare(prompt)
                 choices = [run.events(self._info) for run in self._runs]
                 events = choices[0] if len(choices) == 1 else merge(choices)
@@ -99,32 +100,32 @@ class Completion:
                 self._info.cached_tokens = self.n_cached_tokens
 
     async def _prepare(self, prompt: ReadyPrompt) -> None:
-        """Load the images of a prompt and prepare its choices."""
-        asked, service = self._asked, self._service
+        """Load the images of a prompt and create its runs."""
+        spec, service = self._spec, self._service
         loading = load_images(service.images, prompt.images)
         try:
-            # Of a request's prompts one at most has images: the deadline begins with them.
+            # At most one prompt of a request has images: the deadline begins with their loading.
             images = await asyncio.wait_for(loading, self._deadline.seconds)
         except asyncio.TimeoutError:
             raise self._deadline.error() from None
         request = EngineRequest(
             prompt=prompt.token_ids,
             images=[image.pixels for image in images],
-            stop_token_ids=asked.stop_token_ids,
-            options=asked.options.within(service.config.max_position_embeddings - len(prompt.token_ids)),
+            stop_token_ids=spec.stop_token_ids,
+            options=spec.options.within(service.config.max_position_embeddings - len(prompt.token_ids)),
             generated=prompt.generated,
-            n_logprobs=asked.n_logprobs,
+            n_logprobs=spec.n_logprobs,
         )
         size = images[-1].size if images else None
         first: Optional[ChoiceRun] = None
-        for number in range(asked.n):
-            own = replace(request, options=_for_choice(request.options, number))
-            run = ChoiceRun(service, len(self._runs), own, asked.stop_strings, size, self._deadline, first)
+        for number in range(spec.n):
+            seeded = replace(request, options=_for_choice(request.options, number))
+            run = ChoiceRun(service, len(self._runs), seeded, spec.stop_strings, size, self._deadline, first)
             first = first or run
             self._runs.append(run)
 
     def _text(self, prompt: ReadyPrompt) -> str:
-        """A prompt as the log has it: an image is the tags around its name."""
+        """Decode a prompt for the log, without the image slots."""
         tokenizer = self._service.tokenizer
         return tokenizer.decode(token for token in prompt.token_ids if token != tokenizer.img_pad_id)
 
@@ -135,7 +136,7 @@ class Completion:
 
 
 def _for_choice(options: GenerationOptions, number: int) -> GenerationOptions:
-    """The options of a choice: the first one has the request's own seed."""
+    """Options of a choice: the first choice uses the request's seed, others a derived one."""
     if options.seed is None or number == 0:
         return options
     return replace(options, seed=(options.seed + (number << 40)) % 2**64)

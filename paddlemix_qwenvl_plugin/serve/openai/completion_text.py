@@ -1,4 +1,4 @@
-"""The text of a completion, from its tokens, as they come."""
+"""Incremental detokenization of a completion: tokens to text deltas, boxes and log probabilities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.serve.openai.stop_strings import StopStrings
 
 
 class PlacedToken(NamedTuple):
-    """A token, and how many characters of the completion come before it."""
+    """A token and its character offset in the completion."""
 
     token: Token
     start: int
@@ -24,13 +24,13 @@ class PlacedToken(NamedTuple):
 
 @dataclass
 class Delta:
-    """What is new in a completion.
+    """Increment of a completion.
 
     Attributes:
-        text: tags of boxes are never cut: `<box>…</box>` comes whole, or as the end of the completion.
-        boxes: those that are complete in the text.
-        tokens: those whose text has begun to be handed out, if log probabilities were asked for; stop tokens, and
-            tokens of a stop string alone, are not among them.
+        text: new text. A tag is never split: `<box>…</box>` is delivered whole, or cut only by the completion's end.
+        boxes: boxes that are complete in the text.
+        tokens: tokens whose text begins in this delta, if log probabilities were requested; without stop tokens and
+            tokens that only belong to a stop string.
     """
 
     text: str = ""
@@ -41,18 +41,17 @@ class Delta:
         return bool(self.text or self.tokens)
 
     def extend(self, other: Delta) -> None:
-        """Add what follows."""
+        """Append the next delta."""
         self.text += other.text
         self.boxes += other.boxes
         self.tokens += other.tokens
 
 
 class CompletionText:
-    """Tokens in, deltas out; the texts of all deltas are the completion up to its stop string.
+    """Incremental converter of tokens to deltas; the concatenated texts are the completion up to its stop string.
 
     Attributes:
-        n_tokens: tokens that were taken, the stop token included.
-        stopped: whether a stop string has ended the completion.
+        n_tokens: number of tokens added, stop token included.
     """
 
     def __init__(
@@ -74,10 +73,11 @@ class CompletionText:
 
     @property
     def stopped(self) -> bool:
+        """Whether a stop string has ended the completion."""
         return self._stops.found
 
     def add(self, tokens: Iterable[Token]) -> Delta:
-        """What is new with these tokens; those after a stop string are not taken."""
+        """Add tokens and return the new delta; tokens after a stop string are ignored."""
         ready = ""
         for token in tokens:
             self.n_tokens += 1
@@ -93,11 +93,11 @@ class CompletionText:
         return self._delta(self._segments.add_text(ready)) if ready else Delta()
 
     def finish(self) -> Delta:
-        """What was held back: no more tokens are coming."""
+        """End the completion and return the text held back so far."""
         rest = self._stops.add(self._decode(b"", final=True)) + self._stops.finish()
         delta = self._delta([*self._segments.add_text(rest), *self._segments.finish()])
         if self._waiting and not self.stopped:
-            delta.tokens += self._waiting  # those that say nothing
+            delta.tokens += self._waiting  # tokens without text
         return delta
 
     def _delta(self, segments: Iterable[Segment]) -> Delta:

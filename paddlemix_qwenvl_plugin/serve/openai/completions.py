@@ -9,8 +9,8 @@ from fastapi import Request, Response
 from pydantic import Field
 
 from paddlemix_qwenvl_plugin.serve.openai import prompt
-from paddlemix_qwenvl_plugin.serve.openai.completion import Asked
-from paddlemix_qwenvl_plugin.serve.openai.content import MOST_PARTS, ContentParts, read_query
+from paddlemix_qwenvl_plugin.serve.openai.completion import CompletionSpec
+from paddlemix_qwenvl_plugin.serve.openai.content import MAX_PARTS, ContentParts, read_query
 from paddlemix_qwenvl_plugin.serve.openai.forms import TextForm
 from paddlemix_qwenvl_plugin.serve.openai.models import check_model
 from paddlemix_qwenvl_plugin.serve.openai.parameters import SamplingParameters, too_large
@@ -20,12 +20,12 @@ from paddlemix_qwenvl_plugin.serve.service import Service
 
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Tokens = Annotated[list[_Token], Field(min_length=1, max_length=65536, fail_fast=True)]
-_Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
-_TokenLists = Annotated[list[_Tokens], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
+_Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+_TokenLists = Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
 class CompletionRequest(SamplingParameters):
-    """Prompts to go on with, in the base model's form: nothing is put around them."""
+    """Body of a completion request: prompts in the base model's format, without a chat template."""
 
     not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **SamplingParameters.not_supported,
@@ -37,25 +37,29 @@ class CompletionRequest(SamplingParameters):
     prompt: Annotated[
         Union[str, _Texts, _Tokens, _TokenLists, ContentParts],
         Field(
-            description="Text, several texts, tokens, several lists of tokens, or (an extension) one prompt of text "
-            "and image_url parts as in a chat's message."
+            description="A text, a list of texts, token ids, a list of token id lists, or (an extension) one prompt of "
+            "text and image_url parts as in a chat message."
         ),
     ]
     logprobs: Annotated[
         Optional[int],
-        Field(ge=0, le=20, description="Give the log probabilities of the tokens and of so many likeliest."),
+        Field(
+            ge=0,
+            le=20,
+            description="Return the log probability of each token and of this number of most likely tokens.",
+        ),
     ] = None
 
 
 async def completions(request: Request, service: Service, body: CompletionRequest) -> Response:
-    """Go on with prompts, whole or in events.
+    """Handle a completion request, streamed or not.
 
     Raises:
-        ApiError: what is wrong with the request, or why there is no completion.
+        ApiError: the request is invalid or failed.
     """
     check_model(service, body.model)
     options = body.options(service.settings)
-    asked = Asked(
+    spec = CompletionSpec(
         prompts=await _prompts(service, body),
         stop_token_ids=[service.tokenizer.eod_id],
         options=options,
@@ -65,7 +69,7 @@ async def completions(request: Request, service: Service, body: CompletionReques
     )
     with_logprobs = body.logprobs is not None
     form = TextForm(service.model_name, service.tokenizer, with_logprobs, body.include_usage)
-    return await respond(request, service, asked, form, body)
+    return await respond(request, service, spec, form, body)
 
 
 async def _prompts(service: Service, body: CompletionRequest) -> list[ReadyPrompt]:
@@ -76,9 +80,9 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[ReadyPromp
         return [prompt.token_ids(service, given, "prompt")]
     if not isinstance(given[0], (str, list)):
         return [await prompt.base(service, read_query(given, "prompt"), "prompt")]
-    n_choices, most = len(given) * (body.n or 1), service.settings.max_choices
-    if n_choices > most:
-        raise too_large("prompt: number of completions", n_choices, most, "prompt")
+    n_choices, limit = len(given) * (body.n or 1), service.settings.max_choices
+    if n_choices > limit:
+        raise too_large("prompt: number of completions", n_choices, limit, "prompt")
     ready = []
     for index, one in enumerate(given):
         param = f"prompt[{index}]"

@@ -1,4 +1,4 @@
-"""Work for a client that may go away."""
+"""Responses that are cancelled when the client disconnects."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """The client has closed the connection."""
+    """The client has disconnected."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away or when this is cancelled.
+    """Await `work`; cancel it when the client disconnects or the caller is cancelled.
 
     Raises:
-        ClientGone: it went away.
+        ClientGone: the client disconnected.
     """
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_disconnected(receive))
@@ -42,18 +42,19 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. The status is sent with the first event: an error before it is an error response.
+    """Server-sent events response. The status is sent with the first event: an earlier error is an error response.
 
-    An error later is an event of its own, the last one. When the client goes away, `events` is closed.
+    A later error is sent as the last event. `events` is closed when the client disconnects.
     """
 
     def __init__(self, events: AsyncGenerator[str, None]) -> None:
-        """`events` are the data of each event."""
+        """Create the response; `events` yields the data of each event."""
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until their end or the client's disconnect."""
         with suppress(ClientGone):
             await while_connected(receive, self._send_all(scope, send))
 
@@ -68,9 +69,9 @@ class EventStream(StreamingResponse):
         except QwenVLError as error:
             if not started:
                 raise
-            told = api_error(error)
-            info_of(scope).error = told.code or told.kind
-            await send({"type": "http.response.body", "body": event(dumps(told.body())), "more_body": True})
+            shown = api_error(error)
+            info_of(scope).error = shown.code or shown.kind
+            await send({"type": "http.response.body", "body": event(dumps(shown.body())), "more_body": True})
         finally:
             await self._events.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,4 +1,4 @@
-"""What messages and prompts are made of: text and images."""
+"""Contents of messages and prompts: text and image parts."""
 
 from __future__ import annotations
 
@@ -10,52 +10,58 @@ from pydantic import Field
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.openai.schema import Schema
 
-# These stand for images in a prompt. <ref>, <box> and <quad> are how people ask for things, and are let through;
-# ChatML's own tokens are plain text in any text.
+# Tags of images in a prompt. <ref>, <box> and <quad> are allowed: questions use them. ChatML's control tokens are plain
+# text in any text.
 _IMAGE_TAGS = ("<img>", "</img>", "<imgpad>")
 
-MOST_PARTS = 1024
-"""Of a list in a request, so that a list of a million wrong values is not a million errors."""
+MAX_PARTS = 1024
+"""Maximum length of a list in a request, so that a million invalid items do not cause a million errors."""
 
 
 class ImageURL(Schema):
+    """URL of an image part."""
+
     url: Annotated[str, Field(description="A data: URL, or an http(s) URL where the server allows it.")]
     detail: Annotated[Optional[str], Field(description="Accepted; an image is seen at one size.")] = None
 
 
 class TextPart(Schema):
+    """Text part of a content."""
+
     type: Literal["text"]
     text: str
 
 
 class ImagePart(Schema):
+    """Image part of a content."""
+
     type: Literal["image_url"]
     image_url: ImageURL
 
 
 ContentPart = Annotated[Union[TextPart, ImagePart], Field(discriminator="type")]
-ContentParts = Annotated[list[ContentPart], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
+ContentParts = Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
 class ImageSource(NamedTuple):
-    """An image's URL, and the parameter that names it."""
+    """URL of an image and the request parameter that contains it."""
 
     url: str
     param: str
 
 
 class Query(NamedTuple):
-    """Parts as processing/prompts.py takes them, and their images in order."""
+    """Parts in the format of processing/prompts.py, and their images in order."""
 
     parts: list[dict[str, Any]]
     images: list[ImageSource]
 
 
 def read_query(content: Union[str, Sequence[Union[TextPart, ImagePart]]], param: str) -> Query:
-    """The query that is a content. An image's place in `parts` is an empty one: its URL is no part of the prompt.
+    """Convert a content to a query. `parts` has an empty source for each image: the URL is not part of the prompt.
 
     Raises:
-        ApiError: a text, or texts that meet, with a tag that stands for an image.
+        ApiError: a text, or two adjacent texts together, contain an image tag.
     """
     if isinstance(content, str):
         content = [TextPart(type="text", text=content)]
@@ -73,7 +79,7 @@ def read_query(content: Union[str, Sequence[Union[TextPart, ImagePart]]], param:
             if tag in text:
                 raise ApiError(
                     400,
-                    f"{param}: a text must not contain {tag}; give an image as a part of the type image_url",
+                    f"{param}: a text must not contain {tag}; send an image as a part of type image_url",
                     param=param,
                     code="invalid_value",
                 )
@@ -81,15 +87,15 @@ def read_query(content: Union[str, Sequence[Union[TextPart, ImagePart]]], param:
 
 
 def texts_of(parts: Sequence[dict[str, Any]]) -> list[str]:
-    """The texts among the parts of a query."""
+    """Return the texts of a query's parts."""
     return [part["text"] for part in parts if "text" in part]
 
 
 def read_text(content: Union[str, Sequence[Union[TextPart, ImagePart]]], param: str) -> str:
-    """The text of a content of a message that is not a user's.
+    """Return the text of a system or assistant message's content.
 
     Raises:
-        ApiError: it has an image.
+        ApiError: the content contains an image.
     """
     if isinstance(content, str):
         return content
@@ -98,7 +104,7 @@ def read_text(content: Union[str, Sequence[Union[TextPart, ImagePart]]], param: 
         if isinstance(part, ImagePart):
             where = f"{param}[{index}].type"
             raise ApiError(
-                400, f"{where}: only a message of the user may have images", param=where, code="invalid_value"
+                400, f"{where}: only a user message may contain images", param=where, code="invalid_value"
             )
         text += part.text
     return text

@@ -1,4 +1,4 @@
-"""Completions as the JSON of chat.completion and text_completion objects, whole and in events."""
+"""JSON of chat.completion and text_completion objects, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -18,42 +18,43 @@ from paddlemix_qwenvl_plugin.serve.openai.json_text import dumps
 
 @dataclass
 class Choice:
-    """A whole choice."""
+    """Accumulated choice."""
 
     delta: Delta = field(default_factory=Delta)
     finish_reason: Optional[str] = None
     image_size: Optional[tuple[int, int]] = None
 
     def add(self, event: Event) -> None:
-        """Add the next event of this choice."""
+        """Add an event of this choice."""
         self.delta.extend(event.delta)
         self.finish_reason, self.image_size = event.finish_reason, event.image_size
 
 
 class Form(Protocol):
-    """How a completion is written."""
+    """Response format of an endpoint."""
 
     def chunk(self, event: Event) -> str:
-        """The JSON of the chunk of an event."""
+        """Return the JSON of an event's chunk."""
 
     def usage_chunk(self, usage: Mapping[str, Any]) -> str:
-        """The JSON of the last chunk of a stream with usage."""
+        """Return the JSON of the last chunk of a stream with usage."""
 
     def whole(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
-        """The whole response."""
+        """Return the response that is not streamed."""
 
 
 class ChatForm:
-    """chat.completion, and chat.completion.chunk; the first chunk of a choice has the role."""
+    """Form of chat.completion and chat.completion.chunk; the first chunk of a choice has the role."""
 
     def __init__(self, model: str, tokenizer: QwenTokenizer, with_logprobs: bool, with_usage: bool) -> None:
-        """`with_usage`: each chunk says that it has no usage, as OpenAI's do where the last one has."""
+        """Create the form; `with_usage` writes `"usage":null` into each chunk, as OpenAI does with include_usage."""
         self._tokenizer = tokenizer
         self._with_logprobs = with_logprobs
         self._head = _Head("chatcmpl", model, "chat.completion.chunk", with_usage)
         self._begun: set[int] = set()
 
     def chunk(self, event: Event) -> str:
+        """Return the JSON of an event's chunk."""
         text, boxes, tokens = event.delta.text, event.delta.boxes, event.delta.tokens
         fields = []
         if event.choice not in self._begun:
@@ -63,17 +64,19 @@ class ChatForm:
             fields.append(f'"content":{dumps(text)}')
         if boxes:
             fields.append(f'"boxes":{dumps([box_as_dict(box, event.image_size) for box in boxes])}')
-        chances = dumps(logprobs.of_chat(self._tokenizer, tokens)) if self._with_logprobs else "null"
+        logprobs_json = dumps(logprobs.of_chat(self._tokenizer, tokens)) if self._with_logprobs else "null"
         reason = f'"{event.finish_reason}"' if event.finish_reason else "null"
         return self._head.around(
-            f'{{"index":{event.choice},"delta":{{{",".join(fields)}}},"logprobs":{chances},'
+            f'{{"index":{event.choice},"delta":{{{",".join(fields)}}},"logprobs":{logprobs_json},'
             f'"finish_reason":{reason}}}'
         )
 
     def usage_chunk(self, usage: Mapping[str, Any]) -> str:
+        """Return the JSON of the usage chunk."""
         return self._head.with_usage(usage)
 
     def whole(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the chat.completion object."""
         return {
             **self._head.fields,
             "object": "chat.completion",
@@ -98,27 +101,30 @@ class ChatForm:
 
 
 class TextForm:
-    """text_completion, whole and in chunks."""
+    """Form of text_completion, whole and in chunks."""
 
     def __init__(self, model: str, tokenizer: QwenTokenizer, with_logprobs: bool, with_usage: bool) -> None:
-        """See ChatForm."""
+        """Create the form; see ChatForm."""
         self._tokenizer = tokenizer
         self._with_logprobs = with_logprobs
         self._head = _Head("cmpl", model, "text_completion", with_usage)
 
     def chunk(self, event: Event) -> str:
+        """Return the JSON of an event's chunk."""
         choice = self._choice(event.choice, event.delta, event.image_size, event.finish_reason)
         return self._head.around(dumps(choice))
 
     def usage_chunk(self, usage: Mapping[str, Any]) -> str:
+        """Return the JSON of the usage chunk."""
         return self._head.with_usage(usage)
 
     def whole(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
-        written = [
+        """Return the text_completion object."""
+        choice_objects = [
             self._choice(index, choice.delta, choice.image_size, choice.finish_reason)
             for index, choice in enumerate(choices)
         ]
-        return {**self._head.fields, "choices": written, "usage": usage}
+        return {**self._head.fields, "choices": choice_objects, "usage": usage}
 
     def _choice(
         self, index: int, delta: Delta, image_size: Optional[tuple[int, int]], finish_reason: Optional[str]
@@ -133,7 +139,7 @@ class TextForm:
 
 
 class _Head:
-    """What all chunks of a stream have in common, written once."""
+    """Common JSON of all chunks of a stream, serialized once."""
 
     def __init__(self, kind: str, model: str, name: str, with_usage: bool) -> None:
         self.fields = {

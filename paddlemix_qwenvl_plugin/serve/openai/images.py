@@ -1,4 +1,4 @@
-"""The images of a request."""
+"""Loading of a request's images."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from paddlemix_qwenvl_plugin.serve.service import ImageLoader, LoadedImage
 
 
 async def load_images(loader: ImageLoader, sources: Sequence[ImageSource]) -> list[LoadedImage]:
-    """Load images side by side, each URL once.
+    """Load images concurrently, each URL once.
 
     Raises:
-        ApiError: of the first that fails; the others are cancelled.
+        ApiError: error of the first image that fails; the others are cancelled.
     """
-    params = {source.url: source.param for source in reversed(sources)}  # of a URL's first mention
+    params = {source.url: source.param for source in reversed(sources)}  # the first parameter with each URL
     tasks = {url: asyncio.ensure_future(loader.load(url, param)) for url, param in params.items()}
     try:
         await asyncio.gather(*tasks.values())

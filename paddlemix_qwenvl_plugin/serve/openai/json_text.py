@@ -1,18 +1,18 @@
-"""JSON as it is sent."""
+"""JSON serialization of responses and server-sent events."""
 
 from __future__ import annotations
 
 import json
 
-# Characters at which some clients break lines of an event, though JSON allows them in a string.
+# Some clients treat these as line ends of an event, though JSON allows them in a string.
 _LINE_ENDS = ("\u2028", "\u2029", "\x85")
 
 dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-"""The shortest JSON of a value, in which text stays text. ValueError for an infinite number."""
+"""Serialize a value as compact JSON without ASCII escapes; ValueError for NaN and infinity."""
 
 
 def event(data: str) -> bytes:
-    """A server-sent event of JSON."""
+    """Encode JSON data as a server-sent event."""
     if not data.isascii():
         for character in _LINE_ENDS:
             data = data.replace(character, f"\\u{ord(character):04x}")

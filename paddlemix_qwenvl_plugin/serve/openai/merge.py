@@ -1,4 +1,4 @@
-"""Several async generators as one."""
+"""Merging of async generators."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Put(Generic[T]):
-    """An item, an error, or, without both, an end."""
+    """An item, an error, or the end of a generator (neither)."""
 
     item: Optional[T] = None
     error: Optional[Exception] = None
 
 
 async def merge(generators: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """The items of all, none of them None, as they come; each is run at most one item ahead of the reader.
+    """Yield the items of all generators in order of arrival; each runs at most one item ahead of the reader.
+
+    Items must not be None. All generators are closed when one fails or the merged generator is closed.
 
     Raises:
-        Exception: of the first that fails; the others are closed then, as when this is closed.
+        Exception: the exception of the first generator that fails.
     """
     queue: asyncio.Queue[_Put[T]] = asyncio.Queue(maxsize=1)
 

@@ -1,4 +1,4 @@
-"""The messages of a chat, and the conversation that they make."""
+"""Chat messages and their conversion to a conversation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 from paddlemix_qwenvl_plugin.runtime.request import DEFAULT_SYSTEM
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.openai.content import (
-    MOST_PARTS,
+    MAX_PARTS,
     ContentParts,
     ImageSource,
     Query,
@@ -19,23 +19,27 @@ from paddlemix_qwenvl_plugin.serve.openai.content import (
 )
 from paddlemix_qwenvl_plugin.serve.openai.schema import Schema
 
-_Name = Annotated[Optional[str], Field(description="Accepted; the model does not see it.")]
+_Name = Annotated[Optional[str], Field(description="Ignored.")]
 
 
 class SystemMessage(Schema):
+    """System message."""
+
     role: Literal["system", "developer"]
     content: Union[str, ContentParts]
     name: _Name = None
 
 
 class UserMessage(Schema):
+    """User message: text and images."""
+
     role: Literal["user"]
     content: Union[str, ContentParts]
     name: _Name = None
 
 
 class AssistantMessage(Schema):
-    """An earlier answer, as the server gave it."""
+    """Earlier answer of the model, as the server returned it."""
 
     not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = dict.fromkeys(
         ("annotations", "audio", "function_call", "refusal", "tool_calls"), ()
@@ -46,16 +50,16 @@ class AssistantMessage(Schema):
     name: _Name = None
     boxes: Annotated[
         Optional[list[dict[str, Any]]],
-        Field(max_length=MOST_PARTS, description="Accepted; they are in the content.", fail_fast=True),
+        Field(max_length=MAX_PARTS, description="Ignored; the content contains them.", fail_fast=True),
     ] = None
 
 
 Message = Annotated[Union[SystemMessage, UserMessage, AssistantMessage], Field(discriminator="role")]
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
 class Conversation(NamedTuple):
-    """The arguments of chat_prompt (processing/prompts.py), and the images of all turns in order."""
+    """Arguments of chat_prompt (processing/prompts.py) and the images of all turns in order."""
 
     system: str
     history: list[tuple[list[dict[str, Any]], str]]
@@ -66,12 +70,12 @@ class Conversation(NamedTuple):
 def read_conversation(
     messages: Sequence[Union[SystemMessage, UserMessage, AssistantMessage]],
 ) -> Conversation:
-    """The conversation that messages make: system messages first, then user and assistant in turn, user last.
+    """Convert messages to a conversation: system messages first, then user and assistant alternating, user last.
 
-    Messages of one role that follow each other are one turn, a line each.
+    Consecutive messages of one role are joined with a line break into one turn.
 
     Raises:
-        ApiError: another order, or a text with a tag that stands for an image.
+        ApiError: the messages are in another order, or a text contains an image tag.
     """
     system: list[str] = []
     queries: list[Query] = []
@@ -81,24 +85,24 @@ def read_conversation(
         content = f"{param}.content"
         if isinstance(message, SystemMessage):
             if queries:
-                raise _wrong_order(f"{param}.role", "system messages come first")
+                raise _wrong_order(f"{param}.role", "system messages must come first")
             system.append(read_text(message.content, content))
         elif isinstance(message, UserMessage):
             query = read_query(message.content, content)
-            if len(queries) > len(answers):  # two in a row
+            if len(queries) > len(answers):  # consecutive user messages
                 queries[-1] = Query(
                     [*queries[-1].parts, {"text": "\n"}, *query.parts], [*queries[-1].images, *query.images]
                 )
             else:
                 queries.append(query)
         elif not queries:
-            raise _wrong_order(f"{param}.role", "a message of the user comes before one of the assistant")
+            raise _wrong_order(f"{param}.role", "a user message must come before an assistant message")
         elif len(answers) == len(queries):
             answers[-1] += "\n" + read_text(message.content, content)
         else:
             answers.append(read_text(message.content, content))
     if len(queries) == len(answers):
-        raise _wrong_order("messages", "the last message must be one of the user")
+        raise _wrong_order("messages", "the last message must be a user message")
     return Conversation(
         "\n".join(system) if system else DEFAULT_SYSTEM,
         [(query.parts, answer) for query, answer in zip(queries, answers)],

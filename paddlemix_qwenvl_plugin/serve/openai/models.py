@@ -1,4 +1,4 @@
-"""GET /v1/models, and whether a request asks for the model that is served."""
+"""GET /v1/models, and checks of a request's model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _STARTED = int(time.time())
 
 
 def model_entry(service: Service) -> ModelEntry:
-    """The model as /v1/models lists it; `created` is when the server started."""
+    """Return the entry of /v1/models; `created` is the start time of the server."""
     return ModelEntry(id=service.model_name, created=_STARTED, owned_by="paddlemix-qwenvl-plugin")
 
 
 def check_model(service: Service, name: str) -> None:
-    """Raise ApiError unless this is the model's name."""
+    """Raise ApiError unless `name` is the served model."""
     if name != service.model_name:
         shown = name if len(name) <= 100 else name[:99] + "…"
         raise ApiError(
@@ -29,11 +29,11 @@ def check_model(service: Service, name: str) -> None:
 
 
 def check_is_chat(service: Service) -> None:
-    """Raise ApiError for the base model, which has no chats."""
+    """Raise ApiError if the served model is a base model, which does not support chat."""
     if not service.is_chat:
         raise ApiError(
             400,
-            f"model: `{service.model_name}` is no chat model; use /v1/completions",
+            f"model: `{service.model_name}` is not a chat model; use /v1/completions",
             param="model",
             code="unsupported_value",
         )

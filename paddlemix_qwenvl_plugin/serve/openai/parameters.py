@@ -1,4 +1,4 @@
-"""The parameters that chat completions and completions share."""
+"""Request parameters shared by chat completions and completions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class StreamOptions(Schema):
+    """Options of a streamed response."""
+
     include_usage: Annotated[
-        Optional[bool], Field(description="Send the usage in a last chunk, without choices.")
+        Optional[bool], Field(description="Send the usage in a last chunk without choices.")
     ] = None
     include_obfuscation: Annotated[Optional[bool], Field(description="Accepted; chunks are not padded.")] = (
         None
@@ -25,36 +27,40 @@ class StreamOptions(Schema):
 
 
 class SamplingParameters(Schema):
-    """How to pick tokens and when to stop.
+    """Sampling parameters and stop conditions.
 
-    Greedy unless temperature, top_p or top_k is given, as everywhere in this package: boxes are at their best so, and
-    the same question has the same answer. Then temperature and top_p are 1 where they are not given, as OpenAI's.
+    Greedy unless temperature, top_p or top_k is set, as everywhere in this package: greedy boxes are the most accurate,
+    and the same question has the same answer. If one of them is set, temperature and top_p default to 1, as OpenAI's.
     """
 
     not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"logit_bias": ()}
 
     model: Annotated[str, Field(description="A name that /v1/models lists.")]
     max_tokens: Annotated[
-        Optional[int], Field(ge=1, description="Most tokens of a completion; default: the server's.")
+        Optional[int], Field(ge=1, description="Maximum tokens of a completion; default: the server's.")
     ] = None
     min_tokens: Annotated[
-        Optional[int], Field(ge=0, description="Fewest tokens before a stop token may end a completion.")
+        Optional[int], Field(ge=0, description="Minimum tokens before a stop token may end a completion.")
     ] = None
     temperature: Annotated[
         Optional[float],
-        Field(ge=0, le=2, description="0, or none of this, top_p and top_k: the likeliest token."),
+        Field(ge=0, le=2, description="Sampling temperature; 0, or none of this, top_p and top_k: greedy."),
     ] = None
     top_p: Annotated[
-        Optional[float], Field(ge=0, le=1, description="Sample among the likeliest that make up this much.")
+        Optional[float],
+        Field(ge=0, le=1, description="Sample from the most likely tokens with this total probability."),
     ] = None
     top_k: Annotated[
-        Optional[int], Field(ge=-1, description="Sample among this many likeliest; 0 and -1: among all.")
+        Optional[int],
+        Field(ge=-1, description="Sample from this number of most likely tokens; 0 and -1: from all."),
     ] = None
     presence_penalty: Annotated[
-        Optional[float], Field(ge=-2, le=2, description="Taken off the logit of a generated token once.")
+        Optional[float],
+        Field(ge=-2, le=2, description="Subtracted once from the logit of a generated token."),
     ] = None
     frequency_penalty: Annotated[
-        Optional[float], Field(ge=-2, le=2, description="Taken off such a logit for each time.")
+        Optional[float],
+        Field(ge=-2, le=2, description="Subtracted from a token's logit for each of its occurrences."),
     ] = None
     repetition_penalty: Annotated[
         Optional[float], Field(ge=0.01, le=100, description="Divides the logits of generated tokens.")
@@ -64,34 +70,38 @@ class SamplingParameters(Schema):
         Field(
             ge=-(2**63),
             lt=2**64,
-            description="Of the sampling, a different one derived for each choice; default: fresh randomness.",
+            description="Seed of the sampling; each choice derives its own. Default: random.",
         ),
     ] = None
     stop: Annotated[
         Optional[Union[StopString, Annotated[list[StopString], Field(max_length=4)]]],
-        Field(description="The completion ends before the first of these strings that is complete in it."),
+        Field(description="Stop strings: the completion ends before the first one that it contains."),
     ] = None
     n: Annotated[
         Optional[int],
-        Field(ge=1, le=128, description="Completions of a prompt; all the same without a temperature."),
+        Field(ge=1, le=128, description="Number of completions of a prompt; identical if greedy."),
     ] = None
-    stream: Annotated[Optional[bool], Field(description="Send the completion in events.")] = None
+    stream: Annotated[Optional[bool], Field(description="Stream the completion as server-sent events.")] = (
+        None
+    )
     stream_options: Optional[StreamOptions] = None
-    user: Annotated[Optional[str], Field(description="Accepted and not used.")] = None
+    user: Annotated[Optional[str], Field(description="Ignored.")] = None
 
     @property
     def stop_strings(self) -> list[str]:
+        """Stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def options(self, settings: ServeSettings) -> GenerationOptions:
-        """These parameters within the server's limits.
+        """Convert the parameters to GenerationOptions within the server's limits.
 
         Raises:
-            ApiError: one is over its limit, or needs another one.
+            ApiError: a parameter exceeds its limit or requires another one.
         """
         if self.stream_options is not None and not self.stream:
             raise ApiError(
@@ -109,34 +119,34 @@ class SamplingParameters(Schema):
             "seed": None if self.seed is None else self.seed % 2**64,
         }
         chosen = {name: value for name, value in given.items() if value is not None}
-        most = self._max_new_tokens(settings)
-        if (self.min_tokens or 0) > most:
+        limit = self._max_new_tokens(settings)
+        if (self.min_tokens or 0) > limit:
             raise ApiError(
                 400,
-                f"min_tokens: {self.min_tokens} is more than the most tokens of this completion, {most}",
+                f"min_tokens: {self.min_tokens} exceeds the maximum tokens of this completion, {limit}",
                 param="min_tokens",
                 code="invalid_value",
             )
         return GenerationOptions.of(
-            {"max_new_tokens": most, "min_new_tokens": self.min_tokens or 0, **chosen}
+            {"max_new_tokens": limit, "min_new_tokens": self.min_tokens or 0, **chosen}
         )
 
     @property
-    def asked_max_tokens(self) -> tuple[str, Optional[int]]:
-        """Most tokens of a completion, if the request says so, and the parameter that does."""
+    def requested_max_tokens(self) -> tuple[str, Optional[int]]:
+        """Parameter name and value of the requested maximum tokens of a completion."""
         return "max_tokens", self.max_tokens
 
     def _max_new_tokens(self, settings: ServeSettings) -> int:
-        param, asked = self.asked_max_tokens
-        if asked is None:
+        param, requested = self.requested_max_tokens
+        if requested is None:
             return min(settings.default_max_new_tokens, settings.max_new_tokens)
-        if asked > settings.max_new_tokens:
-            raise too_large(param, asked, settings.max_new_tokens)
-        return asked
+        if requested > settings.max_new_tokens:
+            raise too_large(param, requested, settings.max_new_tokens)
+        return requested
 
 
 def too_large(what: str, value: object, limit: int, param: Optional[str] = None) -> ApiError:
-    """The error of a value over its limit."""
+    """Create the error of a value over its limit."""
     return ApiError(
         400,
         f"{what}: {value} is too large, this server allows {limit}",

@@ -1,4 +1,4 @@
-"""Prompts within the server's limits, tokenised beside the event loop."""
+"""Prompts: tokenization in a thread and length checks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 @dataclass(frozen=True)
 class ReadyPrompt:
-    """A prompt within the limits.
+    """Tokenized prompt within the server's limits.
 
     Attributes:
-        token_ids: those of image slots included.
-        images: one for each `<img>`, in order; not loaded yet.
+        token_ids: token ids, image slots included.
+        images: sources of the images, one for each `<img>`, in order.
         generated: see EngineRequest.
     """
 
@@ -34,10 +34,10 @@ class ReadyPrompt:
 
 
 async def chat(service: Service, conversation: Conversation) -> ReadyPrompt:
-    """The prompt of a conversation. No turn is dropped: one that is too long is an error.
+    """Build the chat prompt of a conversation. Never drops turns: a prompt that is too long is an error.
 
     Raises:
-        ApiError: it is over a limit, or cannot be tokenised.
+        ApiError: the prompt exceeds a limit or cannot be tokenized.
     """
     system, history, query, images = conversation
     texts = [system, *(answer for _, answer in history), *texts_of(query)]
@@ -52,7 +52,7 @@ async def chat(service: Service, conversation: Conversation) -> ReadyPrompt:
 
 
 async def base(service: Service, query: Query, param: str) -> ReadyPrompt:
-    """The prompt of the base model. Errors as for `chat`."""
+    """Build a prompt in the base model's format. Raises ApiError as `chat`."""
     return await _ready(
         service,
         param,
@@ -63,10 +63,10 @@ async def base(service: Service, query: Query, param: str) -> ReadyPrompt:
 
 
 def token_ids(service: Service, ids: list[int], param: str) -> ReadyPrompt:
-    """A prompt that a client has tokenised.
+    """Check a prompt that the client has tokenized.
 
     Raises:
-        ApiError: it is over a limit, or a token is not one that text can make.
+        ApiError: the prompt exceeds a limit or contains a control token.
     """
     special = service.tokenizer.special_tokens
     tags = {special[tag] for tag in IMAGE_TAGS if "img" not in tag}
@@ -76,7 +76,7 @@ def token_ids(service: Service, ids: list[int], param: str) -> ReadyPrompt:
             where = f"{param}[{index}]"
             raise ApiError(
                 400,
-                f"{where}: {token} is no token of text; control tokens are not accepted",
+                f"{where}: {token} is not a text token; control tokens are not accepted",
                 param=where,
                 code="invalid_value",
             )
@@ -84,9 +84,9 @@ def token_ids(service: Service, ids: list[int], param: str) -> ReadyPrompt:
     return ReadyPrompt(ids)
 
 
-def most_tokens(service: Service) -> int:
-    """The length of the longest prompt."""
-    limit = service.config.max_position_embeddings - 1  # room for one to come
+def max_prompt_tokens(service: Service) -> int:
+    """Maximum length of a prompt in tokens."""
+    limit = service.config.max_position_embeddings - 1  # leaves room for one generated token
     return min(limit, service.settings.max_prompt_tokens or limit)
 
 
@@ -95,17 +95,17 @@ async def _ready(
     param: str,
     texts: Sequence[str],
     images: Sequence[ImageSource],
-    tokenise: Callable[[], Prompt],
+    tokenize: Callable[[], Prompt],
 ) -> ReadyPrompt:
     if len(images) > service.settings.max_images:
         raise too_large(f"{param}: number of images", len(images), service.settings.max_images, param)
-    # What is surely too long is not tokenised.
+    # A lower bound on the length refuses very long texts before their tokenization.
     tokenizer = service.tokenizer
     least = sum(map(len, texts)) // tokenizer.max_token_bytes + tokenizer.n_image_slots * len(images)
-    if least > most_tokens(service):
+    if least > max_prompt_tokens(service):
         _refuse_length(service, f"at least {least}", param)
     try:
-        prompt = await asyncio.to_thread(tokenise)
+        prompt = await asyncio.to_thread(tokenize)
     except UsageError as error:
         raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
     _check_length(service, len(prompt.input_ids), param)
@@ -113,7 +113,7 @@ async def _ready(
 
 
 def _check_length(service: Service, n_tokens: int, param: str) -> None:
-    if n_tokens > most_tokens(service):
+    if n_tokens > max_prompt_tokens(service):
         _refuse_length(service, str(n_tokens), param)
     if n_tokens == 0:
         raise ApiError(400, f"{param}: is empty", param=param, code="invalid_value")
@@ -122,8 +122,8 @@ def _check_length(service: Service, n_tokens: int, param: str) -> None:
 def _refuse_length(service: Service, n_tokens: str, param: str) -> NoReturn:
     raise ApiError(
         400,
-        f"This model's maximum context length is {most_tokens(service)} tokens in a prompt. However, your {param} "
-        f"resulted in {n_tokens} tokens. Please reduce the length of the {param}.",
+        f"This model's maximum context length is {max_prompt_tokens(service)} tokens in a prompt. However, your "
+        f"{param} resulted in {n_tokens} tokens. Please reduce the length of the {param}.",
         param=param,
         code="context_length_exceeded",
     )

@@ -1,4 +1,4 @@
-"""Answering a request: events or a whole response."""
+"""Response to a completion request, streamed or whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from paddlemix_qwenvl_plugin.serve.openai.completion import Asked, Completion
+from paddlemix_qwenvl_plugin.serve.openai.completion import Completion, CompletionSpec
 from paddlemix_qwenvl_plugin.serve.openai.connection import ClientGone, EventStream, while_connected
 from paddlemix_qwenvl_plugin.serve.openai.forms import Choice, Form
 from paddlemix_qwenvl_plugin.serve.openai.json_text import dumps
@@ -16,14 +16,14 @@ from paddlemix_qwenvl_plugin.serve.request_info import info_of
 from paddlemix_qwenvl_plugin.serve.service import Service
 
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that did not wait for its response; nobody gets it, but logs have it."""
+"""nginx's status for a client that disconnected before its response; only logs and metrics contain it."""
 
 
 async def respond(
-    request: Request, service: Service, asked: Asked, form: Form, parameters: SamplingParameters
+    request: Request, service: Service, spec: CompletionSpec, form: Form, parameters: SamplingParameters
 ) -> Response:
-    """The response to a request. Errors as for Completion.events; those of a stream may be raised when it is sent."""
-    completion = Completion(service, asked, info_of(request.scope))
+    """Create the response to a request. Raises as Completion.events; a streamed response may raise while sending."""
+    completion = Completion(service, spec, info_of(request.scope))
     if parameters.stream:
         events = _events(completion, form, parameters.include_usage)
         return EventStream(events)

@@ -1,4 +1,4 @@
-"""The schemas of responses, for the OpenAPI document; handlers write them without these."""
+"""Schemas of responses for the OpenAPI document; handlers write the JSON without them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ FinishReason = Literal["stop", "length"]
 
 
 class BoxOut(BaseModel):
-    """A box or quad in a completion; an extension of OpenAI's form."""
+    """Box or quad in a completion; an extension of OpenAI's format."""
 
     kind: Literal["box", "quad"]
-    ref: Annotated[Optional[str], Field(description="What it shows, if the model said so.")]
+    ref: Annotated[Optional[str], Field(description="Text of the model's <ref>, if any.")]
     points: Annotated[
         list[tuple[int, int]], Field(description="(x, y) in thousandths of the width and the height.")
     ]
@@ -24,32 +24,46 @@ class BoxOut(BaseModel):
 
 
 class TopLogprob(BaseModel):
+    """Token with its log probability."""
+
     token: str
     logprob: float
-    bytes: Annotated[list[int], Field(description="Of the token; it may be a part of a character.")]
+    bytes: Annotated[
+        list[int], Field(description="UTF-8 bytes of the token, which may be part of a character.")
+    ]
 
 
 class TokenLogprob(TopLogprob):
+    """Generated token with its log probability and the most likely tokens."""
+
     top_logprobs: list[TopLogprob]
 
 
 class Logprobs(BaseModel):
+    """Log probabilities of a chat choice."""
+
     content: list[TokenLogprob]
     refusal: None = None
 
 
 class PromptTokensDetails(BaseModel):
-    cached_tokens: Annotated[int, Field(description="Tokens of the prompt that were not computed again.")]
+    """Details of the prompt tokens."""
+
+    cached_tokens: Annotated[int, Field(description="Prompt tokens found in the prefix cache.")]
 
 
 class Usage(BaseModel):
+    """Token counts of a request."""
+
     prompt_tokens: int
-    completion_tokens: Annotated[int, Field(description="Of all choices, their stop tokens included.")]
+    completion_tokens: Annotated[int, Field(description="Tokens of all choices, stop tokens included.")]
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
 
 
 class AnswerMessage(BaseModel):
+    """Message of a chat choice."""
+
     role: Literal["assistant"]
     content: str
     refusal: None = None
@@ -57,6 +71,8 @@ class AnswerMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
+    """Choice of a chat completion."""
+
     index: int
     message: AnswerMessage
     logprobs: Optional[Logprobs]
@@ -64,6 +80,8 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
+    """Response of /v1/chat/completions."""
+
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -73,6 +91,8 @@ class ChatCompletion(BaseModel):
 
 
 class TextLogprobs(BaseModel):
+    """Log probabilities of a text choice."""
+
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
@@ -80,6 +100,8 @@ class TextLogprobs(BaseModel):
 
 
 class TextChoice(BaseModel):
+    """Choice of a text completion."""
+
     index: int
     text: str
     boxes: list[BoxOut]
@@ -88,7 +110,7 @@ class TextChoice(BaseModel):
 
 
 class TextCompletion(BaseModel):
-    """The response, and in a stream the data of each event."""
+    """Response of /v1/completions, and the data of each event of its stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -99,6 +121,8 @@ class TextCompletion(BaseModel):
 
 
 class ModelEntry(BaseModel):
+    """Model of /v1/models."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -106,17 +130,25 @@ class ModelEntry(BaseModel):
 
 
 class ModelList(BaseModel):
+    """Response of /v1/models."""
+
     object: Literal["list"] = "list"
     data: list[ModelEntry]
 
 
 class TokenizeResult(BaseModel):
+    """Response of /tokenize."""
+
     count: int
-    max_model_len: Annotated[int, Field(description="Tokens of the longest prompt and its completion.")]
+    max_model_len: Annotated[
+        int, Field(description="Context length: maximum tokens of a prompt and its completion.")
+    ]
     tokens: list[int]
 
 
 class ErrorObject(BaseModel):
+    """OpenAI's error object."""
+
     message: str
     type: str
     param: Optional[str]
@@ -124,6 +156,6 @@ class ErrorObject(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """OpenAI's error object."""
+    """Body of an error response."""
 
     error: ErrorObject

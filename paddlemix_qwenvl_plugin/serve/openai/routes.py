@@ -1,4 +1,4 @@
-"""The routes of OpenAI's interface."""
+"""Routes of the OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from paddlemix_qwenvl_plugin.serve.openai.responses import (
 from paddlemix_qwenvl_plugin.serve.service import Service
 
 _ERRORS: dict[Union[int, str], dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "What is wrong with the request."},
-    "5XX": {"model": ErrorBody, "description": "Why there is no answer."},
+    "4XX": {"model": ErrorBody, "description": "The request is invalid or was refused."},
+    "5XX": {"model": ErrorBody, "description": "The server failed."},
 }
 
 
 def _or_events(model: type[Any], chunk: str) -> dict[Union[int, str], dict[str, Any]]:
-    """The responses of a route that answers whole or, with `stream`, in events."""
-    described = f"Whole, or with `stream` in events whose data are {chunk}, after the last one `[DONE]`."
+    """Describe the responses of a route that responds whole or, with `stream`, in server-sent events."""
+    described = f"One object; with `stream`, events whose data are {chunk}, then `[DONE]`."
     event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
     events = {"text/event-stream": {"itemSchema": event}}
     return {200: {"model": model, "description": described, "content": events}, **_ERRORS}
 
 
 def router(service: Service) -> APIRouter:
-    """All routes, for the app to include."""
+    """Create all routes of the API."""
     routes = APIRouter()
 
     @routes.post(
@@ -46,7 +46,7 @@ def router(service: Service) -> APIRouter:
         ),
     )
     async def chat_completions(request: Request, body: chat.ChatCompletionRequest) -> Response:
-        """Answer a conversation about images."""
+        """Create a chat completion about text and images."""
         return await chat.chat_completions(request, service, body)
 
     @routes.post(
@@ -55,23 +55,23 @@ def router(service: Service) -> APIRouter:
         responses=_or_events(TextCompletion, "text_completion objects"),
     )
     async def completions(request: Request, body: text.CompletionRequest) -> Response:
-        """Go on with a prompt."""
+        """Create a completion of a prompt."""
         return await text.completions(request, service, body)
 
     @routes.get("/v1/models", responses=_ERRORS)
     async def list_models() -> ModelList:
-        """The model that is served."""
+        """List the served model."""
         return ModelList(data=[models.model_entry(service)])
 
     @routes.get("/v1/models/{model}", responses=_ERRORS)
     async def get_model(model: str) -> ModelEntry:
-        """The model, by its name."""
+        """Get the served model by its name."""
         models.check_model(service, model)
         return models.model_entry(service)
 
     @routes.post("/tokenize", responses=_ERRORS)
     async def tokenize(body: tokens.TokenizeRequest) -> TokenizeResult:
-        """The tokens that a prompt has."""
+        """Tokenize a prompt."""
         return await tokens.tokenize(service, body)
 
     return routes

@@ -1,4 +1,4 @@
-"""The base of the request schemas: no parameter goes unread."""
+"""Base of the request schemas, which refuses unknown parameters."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pydantic_core import PydanticCustomError
 
 
 class Schema(BaseModel):
-    """An object of a request. Types are JSON's own: "1" is no number. null is the same as not given.
+    """Base of a request object. Strict JSON types: "1" is not a number. null equals an omitted parameter.
 
     Attributes:
-        not_supported: parameters that OpenAI has and this server has not, with the values that ask for nothing that
-            is missing. Such a value, or an empty one, is accepted, for clients that always send it.
+        not_supported: parameters of OpenAI that this server does not support, with the values that request no
+            unsupported behaviour. Such a value, or an empty one, is accepted, for clients that always send it.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -23,17 +23,15 @@ class Schema(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, values: Any) -> Any:
-        """Refuse the first parameter that is not known, rather than list a million of them."""
+        """Refuse the first unknown parameter: pydantic would report a million of them."""
         if not isinstance(values, dict):
             return values
         for name, value in values.items():
             if name in cls.model_fields:
                 continue
-            shown = {
-                "name": name.encode("utf-8", "replace").decode()
-            }  # pydantic takes no half surrogate pair
+            shown = {"name": name.encode("utf-8", "replace").decode()}  # pydantic refuses lone surrogates
             if name not in cls.not_supported:
-                raise PydanticCustomError("unknown_parameter", "is no parameter of this server", shown)
+                raise PydanticCustomError("unknown_parameter", "is not a parameter of this server", shown)
             if value and value not in cls.not_supported[name]:
                 raise PydanticCustomError("unsupported_parameter", "is not supported by this server", shown)
         return {name: value for name, value in values.items() if name in cls.model_fields}

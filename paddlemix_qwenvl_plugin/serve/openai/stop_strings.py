@@ -1,4 +1,4 @@
-"""Stop strings, in text that comes bit by bit."""
+"""Incremental detection of stop strings."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Text in, text out, up to the first stop string that is complete.
+    """Incremental filter that passes text up to the first complete stop string.
 
-    Of several that are complete with the same character, the longest counts. So where the text ends does not depend on
-    how it is cut into bits. What may be the beginning of a stop string is held back.
+    If several stop strings end at the same character, the longest counts, so the result does not depend on the chunks.
+    Text that may be the beginning of a stop string is held back.
 
     Attributes:
-        found: whether the text has ended.
+        found: whether a stop string was found.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        """`strings` are not empty."""
+        """Set the stop strings, none of them empty."""
         self._strings = strings
         self._held = ""
         self.found = False
 
     def add(self, text: str) -> str:
-        """The text that is ready with this one; nothing after the end."""
+        """Add text and return the text that is ready; "" after a stop string."""
         if self.found or not self._strings:
             return "" if self.found else text
         held = self._held + text
@@ -37,13 +37,13 @@ class StopStrings:
         return held[:n_ready]
 
     def finish(self) -> str:
-        """The text that was held back: no more is coming."""
+        """End the input and return the text held back."""
         held, self._held = self._held, ""
         return held
 
     @staticmethod
     def _before_partial(text: str, string: str) -> int:
-        """How much of `text` cannot be the beginning of `string`."""
+        """Length of the prefix of `text` that cannot begin `string`."""
         start = text.find(string[0], max(0, len(text) - len(string) + 1))
         while start >= 0 and not string.startswith(text[start:]):
             start = text.find(string[0], start + 1)

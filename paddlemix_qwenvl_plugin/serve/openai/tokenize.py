@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.serve.service import Service
 
 
 class TokenizeRequest(Schema):
-    """What to count: the `prompt` of /v1/completions or the `messages` of /v1/chat/completions."""
+    """Body of a tokenize request: the `prompt` of /v1/completions or the `messages` of /v1/chat/completions."""
 
     model: Optional[str] = None
     prompt: Annotated[Optional[Union[str, ContentParts]], Field(description="As in /v1/completions.")] = None
@@ -25,10 +25,10 @@ class TokenizeRequest(Schema):
 
 
 async def tokenize(service: Service, body: TokenizeRequest) -> TokenizeResult:
-    """The tokens that a request's prompt would have; images are not loaded, each has its slots.
+    """Tokenize a request's prompt; images count as their slots and are not loaded.
 
     Raises:
-        ApiError: what is wrong with the request.
+        ApiError: the request is invalid.
     """
     if body.model is not None:
         check_model(service, body.model)

@@ -1,4 +1,4 @@
-/** What a screen reader says: an answer once it is whole, not each token. */
+/** Screen reader announcements: complete answers, not single tokens. */
 
 import { parseAnswer, plainText } from './answer_text.js';
 import { byId } from './dom.js';
@@ -8,7 +8,7 @@ export function announce(text) {
   byId('announcer').textContent = text;
 }
 
-/** Say how an answer of conversation.js ended. */
+/** Announce the end of an answer of conversation.js. */
 export function announceEnd({ state, text }) {
   if (state === 'failed') announce(''); // its error is an alert
   else if (state === 'stopped') announce(say('answer.stopped'));

@@ -1,7 +1,6 @@
 /**
- * What an answer says: words, words with boxes, boxes. The text has the model's tags:
- * `<ref>a dog</ref><box>(1,2),(3,4)</box>`. The rules are those of processing/boxes.py, so that the boxes are those of
- * the server's `boxes`; only the text says which words they belong to.
+ * Parser of the model's tags in an answer: `<ref>a dog</ref><box>(1,2),(3,4)</box>`. It follows the rules of
+ * processing/boxes.py, so that the boxes equal the server's `boxes`, which lack the assignment to words.
  */
 
 const TAG = /<(\/?)(ref|box|quad)>/g;
@@ -10,19 +9,19 @@ const POINTS = {
   box: new RegExp(`^\\s*${[POINT, POINT].join('\\s*,\\s*')}\\s*$`),
   quad: new RegExp(`^\\s*${[POINT, POINT, POINT, POINT].join('\\s*,\\s*')}\\s*$`),
 };
-// What an answer that is not complete has of a box.
+// Incomplete box at the end of a streamed answer.
 const COORDINATES = /[\s0-9(),-]*/y;
 const TAGS = ['<ref>', '</ref>', '<box>', '</box>', '<quad>', '</quad>'];
 
 /**
- * Read an answer.
+ * Parse an answer.
  *
- * A segment is { text, isRef, boxes }: words between the tags, or those of a `<ref>` with the boxes that belong to it; a
- * box of no ref has a segment of its own with no text. A box is { number, kind, points, ref }: its place among the
- * answer's boxes from 1, "box" or "quad", [x, y] in thousandths of the image's width and height, its words or null.
+ * A segment is { text, isRef, boxes }: text between tags, or the text of a `<ref>` with its boxes; a
+ * box without ref is a segment with empty text. A box is { number, kind, points, ref }: its index in the answer
+ * from 1, "box" or "quad", [x, y] in thousandths of the image's width and height, its words or null.
  *
  * @param {string} text with tags
- * @param {boolean} whole false: more may follow, and a tag that is not complete is left out
+ * @param {boolean} whole false: more text may follow, and an incomplete tag is omitted
  * @returns {{segments: object[], boxes: object[]}}
  */
 export function parseAnswer(text, whole = true) {
@@ -75,7 +74,7 @@ export function parseAnswer(text, whole = true) {
   return { segments, boxes };
 }
 
-/** The words of an answer, without tags and boxes. */
+/** Text of an answer without tags and boxes. */
 export function plainText(text) {
   return parseAnswer(text).segments.map((segment) => segment.text).join('').trim();
 }
@@ -87,7 +86,7 @@ function withoutTagBegun(text) {
     : text;
 }
 
-/** The corners, moved to the edge where they are outside; those of a box in order, top left first. */
+/** Corners, clamped to the image; those of a box ordered, top left first. */
 function pointsOf(kind, values) {
   const inside = values.map((value) => Math.min(Math.max(value, 0), 1000));
   const points = [];

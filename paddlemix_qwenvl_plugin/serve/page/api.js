@@ -1,11 +1,11 @@
-/** The server's interface: its state, its model, and streamed answers. */
+/** Client of the server's API: state, model, streamed answers. */
 
 import { events } from './sse.js';
 import { load, keep } from './store.js';
 
 const STORED_KEY = 'qwenvl-api-key';
 
-/** A failure that the page has words for, `error.KIND`; `detail` is the server's own sentence, if it said one. */
+/** Failure with the page's text `error.KIND`; `detail` is the server's message, if any. */
 export class ServerError extends Error {
   constructor(kind, { detail = '', seconds = null } = {}) {
     super(detail || kind);
@@ -16,7 +16,7 @@ export class ServerError extends Error {
 }
 
 const KINDS = { 401: 'key', 429: 'busy', 502: 'unready', 503: 'unready', 504: 'unready' };
-// Of an error that comes within a stream, where there is no status any more.
+// Error events of a stream, which have no status.
 const STREAM_KINDS = { invalid_request_error: 'refused', rate_limit_error: 'busy' };
 
 function kindOf(status) {
@@ -24,7 +24,7 @@ function kindOf(status) {
 }
 
 async function errorOf(response) {
-  const body = await response.json().catch(() => null); // a proxy's page is no JSON
+  const body = await response.json().catch(() => null); // a proxy's error page is not JSON
   const seconds = Number.parseInt(response.headers.get('Retry-After'), 10);
   return new ServerError(kindOf(response.status), {
     detail: body?.error?.message ?? '',
@@ -50,7 +50,7 @@ export function setKey(key) {
   keep('sessionStorage', STORED_KEY, key);
 }
 
-/** "ready", "starting" or "unreachable". */
+/** State of the server: "ready", "starting" or "unreachable". */
 export async function serverState() {
   try {
     await request('health/ready');
@@ -60,14 +60,14 @@ export async function serverState() {
   }
 }
 
-/** The name of the server's model. */
+/** Name of the server's model. */
 export async function modelName() {
   const response = await request('v1/models');
   return (await response.json()).data[0].id;
 }
 
 /**
- * The pieces of an answer: { text, finish, usage }, each where it is there.
+ * Stream an answer as deltas { text, finish, usage }; finish and usage may be missing.
  *
  * @throws {ServerError} and an AbortError once `signal` has fired
  */

@@ -1,4 +1,4 @@
-/** The page: asks the server, shows what it answers. */
+/** Entry point of the page: sends questions and shows answers. */
 
 import { answer, ServerError } from './api.js';
 import { announce, announceEnd } from './announce.js';
@@ -19,7 +19,7 @@ import { TurnView } from './turn_view.js';
 
 let conversation = new Conversation();
 let views = new Map();
-let running = null; // the AbortController of the answer that runs
+let running = null; // AbortController of the running answer
 let editing = null; // { turn, draft } while a question is edited
 
 const status = new ServerStatus(openKeyDialog);
@@ -42,7 +42,7 @@ function send(question) {
   scrollToEnd();
 }
 
-/** Ask for a turn's answer and show it as it comes. */
+/** Request a turn's answer and show it as it is streamed. */
 async function run(turn) {
   if (running) return;
   const abort = new AbortController();
@@ -52,34 +52,34 @@ async function run(turn) {
   showAll();
   announce(say('answering'));
   const start = performance.now();
-  const told = turn.answer;
+  const result = turn.answer;
   let frame = 0;
   try {
     const model = await status.findModel();
-    for await (const piece of answer(model, conversation.messagesFor(turn), abort.signal)) {
-      told.text += piece.text;
-      told.finish = piece.finish ?? told.finish;
-      told.usage = piece.usage ?? told.usage;
+    for await (const delta of answer(model, conversation.messagesFor(turn), abort.signal)) {
+      result.text += delta.text;
+      result.finish = delta.finish ?? result.finish;
+      result.usage = delta.usage ?? result.usage;
       frame ||= requestAnimationFrame(() => {
         frame = 0;
         following(() => views.get(turn)?.update());
       });
     }
-    told.state = 'done';
+    result.state = 'done';
   } catch (error) {
-    told.state = abort.signal.aborted ? 'stopped' : 'failed';
-    if (!abort.signal.aborted) fail(told, error);
+    result.state = abort.signal.aborted ? 'stopped' : 'failed';
+    if (!abort.signal.aborted) fail(result, error);
   }
   cancelAnimationFrame(frame);
-  told.seconds = (performance.now() - start) / 1000;
+  result.seconds = (performance.now() - start) / 1000;
   if (running === abort) running = null;
   composer.setRunning(running !== null);
   following(showAll);
-  announceEnd(told);
+  announceEnd(result);
 }
 
-function fail(told, error) {
-  told.error = error instanceof ServerError ? error : new ServerError('failed', { detail: String(error) });
+function fail(result, error) {
+  result.error = error instanceof ServerError ? error : new ServerError('failed', { detail: String(error) });
   status.forgetModel();
   status.check();
   if (error.kind === 'key') openKeyDialog();
@@ -179,7 +179,7 @@ function start() {
     if (running) stop();
     else if (editing) cancelEdit();
   });
-  if (!matchMedia('(pointer: coarse)').matches) composer.focus(); // it would open a phone's keyboard
+  if (!matchMedia('(pointer: coarse)').matches) composer.focus(); // on a phone this would open the keyboard
   status.check();
 }
 

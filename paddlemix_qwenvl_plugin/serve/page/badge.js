@@ -1,4 +1,4 @@
-/** The number of a box in its colour. */
+/** Badge with the number of a box in its colour. */
 
 import { colour } from './boxes.js';
 import { element } from './dom.js';

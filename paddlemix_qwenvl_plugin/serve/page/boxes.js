@@ -1,8 +1,8 @@
-/** Boxes as shapes: their colours, their corners, and which of them lies under a point. */
+/** Geometry and colours of boxes, and hit testing. */
 
 /**
- * One box after the other. The colours of Okabe and Ito, which people with any kind of colour vision can tell apart;
- * each box has its number as well. `ink` is readable on `rgb`, and frames it on the image.
+ * Colours of consecutive boxes: the palette of Okabe and Ito, distinguishable with any kind of colour vision; each
+ * box also has its number. `ink` is readable on `rgb`, and outlines it on the image.
  */
 const COLOURS = [
   { rgb: '0 114 178', ink: '255 255 255' },
@@ -25,7 +25,7 @@ export function colour(element, box) {
   element.style.setProperty('--box-ink', ink);
 }
 
-/** The corners in their order around the shape, in thousandths. */
+/** Corners in order around the shape, in thousandths. */
 export function cornersOf({ kind, points }) {
   if (kind === 'quad') return points;
   const [[left, top], [right, bottom]] = points;
@@ -49,7 +49,7 @@ function areaOf(box) {
   return (right - left) * (bottom - top);
 }
 
-/** The smallest box whose bounds have the point in them, or null. */
+/** Smallest box whose bounds contain the point, or null. */
 export function boxAt(boxes, x, y) {
   const hit = boxes.filter((box) => {
     const [left, top, right, bottom] = boundsOf(box);

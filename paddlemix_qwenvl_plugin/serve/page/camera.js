@@ -1,9 +1,9 @@
-/** Photos: by the phone's camera app, or by the camera of a desk through a dialog. */
+/** Images from the camera: the phone's camera app, or a dialog on a desktop. */
 
 import { byId } from './dom.js';
 import { notice } from './notice.js';
 
-/** Let the camera's button hand files to `attach`. */
+/** Connect the camera button to `attach`. */
 export function startCamera(attach) {
   const button = byId('camera');
   const dialog = byId('camera-dialog');
@@ -17,14 +17,14 @@ export function startCamera(attach) {
     return;
   }
   if (!navigator.mediaDevices) {
-    button.hidden = true; // a page that came by plain HTTP from another machine
+    button.hidden = true; // plain HTTP from another machine: no camera access
     return;
   }
   button.addEventListener('click', async () => {
     try {
       stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 1344 } } });
     } catch {
-      notice('camera.problem'); // there is none, it is in use, or the user said no
+      notice('camera.problem'); // no camera, in use, or permission denied
       return;
     }
     shutter.disabled = true;
@@ -41,7 +41,7 @@ export function startCamera(attach) {
     canvas.getContext('2d').drawImage(view, 0, 0);
     const blob = await new Promise((resolve) => canvas.toBlob(resolve, 'image/jpeg', 0.95));
     dialog.close();
-    attach([new File([blob], 'photo.jpg', { type: 'image/jpeg' })]);
+    attach([new File([blob], 'camera.jpg', { type: 'image/jpeg' })]);
   });
   byId('camera-cancel').addEventListener('click', () => dialog.close());
   dialog.addEventListener('close', () => {

@@ -1,4 +1,4 @@
-/** Copy text. */
+/** Copying of text. */
 
 import { announce } from './announce.js';
 import { say, setWords } from './language.js';
@@ -6,7 +6,7 @@ import { notice } from './notice.js';
 
 const MS_SHOWN = 2_000;
 
-/** Copy, and let `button` say so for a moment. */
+/** Copy text and confirm it on `button` for a moment. */
 export async function copyText(text, button) {
   if (!(await written(text))) {
     notice('copy.problem');
@@ -23,7 +23,7 @@ export async function copyText(text, button) {
 
 async function written(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
-  // A page that came by plain HTTP from another machine has the old way only.
+  // Over plain HTTP from another machine only the deprecated API is available.
   const field = document.createElement('textarea');
   field.value = text;
   field.className = 'visually-hidden';

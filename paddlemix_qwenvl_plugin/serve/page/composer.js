@@ -1,4 +1,4 @@
-/** Where a question is written: text, images, send and stop. */
+/** Input of a question: text, images, send and stop. */
 
 import { byId, element, iconButton } from './dom.js';
 import { readImage } from './image_file.js';
@@ -25,7 +25,7 @@ export class Composer {
     });
     field.addEventListener('input', () => this.#show());
     field.addEventListener('keydown', (event) => {
-      // While an input method composes, as for Chinese, Enter takes what it offers.
+      // While an input method composes (such as for Chinese), Enter accepts its candidate.
       if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return;
       event.preventDefault();
       this.send();
@@ -40,7 +40,7 @@ export class Composer {
     }
   }
 
-  /** Read image files into the question, one after the other. */
+  /** Attach image files to the question, in order. */
   attach(files) {
     for (const file of files) {
       this.reading = this.reading.then(() => this.#read(file));
@@ -59,7 +59,7 @@ export class Composer {
     this.on.send(question);
   }
 
-  /** Replace what is written. */
+  /** Replace the question's text and images. */
   fill({ text, images }) {
     field.value = text;
     this.images = [...images];
@@ -70,7 +70,7 @@ export class Composer {
     return { text: field.value, images: this.images };
   }
 
-  /** Whether an answer is running: then it can be stopped, and nothing sent. */
+  /** Set whether an answer is running: it can be stopped, and nothing can be sent. */
   setRunning(running) {
     const held = document.activeElement === byId('send') || document.activeElement === byId('stop');
     this.running = running;
@@ -88,7 +88,7 @@ export class Composer {
       this.images.push(await readImage(file));
       this.#show();
     } catch {
-      // Browsers say no more than that it failed.
+      // Browsers give no reason.
       notice(['image.problem', { name: file.name }]);
     }
   }

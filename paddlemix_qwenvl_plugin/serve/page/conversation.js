@@ -1,4 +1,4 @@
-/** A conversation: turns of a question with images and its answer. */
+/** Conversation: turns of a question with images and its answer. */
 
 import { parseAnswer } from './answer_text.js';
 
@@ -9,7 +9,7 @@ import { parseAnswer } from './answer_text.js';
 export class Conversation {
   turns = [];
 
-  /** Begin a turn; its answer has no text yet. */
+  /** Add a turn with an empty answer. */
   add(question) {
     const turn = { question, answer: null };
     this.restart(turn);
@@ -21,16 +21,16 @@ export class Conversation {
     turn.answer = { text: '', state: 'running', error: null, finish: null, usage: null, seconds: null };
   }
 
-  /** All images up to a turn, the oldest first. Boxes of its answer are on the last one. */
+  /** All images up to a turn, oldest first. The boxes of its answer refer to the last one. */
   imagesUpTo(turn) {
     return this.turns.slice(0, this.turns.indexOf(turn) + 1).flatMap(({ question }) => question.images);
   }
 
   /**
-   * The messages that ask for a turn's answer, in OpenAI's form.
+   * Messages that request a turn's answer, in OpenAI's format.
    *
-   * Of a question that has no answer, for it failed or was stopped, the words are left out; its images go to the next
-   * question, for the user sees them above it.
+   * A question without an answer (failed or stopped) is omitted; its images are sent with the next question, since
+   * the user sees them above it.
    */
   messagesFor(turn) {
     const messages = [];
@@ -45,7 +45,7 @@ export class Conversation {
     return messages;
   }
 
-  /** The whole conversation as a file: messages in OpenAI's form, those of the model with their boxes. */
+  /** The whole conversation for export: messages in OpenAI's format, with the boxes of answers. */
   exported(model) {
     const messages = this.turns.flatMap((turn) => [
       userMessage(turn.question.images, turn.question.text),

@@ -1,13 +1,13 @@
-/** Elements made from code. Text only ever enters as text nodes and attributes, never as HTML. */
+/** Creation of elements. Text is only inserted as text nodes and attributes, never as HTML. */
 
 import { setWords } from './language.js';
 
 const SVG = 'http://www.w3.org/2000/svg';
 
 /**
- * Make an element.
+ * Create an element.
  *
- * Properties are attributes, but for: `on…` (a listener), and `text`, `label`, `alt`, `placeholder`, which are keys of
+ * Properties are attributes, except `on…` (a listener), and `text`, `label`, `alt`, `placeholder`, which are keys of
  * the page's words, or [key, values].
  */
 export function element(tag, properties = {}, ...children) {
@@ -22,7 +22,7 @@ export function element(tag, properties = {}, ...children) {
   return made;
 }
 
-/** Make an SVG element. */
+/** Create an SVG element. */
 export function svg(tag, attributes = {}, ...children) {
   const made = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -30,12 +30,12 @@ export function svg(tag, attributes = {}, ...children) {
   return made;
 }
 
-/** An icon of index.html's symbols. */
+/** Create an icon from index.html's symbols. */
 export function icon(name) {
   return svg('svg', { class: 'icon', 'aria-hidden': 'true' }, svg('use', { href: `#icon-${name}` }));
 }
 
-/** A button with an icon, named by a key of the page's words. */
+/** Create a button with an icon, labelled by a key of the page's words. */
 export function iconButton(name, label, onclick) {
   return element('button', { type: 'button', class: 'quiet icon-only', label, onclick }, icon(name));
 }

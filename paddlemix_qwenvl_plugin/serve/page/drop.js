@@ -1,8 +1,8 @@
-/** Images dropped anywhere on the page, or pasted. */
+/** Drag and drop and pasting of images, anywhere on the page. */
 
 import { byId } from './dom.js';
 
-/** Hand the files to `attach`. */
+/** Pass dropped and pasted files to `attach`. */
 export function takeDroppedAndPasted(attach) {
   const hasFiles = (transfer) => [...(transfer?.types ?? [])].includes('Files');
   const show = (shown) => {

@@ -1,4 +1,4 @@
-/** An image with an answer's boxes drawn on it. */
+/** Image with an answer's boxes drawn on it. */
 
 import { boundsOf, boxAt, colour, cornersOf } from './boxes.js';
 import { element, iconButton, svg } from './dom.js';
@@ -17,9 +17,9 @@ export class BoxFigure {
     this.on = on;
     this.boxes = [];
     this.drawn = [];
-    this.picture = element('img', { src: image.url, width: image.width, height: image.height });
+    this.img = element('img', { src: image.url, width: image.width, height: image.height });
     this.shapes = svg('svg', { viewBox: '0 0 1000 1000', preserveAspectRatio: 'none', 'aria-hidden': 'true' });
-    this.frame = element('div', { class: 'frame' }, this.picture, this.shapes);
+    this.frame = element('div', { class: 'frame' }, this.img, this.shapes);
     this.frame.style.setProperty('--ratio', String(image.width / image.height));
     this.frame.addEventListener('pointermove', (event) => this.#point(event, on.hover));
     this.frame.addEventListener('pointerleave', () => on.hover([]));
@@ -29,13 +29,13 @@ export class BoxFigure {
     this.node = element('figure', {}, this.frame, element('figcaption', {}, caption, save));
   }
 
-  /** Show boxes of answer_text.js; those that were there before stay, unless the answer began anew. */
+  /** Show boxes of answer_text.js; existing ones are kept unless the answer restarted. */
   update(boxes) {
     this.boxes = boxes;
     if (boxes.length < this.drawn.length) this.#clear();
     for (const box of boxes.slice(this.drawn.length)) this.#draw(box);
     const { number } = this;
-    setWords(this.picture, 'alt', 'figure.alt', { number, name: this.image.name, boxes: boxes.length });
+    setWords(this.img, 'alt', 'figure.alt', { number, name: this.image.name, boxes: boxes.length });
   }
 
   light(numbers) {
@@ -75,7 +75,7 @@ export class BoxFigure {
     this.drawn.push({ box, shape, badge });
   }
 
-  /** The number at the top left corner; its words open towards the middle of the image. */
+  /** Badge with the number at the top left corner; its words open towards the middle of the image. */
   #badge(box) {
     const { number, ref } = box;
     const label = ref ? ['box.words', { number, words: ref }] : ['box.bare', { number }];
@@ -91,15 +91,15 @@ export class BoxFigure {
     badge.addEventListener('click', (event) => {
       event.stopPropagation();
       if (event.detail) badge.focus();
-      else this.on.follow(number); // by a key: to the words
+      else this.on.follow(number); // by keyboard: focus the words
     });
     return badge;
   }
 
-  /** Hand on the box under the pointer: the one whose badge it is on, else the smallest that has it inside. */
+  /** Report the box under the pointer: that of the badge, else the smallest box that contains the point. */
   #point(event, then) {
     const own = this.drawn.find(({ badge }) => badge.contains(event.target));
-    const { left, top, width, height } = this.picture.getBoundingClientRect();
+    const { left, top, width, height } = this.img.getBoundingClientRect();
     const x = ((event.clientX - left) / width) * 1000;
     const y = ((event.clientY - top) / height) * 1000;
     const box = own?.box ?? boxAt(this.boxes, x, y);

@@ -1,6 +1,6 @@
-/** Images as the page sends them: redrawn, at most LONG_SIDE pixels long, without metadata such as a place. */
+/** Image files prepared for sending: redrawn to at most LONG_SIDE pixels, without metadata such as a location. */
 
-// Three times what the model sees; boxes are in thousandths, so they stay where they are.
+// Three times the model's input size; boxes are in thousandths and unaffected.
 const LONG_SIDE = 1344;
 // A longer PNG is sent as a JPEG.
 const PNG_CHARACTERS = 2_000_000;
@@ -10,7 +10,7 @@ const JPEG_QUALITY = 0.9;
  * Read an image file: { url, width, height, name }, `url` a data URL.
  *
  * @param {File} file
- * @throws what the browser says if it cannot open it
+ * @throws the browser's error if it cannot decode the file
  */
 export async function readImage(file) {
   const bitmap = await createImageBitmap(file, { imageOrientation: 'from-image' });
@@ -19,7 +19,7 @@ export async function readImage(file) {
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
   const context = canvas.getContext('2d');
-  // What is transparent shows as white here, so that the model sees it as the user does.
+  // Transparency becomes white, as the page shows it to the user.
   context.fillStyle = '#fff';
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.imageSmoothingQuality = 'high';

@@ -1,10 +1,10 @@
-/** The dialog for an API key. */
+/** Dialog for the API key. */
 
 import { modelName, setKey } from './api.js';
 import { byId } from './dom.js';
 import { clearWords, setWords } from './language.js';
 
-/** Let `openKeyDialog` ask for a key; `then` is called once the server took one. */
+/** Set up the dialog; `then` is called once the server accepts a key. */
 export function startKeyDialog(then) {
   const dialog = byId('key-dialog');
   byId('key-cancel').addEventListener('click', () => dialog.close());

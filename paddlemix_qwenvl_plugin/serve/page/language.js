@@ -1,4 +1,4 @@
-/** The page's language: what the user chose, else what the browser asks for. */
+/** Language of the page: the user's choice, else the browser's preference. */
 
 import { load, keep } from './store.js';
 import { en } from './words_en.js';
@@ -14,7 +14,7 @@ function preferred() {
   return LANGUAGES[wanted.find((code) => code in LANGUAGES)] ?? en;
 }
 
-/** The words of `key`, with their values. */
+/** Text of `key` with its values. */
 export function say(key, values = {}) {
   const found = words[key];
   return typeof found === 'function' ? found(values) : found;
@@ -29,7 +29,7 @@ export function setWords(element, role, key, values) {
   apply(element);
 }
 
-/** Take the words of an element away. */
+/** Remove the words of an element. */
 export function clearWords(element) {
   delete element.dataset.words;
   element.textContent = '';
@@ -38,7 +38,7 @@ export function clearWords(element) {
 function apply(element) {
   const data = element.dataset;
   const of = (name) => say(data[name], data[`${name}Values`] && JSON.parse(data[`${name}Values`]));
-  // Words that stay as they are would be read out again in a live region.
+  // Rewriting unchanged words would announce them again in a live region.
   if (data.words && element.textContent !== of('words')) element.textContent = of('words');
   if (data.wordsAlt) element.alt = of('wordsAlt');
   if (data.wordsPlaceholder) element.placeholder = of('wordsPlaceholder');
@@ -55,7 +55,7 @@ function applyAll() {
   document.querySelectorAll(MARKED).forEach(apply);
 }
 
-/** Put the words in place, and let `button` switch to the other language. */
+/** Insert all words and let `button` switch the language. */
 export function startLanguage(button) {
   const label = () => {
     button.textContent = words['language.other'];

@@ -1,12 +1,12 @@
-/** Lines above the question: what happened, and a button that answers it. */
+/** Notices above the question, with an action button. */
 
 import { byId, element, iconButton } from './dom.js';
 
 /**
- * Show a line.
+ * Show a notice.
  *
  * @param {string | [string, object]} words a key, or [key, values]
- * @param {{label: string, act: () => void} | null} action its button; null: one that closes it
+ * @param {{label: string, act: () => void} | null} action its button; null: a button that closes it
  * @param {string} place "notice" or "editing"
  */
 export function notice(words, action = null, place = 'notice') {

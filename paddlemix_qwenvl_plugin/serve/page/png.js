@@ -1,9 +1,9 @@
-/** An image with its boxes as a PNG file. */
+/** Export of an image with its boxes as a PNG file. */
 
 import { boundsOf, colourOf, cornersOf } from './boxes.js';
 import { saveFile } from './save.js';
 
-// Labels on a smaller image would cover it: it is enlarged by a whole factor.
+// Labels would cover a small image: it is enlarged by an integer factor.
 const LEAST_LONG_SIDE = 768;
 
 /** Draw the image with outlines, numbers and words, and save it. */
@@ -14,15 +14,15 @@ export async function saveWithBoxes(image, boxes) {
 }
 
 async function drawn(image, boxes) {
-  const picture = new Image();
-  picture.src = image.url;
-  await picture.decode();
+  const img = new Image();
+  img.src = image.url;
+  await img.decode();
   const scale = Math.ceil(LEAST_LONG_SIDE / Math.max(image.width, image.height));
   const canvas = document.createElement('canvas');
   canvas.width = image.width * scale;
   canvas.height = image.height * scale;
   const context = canvas.getContext('2d');
-  context.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  context.drawImage(img, 0, 0, canvas.width, canvas.height);
   for (const box of boxes) outline(context, box);
   for (const box of boxes) label(context, box);
   return canvas;

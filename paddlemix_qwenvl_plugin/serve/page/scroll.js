@@ -1,4 +1,4 @@
-/** The page follows an answer that grows. */
+/** Scrolling that follows a growing answer. */
 
 const NEAR = 80; // pixels
 
@@ -6,7 +6,7 @@ export function scrollToEnd() {
   window.scrollTo({ top: document.documentElement.scrollHeight });
 }
 
-/** Change the page, and keep its end in view unless the user has scrolled away from it. */
+/** Change the page and keep its end in view, unless the user has scrolled away. */
 export function following(change) {
   const atEnd = document.documentElement.scrollHeight - window.innerHeight - window.scrollY < NEAR;
   change();

@@ -1,4 +1,4 @@
-/** The server's state and model in the head of the page. */
+/** Server state and model name in the page header. */
 
 import { modelName, serverState } from './api.js';
 import { byId } from './dom.js';
@@ -10,7 +10,7 @@ export class ServerStatus {
   model = null;
   #timer = null;
 
-  /** @param {() => void} onKey called where the server wants an API key before it names its model */
+  /** @param {() => void} onKey called if the server requires an API key for its model name */
   constructor(onKey) {
     this.onKey = onKey;
     document.addEventListener('visibilitychange', () => document.hidden || this.check());
@@ -18,7 +18,7 @@ export class ServerStatus {
     addEventListener('offline', () => this.check());
   }
 
-  /** Ask the server now, and from then on again and again while the page is seen. */
+  /** Query the server now, and periodically while the page is visible. */
   async check() {
     clearTimeout(this.#timer);
     const state = await serverState();
@@ -29,7 +29,7 @@ export class ServerStatus {
     if (!document.hidden) this.#timer = setTimeout(() => this.check(), MS_BETWEEN[state]);
   }
 
-  /** The model's name, asked for until it is known. */
+  /** Name of the model, requested until known. */
   async findModel() {
     if (!this.model) {
       this.model = await modelName();
@@ -38,7 +38,7 @@ export class ServerStatus {
     return this.model;
   }
 
-  /** Ask for the model again next time: another one may be served after a restart. */
+  /** Request the name again next time: the model may change with a restart. */
   forgetModel() {
     this.model = null;
   }

@@ -1,7 +1,7 @@
-/** Server-sent events from the body of a response. */
+/** Parser of server-sent events in a response body. */
 
 /**
- * The data of each event, as text.
+ * Yield the data of each event as text.
  *
  * @param {ReadableStream<Uint8Array>} body
  */
@@ -24,7 +24,7 @@ export async function* events(body) {
       }
     }
   } finally {
-    // Closes the connection if the reader goes before the end.
+    // Closes the connection if the reader stops early.
     await reader.cancel().catch(() => {});
   }
 }

@@ -1,4 +1,4 @@
-/** Values that outlive a reload: in `sessionStorage` or `localStorage`, or only in this page where a browser forbids both. */
+/** Persistent values in `sessionStorage` or `localStorage`; kept in this page only if the browser forbids both. */
 
 const inPage = new Map();
 
@@ -6,7 +6,7 @@ function allowed(name) {
   try {
     return window[name];
   } catch {
-    return null; // reading the property itself throws where the user blocks site data
+    return null; // reading the property throws if the user blocks site data
   }
 }
 
@@ -19,6 +19,6 @@ export function keep(storage, name, value) {
   try {
     allowed(storage)?.setItem(name, value);
   } catch {
-    // The storage is full or read-only: the value stays in this page.
+    // The storage is full or read-only: the value is kept in this page.
   }
 }

@@ -1,16 +1,16 @@
-/** The words of an answer: text, and marked words that light up with their boxes. */
+/** Text of an answer, with marked words that are highlighted together with their boxes. */
 
 import { boxBadge } from './badge.js';
 import { colour } from './boxes.js';
 import { element } from './dom.js';
 
-// A number stays on the line of its words.
+// Keeps a number on the line of its words.
 const NO_BREAK = '\u2060';
 
 export class TextView {
   /**
    * @param {object} on
-   * @param {(numbers: number[]) => void} on.hover, on.focus: boxes that are pointed at, or []
+   * @param {(numbers: number[]) => void} on.hover, on.focus: boxes under the pointer or focus, or []
    * @param {(number: number) => void} on.show: bring a box into view
    * @param {(number: number) => void} on.follow: move the focus to a box
    */
@@ -20,7 +20,7 @@ export class TextView {
     this.shown = [];
   }
 
-  /** Show segments of answer_text.js. Nodes that stay as they were are left alone, with their focus and selection. */
+  /** Show segments of answer_text.js. Unchanged nodes are kept, with focus and selection. */
   update(segments) {
     segments.forEach((segment, index) => {
       const there = this.shown[index];
@@ -36,7 +36,7 @@ export class TextView {
       else this.node.append(made.node);
     });
     for (const { node } of this.shown.splice(segments.length)) node.remove();
-    // The voice and the glyphs of Chinese, whatever the page's language.
+    // Chinese voice and glyphs, independent of the page's language.
     this.node.lang = /\p{Script=Han}/u.test(this.node.textContent) ? 'zh-Hans' : '';
   }
 
@@ -81,7 +81,7 @@ export class TextView {
     node.addEventListener('pointerleave', () => this.on.hover([]));
     node.addEventListener('focus', () => this.on.focus(mark.numbers));
     node.addEventListener('blur', () => this.on.focus([]));
-    // By mouse or finger the focus stays; a screen reader's click goes to the box, as a key does.
+    // Pointer clicks keep the focus; a screen reader's click moves it to the box, as a key does.
     node.addEventListener('click', (event) => (event.detail ? this.on.show(box.number) : follow()));
     node.addEventListener('keydown', (event) => {
       if (event.key !== 'Enter' && event.key !== ' ') return;

@@ -1,4 +1,4 @@
-/** A turn on the page: the question with its images, the answer with its boxes. */
+/** View of a turn: question with images, answer with boxes. */
 
 import { parseAnswer } from './answer_text.js';
 import { element, icon, iconButton } from './dom.js';
@@ -41,7 +41,7 @@ export class TurnView {
     this.update();
   }
 
-  /** Show the turn as it is now; `isLast`: whether it may be retried. */
+  /** Update the view; `isLast`: whether the turn may be retried. */
   update(isLast = true) {
     const { text, state, error } = this.turn.answer;
     const running = state === 'running';
@@ -52,7 +52,7 @@ export class TurnView {
     this.answer.classList.toggle('running', running);
     this.tools.hidden = running;
     this.copy.hidden = !text;
-    this.retry.hidden = !isLast || error !== null; // an error has a button of its own
+    this.retry.hidden = !isLast || error !== null; // an error notice has its own retry button
     if (!running) this.#showNote();
     if (error !== this.shownError) this.#showError(error);
     if (!this.figure) return;

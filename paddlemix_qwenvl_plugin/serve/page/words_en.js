@@ -1,4 +1,4 @@
-/** The page's words in English. A function takes the values that its sentence names. */
+/** English texts of the page. Functions take the values of their placeholders. */
 export const en = {
   'language.code': 'en',
   'language.other': '中文',
@@ -23,7 +23,7 @@ export const en = {
   hint: 'Enter sends, Shift+Enter starts a new line',
   attached: 'Images of this question',
   attach: 'Add images',
-  camera: 'Take a photo',
+  camera: 'Use the camera',
   send: 'Send',
   stop: 'Stop (Esc)',
   remove: ({ name }) => `Remove ${name}`,
@@ -57,7 +57,7 @@ export const en = {
   'answer.boxes': ({ text, boxes }) => `Answer with ${boxes === 1 ? 'a box' : `${boxes} boxes`} on the image: ${text}`,
   'answer.empty': 'The answer is empty.',
   'answer.stopped': 'Stopped',
-  'answer.length': 'Cut off: the limit of tokens was reached',
+  'answer.length': 'Cut off: the token limit was reached',
   'answer.usage': ({ tokens, seconds }) => `${tokens} ${tokens === 1 ? 'token' : 'tokens'} · ${seconds} s`,
 
   'error.network': 'No connection to the server.',
@@ -66,7 +66,7 @@ export const en = {
   'error.busy.seconds': ({ seconds }) => `The server is busy. Try again in ${seconds} ${seconds === 1 ? 'second' : 'seconds'}.`,
   'error.unready': 'The server is not ready. Try again in a moment.',
   'error.unready.seconds': ({ seconds }) => `The server is not ready. Try again in ${seconds} ${seconds === 1 ? 'second' : 'seconds'}.`,
-  'error.key': 'The server asks for an API key.',
+  'error.key': 'The server requires an API key.',
   'error.refused': 'The server refused this request.',
   'error.failed': 'The server could not finish this answer.',
   'image.problem': ({ name }) => `${name} cannot be opened as an image.`,
@@ -74,14 +74,14 @@ export const en = {
   'copy.problem': 'The browser did not let the page copy.',
 
   'key.title': 'API key',
-  'key.text': 'This server asks for an API key. The key is kept in this tab only, until you close it.',
+  'key.text': 'This server requires an API key. The key is kept in this tab only, until you close it.',
   'key.label': 'Key',
   'key.save': 'Continue',
   'key.change': 'Change API key',
   'key.enter': 'Enter API key',
   'key.wrong': 'The server refused this key.',
 
-  'camera.title': 'Take a photo',
+  'camera.title': 'Camera',
   'camera.view': 'What the camera sees',
-  'camera.take': 'Take photo',
+  'camera.take': 'Capture',
 };

@@ -1,4 +1,4 @@
-/** The page's words in Chinese; the keys are those of words_en.js. */
+/** Chinese texts of the page, with the keys of words_en.js. */
 export const zh = {
   'language.code': 'zh-Hans',
   'language.other': 'English',

@@ -152,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _events(self, steps: Iterable[Step]) -> Iterator[str]:
-        text, pieces, boxes = "", 0, 0
+        text, n_deltas, boxes = "", 0, 0
         yield _chunk({"role": "assistant", "content": ""})
         for step in steps:
             if isinstance(step, Broken):
@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
                 if not step.wait(self.connection):
                     return
                 continue
-            text, pieces = text + step, pieces + 1
+            text, n_deltas = text + step, n_deltas + 1
             found = [
                 {"kind": box.kind, "ref": box.ref, "points": box.points, "pixels": None}
                 for box in parse_boxes(text).boxes
@@ -172,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
             yield _chunk({"content": step, **({"boxes": found[boxes:]} if found[boxes:] else {})})
             boxes = len(found)
         yield _chunk({}, self.server.finish)
-        yield json.dumps({"choices": [], "usage": {"completion_tokens": pieces, "prompt_tokens": 9}})
+        yield json.dumps({"choices": [], "usage": {"completion_tokens": n_deltas, "prompt_tokens": 9}})
         yield "[DONE]"
 
     def _has_key(self) -> bool:

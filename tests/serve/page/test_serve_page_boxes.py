@@ -207,7 +207,7 @@ def test_the_saved_image(page: Page, server: PageServer, tmp_path: Path, size: t
 
 
 def random_answer(rng: random.Random) -> str:
-    pieces = [
+    fragments = [
         "<ref>",
         "</ref>",
         "<box>",
@@ -230,7 +230,7 @@ def random_answer(rng: random.Random) -> str:
     ]
     parts = []
     for _ in range(rng.randrange(12)):
-        part = rng.choice(pieces if rng.random() < 0.4 else whole)
+        part = rng.choice(fragments if rng.random() < 0.4 else whole)
         n = part.count("{}")
         parts.append(part.format(*(rng.choice([-5, 0, 7, 500, 1000, 1234567, 2000]) for _ in range(n))))
     return "".join(parts)

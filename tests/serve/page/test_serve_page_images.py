@@ -81,9 +81,9 @@ def test_the_camera(page: Page, server: PageServer) -> None:
     page.wait(lambda: len(page.all("#attached li")) == 1)
     assert not page.find("#camera-dialog").is_displayed()
     assert page.js("return document.getElementById('viewfinder').srcObject") is None
-    (photo,) = sent(page, server)
-    assert photo.format == "JPEG"
-    assert np.asarray(photo).std() > 10  # the browser's test card
+    (image,) = sent(page, server)
+    assert image.format == "JPEG"
+    assert np.asarray(image).std() > 10  # the browser's test card
 
 
 def test_a_phone_opens_its_camera_app(page: Page) -> None:
@@ -96,7 +96,7 @@ def test_a_phone_opens_its_camera_app(page: Page) -> None:
     assert page.js("return window.asked") == "environment"
 
 
-def test_a_large_photo_is_made_smaller_and_turned_upright(
+def test_a_large_image_is_made_smaller_and_turned_upright(
     page: Page, server: PageServer, tmp_path: Path
 ) -> None:
     """Its top half is red as it is to be seen, its lower half blue with noise; the file lies on its side."""
@@ -107,15 +107,15 @@ def test_a_large_photo_is_made_smaller_and_turned_upright(
     exif = Image.Exif()
     exif[0x0112] = 6  # turn it by 90 degrees clockwise to see it
     exif[0x010F] = "Maker"
-    file = tmp_path / "photo.jpg"
+    file = tmp_path / "large.jpg"
     Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90).save(file, exif=exif, quality=95)
     page.open()
     page.attach(file)
-    (photo,) = sent(page, server)
-    assert photo.format == "JPEG"
-    assert photo.size == (672, 1344)
-    assert dict(photo.getexif()) == {}
-    pixels = np.asarray(photo, np.int16)
+    (image,) = sent(page, server)
+    assert image.format == "JPEG"
+    assert image.size == (672, 1344)
+    assert dict(image.getexif()) == {}
+    pixels = np.asarray(image, np.int16)
     assert np.abs(pixels[200:600].mean((0, 1)) - (200, 30, 30)).max() < 6
     assert np.abs(pixels[800:1200].mean((0, 1)) - (50, 50, 220)).max() < 6
 
