@@ -27,14 +27,14 @@ def headings(text: str) -> list[tuple[int, str]]:
 
 
 def section(text: str, title: str) -> str:
-    """What stands under a second-level heading."""
+    """The text under a second-level heading."""
     _, _, rest = text.partition(f"\n## {title}\n")
     assert rest, title
     return re.split(r"^## ", rest, flags=re.MULTILINE)[0]
 
 
 def links(text: str) -> list[str]:
-    """The targets of links and pictures."""
+    """The targets of links and images."""
     return re.findall(r"\]\(([^)\s]+)\)", prose(text))
 
 

@@ -83,7 +83,9 @@ def figure(graph: dict[str, set[str]]) -> str:
 def test_figure_shows_the_imports() -> None:
     (drawn,) = blocks(DOCUMENT, "mermaid")
     expected = figure(import_graph())
-    assert drawn == expected, f"the imports have changed; the figure of docs/architecture.md is now:\n{expected}"
+    assert drawn == expected, (
+        f"the imports have changed; the figure of docs/architecture.md is now:\n{expected}"
+    )
 
 
 def test_figure_leaves_out_indirect_imports() -> None:
@@ -139,7 +141,9 @@ def test_document_declares_the_inputs_of_the_contracts() -> None:
     from paddlemix_qwenvl_plugin.tiny.make import tiny_config
 
     config = parse_config(tiny_config(700, 600), "tiny model")
-    stock, step = (DOCUMENT.split(f"## The {name} contract")[1].split("\n## ")[0] for name in ("stock", "step"))
+    stock, step = (
+        DOCUMENT.split(f"## The {name} contract")[1].split("\n## ")[0] for name in ("stock", "step")
+    )
     names = [i.name for i in stock_inputs(config, "float32", "float32")][:23]
     rows_of_table = re.findall(r"^\| [\d,… L+]+\| (.*?) \| \[|^\| 3 \| (.*?) \|", stock, re.MULTILINE)
     listed = re.findall(r"`([a-z_]+(?:_0)?)`", " ".join(a or b for a, b in rows_of_table))

@@ -1,4 +1,4 @@
-"""The Python examples of docs/python-api.md and the README's commands run as printed."""
+"""The examples of docs/python-api.md and docs/batch.md and the README's real model run as printed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STREET = REPO / "recipes" / "images" / "street.png"
 
 
 def run_block(code: str, names: dict[str, Any], where: str) -> None:
-    """Run an example; what it prints must be what the comments behind its `print` calls say."""
+    """Run an example and compare its output with the comments after its `print` calls."""
     promised = re.findall(r"^\s*print\(.*\)  # (.+)$", code, re.MULTILINE)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -42,10 +42,8 @@ def test_python_api(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.Mon
         run_block(code, names, f"python-api.md, example {number}")
 
 
-def test_readme_real_model_and_python(
-    tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The four commands, on the tiny model instead of the real one, then the Python example on their files."""
+def test_readme_real_model(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The four commands, on the tiny model instead of the real one."""
     (tmp_path / "recipes" / "images").mkdir(parents=True)
     shutil.copyfile(STREET, tmp_path / "recipes" / "images" / "street.png")
     monkeypatch.chdir(tmp_path)
@@ -57,8 +55,6 @@ def test_readme_real_model_and_python(
         arguments = [str(tiny_exported / "model") if a == "/path/to/qwen-vl-7b" else a for a in arguments]
         assert not app(arguments, standalone_mode=False)
     assert (tmp_path / "out" / "answer.png").stat().st_size > 0
-    (example,) = blocks(section(readme, "From Python"), "python")
-    run_block(example, {}, "README.md")
 
 
 def shape(value: Any) -> Any:
