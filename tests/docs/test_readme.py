@@ -67,9 +67,11 @@ def test_links_resolve(document: Path) -> None:
             assert fragment in [anchor(title) for _, title in headings(path.read_text("utf-8"))], link
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name
+)
 def test_named_files_exist(document: Path) -> None:
-    """Paths in backquotes that begin with one of the repository's folders."""
+    """Paths in backquotes that begin with one of the repository's folders; the changelog has old ones."""
     pattern = r"`((?:tests|tools|docs|recipes|\.ci)/[\w./-]+)`"
     for name in re.findall(pattern, prose(document.read_text("utf-8"))):
         if "NAME" not in name:
