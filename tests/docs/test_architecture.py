@@ -14,7 +14,7 @@ from doc_helpers import REPO, blocks
 
 PACKAGE = "paddlemix_qwenvl_plugin"
 FREE = {"version"}
-# The package's own __init__ names the public interface, wherever that lies.
+# The package's __init__ exports the public interface from any folder.
 MODULES = sorted(p for p in (REPO / PACKAGE).rglob("*.py") if p != REPO / PACKAGE / "__init__.py")
 
 
@@ -22,7 +22,7 @@ DOCUMENT = (REPO / "docs" / "architecture.md").read_text("utf-8")
 
 
 def rows() -> list[list[str]]:
-    """Return the rows of the document's import rule, lowest first."""
+    """Rows of the rule in the document, lowest first."""
     (rule,) = [block for block in blocks(DOCUMENT, "text") if "→" in block]
     return [[name.strip() for name in row.split(",")] for row in reversed(rule.split("→"))]
 
@@ -31,12 +31,12 @@ RANK = {part: rank for rank, row in enumerate(rows()) for part in row}
 
 
 def part_of(path: Path) -> str:
-    """Name a module's top-level folder in the package, or the module itself if it is in none."""
+    """Folder of a module in the package, or the module's name if it is in none."""
     return path.relative_to(REPO / PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
-    """Yield the dotted names that a module imports, imports inside functions included."""
+    """Dotted names that a module imports, inside functions as well."""
     tree = ast.parse(path.read_text("utf-8"))
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -101,7 +101,7 @@ def test_imports_run_one_way() -> None:
     assert len(MODULES) > 50
     for path in MODULES:
         for other in parts_imported(path) - {part_of(path)} - FREE:
-            # -1: what is free for all imports only what is free as well.
+            # -1: modules free for all may import only such modules.
             assert RANK[other] <= RANK.get(part_of(path), -1), f"{path} imports {other}"
 
 

@@ -29,7 +29,7 @@ def test_same_headings() -> None:
 
 
 def test_same_shape_section_by_section() -> None:
-    """As many code blocks, images, list items and table rows under each heading."""
+    """The same number of code blocks, images, list items and table rows under each heading."""
 
     def shape(text: str) -> list[list[int]]:
         sections = re.split(r"^#+ ", text, flags=re.MULTILINE)
