@@ -1,4 +1,4 @@
-"""The import rule of docs/architecture.md, read off the sources, and what an import loads."""
+"""The figure and the import rule of docs/architecture.md against the sources, and what an import loads."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from doc_helpers import REPO, blocks
 
 PACKAGE = "paddlemix_qwenvl_plugin"
 FREE = {"version"}
-# The package's own __init__ names the public interface, wherever that lies.
+# The package's __init__ exports the public interface from any folder.
 MODULES = sorted(p for p in (REPO / PACKAGE).rglob("*.py") if p != REPO / PACKAGE / "__init__.py")
 
 
+DOCUMENT = (REPO / "docs" / "architecture.md").read_text("utf-8")
+
+
 def rows() -> list[list[str]]:
-    """The rows of the rule as the document has it, lowest first."""
-    text = (REPO / "docs" / "architecture.md").read_text("utf-8")
-    (rule,) = [block for block in blocks(text, "text") if "→" in block]
+    """Rows of the rule in the document, lowest first."""
+    (rule,) = [block for block in blocks(DOCUMENT, "text") if "→" in block]
     return [[name.strip() for name in row.split(",")] for row in reversed(rule.split("→"))]
 
 
@@ -29,12 +31,12 @@ RANK = {part: rank for rank, row in enumerate(rows()) for part in row}
 
 
 def part_of(path: Path) -> str:
-    """The folder of the package that a module lies in, or the module's own name beside the folders."""
+    """Folder of a module in the package, or the module's name if it is in none."""
     return path.relative_to(REPO / PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
-    """The dotted names that a module imports, those inside functions included."""
+    """Dotted names that a module imports, inside functions as well."""
     tree = ast.parse(path.read_text("utf-8"))
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -48,6 +50,49 @@ def parts_imported(path: Path) -> set[str]:
     return {name.split(".")[1] for name in imports(path) if name.split(".")[0] == PACKAGE}
 
 
+def import_graph() -> dict[str, set[str]]:
+    """Map each part to the other parts that its modules import, without `FREE`."""
+    graph = {part: set[str]() for part in RANK}
+    for path in MODULES:
+        if part_of(path) in graph:
+            graph[part_of(path)] |= parts_imported(path) - {part_of(path)} - FREE
+    return graph
+
+
+def reachable(graph: dict[str, set[str]], part: str) -> set[str]:
+    """Collect the parts that `part` imports, directly or through others."""
+    found: set[str] = set()
+    queue = [*graph[part]]
+    while queue:
+        other = queue.pop()
+        if other not in found:
+            found.add(other)
+            queue += graph[other]
+    return found
+
+
+def figure(graph: dict[str, set[str]]) -> str:
+    """Draw the transitive reduction of an acyclic import graph in Mermaid, top row first."""
+    lines = ["graph TD"]
+    for part in sorted(graph, key=lambda part: (-RANK[part], part)):
+        indirect = set().union(*(reachable(graph, other) for other in graph[part]))
+        lines += [f"    {part} --> {other}" for other in sorted(graph[part] - indirect)]
+    return "\n".join(lines) + "\n"
+
+
+def test_figure_shows_the_imports() -> None:
+    (drawn,) = blocks(DOCUMENT, "mermaid")
+    expected = figure(import_graph())
+    assert drawn == expected, (
+        f"the imports have changed; the figure of docs/architecture.md is now:\n{expected}"
+    )
+
+
+def test_figure_leaves_out_indirect_imports() -> None:
+    graph = {"cli": {"runtime", "util"}, "runtime": {"util"}, "util": set[str]()}
+    assert figure(graph) == "graph TD\n    cli --> runtime\n    runtime --> util\n"
+
+
 def test_every_part_has_its_row() -> None:
     assert {part_of(path) for path in MODULES} == {*RANK, *FREE}
 
@@ -56,15 +101,12 @@ def test_imports_run_one_way() -> None:
     assert len(MODULES) > 50
     for path in MODULES:
         for other in parts_imported(path) - {part_of(path)} - FREE:
-            # -1: what is free for all imports only what is free as well.
+            # -1: modules free for all may import only such modules.
             assert RANK[other] <= RANK.get(part_of(path), -1), f"{path} imports {other}"
 
 
-def test_no_circles() -> None:
-    graph = {part: set[str]() for part in RANK}
-    for path in MODULES:
-        if part_of(path) in graph:
-            graph[part_of(path)] |= parts_imported(path) - {part_of(path)} - FREE
+def test_no_import_cycles() -> None:
+    graph = import_graph()
     while leaves := [part for part, others in graph.items() if not others & set(graph)]:
         for part in leaves:
             del graph[part]
@@ -77,7 +119,7 @@ def test_no_module_needs_paddlenlp_to_load() -> None:
         assert not upstream & {"paddlenlp", "paddlemix", "ppdiffusers"}, path
 
 
-def test_processing_and_recipes_know_nothing_of_paddle() -> None:
+def test_processing_and_recipes_do_not_import_paddle() -> None:
     for path in MODULES:
         if part_of(path) in ("processing", "recipes"):
             assert "paddle" not in {name.split(".")[0] for name in imports(path)}, path
@@ -99,8 +141,9 @@ def test_document_declares_the_inputs_of_the_contracts() -> None:
     from paddlemix_qwenvl_plugin.tiny.make import tiny_config
 
     config = parse_config(tiny_config(700, 600), "tiny model")
-    text = (REPO / "docs" / "architecture.md").read_text("utf-8")
-    stock, step = (text.split(f"## The {name} contract")[1].split("\n## ")[0] for name in ("stock", "step"))
+    stock, step = (
+        DOCUMENT.split(f"## The {name} contract")[1].split("\n## ")[0] for name in ("stock", "step")
+    )
     names = [i.name for i in stock_inputs(config, "float32", "float32")][:23]
     rows_of_table = re.findall(r"^\| [\d,… L+]+\| (.*?) \| \[|^\| 3 \| (.*?) \|", stock, re.MULTILINE)
     listed = re.findall(r"`([a-z_]+(?:_0)?)`", " ".join(a or b for a, b in rows_of_table))
@@ -112,7 +155,6 @@ def test_document_declares_the_inputs_of_the_contracts() -> None:
 def test_document_lists_the_manifest() -> None:
     from paddlemix_qwenvl_plugin.artifact.manifest import Manifest
 
-    text = (REPO / "docs" / "architecture.md").read_text("utf-8")
-    fields = text.split("### The manifest")[1].split("\n## ")[0]
+    fields = DOCUMENT.split("### The manifest")[1].split("\n## ")[0]
     listed = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", fields, re.MULTILINE)))
     assert listed == list(Manifest.model_fields)

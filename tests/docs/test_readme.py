@@ -1,4 +1,4 @@
-"""README.md and README_zh.md keep step, CI runs the README's commands, and links lead somewhere."""
+"""README.md and README_zh.md have the same structure, CI runs the README's commands, and links resolve."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from doc_helpers import REPO, anchor, blocks, headings, links, prose
 
 ENGLISH = (REPO / "README.md").read_text("utf-8")
 CHINESE = (REPO / "README_zh.md").read_text("utf-8")
-DOCUMENTS = [REPO / "README.md", REPO / "README_zh.md", *sorted((REPO / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(REPO.glob("*.md")), *sorted((REPO / "docs").glob("*.md"))]
 
 MAIN_JOB = "python3 -m venv .venv && .venv/bin/pip install -e '.[cpu]' && .venv/bin/qwenvl demo"
 TESTS = ".venv/bin/pip install -e '.[cpu,dev]' && .venv/bin/pytest"
@@ -29,7 +29,7 @@ def test_same_headings() -> None:
 
 
 def test_same_shape_section_by_section() -> None:
-    """As many code blocks, pictures, list items and table rows under each heading."""
+    """The same number of code blocks, images, list items and table rows under each heading."""
 
     def shape(text: str) -> list[list[int]]:
         sections = re.split(r"^#+ ", text, flags=re.MULTILINE)
@@ -67,9 +67,11 @@ def test_links_resolve(document: Path) -> None:
             assert fragment in [anchor(title) for _, title in headings(path.read_text("utf-8"))], link
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name
+)
 def test_named_files_exist(document: Path) -> None:
-    """Paths in backquotes that begin with one of the repository's folders."""
+    """Paths in backquotes that begin with one of the repository's folders; the changelog has old ones."""
     pattern = r"`((?:tests|tools|docs|recipes|\.ci)/[\w./-]+)`"
     for name in re.findall(pattern, prose(document.read_text("utf-8"))):
         if "NAME" not in name:
