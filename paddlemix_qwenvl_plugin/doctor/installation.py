@@ -1,4 +1,4 @@
-"""This package's own installation: its metadata and its entry points."""
+"""Checks of this package's installation: metadata and entry points."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.util.shipped import PACKAGE
 from paddlemix_qwenvl_plugin.version import __version__
 
 DISTRIBUTION = "paddlemix-qwenvl-plugin"
-# What pyproject.toml declares: group -> name.
+# Entry points declared in pyproject.toml: group -> name.
 ENTRY_POINTS = {
     "paddlenlp.plugins": "qwenvl",
     "paddlenlp.model_types": "qwen-img2txt",
@@ -25,7 +25,7 @@ ENTRY_POINTS = {
 
 
 def check_plugin() -> Check:
-    """Whether pip knows this package, at the version that runs."""
+    """Check that this package is installed, at the version that runs."""
     found = _distribution()
     data = {
         "version": __version__,
@@ -37,16 +37,16 @@ def check_plugin() -> Check:
         return Check("plugin", "note", message, _install_again(), data)
     if found.version != __version__:
         message = (
-            f"plugin {__version__} in {PACKAGE.parent}, but what is installed is version {found.version}"
+            f"plugin {__version__} in {PACKAGE.parent}, but the installed version is {found.version}"
         )
         return Check("plugin", "problem", message, _install_again(), data)
     return Check("plugin", "ok", f"plugin {__version__} in {PACKAGE.parent}", data=data)
 
 
 def check_entry_points(answer: Answer, paddle_imports: bool) -> list[Check]:
-    """One check for each of our entry points; `answer` is that of the question `entry_points`."""
+    """Check each of our entry points; `answer`: result of the question `entry_points`."""
     if _distribution() is None:
-        return []  # check_plugin has said it
+        return []  # reported by check_plugin
     declared = _declared()
     checks = []
     for group, name in ENTRY_POINTS.items():
@@ -80,7 +80,7 @@ def _declared() -> dict[str, str]:
 
 
 def _install_again() -> str:
-    """The line that brings the installed metadata up to this code."""
+    """Command that installs the metadata of this code."""
     found = _distribution()
     origin: dict[str, Any] = json.loads((found.read_text("direct_url.json") if found else None) or "{}")
     if origin.get("dir_info", {}).get("editable"):

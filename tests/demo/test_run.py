@@ -100,7 +100,7 @@ def test_own_files_are_replaced_and_no_others(
     assert "0 of 8 answers are right." in printed.out
     questions = [line[7:] for line in printed.out.splitlines() if line.startswith("    Q  ")]
     assert questions == [question.turn.question for question in QUESTIONS]
-    assert printed.out.count("WRONG, the picture shows") == 8
+    assert printed.out.count("WRONG, expected: ") == 8
 
     assert files(out) == {*mine, *OWN}
     old = {name for name in files(out) if (out / name).read_bytes() == b"old"}

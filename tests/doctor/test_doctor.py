@@ -124,7 +124,7 @@ def test_paddle_newer_than_tried(environment: Environment) -> None:
     environment.paddle("3.4.0")
     checks = environment.checks()
     assert checks["paddle"]["status"] == "note"
-    assert "newer than what was tried" in checks["paddle"]["message"]
+    assert "newer than the tested versions" in checks["paddle"]["message"]
 
 
 def test_paddle_twice(environment: Environment) -> None:
@@ -217,7 +217,7 @@ def test_a_gpu_that_fails(environment: Environment) -> None:
     environment.nvidia_smi(H100)
     gpu = gpu_build(environment, sees=(9, 0), adding="raise OSError('driver is too old')")
     assert gpu["status"] == "problem"
-    assert "a sum on the GPU fails: OSError: driver is too old" in str(gpu["message"])
+    assert "a test addition on the GPU fails: OSError: driver is too old" in str(gpu["message"])
 
 
 def test_a_hidden_gpu(environment: Environment) -> None:
@@ -390,7 +390,7 @@ def test_a_paddlenlp_that_was_not_tried(environment: Environment) -> None:
     environment.distribution("paddlenlp", "2.8.1")
     check = environment.checks()["paddlenlp"]
     assert check["status"] == "note"
-    assert check["message"] == "PaddleNLP 2.8.1 was not tried; these were: 3.0.0b0, 3.0.0b4"
+    assert check["message"] == "PaddleNLP 2.8.1 is untested; tested versions: 3.0.0b0, 3.0.0b4"
 
 
 def test_a_folder_of_that_name_is_no_package(environment: Environment) -> None:
@@ -418,7 +418,7 @@ def test_another_version_is_installed(environment: Environment) -> None:
     environment.distribution("setuptools", "65.5.0")
     environment.plugin(version="0.0.1")
     (problem,) = environment.problems().values()
-    assert problem["message"] == f"plugin {__version__} in {REPO}, but what is installed is version 0.0.1"
+    assert problem["message"] == f"plugin {__version__} in {REPO}, but the installed version is 0.0.1"
     assert problem["fix"] == f"pip install {REPO}"
 
 

@@ -39,7 +39,7 @@ def build(
 def test_no_compiler(environment: Environment, cache: Path) -> None:
     check = environment.checks()["engine"]
     assert (check["status"], check["fix"]) == ("note", "apt-get install g++")
-    assert "there is no C++ compiler c++" in check["message"]
+    assert "no C++ compiler c++ found" in check["message"]
     assert check["data"]["compiler"] is check["data"]["compiler_version"] is None
     assert (check["data"]["state"], check["data"]["cache"]) == ("not built", str(cache))
     assert check["data"]["device"] == "cpu"

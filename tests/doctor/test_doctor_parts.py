@@ -69,7 +69,7 @@ def test_a_question_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "time.sleep(60)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert probe.ask("paddle", timeout=1) == Answer({}, "no end after 1 s")
+    assert probe.ask("paddle", timeout=1) == Answer({}, "timed out after 1 s")
 
 
 def test_this_machine_as_it_is() -> None:
@@ -88,7 +88,7 @@ def test_a_gpu_that_only_the_driver_shows(monkeypatch: pytest.MonkeyPatch) -> No
     paddle = machine.check_paddle({"paddlepaddle": "3.3.1"}, True, cpu, False)
     check = machine.check_gpu(paddle, Answer({}), ["A GPU"])
     assert check.status == "ok"
-    assert check.message == "A GPU, which this Paddle, no GPU build, leaves to the engine"
+    assert check.message == "A GPU, used by the engine only: this Paddle is no GPU build"
     assert check.data["gpus"] == [{"name": "A GPU", "architecture": None, "driver": None}]
     assert check.data["visible"] == ["A GPU"]
 
@@ -126,7 +126,7 @@ def upstream() -> pins.Upstream:
 
 def look(answer: Answer, **changes: str) -> Any:
     pinned = upstream().model_copy(update=changes)
-    return upstreams.check_upstream(pinned, {}, answer, paddle_imports=True, mended=False)
+    return upstreams.check_upstream(pinned, {}, answer, paddle_imports=True, has_fix=False)
 
 
 def test_another_commit(checkout: Path) -> None:
