@@ -86,7 +86,7 @@ def _text(result: Result) -> _Lines:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Wrap text to `width` pixels: at spaces and between Chinese characters, elsewhere only in words wider than a line."""
+    """Wrap text to `width` pixels at spaces and between Chinese characters; words wider than a line are split."""
     text = " ".join(text.split())
     if not can_draw(text):
         text = _NO_FONT

@@ -36,9 +36,7 @@ def check_plugin() -> Check:
         message = f"plugin {__version__} in {PACKAGE.parent}, not installed: no hooks and no entry points"
         return Check("plugin", "note", message, _install_again(), data)
     if found.version != __version__:
-        message = (
-            f"plugin {__version__} in {PACKAGE.parent}, but the installed version is {found.version}"
-        )
+        message = f"plugin {__version__} in {PACKAGE.parent}, but the installed version is {found.version}"
         return Check("plugin", "problem", message, _install_again(), data)
     return Check("plugin", "ok", f"plugin {__version__} in {PACKAGE.parent}", data=data)
 

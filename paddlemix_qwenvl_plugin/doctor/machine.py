@@ -99,7 +99,9 @@ def check_paddle(versions: Mapping[str, str], found: bool, answer: Answer, has_f
     if set(wheels) == {"paddlepaddle"} and not data["gpu_build"]:
         build = "CPU build"
     if wheels and Version(next(iter(wheels.values()))) >= Version(_BELOW):
-        return Check("paddle", "note", f"{named}, {build}; newer than the tested versions ({_RANGE})", data=data)
+        return Check(
+            "paddle", "note", f"{named}, {build}; newer than the tested versions ({_RANGE})", data=data
+        )
     return Check("paddle", "ok", f"{named}, {build}", data=data)
 
 

@@ -34,5 +34,7 @@ def check_model(folder: Path) -> Check:
         f"{facts['vision_layers']} vision layers"
     )
     if facts["tokenizer"] is None:
-        return Check("model", "note", f"{message}; it has no qwen.tiktoken, which generation needs", data=data)
+        return Check(
+            "model", "note", f"{message}; it has no qwen.tiktoken, which generation needs", data=data
+        )
     return Check("model", "ok", message, data=data)

@@ -18,7 +18,7 @@ from paddlemix_qwenvl_plugin.util.files import write_text
 
 
 def paddle() -> dict[str, Any]:
-    """Describe the build of Paddle. `architectures`: compute capabilities times ten with GPU code, if Paddle lists them."""
+    """Describe the build of Paddle. `architectures`: compute capabilities times ten with GPU code, if known."""
     module = import_module("paddle")
     gpu_build = bool(module.is_compiled_with_cuda())
     # A list of numbers, or of strings such as "90a"; Paddle 2 does not provide it.

@@ -164,7 +164,9 @@ def _export(
         for name, form, compute_dtype, program in todo:
             found = save_program(program, checkpoint.config, dtype, compute_dtype, form, scratch / name)
             if records is not None and list(found.items()) != list(records.items()):
-                raise AssertionError(f"{name} internal invariant violated: the order of parameters differs between programs")
+                raise AssertionError(
+                    f"{name} internal invariant violated: the order of parameters differs between programs"
+                )
             records = found
         params = scratch / params_path(prefix).name
         write_params(params, records or {}, weights, stage.parameters(checkpoint, dtype))

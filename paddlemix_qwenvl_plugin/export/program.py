@@ -65,7 +65,9 @@ def save_program(
                 text = text.replace('"0.t_f64"', f'"{_PIR_TYPES[compute_dtype]}"')
                 text = text.replace('"float64"', f'"{compute_dtype}"')
             elif '"0.t_f64"' in text:
-                raise AssertionError("internal invariant violated: the program uses float64, which is reserved for the half types")
+                raise AssertionError(
+                    "internal invariant violated: the program uses float64, which is reserved for the half types"
+                )
             built.write_text(text, "utf-8")
         built.replace(path)
     parameters = [found[number - 1] for number in order]

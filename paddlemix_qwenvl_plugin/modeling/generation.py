@@ -174,7 +174,7 @@ class Step(nn.Layer):
 
 
 def repeat(condition: Callable[..., Any], body: Callable[..., list[Any]], loop: list[Any]) -> list[Any]:
-    """Run a while loop: in dynamic mode in Python, since Paddle's while_loop rejects growing tensors such as caches there."""
+    """Run a while loop; in dynamic mode in Python, where Paddle's while_loop rejects growing tensors like caches."""
     if not paddle.in_dynamic_mode():
         looped: list[Any] = paddle.static.nn.while_loop(condition, body, loop)
         return looped

@@ -1,4 +1,4 @@
-"""An object of upstream's that is made when it is first used: until then, nobody pays for it."""
+"""Lazy creation of an upstream object at its first use."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class Deferred:
-    """Becomes what `make` gives as soon as anything is asked of it, and is that object from then on.
+    """Placeholder that turns into the object returned by `make` at the first attribute access or call.
 
-    A subclass names in `kept` what it answers itself.
+    Attributes named in a subclass's `kept` do not trigger this.
     """
 
     kept: tuple[str, ...] = ()
@@ -20,9 +20,7 @@ class Deferred:
     def __getattribute__(self, name: str) -> Any:
         if name in type(self).kept:
             return object.__getattribute__(self, name)
-        if (
-            name == "__class__"
-        ):  # isinstance() asks for it, and looks no further at one that becomes another meanwhile
+        if name == "__class__":  # for isinstance(): the class of `self` must not change during the call
             return type(_made(self))
         return getattr(become(self), name)
 
@@ -33,6 +31,7 @@ class Deferred:
         delattr(become(self), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the real object."""
         return become(self)(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -40,13 +39,13 @@ class Deferred:
 
 
 def state(deferred: Deferred) -> dict[str, Any]:
-    """What it knows while it is deferred; functions in its list `steps` are called on what is made, in order."""
+    """State of a deferred object. The functions in its list `steps` are called on the real object, in order."""
     found: dict[str, Any] = object.__getattribute__(deferred, "__dict__")
     return found
 
 
 def become(deferred: Any) -> Any:
-    """Make the object, unless that was done; `deferred` itself, which is it now."""
+    """Turn `deferred` into the real object, unless it is already, and return it."""
     if issubclass(type(deferred), Deferred):
         real = _made(deferred)
         object.__setattr__(deferred, "__dict__", real.__dict__)
@@ -61,7 +60,7 @@ def _made(deferred: Deferred) -> Any:
             real = known["make"]()
             for step in known["steps"]:
                 step(real)
-        except AttributeError as error:  # which isinstance() and hasattr() would take for an answer
+        except AttributeError as error:  # isinstance() and hasattr() would swallow it
             raise RuntimeError(f"AttributeError: {error}") from error
         known["real"] = real
     return known["real"]

@@ -1,6 +1,6 @@
-"""PaddleMIX's Qwen-VL model where only its image encoder is exported: from the model folder, without loading it.
+"""Deferred PaddleMIX model whose image encoder is exported from the model folder, without loading the model.
 
-Upstream's model is made as soon as anything else is done with it (deferred.py).
+Any other use creates upstream's model (deferred.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from paddlemix_qwenvl_plugin.util.notice import notice
 
 
 class DeferredModel(Deferred):
-    """The model; its `visual` can be exported without it."""
+    """Deferred upstream model; its `visual` can be exported without loading it."""
 
     kept = ("eval", "visual")
 
@@ -33,12 +33,12 @@ class DeferredModel(Deferred):
         replace(paddle.jit, "save", _exporting)
 
     def eval(self) -> None:
-        """Remember it for when the model is made."""
+        """Record the call for the real model."""
         state(self)["steps"].append(lambda model: model.eval())
 
 
 class DeferredEncoder(Deferred):
-    """The image encoder: `paddle.jit.save` exports it from the model folder."""
+    """Deferred image encoder, which `paddle.jit.save` exports from the model folder."""
 
 
 def _keeping(to_static: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,10 +64,10 @@ def _exporting(save: Callable[..., None]) -> Callable[..., None]:
 
 
 def _export(model: str, dtype: str, path: str) -> None:
-    """Export to PATH.* as `qwenvl export-vision` does; float32 where there is no GPU for half types."""
+    """Export to PATH.* like `qwenvl export-vision`; in float32 without a GPU, which half types need."""
     if dtype != "float32" and not paddle_gpus():
         notice(
-            f"no GPU here: the image encoder is exported as float32 in place of {dtype} "
+            f"no GPU found: the image encoder is exported as float32 in place of {dtype} "
             f"(for a GPU elsewhere: qwenvl export-vision --dtype {dtype})"
         )
         dtype = "float32"

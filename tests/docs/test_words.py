@@ -1,4 +1,4 @@
-"""The words that docs/glossary.md discourages, in no tracked text of the project."""
+"""No tracked text of the project contains a word that docs/glossary.md discourages."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ SUFFIXES = {
     ".sh",
     ".txt",
 }
-# Text that is not ours to word: upstream's figures, inputs of the fuzzer, what the demo model is trained on.
+# Fixed text: upstream's figures, fuzzer inputs, text that the demo model and the tiny vocabulary are trained on.
 EXEMPT = (
     "docs/glossary.md",
     "tests/golden/",
     "tests/fuzz/found/",
     "paddlemix_qwenvl_plugin/demo/world/",
     "paddlemix_qwenvl_plugin/demo/questions.py",
+    "paddlemix_qwenvl_plugin/tiny/vocab.py",
     "tests/demo/world/",
     "tools/train_demo/",
 )
-# "Picture 1: " is literal text of the official prompts; the demo model is asked in the words it was trained on.
+# "Picture 1: " is literal text of the official prompts. The others occur in prompts of the demo model and in the
+# contractions of VQA accuracy.
 ALLOWED = re.compile(
     r"picture[_ ]?label|npicture_label|Picture ?(?:\d|\{|N\b|%)"
-    r"|(?:in|of|describe|which) (?:the |this )?picture",
+    r"|(?:in|of|describe|which) (?:the |this )?picture|somebody'(?:ll|s)",
     re.IGNORECASE,
 )
 

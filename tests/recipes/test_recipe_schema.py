@@ -46,7 +46,7 @@ def error_of(path: Path, *overrides: str) -> str:
         (recipe(steps=[{"name": "a", "run": ""}]), ": steps.a.run: "),
         (recipe(steps=[{"name": "a", "run": "echo 'open"}]), ": steps.a.run: No closing quotation"),
         (recipe(steps=[{"name": "a"}]), ": steps.a.run: this key is required"),
-        (recipe(steps=[step("a", "1"), step("a", "2")]), ": steps: two are named 'a'"),
+        (recipe(steps=[step("a", "1"), step("a", "2")]), ": steps: duplicate name 'a'"),
         (recipe(bench={"step": "no", "repeat": 1}), ": bench.step: no step 'no'; steps: only"),
         (recipe(requires={"paddle": "3.0"}), ": requires.paddle: not a version range"),
         (recipe(requires={"packages": ["numpy=="]}), ": requires.packages.0: not a requirement"),

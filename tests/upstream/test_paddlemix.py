@@ -238,7 +238,7 @@ def test_a_gpu_that_is_not_there(two_layers, tmp_path):
     command = predictor_command(MADE_UP, two_layers, [ONE_PICTURE], tmp_path / "out.json")
     done = run(MADE_UP, *command, cwd=tmp_path, **driver)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "qwenvl: --device gpu: there is no GPU here, running on the CPU" in done.stderr.splitlines()
+    assert "qwenvl: --device gpu: no GPU found, running on the CPU" in done.stderr.splitlines()
     done = run(MADE_UP, *command, cwd=tmp_path, QWENVL_DEVICE="gpu", **driver)
     assert done.returncode == 1
     assert "--device gpu:0: the NVIDIA driver shows 0 GPU(s) here" in done.stderr.splitlines()[-1]

@@ -6,7 +6,7 @@ import random
 
 from paddlemix_qwenvl_plugin.demo.world.sample import Turn
 from paddlemix_qwenvl_plugin.demo.world.scene import Scene
-from paddlemix_qwenvl_plugin.demo.world.tasks import pair_turn, image_turn
+from paddlemix_qwenvl_plugin.demo.world.tasks import image_turn, pair_turn
 
 _CAPTIONS = ("caption", "grounded caption")
 _WHOLE = (*_CAPTIONS, "reading")  # tell all there is, so that once in a conversation is enough
