@@ -187,7 +187,7 @@ class QwenVL(nn.Module):
         self._initialise(config["num_hidden_layers"], config["visual"]["layers"])
 
     def hidden(self, ids: Tensor, features: Tensor, starts: Tensor) -> Tensor:
-        """Normed hidden states [B, T, hidden]. `features` [B * P, 256, hidden]; `starts` [B, P]: index of each `<img>`."""
+        """Normed hidden states [B, T, hidden]. `features` [B * P, 256, hidden]; `starts` [B, P]: `<img>` indices."""
         batch, length = ids.shape
         x = self.wte(ids)
         slots = starts[:, :, None] + 1 + torch.arange(features.shape[1], device=ids.device)
