@@ -11,7 +11,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(text: str, language: str | None = None) -> list[str]:
-    """The contents of the fenced blocks, of one language or of all."""
+    """Contents of the fenced blocks, of one language or of all."""
     return [content for found, content in _FENCE.findall(text) if language in (None, found)]
 
 
@@ -27,17 +27,17 @@ def headings(text: str) -> list[tuple[int, str]]:
 
 
 def section(text: str, title: str) -> str:
-    """What stands under a second-level heading."""
+    """Text under a second-level heading."""
     _, _, rest = text.partition(f"\n## {title}\n")
     assert rest, title
     return re.split(r"^## ", rest, flags=re.MULTILINE)[0]
 
 
 def links(text: str) -> list[str]:
-    """The targets of links and pictures."""
+    """Targets of links and images."""
     return re.findall(r"\]\(([^)\s]+)\)", prose(text))
 
 
 def anchor(title: str) -> str:
-    """A heading's fragment: lower case, without punctuation, spaces as hyphens."""
+    """Fragment of a heading: lower case, without punctuation, spaces as hyphens."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")

@@ -1,4 +1,4 @@
-"""The import rule of docs/architecture.md, read off the sources, and what an import loads."""
+"""The import rule of docs/architecture.md, checked on the sources, and the modules that an import loads."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from doc_helpers import REPO, blocks
 
 PACKAGE = "paddlemix_qwenvl_plugin"
 FREE = {"version"}
-# The package's own __init__ names the public interface, wherever that lies.
+# The package's __init__ exports the public interface from any folder.
 MODULES = sorted(p for p in (REPO / PACKAGE).rglob("*.py") if p != REPO / PACKAGE / "__init__.py")
 
 
 def rows() -> list[list[str]]:
-    """The rows of the rule as the document has it, lowest first."""
+    """Rows of the rule in the document, lowest first."""
     text = (REPO / "docs" / "architecture.md").read_text("utf-8")
     (rule,) = [block for block in blocks(text, "text") if "→" in block]
     return [[name.strip() for name in row.split(",")] for row in reversed(rule.split("→"))]
@@ -29,12 +29,12 @@ RANK = {part: rank for rank, row in enumerate(rows()) for part in row}
 
 
 def part_of(path: Path) -> str:
-    """The folder of the package that a module lies in, or the module's own name beside the folders."""
+    """Folder of a module in the package, or the module's name if it is in none."""
     return path.relative_to(REPO / PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
-    """The dotted names that a module imports, those inside functions included."""
+    """Dotted names that a module imports, inside functions as well."""
     tree = ast.parse(path.read_text("utf-8"))
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -56,11 +56,11 @@ def test_imports_run_one_way() -> None:
     assert len(MODULES) > 50
     for path in MODULES:
         for other in parts_imported(path) - {part_of(path)} - FREE:
-            # -1: what is free for all imports only what is free as well.
+            # -1: modules free for all may import only such modules.
             assert RANK[other] <= RANK.get(part_of(path), -1), f"{path} imports {other}"
 
 
-def test_no_circles() -> None:
+def test_no_import_cycles() -> None:
     graph = {part: set[str]() for part in RANK}
     for path in MODULES:
         if part_of(path) in graph:

@@ -22,7 +22,7 @@ STREET = REPO / "recipes" / "images" / "street.png"
 
 
 def run_block(code: str, names: dict[str, Any], where: str) -> None:
-    """Run an example; what it prints must be what the comments behind its `print` calls say."""
+    """Run an example, and compare its output with the comments after its `print` calls."""
     promised = re.findall(r"^\s*print\(.*\)  # (.+)$", code, re.MULTILINE)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -62,7 +62,7 @@ def test_readme_real_model_and_python(
 
 
 def shape(value: Any) -> Any:
-    """A JSON value without its figures and words: keys, and the types behind them."""
+    """Structure of a JSON value: keys and types."""
     if isinstance(value, dict):
         return {key: shape(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -71,7 +71,7 @@ def shape(value: Any) -> Any:
 
 
 def test_batch(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command answers each example input with rows like those of the results printed below it."""
+    """The command answers the example input with rows like the results printed below it."""
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(STREET, "street.png")
     for stage in ("vision", "text"):
@@ -91,7 +91,7 @@ def test_batch(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPa
         results = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
         promised = [json.loads(line) for line in printed.splitlines()]
         for row in (*results, *promised):
-            row.pop("boxes", None)  # the random model marks nothing; tests/batch has them
+            row.pop("boxes", None)  # the random model generates no boxes; see tests/batch
         assert [shape(row) for row in results] == [shape(row) for row in promised]
         assert [row.get("error") for row in results] == [row.get("error") for row in promised]
         Path("out.jsonl").unlink()

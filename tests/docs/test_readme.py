@@ -1,4 +1,4 @@
-"""README.md and README_zh.md keep step, CI runs the README's commands, and links lead somewhere."""
+"""README.md and README_zh.md have the same structure, CI runs the README's commands, and links resolve."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_same_headings() -> None:
 
 
 def test_same_shape_section_by_section() -> None:
-    """As many code blocks, pictures, list items and table rows under each heading."""
+    """The same number of code blocks, images, list items and table rows under each heading."""
 
     def shape(text: str) -> list[list[int]]:
         sections = re.split(r"^#+ ", text, flags=re.MULTILINE)

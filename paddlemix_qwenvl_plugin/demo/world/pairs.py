@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.demo.world.questions import count_answer
 from paddlemix_qwenvl_plugin.demo.world.sample import Turn
 from paddlemix_qwenvl_plugin.demo.world.scene import Scene
 
-_TASK = "two pictures"
+_TASK = "two images"
 _DESCRIBE = {
     "en": ("Describe Picture {}.", "What is in Picture {}?"),
     "zh": ("描述第{}张图片。", "第{}张图片里有什么？"),
