@@ -35,7 +35,7 @@ PAGE, SHEET, ANSWERS = "index.html", "sheet.png", "answers.json"
 
 # Files that a demo writes, and the marker file of a demo folder.
 _NAMES = (PAGE, SHEET, ANSWERS, "images", "vision", "text")
-_MARK = ".qwenvl-demo"
+_MARKER = ".qwenvl-demo"
 
 
 def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None) -> Run:
@@ -56,8 +56,8 @@ def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None
     weights = model / "model.safetensors"
     if not weights.is_file():
         raise QwenVLError(f"{weights}: the demo model's weights are missing; install the package again")
-    _claim(out)
-    with _alone_in(out):
+    _prepare_folder(out)
+    with _locked(out):
         return _run(out, say, model)
 
 
@@ -87,20 +87,20 @@ def _run(out: Path, say: Callable[[str], None], model: Path) -> Run:
     return run
 
 
-def _claim(out: Path) -> None:
+def _prepare_folder(out: Path) -> None:
     """Create the output folder, or reuse that of an earlier demo."""
     make_folder(out)
-    mark, page = out / _MARK, out / PAGE
+    marker, page = out / _MARKER, out / PAGE
     # Earlier versions wrote no marker file; the page is the last file that they wrote.
-    ours = mark.exists() or (page.is_file() and b"<title>qwenvl demo:" in page.read_bytes()[:4096])
+    ours = marker.exists() or (page.is_file() and b"<title>qwenvl demo:" in page.read_bytes()[:4096])
     for name in () if ours else _NAMES:
         if os.path.lexists(out / name):
             raise UsageError(f"{out / name}: exists, and no demo wrote it; name another folder")
-    mark.touch()
+    marker.touch()
 
 
 @contextlib.contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
+def _locked(out: Path) -> Iterator[None]:
     """Lock the folder: a concurrent demo would replace the exports while this one reads them."""
     lock = out / ".qwenvl-demo.lock"
     with FileLock(lock):

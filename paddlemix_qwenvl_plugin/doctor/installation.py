@@ -34,10 +34,10 @@ def check_plugin() -> Check:
     }
     if found is None:
         message = f"plugin {__version__} in {PACKAGE.parent}, not installed: no hooks and no entry points"
-        return Check("plugin", "note", message, _install_again(), data)
+        return Check("plugin", "note", message, _reinstall_command(), data)
     if found.version != __version__:
         message = f"plugin {__version__} in {PACKAGE.parent}, but the installed version is {found.version}"
-        return Check("plugin", "problem", message, _install_again(), data)
+        return Check("plugin", "problem", message, _reinstall_command(), data)
     return Check("plugin", "ok", f"plugin {__version__} in {PACKAGE.parent}", data=data)
 
 
@@ -55,7 +55,7 @@ def check_entry_points(answer: Answer, paddle_imports: bool) -> list[Check]:
         check = f"entry_point.{group}"
         if value is None:
             message = f"{label} is not in the installed package"
-            checks.append(Check(check, "problem", message, _install_again(), data))
+            checks.append(Check(check, "problem", message, _reinstall_command(), data))
         elif cause is None:
             checks.append(Check(check, "ok", label, data=data))
         elif not paddle_imports:
@@ -77,7 +77,7 @@ def _declared() -> dict[str, str]:
     return {f"{point.group} {point.name}": point.value for point in found.entry_points} if found else {}
 
 
-def _install_again() -> str:
+def _reinstall_command() -> str:
     """Command that installs the metadata of this code."""
     found = _distribution()
     origin: dict[str, Any] = json.loads((found.read_text("direct_url.json") if found else None) or "{}")

@@ -19,8 +19,8 @@ from paddlemix_qwenvl_plugin.upstream import pins
 from paddlemix_qwenvl_plugin.util.paddle_version import MINIMUM
 
 PYTHONS = ((3, 9), (3, 12))  # oldest and newest supported
-_BELOW = "3.4"  # the first untested Paddle
-_RANGE = f">={MINIMUM},<{_BELOW}"
+_FIRST_UNTESTED = "3.4"  # the first untested Paddle
+_RANGE = f">={MINIMUM},<{_FIRST_UNTESTED}"
 
 INSTALL_CPU = f"pip install 'paddlepaddle{_RANGE}' setuptools"
 # The Python index has no recent enough GPU wheel.
@@ -98,7 +98,7 @@ def check_paddle(versions: Mapping[str, str], found: bool, answer: Answer, has_f
     build = f"GPU build for CUDA {data['cuda']}" if data["gpu_build"] else "no build for NVIDIA GPUs"
     if set(wheels) == {"paddlepaddle"} and not data["gpu_build"]:
         build = "CPU build"
-    if wheels and Version(next(iter(wheels.values()))) >= Version(_BELOW):
+    if wheels and Version(next(iter(wheels.values()))) >= Version(_FIRST_UNTESTED):
         return Check(
             "paddle", "note", f"{named}, {build}; newer than the tested versions ({_RANGE})", data=data
         )

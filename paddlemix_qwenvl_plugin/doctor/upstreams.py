@@ -99,7 +99,7 @@ def check_upstream(
     root = source.parent.parent
     data.update(path=str(root), version=answer.value.get("version") or versions.get(name))
     data["cause"] = answer.cause
-    status, what, fix = _against_the_pins(pinned, root, data)
+    status, what, fix = _compare_with_pins(pinned, root, data)
     if not answer.cause:
         return Check(name, status, what, fix, data)
     if not paddle_imports:
@@ -114,7 +114,7 @@ def check_upstream(
     return Check(name, "problem", message, fix, data)
 
 
-def _against_the_pins(
+def _compare_with_pins(
     pinned: Upstream, root: Path, data: dict[str, Any]
 ) -> tuple[Status, str, Optional[str]]:
     """(status, description, fix) of the installed upstream; adds commit and patches of a checkout to `data`."""

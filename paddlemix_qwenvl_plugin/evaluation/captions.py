@@ -17,11 +17,11 @@ from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 OPTIONS = GenerationOptions(max_new_tokens=30, min_new_tokens=8)
 """Generation options of the official evaluation."""
 
-_WHAT = "eval captions"
+_FEATURE = "eval captions"
 
 _PROMPT = "Describe the image in English:"
 
-_TYPEWRITTEN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "--", "—": "--"})
+_ASCII_PUNCTUATION = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "--", "—": "--"})
 
 # Tokens that the Python version of COCO's caption evaluation drops.
 _PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
@@ -60,9 +60,9 @@ def tokens(caption: str) -> str:
 
     COCO's evaluation runs Stanford's tokenizer in Java for this. Both agree on ordinary captions (docs/eval.md).
     """
-    treebank = extra("nltk.tokenize", _WHAT).TreebankWordTokenizer()
+    treebank = extra("nltk.tokenize", _FEATURE).TreebankWordTokenizer()
     # NLTK treats a text as one sentence with one full stop.
-    apart = re.sub(r"(?<=[a-z]{3})\. ", " . ", caption.lower().translate(_TYPEWRITTEN))
+    apart = re.sub(r"(?<=[a-z]{3})\. ", " . ", caption.lower().translate(_ASCII_PUNCTUATION))
     found = treebank.tokenize(apart, convert_parentheses=True)
     return " ".join(token.lower() for token in found if token not in _PUNCTUATION)
 
@@ -99,7 +99,7 @@ def check_libraries() -> None:
 
 def _scorers() -> tuple[Any, Any, Any]:
     return (
-        extra("pycocoevalcap.bleu.bleu", _WHAT).Bleu(4),
-        extra("pycocoevalcap.cider.cider", _WHAT).Cider(),
-        extra("pycocoevalcap.rouge.rouge", _WHAT).Rouge(),
+        extra("pycocoevalcap.bleu.bleu", _FEATURE).Bleu(4),
+        extra("pycocoevalcap.cider.cider", _FEATURE).Cider(),
+        extra("pycocoevalcap.rouge.rouge", _FEATURE).Rouge(),
     )

@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.evaluation.rows import Id, Row
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
-_FEWEST_FOR_VQA = 4  # with fewer, even the best answer has an accuracy below 1
+_MIN_VQA_ANSWERS = 4  # with fewer, even the best answer has an accuracy below 1
 
 _ANLS_THRESHOLD = 0.5
 
@@ -35,7 +35,7 @@ class VqaRow(Row):
 
     @field_validator("answers", mode="before")
     @classmethod
-    def _one_is_several(cls, value: Any) -> Any:
+    def _as_tuple(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
     def key(self, number: int) -> Id:
@@ -104,9 +104,9 @@ def check(path: Path, rows: Mapping[Id, VqaRow], metric: str) -> None:
         anls("", [""])
     if metric == "vqa":
         for row_id, row in rows.items():
-            if len(row.answers) < _FEWEST_FOR_VQA:
+            if len(row.answers) < _MIN_VQA_ANSWERS:
                 raise UsageError(
-                    f"{path}, id {row_id!r}: VQA accuracy needs the answers of {_FEWEST_FOR_VQA} people or more; "
+                    f"{path}, id {row_id!r}: VQA accuracy needs the answers of {_MIN_VQA_ANSWERS} people or more; "
                     "use --metric exact or anls"
                 )
 

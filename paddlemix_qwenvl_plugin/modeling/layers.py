@@ -20,7 +20,7 @@ def parameter_attr(name: str) -> paddle.ParamAttr:
     return paddle.ParamAttr(name=name, initializer=nn.initializer.Constant(0.0))
 
 
-def like(parameter: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
+def cast_like(parameter: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
     """Cast a parameter to the dtype of the activation `x`."""
     return parameter if parameter.dtype == x.dtype else parameter.astype(x.dtype)
 
@@ -35,8 +35,8 @@ class Linear(nn.Layer):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[…, n_in] -> […, n_out]."""
-        product = ops.matmul(x, like(self.weight, x), transpose_y=True)
-        return product if self.bias is None else product + like(self.bias, x)
+        product = ops.matmul(x, cast_like(self.weight, x), transpose_y=True)
+        return product if self.bias is None else product + cast_like(self.bias, x)
 
 
 class LayerNorm(nn.Layer):
@@ -73,7 +73,7 @@ class RMSNorm(nn.Layer):
         """[…, width] -> […, width]."""
         wide = x.astype("float32")
         scale = ops.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return (wide * scale).astype(x.dtype) * like(self.weight, x)
+        return (wide * scale).astype(x.dtype) * cast_like(self.weight, x)
 
 
 def attend(

@@ -13,7 +13,7 @@ from paddle import nn
 
 from paddlemix_qwenvl_plugin.checkpoint.config import RESAMPLER_HEAD_DIM, ModelConfig, VisionConfig
 from paddlemix_qwenvl_plugin.modeling import ops
-from paddlemix_qwenvl_plugin.modeling.layers import LayerNorm, Linear, attend, like, parameter_attr
+from paddlemix_qwenvl_plugin.modeling.layers import LayerNorm, Linear, attend, cast_like, parameter_attr
 
 
 class Attention(nn.Layer):
@@ -74,8 +74,8 @@ class Resampler(nn.Layer):
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[N, patches, width] -> [N, n_queries, output_dim]."""
         patches = self.ln_kv(self.kv_proj(x))
-        query = (self.ln_q(like(self.query, x)) + like(self.pos_embed, x)).unsqueeze(0)
-        keys = patches + like(self.key_pos_embed, x)
+        query = (self.ln_q(cast_like(self.query, x)) + cast_like(self.pos_embed, x)).unsqueeze(0)
+        keys = patches + cast_like(self.key_pos_embed, x)
         # One set of queries for the keys of every image: matmul broadcasts the batch.
         heads = [self._project(tensor, i) for i, tensor in enumerate((query, keys, patches))]
         return self.out_proj(attend(heads[0] / math.sqrt(RESAMPLER_HEAD_DIM), heads[1], heads[2]))
@@ -83,7 +83,7 @@ class Resampler(nn.Layer):
     def _project(self, x: paddle.Tensor, part: int) -> paddle.Tensor:
         """[B, T, out] -> [B, heads, T, head_dim] through part 0, 1 or 2 (query, key, value) of the joint projection."""
         rows = slice(part * self.out, (part + 1) * self.out)
-        weight, bias = like(self.in_proj_weight[rows], x), like(self.in_proj_bias[rows], x)
+        weight, bias = cast_like(self.in_proj_weight[rows], x), cast_like(self.in_proj_bias[rows], x)
         projected = ops.matmul(x, weight, transpose_y=True) + bias
         return projected.reshape([0, 0, self.heads, RESAMPLER_HEAD_DIM]).transpose([0, 2, 1, 3])
 
@@ -120,10 +120,10 @@ class VisionModel(nn.Layer):
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
         """Images -> features."""
         images = images.astype(self.dtype)
-        patches = nn.functional.conv2d(images, like(self.conv1, images), stride=self.patch_size)
+        patches = nn.functional.conv2d(images, cast_like(self.conv1, images), stride=self.patch_size)
         tokens = patches.flatten(2).transpose([0, 2, 1])
-        x = self.ln_pre(tokens + like(self.positional_embedding, tokens))
+        x = self.ln_pre(tokens + cast_like(self.positional_embedding, tokens))
         for block in self.blocks:
             x = block(x)
-        features = ops.matmul(self.ln_post(self.attn_pool(x)), like(self.proj, x), transpose_y=True)
+        features = ops.matmul(self.ln_post(self.attn_pool(x)), cast_like(self.proj, x), transpose_y=True)
         return features.astype("float32")

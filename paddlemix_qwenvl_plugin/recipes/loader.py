@@ -62,7 +62,7 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
             _apply(data, override)
         # The file alone is valid, so an override causes any error from here on.
         recipe = _validate(data, "override")
-    _fix_paths(recipe, path.resolve().parent)
+    _resolve_paths(recipe, path.resolve().parent)
     return recipe
 
 
@@ -139,7 +139,7 @@ def _position(node: Any, part: str, override: str, where: str) -> str | int:
     raise UsageError(f"override {override!r}: {where} has no {part!r}; known: {', '.join(names) or 'none'}")
 
 
-def _fix_paths(recipe: Recipe, folder: Path) -> None:
+def _resolve_paths(recipe: Recipe, folder: Path) -> None:
     values = {"recipe_dir": str(folder)}
     for asset in recipe.assets:
         asset.path = str(Path.cwd() / _expanded(interpolate.fill(asset.path, values)))

@@ -21,21 +21,21 @@ class Deferred:
         if name in type(self).kept:
             return object.__getattribute__(self, name)
         if name == "__class__":  # for isinstance(): the class of `self` must not change during the call
-            return type(_made(self))
-        return getattr(become(self), name)
+            return type(_real_object(self))
+        return getattr(materialize(self), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(become(self), name, value)
+        setattr(materialize(self), name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(become(self), name)
+        delattr(materialize(self), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the real object."""
-        return become(self)(*args, **kwargs)
+        return materialize(self)(*args, **kwargs)
 
     def __repr__(self) -> str:
-        return repr(become(self))
+        return repr(materialize(self))
 
 
 def state(deferred: Deferred) -> dict[str, Any]:
@@ -44,16 +44,16 @@ def state(deferred: Deferred) -> dict[str, Any]:
     return found
 
 
-def become(deferred: Any) -> Any:
+def materialize(deferred: Any) -> Any:
     """Turn `deferred` into the real object, unless it is already, and return it."""
     if issubclass(type(deferred), Deferred):
-        real = _made(deferred)
+        real = _real_object(deferred)
         object.__setattr__(deferred, "__dict__", real.__dict__)
         object.__setattr__(deferred, "__class__", type(real))
     return deferred
 
 
-def _made(deferred: Deferred) -> Any:
+def _real_object(deferred: Deferred) -> Any:
     known = state(deferred)
     if "real" not in known:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import paddle
 
 from paddlemix_qwenvl_plugin.export.export import export_vision
-from paddlemix_qwenvl_plugin.upstream.deferred import Deferred, become, state
+from paddlemix_qwenvl_plugin.upstream.deferred import Deferred, materialize, state
 from paddlemix_qwenvl_plugin.upstream.model_folder import model_folder
 from paddlemix_qwenvl_plugin.upstream.patching import replace
 from paddlemix_qwenvl_plugin.util.machine import paddle_gpus
@@ -26,11 +26,11 @@ class DeferredModel(Deferred):
 
     def __init__(self, load: Callable[[], Any], name_or_path: str, dtype: str) -> None:
         super().__init__(load)
-        encoder = DeferredEncoder(lambda: become(self).visual)
+        encoder = DeferredEncoder(lambda: materialize(self).visual)
         state(encoder).update(model=name_or_path, dtype=dtype)
         state(self).update(visual=encoder)
-        replace(paddle.jit, "to_static", _keeping)
-        replace(paddle.jit, "save", _exporting)
+        replace(paddle.jit, "to_static", _deferring_to_static)
+        replace(paddle.jit, "save", _exporting_save)
 
     def eval(self) -> None:
         """Record the call for the real model."""
@@ -41,7 +41,7 @@ class DeferredEncoder(Deferred):
     """Deferred image encoder, which `paddle.jit.save` exports from the model folder."""
 
 
-def _keeping(to_static: Callable[..., Any]) -> Callable[..., Any]:
+def _deferring_to_static(to_static: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(to_static)
     def to_static_or_keep(function: Any = None, *args: Any, **kwargs: Any) -> Any:
         if type(function) is not DeferredEncoder:
@@ -52,7 +52,7 @@ def _keeping(to_static: Callable[..., Any]) -> Callable[..., Any]:
     return to_static_or_keep
 
 
-def _exporting(save: Callable[..., None]) -> Callable[..., None]:
+def _exporting_save(save: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(save)
     def save_or_export(layer: Any, path: str, *args: Any, **kwargs: Any) -> None:
         if type(layer) is DeferredEncoder:

@@ -48,7 +48,7 @@ class QWenForQWenVLInferenceModel:
         Checkpoint(folder)  # fail early if the folder is invalid
         dtype = dtype or paddle.get_default_dtype()
         if dtype != "float32" and not paddle.is_compiled_with_cuda():
-            replace(paddle, "arange", _making_half_numbers)
+            replace(paddle, "arange", _arange_in_half_types)
         return cls(folder, config, dtype, quant_type)
 
     @classmethod
@@ -136,7 +136,7 @@ class QWenForQWenVLInferenceModel:
         return self._generation
 
 
-def _making_half_numbers(arange: Callable[..., Any]) -> Callable[..., Any]:
+def _arange_in_half_types(arange: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap paddle.arange for upstream's predictor, which calls it in half types, unsupported on a CPU."""
 
     def wrapped(*args: Any, dtype: Any = None, **kwargs: Any) -> Any:

@@ -181,7 +181,12 @@ def _trouble(tree: Tree, states: Sequence[tuple[Patch, State]], force: bool) -> 
             f"{tree.root}: at commit {str(tree.commit)[:7]}, the patches are for {pinned.title} {pinned.commit[:7]}; "
             "check that out, or use --force"
         )
-    changed = [file for patch, state in states for file in patch.files if _foreign(tree, patch, state, file)]
+    changed = [
+        file
+        for patch, state in states
+        for file in patch.files
+        if _has_other_changes(tree, patch, state, file)
+    ]
     if not changed:
         return None
     if tree.commit is not None:
@@ -194,7 +199,7 @@ def _trouble(tree: Tree, states: Sequence[tuple[Patch, State]], force: bool) -> 
     )
 
 
-def _foreign(tree: Tree, patch: Patch, state: State, file: str) -> bool:
+def _has_other_changes(tree: Tree, patch: Patch, state: State, file: str) -> bool:
     """Whether a file differs from its commit and, where applied, the patch."""
     if tree.commit is None:
         expected = patch.files[file]

@@ -61,7 +61,7 @@ def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
         _replaced.add((id(owner), name))
 
 
-def put_back() -> None:
+def undo_all() -> None:
     """Undo every `replace`."""
     _process_wide.roll_back()
     _replaced.clear()

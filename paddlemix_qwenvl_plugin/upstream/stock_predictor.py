@@ -52,7 +52,7 @@ def adapt(predictor_class: type, script: ModuleType) -> None:
                 size = stage.manifest.config.visual.image_size
                 self.processor.image_processor.image_size = (size, size)
                 return ImageEncoder(stage)
-            replace(script, "load_real_time_tokens", _reading_own_folder)
+            replace(script, "load_real_time_tokens", _reading_token_folder)
             return LanguageModel(
                 _stage(model_path, "language", self.args.device),
                 self.tokenizer,
@@ -109,11 +109,11 @@ class LanguageModel:
         Returns:
             Outputs of the program.
         """
-        outputs = self._program(self._as_declared(inputs))
-        write_tokens(_own_folder(), outputs[-1].numpy().tolist(), self._eod_id)
+        outputs = self._program(self._convert_inputs(inputs))
+        write_tokens(_token_folder(), outputs[-1].numpy().tolist(), self._eod_id)
         return outputs
 
-    def _as_declared(self, inputs: list[Any]) -> list[Any]:
+    def _convert_inputs(self, inputs: list[Any]) -> list[Any]:
         """Convert the script's inputs to the program's dtypes and sizes.
 
         The script uses the number of images as the number of rows, allocates the caches of the 7B model, and its only
@@ -157,7 +157,7 @@ def _stage(path: str, stage: str, asked: str) -> Stage:
 
 
 @functools.cache
-def _own_folder() -> Path:
+def _token_folder() -> Path:
     """Folder of this process for token files: in a shared working directory, processes would read each other's."""
     named = env.REAL_TIME_SAVE_DIR.read()
     if named:
@@ -170,19 +170,19 @@ def _own_folder() -> Path:
     return folder
 
 
-def _reading_own_folder(reader: Callable[[], Any]) -> Callable[[], Any]:
+def _reading_token_folder(reader: Callable[[], Any]) -> Callable[[], Any]:
     """Wrap the script's reader of token files, which reads the working directory, to read our folder."""
 
     @functools.wraps(reader)
     def read() -> Any:
-        with _working_in(_own_folder()):
+        with _working_directory(_token_folder()):
             return reader()
 
     return read
 
 
 @contextlib.contextmanager
-def _working_in(folder: Path) -> Iterator[None]:
+def _working_directory(folder: Path) -> Iterator[None]:
     before = Path.cwd()
     os.chdir(folder)
     try:

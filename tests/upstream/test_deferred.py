@@ -11,7 +11,7 @@ import pytest
 
 from paddlemix_qwenvl_plugin.upstream.deferred import Deferred
 from paddlemix_qwenvl_plugin.upstream.image_encoder import DeferredModel
-from paddlemix_qwenvl_plugin.upstream.patching import put_back
+from paddlemix_qwenvl_plugin.upstream.patching import undo_all
 
 
 class Model(paddle.nn.Layer):
@@ -30,7 +30,7 @@ class Model(paddle.nn.Layer):
 def model():
     Model.made = 0
     yield DeferredModel(Model, "a folder", "float32")
-    put_back()
+    undo_all()
 
 
 USES: dict[str, Callable[[Any], Any]] = {
