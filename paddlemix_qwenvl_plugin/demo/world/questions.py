@@ -180,35 +180,33 @@ def side(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
 
 
 def _property(
-    rng: random.Random, language: str, asked: str, named: Optional[tuple[Thing, str]]
+    rng: random.Random, language: str, prop: str, named: Optional[tuple[Thing, str]]
 ) -> Optional[Turn]:
     """Ask about a property of a named object; None without one."""
     if named is None:
         return None
     thing, name = named
-    questions, answer = _PROPERTIES[asked][language]
-    text = answer.format(name, _word(thing, asked, language))
-    return Turn(asked, language, rng.choice(questions).format(name), sentence(text, language))
+    questions, answer = _PROPERTIES[prop][language]
+    text = answer.format(name, _word(thing, prop, language))
+    return Turn(prop, language, rng.choice(questions).format(name), sentence(text, language))
 
 
-def _word(thing: Thing, asked: str, language: str) -> str:
-    if asked == "place":
+def _word(thing: Thing, prop: str, language: str) -> str:
+    if prop == "place":
         return PLACES[thing.cell][language]
-    return (COLOURS[thing.colour] if asked == "colour" else SIZES[thing.size])[language]
+    return (COLOURS[thing.colour] if prop == "colour" else SIZES[thing.size])[language]
 
 
-def _shape_without(
-    rng: random.Random, scene: Scene, language: str, asked: str
-) -> Optional[tuple[Thing, str]]:
+def _shape_without(rng: random.Random, scene: Scene, language: str, prop: str) -> Optional[tuple[Thing, str]]:
     """Choose a shape and its name by `_name_without`; None without one."""
     thing = rng.choice(scene.shapes) if scene.shapes else None
-    name = thing and _name_without(rng, scene, thing, language, asked)
+    name = thing and _name_without(rng, scene, thing, language, prop)
     return (thing, name) if thing and name else None
 
 
-def _name_without(rng: random.Random, scene: Scene, thing: Thing, language: str, asked: str) -> str:
+def _name_without(rng: random.Random, scene: Scene, thing: Thing, language: str, prop: str) -> str:
     """Choose a unique name that does not reveal the requested property; empty if none exists."""
-    hidden = _word(thing, asked, language)
+    hidden = _word(thing, prop, language)
     names = [name for name in unique_names(scene, thing, language) if hidden not in name]
     return rng.choice(names) if names else ""
 
