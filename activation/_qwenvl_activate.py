@@ -1,13 +1,12 @@
-"""Run by every interpreter at its start (qwenvl_activate.pth, and qwenvl_activate.start from Python 3.15 on).
+"""Activation of the hooks at interpreter start (qwenvl_activate.pth, qwenvl_activate.start from Python 3.15 on).
 
-It puts one finder on sys.meta_path that lets the modules of HOOKS load as ever and then calls the plugin's hook
-with them, and that offers the stand-ins of STAND_INS where the real module is missing. The plugin itself is
-imported when the first of these modules is.
+A finder on sys.meta_path calls the plugin's hook after each module of HOOKS has loaded, and provides the stand-ins
+of STAND_INS if the real module is missing. The plugin itself is imported with the first of these modules.
 
-Environment: QWENVL_PLUGIN=0 switches all of this off; QWENVL_PLUGIN_DEBUG=1 tells on stderr what happens.
+Environment: QWENVL_PLUGIN=0 switches the activation off; QWENVL_PLUGIN_DEBUG=1 logs to stderr.
 """
 
-# No `from __future__ import annotations` and no typing here: each is a file to load at every start.
+# No `from __future__ import annotations` and no typing: each would load a file at every interpreter start.
 import _thread
 import os
 import sys
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 _PLUGIN = "paddlemix_qwenvl_plugin"
 
-# Module -> "hook module:function". The function is called with the module right after it was executed.
+# Module -> "hook module:function", called with the module right after it was executed.
 HOOKS = {
     "paddlemix.auto.modeling": _PLUGIN + ".upstream.paddlemix:hook_auto_modeling",
     "paddlemix.processors.qwen_vl_processing": _PLUGIN + ".upstream.paddlemix:hook_qwen_vl_processing",
@@ -35,12 +34,12 @@ EARLY_HOOKS = {
         _PLUGIN + ".upstream.paddlenlp:before_fused_layers"
     ),
 }
-# The same for modules that may be missing: there the function is given an empty module to fill.
+# The same for modules that may be missing: then the function fills an empty module.
 STAND_INS = {"paddlenlp_ops": _PLUGIN + ".upstream.ops_stand_in:fill"}
 _NEEDS_STAND_INS = "paddlenlp.experimental."
 _TABLE = {**HOOKS, **EARLY_HOOKS, **STAND_INS}
 
-# What the user said before Paddle, which sets it to 1 when imported (read by the plugin's util/threads.py).
+# The user's value before Paddle sets it to 1 on import (read by the plugin's util/threads.py).
 omp_num_threads = os.environ.get("OMP_NUM_THREADS", "")
 
 # Module -> "armed", "fired" or "failed: ERROR"; empty before init() and when switched off.
@@ -48,7 +47,7 @@ state: "dict[str, str]" = {}
 
 
 def init() -> None:
-    """Put the finder in place, once."""
+    """Install the finder, once."""
     if state or os.environ.get("QWENVL_PLUGIN") == "0":
         return
     state.update(dict.fromkeys(_TABLE, "armed"))
@@ -57,18 +56,18 @@ def init() -> None:
 
 
 def debug(line: str) -> None:
-    """Write a line to stderr where QWENVL_PLUGIN_DEBUG=1."""
+    """Write a line to stderr if QWENVL_PLUGIN_DEBUG=1."""
     if os.environ.get("QWENVL_PLUGIN_DEBUG") == "1":
         _tell(line)
 
 
 def _tell(line: str) -> None:
-    if sys.stderr is not None:  # as under pythonw
+    if sys.stderr is not None:  # None under pythonw
         sys.stderr.write("qwenvl: " + line + "\n")
 
 
 def _fire(name: str, module: "ModuleType") -> bool:
-    """Call a hook. One that fails is warned of, and the import goes on: no user's import breaks by a hook."""
+    """Call a hook. A failure causes a warning only: a hook must not break the user's import."""
     try:
         from importlib import import_module
 
@@ -80,7 +79,7 @@ def _fire(name: str, module: "ModuleType") -> bool:
         state[name] = "failed: " + what
         debug("hook " + name + " failed: " + what)
         if first:
-            _warn(_PLUGIN + ": " + name + " stays as it is, its hook failed (" + what + ")")
+            _warn(_PLUGIN + ": " + name + " is left unchanged, its hook failed (" + what + ")")
         return False
     state[name] = "fired"
     debug("hook " + name + " fired")
@@ -92,12 +91,12 @@ def _warn(message: str) -> None:
 
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-    except RuntimeWarning:  # `-W error` would make the user's import fail
+    except RuntimeWarning:  # with `-W error` it would break the user's import
         _tell(message)
 
 
 def _importer() -> str:
-    """Name of the module whose code runs the import that is being answered."""
+    """Name of the module that runs the current import."""
     frame = sys._getframe(1)
     while frame.f_back is not None and (
         frame.f_code.co_name == "find_spec"
@@ -108,10 +107,10 @@ def _importer() -> str:
 
 
 class _Finder:
-    """Finds nothing but the modules of the table, and these through the other finders."""
+    """Meta path finder for the modules of the table, which it finds through the other finders."""
 
     def __init__(self) -> None:
-        # (module, thread) of the searches under way: other finders may ask all finders in their turn.
+        # (module, thread) of running searches: other finders may call all finders in turn.
         self._searching: set[tuple[str, int]] = set()
 
     def find_spec(
@@ -128,7 +127,7 @@ class _Finder:
         finally:
             self._searching.discard(search)
         if name in STAND_INS:
-            # A real module is not touched, and whoever only wants to know whether there is one gets the truth.
+            # A real module is not changed, and other importers, which may only test for the module, get no stand-in.
             if spec is not None or not _importer().startswith(_NEEDS_STAND_INS):
                 return spec
             from importlib.machinery import ModuleSpec
@@ -150,7 +149,7 @@ class _Finder:
 
 
 class _HookLoader:
-    """The module's own loader, which gets its place back before the module is executed; and the hook."""
+    """Wrapper of a module's loader that runs the hook; restores the loader before the module is executed."""
 
     def __init__(self, name: str, loader: "Loader") -> None:
         self._name = name
@@ -171,7 +170,7 @@ class _HookLoader:
 
 
 class _StandInLoader:
-    """Loads a stand-in; if that fails, the module is as missing as it was."""
+    """Loader of a stand-in; if filling it fails, the import raises ModuleNotFoundError."""
 
     def __init__(self, name: str) -> None:
         self._name = name

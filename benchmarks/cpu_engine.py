@@ -1,14 +1,14 @@
-"""The engine on a CPU and its peers: milliseconds a layer of the 7B geometry, and the machine's limits.
+"""Benchmark of the engine on a CPU and its peers: milliseconds per layer of the 7B geometry, and the machine's limits.
 
 Build first: cmake -S csrc -B build/engine && cmake --build build/engine -j2. Needs NumPy, 3 GB of memory, 4 minutes.
-Run: python benchmarks/cpu_engine.py --paddle PYTHON --torch PYTHON --llama PYTHON, with interpreters that have them:
-  pip install -e '.[cpu]'                    for --paddle, which is the portable graph
+Run: python benchmarks/cpu_engine.py --paddle PYTHON --torch PYTHON --llama PYTHON, with interpreters that provide:
+  pip install -e '.[cpu]'                    for --paddle, the portable graph
   pip install torch                          for --torch
   pip install llama-cpp-python gguf numpy    for --llama
 
-Weights are random; all layers of a run share the memory of one, which no cache holds. Times are the best of many:
-other work on the machine only ever adds. Memory's speed changes with what a virtual machine's neighbours do, so the
-machine's own reads take turns with the engine's.
+Weights are random; all layers of a run share the memory of one layer, which exceeds every CPU cache. Times are the best
+of many runs, since other load on the machine only adds time. The memory bandwidth of a virtual machine varies with its
+neighbours, so reads by a bandwidth test alternate with the engine's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GEOMETRY: dict[str, Any] = {
     "num_attention_heads": 32,
     "kv_channels": 128,
     "intermediate_size": 22016,
-    "vocab_size": 64,  # the layers are timed; lm_head is left out
+    "vocab_size": 64,  # the layers are timed, without lm_head
     "layer_norm_epsilon": 1e-6,
     "seq_length": 2048,
     "max_position_embeddings": 8192,
@@ -58,7 +58,7 @@ GEOMETRY: dict[str, Any] = {
 
 
 class Weights:
-    """Matrices of any shape, cut from one block of random numbers and kept by shape."""
+    """Matrices of any shape, taken from one block of random numbers and cached by shape."""
 
     def __init__(self, library: Library, dtype: int) -> None:
         self._library, self._dtype = library, dtype
@@ -67,7 +67,7 @@ class Weights:
 
     def of(self, name: str, shape: tuple[int, ...], matrix: bool) -> Stored:
         dtype = self._dtype if matrix else BFLOAT16
-        # One layer's matrices are memory of their own.
+        # Each matrix of a layer has separate memory.
         key = (".".join(name.split(".")[-2:]) if matrix else "", shape, dtype)
         if key not in self._made:
             values = np.resize(self._random, (shape[0], int(np.prod(shape[1:]))))
@@ -147,7 +147,7 @@ def vision_engine(library: Library, dtype: int, layers: int) -> Engine:
 
 
 def small_engine(library: Library, dtype: int, threads: int) -> Engine:
-    """5 million parameters: what a step costs besides reading weights."""
+    """Engine with 5 million parameters, to measure the cost of a step besides reading weights."""
     hidden, layers, mlp, vocab = 256, 4, 704, 4000
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4, "kv_channels": 64}
     geometry = {**GEOMETRY, **sizes, "intermediate_size": 2 * mlp, "vocab_size": vocab}
@@ -167,7 +167,7 @@ def elapsed(run: Callable[[], object]) -> float:
 
 
 class Shortest:
-    """The shortest time of each of several things that take turns, in seconds."""
+    """Shortest time of each of several alternating runs, in seconds."""
 
     def __init__(self, runs: Mapping[str, Callable[[], object]], seconds: float) -> None:
         for run in runs.values():
@@ -180,7 +180,7 @@ class Shortest:
 
 
 def bytes_read(library: Library, dtype: int) -> int:
-    """By a layer for one token: its weights, and the keys and values of PAST tokens in bfloat16."""
+    """Bytes that a layer reads for one token: its weights, and keys and values of PAST tokens in bfloat16."""
     shapes = [(12288, 4096), (4096, 4096), (11008, 4096), (11008, 4096), (4096, 11008)]
     return sum(library.dll.qvl_packed_bytes(dtype, *shape) for shape in shapes) + 2 * PAST * 4096 * 2
 
@@ -190,7 +190,7 @@ BLOCK_FLOPS = 2 * 1024 * (4 * 1664**2 + 2 * 1664 * 8192)
 
 
 class Row(dict[str, float]):
-    """Milliseconds by name."""
+    """Milliseconds by part, of one implementation."""
 
     def __init__(self, name: str, figures: dict[str, float]) -> None:
         super().__init__(figures)
@@ -200,7 +200,7 @@ class Row(dict[str, float]):
 def language_row(
     library: Library, name: str, seconds: float, reads: Callable[[], float]
 ) -> tuple[Row, float, float]:
-    """The engine's times, the rate at which a decode step read and the machine's best rate meanwhile."""
+    """The engine's times, the read rate of a decode step, and the machine's best read rate in the same period."""
     dtype = DTYPES[name]
     with language_engine(library, dtype) as engine, engine.pool(96, 32, BFLOAT16) as pool:
         tables = [list(range(10 * i, 10 * i + 10)) for i in range(8)]
@@ -226,7 +226,7 @@ def language_row(
 
 
 def vision_row(library: Library, seconds: float) -> tuple[Row, float]:
-    """A block of the tower, and what is around the blocks: patches and resampler."""
+    """Time of a vision block, and of the rest of the stage: patches and resampler."""
     images = np.zeros([1, 3, 448, 448], np.float32)
     few, more = 1, 1 + VISION_LAYERS
     with vision_engine(library, BFLOAT16, few) as a, vision_engine(library, BFLOAT16, more) as b:
@@ -237,7 +237,7 @@ def vision_row(library: Library, seconds: float) -> tuple[Row, float]:
 
 
 def small_row(library: Library, name: str, threads: int) -> float:
-    """Milliseconds a token of the small model, greedy, 200 tokens."""
+    """Milliseconds per token of the small model, greedy, 200 tokens."""
     with small_engine(library, DTYPES[name], threads) as engine:
         return Shortest({"all": lambda: engine.generate([[1, 2, 3]], 200)}, 1).of["all"] / 200 * 1e3
 
@@ -272,9 +272,9 @@ def table(rows: list[Row], flops: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--library", type=Path, default=REPO / "build/engine/libqwenvl_testing.so")
-    parser.add_argument("--seconds", type=float, default=2, help="for each figure (default 2)")
+    parser.add_argument("--seconds", type=float, default=2, help="time for each figure (default 2)")
     parser.add_argument("--dtypes", default="bfloat16,int8,int4_g128,int4_g64")
-    parser.add_argument("--threads", type=int, default=0, help="default: as the engine does")
+    parser.add_argument("--threads", type=int, default=0, help="default: the engine's choice")
     parser.add_argument("--paddle", metavar="PYTHON", default="", help="an interpreter with this package")
     parser.add_argument("--torch", metavar="PYTHON", default="", help="an interpreter with PyTorch")
     parser.add_argument(
@@ -312,7 +312,7 @@ def main() -> None:
     for row, rate, machine in language:
         print(f"| {row.name} | {rate / 1e9:.1f} | {machine / 1e9:.1f} | {rate / machine:.0%} |")
     print(f"\nbfloat16 instruction on registers: {dll.qvlt_bf16_peak(threads) / 1e9:.0f} GFLOP/s")
-    print(f"patches and resampler: {around:.0f} ms a picture")
+    print(f"patches and resampler: {around:.0f} ms an image")
     print("\n| 5 million parameters, ms a token | " + " | ".join(names) + " |")
     print("| --- |" + " --- |" * len(names))
     for n in sorted({1, threads}):

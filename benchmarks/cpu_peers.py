@@ -1,8 +1,8 @@
-"""What others take for a layer of the same geometry: run by cpu_engine.py, with the interpreter that has them.
+"""Times of other implementations for a layer of the same geometry; run by cpu_engine.py with their interpreter.
 
-python benchmarks/cpu_peers.py torch|llama|paddle THREADS SECONDS prints a line of JSON for each way of running: its
-name and milliseconds a layer. paddle is our own portable graph, in Paddle Inference, and needs 3 GB of memory and as
-much disk. llama needs NumPy, gguf, llama-cpp-python and 1 GB for a file of random weights.
+python benchmarks/cpu_peers.py torch|llama|paddle THREADS SECONDS prints a line of JSON for each variant: its name and
+milliseconds per layer. paddle is our portable graph in Paddle Inference, and needs 3 GB of memory and of disk. llama
+needs NumPy, gguf, llama-cpp-python and 1 GB for a file of random weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WIDTH, VISION_HEADS, VISION_MLP, PATCHES = 1664, 16, 8192, 1024
 
 
 def best(run: Callable[[], object], seconds: float) -> float:
-    """Milliseconds of the fastest of as many runs as fit."""
+    """Time of the fastest run within `seconds`, in milliseconds."""
     run()
     shortest, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -71,7 +71,7 @@ def torch_peer(threads: int, seconds: float) -> None:
         def forward(self, x: Any, cos: Any, sin: Any, past: Any) -> Any:
             q, k, v = self.c_attn(self.ln_1(x)).chunk(3, -1)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            if past is not None:  # the new token takes the cache's last place
+            if past is not None:  # the new token takes the last slot of the cache
                 past[0][:, -1:], past[1][:, -1:] = k, v
                 k, v = past
             x = x + self.c_proj(attend(q, k, v, HEADS, past is None))
@@ -112,7 +112,7 @@ def torch_peer(threads: int, seconds: float) -> None:
                 def prefill(run_layer: Any = run_layer, x: Any = x, t: Any = turns) -> Any:
                     return run_layer(x[:1], t, t, None)
 
-                def see(run_block: Any = run_block, patches: Any = patches) -> Any:
+                def encode(run_block: Any = run_block, patches: Any = patches) -> Any:
                     return run_block(patches)
 
                 report(
@@ -120,9 +120,9 @@ def torch_peer(threads: int, seconds: float) -> None:
                     decode_1=best(functools.partial(decode, 1), seconds),
                     decode_8=best(functools.partial(decode, BATCH), seconds),
                     prefill=best(prefill, seconds),
-                    vision=best(see, seconds),
+                    vision=best(encode, seconds),
                 )
-            if dtype == torch.bfloat16:  # the bare products, which oneDNN computes
+            if dtype == torch.bfloat16:  # matrix products only, computed by oneDNN
 
                 def products(modules: list[Any], rows: Any) -> float:
                     inputs = {
@@ -174,7 +174,7 @@ def llama_peer(threads: int, seconds: float) -> None:
         batch = llama_cpp.llama_batch_init(512, 0, 1)
 
         def feed(tokens: list[tuple[int, int]], context: Any = context, batch: Any = batch) -> None:
-            """(sequence, position) of each token; 64 logits of all, or the last layer would take a short cut."""
+            """Run (sequence, position) tokens, with logits of all: llama.cpp else skips work in the last layer."""
             batch.n_tokens = len(tokens)
             for i, (sequence, position) in enumerate(tokens):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i] = 1, position, 1
@@ -215,7 +215,7 @@ def llama_peer(threads: int, seconds: float) -> None:
 
 
 def paddle_peer(threads: int, seconds: float) -> None:
-    """What two layers more cost."""
+    """Time per layer, from the difference of models with three and one layers."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     took = []
     for n_layers in (1, 3):

@@ -1,4 +1,4 @@
-"""The demo model's eight answers through the portable graph and through the engine: ms a token, prompt and picture.
+"""Benchmark of the demo model's eight answers by the portable graph and the engine: ms per token, prompt and image.
 
 Run: python benchmarks/demo_model.py
 Needs the plugin and a C++ compiler; a minute. Each figure is the best of five rounds of all questions.
@@ -32,8 +32,8 @@ ROWS: Sequence[tuple[str, str, Optional[str]]] = (
 
 
 def main() -> None:
-    pictures = {path: Image.open(path).convert("RGB") for one in QUESTIONS for path in one.images}
-    print("| | ms a token | ms a prompt | ms a picture |\n| --- | --- | --- | --- |")
+    images = {path: Image.open(path).convert("RGB") for one in QUESTIONS for path in one.images}
+    print("| | ms a token | ms a prompt | ms an image |\n| --- | --- | --- | --- |")
     for engine, dtype, quant_type in ROWS:
         os.environ["QWENVL_ENGINE"] = engine
         with tempfile.TemporaryDirectory() as name:
@@ -41,25 +41,25 @@ def main() -> None:
             export_vision(MODEL, folder / "vision", dtype)
             export_language(MODEL, folder, "qwen", dtype, quant_type=quant_type)
             model = QwenVL.from_exported(folder / "vision", folder / "qwen")
-            rounds = [answer_all(model, pictures) for _ in range(6)][1:]
+            rounds = [answer_all(model, images) for _ in range(6)][1:]
         cells = " | ".join(f"{min(figures):.2f}" for figures in zip(*rounds))
         print(f"| {engine} {quant_type or dtype} | {cells} |", flush=True)
 
 
-def answer_all(model: QwenVL, pictures: dict[Path, Image.Image]) -> tuple[float, float, float]:
+def answer_all(model: QwenVL, images: dict[Path, Image.Image]) -> tuple[float, float, float]:
     model.load()
-    model._loop = Loop(model._loop._executor)  # a round encodes each image anew
-    tokens = prompts = images = 0
+    model._loop = Loop(model._loop._executor)  # without caches: each round encodes the images again
+    n_tokens = n_prompts = n_images = 0
     seconds = dict.fromkeys(("decode", "prefill", "encode_images"), 0.0)
     for question in QUESTIONS:
-        answer = model.ask(request(question.sample, [pictures[path] for path in question.images])).finish()
+        answer = model.ask(request(question.sample, [images[path] for path in question.images])).finish()
         for part in seconds:
             seconds[part] += answer.timings[part]
-        tokens += len(answer.token_ids) - 1
-        prompts += 1
-        images += len(question.images)
+        n_tokens += len(answer.token_ids) - 1
+        n_prompts += 1
+        n_images += len(question.images)
     decode, prefill, encode = seconds.values()
-    return 1e3 * decode / tokens, 1e3 * prefill / prompts, 1e3 * encode / images
+    return 1e3 * decode / n_tokens, 1e3 * prefill / n_prompts, 1e3 * encode / n_images
 
 
 if __name__ == "__main__":

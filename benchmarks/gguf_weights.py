@@ -1,6 +1,6 @@
-"""Random weights of a Qwen-1 geometry as a GGUF file, which llama.cpp reads. Needs NumPy and gguf, not this package.
+"""Write random weights of a Qwen-1 geometry as a GGUF file for llama.cpp. Needs NumPy and gguf, not this package.
 
-python benchmarks/gguf_weights.py PATH JSON: JSON has write_gguf's other arguments.
+Run: python benchmarks/gguf_weights.py PATH JSON, where JSON contains the other arguments of write_gguf.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
-# So many rows of a matrix are random; more rows repeat them.
+# Random rows of a matrix; further rows repeat them.
 RANDOM_ROWS = 4096
 N_BYTES = 256
 
@@ -21,13 +21,13 @@ def write_gguf(
     sizes: dict[str, Any],
     n_words: Optional[int] = None,
 ) -> None:
-    """Write llama.cpp's architecture "qwen".
+    """Write a model of llama.cpp's architecture "qwen".
 
     Args:
-        kind: gguf's own name of the weights' type, as Q8_0.
+        kind: gguf's name of the storage type, such as Q8_0.
         sizes: as in config.json.
-        n_words: tokens after those of the 256 bytes that are words. The first one after them ends a completion; it
-            and all that are no words have logits of 0. None: a model without a tokenizer, all its logits are random.
+        n_words: number of word tokens after the 256 byte tokens. The next token is the stop token; its logit and those
+            of all tokens that are not words are 0. None: a model without a tokenizer, all logits random.
     """
     import gguf
     import numpy as np
@@ -93,7 +93,7 @@ def write_gguf(
 
 
 def _bytes_as_gpt2() -> list[str]:
-    """The characters by which GPT-2's vocabulary names the bytes: themselves where they can be seen."""
+    """Characters for bytes in GPT-2's vocabulary: printable bytes denote themselves."""
     seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = sorted(set(range(256)) - seen)
     return [chr(b) if b in seen else chr(256 + hidden.index(b)) for b in range(256)]

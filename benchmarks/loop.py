@@ -1,8 +1,8 @@
-"""The loop on the demo model: what it adds to the bare engine, what a batch gains, what a second question costs.
+"""Benchmark of the loop on the demo model: overhead over the bare engine, gain of a batch, cost of a second question.
 
 Run: python benchmarks/loop.py
-Needs the plugin and a C++ compiler; two minutes. Each figure is the best of some rounds. With --busy N this many
-processes compute beside it, and one thread is measured as well as two.
+Needs the plugin and a C++ compiler; two minutes. Each figure is the best of several rounds. With --busy N, N processes
+compute at the same time, and one thread is measured as well as two.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LENGTHS = [16 + 37 * n % 240 for n in range(64)]
 
 
 class CRequest(ctypes.Structure):
-    """qvl_request."""
+    """The C struct qvl_request."""
 
     _fields_ = [
         ("n_tokens", c_int32),
@@ -69,7 +69,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def bare(model: QwenVL, n_new: int) -> float:
-    """Seconds of qvl_generate, greedy, without a callback."""
+    """Time of qvl_generate in seconds, greedy, without a callback."""
     executor = model._loop._executor
     assert isinstance(executor, EngineExecutor)
     generate = c.load().qvl_generate
@@ -106,9 +106,9 @@ def bare(model: QwenVL, n_new: int) -> float:
 
 
 def streamed(model: QwenVL, n_new: int) -> float:
-    """Seconds of the same through the loop, its text read piece by piece."""
+    """Time of the same generation through the loop in seconds, its text streamed."""
     options = GenerationOptions(max_new_tokens=n_new)
-    model._loop = Loop(model._loop._executor)  # without the prefix of the last round
+    model._loop = Loop(model._loop._executor)  # without the prefix cache of the last round
     stream = model.start(Prompt(PROMPT, []), [], [], options, None)
     taken = seconds(lambda: list(stream))
     assert len(stream.answer.token_ids) == n_new
@@ -116,7 +116,7 @@ def streamed(model: QwenVL, n_new: int) -> float:
 
 
 def per_token(measure: Callable[[QwenVL, int], float], model: QwenVL) -> float:
-    """Ms a token of decoding, the prompt taken off."""
+    """Milliseconds per decode step, without the prompt."""
     return 1e3 * (best(lambda: measure(model, TOKENS + 1)) - best(lambda: measure(model, 1))) / TOKENS
 
 
@@ -148,7 +148,7 @@ def batch(folder: Path) -> None:
 
 
 def run_all(model: QwenVL, window: int) -> float:
-    """Seconds of 64 requests of unequal length."""
+    """Time of 64 requests of different lengths in seconds."""
     model._loop = Loop(model._loop._executor)
     streams = (
         model.start(Prompt(ids, []), [], [], GenerationOptions(max_new_tokens=n), None)
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--busy", type=int, default=0, metavar="N")
     parser.add_argument(
         "--one", type=Path, help=argparse.SUPPRESS
-    )  # an export that is there: bare engine, median
+    )  # folder of an export: bare engine, median
     arguments = parser.parse_args()
     if arguments.one:
         model = QwenVL.from_exported(arguments.one / "vision", arguments.one / "qwen")

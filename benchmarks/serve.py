@@ -1,11 +1,11 @@
-"""`qwenvl serve` under load, beside llama.cpp's llama-server and beside our own loop without a server around it.
+"""Benchmark of `qwenvl serve` under load, compared with llama.cpp's llama-server and with our loop without a server.
 
 Run: python benchmarks/serve.py --geometry slice --folder FOLDER
      [--llama_server LLAMA_SERVER --gguf_python PYTHON_WITH_GGUF]
 Needs the plugin with [serve] and a C++ compiler; FOLDER keeps the models, 7 GB for slice. Both servers get the same
-prompts as token ids at /v1/completions, greedy, streamed, 8 bits, two threads, the same numbers of new tokens; no
-prompt is like another, so no cache has anything of it. A round is every load on one after another; the next one goes
-through them in the other order. `--json` has a line for each load of each round, the tables are of all rounds together.
+prompts as token ids at /v1/completions, greedy, streamed, 8 bits, two threads, the same numbers of new tokens; all
+prompts differ, so no cache hits. A round runs every load on each target; the next round has the reverse order.
+`--json` writes a line for each load of each round; the tables combine all rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from serve_models import SIZES, export_gguf, export_stages, words
 from serve_targets import Load, Server, llama, on_loop, on_server, ours
 
-# So many requests for each client, and at least so many, in a round; the lengths of prompts and completions.
+# Requests per client and least number of requests in a round; lengths of prompts and completions.
 _REQUESTS = {"slice": (2, 8), "demo": (8, 64)}
 _PROMPT_TOKENS, _NEW_TOKENS = (16, 48), (16, 48)
 _TIMES = "first token, ms: p50, p95, p99", "between tokens, ms"
@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gguf_python", type=Path, default=Path(sys.executable))
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--rates", type=float, nargs="*", default=[], help="requests a second, open loop")
-    parser.add_argument("--requests", type=int, help="of each load, in place of a number by clients")
+    parser.add_argument("--requests", type=int, help="requests of each load (default: by clients)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -86,7 +86,7 @@ def n_requests(arguments: argparse.Namespace, load: Load) -> int:
 
 
 def requests(seed: str, n: int, sizes: dict[str, Any]) -> list[dict[str, Any]]:
-    """Prompts and numbers of new tokens; the same for everybody who gives the same seed."""
+    """Draw prompts and numbers of new tokens; deterministic in the seed."""
     chance, known = random.Random(seed), words(sizes)
     return [
         {
@@ -98,12 +98,12 @@ def requests(seed: str, n: int, sizes: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def rate_of(rows: list[dict[str, Any]]) -> float:
-    """Tokens a second."""
+    """Tokens per second."""
     return sum(row["tokens"] for row in rows) / (sum(row["seconds"] for row in rows) or 1)
 
 
 def groups(rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, list[dict[str, Any]]]]]:
-    """For each load, the rows of all rounds by name."""
+    """Yield each load with the rows of all rounds by target name."""
     for load in dict.fromkeys(row["load"] for row in rows):
         found: dict[str, list[dict[str, Any]]] = {}
         for row in rows:

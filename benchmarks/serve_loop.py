@@ -1,7 +1,7 @@
-"""The requests of serve.py on the loop alone, in one process: what is left of them is the cost of the server around it.
+"""Loop without a server for the requests of serve.py, in one process: the difference is the cost of the server.
 
-Reads lines of JSON, a run each, from standard input: `bodies`, as for serve_load.py, and `clients`. Writes a line for
-each: seconds and tokens. serve.py runs it.
+Reads a line of JSON per run from standard input: `bodies`, as for serve_client.py, and `clients`. Writes a line for
+each run: seconds and tokens. serve.py runs it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.runtime.loop import Loop
 
 
 def run(model: QwenVL, loop: Loop, bodies: list[dict[str, Any]], clients: int) -> dict[str, float]:
-    """All requests, `clients` at once: each that ends is followed by the next one."""
+    """Run all requests, `clients` at a time; the next request follows each finished one."""
     waiting = iter(bodies)
     active = []
     n_tokens = 0

@@ -1,7 +1,7 @@
-"""Random weights of one geometry at 8 bits, as our exported stages and as a GGUF file, with one made-up vocabulary.
+"""Random 8-bit weights of one geometry, as our exported stages and as a GGUF file, with one synthetic vocabulary.
 
-Every token of a completion is a word of ASCII characters, so that each has an event of its own in a stream: the logits
-of tokens that are no words, and of those that end a completion, are 0, and they are never the likeliest.
+Every token of a completion is a word of ASCII characters, so that each has a separate event in a stream: the logits of
+tokens that are not words, and of stop tokens, are 0, so they never have the highest probability.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from geometry_7b import write_model
 
-_VISION: dict[str, Any] = {  # as small as the format lets it be: no request has an image
+_VISION: dict[str, Any] = {  # minimal: no request has an image
     "heads": 6,
     "image_size": 128,
     "layers": 1,
@@ -55,12 +55,12 @@ SIZES: dict[str, dict[str, Any]] = {
         "visual": {**_VISION, "image_start_id": 890, "output_dim": 256},
     },
 }
-# Single bytes are the first tokens; <|endoftext|> is the first of the special ones, of which <img> is number 214.
+# The first tokens are single bytes; <|endoftext|> is the first special token, and <img> has number 214 among them.
 _N_BYTES, _N_BEFORE_IMAGE = 256, 214
 
 
 def words(sizes: dict[str, Any]) -> range:
-    """The ids of the tokens that are words."""
+    """Ids of the tokens that are words."""
     return range(_N_BYTES, sizes["visual"]["image_start_id"] - _N_BEFORE_IMAGE)
 
 
@@ -76,7 +76,7 @@ def export_stages(folder: Path, sizes: dict[str, Any]) -> None:
 
 
 def export_gguf(path: Path, sizes: dict[str, Any], python: Path) -> None:
-    """The same geometry for llama.cpp, written by an interpreter that has gguf; the weights are other random ones."""
+    """Write the same geometry for llama.cpp, by an interpreter with gguf; the random weights differ."""
     description = {"kind": "Q8_0", "sizes": sizes, "n_words": len(words(sizes))}
     script = Path(__file__).with_name("gguf_weights.py")
     subprocess.run([python, script, path, json.dumps(description)], check=True)
@@ -87,7 +87,7 @@ def _word(token: int) -> str:
 
 
 def _silence(model: Path, sizes: dict[str, Any]) -> None:
-    """Set the rows of lm_head to zero that belong to no word."""
+    """Set the rows of lm_head to zero for tokens that are not words."""
     index = json.loads((model / "model.safetensors.index.json").read_text())
     path = model / index["weight_map"]["lm_head.weight"]
     entry = safetensors_file.read_header(path)["lm_head.weight"]

@@ -1,4 +1,4 @@
-"""What serve.py measures: our server, llama.cpp's, and our loop alone, each started, loaded and ended."""
+"""Targets of serve.py: our server, llama.cpp's server, and our loop alone, each started, loaded and stopped."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _WARM_UP: list[dict[str, Any]] = [{"prompt": list(range(300, 332)), "max_tokens"
 
 @dataclass
 class Server:
-    """A server, as it is started.
+    """Definition of a server.
 
     Attributes:
-        ready: the path that answers with 200 when it is.
-        body: what it wants in a request beside what all get.
+        ready: path that returns 200 when the server is ready.
+        body: keys that this server needs in each request besides the common ones.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Server:
 
 @dataclass
 class Load:
-    """Clients that each wait for their answer, or requests a second that arrive whatever happens."""
+    """Load of a run: a number of clients (closed loop), or requests per second (open loop)."""
 
     clients: Optional[int] = None
     rate: Optional[float] = None
@@ -52,7 +52,7 @@ class Load:
 
 
 Measure = Callable[[Load, list[dict[str, Any]]], dict[str, Any]]
-"""Puts requests on what was started; gives the figures."""
+"""Runs a load with request bodies on a started target, and returns the figures."""
 
 
 def ours(folder: Path) -> Server:
@@ -63,7 +63,7 @@ def ours(folder: Path) -> Server:
 
 
 def llama(folder: Path, program: Path, context: int) -> Server:
-    """With 64 slots of `context` tokens, and without the cache of prompts, which would find nothing."""
+    """llama-server with 64 slots of `context` tokens, without the prompt cache, which would never hit."""
     model = ["-m", str(folder / "qwen.gguf"), "--alias", "model"]
     load = f"-np 64 -c {64 * context} -cb -t {_THREADS} -tb {_THREADS} --cache-ram 0"
     return Server("llama-server", [str(program), *model, *load.split()], "/health", {"cache_prompt": False})
@@ -71,7 +71,7 @@ def llama(folder: Path, program: Path, context: int) -> Server:
 
 @contextlib.contextmanager
 def on_server(server: Server, folder: Path) -> Iterator[Measure]:
-    """Start a server; yields what puts a load on it and gives the figures."""
+    """Start a server, and yield its Measure."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -92,7 +92,7 @@ def on_server(server: Server, folder: Path) -> Iterator[Measure]:
             how = {"clients": load.clients} if load.clients else {"rate": load.rate, "seed": 0}
             before = cpu_seconds(process.pid)
             done = subprocess.run(
-                [sys.executable, str(_HERE / "serve_load.py")],
+                [sys.executable, str(_HERE / "serve_client.py")],
                 input=json.dumps({**task, **how, "bodies": bodies}),
                 capture_output=True,
                 text=True,
@@ -110,7 +110,7 @@ def on_server(server: Server, folder: Path) -> Iterator[Measure]:
 
 @contextlib.contextmanager
 def on_loop(folder: Path) -> Iterator[Measure]:
-    """Start a process with our loop alone; yields what puts a load on it and gives the figures."""
+    """Start a process with our loop alone, and yield its Measure."""
     command = [
         sys.executable,
         str(_HERE / "serve_loop.py"),
@@ -137,17 +137,17 @@ def wait_ready(url: str, process: subprocess.Popen[bytes], log: str) -> None:
         with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url):
             return
         time.sleep(0.1)
-    raise SystemExit(f"the server does not become ready; see {log}")
+    raise SystemExit(f"timed out waiting for the server; see {log}")
 
 
 def cpu_seconds(pid: int) -> float:
-    """What a process has computed, its children not counted: of ours, what the engine does not."""
+    """CPU time of a process without its children; of our server, that of the front without the engine."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
-    """Of a run on a server; the samples are kept, so that rounds can be put together."""
+    """Figures of a run on a server, with the samples, so that rounds can be combined."""
     answers = report["answers"]
     for answer in answers:
         if not answer["error"] and answer["finish"] != "length":

@@ -1,8 +1,8 @@
-"""The real 7B geometry, all 32 + 48 layers with random weights: export and answer, seconds and peak memory.
+"""Benchmark of the 7B geometry, 32 + 48 layers with random weights: seconds and peak memory of export and answers.
 
 Run: python benchmarks/seven_b.py --quant_type weight_only_int4 --folder FOLDER
-Needs the plugin, a C++ compiler, 36 GB of free disk (19 GB are the bfloat16 checkpoint that it makes) and a machine
-of 24 GiB. Takes about 6 minutes. FOLDER is made, and deleted at the end.
+Needs the plugin, a C++ compiler, 36 GB of free disk (19 GB for the bfloat16 checkpoint that it creates) and 24 GiB
+of memory. Takes about 6 minutes. FOLDER is created, and deleted at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
     "visual": {**ONE_LAYER["visual"], "layers": 48},
 }
 
-# A process that reports its own seconds and peak memory: a JSON object on its last line.
+# Process that prints its seconds and peak memory as a JSON object on the last line.
 MEASURED = """
 import json, resource, sys, time
 start = time.perf_counter()
@@ -46,8 +46,8 @@ from paddlemix_qwenvl_plugin import export_{stage}
 export_{stage}({arguments})
 """
 
-# Opened when the files are cached, by this process and another one at the same time; every weight of the language
-# stage is read once. Pss counts a page that several processes have for its share alone.
+# Two processes open the cached files at the same time; every weight of the language stage is read once. Pss counts
+# a page shared by several processes proportionally.
 SHARED = """
 from paddlemix_qwenvl_plugin import QwenVL
 vl = QwenVL.from_exported({vision!r}, {language!r})
@@ -61,7 +61,7 @@ with open("/proc/self/smaps_rollup") as file:
             report[line[:3] + "_gib"] = int(line.split()[1]) / 2**20
 """
 
-# A prompt of 300 tokens with an image, then the same again, which is in the prefix cache, with 1 and 33 new tokens.
+# A prompt of 300 tokens with an image, then the same prompt from the prefix cache, with 1 and 33 new tokens.
 ANSWER = """
 import numpy as np
 from paddlemix_qwenvl_plugin import QwenVL
@@ -81,7 +81,7 @@ for name, n in (("prompt", 1), ("prompt_again", 1), ("33_tokens", 33)):
 report["ms_a_token"] = 1000 * (report["33_tokens"] - report["prompt_again"]) / 32
 """
 
-# 64 requests of unequal length without images: every eighth alone, one after another, then all at once.
+# 64 requests of different lengths without images: every eighth sequentially, then all at once.
 AT_ONCE = """
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
 vl = QwenVL.from_exported({vision!r}, {language!r})
@@ -112,7 +112,7 @@ def main() -> None:
     try:
         start = time.perf_counter()
         write_model(folder / "model", CONFIG, "bfloat16")
-        print(f"made the checkpoint in {time.perf_counter() - start:.0f} s")
+        print(f"created the checkpoint in {time.perf_counter() - start:.0f} s")
         model, vision, language = str(folder / "model"), str(folder / "vision"), str(folder / "text")
         for stage, values in (
             ("vision", [model, vision, "bfloat16", "fused"]),

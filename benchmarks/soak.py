@@ -1,7 +1,7 @@
-"""A soak of the loop on the engine: 10,000 requests of every kind, each compared with its answer alone.
+"""Soak test of the loop on the engine: 10,000 requests of every kind, each compared with its answer alone.
 
 Run: python benchmarks/soak.py
-Needs the plugin, pytest and a C++ compiler; a few minutes. Prints what happened, and how much the process grew.
+Needs the plugin, pytest and a C++ compiler; a few minutes. Prints counts of events and the growth of the process.
 """
 
 from __future__ import annotations

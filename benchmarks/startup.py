@@ -1,6 +1,6 @@
-"""What the plugin adds to the start of every Python in its environment.
+"""Startup cost that the plugin adds to every Python process in its environment.
 
-Two bare virtual environments, one with the activation's three files, run `python -c pass` in turn.
+Two bare virtual environments, one with the three activation files, alternately run `python -c pass`.
 Takes about 10 s. Run: python benchmarks/startup.py [--runs 200]
 """
 
@@ -17,12 +17,12 @@ import venv
 from pathlib import Path
 
 ACTIVATION = Path(__file__).resolve().parents[1] / "activation"
-# So that listing site-packages costs what it does in an environment with Paddle.
+# Listing site-packages then costs the same as in an environment with Paddle.
 OTHER_PACKAGES = 300
 
 
 def make_environment(folder: Path, active: bool) -> Path:
-    """Make a virtual environment without pip, with the activation or without; return its Python."""
+    """Create a virtual environment without pip, with or without the activation; return its Python."""
     venv.create(folder, symlinks=os.name != "nt", with_pip=False)
     (site_packages,) = folder.rglob("site-packages")
     for number in range(OTHER_PACKAGES):
@@ -34,7 +34,7 @@ def make_environment(folder: Path, active: bool) -> Path:
 
 
 def milliseconds(python: Path, environment: dict[str, str]) -> float:
-    """How long one start takes, from the call to the exit."""
+    """Time of one process from start to exit, in milliseconds."""
     begin = time.perf_counter()
     subprocess.run([python, "-c", "pass"], env=environment, check=True)
     return (time.perf_counter() - begin) * 1000
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=200, help="pairs of starts (default 200)")
     runs = parser.parse_args().runs
-    # Nothing of the caller's but PATH and the like: PYTHONPATH or PYTHONDONTWRITEBYTECODE would be timed too.
+    # Without the caller's PYTHON* variables: PYTHONPATH or PYTHONDONTWRITEBYTECODE would affect the times.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment.pop("QWENVL_PLUGIN", None)
     with tempfile.TemporaryDirectory() as folder:

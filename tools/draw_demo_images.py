@@ -1,4 +1,4 @@
-"""Draw the pictures that `qwenvl demo` asks about, from the seeds in demo/questions.py.
+"""Draw the images of `qwenvl demo` from the seeds in demo/questions.py.
 
 python -m tools.draw_demo_images
 """
@@ -14,8 +14,8 @@ from paddlemix_qwenvl_plugin.demo.world.draw import draw
 def main(folder: Path = IMAGES) -> None:
     folder.mkdir(exist_ok=True)
     for question in QUESTIONS:
-        for scene, picture in zip(question.sample.scenes, question.images):
-            draw(scene).save(folder / picture.name, optimize=True)
+        for scene, image in zip(question.sample.scenes, question.images):
+            draw(scene).save(folder / image.name, optimize=True)
 
 
 if __name__ == "__main__":

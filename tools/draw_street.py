@@ -1,4 +1,4 @@
-"""Draw the bundled picture, recipes/images/street.png: a street with a house, a car, a tree, a dog and a sign.
+"""Draw the bundled image, recipes/images/street.png: a street with a house, a car, a tree, a dog and a sign.
 
 Run: python tools/draw_street.py recipes/images/street.png
 """
@@ -16,8 +16,8 @@ WIDTH, HEIGHT = 960, 640
 
 def main(target: Path) -> None:
     random.seed(7)
-    picture = Image.new("RGB", (WIDTH, HEIGHT))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (WIDTH, HEIGHT))
+    draw = ImageDraw.Draw(image)
     for y in range(HEIGHT):
         shade = y / HEIGHT
         draw.line([(0, y), (WIDTH, y)], fill=(int(120 + 100 * shade), int(175 + 60 * shade), 245))
@@ -33,7 +33,7 @@ def main(target: Path) -> None:
     _car(draw)
     _dog(draw)
     _sign(draw)
-    picture.filter(ImageFilter.GaussianBlur(0.6)).save(target, optimize=True)
+    image.filter(ImageFilter.GaussianBlur(0.6)).save(target, optimize=True)
 
 
 def _house(draw: ImageDraw.ImageDraw) -> None:

@@ -1,11 +1,11 @@
-"""Build what the tests and benchmarks of a GPU need, on a machine without one.
+"""Build the binaries for the GPU tests and benchmarks on a machine without a GPU.
 
     pip install -e '.[gpu-engine]'
     python -m tools.gpu_bundle DIR
 
-writes into DIR: the engine (for processors like this one), its part for GPUs, the library of launchers that tests/cuda
-calls, and every kernel in float16 and bfloat16. Kernels that are newer than their source and all headers stay as they
-are. On the machine with the GPU, `tests/cuda/check.sh DIR` runs everything there is in one go.
+writes into DIR: the engine (for processors like this one), its GPU library, the library of launchers for tests/cuda,
+and every kernel in float16 and bfloat16. Kernels newer than their source and all headers are kept. On the machine
+with the GPU, `tests/cuda/check.sh DIR` runs all tests.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ TEST_LIBRARY = "libqwenvl_cuda_test.so"
 
 
 def gpu_bundle(folder: Path, architecture: int) -> None:
-    """Make or bring up to date everything in `folder`, for GPUs of compute capability architecture / 10.
+    """Build or update the bundle in `folder` for GPUs of compute capability architecture / 10.
 
     Raises:
-        QwenVLError: there is no compiler or NVRTC for them.
-        build.BuildFailed: one of them ended with an error.
+        QwenVLError: no compiler, or no NVRTC for the architecture.
+        build.BuildFailed: a build failed.
     """
     make_folder(folder)
     csrc = sources.source_folder()

@@ -1,7 +1,7 @@
 """Take the docs' screenshots of the server's page: `python -m tools.page_screenshots URL`.
 
-URL is that of a server of the demo model (`qwenvl serve --demo`). Needs Selenium, Chromium with its driver, and a font
-with Chinese glyphs, such as Debian's fonts-noto-cjk.
+URL: address of a server with the demo model (`qwenvl serve --demo`). Needs Selenium, Chromium with its driver, and a
+font with Chinese glyphs, such as Debian's fonts-noto-cjk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SECONDS = 120
 
 
 class Shooter:
-    """A browser that asks the page questions."""
+    """Browser that asks questions on the page and takes screenshots."""
 
     def __init__(self, url: str, size: tuple[int, int], scheme: str, language: str, zoom: int) -> None:
         options = webdriver.ChromeOptions()

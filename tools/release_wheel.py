@@ -1,11 +1,11 @@
-"""Build the wheel of a release: the package with the engine, compiled for each instruction set of such processors.
+"""Build a release wheel: the package with the engine, compiled for each ISA of this processor family.
 
     pip install -e '.[release]'
     python -m tools.release_wheel dist
 
-writes dist/paddlemix_qwenvl_plugin-VERSION-py3-none-manylinux_….whl. `auditwheel` finds out which systems it runs
-on: those with a C library no older than this system's, so run it on an old one, such as a manylinux image. A wheel
-that `pip` builds from the sources has no library and compiles it on first use.
+writes dist/paddlemix_qwenvl_plugin-VERSION-py3-none-manylinux_….whl. `auditwheel` determines the compatible
+systems: those with a C library at least as new as on this system, so run it on an old system, such as a manylinux
+image. A wheel that `pip` builds from source has no library and compiles it at first use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def release_wheel(output: Path) -> Path:
-    """Build it; returns the wheel in `output`."""
+    """Build the wheel, and return its path in `output`."""
     make_folder(output)
     with tempfile.TemporaryDirectory(prefix="qwenvl-release-") as scratch:
         folder = Path(scratch)
@@ -56,7 +56,7 @@ def release_wheel(output: Path) -> Path:
 
 
 def _libraries(folder: Path) -> list[Path]:
-    """The engine, and its part for GPUs, that need nothing but the C library, whatever C++ library the system has."""
+    """Build the engine and its GPU library, linked statically except for the C library."""
     csrc = sources.source_folder()
     link = ("-static-libstdc++", "-static-libgcc", "-s")
     units = sources.library_units(csrc, sources.all_isas(csrc))
@@ -84,5 +84,5 @@ def _only(folder: Path, pattern: str) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the wheel of a release.")
-    parser.add_argument("output", type=Path, help="the folder that gets it")
+    parser.add_argument("output", type=Path, help="output folder")
     print(release_wheel(parser.parse_args().output))

@@ -61,11 +61,11 @@ def export(folder: Path, name: str) -> None:
     from paddlemix_qwenvl_plugin.artifact.weights import stage_weights
     from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
     from paddlemix_qwenvl_plugin.export import export as exporting
-    from paddlemix_qwenvl_plugin.modeling.fused import FusedGeneration, FusedVision
+    from paddlemix_qwenvl_plugin.modeling.engine_stage import EngineGeneration, EngineVision
 
     config = parse_config(CONFIG, "made up")
     weights = stage_weights(config, name, "bfloat16")
-    model, inputs = (FusedVision, vision_inputs) if name == "vision" else (FusedGeneration, stock_inputs)
+    model, inputs = (EngineVision, vision_inputs) if name == "vision" else (EngineGeneration, stock_inputs)
     program = exporting.Program("", functools.partial(model, weights=weights), inputs, exporting._on_all)
     stage = exporting._Stage(name, [], [program], lambda *_: parameters(weights), ())
     made_up = SimpleNamespace(folder=folder, config=config, fingerprint=lambda: "made up")

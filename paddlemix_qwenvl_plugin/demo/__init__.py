@@ -1,6 +1,6 @@
-"""What `qwenvl demo` does: the shipped model answers the bundled questions, on a page and on a contact sheet."""
+"""`qwenvl demo`: the shipped model answers the bundled questions; results as an HTML page and a contact sheet."""
 
 from pathlib import Path
 
 MODEL = Path(__file__).resolve().parent / "model"
-"""The model folder that is shipped."""
+"""Folder of the shipped demo model."""

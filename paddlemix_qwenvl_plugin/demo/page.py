@@ -1,4 +1,4 @@
-"""The results as one HTML file: pictures inside it, no scripts, nothing fetched."""
+"""HTML report of a demo run: one file, images embedded, no scripts, no external requests."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _LANGUAGE = {"en": "en", "zh": "zh-Hans"}
 
 
 def html_page(run: Run, out: Path) -> str:
-    """The page of a run. `out` is the folder with the stages and the pictures, for the command that asks again."""
+    """Render a run as HTML. The page's example command uses the stages and images in the folder `out`."""
     import paddle
 
     return _template("page.html").substitute(
         right=run.right,
         total=len(run.results),
-        pictures=sum(len(result.question.images) for result in run.results),
+        images=sum(len(result.question.images) for result in run.results),
         cards="\n".join(_card(result) for result in run.results),
         colours="\n".join(f".c{i}{{--box:{colour}}}" for i, colour in enumerate(COLOURS)),
         parameters=f"{run.parameters / 1e6:.1f} million",
@@ -40,7 +40,7 @@ def html_page(run: Run, out: Path) -> str:
         qwenvl=escape(program()),
         vision=escape(shlex.quote(str(out / "vision" / "vision"))),
         language=escape(shlex.quote(str(out / "text" / "qwen"))),
-        picture=escape(shlex.quote(str(out / "images" / "caption.png"))),
+        image=escape(shlex.quote(str(out / "images" / "caption.png"))),
     )
 
 
@@ -50,13 +50,12 @@ def _template(name: str) -> Template:
 
 def _card(result: Result) -> str:
     question, answer = result.question, result.answer
-    pictures = question.images
     expected = parse_boxes(question.turn.answer).text
     return _template("card.html").substitute(
         name=question.name,
-        width="wide" if len(pictures) > 1 else "",
+        width="wide" if len(question.images) > 1 else "",
         title=escape(question.title),
-        pictures="".join(_figure(result, number) for number in range(len(pictures))),
+        images="".join(_figure(result, number) for number in range(len(question.images))),
         language=_LANGUAGE[question.turn.language],
         question=escape(question.turn.question),
         answer=_marked(answer) or "(nothing)",
@@ -68,19 +67,19 @@ def _card(result: Result) -> str:
 
 
 def _figure(result: Result, number: int) -> str:
-    """A picture of the question; the boxes are on the last one."""
+    """Figure of one image of the question. Only the last image has the boxes."""
     question = result.question
     last = len(question.images) - 1
     boxes = result.answer.boxes if number == last else ()
-    picture = _picture(question.images[number], caption_text(question.sample.scenes[number], "en"), boxes)
-    return f"<figure>{picture}{f'<figcaption>Picture {number + 1}</figcaption>' if last else ''}</figure>"
+    image = _image(question.images[number], caption_text(question.sample.scenes[number], "en"), boxes)
+    return f"<figure>{image}{f'<figcaption>Picture {number + 1}</figcaption>' if last else ''}</figure>"
 
 
-def _picture(path: Path, description: str, boxes: Sequence[Box]) -> str:
+def _image(path: Path, description: str, boxes: Sequence[Box]) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     overlay = "".join(_outline(number, box) for number, box in enumerate(boxes))
     return (
-        f'<div class="picture"><img alt="{escape(description)}" src="data:image/png;base64,{data}">'
+        f'<div class="image"><img alt="{escape(description)}" src="data:image/png;base64,{data}">'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{overlay}</svg></div>'
     )
 
@@ -88,7 +87,7 @@ def _picture(path: Path, description: str, boxes: Sequence[Box]) -> str:
 def _outline(number: int, box: Box) -> str:
     points = " ".join(f"{x},{y}" for x, y in _corners(box))
     left, top = min(x for x, _ in box.points), min(y for _, y in box.points)
-    # The number stands above the box, or inside where there is no room.
+    # The number is drawn above the box, or inside it if there is no room.
     y = top - 58 if top >= 58 else top
     return (
         f'<g class="{_colour(number)}"><polygon points="{points}"/><rect x="{left}" y="{y}" width="52" height="58"/>'
@@ -108,7 +107,7 @@ def _colour(number: int) -> str:
 
 
 def _marked(answer: Answer) -> str:
-    """The answer's words, each ref with the number and the colour of its box; boxes without words at the end."""
+    """HTML of the answer's text: each ref with its box's number and colour, boxes without a ref at the end."""
     words = parse_boxes(answer.text).text
     html, position, rest = "", 0, ""
     for number, box in enumerate(answer.boxes):
@@ -124,6 +123,6 @@ def _marked(answer: Answer) -> str:
 
 
 def _tokens_per_second(results: Sequence[Result]) -> float:
-    # The first token of an answer comes with the prefill.
+    # Prefill computes the first token.
     decoded = sum(len(result.answer.token_ids) - 1 for result in results)
     return decoded / max(sum(result.answer.timings["decode"] for result in results), 1e-9)

@@ -1,4 +1,4 @@
-"""The bundled questions: samples of the demo world from fixed seeds, and their pictures as files."""
+"""Bundled questions: samples of the demo world from fixed seeds, with their images as files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMAGES = Path(__file__).resolve().parent / "images"
 
 @dataclass(frozen=True)
 class Question:
-    """A sample of one turn, with a name and a title."""
+    """One-turn sample with a name and a title."""
 
     name: str
     title: str
@@ -25,11 +25,12 @@ class Question:
 
     @property
     def turn(self) -> Turn:
+        """The sample's only turn."""
         return self.sample.turns[0]
 
     @property
     def images(self) -> list[Path]:
-        """The scenes as PNG files. Their pixels are the same everywhere, whatever Pillow's letters look like."""
+        """PNG files of the scenes. Shipped as files, so the pixels do not depend on Pillow's font."""
         numbers = [f"-{i}" for i in range(1, len(self.sample.scenes) + 1)] if self.sample.scenes[1:] else [""]
         return [IMAGES / f"{self.name}{number}.png" for number in numbers]
 
@@ -40,18 +41,18 @@ def _question(
     make: Callable[[random.Random, Any, str], Optional[Turn]],
     seed: str,
     language: str = "en",
-    n_pictures: int = 1,
+    n_images: int = 1,
     form: Literal["chat", "base"] = "chat",
 ) -> Question:
     rng = random.Random(seed)
-    scenes = tuple(random_scene(rng) for _ in range(n_pictures))
-    turn = make(rng, scenes if n_pictures > 1 else scenes[0], language)
+    scenes = tuple(random_scene(rng) for _ in range(n_images))
+    turn = make(rng, scenes if n_images > 1 else scenes[0], language)
     if turn is None:
-        raise AssertionError(f"{seed}: gives no question of this kind")
+        raise AssertionError(f"{seed}: the scene allows no question of this kind")
     return Question(name, title, Sample(scenes, (turn,), form))
 
 
-# The seeds were chosen for the looks of the pictures, before any answer was seen.
+# The seeds were chosen by the look of the images, before any completion was generated.
 # No training seed begins with "demo".
 QUESTIONS = (
     _question("caption", "A caption", captions.caption, "demo caption 98"),
@@ -60,6 +61,6 @@ QUESTIONS = (
     _question("relation", "A question", questions.side, "demo relation 109"),
     _question("count", "Counting", questions.count, "demo count 16"),
     _question("read", "Reading", questions.read, "demo read 78"),
-    _question("pair", "Two pictures", pairs.which, "demo pair 38", n_pictures=2),
+    _question("pair", "Two images", pairs.which, "demo pair 38", n_images=2),
     _question("chinese", "In Chinese", captions.grounded_caption, "demo zh 32", language="zh"),
 )

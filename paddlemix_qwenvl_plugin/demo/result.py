@@ -1,4 +1,4 @@
-"""What a run of the demo gave."""
+"""Results of a demo run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Result:
 
     @cached_property
     def right(self) -> bool:
-        """All words as the scene has them, every box over its thing (IoU at least 0.5), and none too many."""
+        """Whether the text is exact, every box overlaps its object (IoU at least 0.5), and no box is extra."""
         marked = mark(self.question.sample, self.answer.text)
         return (
             marked.words_right
@@ -32,10 +32,11 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """From the question to the whole answer, without loading the programs."""
+        """Time from the question to the complete answer, in seconds, without loading the programs."""
         return sum(self.answer.timings[name] for name in _SECONDS)
 
     def as_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
         turn = self.question.turn
         return {
             "images": [path.name for path in self.question.images],
@@ -48,7 +49,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """All results, how many parameters the model has, and what the export took."""
+    """Results of all questions, the model's parameter count, and the export time in seconds."""
 
     results: tuple[Result, ...]
     parameters: int
@@ -56,13 +57,16 @@ class Run:
 
     @property
     def right(self) -> int:
+        """Number of right answers."""
         return sum(result.right for result in self.results)
 
     @property
     def answer_seconds(self) -> float:
+        """Time of all answers, in seconds."""
         return sum(result.seconds for result in self.results)
 
     def as_dict(self) -> dict[str, Any]:
+        """Contents of answers.json."""
         return {
             "questions": len(self.results),
             "right": self.right,

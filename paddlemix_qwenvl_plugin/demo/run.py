@@ -1,4 +1,4 @@
-"""Export the shipped model, ask it the bundled questions, write a page and a contact sheet."""
+"""Run the demo: export the shipped model, ask the bundled questions, write a page and a contact sheet."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ from paddlemix_qwenvl_plugin.util.files import write_beside
 
 PAGE, SHEET, ANSWERS = "index.html", "sheet.png", "answers.json"
 
-# What a demo writes into its folder, and the file that tells such a folder.
+# Files that a demo writes, and the marker file of a demo folder.
 _NAMES = (PAGE, SHEET, ANSWERS, "images", "vision", "text")
-_MARK = ".qwenvl-demo"
+_MARKER = ".qwenvl-demo"
 
 
 def run_demo(out: Path, say: Callable[[str], None], model: Optional[Path] = None) -> Run:
     """Write index.html, sheet.png, answers.json, images/ and the stages vision/vision and text/qwen to `out`.
 
-    What an earlier demo wrote is replaced, other files are left alone.
+    Files of an earlier demo are replaced, other files are kept.
 
     Args:
-        out: a folder, made if it is not there.
-        say: called with each line for the user, as things happen.
-        model: another folder than that of the shipped model.
+        out: output folder, created if missing.
+        say: called with each progress line.
+        model: model folder; None: the shipped model.
 
     Raises:
-        UsageError: `out` cannot be made, or has files of these names that no demo wrote.
-        QwenVLError: the model's weights are not in the installation.
+        UsageError: `out` cannot be created, or contains files of these names that no demo wrote.
+        QwenVLError: the installation lacks the model's weights.
     """
     model = model or MODEL
     weights = model / "model.safetensors"
     if not weights.is_file():
         raise QwenVLError(f"{weights}: the demo model's weights are missing; install the package again")
-    _claim(out)
-    with _alone_in(out):
+    _prepare_folder(out)
+    with _locked(out):
         return _run(out, say, model)
 
 
@@ -70,14 +70,14 @@ def _run(out: Path, say: Callable[[str], None], model: Path) -> Run:
     export_language(model, out / "text", "qwen")
     export_seconds = time.perf_counter() - start
     say(f"Exported the language stage in {export_seconds - (exported_vision - start):.1f} s.")
-    pair = QwenVL.from_exported(out / "vision" / "vision", out / "text" / "qwen")
-    pair.load()
+    vl = QwenVL.from_exported(out / "vision" / "vision", out / "text" / "qwen")
+    vl.load()
     results = []
     for number, question in enumerate(QUESTIONS, start=1):
         say("")
         say(f"{number}/{len(QUESTIONS)} {question.title} ({', '.join(p.name for p in question.images)})")
         say(f"    Q  {question.turn.question}")
-        results.append(_ask(pair, question))
+        results.append(_ask(vl, question))
         for line in _answer_lines(results[-1]):
             say(f"    {line}")
     specs = {**vision_specs(manifest.config), **language_specs(manifest.config)}
@@ -87,45 +87,45 @@ def _run(out: Path, say: Callable[[str], None], model: Path) -> Run:
     return run
 
 
-def _claim(out: Path) -> None:
-    """Make the folder of a demo, or take that of an earlier one."""
+def _prepare_folder(out: Path) -> None:
+    """Create the output folder, or reuse that of an earlier demo."""
     make_folder(out)
-    mark, page = out / _MARK, out / PAGE
-    # Earlier versions left no mark; the page is the last that they wrote.
-    ours = mark.exists() or (page.is_file() and b"<title>qwenvl demo:" in page.read_bytes()[:4096])
+    marker, page = out / _MARKER, out / PAGE
+    # Earlier versions wrote no marker file; the page is the last file that they wrote.
+    ours = marker.exists() or (page.is_file() and b"<title>qwenvl demo:" in page.read_bytes()[:4096])
     for name in () if ours else _NAMES:
         if os.path.lexists(out / name):
             raise UsageError(f"{out / name}: exists, and no demo wrote it; name another folder")
-    mark.touch()
+    marker.touch()
 
 
 @contextlib.contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Let another demo in the same folder end first: its exports would be renamed under the feet of this one."""
+def _locked(out: Path) -> Iterator[None]:
+    """Lock the folder: a concurrent demo would replace the exports while this one reads them."""
     lock = out / ".qwenvl-demo.lock"
     with FileLock(lock):
         try:
             yield
         finally:
-            with contextlib.suppress(PermissionError):  # Windows removes no open file
+            with contextlib.suppress(PermissionError):  # Windows does not remove open files
                 lock.unlink()
 
 
 def _build_engine(say: Callable[[str], None]) -> None:
-    """Build the engine if need be, so that it is not counted as a part of the export."""
-    there = library_state()[0] in ("shipped", "built")
+    """Build the engine if needed, so that the build does not count as export time."""
+    ready = library_state()[0] in ("shipped", "built")
     start = time.perf_counter()
-    if engine_available(engine_choice(), operators=True) and not there:
+    if engine_available(engine_choice(), operators=True) and not ready:
         say(f"Built the engine in {time.perf_counter() - start:.1f} s.")
 
 
-def _ask(pair: QwenVL, question: Question) -> Result:
+def _ask(vl: QwenVL, question: Question) -> Result:
     images = []
     for path in question.images:
-        # Opened here: in a prompt a path may have 256 bytes, and nobody knows where this is installed.
+        # Opened here: a prompt limits a path to 256 bytes, and the installation path may be longer.
         with Image.open(path) as file:
             images.append(file.convert("RGB"))
-    return Result(question, pair.ask(request(question.sample, images)).finish())
+    return Result(question, vl.ask(request(question.sample, images)).finish())
 
 
 def _answer_lines(result: Result) -> list[str]:
@@ -134,7 +134,7 @@ def _answer_lines(result: Result) -> list[str]:
     for box in answer.boxes:
         corners = " ".join(f"({x},{y})" for x, y in box.points)
         lines.append(f"   {box.kind} {corners}  {one_line(box.ref or '')}".rstrip())
-    verdict = "right" if result.right else f"WRONG, the picture shows: {result.question.turn.answer}"
+    verdict = "right" if result.right else f"WRONG, expected: {result.question.turn.answer}"
     rate = answer.timings["tokens_per_second"]
     lines.append(f"   {verdict}; {result.seconds:.2f} s, {rate:.0f} tokens a second")
     return lines
@@ -145,8 +145,8 @@ def _write(out: Path, run: Run) -> None:
     sheet = contact_sheet(run.results)
     page = html_page(run, out)
     make_folder(out / "images")
-    for picture in (path for result in run.results for path in result.question.images):
-        write_beside(out / "images" / picture.name, partial(shutil.copyfile, picture))
+    for image in (path for result in run.results for path in result.question.images):
+        write_beside(out / "images" / image.name, partial(shutil.copyfile, image))
     write_beside(out / ANSWERS, lambda path: path.write_text(answers, "utf-8"))
     write_beside(out / SHEET, lambda path: sheet.save(path, optimize=True))
     write_beside(out / PAGE, lambda path: path.write_text(page, "utf-8"))

@@ -1,4 +1,4 @@
-"""Score answers about the demo world: exact words, and boxes by their overlap."""
+"""Scores of demo-world answers: exact text, boxes by intersection over union."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 from paddlemix_qwenvl_plugin.runtime.request import Request
 
 GOALS = {"words": 0.95, "boxes": 0.9, "reading": 0.9}
-"""What the shipped model should reach."""
+"""Target rates of the shipped model."""
 
 _OPEN_BOX = "<box>"
 
-# The longest right answer, four things with their boxes in Chinese, has about half of that.
+# About twice the longest right answer, which lists four objects with boxes in Chinese.
 _MAX_NEW_TOKENS = 200
 
 
 @dataclass(frozen=True)
 class Mark:
-    """How one answer did: its words, and how many of the boxes that it should have are there."""
+    """Score of one answer: whether its text is right, and how many of the expected boxes are."""
 
     task: str
     words_right: bool
@@ -37,22 +37,22 @@ class Mark:
 
 
 def answers(model: QwenVL, samples: Iterable[Sample]) -> Iterator[str]:
-    """Draw the images of each sample and ask its first turn, greedily."""
+    """Answer the first turn of each sample about freshly drawn images, with greedy decoding."""
     streams = (model.ask(request(sample, [draw(scene) for scene in sample.scenes])) for sample in samples)
     return (answer.text for answer in model.finish_all(streams))
 
 
 def request(sample: Sample, images: Sequence[Image.Image]) -> Request:
-    """A sample's first turn about these images."""
+    """Build the request for a sample's first turn about these images."""
     options = GenerationOptions(max_new_tokens=_MAX_NEW_TOKENS)
     return Request(sample.parts(images), options, chat=sample.form == "chat")
 
 
 def mark(sample: Sample, answer: str) -> Mark:
-    """Compare an answer to a sample's first turn with the right one.
+    """Score an answer to a sample's first turn.
 
-    Words are compared without boxes, character by character. The boxes are compared in order; a box is right if
-    intersection over union is at least IOU and it belongs to the same `<ref>`.
+    The text without boxes must match exactly. Boxes are compared in order: a box is right if its intersection over
+    union is at least IOU and it has the same `<ref>`.
     """
     turn = sample.turns[0]
     wanted, got = _parsed(turn, turn.answer), _parsed(turn, answer)
@@ -63,12 +63,12 @@ def mark(sample: Sample, answer: str) -> Mark:
 
 
 def score(marks: Sequence[Mark]) -> dict[str, Rate]:
-    """Rates: of everything first, then by task.
+    """Compute rates over all answers, then per task.
 
-    "words": captions and answers word for word; "boxes": boxes with an IoU of at least 0.5; "reading": words read
-    without a wrong letter; then each task's own, with " (boxes)" for its boxes.
+    "words": answers with exactly the expected text; "boxes": boxes with an IoU of at least 0.5; "reading": texts read
+    without a wrong letter; then one rate per task, and one with " (boxes)" for the task's boxes.
     """
-    # An answer that is nothing but a box has no words of its own.
+    # A box-only answer has no text to score.
     worded = [one for one in marks if one.task != "box"]
     rates = {
         "words": Rate(sum(one.words_right for one in worded), len(worded)),
@@ -85,7 +85,7 @@ def score(marks: Sequence[Mark]) -> dict[str, Rate]:
 
 
 def _parsed(turn: Turn, answer: str) -> BoxParse:
-    # The base model's question may end in the tag that its answer goes on from.
+    # A base-model prompt may end with an open tag that the completion continues.
     return parse_boxes(_OPEN_BOX + answer if turn.question.endswith(_OPEN_BOX) else answer)
 
 

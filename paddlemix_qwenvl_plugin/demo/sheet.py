@@ -1,4 +1,4 @@
-"""The results as one picture: a contact sheet with the boxes drawn."""
+"""Contact sheet of a demo run: one image of all results, with boxes drawn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Lines = list[tuple[str, str]]
 
 
 def contact_sheet(results: Sequence[Result]) -> Image.Image:
-    """Cards of SIDE pixels a picture in rows of COLUMNS pictures: pictures with boxes, question, answer (RGB)."""
+    """Draw the contact sheet, RGB: rows of COLUMNS images of SIDE pixels with boxes, question and answer."""
     rows = [[(column, result, _text(result)) for column, result in row] for row in _rows(results)]
     heights = [SIDE + 2 * GAP + _LINE * max(len(lines) for _, _, lines in row) for row in rows]
     sheet = Image.new("RGB", (GAP + COLUMNS * (SIDE + GAP), GAP + sum(heights)), _PAPER)
@@ -34,11 +34,11 @@ def contact_sheet(results: Sequence[Result]) -> Image.Image:
     for row, height in zip(rows, heights):
         for column, result, lines in row:
             left = GAP + column * (SIDE + GAP)
-            for number, picture in enumerate(_pictures(result)):
+            for number, image in enumerate(_images(result)):
                 x = left + number * (SIDE + GAP)
-                sheet.paste(picture, (x, top))
+                sheet.paste(image, (x, top))
                 pencil.rectangle((x - 1, top - 1, x + SIDE, top + SIDE), outline=_EDGE)
-            # On base lines, which Latin and Chinese letters share.
+            # Anchored at the base line, which Latin and Chinese text share.
             for number, (colour, line) in enumerate(lines, start=1):
                 where = (left, top + SIDE + 2 + number * _LINE)
                 pencil.text(where, line, fill=colour, font=font_for(line, _FONT), anchor="ls")
@@ -47,7 +47,7 @@ def contact_sheet(results: Sequence[Result]) -> Image.Image:
 
 
 def _rows(results: Sequence[Result]) -> Iterator[list[tuple[int, Result]]]:
-    """The results in rows, each with its first column."""
+    """Rows of (first column, result)."""
     row: list[tuple[int, Result]] = []
     column = 0
     for result in results:
@@ -60,14 +60,14 @@ def _rows(results: Sequence[Result]) -> Iterator[list[tuple[int, Result]]]:
     yield row
 
 
-def _pictures(result: Result) -> Iterator[Image.Image]:
-    """The question's pictures, the boxes on the last one."""
+def _images(result: Result) -> Iterator[Image.Image]:
+    """The question's images; boxes are drawn on the last one."""
     paths = result.question.images
     for path in paths:
         with Image.open(path) as file:
-            picture = file.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            image = file.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         boxes = [_labelled(box) for box in result.answer.boxes] if path == paths[-1] else []
-        yield draw_boxes(picture, boxes)
+        yield draw_boxes(image, boxes)
 
 
 def _labelled(box: Box) -> Box:
@@ -86,15 +86,15 @@ def _text(result: Result) -> _Lines:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most `width` pixels, broken at spaces and between Chinese letters, and anywhere if need be."""
+    """Wrap text to `width` pixels at spaces and between Chinese characters; words wider than a line are split."""
     text = " ".join(text.split())
     if not can_draw(text):
         text = _NO_FONT
     font = font_for(text, _FONT)
     lines = [""]
-    for piece in re.findall(r"[!-\u024f]+ ?|.", text):
-        # A word that is wider than a line is broken anywhere.
-        for part in [piece] if font.getlength(piece.rstrip()) <= width else piece:
+    for word in re.findall(r"[!-\u024f]+ ?|.", text):
+        # A word wider than a line is broken at any character.
+        for part in [word] if font.getlength(word.rstrip()) <= width else word:
             if font.getlength(lines[-1] + part.rstrip()) > width:
                 lines.append("")
             lines[-1] += part

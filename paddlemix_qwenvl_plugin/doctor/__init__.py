@@ -1,6 +1,6 @@
-"""Find out what is wrong with an installation, and what mends it.
+"""Diagnose an installation and name the fix of each problem.
 
-Nothing here imports Paddle or an upstream: that is done in processes of their own, because it may fail in any way.
+Nothing here imports Paddle or an upstream: separate processes do, because such an import may raise, abort or hang.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ __all__ = ["Check", "Report", "examine"]
 
 
 def examine(model: Optional[Path] = None, visible_gpus: Sequence[str] = ()) -> Report:
-    """Make all checks.
+    """Run all checks.
 
     Args:
-        model: a model folder to look at as well.
-        visible_gpus: names of the GPUs that the CUDA driver shows this process.
+        model: model folder to check as well.
+        visible_gpus: names of the GPUs visible to this process through the CUDA driver.
 
     Raises:
-        UsageError: there is no such model folder, or no config.json or no weights in it.
+        UsageError: the model folder does not exist, or has no config.json or no weights.
     """
-    of_model = [check_model(model)] if model is not None else []
-    there = {name: upstreams.source_of(name) is not None for name in ("paddle", "paddlenlp_ops")}
+    model_checks = [check_model(model)] if model is not None else []
+    found = {name: upstreams.source_of(name) is not None for name in ("paddle", "paddlenlp_ops")}
     present = [one.name for one in pins.load().upstreams if upstreams.source_of(one.name)]
     with ThreadPoolExecutor(2) as pool:  # each takes a core and half a gigabyte
         imported = {name: pool.submit(ask, "import_upstream", name) for name in present}
         points = pool.submit(ask, "entry_points", installation.DISTRIBUTION)
-        paddle_answer = ask("paddle") if there["paddle"] else Answer({}, "not installed")
+        paddle_answer = ask("paddle") if found["paddle"] else Answer({}, "not installed")
         gpu_answer = ask("gpu") if paddle_answer.value.get("gpu_build") else Answer({})
-        ops_answer = ask("ops") if there["paddlenlp_ops"] else Answer({})
+        ops_answer = ask("ops") if found["paddlenlp_ops"] else Answer({})
     answers = {name: future.result() for name, future in imported.items()}
 
     versions = upstreams.installed_versions()
     rows = upstreams.broken_rows(versions)
     imports = paddle_answer.cause is None
-    paddle = machine.check_paddle(versions, there["paddle"], paddle_answer, bool(rows))
+    paddle = machine.check_paddle(versions, found["paddle"], paddle_answer, bool(rows))
     hooks = upstreams.check_hooks(answers)
     checks = [
         machine.check_python(),
@@ -61,6 +61,6 @@ def examine(model: Optional[Path] = None, visible_gpus: Sequence[str] = ()) -> R
         hooks,
         upstreams.check_ops(ops_answer, imports, hooks),
         *installation.check_entry_points(points.result(), imports),
-        *of_model,
+        *model_checks,
     ]
     return Report(tuple(checks))

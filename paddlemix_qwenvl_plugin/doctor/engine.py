@@ -1,4 +1,4 @@
-"""The engine: whether it is there, and whether it can be made."""
+"""Checks of the engine: its libraries, and what is needed to build them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.util.program import program
 
 
 def check_engine() -> Check:
-    """Compiler, instruction set, library. Needs no Paddle and builds nothing."""
+    """Check the compiler, the instruction set and the library. Needs no Paddle and builds nothing."""
     command = build.compiler()
     version = build.compiler_version(command).partition("\n")[0] or None
     data: dict[str, Optional[str]] = {
@@ -27,7 +27,7 @@ def check_engine() -> Check:
     try:
         data["instruction_set"] = isa = sources.isas_here(sources.source_folder())[-1].name
         state, path = build.library_state()
-    except QwenVLError as error:  # a package without its sources
+    except QwenVLError as error:  # the package lacks the sources
         return Check("engine", "problem", f"engine: {error}", data=data)
     data.update(state=state, library=str(path))
     where = f"engine: cpu, {isa}"
@@ -36,17 +36,17 @@ def check_engine() -> Check:
     if state == "built":
         return Check("engine", "ok", f"{where}, built in {path.parent}", data=data)
     if version is None:
-        message = f"{where}; not built, and there is no C++ compiler {command[0]}: the portable graph is used"
+        message = f"{where}; not built, no C++ compiler {command[0]} found: the portable graph is used"
         return Check("engine", "note", message, "apt-get install g++", data)
     if state == "failed":
-        said = (path.parent / "failed").read_text("utf-8")
-        return Check("engine", "problem", f"{where}; {said}", f"{program()} build-engine", data)
+        failure = (path.parent / "failed").read_text("utf-8")
+        return Check("engine", "problem", f"{where}; {failure}", f"{program()} build-engine", data)
     message = f"{where}; not built so far, its first use builds it with {version}"
     return Check("engine", "note", message, f"{program()} build-engine", data)
 
 
 def check_gpu_engine() -> Check:
-    """Driver, GPUs, NVRTC, library and kernels. Builds nothing."""
+    """Check the driver, the GPUs, NVRTC, the library and the kernels. Builds nothing."""
     driver = cuda_driver()
     data: dict[str, Any] = {
         "driver": None if driver is None else driver.cuda,
@@ -67,8 +67,8 @@ def check_gpu_engine() -> Check:
         library_state, library = build.library_state(for_gpus=True)
         kernels_state, kernels = build.target_state(gpu.kernels())
     except QwenVLError as error:
-        said, fix, _ = str(error).partition(f": {nvrtc.INSTALL}")
-        return Check("gpu_engine", "note", f"{where}; {said}", nvrtc.INSTALL if fix else None, data)
+        cause, fix, _ = str(error).partition(f": {nvrtc.INSTALL}")
+        return Check("gpu_engine", "note", f"{where}; {cause}", nvrtc.INSTALL if fix else None, data)
     states = {library_state, kernels_state}
     state = next((each for each in ("failed", "not built") if each in states), "built")
     data.update(state=state, library=str(library), kernels=str(kernels))

@@ -1,4 +1,4 @@
-"""This package's own installation: its metadata and its entry points."""
+"""Checks of this package's installation: metadata and entry points."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.util.shipped import PACKAGE
 from paddlemix_qwenvl_plugin.version import __version__
 
 DISTRIBUTION = "paddlemix-qwenvl-plugin"
-# What pyproject.toml declares: group -> name.
+# Entry points declared in pyproject.toml: group -> name.
 ENTRY_POINTS = {
     "paddlenlp.plugins": "qwenvl",
     "paddlenlp.model_types": "qwen-img2txt",
@@ -25,7 +25,7 @@ ENTRY_POINTS = {
 
 
 def check_plugin() -> Check:
-    """Whether pip knows this package, at the version that runs."""
+    """Check that this package is installed, at the version that runs."""
     found = _distribution()
     data = {
         "version": __version__,
@@ -34,19 +34,17 @@ def check_plugin() -> Check:
     }
     if found is None:
         message = f"plugin {__version__} in {PACKAGE.parent}, not installed: no hooks and no entry points"
-        return Check("plugin", "note", message, _install_again(), data)
+        return Check("plugin", "note", message, _reinstall_command(), data)
     if found.version != __version__:
-        message = (
-            f"plugin {__version__} in {PACKAGE.parent}, but what is installed is version {found.version}"
-        )
-        return Check("plugin", "problem", message, _install_again(), data)
+        message = f"plugin {__version__} in {PACKAGE.parent}, but the installed version is {found.version}"
+        return Check("plugin", "problem", message, _reinstall_command(), data)
     return Check("plugin", "ok", f"plugin {__version__} in {PACKAGE.parent}", data=data)
 
 
 def check_entry_points(answer: Answer, paddle_imports: bool) -> list[Check]:
-    """One check for each of our entry points; `answer` is that of the question `entry_points`."""
+    """Check each of our entry points; `answer`: result of the question `entry_points`."""
     if _distribution() is None:
-        return []  # check_plugin has said it
+        return []  # reported by check_plugin
     declared = _declared()
     checks = []
     for group, name in ENTRY_POINTS.items():
@@ -57,7 +55,7 @@ def check_entry_points(answer: Answer, paddle_imports: bool) -> list[Check]:
         check = f"entry_point.{group}"
         if value is None:
             message = f"{label} is not in the installed package"
-            checks.append(Check(check, "problem", message, _install_again(), data))
+            checks.append(Check(check, "problem", message, _reinstall_command(), data))
         elif cause is None:
             checks.append(Check(check, "ok", label, data=data))
         elif not paddle_imports:
@@ -79,8 +77,8 @@ def _declared() -> dict[str, str]:
     return {f"{point.group} {point.name}": point.value for point in found.entry_points} if found else {}
 
 
-def _install_again() -> str:
-    """The line that brings the installed metadata up to this code."""
+def _reinstall_command() -> str:
+    """Command that installs the metadata of this code."""
     found = _distribution()
     origin: dict[str, Any] = json.loads((found.read_text("direct_url.json") if found else None) or "{}")
     if origin.get("dir_info", {}).get("editable"):

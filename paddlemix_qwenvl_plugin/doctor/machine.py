@@ -1,4 +1,4 @@
-"""Python, Paddle and the GPUs."""
+"""Checks of Python, Paddle and the GPUs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from paddlemix_qwenvl_plugin.upstream import pins
 from paddlemix_qwenvl_plugin.util.paddle_version import MINIMUM
 
 PYTHONS = ((3, 9), (3, 12))  # oldest and newest supported
-_BELOW = "3.4"  # the first Paddle that was not tried
-_RANGE = f">={MINIMUM},<{_BELOW}"
+_FIRST_UNTESTED = "3.4"  # the first untested Paddle
+_RANGE = f">={MINIMUM},<{_FIRST_UNTESTED}"
 
 INSTALL_CPU = f"pip install 'paddlepaddle{_RANGE}' setuptools"
-# The Python index has no GPU wheel that is new enough.
+# The Python index has no recent enough GPU wheel.
 INSTALL_GPU = (
     "pip uninstall -y paddlepaddle paddlepaddle-gpu; "
     f"pip install --extra-index-url \"$PADDLE_INDEX\" 'paddlepaddle-gpu{_RANGE}' setuptools"
@@ -33,7 +33,7 @@ _INDEX = "PADDLE_INDEX is the address that Paddle's installation guide gives for
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU; `architecture` is its compute capability times ten, None where that is not known."""
+    """A GPU. `architecture`: compute capability times ten, None if unknown."""
 
     name: str
     architecture: Optional[int]
@@ -44,7 +44,7 @@ class Gpu:
 
 
 def check_python() -> Check:
-    """The interpreter."""
+    """Check the Python version."""
     oldest, newest = (".".join(map(str, version)) for version in PYTHONS)
     data = {
         "version": platform.python_version(),
@@ -53,18 +53,18 @@ def check_python() -> Check:
     }
     if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         return Check("python", "ok", f"Python {data['version']}", data=data)
-    message = f"Python {data['version']} was not tried; {oldest} to {newest} are supported"
+    message = f"Python {data['version']} is untested; {oldest} to {newest} are supported"
     return Check("python", "note", message, data=data)
 
 
-def check_paddle(versions: Mapping[str, str], there: bool, answer: Answer, mended: bool) -> Check:
-    """The installed Paddle: there, one, new enough, and importable.
+def check_paddle(versions: Mapping[str, str], found: bool, answer: Answer, has_fix: bool) -> Check:
+    """Check that one recent enough Paddle is installed and can be imported.
 
     Args:
         versions: distribution -> version, canonical names.
-        there: a module of the name can be found.
-        answer: of the question `paddle`.
-        mended: another check has the line that mends an import that fails.
+        found: whether a module `paddle` exists.
+        answer: result of the question `paddle`.
+        has_fix: whether another check names the fix of a failing import.
     """
     wheels = {name: version for name, version in versions.items() if _is_paddle(name)}
     data = {
@@ -73,9 +73,9 @@ def check_paddle(versions: Mapping[str, str], there: bool, answer: Answer, mende
         "gpu_build": answer.value.get("gpu_build"),
         "cuda": answer.value.get("cuda"),
         "architectures": answer.value.get("architectures"),
-        "cause": answer.cause if there else None,
+        "cause": answer.cause if found else None,
     }
-    if not there:
+    if not found:
         return Check("paddle", "problem", "Paddle is not installed", INSTALL_CPU, data)
     gpu_wheel = "paddlepaddle-gpu" in wheels
     install = INSTALL_GPU if gpu_wheel else INSTALL_CPU
@@ -93,25 +93,27 @@ def check_paddle(versions: Mapping[str, str], there: bool, answer: Answer, mende
         return Check("paddle", "problem", message, install, data)
     if answer.cause:
         again = install.replace("pip install", "pip install --force-reinstall", 1)
-        message = f"{named}: import paddle fails: {answer.cause}{'' if mended else hint}"
-        return Check("paddle", "problem", message, None if mended else again, data)
+        message = f"{named}: import paddle fails: {answer.cause}{'' if has_fix else hint}"
+        return Check("paddle", "problem", message, None if has_fix else again, data)
     build = f"GPU build for CUDA {data['cuda']}" if data["gpu_build"] else "no build for NVIDIA GPUs"
     if set(wheels) == {"paddlepaddle"} and not data["gpu_build"]:
         build = "CPU build"
-    if wheels and Version(next(iter(wheels.values()))) >= Version(_BELOW):
-        return Check("paddle", "note", f"{named}, {build}; newer than what was tried ({_RANGE})", data=data)
+    if wheels and Version(next(iter(wheels.values()))) >= Version(_FIRST_UNTESTED):
+        return Check(
+            "paddle", "note", f"{named}, {build}; newer than the tested versions ({_RANGE})", data=data
+        )
     return Check("paddle", "ok", f"{named}, {build}", data=data)
 
 
 def _is_paddle(distribution: str) -> bool:
-    """Whether a distribution is a build of Paddle for some device: all of them are the module `paddle`."""
+    """Whether a distribution is a build of Paddle for any device; all builds share the module `paddle`."""
     return distribution == "paddlepaddle" or distribution.startswith("paddlepaddle-")
 
 
 def machine_gpus(visible: Sequence[str]) -> tuple[list[Gpu], Optional[str]]:
-    """The machine's GPUs as nvidia-smi lists them, and what it complains of, if it does.
+    """List the machine's GPUs by nvidia-smi, and its error message, if any.
 
-    Without nvidia-smi: those that the CUDA driver shows this process, `visible`.
+    Fallback without nvidia-smi: `visible`, the GPUs visible to this process through the CUDA driver.
     """
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
@@ -121,8 +123,8 @@ def machine_gpus(visible: Sequence[str]) -> tuple[list[Gpu], Optional[str]]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return [Gpu(name, None) for name in visible], one_line(f"nvidia-smi: {error}")
     if done.returncode != 0:
-        said = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
-        return [Gpu(name, None) for name in visible], one_line(f"nvidia-smi: {said[0]}")
+        lines = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
+        return [Gpu(name, None) for name in visible], one_line(f"nvidia-smi: {lines[0]}")
     found = []
     for row in csv.reader(done.stdout.splitlines(), skipinitialspace=True):
         if len(row) == 3:
@@ -133,12 +135,12 @@ def machine_gpus(visible: Sequence[str]) -> tuple[list[Gpu], Optional[str]]:
 
 
 def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
-    """The machine's GPUs against the code that this Paddle has for them.
+    """Check that this Paddle has machine code for the machine's GPUs.
 
     Args:
-        paddle: what `check_paddle` gave.
-        answer: of the question `gpu`; not looked at where Paddle does not import or is no GPU build.
-        visible: names of the GPUs that the CUDA driver shows this process.
+        paddle: result of `check_paddle`.
+        answer: result of the question `gpu`; ignored if Paddle cannot be imported or is not a GPU build.
+        visible: names of the GPUs visible to this process through the CUDA driver.
     """
     found, complaint = machine_gpus(visible)
     usable = bool(paddle.data["gpu_build"])
@@ -175,16 +177,16 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
         lacking = (
             f"{', '.join(map(str, others))}: this Paddle has no machine code for it; it has code for {has}"
         )
-        # A sum may be among the little that such a wheel has PTX of; what is known of the wheel counts.
+        # The test addition may be one of the few kernels with PTX; the facts about the wheel take precedence.
         if (wheel is not None and not wheel.ptx) or answer.cause:
             return result("problem", lacking, INSTALL_GPU)
         return result("note", f"{lacking} and runs on it from PTX, which is translated at the first start")
     if paddle.data["gpu_build"] is None:
-        return result("note", f"{names}; no Paddle here to use it")
+        return result("note", f"{names}; no Paddle installed to use it")
     if not usable:
-        return result("ok", f"{names}, which this Paddle, no GPU build, leaves to the engine")
+        return result("ok", f"{names}, used by the engine only: this Paddle is no GPU build")
     if answer.cause:
-        return result("problem", f"{names}: a sum on the GPU fails: {answer.cause}")
+        return result("problem", f"{names}: a test addition on the GPU fails: {answer.cause}")
     if not seen:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = "" if hidden is None else f"; CUDA_VISIBLE_DEVICES is {hidden!r}"
@@ -193,5 +195,5 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
 
 
 def _has_code(codes: Sequence[int], architecture: int) -> bool:
-    # Machine code runs on its own generation, from its own step of it upwards.
+    # Machine code runs on GPUs of the same major version with the same or a higher minor version.
     return any(code // 10 == architecture // 10 and code <= architecture for code in codes)

@@ -1,4 +1,4 @@
-"""A model folder."""
+"""Check of a model folder."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from paddlemix_qwenvl_plugin.doctor.probe import ask
 from paddlemix_qwenvl_plugin.doctor.report import Check
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
-_TIMEOUT = 1800.0  # seconds; formats other than safetensors are read whole
+_TIMEOUT = 1800.0  # seconds; formats other than safetensors are read completely
 
 
 def check_model(folder: Path) -> Check:
-    """Whether it opens, and what it holds.
+    """Check that a model folder can be opened, and report its contents.
 
     Raises:
-        UsageError: there is no such folder, or no config.json or no weights in it.
+        UsageError: the folder does not exist, or has no config.json or no weights.
     """
     answer = ask("model", str(folder), timeout=_TIMEOUT)
     facts = answer.value
@@ -34,5 +34,7 @@ def check_model(folder: Path) -> Check:
         f"{facts['vision_layers']} vision layers"
     )
     if facts["tokenizer"] is None:
-        return Check("model", "note", f"{message}; no qwen.tiktoken in it, which answering needs", data=data)
+        return Check(
+            "model", "note", f"{message}; it has no qwen.tiktoken, which generation needs", data=data
+        )
     return Check("model", "ok", message, data=data)

@@ -1,4 +1,4 @@
-"""Ask a question in a process of its own, where a broken Paddle may raise, abort, hang or print what it likes."""
+"""Probes in a separate process, where a broken Paddle may raise, abort, hang or print."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMEOUT = 180.0  # seconds; importing PaddleMIX takes about 20 on two slow cores
 
 @dataclass(frozen=True)
 class Answer:
-    """What the question returned, or why it did not. `usage`: it raised UsageError."""
+    """Return value of a question, or the cause of its failure. `usage`: the failure is a UsageError."""
 
     value: dict[str, Any]
     cause: Optional[str] = None
@@ -24,14 +24,14 @@ class Answer:
 
 
 def ask(question: str, *arguments: str, timeout: float = TIMEOUT) -> Answer:
-    """Call a function of questions.py in a new interpreter with this one's sys.path; `timeout` in seconds."""
+    """Call a function of questions.py in a new interpreter with the same sys.path; `timeout` in seconds."""
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; "
         "from paddlemix_qwenvl_plugin.doctor import questions; questions.main()"
     )
     with tempfile.TemporaryDirectory(prefix="qwenvl-doctor-") as folder:
         result, log = Path(folder) / "result.json", Path(folder) / "log.txt"
-        # Files, not pipes: a grandchild that lives on would hold a pipe open.
+        # Files, not pipes: a surviving grandchild would keep a pipe open.
         with log.open("wb") as stream:
             try:
                 code_of_exit = subprocess.run(
@@ -43,7 +43,7 @@ def ask(question: str, *arguments: str, timeout: float = TIMEOUT) -> Answer:
                     check=False,
                 ).returncode
             except subprocess.TimeoutExpired:
-                return Answer({}, f"no end after {timeout:g} s")
+                return Answer({}, f"timed out after {timeout:g} s")
         if result.is_file():
             return Answer(**json.loads(result.read_text("utf-8")))
         lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
@@ -51,13 +51,13 @@ def ask(question: str, *arguments: str, timeout: float = TIMEOUT) -> Answer:
 
 
 def one_line(text: str) -> str:
-    """Text as one line of at most 500 characters with nothing in it that a terminal obeys."""
+    """Format text as one line of at most 500 characters without control characters."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else "?" for c in line)[:500]
 
 
 def cause_of(error: BaseException) -> str:
-    """An exception as one line: its type, and what it says."""
+    """Format an exception as one line: its type and message."""
     return one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 

@@ -1,4 +1,4 @@
-"""The questions that import Paddle, an upstream or a model; each runs in a process of its own (probe.py)."""
+"""Questions that import Paddle, an upstream or a model; each runs in a separate process (probe.py)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from paddlemix_qwenvl_plugin.util.files import write_text
 
 
 def paddle() -> dict[str, Any]:
-    """The build of Paddle. `architectures` (compute capability times ten): what it has GPU code for, if it says."""
+    """Describe the build of Paddle. `architectures`: compute capabilities times ten with GPU code, if known."""
     module = import_module("paddle")
     gpu_build = bool(module.is_compiled_with_cuda())
-    # A list of numbers, or of texts such as "90a"; Paddle 2 does not tell.
+    # A list of numbers, or of strings such as "90a"; Paddle 2 does not provide it.
     archs: Any = getattr(module.version, "cuda_archs", list)() if gpu_build else []
     numbers = [re.match(r"\d+", str(arch)) for arch in archs]
     return {
@@ -33,7 +33,7 @@ def paddle() -> dict[str, Any]:
 
 
 def gpu() -> dict[str, Any]:
-    """The GPUs that Paddle sees; a small sum is done on the first, and raises where it cannot run there."""
+    """List the GPUs visible to Paddle, and add two numbers on the first, which raises if Paddle cannot use it."""
     module: Any = import_module("paddle")
     cuda = module.device.cuda
     found = []
@@ -48,7 +48,7 @@ def gpu() -> dict[str, Any]:
 
 
 def import_upstream(package: str) -> dict[str, Any]:
-    """Import paddlenlp or paddlemix and the modules in it that are hooked; `hooks` is what became of the hooks."""
+    """Import paddlenlp or paddlemix and its hooked modules. `hooks`: state of each hook."""
     module = import_module(package)
     failed = {}
     for name in upstream.fired():
@@ -56,7 +56,7 @@ def import_upstream(package: str) -> dict[str, Any]:
             try:
                 import_module(name)
             except Exception as error:
-                # A module that this version does not have is not broken: its hook just has nothing to do.
+                # A module that this version lacks is not broken: its hook is just not needed.
                 absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
                 if not absent:
                     failed[name] = cause_of(error)
@@ -76,7 +76,7 @@ def ops() -> dict[str, Any]:
 
 
 def entry_points(distribution: str) -> dict[str, Any]:
-    """`group name` -> null, or why it does not resolve, of all entry points but commands."""
+    """Load all entry points except commands: `group name` -> null or the cause of the failure."""
     causes: dict[str, Any] = {}
     for point in metadata.distribution(distribution).entry_points:
         if point.group != "console_scripts":
@@ -89,14 +89,14 @@ def entry_points(distribution: str) -> dict[str, Any]:
 
 
 def model(folder: str) -> dict[str, Any]:
-    """Open a model folder and its vocabulary. `tokenizer`: the vocabulary's file name, null where there is none."""
+    """Open a model folder and its vocabulary. `tokenizer`: file name of the vocabulary, null without one."""
     from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
     from paddlemix_qwenvl_plugin.processing.tokenizer import VOCAB_FILE_NAME, QwenTokenizer
 
     checkpoint = Checkpoint(Path(folder))
     config = checkpoint.config
-    there = (checkpoint.folder / VOCAB_FILE_NAME).is_file()
-    if there:
+    has_vocabulary = (checkpoint.folder / VOCAB_FILE_NAME).is_file()
+    if has_vocabulary:
         QwenTokenizer.of_model(checkpoint.folder, config)
     specs = {**checkpoint.language, **checkpoint.vision}
     return {
@@ -107,12 +107,12 @@ def model(folder: str) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "vision_layers": config.visual.layers,
-        "tokenizer": VOCAB_FILE_NAME if there else None,
+        "tokenizer": VOCAB_FILE_NAME if has_vocabulary else None,
     }
 
 
 def main() -> None:
-    """Answer the question that sys.argv names: QUESTION FILE [ARGUMENT ...]; the answer goes to FILE as JSON."""
+    """Answer the question of sys.argv, QUESTION FILE [ARGUMENT ...], and write the answer to FILE as JSON."""
     name, file, *arguments = sys.argv[1:]
     answer: dict[str, Any]
     try:
@@ -122,4 +122,4 @@ def main() -> None:
     except BaseException as error:  # SystemExit as well
         answer = {"value": {}, "cause": cause_of(error)}
     write_text(Path(file), json.dumps(answer))
-    os._exit(0)  # what a half-imported library does on its way out tells nothing more
+    os._exit(0)  # skip the exit handlers of a half-imported library

@@ -1,4 +1,4 @@
-"""What the doctor found: checks, each with a status, a sentence, and where there is one the line that mends it."""
+"""Report of the doctor: checks with a status, a message and, if known, the command that fixes the problem."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Status = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True)
 class Check:
-    """One finding.
+    """Result of one check.
 
-    `name` is unique in a report, `fix` is a line for a shell, and `data` holds JSON-ready values, the same keys
-    for every check of that name (docs/doctor.md lists them).
+    `name` is unique in a report, `fix` is a shell command, and `data` contains JSON-ready values with the same keys
+    for every check of that name (see docs/doctor.md).
     """
 
     name: str
@@ -33,7 +33,7 @@ class Report:
     checks: tuple[Check, ...]
 
     def count(self, status: Status) -> int:
-        """How many checks have this status."""
+        """Count the checks with this status."""
         return sum(check.status == status for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""PaddleNLP and PaddleMIX: where they are, whether they import, the hooks in them, and packages known to break them."""
+"""Checks of PaddleNLP and PaddleMIX: location, import, hooks, and packages known to break them."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.program import program
 
 _INSTALL_PADDLENLP = "pip install 'paddlemix-qwenvl-plugin[paddlenlp]'"
-# Found on sys.path, these count as installed in whatever version.
+# Found on sys.path, these count as installed, whatever their version.
 _FROM_CHECKOUTS = ("paddlenlp", "paddlemix", "ppdiffusers")
 
 
 def source_of(module: str) -> Optional[Path]:
-    """The file that `import module` would begin with, without importing it; None where there is none."""
+    """Locate the file that `import module` would run, without importing it; None if not found."""
     try:
         spec = find_spec(module)
     except ValueError:  # put into sys.modules by hand
         return None
-    # A folder without __init__.py has no origin: Python takes it for an empty package.
+    # A folder without __init__.py has no origin: Python treats it as an empty package.
     return Path(spec.origin) if spec is not None and spec.origin is not None else None
 
 
 def installed_versions() -> dict[str, str]:
-    """Canonical name -> version of every distribution; where one is there twice, the one that Python imports."""
+    """Canonical name -> version of every distribution; of duplicates, the one that Python imports."""
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
         # A damaged or half-removed package has metadata without a name or a version.
@@ -49,39 +49,39 @@ def installed_versions() -> dict[str, str]:
 
 
 def broken_rows(versions: Mapping[str, str]) -> list[Broken]:
-    """The rows of `broken` in pins.yaml that this environment matches."""
+    """Rows of `broken` in pins.yaml that match this environment."""
     checkouts = {name: "0" for name in _FROM_CHECKOUTS if source_of(name)}
     return [row for row in pins.load().broken if row.matches({**checkouts, **versions})]
 
 
 def check_combinations(rows: Sequence[Broken], versions: Mapping[str, str]) -> list[Check]:
-    """A problem for each of `rows`, or that there is none."""
+    """One problem for each of `rows`, or one check without a problem."""
     if not rows:
         known = len(pins.load().broken)
         return [Check("combinations", "ok", f"none of {known} combinations of packages known to be broken")]
     checks = []
     for row in rows:
         names = [canonicalize_name(Requirement(text).name) for text in row.installed]
-        there = {name: versions.get(name, "from a checkout") for name in names}
-        named = ", ".join(f"{name} {version}" for name, version in there.items())
+        found = {name: versions.get(name, "from a checkout") for name in names}
+        named = ", ".join(f"{name} {version}" for name, version in found.items())
         without = f" without {', '.join(row.missing)}" if row.missing else ""
-        data = {"installed": there, "missing": list(row.missing)}
+        data = {"installed": found, "missing": list(row.missing)}
         message = f"{named}{without}: {row.symptom}"
         checks.append(Check(f"combination.{row.name}", "problem", message, row.fix, data))
     return checks
 
 
 def check_upstream(
-    pinned: Upstream, versions: Mapping[str, str], answer: Answer, paddle_imports: bool, mended: bool
+    pinned: Upstream, versions: Mapping[str, str], answer: Answer, paddle_imports: bool, has_fix: bool
 ) -> Check:
-    """Which version or commit of an upstream is there, against the pins, and whether it imports.
+    """Check the version or commit of an upstream against the pins, and that it can be imported.
 
     Args:
         pinned: the upstream.
-        versions: of `installed_versions`.
-        answer: of the question `import_upstream`; not looked at where there is nothing to import.
-        paddle_imports: where it does not, no upstream does.
-        mended: another check has the line that mends an import that fails.
+        versions: result of `installed_versions`.
+        answer: result of the question `import_upstream`; ignored if the upstream is not installed.
+        paddle_imports: whether Paddle can be imported; without it no upstream can.
+        has_fix: whether another check names the fix of a failing import.
     """
     source = source_of(pinned.name)
     data: dict[str, Any] = {
@@ -99,7 +99,7 @@ def check_upstream(
     root = source.parent.parent
     data.update(path=str(root), version=answer.value.get("version") or versions.get(name))
     data["cause"] = answer.cause
-    status, what, fix = _against_the_pins(pinned, root, data)
+    status, what, fix = _compare_with_pins(pinned, root, data)
     if not answer.cause:
         return Check(name, status, what, fix, data)
     if not paddle_imports:
@@ -109,20 +109,20 @@ def check_upstream(
     if patches.State.APPLIES.value in data["patches"].values():
         message += "; its patches are not applied"
         fix = f"{program()} patches apply --tree {shlex.quote(str(root))}"
-    elif not mended and name == "paddlenlp":
+    elif not has_fix and name == "paddlenlp":
         fix = _INSTALL_PADDLENLP
     return Check(name, "problem", message, fix, data)
 
 
-def _against_the_pins(
+def _compare_with_pins(
     pinned: Upstream, root: Path, data: dict[str, Any]
 ) -> tuple[Status, str, Optional[str]]:
-    """(status, what is there, what mends it); adds commit and patches of a checkout to `data`."""
+    """(status, description, fix) of the installed upstream; adds commit and patches of a checkout to `data`."""
     try:
         report = patches.check(root, force=True)
-    except UsageError:  # no checkout: an installed wheel
+    except UsageError:  # not a checkout: an installed wheel
         return _wheel(pinned, data)
-    except QwenVLError as error:  # no git, or one that refuses
+    except QwenVLError as error:  # git is missing or fails
         return "note", f"{pinned.title} in {root}, commit unknown ({error})", None
     data["patches"] = {patch.name: state.value for patch, state in report.states}
     data["commit"] = commit = report.tree.commit
@@ -138,24 +138,24 @@ def _against_the_pins(
 def _wheel(pinned: Upstream, data: dict[str, Any]) -> tuple[Status, str, Optional[str]]:
     version = data["version"] or "of unknown version"
     if pinned.name != "paddlenlp":
-        return "note", f"{pinned.title} {version}; what was tried is commit {pinned.commit[:7]}", None
+        return "note", f"{pinned.title} {version}; the tested commit is {pinned.commit[:7]}", None
     wheels = pins.load().paddlenlp_wheels
     if version in [wheel.version for wheel in wheels]:
         return "ok", f"{pinned.title} {version}", None
-    tried = ", ".join(wheel.version for wheel in wheels)
-    return "note", f"{pinned.title} {version} was not tried; these were: {tried}", _INSTALL_PADDLENLP
+    tested = ", ".join(wheel.version for wheel in wheels)
+    return "note", f"{pinned.title} {version} is untested; tested versions: {tested}", _INSTALL_PADDLENLP
 
 
 def check_hooks(answers: Mapping[str, Answer]) -> Check:
-    """The hooks, and what became of them when the upstreams were imported.
+    """Check the state of the hooks after importing the upstreams.
 
-    `answers`: upstream -> answer of `import_upstream`, of those that are there.
+    `answers`: upstream -> result of `import_upstream`, for each installed upstream.
     """
     modules = upstream.fired()
     failed_imports: dict[str, str] = {}
     for name, answer in answers.items():
         hooks = answer.value.get("hooks", {})
-        # The stand-in for paddlenlp_ops belongs to either.
+        # Both upstreams use the stand-in for paddlenlp_ops.
         own = {
             module: state
             for module, state in hooks.items()
@@ -177,11 +177,11 @@ def check_hooks(answers: Mapping[str, Answer]) -> Check:
         return Check("hooks", "note", message, data=data)
     failed = {module: state for module, state in modules.items() if state.startswith("failed")}
     if failed:
-        told = "; ".join(f"{module} {state}" for module, state in failed.items())
-        return Check("hooks", "problem", f"hooks: {told}", data=data)
+        text = "; ".join(f"{module} {state}" for module, state in failed.items())
+        return Check("hooks", "problem", f"hooks: {text}", data=data)
     if failed_imports:
-        told = "; ".join(f"{module} ({cause})" for module, cause in failed_imports.items())
-        return Check("hooks", "problem", f"hooks: these modules do not import: {told}", data=data)
+        text = "; ".join(f"{module} ({cause})" for module, cause in failed_imports.items())
+        return Check("hooks", "problem", f"hooks: these modules do not import: {text}", data=data)
     fired = sum(state == "fired" for state in modules.values())
     return Check(
         "hooks", "ok", f"hooks: {len(modules)} armed, {fired} fired by importing the upstreams", data=data
@@ -189,14 +189,14 @@ def check_hooks(answers: Mapping[str, Answer]) -> Check:
 
 
 def check_ops(answer: Answer, paddle_imports: bool, hooks: Check) -> Check:
-    """PaddleNLP's operators: built, stood in for, or missing. `answer`: of the question `ops`."""
+    """Check paddlenlp_ops: built, replaced by the stand-in, or missing. `answer`: result of the question `ops`."""
     if source_of("paddlenlp_ops") is None:
         stand_in = "paddlenlp_ops" in hooks.data["modules"]
         data = {"state": "stand-in" if stand_in else "missing", "cause": None}
         if stand_in:
             message = "paddlenlp_ops is not built; the plugin's stand-in takes its place"
         else:
-            message = "paddlenlp_ops is not built, and without the hooks there is no stand-in"
+            message = "paddlenlp_ops is not built, and the stand-in needs the hooks"
         return Check("ops", "note", message, data=data)
     data = {"state": "built", "cause": answer.cause}
     if answer.cause is None:

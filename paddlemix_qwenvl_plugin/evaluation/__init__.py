@@ -1,1 +1,1 @@
-"""How good answers are: on the demo world, and on the formats of common data sets (docs/eval.md)."""
+"""Evaluation of answers: the demo world, and data sets in common formats (docs/eval.md)."""

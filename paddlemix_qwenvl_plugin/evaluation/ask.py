@@ -1,4 +1,4 @@
-"""Ask a model in the prompts of Qwen-VL's own evaluation: the image, and the question right behind it."""
+"""Prompts of Qwen-VL's official evaluation: the image, directly followed by the question."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.runtime.stream import AnswerStream
 
 @dataclass(frozen=True)
 class Question:
-    """`<img>…</img>`, then `before`, `words` and `after`. Tags in `words`, which a data set brings, are plain text."""
+    """Prompt `<img>…</img>` + `before` + `words` + `after`. Tags in `words`, from a data set, are plain text."""
 
     image: str
     words: str
@@ -23,9 +23,9 @@ class Question:
 
 
 def prompt_ids(tokenizer: QwenTokenizer, question: Question) -> list[int]:
-    """The ids of a prompt. There is no `Picture 1:` and no line end, as in the official evaluation.
+    """Encode a prompt without `Picture 1:` and without a line end, as the official evaluation does.
 
-    The image's name is a made-up one: the model sees the image's features in its place.
+    The image's name is a placeholder: the model sees the image features in its place.
     """
     return [
         *tokenizer.encode(f"<img>image</img>{question.before}"),
@@ -35,12 +35,12 @@ def prompt_ids(tokenizer: QwenTokenizer, question: Question) -> list[int]:
 
 
 def answers(model: QwenVL, questions: Iterable[Question], options: GenerationOptions) -> Iterator[str]:
-    """The answer to each question, without the stop token.
+    """Generate the answer to each question, without the stop token.
 
-    A turn's end ends an answer as well, since a chat model may say so where the base model ends its text.
+    The end of a turn also stops an answer: a chat model may generate it where the base model ends its text.
 
     Raises:
-        UsageError, QwenVLError: an image cannot be loaded, or a prompt leaves no room for an answer.
+        UsageError, QwenVLError: an image cannot be loaded, or a prompt leaves no room for a completion.
     """
     return (answer.text for answer in model.finish_all(_start(model, each, options) for each in questions))
 

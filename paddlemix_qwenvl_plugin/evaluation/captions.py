@@ -1,4 +1,4 @@
-"""Captions (COCO, Flickr30K, NoCaps): CIDEr, BLEU-4 and ROUGE-L, by pycocoevalcap's scorers."""
+"""Caption scores (COCO, Flickr30K, NoCaps): CIDEr, BLEU-4 and ROUGE-L of pycocoevalcap."""
 
 from __future__ import annotations
 
@@ -15,52 +15,54 @@ from paddlemix_qwenvl_plugin.evaluation.rows import Id, Row
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 
 OPTIONS = GenerationOptions(max_new_tokens=30, min_new_tokens=8)
-"""Those of the official evaluation."""
+"""Generation options of the official evaluation."""
 
-_WHAT = "eval captions"
+_FEATURE = "eval captions"
 
 _PROMPT = "Describe the image in English:"
 
-_TYPEWRITTEN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "--", "—": "--"})
+_ASCII_PUNCTUATION = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "--", "—": "--"})
 
-# What the Python version of COCO's caption evaluation drops.
+# Tokens that the Python version of COCO's caption evaluation drops.
 _PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
 
 class CaptionRow(Row):
-    """A row of a data set.
+    """Row of a caption data set.
 
     Attributes:
-        image_id: of the row.
-        captions: what people wrote, each as good as the others.
+        image_id: id of the row.
+        captions: reference captions.
     """
 
     image_id: Id
     captions: tuple[str, ...] = Field(min_length=1)
 
     def key(self, number: int) -> Id:
+        """The image id."""
         return self.image_id
 
     def asked(self) -> Question:
+        """The caption prompt."""
         return Question(self.image, _PROMPT)
 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """`values`: CIDEr, BLEU-4 and ROUGE-L of the whole; `cider`: CIDEr of each row. 1 is a hundred points."""
+    """Scores of a data set. `values`: CIDEr, BLEU-4 and ROUGE-L; `cider`: CIDEr by row. 1 equals 100 points."""
 
     values: dict[str, float]
     cider: dict[Id, float]
 
 
 def tokens(caption: str) -> str:
-    """The caption in lower case, split as the Penn Treebank is, without punctuation; tokens have a space between.
+    """Penn Treebank tokens of a caption, in lower case, without punctuation, joined by spaces.
 
-    COCO's evaluation runs Stanford's tokenizer in Java for this. They agree on ordinary captions (docs/eval.md).
+    COCO's evaluation runs Stanford's tokenizer in Java for this. Both agree on ordinary captions (docs/eval.md).
     """
-    treebank = extra("nltk.tokenize", _WHAT).TreebankWordTokenizer()
-    # NLTK takes a text for one sentence, with one full stop.
-    apart = re.sub(r"(?<=[a-z]{3})\. ", " . ", caption.lower().translate(_TYPEWRITTEN))
+    treebank = extra("nltk.tokenize", _FEATURE).TreebankWordTokenizer()
+    # NLTK treats a text as one sentence with one full stop.
+    apart = re.sub(r"(?<=[a-z]{3})\. ", " . ", caption.lower().translate(_ASCII_PUNCTUATION))
     found = treebank.tokenize(apart, convert_parentheses=True)
     return " ".join(token.lower() for token in found if token not in _PUNCTUATION)
 
@@ -68,7 +70,7 @@ def tokens(caption: str) -> str:
 def score(rows: Mapping[Id, CaptionRow], answers: Mapping[Id, str]) -> CaptionScores:
     """Score the answer to each row.
 
-    CIDEr weighs words by how rare they are among the captions of `rows`, so that a row's own CIDEr depends on them all.
+    CIDEr weighs words by their rarity in the captions of `rows`, so the CIDEr of a row depends on all rows.
 
     Raises:
         QwenVLError: a library of the extra `eval` is missing.
@@ -86,10 +88,10 @@ def score(rows: Mapping[Id, CaptionRow], answers: Mapping[Id, str]) -> CaptionSc
 
 
 def check_libraries() -> None:
-    """Find a missing library before the model is run.
+    """Check for missing libraries before the model runs.
 
     Raises:
-        QwenVLError: it has the command that installs it.
+        QwenVLError: a library is missing; the message has the command that installs it.
     """
     _scorers()
     tokens("")
@@ -97,7 +99,7 @@ def check_libraries() -> None:
 
 def _scorers() -> tuple[Any, Any, Any]:
     return (
-        extra("pycocoevalcap.bleu.bleu", _WHAT).Bleu(4),
-        extra("pycocoevalcap.cider.cider", _WHAT).Cider(),
-        extra("pycocoevalcap.rouge.rouge", _WHAT).Rouge(),
+        extra("pycocoevalcap.bleu.bleu", _FEATURE).Bleu(4),
+        extra("pycocoevalcap.cider.cider", _FEATURE).Cider(),
+        extra("pycocoevalcap.rouge.rouge", _FEATURE).Rouge(),
     )

@@ -1,4 +1,4 @@
-"""Libraries that not everybody needs: the optional extra `eval`."""
+"""Optional libraries of the extra `eval`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 
 def extra(module: str, what: str) -> Any:
-    """The module, which `what` needs.
+    """Import a module that the feature `what` needs.
 
     Raises:
-        QwenVLError: its library is not installed; the line has the command that installs it.
+        QwenVLError: its library is not installed; the message has the command that installs it.
     """
     try:
         return import_module(module)

@@ -1,4 +1,4 @@
-"""Referring expressions (RefCOCO, RefCOCO+, RefCOCOg): is the one box that was asked for in the right place?"""
+"""Referring-expression accuracy (RefCOCO, RefCOCO+, RefCOCOg): overlap of the requested box."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 
 OPTIONS = GenerationOptions(max_new_tokens=28, min_new_tokens=10)
-"""Those of the official evaluation: room for one box."""
+"""Generation options of the official evaluation: room for one box."""
 
-# The official evaluation takes the largest coordinate for 999, though the model's boxes are in thousandths.
+# The official evaluation scales by 999, although the model's boxes are in thousandths.
 _FULL = 999
 
-_ROUNDING = 1.0  # pixels that a box of a data set may stick out of its picture
+_ROUNDING = 1.0  # pixels by which a box of a data set may exceed its image
 
 
 class GroundingRow(Row):
-    """A row of a data set.
+    """Row of a referring-expression data set.
 
     Attributes:
-        id: of the row; None: its line number.
-        sentence: what to find; `sent` in the official files.
+        id: id of the row; None: its line number.
+        sentence: the expression; `sent` in the official files.
         bbox: left, top, right and bottom in pixels.
-        width, height: of the picture, in pixels.
+        width, height: size of the image in pixels.
     """
 
     id: Optional[Id] = None
@@ -45,22 +45,23 @@ class GroundingRow(Row):
             and -_ROUNDING <= top < bottom <= self.height + _ROUNDING
         ):
             raise ValueError(
-                "bbox must be [left, top, right, bottom] in pixels of the picture, "
+                "bbox must be [left, top, right, bottom] in pixels of the image, "
                 f"which is {self.width} x {self.height}, got {list(self.bbox)}"
             )
         return self
 
     def key(self, number: int) -> Id:
+        """The id, or the line number without one."""
         return number if self.id is None else self.id
 
     def asked(self) -> Question:
-        """The words as a `<ref>`, and an open `<box>` for the model to go on from."""
+        """The expression in `<ref>`, and an open `<box>` that the completion continues."""
         return Question(self.image, self.sentence, "<ref>", "</ref><box>")
 
 
 def overlap(row: GroundingRow, answer: str) -> float:
-    """Intersection over union of the first box in the answer with the right one; 0 without a box."""
-    # The prompt has opened the first box. A tag too many, before an answer that brings its own, does no harm.
+    """Intersection over union of the answer's first box with the reference; 0 without a box."""
+    # The prompt has opened the first box. If the answer has its own tag, the extra one is harmless.
     boxes = parse_boxes(f"<box>{answer}").boxes
     if not boxes:
         return 0.0

@@ -1,4 +1,4 @@
-"""How much two boxes have in common."""
+"""Intersection over union of boxes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ Corners = tuple[float, float, float, float]
 """Left, top, right, bottom, in any unit."""
 
 IOU = 0.5
-"""From this intersection over union on a box counts as right."""
+"""Smallest intersection over union of a right box."""
 
 
 def iou(a: Corners, b: Corners) -> float:

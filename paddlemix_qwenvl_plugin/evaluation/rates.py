@@ -1,4 +1,4 @@
-"""How many of how many, and how sure that is."""
+"""Proportions with Wilson intervals."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rate:
-    """`hits` of `n`."""
+    """Proportion: `hits` of `n` trials."""
 
     hits: int
     n: int
 
     @property
     def value(self) -> float:
+        """The proportion, 0 to 1; NaN without trials."""
         return self.hits / self.n if self.n else math.nan
 
     def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson's interval, 95 % by default; (0, 1) without a trial."""
+        """Wilson score interval, 95 % by default; (0, 1) without trials."""
         if not self.n:
             return 0.0, 1.0
         square = z * z / self.n
@@ -29,7 +30,7 @@ class Rate:
         return max(0.0, (centre - spread) / (1 + square)), min(1.0, (centre + spread) / (1 + square))
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready values; `value` is None without a trial."""
+        """JSON-ready values; `value` is None without trials."""
         return {
             "hits": self.hits,
             "n": self.n,
@@ -39,7 +40,7 @@ class Rate:
 
 
 def table(rates: Mapping[str, Rate], goals: Mapping[str, float] | None = None) -> str:
-    """The rates as lines: name, percentage, 95 % interval, hits of trials, and the goal of those that have one."""
+    """Format rates as lines: name, percentage, 95 % interval, hits of trials and, if set, the goal."""
     lines = []
     for name, rate in rates.items():
         low, high = rate.interval()

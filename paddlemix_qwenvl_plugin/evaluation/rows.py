@@ -1,4 +1,4 @@
-"""JSONL files: the rows of a data set, and the answers to them."""
+"""JSONL files of data sets and predictions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Id = Union[StrictInt, StrictStr]
 
 
 class Row(BaseModel):
-    """A row of a data set; keys that are not asked for may be there.
+    """Row of a data set; extra keys are allowed.
 
     Attributes:
-        image: a path, relative to the working directory, or a `data:` or `file://` URL.
+        image: path, relative to the working directory, or a `data:` or `file://` URL.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -30,11 +30,11 @@ class Row(BaseModel):
     image: str = Field(min_length=1)
 
     def key(self, number: int) -> Id:
-        """The id of the row, which is on line `number` of its file."""
+        """The id of the row on line `number` of its file."""
         raise NotImplementedError
 
     def asked(self) -> Question:
-        """What to ask about it."""
+        """The prompt of the row."""
         raise NotImplementedError
 
 
@@ -47,10 +47,10 @@ RowKind = TypeVar("RowKind", bound=Row)
 
 
 def read_rows(path: Path, kind: type[RowKind]) -> dict[Id, RowKind]:
-    """The rows of a JSONL file by their ids, in order; blank lines are no rows.
+    """Read the rows of a JSONL file by id, in order; blank lines are skipped.
 
     Raises:
-        UsageError: no such file, no rows, a row that is not of this kind, two of one id.
+        UsageError: the file does not exist or has no rows, a row is invalid, or two rows have the same id.
     """
     rows: dict[Id, RowKind] = {}
     for number, row in _read(path, kind):
@@ -59,22 +59,22 @@ def read_rows(path: Path, kind: type[RowKind]) -> dict[Id, RowKind]:
 
 
 def check_images(path: Path, rows: Mapping[Id, Row]) -> None:
-    """Find a picture that is not there before the work of the others is done.
+    """Check that all images exist before the model runs.
 
     Raises:
-        UsageError: it names the first one.
+        UsageError: an image is missing; the message names the first.
     """
     for row_id, row in rows.items():
-        # A `data:` URL or one with a scheme is left to the loader.
+        # URLs are checked by the loader.
         if not is_address(row.image) and not Path(row.image).exists():
             raise UsageError(f"{path}, id {row_id!r}: image {row.image} does not exist")
 
 
 def read_predictions(path: Path, ids: Iterable[Id]) -> dict[Id, str]:
-    """The answers in a JSONL file with `id` and `text` in each line, in the order of `ids`.
+    """Read the answers of a JSONL file with `id` and `text` in each line, in the order of `ids`.
 
     Raises:
-        UsageError: no such file, a malformed line, an id that is missing or has no row.
+        UsageError: the file does not exist, a line is malformed, or an id is missing or unknown.
     """
     found: dict[Id, str] = {}
     for number, prediction in _read(path, _Prediction):
@@ -90,14 +90,14 @@ def read_predictions(path: Path, ids: Iterable[Id]) -> dict[Id, str]:
 
 
 def write_predictions(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSONL file; each of `lines` has `id` and `text`, and whatever else is worth a look."""
+    """Write a JSONL file; each of `lines` has `id`, `text` and further keys."""
     text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
-    # Half a surrogate pair has no UTF-8; the backslash form of it is its escape in JSON.
+    # A lone surrogate has no UTF-8 form; its backslash form is the JSON escape.
     write_beside(path, lambda partial: partial.write_text(text, "utf-8", "backslashreplace"))
 
 
 def is_scored(path: Path) -> bool:
-    """Whether `qwenvl eval` wrote this file, by its first line."""
+    """Whether the first line shows that `qwenvl eval` wrote this file."""
     with path.open("rb") as file:
         try:
             line = json.loads(file.readline(1 << 22))
@@ -139,5 +139,5 @@ def _read(path: Path, kind: type[_Kind]) -> Iterator[tuple[int, _Kind]]:
 
 def _add(into: dict[Id, _Value], row_id: Id, value: _Value, where: str) -> None:
     if row_id in into:
-        raise UsageError(f"{where}: id {row_id!r} is there already")
+        raise UsageError(f"{where}: duplicate id {row_id!r}")
     into[row_id] = value

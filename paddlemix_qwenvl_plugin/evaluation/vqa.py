@@ -1,4 +1,4 @@
-"""Questions about pictures: VQA accuracy, exact match, and ANLS for documents."""
+"""Scores of visual question answering: VQA accuracy, exact match, and ANLS for documents."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from paddlemix_qwenvl_plugin.evaluation.rows import Id, Row
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
-_FEWEST_FOR_VQA = 4  # with fewer even the best answer has an accuracy below 1
-
+_MIN_VQA_ANSWERS = 4  # with fewer, even the best answer has an accuracy below 1
 
 _ANLS_THRESHOLD = 0.5
 
 
 class VqaRow(Row):
-    """A row of a data set.
+    """Row of a VQA data set.
 
     Attributes:
-        question_id: of the row.
-        question: without the words around it in the prompt.
-        answers: what people answered, up to 10; `answer`, one or several, in the official files.
+        question_id: id of the row.
+        question: the question without the prompt's other text.
+        answers: up to 10 reference answers; `answer`, one or several, in the official files.
     """
 
     question_id: Id
@@ -36,30 +35,33 @@ class VqaRow(Row):
 
     @field_validator("answers", mode="before")
     @classmethod
-    def _one_is_several(cls, value: Any) -> Any:
+    def _as_tuple(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
     def key(self, number: int) -> Id:
+        """The question id."""
         return self.question_id
 
     def asked(self) -> Question:
+        """The prompt of the official evaluation."""
         return Question(self.image, f"{self.question} Answer:")
 
 
 def options(max_new_tokens: int) -> GenerationOptions:
+    """Generation options of the official evaluation."""
     return GenerationOptions(max_new_tokens=max_new_tokens, min_new_tokens=1)
 
 
 def exact_match(answer: str, right: Sequence[str]) -> float:
-    """1 if the answer is one of the right ones, but for case and spaces around it."""
+    """1 if the answer equals a reference, up to case and surrounding spaces, else 0."""
     return float(answer.strip().lower() in {one.strip().lower() for one in right})
 
 
 def anls(answer: str, right: Sequence[str]) -> float:
-    """Normalised Levenshtein similarity to the nearest right answer, 0 below one half (Biten et al., "Scene Text
-    Visual Question Answering", ICCV 2019). Case and the number of spaces do not matter.
+    """Normalised Levenshtein similarity to the nearest reference, 0 below one half.
 
-    Similarity of exactly one half counts, as in the evaluation script of the DocVQA challenge.
+    Source: Biten et al., "Scene Text Visual Question Answering", ICCV 2019. Case and the number of spaces are ignored.
+    A similarity of exactly one half counts, as in the evaluation script of the DocVQA challenge.
     """
     similarity = extra("rapidfuzz.distance.Levenshtein", "--metric anls").normalized_similarity
     given, *wanted = (" ".join(text.lower().split()) for text in (answer, *right))
@@ -67,15 +69,15 @@ def anls(answer: str, right: Sequence[str]) -> float:
 
 
 def vqa_accuracy(answer: str, right: Sequence[str]) -> float:
-    """min(matches / 3, 1), averaged over all ways to leave one person's answer out (visualqa.org/evaluation).
+    """VQA accuracy: min(matches / 3, 1), averaged over leaving out each reference (visualqa.org/evaluation).
 
-    With ten answers: 0, 0.3, 0.6, 0.9 and 1 for 0, 1, 2, 3 and more matches. Both sides are normalised.
+    With ten references: 0, 0.3, 0.6, 0.9 and 1 for 0, 1, 2, 3 and more matches. Both sides are normalised.
     """
     given = normalise(answer)
-    people = [normalise(one) == given for one in right]
-    matches = sum(people)
-    # Leaving out a person who agrees leaves one match fewer.
-    return sum(min((matches - agrees) / 3, 1.0) for agrees in people) / len(people)
+    matching = [normalise(one) == given for one in right]
+    matches = sum(matching)
+    # Leaving out a matching reference leaves one match fewer.
+    return sum(min((matches - match) / 3, 1.0) for match in matching) / len(matching)
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -83,18 +85,18 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": exact_match,
     "anls": anls,
 }
-"""Scores of 0 to 1 of an answer against the right ones."""
+"""Metric name -> score, 0 to 1, of an answer against the references."""
 
 MAX_NEW_TOKENS = {"vqa": 10, "exact": 10, "anls": 100}
-"""Those of the official evaluation."""
+"""Completion lengths of the official evaluation, by metric."""
 
 
 def check(path: Path, rows: Mapping[Id, VqaRow], metric: str) -> None:
-    """Find before the model is run what a metric cannot do.
+    """Check that the metric can score the rows, before the model runs.
 
     Raises:
-        UsageError: the metric is not one, or a row has too few answers for VQA accuracy.
-        QwenVLError: ANLS needs a library that is not there.
+        UsageError: unknown metric, or a row has too few answers for VQA accuracy.
+        QwenVLError: a library that ANLS needs is missing.
     """
     if metric not in METRICS:
         raise UsageError(f"--metric {metric}: must be one of {', '.join(METRICS)}")
@@ -102,16 +104,18 @@ def check(path: Path, rows: Mapping[Id, VqaRow], metric: str) -> None:
         anls("", [""])
     if metric == "vqa":
         for row_id, row in rows.items():
-            if len(row.answers) < _FEWEST_FOR_VQA:
+            if len(row.answers) < _MIN_VQA_ANSWERS:
                 raise UsageError(
-                    f"{path}, id {row_id!r}: VQA accuracy needs the answers of {_FEWEST_FOR_VQA} people or more; "
+                    f"{path}, id {row_id!r}: VQA accuracy needs the answers of {_MIN_VQA_ANSWERS} people or more; "
                     "use --metric exact or anls"
                 )
 
 
 def normalise(answer: str) -> str:
-    """An answer as VQA accuracy compares it (visualqa.org/evaluation): lower case, number words as digits, no
-    articles, apostrophes in contractions, no punctuation but apostrophes, colons and decimal points.
+    """Normalise an answer for VQA accuracy (visualqa.org/evaluation).
+
+    Lower case, number words as digits, no articles, apostrophes in contractions, no punctuation except apostrophes,
+    colons and decimal points.
     """
     text = answer.lower()
     text = re.sub(r"(?<=\d),(?=\d)", "", text)
@@ -124,7 +128,7 @@ def normalise(answer: str) -> str:
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
 
-# Those that are no other word without their apostrophe, as "we'll", "it's" and "we're" would be.
+# Contractions that are no other word without their apostrophe, unlike "we'll", "it's" and "we're".
 _WITH_APOSTROPHE = """
     ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't oughtn't
     shan't shouldn't wasn't weren't won't wouldn't could've i've might've must've not've should've they've we've

@@ -1,4 +1,4 @@
-"""From a checkpoint to exported graphs: contract, programs, parameter file, manifest."""
+"""Export of a checkpoint: programs, parameter file, manifest."""
 
 from paddlemix_qwenvl_plugin.util.paddle_version import require_paddle
 

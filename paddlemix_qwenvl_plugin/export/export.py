@@ -1,4 +1,4 @@
-"""Exporting a stage: its programs, its parameter file, its manifest and companions; all of them or none appear."""
+"""Atomic export of a stage: programs, parameter file, manifest and companion files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from paddlemix_qwenvl_plugin.checkpoint.dtypes import check_dtype
 from paddlemix_qwenvl_plugin.engine.quantize import check_quant_type, quantised
 from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
 from paddlemix_qwenvl_plugin.export.program import FORMATS, Program, save_program
-from paddlemix_qwenvl_plugin.modeling.fused import FusedGeneration, FusedVision
+from paddlemix_qwenvl_plugin.modeling.engine_stage import EngineGeneration, EngineVision
 from paddlemix_qwenvl_plugin.modeling.generation import Step, StockGeneration
 from paddlemix_qwenvl_plugin.modeling.language import LanguageModel
 from paddlemix_qwenvl_plugin.modeling.vision import VisionModel
@@ -45,16 +45,16 @@ from paddlemix_qwenvl_plugin.version import __version__
 
 PathLike = Union[str, Path]
 
-# What a user of the exported model needs beside the graphs, copied from the model folder where it is there.
+# Files that the exported model needs besides the graphs, copied from the model folder if it contains them.
 COMPANIONS = ("config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json")
 
 
 class _Stage(NamedTuple):
-    """What is exported for a stage. Its portable programs are left out where weights are quantised."""
+    """Definition of a stage's export. Quantized exports have no portable programs."""
 
     name: str
     portable: list[Program]
-    fused: list[Program]
+    engine: list[Program]
     parameters: Callable[[Checkpoint, str], Parameters]
     companions: tuple[str, ...]
 
@@ -64,27 +64,27 @@ def export_vision(
 ) -> Manifest:
     """Export stage 1, images -> features, to SAVE_PATH.json, .pdmodel, .pdiparams and .manifest.json.
 
-    Where the engine can be built there are also `.fused.json` and `.fused.pdmodel`, over the same weights. A float16
+    If the engine is available, the export also has `.fused.json` and `.fused.pdmodel` with the same weights. A float16
     or bfloat16 export also has `.cpu.json` and `.cpu.pdmodel`: the same weights, computed in float32.
 
     Args:
-        model: a model folder.
-        save_path: prefix of the files; folders are made.
+        model: model folder.
+        save_path: prefix of the files; folders are created.
         dtype: float32, float16 or bfloat16.
-        engine: "auto", "fused" (the engine or an error) or "portable" (without it); None: QWENVL_ENGINE, else auto.
+        engine: "auto", "fused" (require the engine) or "portable" (do not use it); None: QWENVL_ENGINE, else auto.
 
     Raises:
-        UsageError, QwenVLError: see Checkpoint; float16 overflow names the tensor.
+        UsageError, QwenVLError: see Checkpoint; an overflow in float16 names the tensor.
     """
     save_path = Path(save_path)
     if not save_path.name:
         raise UsageError(f"--save_path {save_path}: must end in a file name, the prefix of the files")
     checkpoint = Checkpoint(Path(model))
-    fused = partial(FusedVision, weights=stage_weights(checkpoint.config, "vision", dtype))
+    layer = partial(EngineVision, weights=stage_weights(checkpoint.config, "vision", dtype))
     stage = _Stage(
         "vision",
         [Program("", VisionModel, vision_inputs, _on_all)],
-        [Program("", fused, vision_inputs, _on_all)],
+        [Program("", layer, vision_inputs, _on_all)],
         vision_parameters,
         (),
     )
@@ -99,12 +99,12 @@ def export_language(
     engine: Optional[str] = None,
     quant_type: Optional[str] = None,
 ) -> Manifest:
-    """Export stage 2 to OUTPUT_PATH/MODEL_PREFIX.* : the stock graph, and `.step` programs for our predictor.
+    """Export stage 2 to OUTPUT_PATH/MODEL_PREFIX.*: the stock graph, and `.step` programs for our predictor.
 
-    The tokenizer and the config are copied to OUTPUT_PATH. Further arguments and errors as for export_vision.
+    The tokenizer and the config are copied to OUTPUT_PATH. Other arguments and errors: see export_vision.
 
     Args:
-        quant_type: weight_only_int8 or weight_only_int4, for the engine only; None: all weights in `dtype`.
+        quant_type: weight_only_int8 or weight_only_int4, engine only; None: all weights in `dtype`.
     """
     output_path = Path(output_path)
     if not model_prefix or Path(model_prefix).name != model_prefix:
@@ -116,14 +116,14 @@ def export_language(
         choice = "fused"
     checkpoint = Checkpoint(Path(model))
     kinds = quantised(checkpoint.language, quant_type)
-    fused = partial(FusedGeneration, weights=stage_weights(checkpoint.config, "language", dtype, quant_type))
+    layer = partial(EngineGeneration, weights=stage_weights(checkpoint.config, "language", dtype, quant_type))
     stage = _Stage(
         "language",
         [
             Program("", LanguageModel, stock_inputs, lambda lm, i: StockGeneration(lm)(*i[:22], i[22:])),
             Program(".step", LanguageModel, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:])),
         ],
-        [Program("", fused, stock_inputs, _on_all)],
+        [Program("", layer, stock_inputs, _on_all)],
         partial(language_parameters, quantised=kinds),
         COMPANIONS,
     )
@@ -143,12 +143,12 @@ def _export(
     stage: _Stage,
 ) -> Manifest:
     check_dtype(dtype)
-    # (what comes last, what activations are computed in, programs): a CPU has no half-precision products.
+    # (suffix, compute dtype, programs); the CPU programs compute in float32, as a CPU has no half-precision products.
     targets = [("", dtype, stage.portable)] if quant_type is None else []
     if quant_type is None and dtype != "float32":
         targets.append((".cpu", "float32", stage.portable))
     if engine_available(engine, operators=True):
-        targets.append((".fused", dtype, stage.fused))
+        targets.append((".fused", dtype, stage.engine))
     weights = stage_weights(checkpoint.config, stage.name, dtype, quant_type)
     todo = [
         (prefix.name + program.suffix + target + extension, form, compute_dtype, program)
@@ -164,7 +164,9 @@ def _export(
         for name, form, compute_dtype, program in todo:
             found = save_program(program, checkpoint.config, dtype, compute_dtype, form, scratch / name)
             if records is not None and list(found.items()) != list(records.items()):
-                raise AssertionError(f"{name} orders its parameters unlike the other programs")
+                raise AssertionError(
+                    f"{name} internal invariant violated: the order of parameters differs between programs"
+                )
             records = found
         params = scratch / params_path(prefix).name
         write_params(params, records or {}, weights, stage.parameters(checkpoint, dtype))
@@ -189,7 +191,7 @@ def _export(
             companions = []
         for name in companions:
             shutil.copyfile(checkpoint.folder / name, scratch / name)
-        # The manifest goes first and comes last: a reader never sees it beside files that are not its own.
+        # Removed first and written last: a manifest never lies beside files of another export.
         manifest_path(prefix).unlink(missing_ok=True)
         for name in (*companions, *own):
             (scratch / name).replace(prefix.with_name(name))
@@ -197,19 +199,19 @@ def _export(
 
 
 def _check_names(model: Path, prefix: Path, names: list[str], companions: tuple[str, ...]) -> None:
-    """Refuse a prefix under which an export would write over a model: this one's files, or another's companions.
+    """Refuse a prefix whose export would overwrite a model: this model's files, or another model's companion files.
 
     Raises:
-        UsageError: it would. Files of an earlier export under this prefix are none of the model's.
+        UsageError: it would. Files of an earlier export with this prefix may be overwritten.
     """
     beside = model.resolve() == prefix.parent.resolve()
     exported_before = manifest_path(prefix).is_file()
     for name in names:
         if name in COMPANIONS or (beside and not exported_before and (model / name).exists()):
-            raise UsageError(f"{prefix}: an export would write over the model's {name}; name another prefix")
-    if any(prefix.parent.glob(manifest_path(Path("*")).name)):  # they came with an export
+            raise UsageError(f"{prefix}: an export would overwrite the model's {name}; name another prefix")
+    if any(prefix.parent.glob(manifest_path(Path("*")).name)):  # companions of an earlier export
         return
     for name in companions:
-        there, new = prefix.with_name(name), model / name
-        if there.is_file() and new.is_file() and there.read_bytes() != new.read_bytes():
-            raise UsageError(f"{there}: exists, and no export wrote it; name another folder")
+        existing, new = prefix.with_name(name), model / name
+        if existing.is_file() and new.is_file() and existing.read_bytes() != new.read_bytes():
+            raise UsageError(f"{existing}: exists, and no export wrote it; name another folder")

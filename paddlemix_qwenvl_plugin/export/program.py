@@ -1,8 +1,8 @@
-"""Building and saving inference programs, PIR (`.json`) and legacy (`.pdmodel`), without their weights.
+"""Build and save inference programs, PIR (`.json`) and legacy (`.pdmodel`), without weights.
 
 A program is built in static mode from the same modules as the dynamic reference. Paddle saves it with placeholder
-parameters of one axis each, numbered by their length: the order in which Paddle wrote them is the order of the
-real file, which params_file.py then streams. All forms of a program share one parameter file.
+parameters of one axis, whose lengths number them. The order in which Paddle writes the placeholders is the order of
+the real parameter file, which params_file.py streams. All forms of a program share one parameter file.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from paddlemix_qwenvl_plugin.modeling.weights import build
 
 FORMATS = {"pir": ".json", "legacy": ".pdmodel"}
 
-# Paddle refuses to build a float16 or bfloat16 PIR program where it has no kernels for them, as on a CPU.
-# No program here has float64, so it stands in for the half type while the program is built.
+# Paddle builds a float16 or bfloat16 PIR program only where it has kernels for the type, and a CPU has none.
+# No program here uses float64, so float64 replaces the half type while the program is built.
 _STAND_IN = "float64"
 _PIR_TYPES = {"float16": "0.t_f16", "bfloat16": "0.t_bf16"}
 
 
 class Program(NamedTuple):
-    """A program to build: what comes after the prefix of its file, the model, its inputs, how it is called on them.
+    """Definition of a program: file suffix, model class, inputs, and a function that calls the model on them.
 
-    `inputs` is given the two dtypes: parameters are stored in the first, activations computed in the second.
+    `inputs` takes (config, dtype of parameters, dtype of activations).
     """
 
     suffix: str
@@ -50,7 +50,7 @@ def save_program(
     """Write one program, form "pir" or "legacy", to `path`.
 
     Returns:
-        Every parameter, in the order of the parameter file.
+        All parameters, in the order of the parameter file.
     """
     stand_in = form == "pir" and compute_dtype != "float32"
     dtypes = (_STAND_IN, _STAND_IN) if stand_in else (dtype, compute_dtype)
@@ -65,7 +65,9 @@ def save_program(
                 text = text.replace('"0.t_f64"', f'"{_PIR_TYPES[compute_dtype]}"')
                 text = text.replace('"float64"', f'"{compute_dtype}"')
             elif '"0.t_f64"' in text:
-                raise AssertionError("the program has float64, which must stay free for the half types")
+                raise AssertionError(
+                    "internal invariant violated: the program uses float64, which is reserved for the half types"
+                )
             built.write_text(text, "utf-8")
         built.replace(path)
     parameters = [found[number - 1] for number in order]
@@ -75,9 +77,9 @@ def save_program(
 def _build_and_save(
     program: Program, config: ModelConfig, dtype: str, compute_dtype: str, prefix: Path
 ) -> list[tuple[str, tuple[int, ...], bool]]:
-    """Returns name, shape, and whether it is of bytes, of each parameter.
+    """Build and save a program; return (name, shape, whether it is uint8) of each parameter.
 
-    Number N has a placeholder of length N in the parameter file.
+    Parameter N has a placeholder of length N in the parameter file.
     """
     main, startup = static.Program(), static.Program()
     with static.program_guard(main, startup), _quiet():
@@ -99,16 +101,16 @@ def _build_and_save(
                 program=main,
                 skip_prune_program=True,
             )
-    # Here, while the program is alive. Paddle has a type of dtypes for each form of program.
+    # Read here, while the program exists. Paddle has a separate dtype class for each form of program.
     return [(it.name, tuple(it.shape), str(it.dtype).lower().endswith("uint8")) for it in parameters]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings about Paddle's own deprecated calls, nothing a user can act on, and no traces of the building.
+    """Suppress Paddle's warnings about its own deprecated calls, and the call stacks that it records.
 
-    For one of these warnings Paddle reads the sources of all callers, at each operator: half of an export's time. In
-    legacy programs it keeps each operator's callers, with paths of this machine.
+    For one of these warnings Paddle reads the sources of all callers at each operator: half of the export time. In
+    legacy programs it saves each operator's call stack, with paths of this machine.
     """
     from paddle.base import framework
     from paddle.base.layers import math_op_patch
@@ -117,7 +119,7 @@ def _quiet() -> Iterator[None]:
         (math_op_patch, "inspect"): SimpleNamespace(stack=lambda: [("", "", 0)] * 2),
         (framework, "traceback"): SimpleNamespace(extract_stack=list),
     }
-    # Other versions of Paddle may do without one of them.
+    # Other versions of Paddle may lack one of them.
     real = {(module, name): getattr(module, name) for module, name in stand_ins if hasattr(module, name)}
     try:
         for module, name in real:
@@ -132,7 +134,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _static_mode(form: str) -> Iterator[None]:
-    """Static mode with PIR or legacy programs; leaves Paddle as it found it."""
+    """Static mode with PIR or legacy programs; restores the previous mode on exit."""
     from paddle.pir_utils import DygraphOldIrGuard, DygraphPirGuard
 
     was_dynamic = paddle.in_dynamic_mode()

@@ -1,4 +1,4 @@
-"""The model in plain Paddle layers: the reference, and the portable graphs."""
+"""Qwen-VL in Paddle layers: the reference implementation and the portable graphs."""
 
 from paddlemix_qwenvl_plugin.util.paddle_version import require_paddle
 

@@ -1,8 +1,8 @@
-"""The portable body of stage 2: the whole generation as Paddle operators, prefill and a `while` loop.
+"""Portable form of stage 2: the complete generation in Paddle operators, prefill and a `while` loop.
 
-Semantics are those of the stock graph (order of penalties, stop flags, positions), with two corrections: dynamic
+The semantics are those of the stock graph (order of penalties, stop flags, positions), with two corrections: dynamic
 NTK and logn, which the stock graph lacks, and the last token before `max_length`, which the stock operators
-overwrite with the end token. Formulas: PaddleNLP's generation operators, read for their arithmetic.
+overwrite with the stop token. Source of the formulas: PaddleNLP's generation operators.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from paddle import nn
 from paddlemix_qwenvl_plugin.modeling import ops
 from paddlemix_qwenvl_plugin.modeling.language import LanguageModel
 
-# A forbidden token's logit, as upstream sets it.
+# Logit of a forbidden token, as in upstream.
 FORBIDDEN = -1e10
 
 
 class StockGeneration(nn.Layer):
-    """The 22 inputs and one cache per layer of the stock predictor -> five stock outputs and the tokens."""
+    """Generation with the stock predictor's 22 inputs and one cache per layer; five stock outputs and the tokens."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ class StockGeneration(nn.Layer):
     ) -> tuple[paddle.Tensor, ...]:
         """Generate until `stop_nums` rows have stopped. Shapes and dtypes: artifact/contract.py.
 
-        The masks, `pre_ids`, `tgt_ids` and the caches are part of the contract but not read: the first follow from
-        the lengths, the others are workspace that the stock predictor fills with arbitrary values.
+        The masks, `pre_ids`, `tgt_ids` and the caches are part of the contract but are not read: the lengths determine
+        the masks, and the stock predictor fills the others, workspace, with arbitrary values.
 
         Returns:
             next_tokens int64 [B, 1], step_idx int64 [B, 1], stop_flags int32 [B, 1], seq_len_decoder int32 [B, 1],
-            tgt_pos int64 [B, 1], and tokens int64 [B, max(max_length)], -1 after a row's end.
+            tgt_pos int64 [B, 1], and tokens int64 [B, max(max_length)], -1 after the end of a row.
         """
         vocabulary = ops.iota(self.vocab_size)
         is_end = (
@@ -77,7 +77,7 @@ class StockGeneration(nn.Layer):
             return sample(logits, temperature, top_p)
 
         def advance(logits: paddle.Tensor, state: list[Any]) -> list[Any]:
-            """Take one token a row from the logits and update the rows' state."""
+            """Choose one token per row from the logits and update the state of the rows."""
             step, token, done, stopped, length, position, counts, tokens = state
             picked = pick(logits, counts, done)
             token = paddle.where(stopped, token, picked)
@@ -117,15 +117,20 @@ class StockGeneration(nn.Layer):
         def decode(*loop: paddle.Tensor) -> list[paddle.Tensor]:
             old, seen, flat = list(loop[:8]), loop[8], loop[9:]
             token, stopped, length, position = old[1], old[3], old[4], old[5]
-            pairs = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
+            layer_caches = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
             one = paddle.ones_like(token)
             logits, grown = self.model(
-                self.model.embed_tokens(token), position, seq_len_encoder, one, cache_valid=seen, caches=pairs
+                self.model.embed_tokens(token),
+                position,
+                seq_len_encoder,
+                one,
+                cache_valid=seen,
+                caches=layer_caches,
             )
             old[4] = paddle.where(stopped, length, length + 1)
             new = advance(logits, old)
             seen = paddle.concat([seen, one.astype("bool")], axis=1)
-            return [*new, seen, *(tensor for pair in grown for tensor in pair)]
+            return [*new, seen, *(tensor for cache in grown for tensor in cache)]
 
         loop = repeat(unfinished, decode, [*state, valid, *flat_caches])
         _, token, done, stopped, length, position, _, tokens = loop[:8]
@@ -133,7 +138,7 @@ class StockGeneration(nn.Layer):
 
 
 class Step(nn.Layer):
-    """One forward pass over packed chunks: the program behind streaming and our own predictor."""
+    """One step over packed chunks: the program behind streaming and our predictor."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -150,7 +155,7 @@ class Step(nn.Layer):
         cache_valid: paddle.Tensor,
         cache_kvs: list[paddle.Tensor],
     ) -> tuple[paddle.Tensor, ...]:
-        """Shapes and dtypes: artifact/contract.py.
+        """Run one step. Shapes and dtypes: artifact/contract.py.
 
         Returns:
             logits float32 [B, vocab_size] of each row's last token, then the keys and values of every layer, each
@@ -169,7 +174,7 @@ class Step(nn.Layer):
 
 
 def repeat(condition: Callable[..., Any], body: Callable[..., list[Any]], loop: list[Any]) -> list[Any]:
-    """paddle.static.nn.while_loop, which in dynamic mode cannot take tensors that grow, as the caches do."""
+    """Run a while loop; in dynamic mode in Python, where Paddle's while_loop rejects growing tensors like caches."""
     if not paddle.in_dynamic_mode():
         looped: list[Any] = paddle.static.nn.while_loop(condition, body, loop)
         return looped
@@ -185,12 +190,12 @@ def penalise(
     frequency: paddle.Tensor,
     presence: paddle.Tensor,
 ) -> paddle.Tensor:
-    """Lower the logits of tokens generated before.
+    """Apply the repetition, frequency and presence penalties to the logits of generated tokens.
 
     Args:
         logits: float32 [B, V].
-        counts: int64 [B, V], how often each token was generated.
-        repetition, frequency, presence: float32 [B, 1]; 1, 0, 0 leave the logits alone.
+        counts: int64 [B, V], occurrences of each generated token.
+        repetition, frequency, presence: float32 [B, 1]; 1, 0, 0 leave the logits unchanged.
     """
     scaled = paddle.where(logits < 0, logits * repetition, logits / repetition)
     lowered = scaled - counts.astype("float32") * frequency - presence
@@ -198,7 +203,7 @@ def penalise(
 
 
 def sample(logits: paddle.Tensor, temperature: paddle.Tensor, top_p: paddle.Tensor) -> paddle.Tensor:
-    """Draw one token a row from the smallest set of tokens whose probabilities reach top_p (0: the likeliest).
+    """Sample one token per row from the smallest set of tokens whose probabilities reach top_p (0: greedy).
 
     Args:
         logits: float32 [B, V].
@@ -207,7 +212,7 @@ def sample(logits: paddle.Tensor, temperature: paddle.Tensor, top_p: paddle.Tens
     Returns:
         int64 [B, 1].
     """
-    # Both ways are computed: a conditional block would cost more code than the sort costs time.
+    # Both branches are computed: a conditional block would cost more code than the sort costs time.
     probabilities = nn.functional.softmax(logits / paddle.clip(temperature, min=1e-6), axis=-1)
     order = paddle.argsort(probabilities, axis=-1, descending=True)
     sorted_probabilities = paddle.take_along_axis(probabilities, order, axis=-1)

@@ -1,7 +1,7 @@
-"""The language model: embedding with pictures, decoder layers with a growing KV cache, last-token logits.
+"""Language model: embedding with image features, decoder layers with a growing KV cache, last-token logits.
 
-The KV cache is append-only. A batch's rows may have prompts of different lengths, padded on the right: the
-cache keeps the padding's slots, and a mask keeps every row from attending to them.
+The KV cache is append-only. The rows of a batch may have prompts of different lengths, padded on the right: the
+cache keeps slots for the padding, and a mask excludes them from attention.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.modeling import ops
 from paddlemix_qwenvl_plugin.modeling.layers import Linear, RMSNorm, attend, parameter_attr
 from paddlemix_qwenvl_plugin.modeling.rotary import query_scale, rotary_tables, rotate
 
-# Finite, so that a row of padding stays finite; exp() of it is 0 in float32.
+# Finite, so that a row of padding yields no NaN; its exp() is 0 in float32.
 MASKED = -1e9
 
 
@@ -30,8 +30,9 @@ class Attention(nn.Layer):
     def forward(
         self, x: paddle.Tensor, position: Position, cache: tuple[paddle.Tensor, paddle.Tensor] | None
     ) -> tuple[paddle.Tensor, tuple[paddle.Tensor, paddle.Tensor]]:
-        fused = self.c_attn(x).reshape([0, 0, 3 * self.heads, self.head_dim])
-        query, key, value = paddle.split(fused, 3, axis=2)
+        """[B, S, hidden] -> [B, S, hidden], and the cache with the chunk's keys and values appended."""
+        qkv = self.c_attn(x).reshape([0, 0, 3 * self.heads, self.head_dim])
+        query, key, value = paddle.split(qkv, 3, axis=2)
         query = rotate(query.astype("float32"), position.cos, position.sin) * position.query_scale
         key = rotate(key.astype("float32"), position.cos, position.sin)
         query, key, value = (t.astype(x.dtype).transpose([0, 2, 1, 3]) for t in (query, key, value))
@@ -57,6 +58,7 @@ class Layer(nn.Layer):
     def forward(
         self, x: paddle.Tensor, position: Position, cache: tuple[paddle.Tensor, paddle.Tensor] | None
     ) -> tuple[paddle.Tensor, tuple[paddle.Tensor, paddle.Tensor]]:
+        """[B, S, hidden] -> [B, S, hidden], and the cache with the chunk's keys and values appended."""
         mixed, cache = self.attn(self.ln_1(x), position, cache)
         x = x + mixed
         normed = self.ln_2(x)
@@ -64,7 +66,7 @@ class Layer(nn.Layer):
 
 
 class Position:
-    """What every layer needs to know about where the new tokens stand."""
+    """Position-dependent inputs of every layer: rotary tables, query scale and mask."""
 
     def __init__(
         self, positions: paddle.Tensor, prompt_len: paddle.Tensor, mask: paddle.Tensor, config: ModelConfig
@@ -75,10 +77,10 @@ class Position:
 
 
 class LanguageModel(nn.Layer):
-    """Token ids and picture features -> logits.
+    """Language model: token ids and image features -> logits.
 
-    `forward` takes a chunk of each row: a whole prompt, the next piece of one, or one token a row.
-    `dtype` is what activations and the KV cache are computed in.
+    `forward` takes a chunk of each row: a complete prompt, the next chunk of one, or one token per row.
+    `dtype`: type of the activations and the KV cache.
     """
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
@@ -106,9 +108,9 @@ class LanguageModel(nn.Layer):
         Args:
             embeddings: [B, S, hidden], from `embed`; rows shorter than S are padded on the right.
             positions: int64 [B, S], the 0-based position of each token in its row.
-            prompt_len: integer [B, 1], the whole prompt's length, which sets the rotary base.
-            seq_len: integer [B, 1], how many of the S tokens are the row's own (at least 1).
-            cache_valid: bool [B, P], which cache slots hold a token of the row; None without a cache.
+            prompt_len: integer [B, 1], length of the complete prompt, which sets the rotary base.
+            seq_len: integer [B, 1], number of the row's tokens without padding, at least 1.
+            cache_valid: bool [B, P], cache slots that hold a token of the row; None without a cache.
             caches: per layer (key, value), each [B, heads, P, head_dim].
 
         Returns:
@@ -122,26 +124,26 @@ class LanguageModel(nn.Layer):
         return self._logits(x, seq_len), new_caches
 
     def embed_tokens(self, input_ids: paddle.Tensor) -> paddle.Tensor:
-        """int64 [B, S] -> [B, S, hidden]."""
+        """Embed token ids: int64 [B, S] -> [B, S, hidden]."""
         return nn.functional.embedding(input_ids, self.wte).astype(self.dtype)
 
     def embed(
         self, input_ids: paddle.Tensor, image_features: paddle.Tensor, img_pos: paddle.Tensor
     ) -> paddle.Tensor:
-        """Token embeddings with each picture's features between its `<img>` and `</img>`.
+        """Embed tokens, with the features of each image between its `<img>` and `</img>`.
 
         Args:
             input_ids: int64 [B, S].
             image_features: float32 [N, n_queries, hidden].
-            img_pos: int64 [N, 3]: batch row, index of `<img>`, index of `</img>`. A negative row marks a
-                picture that is not there (Paddle programs have no empty tensors to pass instead).
+            img_pos: int64 [N, 3]: batch row, index of `<img>`, index of `</img>`. A negative row marks an
+                absent image (Paddle programs cannot take empty tensors).
 
         Returns:
             [B, S, hidden].
         """
         hidden = self.config.hidden_size
         tokens = self.embed_tokens(input_ids)
-        # Scatter runs in float32, which every Paddle device has; one spare row takes the absent pictures.
+        # Scatter runs in float32, which every Paddle device supports; a spare row receives absent images.
         spare = paddle.zeros([1, hidden], dtype="float32")
         flat = paddle.concat([tokens.astype("float32").reshape([-1, hidden]), spare], axis=0)
         shape = paddle.shape(input_ids).astype("int64")
@@ -163,9 +165,9 @@ class LanguageModel(nn.Layer):
 
 
 def chunk_mask(positions: paddle.Tensor, cache_valid: paddle.Tensor | None) -> paddle.Tensor:
-    """float32 [1 or B, 1, S, P + S]: 0 where a token of the chunk may look, MASKED elsewhere.
+    """Attention mask, float32 [1 or B, 1, S, P + S]: 0 where a token of the chunk attends, MASKED elsewhere.
 
-    Within the chunk the mask is causal, which also hides a row's padding from its tokens.
+    Within the chunk the mask is causal, which also excludes the padding of a row from its tokens.
     """
     n_tokens = paddle.shape(positions)[1]
     order = paddle.arange(n_tokens, dtype="int64")

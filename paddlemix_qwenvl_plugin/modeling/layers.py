@@ -1,10 +1,10 @@
-"""Building blocks whose parameters carry the checkpoint's tensor names.
+"""Layers whose parameters have the checkpoint's tensor names.
 
-They work in Paddle's dynamic mode (the reference) and in its static mode (export), where a parameter's name
-is fixed at creation. Values are loaded later, so creation costs no random numbers.
+They work in Paddle's dynamic mode (the reference) and static mode (export), where a parameter's name is fixed at
+creation. Weights are loaded later, so parameters are created without random initialization.
 
-Parameters have the dtype they are stored in, activations the dtype they are computed in; a parameter of another
-dtype is cast where it is used. That is how a float16 export runs on a CPU, which has no float16 products.
+Parameters have the storage dtype, activations the compute dtype; a parameter of another dtype is cast at its use.
+So a float16 export runs on a CPU, which has no float16 products.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from paddlemix_qwenvl_plugin.modeling import ops
 
 
 def parameter_attr(name: str) -> paddle.ParamAttr:
-    """Name of a parameter in the exported program; zero until it is loaded."""
+    """Attributes of a parameter: its name in the exported program, and zero as the initial value."""
     return paddle.ParamAttr(name=name, initializer=nn.initializer.Constant(0.0))
 
 
-def like(parameter: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
-    """The parameter in the dtype of the activation `x`."""
+def cast_like(parameter: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
+    """Cast a parameter to the dtype of the activation `x`."""
     return parameter if parameter.dtype == x.dtype else parameter.astype(x.dtype)
 
 
 class Linear(nn.Layer):
-    """[…, n_in] -> […, n_out]; the weight is [n_out, n_in], as the engine has it (csrc/)."""
+    """Linear layer, […, n_in] -> […, n_out]; the weight is [n_out, n_in] as in the engine (csrc/)."""
 
     def __init__(self, name: str, n_in: int, n_out: int, bias: bool = True) -> None:
         super().__init__()
@@ -34,8 +34,9 @@ class Linear(nn.Layer):
         self.bias = self.create_parameter([n_out], attr=parameter_attr(f"{name}.bias")) if bias else None
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        product = ops.matmul(x, like(self.weight, x), transpose_y=True)
-        return product if self.bias is None else product + like(self.bias, x)
+        """[…, n_in] -> […, n_out]."""
+        product = ops.matmul(x, cast_like(self.weight, x), transpose_y=True)
+        return product if self.bias is None else product + cast_like(self.bias, x)
 
 
 class LayerNorm(nn.Layer):
@@ -49,6 +50,7 @@ class LayerNorm(nn.Layer):
         self.epsilon = epsilon
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """[…, width] -> […, width]."""
         normed = nn.functional.layer_norm(
             x.astype("float32"),
             [self.width],
@@ -60,7 +62,7 @@ class LayerNorm(nn.Layer):
 
 
 class RMSNorm(nn.Layer):
-    """x / sqrt(mean(x^2) + eps) in float32, cast back, then times the weight (the order is Qwen's)."""
+    """RMSNorm: x / sqrt(mean(x^2) + eps) in float32, cast back, then times the weight (order of Qwen)."""
 
     def __init__(self, name: str, width: int, epsilon: float) -> None:
         super().__init__()
@@ -68,15 +70,16 @@ class RMSNorm(nn.Layer):
         self.epsilon = epsilon
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """[…, width] -> […, width]."""
         wide = x.astype("float32")
         scale = ops.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return (wide * scale).astype(x.dtype) * like(self.weight, x)
+        return (wide * scale).astype(x.dtype) * cast_like(self.weight, x)
 
 
 def attend(
     query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, mask: paddle.Tensor | None = None
 ) -> paddle.Tensor:
-    """softmax(query @ key^T + mask) @ value; the caller has scaled the query. Softmax runs in float32.
+    """Attention: softmax(query @ key^T + mask) @ value. The query must be scaled; softmax runs in float32.
 
     Args:
         query: [B, heads, S, head_dim].

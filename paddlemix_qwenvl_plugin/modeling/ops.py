@@ -1,7 +1,7 @@
-"""Operators that Paddle 3.3 no longer offers for legacy (`.pdmodel`) programs, though the programs have them.
+"""Paddle operators for which Paddle 3.3 has no Python function in legacy (`.pdmodel`) programs.
 
-From 3.3 on, these functions go straight to C++ and take dynamic tensors and PIR values only. In a legacy program
-the operator is appended by its own name instead; everywhere else Paddle's function is called.
+Since 3.3 the Python functions call C++ directly and accept only dynamic tensors and PIR values. In a legacy program
+the operator is appended by name instead; otherwise Paddle's function is called.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from paddle.framework import in_dynamic_or_pir_mode
 
 
 def iota(n: int) -> paddle.Tensor:
-    """0, 1, … n - 1 as int64 [n], without the float64 constants that Paddle makes of a Python number."""
+    """Integers 0 to n - 1 as int64 [n], without the float64 constants that Paddle makes of Python numbers."""
     return paddle.arange(paddle.full([1], n, dtype="int64"), dtype="int64")
 
 
 def matmul(x: paddle.Tensor, y: paddle.Tensor, transpose_y: bool = False) -> paddle.Tensor:
+    """Matrix product x @ y, or x @ y^T."""
     if in_dynamic_or_pir_mode():
         return paddle.matmul(x, y, transpose_y=transpose_y)
     return _append("matmul_v2", {"X": x, "Y": y}, x.dtype, trans_x=False, trans_y=transpose_y)
 
 
 def gelu(x: paddle.Tensor) -> paddle.Tensor:
-    """The exact form, with erf."""
+    """Exact GELU, with erf."""
     if in_dynamic_or_pir_mode():
         return paddle.nn.functional.gelu(x)
     return _append("gelu", {"X": x}, x.dtype, approximate=False)
 
 
 def argmax(x: paddle.Tensor) -> paddle.Tensor:
-    """Over the last axis, which is kept with size 1: int64."""
+    """Argmax over the last axis, kept with size 1: int64."""
     if in_dynamic_or_pir_mode():
         return paddle.argmax(x, axis=-1, keepdim=True)
     attrs = {"axis": -1, "keepdims": True, "flatten": False, "dtype": 3}  # 3: int64
@@ -41,7 +42,7 @@ def argmax(x: paddle.Tensor) -> paddle.Tensor:
 
 
 def total(x: paddle.Tensor, axis: int | None = None) -> paddle.Tensor:
-    """Sum over an axis, which is kept with size 1, or over everything (shape [1])."""
+    """Sum over an axis, kept with size 1, or over all elements (shape [1])."""
     if in_dynamic_or_pir_mode():
         return x.sum(axis=axis, keepdim=True) if axis is not None else x.sum().reshape([1])
     attrs = {"dim": [axis], "keep_dim": True} if axis is not None else {"reduce_all": True}
@@ -50,7 +51,7 @@ def total(x: paddle.Tensor, axis: int | None = None) -> paddle.Tensor:
 
 
 def _function(name: str, out_dtype: Any = None) -> Callable[..., paddle.Tensor]:
-    """Paddle's function of one or two tensors whose operator has the same name; None: of the first one's dtype."""
+    """Wrap a Paddle function of one or two tensors with an operator of the same name; None: dtype of the first."""
 
     def function(*tensors: paddle.Tensor) -> paddle.Tensor:
         if in_dynamic_or_pir_mode():

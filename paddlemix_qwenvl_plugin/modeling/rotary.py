@@ -1,6 +1,6 @@
-"""Positions: rotary embedding with dynamic NTK scaling, and logn scaling of the query.
+"""Rotary embedding with dynamic NTK scaling, and logn scaling of the query.
 
-Formulas: the official Qwen-VL code (NeoX halves; alpha from the prompt's length, fixed for the request).
+Source of the formulas: the official Qwen-VL code (NeoX halves; alpha from the prompt's length, fixed per request).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from paddlemix_qwenvl_plugin.modeling import ops
 
 
 def ntk_alpha(prompt_len: paddle.Tensor, config: ModelConfig) -> paddle.Tensor:
-    """max(1, 2^ceil(log2(L / seq_length) + 1) - 1) as float32, the shape of `prompt_len` (integer).
+    """NTK factor max(1, 2^ceil(log2(L / seq_length) + 1) - 1), float32 in the shape of `prompt_len` (integer).
 
-    ceil(log2(r) + 1) counts how many of 1/2, 1, 2, 4 … are below r: exact, where a logarithm rounds.
+    ceil(log2(r) + 1) is computed by counting the values 1/2, 1, 2, 4 … below r: exact, unlike a rounded logarithm.
     """
     if not config.use_dynamic_ntk:
         return paddle.ones_like(prompt_len, dtype="float32")
@@ -31,13 +31,13 @@ def ntk_alpha(prompt_len: paddle.Tensor, config: ModelConfig) -> paddle.Tensor:
 def rotary_tables(
     positions: paddle.Tensor, prompt_len: paddle.Tensor, config: ModelConfig
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Cos and sin, each float32 [B, S, 1, head_dim].
+    """Cosine and sine tables, each float32 [B, S, 1, head_dim].
 
     base = rotary_emb_base * alpha^(d / (d - 2)); the angle of pair i at position p is p * base^(-2i / d).
 
     Args:
         positions: int64 [B, S], 0-based.
-        prompt_len: integer [B, 1], the length of each request's prompt in tokens.
+        prompt_len: integer [B, 1], prompt length of each request in tokens.
     """
     dim = config.head_dim
     exponents = paddle.to_tensor(np.arange(0, dim, 2, dtype=np.float32) / dim)
@@ -56,7 +56,7 @@ def rotate(x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.T
 
 
 def query_scale(positions: paddle.Tensor, config: ModelConfig) -> paddle.Tensor:
-    """Factor of the query, float32 [B, S, 1, 1]: logn / sqrt(head_dim).
+    """Query scale logn / sqrt(head_dim), float32 [B, S, 1, 1].
 
     logn is 1 for a 0-based position p with p + 1 <= seq_length, else log(p + 1) / log(seq_length).
     """

@@ -1,7 +1,7 @@
-"""The vision tower (a ViT without class token) and the resampler: pictures -> features.
+"""Vision transformer (without class token) and resampler: images -> features.
 
-Names of the parts follow the checkpoint. The two position tables are resized to the patch grid when the
-weights are loaded (see weights.py), since a given model sees one picture size.
+Parameter names follow the checkpoint. The two position tables are resized to the patch grid when the weights are
+loaded (see weights.py), since a model has one image size.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from paddle import nn
 
 from paddlemix_qwenvl_plugin.checkpoint.config import RESAMPLER_HEAD_DIM, ModelConfig, VisionConfig
 from paddlemix_qwenvl_plugin.modeling import ops
-from paddlemix_qwenvl_plugin.modeling.layers import LayerNorm, Linear, attend, like, parameter_attr
+from paddlemix_qwenvl_plugin.modeling.layers import LayerNorm, Linear, attend, cast_like, parameter_attr
 
 
 class Attention(nn.Layer):
-    """Self-attention; the fused projection is interleaved per head: [heads, 3 * head_dim]."""
+    """Self-attention; the query-key-value projection is interleaved per head: [heads, 3 * head_dim]."""
 
     def __init__(self, name: str, config: VisionConfig) -> None:
         super().__init__()
@@ -27,8 +27,9 @@ class Attention(nn.Layer):
         self.out_proj = Linear(f"{name}.out_proj", config.width, config.width)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        fused = self.in_proj(x).reshape([0, 0, self.heads, 3 * self.head_dim]).transpose([0, 2, 1, 3])
-        query, key, value = paddle.split(fused, 3, axis=-1)
+        """[N, patches, width] -> [N, patches, width]."""
+        qkv = self.in_proj(x).reshape([0, 0, self.heads, 3 * self.head_dim]).transpose([0, 2, 1, 3])
+        query, key, value = paddle.split(qkv, 3, axis=-1)
         return self.out_proj(attend(query / math.sqrt(self.head_dim), key, value))
 
 
@@ -44,6 +45,7 @@ class Block(nn.Layer):
         self.c_proj = Linear(f"{name}.mlp.c_proj", config.mlp_width, config.width)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """[N, patches, width] -> [N, patches, width]."""
         x = x + self.attn(self.ln_1(x))
         return x + self.c_proj(ops.gelu(self.c_fc(self.ln_2(x))))
 
@@ -70,17 +72,18 @@ class Resampler(nn.Layer):
         self.out_proj = Linear(f"{name}.attn.out_proj", out, out)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """[N, patches, width] -> [N, n_queries, output_dim]."""
         patches = self.ln_kv(self.kv_proj(x))
-        query = (self.ln_q(like(self.query, x)) + like(self.pos_embed, x)).unsqueeze(0)
-        keys = patches + like(self.key_pos_embed, x)
-        # One row of queries meets every picture's keys: matmul broadcasts the batch.
+        query = (self.ln_q(cast_like(self.query, x)) + cast_like(self.pos_embed, x)).unsqueeze(0)
+        keys = patches + cast_like(self.key_pos_embed, x)
+        # One set of queries for the keys of every image: matmul broadcasts the batch.
         heads = [self._project(tensor, i) for i, tensor in enumerate((query, keys, patches))]
         return self.out_proj(attend(heads[0] / math.sqrt(RESAMPLER_HEAD_DIM), heads[1], heads[2]))
 
     def _project(self, x: paddle.Tensor, part: int) -> paddle.Tensor:
-        """[B, T, out] -> [B, heads, T, head_dim] through the third `part` of the fused projection."""
+        """[B, T, out] -> [B, heads, T, head_dim] through part 0, 1 or 2 (query, key, value) of the joint projection."""
         rows = slice(part * self.out, (part + 1) * self.out)
-        weight, bias = like(self.in_proj_weight[rows], x), like(self.in_proj_bias[rows], x)
+        weight, bias = cast_like(self.in_proj_weight[rows], x), cast_like(self.in_proj_bias[rows], x)
         projected = ops.matmul(x, weight, transpose_y=True) + bias
         return projected.reshape([0, 0, self.heads, RESAMPLER_HEAD_DIM]).transpose([0, 2, 1, 3])
 
@@ -91,7 +94,7 @@ class Resampler(nn.Layer):
 class VisionModel(nn.Layer):
     """Stage 1: images [N, 3, image_size, image_size] float32 -> features [N, n_queries, hidden] float32.
 
-    `dtype` is what activations are computed in.
+    `dtype`: compute dtype of the activations.
     """
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
@@ -115,11 +118,12 @@ class VisionModel(nn.Layer):
         self.proj = self.create_parameter([vision.output_dim] * 2, attr=parameter_attr("visual.proj"))
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
+        """Images -> features."""
         images = images.astype(self.dtype)
-        patches = nn.functional.conv2d(images, like(self.conv1, images), stride=self.patch_size)
+        patches = nn.functional.conv2d(images, cast_like(self.conv1, images), stride=self.patch_size)
         tokens = patches.flatten(2).transpose([0, 2, 1])
-        x = self.ln_pre(tokens + like(self.positional_embedding, tokens))
+        x = self.ln_pre(tokens + cast_like(self.positional_embedding, tokens))
         for block in self.blocks:
             x = block(x)
-        features = ops.matmul(self.ln_post(self.attn_pool(x)), like(self.proj, x), transpose_y=True)
+        features = ops.matmul(self.ln_post(self.attn_pool(x)), cast_like(self.proj, x), transpose_y=True)
         return features.astype("float32")

@@ -1,6 +1,6 @@
-"""From a checkpoint to the parameters of the modules here.
+"""Parameters of the layers from a checkpoint.
 
-The same values in the layout of the engine (csrc/include/qwenvl.h): matrices [out, in], position tables resized.
+The layout is that of the engine (csrc/include/qwenvl.h): matrices [out, in], position tables resized.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Parameters = Iterator[tuple[str, NDArray[np.generic]]]
 def language_parameters(
     checkpoint: Checkpoint, dtype: str, quantised: Optional[Mapping[str, str]] = None
 ) -> Parameters:
-    """(parameter name, values in storage type) of the language model.
+    """Yield (parameter name, values in the storage type) of the language model.
 
-    `quantised` says which are stored as what instead (engine/quantize.py).
+    `quantised`: name -> quantized storage type (engine/quantize.py).
     """
     kinds = quantised or {}
     plain = {name: spec for name, spec in checkpoint.language.items() if name not in kinds}
@@ -47,12 +47,12 @@ def language_parameters(
 
 
 def vision_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:
-    """(parameter name, values in storage type) of the vision tower and the resampler."""
+    """Yield (parameter name, values in the storage type) of the vision transformer and the resampler."""
     grid = checkpoint.config.visual.grid
     stream = checkpoint.tensors(checkpoint.vision, dtype, out_in=True)
     for name, values in track(stream, "vision weights", len(checkpoint.vision)):
         if name not in TABLES:
-            # Not a linear weight in checkpoints: x @ proj whatever the format.
+            # Not a linear weight in checkpoints: x @ proj in every format.
             yield name, np.ascontiguousarray(values.T) if name == "visual.proj" else values
         for table, source in TABLES.items():
             if source == name:
@@ -60,7 +60,7 @@ def vision_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:
 
 
 def load_language(checkpoint: Checkpoint, dtype: str = "float32") -> LanguageModel:
-    """The language model in dynamic mode, on Paddle's current device."""
+    """Load the language model in dynamic mode, on Paddle's current device."""
     model: LanguageModel = _load(
         LanguageModel, checkpoint.config, language_parameters(checkpoint, dtype), dtype
     )
@@ -68,13 +68,13 @@ def load_language(checkpoint: Checkpoint, dtype: str = "float32") -> LanguageMod
 
 
 def load_vision(checkpoint: Checkpoint, dtype: str = "float32") -> VisionModel:
-    """The vision tower in dynamic mode, on Paddle's current device."""
+    """Load the vision model in dynamic mode, on Paddle's current device."""
     model: VisionModel = _load(VisionModel, checkpoint.config, vision_parameters(checkpoint, dtype), dtype)
     return model
 
 
 def build(model_class: Any, config: ModelConfig, dtype: str, compute_dtype: str) -> Any:
-    """A model with parameters of `dtype`; Paddle's default dtype is left as it was."""
+    """Create a model with parameters of `dtype`; Paddle's default dtype is restored."""
     before = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
     try:
@@ -91,13 +91,13 @@ def _load(model_class: Any, config: ModelConfig, stream: Parameters, dtype: str)
     parameters = {parameter.name: parameter for parameter in model.parameters()}
     for name, values in stream:
         parameters.pop(name).set_value(np.ascontiguousarray(values))
-    if parameters:  # a slip of this package, not of the user's
-        raise AssertionError(f"parameters without weights: {sorted(parameters)}")
+    if parameters:
+        raise AssertionError(f"internal invariant violated: parameters without weights: {sorted(parameters)}")
     return model
 
 
 def _resize(table: NDArray[np.generic], grid: int, dtype: str, name: str) -> NDArray[np.generic]:
-    """Resize a square table of positions [n * n, width] to [grid * grid, width], bicubic, in float32."""
+    """Resize a position table [n * n, width] to [grid * grid, width], bicubic, in float32."""
     side = int(table.shape[0] ** 0.5)
     if side == grid:
         return table

@@ -1,0 +1,1 @@
+"""Recipes: reproducible runs described in YAML (docs/recipes.md)."""

@@ -1,4 +1,4 @@
-"""A recipe's steps as commands: references filled in, ready for a process or for a shell."""
+"""Commands of a recipe's steps, with references filled in, for a process or a shell."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.recipes.schema import Recipe, Step
 
 
 def values(recipe: Recipe, folder: Path) -> dict[str, str]:
-    """What each reference stands for in a run whose folder is `folder`."""
+    """Values of the references in a run with the run folder `folder`."""
     return {
         "seed": str(recipe.seed),
         "dtype": str(recipe.dtype),
@@ -23,20 +23,20 @@ def values(recipe: Recipe, folder: Path) -> dict[str, str]:
 
 
 def env(recipe: Recipe, filled: Mapping[str, str]) -> dict[str, str]:
-    """The recipe's own environment variables."""
+    """Environment variables of the recipe."""
     return {key: interpolate.fill(value, filled) for key, value in recipe.env.items()}
 
 
 def argv(step: Step, filled: Mapping[str, str]) -> list[str]:
-    """The step's arguments as a process gets them."""
+    """Command line of a step, as arguments of a process."""
     arguments = [interpolate.fill(argument, filled) for argument in step.run]
-    # This installation's command, also where another one, or none, is on PATH.
+    # The command of this installation, whatever is on PATH.
     own = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli"]
     return [*own, *arguments[1:]] if arguments[0] == "qwenvl" else arguments
 
 
 def shell_lines(recipe: Recipe, folder: Path, first: int = 0) -> list[str]:
-    """The run as lines for a shell."""
+    """Shell lines that perform the run from step `first` on."""
     filled = values(recipe, folder)
     lines = [f"export {key}={shlex.quote(value)}" for key, value in env(recipe, filled).items()]
     for step in recipe.steps[first:]:

@@ -1,4 +1,4 @@
-"""What a run took place on: interpreter, machine, GPUs, package versions, commit."""
+"""Environment of a run: interpreter, machine, GPUs, package versions, commit."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _PACKAGES = (
     "tiktoken",
     "safetensors",
 )
-# Variables that change what Paddle and the math libraries do.
+# Prefixes of variables that affect Paddle and the math libraries.
 _VARIABLES = ("CUDA_", "FLAGS_", "MKL_", "OMP_", "QWENVL_")
 
 
 def describe() -> dict[str, Any]:
-    """The contents of environment.json."""
+    """Contents of environment.json."""
     return {
         "command": shlex.join(["qwenvl", *sys.argv[1:]]),
         "python": platform.python_version(),
@@ -48,7 +48,7 @@ def describe() -> dict[str, Any]:
 
 
 def version(distribution: str) -> Optional[str]:
-    """The installed version of a distribution, None when it is not installed. Imports nothing."""
+    """Version of a distribution, None if it is not installed. Imports nothing."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -60,7 +60,7 @@ def _rounded(value: Optional[float]) -> Optional[float]:
 
 
 def _git(*arguments: str) -> Optional[str]:
-    # A wheel inside somebody's repository must not report that repository's commit.
+    # A wheel installed inside another repository must not report that repository's commit.
     if not (_REPO / ".git").exists():
         return None
     try:
@@ -68,5 +68,5 @@ def _git(*arguments: str) -> Optional[str]:
             ["git", "-C", str(_REPO), *arguments], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return None  # no git, or no commit yet: there is nothing to record
+        return None  # no git, or no commit yet
     return done.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""Compare what a run wrote with what its recipe expects."""
+"""Evaluation of a recipe's expectations on the files of a run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _SEARCH_SECONDS = 10.0
 def evaluate(expect: Expect, file: Path) -> dict[str, Any]:
     """Evaluate one expectation on `file` (`expect.file` with its references filled in).
 
-    Returns {"file", "key", "check", "wanted", "actual", "ok", "problem"}; `problem` is None unless there
-    is no value to look at, and `actual` is null then, or a regular expression takes too long.
+    Returns {"file", "key", "check", "wanted", "actual", "ok", "problem"}. `problem` is None unless the value cannot
+    be read, in which case `actual` is None, or a regular expression times out.
     """
     check = expect.check or "exists"
     wanted = True if check == "exists" else getattr(expect, check)
@@ -44,12 +44,12 @@ def evaluate(expect: Expect, file: Path) -> dict[str, Any]:
     try:
         return {**result, "actual": actual, "ok": _passes(check, wanted, actual)}
     except subprocess.TimeoutExpired as error:
-        problem = f"the expression was not done after {error.timeout:g} s"
+        problem = f"the regular expression timed out after {error.timeout:g} s"
         return {**result, "actual": actual, "problem": problem}
 
 
 def describe(result: dict[str, Any]) -> str:
-    """One line for a person, without the verdict."""
+    """Format the expectation of a result as one line, without the verdict."""
     key = f" {result['key']}" if result["key"] is not None else ""
     wanted = "" if result["check"] in ("exists", "not_empty") else f" {result['wanted']!r}"
     return f"{Path(result['file']).name}{key} {result['check']}{wanted}"
@@ -69,7 +69,7 @@ def _look_up(value: Any, key: str) -> Any:
 def _passes(check: str, wanted: Any, actual: Any) -> bool:
     number = isinstance(actual, (int, float)) and not isinstance(actual, bool)
     if check == "equals":
-        # In Python True == 1; in JSON they differ.
+        # True == 1 in Python, but not in JSON.
         return bool(actual == wanted) and isinstance(actual, bool) == isinstance(wanted, bool)
     if check == "approx":
         return number and abs(actual) <= sys.float_info.max and abs(actual - wanted.value) <= wanted.tolerance
@@ -87,7 +87,7 @@ def _passes(check: str, wanted: Any, actual: Any) -> bool:
 
 
 def _found(expression: str, text: str) -> bool:
-    """Whether the regular expression is found, asked in a process that can be stopped: some never end."""
+    """Search for a regular expression in a separate process with a timeout, since some never terminate."""
     done = subprocess.run(
         [sys.executable, "-I", "-c", _SEARCH],
         input=json.dumps([expression, text]).encode(),

@@ -1,4 +1,4 @@
-"""`${name}` in a recipe's text: which names there are, and how they are filled in."""
+"""References `${name}` in a recipe's text: known names, validation, substitution."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
-# Filled in when the recipe is read, so that a resolved recipe can be run from anywhere.
+# Filled in when the recipe is loaded, so that a resolved recipe can run from any folder.
 LOAD_NAMES = ("recipe_dir",)
-# Filled in when a step is about to run; `assets.NAME` comes on top, one for each asset.
+# Filled in before a step runs, together with `assets.NAME` of each asset.
 RUN_NAMES = ("seed", "dtype", "run_dir", "python")
 
 
 def check(text: str, known: Iterable[str]) -> None:
-    """Raise ValueError when `text` has a reference that is not in `known`, or one that is not closed."""
+    """Raise ValueError if `text` has an unknown or unclosed reference."""
     known = list(known)
     for name in _REFERENCE.findall(text):
         if name not in known:
@@ -26,5 +26,5 @@ def check(text: str, known: Iterable[str]) -> None:
 
 
 def fill(text: str, values: Mapping[str, str]) -> str:
-    """Replace each `${name}` that `values` has; other references stay as they are."""
+    """Replace each `${name}` in `values`; keep other references."""
     return _REFERENCE.sub(lambda match: values.get(match[1], match[0]), text)

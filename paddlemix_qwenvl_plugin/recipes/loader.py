@@ -1,4 +1,4 @@
-"""Find a recipe, read it, apply `key=value` overrides, and say in one line what is wrong with it."""
+"""Load recipes: find, read, apply `key=value` overrides, validate with one-line errors."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from paddlemix_qwenvl_plugin.util.shipped import PACKAGE, shipped_folder
 
 
 def shipped_dir(package: Path = PACKAGE) -> Path:
-    """The folder of the recipes that come with the package; see paddlemix_qwenvl_plugin/util/shipped.py."""
+    """Folder of the shipped recipes; see paddlemix_qwenvl_plugin/util/shipped.py."""
     return shipped_folder("recipes", "recipes/shipped", package)
 
 
 def shipped() -> dict[str, Path]:
-    """Name -> file of each shipped recipe, sorted by name."""
+    """Shipped recipes, name -> file, sorted by name."""
     return {path.stem: path for path in sorted(shipped_dir().glob("*.yaml"))}
 
 
 def find(recipe: str) -> Path:
-    """The file of a recipe given as a path (it ends in .yaml or .yml, or has a folder) or as a shipped name.
+    """Find a recipe's file by path (ends in .yaml or .yml, or has a folder) or by shipped name.
 
     Raises:
-        UsageError: there is no such file or shipped recipe.
+        UsageError: no such file or shipped recipe.
     """
     path = _expanded(recipe)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
@@ -46,13 +46,13 @@ def find(recipe: str) -> Path:
 
 
 def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe, apply the overrides (`key=value`) and fix its paths.
+    """Read a recipe, apply the overrides (`key=value`) and resolve its paths.
 
-    In the result `${recipe_dir}` is filled in and asset paths are absolute (relative ones start at the
-    current directory), so its YAML gives the same run from any folder.
+    In the result `${recipe_dir}` is filled in and asset paths are absolute (relative to the current directory), so
+    its YAML gives the same run from any folder.
 
     Raises:
-        UsageError: the file cannot be read, is not YAML, or breaks the schema; an override does.
+        UsageError: the file cannot be read or is not YAML, or the recipe or an override violates the schema.
     """
     data = plain_yaml.read_file(path, "a recipe")
     recipe = _validate(data, str(path))
@@ -60,9 +60,9 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
         data = copy.deepcopy(data)
         for override in overrides:
             _apply(data, override)
-        # The file alone was valid, so whatever is wrong now came from the command line.
+        # The file alone is valid, so an override causes any error from here on.
         recipe = _validate(data, "override")
-    _fix_paths(recipe, path.resolve().parent)
+    _resolve_paths(recipe, path.resolve().parent)
     return recipe
 
 
@@ -93,10 +93,10 @@ def _line(error: Any, data: Any) -> str:
 
 
 def _dotted(location: list[Any], data: Any) -> str:
-    """A key path as overrides write it: items of lists go by their name where they have one."""
+    """Format a key path as in overrides; list items are denoted by their name, if any."""
     parts = []
     for part in location:
-        if part == "[key]":  # pydantic's word for the key itself, which comes before it
+        if part == "[key]":  # pydantic's marker after a key that is itself invalid
             continue
         try:
             data = data[part]
@@ -124,7 +124,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if isinstance(node, dict) and node.get(position) is None:
             node[position] = {}
         node = node[position]
-    # Whether the last key is a known one is for the schema to say.
+    # The schema validates the last key.
     node[_position(node, last, override, ".".join(parents))] = value
 
 
@@ -139,7 +139,7 @@ def _position(node: Any, part: str, override: str, where: str) -> str | int:
     raise UsageError(f"override {override!r}: {where} has no {part!r}; known: {', '.join(names) or 'none'}")
 
 
-def _fix_paths(recipe: Recipe, folder: Path) -> None:
+def _resolve_paths(recipe: Recipe, folder: Path) -> None:
     values = {"recipe_dir": str(folder)}
     for asset in recipe.assets:
         asset.path = str(Path.cwd() / _expanded(interpolate.fill(asset.path, values)))
@@ -152,5 +152,5 @@ def _fix_paths(recipe: Recipe, folder: Path) -> None:
 
 
 def _expanded(path: str) -> Path:
-    """`path` with the home folder for its `~`; a Path of its own would fail where there is no such user."""
+    """Expand `~` in a path. Path.expanduser() would raise for an unknown user."""
     return Path(os.path.expanduser(path))  # noqa: PTH111

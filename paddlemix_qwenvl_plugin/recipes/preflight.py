@@ -1,4 +1,4 @@
-"""Checks before the first step: what the recipe requires of the machine, and its assets."""
+"""Checks before the first step: the recipe's requirements and assets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.util.machine import GIB, gpus, memory_gib
 
 
 def problems(recipe: Recipe, output: Path) -> list[str]:
-    """One line for each thing that is missing or wrong; `output` is where the run folder would be made."""
+    """List the unmet requirements, one line each; `output`: parent of the run folder."""
     found = _requires(recipe.requires, output)
     for asset in recipe.assets:
         found += _asset(asset)
@@ -48,10 +48,12 @@ def _requires(requires: Requires, output: Path) -> list[str]:
     if requires.memory_gib and memory is not None and memory < requires.memory_gib:
         found.append(f"requires memory_gib {requires.memory_gib:g}; this machine has {memory:.1f}")
     if requires.disk_gib:
-        there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-        free = shutil.disk_usage(there).free / GIB
+        existing = next(
+            folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists()
+        )
+        free = shutil.disk_usage(existing).free / GIB
         if free < requires.disk_gib:
-            found.append(f"requires disk_gib {requires.disk_gib:g}; {there} has {free:.1f} free")
+            found.append(f"requires disk_gib {requires.disk_gib:g}; {existing} has {free:.1f} free")
     if requires.gpu and not gpus():
         found.append("requires gpu; the CUDA driver shows no device")
     return found
@@ -72,7 +74,7 @@ def _asset(asset: Asset) -> list[str]:
         return []
     if path.is_dir():
         return [f"asset {asset.name}: {path} is a folder and sha256 is for files; list its files as assets"]
-    if not path.is_file():  # a device may never end
+    if not path.is_file():  # reading a device may never end
         return [f"asset {asset.name}: {path} is neither a file nor a folder"]
     digest = FileDigest.of(path).sha256
     if digest != asset.sha256:

@@ -1,4 +1,4 @@
-"""Run one command in a process group of its own, so that a timeout or Ctrl-C ends all of it."""
+"""Run a command in a new process group, so that a timeout or Ctrl-C ends all of its processes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _TICK_SECONDS = 0.2
 _GRACE_SECONDS = 5.0
 
 LOG_MIB = 100
-"""How large a log may become before the command is ended."""
+"""Size of the log, in MiB, at which the command is stopped."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a command ended. `exit_code` is negative for a signal; `seconds` is wall time."""
+    """Outcome of a command. `exit_code`: negative for a signal; `seconds`: wall time."""
 
     exit_code: int
     seconds: float
@@ -37,11 +37,11 @@ def run(
     timeout_seconds: Optional[float] = None,
     tick: Callable[[float], None] = lambda seconds: None,
 ) -> Finished:
-    """Run `argv` with its output going to `log`; `tick` is called now and then with the seconds so far.
+    """Run `argv` with its output to `log`; `tick` is called periodically with the elapsed seconds.
 
     Raises:
         QwenVLError: the program cannot be started.
-        KeyboardInterrupt, SystemExit: passed on, after the process group was ended.
+        KeyboardInterrupt, SystemExit: re-raised after the process group was ended.
     """
     start = time.monotonic()
     try:
@@ -70,10 +70,10 @@ def run(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask the process group to stop, then make it; both also when a second Ctrl-C comes meanwhile."""
+    """Send SIGTERM, then SIGKILL, to the process group, even if a second Ctrl-C interrupts the wait."""
     try:
         _signal(process, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it does not listen: the next signal will do
+        with contextlib.suppress(subprocess.TimeoutExpired):  # SIGTERM ignored: SIGKILL follows
             process.wait(_GRACE_SECONDS)
     finally:
         _signal(process, signal.SIGKILL if os.name == "posix" else signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Run folders: make one, find the one to continue, and the files in it."""
+"""Run folders: creation, search for the run to continue, and their files."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _LOG_TAIL_BYTES = 16384
 
 
 def dated(recipe: Recipe, output: Path) -> Path:
-    """The path a run that starts now would get."""
+    """Path of the run folder for a run that starts now."""
     return output.absolute() / f"{datetime.now():%Y%m%d-%H%M%S}-{recipe.name}"
 
 
 def new(recipe: Recipe, output: Path) -> Path:
-    """Make the folder of a run that starts now.
+    """Create the folder of a run that starts now.
 
     Raises:
-        UsageError: it cannot be made.
+        UsageError: it cannot be created.
     """
     while True:
         folder = dated(recipe, output)
@@ -36,7 +36,7 @@ def new(recipe: Recipe, output: Path) -> Path:
         except FileExistsError:
             if not folder.is_dir():
                 raise UsageError(f"--output {output}: it is a file, give a folder") from None
-            time.sleep(0.1)  # another run took this second's name; the next second has another one
+            time.sleep(0.1)  # another run has this second's name; retry with the next second
         except OSError as error:
             raise UsageError(f"--output {output}: cannot make {folder} ({error.strerror})") from error
         else:
@@ -44,10 +44,10 @@ def new(recipe: Recipe, output: Path) -> Path:
 
 
 def to_continue(recipe: Recipe, output: Path, first: int) -> Path:
-    """The newest run folder of the recipe, which must be of the same resolved recipe.
+    """Find the newest run folder of the recipe, which must have the same resolved recipe.
 
     Raises:
-        QwenVLError: there is none, or it was run from another recipe.
+        QwenVLError: no earlier run exists, or it was run from another recipe.
     """
     named = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(recipe.name)}")
     folders = sorted(p for p in output.absolute().glob("*") if named.fullmatch(p.name) and p.is_dir())
@@ -56,10 +56,10 @@ def to_continue(recipe: Recipe, output: Path, first: int) -> Path:
         raise QwenVLError(f"--from_step {step}: {output} has no earlier run of {recipe.name}")
     folder, wanted = folders[-1], recipe.resolved()
     try:
-        there = dict(yaml.safe_load(_read(folder / "recipe.resolved.yaml")))
+        earlier = dict(yaml.safe_load(_read(folder / "recipe.resolved.yaml")))
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise QwenVLError(f"{folder / 'recipe.resolved.yaml'}: damaged; run without --from_step") from error
-    differing = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
+    differing = [key for key in {**earlier, **wanted} if earlier.get(key) != wanted.get(key)]
     if differing:
         raise QwenVLError(
             f"--from_step {step}: {folder} was run from another recipe (different: {', '.join(differing)});"
@@ -69,10 +69,10 @@ def to_continue(recipe: Recipe, output: Path, first: int) -> Path:
 
 
 def earlier_results(folder: Path, recipe: Recipe, first: int) -> dict[str, Any]:
-    """What results.json says of the run that is to continue at step `first`.
+    """Read results.json of the run to continue at step `first`.
 
     Raises:
-        QwenVLError: a step before `first` did not end well.
+        QwenVLError: a step before `first` did not succeed, or the file is damaged.
     """
     path = folder / "results.json"
     try:
@@ -93,17 +93,17 @@ def earlier_results(folder: Path, recipe: Recipe, first: int) -> dict[str, Any]:
 
 
 def to_json(data: dict[str, Any]) -> str:
-    """`data` as the text of a JSON file."""
+    """Format `data` as the text of a JSON file."""
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def to_yaml(data: dict[str, Any]) -> str:
-    """`data` as the text of a YAML file, keys in their order."""
+    """Format `data` as the text of a YAML file; the order of keys is kept."""
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 
 def tail(log: Path, start: int) -> str:
-    """The last lines that a step wrote to the log, which it began at byte `start`."""
+    """Last lines of a step in the log; the step's output begins at byte `start`."""
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - _LOG_TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()

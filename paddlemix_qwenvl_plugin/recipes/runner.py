@@ -1,4 +1,4 @@
-"""Run a recipe: a dated folder, one step after the other, the expectations, and a record of it all."""
+"""Run a recipe: create a dated folder, run the steps, check the expectations, record the results."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from paddlemix_qwenvl_plugin.util.files import write_text
 
 
 def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
-    """Run the recipe's steps and check what came out. Returns the run folder, `output`/DATE-TIME-NAME.
+    """Run the recipe's steps and check its expectations. Returns the run folder, `output`/DATE-TIME-NAME.
 
     With `from_step` the newest run folder of the same resolved recipe is continued at that step.
 
     Raises:
-        UsageError: the recipe has no step `from_step`, or no run folder can be made in `output`.
-        QwenVLError: something required is missing, there is no run to continue, a step failed or ran out
-            of time, or an expectation was missed. results.json is written in the last three cases.
-        KeyboardInterrupt, SystemExit: passed on (Ctrl-C, SIGTERM), after the step was ended and results.json written.
+        UsageError: the recipe has no step `from_step`, or the run folder cannot be created in `output`.
+        QwenVLError: a requirement is not met, no run to continue exists, a step failed or timed out, or an
+            expectation was missed. results.json is written in the last three cases.
+        KeyboardInterrupt, SystemExit: re-raised (Ctrl-C, SIGTERM) after the step was ended and results.json written.
     """
     first = _index(recipe, from_step)
     missing = preflight.problems(recipe, output)
@@ -52,11 +52,11 @@ def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
 
 
 def dry_run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> list[str]:
-    """Print the commands a run would start now, and write nothing. Returns what would stop the run.
+    """Print the commands of a run without running them. Returns the unmet requirements.
 
     Raises:
         UsageError: the recipe has no step `from_step`.
-        QwenVLError: there is no run to continue at `from_step`.
+        QwenVLError: no run to continue at `from_step` exists.
     """
     first = _index(recipe, from_step)
     if from_step:
@@ -69,14 +69,14 @@ def dry_run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> li
 
 
 class _Run:
-    """One run in progress; `results` is what results.json holds, rewritten whenever it changes."""
+    """A run in progress. `results`: contents of results.json, rewritten at every change."""
 
     def __init__(self, recipe: Recipe, folder: Path, first: int, earlier: Optional[dict[str, Any]]) -> None:
         self.recipe = recipe
         self.folder = folder
         self.first = first
         self.values = commands.values(recipe, folder)
-        # Unbuffered, so that the log of a step that is killed is complete.
+        # Unbuffered, so that the log of a killed step is complete.
         self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **commands.env(recipe, self.values)}
         waiting = [_step_result(step.name) for step in recipe.steps[first:]]
         self.results: dict[str, Any] = {
@@ -87,7 +87,7 @@ class _Run:
             "seconds": 0.0,
             "steps": [*(earlier["steps"][:first] if earlier else []), *waiting],
             "expect": [],
-            # Its step may be among the skipped ones; if not, it is replaced.
+            # Kept if the benchmarked step is skipped, else replaced.
             "bench": earlier["bench"] if earlier else None,
         }
 
@@ -142,9 +142,9 @@ class _Run:
             raise QwenVLError(f"step {step.name} {problem}; log: {log_path}")
 
     def _repeat(self, step: Step, line: StepLine, log: Any) -> tuple[process.Finished, list[float]]:
-        """Run a step once, or as often as `bench` says, or until it fails.
+        """Run a step once, or as often as `bench` requires, until a run fails.
 
-        Returns how the last one ended, and the seconds of each counted one (none without `bench`).
+        Returns the outcome of the last run, and the seconds of each counted run (none without `bench`).
         """
         bench = self.recipe.bench if self.recipe.bench and self.recipe.bench.step == step.name else None
         argv = commands.argv(step, self.values)
@@ -195,7 +195,7 @@ def _problem(step: Step, ended: process.Finished) -> Optional[str]:
     if ended.timed_out:
         return f"was stopped after timeout_seconds {step.timeout_seconds:g}"
     if ended.log_full:
-        return f"was stopped, for the log is larger than {process.LOG_MIB} MiB"
+        return f"was stopped: the log is larger than {process.LOG_MIB} MiB"
     if ended.exit_code < 0:
         number = -ended.exit_code
         known = number in [int(s) for s in signal.Signals]

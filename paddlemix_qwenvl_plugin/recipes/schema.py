@@ -1,4 +1,4 @@
-"""What a recipe may contain. Unknown keys are errors, and so are unknown `${names}`."""
+"""Schema of recipes. Unknown keys and unknown `${names}` are errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.util.requirement import RequirementText, SpecifierT
 
 
 def _as_text(value: Any) -> Any:
-    """Numbers become text, as on a command line; YAML's true and null do not, for their text is not known."""
+    """Convert numbers to text, as on a command line; not YAML's true and null, whose text is ambiguous."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     return value
@@ -27,7 +27,7 @@ def _as_argv(value: Any) -> Any:
 
 def _regex(value: str) -> str:
     try:
-        with warnings.catch_warnings():  # about what a later Python may read differently
+        with warnings.catch_warnings():  # FutureWarning about ambiguous syntax
             warnings.simplefilter("ignore")
             re.compile(value)
     except (re.error, RecursionError, OverflowError) as error:
@@ -43,7 +43,7 @@ def _variable(value: str) -> str:
 
 # No dots: overrides use them to separate the parts of a key.
 ItemName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-# The name becomes part of a folder's name.
+# Part of the run folder's name.
 RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Text = Annotated[str, BeforeValidator(_as_text)]
 Variable = Annotated[str, AfterValidator(_variable)]
@@ -68,7 +68,7 @@ class _Strict(BaseModel):
 
 
 class Requires(_Strict):
-    """What the machine must have; checked before the first step."""
+    """Requirements on the machine, checked before the first step."""
 
     python: Optional[SpecifierText] = None
     paddle: Optional[SpecifierText] = None
@@ -79,7 +79,7 @@ class Requires(_Strict):
 
 
 class Asset(_Strict):
-    """A file or folder the run needs. `sha256` is for files; null leaves it open."""
+    """A file or folder that the run needs. `sha256`: of a file; null: not checked."""
 
     name: ItemName
     path: str = Field(min_length=1)
@@ -88,7 +88,7 @@ class Asset(_Strict):
 
 
 class Step(_Strict):
-    """One command: arguments as they reach the program, no shell."""
+    """One command: its arguments, run without a shell."""
 
     name: ItemName
     run: Annotated[list[Text], BeforeValidator(_as_argv), Field(min_length=1)]
@@ -96,7 +96,7 @@ class Step(_Strict):
 
 
 class Approx(_Strict):
-    """A number and how far from it the actual one may be (absolute)."""
+    """Expected number with an absolute tolerance."""
 
     value: float
     tolerance: float = Field(ge=0)
@@ -106,7 +106,7 @@ CHECKS = ("equals", "approx", "min", "max", "matches", "contains", "not_empty")
 
 
 class Expect(_Strict):
-    """A file that must be there, or with `key` a value in a JSON file and the one check it must pass."""
+    """Expectation: a file exists or, with `key`, a value in a JSON file passes one check."""
 
     file: str = Field(min_length=1)
     key: Optional[str] = None
@@ -120,8 +120,8 @@ class Expect(_Strict):
 
     @property
     def check(self) -> Optional[str]:
-        """The name of the check, None when only the file's existence is checked."""
-        # `equals: null` is a check: what was written counts, not whether it is None.
+        """Name of the check, None if only the file's existence is checked."""
+        # `equals: null` is a check, so test which fields are set, not which are None.
         return next((name for name in CHECKS if name in self.model_fields_set), None)
 
     @model_validator(mode="after")
@@ -138,7 +138,7 @@ class Expect(_Strict):
 
 
 class Bench(_Strict):
-    """A step to repeat and time. `warmup` runs come first and are not counted."""
+    """Benchmark of a step: `warmup` uncounted runs, then `repeat` timed runs."""
 
     step: str
     repeat: int = Field(ge=1)
@@ -146,7 +146,7 @@ class Bench(_Strict):
 
 
 class Recipe(_Strict):
-    """A reproducible run: the commands, what they need, and what must come out."""
+    """A reproducible run: commands, requirements and expectations."""
 
     schema_version: Literal[1] = Field(alias="schema")
     name: RecipeName
@@ -169,7 +169,7 @@ class Recipe(_Strict):
         ):
             for name in names:
                 if names.count(name) > 1:
-                    raise ValueError(f"{kind}: two are named {name!r}")
+                    raise ValueError(f"{kind}: duplicate name {name!r}")
         if self.bench and self.bench.step not in [step.name for step in self.steps]:
             raise ValueError(
                 f"bench.step: no step {self.bench.step!r}; steps: {', '.join(s.name for s in self.steps)}"
@@ -179,7 +179,7 @@ class Recipe(_Strict):
 
     def _check_references(self) -> None:
         known = [*interpolate.RUN_NAMES, *interpolate.LOAD_NAMES, *(f"assets.{a.name}" for a in self.assets)]
-        # An unset seed or dtype has no text to put in.
+        # An unset seed or dtype has no value to fill in.
         known = [name for name in known if name not in ("seed", "dtype") or getattr(self, name) is not None]
         places: list[tuple[str, Union[list[str], tuple[str, ...]], list[str]]] = [
             *((f"assets.{a.name}.path", [a.path], list(interpolate.LOAD_NAMES)) for a in self.assets),
@@ -195,5 +195,5 @@ class Recipe(_Strict):
                     raise ValueError(f"{path}: {error}") from error
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe as plain data, ready for YAML: what was written or overridden, nothing else."""
+        """The recipe as plain data for YAML: only the keys that were set in the file or by overrides."""
         return self.model_dump(by_alias=True, exclude_unset=True)

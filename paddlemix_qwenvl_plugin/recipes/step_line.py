@@ -1,4 +1,4 @@
-"""The `[3/6] export-language … ok 4 s` lines: plain in a log, with a running clock on a terminal."""
+"""Progress lines `[3/6] export-language … ok 4 s`: plain in a log, with elapsed time on a terminal."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Optional
 
 
 def seconds_text(seconds: float) -> str:
-    """Seconds for a person: one decimal below ten, none above."""
+    """Format seconds: one decimal below ten, none above."""
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 class StepLine:
-    """One step's line on stdout. Call `tick` while the step runs and `done` with how it ended."""
+    """Progress line of one step on stdout. Call `tick` while the step runs and `done` with its outcome."""
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -32,7 +32,7 @@ class StepLine:
         return self
 
     def tick(self, seconds: float) -> None:
-        """Show how long the step has been running (terminal only)."""
+        """Show the elapsed time (terminal only)."""
         if self._status:
             from rich.text import Text
 
@@ -40,7 +40,7 @@ class StepLine:
             self._status.update(Text(f"{self._label} … {seconds:.0f} s"))
 
     def done(self, verdict: str) -> None:
-        """Set the end of the line."""
+        """Set the text that ends the line."""
         self._verdict = verdict
 
     def __exit__(

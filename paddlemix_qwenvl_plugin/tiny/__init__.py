@@ -1,1 +1,1 @@
-"""A tiny model with random weights: a fast stand-in for tests and recipes."""
+"""Tiny model with random weights, for tests and recipes."""

@@ -1,4 +1,4 @@
-"""A tiny model with random weights, for trials and tests: the real architecture, small, and nothing learned."""
+"""Create a tiny untrained model: the real architecture with small sizes and random weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from paddlemix_qwenvl_plugin.util.files import new_folder
 
 
 def make_tiny(folder: Path, seed: int = 0) -> None:
-    """Write config.json, model.safetensors (float32) and qwen.tiktoken into a new folder, the same for every run.
+    """Write config.json, model.safetensors (float32) and qwen.tiktoken into a new folder; reproducible by `seed`.
 
     Raises:
-        UsageError: the folder exists, or cannot be made.
+        UsageError: the folder exists or cannot be created.
+        QwenVLError: the weights cannot be written.
     """
     with new_folder(folder) as partial:
         try:
@@ -43,7 +44,7 @@ def _write(folder: Path, seed: int) -> None:
 
 
 def random_weights(sizes: ModelConfig, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Random tensors of a model of these sizes, under PaddleMIX's names."""
+    """Random weights of a model of these sizes, with PaddleMIX's tensor names."""
     random = np.random.default_rng(seed)
     return {
         paddlemix_name(name): _random(name, spec, random)
@@ -52,7 +53,7 @@ def random_weights(sizes: ModelConfig, seed: int) -> dict[str, NDArray[np.float3
 
 
 def tiny_config(n_vocab: int, image_start_id: int) -> dict[str, Any]:
-    """config.json of the tiny model, for a vocabulary of this size."""
+    """Contents of the tiny model's config.json for a vocabulary of this size."""
     return {
         "architectures": ["QWenLMHeadModel"],
         "model_type": "qwen",
@@ -82,7 +83,7 @@ def tiny_config(n_vocab: int, image_start_id: int) -> dict[str, Any]:
 
 
 def _random(name: str, spec: TensorSpec, random: np.random.Generator) -> NDArray[np.float32]:
-    """Norm weights near 1, biases near 0, matrices of variance 1 / inputs, so that activations keep their size."""
+    """Random tensor: norm weights near 1, biases near 0, matrices of variance 1 / inputs to preserve scale."""
     if len(spec.shape) == 1:
         centre = 1.0 if name.endswith(".weight") else 0.0
         return np.asarray(centre + 0.1 * random.standard_normal(spec.shape), np.float32)

@@ -1,4 +1,4 @@
-"""A small vocabulary in `qwen.tiktoken` format, for tests and for trying a small model out."""
+"""Small vocabulary in `qwen.tiktoken` format, for tests and small models."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ the user asks for the box of the woman in the image. The image shows an animal, 
 
 
 def write_tiny_vocabulary(path: Path) -> None:
-    """Write 256 single bytes (rank = byte value) and 200 merges; the same bytes on every call.
+    """Write a vocabulary of 256 single bytes (rank = byte value) and 200 merges; deterministic.
 
     The merges are trained on a paragraph in this module, so each is the concatenation of two tokens of lower
-    rank and the tokenizer can reach it.
+    rank, which the tokenizer can produce.
     """
     tokens = [bytes([value]) for value in range(256)]
     tokens += _train_merges(re.findall(r" ?[^\W\d_]+| ?[^\w\s]+", _TEXT))
@@ -36,34 +36,34 @@ def write_tiny_vocabulary(path: Path) -> None:
 
 
 def _train_merges(words: list[str]) -> list[bytes]:
-    """The tokens that byte-pair training adds, in order: each time the most frequent neighbours."""
+    """Train byte-pair merges: in each round, merge the most frequent pair of neighbours."""
     frequency = Counter(word.encode() for word in words)
     split = {word: [word[i : i + 1] for i in range(len(word))] for word in frequency}
     ranks: dict[bytes, int] = {}
     while len(ranks) < _N_MERGES:
         counts: Counter[bytes] = Counter()
-        for word, pieces in split.items():
-            for left, right in zip(pieces, pieces[1:]):
+        for word, tokens in split.items():
+            for left, right in zip(tokens, tokens[1:]):
                 counts[left + right] += frequency[word]
-        # Ties go to the smaller bytes, so that the outcome does not depend on the order of a dictionary.
+        # The smaller bytes win ties, so that the result does not depend on dictionary order.
         best = min(counts, key=lambda token: (-counts[token], token))
         ranks[best] = len(ranks)
         for word in split:
             if best in word:
-                # From scratch, as the tokenizer will do it: only then is every token one that it reaches.
+                # Split again from single bytes, as the tokenizer does, so that it can produce every token.
                 split[word] = _split(word, ranks)
     return list(ranks)
 
 
 def _split(word: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    pieces = [word[i : i + 1] for i in range(len(word))]
+    tokens = [word[i : i + 1] for i in range(len(word))]
     while True:
         candidates = [
             (ranks[left + right], i)
-            for i, (left, right) in enumerate(zip(pieces, pieces[1:]))
+            for i, (left, right) in enumerate(zip(tokens, tokens[1:]))
             if left + right in ranks
         ]
         if not candidates:
-            return pieces
+            return tokens
         _, i = min(candidates)
-        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]

@@ -1,4 +1,4 @@
-"""Everything that knows PaddleNLP and PaddleMIX: their hooks, and what became of these in this process."""
+"""Integration with PaddleNLP and PaddleMIX: hooks, patches, pins."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sys
 
 
 def fired() -> dict[str, str]:
-    """Upstream module -> "armed" (not imported so far), "fired" or "failed: ERROR".
+    """State of the hooks: upstream module -> "armed" (not imported yet), "fired" or "failed: ERROR".
 
-    Empty where the activation is switched off (QWENVL_PLUGIN=0) or was not run in this process.
+    Empty if the activation is switched off (QWENVL_PLUGIN=0) or did not run in this process.
     """
     activation = sys.modules.get("_qwenvl_activate")
     return dict(activation.state) if activation is not None else {}

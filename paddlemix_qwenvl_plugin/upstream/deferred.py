@@ -1,4 +1,4 @@
-"""An object of upstream's that is made when it is first used: until then, nobody pays for it."""
+"""Lazy creation of an upstream object at its first use."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class Deferred:
-    """Becomes what `make` gives as soon as anything is asked of it, and is that object from then on.
+    """Placeholder that turns into the object returned by `make` at the first attribute access or call.
 
-    A subclass names in `kept` what it answers itself.
+    Attributes named in a subclass's `kept` do not trigger this.
     """
 
     kept: tuple[str, ...] = ()
@@ -20,48 +20,47 @@ class Deferred:
     def __getattribute__(self, name: str) -> Any:
         if name in type(self).kept:
             return object.__getattribute__(self, name)
-        if (
-            name == "__class__"
-        ):  # isinstance() asks for it, and looks no further at one that becomes another meanwhile
-            return type(_made(self))
-        return getattr(become(self), name)
+        if name == "__class__":  # for isinstance(): the class of `self` must not change during the call
+            return type(_real_object(self))
+        return getattr(materialize(self), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(become(self), name, value)
+        setattr(materialize(self), name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(become(self), name)
+        delattr(materialize(self), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return become(self)(*args, **kwargs)
+        """Call the real object."""
+        return materialize(self)(*args, **kwargs)
 
     def __repr__(self) -> str:
-        return repr(become(self))
+        return repr(materialize(self))
 
 
 def state(deferred: Deferred) -> dict[str, Any]:
-    """What it knows while it is deferred; functions in its list `steps` are called on what is made, in order."""
+    """State of a deferred object. The functions in its list `steps` are called on the real object, in order."""
     found: dict[str, Any] = object.__getattribute__(deferred, "__dict__")
     return found
 
 
-def become(deferred: Any) -> Any:
-    """Make the object, unless that was done; `deferred` itself, which is it now."""
+def materialize(deferred: Any) -> Any:
+    """Turn `deferred` into the real object, unless it is already, and return it."""
     if issubclass(type(deferred), Deferred):
-        real = _made(deferred)
+        real = _real_object(deferred)
         object.__setattr__(deferred, "__dict__", real.__dict__)
         object.__setattr__(deferred, "__class__", type(real))
     return deferred
 
 
-def _made(deferred: Deferred) -> Any:
+def _real_object(deferred: Deferred) -> Any:
     known = state(deferred)
     if "real" not in known:
         try:
             real = known["make"]()
             for step in known["steps"]:
                 step(real)
-        except AttributeError as error:  # which isinstance() and hasattr() would take for an answer
+        except AttributeError as error:  # isinstance() and hasattr() would swallow it
             raise RuntimeError(f"AttributeError: {error}") from error
         known["real"] = real
     return known["real"]

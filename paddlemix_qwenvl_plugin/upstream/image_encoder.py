@@ -1,6 +1,6 @@
-"""PaddleMIX's Qwen-VL model where only its image encoder is exported: from the model folder, without loading it.
+"""Deferred PaddleMIX model whose image encoder is exported from the model folder, without loading the model.
 
-Upstream's model is made as soon as anything else is done with it (deferred.py).
+Any other use creates upstream's model (deferred.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import paddle
 
 from paddlemix_qwenvl_plugin.export.export import export_vision
-from paddlemix_qwenvl_plugin.upstream.deferred import Deferred, become, state
+from paddlemix_qwenvl_plugin.upstream.deferred import Deferred, materialize, state
 from paddlemix_qwenvl_plugin.upstream.model_folder import model_folder
 from paddlemix_qwenvl_plugin.upstream.patching import replace
 from paddlemix_qwenvl_plugin.util.machine import paddle_gpus
@@ -20,28 +20,28 @@ from paddlemix_qwenvl_plugin.util.notice import notice
 
 
 class DeferredModel(Deferred):
-    """The model; its `visual` can be exported without it."""
+    """Deferred upstream model; its `visual` can be exported without loading it."""
 
     kept = ("eval", "visual")
 
     def __init__(self, load: Callable[[], Any], name_or_path: str, dtype: str) -> None:
         super().__init__(load)
-        encoder = DeferredEncoder(lambda: become(self).visual)
+        encoder = DeferredEncoder(lambda: materialize(self).visual)
         state(encoder).update(model=name_or_path, dtype=dtype)
         state(self).update(visual=encoder)
-        replace(paddle.jit, "to_static", _keeping)
-        replace(paddle.jit, "save", _exporting)
+        replace(paddle.jit, "to_static", _deferring_to_static)
+        replace(paddle.jit, "save", _exporting_save)
 
     def eval(self) -> None:
-        """Remember it for when the model is made."""
+        """Record the call for the real model."""
         state(self)["steps"].append(lambda model: model.eval())
 
 
 class DeferredEncoder(Deferred):
-    """The image encoder: `paddle.jit.save` exports it from the model folder."""
+    """Deferred image encoder, which `paddle.jit.save` exports from the model folder."""
 
 
-def _keeping(to_static: Callable[..., Any]) -> Callable[..., Any]:
+def _deferring_to_static(to_static: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(to_static)
     def to_static_or_keep(function: Any = None, *args: Any, **kwargs: Any) -> Any:
         if type(function) is not DeferredEncoder:
@@ -52,7 +52,7 @@ def _keeping(to_static: Callable[..., Any]) -> Callable[..., Any]:
     return to_static_or_keep
 
 
-def _exporting(save: Callable[..., None]) -> Callable[..., None]:
+def _exporting_save(save: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(save)
     def save_or_export(layer: Any, path: str, *args: Any, **kwargs: Any) -> None:
         if type(layer) is DeferredEncoder:
@@ -64,10 +64,10 @@ def _exporting(save: Callable[..., None]) -> Callable[..., None]:
 
 
 def _export(model: str, dtype: str, path: str) -> None:
-    """Export to PATH.* as `qwenvl export-vision` does; float32 where there is no GPU for half types."""
+    """Export to PATH.* like `qwenvl export-vision`; in float32 without a GPU, which half types need."""
     if dtype != "float32" and not paddle_gpus():
         notice(
-            f"no GPU here: the image encoder is exported as float32 in place of {dtype} "
+            f"no GPU found: the image encoder is exported as float32 in place of {dtype} "
             f"(for a GPU elsewhere: qwenvl export-vision --dtype {dtype})"
         )
         dtype = "float32"

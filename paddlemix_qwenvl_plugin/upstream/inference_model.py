@@ -1,4 +1,4 @@
-"""The class that PaddleNLP's scripts take for Qwen-VL's language model: they export it, or run it dynamically."""
+"""Language model class for PaddleNLP's scripts, which export it or run it dynamically."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from paddlemix_qwenvl_plugin.util.notice import notice
 
 
 class QWenForQWenVLInferenceModel:
-    """A model folder and a dtype. Weights are read when they are needed: by `generate`, or streamed by `to_static`."""
+    """Model folder with a dtype. `generate` loads the weights; `to_static` streams them."""
 
     def __init__(self, folder: Path, config: Any, dtype: str, quant_type: Optional[str]) -> None:
         self.config = config
@@ -35,32 +35,32 @@ class QWenForQWenVLInferenceModel:
     def from_pretrained(
         cls, path: str, config: Any = None, dtype: Optional[str] = None, **_: Any
     ) -> QWenForQWenVLInferenceModel:
-        """Open a model folder or a community name; further arguments are about what upstream's class would do.
+        """Open a model folder or a community name; upstream's further arguments are ignored.
 
         Raises:
-            UsageError: the config asks for what this model cannot do.
-            QwenVLError: what is wrong with the folder.
+            UsageError: the config requests an unsupported feature.
+            QwenVLError: the model folder is invalid.
         """
         quant_type = check_quant_type(getattr(config, "quant_type", None) or None)
         if getattr(config, "tensor_parallel_degree", 1) > 1:
             raise UsageError("several processes: not supported, start the script on one device")
         folder = model_folder(str(path))
-        Checkpoint(folder)  # says now what is wrong with the folder
+        Checkpoint(folder)  # fail early if the folder is invalid
         dtype = dtype or paddle.get_default_dtype()
         if dtype != "float32" and not paddle.is_compiled_with_cuda():
-            replace(paddle, "arange", _making_half_numbers)
+            replace(paddle, "arange", _arange_in_half_types)
         return cls(folder, config, dtype, quant_type)
 
     @classmethod
     def confirm_inference_model(cls, **_: Any) -> type[QWenForQWenVLInferenceModel]:
-        """Generation 2 asks which class fits the device: this one does."""
+        """Return this class: generation 2 asks for the class that fits the device."""
         return cls
 
     @classmethod
     def set_inference_config(
         cls, config: Any, predictor_args: Any, tensor_parallel_degree: int = 1, **_: Any
     ) -> None:
-        """Generation 2 writes the command line into the config, from which from_pretrained reads it."""
+        """Copy command-line options of generation 2 into the config, where from_pretrained reads them."""
         config.quant_type = getattr(predictor_args, "quant_type", None)
         config.tensor_parallel_degree = tensor_parallel_degree
 
@@ -68,7 +68,7 @@ class QWenForQWenVLInferenceModel:
     def get_cache_kvs_shape(
         cls, config: Any, max_batch_size: Optional[int] = None, max_length: Optional[int] = None
     ) -> list[list[Optional[int]]]:
-        """[2, batch, heads, length, head_dim] of each layer, None for what is not known."""
+        """Cache shape of each layer, [2, batch, heads, length, head_dim]; None: unknown."""
         heads = config.num_attention_heads
         length = max_length if max_length is not None else config.max_position_embeddings
         shape = [2, max_batch_size, heads, length, config.hidden_size // heads]
@@ -76,20 +76,20 @@ class QWenForQWenVLInferenceModel:
 
     @property
     def generation_config(self) -> Any:
-        """What generation 2 saves beside the export of a folder that has no generation_config.json."""
+        """Config that generation 2 saves with an export if the folder has no generation_config.json."""
         from paddlenlp.generation import GenerationConfig
 
         return GenerationConfig.from_model_config(self.config)
 
     def eval(self) -> QWenForQWenVLInferenceModel:
-        """Nothing here trains."""
+        """Return self: the model has no training mode."""
         return self
 
     def to_static(self, output_path: str, config: dict[str, Any]) -> None:
-        """Export to OUTPUT_PATH.* as `qwenvl export-language` does.
+        """Export to OUTPUT_PATH.* like `qwenvl export-language`.
 
         Raises:
-            UsageError: the config asks for a prefix cache or an 8-bit cache.
+            UsageError: the config requests a prefix cache or an 8-bit cache.
         """
         if config.get("export_precache"):
             raise UsageError("--export_precache: not supported, export without it")
@@ -102,13 +102,13 @@ class QWenForQWenVLInferenceModel:
         _skip_upstream_validation()
 
     def generate(self, **inputs: Any) -> Any:
-        """Generate for upstream's dynamic predictor; the tokens go where its reader looks, to the working folder.
+        """Generate for upstream's dynamic predictor, and write the tokens to the working directory for its reader.
 
         Args:
-            inputs: those of the stock graph by name, without image_features and img_pos where there is no picture.
+            inputs: inputs of the stock graph by name; image_features and img_pos may be absent without images.
 
         Returns:
-            The outputs of the stock graph (modeling/generation.py).
+            Outputs of the stock graph (modeling/generation.py).
         """
         if inputs.pop("pre_caches", None):
             raise UsageError("--export_precache: not supported, run without it")
@@ -120,7 +120,7 @@ class QWenForQWenVLInferenceModel:
             "image_features", paddle.zeros([1, config.visual.n_queries, config.hidden_size], "float32")
         )
         inputs.setdefault("img_pos", paddle.to_tensor([[-1, 0, 0]], dtype="int64"))
-        # Upstream numbers the positions of the longest prompt and answer, and repeats the end tokens for each row.
+        # Upstream passes positions for the longest prompt and completion, and repeats the stop tokens for each row.
         inputs["position_ids"] = inputs["position_ids"][:, : inputs["input_ids"].shape[1]]
         inputs["eos_token_id"] = inputs["eos_token_id"].flatten()
         with paddle.no_grad():
@@ -130,14 +130,14 @@ class QWenForQWenVLInferenceModel:
 
     def _load(self) -> StockGeneration:
         if self._generation is None:
-            # Paddle has no half types on a CPU.
+            # Paddle has no half-type kernels on a CPU.
             dtype = self._dtype if paddle.get_device().startswith("gpu") else "float32"
             self._generation = StockGeneration(load_language(Checkpoint(self._folder), dtype))
         return self._generation
 
 
-def _making_half_numbers(arange: Callable[..., Any]) -> Callable[..., Any]:
-    """Upstream's predictor makes a range in the model's dtype, for which Paddle has no CPU kernel in half types."""
+def _arange_in_half_types(arange: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap paddle.arange for upstream's predictor, which calls it in half types, unsupported on a CPU."""
 
     def wrapped(*args: Any, dtype: Any = None, **kwargs: Any) -> Any:
         if str(dtype).rpartition(".")[2] in ("float16", "bfloat16"):
@@ -148,9 +148,9 @@ def _making_half_numbers(arange: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _skip_upstream_validation() -> None:
-    """Generation 1's script then looks for print operators, in a way that fails on a CPU, and on Paddle 3 anywhere.
+    """Replace the search for print operators in generation 1's script, which fails on a CPU and on Paddle 3.
 
-    The function is looked up in the script when it is called.
+    The script looks the function up when it calls it.
     """
     script = sys.modules["__main__"]
     if hasattr(script, "validate_pdmodel"):
@@ -158,6 +158,4 @@ def _skip_upstream_validation() -> None:
 
 
 def _skipped_validation(model_path: str, model_prefix: str, device: str) -> None:
-    notice(
-        "validate_pdmodel skipped: the export has no print operators, and Paddle 3 cannot be asked that way"
-    )
+    notice("validate_pdmodel skipped: the export has no print operators, and the check fails on Paddle 3")

@@ -1,4 +1,4 @@
-"""The model folder that an upstream script means: a folder, or a community name that PaddleNLP downloads."""
+"""Model folder of an upstream script: a path, or a community name that PaddleNLP downloads."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from paddlemix_qwenvl_plugin.checkpoint.shards import WEIGHT_FILES, read_index
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
 
 _COMMUNITY_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_CLASS = "QWenLMHeadModel"  # both language-only Qwen and Qwen-VL; the latter has a section `visual`
+_CLASS = "QWenLMHeadModel"  # of Qwen and Qwen-VL; only Qwen-VL has a section `visual`
 
 
 def is_qwen_vl(name_or_path: str) -> bool:
-    """Whether the config.json of a model folder, or of a community name, is that of a Qwen-VL model.
+    """Whether the config.json of a model folder or community name is that of a Qwen-VL model.
 
     Raises:
-        QwenVLError: no way to the model of a community name.
+        QwenVLError: the config of a community name cannot be downloaded.
     """
     path: Optional[Path] = Path(name_or_path) / "config.json"
     if _is_community_name(name_or_path):
-        # Upstream reads the model's kind off the name as well: one without it is no reason to ask the network.
+        # Upstream infers the model type from the name as well: without "qwen" in it, no download is needed.
         path = _download(name_or_path, "config.json") if "qwen" in name_or_path.lower() else None
     if path is None or not path.is_file():
         return False
     try:
         config = json.loads(path.read_text("utf-8"))
-    except ValueError:  # upstream reads it next, and says what is wrong
+    except ValueError:  # upstream reads it next and reports the error
         return False
     if not isinstance(config, dict) or "visual" not in config:
         return False
@@ -36,12 +36,12 @@ def is_qwen_vl(name_or_path: str) -> bool:
 
 
 def model_folder(name_or_path: str) -> Path:
-    """A path as it is; of a community name, such as qwen-vl/qwen-vl-7b-static, the folder of PaddleNLP's cache.
+    """Resolve a path, or a community name such as qwen-vl/qwen-vl-7b-static to its folder in PaddleNLP's cache.
 
-    Downloads what is not in the cache: the config, the weights, the vocabulary.
+    Downloads the config, the weights and the vocabulary unless they are cached.
 
     Raises:
-        QwenVLError: no such model, or no way to it.
+        QwenVLError: no such model, or the download fails.
     """
     if not _is_community_name(name_or_path):
         return Path(name_or_path)
@@ -49,11 +49,11 @@ def model_folder(name_or_path: str) -> Path:
     weights = _download(name_or_path, *(name for name, _ in WEIGHT_FILES))
     if config is None or weights is None:
         what = "config.json" if config is None else "weights"
-        raise QwenVLError(f"{name_or_path}: neither a folder nor a model that PaddleNLP finds {what} of")
+        raise QwenVLError(f"{name_or_path}: neither a folder nor a model whose {what} PaddleNLP finds")
     if weights.name.endswith(".index.json"):
         for file in sorted(set(read_index(weights).values())):
             if _download(name_or_path, file) is None:
-                raise QwenVLError(f"{name_or_path}: {weights.name} names {file}, which is not there")
+                raise QwenVLError(f"{name_or_path}: {weights.name} names {file}, which is missing")
     for name in ("generation_config.json", "qwen.tiktoken"):
         _download(name_or_path, name)
     return config.parent
@@ -64,11 +64,11 @@ def _is_community_name(name_or_path: str) -> bool:
 
 
 def _download(repository: str, *names: str) -> Optional[Path]:
-    """The first of these files that there is, downloaded into PaddleNLP's cache unless it is there."""
+    """Download the first existing of these files into PaddleNLP's cache, unless it is cached."""
     from paddlenlp.utils.download import resolve_file_path
 
     try:
         found = resolve_file_path(repository, list(names))
-    except OSError as error:  # PaddleNLP's word for every trouble on the way
+    except OSError as error:  # PaddleNLP raises OSError for every download failure
         raise QwenVLError(f"{repository}: PaddleNLP cannot download it ({first_line(error)})") from error
     return Path(found) if found else None

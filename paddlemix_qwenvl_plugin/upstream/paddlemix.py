@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.util.notice import notice
 
 
 def hook_auto_modeling(module: ModuleType) -> None:
-    """paddlemix.auto.modeling: we export the image encoder of a Qwen-VL model; all else is upstream's."""
+    """Hook of paddlemix.auto.modeling: export the image encoder of a Qwen-VL model; leave all else to upstream."""
     auto_model = module.AutoModelMIX
     upstream = vars(auto_model)["from_pretrained"].__func__
 
@@ -26,7 +26,7 @@ def hook_auto_modeling(module: ModuleType) -> None:
 
         try:
             ours = is_qwen_vl(str(pretrained_model_name_or_path))
-        except QwenVLError as error:  # upstream may have the model in a cache of its own
+        except QwenVLError as error:  # upstream may have cached the model elsewhere
             notice(str(error))
             return load()
         if not ours:
@@ -41,7 +41,7 @@ def hook_auto_modeling(module: ModuleType) -> None:
 
 
 def hook_qwen_vl_processing(module: ModuleType) -> None:
-    """paddlemix.processors.qwen_vl_processing: who makes a processor may be the stock Predictor: adapt it."""
+    """Hook of paddlemix.processors.qwen_vl_processing: adapt the stock Predictor, which creates a processor."""
     processor = module.QwenVLProcessor
     upstream = vars(processor)["__init__"]
 
@@ -58,9 +58,9 @@ def hook_qwen_vl_processing(module: ModuleType) -> None:
 
 
 def _stock_predictors() -> Iterator[tuple[ModuleType, type]]:
-    """Scripts and their Predictor: in no module that could be hooked, but in the script, whatever that is called.
+    """Find (script, its Predictor class). The class is in the script, of any name, so no module can be hooked.
 
-    It is known by its method `create_predictor`, beside the reader of token files.
+    Recognized by the method `create_predictor` next to the reader of token files.
     """
     for script in list(sys.modules.values()):
         names = getattr(script, "__dict__", {})

@@ -1,7 +1,7 @@
-"""Hooks of PaddleNLP: its `--model_type qwen-img2txt` gives the plugin's model, in both generations.
+"""Hooks of PaddleNLP: `--model_type qwen-img2txt` selects the plugin's model, in both generations.
 
 Generation 1 (commit 498f709, wheel 3.0.0b0) imports QWenForQWenVLInferenceModel by name; generation 2 (wheel
-3.0.0b4) reads it from the same module in AutoInferenceModelForCausalLM. One replacement serves both.
+3.0.0b4) reads it from the same module in AutoInferenceModelForCausalLM. One replacement suffices for both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.upstream.patching import patching
 
 
 def hook_qwen(module: ModuleType) -> None:
-    """paddlenlp.experimental.transformers.qwen.modeling: replace the class, under its upstream name."""
+    """Hook of paddlenlp.experimental.transformers.qwen.modeling: replace the class under its upstream name."""
     from paddlemix_qwenvl_plugin.upstream.inference_model import QWenForQWenVLInferenceModel
 
     with patching(module) as patch:
@@ -23,9 +23,9 @@ def hook_qwen(module: ModuleType) -> None:
 
 
 def before_fused_layers(module: ModuleType) -> None:
-    """paddlenlp.experimental.transformers.fused_transformer_layers: let it import.
+    """Hook before paddlenlp.experimental.transformers.fused_transformer_layers: make its imports succeed.
 
-    Generation 2 imports fused_moe, which Paddle had in 3.0 only. This model has no use for it.
+    Generation 2 imports fused_moe, which only Paddle 3.0 has. This model does not use it.
     """
     from paddle import __version__
     from paddle.incubate.nn import functional
@@ -35,15 +35,15 @@ def before_fused_layers(module: ModuleType) -> None:
     source = module.__loader__.get_source(module.__name__)  # type: ignore[union-attr]  # a file's has it
     if hasattr(functional, "fused_moe") or "fused_moe" not in (source or ""):
         return
-    reason = f"Paddle {__version__} has it no more; a model that calls it needs Paddle 3.0"
+    reason = f"Paddle {__version__} has removed it; a model that calls it needs Paddle 3.0"
     with patching(module) as patch:
         patch.set(functional, "fused_moe", missing_operator(functional.__name__, "fused_moe", reason))
 
 
 def hook_qwen_tokenizer(module: ModuleType) -> None:
-    """paddlenlp.transformers.qwen.tokenizer: the tokenizer of a Qwen-VL folder always has a padding and an end token.
+    """Hook of paddlenlp.transformers.qwen.tokenizer: set the padding and stop token for a Qwen-VL folder.
 
-    Upstream's predictor pads even a single prompt, and Qwen-VL's own tokenizer_config.json names no such tokens.
+    Upstream's predictor pads even a single prompt, and Qwen-VL's tokenizer_config.json names no such tokens.
     """
     tokenizer = module.QWenTokenizer
     upstream = vars(tokenizer)["__init__"]

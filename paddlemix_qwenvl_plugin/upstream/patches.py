@@ -1,6 +1,6 @@
-"""Apply the shipped patches to a checkout of a pinned upstream, through `git apply`, and take them back.
+"""Apply and revert the shipped patches in a checkout of a pinned upstream, with `git apply`.
 
-Patches of one commit touch different files, so what becomes of one does not depend on the others or on their order.
+Patches of one commit touch different files, so they are independent of each other and of their order.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from paddlemix_qwenvl_plugin.upstream.pins import Upstream
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.shipped import PACKAGE, shipped_folder
 
-# From the first file of the patch on; with --full-index the ids are whole, as shipped patches have them.
+# File headers of a patch; shipped patches have complete ids (--full-index).
 _FILE = re.compile(r"^diff --git a/(\S+) b/\1\nindex ([0-9a-f]{40})\.\.[0-9a-f]{40} \d+$", re.MULTILINE)
-# These would make git look at another repository than the one the tree is in.
+# These would make git use another repository than that of the tree.
 _GIT_VARIABLES = (
     "GIT_DIR",
     "GIT_WORK_TREE",
@@ -34,7 +34,7 @@ _GIT_VARIABLES = (
 
 
 class State(Enum):
-    """What a patch is to a tree."""
+    """State of a patch in a tree."""
 
     APPLIED = "already applied"
     APPLIES = "applies"
@@ -43,9 +43,9 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Patch:
-    """One shipped patch file.
+    """Shipped patch file.
 
-    `files` maps each path it touches, relative to the tree, to the git blob id the file has at the commit.
+    `files` maps each path that it touches, relative to the tree, to the file's git blob id at the commit.
     """
 
     path: Path
@@ -54,13 +54,13 @@ class Patch:
 
     @property
     def name(self) -> str:
-        """NNNN-what, the file's name without its ending."""
+        """File name without its suffix, NNNN-what."""
         return self.path.stem
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A folder with an upstream in it. `commit` is None where it has no .git of its own."""
+    """Folder that contains an upstream. `commit`: None if the folder has no .git."""
 
     root: Path
     upstream: Upstream
@@ -69,27 +69,27 @@ class Tree:
 
 @dataclass(frozen=True)
 class Report:
-    """A tree and the state of each of its patches, in order. `trouble`: why the tree must be left alone."""
+    """A tree and the state of each of its patches, in order. `trouble`: why the tree must not be changed."""
 
     tree: Tree
     states: tuple[tuple[Patch, State], ...]
     trouble: Optional[str]
 
     def having(self, state: State) -> list[Patch]:
-        """The patches in this state."""
+        """Patches in this state."""
         return [patch for patch, found in self.states if found is state]
 
 
 def shipped_dir(package: Path = PACKAGE) -> Path:
-    """The folder of the patches that come with the package; see paddlemix_qwenvl_plugin/util/shipped.py."""
+    """Folder of the shipped patches; see paddlemix_qwenvl_plugin/util/shipped.py."""
     return shipped_folder("patches", "upstream/patches_data", package)
 
 
 def shipped(upstream: Upstream) -> list[Patch]:
-    """The patches for an upstream's pinned commit, in the order of their names.
+    """Patches for an upstream's pinned commit, in the order of their names.
 
     Raises:
-        QwenVLError: a patch file is not as `git diff --full-index` writes it, or two touch the same file.
+        QwenVLError: a patch file lacks the format of `git diff --full-index`, or two patches touch the same file.
     """
     folder = shipped_dir() / upstream.name / upstream.commit
     patches = [_read(path) for path in sorted(folder.glob("*.patch"))]
@@ -109,10 +109,10 @@ def _read(path: Path) -> Patch:
 
 
 def open_tree(folder: Path) -> Tree:
-    """Find out which upstream a folder holds, by the files it has, and at which commit.
+    """Identify the upstream in a folder by its marker files, and its commit.
 
     Raises:
-        UsageError: there is no such folder, or it is not the top folder of a supported upstream.
+        UsageError: the folder does not exist, or is not the top folder of a supported upstream.
         QwenVLError: git is missing or cannot read the repository.
     """
     if not folder.is_dir():
@@ -129,14 +129,14 @@ def open_tree(folder: Path) -> Tree:
 
 
 def check(folder: Path, force: bool = False) -> Report:
-    """Say of each patch whether it is applied, applies, or does not; change nothing.
+    """Determine the state of each patch, without changes to the tree.
 
     Args:
-        folder: the top folder of a checkout, or of an unpacked archive.
-        force: accept another commit than the pinned one. Changes that are not the patches' are never accepted.
+        folder: top folder of a checkout, or of an unpacked archive.
+        force: accept another commit than the pinned one. Other changes of the patched files are never accepted.
 
     Raises:
-        UsageError, QwenVLError: as `open_tree` and `shipped`.
+        UsageError, QwenVLError: see `open_tree` and `shipped`.
     """
     tree = open_tree(folder)
     states = tuple((patch, _state(tree, patch)) for patch in shipped(tree.upstream))
@@ -144,25 +144,25 @@ def check(folder: Path, force: bool = False) -> Report:
 
 
 def apply(folder: Path, force: bool = False) -> Report:
-    """Apply the patches that are not applied so far: all of them, or none. The report is of before.
+    """Apply the patches that are not applied yet, all or none. Returns the report before the change.
 
     Raises:
-        QwenVLError: the tree is at another commit (unless `force`), has changes of others in a file to be patched,
-            or a patch does not apply.
-        UsageError: as `open_tree`.
+        QwenVLError: the tree is at another commit (unless `force`), a file to be patched has other changes, or a
+            patch does not apply.
+        UsageError: see `open_tree`.
     """
     report = check(folder, force)
     conflicts = ", ".join(patch.name for patch in report.having(State.CONFLICT))
     if conflicts and not report.trouble:
-        raise QwenVLError(f"{folder}: nothing applied, for this does not apply here: {conflicts}")
+        raise QwenVLError(f"{folder}: nothing applied; these patches do not apply: {conflicts}")
     return _change(report, State.APPLIES)
 
 
 def revert(folder: Path, force: bool = False) -> Report:
-    """Take back the patches that are applied: all of them, or none. The report is of before.
+    """Revert the applied patches, all or none. Returns the report before the change.
 
     Raises:
-        QwenVLError, UsageError: as `apply`; a patch that does not apply is no error here.
+        QwenVLError, UsageError: see `apply`; a patch that does not apply is not an error here.
     """
     return _change(check(folder, force), State.APPLIED, "--reverse")
 
@@ -181,25 +181,30 @@ def _trouble(tree: Tree, states: Sequence[tuple[Patch, State]], force: bool) -> 
             f"{tree.root}: at commit {str(tree.commit)[:7]}, the patches are for {pinned.title} {pinned.commit[:7]}; "
             "check that out, or use --force"
         )
-    changed = [file for patch, state in states for file in patch.files if _foreign(tree, patch, state, file)]
+    changed = [
+        file
+        for patch, state in states
+        for file in patch.files
+        if _has_other_changes(tree, patch, state, file)
+    ]
     if not changed:
         return None
     if tree.commit is not None:
         return f"{tree.root}: {', '.join(changed)} changed since the commit; commit that, stash it or undo it"
     if force:
-        return None  # without .git nothing tells another version's file from a changed one
+        return None  # without .git, a file of another version and a changed file look the same
     return (
-        f"{tree.root}: {', '.join(changed)} not as in {pinned.title} {pinned.commit[:7]}, and there is no .git "
-        "to tell the commit; use --force to patch all the same"
+        f"{tree.root}: {', '.join(changed)} differ from {pinned.title} {pinned.commit[:7]}, and without .git "
+        "the commit is unknown; use --force to patch anyway"
     )
 
 
-def _foreign(tree: Tree, patch: Patch, state: State, file: str) -> bool:
-    """Whether a file is not what its commit and, where applied, the patch make it."""
+def _has_other_changes(tree: Tree, patch: Patch, state: State, file: str) -> bool:
+    """Whether a file differs from its commit and, where applied, the patch."""
     if tree.commit is None:
         expected = patch.files[file]
     else:
-        # A file that the commit does not have is listed by no line.
+        # Empty if the commit does not contain the file.
         listed = _git(tree.root, "ls-tree", "HEAD", "--", file).split()
         expected = listed[2] if listed else ""
     path = tree.root / file
@@ -217,12 +222,12 @@ def _foreign(tree: Tree, patch: Patch, state: State, file: str) -> bool:
 
 
 def _blob_id(root: Path, file: str, content: Path) -> str:
-    # --path: as the tree's own settings for line ends would store it.
+    # --path: apply the tree's settings for line ends.
     return _git(root, "hash-object", f"--path={file}", "--stdin", stdin=content.read_bytes()).strip()
 
 
 def _state(tree: Tree, patch: Patch) -> State:
-    # The reverse first: what is applied must not be applied again a few lines below.
+    # Reverse first: an applied patch may apply a second time a few lines below.
     for arguments, state in ((["--reverse"], State.APPLIED), ([], State.APPLIES)):
         if _run(tree.root, "apply", "--check", *arguments, stdin=patch.path.read_bytes()).returncode == 0:
             return state
@@ -234,10 +239,10 @@ def _apply(root: Path, patches: Sequence[Patch], *arguments: str) -> None:
         return
     before = {root / file: (root / file).read_bytes() for patch in patches for file in patch.files}
     try:
-        # In one go: git writes nothing unless all of its input applies. Of several files it would write some.
+        # One call: git writes nothing unless its complete input applies.
         _git(root, "apply", *arguments, stdin=b"".join(patch.path.read_bytes() for patch in patches))
     except BaseException:
-        # The disk is full, a folder is read-only: put back what was written by then.
+        # Full disk or read-only folder: restore the files written so far.
         for path, content in before.items():
             if not path.exists() or path.read_bytes() != content:
                 path.write_bytes(content)
@@ -253,10 +258,10 @@ def _git(root: Path, *arguments: str, stdin: bytes = b"") -> str:
 
 
 def _run(root: Path, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    # A person's own settings for white space must not change what is written.
+    # The user's whitespace settings must not change the result.
     settings = ("-c", "apply.whitespace=nowarn", "-c", "apply.ignoreWhitespace=no")
     environment = {key: value for key, value in os.environ.items() if key not in _GIT_VARIABLES}
-    # Where the tree has no .git, one further up is not its own, and `git apply` would skip its files there.
+    # If the tree has no .git, git must not find one in a parent: `git apply` would skip the tree's files.
     environment["GIT_CEILING_DIRECTORIES"] = str(root.parent)
     try:
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""Change upstream's and Paddle's objects: all together or not at all, each once, and so that it can be undone."""
+"""Reversible monkey patches of upstream's and Paddle's objects: all or none, each once."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _ABSENT = object()
 
 
 class Patch:
-    """Attributes set so far, with what they were."""
+    """Attributes that were set, with their previous values."""
 
     def __init__(self, who: str) -> None:
         self._who = who
         self._undo: list[tuple[Any, str, Any]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set `owner.name`, where `owner` is a module, a class or an instance; a new name is allowed."""
-        # Not getattr: it binds methods and shows what is inherited, and neither can be put back as it was.
+        """Set attribute `name` of a module, a class or an instance; it may be new."""
+        # Not getattr: it binds methods and finds inherited attributes, which cannot be restored.
         self._undo.append((owner, name, vars(owner).get(name, _ABSENT)))
         setattr(owner, name, value)
         if env.PLUGIN_DEBUG.read() and sys.stderr is not None:
@@ -30,7 +30,7 @@ class Patch:
             sys.stderr.write(f"qwenvl: {self._who} set {name} of {of}\n")
 
     def roll_back(self) -> None:
-        """Put everything back, the last change first."""
+        """Undo all changes, the last one first."""
         while self._undo:
             owner, name, value = self._undo.pop()
             if value is not _ABSENT:
@@ -41,7 +41,7 @@ class Patch:
 
 @contextlib.contextmanager
 def patching(module: ModuleType) -> Iterator[Patch]:
-    """For the hook of `module`: what `Patch.set` changes in the block is undone if the block raises."""
+    """Context of the hook of `module`: undo the changes by `Patch.set` if the block raises."""
     patch = Patch(f"hook {module.__name__}")
     try:
         yield patch
@@ -55,13 +55,13 @@ _replaced: set[tuple[int, str]] = set()
 
 
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Set `owner.name` to `make(what it is)` for the whole process; a second call for the same name does nothing."""
+    """Set `owner.name` to `make(current value)` process-wide; a second call for the same name has no effect."""
     if (id(owner), name) not in _replaced:
         _process_wide.set(owner, name, make(getattr(owner, name)))
         _replaced.add((id(owner), name))
 
 
-def put_back() -> None:
+def undo_all() -> None:
     """Undo every `replace`."""
     _process_wide.roll_back()
     _replaced.clear()

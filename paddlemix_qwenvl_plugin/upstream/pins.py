@@ -1,4 +1,4 @@
-"""The supported upstream commits and wheels, read from pins.yaml."""
+"""Supported upstream commits and wheels, read from pins.yaml."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ class _Frozen(BaseModel):
 
 
 class Upstream(_Frozen):
-    """An upstream repository at the commit this package is made for."""
+    """Upstream repository at the commit that this package supports."""
 
     name: str
     title: str
     commit: str = Field(pattern=r"^[0-9a-f]{40}$")
-    markers: tuple[str, ...] = Field(min_length=1)  # files that every checkout of it has
+    markers: tuple[str, ...] = Field(min_length=1)  # files that every checkout contains
 
 
 class PaddleNLPWheel(_Frozen):
-    """A PaddleNLP wheel. Generation 1 picks the model class in its script, 2 through the auto classes."""
+    """PaddleNLP wheel. Generation 1 chooses the model class in its script, 2 by the auto classes."""
 
     version: VersionText
     generation: Literal[1, 2]
 
 
 class GpuWheel(_Frozen):
-    """A GPU wheel of Paddle, and the GPUs (compute capability times ten) that it has machine code for."""
+    """GPU wheel of Paddle. `architectures`: compute capabilities times ten with machine code."""
 
     version: VersionText
     architectures: tuple[int, ...]
@@ -48,7 +48,7 @@ class GpuWheel(_Frozen):
 
 
 class Broken(_Frozen):
-    """Packages that do not work together: all of `installed` are there, and none of `missing`."""
+    """Broken combination of packages: all of `installed` are installed, and none of `missing`."""
 
     name: str
     installed: tuple[RequirementText, ...] = Field(min_length=1)
@@ -57,18 +57,18 @@ class Broken(_Frozen):
     fix: str
 
     def matches(self, versions: Mapping[str, str]) -> bool:
-        """Whether an environment, name -> version of each distribution, is broken in this way."""
-        there = {canonicalize_name(name): version for name, version in versions.items()}
+        """Whether an environment (distribution -> version) has this combination."""
+        found = {canonicalize_name(name): version for name, version in versions.items()}
         for text in self.installed:
             wanted = Requirement(text)
-            version = there.get(canonicalize_name(wanted.name))
+            version = found.get(canonicalize_name(wanted.name))
             if version is None or not wanted.specifier.contains(version, prereleases=True):
                 return False
-        return not any(canonicalize_name(name) in there for name in self.missing)
+        return not any(canonicalize_name(name) in found for name in self.missing)
 
 
 class Pins(_Frozen):
-    """All of pins.yaml."""
+    """Contents of pins.yaml."""
 
     upstreams: tuple[Upstream, ...]
     paddlenlp_wheels: tuple[PaddleNLPWheel, ...]
@@ -81,7 +81,7 @@ def load(path: Path = _FILE) -> Pins:
     """Read the pins.
 
     Raises:
-        QwenVLError: the file is not there, is not YAML, or breaks the schema.
+        QwenVLError: the file cannot be read, is not YAML, or violates the schema.
     """
     try:
         data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))

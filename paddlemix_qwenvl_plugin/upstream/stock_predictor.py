@@ -1,7 +1,7 @@
 """PaddleMIX's stock Predictor (deploy/qwen_vl/run_static_predict.py) on our exports.
 
-It is written for one export: legacy programs of the 7B model on a GPU, in float16, with one picture. What it feeds is
-brought into the shape that the exported program declares, whatever that is.
+It is written for one export: legacy programs of the 7B model on a GPU, in float16, with one image. Its inputs are
+converted to the shapes and dtypes that the exported program declares.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from paddlemix_qwenvl_plugin.util.errors import make_folder
 from paddlemix_qwenvl_plugin.util.machine import gpus
 from paddlemix_qwenvl_plugin.util.notice import notice
 
-# Places in the stock inputs (artifact/contract.py).
+# Indices of stock inputs (artifact/contract.py).
 _INPUT_IDS, _FEATURES, _IMG_POS, _MASK, _EOS, _TGT_MASK, _STOP_NUMS, _CACHES = 0, 1, 2, 3, 12, 19, 21, 22
 
 
 def adapt(predictor_class: type, script: ModuleType) -> None:
-    """Make the script's Predictors open our exports; those of others they open as before.
+    """Make the script's Predictor open our exports; other exports are opened as before.
 
     Args:
         predictor_class: its objects have `args`, `tokenizer` and `processor` when they call `create_predictor`.
-        script: has the reader of token files, which is pointed at this process's own folder.
+        script: module with the reader of token files, which is redirected to a folder of this process.
     """
 
     def opening_ours(upstream: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +52,7 @@ def adapt(predictor_class: type, script: ModuleType) -> None:
                 size = stage.manifest.config.visual.image_size
                 self.processor.image_processor.image_size = (size, size)
                 return ImageEncoder(stage)
-            replace(script, "load_real_time_tokens", _reading_own_folder)
+            replace(script, "load_real_time_tokens", _reading_token_folder)
             return LanguageModel(
                 _stage(model_path, "language", self.args.device),
                 self.tokenizer,
@@ -67,7 +67,7 @@ def adapt(predictor_class: type, script: ModuleType) -> None:
 
 
 class _OlderPaddle:
-    """Paddle as the script knows it: `where(condition)` gave columns, which it puts side by side."""
+    """Proxy of Paddle with the old `where(condition)`, which returned columns; the script concatenates them."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
@@ -76,48 +76,48 @@ class _OlderPaddle:
         return getattr(self._module, name)
 
     def where(self, *args: Any, **kwargs: Any) -> Any:
-        """paddle.where."""
+        """Call paddle.where, and return indices as columns."""
         found = self._module.where(*args, **kwargs)
         return tuple(index.reshape([-1, 1]) for index in found) if isinstance(found, (list, tuple)) else found
 
 
 class ImageEncoder:
-    """Stage 1 with the `run` of a Paddle Inference predictor."""
+    """Stage 1 with the interface of a Paddle Inference predictor."""
 
     def __init__(self, stage: Stage) -> None:
         self._program = stage.open()
 
     def run(self, inputs: list[Any]) -> list[Any]:
-        """Images [N, 3, size, size] -> [features float32 [N, n_queries, H]]."""
+        """Encode images [N, 3, size, size] -> [features float32 [N, n_queries, H]]."""
         return self._program([inputs[0].astype("float32")])
 
 
 class LanguageModel:
-    """Stage 2 with the `run` of a Paddle Inference predictor; its tokens go where the script's reader looks."""
+    """Stage 2 with the interface of a Paddle Inference predictor; writes tokens for the script's reader."""
 
     def __init__(self, stage: Stage, tokenizer: Any, model: Path) -> None:
         self._config = stage.manifest.config
         self._dtype = stage.manifest.dtype
         self._program = stage.open()
-        self._end = int(tokenizer.eod_id)
-        self._turn_ends = [int(tokenizer.im_end_id), int(tokenizer.im_start_id)]
+        self._eod_id = int(tokenizer.eod_id)
+        self._turn_stop_token_ids = [int(tokenizer.im_end_id), int(tokenizer.im_start_id)]
         self._is_chat_model = is_chat_model(model) or is_chat_model(stage.prefix.parent)
 
     def run(self, inputs: list[Any]) -> list[Any]:
         """Generate from the stock inputs, and write the tokens as real_time_save files.
 
         Returns:
-            The outputs of the program.
+            Outputs of the program.
         """
-        outputs = self._program(self._as_declared(inputs))
-        write_tokens(_own_folder(), outputs[-1].numpy().tolist(), self._end)
+        outputs = self._program(self._convert_inputs(inputs))
+        write_tokens(_token_folder(), outputs[-1].numpy().tolist(), self._eod_id)
         return outputs
 
-    def _as_declared(self, inputs: list[Any]) -> list[Any]:
-        """The script's inputs in the program's dtypes and sizes.
+    def _convert_inputs(self, inputs: list[Any]) -> list[Any]:
+        """Convert the script's inputs to the program's dtypes and sizes.
 
-        The script takes the number of pictures for that of rows, writes the caches of the 7B model, and ends at the
-        end-of-text token of the real vocabulary only.
+        The script uses the number of images as the number of rows, allocates the caches of the 7B model, and its only
+        stop token is the end-of-text token of the real vocabulary.
         """
         ids = inputs[_INPUT_IDS]
         n_rows = ids.shape[0]
@@ -126,39 +126,39 @@ class LanguageModel:
             for place, tensor in enumerate(inputs[:_CACHES])
         ]
         feed[_FEATURES] = feed[_FEATURES].astype("float32")
-        if feed[_IMG_POS] is None:  # a prompt without a picture
+        if feed[_IMG_POS] is None:  # a prompt without an image
             feed[_IMG_POS] = paddle.to_tensor([[-1, 0, 0]], dtype="int64")
         for mask in (_MASK, _TGT_MASK):
             feed[mask] = feed[mask].astype(self._dtype)
-        feed[_EOS] = paddle.to_tensor(self._ends(ids), dtype="int64")
+        feed[_EOS] = paddle.to_tensor(self._stop_token_ids(ids), dtype="int64")
         feed[_STOP_NUMS] = paddle.to_tensor([n_rows], dtype="int64")
         max_len = inputs[_MASK].shape[-1]
         cache = [2, n_rows, self._config.num_attention_heads, max_len, self._config.head_dim]
         feed += [self._program.zeros(cache, self._dtype) for _ in range(self._config.num_hidden_layers)]
         return feed
 
-    def _ends(self, ids: Any) -> list[int]:
-        chat = self._is_chat_model or bool((ids == self._turn_ends[1]).any())
-        return [self._end, *(self._turn_ends if chat else [])]
+    def _stop_token_ids(self, ids: Any) -> list[int]:
+        chat = self._is_chat_model or bool((ids == self._turn_stop_token_ids[1]).any())
+        return [self._eod_id, *(self._turn_stop_token_ids if chat else [])]
 
 
 def _stage(path: str, stage: str, asked: str) -> Stage:
-    """The stage on QWENVL_DEVICE, else on what the script was asked for, or by default asks for, which is a GPU."""
+    """Open a stage on QWENVL_DEVICE, else on the script's `--device` (default: GPU)."""
     device = env.DEVICE.read()
     if device is not None:
-        gpu_index(device, env.DEVICE.name)  # names the variable where it is wrong
+        gpu_index(device, env.DEVICE.name)  # raises an error that names the variable
     elif asked == "gpu" and not gpus():
-        notice("--device gpu: there is no GPU here, running on the CPU")
+        notice("--device gpu: no GPU found, running on the CPU")
         device = "cpu"
     opened = Stage(path, stage, device or asked)
     if opened.gpu is None or opened.engine:
-        paddle.set_device("cpu")  # a GPU build of Paddle would make the script's tensors on the GPU
+        paddle.set_device("cpu")  # else a GPU build of Paddle creates the script's tensors on the GPU
     return opened
 
 
 @functools.cache
-def _own_folder() -> Path:
-    """Where this process puts its token files: two in one working directory would read each other's."""
+def _token_folder() -> Path:
+    """Folder of this process for token files: in a shared working directory, processes would read each other's."""
     named = env.REAL_TIME_SAVE_DIR.read()
     if named:
         folder = named.absolute()
@@ -166,23 +166,23 @@ def _own_folder() -> Path:
     else:
         folder = Path(tempfile.mkdtemp(prefix="qwenvl-real-time-save-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ[env.REAL_TIME_SAVE_DIR.name] = str(folder)  # a patched reader (patches/) looks there
+    os.environ[env.REAL_TIME_SAVE_DIR.name] = str(folder)  # read by the patched reader (patches/)
     return folder
 
 
-def _reading_own_folder(reader: Callable[[], Any]) -> Callable[[], Any]:
-    """The script's reader of token files, which looks in the working directory, made to look in our folder."""
+def _reading_token_folder(reader: Callable[[], Any]) -> Callable[[], Any]:
+    """Wrap the script's reader of token files, which reads the working directory, to read our folder."""
 
     @functools.wraps(reader)
     def read() -> Any:
-        with _working_in(_own_folder()):
+        with _working_directory(_token_folder()):
             return reader()
 
     return read
 
 
 @contextlib.contextmanager
-def _working_in(folder: Path) -> Iterator[None]:
+def _working_directory(folder: Path) -> Iterator[None]:
     before = Path.cwd()
     os.chdir(folder)
     try:

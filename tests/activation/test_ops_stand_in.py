@@ -57,7 +57,7 @@ def test_any_operator_is_there_and_says_what_it_lacks(run: Run) -> None:
     done = run(inside(code))
     assert done.returncode == 0, done.stderr
     error, same, supplied = done.stdout.splitlines()
-    assert error.startswith("True paddlenlp_ops.rebuild_padding_v2 is not there")
+    assert error.startswith("True paddlenlp_ops.rebuild_padding_v2 is missing")
     assert "python setup_cuda.py install" in error
     assert (same, supplied) == ("True", "supplied")
     assert done.stderr == ""

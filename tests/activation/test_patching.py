@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from paddlemix_qwenvl_plugin.upstream.patching import patching, put_back, replace
+from paddlemix_qwenvl_plugin.upstream.patching import patching, replace, undo_all
 
 
 class Base:
@@ -68,9 +68,9 @@ def test_replaced_once_and_put_back(module: ModuleType) -> None:
         replace(module, "name", lambda value: [value])
     replace(Derived, "static", lambda _: staticmethod(lambda: "replaced"))
     assert (module.name, Derived.static()) == ([1], "replaced")
-    put_back()
+    undo_all()
     assert module.name == 1
     assert "static" not in vars(Derived)
     replace(module, "name", lambda value: [value])
     assert module.name == [1]
-    put_back()
+    undo_all()

@@ -1,4 +1,4 @@
-"""Answers that no model gave, and what stands on a page."""
+"""Synthetic answers, and a parser of the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIMINGS = {
 
 
 def answered(text: str) -> Answer:
-    """An answer of these words about a picture of the demo."""
+    """Answer with this text about an image of the demo."""
     parsed = parse_boxes(text)
     return Answer(
         text=text,
@@ -38,7 +38,7 @@ def named(name: str) -> Question:
 
 
 class Page(HTMLParser):
-    """Elements of a page as (tag, attributes, the text inside)."""
+    """Elements of the page as (tag, attributes, the text inside)."""
 
     VOID = ("meta", "link", "img", "polygon", "rect", "br")
 

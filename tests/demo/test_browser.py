@@ -1,4 +1,4 @@
-"""The page in Chromium: what a reader sees, on a desk and on a phone, in light and in dark."""
+"""The demo's page in Chromium, on a desktop and a phone, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = needs_chromium
 
 WIDTHS = (1280, 360)
 
-# The ratio of WCAG between each text's colour and the nearest background behind it, with the text.
+# WCAG contrast ratio of each text with its nearest background, with the text.
 CONTRASTS = """
 const light = colour => {
   const [r, g, b] = colour.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
@@ -64,7 +64,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, right_run: Run) -> Path:
     return path
 
 
-def test_every_picture_loads(browser: Browser, page: Path) -> None:
+def test_every_image_loads(browser: Browser, page: Path) -> None:
     browser.open(page.as_uri())
     sizes = browser.js("return [...document.images].map(i => [i.complete, i.naturalWidth, i.width > 200])")
     assert sizes == [[True, 256, True]] * 10
@@ -81,21 +81,21 @@ def test_nothing_is_requested_and_the_console_is_silent(browser: Browser, page: 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_boxes_are_where_the_answers_say(browser: Browser, page: Path, right_run: Run, width: int) -> None:
-    """By the places of the elements, and by the colour of the pixels there."""
+    """Check the positions of the elements and the colour of their pixels."""
     browser.open(page.as_uri(), width)
     pixels = browser.screenshot()
     checked = 0
     for result in right_run.results:
         card = f"document.getElementById('{result.question.name}')"
         place = "r => [r.left + scrollX, r.top + scrollY, r.right + scrollX, r.bottom + scrollY]"
-        *_, picture = browser.js(
+        *_, image = browser.js(
             f"return [...{card}.querySelectorAll('img')].map(e => e.getBoundingClientRect()).map({place})"
         )
         drawn = browser.js(
             f"return [...{card}.querySelectorAll('polygon')].map(e => e.getBoundingClientRect()).map({place})"
         )
         assert len(drawn) == len(result.answer.boxes)
-        left, top, right, bottom = picture
+        left, top, right, bottom = image
         assert right - left == pytest.approx(bottom - top, abs=0.5)
         for number, (box, corners) in enumerate(zip(result.answer.boxes, drawn)):
             wanted = [
@@ -126,7 +126,7 @@ def test_no_horizontal_scrolling(browser: Browser, page: Path, width: int) -> No
         "const e = document.documentElement; return [innerWidth, e.scrollWidth, e.clientWidth]"
     )
     assert (inner, scroll) == (width, client)
-    # Commands scroll inside their own frames; nothing else sticks out of its card.
+    # Commands scroll inside their frames; no other element exceeds its card.
     out = browser.js(
         "return [...document.querySelectorAll('main *')]"
         ".filter(e => !e.closest('.next pre') && !e.closest('svg'))"
@@ -145,7 +145,7 @@ def test_text_is_readable(browser: Browser, page: Path, width: int, scheme: str)
     assert len(ratios) > 60
     for ratio, text, behind in ratios:
         assert ratio >= 4.5, (ratio, text)
-        # Numbers stand on the colours of the boxes, the rest on the page.
+        # Numbers have the colours of the boxes as background, other text that of the page.
         if not text.isdigit():
             assert behind < 0.1 if scheme == "dark" else behind > 0.7, text
     sizes = browser.js(
@@ -166,7 +166,7 @@ def test_the_raw_answer_opens(browser: Browser, page: Path, right_run: Run) -> N
     assert browser.js(f"return {card}.querySelector('pre').innerText") == result.answer.text
 
 
-def test_two_pictures_stand_side_by_side(browser: Browser, page: Path) -> None:
+def test_two_images_are_side_by_side(browser: Browser, page: Path) -> None:
     for width in WIDTHS:
         browser.open(page.as_uri(), width)
         first, second = browser.js(

@@ -11,7 +11,7 @@ def sample(task: str, answer: str, question: str = "?", text: str = "") -> Sampl
     return Sample((), (Turn(task, "en", question, answer, text),), "chat")
 
 
-def test_boxes_count_by_overlap_and_by_what_they_are_of() -> None:
+def test_boxes_count_by_overlap_and_ref() -> None:
     wanted = "<ref>A</ref><box>(0,0),(100,100)</box> and <ref>b</ref><box>(500,500),(600,600)</box>."
     asked = sample("grounded caption", wanted)
     near = wanted.replace("(100,100)", "(110,100)")
@@ -52,10 +52,10 @@ def test_rates_by_task() -> None:
     assert "66.67 %" in lines[0]
     assert lines[0].endswith("2 of 3  (goal 95 %: missed)")
     assert lines[1].endswith("1 of 1  (goal 90 %: reached)")
-    assert lines[3].endswith("1 of 1")  # a task has no goal of its own
+    assert lines[3].endswith("1 of 1")  # tasks have no goals
 
 
-def test_nothing_to_reach_where_nothing_was_asked() -> None:
+def test_no_rates_without_samples() -> None:
     assert "goal" not in table(score([]), GOALS)
 
 

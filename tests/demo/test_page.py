@@ -1,4 +1,4 @@
-"""The page says what the answers say, and nothing of it becomes markup."""
+"""The page shows the answers, escaped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_an_answer_never_becomes_markup() -> None:
     assert shown.endswith("\"><svg onload='alert(3)'>")
 
 
-def test_nothing_is_fetched_and_nothing_runs(right_run: Run) -> None:
+def test_page_has_no_requests_and_no_scripts(right_run: Run) -> None:
     page = Page(html_page(right_run, OUT))
     for tag, attributes, _ in page.elements:
         assert tag not in ("script", "iframe", "object", "embed", "form", "base")
@@ -57,7 +57,7 @@ def test_nothing_is_fetched_and_nothing_runs(right_run: Run) -> None:
     assert (policy or "").startswith("default-src 'none'")
 
 
-def test_pictures_are_the_bundled_ones(right_run: Run) -> None:
+def test_images_are_the_bundled_ones(right_run: Run) -> None:
     page = Page(html_page(right_run, OUT))
     sources = [attributes["src"] for tag, attributes, _ in page.elements if tag == "img"]
     paths = [path for result in right_run.results for path in result.question.images]
@@ -68,7 +68,7 @@ def test_pictures_are_the_bundled_ones(right_run: Run) -> None:
             assert embedded.tobytes() == bundled.tobytes()
 
 
-def test_pictures_are_described_for_those_who_cannot_see_them(right_run: Run) -> None:
+def test_images_have_alternative_texts(right_run: Run) -> None:
     page = Page(html_page(right_run, OUT))
     alt = [attributes["alt"] for tag, attributes, _ in page.elements if tag == "img"]
     assert (
@@ -97,12 +97,12 @@ def test_boxes_have_their_corners() -> None:
     html, page = page_of(Result(named("locate"), answered(text)))
     polygons = [attributes["points"] for tag, attributes, _ in page.elements if tag == "polygon"]
     assert polygons == ["10,20 300,20 300,400 10,400", "0,0 500,10 510,600 5,590"]
-    # The words of a ref are marked once; a second box of it stands behind, with its corners.
+    # The text of a ref is marked once; its second box follows at the end, with its corners.
     assert page.texts("mark") == ["1 a", "2 (0,0) (500,10) (510,600) (5,590)"]
     assert html.count('class="c0"') == 2  # the box and its mark
 
 
-def test_boxes_are_on_the_last_picture() -> None:
+def test_boxes_are_on_the_last_image() -> None:
     text = "<ref>a</ref><box>(10,20),(300,400)</box>"
     html, _ = page_of(Result(named("pair"), answered(text)))
     first, second = html.split("Picture 1</figcaption>")
@@ -111,7 +111,7 @@ def test_boxes_are_on_the_last_picture() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "No.", "There are two purple shapes.<box>(0,0),(9,9)</box>"])
-def test_a_wrong_answer_says_what_is_right(text: str) -> None:
+def test_a_wrong_answer_is_shown_with_the_right_one(text: str) -> None:
     _, page = page_of(Result(named("count"), answered(text)))
     assert page.texts("h1") == ["0 of 1 answers are right"]
     assert page.texts("span", "verdict") == ["wrong"]

@@ -1,4 +1,4 @@
-"""The bundled questions and pictures are those of the seeds, and there is one of each kind."""
+"""The bundled questions and images match the seeds, one of each kind."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image
 
 from paddlemix_qwenvl_plugin.demo.questions import IMAGES, QUESTIONS
-from tools.draw_demo_images import main as draw_pictures
+from tools.draw_demo_images import main as draw_images
 
 
-def test_pictures_are_what_the_tool_draws(tmp_path: Path) -> None:
-    draw_pictures(tmp_path)
+def test_images_are_what_the_tool_draws(tmp_path: Path) -> None:
+    draw_images(tmp_path)
     names = sorted(path.name for path in IMAGES.iterdir())
     assert names == sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(path.name for question in QUESTIONS for path in question.images)
@@ -20,11 +20,11 @@ def test_pictures_are_what_the_tool_draws(tmp_path: Path) -> None:
         with Image.open(IMAGES / name) as shipped, Image.open(tmp_path / name) as drawn:
             assert (shipped.mode, shipped.size) == ("RGB", (256, 256))
             difference = np.abs(np.asarray(shipped, np.int16) - np.asarray(drawn, np.int16)).max(axis=-1)
-        # Letters differ with Pillow's version of the font code; shapes do not.
+        # Letters depend on Pillow's FreeType version, shapes do not.
         assert (difference > 32).mean() < 0.01, name
 
 
-def test_there_is_one_of_each_kind() -> None:
+def test_one_question_of_each_kind() -> None:
     kinds = {(question.turn.task, question.turn.language) for question in QUESTIONS}
     assert kinds == {
         ("caption", "en"),
@@ -33,7 +33,7 @@ def test_there_is_one_of_each_kind() -> None:
         ("relation", "en"),
         ("count", "en"),
         ("reading", "en"),
-        ("two pictures", "en"),
+        ("two images", "en"),
         ("grounded caption", "zh"),
     }
     assert {question.sample.form for question in QUESTIONS} == {"chat", "base"}
@@ -41,11 +41,11 @@ def test_there_is_one_of_each_kind() -> None:
 
 
 def test_names_of_things_are_where_their_colour_is() -> None:
-    """The scene description against the pixels: in the middle of each shape's box is its colour."""
+    """Compare scenes with pixels: the centre of each shape's box has its colour."""
     for question in QUESTIONS:
         for scene, path in zip(question.sample.scenes, question.images):
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture, np.int16)
+            with Image.open(path) as image:
+                pixels = np.asarray(image, np.int16)
             for thing in scene.shapes:
                 left, top, right, bottom = (value * 256 // 1000 for value in thing.box)
                 colour = pixels[(top + bottom) // 2, (left + right) // 2]

@@ -1,4 +1,4 @@
-"""`qwenvl demo`: what it writes and prints, with a random model and with the shipped one."""
+"""Output of `qwenvl demo` with a random model and with the shipped one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 REPO = Path(__file__).resolve().parents[2]
 
-FUSED = ("vision/vision", "text/qwen") if HAS_COMPILER else ()
+ENGINE_STAGES = ("vision/vision", "text/qwen") if HAS_COMPILER else ()
 
 needs_weights = pytest.mark.skipif(
     not (MODEL / "model.safetensors").is_file(),
@@ -46,7 +46,7 @@ OWN = {
     *(f"images/{path.name}" for question in QUESTIONS for path in question.images),
     *(f"vision/vision.{end}" for end in ("json", "pdmodel", "pdiparams", "manifest.json")),
     *(f"text/qwen.{end}" for end in ("json", "pdmodel", "pdiparams", "manifest.json")),
-    *(f"{stage}.fused.{end}" for stage in FUSED for end in ("json", "pdmodel")),
+    *(f"{stage}.fused.{end}" for stage in ENGINE_STAGES for end in ("json", "pdmodel")),
     *(
         f"text/{name}"
         for name in (
@@ -61,7 +61,7 @@ OWN = {
 
 
 def test_files_that_no_demo_wrote_are_left_alone(tmp_path: Path, random_model: Path) -> None:
-    """Also from versions that left no mark: their page tells."""
+    """Also of versions without a marker file, recognized by their page."""
     for name in ("index.html", "sheet.png", "answers.json", "images", "vision", "text"):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
@@ -80,7 +80,7 @@ def test_files_that_no_demo_wrote_are_left_alone(tmp_path: Path, random_model: P
 def test_own_files_are_replaced_and_no_others(
     tmp_path: Path, random_model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A run with a random model into the folder of an earlier one; wrong answers are an error in the end."""
+    """Run with a random model in the folder of an earlier demo; wrong answers cause an error at the end."""
     mine = ["notes.txt", "vision/notes.txt", "text/mine.json", "images/mine.png"]
     out = tmp_path / "qwenvl-demo"
     for name in (*mine, *OWN):
@@ -88,19 +88,19 @@ def test_own_files_are_replaced_and_no_others(
         (out / name).write_text("old")
     (out / "index.html").write_text("<html><title>qwenvl demo: 8 of 8 right")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "_MAX_NEW_TOKENS", 4)  # a random model does not stop by itself
+    monkeypatch.setattr(evaluation, "_MAX_NEW_TOKENS", 4)  # a random model generates no stop token
     monkeypatch.setattr(run_module, "MODEL", random_model)
     monkeypatch.setattr(sys, "argv", ["qwenvl", "demo"])
     with pytest.raises(SystemExit) as exit_info:
         main()
     printed = capfd.readouterr()
     assert exit_info.value.code == 1
-    # Paddle's own notes come before it in this process, which set them up otherwise than the command does.
+    # Paddle's log lines come first in this process, which configures logging unlike the command.
     assert printed.err.splitlines()[-1].startswith("qwenvl: 8 of the demo's 8 answers are wrong")
     assert "0 of 8 answers are right." in printed.out
     questions = [line[7:] for line in printed.out.splitlines() if line.startswith("    Q  ")]
     assert questions == [question.turn.question for question in QUESTIONS]
-    assert printed.out.count("WRONG, the picture shows") == 8
+    assert printed.out.count("WRONG, expected: ") == 8
 
     assert files(out) == {*mine, *OWN}
     old = {name for name in files(out) if (out / name).read_bytes() == b"old"}
@@ -138,7 +138,7 @@ print(len(made.results))
     assert files(tmp_path / "demo") == OWN
 
 
-def test_building_the_engine_is_no_part_of_the_export(
+def test_export_time_excludes_the_engine_build(
     tmp_path: Path, random_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "_MAX_NEW_TOKENS", 4)
@@ -158,7 +158,7 @@ def test_building_the_engine_is_no_part_of_the_export(
 def test_the_shipped_model_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The command as a process, on a terminal that knows no Chinese; every answer against the scene."""
+    """Run the command as a process, on an ASCII terminal, and compare every answer with the scene."""
     done = subprocess.run(
         [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "demo", "there"],
         cwd=tmp_path,
@@ -198,7 +198,7 @@ def test_the_shipped_model_is_right(
     app(shlex.split(command.replace("\\\n", " "))[1:], standalone_mode=False)
     assert capfd.readouterr().out == "There are four shapes.\n"
 
-    # The documents show what it gives. A system without a Chinese font leaves some words out.
+    # The documents show its output; without a Chinese font some words are missing.
     for readme in ("README.md", "README_zh.md"):
         shown = re.search(r"<ref>.*?</box>", (REPO / readme).read_text("utf-8"))
         assert shown is not None
@@ -208,7 +208,7 @@ def test_the_shipped_model_is_right(
         Image.open(REPO / "docs" / "images" / "demo.png") as documented,
     ):
         assert made.width == documented.width
-        # Chinese words, in the last row, take more room where there is a font for them.
+        # Chinese text, in the last row, is higher if a font for it exists.
         same = made.height if made.height == documented.height else 2 * made.height // 3
         arrays = [np.asarray(sheet, np.int16)[:same] for sheet in (made, documented)]
         difference = np.abs(arrays[0] - arrays[1]).max(axis=-1)

@@ -1,4 +1,4 @@
-"""The contact sheet: boxes where the answers say, words that fit."""
+"""Contact sheet: positions of boxes, wrapping of text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.demo.sheet import GAP, SIDE, contact_sheet
 from paddlemix_qwenvl_plugin.processing import drawing
 
 STEP = SIDE + GAP
-# Where the pictures of a row begin.
+# Left edges of the images of a row.
 LEFT = (GAP, GAP + STEP, GAP + 2 * STEP)
 
 
@@ -29,10 +29,10 @@ def sides_are(image: Image.Image, box: tuple[int, int, int, int], colour: str) -
     )
 
 
-def test_boxes_are_over_their_things(right_run: Run) -> None:
+def test_boxes_are_over_their_objects(right_run: Run) -> None:
     image = contact_sheet(right_run.results)
     assert image.width == GAP + 3 * STEP
-    # The second picture of the first row, with the boxes of its scene.
+    # The second image of the first row, with the boxes of its scene.
     scene = right_run.results[1].question.sample.scenes[0]
     assert len(scene.things) == 3
     for number, thing in enumerate(scene.things):
@@ -44,10 +44,10 @@ def test_boxes_are_over_their_things(right_run: Run) -> None:
         assert not sides_are(image, moved, drawing.COLOURS[number])
 
 
-def test_pictures_are_on_it(right_run: Run) -> None:
+def test_images_are_on_it(right_run: Run) -> None:
     image = contact_sheet(right_run.results)
-    with Image.open(right_run.results[0].question.images[0]) as picture:
-        wanted = np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+    with Image.open(right_run.results[0].question.images[0]) as source:
+        wanted = np.asarray(source.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
     assert (np.asarray(image)[GAP : GAP + SIDE, GAP : GAP + SIDE] == wanted).all()
 
 
@@ -62,7 +62,7 @@ def test_the_pair_is_side_by_side_with_boxes_on_the_second() -> None:
 
 @pytest.mark.parametrize("text", ["", "word " * 40, "x" * 400, "一个小的橙色心形" * 20, "a\nb\tc"])
 def test_words_stay_in_their_column(text: str, right_run: Run) -> None:
-    """Between the columns and at the edges the paper is white, and the last line is on the paper."""
+    """The gaps and edges are white, and the last line is inside the sheet."""
     results = [Result(named("count"), answered(text)), right_run.results[0], right_run.results[2]]
     pixels = np.asarray(contact_sheet(results))[2 * GAP + SIDE :]
     for left in (0, *LEFT[1:]):
@@ -72,7 +72,7 @@ def test_words_stay_in_their_column(text: str, right_run: Run) -> None:
     assert (pixels != 255).any()
 
 
-def test_wrong_is_told_in_red(right_run: Run) -> None:
+def test_wrong_is_shown_in_red(right_run: Run) -> None:
     red = ImageColor.getrgb(sheet._WRONG)
     right = contact_sheet(right_run.results[:1])
     wrong = contact_sheet([Result(right_run.results[0].question, answered("Nothing."))])
@@ -81,7 +81,7 @@ def test_wrong_is_told_in_red(right_run: Run) -> None:
 
 
 def test_without_a_chinese_font(right_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No empty squares: boxes without labels, and a line that says where to look."""
+    """No placeholder glyphs: boxes without labels, and a line that refers to the page."""
     monkeypatch.setattr(drawing, "_CJK_FONTS", ("no-such-font.ttf",))
     drawing._cjk_font.cache_clear()
     try:

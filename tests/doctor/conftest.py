@@ -11,7 +11,7 @@ from doctor_helpers import REPO, Environment
 
 @pytest.fixture(scope="session")
 def lone_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python that sees this package and the modules it requires: no Paddle, no upstream, and no package metadata."""
+    """A Python with this package and its requirements, without Paddle, upstreams and package metadata."""
     folder = tmp_path_factory.mktemp("lone")
     modules = folder / "modules"
     modules.mkdir()
@@ -19,7 +19,7 @@ def lone_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path in site.iterdir():
             hidden = path.name.startswith(("paddle", "ppdiffusers", "_qwenvl", "qwenvl", "sitecustomize"))
             if not hidden and path.suffix not in (".pth", ".start", ".dist-info", ".egg-info"):
-                with contextlib.suppress(FileExistsError):  # the first on sys.path counts
+                with contextlib.suppress(FileExistsError):  # the first on sys.path wins
                     (modules / path.name).symlink_to(path)
     venv.create(folder / "env", symlinks=True, with_pip=False)
     (site_packages,) = (folder / "env" / "lib").rglob("site-packages")

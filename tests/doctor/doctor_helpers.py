@@ -1,4 +1,4 @@
-"""Made-up environments: a Python that sees the plugin, what it requires, and only the packages that a test makes up."""
+"""Fake environments: a Python with the plugin, its requirements, and the packages that a test creates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[2]
 
 _TABLE = (REPO / "docs" / "doctor.md").read_text("utf-8").split("## What is checked")[1].split("\n## ")[0]
-# Check -> the keys of its `data`, in the document's order.
+# Check -> the keys of its `data`, in the order of the document.
 DOCUMENTED = {
     row[0]: re.findall(r"`(\w+)`", row[1])
     for row in re.findall(r"^\| `(.+?)` \|.*\|(.*)\|$", _TABLE, re.MULTILINE)
@@ -41,7 +41,7 @@ device = types.SimpleNamespace(cuda=types.SimpleNamespace(
 
 
 def validate(report: dict[str, Any]) -> None:
-    """Hold a report against docs/doctor.md."""
+    """Compare a report with docs/doctor.md."""
     assert list(report) == ["schema", "plugin", "notes", "problems", "checks"]
     assert report["schema"] == 1
     order = []
@@ -72,26 +72,26 @@ class Result:
 
 
 class Environment:
-    """Packages in a folder on PYTHONPATH, programs in a folder that is the whole PATH."""
+    """Fake packages in a folder on PYTHONPATH, and programs in the only folder on PATH."""
 
     def __init__(self, python: Path, folder: Path) -> None:
         self.python = python
         self.packages = folder / "packages"
         self.programs = folder / "programs"
-        # The driver of the machine that the tests run on shows nothing.
+        # Hides the driver of the test machine.
         self.variables = {"CUDA_VISIBLE_DEVICES": ""}
         self.path = [self.packages]
         self.packages.mkdir()
         self.programs.mkdir()
 
     def module(self, name: str, text: str = "") -> None:
-        """A module, or with `/` in its name a file of one."""
+        """Add a module or, with `/` in the name, a file of one."""
         path = self.packages / (name if "/" in name else f"{name}.py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
 
     def distribution(self, name: str, version: str, **files: str) -> None:
-        """What pip knows of a package; `files` are further files of its dist-info, `__` for a dot."""
+        """Add the metadata of a package; `files`: further files of its dist-info, with `__` for a dot."""
         folder = self.packages / f"{name.replace('-', '_')}-{version}.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(
@@ -106,7 +106,7 @@ class Environment:
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     def nvidia_smi(self, *gpus: str) -> None:
-        """An nvidia-smi that lists these, each `NAME, COMPUTE CAPABILITY`."""
+        """Add an nvidia-smi that lists GPUs, each `NAME, COMPUTE CAPABILITY`."""
         lines = "\n".join(f"{gpu}, 550.54.15" for gpu in gpus)
         self.program(
             "nvidia-smi", f'[ "$1" = --query-gpu=name,compute_cap,driver_version ] || exit 6\necho "{lines}"'
@@ -120,7 +120,7 @@ class Environment:
         sees: tuple[int, int] | None = None,
         adding: str = "pass",
     ) -> None:
-        """A Paddle. `archs`: what cuda_archs() returns, None: there is no such function; `sees`: a GPU it sees."""
+        """Add a Paddle. `archs`: result of cuda_archs(), None: no such function; `sees`: a GPU visible to it."""
         self.distribution("paddlepaddle-gpu" if gpu else "paddlepaddle", version)
         text = PADDLE.format(
             version=version,
@@ -134,7 +134,7 @@ class Environment:
         self.module("paddle", text)
 
     def plugin(self, entry_points: str | None = None, version: str | None = None, **files: str) -> None:
-        """The plugin as installed, with entry points that need nothing."""
+        """Add the installed plugin, with entry points that need no other package."""
         from paddlemix_qwenvl_plugin.doctor.installation import ENTRY_POINTS
         from paddlemix_qwenvl_plugin.version import __version__
 
@@ -147,7 +147,7 @@ class Environment:
         )
 
     def well(self) -> None:
-        """All that is needed for no problem."""
+        """Add everything needed for a report without problems."""
         self.paddle()
         self.plugin()
         self.distribution("setuptools", "65.5.0")
@@ -172,7 +172,7 @@ class Environment:
         return Result(done.returncode, done.stdout, done.stderr)
 
     def checks(self, *arguments: str) -> dict[str, dict[str, Any]]:
-        """Name -> check, of the report that `--json` prints, which is held against the document."""
+        """Checks of the `--json` report by name; the report is compared with the document."""
         result = self.run("--json", *arguments)
         report = json.loads(result.out)
         validate(report)

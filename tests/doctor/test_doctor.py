@@ -1,4 +1,4 @@
-"""`qwenvl doctor` in made-up environments."""
+"""`qwenvl doctor` in fake environments."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_text(environment: Environment) -> None:
 def test_colours_are_for_terminals(environment: Environment) -> None:
     environment.well()
     plain = environment.run()
-    environment.variables["FORCE_COLOR"] = "1"  # rich then takes the pipe for a terminal
+    environment.variables["FORCE_COLOR"] = "1"  # rich then treats the pipe as a terminal
     coloured = environment.run()
     assert coloured.out != plain.out
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured.out) == plain.out
@@ -73,7 +73,7 @@ def test_no_paddle(environment: Environment) -> None:
     checks = environment.checks()
     assert (checks["paddle"]["status"], checks["paddle"]["fix"]) == ("problem", CPU)
     assert checks["paddle"]["message"] == "Paddle is not installed"
-    # What needs Paddle is not broken for itself.
+    # Checks that need Paddle report no separate problem.
     assert checks["entry_point.paddlemix.predictors"]["status"] == "note"
     assert checks["entry_point.paddlenlp.plugins"]["status"] == "ok"
     result = environment.run()
@@ -118,13 +118,13 @@ def test_paddle_too_old(environment: Environment) -> None:
     assert problem["fix"] == CPU
 
 
-def test_paddle_newer_than_tried(environment: Environment) -> None:
+def test_paddle_newer_than_tested(environment: Environment) -> None:
     environment.plugin()
     environment.distribution("setuptools", "65.5.0")
     environment.paddle("3.4.0")
     checks = environment.checks()
     assert checks["paddle"]["status"] == "note"
-    assert "newer than what was tried" in checks["paddle"]["message"]
+    assert "newer than the tested versions" in checks["paddle"]["message"]
 
 
 def test_paddle_twice(environment: Environment) -> None:
@@ -143,10 +143,10 @@ def test_paddle_twice(environment: Environment) -> None:
     ("gpu", "lacks"), [(H100, True), (B200, True), (A100, False), (L4, False), ("NVIDIA P100, 6.0", True)]
 )
 def test_the_wheel_of_the_python_index(environment: Environment, gpu: str, lacks: bool) -> None:
-    """Machine code runs on its own generation, from its own step upwards: sm_86 on 8.9, and sm_61 not on 6.0."""
+    """Machine code runs on the same major and the same or a higher minor version: sm_86 on 8.9, sm_61 not on 6.0."""
     environment.well()
     shutil.rmtree(environment.packages / "paddlepaddle-3.3.1.dist-info")
-    # A sum may be among the few kernels that it has PTX of.
+    # The test addition may be one of the few kernels with PTX.
     environment.paddle("2.6.2", gpu=True, archs=None, sees=(9, 0))
     environment.nvidia_smi(gpu)
     problems = environment.problems()
@@ -217,7 +217,7 @@ def test_a_gpu_that_fails(environment: Environment) -> None:
     environment.nvidia_smi(H100)
     gpu = gpu_build(environment, sees=(9, 0), adding="raise OSError('driver is too old')")
     assert gpu["status"] == "problem"
-    assert "a sum on the GPU fails: OSError: driver is too old" in str(gpu["message"])
+    assert "a test addition on the GPU fails: OSError: driver is too old" in str(gpu["message"])
 
 
 def test_a_hidden_gpu(environment: Environment) -> None:
@@ -238,7 +238,7 @@ def test_nvidia_smi_that_fails(environment: Environment) -> None:
 
 # Combinations known to be broken
 
-SPOILED = {
+BREAKING = {
     "aistudio-sdk": {"paddlenlp": "3.0.0b0", "aistudio-sdk": "0.3.8"},
     "huggingface-hub-ppdiffusers": {"ppdiffusers": "0.29.0", "huggingface_hub": "0.26.0"},
     "huggingface-hub-paddlenlp": {"paddlenlp": "3.0.0b0", "huggingface_hub": "2.0.1"},
@@ -251,15 +251,15 @@ SPOILED = {
 }
 
 
-def test_every_broken_row_is_spoiled_here() -> None:
-    assert set(SPOILED) == {row.name for row in pins.load().broken}
+def test_every_broken_row_has_a_case() -> None:
+    assert set(BREAKING) == {row.name for row in pins.load().broken}
 
 
 @pytest.mark.parametrize("row", pins.load().broken, ids=lambda row: row.name)
 def test_every_broken_row(environment: Environment, row: pins.Broken) -> None:
     environment.plugin()
     good = {"paddlepaddle": "3.3.1", "setuptools": "65.5.0", "pip": "23.2.1"}
-    for name, version in {**good, **SPOILED[row.name]}.items():
+    for name, version in {**good, **BREAKING[row.name]}.items():
         if version:
             environment.distribution(name, version)
     environment.module("paddle", "raise ImportError('any')")
@@ -268,13 +268,13 @@ def test_every_broken_row(environment: Environment, row: pins.Broken) -> None:
     assert found == [f"combination.{row.name}"]
     assert problems[found[0]]["fix"] == row.fix
     assert row.symptom in problems[found[0]]["message"]
-    # That line mends the import, so it is the only one for it.
+    # This command fixes the import, so no other check offers one.
     if row.name != "paddle-too-old":
         assert problems["paddle"]["fix"] is None
 
 
 def test_a_checkout_counts_as_installed(environment: Environment) -> None:
-    """Pip does not know a checkout on PYTHONPATH."""
+    """A checkout on PYTHONPATH has no package metadata."""
     environment.well()
     environment.module("paddlenlp/__init__.py")
     environment.distribution("aistudio_sdk", "0.3.0")
@@ -285,7 +285,7 @@ def test_a_checkout_counts_as_installed(environment: Environment) -> None:
 
 
 def activate(environment: Environment, hook: str) -> None:
-    """Arm the activation as its .pth file would, for one module that is there and one that is not."""
+    """Arm the activation like its .pth file, for an existing and a missing module."""
     environment.path.append(REPO / "activation")
     table = {QWEN: hook, "paddlenlp.not_in_this_version": hook}
     code = (
@@ -384,13 +384,13 @@ def test_paddlenlp_does_not_import(environment: Environment) -> None:
     assert problem["fix"] == "pip install 'paddlemix-qwenvl-plugin[paddlenlp]'"
 
 
-def test_a_paddlenlp_that_was_not_tried(environment: Environment) -> None:
+def test_an_untested_paddlenlp(environment: Environment) -> None:
     environment.well()
     environment.module("paddlenlp/__init__.py")
     environment.distribution("paddlenlp", "2.8.1")
     check = environment.checks()["paddlenlp"]
     assert check["status"] == "note"
-    assert check["message"] == "PaddleNLP 2.8.1 was not tried; these were: 3.0.0b0, 3.0.0b4"
+    assert check["message"] == "PaddleNLP 2.8.1 is untested; tested versions: 3.0.0b0, 3.0.0b4"
 
 
 def test_a_folder_of_that_name_is_no_package(environment: Environment) -> None:
@@ -418,7 +418,7 @@ def test_another_version_is_installed(environment: Environment) -> None:
     environment.distribution("setuptools", "65.5.0")
     environment.plugin(version="0.0.1")
     (problem,) = environment.problems().values()
-    assert problem["message"] == f"plugin {__version__} in {REPO}, but what is installed is version 0.0.1"
+    assert problem["message"] == f"plugin {__version__} in {REPO}, but the installed version is 0.0.1"
     assert problem["fix"] == f"pip install {REPO}"
 
 

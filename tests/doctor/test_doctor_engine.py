@@ -1,4 +1,4 @@
-"""What `qwenvl doctor` says of the engine, in made-up environments without a real Paddle."""
+"""Engine checks of `qwenvl doctor` in fake environments without a real Paddle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build(
     environment: Environment,
     code: str = "from paddlemix_qwenvl_plugin.engine.build import library; library()",
 ) -> None:
-    """Build with the made-up compiler, as far as it goes."""
+    """Build with the fake compiler, which may fail."""
     environment.variables["PATH"] = f"{environment.programs}{os.pathsep}{os.environ['PATH']}"
     variables = {**environment.variables, "PYTHONPATH": str(environment.packages)}
     subprocess.run([environment.python, "-c", code], env=variables, capture_output=True, check=False)
@@ -39,7 +39,7 @@ def build(
 def test_no_compiler(environment: Environment, cache: Path) -> None:
     check = environment.checks()["engine"]
     assert (check["status"], check["fix"]) == ("note", "apt-get install g++")
-    assert "there is no C++ compiler c++" in check["message"]
+    assert "no C++ compiler c++ found" in check["message"]
     assert check["data"]["compiler"] is check["data"]["compiler_version"] is None
     assert (check["data"]["state"], check["data"]["cache"]) == ("not built", str(cache))
     assert check["data"]["device"] == "cpu"
@@ -74,7 +74,7 @@ def test_a_build_that_failed(environment: Environment, cache: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux's /proc/cpuinfo")
 def test_instruction_set(environment: Environment, cache: Path) -> None:
-    """The best whose instructions the kernel lists; here the kernel's words are compared one by one."""
+    """The best ISA whose CPU flags the operating system's kernel lists."""
     words = Path("/proc/cpuinfo").read_text().split()
     best = "generic"
     if platform.machine() == "x86_64" and {"avx2", "fma", "f16c"} <= set(words):
@@ -86,9 +86,9 @@ def test_instruction_set(environment: Environment, cache: Path) -> None:
 
 @needs_compiler
 def test_gpus(environment: Environment, cache: Path, tmp_path: Path) -> None:
-    """A driver and an NVRTC that are made up, from neither to kernels that are built, and that do not.
+    """Fake driver and NVRTC, from neither to built and failed kernels.
 
-    The GPU is one that no real NVRTC knows, for there may be one here.
+    No real NVRTC supports the fake GPU, since one may be installed.
     """
     environment.variables.update(
         LD_LIBRARY_PATH=str(fake_driver(tmp_path).parent), FAKE_CUDA="12080", FAKE_MAJOR="99"

@@ -31,7 +31,7 @@ def declared() -> list[tuple[str, str, str]]:
     return re.findall(r'^\[project\.entry-points\."(.+)"\]\n(\S+) = "(.+)"$', text, re.MULTILINE)
 
 
-def test_the_doctor_knows_what_is_declared() -> None:
+def test_the_doctor_lists_the_declared_entry_points() -> None:
     assert {group: name for group, name, _ in declared()} == ENTRY_POINTS
     document = (REPO / "docs" / "doctor.md").read_text("utf-8")
     for group, name, _ in declared():
@@ -63,17 +63,17 @@ def test_activation_by_its_entry_point_is_light() -> None:
 
 def test_a_question_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "paddle.py").write_text(
-        # The child's child lives on and keeps the output open.
+        # The grandchild survives and keeps the output open.
         "import subprocess, sys, time\n"
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(20)'])\n"
         "time.sleep(60)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert probe.ask("paddle", timeout=1) == Answer({}, "no end after 1 s")
+    assert probe.ask("paddle", timeout=1) == Answer({}, "timed out after 1 s")
 
 
-def test_this_machine_as_it_is() -> None:
-    """The real Paddle, and a sys.path that an environment variable does not carry."""
+def test_this_machine() -> None:
+    """The real Paddle, with a sys.path that no environment variable passes on."""
     import paddle
 
     answer = probe.ask("paddle")
@@ -88,7 +88,7 @@ def test_a_gpu_that_only_the_driver_shows(monkeypatch: pytest.MonkeyPatch) -> No
     paddle = machine.check_paddle({"paddlepaddle": "3.3.1"}, True, cpu, False)
     check = machine.check_gpu(paddle, Answer({}), ["A GPU"])
     assert check.status == "ok"
-    assert check.message == "A GPU, which this Paddle, no GPU build, leaves to the engine"
+    assert check.message == "A GPU, used by the engine only: this Paddle is no GPU build"
     assert check.data["gpus"] == [{"name": "A GPU", "architecture": None, "driver": None}]
     assert check.data["visible"] == ["A GPU"]
 
@@ -97,7 +97,7 @@ def test_a_gpu_that_only_the_driver_shows(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def git(folder: Path, *arguments: str) -> str:
-    who = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.com", "-c", "commit.gpgsign=false")
+    who = ("-c", "user.name=test", "-c", "user.email=test@example.com", "-c", "commit.gpgsign=false")
     return subprocess.run(
         ["git", *who, *arguments], cwd=folder, check=True, capture_output=True, text=True
     ).stdout.strip()
@@ -105,7 +105,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A made-up checkout of PaddleMIX, on sys.path."""
+    """A fake checkout of PaddleMIX, on sys.path."""
     if shutil.which("git") is None:
         pytest.skip("git is not on PATH; install it")
     root = tmp_path / "a checkout"
@@ -126,7 +126,7 @@ def upstream() -> pins.Upstream:
 
 def look(answer: Answer, **changes: str) -> Any:
     pinned = upstream().model_copy(update=changes)
-    return upstreams.check_upstream(pinned, {}, answer, paddle_imports=True, mended=False)
+    return upstreams.check_upstream(pinned, {}, answer, paddle_imports=True, has_fix=False)
 
 
 def test_another_commit(checkout: Path) -> None:
@@ -161,14 +161,14 @@ def test_git_is_missing(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_patches_are_offered_where_the_import_fails(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A patch of the test's own for the made-up checkout."""
+    """A test patch for the fake checkout."""
     head = git(checkout, "rev-parse", "HEAD")
     file = checkout / "paddlemix" / "__init__.py"
-    file.write_text("mended = True\n")
+    file.write_text("fixed = True\n")
     folder = tmp_path / "patches" / "paddlemix" / upstream().commit
     folder.mkdir(parents=True)
     diff = git(checkout, "diff", "--full-index")
-    (folder / "0001-mend.patch").write_text(f"Mends it\n\n{diff}\n")
+    (folder / "0001-fix.patch").write_text(f"Fixes it\n\n{diff}\n")
     git(checkout, "checkout", "-q", ".")
     monkeypatch.setattr(patches, "shipped_dir", lambda: tmp_path / "patches")
     failing = Answer({}, "ValueError: mutable default")
@@ -178,11 +178,11 @@ def test_patches_are_offered_where_the_import_fails(
         "import paddlemix fails: ValueError: mutable default; its patches are not applied"
     )
     assert check.fix == f"qwenvl patches apply --tree '{checkout}'"
-    assert check.data["patches"] == {"0001-mend": "applies"}
-    file.write_text("mended = True\n")
+    assert check.data["patches"] == {"0001-fix": "applies"}
+    file.write_text("fixed = True\n")
     check = look(failing, commit=head)
     assert (check.status, check.fix) == ("problem", None)
-    assert check.data["patches"] == {"0001-mend": "already applied"}
+    assert check.data["patches"] == {"0001-fix": "already applied"}
 
 
 # Model folders

@@ -1,4 +1,4 @@
-"""Caption scores: the tokens against Stanford's, CIDEr against its formula, BLEU and ROUGE by hand."""
+"""Caption scores: tokens compared with Stanford's, CIDEr with its formula, BLEU and ROUGE with manual results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ for library in ("nltk", "pycocoevalcap"):
         library, reason=f"{library} is not installed; `pip install -e '.[eval]'` to test captions"
     )
 
-# What pycocoevalcap 1.2's PTBTokenizer, Stanford CoreNLP 3.4.1 in Java, makes of these.
+# Results of pycocoevalcap 1.2's PTBTokenizer, Stanford CoreNLP 3.4.1 in Java.
 STANFORD = [
     ("A man riding a wave on top of a surfboard.", "a man riding a wave on top of a surfboard"),
     (
@@ -50,7 +50,7 @@ def rows(*captions: tuple[str, ...]) -> dict[Id, CaptionRow]:
 
 
 def cider(wanted: list[list[str]], given: list[str]) -> list[float]:
-    """CIDEr-D of Vedantam, Zitnick and Parikh (2015), in tokens with spaces between."""
+    """CIDEr-D of Vedantam, Zitnick and Parikh (2015), on tokens separated by spaces."""
 
     def grams(text: str, n: int) -> Counter[tuple[str, ...]]:
         words = text.split()
@@ -64,8 +64,8 @@ def cider(wanted: list[list[str]], given: list[str]) -> list[float]:
             def weigh(text: str, n: int = n) -> dict[tuple[str, ...], float]:
                 weights = {}
                 for gram, count in grams(text, n).items():
-                    pictures = sum(any(gram in grams(one, n) for one in several) for several in wanted)
-                    weights[gram] = count * (math.log(len(wanted)) - math.log(max(pictures, 1)))
+                    n_images = sum(any(gram in grams(one, n) for one in several) for several in wanted)
+                    weights[gram] = count * (math.log(len(wanted)) - math.log(max(n_images, 1)))
                 return weights
 
             ours = weigh(candidate)
@@ -99,14 +99,14 @@ def test_cider_is_its_formula() -> None:
 
 
 def test_the_right_words_are_perfect() -> None:
-    """However they are written: both sides are split the same way."""
+    """In any spelling: both sides are tokenized in the same way."""
     wanted = rows(("A man rides a wave.",), ("A brown dog runs on grass.",))
     scores = score(wanted, {0: "a man rides a wave", 1: "A Brown dog runs, on grass"})
     assert scores.values == pytest.approx({"CIDEr": 10.0, "BLEU-4": 1.0, "ROUGE-L": 1.0})
 
 
 def test_bleu_and_rouge_by_hand() -> None:
-    """Six words of six right but for one: n-grams 5/6, 3/5, 2/4 and 1/3; a common subsequence of 5 in 6 and 6."""
+    """Five of six words match: n-grams 5/6, 3/5, 2/4 and 1/3; a common subsequence of 5 in 6 and 6."""
     wanted = rows(("a man rides a tall wave",), ("a dog",))
     scores = score({0: wanted[0]}, {0: "a man rides a big wave"})
     assert scores.values["BLEU-4"] == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)

@@ -1,4 +1,4 @@
-"""`qwenvl eval` as a whole: on the tiny random model, on right answers, and on answers out of a file."""
+"""`qwenvl eval` end to end: on the tiny random model, on right answers, and on answers from a file."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def needs(task: str) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`qwenvl eval` in an empty folder; returns the JSON that it prints."""
+    """Run `qwenvl eval` in an empty folder, and return the printed JSON."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> Any:
@@ -70,7 +70,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def data(task: str) -> str:
-    """The data set with its pictures in the working directory."""
+    """The data set with its images in the working directory."""
     lines = []
     for number, row in enumerate(DATA[task]):
         draw(held_out(number).scenes[0]).save(f"{number}.png")
@@ -103,7 +103,7 @@ def values(task: str, figures: dict[str, Any]) -> list[float]:
 
 
 @pytest.mark.parametrize("task", DATA)
-def test_the_random_model_is_asked_and_knows_nothing(task: str, tiny_exported: Path, run: Run) -> None:
+def test_the_random_model_scores_low(task: str, tiny_exported: Path, run: Run) -> None:
     needs(task)
     figures = run(task, data(task), *stages(tiny_exported), "--output", "out.jsonl")
     assert figures["n"] == 2
@@ -112,7 +112,7 @@ def test_the_random_model_is_asked_and_knows_nothing(task: str, tiny_exported: P
     assert [line["id"] for line in out] == [row[KEYS[task]] for row in DATA[task]]
     assert all(set(line) == {"id", "text", "score"} for line in out)
     assert any(line["text"] for line in out)
-    # The same figures out of the file, without the model.
+    # The same figures from the file, without the model.
     assert run(task, "data.jsonl", "--predictions", "out.jsonl") == figures
 
 
@@ -123,7 +123,7 @@ def test_right_answers_are_right(
     needs(task)
     monkeypatch.setattr(ask, "answers", lambda pair, requests, options: iter(RIGHT[task]))
     figures = run(task, data(task), *stages(tiny_exported), "--output", "out.jsonl")
-    # A picture with two different captions has more words than one answer can say.
+    # An image with two different captions has more words than one answer can match.
     expected = [1.0] if task != "captions" else pytest.approx([7.5, 1.0, 1.0], abs=2.5)
     assert values(task, figures) == expected
     assert [line["text"] for line in read("out.jsonl")] == RIGHT[task]
@@ -141,7 +141,7 @@ def test_figures_in_between(run: Run) -> None:
 
 
 def test_the_prompts_are_the_official_ones(tiny_exported: Path) -> None:
-    """As eval_mm of the Qwen-VL repository has them, behind the picture."""
+    """The prompts of eval_mm in the Qwen-VL repository, after the image."""
     tokenizer = QwenVL.from_exported(tiny_exported / "vision/vision", tiny_exported / "text/qwen").tokenizer
     asked: list[tuple[Row, str]] = [
         (GroundingRow(image="x.png", **GROUNDING[0]), "<ref>the red circle</ref><box>"),
@@ -164,10 +164,10 @@ def test_a_question_cannot_bring_tags(tiny_exported: Path) -> None:
     assert special.count(tokenizer.img_start_id) == 1
 
 
-def test_answers_are_what_the_model_says_to_prompt_and_picture(tiny_exported: Path) -> None:
+def test_answers_are_the_model_s_completions(tiny_exported: Path) -> None:
     pair = QwenVL.from_exported(tiny_exported / "vision/vision", tiny_exported / "text/qwen")
     requests = [
-        ask.Question("data:image/png;base64," + picture, "What is it? Answer:") for picture in (BLACK, WHITE)
+        ask.Question("data:image/png;base64," + image, "What is it? Answer:") for image in (BLACK, WHITE)
     ]
     options = GenerationOptions(max_new_tokens=8, min_new_tokens=8)
     said = list(ask.answers(pair, requests, options))
@@ -206,7 +206,7 @@ def test_demo_exports_the_shipped_model_and_asks_it(run: Run) -> None:
 def test_demo_marks_answers(
     wrong: bool, tiny_exported: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An oracle gets all there is; one with other letters and tiny boxes gets nothing."""
+    """An oracle scores 1; with changed letters and tiny boxes it scores 0."""
 
     def oracle(sample: Any) -> str:
         answer = sample.turns[0].answer
@@ -224,7 +224,7 @@ def test_demo_marks_answers(
         assert rate["hits"] == (0 if wrong else rate["n"]), name
 
 
-def test_tables_for_people(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_tables(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     for task, expected in (
         ("grounding", r"IoU of at least 0\.5 +100\.00 %  \[34\.2, 100\.0\]  2 of 2"),
         ("vqa", r"vqa  100\.00  \(2 questions\)"),

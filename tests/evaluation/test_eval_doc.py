@@ -1,4 +1,4 @@
-"""The rows and prompts of docs/eval.md are those of the code."""
+"""Rows and prompts of docs/eval.md match the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Referring expressions: which box of an answer counts, and where it lies."""
+"""Referring expressions: the box of an answer that is scored, and its coordinates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intersection over union, against counted pixels."""
+"""Intersection over union compared with counted pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIDE = 12
 
 @st.composite
 def boxes(draw: st.DrawFn) -> Corners:
-    """A box of whole pixels, which may be empty."""
+    """Random box with integer coordinates, possibly empty."""
     left, right = sorted(draw(st.tuples(st.integers(0, SIDE), st.integers(0, SIDE))))
     top, bottom = sorted(draw(st.tuples(st.integers(0, SIDE), st.integers(0, SIDE))))
     return left, top, right, bottom

@@ -11,7 +11,7 @@ from paddlemix_qwenvl_plugin.evaluation.rates import Rate
 
 @pytest.mark.parametrize(("hits", "n"), [(10, 10), (0, 7), (81, 100), (1, 3)])
 def test_wilson_interval_is_where_the_normal_test_rejects(hits: int, n: int) -> None:
-    """The interval's ends p are those with |hits / n - p| = 1.96 sqrt(p (1 - p) / n): found here by bisection."""
+    """The interval's ends p satisfy |hits / n - p| = 1.96 sqrt(p (1 - p) / n), found by bisection."""
 
     def far(p: float) -> bool:
         return abs(hits / n - p) > 1.96 * math.sqrt(p * (1 - p) / n)
@@ -39,7 +39,7 @@ def test_published_intervals(hits: int, n: int, low: float, high: float) -> None
     assert Rate(hits, n).interval() == pytest.approx((low, high), abs=5e-5)
 
 
-def test_nothing_tried_says_nothing() -> None:
+def test_no_trials() -> None:
     assert Rate(0, 0).interval() == (0.0, 1.0)
     assert math.isnan(Rate(0, 0).value)
     assert Rate(0, 0).as_dict()["value"] is None

@@ -1,4 +1,4 @@
-"""What rounded weights cost the demo model on the engine: 16 and 8 bits a point at most, 4 bits three."""
+"""Accuracy loss of the demo model on the engine by storage type: 16 and 8 bits at most a point, 4 bits three."""
 
 from __future__ import annotations
 

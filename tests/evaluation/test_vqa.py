@@ -41,7 +41,7 @@ def test_accuracy_is_the_mean_over_all_but_one(answer: str, people: list[str]) -
         ("ten o'clock", "10 o'clock"),
         ("dont know", "don't know"),
         ("whats that", "what's that"),
-        ("its well", "its well"),  # words of their own
+        ("its well", "its well"),  # other words
         ("dog's", "dog's"),
         ("5:30", "5:30"),
         ("3.5 m.", "3.5 m"),
@@ -70,7 +70,7 @@ def test_exact_match() -> None:
 
 @cache
 def distance(a: str, b: str) -> int:
-    """Levenshtein's, by its definition."""
+    """Levenshtein distance by its definition."""
     if not a or not b:
         return len(a) + len(b)
     if a[0] == b[0]:

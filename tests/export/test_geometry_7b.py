@@ -1,6 +1,6 @@
-"""The sizes of the real 7B model, with one layer of each kind: export, its memory, and an answer.
+"""Export, its memory, and an answer in the geometry of the 7B model with one layer of each kind.
 
-The weights are a short random pattern repeated: 3 GB of real random numbers would cost more time than the test.
+The weights are a short random pattern repeated: generating 3 GB of random numbers would take longer than the test.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from geometry_7b import CONFIG, write_model
 GIB = 1024**3
 FREE_GIB_NEEDED = 14
 
-# Runs a piece of code and prints how far the peak resident memory rose above what importing Paddle takes.
+# Runs code and prints the peak resident memory above that of importing Paddle.
 MEASURE = """
 import resource, sys
 import paddle, paddlemix_qwenvl_plugin.export.export, paddlemix_qwenvl_plugin.checkpoint.convert
@@ -47,7 +47,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
-    """The exports and the rise of the peak memory in bytes that each took."""
+    """The exports and the increase of peak memory of each, in bytes."""
     folder = tmp_path_factory.mktemp("7b-exported")
     export = "from paddlemix_qwenvl_plugin.export.export import export_{0}; export_{0}"
     rises = {
@@ -66,7 +66,7 @@ def exported(model, tmp_path_factory):
 def test_export_memory(exported, stage):
     folder, rises = exported
     weights = (folder / f"{stage}.pdiparams").stat().st_size
-    # The smaller stage has a floor: Paddle's own working memory for building programs.
+    # Lower bound for the smaller stage: Paddle's working memory for building programs.
     assert rises[stage] <= max(1.3 * weights, 300e6), (
         f"{rises[stage] / 1e9:.2f} GB for {weights / 1e9:.2f} GB of weights"
     )
@@ -94,7 +94,7 @@ def test_convert_memory(tmp_path):
 
 
 def test_answers(exported):
-    """Both graphs run: a picture's features, then tokens that depend on them."""
+    """Run both graphs: image features, then tokens that depend on them."""
     folder, _ = exported
     code = f"""
 import numpy as np

@@ -1,4 +1,4 @@
-"""What the exported programs say of themselves, read back by Paddle."""
+"""Properties of the exported programs, read by Paddle."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def test_declared_contract(golden):
 
 @pytest.mark.parametrize(("dtype", "printed"), [("float16", "f16"), ("bfloat16", "bf16")])
 def test_half_programs_hold_their_type(golden, tmp_path, dtype, printed):
-    """The float64 stand-in is gone, products run in the half type, norms and softmax in float32."""
+    """No float64 stand-in is left, products run in the half type, norms and softmax in float32."""
     model = golden("a")
     export_vision(model.folder, tmp_path / "vision", dtype)
     export_language(model.folder, tmp_path, "qwen", dtype)
-    # Paddle's reader wants the parameters under the program's own name.
+    # Paddle's reader expects the parameters under the name of the program.
     (tmp_path / "qwen.step.pdiparams").symlink_to(tmp_path / "qwen.pdiparams")
     for name in ("vision", "qwen", "qwen.step"):
         text = loaded(tmp_path / f"{name}.json")
@@ -118,7 +118,7 @@ def test_no_leftovers(golden):
 
 
 def test_programs_name_no_path_of_this_machine(golden):
-    """Paddle keeps each operator's callers in legacy programs."""
+    """Paddle saves each operator's call stack in legacy programs."""
     model = golden("a")
     programs = [*model.vision.parent.iterdir(), *model.language.parent.iterdir()]
     programs = [path for path in programs if path.suffix in (".json", ".pdmodel")]

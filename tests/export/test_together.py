@@ -1,4 +1,4 @@
-"""The files of a stage appear together or none does, whatever ends an export."""
+"""Atomic export: all files of a stage are replaced or none, however the export ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
-# Ends where the weights are written: the longest part of an export of a large model.
+# Killed while the weights are written, the longest part of a large export.
 KILLED = """
 import os, signal, sys
 from paddlemix_qwenvl_plugin.export import export
@@ -33,7 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """A model unlike the tiny one that is exported already: other weights, config and vocabulary."""
+    """A model that differs from the exported tiny one in weights, config and vocabulary."""
     make_tiny(tmp_path / "other", seed=5)
     for name in ("config.json", "qwen.tiktoken"):
         path = tmp_path / "other" / name
@@ -50,12 +50,12 @@ def leftovers(folder: Path) -> list[Path]:
     return list(folder.glob(".*"))
 
 
-@pytest.mark.parametrize("spoil", ["weights", "disk"])
+@pytest.mark.parametrize("cause", ["weights", "disk"])
 def test_a_failed_export_leaves_the_good_one(
-    spoil: str, other: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    cause: str, other: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(text)
-    if spoil == "disk":
+    if cause == "disk":
 
         def full(path: Path, *rest: object) -> None:
             path.write_bytes(bytes(1000))
@@ -84,7 +84,7 @@ def test_a_killed_export_leaves_the_good_one_and_is_cleaned_up(other: Path, text
     (foreign / "lock").touch()
     in_use = text / ".export-qwen-in-use"
     in_use.mkdir()
-    # As another process holds it: a lock object of its own.
+    # A separate lock object, as of another process.
     with FileLock(in_use / "lock"):
         export_language(other, text, "qwen", engine="portable")
     assert set(leftovers(text)) == {foreign, in_use}
@@ -95,7 +95,7 @@ def test_a_killed_export_leaves_the_good_one_and_is_cleaned_up(other: Path, text
 
 
 @pytest.mark.parametrize("prefix", ["config", "tokenizer_config", "generation_config"])
-def test_a_prefix_that_would_write_over_the_model(prefix: str, other: Path, tmp_path: Path) -> None:
+def test_a_prefix_that_would_overwrite_the_model(prefix: str, other: Path, tmp_path: Path) -> None:
     before = contents(other)
     for out in (other, tmp_path / "new"):
         with pytest.raises(UsageError, match=rf"{prefix}\.json; name another prefix"):
@@ -106,7 +106,7 @@ def test_a_prefix_that_would_write_over_the_model(prefix: str, other: Path, tmp_
     assert not (tmp_path / "new").exists()
 
 
-def test_a_file_of_the_model_by_another_way_there(other: Path, tmp_path: Path) -> None:
+def test_a_file_of_the_model_by_another_path(other: Path, tmp_path: Path) -> None:
     (other / "notes.json").write_text("mine")
     (tmp_path / "link").symlink_to(other)
     with pytest.raises(UsageError, match=r"notes\.json"):
@@ -123,7 +123,7 @@ def test_exporting_into_the_model_folder_twice(other: Path) -> None:
 
 
 def test_another_models_files_are_left_alone(other: Path, text: Path, tmp_path: Path) -> None:
-    """Where an export has put such files, the next one replaces them; a model's own are nobody else's."""
+    """The next export replaces files of an earlier export, but not those of a model."""
     third = tmp_path / "third"
     make_tiny(third, seed=6)
     before = contents(third)

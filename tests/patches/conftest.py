@@ -11,7 +11,7 @@ from paddlemix_qwenvl_plugin.upstream import patches, pins
 
 @pytest.fixture(params=["paddlenlp", "paddlemix"])
 def tree(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MadeUp:
-    """A made-up checkout, at what the pins now say is the pinned commit."""
+    """A fake checkout, whose commit is the pinned one in changed pins."""
     if shutil.which("git") is None:
         pytest.skip("git is not on PATH; install it")
     real = pins.load()

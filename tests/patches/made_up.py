@@ -1,4 +1,4 @@
-"""Small git trees that hold the lines the shipped patches change, in files of the same paths, and nothing else."""
+"""Small git trees with only the lines that the shipped patches change, in files of the same paths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HUNK = re.compile(r"^@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@", re.MULTILINE)
 
 
 def git(folder: Path, *arguments: str, stdin: str = "") -> str:
-    who = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.com", "-c", "commit.gpgsign=false")
+    who = ("-c", "user.name=test", "-c", "user.email=test@example.com", "-c", "commit.gpgsign=false")
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
     done = subprocess.run(
         ["git", *who, *arguments],
@@ -29,7 +29,7 @@ def git(folder: Path, *arguments: str, stdin: str = "") -> str:
 
 
 def before(patch_text: str) -> dict[str, str]:
-    """Path -> a file with the lines a patch wants, where it wants them, and filler above."""
+    """Path -> file with the lines that a patch expects at their positions, below filler lines."""
     files = {}
     for part in re.split(r"^diff --git ", patch_text, flags=re.MULTILINE)[1:]:
         path = part.split()[0][len("a/") :]
@@ -44,7 +44,7 @@ def before(patch_text: str) -> dict[str, str]:
 
 @dataclass
 class MadeUp:
-    """A made-up checkout of one upstream, and patches as shipped but for its own commit and blob ids."""
+    """A fake checkout of one upstream, and the shipped patches with its commit and blob ids."""
 
     root: Path
     patches: Path

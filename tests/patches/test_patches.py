@@ -1,4 +1,4 @@
-"""Applying and reverting the patches, on made-up trees."""
+"""Apply and revert the patches on fake trees."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(*arguments: object) -> Result:
 
 
 def refusal(result: Result) -> str:
-    """The line of a refusal; it must be one of exit code 1."""
+    """Error line of a refusal with exit code 1."""
     assert isinstance(result.exception, QwenVLError), result.output
     assert result.exception.exit_code == 1
     return str(result.exception)
@@ -115,7 +115,7 @@ def test_changes_of_others_on_top_of_a_patch(tree: MadeUp, command: str) -> None
     assert tree.snapshot() == before
 
 
-def test_changes_elsewhere_are_let_be(tree: MadeUp) -> None:
+def test_changes_elsewhere_are_kept(tree: MadeUp) -> None:
     tree.edit("README.md")
     (tree.root / "new.txt").write_text("mine\n", encoding="utf-8")
     before = tree.snapshot()
@@ -218,7 +218,7 @@ def test_patches_that_touch_the_same_file(tree: MadeUp) -> None:
 def test_shipped_dir(tmp_path: Path) -> None:
     package = tmp_path / "site" / "paddlemix_qwenvl_plugin"
     package.mkdir(parents=True)
-    (tmp_path / "site" / "patches").mkdir()  # somebody else's
+    (tmp_path / "site" / "patches").mkdir()  # of another package
     with pytest.raises(QwenVLError, match="install the package again"):
         patches.shipped_dir(package)
     (tmp_path / "site" / "pyproject.toml").touch()
@@ -228,7 +228,7 @@ def test_shipped_dir(tmp_path: Path) -> None:
 
 
 def test_shipped_patches_hold_little_of_upstream() -> None:
-    """At most one line of context beside a change, and none in a hunk's head."""
+    """At most one line of context next to a change, and none in a hunk's header."""
     paths = list(patches.shipped_dir().rglob("*.patch"))
     assert {path.parent.parent.name for path in paths} == {one.name for one in pins.load().upstreams}
     for path in paths:

@@ -1,4 +1,4 @@
-"""The pins file, against packages' own rules and against the recorded facts."""
+"""The pins file, compared with packages' rules and recorded facts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from paddlemix_qwenvl_plugin.upstream import pins
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# An environment in which both generations were seen to import.
+# An environment in which both generations can be imported.
 GOOD = {
     "paddlepaddle": "3.3.1",
     "paddlenlp": "3.0.0b0",
@@ -28,7 +28,7 @@ GOOD = {
 
 
 def broken(**changes: str) -> list[str]:
-    """Names of what is broken in GOOD with changes; a version of "" takes the package away."""
+    """Names of the broken combinations in GOOD with changes; version "" removes the package."""
     versions = {**GOOD, **{name.replace("_", "-"): version for name, version in changes.items()}}
     versions = {name: version for name, version in versions.items() if version}
     return [one.name for one in pins.load().broken if one.matches(versions)]
@@ -76,7 +76,7 @@ def test_no_set_of_the_documents_is_broken() -> None:
         for wanted in map(Requirement, requirements):
             pinned = [one.version for one in wanted.specifier if one.operator == "=="]
             below = [one.version for one in wanted.specifier if one.operator == "<"]
-            # "<75": 75 itself would be out, and anything below is as good as "0".
+            # "<75": excludes 75, and any lower version will do, such as "0".
             exact[wanted.name] = pinned[0] if pinned else "0" if below else "1"
         assert [one.name for one in pins.load().broken if one.matches(exact)] == []
 
@@ -100,7 +100,7 @@ def test_names_are_unique_and_pins_frozen() -> None:
         ("upstreams:", "upstreams: [", "pins.yaml"),
     ],
 )
-def test_a_slip_in_the_file_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
+def test_an_error_in_the_file_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
     text = (Path(pins.__file__).with_name("pins.yaml")).read_text(encoding="utf-8")
     assert old in text
     path = tmp_path / "pins.yaml"
@@ -111,6 +111,6 @@ def test_a_slip_in_the_file_is_named(tmp_path: Path, old: str, new: str, says: s
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(QwenVLError, match="install the package again"):
         pins.load(tmp_path / "none.yaml")

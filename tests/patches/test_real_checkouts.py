@@ -80,7 +80,7 @@ def test_an_archive_without_git(name: str, tmp_path: Path) -> None:
 
 
 def package(folder: Path, name: str, entry_points: str) -> None:
-    """What pip would leave of an installed package, as far as its entry points go."""
+    """Installed metadata of a package with its entry points."""
     info = folder / f"{name}-1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n", encoding="utf-8")
@@ -102,7 +102,7 @@ def run_start(paddlenlp: Path, python: str, *path: Path, then: str = "") -> subp
 
 
 def interpreter(minor: int) -> str:
-    """Python 3.`minor` itself: what is on PATH may be a script that starts it."""
+    """Path of the Python 3.`minor` binary: the command on PATH may be a wrapper script."""
     found = shutil.which(f"python3.{minor}")
     command = [found or "", "-c", "import sys; print(sys.executable)"]
     done = subprocess.run(command, capture_output=True, text=True, check=False) if found else None
@@ -128,7 +128,7 @@ def test_import_calls_every_plugin(paddlenlp: Path, tmp_path: Path, minor: int |
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert sorted(lines[:-1]) == ["better", "good"]
-    assert lines[-1].startswith("2.")  # and the import went on
+    assert lines[-1].startswith("2.")  # and the import continued
     told = sorted(line for line in done.stderr.splitlines() if line)
     assert [line.split(" (")[0] for line in told] == [f"paddlenlp.plugins: {one} failed" for one in "BC"]
     assert "ValueError('not today')" in told[0]
@@ -148,7 +148,7 @@ def test_import_with_damaged_metadata(paddlenlp: Path, tmp_path: Path) -> None:
 
 
 def test_import_activates_this_plugin(paddlenlp: Path, tmp_path: Path) -> None:
-    """By the entry point of pyproject.toml, as installed; -S keeps Python from reading the .pth file."""
+    """By the installed entry point; with -S Python does not read the .pth file."""
     repo = Path(__file__).resolve().parents[2]
     pyproject = (repo / "pyproject.toml").read_text(encoding="utf-8")
     declared = re.search(
@@ -174,7 +174,7 @@ def test_validate_pdmodel_on_a_cpu(paddlenlp: Path, tmp_path: Path, pir: str) ->
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "UNEXPECTED OP<print>" in done.stdout  # the graph has one, and the function looks for them
+    assert "UNEXPECTED OP<print>" in done.stdout  # the graph has one, which the function finds
 
 
 _VALIDATE = """
@@ -223,7 +223,7 @@ def test_the_guard_picks_a_branch(paddlenlp: Path, architecture: int | None, int
 
 
 def test_add_mul_compiles(paddlenlp: Path, tmp_path: Path) -> None:
-    """For the oldest GPUs that this nvcc knows and for sm_80; the whole file needs a GPU build of Paddle."""
+    """For the oldest GPUs that this nvcc supports and for sm_80; the whole file needs a GPU build of Paddle."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on PATH; install the CUDA toolkit")
@@ -259,7 +259,7 @@ def name_of(node: ast.expr) -> str:
 
 
 def has_no_hash(node: ast.ClassDef) -> bool:
-    """Whether instances of a class cannot be hashed: it, or the dataclass decorator for it, makes an __eq__ alone."""
+    """Whether a class is unhashable: it, or its dataclass decorator, defines __eq__ without __hash__."""
     methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
     if "__hash__" in methods:
         return False
@@ -270,9 +270,9 @@ def has_no_hash(node: ast.ClassDef) -> bool:
 
 
 def unhashable_defaults(roots: list[Path]) -> set[str]:
-    """CLASS.FIELD of each dataclass field whose default is a list, dict or set, or an instance without a hash.
+    """CLASS.FIELD of each dataclass field whose default is a list, dict or set, or an unhashable instance.
 
-    Classes are matched by their bare names, so this may find too much, but not too little.
+    Classes are matched by unqualified name, so the result may contain false positives, but misses none.
     """
     classes: list[ast.ClassDef] = []
     for path in (path for root in roots for path in root.rglob("*.py")):
@@ -307,7 +307,7 @@ def test_no_unhashable_dataclass_defaults(paddlemix: Path, tmp_path: Path) -> No
     roots = ("paddlemix", "ppdiffusers/ppdiffusers", "deploy")
     assert unhashable_defaults([paddlemix / root for root in roots]) == set()
     stock = checkout("paddlemix", tmp_path)
-    # The scan does see what the patch mends.
+    # The scan finds what the patch fixes.
     wanted = {"CLAPConfig.audio_cfg", "CLAPConfig.text_cfg"}
     assert unhashable_defaults([stock / root for root in roots]) == wanted
 

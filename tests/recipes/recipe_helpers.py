@@ -1,4 +1,4 @@
-"""Write a recipe file and run `qwenvl` on it as a person would: in a process, from an empty folder."""
+"""Write a recipe file, and run `qwenvl` on it in a process, from an empty folder."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A test run that was started in the background has SIGINT ignored, and children inherit that.
+        # A test run in the background ignores SIGINT, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
 
 
 def qwenvl(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `qwenvl ARGUMENTS` in `folder` to its end."""
+    """Run `qwenvl ARGUMENTS` in `folder` and wait for it."""
     process = start(folder, *arguments)
     out, err = process.communicate(timeout=60)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def run_folder(folder: Path) -> Path:
-    """The one run folder under `folder`/runs."""
+    """The only run folder under `folder`/runs."""
     (found,) = (folder / "runs").iterdir()
     return found
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """results.json of the one run under `folder`/runs."""
+    """results.json of the only run under `folder`/runs."""
     data: dict[str, Any] = json.loads((run_folder(folder) / "results.json").read_text())
     return data

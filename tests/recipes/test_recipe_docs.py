@@ -19,7 +19,7 @@ def block(language: str) -> str:
 
 
 def steady(text: str) -> str:
-    """Without what differs from run to run: dates, folders, seconds."""
+    """Remove the variable parts: dates, folders, seconds."""
     text = re.sub(r"/\S*/runs/\d{8}-\d{6}-", "RUNS/", text)
     return re.sub(r"\d+(\.\d)? s\b", "N s", text)
 

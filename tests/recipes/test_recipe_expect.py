@@ -1,4 +1,4 @@
-"""Each check on values that pass and values that just do not."""
+"""Each check on values that pass and values that narrowly fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`qwenvl run` on recipes whose steps are small Python programs, in processes of their own."""
+"""`qwenvl run` on recipes whose steps are small Python programs, in separate processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recipe_helpers import qwenvl, recipe, results, run_folder, start, step, wri
 from paddlemix_qwenvl_plugin.recipes import environment
 
 WRITE = "import json, sys; json.dump({'value': int(sys.argv[2])}, open(sys.argv[1], 'w'))"
-# Starts a child, reports its process id, and waits: whoever ends the step must end the child as well.
+# Starts a child, reports its process id, and waits: ending the step must end the child as well.
 WAIT_WITH_CHILD = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -33,7 +33,7 @@ def is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    # An orphan that has ended but was not collected yet does not count.
+    # Ignore a zombie: an orphan that has ended but was not reaped yet.
     stat = Path(f"/proc/{pid}/stat")
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
@@ -197,7 +197,7 @@ def test_interrupt_ends_the_process_group_and_keeps_the_results(
     assert recorded["steps"][1]["seconds"] > 0
 
 
-def test_step_that_ignores_being_asked_to_stop(tmp_path: Path) -> None:
+def test_step_that_ignores_sigterm(tmp_path: Path) -> None:
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf'); time.sleep(60)"
     done = qwenvl(tmp_path, "run", write(tmp_path, recipe(steps=[step("a", code, timeout_seconds=1)])))
     assert done.returncode == 1
@@ -298,7 +298,7 @@ def test_missing_asset_and_wrong_digest(tmp_path: Path) -> None:
     (tmp_path / "right").write_bytes(b"abc")
     (tmp_path / "wrong").write_bytes(b"abd")
     (tmp_path / "open").write_bytes(b"anything")
-    # Of "abc", as FIPS 180-2 gives it.
+    # Digest of "abc" from FIPS 180-2.
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assets = [
         {"name": "right", "path": "right", "sha256": digest},

@@ -1,4 +1,4 @@
-"""What a recipe may contain, read through the loader; every mistake is one line that names its key."""
+"""Recipe schema through the loader; every error is one line that names the key."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def error_of(path: Path, *overrides: str) -> str:
         (recipe(steps=[{"name": "a", "run": ""}]), ": steps.a.run: "),
         (recipe(steps=[{"name": "a", "run": "echo 'open"}]), ": steps.a.run: No closing quotation"),
         (recipe(steps=[{"name": "a"}]), ": steps.a.run: this key is required"),
-        (recipe(steps=[step("a", "1"), step("a", "2")]), ": steps: two are named 'a'"),
+        (recipe(steps=[step("a", "1"), step("a", "2")]), ": steps: duplicate name 'a'"),
         (recipe(bench={"step": "no", "repeat": 1}), ": bench.step: no step 'no'; steps: only"),
         (recipe(requires={"paddle": "3.0"}), ": requires.paddle: not a version range"),
         (recipe(requires={"packages": ["numpy=="]}), ": requires.packages.0: not a requirement"),
@@ -87,7 +87,7 @@ def test_mistake_is_one_line_naming_file_and_key(tmp_path: Path, data: Any, expe
         ),
         (recipe(steps=[step("a", "pass", "${seed")]), "steps.a.run: '${' without its '}' in '${seed'"),
         (recipe(steps=[step("a", "pass", "${assets.b}")]), "steps.a.run: unknown ${assets.b}"),
-        (recipe(steps=[step("a", "pass", "${seed}")]), "steps.a.run: unknown ${seed}"),  # there is no seed
+        (recipe(steps=[step("a", "pass", "${seed}")]), "steps.a.run: unknown ${seed}"),  # no seed is set
         (recipe(env={"X": "${HOME}"}), "env.X: unknown ${HOME}"),
         (recipe(expect=[{"file": "${rundir}/a"}]), "expect.0.file: unknown ${rundir}"),
         (recipe(assets=[{"name": "a", "path": "${run_dir}/x"}]), "assets.a.path: unknown ${run_dir}"),
@@ -197,7 +197,7 @@ def test_resolved_recipe_is_a_recipe_for_the_same_run(
     assert again.expect[0].check == "equals"
 
 
-def test_find_prefers_the_wheels_recipes_and_ignores_strangers(tmp_path: Path) -> None:
+def test_find_prefers_the_wheels_recipes_and_ignores_other_folders(tmp_path: Path) -> None:
     package, beside = tmp_path / "site" / "package", tmp_path / "site" / "recipes"
     package.mkdir(parents=True)
     beside.mkdir()

@@ -16,11 +16,11 @@ from paddlemix_qwenvl_plugin.recipes import commands, loader
 
 SHIPPED = sorted((REPO / "recipes").glob("*.yaml"))
 NAMES = [path.stem for path in SHIPPED]
-# Those that export both stages and predict, step by step.
+# Recipes that export both stages and predict, in separate steps.
 FLOWS = [name for name in NAMES if name != "demo-cpu"]
 
 
-def test_there_are_recipes() -> None:
+def test_recipes_are_shipped() -> None:
     assert {"demo-cpu", "tiny-cpu", "qwen-vl-7b", "qwen-vl-chat-7b"} <= set(NAMES)
 
 
@@ -41,7 +41,7 @@ def test_dry_run_of_a_shipped_recipe(tmp_path: Path, name: str) -> None:
     assert len(commands) == len(loader.load(loader.find(name)).steps)
     predict = commands[-1]
     assert predict[3] == "predict"
-    # What predict reads is what the exports before it write.
+    # predict reads the files that the exports before it write.
     vision, language = commands[-3], commands[-2]
     value = lambda command, flag: command[command.index(flag) + 1]  # noqa: E731
     assert value(predict, "--first_model_path") == value(vision, "--save_path")

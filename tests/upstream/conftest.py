@@ -20,7 +20,7 @@ def stock(golden: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], WheelEnvironment]:
-    """wheel("3.0.0b0"): an environment with that wheel of PaddleNLP and this checkout."""
+    """Factory of environments with this checkout and the PaddleNLP wheel of a version."""
     made: dict[str, WheelEnvironment] = {}
 
     def get(version: str) -> WheelEnvironment:

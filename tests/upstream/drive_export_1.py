@@ -1,4 +1,4 @@
-"""Run as a process: export model folders in the way of generation 1's export_model.py, each DTYPE FOLDER OUTPUT."""
+"""Process: export model folders, each DTYPE FOLDER OUTPUT, like generation 1's export_model.py."""
 
 from __future__ import annotations
 

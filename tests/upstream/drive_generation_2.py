@@ -1,4 +1,4 @@
-"""What generation 2's scripts have in common: tokenizer and model, in the way of its create_predictor."""
+"""Common part of generation 2's scripts: tokenizer and model, created like in its create_predictor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Use AutoModelMIX as PaddleMIX's own scripts do: MODEL IMAGES.npy FEATURES.npy."""
+"""Process: use AutoModelMIX like PaddleMIX's scripts: MODEL IMAGES.npy FEATURES.npy."""
 
 from __future__ import annotations
 

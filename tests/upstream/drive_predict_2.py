@@ -1,4 +1,4 @@
-"""Run as a process: FOLDER answers texts, in the way of generation 2's dynamic predictor; tokens go to stdout."""
+"""Process: answer texts with the model FOLDER like generation 2's dynamic predictor; print the tokens."""
 
 from __future__ import annotations
 

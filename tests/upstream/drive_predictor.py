@@ -1,4 +1,4 @@
-"""Run as a process: the Predictor of a deploy/qwen_vl folder answers queries; token ids go to a file as JSON."""
+"""Process: answer queries with the Predictor of a deploy/qwen_vl folder; write token ids to a JSON file."""
 
 from __future__ import annotations
 

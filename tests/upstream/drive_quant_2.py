@@ -1,4 +1,4 @@
-"""Run as a process: export FOLDER to OUTPUT with QUANT_TYPE in the way of generation 2."""
+"""Process: export FOLDER to OUTPUT with QUANT_TYPE like generation 2."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Run as a process: what PaddleNLP's and Paddle's modules hold, as JSON, with the plugin or without it.
+"""Process: print the contents of PaddleNLP's and Paddle's modules as JSON, with or without the plugin.
 
-Without it the inference models of 3.0.0b4 do not import; what they lack is given here then, for the comparison.
+Without the plugin the inference models of 3.0.0b4 cannot be imported; this script then provides the missing names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def attempt(call: Any) -> str:
 
 
 def identity(value: Any) -> str:
-    """Where a function or a class comes from, which a replacement would change; of other values only the type."""
+    """Origin of a function or class, which a replacement would change; of other values the type."""
     if isinstance(value, (classmethod, staticmethod)):
         value = value.__func__
     if inspect.isclass(value):
@@ -51,7 +51,7 @@ operators = []
 failed = attempt(lambda: importlib.import_module(MODELS))
 if os.environ["QWENVL_PLUGIN"] == "1":
     model: dict[str, Any] = {"__name__": f"{MODELS}.generation_utils"}
-    exec("from paddlenlp_ops import rebuild_padding_v2", model)  # as the models do, inside their functions
+    exec("from paddlenlp_ops import rebuild_padding_v2", model)  # like the models inside their functions
     operators = [attempt(model["rebuild_padding_v2"]), attempt(lambda: functional.fused_moe())]
 elif failed:
     for name in [name for name in sys.modules if name.startswith(MODELS)]:

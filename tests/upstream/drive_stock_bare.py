@@ -1,9 +1,9 @@
-"""Run as a process: the stock predictor script, where PaddleNLP is there and little of what it and PaddleMIX import.
+"""Process: run the stock predictor script with PaddleNLP but few of the packages that it and PaddleMIX import.
 
-drive_stock_bare.py TREE PICTURE ARGUMENT…: TREE is a PaddleMIX at the pinned commit, ARGUMENTs are the script's. The
-script, PaddleMIX's processor and tokenizer and PaddleNLP are the real ones, unmodified. Packages that are not installed
-are stood in for by modules that have any name; PaddleMIX's packages are entered without their __init__, which import
-every model. The picture that the script would download is the file PICTURE.
+drive_stock_bare.py TREE IMAGE ARGUMENT…: TREE is a PaddleMIX at the pinned commit, ARGUMENTs are the script's. The
+script, PaddleMIX's processor and tokenizer and PaddleNLP are the real ones, unmodified. Missing packages
+are replaced by modules that have every name; PaddleMIX's packages are imported without their __init__, which import
+every model. The image that the script would download is the file IMAGE.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-# What PaddleNLP 3.0.0b0 and these modules of PaddleMIX import and do not use here.
+# Packages that PaddleNLP 3.0.0b0 and these modules of PaddleMIX import but do not use here.
 UNUSED = (
     *("aistudio_sdk", "colorlog", "cv2", "datasets", "dill", "emoji", "fastapi", "jieba", "multiprocess"),
     *("omegaconf", "onnx", "paddle2onnx", "ppdiffusers", "rouge", "seqeval", "uvicorn", "visualdl"),
@@ -30,7 +30,7 @@ BARE = ("", ".processors", ".models", ".models.qwen_vl", ".utils")
 
 
 class Anything:
-    """Takes all that is done to it while modules are imported."""
+    """Object that accepts every operation during imports."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -54,7 +54,7 @@ class StandIn(ModuleType):
 
 
 class StandIns(MetaPathFinder, Loader):
-    """Makes the modules of packages that are not there."""
+    """Finder that creates the modules of missing packages."""
 
     def __init__(self, packages: set[str]) -> None:
         self._packages = packages
@@ -71,14 +71,14 @@ class StandIns(MetaPathFinder, Loader):
 
 
 def enter(name: str, folder: Path) -> ModuleType:
-    """A package whose modules are the real ones and whose __init__ is not run."""
+    """Package with its real modules, without running its __init__."""
     package = ModuleType(name)
     package.__path__ = [str(folder)]
     sys.modules[name] = package
     return package
 
 
-def main(tree: Path, picture: Path, arguments: list[str]) -> None:
+def main(tree: Path, image: Path, arguments: list[str]) -> None:
     sys.meta_path.append(StandIns({name for name in UNUSED if importlib.util.find_spec(name) is None}))
     for name, now in {"float_": np.float64, "bool8": np.bool_}.items():  # of NumPy 1
         if not hasattr(np, name):
@@ -86,7 +86,7 @@ def main(tree: Path, picture: Path, arguments: list[str]) -> None:
     import paddlenlp  # noqa: F401
     import requests
 
-    requests.get = lambda url, **_: SimpleNamespace(raw=BytesIO(picture.read_bytes()))
+    requests.get = lambda url, **_: SimpleNamespace(raw=BytesIO(image.read_bytes()))
     for part in BARE:
         enter(f"paddlemix{part}", tree / "paddlemix" / part.replace(".", "/").strip("/"))
     mix: Any = sys.modules["paddlemix"]

@@ -1,4 +1,4 @@
-"""Run as a process: the stock predictor script as a program; the picture it would download is a file here."""
+"""Process: run the stock predictor script as a program; the image that it would download is a file here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import requests
 
-script, picture, *arguments = sys.argv[1:]
-requests.get = lambda url, **_: SimpleNamespace(raw=BytesIO(Path(picture).read_bytes()))
+script, image, *arguments = sys.argv[1:]
+requests.get = lambda url, **_: SimpleNamespace(raw=BytesIO(Path(image).read_bytes()))
 sys.argv = [script, *arguments]
 sys.path[0] = str(Path(script).parent)
 runpy.run_path(script, run_name="__main__")

@@ -1,4 +1,4 @@
-"""Golden model a as model folders that PaddleNLP opens."""
+"""Golden model a as model folders for PaddleNLP."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import numpy as np
 
 from paddlemix_qwenvl_plugin import QwenVL
 
-# The tokenizer puts 208 tokens of its own behind these, 640 in all: the size of golden model a.
+# The tokenizer appends 208 special tokens, 640 in all: the size of golden model a.
 VOCABULARY = [bytes([i]) for i in range(256)] + [f"<{i}>".encode() for i in range(256, 432)]
 END = len(VOCABULARY)
-# Naming scheme -> a form of the weights it is published in.
+# Naming scheme -> format in which such weights are published.
 SCHEMES = {"paddlemix": "sharded-safetensors", "static": "pdparams", "huggingface": "safetensors"}
 
 
 @dataclass(frozen=True)
 class StockModels:
-    """The golden model, and its folder in each naming scheme."""
+    """Golden model, and its folder in each naming scheme."""
 
     golden: Any
     folders: dict[str, Path]
 
 
 def write(golden: Any, folder: Path) -> StockModels:
-    """Write a folder a scheme, with what AutoTokenizer needs: as little as Qwen-VL's own tokenizer_config.json has."""
+    """Write a folder per scheme, with the minimal tokenizer_config.json of Qwen-VL for AutoTokenizer."""
     made = {}
     for scheme, kind in SCHEMES.items():
         weights = folders.renamed(golden.weights, scheme, transpose=scheme == "huggingface")
@@ -42,7 +42,7 @@ def write(golden: Any, folder: Path) -> StockModels:
 
 
 def answers(stock: StockModels, texts: list[str], n_tokens: int) -> list[list[int]]:
-    """What the exported golden model answers to texts of ASCII, in which each character is a token."""
+    """Tokens that the exported golden model generates for ASCII texts, in which each character is a token."""
     vl = QwenVL.from_exported(stock.golden.vision, stock.golden.language)
     ids = np.full([len(texts), max(map(len, texts))], END)
     for row, text in zip(ids, texts):

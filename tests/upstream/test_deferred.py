@@ -1,4 +1,4 @@
-"""A deferred object is nothing until it is used, and then upstream's in every respect."""
+"""A deferred object is created at its first use, and is then equivalent to upstream's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from paddlemix_qwenvl_plugin.upstream.deferred import Deferred
 from paddlemix_qwenvl_plugin.upstream.image_encoder import DeferredModel
-from paddlemix_qwenvl_plugin.upstream.patching import put_back
+from paddlemix_qwenvl_plugin.upstream.patching import undo_all
 
 
 class Model(paddle.nn.Layer):
@@ -30,7 +30,7 @@ class Model(paddle.nn.Layer):
 def model():
     Model.made = 0
     yield DeferredModel(Model, "a folder", "float32")
-    put_back()
+    undo_all()
 
 
 USES: dict[str, Callable[[Any], Any]] = {
@@ -48,7 +48,7 @@ USES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_any_use_makes_it_once(model, use):
+def test_any_use_creates_it_once(model, use):
     encoder = model.visual
     model.eval()
     assert encoder is model.visual
@@ -76,7 +76,7 @@ def test_static_encoder_that_is_run_is_static(model):
 
 @pytest.mark.parametrize("error", [OSError, AttributeError])
 @pytest.mark.parametrize("use", [USES["isinstance"], USES["attribute"]])
-def test_what_cannot_be_made_says_so_whenever_it_is_used(error, use):
+def test_a_failing_creation_raises_at_every_use(error, use):
     def fails() -> Any:
         raise error("no such weights")
 

@@ -1,4 +1,4 @@
-"""PaddleMIX's deploy/qwen_vl scripts as processes: the made-up ones, and the real ones unmodified (opt-in)."""
+"""PaddleMIX's deploy/qwen_vl scripts as processes: fake ones, and the real ones unmodified (opt-in)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from paddlemix_qwenvl_plugin.tiny import make as tiny
 HERE = Path(__file__).parent
 MADE_UP = HERE / "made_up_paddlemix"
 MADE_UP_MAX_LEN = 600
-PICTURES = HERE.parent / "golden" / "text"
+IMAGES = HERE.parent / "golden" / "text"
 STREET = HERE.parents[1] / "recipes" / "images" / "street.png"
 
 REAL = os.environ.get("QWENVL_PADDLEMIX_DIR")
@@ -51,8 +51,8 @@ real = pytest.param(
 )
 both_trees = pytest.mark.parametrize("tree", [pytest.param(MADE_UP, id="made-up"), real])
 
-ONE_PICTURE = [{"image": str(STREET)}, {"text": "Describe the picture:"}]
-TWO_PICTURES = [{"image": str(STREET)}, {"image": str(PICTURES / "wide.png")}, {"text": "What differs?"}]
+ONE_IMAGE = [{"image": str(STREET)}, {"text": "Describe the picture:"}]
+TWO_IMAGES = [{"image": str(STREET)}, {"image": str(IMAGES / "wide.png")}, {"text": "What differs?"}]
 
 
 def run(tree: Path, *command: Any, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -89,7 +89,7 @@ def predictor_command(tree: Path, folder: Path, queries: list[Any], out: Path) -
 
 
 def expected(folder: Path, query: list[Any], n_tokens: int) -> list[int]:
-    """What our own predictor says: another program of the export, and another loop."""
+    """Tokens of our predictor: another program of the export, and another loop."""
     vl = QwenVL.from_exported(folder / "vision" / "vision", folder / "text" / "qwen", folder / "model")
     vl.tokenizer.picture_label = "Picture {}:"  # as PaddleMIX writes it
     return vl.generate(query, max_new_tokens=n_tokens).token_ids
@@ -97,19 +97,19 @@ def expected(folder: Path, query: list[Any], n_tokens: int) -> list[int]:
 
 @pytest.fixture(scope="session")
 def two_layers(tmp_path_factory) -> Path:
-    """A random model of 2 layers, exported. Of this seed, because with most a model repeats one token for ever."""
+    """A random model of 2 layers, exported. With most other seeds the model repeats one token."""
     folder = tmp_path_factory.mktemp("two-layers")
     tiny.make_tiny(folder / "model", seed=6)
     export_vision(folder / "model", folder / "vision" / "vision")
     export_language(folder / "model", folder / "text", "qwen")
-    for query in (ONE_PICTURE, TWO_PICTURES):
+    for query in (ONE_IMAGE, TWO_IMAGES):
         assert len(set(expected(folder, query, 8))) >= 4
     return folder
 
 
 @pytest.fixture(scope="session")
 def stock_flow(tmp_path_factory) -> Path:
-    """A random model of 32 layers, exported as the stock scripts do it on a CPU: float32 and float16."""
+    """A random model of 32 layers, exported like the stock scripts on a CPU: float32 and float16."""
     folder = tmp_path_factory.mktemp("stock")
     with pytest.MonkeyPatch.context() as patch:
         small = tiny.tiny_config
@@ -143,7 +143,7 @@ def test_encoder_exporter(tree, scheme, golden, tmp_path):
 
 @pytest.mark.parametrize("tree", [real])
 def test_community_name(tree, golden, tmp_path):
-    """The guide's own command: a name, which PaddleNLP downloads, here from a server of the test's."""
+    """The guide's command with a community name, which PaddleNLP downloads, here from a test server."""
     name = "qwen-vl/qwen-vl-7b-static"
     served = tmp_path / "served" / "models" / "community" / name
     weights = folders.renamed(golden("a").weights, "static", transpose=False)
@@ -168,7 +168,7 @@ def test_exporter_without_the_plugin(tree, golden, tmp_path):
 
 
 def test_exporter_of_another_name(golden, tmp_path):
-    """What is saved decides, whatever the script is called."""
+    """The saved object decides, not the script's name."""
     tree = tmp_path / "tree"
     shutil.copytree(MADE_UP, tree)
     scripts = tree / "deploy" / "qwen_vl"
@@ -197,11 +197,11 @@ def test_other_scripts_and_other_models_get_upstream_s(golden, tmp_path):
 
 @pytest.mark.parametrize("tree", [real])
 def test_model_that_is_run_is_upstream_s(tree, golden, tmp_path):
-    """PaddleMIX's own class, though the hook was there first: it is used in ways that its scripts use it."""
+    """PaddleMIX's class despite the hook, used like in its scripts."""
     model = golden("a")
     weights = folders.renamed(model.weights, "paddlemix", transpose=False)
     folder = folders.write(tmp_path / "model", model.folder / "config.json", weights, "pdparams")
-    # Upstream's class reads the language model's config from a folder that this one names.
+    # Upstream's class reads the language model's config from the folder named here.
     config = {**model.config, "llm_pretrained_model_name_or_path": str(tmp_path / "llm")}
     (folder / "config.json").write_text(json.dumps(config))
     del config["visual"]
@@ -223,22 +223,22 @@ def test_model_that_is_run_is_upstream_s(tree, golden, tmp_path):
 
 
 def test_predictor_of_other_size(two_layers, tmp_path):
-    answers = predict(MADE_UP, two_layers, [ONE_PICTURE, TWO_PICTURES], tmp_path)
-    for query, answer in zip([ONE_PICTURE, TWO_PICTURES], answers):
+    answers = predict(MADE_UP, two_layers, [ONE_IMAGE, TWO_IMAGES], tmp_path)
+    for query, answer in zip([ONE_IMAGE, TWO_IMAGES], answers):
         [tokens], [ids] = answer["tokens"], answer["input_ids"]
         assert len(tokens) == MADE_UP_MAX_LEN - len(ids)
         assert tokens[:24] == expected(two_layers, query, 24)
 
 
 @needs_compiler
-def test_a_gpu_that_is_not_there(two_layers, tmp_path):
-    """The script's own default is a GPU, and means one that is there; QWENVL_DEVICE means what it says."""
+def test_a_missing_gpu(two_layers, tmp_path):
+    """The script defaults to a GPU, with the CPU as fallback; QWENVL_DEVICE has none."""
     fake_driver(tmp_path)
     driver = {"LD_LIBRARY_PATH": str(tmp_path), "FAKE_CUDA": "12090", "FAKE_GPUS": "0"}
-    command = predictor_command(MADE_UP, two_layers, [ONE_PICTURE], tmp_path / "out.json")
+    command = predictor_command(MADE_UP, two_layers, [ONE_IMAGE], tmp_path / "out.json")
     done = run(MADE_UP, *command, cwd=tmp_path, **driver)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "qwenvl: --device gpu: there is no GPU here, running on the CPU" in done.stderr.splitlines()
+    assert "qwenvl: --device gpu: no GPU found, running on the CPU" in done.stderr.splitlines()
     done = run(MADE_UP, *command, cwd=tmp_path, QWENVL_DEVICE="gpu", **driver)
     assert done.returncode == 1
     assert "--device gpu:0: the NVIDIA driver shows 0 GPU(s) here" in done.stderr.splitlines()[-1]
@@ -248,8 +248,8 @@ def test_a_gpu_that_is_not_there(two_layers, tmp_path):
 
 @pytest.mark.parametrize("tree", [real])
 def test_predictor_of_32_layers(tree, stock_flow, tmp_path):
-    answers = predict(tree, stock_flow, [ONE_PICTURE, TWO_PICTURES], tmp_path)
-    for query, answer in zip([ONE_PICTURE, TWO_PICTURES], answers):
+    answers = predict(tree, stock_flow, [ONE_IMAGE, TWO_IMAGES], tmp_path)
+    for query, answer in zip([ONE_IMAGE, TWO_IMAGES], answers):
         assert answer["tokens"][0][:24] == expected(stock_flow, query, 24)
 
 
@@ -280,7 +280,7 @@ def test_two_at_once_in_one_folder(two_layers, tmp_path):
     work.mkdir()
     env = {**os.environ, "PYTHONPATH": str(MADE_UP), "TMPDIR": str(temporary)}
     outs = [tmp_path / "0.json", tmp_path / "1.json"]
-    queries = [ONE_PICTURE, TWO_PICTURES]
+    queries = [ONE_IMAGE, TWO_IMAGES]
     running = [
         subprocess.Popen(
             [sys.executable, *map(str, predictor_command(MADE_UP, two_layers, [query], out))],
@@ -298,16 +298,16 @@ def test_two_at_once_in_one_folder(two_layers, tmp_path):
 
 
 def test_folder_for_tokens(two_layers, tmp_path):
-    predict(MADE_UP, two_layers, [ONE_PICTURE], tmp_path, QWENVL_REAL_TIME_SAVE_DIR="here")
+    predict(MADE_UP, two_layers, [ONE_IMAGE], tmp_path, QWENVL_REAL_TIME_SAVE_DIR="here")
     assert (tmp_path / "here").is_dir()
     assert list((tmp_path / "here").iterdir()) == []
 
 
 @pytest.fixture(scope="session")
 def ends_its_turn(two_layers, tmp_path_factory) -> tuple[Path, int]:
-    """The tiny model changed to say <|im_end|> where it said another token for the first time; how many tokens in."""
+    """Change the tiny model to generate <|im_end|> in place of a token; return its position."""
     folder = tmp_path_factory.mktemp("chat")
-    said = expected(two_layers, ONE_PICTURE, 64)
+    said = expected(two_layers, ONE_IMAGE, 64)
     place = next(i for i, token in enumerate(said) if i > 1 and token not in said[:i])
     shutil.copytree(two_layers / "model", folder / "model")
     weights = load_file(folder / "model" / "model.safetensors")
@@ -325,7 +325,7 @@ def test_chat_model_stops_at_the_end_of_its_turn(ends_its_turn, is_chat_model, t
     folder, n_tokens = ends_its_turn
     settings = folder / "model" / "generation_config.json"
     settings.write_text(json.dumps({"chat_format": "chatml" if is_chat_model else "raw"}))
-    [answer] = predict(MADE_UP, folder, [ONE_PICTURE], tmp_path)
+    [answer] = predict(MADE_UP, folder, [ONE_IMAGE], tmp_path)
     assert (len(answer["tokens"][0]) == n_tokens) == is_chat_model
 
 
@@ -335,12 +335,12 @@ def test_one_form_alone(form, two_layers, tmp_path):
         shutil.copytree(two_layers / stage, tmp_path / stage)
     for stage in ("vision/vision", "text/qwen"):
         (tmp_path / f"{stage}.{'pdmodel' if form == 'json' else 'json'}").unlink()
-    [answer] = predict(MADE_UP, tmp_path, [ONE_PICTURE], tmp_path)
-    assert answer["tokens"][0][:24] == expected(two_layers, ONE_PICTURE, 24)
+    [answer] = predict(MADE_UP, tmp_path, [ONE_IMAGE], tmp_path)
+    assert answer["tokens"][0][:24] == expected(two_layers, ONE_IMAGE, 24)
 
 
 def test_exports_of_others_are_upstream_s(two_layers, tmp_path):
     shutil.copytree(two_layers / "model", tmp_path / "model")
     out = tmp_path / "answers.json"
-    done = run(MADE_UP, *predictor_command(MADE_UP, tmp_path, [ONE_PICTURE], out), cwd=tmp_path)
+    done = run(MADE_UP, *predictor_command(MADE_UP, tmp_path, [ONE_IMAGE], out), cwd=tmp_path)
     assert f"upstream finds no {tmp_path / 'vision' / 'vision'}.pdmodel" in done.stderr

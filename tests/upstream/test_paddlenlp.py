@@ -29,7 +29,7 @@ Script = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def script(wheel: Callable[[str], WheelEnvironment], tmp_path: Path) -> Script:
-    """script(NAME, FOLDER, flags): a script of llm/predict; what the checkout needs is what its wheel needs."""
+    """Function that runs a script of llm/predict by name; the checkout has the requirements of its wheel."""
 
     def run(name: str, folder: Path, *flags: object, **env: str) -> subprocess.CompletedProcess[str]:
         path = Path(TREE or "").resolve() / "llm"
@@ -66,7 +66,7 @@ def test_stock_export(
 def test_stock_export_of_quantised_weights(
     script: Script, stock: StockModels, tmp_path: Path, quant_type: str
 ) -> None:
-    """As our own export of the same folder, whose answers are checked elsewhere."""
+    """Compare with our export of the same folder, whose answers are checked elsewhere."""
     flags = ("--output_path", tmp_path / "out", "--model_prefix", "qwen", "--dtype", "float32")
     done = script("export_model.py", stock.folders["paddlemix"], *flags, "--quant_type", quant_type)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -102,7 +102,7 @@ def test_dynamic_predictor(script: Script, stock: StockModels, tmp_path: Path, d
     done = script("predictor.py", stock.folders["static"], *flags, *sizes, "--data_file", "texts.json")
     assert done.returncode == 0, done.stderr[-3000:]
     said = [json.loads(line)["output"] for line in (tmp_path / "output.json").read_text().splitlines()]
-    # The tokenizer leaves out its own tokens, which come after the vocabulary's.
+    # The tokenizer omits its special tokens, which follow the vocabulary.
     rows = [
         [VOCABULARY[token] for token in row if token < len(VOCABULARY)] for row in answers(stock, texts, 24)
     ]

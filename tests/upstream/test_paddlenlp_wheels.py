@@ -1,4 +1,4 @@
-"""PaddleNLP's wheels, each in an environment of its own; the flow of its scripts is in drive_*.py beside this file."""
+"""PaddleNLP's wheels, each in a separate environment; drive_*.py in this folder follow its scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wheel_environment import WheelEnvironment, cached
 from paddlemix_qwenvl_plugin.upstream import pins
 
 HERE = Path(__file__).parent
-# float16 as in the deployment guide; bfloat16 rounds so much that its tokens differ from the figures.
+# float16 as in the deployment guide; with bfloat16, rounding changes tokens.
 DTYPES = dict(zip(SCHEMES, ("float16", "float32", "float16")))
 CLASS = "paddlenlp.experimental.transformers.qwen.modeling.QWenForQWenVLInferenceModel"
 
@@ -31,7 +31,7 @@ def environment(request: pytest.FixtureRequest, wheel: Callable[[str], WheelEnvi
 def exported(
     environment: WheelEnvironment, stock: StockModels, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A folder with a folder per naming scheme, as the script of the wheel's generation leaves it."""
+    """A folder per naming scheme, exported by the script of the wheel's generation."""
     out = tmp_path_factory.mktemp("exported")
     models = [(DTYPES[scheme], stock.folders[scheme], out / scheme) for scheme in SCHEMES]
     script = HERE / f"drive_export_{environment.generation}.py"
@@ -61,14 +61,14 @@ def test_dynamic_predictor(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == answers(stock, texts, 12)
-    assert list(tmp_path.iterdir()) == []  # its reader takes the token files away
+    assert list(tmp_path.iterdir()) == []  # its reader deletes the token files
 
 
 @pytest.mark.parametrize("quant_type", ["weight_only_int8", "weight_only_int4"])
 def test_quant_type_in_generation_2(
     wheel: Callable[[str], WheelEnvironment], stock: StockModels, tmp_path: Path, quant_type: str
 ) -> None:
-    """It arrives by the predictor's arguments. Generation 1's script writes it into the config (test_paddlenlp.py)."""
+    """It is set by the predictor's arguments. Generation 1's script writes it into the config (test_paddlenlp.py)."""
     done = wheel("3.0.0b4").run(
         HERE / "drive_quant_2.py", stock.folders["static"], quant_type, "out", cwd=tmp_path
     )
@@ -78,7 +78,7 @@ def test_quant_type_in_generation_2(
 
 @pytest.fixture(scope="module")
 def snapshots(environment: WheelEnvironment, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What is in the modules with the plugin and without it."""
+    """Contents of the modules with and without the plugin."""
     cwd = tmp_path_factory.mktemp("snapshots")
     made = [environment.run(HERE / "drive_snapshot.py", cwd=cwd, QWENVL_PLUGIN=on) for on in ("1", "0")]
     for done in made:
@@ -87,7 +87,7 @@ def snapshots(environment: WheelEnvironment, tmp_path_factory: pytest.TempPathFa
 
 
 def test_switched_off(snapshots: list[Any], environment: WheelEnvironment) -> None:
-    """All is as without the plugin: upstream's class, and in generation 2 not even that, for want of operators."""
+    """As without the plugin: upstream's class in generation 1, an import error for lack of operators in 2."""
     with_it, without = snapshots
     assert with_it["failed"] == ""
     assert bool(without["failed"]) == (environment.generation == 2)
@@ -96,9 +96,9 @@ def test_switched_off(snapshots: list[Any], environment: WheelEnvironment) -> No
     assert without["held"][CLASS] == f"<class '{CLASS}'>"
 
 
-def test_operator_that_nobody_supplies(snapshots: list[Any], environment: WheelEnvironment) -> None:
+def test_missing_operator(snapshots: list[Any], environment: WheelEnvironment) -> None:
     ops, fused_moe = snapshots[0]["operators"]
-    assert ops.startswith("MissingOperatorError: paddlenlp_ops.rebuild_padding_v2 is not there: ")
+    assert ops.startswith("MissingOperatorError: paddlenlp_ops.rebuild_padding_v2 is missing: ")
     assert "python setup_cuda.py install" in ops
     if environment.generation == 2 and not paddle.__version__.startswith("3.0."):
         assert fused_moe.startswith("MissingOperatorError: paddle.incubate.nn.functional.fused_moe is not")

@@ -1,7 +1,7 @@
-"""Interpreters that have a PaddleNLP wheel and this checkout, whatever the interpreter of the tests has.
+"""Interpreters with a PaddleNLP wheel and this checkout, independent of the packages of the test interpreter.
 
-What is downloaded is kept, in the user's cache folder or the one that QWENVL_TEST_ENVS names: about 45 s and 600 MB
-for both wheels. Paddle, the largest part, is the one of the interpreter that runs the tests.
+Downloads are cached in the user's cache folder or that of QWENVL_TEST_ENVS: about 45 s and 600 MB for both wheels.
+Paddle, the largest package, is that of the test interpreter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from paddlemix_qwenvl_plugin.upstream import pins
 
 REPO = Path(__file__).resolve().parents[2]
 
-# What both wheels import on the way to this model beyond what Paddle and the plugin need: a third of what they require.
+# Packages that both wheels import for this model, besides those of Paddle and the plugin: a third of all.
 IMPORTED = (
     *("aistudio-sdk", "colorlog", "datasets", "fastapi", "filelock", "huggingface_hub", "jieba", "jinja2"),
     *("ml_dtypes", "numpy", "omegaconf", "scipy", "sentencepiece", "seqeval", "setuptools"),
@@ -40,7 +40,7 @@ CONSTRAINTS = (
     ),
     *("setuptools<75", "scipy<1.15", "onnx<1.18", "protobuf<6", "visualdl==2.5.3"),
 )
-# What pip and its HTTP library say where there is no way to an index.
+# Messages of pip and its HTTP library if no package index is reachable.
 NO_INDEX = (
     "Connection to",
     "NewConnectionError",
@@ -53,7 +53,7 @@ NO_INDEX = (
 
 @dataclass(frozen=True)
 class WheelEnvironment:
-    """A Python with a wheel of PaddleNLP, the plugin as if installed from this checkout, and nothing of PYTHONPATH."""
+    """A Python with a PaddleNLP wheel, the plugin as installed from this checkout, and no PYTHONPATH."""
 
     python: Path
     version: str
@@ -80,7 +80,7 @@ class WheelEnvironment:
 
 
 def make(version: str, folder: Path) -> WheelEnvironment:
-    """Make the environment of a wheel in `folder`: a few links to what is cached, and to this checkout."""
+    """Create the environment of a wheel in `folder`, from links to cached packages and to this checkout."""
     dependencies = _dependencies()
     wheel = cached(
         f"paddlenlp-{version}",
@@ -91,8 +91,8 @@ def make(version: str, folder: Path) -> WheelEnvironment:
     venv.create(folder, symlinks=True, with_pip=False)
     site_packages = _site_packages(folder)
     running = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    # The first folder that has a package gives it. The .pth files in these folders are not read: the plugin of the
-    # interpreter that runs the tests is not there twice.
+    # The first folder with a package wins. The .pth files in these folders are not read, so that the test
+    # interpreter's plugin is not installed twice.
     path = [REPO, wheel, _site_packages(dependencies), *running]
     (site_packages / "path.pth").write_text("".join(f"{one}\n" for one in path))
     for file in (REPO / "activation").glob("*qwenvl_activate.*"):
@@ -101,7 +101,7 @@ def make(version: str, folder: Path) -> WheelEnvironment:
 
 
 def cached(name: str, build: Callable[[Path], None]) -> Path:
-    """The cached folder of this name. `build` fills it if it is not there; only what was built whole gets the name."""
+    """Cached folder of this name. `build` fills it if missing; it gets the name when complete."""
     named = os.environ.get("QWENVL_TEST_ENVS")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = Path(named) if named else cache / "paddlemix-qwenvl-plugin" / "test-envs"
@@ -116,7 +116,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
 
 
 def _dependencies() -> Path:
-    """A virtual environment with what the wheels import, in the versions of the set in docs/upstream.md."""
+    """Virtual environment with the packages that the wheels import, in the versions of docs/upstream.md."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     digest = hashlib.sha256("\n".join([python, *IMPORTED, *CONSTRAINTS]).encode()).hexdigest()[:12]
 

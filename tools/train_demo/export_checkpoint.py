@@ -1,4 +1,4 @@
-"""Write trained weights as the model folder's `model.safetensors`, under Hugging Face's names.
+"""Write trained weights to the model folder's `model.safetensors`, with Hugging Face's tensor names.
 
 python -m tools.train_demo.export_checkpoint weights.npz paddlemix_qwenvl_plugin/demo/model
 """
@@ -13,13 +13,13 @@ from safetensors.numpy import save_file
 
 
 def hugging_face_name(name: str) -> str:
-    """The stored name of a canonical tensor."""
+    """Name of a canonical tensor in the checkpoint."""
     return name if name == "lm_head.weight" else f"transformer.{name}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("weights", type=Path, help="as train.py wrote them")
+    parser.add_argument("weights", type=Path, help="weights file of train.py")
     parser.add_argument("folder", type=Path, help="the model folder, with config.json and qwen.tiktoken")
     options = parser.parse_args()
     weights = np.load(options.weights)

@@ -1,7 +1,7 @@
-"""Qwen-VL in PyTorch, for training: the numerics of `paddlemix_qwenvl_plugin/modeling`, the names of Hugging Face.
+"""Qwen-VL in PyTorch for training: the numerics of `paddlemix_qwenvl_plugin/modeling`, Hugging Face's names.
 
-It covers what the demo model needs: a patch grid of 16 x 16 and 256 queries, so that no position table is resized,
-and sequences within `seq_length`, where dynamic NTK and logn change nothing. tests/demo/world compares the two.
+Limited to the demo model: a patch grid of 16 x 16 and 256 queries, so that no position table is resized, and
+sequences within `seq_length`, where dynamic NTK and logn have no effect. tests/demo/world compares both models.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, width = x.shape
-        fused = self.in_proj(x).view(n, t, self.heads, 3 * width // self.heads).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(*fused.chunk(3, dim=-1))
+        qkv = self.in_proj(x).view(n, t, self.heads, 3 * width // self.heads).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
         return self.out_proj(mixed.transpose(1, 2).reshape(n, t, width))
 
 
@@ -58,7 +58,7 @@ class VisionBlock(nn.Module):
 
 
 class ResamplerAttention(nn.Module):
-    """Multi-head cross-attention with PyTorch's fused projection, heads of 128."""
+    """Multi-head cross-attention with PyTorch's joint projection, heads of 128."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Resampler(nn.Module):
 
 
 class Vision(nn.Module):
-    """uint8 [N, side, side, 3] -> [N, 256, hidden]; `features` takes pixels that are normalised already."""
+    """Vision model, uint8 [N, side, side, 3] -> [N, 256, hidden]; `features` takes normalised pixels."""
 
     def __init__(self, sizes: dict[str, Any]) -> None:
         super().__init__()
@@ -115,8 +115,8 @@ class Vision(nn.Module):
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.features((pictures.permute(0, 3, 1, 2).float() - self.mean) / self.std)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
 
     def features(self, pixels: Tensor) -> Tensor:
         tokens = self.conv1(pixels).flatten(2).transpose(1, 2)
@@ -170,7 +170,7 @@ class Layer(nn.Module):
 
 
 class QwenVL(nn.Module):
-    """Its `state_dict` has canonical names: Hugging Face's without the leading `transformer.`."""
+    """Qwen-VL; its `state_dict` has canonical names: Hugging Face's without the prefix `transformer.`."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class QwenVL(nn.Module):
         self._initialise(config["num_hidden_layers"], config["visual"]["layers"])
 
     def hidden(self, ids: Tensor, features: Tensor, starts: Tensor) -> Tensor:
-        """[B, T, hidden], normed. `features` [B * P, 256, hidden]; `starts` [B, P]: index of each `<img>`."""
+        """Normed hidden states [B, T, hidden]. `features` [B * P, 256, hidden]; `starts` [B, P]: `<img>` indices."""
         batch, length = ids.shape
         x = self.wte(ids)
         slots = starts[:, :, None] + 1 + torch.arange(features.shape[1], device=ids.device)
@@ -198,16 +198,16 @@ class QwenVL(nn.Module):
             x = layer(x, cos, sin)
         return self.ln_f(x)
 
-    def loss(self, pictures: Tensor, ids: Tensor, starts: Tensor, at: Tensor) -> Tensor:
-        """Mean cross-entropy of the tokens after the positions `at` [B, A]; -1 fills a row up."""
-        hidden = self.hidden(ids, self.visual(pictures), starts)
+    def loss(self, images: Tensor, ids: Tensor, starts: Tensor, at: Tensor) -> Tensor:
+        """Mean cross-entropy of the tokens after the positions `at` [B, A], padded with -1."""
+        hidden = self.hidden(ids, self.visual(images), starts)
         index = at.clamp(min=0)
         logits = self.lm_head(hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1])))
         targets = ids.gather(1, index + 1).masked_fill(at < 0, -100)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
     def _initialise(self, layers: int, vision_layers: int) -> None:
-        """Matrices of variance 1 / inputs, the last ones of a residual branch smaller with depth."""
+        """Initialise matrices with variance 1 / inputs; the last ones of a residual branch smaller with depth."""
         for name, tensor in self.named_parameters():
             if tensor.dim() == 1:
                 continue
@@ -222,7 +222,7 @@ class QwenVL(nn.Module):
 
 
 def sincos(side: int, width: int) -> Tensor:
-    """Sines and cosines of row and column, [side * side, width]."""
+    """Position table of sines and cosines of row and column, [side * side, width]."""
     quarter = width // 4
     frequency = math.pi / 2 ** torch.linspace(0, math.log2(side), quarter)
     place = torch.arange(side, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""Muon for the matrices inside the layers, AdamW for everything else, under one cosine schedule.
+"""Muon for the matrices inside the layers, AdamW for all other parameters, with a common cosine schedule.
 
-Muon steps along the orthogonalised momentum (Jordan et al., 2024): a small model learns in about half of the steps
-that AdamW takes.
+Muon steps along the orthogonalised momentum (Jordan et al., 2024): a small model needs about half of the steps of
+AdamW.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iterat
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum 0.95 with Nesterov's correction; matrices of one shape are orthogonalised together."""
+    """Muon with Nesterov momentum 0.95; matrices of the same shape are orthogonalised together."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """[N, rows, columns] with singular values near 1, in five steps of bfloat16."""
+    """Orthogonalise [N, rows, columns]: singular values near 1, five Newton-Schulz steps in bfloat16."""
     a, b, c = _COEFFICIENTS
     x = matrices.bfloat16()
     wide = x.shape[1] <= x.shape[2]
@@ -53,7 +53,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 def optimisers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """`lr` is AdamW's; Muon's is ten times that."""
+    """Create both optimisers. `lr`: learning rate of AdamW; that of Muon is ten times as large."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         inside = parameter.dim() == 2 and (
@@ -66,6 +66,6 @@ def optimisers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 
 def schedule(step: int, progress: float, warm_up: int = 100) -> float:
-    """Factor of the learning rate: a short rise, then half a cosine down to 2 % at `progress` 1."""
+    """Learning rate factor: linear warm-up, then a half cosine down to 2 % at `progress` 1."""
     cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return min(1.0, (step + 1) / warm_up) * cosine

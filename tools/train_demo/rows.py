@@ -1,4 +1,4 @@
-"""Samples as token rows for training: prompt and answers in one row, and which tokens to learn."""
+"""Token rows for training: prompt and answers in one row, with the positions to learn."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from paddlemix_qwenvl_plugin.demo.world.sample import Sample
 from paddlemix_qwenvl_plugin.processing.prompts import base_prompt, chat_prompt
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 
-NAME = "a.png"  # what a picture is called does not matter: its features take the place of the name
+NAME = "a.png"  # any name will do: image features replace it
 
 
 @dataclass(frozen=True)
 class Size:
-    """Room in a row: tokens, learned tokens, pictures."""
+    """Capacity of a row: tokens, learned tokens, images."""
 
     tokens: int
     learned: int
-    pictures: int
+    images: int
 
 
 ONE = Size(512, 224, 1)
@@ -30,7 +30,7 @@ TWO = Size(704, 160, 2)
 
 @dataclass(frozen=True)
 class Row:
-    """`at` are the positions whose next token is to be learned; `starts` those of `<img>`."""
+    """Training row. `at`: positions whose next token is learned; `starts`: positions of `<img>`."""
 
     ids: NDArray[np.int16]
     at: NDArray[np.int16]
@@ -38,14 +38,14 @@ class Row:
 
 
 def prompt_ids(tokenizer: QwenTokenizer, sample: Sample) -> list[int]:
-    """The prompt of the first turn."""
+    """Encode the prompt of the first turn."""
     parts = sample.parts([NAME] * len(sample.scenes))
     make = chat_prompt if sample.form == "chat" else base_prompt
     return make(tokenizer, parts).input_ids
 
 
 def make_row(tokenizer: QwenTokenizer, sample: Sample, size: Size) -> Row:
-    """As many turns as there is room for; the first must fit."""
+    """Encode as many turns as fit into `size`; the first must fit."""
     end = tokenizer.im_end_id if sample.form == "chat" else tokenizer.eod_id
     ids = prompt_ids(tokenizer, sample)
     at: list[int] = []

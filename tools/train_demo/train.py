@@ -1,13 +1,12 @@
-"""Train the demo model.
+r"""Train the demo model.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 \\
+    python -m torch.distributed.run --standalone --nproc_per_node 2 \
         -m tools.train_demo.train --steps 12000 --minutes 20 --evaluate 3000 --out weights.npz
 
-Cost: 17 minutes on two H100 GPUs with 32 CPU cores. With one GPU, or none, leave out `torch.distributed.run` and what
-follows it up to `-m`; a step then has half of the rows. Needs PyTorch 2.6 or newer, tiktoken and Pillow. Nothing is
-downloaded: the pictures are drawn meanwhile.
-The config and the vocabulary are those in paddlemix_qwenvl_plugin/demo/model. Seeded, but not to the last bit: which
-pictures are there at a step depends on how fast they are drawn.
+Cost: 17 minutes on two H100 GPUs with 32 CPU cores. With one GPU, or none, omit `torch.distributed.run` and its
+arguments up to `-m`; a step then has half of the rows. Needs PyTorch 2.6 or newer, tiktoken and Pillow. Downloads
+nothing: the images are drawn during training. Config and vocabulary are those in paddlemix_qwenvl_plugin/demo/model.
+Seeded, but not bit-reproducible: the images available at a step depend on the speed of drawing.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from tools.train_demo.shards import Feed
 
 FOLDER = Path(__file__).resolve().parents[2] / "paddlemix_qwenvl_plugin" / "demo" / "model"
 
-# Number of the first held-out sample that training looks at. Evaluation takes those from 0 on.
+# First held-out sample used in training. Evaluation uses those from 0 on.
 VALIDATION = 10**6
 
 
@@ -56,7 +55,7 @@ def main() -> None:
     model, scored = QwenVL(config).to(device), QwenVL(config).to(device)
     feed.start(device, wait_for=options.wait_for)
     began = time.perf_counter()
-    if options.compile:  # block by block: a tenth of the time that the whole graph takes to compile
+    if options.compile:  # per block: a tenth of the compile time of the complete graph
         for block in [*model.h, *model.visual.transformer["resblocks"]]:
             block.compile(dynamic=False)
     chosen = optimisers(model, options.lr)
@@ -65,7 +64,7 @@ def main() -> None:
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     losses: list[torch.Tensor] = []
     for step in range(options.steps):
-        # On a slower machine the schedule ends at the time limit, with fewer steps.
+        # On a slow machine the schedule ends at the time limit, with fewer steps.
         if step % 10 == 0:
             elapsed = _everywhere(time.perf_counter() - began, device)
         progress = max(step / options.steps, elapsed / (60 * options.minutes))
@@ -74,7 +73,7 @@ def main() -> None:
         groups = [group for one in chosen for group in one.param_groups]
         for group, lr in zip(groups, base):
             group["lr"] = lr * factor
-        # One picture a row for most, two for some: two shapes of batch, one step.
+        # Rows with one image and rows with two: two batch shapes per step.
         for name, size, rows, weight in (
             ("one", ONE, options.rows, 0.85),
             ("two", TWO, options.rows // 8, 0.15),
@@ -90,7 +89,7 @@ def main() -> None:
         for one in chosen:
             one.step()
             one.zero_grad(set_to_none=True)
-        # The average of the last few hundred steps is what is kept.
+        # The saved weights are the average over the last few hundred steps.
         blend = 1 - min(0.998, step / (step + 10))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], blend)
         if (step + 1) % options.report == 0 and rank == 0:
@@ -113,7 +112,7 @@ def main() -> None:
 
 
 def _everywhere(seconds: float, device: torch.device) -> float:
-    """The first process's value, for all processes."""
+    """Broadcast the value of the first process."""
     if not distributed.is_initialized():
         return seconds
     value = torch.tensor(seconds, device=device)
@@ -130,13 +129,13 @@ def _average_gradients(model: QwenVL, ranks: int) -> None:
 
 
 def save(weights: dict[str, torch.Tensor], file: Path) -> None:
-    """Float16 under canonical names."""
+    """Save weights as float16 with canonical names."""
     with file.open("wb") as out:
         np.savez(out, **{name: value.detach().cpu().half().numpy() for name, value in weights.items()})
 
 
 def _score(model: QwenVL, tokenizer: QwenTokenizer, n: int, show: int) -> None:
-    """Print the rates over `n` validation samples, and some of the wrong answers."""
+    """Print the rates over `n` validation samples and up to `show` wrong answers."""
     samples = [held_out(VALIDATION + number) for number in range(n)]
     with torch.autocast("cuda", torch.bfloat16, enabled=next(model.parameters()).is_cuda):
         found = answers(model, tokenizer, samples)
@@ -151,18 +150,18 @@ def _score(model: QwenVL, tokenizer: QwenTokenizer, n: int, show: int) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--minutes", type=float, default=60, help="end by then, with fewer steps")
+    parser.add_argument("--minutes", type=float, default=60, help="time limit; ends with fewer steps")
     parser.add_argument("--out", type=Path, required=True, help="weights, .npz")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--rows", type=int, default=224, help="rows of one picture in a step")
-    parser.add_argument("--shards", type=int, default=2000, help="of 512 pictures each")
+    parser.add_argument("--rows", type=int, default=224, help="one-image rows per step")
+    parser.add_argument("--shards", type=int, default=2000, help="number of shards, 512 images each")
     parser.add_argument("--wait_for", type=int, default=12, help="shards to wait for before the first step")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--report", type=int, default=100, help="steps between two lines")
-    parser.add_argument("--evaluate", type=int, default=10**9, help="steps between two evaluations")
+    parser.add_argument("--report", type=int, default=100, help="steps between reports")
+    parser.add_argument("--evaluate", type=int, default=10**9, help="steps between evaluations")
     parser.add_argument(
-        "--samples", type=int, default=256, help="of an evaluation; the last takes four times that"
+        "--samples", type=int, default=256, help="samples per evaluation; four times as many in the last"
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()

@@ -2,8 +2,8 @@
 
     python -m tools.train_demo.vocabulary paddlemix_qwenvl_plugin/demo/model/qwen.tiktoken
 
-The words that stand in the pictures are left out, so that they are spelled letter by letter and any of them can be
-read. The same file on every run; 20 seconds on one core.
+The words in the images are excluded, so that they are spelled letter by letter and any word can be read.
+Deterministic; 20 seconds on one core.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ from paddlemix_qwenvl_plugin.processing.tokenizer import _WORD_PATTERN
 
 N_TEXTS = 6000
 MAX_MERGES = 420
-MAX_TOKEN_BYTES = 12  # no token swallows a whole Chinese name with its size and colour
+MAX_TOKEN_BYTES = 12  # no token covers a complete Chinese name with size and colour
 CHAT = "You are a helpful assistant. system user assistant Picture 1: Picture 2:"
 
 
 def texts() -> list[str]:
-    """Stretches of text without tags and without the words in the pictures, which the merges must not cross."""
+    """Training texts, split at tags and at the words in the images, which merges must not cross."""
     found = []
     for number in range(N_TEXTS):
-        # Not the held-out samples themselves: numbers far behind those that are evaluated.
+        # Numbers far beyond the evaluated held-out samples.
         sample = held_out(10**9 + number)
-        words = [thing.text for scene in sample.scenes for thing in scene.texts]
-        borders = "|".join(["</?ref>", "</?box>", "\n", *words])
+        labels = [thing.text for scene in sample.scenes for thing in scene.texts]
+        borders = "|".join(["</?ref>", "</?box>", "\n", *labels])
         turn = sample.turns[0]
         found += re.split(borders, f"{turn.question}\n{turn.answer}\n{CHAT}")
     return found
 
 
 def train() -> list[bytes]:
-    """The merges, in order: each time the most frequent neighbours."""
+    """Train merges: in each round, merge the most frequent pair of neighbours."""
     frequency: Counter[bytes] = Counter()
     for text in texts():
-        frequency.update(piece.encode() for piece in regex.findall(_WORD_PATTERN, text))
-    split = {piece: [piece[i : i + 1] for i in range(len(piece))] for piece in frequency}
+        frequency.update(word.encode() for word in regex.findall(_WORD_PATTERN, text))
+    split = {word: [word[i : i + 1] for i in range(len(word))] for word in frequency}
     ranks: dict[bytes, int] = {}
     while len(ranks) < MAX_MERGES:
         counts: Counter[bytes] = Counter()
-        for piece, parts in split.items():
+        for word, parts in split.items():
             for left, right in zip(parts, parts[1:]):
                 if len(left) + len(right) <= MAX_TOKEN_BYTES:
-                    counts[left + right] += frequency[piece]
+                    counts[left + right] += frequency[word]
         if not counts:
             break
         best = min(counts, key=lambda token: (-counts[token], token))
         ranks[best] = len(ranks)
-        for piece in split:
-            if best in piece:
-                # From scratch, as the tokenizer will do it: only then is every token one that it reaches.
-                split[piece] = _split(piece, ranks)
+        for word in split:
+            if best in word:
+                # Split again from single bytes, as the tokenizer does, so that it can produce every token.
+                split[word] = _split(word, ranks)
     return list(ranks)
 
 
-def _split(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    parts = [piece[i : i + 1] for i in range(len(piece))]
+def _split(word: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    parts = [word[i : i + 1] for i in range(len(word))]
     while True:
         found = [
             (ranks[left + right], i)

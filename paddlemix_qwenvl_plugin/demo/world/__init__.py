@@ -1,1 +1,1 @@
-"""The world of the demo model: pictures drawn by a program, and everything that can be asked about them."""
+"""The demo model's domain: procedurally drawn images, and the questions and answers about them."""

@@ -1,4 +1,4 @@
-"""Tasks whose answer lists or locates things: captions, boxes of things, things in boxes."""
+"""Caption and grounding tasks: captions, boxes of named objects, objects in given boxes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ BASE_GROUNDED = {
 
 
 def caption_text(scene: Scene, language: str, boxes: bool = False) -> str:
-    """All things in reading order, each in `<ref>` with its box behind it if `boxes`."""
+    """List all objects in reading order; with `boxes`, each in `<ref>`, followed by its box."""
     names = [caption_name(thing, language) for thing in scene.things]
     if language == "en":
         names[0] = names[0][0].upper() + names[0][1:]
@@ -70,28 +70,32 @@ def caption_text(scene: Scene, language: str, boxes: bool = False) -> str:
 
 
 def caption(rng: random.Random, scene: Scene, language: str) -> Turn:
+    """Ask for a caption."""
     return Turn("caption", language, rng.choice(_CAPTION[language]), caption_text(scene, language))
 
 
 def grounded_caption(rng: random.Random, scene: Scene, language: str) -> Turn:
+    """Ask for a caption with boxes."""
     question = rng.choice(_GROUNDED[language])
     return Turn("grounded caption", language, question, caption_text(scene, language, boxes=True))
 
 
 def locate(rng: random.Random, scene: Scene, language: str) -> Turn:
+    """Ask for the box of an object."""
     thing, name = _referent(rng, scene, language)
     answer = f"<ref>{name}</ref>{box_text(thing)}"
     return Turn("box", language, rng.choice(_LOCATE[language]).format(name), answer)
 
 
 def region(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+    """Ask what a box contains."""
     thing = rng.choice(scene.things)
     question = rng.choice(_REGION[language]).format(box_text(thing))
     return Turn("region", language, question, sentence(caption_name(thing, language), language))
 
 
 def base_turn(rng: random.Random, scene: Scene) -> Turn:
-    """The base model's own prompts: captions, captions with boxes, and `<ref>…</ref><box>` to complete."""
+    """Draw a base-model prompt: a caption, a caption with boxes, or `<ref>…</ref><box>` to complete."""
     language = rng.choice(LANGUAGES)
     what = rng.random()
     if what < 0.2:
@@ -104,7 +108,7 @@ def base_turn(rng: random.Random, scene: Scene) -> Turn:
 
 
 def _referent(rng: random.Random, scene: Scene, language: str) -> tuple[Thing, str]:
-    """A thing and a name that fits only this one."""
+    """Choose an object and a name that identifies it."""
     thing = rng.choice(scene.things)
     if thing.text:
         return thing, text_name(thing, language)

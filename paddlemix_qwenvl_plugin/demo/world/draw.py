@@ -1,4 +1,4 @@
-"""Draw a scene with Pillow."""
+"""Scene rendering with Pillow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIDE = 256
 
 
 def draw(scene: Scene, side: int = SIDE) -> Image.Image:
-    """The scene as an RGB picture of `side` x `side` pixels; the same picture for the same scene."""
+    """Render a scene as an RGB image of `side` x `side` pixels, deterministically."""
     upper, lower = scene.background
     ramp = np.linspace(0.0, 1.0, side)[:, None]
     rows = np.asarray(upper) * (1 - ramp) + np.asarray(lower) * ramp
@@ -33,7 +33,7 @@ def _draw_text(image: Image.Image, thing: Thing, scale: float) -> None:
     left, top, right, bottom = typeface.getbbox(thing.text, stroke_width=bold)
     mask = Image.new("L", (right - left + 4, bottom - top + 4))
     ImageDraw.Draw(mask).text((2 - left, 2 - top), thing.text, font=typeface, fill=255, stroke_width=bold)
-    # Pillow turns counter-clockwise, the corners of a thing clockwise (y points down).
+    # Pillow rotates counter-clockwise, Thing.corners clockwise (y points down).
     turned = mask.rotate(-thing.angle, Image.Resampling.BICUBIC, expand=True)
     x, y = (round(value * scale - extent / 2) for value, extent in zip(thing.centre, turned.size))
     image.paste(thing.rgb, (x, y), turned)

@@ -1,4 +1,4 @@
-"""What there is in the world, and its names in English (`en`) and Chinese (`zh`)."""
+"""Shapes, colours, sizes, places and words of the demo world, with English (`en`) and Chinese (`zh`) names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RGB: dict[str, tuple[int, int, int]] = {
 }
 
 TEXT_COLOURS = ("black", "blue", "red", "green", "purple", "brown")
-"""Colours of words: those that stand out well enough on the pale backgrounds."""
+"""Text colours: those with enough contrast on the pale backgrounds."""
 
 BACKGROUNDS: tuple[tuple[int, int, int], ...] = (
     (255, 255, 255),
@@ -80,4 +80,4 @@ WATER WEST WIND WOLF WOOD YES YOGA ZEBRA ZERO ZOO
 """
 
 WORDS: tuple[str, ...] = tuple(_WORD_LIST.split())
-"""Words that stand on signs, 2 to 5 letters."""
+"""Words as on signs, 2 to 5 letters."""

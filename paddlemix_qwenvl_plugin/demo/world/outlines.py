@@ -1,4 +1,4 @@
-"""Outlines of the shapes as polygons of radius 1 around the origin, y downwards."""
+"""Shape outlines as polygons of radius 1 around the origin, y downwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Points = list[tuple[float, float]]
 
 @cache
 def outline(kind: str) -> Points:
-    """The polygon of a shape of `names.SHAPES`."""
+    """Polygon of a shape of `names.SHAPES`."""
     if kind == "circle":
         return _regular(48)
     if kind == "square":

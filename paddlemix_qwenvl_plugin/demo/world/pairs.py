@@ -1,4 +1,4 @@
-"""Questions about two pictures."""
+"""Questions about two images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.demo.world.questions import count_answer
 from paddlemix_qwenvl_plugin.demo.world.sample import Turn
 from paddlemix_qwenvl_plugin.demo.world.scene import Scene
 
-_TASK = "two pictures"
+_TASK = "two images"
 _DESCRIBE = {
     "en": ("Describe Picture {}.", "What is in Picture {}?"),
     "zh": ("描述第{}张图片。", "第{}张图片里有什么？"),
@@ -27,13 +27,14 @@ _COLOUR = {"en": "What colour is {} in Picture {}?", "zh": "第{1}张图片里�
 
 
 def describe(rng: random.Random, scenes: tuple[Scene, Scene], language: str) -> Turn:
+    """Ask for a caption of one of the images."""
     number = rng.randint(1, 2)
     question = rng.choice(_DESCRIBE[language]).format(number)
     return Turn(_TASK, language, question, caption_text(scenes[number - 1], language))
 
 
 def which(rng: random.Random, scenes: tuple[Scene, Scene], language: str) -> Optional[Turn]:
-    """The picture with a certain shape, or with a text, that the other has not."""
+    """Ask which image contains a shape, or text, that the other lacks."""
     number = rng.randint(1, 2)
     here, other = scenes[number - 1], scenes[2 - number]
     if here.texts and not other.texts and rng.random() < 0.5:
@@ -51,29 +52,33 @@ def which(rng: random.Random, scenes: tuple[Scene, Scene], language: str) -> Opt
         name = shape_name(thing, language, properties)
         if language == "en":
             name = f"an {name}" if name.startswith("orange") else f"a {name}"
-    return Turn(_TASK, language, rng.choice(_WHICH[language]).format(name), _picture(number, language))
+    return Turn(_TASK, language, rng.choice(_WHICH[language]).format(name), _image_answer(number, language))
 
 
 def more(rng: random.Random, scenes: tuple[Scene, Scene], language: str) -> Optional[Turn]:
+    """Ask which image has more shapes."""
     first, second = (len(scene.shapes) for scene in scenes)
     if first == second:
         return None
-    return Turn(_TASK, language, rng.choice(_MORE[language]), _picture(1 if first > second else 2, language))
+    answer = _image_answer(1 if first > second else 2, language)
+    return Turn(_TASK, language, rng.choice(_MORE[language]), answer)
 
 
 def total(rng: random.Random, scenes: tuple[Scene, Scene], language: str) -> Turn:
+    """Ask for the number of shapes in both images."""
     number = sum(len(scene.shapes) for scene in scenes)
     word = "图形" if language == "zh" else "shape"
     return Turn(_TASK, language, _TOTAL[language], count_answer(number, word, language))
 
 
 def colour(rng: random.Random, scenes: tuple[Scene, Scene], language: str) -> Optional[Turn]:
+    """Ask for the colour of a shape in one of the images."""
     number = rng.randint(1, 2)
     scene = scenes[number - 1]
     if not scene.shapes:
         return None
     thing = rng.choice(scene.shapes)
-    # By its kind alone, which the other picture may have as well, in another colour.
+    # Named by kind only: the other image may contain the same kind in another colour.
     name = SHAPES[thing.kind][language]
     if sum(shape.kind == thing.kind for shape in scene.shapes) > 1:
         return None
@@ -83,5 +88,5 @@ def colour(rng: random.Random, scenes: tuple[Scene, Scene], language: str) -> Op
     return Turn(_TASK, language, question, sentence(answer, language))
 
 
-def _picture(number: int, language: str) -> str:
+def _image_answer(number: int, language: str) -> str:
     return f"第{number}张图片。" if language == "zh" else f"Picture {number}."

@@ -1,4 +1,4 @@
-"""How things are called in a sentence, and which names are unique in a picture."""
+"""Names of objects in sentences, and the names that are unique in a scene."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from paddlemix_qwenvl_plugin.demo.world.names import COLOURS, PLACES, SHAPES, SIZES
 from paddlemix_qwenvl_plugin.demo.world.scene import Scene, Thing
 
-# From short to long: which of a shape's properties a name mentions, beside its kind.
+# The properties that a name mentions besides the kind, from short names to long ones.
 _LEVELS = ((), ("colour",), ("size",), ("size", "colour"), ("cell",), ("colour", "cell"))
 
 
 def shape_name(thing: Thing, language: str, properties: Sequence[str] = ("size", "colour")) -> str:
-    """A shape with some of `size`, `colour` and `cell`: "small red circle at the top left"."""
+    """Name of a shape with some of `size`, `colour` and `cell`: "small red circle at the top left"."""
     size = SIZES[thing.size][language] if "size" in properties else ""
     colour = COLOURS[thing.colour][language] if "colour" in properties else ""
     place = PLACES[thing.cell][language] if "cell" in properties else ""
@@ -23,7 +23,7 @@ def shape_name(thing: Thing, language: str, properties: Sequence[str] = ("size",
 
 
 def text_name(thing: Thing, language: str) -> str:
-    """`the word "CAT"` or `the number "42"`."""
+    """Name of a text: `the word "CAT"` or `the number "42"`."""
     number = thing.text.isdigit()
     if language == "zh":
         return f"{'数字' if number else '单词'}“{thing.text}”"
@@ -31,14 +31,14 @@ def text_name(thing: Thing, language: str) -> str:
 
 
 def caption_name(thing: Thing, language: str) -> str:
-    """How a caption introduces a thing: "a small red circle", "一个小的红色圆形"."""
+    """Name of an object in a caption: "a small red circle", "一个小的红色圆形"."""
     if thing.text:
         return text_name(thing, language)
     return f"{'一个' if language == 'zh' else 'a '}{shape_name(thing, language)}"
 
 
 def unique_names(scene: Scene, thing: Thing, language: str) -> list[str]:
-    """Names of a shape that fit no other thing of the scene, with the article; never empty."""
+    """List the names that identify a shape in the scene, with the article; never empty."""
     names = []
     for properties in _LEVELS:
         alike = [
@@ -52,20 +52,22 @@ def unique_names(scene: Scene, thing: Thing, language: str) -> list[str]:
 
 
 def the(name: str, language: str) -> str:
+    """Add the definite article in English."""
     return name if language == "zh" else f"the {name}"
 
 
 def sentence(text: str, language: str) -> str:
-    """With a capital at the start and a full stop at the end."""
+    """Capitalize a text and add the full stop."""
     return f"{text}。" if language == "zh" else f"{text[:1].upper()}{text[1:]}."
 
 
 def box_text(thing: Thing) -> str:
+    """Box of an object as the model writes it: `<box>(x1,y1),(x2,y2)</box>`."""
     return "<box>({},{}),({},{})</box>".format(*thing.box)
 
 
 def listing(items: Sequence[str], language: str) -> str:
-    """ "a, b and c"."""
+    """Join items: "a, b and c"."""
     if len(items) == 1:
         return items[0]
     comma, last = ("、", "和") if language == "zh" else (", ", " and ")

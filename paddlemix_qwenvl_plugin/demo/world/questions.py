@@ -1,4 +1,4 @@
-"""Questions about one picture with a short answer. Each maker returns None where a picture does not allow it."""
+"""Short-answer questions about one image. Each function returns None where the scene does not allow the question."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.demo.world.scene import Scene, Thing
 
 _TEXT_COLOUR = {"en": "the text", "zh": "文字"}
 _KIND = {"en": ("What shape is {}?", "Which shape is {}?"), "zh": ("{}是什么形状？", "{}是什么形状的？")}
-# Questions about a property of a thing, and what the answer says of the thing.
+# Questions about a property of an object, and the template of the answer.
 _PROPERTIES: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "colour": {
         "en": (("What colour is {}?", "What color is {}?"), "{} is {}"),
@@ -47,21 +47,24 @@ _NUMBERS = {
 
 
 def colour(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+    """Ask for the colour of a shape or of the text."""
     if len(scene.texts) == 1 and (not scene.shapes or rng.random() < 0.2):
         return _property(rng, language, "colour", (scene.texts[0], _TEXT_COLOUR[language]))
     return _property(rng, language, "colour", _shape_without(rng, scene, language, "colour"))
 
 
 def size(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+    """Ask for the size of a shape."""
     return _property(rng, language, "size", _shape_without(rng, scene, language, "size"))
 
 
 def place(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+    """Ask for the place of a shape."""
     return _property(rng, language, "place", _shape_without(rng, scene, language, "place"))
 
 
 def kind(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
-    """ "What shape is the red one?", of a shape with a colour or a place of its own."""
+    """Ask for the kind of a shape that its colour or place identifies: "What shape is the red one?"."""
     if not scene.shapes:
         return None
     thing = rng.choice(scene.shapes)
@@ -78,11 +81,11 @@ def kind(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
 
 
 def exists(rng: random.Random, scene: Scene, language: str) -> Turn:
-    """Half of the answers are yes, where there are shapes."""
+    """Ask whether a shape exists; half of the answers are yes where the scene has shapes."""
     real = rng.choice(scene.shapes) if scene.shapes and rng.random() < 0.5 else None
     kind_name = real.kind if real else rng.choice(list(SHAPES))
     colour_name = real.colour if real else rng.choice(list(COLOURS))
-    # A near miss, of a thing that is there, is harder than any shape at all.
+    # A near miss of an existing shape is harder than a random shape.
     if real is None and scene.shapes and rng.random() < 0.6:
         near = rng.choice(scene.shapes)
         kind_name, colour_name = rng.choice(((near.kind, colour_name), (kind_name, near.colour)))
@@ -99,7 +102,7 @@ def exists(rng: random.Random, scene: Scene, language: str) -> Turn:
 
 
 def count(rng: random.Random, scene: Scene, language: str) -> Turn:
-    """Of all shapes, of a kind or of a colour; sometimes of a kind or colour that is not there."""
+    """Ask for the number of all shapes, or of a kind or colour, which the scene may lack."""
     what = rng.random()
     word = "图形" if language == "zh" else "shape"
     counted = list(scene.shapes)
@@ -119,7 +122,7 @@ def count(rng: random.Random, scene: Scene, language: str) -> Turn:
 
 
 def count_answer(number: int, word: str, language: str) -> str:
-    """ "There are two circles.", "有两个圆形。"."""
+    """Answer of a counting question: "There are two circles.", "有两个圆形。"."""
     name = _NUMBERS[language][number]
     if language == "zh":
         return f"{name}{word}。" if number == 0 else f"有{name}{word}。"
@@ -127,6 +130,7 @@ def count_answer(number: int, word: str, language: str) -> str:
 
 
 def read(rng: random.Random, scene: Scene, language: str) -> Turn:
+    """Ask for the texts of the image."""
     question = rng.choice(_READ[language])
     words = [thing.text for thing in scene.texts]
     if not words:
@@ -138,6 +142,7 @@ def read(rng: random.Random, scene: Scene, language: str) -> Turn:
 
 
 def larger(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
+    """Ask which of two shapes of different size is larger."""
     pair = _two(rng, scene)
     if pair is None or pair[0].size == pair[1].size:
         return None
@@ -151,7 +156,7 @@ def larger(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
 
 
 def side(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
-    """ "Is the red circle above the star?", of shapes in different rows (or columns)."""
+    """Ask for the relation of two shapes in different rows or columns: "Is the red circle above the star?"."""
     pair = _two(rng, scene)
     if pair is None:
         return None
@@ -166,7 +171,7 @@ def side(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
         return None
     word = _SIDES[chosen][language]
     where, other = (PLACES[thing.cell][language] for thing in pair)
-    # The places first, the verdict last: a model that says the one finds the other.
+    # Places first, verdict last: generating the places helps the model reach the verdict.
     if language == "zh":
         answer = f"{a}在{where}，{b}在{other}，所以{'是的' if is_so else '不是'}。"
         return Turn("relation", language, f"{a}在{b}的{word}吗？", answer)
@@ -175,35 +180,33 @@ def side(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
 
 
 def _property(
-    rng: random.Random, language: str, asked: str, named: Optional[tuple[Thing, str]]
+    rng: random.Random, language: str, prop: str, named: Optional[tuple[Thing, str]]
 ) -> Optional[Turn]:
-    """A question about a property of a thing that has a name."""
+    """Ask about a property of a named object; None without one."""
     if named is None:
         return None
     thing, name = named
-    questions, answer = _PROPERTIES[asked][language]
-    text = answer.format(name, _word(thing, asked, language))
-    return Turn(asked, language, rng.choice(questions).format(name), sentence(text, language))
+    questions, answer = _PROPERTIES[prop][language]
+    text = answer.format(name, _word(thing, prop, language))
+    return Turn(prop, language, rng.choice(questions).format(name), sentence(text, language))
 
 
-def _word(thing: Thing, asked: str, language: str) -> str:
-    if asked == "place":
+def _word(thing: Thing, prop: str, language: str) -> str:
+    if prop == "place":
         return PLACES[thing.cell][language]
-    return (COLOURS[thing.colour] if asked == "colour" else SIZES[thing.size])[language]
+    return (COLOURS[thing.colour] if prop == "colour" else SIZES[thing.size])[language]
 
 
-def _shape_without(
-    rng: random.Random, scene: Scene, language: str, asked: str
-) -> Optional[tuple[Thing, str]]:
-    """Any shape, and a name as of `_name_without`; None if there is none."""
+def _shape_without(rng: random.Random, scene: Scene, language: str, prop: str) -> Optional[tuple[Thing, str]]:
+    """Choose a shape and its name by `_name_without`; None without one."""
     thing = rng.choice(scene.shapes) if scene.shapes else None
-    name = thing and _name_without(rng, scene, thing, language, asked)
+    name = thing and _name_without(rng, scene, thing, language, prop)
     return (thing, name) if thing and name else None
 
 
-def _name_without(rng: random.Random, scene: Scene, thing: Thing, language: str, asked: str) -> str:
-    """A unique name that does not give away the property asked for; empty if there is none."""
-    hidden = _word(thing, asked, language)
+def _name_without(rng: random.Random, scene: Scene, thing: Thing, language: str, prop: str) -> str:
+    """Choose a unique name that does not reveal the requested property; empty if none exists."""
+    hidden = _word(thing, prop, language)
     names = [name for name in unique_names(scene, thing, language) if hidden not in name]
     return rng.choice(names) if names else ""
 

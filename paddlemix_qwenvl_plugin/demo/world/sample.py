@@ -1,4 +1,4 @@
-"""A task of the demo world: pictures, what is said about them in turns, and the prompts of it."""
+"""Samples of the demo world: scenes, turns about them, and prompts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from paddlemix_qwenvl_plugin.demo.world.scene import Scene
 
 @dataclass(frozen=True)
 class Turn:
-    """A question that the pictures answer, and the one right answer.
+    """A question about the images, and its only right answer.
 
     Attributes:
-        task: its family, by which results are reported.
+        task: the family under which results are reported.
         language: "en" or "zh".
-        question: what follows the pictures in a prompt.
-        answer: the model's words, tags included, without the end token.
-        text: the words to read, for reading tasks.
+        question: text after the images in the prompt.
+        answer: expected completion, tags included, without the stop token.
+        text: the text in the image, for reading tasks.
     """
 
     task: str
@@ -30,12 +30,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """Turns about the same pictures. `form` is Qwen-VL-Chat's ("chat") or the base model's ("base", one turn)."""
+    """Turns about the same images. `form`: "chat" for Qwen-VL-Chat prompts, "base" for the base model (one turn)."""
 
     scenes: tuple[Scene, ...]
     turns: tuple[Turn, ...]
     form: Literal["chat", "base"]
 
     def parts(self, images: Sequence[Any]) -> list[dict[str, Any]]:
-        """The first turn as `processing.prompts` takes it, for the drawn `images` or their paths."""
+        """Prompt parts of the first turn for `processing.prompts`; `images`: drawn images or their paths."""
         return [*({"image": image} for image in images), {"text": self.turns[0].question}]

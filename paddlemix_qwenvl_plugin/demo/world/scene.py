@@ -1,4 +1,4 @@
-"""A scene: what stands where in a picture. Lengths are in thousandths of the picture's side."""
+"""Scene description: objects and their geometry. Lengths are in thousandths of the image's side."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Box = tuple[int, int, int, int]
 Colour = tuple[int, int, int]
 
 BOX_STEP = 10
-"""Box coordinates are rounded to this many thousandths: about what a patch of the demo model can resolve."""
+"""Rounding step of box coordinates, in thousandths: about the resolution of the demo model's patches."""
 
 _CELL = 1000 / 3
 _RADII = {"small": (75, 92), "large": (128, 155)}
-_MARGIN = 12  # between things, and to the picture's edge
+_MARGIN = 12  # between objects, and to the image's edge
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape or a word. `cell` is its place on the 3 x 3 grid in reading order; `kind` is a shape's name or "text"."""
+    """A shape or a text. `cell`: index in the 3 x 3 grid in reading order; `kind`: a shape's name or "text"."""
 
     kind: str
     colour: str
@@ -34,13 +34,13 @@ class Thing:
     centre: tuple[float, float]
     size: str
     extent: float
-    """Radius of a shape, font size of a word."""
+    """Radius of a shape, font size of a text."""
     angle: float
     text: str = ""
 
     @cached_property
     def corners(self) -> Points:
-        """The polygon that is drawn; of a word, the corners of the rectangle around it."""
+        """Polygon of a shape, or corners of the bounding rectangle of a text."""
         x, y = self.centre
         raw = (
             text_corners(self.text, self.extent)
@@ -52,13 +52,13 @@ class Thing:
 
     @cached_property
     def bounds(self) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom."""
+        """Bounding box: left, top, right, bottom."""
         xs, ys = zip(*self.corners)
         return min(xs), min(ys), max(xs), max(ys)
 
     @property
     def box(self) -> Box:
-        """`bounds` rounded to BOX_STEP, as the model says them."""
+        """`bounds` rounded to BOX_STEP, as the model writes them."""
         left, top, right, bottom = (
             min(1000, max(0, round(value / BOX_STEP) * BOX_STEP)) for value in self.bounds
         )
@@ -67,26 +67,28 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in reading order on a background: a pale colour that turns into another from top to bottom."""
+    """Objects in reading order on a background, a vertical gradient between two pale colours."""
 
     things: tuple[Thing, ...]
     background: tuple[Colour, Colour]
     noise: int
-    """Largest change of a colour value by the noise, of 255."""
+    """Noise amplitude, in colour levels of 255."""
     seed: int
-    """Of the noise."""
+    """Seed of the noise."""
 
     @property
     def shapes(self) -> tuple[Thing, ...]:
+        """Objects that are shapes."""
         return tuple(thing for thing in self.things if not thing.text)
 
     @property
     def texts(self) -> tuple[Thing, ...]:
+        """Objects that are texts."""
         return tuple(thing for thing in self.things if thing.text)
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """One to four shapes, one to three shapes with a word or a number, or one or two of the latter."""
+    """Draw a scene: one to four shapes, one to three shapes with one text, or one or two texts."""
     while True:
         scene = _try_scene(rng)
         if scene is not None:
@@ -99,7 +101,7 @@ def _try_scene(rng: random.Random) -> Optional[Scene]:
     )[0]
     rows = rng.sample(range(3), n_texts)
     free = [cell for cell in range(9) if cell // 3 not in rows]
-    # Few kinds and colours to choose from make things that are alike, so that counting and telling apart matter.
+    # Few kinds and colours make objects alike, so that counting and distinguishing them matter.
     kinds = rng.sample(list(SHAPES), rng.choice((1, 2, 3, 7)))
     colours = rng.sample(list(COLOURS), rng.choice((1, 2, 3, 8)))
     things: list[Thing] = []
@@ -145,7 +147,7 @@ def _random_text(rng: random.Random, row: int) -> Thing:
 
 
 def random_text(rng: random.Random) -> str:
-    """A word of the list, or a number of 2 to 5 digits."""
+    """Draw a word of the list, or a number of 2 to 5 digits."""
     if rng.random() < 0.55:
         return rng.choice(WORDS)
     return "".join(rng.choice("0123456789") for _ in range(rng.randint(2, 5)))

@@ -1,4 +1,4 @@
-"""Random samples of the demo world, the same ones for the same seed."""
+"""Random samples of the demo world, reproducible by seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.demo.world.scene import Scene, random_scene
 
 _Maker = Callable[[random.Random, Any, str], Optional[Turn]]
 
-_ONE_PICTURE: dict[_Maker, float] = {
+_ONE_IMAGE: dict[_Maker, float] = {
     questions.colour: 8,
     questions.kind: 6,
     questions.size: 5,
@@ -27,7 +27,7 @@ _ONE_PICTURE: dict[_Maker, float] = {
     captions.caption: 9,
     captions.grounded_caption: 9,
 }
-_TWO_PICTURES: dict[_Maker, float] = {
+_TWO_IMAGES: dict[_Maker, float] = {
     pairs.describe: 3,
     pairs.which: 3,
     pairs.more: 2,
@@ -37,7 +37,7 @@ _TWO_PICTURES: dict[_Maker, float] = {
 
 
 def held_out(number: int) -> Sample:
-    """Sample `number` of the held-out set: one turn. No training seed gives the same stream."""
+    """Sample `number` of the held-out set, with one turn. No training seed yields the same random stream."""
     rng = random.Random(f"held-out {number}")
     if rng.random() < 0.15:
         scenes = (random_scene(rng), random_scene(rng))
@@ -45,19 +45,19 @@ def held_out(number: int) -> Sample:
     scene = random_scene(rng)
     if rng.random() < 0.2:
         return Sample((scene,), (captions.base_turn(rng, scene),), "base")
-    return Sample((scene,), (picture_turn(rng, scene),), "chat")
+    return Sample((scene,), (image_turn(rng, scene),), "chat")
 
 
-def picture_turn(rng: random.Random, scene: Scene) -> Turn:
-    """A question about one picture; of a picture with words it is often about these."""
+def image_turn(rng: random.Random, scene: Scene) -> Turn:
+    """Draw a question about one image; in scenes with text often a reading question."""
     if rng.random() < (0.45 if scene.texts else 0.02):
         return questions.read(rng, scene, rng.choice(LANGUAGES))
-    return _draw(rng, _ONE_PICTURE, scene)
+    return _draw(rng, _ONE_IMAGE, scene)
 
 
 def pair_turn(rng: random.Random, scenes: tuple[Scene, Scene]) -> Turn:
-    """A question about two pictures."""
-    return _draw(rng, _TWO_PICTURES, scenes)
+    """Draw a question about two images."""
+    return _draw(rng, _TWO_IMAGES, scenes)
 
 
 def _draw(rng: random.Random, makers: dict[_Maker, float], subject: Any) -> Turn:

@@ -1,4 +1,4 @@
-"""The training tools live in the source tree, beside the package."""
+"""Make the training tools, outside the package, importable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped demo model: it opens, it is small, it sees, and its trainer computes what this package computes."""
+"""The shipped demo model: size, accuracy, and the same logits as its trainer."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def test_the_folder_opens_and_is_small() -> None:
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 12_000_000
 
 
-def test_pictures_are_announced_as_it_was_trained(exported: QwenVL) -> None:
-    """It has never seen a space after the colon, unlike Qwen-VL, and its exports know that."""
+def test_picture_label_is_that_of_the_training(exported: QwenVL) -> None:
+    """It was trained without a space after the colon, unlike Qwen-VL, and its exports record that."""
     assert QwenTokenizer.from_folder(FOLDER).picture_label == "Picture {}:"
     assert exported.tokenizer.picture_label == "Picture {}:"
     prompt = base_prompt(exported.tokenizer, [{"image": "a.png"}])
     assert exported.tokenizer.decode(prompt.input_ids) == "Picture 1:<img>a.png</img>\n"
 
 
-def test_it_sees(exported: QwenVL) -> None:
+def test_it_uses_the_image(exported: QwenVL) -> None:
     marks = []
     for number in range(5000, 5040):
         sample = held_out(number)
@@ -56,13 +56,13 @@ def test_it_sees(exported: QwenVL) -> None:
         answer = exported.generate(sample.parts(images), chat=sample.form == "chat", max_new_tokens=200)
         marks.append(mark(sample, answer.text))
     rates = score(marks)
-    # Far below what it does (docs/demo-model.md) and far above what a blind model can.
+    # Far below its accuracy (docs/demo-model.md) and far above that of a model without the image.
     assert rates["words"].value > 0.85
     assert rates["boxes"].value > 0.8
 
 
-def test_without_the_picture_it_fails(exported: QwenVL) -> None:
-    """The words come from the picture: another one in its place gives other words."""
+def test_another_image_gives_wrong_answers(exported: QwenVL) -> None:
+    """The answers depend on the image: with another image they are wrong."""
     samples = [sample for sample in map(held_out, range(6000, 6100)) if sample.turns[0].task == "caption"][:6]
     assert len(samples) == 6
     right = 0
@@ -82,7 +82,7 @@ def test_the_trainer_computes_the_same_logits() -> None:
 
     checkpoint = Checkpoint(FOLDER)
     trained = Trained(json.loads((FOLDER / "config.json").read_text("utf-8")))
-    # From Paddle's layout back to PyTorch's.
+    # From Paddle's layout to PyTorch's.
     specs = {**checkpoint.language, **checkpoint.vision}
     weights = {
         name: torch.from_numpy(np.ascontiguousarray(values.T if specs[name].linear else values))

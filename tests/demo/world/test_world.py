@@ -1,4 +1,4 @@
-"""The demo world: what is drawn is where the scene says, and every answer follows from the scene."""
+"""The demo world: drawings match the scene, and answers follow from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCENES = [random_scene(random.Random(f"test {i}")) for i in range(150)]
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
-def test_a_number_gives_the_same_sample_and_the_same_picture() -> None:
+def test_a_number_gives_the_same_sample_and_the_same_image() -> None:
     assert [held_out(i) for i in range(20)] == [held_out(i) for i in range(20)]
     assert held_out(0) != held_out(1)
     for scene in SCENES[:5]:
@@ -37,7 +37,7 @@ def test_boxes_surround_the_pixels(side: int) -> None:
             changed = np.abs(np.asarray(draw(alone, side)).astype(int) - 255).max(axis=2) > 64
             ys, xs = np.nonzero(changed)
             drawn = [value * 1000 / side for value in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)]
-            # Inwards: a digit 1 has space around it, and turned letters do not fill the corners.
+            # Less at the inside: a digit 1 has space around it, and rotated letters do not fill the corners.
             inwards = np.subtract(drawn, thing.bounds) * [1, 1, -1, -1]
             assert inwards.min() >= -2 * 1000 / side, thing
             assert inwards.max() <= 2 * 1000 / side + (45 if thing.text else 0), thing
@@ -60,7 +60,7 @@ def test_things_are_apart_and_in_reading_order() -> None:
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_unique_names_fit_one_shape_only(language: str) -> None:
-    """A second reading: the name's words, looked for in each shape's full description."""
+    """Independent check: find the words of the name in each shape's full description."""
     for scene in SCENES:
         for thing in scene.shapes:
             for name in unique_names(scene, thing, language):
@@ -75,7 +75,7 @@ def _fits(name: str, shape: object, language: str) -> bool:
         if named and value not in named:
             return False
     places = [cell for cell in range(9) if questions.PLACES[cell][language] in name]
-    # "at the top" is part of "at the top left": the longest counts.
+    # "at the top" is part of "at the top left": use the longest match.
     longest = max(places, key=lambda cell: len(questions.PLACES[cell][language]), default=None)
     return longest is None or longest == shape.cell  # type: ignore[attr-defined]
 
@@ -151,7 +151,7 @@ def test_grounded_captions_parse_and_name_all_things() -> None:
             assert all(thing.text in parsed.text for thing in scene.texts)
 
 
-def test_which_picture_has_it_is_never_both() -> None:
+def test_which_image_is_never_both() -> None:
     rng = random.Random(4)
     asked = 0
     for here, other in zip(SCENES[::2], SCENES[1::2]):
@@ -171,7 +171,7 @@ def test_which_picture_has_it_is_never_both() -> None:
     assert asked > 20
 
 
-def test_noise_changes_the_picture_a_little() -> None:
+def test_noise_changes_the_image_slightly() -> None:
     scene = replace(SCENES[0], noise=8)
     noisy, clean = (np.asarray(draw(s)).astype(int) for s in (scene, replace(scene, noise=0)))
     assert 0 < np.abs(noisy - clean).max() <= 8

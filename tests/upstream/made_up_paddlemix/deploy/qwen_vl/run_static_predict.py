@@ -31,11 +31,13 @@ class Predictor:
         return self.first_predictor.run([pixels])[0]
 
     def generate_with_image_features(self, features, ids):
-        # The number of pictures for that of rows, one size, one dtype, one end token: as upstream has it.
+        # As in upstream: the number of images as that of rows, one size, one dtype, one stop token.
         rows, width, half = features.shape[0], ids.shape[1], "float16"
         starts = paddle.where(ids == self.visual["image_start_id"])
         ends = paddle.where(ids == self.visual["image_start_id"] + 1)
-        img_pos = paddle.concat([starts[0], starts[1], ends[1]], axis=1)  # columns, as in older Paddles
+        img_pos = paddle.concat(
+            [starts[0], starts[1], ends[1]], axis=1
+        )  # columns, as in older versions of Paddle
         mask = paddle.zeros([rows, 1, MAX_LEN, MAX_LEN], half)
         mask[:, 0, :width, :width] = paddle.tril(paddle.ones([width, width], half))
 

@@ -4,7 +4,7 @@ import paddle
 
 
 class Upstream(paddle.nn.Layer):
-    """What upstream's own model class would be."""
+    """Stand-in for upstream's model class."""
 
     def __init__(self, folder: str, dtype: str) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""A load on one server in OpenAI's form, over HTTP/1.1 and its event streams, with nothing but sockets.
+"""Load generator for an OpenAI-compatible server: HTTP/1.1 and event streams over plain sockets.
 
-Reads a JSON object from standard input and writes one to standard output; serve.py runs it as a process of its own.
-While answers come in it only notes when which bytes came. They are read when all requests have ended, so that what the
-client computes takes as little as possible from a server on the same machine; how much it took is in its report.
+Reads a JSON object from standard input and writes one to standard output; serve.py runs it as a separate process.
+During the run it only records the time and bytes of each read, and parses them when all requests have ended, so that
+the client takes as little CPU time as possible from a server on the same machine. The report contains that time.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
 
-_END = b"\r\n0\r\n\r\n"  # of a body in chunks; JSON has no line ends, so no event has it
+_END = b"\r\n0\r\n\r\n"  # end of a chunked body; JSON has no line ends, so no event contains it
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
 class Received(NamedTuple):
-    """An answer as it came: seconds and bytes of each read, and what broke it."""
+    """Raw response: time in seconds and bytes of each read, and the error, if any."""
 
     start: float
     reads: list[tuple[float, bytes]]
@@ -29,18 +29,18 @@ class Received(NamedTuple):
 
 
 class Connection(asyncio.Protocol):
-    """A connection for one request."""
+    """Connection of one request."""
 
     def __init__(self) -> None:
         self.reads: list[tuple[float, bytes]] = []
         self.done: asyncio.Future[Optional[str]] = asyncio.get_running_loop().create_future()
         self._tail = b""
-        self._left: Optional[int] = None  # bytes of an answer that is not in chunks
+        self._left: Optional[int] = None  # remaining bytes of a response that is not chunked
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
         if not self.reads:
-            head, _, body = data.partition(b"\r\n\r\n")  # servers send a head at once
+            head, _, body = data.partition(b"\r\n\r\n")  # servers send the head in one write
             length = _LENGTH.search(head)
             self._left = int(length.group(1)) - len(body) if length else None
         elif self._left is not None:
@@ -73,7 +73,7 @@ async def ask(port: int, request: bytes) -> Received:
 
 
 async def closed_loop(port: int, requests: list[bytes], clients: int) -> list[Received]:
-    """So many clients that each send their next request when their last one is answered."""
+    """Run `clients` clients, each of which sends its next request after the previous response."""
     waiting = iter(requests)
 
     async def client() -> list[Received]:
@@ -85,7 +85,7 @@ async def closed_loop(port: int, requests: list[bytes], clients: int) -> list[Re
 
 
 async def open_loop(port: int, requests: list[bytes], rate: float, seed: int) -> list[Received]:
-    """Requests that arrive at random, `rate` a second, whatever the server has to do."""
+    """Send requests at random times, `rate` per second, independent of the responses."""
     pauses = random.Random(seed)
     tasks, due = [], time.perf_counter()
     for request in requests:
@@ -96,7 +96,7 @@ async def open_loop(port: int, requests: list[bytes], rate: float, seed: int) ->
 
 
 def read(answer: Received) -> dict[str, Any]:
-    """When the text of each event came, in seconds from the request on, and how the answer ended."""
+    """Parse a response: time of each event with text, in seconds since the request, and how it ended."""
     report: dict[str, Any] = {"start": answer.start, "times": [], "error": answer.error, "finish": None}
     if answer.error is not None:
         return report
@@ -122,7 +122,7 @@ def read(answer: Received) -> dict[str, Any]:
 
 
 def _events(reads: list[tuple[float, bytes]], position: int, raw: bytes) -> Iterator[tuple[float, bytes]]:
-    """The data of each event, and when its last byte came."""
+    """Yield (time of the last byte, data) of each event."""
     ends, total = [], 0
     for seconds, data in reads:
         total += len(data)

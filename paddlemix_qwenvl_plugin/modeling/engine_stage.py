@@ -1,4 +1,4 @@
-"""The engine's body of both stages: one operator of the engine (csrc/paddle/), with the weights as its input."""
+"""Engine form of both stages: one engine operator (csrc/paddle/) that takes the weights as inputs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from paddlemix_qwenvl_plugin.engine.operators import call
 from paddlemix_qwenvl_plugin.engine.quantize import packed_bytes
 from paddlemix_qwenvl_plugin.modeling.layers import parameter_attr
 
-# Stock inputs that the engine does not read (see StockGeneration); the others are the operator's, in this order.
+# Stock inputs that the engine does not read (see StockGeneration); the operator takes the others, in this order.
 _UNREAD = ("attention_mask", "position_ids", "tgt_ids", "tgt_generation_mask", "pre_ids")
 
 
-class FusedStage(nn.Layer):
-    """Weights, and the attributes in which an operator says which is which.
+class EngineStage(nn.Layer):
+    """Parameters of a stage, and the operator attributes that describe them.
 
-    What it computes in is the engine's affair, not `compute_dtype`'s.
+    The engine chooses its compute dtype; `compute_dtype` is ignored.
 
     Args:
-        weights: of the stage, by name; quantised ones are parameters of bytes.
+        weights: weights of the stage by name; quantized weights become uint8 parameters.
     """
 
     _stage = 0
@@ -63,21 +63,23 @@ class FusedStage(nn.Layer):
         return self.create_parameter([n_bytes], attr=parameter_attr(name), dtype="uint8")
 
 
-class FusedVision(FusedStage):
-    """Stage 1, with the inputs and outputs of VisionModel."""
+class EngineVision(EngineStage):
+    """Stage 1 with the inputs and outputs of VisionModel."""
 
     _stage = VISION
 
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
+        """Images float32 [N, 3, image_size, image_size] -> features float32 [N, n_queries, hidden]."""
         return self._call("qwenvl_encode_images", {"images": images}, ("features",))[0]
 
 
-class FusedGeneration(FusedStage):
-    """Stage 2 in one run, with the inputs and outputs of StockGeneration."""
+class EngineGeneration(EngineStage):
+    """Stage 2 in one run with the inputs and outputs of StockGeneration."""
 
     _stage = LANGUAGE
 
     def forward(self, *inputs: paddle.Tensor) -> list[paddle.Tensor]:
+        """Generate completions. Shapes and dtypes: artifact/contract.py."""
         names = [declared.name for declared in stock_inputs(self._config, "", "")[:22]]
         read = {name: tensor for name, tensor in zip(names, inputs) if name not in _UNREAD}
         outputs = ("next_tokens", "steps", "stopped", "lengths", "positions", "tokens")
