@@ -1,16 +1,15 @@
 // Attention of one query over a KV cache, one head, from the textbook loops to the production kernel.
 //
-//   tile (a block of the cache)   keys   [n][head_dim]  bfloat16     score[t]  = q . key[t]
-//                                 values [n][head_dim]  bfloat16     weight[t] = e^(score[t] - maximum) / sum
-//   tile                          keys ...                           out       = sum over t of weight[t]
-//   value[t]
+//   tile (block of the cache)  keys   [n][head_dim]  bfloat16   score[t]  = q . key[t]
+//                              values [n][head_dim]  bfloat16   weight[t] = e^(score[t] - maximum) / sum
+//   tile                       keys   ...                       out       = sum over t of weight[t] value[t]
 //
 // Cost: keys and values are read once, 4 n_keys head_dim bytes, and take 4 n_keys head_dim FLOPs and n_keys
 // exponentials: one FLOP per byte. The bound is memory bandwidth, as for the weights; with 2000 keys a decode
 // step of the 7B model reads 32.8 MB of keys and values in each layer, beside 405 MB of weights in bfloat16.
 #pragma once
 
-#include "textbook/scalar.h"
+#include "textbook/common.h"
 #include "textbook/versions.h"
 
 namespace {
@@ -81,56 +80,49 @@ void v2(const Query& p) {
   for (int d = 0; d < p.head_dim; ++d) p.out[d] /= total;
 }
 
-// body(d, some) for each vector of channels, of which `some` exist.
-template <typename Body>
-QVL_INLINE void each_vector(int head_dim, Body&& body) {
-  int d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) body(d, kLanes);
-  if (d < head_dim) body(d, head_dim - d);
-}
-
-QVL_INLINE Floats channels(const BFloat16* memory, int some) {
-  return some == kLanes ? load_floats(memory) : load_some(memory, some);
-}
-
 // Divide the sums of values by the sum of weights.
 QVL_INLINE void finish(const Query& p, const float* sums, float total) {
   each_vector(p.head_dim,
               [&](int d, int some) { store_some(p.out + d, load<Floats>(sums + d) * (1 / total), some); });
 }
 
-// kLanes channels at once, for the dot product and the sum of values. Bound by latency still: a dot product
-// of 128 channels is a chain of 128 / kLanes additions and the adding-up of its lanes, and an exponential
-// computes kLanes equal values for the use of one.
+// Raise the maximum to `score` if that is larger, and scale the sums of values to it. Returns the factor.
+QVL_INLINE float raise_maximum(const Query& p, float score, float& most, float* sums) {
+  if (score <= most) return 1;
+  const float shrink = exp(all(most - score))[0];
+  most = score;
+  each_vector(p.head_dim, [&](int d, int) { store(sums + d, load<Floats>(sums + d) * shrink); });
+  return shrink;
+}
+
+// kLanes channels at once. Bound by latency still: a dot product of 128 channels is a chain of 128 / kLanes
+// additions and the adding-up of its lanes, and an exponential computes kLanes equal values to use one.
 void v3(const Query& p) {
   float* sums = p.scratch;
   float most = -__builtin_inff(), total = 0;
   each_vector(p.head_dim, [&](int d, int) { store(sums + d, Floats{}); });
   each_token(p, [&](const BFloat16* key, const BFloat16* value) {
     Floats dot{};
-    each_vector(p.head_dim,
-                [&](int d, int some) { dot += load_some(p.q + d, some) * channels(key + d, some); });
+    each_vector(p.head_dim, [&](int d, int some) { dot += some_of(p.q + d, some) * some_of(key + d, some); });
     const float score = sum(dot);
-    if (score > most) {
-      const float shrink = exp(all(most - score))[0];
-      most = score;
-      total *= shrink;
-      each_vector(p.head_dim, [&](int d, int) { store(sums + d, load<Floats>(sums + d) * shrink); });
-    }
+    total *= raise_maximum(p, score, most, sums);
     const float weight = exp(all(score - most))[0];
     total += weight;
     each_vector(p.head_dim, [&](int d, int some) {
-      store(sums + d, load<Floats>(sums + d) + channels(value + d, some) * weight);
+      store(sums + d, load<Floats>(sums + d) + some_of(value + d, some) * weight);
     });
   });
   finish(p, sums, total);
 }
 
-// kLanes keys at once: as many dot products that do not wait for one another, a vector of q loaded once for
-// all of them, their lanes added up together (sums_of), one exponential and one correction for all, and the
-// sums of values loaded and stored once per kLanes tokens. Bound by instructions, and by memory where those
-// suffice.
-void v4(const Query& p) {
+// Ask for the key or the values of a token, in lines of 64 bytes.
+QVL_INLINE void prefetch_token(const BFloat16* token, int head_dim) {
+  for (int d = 0; d < head_dim; d += 32) prefetch(token + d);
+}
+
+// v4 and v5: groups of up to kLanes keys of a tile.
+template <bool Prefetch>
+QVL_INLINE void groups_of_keys(const Query& p) {
   float* sums = p.scratch;
   float most = -__builtin_inff();
   Floats total{};
@@ -140,41 +132,50 @@ void v4(const Query& p) {
       const int n = tile->n - t < kLanes ? tile->n - t : kLanes;
       const auto* keys = static_cast<const BFloat16*>(tile->keys) + t * tile->stride;
       const auto* values = static_cast<const BFloat16*>(tile->values) + t * tile->stride;
+      const bool follow = t + kLanes < tile->n || tile + 1 == p.tiles + p.n_tiles;
+      const auto* next = follow ? keys + n * tile->stride : static_cast<const BFloat16*>(tile[1].keys);
       Floats dots[kLanes] = {};
-      each_vector(p.head_dim, [&](int d, int some) {
-        const Floats q = load_some(p.q + d, some);
-        const BFloat16* key = keys + d;
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          dots[i] += q * channels(key, some);
-          key += i + 1 < n ? tile->stride : 0;  // the last token again for lanes behind it
-        }
-      });
+      for (int i = 0; i < n; ++i) {
+        if (Prefetch) prefetch_token(values + i * tile->stride, p.head_dim);
+        Floats dot{};
+        each_vector(p.head_dim, [&](int d, int some) {
+          dot += some_of(p.q + d, some) * some_of(keys + i * tile->stride + d, some);
+        });
+        dots[i] = dot;
+      }
       Floats scores = sums_of(dots);
       for (int i = n; i < kLanes; ++i) scores[i] = -__builtin_inff();
-      const float highest = largest(scores);
-      if (highest > most) {
-        const float shrink = exp(all(most - highest))[0];
-        most = highest;
-        total *= shrink;
-        each_vector(p.head_dim, [&](int d, int) { store(sums + d, load<Floats>(sums + d) * shrink); });
-      }
+      total *= raise_maximum(p, largest(scores), most, sums);
       const Floats weights = exp(scores - most);
       total += weights;
-      each_vector(p.head_dim, [&](int d, int some) {
-        Floats to = load<Floats>(sums + d);
-        for (int i = 0; i < n; ++i) to += channels(values + i * tile->stride + d, some) * weights[i];
-        store(sums + d, to);
-      });
+      for (int i = 0; i < n; ++i) {
+        if (Prefetch) prefetch_token(next + i * tile->stride, p.head_dim);
+        each_vector(p.head_dim, [&](int d, int some) {
+          const Floats value = some_of(values + i * tile->stride + d, some);
+          store(sums + d, load<Floats>(sums + d) + value * weights[i]);
+        });
+      }
     }
   }
   finish(p, sums, sum(total));
 }
 
-// The production kernel (cpu/kernels/attention.h), on up to 256 keys at once: one correction and one pass of
-// exponentials for all of them, four vectors of sums in registers over all of their values, and prefetches of
-// the values and of the next tile's keys while scores are computed.
+// kLanes keys, then their values: the lanes of the dot products are added up together (sums_of), one
+// exponential and one correction serve all. Fewer instructions, but reads stop and start, keys here and
+// values there, and the processor's prefetcher begins anew each time. Bound by the latency of memory.
+void v4(const Query& p) {
+  groups_of_keys<false>(p);
+}
+
+// The values are prefetched while their scores are computed, and the next keys while the values are added.
 void v5(const Query& p) {
+  groups_of_keys<true>(p);
+}
+
+// The production kernel (cpu/kernels/attention.h), on up to 256 keys at once: kLanes dot products side by
+// side share a vector of q, one correction and one pass of exponentials serve all keys, four vectors of sums
+// stay in registers over all values, and values and the next tile's keys are prefetched during the scores.
+void v6(const Query& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   float* sums = p.scratch;
   float state[2];

@@ -11,7 +11,7 @@
 // memory speed, something else binds it; each names what.
 #pragma once
 
-#include "textbook/scalar.h"
+#include "textbook/common.h"
 #include "textbook/versions.h"
 
 namespace {
@@ -36,9 +36,7 @@ void v2(const Product& p) {
   const auto* w = static_cast<const BFloat16*>(p.weights);
   for (int64_t row = 0; row < p.rows; ++row, w += p.k) {
     Floats total{};
-    int i = 0;
-    for (; i + kLanes <= p.k; i += kLanes) total += load_floats(w + i) * load<Floats>(p.x + i);
-    if (i < p.k) total += load_some(w + i, p.k - i) * load_some(p.x + i, p.k - i);
+    each_vector(p.k, [&](int i, int some) { total += some_of(w + i, some) * some_of(p.x + i, some); });
     p.y[row] = sum(total);
   }
 }
@@ -58,10 +56,8 @@ void v3(const Product& p) {
         totals[j] += load_floats(w + i + j * kLanes) * load<Floats>(p.x + i + j * kLanes);
       }
     }
-    for (; i < p.k; i += kLanes) {
-      const int some = p.k - i < kLanes ? p.k - i : kLanes;
-      totals[0] += load_some(w + i, some) * load_some(p.x + i, some);
-    }
+    each_vector(p.k - i,
+                [&](int j, int some) { totals[0] += some_of(w + i + j, some) * some_of(p.x + i + j, some); });
     p.y[row] = sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
   }
 }
@@ -100,9 +96,8 @@ void v4(const Product& p) {
   for (int64_t row = 0; row < p.rows; ++row) rows_of_pairs<1>(p, row);
 }
 
-// Four rows at once: a vector of x is loaded once for four products, and the eight sums hide the latency. In
-// a cache it is the fastest version. From memory it reads four streams k apart, which the processor's
-// prefetcher follows less well than one.
+// Four rows at once: a vector of x is loaded once for four products, and eight sums hide the latency. Rows
+// are long, so the processor's prefetcher keeps up with four of them.
 void v5(const Product& p) {
   constexpr int kRows = 4;
   qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
@@ -111,10 +106,10 @@ void v5(const Product& p) {
   for (; row < p.rows; ++row) rows_of_pairs<1>(p, row);
 }
 
-// The production kernel (cpu/kernels/matvec_bf16.h): wide pairs, one row at a time, so the weights are read
-// in the order in which they lie in memory, and each cache line is prefetched 64 KiB ahead, across the end of
-// a row. It adds low and high products to one sum per row, in one order for any number of activations, so a
-// request gets the same bits alone and in a batch. With several activations it computes several rows, too.
+// The production kernel (cpu/kernels/matvec_bf16.h): wide pairs, one row at a time with one activation, read
+// in memory order, with each cache line prefetched 64 KiB ahead. The low and the high products go to one sum
+// per row: one order of additions serves any number of activations, so a request gets the same bits alone and
+// in a batch. That chain, 8 cycles for 4 kLanes bytes, binds a single thread with AVX2.
 void v6(const Product& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   kernels.prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);

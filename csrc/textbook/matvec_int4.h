@@ -14,7 +14,7 @@
 #pragma once
 
 #include "cpu/kernels/matvec_int4.h"
-#include "textbook/scalar.h"
+#include "textbook/common.h"
 #include "textbook/versions.h"
 
 namespace {
@@ -70,13 +70,15 @@ void v2(const Product& p) {
   }
 }
 
-// R rows of v3 and v4, with x in 8 bits (cpu/kernels/quantised_x.h): blocks of float32 scales, one per 32-bit
+// R rows of v3 to v5, with x in 8 bits (cpu/kernels/quantised_x.h): blocks of float32 scales, one per 32-bit
 // lane, the beginning of each group's sum, and the bytes in the order of the nibbles.
-template <int R>
+template <int R, bool Prefetch = false>
 QVL_INLINE void integer_rows(const Product& p, int64_t row) {
+  constexpr int kAhead = 65536;  // bytes
   using X = QuantisedX<kGroup>;
   const int groups = round_up(p.k, kGroup) / kGroup;
   const uint8_t* w = static_cast<const uint8_t*>(p.weights) + row * groups * (kGroup / 2);
+  const uint8_t* ahead = w + kAhead;
   const char* block = static_cast<const char*>(p.scratch);
   Floats totals[R] = {};
   for (int g = 0; g < groups; block += X::kBytes) {
@@ -85,7 +87,10 @@ QVL_INLINE void integer_rows(const Product& p, int64_t row) {
       const char* x = block + X::kValues + i * kGroup;
       Ints dots[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) dots[r] = load<Ints>(block + (1 + i) * sizeof(Ints));
+      for (int r = 0; r < R; ++r) {
+        dots[r] = load<Ints>(block + (1 + i) * sizeof(Ints));
+        if (Prefetch) prefetch(ahead), ahead += 64;  // a group is a cache line
+      }
 #pragma GCC unroll 8
       for (int at = 0; at < kGroup; at += kVector) {
         const SignedBytes bytes = load<SignedBytes>(x + at);
@@ -117,19 +122,29 @@ void v3(const Product& p) {
   for (int64_t row = 0; row < p.rows; ++row) integer_rows<1>(p, row);
 }
 
-// Three rows at once: a vector of x, the beginnings and the scales of x are loaded once for three, and three
-// sums do not wait for one another. With AVX2 more rows would run out of registers.
-void v4(const Product& p) {
+// Three rows at once: a vector of x and its scales are loaded once for three, and three sums do not wait for
+// one another. With AVX2 more rows would run out of registers. From memory this alone is no gain: three
+// streams of 2 to 6 KB, and the processor's prefetcher begins anew with each.
+template <bool Prefetch>
+QVL_INLINE void groups_of_rows(const Product& p) {
   constexpr int kRows = 3;
   qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
   int64_t row = 0;
-  for (; row + kRows <= p.rows; row += kRows) integer_rows<kRows>(p, row);
-  for (; row < p.rows; ++row) integer_rows<1>(p, row);
+  for (; row + kRows <= p.rows; row += kRows) integer_rows<kRows, Prefetch>(p, row);
+  for (; row < p.rows; ++row) integer_rows<1, Prefetch>(p, row);
+}
+void v4(const Product& p) {
+  groups_of_rows<false>(p);
 }
 
-// The production kernel (cpu/kernels/matvec_int4.h): three rows as in v4, the groups of a block unrolled,
-// their scales widened together, and each cache line of the weights prefetched 64 KiB ahead, in memory order.
+// As many lines prefetched as are read, 64 KiB ahead, in the order in which they lie in memory.
 void v5(const Product& p) {
+  groups_of_rows<true>(p);
+}
+
+// The production kernel (cpu/kernels/matvec_int4.h): v5 with the groups of a block unrolled and their scales
+// widened together.
+void v6(const Product& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   kernels.prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
   kernels.matvec[QVL_INT4_G128]({p.weights, p.scales, p.k, p.scratch, 1, p.y, p.rows, nullptr, false}, 0,

@@ -21,12 +21,14 @@ const Versions* QVL_TEXTBOOK() {
        {"v2 vectors", int4::v2},
        {"v3 integer sums", int4::v3},
        {"v4 several rows", int4::v4},
-       {"v5 production", int4::v5}},
+       {"v5 prefetch", int4::v5},
+       {"v6 production", int4::v6}},
       {{"v1 score buffer", one_query::v1},
        {"v2 online softmax", one_query::v2},
        {"v3 vectors", one_query::v3},
        {"v4 several keys", one_query::v4},
-       {"v5 production", one_query::v5}},
+       {"v5 prefetch", one_query::v5},
+       {"v6 production", one_query::v6}},
   };
   return &table;
 }
