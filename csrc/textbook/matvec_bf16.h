@@ -6,9 +6,9 @@
 //   ...                                      :
 //
 // Cost: each weight is read once, 2 rows k bytes, and takes one multiplication and one addition, 2 rows k
-// FLOPs: one FLOP per byte. A core computes tens of FLOPs in the time in which memory delivers a byte, so the
-// bound is memory bandwidth. x (16 KiB for k = 4096) stays in the first-level cache. Until a version reads at
-// memory speed, something else binds it; each names what.
+// FLOPs: one FLOP per byte. A core with AVX2 does 32 FLOPs per cycle and gets about 5 bytes per cycle from
+// memory, so the bound is memory bandwidth. x (16 KiB for k = 4096) stays in the first-level cache. Until a
+// version reads at memory speed, something else binds it; each names what.
 #pragma once
 
 #include "textbook/common.h"
@@ -42,8 +42,7 @@ void v2(const Product& p) {
 }
 
 // Four sums that do not wait for one another: the processor starts an addition while the previous ones are in
-// flight. Bound by instructions now: a vector takes a load that widens 16 to 32 bits (a shuffle), a shift,
-// and a multiply-add that loads x.
+// flight. Bound by reads now: one row is one stream, and a core keeps too few of its cache lines in flight.
 void v3(const Product& p) {
   constexpr int kSums = 4;
   const auto* w = static_cast<const BFloat16*>(p.weights);
@@ -88,16 +87,16 @@ QVL_INLINE void rows_of_pairs(const Product& p, int64_t row) {
   for (int r = 0; r < R; ++r) p.y[row + r] = sum(low[r] + high[r]);
 }
 
-// One full-width load of weights for two vectors of products, and no widening: fewer instructions per weight.
-// The rearranged x costs k operations once, for rows k products. Two sums per row are fewer than v3 has, so
-// latency binds again: 4 cycles for 4 kLanes bytes.
+// One full-width load of weights for two vectors of products, and no widening: fewer instructions per weight,
+// so more of the core is free, but no faster while one stream of reads binds. The rearranged x costs k
+// operations once, for rows k products.
 void v4(const Product& p) {
   qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
   for (int64_t row = 0; row < p.rows; ++row) rows_of_pairs<1>(p, row);
 }
 
-// Four rows at once: a vector of x is loaded once for four products, and eight sums hide the latency. Rows
-// are long, so the processor's prefetcher keeps up with four of them.
+// Four rows at once: four streams of reads, of which more lines are in flight than of one. A vector of x is
+// loaded once for four products, and eight sums hide the latency. Bound by memory.
 void v5(const Product& p) {
   constexpr int kRows = 4;
   qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
@@ -106,10 +105,11 @@ void v5(const Product& p) {
   for (; row < p.rows; ++row) rows_of_pairs<1>(p, row);
 }
 
-// The production kernel (cpu/kernels/matvec_bf16.h): wide pairs, one row at a time with one activation, read
-// in memory order, with each cache line prefetched 64 KiB ahead. The low and the high products go to one sum
-// per row: one order of additions serves any number of activations, so a request gets the same bits alone and
-// in a batch. That chain, 8 cycles for 4 kLanes bytes, binds a single thread with AVX2.
+// The production kernel (cpu/kernels/matvec_bf16.h): wide pairs, read in memory order, with each cache line
+// prefetched 64 KiB ahead, and all products of a row in one sum: one order of additions serves any number of
+// activations, so a request gets the same bits alone and in a batch. With several activations it takes
+// several rows at once, with one activation a single row: one thread with AVX2 is then slower than v5
+// (README.md).
 void v6(const Product& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   kernels.prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
