@@ -49,6 +49,19 @@ uint64_t read_piece(const char* from, int64_t bytes, bool streams) {
   return total[0] + total[1] + total[2] + total[3];
 }
 
+constexpr int kWaysToRead = 3;
+
+// Memory in one of three ways, in stretches of 64 KiB at most; the rest behind the last whole one is left
+// out.
+uint64_t read_memory(const char* from, int64_t bytes, int way) {
+  const int64_t stretch = way == 2 ? 1 << 16 : 1 << 14;
+  uint64_t total = 0;
+  for (int64_t at = 0; at + stretch <= bytes; at += stretch) {
+    total += read_piece(from + at, stretch, way != 0);
+  }
+  return total;
+}
+
 #if defined(__x86_64__)
 __attribute__((target("avx512f,avx512bf16"))) double bf16_products(int64_t n) {
   __m512 sums[24];
@@ -103,19 +116,21 @@ EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
   std::vector<uint64_t> sums(static_cast<size_t>(threads) * 8);
   double best = 1e9;
   for (int i = 0; i < repeats; ++i) {
-    const int64_t stretch = i % 3 == 2 ? 1 << 16 : 1 << 14;
     best = std::min(best, seconds([&] {
                       pool.run(bytes / kPiece, [&](int64_t task, int thread) {
-                        for (int64_t at = 0; at < kPiece; at += stretch) {
-                          sums[static_cast<size_t>(thread) * 8] +=
-                              read_piece(memory + task * kPiece + at, stretch, i % 3 != 0);
-                        }
+                        sums[static_cast<size_t>(thread) * 8] +=
+                            read_memory(memory + task * kPiece, kPiece, i % kWaysToRead);
                       });
                     }));
   }
   volatile uint64_t keep = sums[0];
   (void)keep;
   return static_cast<double>(bytes) / best;
+}
+
+// Reads `bytes` of memory in the calling thread; way: 0 to 2, which is fastest depends on the processor.
+EXPORT uint64_t qvlt_read_memory(const char* memory, int64_t bytes, int way) {
+  return read_memory(memory, bytes, way);
 }
 
 // Seconds of one product of n_x activations, as rows of a prompt or of a decode step, with a [rows, k]

@@ -273,12 +273,16 @@ class Library:
             "bfloat16": [i64, p, p, p],
             "rotary": [POINTER(Config), i32, i64, p, p, p, p],
             "attention": [i32, i32, i32, i32, i32, *testing["attention"]],
+            "textbook_matvec": [i32, i32, i64, i64, p, p, p],
+            "textbook_attention": [i32, i32, i32, i32, i32, p, p, p],
         }
         if hasattr(self.dll, "qvlt_linear"):
             for name, arguments in testing.items():
                 getattr(self.dll, f"qvlr_{name}").argtypes = arguments
             for name, arguments in kernels.items():
                 getattr(self.dll, f"qvlt_{name}").argtypes = [i32, *arguments]
+            self.dll.qvlt_textbook_name.argtypes = [i32, i32]
+            self.dll.qvlt_textbook_name.restype = c_char_p
             self.dll.qvlt_query_scale.argtypes = [POINTER(Config), i32]
             self.dll.qvlt_query_scale.restype = c_float
             self.dll.qvlt_pool_blocks.argtypes = [*([i32] * 6), p, i32, i32, p]

@@ -1,0 +1,32 @@
+// What the versions share: bfloat16 one value at a time, and rows of any length in vectors.
+#pragma once
+
+#include "cpu/kernels/simd.h"
+
+namespace {
+
+// A bfloat16 is the upper half of a float32.
+QVL_INLINE float to_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// body(i, some) for each vector of n values: from value i on, `some` of kLanes exist.
+template <typename Body>
+QVL_INLINE void each_vector(int n, Body&& body) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
+  if (i < n) body(i, n - i);
+}
+
+// The first `some` values at memory, zero in the other lanes.
+QVL_INLINE Floats some_of(const BFloat16* memory, int some) {
+  return some == kLanes ? load_floats(memory) : load_some(memory, some);
+}
+QVL_INLINE Floats some_of(const float* memory, int some) {
+  return some == kLanes ? load<Floats>(memory) : load_some(memory, some);
+}
+
+}  // namespace

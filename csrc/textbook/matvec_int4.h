@@ -1,0 +1,155 @@
+// Matrix-vector product with int4 weights, from the textbook loop to the production kernel. Group size 128.
+//
+//   128 values of a row are 32 words of 16 bits; value 32 j + i is nibble j of word i, plus 8:
+//
+//   bits     15..12        11..8         7..4          3..0
+//   word 0   value 96      value 64      value 32      value 0
+//   word 1   value 97      value 65      value 33      value 1         a bfloat16 scale for the 128
+//   ...
+//   word 31  value 127     value 95      value 63      value 31
+//
+// Cost: rows k / 2 bytes of values and rows k / 64 of scales, 2 rows k FLOPs: four FLOPs per byte. Memory
+// bandwidth is still the bound that can be reached, but unpacking a value now costs more than its product, so
+// the number of instructions per weight decides.
+#pragma once
+
+#include "cpu/kernels/matvec_int4.h"
+#include "textbook/common.h"
+#include "textbook/versions.h"
+
+namespace {
+namespace int4 {
+
+using qvl::textbook::Product;
+
+constexpr int kGroup = 128;
+
+QVL_INLINE float scale_at(const Product& p, int64_t group) {
+  return to_float(static_cast<const uint16_t*>(p.scales)[group]);
+}
+
+// Unpack each value to float32 and multiply. Bound by instructions: about ten per weight, half a byte.
+void v1(const Product& p) {
+  const int width = round_up(p.k, kGroup);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const uint16_t* words = static_cast<const uint16_t*>(p.weights) + row * width / 4;
+    float total = 0;
+    for (int i = 0; i < p.k; ++i) {
+      const int nibble = words[i / kGroup * 32 + i % 32] >> (i % kGroup / 32 * 4) & 15;
+      total += static_cast<float>(nibble - 8) * scale_at(p, (row * width + i) / kGroup) * p.x[i];
+    }
+    p.y[row] = total;
+  }
+}
+
+// kLanes values at once. The layout serves this: neighbours in a row are the same nibble of neighbouring
+// words, so one shift and one mask unpack a whole vector. The scale leaves the inner loop: the group's sum is
+// multiplied. x is padded with zero to whole groups, so no group is cut. Bound by instructions: load, shift,
+// mask, widen, subtract, convert, multiply-add for kLanes weights.
+void v2(const Product& p) {
+  const int width = round_up(p.k, kGroup);
+  auto* x = static_cast<float*>(p.scratch);
+  for (int i = 0; i < width; ++i) x[i] = i < p.k ? p.x[i] : 0;
+  const auto* words = static_cast<const uint16_t*>(p.weights);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    Floats total{};
+    for (int first = 0; first < width; first += kGroup, words += 32) {
+      Floats group{};
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 32; i += kLanes) {
+          const Ints nibbles =
+              reinterpret_cast<Ints>(widen_halves(load<HalfWords>(words + i) >> (4 * j) & 15));
+          group += to_floats(nibbles - 8) * load<Floats>(x + first + 32 * j + i);
+        }
+      }
+      total += group * scale_at(p, (row * width + first) / kGroup);
+    }
+    p.y[row] = sum(total);
+  }
+}
+
+// R rows of v3 to v5, with x in 8 bits (cpu/kernels/quantised_x.h): blocks of float32 scales, one per 32-bit
+// lane, the beginning of each group's sum, and the bytes in the order of the nibbles.
+template <int R, bool Prefetch = false>
+QVL_INLINE void integer_rows(const Product& p, int64_t row) {
+  constexpr int kAhead = 65536;  // bytes
+  using X = QuantisedX<kGroup>;
+  const int groups = round_up(p.k, kGroup) / kGroup;
+  const uint8_t* w = static_cast<const uint8_t*>(p.weights) + row * groups * (kGroup / 2);
+  const uint8_t* ahead = w + kAhead;
+  const char* block = static_cast<const char*>(p.scratch);
+  Floats totals[R] = {};
+  for (int g = 0; g < groups; block += X::kBytes) {
+    Floats of_block[R] = {};
+    for (int i = 0; i < X::kGroups && g < groups; ++i, ++g) {
+      const char* x = block + X::kValues + i * kGroup;
+      Ints dots[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        dots[r] = load<Ints>(block + (1 + i) * sizeof(Ints));
+        if (Prefetch) prefetch(ahead), ahead += 64;  // a group is a cache line
+      }
+#pragma GCC unroll 8
+      for (int at = 0; at < kGroup; at += kVector) {
+        const SignedBytes bytes = load<SignedBytes>(x + at);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const Halves words = load<Halves>(w + (int64_t{r} * groups + g) * (kGroup / 2) + at % (kGroup / 2));
+          dots[r] = multiply_add(dots[r], at < kGroup / 2 ? nibbles<0>(words) : nibbles<1>(words), bytes);
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        of_block[r] += to_floats(dots[r]) * scale_at(p, (row + r) * groups + g);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) totals[r] += of_block[r] * load<Floats>(block);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) p.y[row + r] = sum(totals[r]);
+}
+
+// Activations as int8, so the products are integers: one instruction (vpdpbusd, or vpmaddubsw and vpmaddwd)
+// multiplies and adds 4 kLanes bytes, and unpacking makes bytes, not floats, 4 times as many per vector. The
+// 8 in each value is not subtracted: a sum begins with -8 times the sum of the activations. Rounds each
+// activation by at most 1/254 of the largest of 32, which the reference in the test does as well. Bound by
+// instructions: load, shifts and masks of two nibbles, multiply-add.
+void v3(const Product& p) {
+  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
+  for (int64_t row = 0; row < p.rows; ++row) integer_rows<1>(p, row);
+}
+
+// Three rows at once: a vector of x and its scales are loaded once for three, and three sums do not wait for
+// one another. With AVX2 more rows would run out of registers. From memory this alone is no gain: three
+// streams of 2 to 6 KB, and the processor's prefetcher begins anew with each.
+template <bool Prefetch>
+QVL_INLINE void groups_of_rows(const Product& p) {
+  constexpr int kRows = 3;
+  qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
+  int64_t row = 0;
+  for (; row + kRows <= p.rows; row += kRows) integer_rows<kRows, Prefetch>(p, row);
+  for (; row < p.rows; ++row) integer_rows<1, Prefetch>(p, row);
+}
+void v4(const Product& p) {
+  groups_of_rows<false>(p);
+}
+
+// As many lines prefetched as are read, 64 KiB ahead, in the order in which they lie in memory.
+void v5(const Product& p) {
+  groups_of_rows<true>(p);
+}
+
+// The production kernel (cpu/kernels/matvec_int4.h): v5 with the groups of a block unrolled and their scales
+// widened together.
+void v6(const Product& p) {
+  const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
+  kernels.prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
+  kernels.matvec[QVL_INT4_G128]({p.weights, p.scales, p.k, p.scratch, 1, p.y, p.rows, nullptr, false}, 0,
+                                p.rows);
+}
+
+}  // namespace int4
+}  // namespace

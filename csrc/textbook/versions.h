@@ -1,0 +1,51 @@
+// The numbered versions of three CPU kernels as tables of functions, one table per ISA. README.md is the
+// guide.
+#pragma once
+
+#include "cpu/kernels/table.h"
+
+namespace qvl::textbook {
+
+// y [rows] = weights [rows][k] x [k]
+struct Product {
+  const void* weights;  // bfloat16 [rows][k], or int4 as in qwenvl.h
+  const void* scales;   // int4: bfloat16 [rows][k rounded up to 128, / 128]
+  const float* x;
+  int64_t rows;
+  int k;
+  void* scratch;  // prepared_bytes of the production kernel, and at least k rounded up to 128 floats
+  float* y;
+};
+
+// out [head_dim] = softmax(q . keys) values, for one query and one head; the caller has scaled q. The keys
+// and values are bfloat16, in tiles as a block table names them.
+struct Query {
+  const float* q;
+  int head_dim;
+  const cpu::KvTile* tiles;
+  int n_tiles;
+  float* scratch;  // one float per key, and head_dim + 16
+  float* out;
+};
+
+template <typename Arguments>
+struct Version {
+  const char* name;
+  void (*run)(const Arguments& arguments);
+};
+
+constexpr int kMaxVersions = 8;
+
+// From the textbook loop to the production kernel; behind the last version `run` is NULL.
+struct Versions {
+  Version<Product> matvec_bf16[kMaxVersions];
+  Version<Product> matvec_int4[kMaxVersions];
+  Version<Query> attention[kMaxVersions];
+};
+
+const Versions* generic_versions();
+const Versions* avx2_versions();
+const Versions* avx512_versions();
+const Versions* avx512_bf16_versions();
+
+}  // namespace qvl::textbook

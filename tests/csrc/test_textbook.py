@@ -1,0 +1,90 @@
+"""Every version in csrc/textbook, for each instruction set, against products and softmax in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from engine import BFLOAT16, INT4_G128, pointer
+from test_kernels import normal, rounded_activations, stored
+
+MATVEC_BF16, MATVEC_INT4, ATTENTION = range(3)
+VERSIONS = {MATVEC_BF16: 6, MATVEC_INT4: 6, ATTENTION: 6}
+# int4: from this version on activations are int8, as in the production kernel
+INTEGER_SUMS = 2
+# rows, columns: below, at and over the sizes of vectors, rows at once, groups of 128 and blocks of up to 512
+SHAPES = [(1, 1), (3, 7), (5, 16), (4, 64), (17, 33), (6, 127), (8, 128), (7, 384), (13, 1100), (130, 2100)]
+
+
+def assert_close(got, expected, bound, case):
+    """The largest difference, as a share of the expected values' root mean square, is within the bound."""
+    assert np.isfinite(got).all(), case
+    error = np.abs(got - expected).max() / np.sqrt(np.mean(np.square(expected)))
+    assert error <= bound, (case, error)
+
+
+def test_every_version_is_tested(library):
+    for kernel, count in VERSIONS.items():
+        names = [library.dll.qvlt_textbook_name(kernel, i) for i in range(count + 1)]
+        assert all(names[:count])
+        assert names[count] is None
+        assert names[count - 1].endswith(b"production")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "version"),
+    [
+        (kernel, dtype, version)
+        for kernel, dtype in ((MATVEC_BF16, BFLOAT16), (MATVEC_INT4, INT4_G128))
+        for version in range(VERSIONS[kernel])
+    ],
+)
+def test_matvec(library, isa, kernel, dtype, version):
+    for rows, columns in SHAPES:
+        packed = library.pack(normal(rows, columns), dtype)
+        weights = library.unpack(packed, dtype, rows, columns).astype(np.float64)
+        x, y = normal(1, columns), np.full(rows, np.nan, np.float32)
+        assert not library.dll.qvlt_textbook_matvec(
+            *(isa, version, dtype, rows, columns, pointer(x), pointer(packed), pointer(y))
+        )
+        seen = rounded_activations(x, isa, dtype) if dtype == INT4_G128 and version >= INTEGER_SUMS else x
+        # Sums of few products may cancel: their error is measured by the products' size.
+        size = max(1, np.sqrt(8 / rows))
+        assert_close(y, weights @ seen[0].astype(np.float64), 2e-5 * size, (rows, columns))
+
+
+@pytest.mark.parametrize("version", range(VERSIONS[ATTENTION]))
+@pytest.mark.parametrize("scores", ["of_tens", "scaled", "large"])
+def test_attention(library, isa, version, scores):
+    """Scores of which few keys count, of which many do, and beyond 88, where e^score is no float32."""
+    for heads, head_dim, n_keys, block in [
+        (1, 1, 1, 1),
+        (2, 104, 70, 64),
+        (3, 33, 40, 16),
+        (2, 128, 77, 16),
+        (1, 20, 300, 256),
+        (2, 64, 65, 1),
+        (5, 16, 600, 100),
+        (1, 48, 2100, 16),
+    ]:
+        q = normal(heads, head_dim) * np.float32(1 if scores == "of_tens" else head_dim**-0.5)
+        k, v = (stored(normal(n_keys, heads, head_dim), BFLOAT16) for _ in range(2))
+        if scores == "large":
+            q[:, 0], k[:, :, 0] = 100, 1
+        out = np.full_like(q, np.nan)
+        cache = in_blocks(k, v, block)
+        assert not library.dll.qvlt_textbook_attention(
+            *(isa, version, heads, head_dim, n_keys, block, pointer(q), pointer(cache), pointer(out))
+        )
+        exact = np.einsum("hd,thd->ht", q.astype(np.float64), k)
+        weights = np.exp(exact - exact.max(-1, keepdims=True))
+        expected = np.einsum("ht,thd->hd", weights / weights.sum(-1, keepdims=True), v)
+        assert_close(out, expected, 2e-4 if scores == "large" else 3e-5, (heads, head_dim, n_keys, block))
+
+
+def in_blocks(k, v, block):
+    """bfloat16 keys and values [tokens, heads, head_dim] in blocks [2, heads, block, head_dim], NaN behind the last."""
+    n_keys, heads, head_dim = k.shape
+    cache = np.full([-(-n_keys // block) * block, 2, heads, head_dim], 0x7FC0, np.uint16)
+    for part, x in enumerate((k, v)):
+        cache[:n_keys, part] = x.view(np.uint32) >> 16
+    return np.ascontiguousarray(cache.reshape(-1, block, 2, heads, head_dim).transpose(0, 2, 3, 1, 4))
