@@ -80,9 +80,7 @@ def test_batch(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPa
     assert len(examples) == 4
     for asked, printed in zip(examples[::2], examples[1::2]):
         Path("in.jsonl").write_text(asked, "utf-8")
-        with pytest.raises(
-            plugin.QwenVLError, match=r"1 of . rows failed; see their errors in out\.jsonl"
-        ):
+        with pytest.raises(plugin.QwenVLError, match=r"1 of . rows failed; see their errors in out\.jsonl"):
             app(arguments, standalone_mode=False)
         results = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
         promised = [json.loads(line) for line in printed.splitlines()]
