@@ -5,14 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from engine import BFLOAT16, INT4_G128, pointer
-from test_kernels import normal, rounded_activations, stored
+from test_kernels import rounded_activations, stored
 
+RANDOM = np.random.default_rng(6)
 MATVEC_BF16, MATVEC_INT4, ATTENTION = range(3)
 VERSIONS = {MATVEC_BF16: 6, MATVEC_INT4: 6, ATTENTION: 6}
 # int4: from this version on activations are int8, as in the production kernel
 INTEGER_SUMS = 2
 # rows, columns: below, at and over the sizes of vectors, rows at once, groups of 128 and blocks of up to 512
 SHAPES = [(1, 1), (3, 7), (5, 16), (4, 64), (17, 33), (6, 127), (8, 128), (7, 384), (13, 1100), (130, 2100)]
+
+
+def normal(*shape):
+    return RANDOM.standard_normal(shape).astype(np.float32)
 
 
 def assert_close(got, expected, bound, case):
