@@ -236,7 +236,7 @@ def test_a_model_without_its_vocabulary(model: Path) -> None:
     (model / "qwen.tiktoken").unlink()
     check = check_model(model)
     assert (check.status, check.data["tokenizer"]) == ("note", None)
-    assert "no qwen.tiktoken in it" in check.message
+    assert "it has no qwen.tiktoken" in check.message
 
 
 def test_a_model_with_a_damaged_vocabulary(model: Path) -> None:
