@@ -6,7 +6,7 @@
 namespace qvl::cuda {
 
 // portable: take the kernels of all GPUs where there are faster ones.
-void attention_prompt_with(const Gpu&, CUstream, bool portable, const void* q, const Piece* pieces,
+void attention_prompt_with(const Gpu&, CUstream, bool portable, const void* q, const PromptChunk* chunks,
                            const Tile* tiles, int n_tiles, const int32_t* blocks, int max_blocks,
                            const KvLayer&, void* y);
 void attention_dense_with(const Gpu&, CUstream, bool portable, const DenseAttention&, void* y);

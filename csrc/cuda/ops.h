@@ -127,15 +127,15 @@ void linear_prompt(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x
 // Pieces of prompts: queries [first, first + n) of q, at positions past .. past + n - 1 of the sequence
 // `table`, each attends to the keys at its own position and before. Host arrays; copied into launches or
 // uploaded by the caller with the places.
-struct Piece {
+struct PromptChunk {
   int first, n, past, table;
 };
 // pieces in device memory [n_pieces]; n_tiles: the sum of ceil(n / kQueryTile); n: all queries.
 constexpr int kQueryTile = 128;
 struct Tile {
-  int piece, offset;  // queries offset .. offset + kQueryTile - 1 of the piece
+  int chunk, offset;  // queries offset .. offset + kQueryTile - 1 of the piece
 };
-void attention_prompt(const Gpu&, CUstream, const void* q, const Piece* pieces, const Tile* tiles,
+void attention_prompt(const Gpu&, CUstream, const void* q, const PromptChunk* chunks, const Tile* tiles,
                       int n_tiles, const int32_t* blocks, int max_blocks, const KvLayer&, void* y);
 
 // ---- images: vision.cc ----------------------------------------------------------------------------------

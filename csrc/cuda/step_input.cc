@@ -26,7 +26,7 @@ InputArrays lay_out(char* base, const InputSizes& n, uint64_t* bytes) {
   arrays.angle_tables = layout.take<int32_t>(n.rows);
   arrays.table_of = layout.take<int32_t>(n.rows);
   arrays.blocks = layout.take<int32_t>(n.tables * n.max_blocks);
-  arrays.pieces = layout.take<Piece>(n.pieces);
+  arrays.chunks = layout.take<PromptChunk>(n.chunks);
   arrays.tiles = layout.take<Tile>(n.tiles);
   arrays.picks = layout.take<Pick>(n.picks);
   arrays.forbidden = layout.take<int32_t>(n.forbidden);

@@ -13,7 +13,7 @@ namespace qvl::cuda {
 struct InputSizes {
   int rows = 0;  // tokens
   int tables = 0, max_blocks = 0;
-  int pieces = 0, tiles = 0;
+  int chunks = 0, tiles = 0;
   int picks = 0, forbidden = 0;
 };
 
@@ -25,7 +25,7 @@ struct InputArrays {
   int32_t* angle_tables;
   int32_t* table_of;  // [rows]: the sequence's row of blocks
   int32_t* blocks;    // [tables, max_blocks]
-  Piece* pieces;
+  PromptChunk* chunks;
   Tile* tiles;
   Pick* picks;
   int32_t* forbidden;

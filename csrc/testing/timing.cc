@@ -32,7 +32,7 @@ double seconds(Body&& body) {
 #if defined(__x86_64__)
 __attribute__((target("avx2")))
 #endif
-uint64_t read_piece(const char* from, int64_t bytes, bool streams) {
+uint64_t read_chunk(const char* from, int64_t bytes, bool streams) {
   typedef uint64_t Line __attribute__((vector_size(32)));
   Line sums[4] = {};
   const int64_t quarter = bytes / 4;
@@ -108,7 +108,7 @@ EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
                       pool.run(bytes / kPiece, [&](int64_t task, int thread) {
                         for (int64_t at = 0; at < kPiece; at += stretch) {
                           sums[static_cast<size_t>(thread) * 8] +=
-                              read_piece(memory + task * kPiece + at, stretch, i % 3 != 0);
+                              read_chunk(memory + task * kPiece + at, stretch, i % 3 != 0);
                         }
                       });
                     }));

@@ -1,6 +1,19 @@
-// Vectors of the compiler's own, as wide as the flags this is compiled with allow, and the few instructions
-// that have no operator. Everything is in an anonymous namespace and free of the standard library's inline
-// functions: a function compiled for a newer processor must not be the copy that the linker keeps for all.
+// Vectors of the compiler, as wide as the flags of the build allow, and the few instructions that have no
+// operator.
+//
+//               generic (SSE2)   avx2    avx512, avx512_bf16
+//   kLanes            4            8        16                 float32 in a vector
+//
+//   Floats, Ints, Words     kLanes x 32 bits          Halves, Shorts           2 kLanes x 16 bits
+//   HalfWords               kLanes x 16 bits          UnsignedBytes, SignedBytes  4 kLanes x 8 bits
+//   FewBytes                kLanes x 8 bits
+//
+// load_some and store_some take the first n lanes, for the end of a row. Everything is in an anonymous
+// namespace and free of the standard library's inline functions: a function compiled for a newer processor
+// must not be the copy that the linker keeps for all.
+//
+// Reference: float16 and bfloat16 conversions, tests/csrc/test_kernels.py::test_every_float16, test_bfloat16;
+// the rest through the kernels.
 #pragma once
 
 #include <stddef.h>

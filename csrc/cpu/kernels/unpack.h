@@ -1,4 +1,22 @@
-// Tiles of weights for the blocked product (gemm.h): float32, or bfloat16 where the processor multiplies it.
+// Unpack tiles of weights for the blocked product (gemm.h): to bfloat16 on processors that multiply it, to
+// float32 elsewhere.
+//
+// Layout:
+//
+//   matrix                first_k
+//             +-------------+-------+------+
+//   first_row |             | n_k   |      |         tile [n_rows][n_k rounded up to 2], float32 or bfloat16
+//             |             | wide  |      |  ---->  zeros in the added column
+//             +-------------+-------+------+
+//
+// kChunk = 32 columns of a row are unpacked at a time: 2 vectors of 16 lanes, 4 of 8, 8 of 4. int4 to
+// bfloat16 is a table look-up: 16 products nibble * scale, one permutation instruction for 32 values.
+//
+// Cost: the bytes of the matrix once, and n_rows n_k values written to and read from the second-level cache;
+// a value is unpacked once for up to 384 tokens (kMaxTokens of linear.cc), so at least 1 / 384 of the
+// multiply-adds. int8 values stay without their row's scale, which write_block applies to the sums.
+//
+// Reference: reference::linear over qvl_unpack's values, tests/csrc/test_kernels.py::test_linear.
 #pragma once
 
 #include "cpu/kernels/quantised_x.h"

@@ -1,27 +1,39 @@
-// Attention of one query over the keys of its sequence, in the blocks of the paged cache.
+// Attention of decode steps: one query over the keys of its sequence, in the blocks of the paged cache.
 //
-// Cost. Bytes: each key and value once, 512 a head and token in bfloat16; 300 tokens of one sequence with 32
-// heads are 4.9 MB, 1.1 us on an H200, 2000 tokens of 32 sequences 1.05 GB, 245 us. 0.5 multiplications a
-// byte: the plain units do. What bounds it is how long a block lasts, for its 64 KB of shared memory are
-// under way but a part of that: ways to memory one after another, of positions, blocks, keys, and whatever
-// follows.
+// Layout. A block takes a chunk of 128 keys of one head and one row; a warp takes 32 of them. The warp has
+// all its keys and values copied to shared memory at once, each lane into its own slot, as in
+// linear_decode.cu; three blocks a multiprocessor (int8: four). 16 bytes of a key a lane: 16 lanes share a
+// key in 16 bits, 8 in 8 bits:
 //
-// Layout. A block takes a chunk of 128 keys of a head and a row, a warp 32 of them. The warp has all its keys
-// and values copied to shared memory at once, each lane into its own place, as in linear_decode.cu, three
-// blocks a multiprocessor. 16 bytes of a key a lane: 16 lanes share a key in 16 bits, 8 in 8 bits. Warps, and
-// then chunks, are put together in a fixed order. Chunks begin at multiples of 128 tokens, so that a row
-// depends on its own keys alone. Neighbouring blocks have neighbouring heads, whose keys lie side by side.
+//   sequence   | chunk 0: keys 0-127 | chunk 1: 128-255 | .. |       grid [heads][chunks][rows]
+//                block                 block
+//   chunk      | warp 0: 32 | warp 1: 32 | warp 2: 32 | warp 3: 32 |
+//   shared       [warp][keys | values][32 x 128 values]
+//   scratch      parts [row][head][chunk] (maximum, sum) | sums [row][head][chunk][head_dim]
+//
+// Partial results (maximum, sum of exp2, weighted sum of values) of warps, then of chunks, are merged in a
+// fixed order. Chunks begin at multiples of 128 tokens, so that a row depends on its own keys alone.
+// Neighbouring blocks have neighbouring heads, whose keys lie side by side.
 //
 // On sm_90a the copy engine brings a warp's keys in one copy, and its values in another, where the cache has
 // all of them side by side: on an H200 7 % less time than copies of 16 bytes at 32 x 2000 keys, 12 % at 64 x
 // 300. Marked for L2 to drop first they took 3 % more and 3 % less.
 //
-// Where there are few chunks, launches and ways to memory count: each block has asked for older keys before
-// the product ahead ends, and rotates the query itself; the one with the newest key rotates and stores that;
-// and the last block of a head and a row puts its chunks together. Where there are many, kernels of their own
-// do so.
+// With few chunks, launches and memory latency count: each block has requested older keys before the product
+// ahead ends, and rotates the query itself; the one with the newest key rotates and stores that key; and the
+// last block of a head and a row merges its chunks. With many, kernels of their own do so (rotate_and_store,
+// attention_decode_combine).
 //
 // attention_decode_any takes every head_dim up to 256, value by value.
+//
+// Cost. Bytes: each key and value once, 512 a head and token in bfloat16 at head_dim 128; time = 4 head_dim
+// heads tokens bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9 MB, 1.1 us on an H200,
+// 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication for each value of 2 bytes, 0.5 a byte: the
+// plain units do. What bounds it is how long a block lasts, for its 64 KB of shared memory are in flight for
+// only a part of that: memory accesses one after another, of positions, blocks, keys, and what follows.
+//
+// Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_attention_is_that_of_float64; the fused step
+// gives the bits of rotation and attention apart: test_a_step_is_rotation_and_attention.
 #include "cuda/kernels/attention_decode.h"
 #include "cuda/kernels/hopper.cuh"
 #include "cuda/kernels/rotate.cuh"
@@ -35,7 +47,7 @@ constexpr int kFastDim = 128, kMostDim = 256;
 constexpr int kTogetherChunks = 8;  // that are asked for at once when they are put together
 constexpr float kLog2E = 1.44269504f;
 
-__device__ inline float nothing() {
+__device__ inline float minus_infinity() {
   return __int_as_float(static_cast<int>(0xFF800000u));  // -infinity
 }
 
@@ -115,7 +127,7 @@ __device__ inline void write_part(const AttentionDecode& p, int head_dim, const 
 __device__ inline void combine(const AttentionDecode& p, int64 pair, int chunks) {
   const int64 first = pair * p.chunks;
   for (int d = threadIdx.x; d < p.head_dim; d += blockDim.x) {
-    float most = nothing(), total = 0, sum = 0;
+    float most = minus_infinity(), total = 0, sum = 0;
     for (int chunk = 0; chunk < chunks; chunk += kTogetherChunks) {
       float2 parts[kTogetherChunks];
       float values[kTogetherChunks], higher = most;
@@ -123,7 +135,7 @@ __device__ inline void combine(const AttentionDecode& p, int64 pair, int chunks)
       for (int i = 0; i < kTogetherChunks; ++i) {
         const bool there = chunk + i < chunks;
         const int64 part = first + chunk + i;
-        parts[i] = there ? __ldcg(reinterpret_cast<const float2*>(p.parts) + part) : float2{nothing(), 0};
+        parts[i] = there ? __ldcg(reinterpret_cast<const float2*>(p.parts) + part) : float2{minus_infinity(), 0};
         values[i] = there ? __ldcg(p.sums + part * p.head_dim + d) : 0.f;
       }
 #pragma unroll
@@ -206,11 +218,11 @@ struct Loaded {
 
 // The angles of a lane's values.
 template <typename T>
-struct Turn {
+struct Rotation {
   using L = Lanes<T>;
   float cosines[L::kValues], sines[L::kValues], query_scale;
 
-  __device__ Turn(const AttentionDecode& p, int position, int table) {
+  __device__ Rotation(const AttentionDecode& p, int position, int table) {
     constexpr int kHalf = kFastDim / 2;
     query_scale = p.query_scale[position];
     const int64 place = static_cast<int64>(table) * p.max_positions + position;
@@ -230,7 +242,7 @@ struct Turn {
   // others: half a head away.
   __device__ void of(const Loaded<T>& own, const Loaded<T>& others, float (&values)[L::kValues]) const {
 #pragma unroll
-    for (int i = 0; i < L::kValues; ++i) values[i] = turned(own[i], others[i], cosines[i], sines[i]);
+    for (int i = 0; i < L::kValues; ++i) values[i] = rotated(own[i], others[i], cosines[i], sines[i]);
   }
 };
 
@@ -264,12 +276,12 @@ __device__ uint4 narrowed(const float (&values)[Lanes<T>::kValues], float& scale
 }
 
 // Keys of a warp that lie side by side, and their values, come in one copy each where there is a copy engine.
-struct WholeCopies {
+struct BulkCopies {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  static constexpr bool kThere = true;
+  static constexpr bool kAvailable = true;
   uint32 barriers;  // of keys, of values: 8 bytes each
 
-  __device__ WholeCopies() {
+  __device__ BulkCopies() {
     __shared__ uint64 all[kWarps][2];
     barriers = shared_address(all[threadIdx.x / 32]);
     if (threadIdx.x % 32 == 0) {
@@ -279,14 +291,14 @@ struct WholeCopies {
     __syncwarp();
   }
   // By one lane, once for each half.
-  __device__ void ask(int half, void* to, const void* from, int bytes) const {
+  __device__ void request(int half, void* to, const void* from, int bytes) const {
     barrier_expect(barriers + 8 * half, bytes);
     copy_bytes(shared_address(to), from, bytes, barriers + 8 * half);
   }
   __device__ void wait(int half) const { barrier_wait(barriers + 8 * half, 0); }
 #else
-  static constexpr bool kThere = false;
-  __device__ void ask(int, void*, const void*, int) const {}
+  static constexpr bool kAvailable = false;
+  __device__ void request(int, void*, const void*, int) const {}
   __device__ void wait(int) const {}
 #endif
 };
@@ -298,7 +310,7 @@ __device__ void attention(const AttentionDecode& p) {
   constexpr bool kScaled = sizeof(T) == 1;
   extern __shared__ uint4 shared[];
   start_successors();
-  const WholeCopies copies;
+  const BulkCopies copies;
   const bool rotate = p.qkv != nullptr;
   if (!p.early) wait_for_predecessors();
   const Chunk chunk(p);
@@ -323,11 +335,11 @@ __device__ void attention(const AttentionDecode& p) {
   if (has_newest && !rotate) wait_for_predecessors();  // who stored it
   const int stored = rotate ? newest : here;
   // Not with the newest key, which this kernel or the one ahead writes.
-  const bool whole = WholeCopies::kThere && newest >= kWarpKeys && p.block_tokens % kWarpKeys == 0;
+  const bool whole = BulkCopies::kAvailable && newest >= kWarpKeys && p.block_tokens % kWarpKeys == 0;
   for (int half = 0; half < 2; ++half) {
     if (whole) {
       if (lane == 0)
-        copies.ask(half, half ? values : keys, reinterpret_cast<const char*>(mine) + half * to_value,
+        copies.request(half, half ? values : keys, reinterpret_cast<const char*>(mine) + half * to_value,
                    kWarpKeys * kFastDim * sizeof(T));
       continue;
     }
@@ -349,7 +361,7 @@ __device__ void attention(const AttentionDecode& p) {
   float q[kValues];
   Loaded<T> own;
   if (rotate) {
-    const Turn<T> turn(p, chunk.position, angle_table);
+    const Rotation<T> rotation(p, chunk.position, angle_table);
     wait_for_predecessors();
     // The new key and value are one warp's, but to ask takes no time where all do.
     const int width = p.heads * kFastDim, over = L::first() < kFastDim / 2 ? kFastDim / 2 : -kFastDim / 2;
@@ -361,12 +373,12 @@ __device__ void attention(const AttentionDecode& p) {
     key.load(from + width);
     other_keys.load(from + width + over);
     value.load(from + 2 * width);
-    turn.of(own, others, q);
+    rotation.of(own, others, q);
 #pragma unroll
-    for (float& each : q) each = to_float(to_half(each * turn.query_scale));
+    for (float& each : q) each = to_float(to_half(each * rotation.query_scale));
     float vector[kValues], new_scales[2];
     uint4 bytes[2];
-    turn.of(key, other_keys, vector);
+    rotation.of(key, other_keys, vector);
     bytes[0] = narrowed<T>(vector, new_scales[0]);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) vector[i] = value[i];
@@ -395,7 +407,7 @@ __device__ void attention(const AttentionDecode& p) {
 
   wait_for_copies<1>();
   if (whole) copies.wait(0);
-  float scores[kLoads], most = nothing();
+  float scores[kLoads], most = minus_infinity();
 #pragma unroll
   for (int j = 0; j < kLoads; ++j) {
     float key[kValues], sum = 0;
@@ -405,7 +417,7 @@ __device__ void attention(const AttentionDecode& p) {
 #pragma unroll
     for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
     if (kScaled) sum *= __shfl_sync(0xFFFFFFFFu, key_scale, j * kTogether + which);
-    scores[j] = j * kTogether + which < here ? sum : nothing();
+    scores[j] = j * kTogether + which < here ? sum : minus_infinity();
     most = fmaxf(most, scores[j]);
   }
   most = warp_max(most);
@@ -456,7 +468,7 @@ __device__ void attention_any(const AttentionDecode& p) {
     return sizeof(T) == 1 ? __ldcg(place.scale(p, part, chunk.head)) : 1.f;
   };
 
-  float score = nothing();  // of key `lane`
+  float score = minus_infinity();  // of key `lane`
   for (int key = 0; key < here; ++key) {
     const Place<T> place = place_of(key);
     const T* vector = place.vector(p, 0, chunk.head);

@@ -11,16 +11,16 @@ constexpr int kAttentionTile = 128;  // queries: kQueryTile of ops.h
 // do with the 99 KB of sm_86. Shared memory of a block: queries, two tiles of keys and two of values, rows of
 // D + 8 values; where 64 keys lie.
 constexpr int kAttentionThreads = 128, kAttentionQueries = 64;
-template <int D>
-constexpr int kAttentionKeys = D <= 128 ? 64 : 32;
-template <int D>
-constexpr int kAttentionShared = (kAttentionQueries + 4 * kAttentionKeys<D>)*(D + 8) * 2 + 64 * 16;
+template <int kPaddedDim>
+constexpr int kAttentionKeys = kPaddedDim <= 128 ? 64 : 32;
+template <int kPaddedDim>
+constexpr int kAttentionShared = (kAttentionQueries + 4 * kAttentionKeys<kPaddedDim>)*(kPaddedDim + 8) * 2 + 64 * 16;
 
 // The kernels of Hopper: two warpgroups with 64 queries each, a third brings keys and values. Shared memory:
 // queries, two tiles of 128 keys and two of values, in rows of 64 values; where 128 keys lie; barriers.
 constexpr int kHopperThreads = 384, kHopperKeys = 128;
-template <int D>
-constexpr int kHopperShared = 5 * kHopperKeys * ((D + 63) / 64 * 128) + kHopperKeys * 16 + 128 + 1024;
+template <int kPaddedDim>
+constexpr int kHopperShared = 5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128) + kHopperKeys * 16 + 128 + 1024;
 
 constexpr int kHalfKeys = 0, kBfloat16Keys = 1, kFloat16Keys = 2, kFloatKeys = 3, kInt8Keys = 4;
 
@@ -28,7 +28,7 @@ constexpr int kHalfKeys = 0, kBfloat16Keys = 1, kFloat16Keys = 2, kFloatKeys = 3
 struct PagedAttention {
   const void* q;
   void* y;
-  const int* pieces;  // Piece of ops.h: first, n, past, table
+  const int* chunks;  // Piece of ops.h: first, n, past, table
   const int* tiles;   // Tile of ops.h: piece, offset
   const int* blocks;
   const char* base;

@@ -1,5 +1,6 @@
-// What all kernels share. Compiled by NVRTC or nvcc, once with QVL_COMPUTE_BFLOAT16 defined and once without:
-// H is then bfloat16 or float16. No header of the standard library may be included.
+// Types and helpers of all kernels. Compiled by NVRTC or nvcc, once with QVL_COMPUTE_BFLOAT16 defined and
+// once without: H, the compute type, is bfloat16 or float16. No header of the standard library may be
+// included.
 #pragma once
 
 #ifdef QVL_COMPUTE_BFLOAT16

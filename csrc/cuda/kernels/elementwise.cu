@@ -1,11 +1,23 @@
-// Norm, embedding, and rotary angles with the write to the cache: what lies between the products.
+// Norm, embedding, and rotary rotation with the write to the cache: the kernels between the products.
 //
-// At the 7B geometry a row is 16 KB of float32 or 24 KB of queries, keys and values: nothing beside the
-// products' weights. A kernel takes what a launch and one way to memory and back take, 1 to 2 us, as long as
-// all loads of a thread are on their way at once. So: weights are read before the predecessors end, a row of
-// the norm is held in registers between its two uses, and all sums of a block cross one barrier. For prompts
-// of thousands of rows the bytes bound them: 24 KB a row for norms, 48 KB for the rotation, at the rate of
+// Layout:
+//
+//   rms_norm           a block a row: x float32 [width] -> H [width]. rms_norm_held keeps the row in
+//                      registers, float4 v of thread t at 4 (v threads + t); sums as in row_sum.cuh
+//   embed              `parts` blocks a row: wte H [vocab][width] or features float32 -> x float32 [width]
+//   rotate_and_store   16 or 32 lanes a head of a token; a lane has values d .. and those half a head above:
+//
+//                      qkv H [n][3][heads][head_dim] -> q H [n][heads][head_dim] rotated and scaled,
+//                      cache [2][heads][block_tokens][head_dim], for int8 with scales
+//
+// Cost. At the 7B geometry a row is 16 KB of float32 or 24 KB of queries, keys and values: nothing beside the
+// products' weights. For few rows a kernel takes a launch and one memory latency, 1 to 2 us, as long as all
+// loads of a thread are in flight at once. So weights are read before the predecessors end, a row of the norm
+// is held in registers between its two uses, and all sums of a block cross one barrier. For prompts of
+// thousands of rows the bytes bound them: 24 KB a row for norms, 48 KB for the rotation, at the bandwidth of
 // the L2 cache, where the product before left them.
+//
+// Reference: float64 in PyTorch, tests/cuda/test_elementwise.py.
 #include "cuda/kernels/elementwise.h"
 #include "cuda/kernels/rotate.cuh"
 #include "cuda/kernels/row_sum.cuh"
@@ -140,8 +152,8 @@ struct HeadPart {
 #pragma unroll
       for (int s = 0; s < kStep; ++s) {
         const float a = low[j][s], b = high[j][s], c = angles.low[j][s], z = angles.high[j][s];
-        low[j][s] = turned(a, b, c, -z) * scale;
-        high[j][s] = turned(b, a, c, z) * scale;
+        low[j][s] = rotated(a, b, c, -z) * scale;
+        high[j][s] = rotated(b, a, c, z) * scale;
       }
     }
   }

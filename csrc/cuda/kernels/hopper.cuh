@@ -1,5 +1,18 @@
-// Hopper's own instructions (sm_90a): barriers in shared memory, copies by the copy engine, products of
-// warpgroups.
+// Instructions of Hopper alone (sm_90a), as functions: barriers in shared memory (mbarrier), bulk copies by
+// the copy engine (TMA), products of warpgroups (wgmma).
+//
+// Layout of an operand of wgmma in shared memory, as the copy engine writes it with the 128-byte swizzle:
+// rows of 64 values of H, 128 bytes; the 16-byte part p of row r lies at part p ^ r % 8. A group of 8 rows
+// begins at a multiple of 1024 bytes:
+//
+//   row 0   | p0 p1 p2 p3 p4 p5 p6 p7 |
+//   row 1   | p1 p0 p3 p2 p5 p4 p7 p6 |      so that the same part of 8 rows lies in 8 different banks
+//   row 2   | p2 p3 p0 p1 p6 p7 p4 p5 |
+//
+// Cost of wgmma.m64nNk16: N / 2 cycles of a multiprocessor (64 x 8 x 16 products in 4 cycles).
+//
+// Reference: through the kernels, tests/cuda; tests/engine/test_hopper_products.py has stand-ins of the same
+// functions for the host.
 #pragma once
 
 #include "cuda/kernels/common.cuh"

@@ -1,22 +1,33 @@
-// y = x W^T for 1 to 256 rows of x. Hopper has linear_decode_hopper.cu instead.
+// y = x W^T for 1 to 256 rows of x: the products of decode steps and lm_head. Hopper has
+// linear_decode_hopper.cu instead; from sm_80 on, more than 8 rows of x are linear_decode_wide.cu's, and
+// before that more blocks.
 //
-// Cost. Bytes: each weight once, 4.3 TB/s on an H200; nothing else counts for few rows. 4096 x 4096 takes 7.8
-// us in bfloat16, 2 us with 4 bits: as long as a kernel takes to start. So the next kernel starts when the
-// last weights have been asked for, and fetches its first 64 KB on each multiprocessor that is done. At that
-// rate a multiprocessor may spend 220 instructions of a warp on a KB of weights; 4 and 8 bits are bound by
-// those.
+// Layout. One block a multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
+// columns are rows of x. k is cut into 16 slices of whole units of 128, one a warp; a warp walks along its
+// slice of tile after tile:
 //
-// Layout. A block a multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
-// columns are rows of x. k is cut into 16 slices of whole units of 128, a warp each, which walks along its
-// slice of tile after tile. A step is 1 KB of weights, 32 bytes of each lane, which the lane copies ahead
-// into its own place in a ring in shared memory and reads back as its fragments: no barrier, no register is
-// held by a load under way. Sums of the slices meet in shared memory, added in a fixed order: ((0 + 1) + (2 +
-// 3)) + (4 + 5) and so on. Nothing in a column depends on the other columns, or on how many there are.
+//               k ->  slice 0    slice 1         slice 15
+//   tile     16 rows | warp 0  | warp 1  |  ..  | warp 15 |   sums [16][8] of each warp meet in shared
+//   next     16 rows | warp 0  | warp 1  |  ..  | warp 15 |   memory: ((0 + 1) + (2 + 3)) + .. in order
 //
-// A block takes up to 8 rows of x, which lie in shared memory; from sm_80 on more rows are
-// linear_decode_wide.cu's, and before that they are more blocks. No two blocks fit on a multiprocessor: where
-// they do, some get two and others none, which made a chain of products up to a third slower than without an
-// early start.
+//   shared memory:  ring [kDepth][16 warps][1 KB] | scales | x [columns][units] | offsets | sums [2][16]
+//
+// A step is 1 KB of weights, 32 bytes of each lane. The lane copies them ahead into its own slot of the ring
+// and reads them back as its fragments: no barrier, and no register is held by a load in flight. A column's
+// result depends neither on the other columns nor on their number. quantised.cuh has the layout of int8 and
+// int4.
+//
+// No two blocks fit on a multiprocessor: where they do, some get two and others none, which made a chain of
+// products up to a third slower than without an early start.
+//
+// Cost. Bytes: each weight once, 4.3 TB/s on an H200; x and y are nothing beside them. time = out in bytes /
+// bandwidth: 4096 x 4096 takes 7.8 us in bfloat16, 2 us with 4 bits, as long as a kernel takes to start. So
+// the next kernel starts when the last weights have been requested, and fetches its first 64 KB on each
+// multiprocessor that is done. At that bandwidth a multiprocessor may spend 220 instructions of a warp on a
+// KB of weights; 4 and 8 bits are bound by those.
+//
+// Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_a_product_is_that_of_float64; the same bits
+// in any batch: test_a_row_does_not_depend_on_the_others; both on GPUs other than Hopper.
 #include "cuda/kernels/linear_decode.cuh"
 
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL

@@ -1,6 +1,11 @@
-// What the two kernels of decode steps on GPUs other than Hopper share: linear_decode.cu for up to 8 rows of
-// x, linear_decode_wide.cu for more. They give the same bits: k is cut into the same slices, a slice is added
-// up by the same instructions in the same order, and the slices' sums are added in the same order.
+// The part that linear_decode.cu (up to 8 rows of x) and linear_decode_wide.cu (more) share, on GPUs other
+// than Hopper. They give the same bits: k is cut into the same slices, a slice is added up by the same
+// instructions in the same order, and the slices' sums are added in the same order.
+//
+//   units of 128 values of k   | 0 | 1 | 2 | .. | units - 1 |
+//   slice s of 16                [ units * s / 16, units * (s + 1) / 16 )
+//
+// Reference: tests/cuda/test_decode.py, through the two kernels.
 #pragma once
 
 #include "cuda/kernels/linear_decode.h"

@@ -1,4 +1,14 @@
-// Tensor cores and asynchronous copies as sm_80 and newer have them.
+// Tensor cores and asynchronous copies of sm_80 and newer, as functions: cp.async, ldmatrix, mma.m16n8k16.
+//
+// Layout of mma.m16n8k16, lane 4 g + t:
+//
+//   a [16][16]   a0: row g, k 2t 2t+1   a1: row g + 8   a2: row g, k 8 + 2t ..   a3: row g + 8, k 8 + 2t ..
+//   b [16][8]    b0: k 2t 2t+1, column g                b1: k 8 + 2t .., column g
+//   sums [16][8] 0, 1: row g, columns 2t 2t+1           2, 3: row g + 8
+//
+// Cost: 2 x 16 x 8 x 16 operations an instruction.
+//
+// Reference: through the kernels, tests/cuda/test_prompt_linear.py and test_prompt_attention.py (`portable`).
 #pragma once
 
 #include "cuda/kernels/common.cuh"

@@ -1,15 +1,25 @@
-// Quantised matrices on the GPU, and how their integers become H. All of it is exact.
+// Quantised matrices on the GPU, and the conversion of their integers to H. All of it is exact.
 //
-// Rows go in tiles of 16 (the last one is filled up with zeros), values of a row in units of 128; on Hopper
-// units come first, [unit][tile], so that neighbouring tiles of a unit are one copy. A lane 4 g
-// + t of a warp finds what it needs of rows g and g + 8 of a tile in its own 16 bytes: runs of 8 values that
-// are two products of 16 deep (run_value). Quarters are of 32 values, halves of 64.
+// Layout. Rows are in tiles of 16 (the last one is filled up with zeros), values of a row in units of 128; on
+// Hopper units come first, [unit][tile], so that neighbouring tiles of a unit are one copy:
 //
-//   INT8: [tile][unit][quarter][lane] 16 bytes: the run of row g, then that of row g + 8. Bytes of a run:
-//         values 0 2 1 3 4 6 5 7. Scales float32 [out].
-//   INT4: [tile][unit][half][lane] 4 words: the runs of both quarters of row g, then those of row g + 8.
-//         Nibbles of a run, from the lowest: values 0 2 4 6 1 3 5 7, plus 8.
-//         Scales bfloat16 [tile][unit][g][group of the unit][row g, row g + 8].
+//                 unit 0      unit 1
+//   16 rows    | 4 quarters | 4 quarters |       quarter: 32 values, half: 64
+//   (a tile)   | of 32      |            |
+//
+// A lane 4 g + t of a warp finds all it needs of rows g and g + 8 of a tile in its own 16 bytes: runs of 8
+// values that are two products of 16 deep (run_value).
+//
+//   INT8   [tile][unit][quarter][lane] 16 bytes: the run of row g, then that of row g + 8.
+//          Bytes of a run: values 0 2 1 3 4 6 5 7. Scales float32 [out].
+//   INT4   [tile][unit][half][lane] 4 words: the runs of both quarters of row g, then those of row g + 8.
+//          Nibbles of a run, from the lowest: values 0 2 4 6 1 3 5 7, plus 8.
+//          Scales bfloat16 [tile][unit][g][group of the unit][row g, row g + 8].
+//
+// Cost of the conversion: 1 to 2 instructions for two values (an and-or and an addition in H).
+//
+// Reference: `packed` in tests/cuda/test_prompt_linear.py builds the layout with PyTorch; test_decode.py
+// compares products with float64.
 #pragma once
 
 #include "cuda/kernels/common.cuh"

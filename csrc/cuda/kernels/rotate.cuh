@@ -1,4 +1,11 @@
-// Rotation by a position's angles, and values as the cache has them: the same bits whichever kernel does it.
+// Rotation by a position's angles, and conversion to the types of the cache: the same bits in every kernel.
+//
+//   head  [ lower half | upper half ]      lower' = lower cos - upper sin,  upper' = upper cos + lower sin
+//   int8  value = scale * integer, scale = largest magnitude of the head / 127
+//
+// Cost: a multiplication and a multiply-add a value.
+//
+// Reference: float64 in PyTorch, tests/cuda/test_elementwise.py::test_rotate_and_store.
 #pragma once
 
 #include "cuda/kernels/stored.cuh"
@@ -7,7 +14,7 @@ namespace qvl::cuda {
 
 // A value of the lower half of a head, `other` half a head above, with minus the sine; or of the upper half,
 // `other` half a head below, with the sine.
-__device__ inline float turned(float value, float other, float cosine, float sine) {
+__device__ inline float rotated(float value, float other, float cosine, float sine) {
   return __fmaf_rn(value, cosine, __fmul_rn(other, sine));
 }
 

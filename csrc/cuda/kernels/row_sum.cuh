@@ -1,4 +1,10 @@
-// Sums over the threads of a block, for rows that have a block each.
+// Sums over the threads of a block, for kernels with a block a row.
+//
+//   threads   | warp 0 | warp 1 | .. |      5 shuffles in each warp -> room [warps] -> barrier -> 5 shuffles
+//
+// Cost: 10 shuffles and one barrier, whatever the width.
+//
+// Reference: through the norms, tests/cuda/test_elementwise.py, test_vision_rows.py.
 #pragma once
 
 #include "cuda/kernels/common.cuh"

@@ -1,27 +1,31 @@
-// Picking tokens from rows of logits, float32 [n, vocab].
+// Sampling of tokens from rows of logits, float32 [n, vocab].
 //
-// The parts, each a launch: sample_scan (a block for each 4096 logits: its likeliest id, its checks, its part
-// of the softmax's sum, its forbidden ids as bits), sample_peak (a warp a row puts them together: greedy rows
-// are done); where a row draws sample_bins, sample_keep and sample_draw; and where log-probabilities of the
-// likeliest are wanted sample_top.
+// Layout. Six kernels, each one launch:
 //
-// Greedy, one row of 151,936: 608 KB from the L2 cache, in which the product before left it, by 38 blocks
-// with 64 bytes on their way a thread, then 38 small structs: two launches and little more. 256 rows are 156
-// MB: 36 us at the memory's rate.
+//   sample_scan    a block for each 4096 logits: its likeliest id, its checks, its part of the softmax's sum,
+//                  its forbidden ids as bits                                          -> peaks [n][chunks]
+//   sample_peak    a warp a row merges them: greedy rows are done                     -> states [n]
+//   sample_bins    rows that draw: weights and counts of 2048 bins, all blocks of a row -> bins [n][2048]
+//   sample_keep    ... the ids of the bins that matter                                -> kept_keys [n][2048]
+//   sample_draw    ... a block a row: top-k, top-p, the draw                          -> tokens [n]
+//   sample_top     log-probabilities of the likeliest, where wanted, a block a row -> top_tokens [n][n_top]
 //
 // A draw needs the order of the likeliest and sums in that order, but not of all 151,936. Ids get a key: how
-// far their logit lies under the largest, in temperatures, in steps of 2^-35, then the id; what is 32 or more
-// under it weighs nothing. Weights exp(-distance) are whole numbers, so that sums do not depend on the order
-// of the additions, and atomic additions give the same bits however the row is shared among blocks. Where a
-// running sum (of ids for top-k, of weights for top-p and the draw) crosses a value is found by the bin of
-// the key's first 11 bits (sample_bins, all blocks of a row), and then by putting the ids of that bin in
-// order, and with them all before it where later sums need those. If they are 2048 or fewer, sample_keep, all
-// blocks of a row, gathers them, and sample_draw, one block a row, does not read the row. Else, in flat rows,
-// it counts bins of the next 11 bits, and reads the row a few times.
+// far their logit lies under the largest, in temperatures, in steps of 2^-35, then the id; an id 32 or more
+// under it has weight 0. Weights exp(-distance) are integers, so that sums do not depend on the order of the
+// additions, and atomic additions give the same bits however the row is shared among blocks. Where a running
+// sum (of ids for top-k, of weights for top-p and the draw) crosses a value is found by the bin of the key's
+// first 11 bits (sample_bins), and then by sorting the ids of that bin, with all before it where later sums
+// need those. If they are 2048 or fewer, sample_keep gathers them, and sample_draw does not read the row.
+// Else, in flat rows, it counts bins of the next 11 bits, and reads the row a few times.
 //
-// Seen on an H200: greedy 3.5 us for one row, 13 for 64, 45 for 256. A draw adds 14 to 22 us for one row, 76
-// to 82 for 64 (57 of them sample_bins: its atomic additions in shared memory bound it), and 150 for one flat
-// row with top-p.
+// Cost. Greedy, one row of 151,936: 608 KB from the L2 cache, where the product before left it, by 38 blocks
+// with 64 bytes in flight a thread, then 38 small structs: two launches and little more. 256 rows are 156 MB:
+// 36 us at the memory's bandwidth (4 n vocab bytes). Seen on an H200: greedy 3.5 us for one row, 13 for 64,
+// 45 for 256. A draw adds 14 to 22 us for one row, 76 to 82 for 64 (57 of them sample_bins: its atomic
+// additions in shared memory bound it), and 150 for one flat row with top-p.
+//
+// Reference: `expected` in tests/cuda/test_sample.py, the same rules in NumPy with float64.
 #include "cuda/kernels/sample.h"
 #include "cuda/kernels/sample_search.cuh"
 

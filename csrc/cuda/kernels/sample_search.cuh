@@ -1,4 +1,20 @@
-// Ids of a row in order, and where running sums over them cross a value. sample.cu says how.
+// Ids of a row in order, and where running sums over them cross a value: top-k, top-p and the draw.
+//
+// Layout of a key, smaller is likelier:
+//
+//   draws   | 40 bits: distance to the largest logit, in temperatures, steps of 2^-35 | 24 bits: id |
+//   top     | 32 bits: the logit, order reversed | 32 bits: id |
+//
+//   level 1: 2048 bins of the upper 11 bits    | w0 | w1 | w2 | ..      the bin where the running sum crosses
+//   level 2: 2048 bins of the next 11 bits          \_ | | | ..         and so on, until at most kKept = 2048
+//                                                                       ids are left, which are sorted
+//
+// Weights are integers, so that sums do not depend on the order of the additions.
+//
+// Cost: a pass over the row for each level, 4 vocab bytes from the L2 cache, and a bitonic sort of 2048 keys
+// in shared memory, 66 rounds of comparisons.
+//
+// Reference: `expected` in tests/cuda/test_sample.py; sample.cu has the whole.
 #pragma once
 
 #include "cuda/kernels/sample_row.cuh"

@@ -1,5 +1,15 @@
-// Matrices as they lie in a file into the layouts of the kernels: a block a row. H as it is; quantised as
-// quantised.cuh says. Cost: the bytes, once for each weight when a model is opened.
+// Matrices from the layout of a file (qvl_packed_bytes in qwenvl.h) to that of the kernels, a block a row.
+//
+// Layout:
+//
+//   float32, bfloat16, float16 [out, in]  ->  H [out][stride], zeros behind `in`
+//   int8, int4                            ->  tiles of 16 rows x units of 128 values (quantised.cuh)
+//   row r of the file                     ->  row first + r step: two matrices are interleaved with step 2
+//
+// Cost. Bytes: each weight read and written once when a model is opened; bound by the bus that brings them.
+//
+// Reference: the products of unit vectors read the matrix back exactly,
+// tests/cuda/test_decode.py::test_two_matrices_are_interleaved.
 #include "cuda/kernels/linear_decode.h"
 #include "cuda/kernels/quantised.cuh"
 #include "cuda/kernels/stored.cuh"
