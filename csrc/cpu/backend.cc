@@ -1,4 +1,4 @@
-// The CPU as a back end.
+// The CPU back end.
 #include <cstring>
 #include <optional>
 
@@ -15,7 +15,7 @@
 namespace qvl {
 namespace {
 
-// Calls have finished when they return, and so has what came before an event.
+// Event of a synchronous device: always done.
 struct Past final : Event {
   void record(qvl_stream) override {}
   bool done() override { return true; }
@@ -111,7 +111,7 @@ class CpuBackend final : public Backend {
  private:
   const qvl_config config_;
   cpu::Context context_;
-  std::vector<cpu::Buffer> sampling_;  // one a thread
+  std::vector<cpu::Buffer> sampling_;  // one per thread
   cpu::Buffer logits_;
   std::vector<std::unique_ptr<float[]>> copies_;
   std::optional<cpu::Language> language_;
