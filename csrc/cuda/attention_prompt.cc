@@ -59,7 +59,7 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
   params.type = key_type(gpu, kv.dtype);
   params.heads = kv.heads;
   params.head_dim = kv.head_dim;
-  // The copy engine takes whole blocks; how many there are does not matter to it.
+  // The copy engine copies whole blocks; the number of blocks in the map is only a bound.
   params.boxes = hopper && has_tensor_maps(gpu) && params.type == kHalfKeys && kv.head_dim % 8 == 0 &&
                  kv.block_tokens % 8 == 0 && kHopperKeys % kv.block_tokens == 0 && kv.block_bytes % 16 == 0;
   if (params.boxes) {

@@ -35,7 +35,7 @@ void embed(const Gpu& gpu, CUstream stream, const void* wte, int vocab, int widt
            const uint64_t* features, int n, float* x) {
   constexpr int kBlock = kEmbedThreads * kEmbedValues;
   const int parts = (width + kBlock - 1) / kBlock;
-  // uint64_t is another type of the same size than the kernels' there.
+  // uint64_t is another type of the same size on the host.
   const auto* addresses = reinterpret_cast<const unsigned long long*>(features);
   const EmbedParams params{wte, ids, addresses, x, vocab, width, parts};
   gpu.launch(stream, "embed", {static_cast<unsigned>(n) * static_cast<unsigned>(parts)}, kEmbedThreads, 0,

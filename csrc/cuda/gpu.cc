@@ -13,12 +13,12 @@
 namespace qvl::cuda {
 namespace {
 
-// Numbers of the driver's interface.
+// Constants of the driver's interface.
 constexpr int kMaxDynamicShared = 8;
 constexpr int kEarlyLaunch = 6;  // programmatic stream serialization
 constexpr int kFreeShared = 48 << 10;
 
-// QWENVL_CUDA_KERNELS, else where this library lies.
+// Folder of the cubins: QWENVL_CUDA_KERNELS, else that of this library.
 std::string kernel_folder() {
   const char* named = std::getenv("QWENVL_CUDA_KERNELS");
   if (named != nullptr && *named != 0) return named;
@@ -33,7 +33,7 @@ bool ends_with(const std::string& text, const std::string& end) {
   return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
-// The files of `folder` whose names end so, in order.
+// Files of `folder` whose names end in `end`, sorted.
 std::vector<std::string> files(const std::string& folder, const std::string& end) {
   std::vector<std::string> found;
   DIR* const listing = opendir(folder.c_str());
@@ -64,7 +64,7 @@ Gpu::Gpu(int index, Half half) : half_(half) {
               index, major, minor);
   const std::string folder = kernel_folder();
   const char* type = half == Half::kBfloat16 ? "bf16" : "f16";
-  // Code for an architecture with "a" runs on that one alone, and is preferred there.
+  // Code for an architecture with "a" runs on that architecture alone, and is preferred there.
   std::vector<std::string> cubins;
   for (const char* kind : {"a.", "."}) {
     cubins = files(folder, ".sm_" + std::to_string(arch_) + kind + type + ".cubin");

@@ -7,9 +7,9 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr int kMaxDecodeRows = 256;  // of linear_decode
+constexpr int kMaxDecodeRows = 256;  // most rows of linear_decode
 
-// Bytes of a row that a product writes.
+// Bytes of a row of a product's result.
 uint64_t row_bytes(const Matrix& matrix, Into into) {
   switch (into) {
     case Into::kFloat:
@@ -71,7 +71,7 @@ Language::Language(const Gpu& gpu, const qvl_config& config, Weights& weights)
 void Language::reserve(int rows, int max_keys) {
   const uint64_t needed = attention_decode_scratch(rows, config_.heads, config_.head_dim, max_keys);
   if (needed <= decode_scratch_.bytes()) return;
-  decode_scratch_ = DeviceMemory();  // freeing waits for the GPU
+  decode_scratch_ = DeviceMemory();  // cuMemFree waits for the GPU
   decode_scratch_ = DeviceMemory(needed);
   check(driver().cuMemsetD8Async(address(decode_scratch_.get()), 0, needed, nullptr), "clearing GPU memory");
   check(driver().cuStreamSynchronize(nullptr), "clearing GPU memory");
@@ -143,7 +143,7 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
   }
   layers(stream, pool, at, shape);
 
-  // Runs of rows that stand side by side, in the pass as in the logits.
+  // One product for each run of rows that are adjacent both in the pass and in the logits.
   for (size_t i = 0; i < parts.size(); ++i) {
     if (parts[i].logits < 0) continue;
     const int first = parts[i].first + parts[i].n - 1, row = parts[i].logits;

@@ -45,7 +45,7 @@ InputArrays StepInput::begin(const InputSizes& sizes) {
   slot.read.wait();
   if (slot.memory.bytes() < bytes) slot.memory = HostMemory(std::max<uint64_t>(2 * bytes, 1 << 16));
   if (device_.bytes() < bytes) {
-    device_ = DeviceMemory(std::max<uint64_t>(2 * bytes, 1 << 16));  // freeing waits for the GPU
+    device_ = DeviceMemory(std::max<uint64_t>(2 * bytes, 1 << 16));  // cuMemFree waits for the GPU
     ++moved_;
   }
   return lay_out(slot.memory.get<char>(), sizes, &bytes);

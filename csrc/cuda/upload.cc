@@ -10,7 +10,7 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr uint64_t kChunkBytes = 8 << 20;  // bytes of page-locked memory
+constexpr uint64_t kChunkBytes = 8 << 20;  // page-locked memory of a slot
 constexpr size_t kWorkers = 6;        // one core copies 5 to 10 GB/s, the bus takes 25 to 55
 
 }  // namespace
@@ -33,7 +33,7 @@ Uploader::~Uploader() {
 }
 
 void Uploader::copy(void* to, const void* from, uint64_t bytes) {
-  // What the stream does before may still read the memory.
+  // Work enqueued on the stream before may still read the memory.
   before_.record(stream_);
   const uint64_t chunks = (bytes + kChunkBytes - 1) / kChunkBytes;
   const size_t n = static_cast<size_t>(std::min<uint64_t>(workers_.size(), chunks));
