@@ -67,8 +67,8 @@ QVL_INLINE void scale_row(float* out, int64_t width, float by) {
   for (int64_t d = 0; d < width; d += kLanes) store(out + d, load<Floats>(out + d) * by);
 }
 
-// Turn a row of scores [n, padded to vectors with anything] into weights e^(score - maximum), zero from
-// `seen` on, and correct state and out for the new maximum.
+// Convert a row of scores [n, the rest of the last vector unspecified] to weights e^(score - maximum), zero
+// from `seen` on, and rescale state and out to the new maximum.
 QVL_INLINE void softmax_tile_row(float* scores, int n, int seen, float* state, float* out, int64_t width) {
   const int end = round_up(n, kLanes);
   if (seen <= 0) {
@@ -99,7 +99,7 @@ QVL_INLINE void softmax_tile_row(float* scores, int n, int seen, float* state, f
   state[1] += sum(total);
 }
 
-// body(a value of the type in which the tile is stored)
+// Call body with a value of the tile's storage type.
 template <typename Body>
 QVL_INLINE void with_stored_type(const KvTile& tile, Body&& body) {
   switch (tile.dtype) {
@@ -114,14 +114,14 @@ QVL_INLINE void with_stored_type(const KvTile& tile, Body&& body) {
   }
 }
 
-// What a token's stored values are to be multiplied with.
+// Scale of a token's stored values.
 template <typename Stored>
 QVL_INLINE float scale_of(const float* scales, int64_t t) {
   if constexpr (sizeof(Stored) == 1) return scales[t];
   return 1;
 }
 
-// `some` elements, zero behind them.
+// The first `some` elements as float32, zero in the other lanes.
 template <typename Stored>
 QVL_INLINE Floats load_elements(const Stored* memory, int some) {
   return some == kLanes ? load_floats(memory) : load_some(memory, some);
@@ -129,7 +129,7 @@ QVL_INLINE Floats load_elements(const Stored* memory, int some) {
 
 constexpr int kMaxHeadDim = 512;
 
-// The keys of a tile in panels of tokens, packed by `pack` (gemm.h).
+// Pack the keys of a tile in panels of tokens with `pack` (gemm.h).
 template <typename Pack>
 QVL_INLINE void pack_keys(const KvTile& tile, int head_dim, char* to, size_t panel_bytes, Pack&& pack) {
   with_stored_type(tile, [&](auto type) {
@@ -154,8 +154,8 @@ QVL_INLINE void pack_keys(const KvTile& tile, int head_dim, char* to, size_t pan
   });
 }
 
-// put(d, t, the values of token t from channel d on) for each vector of channels and each token below n; zero
-// for tokens that the tile has not.
+// Call put(d, t, values of token t from channel d on) for each vector of channels and each token below n;
+// zero for tokens beyond the tile.
 template <typename Put>
 QVL_INLINE void each_value(const KvTile& tile, int head_dim, int n, Put&& put) {
   with_stored_type(tile, [&](auto type) {
@@ -209,7 +209,7 @@ void attend(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTil
 }
 
 #if defined(__AVX512BF16__)
-// The same with queries, keys, weights and values rounded to bfloat16.
+// attend with queries, keys, weights and values rounded to bfloat16.
 void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile,
                     int64_t visible, float* state, float* out, int64_t out_stride, void* scratch) {
   const int tokens = round_up(tile.n, kLanes), width = round_up(head_dim, 2);
@@ -243,8 +243,8 @@ void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, con
 }
 #endif
 
-// Scores of a tile's tokens, of as many at once as a vector has lanes; written up to a whole vector. What is
-// read a little later is asked for: these tokens' values, and the keys of the next tile.
+// Scores of a tile's tokens, kLanes at a time, written up to a whole vector. Prefetches these tokens' values
+// and the keys of the next tile.
 template <typename Stored>
 QVL_INLINE void score_keys(const float* q, int head_dim, const KvTile& tile, const void* next,
                            float* scores) {
@@ -252,7 +252,7 @@ QVL_INLINE void score_keys(const float* q, int head_dim, const KvTile& tile, con
   const auto* values = static_cast<const Stored*>(tile.values);
   const auto* next_keys = static_cast<const Stored*>(next);
   for (int t = 0; t < tile.n; t += kLanes) {
-    const int last = tile.n - t < kLanes ? tile.n - t - 1 : kLanes - 1;  // read again for tokens behind it
+    const int last = tile.n - t < kLanes ? tile.n - t - 1 : kLanes - 1;  // repeated for the lanes beyond the tile
     Floats dots[kLanes] = {};
     in_steps(head_dim, [&](int64_t d, int some) {
       const Floats part = load_some(q + d, some);
@@ -273,7 +273,8 @@ QVL_INLINE void score_keys(const float* q, int head_dim, const KvTile& tile, con
   }
 }
 
-// to [V vectors] += the values from channel d on, each token's times its weight; `some` channels in a vector.
+// to [VectorCount vectors] += sum over tokens of weight * values from channel d on; `some` channels in a
+// vector.
 template <int VectorCount, typename Stored>
 QVL_INLINE void add_values(const KvTile* tiles, int n_tiles, int64_t d, const float* weights, int some,
                            float* to) {
@@ -297,13 +298,13 @@ QVL_INLINE void attend_one_typed(const float* q, int head_dim, const KvTile* til
   float scores[kMaxKvTile + kLanes];
   int n = 0;
   for (int i = 0; i < n_tiles; n += tiles[i++].n) {
-    // Behind a head's keys in a block are those of the next head, which probably follows.
+    // The keys of the next head follow in the block, and are probably next.
     const void* next = i + 1 < n_tiles ? tiles[i + 1].keys
                                        : static_cast<const Stored*>(tiles->keys) + tiles->n * tiles->stride;
     score_keys<Stored>(q, head_dim, tiles[i], next, scores + n);
   }
   softmax_tile_row(scores, n, n, state, out, round_up(head_dim, kLanes));
-  // Several vectors at once: the additions to each wait for one another.
+  // Several vectors at once, to hide the latency of the additions to each.
   constexpr int kTogether = 4;
   int d = 0;
   for (; d + kTogether * kLanes <= head_dim; d += kTogether * kLanes) {

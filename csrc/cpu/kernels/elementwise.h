@@ -18,7 +18,7 @@
 
 namespace {
 
-// x (1 + erf(x / sqrt 2)) / 2, erf after Abramowitz and Stegun 7.1.26: off by at most 1.5e-7.
+// x (1 + erf(x / sqrt 2)) / 2, erf after Abramowitz and Stegun 7.1.26: error at most 1.5e-7.
 QVL_INLINE Floats gelu_of(Floats x) {
   const Floats z = max(x, -x) * 0.70710678118654752F;
   const Floats t = 1.0F / (1.0F + 0.3275911F * z);
@@ -82,7 +82,7 @@ float narrow_all_int8(const float* from, int8_t* to, int64_t n) {
     magnitudes = max(magnitudes, max(v, -v));
   });
   const float most = largest(magnitudes);
-  // The inverse of a denormal would overflow; it counts as zero.
+  // The inverse of a denormal would overflow: treat it as zero.
   const bool usable = most > 1e-35F && most < __builtin_inff();
   const float inverse = usable ? 127.0F / most : 0.0F;
   in_steps(n, [&](int64_t i, int some) {

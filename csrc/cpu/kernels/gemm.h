@@ -61,7 +61,8 @@ void pack_panel_bf16(const float* x, int64_t x_stride, int n_tokens, int k, void
   }
 }
 
-// A finished block c [rows][c_stride] of c^T to y [n_x][y_stride], its rows scaled (int8) and with bias.
+// Write a finished block c [rows][c_stride] of c^T to y [n_x][y_stride], its rows scaled (int8) and with
+// bias.
 void write_block(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, const float* scales,
                  const float* bias, bool add, float* y, int64_t y_stride) {
   for (int64_t r = 0; r < rows; r += kLanes) {
@@ -82,7 +83,7 @@ void write_block(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, co
   }
 }
 
-// One step of R rows and P panels along k: for float32 one value, for bfloat16 a pair.
+// One step along k of a register block: one value in float32, a pair in bfloat16.
 struct StepF32 {
   typedef float Element;
   static constexpr int kPerStep = 1;
@@ -124,14 +125,15 @@ QVL_INLINE void multiply_block(const typename Step::Element* tile, int64_t width
   }
 }
 
-// Panels at once, and rows for so many: as many sums as there are registers, less those for the panels and a
-// weight. The fewer the panels, the more rows, or a sum would wait for the one before it.
+// Panels of a register block, and rows for a number of panels: as many sums as registers, minus those for the
+// panels and a weight. Fewer panels take more rows, so that enough independent sums hide the latency of an
+// addition.
 constexpr int kBlockPanels = 3;
 constexpr int block_rows(int panels) {
   return (panels == 3 ? 4 : panels == 2 ? 6 : 8) * (kLanes == 16 ? 2 : 1);
 }
 
-// Asks for a share of the lines with each block of a product, since memory has its own pace.
+// Prefetch a share of the lines with each block of a product, to spread them over its duration.
 class Prefetcher {
  public:
   Prefetcher(const Ahead& ahead, int64_t blocks)
@@ -155,7 +157,7 @@ class Prefetcher {
   int64_t row_lines_, left_, share_, row_ = 0, line_ = 0;
 };
 
-// All rows against P panels: these stay in the first-level cache, the rows pass by.
+// All rows against PanelCount panels, which stay in the first-level cache.
 template <typename Step, int PanelCount>
 QVL_INLINE void multiply_panels(const typename Step::Element* tile, int64_t width, int rows, int n_steps,
                                 const char* panels, size_t panel_bytes, bool first, float* c,

@@ -30,10 +30,10 @@ namespace {
 
 using qvl::cpu::Matvec;
 
-constexpr int kPanelRows = 16;  // rows that take turns on a cut of the columns
+constexpr int kPanelRows = 16;  // rows of a panel, which share a column block of x
 
-// The sums of n rows with activation x. A function of its own, so that a row's last roundings are the same
-// whichever kernel it comes from.
+// Write the sums of n rows for row x of the activations. Not inlined, so that a row's last roundings are the
+// same in every kernel.
 template <bool HasScale>
 __attribute__((noinline)) void write_rows(const Matvec& p, int64_t row, int n, int x, const float* sums) {
   float* const y = p.y + x * p.y_stride + row;
@@ -47,8 +47,8 @@ __attribute__((noinline)) void write_rows(const Matvec& p, int64_t row, int n, i
   }
 }
 
-// Asks for the lines of the weights in the order in which they lie in memory, some way ahead of the reading:
-// that is what the processor's own prefetching follows best.
+// Prefetch the lines of the weights in the order of memory, ahead of the reads; the hardware prefetcher
+// follows that order best.
 class WeightPrefetcher {
  public:
   QVL_INLINE WeightPrefetcher(const Matvec& p, int64_t offset)
@@ -62,9 +62,9 @@ class WeightPrefetcher {
   const char* line_;
 };
 
-constexpr int64_t kPrefetchAhead = 65536;  // bytes, with one activation; with more it is a panel of rows
+constexpr int64_t kPrefetchAhead = 65536;  // bytes ahead with one activation; with more, a panel of rows ahead
 
-// Sums that stay in registers over a cut.
+// Load the sums of a register block, or zeros at the first column block.
 template <int RowCount, int XCount, int SumStride>
 QVL_INLINE void load_sums(const Floats* from, bool begin, Floats (&sums)[RowCount][XCount]) {
 #pragma GCC unroll 8
@@ -102,7 +102,8 @@ QVL_INLINE void multiply_whole_rows(const Matvec& p, int64_t row, WeightPrefetch
   for (int r = 0; r < RowCount; ++r) to[r] = sum(sums[r]);
 }
 
-// All N activations from X on, a group of them after another; the rows' cut stays in the first-level cache.
+// A column block for activations FirstX to XCount - 1, kXAtOnce at a time; the rows' columns stay in the
+// first-level cache.
 template <typename Rows, int RowCount, int XCount, int FirstX = 0>
 QVL_INLINE void multiply_column_block(const Matvec& p, int64_t row, int first, int end, WeightPrefetcher& ahead, Floats* sums) {
   constexpr int GroupX = XCount - FirstX < Rows::kXAtOnce ? XCount - FirstX : Rows::kXAtOnce;

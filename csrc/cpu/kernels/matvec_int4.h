@@ -81,7 +81,7 @@ struct RowsInt4 {
       add_units<RowCount, XCount, Pass, Passes, SumStride, 1>(p, row, first_x, first, ahead, sums);
   }
 
-  // Units from column `first` on, all in one block of the activations.
+  // Units from column `first` on, all in one block of x.
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int Units>
   static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first, WeightPrefetcher& ahead,
                                    Floats* sums) {
@@ -99,8 +99,7 @@ struct RowsInt4 {
     for (int r = 0; r < RowCount; ++r) {
       store(factors[r], widen(load_some_halves(scales + r * scale_stride, kScales)));
     }
-    // In memory, from where a multiplication broadcasts them for nothing; out of registers it costs two
-    // shuffles.
+    // Kept in memory, from where a multiplication broadcasts for free; from registers it costs two shuffles.
     asm volatile("" : "+m"(factors));
     Floats totals[RowCount][XCount] = {};
 #pragma GCC unroll 4

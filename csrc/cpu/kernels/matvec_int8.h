@@ -58,7 +58,7 @@ struct RowsInt8 {
     }
   }
 
-  // n_k columns, which are Whole if that is not 0.
+  // Add n_k columns; WholeColumns is n_k at compile time, or 0.
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int WholeColumns>
   static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, int n_k,
                                    WeightPrefetcher& ahead, Floats* sums) {

@@ -26,7 +26,7 @@ QVL_INLINE void each_vector(int n, Body&& body) {
   if (i < n) body(i, n - i);
 }
 
-// Deviation from `centre`, squared and summed; lanes behind the end do not count.
+// Sum of squared deviations from `centre`.
 QVL_INLINE float sum_of_squares(const float* x, int n, float centre) {
   Floats total{};
   int i = 0;

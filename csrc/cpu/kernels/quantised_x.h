@@ -32,8 +32,8 @@ constexpr int kUnit = 128;  // rows of quantised weights are padded to this
 constexpr int kVector = sizeof(SignedBytes);
 constexpr int kBlock = 8 * kVector;
 
-// A block in memory: Floats scales, Ints beginnings [kBlock / Group], bytes [kBlock]. Group: weights that
-// share a scale, or kBlock. A row's last block is filled up with zeros.
+// Layout of a block: Floats scales, Ints beginnings [kBlock / Group], bytes [kBlock]. Group: weights that
+// share a scale, kBlock for int8. A row's last block is padded with zeros.
 template <int Group>
 struct QuantisedX {
   static constexpr int kGroups = kBlock / Group;
@@ -46,7 +46,7 @@ struct QuantisedX {
   }
 };
 
-// A block's sums [R][N], scaled like its activations, to what is there unless this is the first.
+// sums (+)= a block's sums [RowCount][XCount] times the scales of its activations; `begin`: assign.
 template <int RowCount, int XCount, int SumStride, typename Sums>
 QVL_INLINE void add_scaled(const Sums (&of_block)[RowCount][XCount], const char* const (&blocks)[XCount], bool begin,
                            Floats* sums) {
@@ -62,7 +62,7 @@ QVL_INLINE void add_scaled(const Sums (&of_block)[RowCount][XCount], const char*
   }
 }
 
-// x [kBlock], in the order in which the weights' bytes come.
+// Quantise x [kBlock], in the order of the weights' bytes.
 template <int Group>
 QVL_INLINE void quantise_block(const float* x, uint8_t offset, char* block) {
   Floats most[4] = {};
@@ -101,7 +101,7 @@ QVL_INLINE void quantise_block(const float* x, uint8_t offset, char* block) {
   }
 }
 
-// order(x, ordered): bring kBlock values into the order of the weights.
+// Prepare n_x rows. order(x, ordered): permute kBlock values into the order of the weights.
 template <int Group, typename Order>
 QVL_INLINE void prepare_quantised(const float* x, int64_t x_stride, int n_x, int k, uint8_t offset,
                                   void* prepared, Order&& order) {

@@ -25,11 +25,11 @@ namespace {
 
 using qvl::cpu::UnpackTile;
 
-// Values are unpacked so many at a time. A tile has room for them behind its last row.
+// Columns of a row unpacked at a time. A tile has room for a whole chunk behind its last row.
 constexpr int kChunk = 32;
 constexpr int kChunkVectors = kChunk / kLanes;
 
-// Each of these has a row's columns from first_k + i on, zero behind the last.
+// chunk(): a row's columns from first_k + i on as float32, zero behind the last.
 template <typename Value>
 struct UnpackFloats {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
@@ -45,7 +45,7 @@ struct UnpackFloats {
   }
 };
 
-// Quantised rows are padded to a multiple of 128 columns with zero, and first_k is one.
+// Quantised rows are padded with zeros to a multiple of 128 columns, and first_k is such a multiple.
 struct UnpackInt8 {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
     const int8_t* from = static_cast<const int8_t*>(t.weights) + row * round_up(t.k, kUnit) + t.first_k + i;
@@ -56,7 +56,7 @@ struct UnpackInt8 {
   }
 };
 
-// Where a chunk of int4 values lies: nibble `nibble` of 32 words.
+// Place of a chunk of int4 values: nibble `nibble` of 32 words.
 template <int Group>
 struct Int4Chunk {
   const uint8_t* words;
@@ -108,7 +108,7 @@ QVL_INLINE __m512i narrow_chunk(Unpack, const UnpackTile& t, int64_t row, int i)
       _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(v[1]), reinterpret_cast<__m512>(v[0])));
 }
 
-// Looked up: a nibble has 16 values, which are in the table twice since the instruction takes 5 bits of a
+// Table look-up: the 16 values of a nibble are in the table twice, since the instruction uses 5 bits of a
 // word.
 template <int Group>
 QVL_INLINE __m512i narrow_chunk(UnpackInt4<Group>, const UnpackTile& t, int64_t row, int i) {

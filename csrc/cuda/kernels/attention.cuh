@@ -34,8 +34,8 @@ __device__ inline float minus_infinity() {
   return __int_as_float(0xFF800000);
 }
 
-// What a block works on. Query i (of n) lies at q + i * q_stride, sees keys 0 .. first_position + i where
-// causal, and all n_keys otherwise; its result goes to y + i * y_stride. Scores are multiplied by `scale`.
+// Work of a block. Query i (of n) is at q + i * q_stride, sees keys 0 .. first_position + i if causal, else
+// all n_keys; its result is written to y + i * y_stride. Scores are multiplied by `scale`.
 struct Job {
   const H* q;
   H* y;
@@ -55,18 +55,18 @@ __device__ inline float power(float a) {
   return result;
 }
 
-// Where 8 values of a row begin in shared memory, d a multiple of 8: rows of D + 8 values, so that ldmatrix
-// meets every bank once.
+// Offset of 8 values of a row in shared memory, d a multiple of 8: rows of kPaddedDim + 8 values, so that
+// ldmatrix is free of bank conflicts.
 template <int kPaddedDim>
 struct PaddedRows {
   static constexpr int kDims = kPaddedDim, kKeys = kAttentionKeys<kPaddedDim>;
   __device__ static int at(int row, int d) { return row * (kPaddedDim + 8) + d; }
 };
 
-// D: head_dim, padded to a multiple of 16. Source has two functions for 128 threads:
-// locate(first, keys, thread) looks up where keys first .. first + keys - 1 lie (it may write to shared
-// memory); after a barrier, load<Rows>(to, part, first, thread) writes keys (part 0) or values (part 1) first
-// .. first + Rows::kKeys - 1 to Rows::at, zeros where there are none; it may use copy_async.
+// kPaddedDim: head_dim, padded to a multiple of 16. Source has two functions for 128 threads: locate(first,
+// keys, thread) looks up the addresses of keys first .. first + keys - 1 (it may write to shared memory);
+// after a barrier, load<Rows>(to, part, first, thread) writes keys (part 0) or values (part 1) first .. first
+// + Rows::kKeys - 1 to Rows::at, zeros beyond the last; it may use copy_async.
 template <int kPaddedDim, typename Source>
 __device__ inline void attend(const Job& job, const Source& source) {
   using Rows = PaddedRows<kPaddedDim>;
@@ -204,7 +204,7 @@ __device__ inline void attend(const Job& job, const Source& source) {
 
 #else
 
-// Right, not fast: a warp goes over the keys of one query after another, its lanes over the dimensions.
+// Simple version: a warp iterates over the keys of one query after another, its lanes over the dimensions.
 template <int kPaddedDim, typename Source>
 __device__ inline void attend(const Job& job, const Source& source) {
   constexpr int kEach = (kPaddedDim + 31) / 32;

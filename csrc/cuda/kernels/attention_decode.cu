@@ -44,14 +44,14 @@ namespace {
 
 constexpr int kChunk = 128, kWarps = 4, kThreads = 32 * kWarps, kWarpKeys = kChunk / kWarps;
 constexpr int kFastDim = 128, kMostDim = 256;
-constexpr int kTogetherChunks = 8;  // that are asked for at once when they are put together
+constexpr int kTogetherChunks = 8;  // loaded at once when they are merged
 constexpr float kLog2E = 1.44269504f;
 
 __device__ inline float minus_infinity() {
   return __int_as_float(static_cast<int>(0xFF800000u));  // -infinity
 }
 
-// What a block works on: a chunk of a head of a row.
+// Work of a block: a chunk of a head of a row.
 struct Chunk {
   int row, head, index;
   int first;     // token
@@ -66,14 +66,14 @@ struct Chunk {
         position(__ldcg(p.positions + row)),
         table(p.blocks +
               static_cast<int64>(p.tables != nullptr ? __ldcg(p.tables + row) : row) * p.max_blocks) {}
-  // Of the block of the cache that has the token.
+  // Number of the cache block of a token.
   __device__ int number(const AttentionDecode& p, int token) const {
     return __ldcg(table + token / p.block_tokens);
   }
   __device__ int64 pair(const AttentionDecode& p) const { return static_cast<int64>(row) * p.heads + head; }
 };
 
-// Where key and value of a token lie; T is the cache's type.
+// Addresses of key and value of a token; T is the cache's type.
 template <typename T>
 struct Place {
   char* block;
@@ -93,8 +93,8 @@ struct Place {
   }
 };
 
-// Put the warps together and write the chunk's part; sums: [kWarps][head_dim] of shared memory, written by
-// all, most and total of this warp.
+// Merge the warps and write the chunk's part; sums: [kWarps][head_dim] in shared memory, written by all
+// warps; most and total: of this warp.
 __device__ inline void write_part(const AttentionDecode& p, int head_dim, const Chunk& chunk,
                                   const float* sums, float most, float total) {
   __shared__ float mosts[kWarps], totals[kWarps];
@@ -123,7 +123,7 @@ __device__ inline void write_part(const AttentionDecode& p, int head_dim, const 
   }
 }
 
-// Put the chunks of a head and a row together.
+// Merge the chunks of a head and a row.
 __device__ inline void combine(const AttentionDecode& p, int64 pair, int chunks) {
   const int64 first = pair * p.chunks;
   for (int d = threadIdx.x; d < p.head_dim; d += blockDim.x) {
@@ -155,8 +155,8 @@ __device__ inline void combine(const AttentionDecode& p, int64 pair, int chunks)
   }
 }
 
-// Add one, or make it zero where it was `most`; returns what it was. What the block wrote before is seen by
-// those that count later.
+// Increment the counter, or reset it to zero if it is `most`; returns the old value. Release and acquire:
+// earlier writes of this block are visible to blocks that count later.
 __device__ inline unsigned count(unsigned* counter, unsigned most) {
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
@@ -166,7 +166,7 @@ __device__ inline unsigned count(unsigned* counter, unsigned most) {
   return before;
 }
 
-// The last block of a head and a row puts the chunks together, if no other kernel does.
+// The last block of a head and a row merges the chunks, unless another kernel does.
 __device__ void end_chunk(const AttentionDecode& p, const Chunk& chunk) {
   if (p.counters == nullptr) return;
   __shared__ bool last;
@@ -177,7 +177,7 @@ __device__ void end_chunk(const AttentionDecode& p, const Chunk& chunk) {
   if (last) combine(p, chunk.pair(p), static_cast<int>(others) + 1);
 }
 
-// How lanes share the keys of a warp: 16 bytes each.
+// Distribution of a warp's keys over its lanes: 16 bytes each.
 template <typename T>
 struct Lanes {
   static constexpr int kValues = 16 / sizeof(T);     // of a lane
@@ -185,7 +185,7 @@ struct Lanes {
   static constexpr int kTogether = 32 / kLanes;      // keys of a load
   static constexpr int kLoads = kWarpKeys / kTogether;
 
-  __device__ static int first() { return threadIdx.x % kLanes * kValues; }  // of the lane's values
+  __device__ static int first() { return threadIdx.x % kLanes * kValues; }  // index of the lane's first value
 
   __device__ static void widen(const uint4& bytes, float (&values)[kValues]) {
     const uint32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
@@ -201,7 +201,7 @@ struct Lanes {
   }
 };
 
-// A lane's values of a head of H, as they are loaded.
+// A lane's values of a head of H, as loaded.
 template <typename T>
 struct Loaded {
   static constexpr int kValues = Lanes<T>::kValues;
@@ -216,7 +216,7 @@ struct Loaded {
   }
 };
 
-// The angles of a lane's values.
+// Cosines and sines for a lane's values.
 template <typename T>
 struct Rotation {
   using L = Lanes<T>;
@@ -246,7 +246,7 @@ struct Rotation {
   }
 };
 
-// A lane's 16 bytes of a new vector as the cache has it.
+// Convert a value to the type of the cache.
 __device__ inline BFloat16Value narrow(BFloat16Value, float value, const Int8Head*) {
   return bfloat16_of(value);
 }
@@ -275,7 +275,7 @@ __device__ uint4 narrowed(const float (&values)[Lanes<T>::kValues], float& scale
   return bytes;
 }
 
-// Keys of a warp that lie side by side, and their values, come in one copy each where there is a copy engine.
+// Bulk copies (sm_90a): a warp's keys that lie side by side, and their values, in one copy each.
 struct BulkCopies {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   static constexpr bool kAvailable = true;
@@ -290,7 +290,7 @@ struct BulkCopies {
     }
     __syncwarp();
   }
-  // By one lane, once for each half.
+  // Called by one lane, once for each half.
   __device__ void request(int half, void* to, const void* from, int bytes) const {
     barrier_expect(barriers + 8 * half, bytes);
     copy_bytes(shared_address(to), from, bytes, barriers + 8 * half);
@@ -315,16 +315,16 @@ __device__ void attention(const AttentionDecode& p) {
   if (!p.early) wait_for_predecessors();
   const Chunk chunk(p);
   const int angle_table = rotate ? __ldcg(p.angle_tables + chunk.row) : 0;
-  // The warp is the same in all lanes, which the compiler sees so.
+  // A shuffle, so that the compiler sees the warp number as uniform.
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32, which = lane / kLanes;
-  // A lane finds a key, before it is known whether the row has it; all get to know where it is.
+  // Each lane looks up the block of one key, before it is known whether the row has that key.
   const int first = chunk.first + warp * kWarpKeys, token = first + lane;
-  // Exchanged with itself, so that the load does not wait until it is needed.
+  // The shuffle with itself keeps the compiler from delaying the load until its use.
   const int number =
       __shfl_sync(0xFFFFFFFFu, chunk.number(p, min(token, p.max_blocks * p.block_tokens - 1)), lane);
   if (chunk.first > chunk.position) return;
-  const int here = chunk.position + 1 - first;  // keys of this warp, or more, or none
+  const int here = chunk.position + 1 - first;  // keys from this warp's first on; may be none, or more than its 32
   const int newest = here - 1;
   const bool has_newest = newest >= 0 && newest < kWarpKeys;
   const Place<T> place(p, lane < here ? number : 0, token);
@@ -332,9 +332,9 @@ __device__ void attention(const AttentionDecode& p) {
   const int64 to_value = static_cast<int64>(p.heads) * p.block_tokens * (kFastDim * sizeof(T));
   uint4* const keys = shared + warp * (2 * kLoads * 32) + lane;
   uint4* const values = keys + kLoads * 32;
-  if (has_newest && !rotate) wait_for_predecessors();  // who stored it
+  if (has_newest && !rotate) wait_for_predecessors();  // the kernel that stored the newest key
   const int stored = rotate ? newest : here;
-  // Not with the newest key, which this kernel or the one ahead writes.
+  // Not for a warp with the newest key, which this kernel or the preceding one writes.
   const bool whole = BulkCopies::kAvailable && newest >= kWarpKeys && p.block_tokens % kWarpKeys == 0;
   for (int half = 0; half < 2; ++half) {
     if (whole) {
@@ -352,7 +352,7 @@ __device__ void attention(const AttentionDecode& p) {
     }
     commit_copies();
   }
-  float key_scale = 0, value_scale = 0;  // of a key that is not there
+  float key_scale = 0, value_scale = 0;  // 0 for a missing key
   if (kScaled && lane < here) {
     key_scale = __ldcg(place.scale(p, 0, chunk.head));
     value_scale = __ldcg(place.scale(p, 1, chunk.head));
@@ -363,7 +363,7 @@ __device__ void attention(const AttentionDecode& p) {
   if (rotate) {
     const Rotation<T> rotation(p, chunk.position, angle_table);
     wait_for_predecessors();
-    // The new key and value are one warp's, but to ask takes no time where all do.
+    // Only one warp needs the new key and value, but loading them in all costs nothing.
     const int width = p.heads * kFastDim, over = L::first() < kFastDim / 2 ? kFastDim / 2 : -kFastDim / 2;
     const H* from = static_cast<const H*>(p.qkv) + 3 * static_cast<int64>(width) * chunk.row +
                     chunk.head * kFastDim + L::first();
@@ -442,7 +442,7 @@ __device__ void attention(const AttentionDecode& p) {
     for (int i = 0; i < kValues; ++i) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], other);
   }
   float* const all = reinterpret_cast<float*>(shared);
-  __syncthreads();  // the copies have been read
+  __syncthreads();  // all warps have read their copies
   if (which == 0) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) all[warp * kFastDim + lane * kValues + i] = sums[i];

@@ -33,10 +33,9 @@ struct SwizzledRows {
   }
 };
 
-// Source as of attend(), and three functions more. boxes(): whether the copy engine may bring keys and
-// values; then copy(to, part, tile, barrier) asks for those of a tile, in columns of kHopperKeys rows, and
-// copied(tile) says how many bytes will come a column. Keys from `n` on may be left out; if not, they are
-// zeros.
+// Source as of attend(), with three more functions. boxes(): whether the copy engine may bring keys and
+// values; then copy(to, part, tile, barrier) requests those of a tile, in columns of kHopperKeys rows, and
+// copied(tile) is the number of bytes of a column. Keys from `n` on may be omitted; else they are zeros.
 template <int kPaddedDim, typename Source>
 __device__ inline void attend_hopper(const Job& job, const Source& source) {
   using Rows = SwizzledRows<kPaddedDim>;
@@ -70,7 +69,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
 #pragma unroll 1
         for (int part = 0; part < 2; ++part) {
           barrier_wait(empty(part, tile), tile / 2 % 2 ^ 1);
-          // Values that no query sees count 0 times; they must be numbers all the same.
+          // Values that no query sees have weight 0, but must not be NaN or infinite.
           const int there = job.n_keys - tile * kKeys;
           const bool fill = part == 1 && there < kKeys;
           if (lane == 0) {
@@ -153,7 +152,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   auto release = [&](int part, int tile) {
     if (lane == 0) barrier_arrive(empty(part, tile));
   };
-  // Scores of a tile to weights; what was summed before counts `factor` times.
+  // Convert the scores of a tile to weights; earlier sums are rescaled by `factor`.
   auto weigh = [&](int tile) {
     const int first = tile * kKeys;
     const bool whole =

@@ -25,9 +25,9 @@ struct PagedKeys {
   const PagedAttention& p;
   const int* table;  // the sequence's blocks
   int head, n;
-  int64* places;  // in shared memory: where keys lie, or -1; and behind these where their scales do
+  int64* places;  // in shared memory: offsets of keys, or -1; then offsets of their scales
 
-  // Bytes of a value, and from keys to values.
+  // Bytes of a value; bytes from keys to values.
   __device__ int width() const { return p.type == kFloatKeys ? 4 : p.type == kInt8Keys ? 1 : 2; }
   __device__ int64 part_bytes() const {
     return static_cast<int64>(p.heads) * p.block_tokens * p.head_dim * width();
@@ -44,7 +44,7 @@ struct PagedKeys {
     return *reinterpret_cast<const float*>(p.base + at + part * p.heads * p.block_tokens * 4);
   }
 
-  // A value of any type, d values behind `from`.
+  // Value `from`[d] of any type, as float32.
   __device__ float number(const char* from, int d) const {
     switch (p.type) {
       case kHalfKeys:
@@ -87,7 +87,7 @@ struct PagedKeys {
         copy_async(to + Rows::at(key, d), there ? base + at + 2 * d : p.base, there ? 16 : 0);
       }
     } else if (p.type == kInt8Keys && p.head_dim % 8 == 0 && p.block_bytes % 8 == 0) {
-      constexpr int kBatch = kEach < 8 ? kEach : 8;  // loads under way
+      constexpr int kBatch = kEach < 8 ? kEach : 8;  // loads in flight
       for (int begin = thread; begin < Rows::kKeys * kParts; begin += 128 * kBatch) {
         uint2 bytes[kBatch];
         float factors[kBatch];
@@ -161,7 +161,7 @@ struct Work {
   const int* table;
 };
 
-// Queries begin .. begin + queries - 1 of a tile; may be none.
+// Queries begin .. begin + queries - 1 of a tile; may be empty.
 __device__ inline Work work_of(const PagedAttention& p, int tile, int head, int begin, int queries) {
   const int chunk = p.tiles[2 * tile], offset = p.tiles[2 * tile + 1] + begin;
   const int first = p.chunks[4 * chunk], n = p.chunks[4 * chunk + 1], past = p.chunks[4 * chunk + 2];

@@ -24,7 +24,7 @@
 
 namespace qvl::cuda {
 
-// A block a row. kHeld: the width is a multiple of 4 and the row fits the registers of its threads.
+// RMSNorm of a row by a block. kHeld: the width is a multiple of 4 and the row fits the registers.
 template <bool kHeld>
 __device__ void rms_norm_row(const RmsNormParams& p) {
   __shared__ float room[32];
@@ -113,8 +113,9 @@ __device__ inline float to_float(float value) {
   return value;
 }
 
-// kLanes lanes of a warp take the query, key and value of a head of a token. Each has kSteps times kStep
-// dimensions side by side, and those half a head above: kSteps * kStep * kLanes is half a head or more.
+// A lane's part of a head: kLanes lanes of a warp share the query, key and value of a head of a token. Each
+// has kSteps runs of kStep neighbouring dimensions of the lower half, and the same of the upper half: kSteps
+// * kStep * kLanes is at least half a head.
 template <int kStep_, int kSteps_, int kLanes_>
 struct HeadPart {
   static constexpr int kStep = kStep_, kSteps = kSteps_, kLanes = kLanes_;
@@ -122,7 +123,7 @@ struct HeadPart {
 
   __device__ static int dimension(int step) { return kStep * (threadIdx.x % kLanes + kLanes * step); }
 
-  // One step's values.
+  // Values of one run.
   template <typename Value>
   struct alignas(kStep * sizeof(Value)) Run {
     Value values[kStep];
@@ -175,7 +176,7 @@ struct HeadPart {
     }
   }
 
-  // The largest magnitude of the head, in all its lanes.
+  // Largest magnitude of the head, in all its lanes.
   __device__ float most() const {
     float most = 0;
 #pragma unroll
@@ -189,7 +190,7 @@ struct HeadPart {
   }
 };
 
-// `row`: of [2][heads][block_tokens] in the block.
+// Store a head in the cache. `row`: index in [2][heads][block_tokens] of the block.
 template <typename Part>
 __device__ void store_cached(const RotateParams& p, const Part& part, char* block, int row) {
   const int half = p.head_dim / 2;
@@ -215,7 +216,7 @@ __device__ void rotate_head(const RotateParams& p) {
   wait_for_predecessors();
   const int64 here =
       static_cast<int64>(blockIdx.x) * (blockDim.x / Part::kLanes) + threadIdx.x / Part::kLanes;
-  // Lanes without a head do the last one again, so that all are there to exchange values.
+  // Lanes without a head repeat the last one, so that all take part in the shuffles.
   const int64 task = min(here, static_cast<int64>(p.n) * p.heads - 1);
   const int token = static_cast<int>(task / p.heads), head = static_cast<int>(task % p.heads);
   const int half = p.head_dim / 2;

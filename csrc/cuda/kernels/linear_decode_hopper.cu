@@ -37,21 +37,21 @@ namespace qvl::cuda {
 namespace {
 
 constexpr int kGroups = kHopperGroups, kThreads = 128 * kGroups + 32;
-constexpr int kBoxBytes = 128;   // of a row of 64 values of H
+constexpr int kBoxBytes = 128;   // a row of 64 values of H
 constexpr int kLineBytes = 512;  // of quantised weights, in a tensor map
 
 __device__ inline int slice_begin(int steps, int slice) {
   return steps * slice / kGroups;
 }
 
-// What a warp works on in a step. Addresses are of shared memory.
+// Work of a warp in a step. Addresses are of shared memory.
 struct Step {
   uint32 x, weights, scales;
-  int tile, lane;  // the first of the warp's tiles of 16 rows, the others follow 4 apart
+  int tile, lane;  // tile: the warp's first tile of 16 rows, the others are 4 apart
   int rows;
 };
 
-// Describes x in a stage from value k on, a multiple of 16.
+// Descriptor of x in a stage from value k on, a multiple of 16.
 template <int N>
 __device__ inline uint64 describe_x(uint32 x, int k) {
   return describe(x + k / 64 * (N * kBoxBytes)) + k % 64 / 8;
@@ -118,7 +118,7 @@ struct Int8Weights {
         for (int i = 0; i < 4; ++i)
           ProductLeft<N>::run(sums[m], a[i], describe_x<N>(step.x, 64 * half + 16 * i), 1);
         products_commit();
-        // With one part the compiler makes every product wait, unless none is under way while registers are
+        // With one subtile the compiler serialises all products, unless none is in flight while registers are
         // filled.
         products_wait<(kSubtiles > 1)>();
       }
@@ -136,7 +136,7 @@ struct Int4Weights {
   __device__ static int step_bytes(int rows) { return rows / kTileRows * kTileBytes; }
   __device__ static int scale_bytes(int rows) { return rows / kTileRows * kTileScales; }
 
-  // A group's sums are added to those before while the next group's products are under way, where registers
+  // A group's sums are folded into the total while the next group's products are in flight, if registers
   // allow.
   template <int N, int kSubtiles>
   __device__ static void add(float (&sums)[kSubtiles][N / 2], const Step& step) {
@@ -194,12 +194,12 @@ struct Int4Weights {
   __device__ static float scale(const LinearHopper&, int) { return 1; }
 };
 
-// Where an item is in the ring of stages; `phase`: how often the ring has been around, by parity.
+// Position of an item in the ring of stages; `phase`: parity of the number of rounds.
 struct Place {
   int item = 0, stage = 0;
   uint32 phase = 0;
 
-  // To a later item, counted over all tiles.
+  // Advance to a later item, counted over all tiles.
   __device__ void advance(int to, int stages) {
     for (stage += to - item; stage >= stages; stage -= stages) phase ^= 1;
     item = to;
@@ -217,14 +217,14 @@ __device__ inline void linear_decode(const LinearHopper& p) {
   float* const sums_out = reinterpret_cast<float*>(aligned + p.stages * p.stage_bytes);
   const uint32 full = ring + p.stages * p.stage_bytes + hopper_sum_bytes(N, kSubtiles),
                empty = full + 8 * p.stages;
-  // The same in all lanes: the compiler then keeps what follows from it in uniform registers.
+  // A shuffle, so that the compiler keeps values derived from the warp number in uniform registers.
   const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
   const int first_row = blockIdx.y * N;  // of x
   const int step_bytes = Weights::step_bytes(p.rows), scale_bytes = Weights::scale_bytes(p.rows);
-  // In a stage, each of all steps: x, weights, scales.
+  // Offsets in a stage: x of all steps, then weights, then scales.
   const int weights_at = p.steps * kXBytes, scales_at = weights_at + p.steps * step_bytes;
 
-  // Boxes of 64 values, one behind the other: one copy if rows are cut into whole boxes.
+  // Copy boxes of 64 values: one copy if rows are whole boxes, else one a box.
   const auto copy_boxes = [&](const TensorMap& map, uint32 to, int row, int first, int count, int box_bytes,
                               uint32 barrier) {
     if (p.whole) return copy_box(to, map, 0, row, first, barrier);
@@ -260,8 +260,8 @@ __device__ inline void linear_decode(const LinearHopper& p) {
   __syncthreads();
   start_successors();
 
-  // The first round of stages, a warp each, for asking takes time. Weights are there before the predecessors
-  // are done, x is not.
+  // The first round of stages is requested by all warps, a stage each, since a request takes time. Weights do
+  // not depend on the preceding kernels, x does.
   const int my_tiles = (p.tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
   const int ahead = min(p.stages, my_tiles * p.items);
   if (lane == 0) {
@@ -289,10 +289,10 @@ __device__ inline void linear_decode(const LinearHopper& p) {
 
   const int group = warp / 4;
   const int steps = slice_begin(p.all_steps, group + 1) - slice_begin(p.all_steps, group);
-  // Tiles of 16 rows go to a warp by its place, so that few of them keep all four schedulers busy.
+  // Tiles of 16 rows are assigned so that a few of them keep all four schedulers busy.
   const int place_in_group = Weights::kInRegisters ? (warp + 2 * group) % 4 : warp % 4;
   Place place;
-  int first_item = 0;  // of the tile
+  int first_item = 0;  // first item of the tile
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, first_item += p.items) {
     const bool last = tile + static_cast<int>(gridDim.x) >= p.tiles;
     float sums[kSubtiles][N / 2] = {};

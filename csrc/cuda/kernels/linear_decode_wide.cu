@@ -115,7 +115,7 @@ template <int group>
 struct Int4Unit : QuantisedUnit<1024> {
   static constexpr int kScaleBytes = 4 * (kUnit / group), kGroup = group;
 
-  // scales: of rows g and g + 8; offsets: of columns 2 t and 2 t + 1, [group of the unit][column].
+  // scales: rows g and g + 8; offsets: columns 2 t and 2 t + 1, [group of the unit][column].
   template <int kColumnTiles>
   __device__ static void add(float (&sums)[kColumnTiles][4], const char* weights, const char* scales, const char* x,
                              const float* offsets) {
@@ -175,7 +175,7 @@ __device__ void linear_wide(const LinearDecode& p) {
   constexpr int kGroups = Unit::kGroup ? kUnit / Unit::kGroup : 0;
   constexpr int kStageBytes = wide_stage_bytes(Unit::kBytes, kGroups, kColumns, kRowTiles);
   constexpr int kStages = wide_stages(Unit::kBytes, kGroups, kColumns, kRowTiles, kSharedBytes);
-  constexpr int kPairs = kSlices / 2 / kSplit;  // of slices, that a warp adds up
+  constexpr int kPairs = kSlices / 2 / kSplit;  // pairs of slices of a warp
   extern __shared__ uint4 shared[];
   char* const bytes = reinterpret_cast<char*>(shared);
   float* const offsets =
@@ -231,7 +231,7 @@ __device__ void linear_wide(const LinearDecode& p) {
 
   float sums[kColumnTiles][4] = {}, even[kColumnTiles][4], total[kColumnTiles][4] = {};
   int slice = half * (kSlices / kSplit);
-  const auto end_slices = [&](int unit) {  // those that end before `unit`
+  const auto end_slices = [&](int unit) {  // close the slices that end before `unit`
     while (slice < (half + 1) * (kSlices / kSplit) && slice_begin(units, slice + 1) <= unit) {
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
@@ -289,7 +289,7 @@ __device__ void linear_wide(const LinearDecode& p) {
     }
   }
 
-  // The first half adds the second one's pairs, and lays the sums out for whole rows to be written.
+  // The first half adds the second one's pairs, and transposes the sums so that whole rows are written.
   constexpr int kPitch = kRows + 2;
   float* const out = reinterpret_cast<float*>(bytes);  // [column][row]
   wait_for_copies<0>();

@@ -13,7 +13,7 @@
 
 namespace qvl::cuda {
 
-// kInt8: kGroup 0. Integers of a run of 8 values in order, times their scale.
+// kGroup: group size, 0 for int8. A thread converts a run of 8 values.
 template <int kGroup>
 __device__ inline void dequantise(const Dequantise& p) {
   const int64 i = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -28,7 +28,7 @@ constexpr int kTile = 128, kThreads = 256;
 
 constexpr int kStep = 32, kRow = kStep + 8, kBuffers = 3;
 
-// Rows first .. first + 127 of `from` [n, stride], values k .. k + 31; zeros where there are none.
+// Copy rows first .. first + 127 of `from` [n, stride], values k .. k + 31; zeros out of range.
 __device__ inline void load_tile(H* to, const H* from, int64 stride, int first, int n, int k, int in) {
   for (int i = threadIdx.x; i < kTile * kStep / 8; i += kThreads) {
     const int row = i / (kStep / 8), column = i % (kStep / 8) * 8;
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) linear_prompt(const __gri
 
 #else
 
-// Right, not fast: a thread goes over k for two columns at a time.
+// Simple version: a thread iterates over k for two columns.
 extern "C" __global__ void __launch_bounds__(kThreads) linear_prompt(const __grid_constant__ LinearPrompt p) {
   for (int i = threadIdx.x; i < kTile * kTile / 2; i += kThreads) {
     const int token = blockIdx.x * kTile + i / (kTile / 2);

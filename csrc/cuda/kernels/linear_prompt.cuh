@@ -14,8 +14,8 @@
 
 namespace qvl::cuda {
 
-// x times the normal distribution up to x, as a polynomial: half the instructions of erff. At most 4.6e-5 off
-// (at -4.25, where it becomes 0), and 2e-5 of the value from -1 on.
+// GELU, x times the normal CDF of x, as a polynomial: half the instructions of erff. Error at most 4.6e-5 (at
+// -4.25, where it becomes 0), and 2e-5 of the value from -1 on.
 __device__ inline float gelu(float x) {
   const float square = fminf(x * x, 4.25f * 4.25f);
   float slope = -2.1248387e-12f;
@@ -35,8 +35,8 @@ __device__ inline float silu_times(float x, float gate) {
   return x * gate / (1 + __expf(-gate));
 }
 
-// Adds to float32 in memory without waiting for the old value. One addition an element and launch, so what
-// comes out does not depend on the order of blocks.
+// Add to float32 in memory without waiting for the old value. One addition per element and launch, so the
+// result does not depend on the order of blocks.
 __device__ inline void add_to(float* y, float value) {
 #ifdef __CUDA_ARCH__
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(y), "f"(value) : "memory");
@@ -45,7 +45,7 @@ __device__ inline void add_to(float* y, float value) {
 #endif
 }
 
-// Finish columns `column` (even) and column + 1 of a row; one beyond `out` is left out.
+// Finish columns `column` (even) and column + 1 of a row, unless beyond `out`.
 __device__ inline void finish_pair(const Result& p, int row, int column, float a, float b) {
   const bool both = column + 1 < p.out;
   if (p.bias != nullptr) {

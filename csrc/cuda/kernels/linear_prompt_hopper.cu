@@ -30,13 +30,12 @@
 
 namespace qvl::cuda {
 
-constexpr int kChunk = 32;         // tokens at a time on their way out
-constexpr int kChunkRow = 64 + 4;  // floats between them
+constexpr int kChunk = 32;         // tokens at a time in the epilogue
+constexpr int kChunkRow = 64 + 4;  // floats from token to token
 constexpr int kChunkBytes = kChunk * kChunkRow * 4;
 
-// Four neighbouring columns of `rows` of y, 8 apart from `row` on; columns beyond `out` are left out. The
-// sums lie in `chunk`, 8 rows apart as well. A loop for each kind, outside of which nothing is decided: the
-// instructions must fit in their cache.
+// Finish four neighbouring columns of kMost rows of y, 8 apart from `row` on; the sums are in `chunk`, also 8
+// rows apart. One loop per epilogue with the branch outside: the code must fit the instruction cache.
 template <int kMost>
 __device__ inline void finish_four(const Result& p, int row, int column, const float* chunk, float4 bias) {
   float4 v[kMost];
@@ -88,11 +87,11 @@ template <int kGroups, int kTokens, int kClusterRows, int kClusterTokens, int kS
 __device__ inline void linear(const LinearTensors& p) {
   constexpr int kRows = 64 * kGroups, kBlocks = kClusterRows * kClusterTokens, kPeers = kClusterRows + kClusterTokens - 1;
   constexpr int kBytesW = kRows * 128, kBytesX = kTokens * 128;
-  // One instruction must do with the registers of a thread at entry, 128 with four warpgroups.
+  // An instruction is limited to the registers of a thread at entry, 128 with four warpgroups.
   constexpr int kWidth = kGroups == 3 && kTokens > 144 ? kTokens / 2 : kTokens;
   static_assert(kRows / kClusterTokens % 8 == 0 && kTokens % (8 * kClusterRows) == 0, "parts of tiles are whole groups of 8 rows");
   extern __shared__ char raw[];
-  // The same offset in every block of a cluster.
+  // The same offset in every block of a cluster, for multicast.
   char* const aligned = raw + (-static_cast<uint32>(__cvta_generic_to_shared(raw)) & 1023);
   const uint32 tiles_w = static_cast<uint32>(__cvta_generic_to_shared(aligned));
   const uint32 tiles_x = tiles_w + kStages * kBytesW;
@@ -122,7 +121,7 @@ __device__ inline void linear(const LinearTensors& p) {
     if (kGroups > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kGroups == 4 ? 24 : 40));
     if (warp == 4 * kGroups && lane == 0) {
       constexpr int kPartW = kRows / kClusterTokens, kPartX = kTokens / kClusterRows;
-      uint32 to_w = 0, to_x = 0;  // the blocks that need this one's parts
+      uint32 to_w = 0, to_x = 0;  // masks of the blocks that need this block's parts
       for (int i = 0; i < kClusterTokens; ++i) to_w |= 1u << (rank_m + kClusterRows * i);
       for (int i = 0; i < kClusterRows; ++i) to_x |= 1u << (i + kClusterRows * rank_n);
       auto copy_w = [&](int slot, int group, int step) {
@@ -143,7 +142,7 @@ __device__ inline void linear(const LinearTensors& p) {
           copy_box(to, p.x, step * 64, row, full + 8 * slot);
         }
       };
-      // As a rule nobody writes weights: the first ones come before the predecessors are done.
+      // Usually no kernel writes the weights: the first ones are requested before the preceding kernels end.
       if (p.written) wait_for_predecessors();
       const int ahead = first_group < groups ? min(kStages, p.steps) : 0;
       for (int i = 0; i < ahead; ++i) {
@@ -153,7 +152,7 @@ __device__ inline void linear(const LinearTensors& p) {
       wait_for_predecessors();
       for (int i = 0; i < ahead; ++i) copy_x(i, first_group, i);
       int slot = ahead % kStages;
-      uint32 phase = ahead == kStages ? 1 : 0;  // how often the slots have been around, by parity
+      uint32 phase = ahead == kStages ? 1 : 0;  // parity of the number of rounds
       for (int group = first_group; group < groups; group += stride) {
         for (int step = group == first_group ? ahead : 0; step < p.steps; ++step) {
           barrier_wait(empty + 8 * slot, phase ^ 1);
@@ -168,8 +167,8 @@ __device__ inline void linear(const LinearTensors& p) {
     if (kGroups > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kGroups == 2 ? 224 : kGroups == 3 ? 152 : 112));
     const int part = warp / 4, thread = threadIdx.x % 128;
     float* const chunk = chunks + part * kChunk * kChunkRow;
-    // The block that this warp tells when a slot is free: those of the same rows, then the others of the same
-    // tokens.
+    // The block that this warp notifies of a free slot: first the blocks of the same rows, then those of the
+    // same tokens.
     const int peer = warp % 4;
     const int told =
         peer < kClusterTokens ? rank_m + kClusterRows * peer : (peer - kClusterTokens < rank_m ? peer - kClusterTokens : peer - kClusterTokens + 1) + kClusterRows * rank_n;
@@ -242,7 +241,7 @@ __device__ inline void linear(const LinearTensors& p) {
       }
     }
   }
-  if (kBlocks > 1) cluster_sync();  // others may still send here
+  if (kBlocks > 1) cluster_sync();  // other blocks may still send to this one
 }
 
 #define QVL_LINEAR(C, N, CM, CN, S, BLOCKS)                                                          \

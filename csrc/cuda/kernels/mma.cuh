@@ -21,7 +21,7 @@ __device__ inline uint32 shared_address(const void* p) {
   return static_cast<uint32>(__cvta_generic_to_shared(p));
 }
 
-// 16 bytes to shared memory: `bytes` of them from `from`, zeros behind.
+// Copy `bytes` of 16 bytes to shared memory, zeros for the rest.
 __device__ inline void copy_async(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(bytes)
@@ -32,13 +32,13 @@ __device__ inline void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Wait until at most n groups of copies are under way.
+// Wait until at most n groups of copies are in flight.
 template <int n>
 __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
 }
 
-// Four 8 x 8 matrices; lane i names row i % 8 of matrix i / 8.
+// Load four 8 x 8 matrices; lane i has the address of row i % 8 of matrix i / 8.
 __device__ inline void load_matrices(uint32 (&to)[4], const H* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

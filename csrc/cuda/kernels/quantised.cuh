@@ -28,8 +28,8 @@ namespace qvl::cuda {
 
 constexpr int kTileRows = 16, kUnit = 128, kRun = 8;
 
-// Where value v of the run of lane t lies in its quarter. With mma.m16n8k16 x is read as the weights are, so
-// that a run's values are neighbours. wgmma reads x itself: pairs lie 8 apart, as in its fragments.
+// Index in its quarter of value v of the run of lane t. With mma.m16n8k16 lanes load x like the weights, so a
+// run's values are neighbours. wgmma reads x itself: pairs are 8 apart, as in its fragments.
 __device__ inline int run_value(int t, int v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   return v / 2 * 8 + 2 * t + v % 2;
@@ -38,7 +38,7 @@ __device__ inline int run_value(int t, int v) {
 #endif
 }
 
-// A matrix as it is cut up.
+// Addressing of a matrix in tiles and units.
 struct Cut {
   int units, tiles;
 
@@ -51,7 +51,7 @@ struct Cut {
     return static_cast<int64>(row / kTileRows) * units + k / kUnit;
 #endif
   }
-  // Word of the values where the run of lane t = k % 32 / 8 begins; k: a multiple of 8.
+  // Index of the first word of the run of lane t = k % 32 / 8; k: a multiple of 8.
   __device__ int64 int8_word(int row, int k) const {
     const int64 quarter = unit_of(row, k) * 4 + k % kUnit / 32;
     return (quarter * 32 + 4 * (row % 8) + k % 32 / 8) * 4 + row % 16 / 8 * 2;
@@ -73,8 +73,8 @@ __device__ inline uint32 bits_of(H2 value) {
   return reinterpret_cast<const uint32&>(value);
 }
 
-// (word & mask) | bits and (word & mask) ^ bits as one instruction each: of its own accord the compiler takes
-// two, for only one operand may be a number. On the host, where a test runs kernels, they are plain.
+// (word & mask) | bits and (word & mask) ^ bits as one instruction each; the compiler would emit two, as only
+// one operand may be an immediate. Plain operators on the host, where a test runs kernels.
 template <uint32 mask, uint32 bits>
 __device__ inline uint32 and_or(uint32 word) {
 #ifdef __CUDA_ARCH__

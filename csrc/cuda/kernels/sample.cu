@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
   const int first = chunk * kScanChunk + 4 * thread;
   float values[kScanVectors][4];
   load_logits(p.logits + static_cast<int64>(row) * p.vocab, p.vocab, first, values);
-  if (p.any_draw) {  // sample_bins adds to them
+  if (p.any_draw) {  // sample_bins adds to these
     for (int i = chunk * kScanThreads + thread; i < kSearchBins; i += p.chunks * kScanThreads) {
       p.bin_weights[static_cast<int64>(row) * kSearchBins + i] = 0;
       p.bin_counts[static_cast<int64>(row) * kSearchBins + i] = 0;
@@ -199,7 +199,7 @@ __device__ inline bool draws(const Pick& pick, const RowState& state) {
   return state.peak >= 0 && !is_greedy(pick);
 }
 
-// The id with which the weights are over this is the last that top-p leaves: no less than top_p of the mass.
+// Target for top-p: the id at which the running weight exceeds it is the last that top-p keeps.
 __device__ inline uint64 top_p_target(const Pick& pick, uint64 mass) {
   const uint64 least = __double2ull_ru(static_cast<double>(pick.top_p) * static_cast<double>(mass));
   return min(max(least, 1ull), mass) - 1;
@@ -209,8 +209,8 @@ __device__ inline uint64 draw_target(const Pick& pick, uint64 mass) {
   return min(__double2ull_rd(pick.fraction * static_cast<double>(mass)), mass - 1);
 }
 
-// A row's bins are whole: find the one in which the first of sample_draw's searches ends, later ones ending
-// no later. All before it are wanted, too, unless there is no other search.
+// With the complete bins of a row: find the bin in which the first of sample_draw's searches ends; later
+// searches end no later. The ids before it are kept, too, unless it is the only search.
 __device__ void choose_kept(const SampleParams& p, int row, const Pick& pick) {
   constexpr int kEach = kSearchBins / kScanThreads;
   __shared__ uint64 room[2][kScanWarps];
@@ -255,8 +255,8 @@ __device__ void choose_kept(const SampleParams& p, int row, const Pick& pick) {
   }
 }
 
-// A block for each bin_vectors * 4 * kScanThreads logits of each row: the bins of the first level. A row's
-// last block to end looks at the whole.
+// A block for each bin_vectors * 4 * kScanThreads logits of each row: the bins of the first level. The last
+// block of a row to finish runs choose_kept.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
     sample_bins(const __grid_constant__ SampleParams p) {
   __shared__ Bins bins;
@@ -297,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
   choose_kept(p, row, pick);
 }
 
-// The same blocks: gather the ids that were chosen.
+// The same blocks: gather the chosen ids.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
     sample_keep(const __grid_constant__ SampleParams p) {
   start_successors();
@@ -364,7 +364,8 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
   TopItems items(p.logits + static_cast<int64>(row) * p.vocab);
   if (!broken) {
     Search<TopItems> search(room, items, items.logits, p.vocab, p, row);
-    // The n_top-th of some logits is a bound for all: few are above it, mostly.
+    // The n_top-th largest of the warps' maxima is a lower bound for the n_top-th logit: mostly few are above
+    // it.
     const int mosts = min(p.chunks * kScanWarps, kSearchThreads);
     if (thread < mosts)
       room.keys[thread] =

@@ -22,7 +22,7 @@ __device__ inline float infinity() {
   return __int_as_float(0x7F800000);
 }
 
-// A row's logits as its penalties and forbidden ids leave them.
+// A row's logits after penalties and forbidden ids.
 struct Row {
   const float* logits;
   const int* counts;    // NULL without penalties
@@ -55,7 +55,7 @@ struct Row {
   }
 };
 
-// A thread's logits of kVectors float4 from `first` on, 4 * threads apart; -infinity behind the row.
+// Load a thread's logits: kVectors float4 from `first` on, 4 * threads apart; -infinity beyond the row.
 template <int kVectors>
 __device__ void load_logits(const float* logits, int vocab, int first, float (&values)[kVectors][4]) {
   const int step = 4 * blockDim.x;

@@ -26,7 +26,7 @@ __device__ void upload_half(const UploadMatrix& p) {
     to[k] = to_half(k < p.in ? value_of(from[k]) : 0.f);
 }
 
-// Row of the matrix that a block writes; it exists in the file or is padding.
+// Row of the matrix that a block writes, from the file or padding.
 __device__ inline int target_row(const UploadMatrix& p, int row) {
   return row < p.rows ? p.first + row * p.step : p.first + (p.rows - 1) * p.step + row - p.rows + 1;
 }

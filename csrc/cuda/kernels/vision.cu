@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(256) cut_patches(const __grid_const
   }
 }
 
-// A block a row. kHeld: the width is a multiple of 4 and the row fits the registers of its threads.
+// LayerNorm of a row by a block. kHeld: the width is a multiple of 4 and the row fits the registers.
 template <bool kHeld>
 __device__ void layer_norm_row(const LayerNormParams& p) {
   __shared__ float rooms[2][32];
@@ -71,7 +71,7 @@ __device__ void layer_norm_row(const LayerNormParams& p) {
       a.x -= mean, a.y -= mean, a.z -= mean, a.w -= mean;
       squares += (a.x * a.x + a.y * a.y) + (a.z * a.z + a.w * a.w);
     }
-    float4 weights[kRowVectors];  // on their way before the barrier
+    float4 weights[kRowVectors];  // in flight before the barrier
 #pragma unroll
     for (int v = 0; v < kRowVectors; ++v) {
       const int i = 4 * (v * blockDim.x + threadIdx.x);
