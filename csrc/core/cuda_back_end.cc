@@ -21,7 +21,7 @@ const CudaBackEnd* load() {
   // A library that the process has already loaded is found by its name.
   if (library == nullptr) library = dlopen(kLibrary, RTLD_NOW);
   QVL_REQUIRE(library != nullptr, QVL_UNSUPPORTED,
-              "no GPU back end: there is no %s; run qwenvl build-engine --device gpu", kLibrary);
+              "no GPU back end: %s not found; run qwenvl build-engine --device gpu", kLibrary);
   const auto* found = static_cast<const CudaBackEnd*>(dlsym(library, "qvl_cuda_back_end"));
   QVL_REQUIRE(found != nullptr && std::strcmp(found->version, qvl_version()) == 0, QVL_UNSUPPORTED,
               "%s is of another version than the engine; run qwenvl build-engine --device gpu", kLibrary);

@@ -274,7 +274,7 @@ class Generation {
       qvl_result& result = call_.results[i];
       if (result.finish) continue;  // finished in the previous step
       QVL_REQUIRE(token >= 0, QVL_INTERNAL,
-                  "requests[%d]: the logits of token %d are no finite numbers; are the weights damaged?", i,
+                  "requests[%d]: the logits of token %d are not finite; are the weights damaged?", i,
                   result.n_tokens);
       asked_.push_back(i);
       step_tokens_.push_back(token);
@@ -292,7 +292,7 @@ class Generation {
     if (call_.on_step == nullptr) return;
     const auto n = static_cast<int32_t>(asked_.size());
     QVL_REQUIRE(call_.on_step(call_.user, step, n, asked_.data(), step_tokens_.data()) == 0, QVL_STOPPED,
-                "on_step asked to stop after step %d", step);
+                "on_step requested a stop after step %d", step);
   }
 
   qvl_engine& engine_;

@@ -29,10 +29,11 @@ const cpu::Kernels& kernels(const qvl_config& config) {
     case QVL_COMPUTE_FLOAT32:
       return bfloat16 ? cpu::kernels_for(QVL_ISA_AVX512) : chosen;
     case QVL_COMPUTE_BFLOAT16:
-      QVL_REQUIRE(bfloat16, QVL_UNSUPPORTED, "config: compute: no bfloat16 instructions here; take another");
+      QVL_REQUIRE(bfloat16, QVL_UNSUPPORTED,
+                  "config: compute: this processor has no bfloat16 instructions; choose another type");
       return chosen;
     case QVL_COMPUTE_FLOAT16:
-      fail(QVL_UNSUPPORTED, "config: compute: a CPU does not compute in float16; take another");
+      fail(QVL_UNSUPPORTED, "config: compute: a CPU does not compute in float16; choose another type");
     default:
       return chosen;
   }

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kMatvecRows = 128;        // most rows of weights in a task of matvec
 constexpr int64_t kStretchBytes = 1 << 18;  // bytes of a task with more than kMaxRows activations
 constexpr int64_t kTileRows = 64;           // rows of weights in a task of the blocked product
-constexpr int64_t kMaxTokens = 384;  // packed at once: 512 columns of them fit the second-level cache
+constexpr int64_t kMaxTokens = 384;         // packed at once: 512 columns of them fit the second-level cache
 
 constexpr int kBits[QVL_DTYPES] = {32, 16, 8, 4, 4, 16};
 

@@ -42,8 +42,8 @@ class ThreadPool {
 
   int n_threads_;
   std::unique_ptr<Team> team_;
-  int64_t debt_ = 0;         // nanoseconds that sharing has lost compared with running alone; negative: gained
-  int64_t alone_;            // factor from the next debt to the time alone
+  int64_t debt_ = 0;  // nanoseconds that sharing has lost compared with running alone; negative: gained
+  int64_t alone_;     // factor from the next debt to the time alone
   int64_t alone_until_ = 0;  // nanoseconds of the steady clock; 0: not alone
 };
 

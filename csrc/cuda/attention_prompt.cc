@@ -23,9 +23,9 @@ int key_type(const Gpu& gpu, qvl_dtype dtype) {
 
 }  // namespace
 
-void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const void* q, const PromptChunk* chunks,
-                           const Tile* tiles, int n_tiles, const int32_t* blocks, int max_blocks,
-                           const KvLayer& kv, void* y) {
+void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const void* q,
+                           const PromptChunk* chunks, const Tile* tiles, int n_tiles, const int32_t* blocks,
+                           int max_blocks, const KvLayer& kv, void* y) {
   static_assert(kAttentionTile == kQueryTile, "the caller cuts the tiles");
   static_assert(sizeof(PromptChunk) == 16 && sizeof(Tile) == 8, "read as integers");
   QVL_REQUIRE(kv.head_dim % 2 == 0 && kv.head_dim <= 256, QVL_UNSUPPORTED,
@@ -74,8 +74,9 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
              gpu.arch() >= 80 ? kernel->shared_bytes : 0, params, true);
 }
 
-void attention_prompt(const Gpu& gpu, CUstream stream, const void* q, const PromptChunk* chunks, const Tile* tiles,
-                      int n_tiles, const int32_t* blocks, int max_blocks, const KvLayer& kv, void* y) {
+void attention_prompt(const Gpu& gpu, CUstream stream, const void* q, const PromptChunk* chunks,
+                      const Tile* tiles, int n_tiles, const int32_t* blocks, int max_blocks,
+                      const KvLayer& kv, void* y) {
   attention_prompt_with(gpu, stream, false, q, chunks, tiles, n_tiles, blocks, max_blocks, kv, y);
 }
 

@@ -61,7 +61,7 @@ Half compute(const qvl_config& config, const WeightTable& weights) {
     case QVL_COMPUTE_FLOAT16:
       return Half::kFloat16;
     case QVL_COMPUTE_FLOAT32:
-      fail(QVL_UNSUPPORTED, "config: compute: a GPU does not compute in float32; take another");
+      fail(QVL_UNSUPPORTED, "config: compute: a GPU does not compute in float32; choose another type");
     default:
       break;
   }
@@ -317,18 +317,18 @@ void describe(int32_t index, qvl_device_info* info) {
   const Driver& d = driver();
   CUdevice device = 0;
   check(d.cuDeviceGet(&device, index), "finding the GPU");
-  check(d.cuDeviceGetName(info->name, sizeof info->name, device), "asking for the GPU's name");
-  check(d.cuDeviceGetAttribute(&info->threads, kMultiprocessors, device), "asking for multiprocessors");
+  check(d.cuDeviceGetName(info->name, sizeof info->name, device), "querying the GPU's name");
+  check(d.cuDeviceGetAttribute(&info->threads, kMultiprocessors, device), "querying multiprocessors");
   check(d.cuDeviceGetAttribute(&info->compute_major, kComputeMajor, device),
-        "asking for the compute capability");
+        "querying the compute capability");
   check(d.cuDeviceGetAttribute(&info->compute_minor, kComputeMinor, device),
-        "asking for the compute capability");
+        "querying the compute capability");
   CUcontext context = nullptr;
   check(d.cuDevicePrimaryCtxRetain(&context, device), "opening the GPU");
   size_t free = 0, total = 0;
   {
     const Current current(context);
-    check(d.cuMemGetInfo(&free, &total), "asking for free GPU memory");
+    check(d.cuMemGetInfo(&free, &total), "querying free GPU memory");
   }
   d.cuDevicePrimaryCtxRelease(device);
   info->memory_bytes = total;

@@ -18,7 +18,7 @@ int cache_type(qvl_dtype dtype) {
     case QVL_INT8:
       return kCacheInt8;
     default:
-      fail(QVL_INTERNAL, "there is no cache of type %d", dtype);
+      fail(QVL_INTERNAL, "unknown cache dtype %d", dtype);
   }
 }
 

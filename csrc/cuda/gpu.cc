@@ -52,12 +52,11 @@ Gpu::Gpu(int index, Half half) : half_(half) {
   const Driver& d = driver();
   int count = 0, major = 0, minor = 0;
   check(d.cuDeviceGetCount(&count), "counting GPUs");
-  QVL_REQUIRE(index >= 0 && index < count, QVL_UNSUPPORTED, "there is no GPU %d: this process sees %d", index,
-              count);
+  QVL_REQUIRE(index >= 0 && index < count, QVL_UNSUPPORTED, "no GPU %d: this process sees %d", index, count);
   check(d.cuDeviceGet(&device_, index), "finding the GPU");
-  check(d.cuDeviceGetAttribute(&major, kComputeMajor, device_), "asking for the compute capability");
-  check(d.cuDeviceGetAttribute(&minor, kComputeMinor, device_), "asking for the compute capability");
-  check(d.cuDeviceGetAttribute(&multiprocessors_, kMultiprocessors, device_), "asking for multiprocessors");
+  check(d.cuDeviceGetAttribute(&major, kComputeMajor, device_), "querying the compute capability");
+  check(d.cuDeviceGetAttribute(&minor, kComputeMinor, device_), "querying the compute capability");
+  check(d.cuDeviceGetAttribute(&multiprocessors_, kMultiprocessors, device_), "querying multiprocessors");
   arch_ = 10 * major + minor;
   QVL_REQUIRE(arch_ >= (half == Half::kBfloat16 ? 80 : 70), QVL_UNSUPPORTED,
               "GPU %d has compute capability %d.%d; the engine needs 7.0 for float16 and 8.0 for bfloat16",
@@ -105,7 +104,7 @@ Gpu::Kernel& Gpu::kernel(const char* name) const {
     if (driver().cuModuleGetFunction(&function, module, name) != 0) continue;
     return kernels_.emplace(name, Kernel{function, kFreeShared}).first->second;
   }
-  fail(QVL_INTERNAL, "there is no GPU kernel %s", name);
+  fail(QVL_INTERNAL, "GPU kernel %s not found", name);
 }
 
 void Gpu::launch_bytes(CUstream stream, const char* name, Dim grid, int threads, int shared_bytes,

@@ -11,7 +11,7 @@ namespace qvl::cuda {
 namespace {
 
 constexpr uint64_t kChunkBytes = 8 << 20;  // page-locked memory of a slot
-constexpr size_t kWorkers = 6;        // one core copies 5 to 10 GB/s, the bus takes 25 to 55
+constexpr size_t kWorkers = 6;             // one core copies 5 to 10 GB/s, the bus takes 25 to 55
 
 }  // namespace
 
@@ -41,7 +41,8 @@ void Uploader::copy(void* to, const void* from, uint64_t bytes) {
   const auto run = [&](size_t i) {
     try {
       const Current current(context_);
-      const uint64_t first = chunks * i / n * kChunkBytes, end = std::min(bytes, chunks * (i + 1) / n * kChunkBytes);
+      const uint64_t first = chunks * i / n * kChunkBytes,
+                     end = std::min(bytes, chunks * (i + 1) / n * kChunkBytes);
       copy_part(*workers_[i], static_cast<char*>(to) + first, static_cast<const char*>(from) + first,
                 end - first);
     } catch (...) {

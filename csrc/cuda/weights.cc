@@ -53,7 +53,7 @@ void Weights::check_room() const {
     at_4_bits += static_cast<uint64_t>(out) * static_cast<uint64_t>(in) / (matrix ? 2 : 1);
   }
   size_t free = 0, total = 0;
-  check(driver().cuMemGetInfo(&free, &total), "asking for free GPU memory");
+  check(driver().cuMemGetInfo(&free, &total), "querying free GPU memory");
   const bool quantised = std::any_of(table_.begin(), table_.end(),
                                      [](const auto& entry) { return is_quantised(entry.second.dtype); });
   const char* advice =

@@ -1,5 +1,5 @@
 // The functions for prompts and images of cuda/ops.h as C functions, for tests/cuda. Pointers are device
-// memory; they return NULL, or a line that says what is wrong.
+// memory; they return NULL, or an error message.
 #include <string>
 
 #include "core/error.h"
@@ -13,7 +13,7 @@ using namespace qvl::cuda;
 
 namespace {
 
-// Never freed: the driver may be gone when static objects are.
+// Never freed: the driver may be unloaded before static objects are destroyed.
 const Gpu& prompt_gpu(int64_t bfloat16) {
   static const Gpu* const made[] = {new Gpu(0, Half::kFloat16), new Gpu(0, Half::kBfloat16)};
   return *made[bfloat16 != 0];

@@ -1,4 +1,4 @@
-// Timings that have to be taken without an interpreter in the way.
+// Timings without the overhead of an interpreter.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -27,8 +27,8 @@ double seconds(Body&& body) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// A piece of memory as four streams with the lines of the next piece asked for ahead, or as one without:
-// which is faster depends on the processor.
+// Read a chunk of memory as four streams with prefetches of the next chunk, or as one without: which is
+// faster depends on the processor.
 #if defined(__x86_64__)
 __attribute__((target("avx2")))
 #endif
@@ -69,7 +69,7 @@ __attribute__((target("avx512f,avx512bf16"))) double bf16_products(int64_t n) {
 
 }  // namespace
 
-// Operations a second of the bfloat16 instruction, on registers alone; 0 where there is none.
+// Operations a second of the bfloat16 instruction, on registers alone; 0 without the instruction.
 EXPORT double qvlt_bf16_peak(int threads) {
 #if defined(__x86_64__)
   if (!__builtin_cpu_supports("avx512bf16")) return 0;
@@ -93,7 +93,7 @@ EXPORT double qvlt_bf16_peak(int threads) {
 }
 
 // Bytes a second that `threads` threads read from memory, the best of `repeats` passes over `bytes`, which
-// take turns with three ways of reading.
+// alternate between three ways of reading.
 EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
   ThreadPool pool(threads);
   Buffer buffer(static_cast<size_t>(bytes));
@@ -119,8 +119,8 @@ EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
 }
 
 // Seconds of one product of n_x activations, as rows of a prompt or of a decode step, with a [rows, k]
-// matrix, the best of `repeats`, each with the next of `copies` matrices so that none is in a cache; a
-// negative number if it cannot be done.
+// matrix, the best of `repeats`, each with the next of `copies` matrices so that none is in a cache; negative
+// on failure.
 EXPORT double qvlt_time_linear(qvl_isa isa, int threads, qvl_dtype dtype, int decode, int64_t n_x,
                                int64_t rows, int64_t k, int copies, int repeats) {
   double best = 1e9;

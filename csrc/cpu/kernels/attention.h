@@ -165,19 +165,20 @@ QVL_INLINE void each_value(const KvTile& tile, int head_dim, int n, Put&& put) {
       const int some = head_dim - d < kLanes ? head_dim - d : kLanes;
       for (int t = 0; t < n; ++t) {
         put(d, t,
-            t < tile.n ? load_elements(values + t * tile.stride + d, some) * scale_of<Stored>(tile.value_scales, t)
-                       : Floats{});
+            t < tile.n
+                ? load_elements(values + t * tile.stride + d, some) * scale_of<Stored>(tile.value_scales, t)
+                : Floats{});
       }
     }
   });
 }
 
 QVL_INLINE void softmax_tile(const KvTile& tile, int64_t visible, int n_q, float* scores, int tokens,
-                           float* state, float* out, int64_t out_stride) {
+                             float* state, float* out, int64_t out_stride) {
   for (int i = 0; i < n_q; ++i) {
     const int64_t seen = visible + i < tile.n ? visible + i : tile.n;
     softmax_tile_row(scores + static_cast<int64_t>(i) * tokens, tile.n, static_cast<int>(seen), state + 2 * i,
-           out + i * out_stride, out_stride);
+                     out + i * out_stride, out_stride);
   }
 }
 
@@ -252,7 +253,7 @@ QVL_INLINE void score_keys(const float* q, int head_dim, const KvTile& tile, con
   const auto* values = static_cast<const Stored*>(tile.values);
   const auto* next_keys = static_cast<const Stored*>(next);
   for (int t = 0; t < tile.n; t += kLanes) {
-    const int last = tile.n - t < kLanes ? tile.n - t - 1 : kLanes - 1;  // repeated for the lanes beyond the tile
+    const int last = tile.n - t < kLanes ? tile.n - t - 1 : kLanes - 1;  // repeated beyond the tile
     Floats dots[kLanes] = {};
     in_steps(head_dim, [&](int64_t d, int some) {
       const Floats part = load_some(q + d, some);
@@ -294,7 +295,7 @@ QVL_INLINE void add_values(const KvTile* tiles, int n_tiles, int64_t d, const fl
 
 template <typename Stored>
 QVL_INLINE void attend_one_typed(const float* q, int head_dim, const KvTile* tiles, int n_tiles, float* state,
-                              float* out) {
+                                 float* out) {
   float scores[kMaxKvTile + kLanes];
   int n = 0;
   for (int i = 0; i < n_tiles; n += tiles[i++].n) {
@@ -317,7 +318,8 @@ QVL_INLINE void attend_one_typed(const float* q, int head_dim, const KvTile* til
 }
 
 void attend_one(const float* q, int head_dim, const KvTile* tiles, int n_tiles, float* state, float* out) {
-  with_stored_type(*tiles, [&](auto type) { attend_one_typed<decltype(type)>(q, head_dim, tiles, n_tiles, state, out); });
+  with_stored_type(
+      *tiles, [&](auto type) { attend_one_typed<decltype(type)>(q, head_dim, tiles, n_tiles, state, out); });
 }
 
 }  // namespace

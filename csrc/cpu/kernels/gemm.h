@@ -110,7 +110,8 @@ QVL_INLINE void multiply_block(const typename Step::Element* tile, int64_t width
                                int64_t c_stride) {
   Floats sums[RowCount][PanelCount];
   for (int r = 0; r < RowCount; ++r) {
-    for (int q = 0; q < PanelCount; ++q) sums[r][q] = first ? Floats{} : load<Floats>(c + r * c_stride + q * kLanes);
+    for (int q = 0; q < PanelCount; ++q)
+      sums[r][q] = first ? Floats{} : load<Floats>(c + r * c_stride + q * kLanes);
   }
   for (int s = 0; s < n_steps; ++s) {
     Floats x[PanelCount];
@@ -165,7 +166,7 @@ QVL_INLINE void multiply_panels(const typename Step::Element* tile, int64_t widt
   constexpr int kMostRows = block_rows(PanelCount), kFewerRows = block_rows(kBlockPanels);
   const auto block = [&](auto some, int r) {
     multiply_block<Step, some, PanelCount>(tile + r * width, width, n_steps, panels, panel_bytes, first,
-                                  c + r * c_stride, c_stride);
+                                           c + r * c_stride, c_stride);
   };
   int r = 0;
   for (; r + kMostRows <= rows; r += kMostRows) {

@@ -62,7 +62,7 @@ class WeightPrefetcher {
   const char* line_;
 };
 
-constexpr int64_t kPrefetchAhead = 65536;  // bytes ahead with one activation; with more, a panel of rows ahead
+constexpr int64_t kPrefetchAhead = 65536;  // bytes, with one activation; with more, a panel of rows
 
 // Load the sums of a register block, or zeros at the first column block.
 template <int RowCount, int XCount, int SumStride>
@@ -83,17 +83,17 @@ QVL_INLINE void store_sums(const Floats (&sums)[RowCount][XCount], Floats* to) {
   }
 }
 
-// Rows has
-//   kCut              columns in a cut
-//   rows_at_once(n)   rows at a time with n activations: as many as keep a group's sums in registers; with
-//                     one activation what was measured to be fastest
-//   row_bytes(k)      of the weights
-//   kScaled           whether a finished row has a factor
-//   kGroup            activations that are multiplied at the same time
-//   add<R, N, Turn, Turns, Stride>(p, row, x, first, end, ahead, sums)
-//                     add the products of columns first to end with activations x to x + N - 1 to sums
-//                     [R][Stride], which hold nothing yet where first is 0; in Turns calls for the same
-//                     weights as many lines are asked for from `ahead` on as are read
+// A class `Rows`, one per storage type, has
+//   kColumnBlock      columns of a column block
+//   rows_at_once(n)   RowCount with n activations: as many as keep the sums of kXAtOnce activations in
+//                     registers; with one activation the measured optimum
+//   row_bytes(k)      bytes of a row of weights, without scales
+//   kHasScale         whether a finished row is multiplied by scales[row]
+//   kXAtOnce          most activations of a register block
+//   add<RowCount, XCount, Pass, Passes, SumStride>(p, row, x, first, end, ahead, sums)
+//                     add the products of columns first to end with activations x to x + XCount - 1 to
+//                     sums [RowCount][SumStride], which are undefined if first is 0. The same weights are
+//                     read in `Passes` calls; each prefetches 1 / Passes of the lines it reads
 template <typename Rows, int RowCount>
 QVL_INLINE void multiply_whole_rows(const Matvec& p, int64_t row, WeightPrefetcher& ahead, float* to) {
   Floats sums[RowCount];
@@ -105,11 +105,14 @@ QVL_INLINE void multiply_whole_rows(const Matvec& p, int64_t row, WeightPrefetch
 // A column block for activations FirstX to XCount - 1, kXAtOnce at a time; the rows' columns stay in the
 // first-level cache.
 template <typename Rows, int RowCount, int XCount, int FirstX = 0>
-QVL_INLINE void multiply_column_block(const Matvec& p, int64_t row, int first, int end, WeightPrefetcher& ahead, Floats* sums) {
+QVL_INLINE void multiply_column_block(const Matvec& p, int64_t row, int first, int end,
+                                      WeightPrefetcher& ahead, Floats* sums) {
   constexpr int GroupX = XCount - FirstX < Rows::kXAtOnce ? XCount - FirstX : Rows::kXAtOnce;
   constexpr int kPasses = (XCount + Rows::kXAtOnce - 1) / Rows::kXAtOnce;
-  Rows::template add<RowCount, GroupX, FirstX / Rows::kXAtOnce, kPasses, XCount>(p, row, FirstX, first, end, ahead, sums + FirstX);
-  if constexpr (FirstX + GroupX < XCount) multiply_column_block<Rows, RowCount, XCount, FirstX + GroupX>(p, row, first, end, ahead, sums);
+  Rows::template add<RowCount, GroupX, FirstX / Rows::kXAtOnce, kPasses, XCount>(p, row, FirstX, first, end,
+                                                                                 ahead, sums + FirstX);
+  if constexpr (FirstX + GroupX < XCount)
+    multiply_column_block<Rows, RowCount, XCount, FirstX + GroupX>(p, row, first, end, ahead, sums);
 }
 
 template <typename Rows>
@@ -138,8 +141,10 @@ void matvec_many(const Matvec& p, int64_t row, int64_t end) {
     for (int first = 0; first < p.k; first += Rows::kColumnBlock) {
       const int last = first + Rows::kColumnBlock < p.k ? first + Rows::kColumnBlock : p.k;
       int r = 0;
-      for (; r + RowCount <= rows; r += RowCount) multiply_column_block<Rows, RowCount, XCount>(p, row + r, first, last, ahead, sums + r * XCount);
-      for (; r < rows; ++r) multiply_column_block<Rows, 1, XCount>(p, row + r, first, last, ahead, sums + r * XCount);
+      for (; r + RowCount <= rows; r += RowCount)
+        multiply_column_block<Rows, RowCount, XCount>(p, row + r, first, last, ahead, sums + r * XCount);
+      for (; r < rows; ++r)
+        multiply_column_block<Rows, 1, XCount>(p, row + r, first, last, ahead, sums + r * XCount);
     }
     for (int i = rows * XCount; i < kPanelRows * XCount; ++i) sums[i] = Floats{};
     for (int n = 0; n < XCount; ++n) {

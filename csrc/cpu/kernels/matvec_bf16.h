@@ -51,8 +51,8 @@ struct RowsBf16 {
   static constexpr bool kHasScale = false;
 
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, WeightPrefetcher& ahead,
-                             Floats* saved) {
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+                             WeightPrefetcher& ahead, Floats* saved) {
     Floats sums[RowCount][XCount];
     load_sums<RowCount, XCount, SumStride>(saved, first == 0, sums);
     const int k = p.k, width = round_up(k, kPairs);
@@ -79,7 +79,8 @@ struct RowsBf16 {
   }
 
   template <int RowCount, int XCount>
-  static QVL_INLINE void step(const Words (&pairs)[RowCount], const float* x, int width, Floats (&sums)[RowCount][XCount]) {
+  static QVL_INLINE void step(const Words (&pairs)[RowCount], const float* x, int width,
+                              Floats (&sums)[RowCount][XCount]) {
     Floats low[RowCount], high[RowCount];
 #pragma GCC unroll 8
     for (int r = 0; r < RowCount; ++r) {

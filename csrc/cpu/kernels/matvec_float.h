@@ -39,8 +39,8 @@ struct RowsOf {
   static constexpr bool kHasScale = false;
 
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, WeightPrefetcher& ahead,
-                             Floats* saved) {
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+                             WeightPrefetcher& ahead, Floats* saved) {
     Floats sums[RowCount][XCount];
     load_sums<RowCount, XCount, SumStride>(saved, first == 0, sums);
     const int k = p.k, width = round_up(k, kLanes);

@@ -72,10 +72,11 @@ struct RowsInt4 {
   static constexpr bool kHasScale = false;
 
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, WeightPrefetcher& ahead,
-                             Floats* sums) {
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+                             WeightPrefetcher& ahead, Floats* sums) {
     for (; end - first >= kBlock; first += kBlock) {
-      add_units<RowCount, XCount, Pass, Passes, SumStride, kBlock / kUnit>(p, row, first_x, first, ahead, sums);
+      add_units<RowCount, XCount, Pass, Passes, SumStride, kBlock / kUnit>(p, row, first_x, first, ahead,
+                                                                           sums);
     }
     for (; first < end; first += kUnit)
       add_units<RowCount, XCount, Pass, Passes, SumStride, 1>(p, row, first_x, first, ahead, sums);
@@ -83,8 +84,8 @@ struct RowsInt4 {
 
   // Units from column `first` on, all in one block of x.
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int Units>
-  static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first, WeightPrefetcher& ahead,
-                                   Floats* sums) {
+  static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first,
+                                   WeightPrefetcher& ahead, Floats* sums) {
     constexpr int kScales = Units * kUnit / Group;
     const int64_t stride = row_bytes(p.k), scale_stride = round_up(p.k, kUnit) / Group;
     const int64_t x_stride = X::row_bytes(p.k);
@@ -112,7 +113,8 @@ struct RowsInt4 {
 #pragma GCC unroll 8
           for (int n = 0; n < XCount; ++n) {
 #pragma GCC unroll 8
-            for (int r = 0; r < RowCount; ++r) dots[r][n] = load<Ints>(begin + n * x_stride + g * sizeof(Ints));
+            for (int r = 0; r < RowCount; ++r)
+              dots[r][n] = load<Ints>(begin + n * x_stride + g * sizeof(Ints));
           }
         }
 #pragma GCC unroll 4

@@ -47,10 +47,11 @@ struct RowsInt8 {
   static constexpr bool kHasScale = true;
 
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, WeightPrefetcher& ahead,
-                             Floats* sums) {
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+                             WeightPrefetcher& ahead, Floats* sums) {
     for (; end - first >= kBlock; first += kBlock) {
-      add_block<RowCount, XCount, Pass, Passes, SumStride, kBlock>(p, row, first_x, first, kBlock, ahead, sums);
+      add_block<RowCount, XCount, Pass, Passes, SumStride, kBlock>(p, row, first_x, first, kBlock, ahead,
+                                                                   sums);
     }
     if (first < end) {
       const int rest = round_up(end - first, kUnit);
@@ -82,7 +83,8 @@ struct RowsInt8 {
     }
     if constexpr (WholeColumns != 0) {
 #pragma GCC unroll 8
-      for (int i = 0; i < WholeColumns; i += kVector) step<RowCount, XCount, Pass, Passes>(w, x, i, ahead, dots);
+      for (int i = 0; i < WholeColumns; i += kVector)
+        step<RowCount, XCount, Pass, Passes>(w, x, i, ahead, dots);
     } else {
 #pragma GCC unroll 1
       for (int i = 0; i < n_k; i += kVector) step<RowCount, XCount, Pass, Passes>(w, x, i, ahead, dots);

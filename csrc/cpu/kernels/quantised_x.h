@@ -48,8 +48,8 @@ struct QuantisedX {
 
 // sums (+)= a block's sums [RowCount][XCount] times the scales of its activations; `begin`: assign.
 template <int RowCount, int XCount, int SumStride, typename Sums>
-QVL_INLINE void add_scaled(const Sums (&of_block)[RowCount][XCount], const char* const (&blocks)[XCount], bool begin,
-                           Floats* sums) {
+QVL_INLINE void add_scaled(const Sums (&of_block)[RowCount][XCount], const char* const (&blocks)[XCount],
+                           bool begin, Floats* sums) {
 #pragma GCC unroll 8
   for (int n = 0; n < XCount; ++n) {
     const Floats scale = load<Floats>(blocks[n]);

@@ -135,7 +135,8 @@ __device__ inline void combine(const AttentionDecode& p, int64 pair, int chunks)
       for (int i = 0; i < kTogetherChunks; ++i) {
         const bool there = chunk + i < chunks;
         const int64 part = first + chunk + i;
-        parts[i] = there ? __ldcg(reinterpret_cast<const float2*>(p.parts) + part) : float2{minus_infinity(), 0};
+        parts[i] =
+            there ? __ldcg(reinterpret_cast<const float2*>(p.parts) + part) : float2{minus_infinity(), 0};
         values[i] = there ? __ldcg(p.sums + part * p.head_dim + d) : 0.f;
       }
 #pragma unroll
@@ -324,7 +325,8 @@ __device__ void attention(const AttentionDecode& p) {
   const int number =
       __shfl_sync(0xFFFFFFFFu, chunk.number(p, min(token, p.max_blocks * p.block_tokens - 1)), lane);
   if (chunk.first > chunk.position) return;
-  const int here = chunk.position + 1 - first;  // keys from this warp's first on; may be none, or more than its 32
+  // Keys from this warp's first on: may be none, or more than its 32.
+  const int here = chunk.position + 1 - first;
   const int newest = here - 1;
   const bool has_newest = newest >= 0 && newest < kWarpKeys;
   const Place<T> place(p, lane < here ? number : 0, token);
@@ -340,7 +342,7 @@ __device__ void attention(const AttentionDecode& p) {
     if (whole) {
       if (lane == 0)
         copies.request(half, half ? values : keys, reinterpret_cast<const char*>(mine) + half * to_value,
-                   kWarpKeys * kFastDim * sizeof(T));
+                       kWarpKeys * kFastDim * sizeof(T));
       continue;
     }
 #pragma unroll

@@ -197,7 +197,8 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
     products_begin();
     const uint64 v = describe(values + tile % 2 * kTile, kColumn);
 #pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) ProductRegisters<kPaddedDim>::run(sums, weights[k], v + k * 16 * 128 / 16);
+    for (int k = 0; k < kKeys / 16; ++k)
+      ProductRegisters<kPaddedDim>::run(sums, weights[k], v + k * 16 * 128 / 16);
     products_commit();
   };
 

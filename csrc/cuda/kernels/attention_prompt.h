@@ -14,13 +14,15 @@ constexpr int kAttentionThreads = 128, kAttentionQueries = 64;
 template <int kPaddedDim>
 constexpr int kAttentionKeys = kPaddedDim <= 128 ? 64 : 32;
 template <int kPaddedDim>
-constexpr int kAttentionShared = (kAttentionQueries + 4 * kAttentionKeys<kPaddedDim>)*(kPaddedDim + 8) * 2 + 64 * 16;
+constexpr int kAttentionShared =
+    (kAttentionQueries + 4 * kAttentionKeys<kPaddedDim>)*(kPaddedDim + 8) * 2 + 64 * 16;
 
 // The kernels of Hopper: two warpgroups with 64 queries each, a third brings keys and values. Shared memory:
 // queries, two tiles of 128 keys and two of values, in rows of 64 values; places of 128 keys; barriers.
 constexpr int kHopperThreads = 384, kHopperKeys = 128;
 template <int kPaddedDim>
-constexpr int kHopperShared = 5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128) + kHopperKeys * 16 + 128 + 1024;
+constexpr int kHopperShared =
+    5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128) + kHopperKeys * 16 + 128 + 1024;
 
 constexpr int kHalfKeys = 0, kBfloat16Keys = 1, kFloat16Keys = 2, kFloatKeys = 3, kInt8Keys = 4;
 

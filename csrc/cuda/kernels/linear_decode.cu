@@ -280,7 +280,7 @@ __device__ void linear_decode(const LinearDecode& p) {
 
   int slot = 0, before = kDepth - 1;
   float* sums = reinterpret_cast<float*>(bytes + p.sums_at);
-  const int tile_sums = columns * kSumsPitch, pitch = p.tiles_at_once * tile_sums;  // floats of a tile; of a slice
+  const int tile_sums = columns * kSumsPitch, pitch = p.tiles_at_once * tile_sums;  // floats: tile, slice
   int other = kSlices * pitch;  // offset between the halves of the sums' double buffer
   const int rows = p.into == kSiluTimes ? kTileRows / 2 : kTileRows;
   for (int next = first_tile; next < tiles; next += p.tiles_at_once * next_tile) {

@@ -117,8 +117,8 @@ struct Int4Unit : QuantisedUnit<1024> {
 
   // scales: rows g and g + 8; offsets: columns 2 t and 2 t + 1, [group of the unit][column].
   template <int kColumnTiles>
-  __device__ static void add(float (&sums)[kColumnTiles][4], const char* weights, const char* scales, const char* x,
-                             const float* offsets) {
+  __device__ static void add(float (&sums)[kColumnTiles][4], const char* weights, const char* scales,
+                             const char* x, const float* offsets) {
     constexpr int kColumns = 8 * kColumnTiles;
     float parts[kColumnTiles][4];  // of a group
 #pragma unroll
@@ -282,9 +282,9 @@ __device__ void linear_wide(const LinearDecode& p) {
     }
     if (from + i < to) {
       Unit::template add<kColumnTiles>(sums, stage + kSplit * kXBytes + warp * Unit::kBytes + 16 * lane,
-                                 stage + kScalesAt + (warp * 8 + g) * Unit::kScaleBytes,
-                                 stage + half * kXBytes + g * kColumnBytes + 2 * kRun * t,
-                                 offsets + half * kGroups * kColumns + 2 * t);
+                                       stage + kScalesAt + (warp * 8 + g) * Unit::kScaleBytes,
+                                       stage + half * kXBytes + g * kColumnBytes + 2 * kRun * t,
+                                       offsets + half * kGroups * kColumns + 2 * t);
       end_slices(from + i + 1);
     }
   }

@@ -85,11 +85,13 @@ __device__ inline void finish_four(const Result& p, int row, int column, const f
 
 template <int kGroups, int kTokens, int kClusterRows, int kClusterTokens, int kStages>
 __device__ inline void linear(const LinearTensors& p) {
-  constexpr int kRows = 64 * kGroups, kBlocks = kClusterRows * kClusterTokens, kPeers = kClusterRows + kClusterTokens - 1;
+  constexpr int kRows = 64 * kGroups, kBlocks = kClusterRows * kClusterTokens,
+                kPeers = kClusterRows + kClusterTokens - 1;
   constexpr int kBytesW = kRows * 128, kBytesX = kTokens * 128;
   // An instruction is limited to the registers of a thread at entry, 128 with four warpgroups.
   constexpr int kWidth = kGroups == 3 && kTokens > 144 ? kTokens / 2 : kTokens;
-  static_assert(kRows / kClusterTokens % 8 == 0 && kTokens % (8 * kClusterRows) == 0, "parts of tiles are whole groups of 8 rows");
+  static_assert(kRows / kClusterTokens % 8 == 0 && kTokens % (8 * kClusterRows) == 0,
+                "parts of tiles are whole groups of 8 rows");
   extern __shared__ char raw[];
   // The same offset in every block of a cluster, for multicast.
   char* const aligned = raw + (-static_cast<uint32>(__cvta_generic_to_shared(raw)) & 1023);
@@ -164,14 +166,19 @@ __device__ inline void linear(const LinearTensors& p) {
       }
     }
   } else {
-    if (kGroups > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kGroups == 2 ? 224 : kGroups == 3 ? 152 : 112));
+    if (kGroups > 1)
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kGroups == 2   ? 224
+                                                               : kGroups == 3 ? 152
+                                                                              : 112));
     const int part = warp / 4, thread = threadIdx.x % 128;
     float* const chunk = chunks + part * kChunk * kChunkRow;
     // The block that this warp notifies of a free slot: first the blocks of the same rows, then those of the
     // same tokens.
     const int peer = warp % 4;
-    const int told =
-        peer < kClusterTokens ? rank_m + kClusterRows * peer : (peer - kClusterTokens < rank_m ? peer - kClusterTokens : peer - kClusterTokens + 1) + kClusterRows * rank_n;
+    const int told = peer < kClusterTokens ? rank_m + kClusterRows * peer
+                                           : (peer - kClusterTokens < rank_m ? peer - kClusterTokens
+                                                                             : peer - kClusterTokens + 1) +
+                                                 kClusterRows * rank_n;
     static_assert(kPeers <= 4, "a warp tells one block");
     auto release = [&](int slot) {
       if (lane == 0 && peer < kPeers) barrier_arrive(empty + 8 * slot, told);
