@@ -12,7 +12,8 @@
 //               +--------------+--------------+----            sums[R][N] in registers, += w * x
 //               | next panel: its lines are prefetched meanwhile
 //
-// A register block has R rows and N activations, so that a vector loaded from either is used several times.
+// A register block has R = RowCount rows and N = XCount activations, so that a vector loaded from either is
+// used several times.
 // The column blocks are so narrow that a block's activations stay in the first-level cache; with one
 // activation there is one block, the whole row. The order in which a product's terms are added depends on
 // none of this: a token's result has the same bits whatever is in the batch with it.

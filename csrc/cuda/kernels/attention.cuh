@@ -4,7 +4,7 @@
 //
 // Layout. A block has 4 warps of 16 queries. Scores stay in registers: 16 x 64 a warp from q k^T, with a
 // running maximum and sum a query, then p v. Two buffers of keys and values, filled by cp.async where the
-// source allows it:
+// source allows it. D is kPaddedDim:
 //
 //               tile of 64 keys (32 for head_dim over 128)
 //   warp 0  16 queries | scores [16][64] in registers |      online softmax: m' = max(m, s),

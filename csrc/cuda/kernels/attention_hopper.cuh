@@ -2,7 +2,7 @@
 //
 // Layout. Two warpgroups have 64 queries each; a third one brings tiles of 128 keys and values through two
 // buffers, by the copy engine, by cp.async, or converted on the way. Rows are cut into columns of 64 values,
-// [column][row] of 128 bytes, the layout of describe() in hopper.cuh:
+// [column][row] of 128 bytes, the layout of describe() in hopper.cuh. D is kPaddedDim:
 //
 //   shared:  queries [D / 64][128][64]  |  keys [2][D / 64][128][64]  |  values [2][..]  |  places, barriers
 //

@@ -14,7 +14,7 @@
 // Cost: a pass over the row for each level, 4 vocab bytes from the L2 cache, and a bitonic sort of 2048 keys
 // in shared memory, 66 rounds of comparisons.
 //
-// Reference: `expected` in tests/cuda/test_sample.py; sample.cu has the whole.
+// Reference: `expected` in tests/cuda/test_sample.py; sample.cu has the whole algorithm.
 #pragma once
 
 #include "cuda/kernels/sample_row.cuh"
