@@ -99,16 +99,16 @@ EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
   Buffer buffer(static_cast<size_t>(bytes));
   char* memory = buffer.get<char>(static_cast<size_t>(bytes));
   std::memset(memory, 1, static_cast<size_t>(bytes));
-  constexpr int64_t kPiece = 1 << 18;
+  constexpr int64_t kChunkBytes = 1 << 18;
   std::vector<uint64_t> sums(static_cast<size_t>(threads) * 8);
   double best = 1e9;
   for (int i = 0; i < repeats; ++i) {
     const int64_t stretch = i % 3 == 2 ? 1 << 16 : 1 << 14;
     best = std::min(best, seconds([&] {
-                      pool.run(bytes / kPiece, [&](int64_t task, int thread) {
-                        for (int64_t at = 0; at < kPiece; at += stretch) {
+                      pool.run(bytes / kChunkBytes, [&](int64_t task, int thread) {
+                        for (int64_t at = 0; at < kChunkBytes; at += stretch) {
                           sums[static_cast<size_t>(thread) * 8] +=
-                              read_chunk(memory + task * kPiece + at, stretch, i % 3 != 0);
+                              read_chunk(memory + task * kChunkBytes + at, stretch, i % 3 != 0);
                         }
                       });
                     }));
