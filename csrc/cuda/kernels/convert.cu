@@ -4,7 +4,7 @@
 //
 // Cost. Bytes: 4 read and 2 written a value; memory bounds it, time = 6 n / bandwidth.
 //
-// Reference: no test of its own; the goldens of image features, tests/csrc/test_golden_gpu.py.
+// Reference: the goldens of image features, tests/csrc/test_golden_gpu.py.
 #include "cuda/kernels/common.cuh"
 #include "cuda/kernels/convert.h"
 
