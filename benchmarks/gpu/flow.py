@@ -1,13 +1,13 @@
-"""What Python and Paddle add to the engine on a GPU, at the 7B geometry with random weights in bfloat16.
+"""Overhead of Python and Paddle over the engine on a GPU, at the 7B geometry with random weights in bfloat16.
 
 Run: python benchmarks/gpu/flow.py FOLDER
 Needs the plugin, a CPU build of Paddle, PyTorch for CUDA, 24 GB of GPU memory, and room for 19 GB in FOLDER, which is
-made and deleted at the end; in memory best. Exporting takes two minutes.
+created and deleted at the end, preferably in memory. Exporting takes two minutes.
 
-A caption of 64 tokens with one image, the whole answer waited for: through the C interface alone (its tensors in GPU
-memory, as in ours.py); through `QwenVL`, as `generate` asks for it and as `encode_images` and `generate_ids` do; and
-through the exported programs in Paddle Inference; each in a process of its own. Medians after warm-up, with a new image
-and a new prompt each time. All must give the same tokens.
+Time to a complete caption of 64 tokens with one image: through the C interface alone (its tensors in GPU memory, as in
+ours.py); through `QwenVL`, by `generate` and by `encode_images` and `generate_ids`; and through the exported programs
+in Paddle Inference; each in a separate process. Medians after warm-up, with a new image and a new prompt each time. All
+must give the same tokens.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ TESTS = FOLDER.parents[1] / "tests"
 sys.path += [str(FOLDER.parent), str(TESTS), str(TESTS / "csrc")]
 
 PROMPT, QUERIES, NEW_TOKENS = 284, 256, 64
-WORDS = 151643  # tokens below are words; those above end a text, or have another meaning
+WORDS = 151643  # tokens below are text; those above are stop tokens or special
 RUNS = 7
 
 
-# ---- the exported pair -----------------------------------------------------------------------------------
+# ---- the exported model ----------------------------------------------------------------------------------
 
 
 def parameters(weights: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, bfloat16 bits) of made-up weights; one that is no word is never the likeliest token."""
+    """(name, bfloat16 bits) of random weights; special tokens are never the likeliest."""
     pattern = (np.random.default_rng(0).standard_normal(1048573)).astype(np.float32)
     for name, weight in weights.items():
         matrix = len(weight.shape) > 1 and name != "wte.weight"
@@ -54,7 +54,7 @@ def parameters(weights: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def export(folder: Path, name: str) -> None:
-    """Write a stage as an export of a checkpoint would: the programs of the engine over made-up weights."""
+    """Write a stage like the export of a checkpoint: the programs of the engine with random weights."""
     from seven_b import CONFIG
 
     from paddlemix_qwenvl_plugin.artifact.contract import stock_inputs, vision_inputs
@@ -87,9 +87,9 @@ def request(seed: int) -> tuple[Any, Any]:
 
 
 def report(way: str, answer: Callable[[Any, Any], list[int]], first: int = 1) -> None:
-    """Print the median milliseconds of `answer`, and the tokens of a request that is answered in all ways.
+    """Print the median milliseconds of `answer`, and the tokens of a request common to all ways.
 
-    `first`: number of the first of the other requests; none is asked twice in a process, which would remember it.
+    `first`: seed of the first of the other requests; no request repeats in a process, whose caches would serve it.
     """
     tokens = answer(*request(0))
     taken = []
@@ -170,7 +170,7 @@ def paddle(folder: Path) -> None:
         Stage(folder / name, stage, "gpu") for name, stage in (("vision", "vision"), ("qwen", "language"))
     ]
     vision, language = (stage.open() for stage in stages)
-    # The caches that the programs declare and the engine does not read; all else is a few numbers.
+    # The caches that the programs declare and the engine does not read; the other inputs are small.
     cache = [language.zeros([2, 1, 32, 1024, 128], "bfloat16") for _ in range(32)]
     small = {**CONFIG, "num_hidden_layers": 0}
     place = np.array([[0, 0, QUERIES + 1]])
@@ -201,7 +201,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--part", choices=PARTS, help="one way alone, on a FOLDER that is there")
+    parser.add_argument("--part", choices=PARTS, help="one way alone, on an existing FOLDER")
     parser.add_argument("--export", choices=("vision", "language", "both"), help="write FOLDER and keep it")
     arguments = parser.parse_args()
     folder: Path = arguments.folder

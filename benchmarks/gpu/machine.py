@@ -1,4 +1,4 @@
-"""A GPU's limits: `python machine.py` prints a line of JSON for each."""
+"""Measure a GPU's limits: `python machine.py` prints a line of JSON for each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from timing import note, report, times
 
 
 def main() -> None:
-    """The fastest of some copies (bytes read and written count), reads and products."""
+    """Report the fastest of several copies (bytes read plus written), reads and products."""
     note(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
     source = torch.randn(1 << 30, device=DEVICE)
     gigabytes, target = source.nbytes / 1e9, torch.empty_like(source)

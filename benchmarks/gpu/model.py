@@ -1,6 +1,6 @@
-"""The 7B model on a GPU: its weights' names and shapes, random values for them, and the least that each row costs.
+"""The 7B model on a GPU: names and shapes of its weights, random values, and the lower bound of each row's time.
 
-PyTorch and NumPy only, no plugin: the machine of a GPU need not have Paddle.
+PyTorch and NumPy only, no plugin: the GPU machine does not need Paddle.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def vision_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
 
 
 def random(name: str, shape: tuple[int, ...]) -> Any:
-    """Values as bfloat16 on the device, the same for a name in every process; activations stay small with them."""
+    """Random bfloat16 values on the device, the same for a name in every process; they keep activations small."""
     generator = torch.Generator(DEVICE).manual_seed(zlib.crc32(name.encode()))
     values = torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
     if len(shape) > 1:
@@ -130,27 +130,27 @@ COPY, READ, RATE = "copy, GB/s", "read, GB/s", "products, TFLOP/s"  # of the mac
 
 
 def image_sets(n: int, sizes: Sizes) -> list[Any]:
-    """Images of variance 1, float32 [n, 3, size, size]: several sets, so that no cache has the next one."""
+    """Images of variance 1, float32 [n, 3, size, size]: several sets, so that the next one is in no cache."""
     return [torch.randn(n, 3, sizes.image, sizes.image, device=DEVICE) for _ in range(4)]
 
 
 def random_ids(n: int, sizes: Sizes) -> Any:
-    """int32 [n]."""
+    """Random token ids, int32 [n]."""
     return torch.randint(0, sizes.vocab, (n,), device=DEVICE, dtype=torch.int32)
 
 
-# ---- the least that a row costs --------------------------------------------------------------------------
+# ---- lower bounds of the rows ----------------------------------------------------------------------------
 
 
 class Machine(NamedTuple):
-    """Measured: bytes a second that are read, operations a second of matrix products."""
+    """Measured limits: bytes read a second, operations of matrix products a second."""
 
     read: float
     rate: float
 
 
 def bytes_of(kind: str, shape: tuple[int, ...]) -> int:
-    """Length of a weight, see qvl_packed_bytes."""
+    """Bytes of a weight, see qvl_packed_bytes."""
     n_out, n_in = shape[0], math.prod(shape[1:])
     padded = -(-n_in // 128) * 128
     if kind == "int8":
@@ -161,7 +161,7 @@ def bytes_of(kind: str, shape: tuple[int, ...]) -> int:
 
 
 def kind_of(name: str, shape: tuple[int, ...], storage: str) -> str:
-    """How an export with this storage keeps a weight: "int4" leaves two of them at 8 bits, tables as they are."""
+    """Storage type of a weight in an export: "int4" keeps two matrices at 8 bits, and tables unquantized."""
     if len(shape) != 2 or name.startswith(("wte", "visual")) or storage == "bf16":
         return "bf16"
     eight = storage == "int8" or name.endswith(("attn.c_attn.weight", "lm_head.weight"))
@@ -169,7 +169,7 @@ def kind_of(name: str, shape: tuple[int, ...], storage: str) -> str:
 
 
 def floors(sizes: Sizes, storage: str, machine: Machine) -> dict[str, float]:
-    """Milliseconds of each row: the longer of bytes over `read` and operations over `rate`.
+    """Lower bounds of the rows in milliseconds: the larger of bytes / `read` and operations / `rate`.
 
     Bytes are those of the weights and of the cached keys and values (bfloat16), once a step or pass; operations are
     those of the products and of attention, where a prompt's is half a square. Rows of several parts are their sums.
@@ -198,7 +198,7 @@ def floors(sizes: Sizes, storage: str, machine: Machine) -> dict[str, float]:
     blocks = sum(
         math.prod(shape) for name, shape in vision.items() if len(shape) > 1 and "positional" not in name
     )
-    blocks -= sizes.hidden**2  # visual.proj, which queries see
+    blocks -= sizes.hidden**2  # visual.proj, applied to queries, not patches
     width, hidden, patches, queries = sizes.vision_width, sizes.hidden, sizes.patches, sizes.queries
     pooling = 2 * patches * (width * hidden + 2 * hidden**2) + queries * (
         4 * patches * hidden + 4 * hidden**2

@@ -1,7 +1,7 @@
 """The engine on a GPU through its C interface: `python ours.py --type bf16` prints a line of JSON for each row.
 
-Weights, images and tokens are PyTorch's tensors on the GPU, handed over as pointers; the steps of a caption take the
-token of the step before from GPU memory, and no call waits. QWENVL_LIBRARY names libqwenvl.so, with libqwenvl_cuda.so
+Weights, images and tokens are PyTorch tensors on the GPU, passed as pointers; the steps of a caption read the token of
+the step before from GPU memory, and no call waits. QWENVL_LIBRARY names libqwenvl.so, with libqwenvl_cuda.so
 beside it, QWENVL_CUDA_KERNELS the folder of the kernels.
 
 --open FOLDER writes the two parameter files of the bfloat16 model there (19 GB) and times opening them instead.
@@ -101,7 +101,7 @@ def config_of(sizes: Sizes, stages: int) -> Config:
 
 
 def packed(name: str, shape: tuple[int, ...], kind: str) -> Any:
-    """A weight's bytes as qvl_packed_bytes has them: random values, of the same size as `random` gives."""
+    """Random weight in the layout of qvl_packed_bytes, with the same magnitude as `random`."""
     if kind == "bf16":
         return random(name, shape)
     n_out, n_in = shape
@@ -109,7 +109,7 @@ def packed(name: str, shape: tuple[int, ...], kind: str) -> Any:
     n_values = n_out * padded // (1 if kind == "int8" else 2)
     made = torch.empty(bytes_of(kind, shape), dtype=torch.uint8, device=DEVICE)
     made[:n_values].random_(0, 256)
-    deviation = 73.9 if kind == "int8" else 4.6  # of the integers
+    deviation = 73.9 if kind == "int8" else 4.6  # standard deviation of the integers
     scales = made[n_values:].view(torch.float32 if kind == "int8" else torch.bfloat16)
     scales.fill_(0.5 / n_in**0.5 / deviation)
     return made
@@ -136,7 +136,7 @@ class MadeWeights(Weights):
 
 
 class Steps:
-    """A batch of equal sequences that is stepped again and again; its arrays are made once."""
+    """A batch of equal sequences for repeated steps; its arrays are created once."""
 
     def __init__(self, engine: Engine, pool: Pool, tables: np.ndarray) -> None:
         """tables: int32 [sequences, blocks]."""
@@ -164,8 +164,10 @@ class Steps:
         features: Any = None,
         logits: Any = None,
     ) -> None:
-        """Enqueue a step. ids int32 [n * n_new]; tokens int32 [n]; features float32 [n, queries, hidden] stand at
-        1 .. queries of each sequence; logits float32 [n, vocab]: all in GPU memory, and kept until the step is done.
+        """Enqueue a step.
+
+        ids int32 [n * n_new]; tokens int32 [n]; features float32 [n, queries, hidden] are positions 1 .. queries of
+        each sequence; logits float32 [n, vocab]. All in GPU memory; keep them until the step has ended.
         """
         for sequence in self._sequences:
             sequence.n_new, sequence.n_past, sequence.prompt_len = n_new, n_past, prompt_len
@@ -185,7 +187,7 @@ def make_spans(features: Any, n_new: int) -> Any:
 
 
 def stream() -> int:
-    """PyTorch's current one, which is not the default one here: that is what NULL would not mean."""
+    """PyTorch's current stream. Not the default stream, whose handle is NULL, which means the engine's own."""
     return int(torch.cuda.current_stream().cuda_stream)
 
 
@@ -194,7 +196,7 @@ class Ours:
         self.sizes = sizes
         library = Library(Path(os.environ["QWENVL_LIBRARY"]))
         weights = MadeWeights(library, sizes, storage)
-        torch.cuda.synchronize()  # the engine reads them on a stream of its own
+        torch.cuda.synchronize()  # the engine reads them on its own stream
         self.engine = Engine(library, config_of(sizes, VISION | LANGUAGE), weights)
         note(self.engine.describe())
 
@@ -211,7 +213,7 @@ class Ours:
         return torch.full(shape, -1, device=DEVICE, dtype=torch.int32)
 
     def batch(self, pool: Pool, n_blocks: int, sequences: int, positions: int) -> Steps:
-        """Blocks of the pool are dealt at random."""
+        """Batch of sequences with random blocks of the pool."""
         each = -(-positions // BLOCK)
         order = np.random.default_rng(0).permutation(n_blocks)[: sequences * each]
         return Steps(self.engine, pool, order.reshape(sequences, each))
@@ -230,7 +232,7 @@ def time_vision(column: str, ours: Ours) -> None:
 
         report(column, row, measure(encode))
         if not features.isfinite().all():
-            note(f"{row}: features that are not finite")
+            note(f"{row}: features are not finite")
 
 
 def time_prompts(column: str, ours: Ours, steps: Steps) -> None:
@@ -284,7 +286,7 @@ def time_answers(column: str, ours: Ours, pool: Pool, n_blocks: int) -> None:
 
 
 def check(ours: Ours, steps: Steps, path: Path) -> None:
-    """Against PyTorch's answer to the same image and prompt (peers.py --check)."""
+    """Compare with PyTorch on the same image and prompt (peers.py --check)."""
     theirs = torch.load(path)
     features, logits = ours.features(1), torch.full((1, ours.sizes.vocab), float("nan"), device=DEVICE)
     ours.encode(theirs["image"], features)
@@ -301,7 +303,7 @@ def check(ours: Ours, steps: Steps, path: Path) -> None:
 
 
 def write_stage(path: Path, shapes: dict[str, tuple[int, ...]], pattern: bytes) -> None:
-    """A parameter file of bfloat16 (paddlemix_qwenvl_plugin/artifact/params_file.py has the format)."""
+    """Write a parameter file of bfloat16 weights (format: paddlemix_qwenvl_plugin/artifact/params_file.py)."""
 
     def varint(n: int) -> bytes:
         return bytes((n & 127 | 128, n >> 7 & 127 | 128, n >> 14 & 127 | 128, n >> 21))
@@ -320,7 +322,7 @@ def write_stage(path: Path, shapes: dict[str, tuple[int, ...]], pattern: bytes) 
 
 
 def time_opening(folder: Path, sizes: Sizes) -> None:
-    """Both stages, each with an engine of its own, in a process that has not used the GPU yet."""
+    """Time the opening of both stages, an engine each, in a process that has not used the GPU yet."""
     library = Library(Path(os.environ["QWENVL_LIBRARY"]))
     stages = (("vision", VISION, vision_shapes(sizes)), ("language", LANGUAGE, language_shapes(sizes)))
     pattern = (np.random.default_rng(0).standard_normal(1 << 24) * 0.02).astype(np.float32).view(
@@ -365,7 +367,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--type", choices=STORAGES, default="bf16")
-    parser.add_argument("--check", type=Path, help="compare with what peers.py wrote there")
+    parser.add_argument("--check", type=Path, help="compare with this file of peers.py --check")
     parser.add_argument("--open", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
     if arguments.open:

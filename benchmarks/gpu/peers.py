@@ -1,13 +1,13 @@
-"""The same model in PyTorch, on a GPU: `python peers.py` prints a line of JSON for each row and way of running.
+"""The same model in PyTorch on a GPU: `python peers.py` prints a line of JSON for each row and execution mode.
 
 eager: PyTorch's operators, one after another.
-compiled: torch.compile for what lies between two attentions, the same code in all layers, and a whole pass as one CUDA
-graph. That is what mode "reduce-overhead" makes of the model, without its copies of inputs and without compiling 32
-equal layers one by one. Decode steps of one token are compiled with coordinate_descent_tuning, which makes them faster.
+compiled: torch.compile for the code between two attentions, shared by all layers, and a whole pass as one CUDA graph.
+This is equivalent to mode "reduce-overhead", without its copies of inputs and without compiling 32 equal layers one by
+one. Decode steps of one token are compiled with coordinate_descent_tuning, which makes them faster.
 
 Weights and activations are bfloat16. q, k, v come from one product, and so do gate and value of the MLP. The cache is
-static; attention sees the valid part alone, and of scaled_dot_product_attention's kernels the one that is fastest at
-the shape is taken. Steps of a caption have a graph for each length.
+static; attention reads its valid part only, with the kernel of scaled_dot_product_attention that is fastest at the
+shape. Steps of a caption have a graph for each length.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Function = Callable[..., Any]
 KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-IMAGES = 8  # at once, as prompts
+IMAGES = 8  # prompts in a batch
 CACHED = 2048  # positions of the static cache, and of 64 requests at once
 CACHED_REQUESTS = 384
 
@@ -55,7 +55,7 @@ def eager(function: Function) -> Function:
 
 
 def compiled(function: Function) -> Function:
-    """For one row products become sums over the weights, as fast as tuning makes them; else they are cuBLAS's."""
+    """Compile a function. For one row, products become tuned reductions; else they are cuBLAS's."""
     compiler = functools.partial(torch.compile, function, fullgraph=True, dynamic=False)
     plain, of_one_row = compiler(), compiler(options={"coordinate_descent_tuning": True})
 
@@ -69,7 +69,7 @@ def compiled(function: Function) -> Function:
 
 
 class Graphs:
-    """Passes as CUDA graphs that share their scratch memory: they run one at a time."""
+    """CUDA graphs of passes that share their scratch memory and run one at a time."""
 
     def __init__(self) -> None:
         self._memory = torch.cuda.graph_pool_handle()
@@ -85,7 +85,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
             results = run()
-        self._kept.append((graph, results))  # shared memory lives as long as a graph does, results stay put
+        self._kept.append((graph, results))  # keep the graph, which owns the shared memory, and its results
         return graph.replay
 
 
@@ -95,7 +95,7 @@ def as_it_is(run: Function) -> Function:
 
 @functools.cache
 def fastest_kernel(query: tuple[int, ...], key: tuple[int, ...], causal: bool) -> SDPBackend:
-    """Of [batch, heads, tokens, head_dim], by the time of 10 calls in a graph."""
+    """Fastest kernel for shapes [batch, heads, tokens, head_dim], by the time of 10 calls in a graph."""
     q = torch.randn(query[0], query[2], query[1], query[3], device=DEVICE, dtype=torch.bfloat16).transpose(
         1, 2
     )
@@ -120,7 +120,7 @@ def fastest_kernel(query: tuple[int, ...], key: tuple[int, ...], causal: bool) -
 def attend(q: Any, k: Any, v: Any, causal: bool = False) -> Any:
     """[batch, tokens, heads, head_dim] -> [batch, tokens, heads * head_dim]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    seen = -(-k.shape[2] // 256) * 256  # lengths near each other share a choice
+    seen = -(-k.shape[2] // 256) * 256  # similar lengths share a choice
     key = (*k.shape[:2], k.shape[2] if causal else seen, k.shape[3])
     with sdpa_kernel(fastest_kernel(tuple(q.shape), key, causal)):
         mixed = f.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -151,7 +151,7 @@ def before_attention(
     values: Any,
     slots: Any,
 ) -> Any:
-    """X [n, hidden] and what the layer before adds to it; keys and values go to their slots."""
+    """QKV of a layer. x [n, hidden], delta: output of the layer before; keys and values are written to their slots."""
     x = x + delta
     heads, head_dim = keys.shape[1:]
     q, k, v = f.linear(rms(x, ln), weight, bias).view(-1, 3, heads, head_dim).unbind(1)
@@ -172,7 +172,7 @@ def logits_and_tokens(x: Any, delta: Any, last: Any, ln: Any, head: Any) -> Any:
 
 
 class Cache:
-    """Keys and values [batch * length, heads, head_dim] of each layer, random at first."""
+    """Static KV cache: [batch * length, heads, head_dim] per layer, random at first."""
 
     def __init__(self, sizes: Sizes, batch: int, length: int) -> None:
         self.batch, self.length = batch, length
@@ -183,7 +183,7 @@ class Cache:
 
 
 class Language:
-    """Weights as compiled or eager code takes them."""
+    """The language model, eager or compiled."""
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
@@ -211,9 +211,10 @@ class Language:
     def run(
         self, cache: Cache, ids: Any, past: int, tokens: int, first: int = 0, features: Any = None
     ) -> tuple[Any, Any]:
-        """A pass over `tokens` tokens of each of some sequences, the cache's from `first` on: logits, next tokens.
+        """Run a pass over `tokens` tokens per sequence, for sequences of the cache from `first` on.
 
-        ids int64 [sequences * tokens]; features [sequences, queries, hidden] stand at 1 .. queries of each.
+        ids int64 [sequences * tokens]; features [sequences, queries, hidden] are positions 1 .. queries.
+        Returns logits and next tokens.
         """
         n = ids.shape[0] // tokens
         x = f.embedding(ids, self.wte)
@@ -236,7 +237,7 @@ class Language:
 
 @functools.cache
 def places(length: int, first: int, n: int, past: int, tokens: int) -> tuple[Any, Any, Any]:
-    """Slots in the cache and positions of the tokens, and which are the last of their sequence: int64."""
+    """Cache slots and positions of the tokens, and indices of the last token of each sequence: int64."""
     positions = torch.arange(past, past + tokens, device=DEVICE).repeat(n)
     sequences = torch.arange(first, first + n, device=DEVICE).repeat_interleave(tokens)
     last = torch.arange(1, n + 1, device=DEVICE) * tokens - 1
@@ -336,7 +337,7 @@ class Vision:
         delta = torch.zeros_like(x)
         for before, after in self.blocks:
             x, qkv = self.before(x, delta, *before)
-            # Query, key and value of a head lie side by side.
+            # Layout: [heads][q, k, v][head_dim].
             q, k, v = qkv.unflatten(-1, (self.sizes.vision_heads, 3, -1)).unbind(-2)
             x, delta = self.after(x, attend(q, k, v), *after)
         k, v = self.before_pool(x, delta, *self.pool)
@@ -393,7 +394,7 @@ def time_steps(column: str, language: Language, capture: Function) -> None:
 
 
 def answer(vision: Vision, language: Language, capture: Function, requests: int) -> Callable[[], Any]:
-    """What answers so many new requests: tokens int64 [NEW_TOKENS, requests] on the host."""
+    """Function that answers `requests` new requests: tokens int64 [NEW_TOKENS, requests] on the host."""
     sizes = language.sizes
     cache = Cache(sizes, requests, CACHED if requests == 1 else CACHED_REQUESTS)
     images = image_sets(requests, sizes)[0]
@@ -436,11 +437,11 @@ def time_answers(column: str, vision: Vision, language: Language, capture: Funct
         report(column, row, measure_waiting(answer(vision, language, capture, requests)))
 
 
-# ---- the whole -------------------------------------------------------------------------------------------
+# ---- main ------------------------------------------------------------------------------------------------
 
 
 def save_check(path: Path, vision: Vision, language: Language) -> None:
-    """What ours must give too: an image and a prompt, the image's features and the prompt's logits."""
+    """Save the reference for ours.py --check: an image, a prompt, the image's features and the prompt's logits."""
     torch.manual_seed(1)
     image = image_sets(1, vision.sizes)[0]
     ids = random_ids(PROMPT, language.sizes)
@@ -453,7 +454,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", type=Path, help="write a prompt and its logits there instead")
+    parser.add_argument("--check", type=Path, help="only write a prompt and its logits to this file")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     torch._dynamo.config.recompile_limit = 64

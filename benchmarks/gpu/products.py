@@ -1,8 +1,8 @@
-"""The products of a decode step alone: `python benchmarks/gpu/products.py` prints a line for each type and batch.
+"""Time the products of a decode step alone: `python benchmarks/gpu/products.py` prints a line per type and batch.
 
-A chain is the products of 32 layers and of lm_head, one after another as in a step, without what lies between them; it
-is replayed as a CUDA graph. Behind it the mean time of each of a layer's products, 32 of the kind in a chain of their
-own, and what it reads a second. Needs PyTorch for CUDA, and libqwenvl_cuda_test.so beside the kernels, in the folder
+A chain is the products of 32 layers and of lm_head, one after another as in a step, without the kernels between them,
+replayed as a CUDA graph. Then the mean time of each of a layer's products, 32 of the kind in a chain, and the bytes it
+reads a second. Needs PyTorch for CUDA, and libqwenvl_cuda_test.so beside the kernels, in the folder
 that QWENVL_CUDA_KERNELS names (tests/cuda/README.md).
 """
 
@@ -45,7 +45,7 @@ class Products:
         self.library.decode_linear.restype = ctypes.c_char_p
 
     def matrix(self, storage: str, out: int, width: int) -> Matrix:
-        """Random bytes in the layout of the kernels."""
+        """Random matrix in the layout of the kernels."""
         sizes = ctypes.c_uint64(), ctypes.c_uint64()
         self.library.decode_matrix_bytes(STORAGES.index(storage), out, width, *map(ctypes.byref, sizes))
         values, scales = (torch.empty(size.value, dtype=torch.uint8, device=DEVICE) for size in sizes)
@@ -71,7 +71,7 @@ class Products:
 
 
 def milliseconds(body: Callable[[], None]) -> float:
-    """Median of a graph's replays."""
+    """Median time of a graph's replays."""
     body()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -99,7 +99,7 @@ class Layer(NamedTuple):
 
 def time_storage(products: Products, storage: str, batches: list[int], sizes: Sizes) -> None:
     hidden, mlp = sizes.hidden, sizes.mlp
-    # As exports store them: c_attn and lm_head keep 8 bits where the others have 4.
+    # As in exports: c_attn and lm_head have 8 bits when the others have 4.
     kept = storage if storage == "half" else "int8"
     layers = [
         Layer(

@@ -1,13 +1,13 @@
-"""The engine on a GPU beside PyTorch, at the 7B geometry: one table of one run on one machine.
+"""Compare the engine on a GPU with PyTorch at the 7B geometry, in one table of one run on one machine.
 
 Run: QWENVL_LIBRARY=.../libqwenvl.so QWENVL_CUDA_KERNELS=FOLDER python benchmarks/gpu/run.py
 Needs PyTorch for CUDA, 100 GB of GPU memory and 5 minutes; for the engine, libqwenvl_cuda.so beside libqwenvl.so. The
 plugin need not be installed, nor Paddle.
 
-Every part runs in a process of its own, one after another: machine.py the limits, peers.py PyTorch, ours.py the engine
-with each type of weights. Figures are medians after warm-up, with random weights and new random inputs each time;
-caption and requests are whole answers, waited for. The floor (model.py) is the longer of bytes over the machine's
-reading rate and operations over its rate of products, added up over the steps of a row.
+The parts run in separate processes, one after another: machine.py the limits, peers.py PyTorch, ours.py the engine with
+each storage type. Figures are medians after warm-up, with random weights and new random inputs each time;
+caption and requests are times to complete answers. The floor (model.py) is the larger of bytes / measured read
+bandwidth and operations / measured product rate, summed over the steps of a row.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
         "--open",
         type=Path,
         metavar="FOLDER",
-        help="time opening too: FOLDER has room for 19 GB, in memory best",
+        help="also time opening: FOLDER has room for 19 GB, preferably in memory",
     )
     arguments = parser.parse_args()
     both = arguments.peers == arguments.ours
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def run(part: list[str], figures: Figures) -> int:
-    """Run a part, say what it prints, and add its figures."""
+    """Run a part, print its notes, and collect its figures."""
     program = [sys.executable, "-u", str(FOLDER / part[0]), *part[1:]]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -82,10 +82,10 @@ def run(part: list[str], figures: Figures) -> int:
 
 
 def show(figures: Figures, types: list[str]) -> None:
-    """The table in Markdown, milliseconds."""
+    """Print the table in Markdown, in milliseconds."""
     limits = {row: value for (column, row), value in figures.items() if column == "machine"}
     if len(limits) < 3:
-        raise SystemExit("the machine's limits were not measured")
+        raise SystemExit("the limits of the machine were not measured")
     print(f"{datetime.date.today()}:", "; ".join(f"{row} {limits[row]:.0f}" for row in (COPY, READ, RATE)))
     print("\n| " + " | ".join(HEADS) + " |\n" + "| --- " * len(HEADS) + "|")
     machine = Machine(1e9 * limits[READ], 1e12 * limits[RATE])

@@ -1,4 +1,4 @@
-"""Times on a GPU, and what a run of a benchmark's part prints."""
+"""Timings on a GPU, and the output lines of a benchmark's parts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import torch
 
-SECONDS = 0.4  # of a row, after the first runs
+SECONDS = 0.4  # per row, after warm-up
 
 
 def report(column: str, row: str, value: float) -> None:
-    """A line of JSON; milliseconds, except where the row names another unit."""
+    """Print a figure as a line of JSON; milliseconds, unless the row names another unit."""
     print(json.dumps({"column": column, "row": row, "value": value}), flush=True)
 
 
@@ -28,9 +28,9 @@ def nothing() -> None:
 def times(
     run: Callable[[], object], prepare: Callable[[], object] = nothing, group: int = 1, least: int = 5
 ) -> list[float]:
-    """Milliseconds of `run`, after two runs; `prepare` brings fresh inputs and is not in the times.
+    """Milliseconds of `run` after two warm-up runs; `prepare` makes new inputs, outside of the times.
 
-    They are between events of the current stream around `group` runs.
+    Measured between events of the current stream around `group` runs.
     """
     for _ in range(2):
         prepare()
@@ -58,7 +58,7 @@ def measure(
 
 
 def measure_waiting(run: Callable[[], object], runs: int = 3) -> float:
-    """Median milliseconds on the host of `run`, which waits for its result, after one run."""
+    """Median milliseconds on the host of `run`, which waits for its result, after one warm-up run."""
     run()
     taken = []
     for _ in range(runs):

@@ -1,4 +1,4 @@
-// What a device implements. Arguments have been checked when they arrive here.
+// Interface that a device implements. Arguments have been checked by the callers.
 #pragma once
 
 #include <memory>
@@ -16,15 +16,14 @@ struct KvPool {
 
   virtual ~KvPool() = default;
 
-  // One block, all layers. What the functions on whole blocks pass has block_bytes(), as kv_block_bytes()
-  // says.
+  // One block, all layers. `host` has block_bytes() bytes (kv_block_bytes() of core/config.h).
   virtual void copy_block(int32_t from, int32_t to, qvl_stream stream) = 0;
   virtual void read_block(int32_t block, void* host, qvl_stream stream) = 0;
   virtual void write_block(int32_t block, const void* host, qvl_stream stream) = 0;
   virtual uint64_t block_bytes() const = 0;
 };
 
-// A point in the work of a stream.
+// Event: a point in the work of a stream.
 struct Event {
   virtual ~Event() = default;
 
@@ -33,7 +32,7 @@ struct Event {
   virtual void wait() = 0;
 };
 
-// How tokens are picked from rows of logits, and where they go; as in qvl_step_args.
+// Sampling parameters of the rows of logits, and the outputs; as in qvl_step_args.
 struct Picks {
   int32_t n;
   const qvl_sampling* sampling;
@@ -76,7 +75,7 @@ std::unique_ptr<Backend> make_cpu_backend(const qvl_config& config, const Weight
 // Fill everything but `size`.
 void describe_cpu(qvl_device_info* info);
 
-// What libqwenvl_cuda.so gives, by its symbol qvl_cuda_back_end. Its functions throw Error.
+// Entry points of libqwenvl_cuda.so, behind its symbol qvl_cuda_back_end. The functions throw Error.
 struct CudaBackEnd {
   const char* version;  // qvl_version() of the sources that it was built from
   int32_t (*count)();
@@ -84,8 +83,8 @@ struct CudaBackEnd {
   std::unique_ptr<Backend> (*make)(const qvl_config& config, const WeightTable& weights);
 };
 
-// Loads the library at the first call: the one beside this library, or one that the process has loaded
-// already. Throws QVL_UNSUPPORTED if there is none.
+// Load the library at the first call: the one beside this library, or one that the process has already
+// loaded. Throws QVL_UNSUPPORTED if it is missing.
 const CudaBackEnd& cuda_back_end();
 
 }  // namespace qvl

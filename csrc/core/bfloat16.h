@@ -1,4 +1,4 @@
-// bfloat16 as its bits.
+// Conversions between float32 and the bits of bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ inline float from_bfloat16(uint16_t bits) {
   return value;
 }
 
-// To nearest, ties to even; a NaN stays one.
+// Round to nearest, ties to even; NaN stays NaN.
 inline uint16_t to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);

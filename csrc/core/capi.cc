@@ -1,4 +1,4 @@
-// The C boundary: NULLs and sizes are checked, errors become codes, the rest is elsewhere.
+// The C boundary: check pointers and sizes, convert structs, turn exceptions into status codes.
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -33,7 +33,7 @@ void check_packing(qvl_dtype dtype, int64_t out, int64_t in, const void* values,
   not_null(packed, "packed");
 }
 
-// Keys and values of a float32 model are kept in float32, of any other in bfloat16.
+// KV cache type of qvl_generate's own pool: float32 for a float32 model, else bfloat16.
 qvl_dtype cache_dtype(const qvl_config& config, const WeightTable& weights) {
   if (!has_language(config)) return QVL_FLOAT32;
   return weights.at("h.0.attn.c_attn.weight").dtype == QVL_FLOAT32 ? QVL_FLOAT32 : QVL_BFLOAT16;
@@ -44,14 +44,14 @@ std::unique_ptr<Backend> make_backend(const qvl_config& config, const WeightTabl
                                           : make_cpu_backend(config, weights);
 }
 
-// False if there is nothing to do.
+// False for n == 0.
 bool blocks_given(const qvl_kv_pool* pool, int32_t n) {
   not_null(pool, "pool");
   QVL_REQUIRE(n >= 0, QVL_INVALID, "n is %d", n);
   return n > 0;
 }
 
-// Bytes of a block.
+// Check the host buffer of n blocks; returns the bytes of a block.
 uint64_t checked_host(const KvPool& pool, int32_t n, const void* host, uint64_t bytes) {
   not_null(host, "host");
   const uint64_t block = pool.block_bytes();
@@ -61,7 +61,7 @@ uint64_t checked_host(const KvPool& pool, int32_t n, const void* host, uint64_t 
   return block;
 }
 
-// What qvl_sampling_init sets.
+// Values that qvl_sampling_init sets.
 constexpr qvl_sampling kGreedy = {sizeof(qvl_sampling), 0, 1, 0, 1, 0, 0, 0, nullptr, 0, 0};
 
 qvl_status allocated(qvl_engine* engine, uint64_t bytes, void** memory, void* (Backend::*alloc)(uint64_t),
@@ -131,7 +131,7 @@ qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_device_info
     not_null(info, "info");
     const uint32_t size = info->size;
     qvl::check_size<qvl_device_info>("info", "size", size);
-    // Why there is no GPU says more than their number.
+    // The error of loading the back end is more specific than a count of 0.
     const int32_t count = device == QVL_DEVICE_CUDA ? qvl::cuda_back_end().count() : qvl_device_count(device);
     QVL_REQUIRE(index >= 0 && index < count, QVL_INVALID,
                 "device %d, index %d: this library can use %d of that kind", device, index, count);
@@ -372,7 +372,7 @@ qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_batch* b
 }
 
 void qvl_sampling_init(qvl_sampling* sampling) {
-  if (sampling == nullptr || sampling->size > 4096) return;  // said by the function that it is passed to
+  if (sampling == nullptr || sampling->size > 4096) return;  // reported by the function that receives it
   const uint32_t size = sampling->size;
   qvl_sampling made = qvl::kGreedy;
   made.size = size;

@@ -1,20 +1,20 @@
-// Checks of what callers pass to the computing functions.
+// Checks of arguments of the functions that compute.
 #pragma once
 
 #include "core/backend.h"
 
 namespace qvl {
 
-// Tokens in the batch. Fails if anything about it is wrong, ids aside.
+// Check a batch except its token ids; returns its number of tokens.
 int64_t check_batch(const qvl_config& config, const KvPool& pool, const qvl_batch& batch);
 
 void check_spans(const char* where, int32_t n_spans, const qvl_span* spans, int64_t n_tokens);
 
-// `where` names the array and `index` the place in it. counted: there are counts for its penalties.
+// `where` names the array, `index` the element. counted: the row has counts for its penalties.
 void check_sampling(const qvl_config& config, const char* where, int32_t index, const qvl_sampling& sampling,
                     bool counted);
 
-// Block numbers from a caller.
+// Check block numbers against the pool.
 void check_blocks(const KvPool& pool, const char* name, int32_t n, const int32_t* blocks);
 
 void check_pool_sizes(const qvl_config& config, int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype);

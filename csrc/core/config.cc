@@ -40,7 +40,7 @@ void check_vision(const qvl_config& c) {
   in_range("patch_size", c.patch_size, 1, 1 << 10);
   QVL_REQUIRE(c.image_size % c.patch_size == 0, QVL_INVALID,
               "config: image_size (%d) must be a multiple of patch_size (%d)", c.image_size, c.patch_size);
-  in_range("patches of a picture", patches(c), 1, 1 << 16);
+  in_range("patches of an image", patches(c), 1, 1 << 16);
   in_range("vision_width", c.vision_width, 1, kLargest);
   in_range("vision_layers", c.vision_layers, 1, 4096);
   in_range("vision_heads", c.vision_heads, 1, 4096);

@@ -1,4 +1,4 @@
-// The checked config, and what follows from it.
+// The checked config and sizes derived from it.
 #pragma once
 
 #include "qwenvl.h"
@@ -8,7 +8,7 @@ namespace qvl {
 constexpr int kResamplerHeadDim = 128;
 constexpr int kMaxBlockTokens = 256;
 
-// Copy a caller's config, whatever its version, and check every field.
+// Copy a caller's config, of any version of the struct, and check every field.
 qvl_config checked_config(const qvl_config* config);
 
 inline bool has_vision(const qvl_config& c) {
@@ -18,7 +18,7 @@ inline bool has_language(const qvl_config& c) {
   return (c.stages & QVL_STAGE_LANGUAGE) != 0;
 }
 
-// Bytes of the keys and values of a block's tokens in all layers.
+// Bytes of a KV block: keys and values of its tokens in all layers.
 uint64_t kv_block_bytes(const qvl_config& config, int32_t block_tokens, qvl_dtype dtype);
 
 inline int patches(const qvl_config& c) {

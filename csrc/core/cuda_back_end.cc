@@ -1,4 +1,4 @@
-// Finds the library of the CUDA back end.
+// Find and load the library of the CUDA back end.
 #include <dlfcn.h>
 
 #include <cstring>
@@ -18,10 +18,10 @@ const CudaBackEnd* load() {
   const std::string here = info.dli_fname != nullptr ? info.dli_fname : "";
   const std::string beside = here.substr(0, here.rfind('/') + 1) + kLibrary;
   void* library = dlopen(beside.c_str(), RTLD_NOW);
-  // One that is loaded already is found by its name alone.
+  // A library that the process has already loaded is found by its name.
   if (library == nullptr) library = dlopen(kLibrary, RTLD_NOW);
   QVL_REQUIRE(library != nullptr, QVL_UNSUPPORTED,
-              "no GPU back end: there is no %s; run qwenvl build-engine --device gpu", kLibrary);
+              "no GPU back end: %s not found; run qwenvl build-engine --device gpu", kLibrary);
   const auto* found = static_cast<const CudaBackEnd*>(dlsym(library, "qvl_cuda_back_end"));
   QVL_REQUIRE(found != nullptr && std::strcmp(found->version, qvl_version()) == 0, QVL_UNSUPPORTED,
               "%s is of another version than the engine; run qwenvl build-engine --device gpu", kLibrary);

@@ -1,4 +1,4 @@
-// The handles behind the C interface.
+// Handles of the C interface and the calls behind it.
 #pragma once
 
 #include <memory>
@@ -12,9 +12,9 @@ struct qvl_weights {
 
 struct qvl_engine {
   qvl_config config;
-  std::shared_ptr<const qvl::Tensors> tensors;  // that the back end reads from
+  std::shared_ptr<const qvl::Tensors> tensors;  // keeps the memory that the back end reads
   std::unique_ptr<qvl::Backend> backend;
-  qvl_dtype cache_dtype;  // what qvl_generate makes its own pool of
+  qvl_dtype cache_dtype;  // of the pool that qvl_generate creates
   std::mutex computing;
 };
 
@@ -29,7 +29,7 @@ struct qvl_event {
 
 namespace qvl {
 
-// The checked calls, taking the engine's lock. Structs are in today's layout.
+// Check the arguments, take the engine's lock and compute. Structs are in the current layout.
 void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, qvl_stream stream);
 void sample(qvl_engine& engine, const float* logits, const Picks& picks, qvl_stream stream);
 void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
@@ -37,7 +37,7 @@ void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* 
 std::unique_ptr<qvl_kv_pool> make_pool(qvl_engine& engine, int32_t n_blocks, int32_t block_tokens,
                                        qvl_dtype dtype);
 
-// A request of qvl_generate in today's layout.
+// qvl_request in the current layout.
 struct Request {
   int32_t n_tokens;
   const int32_t* tokens;

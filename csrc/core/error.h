@@ -1,4 +1,4 @@
-// Errors inside the library: thrown as Error, turned into a status and a line at the C boundary.
+// Errors inside the library: thrown as Error, converted to a status and a one-line message at the C boundary.
 #pragma once
 
 #include <cstdarg>
@@ -29,13 +29,13 @@ struct Error : std::exception {
   throw error;
 }
 
-// fail() unless the condition holds; the line is only formatted then.
+// fail() unless the condition holds; the message is formatted only on failure.
 #define QVL_REQUIRE(condition, status, ...)             \
   do {                                                  \
     if (!(condition)) ::qvl::fail(status, __VA_ARGS__); \
   } while (0)
 
-// Run `body` and return its status; nothing is thrown out of here.
+// Run `body` and return its status; no exception leaves this function.
 template <typename Body>
 qvl_status guarded(qvl_error* error, Body&& body) noexcept {
   qvl_error line{};

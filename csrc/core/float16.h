@@ -1,4 +1,4 @@
-// IEEE half precision as its bits.
+// Conversions between float32 and the bits of IEEE half precision.
 #pragma once
 
 #include <cmath>
@@ -13,12 +13,12 @@ inline float from_float16(uint16_t bits) {
   const uint32_t wide = finite ? magnitude : magnitude | 0x7F800000u;
   float value;
   std::memcpy(&value, &wide, sizeof value);
-  // The exponents count from 15 and from 127; a product is right for subnormal numbers as well.
+  // The exponent biases are 15 and 127; a multiplication also handles subnormal numbers.
   if (finite) value *= 0x1p112F;
   return sign ? -value : value;
 }
 
-// To nearest, ties to even; what is too large becomes infinite, a NaN stays one.
+// Round to nearest, ties to even; overflow becomes infinity, NaN stays NaN.
 inline uint16_t to_float16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);

@@ -1,7 +1,8 @@
-// qvl_generate: the prompts as one packed batch, then one token a request and step until all have ended.
+// qvl_generate: the prompts as one packed batch, then decode steps of one token per request until all have
+// finished.
 //
-// A device that computes while the host goes on gets the next step before the tokens of this one are read: it
-// takes them from its own memory, and what it computes for requests that end with this step is thrown away.
+// On an asynchronous device the next step is enqueued before the host has read the tokens of this one: it
+// reads them from device memory, and its results for requests that finish with this step are discarded.
 #include <algorithm>
 #include <memory>
 #include <numeric>
@@ -20,7 +21,7 @@ namespace {
 
 constexpr int32_t kBlockTokens = 32;
 
-// Device memory that goes with its scope.
+// Device memory, freed at the end of its scope.
 template <typename T>
 class Buffer {
  public:
@@ -77,7 +78,7 @@ class Generation {
   }
 
  private:
-  // Page-locked memory that goes with its scope.
+  // Page-locked memory, freed at the end of its scope.
   class HostTokens {
    public:
     HostTokens() = default;
@@ -98,7 +99,7 @@ class Generation {
     int32_t* data_ = nullptr;
   };
 
-  // A step that is being computed.
+  // A step in flight.
   struct Flight {
     std::vector<int32_t> requests;  // of its rows
     HostTokens tokens;
@@ -165,21 +166,21 @@ class Generation {
     first_block_ = std::move(first);
   }
 
-  // Whether a step's requests are those that are active, and will be after it unless one meets an end token.
+  // Whether the next step has the same requests unless one of them generates a stop token.
   bool goes_on(const Flight& flight) const {
     return flight.requests == active_ && std::all_of(active_.begin(), active_.end(), [&](int32_t i) {
              return call_.results[i].n_tokens + 1 < call_.requests[i].max_new;
            });
   }
 
-  // Start a step of the active requests: their prompts, or their last tokens.
+  // Enqueue a step of the active requests: their prompts, or their last tokens.
   void start(Flight& flight, bool prompts, int32_t* ids) {
     flight.requests = active_;
     feed(prompts, ids);
     pick(flight, 0, ids);
   }
 
-  // Start the step behind one that is being computed, whose tokens are in `ids`.
+  // Enqueue the step after one in flight, whose tokens are in `ids`.
   void start_ahead(Flight& flight, int32_t* ids) {
     flight.requests = active_;
     sequences_.clear();
@@ -192,7 +193,7 @@ class Generation {
     pick(flight, 1, ids);
   }
 
-  // The entry of a request's next n tokens.
+  // Batch entry for a request's next n tokens.
   qvl_sequence sequence(size_t at, int32_t n) const {
     qvl_sequence made{};
     made.n_new = n;
@@ -203,7 +204,7 @@ class Generation {
     return made;
   }
 
-  // Lay out the step's batch, and bring its tokens.
+  // Build the step's batch and copy its token ids to the device.
   void feed(bool prompts, int32_t* ids) {
     sequences_.clear();
     spans_.clear();
@@ -227,8 +228,8 @@ class Generation {
     backend_.copy(ids, fed_.data(), fed_.size() * sizeof(int32_t), call_.stream);
   }
 
-  // Run the batch and pick a token for each of its sequences. `unread`: tokens of theirs that were picked and
-  // not read.
+  // Run the batch and sample a token for each sequence. `unread`: sampled tokens per sequence that the host
+  // has not read yet.
   void pick(Flight& flight, int32_t unread, int32_t* ids) {
     sampling_.clear();
     step_counts_.clear();
@@ -263,7 +264,7 @@ class Generation {
     flight.ended->record(call_.stream);
   }
 
-  // Wait for a step, hand its tokens out and drop the requests that have ended.
+  // Wait for a step, deliver its tokens and remove the requests that have finished.
   void take(Flight& flight, int32_t step) {
     flight.ended->wait();
     asked_.clear();
@@ -271,9 +272,9 @@ class Generation {
     for (size_t row = 0; row < flight.requests.size(); ++row) {
       const int32_t i = flight.requests[row], token = flight.tokens.data()[row];
       qvl_result& result = call_.results[i];
-      if (result.finish) continue;  // with the step before
+      if (result.finish) continue;  // finished in the previous step
       QVL_REQUIRE(token >= 0, QVL_INTERNAL,
-                  "requests[%d]: the logits of token %d are no finite numbers; are the weights damaged?", i,
+                  "requests[%d]: the logits of token %d are not finite; are the weights damaged?", i,
                   result.n_tokens);
       asked_.push_back(i);
       step_tokens_.push_back(token);
@@ -291,7 +292,7 @@ class Generation {
     if (call_.on_step == nullptr) return;
     const auto n = static_cast<int32_t>(asked_.size());
     QVL_REQUIRE(call_.on_step(call_.user, step, n, asked_.data(), step_tokens_.data()) == 0, QVL_STOPPED,
-                "on_step asked to stop after step %d", step);
+                "on_step requested a stop after step %d", step);
   }
 
   qvl_engine& engine_;
@@ -304,7 +305,7 @@ class Generation {
   std::vector<std::vector<int32_t>> forbidden_;
   Flight flights_[2];
   std::vector<int32_t*> counts_;
-  // Of a step; kept so that their memory is.
+  // Scratch of a step, reused.
   std::vector<qvl_sequence> sequences_;
   std::vector<qvl_span> spans_;
   std::vector<qvl_sampling> sampling_;

@@ -12,7 +12,7 @@
 namespace qvl {
 namespace {
 
-// The value of the largest magnitude, with its sign.
+// Value with the largest magnitude.
 float extreme(const float* values, int64_t n) {
   float most = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -33,7 +33,7 @@ void pack_int8_row(const float* row, int64_t in, int8_t* values, float* scale) {
   for (int64_t k = 0; k < in; ++k) values[k] = static_cast<int8_t>(quantise(row[k], *scale, -127, 127));
 }
 
-// Position of value k of a row: byte and shift (see qwenvl.h).
+// Byte and shift of value k of an int4 row (qwenvl.h).
 int64_t nibble_byte(int64_t k) {
   const int64_t unit = k / kPackUnit, j = k % kPackUnit / 32, i = k % 32;
   return unit * (kPackUnit / 2) + 2 * i + j / 2;
@@ -44,8 +44,8 @@ int nibble_shift(int64_t k) {
 
 typedef float Four __attribute__((vector_size(16)));
 
-// Squared error of a group's values at this scale; n is a multiple of 4. The sum of a float and 1.5 * 2^23 is
-// rounded to a whole number.
+// Squared error of a group's values at this scale; n is a multiple of 4. Adding 1.5 * 2^23 rounds to an
+// integer.
 float int4_error(const float* values, int64_t n, float scale) {
   constexpr float kShift = 12582912.0F;
   const Four inverse = 1 / scale - Four{}, least = -8.0F - Four{}, most = 7.0F - Four{};
@@ -62,8 +62,8 @@ float int4_error(const float* values, int64_t n, float scale) {
   return errors[0] + errors[1] + errors[2] + errors[3];
 }
 
-// The scale of least squared error among a few, as bfloat16. With the first the extreme becomes the -8, so it
-// is negative if need be; with the others the extreme is cut off, or falls between two steps.
+// bfloat16 scale of least squared error among five candidates. The first maps the extreme to -8, so it may be
+// negative; the others clip the extreme, or leave it between two steps.
 uint16_t int4_scale(const float* values, int64_t n) {
   constexpr float kSteps[] = {-8.0F, -7.5F, -7.0F, -8.6F, -9.2F};
   const float most = extreme(values, n);

@@ -1,4 +1,4 @@
-// Storage of matrices, quantised ones above all. The formats are in qwenvl.h.
+// Storage types of matrices; qwenvl.h documents the formats.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ inline int64_t padded(int64_t in) {
   return (in + kPackUnit - 1) / kPackUnit * kPackUnit;
 }
 
-// Values that share a scale; 0 if the whole row does, or there is none.
+// Group size: values that share a scale; 0 for a scale per row and for types without scales.
 inline int group_size(qvl_dtype dtype) {
   return dtype == QVL_INT4_G64 ? 64 : dtype == QVL_INT4_G128 ? 128 : 0;
 }
@@ -22,7 +22,7 @@ inline bool is_quantised(qvl_dtype dtype) {
   return dtype == QVL_INT8 || group_size(dtype) != 0;
 }
 
-// Bytes of the values alone, after which the scales begin.
+// Bytes of the values alone: the offset of the scales.
 uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 uint64_t packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);

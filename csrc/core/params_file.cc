@@ -3,8 +3,8 @@
 //   message:  0x08, data type; for each dimension 0x10, length; 0x7A, a length of three bytes, our field
 //   field:    "qvl1", uint8 qvl_dtype, uint8 n_dims, uint16 length of the name, n_dims x int64, the name,
 //   zeros
-// All little-endian; numbers of the message are varints. The data begins at a multiple of 64. Nothing in the
-// file is trusted: whatever is read lies between the bounds of a Bytes.
+// All little-endian; numbers of the message are varints. The data begins at a multiple of 64. The file is not
+// trusted: every read is checked against the bounds of a Bytes.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -20,9 +20,9 @@
 namespace qvl {
 namespace {
 
-struct Damaged {};  // caught by map_params_file, which knows the path
+struct Damaged {};  // caught by read_records, which knows the path
 
-// A part of the file that is read from front to back.
+// Bounded cursor over a part of the file.
 class Bytes {
  public:
   Bytes(const unsigned char* at, uint64_t n) : at_(at), left_(n) {}
@@ -72,7 +72,7 @@ uint64_t product(const int64_t* dims, int n, uint64_t first) {
   return all;
 }
 
-// What Paddle calls the type, and the bytes of one of its values.
+// Paddle's code of a type, and the bytes of one value.
 struct PaddleType {
   uint64_t code;
   uint64_t bytes;
@@ -85,7 +85,7 @@ PaddleType paddle_type(qvl_dtype dtype) {
   return {20, 1};
 }
 
-// Our field -> the tensor, its data aside.
+// Parse this engine's field: the tensor without its data.
 qvl_tensor read_field(Bytes field, std::string* name) {
   if (std::memcmp(field.take(4).data(), "qvl1", 4) != 0) throw Damaged();
   qvl_tensor tensor{};
@@ -99,16 +99,16 @@ qvl_tensor read_field(Bytes field, std::string* name) {
   name->assign(reinterpret_cast<const char*>(text.data()), text.left());
   if (name->empty()) throw Damaged();
   for (const char c : *name) {
-    if (c <= ' ' || c > '~') throw Damaged();  // it will be part of lines
+    if (c <= ' ' || c > '~') throw Damaged();  // names appear in messages
   }
   const auto inner = product(tensor.shape + 1, tensor.n_dims - 1, 1);
-  product(tensor.shape, 1, inner);  // neither is absurd
+  product(tensor.shape, 1, inner);  // neither size overflows
   tensor.bytes = packed_bytes(tensor.dtype, tensor.shape[0], static_cast<int64_t>(inner));
   if (tensor.bytes == 0) throw Damaged();
   return tensor;
 }
 
-// The tensor of a message; false if it has no field of ours.
+// Parse the tensor of a message; false if it lacks this engine's field.
 bool read_message(Bytes message, qvl_tensor* tensor, std::string* name) {
   if (message.number<uint8_t>() != 0x08) throw Damaged();
   const uint64_t code = message.varint();

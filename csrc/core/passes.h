@@ -1,4 +1,4 @@
-// A packed batch in passes over the layers, the same on every device.
+// Split a packed batch into passes over the layers, the same on every device.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace qvl {
 
-// Ids in host memory, of which those that a span covers are not read. `where` names what has them.
+// Check token ids in host memory, except those that a span covers. `where` names their owner in the message.
 inline void check_ids(const char* where, int32_t vocab, int64_t n, const int32_t* ids, int32_t n_spans,
                       const qvl_span* spans) {
   int64_t at = 0;
@@ -24,25 +24,26 @@ inline void check_ids(const char* where, int32_t vocab, int64_t n, const int32_t
   }
 }
 
-// The same of a batch.
+// Check the token ids of a batch.
 inline void check_ids(const qvl_batch& batch, int32_t vocab) {
   int64_t n = 0;
   for (int32_t i = 0; i < batch.n_sequences; ++i) n += batch.sequences[i].n_new;
   check_ids("batch", vocab, n, batch.tokens, batch.n_spans, batch.spans);
 }
 
-// Tokens of a sequence that are in a pass, all of its prompt or all as a decode step computes them.
+// Tokens of one sequence in a pass: all computed as a prompt, or all as decode steps.
 struct Part {
   const qvl_sequence* sequence;
-  int64_t token;  // its first, in the batch
+  int64_t token;  // index of the first one in the batch
   int32_t n;
   int32_t past;
   bool generated;
-  int32_t logits;     // row of the logits that its last token gives, or -1
-  int64_t first = 0;  // row of the pass
+  int32_t logits;     // row of the logits for the last token, or -1
+  int64_t first = 0;  // first row in the pass
 };
 
-// Call `pass` with the parts of each pass of at most max_tokens tokens. Without `logits` no part gives any.
+// Call `pass` with the parts of each pass of at most max_tokens tokens. Without `logits`, no part has a row
+// of logits.
 template <typename Pass>
 void for_each_pass(const qvl_batch& batch, int32_t max_tokens, bool logits, Pass&& pass) {
   std::vector<Part> parts;

@@ -1,18 +1,18 @@
-// Positions: rotary angles with dynamic NTK scaling, and logn scaling of the query.
+// Rotary angles with dynamic NTK scaling, and logn scaling of the query.
 #pragma once
 
 #include "qwenvl.h"
 
 namespace qvl {
 
-// How many of 1, 2, 4 ... times seq_length the prompt exceeds: its rotary base follows from that. 0 without
-// NTK.
+// Number of the values 1, 2, 4 ... times seq_length that the prompt exceeds; it determines the rotary base. 0
+// without NTK.
 int ntk_doublings(const qvl_config& config, int prompt_len);
 
 // max(1, 2^ceil(log2(prompt_len / seq_length) + 1) - 1)
 double ntk_alpha(const qvl_config& config, int prompt_len);
 
-// The frequencies of a request, [head_dim / 2]; pair i turns by position * frequencies[i].
+// Frequencies [head_dim / 2] of a request; pair i is rotated by position * frequencies[i].
 void rotary_frequencies(const qvl_config& config, int prompt_len, float* frequencies);
 
 // cos and sin [head_dim / 2] at a position.

@@ -1,4 +1,4 @@
-// What every device's sampler must do alike; the header says what.
+// Sampling rules shared by all devices (qvl_sampling in qwenvl.h).
 #pragma once
 
 #include <cstdint>

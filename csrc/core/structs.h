@@ -1,5 +1,5 @@
-// Structs and arrays of structs from callers, in today's layout. The sizes that earlier versions of the
-// header had are the literal numbers here.
+// Convert structs and arrays of structs from callers to the current layout. The literal numbers are the sizes
+// in the first version of the header.
 #pragma once
 
 #include <algorithm>
@@ -51,7 +51,7 @@ T fitted(const char* where, const T* from) {
   return to;
 }
 
-// An array of structs: where it lies if its stride is today's, else a copy.
+// Array of structs in the current layout: the caller's own if its stride is the current one, else a copy.
 template <typename T>
 class Fitted {
  public:
@@ -96,7 +96,7 @@ class FittedBatch {
   const qvl_batch& get() const { return batch_; }
 
  private:
-  // More than that is a slip; it is said before as much is copied.
+  // A larger number is an error of the caller; checked before the copy.
   static int64_t checked(int32_t n, const char* name) {
     QVL_REQUIRE(n <= (1 << 20), QVL_INVALID, "batch: %s is %d; it must be at most %d", name, n, 1 << 20);
     return n;

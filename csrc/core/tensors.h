@@ -1,5 +1,4 @@
-// Named tensors that engines share: from a caller's memory, or mapped from an exported stage's parameter
-// file.
+// Named tensors that engines share: in a caller's memory, or mapped from an exported stage's parameter file.
 #pragma once
 
 #include <deque>
@@ -19,10 +18,10 @@ class Tensors {
   Tensors& operator=(const Tensors&) = delete;
   ~Tensors();
 
-  // Fails if the name is taken.
+  // Fails on a duplicate name.
   void add(const qvl_tensor& tensor, std::string name);
 
-  // NULL if there is none.
+  // NULL if the name is unknown.
   const qvl_tensor* find(const std::string& name) const;
 
   const std::vector<qvl_tensor>& list() const { return list_; }
@@ -31,7 +30,7 @@ class Tensors {
   friend std::shared_ptr<const Tensors> map_params_file(const char* path);
 
   std::vector<qvl_tensor> list_;
-  std::deque<std::string> names_;  // what list_ points to
+  std::deque<std::string> names_;  // storage of the names in list_
   std::unordered_map<std::string, size_t> places_;
   void* mapping_ = nullptr;
   size_t mapped_bytes_ = 0;

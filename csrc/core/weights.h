@@ -1,4 +1,4 @@
-// The weights a config asks for, and the check of those that were given.
+// Weights that a config requires, and the check of the given tensors against them.
 #pragma once
 
 #include <string>
@@ -20,10 +20,10 @@ std::vector<WeightSpec> weight_specs(const qvl_config& config);
 
 using WeightTable = std::unordered_map<std::string, qvl_tensor>;
 
-// Check the tensors that the config asks for. Every spec has its entry in the result.
+// Check the tensors that the config requires. The result has an entry for each spec.
 WeightTable checked_weights(const qvl_config& config, const Tensors& tensors);
 
-// Bytes of a tensor of a valid dtype; 0 if that dtype cannot store the shape or the sizes are absurd.
+// Bytes of a tensor of a valid dtype; 0 if that dtype cannot store the shape or the sizes are out of range.
 uint64_t stored_bytes(qvl_dtype dtype, const std::vector<int64_t>& shape);
 
 const char* dtype_name(qvl_dtype dtype);

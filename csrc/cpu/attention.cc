@@ -7,15 +7,15 @@
 namespace qvl::cpu {
 namespace {
 
-// A decode step's keys are taken in chunks of up to this many, each with a softmax of its own, which are put
-// together in order. So several threads can share a long context, and how many they are changes no bit.
+// Keys of a chunk in decode attention. Each chunk has its own softmax, and the partial results are merged in
+// order, so threads can share a long context and their number changes no bit.
 constexpr int kChunkKeys = kMaxKvTile;
 
 struct Shared {
   const Kernels& kernels;
   const AttentionShape& shape;
   const KeysAndValues& kv;
-  int64_t padded;  // head_dim, to whole vectors
+  int64_t padded;  // head_dim rounded up to whole vectors
 
   Shared(const Kernels& kernels, const AttentionShape& shape, const KeysAndValues& kv)
       : kernels(kernels),
@@ -42,7 +42,7 @@ struct Prompt : Shared {
       const KvTile tile = kv.tile(queries, head, t);
       const int64_t visible =
           queries.seen == kCausal ? queries.n_keys - queries.n + 1 - start : queries.n_keys;
-      // The first queries may see nothing of the last tiles.
+      // The first queries may see no key of the last tiles.
       const int skip = static_cast<int>(std::clamp<int64_t>(1 - visible, 0, queries.n));
       run(q + skip * shape.q_stride, shape.q_stride, queries.n - skip, shape.head_dim, tile, visible + skip,
           state + 2 * skip, sums + skip * padded, padded, rest);
@@ -55,7 +55,7 @@ struct Prompt : Shared {
   }
 };
 
-// Sums of values [padded] and their state [2] of a query's head.
+// Partial result of one query and head: weighted sum of values [padded], state [2] (maximum, sum).
 struct Decode : Shared {
   int64_t chunk_tiles;
 
@@ -86,7 +86,7 @@ struct Decode : Shared {
   }
 };
 
-// Pieces of work with one query each.
+// Work items with one query each.
 void attend_decode(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
                    const std::vector<Queries>& work, float* out) {
   const Decode decode(context.kernels, shape, kv);
@@ -119,7 +119,7 @@ void attend_decode(Context& context, const AttentionShape& shape, const float* q
     });
     return;
   }
-  // Few heads and long contexts: the chunks are shared as well.
+  // Few heads and long contexts: the threads share the chunks, too.
   struct Part {
     const Queries* queries;
     int64_t chunk;
@@ -175,7 +175,7 @@ void attention(Context& context, const AttentionShape& shape, const float* q, co
   int64_t pairs = 0;
   for (const Queries* queries = work; queries != work + n_work; ++queries)
     pairs += queries->n * queries->n_keys;
-  // The last pieces first: with causal attention they are the longest.
+  // The last items first: with causal attention they are the longest.
   context.run(n_work * shape.heads, 2 * pairs * shape.heads * shape.head_dim, [&](int64_t i, int thread) {
     const Queries& queries = work[n_work - 1 - i / shape.heads];
     const auto head = static_cast<int>(i % shape.heads);

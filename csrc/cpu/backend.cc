@@ -1,4 +1,4 @@
-// The CPU as a back end.
+// The CPU back end.
 #include <cstring>
 #include <optional>
 
@@ -15,7 +15,7 @@
 namespace qvl {
 namespace {
 
-// Calls have finished when they return, and so has what came before an event.
+// Event of a synchronous device: always done.
 struct Past final : Event {
   void record(qvl_stream) override {}
   bool done() override { return true; }
@@ -29,10 +29,11 @@ const cpu::Kernels& kernels(const qvl_config& config) {
     case QVL_COMPUTE_FLOAT32:
       return bfloat16 ? cpu::kernels_for(QVL_ISA_AVX512) : chosen;
     case QVL_COMPUTE_BFLOAT16:
-      QVL_REQUIRE(bfloat16, QVL_UNSUPPORTED, "config: compute: no bfloat16 instructions here; take another");
+      QVL_REQUIRE(bfloat16, QVL_UNSUPPORTED,
+                  "config: compute: this processor has no bfloat16 instructions; choose another type");
       return chosen;
     case QVL_COMPUTE_FLOAT16:
-      fail(QVL_UNSUPPORTED, "config: compute: a CPU does not compute in float16; take another");
+      fail(QVL_UNSUPPORTED, "config: compute: a CPU does not compute in float16; choose another type");
     default:
       return chosen;
   }
@@ -111,7 +112,7 @@ class CpuBackend final : public Backend {
  private:
   const qvl_config config_;
   cpu::Context context_;
-  std::vector<cpu::Buffer> sampling_;  // one a thread
+  std::vector<cpu::Buffer> sampling_;  // one per thread
   cpu::Buffer logits_;
   std::vector<std::unique_ptr<float[]>> copies_;
   std::optional<cpu::Language> language_;

@@ -1,4 +1,4 @@
-// What every computation of an engine uses: its threads, its kernels, its scratch memory.
+// Execution context of an engine: threads, kernels, scratch memory.
 #pragma once
 
 #include <vector>
@@ -9,21 +9,22 @@
 
 namespace qvl::cpu {
 
-// About two microseconds of products on one core, and products that take as long as a value of a norm.
+// Multiplications that one core does in about two microseconds, below which threads do not pay; and the cost
+// of one value of an elementwise kernel in multiplications.
 constexpr int64_t kSmallWork = 1 << 16;
 constexpr int64_t kElementWork = 8;
 
 struct Context {
   const Kernels& kernels;
   ThreadPool pool;
-  Buffer activations;             // of linear(): prepared or packed
-  std::vector<Buffer> of_thread;  // of linear() and attention, one a thread
+  Buffer activations;             // of linear(): prepared (matvec) or packed (blocked product)
+  std::vector<Buffer> of_thread;  // of linear() and attention, one per thread
 
   Context(const Kernels& kernels, int n_threads)
       : kernels(kernels), pool(n_threads), of_thread(static_cast<size_t>(n_threads)) {}
 
-  // body(task, thread) for tasks below n, which are `work` multiplications or loads together: in the calling
-  // thread alone if that is less than sharing costs.
+  // Call body(task, thread) for tasks 0 to n - 1, which cost `work` multiplications or loads together; in the
+  // calling thread alone if that is less than the cost of sharing.
   template <typename Body>
   void run(int64_t n, int64_t work, Body&& body) {
     if (work < kSmallWork) {
@@ -33,7 +34,7 @@ struct Context {
     }
   }
 
-  // The same for n rows of `width` values.
+  // The same for an elementwise kernel over n rows of `width` values.
   template <typename Body>
   void rows(int64_t n, int64_t width, Body&& body) {
     run(n, kElementWork * n * width, body);

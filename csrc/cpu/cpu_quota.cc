@@ -1,4 +1,4 @@
-// CPU quotas of control groups, by which containers are limited.
+// CPU quotas of control groups, the limits of containers.
 #include <cstdlib>
 #include <fstream>
 #include <sstream>
@@ -29,8 +29,8 @@ double quota_of(const std::string& folder) {
   return ratio(first_line(folder + "/cpu.cfs_quota_us"), first_line(folder + "/cpu.cfs_period_us"));
 }
 
-// The least quota of a group and its parents. In a container without a namespace of its own the group's path
-// is the host's and not there, but the mount's root is the container's group.
+// Smallest quota of a group and its parents. In a container without a cgroup namespace the group's path is
+// the host's and does not exist, but the root of the mount is the container's group.
 double least_quota(const std::string& mount, std::string group) {
   double least = 0;
   while (true) {
@@ -41,7 +41,7 @@ double least_quota(const std::string& mount, std::string group) {
   }
 }
 
-// Whether a comma-separated list has `name`.
+// Whether a comma-separated list contains `name`.
 bool lists(const std::string& names, const std::string& name) {
   return ("," + names + ",").find("," + name + ",") != std::string::npos;
 }

@@ -1,4 +1,4 @@
-// What qvl_get_device_info says of the CPU.
+// qvl_get_device_info for the CPU.
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace qvl {
 namespace {
 
-// The value behind "NAME:" or "NAME\t:" of the first line that has it.
+// Value after "NAME:" or "NAME\t:" in the first line with that name.
 std::string entry(const char* path, const std::string& name) {
   std::ifstream file(path);
   for (std::string line; std::getline(file, line);) {
@@ -31,7 +31,7 @@ uint64_t number_in(const std::string& path, uint64_t otherwise) {
   return file >> value ? value : otherwise;  // "max" is no number
 }
 
-// The least that this process's control group and its parents allow and leave; of version 2, or else 1.
+// Limit memory and free memory by this process's control group and its parents, of cgroup version 2 or 1.
 void limit_memory(qvl_device_info* info) {
   std::ifstream file("/proc/self/cgroup");
   for (std::string line; std::getline(file, line);) {

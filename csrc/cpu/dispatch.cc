@@ -10,7 +10,7 @@ namespace qvl::cpu {
 namespace {
 
 #if defined(__x86_64__)
-// GCC 10 has no name for it in __builtin_cpu_supports.
+// __builtin_cpu_supports of GCC 10 does not know F16C.
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
@@ -39,8 +39,8 @@ bool runs_here(qvl_isa isa) {
 #endif
 }
 
-// Null for a set that is not in this build: one that is made for a single machine leaves out those it does
-// not need.
+// NULL for an ISA that is not in this build: a build for a single machine omits the ISAs that it does not
+// need.
 const Kernels* table_of(qvl_isa isa) {
   switch (isa) {
     case QVL_ISA_GENERIC:

@@ -1,5 +1,5 @@
-// Keys and values in blocks of tokens: for each layer and block [2][heads][block_tokens][head_dim], and for
-// int8 behind them float32 scales [2][heads][block_tokens].
+// The KV pool on the CPU: for each layer and block [2][heads][block_tokens][head_dim], for int8 followed by
+// float32 scales [2][heads][block_tokens].
 #pragma once
 
 #include "core/backend.h"
@@ -12,7 +12,7 @@ class CpuKvPool final : public KvPool {
  public:
   CpuKvPool(const qvl_config& config, int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype);
 
-  // The first n tokens of a block's head.
+  // First n tokens of one head of a block.
   KvTile tile(int layer, int block, int head, int n) const;
 
   // Write the keys (part 0) or values (part 1) of one token, [heads][head_dim] at `from`.
@@ -33,8 +33,8 @@ class CpuKvPool final : public KvPool {
   }
 
   int layers_, heads_, head_dim_;
-  size_t head_bytes_;   // of a block's head, keys or values, without scales
-  size_t layer_bytes_;  // of a block in a layer
+  size_t head_bytes_;   // keys or values of one head of a block, without scales
+  size_t layer_bytes_;  // one layer of a block
   Buffer buffer_;
   char* memory_;
 };

@@ -9,7 +9,7 @@
 namespace qvl::cpu {
 namespace {
 
-// Keys and values of a layer by the sequences' block tables.
+// Keys and values of a layer, located by the sequences' block tables.
 struct PagedKv final : KeysAndValues {
   const CpuKvPool& pool;
   int layer;
@@ -67,7 +67,7 @@ void Language::embed(Context& context, const qvl_batch& batch, const Part& part,
   }
 }
 
-// Where the part's tokens are: angles, blocks and slots, and what they attend to.
+// Append the part's rows: angles, blocks and slots, and the work items of attention.
 void Language::place(const CpuKvPool& pool, const Part& part) {
   const qvl_sequence& sequence = *part.sequence;
   const auto half = size(config_.head_dim / 2);
@@ -118,8 +118,8 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, s
     attend(context, pool, i, rows);
     feed_forward(context, layers_[size(i)], rows);
   }
-  // The last tokens side by side, then the head for all of them, as in a decode step: a prompt's last token
-  // is one row, and so one product serves both kinds.
+  // lm_head for the last tokens of all sequences as one decode product: a prompt's last token is one row, so
+  // one product serves both kinds.
   int64_t n_last = 0;
   int32_t first = 0;
   for (const Part& part : parts) {

@@ -1,4 +1,4 @@
-// The language model: packed tokens -> logits, keys and values in the pool.
+// The language model on the CPU: packed tokens -> logits; keys and values go to the pool.
 #pragma once
 
 #include <vector>
@@ -14,7 +14,7 @@ class Language {
  public:
   Language(const qvl_config& config, Weights& weights);
 
-  // A whole batch, in passes of at most config.max_tokens tokens. Logits come for sequences without
+  // Run a batch in passes of at most config.max_tokens tokens. Logits [rows, vocab] of the sequences without
   // QVL_SEQUENCE_NO_LOGITS.
   void forward(Context& context, CpuKvPool& pool, const qvl_batch& batch, float* logits);
 
@@ -40,10 +40,10 @@ class Language {
   const float* ln_f_;
   Matrix lm_head_;
 
-  // Of a pass: hidden states, normed ones, queries with keys and values, what attention gives, gate and
-  // value.
+  // Activations of a pass: residual stream, normed input, q with k and v, output of attention, gate and up.
   Buffer x_, normed_, qkv_, mixed_, gate_, up_;
-  // Of its rows: angles, factor of the query, block and slot in the pool; and the work of attention.
+  // Per row of the pass: cosines and sines, query scale, block and slot in the pool. Then work items of
+  // attention.
   std::vector<float> cos_, sin_, query_scale_;
   std::vector<int32_t> block_, slot_;
   std::vector<Queries> prompt_work_, decode_work_;

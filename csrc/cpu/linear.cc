@@ -7,10 +7,10 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr int64_t kMatvecRows = 128;        // rows of weights in a task of matvec, at most
-constexpr int64_t kStretchBytes = 1 << 18;  // and of more than kMaxRows activations
-constexpr int64_t kTileRows = 64;           // rows in a task of the blocked product
-constexpr int64_t kMaxTokens = 384;  // packed at once: 512 columns of them fit into a second-level cache
+constexpr int64_t kMatvecRows = 128;        // most rows of weights in a task of matvec
+constexpr int64_t kStretchBytes = 1 << 18;  // bytes of a task with more than kMaxRows activations
+constexpr int64_t kTileRows = 64;           // rows of weights in a task of the blocked product
+constexpr int64_t kMaxTokens = 384;         // packed at once: 512 columns of them fit the second-level cache
 
 constexpr int kBits[QVL_DTYPES] = {32, 16, 8, 4, 4, 16};
 
@@ -18,8 +18,8 @@ const void* offset(const void* memory, uint64_t bytes) {
   return static_cast<const char*>(memory) + bytes;
 }
 
-// Activations in groups of kMaxRows. A task is a stretch of the weights for all groups: the first brings it
-// from memory, the others find it in the cache.
+// Decode rows in groups of kMaxRows. A task is a stretch of weight rows for all groups: the first group reads
+// it from memory, the others from the cache.
 void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x, float* y,
             int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;
@@ -53,7 +53,8 @@ void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride,
   });
 }
 
-// The tile that this thread probably reads next: the rows' next columns, or other rows' first.
+// Tile that this thread probably reads next: the next columns of these rows, or the first columns of the next
+// rows.
 Ahead next_tile(const Matrix& m, int64_t row, int k, int tile_k) {
   if (k >= m.k) {
     row += kTileRows;
@@ -71,7 +72,7 @@ struct Tile {
   int64_t width;  // elements from row to row
 };
 
-// The tile unpacked; bfloat16 that is multiplied as such where it lies, unless its last column has no pair.
+// Unpack the tile. bfloat16 weights that are multiplied as bfloat16 are used in place if n_k is even.
 Tile tile_of(const Kernels& kernels, int kind, const Matrix& m, const UnpackTile& tile) {
   if (kind == 1 && m.dtype == QVL_BFLOAT16 && tile.n_k % 2 == 0) {
     return {static_cast<const uint16_t*>(m.values) + tile.first_row * m.k + tile.first_k, m.k};
@@ -84,14 +85,14 @@ void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride
              int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;
   const int kind = kernels.bf16_dot && m.dtype != QVL_FLOAT32 ? 1 : 0;
-  // Columns in equal parts, as far as quantised weights' units allow.
+  // Columns in equal parts, as far as the units of quantised rows allow.
   const int most_k = kind == 1 ? kMaxTileK : kMaxTileK / 2, unit = is_quantised(m.dtype) ? kPackUnit : 32;
   const int parts = (m.k + most_k - 1) / most_k;
   const int tile_k = ((m.k + parts - 1) / parts + unit - 1) / unit * unit;
   const int lanes = kernels.lanes;
   const auto n_panels = static_cast<int>((n_x + lanes - 1) / lanes);
   const int64_t k_even = (m.k + 1) / 2 * 2;
-  const size_t k_bytes = static_cast<size_t>(lanes) * (kind == 1 ? 2 : 4);  // of a panel, for each k
+  const size_t k_bytes = static_cast<size_t>(lanes) * (kind == 1 ? 2 : 4);  // bytes of a panel per k
   const size_t panel_bytes = static_cast<size_t>(k_even) * k_bytes;
   char* panels = context.activations.get<char>(static_cast<size_t>(n_panels) * panel_bytes);
   context.rows(n_panels, int64_t{lanes} * m.k, [&](int64_t p, int) {

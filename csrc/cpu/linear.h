@@ -1,4 +1,4 @@
-// Products of activations with a weight matrix: y = x W^T + bias.
+// Linear layers: y = x W^T + bias.
 #pragma once
 
 #include "cpu/context.h"
@@ -7,17 +7,17 @@ namespace qvl::cpu {
 
 struct Matrix {
   const void* values = nullptr;
-  const void* scales = nullptr;  // of quantised ones
+  const void* scales = nullptr;  // quantised types only
   qvl_dtype dtype = QVL_FLOAT32;
   int64_t rows = 0;  // outputs
   int k = 0;         // inputs
   const float* bias = nullptr;
 
-  // `n` rows from `first` on.
+  // Rows [first, first + n).
   Matrix slice(int64_t first, int64_t n) const;
 };
 
-// Rows of activations: first those of prompts and images, then those of decode steps.
+// Rows of activations: those of prompts and images first, then those of decode steps.
 struct Rows {
   int64_t prompt;
   int64_t decode;
@@ -27,8 +27,8 @@ struct Rows {
 
 // y [n][y_stride] (+)= x [n][x_stride] W^T + bias. x and y do not overlap.
 //
-// Prompt rows go through a blocked product, decode rows through the matrix-vector kernels, which stream the
-// weights from memory once. What a row gives does not depend, to the bit, on how many there are.
+// Prompt rows use the blocked product, decode rows the matrix-vector kernels, which stream the weights from
+// memory once. A row's result is the same to the bit whatever the number of rows.
 void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, Rows rows, float* y,
             int64_t y_stride, bool add = false);
 

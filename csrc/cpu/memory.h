@@ -1,4 +1,4 @@
-// Aligned memory, and the buffers that a computation needs besides its inputs and outputs.
+// Aligned memory and scratch buffers.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ inline size_t size(int64_t n) {
   return static_cast<size_t>(n);
 }
 
-// Aligned to a cache line; what is large to a huge page, which saves the processor looking up small ones.
+// Allocate aligned to a cache line; large allocations to a huge page, which saves TLB misses.
 inline void* allocate(size_t bytes) {
   constexpr size_t kHugePage = size_t{1} << 21;
   const size_t unit = bytes >= 2 * kHugePage ? kHugePage : 64;
@@ -25,12 +25,12 @@ inline void* allocate(size_t bytes) {
   void* memory = whole >= bytes ? std::aligned_alloc(unit, whole > 0 ? whole : unit) : nullptr;
   if (memory == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
-  if (unit == kHugePage) madvise(memory, whole, MADV_HUGEPAGE);  // a hint: without it all is as well
+  if (unit == kHugePage) madvise(memory, whole, MADV_HUGEPAGE);  // a hint only
 #endif
   return memory;
 }
 
-// Memory that grows when asked for more than it has, losing its content, and never shrinks.
+// Scratch buffer that grows on demand, losing its content, and never shrinks.
 class Buffer {
  public:
   Buffer() = default;

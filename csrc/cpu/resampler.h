@@ -1,4 +1,4 @@
-// The resampler: learned queries attend to a picture's patches.
+// The resampler on the CPU: learned queries attend to an image's patches.
 #pragma once
 
 #include "cpu/context.h"
@@ -15,14 +15,14 @@ class Resampler {
 
  private:
   const qvl_config& config_;
-  bool projects_;  // kv_proj is there
+  bool projects_;  // the model has kv_proj
   Matrix kv_proj_;
   Norm ln_kv_;
   const float* key_positions_;
   Matrix key_, value_, out_proj_;
   Norm ln_post_;
   Matrix proj_;
-  Buffer queries_;  // projected and scaled: the same for every picture
+  Buffer queries_;  // projected and scaled: the same for every image
   Buffer patches_, keys_, values_, key_input_, mixed_, out_;
 };
 

@@ -22,16 +22,16 @@ bool likelier(const Candidate& a, const Candidate& b) {
 
 struct Peak {
   float logit;
-  int32_t id;  // the lowest of equals; -1 if there is a NaN or an infinity, or nothing finite
+  int32_t id;  // the lowest of equals; -1 if the row has a NaN, a positive infinity or no finite value
 };
 
-// Compiled to what every x86-64 has; a row of 150,000 takes about as long as reading it.
+// Largest logit. Compiled for the baseline of x86-64; a row of 150,000 takes about as long as reading it.
 Peak find_peak(int32_t vocab, const float* logits) {
   typedef float Four __attribute__((vector_size(16)));
   typedef int32_t FourInts __attribute__((vector_size(16)));
   constexpr int32_t kBlock = 256, kVectors = 4, kLanes = 4;
   float most = -INFINITY;
-  int32_t best = -1;  // start of the block with the first of the largest
+  int32_t best = -1;  // start of the block with the first occurrence of the maximum
   FourInts finite = {}, numbers = FourInts{} - 1;
   int32_t start = 0;
   for (; start + kBlock <= vocab; start += kBlock) {
@@ -86,8 +86,8 @@ void adjust(const qvl_sampling& s, int32_t vocab, const int32_t* counts, Candida
   }
 }
 
-// The token at `fraction` of the probability that top-k and top-p leave. Sums go from the likeliest on; no
-// more of them are put in order than it takes.
+// Token at `fraction` of the probability mass that top-k and top-p leave. Sums run from the likeliest on;
+// only as many candidates are sorted as needed.
 int32_t draw(const qvl_sampling& s, int32_t vocab, Candidate* candidates, double fraction) {
   const auto temperature = static_cast<double>(s.temperature), top_p = static_cast<double>(s.top_p);
   int32_t n = vocab;
@@ -99,11 +99,11 @@ int32_t draw(const qvl_sampling& s, int32_t vocab, Candidate* candidates, double
   const auto weight = [&](const Candidate& c) { return std::exp((c.logit - most) / temperature); };
   double total = 0;
   for (int32_t i = 0; i < n; ++i) total += weight(candidates[i]);
-  // Those that top-p keeps, or without it those up to the drawn one.
+  // Candidates that top-p keeps, or without top-p those up to the drawn one.
   const bool all = top_p >= 1;
   int32_t kept = 0;
   double mass = 0;
-  double depth = 4;  // weights down to exp(-depth) are in order; mostly the first ones are enough
+  double depth = 4;  // weights down to exp(-depth) are sorted; mostly the first round is enough
   for (int32_t sorted = 0; kept == sorted && sorted < n; depth += depth < 16 ? 2 : depth) {
     const double least = depth < 800 ? most - depth * temperature : -INFINITY;
     Candidate* const end = std::partition(candidates + sorted, candidates + n,
@@ -138,7 +138,7 @@ int32_t sample_row(int32_t vocab, const float* logits, const qvl_sampling& s, in
   const Peak peak = find_peak(vocab, logits);
   int32_t id = peak.id;
   if (id < 0) return id;
-  // A forbidden token loses to the likeliest one, so that only a forbidden peak makes a difference.
+  // A forbidden token loses to the likeliest one, so only a forbidden peak changes the result.
   const bool penalties = counts != nullptr && penalised(s);
   const bool adjusted = penalties || (s.n_forbidden > 0 && (peak.logit <= kForbidden || is_forbidden(s, id)));
   if (!greedy(s) || adjusted) {
@@ -165,7 +165,7 @@ void row_logprobs(int32_t vocab, const float* logits, int32_t token, float* logp
   for (int32_t id = 0; id < vocab; ++id) total += static_cast<double>(std::exp(logits[id] - most));
   const double floor = static_cast<double>(most) + std::log(total);
   if (logprob != nullptr) *logprob = static_cast<float>(static_cast<double>(logits[token]) - floor);
-  // The n_top likeliest so far, in order; a later id of an equal logit does not displace an earlier one.
+  // Insertion sort of the n_top likeliest; a later id of an equal logit does not displace an earlier one.
   int32_t n = 0;
   for (int32_t id = 0; id < vocab; ++id) {
     if (n == n_top && (n == 0 || !(logits[id] > logits[top_tokens[n - 1]]))) continue;

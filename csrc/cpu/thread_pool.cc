@@ -26,19 +26,19 @@
 namespace qvl::cpu {
 namespace {
 
-// About 50 microseconds: the loops of a decode step follow each other in less, and an idle engine then
-// sleeps.
+// About 50 microseconds of spinning before a worker sleeps: the loops of a decode step follow each other
+// faster.
 constexpr int kSpins = 2000;
 
-// What sharing loses beyond what it gained, in nanoseconds, is made up for by many times as long alone, each
-// time twice as long as before, up to a second: where a processor is busy elsewhere all the time, next to
-// nothing is lost. Gains count up to kCredit, which outlasts a processor that is away now and then; there the
-// next time alone is short again.
+// The net loss of sharing, in nanoseconds, is answered by a time alone of alone_ times that loss, and alone_
+// doubles each time, up to a second: if a processor is always busy elsewhere, almost nothing is lost. Gains
+// count up to kCredit, enough for a processor that is busy occasionally; then alone_ starts again from
+// kAlone.
 constexpr int64_t kTolerated = 50000;
 constexpr int64_t kCredit = 2000000;
 constexpr int64_t kAlone = 32, kMostAlone = 1 << 14;
 constexpr int64_t kLongestAlone = 1000000000;
-// A worker that looked for a loop for longer had no processor meanwhile.
+// A worker that spun for longer than this was preempted.
 constexpr int64_t kPreempted = 500000;
 
 void pause() {
@@ -53,7 +53,7 @@ int64_t now() {
       .count();
 }
 
-// How often the line of processes that ends here has forked since the library was loaded.
+// Number of forks between the process that loaded the library and this one.
 std::atomic<uint32_t> forks{0};
 
 void count_forks() {
@@ -65,14 +65,14 @@ void count_forks() {
 
 }  // namespace
 
-// The threads and the loop that they share. On the heap, because a child after fork() has to leave its
-// parent's behind as it is: its threads are not there to be joined, and destroying a condition variable that
-// they slept on would wait for them.
+// The threads and the loop that they share. On the heap, because a child after fork() must leak its parent's
+// Team: the threads do not exist in the child and cannot be joined, and destroying a condition variable that
+// they sleep on would wait for them.
 struct ThreadPool::Team {
-  // A thread's stretch of the tasks, on a cache line of its own. A ticket has the loop's number above and the
-  // tasks left below: a worker that comes late, into a later loop, finds another number and takes nothing.
-  // While a ticket of a loop can be taken the loop's caller waits, so all that a thread read between its
-  // first look at the number and taking a ticket belongs to that loop.
+  // A thread's stretch of tasks, on its own cache line. The upper half of a ticket is the number of the loop,
+  // the lower half the tasks left: a late worker finds the number of a later loop and takes nothing. The
+  // caller waits while a ticket of its loop can be taken, so everything that a thread read between its first
+  // load of the number and taking a ticket belongs to that loop.
   struct alignas(64) Stretch {
     std::atomic<uint64_t> ticket{0};
     std::atomic<int64_t> end{0};
@@ -113,17 +113,17 @@ struct ThreadPool::Team {
                            std::memory_order_release);
     }
     loop.store(number);
-    // A thread that was woken and has not begun is not woken again: that is a system call each time.
+    // A woken thread that has not started yet is not woken again, which would cost another system call.
     if (sleepers.load() == 0) return;
     sleepers.store(0);
-    // The empty section orders this with a worker that is between its last look and its sleep.
+    // The empty critical section orders this with a worker between its last check and its sleep.
     {
       const std::lock_guard<std::mutex> lock(mutex);
     }
     wake.notify_all();
   }
 
-  // Take tasks of loop `number` until there are none left; returns how many.
+  // Run tasks of loop `number` until none is left; returns the number taken.
   int64_t take_tasks(uint32_t number, int thread) {
     const Function body = function.load(std::memory_order_relaxed);
     void* const with = context.load(std::memory_order_relaxed);
@@ -168,7 +168,7 @@ struct ThreadPool::Team {
       if (spun > kPreempted) preempted.fetch_add(spun, std::memory_order_relaxed);
       if (loop.load() == seen) {
         std::unique_lock<std::mutex> lock(mutex);
-        // Counted before the last look, and again after each waking, which has set the count back.
+        // Counted before the last check, and again after each wake-up, which has reset the count.
         while (true) {
           sleepers.fetch_add(1);
           if (loop.load() != seen) break;
@@ -185,11 +185,11 @@ struct ThreadPool::Team {
   std::vector<Stretch> stretches;
   std::atomic<Function> function{nullptr};
   std::atomic<void*> context{nullptr};
-  std::atomic<int64_t> left{0};  // tasks that are not done
+  std::atomic<int64_t> left{0};  // tasks not done yet
   std::atomic<uint32_t> loop{0};
   std::atomic<bool> stop{false};
   std::atomic<int> sleepers{0};
-  std::atomic<int64_t> preempted{0};  // nanoseconds for which workers lost their processors while they waited
+  std::atomic<int64_t> preempted{0};  // nanoseconds that workers were preempted while spinning
   std::mutex mutex;
   std::condition_variable wake;
   std::vector<std::thread> workers;
@@ -231,7 +231,7 @@ void ThreadPool::run_erased(int64_t n, Function function, void* context) {
   const int64_t finished = now();
   team_->wait();
   if (team_->preempted.load(std::memory_order_relaxed) > 0) debt_ += team_->preempted.exchange(0);
-  // What this loop took beyond the time of the caller alone, at its own pace.
+  // Time of this loop minus the caller's estimated time alone, from its own rate.
   const int64_t loss = taken > 0 ? now() - start - (finished - published) * n / taken : 0;
   debt_ = std::max(-kCredit, debt_ + loss);
   if (debt_ == -kCredit) alone_ = kAlone;

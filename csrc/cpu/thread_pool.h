@@ -1,4 +1,4 @@
-// Threads that wait for loops to share. One caller at a time.
+// A pool of threads that share the tasks of a loop. One caller at a time.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace qvl::cpu {
 
 class ThreadPool {
  public:
-  // `n` threads, the calling one included.
+  // n threads, including the calling one.
   explicit ThreadPool(int n);
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -18,13 +18,13 @@ class ThreadPool {
 
   int size() const { return n_threads_; }
 
-  // body(task, thread) for tasks 0 to n - 1; thread 0 is the caller. Each thread has a stretch of
-  // neighbouring tasks, which it takes in order, so that it knows what memory it reads next; then it helps
-  // with the others'. Returns when all are done. `body` must not throw.
+  // Call body(task, thread) for tasks 0 to n - 1; thread 0 is the caller. Each thread has a stretch of
+  // neighbouring tasks and takes them in order, so that the memory it reads next is predictable; then it
+  // steals from the others. Returns when all tasks are done. `body` must not throw.
   //
-  // Only threads that have begun a task are waited for. Where waiting has cost more than the caller alone
-  // would have needed, because another process has a thread's processor, the caller runs alone for a while.
-  // In a child after fork() the first loop starts fresh threads, and fails like the constructor if it cannot.
+  // The caller waits only for threads that have begun a task. If waiting has cost more time than running
+  // alone, because another process occupies a thread's processor, the caller runs alone for a while. In a
+  // child after fork() the first loop starts new threads, and fails like the constructor if it cannot.
   template <typename Body>
   void run(int64_t n, Body&& body) {
     using Plain = std::remove_reference_t<Body>;
@@ -42,17 +42,17 @@ class ThreadPool {
 
   int n_threads_;
   std::unique_ptr<Team> team_;
-  int64_t debt_ = 0;         // nanoseconds that sharing has lost against running alone; negative: gained
-  int64_t alone_;            // how many times as long the next debt is made up for
-  int64_t alone_until_ = 0;  // nanoseconds of the steady clock; 0: now
+  int64_t debt_ = 0;  // nanoseconds that sharing has lost compared with running alone; negative: gained
+  int64_t alone_;     // factor from the next debt to the time alone
+  int64_t alone_until_ = 0;  // nanoseconds of the steady clock; 0: not alone
 };
 
-// Threads to use: `asked` if it is over 0, else OMP_NUM_THREADS, else the CPUs that this process may run on,
-// by its affinity and by the quota of its container.
+// Number of threads: `asked` if positive, else OMP_NUM_THREADS, else the CPUs that this process may use by
+// its affinity and the quota of its control group.
 int thread_count(int asked);
 
-// CPUs that the control groups listed in `cgroup_file` (/proc/self/cgroup) and their parents allow, 0 if they
-// set no limit. `root` is where the groups are mounted (/sys/fs/cgroup). Versions 1 and 2.
+// CPU quota of the control groups listed in `cgroup_file` (/proc/self/cgroup) and their parents; 0 without a
+// limit. `root`: mount point of the groups (/sys/fs/cgroup). cgroup versions 1 and 2.
 double cpu_quota(const std::string& cgroup_file, const std::string& root);
 
 }  // namespace qvl::cpu

@@ -34,7 +34,8 @@ Vision::Vision(const qvl_config& config, Weights& weights, Context& context)
   }
 }
 
-// [patches][3][patch_size][patch_size], so that the convolution is a product with its weights as they lie.
+// Patches [patches][3][patch_size][patch_size]: the convolution is then a product with conv1.weight as
+// stored.
 void Vision::cut_patches(Context& context, const float* image, float* to) const {
   const int64_t size_ = config_.image_size, patch = config_.patch_size, grid = size_ / patch;
   context.rows(patches_, 3 * patch * patch, [&](int64_t i, int) {
@@ -70,7 +71,7 @@ void Vision::block(Context& context, const Block& block, float* x) {
   layer_norm_rows(context, block.ln_1, x, patches_, config_.vision_width, normed);
   linear(context, block.in_proj, normed, width, rows, qkv, 3 * width);
   const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
-  // Query, key and value of a head lie side by side: [heads][3][head_dim].
+  // Layout of a row: [heads][q, k, v][head_dim].
   context.rows(patches_, width, [&](int64_t i, int) {
     for (int h = 0; h < config_.vision_heads; ++h) {
       float* q = qkv + i * 3 * width + h * 3 * head_dim;

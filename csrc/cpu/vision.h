@@ -1,5 +1,5 @@
-// The vision tower: a ViT without class token. Pictures -> patches' hidden states; resampler.h makes
-// features.
+// The vision tower on the CPU: a ViT without class token, image -> hidden states of patches; resampler.h has
+// the step to features.
 #pragma once
 
 #include <vector>
@@ -14,7 +14,7 @@ class Vision {
  public:
   Vision(const qvl_config& config, Weights& weights, Context& context);
 
-  // One picture, float32 [3, image_size, image_size] -> features [n_queries, hidden].
+  // Encode one image, float32 [3, image_size, image_size] -> features [n_queries, hidden].
   void encode(Context& context, const float* image, float* features);
 
  private:
@@ -40,7 +40,7 @@ class Vision {
 
 void layer_norm_rows(Context& context, const Norm& norm, const float* x, int64_t n, int width, float* y);
 
-// LayerNorm's epsilon everywhere in the vision stage.
+// Epsilon of all LayerNorms of the vision stage.
 constexpr float kVisionEpsilon = 1e-6F;
 
 }  // namespace qvl::cpu

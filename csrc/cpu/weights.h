@@ -1,4 +1,4 @@
-// The checked weights in the form the computation uses.
+// The checked weights in the form that the CPU back end uses.
 #pragma once
 
 #include <memory>
@@ -19,19 +19,19 @@ class Weights {
  public:
   Weights(const WeightTable& table) : table_(table) {}
 
-  // A copy as float32, which lives as long as this.
+  // float32 copy, owned by this object (or take_copies).
   const float* floats(const std::string& name);
 
-  // The matrix where it lies; `bias` may be empty.
+  // Matrix in place; `bias` may be empty.
   Matrix matrix(const std::string& name, const std::string& bias = "");
 
   // name.weight and name.bias
   Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
 
-  // The same as float32.
+  // name.weight and name.bias as float32.
   Norm norm(const std::string& name) { return {floats(name + ".weight"), floats(name + ".bias")}; }
 
-  // Copies end here: no more names are looked up.
+  // Move the copies to the caller; the last call.
   std::vector<std::unique_ptr<float[]>> take_copies() { return std::move(copies_); }
 
  private:

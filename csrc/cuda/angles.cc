@@ -21,7 +21,7 @@ AngleTables::AngleTables(const qvl_config& config, Uploader& uploader) : config_
              rows = static_cast<size_t>(config.max_positions);
   const auto tables = static_cast<size_t>(ntk_doublings(config, config.max_positions)) + 1;
   std::vector<float> cos(tables * rows * half), sin(cos.size()), scale(rows), frequencies(half);
-  int64_t prompt_len = config.seq_length;  // the longest of a table
+  int64_t prompt_len = config.seq_length;  // the longest prompt of table t
   for (size_t t = 0; t < tables; ++t, prompt_len *= 2) {
     rotary_frequencies(config, static_cast<int>(prompt_len), frequencies.data());
     for (size_t i = 0; i < rows; ++i) {

@@ -13,7 +13,7 @@ class AngleTables {
 
   const Angles& angles() const { return angles_; }
 
-  // Which table holds for a sequence.
+  // Index of the table for a prompt length.
   int table(int32_t prompt_len) const;
 
  private:

@@ -1,12 +1,12 @@
-// The two kinds of attention over many queries with a choice of kernels, for their tests.
+// Attention over many queries with a choice of kernels, for the tests.
 #pragma once
 
 #include "cuda/ops.h"
 
 namespace qvl::cuda {
 
-// portable: take the kernels of all GPUs where there are faster ones.
-void attention_prompt_with(const Gpu&, CUstream, bool portable, const void* q, const Piece* pieces,
+// portable: use the kernels for any GPU although this one has faster ones.
+void attention_prompt_with(const Gpu&, CUstream, bool portable, const void* q, const PromptChunk* chunks,
                            const Tile* tiles, int n_tiles, const int32_t* blocks, int max_blocks,
                            const KvLayer&, void* y);
 void attention_dense_with(const Gpu&, CUstream, bool portable, const DenseAttention&, void* y);

@@ -1,4 +1,4 @@
-// Attention of decode steps: kernels/attention_decode.cu.
+// Launches of kernels/attention_decode.cu.
 #include "cuda/kernels/attention_decode.h"
 
 #include <string>
@@ -21,18 +21,18 @@ uint64_t parts_of(int n, int heads, int max_keys) {
   return static_cast<uint64_t>(n) * static_cast<uint64_t>(heads) * static_cast<uint64_t>(chunks_of(max_keys));
 }
 
-// For any number of rows, so that they always lie in the same place.
+// Counters for the largest number of rows, so that their offset is fixed.
 uint64_t counters_of(int heads) {
   return kMostRows * static_cast<uint64_t>(heads);
 }
 
 bool is_fast(const Gpu& gpu, const KvLayer& cache) {
-  // In 16 bits the kernels need 64 KB of shared memory, which sm_75 has not quite.
+  // With a 16-bit cache the kernels need 64 KB of shared memory, slightly more than sm_75 has.
   return cache.head_dim == kFastDim && cache.dtype != QVL_FLOAT32 && cache.block_bytes % 16 == 0 &&
          (gpu.arch() != 75 || cache.dtype == QVL_INT8);
 }
 
-// Whether blocks are so few that launches count, and not how long a block lasts.
+// Whether blocks are so few that launch latency counts more than the duration of a block.
 bool is_small(const Gpu& gpu, const KvLayer& cache, int n, int max_keys) {
   return parts_of(n, cache.heads, max_keys) <= 8 * static_cast<uint64_t>(gpu.multiprocessors());
 }

@@ -23,11 +23,11 @@ int key_type(const Gpu& gpu, qvl_dtype dtype) {
 
 }  // namespace
 
-void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const void* q, const Piece* pieces,
-                           const Tile* tiles, int n_tiles, const int32_t* blocks, int max_blocks,
-                           const KvLayer& kv, void* y) {
+void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const void* q,
+                           const PromptChunk* chunks, const Tile* tiles, int n_tiles, const int32_t* blocks,
+                           int max_blocks, const KvLayer& kv, void* y) {
   static_assert(kAttentionTile == kQueryTile, "the caller cuts the tiles");
-  static_assert(sizeof(Piece) == 16 && sizeof(Tile) == 8, "read as integers");
+  static_assert(sizeof(PromptChunk) == 16 && sizeof(Tile) == 8, "read as integers");
   QVL_REQUIRE(kv.head_dim % 2 == 0 && kv.head_dim <= 256, QVL_UNSUPPORTED,
               "attention of prompts: a head has %d values; an even number up to 256 is needed", kv.head_dim);
   struct Kernel {
@@ -49,7 +49,7 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
   PagedAttention params;
   params.q = q;
   params.y = y;
-  params.pieces = reinterpret_cast<const int*>(pieces);
+  params.chunks = reinterpret_cast<const int*>(chunks);
   params.tiles = reinterpret_cast<const int*>(tiles);
   params.blocks = blocks;
   params.base = kv.base;
@@ -59,7 +59,7 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
   params.type = key_type(gpu, kv.dtype);
   params.heads = kv.heads;
   params.head_dim = kv.head_dim;
-  // The copy engine takes whole blocks; how many there are does not matter to it.
+  // The copy engine copies whole blocks; the number of blocks in the map is only a bound.
   params.boxes = hopper && has_tensor_maps(gpu) && params.type == kHalfKeys && kv.head_dim % 8 == 0 &&
                  kv.block_tokens % 8 == 0 && kHopperKeys % kv.block_tokens == 0 && kv.block_bytes % 16 == 0;
   if (params.boxes) {
@@ -74,9 +74,10 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
              gpu.arch() >= 80 ? kernel->shared_bytes : 0, params, true);
 }
 
-void attention_prompt(const Gpu& gpu, CUstream stream, const void* q, const Piece* pieces, const Tile* tiles,
-                      int n_tiles, const int32_t* blocks, int max_blocks, const KvLayer& kv, void* y) {
-  attention_prompt_with(gpu, stream, false, q, pieces, tiles, n_tiles, blocks, max_blocks, kv, y);
+void attention_prompt(const Gpu& gpu, CUstream stream, const void* q, const PromptChunk* chunks,
+                      const Tile* tiles, int n_tiles, const int32_t* blocks, int max_blocks,
+                      const KvLayer& kv, void* y) {
+  attention_prompt_with(gpu, stream, false, q, chunks, tiles, n_tiles, blocks, max_blocks, kv, y);
 }
 
 }  // namespace qvl::cuda

@@ -1,4 +1,4 @@
-// A GPU as a back end.
+// The CUDA back end.
 #include "core/backend.h"
 
 #include <algorithm>
@@ -14,9 +14,9 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr unsigned kOwnStream = 1;  // not ordered with the default stream
+constexpr unsigned kOwnStream = 1;  // non-blocking: not ordered with the default stream
 
-// A point in a stream that a caller may keep; the context is made current for its calls.
+// Event of the C interface; makes the context current for its calls.
 class CudaEvent final : public Event {
  public:
   CudaEvent(CUcontext context, CUstream own) : context_(context), own_(own) {
@@ -53,7 +53,7 @@ bool bfloat16_here(int index) {
          driver().cuDeviceGetAttribute(&major, kComputeMajor, device) == 0 && major >= 8;
 }
 
-// float16 for weights of that type and where the GPU has no bfloat16, else bfloat16.
+// Compute type: float16 for float16 weights and on GPUs without bfloat16, else bfloat16.
 Half compute(const qvl_config& config, const WeightTable& weights) {
   switch (config.compute) {
     case QVL_COMPUTE_BFLOAT16:
@@ -61,7 +61,7 @@ Half compute(const qvl_config& config, const WeightTable& weights) {
     case QVL_COMPUTE_FLOAT16:
       return Half::kFloat16;
     case QVL_COMPUTE_FLOAT32:
-      fail(QVL_UNSUPPORTED, "config: compute: a GPU does not compute in float32; take another");
+      fail(QVL_UNSUPPORTED, "config: compute: a GPU does not compute in float32; choose another type");
     default:
       break;
   }
@@ -209,7 +209,8 @@ class CudaBackend final : public Backend {
 
   CUstream stream(qvl_stream given) const { return given != nullptr ? static_cast<CUstream>(given) : own_; }
 
-  // The stream, ordered behind what was computed on another one before: the scratch memory is the same.
+  // The stream to compute on, ordered after earlier work on another stream, which uses the same scratch
+  // memory.
   CUstream computing_on(qvl_stream given) {
     const CUstream at = stream(given);
     if (last_ != nullptr && last_ != at) {
@@ -238,7 +239,7 @@ class CudaBackend final : public Backend {
     return memory.get<float>();
   }
 
-  // Those in memory that a step in front of this one may still write are clamped where they are read.
+  // Check ids in host memory. Ids in memory that an earlier step may still write are clamped by the kernel.
   void check_host_ids(const qvl_batch& batch) const {
     if (!is_device_visible(batch.tokens)) check_ids(batch, config_.vocab);
   }
@@ -248,7 +249,7 @@ class CudaBackend final : public Backend {
   }
 
   void pick(CUstream at, const float* logits, Picks picks) {
-    // Counts in ordinary memory are brought, and taken back.
+    // Counts in pageable memory are copied to the GPU and back.
     const auto counted = static_cast<uint64_t>(config_.vocab) * sizeof(int32_t);
     std::vector<int32_t*> counts;
     uint64_t brought = 0;
@@ -316,18 +317,18 @@ void describe(int32_t index, qvl_device_info* info) {
   const Driver& d = driver();
   CUdevice device = 0;
   check(d.cuDeviceGet(&device, index), "finding the GPU");
-  check(d.cuDeviceGetName(info->name, sizeof info->name, device), "asking for the GPU's name");
-  check(d.cuDeviceGetAttribute(&info->threads, kMultiprocessors, device), "asking for multiprocessors");
+  check(d.cuDeviceGetName(info->name, sizeof info->name, device), "querying the GPU's name");
+  check(d.cuDeviceGetAttribute(&info->threads, kMultiprocessors, device), "querying multiprocessors");
   check(d.cuDeviceGetAttribute(&info->compute_major, kComputeMajor, device),
-        "asking for the compute capability");
+        "querying the compute capability");
   check(d.cuDeviceGetAttribute(&info->compute_minor, kComputeMinor, device),
-        "asking for the compute capability");
+        "querying the compute capability");
   CUcontext context = nullptr;
   check(d.cuDevicePrimaryCtxRetain(&context, device), "opening the GPU");
   size_t free = 0, total = 0;
   {
     const Current current(context);
-    check(d.cuMemGetInfo(&free, &total), "asking for free GPU memory");
+    check(d.cuMemGetInfo(&free, &total), "querying free GPU memory");
   }
   d.cuDevicePrimaryCtxRelease(device);
   info->memory_bytes = total;

@@ -1,6 +1,6 @@
-// The CUDA driver, loaded when a GPU is asked for: nothing of CUDA is needed to build or to start.
+// The CUDA driver, loaded when a GPU is requested: neither the build nor the start of a process needs CUDA.
 //
-// Types and numbers are those of the driver's documented interface, named as there.
+// Types and constants of the driver's documented interface, with its names.
 #pragma once
 
 #include <cstddef>
@@ -44,7 +44,7 @@ struct CUlaunchConfig {
   unsigned n_attributes;
 };
 
-// The functions that are used, by name; the versions are those of CUDA 12.0, which drivers from 525 on have.
+// The functions used, with the symbol versions of CUDA 12.0, which drivers from 525 on export.
 #define QVL_DRIVER_FUNCTIONS(F)                                                                              \
   F(cuInit, "cuInit", (unsigned))                                                                            \
   F(cuDriverGetVersion, "cuDriverGetVersion", (int*))                                                        \
@@ -95,10 +95,10 @@ struct Driver {
 #undef QVL_DRIVER_FIELD
 };
 
-// The driver, initialised. Throws QVL_UNSUPPORTED where there is none, or one that is too old.
+// The initialised driver. Throws QVL_UNSUPPORTED if it is missing or too old.
 const Driver& driver();
 
-// Throw unless `result` is success; the line names what was done and what the driver says.
+// Throw unless `result` is success; the message has `what` was being done and the driver's error text.
 void check(CUresult result, const char* what);
 
 }  // namespace qvl::cuda

@@ -18,7 +18,7 @@ int cache_type(qvl_dtype dtype) {
     case QVL_INT8:
       return kCacheInt8;
     default:
-      fail(QVL_INTERNAL, "there is no cache of type %d", dtype);
+      fail(QVL_INTERNAL, "unknown cache dtype %d", dtype);
   }
 }
 
@@ -35,7 +35,7 @@ void embed(const Gpu& gpu, CUstream stream, const void* wte, int vocab, int widt
            const uint64_t* features, int n, float* x) {
   constexpr int kBlock = kEmbedThreads * kEmbedValues;
   const int parts = (width + kBlock - 1) / kBlock;
-  // uint64_t is another type of the same size than the kernels' there.
+  // uint64_t is another type of the same size on the host.
   const auto* addresses = reinterpret_cast<const unsigned long long*>(features);
   const EmbedParams params{wte, ids, addresses, x, vocab, width, parts};
   gpu.launch(stream, "embed", {static_cast<unsigned>(n) * static_cast<unsigned>(parts)}, kEmbedThreads, 0,

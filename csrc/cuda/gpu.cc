@@ -13,12 +13,12 @@
 namespace qvl::cuda {
 namespace {
 
-// Numbers of the driver's interface.
+// Constants of the driver's interface.
 constexpr int kMaxDynamicShared = 8;
 constexpr int kEarlyLaunch = 6;  // programmatic stream serialization
 constexpr int kFreeShared = 48 << 10;
 
-// QWENVL_CUDA_KERNELS, else where this library lies.
+// Folder of the cubins: QWENVL_CUDA_KERNELS, else that of this library.
 std::string kernel_folder() {
   const char* named = std::getenv("QWENVL_CUDA_KERNELS");
   if (named != nullptr && *named != 0) return named;
@@ -33,7 +33,7 @@ bool ends_with(const std::string& text, const std::string& end) {
   return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
-// The files of `folder` whose names end so, in order.
+// Files of `folder` whose names end in `end`, sorted.
 std::vector<std::string> files(const std::string& folder, const std::string& end) {
   std::vector<std::string> found;
   DIR* const listing = opendir(folder.c_str());
@@ -52,19 +52,18 @@ Gpu::Gpu(int index, Half half) : half_(half) {
   const Driver& d = driver();
   int count = 0, major = 0, minor = 0;
   check(d.cuDeviceGetCount(&count), "counting GPUs");
-  QVL_REQUIRE(index >= 0 && index < count, QVL_UNSUPPORTED, "there is no GPU %d: this process sees %d", index,
-              count);
+  QVL_REQUIRE(index >= 0 && index < count, QVL_UNSUPPORTED, "no GPU %d: this process sees %d", index, count);
   check(d.cuDeviceGet(&device_, index), "finding the GPU");
-  check(d.cuDeviceGetAttribute(&major, kComputeMajor, device_), "asking for the compute capability");
-  check(d.cuDeviceGetAttribute(&minor, kComputeMinor, device_), "asking for the compute capability");
-  check(d.cuDeviceGetAttribute(&multiprocessors_, kMultiprocessors, device_), "asking for multiprocessors");
+  check(d.cuDeviceGetAttribute(&major, kComputeMajor, device_), "querying the compute capability");
+  check(d.cuDeviceGetAttribute(&minor, kComputeMinor, device_), "querying the compute capability");
+  check(d.cuDeviceGetAttribute(&multiprocessors_, kMultiprocessors, device_), "querying multiprocessors");
   arch_ = 10 * major + minor;
   QVL_REQUIRE(arch_ >= (half == Half::kBfloat16 ? 80 : 70), QVL_UNSUPPORTED,
               "GPU %d has compute capability %d.%d; the engine needs 7.0 for float16 and 8.0 for bfloat16",
               index, major, minor);
   const std::string folder = kernel_folder();
   const char* type = half == Half::kBfloat16 ? "bf16" : "f16";
-  // Code for an architecture with "a" runs on that one alone, and is preferred there.
+  // Code for an architecture with "a" runs on that architecture alone, and is preferred there.
   std::vector<std::string> cubins;
   for (const char* kind : {"a.", "."}) {
     cubins = files(folder, ".sm_" + std::to_string(arch_) + kind + type + ".cubin");
@@ -105,7 +104,7 @@ Gpu::Kernel& Gpu::kernel(const char* name) const {
     if (driver().cuModuleGetFunction(&function, module, name) != 0) continue;
     return kernels_.emplace(name, Kernel{function, kFreeShared}).first->second;
   }
-  fail(QVL_INTERNAL, "there is no GPU kernel %s", name);
+  fail(QVL_INTERNAL, "GPU kernel %s not found", name);
 }
 
 void Gpu::launch_bytes(CUstream stream, const char* name, Dim grid, int threads, int shared_bytes,

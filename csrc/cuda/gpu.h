@@ -1,4 +1,4 @@
-// A GPU with its kernels, and how they are launched.
+// A GPU with its loaded kernels, and their launch.
 #pragma once
 
 #include <mutex>
@@ -10,9 +10,9 @@
 
 namespace qvl::cuda {
 
-enum class Half { kBfloat16, kFloat16 };  // what is computed in
+enum class Half { kBfloat16, kFloat16 };  // compute type, H in the kernels
 
-// Makes a context the calling thread's own, for as long as it lives.
+// Scope in which a context is current for the calling thread.
 class Current {
  public:
   explicit Current(CUcontext context) { check(driver().cuCtxPushCurrent(context), "using the GPU"); }
@@ -30,7 +30,7 @@ struct Dim {
 
 class Gpu {
  public:
-  // Loads every cubin of `half` for this GPU from the kernel folder.
+  // Load every cubin of `half` for this GPU from the kernel folder.
   Gpu(int index, Half half);
   ~Gpu();
   Gpu(const Gpu&) = delete;
@@ -41,9 +41,10 @@ class Gpu {
   int arch() const { return arch_; }  // 90 for compute capability 9.0
   Half half() const { return half_; }
 
-  // Launch the kernel `name`, which takes `params` by value as its only parameter. With `early` (sm_90 and
-  // newer) it may start while its predecessor runs: the kernel must call griddepcontrol.wait before it reads
-  // what another one wrote, or writes what another one reads.
+  // Launch the kernel `name`, which takes `params` by value as its only parameter. With `early` (programmatic
+  // dependent launch, sm_90 and newer) it may start while its predecessor runs: the kernel must execute
+  // griddepcontrol.wait before it reads memory that another kernel writes, or writes memory that another
+  // kernel reads.
   template <typename Params>
   void launch(CUstream stream, const char* name, Dim grid, int threads, int shared_bytes,
               const Params& params, bool early = false) const {
@@ -53,7 +54,7 @@ class Gpu {
  private:
   struct Kernel {
     CUfunction function;
-    int shared_bytes;  // that it may have so far
+    int shared_bytes;  // dynamic shared memory allowed so far
   };
 
   void launch_bytes(CUstream stream, const char* name, Dim grid, int threads, int shared_bytes,

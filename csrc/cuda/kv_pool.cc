@@ -20,7 +20,7 @@ CudaKvPool::CudaKvPool(const qvl_config& config, CUcontext context, CUstream own
   number_ = ++made;
   const Current current(context_);
   memory_ = DeviceMemory((static_cast<uint64_t>(blocks) + 1) * block_bytes_);
-  // Rows that are not there read the spare block.
+  // Padding rows read the spare block.
   check(driver().cuMemsetD8Async(address(at(blocks)), 0, block_bytes_, own_), "making a KV pool");
 }
 

@@ -1,5 +1,5 @@
-// Keys and values in blocks of tokens: a block has all layers, one after another, as KvLayer says. One block
-// more than a caller sees takes what rows write that are not there (step graphs have fixed numbers of rows).
+// The KV pool on the GPU: a block has all layers, one after another, in the layout of KvLayer. A spare block
+// behind the caller's receives the writes of padding rows (step graphs have fixed numbers of rows).
 #pragma once
 
 #include "core/backend.h"
@@ -16,7 +16,7 @@ class CudaKvPool final : public KvPool {
 
   KvLayer layer(int index) const;
   int32_t spare_block() const { return n_blocks; }
-  uint64_t number() const { return number_; }  // no other pool of the process has it
+  uint64_t number() const { return number_; }  // unique in the process
 
   void copy_block(int32_t from, int32_t to, qvl_stream stream) override;
   void read_block(int32_t block, void* host, qvl_stream stream) override;

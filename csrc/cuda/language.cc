@@ -7,9 +7,9 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr int kMaxDecodeRows = 256;  // of linear_decode
+constexpr int kMaxDecodeRows = 256;  // most rows of linear_decode
 
-// Bytes of a row that a product writes.
+// Bytes of a row of a product's result.
 uint64_t row_bytes(const Matrix& matrix, Into into) {
   switch (into) {
     case Into::kFloat:
@@ -71,7 +71,7 @@ Language::Language(const Gpu& gpu, const qvl_config& config, Weights& weights)
 void Language::reserve(int rows, int max_keys) {
   const uint64_t needed = attention_decode_scratch(rows, config_.heads, config_.head_dim, max_keys);
   if (needed <= decode_scratch_.bytes()) return;
-  decode_scratch_ = DeviceMemory();  // freeing waits for the GPU
+  decode_scratch_ = DeviceMemory();  // cuMemFree waits for the GPU
   decode_scratch_ = DeviceMemory(needed);
   check(driver().cuMemsetD8Async(address(decode_scratch_.get()), 0, needed, nullptr), "clearing GPU memory");
   check(driver().cuStreamSynchronize(nullptr), "clearing GPU memory");
@@ -105,7 +105,7 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
     } else {
       shape.n_prompt += part.n;
       shape.tiles += (part.n + kQueryTile - 1) / kQueryTile;
-      ++sizes.pieces;
+      ++sizes.chunks;
     }
   }
   sizes.rows = shape.rows();
@@ -116,7 +116,7 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
 
   const InputArrays host = input.begin(sizes);
   const bool ids_here = !is_device_visible(batch.tokens);
-  int next = 0, piece = 0, tile = 0;
+  int next = 0, chunk = 0, tile = 0;
   for (const bool generated : {false, true}) {
     for (size_t table = 0; table < parts.size(); ++table) {
       Part& part = parts[table];
@@ -131,9 +131,9 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
       }
       take_features(stream, batch, part, host);
       if (generated) continue;
-      host.pieces[piece] = {static_cast<int>(part.first), part.n, part.past, static_cast<int>(table)};
-      for (int32_t offset = 0; offset < part.n; offset += kQueryTile) host.tiles[tile++] = {piece, offset};
-      ++piece;
+      host.chunks[chunk] = {static_cast<int>(part.first), part.n, part.past, static_cast<int>(table)};
+      for (int32_t offset = 0; offset < part.n; offset += kQueryTile) host.tiles[tile++] = {chunk, offset};
+      ++chunk;
     }
   }
   const InputArrays at = input.send(stream);
@@ -143,7 +143,7 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
   }
   layers(stream, pool, at, shape);
 
-  // Runs of rows that stand side by side, in the pass as in the logits.
+  // One product for each run of rows that are adjacent both in the pass and in the logits.
   for (size_t i = 0; i < parts.size(); ++i) {
     if (parts[i].logits < 0) continue;
     const int first = parts[i].first + parts[i].n - 1, row = parts[i].logits;
@@ -201,7 +201,7 @@ void Language::attention(CUstream stream, const Places& places, const InputArray
   }
   rotate_and_store(gpu_, stream, qkv_.get(), places, angles_.angles(), kv, n, q_.get());
   if (shape.n_prompt > 0) {
-    attention_prompt(gpu_, stream, q_.get(), at.pieces, at.tiles, shape.tiles, at.blocks, shape.max_blocks,
+    attention_prompt(gpu_, stream, q_.get(), at.chunks, at.tiles, shape.tiles, at.blocks, shape.max_blocks,
                      kv, mixed_.get());
   }
   for (int done = shape.n_prompt; done < n; done += kMaxDecodeRows) {

@@ -11,13 +11,13 @@
 
 namespace qvl::cuda {
 
-// The rows of a pass: those of prompts first, then those of decode steps.
+// Shape of a pass: rows of prompts first, then those of decode steps.
 struct PassShape {
   int n_prompt = 0, n_decode = 0;
-  int tiles = 0;         // of the prompts' queries
-  int max_blocks = 0;    // of a sequence
+  int tiles = 0;         // query tiles of the prompts
+  int max_blocks = 0;    // of a sequence's block table
   int max_keys = 0;      // of a decode row
-  bool is_step = false;  // of rows as attention_step takes them
+  bool is_step = false;  // one row per sequence, for attention_step
 
   int rows() const { return n_prompt + n_decode; }
 };
@@ -30,17 +30,17 @@ class Language {
   void forward(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, float* logits,
                StepInput& input);
 
-  // Enqueue the layers for rows that are described in device memory.
+  // Enqueue the layers for the rows described in device memory.
   void layers(CUstream stream, const CudaKvPool& pool, const InputArrays& at, const PassShape& shape);
 
-  // Logits of rows first .. first + n - 1.
+  // Enqueue lm_head for rows [first, first + n).
   void head(CUstream stream, int first, int n, float* logits);
 
-  // Describe row i: a token at `position` of the sequence whose block table is row `table`.
+  // Write the description of row i: a token at `position` of the sequence whose block table is row `table`.
   void place(const InputArrays& at, int i, const qvl_sequence& sequence, int32_t position, int table) const;
 
-  // Room for `rows` decode rows with up to max_keys keys. A captured graph holds as long as moved() is the
-  // same.
+  // Reserve scratch memory for `rows` decode rows with up to max_keys keys. A captured graph stays valid
+  // while moved() is unchanged.
   void reserve(int rows, int max_keys);
   int moved() const { return moved_; }
 

@@ -1,4 +1,4 @@
-// Products of decode steps, and matrices on the GPU: kernels/linear_decode.cu, kernels/upload_matrix.cu.
+// Launches of kernels/linear_decode.cu, linear_decode_wide.cu and upload_matrix.cu.
 #include <algorithm>
 #include <string>
 
@@ -15,7 +15,7 @@ constexpr int kTileRows = 16, kWarps = 16, kThreads = 32 * kWarps, kUnit = 128;
 constexpr int kMostColumns = 8, kSumsPitch = 18, kStepBytes = 1024;
 constexpr int kMostRows = 256;
 
-// As in the kernel: steps in the ring, and what a block may have of shared memory.
+// As in the kernel: steps in the ring, and the shared memory of a block.
 int ring_depth(int arch) {
   if (arch < 80) return 2;
   return arch == 80 || (arch >= 100 && arch < 120) ? 5 : 3;
@@ -40,8 +40,8 @@ uint64_t rounded(int value, int unit) {
   return static_cast<uint64_t>((value + unit - 1) / unit * unit);
 }
 
-// Lay out the shared memory of a block that takes `columns` rows of x, and return its size. A row of x is 64
-// bytes more than a multiple of 128, so that two rows lie in different banks.
+// Lay out the shared memory of a block with `columns` rows of x, and return its size. The pitch of a row of x
+// is 64 bytes over a multiple of 128, so that two rows lie in different banks.
 int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, LinearDecode& p) {
   const bool int4 = matrix.storage == Storage::kInt4G64 || matrix.storage == Storage::kInt4G128;
   const int units = static_cast<int>(padded(matrix.in)) / kUnit;
@@ -57,7 +57,7 @@ int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, Line
   return p.sums_at + 2 * kWarps * tiles_at_once * columns * kSumsPitch * 4;
 }
 
-// More than 8 rows of x: kernels/linear_decode_wide.cu. False if a block does not fit on this GPU.
+// Launch kernels/linear_decode_wide.cu, for more than 8 rows of x. False if a block does not fit this GPU.
 bool wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p) {
   constexpr int kUnitBytes[] = {4096, 2048, 1024, 1024};
   const auto storage = static_cast<size_t>(matrix.storage);
@@ -66,7 +66,8 @@ bool wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p
   p.columns = p.n <= 32 ? 32 : 64;
   const int tiles = static_cast<int>(rounded(matrix.out, kTileRows)) / kTileRows;
   const int chunks = (p.n + p.columns - 1) / p.columns;
-  // Where all multiprocessors have work for the largest part of the time; of equals the larger blocks.
+  // The block size that keeps the multiprocessors busy for the largest share of the time; of equals the
+  // larger blocks.
   int best = 0, shared = 0;
   double best_share = 0;
   for (const int rows : {12, 6, 2}) {
@@ -119,7 +120,7 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
   p.out = to.out;
   p.first = first;
   p.step = step;
-  // Whoever writes the last row fills up its tile.
+  // The call that writes the last row also writes the padding of its tile.
   if (to.storage != Storage::kHalf && first + (out - 1) * step == to.out - 1)
     p.padding = static_cast<int>(rounded(to.out, kTileRows)) - to.out;
   const char* name = dtype == QVL_FLOAT32    ? "float32"
@@ -161,7 +162,7 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   const int tiles = static_cast<int>(rounded(matrix.out, kTileRows)) / kTileRows;
   const int chunks = (n + columns - 1) / columns;
   const int blocks = std::min(tiles, (gpu.multiprocessors() + chunks - 1) / chunks);
-  // More than half of the shared memory, so that no multiprocessor gets two blocks and another none.
+  // Over half of the shared memory, so that no multiprocessor gets two blocks and another none.
   gpu.launch(stream, (std::string("linear_decode_") + name_of(matrix.storage)).c_str(),
              {static_cast<unsigned>(blocks), static_cast<unsigned>(chunks)}, kThreads,
              std::max(shared, limit / 2 + 2048), p, true);

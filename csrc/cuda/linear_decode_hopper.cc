@@ -11,13 +11,13 @@ namespace qvl::cuda {
 namespace {
 
 constexpr int kThreads = 128 * kHopperGroups + 32, kAlign = 1024, kBoxBytes = 128;
-constexpr int kMostShared = 227 << 10, kLeastShared = 120 << 10;  // the least: one block a multiprocessor
-// With few rows of x, attention and its 64 KB fit beside.
+constexpr int kMostShared = 227 << 10, kLeastShared = 120 << 10;  // over half: one block a multiprocessor
+// With few rows of x, leaves room for a block of attention with its 64 KB.
 constexpr int kSharedBeside = 158 << 10;
 constexpr int kMostStages = 32, kMostSteps = 4;
 
-// Of a storage type, by number: its kernels' name, bytes of 16 rows in a step of k and of their scales, boxes
-// of 64 values in a step, and 64-row parts of a tile at most for up to 16, 32 and 64 rows of x.
+// Per storage type: name in the kernels' names, bytes of 16 rows in a step of k and of their scales, boxes of
+// 64 values in a step, and most 64-row subtiles of a tile for up to 16, 32 and 64 rows of x.
 struct Kind {
   const char* name;
   int tile_bytes, scale_bytes, boxes;
@@ -32,13 +32,13 @@ int divide_up(int a, int b) {
   return (a + b - 1) / b;
 }
 
-// Bytes that a step brings.
+// Bytes copied in a step.
 int step_bytes(const Kind& kind, int rows, int columns) {
   return rows / 8 * (kind.tile_bytes + kind.scale_bytes) / 2 + kind.boxes * kBoxBytes * columns;
 }
 
-// Rows of W a tile that take the least time: rounds of tiles, each the bytes that come in and what a round
-// costs besides, as bytes.
+// Rows of W a tile for the shortest time: rounds of tiles times (bytes copied + the fixed cost of a round, in
+// bytes).
 int best_rows(const Kind& kind, int out, int steps, int columns, int blocks, int unit, int most) {
   constexpr double kRound = 40e3;
   int best = unit;
@@ -51,7 +51,7 @@ int best_rows(const Kind& kind, int out, int steps, int columns, int blocks, int
   return best;
 }
 
-// Steps of an item: many small ones cost time, and so do those that lie behind a slice's end.
+// Steps of an item: small items have overhead, large ones copy steps beyond the end of a slice.
 int best_steps(int slice, int bytes) {
   constexpr int kItem = 1500, kMostBytes = 24 << 10;
   int best = 1, least = 0;
@@ -62,7 +62,7 @@ int best_steps(int slice, int bytes) {
   return best;
 }
 
-// H in boxes of 64 values: `steps` of them at once if rows are whole ones.
+// Tensor map of H in boxes of 64 values, `steps` of them in a copy if rows are whole boxes.
 TensorMap boxes_of(const Gpu& gpu, const void* base, int64_t rows, int64_t in, int64_t stride, int box,
                    int steps) {
   if (in % 64 != 0) return tensor_map(gpu, base, {in, rows}, {stride * 2}, {64, box});

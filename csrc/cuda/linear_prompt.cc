@@ -12,9 +12,9 @@ namespace {
 // A variant of linear_prompt_hopper.cu.
 struct Tile64 {
   const char* name;
-  int parts, tokens;         // 64 * parts rows of W, tokens
-  int cluster_m, cluster_n;  // tiles that share what they read
-  int buffers, blocks;       // blocks a multiprocessor
+  int parts, tokens;         // tile of 64 * parts rows of W x tokens
+  int cluster_m, cluster_n;  // tiles of a cluster over rows of W and tokens
+  int buffers, blocks;       // stages of the ring, blocks a multiprocessor
 };
 
 constexpr Tile64 kTiles[] = {
@@ -36,8 +36,8 @@ Groups groups(const Tile64& tile, int out, int n) {
   return {divide_up(out, 64 * tile.parts * tile.cluster_m), divide_up(n, tile.tokens * tile.cluster_n)};
 }
 
-// Estimated time of a product in cycles: rounds of tiles, each a number of steps of 64 values and a way out.
-// Seen on an H200: wgmma at 8 / 9 of its rate, and 47 bytes a cycle into a multiprocessor, shared or not.
+// Estimated time of a product in cycles: rounds of tiles, each some steps of 64 values and an epilogue. Seen
+// on an H200: wgmma at 8 / 9 of its peak rate, and 47 bytes a cycle into a multiprocessor, shared or not.
 double cycles(const Gpu& gpu, const Tile64& tile, int out, int in, int n) {
   const Groups all = groups(tile, out, n);
   const int cluster = tile.cluster_m * tile.cluster_n, at_once = gpu.multiprocessors() / cluster;
@@ -48,7 +48,7 @@ double cycles(const Gpu& gpu, const Tile64& tile, int out, int in, int n) {
   return rounds * (blocks * std::max(products, bytes / 47) * divide_up(in, 64) + 2500 + 12 * tile.tokens);
 }
 
-// Rows of 64 values, in boxes of `box` rows.
+// Tensor map in boxes of 64 values x `box` rows.
 TensorMap rows_of(const Gpu& gpu, const void* base, int64_t rows, int64_t columns, int64_t stride, int box) {
   return tensor_map(gpu, base, {columns, rows}, {stride * 2}, {64, box});
 }

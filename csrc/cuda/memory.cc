@@ -5,7 +5,7 @@
 namespace qvl::cuda {
 namespace {
 
-// Numbers of the driver's interface.
+// Constants of the driver's interface.
 constexpr int kMemoryType = 2;  // of a pointer
 constexpr unsigned kPortable = 1, kMapped = 2, kNoTiming = 2;
 

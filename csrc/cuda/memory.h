@@ -1,4 +1,4 @@
-// Memory of a GPU, and page-locked host memory, freed with their owner.
+// GPU memory and page-locked host memory, owned by objects; events.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ inline constexpr uint64_t rounded(uint64_t bytes, uint64_t unit) {
   return (bytes + unit - 1) / unit * unit;
 }
 
-// Whether the pointer is memory that the GPU reads and writes: its own, or page-locked host memory.
+// Whether the GPU can access the memory: its own, or page-locked host memory.
 bool is_device_visible(const void* pointer);
 
 void copy(CUstream stream, void* to, const void* from, uint64_t bytes);
@@ -70,7 +70,7 @@ class Memory {
 using DeviceMemory = Memory<allocate, false>;
 using HostMemory = Memory<allocate_host, true>;
 
-// A point in a stream.
+// Event: a point in the work of a stream.
 class Mark {
  public:
   Mark();

@@ -1,13 +1,13 @@
-// What the layers are made of. Every function enqueues kernels on a stream and returns.
+// Operations of the layers. Every function enqueues kernels on a stream and returns.
 //
-// H is the type computed in, bfloat16 or float16 (Gpu::half). All pointers are device memory, 16-byte
-// aligned; rows are contiguous. The residual stream x is float32, inputs of products are H, products add up
-// in float32.
+// H is the compute type, bfloat16 or float16 (Gpu::half). All pointers are device memory, 16-byte aligned;
+// rows are contiguous. The residual stream x is float32, inputs of products are H, products accumulate in
+// float32.
 //
-// What a row gives never depends on the other rows or on their number: to the bit, see "Two kinds of
+// A row's result never depends on the other rows or on their number, to the bit: see "Two kinds of
 // arithmetic" in qwenvl.h. Functions called *_decode serve tokens of decode steps, 1 to 256 rows, and
-// lm_head; those called
-// *_prompt serve tokens of prompts, 1 to thousands of rows; a row's own result may differ between the two.
+// lm_head; those called *_prompt serve tokens of prompts, 1 to thousands of rows; the two may round a row
+// differently.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ struct Matrix {
   const float* bias;  // float32 [out], or NULL
 };
 
-// What becomes of a product's rows.
+// Epilogue of a product: type and place of its rows.
 enum class Into {
   kHalf,      // H [n, out]
   kFloat,     // float32 [n, out]
@@ -47,7 +47,7 @@ struct MatrixBytes {
 };
 MatrixBytes matrix_bytes(Storage storage, int out, int in);
 
-// Turn a matrix as it lies in a file (qwenvl.h: qvl_packed_bytes), copied to `from`, into the layout of the
+// Convert a matrix from the layout of a file (qwenvl.h: qvl_packed_bytes), copied to `from`, to that of the
 // kernels. `from` float32, bfloat16 or float16 gives kHalf, rounded; INT8 and INT4 keep their integers and
 // scales. Row r of the file becomes row first + r * step of `to`: two matrices are interleaved with step 2.
 void upload_matrix(const Gpu&, CUstream, qvl_dtype dtype, const void* from, int out, const Matrix& to,
@@ -63,16 +63,15 @@ void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x
 void rms_norm(const Gpu&, CUstream, const float* x, const float* weight, float epsilon, int n, int width,
               void* y);
 
-// Rows of the embedding, or of images' features, as float32.
-// ids int32 [n] (clamped to the vocabulary); features: float32 [width] pointers [n], 0 where the id counts,
-// or NULL.
+// Rows of the embedding table, or of image features, as float32. ids int32 [n] (clamped to the vocabulary);
+// features: addresses of float32 [width], [n], 0 for rows that use their id, or NULL.
 void embed(const Gpu&, CUstream, const void* wte /* H [vocab, width] */, int vocab, int width,
            const int32_t* ids, const uint64_t* features, int n, float* x);
 
-// Where tokens are, in device memory; of a pass over n tokens.
+// Positions and block tables of the n tokens of a pass, in device memory.
 struct Places {
   const int32_t* positions;     // [n]
-  const int32_t* angle_tables;  // [n]: which of the tables of angles holds for the token's sequence
+  const int32_t* angle_tables;  // [n]: index of the table of angles for the token's sequence
   const int32_t* tables;        // [n]: index of the token's sequence, a row of `blocks`
   const int32_t* blocks;        // [sequences, max_blocks]: block tables
   int max_blocks;
@@ -88,7 +87,7 @@ struct Angles {
 };
 
 // A layer's keys and values: block b at base + b * block_bytes: [2][heads][block_tokens][head_dim] of dtype,
-// and for int8 behind them float32 scales [2][heads][block_tokens] (value = scale * integer).
+// for int8 followed by float32 scales [2][heads][block_tokens] (value = scale * integer).
 struct KvLayer {
   char* base;
   uint64_t block_bytes;
@@ -103,17 +102,18 @@ void rotate_and_store(const Gpu&, CUstream, const void* qkv, const Places&, cons
                       int n, void* q);
 
 // Attention of one query a sequence over its keys: q H [n, heads * head_dim] -> H, the same shape. Sequence i
-// has positions[i] + 1 keys; none has more than max_keys. Split over keys at fixed places (multiples of a
-// constant), so that a row does not depend on max_keys or n.
-// scratch: zeros where it is new; what a call leaves there is the next one's, whatever its n and max_keys.
+// has positions[i] + 1 keys; none has more than max_keys. Split over keys at fixed multiples, so that a row
+// does not depend on max_keys or n. scratch: zeroed once when allocated, then passed from call to call,
+// whatever n and max_keys.
 uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys);
 void attention_decode(const Gpu&, CUstream, const void* q, const Places&, const KvLayer&, int n, int max_keys,
                       void* scratch, void* y);
 
-// A step's rotate_and_store and attention_decode, to the bit; q: room for the rotated queries. Row i is the
-// newest token of a sequence of its own, whose block table is row i of places.blocks. `places`, and the keys
-// and values of earlier tokens, are read before the kernels launched before this one have ended: what wrote
-// them must have ended before the first of a chain of early launches began, as it has before a graph.
+// rotate_and_store and attention_decode of a step in one, to the bit; q: scratch for the rotated queries.
+// Each row is the newest token of another sequence; the block table of row i is row i of places.blocks.
+// `places`, and the keys and values of earlier tokens, are read before the preceding kernels have ended:
+// their writers must have ended before the first of a chain of early launches began, which a graph
+// guarantees.
 void attention_step(const Gpu&, CUstream, const void* qkv, const Places&, const Angles&, const KvLayer&,
                     int n, int max_keys, void* q, void* scratch, void* y);
 
@@ -124,28 +124,28 @@ uint64_t linear_prompt_scratch(const Matrix&);
 void linear_prompt(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
                    void* scratch);
 
-// Pieces of prompts: queries [first, first + n) of q, at positions past .. past + n - 1 of the sequence
-// `table`, each attends to the keys at its own position and before. Host arrays; copied into launches or
-// uploaded by the caller with the places.
-struct Piece {
+// A chunk of a prompt: queries [first, first + n) of q, at positions past .. past + n - 1 of the sequence
+// `table`; each attends to the keys up to its own position.
+struct PromptChunk {
   int first, n, past, table;
 };
-// pieces in device memory [n_pieces]; n_tiles: the sum of ceil(n / kQueryTile); n: all queries.
+// Tile of queries of a chunk. Chunks and tiles are in device memory; n_tiles: the sum of ceil(n /
+// kQueryTile).
 constexpr int kQueryTile = 128;
 struct Tile {
-  int piece, offset;  // queries offset .. offset + kQueryTile - 1 of the piece
+  int chunk, offset;  // queries offset .. offset + kQueryTile - 1 of the chunk
 };
-void attention_prompt(const Gpu&, CUstream, const void* q, const Piece* pieces, const Tile* tiles,
+void attention_prompt(const Gpu&, CUstream, const void* q, const PromptChunk* chunks, const Tile* tiles,
                       int n_tiles, const int32_t* blocks, int max_blocks, const KvLayer&, void* y);
 
 // ---- images: vision.cc ----------------------------------------------------------------------------------
 
-// images float32 [n, 3, size, size] -> H [n * patches, stride], a patch's [3][patch][patch] values a row,
-// zeros behind them.
+// images float32 [n, 3, size, size] -> H [n * patches, stride]: a row has a patch's [3][patch][patch] values,
+// then zeros.
 void cut_patches(const Gpu&, CUstream, const float* images, int n, int size, int patch, int stride, void* y);
 
-// Normalise rows of float32 x [n, width] to H and float32, either of which may be NULL; x may be normalised
-// in place. `add` float32 [period, width] is added to the H result's row i % period; NULL: nothing.
+// LayerNorm of rows of float32 x [n, width] to H and float32, either of which may be NULL; y_float may be x.
+// `add` float32 [period, width] is added to the H result's row i % period; NULL: nothing.
 void layer_norm(const Gpu&, CUstream, const float* x, const float* weight, const float* bias, float epsilon,
                 int n, int width, const float* add, int period, void* y_half, float* y_float);
 
@@ -179,8 +179,8 @@ struct Sampled {
 
 uint64_t sample_scratch(int n, int vocab);
 
-// As qvl_sample and qvl_step say. any_draw: some row is not greedy; any_changed: some row has penalties or
-// forbidden ids (the kernels for them are launched only then).
+// Sampling as documented at qvl_sample and qvl_step. any_draw: some row is not greedy; any_changed: some row
+// has penalties or forbidden ids (their kernels are launched only then).
 void sample(const Gpu&, CUstream, const float* logits, int n, int vocab, const Pick* picks,
             const int32_t* forbidden, bool any_draw, bool any_changed, void* scratch, const Sampled&);
 

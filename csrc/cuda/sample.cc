@@ -6,7 +6,7 @@
 namespace qvl::cuda {
 namespace {
 
-// Hands out 16-byte aligned parts of a piece of memory; from NULL it only adds up.
+// Bump allocator of 16-byte aligned parts; with base NULL it only computes the size.
 struct Parts {
   char* base;
   uint64_t used = 0;
@@ -62,7 +62,7 @@ void sample(const Gpu& gpu, CUstream stream, const float* logits, int n, int voc
   params.top_tokens = sampled.top_tokens;
   params.top_logprobs = sampled.top_logprobs;
 
-  // Few rows are shared among more blocks; whole numbers add up to the same.
+  // Few rows are shared among more blocks; integer sums do not depend on that.
   params.bin_vectors = n <= 8 ? 1 : kScanVectors;
 
   const auto rows = static_cast<unsigned>(n), chunks = static_cast<unsigned>(params.chunks);

@@ -56,7 +56,7 @@ void Sampler::describe(const Picks& picks, int rows, const InputArrays& host) {
 void Sampler::reserve(int rows, const SampleKind& kind) {
   const auto grow = [&](DeviceMemory& memory, uint64_t bytes) {
     if (memory.bytes() >= bytes) return;
-    memory = DeviceMemory();  // freeing waits for the GPU
+    memory = DeviceMemory();  // cuMemFree waits for the GPU
     memory = DeviceMemory(2 * bytes);
     ++moved_;
   };

@@ -1,4 +1,4 @@
-// Sampling parameters on their way to the GPU, and the picked tokens on their way back.
+// Sampling parameters to the GPU, and sampled tokens back to the caller.
 #pragma once
 
 #include <vector>
@@ -8,7 +8,7 @@
 
 namespace qvl::cuda {
 
-// What decides which kernels sampling needs.
+// Properties of a batch that decide which sampling kernels run.
 struct SampleKind {
   bool draws = false;    // some row is not greedy
   bool changes = false;  // some row has penalties or forbidden ids
@@ -26,10 +26,10 @@ class Sampler {
   // Fill rows 0 .. picks.n - 1 of host.picks, and greedy rows up to `rows`.
   void describe(const Picks& picks, int rows, const InputArrays& host);
 
-  // Enqueue sampling `rows` rows of logits, described in device memory.
+  // Enqueue sampling of `rows` rows of logits; `at` describes them in device memory.
   void run(CUstream stream, const float* logits, int rows, const InputArrays& at, const SampleKind& kind);
 
-  // Enqueue the copies of the first picks.n rows to where the caller wants them; waits if that is ordinary
+  // Enqueue the copies of the first picks.n rows to the caller's outputs; waits if they are in pageable
   // memory.
   void give(CUstream stream, const Picks& picks);
 

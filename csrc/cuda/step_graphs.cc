@@ -9,10 +9,10 @@ namespace {
 
 constexpr int kMaxRows = 256;
 constexpr size_t kMaxGraphs = 128;
-constexpr int kRelaxed = 2;  // other threads may use the GPU during a capture
+constexpr int kRelaxed = 2;  // relaxed capture: other threads may use the GPU meanwhile
 constexpr int kFewestKeys = 256;
 
-// Rows of the graph that serves n: at most 7 more.
+// Rows of the graph for n sequences: at most 7 more.
 int row_bucket(int n) {
   return n <= 2 ? n : n <= 4 ? 4 : (n + 7) / 8 * 8;
 }
@@ -68,7 +68,7 @@ void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& 
   const bool ids_here = !is_device_visible(batch.tokens);
   const int32_t spare = pool.spare_block();
   for (int i = 0; i < rows; ++i) {
-    // A row that is not there is the first token of a sequence in the spare block.
+    // A padding row is the first token of a sequence in the spare block.
     const qvl_sequence absent{1, 0, 1, 1, &spare, 0, 0};
     const qvl_sequence& s = i < n ? batch.sequences[i] : absent;
     language_.place(host, i, s, s.n_past, i);

@@ -1,4 +1,4 @@
-// Decode steps as CUDA graphs: the layers and the sampling of a number of rows, captured once and replayed.
+// Decode steps as CUDA graphs: layers, lm_head and sampling for a number of rows, captured once and replayed.
 #pragma once
 
 #include <map>
@@ -17,13 +17,13 @@ class StepGraphs {
   StepGraphs(const StepGraphs&) = delete;
   StepGraphs& operator=(const StepGraphs&) = delete;
 
-  // Whether the step is one token of each of up to 256 sequences, all of them sampled, nothing else.
+  // Whether the step is one decode token of each of up to 256 sequences, all of them sampled.
   static bool serves(const qvl_batch& batch, const Picks& picks);
 
   void step(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, const Picks& picks);
 
  private:
-  // Pool, rows, keys, draws, changes, logprobs, n_top, forbidden: what is fixed in a graph.
+  // Constants of a graph: pool, rows, keys, draws, changes, logprobs, n_top, forbidden.
   using Key = std::tuple<uint64_t, int, int, bool, bool, bool, int, int>;
 
   CUgraphExec captured(const CudaKvPool& pool, const InputSizes& sizes, const PassShape& shape,
@@ -35,7 +35,7 @@ class StepGraphs {
   Language& language_;
   Sampler& sampler_;
   StepInput& input_;
-  CUstream stream_ = nullptr;  // for capturing only
+  CUstream stream_ = nullptr;  // for capture only
   DeviceMemory logits_;
   std::map<Key, CUgraphExec> graphs_;
   int moved_ = 0;

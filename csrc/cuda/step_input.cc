@@ -26,7 +26,7 @@ InputArrays lay_out(char* base, const InputSizes& n, uint64_t* bytes) {
   arrays.angle_tables = layout.take<int32_t>(n.rows);
   arrays.table_of = layout.take<int32_t>(n.rows);
   arrays.blocks = layout.take<int32_t>(n.tables * n.max_blocks);
-  arrays.pieces = layout.take<Piece>(n.pieces);
+  arrays.chunks = layout.take<PromptChunk>(n.chunks);
   arrays.tiles = layout.take<Tile>(n.tiles);
   arrays.picks = layout.take<Pick>(n.picks);
   arrays.forbidden = layout.take<int32_t>(n.forbidden);
@@ -45,7 +45,7 @@ InputArrays StepInput::begin(const InputSizes& sizes) {
   slot.read.wait();
   if (slot.memory.bytes() < bytes) slot.memory = HostMemory(std::max<uint64_t>(2 * bytes, 1 << 16));
   if (device_.bytes() < bytes) {
-    device_ = DeviceMemory(std::max<uint64_t>(2 * bytes, 1 << 16));  // freeing waits for the GPU
+    device_ = DeviceMemory(std::max<uint64_t>(2 * bytes, 1 << 16));  // cuMemFree waits for the GPU
     ++moved_;
   }
   return lay_out(slot.memory.get<char>(), sizes, &bytes);

@@ -1,4 +1,4 @@
-// What a pass over the layers is told besides its weights, written on the host and sent in one copy.
+// Inputs of a pass over the layers, written on the host and sent to the GPU in one copy.
 #pragma once
 
 #include <array>
@@ -9,11 +9,12 @@
 
 namespace qvl::cuda {
 
-// Numbers of elements: they alone decide where each array lies, so that a captured graph finds it again.
+// Numbers of elements. They alone determine the address of each array, so that a captured graph finds it
+// again.
 struct InputSizes {
   int rows = 0;  // tokens
   int tables = 0, max_blocks = 0;
-  int pieces = 0, tiles = 0;
+  int chunks = 0, tiles = 0;
   int picks = 0, forbidden = 0;
 };
 
@@ -25,7 +26,7 @@ struct InputArrays {
   int32_t* angle_tables;
   int32_t* table_of;  // [rows]: the sequence's row of blocks
   int32_t* blocks;    // [tables, max_blocks]
-  Piece* pieces;
+  PromptChunk* chunks;
   Tile* tiles;
   Pick* picks;
   int32_t* forbidden;
@@ -33,14 +34,13 @@ struct InputArrays {
 
 class StepInput {
  public:
-  // The arrays to fill in host memory; waits until an earlier copy out of it has been read.
+  // Arrays to fill, in host memory; waits until an earlier copy from it has been read.
   InputArrays begin(const InputSizes& sizes);
 
-  // Enqueue the copy, and say where the arrays are on the GPU. The work that reads them must be on this
-  // stream.
+  // Enqueue the copy and return the arrays on the GPU. The work that reads them must be on this stream.
   InputArrays send(CUstream stream);
 
-  // Where the arrays of such sizes are on the GPU. They stay there until moved() gives another number.
+  // Arrays of these sizes on the GPU. Their addresses are valid until moved() changes.
   InputArrays device(const InputSizes& sizes) const;
   int moved() const { return moved_; }
 

@@ -12,7 +12,7 @@ bool has_tensor_maps(const Gpu& gpu) {
 
 TensorMap tensor_map(const Gpu& gpu, const void* base, std::initializer_list<int64_t> sizes,
                      std::initializer_list<int64_t> strides, std::initializer_list<int> box, bool swizzled) {
-  // Numbers of the driver's interface.
+  // Constants of the driver's interface.
   constexpr int kFloat16 = 6, kBfloat16 = 9, kSwizzle128 = 3, kL2Lines256 = 3;
   constexpr size_t kMost = 5;
   QVL_REQUIRE(sizes.size() <= kMost && strides.size() + 1 == sizes.size() && box.size() == sizes.size(),

@@ -1,5 +1,4 @@
-// Tensors of H for the copy engine: boxes of them come to shared memory as hopper.cuh's describe() wants
-// them.
+// Tensor maps of H for the copy engine, with boxes in the shared memory layout of describe() in hopper.cuh.
 #pragma once
 
 #include <initializer_list>
@@ -9,11 +8,11 @@
 
 namespace qvl::cuda {
 
-// Whether kernels with tensor maps run here: on Hopper.
+// Whether kernels with tensor maps run on this GPU: on Hopper.
 bool has_tensor_maps(const Gpu&);
 
-// Sizes and boxes in values, strides of all dimensions but the first in bytes, multiples of 16. What lies
-// outside of the sizes reads as zeros. Not `swizzled`: as the values lie in memory.
+// Sizes and boxes in values, strides of all dimensions but the first in bytes, multiples of 16. Elements
+// outside of the sizes read as zeros. Not `swizzled`: in the order of memory.
 TensorMap tensor_map(const Gpu&, const void* base, std::initializer_list<int64_t> sizes,
                      std::initializer_list<int64_t> strides, std::initializer_list<int> box,
                      bool swizzled = true);

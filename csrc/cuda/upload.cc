@@ -10,8 +10,8 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr uint64_t kPiece = 8 << 20;  // bytes of page-locked memory
-constexpr size_t kWorkers = 6;        // one core copies 5 to 10 GB/s, the bus takes 25 to 55
+constexpr uint64_t kChunkBytes = 8 << 20;  // page-locked memory of a slot
+constexpr size_t kWorkers = 6;             // one core copies 5 to 10 GB/s, the bus takes 25 to 55
 
 }  // namespace
 
@@ -20,7 +20,7 @@ Uploader::Uploader(CUcontext context, CUstream stream) : context_(context), stre
   for (size_t i = 0; i < n; ++i) {
     auto worker = std::make_unique<Worker>();
     check(driver().cuStreamCreate(&worker->stream, 1), "making a stream");
-    for (Slot& slot : worker->slots) slot.memory = HostMemory(kPiece);
+    for (Slot& slot : worker->slots) slot.memory = HostMemory(kChunkBytes);
     workers_.push_back(std::move(worker));
   }
 }
@@ -33,15 +33,16 @@ Uploader::~Uploader() {
 }
 
 void Uploader::copy(void* to, const void* from, uint64_t bytes) {
-  // What the stream does before may still read the memory.
+  // Work enqueued on the stream before may still read the memory.
   before_.record(stream_);
-  const uint64_t pieces = (bytes + kPiece - 1) / kPiece;
-  const size_t n = static_cast<size_t>(std::min<uint64_t>(workers_.size(), pieces));
+  const uint64_t chunks = (bytes + kChunkBytes - 1) / kChunkBytes;
+  const size_t n = static_cast<size_t>(std::min<uint64_t>(workers_.size(), chunks));
   std::vector<std::exception_ptr> errors(n);
   const auto run = [&](size_t i) {
     try {
       const Current current(context_);
-      const uint64_t first = pieces * i / n * kPiece, end = std::min(bytes, pieces * (i + 1) / n * kPiece);
+      const uint64_t first = chunks * i / n * kChunkBytes,
+                     end = std::min(bytes, chunks * (i + 1) / n * kChunkBytes);
       copy_part(*workers_[i], static_cast<char*>(to) + first, static_cast<const char*>(from) + first,
                 end - first);
     } catch (...) {
@@ -60,8 +61,8 @@ void Uploader::copy(void* to, const void* from, uint64_t bytes) {
 
 void Uploader::copy_part(Worker& worker, char* to, const char* from, uint64_t bytes) {
   before_.order(worker.stream);
-  for (uint64_t done = 0; done < bytes; done += kPiece) {
-    const uint64_t part = std::min(kPiece, bytes - done);
+  for (uint64_t done = 0; done < bytes; done += kChunkBytes) {
+    const uint64_t part = std::min(kChunkBytes, bytes - done);
     Slot& slot = worker.slots[worker.next++ % worker.slots.size()];
     slot.free.wait();
     std::memcpy(slot.memory.get(), from + done, part);

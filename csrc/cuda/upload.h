@@ -1,4 +1,4 @@
-// Copies mapped or ordinary host memory to the GPU, at the rate of the bus or the disk.
+// Copies of mapped or pageable host memory to the GPU, at the rate of the bus or the disk.
 #pragma once
 
 #include <array>
@@ -14,13 +14,13 @@ class Uploader {
   Uploader(CUcontext context, CUstream stream);
   ~Uploader();
 
-  // Enqueue the copy on the stream. `from` may be let go of when this returns.
+  // Enqueue the copy on the stream. `from` is not read after the return.
   void copy(void* to, const void* from, uint64_t bytes);
 
  private:
   struct Slot {
     HostMemory memory;
-    Mark free;  // its last copy has been read
+    Mark free;  // its last copy has ended
   };
   struct Worker {
     CUstream stream = nullptr;

@@ -53,7 +53,7 @@ void Weights::check_room() const {
     at_4_bits += static_cast<uint64_t>(out) * static_cast<uint64_t>(in) / (matrix ? 2 : 1);
   }
   size_t free = 0, total = 0;
-  check(driver().cuMemGetInfo(&free, &total), "asking for free GPU memory");
+  check(driver().cuMemGetInfo(&free, &total), "querying free GPU memory");
   const bool quantised = std::any_of(table_.begin(), table_.end(),
                                      [](const auto& entry) { return is_quantised(entry.second.dtype); });
   const char* advice =
@@ -160,7 +160,7 @@ Matrix Weights::interleaved(const std::string& first, const std::string& second)
   const qvl_tensor &a = table_.at(first), &b = table_.at(second);
   QVL_REQUIRE(storage(a.dtype) == storage(b.dtype), QVL_UNSUPPORTED,
               "%s and %s are stored differently; a GPU needs them alike", first.c_str(), second.c_str());
-  // Rows of zeros behind make the result's row a whole number of vectors.
+  // Rows of zeros make a row of the result a whole number of vectors.
   const auto rows = static_cast<int64_t>(rounded(static_cast<uint64_t>(a.shape[0]), 8));
   const Matrix made = empty(storage(a.dtype), 2 * rows, inner(a));
   if (rows != a.shape[0]) {

@@ -1,4 +1,4 @@
-// The checked weights on the GPU, in the form the kernels use.
+// The checked weights on the GPU, in the layout of the kernels.
 #pragma once
 
 #include <deque>
@@ -18,7 +18,7 @@ struct Norm {
 
 class Weights {
  public:
-  // Fails if the GPU has no room for all of them.
+  // Fails if they do not fit the free GPU memory.
   Weights(const Gpu& gpu, CUstream stream, const WeightTable& table);
 
   // float32, of any shape.
@@ -28,18 +28,18 @@ class Weights {
   Matrix matrix(const std::string& name, const std::string& bias = "");
   Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
 
-  // Row i of the first becomes row 2 i, row i of the second row 2 i + 1; zeros behind, up to a multiple of 16
-  // rows.
+  // Interleave two matrices: row i of the first becomes row 2 i, row i of the second row 2 i + 1; rows of
+  // zeros up to a multiple of 16.
   Matrix interleaved(const std::string& first, const std::string& second);
 
-  // Values of the type computed in, whatever the tensor is stored as.
+  // Matrix in the compute type, whatever the storage type of the tensor.
   Matrix half_matrix(const std::string& name, const std::string& bias);
 
   Norm norm(const std::string& name) { return {floats(name + ".weight"), floats(name + ".bias")}; }
 
   Uploader& uploader() { return uploader_; }
 
-  // What was uploaded; waits until it is there.
+  // Return the memory of the weights; waits for the uploads.
   std::deque<DeviceMemory> finish();
 
  private:
@@ -55,7 +55,7 @@ class Weights {
   Uploader uploader_;
   DeviceMemory staging_;
   std::deque<DeviceMemory> memory_;
-  char* room_ = nullptr;  // what is left of the last of memory_
+  char* room_ = nullptr;  // free part of the last slab in memory_
   uint64_t left_ = 0;
 };
 

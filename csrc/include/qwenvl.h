@@ -1,4 +1,4 @@
-/* The Qwen-VL engine: pictures -> features, packed tokens -> logits, logits -> tokens.
+/* The Qwen-VL engine: images -> features, packed tokens -> logits, logits -> tokens.
  *
  * A C interface without framework types. A caller
  *   1. makes qvl_weights of named tensors or of an exported file, fills a qvl_config, and makes a qvl_engine;
@@ -6,8 +6,8 @@
  *   3. either calls qvl_generate, or makes a qvl_kv_pool and drives qvl_step (or qvl_forward and qvl_sample).
  *
  * Errors. Functions that can fail return a qvl_status, QVL_OK being 0, and take a qvl_error as their last
- * argument, which may be NULL. On failure it holds one line that names what is wrong. No C++ exception leaves
- * the library. After a failure the outputs are unspecified; engine and pool stay usable.
+ * argument, which may be NULL. On failure it holds a one-line message. No C++ exception leaves the library.
+ * After a failure the outputs are unspecified; engine and pool stay usable.
  *
  * Threads. There is no global state: any number of engines live in one process. Every function may be called
  * from any thread. Calls that compute on the same engine run one after another (the engine holds a lock);
@@ -23,7 +23,7 @@
  * caller afterwards, except memory from qvl_host_alloc that was passed to them. Work on one stream runs in
  * order. The scratch memory of an engine belongs to one stream at a time: a call that computes on another
  * stream first waits, on the device, for the work enqueued before. Copies do not, so that a copy on a second
- * stream runs beside a step; events order what depends on it.
+ * stream runs beside a step; use events to order dependent work.
  *
  * Growth. Every struct that a caller fills begins with its size or is passed in an array beside the size of
  * one element (the stride); fields that an older caller's struct does not have are read as zero, which keeps
@@ -57,9 +57,9 @@ enum {
   QVL_OK = 0,
   QVL_INVALID = 1,     /* an argument out of its range; nothing was computed */
   QVL_BAD_WEIGHT = 2,  /* a weight is missing, unknown, or of the wrong shape, type or length */
-  QVL_UNSUPPORTED = 3, /* this build or this machine cannot do that */
+  QVL_UNSUPPORTED = 3, /* not supported by this build or this machine */
   QVL_NO_MEMORY = 4,
-  QVL_STOPPED = 5, /* the callback of qvl_generate asked to stop */
+  QVL_STOPPED = 5, /* the callback of qvl_generate requested a stop */
   QVL_INTERNAL = 6
 };
 
@@ -69,7 +69,7 @@ typedef struct qvl_error {
 
 /* ---- types of numbers --------------------------------------------------------------------------------- */
 
-/* How a weight is stored. Matrices are [out, in], rows contiguous. */
+/* Storage type of a weight. Matrices are [out, in], rows contiguous. */
 typedef int32_t qvl_dtype;
 enum {
   QVL_FLOAT32 = 0,
@@ -87,17 +87,17 @@ enum { QVL_DEVICE_CPU = 0, QVL_DEVICE_CUDA = 1 };
 
 typedef void* qvl_stream;
 
-/* Which instructions the CPU back end may use. Only tests and comparisons need another than QVL_ISA_BEST. */
+/* ISA of the CPU back end. Only tests and comparisons need another than QVL_ISA_BEST. */
 typedef int32_t qvl_isa;
 enum {
-  QVL_ISA_BEST = 0, /* what this machine has */
+  QVL_ISA_BEST = 0, /* the best ISA of this machine */
   QVL_ISA_GENERIC = 1,
   QVL_ISA_AVX2 = 2,       /* with FMA and F16C */
   QVL_ISA_AVX512 = 3,     /* F, BW, VL, DQ and VNNI */
   QVL_ISA_AVX512_BF16 = 4 /* and BF16, VBMI */
 };
 
-/* In what the products of prompts and images are computed. */
+/* Compute type of the products of prompts and images. */
 typedef int32_t qvl_compute;
 enum {
   QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 if it has instructions for it, else float32 */
@@ -113,13 +113,13 @@ typedef struct qvl_device_info {
   char name[128];        /* "AMD EPYC 9354", "NVIDIA H200" */
   uint64_t memory_bytes; /* that this process may use: a container's limit counts */
   uint64_t free_bytes;
-  int32_t threads;       /* CPU: as many as an engine takes by default; GPU: multiprocessors */
+  int32_t threads;       /* CPU: threads of an engine by default; GPU: multiprocessors */
   int32_t compute_major; /* GPU: compute capability; 0 on a CPU */
   int32_t compute_minor;
   char isa[32]; /* CPU: best of qvl_isa, "avx512_bf16" */
 } qvl_device_info;
 
-/* How many devices of a kind this library can use here: 1 CPU; 0 GPUs without a back end for them. */
+/* Number of devices of a kind that this library can use: 1 CPU; 0 GPUs without the CUDA back end. */
 QVL_API int32_t qvl_device_count(qvl_device device);
 QVL_API qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_device_info* info,
                                        qvl_error* error);
@@ -128,7 +128,7 @@ QVL_API qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_dev
 
 enum { QVL_STAGE_VISION = 1, QVL_STAGE_LANGUAGE = 2 };
 
-/* Sizes of the model and where to run it. Names and meaning follow the model's config.json. */
+/* Sizes of the model, and the device. Names and meaning follow the model's config.json. */
 typedef struct qvl_config {
   uint32_t size;   /* sizeof(qvl_config) */
   uint32_t stages; /* QVL_STAGE_VISION, QVL_STAGE_LANGUAGE or both: which weights are given */
@@ -160,7 +160,7 @@ typedef struct qvl_config {
   int32_t vision_layers;
   int32_t vision_heads;
   int32_t vision_mlp_width;
-  int32_t n_queries; /* features of a picture */
+  int32_t n_queries; /* features of an image */
 
   /* Since 0.2. */
   qvl_compute compute; /* of the products of prompts and images, and of activations on a GPU */
@@ -169,7 +169,7 @@ typedef struct qvl_config {
 /* ---- weights ------------------------------------------------------------------------------------------ */
 
 /* A weight by its canonical name, which is Hugging Face's without the leading "transformer.". Let H = hidden,
- * M = mlp_width, V = vocab, W = vision_width, U = vision_mlp_width, P = patches of a picture, Q = n_queries,
+ * M = mlp_width, V = vocab, W = vision_width, U = vision_mlp_width, P = patches of an image, Q = n_queries,
  * p = patch_size:
  *
  *   wte.weight [V, H]; ln_f.weight [H]; lm_head.weight [V, H]; and for each layer, h.0. to h.{layers-1}.
@@ -187,11 +187,11 @@ typedef struct qvl_config {
  *   visual.ln_post.{weight,bias} [H]; visual.proj [H, H]
  *
  * Every matrix is [out, in] here. visual.proj, which checkpoints keep as [in, out], must be transposed, and
- * the two tables positional_embedding and key_pos_embed must be resized to the picture's patches.
+ * the two tables positional_embedding and key_pos_embed must be resized to the image's patches.
  *
  * All may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16; the matrices other than wte.weight may be quantised.
  * Types may be mixed. Products run in float32 where the weight is float32. Elsewhere the products of prompts
- * and pictures round their activations to bfloat16 if the machine has instructions for it; those of decode
+ * and images round their activations to bfloat16 if the machine has instructions for it; those of decode
  * steps, and lm_head's, leave them in float32, but on a CPU round them to 8 bits with a scale for each 32
  * values if the weight is quantised. Everything else is float32.
  */
@@ -207,7 +207,7 @@ typedef struct qvl_tensor {
   uint64_t bytes;   /* length of `data`, as a check */
 } qvl_tensor;
 
-/* Length of an [out, in] matrix stored as `dtype`, 0 if the arguments are not possible.
+/* Bytes of an [out, in] matrix stored as `dtype`, 0 for invalid arguments.
  *
  * QVL_INT8:     int8 [out, padded] and float32 [out] scales; value = scale * integer.
  * QVL_INT4_G*:  uint8 [out, padded / 2] and bfloat16 [out, padded / group] scales; value = scale * (nibble -
@@ -217,14 +217,13 @@ typedef struct qvl_tensor {
 QVL_API uint64_t qvl_packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 /* Round a float32 matrix [out, in] (host memory) to `dtype` at `packed` (host memory), to nearest. Symmetric:
- * the scale of a row follows from its largest magnitude, that of a group is the one of least squared error
- * among a few near what its largest magnitude gives. Not-a-number or infinity in it is
- * QVL_INVALID.
+ * the scale of a row follows from its largest magnitude; the scale of a group has the least squared error
+ * among a few near its largest magnitude / 8. NaN or infinity in the matrix is QVL_INVALID.
  */
 QVL_API qvl_status qvl_pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed,
                             uint64_t packed_bytes, qvl_error* error);
 
-/* The reverse: the float32 values that a packed matrix stands for. */
+/* The reverse: the float32 values of a packed matrix. */
 QVL_API qvl_status qvl_unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* packed,
                               uint64_t packed_bytes, float* values, qvl_error* error);
 
@@ -232,15 +231,15 @@ QVL_API qvl_status qvl_unpack(qvl_dtype dtype, int64_t out, int64_t in, const vo
 
 typedef struct qvl_engine qvl_engine;
 
-/* Weights that one or more engines use: one copy in memory, whatever the number of engines.
+/* Weights that one or more engines share: one copy in memory.
  *
- * qvl_weights_create: the array and the names are not kept, the data is: it must stay as it is until the last
- * engine made with the weights and the weights themselves are freed. tensor_size: sizeof(qvl_tensor).
+ * qvl_weights_create: the array and the names are copied, the data is used in place: it must stay unchanged
+ * until the weights and the last engine created from them are freed. tensor_size: sizeof(qvl_tensor).
  *
- * qvl_weights_open: maps an exported stage's parameter file (PREFIX.pdiparams), which names its tensors
- * (paddlemix_qwenvl_plugin/artifact/params_file.py has the format). Nothing is read before it is used, and
- * processes that map the same file share one copy. QVL_INVALID: no such file; QVL_BAD_WEIGHT: damaged, or a
- * file without names, as exports before contract version 3 wrote it.
+ * qvl_weights_open: maps an exported stage's parameter file (PREFIX.pdiparams), which contains the names of
+ * its tensors (paddlemix_qwenvl_plugin/artifact/params_file.py has the format). Data is read on first use,
+ * and processes that map the same file share one copy. QVL_INVALID: no such file; QVL_BAD_WEIGHT: damaged, or
+ * a file without names, as written by exports before contract version 3.
  *
  * A file must not be shortened or written to while it is mapped; to replace it, rename another over it.
  *
@@ -253,10 +252,10 @@ QVL_API qvl_status qvl_weights_open(const char* path, qvl_weights** weights, qvl
 QVL_API int64_t qvl_weights_count(const qvl_weights* weights);
 QVL_API qvl_status qvl_weights_get(const qvl_weights* weights, int64_t i, qvl_tensor* tensor,
                                    uint32_t tensor_size, qvl_error* error);
-/* Engines made with them keep what they need. NULL is allowed. */
+/* Engines created from them keep the tensors they need. NULL is allowed. */
 QVL_API void qvl_weights_free(qvl_weights* weights);
 
-/* Make an engine. The weights must have every tensor that the config asks for; others are ignored.
+/* Create an engine. The weights must contain every tensor that the config requires; others are ignored.
  * (Vectors, and the tables of the vision tower, are copied as float32.)
  */
 QVL_API qvl_status qvl_engine_create(const qvl_config* config, qvl_weights* weights, qvl_engine** engine,
@@ -265,7 +264,7 @@ QVL_API qvl_status qvl_engine_create(const qvl_config* config, qvl_weights* weig
 /* Pools and events of the engine must have been freed before. NULL is allowed. */
 QVL_API void qvl_engine_free(qvl_engine* engine);
 
-/* "0.2" and the like: of the library, which may be newer than the header a caller was compiled with. */
+/* Version of the library, such as "0.2"; it may be newer than the header a caller was compiled with. */
 QVL_API const char* qvl_version(void);
 
 /* How the engine computes, for logs: "cpu avx512_bf16, 2 threads". Valid as long as the engine is. */
@@ -283,12 +282,11 @@ QVL_API qvl_status qvl_copy(qvl_engine* engine, void* to, const void* from, uint
 QVL_API qvl_status qvl_host_alloc(qvl_engine* engine, uint64_t bytes, void** memory, qvl_error* error);
 QVL_API void qvl_host_free(qvl_engine* engine, void* memory);
 
-/* The same as qvl_copy, which waits for the copy to end, without the wait; host memory is from
- * qvl_host_alloc. */
+/* As qvl_copy, but without waiting for the end of the copy; host memory must be from qvl_host_alloc. */
 QVL_API qvl_status qvl_copy_async(qvl_engine* engine, void* to, const void* from, uint64_t bytes,
                                   qvl_stream stream, qvl_error* error);
 
-/* Points in the work of a stream. A new event counts as having happened. query: *done is 1 or 0. wait: on the
+/* Events: points in the work of a stream. A new event is done. query: *done is 1 or 0. wait: blocks the
  * host. */
 typedef struct qvl_event qvl_event;
 QVL_API qvl_status qvl_event_create(qvl_engine* engine, qvl_event** event, qvl_error* error);
@@ -297,7 +295,7 @@ QVL_API qvl_status qvl_event_query(qvl_event* event, int32_t* done, qvl_error* e
 QVL_API qvl_status qvl_event_wait(qvl_event* event, qvl_error* error);
 QVL_API void qvl_event_free(qvl_event* event);
 
-/* Wait for everything on the stream. */
+/* Wait for all work on the stream. */
 QVL_API qvl_status qvl_synchronize(qvl_engine* engine, qvl_stream stream, qvl_error* error);
 
 /* ---- vision ------------------------------------------------------------------------------------------- */
@@ -322,17 +320,17 @@ QVL_API qvl_status qvl_kv_pool_create(qvl_engine* engine, int32_t n_blocks, int3
                                       qvl_dtype dtype, qvl_kv_pool** pool, qvl_error* error);
 QVL_API void qvl_kv_pool_free(qvl_kv_pool* pool);
 
-/* Bytes that a pool of these sizes takes; 0 if they are not possible. */
+/* Bytes of a pool of these sizes; 0 for invalid sizes. */
 QVL_API uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
                                    qvl_dtype dtype);
 
 /* Copy whole blocks, all layers, keys and values: block from[i] to block to[i] of the pool, in order of i.
- * For a copy before a write to a shared block. */
+ * For copy-on-write of a shared block. */
 QVL_API qvl_status qvl_kv_copy_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* from, const int32_t* to,
                                       qvl_stream stream, qvl_error* error);
 
 /* Move whole blocks to and from host memory of n * qvl_kv_pool_bytes(engine, 1, block_tokens, dtype) bytes,
- * in a layout of the library's own: for a pool of the same sizes, version and device. */
+ * in a private layout: for a pool of the same sizes, version and device. */
 QVL_API qvl_status qvl_kv_read_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, void* host,
                                       uint64_t bytes, qvl_stream stream, qvl_error* error);
 QVL_API qvl_status qvl_kv_write_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, const void* host,
@@ -340,7 +338,7 @@ QVL_API qvl_status qvl_kv_write_blocks(qvl_kv_pool* pool, int32_t n, const int32
 
 /* ---- forward ------------------------------------------------------------------------------------------ */
 
-/* A sequence's part of a packed batch: a whole prompt, a piece of one, or one token. */
+/* A sequence's part of a packed batch: a whole prompt, a chunk of a prompt, or one token. */
 typedef struct qvl_sequence {
   int32_t n_new;         /* tokens in this batch, at least 1 */
   int32_t n_past;        /* tokens before them, whose keys and values are in the pool */
@@ -354,18 +352,18 @@ typedef struct qvl_sequence {
 } qvl_sequence;
 
 enum {
-  QVL_SEQUENCE_NO_LOGITS = 1, /* a piece of a prompt, of which no token is picked */
-  QVL_SEQUENCE_GENERATED = 2  /* tokens within the prompt that a decode step computed before: see below */
+  QVL_SEQUENCE_NO_LOGITS = 1, /* a chunk of a prompt without sampling */
+  QVL_SEQUENCE_GENERATED = 2  /* tokens within the prompt that were generated: see below */
 };
 
-/* Two kinds of arithmetic. Tokens at positions below prompt_len are computed as a prompt is, the others, and
- * those of a sequence with QVL_SEQUENCE_GENERATED, as a decode step computes them. Apart from that, what a
- * token gives depends on the tokens before it alone, to the bit: not on what else is in the batch, not on
- * where a prompt is cut into pieces, not on whether its predecessors' keys and values were computed now or
- * earlier. Several entries of a batch may belong to one sequence, in order of their positions.
+/* Two kinds of arithmetic. Tokens at positions below prompt_len are computed as prompts; the others, and
+ * those of a sequence with QVL_SEQUENCE_GENERATED, as decode steps. Apart from that, a token's results depend
+ * on the tokens before it alone, to the bit: not on the rest of the batch, not on where a prompt is cut into
+ * chunks, not on whether the keys and values before it were computed now or earlier. Several entries of a
+ * batch may belong to one sequence, in order of their positions.
  */
 
-/* Tokens [start, start + count) of the packed batch are vectors instead of ids: a picture's features, or a
+/* Tokens [start, start + count) of the packed batch are vectors instead of ids: an image's features, or a
  * part of them. */
 typedef struct qvl_span {
   int32_t start;
@@ -392,18 +390,18 @@ typedef struct qvl_batch {
  * token of each sequence without QVL_SEQUENCE_NO_LOGITS, in their order: float32 [rows, vocab], device
  * memory. With logits NULL only the pool is written.
  *
- * An id out of the vocabulary is QVL_INVALID where the ids are in host memory; a GPU clamps it.
+ * An id out of the vocabulary is QVL_INVALID if the ids are in host memory; in GPU memory it is clamped.
  */
 QVL_API qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_batch* batch, float* logits,
                                qvl_stream stream, qvl_error* error);
 
 /* ---- sampling ----------------------------------------------------------------------------------------- */
 
-/* How one row picks its token. In this order: forbidden ids, penalties, temperature, top-k, top-p. A row of
- * logits that has a NaN, a positive infinity or no finite value gives the token -1, and raises no count.
- * The random number of draw c with seed s is splitmix64's output for the state s + (c + 1) *
- * 0x9E3779B97F4A7C15, its upper 53 bits taken as a fraction: the caller owns the state and the same pair
- * gives the same draw on every device.
+/* Sampling parameters of a row, applied in this order: forbidden ids, penalties, temperature, top-k, top-p.
+ * The token of a row of logits with a NaN, a positive infinity or no finite value is -1, and no count is
+ * incremented. The random number of draw c with seed s is splitmix64's output for the state s + (c + 1) *
+ * 0x9E3779B97F4A7C15, its upper 53 bits taken as a fraction: the caller owns the state, and the same seed and
+ * counter give the same draw on every device.
  */
 typedef struct qvl_sampling {
   uint32_t size;     /* sizeof(qvl_sampling) */
@@ -415,8 +413,8 @@ typedef struct qvl_sampling {
   float frequency_penalty; /* -100 to 100, times how often the token was generated */
   float presence_penalty;  /* -100 to 100, once for a token that was generated */
   int32_t n_forbidden;
-  const int32_t*
-      forbidden; /* ids that get a logit of -1e10, as end tokens before the least length; host memory */
+  const int32_t* forbidden; /* ids whose logit becomes -1e10, such as stop tokens before the minimum length;
+                               host memory */
   uint64_t seed;
   uint64_t counter; /* number of this draw, 0 for a sequence's first */
 } qvl_sampling;
@@ -424,13 +422,13 @@ typedef struct qvl_sampling {
 /* Set all fields: greedy, no penalties. `size` must be set. */
 QVL_API void qvl_sampling_init(qvl_sampling* sampling);
 
-/* Pick a token for each of n rows.
+/* Sample a token for each of n rows.
  *
  * logits: float32 [n, vocab], device memory; not changed.
  * sampling: n of them, host memory. sampling_size: sizeof(qvl_sampling).
- * counts: for each row how often it has generated each token, int32 [n, vocab] in device memory as an array
- * of n row pointers in host memory; the picked token's count is raised. NULL, or NULL for a row: none, and
- * then the row may have no penalties. tokens: int32 [n], device memory.
+ * counts: how often each row has generated each token, n pointers in host memory to int32 [vocab] in device
+ * memory; the count of the sampled token is incremented. NULL, or NULL for a row: no counts, and the row may
+ * have no penalties. tokens: int32 [n], device memory.
  */
 QVL_API qvl_status qvl_sample(qvl_engine* engine, int32_t n, const float* logits,
                               const qvl_sampling* sampling, uint32_t sampling_size, int32_t* const* counts,
@@ -445,7 +443,7 @@ typedef struct qvl_step_args {
   const qvl_batch* batch;
   /* Of each sequence without QVL_SEQUENCE_NO_LOGITS, in their order: `rows` of them. */
   int32_t rows;                 /* as a check */
-  int32_t n_logprobs;           /* 0 to 64: how many of the likeliest tokens are wanted */
+  int32_t n_logprobs;           /* 0 to 64: number of the likeliest tokens to return */
   const qvl_sampling* sampling; /* [rows], host memory */
   int32_t* const* counts;       /* as for qvl_sample */
   int32_t* tokens;              /* int32 [rows] */
@@ -457,9 +455,8 @@ typedef struct qvl_step_args {
   float* logits;       /* float32 [rows, vocab], device memory; NULL: scratch memory of the engine */
 } qvl_step_args;
 
-/* tokens, logprobs, top_tokens and top_logprobs are in device memory or from qvl_host_alloc. Where a row
- * gives the token -1, its top_tokens are -1 and its log-probabilities NaN. rows may be 0: only the pool is
- * written.
+/* tokens, logprobs, top_tokens and top_logprobs are in device memory or from qvl_host_alloc. A row with the
+ * token -1 has top_tokens -1 and log-probabilities NaN. rows may be 0: only the pool is written.
  */
 QVL_API qvl_status qvl_step(qvl_engine* engine, qvl_kv_pool* pool, const qvl_step_args* args,
                             qvl_stream stream, qvl_error* error);
@@ -468,12 +465,12 @@ QVL_API qvl_status qvl_step(qvl_engine* engine, qvl_kv_pool* pool, const qvl_ste
 
 typedef struct qvl_request {
   int32_t n_tokens;             /* of the prompt, at least 1 */
-  int32_t n_spans;              /* pictures */
+  int32_t n_spans;              /* images */
   const int32_t* tokens;        /* [n_tokens], host memory */
   const qvl_span* spans;        /* starts count from the beginning of this prompt */
   int32_t max_new;              /* at least 1; n_tokens + max_new is at most max_positions */
-  int32_t min_new;              /* end ids are forbidden before */
-  const qvl_sampling* sampling; /* one; `forbidden` and `counter` hold for the first token; the counter goes
+  int32_t min_new;              /* stop tokens are forbidden before */
+  const qvl_sampling* sampling; /* one; `forbidden` and `counter` are for the first token; the counter goes
                                    up by one a token. NULL: greedy */
   uint32_t span_size;           /* sizeof(qvl_span); 0: 16 */
   uint32_t reserved;
@@ -481,28 +478,27 @@ typedef struct qvl_request {
 
 enum { QVL_FINISH_END = 1, QVL_FINISH_LENGTH = 2 };
 
-/* A token of a step, as it becomes known. Called from the thread that called qvl_generate, in the order of
- * steps; on a GPU the device may be some steps ahead. Return 0 to go on, else qvl_generate returns
- * QVL_STOPPED.
+/* Callback with the tokens of a step. Called from the thread that called qvl_generate, in the order of steps;
+ * a GPU may be some steps ahead. Return 0 to continue, else qvl_generate returns QVL_STOPPED.
  *
- * n: how many requests got a token in this step; requests, tokens: which, and what [n].
+ * n: number of requests with a token in this step; requests, tokens: their indices and tokens [n].
  */
 typedef int32_t (*qvl_on_step)(void* user, int32_t step, int32_t n, const int32_t* requests,
                                const int32_t* tokens);
 
 typedef struct qvl_result {
-  int32_t n_tokens; /* generated, a closing end id included */
-  int32_t finish;   /* QVL_FINISH_END, QVL_FINISH_LENGTH; 0: stopped before */
+  int32_t n_tokens; /* generated, including a final stop token */
+  int32_t finish;   /* QVL_FINISH_END, QVL_FINISH_LENGTH; 0: stopped by the callback */
   int32_t reserved[2];
 } qvl_result;
 
 /* Generate for n requests at once.
  *
- * end_ids: int32 [n_end], host memory; any of them ends a request.
- * pool: NULL for one made for this call, float32 for weights of that type, else bfloat16. Else all of its
- * blocks are used. tokens: int32 [n, stride], host memory; row i gets the tokens of request i. stride is at
- * least the largest max_new. results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. The lock
- * of the engine is taken for each step, so that several of these can run at the same time.
+ * end_ids: stop tokens, int32 [n_end], host memory.
+ * pool: NULL for a pool created for this call, float32 for weights of that type, else bfloat16. A given pool
+ * is overwritten. tokens: int32 [n, stride], host memory; row i receives the tokens of request i. stride is
+ * at least the largest max_new. results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. The
+ * lock of the engine is taken for each step, so that several calls can run at the same time.
  */
 QVL_API qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const qvl_request* requests,
                                 uint32_t request_size, int32_t n_end, const int32_t* end_ids,

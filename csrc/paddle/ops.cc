@@ -6,7 +6,7 @@
 //   norm_epsilon, rotary_base
 //   names, dtypes, shapes  of the weights, in the order of the input; dtypes are qvl_dtype, shapes four each
 //
-// Tensors are on the CPU: where the engine computes is its own affair.
+// Tensors are on the CPU, on whatever device the engine computes.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -41,7 +41,7 @@ std::string text(const Shape& shape) {
   return all + "]";
 }
 
-// The values of an input of this type and shape; -1 stands for any length. Fails if it is another.
+// Values of an input, which must have this type and shape; -1: any length.
 template <typename T>
 const T* values(const Tensor& tensor, const char* name, const Shape& shape) {
   const Shape given = tensor.shape();
@@ -55,7 +55,7 @@ const T* values(const Tensor& tensor, const char* name, const Shape& shape) {
   return tensor.data<T>();
 }
 
-// One value for each of n rows, [n, 1].
+// Input with one value for each of n rows, [n, 1].
 template <typename T>
 const T* column(const Tensor& tensor, const char* name, int64_t n) {
   return values<T>(tensor, name, {n, 1});
@@ -69,7 +69,7 @@ Tensor integers(const Shape& shape) {
   return make(shape, paddle::DataType::INT64);
 }
 
-// ---- pictures ------------------------------------------------------------------------------------------
+// ---- images --------------------------------------------------------------------------------------------
 
 std::vector<Tensor> encode_images(const Tensor& images, const std::vector<Tensor>& weights, const Ints& sizes,
                                   float norm_epsilon, float rotary_base, const Names& names,
@@ -96,9 +96,9 @@ std::vector<paddle::DataType> encode_images_dtype(const paddle::DataType&,
   return {paddle::DataType::FLOAT32};
 }
 
-// ---- a whole generation, as the stock predictor asks for it ---------------------------------------------
+// ---- a whole generation, as the stock predictor requests it ---------------------------------------------
 
-// What a row is told and what becomes of it; semantics as in modeling/generation.py.
+// Parameters and state of a row; semantics as in modeling/generation.py.
 struct Row {
   int64_t done, max_length, min_length, last = 0;
   bool stopped;
@@ -107,7 +107,7 @@ struct Row {
 
 struct Progress {
   std::vector<Row>* rows;
-  const std::vector<size_t>* row_of;  // of each request
+  const std::vector<size_t>* row_of;  // row of each request
   const std::vector<int32_t>* ends;
   int64_t stop_nums;
 };
@@ -127,7 +127,7 @@ int32_t on_step(void* user, int32_t, int32_t n, const int32_t* requests, const i
   return stopped >= progress.stop_nums;
 }
 
-// An id as the engine has it; -1, which it knows as none, for what is outside the vocabulary.
+// Token id for the engine; -1 for an id outside the vocabulary, which matches no token.
 int32_t as_id(int64_t id, int64_t vocab) {
   return id >= 0 && id < vocab ? static_cast<int32_t>(id) : -1;
 }
@@ -158,7 +158,7 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
   const auto* positions = column<int64_t>(tgt_pos, "tgt_pos", n_rows);
   const int64_t enough = *values<int64_t>(stop_nums, "stop_nums", {1});
   const auto* end_ids = values<int64_t>(eos, "eos_token_id", {-1});
-  const auto* pictures = values<float>(features, "image_features", {-1, n_queries, hidden});
+  const auto* image_features = values<float>(features, "image_features", {-1, n_queries, hidden});
   const auto* places = values<int64_t>(img_pos, "img_pos", {-1, 3});
   require(n_rows <= (1 << 16), "input_ids: has more than 65536 rows");
   const auto n = static_cast<size_t>(n_rows);
@@ -167,12 +167,12 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
   for (int64_t i = 0; i < img_pos.shape()[0]; ++i) {
     const int64_t row = places[3 * i], start = places[3 * i + 1];
     if (row < 0) continue;
-    const std::string where = "img_pos: picture " + std::to_string(i);
-    require(row < n_rows && i < features.shape()[0], where + ": there is no such row, or no such picture");
+    const std::string where = "img_pos: image " + std::to_string(i);
+    require(row < n_rows && i < features.shape()[0], where + ": no such row, or no such image");
     require(start >= 0 && start < width - n_queries, where + ": does not end within its row");
     spans[static_cast<size_t>(row)].push_back({static_cast<int32_t>(start + 1),
                                                static_cast<int32_t>(n_queries),
-                                               pictures + i * n_queries * hidden});
+                                               image_features + i * n_queries * hidden});
   }
   std::vector<int32_t> ends;
   for (int64_t i = 0; i < eos.numel(); ++i) ends.push_back(as_id(end_ids[i], sizes[VOCAB]));
@@ -214,7 +214,7 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
     sampling[i].frequency_penalty = frequencies[i];
     sampling[i].presence_penalty = presences[i];
     sampling[i].top_p = top_ps[i];
-    // top_p 0 is upstream's word for the likeliest token, whatever the temperature.
+    // With top_p 0 upstream takes the likeliest token, whatever the temperature.
     sampling[i].temperature = top_ps[i] > 0 ? std::clamp(temperatures[i], 1e-6f, 100.0f) : 0;
     sampling[i].seed = seed + i;
     requests.push_back(request);

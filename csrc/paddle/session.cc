@@ -22,16 +22,16 @@ std::atomic<int32_t> gpu{kFromEnvironment};
 
 struct Entry {
   std::shared_ptr<Session> session;
-  phi::Allocation::DeleterFnPtr deleter;  // that the allocation had before
+  phi::Allocation::DeleterFnPtr deleter;  // original deleter of the allocation
 };
 
-// By the allocation of the first weight.
+// Sessions by the allocation of the first weight.
 std::map<const phi::Allocation*, Entry>& sessions() {
   static auto* const all = new std::map<const phi::Allocation*, Entry>;  // outlives every predictor
   return *all;
 }
 
-// Called at the end of a first weight's allocation, which is when its program has gone.
+// Deleter of a first weight's allocation, called when its program is destroyed.
 void end_session(phi::Allocation* allocation) {
   Entry entry{};
   {
@@ -44,7 +44,7 @@ void end_session(phi::Allocation* allocation) {
   if (entry.deleter != nullptr) entry.deleter(allocation);
 }
 
-// What QWENVL_DEVICE names.
+// GPU index from QWENVL_DEVICE, or kCpu.
 int32_t named_gpu() {
   const char* value = std::getenv("QWENVL_DEVICE");
   const std::string name = value != nullptr ? value : "";
@@ -88,7 +88,7 @@ qvl_config make_config(const Description& d) {
   return c;
 }
 
-// As what Paddle holds a weight that is stored as `dtype`.
+// Paddle's type for a weight stored as `dtype`.
 paddle::DataType stored_as(int dtype) {
   switch (dtype) {
     case QVL_FLOAT32:
@@ -123,7 +123,7 @@ void check_sizes(const std::vector<int>& sizes) {
 Session::Session(const Description& d, const std::vector<paddle::Tensor>& weights) {
   const size_t n = weights.size();
   require(d.names.size() == n && d.dtypes.size() == n && d.shapes.size() == 4 * n,
-          "the operator has " + std::to_string(n) + " weights and its attributes tell of " +
+          "the operator has " + std::to_string(n) + " weights, and its attributes describe " +
               std::to_string(d.names.size()));
   const qvl_config config = make_config(d);
   std::vector<qvl_tensor> tensors(n);
@@ -132,7 +132,7 @@ Session::Session(const Description& d, const std::vector<paddle::Tensor>& weight
                 weights[i].place().GetType() == phi::AllocationType::CPU,
             d.names[i] + ": is not a tensor on the CPU");
     require(weights[i].dtype() == stored_as(d.dtypes[i]),
-            d.names[i] + ": has another type than the operator's attributes tell");
+            d.names[i] + ": dtype differs from the operator's attributes");
     qvl_tensor& tensor = tensors[i];
     tensor.name = d.names[i].c_str();
     tensor.data = weights[i].data();
@@ -170,7 +170,7 @@ std::shared_ptr<Session> session(const Description& description, const std::vect
   require(!weights.empty() && phi::DenseTensor::classof(weights[0].impl().get()) && weights[0].initialized(),
           "the operator has no weights");
   phi::Allocation* const key = holder(weights[0]).get();
-  std::shared_ptr<Session> old;  // freed after the lock
+  std::shared_ptr<Session> old;  // freed after the unlock
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = sessions().find(key);
   if (found != sessions().end() && found->second.session->matches(weights)) return found->second.session;
@@ -179,9 +179,9 @@ std::shared_ptr<Session> session(const Description& description, const std::vect
     old = std::exchange(found->second.session, made);
     return made;
   }
-  // Paddle has no hook for the end of a program, but an allocation may have a function that is called at its
-  // own end, and assigning swaps what two allocations are. What this one was before must not end the memory
-  // here, so it stays in bytes that nobody destroys.
+  // Paddle has no hook for the end of a program, but an allocation may have a deleter, and move assignment
+  // swaps two allocations. The original allocation must not free the memory here, so it is left in a buffer
+  // whose destructor never runs.
   sessions()[key] = {made, key->deleter()};
   alignas(phi::Allocation) unsigned char before[sizeof(phi::Allocation)];
   *key = std::move(*new (before) phi::Allocation(key->ptr(), key->size(), end_session, key->place()));
@@ -190,12 +190,12 @@ std::shared_ptr<Session> session(const Description& description, const std::vect
 
 }  // namespace qvl::paddle_ops
 
-// For the engines made from now on; 0: as qvl_config has it.
+// Threads of engines created from now on; 0: the default of qvl_config.
 extern "C" __attribute__((visibility("default"))) void qwenvl_set_threads(int32_t n) {
   qvl::paddle_ops::n_threads = n;
 }
 
-// For the engines made from now on; -1: on the CPU. Before the first call QWENVL_DEVICE says it.
+// GPU of engines created from now on; -1: the CPU. Before the first call QWENVL_DEVICE decides.
 extern "C" __attribute__((visibility("default"))) void qwenvl_set_gpu(int32_t index) {
   qvl::paddle_ops::gpu = index;
 }

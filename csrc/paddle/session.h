@@ -1,5 +1,5 @@
-// Engines behind the custom operators: made at an operator's first run, found again by its weights, and gone
-// with them.
+// Engines behind the custom operators: created at an operator's first run, looked up by its weights, and
+// freed with them.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace qvl::paddle_ops {
 
-// Places in an operator's attribute `sizes`; the others are in session.cc.
+// Indices in an operator's attribute `sizes`; the others are in session.cc.
 enum Size {
   HIDDEN = 1,
   VOCAB = 6,
@@ -22,17 +22,17 @@ enum Size {
   N_SIZES = 18,
 };
 
-// What an operator's attributes say about the engine and its weights; see ops.cc for their order.
+// Attributes of an operator: config of the engine and description of its weights; ops.cc has their order.
 struct Description {
   const std::vector<int>& sizes;
   float norm_epsilon, rotary_base;
   const std::vector<std::string>& names;
   const std::vector<int>& dtypes;
-  const std::vector<int>& shapes;  // four a weight, 0 behind the last axis
+  const std::vector<int>& shapes;  // four per weight, 0 behind the last axis
 };
 
-// An engine and where its weights were when it was made. The weights are their program's: nothing here keeps
-// them.
+// An engine and the addresses of its weights at its creation. The program owns the weights; a session does
+// not keep them.
 class Session {
  public:
   Session(const Description& description, const std::vector<paddle::Tensor>& weights);
@@ -42,7 +42,7 @@ class Session {
 
   qvl_engine* engine() const { return engine_; }
 
-  // Whether the weights still lie where the engine reads them.
+  // Whether the weights are still at the addresses that the engine reads.
   bool matches(const std::vector<paddle::Tensor>& weights) const;
 
  private:
@@ -50,10 +50,10 @@ class Session {
   qvl_engine* engine_ = nullptr;
 };
 
-// The session of these weights.
+// Find or create the session of these weights.
 std::shared_ptr<Session> session(const Description& description, const std::vector<paddle::Tensor>& weights);
 
-// End the run with this line. Of other exceptions than its own, Paddle's executor loses the text.
+// Throw Paddle's own exception with this message: its executor loses the text of other exceptions.
 [[noreturn]] void fail(const std::string& message);
 
 inline void require(bool condition, const std::string& message) {

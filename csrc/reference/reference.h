@@ -1,4 +1,4 @@
-// What the kernels compute, as plain loops in double precision: the measure of the tests on every device.
+// The computations of the kernels as plain loops in double precision: the reference of the tests.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ void gelu(int64_t n, float* x);
 // x *= silu(gate)
 void silu_mul(int64_t n, const float* gate, float* x);
 
-// Each of n vectors x [n][head_dim] turned by frequencies[i] * positions[n] in pair i, times scale[n].
+// Rotate each of n vectors x [n][head_dim] by frequencies[i] * positions[n] in pair i, times scale[n].
 void rotary(int64_t n, int64_t head_dim, const int32_t* positions, const float* frequencies,
             const float* scale, float* x);
 

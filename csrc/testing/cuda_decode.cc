@@ -1,4 +1,4 @@
-// The launchers of decode steps for tests/cuda: C functions that return NULL or what went wrong.
+// The launchers of decode steps for tests/cuda: C functions that return NULL or an error message.
 #include <exception>
 #include <string>
 

@@ -1,5 +1,5 @@
 // The functions for prompts and images of cuda/ops.h as C functions, for tests/cuda. Pointers are device
-// memory; they return NULL, or a line that says what is wrong.
+// memory; they return NULL, or an error message.
 #include <string>
 
 #include "core/error.h"
@@ -13,7 +13,7 @@ using namespace qvl::cuda;
 
 namespace {
 
-// Never freed: the driver may be gone when static objects are.
+// Never freed: the driver may be unloaded before static objects are destroyed.
 const Gpu& prompt_gpu(int64_t bfloat16) {
   static const Gpu* const made[] = {new Gpu(0, Half::kFloat16), new Gpu(0, Half::kBfloat16)};
   return *made[bfloat16 != 0];
@@ -65,7 +65,7 @@ EXPORT const char* qvlt_gpu_linear_prompt(int64_t bfloat16, CUstream stream, int
 }
 
 EXPORT const char* qvlt_gpu_attention_prompt(int64_t bfloat16, CUstream stream, int64_t portable,
-                                             const void* q, const Piece* pieces, const Tile* tiles,
+                                             const void* q, const PromptChunk* chunks, const Tile* tiles,
                                              int64_t n_tiles, const int32_t* blocks, int64_t max_blocks,
                                              char* base, int64_t block_bytes, int64_t block_tokens,
                                              int64_t dtype, int64_t heads, int64_t head_dim, void* y) {
@@ -78,7 +78,7 @@ EXPORT const char* qvlt_gpu_attention_prompt(int64_t bfloat16, CUstream stream, 
                      static_cast<qvl_dtype>(dtype),
                      static_cast<int>(heads),
                      static_cast<int>(head_dim)};
-    attention_prompt_with(gpu, stream, portable != 0, q, pieces, tiles, static_cast<int>(n_tiles), blocks,
+    attention_prompt_with(gpu, stream, portable != 0, q, chunks, tiles, static_cast<int>(n_tiles), blocks,
                           static_cast<int>(max_blocks), kv, y);
   });
 }

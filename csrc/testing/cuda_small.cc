@@ -1,5 +1,5 @@
 // The kernels between the products, and sampling, as C functions for tests/cuda. Pointers are device memory
-// unless said otherwise. A function returns NULL, or one line that says what went wrong.
+// unless noted. A function returns NULL, or an error message.
 #include "core/error.h"
 #include "cuda/ops.h"
 
@@ -10,7 +10,7 @@ using namespace qvl::cuda;
 
 namespace {
 
-// Never freed: the driver may be gone when static objects are.
+// Never freed: the driver may be unloaded before static objects are destroyed.
 template <Half kHalf>
 const Gpu& gpu_of() {
   static const Gpu* const made = new Gpu(0, kHalf);

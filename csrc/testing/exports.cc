@@ -1,5 +1,5 @@
 // Single kernels and their references as C functions, for the tests (tests/csrc) and the benchmark. Not part
-// of the library. Functions return 0, or 1 where this processor lacks the instructions.
+// of the library. Functions return 0, or 1 if this processor lacks the instructions.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -112,8 +112,8 @@ EXPORT double qvlt_cpu_quota(const char* cgroup_file, const char* root) {
   return cpu_quota(cgroup_file, root);
 }
 
-// Writes all blocks of a pool from `data`, copies block `from` to block `to`, and reads all into `out`.
-// Returns the bytes of a block.
+// Write all blocks of a pool from `data`, copy block `from` to block `to`, and read all into `out`. Returns
+// the bytes of a block.
 EXPORT int64_t qvlt_pool_blocks(qvl_dtype dtype, int layers, int heads, int head_dim, int n_blocks,
                                 int block_tokens, const char* data, int from, int to, char* out) {
   qvl_config config{};

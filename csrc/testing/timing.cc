@@ -1,4 +1,4 @@
-// Timings that have to be taken without an interpreter in the way.
+// Timings without the overhead of an interpreter.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -27,12 +27,12 @@ double seconds(Body&& body) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// A piece of memory as four streams with the lines of the next piece asked for ahead, or as one without:
-// which is faster depends on the processor.
+// Read a chunk of memory as four streams with prefetches of the next chunk, or as one without: which is
+// faster depends on the processor.
 #if defined(__x86_64__)
 __attribute__((target("avx2")))
 #endif
-uint64_t read_piece(const char* from, int64_t bytes, bool streams) {
+uint64_t read_chunk(const char* from, int64_t bytes, bool streams) {
   typedef uint64_t Line __attribute__((vector_size(32)));
   Line sums[4] = {};
   const int64_t quarter = bytes / 4;
@@ -57,7 +57,7 @@ uint64_t read_memory(const char* from, int64_t bytes, int way) {
   const int64_t stretch = way == 2 ? 1 << 16 : 1 << 14;
   uint64_t total = 0;
   for (int64_t at = 0; at + stretch <= bytes; at += stretch) {
-    total += read_piece(from + at, stretch, way != 0);
+    total += read_chunk(from + at, stretch, way != 0);
   }
   return total;
 }
@@ -82,7 +82,7 @@ __attribute__((target("avx512f,avx512bf16"))) double bf16_products(int64_t n) {
 
 }  // namespace
 
-// Operations a second of the bfloat16 instruction, on registers alone; 0 where there is none.
+// Operations a second of the bfloat16 instruction, on registers alone; 0 without the instruction.
 EXPORT double qvlt_bf16_peak(int threads) {
 #if defined(__x86_64__)
   if (!__builtin_cpu_supports("avx512bf16")) return 0;
@@ -106,20 +106,20 @@ EXPORT double qvlt_bf16_peak(int threads) {
 }
 
 // Bytes a second that `threads` threads read from memory, the best of `repeats` passes over `bytes`, which
-// take turns with three ways of reading.
+// alternate between three ways of reading.
 EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
   ThreadPool pool(threads);
   Buffer buffer(static_cast<size_t>(bytes));
   char* memory = buffer.get<char>(static_cast<size_t>(bytes));
   std::memset(memory, 1, static_cast<size_t>(bytes));
-  constexpr int64_t kPiece = 1 << 18;
+  constexpr int64_t kChunkBytes = 1 << 18;
   std::vector<uint64_t> sums(static_cast<size_t>(threads) * 8);
   double best = 1e9;
   for (int i = 0; i < repeats; ++i) {
     best = std::min(best, seconds([&] {
-                      pool.run(bytes / kPiece, [&](int64_t task, int thread) {
+                      pool.run(bytes / kChunkBytes, [&](int64_t task, int thread) {
                         sums[static_cast<size_t>(thread) * 8] +=
-                            read_memory(memory + task * kPiece, kPiece, i % kWaysToRead);
+                            read_memory(memory + task * kChunkBytes, kChunkBytes, i % kWaysToRead);
                       });
                     }));
   }
@@ -134,8 +134,8 @@ EXPORT uint64_t qvlt_read_memory(const char* memory, int64_t bytes, int way) {
 }
 
 // Seconds of one product of n_x activations, as rows of a prompt or of a decode step, with a [rows, k]
-// matrix, the best of `repeats`, each with the next of `copies` matrices so that none is in a cache; a
-// negative number if it cannot be done.
+// matrix, the best of `repeats`, each with the next of `copies` matrices so that none is in a cache; negative
+// on failure.
 EXPORT double qvlt_time_linear(qvl_isa isa, int threads, qvl_dtype dtype, int decode, int64_t n_x,
                                int64_t rows, int64_t k, int copies, int repeats) {
   double best = 1e9;

@@ -88,7 +88,7 @@ def test_a_callback_stops(engine):
 def test_broken_logits_are_an_error(engine):
     """No arbitrary tokens from a model whose values overflowed."""
     features = np.full([2, engine.config.hidden], np.nan, np.float32)
-    line = r"requests\[1\]: the logits of token 0 are no finite numbers"
+    line = r"requests\[1\]: the logits of token 0 are not finite"
     with pytest.raises(EngineError, match=line) as error:
         engine.generate(PROMPTS[:2], 3, spans=[[], [(5, features)]])
     assert error.value.status == INTERNAL

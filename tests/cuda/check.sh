@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that can be checked and timed on a machine with a GPU, in one go and in the order of what matters.
+# All tests and timings of a machine with a GPU, the most important first.
 #
 #   tests/cuda/check.sh DIR [LOGS]
 #
-# DIR is what `python -m tools.gpu_bundle` made. LOGS is a folder for what each part says (DIR/logs). No part runs longer
-# than its seconds; prints a line for each, and the figures of those that time. Exits 1 unless all passed.
+# DIR is the output of `python -m tools.gpu_bundle`. LOGS is a folder for the output of each part (DIR/logs). Each part has a
+# timeout; prints a line for each, and the figures of the timings. Exits 1 unless all passed.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -ge 1 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -15,7 +15,7 @@ export QWENVL_TEST_LIBRARY=$folder/libqwenvl.so QWENVL_LIBRARY=$folder/libqwenvl
 export PYTHONUNBUFFERED=1
 bad=0
 
-# Name, seconds, lines of the end that are shown, command.
+# Name, seconds, last lines to show, command.
 part() {
     local name=$1 seconds=$2 lines=$3 start=$SECONDS code=0
     shift 3

@@ -1,4 +1,4 @@
-"""The library of launchers that tests on a GPU call, with PyTorch's tensors as memory."""
+"""Fixtures for the library of kernel launchers, with PyTorch tensors as memory."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import pytest
 
 @pytest.fixture(scope="session")
 def cuda_library():
-    """`libqwenvl_cuda_test.so` of the folder QWENVL_CUDA_KERNELS, where the kernels lie too."""
+    """`libqwenvl_cuda_test.so` in the folder QWENVL_CUDA_KERNELS, beside the kernels."""
     torch = pytest.importorskip("torch", reason="tests of GPU kernels need PyTorch")
     if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
+        pytest.skip("no GPU")
     folder = os.environ.get("QWENVL_CUDA_KERNELS")
     if not folder:
-        pytest.skip("QWENVL_CUDA_KERNELS names no folder with GPU kernels and their test library")
-    torch.zeros(1, device="cuda")  # PyTorch's context is the one that is used
+        pytest.skip("set QWENVL_CUDA_KERNELS to a folder with GPU kernels and libqwenvl_cuda_test.so")
+    torch.zeros(1, device="cuda")  # create PyTorch's context, which the launchers use
     return ctypes.CDLL(Path(folder) / "libqwenvl_cuda_test.so")
 
 
 @pytest.fixture(scope="session")
 def launch(cuda_library):
-    """`launch(NAME, *arguments)` calls a launcher: integers as int, tensors as pointers; it must not fail."""
+    """`launch(NAME, *arguments)` calls a launcher with integers as int and tensors as pointers, and asserts success."""
     import torch
 
     def converted(argument):

@@ -1,4 +1,4 @@
-"""Calls of csrc/testing/cuda_prompt.cc with PyTorch tensors as memory, and what its tests share."""
+"""Calls of csrc/testing/cuda_prompt.cc with PyTorch tensors as memory, and helpers of its tests."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="no PyTorch, which holds the memory of these tests")
+torch = pytest.importorskip("torch", reason="these tests need PyTorch for memory on the GPU")
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 FOLDER = os.environ.get("QWENVL_CUDA_KERNELS", "")
 LIBRARY = Path(FOLDER) / "libqwenvl_cuda_test.so"
 if not FOLDER or not LIBRARY.exists():
     pytest.skip(
-        "no libqwenvl_cuda_test.so: QWENVL_CUDA_KERNELS names the folder of it and its cubins",
+        "no libqwenvl_cuda_test.so: set QWENVL_CUDA_KERNELS to the folder of it and its cubins",
         allow_module_level=True,
     )
 
@@ -25,7 +25,7 @@ for _name in ("tiles", "tile"):
 DLL.qvlt_gpu_linear_prompt_tile_name.restype = ctypes.c_char_p
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
 HALF, FLOAT, ADD, GELU, SILU_TIMES = range(5)
-PORTABLE, CHOSEN = -1, -2  # tiles that are none
+PORTABLE, CHOSEN = -1, -2  # instead of a tile: the portable kernel, linear_prompt's own choice
 
 
 def tiles() -> list[int]:
@@ -33,7 +33,7 @@ def tiles() -> list[int]:
 
 
 def run(name: str, half: torch.dtype, *args: object) -> None:
-    """Call qvlt_gpu_NAME on the current stream: tensors by address, None as NULL, whole numbers, floats."""
+    """Call qvlt_gpu_NAME on the current stream: tensors by address, None as NULL, integers, floats."""
     given: list[object] = [
         ctypes.c_int64(half == torch.bfloat16),
         ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
@@ -55,7 +55,7 @@ def run(name: str, half: torch.dtype, *args: object) -> None:
 
 
 def error_of(got: torch.Tensor, reference: torch.Tensor) -> float:
-    """The distance from a float64 reference, as a part of its norm; NaN stays NaN."""
+    """Distance from a float64 reference, relative to its norm; NaN stays NaN."""
     return ((got.double() - reference).norm() / reference.norm()).item()
 
 

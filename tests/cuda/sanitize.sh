@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Every kernel under compute-sanitizer: memcheck, racecheck and initcheck over a part of the tests that launches each of
+# Every kernel under compute-sanitizer: memcheck, racecheck and initcheck over tests that launch each of
 # them, side by side.
 #
 #   QWENVL_TEST_LIBRARY=DIR/libqwenvl.so QWENVL_CUDA_KERNELS=DIR tests/cuda/sanitize.sh LOGS [SECONDS [TOOL...]]
 #
-# LOGS is a folder for what each process says; none runs longer than SECONDS (240), and as many as there are processors
+# LOGS is a folder for the output of each process; each has a timeout of SECONDS (240), and as many as there are processors
 # run at a time. Prints a line for each, and exits 1 unless all are clean. TOOL: memcheck, racecheck, initcheck.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -15,7 +15,7 @@ tools=("$@")
 [ $# -gt 0 ] || tools=(memcheck racecheck initcheck)
 mkdir -p "$logs"
 
-# What a group is called, its tests, and which of them (-k).
+# Name of a group, its tests, and the selection (-k).
 groups=(
     "decode_narrow|tests/cuda/test_decode.py|(float64 and 38-200-3) or overflow"
     "decode_wide|tests/cuda/test_decode.py|float64 and 130-1000-33"
@@ -41,7 +41,7 @@ groups=(
 
 check() { # TOOL GROUP TESTS EXPRESSION
     local name=$1-$2 confcutdir=${3%%/test_*}
-    # Each tensor of PyTorch's is an allocation of its own: what is beside it is nobody's.
+    # Each PyTorch tensor is a separate allocation, so that accesses beyond it are out of bounds.
     # shellcheck disable=SC2086
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$seconds" compute-sanitizer --tool "$1" --report-api-errors no \
         --error-exitcode 9 --print-limit 20 python3 -m pytest --confcutdir="$confcutdir" -p no:cacheprovider -x \

@@ -1,4 +1,4 @@
-"""Calls of csrc/testing/cuda_small.cc with PyTorch tensors as memory, and what its tests share."""
+"""Calls of csrc/testing/cuda_small.cc with PyTorch tensors as memory, and helpers of its tests."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="no PyTorch, which holds the memory of these tests")
+torch = pytest.importorskip("torch", reason="these tests need PyTorch for memory on the GPU")
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 FOLDER = os.environ.get("QWENVL_CUDA_KERNELS", "")
 LIBRARY = Path(FOLDER) / "libqwenvl_cuda_test.so"
 if not FOLDER or not LIBRARY.exists():
     pytest.skip(
-        "no libqwenvl_cuda_test.so: QWENVL_CUDA_KERNELS names the folder of it and its cubins",
+        "no libqwenvl_cuda_test.so: set QWENVL_CUDA_KERNELS to the folder of it and its cubins",
         allow_module_level=True,
     )
 
 DLL = ctypes.CDLL(str(LIBRARY))
 DLL.qvlt_gpu_sample_scratch.restype = ctypes.c_int64
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
-# A value rounded to the nearest is off by no more than this part of it.
+# Largest relative error of rounding to nearest.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 
 
 def run(name: str, half: torch.dtype, *args: object) -> None:
-    """Call qvlt_gpu_NAME on the current stream: tensors by address, None as NULL, whole numbers, floats."""
+    """Call qvlt_gpu_NAME on the current stream: tensors by address, None as NULL, integers, floats."""
     given: list[object] = [
         ctypes.c_int64(half == torch.bfloat16),
         ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
@@ -54,13 +54,13 @@ def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """NaN for floats, a number nothing writes for integers."""
+    """Tensor of NaN, for integers of a sentinel that no kernel writes."""
     value = float("nan") if dtype.is_floating_point else -77777777
     return torch.full(shape, value, dtype=dtype, device="cuda")
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor, slack: float) -> None:
-    """`got` is float64 `wanted` rounded to its type, within `slack` besides."""
+    """Assert that `got` is float64 `wanted` rounded to its type, within `slack`."""
     error = (got.double() - wanted).abs()
     bound = ROUNDING[got.dtype] * 1.02 * wanted.abs() + slack
     assert got.shape == wanted.shape

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="tests of GPU kernels need PyTorch")
 
-HALVES = {0: torch.bfloat16, 1: torch.float16}  # what is computed in
+HALVES = {0: torch.bfloat16, 1: torch.float16}  # compute types
 EPSILON = {0: 2.0**-8, 1: 2.0**-11}
 FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128, FLOAT16 = range(6)  # qvl_dtype
 DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16, INT8: torch.int8}
@@ -26,7 +26,7 @@ def random_integers(low, high, *shape):
 
 
 def stored_matrix(dtype, out, width):
-    """A random matrix as a file has it (qwenvl.h): bytes, and the float64 [out, width] it stands for."""
+    """Random matrix in the layout of a file (qwenvl.h): bytes, and its values as float64 [out, width]."""
     if dtype in (FLOAT32, BFLOAT16, FLOAT16):
         stored = torch.randn(out, width, device="cuda").to(DTYPES[dtype])
         return stored.view(torch.uint8).flatten(), stored.double()
@@ -77,7 +77,7 @@ def random_matrix(library, launch, half, storage, out, width):
 
 
 def random_rows(half, n, width, stride):
-    """[n, stride] with not-a-number behind `width` values."""
+    """Random rows [n, stride] with NaN behind `width` values."""
     x = torch.full((n, stride), math.nan, dtype=HALVES[half], device="cuda")
     x[:, :width] = torch.randn(n, width, device="cuda")
     return x
@@ -98,7 +98,7 @@ def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, 
     wide = x[:, :width].double()
     bias = torch.randn(out, device="cuda")
     product = wide @ exact.T + bias.double()
-    room = wide.abs() @ exact.abs().T * 2.0**-18 + 1e-6  # of additions in float32
+    room = wide.abs() @ exact.abs().T * 2.0**-18 + 1e-6  # error of additions in float32
     before = torch.randn(n, out, device="cuda")
     silu = product[:, 0::2] * (product[:, 1::2] * torch.sigmoid(product[:, 1::2]))
     silu_room = room[:, 0::2] * product[:, 1::2].abs() + room[:, 1::2] * product[:, 0::2].abs() * 1.1 + 1e-6
@@ -156,7 +156,7 @@ def test_two_matrices_are_interleaved(cuda_library, launch, half, dtype, out, wi
     exact = torch.stack([first_exact, second_exact], dim=1).flatten(0, 1)
     if storage == "half":
         exact = exact.to(HALVES[half]).double()
-    # The unit vectors read the matrix back, to the rounding of what it is multiplied with: none.
+    # Products with unit vectors read the matrix back exactly.
     for start in range(0, width, 256):
         n = min(256, width - start)
         x = torch.zeros(n, rounded(width, 8), dtype=HALVES[half], device="cuda")
@@ -175,7 +175,7 @@ def test_float16_does_not_overflow(cuda_library, launch):
 
 
 class Cache:
-    """Sequences of random keys and values in scattered blocks, everything else poisoned."""
+    """KV cache with sequences of random keys and values in scattered blocks, everything else poisoned."""
 
     def __init__(self, dtype, heads, width, block_tokens, lengths):
         self.dtype, self.heads, self.width, self.block_tokens = dtype, heads, width, block_tokens
@@ -212,7 +212,7 @@ class Cache:
         self.positions = torch.tensor(lengths, dtype=torch.int32, device="cuda") - 1
 
     def scratch(self, library, n, max_keys):
-        """Zeros where blocks are counted, not-a-number elsewhere."""
+        """Scratch memory: zeros for the counters, NaN elsewhere."""
         size = library.decode_attention_scratch
         size.restype = ctypes.c_uint64
         n_bytes = size(n, self.heads, self.width, max_keys)
@@ -236,7 +236,7 @@ class Cache:
         return y[:n]
 
     def step(self, library, launch, half, fused, qkv, angles, rows, max_keys):
-        """The rows' results, and the cache as it is then; this cache stays as it is."""
+        """Results of the rows, and a copy of the cache after the step; this cache is unchanged."""
         n = len(rows)
         scratch, memory = self.scratch(library, n, max_keys), self.memory.clone()
         q = torch.full((n, self.heads * self.width), math.nan, dtype=HALVES[half], device="cuda")
@@ -248,7 +248,7 @@ class Cache:
         )
         angle_tables, cos, sin, query_scale = angles
         angle_tables = angle_tables[rows].contiguous()
-        torch.cuda.synchronize()  # what is read early must have been written
+        torch.cuda.synchronize()  # the kernels read some inputs early
         launch(
             *("decode_step", half, fused, picked, positions, angle_tables, tables, mine),
             *(self.max_blocks, cos, sin, query_scale, len(query_scale), memory),
@@ -281,7 +281,7 @@ def test_attention_is_that_of_float64(cuda_library, launch, half, dtype, heads, 
         bound = reference.abs() * EPSILON[half] + values.abs().max() * 2.0**-18
         missed = (y[i].double() - reference).abs()
         assert (missed <= bound).all(), (lengths[i], (missed / bound).nan_to_num(math.inf).max().item())
-    # A row by itself, and where more keys are allowed for.
+    # A row alone, and with a larger max_keys.
     for i, length in enumerate(lengths):
         for max_keys in (length, 1000):
             assert torch.equal(cache.attention(cuda_library, launch, half, q, [i], max_keys)[0], y[i])
@@ -309,7 +309,7 @@ def test_a_step_is_rotation_and_attention(cuda_library, launch, half, dtype, hea
 
     everything = list(range(len(lengths)))
     y, _ = step(0, everything, max(lengths))
-    # Few blocks and many, whose chunks are put together in other ways.
+    # Few blocks and many, which merge their chunks differently.
     for rows in (everything, everything[::-1], everything[:5], [10], [5], [0]):
         for max_keys in (max(lengths[i] for i in rows), 8000):
             (apart, stored), (got, also_stored) = (step(fused, rows, max_keys) for fused in (0, 1))

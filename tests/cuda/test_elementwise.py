@@ -7,7 +7,7 @@ import pytest
 from small import HALVES, close, normal, poisoned, run, same_bits, torch
 
 EPSILON = 1e-6
-# As in qwenvl.h, and what PyTorch calls them.
+# Number in qwenvl.h and PyTorch dtype of each cache type.
 CACHES = {
     "float32": (0, torch.float32),
     "bfloat16": (1, torch.bfloat16),
@@ -38,14 +38,14 @@ def test_rms_norm(half, n, width):
 
 
 @pytest.mark.parametrize("width", [1, 6, 640, 1664, 4096, 4099])
-@pytest.mark.parametrize("pictures", [False, True])
-def test_embed(half, width, pictures):
+@pytest.mark.parametrize("with_images", [False, True])
+def test_embed(half, width, with_images):
     vocab, n = 50, 9
     wte = normal(vocab, width).to(half)
     ids = torch.tensor([0, 49, 7, 7, -3, 50, 2**30, 11, 12], dtype=torch.int32, device="cuda")
     wanted = wte[ids.long().clamp(0, vocab - 1)].float()
     addresses = None
-    if pictures:
+    if with_images:
         features = normal(3, width)
         place = torch.tensor([0, 0, 1, 0, 0, 0, 3, 2, 0], device="cuda")
         addresses = torch.where(place > 0, features.data_ptr() + (place - 1) * width * 4, place)
@@ -57,7 +57,7 @@ def test_embed(half, width, pictures):
 
 
 def narrow_int8(rows):
-    """float64 [..., head_dim] -> int8 and scales, as the CPU's pools have them; also how near a half it was."""
+    """float64 [..., head_dim] -> value / scale before rounding to int8, and the scales, as in the CPU's pools."""
     most = rows.abs().amax(-1, keepdim=True)
     exact = rows * 127 / most
     return exact, (most / 127)[..., 0]
@@ -73,7 +73,7 @@ def test_rotate_and_store(half, cache, heads, head_dim, block_tokens):
     random = np.random.default_rng(heads * head_dim)
     sequences, max_positions, tables = 4, 40, 3
     max_blocks = -(-max_positions // block_tokens)
-    # Which token of which sequence, in any order.
+    # Random tokens of the sequences, in random order.
     chosen = random.permutation(sequences * max_positions)[: int(random.integers(30, 100))]
     sequence, position = chosen // max_positions, chosen % max_positions
     n = len(chosen)
@@ -138,7 +138,7 @@ def test_rotate_and_store(half, cache, heads, head_dim, block_tokens):
     else:
         close(got, stored, slack=1e-6)
         view[place, :, :, slot] = 0
-    # Nothing else of the pool was written.
+    # No other part of the pool was written.
     reference = torch.full_like(pool, 0x7D)
     view = reference[:, : values * size].view(dtype).view(n_blocks, 2, heads, block_tokens, head_dim)
     view[place, :, :, slot] = 0
@@ -146,7 +146,7 @@ def test_rotate_and_store(half, cache, heads, head_dim, block_tokens):
         left = reference[:, values : values + n_scales].view(torch.float32)
         left.view(n_blocks, 2, heads, block_tokens)[place, :, :, slot] = 0
     assert torch.equal(untouched, reference)
-    # Each token by itself gives the same bits.
+    # Each token alone gives the same bits.
     other = torch.full_like(pool, 0x7D)
     for row in range(n):
         alone = poisoned(1, width, dtype=half)

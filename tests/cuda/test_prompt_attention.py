@@ -1,4 +1,4 @@
-"""attention_prompt and attention_dense against float64, and to the bit where a prompt is cut."""
+"""attention_prompt and attention_dense against float64; the same bits wherever a prompt is cut."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch  # noqa: E402
 from prompt import HALVES, error_of, run  # noqa: E402
 
 QUERY_TILE = 128
-# Types of a cache by their numbers in qwenvl.h.
+# Number in qwenvl.h and PyTorch dtype of each cache type.
 CACHES = {
     "float32": (0, torch.float32),
     "bfloat16": (1, torch.bfloat16),
@@ -22,7 +22,7 @@ CACHES = {
 
 
 class Cache:
-    """A pool of one layer with random keys and values, and what they are in float64."""
+    """Pool of one layer with random keys and values, and their float64 values."""
 
     def __init__(self, kind: str, lengths: list[int], heads: int, head_dim: int, block_tokens: int) -> None:
         self.dtype, torch_dtype = CACHES[kind]
@@ -41,7 +41,7 @@ class Cache:
             values = torch.randn(shape, device="cuda").to(torch_dtype)
             flat = values.flatten(1).view(torch.int8)
             real = values.double()
-        # Blocks lie further apart than they are long.
+        # The distance of blocks is larger than their length.
         self.block_bytes = -(-flat.shape[1] // 16) * 16 + (64 if head_dim % 16 == 0 else 8)
         self.memory = torch.full((len(order), self.block_bytes), -1, dtype=torch.int8, device="cuda")
         self.memory[:, : flat.shape[1]] = flat
@@ -60,21 +60,21 @@ class Cache:
         self.tables = self.tables.cuda()
 
     def attention(
-        self, q: torch.Tensor, pieces: list[tuple[int, int, int, int]], portable: bool
+        self, q: torch.Tensor, chunks: list[tuple[int, int, int, int]], portable: bool
     ) -> torch.Tensor:
-        """`pieces`: first, n, past, table."""
-        tiles = [(i, offset) for i, piece in enumerate(pieces) for offset in range(0, piece[1], QUERY_TILE)]
+        """`chunks`: (first, n, past, table) of each prompt chunk."""
+        tiles = [(i, offset) for i, chunk in enumerate(chunks) for offset in range(0, chunk[1], QUERY_TILE)]
         y = torch.full((q.shape[0] + 1, q.shape[1]), float("nan"), dtype=q.dtype, device="cuda")
-        on_gpu = [torch.tensor(each, dtype=torch.int32, device="cuda") for each in (pieces, tiles)]
+        on_gpu = [torch.tensor(each, dtype=torch.int32, device="cuda") for each in (chunks, tiles)]
         run("attention_prompt", q.dtype, portable, q, *on_gpu, len(tiles), self.tables, self.max_blocks, self.memory,
             self.block_bytes, self.block_tokens, self.dtype, self.heads, self.head_dim, y)  # fmt: skip
         torch.cuda.synchronize()
         assert y[-1].isnan().all(), "written behind the last query"
         return y[:-1]
 
-    def reference(self, q: torch.Tensor, pieces: list[tuple[int, int, int, int]]) -> torch.Tensor:
+    def reference(self, q: torch.Tensor, chunks: list[tuple[int, int, int, int]]) -> torch.Tensor:
         y = torch.zeros(q.shape, dtype=torch.float64, device="cuda")
-        for first, n, past, table in pieces:
+        for first, n, past, table in chunks:
             queries = q[first : first + n].double().reshape(n, self.heads, self.head_dim).transpose(0, 1)
             keys, values = self.keys[table][:, : past + n], self.values[table][:, : past + n]
             scores = queries @ keys.transpose(1, 2)
@@ -88,7 +88,7 @@ def bound(half: torch.dtype) -> float:
     return 8e-3 if half == torch.bfloat16 else 1e-3
 
 
-# Of a head and of a block.
+# head_dim, block_tokens
 SHAPES = [(128, 32), (128, 8), (8, 1), (16, 5), (42, 7), (64, 256), (64, 64), (90, 16), (200, 32), (256, 3)]
 
 
@@ -98,11 +98,11 @@ SHAPES = [(128, 32), (128, 8), (8, 1), (16, 5), (42, 7), (64, 256), (64, 64), (9
 def test_prompts(half: torch.dtype, kind: str, head_dim: int, block_tokens: int) -> None:
     heads = 3
     cache = Cache(kind, [200, 1, 77, 330], heads, head_dim, block_tokens)
-    pieces = [(0, 130, 70, 0), (130, 1, 0, 1), (131, 77, 0, 2), (208, 65, 265, 3)]
+    chunks = [(0, 130, 70, 0), (130, 1, 0, 1), (131, 77, 0, 2), (208, 65, 265, 3)]
     q = (torch.randn(273, heads * head_dim, device="cuda") / head_dim**0.5).to(half)
-    expected = cache.reference(q, pieces)
+    expected = cache.reference(q, chunks)
     for portable in (False, True):
-        assert error_of(cache.attention(q, pieces, portable), expected) < bound(half)
+        assert error_of(cache.attention(q, chunks, portable), expected) < bound(half)
 
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
@@ -115,8 +115,8 @@ def test_a_prompt_cut_anywhere_is_the_same(half: torch.dtype, kind: str) -> None
         whole = cache.attention(q, [(0, length, 0, 0)], portable)
         for _ in range(8):
             places = sorted(random.sample(range(1, length), 5))
-            pieces = [(a, b - a, a, 0) for a, b in zip([0, *places], [*places, length])]
-            assert torch.equal(cache.attention(q, pieces, portable), whole), places
+            chunks = [(a, b - a, a, 0) for a, b in zip([0, *places], [*places, length])]
+            assert torch.equal(cache.attention(q, chunks, portable), whole), places
 
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)

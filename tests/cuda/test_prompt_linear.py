@@ -1,4 +1,4 @@
-"""linear_prompt against float64, and to the bit against itself with other tiles and other rows."""
+"""linear_prompt against float64; the same bits with other tiles and other rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def product(
     bias: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`w` [out, stride] and `x` [n, x_stride] are of `columns` values a row; `start` is added to."""
+    """`w` [out, stride] and `x` [n, x_stride] are of `columns` values a row; `start`: y before an addition."""
     out = w.shape[0] // 2 if into == SILU_TIMES else w.shape[0]
     dtype = torch.float32 if into in (FLOAT, ADD) else w.dtype
     y = torch.full((x.shape[0] + 1, out), float("nan"), dtype=dtype, device="cuda")
@@ -95,7 +95,7 @@ def test_every_tile_at_odd_sizes(half: torch.dtype, into: int, n: int, out: int,
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 def test_rows_of_x_end_before_those_of_w(half: torch.dtype) -> None:
-    """Rows of W are padded with zeros; what lies behind a row of x does not count."""
+    """Rows of W are padded with zeros; values behind a row of x are ignored."""
     w = torch.zeros(48, 128, device="cuda", dtype=half)
     w[:, :100] = torch.randn(48, 100, device="cuda").to(half)
     x = rows_of(torch.randn(9, 100, device="cuda").to(half), 104)
@@ -115,7 +115,7 @@ def test_a_row_is_the_same_among_others(half: torch.dtype) -> None:
 
 
 def test_many_tiles_a_block() -> None:
-    """More groups of tiles than multiprocessors: blocks go around, their buffers with them."""
+    """More groups of tiles than multiprocessors: a block computes several, and its ring of buffers continues."""
     w = torch.randn(8192, 328, device="cuda").to(torch.bfloat16)
     x = torch.randn(1500, 328, device="cuda").to(torch.bfloat16)
     expected = reference(FLOAT, w, x, None, None)
@@ -125,7 +125,7 @@ def test_many_tiles_a_block() -> None:
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 def test_gelu(half: torch.dtype) -> None:
-    """As close as values of this type can be, but for 5e-5."""
+    """Within the rounding of the type, plus 5e-5."""
     x = torch.linspace(-9, 9, 20000, device="cuda").to(half)[:, None].expand(-1, 8).contiguous()
     got = product(CHOSEN, GELU, torch.eye(8, device="cuda").to(half), x, 8).double()
     wide = x.double()

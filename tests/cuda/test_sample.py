@@ -28,7 +28,7 @@ PICK = np.dtype(
 
 @dataclasses.dataclass
 class Setting:
-    """A row's sampling parameters; counts [vocab] where it has some."""
+    """Sampling parameters of a row; counts [vocab] or None."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -89,7 +89,7 @@ def sample(logits, settings, n_top=0, logprobs=True):
 
 
 def expected(logits, s, counts):
-    """The token, or None where `fraction` or top_p is within 1e-6 of a step of the sums; counts as before."""
+    """Token of a row, or None if `fraction` or top_p is within 1e-6 of a step of the sums. counts: before the draw."""
     x = logits.astype(np.float64)
     if not (x < np.inf).all() or not np.isfinite(x).any():
         return -1
@@ -142,7 +142,7 @@ KINDS = [
 
 
 def some_settings(random, logits):
-    """A setting of each kind in turn for the rows of logits, with the likeliest forbidden where some are."""
+    """Settings of each kind in turn for the rows of logits; forbidden ids include the likeliest."""
     n, vocab = logits.shape
     settings = []
     for i in range(n):
@@ -163,7 +163,7 @@ def some_settings(random, logits):
 @pytest.mark.parametrize("scale", [0.5, 3.0, 12.0])
 @pytest.mark.parametrize(("vocab", "n"), [(151936, 34), (640, 119), (5003, 51), (77, 34), (2, 34), (1, 17)])
 def test_tokens(vocab, n, scale):
-    """Rows of all kinds side by side; their counts go up by one at the token, and nowhere else."""
+    """Rows of all kinds in one batch; only the count of the sampled token is incremented."""
     random = np.random.default_rng(vocab + int(scale))
     logits = normal(n, vocab, scale=scale)
     settings = some_settings(random, logits)
@@ -185,7 +185,7 @@ def test_tokens(vocab, n, scale):
 @pytest.mark.parametrize("vocab", [151936, 640, 5003])
 @pytest.mark.parametrize("top_p", [1.0, 0.25])
 def test_equal_logits(vocab, top_p):
-    """All alike: the lowest id, and draws in the order of ids, however many share a bin."""
+    """Equal logits: the lowest id wins, and draws are in the order of ids, however many share a bin."""
     fractions = np.random.default_rng(3).random(9)
     logits = torch.full([10, vocab], 1.5, device="cuda")
     settings = [Setting(temperature=1.0, top_p=top_p, fraction=f) for f in fractions] + [Setting()]
@@ -197,7 +197,7 @@ def test_equal_logits(vocab, top_p):
 
 @pytest.mark.parametrize("vocab", [640, 151936])
 def test_few_different_logits(vocab):
-    """Whole numbers, so that most have many equals."""
+    """Integer logits, so that most have many equals."""
     random = np.random.default_rng(4)
     logits = torch.tensor(random.integers(-3, 3, [34, vocab]), dtype=torch.float32, device="cuda")
     settings = some_settings(random, logits)
@@ -228,7 +228,7 @@ def test_likeliest(vocab, n_top):
 @pytest.mark.parametrize("where", [slice(None), slice(5, 9), slice(639, 640), slice(0, 1)], ids=str)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_broken_row(value, where):
-    """A NaN, an infinity, or nothing finite, gives -1 and counts nothing; that one is impossible is no harm."""
+    """A NaN, a positive infinity, or no finite value gives -1 and no count; a single -infinity is allowed."""
     rows = np.zeros([3, 640], np.float32)
     rows[:, where] = value
     logits = torch.tensor(rows, device="cuda")

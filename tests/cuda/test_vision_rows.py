@@ -41,7 +41,7 @@ def test_layer_norm(half, n, width, which):
     wide = given.double()
     differences = wide - wide.mean(1, keepdim=True)
     wanted = differences / (differences.square().mean(1, keepdim=True) + EPSILON).sqrt()
-    slack = 5e-5  # the mean of values near 20 is off by their last bits
+    slack = 5e-5  # rounding error of the mean of values near 20
     wanted = wanted * weight.double() + bias.double()
     if y_float is not None:
         close(y_float[:n], wanted, slack)

@@ -1,4 +1,16 @@
-// Activations, sums and conversions.
+// Activations, additions, conversions between storage types and float32, and rotary rotation.
+//
+// Layout: float32 [n], worked on in vectors of L lanes and a rest of `some` < L. A head to be rotated is two
+// halves; channel i of the lower and of the upper half are a pair, turned by the angle of its frequency:
+//
+//   x  [ a0 a1 .. a(d/2-1) | b0 b1 .. b(d/2-1) ]      a' = (a cos - b sin) scale
+//                                                     b' = (b cos + a sin) scale
+//
+// Cost: 1 to 2 reads and 1 write of n values from the cache; gelu and silu_mul one exponential a value, 20 to
+// 30 operations. Bound by those, not by memory; a product's weights outweigh both by a factor of thousands.
+//
+// Reference: reference::gelu, silu_mul, rotary; test_activations, test_bfloat16, test_rotary of
+// tests/csrc/test_kernels.py. narrow_all_int8: test_attention with int8 caches.
 #pragma once
 
 #include "cpu/kernels/norm.h"
@@ -6,7 +18,7 @@
 
 namespace {
 
-// x (1 + erf(x / sqrt 2)) / 2, erf after Abramowitz and Stegun 7.1.26: off by at most 1.5e-7.
+// x (1 + erf(x / sqrt 2)) / 2, erf after Abramowitz and Stegun 7.1.26: error at most 1.5e-7.
 QVL_INLINE Floats gelu_of(Floats x) {
   const Floats z = max(x, -x) * 0.70710678118654752F;
   const Floats t = 1.0F / (1.0F + 0.3275911F * z);
@@ -70,7 +82,7 @@ float narrow_all_int8(const float* from, int8_t* to, int64_t n) {
     magnitudes = max(magnitudes, max(v, -v));
   });
   const float most = largest(magnitudes);
-  // The inverse of a denormal would overflow; it counts as zero.
+  // The inverse of a denormal would overflow: treat it as zero.
   const bool usable = most > 1e-35F && most < __builtin_inff();
   const float inverse = usable ? 127.0F / most : 0.0F;
   in_steps(n, [&](int64_t i, int some) {

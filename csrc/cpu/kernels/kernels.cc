@@ -1,5 +1,6 @@
-// The table of kernels for the instruction set this file is compiled for; it is compiled once for each (see
-// CMakeLists.txt). QVL_KERNELS is the function's name, QVL_KERNELS_ISA the set.
+// The table of kernels (table.h) for one ISA. This file is compiled once for each line of isas.txt, with
+// QVL_KERNELS the name of the function that returns the table and QVL_KERNELS_ISA its number; dispatch.cc
+// chooses at run time.
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/elementwise.h"
 #include "cpu/kernels/gemm.h"

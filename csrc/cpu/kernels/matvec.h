@@ -1,9 +1,27 @@
-// What the matrix-vector kernels share. Each streams its weights once, for up to kMaxRows activations.
+// Matrix-vector products, the part that all storage types share: y [n_x][rows] (+)= x W^T + bias for 1 to
+// kMaxRows rows of x ("activations"), streaming W once. matvec_bf16.h, _float.h, _int8.h and _int4.h have the
+// inner loops as a class `Rows`.
 //
-// A kernel works on R rows of weights and N activations at a time, so that a vector loaded from either is
-// used several times. With more than one activation the columns are cut so that a cut's activations stay in
-// the first-level cache. The order in which a product's terms are added depends on none of this: a token's
-// result is the same bits whatever is in the batch with it.
+// Layout of the work:
+//
+//                 columns of W ->
+//               +--------------+--------------+----
+//   kPanelRows  | kColumnBlock |              |        for each panel of 16 rows:
+//   = 16 rows   |  R rows at   |              |          for each column block:
+//               |  a time      |              |            for each R rows: for each group of activations
+//               +--------------+--------------+----            sums[R][N] in registers, += w * x
+//               | next panel: its lines are prefetched meanwhile
+//
+// A register block has R = RowCount rows and N = XCount activations, so that a vector loaded from either is
+// used several times.
+// The column blocks are so narrow that a block's activations stay in the first-level cache; with one
+// activation there is one block, the whole row. The order in which a product's terms are added depends on
+// none of this: a token's result has the same bits whatever is in the batch with it.
+//
+// Cost: bytes of W once, 2 rows k n_x operations; the files of the storage types have the formulas. linear.cc
+// has the outer loop: more than kMaxRows activations meet a stretch of W while it is in the cache.
+//
+// Reference: reference::linear (reference/reference.cc), tests/csrc/test_kernels.py.
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -13,30 +31,30 @@ namespace {
 
 using qvl::cpu::Matvec;
 
-constexpr int kPanelRows = 16;  // rows that take turns on a cut of the columns
+constexpr int kPanelRows = 16;  // rows of a panel, which share a column block of x
 
-// The sums of n rows with activation x. A function of its own, so that a row's last roundings are the same
-// whichever kernel it comes from.
-template <bool Scaled>
-__attribute__((noinline)) void put(const Matvec& p, int64_t row, int n, int x, const float* sums) {
+// Write the sums of n rows for row x of the activations. Not inlined, so that a row's last roundings are the
+// same in every kernel.
+template <bool HasScale>
+__attribute__((noinline)) void write_rows(const Matvec& p, int64_t row, int n, int x, const float* sums) {
   float* const y = p.y + x * p.y_stride + row;
   for (int i = 0; i < n; i += kLanes) {
     const int some = n - i < kLanes ? n - i : kLanes;
     Floats value = load_some(sums + i, some);
-    if (Scaled) value *= load_some(static_cast<const float*>(p.scales) + row + i, some);
+    if (HasScale) value *= load_some(static_cast<const float*>(p.scales) + row + i, some);
     if (p.bias != nullptr) value += load_some(p.bias + row + i, some);
     if (p.add) value += load_some(y + i, some);
     store_some(y + i, value, some);
   }
 }
 
-// Asks for the lines of the weights in the order in which they lie in memory, some way ahead of the reading:
-// that is what the processor's own prefetching follows best.
-class NextLines {
+// Prefetch the lines of the weights in the order of memory, ahead of the reads; the hardware prefetcher
+// follows that order best.
+class WeightPrefetcher {
  public:
-  QVL_INLINE NextLines(const Matvec& p, int64_t offset)
+  QVL_INLINE WeightPrefetcher(const Matvec& p, int64_t offset)
       : line_(static_cast<const char*>(p.weights) + offset) {}
-  QVL_INLINE void ask() {
+  QVL_INLINE void next() {
     prefetch(line_);
     line_ += 64;
   }
@@ -45,94 +63,100 @@ class NextLines {
   const char* line_;
 };
 
-constexpr int64_t kAheadOfOne = 65536;  // bytes, with one activation; with more it is a panel of rows
+constexpr int64_t kPrefetchAhead = 65536;  // bytes, with one activation; with more, a panel of rows
 
-// Sums that stay in registers over a cut.
-template <int R, int N, int Stride>
-QVL_INLINE void take_sums(const Floats* from, bool begin, Floats (&sums)[R][N]) {
+// Load the sums of a register block, or zeros at the first column block.
+template <int RowCount, int XCount, int SumStride>
+QVL_INLINE void load_sums(const Floats* from, bool begin, Floats (&sums)[RowCount][XCount]) {
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < RowCount; ++r) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sums[r][n] = begin ? Floats{} : from[r * Stride + n];
+    for (int n = 0; n < XCount; ++n) sums[r][n] = begin ? Floats{} : from[r * SumStride + n];
   }
 }
 
-template <int R, int N, int Stride>
-QVL_INLINE void put_sums(const Floats (&sums)[R][N], Floats* to) {
+template <int RowCount, int XCount, int SumStride>
+QVL_INLINE void store_sums(const Floats (&sums)[RowCount][XCount], Floats* to) {
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < RowCount; ++r) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) to[r * Stride + n] = sums[r][n];
+    for (int n = 0; n < XCount; ++n) to[r * SumStride + n] = sums[r][n];
   }
 }
 
-// Rows has
-//   kCut              columns in a cut
-//   rows_at_once(n)   rows at a time with n activations: as many as keep a group's sums in registers; with
-//                     one activation what was measured to be fastest
-//   row_bytes(k)      of the weights
-//   kScaled           whether a finished row has a factor
-//   kGroup            activations that are multiplied at the same time
-//   add<R, N, Turn, Turns, Stride>(p, row, x, first, end, ahead, sums)
-//                     add the products of columns first to end with activations x to x + N - 1 to sums
-//                     [R][Stride], which hold nothing yet where first is 0; in Turns calls for the same
-//                     weights as many lines are asked for from `ahead` on as are read
-template <typename Rows, int R>
-QVL_INLINE void whole_rows(const Matvec& p, int64_t row, NextLines& ahead, float* to) {
-  Floats sums[R];
-  Rows::template add<R, 1, 0, 1, 1>(p, row, 0, 0, p.k, ahead, sums);
+// A class `Rows`, one per storage type, has
+//   kColumnBlock      columns of a column block
+//   rows_at_once(n)   RowCount with n activations: as many as keep the sums of kXAtOnce activations in
+//                     registers; with one activation the measured optimum
+//   row_bytes(k)      bytes of a row of weights, without scales
+//   kHasScale         whether a finished row is multiplied by scales[row]
+//   kXAtOnce          most activations of a register block
+//   add<RowCount, XCount, Pass, Passes, SumStride>(p, row, x, first, end, ahead, sums)
+//                     add the products of columns first to end with activations x to x + XCount - 1 to
+//                     sums [RowCount][SumStride], which are undefined if first is 0. The same weights are
+//                     read in `Passes` calls; each prefetches 1 / Passes of the lines it reads
+template <typename Rows, int RowCount>
+QVL_INLINE void multiply_whole_rows(const Matvec& p, int64_t row, WeightPrefetcher& ahead, float* to) {
+  Floats sums[RowCount];
+  Rows::template add<RowCount, 1, 0, 1, 1>(p, row, 0, 0, p.k, ahead, sums);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) to[r] = sum(sums[r]);
+  for (int r = 0; r < RowCount; ++r) to[r] = sum(sums[r]);
 }
 
-// All N activations from X on, a group of them after another; the rows' cut stays in the first-level cache.
-template <typename Rows, int R, int N, int X = 0>
-QVL_INLINE void cut_rows(const Matvec& p, int64_t row, int first, int end, NextLines& ahead, Floats* sums) {
-  constexpr int G = N - X < Rows::kGroup ? N - X : Rows::kGroup;
-  constexpr int kTurns = (N + Rows::kGroup - 1) / Rows::kGroup;
-  Rows::template add<R, G, X / Rows::kGroup, kTurns, N>(p, row, X, first, end, ahead, sums + X);
-  if constexpr (X + G < N) cut_rows<Rows, R, N, X + G>(p, row, first, end, ahead, sums);
+// A column block for activations FirstX to XCount - 1, kXAtOnce at a time; the rows' columns stay in the
+// first-level cache.
+template <typename Rows, int RowCount, int XCount, int FirstX = 0>
+QVL_INLINE void multiply_column_block(const Matvec& p, int64_t row, int first, int end,
+                                      WeightPrefetcher& ahead, Floats* sums) {
+  constexpr int GroupX = XCount - FirstX < Rows::kXAtOnce ? XCount - FirstX : Rows::kXAtOnce;
+  constexpr int kPasses = (XCount + Rows::kXAtOnce - 1) / Rows::kXAtOnce;
+  Rows::template add<RowCount, GroupX, FirstX / Rows::kXAtOnce, kPasses, XCount>(p, row, FirstX, first, end,
+                                                                                 ahead, sums + FirstX);
+  if constexpr (FirstX + GroupX < XCount)
+    multiply_column_block<Rows, RowCount, XCount, FirstX + GroupX>(p, row, first, end, ahead, sums);
 }
 
 template <typename Rows>
 void matvec_one(const Matvec& p, int64_t row, int64_t end) {
-  constexpr int R = Rows::rows_at_once(1);
-  NextLines ahead(p, Rows::row_bytes(p.k) * row + kAheadOfOne);
-  constexpr int kRows = 16 * R;
-  float sums[kRows];
-  for (; row < end; row += kRows) {
-    const int n = end - row < kRows ? static_cast<int>(end - row) : kRows;
+  constexpr int RowCount = Rows::rows_at_once(1);
+  WeightPrefetcher ahead(p, Rows::row_bytes(p.k) * row + kPrefetchAhead);
+  constexpr int kBatchRows = 16 * RowCount;
+  float sums[kBatchRows];
+  for (; row < end; row += kBatchRows) {
+    const int n = end - row < kBatchRows ? static_cast<int>(end - row) : kBatchRows;
     int r = 0;
-    for (; r + R <= n; r += R) whole_rows<Rows, R>(p, row + r, ahead, sums + r);
-    for (; r < n; ++r) whole_rows<Rows, 1>(p, row + r, ahead, sums + r);
-    put<Rows::kScaled>(p, row, n, 0, sums);
+    for (; r + RowCount <= n; r += RowCount) multiply_whole_rows<Rows, RowCount>(p, row + r, ahead, sums + r);
+    for (; r < n; ++r) multiply_whole_rows<Rows, 1>(p, row + r, ahead, sums + r);
+    write_rows<Rows::kHasScale>(p, row, n, 0, sums);
   }
 }
 
-template <typename Rows, int N>
+template <typename Rows, int XCount>
 void matvec_many(const Matvec& p, int64_t row, int64_t end) {
-  constexpr int R = Rows::rows_at_once(N);
+  constexpr int RowCount = Rows::rows_at_once(XCount);
   const int64_t row_bytes = Rows::row_bytes(p.k);
-  Floats sums[kPanelRows * N];
-  NextLines ahead(p, row_bytes * row + kPanelRows * row_bytes);
+  Floats sums[kPanelRows * XCount];
+  WeightPrefetcher ahead(p, row_bytes * row + kPanelRows * row_bytes);
   for (; row < end; row += kPanelRows) {
     const int rows = end - row < kPanelRows ? static_cast<int>(end - row) : kPanelRows;
-    for (int first = 0; first < p.k; first += Rows::kCut) {
-      const int last = first + Rows::kCut < p.k ? first + Rows::kCut : p.k;
+    for (int first = 0; first < p.k; first += Rows::kColumnBlock) {
+      const int last = first + Rows::kColumnBlock < p.k ? first + Rows::kColumnBlock : p.k;
       int r = 0;
-      for (; r + R <= rows; r += R) cut_rows<Rows, R, N>(p, row + r, first, last, ahead, sums + r * N);
-      for (; r < rows; ++r) cut_rows<Rows, 1, N>(p, row + r, first, last, ahead, sums + r * N);
+      for (; r + RowCount <= rows; r += RowCount)
+        multiply_column_block<Rows, RowCount, XCount>(p, row + r, first, last, ahead, sums + r * XCount);
+      for (; r < rows; ++r)
+        multiply_column_block<Rows, 1, XCount>(p, row + r, first, last, ahead, sums + r * XCount);
     }
-    for (int i = rows * N; i < kPanelRows * N; ++i) sums[i] = Floats{};
-    for (int n = 0; n < N; ++n) {
+    for (int i = rows * XCount; i < kPanelRows * XCount; ++i) sums[i] = Floats{};
+    for (int n = 0; n < XCount; ++n) {
       float totals[kPanelRows];
       for (int r = 0; r < kPanelRows; r += kLanes) {
         Floats of_rows[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) of_rows[i] = sums[(r + i) * N + n];
+        for (int i = 0; i < kLanes; ++i) of_rows[i] = sums[(r + i) * XCount + n];
         store(totals + r, sums_of(of_rows));
       }
-      put<Rows::kScaled>(p, row, rows, n, totals);
+      write_rows<Rows::kHasScale>(p, row, rows, n, totals);
     }
   }
 }

@@ -1,5 +1,21 @@
-// bfloat16 weights [rows][k]. Two of them are a 32-bit word, from which a shift and a mask make two float32:
-// so the activations are laid out with the even and the odd elements apart.
+// Matrix-vector product with bfloat16 weights: y[n][row] = sum over k of w[row][k] x[n][k], 1 to 8 rows of x.
+//
+// Layout, with L = kLanes float32 lanes. Two neighbouring weights are one 32-bit word; a shift gives the even
+// one as float32, a mask the odd one. So prepare_bf16 separates even and odd activations:
+//
+//   weights, a row         [ w0 w1 | w2 w3 | .. | w(2L-2) w(2L-1) | w(2L) .. ]      2 bytes each, no padding
+//                            \___/ one word, one lane
+//   prepared x, 2L values  [ x0 x2 .. x(2L-2) ][ x1 x3 .. x(2L-1) ]     float32
+//                            even(words) * a +  odd(words) * b          2 multiply-adds for 2L weights
+//
+//   prepared x: [n_x][ceil(k / 2L)][2][L] float32, zeros behind k.
+//
+// Cost. Bytes: 2 rows k, once for all rows of x; the prepared x stays in the first-level cache
+// (kColumnBlock). Operations: 2 rows k n_x. That is n_x operations a byte, so memory bounds it for few rows
+// of x: time = max(2 rows k / bandwidth, 2 rows k n_x / multiply-add rate).
+//
+// Reference: reference::linear (reference/reference.cc), in tests/csrc/test_kernels.py::test_linear; the same
+// bits in any batch: test_linear_of_a_row_does_not_depend_on_the_others.
 #pragma once
 
 #include "cpu/kernels/matvec.h"
@@ -28,53 +44,54 @@ void prepare_bf16(const float* x, int64_t x_stride, int n_x, int k, void* prepar
 }
 
 struct RowsBf16 {
-  static constexpr int kCut = 512;
-  static constexpr int kGroup = kLanes == 16 ? 4 : 2;
+  static constexpr int kColumnBlock = 512;
+  static constexpr int kXAtOnce = kLanes == 16 ? 4 : 2;
   static constexpr int rows_at_once(int n) { return n == 1 ? 1 : kLanes == 16 ? 4 : 2; }
   static QVL_INLINE int64_t row_bytes(int k) { return int64_t{2} * k; }
-  static constexpr bool kScaled = false;
+  static constexpr bool kHasScale = false;
 
-  template <int R, int N, int Turn, int Turns, int Stride>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, NextLines& ahead,
-                             Floats* saved) {
-    Floats sums[R][N];
-    take_sums<R, N, Stride>(saved, first == 0, sums);
+  template <int RowCount, int XCount, int Pass, int Passes, int SumStride>
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+                             WeightPrefetcher& ahead, Floats* saved) {
+    Floats sums[RowCount][XCount];
+    load_sums<RowCount, XCount, SumStride>(saved, first == 0, sums);
     const int k = p.k, width = round_up(k, kPairs);
     const float* x = static_cast<const float*>(p.x) + first_x * width;
     const uint16_t* w = static_cast<const uint16_t*>(p.weights) + row * k;
     int i = first;
     for (; i + kPairs <= end; i += kPairs) {
-      Words pairs[R];
+      Words pairs[RowCount];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < RowCount; ++r) {
         pairs[r] = load<Words>(w + int64_t{r} * k + i);
-        if (r % Turns == Turn && i % 32 == 0) ahead.ask();
+        if (r % Passes == Pass && i % 32 == 0) ahead.next();
       }
-      step<R, N>(pairs, x + i, width, sums);
+      step<RowCount, XCount>(pairs, x + i, width, sums);
     }
     if (i < end) {
-      Words pairs[R] = {};
-      for (int r = 0; r < R; ++r) {
+      Words pairs[RowCount] = {};
+      for (int r = 0; r < RowCount; ++r) {
         __builtin_memcpy(&pairs[r], w + int64_t{r} * k + i, static_cast<size_t>(end - i) * 2);
       }
-      step<R, N>(pairs, x + i, width, sums);
+      step<RowCount, XCount>(pairs, x + i, width, sums);
     }
-    put_sums<R, N, Stride>(sums, saved);
+    store_sums<RowCount, XCount, SumStride>(sums, saved);
   }
 
-  template <int R, int N>
-  static QVL_INLINE void step(const Words (&pairs)[R], const float* x, int width, Floats (&sums)[R][N]) {
-    Floats low[R], high[R];
+  template <int RowCount, int XCount>
+  static QVL_INLINE void step(const Words (&pairs)[RowCount], const float* x, int width,
+                              Floats (&sums)[RowCount][XCount]) {
+    Floats low[RowCount], high[RowCount];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < RowCount; ++r) {
       low[r] = even(pairs[r]);
       high[r] = odd(pairs[r]);
     }
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
+    for (int n = 0; n < XCount; ++n) {
       const Floats a = load<Floats>(x + n * width), b = load<Floats>(x + n * width + kLanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < RowCount; ++r) {
         sums[r][n] += low[r] * a;
         sums[r][n] += high[r] * b;
       }

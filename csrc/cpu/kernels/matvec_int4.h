@@ -1,5 +1,27 @@
-// int4 weights: 128 values of a row are 32 words of 16 bits; value 32 j + i is nibble j of word i, plus 8. A
-// bfloat16 scale for each group of 64 or 128 values.
+// Matrix-vector product with int4 weights and a bfloat16 scale for each group of 64 or 128 values of a row:
+// y[n][row] = sum over groups of scale * (sum over k of (nibble - 8) x[n][k]), x quantised to 8 bits.
+//
+// Layout. 128 values of a row (a unit) are 32 little-endian 16-bit words; value 32 j + i is nibble j of word
+// i:
+//
+//   word i      bits 15-12   11-8      7-4       3-0
+//               v[96 + i]  v[64 + i] v[32 + i]  v[i]
+//
+//   values      [rows][k padded to 128] nibbles, the number 8 is zero
+//   scales      [rows][padded k / group] bfloat16, behind all values
+//
+//   half 0 of a unit: nibbles 0 and 1, one byte each:  v0 v32 v1 v33 .. v31 v63     nibbles<0>()
+//   half 1          : nibbles 2 and 3:                 v64 v96 v65 v97 .. v127      nibbles<1>()
+//
+// A half has values of one group only, whether groups are of 64 or 128. prepare_int4 brings x into the order
+// of the bytes. Products are unsigned nibble x signed x; sums begin at -8 times the sum of x (quantised_x.h).
+//
+// Cost. Bytes: rows k (1/2 + 2 / group), once for all rows of x: 0.53 a weight at groups of 64. Operations: 2
+// rows k n_x on integers, 4 n_x a byte. The 64 bytes of a unit take about 13 instructions for one row of x
+// with AVX-512 VBMI, where int8 takes 3: the instructions bound it sooner than memory.
+//
+// Reference: reference::linear with the activations rounded as here, in
+// tests/csrc/test_kernels.py::test_linear.
 #pragma once
 
 #include "cpu/kernels/quantised_x.h"
@@ -43,26 +65,27 @@ void prepare_int4(const float* x, int64_t x_stride, int n_x, int k, void* prepar
 template <int Group>
 struct RowsInt4 {
   using X = QuantisedX<Group>;
-  static constexpr int kCut = 2048;
-  static constexpr int kGroup = kLanes == 16 ? 4 : 2;
+  static constexpr int kColumnBlock = 2048;
+  static constexpr int kXAtOnce = kLanes == 16 ? 4 : 2;
   static constexpr int rows_at_once(int n) { return n == 1 ? 3 : kLanes == 16 ? 4 : 2; }
   static QVL_INLINE int64_t row_bytes(int k) { return round_up(k, kUnit) / 2; }
-  static constexpr bool kScaled = false;
+  static constexpr bool kHasScale = false;
 
-  template <int R, int N, int Turn, int Turns, int Stride>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, NextLines& ahead,
-                             Floats* sums) {
+  template <int RowCount, int XCount, int Pass, int Passes, int SumStride>
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+                             WeightPrefetcher& ahead, Floats* sums) {
     for (; end - first >= kBlock; first += kBlock) {
-      add_units<R, N, Turn, Turns, Stride, kBlock / kUnit>(p, row, first_x, first, ahead, sums);
+      add_units<RowCount, XCount, Pass, Passes, SumStride, kBlock / kUnit>(p, row, first_x, first, ahead,
+                                                                           sums);
     }
     for (; first < end; first += kUnit)
-      add_units<R, N, Turn, Turns, Stride, 1>(p, row, first_x, first, ahead, sums);
+      add_units<RowCount, XCount, Pass, Passes, SumStride, 1>(p, row, first_x, first, ahead, sums);
   }
 
-  // Units from column `first` on, all in one block of the activations.
-  template <int R, int N, int Turn, int Turns, int Stride, int Units>
-  static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first, NextLines& ahead,
-                                   Floats* sums) {
+  // Units from column `first` on, all in one block of x.
+  template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int Units>
+  static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first,
+                                   WeightPrefetcher& ahead, Floats* sums) {
     constexpr int kScales = Units * kUnit / Group;
     const int64_t stride = row_bytes(p.k), scale_stride = round_up(p.k, kUnit) / Group;
     const int64_t x_stride = X::row_bytes(p.k);
@@ -72,58 +95,58 @@ struct RowsInt4 {
     const char* begin = block + sizeof(Floats) + first % kBlock / Group * sizeof(Ints);
     const char* x = block + X::kValues + first % kBlock;
 
-    float factors[R][kLanes];
+    float factors[RowCount][kLanes];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < RowCount; ++r) {
       store(factors[r], widen(load_some_halves(scales + r * scale_stride, kScales)));
     }
-    // In memory, from where a multiplication broadcasts them for nothing; out of registers it costs two
-    // shuffles.
+    // Kept in memory, from where a multiplication broadcasts for free; from registers it costs two shuffles.
     asm volatile("" : "+m"(factors));
-    Floats totals[R][N] = {};
+    Floats totals[RowCount][XCount] = {};
 #pragma GCC unroll 4
     for (int u = 0; u < Units; ++u) {
-      Ints dots[R][N];
+      Ints dots[RowCount][XCount];
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const int g = (u * kUnit + half * 64) / Group;
         if (half * 64 % Group == 0) {
 #pragma GCC unroll 8
-          for (int n = 0; n < N; ++n) {
+          for (int n = 0; n < XCount; ++n) {
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) dots[r][n] = load<Ints>(begin + n * x_stride + g * sizeof(Ints));
+            for (int r = 0; r < RowCount; ++r)
+              dots[r][n] = load<Ints>(begin + n * x_stride + g * sizeof(Ints));
           }
         }
 #pragma GCC unroll 4
         for (int part = 0; part < 64; part += kVector) {
-          UnsignedBytes v[R];
+          UnsignedBytes v[RowCount];
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
+          for (int r = 0; r < RowCount; ++r) {
             const uint8_t* words = w + r * stride + u * 64 + part;
             v[r] = half == 0 ? nibbles<0>(load<Halves>(words)) : nibbles<1>(load<Halves>(words));
-            if (r % Turns == Turn && part == 0 && half == 0) ahead.ask();
+            if (r % Passes == Pass && part == 0 && half == 0) ahead.next();
           }
 #pragma GCC unroll 8
-          for (int n = 0; n < N; ++n) {
+          for (int n = 0; n < XCount; ++n) {
             const SignedBytes a = load<SignedBytes>(x + n * x_stride + u * kUnit + half * 64 + part);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) dots[r][n] = multiply_add(dots[r][n], v[r], a);
+            for (int r = 0; r < RowCount; ++r) dots[r][n] = multiply_add(dots[r][n], v[r], a);
           }
         }
         if ((half + 1) * 64 % Group == 0) {
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
+          for (int r = 0; r < RowCount; ++r) {
             const Floats factor = all(factors[r][g]);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) totals[r][n] += to_floats(dots[r][n]) * factor;
+            for (int n = 0; n < XCount; ++n) totals[r][n] += to_floats(dots[r][n]) * factor;
           }
         }
       }
     }
-    const char* blocks[N];
+    const char* blocks[XCount];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) blocks[n] = block + n * x_stride;
-    add_scaled<R, N, Stride>(totals, blocks, first == 0, sums);
+    for (int n = 0; n < XCount; ++n) blocks[n] = block + n * x_stride;
+    add_scaled<RowCount, XCount, SumStride>(totals, blocks, first == 0, sums);
   }
 };
 

@@ -1,4 +1,26 @@
-// int8 weights [rows][k padded to 128] with a float32 scale for each row.
+// Matrix-vector product with int8 weights and a float32 scale a row: y[n][row] = scale[row] * sum over k of
+// w[row][k] x[n][k], x quantised to 8 bits (quantised_x.h).
+//
+// Layout:
+//
+//   values  [rows][k padded to 128]  int8, zeros in the padding
+//   scales  [rows]                   float32, behind all values
+//
+//   a block of kBlock = 32 L columns (L = kLanes: 128, 256 or 512 columns), for one row and one row of x:
+//
+//   weights   | 4L bytes | 4L bytes | .. 8 vectors      lane l adds 4 products a vector, 32 a block,
+//   x         | 4L bytes | 4L bytes | .. 8 vectors      in int32: dots[l]
+//   x scales  | L float32 |                             sums[l] += float(dots[l]) * x_scale[l]
+//
+// Without VNNI's unsigned x signed instruction on AVX2 (kSignedProducts) the weights' signs go over to x.
+// Else weights become unsigned by adding 128, and dots begin at -128 times the sum of x (quantised_x.h).
+//
+// Cost. Bytes: rows (k + 4), once for all rows of x. Operations: 2 rows k n_x on integers, 64 products an
+// instruction with AVX-512 VNNI, 32 in five with AVX2: 2 n_x operations a byte. time = max(rows (k + 4) /
+// bandwidth, 2 rows k n_x / integer rate); memory bounds it for one row of x.
+//
+// Reference: reference::linear with the activations rounded as here (rounded_activations), and with the exact
+// ones within 3 %, in tests/csrc/test_kernels.py::test_linear.
 #pragma once
 
 #include "cpu/kernels/quantised_x.h"
@@ -18,70 +40,72 @@ void prepare_int8(const float* x, int64_t x_stride, int n_x, int k, void* prepar
 }
 
 struct RowsInt8 {
-  static constexpr int kCut = 2048;
-  static constexpr int kGroup = 4;
+  static constexpr int kColumnBlock = 2048;
+  static constexpr int kXAtOnce = 4;
   static constexpr int rows_at_once(int n) { return (n == 1 ? 4 : 2) * (kLanes == 16 ? 2 : 1); }
   static QVL_INLINE int64_t row_bytes(int k) { return round_up(k, kUnit); }
-  static constexpr bool kScaled = true;
+  static constexpr bool kHasScale = true;
 
-  template <int R, int N, int Turn, int Turns, int Stride>
-  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end, NextLines& ahead,
-                             Floats* sums) {
+  template <int RowCount, int XCount, int Pass, int Passes, int SumStride>
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+                             WeightPrefetcher& ahead, Floats* sums) {
     for (; end - first >= kBlock; first += kBlock) {
-      add_block<R, N, Turn, Turns, Stride, kBlock>(p, row, first_x, first, kBlock, ahead, sums);
+      add_block<RowCount, XCount, Pass, Passes, SumStride, kBlock>(p, row, first_x, first, kBlock, ahead,
+                                                                   sums);
     }
     if (first < end) {
       const int rest = round_up(end - first, kUnit);
-      add_block<R, N, Turn, Turns, Stride, 0>(p, row, first_x, first, rest, ahead, sums);
+      add_block<RowCount, XCount, Pass, Passes, SumStride, 0>(p, row, first_x, first, rest, ahead, sums);
     }
   }
 
-  // n_k columns, which are Whole if that is not 0.
-  template <int R, int N, int Turn, int Turns, int Stride, int Whole>
+  // Add n_k columns; WholeColumns is n_k at compile time, or 0.
+  template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int WholeColumns>
   static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, int n_k,
-                                   NextLines& ahead, Floats* sums) {
+                                   WeightPrefetcher& ahead, Floats* sums) {
     const int64_t stride = row_bytes(p.k);
-    const uint8_t* w[R];
-    const char* x[N];
-    Ints dots[R][N];
+    const uint8_t* w[RowCount];
+    const char* x[XCount];
+    Ints dots[RowCount][XCount];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < RowCount; ++r) {
       w[r] = static_cast<const uint8_t*>(p.weights) + (row + r) * stride + first;
       keep(w[r]);
     }
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
+    for (int n = 0; n < XCount; ++n) {
       x[n] = Int8X::block(p, first_x + n, first);
       keep(x[n]);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < RowCount; ++r) {
         dots[r][n] = kSignedProducts ? Ints{} : load<Ints>(x[n] + sizeof(Floats));
       }
     }
-    if constexpr (Whole != 0) {
+    if constexpr (WholeColumns != 0) {
 #pragma GCC unroll 8
-      for (int i = 0; i < Whole; i += kVector) step<R, N, Turn, Turns>(w, x, i, ahead, dots);
+      for (int i = 0; i < WholeColumns; i += kVector)
+        step<RowCount, XCount, Pass, Passes>(w, x, i, ahead, dots);
     } else {
 #pragma GCC unroll 1
-      for (int i = 0; i < n_k; i += kVector) step<R, N, Turn, Turns>(w, x, i, ahead, dots);
+      for (int i = 0; i < n_k; i += kVector) step<RowCount, XCount, Pass, Passes>(w, x, i, ahead, dots);
     }
-    add_scaled<R, N, Stride>(dots, x, first == 0, sums);
+    add_scaled<RowCount, XCount, SumStride>(dots, x, first == 0, sums);
   }
 
-  template <int R, int N, int Turn, int Turns>
-  static QVL_INLINE void step(const uint8_t* const (&w)[R], const char* const (&x)[N], int i,
-                              NextLines& ahead, Ints (&dots)[R][N]) {
-    SignedBytes v[R];
+  template <int RowCount, int XCount, int Pass, int Passes>
+  static QVL_INLINE void step(const uint8_t* const (&w)[RowCount], const char* const (&x)[XCount], int i,
+                              WeightPrefetcher& ahead, Ints (&dots)[RowCount][XCount]) {
+    SignedBytes v[RowCount];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < RowCount; ++r) {
       v[r] = load<SignedBytes>(w[r] + i);
-      if (r % Turns == Turn && i % 64 == 0) ahead.ask();
+      if (r % Passes == Pass && i % 64 == 0) ahead.next();
     }
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
+    for (int n = 0; n < XCount; ++n) {
       const SignedBytes a = load<SignedBytes>(x[n] + Int8X::kValues + i);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < RowCount; ++r) {
         if constexpr (kSignedProducts) {
           dots[r][n] = multiply_add_signed(dots[r][n], v[r], a);
         } else {

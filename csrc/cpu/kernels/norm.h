@@ -1,4 +1,18 @@
-// Norms with statistics in float32, one row at a time.
+// RMSNorm and LayerNorm of one row, statistics in float32:
+//
+//   rms_norm    y = x / sqrt(mean(x^2) + epsilon) * weight
+//   layer_norm  y = (x - mean) / sqrt(variance + epsilon) * weight + bias, the variance from the differences
+//
+// Layout: x, weight, bias, y float32 [n], any n; y may be x. L lanes add up separate sums, which sum() adds
+// in a fixed order:
+//
+//   x  [ 0 1 .. L-1 | L .. 2L-1 | .. | rest ]      total[lane] += d * d, the rest in scalars
+//
+// Cost. Bytes: x read twice (LayerNorm: three times) and y written once, 4 n each, from the cache.
+// Operations: 4 n (LayerNorm: 8 n). At hidden 4096 a row is 16 KB against 400 MB of a layer's weights: not
+// what counts.
+//
+// Reference: reference::rms_norm, reference::layer_norm, tests/csrc/test_kernels.py::test_norms.
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -12,7 +26,7 @@ QVL_INLINE void each_vector(int n, Body&& body) {
   if (i < n) body(i, n - i);
 }
 
-// Deviation from `centre`, squared and summed; lanes behind the end do not count.
+// Sum of squared deviations from `centre`.
 QVL_INLINE float sum_of_squares(const float* x, int n, float centre) {
   Floats total{};
   int i = 0;

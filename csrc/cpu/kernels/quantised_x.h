@@ -1,12 +1,27 @@
 // Activations as 8-bit integers, so that products with 8- and 4-bit weights are integer sums.
 //
-// A block is 8 vectors of bytes. The 4 bytes of a 32-bit lane are multiplied and added by one instruction, so
-// a lane meets 32 values of a block, and these share a float32 scale: as fine as blocks of 32 neighbours
-// would be, and one multiplication of vectors applies it to the sums. Rounding is at most 1/254 of the
-// largest of 32.
+// Layout. A block is 8 vectors of 4 L bytes (L = kLanes): 128, 256 or 512 values. One instruction multiplies
+// and adds the 4 bytes of a 32-bit lane, so a lane meets 4 bytes of each vector, 32 values of a block; these
+// share a float32 scale. That is as fine as blocks of 32 neighbours, and one multiplication of vectors
+// applies the scales to the sums:
 //
-// The weights enter as unsigned bytes, with an offset (8 or 128) that has to come off again: sums begin with
-// minus the offset times the sum of the activations, which is worked out here, once for all rows.
+//   lane        0          1        ..    L-1
+//   vector 0  x x x x    x x x x         x x x x
+//   vector 1  x x x x    x x x x         x x x x      value = integer * scale[lane]
+//     ..                                              scale[lane] = largest magnitude of its 32 / 127
+//   vector 7  x x x x    x x x x         x x x x
+//
+//   a block in memory:  float32 scales [L] | int32 beginnings [kBlock / Group][L] | int8 values [kBlock]
+//   prepared x:         [n_x][ceil(k / kBlock)] blocks, zeros behind k
+//
+// The instruction takes the weights as unsigned bytes. They are stored with an offset (int8: 128, int4: 8)
+// that must come off again: sum (w + offset) x - offset sum x. The beginnings are -offset times the sum of x
+// for each Group of weights that share a scale, computed here once for all rows of W.
+//
+// Cost: k values read, k bytes written a row of x, once for the whole matrix: 1 / rows of the product's work.
+// Rounding is at most 1/254 of the largest of 32 values.
+//
+// Reference: rounded_activations in tests/csrc/test_kernels.py, a NumPy version of the same rounding.
 #pragma once
 
 #include "cpu/kernels/matvec.h"
@@ -17,8 +32,8 @@ constexpr int kUnit = 128;  // rows of quantised weights are padded to this
 constexpr int kVector = sizeof(SignedBytes);
 constexpr int kBlock = 8 * kVector;
 
-// A block in memory: Floats scales, Ints beginnings [kBlock / Group], bytes [kBlock]. Group: weights that
-// share a scale, or kBlock. A row's last block is filled up with zeros.
+// Layout of a block: Floats scales, Ints beginnings [kBlock / Group], bytes [kBlock]. Group: weights that
+// share a scale, kBlock for int8. A row's last block is padded with zeros.
 template <int Group>
 struct QuantisedX {
   static constexpr int kGroups = kBlock / Group;
@@ -31,23 +46,23 @@ struct QuantisedX {
   }
 };
 
-// A block's sums [R][N], scaled like its activations, to what is there unless this is the first.
-template <int R, int N, int Stride, typename Sums>
-QVL_INLINE void add_scaled(const Sums (&of_block)[R][N], const char* const (&blocks)[N], bool begin,
-                           Floats* sums) {
+// sums (+)= a block's sums [RowCount][XCount] times the scales of its activations; `begin`: assign.
+template <int RowCount, int XCount, int SumStride, typename Sums>
+QVL_INLINE void add_scaled(const Sums (&of_block)[RowCount][XCount], const char* const (&blocks)[XCount],
+                           bool begin, Floats* sums) {
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) {
+  for (int n = 0; n < XCount; ++n) {
     const Floats scale = load<Floats>(blocks[n]);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < RowCount; ++r) {
       const Floats value = __builtin_convertvector(of_block[r][n], Floats);
-      Floats& to = sums[r * Stride + n];
+      Floats& to = sums[r * SumStride + n];
       to = begin ? value * scale : to + value * scale;
     }
   }
 }
 
-// x [kBlock], in the order in which the weights' bytes come.
+// Quantise x [kBlock], in the order of the weights' bytes.
 template <int Group>
 QVL_INLINE void quantise_block(const float* x, uint8_t offset, char* block) {
   Floats most[4] = {};
@@ -86,7 +101,7 @@ QVL_INLINE void quantise_block(const float* x, uint8_t offset, char* block) {
   }
 }
 
-// order(x, ordered): bring kBlock values into the order of the weights.
+// Prepare n_x rows. order(x, ordered): permute kBlock values into the order of the weights.
 template <int Group, typename Order>
 QVL_INLINE void prepare_quantised(const float* x, int64_t x_stride, int n_x, int k, uint8_t offset,
                                   void* prepared, Order&& order) {

@@ -1,6 +1,19 @@
-// Vectors of the compiler's own, as wide as the flags this is compiled with allow, and the few instructions
-// that have no operator. Everything is in an anonymous namespace and free of the standard library's inline
-// functions: a function compiled for a newer processor must not be the copy that the linker keeps for all.
+// Vectors of the compiler, as wide as the flags of the build allow, and the few instructions that have no
+// operator.
+//
+//               generic (SSE2)   avx2    avx512, avx512_bf16
+//   kLanes            4            8        16                 float32 in a vector
+//
+//   Floats, Ints, Words     kLanes x 32 bits          Halves, Shorts           2 kLanes x 16 bits
+//   HalfWords               kLanes x 16 bits          UnsignedBytes, SignedBytes  4 kLanes x 8 bits
+//   FewBytes                kLanes x 8 bits
+//
+// load_some and store_some take the first n lanes, for the end of a row. Everything is in an anonymous
+// namespace and free of the standard library's inline functions: a function compiled for a newer processor
+// must not be the copy that the linker keeps for all.
+//
+// Reference: float16 and bfloat16 conversions, tests/csrc/test_kernels.py::test_every_float16, test_bfloat16;
+// the rest through the kernels.
 #pragma once
 
 #include <stddef.h>
@@ -54,7 +67,7 @@ QVL_INLINE Floats all(float value) {
   return value - Floats{};
 }
 
-// The first n lanes of memory; zero behind them.
+// Load the first n lanes; zero in the others.
 QVL_INLINE Floats load_some(const float* memory, int n) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Floats>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), memory));
@@ -107,8 +120,8 @@ QVL_INLINE Words shuffle(Words a, Words b, Words from) {
 #endif
 }
 
-// Of two vectors seen as rows of pairs of squares, `Side` lanes wide: the squares off the diagonal change
-// places, which gives these two. The lanes come as a pack because the shuffles need constants.
+// Steps of a transposition: two vectors as rows of pairs of squares, `Side` lanes wide, whose off-diagonal
+// squares are exchanged. The lanes are a parameter pack because the shuffles need constants.
 using AllLanes = std::make_integer_sequence<uint32_t, kLanes>;
 
 template <uint32_t Side, uint32_t... I>
@@ -120,7 +133,7 @@ QVL_INLINE Words lower_squares(Words a, Words b, std::integer_sequence<uint32_t,
   return shuffle(a, b, Words{(I & Side ? kLanes + I : I + Side)...});
 }
 
-// Rows become columns.
+// Transpose a square of kLanes vectors.
 template <uint32_t Side = 1>
 QVL_INLINE void transpose(Words (&v)[kLanes]) {
 #pragma GCC unroll 16
@@ -133,7 +146,7 @@ QVL_INLINE void transpose(Words (&v)[kLanes]) {
   if constexpr (2 * Side < kLanes) transpose<2 * Side>(v);
 }
 
-// Halving sums, in an order that depends on nothing but the width.
+// Sum of all lanes by halving, in an order that depends on the width alone.
 QVL_INLINE float sum(Floats v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
@@ -146,7 +159,7 @@ QVL_INLINE float sum(Floats v) {
   return lanes[0];
 }
 
-// Lane i of the result is sum(v[i]), to the bit, for less work: two vectors become one at each step.
+// Lane i of the result is sum(v[i]), to the bit, with less work: each step merges two vectors into one.
 template <uint32_t Side = kLanes / 2>
 QVL_INLINE Floats sums_of(Floats (&v)[kLanes]) {
 #pragma GCC unroll 8
@@ -182,7 +195,7 @@ QVL_INLINE Floats odd(Words pairs) {
   return reinterpret_cast<Floats>(pairs & 0xFFFF0000u);
 }
 
-// The compiler's own conversions split their vectors; the instructions do not.
+// Conversions by instruction: the compiler's conversions would split the vectors.
 QVL_INLINE Words widen_halves(HalfWords halves) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
@@ -261,14 +274,14 @@ QVL_INLINE Floats load_some(const BFloat16* memory, int n) {
   return widen(load_some_halves(&memory->bits, n));
 }
 
-// To nearest, ties to even. Not for NaN.
+// Round to nearest, ties to even. Not for NaN.
 QVL_INLINE HalfWords narrow(Floats v) {
   Words bits = reinterpret_cast<Words>(v);
   bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   return lower_halves(bits);
 }
 
-// To nearest, ties to even; what is out of range to the largest value, NaN too.
+// Round to nearest, ties to even; values out of range and NaN become the largest value.
 QVL_INLINE HalfWords narrow_float16(Floats v) {
   v = max(min(v, all(65504.0F)), all(-65504.0F));
 #if defined(__AVX512F__)
@@ -289,7 +302,7 @@ QVL_INLINE HalfWords narrow_float16(Floats v) {
 #endif
 }
 
-// Whole numbers of at most 2^22, to nearest.
+// Round to nearest integer, magnitudes up to 2^22.
 QVL_INLINE Ints nearest(Floats v) {
   const Floats magic = all(12582912.0F);  // 1.5 * 2^23
   return __builtin_convertvector((v + magic) - magic, Ints);
@@ -331,7 +344,7 @@ QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 constexpr bool kSignedProducts = true;
 
-// The same for signed bytes a, of which each sign goes over to b, which must not be -128.
+// The same for signed bytes a: the sign of each is moved to b, which must not be -128.
 QVL_INLINE Ints multiply_add_signed(Ints sums, SignedBytes a, SignedBytes b) {
   const __m256i from = reinterpret_cast<__m256i>(a);
   return multiply_add(sums, reinterpret_cast<UnsignedBytes>(_mm256_abs_epi8(from)),
@@ -343,13 +356,13 @@ constexpr bool kSignedProducts = false;
 QVL_INLINE Ints multiply_add_signed(Ints sums, SignedBytes a, SignedBytes b);
 #endif
 
-// Keep an address in a register of its own, where a compiler would work it out of others at each use.
+// Keep an address in a register, where the compiler would compute it at each use.
 template <typename T>
 QVL_INLINE void keep(const T*& address) {
   asm volatile("" : "+r"(address));
 }
 
-// Ask for a cache line that will be needed a little later. Any address is allowed.
+// Prefetch a cache line. Any address is allowed.
 QVL_INLINE void prefetch(const void* memory) {
   __builtin_prefetch(memory, 0, 2);
 }

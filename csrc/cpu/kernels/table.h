@@ -1,7 +1,7 @@
-// The hand-written kernels as a table of functions, one table an instruction set (see dispatch.h).
+// The kernels as a table of functions, one table per ISA (dispatch.h).
 //
-// Kernels work on one thread and on plain memory; who calls them splits the work. Rows, tokens and so on are
-// int64_t, sizes inside a row are int.
+// Kernels are single-threaded functions on plain memory; the callers split the work. Numbers of rows and
+// tokens are int64_t, sizes within a row are int.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace qvl::cpu {
 
-constexpr int kMaxRows = 8;  // activations that a matrix-vector kernel takes at once
+constexpr int kMaxRows = 8;  // most rows of x of a matrix-vector kernel
 constexpr int kMaxKvTile = 256;
 constexpr int kMaxTileK = 512;  // columns of an unpacked tile
 
@@ -20,12 +20,12 @@ struct Matvec {
   const void* weights;
   const void* scales;  // int8: float [rows]; int4: bfloat16 [rows][k / group]
   int k;               // values in a row
-  const void* x;       // what prepare_x made of the activations
+  const void* x;       // activations from prepare_x
   int n_x;             // 1 to kMaxRows
   float* y;
   int64_t y_stride;
   const float* bias;  // may be NULL
-  bool add;           // to what is in y
+  bool add;           // y += instead of y =
 };
 
 // Rows of weights unpacked for the blocked product: values without their row scale (int8), as float32 or, for
@@ -39,7 +39,7 @@ struct UnpackTile {
   void* tile;  // [n_rows][n_k rounded up to 2]
 };
 
-// Memory that will be read next: rows of some bytes.
+// Memory that will be read next, to be prefetched: rows of row_bytes.
 struct Ahead {
   const char* first;
   int64_t stride;  // from row to row
@@ -47,7 +47,7 @@ struct Ahead {
   int64_t row_bytes;
 };
 
-// Keys and values of up to kMaxKvTile tokens of one head, where they lie in memory.
+// Keys and values of up to kMaxKvTile tokens of one head, in place.
 struct KvTile {
   const void* keys;
   const void* values;
@@ -79,7 +79,7 @@ struct Kernels {
   // x [head_dim] rotated by cos, sin [head_dim / 2], times scale
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim, float scale);
 
-  // matvec_*.h: bytes and making of the prepared activations x [n_x][k] with x_stride; then the products.
+  // matvec_*.h: size and preparation of activations x [n_x][k] with x_stride; the products.
   size_t (*prepared_bytes[QVL_DTYPES])(int k, int n_x);
   void (*prepare_x[QVL_DTYPES])(const float* x, int64_t x_stride, int n_x, int k, void* prepared);
   void (*matvec[QVL_DTYPES])(const Matvec& product, int64_t first_row, int64_t end_row);
@@ -88,8 +88,8 @@ struct Kernels {
   // [k / 2][lanes][2]. Index 1 is bfloat16, used with unpack_tile of the same kind.
   void (*pack_panel[2])(const float* x, int64_t x_stride, int n_tokens, int k, void* panel);
   void (*unpack_tile[2][QVL_DTYPES])(const UnpackTile& tile);
-  // c [rows][c_stride] (+)= tile [rows][width], n_k columns of it, x panels [n_panels], each from `panels`
-  // on; what is `ahead` is asked for meanwhile
+  // c [rows][c_stride] (+)= n_k columns of tile [rows][width] times panels [n_panels], panel_bytes apart;
+  // prefetches `ahead`
   void (*multiply_tile[2])(const void* tile, int64_t width, int rows, int n_k, const void* panels,
                            size_t panel_bytes, int n_panels, bool first, float* c, int64_t c_stride,
                            const Ahead& ahead);
@@ -99,22 +99,21 @@ struct Kernels {
                       const float* bias, bool add, float* y, int64_t y_stride);
 
   // attention.h: softmax(q . k) v of one head, the caller having scaled q, over one tile of tokens after
-  // another. state [n_q][2] has the running maximum and sum of each query, out [n_q][out_stride] the sum of
-  // values that is not divided yet; out_stride is head_dim rounded up to `lanes`. attend_begin sets them up,
+  // another. state [n_q][2]: running maximum and sum of each query, out [n_q][out_stride]: weighted sum of
+  // values, not divided yet; out_stride is head_dim rounded up to `lanes`. attend_begin sets them up,
   // attend_end divides.
   void (*attend_begin)(int n_q, int64_t out_stride, float* state, float* out);
-  // Query i, q + i * q_stride, sees the tile's first visible + i tokens, or all that there are.
+  // Query i, q + i * q_stride, sees the tile's first min(visible + i, n) tokens.
   size_t (*attend_scratch_bytes)(int head_dim, int n_q, int n_tokens);
   void (*attend)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile, int64_t visible,
                  float* state, float* out, int64_t out_stride, void* scratch);
-  // The same in bfloat16; NULL without bf16_dot.
+  // attend in bfloat16; NULL without bf16_dot.
   void (*attend_rounded)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile,
                          int64_t visible, float* state, float* out, int64_t out_stride, void* scratch);
-  // The same for one query that sees all of some tiles of kMaxKvTile tokens at most together, without
-  // rearranging them.
+  // One query that sees all tokens of n_tiles tiles, at most kMaxKvTile in total; keys and values in place.
   void (*attend_one)(const float* q, int head_dim, const KvTile* tiles, int n_tiles, float* state,
                      float* out);
-  // Add to state and out [out_stride] of one query what it got from other tiles.
+  // Merge the partial result of other tiles into state and out [out_stride] of one query.
   void (*attend_merge)(const float* from_state, const float* from, int64_t out_stride, float* state,
                        float* out);
   void (*attend_end)(const float* state, int n_q, int64_t out_stride, float* out);

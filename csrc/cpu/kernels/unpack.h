@@ -1,4 +1,22 @@
-// Tiles of weights for the blocked product (gemm.h): float32, or bfloat16 where the processor multiplies it.
+// Unpack tiles of weights for the blocked product (gemm.h): to bfloat16 on processors that multiply it, to
+// float32 elsewhere.
+//
+// Layout:
+//
+//   matrix                first_k
+//             +-------------+-------+------+
+//   first_row |             | n_k   |      |         tile [n_rows][n_k rounded up to 2], float32 or bfloat16
+//             |             | wide  |      |  ---->  zeros in the added column
+//             +-------------+-------+------+
+//
+// kChunk = 32 columns of a row are unpacked at a time: 2 vectors of 16 lanes, 4 of 8, 8 of 4. int4 to
+// bfloat16 is a table look-up: 16 products nibble * scale, one permutation instruction for 32 values.
+//
+// Cost: the bytes of the matrix once, and n_rows n_k values written to and read from the second-level cache;
+// a value is unpacked once for up to 384 tokens (kMaxTokens of linear.cc), so at least 1 / 384 of the
+// multiply-adds. int8 values stay without their row's scale, which write_block applies to the sums.
+//
+// Reference: reference::linear over qvl_unpack's values, tests/csrc/test_kernels.py::test_linear.
 #pragma once
 
 #include "cpu/kernels/quantised_x.h"
@@ -7,11 +25,11 @@ namespace {
 
 using qvl::cpu::UnpackTile;
 
-// Values are unpacked so many at a time. A tile has room for them behind its last row.
+// Columns of a row unpacked at a time. A tile has room for a whole chunk behind its last row.
 constexpr int kChunk = 32;
 constexpr int kChunkVectors = kChunk / kLanes;
 
-// Each of these has a row's columns from first_k + i on, zero behind the last.
+// chunk(): a row's columns from first_k + i on as float32, zero behind the last.
 template <typename Value>
 struct UnpackFloats {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
@@ -27,7 +45,7 @@ struct UnpackFloats {
   }
 };
 
-// Quantised rows are padded to a multiple of 128 columns with zero, and first_k is one.
+// Quantised rows are padded with zeros to a multiple of 128 columns, and first_k is such a multiple.
 struct UnpackInt8 {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
     const int8_t* from = static_cast<const int8_t*>(t.weights) + row * round_up(t.k, kUnit) + t.first_k + i;
@@ -38,7 +56,7 @@ struct UnpackInt8 {
   }
 };
 
-// Where a chunk of int4 values lies: nibble `nibble` of 32 words.
+// Place of a chunk of int4 values: nibble `nibble` of 32 words.
 template <int Group>
 struct Int4Chunk {
   const uint8_t* words;
@@ -90,7 +108,7 @@ QVL_INLINE __m512i narrow_chunk(Unpack, const UnpackTile& t, int64_t row, int i)
       _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(v[1]), reinterpret_cast<__m512>(v[0])));
 }
 
-// Looked up: a nibble has 16 values, which are in the table twice since the instruction takes 5 bits of a
+// Table look-up: the 16 values of a nibble are in the table twice, since the instruction uses 5 bits of a
 // word.
 template <int Group>
 QVL_INLINE __m512i narrow_chunk(UnpackInt4<Group>, const UnpackTile& t, int64_t row, int i) {

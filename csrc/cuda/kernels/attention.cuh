@@ -1,14 +1,25 @@
 // Attention of 64 queries over keys that come in tiles, for any source of keys and values: tensor cores
-// through mma.sync from sm_80 on, plain loops before.
+// through mma.sync from sm_80 on, plain loops before. attention_prompt.cu and attention_dense.cu have the
+// sources.
 //
-// A block has 4 warps of 16 queries. Scores stay in registers: 16 x 64 a warp from q k^T, a running maximum
-// and sum a query, then p v. Tiles of keys lie at multiples of their size from key 0, and a tile that a query
-// does not see changes none of its bits (its factor is 1, its weights 0): what a query gives depends on its
-// own position alone. Two buffers of keys and values in shared memory, filled by cp.async where the source
-// allows it.
+// Layout. A block has 4 warps of 16 queries. Scores stay in registers: 16 x 64 a warp from q k^T, with a
+// running maximum and sum a query, then p v. Two buffers of keys and values, filled by cp.async where the
+// source allows it. D is kPaddedDim:
 //
-// Cost: 4 head_dim operations a query and key on the tensor cores; an exponential a query and key, 16 a cycle
-// and multiprocessor, which is half as long at head_dim 128.
+//               tile of 64 keys (32 for head_dim over 128)
+//   warp 0  16 queries | scores [16][64] in registers |      online softmax: m' = max(m, s),
+//   warp 1  16         |                              |      sums *= exp2(m - m'), sums += p v
+//   ..
+//   shared:  queries [64][D + 8]  |  2 x (keys [64][D + 8], values [64][D + 8])  |  places of 64 keys
+//
+// Tiles of keys lie at multiples of their size from key 0, and a tile that a query does not see changes none
+// of its bits (its factor is 1, its weights 0): a query's result depends on its own position alone.
+//
+// Cost. Operations: 4 head_dim a query and key on the tensor cores, and one exponential a query and key, 16 a
+// cycle and multiprocessor, which takes half as long at head_dim 128. Bytes: keys and values once for 64
+// queries, from the L2 cache. The tensor cores bound it.
+//
+// Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py.
 #pragma once
 
 #include "cuda/kernels/attention_prompt.h"
@@ -23,8 +34,8 @@ __device__ inline float minus_infinity() {
   return __int_as_float(0xFF800000);
 }
 
-// What a block works on. Query i (of n) lies at q + i * q_stride, sees keys 0 .. first_position + i where
-// causal, and all n_keys otherwise; its result goes to y + i * y_stride. Scores are multiplied by `scale`.
+// Work of a block. Query i (of n) is at q + i * q_stride, sees keys 0 .. first_position + i if causal, else
+// all n_keys; its result is written to y + i * y_stride. Scores are multiplied by `scale`.
 struct Job {
   const H* q;
   H* y;
@@ -44,23 +55,23 @@ __device__ inline float power(float a) {
   return result;
 }
 
-// Where 8 values of a row begin in shared memory, d a multiple of 8: rows of D + 8 values, so that ldmatrix
-// meets every bank once.
-template <int D>
+// Offset of 8 values of a row in shared memory, d a multiple of 8: rows of kPaddedDim + 8 values, so that
+// ldmatrix is free of bank conflicts.
+template <int kPaddedDim>
 struct PaddedRows {
-  static constexpr int kDims = D, kKeys = kAttentionKeys<D>;
-  __device__ static int at(int row, int d) { return row * (D + 8) + d; }
+  static constexpr int kDims = kPaddedDim, kKeys = kAttentionKeys<kPaddedDim>;
+  __device__ static int at(int row, int d) { return row * (kPaddedDim + 8) + d; }
 };
 
-// D: head_dim, padded to a multiple of 16. Source has two functions for 128 threads:
-// locate(first, keys, thread) looks up where keys first .. first + keys - 1 lie (it may write to shared
-// memory); after a barrier, load<Rows>(to, part, first, thread) writes keys (part 0) or values (part 1) first
-// .. first + Rows::kKeys - 1 to Rows::at, zeros where there are none; it may use copy_async.
-template <int D, typename Source>
+// kPaddedDim: head_dim, padded to a multiple of 16. Source has two functions for 128 threads: locate(first,
+// keys, thread) looks up the addresses of keys first .. first + keys - 1 (it may write to shared memory);
+// after a barrier, load<Rows>(to, part, first, thread) writes keys (part 0) or values (part 1) first .. first
+// + Rows::kKeys - 1 to Rows::at, zeros beyond the last; it may use copy_async.
+template <int kPaddedDim, typename Source>
 __device__ inline void attend(const Job& job, const Source& source) {
-  using Rows = PaddedRows<D>;
-  constexpr int kRow = D + 8, kKeys = Rows::kKeys, kQueries = kAttentionQueries;
-  constexpr bool kKeepQueries = D <= 128;  // in registers
+  using Rows = PaddedRows<kPaddedDim>;
+  constexpr int kRow = kPaddedDim + 8, kKeys = Rows::kKeys, kQueries = kAttentionQueries;
+  constexpr bool kKeepQueries = kPaddedDim <= 128;  // in registers
   extern __shared__ __align__(16) char raw_shared[];
   H* const queries = reinterpret_cast<H*>(raw_shared);
   H* const buffers = queries + kQueries * kRow;
@@ -77,8 +88,8 @@ __device__ inline void attend(const Job& job, const Source& source) {
   source.locate(0, kKeys, threadIdx.x);
   __syncthreads();
   load(0, 0);
-  for (int i = threadIdx.x; i < kQueries * D / 2; i += kAttentionThreads) {
-    const int row = i / (D / 2), column = i % (D / 2) * 2;
+  for (int i = threadIdx.x; i < kQueries * kPaddedDim / 2; i += kAttentionThreads) {
+    const int row = i / (kPaddedDim / 2), column = i % (kPaddedDim / 2) * 2;
     H2 value = to_half2(0, 0);
     if (row < job.n && column < job.head_dim) {
       value = *reinterpret_cast<const H2*>(job.q + row * job.q_stride + column);
@@ -90,13 +101,13 @@ __device__ inline void attend(const Job& job, const Source& source) {
   source.locate(kKeys, kKeys, threadIdx.x);
   __syncthreads();
   const H* const my_queries = queries + (warp * 16 + lane % 16) * kRow + lane / 16 * 8;
-  uint32 q[D / 16][4];
+  uint32 q[kPaddedDim / 16][4];
   if (kKeepQueries) {
 #pragma unroll
-    for (int k = 0; k < D / 16; ++k) load_matrices(q[k], my_queries + 16 * k);
+    for (int k = 0; k < kPaddedDim / 16; ++k) load_matrices(q[k], my_queries + 16 * k);
   }
 
-  float sums[D / 8][4] = {};
+  float sums[kPaddedDim / 8][4] = {};
   float most[2] = {minus_infinity(), minus_infinity()}, total[2] = {0, 0};
   const int row = warp * 16 + lane / 4;
   const float scale = job.scale * kLog2E;
@@ -109,7 +120,7 @@ __device__ inline void attend(const Job& job, const Source& source) {
     const H* const values = keys + kKeys * kRow;
     float scores[kKeys / 8][4] = {};
 #pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
+    for (int k = 0; k < kPaddedDim / 16; ++k) {
       uint32 loaded[4];
       if (!kKeepQueries) load_matrices(loaded, my_queries + 16 * k);
       const uint32(&a)[4] = kKeepQueries ? q[k] : loaded;
@@ -147,7 +158,7 @@ __device__ inline void attend(const Job& job, const Source& source) {
       most[half] = best;
       total[half] *= factor;
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) sums[j][2 * half] *= factor, sums[j][2 * half + 1] *= factor;
+      for (int j = 0; j < kPaddedDim / 8; ++j) sums[j][2 * half] *= factor, sums[j][2 * half + 1] *= factor;
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
         scores[j][2 * half] = power(scores[j][2 * half] * scale - shift);
@@ -164,7 +175,7 @@ __device__ inline void attend(const Job& job, const Source& source) {
                            as_bits(to_half2(scores[2 * k + 1][0], scores[2 * k + 1][1])),
                            as_bits(to_half2(scores[2 * k + 1][2], scores[2 * k + 1][3]))};
 #pragma unroll
-      for (int j = 0; j < D / 16; ++j) {
+      for (int j = 0; j < kPaddedDim / 16; ++j) {
         uint32 b[4];
         load_matrices_transposed(b, values + (16 * k + lane % 16) * kRow + 16 * j + lane / 16 * 8);
         multiply(sums[2 * j], a, b[0], b[1]);
@@ -182,7 +193,7 @@ __device__ inline void attend(const Job& job, const Source& source) {
     if (query >= job.n) continue;
     const float factor = 1 / total[half];
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
+    for (int j = 0; j < kPaddedDim / 8; ++j) {
       const int column = 8 * j + lane % 4 * 2;
       if (column >= job.head_dim) continue;
       *reinterpret_cast<H2*>(job.y + query * job.y_stride + column) =
@@ -193,10 +204,10 @@ __device__ inline void attend(const Job& job, const Source& source) {
 
 #else
 
-// Right, not fast: a warp goes over the keys of one query after another, its lanes over the dimensions.
-template <int D, typename Source>
+// Simple version: a warp iterates over the keys of one query after another, its lanes over the dimensions.
+template <int kPaddedDim, typename Source>
 __device__ inline void attend(const Job& job, const Source& source) {
-  constexpr int kEach = (D + 31) / 32;
+  constexpr int kEach = (kPaddedDim + 31) / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = warp; i < job.n; i += kAttentionWarps) {
     const int seen = job.causal ? job.first_position + i + 1 : job.n_keys;

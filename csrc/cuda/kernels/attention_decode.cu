@@ -1,27 +1,39 @@
-// Attention of one query over the keys of its sequence, in the blocks of the paged cache.
+// Attention of decode steps: one query over the keys of its sequence, in the blocks of the paged cache.
 //
-// Cost. Bytes: each key and value once, 512 a head and token in bfloat16; 300 tokens of one sequence with 32
-// heads are 4.9 MB, 1.1 us on an H200, 2000 tokens of 32 sequences 1.05 GB, 245 us. 0.5 multiplications a
-// byte: the plain units do. What bounds it is how long a block lasts, for its 64 KB of shared memory are
-// under way but a part of that: ways to memory one after another, of positions, blocks, keys, and whatever
-// follows.
+// Layout. A block takes a chunk of 128 keys of one head and one row; a warp takes 32 of them. The warp has
+// all its keys and values copied to shared memory at once, each lane into its own slot, as in
+// linear_decode.cu; three blocks a multiprocessor (int8: four). 16 bytes of a key a lane: 16 lanes share a
+// key in 16 bits, 8 in 8 bits:
 //
-// Layout. A block takes a chunk of 128 keys of a head and a row, a warp 32 of them. The warp has all its keys
-// and values copied to shared memory at once, each lane into its own place, as in linear_decode.cu, three
-// blocks a multiprocessor. 16 bytes of a key a lane: 16 lanes share a key in 16 bits, 8 in 8 bits. Warps, and
-// then chunks, are put together in a fixed order. Chunks begin at multiples of 128 tokens, so that a row
-// depends on its own keys alone. Neighbouring blocks have neighbouring heads, whose keys lie side by side.
+//   sequence   | chunk 0: keys 0-127 | chunk 1: 128-255 | .. |       grid [heads][chunks][rows]
+//                block                 block
+//   chunk      | warp 0: 32 | warp 1: 32 | warp 2: 32 | warp 3: 32 |
+//   shared       [warp][keys | values][32 x 128 values]
+//   scratch      parts [row][head][chunk] (maximum, sum) | sums [row][head][chunk][head_dim]
+//
+// Partial results (maximum, sum of exp2, weighted sum of values) of warps, then of chunks, are merged in a
+// fixed order. Chunks begin at multiples of 128 tokens, so that a row depends on its own keys alone.
+// Neighbouring blocks have neighbouring heads, whose keys lie side by side.
 //
 // On sm_90a the copy engine brings a warp's keys in one copy, and its values in another, where the cache has
 // all of them side by side: on an H200 7 % less time than copies of 16 bytes at 32 x 2000 keys, 12 % at 64 x
 // 300. Marked for L2 to drop first they took 3 % more and 3 % less.
 //
-// Where there are few chunks, launches and ways to memory count: each block has asked for older keys before
-// the product ahead ends, and rotates the query itself; the one with the newest key rotates and stores that;
-// and the last block of a head and a row puts its chunks together. Where there are many, kernels of their own
-// do so.
+// With few chunks, launches and memory latency count: each block has requested older keys before the product
+// ahead ends, and rotates the query itself; the one with the newest key rotates and stores that key; and the
+// last block of a head and a row merges its chunks. With many, kernels of their own do so (rotate_and_store,
+// attention_decode_combine).
 //
 // attention_decode_any takes every head_dim up to 256, value by value.
+//
+// Cost. Bytes: each key and value once, 512 a head and token in bfloat16 at head_dim 128; time = 4 head_dim
+// heads tokens bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9 MB, 1.1 us on an H200,
+// 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication for each value of 2 bytes, 0.5 a byte: the
+// plain units do. What bounds it is how long a block lasts, for its 64 KB of shared memory are in flight for
+// only a part of that: memory accesses one after another, of positions, blocks, keys, and what follows.
+//
+// Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_attention_is_that_of_float64; the fused step
+// gives the bits of rotation and attention apart: test_a_step_is_rotation_and_attention.
 #include "cuda/kernels/attention_decode.h"
 #include "cuda/kernels/hopper.cuh"
 #include "cuda/kernels/rotate.cuh"
@@ -32,14 +44,14 @@ namespace {
 
 constexpr int kChunk = 128, kWarps = 4, kThreads = 32 * kWarps, kWarpKeys = kChunk / kWarps;
 constexpr int kFastDim = 128, kMostDim = 256;
-constexpr int kTogetherChunks = 8;  // that are asked for at once when they are put together
+constexpr int kTogetherChunks = 8;  // loaded at once when they are merged
 constexpr float kLog2E = 1.44269504f;
 
-__device__ inline float nothing() {
+__device__ inline float minus_infinity() {
   return __int_as_float(static_cast<int>(0xFF800000u));  // -infinity
 }
 
-// What a block works on: a chunk of a head of a row.
+// Work of a block: a chunk of a head of a row.
 struct Chunk {
   int row, head, index;
   int first;     // token
@@ -54,14 +66,14 @@ struct Chunk {
         position(__ldcg(p.positions + row)),
         table(p.blocks +
               static_cast<int64>(p.tables != nullptr ? __ldcg(p.tables + row) : row) * p.max_blocks) {}
-  // Of the block of the cache that has the token.
+  // Number of the cache block of a token.
   __device__ int number(const AttentionDecode& p, int token) const {
     return __ldcg(table + token / p.block_tokens);
   }
   __device__ int64 pair(const AttentionDecode& p) const { return static_cast<int64>(row) * p.heads + head; }
 };
 
-// Where key and value of a token lie; T is the cache's type.
+// Addresses of key and value of a token; T is the cache's type.
 template <typename T>
 struct Place {
   char* block;
@@ -81,8 +93,8 @@ struct Place {
   }
 };
 
-// Put the warps together and write the chunk's part; sums: [kWarps][head_dim] of shared memory, written by
-// all, most and total of this warp.
+// Merge the warps and write the chunk's part; sums: [kWarps][head_dim] in shared memory, written by all
+// warps; most and total: of this warp.
 __device__ inline void write_part(const AttentionDecode& p, int head_dim, const Chunk& chunk,
                                   const float* sums, float most, float total) {
   __shared__ float mosts[kWarps], totals[kWarps];
@@ -111,11 +123,11 @@ __device__ inline void write_part(const AttentionDecode& p, int head_dim, const 
   }
 }
 
-// Put the chunks of a head and a row together.
+// Merge the chunks of a head and a row.
 __device__ inline void combine(const AttentionDecode& p, int64 pair, int chunks) {
   const int64 first = pair * p.chunks;
   for (int d = threadIdx.x; d < p.head_dim; d += blockDim.x) {
-    float most = nothing(), total = 0, sum = 0;
+    float most = minus_infinity(), total = 0, sum = 0;
     for (int chunk = 0; chunk < chunks; chunk += kTogetherChunks) {
       float2 parts[kTogetherChunks];
       float values[kTogetherChunks], higher = most;
@@ -123,7 +135,8 @@ __device__ inline void combine(const AttentionDecode& p, int64 pair, int chunks)
       for (int i = 0; i < kTogetherChunks; ++i) {
         const bool there = chunk + i < chunks;
         const int64 part = first + chunk + i;
-        parts[i] = there ? __ldcg(reinterpret_cast<const float2*>(p.parts) + part) : float2{nothing(), 0};
+        parts[i] =
+            there ? __ldcg(reinterpret_cast<const float2*>(p.parts) + part) : float2{minus_infinity(), 0};
         values[i] = there ? __ldcg(p.sums + part * p.head_dim + d) : 0.f;
       }
 #pragma unroll
@@ -143,8 +156,8 @@ __device__ inline void combine(const AttentionDecode& p, int64 pair, int chunks)
   }
 }
 
-// Add one, or make it zero where it was `most`; returns what it was. What the block wrote before is seen by
-// those that count later.
+// Increment the counter, or reset it to zero if it is `most`; returns the old value. Release and acquire:
+// earlier writes of this block are visible to blocks that count later.
 __device__ inline unsigned count(unsigned* counter, unsigned most) {
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
@@ -154,7 +167,7 @@ __device__ inline unsigned count(unsigned* counter, unsigned most) {
   return before;
 }
 
-// The last block of a head and a row puts the chunks together, if no other kernel does.
+// The last block of a head and a row merges the chunks, unless another kernel does.
 __device__ void end_chunk(const AttentionDecode& p, const Chunk& chunk) {
   if (p.counters == nullptr) return;
   __shared__ bool last;
@@ -165,7 +178,7 @@ __device__ void end_chunk(const AttentionDecode& p, const Chunk& chunk) {
   if (last) combine(p, chunk.pair(p), static_cast<int>(others) + 1);
 }
 
-// How lanes share the keys of a warp: 16 bytes each.
+// Distribution of a warp's keys over its lanes: 16 bytes each.
 template <typename T>
 struct Lanes {
   static constexpr int kValues = 16 / sizeof(T);     // of a lane
@@ -173,7 +186,7 @@ struct Lanes {
   static constexpr int kTogether = 32 / kLanes;      // keys of a load
   static constexpr int kLoads = kWarpKeys / kTogether;
 
-  __device__ static int first() { return threadIdx.x % kLanes * kValues; }  // of the lane's values
+  __device__ static int first() { return threadIdx.x % kLanes * kValues; }  // index of the lane's first value
 
   __device__ static void widen(const uint4& bytes, float (&values)[kValues]) {
     const uint32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
@@ -189,7 +202,7 @@ struct Lanes {
   }
 };
 
-// A lane's values of a head of H, as they are loaded.
+// A lane's values of a head of H, as loaded.
 template <typename T>
 struct Loaded {
   static constexpr int kValues = Lanes<T>::kValues;
@@ -204,13 +217,13 @@ struct Loaded {
   }
 };
 
-// The angles of a lane's values.
+// Cosines and sines for a lane's values.
 template <typename T>
-struct Turn {
+struct Rotation {
   using L = Lanes<T>;
   float cosines[L::kValues], sines[L::kValues], query_scale;
 
-  __device__ Turn(const AttentionDecode& p, int position, int table) {
+  __device__ Rotation(const AttentionDecode& p, int position, int table) {
     constexpr int kHalf = kFastDim / 2;
     query_scale = p.query_scale[position];
     const int64 place = static_cast<int64>(table) * p.max_positions + position;
@@ -230,11 +243,11 @@ struct Turn {
   // others: half a head away.
   __device__ void of(const Loaded<T>& own, const Loaded<T>& others, float (&values)[L::kValues]) const {
 #pragma unroll
-    for (int i = 0; i < L::kValues; ++i) values[i] = turned(own[i], others[i], cosines[i], sines[i]);
+    for (int i = 0; i < L::kValues; ++i) values[i] = rotated(own[i], others[i], cosines[i], sines[i]);
   }
 };
 
-// A lane's 16 bytes of a new vector as the cache has it.
+// Convert a value to the type of the cache.
 __device__ inline BFloat16Value narrow(BFloat16Value, float value, const Int8Head*) {
   return bfloat16_of(value);
 }
@@ -263,13 +276,13 @@ __device__ uint4 narrowed(const float (&values)[Lanes<T>::kValues], float& scale
   return bytes;
 }
 
-// Keys of a warp that lie side by side, and their values, come in one copy each where there is a copy engine.
-struct WholeCopies {
+// Bulk copies (sm_90a): a warp's keys that lie side by side, and their values, in one copy each.
+struct BulkCopies {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  static constexpr bool kThere = true;
+  static constexpr bool kAvailable = true;
   uint32 barriers;  // of keys, of values: 8 bytes each
 
-  __device__ WholeCopies() {
+  __device__ BulkCopies() {
     __shared__ uint64 all[kWarps][2];
     barriers = shared_address(all[threadIdx.x / 32]);
     if (threadIdx.x % 32 == 0) {
@@ -278,15 +291,15 @@ struct WholeCopies {
     }
     __syncwarp();
   }
-  // By one lane, once for each half.
-  __device__ void ask(int half, void* to, const void* from, int bytes) const {
+  // Called by one lane, once for each half.
+  __device__ void request(int half, void* to, const void* from, int bytes) const {
     barrier_expect(barriers + 8 * half, bytes);
     copy_bytes(shared_address(to), from, bytes, barriers + 8 * half);
   }
   __device__ void wait(int half) const { barrier_wait(barriers + 8 * half, 0); }
 #else
-  static constexpr bool kThere = false;
-  __device__ void ask(int, void*, const void*, int) const {}
+  static constexpr bool kAvailable = false;
+  __device__ void request(int, void*, const void*, int) const {}
   __device__ void wait(int) const {}
 #endif
 };
@@ -298,21 +311,22 @@ __device__ void attention(const AttentionDecode& p) {
   constexpr bool kScaled = sizeof(T) == 1;
   extern __shared__ uint4 shared[];
   start_successors();
-  const WholeCopies copies;
+  const BulkCopies copies;
   const bool rotate = p.qkv != nullptr;
   if (!p.early) wait_for_predecessors();
   const Chunk chunk(p);
   const int angle_table = rotate ? __ldcg(p.angle_tables + chunk.row) : 0;
-  // The warp is the same in all lanes, which the compiler sees so.
+  // A shuffle, so that the compiler sees the warp number as uniform.
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32, which = lane / kLanes;
-  // A lane finds a key, before it is known whether the row has it; all get to know where it is.
+  // Each lane looks up the block of one key, before it is known whether the row has that key.
   const int first = chunk.first + warp * kWarpKeys, token = first + lane;
-  // Exchanged with itself, so that the load does not wait until it is needed.
+  // The shuffle with itself keeps the compiler from delaying the load until its use.
   const int number =
       __shfl_sync(0xFFFFFFFFu, chunk.number(p, min(token, p.max_blocks * p.block_tokens - 1)), lane);
   if (chunk.first > chunk.position) return;
-  const int here = chunk.position + 1 - first;  // keys of this warp, or more, or none
+  // Keys from this warp's first on: may be none, or more than its 32.
+  const int here = chunk.position + 1 - first;
   const int newest = here - 1;
   const bool has_newest = newest >= 0 && newest < kWarpKeys;
   const Place<T> place(p, lane < here ? number : 0, token);
@@ -320,15 +334,15 @@ __device__ void attention(const AttentionDecode& p) {
   const int64 to_value = static_cast<int64>(p.heads) * p.block_tokens * (kFastDim * sizeof(T));
   uint4* const keys = shared + warp * (2 * kLoads * 32) + lane;
   uint4* const values = keys + kLoads * 32;
-  if (has_newest && !rotate) wait_for_predecessors();  // who stored it
+  if (has_newest && !rotate) wait_for_predecessors();  // the kernel that stored the newest key
   const int stored = rotate ? newest : here;
-  // Not with the newest key, which this kernel or the one ahead writes.
-  const bool whole = WholeCopies::kThere && newest >= kWarpKeys && p.block_tokens % kWarpKeys == 0;
+  // Not for a warp with the newest key, which this kernel or the preceding one writes.
+  const bool whole = BulkCopies::kAvailable && newest >= kWarpKeys && p.block_tokens % kWarpKeys == 0;
   for (int half = 0; half < 2; ++half) {
     if (whole) {
       if (lane == 0)
-        copies.ask(half, half ? values : keys, reinterpret_cast<const char*>(mine) + half * to_value,
-                   kWarpKeys * kFastDim * sizeof(T));
+        copies.request(half, half ? values : keys, reinterpret_cast<const char*>(mine) + half * to_value,
+                       kWarpKeys * kFastDim * sizeof(T));
       continue;
     }
 #pragma unroll
@@ -340,7 +354,7 @@ __device__ void attention(const AttentionDecode& p) {
     }
     commit_copies();
   }
-  float key_scale = 0, value_scale = 0;  // of a key that is not there
+  float key_scale = 0, value_scale = 0;  // 0 for a missing key
   if (kScaled && lane < here) {
     key_scale = __ldcg(place.scale(p, 0, chunk.head));
     value_scale = __ldcg(place.scale(p, 1, chunk.head));
@@ -349,9 +363,9 @@ __device__ void attention(const AttentionDecode& p) {
   float q[kValues];
   Loaded<T> own;
   if (rotate) {
-    const Turn<T> turn(p, chunk.position, angle_table);
+    const Rotation<T> rotation(p, chunk.position, angle_table);
     wait_for_predecessors();
-    // The new key and value are one warp's, but to ask takes no time where all do.
+    // Only one warp needs the new key and value, but loading them in all costs nothing.
     const int width = p.heads * kFastDim, over = L::first() < kFastDim / 2 ? kFastDim / 2 : -kFastDim / 2;
     const H* from = static_cast<const H*>(p.qkv) + 3 * static_cast<int64>(width) * chunk.row +
                     chunk.head * kFastDim + L::first();
@@ -361,12 +375,12 @@ __device__ void attention(const AttentionDecode& p) {
     key.load(from + width);
     other_keys.load(from + width + over);
     value.load(from + 2 * width);
-    turn.of(own, others, q);
+    rotation.of(own, others, q);
 #pragma unroll
-    for (float& each : q) each = to_float(to_half(each * turn.query_scale));
+    for (float& each : q) each = to_float(to_half(each * rotation.query_scale));
     float vector[kValues], new_scales[2];
     uint4 bytes[2];
-    turn.of(key, other_keys, vector);
+    rotation.of(key, other_keys, vector);
     bytes[0] = narrowed<T>(vector, new_scales[0]);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) vector[i] = value[i];
@@ -395,7 +409,7 @@ __device__ void attention(const AttentionDecode& p) {
 
   wait_for_copies<1>();
   if (whole) copies.wait(0);
-  float scores[kLoads], most = nothing();
+  float scores[kLoads], most = minus_infinity();
 #pragma unroll
   for (int j = 0; j < kLoads; ++j) {
     float key[kValues], sum = 0;
@@ -405,7 +419,7 @@ __device__ void attention(const AttentionDecode& p) {
 #pragma unroll
     for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
     if (kScaled) sum *= __shfl_sync(0xFFFFFFFFu, key_scale, j * kTogether + which);
-    scores[j] = j * kTogether + which < here ? sum : nothing();
+    scores[j] = j * kTogether + which < here ? sum : minus_infinity();
     most = fmaxf(most, scores[j]);
   }
   most = warp_max(most);
@@ -430,7 +444,7 @@ __device__ void attention(const AttentionDecode& p) {
     for (int i = 0; i < kValues; ++i) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], other);
   }
   float* const all = reinterpret_cast<float*>(shared);
-  __syncthreads();  // the copies have been read
+  __syncthreads();  // all warps have read their copies
   if (which == 0) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) all[warp * kFastDim + lane * kValues + i] = sums[i];
@@ -456,7 +470,7 @@ __device__ void attention_any(const AttentionDecode& p) {
     return sizeof(T) == 1 ? __ldcg(place.scale(p, part, chunk.head)) : 1.f;
   };
 
-  float score = nothing();  // of key `lane`
+  float score = minus_infinity();  // of key `lane`
   for (int key = 0; key < here; ++key) {
     const Place<T> place = place_of(key);
     const T* vector = place.vector(p, 0, chunk.head);

@@ -19,12 +19,12 @@ struct AttentionDecode {
   int max_blocks;
   int block_tokens;
   int heads, head_dim;
-  int chunks;  // that the sequence of most keys has
-  int early;   // only q or qkv, and with q the newest keys, are what the kernels ahead write
-  // [n][heads]: blocks that are done, zeros before and after. NULL: another kernel puts the chunks together.
+  int chunks;  // chunks of the longest sequence
+  int early;   // the preceding kernels write only q or qkv, and with q the newest keys
+  // [n][heads]: number of blocks done, zero before and after. NULL: another kernel merges the chunks.
   unsigned* counters;
   float* sums;   // [n][heads][chunks][head_dim]: of exp2(score - most) * value
-  float* parts;  // [n][heads][chunks][2]: most, and the sum of exp2(score - most)
+  float* parts;  // [n][heads][chunks][2]: (most, sum of exp2(score - most))
   void* y;
 };
 

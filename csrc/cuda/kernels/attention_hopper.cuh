@@ -1,15 +1,21 @@
 // Attention of 128 queries on Hopper: wgmma, for any source of keys and values.
 //
-// Two warpgroups have 64 queries each; a third one brings tiles of 128 keys and values through two buffers,
-// by cp.async or converted on their way. While the tensor cores multiply p with the values of a tile they are
-// given the scores of the next, and the running softmax of those is computed meanwhile. What attention.cuh
-// says of tiles and bits holds here.
+// Layout. Two warpgroups have 64 queries each; a third one brings tiles of 128 keys and values through two
+// buffers, by the copy engine, by cp.async, or converted on the way. Rows are cut into columns of 64 values,
+// [column][row] of 128 bytes, the layout of describe() in hopper.cuh. D is kPaddedDim:
 //
-// In shared memory rows are cut in columns of 64 values, [column][row] of 128 bytes, the layout of
-// describe().
+//   shared:  queries [D / 64][128][64]  |  keys [2][D / 64][128][64]  |  values [2][..]  |  places, barriers
 //
-// Cost of a tile of 128 keys at head_dim 128, in cycles of a multiprocessor: 2048 of wgmma for 128 queries,
-// 1024 of exponentials beside them.
+//   warpgroups 0, 1:   scores(0) softmax | scores(1)  p v(0)  softmax(1) | scores(2)  p v(1)  softmax(2) | ..
+//                                          \_ both on the tensor cores, the softmax beside p v _/
+//   warpgroup 2:       copies tile 0, 1, 2 ..
+//
+// What attention.cuh says of tiles and bits holds here.
+//
+// Cost of a tile of 128 keys at head_dim 128, in cycles of a multiprocessor: 2048 of wgmma for 128 queries, 4
+// head_dim operations a query and key; 1024 of exponentials beside them. The tensor cores bound it.
+//
+// Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py (`portable` False).
 #pragma once
 
 #include "cuda/kernels/attention.cuh"
@@ -19,22 +25,21 @@
 
 namespace qvl::cuda {
 
-template <int D>
+template <int kPaddedDim>
 struct SwizzledRows {
-  static constexpr int kDims = (D + 15) / 16 * 16, kKeys = kHopperKeys;
+  static constexpr int kDims = (kPaddedDim + 15) / 16 * 16, kKeys = kHopperKeys;
   __device__ static int at(int row, int d) {
     return (d / 64 * kKeys + row) * 64 + (d % 64 / 8 ^ row % 8) * 8;
   }
 };
 
-// Source as of attend(), and three functions more. boxes(): whether the copy engine may bring keys and
-// values; then copy(to, part, tile, barrier) asks for those of a tile, in columns of kHopperKeys rows, and
-// copied(tile) says how many bytes will come a column. Keys from `n` on may be left out; if not, they are
-// zeros.
-template <int D, typename Source>
+// Source as of attend(), with three more functions. boxes(): whether the copy engine may bring keys and
+// values; then copy(to, part, tile, barrier) requests those of a tile, in columns of kHopperKeys rows, and
+// copied(tile) is the number of bytes of a column. Keys from `n` on may be omitted; else they are zeros.
+template <int kPaddedDim, typename Source>
 __device__ inline void attend_hopper(const Job& job, const Source& source) {
-  using Rows = SwizzledRows<D>;
-  constexpr int kKeys = kHopperKeys, kColumn = kKeys * 128, kTile = (D + 63) / 64 * kColumn;
+  using Rows = SwizzledRows<kPaddedDim>;
+  constexpr int kKeys = kHopperKeys, kColumn = kKeys * 128, kTile = (kPaddedDim + 63) / 64 * kColumn;
   extern __shared__ char raw_shared[];
   char* const aligned = raw_shared + (-shared_address(raw_shared) & 1023);
   const uint32 queries = shared_address(aligned), keys = queries + kTile, values = keys + 2 * kTile;
@@ -64,13 +69,13 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
 #pragma unroll 1
         for (int part = 0; part < 2; ++part) {
           barrier_wait(empty(part, tile), tile / 2 % 2 ^ 1);
-          // Values that no query sees count 0 times; they must be numbers all the same.
+          // Values that no query sees have weight 0, but must not be NaN or infinite.
           const int there = job.n_keys - tile * kKeys;
           const bool fill = part == 1 && there < kKeys;
           if (lane == 0) {
             const uint32 barrier = fill ? landed : full(part, tile);
-            barrier_expect(barrier, source.copied(tile) * ((D + 63) / 64));
-            source.template copy<(D + 63) / 64>(
+            barrier_expect(barrier, source.copied(tile) * ((kPaddedDim + 63) / 64));
+            source.template copy<(kPaddedDim + 63) / 64>(
                 part == 0 ? keys + tile % 2 * kTile : values + tile % 2 * kTile, part, tile, barrier);
           }
           if (fill) {
@@ -128,7 +133,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   publish_writes();
   warpgroup_sync(2 + group);
 
-  float scores[kKeys / 2], sums[D / 2] = {};
+  float scores[kKeys / 2], sums[kPaddedDim / 2] = {};
   uint32 weights[kKeys / 16][4];
   float most[2] = {minus_infinity(), minus_infinity()}, total[2] = {0, 0}, factor[2];
   const float scale = job.scale * kLog2E;
@@ -138,7 +143,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
     products_begin();
     const uint64 a = describe(queries + group * 64 * 128), b = describe(keys + tile % 2 * kTile);
 #pragma unroll
-    for (int k = 0; k < (D + 15) / 16; ++k) {
+    for (int k = 0; k < (kPaddedDim + 15) / 16; ++k) {
       const int step = (k / 4 * kColumn + k % 4 * 32) / 16;
       Product<kKeys>::run(scores, a + step, b + step, k != 0);
     }
@@ -147,7 +152,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   auto release = [&](int part, int tile) {
     if (lane == 0) barrier_arrive(empty(part, tile));
   };
-  // Scores of a tile to weights; what was summed before counts `factor` times.
+  // Convert the scores of a tile to weights; earlier sums are rescaled by `factor`.
   auto weigh = [&](int tile) {
     const int first = tile * kKeys;
     const bool whole =
@@ -192,7 +197,8 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
     products_begin();
     const uint64 v = describe(values + tile % 2 * kTile, kColumn);
 #pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) ProductRegisters<D>::run(sums, weights[k], v + k * 16 * 128 / 16);
+    for (int k = 0; k < kKeys / 16; ++k)
+      ProductRegisters<kPaddedDim>::run(sums, weights[k], v + k * 16 * 128 / 16);
     products_commit();
   };
 
@@ -213,7 +219,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
     settle(sums);
     release(1, tile);
 #pragma unroll
-    for (int i = 0; i < D / 2; ++i) sums[i] *= factor[i / 2 % 2];
+    for (int i = 0; i < kPaddedDim / 2; ++i) sums[i] *= factor[i / 2 % 2];
     pack();
   }
   add_values(tiles - 1);
@@ -227,7 +233,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
     if (query >= job.n) continue;
     const float share = 1 / total[half];
 #pragma unroll
-    for (int i = 0; i < D / 2; i += 4) {
+    for (int i = 0; i < kPaddedDim / 2; i += 4) {
       const int column = i * 2 + lane % 4 * 2;
       if (column >= job.head_dim) continue;
       *reinterpret_cast<H2*>(job.y + query * job.y_stride + column) =

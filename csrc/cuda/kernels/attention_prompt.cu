@@ -1,8 +1,19 @@
 // Causal attention of prompts over a paged cache.
 //
-// A block has queries of one tile of a piece, for one head; the tiles that see most keys come first. Keys and
-// values are converted to H on their way to shared memory, whatever the cache holds. Layout and cost:
-// attention.cuh, attention_hopper.cuh.
+// Layout. A block has the queries of one tile of a prompt chunk, for one head; the tiles that see most keys
+// start first. Keys and values are converted to H on the way to shared memory, whatever the cache holds:
+//
+//   prompt chunks    | first, n, past, table |     queries [first, first + n) of q, at positions past ..
+//   tiles            | chunk, offset |             128 queries from `offset` on
+//   block table      | b0 | b1 | b2 |              key t: row t % block_tokens of block b[t / block_tokens]
+//   block            [2][heads][block_tokens][head_dim], for int8 behind it float32 scales
+//                    [2][heads][block_tokens]
+//
+// Tiles, buffers and cost: attention.cuh, attention_hopper.cuh. A causal prompt of n tokens is half a square:
+// 2 head_dim heads n^2 operations.
+//
+// Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py::test_prompts; the same bits wherever a
+// prompt is cut: test_a_prompt_cut_anywhere_is_the_same.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -14,9 +25,9 @@ struct PagedKeys {
   const PagedAttention& p;
   const int* table;  // the sequence's blocks
   int head, n;
-  int64* places;  // in shared memory: where keys lie, or -1; and behind these where their scales do
+  int64* places;  // in shared memory: offsets of keys, or -1; then offsets of their scales
 
-  // Bytes of a value, and from keys to values.
+  // Bytes of a value; bytes from keys to values.
   __device__ int width() const { return p.type == kFloatKeys ? 4 : p.type == kInt8Keys ? 1 : 2; }
   __device__ int64 part_bytes() const {
     return static_cast<int64>(p.heads) * p.block_tokens * p.head_dim * width();
@@ -33,7 +44,7 @@ struct PagedKeys {
     return *reinterpret_cast<const float*>(p.base + at + part * p.heads * p.block_tokens * 4);
   }
 
-  // A value of any type, d values behind `from`.
+  // Value `from`[d] of any type, as float32.
   __device__ float number(const char* from, int d) const {
     switch (p.type) {
       case kHalfKeys:
@@ -76,7 +87,7 @@ struct PagedKeys {
         copy_async(to + Rows::at(key, d), there ? base + at + 2 * d : p.base, there ? 16 : 0);
       }
     } else if (p.type == kInt8Keys && p.head_dim % 8 == 0 && p.block_bytes % 8 == 0) {
-      constexpr int kBatch = kEach < 8 ? kEach : 8;  // loads under way
+      constexpr int kBatch = kEach < 8 ? kEach : 8;  // loads in flight
       for (int begin = thread; begin < Rows::kKeys * kParts; begin += 128 * kBatch) {
         uint2 bytes[kBatch];
         float factors[kBatch];
@@ -150,10 +161,10 @@ struct Work {
   const int* table;
 };
 
-// Queries begin .. begin + queries - 1 of a tile; may be none.
+// Queries begin .. begin + queries - 1 of a tile; may be empty.
 __device__ inline Work work_of(const PagedAttention& p, int tile, int head, int begin, int queries) {
-  const int piece = p.tiles[2 * tile], offset = p.tiles[2 * tile + 1] + begin;
-  const int first = p.pieces[4 * piece], n = p.pieces[4 * piece + 1], past = p.pieces[4 * piece + 2];
+  const int chunk = p.tiles[2 * tile], offset = p.tiles[2 * tile + 1] + begin;
+  const int first = p.chunks[4 * chunk], n = p.chunks[4 * chunk + 1], past = p.chunks[4 * chunk + 2];
   Job job;
   job.n = min(queries, n - offset);
   job.first_position = past + offset;
@@ -165,10 +176,10 @@ __device__ inline Work work_of(const PagedAttention& p, int tile, int head, int 
   job.head_dim = p.head_dim;
   job.causal = true;
   job.scale = 1;
-  return {job, p.blocks + static_cast<int64>(p.pieces[4 * piece + 3]) * p.max_blocks};
+  return {job, p.blocks + static_cast<int64>(p.chunks[4 * chunk + 3]) * p.max_blocks};
 }
 
-template <int D>
+template <int kPaddedDim>
 __device__ inline void prompt(const PagedAttention& p) {
   extern __shared__ __align__(16) char raw_shared[];
   wait_for_predecessors();
@@ -177,8 +188,8 @@ __device__ inline void prompt(const PagedAttention& p) {
   const Work work =
       work_of(p, gridDim.y - 1 - blockIdx.y, head, blockIdx.z * kAttentionQueries, kAttentionQueries);
   if (work.job.n <= 0) return;
-  int64* const places = reinterpret_cast<int64*>(raw_shared + kAttentionShared<D> - 64 * 16);
-  attend<D>(work.job, PagedKeys{p, work.table, head, work.job.n_keys, places});
+  int64* const places = reinterpret_cast<int64*>(raw_shared + kAttentionShared<kPaddedDim> - 64 * 16);
+  attend<kPaddedDim>(work.job, PagedKeys{p, work.table, head, work.job.n_keys, places});
 }
 
 #define QVL_PROMPT(D)                                                  \
@@ -194,7 +205,7 @@ QVL_PROMPT(256)
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-template <int D>
+template <int kPaddedDim>
 __device__ inline void prompt_hopper(const PagedAttention& p) {
   extern __shared__ char raw_shared[];
   wait_for_predecessors();
@@ -202,8 +213,8 @@ __device__ inline void prompt_hopper(const PagedAttention& p) {
   const int head = blockIdx.x;
   const Work work = work_of(p, gridDim.y - 1 - blockIdx.y, head, 0, kAttentionTile);
   char* const aligned = raw_shared + (-shared_address(raw_shared) & 1023);
-  int64* const places = reinterpret_cast<int64*>(aligned + 5 * kHopperKeys * ((D + 63) / 64 * 128));
-  attend_hopper<D>(work.job, PagedKeys{p, work.table, head, work.job.n_keys, places});
+  int64* const places = reinterpret_cast<int64*>(aligned + 5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128));
+  attend_hopper<kPaddedDim>(work.job, PagedKeys{p, work.table, head, work.job.n_keys, places});
 }
 
 #define QVL_PROMPT_HOPPER(D)                                                  \

@@ -7,29 +7,31 @@ namespace qvl::cuda {
 
 constexpr int kAttentionTile = 128;  // queries: kQueryTile of ops.h
 
-// The portable kernels: 4 warps have half a tile. Keys a tile: half as many of large heads, for a block must
-// do with the 99 KB of sm_86. Shared memory of a block: queries, two tiles of keys and two of values, rows of
-// D + 8 values; where 64 keys lie.
+// The portable kernels: 4 warps have half a tile. Half as many keys a tile for large heads, to fit the 99 KB
+// of sm_86. Shared memory of a block: queries, two tiles of keys and two of values, rows of D + 8 values;
+// places of 64 keys.
 constexpr int kAttentionThreads = 128, kAttentionQueries = 64;
-template <int D>
-constexpr int kAttentionKeys = D <= 128 ? 64 : 32;
-template <int D>
-constexpr int kAttentionShared = (kAttentionQueries + 4 * kAttentionKeys<D>)*(D + 8) * 2 + 64 * 16;
+template <int kPaddedDim>
+constexpr int kAttentionKeys = kPaddedDim <= 128 ? 64 : 32;
+template <int kPaddedDim>
+constexpr int kAttentionShared =
+    (kAttentionQueries + 4 * kAttentionKeys<kPaddedDim>)*(kPaddedDim + 8) * 2 + 64 * 16;
 
 // The kernels of Hopper: two warpgroups with 64 queries each, a third brings keys and values. Shared memory:
-// queries, two tiles of 128 keys and two of values, in rows of 64 values; where 128 keys lie; barriers.
+// queries, two tiles of 128 keys and two of values, in rows of 64 values; places of 128 keys; barriers.
 constexpr int kHopperThreads = 384, kHopperKeys = 128;
-template <int D>
-constexpr int kHopperShared = 5 * kHopperKeys * ((D + 63) / 64 * 128) + kHopperKeys * 16 + 128 + 1024;
+template <int kPaddedDim>
+constexpr int kHopperShared =
+    5 * kHopperKeys * ((kPaddedDim + 63) / 64 * 128) + kHopperKeys * 16 + 128 + 1024;
 
 constexpr int kHalfKeys = 0, kBfloat16Keys = 1, kFloat16Keys = 2, kFloatKeys = 3, kInt8Keys = 4;
 
-// kHalfKeys: of the type computed in, whichever that is.
+// Types of cached keys and values. kHalfKeys: the compute type.
 struct PagedAttention {
   const void* q;
   void* y;
-  const int* pieces;  // Piece of ops.h: first, n, past, table
-  const int* tiles;   // Tile of ops.h: piece, offset
+  const int* chunks;  // PromptChunk of ops.h: first, n, past, table
+  const int* tiles;   // Tile of ops.h: chunk, offset
   const int* blocks;
   const char* base;
   unsigned long long block_bytes;

@@ -1,5 +1,6 @@
-// What all kernels share. Compiled by NVRTC or nvcc, once with QVL_COMPUTE_BFLOAT16 defined and once without:
-// H is then bfloat16 or float16. No header of the standard library may be included.
+// Types and helpers of all kernels. Compiled by NVRTC or nvcc, once with QVL_COMPUTE_BFLOAT16 defined and
+// once without: H, the compute type, is bfloat16 or float16. No header of the standard library may be
+// included.
 #pragma once
 
 #ifdef QVL_COMPUTE_BFLOAT16
@@ -53,14 +54,14 @@ __device__ inline float2 to_float2(H2 value) {
 }
 #endif
 
-// A kernel launched early (Gpu::launch) waits here for its predecessors' writes. Nothing before sm_90.
+// Wait for the writes of the preceding kernels, in a kernel launched early (Gpu::launch). No-op before sm_90.
 __device__ inline void wait_for_predecessors() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Lets the next kernel in the stream start, if it is launched early.
+// Allow the next kernel in the stream to start, if it is launched early.
 __device__ inline void start_successors() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

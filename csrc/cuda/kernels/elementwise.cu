@@ -1,18 +1,30 @@
-// Norm, embedding, and rotary angles with the write to the cache: what lies between the products.
+// Norm, embedding, and rotary rotation with the write to the cache: the kernels between the products.
 //
-// At the 7B geometry a row is 16 KB of float32 or 24 KB of queries, keys and values: nothing beside the
-// products' weights. A kernel takes what a launch and one way to memory and back take, 1 to 2 us, as long as
-// all loads of a thread are on their way at once. So: weights are read before the predecessors end, a row of
-// the norm is held in registers between its two uses, and all sums of a block cross one barrier. For prompts
-// of thousands of rows the bytes bound them: 24 KB a row for norms, 48 KB for the rotation, at the rate of
+// Layout:
+//
+//   rms_norm           a block a row: x float32 [width] -> H [width]. rms_norm_held keeps the row in
+//                      registers, float4 v of thread t at 4 (v threads + t); sums as in row_sum.cuh
+//   embed              `parts` blocks a row: wte H [vocab][width] or features float32 -> x float32 [width]
+//   rotate_and_store   16 or 32 lanes a head of a token; a lane has values d .. and those half a head above:
+//
+//                      qkv H [n][3][heads][head_dim] -> q H [n][heads][head_dim] rotated and scaled,
+//                      cache [2][heads][block_tokens][head_dim], for int8 with scales
+//
+// Cost. At the 7B geometry a row is 16 KB of float32 or 24 KB of queries, keys and values: nothing beside the
+// products' weights. For few rows a kernel takes a launch and one memory latency, 1 to 2 us, as long as all
+// loads of a thread are in flight at once. So weights are read before the predecessors end, a row of the norm
+// is held in registers between its two uses, and all sums of a block cross one barrier. For prompts of
+// thousands of rows the bytes bound them: 24 KB a row for norms, 48 KB for the rotation, at the bandwidth of
 // the L2 cache, where the product before left them.
+//
+// Reference: float64 in PyTorch, tests/cuda/test_elementwise.py.
 #include "cuda/kernels/elementwise.h"
 #include "cuda/kernels/rotate.cuh"
 #include "cuda/kernels/row_sum.cuh"
 
 namespace qvl::cuda {
 
-// A block a row. kHeld: the width is a multiple of 4 and the row fits the registers of its threads.
+// RMSNorm of a row by a block. kHeld: the width is a multiple of 4 and the row fits the registers.
 template <bool kHeld>
 __device__ void rms_norm_row(const RmsNormParams& p) {
   __shared__ float room[32];
@@ -101,8 +113,9 @@ __device__ inline float to_float(float value) {
   return value;
 }
 
-// kLanes lanes of a warp take the query, key and value of a head of a token. Each has kSteps times kStep
-// dimensions side by side, and those half a head above: kSteps * kStep * kLanes is half a head or more.
+// A lane's part of a head: kLanes lanes of a warp share the query, key and value of a head of a token. Each
+// has kSteps runs of kStep neighbouring dimensions of the lower half, and the same of the upper half: kSteps
+// * kStep * kLanes is at least half a head.
 template <int kStep_, int kSteps_, int kLanes_>
 struct HeadPart {
   static constexpr int kStep = kStep_, kSteps = kSteps_, kLanes = kLanes_;
@@ -110,7 +123,7 @@ struct HeadPart {
 
   __device__ static int dimension(int step) { return kStep * (threadIdx.x % kLanes + kLanes * step); }
 
-  // One step's values.
+  // Values of one run.
   template <typename Value>
   struct alignas(kStep * sizeof(Value)) Run {
     Value values[kStep];
@@ -140,8 +153,8 @@ struct HeadPart {
 #pragma unroll
       for (int s = 0; s < kStep; ++s) {
         const float a = low[j][s], b = high[j][s], c = angles.low[j][s], z = angles.high[j][s];
-        low[j][s] = turned(a, b, c, -z) * scale;
-        high[j][s] = turned(b, a, c, z) * scale;
+        low[j][s] = rotated(a, b, c, -z) * scale;
+        high[j][s] = rotated(b, a, c, z) * scale;
       }
     }
   }
@@ -163,7 +176,7 @@ struct HeadPart {
     }
   }
 
-  // The largest magnitude of the head, in all its lanes.
+  // Largest magnitude of the head, in all its lanes.
   __device__ float most() const {
     float most = 0;
 #pragma unroll
@@ -177,7 +190,7 @@ struct HeadPart {
   }
 };
 
-// `row`: of [2][heads][block_tokens] in the block.
+// Store a head in the cache. `row`: index in [2][heads][block_tokens] of the block.
 template <typename Part>
 __device__ void store_cached(const RotateParams& p, const Part& part, char* block, int row) {
   const int half = p.head_dim / 2;
@@ -203,7 +216,7 @@ __device__ void rotate_head(const RotateParams& p) {
   wait_for_predecessors();
   const int64 here =
       static_cast<int64>(blockIdx.x) * (blockDim.x / Part::kLanes) + threadIdx.x / Part::kLanes;
-  // Lanes without a head do the last one again, so that all are there to exchange values.
+  // Lanes without a head repeat the last one, so that all take part in the shuffles.
   const int64 task = min(here, static_cast<int64>(p.n) * p.heads - 1);
   const int token = static_cast<int>(task / p.heads), head = static_cast<int>(task % p.heads);
   const int half = p.head_dim / 2;

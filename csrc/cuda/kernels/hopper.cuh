@@ -1,5 +1,18 @@
-// Hopper's own instructions (sm_90a): barriers in shared memory, copies by the copy engine, products of
-// warpgroups.
+// Instructions of Hopper alone (sm_90a), as functions: barriers in shared memory (mbarrier), bulk copies by
+// the copy engine (TMA), products of warpgroups (wgmma).
+//
+// Layout of an operand of wgmma in shared memory, as the copy engine writes it with the 128-byte swizzle:
+// rows of 64 values of H, 128 bytes; the 16-byte part p of row r lies at part p ^ r % 8. A group of 8 rows
+// begins at a multiple of 1024 bytes:
+//
+//   row 0   | p0 p1 p2 p3 p4 p5 p6 p7 |
+//   row 1   | p1 p0 p3 p2 p5 p4 p7 p6 |      so that the same part of 8 rows lies in 8 different banks
+//   row 2   | p2 p3 p0 p1 p6 p7 p4 p5 |
+//
+// Cost of wgmma.m64nNk16: N / 2 cycles of a multiprocessor (64 x 8 x 16 products in 4 cycles).
+//
+// Reference: through the kernels, tests/cuda; tests/engine/test_hopper_products.py has stand-ins of the same
+// functions for the host.
 #pragma once
 
 #include "cuda/kernels/common.cuh"
@@ -9,13 +22,13 @@
 
 namespace qvl::cuda {
 
-// Addresses of shared memory are 32 bits wide here.
+// Addresses of shared memory are 32-bit.
 
 __device__ inline void barrier_init(uint32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Make barriers known to the copy engine and to the other blocks of the cluster.
+// Make initialised barriers visible to the copy engine and to the other blocks of the cluster.
 __device__ inline void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -39,9 +52,8 @@ __device__ inline void barrier_wait(uint32 barrier, uint32 parity) {
       : "memory");
 }
 
-// Arrive at the barrier with this address in block `rank` of the cluster. Not as release at the cluster's
-// scope, which costs a fence of the whole GPU (a microsecond): what is handed over is a place that has been
-// read.
+// Arrive at the barrier with this address in block `rank` of the cluster. No release at cluster scope, which
+// costs a fence of the whole GPU (a microsecond): the arrival only hands back a buffer that has been read.
 __device__ inline void barrier_arrive(uint32 barrier, uint32 rank) {
   asm volatile(
       "{\n"
@@ -67,12 +79,12 @@ __device__ inline void barrier_arrive(uint32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// What this thread wrote to shared memory may be read by wgmma.
+// Make this thread's writes to shared memory visible to wgmma.
 __device__ inline void publish_writes() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Whole warps of `threads` meet; barrier 0 is __syncthreads().
+// Named barrier for `threads` threads of whole warps; barrier 0 is __syncthreads().
 template <int threads>
 __device__ inline void threads_sync(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(threads) : "memory");
@@ -94,12 +106,13 @@ __device__ inline uint32 load_shared4(uint32 address) {
   return value;
 }
 
-// Have a map at hand that copies will name.
+// Prefetch a tensor map.
 __device__ inline void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// The box at (column, row) of the tensor to shared memory, here or in all blocks of `blocks` (a bit each).
+// Copy the box at (column, row) of the tensor to shared memory of this block, or of all blocks in the bit
+// mask `blocks`.
 __device__ inline void copy_box(uint32 to, const TensorMap& map, int column, int row, uint32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
@@ -133,7 +146,7 @@ __device__ inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1,
       : "memory");
 }
 
-// Bytes that lie side by side; both addresses and `bytes` are multiples of 16.
+// Copy contiguous bytes; both addresses and `bytes` are multiples of 16.
 __device__ inline void copy_bytes(uint32 to, const void* from, int bytes, uint32 barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
@@ -141,8 +154,8 @@ __device__ inline void copy_bytes(uint32 to, const void* from, int bytes, uint32
       : "memory");
 }
 
-// Describes rows of 64 values, 128 bytes whose eight parts of 16 lie at part ^ row % 8; they begin at a
-// multiple of 1024. `columns`: bytes from 64 values of a row to the next 64 (read of B with rows of N only).
+// wgmma descriptor of swizzled rows of 64 values at a multiple of 1024. `columns`: bytes from 64 values of a
+// row to the next 64 (used only for B with rows of N).
 __device__ inline uint64 describe(uint32 address, uint32 columns = 16) {
   return static_cast<uint64>(address >> 4 & 0x3FFF) | static_cast<uint64>(columns >> 4) << 16 |
          uint64{1024 >> 4} << 32 | uint64{1} << 62;
@@ -159,15 +172,14 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
 }
 
-// Keeps the compiler from using sums before the products_wait() that they come after.
+// Keep the compiler from moving uses of the sums before the products_wait() in front of them.
 template <int n>
 __device__ inline void settle(float (&sums)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// The lists of registers that an instruction of width N names: N / 2 accumulators, then two descriptors and
-// whether to add.
+// Operand lists of an instruction of width N: N / 2 accumulators, then two descriptors and the flag to add.
 #define QVL_L4 "%0,%1,%2,%3"
 #define QVL_L8 QVL_L4 ",%4,%5,%6,%7"
 #define QVL_L16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"

@@ -1,22 +1,33 @@
-// y = x W^T for 1 to 256 rows of x. Hopper has linear_decode_hopper.cu instead.
+// y = x W^T for 1 to 256 rows of x: the products of decode steps and lm_head. Hopper has
+// linear_decode_hopper.cu instead; from sm_80 on, more than 8 rows of x are linear_decode_wide.cu's, and
+// before that more blocks.
 //
-// Cost. Bytes: each weight once, 4.3 TB/s on an H200; nothing else counts for few rows. 4096 x 4096 takes 7.8
-// us in bfloat16, 2 us with 4 bits: as long as a kernel takes to start. So the next kernel starts when the
-// last weights have been asked for, and fetches its first 64 KB on each multiprocessor that is done. At that
-// rate a multiprocessor may spend 220 instructions of a warp on a KB of weights; 4 and 8 bits are bound by
-// those.
+// Layout. One block a multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
+// columns are rows of x. k is cut into 16 slices of whole units of 128, one a warp; a warp walks along its
+// slice of tile after tile:
 //
-// Layout. A block a multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
-// columns are rows of x. k is cut into 16 slices of whole units of 128, a warp each, which walks along its
-// slice of tile after tile. A step is 1 KB of weights, 32 bytes of each lane, which the lane copies ahead
-// into its own place in a ring in shared memory and reads back as its fragments: no barrier, no register is
-// held by a load under way. Sums of the slices meet in shared memory, added in a fixed order: ((0 + 1) + (2 +
-// 3)) + (4 + 5) and so on. Nothing in a column depends on the other columns, or on how many there are.
+//               k ->  slice 0    slice 1         slice 15
+//   tile     16 rows | warp 0  | warp 1  |  ..  | warp 15 |   sums [16][8] of each warp meet in shared
+//   next     16 rows | warp 0  | warp 1  |  ..  | warp 15 |   memory: ((0 + 1) + (2 + 3)) + .. in order
 //
-// A block takes up to 8 rows of x, which lie in shared memory; from sm_80 on more rows are
-// linear_decode_wide.cu's, and before that they are more blocks. No two blocks fit on a multiprocessor: where
-// they do, some get two and others none, which made a chain of products up to a third slower than without an
-// early start.
+//   shared memory:  ring [kDepth][16 warps][1 KB] | scales | x [columns][units] | offsets | sums [2][16]
+//
+// A step is 1 KB of weights, 32 bytes of each lane. The lane copies them ahead into its own slot of the ring
+// and reads them back as its fragments: no barrier, and no register is held by a load in flight. A column's
+// result depends neither on the other columns nor on their number. quantised.cuh has the layout of int8 and
+// int4.
+//
+// No two blocks fit on a multiprocessor: where they do, some get two and others none, which made a chain of
+// products up to a third slower than without an early start.
+//
+// Cost. Bytes: each weight once, 4.3 TB/s on an H200; x and y are nothing beside them. time = out in bytes /
+// bandwidth: 4096 x 4096 takes 7.8 us in bfloat16, 2 us with 4 bits, as long as a kernel takes to start. So
+// the next kernel starts when the last weights have been requested, and fetches its first 64 KB on each
+// multiprocessor that is done. At that bandwidth a multiprocessor may spend 220 instructions of a warp on a
+// KB of weights; 4 and 8 bits are bound by those.
+//
+// Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_a_product_is_that_of_float64; the same bits
+// in any batch: test_a_row_does_not_depend_on_the_others; both on GPUs other than Hopper.
 #include "cuda/kernels/linear_decode.cuh"
 
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
@@ -26,9 +37,9 @@ namespace {
 
 constexpr int kWarps = kSlices, kThreads = 32 * kWarps;
 constexpr int kStepBytes = 1024;
-constexpr int kSumsPitch = 18;  // floats of a column's 16 sums: few lanes of a warp hit the same bank
+constexpr int kSumsPitch = 18;  // floats of a column's 16 sums, against bank conflicts
 
-// Steps in the ring: as in linear_decode.cc.
+// Steps in the ring, as in linear_decode.cc.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
 constexpr int kDepth = 5;
 #elif __CUDA_ARCH__ >= 800
@@ -42,16 +53,16 @@ struct Lane {
   int index, g, t;
 };
 
-// A lane's part of x: runs of values k .. k + 7 of column g.
+// A lane's view of x: runs of values k .. k + 7 of column g.
 struct Columns {
   const char* row;
-  const float2* offsets;  // of columns 2 t, 2 t + 1, a row of them a group
+  const float2* offsets;  // of columns 2 t and 2 t + 1, a row a group
   int offsets_pitch;
 
   __device__ uint4 run(int k) const { return *reinterpret_cast<const uint4*>(row + 2 * k); }
 };
 
-// Where the weights are that a lane fetches next.
+// Position of a lane's next fetch of weights.
 struct Ahead {
   const char* from;
   const char* scales;
@@ -63,7 +74,7 @@ struct HalfWeights {
   static constexpr int kScaleBytes = 0;  // of a row pair in a step
   static constexpr int kGroup = 0;
 
-  // Bytes from a lane's first weights to those of the next step; to its place in a tile.
+  // Bytes from a lane's weights of a step to those of the next; offset of its weights in a tile.
   static constexpr int kStepAhead = 2 * kStep;
   __device__ static int64 place(const LinearDecode& p, const Lane& lane) {
     return 2 * (static_cast<int64>(lane.g) * p.stride + kRun * lane.t);
@@ -83,7 +94,7 @@ struct HalfWeights {
   __device__ static float finish(const LinearDecode&, int, float sum) { return sum; }
 };
 
-// Steps of quantised matrices lie one after another, 16 bytes of a lane, and 512 bytes later 16 more.
+// Steps of quantised matrices are contiguous: 16 bytes of a lane, and 512 bytes later 16 more.
 struct QuantisedWeights {
   static constexpr int kStepAhead = kStepBytes;
   __device__ static int64 place(const LinearDecode&, const Lane& lane) { return 16 * lane.index; }
@@ -122,7 +133,7 @@ struct Int4Weights : QuantisedWeights {
   __device__ static void add(float (&sums)[4], const char* slot, const void* scales, const Columns& x,
                              int step) {
     float part[4];
-    __syncwarp();  // the scales were copied by the first of four lanes
+    __syncwarp();  // the first of four lanes copied the scales
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       if (64 * c % group == 0) {
@@ -154,7 +165,7 @@ struct Int4Weights : QuantisedWeights {
   __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kUnitOf); }
 };
 
-// Eight values of a row of x from k on, zeros behind the row's end.
+// Eight values of a row of x from k on, zeros beyond its end.
 __device__ inline uint4 load_x(const LinearDecode& p, int row, int k) {
   const H* from = static_cast<const H*>(p.x) + row * p.x_stride + k;
   if (k + kRun <= p.in && reinterpret_cast<uint64>(from) % 16 == 0)
@@ -165,7 +176,7 @@ __device__ inline uint4 load_x(const LinearDecode& p, int row, int k) {
   return run;
 }
 
-// The sum over all slices; sums: that of slice 0, the others `pitch` floats apart.
+// Sum over all slices; sums: slice 0, the others `pitch` floats apart.
 __device__ inline float whole_sum(const float* sums, int pitch) {
   float sum = 0;
 #pragma unroll
@@ -173,7 +184,8 @@ __device__ inline float whole_sum(const float* sums, int pitch) {
   return sum;
 }
 
-// Write what the rows of a tile give in a column: `local` counts them, of kSiluTimes pairs of them.
+// Write the result of a row of a tile in a column; `local`: index of the row, or of the pair of rows for
+// kSiluTimes.
 template <class Weights>
 __device__ void write_sums(const LinearDecode& p, const float* sums, int pitch, int tile, int local,
                            int64 column) {
@@ -195,7 +207,7 @@ __device__ void linear_decode(const LinearDecode& p) {
   const Lane lane{static_cast<int>(threadIdx.x % 32), static_cast<int>(threadIdx.x % 32 / 4),
                   static_cast<int>(threadIdx.x % 4)};
 
-  // This warp's slice, in steps, and the tiles it takes.
+  // This warp's slice, in steps, and the block's tiles.
   const int units = (p.in + kUnit - 1) / kUnit;
   const int from = units * warp / kSlices * kStepsOfUnit, to = units * (warp + 1) / kSlices * kStepsOfUnit;
   const int tiles = (p.out + kTileRows - 1) / kTileRows;
@@ -261,15 +273,15 @@ __device__ void linear_decode(const LinearDecode& p) {
     }
   }
   __syncwarp();
-  Columns x;  // a column that is not there is as the last one, and not written
+  Columns x;  // a missing column repeats the last one, and is not written
   x.row = x_bytes + min(lane.g, columns - 1) * p.x_pitch + 2 * kRun * lane.t;
   x.offsets_pitch = p.offsets_pitch / 2;
   x.offsets = reinterpret_cast<const float2*>(offsets) + min(lane.t, x.offsets_pitch - 1);
 
   int slot = 0, before = kDepth - 1;
   float* sums = reinterpret_cast<float*>(bytes + p.sums_at);
-  const int tile_sums = columns * kSumsPitch, pitch = p.tiles_at_once * tile_sums;  // of a tile, a slice
-  int other = kSlices * pitch;  // from one half of the sums' double buffer to the other
+  const int tile_sums = columns * kSumsPitch, pitch = p.tiles_at_once * tile_sums;  // floats: tile, slice
+  int other = kSlices * pitch;  // offset between the halves of the sums' double buffer
   const int rows = p.into == kSiluTimes ? kTileRows / 2 : kTileRows;
   for (int next = first_tile; next < tiles; next += p.tiles_at_once * next_tile) {
     const int here = min(p.tiles_at_once, (tiles - next + next_tile - 1) / next_tile);

@@ -1,6 +1,11 @@
-// What the two kernels of decode steps on GPUs other than Hopper share: linear_decode.cu for up to 8 rows of
-// x, linear_decode_wide.cu for more. They give the same bits: k is cut into the same slices, a slice is added
-// up by the same instructions in the same order, and the slices' sums are added in the same order.
+// The part that linear_decode.cu (up to 8 rows of x) and linear_decode_wide.cu (more) share, on GPUs other
+// than Hopper. They give the same bits: k is cut into the same slices, a slice is added up by the same
+// instructions in the same order, and the slices' sums are added in the same order.
+//
+//   units of 128 values of k   | 0 | 1 | 2 | .. | units - 1 |
+//   slice s of 16                [ units * s / 16, units * (s + 1) / 16 )
+//
+// Reference: tests/cuda/test_decode.py, through the two kernels.
 #pragma once
 
 #include "cuda/kernels/linear_decode.h"
@@ -15,9 +20,9 @@ __device__ inline int slice_begin(int units, int slice) {
   return units * slice / kSlices;
 }
 
-// A nibble as it lies in the word is the number kUnitOf * nibble + kOffset: bfloat16 from 128 on, or a
-// denormal float16. What is too much, (kOffset + 8 kUnitOf) times the sum of x, is where the sum of a group
-// begins.
+// A nibble in place, as bits of H, is kUnitOf * nibble + an offset: bfloat16 from 128 on, or a denormal
+// float16. The sum of a group begins at -kTooMuch times the sum of x, which removes that offset and the 8 of
+// the nibble.
 #ifdef QVL_COMPUTE_BFLOAT16
 constexpr float kUnitOf = 1, kTooMuch = 128 + 8;
 __device__ inline uint32 raw_nibbles(uint32 word) {
@@ -38,11 +43,11 @@ __device__ inline float sum_of_run(const uint4& run) {
   return sum;
 }
 
-// As enum class Into of ops.h.
+// Epilogues, as enum class Into of ops.h.
 constexpr int kHalf = 0, kFloat = 1, kAdd = 2, kGelu = 3, kSiluTimes = 4;
 
-// Write y's value of a row of the matrix and a row of x; of kSiluTimes that of `row` and `row + 1`, whose sum
-// is `gate`.
+// Write the value of a row of the matrix and a row of x to y; kSiluTimes: of rows `row` and `row + 1`, whose
+// sum is `gate`.
 __device__ inline void write_result(const LinearDecode& p, int row, int64 column, float value, float gate) {
   const int64 to = column * p.out + row;
   switch (p.into) {

@@ -17,10 +17,10 @@ struct UploadMatrix {
   const void* from_scales;  // quantised
   void* values;
   void* scales;
-  int rows;  // of `from`, and rows of zeros to add behind the last one
+  int rows;  // of `from`; padding: rows of zeros to add behind the last one
   int padding;
   int in, stride;
-  int out;  // rows of the whole matrix
+  int out;  // rows of the matrix with padding rows excluded
   int first, step;
 };
 
@@ -56,7 +56,7 @@ struct LinearDecode {
   long long x_stride;
   long long tile_bytes;  // from one tile's values to the next one's
   int out, in, stride;
-  int n, columns;                            // rows of x, and how many of them a block takes
+  int n, columns;                            // rows of x; columns: rows of x of a block
   int into;                                  // Into
   int tiles_at_once;                         // between barriers
   int x_pitch;                               // bytes of a row of x in shared memory
@@ -64,8 +64,8 @@ struct LinearDecode {
   int scales_at, x_at, offsets_at, sums_at;  // bytes into shared memory, behind the ring
 };
 
-// linear_decode_hopper.cu: warpgroups that share k, and where their sums meet: floats between columns, and
-// columns and 64-row parts at a time.
+// linear_decode_hopper.cu: warpgroups that share k; in the shared memory of their sums, floats between
+// columns, and columns and 64-row subtiles at a time.
 constexpr int kHopperGroups = 4, kHopperColumn = 64 + 4;
 QVL_BOTH_SIDES constexpr int hopper_columns(int n) {
   return n < 32 ? n : 32;
@@ -87,8 +87,8 @@ struct LinearHopper {
   int rows, tiles;       // of W a tile: a multiple of 8, of 16 where quantised
   int all_steps, steps;  // of k, and in an item
   int items;             // a tile
-  // A multiple of the groups: a stage serves one of them only, which then cannot take the stage's round
-  // before for the one it waits for.
+  // A multiple of kHopperGroups, so that a stage always serves the same group, which then cannot mistake the
+  // stage's previous round for the awaited one.
   int stages;
   int stage_bytes;
 };

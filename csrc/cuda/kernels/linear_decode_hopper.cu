@@ -1,19 +1,31 @@
-// y = x W^T for 1 to 256 rows of x on Hopper: wgmma with W on its left side, which the copy engine brings.
+// y = x W^T for 1 to 256 rows of x on Hopper: wgmma with W as its left operand, brought by the copy engine.
+//
+// Layout. A tile is `rows` rows of W, up to 64 kSubtiles, by N rows of x, its columns. k advances in steps of
+// 64 (H) or 128 values (quantised) and is cut into four slices, one a warpgroup, each added up in ascending
+// order:
+//
+//               k ->  slice 0    slice 1    slice 2    slice 3
+//   W tile    rows  | group 0  | group 1  | group 2  | group 3  |     (0 + 1) + (2 + 3) in shared memory
+//   x         N     |          |          |          |          |
+//
+//   shared memory:  stages [x boxes | weights | scales] .. | sums [4][columns][64 + 4] | barriers full, empty
+//
+//   warps 0-15:  4 warpgroups, wait for full, multiply, arrive at empty
+//   warp 16:     waits for empty, requests W and x of the next item
+//
+// An item is 1 to 4 steps of a slice, and the request unit; items go around the slices, as many ahead as
+// shared memory has stages. All warps request the first round. A row's bits depend neither on `rows` nor on N
+// nor on the steps of an item. Blocks are persistent, one a multiprocessor. Where registers and shared memory
+// allow, the kernels up to the next product start beside them, and that one fetches its first stages while
+// the others run.
 //
 // Cost. Bytes: each weight once, 4.3 TB/s on an H200, 33 KB a microsecond and multiprocessor; x once more for
-// each tile, from the L2 cache. A wgmma takes 2 KB of H or less, so that up to 64 rows of x the instructions
-// are few; weights of 8 and 4 bits become H in registers, about one and a half instructions of a lane a
-// value.
+// each tile, from the L2 cache. time = bytes of W / bandwidth. A wgmma takes 2 KB of H or less, so the
+// instructions are few up to 64 rows of x; weights of 8 and 4 bits become H in registers, about one and a
+// half instructions of a lane a value.
 //
-// Layout. A tile is `rows` rows of W, up to 64 kTiles, and N rows of x, its columns. k goes by in steps of 64
-// (H) or 128 values (quantised) and is cut into four slices, one for each warpgroup, which adds it up in
-// ascending order. One warp asks for W and x, after a first round by all of them, an item of a slice at a
-// time, as many ahead as shared memory has stages; items go around the slices. The slices' sums meet in
-// shared memory, (0 + 1) + (2 + 3). So a row's bits depend neither on `rows` nor on N nor on the steps of an
-// item.
-//
-// Blocks are persistent, one a multiprocessor. Where registers and shared memory allow, the next kernels, up
-// to the next product, start beside them, and that one fetches its first stages while the others run.
+// Reference: float64 in PyTorch, tests/cuda/test_decode.py; without a GPU, the kernel's own code on the host
+// against float64, tests/engine/test_hopper_products.py.
 #include "cuda/kernels/hopper.cuh"
 #include "cuda/kernels/linear_decode.h"
 #include "cuda/kernels/linear_prompt.cuh"
@@ -25,21 +37,21 @@ namespace qvl::cuda {
 namespace {
 
 constexpr int kGroups = kHopperGroups, kThreads = 128 * kGroups + 32;
-constexpr int kBoxBytes = 128;   // of a row of 64 values of H
+constexpr int kBoxBytes = 128;   // a row of 64 values of H
 constexpr int kLineBytes = 512;  // of quantised weights, in a tensor map
 
 __device__ inline int slice_begin(int steps, int slice) {
   return steps * slice / kGroups;
 }
 
-// What a warp works on in a step. Addresses are of shared memory.
+// Work of a warp in a step. Addresses are of shared memory.
 struct Step {
   uint32 x, weights, scales;
-  int tile, lane;  // the first of the warp's tiles of 16 rows, the others follow 4 apart
+  int tile, lane;  // tile: the warp's first tile of 16 rows, the others are 4 apart
   int rows;
 };
 
-// Describes x in a stage from value k on, a multiple of 16.
+// Descriptor of x in a stage from value k on, a multiple of 16.
 template <int N>
 __device__ inline uint64 describe_x(uint32 x, int k) {
   return describe(x + k / 64 * (N * kBoxBytes)) + k % 64 / 8;
@@ -52,13 +64,13 @@ struct HalfWeights {
   __device__ static int step_bytes(int rows) { return rows * kBoxBytes; }
   __device__ static int scale_bytes(int) { return 0; }
 
-  template <int N, int kTiles>
-  __device__ static void add(float (&sums)[kTiles][N / 2], const Step& step) {
+  template <int N, int kSubtiles>
+  __device__ static void add(float (&sums)[kSubtiles][N / 2], const Step& step) {
     products_begin();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
+      for (int m = 0; m < kSubtiles; ++m) {
         Product<N>::run(sums[m], describe(step.weights + m * 64 * kBoxBytes) + 2 * k,
                         describe_x<N>(step.x, 16 * k), 1);
       }
@@ -76,10 +88,10 @@ struct Int8Weights {
   __device__ static int step_bytes(int rows) { return rows / kTileRows * kTileBytes; }
   __device__ static int scale_bytes(int) { return 0; }
 
-  template <int N, int kTiles>
-  __device__ static void add(float (&sums)[kTiles][N / 2], const Step& step) {
+  template <int N, int kSubtiles>
+  __device__ static void add(float (&sums)[kSubtiles][N / 2], const Step& step) {
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
+    for (int m = 0; m < kSubtiles; ++m) {
       const int tile = 4 * m + step.tile;
       const bool there = kTileRows * tile < step.rows;
       const uint32 from = step.weights + tile * kTileBytes + 16 * step.lane;
@@ -106,9 +118,9 @@ struct Int8Weights {
         for (int i = 0; i < 4; ++i)
           ProductLeft<N>::run(sums[m], a[i], describe_x<N>(step.x, 64 * half + 16 * i), 1);
         products_commit();
-        // With one part the compiler makes every product wait, unless none is under way while registers are
+        // With one subtile the compiler serialises all products, unless none is in flight while registers are
         // filled.
-        products_wait<(kTiles > 1)>();
+        products_wait<(kSubtiles > 1)>();
       }
     }
   }
@@ -124,10 +136,10 @@ struct Int4Weights {
   __device__ static int step_bytes(int rows) { return rows / kTileRows * kTileBytes; }
   __device__ static int scale_bytes(int rows) { return rows / kTileRows * kTileScales; }
 
-  // A group's sums are added to those before while the next group's products are under way, where registers
+  // A group's sums are folded into the total while the next group's products are in flight, if registers
   // allow.
-  template <int N, int kTiles>
-  __device__ static void add(float (&sums)[kTiles][N / 2], const Step& step) {
+  template <int N, int kSubtiles>
+  __device__ static void add(float (&sums)[kSubtiles][N / 2], const Step& step) {
     constexpr int kOfTile = kUnit / group, kBuffers = N <= 16 && group == 64 ? 2 : 1;
     float parts[kBuffers][N / 2];
     uint32 scales[kBuffers] = {};
@@ -140,7 +152,7 @@ struct Int4Weights {
       for (int j = 0; j < N / 2; ++j) to[j] += (j % 4 < 2 ? first : second) * part[j];
     };
 #pragma unroll
-    for (int i = 0; i < kTiles * kOfTile; ++i) {
+    for (int i = 0; i < kSubtiles * kOfTile; ++i) {
       const int tile = i / kOfTile * 4 + step.tile, begin = i % kOfTile * (group / 64);
       const bool there = kTileRows * tile < step.rows;
 #pragma unroll
@@ -176,43 +188,43 @@ struct Int4Weights {
     }
     if (kBuffers == 1) return;
     products_wait<0>();
-    fold(kTiles * kOfTile - 1);
+    fold(kSubtiles * kOfTile - 1);
   }
 
   __device__ static float scale(const LinearHopper&, int) { return 1; }
 };
 
-// Where an item is in the ring of stages; `phase`: how often the ring has been around, by parity.
+// Position of an item in the ring of stages; `phase`: parity of the number of rounds.
 struct Place {
   int item = 0, stage = 0;
   uint32 phase = 0;
 
-  // To a later item, counted over all tiles.
+  // Advance to a later item, counted over all tiles.
   __device__ void advance(int to, int stages) {
     for (stage += to - item; stage >= stages; stage -= stages) phase ^= 1;
     item = to;
   }
 };
 
-template <class Weights, int N, int kTiles>
+template <class Weights, int N, int kSubtiles>
 __device__ inline void linear_decode(const LinearHopper& p) {
   constexpr int kXBytes = Weights::kBoxes * N * kBoxBytes;  // of a step
-  constexpr int kColumns = hopper_columns(N), kParts = hopper_parts(N, kTiles);
+  constexpr int kColumns = hopper_columns(N), kParts = hopper_parts(N, kSubtiles);
   constexpr int kPartFloats = kGroups * kColumns * kHopperColumn;
   extern __shared__ char raw[];
   char* const aligned = raw + (-static_cast<uint32>(__cvta_generic_to_shared(raw)) & 1023);
   const uint32 ring = static_cast<uint32>(__cvta_generic_to_shared(aligned));
   float* const sums_out = reinterpret_cast<float*>(aligned + p.stages * p.stage_bytes);
-  const uint32 full = ring + p.stages * p.stage_bytes + hopper_sum_bytes(N, kTiles),
+  const uint32 full = ring + p.stages * p.stage_bytes + hopper_sum_bytes(N, kSubtiles),
                empty = full + 8 * p.stages;
-  // The same in all lanes: the compiler then keeps what follows from it in uniform registers.
+  // A shuffle, so that the compiler keeps values derived from the warp number in uniform registers.
   const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
   const int first_row = blockIdx.y * N;  // of x
   const int step_bytes = Weights::step_bytes(p.rows), scale_bytes = Weights::scale_bytes(p.rows);
-  // In a stage, each of all steps: x, weights, scales.
+  // Offsets in a stage: x of all steps, then weights, then scales.
   const int weights_at = p.steps * kXBytes, scales_at = weights_at + p.steps * step_bytes;
 
-  // Boxes of 64 values, one behind the other: one copy if rows are cut into whole boxes.
+  // Copy boxes of 64 values: one copy if rows are whole boxes, else one a box.
   const auto copy_boxes = [&](const TensorMap& map, uint32 to, int row, int first, int count, int box_bytes,
                               uint32 barrier) {
     if (p.whole) return copy_box(to, map, 0, row, first, barrier);
@@ -221,7 +233,7 @@ __device__ inline void linear_decode(const LinearHopper& p) {
   const auto step_of = [&](int item) {
     return slice_begin(p.all_steps, item % kGroups) + item / kGroups * p.steps;
   };
-  const auto ask_for_weights = [&](int stage, int tile, int item) {
+  const auto request_weights = [&](int stage, int tile, int item) {
     const uint32 to = ring + stage * p.stage_bytes, barrier = full + 8 * stage;
     barrier_expect(barrier, p.steps * (kXBytes + step_bytes + scale_bytes));
     if constexpr (Weights::kInRegisters) {
@@ -232,7 +244,7 @@ __device__ inline void linear_decode(const LinearHopper& p) {
       copy_boxes(p.w, to + weights_at, tile * p.rows, step_of(item), p.steps, step_bytes, barrier);
     }
   };
-  const auto ask_for_x = [&](int stage, int item) {
+  const auto request_x = [&](int stage, int item) {
     copy_boxes(p.x, ring + stage * p.stage_bytes, first_row, Weights::kBoxes * step_of(item),
                Weights::kBoxes * p.steps, N * kBoxBytes, full + 8 * stage);
   };
@@ -248,17 +260,17 @@ __device__ inline void linear_decode(const LinearHopper& p) {
   __syncthreads();
   start_successors();
 
-  // The first round of stages, a warp each, for asking takes time. Weights are there before the predecessors
-  // are done, x is not.
+  // The first round of stages is requested by all warps, a stage each, since a request takes time. Weights do
+  // not depend on the preceding kernels, x does.
   const int my_tiles = (p.tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
   const int ahead = min(p.stages, my_tiles * p.items);
   if (lane == 0) {
     for (int i = warp; i < ahead; i += kThreads / 32)
-      ask_for_weights(i, blockIdx.x + i / p.items * gridDim.x, i % p.items);
+      request_weights(i, blockIdx.x + i / p.items * gridDim.x, i % p.items);
   }
   wait_for_predecessors();
   if (lane == 0) {
-    for (int i = warp; i < ahead; i += kThreads / 32) ask_for_x(i, i % p.items);
+    for (int i = warp; i < ahead; i += kThreads / 32) request_x(i, i % p.items);
   }
 
   if (warp == 4 * kGroups) {
@@ -268,8 +280,8 @@ __device__ inline void linear_decode(const LinearHopper& p) {
     int tile = blockIdx.x + ahead / p.items * gridDim.x, item = ahead % p.items;
     for (; tile < p.tiles; place.advance(place.item + 1, p.stages)) {
       barrier_wait(empty + 8 * place.stage, place.phase ^ 1);
-      ask_for_weights(place.stage, tile, item);
-      ask_for_x(place.stage, item);
+      request_weights(place.stage, tile, item);
+      request_x(place.stage, item);
       if (++item == p.items) item = 0, tile += gridDim.x;
     }
     return;
@@ -277,20 +289,20 @@ __device__ inline void linear_decode(const LinearHopper& p) {
 
   const int group = warp / 4;
   const int steps = slice_begin(p.all_steps, group + 1) - slice_begin(p.all_steps, group);
-  // Tiles of 16 rows go to a warp by its place, so that few of them keep all four schedulers busy.
+  // Tiles of 16 rows are assigned so that a few of them keep all four schedulers busy.
   const int place_in_group = Weights::kInRegisters ? (warp + 2 * group) % 4 : warp % 4;
   Place place;
-  int first_item = 0;  // of the tile
+  int first_item = 0;  // first item of the tile
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, first_item += p.items) {
     const bool last = tile + static_cast<int>(gridDim.x) >= p.tiles;
-    float sums[kTiles][N / 2] = {};
+    float sums[kSubtiles][N / 2] = {};
     for (int done = 0, item = group; item < p.items; done += p.steps, item += kGroups) {
       place.advance(first_item + item, p.stages);
       barrier_wait(full + 8 * place.stage, place.phase);
       const uint32 stage = ring + place.stage * p.stage_bytes;
       Step step{stage, stage + weights_at, stage + scales_at, place_in_group, lane, p.rows};
       for (int i = min(p.steps, steps - done); i > 0; --i) {
-        Weights::template add<N, kTiles>(sums, step);
+        Weights::template add<N, kSubtiles>(sums, step);
         step.x += kXBytes;
         step.weights += step_bytes;
         step.scales += scale_bytes;
@@ -300,16 +312,16 @@ __device__ inline void linear_decode(const LinearHopper& p) {
     }
 
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) settle(sums[m]);
+    for (int m = 0; m < kSubtiles; ++m) settle(sums[m]);
 #pragma unroll
-    for (int first = 0; first < kTiles; first += kParts) {
+    for (int first = 0; first < kSubtiles; first += kParts) {
 #pragma unroll
       for (int begin = 0; begin < N; begin += kColumns) {
         if (first_row + begin >= p.result.n) break;
         float* const to =
             sums_out + (group * kColumns + lane % 4 * 2) * kHopperColumn + place_in_group * 16 + lane / 4;
 #pragma unroll
-        for (int m = first; m < first + kParts && m < kTiles; ++m) {
+        for (int m = first; m < first + kParts && m < kSubtiles; ++m) {
 #pragma unroll
           for (int j = 0; j < kColumns; j += 8) {
             const float* const from = sums[m] + (begin + j) / 2;
@@ -337,7 +349,7 @@ __device__ inline void linear_decode(const LinearHopper& p) {
           finish_pair(p.result, to_row, row, a * Weights::scale(p, row),
                       row + 1 < p.result.out ? b * Weights::scale(p, row + 1) : 0);
         }
-        if (last && first + kParts >= kTiles && begin + kColumns >= N) break;
+        if (last && first + kParts >= kSubtiles && begin + kColumns >= N) break;
         threads_sync<128 * kGroups>(1);
       }
     }

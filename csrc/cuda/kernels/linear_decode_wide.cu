@@ -1,15 +1,25 @@
 // y = x W^T for more than 8 rows of x, to the bit what linear_decode.cu gives for each of them.
 //
-// Cost. Bytes: each weight once; x once more for each block, from the L2 cache. Up to 64 rows the weights'
-// bytes bound it, the tensor cores behind; what counts is that every multiprocessor has weights under way all
-// the time.
+// Layout. One block a multiprocessor has kRowTiles tiles of 16 rows of W, one a warp, and 32 or 64 rows of x,
+// its columns. kRowTiles is 12, 6 or 2, whichever leaves the fewest multiprocessors without work. k advances
+// in units of 128, one a stage of a ring in shared memory:
 //
-// Layout. One block a multiprocessor has R tiles of 16 rows of W, a warp each, and 32 or 64 rows of x, its
-// columns: R is 12, 6 or 2, whatever leaves the fewest multiprocessors without work. k goes by in units of
-// 128, one a stage of a ring in shared memory: the columns' values, which all warps read, and each warp's
-// weights, which the lane that copies them reads back. A warp adds up a slice of k at a time, as one warp of
-// linear_decode.cu does, and the slices' sums in the same order. Of two tiles a block each has two warps,
-// with half of the slices each.
+//   stage:  x [columns][128 values + 64 bytes]  |  weights [warp][unit]  |  scales [warp]      2 to 6 stages
+//              read by all warps                   copied and read back by the same lane
+//
+//              unit 0   unit 1   ..                         columns of x
+//   tile 0   | warp 0 | warp 0 |     x   [unit][column]  =  | 8 | 8 | .. |  mma.m16n8k16, kTiles of 8 columns
+//   tile 1   | warp 1 | warp 1 |
+//
+// A warp adds up a slice of k at a time, as one warp of linear_decode.cu does, and adds the slices' sums in
+// the same order. With two tiles a block, each tile has two warps with half of the slices each.
+//
+// Cost. Bytes: each weight once, x once more for each block from the L2 cache. Operations: 2 n in out. Up to
+// 64 rows the bytes of the weights bound it, then the tensor cores; what counts is that every multiprocessor
+// has weights in flight all the time.
+//
+// Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_a_product_is_that_of_float64; the same bits
+// as one row: test_a_row_does_not_depend_on_the_others; both on GPUs other than Hopper.
 #include "cuda/kernels/linear_decode.cuh"
 
 #if __CUDA_ARCH__ >= 800 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -41,15 +51,15 @@ struct HalfUnit {
     }
   }
 
-  template <int kTiles>
-  __device__ static void add(float (&sums)[kTiles][4], const char* weights, const char*, const char* x,
+  template <int kColumnTiles>
+  __device__ static void add(float (&sums)[kColumnTiles][4], const char* weights, const char*, const char* x,
                              const float*) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       const uint4 a = *reinterpret_cast<const uint4*>(weights + 1024 * step);
       const uint4 b = *reinterpret_cast<const uint4*>(weights + 1024 * step + 512);
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
+      for (int j = 0; j < kColumnTiles; ++j) {
         const uint4 v = *reinterpret_cast<const uint4*>(x + 8 * j * kColumnBytes + 64 * step);
         multiply(sums[j], a.x, b.x, a.y, b.y, v.x, v.y);
         multiply(sums[j], a.z, b.z, a.w, b.w, v.z, v.w);
@@ -77,8 +87,8 @@ struct QuantisedUnit {
 struct Int8Unit : QuantisedUnit<2048> {
   static constexpr int kScaleBytes = 0, kGroup = 0;
 
-  template <int kTiles>
-  __device__ static void add(float (&sums)[kTiles][4], const char* weights, const char*, const char* x,
+  template <int kColumnTiles>
+  __device__ static void add(float (&sums)[kColumnTiles][4], const char* weights, const char*, const char* x,
                              const float*) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -88,7 +98,7 @@ struct Int8Unit : QuantisedUnit<2048> {
       const uint32 b[4] = {bytes_to_half2(w.y), bytes_to_half2(w.w), bytes_to_half2(w.y >> 8),
                            bytes_to_half2(w.w >> 8)};
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
+      for (int j = 0; j < kColumnTiles; ++j) {
         const uint4 v = *reinterpret_cast<const uint4*>(x + 8 * j * kColumnBytes + 64 * c);
         multiply(sums[j], a[0], a[1], a[2], a[3], v.x, v.y);
         multiply(sums[j], b[0], b[1], b[2], b[3], v.z, v.w);
@@ -105,18 +115,18 @@ template <int group>
 struct Int4Unit : QuantisedUnit<1024> {
   static constexpr int kScaleBytes = 4 * (kUnit / group), kGroup = group;
 
-  // scales: of rows g and g + 8; offsets: of columns 2 t and 2 t + 1, [group of the unit][column].
-  template <int kTiles>
-  __device__ static void add(float (&sums)[kTiles][4], const char* weights, const char* scales, const char* x,
-                             const float* offsets) {
-    constexpr int kColumns = 8 * kTiles;
-    float parts[kTiles][4];  // of a group
+  // scales: rows g and g + 8; offsets: columns 2 t and 2 t + 1, [group of the unit][column].
+  template <int kColumnTiles>
+  __device__ static void add(float (&sums)[kColumnTiles][4], const char* weights, const char* scales,
+                             const char* x, const float* offsets) {
+    constexpr int kColumns = 8 * kColumnTiles;
+    float parts[kColumnTiles][4];  // of a group
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const uint4 w = *reinterpret_cast<const uint4*>(weights + 512 * c);
       if (64 * c % group == 0) {
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
+        for (int j = 0; j < kColumnTiles; ++j) {
           const float2 begin = *reinterpret_cast<const float2*>(offsets + 64 * c / group * kColumns + 8 * j);
           parts[j][0] = parts[j][2] = begin.x;
           parts[j][1] = parts[j][3] = begin.y;
@@ -132,7 +142,7 @@ struct Int4Unit : QuantisedUnit<1024> {
           a[2 * i + 1] = raw_nibbles(high >> (4 * i));
         }
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
+        for (int j = 0; j < kColumnTiles; ++j) {
           const uint4 v = *reinterpret_cast<const uint4*>(x + 8 * j * kColumnBytes + 128 * c + 64 * run);
           multiply(parts[j], a[0], a[1], a[2], a[3], v.x, v.y);
           multiply(parts[j], a[4], a[5], a[6], a[7], v.z, v.w);
@@ -142,7 +152,7 @@ struct Int4Unit : QuantisedUnit<1024> {
         const uint32 pair = reinterpret_cast<const uint32*>(scales)[64 * c / group];
         const float first = low_scale(pair), second = high_scale(pair);
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
+        for (int j = 0; j < kColumnTiles; ++j) {
           sums[j][0] += first * parts[j][0];
           sums[j][1] += first * parts[j][1];
           sums[j][2] += second * parts[j][2];
@@ -155,17 +165,17 @@ struct Int4Unit : QuantisedUnit<1024> {
   __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kUnitOf); }
 };
 
-template <class Unit, int kTiles, int kRowTiles>
+template <class Unit, int kColumnTiles, int kRowTiles>
 __device__ void linear_wide(const LinearDecode& p) {
   constexpr int kSplit = wide_split(kRowTiles), kWideWarps = kRowTiles * kSplit,
                 kWideThreads = 32 * kWideWarps;
-  constexpr int kColumns = 8 * kTiles, kRows = kRowTiles * kTileRows;
+  constexpr int kColumns = 8 * kColumnTiles, kRows = kRowTiles * kTileRows;
   constexpr int kXBytes = kColumns * kColumnBytes;
   constexpr int kScalesAt = kSplit * kXBytes + kWideWarps * Unit::kBytes;
   constexpr int kGroups = Unit::kGroup ? kUnit / Unit::kGroup : 0;
   constexpr int kStageBytes = wide_stage_bytes(Unit::kBytes, kGroups, kColumns, kRowTiles);
   constexpr int kStages = wide_stages(Unit::kBytes, kGroups, kColumns, kRowTiles, kSharedBytes);
-  constexpr int kPairs = kSlices / 2 / kSplit;  // of slices, that a warp adds up
+  constexpr int kPairs = kSlices / 2 / kSplit;  // pairs of slices of a warp
   extern __shared__ uint4 shared[];
   char* const bytes = reinterpret_cast<char*>(shared);
   float* const offsets =
@@ -219,12 +229,12 @@ __device__ void linear_wide(const LinearDecode& p) {
     commit_copies();
   }
 
-  float sums[kTiles][4] = {}, even[kTiles][4], total[kTiles][4] = {};
+  float sums[kColumnTiles][4] = {}, even[kColumnTiles][4], total[kColumnTiles][4] = {};
   int slice = half * (kSlices / kSplit);
-  const auto end_slices = [&](int unit) {  // those that end before `unit`
+  const auto end_slices = [&](int unit) {  // close the slices that end before `unit`
     while (slice < (half + 1) * (kSlices / kSplit) && slice_begin(units, slice + 1) <= unit) {
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
+      for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           if (slice % 2 == 0) {
@@ -271,22 +281,22 @@ __device__ void linear_wide(const LinearDecode& p) {
       __syncthreads();
     }
     if (from + i < to) {
-      Unit::template add<kTiles>(sums, stage + kSplit * kXBytes + warp * Unit::kBytes + 16 * lane,
-                                 stage + kScalesAt + (warp * 8 + g) * Unit::kScaleBytes,
-                                 stage + half * kXBytes + g * kColumnBytes + 2 * kRun * t,
-                                 offsets + half * kGroups * kColumns + 2 * t);
+      Unit::template add<kColumnTiles>(sums, stage + kSplit * kXBytes + warp * Unit::kBytes + 16 * lane,
+                                       stage + kScalesAt + (warp * 8 + g) * Unit::kScaleBytes,
+                                       stage + half * kXBytes + g * kColumnBytes + 2 * kRun * t,
+                                       offsets + half * kGroups * kColumns + 2 * t);
       end_slices(from + i + 1);
     }
   }
 
-  // The first half adds the second one's pairs, and lays the sums out for whole rows to be written.
+  // The first half adds the second one's pairs, and transposes the sums so that whole rows are written.
   constexpr int kPitch = kRows + 2;
   float* const out = reinterpret_cast<float*>(bytes);  // [column][row]
   wait_for_copies<0>();
   __syncthreads();
   if (half == 0) {
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
+    for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * j + 2 * t + i % 2, row = g + i / 2 * 8;

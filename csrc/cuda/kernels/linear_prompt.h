@@ -5,7 +5,7 @@
 
 namespace qvl::cuda {
 
-// What becomes of the rows of y: `Into` of ops.h by number.
+// Epilogues: `Into` of ops.h by number.
 constexpr int kIntoHalf = 0, kIntoFloat = 1, kIntoAdd = 2, kIntoGelu = 3, kIntoSiluTimes = 4;
 
 struct Result {
@@ -23,7 +23,7 @@ struct LinearPrompt {
   int in, stride;
 };
 
-// Quantised as quantised.cuh says -> y H [out, stride].
+// Quantised in the layout of quantised.cuh -> y H [out, stride].
 struct Dequantise {
   const void* values;
   const void* scales;
@@ -36,7 +36,7 @@ struct LinearTensors {
   TensorMap w, x;
   Result result;
   int steps;               // ceil(in / 64)
-  int written;             // whether a predecessor writes w
+  int written;             // whether the preceding kernel writes w
   int m_groups, n_groups;  // clusters over rows of W and over tokens
 };
 

@@ -1,17 +1,28 @@
 // Products of prompts on Hopper: wgmma on tiles that the copy engine brings.
 //
-// A block computes 64 C rows of W x N tokens: C warpgroups of 64 rows each, and one of
-// which one thread asks for copies. Steps of 64 values of k come through S buffers: W [64 C, 64] and x [N,
-// 64], rows of 128 bytes swizzled by the copy engine. Blocks of a cluster, CM tiles of rows by CN tiles of
-// tokens, share what they read: each asks for its part of a tile and sends it to all that need it. Clusters
-// go over the tiles, tokens first, so that W comes from memory once and x stays in the L2 cache.
+// Layout. A block computes 64 kGroups rows of W x kTokens tokens: kGroups warpgroups of 64 rows each, and one
+// more, of which one thread requests copies. Steps of 64 values of k come through kStages buffers, rows of
+// 128 bytes swizzled by the copy engine:
 //
+//   buffer:  W [64 kGroups][64]  |  x [kTokens][64]      barriers: full, empty
+//
+//   a cluster of kClusterRows x kClusterTokens blocks, here for example 2 x 2:
+//
+//                 x tile 0    x tile 1
+//   W tile 0    | block 0   | block 2 |      blocks of a row share W, those of a column x: each requests
+//   W tile 1    | block 1   | block 3 |      its part of a tile and sends it to all that need it (multicast)
+//
+// Clusters go over the tiles, tokens first, so that W comes from memory once and x stays in the L2 cache.
 // Each sum has one accumulator and goes over k in ascending steps of 16, whatever the tile: a row's bits do
-// not depend on the choice.
+// not depend on the choice of tile.
 //
-// Cost of a step, in cycles of a multiprocessor: 2 C N of wgmma (64 x 8 x 16 products in 4 cycles), against
-// (64 C + N) 128 bytes of which 47 a cycle come in, whether a cluster shares them or not; sharing spares the
-// L2 cache. So tiles are large, and there are about as many as multiprocessors; linear_prompt.cc chooses.
+// Cost of a step, in cycles of a multiprocessor: 2 kGroups kTokens of wgmma (64 x 8 x 16 products in 4
+// cycles), against (64 kGroups + kTokens) 128 bytes, of which 47 a cycle come in, whether a cluster shares
+// them or not; sharing spares the L2 cache. So tiles are large, and there are about as many as
+// multiprocessors; linear_prompt.cc chooses by max(2.25 kGroups kTokens, bytes / 47) times the number of
+// rounds.
+//
+// Reference: float64 in PyTorch, and the same bits for every tile, tests/cuda/test_prompt_linear.py.
 #include "cuda/kernels/hopper.cuh"
 #include "cuda/kernels/linear_prompt.cuh"
 
@@ -19,13 +30,12 @@
 
 namespace qvl::cuda {
 
-constexpr int kChunk = 32;         // tokens at a time on their way out
-constexpr int kChunkRow = 64 + 4;  // floats between them
+constexpr int kChunk = 32;         // tokens at a time in the epilogue
+constexpr int kChunkRow = 64 + 4;  // floats from token to token
 constexpr int kChunkBytes = kChunk * kChunkRow * 4;
 
-// Four neighbouring columns of `rows` of y, 8 apart from `row` on; columns beyond `out` are left out. The
-// sums lie in `chunk`, 8 rows apart as well. A loop for each kind, outside of which nothing is decided: the
-// instructions must fit in their cache.
+// Finish four neighbouring columns of kMost rows of y, 8 apart from `row` on; the sums are in `chunk`, also 8
+// rows apart. One loop per epilogue with the branch outside: the code must fit the instruction cache.
 template <int kMost>
 __device__ inline void finish_four(const Result& p, int row, int column, const float* chunk, float4 bias) {
   float4 v[kMost];
@@ -73,30 +83,32 @@ __device__ inline void finish_four(const Result& p, int row, int column, const f
   }
 }
 
-template <int C, int N, int CM, int CN, int S>
+template <int kGroups, int kTokens, int kClusterRows, int kClusterTokens, int kStages>
 __device__ inline void linear(const LinearTensors& p) {
-  constexpr int kRows = 64 * C, kBlocks = CM * CN, kPeers = CM + CN - 1;
-  constexpr int kBytesW = kRows * 128, kBytesX = N * 128;
-  // One instruction must do with the registers of a thread at entry, 128 with four warpgroups.
-  constexpr int kWidth = C == 3 && N > 144 ? N / 2 : N;
-  static_assert(kRows / CN % 8 == 0 && N % (8 * CM) == 0, "parts of tiles are whole groups of 8 rows");
+  constexpr int kRows = 64 * kGroups, kBlocks = kClusterRows * kClusterTokens,
+                kPeers = kClusterRows + kClusterTokens - 1;
+  constexpr int kBytesW = kRows * 128, kBytesX = kTokens * 128;
+  // An instruction is limited to the registers of a thread at entry, 128 with four warpgroups.
+  constexpr int kWidth = kGroups == 3 && kTokens > 144 ? kTokens / 2 : kTokens;
+  static_assert(kRows / kClusterTokens % 8 == 0 && kTokens % (8 * kClusterRows) == 0,
+                "parts of tiles are whole groups of 8 rows");
   extern __shared__ char raw[];
-  // The same offset in every block of a cluster.
+  // The same offset in every block of a cluster, for multicast.
   char* const aligned = raw + (-static_cast<uint32>(__cvta_generic_to_shared(raw)) & 1023);
   const uint32 tiles_w = static_cast<uint32>(__cvta_generic_to_shared(aligned));
-  const uint32 tiles_x = tiles_w + S * kBytesW;
-  float* const chunks = reinterpret_cast<float*>(aligned + S * (kBytesW + kBytesX));
-  const uint32 full = tiles_x + S * kBytesX + C * kChunkBytes, empty = full + 8 * S;
+  const uint32 tiles_x = tiles_w + kStages * kBytesW;
+  float* const chunks = reinterpret_cast<float*>(aligned + kStages * (kBytesW + kBytesX));
+  const uint32 full = tiles_x + kStages * kBytesX + kGroups * kChunkBytes, empty = full + 8 * kStages;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rank = kBlocks > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const int rank_m = rank % CM, rank_n = rank / CM;
+  const int rank_m = rank % kClusterRows, rank_n = rank / kClusterRows;
   const int first_group = blockIdx.x / kBlocks, stride = gridDim.x / kBlocks;
   const int groups = p.m_groups * p.n_groups;
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < S; ++i) {
+    for (int i = 0; i < kStages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, C * kPeers);
+      barrier_init(empty + 8 * i, kGroups * kPeers);
     }
     publish_barriers();
   }
@@ -107,66 +119,71 @@ __device__ inline void linear(const LinearTensors& p) {
   }
   start_successors();
 
-  if (warp >= 4 * C) {
-    if (C > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C == 4 ? 24 : 40));
-    if (warp == 4 * C && lane == 0) {
-      constexpr int kPartW = kRows / CN, kPartX = N / CM;
-      uint32 to_w = 0, to_x = 0;  // the blocks that need this one's parts
-      for (int i = 0; i < CN; ++i) to_w |= 1u << (rank_m + CM * i);
-      for (int i = 0; i < CM; ++i) to_x |= 1u << (i + CM * rank_n);
+  if (warp >= 4 * kGroups) {
+    if (kGroups > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kGroups == 4 ? 24 : 40));
+    if (warp == 4 * kGroups && lane == 0) {
+      constexpr int kPartW = kRows / kClusterTokens, kPartX = kTokens / kClusterRows;
+      uint32 to_w = 0, to_x = 0;  // masks of the blocks that need this block's parts
+      for (int i = 0; i < kClusterTokens; ++i) to_w |= 1u << (rank_m + kClusterRows * i);
+      for (int i = 0; i < kClusterRows; ++i) to_x |= 1u << (i + kClusterRows * rank_n);
       auto copy_w = [&](int slot, int group, int step) {
-        const int row = (group / p.n_groups * CM + rank_m) * kRows + rank_n * kPartW;
+        const int row = (group / p.n_groups * kClusterRows + rank_m) * kRows + rank_n * kPartW;
         const uint32 to = tiles_w + slot * kBytesW + rank_n * kPartW * 128;
-        if (CN > 1) {
+        if (kClusterTokens > 1) {
           copy_box_to(to, p.w, step * 64, row, full + 8 * slot, to_w);
         } else {
           copy_box(to, p.w, step * 64, row, full + 8 * slot);
         }
       };
       auto copy_x = [&](int slot, int group, int step) {
-        const int row = (group % p.n_groups * CN + rank_n) * N + rank_m * kPartX;
+        const int row = (group % p.n_groups * kClusterTokens + rank_n) * kTokens + rank_m * kPartX;
         const uint32 to = tiles_x + slot * kBytesX + rank_m * kPartX * 128;
-        if (CM > 1) {
+        if (kClusterRows > 1) {
           copy_box_to(to, p.x, step * 64, row, full + 8 * slot, to_x);
         } else {
           copy_box(to, p.x, step * 64, row, full + 8 * slot);
         }
       };
-      // As a rule nobody writes weights: the first ones come before the predecessors are done.
+      // Usually no kernel writes the weights: the first ones are requested before the preceding kernels end.
       if (p.written) wait_for_predecessors();
-      const int ahead = first_group < groups ? min(S, p.steps) : 0;
+      const int ahead = first_group < groups ? min(kStages, p.steps) : 0;
       for (int i = 0; i < ahead; ++i) {
         barrier_expect(full + 8 * i, kBytesW + kBytesX);
         copy_w(i, first_group, i);
       }
       wait_for_predecessors();
       for (int i = 0; i < ahead; ++i) copy_x(i, first_group, i);
-      int slot = ahead % S;
-      uint32 phase = ahead == S ? 1 : 0;  // how often the slots have been around, by parity
+      int slot = ahead % kStages;
+      uint32 phase = ahead == kStages ? 1 : 0;  // parity of the number of rounds
       for (int group = first_group; group < groups; group += stride) {
         for (int step = group == first_group ? ahead : 0; step < p.steps; ++step) {
           barrier_wait(empty + 8 * slot, phase ^ 1);
           barrier_expect(full + 8 * slot, kBytesW + kBytesX);
           copy_w(slot, group, step);
           copy_x(slot, group, step);
-          if (++slot == S) slot = 0, phase ^= 1;
+          if (++slot == kStages) slot = 0, phase ^= 1;
         }
       }
     }
   } else {
-    if (C > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C == 2 ? 224 : C == 3 ? 152 : 112));
+    if (kGroups > 1)
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kGroups == 2   ? 224
+                                                               : kGroups == 3 ? 152
+                                                                              : 112));
     const int part = warp / 4, thread = threadIdx.x % 128;
     float* const chunk = chunks + part * kChunk * kChunkRow;
-    // The block that this warp tells when a slot is free: those of the same rows, then the others of the same
-    // tokens.
+    // The block that this warp notifies of a free slot: first the blocks of the same rows, then those of the
+    // same tokens.
     const int peer = warp % 4;
-    const int told =
-        peer < CN ? rank_m + CM * peer : (peer - CN < rank_m ? peer - CN : peer - CN + 1) + CM * rank_n;
+    const int told = peer < kClusterTokens ? rank_m + kClusterRows * peer
+                                           : (peer - kClusterTokens < rank_m ? peer - kClusterTokens
+                                                                             : peer - kClusterTokens + 1) +
+                                                 kClusterRows * rank_n;
     static_assert(kPeers <= 4, "a warp tells one block");
     auto release = [&](int slot) {
       if (lane == 0 && peer < kPeers) barrier_arrive(empty + 8 * slot, told);
     };
-    float sums[N / 2];
+    float sums[kTokens / 2];
     int slot = 0;
     uint32 phase = 0;
     for (int group = first_group; group < groups; group += stride) {
@@ -178,21 +195,21 @@ __device__ inline void linear(const LinearTensors& p) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
 #pragma unroll
-          for (int j = 0; j < N / kWidth; ++j) {
+          for (int j = 0; j < kTokens / kWidth; ++j) {
             Product<kWidth>::run(sums + j * kWidth / 2, w + 2 * k, x + 2 * k + j * kWidth * 8, step + k != 0);
           }
         }
         products_commit();
         products_wait<1>();
-        if (step > 0) release(slot == 0 ? S - 1 : slot - 1);
-        if (++slot == S) slot = 0, phase ^= 1;
+        if (step > 0) release(slot == 0 ? kStages - 1 : slot - 1);
+        if (++slot == kStages) slot = 0, phase ^= 1;
       }
       products_wait<0>();
-      release(slot == 0 ? S - 1 : slot - 1);
+      release(slot == 0 ? kStages - 1 : slot - 1);
       settle(sums);
 
-      const int first_out = (group / p.n_groups * CM + rank_m) * kRows + part * 64;
-      const int first_token = (group % p.n_groups * CN + rank_n) * N;
+      const int first_out = (group / p.n_groups * kClusterRows + rank_m) * kRows + part * 64;
+      const int first_token = (group % p.n_groups * kClusterTokens + rank_n) * kTokens;
       const int column = first_out + thread % 16 * 4;
       const bool fours = p.result.out % 4 == 0;
       float4 bias = make_float4(0, 0, 0, 0);
@@ -200,14 +217,14 @@ __device__ inline void linear(const LinearTensors& p) {
         bias = *reinterpret_cast<const float4*>(p.result.bias + column);
       }
 #pragma unroll 1
-      for (int i = 0; i < N && first_token + i < p.result.n; i += kChunk) {
+      for (int i = 0; i < kTokens && first_token + i < p.result.n; i += kChunk) {
         warpgroup_sync(1 + part);
         float* const to = chunk + lane % 4 * 2 * kChunkRow + peer * 16 + lane / 4;
 #pragma unroll
-        for (int c = 0; c < N; c += kChunk) {
+        for (int c = 0; c < kTokens; c += kChunk) {
           if (c != i) continue;
 #pragma unroll
-          for (int j = 0; j < kChunk && c + j < N; j += 8) {
+          for (int j = 0; j < kChunk && c + j < kTokens; j += 8) {
             to[j * kChunkRow] = sums[(c + j) / 2];
             to[(j + 1) * kChunkRow] = sums[(c + j) / 2 + 1];
             to[j * kChunkRow + 8] = sums[(c + j) / 2 + 2];
@@ -215,7 +232,7 @@ __device__ inline void linear(const LinearTensors& p) {
           }
         }
         warpgroup_sync(1 + part);
-        const int token = first_token + i + thread / 16, end = min(p.result.n, first_token + N);
+        const int token = first_token + i + thread / 16, end = min(p.result.n, first_token + kTokens);
         const float* const from = chunk + thread / 16 * kChunkRow + thread % 16 * 4;
         if (fours) {
           Result result = p.result;
@@ -231,7 +248,7 @@ __device__ inline void linear(const LinearTensors& p) {
       }
     }
   }
-  if (kBlocks > 1) cluster_sync();  // others may still send here
+  if (kBlocks > 1) cluster_sync();  // other blocks may still send to this one
 }
 
 #define QVL_LINEAR(C, N, CM, CN, S, BLOCKS)                                                          \

@@ -1,4 +1,4 @@
-// How a row of logits gives its token, for host and device.
+// Sampling parameters of a row, for host and device.
 #pragma once
 
 namespace qvl::cuda {
@@ -8,7 +8,7 @@ struct Pick {
   float temperature, top_p;
   int top_k;
   float repetition_penalty, frequency_penalty, presence_penalty;
-  int n_forbidden, first_forbidden;  // a part of `forbidden`
+  int n_forbidden, first_forbidden;  // range in `forbidden`
   double fraction;                   // random_fraction(seed, counter)
   int* counts;                       // [vocab] or NULL
 };

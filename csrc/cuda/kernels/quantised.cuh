@@ -1,15 +1,25 @@
-// Quantised matrices on the GPU, and how their integers become H. All of it is exact.
+// Quantised matrices on the GPU, and the conversion of their integers to H. All of it is exact.
 //
-// Rows go in tiles of 16 (the last one is filled up with zeros), values of a row in units of 128; on Hopper
-// units come first, [unit][tile], so that neighbouring tiles of a unit are one copy. A lane 4 g
-// + t of a warp finds what it needs of rows g and g + 8 of a tile in its own 16 bytes: runs of 8 values that
-// are two products of 16 deep (run_value). Quarters are of 32 values, halves of 64.
+// Layout. Rows are in tiles of 16 (the last one is filled up with zeros), values of a row in units of 128; on
+// Hopper units come first, [unit][tile], so that neighbouring tiles of a unit are one copy:
 //
-//   INT8: [tile][unit][quarter][lane] 16 bytes: the run of row g, then that of row g + 8. Bytes of a run:
-//         values 0 2 1 3 4 6 5 7. Scales float32 [out].
-//   INT4: [tile][unit][half][lane] 4 words: the runs of both quarters of row g, then those of row g + 8.
-//         Nibbles of a run, from the lowest: values 0 2 4 6 1 3 5 7, plus 8.
-//         Scales bfloat16 [tile][unit][g][group of the unit][row g, row g + 8].
+//                 unit 0      unit 1
+//   16 rows    | 4 quarters | 4 quarters |       quarter: 32 values, half: 64
+//   (a tile)   | of 32      |            |
+//
+// A lane 4 g + t of a warp finds all it needs of rows g and g + 8 of a tile in its own 16 bytes: runs of 8
+// values that are two products of 16 deep (run_value).
+//
+//   INT8   [tile][unit][quarter][lane] 16 bytes: the run of row g, then that of row g + 8.
+//          Bytes of a run: values 0 2 1 3 4 6 5 7. Scales float32 [out].
+//   INT4   [tile][unit][half][lane] 4 words: the runs of both quarters of row g, then those of row g + 8.
+//          Nibbles of a run, from the lowest: values 0 2 4 6 1 3 5 7, plus 8.
+//          Scales bfloat16 [tile][unit][g][group of the unit][row g, row g + 8].
+//
+// Cost of the conversion: 1 to 2 instructions for two values (an and-or and an addition in H).
+//
+// Reference: `packed` in tests/cuda/test_prompt_linear.py builds the layout with PyTorch; test_decode.py
+// compares products with float64.
 #pragma once
 
 #include "cuda/kernels/common.cuh"
@@ -18,8 +28,8 @@ namespace qvl::cuda {
 
 constexpr int kTileRows = 16, kUnit = 128, kRun = 8;
 
-// Where value v of the run of lane t lies in its quarter. With mma.m16n8k16 x is read as the weights are, so
-// that a run's values are neighbours. wgmma reads x itself: pairs lie 8 apart, as in its fragments.
+// Index in its quarter of value v of the run of lane t. With mma.m16n8k16 lanes load x like the weights, so a
+// run's values are neighbours. wgmma reads x itself: pairs are 8 apart, as in its fragments.
 __device__ inline int run_value(int t, int v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   return v / 2 * 8 + 2 * t + v % 2;
@@ -28,7 +38,7 @@ __device__ inline int run_value(int t, int v) {
 #endif
 }
 
-// A matrix as it is cut up.
+// Addressing of a matrix in tiles and units.
 struct Cut {
   int units, tiles;
 
@@ -41,7 +51,7 @@ struct Cut {
     return static_cast<int64>(row / kTileRows) * units + k / kUnit;
 #endif
   }
-  // Word of the values where the run of lane t = k % 32 / 8 begins; k: a multiple of 8.
+  // Index of the first word of the run of lane t = k % 32 / 8; k: a multiple of 8.
   __device__ int64 int8_word(int row, int k) const {
     const int64 quarter = unit_of(row, k) * 4 + k % kUnit / 32;
     return (quarter * 32 + 4 * (row % 8) + k % 32 / 8) * 4 + row % 16 / 8 * 2;
@@ -63,8 +73,8 @@ __device__ inline uint32 bits_of(H2 value) {
   return reinterpret_cast<const uint32&>(value);
 }
 
-// (word & mask) | bits and (word & mask) ^ bits as one instruction each: of its own accord the compiler takes
-// two, for only one operand may be a number. On the host, where a test runs kernels, they are plain.
+// (word & mask) | bits and (word & mask) ^ bits as one instruction each; the compiler would emit two, as only
+// one operand may be an immediate. Plain operators on the host, where a test runs kernels.
 template <uint32 mask, uint32 bits>
 __device__ inline uint32 and_or(uint32 word) {
 #ifdef __CUDA_ARCH__

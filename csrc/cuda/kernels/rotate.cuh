@@ -1,35 +1,42 @@
-// Rotation by a position's angles, and values as the cache has them: the same bits whichever kernel does it.
+// Rotation by a position's angles, and conversion to the types of the cache: the same bits in every kernel.
+//
+//   head  [ lower half | upper half ]      lower' = lower cos - upper sin,  upper' = upper cos + lower sin
+//   int8  value = scale * integer, scale = largest magnitude of the head / 127
+//
+// Cost: a multiplication and a multiply-add a value.
+//
+// Reference: float64 in PyTorch, tests/cuda/test_elementwise.py::test_rotate_and_store.
 #pragma once
 
 #include "cuda/kernels/stored.cuh"
 
 namespace qvl::cuda {
 
-// A value of the lower half of a head, `other` half a head above, with minus the sine; or of the upper half,
-// `other` half a head below, with the sine.
-__device__ inline float turned(float value, float other, float cosine, float sine) {
+// Rotated value: of the lower half of a head with `other` half a head above and minus the sine, or of the
+// upper half with `other` half a head below and the sine.
+__device__ inline float rotated(float value, float other, float cosine, float sine) {
   return __fmaf_rn(value, cosine, __fmul_rn(other, sine));
 }
 
 __device__ inline BFloat16Value bfloat16_of(float value) {
   const uint32 bits = __float_as_uint(value);
   if (value != value) return {static_cast<uint16>(bits >> 16 | 64)};
-  return {static_cast<uint16>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};  // the nearest, even of two
+  return {static_cast<uint16>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
 }
 
 __device__ inline Float16Value float16_of(float value) {
-  Float16Value stored;  // what is out of range becomes the largest value, a NaN stays one
+  Float16Value stored;  // saturates; NaN stays NaN
   const float in = value != value ? value : fminf(fmaxf(value, -65504.f), 65504.f);
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(stored.bits) : "f"(in));
   return stored;
 }
 
-// A head in 8 bits, of the largest magnitude in it: value = scale * integer.
+// Quantisation of a head to 8 bits from its largest magnitude: value = scale * integer.
 struct Int8Head {
   float scale, inverse;
 
   __device__ explicit Int8Head(float most) {
-    // The inverse of a denormal would overflow; it counts as zero.
+    // The inverse of a denormal would overflow: treat it as zero.
     const bool usable = most > 1e-35f && most < __int_as_float(0x7F800000);
     inverse = usable ? 127.f / most : 0.f;
     scale = usable ? most / 127.f : 0.f;

@@ -1,27 +1,31 @@
-// Picking tokens from rows of logits, float32 [n, vocab].
+// Sampling of tokens from rows of logits, float32 [n, vocab].
 //
-// The parts, each a launch: sample_scan (a block for each 4096 logits: its likeliest id, its checks, its part
-// of the softmax's sum, its forbidden ids as bits), sample_peak (a warp a row puts them together: greedy rows
-// are done); where a row draws sample_bins, sample_keep and sample_draw; and where log-probabilities of the
-// likeliest are wanted sample_top.
+// Layout. Six kernels, each one launch:
 //
-// Greedy, one row of 151,936: 608 KB from the L2 cache, in which the product before left it, by 38 blocks
-// with 64 bytes on their way a thread, then 38 small structs: two launches and little more. 256 rows are 156
-// MB: 36 us at the memory's rate.
+//   sample_scan    a block for each 4096 logits: its likeliest id, its checks, its part of the softmax's sum,
+//                  its forbidden ids as bits                                          -> peaks [n][chunks]
+//   sample_peak    a warp a row merges them: greedy rows are done                     -> states [n]
+//   sample_bins    rows that draw: weights and counts of 2048 bins, all blocks of a row -> bins [n][2048]
+//   sample_keep    ... the ids of the bins that matter                                -> kept_keys [n][2048]
+//   sample_draw    ... a block a row: top-k, top-p, the draw                          -> tokens [n]
+//   sample_top     log-probabilities of the likeliest, where wanted, a block a row -> top_tokens [n][n_top]
 //
 // A draw needs the order of the likeliest and sums in that order, but not of all 151,936. Ids get a key: how
-// far their logit lies under the largest, in temperatures, in steps of 2^-35, then the id; what is 32 or more
-// under it weighs nothing. Weights exp(-distance) are whole numbers, so that sums do not depend on the order
-// of the additions, and atomic additions give the same bits however the row is shared among blocks. Where a
-// running sum (of ids for top-k, of weights for top-p and the draw) crosses a value is found by the bin of
-// the key's first 11 bits (sample_bins, all blocks of a row), and then by putting the ids of that bin in
-// order, and with them all before it where later sums need those. If they are 2048 or fewer, sample_keep, all
-// blocks of a row, gathers them, and sample_draw, one block a row, does not read the row. Else, in flat rows,
-// it counts bins of the next 11 bits, and reads the row a few times.
+// far their logit lies under the largest, in temperatures, in steps of 2^-35, then the id; an id 32 or more
+// under it has weight 0. Weights exp(-distance) are integers, so that sums do not depend on the order of the
+// additions, and atomic additions give the same bits however the row is shared among blocks. Where a running
+// sum (of ids for top-k, of weights for top-p and the draw) crosses a value is found by the bin of the key's
+// first 11 bits (sample_bins), and then by sorting the ids of that bin, with all before it where later sums
+// need those. If they are 2048 or fewer, sample_keep gathers them, and sample_draw does not read the row.
+// Else, in flat rows, it counts bins of the next 11 bits, and reads the row a few times.
 //
-// Seen on an H200: greedy 3.5 us for one row, 13 for 64, 45 for 256. A draw adds 14 to 22 us for one row, 76
-// to 82 for 64 (57 of them sample_bins: its atomic additions in shared memory bound it), and 150 for one flat
-// row with top-p.
+// Cost. Greedy, one row of 151,936: 608 KB from the L2 cache, where the product before left it, by 38 blocks
+// with 64 bytes in flight a thread, then 38 small structs: two launches and little more. 256 rows are 156 MB:
+// 36 us at the memory's bandwidth (4 n vocab bytes). Seen on an H200: greedy 3.5 us for one row, 13 for 64,
+// 45 for 256. A draw adds 14 to 22 us for one row, 76 to 82 for 64 (57 of them sample_bins: its atomic
+// additions in shared memory bound it), and 150 for one flat row with top-p.
+//
+// Reference: `expected` in tests/cuda/test_sample.py, the same rules in NumPy with float64.
 #include "cuda/kernels/sample.h"
 #include "cuda/kernels/sample_search.cuh"
 
@@ -68,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
   const int first = chunk * kScanChunk + 4 * thread;
   float values[kScanVectors][4];
   load_logits(p.logits + static_cast<int64>(row) * p.vocab, p.vocab, first, values);
-  if (p.any_draw) {  // sample_bins adds to them
+  if (p.any_draw) {  // sample_bins adds to these
     for (int i = chunk * kScanThreads + thread; i < kSearchBins; i += p.chunks * kScanThreads) {
       p.bin_weights[static_cast<int64>(row) * kSearchBins + i] = 0;
       p.bin_counts[static_cast<int64>(row) * kSearchBins + i] = 0;
@@ -195,7 +199,7 @@ __device__ inline bool draws(const Pick& pick, const RowState& state) {
   return state.peak >= 0 && !is_greedy(pick);
 }
 
-// The id with which the weights are over this is the last that top-p leaves: no less than top_p of the mass.
+// Target for top-p: the id at which the running weight exceeds it is the last that top-p keeps.
 __device__ inline uint64 top_p_target(const Pick& pick, uint64 mass) {
   const uint64 least = __double2ull_ru(static_cast<double>(pick.top_p) * static_cast<double>(mass));
   return min(max(least, 1ull), mass) - 1;
@@ -205,8 +209,8 @@ __device__ inline uint64 draw_target(const Pick& pick, uint64 mass) {
   return min(__double2ull_rd(pick.fraction * static_cast<double>(mass)), mass - 1);
 }
 
-// A row's bins are whole: find the one in which the first of sample_draw's searches ends, later ones ending
-// no later. All before it are wanted, too, unless there is no other search.
+// With the complete bins of a row: find the bin in which the first of sample_draw's searches ends; later
+// searches end no later. The ids before it are kept, too, unless it is the only search.
 __device__ void choose_kept(const SampleParams& p, int row, const Pick& pick) {
   constexpr int kEach = kSearchBins / kScanThreads;
   __shared__ uint64 room[2][kScanWarps];
@@ -251,8 +255,8 @@ __device__ void choose_kept(const SampleParams& p, int row, const Pick& pick) {
   }
 }
 
-// A block for each bin_vectors * 4 * kScanThreads logits of each row: the bins of the first level. A row's
-// last block to end looks at the whole.
+// A block for each bin_vectors * 4 * kScanThreads logits of each row: the bins of the first level. The last
+// block of a row to finish runs choose_kept.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
     sample_bins(const __grid_constant__ SampleParams p) {
   __shared__ Bins bins;
@@ -293,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
   choose_kept(p, row, pick);
 }
 
-// The same blocks: gather the ids that were chosen.
+// The same blocks: gather the chosen ids.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
     sample_keep(const __grid_constant__ SampleParams p) {
   start_successors();
@@ -360,7 +364,8 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
   TopItems items(p.logits + static_cast<int64>(row) * p.vocab);
   if (!broken) {
     Search<TopItems> search(room, items, items.logits, p.vocab, p, row);
-    // The n_top-th of some logits is a bound for all: few are above it, mostly.
+    // The n_top-th largest of the warps' maxima is a lower bound for the n_top-th logit: mostly few are above
+    // it.
     const int mosts = min(p.chunks * kScanWarps, kSearchThreads);
     if (thread < mosts)
       room.keys[thread] =

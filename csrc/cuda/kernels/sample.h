@@ -10,33 +10,33 @@ constexpr int kScanVectors = 4;  // float4 a thread
 constexpr int kScanChunk = 4 * kScanVectors * kScanThreads;
 constexpr int kSearchThreads = 1024;
 constexpr int kSearchBins = 2048;
-constexpr int kKept = 2048;  // ids that a search puts in order
+constexpr int kKept = 2048;  // most ids that a search sorts
 constexpr int kScanWarps = kScanThreads / 32;
 
-// What a chunk of a row has.
+// Summary of a chunk of a row.
 struct ChunkPeak {
   double best;  // the largest logit after penalties, and the lowest id that has it
   int id;
-  int flags;        // kHasFinite, kHasNan
+  int flags;        // kHasFinite, kHasBroken
   float most, sum;  // of the unchanged logits: the largest, and the sum of exp(logit - most)
 };
 
-// What the kernels after the scan must know of a row.
+// State of a row for the kernels after the scan.
 struct RowState {
   double best;   // as in ChunkPeak
   double floor;  // log-probability of an unchanged logit: logit - floor
   int peak;      // id of `best`; -1 if the row has a NaN or nothing finite
 };
 
-// Ids of a row that draws: those among which the first search of sample_draw ends.
+// Ids of a row that draws: the candidates among which the first search of sample_draw ends.
 struct KeptIds {
   unsigned blocks_done;                        // of sample_bins
-  bool by_count;                               // top-k counts: there are so many ids
+  bool by_count;                               // the first search is by count: top-k applies
   bool too_many;                               // they are not kept
-  int n;                                       // how many are
+  int n;                                       // number of kept ids
   unsigned long long mass;                     // the weight of all ids of the row
-  unsigned long long base_count, base_weight;  // of those before the kept
-  unsigned long long first_key, last_key;      // that the kept have
+  unsigned long long base_count, base_weight;  // of the ids before the kept
+  unsigned long long first_key, last_key;      // range of the kept keys
 };
 
 struct SampleParams {

@@ -1,4 +1,14 @@
 // A row of logits with its penalties and forbidden ids, and how threads read it.
+//
+// Layout: logits float32 [vocab]; counts int32 [vocab]; marks: a bit for each forbidden id. A thread reads
+// kVectors float4, 4 threads apart:
+//
+//   logits   | t0: 4 | t1: 4 | .. | t255: 4 | t0: 4 | ..
+//
+// Cost: 4 bytes a logit, 4 more where a row has counts; one double-precision operation or a few a changed
+// logit.
+//
+// Reference: `expected` in tests/cuda/test_sample.py, the same rules in NumPy with float64.
 #pragma once
 
 #include "cuda/kernels/common.cuh"
@@ -12,7 +22,7 @@ __device__ inline float infinity() {
   return __int_as_float(0x7F800000);
 }
 
-// A row's logits as its penalties and forbidden ids leave them.
+// A row's logits after penalties and forbidden ids.
 struct Row {
   const float* logits;
   const int* counts;    // NULL without penalties
@@ -45,7 +55,7 @@ struct Row {
   }
 };
 
-// A thread's logits of kVectors float4 from `first` on, 4 * threads apart; -infinity behind the row.
+// Load a thread's logits: kVectors float4 from `first` on, 4 * threads apart; -infinity beyond the row.
 template <int kVectors>
 __device__ void load_logits(const float* logits, int vocab, int first, float (&values)[kVectors][4]) {
   const int step = 4 * blockDim.x;

@@ -1,17 +1,33 @@
-// Ids of a row in order, and where running sums over them cross a value. sample.cu says how.
+// Ids of a row in order, and where running sums over them cross a value: top-k, top-p and the draw.
+//
+// Layout of a key, smaller is likelier:
+//
+//   draws   | 40 bits: distance to the largest logit, in temperatures, steps of 2^-35 | 24 bits: id |
+//   top     | 32 bits: the logit, order reversed | 32 bits: id |
+//
+//   level 1: 2048 bins of the upper 11 bits    | w0 | w1 | w2 | ..      the bin where the running sum crosses
+//   level 2: 2048 bins of the next 11 bits          \_ | | | ..         and so on, until at most kKept = 2048
+//                                                                       ids are left, which are sorted
+//
+// Weights are integers, so that sums do not depend on the order of the additions.
+//
+// Cost: a pass over the row for each level, 4 vocab bytes from the L2 cache, and a bitonic sort of 2048 keys
+// in shared memory, 66 rounds of comparisons.
+//
+// Reference: `expected` in tests/cuda/test_sample.py; sample.cu has the whole algorithm.
 #pragma once
 
 #include "cuda/kernels/sample_row.cuh"
 
 namespace qvl::cuda {
 
-constexpr int kIdBits = 24, kStepBits = 35;       // of a key for draws
+constexpr int kIdBits = 24, kStepBits = 35;       // parts of a key for draws
 constexpr uint64 kFarthest = 32ull << kStepBits;  // in steps; with kIdBits these are 64 bits
 constexpr uint64 kLog2E = 6653256548922161246;    // log2(e) * 2^62
 
-// Logits that are worth a closer look: those of a range of keys lie in it.
+// Range of logits that may belong to a range of keys.
 struct Near {
-  float low, high;  // a NaN is no bound
+  float low, high;  // NaN: unbounded
 
   __device__ bool near(float logit) const { return !(logit < low || logit > high); }
 };
@@ -29,7 +45,8 @@ struct DrawItems : Near {
         steps((1ull << kStepBits) / static_cast<double>(pick.temperature)),
         weight_shift(p.weight_shift) {}
 
-  // Of the distance in the key alone, off by a few parts in ten million: 2^-t, t the distance times log2(e).
+  // Weight by the distance in the key alone, relative error of a few 1e-7: 2^-t, t the distance times
+  // log2(e).
   __device__ uint64 weight(uint64 key) const {
     const uint64 t = __umul64hi(key >> kIdBits << 24, kLog2E);  // in steps of 2^-57
     const float part = static_cast<float>(static_cast<uint32>(t >> 25)) * 0x1p-32f;
@@ -37,7 +54,7 @@ struct DrawItems : Near {
     return mantissa << weight_shift >> (t >> 57);
   }
 
-  // Only ids with keys first to last are asked for from now on.
+  // Restrict to ids with keys first to last.
   __device__ void narrow(uint64 first, uint64 last) {
     low = -infinity();
     high = infinity();
@@ -48,7 +65,7 @@ struct DrawItems : Near {
     low = static_cast<float>(best - to - slack);
   }
 
-  // Whether the id has a key, and which.
+  // Key of an id; false if its weight is 0.
   __device__ bool get(int id, float logit, uint64& key) const {
     const double distance = (best - row.value(id, logit)) * steps;
     if (!(distance < static_cast<double>(kFarthest))) return false;
@@ -57,7 +74,7 @@ struct DrawItems : Near {
   }
 };
 
-// The ids of a row in the order of its unchanged logits; they weigh nothing.
+// The ids of a row in the order of its unchanged logits, with weights 0.
 struct TopItems : Near {
   static constexpr bool kHasFirstBins = false;
   const float* logits;
@@ -83,7 +100,7 @@ struct TopItems : Near {
   }
 };
 
-// Weights and numbers of ids by bin, in shared memory. A weight is in two words: atomic additions of 64 bits
+// Weights and counts of ids by bin, in shared memory. A weight is two words, since 64-bit atomic additions
 // are loops there.
 struct Bins {
   uint32 low[kSearchBins], high[kSearchBins], counts[kSearchBins];
@@ -104,7 +121,7 @@ struct Bins {
 
 constexpr int kBinShift = 53;  // of the first level: the upper 11 bits of a key
 
-// What the values of the threads before this one add up to, and those of all. `room`: kWarps numbers.
+// Exclusive prefix sum over the threads, and the sum of all. `room`: kWarps numbers.
 template <int kWarps>
 __device__ uint64 sum_before(uint64 value, uint64* room, uint64& all) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -134,14 +151,14 @@ struct SearchRoom {
   };
   uint64 keys[kKept];
   uint64 sums[2][32];
-  uint64 before_count, before_weight;  // what lies before the place that crossing() found
+  uint64 before_count, before_weight;  // sums before the place that crossing() found
   uint64 here_count, here_weight;
   int found;
   int n_kept;
 };
 
-// Where running sums over a row's ids cross a value. All threads of a block of kSearchThreads call with the
-// same arguments.
+// Search for the id at which a running sum over a row crosses a value. Called by all threads of a block of
+// kSearchThreads with the same arguments.
 template <typename Items>
 class Search {
  public:
@@ -152,7 +169,7 @@ class Search {
     bin_counts_ = p.bin_counts + static_cast<int64>(row) * kSearchBins;
   }
 
-  // Begin with ids that have been gathered.
+  // Begin with ids gathered by sample_keep.
   __device__ void begin_with(const KeptIds& kept, const uint64* keys) {
     n_kept_ = kept.n;
     base_count_ = kept.base_count;
@@ -161,15 +178,15 @@ class Search {
     put_in_order();
   }
 
-  // Keep the ids with keys up to `last`. False if they are too many.
+  // Keep the ids with keys up to `last`. False if there are more than kKept.
   __device__ bool keep_up_to(uint64 last) {
     base_count_ = base_weight_ = 0;
     gather(0, last);
     return n_kept_ > 0;
   }
 
-  // Bitonic, of the first n keys: rounds of comparisons of keys a power of two apart. Those at most 32 apart
-  // stay in a warp.
+  // Bitonic sort of the first n keys: rounds of comparisons of keys a power of two apart. Distances up to 32
+  // stay within a warp.
   __device__ void sort(int n) {
     int whole = 2;
     while (whole < n) whole *= 2;
@@ -197,9 +214,9 @@ class Search {
     __syncthreads();
   }
 
-  // The first id, in order, with which the number of ids, or their weight, is over `target`: its key, and
-  // the weight up to and with it. False if all are not over it. The ids in order up to it are kept, all of
-  // them if `whole`.
+  // Find the first id, in order, at which the count of ids, or their weight, exceeds `target`: its key, and
+  // the weight through it. False if the total does not exceed it. Keeps the sorted ids around it, with
+  // `whole` all up to it.
   __device__ bool find(bool by_count, uint64 target, bool whole, uint64& key, uint64& through) {
     if (!find_kept(by_count, target, key, through)) {
       if (!keep(by_count, target, whole)) return false;
@@ -217,7 +234,7 @@ class Search {
     for (int first = 4 * threadIdx.x; first < vocab_; first += 4 * kVectors * kSearchThreads) {
       float values[kVectors][4];
       load_logits(logits_, vocab_, first, values);
-      uint32 near = 0;  // a bit for each that may be one: mostly few are
+      uint32 near = 0;  // a bit for each candidate: mostly few
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
@@ -231,7 +248,7 @@ class Search {
     }
   }
 
-  // The bins of the keys that begin with `prefix`, at the level of `shift`.
+  // Fill the bins of the keys that begin with `prefix`, at the level of `shift`.
   __device__ void fill(int shift, uint64 prefix) {
     Bins& bins = room_.bins;
     __syncthreads();
@@ -254,7 +271,8 @@ class Search {
     __syncthreads();
   }
 
-  // Of this thread's two of 2048 places: sets `found` to the one in which the running sum crosses target.
+  // Set `found` to the place of 2048 at which the running sum crosses the target; this thread has two of
+  // them.
   __device__ void crossing(const uint64 (&counts)[2], const uint64 (&weights)[2], bool by_count,
                            uint64 target) {
     if (threadIdx.x == 0) room_.found = kNowhere;
@@ -284,13 +302,13 @@ class Search {
              target);
   }
 
-  // Keep the ids among which the sum crosses, in order. False if it does nowhere.
+  // Keep the sorted ids among which the sum crosses the target. False if it does not.
   __device__ bool keep(bool by_count, uint64 target, bool whole) {
     uint64 prefix = 0, left = target;
     base_count_ = base_weight_ = 0;
     n_kept_ = 0;
     int shift = kBinShift;
-    bool all;  // that lie before, too
+    bool all;  // keep the ids before the bin, too
     for (;; shift -= 11) {
       fill(shift, prefix);
       cross_bins(by_count, left);
@@ -309,7 +327,7 @@ class Search {
     return true;
   }
 
-  // Keep the ids with keys first to last, in order; none if they are more than kKept.
+  // Keep the sorted ids with keys first to last; none if there are more than kKept.
   __device__ void gather(uint64 first, uint64 last) {
     __syncthreads();
     if (threadIdx.x == 0) room_.n_kept = 0;
@@ -350,7 +368,7 @@ class Search {
   const uint64* bin_weights_;
   const uint32* bin_counts_;
   int n_kept_ = 0;
-  uint64 base_count_ = 0, base_weight_ = 0;  // before the kept
+  uint64 base_count_ = 0, base_weight_ = 0;  // sums before the kept ids
 };
 
 }  // namespace qvl::cuda

@@ -1,9 +1,9 @@
-// A tensor as the copy engine of sm_90 and newer knows it. Plain types only.
+// Descriptor of a tensor for the copy engine of sm_90 and newer. Plain types only.
 #pragma once
 
 namespace qvl::cuda {
 
-// What the driver's cuTensorMapEncodeTiled writes.
+// Written by the driver's cuTensorMapEncodeTiled.
 struct alignas(64) TensorMap {
   unsigned long long opaque[16];
 };

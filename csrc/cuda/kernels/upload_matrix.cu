@@ -1,5 +1,15 @@
-// Matrices as they lie in a file into the layouts of the kernels: a block a row. H as it is; quantised as
-// quantised.cuh says. Cost: the bytes, once for each weight when a model is opened.
+// Matrices from the layout of a file (qvl_packed_bytes in qwenvl.h) to that of the kernels, a block a row.
+//
+// Layout:
+//
+//   float32, bfloat16, float16 [out, in]  ->  H [out][stride], zeros behind `in`
+//   int8, int4                            ->  tiles of 16 rows x units of 128 values (quantised.cuh)
+//   row r of the file                     ->  row first + r step: two matrices are interleaved with step 2
+//
+// Cost. Bytes: each weight read and written once when a model is opened; bound by the bus that brings them.
+//
+// Reference: the products of unit vectors read the matrix back exactly,
+// tests/cuda/test_decode.py::test_two_matrices_are_interleaved.
 #include "cuda/kernels/linear_decode.h"
 #include "cuda/kernels/quantised.cuh"
 #include "cuda/kernels/stored.cuh"
@@ -16,7 +26,7 @@ __device__ void upload_half(const UploadMatrix& p) {
     to[k] = to_half(k < p.in ? value_of(from[k]) : 0.f);
 }
 
-// Row of the matrix that a block writes; it exists in the file or is padding.
+// Row of the matrix that a block writes, from the file or padding.
 __device__ inline int target_row(const UploadMatrix& p, int row) {
   return row < p.rows ? p.first + row * p.step : p.first + (p.rows - 1) * p.step + row - p.rows + 1;
 }

@@ -1,10 +1,18 @@
-// Patches, norm and positions of the vision tower.
+// Patches, LayerNorm and positions of the vision tower.
 //
-// Bound by bytes: a norm of 1024 rows of 1664 reads 6.8 MB of float32 and writes 3.4 MB of H, 2.4 us at the
-// memory's rate and less from the L2 cache; a picture's patches are 2.4 MB in and 1.2 MB out, once. A row of
-// the norm has a block, is read once and held in registers for its mean, its variance (of the differences
-// from the mean, so that nothing cancels) and its output. (A warp a row was slower on an H200, 4.6 us against
-// 3.8: too few loads on their way.)
+// Layout:
+//
+//   cut_patches   a block a patch: image float32 [3][size][size] -> H [patch][3][patch_size][patch_size],
+//                 zeros up to `stride`, so that the convolution is a product with conv1.weight
+//   layer_norm    a block a row, read once and held in registers, float4 v of thread t at 4 (v threads + t),
+//                 for its mean, its variance (of the differences, so that nothing cancels) and its output
+//   add_rows      a float4 a thread: x [n][width] += add [i % period][width]
+//
+// Cost. Bytes bound them: a norm of 1024 rows of 1664 reads 6.8 MB of float32 and writes 3.4 MB of H, 2.4 us
+// at the memory's bandwidth and less from the L2 cache; an image's patches are 2.4 MB in and 1.2 MB out,
+// once. (A warp a row was slower on an H200, 4.6 us against 3.8: too few loads in flight.)
+//
+// Reference: float64 in PyTorch, tests/cuda/test_vision_rows.py.
 #include "cuda/kernels/row_sum.cuh"
 #include "cuda/kernels/vision.h"
 
@@ -29,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(256) cut_patches(const __grid_const
   }
 }
 
-// A block a row. kHeld: the width is a multiple of 4 and the row fits the registers of its threads.
+// LayerNorm of a row by a block. kHeld: the width is a multiple of 4 and the row fits the registers.
 template <bool kHeld>
 __device__ void layer_norm_row(const LayerNormParams& p) {
   __shared__ float rooms[2][32];
@@ -63,7 +71,7 @@ __device__ void layer_norm_row(const LayerNormParams& p) {
       a.x -= mean, a.y -= mean, a.z -= mean, a.w -= mean;
       squares += (a.x * a.x + a.y * a.y) + (a.z * a.z + a.w * a.w);
     }
-    float4 weights[kRowVectors];  // on their way before the barrier
+    float4 weights[kRowVectors];  // in flight before the barrier
 #pragma unroll
     for (int v = 0; v < kRowVectors; ++v) {
       const int i = 4 * (v * blockDim.x + threadIdx.x);
