@@ -123,7 +123,7 @@ def check_python(command: Command, parsed: Any) -> None:
     first, *rest = command.arguments
     if first == "-m":
         module, *rest = rest
-        if module in ("venv", "pytest", "mkdocs", "pip"):
+        if module in ("venv", "pytest", "pip"):
             return CHECKS[module](Command(command.variables, module, rest), parsed)
         if module in UNCHECKED:
             module = rest[rest.index("-m") + 1]
@@ -165,6 +165,11 @@ def check_linter(command: Command, parsed: Any) -> None:
     assert f'"{command.program.rpartition("/")[2]}' in PYPROJECT.split("\ndev = [")[1]
 
 
+def check_mkdocs(command: Command, parsed: Any) -> None:
+    assert '"mkdocs>' in PYPROJECT.split("\ndocs = [")[1]
+    assert (REPO / "mkdocs.yml").exists()
+
+
 def check_nothing(command: Command, parsed: Any) -> None:
     """A program of the system."""
 
@@ -182,7 +187,7 @@ CHECKS: dict[str, Callable[[Command, Any], None]] = {
     "clang-format": check_linter,
     "mypy": check_linter,
     "ruff": check_linter,
-    "mkdocs": lambda command, parsed: check_linter(Command({}, "mkdocs", []), parsed),
+    "mkdocs": check_mkdocs,
     "cp": check_files,
     "find": check_files,
     **dict.fromkeys(["", "cd", "curl", "export", "kill", "printf", "venv", "xargs"], check_nothing),

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import typer
+from chromium import Browser, needs_chromium
 from doc_helpers import REPO, blocks, headings
 
 import paddlemix_qwenvl_plugin as plugin
+from paddlemix_qwenvl_plugin.cli.main import app
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 ELSEWHERE = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves files without a log."""
+
+    def log_message(self, *_: Any) -> None: ...
 
 
 class Page(HTMLParser):
@@ -160,15 +174,58 @@ def test_c_header_is_on_its_page(pages: dict[Path, Page], site: Path) -> None:
         assert f"{name}(" in text, name
 
 
+def test_commands_are_on_their_page(pages: dict[Path, Page], site: Path) -> None:
+    page = pages[site / "api" / "commands.html"]
+
+    def check(command: Any, path: str) -> None:
+        for name, child in getattr(command, "commands", {}).items():
+            if not child.hidden:
+                check(child, f"{path}-{name}")
+        if not hasattr(command, "commands"):
+            assert path in page.anchors
+            for parameter in command.get_params(typer.Context(command)) if path != "qwenvl-serve" else ():
+                if parameter.param_type_name == "option":
+                    assert parameter.opts[0] in page.text, (path, parameter.opts)
+
+    check(typer.main.get_command(app), "qwenvl")
+
+
 @pytest.mark.parametrize(("word", "page"), [("QWENVL_CACHE_DIR", "environment.html"), ("断电", "zh/batch.html")])
 def test_search_finds(site: Path, word: str, page: str) -> None:
     """The index has the words of both languages, Chinese ones separated."""
     index = json.loads((site / "search" / "search_index.json").read_text("utf-8"))
     separator = re.compile(index["config"]["separator"])
-    found = [
-        entry["location"] for entry in index["docs"] if word in separator.split(re.sub("<[^>]+>", " ", entry["text"]))
-    ]
+    texts = {entry["location"]: re.sub("<[^>]+>", " ", entry["text"]) for entry in index["docs"]}
+    found = [location for location, text in texts.items() if word in separator.split(text)]
     assert any(location.startswith(page) for location in found), found
+
+
+@needs_chromium
+def test_search_in_a_browser(site: Path) -> None:
+    """A word typed into the search field finds its page; no request leaves the site."""
+    handler = functools.partial(QuietHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        origin = f"http://127.0.0.1:{server.server_address[1]}/"
+        browser = Browser()
+        try:
+            browser.open(f"{origin}zh/index.html")
+            browser.driver.find_element("css selector", "[data-md-component=search-query]").send_keys("断电")
+            end = time.monotonic() + 60
+            while not (hits := browser.driver.find_elements("css selector", "a.md-search-result__link")):
+                assert time.monotonic() < end, "no result after 60 s"
+                time.sleep(0.1)
+            assert hits[0].get_attribute("href").startswith(f"{origin}zh/batch.html")
+            requested = [
+                message["params"]["request"]["url"]
+                for message in (json.loads(e["message"])["message"] for e in browser.driver.get_log("performance"))
+                if message["method"] == "Network.requestWillBeSent"
+            ]
+            assert len(requested) > 3
+            assert not [url for url in requested if not url.startswith((origin, "data:", "blob:"))]
+        finally:
+            browser.driver.quit()
+            server.shutdown()
 
 
 @pytest.mark.parametrize("chinese", sorted((REPO / "docs").rglob("*.zh.md")), ids=lambda path: path.name)

@@ -5,13 +5,15 @@
   anything else as a block of code. A link to a missing file stays, and `mkdocs build --strict` fails on it.
 - A heading of a Chinese page also has the anchor of the English heading in the same place, so that English pages,
   which stand in for missing translations, may link to it.
-- `<!-- header: PATH -->` is replaced by a C header, with a heading for each of its sections.
+- `<!-- header: PATH -->` is replaced by a C header, with a heading for each of its sections, and `<!-- commands -->` by
+  the flags of all commands.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from pymdownx.slugs import slugify
 
 REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))
 INDEX = {"index.md": "README.md", "index.zh.md": "README_zh.md"}
 
 _PATHS = dict(INDEX)  # of each added page: the path in the repository
@@ -31,6 +34,7 @@ _LINK = re.compile(r"(?<=\]\()[^)\s]+")
 _HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 _OTHER_LANGUAGE = re.compile(r"^\[[^\]]+\]\(README(?:_zh)?\.md\)\n+", re.MULTILINE)
 _HEADER = re.compile(r"^<!-- header: (\S+) -->$", re.MULTILINE)
+_COMMANDS = "<!-- commands -->"
 _SECTION = re.compile(r"^/\* -+ (.+?) -+ \*/$", re.MULTILINE)
 
 
@@ -67,6 +71,10 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     markdown = _outside_fences(markdown, lambda text: _LINK.sub(lambda m: _resolved(m.group(), name), text))
     if name.endswith(".zh.md"):
         markdown = _with_english_anchors(markdown, _text(_origin(name.replace(".zh.md", ".md"))))
+    if _COMMANDS in markdown:
+        from tools.docs_site.commands import reference
+
+        markdown = markdown.replace(_COMMANDS, reference())
     return _HEADER.sub(lambda match: _header(REPO / match.group(1)), markdown)
 
 
