@@ -22,7 +22,11 @@ from paddlemix_qwenvl_plugin.serve.settings import ENVIRONMENT_PREFIX, ServeSett
 from paddlemix_qwenvl_plugin.util import env
 
 PYPROJECT = (REPO / "pyproject.toml").read_text("utf-8")
-EXTRAS = set(re.findall(r"^([\w-]+) = \[", PYPROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0], re.MULTILINE))
+EXTRAS = set(
+    re.findall(
+        r"^([\w-]+) = \[", PYPROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0], re.MULTILINE
+    )
+)
 CMAKE = (REPO / "csrc" / "CMakeLists.txt").read_text("utf-8")
 
 # Programs of others, whose command lines are not known here.
@@ -96,7 +100,11 @@ def test_inline_commands_exist(document: Path) -> None:
             assert words[0] in command.commands, span
             command = command.commands[words.pop(0)]
             context = typer.Context(command, parent=context)
-        known = {name for parameter in command.get_params(context) for name in (*parameter.opts, *parameter.secondary_opts)}
+        known = {
+            name
+            for parameter in command.get_params(context)
+            for name in (*parameter.opts, *parameter.secondary_opts)
+        }
         used = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert used <= known, f"{span}: {used - known}"
 
@@ -209,14 +217,21 @@ def test_commands_exist(document: Path, parsed: Callable[[list[str]], Any]) -> N
 
 def test_every_reason_is_needed() -> None:
     words = {
-        word for document in documents() for command in shell(document) for word in (command.program, *command.arguments)
+        word
+        for document in documents()
+        for command in shell(document)
+        for word in (command.program, *command.arguments)
     }
     assert set(UNCHECKED) <= words
 
 
 def test_variables_exist() -> None:
     """The variables of the package, of the server and of the tests and benchmarks."""
-    tests = "".join(path.read_text("utf-8") for folder in ("tests", "benchmarks") for path in (REPO / folder).rglob("*.py"))
+    tests = "".join(
+        path.read_text("utf-8")
+        for folder in ("tests", "benchmarks")
+        for path in (REPO / folder).rglob("*.py")
+    )
     known = {value.name for value in vars(env).values() if hasattr(value, "name")}
     known |= {f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in ServeSettings.model_fields}
     for document in documents():
@@ -265,4 +280,3 @@ def test_wrong_commands_are_found(line: str, parsed: Callable[[list[str]], Any])
     (command,) = commands(line)
     with pytest.raises(Exception):  # noqa: B017, PT011  (click's, of typer's copy or its own)
         check_qwenvl(command, parsed)
-

@@ -147,7 +147,9 @@ def test_nothing_is_fetched_from_elsewhere(site: Path, pages: dict[Path, Page]) 
     for path, page in pages.items():
         # <link rel=canonical> would be a host name, too; there is none without a site_url.
         assert not [link for link in page.fetched if ELSEWHERE.match(link)], path
-        assert not [style for style in page.styles if re.search(r"url\(['\"]?(?:https?:)?//|@import", style)], path
+        assert not [
+            style for style in page.styles if re.search(r"url\(['\"]?(?:https?:)?//|@import", style)
+        ], path
     for path in site.rglob("*.css"):
         assert not re.search(r"url\(['\"]?(?:https?:)?//|@import", path.read_text("utf-8")), path
 
@@ -190,7 +192,9 @@ def test_commands_are_on_their_page(pages: dict[Path, Page], site: Path) -> None
     check(typer.main.get_command(app), "qwenvl")
 
 
-@pytest.mark.parametrize(("word", "page"), [("QWENVL_CACHE_DIR", "environment.html"), ("断电", "zh/batch.html")])
+@pytest.mark.parametrize(
+    ("word", "page"), [("QWENVL_CACHE_DIR", "environment.html"), ("断电", "zh/batch.html")]
+)
 def test_search_finds(site: Path, word: str, page: str) -> None:
     """The index has the words of both languages, Chinese ones separated."""
     index = json.loads((site / "search" / "search_index.json").read_text("utf-8"))
@@ -218,7 +222,9 @@ def test_search_in_a_browser(site: Path) -> None:
             assert hits[0].get_attribute("href").startswith(f"{origin}zh/batch.html")
             requested = [
                 message["params"]["request"]["url"]
-                for message in (json.loads(e["message"])["message"] for e in browser.driver.get_log("performance"))
+                for message in (
+                    json.loads(e["message"])["message"] for e in browser.driver.get_log("performance")
+                )
                 if message["method"] == "Network.requestWillBeSent"
             ]
             assert len(requested) > 3
@@ -236,7 +242,10 @@ def test_translations_keep_step(chinese: Path) -> None:
 
     def shape(text: str) -> list[object]:
         marks = (r"^- ", r"^\|", r"^!\[")
-        return [[level for level, _ in headings(text)], *(len(re.findall(m, text, re.MULTILINE)) for m in marks)]
+        return [
+            [level for level, _ in headings(text)],
+            *(len(re.findall(m, text, re.MULTILINE)) for m in marks),
+        ]
 
     assert blocks(texts[0]) == blocks(texts[1])
     assert shape(texts[0]) == shape(texts[1])

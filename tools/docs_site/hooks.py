@@ -43,7 +43,9 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages that docs/ does not contain."""
 
     def add(name: str, inclusion: InclusionLevel = InclusionLevel.UNDEFINED) -> None:
-        files.append(File(name, config.docs_dir, config.site_dir, config.use_directory_urls, inclusion=inclusion))
+        files.append(
+            File(name, config.docs_dir, config.site_dir, config.use_directory_urls, inclusion=inclusion)
+        )
 
     for name in INDEX:
         add(name)
