@@ -1,4 +1,4 @@
-"""The documentation site builds without a warning, its links lead somewhere, and its pages fetch nothing from elsewhere."""
+"""The documentation site builds without a warning, its links resolve, and its pages fetch nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -30,6 +30,22 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 ELSEWHERE = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
 
 
+# What a browser fetches on its own, by tag.
+FETCHED = {
+    "audio": ("src",),
+    "embed": ("src",),
+    "iframe": ("src",),
+    "img": ("src", "srcset"),
+    "input": ("src",),
+    "link": ("href",),
+    "object": ("data",),
+    "script": ("src",),
+    "source": ("src", "srcset"),
+    "track": ("src",),
+    "video": ("src", "poster"),
+}
+
+
 class QuietHandler(SimpleHTTPRequestHandler):
     """Serves files without a log."""
 
@@ -38,20 +54,6 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 class Page(HTMLParser):
     """The anchors, links and fetched files of an HTML page, and its text."""
-
-    FETCHED = {
-        "audio": ("src",),
-        "embed": ("src",),
-        "iframe": ("src",),
-        "img": ("src", "srcset"),
-        "input": ("src",),
-        "link": ("href",),
-        "object": ("data",),
-        "script": ("src",),
-        "source": ("src", "srcset"),
-        "track": ("src",),
-        "video": ("src", "poster"),
-    }
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -68,7 +70,7 @@ class Page(HTMLParser):
         self.anchors |= {given[name] for name in ("id", "name") if name in given}
         if tag == "a" and "href" in given:
             self.links.append(given["href"])
-        self.fetched += [given[name] for name in self.FETCHED.get(tag, ()) if name in given]
+        self.fetched += [given[name] for name in FETCHED.get(tag, ()) if name in given]
         self.styles.append(given.get("style", ""))
         self._in_style = tag == "style"
 

@@ -1,7 +1,7 @@
 """Griffe extension: document pydantic fields from their annotations.
 
-`Annotated[int, Field(ge=1, description="Most tokens.")]` becomes an `int` with the docstring "Most tokens. At least 1.",
-read from the source, without an import of the module.
+`Annotated[int, Field(ge=1, description="Most tokens.")]` becomes an `int` with the docstring "Most tokens. At least
+1.", read from the source, without an import of the module.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def _resolved(link: str, name: str) -> str:
     if path in INDEX.values():
         page = "index.md"
     elif path.startswith("docs/"):
-        page = path[len("docs/") :]
+        page = path[len("docs/") :].replace(".zh.md", ".md")  # the build's language decides
     else:
         page = _page_of(path)
     relative = posixpath.relpath(page, posixpath.dirname(name) or ".")
