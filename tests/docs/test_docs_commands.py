@@ -143,6 +143,9 @@ def check_python(command: Command, parsed: Any) -> None:
         script = REPO / first
     assert script.exists(), first
     sources = script.read_text("utf-8")
+    for module in re.findall(r"^(?:from|import) (\w+)", sources, re.MULTILINE):
+        beside = script.with_name(f"{module}.py")
+        sources += beside.read_text("utf-8") if beside.exists() else ""
     for argument in rest:
         if argument.startswith("--"):
             assert f'"{argument}"' in sources, argument
@@ -161,6 +164,25 @@ def check_cmake(command: Command, parsed: Any) -> None:
 
 def check_target(name: str) -> None:
     assert re.search(rf"add_(executable|library)\({name} ", CMAKE), name
+
+
+def check_make(command: Command, parsed: Any) -> None:
+    arguments = [
+        argument for argument in command.arguments if not argument.startswith("--") and "=" not in argument
+    ]
+    folder = arguments.pop(arguments.index("-C") + 1) if "-C" in arguments else "."
+    rules = (REPO / folder / "Makefile").read_text("utf-8")
+    for target in set(arguments) - {"-C"}:
+        assert re.search(rf"^{target}:", rules, re.MULTILINE), target
+
+
+def check_wrapped(command: Command, parsed: Any) -> None:
+    """The program that a profiler starts."""
+    names = [argument.rpartition("/")[2] for argument in command.arguments]
+    start = next((number for number, name in enumerate(names) if name in CHECKS), None)
+    if start is not None:
+        wrapped = Command(command.variables, command.arguments[start], command.arguments[start + 1 :])
+        CHECKS[names[start]](wrapped, parsed)
 
 
 def check_systemctl(command: Command, parsed: Any) -> None:
@@ -190,6 +212,9 @@ CHECKS: dict[str, Callable[[Command, Any], None]] = {
     "pytest": check_files,
     "cmake": check_cmake,
     "driver": lambda command, parsed: check_target("driver"),
+    "make": check_make,
+    "nsys": check_wrapped,
+    "perf": check_wrapped,
     "systemctl": check_systemctl,
     "docker": check_files,
     "clang-format": check_linter,
