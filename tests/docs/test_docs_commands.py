@@ -115,7 +115,7 @@ def test_inline_commands_exist(document: Path) -> None:
 def check_files(command: Command, parsed: Any) -> None:
     """Arguments that look like files of the repository."""
     for argument in command.arguments:
-        if argument.startswith(("tests/", "csrc", "recipes/", "benchmarks/", "deploy/")):
+        if argument.startswith(("tests/", "csrc", "recipes/", "benchmarks/", "deploy/", "examples")):
             assert (REPO / argument).exists(), argument
 
 
@@ -217,6 +217,7 @@ CHECKS: dict[str, Callable[[Command, Any], None]] = {
     "perf": check_wrapped,
     "systemctl": check_systemctl,
     "docker": check_files,
+    "jupyter": check_files,
     "clang-format": check_linter,
     "mypy": check_linter,
     "ruff": check_linter,

@@ -2,7 +2,8 @@
 
 - `index.md` and `index.zh.md` are README.md and README_zh.md.
 - A link from a page to a file outside docs/ leads to `source/PATH`, a page made of that file: Markdown as it is,
-  anything else as a block of code. A link to a missing file stays, and `mkdocs build --strict` fails on it.
+  anything else as a block of code. A link to a missing file stays, and `mkdocs build --strict` fails on it. The
+  navigation may name such a page of a Markdown file, too.
 - A heading of a Chinese page also has the anchor of the English heading in the same place, so that English pages,
   which stand in for missing translations, may link to it.
 - `<!-- header: PATH -->` is replaced by a C header, with a heading for each of its sections, and `<!-- commands -->` by
@@ -25,6 +26,7 @@ from pymdownx.slugs import slugify
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 INDEX = {"index.md": "README.md", "index.zh.md": "README_zh.md"}
+SOURCE = "source/"
 
 _PATHS = dict(INDEX)  # of each added page: the path in the repository
 
@@ -47,16 +49,21 @@ def on_files(files: Files, config: Any) -> Files:
             File(name, config.docs_dir, config.site_dir, config.use_directory_urls, inclusion=inclusion)
         )
 
+    def add_source(path: str) -> None:
+        name = _page_of(path)
+        if name not in files.src_uris:
+            _PATHS[name] = path
+            add(name, InclusionLevel.NOT_IN_NAV)
+            pending.append(name)
+
     for name in INDEX:
         add(name)
     pending = [file.src_uri for file in files if file.src_uri.endswith(".md")]
+    for path in _sources_in(config.nav):
+        add_source(path)
     while pending:
-        for path in sorted(set(_outside_docs(pending.pop()))):
-            name = _page_of(path)
-            if files.get_file_from_path(name) is None:
-                _PATHS[name] = path
-                add(name, InclusionLevel.NOT_IN_NAV)
-                pending.append(name)
+        for path in _outside_docs(pending.pop()):
+            add_source(path)
     return files
 
 
@@ -88,7 +95,7 @@ def _origin(name: str) -> str:
 def _page_of(path: str) -> str:
     """The page that shows a file of the repository."""
     # Without the suffix, as `.cc` and `.py` would be taken for languages.
-    return f"source/{path.removesuffix('.md').replace('.', '_')}.md"
+    return f"{SOURCE}{path.removesuffix('.md').replace('.', '_')}.md"
 
 
 def _text(path: str) -> str:
@@ -99,6 +106,14 @@ def _text(path: str) -> str:
     code = file.read_text("utf-8").rstrip()
     language = _LANGUAGES.get(file.suffix, "text")
     return f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n````{language}\n{code}\n````\n"
+
+
+def _sources_in(nav: Any) -> Iterator[str]:
+    """The files of the repository that the navigation names as `source/PATH`."""
+    if isinstance(nav, str) and nav.startswith(SOURCE) and (REPO / nav[len(SOURCE) :]).is_file():
+        yield nav[len(SOURCE) :]
+    for item in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
+        yield from _sources_in(item)
 
 
 def _target(link: str, name: str) -> tuple[str, str] | None:
