@@ -167,12 +167,10 @@ def check_target(name: str) -> None:
 
 
 def check_make(command: Command, parsed: Any) -> None:
-    arguments = [
-        argument for argument in command.arguments if not argument.startswith("--") and "=" not in argument
-    ]
+    arguments = [argument for argument in command.arguments if not re.match("-[^C]", argument)]
     folder = arguments.pop(arguments.index("-C") + 1) if "-C" in arguments else "."
     rules = (REPO / folder / "Makefile").read_text("utf-8")
-    for target in set(arguments) - {"-C"}:
+    for target in (argument for argument in arguments if argument != "-C" and "=" not in argument):
         assert re.search(rf"^{target}:", rules, re.MULTILINE), target
 
 
