@@ -1,19 +1,25 @@
-"""The Python examples of docs/python-api.md and the README's commands run as printed."""
+"""The documents' examples run as printed: Python, and the shell commands that are cheap, on the tiny model."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from doc_helpers import REPO, blocks, section
+from PIL import Image
+from shell_commands import typed
 
 import paddlemix_qwenvl_plugin as plugin
 from paddlemix_qwenvl_plugin.cli.main import app
@@ -89,6 +95,87 @@ def test_batch(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPa
         assert [shape(row) for row in results] == [shape(row) for row in promised]
         assert [row.get("error") for row in results] == [row.get("error") for row in promised]
         Path("out.jsonl").unlink()
+
+
+Run = Callable[[str], str]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_exported: Path) -> Run:
+    """Runs a script in a folder with the bundled image, the tiny model and its exports; returns what it prints."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "qwenvl").write_text(
+        f'#!/bin/sh\nexec {sys.executable} -m paddlemix_qwenvl_plugin.cli "$@"\n'
+    )
+    (programs / "qwenvl").chmod(0o755)
+    work = tmp_path / "work"
+    (work / "out").mkdir(parents=True)
+    (work / "recipes" / "images").mkdir(parents=True)
+    for folder in (work, work / "recipes" / "images"):
+        shutil.copyfile(STREET, folder / "street.png")
+    for name in ("vision", "text"):
+        (work / name).symlink_to(tiny_exported / name)
+        (work / "out" / name).symlink_to(tiny_exported / name)
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHONPATH": str(REPO),
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+    }
+
+    def run(script: str) -> str:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=work,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    return run
+
+
+def test_chat_in_a_script(run: Run, tmp_path: Path) -> None:
+    (script,) = [
+        block for block in blocks((REPO / "docs" / "chat.md").read_text("utf-8"), "sh") if "|" in block
+    ]
+    run(f"{script.rstrip()} --max_new_tokens 4")
+    talk = json.loads((tmp_path / "work" / "talk.json").read_text("utf-8"))
+    assert len(talk["turns"]) == 2
+
+
+def test_eval(run: Run, tmp_path: Path) -> None:
+    """Each task on its example row, read from the document."""
+    text = (REPO / "docs" / "eval.md").read_text("utf-8")
+    sessions = [typed(block) for block in blocks(text, "console") if "data.jsonl" in block]
+    rows = blocks(text, "json")
+    assert len(sessions) == len(rows) == 3
+    for script, row in zip(sessions, rows):
+        image = tmp_path / "work" / json.loads(row)["image"]
+        image.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (256, 256), "white").save(image)
+        (tmp_path / "work" / "data.jsonl").write_text(row, "utf-8")
+        if "eval captions" in script:
+            pytest.importorskip("pycocoevalcap", reason="pip install -e '.[eval]' to score captions")
+        assert re.search(r"\b[01]\b", run(script)), script
+
+
+def test_recipes_patches_and_the_tiny_model(run: Run, tmp_path: Path) -> None:
+    """The first session of recipes.md, patches.md and python-api.md, but for what needs a checkout (tests/patches)."""
+    recipes, patches, api = (
+        typed(blocks((REPO / "docs" / f"{name}.md").read_text("utf-8"), "console")[0])
+        for name in ("recipes", "patches", "python-api")
+    )
+    shutil.copyfile(REPO / "recipes" / "tiny-cpu.yaml", tmp_path / "work" / "my.yaml")
+    printed = run("\n".join([recipes, re.sub("^.* --tree .*$", "", patches, flags=re.MULTILINE), api]))
+    assert "ok: 4 steps, 2 expectations" in printed
+    assert "PaddleNLP" in printed
+    assert (tmp_path / "work" / "model" / "config.json").is_file()
 
 
 def test_python_api_names_every_option() -> None:

@@ -1,0 +1,60 @@
+"""The page of the `qwenvl` commands, read from the command line interface itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+SERVE_FLAGS = "The other flags are the [server settings](serve.md)."
+
+
+def reference() -> str:
+    """A section for each command: what it does, its usage and its flags."""
+    import typer
+
+    from paddlemix_qwenvl_plugin.cli.main import app
+
+    return "\n".join(_sections(typer.main.get_command(app), "qwenvl", None))
+
+
+def _sections(command: Any, path: str, parent: Any) -> Iterator[str]:
+    context = command.context_class(command, info_name=path.split()[-1], parent=parent)
+    children = getattr(command, "commands", None)
+    if children is None or parent is None:
+        yield from _section(command, path, context)
+    for name, child in (children or {}).items():
+        if not child.hidden:
+            yield from _sections(child, f"{path} {name}", context)
+
+
+def _section(command: Any, path: str, context: Any) -> Iterator[str]:
+    # The flags of `qwenvl serve` need the libraries of the server, and have a page of their own.
+    serve = path == "qwenvl serve"
+    parameters = command.params if serve else command.get_params(context)
+    usage = ["[OPTIONS]"] if serve else command.collect_usage_pieces(context)
+    yield f"## `{path}`\n"
+    yield f"{inspect.cleandoc(command.help or '')}\n"
+    if path != "qwenvl":
+        yield f"```text\n{' '.join([path, *usage])}\n```\n"
+    rows = [row for parameter in parameters for row in _row(parameter)]
+    if rows:
+        yield "\n".join(["| | | default |", "| --- | --- | --- |", *rows]) + "\n"
+    if serve:
+        yield f"{SERVE_FLAGS}\n"
+
+
+def _row(parameter: Any) -> Iterator[str]:
+    text = getattr(parameter, "help", None)
+    if getattr(parameter, "hidden", False) or not text or "--help" in parameter.opts:
+        return
+    if parameter.param_type_name == "argument":
+        names = f"`{(parameter.metavar or parameter.name.upper()).strip('[]{}')}`"
+    else:
+        names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
+    shown = "required" if parameter.required else _default(parameter.default)
+    yield f"| {names} | {text.replace('|', '&#124;')} | {shown} |"
+
+
+def _default(value: Any) -> str:
+    return "" if value is None or value is False or value == "" or callable(value) else f"`{value}`"
