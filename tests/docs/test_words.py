@@ -43,7 +43,7 @@ EXEMPT = (
 # "Picture 1: " is literal text of the official prompts. The others occur in prompts of the demo model and in the
 # contractions of VQA accuracy.
 ALLOWED = re.compile(
-    r"picture[_ ]?label|npicture_label|Picture ?(?:\d|\{|N\b|%)"
+    r"picture[-_ ]?label|npicture_label|Picture ?(?:\d|\{|N\b|%)|['\"]Picture: ['\"]|usage_pieces"
     r"|(?:in|of|describe|which) (?:the |this )?picture|somebody'(?:ll|s)",
     re.IGNORECASE,
 )

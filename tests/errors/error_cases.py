@@ -1434,7 +1434,7 @@ cases(
     }
 )
 
-# Labels of pictures, addresses that are not public
+# Picture labels, addresses that are not public
 
 
 def tokenizer_config(text: str) -> Callable[[Bench], list[str]]:

@@ -228,7 +228,7 @@ def test_printed_tables(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     for task, expected in (
         ("grounding", r"IoU of at least 0\.5 +100\.00 %  \[34\.2, 100\.0\]  2 of 2"),
         ("vqa", r"vqa  100\.00  \(2 questions\)"),
-        ("captions", r"CIDEr +\d+\.\d\d\nBLEU-4 +\d+\.\d\d\nROUGE-L +\d+\.\d\d\n\(2 pictures\)"),
+        ("captions", r"CIDEr +\d+\.\d\d\nBLEU-4 +\d+\.\d\d\nROUGE-L +\d+\.\d\d\n\(2 images\)"),
     ):
         if task == "captions" and not {"nltk", "pycocoevalcap"} <= set(sys.modules):
             continue
