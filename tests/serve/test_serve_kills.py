@@ -47,11 +47,10 @@ async def ask_each(url: str, asked: list[Question]) -> list[Reply]:
 
 async def begun(url: str, n: int) -> None:
     """Wait until this number of completions is running."""
+    end = time.monotonic() + PATIENCE
     async with httpx.AsyncClient(timeout=PATIENCE, verify=False) as http:
-        while True:
-            text = (await http.get(f"{url}/metrics")).text
-            if f"\nqwenvl_engine_running {n}.0\n" in text:
-                return
+        while f"\nqwenvl_engine_running {n}.0\n" not in (await http.get(f"{url}/metrics")).text:
+            assert time.monotonic() < end, f"{n} completions never run at once"
             await asyncio.sleep(0.02)
 
 
@@ -125,7 +124,7 @@ def test_an_engine_that_hangs(
     serve_demo: Callable[..., ServerProcess], asked: list[Question], long: Question
 ) -> None:
     """Waiting and running requests time out."""
-    limits = ("--max_running", 4, "--running_timeout", 3, "--waiting_timeout", 2)
+    limits = ("--max_running", 4, "--running_timeout", 8, "--waiting_timeout", 3)
     server = serve_demo(*limits)
     url = server.ready()
 
