@@ -1,11 +1,14 @@
 """Exported demo model in the user's cache folder, for `qwenvl serve --demo`.
 
-`python -m paddlemix_qwenvl_plugin.serve.demo_model FOLDER` exports it in a child process, which imports Paddle.
+`python -m paddlemix_qwenvl_plugin.serve.demo_model FOLDER` exports it in a child process, which imports Paddle, and
+compiles the engine in another meanwhile: on a new machine the two take most of the time until the server is ready.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +19,7 @@ from filelock import FileLock
 
 from paddlemix_qwenvl_plugin.artifact.contract import CONTRACT_VERSION
 from paddlemix_qwenvl_plugin.demo import MODEL
-from paddlemix_qwenvl_plugin.engine.build import cache_folder
+from paddlemix_qwenvl_plugin.engine.build import cache_folder, library
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of, make_folder
 from paddlemix_qwenvl_plugin.util.files import new_folder
 from paddlemix_qwenvl_plugin.version import __version__
@@ -70,8 +73,20 @@ def _export(target: Path) -> None:
         export_language(MODEL, folder / "text", "qwen", engine="portable")
 
 
+def _compile_engine() -> None:
+    # The engine process reports errors; Ctrl-C ends this process along with the others.
+    with contextlib.suppress(QwenVLError, OSError, KeyboardInterrupt):
+        library()
+
+
 if __name__ == "__main__":
+    compiling = multiprocessing.get_context("spawn").Process(target=_compile_engine)
+    compiling.start()
     try:
         _export(Path(sys.argv[1]))
     except (QwenVLError, OSError) as error:
         sys.exit(f"qwenvl: {line_of(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        compiling.join()

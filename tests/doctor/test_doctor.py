@@ -176,7 +176,7 @@ def test_a_cpu_build_beside_a_gpu(environment: Environment) -> None:
     gpu = environment.checks()["gpu"]
     assert (gpu["status"], gpu["fix"]) == ("ok", None)
     assert gpu["message"].startswith(
-        "NVIDIA H100 (sm_90), NVIDIA H100 (sm_90), which this Paddle, no GPU build, leaves"
+        "NVIDIA H100 (sm_90), NVIDIA H100 (sm_90), used by the engine only: this Paddle is no GPU build"
     )
     assert gpu["data"]["gpus"][0] == {"name": "NVIDIA H100", "architecture": 90, "driver": "550.54.15"}
 

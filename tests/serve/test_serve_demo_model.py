@@ -21,7 +21,16 @@ print(stages.vision, stages.language, *said, sep="|")
 
 
 def test_two_servers_at_once_export_it_once_and_a_third_finds_it(tmp_path: Path) -> None:
-    environment = {**os.environ, "QWENVL_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(REPO)}
+    """The engine is compiled meanwhile; its failure is left to the engine process."""
+    compiler = tmp_path / "failing-c++"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/compiled\nexit 1\n')
+    compiler.chmod(0o755)
+    environment = {
+        **os.environ,
+        "QWENVL_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(REPO),
+        "CXX": str(compiler),
+    }
     command = [sys.executable, "-c", ASK]
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=300)[0].strip().split("|") for process in both]
@@ -34,3 +43,4 @@ def test_two_servers_at_once_export_it_once_and_a_third_finds_it(tmp_path: Path)
     assert folder in vision.parents
     assert folder in language.parents
     assert QwenVL.from_exported(vision, language).config.hidden_size > 0
+    assert "kernels.cc" in (tmp_path / "compiled").read_text()
