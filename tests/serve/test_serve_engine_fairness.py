@@ -41,7 +41,7 @@ class Counting:
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
     """Loop whose steps take the maximum time that a prompt may delay others."""
-    monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.prompt_budget._LEAST_TOKENS", STEP_TOKENS)
+    monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.prompt_budget._MIN_TOKENS", STEP_TOKENS)
     return Loop(Counting(4000))
 
 
