@@ -60,7 +60,7 @@ CHAT = [
         {"messages": user(TEXT, {**TEXT, "x": 1})},
         "messages[0].content[1].x",
         "unknown_parameter",
-        "no parameter",
+        "is not a parameter",
     ),
     (
         {"messages": user(image(3))},
@@ -151,7 +151,7 @@ CHAT = [
         "too large",
     ),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "invalid_value", "another value"),
-    ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "invalid_value", "4 is more than the most tokens"),
+    ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "invalid_value", "4 exceeds the maximum tokens"),
     ({"presence_penalty": 2.1}, "presence_penalty", "invalid_value", "equal to 2"),
     ({"frequency_penalty": -3}, "frequency_penalty", "invalid_value", "equal to -2"),
     ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value", "0.01"),
@@ -161,7 +161,7 @@ CHAT = [
     ({"n": 9}, "n", "invalid_value", "9 is too large, this server allows 8"),
     ({"stream": "yes"}, "stream", "invalid_type", "true or false"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", "stream: true"),
-    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter", "no parameter"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter", "is not a parameter"),
     ({"top_logprobs": 3}, "top_logprobs", "invalid_value", "logprobs: true"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value", "equal to 20"),
     ({"logprobs": 3}, "logprobs", "invalid_type", "true or false"),
@@ -181,10 +181,10 @@ CHAT = [
     ({"store": True}, "store", "unsupported_parameter", "not supported"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported_parameter", "not supported"),
     ({"prediction": {"type": "content"}}, "prediction", "unsupported_parameter", "not supported"),
-    ({"echo": True}, "echo", "unknown_parameter", "no parameter"),
-    ({"temprature": 1}, "temprature", "unknown_parameter", "no parameter"),
-    ({"a\ud800": 1}, "a?", "unknown_parameter", "no parameter"),
-    ({"x" * 1000: 1}, "x" * 59 + "…", "unknown_parameter", "no parameter"),
+    ({"echo": True}, "echo", "unknown_parameter", "is not a parameter"),
+    ({"temprature": 1}, "temprature", "unknown_parameter", "is not a parameter"),
+    ({"a\ud800": 1}, "a?", "unknown_parameter", "is not a parameter"),
+    ({"x" * 1000: 1}, "x" * 59 + "…", "unknown_parameter", "is not a parameter"),
 ]
 
 TEXTS = [
@@ -209,13 +209,13 @@ TEXTS = [
     ({"best_of": 3}, "best_of", "unsupported_parameter", "not supported"),
     ({"logprobs": True}, "logprobs", "invalid_type", "whole number"),
     ({"logprobs": 21}, "logprobs", "invalid_value", "equal to 20"),
-    ({"messages": ask("?")}, "messages", "unknown_parameter", "no parameter"),
+    ({"messages": ask("?")}, "messages", "unknown_parameter", "is not a parameter"),
 ]
 
 TOKENS = [
     ({}, "prompt", "invalid_value", "give one of them"),
     ({"prompt": "a", "messages": ask("a")}, "prompt", "invalid_value", "give one of them"),
-    ({"text": "a"}, "text", "unknown_parameter", "no parameter"),
+    ({"text": "a"}, "text", "unknown_parameter", "is not a parameter"),
     ({"prompt": "a", "model": "x"}, "model", "model_not_found", "does not exist"),
 ]
 
