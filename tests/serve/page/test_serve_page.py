@@ -275,7 +275,7 @@ def test_an_answer_that_was_cut_off_or_is_empty_says_so(page: Page, server: Page
     page.open()
     server.finish = "length"
     page.ask("Tell a story")
-    assert page.note() == "Cut off: the limit of tokens was reached"
+    assert page.note() == "Cut off: the token limit was reached"
     server.finish = "stop"
     page.ask("Say nothing")
     assert page.note() == "The answer is empty."
