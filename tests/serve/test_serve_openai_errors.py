@@ -161,7 +161,12 @@ CHAT = [
     ({"n": 9}, "n", "invalid_value", "9 is too large, this server allows 8"),
     ({"stream": "yes"}, "stream", "invalid_type", "true or false"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", "stream: true"),
-    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter", "is not a parameter"),
+    (
+        {"stream": True, "stream_options": {"x": 1}},
+        "stream_options.x",
+        "unknown_parameter",
+        "is not a parameter",
+    ),
     ({"top_logprobs": 3}, "top_logprobs", "invalid_value", "logprobs: true"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value", "equal to 20"),
     ({"logprobs": 3}, "logprobs", "invalid_type", "true or false"),

@@ -101,7 +101,9 @@ def test_missing_operator(snapshots: list[Any], environment: WheelEnvironment) -
     assert ops.startswith("MissingOperatorError: paddlenlp_ops.rebuild_padding_v2 is missing: ")
     assert "python setup_cuda.py install" in ops
     if environment.generation == 2 and not paddle.__version__.startswith("3.0."):
-        assert fused_moe.startswith("MissingOperatorError: paddle.incubate.nn.functional.fused_moe is missing")
+        assert fused_moe.startswith(
+            "MissingOperatorError: paddle.incubate.nn.functional.fused_moe is missing"
+        )
         assert "Paddle 3.0" in fused_moe
     else:
         assert "MissingOperatorError" not in fused_moe
