@@ -80,9 +80,19 @@ class Scripted:
         pass
 
 
+def without_cache(vl: QwenVL) -> Loop:
+    """Replace the loop of `vl` by one without cached content, for good.
+
+    Two loops on one executor share its blocks of keys and values: the older one would find its cached prefixes
+    overwritten, so it is never put back.
+    """
+    vl._loop = Loop(vl._loop._executor)
+    return vl._loop
+
+
 def record(vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Recording:
     """Replace the loop of `vl` by one without cached content, on a recording executor."""
-    recording = Recording(vl._loop._executor)
+    recording = Recording(without_cache(vl)._executor)
     monkeypatch.setattr(vl, "_loop", Loop(recording))
     return recording
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from asked import Asked
+from executors import without_cache
 
 from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.engine.library import device_info
@@ -41,7 +42,7 @@ def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int) -> Report
     asked = [Asked(vl, rng, 90) for _ in range(DISTINCT)]
     expected = []
     for each in asked:
-        monkeypatch.setattr(vl, "_loop", Loop(vl._loop._executor))
+        without_cache(vl)
         expected.append(each.start(vl).finish().token_ids)
     n_blocks = vl.config.max_position_embeddings // 32
     loop = Loop(EngineExecutor(*vl._stages, n_blocks=n_blocks))

@@ -10,6 +10,7 @@ from typing import Any, Optional
 import pytest
 from asked import Asked
 from engines import DEVICE, needs_compiler
+from executors import without_cache
 from soak import soak
 
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL, export_language, export_vision
@@ -49,9 +50,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Optional[
     return get
 
 
-def alone(vl: QwenVL, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def alone(vl: QwenVL, asked: Asked) -> list[int]:
     """The answer on a separate loop, without cached content."""
-    monkeypatch.setattr(vl, "_loop", Loop(vl._loop._executor))
+    without_cache(vl)
     return asked.start(vl).finish().token_ids
 
 
@@ -64,13 +65,13 @@ def test_alone_in_a_batch_cut_and_after_a_hit(opened, monkeypatch, dtype, quant_
     vl = opened(dtype, quant_type)
     rng = random.Random(dtype)
     asked = [Asked(vl, rng) for _ in range(64)]
-    expected = [alone(vl, each, monkeypatch) for each in asked[:20]]
+    expected = [alone(vl, each) for each in asked[:20]]
     assert len({tuple(tokens) for tokens in expected}) > 10
 
     executor = vl._loop._executor
     for step_tokens in (512, 96, 71):
         small_steps(executor, monkeypatch, step_tokens)
-        monkeypatch.setattr(vl, "_loop", Loop(executor))
+        without_cache(vl)
         streams = (each.start(vl) for each in asked)
         together = [answer.token_ids for answer in vl.finish_all(streams, 64)]
         assert together[:20] == expected
@@ -84,7 +85,7 @@ def test_one_step_ahead(opened, monkeypatch):
     vl = opened("float32", None)
     rng = random.Random(4)
     asked = [Asked(vl, rng) for _ in range(24)]
-    expected = [alone(vl, each, monkeypatch) for each in asked]
+    expected = [alone(vl, each) for each in asked]
     executor = EngineExecutor(*vl._stages, ahead=True)
     start, n_ahead = executor.start, []
     monkeypatch.setattr(executor, "start", lambda chunks: n_ahead.append(chunks[0].ahead) or start(chunks))
@@ -101,7 +102,7 @@ def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
     vl = opened(dtype, quant_type)
     rng = random.Random(1)
     asked = [Asked(vl, rng, most_new=90, with_image=0) for _ in range(24)]
-    expected = [alone(vl, each, monkeypatch) for each in asked]
+    expected = [alone(vl, each) for each in asked]
     context = vl.config.max_position_embeddings
     n_blocks = context // 32
     small = EngineExecutor(*vl._stages, n_blocks=n_blocks)
@@ -125,7 +126,7 @@ def test_after_a_step_broken_off(opened, monkeypatch):
     rng = random.Random(2)
     asked = next(each for each in iter(lambda: Asked(vl, rng), None) if each.options.repetition_penalty > 1)
     asked.stop, asked.options = [], GenerationOptions(max_new_tokens=12, repetition_penalty=1.4)
-    expected = alone(vl, asked, monkeypatch)
+    expected = alone(vl, asked)
     stream = asked.start(vl).submit()
     executor = vl._loop._executor
     start, n_steps = executor.start, iter(range(99))
