@@ -28,6 +28,11 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
 
 _STATISTICS_SECONDS = 1.0
 
+# Wait for requests that arrive together, as a share of the last step's time: a request that misses a step waits for
+# all of it, and its prompt then reads the weights again.
+_GATHER_SHARE = 0.03
+_GATHER_SECONDS = 0.02
+
 # Timeout of the shutdown, which a step or the cleanup of an engine build may delay.
 _END_SECONDS = 2.0
 
@@ -84,16 +89,27 @@ class EngineProcess:
             sys.exit(code)
 
     def _run_steps(self, loop: Loop) -> None:
+        seconds = 0.0
         while True:
             self._wake.clear()
+            start = time.monotonic()
             busy = loop.step()
-            self._send_updates(loop)
+            if busy:
+                seconds = time.monotonic() - start
+            ended = self._send_updates(loop)
             wait = self._report(loop.statistics)
-            if not busy:
-                self._wake.wait(wait)
+            if ended or (not busy and self._wake.wait(wait)):
+                self._gather(seconds)  # a client whose request has ended often sends the next one at once
 
-    def _send_updates(self, loop: Loop) -> None:
-        """Send new tokens, ends and failures, if any."""
+    def _gather(self, step_seconds: float) -> None:
+        """Wait for requests that are about to arrive."""
+        end = time.monotonic() + min(_GATHER_SHARE * step_seconds, _GATHER_SECONDS)
+        while (left := end - time.monotonic()) > 0:
+            self._wake.wait(left)
+            self._wake.clear()
+
+    def _send_updates(self, loop: Loop) -> bool:
+        """Send new tokens, ends and failures, if any; return whether a request has ended."""
         with self._lock:
             requests = list(self._requests.items())
             failed, self._refused = self._refused, []
@@ -117,6 +133,7 @@ class EngineProcess:
             self._send({"kind": "step", "tokens": tokens, "ended": ended, "failed": failed})
         if broken:
             loop.check_device()  # raises if the device is lost: every later request would fail
+        return bool(ended)
 
     def _report(self, statistics: LoopStatistics) -> Optional[float]:
         """Send changed statistics, at most once a second; return the seconds until then, None if unchanged or sent."""
