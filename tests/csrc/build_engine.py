@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -16,11 +17,14 @@ def build(folder: Path, *options: str, target: str = "all") -> Path:
     """Configure and build csrc into a folder; skips the test if no build tools are installed."""
     if not shutil.which("cmake") or not (shutil.which("c++") or os.environ.get("CXX")):
         pytest.skip("the engine needs cmake and a C++17 compiler: apt-get install cmake g++")
-    for command in (
-        ["cmake", "-S", str(REPO / "csrc"), "-B", str(folder), *options],
-        ["cmake", "--build", str(folder), "--parallel", "2", "--target", target],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.fail(f"{' '.join(command)}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}", pytrace=False)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # for test processes side by side
+        for command in (
+            ["cmake", "-S", str(REPO / "csrc"), "-B", str(folder), *options],
+            ["cmake", "--build", str(folder), "--parallel", "2", "--target", target],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                lines = f"{' '.join(command)}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+                pytest.fail(lines, pytrace=False)
     return folder
