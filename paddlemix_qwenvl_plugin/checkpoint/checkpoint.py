@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
-from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast, to_float32
+from paddlemix_qwenvl_plugin.checkpoint.dtypes import FLOATS, cast, to_float32
 from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
@@ -125,6 +125,11 @@ class Checkpoint:
             for name, spec in part.items():
                 stored_name = canonical[name]
                 stored = self._shards.tensors[stored_name]
+                if stored.dtype not in FLOATS:
+                    raise QwenVLError(
+                        f"{self._shards.file_of(stored_name)}: {stored_name} has dtype {stored.dtype}, a weight must be "
+                        f"{', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
+                    )
                 entries[name] = _Entry(stored_name, stored.dtype, transposed and spec.linear)
         return entries
 
