@@ -78,6 +78,8 @@ class ModelConfig(BaseModel):
     rotary_pct: float = 1.0
     use_dynamic_ntk: bool = True
     use_logn_attn: bool = True
+    # How lm_head is stored, not a size: part of neither fingerprints nor manifests.
+    tie_word_embeddings: bool = Field(default=False, exclude=True)
     visual: VisionConfig
 
     @property

@@ -112,9 +112,14 @@ class _Dtype:
 
     def numpy(self) -> np.dtype[np.generic]:
         """The dtype in NumPy; RefusedError for anything but numbers."""
-        if not isinstance(self.code, str) or self.code not in _CODES or self.order not in ("<", ">", "=", "|"):
+        if (
+            not isinstance(self.code, str)
+            or self.code not in _CODES
+            or self.order not in ("<", ">", "=", "|")
+        ):
             raise RefusedError("an array in it holds no numbers")
-        return np.dtype(self.code).newbyteorder(self.order)
+        made: np.dtype[np.generic] = np.dtype(self.code).newbyteorder(self.order)
+        return made
 
 
 class _Latin1:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,21 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 # NumPy has neither bfloat16 nor float8: their bits are integers.
 _DTYPES = {
-    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},
-    **{f"{code}{8 * n}": f"{kind}{8 * n}" for code, kind in (("I", "int"), ("U", "uint")) for n in (1, 2, 4, 8)},
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 _BITS = {"bfloat16": "<u2", "float8_e4m3fn": "|u1", "float8_e5m2": "|u1"}
 _MAX_DIMS = 8
@@ -90,14 +103,26 @@ def read_tensor(path: Path, entry: StoredTensor) -> NDArray[np.generic]:
     return values.reshape(entry.shape)
 
 
-def write(path: Path, tensors: dict[str, NDArray[np.generic]], dtype: str) -> None:
-    """Write a safetensors file with tensors of one storage type (bfloat16 as uint16 bits), in the given order."""
-    code = next(code for code, name in _DTYPES.items() if name == dtype)
-    header: dict[str, object] = {"__metadata__": {"format": "pd"}}
+def write(
+    path: Path,
+    tensors: Mapping[str, NDArray[np.generic]],
+    dtype: Union[str, Mapping[str, str]],
+    framework: str = "pd",
+) -> None:
+    """Write a safetensors file, the tensors in the given order.
+
+    Args:
+        tensors: name -> values in the storage type (bfloat16 as uint16 bits).
+        dtype: the storage type of all tensors, such as float32, bfloat16 or int32, or name -> storage type.
+        framework: what the metadata calls the format: "pd", or "pt", without which transformers refuses the file.
+    """
+    codes = {name: code for code, name in _DTYPES.items()}
+    dtypes = dict.fromkeys(tensors, dtype) if isinstance(dtype, str) else dtype
+    header: dict[str, object] = {"__metadata__": {"format": framework}}
     offset = 0
     for name, values in tensors.items():
         header[name] = {
-            "dtype": code,
+            "dtype": codes[dtypes[name]],
             "shape": list(values.shape),
             "data_offsets": [offset, offset + values.nbytes],
         }
@@ -106,8 +131,8 @@ def write(path: Path, tensors: dict[str, NDArray[np.generic]], dtype: str) -> No
     encoded += b" " * (-len(encoded) % 8)  # values start at a multiple of 8 bytes
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for values in tensors.values():
-            file.write(np.ascontiguousarray(values, dtype=_numpy(dtype)).data)
+        for name, values in tensors.items():
+            file.write(np.ascontiguousarray(values, dtype=_numpy(dtypes[name])).data)
 
 
 def _entry(where: str, value: dict[str, Any], base: int) -> StoredTensor:
@@ -125,4 +150,5 @@ def _entry(where: str, value: dict[str, Any], base: int) -> StoredTensor:
 
 
 def _numpy(dtype: str) -> np.dtype[np.generic]:
-    return np.dtype(_BITS.get(dtype) or dtype).newbyteorder("<")
+    stored: np.dtype[np.generic] = np.dtype(_BITS.get(dtype) or dtype).newbyteorder("<")
+    return stored

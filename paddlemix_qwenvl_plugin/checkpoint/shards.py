@@ -85,7 +85,9 @@ class Shards:
             return cls(files, kind, index)
         unlisted = [path.name for path in sorted(folder.iterdir()) if _SHARD.search(path.name)]
         if unlisted:
-            raise UsageError(f"{folder}: holds shards, such as {unlisted[0]}, but not their .index.json; copy it, too")
+            raise UsageError(
+                f"{folder}: holds shards, such as {unlisted[0]}, but not their .index.json; copy it, too"
+            )
         names = ", ".join(name for name, _ in WEIGHT_FILES)
         raise UsageError(f"{folder}: no weights in it (looked for {names})")
 

@@ -45,7 +45,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except RefusedError as error:
         raise QwenVLError(f"{path}: {error}; only tables of tensors are read") from error
     except _DAMAGED as error:
-        raise QwenVLError(f"{path}: not a PyTorch weight file, or truncated ({first_line(error)[:200]})") from error
+        raise QwenVLError(
+            f"{path}: not a PyTorch weight file, or truncated ({first_line(error)[:200]})"
+        ) from error
     return tensors
 
 

@@ -53,7 +53,9 @@ def _read(path: Path, changed: int) -> tuple[Any, dict[str, tuple[int, int]]]:
         version = TorchUnpickler(file).load()
         machine = TorchUnpickler(file).load()
         if version != _VERSION or machine.get("little_endian") is not True:
-            raise QwenVLError(f"{path}: of another version of PyTorch, or big-endian; save it again with PyTorch 2")
+            raise QwenVLError(
+                f"{path}: of another version of PyTorch, or big-endian; save it again with PyTorch 2"
+            )
         unpickler = _Storages(file)
         table = unpickler.load()
         keys = TorchUnpickler(file).load()

@@ -87,7 +87,12 @@ class TorchUnpickler(TableUnpickler):
     def persistent_load(self, pid: Any) -> Storage:
         """Resolve ("storage", class, key, device, size), in the files before PyTorch 1.6 with a sixth entry."""
         what, kind, key, _, size, *view = pid
-        if what != "storage" or not isinstance(kind, str) or not isinstance(key, str) or type(size) is not int:
+        if (
+            what != "storage"
+            or not isinstance(kind, str)
+            or not isinstance(key, str)
+            or type(size) is not int
+        ):
             raise RefusedError("its pickle refers to something that is no storage")
         if view not in ([], [None]):
             raise RefusedError("a storage in it is a part of another one")
