@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast, to_float32
-from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
+from paddlemix_qwenvl_plugin.checkpoint.quant_config import load_quant_config
+from paddlemix_qwenvl_plugin.checkpoint.quantised import QuantisedLinears
+from paddlemix_qwenvl_plugin.checkpoint.shards import INTEGERS, Shards
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 # Buffers in some checkpoints; the config determines them.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|logn_tensor)$")
@@ -48,6 +50,9 @@ class Checkpoint:
     The checkpoint must contain exactly the tensors of the model, with the right shapes. The naming scheme and the
     layout of each half of the model are detected from the names and shapes.
 
+    Attributes:
+        quantised: the weights that are stored as integers by GPTQ or AWQ, else None; `tensors` does not read them.
+
     Raises:
         UsageError: the folder, its config or its weights do not exist.
         QwenVLError: a tensor is missing, unknown, mis-shaped or laid out unlike the others; the message names it.
@@ -56,7 +61,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.config: ModelConfig = load_config(self.folder)
-        self._shards = Shards.open(self.folder)
+        self._quantization = load_quant_config(self.folder)
+        self._shards = Shards.open(self.folder, integers=self._quantization is not None)
+        self.quantised: Optional[QuantisedLinears] = None
         self.language = language_specs(self.config)
         self.vision = vision_specs(self.config)
         self._entries = self._match()
@@ -79,7 +86,15 @@ class Checkpoint:
 
         Linear weights are [in, out], with `out_in` [out, in]. At most one tensor (safetensors, PyTorch) or one weight
         file (.pdparams) is in memory at a time.
+
+        Raises:
+            UsageError: a tensor is quantised.
         """
+        if self.quantised is not None and not self._entries.keys() >= specs.keys():
+            raise UsageError(
+                f"{self.folder}: its weights are quantised ({self.quantised.quant_type}); only "
+                "export-language reads them"
+            )
         names = {self._entries[name].stored_name: name for name in specs}
         for stored_name, array in self._shards.read(set(names)):
             name = names[stored_name]
@@ -111,6 +126,11 @@ class Checkpoint:
     def _match(self) -> dict[str, _Entry]:
         specs = {**self.language, **self.vision}
         canonical = self._canonical_names()
+        if self._quantization is not None and any(name.endswith(".qweight") for name in canonical):
+            self.quantised = QuantisedLinears(
+                self.folder, self._quantization, self._shards, self.language, canonical
+            )
+            specs = {name: spec for name, spec in specs.items() if name not in self.quantised.names}
         for name in specs:
             if name not in canonical:
                 raise QwenVLError(f"{self.folder}: tensor {name} is missing")
@@ -121,6 +141,7 @@ class Checkpoint:
                 )
         entries: dict[str, _Entry] = {}
         for part in (self.language, self.vision):
+            part = {name: spec for name, spec in part.items() if name in specs}
             transposed = self._layout(part, canonical)
             for name, spec in part.items():
                 stored_name = canonical[name]
@@ -150,7 +171,13 @@ class Checkpoint:
         """Check every shape; return whether this half's linear weights are stored as [out, in]."""
         evidence: Optional[tuple[bool, str]] = None
         for name, spec in specs.items():
-            shape = self._shards.tensors[canonical[name]].shape
+            stored = self._shards.tensors[canonical[name]]
+            if stored.dtype in INTEGERS:
+                raise QwenVLError(
+                    f"{self.folder}: tensor {canonical[name]} has dtype {stored.dtype}, a weight must be a "
+                    "floating-point tensor"
+                )
+            shape = stored.shape
             if shape != spec.shape and not (spec.linear and shape == spec.shape[::-1]):
                 raise QwenVLError(
                     f"{self.folder}: tensor {canonical[name]} has shape {list(shape)}, "
@@ -164,5 +191,6 @@ class Checkpoint:
                         f"{'[out, in]' if transposed else '[in, out]'}, unlike {evidence[1]}"
                     )
                 evidence = (transposed, canonical[name])
-        # Each half has a fused 3x projection, which is never square.
-        return evidence is not None and evidence[0]
+        # Each half has a fused 3x projection, which is never square; a quantised half may have only a square lm_head,
+        # which every quantizer stores as [out, in].
+        return evidence is None or evidence[0]

@@ -18,15 +18,22 @@ from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+_DTYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F64": "float64",
+    "I32": "int32",
+    "I64": "int64",
+}
+_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I32": "<i4", "I64": "<i8"}
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMS = 8
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Location and type of a tensor in a safetensors file; `dtype` is float32, float16, bfloat16 or float64."""
+    """Location and type of a tensor in a safetensors file; `dtype` is a value of _DTYPES."""
 
     shape: tuple[int, ...]
     dtype: str

@@ -23,13 +23,15 @@ WEIGHT_FILES = (
     ("pytorch_model.bin.index.json", "bin"),
     ("pytorch_model.bin", "bin"),
 )
+# Types of quantised weights and of their groups.
+INTEGERS = ("int32", "int64")
 # Modules that read a kind of file tensor by tensor.
 _BY_TENSOR: dict[str, Any] = {"safetensors": safetensors_file, "bin": torch_file}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Shape and dtype of a tensor in its shard; `dtype` is float32, float16, bfloat16 or float64."""
+    """Shape and dtype of a tensor in its shard; `dtype` is float32, float16, bfloat16, float64, int32 or int64."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -42,9 +44,12 @@ class Shards:
     .pdparams file can only be read as a whole, so at most one is in memory.
     """
 
-    def __init__(self, files: list[Path], kind: str, index: dict[str, str] | None) -> None:
+    def __init__(
+        self, files: list[Path], kind: str, index: dict[str, str] | None, integers: bool = False
+    ) -> None:
         self.files = files
         self.kind = kind
+        self._integers = integers
         self._loaded: tuple[Path, dict[str, NDArray[np.generic]]] | None = None
         self._headers: dict[Path, dict[str, Any]] = {}
         self._where: dict[str, Path] = {}
@@ -62,25 +67,28 @@ class Shards:
                 )
 
     @classmethod
-    def open(cls, folder: Path) -> Shards:
+    def open(cls, folder: Path, integers: bool = False) -> Shards:
         """Find and index the weight files of a folder.
+
+        Args:
+            integers: accept tensors of integers, as in a quantised checkpoint.
 
         Raises:
             UsageError: the folder has no weight file with a known name.
-            QwenVLError: a file of the index is missing, or a file is damaged.
+            QwenVLError: a file of the index is missing, a file is damaged, or holds integers where none are accepted.
         """
         for name, kind in WEIGHT_FILES:
             path = folder / name
             if not path.is_file():
                 continue
             if not name.endswith(".index.json"):
-                return cls([path], kind, None)
+                return cls([path], kind, None, integers)
             index = read_index(path)
             files = [folder / file_name for file_name in sorted(set(index.values()))]
             for file in files:
                 if not file.is_file():
                     raise QwenVLError(f"{file}: missing, though {name} names it; copy the folder again")
-            return cls(files, kind, index)
+            return cls(files, kind, index, integers)
         names = ", ".join(name for name, _ in WEIGHT_FILES)
         raise UsageError(f"{folder}: no weights in it (looked for {names})")
 
@@ -99,6 +107,12 @@ class Shards:
     def _list(self, path: Path) -> dict[str, Stored]:
         if self.kind in _BY_TENSOR:
             header = self._headers[path] = _BY_TENSOR[self.kind].read_header(path)
+            for name, entry in header.items():
+                if entry.dtype in INTEGERS and not self._integers:
+                    hint = " unless config.json has quantization_config" if name.endswith(".qweight") else ""
+                    raise QwenVLError(
+                        f"{path}: {name} has dtype {entry.dtype}, a weight must be a floating-point tensor{hint}"
+                    )
             return {name: Stored(entry.shape, entry.dtype) for name, entry in header.items()}
         return {
             name: Stored(array.shape, _dtype_name(array, name, path))

@@ -25,6 +25,8 @@ _STORAGES = {
     "HalfStorage": ("float16", "<f2"),
     "BFloat16Storage": ("bfloat16", "<u2"),
     "DoubleStorage": ("float64", "<f8"),
+    "IntStorage": ("int32", "<i4"),
+    "LongStorage": ("int64", "<i8"),
 }
 _DAMAGED = (zipfile.BadZipFile, *DAMAGED)
 
@@ -45,7 +47,7 @@ class StoredTensor:
 
     @property
     def dtype(self) -> str:
-        """float32, float16, bfloat16 or float64."""
+        """float32, float16, bfloat16, float64, int32 or int64."""
         return _STORAGES[self.kind][0]
 
     @property
@@ -58,7 +60,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """List the tensors of a PyTorch weight file.
 
     Raises:
-        QwenVLError: not a PyTorch weight file, truncated, or a pickle of more than floating-point tensors.
+        QwenVLError: not a PyTorch weight file, truncated, or a pickle of more than tensors of these types.
     """
     try:
         with zipfile.ZipFile(path) as archive:
