@@ -126,11 +126,16 @@ class Checkpoint:
     def _match(self) -> dict[str, _Entry]:
         specs = {**self.language, **self.vision}
         canonical = self._canonical_names()
-        if self._quantization is not None and any(name.endswith(".qweight") for name in canonical):
+        quantization = self._quantization
+        if any(name.endswith(".qweight") for name in canonical) and quantization is not None:
             self.quantised = QuantisedLinears(
-                self.folder, self._quantization, self._shards, self.language, canonical
+                self.folder, quantization, self._shards, self.language, canonical
             )
             specs = {name: spec for name, spec in specs.items() if name not in self.quantised.names}
+        elif quantization is not None and quantization.origin.name == "config.json":
+            raise QwenVLError(
+                f"{self.folder}: no tensor is quantised, though config.json has quantization_config; remove it there"
+            )
         for name in specs:
             if name not in canonical:
                 raise QwenVLError(f"{self.folder}: tensor {name} is missing")

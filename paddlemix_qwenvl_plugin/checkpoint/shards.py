@@ -109,7 +109,8 @@ class Shards:
             header = self._headers[path] = _BY_TENSOR[self.kind].read_header(path)
             for name, entry in header.items():
                 if entry.dtype in INTEGERS and not self._integers:
-                    hint = " unless config.json has quantization_config" if name.endswith(".qweight") else ""
+                    quantised = name.endswith((".qweight", ".qzeros", ".g_idx"))
+                    hint = " unless config.json has quantization_config" if quantised else ""
                     raise QwenVLError(
                         f"{path}: {name} has dtype {entry.dtype}, a weight must be a floating-point tensor{hint}"
                     )

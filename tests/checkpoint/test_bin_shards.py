@@ -6,72 +6,25 @@ wrote the small files of tests/golden/torch.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
 import shutil
-import sys
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
-from types import ModuleType
-from unittest import mock
 
 import numpy as np
 import pytest
+from bin_files import STORAGES, write_bin
 from folders import renamed
 
 from paddlemix_qwenvl_plugin import QwenVLError
 from paddlemix_qwenvl_plugin.checkpoint import torch_file
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast
+from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
 
 WRITTEN_BY_TORCH = Path(__file__).parents[1] / "golden" / "torch"
-STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
-
-
-def stand_in(module, name):
-    """Stand-in for an object that a pickle refers to as `module.name`."""
-    found = type(name, (), {"__module__": module})
-    setattr(sys.modules[module], name, found)
-    return found
-
-
-class Pickler(pickle.Pickler):
-    """Pickle arrays as PyTorch pickles tensors: storage outside the pickle, shape and strides."""
-
-    def __init__(self, file, dtype):
-        super().__init__(file, protocol=2)
-        self.storages = []
-        self.storage_type = stand_in("torch", STORAGES[dtype])
-        self.rebuild = stand_in("torch._utils", "_rebuild_tensor_v2")
-
-    def persistent_id(self, value):
-        if not isinstance(value, memoryview):
-            return None
-        self.storages.append(value)
-        return "storage", self.storage_type, str(len(self.storages) - 1), "cpu", len(value)
-
-    def reducer_override(self, value):
-        if not isinstance(value, np.ndarray):
-            return NotImplemented
-        strides = tuple(stride // value.itemsize for stride in value.strides)
-        return self.rebuild, (memoryview(value.ravel()), 0, value.shape, strides, False, OrderedDict())
-
-
-def write_bin(path, weights, dtype):
-    body = io.BytesIO()
-    # Only while pickling: einops would mistake the stand-in for PyTorch.
-    with mock.patch.dict(sys.modules, {name: ModuleType(name) for name in ("torch", "torch._utils")}):
-        pickler = Pickler(body, dtype)
-        pickler.dump(OrderedDict(weights))
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr(f"{path.stem}/data.pkl", body.getvalue())
-        file.writestr(f"{path.stem}/byteorder", "little")
-        for i, storage in enumerate(pickler.storages):
-            file.writestr(f"{path.stem}/data/{i}", storage.tobytes())
-        file.writestr(f"{path.stem}/version", "3\n")
 
 
 def write_folder(folder, config, weights, dtype):
@@ -143,10 +96,19 @@ def test_a_state_dict():
     assert torch_file.read_tensor(path, header["bias"]).tolist() == [1.0] * 3
 
 
+def test_integers_are_read_only_where_they_belong(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    shutil.copyfile(WRITTEN_BY_TORCH / "integers.bin", path)
+    [(_, values)] = Shards.open(tmp_path, integers=True).read({"steps"})
+    assert (values.dtype, values.tolist()) == (np.int64, [0, 1, 2])
+    with pytest.raises(QwenVLError) as caught:
+        Shards.open(tmp_path)
+    assert str(caught.value) == f"{path}: steps has dtype int64, a weight must be a floating-point tensor"
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("integers", "steps is a LongStorage, a weight must be a floating-point tensor"),
         ("module", "its pickle imports torch.nn.modules.linear.Linear; only tables of tensors are read"),
         ("before-1.6", "not a PyTorch weight file (of PyTorch 1.6 or newer), or truncated"),
     ],
