@@ -119,7 +119,7 @@ def export_language(
     if checkpoint.quantised is not None:
         stored = f"{checkpoint.folder}: its weights are quantised ({checkpoint.quantised.quant_type})"
         if quant_type is not None:
-            raise UsageError(f"{stored} and exported as they are; leave out --quant_type {quant_type}")
+            raise UsageError(f"{stored} and exported unchanged; omit --quant_type {quant_type}")
         if choice == "portable":
             raise UsageError(f"{stored}; only the engine computes on them, not --engine portable")
         choice, quant_type = "fused", checkpoint.quantised.quant_type
