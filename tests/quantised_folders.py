@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from bin_files import write_bin
 from folders import renamed
 from safetensors.numpy import save_file
+from torch_files import write_bin
 
 from paddlemix_qwenvl_plugin.checkpoint import safetensors_file, torch_file
 from paddlemix_qwenvl_plugin.checkpoint.config import parse_config

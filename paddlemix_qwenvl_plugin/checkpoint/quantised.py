@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,12 @@ from paddlemix_qwenvl_plugin.checkpoint import awq, gptq
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import to_float32
 from paddlemix_qwenvl_plugin.checkpoint.grouped import GroupedMatrix, engine_group
 from paddlemix_qwenvl_plugin.checkpoint.quant_config import QuantConfig
-from paddlemix_qwenvl_plugin.checkpoint.shards import INTEGERS, Shards
+from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
+from paddlemix_qwenvl_plugin.checkpoint.tensor_parallel import Ranks
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
+_FLOATS = ("float16", "bfloat16", "float32")
 _SUFFIXES = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
 
@@ -41,7 +43,7 @@ class QuantisedLinears:
         self,
         folder: Path,
         config: QuantConfig,
-        shards: Shards,
+        shards: Union[Shards, Ranks],
         specs: Mapping[str, TensorSpec],
         canonical: dict[str, str],
     ) -> None:
@@ -117,11 +119,12 @@ class QuantisedLinears:
                 f"{self._folder}: tensor {stored_name} has shape {list(stored.shape)}, config.json and "
                 f"{self._config.origin.name} require {list(shape)}"
             )
-        words = suffix in ("qweight", "qzeros")
-        if (words and stored.dtype != "int32") or (stored.dtype in INTEGERS) != (words or suffix == "g_idx"):
-            kind = "int32" if words or suffix == "g_idx" else "floating-point"
+        allowed = {"qweight": ("int32",), "qzeros": ("int32",), "g_idx": ("int32", "int64")}.get(
+            suffix, _FLOATS
+        )
+        if stored.dtype not in allowed:
             raise QwenVLError(
-                f"{self._folder}: tensor {stored_name} has dtype {stored.dtype}, it must be {kind}"
+                f"{self._folder}: tensor {stored_name} has dtype {stored.dtype}, it must be {' or '.join(allowed)}"
             )
 
     def _check_zero(self, stored_name: str) -> None:
