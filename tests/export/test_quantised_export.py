@@ -81,6 +81,7 @@ def run(engine, pool, sequences, tokens, logits):
     )
     sampling = (c.Sampling * n)()
     for each in sampling:
+        each.size = ctypes.sizeof(c.Sampling)
         c.load().qvl_sampling_init(each)
     arguments = c.StepArgs(
         size=ctypes.sizeof(c.StepArgs),
