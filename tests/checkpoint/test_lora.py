@@ -199,3 +199,9 @@ def test_a_missing_module_to_save_is_noted(tmp_path, capfd):
     Checkpoint(write_base(tmp_path / "model"), [adapter])
     lines = capfd.readouterr().err.splitlines()
     assert [line.partition("modules_to_save has ")[2].partition(",")[0] for line in lines] == ["wte", "ln_f"]
+
+
+def test_one_path_in_place_of_a_list(tmp_path):
+    folder = write_base(tmp_path / "model")
+    [(adapter, weight)] = Checkpoint(folder, str(LORA / "paddlenlp")).merge.adapters
+    assert (adapter.folder, weight) == (LORA / "paddlenlp", 1.0)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from paddlemix_qwenvl_plugin.checkpoint.convert import paddlemix_name
 
-LORA = Path(__file__).parents[1] / "golden" / "lora"
+LORA = Path(__file__).parent / "golden" / "lora"
 sys.path.insert(0, str(LORA))
 
 import base  # noqa: E402
