@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import FLOATS, cast, to_float32
+from paddlemix_qwenvl_plugin.checkpoint.lora import Lora, Merge, PathLike
 from paddlemix_qwenvl_plugin.checkpoint.quant_config import load_quant_config
 from paddlemix_qwenvl_plugin.checkpoint.quantised import QuantisedLinears
 from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
@@ -40,15 +41,19 @@ class Checkpoint:
     The checkpoint must contain exactly the tensors of the model, with the right shapes. The naming scheme and the
     layout of each half of the model are detected from the names and shapes.
 
+    Args:
+        folder: the model folder.
+        lora: adapters to merge into the weights, each a folder or (folder, weight).
+
     Attributes:
         quantised: the weights that are stored as integers by GPTQ or AWQ, else None; `tensors` does not read them.
 
     Raises:
-        UsageError: the folder, its config or its weights do not exist.
+        UsageError: the folder, its config or its weights do not exist; adapters for a quantized checkpoint.
         QwenVLError: a tensor is missing, unknown, mis-shaped or laid out unlike the others; the message names it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, lora: Union[PathLike, Sequence[Lora]] = ()) -> None:
         self.folder = Path(folder)
         self.config: ModelConfig = load_config(self.folder)
         self._shards = open_weights(self.folder)
@@ -57,6 +62,12 @@ class Checkpoint:
         self._allow_position_table()
         self.quantised: Optional[QuantisedLinears] = None
         self._entries = self._match()
+        if lora and self.quantised is not None:
+            raise UsageError(
+                f"--lora: {self.folder} is quantised ({self.quantised.quant_type}), and no adapter can be merged into "
+                "integers; open the adapter beside the model: --adapter"
+            )
+        self.merge = Merge(lora, {**self.language, **self.vision})
 
     @property
     def scheme(self) -> str:
@@ -96,12 +107,21 @@ class Checkpoint:
         for stored_name, array in self._shards.read(set(names)):
             for name in names[stored_name]:
                 entry = self._entries[name]
-                values = cast(array, entry.dtype, dtype, name)
+                if name in self.merge.names:
+                    merged = to_float32(array, entry.dtype)
+                    merged = merged.copy() if len(names[stored_name]) > 1 else merged
+                    self.merge.apply(name, merged, entry.transposed)
+                    values = cast(merged, "float32", dtype, name)
+                else:
+                    values = cast(array, entry.dtype, dtype, name)
                 transpose = specs[name].linear and entry.transposed != out_in
                 yield name, np.ascontiguousarray(values.T) if transpose else values
 
     def fingerprint(self) -> str:
         """A digest of the model's content, independent of naming scheme and layout.
+
+        Adapters count as far as they change the vision stage: a vision stage without them fits every language stage
+        that differs in adapters of the language model only.
 
         Hashes the config and up to 64 values of each norm and bias, rounded to float16: a conversion of the folder to
         float16, or an exact one to bfloat16, keeps the digest.
@@ -118,6 +138,7 @@ class Checkpoint:
                 rows[name] = to_float32(array[:64], self._entries[name].dtype).astype(np.float16).tobytes()
         for name in sorted(rows):
             digest.update(name.encode() + rows[name])
+        digest.update(self.merge.fingerprint(self.vision).encode())
         return digest.hexdigest()
 
     def _refuse_quantised(self, names: Iterable[str]) -> None:
