@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config, read_json
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast, to_float32
+from paddlemix_qwenvl_plugin.checkpoint.lora import Lora, Merge, PathLike
 from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 # Buffers in some checkpoints; the config determines them.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|logn_tensor)$")
@@ -48,18 +49,25 @@ class Checkpoint:
     The checkpoint must contain exactly the tensors of the model, with the right shapes. The naming scheme and the
     layout of each half of the model are detected from the names and shapes.
 
+    Args:
+        folder: the model folder.
+        lora: adapters to merge into the weights, each a folder or (folder, weight).
+
     Raises:
-        UsageError: the folder, its config or its weights do not exist.
+        UsageError: the folder, its config or its weights do not exist; adapters for a quantized checkpoint.
         QwenVLError: a tensor is missing, unknown, mis-shaped or laid out unlike the others; the message names it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, lora: Union[PathLike, Sequence[Lora]] = ()) -> None:
         self.folder = Path(folder)
         self.config: ModelConfig = load_config(self.folder)
+        if lora:
+            self._refuse_integers()
         self._shards = Shards.open(self.folder)
         self.language = language_specs(self.config)
         self.vision = vision_specs(self.config)
         self._entries = self._match()
+        self.merge = Merge(lora, {**self.language, **self.vision})
 
     @property
     def scheme(self) -> str:
@@ -84,12 +92,20 @@ class Checkpoint:
         for stored_name, array in self._shards.read(set(names)):
             name = names[stored_name]
             entry = self._entries[name]
-            values = cast(array, entry.dtype, dtype, name)
+            if name in self.merge.names:
+                merged = to_float32(array, entry.dtype)
+                self.merge.apply(name, merged, entry.transposed)
+                values = cast(merged, "float32", dtype, name)
+            else:
+                values = cast(array, entry.dtype, dtype, name)
             transpose = specs[name].linear and entry.transposed != out_in
             yield name, np.ascontiguousarray(values.T) if transpose else values
 
     def fingerprint(self) -> str:
         """A digest of the model's content, independent of naming scheme and layout.
+
+        Adapters count as far as they change the vision stage: a vision stage without them fits every language stage
+        that differs in adapters of the language model only.
 
         Hashes the config and up to 64 values of each norm and bias, rounded to float16: a conversion of the folder to
         float16, or an exact one to bfloat16, keeps the digest.
@@ -106,7 +122,17 @@ class Checkpoint:
                 rows[name] = to_float32(array[:64], self._entries[name].dtype).astype(np.float16).tobytes()
         for name in sorted(rows):
             digest.update(name.encode() + rows[name])
+        digest.update(self.merge.fingerprint(self.vision).encode())
         return digest.hexdigest()
+
+    def _refuse_integers(self) -> None:
+        quantization = read_json(self.folder / "config.json").get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise UsageError(
+                f"--lora: {self.folder} is quantized ({method}), and no adapter can be merged into integers; "
+                "open the adapter beside the model: --adapter"
+            )
 
     def _match(self) -> dict[str, _Entry]:
         specs = {**self.language, **self.vision}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,14 @@ class Shards:
                 )
 
     @classmethod
-    def open(cls, folder: Path) -> Shards:
-        """Find and index the weight files of a folder.
+    def open(cls, folder: Path, weight_files: Sequence[tuple[str, str]] = WEIGHT_FILES) -> Shards:
+        """Find and index the weight files of a folder, the first of `weight_files` that exists.
 
         Raises:
             UsageError: the folder has no weight file with a known name.
             QwenVLError: a file of the index is missing, or a file is damaged.
         """
-        for name, kind in WEIGHT_FILES:
+        for name, kind in weight_files:
             path = folder / name
             if not path.is_file():
                 continue
@@ -81,7 +81,7 @@ class Shards:
                 if not file.is_file():
                     raise QwenVLError(f"{file}: missing, though {name} names it; copy the folder again")
             return cls(files, kind, index)
-        names = ", ".join(name for name, _ in WEIGHT_FILES)
+        names = ", ".join(name for name, _ in weight_files)
         raise UsageError(f"{folder}: no weights in it (looked for {names})")
 
     def read(self, names: set[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
