@@ -232,7 +232,14 @@ class Library:
         self.dll.qvl_weights_count.argtypes = [c_void_p]
         self.dll.qvl_weights_count.restype = c_int64
         self.dll.qvl_device_count.argtypes = [c_int32]
-        for name in ("engine_free", "kv_pool_free", "adapter_free", "weights_free", "event_free", "engine_describe"):
+        for name in (
+            "engine_free",
+            "kv_pool_free",
+            "adapter_free",
+            "weights_free",
+            "event_free",
+            "engine_describe",
+        ):
             getattr(self.dll, f"qvl_{name}").argtypes = [c_void_p]
         for name in ("dealloc", "host_free"):
             getattr(self.dll, f"qvl_{name}").argtypes = [c_void_p, c_void_p]
