@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 
 import numpy as np
@@ -18,6 +19,7 @@ from engine import (
     Engine,
     EngineError,
     LowRank,
+    Sequence_,
     make_config,
     store,
 )
@@ -206,3 +208,32 @@ def test_of_another_engine(library, golden_model):
     ):
         pool.forward([([1], 0, 1, [0]), ([1], 0, 1, [1])], adapters=[None, adapter])
     assert caught.value.status == INVALID
+
+
+class SequenceWithoutAdapter(ctypes.Structure):
+    """qvl_sequence as an earlier caller's header has it."""
+
+    _fields_ = Sequence_._fields_[:-1]
+
+
+def test_a_caller_without_the_field(library, golden_model):
+    """The bytes behind its structs are not read."""
+    model = golden_model("a")
+    config = make_config(model.config, LANGUAGE)
+    with (
+        Engine(library, config, store(library, model.language_weights(), FLOAT32)) as engine,
+        engine.pool(4) as pool,
+    ):
+        entries = [([1, 2], 0, 2, [0]), ([3], 0, 1, [1])]
+        expected = pool.forward(entries)
+        batch = pool.batch(entries)
+        # Neighbours in memory: the second begins where the adapter of the first would be.
+        old = (SequenceWithoutAdapter * 2)()
+        for made, sequence in zip(old, batch.sequences[:2]):
+            for name, _ in SequenceWithoutAdapter._fields_:
+                setattr(made, name, getattr(sequence, name))
+        batch.sequences = ctypes.cast(old, ctypes.POINTER(Sequence_))
+        batch.sequence_size = ctypes.sizeof(SequenceWithoutAdapter)
+        out = np.empty_like(expected)
+        library.call("qvl_forward", engine.handle, pool.handle, batch, out.ctypes.data, None)
+    np.testing.assert_array_equal(out, expected)
