@@ -13,6 +13,7 @@ from executors import without_cache
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL, export_language, export_vision
 from paddlemix_qwenvl_plugin.checkpoint.config import load_config
 from paddlemix_qwenvl_plugin.demo.run import MODEL
+from paddlemix_qwenvl_plugin.runtime.blocks import BlockPool
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 from paddlemix_qwenvl_plugin.runtime.request import Request
 from paddlemix_qwenvl_plugin.util.errors import UsageError
@@ -109,8 +110,8 @@ def test_a_preempted_request_keeps_its_adapter(folder):
     cases = [(PROMPT + str(i), ("one", "two")[i % 2]) for i in range(6)]
     expected = [ask(model, *case, n=40) for case in cases]
     loop = model._loop = Loop(model._loop._executor)
-    # Room for the longest request, and little more.
-    loop._scheduler.pool = type(loop._scheduler.pool)(12)
+    # Room for two requests of three blocks, and for the beginning of a third.
+    loop._scheduler.pool = BlockPool(8)
     options = GenerationOptions(max_new_tokens=40, min_new_tokens=40)
     requests = [Request(question, options, False, adapter=adapter) for question, adapter in cases]
     assert [answer.token_ids for answer in model.generate_batch(requests)] == expected
