@@ -30,7 +30,7 @@ cases(
         ),
         "an adapter at run time for the vision tower": predict(
             "a=adapter",
-            shapes={**PAIR, f"{TOWER}.lora_A.weight": (8, 64), f"{TOWER}.lora_B.weight": (128, 8)},
+            shapes={**PAIR, f"{TOWER}.lora_A.weight": (8, 64), f"{TOWER}.lora_B.weight": (256, 8)},
         ),
         "an adapter at run time of another model's size": predict(
             "a=adapter", shapes={f"{C_ATTN}.lora_A.weight": (8, 64), f"{C_ATTN}.lora_B.weight": (768, 8)}
