@@ -19,7 +19,7 @@ from paddlemix_qwenvl_plugin.checkpoint.convert import paddlemix_name
 LORA = Path(__file__).parent / "golden" / "lora"
 sys.path.insert(0, str(LORA))
 
-import base  # noqa: E402
+import lora_base as base  # noqa: E402
 
 
 def write_base(folder: Path, scheme: str = "paddlemix", **config: Any) -> Path:

@@ -52,9 +52,8 @@ class Merge:
         for adapter, weight in self.adapters:
             if name in adapter.updates:
                 a, b = adapter.update(name)
-                delta = b.T @ a.T if transposed else a @ b
-                delta *= np.float32(weight * adapter.updates[name].scaling)
-                values += delta
+                a = a * np.float32(weight * adapter.updates[name].scaling)
+                values += b.T @ a.T if transposed else a @ b
 
     def fingerprint(self, names: Iterable[str]) -> str:
         """A digest of what is merged into the named tensors; empty if nothing is."""

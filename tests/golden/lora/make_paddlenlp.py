@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import paddle
-from base import config, random, sample, weights
+from lora_base import config, random, sample, weights
 from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.transformers import PretrainedConfig
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from base import config, random, sample, weights
+from lora_base import config, random, sample, weights
 
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 
