@@ -38,8 +38,8 @@ def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dic
     return {name: "int8" if name.endswith(_EIGHT_BITS) else "int4_g64" for name in linear}
 
 
-def packed_bytes(kind: str, n_out: int, n_in: int) -> int:
-    """Size of a quantised [n_out, n_in] matrix in bytes."""
+def packed_bytes(kind: str, n_out: int, n_in: int = 1) -> int:
+    """Size of a quantised [n_out, n_in] matrix, or an int32 vector [n_out], in bytes."""
     return int(load().qvl_packed_bytes(DTYPES[kind], n_out, n_in))
 
 
@@ -53,6 +53,43 @@ def pack(kind: str, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]
     packed = np.empty(packed_bytes(kind, *values.shape), np.uint8)
     try:
         call("qvl_pack", DTYPES[kind], *values.shape, values.ctypes.data, packed.ctypes.data, packed.nbytes)
+    except QwenVLError as error:
+        raise QwenVLError(f"{name}: {error}") from error
+    return packed
+
+
+def pack_groups(
+    kind: str,
+    integers: NDArray[np.uint8],
+    scales: NDArray[np.float16],
+    zeros: NDArray[np.float16],
+    name: str,
+) -> NDArray[np.uint8]:
+    """Store a matrix that is already quantised, unchanged: value = scale * (integer - zero).
+
+    Args:
+        kind: "uint4_g32" to "uint8_g128" (library.DTYPES).
+        integers: [out, in], below 16 for 4 bits.
+        scales, zeros: [out, groups], groups = in / group size rounded up; zeros are whole numbers, 0 to 256.
+        name: of the weight, for messages.
+
+    Raises:
+        QwenVLError: an integer, scale or zero point is out of range; the message begins with `name`.
+    """
+    group = int(kind.rpartition("_g")[2])
+    n_out, n_in = integers.shape
+    for part, dtype, shape in (
+        (integers, np.uint8, (n_out, n_in)),
+        (scales, np.float16, (n_out, -(-n_in // group))),
+        (zeros, np.float16, (n_out, -(-n_in // group))),
+    ):
+        if part.dtype != dtype or part.shape != shape:  # internal invariant violated
+            raise AssertionError(f"{name}: {part.dtype} {part.shape}, expected {np.dtype(dtype)} {shape}")
+    packed = np.empty(packed_bytes(kind, n_out, n_in), np.uint8)
+    parts = [np.ascontiguousarray(part) for part in (integers, scales, zeros)]
+    pointers = [part.ctypes.data for part in parts]
+    try:
+        call("qvl_pack_groups", DTYPES[kind], n_out, n_in, *pointers, packed.ctypes.data, packed.nbytes)
     except QwenVLError as error:
         raise QwenVLError(f"{name}: {error}") from error
     return packed
