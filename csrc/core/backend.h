@@ -2,7 +2,9 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
+#include "core/adapter.h"
 #include "core/weights.h"
 #include "qwenvl.h"
 
@@ -44,6 +46,11 @@ struct Picks {
   float* top_logprobs;
 };
 
+// The matrices of an adapter on the device.
+struct Adapter {
+  virtual ~Adapter() = default;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -62,6 +69,7 @@ class Backend {
   virtual std::unique_ptr<Event> make_event() = 0;
 
   virtual std::unique_ptr<KvPool> make_pool(int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype) = 0;
+  virtual std::unique_ptr<Adapter> make_adapter(const std::vector<AdapterMatrix>& matrices) = 0;
   virtual void encode_images(int64_t n, const float* images, float* features, qvl_stream stream) = 0;
   virtual void forward(KvPool& pool, const qvl_batch& batch, float* logits, qvl_stream stream) = 0;
   virtual void sample(const float* logits, const Picks& picks, qvl_stream stream) = 0;
@@ -88,3 +96,8 @@ struct CudaBackEnd {
 const CudaBackEnd& cuda_back_end();
 
 }  // namespace qvl
+
+struct qvl_adapter {
+  const qvl_engine* engine;
+  std::unique_ptr<qvl::Adapter> matrices;
+};

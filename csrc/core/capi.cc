@@ -231,6 +231,24 @@ void qvl_engine_free(qvl_engine* engine) {
   delete engine;
 }
 
+qvl_status qvl_adapter_create(qvl_engine* engine, const qvl_adapter_matrix* matrices, int64_t n_matrices,
+                              uint32_t matrix_size, qvl_adapter** adapter, qvl_error* error) {
+  if (adapter != nullptr) *adapter = nullptr;
+  return guarded(error, [&] {
+    not_null(engine, "engine");
+    not_null(adapter, "adapter");
+    not_null(matrices, "matrices");
+    QVL_REQUIRE(n_matrices >= 1 && n_matrices <= (1 << 20), QVL_INVALID, "n_matrices is %lld",
+                static_cast<long long>(n_matrices));
+    const qvl::Fitted<qvl_adapter_matrix> given("matrices", "matrix_size", matrices, n_matrices, matrix_size);
+    *adapter = qvl::make_adapter(*engine, given.data(), n_matrices).release();
+  });
+}
+
+void qvl_adapter_free(qvl_adapter* adapter) {
+  delete adapter;
+}
+
 const char* qvl_engine_describe(const qvl_engine* engine) {
   return engine != nullptr ? engine->backend->describe() : "";
 }

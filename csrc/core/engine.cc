@@ -25,16 +25,21 @@ void check_picks(const qvl_config& config, const Picks& picks) {
   }
 }
 
-void check_pool(const qvl_engine& engine, const qvl_kv_pool& pool) {
+void check_owners(const qvl_engine& engine, const qvl_kv_pool& pool, const qvl_batch& batch) {
   QVL_REQUIRE(pool.engine == &engine, QVL_INVALID, "pool: belongs to another engine");
+  for (int32_t i = 0; i < batch.n_sequences; ++i) {
+    const qvl_adapter* adapter = batch.sequences[i].adapter;
+    QVL_REQUIRE(adapter == nullptr || adapter->engine == &engine, QVL_INVALID,
+                "sequence %d: adapter: belongs to another engine", i);
+  }
 }
 
 }  // namespace
 
 void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits,
              qvl_stream stream) {
-  check_pool(engine, pool);
   check_batch(engine.config, *pool.blocks, batch);
+  check_owners(engine, pool, batch);
   const std::lock_guard<std::mutex> lock(engine.computing);
   engine.backend->forward(*pool.blocks, batch, logits, stream);
 }
@@ -49,8 +54,8 @@ void sample(qvl_engine& engine, const float* logits, const Picks& picks, qvl_str
 
 void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
           qvl_stream stream) {
-  check_pool(engine, pool);
   check_batch(engine.config, *pool.blocks, batch);
+  check_owners(engine, pool, batch);
   int32_t rows = 0;
   for (int32_t i = 0; i < batch.n_sequences; ++i) {
     rows += (batch.sequences[i].flags & QVL_SEQUENCE_NO_LOGITS) == 0;
@@ -60,6 +65,11 @@ void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* 
   check_picks(engine.config, picks);
   const std::lock_guard<std::mutex> lock(engine.computing);
   engine.backend->step(*pool.blocks, batch, logits, picks, stream);
+}
+
+std::unique_ptr<qvl_adapter> make_adapter(qvl_engine& engine, const qvl_adapter_matrix* matrices, int64_t n) {
+  const std::vector<AdapterMatrix> checked = checked_adapter(engine.config, matrices, n);
+  return std::unique_ptr<qvl_adapter>(new qvl_adapter{&engine, engine.backend->make_adapter(checked)});
 }
 
 std::unique_ptr<qvl_kv_pool> make_pool(qvl_engine& engine, int32_t n_blocks, int32_t block_tokens,

@@ -27,6 +27,8 @@ inline constexpr uint32_t kFirstSize<qvl_sampling> = 56;
 template <>
 inline constexpr uint32_t kFirstSize<qvl_tensor> = 72;
 template <>
+inline constexpr uint32_t kFirstSize<qvl_adapter_matrix> = 56;
+template <>
 inline constexpr uint32_t kFirstSize<qvl_step_args> = 80;
 template <>
 inline constexpr uint32_t kFirstSize<qvl_request> = 48;

@@ -5,6 +5,7 @@
 #include "core/backend.h"
 #include "core/config.h"
 #include "core/error.h"
+#include "cpu/adapter.h"
 #include "cpu/context.h"
 #include "cpu/dispatch.h"
 #include "cpu/kv_pool.h"
@@ -70,6 +71,10 @@ class CpuBackend final : public Backend {
 
   std::unique_ptr<KvPool> make_pool(int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype) override {
     return std::make_unique<cpu::CpuKvPool>(config_, n_blocks, block_tokens, dtype);
+  }
+
+  std::unique_ptr<Adapter> make_adapter(const std::vector<AdapterMatrix>& matrices) override {
+    return std::make_unique<cpu::CpuAdapter>(context_.kernels, config_.layers, matrices);
   }
 
   void encode_images(int64_t n, const float* images, float* features, qvl_stream) override {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 
 #include "core/error.h"
 #include "core/rotary.h"
@@ -20,6 +21,25 @@ struct PagedKv final : KeysAndValues {
     return pool.tile(layer, queries.blocks[i], head, n);
   }
 };
+
+const CpuAdapter* adapter_of(const Part& part) {
+  const qvl_adapter* adapter = part.sequence->adapter;
+  return adapter != nullptr ? static_cast<const CpuAdapter*>(adapter->matrices.get()) : nullptr;
+}
+
+// Append n rows to those of the same adapter before them.
+void append_rows(std::vector<AdapterRows>& runs, const CpuAdapter* adapter, int64_t first, int64_t n,
+                 bool decode) {
+  if (adapter == nullptr) return;
+  if (!runs.empty()) {
+    AdapterRows& last = runs.back();
+    if (last.adapter == adapter && last.decode == decode && last.first + last.n == first) {
+      last.n += n;
+      return;
+    }
+  }
+  runs.push_back({adapter, first, n, decode});
+}
 
 }  // namespace
 
@@ -104,33 +124,50 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, s
   slot_.clear();
   prompt_work_.clear();
   decode_work_.clear();
+  // Rows of prompts before those of decode steps, and of each kind those with the same adapter together.
+  std::vector<Part*> order;
+  for (Part& part : parts) order.push_back(&part);
+  std::stable_sort(order.begin(), order.end(), [](const Part* a, const Part* b) {
+    if (a->generated != b->generated) return b->generated;
+    return std::less<const CpuAdapter*>()(adapter_of(*a), adapter_of(*b));
+  });
+  adapted_.clear();
   int64_t next = 0;
-  for (const bool generated : {false, true}) {
-    for (Part& part : parts) {
-      if (part.generated != generated) continue;
-      part.first = next;
-      next += part.n;
-      embed(context, batch, part, x + part.first * hidden);
-      place(pool, part);
-    }
+  for (Part* part : order) {
+    part->first = next;
+    next += part->n;
+    embed(context, batch, *part, x + part->first * hidden);
+    place(pool, *part);
+    append_rows(adapted_, adapter_of(*part), part->first, part->n, part->generated);
   }
   for (int i = 0; i < config_.layers; ++i) {
     attend(context, pool, i, rows);
-    feed_forward(context, layers_[size(i)], rows);
+    feed_forward(context, i, rows);
   }
   // lm_head for the last tokens of all sequences as one decode product: a prompt's last token is one row, so
   // one product serves both kinds.
   int64_t n_last = 0;
   int32_t first = 0;
+  adapted_.clear();
   for (const Part& part : parts) {
     if (part.logits < 0) continue;
     if (n_last == 0) first = part.logits;
+    append_rows(adapted_, adapter_of(part), n_last, 1, true);
     context.kernels.rms_norm(x + (part.first + part.n - 1) * hidden, ln_f_, config_.hidden,
                              config_.norm_epsilon, normed + n_last++ * hidden);
   }
   if (n_last == 0) return;
-  linear(context, lm_head_, normed, hidden, {0, n_last}, logits + int64_t{first} * config_.vocab,
-         config_.vocab);
+  float* const to = logits + int64_t{first} * config_.vocab;
+  linear(context, lm_head_, normed, hidden, {0, n_last}, to, config_.vocab);
+  add_low_rank(context, adapted_, int64_t{config_.layers} * kLayerTargets, normed, hidden, to, config_.vocab,
+               low_rank_);
+}
+
+void Language::product(Context& context, int layer, LayerTarget target, const Matrix& matrix, const float* x,
+                       int64_t x_stride, Rows rows, float* y, int64_t y_stride, bool add) {
+  linear(context, matrix, x, x_stride, rows, y, y_stride, add);
+  add_low_rank(context, adapted_, int64_t{layer} * kLayerTargets + target, x, x_stride, y, y_stride,
+               low_rank_);
 }
 
 void Language::attend(Context& context, CpuKvPool& pool, int layer_index, Rows rows) {
@@ -145,7 +182,7 @@ void Language::attend(Context& context, CpuKvPool& pool, int layer_index, Rows r
   context.rows(n, hidden, [&](int64_t i, int) {
     kernels.rms_norm(x + i * hidden, layer.ln_1, config_.hidden, config_.norm_epsilon, normed + i * hidden);
   });
-  linear(context, layer.c_attn, normed, hidden, rows, qkv, 3 * hidden);
+  product(context, layer_index, kAttn, layer.c_attn, normed, hidden, rows, qkv, 3 * hidden);
   context.rows(n, 3 * hidden, [&](int64_t i, int) {
     float* q = qkv + i * 3 * hidden;
     float* k = q + hidden;
@@ -164,10 +201,11 @@ void Language::attend(Context& context, CpuKvPool& pool, int layer_index, Rows r
   for (const std::vector<Queries>* work : {&prompt_work_, &decode_work_}) {
     attention(context, shape, qkv, kv, work->data(), static_cast<int64_t>(work->size()), mixed);
   }
-  linear(context, layer.attn_proj, mixed, hidden, rows, x, hidden, true);
+  product(context, layer_index, kAttnProj, layer.attn_proj, mixed, hidden, rows, x, hidden, true);
 }
 
-void Language::feed_forward(Context& context, const Layer& layer, Rows rows) {
+void Language::feed_forward(Context& context, int layer_index, Rows rows) {
+  const Layer& layer = layers_[size(layer_index)];
   const Kernels& kernels = context.kernels;
   const int64_t hidden = config_.hidden, width = config_.mlp_width, n = rows.n();
   auto* x = x_.get<float>(size(n * hidden));
@@ -177,10 +215,10 @@ void Language::feed_forward(Context& context, const Layer& layer, Rows rows) {
   context.rows(n, hidden, [&](int64_t i, int) {
     kernels.rms_norm(x + i * hidden, layer.ln_2, config_.hidden, config_.norm_epsilon, normed + i * hidden);
   });
-  linear(context, layer.w1, normed, hidden, rows, up, width);
-  linear(context, layer.w2, normed, hidden, rows, gate, width);
+  product(context, layer_index, kW1, layer.w1, normed, hidden, rows, up, width);
+  product(context, layer_index, kW2, layer.w2, normed, hidden, rows, gate, width);
   context.rows(n, width, [&](int64_t i, int) { kernels.silu_mul(gate + i * width, up + i * width, width); });
-  linear(context, layer.mlp_proj, up, width, rows, x, hidden, true);
+  product(context, layer_index, kMlpProj, layer.mlp_proj, up, width, rows, x, hidden, true);
 }
 
 }  // namespace qvl::cpu

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "core/passes.h"
+#include "cpu/adapter.h"
 #include "cpu/context.h"
 #include "cpu/kv_pool.h"
 #include "cpu/weights.h"
@@ -31,7 +32,10 @@ class Language {
   void pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
             float* logits);
   void attend(Context& context, CpuKvPool& pool, int layer, Rows rows);
-  void feed_forward(Context& context, const Layer& layer, Rows rows);
+  void feed_forward(Context& context, int layer, Rows rows);
+  // linear(), and the adapters' parts. `target`: of the layer.
+  void product(Context& context, int layer, LayerTarget target, const Matrix& matrix, const float* x,
+               int64_t x_stride, Rows rows, float* y, int64_t y_stride, bool add = false);
 
   const qvl_config& config_;
   const void* wte_;
@@ -42,6 +46,8 @@ class Language {
 
   // Activations of a pass: residual stream, normed input, q with k and v, output of attention, gate and up.
   Buffer x_, normed_, qkv_, mixed_, gate_, up_;
+  std::vector<AdapterRows> adapted_;  // rows of the pass with an adapter
+  Buffer low_rank_;
   // Per row of the pass: cosines and sines, query scale, block and slot in the pool. Then work items of
   // attention.
   std::vector<float> cos_, sin_, query_scale_;

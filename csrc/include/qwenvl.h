@@ -289,8 +289,35 @@ QVL_API void qvl_weights_free(qvl_weights* weights);
 QVL_API qvl_status qvl_engine_create(const qvl_config* config, qvl_weights* weights, qvl_engine** engine,
                                      qvl_error* error);
 
-/* Pools and events of the engine must have been freed before. NULL is allowed. */
+/* Pools, events and adapters of the engine must have been freed before. NULL is allowed. */
 QVL_API void qvl_engine_free(qvl_engine* engine);
+
+/* Low-rank adapters (LoRA): y = W x + scale * B (A x), apart from the base weights, which may be quantised
+ * and are shared by sequences with different adapters and without one. Any number of adapters may exist.
+ *
+ * Targets are the matrices of the language model's layers and lm_head; see qvl_tensor for the names. A matrix
+ * without an entry is not changed. A and B are copied. The dtype of a product is that of A and B; otherwise
+ * the rules for weights apply (qvl_tensor). QVL_BAD_WEIGHT: an unknown or repeated name, another shape, or a
+ * value that is not finite. QVL_UNSUPPORTED: the engine is on a GPU.
+ */
+typedef struct qvl_adapter qvl_adapter;
+typedef struct qvl_adapter_matrix {
+  const char* name; /* of the base matrix: "h.0.attn.c_attn.weight" */
+  const void* a;    /* [rank, in], host memory, aligned as its type */
+  const void* b;    /* [out, rank], host memory */
+  qvl_dtype dtype;  /* of both: QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16 */
+  float scale;      /* such as alpha / rank */
+  int64_t out;
+  int64_t in;
+  int64_t rank; /* at least 1; may differ between matrices */
+} qvl_adapter_matrix;
+
+/* matrix_size: sizeof(qvl_adapter_matrix). */
+QVL_API qvl_status qvl_adapter_create(qvl_engine* engine, const qvl_adapter_matrix* matrices,
+                                      int64_t n_matrices, uint32_t matrix_size, qvl_adapter** adapter,
+                                      qvl_error* error);
+/* No step with the adapter may be running. NULL is allowed. */
+QVL_API void qvl_adapter_free(qvl_adapter* adapter);
 
 /* Version of the library, such as "0.2"; it may be newer than the header a caller was compiled with. */
 QVL_API const char* qvl_version(void);
@@ -377,6 +404,7 @@ typedef struct qvl_sequence {
   /* Since 0.2. */
   uint32_t flags; /* of QVL_SEQUENCE_* */
   uint32_t reserved;
+  const qvl_adapter* adapter; /* of all tokens of the sequence, those in the pool included; NULL: none */
 } qvl_sequence;
 
 enum {
@@ -386,9 +414,9 @@ enum {
 
 /* Two kinds of arithmetic. Tokens at positions below prompt_len are computed as prompts; the others, and
  * those of a sequence with QVL_SEQUENCE_GENERATED, as decode steps. Apart from that, a token's results depend
- * on the tokens before it alone, to the bit: not on the rest of the batch, not on where a prompt is cut into
- * chunks, not on whether the keys and values before it were computed now or earlier. Several entries of a
- * batch may belong to one sequence, in order of their positions.
+ * on the tokens before it and on the adapter alone, to the bit: not on the rest of the batch or its adapters,
+ * not on where a prompt is cut into chunks, not on whether the keys and values before it were computed now or
+ * earlier. Several entries of a batch may belong to one sequence, in order of their positions.
  */
 
 /* Tokens [start, start + count) of the packed batch are vectors instead of ids: an image's features, or a

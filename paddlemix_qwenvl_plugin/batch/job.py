@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Generic
 
@@ -116,7 +116,10 @@ class _Job(Generic[S]):
     def _start(self, row: Row) -> S:
         if isinstance(row.parsed, UsageError):
             raise row.parsed
-        return self._model.ask(row.parsed.request, self._source.path.parent).submit()
+        request, model = row.parsed.request, row.parsed.model
+        if row.openai and model in self._model.adapters:  # as for a server
+            request = replace(request, adapter=model)
+        return self._model.ask(request, self._source.path.parent).submit()
 
     def _reply(self, row: Row, stream: S, tag: str) -> bytes:
         assert isinstance(row.parsed, RowRequest)

@@ -20,7 +20,7 @@ def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
     Raises:
         UsageError: an unknown key or an invalid value; the message names it.
     """
-    check_keys(values, ["id", "image", "images", "prompt", "chat", "system", *_OPTIONS])
+    check_keys(values, ["id", "image", "images", "prompt", "chat", "system", "adapter", *_OPTIONS])
     if "image" in values and "images" in values:
         raise UsageError("image and images: give one of them")
     images = [values["image"]] if "image" in values else check_type(values.get("images", []), list, "images")
@@ -33,7 +33,9 @@ def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
     query = [{"image": check_type(image, str, "image")} for image in images]
     options = GenerationOptions.of({**defaults, **{key: values[key] for key in _OPTIONS if key in values}})
     system = check_type(values.get("system", DEFAULT_SYSTEM), str, "system")
-    return RowRequest(Request([*query, {"text": prompt}] if prompt else query, options, chat, (), system))
+    adapter = check_type(values["adapter"], str, "adapter") if "adapter" in values else None
+    parts = [*query, {"text": prompt}] if prompt else query
+    return RowRequest(Request(parts, options, chat, (), system, adapter))
 
 
 def reply(row_id: RowId, reply: Reply) -> dict[str, Any]:

@@ -55,10 +55,12 @@ class Session:
         image: the last image of a question, to which the boxes of answers refer.
     """
 
-    def __init__(self, model: Model[Any], system: str, options: GenerationOptions) -> None:
+    def __init__(
+        self, model: Model[Any], system: str, options: GenerationOptions, adapter: Optional[str] = None
+    ) -> None:
         self._model = model
         self._options = options
-        self._chat: Conversation[Stream] = model.chat(system)
+        self._chat: Conversation[Stream] = model.chat(system, adapter)
         self.clear()
 
     @property

@@ -26,12 +26,13 @@ def chat(
     from paddlemix_qwenvl_plugin.chat_ui.session import Session
     from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal
     from paddlemix_qwenvl_plugin.chat_ui.view import Plain
+    from paddlemix_qwenvl_plugin.cli.options import only_adapter
     from paddlemix_qwenvl_plugin.util import standard_input
 
     options: GenerationOptions = context.obj
     standard_input.check()
     model = open_model()
-    session = Session(model, system, options)
+    session = Session(model, system, options, only_adapter(model))
     attached = [session.attach(source) for source in image or []]
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         model.load()

@@ -55,6 +55,15 @@ AllowPrivateHttp = Annotated[
     typer.Option("--allow_private_http", help="With --allow_http: allow addresses that are not public."),
 ]
 
+Adapters = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--adapter",
+        metavar="NAME=FOLDER",
+        help="LoRA adapter, kept apart from the weights; may be repeated.",
+    ),
+]
+
 Verify = Annotated[
     bool,
     typer.Option("--verify", help="Verify all files of the stages first."),
@@ -102,13 +111,23 @@ def open_model(
     allow_http: AllowHttp = False,
     allow_private_http: AllowPrivateHttp = False,
     verify: Verify = False,
+    adapter: Adapters = None,
 ) -> QwenVL:
     """Open the exported stages of these flags."""
+    from paddlemix_qwenvl_plugin.runtime.adapters import split_adapters
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
     limits = _limits(allow_http, allow_private_http)
     opened = QwenVL.from_exported(
-        first_model_path, second_model_path, model, device, allow_http, limits, verify, gpu_memory
+        first_model_path,
+        second_model_path,
+        model,
+        device,
+        allow_http,
+        limits,
+        verify,
+        gpu_memory,
+        split_adapters(adapter or ()),
     )
     if picture_label is not None:
         opened.tokenizer.picture_label = picture_label
@@ -139,6 +158,7 @@ def open_model_or_server(
     allow_http: AllowHttp = False,
     allow_private_http: AllowPrivateHttp = False,
     verify: Verify = False,
+    adapter: Adapters = None,
 ) -> Model[Any]:
     """Open the exported stages of these flags, or the model of a server."""
     if url is None:
@@ -156,6 +176,7 @@ def open_model_or_server(
             allow_http,
             allow_private_http,
             verify,
+            adapter,
         )
     for flag, is_set in (
         ("first_model_path", first_model_path is not None),
@@ -165,6 +186,7 @@ def open_model_or_server(
         ("gpu_memory", gpu_memory != 0.9),
         ("picture_label", picture_label is not None),
         ("verify", verify),
+        ("adapter", bool(adapter)),
     ):
         if is_set:
             raise UsageError(f"--{flag}: is for exported stages; leave it out, or --url")
@@ -174,6 +196,23 @@ def open_model_or_server(
 
     server = Server(check_url(url), read_key(api_key_file))
     return ServerModel(server, allow_http, _limits(allow_http, allow_private_http))
+
+
+def only_adapter(model: QwenVL | Model[Any]) -> Optional[str]:
+    """Name of the adapter of a command that answers with one; None without --adapter, and on a server.
+
+    Raises:
+        UsageError: several were given.
+    """
+    from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
+
+    if not isinstance(model, QwenVL):
+        return None
+    if len(model.adapters) > 1:
+        raise UsageError(
+            "--adapter: this command answers with one adapter; give one (qwenvl batch takes several)"
+        )
+    return next(iter(model.adapters), None)
 
 
 def _limits(allow_http: bool, allow_private_http: bool) -> Optional[ImageLimits]:

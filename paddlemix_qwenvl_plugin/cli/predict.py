@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
+from paddlemix_qwenvl_plugin.cli.options import only_adapter
 from paddlemix_qwenvl_plugin.util import standard_input
 from paddlemix_qwenvl_plugin.util.errors import UsageError, one_line
 from paddlemix_qwenvl_plugin.util.files import check_target, write_beside, write_text
@@ -72,7 +73,13 @@ def predict(
     parts: list[dict[str, Any]] = [{"image": source} for source in sources]
     if draw is not None:  # loaded once, for the prompt and for drawing
         parts[-1]["image"] = model.load_images(sources[-1:])[0]
-    request = Request(parts + ([{"text": prompt}] if prompt else []), options, chat=chat, system=system)
+    request = Request(
+        parts + ([{"text": prompt}] if prompt else []),
+        options,
+        chat=chat,
+        system=system,
+        adapter=only_adapter(model),
+    )
     stream = model.ask(request)
     streamed = not as_json and sys.stdout.isatty()
     if streamed:

@@ -6,7 +6,7 @@ Each frees its C counterpart when it is collected.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import byref, c_float, c_int32, c_void_p, sizeof
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -144,6 +144,40 @@ class KvPool:
     def block_bytes(engine: Engine, block_tokens: int, dtype: str) -> int:
         """Size of a block in bytes: keys and values of all layers."""
         return int(c.load().qvl_kv_pool_bytes(engine.handle, 1, block_tokens, c.DTYPES[dtype]))
+
+
+class LowRank(NamedTuple):
+    """An update y += scale * B (A x) of a matrix: its canonical name, A float32 [rank, in], B float32 [out, rank]."""
+
+    name: str
+    a: NDArray[np.float32]
+    b: NDArray[np.float32]
+    scale: float
+
+
+class Adapter:
+    """A LoRA adapter of an engine of the language stage, apart from its weights; steps choose it for a sequence."""
+
+    def __init__(self, engine: Engine, updates: Iterable[LowRank]) -> None:
+        """Copy the updates into the engine's memory.
+
+        Raises:
+            QwenVLError: an update does not fit its matrix, or the engine is on a GPU.
+        """
+        kept = list(updates)
+        rows = (c.AdapterMatrix * len(kept))()
+        for row, update in zip(rows, kept):
+            row.name = update.name.encode()
+            row.a, row.b = update.a.ctypes.data, update.b.ctypes.data
+            row.dtype = c.DTYPES["float32"]
+            row.scale = update.scale
+            row.n_out, row.n_in, row.rank = len(update.b), update.a.shape[1], len(update.a)
+        self.handle = c_void_p()
+        c.call(
+            *("qvl_adapter_create", engine.handle, rows, len(rows), sizeof(c.AdapterMatrix)),
+            byref(self.handle),
+        )
+        _free_before(engine, self, c.load().qvl_adapter_free, self.handle)
 
 
 class DeviceArray:

@@ -129,6 +129,22 @@ class SequenceRow(Structure):
         ("blocks", c_void_p),
         ("flags", c_uint32),
         ("reserved", c_uint32),
+        ("adapter", c_void_p),
+    ]
+
+
+class AdapterMatrix(Structure):
+    """The struct qvl_adapter_matrix."""
+
+    _fields_ = [
+        ("name", c_char_p),
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("dtype", c_int32),
+        ("scale", c_float),
+        ("n_out", c_int64),
+        ("n_in", c_int64),
+        ("rank", c_int64),
     ]
 
 
@@ -208,6 +224,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qvl_engine_create": (c_int32, [POINTER(Config), _HANDLE, POINTER(_HANDLE), _ERROR]),
     "qvl_engine_free": (None, [_HANDLE]),
     "qvl_engine_describe": (c_char_p, [_HANDLE]),
+    "qvl_adapter_create": (
+        c_int32,
+        [_HANDLE, POINTER(AdapterMatrix), c_int64, c_uint32, POINTER(_HANDLE), _ERROR],
+    ),
+    "qvl_adapter_free": (None, [_HANDLE]),
     "qvl_alloc": (c_int32, [_HANDLE, c_uint64, POINTER(c_void_p), _ERROR]),
     "qvl_dealloc": (None, [_HANDLE, c_void_p]),
     "qvl_copy": (c_int32, [_HANDLE, c_void_p, c_void_p, c_uint64, c_void_p, _ERROR]),

@@ -40,17 +40,30 @@ class ServerModel:
         self._is_chat = True  # until the server reports a base model
 
     @cached_property
+    def _names(self) -> list[str]:
+        """Names of the server's models. Raises as `name`."""
+        models = self.server.start(self.server.get("/v1/models")).result()
+        try:
+            names = [str(model["id"]) for model in models["data"]]
+        except (KeyError, TypeError) as error:
+            raise invalid_response(self.server.url) from error
+        if not names:
+            raise invalid_response(self.server.url)
+        return names
+
+    @property
     def name(self) -> str:
-        """Name of the model on the server.
+        """Name of the first model on the server.
 
         Raises:
             QwenVLError: the server cannot be reached; the message names its URL.
         """
-        models = self.server.start(self.server.get("/v1/models")).result()
-        try:
-            return str(models["data"][0]["id"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise invalid_response(self.server.url) from error
+        return self._names[0]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the server's other models: adapters of the first, on a server of this package. Raises as `name`."""
+        return tuple(self._names[1:])
 
     @property
     def weights(self) -> list[str]:
@@ -68,9 +81,9 @@ class ServerModel:
             for source in sources
         ]
 
-    def chat(self, system: str = DEFAULT_SYSTEM) -> ServerChat:
-        """Start a conversation."""
-        return ServerChat(self, system)
+    def chat(self, system: str = DEFAULT_SYSTEM, adapter: Optional[str] = None) -> ServerChat:
+        """Start a conversation, with the model named `adapter` if it is not None."""
+        return ServerChat(self, system, adapter)
 
     def ask(self, request: Request, folder: Optional[Path] = None) -> ServerStream:
         """Answer a request without streaming; retry while the server is busy.
@@ -83,7 +96,7 @@ class ServerModel:
         if request.chat is False and request.history:
             raise UsageError("history: only a chat prompt has earlier turns; pass chat=True")
         conversation = body.messages(reader, request.parts, request.history, request.system)
-        parameters = {"model": self.name, **body.parameters(request.options)}
+        parameters = {"model": request.adapter or self.name, **body.parameters(request.options)}
 
         async def work(deliver: Callable[[str], None]) -> End:
             if request.chat or (request.chat is None and self._is_chat):
@@ -126,8 +139,9 @@ class ServerChat:
         system: system message.
     """
 
-    def __init__(self, model: ServerModel, system: str) -> None:
+    def __init__(self, model: ServerModel, system: str, adapter: Optional[str] = None) -> None:
         self._model = model
+        self._adapter = adapter
         self.system = system
         self.clear()
 
@@ -144,7 +158,7 @@ class ServerChat:
         question = body.user(reader.read(query))
         image_size = reader.image_size or self._image_size
         request = {
-            "model": self._model.name,
+            "model": self._adapter or self._model.name,
             "messages": [{"role": "system", "content": self.system}, *self._history, question],
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -24,8 +24,9 @@ class Chat:
         system: the system message.
     """
 
-    def __init__(self, vl: QwenVL, system: str) -> None:
+    def __init__(self, vl: QwenVL, system: str, adapter: Optional[str] = None) -> None:
         self._vl = vl
+        self._adapter = adapter
         self.system = system
         self.clear()
 
@@ -78,4 +79,5 @@ class Chat:
             image_size,
             time.perf_counter() - start,
             append_turn,
+            self._adapter,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.artifact.params_file import read_tensors
+from paddlemix_qwenvl_plugin.checkpoint.adapter import Adapter as AdapterFolder
 from paddlemix_qwenvl_plugin.engine import library as c
 from paddlemix_qwenvl_plugin.engine.engine import (
+    Adapter,
     DeviceArray,
     Engine,
     KvPool,
@@ -22,6 +24,7 @@ from paddlemix_qwenvl_plugin.engine.engine import (
     StepOutput,
     Weights,
 )
+from paddlemix_qwenvl_plugin.runtime.adapters import low_rank
 from paddlemix_qwenvl_plugin.runtime.executor import Picked
 from paddlemix_qwenvl_plugin.runtime.generation import MAX_LOGPROBS, Generation, TokenLogprobs
 from paddlemix_qwenvl_plugin.runtime.gpu_memory import check_room
@@ -52,6 +55,7 @@ class EngineExecutor:
         n_blocks: int | None = None,
         gpu_memory: float = 0.9,
         ahead: bool | None = None,
+        adapters: Mapping[str, AdapterFolder] | None = None,
     ) -> None:
         """Create an executor; the vision stage is loaded at its first use, on a GPU at once.
 
@@ -61,6 +65,7 @@ class EngineExecutor:
             n_blocks: size of the KV cache in blocks; None: a share of the free memory.
             gpu_memory: that share, of the GPU memory that the weights leave free.
             ahead: start a step while the previous one is computed (loop.py); None: on a GPU only.
+            adapters: the adapters that requests name.
 
         Raises:
             QwenVLError: the GPU has too little memory.
@@ -79,6 +84,9 @@ class EngineExecutor:
             dtype, step_tokens = "bfloat16" if has_bfloat16 else "float16", _GPU_STEP_TOKENS
             _ = self._vision  # load it first: the cache gets a share of the memory that both stages leave
         self._language = self._engine(language, c.LANGUAGE)
+        self._adapters = {
+            name: Adapter(self._language, low_rank(adapter)) for name, adapter in (adapters or {}).items()
+        }
         context = -(-config.max_position_embeddings // _BLOCK_TOKENS)
         if n_blocks is None:
             block_bytes = KvPool.block_bytes(self._language, _BLOCK_TOKENS, dtype)
@@ -178,7 +186,8 @@ class EngineExecutor:
 
     def _row(self, generation: Generation) -> _Row:
         engine = self._language if self._ahead else None
-        row = self._rows[generation] = _Row(generation, self._vocab_size, engine)
+        adapter = None if generation.adapter is None else self._adapters[generation.adapter].handle.value
+        row = self._rows[generation] = _Row(generation, self._vocab_size, engine, adapter)
         return row
 
     def _put(self, i: int, row: _Row, n_past: int, n_new: int, picks: bool, generated: bool) -> None:
@@ -194,6 +203,7 @@ class EngineExecutor:
             entry.prompt_len = row.prompt_len
             entry.n_blocks = row.n_blocks
             entry.blocks = row.blocks_address
+            entry.adapter = row.adapter
             entry.flags = (0 if picks else c.NO_LOGITS) | (c.GENERATED if generated else 0)
 
     def _sample(self, i: int, row: _Row, n_tokens: int) -> None:
@@ -267,10 +277,13 @@ class EngineExecutor:
 
 
 class _Row:
-    """The engine's input for a request that does not change from step to step: block table, sampling, counts."""
+    """The engine's input for a request that is the same in each step: block table, adapter, sampling, counts."""
 
-    def __init__(self, generation: Generation, vocab_size: int, counts_on: Engine | None) -> None:
+    def __init__(
+        self, generation: Generation, vocab_size: int, counts_on: Engine | None, adapter: int | None
+    ) -> None:
         self.number = next(_numbers)
+        self.adapter = adapter  # address
         self._generation = generation
         options = generation.options
         self.prompt_len = len(generation.prompt)

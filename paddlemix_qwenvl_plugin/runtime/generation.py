@@ -69,6 +69,7 @@ class Generation:
         tokens: generated token ids, the stop token included.
         n_total: number of prompt and generated tokens.
         n_logprobs: number of likeliest tokens to report with each token; None: no log probabilities.
+        adapter: name of the adapter; None: none.
         logprobs: log probabilities of `tokens`, if `n_logprobs` is not None.
         n_computed: number of tokens, of prompt + tokens, whose keys and values are in `blocks`.
         n_cached: prompt tokens found in the prefix cache at the first admission; None before.
@@ -86,6 +87,7 @@ class Generation:
         generated: Sequence[tuple[int, int]] = (),
         rotary_class: int = 0,
         n_logprobs: Optional[int] = None,
+        adapter: Optional[str] = None,
     ) -> None:
         """Create a request.
 
@@ -96,7 +98,7 @@ class Generation:
             options: sampling parameters and limits.
             generated: [start, end) ranges of the prompt that decode steps of earlier requests computed.
             rotary_class: determines the rotary base of the prompt (ModelConfig.ntk_doublings).
-            n_logprobs: see the attribute.
+            n_logprobs, adapter: see the attributes.
         """
         self.prompt = list(prompt)
         self.images = list(images)
@@ -104,6 +106,7 @@ class Generation:
         self.options = options
         self.tokens: list[int] = []
         self.n_logprobs = n_logprobs
+        self.adapter = adapter
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: Optional[str] = None
         self.error: Optional[BaseException] = None
@@ -117,7 +120,8 @@ class Generation:
         self._generated = sorted(generated)
         self._identity = self._identities()
         self._block_keys: list[bytes] = []
-        self._chain = hashlib.sha256(b"qwenvl %d" % rotary_class).digest()
+        named = b"" if adapter is None else b" adapter " + adapter.encode()
+        self._chain = hashlib.sha256(b"qwenvl %d%s" % (rotary_class, named)).digest()
 
     @property
     def n_pending(self) -> int:
@@ -162,7 +166,7 @@ class Generation:
         return [(a, b, a >= n or self._in_generated(a)) for a, b in zip(edges, edges[1:])]
 
     def block_keys(self, n_blocks: int, block_tokens: int) -> list[bytes]:
-        """Prefix cache keys of the first n_blocks full blocks: a hash chain over tokens, images and rotary class."""
+        """Prefix cache keys of the first n_blocks full blocks: a hash chain over all that their content depends on."""
         while len(self._block_keys) < n_blocks:
             start = len(self._block_keys) * block_tokens
             end = start + block_tokens

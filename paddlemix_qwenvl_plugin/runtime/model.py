@@ -69,14 +69,18 @@ class Model(Protocol[S]):
     def picture_label(self) -> str:
         """Text before each image in a prompt, `{}` for the image's number."""
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that `Request.adapter` may have."""
+
     def load(self) -> None:
         """Load the model now rather than at its first use."""
 
     def load_images(self, sources: Sequence[Any], folder: Optional[Path] = None) -> list[Image.Image]:
         """Load images; relative paths are resolved against `folder`."""
 
-    def chat(self, system: str) -> Conversation[S]:
-        """Begin a conversation."""
+    def chat(self, system: str, adapter: Optional[str] = None) -> Conversation[S]:
+        """Begin a conversation, with an adapter."""
 
     def ask(self, request: Request, folder: Optional[Path] = None) -> S:
         """Answer a request in segments; relative image paths are resolved against `folder`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -16,6 +16,7 @@ from PIL import Image
 
 from paddlemix_qwenvl_plugin.artifact.manifest import check_pair
 from paddlemix_qwenvl_plugin.artifact.verify import verify as verify_stage
+from paddlemix_qwenvl_plugin.checkpoint.adapter import Adapter
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, is_chat_model, load_config
 from paddlemix_qwenvl_plugin.processing.images import ImageLimits, from_folder, load_image, preprocess
 from paddlemix_qwenvl_plugin.processing.prompts import (
@@ -27,6 +28,7 @@ from paddlemix_qwenvl_plugin.processing.prompts import (
     image_spans,
 )
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.runtime.adapters import open_adapters
 from paddlemix_qwenvl_plugin.runtime.answer import Answer
 from paddlemix_qwenvl_plugin.runtime.chat import Chat
 from paddlemix_qwenvl_plugin.runtime.executor import Executor
@@ -53,16 +55,16 @@ class QwenVL:
         allow_http: bool,
         limits: ImageLimits,
         gpu_memory: float,
+        adapters: Mapping[str, Adapter],
     ) -> None:
         self._stages = vision, language
+        self._adapters = adapters
         self._gpu_memory = gpu_memory
         self._model = model
         self._allow_http = allow_http
         self._limits = limits
         self._opening = threading.Lock()
         self.config: ModelConfig = language.manifest.config
-        # Identifies the weights, their dtype included.
-        self.weights: list[str] = [stage.manifest.weights.sha256 for stage in (vision, language)]
 
     @classmethod
     def from_exported(
@@ -75,6 +77,7 @@ class QwenVL:
         limits: Optional[ImageLimits] = None,
         verify: bool = False,
         gpu_memory: float = 0.9,
+        adapters: Optional[Mapping[str, PathLike]] = None,
     ) -> QwenVL:
         """Open a model from its two exported stages.
 
@@ -88,9 +91,11 @@ class QwenVL:
             verify: compare the digests of all files with the manifests; otherwise weights of more than 64 MiB are
                 compared by samples.
             gpu_memory: share of the GPU memory left by the weights that the KV cache may take, up to 1.
+            adapters: LoRA adapters (folders of PEFT or PaddleNLP) by the names with which requests choose them; on a
+                CPU, with the engine.
 
         Raises:
-            UsageError: a path or the device does not exist.
+            UsageError: a path or the device does not exist, or an adapter cannot be used at run time.
             QwenVLError: files are damaged, or the stages come from different models.
         """
         check_share(gpu_memory)
@@ -105,7 +110,24 @@ class QwenVL:
             raise UsageError(f"{folder}: no such model folder")
         if (folder / "config.json").is_file() and load_config(folder) != language_stage.manifest.config:
             raise QwenVLError(f"{folder}: its config.json is not that of the exported model; export again")
-        return cls(vision_stage, language_stage, folder, allow_http, limits or ImageLimits(), gpu_memory)
+        opened = open_adapters(adapters or {}, language_stage.manifest.config)
+        if opened and language_stage.gpu is not None:
+            raise UsageError(
+                "adapters are not supported on a GPU yet: merge one with --lora at export, or use --device cpu"
+            )
+        limits = limits or ImageLimits()
+        return cls(vision_stage, language_stage, folder, allow_http, limits, gpu_memory, opened)
+
+    @cached_property
+    def weights(self) -> list[str]:
+        """Texts that identify the weights, their dtype included, and the adapters."""
+        stages = [stage.manifest.weights.sha256 for stage in self._stages]
+        return stages + [f"{name} {each.fingerprint(each.names)}" for name, each in self._adapters.items()]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters."""
+        return tuple(self._adapters)
 
     @cached_property
     def tokenizer(self) -> QwenTokenizer:
@@ -134,7 +156,11 @@ class QwenVL:
         if language.engine:
             from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
 
-            return EngineExecutor(vision, language, gpu_memory=self._gpu_memory)
+            return EngineExecutor(vision, language, gpu_memory=self._gpu_memory, adapters=self._adapters)
+        if self._adapters:
+            raise UsageError(
+                "adapters need the engine, and this model runs on the portable graph; merge one with --lora at export"
+            )
         from paddlemix_qwenvl_plugin.runtime.portable_executor import PortableExecutor
 
         return PortableExecutor(vision, language)
@@ -195,6 +221,7 @@ class QwenVL:
         *,
         lengths: Optional[Sequence[int]] = None,
         eos_token_ids: Optional[Iterable[int]] = None,
+        adapter: Optional[str] = None,
         **options: Any,
     ) -> list[list[int]]:
         """Run the language stage on a batch of token ids.
@@ -205,6 +232,7 @@ class QwenVL:
             lengths: length of each row; None: T for all.
             eos_token_ids: stop tokens, kept as the last token of a row; None: the tokenizer's end-of-text token, or
                 none if the model folder has no tokenizer; empty: only max_new_tokens ends a row.
+            adapter: name of an adapter, for all rows.
             options: see GenerationOptions.
 
         Returns:
@@ -227,7 +255,7 @@ class QwenVL:
             )
         images = iter([ImageInput.encoded(each) for each in given])
         generations = [
-            self.generation(row, [next(images) for _ in row_spans], stop, chosen)
+            self.generation(row, [next(images) for _ in row_spans], stop, chosen, adapter=adapter)
             for row, row_spans in zip(rows, spans)
         ]
         loop = self._loop
@@ -251,10 +279,12 @@ class QwenVL:
         chat: Optional[bool] = None,
         history: Sequence[tuple[Query, str]] = (),
         system: str = DEFAULT_SYSTEM,
+        adapter: Optional[str] = None,
         **options: Any,
     ) -> Answer:
         """Answer one prompt and return the complete answer; arguments and errors as for `stream`."""
-        return self.stream(parts, chat=chat, history=history, system=system, **options).finish()
+        stream = self.stream(parts, chat=chat, history=history, system=system, adapter=adapter, **options)
+        return stream.finish()
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer several prompts in one batch, each with its own options; each answer is the same as without a batch.
@@ -272,6 +302,7 @@ class QwenVL:
         chat: Optional[bool] = None,
         history: Sequence[tuple[Query, str]] = (),
         system: str = DEFAULT_SYSTEM,
+        adapter: Optional[str] = None,
         **options: Any,
     ) -> AnswerStream:
         """Answer one prompt in segments, as they are generated.
@@ -282,16 +313,17 @@ class QwenVL:
                 the model folder declares.
             history: earlier turns (query, answer), chat only.
             system: the system message, chat only.
+            adapter: name of an adapter (`from_exported`); None: the model's own weights.
             options: see GenerationOptions.
 
         Raises:
             UsageError, QwenVLError: an invalid part, image or option; the message names it.
         """
-        return self.ask(Request(parts, GenerationOptions.of(options), chat, history, system))
+        return self.ask(Request(parts, GenerationOptions.of(options), chat, history, system, adapter))
 
-    def chat(self, system: str = DEFAULT_SYSTEM) -> Chat:
-        """Begin a conversation with Qwen-VL-Chat."""
-        return Chat(self, system)
+    def chat(self, system: str = DEFAULT_SYSTEM, adapter: Optional[str] = None) -> Chat:
+        """Begin a conversation with Qwen-VL-Chat, with an adapter if one is named."""
+        return Chat(self, system, adapter)
 
     def ask(self, request: Request, folder: Optional[Path] = None) -> AnswerStream:
         """Answer a request in segments; relative image paths are resolved against `folder`. Errors as for `stream`."""
@@ -300,7 +332,8 @@ class QwenVL:
         images = self.load_images(prompt.images, folder)
         size = images[-1].size if images else None
         inputs = self.image_inputs(images)
-        return self.start(prompt, inputs, stop, request.options, size, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return self.start(prompt, inputs, stop, request.options, size, seconds, adapter=request.adapter)
 
     def finish_all(self, streams: Iterable[AnswerStream], window: int = 16) -> Iterator[Answer]:
         """Yield the complete answers of streams in their order; up to `window` of them are generated at once.
@@ -335,6 +368,7 @@ class QwenVL:
         image_size: Optional[tuple[int, int]],
         prepare_seconds: float = 0.0,
         on_end: Callable[[Answer], None] = lambda answer: None,
+        adapter: Optional[str] = None,
     ) -> AnswerStream:
         """Create the stream for a tokenised prompt and loaded images.
 
@@ -344,8 +378,11 @@ class QwenVL:
             stop_token_ids: tokens that end the answer.
             options: sampling parameters and limits.
             image_size, prepare_seconds, on_end: see AnswerStream.
+            adapter: name of an adapter.
         """
-        generation = self.generation(prompt.input_ids, images, stop_token_ids, options, prompt.generated)
+        generation = self.generation(
+            prompt.input_ids, images, stop_token_ids, options, prompt.generated, adapter=adapter
+        )
 
         def open_loop() -> Loop:
             self.load(vision=bool(images))
@@ -372,6 +409,7 @@ class QwenVL:
         options: GenerationOptions,
         generated: Sequence[tuple[int, int]] = (),
         n_logprobs: Optional[int] = None,
+        adapter: Optional[str] = None,
     ) -> Generation:
         """Create a request for the loop, with max_new_tokens limited to the rest of the context.
 
@@ -380,11 +418,14 @@ class QwenVL:
             images: one for each `<img>` of the prompt, in order.
             stop_token_ids: tokens that end the completion.
             options: sampling parameters and limits.
-            generated, n_logprobs: see Generation.
+            generated, n_logprobs, adapter: see Generation.
 
         Raises:
-            UsageError: an invalid id, a wrong number of images, or a prompt that fills the context.
+            UsageError: an invalid id, a wrong number of images, a prompt that fills the context, or an unknown adapter.
         """
+        if adapter is not None and adapter not in self._adapters:
+            names = ", ".join(self._adapters) or "none"
+            raise UsageError(f"adapter: {adapter!r:.100} is not an adapter of this model; it has: {names}")
         if not input_ids:
             raise UsageError("input_ids: must have at least one token")
         if min(input_ids) < 0 or max(input_ids) >= self.config.vocab_size:
@@ -408,7 +449,9 @@ class QwenVL:
         ]
         rotary_class = self.config.ntk_doublings(len(input_ids))
         options = options.within(room)
-        return Generation(input_ids, placed, stop_token_ids, options, generated, rotary_class, n_logprobs)
+        return Generation(
+            input_ids, placed, stop_token_ids, options, generated, rotary_class, n_logprobs, adapter
+        )
 
     def _spans(self, input_ids: Sequence[int]) -> list[tuple[int, int]]:
         vision = self.config.visual

@@ -23,6 +23,7 @@ class Request:
             model folder declares.
         history: earlier turns (query, answer), chat only.
         system: the system message, chat only.
+        adapter: name of an adapter of the model; None: the model's own weights.
     """
 
     parts: Union[str, Sequence[Part]]
@@ -30,3 +31,4 @@ class Request:
     chat: Optional[bool] = None
     history: Sequence[tuple[Query, str]] = ()
     system: str = DEFAULT_SYSTEM
+    adapter: Optional[str] = None

@@ -31,6 +31,7 @@ class EngineRequest:
         generated: [start, end) ranges of the prompt that are earlier completions (Prompt.generated).
         n_logprobs: number of most likely tokens, 0 to 20, reported with each token's log probability; None: no log
             probabilities.
+        adapter: name of the adapter; None: none.
     """
 
     prompt: Sequence[int]
@@ -39,6 +40,7 @@ class EngineRequest:
     options: GenerationOptions
     generated: Sequence[tuple[int, int]] = ()
     n_logprobs: Optional[int] = None
+    adapter: Optional[str] = None
 
 
 class Token(NamedTuple):
@@ -119,4 +121,5 @@ class ModelSettings:
     device: str = "cpu"
     gpu_memory: float = 0.9
     verify: bool = False
+    adapters: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)

@@ -76,6 +76,7 @@ class EngineProcess:
                 settings["device"],
                 verify=settings["verify"],
                 gpu_memory=settings["gpu_memory"],
+                adapters=settings["adapters"],
             )
             self._loop = self._model.open_loop()
             _install_signal_handlers()  # again: Paddle may have been imported
@@ -184,6 +185,7 @@ class EngineProcess:
                 request.options,
                 request.generated,
                 request.n_logprobs,
+                request.adapter,
             )
         except QwenVLError as error:
             with self._lock:

@@ -64,6 +64,7 @@ def pack_request(number: int, request: EngineRequest) -> bytes:
         "options": asdict(request.options),
         "generated": list(request.generated),
         "n_logprobs": request.n_logprobs,
+        "adapter": request.adapter,
     }
     return pack(header, request.images)
 
@@ -79,6 +80,7 @@ def unpack_request(header: dict[str, Any], content: bytes) -> EngineRequest:
         GenerationOptions.of(header["options"]),
         [(start, end) for start, end in header["generated"]],
         header["n_logprobs"],
+        header["adapter"],
     )
 
 

@@ -71,6 +71,7 @@ class Service:
 
     Attributes:
         model_name: name of the model in the API.
+        adapters: names of its adapters, models of the API as well.
         is_chat: whether the model is Qwen-VL-Chat; the base model supports /v1/completions only.
         draining: whether the server is shutting down: running requests finish.
     """
@@ -83,5 +84,6 @@ class Service:
     model_name: str
     images: ImageLoader
     admission: Admission
+    adapters: tuple[str, ...] = ()
     metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False

@@ -52,6 +52,10 @@ class ServeSettings(BaseSettings):
     picture_label: Annotated[Optional[str], Field(description="Text before an image, {} for its number.")] = (
         None
     )
+    adapter: Annotated[
+        Texts,
+        Field(description="LoRA adapters as NAME=FOLDER; a request chooses one by its name as the model."),
+    ] = []
     served_model_name: Annotated[
         Optional[str],
         Field(description="Name of the model in the API; default: qwen-vl-chat or qwen-vl."),

@@ -108,7 +108,7 @@ def test_a_damaged_line_is_answered_in_its_form(line):
     [
         ({}, "nothing to ask"),
         ({"prompt": 1}, "prompt must be a string"),
-        ({"prompt": "?", "promt": "?"}, "promt: unknown key; known keys: chat, "),
+        ({"prompt": "?", "promt": "?"}, "promt: unknown key; known keys: adapter, chat, "),
         ({"image": ["a.png"]}, "image must be a string"),
         ({"images": "a.png"}, "images must be a list"),
         ({"image": "a", "images": ["b"]}, "image and images: give one of them"),

@@ -112,6 +112,20 @@ class Sequence_(ctypes.Structure):
         ("blocks", POINTER(c_int32)),
         ("flags", c_uint32),
         ("reserved", c_uint32),
+        ("adapter", c_void_p),
+    ]
+
+
+class AdapterMatrix(ctypes.Structure):
+    _fields_ = [
+        ("name", c_char_p),
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("dtype", c_int32),
+        ("scale", c_float),
+        ("out", c_int64),
+        ("in_", c_int64),
+        ("rank", c_int64),
     ]
 
 
@@ -227,7 +241,14 @@ class Library:
         self.dll.qvl_weights_count.argtypes = [c_void_p]
         self.dll.qvl_weights_count.restype = c_int64
         self.dll.qvl_device_count.argtypes = [c_int32]
-        for name in ("engine_free", "kv_pool_free", "weights_free", "event_free", "engine_describe"):
+        for name in (
+            "engine_free",
+            "kv_pool_free",
+            "adapter_free",
+            "weights_free",
+            "event_free",
+            "engine_describe",
+        ):
             getattr(self.dll, f"qvl_{name}").argtypes = [c_void_p]
         for name in ("dealloc", "host_free"):
             getattr(self.dll, f"qvl_{name}").argtypes = [c_void_p, c_void_p]
@@ -240,6 +261,7 @@ class Library:
             "qvl_weights_open": [c_char_p, POINTER(c_void_p)],
             "qvl_weights_get": [c_void_p, c_int64, POINTER(Tensor), c_uint32],
             "qvl_engine_create": [POINTER(Config), c_void_p, POINTER(c_void_p)],
+            "qvl_adapter_create": [c_void_p, POINTER(AdapterMatrix), c_int64, c_uint32, POINTER(c_void_p)],
             "qvl_host_alloc": [c_void_p, c_uint64, POINTER(c_void_p)],
             "qvl_copy_async": [c_void_p, c_void_p, c_void_p, c_uint64, c_void_p],
             "qvl_event_create": [c_void_p, POINTER(c_void_p)],
@@ -476,6 +498,9 @@ class Engine:
     def pool(self, n_blocks: int, block_tokens: int = 32, dtype: int = FLOAT32) -> Pool:
         return Pool(self, n_blocks, block_tokens, dtype)
 
+    def adapter(self, matrices: Mapping[str, LowRank]) -> Adapter:
+        return Adapter(self, matrices)
+
     def sample(
         self,
         logits: np.ndarray,
@@ -559,6 +584,35 @@ def make_spans(spans: Sequence[tuple[int, np.ndarray]]) -> Any:
     return made
 
 
+class LowRank(NamedTuple):
+    """Entry of an adapter: A [rank, in] and B [out, rank] as float32 or float16, or as uint16 bits of bfloat16."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float = 1.0
+
+
+class Adapter:
+    def __init__(self, engine: Engine, matrices: Mapping[str, LowRank]) -> None:
+        rows = (AdapterMatrix * len(matrices))()
+        kinds = {"float32": FLOAT32, "float16": FLOAT16, "uint16": BFLOAT16}
+        for row, (name, (a, b, scale)) in zip(rows, matrices.items()):
+            row.name, row.a, row.b, row.scale = name.encode(), pointer(a), pointer(b), scale
+            row.dtype, row.rank, row.out, row.in_ = kinds[a.dtype.name], a.shape[0], b.shape[0], a.shape[1]
+        self.library, handle = engine.library, c_void_p()
+        engine.library.call(
+            "qvl_adapter_create",
+            *(engine.handle, rows, len(rows), ctypes.sizeof(AdapterMatrix), ctypes.byref(handle)),
+        )
+        self.handle = handle
+
+    def __enter__(self) -> Adapter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.library.dll.qvl_adapter_free(self.handle)
+
+
 class Pool:
     """A pool and `forward` on it."""
 
@@ -581,6 +635,7 @@ class Pool:
         parts: Sequence[tuple[Sequence[int], int, int, Sequence[int]]],
         spans: Sequence[tuple[int, np.ndarray]] = (),
         flags: Sequence[int] = (),
+        adapters: Sequence[Adapter | None] = (),
     ) -> Batch:
         """Parts are (tokens, n_past, prompt_len, block table)."""
         tables = [np.asarray(part[3], np.int32) for part in parts]
@@ -590,6 +645,8 @@ class Pool:
             sequence.n_blocks, sequence.blocks = len(table), int_pointer(table)
         for sequence, flag in zip(sequences, flags):
             sequence.flags = flag
+        for sequence, adapter in zip(sequences, adapters):
+            sequence.adapter = adapter.handle if adapter is not None else None
         ids = np.concatenate([np.asarray(part[0], np.int32) for part in parts])
         made = make_spans(spans)
         batch = Batch(ctypes.sizeof(Batch), len(parts), sequences, pointer(ids), len(made), 0, made)
@@ -603,13 +660,14 @@ class Pool:
         spans: Sequence[tuple[int, np.ndarray]] = (),
         logits: bool = True,
         flags: Sequence[int] = (),
+        adapters: Sequence[Adapter | None] = (),
     ) -> np.ndarray:
         """Logits [rows, vocab] of the parts without NO_LOGITS."""
         rows = len(parts) - sum(flag & NO_LOGITS for flag in flags)
         out = np.full([rows, self.engine.config.vocab], np.nan, np.float32)
         self.engine.library.call(
             "qvl_forward",
-            *(self.engine.handle, self.handle, self.batch(parts, spans, flags)),
+            *(self.engine.handle, self.handle, self.batch(parts, spans, flags, adapters)),
             *(pointer(out) if logits else None, None),
         )
         return out

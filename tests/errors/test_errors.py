@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import adapter_cases  # noqa: F401  its cases are in CASES, too
 import lora_cases  # noqa: F401  its cases are in CASES, too
 import pytest
 from error_cases import CASES, STREET, Bench

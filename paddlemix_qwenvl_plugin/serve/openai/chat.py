@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.serve.openai import prompt
 from paddlemix_qwenvl_plugin.serve.openai.completion import CompletionSpec
 from paddlemix_qwenvl_plugin.serve.openai.forms import ChatForm
 from paddlemix_qwenvl_plugin.serve.openai.messages import Messages, read_conversation
-from paddlemix_qwenvl_plugin.serve.openai.models import check_is_chat, check_model
+from paddlemix_qwenvl_plugin.serve.openai.models import check_is_chat, choose_adapter
 from paddlemix_qwenvl_plugin.serve.openai.parameters import SamplingParameters
 from paddlemix_qwenvl_plugin.serve.openai.respond import respond
 from paddlemix_qwenvl_plugin.serve.service import Service
@@ -93,7 +93,7 @@ async def chat_completions(request: Request, service: Service, body: ChatComplet
     Raises:
         ApiError: the request is invalid or failed.
     """
-    check_model(service, body.model)
+    adapter = choose_adapter(service, body.model)
     check_is_chat(service)
     options = body.options(service.settings)
     conversation = read_conversation(body.messages)
@@ -104,7 +104,8 @@ async def chat_completions(request: Request, service: Service, body: ChatComplet
         n=body.n or 1,
         stop_strings=body.stop_strings,
         n_logprobs=body.n_logprobs,
+        adapter=adapter,
     )
     with_logprobs = body.n_logprobs is not None
-    form = ChatForm(service.model_name, service.tokenizer, with_logprobs, body.include_usage)
+    form = ChatForm(body.model, service.tokenizer, with_logprobs, body.include_usage)
     return await respond(request, service, spec, form, body)

@@ -23,7 +23,7 @@ class CompletionSpec:
 
     Attributes:
         n: number of completions per prompt.
-        n_logprobs: see EngineRequest.
+        n_logprobs, adapter: see EngineRequest.
     """
 
     prompts: Sequence[ReadyPrompt]
@@ -32,6 +32,7 @@ class CompletionSpec:
     n: int = 1
     stop_strings: Sequence[str] = ()
     n_logprobs: Optional[int] = None
+    adapter: Optional[str] = None
 
 
 class Completion:
@@ -115,6 +116,7 @@ class Completion:
             options=spec.options.within(service.config.max_position_embeddings - len(prompt.token_ids)),
             generated=prompt.generated,
             n_logprobs=spec.n_logprobs,
+            adapter=spec.adapter,
         )
         size = images[-1].size if images else None
         first: Optional[ChoiceRun] = None

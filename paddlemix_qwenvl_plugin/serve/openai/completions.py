@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.serve.openai import prompt
 from paddlemix_qwenvl_plugin.serve.openai.completion import CompletionSpec
 from paddlemix_qwenvl_plugin.serve.openai.content import MAX_PARTS, ContentParts, read_query
 from paddlemix_qwenvl_plugin.serve.openai.forms import TextForm
-from paddlemix_qwenvl_plugin.serve.openai.models import check_model
+from paddlemix_qwenvl_plugin.serve.openai.models import choose_adapter
 from paddlemix_qwenvl_plugin.serve.openai.parameters import SamplingParameters, too_large
 from paddlemix_qwenvl_plugin.serve.openai.prompt import ReadyPrompt
 from paddlemix_qwenvl_plugin.serve.openai.respond import respond
@@ -57,7 +57,7 @@ async def completions(request: Request, service: Service, body: CompletionReques
     Raises:
         ApiError: the request is invalid or failed.
     """
-    check_model(service, body.model)
+    adapter = choose_adapter(service, body.model)
     options = body.options(service.settings)
     spec = CompletionSpec(
         prompts=await _prompts(service, body),
@@ -66,9 +66,10 @@ async def completions(request: Request, service: Service, body: CompletionReques
         n=body.n or 1,
         stop_strings=body.stop_strings,
         n_logprobs=body.logprobs,
+        adapter=adapter,
     )
     with_logprobs = body.logprobs is not None
-    form = TextForm(service.model_name, service.tokenizer, with_logprobs, body.include_usage)
+    form = TextForm(body.model, service.tokenizer, with_logprobs, body.include_usage)
     return await respond(request, service, spec, form, body)
 
 

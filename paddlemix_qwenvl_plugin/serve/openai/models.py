@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Optional
 
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.openai.responses import ModelEntry
@@ -11,21 +12,34 @@ from paddlemix_qwenvl_plugin.serve.service import Service
 _STARTED = int(time.time())
 
 
-def model_entry(service: Service) -> ModelEntry:
-    """Return the entry of /v1/models; `created` is the start time of the server."""
-    return ModelEntry(id=service.model_name, created=_STARTED, owned_by="paddlemix-qwenvl-plugin")
+def model_entries(service: Service) -> list[ModelEntry]:
+    """The entries of /v1/models: the model, then its adapters."""
+    return [model_entry(name) for name in (service.model_name, *service.adapters)]
 
 
-def check_model(service: Service, name: str) -> None:
-    """Raise ApiError unless `name` is the served model."""
-    if name != service.model_name:
-        shown = name if len(name) <= 100 else name[:99] + "…"
-        raise ApiError(
-            404,
-            f"The model `{shown}` does not exist; this server has `{service.model_name}`.",
-            param="model",
-            code="model_not_found",
-        )
+def model_entry(name: str) -> ModelEntry:
+    """The entry of a served model; `created` is the start time of the server."""
+    return ModelEntry(id=name, created=_STARTED, owned_by="paddlemix-qwenvl-plugin")
+
+
+def choose_adapter(service: Service, name: str) -> Optional[str]:
+    """Return the adapter that a request's model names; None for the model without one.
+
+    Raises:
+        ApiError: the server has no such model.
+    """
+    if name == service.model_name:
+        return None
+    if name in service.adapters:
+        return name
+    shown = name if len(name) <= 100 else name[:99] + "…"
+    names = ", ".join(f"`{each}`" for each in (service.model_name, *service.adapters))
+    raise ApiError(
+        404,
+        f"The model `{shown}` does not exist; this server has {names}.",
+        param="model",
+        code="model_not_found",
+    )
 
 
 def check_is_chat(service: Service) -> None:

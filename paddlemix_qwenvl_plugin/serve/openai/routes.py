@@ -60,14 +60,14 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/models", responses=_ERRORS)
     async def list_models() -> ModelList:
-        """List the served model."""
-        return ModelList(data=[models.model_entry(service)])
+        """List the served model and its adapters."""
+        return ModelList(data=models.model_entries(service))
 
     @routes.get("/v1/models/{model}", responses=_ERRORS)
     async def get_model(model: str) -> ModelEntry:
-        """Get the served model by its name."""
-        models.check_model(service, model)
-        return models.model_entry(service)
+        """Get a served model by its name."""
+        models.choose_adapter(service, model)
+        return models.model_entry(model)
 
     @routes.post("/tokenize", responses=_ERRORS)
     async def tokenize(body: tokens.TokenizeRequest) -> TokenizeResult:

@@ -10,7 +10,7 @@ from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.openai import prompt
 from paddlemix_qwenvl_plugin.serve.openai.content import ContentParts, read_query
 from paddlemix_qwenvl_plugin.serve.openai.messages import Messages, read_conversation
-from paddlemix_qwenvl_plugin.serve.openai.models import check_is_chat, check_model
+from paddlemix_qwenvl_plugin.serve.openai.models import check_is_chat, choose_adapter
 from paddlemix_qwenvl_plugin.serve.openai.responses import TokenizeResult
 from paddlemix_qwenvl_plugin.serve.openai.schema import Schema
 from paddlemix_qwenvl_plugin.serve.service import Service
@@ -31,7 +31,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> TokenizeResult:
         ApiError: the request is invalid.
     """
     if body.model is not None:
-        check_model(service, body.model)
+        choose_adapter(service, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt and messages: give one of them", param="prompt", code="invalid_value")
     if body.messages is not None:

@@ -1,0 +1,48 @@
+// Low-rank adapters (LoRA) on the CPU: y += scale * B (A x).
+#pragma once
+
+#include <vector>
+
+#include "core/backend.h"
+#include "cpu/linear.h"
+
+namespace qvl::cpu {
+
+// A and B of one target; A has no values if the adapter does not change it.
+struct LowRank {
+  Matrix a;  // [rank, in]
+  Matrix b;  // [out, rank, padded with zeros to whole vectors]
+  float scale = 0;
+};
+
+class CpuAdapter final : public Adapter {
+ public:
+  // Copies the matrices.
+  CpuAdapter(const Kernels& kernels, int layers, const std::vector<AdapterMatrix>& matrices);
+
+  // NULL if the adapter does not change it.
+  const LowRank* target(int64_t index) const {
+    const LowRank& found = targets_[size(index)];
+    return found.a.values != nullptr ? &found : nullptr;
+  }
+
+ private:
+  Matrix copy(qvl_dtype dtype, int64_t rows, int64_t columns, int64_t width, const void* values);
+
+  std::vector<LowRank> targets_;
+  std::vector<Buffer> memory_;
+};
+
+// Consecutive rows of activations with the same adapter; all of a prompt, or all of decode steps.
+struct AdapterRows {
+  const CpuAdapter* adapter;
+  int64_t first;
+  int64_t n;
+  bool decode;
+};
+
+// Add an adapter's part of a target's product, linear(), to the rows of each of `runs`.
+void add_low_rank(Context& context, const std::vector<AdapterRows>& runs, int64_t target, const float* x,
+                  int64_t x_stride, float* y, int64_t y_stride, Buffer& scratch);
+
+}  // namespace qvl::cpu

@@ -1,0 +1,63 @@
+"""LoRA adapters of a model at run time: kept apart from its weights and chosen by name for each request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Union
+
+import numpy as np
+
+from paddlemix_qwenvl_plugin.checkpoint.adapter import Adapter
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
+from paddlemix_qwenvl_plugin.checkpoint.tensors import language_specs, vision_specs
+from paddlemix_qwenvl_plugin.engine.engine import LowRank
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+
+
+def split_adapters(given: Sequence[str]) -> dict[str, Path]:
+    """Parse NAME=FOLDER texts of --adapter.
+
+    Raises:
+        UsageError: a text without a name or a folder, or a name that is given twice.
+    """
+    folders: dict[str, Path] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            raise UsageError(f"--adapter {text}: must be NAME=FOLDER")
+        if name in folders:
+            raise UsageError(
+                f"--adapter {text}: the name {name} is given twice; name one of them differently"
+            )
+        folders[name] = Path(folder)
+    return folders
+
+
+def open_adapters(folders: Mapping[str, Union[str, Path]], config: ModelConfig) -> dict[str, Adapter]:
+    """Open adapter folders and check that the engine can add them to a model's products; no values are read.
+
+    Raises:
+        UsageError: a folder is missing, or its adapter changes more than matrices of the language model.
+        QwenVLError: an adapter is damaged or of another model.
+    """
+    specs = {**language_specs(config), **vision_specs(config)}
+    targets = {name for name, spec in language_specs(config).items() if spec.linear}
+    adapters = {name: Adapter(Path(folder), specs) for name, folder in folders.items()}
+    for adapter in adapters.values():
+        other = sorted({*adapter.whole, *(adapter.updates.keys() - targets)})
+        if other:
+            kind = "replaces" if other[0] in adapter.whole else "changes"
+            raise UsageError(
+                f"{adapter.folder}: {kind} {other[0]}, which is fixed at run time; merge it with --lora at export"
+            )
+        if not adapter.updates:
+            raise UsageError(f"{adapter.folder}: changes no matrix of the model; is it a LoRA adapter?")
+    return adapters
+
+
+def low_rank(adapter: Adapter) -> Iterator[LowRank]:
+    """Read the matrices of an adapter, one at a time."""
+    for name, entry in adapter.updates.items():
+        a, b = adapter.update(name)  # [in, rank], [rank, out]
+        yield LowRank(name, np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), entry.scaling)

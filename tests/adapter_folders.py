@@ -1,0 +1,29 @@
+"""LoRA adapters as PEFT saves them, with random values, for tests of adapters at run time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
+from paddlemix_qwenvl_plugin.checkpoint.tensors import language_specs
+
+
+def write_adapter(folder: Path, config: ModelConfig, seed: int, size: float = 0.4, rank: int = 4) -> Path:
+    """An adapter of all layers' matrices, whose updates have standard deviations of about `size` / 20."""
+    folder.mkdir()
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for name, spec in language_specs(config).items():
+        if spec.linear and name.startswith("h."):
+            module = f"base_model.model.transformer.{name[: -len('.weight')]}"
+            a, b = (rank, spec.shape[0]), (spec.shape[1], rank)
+            tensors[f"{module}.lora_A.weight"] = random.standard_normal(a).astype(np.float32) * 0.1
+            tensors[f"{module}.lora_B.weight"] = random.standard_normal(b).astype(np.float32) * size / 8
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    data = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
+    (folder / "adapter_config.json").write_text(json.dumps(data))
+    return folder

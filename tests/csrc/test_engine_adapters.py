@@ -1,0 +1,239 @@
+"""Low-rank adapters apart from the base weights: against merged weights, in mixed batches, errors."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import numpy as np
+import pytest
+from engine import (
+    BAD_WEIGHT,
+    BFLOAT16,
+    COMPUTE_FLOAT32,
+    DEVICE_LIBRARY,
+    FLOAT32,
+    INT4_G64,
+    INVALID,
+    LANGUAGE,
+    Engine,
+    EngineError,
+    LowRank,
+    Sequence_,
+    make_config,
+    store,
+)
+
+pytestmark = pytest.mark.skipif(bool(DEVICE_LIBRARY), reason="adapters run on the CPU back end only")
+
+RANDOM = np.random.default_rng(17)
+TARGETS = re.compile(r"attn\.c_attn|attn\.c_proj|mlp\.w1|mlp\.w2|mlp\.c_proj|lm_head")
+PROMPT = RANDOM.integers(0, 600, 70).tolist()
+
+
+def bfloat16(values: np.ndarray) -> np.ndarray:
+    """The upper halves of float32 values."""
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def floats(values: np.ndarray) -> np.ndarray:
+    """Exact float64 values of an adapter's matrix."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return values.astype(np.float64)
+
+
+def make_adapter(model, seed=0, dtype="float32", skip=""):
+    """Random entries for all targets whose name lacks `skip`; ranks 1 to 20 and scales differ."""
+    random = np.random.default_rng(seed)
+    made = {}
+    for name, matrix in model.language_weights().items():
+        if not TARGETS.search(name) or not name.endswith("weight") or (skip and skip in name):
+            continue
+        rank = int(random.integers(1, 21))
+        a = random.standard_normal((rank, matrix.shape[1])) * 0.1
+        b = random.standard_normal((matrix.shape[0], rank)) * 0.1
+        a, b = (bfloat16(a), bfloat16(b)) if dtype == "bfloat16" else (a.astype(dtype), b.astype(dtype))
+        made[name] = LowRank(a, b, float(random.uniform(0.3, 2)))
+    return made
+
+
+def run(library, model, weights, adapter=None):
+    """Logits of a prompt's last token and of a decode step after it."""
+    config = make_config(model.config, LANGUAGE, compute=COMPUTE_FLOAT32)
+    with Engine(library, config, weights) as engine, engine.pool(4) as pool:
+        made = engine.adapter(adapter) if adapter else None
+        table = [0, 1, 2, 3]
+        first = pool.forward([(PROMPT, 0, 70, table)], adapters=[made])
+        second = pool.forward([([5], 70, 70, table)], adapters=[made])
+        if made is not None:
+            library.dll.qvl_adapter_free(made.handle)
+        return np.concatenate([first, second])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_equals_the_merged_model(library, golden_model, dtype):
+    """Within 1e-3 of a model whose weights were merged in float64."""
+    model = golden_model("a")
+    base, adapter = model.language_weights(), make_adapter(model, dtype=dtype)
+    merged = dict(base)
+    for name, (a, b, scale) in adapter.items():
+        merged[name] = (base[name] + scale * (floats(b) @ floats(a))).astype(np.float32)
+    ours = run(library, model, store(library, base, FLOAT32), adapter)
+    expected = run(library, model, store(library, merged, FLOAT32))
+    assert np.abs(expected - run(library, model, store(library, base, FLOAT32))).max() > 0.1
+    np.testing.assert_allclose(ours, expected, atol=1e-3, rtol=0)
+
+
+def test_of_an_int4_base_equals_the_merged_dequantised_model(library, golden_model):
+    """On a prompt; a decode step rounds its activations for a quantised base only."""
+    model = golden_model("a")
+    base, adapter = model.language_weights(), make_adapter(model, skip="lm_head")
+    quantised = store(library, base, INT4_G64, lambda name: FLOAT32 if "lm_head" in name else INT4_G64)
+    merged = dict(quantised)
+    for name, (data, dtype, shape) in quantised.items():
+        if dtype == INT4_G64:
+            values = library.unpack(data, dtype, *shape).astype(np.float64)
+            a, b, scale = adapter.get(name, (np.zeros([1, shape[1]]), np.zeros([shape[0], 1]), 0))
+            values = (values + scale * (floats(b) @ floats(a))).astype(np.float32)
+            merged[name] = library.pack(values, FLOAT32), FLOAT32, shape
+    ours, expected = (
+        run(library, model, quantised, adapter),
+        run(library, model, merged),
+    )
+    np.testing.assert_allclose(ours[0], expected[0], atol=1e-3, rtol=0)
+    difference = np.abs(ours[1] - expected[1]).max()
+    assert difference < 0.1 * np.abs(expected[1]).max()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, INT4_G64])
+def test_a_mixed_batch_equals_each_alone(library, golden_model, isa, dtype):
+    """To the bit: prompts, chunks and decode steps of three adapters and of the base, in any order."""
+    model = golden_model("a")
+    config = make_config(model.config, LANGUAGE, isa=isa, max_tokens=64)  # a batch takes several passes
+    with Engine(library, config, store(library, model.language_weights(), dtype)) as engine:
+        adapters = [
+            None,
+            engine.adapter(make_adapter(model, 1)),
+            engine.adapter(make_adapter(model, 2, "bfloat16", skip="attn")),
+            engine.adapter(make_adapter(model, 3, "float16", skip="mlp")),
+        ]
+        random = np.random.default_rng(4)
+        entries, chosen = [], []
+        with engine.pool(200) as pool, engine.pool(200) as other:
+            for i in range(16):
+                prompt = random.integers(0, 600, random.integers(2, 80)).tolist()
+                done = len(prompt) if i % 2 else int(random.integers(0, len(prompt)))
+                table = list(range(8 * i, 8 * i + 8))
+                adapter = adapters[random.integers(0, 4)]
+                for each in (pool, other):
+                    if done:
+                        each.forward(
+                            [(prompt[:done], 0, len(prompt), table)], logits=False, adapters=[adapter]
+                        )
+                entries.append((prompt[done:] or [i], done, len(prompt), table))
+                chosen.append(adapter)
+            alone = [other.forward([entry], adapters=[each]) for entry, each in zip(entries, chosen)]
+            order = random.permutation(16)
+            mixed = pool.forward([entries[i] for i in order], adapters=[chosen[i] for i in order])
+        for adapter in adapters[1:]:
+            library.dll.qvl_adapter_free(adapter.handle)
+    np.testing.assert_array_equal(mixed, np.concatenate([alone[i] for i in order]))
+
+
+def test_an_adapter_of_zeros_changes_no_bit(library, golden_model):
+    model = golden_model("a")
+    adapter = {
+        name: LowRank(a, np.zeros_like(b), scale) for name, (a, b, scale) in make_adapter(model).items()
+    }
+    weights = store(library, model.language_weights(), FLOAT32)
+    np.testing.assert_array_equal(run(library, model, weights, adapter), run(library, model, weights))
+
+
+def low_rank(out, into, rank=2, **changes):
+    entry = LowRank(np.ones([rank, into], np.float32), np.ones([out, rank], np.float32))
+    return entry._replace(**changes)
+
+
+NAME = "h.0.mlp.w1.weight"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda m, h: {"h.0.mlp.w3.weight": low_rank(m, h)},
+            "h.0.mlp.w3.weight: no such matrix; an adapter changes attn.c_attn, attn.c_proj, mlp.w1, mlp.w2 and "
+            "mlp.c_proj of a layer, and lm_head",
+        ),
+        (lambda m, h: {"wte.weight": low_rank(m, h)}, "wte.weight: no such matrix"),
+        (
+            lambda m, h: {NAME: low_rank(m, h + 1)},
+            "h.0.mlp.w1.weight: B A is [{m}, {h1}]; the matrix is [{m}, {h}]",
+        ),
+        (lambda m, h: {NAME: low_rank(m, h, rank=0)}, "h.0.mlp.w1.weight: rank is 0; it must be at least 1"),
+        (lambda m, h: {NAME: low_rank(m, h, scale=np.inf)}, "h.0.mlp.w1.weight: its scale is not finite"),
+        (
+            lambda m, h: {NAME: low_rank(m, h, a=np.full([2, h], np.nan, np.float32))},
+            "h.0.mlp.w1.weight: A has a value that is not finite",
+        ),
+        (
+            lambda m, h: {NAME: low_rank(m, h, b=np.full([m, 2], np.inf, np.float32))},
+            "h.0.mlp.w1.weight: B has a value that is not finite",
+        ),
+    ],
+)
+def test_errors_of_matrices(library, golden_model, make, message):
+    model = golden_model("a")
+    config = make_config(model.config, LANGUAGE)
+    h, m = config.hidden, config.mlp_width
+    with Engine(library, config, store(library, model.language_weights(), FLOAT32)) as engine:
+        with pytest.raises(EngineError) as caught:
+            engine.adapter(make(m, h))
+        assert caught.value.status == BAD_WEIGHT
+        assert str(caught.value).startswith(message.format(m=m, h=h, h1=h + 1))
+        assert not caught.value.args[0].endswith(" ")
+
+
+def test_of_another_engine(library, golden_model):
+    model = golden_model("a")
+    config = make_config(model.config, LANGUAGE)
+    weights = store(library, model.language_weights(), FLOAT32)
+    with (
+        Engine(library, config, weights) as one,
+        Engine(library, config, weights) as two,
+        one.adapter({NAME: low_rank(config.mlp_width, config.hidden)}) as adapter,
+        two.pool(4) as pool,
+        pytest.raises(EngineError, match="sequence 1: adapter: belongs to another engine") as caught,
+    ):
+        pool.forward([([1], 0, 1, [0]), ([1], 0, 1, [1])], adapters=[None, adapter])
+    assert caught.value.status == INVALID
+
+
+class SequenceWithoutAdapter(ctypes.Structure):
+    """qvl_sequence as an earlier caller's header has it."""
+
+    _fields_ = Sequence_._fields_[:-1]
+
+
+def test_a_caller_without_the_field(library, golden_model):
+    """The bytes behind its structs are not read."""
+    model = golden_model("a")
+    config = make_config(model.config, LANGUAGE)
+    with (
+        Engine(library, config, store(library, model.language_weights(), FLOAT32)) as engine,
+        engine.pool(4) as pool,
+    ):
+        entries = [([1, 2], 0, 2, [0]), ([3], 0, 1, [1])]
+        expected = pool.forward(entries)
+        batch = pool.batch(entries)
+        # Neighbours in memory: the second begins where the adapter of the first would be.
+        old = (SequenceWithoutAdapter * 2)()
+        for made, sequence in zip(old, batch.sequences[:2]):
+            for name, _ in SequenceWithoutAdapter._fields_:
+                setattr(made, name, getattr(sequence, name))
+        batch.sequences = ctypes.cast(old, ctypes.POINTER(Sequence_))
+        batch.sequence_size = ctypes.sizeof(SequenceWithoutAdapter)
+        out = np.empty_like(expected)
+        library.call("qvl_forward", engine.handle, pool.handle, batch, out.ctypes.data, None)
+    np.testing.assert_array_equal(out, expected)

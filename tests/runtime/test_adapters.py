@@ -1,0 +1,148 @@
+"""Adapters at run time, chosen by requests: against a merged export, in mixed batches, in the prefix cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from adapter_folders import write_adapter
+from engines import DEVICE, needs_compiler
+from executors import without_cache
+
+from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL, export_language, export_vision
+from paddlemix_qwenvl_plugin.checkpoint.config import load_config
+from paddlemix_qwenvl_plugin.demo.run import MODEL
+from paddlemix_qwenvl_plugin.runtime.blocks import BlockPool
+from paddlemix_qwenvl_plugin.runtime.loop import Loop
+from paddlemix_qwenvl_plugin.runtime.request import Request
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+
+pytestmark = [
+    needs_compiler,
+    pytest.mark.skipif(DEVICE != "cpu", reason="adapters are not supported on a GPU yet"),
+]
+
+PROMPT = "Where is the red circle? " * 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters of the demo model, its vision stage, and language stages: float32, merged with `one`, int4."""
+    folder = tmp_path_factory.mktemp("adapters")
+    config = load_config(MODEL)
+    for seed, name in enumerate(["one", "two"]):
+        write_adapter(folder / name, config, seed)
+    # The engine reads only an export's weights.
+    export_vision(MODEL, folder / "vision", engine="portable")
+    export_language(MODEL, folder, "plain", engine="portable")
+    export_language(MODEL, folder, "merged", engine="portable", lora=folder / "one")
+    export_language(MODEL, folder, "int4", engine="fused", quant_type="weight_only_int4")
+    return folder
+
+
+def opened(folder: Path, name: str, *adapters: str) -> QwenVL:
+    return QwenVL.from_exported(
+        folder / "vision", folder / name, MODEL, adapters={each: folder / each for each in adapters}
+    )
+
+
+def logprobs(model: QwenVL, adapter: str | None) -> list[dict[int, float]]:
+    """The likeliest tokens after a prompt and their log probabilities."""
+    ids = model.tokenizer.encode(PROMPT)
+    options = GenerationOptions(max_new_tokens=6)
+    generation = model.generation(ids, [], [], options, n_logprobs=20, adapter=adapter)
+    model._loop.submit(generation)
+    while model._loop.step():
+        pass
+    return [dict(each.top) for each in generation.logprobs]
+
+
+def test_equals_the_merged_export(folder):
+    ours = logprobs(opened(folder, "plain", "one"), "one")
+    expected = logprobs(opened(folder, "merged"), None)
+    for mine, others in zip(ours, expected):
+        assert mine.keys() == others.keys()
+        np.testing.assert_allclose([mine[key] for key in others], list(others.values()), atol=1e-3)
+    assert ours != logprobs(opened(folder, "plain", "one"), None)
+
+
+def ask(model: QwenVL, question: str, adapter: str | None, n: int = 12) -> list[int]:
+    options = GenerationOptions(max_new_tokens=n, min_new_tokens=n)
+    return model.ask(Request(question, options, False, adapter=adapter)).finish().token_ids
+
+
+def test_a_mixed_batch_equals_each_alone(folder):
+    """On a quantised base, with prompts that share their beginnings."""
+    model = opened(folder, "int4", "one", "two")
+    plain = opened(folder, "int4")
+    cases = [(PROMPT * (1 + i % 3) + str(i), (None, "one", "two")[i % 3]) for i in range(18)]
+    alone = []
+    for question, adapter in cases:
+        without_cache(model)
+        alone.append(ask(model, question, adapter))
+        if adapter is None:
+            assert alone[-1] == ask(plain, question, None)
+    without_cache(model)
+    options = GenerationOptions(max_new_tokens=12, min_new_tokens=12)
+    requests = [Request(question, options, False, adapter=adapter) for question, adapter in cases]
+    assert [answer.token_ids for answer in model.generate_batch(requests)] == alone
+
+
+def test_the_prefix_cache_does_not_mix_adapters(folder):
+    model = opened(folder, "plain", "one", "two")
+    expected = {}
+    for adapter in (None, "one", "two"):
+        without_cache(model)
+        expected[adapter] = ask(model, PROMPT, adapter)
+    assert len({tuple(tokens) for tokens in expected.values()}) == 3
+    loop = without_cache(model)
+    for adapter in (None, "one", "two"):
+        assert ask(model, PROMPT, adapter) == expected[adapter]
+    assert loop.statistics.cached_tokens == 0
+    for adapter in ("two", None, "one"):
+        assert ask(model, PROMPT, adapter) == expected[adapter]
+    assert loop.statistics.cached_tokens > 0
+
+
+def test_a_preempted_request_keeps_its_adapter(folder):
+    model = opened(folder, "plain", "one", "two")
+    cases = [(PROMPT + str(i), ("one", "two")[i % 2]) for i in range(6)]
+    expected = [ask(model, *case, n=40) for case in cases]
+    loop = model._loop = Loop(model._loop._executor)
+    # Room for two requests of three blocks, and for the beginning of a third.
+    loop._scheduler.pool = BlockPool(8)
+    options = GenerationOptions(max_new_tokens=40, min_new_tokens=40)
+    requests = [Request(question, options, False, adapter=adapter) for question, adapter in cases]
+    assert [answer.token_ids for answer in model.generate_batch(requests)] == expected
+    assert loop.statistics.preempted > 0
+
+
+def test_a_conversation_has_an_adapter(folder):
+    model = opened(folder, "plain", "one")
+    options = {"max_new_tokens": 8, "min_new_tokens": 8}
+    chats = [model.chat(adapter="one"), model.chat()]
+    texts = [chat.ask("What is this?", **options).finish().token_ids for chat in chats]
+    expected = [
+        model.generate("What is this?", chat=True, adapter=adapter, **options).token_ids
+        for adapter in ("one", None)
+    ]
+    assert texts == expected
+    assert texts[0] != texts[1]
+
+
+def test_an_unknown_adapter(folder):
+    model = opened(folder, "plain", "one", "two")
+    line = "adapter: 'three' is not an adapter of this model; it has: one, two"
+    with pytest.raises(UsageError, match=line):
+        model.generate("Hello", adapter="three")
+    with pytest.raises(UsageError, match="it has: none"):
+        opened(folder, "plain").generate_ids([[1]], adapter="one")
+
+
+def test_the_portable_graph_refuses(folder, monkeypatch):
+    monkeypatch.setenv("QWENVL_ENGINE", "portable")
+    with pytest.raises(
+        UsageError, match="adapters need the engine, and this model runs on the portable graph"
+    ):
+        opened(folder, "plain", "one").generate("Hello", adapter="one")
