@@ -1,38 +1,28 @@
-"""Read a model folder in any upstream naming scheme and linear layout as canonical tensors.
-
-| scheme | language | vision |
-| --- | --- | --- |
-| Hugging Face | `transformer.h.…` | `transformer.visual.…` |
-| Paddle static | `qwen.h.…` | `visual.vit.…`, the resampler `visual.…` |
-| PaddleMIX | `transformer.llm.h.…` | as Paddle static |
-"""
+"""Read a model folder in any upstream naming scheme (schemes.py) and linear layout as canonical tensors."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
-from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast, to_float32
-from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
+from paddlemix_qwenvl_plugin.checkpoint.dtypes import FLOATS, cast, to_float32
+from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
+from paddlemix_qwenvl_plugin.checkpoint.shards import WEIGHT_FILES, Shards
+from paddlemix_qwenvl_plugin.checkpoint.tensor_parallel import Ranks
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 # Buffers in some checkpoints; the config determines them.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|logn_tensor)$")
-# Naming scheme -> prefix of the language model's names.
-_LANGUAGE_PREFIXES = {
-    "PaddleMIX": "transformer.llm.",
-    "Paddle static": "qwen.",
-    "Hugging Face": "transformer.",
-}
 
 
 @dataclass(frozen=True)
@@ -56,37 +46,44 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.config: ModelConfig = load_config(self.folder)
-        self._shards = Shards.open(self.folder)
+        self._shards = open_weights(self.folder)
         self.language = language_specs(self.config)
         self.vision = vision_specs(self.config)
+        self._allow_position_table()
         self._entries = self._match()
 
     @property
     def scheme(self) -> str:
         """The naming scheme of the weights: "Hugging Face", "Paddle static" or "PaddleMIX"."""
         prefix = self._entries["wte.weight"].stored_name[: -len("wte.weight")]
-        return next(name for name, its in _LANGUAGE_PREFIXES.items() if its == prefix)
+        return next(scheme.title for scheme in SCHEMES.values() if scheme.language == prefix)
 
     @property
     def dtype(self) -> str:
         """The storage type of the token embedding: float32, float16, bfloat16 or float64."""
         return self._entries["wte.weight"].dtype
 
+    def dtype_of(self, name: str) -> str:
+        """The storage type of a canonical tensor: float32, float16, bfloat16 or float64."""
+        return self._entries[name].dtype
+
     def tensors(
         self, specs: dict[str, TensorSpec], dtype: str, out_in: bool = False
     ) -> Iterator[tuple[str, NDArray[np.generic]]]:
         """Yield (canonical name, values) in `dtype`, bfloat16 as uint16 bits.
 
-        Linear weights are [in, out], with `out_in` [out, in]. At most one tensor (safetensors, PyTorch) or one weight
-        file (.pdparams) is in memory at a time.
+        Linear weights are [in, out], with `out_in` [out, in]. At most one tensor is in memory at a time.
         """
-        names = {self._entries[name].stored_name: name for name in specs}
+        names: dict[str, list[str]] = {}
+        for name in specs:
+            # A tied lm_head has the stored name of wte.
+            names.setdefault(self._entries[name].stored_name, []).append(name)
         for stored_name, array in self._shards.read(set(names)):
-            name = names[stored_name]
-            entry = self._entries[name]
-            values = cast(array, entry.dtype, dtype, name)
-            transpose = specs[name].linear and entry.transposed != out_in
-            yield name, np.ascontiguousarray(values.T) if transpose else values
+            for name in names[stored_name]:
+                entry = self._entries[name]
+                values = cast(array, entry.dtype, dtype, name)
+                transpose = specs[name].linear and entry.transposed != out_in
+                yield name, np.ascontiguousarray(values.T) if transpose else values
 
     def fingerprint(self) -> str:
         """A digest of the model's content, independent of naming scheme and layout.
@@ -108,12 +105,31 @@ class Checkpoint:
             digest.update(name.encode() + rows[name])
         return digest.hexdigest()
 
+    def _allow_position_table(self) -> None:
+        """Accept a ViT's position table of any square size: it is resized to the patch grid at export."""
+        name = "visual.positional_embedding"
+        for stored_name, stored in self._shards.tensors.items():
+            rows = stored.shape[0] if stored.shape else 0
+            if stored_name.endswith(".positional_embedding") and math.isqrt(rows) ** 2 == rows > 0:
+                self.vision[name] = TensorSpec((rows, *self.vision[name].shape[1:]))
+
+    def _hint_about_missing(self, name: str) -> str:
+        """What a missing tensor may come from, as the end of a message."""
+        if name == "lm_head.weight":
+            return "; if it is the token embedding, set tie_word_embeddings to true in config.json"
+        unlisted = self._shards.unlisted()
+        return f"; {unlisted[0]} is not in the index" if unlisted else ""
+
     def _match(self) -> dict[str, _Entry]:
         specs = {**self.language, **self.vision}
         canonical = self._canonical_names()
+        tied = self.config.tie_word_embeddings
+        if tied:
+            # As transformers has it: the embedding is the lm_head, whatever else the folder stores as one.
+            canonical["lm_head.weight"] = canonical["wte.weight"]
         for name in specs:
             if name not in canonical:
-                raise QwenVLError(f"{self.folder}: tensor {name} is missing")
+                raise QwenVLError(f"{self.folder}: tensor {name} is missing{self._hint_about_missing(name)}")
         for name, stored_name in canonical.items():
             if name not in specs:
                 raise QwenVLError(
@@ -125,13 +141,19 @@ class Checkpoint:
             for name, spec in part.items():
                 stored_name = canonical[name]
                 stored = self._shards.tensors[stored_name]
-                entries[name] = _Entry(stored_name, stored.dtype, transposed and spec.linear)
+                if stored.dtype not in FLOATS:
+                    raise QwenVLError(
+                        f"{self._shards.file_of(stored_name)}: {stored_name} has dtype {stored.dtype}, a weight "
+                        f"must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
+                    )
+                is_out_in = (transposed and spec.linear) or (tied and name == "lm_head.weight")
+                entries[name] = _Entry(stored_name, stored.dtype, is_out_in)
         return entries
 
     def _canonical_names(self) -> dict[str, str]:
         """Map canonical names to stored names."""
         stored = [name for name in self._shards.tensors if not _BUFFERS.search(name)]
-        prefixes = _LANGUAGE_PREFIXES.values()
+        prefixes = [scheme.language for scheme in SCHEMES.values()]
         scheme = next((p for p in prefixes if f"{p}wte.weight" in stored), None)
         if scheme is None:
             candidates = " or ".join(f"{prefix}wte.weight" for prefix in prefixes)
@@ -154,8 +176,12 @@ class Checkpoint:
             if shape != spec.shape and not (spec.linear and shape == spec.shape[::-1]):
                 raise QwenVLError(
                     f"{self.folder}: tensor {canonical[name]} has shape {list(shape)}, "
-                    f"config.json requires {list(spec.shape)}" + (" or its transpose" if spec.linear else "")
+                    f"config.json requires {list(spec.shape)}"
+                    + (" or its transpose" if spec.linear else "")
+                    + _hint_about_shape(name, shape, spec)
                 )
+            if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                continue  # in the layout of the embedding
             if spec.linear and spec.shape[0] != spec.shape[1]:
                 transposed = shape != spec.shape
                 if evidence is not None and evidence[0] != transposed:
@@ -166,3 +192,27 @@ class Checkpoint:
                 evidence = (transposed, canonical[name])
         # Each half has a fused 3x projection, which is never square.
         return evidence is not None and evidence[0]
+
+
+# Tensor -> key of config.json that sets its number of rows.
+_ROWS = {
+    "wte.weight": "vocab_size",
+    "lm_head.weight": "vocab_size",
+    "visual.attn_pool.query": "n_queries of visual",
+    "visual.attn_pool.pos_embed": "n_queries of visual",
+}
+
+
+def open_weights(folder: Path) -> Union[Shards, Ranks]:
+    """Open the weight files of a folder; tensor-parallel ranks are read if it has no other weights."""
+    if any((folder / name).is_file() for name, _ in WEIGHT_FILES):
+        return Shards.open(folder)
+    return Ranks.open(folder) or Shards.open(folder)
+
+
+def _hint_about_shape(name: str, shape: tuple[int, ...], spec: TensorSpec) -> str:
+    """The key of config.json that contradicts a shape, as the end of a message."""
+    sizes = [size for size in shape if size not in spec.shape]
+    if name not in _ROWS or len(shape) != 2 or len(sizes) != 1:
+        return ""
+    return f"; if the weights are right, set {_ROWS[name]} to {sizes[0]}"
