@@ -21,21 +21,18 @@ from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.checkpoint.convert import MAX_SHARD_BYTES
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
+from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
 from paddlemix_qwenvl_plugin.quantization.rounding import DAMPING
 from paddlemix_qwenvl_plugin.util.files import write_beside
 
+_SCHEME = SCHEMES["huggingface"]
 INDEX = "model.safetensors.index.json"
 # Suffix -> type of the tensors of a quantised matrix (packing.py).
 _PACKED = {"qweight": "int32", "qzeros": "int32", "g_idx": "int32", "scales": "float16"}
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
 
 Tensors = dict[str, NDArray[np.generic]]
-
-
-def huggingface_name(name: str) -> str:
-    """The name of a canonical tensor in Hugging Face's model class."""
-    return name if name.startswith("lm_head.") else f"transformer.{name}"
 
 
 class GptqFolder:
@@ -84,9 +81,9 @@ class GptqFolder:
         return sum(math.prod(spec.shape) for spec in specs.values()) * STORAGE[self.dtype].itemsize
 
     def _write(self, number: int, tensors: Mapping[str, NDArray[np.generic]]) -> None:
-        named = {huggingface_name(name): values for name, values in tensors.items()}
+        named = {_SCHEME.name(name): values for name, values in tensors.items()}
         dtypes = {name: _PACKED.get(name.rsplit(".", 1)[-1], self.dtype) for name in named}
-        write = partial(safetensors_file.write, tensors=named, dtype=dtypes, framework="pt")
+        write = partial(safetensors_file.write, tensors=named, dtype=dtypes, framework=_SCHEME.format)
         write_beside(self._folder / self._shard(number), write)
 
     def _shard(self, number: int) -> str:
