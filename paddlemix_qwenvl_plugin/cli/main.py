@@ -21,6 +21,7 @@ from paddlemix_qwenvl_plugin.cli import (
     make_tiny,
     patches,
     predict,
+    quantize,
     recipes,
     run,
     serve,
@@ -76,6 +77,7 @@ app.command("export-vision")(evaluated(export.export_vision))
 app.command("export-language")(evaluated(export.export_language))
 app.command("verify")(verify.verify)
 app.command("convert")(convert.convert)
+app.command("quantize")(quantize.quantize)
 app.command("make-tiny")(make_tiny.make_tiny)
 app.command("build-engine")(evaluated(build_engine.build_engine))
 app.command("build-ops", hidden=True)(build_engine.build_engine)  # its earlier name

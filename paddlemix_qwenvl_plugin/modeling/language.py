@@ -31,6 +31,13 @@ class Attention(nn.Layer):
         self, x: paddle.Tensor, position: Position, cache: tuple[paddle.Tensor, paddle.Tensor] | None
     ) -> tuple[paddle.Tensor, tuple[paddle.Tensor, paddle.Tensor]]:
         """[B, S, hidden] -> [B, S, hidden], and the cache with the chunk's keys and values appended."""
+        mixed, cache = self.mix(x, position, cache)
+        return self.c_proj(mixed), cache
+
+    def mix(
+        self, x: paddle.Tensor, position: Position, cache: tuple[paddle.Tensor, paddle.Tensor] | None
+    ) -> tuple[paddle.Tensor, tuple[paddle.Tensor, paddle.Tensor]]:
+        """Compute the input of `c_proj`, and the cache with the chunk's keys and values appended."""
         qkv = self.c_attn(x).reshape([0, 0, 3 * self.heads, self.head_dim])
         query, key, value = paddle.split(qkv, 3, axis=2)
         query = rotate(query.astype("float32"), position.cos, position.sin) * position.query_scale
@@ -39,7 +46,7 @@ class Attention(nn.Layer):
         if cache is not None:
             key = paddle.concat([cache[0], key], axis=2)
             value = paddle.concat([cache[1], value], axis=2)
-        return self.c_proj(attend(query, key, value, position.mask)), (key, value)
+        return attend(query, key, value, position.mask), (key, value)
 
 
 class Layer(nn.Layer):
@@ -61,8 +68,11 @@ class Layer(nn.Layer):
         """[B, S, hidden] -> [B, S, hidden], and the cache with the chunk's keys and values appended."""
         mixed, cache = self.attn(self.ln_1(x), position, cache)
         x = x + mixed
-        normed = self.ln_2(x)
-        return x + self.c_proj(self.w1(normed) * nn.functional.silu(self.w2(normed))), cache
+        return x + self.c_proj(self.gate(self.ln_2(x))), cache
+
+    def gate(self, normed: paddle.Tensor) -> paddle.Tensor:
+        """[B, S, hidden] -> [B, S, mlp_width], the input of the MLP's `c_proj`."""
+        return self.w1(normed) * nn.functional.silu(self.w2(normed))
 
 
 class Position:

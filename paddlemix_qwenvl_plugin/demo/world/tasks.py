@@ -38,7 +38,11 @@ _TWO_IMAGES: dict[_Maker, float] = {
 
 def held_out(number: int) -> Sample:
     """Sample `number` of the held-out set, with one turn. No training seed yields the same random stream."""
-    rng = random.Random(f"held-out {number}")
+    return random_sample(random.Random(f"held-out {number}"))
+
+
+def random_sample(rng: random.Random) -> Sample:
+    """Draw a sample with one turn: one image or two, in the chat's form or the base model's."""
     if rng.random() < 0.15:
         scenes = (random_scene(rng), random_scene(rng))
         return Sample(scenes, (pair_turn(rng, scenes),), "chat")

@@ -1,0 +1,31 @@
+"""`qwenvl quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional
+
+import typer
+
+
+def quantize(
+    model: Path = typer.Argument(..., metavar="MODEL", help="Model folder in any supported format."),
+    out: Path = typer.Argument(..., metavar="OUT", help="New folder, in GPTQ's format."),
+    bits: int = typer.Option(..., "--bits", help="4 or 8."),
+    data: Optional[Path] = typer.Option(
+        None,
+        "--data",
+        metavar="ROWS.jsonl",
+        help='Calibration rows: as for `qwenvl batch`, with "answer" where known. Default: drawn images.',
+    ),
+    group_size: int = typer.Option(64, "--group_size", help="Inputs that share a scale: 32, 64 or 128."),
+) -> None:
+    """Quantize the language model, calibrated on images and prompts; run the command again to resume."""
+    from paddlemix_qwenvl_plugin.quantization.job import quantise_model
+    from paddlemix_qwenvl_plugin.quantization.report import REPORT
+
+    if data is None:
+        print("Without --data: calibrating on drawn images of shapes and words; your own rows fit your use better.")
+    for line in quantise_model(model, out, bits, group_size, data).lines():
+        print(line)
+    print(f"wrote {out}; the figures are in {out / REPORT}")

@@ -1,0 +1,1 @@
+"""Calibrated quantization of the language model's matrices: `qwenvl quantize`."""

@@ -1,0 +1,128 @@
+"""Files of a GPTQ model folder: one shard per decoder layer, the other tensors, index and config.
+
+Hugging Face's names; format "gptq" of AutoGPTQ, which Transformers, GPTQModel and others load.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+from paddlemix_qwenvl_plugin.checkpoint.config import read_json
+from paddlemix_qwenvl_plugin.checkpoint.convert import MAX_SHARD_BYTES
+from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
+from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
+from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
+from paddlemix_qwenvl_plugin.quantization.rounding import DAMPING
+from paddlemix_qwenvl_plugin.util.files import write_beside
+
+_SCHEME = SCHEMES["huggingface"]
+INDEX = "model.safetensors.index.json"
+# Suffix -> type of the tensors of a quantised matrix (packing.py).
+_PACKED = {"qweight": "int32", "qzeros": "int32", "g_idx": "int32", "scales": "float16"}
+_WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
+
+Tensors = dict[str, NDArray[np.generic]]
+
+
+class GptqFolder:
+    """The folder being written. Each file is written atomically."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
+        self._folder = folder
+        self._checkpoint = checkpoint
+        # The type of everything that is not quantised.
+        self.dtype = checkpoint.dtype if checkpoint.dtype in STORAGE else "float32"
+        self._others = list(_split(self._other_specs(), self.dtype))
+
+    def write_layer(self, index: int, tensors: Tensors) -> None:
+        """Write the shard of a decoder layer."""
+        self._write(index, tensors)
+
+    def finish(self, bits: int, group: int) -> None:
+        """Write the other tensors, the index and the config, and copy the other files of the model."""
+        layers = self._checkpoint.config.num_hidden_layers
+        for number, specs in enumerate(self._others, start=layers):
+            self._write(number, dict(self._checkpoint.tensors(specs, self.dtype, out_in=True)))
+        for path in sorted(self._checkpoint.folder.iterdir()):
+            if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHT_SUFFIXES):
+                shutil.copyfile(path, self._folder / path.name)
+        config = read_json(self._checkpoint.folder / "config.json")
+        config["quantization_config"] = quantization_config(bits, group)
+        _write_json(self._folder / "config.json", config)
+        weight_map: dict[str, str] = {}
+        total = 0
+        for number in range(layers + len(self._others)):
+            file = self._shard(number)
+            for name, entry in safetensors_file.read_header(self._folder / file).items():
+                weight_map[name] = file
+                total += entry.n_bytes
+        _write_json(self._folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the shards."""
+        return sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
+
+    @property
+    def n_bytes_unquantised(self) -> int:
+        """Size of all tensors in `dtype`."""
+        specs = {**self._checkpoint.language, **self._checkpoint.vision}
+        return sum(math.prod(spec.shape) for spec in specs.values()) * STORAGE[self.dtype].itemsize
+
+    def _write(self, number: int, tensors: Mapping[str, NDArray[np.generic]]) -> None:
+        named = {_SCHEME.name(name): values for name, values in tensors.items()}
+        dtypes = {name: _PACKED.get(name.rsplit(".", 1)[-1], self.dtype) for name in named}
+        write = partial(safetensors_file.write, tensors=named, dtype=dtypes, framework=_SCHEME.format)
+        write_beside(self._folder / self._shard(number), write)
+
+    def _shard(self, number: int) -> str:
+        count = self._checkpoint.config.num_hidden_layers + len(self._others)
+        return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+    def _other_specs(self) -> dict[str, TensorSpec]:
+        specs = {**self._checkpoint.language, **self._checkpoint.vision}
+        return {name: spec for name, spec in specs.items() if not name.startswith("h.")}
+
+
+def quantization_config(bits: int, group: int) -> dict[str, Any]:
+    """The key `quantization_config` of config.json."""
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": bits,
+        "group_size": group,
+        "sym": False,
+        "desc_act": False,
+        "static_groups": True,
+        "true_sequential": True,
+        "damp_percent": DAMPING,
+    }
+
+
+def _split(specs: dict[str, TensorSpec], dtype: str) -> Iterator[dict[str, TensorSpec]]:
+    """Split tensors into shards of at most MAX_SHARD_BYTES; a larger tensor is a shard by itself."""
+    shard: dict[str, TensorSpec] = {}
+    size = 0
+    for name, spec in specs.items():
+        n_bytes = math.prod(spec.shape) * STORAGE[dtype].itemsize
+        if shard and size + n_bytes > MAX_SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = spec
+        size += n_bytes
+    yield shard
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -1,0 +1,90 @@
+"""Scales and zero points of groups of columns, and their integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+# Shares of a group's range that are tried: clipping outliers leaves finer steps for the other values.
+_SHARES = np.linspace(1.0, 0.5, 24)
+
+
+@dataclass
+class Quantised:
+    """A matrix [out, in] as integers: value = scale * (integer - zero), with one scale and zero point per group.
+
+    Attributes:
+        integers: whole numbers 0 to 2^bits - 1, float32 [out, in].
+        scales: float16 numbers, float32 [out, groups].
+        zeros: whole numbers 1 to 2^bits - 1, float32 [out, groups]. 0 and 2^bits are left out: GPTQ files store the
+            zero point minus one in `bits` bits, and readers differ in whether it wraps.
+    """
+
+    integers: Floats
+    scales: Floats
+    zeros: Floats
+
+    @property
+    def group(self) -> int:
+        """Columns per group."""
+        return self.integers.shape[1] // self.scales.shape[1]
+
+    def values(self) -> Floats:
+        """The matrix [out, in] that the integers stand for."""
+        groups = self.integers.reshape(*self.scales.shape, self.group)
+        wide = (groups - self.zeros[..., None]) * self.scales[..., None]
+        return wide.reshape(self.integers.shape)
+
+
+def to_half(values: Floats) -> Floats:
+    """Round scales to float16, the type in which they are stored; a scale of 0 becomes the smallest above."""
+    least = np.finfo(np.float16).smallest_subnormal
+    return np.maximum(values.astype(np.float16), least).astype(np.float32)
+
+
+def nearest(columns: Floats, scale: Floats, zero: Floats, top: int) -> Floats:
+    """The nearest integers 0 to `top` for values that broadcast against their scales and zero points."""
+    return np.clip(np.rint(columns / scale) + zero, 0, top)
+
+
+def best_grid(columns: Floats, importance: Floats, bits: int) -> tuple[Floats, Floats]:
+    """Choose the scale and zero point of each row of one group.
+
+    Tries clipped ranges, and keeps the one with the least squared error of rounding to nearest, weighted per column.
+
+    Args:
+        columns: [out, group].
+        importance: [group], the diagonal of the Hessian.
+        bits: 4 or 8.
+
+    Returns:
+        Scales and zero points, each [out].
+    """
+    top = 2**bits - 1
+    low, high = np.minimum(columns.min(1), 0), np.maximum(columns.max(1), 0)
+    least = np.full(len(columns), np.inf, np.float32)
+    scales, zeros = np.ones_like(least), np.ones_like(least)
+    for share in _SHARES:
+        scale = to_half((high - low) * np.float32(share / top))
+        zero = np.clip(np.rint(-low * np.float32(share) / scale), 1, top)
+        integers = nearest(columns, scale[:, None], zero[:, None], top)
+        error = ((integers - zero[:, None]) * scale[:, None] - columns) ** 2 @ importance
+        better = error < least
+        least = np.where(better, error, least)
+        scales, zeros = np.where(better, scale, scales), np.where(better, zero, zeros)
+    return scales, zeros
+
+
+def round_to_nearest(weight: Floats, bits: int, group: int) -> Quantised:
+    """Quantise a matrix [out, in] without calibration: every value to its nearest integer."""
+    n_out, n_in = weight.shape
+    scales, zeros = np.empty((2, n_out, n_in // group), np.float32)
+    ones = np.ones(group, np.float32)
+    for g in range(n_in // group):
+        scales[:, g], zeros[:, g] = best_grid(weight[:, g * group : (g + 1) * group], ones, bits)
+    spread = [np.repeat(each, group, axis=1) for each in (scales, zeros)]
+    return Quantised(nearest(weight, spread[0], spread[1], 2**bits - 1), scales, zeros)

@@ -1,0 +1,148 @@
+"""`qwenvl quantize`: from a model folder and calibration rows to a GPTQ model folder."""
+
+from __future__ import annotations
+
+import json
+from itertools import accumulate
+from pathlib import Path
+from typing import Optional
+
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+from paddlemix_qwenvl_plugin.checkpoint.config import is_chat_model
+from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.quantization.embedding import embed
+from paddlemix_qwenvl_plugin.quantization.folder import GptqFolder
+from paddlemix_qwenvl_plugin.quantization.judge import count_changed
+from paddlemix_qwenvl_plugin.quantization.layers import Batch, LayerQuantiser, Streams
+from paddlemix_qwenvl_plugin.quantization.report import REPORT, Report
+from paddlemix_qwenvl_plugin.quantization.rows import HELD_OUT_EVERY, CalibrationRows
+from paddlemix_qwenvl_plugin.quantization.states import States
+from paddlemix_qwenvl_plugin.quantization.work import Work
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.progress import track
+
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128)
+
+MAX_TOKENS = 1 << 16
+"""Limit on the tokens of all rows: 1 GiB of hidden states at the 7B model's sizes, in each of four files."""
+
+
+def quantise_model(
+    model: Path, target: Path, bits: int, group_size: int = 64, data: Optional[Path] = None
+) -> Report:
+    """Quantise the language model's matrices, except lm_head, and write a GPTQ model folder.
+
+    The folder is created atomically. After an interruption a call with the same arguments resumes at the layer that was
+    interrupted, from `TARGET.partial`.
+
+    Args:
+        model: a model folder in any supported form.
+        target: must not exist yet.
+        bits: 4 or 8.
+        group_size: columns that share a scale: 32, 64 or 128.
+        data: calibration rows (rows.py); None: drawn ones.
+
+    Raises:
+        UsageError: an invalid argument or row.
+        QwenVLError: as for Checkpoint; or an image cannot be loaded.
+    """
+    if bits not in BITS:
+        raise UsageError(f"--bits {bits}: must be 4 or 8")
+    if group_size not in GROUP_SIZES:
+        raise UsageError(f"--group_size {group_size}: must be one of {', '.join(map(str, GROUP_SIZES))}")
+    checkpoint = Checkpoint(model)
+    _check_sizes(checkpoint, bits, group_size)
+    tokenizer = QwenTokenizer.of_model(model, checkpoint.config)
+    rows = CalibrationRows(data, tokenizer, checkpoint.config, is_chat_model(model))
+    n_rows = len(rows.rows)
+    rows.rows = _within_limit(rows)
+    settings = {
+        "model": checkpoint.fingerprint(),
+        "dtype": checkpoint.dtype,
+        "rows": rows.sha256,
+        "bits": bits,
+        "group_size": group_size,
+    }
+    with Work.open(target, settings) as work:
+        return _run(checkpoint, rows, n_rows - len(rows.rows), work, target, bits, group_size)
+
+
+def _run(
+    checkpoint: Checkpoint,
+    rows: CalibrationRows,
+    skipped: int,
+    work: Work,
+    target: Path,
+    bits: int,
+    group_size: int,
+) -> Report:
+    lengths = [len(row.input_ids) for row in rows.rows]
+    numbers = range(len(lengths))
+    held_out = [i for i in numbers if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+    calibration = [i for i in numbers if i not in set(held_out)]
+    batch = Batch([row.n_prompt for row in rows.rows], calibration, held_out)
+    folder = GptqFolder(work.model, checkpoint)
+
+    def states(name: str) -> States:
+        return States(work.states(name), lengths, checkpoint.config.hidden_size)
+
+    def streams(layer: int) -> Streams:
+        if layer == 0:  # equal before the first layer
+            return Streams(states("original-0"), states("original-0"))
+        return Streams(states(f"original-{layer}"), states(f"quantised-{layer}"))
+
+    if not work.embedded:
+        before = streams(0)
+        before.original.write(embed(checkpoint, rows))
+        work.save({before.original.path})
+    n_layers = checkpoint.config.num_hidden_layers
+    quantiser = LayerQuantiser(checkpoint, batch, bits, group_size)
+    for index in track(range(work.layers, n_layers), "layers quantized", n_layers - work.layers):
+        after = streams(index + 1)
+        tensors, figures = quantiser.run(index, streams(index), after, folder.dtype)
+        folder.write_layer(index, tensors)
+        work.figures.append(figures)
+        work.save({after.original.path, after.quantised.path})
+    del quantiser
+    folder.finish(bits, group_size)
+    report = Report(
+        bits,
+        group_size,
+        len(calibration),
+        sum(lengths[i] for i in calibration),
+        skipped,
+        count_changed(checkpoint, rows.rows, held_out, streams(n_layers)),
+        work.figures,
+        folder.n_bytes,
+        folder.n_bytes_unquantised,
+    )
+    (work.model / REPORT).write_text(json.dumps(report.as_dict(), indent=1) + "\n", "utf-8")
+    work.finish(target)
+    return report
+
+
+def _check_sizes(checkpoint: Checkpoint, bits: int, group_size: int) -> None:
+    for name, spec in checkpoint.language.items():
+        if not spec.linear or not name.startswith("h."):
+            continue
+        n_in, n_out = spec.shape
+        if n_in % group_size:
+            raise UsageError(
+                f"--group_size {group_size}: {name} has {n_in} inputs, which are no whole number of groups"
+            )
+        if n_out * bits % 32:
+            raise QwenVLError(
+                f"{checkpoint.folder}: {name} has {n_out} outputs; "
+                f"GPTQ files need a multiple of {32 // bits} at {bits} bits"
+            )
+
+
+def _within_limit(rows: CalibrationRows) -> list:
+    totals = accumulate(len(row.input_ids) for row in rows.rows)
+    kept = [row for row, total in zip(rows.rows, totals) if total <= MAX_TOKENS]
+    if len(kept) < HELD_OUT_EVERY:
+        raise UsageError(
+            f"--data: the first {HELD_OUT_EVERY} rows have more than {MAX_TOKENS} tokens together; use shorter ones"
+        )
+    return kept

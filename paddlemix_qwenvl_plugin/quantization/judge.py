@@ -1,0 +1,58 @@
+"""Tokens of the held-out rows that the quantised model changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+from paddlemix_qwenvl_plugin.quantization.grid import Floats
+from paddlemix_qwenvl_plugin.quantization.layers import Streams
+from paddlemix_qwenvl_plugin.quantization.rows import CalibrationRow
+
+_TOKENS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Positions of the held-out rows at which the likeliest next token differs, and rows with at least one."""
+
+    tokens: int
+    of_tokens: int
+    rows: int
+    of_rows: int
+
+
+def count_changed(
+    checkpoint: Checkpoint, rows: Sequence[CalibrationRow], held_out: Sequence[int], after: Streams
+) -> Changed:
+    """Compare the likeliest next tokens of the original and the quantised model.
+
+    Args:
+        held_out: numbers of the held-out rows.
+        after: states after the last layer.
+    """
+    weights = dict(
+        checkpoint.tensors(
+            {name: checkpoint.language[name] for name in ("ln_f.weight", "lm_head.weight")}, "float32", out_in=True
+        )
+    )
+    norm, head = (np.asarray(weights.pop(f"{name}.weight"), np.float32) for name in ("ln_f", "lm_head"))
+    epsilon = checkpoint.config.layer_norm_epsilon
+
+    def likeliest(states: Floats) -> np.ndarray:
+        scale = 1 / np.sqrt(np.square(states).mean(-1, keepdims=True) + np.float32(epsilon))
+        normed = states * scale * norm
+        chunks = range(0, len(normed), _TOKENS_AT_ONCE)
+        return np.concatenate([(normed[i : i + _TOKENS_AT_ONCE] @ head.T).argmax(-1) for i in chunks])
+
+    tokens = of_tokens = changed_rows = 0
+    for row in held_out:
+        judged = rows[row].judged
+        differs = likeliest(after.original.read(row)[judged]) != likeliest(after.quantised.read(row)[judged])
+        tokens += int(differs.sum())
+        of_tokens += len(judged)
+        changed_rows += bool(differs.any())
+    return Changed(tokens, of_tokens, changed_rows, len(held_out))

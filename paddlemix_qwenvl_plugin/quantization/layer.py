@@ -1,0 +1,70 @@
+"""One decoder layer in float32, computed up to the input of each of its matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import paddle
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
+from paddlemix_qwenvl_plugin.modeling.language import Layer, Position, chunk_mask
+from paddlemix_qwenvl_plugin.modeling.weights import build
+
+Floats = NDArray[np.float32]
+
+# Matrices that share an input, in the order of the forward pass. The first two stages read the states before the
+# layer, the others those after its attention.
+STAGES: tuple[tuple[str, ...], ...] = (
+    ("attn.c_attn",),
+    ("attn.c_proj",),
+    ("mlp.w1", "mlp.w2"),
+    ("mlp.c_proj",),
+)
+
+
+class DecoderLayer:
+    """A decoder layer whose weights are replaced from layer to layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._layer: Layer = build(lambda sizes, _: Layer("h", sizes), config, "float32", "float32")
+        self._parameters = {parameter.name: parameter for parameter in self._layer.parameters()}
+
+    def load(self, weights: Mapping[str, NDArray[np.generic]]) -> None:
+        """Set weights, float32 [out, in]; the names are without the layer's prefix."""
+        for name, values in weights.items():
+            self._parameters[f"h.{name}"].set_value(np.ascontiguousarray(values))
+
+    @paddle.no_grad()
+    def inputs(self, stage: int, states: Floats, n_prompt: int) -> Floats:
+        """The input of a stage's matrices, [tokens, in]; `states` as STAGES says."""
+        layer, x = self._layer, paddle.to_tensor(states[None])
+        if stage == 0:
+            found = layer.ln_1(x)
+        elif stage == 1:
+            found, _ = layer.attn.mix(layer.ln_1(x), self._position(len(states), n_prompt), None)
+        elif stage == 2:
+            found = layer.ln_2(x)
+        else:
+            found = layer.gate(layer.ln_2(x))
+        return np.asarray(found.numpy()[0], np.float32)
+
+    @paddle.no_grad()
+    def after_attention(self, states: Floats, n_prompt: int) -> Floats:
+        """The states after the attention: [tokens, hidden] to [tokens, hidden]."""
+        layer, x = self._layer, paddle.to_tensor(states[None])
+        mixed, _ = layer.attn(layer.ln_1(x), self._position(len(states), n_prompt), None)
+        return np.asarray((x + mixed).numpy()[0], np.float32)
+
+    @paddle.no_grad()
+    def after_mlp(self, states: Floats) -> Floats:
+        """The states after the layer from those after its attention."""
+        layer, x = self._layer, paddle.to_tensor(states[None])
+        return np.asarray((x + layer.c_proj(layer.gate(layer.ln_2(x)))).numpy()[0], np.float32)
+
+    def _position(self, n_tokens: int, n_prompt: int) -> Position:
+        positions = paddle.arange(n_tokens, dtype="int64").unsqueeze(0)
+        length = paddle.full([1, 1], n_prompt, "int64")
+        return Position(positions, length, chunk_mask(positions, None), self._config)

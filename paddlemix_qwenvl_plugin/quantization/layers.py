@@ -1,0 +1,126 @@
+"""Quantise the decoder layers one after the other, on the inputs that the quantised layers before them produce."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+from paddlemix_qwenvl_plugin.quantization.grid import Floats, round_to_nearest
+from paddlemix_qwenvl_plugin.quantization.layer import STAGES, DecoderLayer
+from paddlemix_qwenvl_plugin.quantization.packing import gptq_tensors
+from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantise, relative_error
+from paddlemix_qwenvl_plugin.quantization.states import States
+
+# Tokens whose inputs are summed up at once: a product of many rows is faster, and the sum is written less often.
+_TOKENS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which rows there are, and what they are used for.
+
+    Attributes:
+        prompt_lengths: of every row.
+        calibration, held_out: numbers of the rows.
+    """
+
+    prompt_lengths: Sequence[int]
+    calibration: Sequence[int]
+    held_out: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Hidden states of all rows before a layer: of the original model, and of the one quantised so far."""
+
+    original: States
+    quantised: States
+
+
+class LayerQuantiser:
+    """Quantises one layer at a time; two layers in float32 are in memory."""
+
+    def __init__(self, checkpoint: Checkpoint, batch: Batch, bits: int, group: int) -> None:
+        self._checkpoint, self._batch = checkpoint, batch
+        self._bits, self._group = bits, group
+        self._original = DecoderLayer(checkpoint.config)
+        self._quantised = DecoderLayer(checkpoint.config)
+
+    def run(
+        self, index: int, before: Streams, after: Streams, dtype: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Quantise layer `index` and write the states after it.
+
+        Returns:
+            The layer's tensors for the checkpoint, those not quantised in `dtype`; and its figures: for each matrix the
+            relative error of its products on the calibration rows, also if it were rounded to nearest, and the relative
+            error of the held-out rows' states after the layer.
+        """
+        prefix = f"h.{index}."
+        specs = {name: spec for name, spec in self._checkpoint.language.items() if name.startswith(prefix)}
+        weights = {
+            name.removeprefix(prefix): np.asarray(values, np.float32)
+            for name, values in self._checkpoint.tensors(specs, "float32", out_in=True)
+        }
+        for layer in (self._original, self._quantised):
+            layer.load(weights)
+        small = {name: spec for name, spec in specs.items() if not spec.linear}
+        tensors: dict[str, Any] = dict(self._checkpoint.tensors(small, dtype))
+        errors: dict[str, list[float]] = {}
+        middle = Streams(before.original.beside("original-middle.bin"), before.quantised.beside("quantised-middle.bin"))
+        for stage, matrices in enumerate(STAGES):
+            if stage == 2:
+                self._advance(before, middle, DecoderLayer.after_attention)
+            source = before if stage < 2 else middle
+            gram = self._gram(stage, source.quantised)
+            hessian = Hessian(gram.copy(), f"{prefix}{matrices[0]}")
+            for matrix in matrices:
+                weight = weights.pop(f"{matrix}.weight")
+                found = quantise(weight, hessian, self._bits, self._group)
+                values = found.values()
+                plain = round_to_nearest(weight, self._bits, self._group).values()
+                errors[matrix] = [relative_error(weight, each, gram) for each in (values, plain)]
+                self._quantised.load({f"{matrix}.weight": values})
+                for suffix, packed in gptq_tensors(found, self._bits).items():
+                    tensors[f"{prefix}{matrix}.{suffix}"] = packed
+        self._advance(middle, after, lambda layer, states, _: layer.after_mlp(states))
+        for states in (middle.original, middle.quantised):
+            states.path.unlink()
+        return tensors, {"matrices": errors, "states": self._difference(after)}
+
+    def _gram(self, stage: int, states: States) -> Floats:
+        """X^T X of the stage's inputs over the calibration rows."""
+        gram, waiting, n_waiting = None, list[Floats](), 0
+        for number, row in enumerate(self._batch.calibration, start=1):
+            inputs = self._quantised.inputs(stage, states.read(row), self._batch.prompt_lengths[row])
+            waiting.append(inputs)
+            n_waiting += len(inputs)
+            if n_waiting >= _TOKENS_AT_ONCE or number == len(self._batch.calibration):
+                chunk = np.concatenate(waiting)
+                gram = chunk.T @ chunk if gram is None else np.add(gram, chunk.T @ chunk, out=gram)
+                waiting, n_waiting = [], 0
+        assert gram is not None
+        return gram
+
+    def _advance(
+        self, source: Streams, target: Streams, step: Callable[[DecoderLayer, Floats, int], Floats]
+    ) -> None:
+        def stepped(layer: DecoderLayer, states: States) -> Iterator[Floats]:
+            for row, n_prompt in enumerate(self._batch.prompt_lengths):
+                yield step(layer, states.read(row), n_prompt)
+
+        target.original.write(stepped(self._original, source.original))
+        target.quantised.write(stepped(self._quantised, source.quantised))
+
+    def _difference(self, streams: Streams) -> float:
+        """||quantised - original|| / ||original|| of the held-out rows."""
+        off = total = 0.0
+        for row in self._batch.held_out:
+            original = streams.original.read(row)
+            off += float(np.square(streams.quantised.read(row) - original).sum(dtype=np.float64))
+            total += float(np.square(original).sum(dtype=np.float64))
+        return float(np.sqrt(off / total)) if total else 0.0

@@ -1,0 +1,38 @@
+"""Tensors of a quantised matrix in the layout of GPTQ checkpoints.
+
+Source: AutoGPTQ's `pack` (format "gptq", often called v1). int32 words hold 32 / bits integers, the first in the lowest
+bits:
+
+| tensor | shape | content |
+| --- | --- | --- |
+| `qweight` | [in * bits / 32, out] | integers, packed along the inputs |
+| `qzeros` | [groups, out * bits / 32] | zero points minus 1, packed along the outputs |
+| `scales` | float16 [groups, out] | |
+| `g_idx` | int32 [in] | group of each input |
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.quantization.grid import Quantised
+
+
+def gptq_tensors(matrix: Quantised, bits: int) -> dict[str, NDArray[np.generic]]:
+    """Pack a matrix; the keys are the suffixes of the tensors' names."""
+    n_in = matrix.integers.shape[1]
+    return {
+        "qweight": _pack(matrix.integers.T, bits),
+        "qzeros": np.ascontiguousarray(_pack(matrix.zeros - 1, bits).T),
+        "scales": np.ascontiguousarray(matrix.scales.T.astype(np.float16)),
+        "g_idx": (np.arange(n_in) // matrix.group).astype(np.int32),
+    }
+
+
+def _pack(integers: NDArray[np.float32], bits: int) -> NDArray[np.int32]:
+    """Pack [n, m] along the first axis into [n * bits / 32, m]."""
+    per_word = 32 // bits
+    groups = integers.astype(np.uint32).reshape(-1, per_word, integers.shape[1])
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)[None, :, None]
+    return np.ascontiguousarray(np.bitwise_or.reduce(groups << shifts, axis=1)).view(np.int32)

@@ -1,0 +1,132 @@
+"""Rounding of a matrix that minimises the error of its products on calibration inputs.
+
+For inputs X the error of a row is (w - q) H (w - q)^T with H = X^T X. Two steps reduce it:
+
+1. GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022):
+   columns are rounded one after the other, and each column's error is compensated in those not yet rounded.
+2. Cyclic coordinate descent (as in Behdin et al., "QuantEase", 2023): each integer, and each group's scale, is set to
+   its best value while the others are fixed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.quantization.grid import Floats, Quantised, best_grid, nearest, to_half
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+# Added to the Hessian's diagonal, as a share of its mean; the value of GPTQ's authors.
+DAMPING = 0.01
+
+_BLOCK = 128  # columns whose compensation of the later columns is one matrix product
+_SWEEPS = 3
+
+
+class Hessian:
+    """The damped Hessian of a layer's inputs and the factor of its inverse.
+
+    Attributes:
+        matrix: H plus the damping, float32 [in, in].
+        order: columns by descending diagonal, in which they are rounded.
+        factor: upper triangular U with U^T U = (H in this order)^-1, float32 [in, in].
+    """
+
+    def __init__(self, gram: Floats, name: str) -> None:
+        """Damp and factor X^T X, which is overwritten.
+
+        Raises:
+            QwenVLError: the inputs are not finite; the message begins with `name`.
+        """
+        diagonal = np.diagonal(gram)
+        mean = float(diagonal.mean())
+        if not np.isfinite(mean):
+            raise QwenVLError(f"{name}: the calibration rows give inputs that are not finite")
+        gram[np.diag_indices_from(gram)] += np.float32(DAMPING * mean if mean else 1.0)
+        self.matrix = gram
+        self.order: NDArray[np.intp] = np.argsort(-diagonal, kind="stable")
+        # With the order reversed, H = L L^T; reversing L gives an upper triangular R with H = R R^T, and U = R^-1.
+        reverse = self.order[::-1]
+        lower = np.linalg.cholesky(gram[np.ix_(reverse, reverse)].astype(np.float64))
+        self.factor: Floats = np.triu(np.linalg.inv(lower[::-1, ::-1])).astype(np.float32)
+
+    def solve(self, rows: Floats) -> Floats:
+        """rows @ H^-1, [n, in]."""
+        solved = np.empty_like(rows)
+        solved[:, self.order] = rows[:, self.order] @ self.factor.T @ self.factor
+        return solved
+
+
+def quantise(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantised:
+    """Quantise a matrix [out, in]."""
+    matrix = gptq(weight, hessian, bits, group)
+    for _ in range(_SWEEPS):
+        descend(matrix, weight, hessian.matrix, bits)
+    return matrix
+
+
+def gptq(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantised:
+    """Round the columns in the Hessian's order, with scales and zero points chosen beforehand."""
+    n_out, n_in = weight.shape
+    top = 2**bits - 1
+    diagonal = np.diagonal(hessian.matrix)
+    scales, zeros = np.empty((2, n_out, n_in // group), np.float32)
+    for g in range(n_in // group):
+        columns = slice(g * group, (g + 1) * group)
+        scales[:, g], zeros[:, g] = best_grid(weight[:, columns], diagonal[columns], bits)
+    order, factor = hessian.order, hessian.factor
+    rest = np.ascontiguousarray(weight[:, order].T)  # [in, out]: a column is contiguous
+    integers = np.empty_like(rest)
+    for first in range(0, n_in, _BLOCK):
+        last = min(first + _BLOCK, n_in)
+        errors = np.empty((last - first, n_out), np.float32)
+        for j in range(first, last):
+            scale, zero = scales[:, order[j] // group], zeros[:, order[j] // group]
+            integers[j] = nearest(rest[j], scale, zero, top)
+            error = (rest[j] - (integers[j] - zero) * scale) / factor[j, j]
+            errors[j - first] = error
+            rest[j + 1 : last] -= factor[j, j + 1 : last, None] * error
+        rest[last:] -= factor[first:last, last:].T @ errors
+    unordered = np.empty_like(weight)
+    unordered[:, order] = integers.T
+    return Quantised(unordered, scales, zeros)
+
+
+def descend(matrix: Quantised, weight: Floats, hessian: Floats, bits: int) -> None:
+    """Improve every scale and integer of `matrix` once, in place; the error never grows."""
+    top, group = 2**bits - 1, matrix.group
+    remaining = weight - matrix.values()
+    for g in range(matrix.scales.shape[1]):
+        columns = slice(g * group, (g + 1) * group)
+        inner = hessian[columns, columns]
+        gradient = remaining @ hessian[:, columns]
+        scale, zero = matrix.scales[:, g], matrix.zeros[:, g]
+        steps = matrix.integers[:, columns] - zero[:, None]
+        # The error is a parabola of the scale, with its minimum at scale + slope / curvature.
+        curvature = np.einsum("oi,oi->o", steps @ inner, steps)
+        slope = np.einsum("oi,oi->o", steps, gradient)
+        moved = np.where(curvature > 0, scale + slope / np.maximum(curvature, 1e-30), scale)
+        moved = to_half(moved)
+        shift = scale - moved
+        better = curvature * shift**2 + 2 * slope * shift < 0
+        shift = np.where(better, shift, 0)[:, None] * steps
+        scale = matrix.scales[:, g] = np.where(better, moved, scale)
+        change = np.array(shift)
+        gradient += shift @ inner
+        for k in range(group):
+            column = columns.start + k
+            old = matrix.integers[:, column]
+            ideal = (old - zero) * scale + gradient[:, k] / inner[k, k]
+            new = nearest(ideal, scale, zero, top)
+            step = (old - new) * scale
+            gradient += step[:, None] * inner[k]
+            change[:, k] += step
+            matrix.integers[:, column] = new
+        remaining[:, columns] += change
+
+
+def relative_error(weight: Floats, values: Floats, gram: Floats) -> float:
+    """||X (w - q)^T|| / ||X w^T|| for X^T X = `gram`."""
+    off = weight - values
+    total = float(np.vdot(weight @ gram, weight))
+    return float(np.sqrt(max(0.0, float(np.vdot(off @ gram, off))) / total)) if total > 0 else 0.0

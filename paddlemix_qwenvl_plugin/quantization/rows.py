@@ -1,0 +1,155 @@
+"""Calibration rows: prompts with images, and answers where given, as token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from PIL import Image
+
+from paddlemix_qwenvl_plugin.batch.rows import read_row
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
+from paddlemix_qwenvl_plugin.demo.world.draw import draw
+from paddlemix_qwenvl_plugin.demo.world.tasks import random_sample
+from paddlemix_qwenvl_plugin.processing.images import from_folder, load_image
+from paddlemix_qwenvl_plugin.processing.prompts import base_prompt, chat_prompt, image_spans
+from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.runtime.request import Request
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.files import check_source
+
+MIN_ROWS = 8
+"""Fewest rows of a file: one of them is held out."""
+
+HELD_OUT_EVERY = 8
+"""One row of this number is not used for calibration but for the report."""
+
+N_DRAWN = 128
+"""Rows of the bundled default."""
+
+
+@dataclass(frozen=True)
+class CalibrationRow:
+    """A row as token ids.
+
+    Attributes:
+        input_ids: the prompt, then the answer and its stop token if the row has one.
+        n_prompt: length of the prompt.
+        images: sources of the images, in order.
+        spans: (index of `<img>`, index of `</img>`) of each image.
+    """
+
+    input_ids: list[int]
+    n_prompt: int
+    images: list[Any]
+    spans: list[tuple[int, int]]
+
+    @property
+    def judged(self) -> list[int]:
+        """Positions whose next token is compared: those before the answer's tokens, without an answer all of text."""
+        if len(self.input_ids) > self.n_prompt:
+            return list(range(self.n_prompt - 1, len(self.input_ids) - 1))
+        inside = {i for start, end in self.spans for i in range(start, end)}
+        return [i for i in range(len(self.input_ids)) if i not in inside]
+
+
+class CalibrationRows:
+    """The rows of a file in either format of `qwenvl batch`, or drawn ones.
+
+    A row may have the key "answer" beside those of its format: the model's completion, as `text` in the output of
+    `qwenvl batch`.
+
+    Attributes:
+        rows: the rows.
+        sha256: digest of what determines the rows; paths of images count, not their content.
+    """
+
+    def __init__(self, source: Optional[Path], tokenizer: QwenTokenizer, config: ModelConfig, chat: bool) -> None:
+        """Read and tokenise all rows; images are loaded later, one row at a time.
+
+        Args:
+            source: JSONL file; None: drawn rows.
+            chat: whether the model is a chat model, the default of a row's "chat".
+
+        Raises:
+            UsageError, QwenVLError: a row is invalid; the message names file and line.
+        """
+        self._folder = source.parent if source is not None else None
+        self._tokenizer, self._config, self._chat = tokenizer, config, chat
+        if source is None:
+            self.rows = [self._drawn(number) for number in range(N_DRAWN)]
+            self.sha256 = hashlib.sha256(f"drawn {N_DRAWN}".encode()).hexdigest()
+            return
+        check_source(source)
+        content = source.read_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.rows = list(self._read(source, content))
+        if len(self.rows) < MIN_ROWS:
+            raise UsageError(f"{source}: {len(self.rows)} rows; calibration needs at least {MIN_ROWS}")
+
+    def images(self, row: CalibrationRow) -> list[Image.Image]:
+        """Load the images of a row; relative paths are resolved against the file's folder."""
+        return [load_image(from_folder(source, self._folder)) for source in row.images]
+
+    def _read(self, source: Path, content: bytes) -> Iterator[CalibrationRow]:
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            line, answer = _take_answer(line)
+            try:
+                if answer is not None and not isinstance(answer, str):
+                    raise UsageError("answer must be a string")
+                parsed = read_row(number, line, {}).parsed
+                if isinstance(parsed, UsageError):
+                    raise parsed
+                yield self._tokenised(parsed.request, answer)
+            except QwenVLError as error:
+                text = str(error).removeprefix(f"line {number}: ")
+                raise type(error)(f"{source}: line {number}: {text}") from error
+
+    def _drawn(self, number: int) -> CalibrationRow:
+        rng = random.Random(f"calibration {number}")  # neither a training seed nor a held-out one
+        sample = random_sample(rng)
+        parts = sample.parts([draw(scene) for scene in sample.scenes])
+        return self._tokenised(Request(parts, chat=sample.form == "chat"), sample.turns[0].answer)
+
+    def _tokenised(self, request: Request, answer: Optional[str]) -> CalibrationRow:
+        parts: Sequence[Any] = [{"text": request.parts}] if isinstance(request.parts, str) else request.parts
+        chat = self._chat if request.chat is None else request.chat
+        tokenizer, config = self._tokenizer, self._config
+        prompt = (
+            chat_prompt(tokenizer, parts, request.history, request.system)
+            if chat
+            else base_prompt(tokenizer, parts)
+        )
+        input_ids = list(prompt.input_ids)
+        if answer is not None:
+            stop = tokenizer.im_end_id if chat else tokenizer.eod_id
+            tags = [tag for tag in tokenizer.special_tokens if tag in _ANSWER_TAGS]
+            input_ids += [*tokenizer.encode(answer, tags), stop]
+        if len(input_ids) > config.max_position_embeddings:
+            raise UsageError(
+                f"{len(input_ids)} tokens do not fit into the context of {config.max_position_embeddings}"
+            )
+        spans = image_spans(input_ids, config.visual.image_start_id, config.visual.n_queries)
+        return CalibrationRow(input_ids, len(prompt.input_ids), prompt.images, spans)
+
+
+_ANSWER_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+
+
+def _take_answer(line: bytes) -> tuple[bytes, Any]:
+    """Split the key "answer" off a row; a row that is no JSON object is returned unchanged."""
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return line, None
+    if not isinstance(values, dict) or "answer" not in values:
+        return line, None
+    answer = values.pop("answer")
+    return json.dumps(values).encode(), answer

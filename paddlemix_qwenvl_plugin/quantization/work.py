@@ -1,0 +1,90 @@
+"""The work folder of a run: what is done so far, so that the same command resumes after an interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from paddlemix_qwenvl_plugin.checkpoint.config import read_json
+from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
+from paddlemix_qwenvl_plugin.util.files import write_text
+
+# Increased when the same inputs give other files.
+_VERSION = 1
+
+
+class Work:
+    """`OUT.partial`: the model folder being written, the hidden states before the next layer, and the progress.
+
+    Attributes:
+        model: the model folder, renamed to OUT when it is complete.
+        layers: number of layers done; -1: not even the rows are embedded.
+        figures: a dict per layer done, for the report.
+    """
+
+    def __init__(self, folder: Path, figures: list[dict[str, Any]], embedded: bool) -> None:
+        self._folder = folder
+        self.model = folder / "model"
+        self.figures = figures
+        self.embedded = embedded
+
+    @property
+    def layers(self) -> int:
+        """Number of layers done."""
+        return len(self.figures)
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, target: Path, settings: dict[str, Any]) -> Iterator[Work]:
+        """Create the work folder beside `target`, or continue that of an interrupted run with the same settings.
+
+        Raises:
+            UsageError: `target` exists, or the folder belongs to a run in progress or one with other settings.
+        """
+        if target.exists():
+            raise UsageError(f"{target}: exists already; name a new folder")
+        make_folder(target.parent)
+        folder = target.with_name(f"{target.name}.partial")
+        settings = {"version": _VERSION, **settings}
+        job = folder / "job.json"
+        if folder.exists() and not job.is_file():
+            raise UsageError(f"{folder}: exists, and this command did not write it; move it away")
+        if folder.exists() and read_json(job) != settings:
+            raise UsageError(f"{folder}: an interrupted run with other settings; remove it, or name another folder")
+        with naming(folder):
+            (folder / "model").mkdir(parents=True, exist_ok=True)
+            if not job.is_file():
+                write_text(job, json.dumps(settings))
+            try:
+                with FileLock(folder / "lock", timeout=0):
+                    yield cls(folder, *_progress(folder))
+            except Timeout as error:
+                raise UsageError(f"{folder}: another process is writing it; wait for it") from error
+
+    def states(self, name: str) -> Path:
+        """Path of a file of hidden states."""
+        return self._folder / f"{name}.bin"
+
+    def save(self, kept: set[Path]) -> None:
+        """Record the progress, then remove the files of hidden states that are not `kept`."""
+        write_text(self._folder / "progress.json", json.dumps({"figures": self.figures}))
+        self.embedded = True
+        for path in self._folder.glob("*.bin"):
+            if path not in kept:
+                path.unlink()
+
+    def finish(self, target: Path) -> None:
+        """Rename the model folder to `target` and remove the rest."""
+        self.model.rename(target)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _progress(folder: Path) -> tuple[list[dict[str, Any]], bool]:
+    path = folder / "progress.json"
+    return (read_json(path)["figures"], True) if path.is_file() else ([], False)

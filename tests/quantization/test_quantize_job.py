@@ -1,0 +1,275 @@
+"""A quantised folder, its report, and a run that is resumed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from paddlemix_qwenvl_plugin import UsageError
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
+from paddlemix_qwenvl_plugin.cli.main import main
+from paddlemix_qwenvl_plugin.modeling.language import Position, chunk_mask
+from paddlemix_qwenvl_plugin.modeling.weights import load_language, load_vision
+from paddlemix_qwenvl_plugin.processing.images import load_image, preprocess
+from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
+from paddlemix_qwenvl_plugin.quantization import job
+from paddlemix_qwenvl_plugin.quantization.folder import GptqFolder
+from paddlemix_qwenvl_plugin.quantization.job import quantise_model
+from paddlemix_qwenvl_plugin.quantization.rows import CalibrationRows
+from paddlemix_qwenvl_plugin.tiny.make import random_weights
+from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
+
+GROUP = 32
+N_ROWS = 16
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """Two layers of width 128, with an image of four slots."""
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny_vocabulary(folder / "qwen.tiktoken")
+    tokenizer = QwenTokenizer.from_folder(folder)
+    vision = {"image_size": 56, "patch_size": 14, "width": 32, "layers": 1, "heads": 2, "mlp_ratio": 2.0}
+    config = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "kv_channels": 64,
+        "intermediate_size": 320,
+        "vocab_size": -(-tokenizer.n_vocab // 64) * 64,
+        "visual": {**vision, "output_dim": 128, "n_queries": 36, "image_start_id": tokenizer.img_start_id},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(random_weights(parse_config(config, "test"), 3), folder / "model.safetensors")
+    (folder / "tokenizer_config.json").write_text('{"picture_label": "Picture {}:"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Rows in both formats, with and without images and answers; the paths of images are relative."""
+    folder = tmp_path_factory.mktemp("rows")
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(N_ROWS):
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / f"{i}.png")
+        prompt = "".join(chr(97 + int(c)) for c in rng.integers(0, 26, 24))
+        row = {"id": i, "prompt": prompt}
+        if i % 3 == 1:
+            content = [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": {"url": f"{i}.png"}}]
+            row = {"custom_id": str(i), "body": {"messages": [{"role": "user", "content": content}]}}
+        elif i % 3 == 2:
+            row["image"] = f"{i}.png"
+        if i % 2:
+            row["answer"] = f"<ref>{prompt[:5]}</ref><box>(1,2),(3,4)</box>"
+        lines.append(json.dumps(row))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n\n")
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture(scope="module")
+def quantised(model, rows, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("quantised") / "q4"
+    quantise_model(model, target, 4, GROUP, rows)
+    return target
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    found = {}
+    for file in sorted(set(index.values())):
+        shard = load_file(folder / file)
+        assert all(index[name] == file for name in shard)
+        found.update(shard)
+    assert set(found) == set(index)
+    return found
+
+
+def unpacked(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """A matrix [out, in] from GPTQ's tensors of 4 bits."""
+    shifts = np.arange(0, 32, 4)
+    words, zeros = tensors[f"{name}.qweight"].astype(np.int64), tensors[f"{name}.qzeros"].astype(np.int64)
+    integers = ((words[:, None] >> shifts[:, None]) & 15).reshape(-1, words.shape[1])
+    zeros = ((zeros[..., None] >> shifts) & 15).reshape(len(zeros), -1) + 1
+    groups = tensors[f"{name}.g_idx"]
+    return (tensors[f"{name}.scales"][groups].astype(np.float32) * (integers - zeros[groups]).astype(np.float32)).T
+
+
+def test_folder(quantised, model):
+    """The standard's tensors beside all others, unchanged; the copied files; the config."""
+    found, original = tensors_of(quantised), Checkpoint(model)
+    names = {**original.language, **original.vision}
+    expected = set()
+    for name, values in original.tensors(names, "float32", out_in=True):
+        if names[name].linear and name.startswith("h."):
+            stem = f"transformer.{name.removesuffix('.weight')}"
+            expected |= {f"{stem}.{suffix}" for suffix in SUFFIXES}
+            off = unpacked(found, stem) - values
+            assert np.linalg.norm(off) < 0.2 * np.linalg.norm(values), name
+            np.testing.assert_array_equal(found[f"{stem}.g_idx"], np.arange(values.shape[1]) // GROUP)
+        else:
+            stored = name if name == "lm_head.weight" else f"transformer.{name}"
+            expected.add(stored)
+            np.testing.assert_array_equal(found[stored], values)
+    assert set(found) == expected
+    config = json.loads((quantised / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    assert config == json.loads((model / "config.json").read_text())
+    assert {key: settings[key] for key in ("quant_method", "bits", "group_size", "desc_act", "sym")} == {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GROUP,
+        "desc_act": False,
+        "sym": False,
+    }
+    for name in ("qwen.tiktoken", "tokenizer_config.json"):
+        assert (quantised / name).read_bytes() == (model / name).read_bytes()
+    assert not (quantised.parent / "q4.partial").exists()
+
+
+def test_report(quantised, model, rows, tmp_path):
+    """The figures, recomputed with the whole models in dynamic mode."""
+    report = json.loads((quantised / "quantization_report.json").read_text())
+    found = tensors_of(quantised)
+    plain = shutil.copytree(model, tmp_path / "plain")
+    weights = load_file(model / "model.safetensors")
+    for layer in range(2):
+        for matrix in MATRICES:
+            stem = f"h.{layer}.{matrix}"
+            weights[f"transformer.llm.{stem}.weight"] = unpacked(found, f"transformer.{stem}").T.copy()
+    save_file(weights, plain / "model.safetensors")
+    checkpoint = Checkpoint(model)
+    tokenizer = QwenTokenizer.of_model(model, checkpoint.config)
+    loaded = CalibrationRows(rows, tokenizer, checkpoint.config, False)
+    held_out = [loaded.rows[7], loaded.rows[15]]
+    assert report["rows"] == N_ROWS - 2 and report["skipped_rows"] == 0
+    assert report["tokens"] == sum(len(r.input_ids) for r in loaded.rows) - sum(len(r.input_ids) for r in held_out)
+    vision = load_vision(checkpoint)
+    states, tokens = {}, {}
+    for name, folder in (("original", model), ("quantised", plain)):
+        language = load_language(Checkpoint(folder))
+        states[name], tokens[name] = [[], []], []
+        for row in held_out:
+            with paddle.no_grad():
+                ids = paddle.to_tensor([row.input_ids])
+                x = language.embed_tokens(ids)
+                if row.images:
+                    images = [preprocess(load_image(rows.parent / image), 56) for image in row.images]
+                    place = paddle.to_tensor([[0, start, end] for start, end in row.spans])
+                    x = language.embed(ids, vision(paddle.to_tensor(np.stack(images))), place)
+                positions = paddle.arange(ids.shape[1]).unsqueeze(0)
+                position = Position(
+                    positions, paddle.to_tensor([[row.n_prompt]]), chunk_mask(positions, None), checkpoint.config
+                )
+                for number, layer in enumerate(language.layers):
+                    x, _ = layer(x, position, None)
+                    states[name][number].append(x.numpy()[0])
+                likeliest = language.lm_head(language.ln_f(x)).numpy()[0].argmax(-1)
+            answer = range(row.n_prompt - 1, len(row.input_ids) - 1)
+            tokens[name].append(likeliest[list(answer)])
+    for layer in range(2):
+        original, other = (np.concatenate(states[name][layer]) for name in ("original", "quantised"))
+        error = np.linalg.norm(other - original) / np.linalg.norm(original)
+        assert report["layers"][layer]["states"] == pytest.approx(error, rel=1e-3)
+        for error, nearest in report["layers"][layer]["matrices"].values():
+            assert 0 < error < nearest
+    changed = [a != b for a, b in zip(tokens["original"], tokens["quantised"])]
+    assert report["held_out"] == {
+        "tokens": sum(int(each.sum()) for each in changed),
+        "of_tokens": sum(map(len, changed)),
+        "rows": sum(bool(each.any()) for each in changed),
+        "of_rows": 2,
+    }
+    sizes = sum(path.stat().st_size for path in quantised.glob("*.safetensors"))
+    assert report["bytes"] == sizes
+    assert report["bytes_before"] == sum(each.nbytes for each in weights.values())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("where", ["write_layer", "finish"])
+def test_resume(quantised, model, rows, tmp_path, monkeypatch, where):
+    """Interrupted after the first layer, and before the end: the resumed run writes the same bytes."""
+    target, calls = tmp_path / "q4", []
+    original = getattr(GptqFolder, where)
+
+    def interrupted(self, index, *rest):
+        calls.append(index)
+        if where == "finish" or index == 1:
+            raise KeyboardInterrupt
+        return original(self, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GptqFolder, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantise_model(model, target, 4, GROUP, rows)
+    assert calls == ([0, 1] if where == "write_layer" else [4])
+    assert not target.exists()
+    with pytest.raises(UsageError, match=r"q4.partial: an interrupted run with other settings; remove it"):
+        quantise_model(model, target, 8, GROUP, rows)
+
+    def never(*_):
+        raise AssertionError("the rows are embedded already")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "embed", never)
+        quantise_model(model, target, 4, GROUP, rows)
+    assert content(target) == content(quantised)
+    assert [path.name for path in tmp_path.iterdir()] == ["q4"]
+
+
+def test_another_process(model, rows, tmp_path, monkeypatch):
+    """Two runs cannot write the same folder."""
+
+    def concurrent(*_):
+        with pytest.raises(UsageError, match="another process is writing it; wait for it"):
+            quantise_model(model, tmp_path / "q8", 8, GROUP, rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "embed", concurrent)
+    with pytest.raises(KeyboardInterrupt):
+        quantise_model(model, tmp_path / "q8", 8, GROUP, rows)
+
+
+def test_limit_on_tokens(model, rows, tmp_path, monkeypatch):
+    """Rows beyond the limit are left out, and the report counts them."""
+    monkeypatch.setattr(job, "MAX_TOKENS", 700)
+    report = quantise_model(model, tmp_path / "q8", 8, GROUP, rows)
+    assert report.skipped_rows > 0
+    assert report.rows + report.skipped_rows + report.held_out.of_rows == N_ROWS
+    assert f"{report.skipped_rows} more rows are beyond the limit on tokens" in next(iter(report.lines()))
+
+
+def test_command(model, rows, tmp_path, monkeypatch, capsys):
+    """The printed lines have the report's figures; without --data a line says so."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("paddlemix_qwenvl_plugin.quantization.rows.N_DRAWN", 8)
+    arguments = ["quantize", str(model), "q8", "--bits", "8", "--group_size", "32"]
+    monkeypatch.setattr(sys, "argv", ["qwenvl", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Without --data: calibrating on drawn images")
+    report = json.loads(Path("q8/quantization_report.json").read_text())
+    assert f"calibrated on 7 rows, {report['tokens']} tokens" in lines
+    held = report["held_out"]
+    assert any(
+        re.fullmatch(rf"held-out rows: {held['tokens']} of {held['of_tokens']} tokens changed, in . of 1 rows", line)
+        for line in lines
+    )
+    assert lines[-1] == "wrote q8; the figures are in q8/quantization_report.json"

@@ -1,0 +1,173 @@
+"""Rounding against a plain float64 implementation, a brute force, and rounding to nearest."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from paddlemix_qwenvl_plugin import QwenVLError
+from paddlemix_qwenvl_plugin.quantization.grid import Quantised, best_grid, round_to_nearest
+from paddlemix_qwenvl_plugin.quantization.packing import gptq_tensors
+from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, descend, gptq, quantise
+
+
+def correlated(rng, n_tokens, n_in):
+    """Inputs with correlated columns of very different sizes, as in a language model."""
+    mixed = rng.standard_normal((n_tokens, n_in)) @ rng.standard_normal((n_in, n_in)) / np.sqrt(n_in)
+    return (mixed * np.exp(rng.standard_normal(n_in))).astype(np.float32)
+
+
+def error(weight, values, gram):
+    off = weight.astype(np.float64) - values
+    return float(np.vdot(off @ gram.astype(np.float64), off))
+
+
+def column_by_column(weight, hessian, order, scales, zeros, top):
+    """Optimal Brain Surgeon in float64 with the explicit inverse, from which each rounded column is eliminated."""
+    rest, inverse = weight.astype(np.float64), np.linalg.inv(hessian.astype(np.float64))
+    group = weight.shape[1] // scales.shape[1]
+    integers = np.zeros_like(rest)
+    for j in order:
+        scale, zero = scales[:, j // group], zeros[:, j // group]
+        integers[:, j] = np.clip(np.round(rest[:, j] / scale) + zero, 0, top)
+        off = rest[:, j] - (integers[:, j] - zero) * scale
+        rest -= np.outer(off / inverse[j, j], inverse[j])
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return integers
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_is_the_plain_algorithm(bits):
+    """More columns than a block, so that the compensation crosses blocks."""
+    rng = np.random.default_rng(bits)
+    weight = rng.standard_normal((5, 192)).astype(np.float32)
+    inputs = correlated(rng, 400, 192)
+    hessian = Hessian(inputs.T @ inputs, "w")
+    found = gptq(weight, hessian, bits, 32)
+    expected = column_by_column(
+        weight, hessian.matrix, hessian.order, found.scales, found.zeros, 2**bits - 1
+    )
+    # A value halfway between two integers may fall to either side.
+    assert np.mean(found.integers != expected) < 0.01
+    assert np.abs(found.integers - expected).max() <= 1
+
+
+def test_columns_of_large_inputs_first():
+    gram = np.diag([1.0, 9.0, 4.0]).astype(np.float32)
+    assert Hessian(gram, "w").order.tolist() == [1, 2, 0]
+
+
+def test_descent_against_brute_force():
+    """Two weights of one row, all integers tried with the final scale: descent ends at a best pair or next to it."""
+    rng = np.random.default_rng(1)
+    inputs = correlated(rng, 50, 2)
+    hessian = Hessian(inputs.T @ inputs, "w")
+    for _ in range(20):
+        weight = rng.standard_normal((1, 2)).astype(np.float32)
+        found = quantise(weight, hessian, 4, 2)
+        scale, zero = found.scales[0, 0], found.zeros[0, 0]
+        choices = [
+            error(weight, (np.array([pair]) - zero) * scale, hessian.matrix)
+            for pair in itertools.product(range(16), repeat=2)
+        ]
+        reached = error(weight, found.values(), hessian.matrix)
+        neighbours = []
+        for column, step in itertools.product(range(2), (-1, 1)):
+            moved = found.integers.copy()
+            moved[0, column] = np.clip(moved[0, column] + step, 0, 15)
+            neighbours.append(error(weight, (moved - zero) * scale, hessian.matrix))
+        assert min(choices) <= reached * (1 + 1e-4)
+        assert reached <= min(neighbours) * (1 + 1e-3) + 1e-9
+
+
+def test_descent_never_increases_the_error():
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((16, 128)).astype(np.float32)
+    inputs = correlated(rng, 300, 128)
+    hessian = Hessian(inputs.T @ inputs, "w")
+    matrix = gptq(weight, hessian, 4, 32)
+    errors = [error(weight, matrix.values(), hessian.matrix)]
+    for _ in range(4):
+        descend(matrix, weight, hessian.matrix, 4)
+        errors.append(error(weight, matrix.values(), hessian.matrix))
+    assert all(after <= before * (1 + 1e-5) for before, after in zip(errors, errors[1:])), errors
+    assert errors[-1] < 0.97 * errors[0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 128])
+def test_held_out_error_below_rounding_to_nearest(bits, group):
+    """On inputs that the calibration did not see."""
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((32, 256)).astype(np.float32)
+    inputs = correlated(rng, 3000, 256)
+    seen, unseen = inputs[:2000], inputs[2000:]
+    hessian = Hessian(seen.T @ seen, "w")
+    calibrated = quantise(weight, hessian, bits, group).values()
+    nearest = round_to_nearest(weight, bits, group).values()
+    gram = unseen.T @ unseen
+    assert error(weight, calibrated, gram) < 0.7 * error(weight, nearest, gram)
+
+
+def test_columns_without_inputs():
+    """An input that is always zero, and inputs that are all zero."""
+    rng = np.random.default_rng(4)
+    weight = rng.standard_normal((4, 32)).astype(np.float32)
+    inputs = correlated(rng, 100, 32)
+    inputs[:, 7] = 0
+    for given in (inputs, np.zeros_like(inputs)):
+        values = quantise(weight, Hessian(given.T @ given, "w"), 8, 32).values()
+        assert np.abs(values - weight).max() < 0.1
+
+
+def test_inputs_that_are_not_finite():
+    with pytest.raises(QwenVLError, match=r"^h.0.mlp.w1: .* not finite"):
+        Hessian(np.full((4, 4), np.nan, np.float32), "h.0.mlp.w1")
+
+
+def test_grids():
+    """Scales are float16 numbers, zero points 1 to 15, also for groups of one sign, one value and zeros only."""
+    rng = np.random.default_rng(5)
+    columns = rng.standard_normal((5, 32)).astype(np.float32)
+    columns[1], columns[2], columns[3], columns[4] = abs(columns[1]), -abs(columns[2]), 0, 0.25
+    scales, zeros = best_grid(columns, np.ones(32, np.float32), 4)
+    np.testing.assert_array_equal(scales, scales.astype(np.float16))
+    assert (scales > 0).all() and zeros.min() >= 1 and zeros.max() <= 15
+    np.testing.assert_array_equal(zeros, np.rint(zeros))
+    values = round_to_nearest(columns, 4, 32).values()
+    np.testing.assert_array_equal(values[3], 0)
+    span = columns.max(1) - columns.min(1)
+    assert (np.abs(values - columns).max(1)[:3] <= 0.3 * span[:3]).all()
+    # A clipped range is no worse than the full one.
+    full = span[0] / 15
+    assert ((values[0] - columns[0]) ** 2).sum() <= 32 * full**2 / 4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing(bits):
+    """Unpacked bit by bit, from the words' definition."""
+    rng = np.random.default_rng(6)
+    n_out, n_in, group = 16, 64, 32
+    matrix = Quantised(
+        rng.integers(0, 2**bits, (n_out, n_in)).astype(np.float32),
+        rng.random((n_out, 2)).astype(np.float16).astype(np.float32),
+        rng.integers(1, 2**bits, (n_out, 2)).astype(np.float32),
+    )
+    tensors = gptq_tensors(matrix, bits)
+    assert {name: (t.dtype, t.shape) for name, t in tensors.items()} == {
+        "qweight": (np.int32, (n_in * bits // 32, n_out)),
+        "qzeros": (np.int32, (2, n_out * bits // 32)),
+        "scales": (np.float16, (2, n_out)),
+        "g_idx": (np.int32, (n_in,)),
+    }
+    per_word, mask = 32 // bits, 2**bits - 1
+    for o in range(n_out):
+        for i in range(n_in):
+            word = int(tensors["qweight"][i // per_word, o])
+            integer = (word >> (bits * (i % per_word))) & mask
+            g = int(tensors["g_idx"][i])
+            zero = ((int(tensors["qzeros"][g, o // per_word]) >> (bits * (o % per_word))) & mask) + 1
+            assert g == i // group
+            assert float(tensors["scales"][g, o]) * (integer - zero) == matrix.values()[o, i]
