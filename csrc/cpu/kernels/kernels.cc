@@ -20,7 +20,7 @@ template <int Bits, int Group>
 constexpr void add_groups(qvl_dtype dtype, Kernels& k) {
   k.prepared_bytes[dtype] = prepared_bytes_groups<Bits, Group>;
   k.prepare_x[dtype] = prepare_groups<Bits, Group>;
-  k.matvec[dtype] = matvec<RowsGroups<Bits, Group>>;
+  k.matvec[dtype] = matvec_groups<Bits, Group>;
   k.unpack_tile[0][dtype] = unpack_to_f32<UnpackGroups<Bits, Group>>;
 #if defined(__AVX512BF16__)
   k.unpack_tile[1][dtype] = unpack_to_bf16<UnpackGroups<Bits, Group>>;
