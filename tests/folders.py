@@ -34,6 +34,27 @@ def renamed(weights: dict[str, np.ndarray], scheme: str, transpose: bool) -> dic
     }
 
 
+def cut_in_ranks(weights: dict[str, np.ndarray], n_ranks: int) -> list[dict[str, np.ndarray]]:
+    """Cut PaddleMIX's weights as PaddleNLP does for tensor parallelism (`split_or_merge_func`)."""
+    ranks: list[dict[str, np.ndarray]] = [{} for _ in range(n_ranks)]
+    for name, value in weights.items():
+        key = re.sub(r"\.h\.\d+\.", ".", name)
+        columns = ("lm_head.weight", "transformer.llm.mlp.w1.weight", "transformer.llm.mlp.w2.weight")
+        rows = ("wte.weight", "mlp.c_proj.weight", "attn.c_proj.weight")
+        if key.startswith("transformer.llm.attn.c_attn."):
+            blocks = np.split(value, 3 * n_ranks, axis=-1)  # q1 q2 k1 k2 v1 v2
+            parts = [np.concatenate(blocks[rank::n_ranks], axis=-1) for rank in range(n_ranks)]
+        elif key in columns:
+            parts = np.split(value, n_ranks, axis=-1)
+        elif key in tuple(f"transformer.llm.{row}" for row in rows):
+            parts = np.split(value, n_ranks, axis=0)
+        else:
+            parts = [value] * n_ranks
+        for rank, part in zip(ranks, parts):
+            rank[name] = np.ascontiguousarray(part)
+    return ranks
+
+
 def write(folder: Path, config: Path, weights: dict[str, np.ndarray], kind: str) -> Path:
     """Write a model folder; kind: safetensors, pdparams, sharded-safetensors or sharded-pdparams."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,11 @@
-"""Read a model folder in any upstream naming scheme and linear layout as canonical tensors.
-
-| scheme | language | vision |
-| --- | --- | --- |
-| Hugging Face | `transformer.h.…` | `transformer.visual.…` |
-| Paddle static | `qwen.h.…` | `visual.vit.…`, the resampler `visual.…` |
-| PaddleMIX | `transformer.llm.h.…` | as Paddle static |
-"""
+"""Read a model folder in any upstream naming scheme (schemes.py) and linear layout as canonical tensors."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
@@ -19,21 +13,19 @@ from typing import Optional, Union
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config, read_json
-from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast, to_float32
+from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
+from paddlemix_qwenvl_plugin.checkpoint.dtypes import FLOATS, cast, to_float32
 from paddlemix_qwenvl_plugin.checkpoint.lora import Lora, Merge, PathLike
-from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
+from paddlemix_qwenvl_plugin.checkpoint.quant_config import load_quant_config
+from paddlemix_qwenvl_plugin.checkpoint.quantised import QuantisedLinears
+from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
+from paddlemix_qwenvl_plugin.checkpoint.shards import WEIGHT_FILES, Shards
+from paddlemix_qwenvl_plugin.checkpoint.tensor_parallel import Ranks
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 # Buffers in some checkpoints; the config determines them.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|logn_tensor)$")
-# Naming scheme -> prefix of the language model's names.
-_LANGUAGE_PREFIXES = {
-    "PaddleMIX": "transformer.llm.",
-    "Paddle static": "qwen.",
-    "Hugging Face": "transformer.",
-}
 
 
 @dataclass(frozen=True)
@@ -53,53 +45,71 @@ class Checkpoint:
         folder: the model folder.
         lora: adapters to merge into the weights, each a folder or (folder, weight).
 
+    Attributes:
+        quantised: the weights that are stored as integers by GPTQ or AWQ, else None; `tensors` does not read them.
+
     Raises:
-        UsageError: the folder, its config or its weights do not exist; adapters for a quantized checkpoint.
+        UsageError: the folder, its config or its weights do not exist; an adapter for quantized weights.
         QwenVLError: a tensor is missing, unknown, mis-shaped or laid out unlike the others; the message names it.
     """
 
     def __init__(self, folder: Path, lora: Union[PathLike, Sequence[Lora]] = ()) -> None:
         self.folder = Path(folder)
         self.config: ModelConfig = load_config(self.folder)
-        if lora:
-            self._refuse_integers()
-        self._shards = Shards.open(self.folder)
+        self._shards = open_weights(self.folder)
         self.language = language_specs(self.config)
         self.vision = vision_specs(self.config)
+        self._allow_position_table()
+        self.quantised: Optional[QuantisedLinears] = None
         self._entries = self._match()
         self.merge = Merge(lora, {**self.language, **self.vision})
+        self._check_merge()
 
     @property
     def scheme(self) -> str:
         """The naming scheme of the weights: "Hugging Face", "Paddle static" or "PaddleMIX"."""
         prefix = self._entries["wte.weight"].stored_name[: -len("wte.weight")]
-        return next(name for name, its in _LANGUAGE_PREFIXES.items() if its == prefix)
+        return next(scheme.title for scheme in SCHEMES.values() if scheme.language == prefix)
 
     @property
     def dtype(self) -> str:
         """The storage type of the token embedding: float32, float16, bfloat16 or float64."""
         return self._entries["wte.weight"].dtype
 
+    def dtype_of(self, name: str) -> str:
+        """The storage type of a canonical tensor: float32, float16, bfloat16 or float64.
+
+        Raises:
+            UsageError: the tensor is quantised.
+        """
+        self._refuse_quantised([name])
+        return self._entries[name].dtype
+
     def tensors(
         self, specs: dict[str, TensorSpec], dtype: str, out_in: bool = False
     ) -> Iterator[tuple[str, NDArray[np.generic]]]:
         """Yield (canonical name, values) in `dtype`, bfloat16 as uint16 bits.
 
-        Linear weights are [in, out], with `out_in` [out, in]. At most one tensor (safetensors, PyTorch) or one weight
-        file (.pdparams) is in memory at a time.
+        Linear weights are [in, out], with `out_in` [out, in]. At most one tensor is in memory at a time.
+
+        Raises:
+            UsageError: a tensor is quantised.
         """
-        names = {self._entries[name].stored_name: name for name in specs}
+        self._refuse_quantised(specs)
+        names: dict[str, list[str]] = {}
+        for name in specs:
+            # A tied lm_head has the stored name of wte.
+            names.setdefault(self._entries[name].stored_name, []).append(name)
         for stored_name, array in self._shards.read(set(names)):
-            name = names[stored_name]
-            entry = self._entries[name]
-            if name in self.merge.names:
-                merged = to_float32(array, entry.dtype)
-                self.merge.apply(name, merged, entry.transposed)
-                values = cast(merged, "float32", dtype, name)
-            else:
-                values = cast(array, entry.dtype, dtype, name)
-            transpose = specs[name].linear and entry.transposed != out_in
-            yield name, np.ascontiguousarray(values.T) if transpose else values
+            for name in names[stored_name]:
+                entry = self._entries[name]
+                values, stored_dtype = array, entry.dtype
+                if name in self.merge.names:
+                    values, stored_dtype = to_float32(array, entry.dtype), "float32"
+                    self.merge.apply(name, values, entry.transposed)
+                values = cast(values, stored_dtype, dtype, name)
+                transpose = specs[name].linear and entry.transposed != out_in
+                yield name, np.ascontiguousarray(values.T) if transpose else values
 
     def fingerprint(self) -> str:
         """A digest of the model's content, independent of naming scheme and layout.
@@ -125,21 +135,66 @@ class Checkpoint:
         digest.update(self.merge.fingerprint(self.vision).encode())
         return digest.hexdigest()
 
-    def _refuse_integers(self) -> None:
-        quantization = read_json(self.folder / "config.json").get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    def _check_merge(self) -> None:
+        integers = set() if self.quantised is None else self.merge.names & set(self.quantised.names)
+        if integers:
             raise UsageError(
-                f"--lora: {self.folder} is quantized ({method}), and no adapter can be merged into integers; "
+                f"--lora: {min(integers)} of {self.folder} is stored as integers, into which no adapter can be merged; "
                 "open the adapter beside the model: --adapter"
             )
+        tied = self.merge.names & {"wte.weight", "lm_head.weight"}
+        if tied and self.config.tie_word_embeddings:
+            raise UsageError(
+                f"--lora: an adapter changes {min(tied)}, but {self.folder} has one tensor for wte and lm_head "
+                "(tie_word_embeddings); merge it with the tool that made it"
+            )
+
+    def _refuse_quantised(self, names: Iterable[str]) -> None:
+        if self.quantised is not None and not self._entries.keys() >= set(names):
+            raise UsageError(
+                f"{self.folder}: its weights are quantised ({self.quantised.quant_type}); only export-language reads "
+                "them"
+            )
+
+    def _allow_position_table(self) -> None:
+        """Accept a ViT's position table of any square size: it is resized to the patch grid at export."""
+        name = "visual.positional_embedding"
+        for stored_name, stored in self._shards.tensors.items():
+            rows = stored.shape[0] if stored.shape else 0
+            if stored_name.endswith(".positional_embedding") and math.isqrt(rows) ** 2 == rows > 0:
+                self.vision[name] = TensorSpec((rows, *self.vision[name].shape[1:]))
+
+    def _hint_about_missing(self, name: str) -> str:
+        """What a missing tensor may come from, as the end of a message."""
+        if name == "lm_head.weight":
+            return "; if it is the token embedding, set tie_word_embeddings to true in config.json"
+        unlisted = self._shards.unlisted()
+        return f"; {unlisted[0]} is not in the index" if unlisted else ""
 
     def _match(self) -> dict[str, _Entry]:
         specs = {**self.language, **self.vision}
         canonical = self._canonical_names()
+        quantization = load_quant_config(self.folder)
+        if any(name.endswith(".qweight") for name in canonical):
+            if quantization is None:
+                raise QwenVLError(
+                    f"{self.folder}: holds quantised tensors, but config.json has no quantization_config"
+                )
+            self.quantised = QuantisedLinears(
+                self.folder, quantization, self._shards, self.language, canonical
+            )
+            specs = {name: spec for name, spec in specs.items() if name not in self.quantised.names}
+        elif quantization is not None and quantization.origin.name == "config.json":
+            raise QwenVLError(
+                f"{self.folder}: no tensor is quantised, though config.json has quantization_config; remove it there"
+            )
+        tied = self.config.tie_word_embeddings
+        if tied:
+            # As transformers has it: the embedding is the lm_head, whatever else the folder stores as one.
+            canonical["lm_head.weight"] = canonical["wte.weight"]
         for name in specs:
             if name not in canonical:
-                raise QwenVLError(f"{self.folder}: tensor {name} is missing")
+                raise QwenVLError(f"{self.folder}: tensor {name} is missing{self._hint_about_missing(name)}")
         for name, stored_name in canonical.items():
             if name not in specs:
                 raise QwenVLError(
@@ -147,17 +202,24 @@ class Checkpoint:
                 )
         entries: dict[str, _Entry] = {}
         for part in (self.language, self.vision):
+            part = {name: spec for name, spec in part.items() if name in specs}
             transposed = self._layout(part, canonical)
             for name, spec in part.items():
                 stored_name = canonical[name]
                 stored = self._shards.tensors[stored_name]
-                entries[name] = _Entry(stored_name, stored.dtype, transposed and spec.linear)
+                if stored.dtype not in FLOATS:
+                    raise QwenVLError(
+                        f"{self._shards.file_of(stored_name)}: {stored_name} has dtype {stored.dtype}, a weight "
+                        f"must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
+                    )
+                is_out_in = (transposed and spec.linear) or (tied and name == "lm_head.weight")
+                entries[name] = _Entry(stored_name, stored.dtype, is_out_in)
         return entries
 
     def _canonical_names(self) -> dict[str, str]:
         """Map canonical names to stored names."""
         stored = [name for name in self._shards.tensors if not _BUFFERS.search(name)]
-        prefixes = _LANGUAGE_PREFIXES.values()
+        prefixes = [scheme.language for scheme in SCHEMES.values()]
         scheme = next((p for p in prefixes if f"{p}wte.weight" in stored), None)
         if scheme is None:
             candidates = " or ".join(f"{prefix}wte.weight" for prefix in prefixes)
@@ -180,8 +242,12 @@ class Checkpoint:
             if shape != spec.shape and not (spec.linear and shape == spec.shape[::-1]):
                 raise QwenVLError(
                     f"{self.folder}: tensor {canonical[name]} has shape {list(shape)}, "
-                    f"config.json requires {list(spec.shape)}" + (" or its transpose" if spec.linear else "")
+                    f"config.json requires {list(spec.shape)}"
+                    + (" or its transpose" if spec.linear else "")
+                    + _hint_about_shape(name, shape, spec)
                 )
+            if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                continue  # in the layout of the embedding
             if spec.linear and spec.shape[0] != spec.shape[1]:
                 transposed = shape != spec.shape
                 if evidence is not None and evidence[0] != transposed:
@@ -190,5 +256,30 @@ class Checkpoint:
                         f"{'[out, in]' if transposed else '[in, out]'}, unlike {evidence[1]}"
                     )
                 evidence = (transposed, canonical[name])
-        # Each half has a fused 3x projection, which is never square.
-        return evidence is not None and evidence[0]
+        # Each half has a fused 3x projection, which is never square; a quantised half may have only a square lm_head,
+        # which every quantizer stores as [out, in].
+        return evidence is None or evidence[0]
+
+
+# Tensor -> key of config.json that sets its number of rows.
+_ROWS = {
+    "wte.weight": "vocab_size",
+    "lm_head.weight": "vocab_size",
+    "visual.attn_pool.query": "n_queries of visual",
+    "visual.attn_pool.pos_embed": "n_queries of visual",
+}
+
+
+def open_weights(folder: Path) -> Union[Shards, Ranks]:
+    """Open the weight files of a folder; tensor-parallel ranks are read if it has no other weights."""
+    if any((folder / name).is_file() for name, _ in WEIGHT_FILES):
+        return Shards.open(folder)
+    return Ranks.open(folder) or Shards.open(folder)
+
+
+def _hint_about_shape(name: str, shape: tuple[int, ...], spec: TensorSpec) -> str:
+    """The key of config.json that contradicts a shape, as the end of a message."""
+    sizes = [size for size in shape if size not in spec.shape]
+    if name not in _ROWS or len(shape) != 2 or len(sizes) != 1:
+        return ""
+    return f"; if the weights are right, set {_ROWS[name]} to {sizes[0]}"

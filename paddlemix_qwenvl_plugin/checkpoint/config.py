@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 RESAMPLER_HEAD_DIM = 128
+MAX_JSON_BYTES = 16 << 20
 
 
 class VisionConfig(BaseModel):
@@ -77,6 +78,8 @@ class ModelConfig(BaseModel):
     rotary_pct: float = 1.0
     use_dynamic_ntk: bool = True
     use_logn_attn: bool = True
+    # How lm_head is stored, not a size: part of neither fingerprints nor manifests.
+    tie_word_embeddings: bool = Field(default=False, exclude=True)
     visual: VisionConfig
 
     @property
@@ -142,14 +145,34 @@ def is_chat_model(folder: Path) -> bool:
     return isinstance(data, dict) and data.get("chat_format") == "chatml"
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raise QwenVLError, which names the file, if it cannot be read or parsed."""
+def read_json(path: Path, unique: bool = False) -> Any:
+    """Read a JSON file; raise QwenVLError, which names the file, if it cannot be read or parsed, or is very large.
+
+    Args:
+        unique: refuse a key that an object has twice, of which Python would take the last.
+    """
     try:
-        return json.loads(path.read_text("utf-8"))
+        if path.stat().st_size > MAX_JSON_BYTES:  # parsed, some files take 50 times their size in memory
+            raise QwenVLError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB")
+        return parse_json(path.read_bytes(), unique)
     except OSError as error:
         raise QwenVLError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # includes invalid UTF-8 and excessive nesting
         raise QwenVLError(f"{path}: not valid JSON ({error})") from error
+
+
+def parse_json(text: bytes, unique: bool) -> Any:
+    """Parse UTF-8 JSON; raise ValueError or RecursionError if it is invalid. `unique`: see read_json."""
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_unique if unique else None)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in keys:
+            raise ValueError(f"{key} is listed twice")
+        keys[key] = value
+    return keys
 
 
 def parse_config(data: Any, origin: str) -> ModelConfig:

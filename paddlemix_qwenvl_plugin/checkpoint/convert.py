@@ -1,25 +1,47 @@
-"""Convert a model folder to sharded safetensors with PaddleMIX's tensor names, one shard at a time."""
+"""Convert a model folder to sharded safetensors in any of the three naming schemes, one shard at a time."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
+
+import numpy as np
+from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
-from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
+from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES, Scheme
+from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.files import new_folder
 
 MAX_SHARD_BYTES = 2 * 1024**3
-_WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
+# Files that are not copied: weights in whatever form, and the state of a training.
+_LEFT_OUT = (
+    ".safetensors",
+    ".pdparams",
+    ".bin",
+    ".index.json",
+    ".pdiparams",
+    ".pdmodel",
+    ".pdopt",
+    ".pt",
+    ".pth",
+)
+# Keys of config.json that tell how PaddleNLP cut the weights, which are whole in the new folder.
+_CUTS = ("tensor_parallel_degree", "tensor_parallel_rank")
 
 
 def convert(
-    source: Path, target: Path, dtype: Optional[str] = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: Path,
+    target: Path,
+    dtype: Optional[str] = None,
+    to: str = "paddlemix",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Convert the model of `source` to the new folder `target`; tokenizer and config files are copied.
 
@@ -28,50 +50,66 @@ def convert(
     Args:
         source: a model folder in any supported form.
         target: must not exist yet.
-        dtype: float32, float16 or bfloat16; None keeps the storage type of the token embedding.
+        dtype: float32, float16 or bfloat16; None keeps each tensor's storage type (float32 for float64).
+        to: naming scheme and layout, a key of SCHEMES.
         max_shard_bytes: maximum size of a shard; a larger tensor is a shard by itself.
 
     Raises:
-        UsageError: `target` exists.
+        UsageError: `target` exists, or no such scheme.
         QwenVLError: as for Checkpoint.
     """
+    if to not in SCHEMES:
+        raise UsageError(f"--to {to}: must be one of {', '.join(SCHEMES)}")
     checkpoint = Checkpoint(source)
-    if dtype is None:
-        dtype = checkpoint.dtype if checkpoint.dtype in STORAGE else "float32"
+    names = [*checkpoint.language, *checkpoint.vision]
+    dtypes = {name: dtype or _kept(checkpoint.dtype_of(name)) for name in names}
     with new_folder(target) as partial:
-        _write_shards(checkpoint, partial, dtype, max_shard_bytes)
+        _write_shards(checkpoint, partial, dtypes, SCHEMES[to], max_shard_bytes)
         for path in sorted(source.iterdir()):
-            if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
+            if path.is_file() and not path.name.endswith(_LEFT_OUT):
                 shutil.copyfile(path, partial / path.name)
+        _remove_cuts(partial / "config.json")
 
 
-def paddlemix_name(name: str) -> str:
-    """The name of a canonical tensor in PaddleMIX's model class."""
-    if name == "lm_head.weight":
-        return name
-    if not name.startswith("visual."):
-        return f"transformer.llm.{name}"
-    rest = name[len("visual.") :]
-    tower = ("conv1.", "positional_embedding", "ln_pre.", "transformer.")
-    return f"visual.vit.{rest}" if rest.startswith(tower) else name
+def _kept(dtype: str) -> str:
+    return dtype if dtype in STORAGE else "float32"
 
 
-def _write_shards(checkpoint: Checkpoint, folder: Path, dtype: str, max_shard_bytes: int) -> None:
-    shards: list[dict[str, TensorSpec]] = [{}]
+def _write_shards(
+    checkpoint: Checkpoint, folder: Path, dtypes: dict[str, str], scheme: Scheme, max_shard_bytes: int
+) -> None:
+    specs = {**checkpoint.language, **checkpoint.vision}
+    shards: list[list[str]] = [[]]
     size = total = 0
-    for name, spec in {**checkpoint.language, **checkpoint.vision}.items():
-        n_bytes = math.prod(spec.shape) * STORAGE[dtype].itemsize
+    for name, spec in specs.items():
+        n_bytes = math.prod(spec.shape) * STORAGE[dtypes[name]].itemsize
         if shards[-1] and size + n_bytes > max_shard_bytes:
-            shards.append({})
+            shards.append([])
             size = 0
-        shards[-1][name] = spec
+        shards[-1].append(name)
         size += n_bytes
         total += n_bytes
     weight_map = {}
-    for number, specs in enumerate(shards, start=1):
+    for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {paddlemix_name(name): values for name, values in checkpoint.tensors(specs, dtype)}
-        safetensors_file.write(folder / file, shard, dtype)
+        shard = {scheme.name(name): values for name, values in _values(checkpoint, names, dtypes, scheme)}
+        stored = {scheme.name(name): dtypes[name] for name in names}
+        safetensors_file.write(folder / file, shard, stored, scheme.format)
         weight_map.update(dict.fromkeys(shard, file))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+
+
+def _values(
+    checkpoint: Checkpoint, names: list[str], dtypes: dict[str, str], scheme: Scheme
+) -> Iterator[tuple[str, NDArray[np.generic]]]:
+    specs = {**checkpoint.language, **checkpoint.vision}
+    for name in names:
+        yield from checkpoint.tensors({name: specs[name]}, dtypes[name], out_in=scheme.out_in)
+
+
+def _remove_cuts(config: Path) -> None:
+    content = json.loads(config.read_text("utf-8"))
+    if any(key in content for key in _CUTS):
+        kept = {key: value for key, value in content.items() if key not in _CUTS}
+        config.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 DTYPES = ("float32", "float16", "bfloat16")
+FLOATS = (*DTYPES, "float64")
 STORAGE: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),

@@ -1,4 +1,4 @@
-"""Read a .pdparams file of paddle.save, a pickle of a table of NumPy arrays, without executing its code.
+"""Read a .pdparams file of paddle.save tensor by tensor: a pickle of a table of NumPy arrays, without running its code.
 
 | in the pickle | meaning |
 | --- | --- |
@@ -12,23 +12,47 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.checkpoint.table_pickle import DAMAGED, RefusedError, TableUnpickler
+from paddlemix_qwenvl_plugin.checkpoint.table_pickle import (
+    DAMAGED,
+    RefusedError,
+    Span,
+    TableUnpickler,
+    check_shape,
+)
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
 
 _SPLIT = "UnpackBigParamInfor@@"
 _VARIABLES = "StructuredToParameterName@@"
+_CODES = {*("f2", "f4", "f8"), *("i1", "i2", "i4", "i8"), *("u1", "u2", "u4", "u8"), "b1"}
+_Content = Union[Span, bytes, str]
 
 
-def read(path: Path) -> dict[str, NDArray[np.generic]]:
-    """Read all tensors of a file; those that are not split are read-only views of its bytes.
+@dataclass(frozen=True)
+class StoredTensor:
+    """Shape and dtype of a tensor in a .pdparams file, and the arrays of which it consists, mostly one.
+
+    `numpy_dtype` is that of the arrays in the file, of any byte order.
+    """
+
+    shape: tuple[int, ...]
+    numpy_dtype: np.dtype[np.generic]
+    parts: tuple[_Array, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The storage type; uint16 are the bits of bfloat16, as Paddle has it."""
+        return "bfloat16" if self.numpy_dtype.name == "uint16" else self.numpy_dtype.name
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """List the tensors of a .pdparams file.
 
     Raises:
         QwenVLError: not a Paddle weight file, truncated, or a pickle of more than tensors.
@@ -43,10 +67,16 @@ def read(path: Path) -> dict[str, NDArray[np.generic]]:
             raise QwenVLError(f"{path}: holds no table of tensors")
         split = table.pop(_SPLIT, {})
         table.pop(_VARIABLES, None)
-        tensors = {str(name): _values(value, f"{path}: {name}") for name, value in table.items()}
+        arrays = {name: _array(value, f"{path}: {name}") for name, value in table.items()}
+        tensors = {}
         for name, parts in split.items():
-            values = np.concatenate([tensors.pop(part) for part in parts["slices"]])
-            tensors[str(name)] = values.reshape(parts["OriginShape"])
+            whole = tuple(arrays.pop(part) for part in parts["slices"])
+            shape = check_shape(parts["OriginShape"])
+            if sum(part.size for part in whole) != math.prod(shape):
+                raise ValueError(f"the parts of {name} do not make its shape")
+            tensors[name] = StoredTensor(shape, whole[0].dtype, whole)
+        for name, array in arrays.items():
+            tensors[name] = StoredTensor(array.shape, array.dtype, (array,))
     except RefusedError as error:
         raise QwenVLError(f"{path}: {error}; only tables of tensors are read") from error
     except DAMAGED as error:
@@ -56,64 +86,136 @@ def read(path: Path) -> dict[str, NDArray[np.generic]]:
     return tensors
 
 
+def read_tensor(path: Path, tensor: StoredTensor) -> NDArray[np.generic]:
+    """Read one tensor of a .pdparams file in its storage type (bfloat16 as uint16 bits).
+
+    Raises:
+        QwenVLError: the values are damaged.
+    """
+    try:
+        parts = [part.read(path) for part in tensor.parts]
+        values = parts[0] if len(parts) == 1 else np.concatenate([part.ravel() for part in parts])
+        return values.reshape(tensor.shape)
+    except DAMAGED as error:
+        raise QwenVLError(f"{path}: a tensor cannot be read ({first_line(error)[:200]})") from error
+
+
 class _Dtype:
     """Stand-in for numpy.dtype: its code, such as "f4", and its byte order."""
 
     def __init__(self, code: Any, *_: Any) -> None:
-        self.code = str(code)
+        self.code = code
         self.order: Any = "="
 
     def __setstate__(self, state: Any) -> None:
         self.order = state[1]
 
+    def numpy(self) -> np.dtype[np.generic]:
+        """The dtype in NumPy; RefusedError for anything but numbers."""
+        if (
+            not isinstance(self.code, str)
+            or self.code not in _CODES
+            or self.order not in ("<", ">", "=", "|")
+        ):
+            raise RefusedError("an array in it holds no numbers")
+        made: np.dtype[np.generic] = np.dtype(self.code).newbyteorder(self.order)
+        return made
+
+
+class _Latin1:
+    """Stand-in for `_codecs.encode(text, "latin1")`, with which protocol 2 writes bytes."""
+
+    def __init__(self, text: Any, encoding: Any) -> None:
+        if not isinstance(encoding, str) or encoding != "latin1":
+            raise RefusedError("its pickle encodes as something else than latin1")
+        self.content = text
+
 
 class _Array:
-    """Stand-in for numpy.ndarray, filled from bytes with checks: NumPy trusts the content of a pickle."""
+    """Stand-in for numpy.ndarray, with checks: NumPy trusts the content of a pickle."""
 
-    values: NDArray[np.generic]
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, by_columns, content = state
-        if not isinstance(dtype, _Dtype) or not re.fullmatch("[fiub][0-9]{1,2}", dtype.code):
+        if not isinstance(dtype, _Dtype):
             raise RefusedError("an array in it holds no numbers")
-        content = content.encode("latin1") if isinstance(content, str) else content  # from Python 2
-        values = np.frombuffer(content, np.dtype(dtype.code).newbyteorder(dtype.order))
-        if min(shape, default=0) < 0 or math.prod(shape) != values.size:
-            raise ValueError(f"an array of {values.size} values where {list(shape)} is declared")
-        self.values = values.reshape(shape, order="F" if by_columns else "C")
+        self.dtype = dtype.numpy()
+        self.shape = check_shape(shape)
+        self._by_columns = bool(by_columns)
+        self._content = content.content if isinstance(content, _Latin1) else content
+        n_bytes = self.size * self.dtype.itemsize
+        # The length of text in UTF-8 is not yet the number of its characters.
+        stored = self._content.n_bytes if isinstance(self._content, Span) else len(self._content)
+        fits = stored // 2 <= n_bytes <= stored if self._is_text else stored == n_bytes
+        if not fits:
+            raise ValueError(f"an array of {stored} bytes where {list(self.shape)} is declared")
+
+    @property
+    def _is_text(self) -> bool:
+        return self._content.is_text if isinstance(self._content, Span) else isinstance(self._content, str)
+
+    def read(self, path: Path) -> NDArray[np.generic]:
+        """Read the values; raise ValueError if their number is wrong."""
+        content: _Content = self._content
+        if isinstance(content, Span):
+            with path.open("rb") as file:
+                file.seek(content.offset)
+                raw = file.read(content.n_bytes)
+            content = str(raw, "utf-8", "surrogatepass") if content.is_text else raw
+        raw = content.encode("latin1") if isinstance(content, str) else content
+        values = np.frombuffer(raw, self.dtype)
+        if values.size != self.size:
+            raise ValueError(f"an array of {values.size} values where {list(self.shape)} is declared")
+        values = values.astype(self.dtype.newbyteorder("="), copy=False)
+        return values.reshape(self.shape, order="F" if self._by_columns else "C")
 
 
 def _reconstruct(*_: Any) -> _Array:
     return _Array()
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """Stand-in for `_codecs.encode`, with which protocol 2 writes bytes."""
-    if encoding != "latin1":
-        raise RefusedError(f"its pickle encodes as {encoding}")
-    return text.encode("latin1")
+def _pair(items: Any) -> Any:
+    """Stand-in for `tuple`: a name and its array."""
+    if not isinstance(items, (tuple, list)) or len(items) != 2:
+        raise RefusedError("a tuple in it is no tensor with its name")
+    return tuple(items)
 
 
-def _data(expression: str, names: dict[str, Any]) -> Any:
-    if expression != "data":
-        raise RefusedError(f"its pickle evaluates {expression!r}")
+def _data(expression: Any, names: Any) -> Any:
+    if not isinstance(expression, str) or expression != "data":
+        shown = expression[:100] if isinstance(expression, str) else "something"
+        raise RefusedError(f"its pickle evaluates {shown!r}")
     return names["data"]
 
 
+def _empty(*arguments: Any) -> Any:
+    """Stand-in for OrderedDict, which is pickled empty and then filled."""
+    if arguments:
+        raise RefusedError("a table in it is made from another one")
+    return {}
+
+
 _KNOWN = {
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _empty,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
-    ("_codecs", "encode"): _encode,
-    **{(builtins, "tuple"): tuple for builtins in ("builtins", "__builtin__")},
+    ("_codecs", "encode"): _Latin1,
+    **{(builtins, "tuple"): _pair for builtins in ("builtins", "__builtin__")},
     **{(builtins, "eval"): _data for builtins in ("builtins", "__builtin__")},
 }
 
 
-def _values(value: Any, where: str) -> NDArray[np.generic]:
+def _array(value: Any, where: str) -> _Array:
     if isinstance(value, tuple) and len(value) == 2:
         value = value[1]
-    if not isinstance(value, _Array):
+    if not isinstance(value, _Array) or not hasattr(value, "dtype"):
         raise QwenVLError(f"{where} is not a tensor")
-    return value.values
+    return value

@@ -10,23 +10,42 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
+from paddlemix_qwenvl_plugin.checkpoint.config import MAX_JSON_BYTES, parse_json
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
-_MAX_HEADER_BYTES = 100_000_000
+# NumPy has neither bfloat16 nor float8: their bits are integers.
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_BITS = {"bfloat16": "<u2", "float8_e4m3fn": "|u1", "float8_e5m2": "|u1"}
 _MAX_DIMS = 8
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Location and type of a tensor in a safetensors file; `dtype` is float32, float16, bfloat16 or float64."""
+    """Location and type of a tensor in a safetensors file; `dtype` is such as float32, bfloat16 or int32."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -45,10 +64,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+        if not 2 <= length <= min(MAX_JSON_BYTES, size - 8):
             raise QwenVLError(f"{path}: not a safetensors file, or cut off in its header")
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), unique=True)
             entries = {
                 name: _entry(f"{path}: {name}", value, 8 + length)
                 for name, value in header.items()
@@ -84,14 +103,26 @@ def read_tensor(path: Path, entry: StoredTensor) -> NDArray[np.generic]:
     return values.reshape(entry.shape)
 
 
-def write(path: Path, tensors: dict[str, NDArray[np.generic]], dtype: str) -> None:
-    """Write a safetensors file with tensors of one storage type (bfloat16 as uint16 bits), in the given order."""
-    code = next(code for code, name in _DTYPES.items() if name == dtype)
-    header: dict[str, object] = {"__metadata__": {"format": "pd"}}
+def write(
+    path: Path,
+    tensors: Mapping[str, NDArray[np.generic]],
+    dtype: Union[str, Mapping[str, str]],
+    framework: str = "pd",
+) -> None:
+    """Write a safetensors file, the tensors in the given order.
+
+    Args:
+        tensors: name -> values in the storage type (bfloat16 as uint16 bits).
+        dtype: the storage type of all tensors, such as float32, bfloat16 or int32, or name -> storage type.
+        framework: what the metadata calls the format: "pd", or "pt", without which transformers refuses the file.
+    """
+    codes = {name: code for code, name in _DTYPES.items()}
+    dtypes = dict.fromkeys(tensors, dtype) if isinstance(dtype, str) else dtype
+    header: dict[str, object] = {"__metadata__": {"format": framework}}
     offset = 0
     for name, values in tensors.items():
         header[name] = {
-            "dtype": code,
+            "dtype": codes[dtypes[name]],
             "shape": list(values.shape),
             "data_offsets": [offset, offset + values.nbytes],
         }
@@ -100,18 +131,24 @@ def write(path: Path, tensors: dict[str, NDArray[np.generic]], dtype: str) -> No
     encoded += b" " * (-len(encoded) % 8)  # values start at a multiple of 8 bytes
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for values in tensors.values():
-            file.write(np.ascontiguousarray(values, dtype=_NUMPY[code]).data)
+        for name, values in tensors.items():
+            file.write(np.ascontiguousarray(values, dtype=_numpy(dtypes[name])).data)
 
 
-def _entry(where: str, value: dict[str, object], base: int) -> StoredTensor:
-    code = str(value["dtype"])
-    if code not in _DTYPES:
-        raise QwenVLError(f"{where} has dtype {code}, a weight must be a floating-point tensor")
-    begin, end = map(int, value["data_offsets"])  # type: ignore[call-overload]
-    shape = tuple(int(n) for n in value["shape"])  # type: ignore[attr-defined]
-    if begin < 0 or end < begin or any(n < 0 for n in shape):  # type: ignore[has-type]
-        raise ValueError("negative size or offset")
+def _entry(where: str, value: dict[str, Any], base: int) -> StoredTensor:
+    code = value["dtype"]
+    if not isinstance(code, str) or code not in _DTYPES:
+        raise QwenVLError(f"{where} has dtype {code if isinstance(code, str) else '?'}, which no weight has")
+    [begin, end], shape = value["data_offsets"], value["shape"]
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+        raise ValueError("a size or an offset is not a whole number from 0 on")
+    if end < begin:
+        raise ValueError("negative size")
     if len(shape) > _MAX_DIMS:  # the product of a million sizes takes hours
         raise ValueError(f"a tensor of {len(shape)} dimensions")
-    return StoredTensor(shape, _DTYPES[code], np.dtype(_NUMPY[code]), base + begin, end - begin)  # type: ignore[has-type]
+    return StoredTensor(tuple(shape), _DTYPES[code], _numpy(_DTYPES[code]), base + begin, end - begin)
+
+
+def _numpy(dtype: str) -> np.dtype[np.generic]:
+    stored: np.dtype[np.generic] = np.dtype(_BITS.get(dtype) or dtype).newbyteorder("<")
+    return stored

@@ -1,8 +1,8 @@
-"""The shards of a model folder: discovery, index of tensors, and reading one after the other."""
+"""The shards of a model folder: discovery, index of tensors, and reading one tensor after the other."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint import pdparams_file, safetensors_file, torch_file
+from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 # (file or index, kind), in the order of preference if a folder has several.
@@ -23,13 +24,13 @@ WEIGHT_FILES = (
     ("pytorch_model.bin.index.json", "bin"),
     ("pytorch_model.bin", "bin"),
 )
-# Modules that read a kind of file tensor by tensor.
-_BY_TENSOR: dict[str, Any] = {"safetensors": safetensors_file, "bin": torch_file}
+_READERS: dict[str, Any] = {"safetensors": safetensors_file, "pdparams": pdparams_file, "bin": torch_file}
+_SHARD = re.compile(r"-\d+-of-\d+\.(safetensors|pdparams|bin)")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Shape and dtype of a tensor in its shard; `dtype` is float32, float16, bfloat16 or float64."""
+    """Shape and dtype of a tensor in its shard, such as float32, bfloat16 or int32."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -38,23 +39,22 @@ class Stored:
 class Shards:
     """The shards of one folder.
 
-    `tensors` maps every stored name to its shape and dtype. safetensors and PyTorch files are read tensor by tensor; a
-    .pdparams file can only be read as a whole, so at most one is in memory.
+    `tensors` maps every stored name to its shape and dtype; the values are read tensor by tensor.
     """
 
-    def __init__(self, files: list[Path], kind: str, index: dict[str, str] | None) -> None:
+    def __init__(self, files: list[Path], kind: str, index: dict[str, str] | None = None) -> None:
         self.files = files
         self.kind = kind
-        self._loaded: tuple[Path, dict[str, NDArray[np.generic]]] | None = None
-        self._headers: dict[Path, dict[str, Any]] = {}
+        self._entries: dict[str, Any] = {}
         self._where: dict[str, Path] = {}
         self.tensors: dict[str, Stored] = {}
         for path in files:
-            for name, stored in self._list(path).items():
+            for name, entry in _READERS[kind].read_header(path).items():
                 if name in self._where:
                     raise QwenVLError(f"{path}: tensor {name} is also in {self._where[name].name}")
                 self._where[name] = path
-                self.tensors[name] = stored
+                self._entries[name] = entry
+                self.tensors[name] = Stored(entry.shape, entry.dtype)
         for name, file_name in (index or {}).items():
             if self._where.get(name) is None or self._where[name].name != file_name:
                 raise QwenVLError(
@@ -74,68 +74,53 @@ class Shards:
             if not path.is_file():
                 continue
             if not name.endswith(".index.json"):
-                return cls([path], kind, None)
+                return cls([path], kind)
             index = read_index(path)
             files = [folder / file_name for file_name in sorted(set(index.values()))]
             for file in files:
+                if file.suffix != f".{kind}":
+                    raise QwenVLError(f"{path}: the index names {file.name}, which is no .{kind} file")
                 if not file.is_file():
                     raise QwenVLError(f"{file}: missing, though {name} names it; copy the folder again")
             return cls(files, kind, index)
+        unlisted = [path.name for path in sorted(folder.iterdir()) if _SHARD.search(path.name)]
+        if unlisted:
+            raise UsageError(
+                f"{folder}: holds shards, such as {unlisted[0]}, but not their .index.json; copy it, too"
+            )
         names = ", ".join(name for name, _ in weight_files)
         raise UsageError(f"{folder}: no weights in it (looked for {names})")
 
     def read(self, names: set[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
         """Yield the named tensors in storage type, shard by shard."""
-        for path in self.files:
-            selected = [name for name in self.tensors if name in names and self._where[name] == path]
-            if self.kind in _BY_TENSOR:
-                for name in selected:
-                    yield name, _BY_TENSOR[self.kind].read_tensor(path, self._headers[path][name])
-            elif selected:
-                tensors = self._load(path)
-                for name in selected:
-                    yield name, tensors[name]
+        for name, path in self._where.items():
+            if name in names:
+                yield name, _READERS[self.kind].read_tensor(path, self._entries[name])
 
-    def _list(self, path: Path) -> dict[str, Stored]:
-        if self.kind in _BY_TENSOR:
-            header = self._headers[path] = _BY_TENSOR[self.kind].read_header(path)
-            return {name: Stored(entry.shape, entry.dtype) for name, entry in header.items()}
-        return {
-            name: Stored(array.shape, _dtype_name(array, name, path))
-            for name, array in self._load(path).items()
-        }
+    def file_of(self, name: str) -> Path:
+        """The file that contains a tensor."""
+        return self._where[name]
 
-    def _load(self, path: Path) -> dict[str, NDArray[np.generic]]:
-        if self._loaded is None or self._loaded[0] != path:
-            self._loaded = None  # free the memory before the next file is read
-            self._loaded = (path, pdparams_file.read(path))
-        return self._loaded[1]
+    def unlisted(self) -> list[str]:
+        """Names of shards in the folder that the index does not name."""
+        folder, names = self.files[0].parent, {path.name for path in self.files}
+        shards = (path.name for path in sorted(folder.glob(f"*.{self.kind}")) if _SHARD.search(path.name))
+        return [name for name in shards if name not in names]
 
 
 def read_index(path: Path) -> dict[str, str]:
     """Read the index of a sharded checkpoint: tensor name -> file name.
 
     Raises:
-        QwenVLError: not an index, or a file outside the folder.
+        QwenVLError: not an index, a tensor is listed twice, or a file is outside the folder.
     """
-    try:
-        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
-        index = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise QwenVLError(
-            f"{path}: not a weight index, a JSON object with 'weight_map'; copy it again"
-        ) from error
+    content = read_json(path, unique=True)
+    index = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise QwenVLError(f"{path}: not a weight index, a JSON object with 'weight_map'; copy it again")
     if not index:
         raise QwenVLError(f"{path}: the index names no tensor")
     for file in index.values():
-        if Path(file).name != file:
+        if Path(file).name != file or "\\" in file or "\0" in file:
             raise QwenVLError(f"{path}: the index names a file outside its folder: {file}")
     return index
-
-
-def _dtype_name(array: NDArray[np.generic], name: str, path: Path) -> str:
-    if array.dtype == np.uint16:  # Paddle's NumPy form of bfloat16
-        return "bfloat16"
-    if array.dtype.kind != "f":
-        raise QwenVLError(f"{path}: {name} has dtype {array.dtype}, a weight must be a floating-point tensor")
-    return str(array.dtype.name)

@@ -1,16 +1,32 @@
-"""A restricted unpickler for tables of tensors: a pickle can run any code, so only listed names resolve."""
+"""A restricted unpickler for tables of tensors: a pickle can run any code, so only listed names and opcodes work.
+
+Values of tensors are not read: a long string of bytes or text in the pickle becomes a `Span`, its place in the file.
+"""
 
 from __future__ import annotations
 
 import pickle
 import struct
 from collections.abc import Callable, Mapping
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, NamedTuple
 
 # Exceptions raised while reading a damaged pickle.
 DAMAGED = (
     *(pickle.UnpicklingError, struct.error, EOFError, OSError, KeyError, ValueError, TypeError),
     *(AttributeError, IndexError, NotImplementedError, OverflowError, MemoryError, RecursionError),
+)
+MAX_DIMS = 8
+
+# The 7B model's table takes 20,000; the unpickler executes a million per second.
+_MAX_OPCODES = 2_000_000
+# A longer string is a span. Names are shorter, norms and biases mostly longer.
+_MAX_STRING_BYTES = 1024
+_OPCODES = (
+    *("PROTO", "FRAME", "MARK", "STOP", "NONE", "NEWTRUE", "NEWFALSE", "POP", "POP_MARK"),
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINSTRING", "SHORT_BINUNICODE"),
+    *("SHORT_BINBYTES", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("APPEND", "APPENDS", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"),
+    *("GLOBAL", "STACK_GLOBAL", "REDUCE", "BINPERSID"),
 )
 
 
@@ -18,19 +34,61 @@ class RefusedError(Exception):
     """A pickle uses a feature that no table of tensors needs."""
 
 
+class Span(NamedTuple):
+    """The place of a string in the file. Of text the UTF-8 form is stored."""
+
+    offset: int
+    n_bytes: int
+    is_text: bool
+
+
+class _File:
+    """A file whose reads are bounded by its size: `read` of a length that lies allocates nothing."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        at = file.tell()
+        self._size = file.seek(0, 2)
+        file.seek(at)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, n: int) -> bytes:
+        if n > self._size - self._file.tell():
+            raise EOFError("a length reaches beyond the end of the file")
+        return self._file.read(n)
+
+    def readline(self) -> bytes:
+        return self._file.readline(_MAX_STRING_BYTES)
+
+    def skip(self, n: int) -> None:
+        if n > self._size - self._file.tell():
+            raise EOFError("a length reaches beyond the end of the file")
+        self._file.seek(n, 1)
+
+
 # The implementation in Python: the one in C allocates gigabytes on request of a few bytes.
 class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     """Unpickler for any protocol that resolves only the names in `known`.
 
+    Dicts have text keys only: the hash of nested tuples can take forever.
+
     Args:
         file: the pickle, open for reading bytes.
-        known: (module, name) -> replacement object. Any other name raises RefusedError.
+        known: (module, name) -> replacement object. Any other name raises RefusedError. A replacement is called with
+            any arguments; its time and memory must not depend on their size.
     """
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]  # type: ignore[attr-defined]
+        for name in _OPCODES
+    }
 
     def __init__(self, file: IO[bytes], known: Mapping[tuple[str, str], Any]) -> None:
-        super().__init__(file, encoding="latin1")  # as Paddle does
+        self._bounded = _File(file)
+        super().__init__(self._bounded, encoding="latin1")  # as Paddle does
+        self.dispatch = _Counted(type(self).dispatch)  # type: ignore[misc]
         self._known = known
 
     def find_class(self, module: str, name: str) -> Any:
@@ -40,9 +98,68 @@ class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         except KeyError:
             raise RefusedError(f"its pickle imports {module}.{name}") from None
 
-    def _build(self: Any) -> None:
-        if callable(self.stack[-2]):  # would modify a class or a function that other pickles use
-            raise RefusedError("its pickle changes what it is made with")
-        self.load_build()
+    def _string(self: Any, n_bytes: int, is_text: bool) -> None:
+        if n_bytes <= _MAX_STRING_BYTES:
+            content = self.read(n_bytes)
+            self.append(str(content, "utf-8", "surrogatepass") if is_text else content)
+            return
+        frame = self._unframer.current_frame
+        ahead = 0 if frame is None else len(frame.getbuffer()) - frame.tell()
+        self.append(Span(self._bounded.tell() - ahead, n_bytes, is_text))
+        if not ahead:
+            self._bounded.skip(n_bytes)
+        elif n_bytes > ahead:
+            raise EOFError("a length reaches beyond the end of its frame")
+        else:
+            frame.seek(n_bytes, 1)
 
+    def _set_items(self: Any, items: list[Any]) -> None:
+        table = self.stack[-1]
+        if not isinstance(table, dict) or not all(isinstance(key, str) for key in items[::2]):
+            raise RefusedError("a table in it has a key that is no text")
+        table.update(zip(items[::2], items[1::2]))
+
+    def _setitem(self: Any) -> None:
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self._set_items([key, value])
+
+    def _build(self: Any) -> None:
+        state = self.stack.pop()
+        made = self.stack[-1]
+        if isinstance(made, dict):  # the versions of the modules in a state dict
+            return
+        if callable(made) or not hasattr(type(made), "__setstate__"):
+            raise RefusedError("its pickle changes what it is made with")
+        made.__setstate__(state)
+
+    dispatch[pickle.BINUNICODE[0]] = lambda self: self._string(*struct.unpack("<I", self.read(4)), True)
+    dispatch[pickle.BINUNICODE8[0]] = lambda self: self._string(*struct.unpack("<Q", self.read(8)), True)
+    dispatch[pickle.BINBYTES[0]] = lambda self: self._string(*struct.unpack("<I", self.read(4)), False)
+    dispatch[pickle.BINBYTES8[0]] = lambda self: self._string(*struct.unpack("<Q", self.read(8)), False)
+    dispatch[pickle.BINSTRING[0]] = dispatch[pickle.BINBYTES[0]]  # bytes of Python 2
+    dispatch[pickle.SETITEM[0]] = _setitem
+    dispatch[pickle.SETITEMS[0]] = lambda self: self._set_items(self.pop_mark())
     dispatch[pickle.BUILD[0]] = _build
+
+
+class _Counted(dict[int, Callable[[Any], None]]):
+    """The opcodes, with a limit on how many are executed."""
+
+    left = _MAX_OPCODES
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self.left -= 1
+        if self.left < 0:
+            raise RefusedError(f"its pickle has more than {_MAX_OPCODES} operations")
+        if code not in self:
+            raise RefusedError(f"its pickle has the operation {bytes([code])!r}")
+        return super().__getitem__(code)
+
+
+def check_shape(shape: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor in a pickle; raise ValueError for anything but up to 8 sizes of up to 2^48."""
+    sizes = tuple(shape) if isinstance(shape, (tuple, list)) and len(shape) <= MAX_DIMS else (None,)
+    if not all(type(size) is int and 0 <= size < 1 << 48 for size in sizes):
+        raise ValueError("a tensor has no valid shape")
+    return sizes

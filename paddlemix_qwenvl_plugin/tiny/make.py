@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, parse_config
-from paddlemix_qwenvl_plugin.checkpoint.convert import paddlemix_name
+from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
@@ -47,7 +47,7 @@ def random_weights(sizes: ModelConfig, seed: int) -> dict[str, NDArray[np.float3
     """Random weights of a model of these sizes, with PaddleMIX's tensor names."""
     random = np.random.default_rng(seed)
     return {
-        paddlemix_name(name): _random(name, spec, random)
+        SCHEMES["paddlemix"].name(name): _random(name, spec, random)
         for name, spec in {**language_specs(sizes), **vision_specs(sizes)}.items()
     }
 

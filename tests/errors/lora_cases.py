@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import numpy as np
 from error_cases import Bench, Provoke, case, cases
+from quantised_folders import Variant, write_quantised
 from safetensors.numpy import save_file
 
 Shapes = dict[str, tuple[int, ...]]
@@ -126,6 +127,13 @@ def _(bench: Bench) -> list[str]:
 
 @case("`--lora` with a quantized checkpoint")
 def _(bench: Bench) -> list[str]:
-    bench.config(quantization_config={"quant_method": "gptq", "bits": 4})
+    write_quantised(Path("model"), Variant())
     write("adapter", PAIR, PEFT)
+    return bench.export("--lora", "adapter")
+
+
+@case("an adapter for the `lm_head` of a checkpoint that has none of its own")
+def _(bench: Bench) -> list[str]:
+    bench.config(tie_word_embeddings=True)
+    write("adapter", {"base_model.model.lm_head.weight": (704, 256)}, PEFT)
     return bench.export("--lora", "adapter")

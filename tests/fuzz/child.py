@@ -2,6 +2,9 @@
 
 A line is {"arguments": […], "folder": …}, the answer to it {"ended": exit code, negative for a signal, "said": standard
 error, "seconds": …, "mib": peak memory}. What is slow to import is imported once, before the first fork.
+
+With {"arguments": […], "folder": …, "models": […]} the process reads these model folders one after the other instead,
+at ten times the rate, and prints a line of JSON for each: {"said": …, "seconds": …}.
 """
 
 from __future__ import annotations
@@ -14,21 +17,39 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from paddlemix_qwenvl_plugin.batch import source  # noqa: F401
 from paddlemix_qwenvl_plugin.checkpoint import convert  # noqa: F401
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.cli.main import main
 from paddlemix_qwenvl_plugin.recipes import runner  # noqa: F401
 from paddlemix_qwenvl_plugin.runtime import engine_executor, predictor  # noqa: F401
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
 
 ADDRESSES = 16 << 30
 SECONDS = 30.0
 
 
-def run(arguments: list[str], folder: str) -> None:
+def read(model: str) -> None:
+    """Read all weights of a model folder, and print what came of it."""
+    start = time.monotonic()
+    said = ""
+    try:
+        checkpoint = Checkpoint(Path(model))
+        for _ in checkpoint.tensors({**checkpoint.language, **checkpoint.vision}, "float32"):
+            pass
+    except (QwenVLError, OSError) as error:
+        said = f"qwenvl: {line_of(error)}"
+    except Exception:
+        said = f"internal error: {traceback.format_exc()}"
+    print(json.dumps({"said": said, "seconds": time.monotonic() - start}), flush=True)
+
+
+def run(arguments: list[str], folder: str, models: Sequence[str] = ()) -> None:
     """Run the child process; never returns."""
     code = 99
     try:
@@ -41,8 +62,12 @@ def run(arguments: list[str], folder: str) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python has it
-        sys.argv = ["qwenvl", *arguments]
-        main()
+        for model in models:
+            read(model)
+        if not models:
+            sys.argv = ["qwenvl", *arguments]
+            main()
+        code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 98
     except BaseException:
@@ -64,7 +89,7 @@ def wait(child: int) -> tuple[int, float]:
         if time.monotonic() > end:
             os.killpg(child, signal.SIGKILL)
             end += SECONDS
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 
 def serve() -> None:
@@ -82,6 +107,9 @@ def serve() -> None:
             "said": said,
             "seconds": time.monotonic() - start,
             "mib": mib,
+            "printed": (Path(job["folder"]) / ".stdout").read_text("utf-8", "replace")
+            if job.get("models")
+            else "",
         }
         print(json.dumps(answer), flush=True)
 

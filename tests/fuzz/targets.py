@@ -5,19 +5,29 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
+import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from folders import cut_in_ranks
 from PIL import Image
 from safetensors.numpy import save_file
+from torch_files import table_of, with_table, write_bin, write_legacy
 
 from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
+from paddlemix_qwenvl_plugin.checkpoint.convert import convert
 from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.tiny.make import random_weights, tiny_config
 from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
+
+# The command of all targets whose input is a part of a model folder, model/: a new reader of such a part needs only a
+# seed and a `lay_out` that returns this.
+CONVERT = ["convert", "model", "out"]
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -40,6 +50,52 @@ YAML_WORDS = (
         b"(" * 200,
     ),
     *(b"0x" + b"f" * 40, b"9" * 5000, b"1:" * 9000, b"why: " + b"a" * 70000, b"sha256: " + b"0" * 64),
+)
+
+# Operations, names and arguments of pickles (pickletools has the list).
+PICKLE_WORDS = (
+    *(
+        b"(",
+        b")",
+        b"]",
+        b"}",
+        b"0",
+        b"1",
+        b"2",
+        b"N",
+        b".",
+        b"t",
+        b"a",
+        b"e",
+        b"s",
+        b"u",
+        b"b",
+        b"R",
+        b"Q",
+        b"l",
+        b"d",
+    ),
+    *(b"K\xff", b"M\xff\xff", b"J\xff\xff\xff\xff", b"J\xff\xff\xff\x7f", b"G\x7f\xf8" + bytes(6), b"\x88"),
+    *(b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"\x8b\xff\xff\xff\x7f", b"L" + b"9" * 5000 + b"L\n", b"I01\n"),
+    *(b"X\xff\xff\xff\xff", b"B\xff\xff\xff\x7f", b"\x8e" + b"\xff" * 8, b"\x95\xff\xff\xff\xff\0\0\0\0"),
+    *(b"h\0", b"h\1", b"j\xff\xff\xff\x7f", b"q\0", b"r\xff\xff\xff\x7f", b"\x94", b"\x93", b"\x81", b"\x92"),
+    *(b"cos\nsystem\n", b"cbuiltins\neval\n", b"cbuiltins\ntuple\n", b"ccollections\nOrderedDict\n"),
+    *(
+        b"cnumpy\nndarray\n",
+        b"cnumpy\ndtype\n",
+        b"cnumpy.core.multiarray\n_reconstruct\n",
+        b"c_codecs\nencode\n",
+    ),
+    *(
+        b"ctorch._utils\n_rebuild_tensor_v2\n",
+        b"ctorch\nFloatStorage\n",
+        b"ctorch\nHalfStorage\n",
+        b"X\2\0\0\0f4",
+    ),
+    b"(]" + b"\x86\x86h\0" * 30,
+    b"}" * 3000,
+    b"(" * 3000,
+    b"\x85" * 3000,
 )
 
 IMAGE_WORDS = (
@@ -80,6 +136,7 @@ def make_base(folder: Path) -> None:
     config["visual"].update(image_size=56, width=16, heads=2, layers=1, output_dim=128, n_queries=64)
     (model / "config.json").write_text(json.dumps(config, indent=1))
     save_file(random_weights(parse_config(config, "base"), seed=1), model / "model.safetensors")
+    convert(model, folder / "sharded", max_shard_bytes=300_000)
     export_vision(model, folder / "vision" / "v")
     export_language(model, folder / "text", "t")
 
@@ -94,12 +151,32 @@ def targets(base: Path) -> dict[str, Target]:
     def convert_config(data: bytes, folder: Path) -> list[str]:
         _link(base / "model", folder / "model", leave_out="config.json")
         (folder / "model" / "config.json").write_bytes(data)
-        return ["convert", "model", "out"]
+        return CONVERT
 
     def convert_weights(data: bytes, folder: Path) -> list[str]:
         _link(base / "model", folder / "model", leave_out="model.safetensors")
         (folder / "model" / "model.safetensors").write_bytes(data + weights[values:])
-        return ["convert", "model", "out"]
+        return CONVERT
+
+    def weight_file(name: str) -> Callable[[bytes, Path], list[str]]:
+        """Lay out the small model with this weight file."""
+
+        def lay_out(data: bytes, folder: Path) -> list[str]:
+            _link(base / ("ranks" if ".tp" in name else "small"), folder / "model")
+            (folder / "model" / name).write_bytes(_restored(data))
+            return CONVERT
+
+        return lay_out
+
+    def bin_table(data: bytes, folder: Path) -> list[str]:
+        _link(base / "small", folder / "model")
+        with_table(small["bin"], folder / "model" / "pytorch_model.bin", data)
+        return CONVERT
+
+    def index(data: bytes, folder: Path) -> list[str]:
+        _link(base / "sharded", folder / "model", leave_out="model.safetensors.index.json")
+        (folder / "model" / "model.safetensors.index.json").write_bytes(data)
+        return CONVERT
 
     def manifest(stage: str, prefix: str) -> Callable[[bytes, Path], list[str]]:
         def lay_out(data: bytes, folder: Path) -> list[str]:
@@ -121,6 +198,7 @@ def targets(base: Path) -> dict[str, Target]:
         (folder / "fake.yaml").write_bytes(data)
         return ["run", "fake.yaml", "--dry_run"]
 
+    small = _small_weight_files(base)
     recipes = [path.read_bytes() for path in sorted((REPO / "recipes").glob("*.yaml"))]
     return {
         "config": Target([config], convert_config, is_json=True),
@@ -131,9 +209,54 @@ def targets(base: Path) -> dict[str, Target]:
             [(base / "text" / "t.manifest.json").read_bytes()], manifest("text", "t"), is_json=True
         ),
         "safetensors": Target([weights[8:values]], _framed(convert_weights), is_json=True),
+        "index": Target(
+            [(base / "sharded" / "model.safetensors.index.json").read_bytes()], index, is_json=True
+        ),
+        "bin": Target([_elided(small["bin"])], weight_file("pytorch_model.bin"), PICKLE_WORDS),
+        "bin_table": Target([table_of(small["bin"])], bin_table, PICKLE_WORDS),
+        "bin_legacy": Target([_elided(small["legacy"])], weight_file("pytorch_model.bin"), PICKLE_WORDS),
+        "pdparams": Target(
+            [_elided(small["2"]), _elided(small["4"])], weight_file("model_state.pdparams"), PICKLE_WORDS
+        ),
+        "ranks": Target([_elided(small["rank"])], weight_file("model_state.tp00.pdparams"), PICKLE_WORDS),
         "image": Target(list(_images()), look_at, IMAGE_WORDS),
         "recipe": Target([*recipes, _RECIPE], dry_run, YAML_WORDS),
     }
+
+
+def _small_weight_files(base: Path) -> dict[str, Path]:
+    """Write the smallest model, of zeros, in every form; the folders small/ and ranks/ have all of it but the input."""
+    for name in ("small", "ranks", "files"):
+        (base / name).mkdir()
+    config = tiny_config(4, 1)
+    config.update(
+        hidden_size=128, num_attention_heads=2, intermediate_size=8, vocab_size=8, num_hidden_layers=1
+    )
+    config["visual"].update(image_size=56, width=16, heads=2, layers=1, output_dim=128, n_queries=4)
+    for name in ("small", "ranks"):
+        (base / name / "config.json").write_text(json.dumps(config))
+    weights = {
+        name: np.zeros(value.shape, np.float16)
+        for name, value in random_weights(parse_config(config, "small"), seed=1).items()
+    }
+    files = {name: base / "files" / name for name in ("bin", "legacy", "2", "4", "rank")}
+    write_bin(files["bin"], weights, "float16")
+    write_legacy(files["legacy"], weights, "float16")
+    for protocol in (2, 4):
+        files[str(protocol)].write_bytes(pickle.dumps(weights, protocol))
+    ranks = cut_in_ranks(weights, 2)
+    files["rank"].write_bytes(pickle.dumps(ranks[0], 4))
+    (base / "ranks" / "model_state.tp01.pdparams").write_bytes(pickle.dumps(ranks[1], 4))
+    return files
+
+
+def _elided(path: Path) -> bytes:
+    """The content of a file with its values, all zeros, replaced by their number: chance would hit little else."""
+    return re.sub(rb"\0{500,}", lambda zeros: b"<%d zeros>" % len(zeros[0]), path.read_bytes())
+
+
+def _restored(data: bytes) -> bytes:
+    return re.sub(rb"<(\d{3,6}) zeros>", lambda number: bytes(int(number[1])), data)
 
 
 _RECIPE = b"""\
@@ -171,7 +294,7 @@ def _predict(image: Path) -> list[str]:
 
 
 def _link(source: Path, target: Path, leave_out: str = "") -> None:
-    target.mkdir()
+    target.mkdir(parents=True)
     for path in source.iterdir():
         if path.name != leave_out:
             os.link(path, target / path.name)

@@ -1,4 +1,4 @@
-"""Corrupted configs, manifests, safetensors headers, images, recipes: a line or an answer, in bounded memory and time.
+"""Corrupted configs, weight files, manifests, images, recipes: a line or an answer, in bounded memory and time.
 
 QWENVL_FUZZ_SECONDS is how long all targets take together (60), QWENVL_FUZZ_SEED what is tried (0). An input that does
 harm is kept in found/TARGET and tried again in every run from then on; remove those that tell nothing new.
@@ -25,7 +25,10 @@ from targets import REPO, Target, make_base, targets
 SECONDS = float(os.environ.get("QWENVL_FUZZ_SECONDS") or 60)
 SEED = int(os.environ.get("QWENVL_FUZZ_SEED") or 0)
 FOUND = Path(__file__).with_name("found")
-NAMES = ("config", "manifest_vision", "manifest_language", "safetensors", "image", "recipe")
+# Parts of a model folder: several inputs are read by one process.
+OF_MODELS = ("config", "index", "safetensors", "bin", "bin_table", "bin_legacy", "pdparams", "ranks")
+NAMES = (*OF_MODELS, "manifest_vision", "manifest_language", "image", "recipe")
+N_TOGETHER = 20
 
 MAX_MIB = 2048
 MAX_SECONDS = 20.0
@@ -48,9 +51,8 @@ class Runner:
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir()
         ended = self._run(target.lay_out(data, self._work))
-        said = [
-            line for line in ended["said"].splitlines() if not line.startswith("warning: ")
-        ]  # of a dry run
+        # The warnings are of a dry run.
+        said = [line for line in ended["said"].splitlines() if not line.startswith("warning: ")]
         if ended["ended"] not in (0, 1, 2):
             return f"ended with {ended['ended']}: {said[-1:]}"
         if ended["seconds"] > MAX_SECONDS:
@@ -63,12 +65,31 @@ class Runner:
             return f"ended with {ended['ended']}: {said}"
         return None
 
+    def suspects(self, target: Target, inputs: list[bytes]) -> list[bytes]:
+        """Those of several inputs, each a part of a model folder, that one process could not read or refuse well."""
+        shutil.rmtree(self._work, ignore_errors=True)
+        folders = [self._work / str(i) for i in range(len(inputs))]
+        for folder, data in zip(folders, inputs):
+            target.lay_out(data, folder)
+        ended = self._run([], models=[str(folder / "model") for folder in folders])
+        outcomes = [json.loads(line) for line in ended["printed"].splitlines()]
+        if ended["mib"] > MAX_MIB:
+            return inputs
+        bad = [
+            data
+            for data, outcome in zip(inputs, outcomes)
+            if outcome["seconds"] > MAX_SECONDS / 4
+            or outcome["said"].startswith("internal error")
+            or len(outcome["said"].splitlines()) > 1
+        ]
+        return bad + inputs[len(outcomes) : len(outcomes) + 1]
+
     def close(self) -> None:
         if self._child is not None:
             self._child.kill()
             self._child.wait()
 
-    def _run(self, arguments: list[str]) -> dict[str, Any]:
+    def _run(self, arguments: list[str], **more: Any) -> dict[str, Any]:
         if self._child is None:
             environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "QWENVL_DEBUG": "0"}
             self._child = subprocess.Popen(
@@ -80,7 +101,9 @@ class Runner:
             )
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        self._child.stdin.write(json.dumps({"arguments": arguments, "folder": str(self._work)}) + "\n")
+        self._child.stdin.write(
+            json.dumps({"arguments": arguments, "folder": str(self._work), **more}) + "\n"
+        )
         self._child.stdin.flush()
         answer: dict[str, Any] = json.loads(self._child.stdout.readline())
         return answer
@@ -109,15 +132,18 @@ def test_corrupted_inputs(name: str, runner: Runner, capsys: pytest.CaptureFixtu
     end = time.monotonic() + SECONDS / len(NAMES)
     n_tried, finds = 0, dict[str, Path]()
     while time.monotonic() < end and len(finds) < MAX_FINDS:
-        random = Random(f"{name} {SEED} {n_tried}")
-        data = corrupted(random.choice(target.seeds), random, target.words, target.is_json)
-        problem = runner.problem(target, data)
-        n_tried += 1
-        if problem is not None and problem not in finds:
-            path = FOUND / name / hashlib.sha256(data).hexdigest()[:12]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            finds[problem] = path
+        inputs = []
+        for _ in range(N_TOGETHER if name in OF_MODELS else 1):
+            random = Random(f"{name} {SEED} {n_tried}")
+            inputs.append(corrupted(random.choice(target.seeds), random, target.words, target.is_json))
+            n_tried += 1
+        for data in runner.suspects(target, inputs) if name in OF_MODELS else inputs:
+            problem = runner.problem(target, data)
+            if problem is not None and problem not in finds:
+                path = FOUND / name / hashlib.sha256(data).hexdigest()[:12]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+                finds[problem] = path
     with capsys.disabled():
         print(f"\n{name}: {n_tried} inputs of seed {SEED}, {len(finds)} did harm")
     assert not finds

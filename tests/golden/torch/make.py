@@ -18,7 +18,9 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         empty=torch.zeros([0, 4], dtype=dtype),
         parameter=torch.nn.Parameter(torch.full([2, 2], 5.0, dtype=dtype)),
     )
-    torch.save(table, here / f"{str(dtype).partition('.')[2]}.bin")
+    name = str(dtype).partition(".")[2]
+    torch.save(table, here / f"{name}.bin")
+    torch.save(table, here / f"{name}-before-1.6.bin", _use_new_zipfile_serialization=False)
 module = torch.nn.Linear(2, 3)
 torch.nn.init.constant_(module.weight, 2.0)
 torch.nn.init.constant_(module.bias, 1.0)
@@ -26,3 +28,4 @@ torch.save(module.state_dict(), here / "state_dict.bin")
 torch.save({"steps": torch.arange(3)}, here / "integers.bin")
 torch.save({"module": module}, here / "module.bin")
 torch.save({"old": torch.ones(2)}, here / "before-1.6.bin", _use_new_zipfile_serialization=False)
+torch.save({"eighth": torch.ones(2).to(torch.float8_e4m3fn)}, here / "float8.bin")

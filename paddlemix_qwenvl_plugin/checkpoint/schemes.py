@@ -1,0 +1,48 @@
+"""The three naming schemes of Qwen-VL checkpoints: stored name <-> canonical name.
+
+| scheme | language | vision | linear weights |
+| --- | --- | --- | --- |
+| Hugging Face | `transformer.h.…` | `transformer.visual.…` | [out, in] |
+| Paddle static | `qwen.h.…` | `visual.vit.…`, the resampler `visual.…` | [in, out] |
+| PaddleMIX | `transformer.llm.h.…` | as Paddle static | [in, out] |
+
+`lm_head.weight` is the same in all three.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_TOWER = ("conv1.", "positional_embedding", "ln_pre.", "transformer.")
+
+
+class Scheme(NamedTuple):
+    """A naming scheme: prefixes of the names, and the layout that its model class loads.
+
+    `format` is the key of that name in the metadata of safetensors files: "pt" for PyTorch, "pd" for Paddle.
+    """
+
+    title: str
+    language: str
+    vision: str
+    tower: str
+    out_in: bool
+    format: str
+
+    def name(self, canonical: str) -> str:
+        """The stored name of a canonical tensor."""
+        if canonical.startswith("lm_head."):
+            return canonical
+        if not canonical.startswith("visual."):
+            return self.language + canonical
+        rest = canonical[len("visual.") :]
+        return (self.tower if rest.startswith(_TOWER) else self.vision) + rest
+
+
+SCHEMES = {
+    "paddlemix": Scheme("PaddleMIX", "transformer.llm.", "visual.", "visual.vit.", out_in=False, format="pd"),
+    "static": Scheme("Paddle static", "qwen.", "visual.", "visual.vit.", out_in=False, format="pd"),
+    "huggingface": Scheme(
+        "Hugging Face", "transformer.", "transformer.visual.", "transformer.visual.", out_in=True, format="pt"
+    ),
+}

@@ -1,0 +1,131 @@
+"""Join the weights of tensor-parallel ranks, which PaddleNLP saves as `model_state.tp00.pdparams`, `….tp01.pdparams`.
+
+The cuts are those of PaddleNLP's `QWenPretrainedModel._get_tensor_parallel_mappings`; the layout is Paddle's [in, out].
+
+| tensor | a rank has |
+| --- | --- |
+| `lm_head`, `w1`, `w2` | columns |
+| `c_attn`, weight and bias | columns of query, of key and of value, beside each other |
+| `wte`, `attn.c_proj`, `mlp.c_proj` | rows |
+| all others | the whole tensor |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint.config import read_json
+from paddlemix_qwenvl_plugin.checkpoint.shards import Shards, Stored
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+_RANK = re.compile(r"(?:model_state|model)\.tp(\d\d)(_\w+)?\.(pdparams|safetensors)")
+# (names, axis along which the ranks are joined, number of fused matrices)
+_CUTS = (
+    (re.compile(r"(^|\.)(lm_head|h\.\d+\.mlp\.w[12])\.weight$"), -1, 1),
+    (re.compile(r"(^|\.)h\.\d+\.attn\.c_attn\.(weight|bias)$"), -1, 3),
+    (re.compile(r"(^|\.)(wte|h\.\d+\.(attn|mlp)\.c_proj)\.weight$"), 0, 1),
+)
+
+
+class Ranks:
+    """The tensor-parallel ranks of one folder, joined; the interface of Shards."""
+
+    def __init__(self, ranks: list[Shards]) -> None:
+        self._ranks = ranks
+        self.tensors: dict[str, Stored] = {}
+        for rank in ranks[1:]:
+            odd = sorted(rank.tensors.keys() ^ ranks[0].tensors.keys())
+            if odd:
+                raise QwenVLError(
+                    f"{rank.files[0]}: its tensors are not those of {ranks[0].files[0].name}, such as {odd[0]}"
+                )
+        for name, first in ranks[0].tensors.items():
+            for rank in ranks[1:]:
+                if rank.tensors[name] != first:
+                    raise QwenVLError(
+                        f"{rank.files[0]}: {name} is {_form(rank.tensors[name])}, but {_form(first)} in "
+                        f"{ranks[0].files[0].name}"
+                    )
+            self.tensors[name] = Stored(_joined_shape(name, first.shape, len(ranks)), first.dtype)
+
+    @classmethod
+    def open(cls, folder: Path) -> Optional[Ranks]:
+        """Find the ranks in a folder; None if it has none.
+
+        Raises:
+            QwenVLError: a rank is missing, or the model is cut in another way as well.
+        """
+        found = {path: _RANK.fullmatch(path.name) for path in sorted(folder.iterdir())}
+        matches = {path: match for path, match in found.items() if match}
+        if not matches:
+            return None
+        for path, match in matches.items():
+            if match[2]:
+                raise QwenVLError(
+                    f"{path}: of pipeline parallelism{match[2]}, which is not read; save the model with "
+                    "merge_tensor_parallel in PaddleNLP"
+                )
+        degree = read_json(folder / "config.json").get("tensor_parallel_degree")
+        n_ranks = degree if type(degree) is int and degree > 1 else len(matches)
+        numbers = [int(match[1]) for match in matches.values()]
+        if numbers != list(range(n_ranks)):
+            raise QwenVLError(
+                f"{folder}: holds the tensor-parallel ranks {', '.join(f'tp{n:02}' for n in numbers)} of {n_ranks}; "
+                "copy the others, too"
+            )
+        return cls([Shards([path], match[3]) for path, match in matches.items()])
+
+    def read(self, names: set[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
+        """Yield the named tensors in storage type; one tensor of all ranks is in memory at a time."""
+        for name in self.tensors:
+            if name in names:
+                cut = _cut(name)
+                small = len(self.tensors[name].shape) == 1
+                ranks = self._ranks if cut or small else self._ranks[:1]
+                parts = [array for rank in ranks for _, array in rank.read({name})]
+                if cut is None and any(
+                    not np.array_equal(part, parts[0], equal_nan=True) for part in parts[1:]
+                ):
+                    raise QwenVLError(
+                        f"{self._ranks[0].files[0].parent}: {name} differs between the tensor-parallel ranks; "
+                        "they are of different models or steps"
+                    )
+                yield name, _join(parts, *cut) if cut else parts[0]
+
+    def file_of(self, name: str) -> Path:
+        """The file that contains a tensor, or its first part."""
+        return self._ranks[0].file_of(name)
+
+    def unlisted(self) -> list[str]:
+        """Names of shards in the folder that are not read: none."""
+        return []
+
+
+def _cut(name: str) -> Optional[tuple[int, int]]:
+    """The axis along which a tensor is joined and the number of its fused matrices; None if each rank has it whole."""
+    return next(((axis, fused) for pattern, axis, fused in _CUTS if pattern.search(name)), None)
+
+
+def _joined_shape(name: str, shape: tuple[int, ...], n_ranks: int) -> tuple[int, ...]:
+    cut = _cut(name)
+    if cut is None or not shape:
+        return shape
+    joined = list(shape)
+    joined[cut[0]] *= n_ranks
+    return tuple(joined)
+
+
+def _join(parts: list[NDArray[np.generic]], axis: int, fused: int) -> NDArray[np.generic]:
+    """Join the parts of all ranks: the first matrices of all, then the second ones, then the third ones."""
+    blocks = [np.array_split(part, fused, axis=axis) for part in parts]
+    return np.concatenate([rank[i] for i in range(fused) for rank in blocks], axis=axis)
+
+
+def _form(stored: Stored) -> str:
+    return f"{stored.dtype} {list(stored.shape)}"

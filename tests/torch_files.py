@@ -1,0 +1,104 @@
+"""Write PyTorch weight files without PyTorch: a zip archive, and the form before version 1.6."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+STORAGES = {
+    "float32": "FloatStorage",
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+    "int32": "IntStorage",
+}
+
+
+def _stand_in(module: str, name: str) -> Any:
+    """Stand-in for an object that a pickle refers to as `module.name`."""
+    found = type(name, (), {"__module__": module})
+    setattr(sys.modules[module], name, found)
+    return found
+
+
+class _Pickler(pickle.Pickler):
+    """Pickle arrays as PyTorch pickles tensors: storage outside the pickle, shape and strides."""
+
+    def __init__(self, file: Any, dtype: str, *view: Any) -> None:
+        super().__init__(file, protocol=2)
+        self.storages: list[memoryview] = []
+        self._view = view
+        self._storage_type = _stand_in("torch", STORAGES[dtype])
+        self._rebuild = _stand_in("torch._utils", "_rebuild_tensor_v2")
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, memoryview):
+            return None
+        self.storages.append(value)
+        return "storage", self._storage_type, str(len(self.storages) - 1), "cpu", len(value), *self._view
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return NotImplemented
+        strides = tuple(stride // value.itemsize for stride in value.strides)
+        return self._rebuild, (memoryview(value.ravel()), 0, value.shape, strides, False, OrderedDict())
+
+
+def _pickled(weights: dict[str, np.ndarray], dtype: str, *view: Any) -> tuple[bytes, list[memoryview]]:
+    body = io.BytesIO()
+    # Only while pickling: einops would mistake the stand-in for PyTorch.
+    with mock.patch.dict(sys.modules, {name: ModuleType(name) for name in ("torch", "torch._utils")}):
+        pickler = _Pickler(body, dtype, *view)
+        pickler.dump(OrderedDict(weights))
+    return body.getvalue(), pickler.storages
+
+
+def write_bin(path: Path, weights: dict[str, np.ndarray], dtype: str) -> None:
+    """Write the form of PyTorch 1.6 and newer."""
+    table, storages = _pickled(weights, dtype)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(f"{path.stem}/data.pkl", table)
+        file.writestr(f"{path.stem}/byteorder", "little")
+        for i, storage in enumerate(storages):
+            file.writestr(f"{path.stem}/data/{i}", storage.tobytes())
+        file.writestr(f"{path.stem}/version", "3\n")
+
+
+def write_legacy(path: Path, weights: dict[str, np.ndarray], dtype: str) -> None:
+    """Write the form before PyTorch 1.6."""
+    table, storages = _pickled(weights, dtype, None)
+    machine = {
+        "protocol_version": 1001,
+        "little_endian": True,
+        "type_sizes": {"short": 2, "int": 4, "long": 4},
+    }
+    with path.open("wb") as file:
+        for value in (0x1950A86A20F9469CFC6C, 1001, machine):
+            file.write(pickle.dumps(value, 2))
+        file.write(table + pickle.dumps([str(i) for i in range(len(storages))], 2))
+        for storage in storages:
+            file.write(struct.pack("<q", len(storage)) + storage.tobytes())
+
+
+def with_table(source: Path, target: Path, table: bytes) -> Path:
+    """Write a copy of a file of PyTorch 1.6 or newer with another pickle in it."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, table if name.endswith("data.pkl") else old.read(name))
+    return target
+
+
+def table_of(path: Path) -> bytes:
+    """The pickle in a file of PyTorch 1.6 or newer."""
+    with zipfile.ZipFile(path) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        return archive.read(name)
