@@ -9,8 +9,9 @@ For a linear layer with `in` inputs and `out` outputs:
 | `scales` | float16 [groups, out] | |
 | `g_idx` | int32 [in] | group of each input; absent: input // group size |
 
-Zero points range from 0 to 2^bits - 1, so a zero point of 0 less one wraps to 2^bits - 1. AutoGPTQ's own reader wraps
-it back; GPTQModel subtracts from whole words instead, where the next zero point of the word pays for it.
+Zero points range from 0 to 2^bits - 1, so a zero point of 0 less one wraps to 2^bits - 1. It is read as 0, as by
+AutoGPTQ's CUDA kernels in 4 bits; other readers make 2^bits of it, which no quantizer produces. GPTQModel subtracts
+from whole words instead, where the next zero point of the word pays for a 0.
 """
 
 from __future__ import annotations

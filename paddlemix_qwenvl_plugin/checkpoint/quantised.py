@@ -132,9 +132,10 @@ class QuantisedLinears:
     def _check(self, suffix: str, stored_name: str, shape: tuple[int, ...]) -> None:
         stored = self._shards.tensors[stored_name]
         if stored.shape != shape:
+            files = " and ".join(sorted({"config.json", self._config.origin.name}))
             raise QwenVLError(
-                f"{self._folder}: tensor {stored_name} has shape {list(stored.shape)}, config.json and "
-                f"{self._config.origin.name} require {list(shape)}"
+                f"{self._folder}: tensor {stored_name} has shape {list(stored.shape)}, {files} "
+                f"{'require' if ' and ' in files else 'requires'} {list(shape)}"
             )
         allowed = {"qweight": ("int32",), "qzeros": ("int32",), "g_idx": ("int32", "int64")}.get(
             suffix, _FLOATS
