@@ -212,7 +212,7 @@ BLOCKS = "is quantised; only linear layers of the language model's blocks may be
         (without("g_idx"), "tensor h.0.mlp.w1.g_idx is missing"),
         (
             with_value("qweight", lambda value: value[:-1]),
-            f"tensor {W1}.qweight has shape [31, 192], config.json and config.json require [32, 192]",
+            f"tensor {W1}.qweight has shape [31, 192], config.json requires [32, 192]",
         ),
         (with_value("scales", lambda value: value[:4]), f"tensor {W1}.scales has shape [4, 192], "),
         (

@@ -27,6 +27,7 @@ import yaml
 from corrupted import corrupt
 from made_up_net import MadeUpNet
 from PIL import Image
+from quantised_folders import CONFIG, Variant, quantised_tensors, write_tensors
 from safetensors.numpy import load_file, save_file
 
 from paddlemix_qwenvl_plugin.batch.journal import Journal
@@ -40,6 +41,7 @@ from paddlemix_qwenvl_plugin.util.machine import CudaDriver, Gpu
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "images" / "street.png"
 WTE = "transformer.llm.wte.weight"
 LM_HEAD = "lm_head.weight"
+_GPTQ = Variant(act_order=True)
 ROW = {"id": "a", "prompt": "What is it?"}
 C_ATTN = "transformer.llm.h.0.attn.c_attn.weight"
 
@@ -80,6 +82,13 @@ class Bench:
 
     def save(self, tensors: dict[str, np.ndarray], name: str = "model.safetensors") -> None:
         save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, f"model/{name}")
+
+    def quantised(self, *more: str, variant: Variant = _GPTQ, **changes: Any) -> list[str]:
+        """`export-language` of a GPTQ or AWQ folder in model/, with changes to its quantization_config."""
+        tensors, _ = quantised_tensors(variant)
+        config = {**CONFIG, "quantization_config": {**variant.config, **changes}}
+        write_tensors(Path("model"), tensors, config)
+        return ["export-language", "--model_name_or_path", "model", "--output_path", "out", *more]
 
     def shards(self) -> dict[str, str]:
         """Split model/ into a.safetensors and b.safetensors; return the index, not yet written, as a dict."""
@@ -319,6 +328,85 @@ def _(bench: Bench) -> list[str]:
     tensors = bench.weights()
     bench.save({**tensors, WTE: tensors[WTE].astype(np.int64)})
     return bench.export()
+
+
+# The model folder: GPTQ and AWQ
+
+
+def quantised(**changes: Any) -> Provoke:
+    return lambda bench: bench.quantised(**changes)
+
+
+def stored() -> dict[str, np.ndarray]:
+    return load_file("model/model.safetensors")
+
+
+def quantised_tensor(name: str, change: Callable[[np.ndarray], np.ndarray] | None) -> Provoke:
+    """A GPTQ folder with a tensor changed, or (None) removed."""
+
+    def provoke(bench: Bench) -> list[str]:
+        arguments = bench.quantised()
+        tensors = stored()
+        values = tensors.pop(name)
+        bench.save({**tensors, name: change(values)} if change else tensors)
+        return arguments
+
+    return provoke
+
+
+@case("quantized tensors without a quantization_config")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.quantised()
+    Path("model/config.json").write_text(json.dumps(CONFIG))
+    return arguments
+
+
+@case("one layer is not quantized")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.quantised()
+    tensors = stored()
+    layer = "transformer.h.0.mlp.w1"
+    kept = {name: value for name, value in tensors.items() if not name.startswith(layer)}
+    bench.save({**kept, f"{layer}.weight": np.zeros([192, 256], np.float16)})
+    return arguments
+
+
+@case("a quantized lm_head")
+def _(bench: Bench) -> list[str]:
+    arguments = bench.quantised()
+    bench.save({**stored(), "lm_head.qweight": np.zeros([32, 64], np.int32)})
+    return arguments
+
+
+W1 = "transformer.h.0.mlp.w1"
+cases(
+    {
+        "a quantization_config without quantized tensors": config(quantization_config=_GPTQ.config),
+        "quantized by another method": quantised(quant_method="bitsandbytes"),
+        "quantized to 3 bits": quantised(bits=3),
+        "the number of bits is a word": quantised(bits="four"),
+        "AWQ with 8 bits": quantised(quant_method="awq", bits=8),
+        "groups of 48": quantised(group_size=48),
+        "GPTQ repacked for Marlin": quantised(checkpoint_format="marlin"),
+        "AWQ in the gemv format": quantised(quant_method="awq", version="gemv"),
+        "quantized tensors of another group size": quantised(group_size=64),
+        "no zero points": quantised_tensor(f"{W1}.qzeros", None),
+        "quantized weights that are no int32": quantised_tensor(
+            f"{W1}.qweight", lambda v: v.astype(np.int64)
+        ),
+        "scales that float16 cannot hold": quantised_tensor(
+            f"{W1}.scales", lambda v: v.astype(np.float32) * 0.3
+        ),
+        "g_idx describes other groups": quantised_tensor(f"{W1}.g_idx", lambda v: v * 0),
+        "a bias that the model lacks": quantised_tensor(f"{W1}.bias", lambda v: v + 1),
+        "--quant_type for a quantized folder": lambda bench: bench.quantised(
+            "--quant_type", "weight_only_int4"
+        ),
+        "--engine portable for a quantized folder": lambda bench: bench.quantised("--engine", "portable"),
+    }
+)
+
+# The model folder: other weight files
 
 
 @case("model_state.pdparams is cut off")

@@ -21,7 +21,7 @@ FLOWS = [name for name in NAMES if name != "demo-cpu"]
 
 
 def test_recipes_are_shipped() -> None:
-    assert {"demo-cpu", "tiny-cpu", "qwen-vl-7b", "qwen-vl-chat-7b"} <= set(NAMES)
+    assert {"demo-cpu", "tiny-cpu", "qwen-vl-7b", "qwen-vl-chat-7b", "qwen-vl-chat-int4"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
