@@ -14,7 +14,7 @@ import paddle
 from folders import renamed
 from safetensors.numpy import load_file, save_file
 
-from paddlemix_qwenvl_plugin.checkpoint.convert import paddlemix_name
+from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
 
 LORA = Path(__file__).parent / "golden" / "lora"
 sys.path.insert(0, str(LORA))
@@ -26,7 +26,7 @@ def write_base(folder: Path, scheme: str = "paddlemix", **config: Any) -> Path:
     """Write the adapters' base model: PaddleMIX's [in, out], or Hugging Face's names with [out, in]."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**base.CONFIG, **config}))
-    tensors = {paddlemix_name(name): values for name, values in base.weights().items()}
+    tensors = {SCHEMES["paddlemix"].name(name): values for name, values in base.weights().items()}
     tensors = renamed(tensors, scheme, transpose=scheme == "huggingface")
     save_file(tensors, str(folder / "model.safetensors"))
     return folder

@@ -18,6 +18,7 @@ from paddlemix_qwenvl_plugin.checkpoint.adapter_config import (
     read_peft_config,
 )
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import to_float32
+from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
 from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
@@ -186,6 +187,8 @@ class Adapter:
 
 
 def _canonical(stored: str) -> str:
-    """The canonical name of a tensor or module in any naming scheme (checkpoint.py)."""
-    name = re.sub(r"^(transformer\.llm|qwen|transformer)\.", "", stored.removeprefix(_PEFT_PREFIX))
+    """The canonical name of a tensor or module in any naming scheme."""
+    name = stored.removeprefix(_PEFT_PREFIX)
+    prefixes = (scheme.language for scheme in SCHEMES.values())
+    name = name.removeprefix(next((prefix for prefix in prefixes if name.startswith(prefix)), ""))
     return re.sub(r"^visual\.vit\.", "visual.", name)

@@ -49,7 +49,7 @@ class Checkpoint:
         quantised: the weights that are stored as integers by GPTQ or AWQ, else None; `tensors` does not read them.
 
     Raises:
-        UsageError: the folder, its config or its weights do not exist; adapters for a quantized checkpoint.
+        UsageError: the folder, its config or its weights do not exist; an adapter for quantized weights.
         QwenVLError: a tensor is missing, unknown, mis-shaped or laid out unlike the others; the message names it.
     """
 
@@ -62,12 +62,8 @@ class Checkpoint:
         self._allow_position_table()
         self.quantised: Optional[QuantisedLinears] = None
         self._entries = self._match()
-        if lora and self.quantised is not None:
-            raise UsageError(
-                f"--lora: {self.folder} is quantised ({self.quantised.quant_type}), and no adapter can be merged into "
-                "integers; open the adapter beside the model: --adapter"
-            )
         self.merge = Merge(lora, {**self.language, **self.vision})
+        self._check_merge()
 
     @property
     def scheme(self) -> str:
@@ -107,13 +103,11 @@ class Checkpoint:
         for stored_name, array in self._shards.read(set(names)):
             for name in names[stored_name]:
                 entry = self._entries[name]
+                values, stored_dtype = array, entry.dtype
                 if name in self.merge.names:
-                    merged = to_float32(array, entry.dtype)
-                    merged = merged.copy() if len(names[stored_name]) > 1 else merged
-                    self.merge.apply(name, merged, entry.transposed)
-                    values = cast(merged, "float32", dtype, name)
-                else:
-                    values = cast(array, entry.dtype, dtype, name)
+                    values, stored_dtype = to_float32(array, entry.dtype), "float32"
+                    self.merge.apply(name, values, entry.transposed)
+                values = cast(values, stored_dtype, dtype, name)
                 transpose = specs[name].linear and entry.transposed != out_in
                 yield name, np.ascontiguousarray(values.T) if transpose else values
 
@@ -140,6 +134,20 @@ class Checkpoint:
             digest.update(name.encode() + rows[name])
         digest.update(self.merge.fingerprint(self.vision).encode())
         return digest.hexdigest()
+
+    def _check_merge(self) -> None:
+        integers = set() if self.quantised is None else self.merge.names & set(self.quantised.names)
+        if integers:
+            raise UsageError(
+                f"--lora: {min(integers)} of {self.folder} is stored as integers, into which no adapter can be merged; "
+                "open the adapter beside the model: --adapter"
+            )
+        tied = self.merge.names & {"wte.weight", "lm_head.weight"}
+        if tied and self.config.tie_word_embeddings:
+            raise UsageError(
+                f"--lora: an adapter changes {min(tied)}, but {self.folder} has one tensor for wte and lm_head "
+                "(tie_word_embeddings); merge it with the tool that made it"
+            )
 
     def _refuse_quantised(self, names: Iterable[str]) -> None:
         if self.quantised is not None and not self._entries.keys() >= set(names):
@@ -271,7 +279,8 @@ def open_weights(folder: Path) -> Union[Shards, Ranks]:
 
 def _hint_about_shape(name: str, shape: tuple[int, ...], spec: TensorSpec) -> str:
     """The key of config.json that contradicts a shape, as the end of a message."""
-    sizes = [size for size in shape if size not in spec.shape]
-    if name not in _ROWS or len(shape) != 2 or len(sizes) != 1:
+    if name not in _ROWS or len(shape) != 2:
         return ""
-    return f"; if the weights are right, set {_ROWS[name]} to {sizes[0]}"
+    width = spec.shape[0] if spec.linear else spec.shape[1]
+    rows = shape[0] if shape[1] == width else shape[1] if spec.linear and shape[0] == width else None
+    return "" if rows is None else f"; if the weights are right, set {_ROWS[name]} to {rows}"

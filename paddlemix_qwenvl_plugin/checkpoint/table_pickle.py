@@ -120,7 +120,7 @@ class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     def _set_items(self: Any, items: list[Any]) -> None:
         table = self.stack[-1]
         if not isinstance(table, dict) or not all(isinstance(key, str) for key in items[::2]):
-            raise RefusedError("a table in it has a key that is no text")
+            raise RefusedError("a table in it has a key that is not text")
         table.update(zip(items[::2], items[1::2]))
 
     def _setitem(self: Any) -> None:

@@ -68,7 +68,7 @@ PICKLES = {
     "a buffer outside": (b"\x80\x05\x97.", "has the operation"),
     "a set": (b"\x80\x04\x8f(" + nested(40) + b"\x90.", "has the operation"),
     "a number of a million digits": (b"\x80\x02L" + b"9" * 1_000_000 + b"L\n.", "has the operation b'L'"),
-    "a key that takes forever to hash": (of_table(b"N", key=nested(60)), "a key that is no text"),
+    "a key that takes forever to hash": (of_table(b"N", key=nested(60)), "a key that is not text"),
     "a name that takes forever to print": (of_table(nested(60)), "a is not a tensor"),
     "a code that takes forever to print": (of_array(b"K\x01\x85", code=nested(60)), "holds no numbers"),
     "an encoding that takes forever to print": (

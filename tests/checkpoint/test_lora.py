@@ -6,9 +6,12 @@ import json
 import shutil
 
 import numpy as np
+import paddle
 import pytest
 from lora_folders import LORA, base, copied, delta, make_peft, pair, save, settings, tensors, write_base
+from quantised_folders import Variant, write_quantised
 
+from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast, to_float32
 
@@ -125,8 +128,6 @@ def test_an_adapter_in_half_precision(tmp_path, dtype):
     halves = pair("transformer.h.0.attn.c_attn", 128, 384)
     adapter = make_peft(tmp_path / "adapter", halves)
     rounded = {key: cast(value, "float32", dtype, key) for key, value in tensors(adapter).items()}
-    from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
-
     safetensors_file.write(adapter / "adapter_model.safetensors", rounded, dtype)
     exact = {key: to_float32(value, dtype) for key, value in rounded.items()}
     update = delta(exact, "base_model.model.transformer.h.0.attn.c_attn", 4, 2)
@@ -148,10 +149,8 @@ def test_patterns_match_whole_names_from_their_end(tmp_path):
 
 
 def test_shards_of_paddlenlps_unified_checkpoint(tmp_path):
-    from paddlemix_qwenvl_plugin.checkpoint import pdparams_file, safetensors_file
-
     adapter = copied("paddlenlp", tmp_path / "adapter")
-    whole = pdparams_file.read(adapter / "lora_model_state.pdparams")
+    whole = paddle.load(str(adapter / "lora_model_state.pdparams"), return_numpy=True)
     index = {}
     for i in range(2):
         file = f"peft_model-{i + 1:05d}-of-00002.safetensors"
@@ -205,3 +204,16 @@ def test_one_path_in_place_of_a_list(tmp_path):
     folder = write_base(tmp_path / "model")
     [(adapter, weight)] = Checkpoint(folder, str(LORA / "paddlenlp")).merge.adapters
     assert (adapter.folder, weight) == (LORA / "paddlenlp", 1.0)
+
+
+def test_a_quantized_checkpoint_takes_adapters_of_its_other_weights(tmp_path):
+    write_quantised(tmp_path / "model", Variant())
+    module = "visual.transformer.resblocks.0.mlp.c_fc"
+    adapter = make_peft(tmp_path / "adapter", pair(f"transformer.{module}", 16, 32))
+    name = f"{module}.weight"
+    plain, changed = (
+        dict(checkpoint.tensors({name: checkpoint.vision[name]}, "float32"))
+        for checkpoint in (Checkpoint(tmp_path / "model"), Checkpoint(tmp_path / "model", [adapter]))
+    )
+    update = delta(tensors(adapter), f"base_model.model.transformer.{module}", 4, 2)
+    np.testing.assert_allclose(changed[name], plain[name] + update, rtol=0, atol=1e-6)

@@ -328,7 +328,10 @@ def damage_shape(folder):
     ("damage", "line"),
     [
         (damage_missing, r"holds the tensor-parallel ranks tp00 of 2; copy the others, too"),
-        (damage_pipeline, r"tp01_pp00\.pdparams: of pipeline parallelism"),
+        (
+            damage_pipeline,
+            r"tp01_pp00\.pdparams: of a model that is cut in other ways than tensor parallelism \(pp00\)",
+        ),
         (damage_norm, r"ln_f\.weight differs between the tensor-parallel ranks"),
         (
             damage_names,

@@ -127,6 +127,13 @@ def _(bench: Bench) -> list[str]:
 
 @case("`--lora` with a quantized checkpoint")
 def _(bench: Bench) -> list[str]:
-    write_quantised(Path("model"), Variant(group=128, sym=True))
+    write_quantised(Path("model"), Variant())
     write("adapter", PAIR, PEFT)
+    return bench.export("--lora", "adapter")
+
+
+@case("an adapter for the `lm_head` of a checkpoint that has none of its own")
+def _(bench: Bench) -> list[str]:
+    bench.config(tie_word_embeddings=True)
+    write("adapter", {"base_model.model.lm_head.weight": (704, 256)}, PEFT)
     return bench.export("--lora", "adapter")

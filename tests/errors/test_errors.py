@@ -11,8 +11,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import adapter_cases  # noqa: F401  its cases are in CASES, too
-import lora_cases  # noqa: F401  its cases are in CASES, too
+import adapter_cases  # noqa: F401  registers its cases
+import checkpoint_cases  # noqa: F401  registers its cases
+import lora_cases  # noqa: F401  registers its cases
 import pytest
 from error_cases import CASES, STREET, Bench
 from error_doc import Row, rows

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from paddlemix_qwenvl_plugin import QwenVLError, export_language, export_vision
 from paddlemix_qwenvl_plugin.artifact.manifest import check_pair, read_manifest
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
-from paddlemix_qwenvl_plugin.checkpoint.convert import paddlemix_name
+from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
 from paddlemix_qwenvl_plugin.cli.main import main
 
 ADAPTERS = [(LORA / "peft", 0.5), LORA / "paddlenlp"]
@@ -32,7 +32,9 @@ def merged(folder, tmp_path):
     target.mkdir()
     checkpoint = Checkpoint(folder, ADAPTERS)
     specs = {**checkpoint.language, **checkpoint.vision}
-    tensors = {paddlemix_name(name): values for name, values in checkpoint.tensors(specs, "float32")}
+    tensors = {
+        SCHEMES["paddlemix"].name(name): values for name, values in checkpoint.tensors(specs, "float32")
+    }
     save_file(tensors, str(target / "model.safetensors"))
     shutil.copyfile(folder / "config.json", target / "config.json")
     return target

@@ -18,11 +18,13 @@ from lora_base import config, random, sample, weights
 from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.transformers import PretrainedConfig
 
-from paddlemix_qwenvl_plugin.checkpoint.convert import paddlemix_name
+from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 
 HERE = Path(__file__).resolve().parent
 SPECS: dict[str, TensorSpec] = {**language_specs(config()), **vision_specs(config())}
+
+NAME = SCHEMES["paddlemix"].name
 
 TARGETS = [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"]
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -45,7 +47,7 @@ class Model(paddle.nn.Layer):
         super().__init__()
         self.config = PretrainedConfig()
         for name, spec in SPECS.items():
-            *path, layer, attribute = paddlemix_name(name).split(".")
+            *path, layer, attribute = NAME(name).split(".")
             parent: paddle.nn.Layer = self
             for part in path:
                 if part not in parent._sub_layers:
@@ -83,9 +85,9 @@ def main() -> None:
         merged = {name: value.numpy() for name, value in model.model.state_dict().items()}
         base = weights()
         samples = {
-            name: sample(name, merged[paddlemix_name(name)])
+            name: sample(name, merged[NAME(name)])
             for name in SPECS
-            if not np.array_equal(merged[paddlemix_name(name)], base[name])
+            if not np.array_equal(merged[NAME(name)], base[name])
         }
         np.savez_compressed(folder / "merged.npz", **samples)
         print(adapter, sorted(samples))
