@@ -250,7 +250,8 @@ def open_weights(folder: Path) -> Union[Shards, Ranks]:
 
 def _hint_about_shape(name: str, shape: tuple[int, ...], spec: TensorSpec) -> str:
     """The key of config.json that contradicts a shape, as the end of a message."""
-    sizes = [size for size in shape if size not in spec.shape]
-    if name not in _ROWS or len(shape) != 2 or len(sizes) != 1:
+    if name not in _ROWS or len(shape) != 2:
         return ""
-    return f"; if the weights are right, set {_ROWS[name]} to {sizes[0]}"
+    width = spec.shape[0] if spec.linear else spec.shape[1]
+    rows = shape[0] if shape[1] == width else shape[1] if spec.linear and shape[0] == width else None
+    return "" if rows is None else f"; if the weights are right, set {_ROWS[name]} to {rows}"

@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.checkpoint import awq, gptq
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import to_float32
 from paddlemix_qwenvl_plugin.checkpoint.grouped import GroupedMatrix, engine_group
 from paddlemix_qwenvl_plugin.checkpoint.quant_config import QuantConfig
-from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
+from paddlemix_qwenvl_plugin.checkpoint.shards import Shards, Stored
 from paddlemix_qwenvl_plugin.checkpoint.tensor_parallel import Ranks
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
@@ -66,6 +66,16 @@ class QuantisedLinears:
         """Canonical names of the quantised weights, such as h.0.mlp.w1.weight."""
         return list(self._specs)
 
+    @property
+    def stored(self) -> dict[str, Stored]:
+        """Shape and dtype of the tensors of all quantised layers by canonical name, such as h.0.mlp.w1.qweight."""
+        return {name: self._shards.tensors[stored_name] for name, stored_name in self._stored_names().items()}
+
+    def read_stored(self, name: str) -> NDArray[np.generic]:
+        """Read a tensor of a quantised layer as it is stored; `name` is a key of `stored`."""
+        [(_, values)] = self._shards.read({self._stored_names()[name]})
+        return values
+
     def read(self, name: str) -> GroupedMatrix:
         """Read one weight by its canonical name.
 
@@ -83,6 +93,13 @@ class QuantisedLinears:
         if self._config.method == "awq":
             return awq.unpack(tensors, self._config)
         return gptq.unpack(tensors, self._config, self._stem(name))
+
+    def _stored_names(self) -> dict[str, str]:
+        return {
+            f"{name[: -len('.weight')]}.{suffix}": stored_name
+            for name, tensors in self._tensors.items()
+            for suffix, stored_name in tensors.items()
+        }
 
     def _match(self, name: str, specs: Mapping[str, TensorSpec], canonical: dict[str, str]) -> dict[str, str]:
         """Take the tensors of a linear layer out of `canonical`; return suffix -> stored name."""

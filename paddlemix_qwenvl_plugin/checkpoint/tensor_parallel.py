@@ -68,12 +68,12 @@ class Ranks:
         for path, match in matches.items():
             if match[2]:
                 raise QwenVLError(
-                    f"{path}: of pipeline parallelism{match[2]}, which is not read; save the model with "
-                    "merge_tensor_parallel in PaddleNLP"
+                    f"{path}: of a model that is cut in other ways than tensor parallelism ({match[2][1:]}); merge it "
+                    "with PaddleNLP first"
                 )
         degree = read_json(folder / "config.json").get("tensor_parallel_degree")
-        n_ranks = degree if type(degree) is int and degree > 1 else len(matches)
         numbers = [int(match[1]) for match in matches.values()]
+        n_ranks = degree if type(degree) is int and 1 < degree < 100 else numbers[-1] + 1
         if numbers != list(range(n_ranks)):
             raise QwenVLError(
                 f"{folder}: holds the tensor-parallel ranks {', '.join(f'tp{n:02}' for n in numbers)} of {n_ranks}; "
