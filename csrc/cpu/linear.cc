@@ -163,8 +163,7 @@ void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_st
     x = ordered(context, matrix, x, x_stride, rows.n());
     x_stride = matrix.k;
   }
-  if (has_zeros(matrix.dtype) && (context.exact || context.kernels.matvec[matrix.dtype] == nullptr))
-    rows = {rows.n(), 0};
+  if (context.exact && has_zeros(matrix.dtype)) rows = {rows.n(), 0};
   const int64_t n = rows.prompt;
   const int64_t parts = std::max<int64_t>(1, (n + kMaxTokens - 1) / kMaxTokens);
   const int64_t lanes = context.kernels.lanes;

@@ -13,8 +13,10 @@ from engine import (
     FLOAT32,
     INT4_G64,
     INT8,
+    INT32,
     INVALID,
     LANGUAGE,
+    UINT4_G32,
     UNSUPPORTED,
     Engine,
     EngineError,
@@ -115,6 +117,46 @@ def test_weights(parts):
     assert refused(parts, changed(parts, name, data=unaligned)) == (
         BAD_WEIGHT,
         f"{name}: data is not aligned to 16 bytes",
+    )
+
+
+@pytest.mark.skipif(bool(DEVICE_LIBRARY), reason="not on a GPU yet")
+def test_order_of_inputs(parts):
+    """A permutation of a matrix's inputs; for a vector's name it is ignored."""
+    name = "h.1.mlp.w1.weight.order"
+    order = np.arange(256, dtype=np.int32)[::-1].copy()
+
+    def line(data=order, dtype=INT32, shape=(256,)):
+        return refused(parts, {**parts[2], name: (data, dtype, shape)})
+
+    library, model, stored = parts
+    others = {"ln_f.weight.order": (order, INT32, (256,)), name: (order, INT32, (256,))}
+    with Engine(library, make_config(model.config, LANGUAGE), {**stored, **others}):
+        pass
+    assert line(dtype=FLOAT32) == (BAD_WEIGHT, f"{name}: must be int32 [256]")
+    assert line(data=order[:255].copy(), shape=(255,)) == (BAD_WEIGHT, f"{name}: must be int32 [256]")
+    assert line(data=np.empty(1025, np.uint8)[1:]) == (BAD_WEIGHT, f"{name}: data is not aligned to 4 bytes")
+    for i, value in ((7, 256), (9, -1), (255, 3)):
+        bad = order.copy()
+        bad[i] = value
+        text = f"{name}: is no permutation of the 256 inputs; value {i} is {value}"
+        assert line(data=bad) == (BAD_WEIGHT, text)
+    of_matrix = changed(parts, "h.0.mlp.w1.weight", dtype=INT32)
+    text = "h.0.mlp.w1.weight: is int32; this weight must be float32, bfloat16 or float16, or quantised"
+    assert refused(parts, of_matrix) == (BAD_WEIGHT, text)
+
+
+def test_not_on_a_gpu_yet(parts):
+    library, _, stored = parts
+    order = {"h.0.mlp.w2.weight.order": (np.arange(256, dtype=np.int32), INT32, (256,))}
+    text = "act-order is not supported on a GPU yet: run this model on the CPU"
+    assert refused(parts, {**stored, **order}, device=1) == (UNSUPPORTED, f"{next(iter(order))}: {text}")
+    name = "h.0.mlp.w2.weight"
+    packed = library.pack(stored[name][0].view(np.float32).reshape(stored[name][2]), UINT4_G32)
+    text = "uint4 (groups of 32 with zero points) is not supported on a GPU yet: run this model on the CPU"
+    assert refused(parts, changed(parts, name, data=packed, dtype=UINT4_G32), device=1) == (
+        UNSUPPORTED,
+        f"{name}: {text}",
     )
 
 

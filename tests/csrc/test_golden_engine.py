@@ -11,6 +11,8 @@ from engine import (
     COMPUTE_FLOAT32,
     DTYPES,
     FLOAT32,
+    GROUPS,
+    INT32,
     ISAS,
     LANGUAGE,
     UNSUPPORTED,
@@ -99,11 +101,13 @@ def test_a_mixed_batch_gives_what_its_parts_give(best):
     np.testing.assert_allclose(together, alone, atol=2e-4, rtol=0)
 
 
-BOUNDS = {"bfloat16": 0.03, "float16": 0.03, "int8": 0.03, "int4_g64": 0.03, "int4_g128": 0.03}
+BOUNDS = dict.fromkeys(
+    ("bfloat16", "float16", "int8", "int4_g64", "int4_g128", "uint4_g32", "uint4_g128", "uint8_g64"), 0.03
+)
 
 
 @pytest.mark.parametrize("name", ["a"])
-@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("dtype", [name for name in BOUNDS if name in DTYPES])
 def test_other_types(library, golden_model, name, dtype):
     """Against the float32 engine on the very values that the weights were rounded to.
 
@@ -137,6 +141,29 @@ def test_other_types(library, golden_model, name, dtype):
                 got = pool.forward([([7], length, length, table)])
                 small = bound if dtype in ("bfloat16", "float16") else BOUNDS[dtype]
                 assert np.abs(got - decoded).max() <= 4 * small * np.abs(decoded).max()
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in GROUPS if dtype in DTYPES.values()])
+def test_exact_products(library, golden_model, isa, dtype):
+    """QVL_COMPUTE_FLOAT32: logits of a prompt and a decode step as with the values in float32 and no order."""
+    model = golden_model("a")
+    weights, random = model.language_weights(), np.random.default_rng(4)
+    packed = store(library, weights, dtype)
+    exact, orders = {}, {}
+    for name, (data, kind, shape) in packed.items():
+        exact[name] = library.unpack(data, kind, shape[0], int(np.prod(shape[1:]))).reshape(shape)
+        if kind in GROUPS and "h.0." in name:
+            order = random.permutation(shape[1]).astype(np.int32)
+            orders[f"{name}.order"] = order, INT32, order.shape
+            exact[name] = exact[name][:, np.argsort(order)]
+    prompt, table = model.prompt[:40], [1, 0]
+    logits = []
+    for stored in ({**packed, **orders}, store(library, exact, FLOAT32)):
+        config = make_config(model.config, LANGUAGE, isa=isa, compute=COMPUTE_FLOAT32)
+        with Engine(library, config, stored) as engine, engine.pool(2) as pool:
+            decoded = pool.forward([(prompt, 0, 40, table)]), pool.forward([([7], 40, 40, table)])
+            logits.append(np.concatenate(decoded))
+    np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["a"])

@@ -7,7 +7,21 @@ import math
 
 import numpy as np
 import pytest
-from engine import BFLOAT16, DTYPES, FLOAT16, FLOAT32, INT8, ISAS, QUANTISED, make_config, pointer
+from engine import (
+    BFLOAT16,
+    DTYPES,
+    FLOAT16,
+    FLOAT32,
+    GROUPS,
+    INT4_G64,
+    INT4_G128,
+    INT8,
+    ISAS,
+    QUANTISED,
+    UINT4,
+    make_config,
+    pointer,
+)
 from golden_model import GoldenModel
 
 RANDOM = np.random.default_rng(5)
@@ -32,7 +46,7 @@ def rounded_activations(x, isa, dtype):
     """Activations as rounded by the kernels for quantised weights, after csrc/cpu/kernels/quantised_x.h.
 
     A block is 8 vectors of bytes; the 32 values that one 32-bit lane of them meets share a scale of 1/127 of their
-    largest. For 4-bit weights the values' order is that of the nibbles.
+    largest. For 4-bit weights the values' order is that of the nibbles (matvec_int4.h, matvec_groups.h).
     """
     lanes = {ISAS["generic"]: 4, ISAS["avx2"]: 8}.get(isa, 16)
     n, columns = x.shape
@@ -40,7 +54,11 @@ def rounded_activations(x, isa, dtype):
     padded = np.zeros([n, -(-columns // block) * block], np.float32)
     padded[:, :columns] = x
     order = np.arange(padded.shape[1])
-    if dtype != INT8:  # a word's bytes have values i and 32 + i of 64
+    if dtype in UINT4:
+        # Of a unit: bytes of a word, nibbles of a byte, vectors, 8 words, halves of them, words.
+        units = order.reshape(-1, 2, 2, 16 // lanes, lanes // 4, 2, 4)
+        order = units.transpose(0, 3, 2, 4, 5, 1, 6).ravel()
+    elif dtype in (INT4_G64, INT4_G128):  # a word's bytes have values i and 32 + i of 64
         order = order.reshape(-1, 2, 32).swapaxes(1, 2).ravel()
     lane = padded[:, order].reshape(n, -1, 8, lanes, 4)
     largest = np.abs(lane).max((2, 4), keepdims=True)
@@ -82,6 +100,33 @@ def test_linear(library, isa, dtype, shape):
         # float32 sums; in large products activations may be rounded to bfloat16.
         close(y, expected, 2e-5 if prompt == 0 or kind == FLOAT32 else 2e-2)
         close(y, exact, 3e-2)
+
+
+@pytest.mark.parametrize("dtype", GROUPS)
+def test_zero_points_and_order(library, isa, dtype):
+    """Zero points at both ends, a group without any, inputs in another order: against NumPy in float64."""
+    rows, columns = 19, 715
+    group, most = GROUPS[dtype], 16 if dtype in UINT4 else 256
+    groups = rows, -(-columns // group)
+    integers = RANDOM.integers(0, most, [rows, columns], np.uint8)
+    scales = (RANDOM.standard_normal(groups) / most).astype(np.float16)
+    scales[3] = 0
+    zeros = RANDOM.choice([0, 1, most // 2, most - 1, most], groups).astype(np.float16)
+    packed = library.pack_groups(integers, scales, zeros, dtype)
+    of_column = np.arange(columns) // group
+    weights = scales.astype(np.float64)[:, of_column] * (integers - zeros.astype(np.float64)[:, of_column])
+    order = RANDOM.permutation(columns).astype(np.int32)
+    for prompt, n in ((0, 1), (0, 3), (0, 8), (20, 20)):
+        x, y = normal(n, columns) + 0.5, np.empty([n, rows], np.float32)
+        ordered = x[:, order]
+        seen = ordered if prompt else rounded_activations(ordered, isa, dtype)
+        sizes = isa, 2, dtype, prompt, n, rows, columns
+        assert not library.dll.qvlt_linear(
+            *sizes, pointer(x), pointer(packed), pointer(order), None, 0, pointer(y)
+        )
+        rounds = prompt and isa == ISAS["avx512_bf16"]
+        close(y, seen @ weights.T, 2e-2 if rounds else 2e-5)
+        close(y, ordered @ weights.T, 3e-2)
 
 
 def test_linear_of_a_row_does_not_depend_on_the_others(library, isa):

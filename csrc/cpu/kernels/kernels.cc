@@ -6,6 +6,7 @@
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/matvec_bf16.h"
 #include "cpu/kernels/matvec_float.h"
+#include "cpu/kernels/matvec_groups.h"
 #include "cpu/kernels/matvec_int4.h"
 #include "cpu/kernels/matvec_int8.h"
 #include "cpu/kernels/norm.h"
@@ -17,6 +18,9 @@ namespace {
 // Kernels of a type with zero points.
 template <int Bits, int Group>
 constexpr void add_groups(qvl_dtype dtype, Kernels& k) {
+  k.prepared_bytes[dtype] = prepared_bytes_groups<Bits, Group>;
+  k.prepare_x[dtype] = prepare_groups<Bits, Group>;
+  k.matvec[dtype] = matvec<RowsGroups<Bits, Group>>;
   k.unpack_tile[0][dtype] = unpack_to_f32<UnpackGroups<Bits, Group>>;
 #if defined(__AVX512BF16__)
   k.unpack_tile[1][dtype] = unpack_to_bf16<UnpackGroups<Bits, Group>>;

@@ -1,6 +1,6 @@
 // Matrix-vector products, the part that all storage types share: y [n_x][rows] (+)= x W^T + bias for 1 to
-// kMaxRows rows of x ("activations"), streaming W once. matvec_bf16.h, _float.h, _int8.h and _int4.h have the
-// inner loops as a class `Rows`.
+// kMaxRows rows of x ("activations"), streaming W once. matvec_bf16.h, _float.h, _int8.h, _int4.h and
+// _groups.h have the inner loops as a class `Rows`.
 //
 // Layout of the work:
 //

@@ -62,9 +62,8 @@ QVL_INLINE void add_scaled(const Sums (&of_block)[RowCount][XCount], const char*
   }
 }
 
-// Quantise x [kBlock], in the order of the weights' bytes.
-template <int Group>
-QVL_INLINE void quantise_block(const float* x, uint8_t offset, char* block) {
+// Quantise x [kBlock], in the order of the weights' bytes: Floats scales, int8 values [kBlock].
+QVL_INLINE void quantise_values(const float* x, char* to_scales, char* values) {
   Floats most[4] = {};
   for (int i = 0; i < kBlock; i += kVector) {
     for (int j = 0; j < 4; ++j) {
@@ -85,11 +84,17 @@ QVL_INLINE void quantise_block(const float* x, uint8_t offset, char* block) {
     scales[lane] = usable ? largest / 127.0F : 0.0F;
     for (int j = 0; j < 4; ++j) inverse[4 * lane + j] = usable ? 127.0F / largest : 0.0F;
   }
-  __builtin_memcpy(block, scales, sizeof scales);
-  char* const values = block + QuantisedX<Group>::kValues;
+  __builtin_memcpy(to_scales, scales, sizeof scales);
   for (int i = 0; i < kBlock; i += kLanes) {
     store(values + i, narrow_few(nearest(load<Floats>(x + i) * load<Floats>(inverse + i % kVector))));
   }
+}
+
+// A block of QuantisedX.
+template <int Group>
+QVL_INLINE void quantise_block(const float* x, uint8_t offset, char* block) {
+  char* const values = block + QuantisedX<Group>::kValues;
+  quantise_values(x, block, values);
   UnsignedBytes offsets;
   for (int i = 0; i < kVector; ++i) offsets[i] = offset;
   for (int g = 0; g < QuantisedX<Group>::kGroups; ++g) {

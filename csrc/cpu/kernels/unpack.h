@@ -136,14 +136,26 @@ QVL_INLINE __m512i narrow_chunk(Unpack, const UnpackTile& t, int64_t row, int i)
 
 // Table look-up: the 16 values of a nibble are in the table twice, since the instruction uses 5 bits of a
 // word.
+QVL_INLINE __m512i look_up(const uint8_t* words, int nibble, float scale, float zero) {
+  const Floats steps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const __m512 values = reinterpret_cast<__m512>((steps - zero) * scale);
+  const __m512i table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values, values));
+  const Halves shifted = load<Halves>(words) >> (4 * nibble);
+  return _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(shifted), table);
+}
+
 template <int Group>
 QVL_INLINE __m512i narrow_chunk(UnpackInt4<Group>, const UnpackTile& t, int64_t row, int i) {
   const Int4Chunk<Group> from(t, row, i);
-  const Floats steps = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-  const __m512 values = reinterpret_cast<__m512>(steps * from.scale);
-  const __m512i table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values, values));
-  const Halves words = load<Halves>(from.words) >> (4 * from.nibble);
-  return _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(words), table);
+  return look_up(from.words, from.nibble, from.scale, 8);
+}
+
+template <int Group>
+QVL_INLINE __m512i narrow_chunk(UnpackGroups<4, Group>, const UnpackTile& t, int64_t row, int i) {
+  const int64_t at = row * round_up(t.k, kUnit) + t.first_k + i;
+  return look_up(static_cast<const uint8_t*>(t.weights) + at / kUnit * (kUnit / 2),
+                 static_cast<int>(at % kUnit) / kChunk, float16_at(t.scales, at / Group),
+                 float16_at(t.zeros, at / Group));
 }
 
 template <typename Unpack>

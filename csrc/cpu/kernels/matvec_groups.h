@@ -1,0 +1,327 @@
+// Matrix-vector product with 4- or 8-bit weights that have a float16 scale and zero point for each group of
+// 32, 64 or 128 values of a row: y[n][row] = sum over groups of scale * sum over k of (w[row][k] - zero)
+// x[n][k], x quantised to 8 bits (quantised_x.h).
+//
+// Zero points come off in float32, once a row, from sums of x that prepare_groups computes for all rows of W:
+//
+//   sum of scale * (w - zero) * x = sum of scale * (w * x)  -  sum over groups of (scale * zero) * sum of x
+//                                   integers, as without       kLanes groups a vector: 1 / 128 of the work
+//
+// Layout of 4 bits. Values as in matvec_int4.h: word i of a unit has v[i], v[32 + i], v[64 + i] and v[96 +
+// i]. A mask gives low nibbles, a shift high ones. A shuffle of bytes before gathers the even bytes of 8
+// words in even 32-bit lanes, the odd ones in odd lanes, so that a lane has values of one group of 32:
+//
+//                even lanes            odd lanes
+//   low nibbles  v[i .. i + 3]         v[64 + i .. 64 + i + 3]        groups of 32: 0 and 2; of 64: 0 and 1
+//   high         v[32 + i .. 35 + i]   v[96 + i .. 96 + i + 3]                      1 and 3;        0 and 1
+//
+// A unit then has one vector of sums, or two (low, high) for groups of 32, times a vector of scales that
+// alternates between two groups.
+//
+// Layout of 8 bits. uint8 [rows][k padded to 128]. A vector of 64 bytes has two groups of 32: half of its
+// lanes each. AVX2 without VNNI multiplies signed bytes (kSignedProducts): weights less 128, and so the zero
+// points.
+//
+//   prepared x:  [n_x] rows: blocks of Floats scales, int8 values [kBlock]; then float32 sums of x [groups
+//                rounded up to kLanes], zero behind the last group
+//
+// Cost. As matvec_int4.h and matvec_int8.h; bytes: rows k (1/2 or 1 + 4 / group).
+//
+// Reference: reference::linear with the activations rounded as here (rounded_activations), in
+// tests/csrc/test_kernels.py::test_linear.
+#pragma once
+
+#include "cpu/kernels/quantised_x.h"
+
+namespace {
+
+template <int Bits, int Group>
+struct GroupsX {
+  static constexpr int64_t kBlockBytes = sizeof(Floats) + kBlock;
+  static constexpr int kGroups = kBlock / Group;  // of a block
+
+  static QVL_INLINE int64_t sums_at(int k) { return round_up(k, kBlock) / kBlock * kBlockBytes; }
+  static QVL_INLINE int64_t row_bytes(int k) {
+    return sums_at(k) + round_up(round_up(k, kBlock) / Group, kLanes) * int64_t{sizeof(float)};
+  }
+  static QVL_INLINE const char* row(const Matvec& p, int x) {
+    return static_cast<const char*>(p.x) + x * row_bytes(p.k);
+  }
+};
+
+// Value of a unit at byte i of its 128 bytes of x: the low nibbles of a vector of weights, then the high
+// ones.
+constexpr int unit_value(int i) {
+  const int vector = i / kVector, byte = i % kVector, lane = byte / 4;
+  const int word = vector / 2 * (kVector / 2) + byte / 16 * 8 + lane % 4 / 2 * 4 + byte % 4;
+  return word + lane % 2 * 64 + vector % 2 * 32;
+}
+
+// Group of a block, counted from its first, that byte i of the block belongs to.
+template <int Bits, int Group>
+constexpr int group_of(int i) {
+  return (Bits == 8 ? i : i / kUnit * kUnit + unit_value(i % kUnit)) / Group;
+}
+
+// Even bytes of each 8 words in even 32-bit lanes, odd ones in odd lanes.
+QVL_INLINE UnsignedBytes gather_bytes(UnsignedBytes words) {
+#if defined(__AVX512BW__)
+  const __m128i from = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  return reinterpret_cast<UnsignedBytes>(
+      _mm512_shuffle_epi8(reinterpret_cast<__m512i>(words), _mm512_broadcast_i32x4(from)));
+#elif defined(__AVX2__)
+  const __m128i from = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  return reinterpret_cast<UnsignedBytes>(
+      _mm256_shuffle_epi8(reinterpret_cast<__m256i>(words), _mm256_broadcastsi128_si256(from)));
+#else
+  UnsignedBytes v;
+  for (int i = 0; i < kVector; ++i) v[i] = words[i / 16 * 16 + i % 16 / 8 * 8 + i % 4 * 2 + i % 8 / 4];
+  return v;
+#endif
+}
+
+// Add the sums of x for each group of a block [kGroups].
+template <int Bits, int Group>
+QVL_INLINE void sum_groups(const char* block, float* sums) {
+  // Vectors whose lanes have the same groups are added as integers.
+  constexpr int kApart = Bits == 8 ? (Group > kVector ? Group : kVector) / kVector : kUnit / kVector;
+  constexpr int kClasses = Bits == 4 && Group == 32 ? 2 : 1;  // low and high nibbles
+  const UnsignedBytes ones = UnsignedBytes{} + uint8_t{1};
+  const Floats scales = load<Floats>(block);
+#pragma GCC unroll 8
+  for (int first = 0; first < 8; first += kApart) {
+#pragma GCC unroll 2
+    for (int c = 0; c < kClasses; ++c) {
+      Ints ints{};
+#pragma GCC unroll 8
+      for (int v = first + c; v < first + kApart; v += kClasses) {
+        ints = multiply_add(ints, ones, load<SignedBytes>(block + sizeof(Floats) + v * kVector));
+      }
+      const Floats values = to_floats(ints) * scales;
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) {
+        sums[group_of<Bits, Group>((first + c) * kVector + 4 * lane)] += values[lane];
+      }
+    }
+  }
+}
+
+template <int Bits, int Group>
+size_t prepared_bytes_groups(int k, int n_x) {
+  return static_cast<size_t>(GroupsX<Bits, Group>::row_bytes(k) * n_x);
+}
+
+template <int Bits, int Group>
+void prepare_groups(const float* x, int64_t x_stride, int n_x, int k, void* prepared) {
+  using X = GroupsX<Bits, Group>;
+  char* row = static_cast<char*>(prepared);
+  for (int n = 0; n < n_x; ++n, x += x_stride, row += X::row_bytes(k)) {
+    char* block = row;
+    auto* sums = reinterpret_cast<float*>(row + X::sums_at(k));
+    __builtin_memset(sums, 0, static_cast<size_t>(X::row_bytes(k) - X::sums_at(k)));
+    for (int first = 0; first < k; first += kBlock, block += X::kBlockBytes, sums += X::kGroups) {
+      float values[kBlock], ordered[kBlock];
+      const float* from = x + first;
+      if (k - first < kBlock) {
+        for (int i = 0; i < kBlock; ++i) values[i] = first + i < k ? from[i] : 0.0F;
+        from = values;
+      }
+      for (int i = 0; i < kBlock; i += 4) {
+        const int at = Bits == 8 ? i : i / kUnit * kUnit + unit_value(i % kUnit);
+        __builtin_memcpy(ordered + i, from + at, 4 * sizeof(float));
+      }
+      quantise_values(ordered, block, block + sizeof(Floats));
+      sum_groups<Bits, Group>(block, sums);
+    }
+  }
+}
+
+QVL_INLINE Floats load_scales(const void* scales, int64_t at, int n) {
+  const auto* from = static_cast<const uint16_t*>(scales) + at;
+  return widen_float16(n == kLanes ? load<HalfWords>(from) : load_some_halves(from, n));
+}
+
+// Scales of the lanes of a vector of sums: one, or two that alternate, or one for each half of the lanes.
+QVL_INLINE Floats alternating(const float* two) {
+  typedef uint64_t Pairs __attribute__((vector_size(sizeof(Floats))));
+  uint64_t both;
+  __builtin_memcpy(&both, two, sizeof both);
+  return reinterpret_cast<Floats>(both + Pairs{});
+}
+QVL_INLINE Floats by_halves(const float* two) {
+  Ints upper;
+  for (int i = 0; i < kLanes; ++i) upper[i] = i >= kLanes / 2 ? -1 : 0;
+  return select(upper, all(two[1]), all(two[0]));
+}
+
+template <int Bits, int Group>
+struct RowsGroups {
+  using X = GroupsX<Bits, Group>;
+  static constexpr int kColumnBlock = 2048;
+  static constexpr int kXAtOnce = kLanes == 16 ? 4 : 2;
+  static constexpr int rows_at_once(int n) { return n == 1 ? 3 : kLanes == 16 ? 4 : 2; }
+  static QVL_INLINE int64_t row_bytes(int k) { return int64_t{round_up(k, kUnit)} * Bits / 8; }
+  static constexpr bool kHasScale = false;
+
+  template <int RowCount, int XCount, int Pass, int Passes, int SumStride>
+  static QVL_INLINE void add(const Matvec& p, int64_t row, int first_x, int first, int end,
+                             WeightPrefetcher& ahead, Floats* sums) {
+    if (first == 0) begin<RowCount, XCount, SumStride>(p, row, first_x, sums);
+    for (; end - first >= kBlock; first += kBlock) {
+      add_units<RowCount, XCount, Pass, Passes, SumStride, kBlock / kUnit>(p, row, first_x, first, ahead,
+                                                                           sums);
+    }
+    for (; first < end; first += kUnit)
+      add_units<RowCount, XCount, Pass, Passes, SumStride, 1>(p, row, first_x, first, ahead, sums);
+  }
+
+  // Begin the sums with what the zero points of whole rows take off, a group in each lane.
+  template <int RowCount, int XCount, int SumStride>
+  static QVL_INLINE void begin(const Matvec& p, int64_t row, int first_x, Floats* sums) {
+    const int groups = round_up(p.k, kUnit) / Group;
+    const auto* x = reinterpret_cast<const float*>(X::row(p, first_x) + X::sums_at(p.k));
+    const int64_t x_stride = X::row_bytes(p.k) / int64_t{sizeof(float)};
+#pragma GCC unroll 8
+    for (int r = 0; r < RowCount; ++r) {
+      Floats off[XCount] = {};
+#pragma GCC unroll 1
+      for (int g = 0; g < groups; g += kLanes) {
+        const int n = groups - g < kLanes ? groups - g : kLanes;
+        const int64_t at = (row + r) * groups + g;
+        Floats zeros = load_scales(p.zeros, at, n);
+        if (Bits == 8 && kSignedProducts) zeros -= 128;
+        const Floats products = load_scales(p.scales, at, n) * zeros;
+#pragma GCC unroll 8
+        for (int i = 0; i < XCount; ++i) off[i] += products * load<Floats>(x + i * x_stride + g);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < XCount; ++i) sums[r * SumStride + i] = -off[i];
+    }
+  }
+
+  // Units from column `first` on, all in one block of x.
+  template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int Units>
+  static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first,
+                                   WeightPrefetcher& ahead, Floats* sums) {
+    const int64_t stride = row_bytes(p.k), scale_stride = round_up(p.k, kUnit) / Group;
+    const uint8_t* w = static_cast<const uint8_t*>(p.weights) + row * stride + first * Bits / 8;
+    const char* block = X::row(p, first_x) + first / kBlock * X::kBlockBytes;
+    const char* x = block + sizeof(Floats) + first % kBlock;
+
+    float factors[RowCount][kLanes];
+#pragma GCC unroll 8
+    for (int r = 0; r < RowCount; ++r) {
+      Floats scales = load_scales(p.scales, (row + r) * scale_stride + first / Group, Units * kUnit / Group);
+      if (Bits == 4 && Group == 32) scales = low_and_high(scales);
+      store(factors[r], scales);
+    }
+    // Kept in memory, from where a multiplication broadcasts for free; from registers it costs two shuffles.
+    asm volatile("" : "+m"(factors));
+    Floats totals[RowCount][XCount] = {};
+    if constexpr (Bits == 4) {
+#pragma GCC unroll 4
+      for (int u = 0; u < Units; ++u) {
+        add_nibbles<RowCount, XCount, Pass, Passes>(w + u * (kUnit / 2), stride, x + u * kUnit,
+                                                    X::row_bytes(p.k), factors, u * kUnit / Group, ahead,
+                                                    totals);
+      }
+    } else {
+      constexpr int kColumns = Group > kVector ? Group : kVector;
+#pragma GCC unroll 8
+      for (int i = 0; i < Units * kUnit; i += kColumns) {
+        add_bytes<RowCount, XCount, Pass, Passes>(w + i, stride, x + i, X::row_bytes(p.k), factors, i / Group,
+                                                  i % 64 == 0, ahead, totals);
+      }
+    }
+    const char* blocks[XCount];
+#pragma GCC unroll 8
+    for (int n = 0; n < XCount; ++n) blocks[n] = block + n * X::row_bytes(p.k);
+    add_scaled<RowCount, XCount, SumStride>(totals, blocks, false, sums);
+  }
+
+  // Scales of groups of 32 in the order of the sums: 0 and 2 of a unit (low nibbles), then 1 and 3.
+  static QVL_INLINE Floats low_and_high(Floats scales) {
+    Words from;
+    for (uint32_t i = 0; i < kLanes; ++i) from[i] = i / 4 * 4 + i % 4 / 2 + i % 2 * 2;
+    const Words words = reinterpret_cast<Words>(scales);
+    return reinterpret_cast<Floats>(shuffle(words, words, from));
+  }
+
+  // A unit of 4 bits, whose first group is `group` of the factors.
+  template <int RowCount, int XCount, int Pass, int Passes>
+  static QVL_INLINE void add_nibbles(const uint8_t* w, int64_t stride, const char* x, int64_t x_stride,
+                                     const float (&factors)[RowCount][kLanes], int group,
+                                     WeightPrefetcher& ahead, Floats (&totals)[RowCount][XCount]) {
+    Ints low[RowCount][XCount] = {}, high[RowCount][XCount] = {};
+#pragma GCC unroll 4
+    for (int part = 0; part < kUnit / 2; part += kVector) {
+      UnsignedBytes v[RowCount][2];
+#pragma GCC unroll 8
+      for (int r = 0; r < RowCount; ++r) {
+        const UnsignedBytes bytes = gather_bytes(load<UnsignedBytes>(w + r * stride + part));
+        v[r][0] = bytes & uint8_t{15};
+        v[r][1] = reinterpret_cast<UnsignedBytes>(reinterpret_cast<Halves>(bytes) >> 4) & uint8_t{15};
+        if (r % Passes == Pass && part == 0) ahead.next();
+      }
+#pragma GCC unroll 8
+      for (int n = 0; n < XCount; ++n) {
+        const SignedBytes a = load<SignedBytes>(x + n * x_stride + 2 * part);
+        const SignedBytes b = load<SignedBytes>(x + n * x_stride + 2 * part + kVector);
+#pragma GCC unroll 8
+        for (int r = 0; r < RowCount; ++r) {
+          low[r][n] = multiply_add(low[r][n], v[r][0], a);
+          Ints& to = Group == 32 ? high[r][n] : low[r][n];
+          to = multiply_add(to, v[r][1], b);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < RowCount; ++r) {
+      const float* from = factors[r] + group;
+      const Floats of_low = Group == 128 ? all(*from) : alternating(from);
+#pragma GCC unroll 8
+      for (int n = 0; n < XCount; ++n) {
+        totals[r][n] += to_floats(low[r][n]) * of_low;
+        if constexpr (Group == 32) totals[r][n] += to_floats(high[r][n]) * alternating(from + 2);
+      }
+    }
+  }
+
+  // A group of 8 bits, or the two groups of a vector.
+  template <int RowCount, int XCount, int Pass, int Passes>
+  static QVL_INLINE void add_bytes(const uint8_t* w, int64_t stride, const char* x, int64_t x_stride,
+                                   const float (&factors)[RowCount][kLanes], int group, bool new_line,
+                                   WeightPrefetcher& ahead, Floats (&totals)[RowCount][XCount]) {
+    Ints dots[RowCount][XCount] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < Group || i == 0; i += kVector) {
+      UnsignedBytes v[RowCount];
+#pragma GCC unroll 8
+      for (int r = 0; r < RowCount; ++r) {
+        v[r] = load<UnsignedBytes>(w + r * stride + i);
+        if (kSignedProducts) v[r] ^= uint8_t{128};
+        if (r % Passes == Pass && new_line && i % 64 == 0) ahead.next();
+      }
+#pragma GCC unroll 8
+      for (int n = 0; n < XCount; ++n) {
+        const SignedBytes a = load<SignedBytes>(x + n * x_stride + i);
+#pragma GCC unroll 8
+        for (int r = 0; r < RowCount; ++r) {
+          if constexpr (kSignedProducts) {
+            dots[r][n] = multiply_add_signed(dots[r][n], reinterpret_cast<SignedBytes>(v[r]), a);
+          } else {
+            dots[r][n] = multiply_add(dots[r][n], v[r], a);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < RowCount; ++r) {
+      const Floats factor = Group < kVector ? by_halves(factors[r] + group) : all(factors[r][group]);
+#pragma GCC unroll 8
+      for (int n = 0; n < XCount; ++n) totals[r][n] += to_floats(dots[r][n]) * factor;
+    }
+  }
+};
+
+}  // namespace
