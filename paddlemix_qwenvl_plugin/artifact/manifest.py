@@ -56,12 +56,22 @@ def digest_of_samples(path: Path) -> str:
     return digest.hexdigest()
 
 
+class MergedAdapter(BaseModel):
+    """A LoRA adapter merged into the weights: name of its folder, weight, and a digest of its tensors."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    weight: float
+    fingerprint: str
+
+
 class Manifest(BaseModel):
     """The manifest of an exported stage.
 
     `model` is the checkpoint's fingerprint, the same in both stages of a model. `quant_type` is the storage of matrices
-    that are not stored as `dtype`. `weights_samples` is `digest_of_samples` of the parameter file; exports of contract
-    version 2 lack it.
+    that are not stored as `dtype`. `lora`: the adapters merged at export. `weights_samples` is `digest_of_samples` of
+    the parameter file; exports of contract version 2 lack it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,6 +82,7 @@ class Manifest(BaseModel):
     paddle: str
     dtype: str
     quant_type: Optional[str] = None
+    lora: list[MergedAdapter] = []
     model: str
     config: ModelConfig
     weights: FileDigest
@@ -145,5 +156,5 @@ def check_pair(vision: Manifest, language: Manifest) -> None:
     if vision.model != language.model:
         raise QwenVLError(
             f"the two stages come from different models (vision {vision.model[:12]}, language {language.model[:12]}); "
-            "export both from the same folder"
+            "export both from the same folder, with the same --lora"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import FLOATS, cast, to_float32
+from paddlemix_qwenvl_plugin.checkpoint.lora import Lora, Merge, PathLike
 from paddlemix_qwenvl_plugin.checkpoint.quant_config import load_quant_config
 from paddlemix_qwenvl_plugin.checkpoint.quantised import QuantisedLinears
 from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
@@ -40,15 +41,19 @@ class Checkpoint:
     The checkpoint must contain exactly the tensors of the model, with the right shapes. The naming scheme and the
     layout of each half of the model are detected from the names and shapes.
 
+    Args:
+        folder: the model folder.
+        lora: adapters to merge into the weights, each a folder or (folder, weight).
+
     Attributes:
         quantised: the weights that are stored as integers by GPTQ or AWQ, else None; `tensors` does not read them.
 
     Raises:
-        UsageError: the folder, its config or its weights do not exist.
+        UsageError: the folder, its config or its weights do not exist; an adapter for quantized weights.
         QwenVLError: a tensor is missing, unknown, mis-shaped or laid out unlike the others; the message names it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, lora: Union[PathLike, Sequence[Lora]] = ()) -> None:
         self.folder = Path(folder)
         self.config: ModelConfig = load_config(self.folder)
         self._shards = open_weights(self.folder)
@@ -57,6 +62,8 @@ class Checkpoint:
         self._allow_position_table()
         self.quantised: Optional[QuantisedLinears] = None
         self._entries = self._match()
+        self.merge = Merge(lora, {**self.language, **self.vision})
+        self._check_merge()
 
     @property
     def scheme(self) -> str:
@@ -96,12 +103,19 @@ class Checkpoint:
         for stored_name, array in self._shards.read(set(names)):
             for name in names[stored_name]:
                 entry = self._entries[name]
-                values = cast(array, entry.dtype, dtype, name)
+                values, stored_dtype = array, entry.dtype
+                if name in self.merge.names:
+                    values, stored_dtype = to_float32(array, entry.dtype), "float32"
+                    self.merge.apply(name, values, entry.transposed)
+                values = cast(values, stored_dtype, dtype, name)
                 transpose = specs[name].linear and entry.transposed != out_in
                 yield name, np.ascontiguousarray(values.T) if transpose else values
 
     def fingerprint(self) -> str:
         """A digest of the model's content, independent of naming scheme and layout.
+
+        Adapters count as far as they change the vision stage: a vision stage without them fits every language stage
+        that differs in adapters of the language model only.
 
         Hashes the config and up to 64 values of each norm and bias, rounded to float16: a conversion of the folder to
         float16, or an exact one to bfloat16, keeps the digest.
@@ -118,7 +132,22 @@ class Checkpoint:
                 rows[name] = to_float32(array[:64], self._entries[name].dtype).astype(np.float16).tobytes()
         for name in sorted(rows):
             digest.update(name.encode() + rows[name])
+        digest.update(self.merge.fingerprint(self.vision).encode())
         return digest.hexdigest()
+
+    def _check_merge(self) -> None:
+        integers = set() if self.quantised is None else self.merge.names & set(self.quantised.names)
+        if integers:
+            raise UsageError(
+                f"--lora: {min(integers)} of {self.folder} is stored as integers, into which no adapter can be merged; "
+                "open the adapter beside the model: --adapter"
+            )
+        tied = self.merge.names & {"wte.weight", "lm_head.weight"}
+        if tied and self.config.tie_word_embeddings:
+            raise UsageError(
+                f"--lora: an adapter changes {min(tied)}, but {self.folder} has one tensor for wte and lm_head "
+                "(tie_word_embeddings); merge it with the tool that made it"
+            )
 
     def _refuse_quantised(self, names: Iterable[str]) -> None:
         if self.quantised is not None and not self._entries.keys() >= set(names):

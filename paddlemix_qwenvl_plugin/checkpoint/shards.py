@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,15 +64,15 @@ class Shards:
                 )
 
     @classmethod
-    def open(cls, folder: Path) -> Shards:
-        """Find and index the weight files of a folder.
+    def open(cls, folder: Path, weight_files: Sequence[tuple[str, str]] = WEIGHT_FILES) -> Shards:
+        """Find and index the weight files of a folder, the first of `weight_files` that exists.
 
         Raises:
             UsageError: the folder has no weight file with a known name.
             QwenVLError: a file of the index is missing, or a file is damaged.
         """
         by_autogptq = [_AUTOGPTQ.fullmatch(path.name) for path in sorted(folder.iterdir(), reverse=True)]
-        names = [*WEIGHT_FILES, *((match[0], match[1]) for match in by_autogptq if match)]
+        names = [*weight_files, *((match[0], match[1]) for match in by_autogptq if match)]
         for name, kind in names:
             path = folder / name
             if not path.is_file():
@@ -92,7 +92,7 @@ class Shards:
             raise UsageError(
                 f"{folder}: holds shards, such as {unlisted[0]}, but not their .index.json; copy it, too"
             )
-        known = ", ".join(name for name, _ in WEIGHT_FILES)
+        known = ", ".join(name for name, _ in weight_files)
         raise UsageError(f"{folder}: no weights in it (looked for {known})")
 
     def read(self, names: set[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:

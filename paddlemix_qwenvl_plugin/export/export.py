@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
@@ -19,6 +19,7 @@ from paddlemix_qwenvl_plugin.artifact.contract import (
 from paddlemix_qwenvl_plugin.artifact.manifest import (
     FileDigest,
     Manifest,
+    MergedAdapter,
     digest_of_samples,
     manifest_path,
     params_path,
@@ -27,6 +28,7 @@ from paddlemix_qwenvl_plugin.artifact.params_file import write_params
 from paddlemix_qwenvl_plugin.artifact.weights import stage_weights
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import check_dtype
+from paddlemix_qwenvl_plugin.checkpoint.lora import Lora, PathLike
 from paddlemix_qwenvl_plugin.engine.quantize import check_quant_type, quantised
 from paddlemix_qwenvl_plugin.engine.select import engine_available, engine_choice
 from paddlemix_qwenvl_plugin.export.program import FORMATS, Program, save_program
@@ -43,8 +45,6 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
 from paddlemix_qwenvl_plugin.util.scratch import scratch_folder
 from paddlemix_qwenvl_plugin.version import __version__
 
-PathLike = Union[str, Path]
-
 # Files that the exported model needs besides the graphs, copied from the model folder if it contains them.
 COMPANIONS = ("config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json")
 
@@ -60,7 +60,11 @@ class _Stage(NamedTuple):
 
 
 def export_vision(
-    model: PathLike, save_path: PathLike, dtype: str = "float32", engine: Optional[str] = None
+    model: PathLike,
+    save_path: PathLike,
+    dtype: str = "float32",
+    engine: Optional[str] = None,
+    lora: Union[PathLike, Sequence[Lora]] = (),
 ) -> Manifest:
     """Export stage 1, images -> features, to SAVE_PATH.json, .pdmodel, .pdiparams and .manifest.json.
 
@@ -72,14 +76,16 @@ def export_vision(
         save_path: prefix of the files; folders are created.
         dtype: float32, float16 or bfloat16.
         engine: "auto", "fused" (require the engine) or "portable" (do not use it); None: QWENVL_ENGINE, else auto.
+        lora: LoRA adapters to merge, each a folder or (folder, weight). Tensors of the other stage are ignored, so that
+            both exports may get the same adapters.
 
     Raises:
-        UsageError, QwenVLError: see Checkpoint; an overflow in float16 names the tensor.
+        UsageError, QwenVLError: see Checkpoint and Adapter; an overflow in float16 names the tensor.
     """
     save_path = Path(save_path)
     if not save_path.name:
         raise UsageError(f"--save_path {save_path}: must end in a file name, the prefix of the files")
-    checkpoint = Checkpoint(Path(model))
+    checkpoint = Checkpoint(Path(model), lora)
     layer = partial(EngineVision, weights=stage_weights(checkpoint.config, "vision", dtype))
     stage = _Stage(
         "vision",
@@ -98,6 +104,7 @@ def export_language(
     dtype: str = "float32",
     engine: Optional[str] = None,
     quant_type: Optional[str] = None,
+    lora: Union[PathLike, Sequence[Lora]] = (),
 ) -> Manifest:
     """Export stage 2 to OUTPUT_PATH/MODEL_PREFIX.*: the stock graph, and `.step` programs for our predictor.
 
@@ -115,7 +122,7 @@ def export_language(
         if choice == "portable":
             raise UsageError(f"--quant_type {quant_type}: only the engine computes on quantised weights")
         choice = "fused"
-    checkpoint = Checkpoint(Path(model))
+    checkpoint = Checkpoint(Path(model), lora)
     if checkpoint.quantised is not None:
         stored = f"{checkpoint.folder}: its weights are quantised ({checkpoint.quantised.quant_type})"
         if quant_type is not None:
@@ -185,6 +192,14 @@ def _export(
             paddle=paddle.__version__,
             dtype=dtype,
             quant_type=quant_type,
+            lora=[
+                MergedAdapter(
+                    name=adapter.folder.resolve().name,
+                    weight=weight,
+                    fingerprint=adapter.fingerprint(adapter.names),
+                )
+                for adapter, weight in checkpoint.merge.adapters
+            ],
             model=checkpoint.fingerprint(),
             config=checkpoint.config,
             weights=FileDigest.of(params),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint_cases  # noqa: F401  registers its cases
+import lora_cases  # noqa: F401  registers its cases
 import pytest
 from error_cases import CASES, STREET, Bench
 from error_doc import Row, rows

@@ -99,8 +99,8 @@ def marked_text(ref: str, thing: Thing) -> str:
     return "<ref>{}</ref><box>({},{}),({},{})</box>".format(ref, *thing.box)
 
 
-def test_there_are_ten_scripts_and_two_notebooks() -> None:
-    assert (len(SCRIPTS), len(NOTEBOOKS)) == (10, 2)
+def test_there_are_eleven_scripts_and_two_notebooks() -> None:
+    assert (len(SCRIPTS), len(NOTEBOOKS)) == (11, 2)
     for name in SCRIPTS:
         assert len((EXAMPLES / f"{name}.py").read_text("utf-8").splitlines()) < 60, name
 
@@ -261,6 +261,15 @@ def test_quantize(run: Run) -> None:
     assert names == ("bfloat16", "weight_only_int8", "weight_only_int4")
     assert set(answers) == {BY_NAME["relation"].turn.answer}
     assert float(sizes[0]) > float(sizes[1]) > float(sizes[2])
+
+
+def test_lora(run: Run) -> None:
+    (circle,) = things("relation.png", "circle")
+    assert circle.colour == "brown"
+    assert [line.split(maxsplit=1) for line in run("lora").splitlines()] == [
+        ["base", "The circle is brown."],
+        ["lora", "The circle is blue."],
+    ]
 
 
 def test_export_and_open(run: Run, folder: Path) -> None:

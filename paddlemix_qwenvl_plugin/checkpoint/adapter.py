@@ -1,0 +1,194 @@
+"""The tensors of a LoRA adapter, saved by PEFT or PaddleNLP, under the canonical names of the weights they change."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint.adapter_config import (
+    LoraConfig,
+    read_paddlenlp_config,
+    read_peft_config,
+)
+from paddlemix_qwenvl_plugin.checkpoint.dtypes import to_float32
+from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
+from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
+from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.notice import notice
+
+
+class _Format(NamedTuple):
+    config: str
+    read_config: Callable[[Path], LoraConfig]
+    weights: tuple[tuple[str, str], ...]  # as WEIGHT_FILES of shards.py
+    out_in: bool  # whether matrices are [out, in], in the halves of an update, too
+
+
+_FORMATS = (
+    _Format(
+        "adapter_config.json",
+        read_peft_config,
+        (("adapter_model.safetensors", "safetensors"), ("adapter_model.bin", "bin")),
+        out_in=True,
+    ),
+    _Format(
+        "lora_config.json",
+        read_paddlenlp_config,
+        (("lora_model_state.pdparams", "pdparams"), ("peft_model.safetensors.index.json", "safetensors")),
+        out_in=False,
+    ),
+)
+
+_PEFT_PREFIX = "base_model.model."
+_HALF = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<half>[AB])(\.default)?(\.weight)?")
+# Wrappers of PEFT around a module that the adapter contains completely.
+_WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(\.default)?(?=\.)")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An update scaling * B A of a weight: the stored names of A and B."""
+
+    a: str
+    b: str
+    scaling: float
+
+
+class Adapter:
+    """The tensors of an adapter under the canonical names of the weights that they change.
+
+    `updates`: weight -> low-rank update. `whole`: tensor -> stored name of the values that replace it (PEFT's
+    modules_to_save and trained biases, PaddleNLP's trainable_modules and trainable_bias).
+
+    Args:
+        folder: the folder that PEFT or PaddleNLP saved.
+        specs: the tensors of the model.
+
+    Raises:
+        UsageError: the folder is missing or not an adapter.
+        QwenVLError: an unsupported kind of adapter, or a tensor that does not fit the model; the message names it.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec]) -> None:
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such adapter folder")
+        found = next((form for form in _FORMATS if (folder / form.config).is_file()), None)
+        if found is None:
+            names = " or ".join(form.config for form in _FORMATS)
+            raise UsageError(f"{folder}: no {names} in it; is it a LoRA adapter?")
+        self.folder = folder
+        self.config = found.read_config(folder / found.config)
+        self._out_in = found.out_in
+        self._shards = Shards.open(folder, found.weights)
+        self._specs = specs
+        self.updates: dict[str, LowRank] = {}
+        self.whole: dict[str, str] = {}
+        self._match()
+
+    def update(self, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The halves of a weight's update in Paddle's layout: A [in, rank] and B [rank, out]; scaling not applied."""
+        pair = self.updates[name]
+        a, b = self._read(pair.a), self._read(pair.b)
+        return (a.T, b.T) if self._out_in else (a, b)
+
+    def replacement(self, name: str) -> NDArray[np.float32]:
+        """The values that replace a tensor, linear weights [in, out]."""
+        values = self._read(self.whole[name])
+        return values.T if self._out_in and self._specs[name].linear else values
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """A digest of what the adapter does to the named tensors: scaling, and the first 64 values of each of its own.
+
+        Independent of the format, as Checkpoint.fingerprint.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            halves = self.update(name) if name in self.updates else ()
+            whole = (self.replacement(name),) if name in self.whole else ()
+            scaling = self.updates[name].scaling if name in self.updates else 1.0
+            digest.update(f"{name} {scaling:.6g}".encode())
+            for values in (*halves, *whole):
+                with np.errstate(over="ignore"):
+                    digest.update(values.reshape(-1)[:64].astype(np.float16).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def names(self) -> set[str]:
+        """The tensors that the adapter changes."""
+        return {*self.updates, *self.whole}
+
+    def _read(self, stored_name: str) -> NDArray[np.float32]:
+        [(_, values)] = self._shards.read({stored_name})
+        return to_float32(values, self._shards.tensors[stored_name].dtype)
+
+    def _match(self) -> None:
+        modules: dict[str, str] = {}
+        halves: dict[str, dict[str, str]] = {}
+        for stored in self._shards.tensors:
+            half = _HALF.fullmatch(stored)
+            name = f"{_canonical(half['module'])}.weight" if half else _canonical(_WRAPPERS.sub("", stored))
+            if name not in self._specs:
+                raise QwenVLError(f"{self._where(stored)} is not part of this model (see config.json)")
+            table, key = (halves.setdefault(name, {}), half["half"]) if half else (self.whole, name)
+            if key in table:
+                raise QwenVLError(f"{self._where(stored)} and {table[key]} are the same tensor twice")
+            table[key] = stored
+            if half:
+                modules[name] = half["module"].removeprefix(_PEFT_PREFIX)
+        for name, stored in self.whole.items():
+            self._check_shape(stored, self._specs[name].shape, self._out_in and self._specs[name].linear)
+        for name, pair in halves.items():
+            self.updates[name] = self._update(name, modules[name], pair)
+        self._note_missing()
+
+    def _update(self, name: str, module: str, pair: dict[str, str]) -> LowRank:
+        for half, other in ("AB", "BA"):
+            if half not in pair:
+                raise QwenVLError(f"{self._where(pair[other])} has no lora_{half} beside it")
+        shape, rank = self._specs[name].shape, self.config.rank_of(module)
+        if len(shape) != 2:
+            raise QwenVLError(f"{self._where(pair['A'])} is for {name}; only matrices can be updated")
+        self._check_shape(pair["A"], (shape[0], rank), self._out_in, rank)
+        self._check_shape(pair["B"], (rank, shape[1]), self._out_in, rank)
+        return LowRank(pair["A"], pair["B"], self.config.scaling(module))
+
+    def _check_shape(self, stored: str, shape: tuple[int, ...], reverse: bool, rank: int = 0) -> None:
+        required, found = shape[::-1] if reverse else shape, self._shards.tensors[stored].shape
+        if found != required:
+            source = (
+                f"config.json and {self.config.path.name} (rank {rank}) require"
+                if rank
+                else "config.json requires"
+            )
+            base = f"; the adapter is for {self.config.base}" if self.config.base else ""
+            raise QwenVLError(
+                f"{self._where(stored)} has shape {list(found)}, {source} {list(required)}{base}"
+            )
+
+    def _note_missing(self) -> None:
+        # finetune.py of Qwen-VL lists wte and lm_head, but saves them only under DeepSpeed ZeRO 3.
+        for module in self.config.modules_to_save:
+            if not any(f".{module}." in f".{name}" for name in self.whole):
+                notice(
+                    f"{self.config.path}: modules_to_save has {module}, but no tensor of it is in the adapter; "
+                    "the base's is kept"
+                )
+
+    def _where(self, stored: str) -> str:
+        return f"{self.folder}: tensor {stored}"
+
+
+def _canonical(stored: str) -> str:
+    """The canonical name of a tensor or module in any naming scheme."""
+    name = stored.removeprefix(_PEFT_PREFIX)
+    prefixes = (scheme.language for scheme in SCHEMES.values())
+    name = name.removeprefix(next((prefix for prefix in prefixes if name.startswith(prefix)), ""))
+    return re.sub(r"^visual\.vit\.", "visual.", name)

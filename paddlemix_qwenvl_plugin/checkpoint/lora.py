@@ -1,0 +1,66 @@
+"""Merge LoRA adapters into the tensors of a checkpoint, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint.adapter import Adapter
+from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+
+PathLike = Union[str, Path]
+Lora = Union[PathLike, tuple[PathLike, float]]
+"""An adapter to merge: its folder, or (folder, weight)."""
+
+
+class Merge:
+    """Adapters with their weights, merged into the tensors of a model one at a time.
+
+    A tensor W becomes W + weight * (T - W) where an adapter has T in its place, and then gets weight * scaling * B A of
+    each adapter.
+
+    Raises:
+        UsageError: two adapters replace the same tensor; and as for Adapter.
+    """
+
+    def __init__(self, lora: Union[PathLike, Sequence[Lora]], specs: Mapping[str, TensorSpec]) -> None:
+        given = [lora] if isinstance(lora, (str, Path)) else lora
+        weighted = [one if isinstance(one, tuple) else (one, 1.0) for one in given]
+        self.adapters = [(Adapter(Path(path), specs), float(weight)) for path, weight in weighted]
+        self.names = {name for adapter, _ in self.adapters for name in adapter.names}
+        replaced: dict[str, Adapter] = {}
+        for adapter, _ in self.adapters:
+            for name in adapter.whole:
+                if name in replaced:
+                    raise UsageError(
+                        f"--lora: {replaced[name].folder} and {adapter.folder} both replace {name}; merge one of them"
+                    )
+                replaced[name] = adapter
+
+    def apply(self, name: str, values: NDArray[np.float32], transposed: bool) -> None:
+        """Change the values of a tensor in place; `transposed`: they are [out, in]."""
+        for adapter, weight in self.adapters:
+            if name in adapter.whole:
+                whole = adapter.replacement(name)
+                whole = whole.T if transposed else whole
+                values[...] = whole if weight == 1 else values + np.float32(weight) * (whole - values)
+        for adapter, weight in self.adapters:
+            if name in adapter.updates:
+                a, b = adapter.update(name)
+                a = a * np.float32(weight * adapter.updates[name].scaling)
+                values += b.T @ a.T if transposed else a @ b
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """A digest of what is merged into the named tensors; empty if nothing is."""
+        changed = self.names.intersection(names)
+        parts = [
+            f"{weight!r} {adapter.fingerprint(adapter.names & changed)}"
+            for adapter, weight in self.adapters
+            if adapter.names & changed
+        ]
+        return " ".join(sorted(parts))

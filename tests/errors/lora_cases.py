@@ -1,0 +1,139 @@
+"""Cases of docs/errors.md for `--lora`: adapters as PEFT or PaddleNLP writes them, each with one thing wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from error_cases import Bench, Provoke, case, cases
+from quantised_folders import Variant, write_quantised
+from safetensors.numpy import save_file
+
+Shapes = dict[str, tuple[int, ...]]
+C_ATTN = "base_model.model.transformer.h.0.attn.c_attn"
+PAIR: Shapes = {f"{C_ATTN}.lora_A.weight": (8, 256), f"{C_ATTN}.lora_B.weight": (768, 8)}
+PEFT = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
+
+
+def write(folder: str, shapes: Optional[Shapes], config: Any, name: str = "adapter_config.json") -> None:
+    Path(folder).mkdir()
+    Path(folder, name).write_text(config if isinstance(config, str) else json.dumps(config))
+    if shapes is not None:
+        tensors = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+        save_file(tensors, f"{folder}/adapter_model.safetensors")
+
+
+def peft(shapes: Optional[Shapes] = PAIR, **config: Any) -> Provoke:
+    """`export-vision` with an adapter of these tensors and settings."""
+
+    def provoke(bench: Bench) -> list[str]:
+        bench.model()
+        write(
+            "adapter", shapes, {key: value for key, value in {**PEFT, **config}.items() if value is not None}
+        )
+        return bench.export("--lora", "adapter")
+
+    return provoke
+
+
+def text(content: str) -> Provoke:
+    def provoke(bench: Bench) -> list[str]:
+        bench.model()
+        write("adapter", PAIR, content)
+        return bench.export("--lora", "adapter")
+
+    return provoke
+
+
+def paddlenlp(**config: Any) -> Provoke:
+    def provoke(bench: Bench) -> list[str]:
+        bench.model()
+        write("adapter", None, {"r": 8, "lora_alpha": 16, **config}, "lora_config.json")
+        return bench.export("--lora", "adapter=0.5")
+
+    return provoke
+
+
+cases(
+    {
+        "an adapter's config is not JSON": text('{"r": 8,'),
+        "an adapter's config holds a list": text("[]"),
+        "an adapter's config without `r`": peft(r=None),
+        "an adapter of rank 0": peft(r=0),
+        "an adapter of another kind (PEFT's IA3)": peft(peft_type="IA3"),
+        "a DoRA adapter": peft(use_dora=True),
+        "an adapter that begins with PiSSA": peft(init_lora_weights="pissa"),
+        "an adapter with a regular expression for ranks": peft(rank_pattern={"(a+)+": 4}),
+        "an adapter with a rank of 0 for a module": peft(rank_pattern={"attn.c_attn": 0}),
+        "an adapter folder without weights": peft(shapes=None),
+        "a PaddleNLP adapter split over ranks": paddlenlp(tensor_parallel_degree=2),
+        "a PaddleNLP adapter of MoRA": paddlenlp(use_mora=True),
+        "an adapter for a layer that is not there": peft(
+            {key.replace("h.0", "h.2"): shape for key, shape in PAIR.items()}
+        ),
+        "an adapter with a tensor of another kind": peft(
+            {**PAIR, f"{C_ATTN}.lora_magnitude_vector.weight": (768,)}
+        ),
+        "an adapter without one half of an update": peft({f"{C_ATTN}.lora_A.weight": (8, 256)}),
+        "an adapter of a rank that its config contradicts": peft(r=4),
+        "an adapter for a model of another size": peft(
+            {f"{C_ATTN}.lora_A.weight": (8, 4096), f"{C_ATTN}.lora_B.weight": (12288, 8)},
+            base_model_name_or_path="Qwen/Qwen-VL-Chat",
+        ),
+        "an adapter for a vocabulary of another size": peft(
+            {"base_model.model.lm_head.weight": (720, 256)}, modules_to_save=["lm_head"]
+        ),
+        "an adapter with a tensor under two names": peft(
+            {**PAIR, f"{C_ATTN.replace('transformer.', 'qwen.')}.lora_A.weight": (8, 256)}
+        ),
+        "an adapter for a convolution": peft(
+            {
+                "base_model.model.transformer.visual.conv1.lora_A.weight": (8, 3, 14, 14),
+                "base_model.model.transformer.visual.conv1.lora_B.weight": (64, 8, 1, 1),
+            }
+        ),
+    }
+)
+
+
+@case("`--lora` of a folder that is not there")
+def _(bench: Bench) -> list[str]:
+    bench.model()
+    return bench.export("--lora", "adapter")
+
+
+@case("`--lora` of a folder that is no adapter")
+def _(bench: Bench) -> list[str]:
+    bench.model()
+    return bench.export("--lora", "model")
+
+
+@case("`--lora` of a folder whose name ends in a number after `=`")
+def _(bench: Bench) -> list[str]:
+    bench.model()
+    write("lr=0.5", PAIR, PEFT)
+    return bench.export("--lora", "lr=0.5")
+
+
+@case("two adapters that replace the same tensor")
+def _(bench: Bench) -> list[str]:
+    bench.model()
+    for folder in ("first", "second"):
+        write(folder, {"base_model.model.lm_head.weight": (704, 256)}, PEFT)
+    return bench.export("--lora", "first", "--lora", "second")
+
+
+@case("`--lora` with a quantized checkpoint")
+def _(bench: Bench) -> list[str]:
+    write_quantised(Path("model"), Variant())
+    write("adapter", PAIR, PEFT)
+    return bench.export("--lora", "adapter")
+
+
+@case("an adapter for the `lm_head` of a checkpoint that has none of its own")
+def _(bench: Bench) -> list[str]:
+    bench.config(tie_word_embeddings=True)
+    write("adapter", {"base_model.model.lm_head.weight": (704, 256)}, PEFT)
+    return bench.export("--lora", "adapter")
