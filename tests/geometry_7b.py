@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
 from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
@@ -54,6 +55,34 @@ def write_model(folder: Path, sizes: dict[str, Any], dtype: str) -> Path:
         file = f"model-{number:05d}.safetensors"
         safetensors_file.write(folder / file, shard, dtype)
         weight_map.update(dict.fromkeys(shard, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def write_gptq(folder: Path, sizes: dict[str, Any], group: int = 128) -> Path:
+    """Write a GPTQ folder of 4 bits with act-order and random integers, one shard for each block."""
+    folder.mkdir(exist_ok=True)
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": True}
+    (folder / "config.json").write_text(json.dumps({**sizes, "quantization_config": quantization}))
+    config, rng = parse_config(sizes, "test"), np.random.default_rng(0)
+    shards: dict[str, dict[str, NDArray[Any]]] = {}
+    for name, spec in {**language_specs(config), **vision_specs(config)}.items():
+        shard = shards.setdefault(".".join(name.split(".")[:2]), {})
+        stored = name if name == "lm_head.weight" else f"transformer.{name}"
+        n_in, n_out = (*spec.shape, 1)[:2]
+        if not spec.linear or not name.startswith("h."):
+            shape = spec.shape[::-1] if spec.linear else spec.shape
+            shard[stored] = np.full(shape, 0.01, np.float16)
+            continue
+        layer, groups = stored[: -len(".weight")], n_in // group
+        shard[f"{layer}.qweight"] = rng.integers(-(2**31), 2**31, [n_in // 8, n_out], np.int32)
+        shard[f"{layer}.qzeros"] = np.full([groups, n_out // 8], 0x77777777, np.int32)
+        shard[f"{layer}.scales"] = np.full([groups, n_out], 0.1 / n_in**0.5, np.float16)
+        shard[f"{layer}.g_idx"] = rng.permutation(n_in).astype(np.int32) // group
+    weight_map = {}
+    for number, shard in enumerate(shards.values()):
+        save_file(shard, str(folder / f"model-{number:05d}.safetensors"))
+        weight_map.update(dict.fromkeys(shard, f"model-{number:05d}.safetensors"))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
 

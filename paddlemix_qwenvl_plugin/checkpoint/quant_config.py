@@ -17,6 +17,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 _BITS = {"gptq": (4, 8), "awq": (4,)}
+_MAX_GROUP = 1 << 20  # the most inputs that a layer may have (config.py)
 _SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
@@ -73,7 +74,7 @@ def _parse(data: Any, path: Path, method: Optional[str]) -> QuantConfig:
         allowed = " and ".join(map(str, _BITS[method]))
         raise QwenVLError(f"{path}: {method} with {bits} bits is not supported, only {allowed}")
     group_size = _integer(data, ("group_size", "q_group_size"), path)
-    if group_size not in (-1, 32, 64) and (group_size <= 0 or group_size % 128):
+    if group_size not in (-1, 32, 64) and (not 0 < group_size <= _MAX_GROUP or group_size % 128):
         raise QwenVLError(
             f"{path}: group_size {group_size} is not supported, only 32, 64, multiples of 128, and -1"
         )

@@ -25,6 +25,8 @@ WEIGHT_FILES = (
     ("pytorch_model.bin", "bin"),
 )
 _READERS: dict[str, Any] = {"safetensors": safetensors_file, "pdparams": pdparams_file, "bin": torch_file}
+# AutoGPTQ's own names, such as gptq_model-4bit-128g.safetensors; a folder without the files above may have one.
+_AUTOGPTQ = re.compile(r"gptq_model-[48]bit-(?:-1|\d{2,4})g\.(safetensors|bin)(\.index\.json)?")
 _SHARD = re.compile(r"-\d+-of-\d+\.(safetensors|pdparams|bin)")
 
 
@@ -69,7 +71,9 @@ class Shards:
             UsageError: the folder has no weight file with a known name.
             QwenVLError: a file of the index is missing, or a file is damaged.
         """
-        for name, kind in weight_files:
+        by_autogptq = [_AUTOGPTQ.fullmatch(path.name) for path in sorted(folder.iterdir(), reverse=True)]
+        names = [*weight_files, *((match[0], match[1]) for match in by_autogptq if match)]
+        for name, kind in names:
             path = folder / name
             if not path.is_file():
                 continue
@@ -88,8 +92,8 @@ class Shards:
             raise UsageError(
                 f"{folder}: holds shards, such as {unlisted[0]}, but not their .index.json; copy it, too"
             )
-        names = ", ".join(name for name, _ in weight_files)
-        raise UsageError(f"{folder}: no weights in it (looked for {names})")
+        known = ", ".join(name for name, _ in weight_files)
+        raise UsageError(f"{folder}: no weights in it (looked for {known})")
 
     def read(self, names: set[str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
         """Yield the named tensors in storage type, shard by shard."""

@@ -17,6 +17,7 @@ from quantised_folders import (
 )
 
 from paddlemix_qwenvl_plugin import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 
 VARIANTS = [
@@ -130,6 +131,21 @@ def test_the_file_of_the_quantizer(tmp_path, name, variant, content):
     np.testing.assert_array_equal(weight, dense["transformer.h.0.mlp.w1.weight"])
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_weight_files_of_autogptq(tmp_path, sharded):
+    """It names them by bits and group size, the shards and their index as well."""
+    dense = write_quantised(tmp_path, Variant(group=-1))
+    name = "gptq_model-4bit--1g"
+    shard = f"{name}-00001-of-00001.safetensors" if sharded else f"{name}.safetensors"
+    (tmp_path / "model.safetensors").rename(tmp_path / shard)
+    if sharded:
+        names = safetensors_file.read_header(tmp_path / shard)
+        index = {"weight_map": dict.fromkeys(names, shard)}
+        (tmp_path / f"{name}.safetensors.index.json").write_text(json.dumps(index))
+    weight = dequantised(Checkpoint(tmp_path).quantised.read("h.0.mlp.w2.weight"), 128).astype(np.float32)
+    np.testing.assert_array_equal(weight, dense["transformer.h.0.mlp.w2.weight"])
+
+
 def test_such_a_file_beside_float_weights_is_ignored(tmp_path):
     _, dense = quantised_tensors(Variant())
     write_tensors(tmp_path, dense, CONFIG)
@@ -148,6 +164,7 @@ def test_such_a_file_beside_float_weights_is_ignored(tmp_path):
         ({"bits": "4"}, "bits must be an integer, not '4'"),
         ({"quant_method": "awq", "bits": 8}, "awq with 8 bits is not supported, only 4"),
         ({"group_size": 48}, "group_size 48 is not supported, only 32, 64, multiples of 128, and -1"),
+        ({"group_size": 128 * 10**30}, "group_size 128000000000"),
         ({"group_size": 0}, "group_size 0 is not supported"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format marlin is not supported, only gptq and gptq_v2"),
         ({"is_marlin_format": True}, "checkpoint_format marlin is not supported"),

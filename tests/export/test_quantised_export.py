@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -20,6 +21,7 @@ from paddlemix_qwenvl_plugin.engine import library as c
 from paddlemix_qwenvl_plugin.engine.engine import Engine, KvPool, Weights
 from paddlemix_qwenvl_plugin.modeling.weights import load_language
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
+from paddlemix_qwenvl_plugin.upstream.inference_model import QWenForQWenVLInferenceModel
 
 pytestmark = needs_compiler
 
@@ -186,3 +188,12 @@ def test_refused_exports(tmp_path, arguments, line):
         export_language(tmp_path / "model", tmp_path / "text", "qwen", **arguments)
     assert str(caught.value) == f"{tmp_path}/model: {line}"
     assert not (tmp_path / "text").exists()
+
+
+def test_paddlenlps_scripts_export_such_a_folder(tmp_path):
+    write_quantised(tmp_path / "model", Variant("awq"))
+    model = QWenForQWenVLInferenceModel.from_pretrained(str(tmp_path / "model"), SimpleNamespace(), "float16")
+    model.to_static(str(tmp_path / "text" / "qwen"), {})
+    assert read_manifest(tmp_path / "text" / "qwen").quant_type == "awq_int4_g32"
+    with pytest.raises(UsageError, match=r"its weights are quantised \(awq_int4_g32\); only export-language"):
+        model.generate(input_ids=np.array([[1, 2]]))
