@@ -12,8 +12,13 @@ from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.tensors import language_specs
 
 
-def write_adapter(folder: Path, config: ModelConfig, seed: int, size: float = 0.4, rank: int = 4) -> Path:
-    """An adapter of all layers' matrices, whose updates have standard deviations of about `size` / 20."""
+def write_adapter(
+    folder: Path, config: ModelConfig, seed: int, size: float = 0.4, rank: int = 4, dtype: str = "float32"
+) -> Path:
+    """An adapter of all layers' matrices, whose updates have standard deviations of about `size` / 20.
+
+    With `dtype` bfloat16 the values are float32 numbers that bfloat16 has.
+    """
     folder.mkdir()
     random = np.random.default_rng(seed)
     tensors = {}
@@ -23,6 +28,11 @@ def write_adapter(folder: Path, config: ModelConfig, seed: int, size: float = 0.
             a, b = (rank, spec.shape[0]), (spec.shape[1], rank)
             tensors[f"{module}.lora_A.weight"] = random.standard_normal(a).astype(np.float32) * 0.1
             tensors[f"{module}.lora_B.weight"] = random.standard_normal(b).astype(np.float32) * size / 8
+    if dtype == "bfloat16":
+        for values in tensors.values():
+            values.view(np.uint32)[...] &= 0xFFFF0000
+    elif dtype == "float16":
+        tensors = {name: values.astype(np.float16) for name, values in tensors.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"))
     data = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
     (folder / "adapter_config.json").write_text(json.dumps(data))

@@ -58,7 +58,7 @@ std::vector<AdapterMatrix> checked_adapter(const qvl_config& config, const qvl_a
     const char* const name = spec.name.c_str();
     QVL_REQUIRE(!seen[static_cast<size_t>(target)], QVL_BAD_WEIGHT, "%s: is given twice", name);
     seen[static_cast<size_t>(target)] = true;
-    QVL_REQUIRE(m.dtype == QVL_FLOAT32 || m.dtype == QVL_BFLOAT16 || m.dtype == QVL_FLOAT16, QVL_BAD_WEIGHT,
+    QVL_REQUIRE(is_float(m.dtype), QVL_BAD_WEIGHT,
                 "%s: A and B are %s; they must be float32, bfloat16 or float16", name, dtype_name(m.dtype));
     QVL_REQUIRE(m.rank >= 1, QVL_BAD_WEIGHT, "%s: rank is %lld; it must be at least 1", name,
                 static_cast<long long>(m.rank));

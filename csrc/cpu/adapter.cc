@@ -27,12 +27,7 @@ Matrix CpuAdapter::copy(qvl_dtype dtype, int64_t rows, int64_t columns, int64_t 
     std::memcpy(memory + to * size(i), static_cast<const char*>(values) + from * size(i), from);
     std::memset(memory + to * size(i) + from, 0, to - from);
   }
-  Matrix matrix;
-  matrix.values = memory;
-  matrix.dtype = dtype;
-  matrix.rows = rows;
-  matrix.k = static_cast<int>(width);
-  return matrix;
+  return Matrix::stored(dtype, rows, width, memory);
 }
 
 void add_low_rank(Context& context, const std::vector<AdapterRows>& runs, int64_t target, const float* x,

@@ -147,12 +147,20 @@ class KvPool:
 
 
 class LowRank(NamedTuple):
-    """An update y += scale * B (A x) of a matrix: its canonical name, A float32 [rank, in], B float32 [out, rank]."""
+    """An update y += scale * B (A x) of a matrix.
+
+    Attributes:
+        name: canonical name of the matrix.
+        a, b: A [rank, in] and B [out, rank], contiguous; bfloat16 as uint16.
+        scale: the factor of B A.
+        dtype: storage type of both: float32, bfloat16 or float16.
+    """
 
     name: str
-    a: NDArray[np.float32]
-    b: NDArray[np.float32]
+    a: NDArray[Any]
+    b: NDArray[Any]
     scale: float
+    dtype: str = "float32"
 
 
 class Adapter:
@@ -169,7 +177,7 @@ class Adapter:
         for row, update in zip(rows, kept):
             row.name = update.name.encode()
             row.a, row.b = update.a.ctypes.data, update.b.ctypes.data
-            row.dtype = c.DTYPES["float32"]
+            row.dtype = c.DTYPES[update.dtype]
             row.scale = update.scale
             row.n_out, row.n_in, row.rank = len(update.b), update.a.shape[1], len(update.a)
         self.handle = c_void_p()

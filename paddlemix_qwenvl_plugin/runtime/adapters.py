@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Union
+from typing import Any, Optional, Union
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint.adapter import Adapter
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
@@ -57,7 +58,31 @@ def open_adapters(folders: Mapping[str, Union[str, Path]], config: ModelConfig) 
 
 
 def low_rank(adapter: Adapter) -> Iterator[LowRank]:
-    """Read the matrices of an adapter, one at a time."""
+    """Read the matrices of an adapter, one at a time, in the narrowest type that changes no value."""
     for name, entry in adapter.updates.items():
         a, b = adapter.update(name)  # [in, rank], [rank, out]
-        yield LowRank(name, np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), entry.scaling)
+        halves: list[Any] = [np.ascontiguousarray(half.T) for half in (a, b)]
+        dtype = "float32"
+        for narrower, narrow in _NARROWER.items():
+            narrowed = [narrow(half) for half in halves]
+            if all(half is not None for half in narrowed):
+                halves, dtype = narrowed, narrower
+                break
+        yield LowRank(name, halves[0], halves[1], entry.scaling, dtype)
+
+
+def _bfloat16(values: NDArray[np.float32]) -> Optional[NDArray[Any]]:
+    """The values as bfloat16 (uint16), None if that would change one."""
+    bits = values.view(np.uint32)
+    return None if (bits & 0xFFFF).any() else (bits >> 16).astype(np.uint16)
+
+
+def _float16(values: NDArray[np.float32]) -> Optional[NDArray[Any]]:
+    """The values as float16, None if that would change one."""
+    with np.errstate(over="ignore"):
+        narrowed = values.astype(np.float16)
+    return narrowed if np.array_equal(narrowed.astype(np.float32), values) else None
+
+
+# The types in which training code saves adapters; a reader has widened them.
+_NARROWER = {"bfloat16": _bfloat16, "float16": _float16}

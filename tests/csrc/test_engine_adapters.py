@@ -14,8 +14,10 @@ from engine import (
     DEVICE_LIBRARY,
     FLOAT32,
     INT4_G64,
+    INT32,
     INVALID,
     LANGUAGE,
+    UINT4_G128,
     Engine,
     EngineError,
     LowRank,
@@ -85,28 +87,36 @@ def test_equals_the_merged_model(library, golden_model, dtype):
     np.testing.assert_allclose(ours, expected, atol=1e-3, rtol=0)
 
 
-def test_of_an_int4_base_equals_the_merged_dequantised_model(library, golden_model):
-    """On a prompt; a decode step rounds its activations for a quantised base only."""
+@pytest.mark.parametrize("kind", [INT4_G64, UINT4_G128])
+def test_of_an_int4_base_equals_the_merged_dequantised_model(library, golden_model, kind):
+    """The same sums in float32, except decode steps of INT4_G64, which round activations for the base only.
+
+    The matrices with zero points have their columns in another order, as GPTQ's act-order gives them.
+    """
     model = golden_model("a")
     base, adapter = model.language_weights(), make_adapter(model, skip="lm_head")
-    quantised = store(library, base, INT4_G64, lambda name: FLOAT32 if "lm_head" in name else INT4_G64)
+    quantised = store(library, base, kind, lambda name: FLOAT32 if "lm_head" in name else kind)
     merged = dict(quantised)
-    for name, (data, dtype, shape) in quantised.items():
-        if dtype == INT4_G64:
-            values = library.unpack(data, dtype, *shape).astype(np.float64)
-            a, b, scale = adapter.get(name, (np.zeros([1, shape[1]]), np.zeros([shape[0], 1]), 0))
-            values = (values + scale * (floats(b) @ floats(a))).astype(np.float32)
-            merged[name] = library.pack(values, FLOAT32), FLOAT32, shape
-    ours, expected = (
-        run(library, model, quantised, adapter),
-        run(library, model, merged),
-    )
+    for name, (data, dtype, shape) in list(quantised.items()):
+        if dtype != kind:
+            continue
+        order = RANDOM.permutation(shape[1]).astype(np.int32) if kind == UINT4_G128 else np.arange(shape[1])
+        if kind == UINT4_G128:
+            quantised[f"{name}.order"] = order, INT32, order.shape
+        values = np.empty(shape)
+        values[:, order] = library.unpack(data, dtype, *shape)
+        a, b, scale = adapter[name]
+        values += scale * (floats(b) @ floats(a))
+        merged[name] = library.pack(values, FLOAT32), FLOAT32, shape
+    ours, expected = run(library, model, quantised, adapter), run(library, model, merged)
     np.testing.assert_allclose(ours[0], expected[0], atol=1e-3, rtol=0)
-    difference = np.abs(ours[1] - expected[1]).max()
-    assert difference < 0.1 * np.abs(expected[1]).max()
+    if kind == UINT4_G128:
+        np.testing.assert_allclose(ours[1], expected[1], atol=1e-3, rtol=0)
+    else:
+        assert np.abs(ours[1] - expected[1]).max() < 0.1 * np.abs(expected[1]).max()
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, INT4_G64])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, INT4_G64, UINT4_G128])
 def test_a_mixed_batch_equals_each_alone(library, golden_model, isa, dtype):
     """To the bit: prompts, chunks and decode steps of three adapters and of the base, in any order."""
     model = golden_model("a")

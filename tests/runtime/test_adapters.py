@@ -9,10 +9,12 @@ import pytest
 from adapter_folders import write_adapter
 from engines import DEVICE, needs_compiler
 from executors import without_cache
+from safetensors.numpy import load_file
 
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL, export_language, export_vision
 from paddlemix_qwenvl_plugin.checkpoint.config import load_config
 from paddlemix_qwenvl_plugin.demo.run import MODEL
+from paddlemix_qwenvl_plugin.runtime.adapters import low_rank, open_adapters
 from paddlemix_qwenvl_plugin.runtime.blocks import BlockPool
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 from paddlemix_qwenvl_plugin.runtime.request import Request
@@ -31,8 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two adapters of the demo model, its vision stage, and language stages: float32, merged with `one`, int4."""
     folder = tmp_path_factory.mktemp("adapters")
     config = load_config(MODEL)
-    for seed, name in enumerate(["one", "two"]):
-        write_adapter(folder / name, config, seed)
+    for seed, (name, dtype) in enumerate({"one": "float32", "two": "bfloat16"}.items()):
+        write_adapter(folder / name, config, seed, dtype=dtype)
     # The engine reads only an export's weights.
     export_vision(MODEL, folder / "vision", engine="portable")
     export_language(MODEL, folder, "plain", engine="portable")
@@ -146,3 +148,22 @@ def test_the_portable_graph_refuses(folder, monkeypatch):
         UsageError, match="adapters need the engine, and this model runs on the portable graph"
     ):
         opened(folder, "plain", "one").generate("Hello", adapter="one")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_adapters_keep_the_type_that_they_were_saved_in(tmp_path, dtype):
+    """The narrowest that has every value: matrices of a step are read from memory."""
+    config = load_config(MODEL)
+    write_adapter(tmp_path / "a", config, 0, dtype=dtype)
+    [adapter] = open_adapters({"a": tmp_path / "a"}, config).values()
+    updates = list(low_rank(adapter))
+    assert len(updates) == 5 * config.num_hidden_layers
+    for update in updates:
+        assert update.dtype == dtype
+        saved = load_file(tmp_path / "a" / "adapter_model.safetensors")
+        module = f"base_model.model.transformer.{update.name[: -len('.weight')]}"
+        for half, mine in (("A", update.a), ("B", update.b)):
+            values = saved[f"{module}.lora_{half}.weight"]
+            if dtype == "bfloat16":
+                mine = (mine.astype(np.uint32) << 16).view(np.float32)
+            np.testing.assert_array_equal(mine, values)
