@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Optional
@@ -29,7 +30,12 @@ MAX_TOKENS = 1 << 16
 
 
 def quantise_model(
-    model: Path, target: Path, bits: int, group_size: int = 64, data: Optional[Path] = None
+    model: Path,
+    target: Path,
+    bits: int,
+    group_size: int = 64,
+    data: Optional[Path] = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Quantise the language model's matrices, except lm_head, and write a GPTQ model folder.
 
@@ -42,6 +48,7 @@ def quantise_model(
         bits: 4 or 8.
         group_size: columns that share a scale: 32, 64 or 128.
         data: calibration rows (rows.py); None: drawn ones.
+        say: called with a line for the user, after the arguments are checked.
 
     Raises:
         UsageError: an invalid argument or row.
@@ -65,6 +72,10 @@ def quantise_model(
         "group_size": group_size,
     }
     with Work.open(target, settings) as work:
+        if data is None:
+            say("Without --data: calibrating on drawn images of shapes and words; your own rows fit your use better.")
+        if work.embedded:
+            say(f"Resuming after {work.layers} of {checkpoint.config.num_hidden_layers} layers.")
         return _run(checkpoint, rows, n_rows - len(rows.rows), work, target, bits, group_size)
 
 

@@ -24,8 +24,8 @@ class Work:
 
     Attributes:
         model: the model folder, renamed to OUT when it is complete.
-        layers: number of layers done; -1: not even the rows are embedded.
         figures: a dict per layer done, for the report.
+        embedded: whether the states before the next layer are complete.
     """
 
     def __init__(self, folder: Path, figures: list[dict[str, Any]], embedded: bool) -> None:
@@ -63,7 +63,12 @@ class Work:
                 write_text(job, json.dumps(settings))
             try:
                 with FileLock(folder / "lock", timeout=0):
-                    yield cls(folder, *_progress(folder))
+                    work = cls(folder, *_progress(folder))
+                    try:
+                        yield work
+                    finally:
+                        if not work.embedded:  # nothing to resume
+                            shutil.rmtree(folder, ignore_errors=True)
             except Timeout as error:
                 raise UsageError(f"{folder}: another process is writing it; wait for it") from error
 

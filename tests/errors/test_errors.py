@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import quantize_cases  # noqa: F401  its cases are in CASES, too
 from error_cases import CASES, STREET, Bench
 from error_doc import Row, rows
 from error_table import check
