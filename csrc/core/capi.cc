@@ -24,7 +24,7 @@ void not_null(const void* pointer, const char* name) {
 
 void check_packing(qvl_dtype dtype, int64_t out, int64_t in, const void* values, const void* packed,
                    uint64_t bytes) {
-  const uint64_t needed = packed_bytes(dtype, out, in);
+  const uint64_t needed = dtype == QVL_INT32 ? 0 : packed_bytes(dtype, out, in);
   QVL_REQUIRE(needed != 0, QVL_INVALID, "a [%lld, %lld] matrix of dtype %d cannot be stored",
               static_cast<long long>(out), static_cast<long long>(in), dtype);
   QVL_REQUIRE(bytes == needed, QVL_INVALID, "packed_bytes is %llu; it must be %llu",
@@ -108,7 +108,21 @@ qvl_status qvl_pack(qvl_dtype dtype, int64_t out, int64_t in, const float* value
                     uint64_t packed_bytes, qvl_error* error) {
   return guarded(error, [&] {
     qvl::check_packing(dtype, out, in, values, packed, packed_bytes);
+    QVL_REQUIRE(!qvl::has_zeros(dtype), QVL_INVALID, "dtype %d: use qvl_pack_groups", dtype);
     qvl::pack(dtype, out, in, values, packed);
+  });
+}
+
+qvl_status qvl_pack_groups(qvl_dtype dtype, int64_t out, int64_t in, const uint8_t* integers,
+                           const uint16_t* scales, const uint16_t* zeros, void* packed, uint64_t packed_bytes,
+                           qvl_error* error) {
+  return guarded(error, [&] {
+    QVL_REQUIRE(qvl::has_zeros(dtype), QVL_INVALID, "dtype %d has no groups with zero points", dtype);
+    not_null(integers, "integers");
+    qvl::check_packing(dtype, out, in, integers, packed, packed_bytes);
+    not_null(scales, "scales");
+    not_null(zeros, "zeros");
+    qvl::pack_groups(dtype, out, in, integers, scales, zeros, packed);
   });
 }
 

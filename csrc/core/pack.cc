@@ -106,29 +106,21 @@ uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in) {
   constexpr int64_t kMost = int64_t{1} << 31;
   if (out < 1 || in < 1 || out > kMost || in > kMost) return 0;
   const auto rows = static_cast<uint64_t>(out);
-  switch (dtype) {
-    case QVL_FLOAT32:
-      return rows * static_cast<uint64_t>(in) * 4;
-    case QVL_BFLOAT16:
-    case QVL_FLOAT16:
-      return rows * static_cast<uint64_t>(in) * 2;
-    case QVL_INT8:
-      return rows * static_cast<uint64_t>(padded(in));
-    case QVL_INT4_G64:
-    case QVL_INT4_G128:
-      return rows * static_cast<uint64_t>(padded(in) / 2);
-    default:
-      return 0;
-  }
+  if (dtype == QVL_INT32 && in != 1) return 0;
+  const int64_t columns = is_quantised(dtype) ? padded(in) : in;
+  return rows * static_cast<uint64_t>(columns) * static_cast<uint64_t>(value_bits(dtype)) / 8;
+}
+
+uint64_t scale_bytes(qvl_dtype dtype, int64_t out, int64_t in) {
+  const auto rows = static_cast<uint64_t>(out);
+  if (dtype == QVL_INT8) return rows * sizeof(float);
+  return group_size(dtype) ? rows * static_cast<uint64_t>(padded(in) / group_size(dtype)) * 2 : 0;
 }
 
 uint64_t packed_bytes(qvl_dtype dtype, int64_t out, int64_t in) {
   const uint64_t values = value_bytes(dtype, out, in);
   if (values == 0) return 0;
-  const auto rows = static_cast<uint64_t>(out);
-  if (dtype == QVL_INT8) return values + rows * sizeof(float);
-  if (group_size(dtype)) return values + rows * static_cast<uint64_t>(padded(in) / group_size(dtype)) * 2;
-  return values;
+  return values + scale_bytes(dtype, out, in) * (has_zeros(dtype) ? 2 : 1);
 }
 
 void pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed) {
@@ -161,9 +153,42 @@ void pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* p
   }
 }
 
+void pack_groups(qvl_dtype dtype, int64_t out, int64_t in, const uint8_t* integers, const uint16_t* scales,
+                 const uint16_t* zeros, void* packed) {
+  auto* bytes = static_cast<uint8_t*>(packed);
+  auto* to_scales = reinterpret_cast<uint16_t*>(bytes + value_bytes(dtype, out, in));
+  uint16_t* to_zeros = to_scales + scale_bytes(dtype, out, in) / sizeof(uint16_t);
+  const int64_t width = padded(in), group = group_size(dtype), n_groups = (in + group - 1) / group;
+  std::memset(packed, 0, packed_bytes(dtype, out, in));
+  for (int64_t row = 0; row < out; ++row) {
+    for (int64_t g = 0; g < n_groups; ++g) {
+      const uint16_t scale = scales[row * n_groups + g], zero = zeros[row * n_groups + g];
+      const float value = from_float16(zero);
+      QVL_REQUIRE(std::isfinite(from_float16(scale)), QVL_INVALID, "scales: one of them is not finite");
+      QVL_REQUIRE(value >= 0 && value <= 256 && value == std::floor(value), QVL_INVALID,
+                  "zeros: one of them is %g; they must be whole numbers from 0 to 256",
+                  static_cast<double>(value));
+      to_scales[row * (width / group) + g] = scale;
+      to_zeros[row * (width / group) + g] = zero;
+    }
+    const uint8_t* from = integers + row * in;
+    if (value_bits(dtype) == 8) {
+      std::memcpy(bytes + row * width, from, static_cast<size_t>(in));
+      continue;
+    }
+    uint8_t* to = bytes + row * width / 2;
+    for (int64_t k = 0; k < in; ++k) {
+      QVL_REQUIRE(from[k] < 16, QVL_INVALID, "integers: one of them is %d; 4 bits hold 0 to 15", from[k]);
+      uint8_t& byte = to[nibble_byte(k)];
+      byte = static_cast<uint8_t>(byte | from[k] << nibble_shift(k));
+    }
+  }
+}
+
 void unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* packed, float* values) {
   const auto* bytes = static_cast<const uint8_t*>(packed);
   const uint8_t* scales = bytes + value_bytes(dtype, out, in);
+  const uint8_t* zeros = scales + scale_bytes(dtype, out, in);
   const int64_t width = padded(in);
   const int group = group_size(dtype);
   for (int64_t row = 0; row < out; ++row) {
@@ -184,9 +209,17 @@ void unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* packed, float*
                   reinterpret_cast<const int8_t*>(bytes)[row * width + k];
           break;
         default: {
-          const int nibble = bytes[row * width / 2 + nibble_byte(k)] >> nibble_shift(k) & 15;
-          const uint16_t scale = reinterpret_cast<const uint16_t*>(scales)[row * (width / group) + k / group];
-          value = from_bfloat16(scale) * static_cast<float>(nibble - 8);
+          const int integer = value_bits(dtype) == 8
+                                  ? bytes[row * width + k]
+                                  : bytes[row * width / 2 + nibble_byte(k)] >> nibble_shift(k) & 15;
+          const int64_t at = row * (width / group) + k / group;
+          const uint16_t scale = reinterpret_cast<const uint16_t*>(scales)[at];
+          if (has_zeros(dtype)) {
+            const float zero = from_float16(reinterpret_cast<const uint16_t*>(zeros)[at]);
+            value = from_float16(scale) * (static_cast<float>(integer) - zero);
+          } else {
+            value = from_bfloat16(scale) * static_cast<float>(integer - 8);
+          }
         }
       }
     }

@@ -15,7 +15,35 @@ inline int64_t padded(int64_t in) {
 
 // Group size: values that share a scale; 0 for a scale per row and for types without scales.
 inline int group_size(qvl_dtype dtype) {
-  return dtype == QVL_INT4_G64 ? 64 : dtype == QVL_INT4_G128 ? 128 : 0;
+  switch (dtype) {
+    case QVL_UINT4_G32:
+    case QVL_UINT8_G32:
+      return 32;
+    case QVL_INT4_G64:
+    case QVL_UINT4_G64:
+    case QVL_UINT8_G64:
+      return 64;
+    case QVL_INT4_G128:
+    case QVL_UINT4_G128:
+    case QVL_UINT8_G128:
+      return 128;
+    default:
+      return 0;
+  }
+}
+
+// Bits of a stored value, without scales; 0 for an unknown type.
+inline int value_bits(qvl_dtype dtype) {
+  constexpr int kBits[QVL_DTYPES] = {32, 16, 8, 4, 4, 16, 4, 4, 4, 8, 8, 8, 32};
+  return dtype >= 0 && dtype < QVL_DTYPES ? kBits[dtype] : 0;
+}
+
+inline bool is_float(qvl_dtype dtype) {
+  return dtype == QVL_FLOAT32 || dtype == QVL_BFLOAT16 || dtype == QVL_FLOAT16;
+}
+
+inline bool has_zeros(qvl_dtype dtype) {
+  return dtype >= QVL_UINT4_G32 && dtype <= QVL_UINT8_G128;
 }
 
 inline bool is_quantised(qvl_dtype dtype) {
@@ -25,9 +53,17 @@ inline bool is_quantised(qvl_dtype dtype) {
 // Bytes of the values alone: the offset of the scales.
 uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
+// Bytes of the scales; of the zero points as well, if the type has them.
+uint64_t scale_bytes(qvl_dtype dtype, int64_t out, int64_t in);
+
 uint64_t packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 void pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed);
+
+// qvl_pack_groups, for a type with zero points.
+void pack_groups(qvl_dtype dtype, int64_t out, int64_t in, const uint8_t* integers, const uint16_t* scales,
+                 const uint16_t* zeros, void* packed);
+
 void unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* packed, float* values);
 
 }  // namespace qvl

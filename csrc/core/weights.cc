@@ -81,8 +81,12 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
   const char* name = spec.name.c_str();
   QVL_REQUIRE(tensor.dtype >= 0 && tensor.dtype < QVL_DTYPES, QVL_BAD_WEIGHT, "%s: dtype %d is unknown", name,
               tensor.dtype);
-  QVL_REQUIRE(!is_quantised(tensor.dtype) || spec.product, QVL_BAD_WEIGHT,
-              "%s: is %s; this weight must be float32, bfloat16 or float16", name, dtype_name(tensor.dtype));
+  QVL_REQUIRE(is_float(tensor.dtype) || (spec.product && is_quantised(tensor.dtype)), QVL_BAD_WEIGHT,
+              "%s: is %s; this weight must be float32, bfloat16 or float16%s", name, dtype_name(tensor.dtype),
+              spec.product ? ", or quantised" : "");
+  QVL_REQUIRE(device == QVL_DEVICE_CPU || !has_zeros(tensor.dtype), QVL_UNSUPPORTED,
+              "%s: %s is not supported on a GPU yet: run this model on the CPU", name,
+              dtype_name(tensor.dtype));
   QVL_REQUIRE(tensor.n_dims >= 1 && tensor.n_dims <= 4, QVL_BAD_WEIGHT, "%s: has %d axes; it must have %zu",
               name, tensor.n_dims, spec.shape.size());
   const auto n_dims = static_cast<size_t>(tensor.n_dims);
@@ -107,11 +111,45 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
               tensor.device);
 }
 
+// Check that the order of a matrix's inputs is a permutation of the numbers below n.
+void check_order(const qvl_tensor& tensor, const std::string& name, int64_t n, qvl_device device) {
+  const char* const text = name.c_str();
+  QVL_REQUIRE(device == QVL_DEVICE_CPU, QVL_UNSUPPORTED,
+              "%s: act-order is not supported on a GPU yet: run this model on the CPU", text);
+  QVL_REQUIRE(tensor.dtype == QVL_INT32 && tensor.n_dims == 1 && tensor.shape[0] == n &&
+                  tensor.bytes == static_cast<uint64_t>(n) * sizeof(int32_t),
+              QVL_BAD_WEIGHT, "%s: must be int32 [%lld]", text, static_cast<long long>(n));
+  QVL_REQUIRE(tensor.data != nullptr, QVL_BAD_WEIGHT, "%s: data is NULL", text);
+  QVL_REQUIRE(reinterpret_cast<uintptr_t>(tensor.data) % alignof(int32_t) == 0, QVL_BAD_WEIGHT,
+              "%s: data is not aligned to 4 bytes", text);
+  QVL_REQUIRE(tensor.device == QVL_DEVICE_CPU, QVL_BAD_WEIGHT, "%s: is on device %d; it must be on the CPU",
+              text, tensor.device);
+  const auto* order = static_cast<const int32_t*>(tensor.data);
+  std::vector<bool> seen(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    QVL_REQUIRE(order[i] >= 0 && order[i] < n && !seen[static_cast<size_t>(order[i])], QVL_BAD_WEIGHT,
+                "%s: is no permutation of the %lld inputs; value %lld is %d", text, static_cast<long long>(n),
+                static_cast<long long>(i), order[i]);
+    seen[static_cast<size_t>(order[i])] = true;
+  }
+}
+
 }  // namespace
 
 const char* dtype_name(qvl_dtype dtype) {
-  static const char* const names[QVL_DTYPES] = {
-      "float32", "bfloat16", "int8", "int4 (groups of 64)", "int4 (groups of 128)", "float16"};
+  static const char* const names[QVL_DTYPES] = {"float32",
+                                                "bfloat16",
+                                                "int8",
+                                                "int4 (groups of 64)",
+                                                "int4 (groups of 128)",
+                                                "float16",
+                                                "uint4 (groups of 32 with zero points)",
+                                                "uint4 (groups of 64 with zero points)",
+                                                "uint4 (groups of 128 with zero points)",
+                                                "uint8 (groups of 32 with zero points)",
+                                                "uint8 (groups of 64 with zero points)",
+                                                "uint8 (groups of 128 with zero points)",
+                                                "int32"};
   return dtype >= 0 && dtype < QVL_DTYPES ? names[dtype] : "unknown";
 }
 
@@ -135,6 +173,12 @@ WeightTable checked_weights(const qvl_config& config, const Tensors& tensors) {
     QVL_REQUIRE(tensor != nullptr, QVL_BAD_WEIGHT, "%s: this weight is missing", spec.name.c_str());
     check_tensor(*tensor, spec, config.device);
     table.emplace(spec.name, *tensor);
+    const qvl_tensor* order = spec.product ? tensors.find(spec.name + ".order") : nullptr;
+    if (order == nullptr) continue;
+    int64_t inner = 1;
+    for (size_t i = 1; i < spec.shape.size(); ++i) inner *= spec.shape[i];
+    check_order(*order, spec.name + ".order", inner, config.device);
+    table.emplace(spec.name + ".order", *order);
   }
   return table;
 }

@@ -20,7 +20,8 @@ std::vector<WeightSpec> weight_specs(const qvl_config& config);
 
 using WeightTable = std::unordered_map<std::string, qvl_tensor>;
 
-// Check the tensors that the config requires. The result has an entry for each spec.
+// Check the tensors that the config requires. The result has an entry for each spec, and for the orders of
+// inputs (NAME.order) that are given.
 WeightTable checked_weights(const qvl_config& config, const Tensors& tensors);
 
 // Bytes of a tensor of a valid dtype; 0 if that dtype cannot store the shape or the sizes are out of range.

@@ -43,7 +43,7 @@ class CpuBackend final : public Backend {
  public:
   CpuBackend(const qvl_config& config, const WeightTable& table)
       : config_(config),
-        context_(kernels(config), cpu::thread_count(config.n_threads)),
+        context_(kernels(config), cpu::thread_count(config.n_threads), config.compute == QVL_COMPUTE_FLOAT32),
         sampling_(static_cast<size_t>(context_.pool.size())) {
     cpu::Weights weights(table);
     if (has_language(config_)) language_.emplace(config_, weights);

@@ -17,11 +17,13 @@ constexpr int64_t kElementWork = 8;
 struct Context {
   const Kernels& kernels;
   ThreadPool pool;
+  const bool exact;               // no rounded activations with types that have zero points
   Buffer activations;             // of linear(): prepared (matvec) or packed (blocked product)
+  Buffer ordered;                 // of linear(): inputs in the order of a matrix's columns
   std::vector<Buffer> of_thread;  // of linear() and attention, one per thread
 
-  Context(const Kernels& kernels, int n_threads)
-      : kernels(kernels), pool(n_threads), of_thread(static_cast<size_t>(n_threads)) {}
+  Context(const Kernels& kernels, int n_threads, bool exact = false)
+      : kernels(kernels), pool(n_threads), exact(exact), of_thread(static_cast<size_t>(n_threads)) {}
 
   // Call body(task, thread) for tasks 0 to n - 1, which cost `work` multiplications or loads together; in the
   // calling thread alone if that is less than the cost of sharing.

@@ -12,10 +12,17 @@ constexpr int64_t kStretchBytes = 1 << 18;  // bytes of a task with more than kM
 constexpr int64_t kTileRows = 64;           // rows of weights in a task of the blocked product
 constexpr int64_t kMaxTokens = 384;         // packed at once: 512 columns of them fit the second-level cache
 
-constexpr int kBits[QVL_DTYPES] = {32, 16, 8, 4, 4, 16};
-
 const void* offset(const void* memory, uint64_t bytes) {
   return static_cast<const char*>(memory) + bytes;
+}
+
+// The inputs in the order of the matrix's columns [n_x][k].
+const float* ordered(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x) {
+  float* const to = context.ordered.get<float>(static_cast<size_t>(n_x * m.k));
+  context.rows(n_x, m.k, [&](int64_t i, int) {
+    for (int64_t j = 0; j < m.k; ++j) to[i * m.k + j] = x[i * x_stride + m.order[j]];
+  });
+  return to;
 }
 
 // Decode rows in groups of kMaxRows. A task is a stretch of weight rows for all groups: the first group reads
@@ -35,7 +42,8 @@ void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride,
                   y + g * kMaxRows * y_stride,
                   y_stride,
                   m.bias,
-                  add};
+                  add,
+                  m.zeros};
   };
   context.run(groups, (groups - 1) * kMaxRows * kElementWork * m.k, [&](int64_t g, int) {
     const Matvec group = of_group(g);
@@ -62,7 +70,7 @@ Ahead next_tile(const Matrix& m, int64_t row, int k, int tile_k) {
   }
   if (row >= m.rows) return {};
   const int64_t stride = static_cast<int64_t>(value_bytes(m.dtype, 1, m.k));
-  const int64_t bits = kBits[m.dtype];
+  const int64_t bits = value_bits(m.dtype);
   return {static_cast<const char*>(m.values) + row * stride + k * bits / 8, stride,
           std::min(kTileRows, m.rows - row), std::min(tile_k, m.k - k) * bits / 8};
 }
@@ -112,7 +120,8 @@ void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride
     const int64_t n_rows = std::min(kTileRows, m.rows - first_row);
     for (int k = 0; k < m.k; k += tile_k) {
       const int n_k = std::min(tile_k, m.k - k);
-      const Tile from = tile_of(kernels, kind, m, {m.values, m.scales, m.k, first_row, n_rows, k, n_k, tile});
+      const Tile from =
+          tile_of(kernels, kind, m, {m.values, m.scales, m.k, first_row, n_rows, k, n_k, tile, m.zeros});
       kernels.multiply_tile[kind](from.values, from.width, static_cast<int>(n_rows), n_k,
                                   panels + static_cast<size_t>(k) * k_bytes, panel_bytes, n_panels, k == 0, c,
                                   c_stride, next_tile(m, first_row, k + n_k, tile_k));
@@ -125,12 +134,24 @@ void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride
 
 }  // namespace
 
+Matrix Matrix::stored(qvl_dtype dtype, int64_t rows, int64_t k, const void* data, const float* bias) {
+  Matrix matrix;
+  matrix.values = data;
+  matrix.dtype = dtype;
+  matrix.rows = rows;
+  matrix.k = static_cast<int>(k);
+  matrix.bias = bias;
+  if (is_quantised(dtype)) matrix.scales = offset(data, value_bytes(dtype, rows, k));
+  if (has_zeros(dtype)) matrix.zeros = offset(matrix.scales, scale_bytes(dtype, rows, k));
+  return matrix;
+}
+
 Matrix Matrix::slice(int64_t first, int64_t n) const {
   Matrix part = *this;
   part.values = offset(values, first > 0 ? value_bytes(dtype, first, k) : 0);
-  if (scales != nullptr && first > 0) {
-    part.scales = offset(scales, packed_bytes(dtype, first, k) - value_bytes(dtype, first, k));
-  }
+  const uint64_t of_scales = first > 0 ? scale_bytes(dtype, first, k) : 0;
+  if (scales != nullptr) part.scales = offset(scales, of_scales);
+  if (zeros != nullptr) part.zeros = offset(zeros, of_scales);
   if (bias != nullptr) part.bias = bias + first;
   part.rows = n;
   return part;
@@ -138,6 +159,12 @@ Matrix Matrix::slice(int64_t first, int64_t n) const {
 
 void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, Rows rows, float* y,
             int64_t y_stride, bool add) {
+  if (matrix.order != nullptr) {
+    x = ordered(context, matrix, x, x_stride, rows.n());
+    x_stride = matrix.k;
+  }
+  if (has_zeros(matrix.dtype) && (context.exact || context.kernels.matvec[matrix.dtype] == nullptr))
+    rows = {rows.n(), 0};
   const int64_t n = rows.prompt;
   const int64_t parts = std::max<int64_t>(1, (n + kMaxTokens - 1) / kMaxTokens);
   const int64_t lanes = context.kernels.lanes;

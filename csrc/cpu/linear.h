@@ -12,6 +12,12 @@ struct Matrix {
   int64_t rows = 0;  // outputs
   int k = 0;         // inputs
   const float* bias = nullptr;
+  const void* zeros = nullptr;     // types with zero points only
+  const int32_t* order = nullptr;  // [k]: stored column j multiplies x[order[j]]; NULL: x[j]
+
+  // Matrix stored at `data` as qvl_packed_bytes describes.
+  static Matrix stored(qvl_dtype dtype, int64_t rows, int64_t k, const void* data,
+                       const float* bias = nullptr);
 
   // Rows [first, first + n).
   Matrix slice(int64_t first, int64_t n) const;
@@ -28,7 +34,8 @@ struct Rows {
 // y [n][y_stride] (+)= x [n][x_stride] W^T + bias. x and y do not overlap.
 //
 // Prompt rows use the blocked product, decode rows the matrix-vector kernels, which stream the weights from
-// memory once. A row's result is the same to the bit whatever the number of rows.
+// memory once. With types that have zero points, decode rows use the blocked product as well if the context
+// is exact. A row's result is the same to the bit whatever the number of rows.
 void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, Rows rows, float* y,
             int64_t y_stride, bool add = false);
 

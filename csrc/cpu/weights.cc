@@ -17,15 +17,10 @@ Matrix Weights::matrix(const std::string& name, const std::string& bias) {
   const qvl_tensor& tensor = table_.at(name);
   int64_t k = 1;
   for (int i = 1; i < tensor.n_dims; ++i) k *= tensor.shape[i];
-  Matrix matrix;
-  matrix.values = tensor.data;
-  matrix.dtype = tensor.dtype;
-  matrix.rows = tensor.shape[0];
-  matrix.k = static_cast<int>(k);
-  if (is_quantised(tensor.dtype)) {
-    matrix.scales = static_cast<const char*>(tensor.data) + value_bytes(tensor.dtype, matrix.rows, k);
-  }
+  Matrix matrix = Matrix::stored(tensor.dtype, tensor.shape[0], k, tensor.data);
   if (!bias.empty()) matrix.bias = floats(bias);
+  const auto order = table_.find(name + ".order");
+  if (order != table_.end()) matrix.order = static_cast<const int32_t*>(order->second.data);
   return matrix;
 }
 

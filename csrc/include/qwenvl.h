@@ -79,7 +79,16 @@ enum {
   QVL_INT4_G64 = 3,  /* a scale for each 64 values of a row */
   QVL_INT4_G128 = 4, /* a scale for each 128 values of a row */
   QVL_FLOAT16 = 5,   /* IEEE half precision */
-  QVL_DTYPES = 6
+  /* The integers of a GPTQ or AWQ checkpoint, with a scale and a zero point for each group of 32, 64 or 128
+     values of a row. Made by qvl_pack_groups, see there. Not on a GPU yet. */
+  QVL_UINT4_G32 = 6,
+  QVL_UINT4_G64 = 7,
+  QVL_UINT4_G128 = 8,
+  QVL_UINT8_G32 = 9,
+  QVL_UINT8_G64 = 10,
+  QVL_UINT8_G128 = 11,
+  QVL_INT32 = 12, /* vectors of indices only */
+  QVL_DTYPES = 13
 };
 
 typedef int32_t qvl_device;
@@ -101,7 +110,8 @@ enum {
 typedef int32_t qvl_compute;
 enum {
   QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 if it has instructions for it, else float32 */
-  QVL_COMPUTE_FLOAT32 = 1,  /* CPU: without the instructions of QVL_ISA_AVX512_BF16 */
+  QVL_COMPUTE_FLOAT32 = 1,  /* CPU: without the instructions of QVL_ISA_AVX512_BF16; decode steps multiply
+                               QVL_UINT* weights with float32 activations, slowly */
   QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED without instructions for it */
   QVL_COMPUTE_FLOAT16 = 3   /* not on a CPU */
 };
@@ -190,10 +200,15 @@ typedef struct qvl_config {
  * the two tables positional_embedding and key_pos_embed must be resized to the image's patches.
  *
  * All may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16; the matrices other than wte.weight may be quantised.
- * Types may be mixed. Products run in float32 where the weight is float32. Elsewhere the products of prompts
+ * Types may be mixed. A matrix NAME [out, in] other than wte.weight may come with a vector NAME.order,
+ * QVL_INT32 [in], a permutation ("act-order" of GPTQ): stored column j multiplies input order[j], y[o] = sum
+ * over j of value[o, j] x[order[j]]. Not on a GPU yet.
+ *
+ * Products run in float32 where the weight is float32. Elsewhere the products of prompts
  * and images round their activations to bfloat16 if the machine has instructions for it; those of decode
  * steps, and lm_head's, leave them in float32, but on a CPU round them to 8 bits with a scale for each 32
- * values if the weight is quantised. Everything else is float32.
+ * values if the weight is quantised (QVL_UINT*: unless `compute` is QVL_COMPUTE_FLOAT32). Everything else is
+ * float32.
  */
 typedef struct qvl_tensor {
   const char* name;
@@ -207,23 +222,36 @@ typedef struct qvl_tensor {
   uint64_t bytes;   /* length of `data`, as a check */
 } qvl_tensor;
 
-/* Bytes of an [out, in] matrix stored as `dtype`, 0 for invalid arguments.
+/* Bytes of an [out, in] matrix stored as `dtype`, 0 for invalid arguments. QVL_INT32: `in` must be 1.
  *
  * QVL_INT8:     int8 [out, padded] and float32 [out] scales; value = scale * integer.
  * QVL_INT4_G*:  uint8 [out, padded / 2] and bfloat16 [out, padded / group] scales; value = scale * (nibble -
  * 8). 128 values of a row are 64 bytes, or 32 little-endian words: value 32 j + i is nibble j, counted from
  * the lowest bits, of word i. padded is `in` rounded up to 128; padding has the value 0.
+ * QVL_UINT4_G*, QVL_UINT8_G*: uint8 [out, padded / 2] with nibbles in the order of QVL_INT4_G*, or uint8
+ * [out, padded]; float16 [out, padded / group] scales; float16 [out, padded / group] zero points, whole
+ * numbers from 0 to 256. value = scale * (integer - zero). Padding: integers, scales and zero points are 0.
  */
 QVL_API uint64_t qvl_packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 /* Round a float32 matrix [out, in] (host memory) to `dtype` at `packed` (host memory), to nearest. Symmetric:
  * the scale of a row follows from its largest magnitude; the scale of a group has the least squared error
- * among a few near its largest magnitude / 8. NaN or infinity in the matrix is QVL_INVALID.
+ * among a few near its largest magnitude / 8. NaN or infinity in the matrix is QVL_INVALID, and so is a type
+ * of qvl_pack_groups.
  */
 QVL_API qvl_status qvl_pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed,
                             uint64_t packed_bytes, qvl_error* error);
 
-/* The reverse: the float32 values of a packed matrix. */
+/* Store integers [out, in] with a scale and a zero point for each group, all unchanged, as `dtype`, one of
+ * QVL_UINT4_G* and QVL_UINT8_G*, at `packed`; all in host memory. integers: below 16 for 4 bits. scales,
+ * zeros: float16 [out, groups], groups = in / group rounded up. QVL_INVALID: an integer out of range, a scale
+ * that is not finite, or a zero point that is no whole number from 0 to 256.
+ */
+QVL_API qvl_status qvl_pack_groups(qvl_dtype dtype, int64_t out, int64_t in, const uint8_t* integers,
+                                   const uint16_t* scales, const uint16_t* zeros, void* packed,
+                                   uint64_t packed_bytes, qvl_error* error);
+
+/* The float32 values of a packed matrix. */
 QVL_API qvl_status qvl_unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* packed,
                               uint64_t packed_bytes, float* values, qvl_error* error);
 

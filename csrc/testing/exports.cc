@@ -31,25 +31,17 @@ int with_context(qvl_isa isa, int threads, Body&& body) {
              : 1;
 }
 
-Matrix as_matrix(qvl_dtype dtype, int64_t rows, int64_t k, const void* packed, const float* bias) {
-  Matrix matrix;
-  matrix.values = packed;
-  matrix.scales = static_cast<const char*>(packed) + value_bytes(dtype, rows, k);
-  matrix.dtype = dtype;
-  matrix.rows = rows;
-  matrix.k = static_cast<int>(k);
-  matrix.bias = bias;
-  return matrix;
-}
-
 }  // namespace
 
 // The first n_prompt of the n_x activations by the blocked product, the others by the matrix-vector kernels.
+// order: see Matrix, may be NULL.
 EXPORT int qvlt_linear(qvl_isa isa, int threads, qvl_dtype dtype, int64_t n_prompt, int64_t n_x, int64_t rows,
-                       int64_t k, const float* x, const void* packed, const float* bias, int add, float* y) {
+                       int64_t k, const float* x, const void* packed, const int32_t* order, const float* bias,
+                       int add, float* y) {
   return with_context(isa, threads, [&](Context& context) {
-    linear(context, as_matrix(dtype, rows, k, packed, bias), x, k, {n_prompt, n_x - n_prompt}, y, rows,
-           add != 0);
+    Matrix matrix = Matrix::stored(dtype, rows, k, packed, bias);
+    matrix.order = order;
+    linear(context, matrix, x, k, {n_prompt, n_x - n_prompt}, y, rows, add != 0);
   });
 }
 

@@ -150,8 +150,7 @@ EXPORT double qvlt_time_linear(qvl_isa isa, int threads, qvl_dtype dtype, int de
     std::vector<float> x(static_cast<size_t>(n_x * k), 0.5F), y(static_cast<size_t>(n_x * rows));
     for (int i = 0; i < repeats; ++i) {
       const char* values = matrices[static_cast<size_t>(i % copies)].get<char>(bytes);
-      const Matrix matrix{values, values + value_bytes(dtype, rows, k), dtype, rows, static_cast<int>(k),
-                          nullptr};
+      const Matrix matrix = Matrix::stored(dtype, rows, k, values);
       const Rows activations = decode != 0 ? Rows{0, n_x} : Rows{n_x, 0};
       best =
           std::min(best, seconds([&] { linear(context, matrix, x.data(), k, activations, y.data(), rows); }));

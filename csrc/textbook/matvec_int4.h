@@ -147,8 +147,8 @@ void v5(const Product& p) {
 void v6(const Product& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   kernels.prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
-  kernels.matvec[QVL_INT4_G128]({p.weights, p.scales, p.k, p.scratch, 1, p.y, p.rows, nullptr, false}, 0,
-                                p.rows);
+  kernels.matvec[QVL_INT4_G128](
+      {p.weights, p.scales, p.k, p.scratch, 1, p.y, p.rows, nullptr, false, nullptr}, 0, p.rows);
 }
 
 }  // namespace int4

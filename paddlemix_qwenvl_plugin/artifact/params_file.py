@@ -43,7 +43,7 @@ _MAX_MESSAGE_BYTES = 1 << 12  # names have some fifty bytes
 
 
 class Record(NamedTuple):
-    """A parameter of the program: shape, and dtype float32, float16, bfloat16, or uint8 for quantised bytes."""
+    """A parameter of the program: shape, and dtype float32, float16, bfloat16, or uint8 (bytes of other types)."""
 
     shape: tuple[int, ...]
     dtype: str

@@ -7,7 +7,7 @@ from typing import NamedTuple, Optional
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
-from paddlemix_qwenvl_plugin.engine.quantize import quantised
+from paddlemix_qwenvl_plugin.engine.quantize import ORDER, has_order, quantised
 
 # Position tables resized to the patch grid -> the table that they are resized from.
 TABLES = {
@@ -29,9 +29,12 @@ def stage_weights(
     """List the weights of a stage, "vision" or "language", by canonical name in the order of the forward pass."""
     specs = vision_specs(config) if stage == "vision" else language_specs(config)
     kinds = quantised(specs, quant_type)
-    return {
-        name: Weight(shape, kinds.get(name, dtype)) for name, shape in parameter_shapes(specs, config).items()
-    }
+    weights = {}
+    for name, shape in parameter_shapes(specs, config).items():
+        weights[name] = Weight(shape, kinds.get(name, dtype))
+        if name in kinds and has_order(quant_type):
+            weights[name + ORDER] = Weight(shape[1:], "int32")
+    return weights
 
 
 def parameter_shapes(specs: Mapping[str, TensorSpec], config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig, load_config
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import FLOATS, cast, to_float32
+from paddlemix_qwenvl_plugin.checkpoint.quant_config import load_quant_config
+from paddlemix_qwenvl_plugin.checkpoint.quantised import QuantisedLinears
 from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
 from paddlemix_qwenvl_plugin.checkpoint.shards import WEIGHT_FILES, Shards
 from paddlemix_qwenvl_plugin.checkpoint.tensor_parallel import Ranks
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 # Buffers in some checkpoints; the config determines them.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|logn_tensor)$")
@@ -38,6 +40,9 @@ class Checkpoint:
     The checkpoint must contain exactly the tensors of the model, with the right shapes. The naming scheme and the
     layout of each half of the model are detected from the names and shapes.
 
+    Attributes:
+        quantised: the weights that are stored as integers by GPTQ or AWQ, else None; `tensors` does not read them.
+
     Raises:
         UsageError: the folder, its config or its weights do not exist.
         QwenVLError: a tensor is missing, unknown, mis-shaped or laid out unlike the others; the message names it.
@@ -50,6 +55,7 @@ class Checkpoint:
         self.language = language_specs(self.config)
         self.vision = vision_specs(self.config)
         self._allow_position_table()
+        self.quantised: Optional[QuantisedLinears] = None
         self._entries = self._match()
 
     @property
@@ -64,7 +70,12 @@ class Checkpoint:
         return self._entries["wte.weight"].dtype
 
     def dtype_of(self, name: str) -> str:
-        """The storage type of a canonical tensor: float32, float16, bfloat16 or float64."""
+        """The storage type of a canonical tensor: float32, float16, bfloat16 or float64.
+
+        Raises:
+            UsageError: the tensor is quantised.
+        """
+        self._refuse_quantised([name])
         return self._entries[name].dtype
 
     def tensors(
@@ -73,7 +84,11 @@ class Checkpoint:
         """Yield (canonical name, values) in `dtype`, bfloat16 as uint16 bits.
 
         Linear weights are [in, out], with `out_in` [out, in]. At most one tensor is in memory at a time.
+
+        Raises:
+            UsageError: a tensor is quantised.
         """
+        self._refuse_quantised(specs)
         names: dict[str, list[str]] = {}
         for name in specs:
             # A tied lm_head has the stored name of wte.
@@ -105,6 +120,13 @@ class Checkpoint:
             digest.update(name.encode() + rows[name])
         return digest.hexdigest()
 
+    def _refuse_quantised(self, names: Iterable[str]) -> None:
+        if self.quantised is not None and not self._entries.keys() >= set(names):
+            raise UsageError(
+                f"{self.folder}: its weights are quantised ({self.quantised.quant_type}); only export-language reads "
+                "them"
+            )
+
     def _allow_position_table(self) -> None:
         """Accept a ViT's position table of any square size: it is resized to the patch grid at export."""
         name = "visual.positional_embedding"
@@ -123,6 +145,20 @@ class Checkpoint:
     def _match(self) -> dict[str, _Entry]:
         specs = {**self.language, **self.vision}
         canonical = self._canonical_names()
+        quantization = load_quant_config(self.folder)
+        if any(name.endswith(".qweight") for name in canonical):
+            if quantization is None:
+                raise QwenVLError(
+                    f"{self.folder}: holds quantised tensors, but config.json has no quantization_config"
+                )
+            self.quantised = QuantisedLinears(
+                self.folder, quantization, self._shards, self.language, canonical
+            )
+            specs = {name: spec for name, spec in specs.items() if name not in self.quantised.names}
+        elif quantization is not None and quantization.origin.name == "config.json":
+            raise QwenVLError(
+                f"{self.folder}: no tensor is quantised, though config.json has quantization_config; remove it there"
+            )
         tied = self.config.tie_word_embeddings
         if tied:
             # As transformers has it: the embedding is the lm_head, whatever else the folder stores as one.
@@ -137,6 +173,7 @@ class Checkpoint:
                 )
         entries: dict[str, _Entry] = {}
         for part in (self.language, self.vision):
+            part = {name: spec for name, spec in part.items() if name in specs}
             transposed = self._layout(part, canonical)
             for name, spec in part.items():
                 stored_name = canonical[name]
@@ -190,8 +227,9 @@ class Checkpoint:
                         f"{'[out, in]' if transposed else '[in, out]'}, unlike {evidence[1]}"
                     )
                 evidence = (transposed, canonical[name])
-        # Each half has a fused 3x projection, which is never square.
-        return evidence is not None and evidence[0]
+        # Each half has a fused 3x projection, which is never square; a quantised half may have only a square lm_head,
+        # which every quantizer stores as [out, in].
+        return evidence is None or evidence[0]
 
 
 # Tensor -> key of config.json that sets its number of rows.

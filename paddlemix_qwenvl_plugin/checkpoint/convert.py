@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
@@ -16,6 +15,7 @@ from paddlemix_qwenvl_plugin.checkpoint import safetensors_file
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import STORAGE
 from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES, Scheme
+from paddlemix_qwenvl_plugin.checkpoint.shards import Stored
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.files import new_folder
 
@@ -51,6 +51,7 @@ def convert(
         source: a model folder in any supported form.
         target: must not exist yet.
         dtype: float32, float16 or bfloat16; None keeps each tensor's storage type (float32 for float64).
+            Quantised layers are copied unchanged.
         to: naming scheme and layout, a key of SCHEMES.
         max_shard_bytes: maximum size of a shard; a larger tensor is a shard by itself.
 
@@ -61,28 +62,36 @@ def convert(
     if to not in SCHEMES:
         raise UsageError(f"--to {to}: must be one of {', '.join(SCHEMES)}")
     checkpoint = Checkpoint(source)
-    names = [*checkpoint.language, *checkpoint.vision]
-    dtypes = {name: dtype or _kept(checkpoint.dtype_of(name)) for name in names}
+    tensors = _tensors(checkpoint, dtype)
     with new_folder(target) as partial:
-        _write_shards(checkpoint, partial, dtypes, SCHEMES[to], max_shard_bytes)
+        _write_shards(checkpoint, partial, tensors, SCHEMES[to], max_shard_bytes)
         for path in sorted(source.iterdir()):
             if path.is_file() and not path.name.endswith(_LEFT_OUT):
                 shutil.copyfile(path, partial / path.name)
         _remove_cuts(partial / "config.json")
 
 
-def _kept(dtype: str) -> str:
-    return dtype if dtype in STORAGE else "float32"
+def _tensors(checkpoint: Checkpoint, dtype: Optional[str]) -> dict[str, Stored]:
+    """Shape and dtype of every tensor of the new folder, by canonical name in the order of the forward pass.
+
+    The integers, scales and zero points of quantised layers stay as they are.
+    """
+    quantised = checkpoint.quantised
+    tensors: dict[str, Stored] = dict(quantised.stored) if quantised else {}
+    for name, spec in {**checkpoint.language, **checkpoint.vision}.items():
+        if quantised is None or name not in quantised.names:
+            kept = checkpoint.dtype_of(name)
+            tensors[name] = Stored(spec.shape, dtype or (kept if kept in STORAGE else "float32"))
+    return tensors
 
 
 def _write_shards(
-    checkpoint: Checkpoint, folder: Path, dtypes: dict[str, str], scheme: Scheme, max_shard_bytes: int
+    checkpoint: Checkpoint, folder: Path, tensors: dict[str, Stored], scheme: Scheme, max_shard_bytes: int
 ) -> None:
-    specs = {**checkpoint.language, **checkpoint.vision}
     shards: list[list[str]] = [[]]
     size = total = 0
-    for name, spec in specs.items():
-        n_bytes = math.prod(spec.shape) * STORAGE[dtypes[name]].itemsize
+    for name, stored in tensors.items():
+        n_bytes = math.prod(stored.shape) * (STORAGE.get(stored.dtype) or np.dtype(stored.dtype)).itemsize
         if shards[-1] and size + n_bytes > max_shard_bytes:
             shards.append([])
             size = 0
@@ -92,20 +101,20 @@ def _write_shards(
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {scheme.name(name): values for name, values in _values(checkpoint, names, dtypes, scheme)}
-        stored = {scheme.name(name): dtypes[name] for name in names}
-        safetensors_file.write(folder / file, shard, stored, scheme.format)
+        dtypes = {scheme.name(name): tensors[name].dtype for name in names}
+        shard = {scheme.name(name): _read(checkpoint, name, tensors[name].dtype, scheme) for name in names}
+        safetensors_file.write(folder / file, shard, dtypes, scheme.format)
         weight_map.update(dict.fromkeys(shard, file))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", "utf-8")
 
 
-def _values(
-    checkpoint: Checkpoint, names: list[str], dtypes: dict[str, str], scheme: Scheme
-) -> Iterator[tuple[str, NDArray[np.generic]]]:
+def _read(checkpoint: Checkpoint, name: str, dtype: str, scheme: Scheme) -> NDArray[np.generic]:
     specs = {**checkpoint.language, **checkpoint.vision}
-    for name in names:
-        yield from checkpoint.tensors({name: specs[name]}, dtypes[name], out_in=scheme.out_in)
+    if checkpoint.quantised is not None and name in checkpoint.quantised.stored:
+        return checkpoint.quantised.read_stored(name)
+    [(_, values)] = checkpoint.tensors({name: specs[name]}, dtype, out_in=scheme.out_in)
+    return values
 
 
 def _remove_cuts(config: Path) -> None:

@@ -121,6 +121,6 @@ def read_index(path: Path) -> dict[str, str]:
     if not index:
         raise QwenVLError(f"{path}: the index names no tensor")
     for file in index.values():
-        if Path(file).name != file or "\\" in file or "\0" in file:
+        if Path(file).name != file or file == ".." or "\\" in file or "\0" in file:
             raise QwenVLError(f"{path}: the index names a file outside its folder: {file}")
     return index

@@ -22,7 +22,21 @@ from typing import Any, Optional
 from paddlemix_qwenvl_plugin.engine.build import library
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4_g64": 3, "int4_g128": 4, "float16": 5}
+DTYPES = {
+    "float32": 0,
+    "bfloat16": 1,
+    "int8": 2,
+    "int4_g64": 3,
+    "int4_g128": 4,
+    "float16": 5,
+    "uint4_g32": 6,
+    "uint4_g64": 7,
+    "uint4_g128": 8,
+    "uint8_g32": 9,
+    "uint8_g64": 10,
+    "uint8_g128": 11,
+    "int32": 12,
+}
 """Storage types and their codes in qvl_dtype."""
 
 CPU, CUDA = 0, 1
@@ -183,6 +197,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qvl_version": (c_char_p, []),
     "qvl_packed_bytes": (c_uint64, [c_int32, c_int64, c_int64]),
     "qvl_pack": (c_int32, [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_uint64, _ERROR]),
+    "qvl_pack_groups": (
+        c_int32,
+        [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_uint64, _ERROR],
+    ),
     "qvl_get_device_info": (c_int32, [c_int32, c_int32, POINTER(DeviceInfo), _ERROR]),
     "qvl_weights_create": (c_int32, [POINTER(Tensor), c_int64, c_uint32, POINTER(_HANDLE), _ERROR]),
     "qvl_weights_open": (c_int32, [c_char_p, POINTER(_HANDLE), _ERROR]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Optional
 
@@ -14,6 +15,11 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 QUANT_TYPES = ("weight_only_int8", "weight_only_int4")
 
+# Weights that a checkpoint stores as integers: their quantizer, bits and group size, and whether columns are sorted.
+_STORED = re.compile(r"(?:gptq|awq)_int([48])_g(32|64|128)(_order)?")
+ORDER = ".order"
+"""Suffix of a weight's vector of inputs, int32 [in]: column j of the stored weight multiplies input order[j]."""
+
 _EIGHT_BITS = ("lm_head.weight", "attn.c_attn.weight")
 
 
@@ -25,21 +31,31 @@ def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
 
 
 def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
-    """Select the weights to quantise: name -> "int8" or "int4_g64".
+    """Select the quantised weights: name -> storage type (a key of library.DTYPES).
 
-    The matrices most sensitive to 4-bit errors stay at 8 bits: lm_head and attention's c_attn (figures in
-    docs/demo-model.md).
+    Of weight_only_int4, the matrices most sensitive to 4-bit errors stay at 8 bits: lm_head and attention's c_attn
+    (figures in docs/demo-model.md). Checkpoints that are quantised themselves leave lm_head in floating point.
     """
     if quant_type is None:
         return {}
     linear = [name for name, spec in specs.items() if spec.linear]
+    stored = _STORED.fullmatch(quant_type)
+    if stored:
+        kind = f"uint{stored[1]}_g{stored[2]}"
+        return {name: kind for name in linear if name != "lm_head.weight"}
     if quant_type == "weight_only_int8":
         return dict.fromkeys(linear, "int8")
     return {name: "int8" if name.endswith(_EIGHT_BITS) else "int4_g64" for name in linear}
 
 
-def packed_bytes(kind: str, n_out: int, n_in: int) -> int:
-    """Size of a quantised [n_out, n_in] matrix in bytes."""
+def has_order(quant_type: Optional[str]) -> bool:
+    """Whether each quantised weight has a vector of inputs, NAME + ORDER."""
+    stored = _STORED.fullmatch(quant_type or "")
+    return stored is not None and stored[3] is not None
+
+
+def packed_bytes(kind: str, n_out: int, n_in: int = 1) -> int:
+    """Size of a quantised [n_out, n_in] matrix, or an int32 vector [n_out], in bytes."""
     return int(load().qvl_packed_bytes(DTYPES[kind], n_out, n_in))
 
 
@@ -53,6 +69,43 @@ def pack(kind: str, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]
     packed = np.empty(packed_bytes(kind, *values.shape), np.uint8)
     try:
         call("qvl_pack", DTYPES[kind], *values.shape, values.ctypes.data, packed.ctypes.data, packed.nbytes)
+    except QwenVLError as error:
+        raise QwenVLError(f"{name}: {error}") from error
+    return packed
+
+
+def pack_groups(
+    kind: str,
+    integers: NDArray[np.uint8],
+    scales: NDArray[np.float16],
+    zeros: NDArray[np.float16],
+    name: str,
+) -> NDArray[np.uint8]:
+    """Store a matrix that is already quantised, unchanged: value = scale * (integer - zero).
+
+    Args:
+        kind: "uint4_g32" to "uint8_g128" (library.DTYPES).
+        integers: [out, in], below 16 for 4 bits.
+        scales, zeros: [out, groups], groups = in / group size rounded up; zeros are whole numbers, 0 to 256.
+        name: of the weight, for messages.
+
+    Raises:
+        QwenVLError: an integer, scale or zero point is out of range; the message begins with `name`.
+    """
+    group = int(kind.rpartition("_g")[2])
+    n_out, n_in = integers.shape
+    for part, dtype, shape in (
+        (integers, np.uint8, (n_out, n_in)),
+        (scales, np.float16, (n_out, -(-n_in // group))),
+        (zeros, np.float16, (n_out, -(-n_in // group))),
+    ):
+        if part.dtype != dtype or part.shape != shape:  # internal invariant violated
+            raise AssertionError(f"{name}: {part.dtype} {part.shape}, expected {np.dtype(dtype)} {shape}")
+    packed = np.empty(packed_bytes(kind, n_out, n_in), np.uint8)
+    parts = [np.ascontiguousarray(part) for part in (integers, scales, zeros)]
+    pointers = [part.ctypes.data for part in parts]
+    try:
+        call("qvl_pack_groups", DTYPES[kind], n_out, n_in, *pointers, packed.ctypes.data, packed.nbytes)
     except QwenVLError as error:
         raise QwenVLError(f"{name}: {error}") from error
     return packed

@@ -104,7 +104,8 @@ def export_language(
     The tokenizer and the config are copied to OUTPUT_PATH. Other arguments and errors: see export_vision.
 
     Args:
-        quant_type: weight_only_int8 or weight_only_int4, engine only; None: all weights in `dtype`.
+        quant_type: weight_only_int8 or weight_only_int4, engine only; None: all weights in `dtype`, or of a
+            checkpoint that is quantised itself, its integers, and the other weights in `dtype`.
     """
     output_path = Path(output_path)
     if not model_prefix or Path(model_prefix).name != model_prefix:
@@ -115,6 +116,13 @@ def export_language(
             raise UsageError(f"--quant_type {quant_type}: only the engine computes on quantised weights")
         choice = "fused"
     checkpoint = Checkpoint(Path(model))
+    if checkpoint.quantised is not None:
+        stored = f"{checkpoint.folder}: its weights are quantised ({checkpoint.quantised.quant_type})"
+        if quant_type is not None:
+            raise UsageError(f"{stored} and exported unchanged; omit --quant_type {quant_type}")
+        if choice == "portable":
+            raise UsageError(f"{stored}; only the engine computes on them, not --engine portable")
+        choice, quant_type = "fused", checkpoint.quantised.quant_type
     kinds = quantised(checkpoint.language, quant_type)
     layer = partial(EngineGeneration, weights=stage_weights(checkpoint.config, "language", dtype, quant_type))
     stage = _Stage(

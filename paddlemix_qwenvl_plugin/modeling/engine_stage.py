@@ -27,7 +27,7 @@ class EngineStage(nn.Layer):
     The engine chooses its compute dtype; `compute_dtype` is ignored.
 
     Args:
-        weights: weights of the stage by name; quantized weights become uint8 parameters.
+        weights: weights of the stage by name; quantized weights and int32 vectors become uint8 parameters.
     """
 
     _stage = 0

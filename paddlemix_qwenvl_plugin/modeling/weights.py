@@ -18,7 +18,7 @@ from paddlemix_qwenvl_plugin.artifact.weights import TABLES
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.checkpoint.config import ModelConfig
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast
-from paddlemix_qwenvl_plugin.engine.quantize import pack
+from paddlemix_qwenvl_plugin.engine.quantize import ORDER, has_order, pack, pack_groups
 from paddlemix_qwenvl_plugin.modeling.language import LanguageModel
 from paddlemix_qwenvl_plugin.modeling.vision import VisionModel
 from paddlemix_qwenvl_plugin.util.progress import track
@@ -31,19 +31,33 @@ def language_parameters(
 ) -> Parameters:
     """Yield (parameter name, values in the storage type) of the language model.
 
-    `quantised`: name -> quantized storage type (engine/quantize.py).
+    `quantised`: name -> quantized storage type (engine/quantize.py). Weights that the checkpoint stores as integers are
+    only repacked.
     """
     kinds = quantised or {}
     plain = {name: spec for name, spec in checkpoint.language.items() if name not in kinds}
-    packed = {name: spec for name, spec in checkpoint.language.items() if name in kinds}
-    stream = chain(
-        checkpoint.tensors(plain, dtype, out_in=True),
-        (
-            (name, pack(kinds[name], np.asarray(values, np.float32), name))
-            for name, values in checkpoint.tensors(packed, "float32", out_in=True)
-        ),
-    )
+    packed = _repack(checkpoint, kinds) if checkpoint.quantised else _quantise(checkpoint, kinds)
+    stream = chain(checkpoint.tensors(plain, dtype, out_in=True), packed)
     return track(stream, "language weights", len(checkpoint.language))
+
+
+def _quantise(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> Parameters:
+    specs = {name: spec for name, spec in checkpoint.language.items() if name in kinds}
+    for name, values in checkpoint.tensors(specs, "float32", out_in=True):
+        yield name, pack(kinds[name], np.asarray(values, np.float32), name)
+
+
+def _repack(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> Parameters:
+    """Stream the integers, scales and zero points of a quantised checkpoint, and the order of columns if it has one."""
+    quantised = checkpoint.quantised
+    assert quantised is not None
+    for name, kind in kinds.items():
+        matrix = quantised.read(name)
+        yield name, pack_groups(kind, matrix.integers, matrix.scales, matrix.zeros, name)
+        if has_order(quantised.quant_type):
+            n_in = matrix.integers.shape[1]
+            order = np.arange(n_in, dtype=np.int32) if matrix.order is None else matrix.order
+            yield name + ORDER, order.view(np.uint8)
 
 
 def vision_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:

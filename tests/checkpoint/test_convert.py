@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
+import re
+import shutil
 
 import numpy as np
 import pytest
-from folders import renamed, write
+from folders import cut_in_ranks, renamed, write
+from quantised_folders import Variant, copy_of_tool, write_quantised
 from safetensors.numpy import load_file
+from torch_files import write_bin, write_legacy
 
 from paddlemix_qwenvl_plugin import UsageError
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
@@ -50,6 +56,159 @@ def test_round_trip(golden, tmp_path, dtype):
     expected = dict(original.tensors(specs, dtype))
     for name, value in checkpoint.tensors(specs, dtype):
         np.testing.assert_array_equal(value, expected[name])
+
+
+def stored(folder):
+    """All tensors of a folder as they are in its files: name -> (dtype, shape, bytes)."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        content = path.read_bytes()
+        length = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:length])
+        framework = header.pop("__metadata__", {}).get("format")
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            values = content[length + start : length + end]
+            found[name] = (entry["dtype"], entry["shape"], hashlib.sha256(values).hexdigest(), framework)
+    return found
+
+
+SOURCES = {
+    "safetensors": lambda folder, config, weights: write(folder, config, weights, "safetensors"),
+    "pdparams": lambda folder, config, weights: write(folder, config, weights, "sharded-pdparams"),
+    "bin": lambda folder, config, weights: write_torch(folder, config, weights, write_bin),
+    "bin before 1.6": lambda folder, config, weights: write_torch(folder, config, weights, write_legacy),
+    "ranks": lambda folder, config, weights: write_ranks(folder, config, weights),
+}
+
+
+def write_torch(folder, config, weights, write_file):
+    folder.mkdir()
+    shutil.copyfile(config, folder / "config.json")
+    write_file(folder / "pytorch_model.bin", weights, "float32")
+    return folder
+
+
+def write_ranks(folder, config, weights):
+    folder.mkdir()
+    content = {**json.loads(config.read_text()), "tensor_parallel_degree": 2, "tensor_parallel_rank": 0}
+    (folder / "config.json").write_text(json.dumps(content))
+    for number, rank in enumerate(cut_in_ranks(weights, 2)):
+        (folder / f"model_state.tp0{number}.pdparams").write_bytes(pickle.dumps(rank, 4))
+    return folder
+
+
+@pytest.mark.parametrize("form", SOURCES)
+def test_from_every_form_to_every_scheme(golden, tmp_path, form):
+    """The names and layouts that the tests' own list has, the bytes of the weights, and the way back."""
+    model = golden("a")
+    source = SOURCES[form](tmp_path / "source", model.folder / "config.json", model.weights)
+    for to in ("huggingface", "paddlemix", "static"):
+        target = tmp_path / to
+        convert(source, target, to=to, max_shard_bytes=1_000_000)
+        expected = {
+            name: (
+                "F32",
+                list(value.shape),
+                hashlib.sha256(value.tobytes()).hexdigest(),
+                "pt" if to[0] == "h" else "pd",
+            )
+            for name, value in renamed(model.weights, to, transpose=to == "huggingface").items()
+        }
+        assert stored(target) == expected
+        convert(target, tmp_path / f"back-{to}")
+    for to in ("huggingface", "static"):
+        assert stored(tmp_path / f"back-{to}") == stored(tmp_path / "paddlemix")
+    assert "tensor_parallel_degree" not in (tmp_path / "static" / "config.json").read_text()
+
+
+def test_every_tensor_keeps_its_dtype(golden, tmp_path):
+    """As in folders whose norms are float32 among bfloat16 matrices."""
+    model = golden("a")
+    weights = {name: v if v.ndim == 1 else v.astype(np.float16) for name, v in model.weights.items()}
+    source = write(tmp_path / "mixed", model.folder / "config.json", weights, "safetensors")
+    convert(source, tmp_path / "there", to="huggingface")
+    convert(tmp_path / "there", tmp_path / "back", to="paddlemix")
+    assert {name: each[:3] for name, each in stored(tmp_path / "back").items()} == {
+        name: each[:3] for name, each in stored(source).items()
+    }
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: copy_of_tool("auto_gptq", folder),
+        lambda folder: copy_of_tool("auto_awq", folder),
+        lambda folder: write_quantised(folder, Variant(bits=8, group=64, act_order=True)),
+    ],
+)
+def test_quantised_folders(tmp_path, make):
+    """The integers, scales and zero points unchanged, under the names of each scheme."""
+    make(tmp_path / "model")
+    whole = stored(tmp_path / "model")
+    for to, prefix in (
+        ("static", "qwen."),
+        ("paddlemix", "transformer.llm."),
+        ("huggingface", "transformer."),
+    ):
+        convert(tmp_path / "model", tmp_path / to, to=to)
+        found = stored(tmp_path / to)
+        quantised = {
+            name: each[:3] for name, each in whole.items() if re.search(r"qweight|qzeros|scales|g_idx", name)
+        }
+        assert quantised
+        for name, each in quantised.items():
+            assert found[name.replace("transformer.", prefix, 1)][:3] == each
+        assert (
+            Checkpoint(tmp_path / to).quantised.quant_type
+            == Checkpoint(tmp_path / "model").quantised.quant_type
+        )
+        convert(tmp_path / to, tmp_path / f"back-{to}", to="huggingface")
+        back = {name: each[:3] for name, each in stored(tmp_path / f"back-{to}").items()}
+        assert back == {name: each[:3] for name, each in whole.items()}
+
+
+def test_a_tied_lm_head_is_written(golden, tmp_path):
+    """PaddleMIX's class has no tied one."""
+    model = golden("a")
+    weights = {name: value for name, value in model.weights.items() if name != "lm_head.weight"}
+    source = write(tmp_path / "tied", model.folder / "config.json", weights, "safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    convert(source, tmp_path / "there")
+    wte = weights["transformer.llm.wte.weight"]
+    [shard] = (tmp_path / "there").glob("*.safetensors")
+    np.testing.assert_array_equal(load_file(str(shard))["lm_head.weight"], wte.T)
+
+
+def test_what_is_copied(golden, tmp_path):
+    """Tokenizer, configs and code of the model; no weights and no state of a training."""
+    source = write(tmp_path / "a", golden("a").folder / "config.json", golden("a").weights, "safetensors")
+    copied = (
+        "qwen.tiktoken",
+        "generation_config.json",
+        "modeling_qwen.py",
+        "README.md",
+        "tokenizer.py",
+    )
+    others = (
+        "optimizer.pdopt",
+        "training_args.bin",
+        "model_state.tp00.pdparams",
+        "pytorch_model.bin.index.json",
+    )
+    for name in (*copied, *others):
+        (source / name).write_text(f"content of {name}")
+    convert(source, tmp_path / "b")
+    names = {path.name for path in (tmp_path / "b").iterdir() if "safetensors" not in path.name}
+    assert names == {"config.json", *copied}
+    assert (tmp_path / "b" / "README.md").read_text() == "content of README.md"
+
+
+def test_no_such_scheme(golden, tmp_path):
+    with pytest.raises(UsageError, match="--to pytorch: must be one of paddlemix, static, huggingface"):
+        convert(golden("a").folder, tmp_path / "c", to="pytorch")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_existing_target_is_left_alone(golden, tmp_path):

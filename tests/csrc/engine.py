@@ -23,7 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128, FLOAT16 = range(6)
-QUANTISED = (INT8, INT4_G64, INT4_G128)
+UINT4_G32, UINT4_G64, UINT4_G128, UINT8_G32, UINT8_G64, UINT8_G128, INT32 = range(6, 13)
+GROUPS = {UINT4_G32: 32, UINT4_G64: 64, UINT4_G128: 128, UINT8_G32: 32, UINT8_G64: 64, UINT8_G128: 128}
+UINT4 = (UINT4_G32, UINT4_G64, UINT4_G128)
+QUANTISED = (INT8, INT4_G64, INT4_G128, *GROUPS)
 DTYPES = {
     "float32": FLOAT32,
     "bfloat16": BFLOAT16,
@@ -31,6 +34,12 @@ DTYPES = {
     "int4_g64": INT4_G64,
     "int4_g128": INT4_G128,
     "float16": FLOAT16,
+    "uint4_g32": UINT4_G32,
+    "uint4_g64": UINT4_G64,
+    "uint4_g128": UINT4_G128,
+    "uint8_g32": UINT8_G32,
+    "uint8_g64": UINT8_G64,
+    "uint8_g128": UINT8_G128,
 }
 # Names a library to be tested on a GPU; see conftest.py.
 DEVICE_LIBRARY = os.environ.get("QWENVL_TEST_LIBRARY", "")
@@ -224,6 +233,7 @@ class Library:
             getattr(self.dll, f"qvl_{name}").argtypes = [c_void_p, c_void_p]
         signatures: dict[str, list[Any]] = {
             "qvl_pack": [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_uint64],
+            "qvl_pack_groups": [c_int32, c_int64, c_int64, *[c_void_p] * 4, c_uint64],
             "qvl_unpack": [c_int32, c_int64, c_int64, c_void_p, c_uint64, c_void_p],
             "qvl_get_device_info": [c_int32, c_int32, POINTER(DeviceInfo)],
             "qvl_weights_create": [POINTER(Tensor), c_int64, c_uint32, POINTER(c_void_p)],
@@ -268,7 +278,7 @@ class Library:
         }
         kernels: dict[str, list[Any]] = {
             **testing,
-            "linear": [i32, i32, i64, *testing["linear"]],
+            "linear": [i32, i32, i64, i64, i64, i64, p, p, p, p, i32, p],
             "add": [i64, p, p],
             "bfloat16": [i64, p, p, p],
             "rotary": [POINTER(Config), i32, i64, p, p, p, p],
@@ -305,15 +315,42 @@ class Library:
     def pack(self, values: np.ndarray, dtype: int) -> np.ndarray:
         """A float32 [out, in] matrix as uint8 in the engine's storage."""
         values = np.ascontiguousarray(values, np.float32)
+        if dtype in GROUPS:
+            return self.pack_groups(*quantise_groups(values, dtype), dtype)
         rows, columns = values.shape
         packed = aligned(self.dll.qvl_packed_bytes(dtype, rows, columns))
         self.call("qvl_pack", dtype, rows, columns, pointer(values), pointer(packed), packed.nbytes)
+        return packed
+
+    def pack_groups(
+        self, integers: np.ndarray, scales: np.ndarray, zeros: np.ndarray, dtype: int
+    ) -> np.ndarray:
+        """uint8 [out, in], float16 [out, groups] twice, as uint8 in the engine's storage."""
+        packed = aligned(self.dll.qvl_packed_bytes(dtype, *integers.shape))
+        pointers = [pointer(part) for part in (integers, scales, zeros, packed)]
+        self.call("qvl_pack_groups", dtype, *integers.shape, *pointers, packed.nbytes)
         return packed
 
     def unpack(self, packed: np.ndarray, dtype: int, rows: int, columns: int) -> np.ndarray:
         values = np.empty([rows, columns], np.float32)
         self.call("qvl_unpack", dtype, rows, columns, pointer(packed), packed.nbytes, pointer(values))
         return values
+
+
+def quantise_groups(values: np.ndarray, dtype: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Integers uint8 [out, in], scales and zero points float16 [out, groups], from the least to the largest value."""
+    group, most = GROUPS[dtype], 15 if dtype in UINT4 else 255
+    rows, columns = values.shape
+    n_groups = -(-columns // group)
+    padded = np.zeros([rows, n_groups * group], np.float32)
+    padded[:, :columns] = values
+    padded = padded.reshape(rows, n_groups, group)
+    low, high = padded.min(-1).clip(max=0), padded.max(-1).clip(min=0)
+    scales = np.maximum((high - low) / most, 1e-6).astype(np.float16)
+    zeros = np.rint(-low / scales.astype(np.float32)).clip(0, most).astype(np.float16)
+    steps = padded / scales[..., None].astype(np.float32) + zeros[..., None]
+    integers = np.rint(steps).clip(0, most).astype(np.uint8).reshape(rows, -1)[:, :columns]
+    return np.ascontiguousarray(integers), scales, zeros
 
 
 def make_config(data: Mapping[str, Any], stages: int = VISION | LANGUAGE, **changes: Any) -> Config:

@@ -17,6 +17,7 @@ from engine import (
     FLOAT32,
     INT4_G64,
     INT8,
+    INT32,
     INVALID,
     LANGUAGE,
     Config,
@@ -185,7 +186,8 @@ def test_a_file_without_names(library, tmp_path):
     [
         ("a", FLOAT32, (16,), 128),  # Paddle's length and ours differ
         ("a", FLOAT32, (17,), 64),
-        ("a", 9, (16,), 64),
+        ("a", 13, (16,), 64),
+        ("a", INT32, (4, 4), 64),  # vectors only
         ("a", FLOAT32, (), 64),
         ("a", FLOAT32, (1, 1, 1, 1, 16), 64),
         ("a", FLOAT32, (-4, -4), 64),

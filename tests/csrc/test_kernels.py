@@ -76,7 +76,7 @@ def test_linear(library, isa, dtype, shape):
         )
         done = library.dll.qvlt_linear(
             *(isa, 2, kind, prompt, n, rows, columns),
-            *(pointer(x), pointer(packed), pointer(bias), add, pointer(y)),
+            *(pointer(x), pointer(packed), None, pointer(bias), add, pointer(y)),
         )
         assert done == 0
         # float32 sums; in large products activations may be rounded to bfloat16.
@@ -95,7 +95,7 @@ def test_linear_of_a_row_does_not_depend_on_the_others(library, isa):
             y = np.full([len(x), rows], 0.3, np.float32)
             library.dll.qvlt_linear(
                 *(isa, threads, kind, prompt, len(x), rows, columns),
-                *(pointer(x), pointer(packed), pointer(bias), add, pointer(y)),
+                *(pointer(x), pointer(packed), None, pointer(bias), add, pointer(y)),
             )
             return y
 
@@ -118,11 +118,13 @@ def test_every_float16(library, isa):
     for first in range(0, 31, 8):  # matrix-vector kernels
         n = min(8, 31 - first)
         x, y = pointer(unit[first:]), pointer(got[first:])
-        assert library.dll.qvlt_linear(isa, 1, FLOAT16, 0, n, 2048, 31, x, pointer(weights), None, 0, y) == 0
+        sizes = 1, FLOAT16, 0, n, 2048, 31
+        assert library.dll.qvlt_linear(isa, *sizes, x, pointer(weights), None, None, 0, y) == 0
     expected = weights.T.astype(np.float32)
     assert (got == expected).all()
     x, y = pointer(unit), pointer(got)  # the blocked product
-    assert library.dll.qvlt_linear(isa, 2, FLOAT16, 31, 31, 2048, 31, x, pointer(weights), None, 0, y) == 0
+    sizes = 2, FLOAT16, 31, 31, 2048, 31
+    assert library.dll.qvlt_linear(isa, *sizes, x, pointer(weights), None, None, 0, y) == 0
     rounds = isa == ISAS["avx512_bf16"]
     np.testing.assert_allclose(got, expected, rtol=2**-8 if rounds else 0, atol=0)
 

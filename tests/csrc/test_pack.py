@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine import BFLOAT16, FLOAT16, FLOAT32, INT4_G64, INT4_G128, INT8, INVALID, EngineError, pointer
+from engine import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    GROUPS,
+    INT4_G64,
+    INT4_G128,
+    INT8,
+    INT32,
+    INVALID,
+    UINT4,
+    UINT4_G32,
+    UINT4_G64,
+    UINT8_G128,
+    EngineError,
+    pointer,
+)
 
 RANDOM = np.random.default_rng(3)
 
@@ -30,6 +46,74 @@ def test_layout(library, dtype, shape):
     values = RANDOM.standard_normal(shape).astype(np.float32)
     packed = library.pack(values, dtype)
     assert (library.unpack(packed, dtype, *shape) == by_the_header(packed, dtype, *shape)).all()
+
+
+def group_parts(dtype, rows, columns):
+    """Random integers, scales and zero points; the ends of both are among them."""
+    groups = rows, -(-columns // GROUPS[dtype])
+    random = np.random.default_rng(17)
+    integers = random.integers(0, 16 if dtype in UINT4 else 256, [rows, columns], np.uint8)
+    scales = random.standard_normal(groups).astype(np.float16)
+    return integers, scales, random.choice([0, 1, 7, 16, 128, 255, 256], groups).astype(np.float16)
+
+
+@pytest.mark.parametrize("dtype", GROUPS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (5, 128), (2, 300), (4, 1000)])
+def test_groups(library, dtype, shape):
+    """The integers, scales and zero points lie as qwenvl.h says; padding is zero; their values are exact."""
+    rows, columns = shape
+    integers, scales, zeros = group_parts(dtype, *shape)
+    packed = library.pack_groups(integers, scales, zeros, dtype)
+    padded, group = -(-columns // 128) * 128, GROUPS[dtype]
+    n_values = rows * padded // (2 if dtype in UINT4 else 1)
+    stored = packed[:n_values].reshape(rows, -1)
+    if dtype in UINT4:
+        words = stored.view("<u2").reshape(rows, padded // 128, 1, 32)
+        stored = (words >> np.array([0, 4, 8, 12], np.uint16).reshape(4, 1) & 15).reshape(rows, padded)
+    parts = packed[n_values:].view(np.float16).reshape(2, rows, padded // group)
+    assert len(packed) == n_values + 4 * rows * padded // group
+    for found, given in ((stored, integers), (parts[0], scales), (parts[1], zeros)):
+        assert (found[:, : given.shape[1]] == given).all()
+        assert not found[:, given.shape[1] :].any()
+    of_column = np.arange(columns) // group
+    expected = scales.astype(np.float64)[:, of_column] * (integers - zeros.astype(np.float64)[:, of_column])
+    assert (library.unpack(packed, dtype, *shape) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        (0, 16, "integers: one of them is 16; 4 bits hold 0 to 15"),
+        (1, np.inf, "scales: one of them is not finite"),
+        (1, np.nan, "scales: one of them is not finite"),
+        (2, -1, "zeros: one of them is -1; they must be whole numbers from 0 to 256"),
+        (2, 257, "zeros: one of them is 257"),
+        (2, 0.5, "zeros: one of them is 0.5"),
+        (2, np.nan, "zeros: one of them is nan"),
+    ],
+)
+def test_groups_out_of_range(library, part, value, message):
+    parts = group_parts(UINT4_G32, 3, 70)
+    parts[part][2, 1] = value
+    with pytest.raises(EngineError, match=message) as error:
+        library.pack_groups(*parts, UINT4_G32)
+    assert error.value.status == INVALID
+
+
+def test_types_of_the_other_function(library):
+    zeros = np.zeros([1, 128], np.float32)
+    for dtype, name, message in (
+        (UINT8_G128, "qvl_pack", "dtype 11: use qvl_pack_groups"),
+        (INT32, "qvl_pack", "a .1, 1. matrix of dtype 12 cannot be stored"),
+    ):
+        n_bytes = library.dll.qvl_packed_bytes(dtype, 1, 128 if dtype != INT32 else 1)
+        with pytest.raises(EngineError, match=message):
+            library.call(
+                name, dtype, 1, 128 if dtype != INT32 else 1, pointer(zeros), pointer(zeros), n_bytes
+            )
+    with pytest.raises(EngineError, match="dtype 3 has no groups with zero points"):
+        library.pack_groups(*group_parts(UINT4_G64, 1, 128), INT4_G64)
+    assert [library.dll.qvl_packed_bytes(INT32, n, m) for n, m in ((5, 1), (5, 2))] == [20, 0]
 
 
 @pytest.mark.parametrize(("dtype", "steps"), [(INT8, 254), (INT4_G64, 16), (INT4_G128, 16)])
@@ -96,7 +180,7 @@ def test_not_a_number(library, dtype, bad):
     assert error.value.status == INVALID
 
 
-@pytest.mark.parametrize(("dtype", "rows", "columns"), [(9, 2, 2), (INT8, 0, 5), (INT8, 5, -1), (-1, 1, 1)])
+@pytest.mark.parametrize(("dtype", "rows", "columns"), [(13, 2, 2), (INT8, 0, 5), (INT8, 5, -1), (-1, 1, 1)])
 def test_impossible_sizes(library, dtype, rows, columns):
     assert library.dll.qvl_packed_bytes(dtype, rows, columns) == 0
     values = np.zeros(64, np.float32)

@@ -40,7 +40,12 @@ def read(model: str) -> None:
     said = ""
     try:
         checkpoint = Checkpoint(Path(model))
-        for _ in checkpoint.tensors({**checkpoint.language, **checkpoint.vision}, "float32"):
+        quantised = checkpoint.quantised
+        for name in quantised.names if quantised else ():
+            quantised.read(name)
+        specs = {**checkpoint.language, **checkpoint.vision}
+        plain = {name: spec for name, spec in specs.items() if not quantised or name not in quantised.names}
+        for _ in checkpoint.tensors(plain, "float32"):
             pass
     except (QwenVLError, OSError) as error:
         said = f"qwenvl: {line_of(error)}"

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from folders import cut_in_ranks
 from PIL import Image
+from quantised_folders import Variant, write_quantised
 from safetensors.numpy import save_file
 from torch_files import table_of, with_table, write_bin, write_legacy
 
@@ -178,6 +179,21 @@ def targets(base: Path) -> dict[str, Target]:
         (folder / "model" / "model.safetensors.index.json").write_bytes(data)
         return CONVERT
 
+    def gptq(data: bytes, folder: Path) -> list[str]:
+        """Lay out the quantised model with this pair of a config.json and a safetensors header."""
+        _link(base / "gptq", folder / "model", leave_out="config.json")
+        try:
+            parts = json.loads(data)
+            config, header = (json.dumps(part).encode() for part in parts)
+        except (ValueError, TypeError, RecursionError):
+            config, header = data, quantised[8:quantised_values]
+        (folder / "model" / "config.json").write_bytes(config)
+        (folder / "model" / "model.safetensors").unlink()
+        (folder / "model" / "model.safetensors").write_bytes(
+            struct.pack("<Q", len(header)) + header + quantised[quantised_values:]
+        )
+        return CONVERT
+
     def manifest(stage: str, prefix: str) -> Callable[[bytes, Path], list[str]]:
         def lay_out(data: bytes, folder: Path) -> list[str]:
             name = f"{prefix}.manifest.json"
@@ -199,6 +215,10 @@ def targets(base: Path) -> dict[str, Target]:
         return ["run", "fake.yaml", "--dry_run"]
 
     small = _small_weight_files(base)
+    write_quantised(base / "gptq", Variant(bits=4, group=32, act_order=True))
+    quantised = (base / "gptq" / "model.safetensors").read_bytes()
+    quantised_values = 8 + struct.unpack("<Q", quantised[:8])[0]
+    gptq_seed = b"[%s, %s]" % ((base / "gptq" / "config.json").read_bytes(), quantised[8:quantised_values])
     recipes = [path.read_bytes() for path in sorted((REPO / "recipes").glob("*.yaml"))]
     return {
         "config": Target([config], convert_config, is_json=True),
@@ -219,6 +239,7 @@ def targets(base: Path) -> dict[str, Target]:
             [_elided(small["2"]), _elided(small["4"])], weight_file("model_state.pdparams"), PICKLE_WORDS
         ),
         "ranks": Target([_elided(small["rank"])], weight_file("model_state.tp00.pdparams"), PICKLE_WORDS),
+        "gptq": Target([gptq_seed], gptq, is_json=True),
         "image": Target(list(_images()), look_at, IMAGE_WORDS),
         "recipe": Target([*recipes, _RECIPE], dry_run, YAML_WORDS),
     }

@@ -26,7 +26,7 @@ SECONDS = float(os.environ.get("QWENVL_FUZZ_SECONDS") or 60)
 SEED = int(os.environ.get("QWENVL_FUZZ_SEED") or 0)
 FOUND = Path(__file__).with_name("found")
 # Parts of a model folder: several inputs are read by one process.
-OF_MODELS = ("config", "index", "safetensors", "bin", "bin_table", "bin_legacy", "pdparams", "ranks")
+OF_MODELS = ("config", "index", "safetensors", "bin", "bin_table", "bin_legacy", "pdparams", "ranks", "gptq")
 NAMES = (*OF_MODELS, "manifest_vision", "manifest_language", "image", "recipe")
 N_TOGETHER = 20
 

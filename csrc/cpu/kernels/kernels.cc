@@ -14,6 +14,15 @@
 namespace qvl::cpu {
 namespace {
 
+// Kernels of a type with zero points.
+template <int Bits, int Group>
+constexpr void add_groups(qvl_dtype dtype, Kernels& k) {
+  k.unpack_tile[0][dtype] = unpack_to_f32<UnpackGroups<Bits, Group>>;
+#if defined(__AVX512BF16__)
+  k.unpack_tile[1][dtype] = unpack_to_bf16<UnpackGroups<Bits, Group>>;
+#endif
+}
+
 constexpr Kernels make() {
   Kernels k{};
   k.isa = QVL_KERNELS_ISA;
@@ -69,6 +78,13 @@ constexpr Kernels make() {
   k.multiply_tile[1] = multiply_tile<StepBf16>;
   k.attend_rounded = attend_rounded;
 #endif
+
+  add_groups<4, 32>(QVL_UINT4_G32, k);
+  add_groups<4, 64>(QVL_UINT4_G64, k);
+  add_groups<4, 128>(QVL_UINT4_G128, k);
+  add_groups<8, 32>(QVL_UINT8_G32, k);
+  add_groups<8, 64>(QVL_UINT8_G64, k);
+  add_groups<8, 128>(QVL_UINT8_G128, k);
 
   k.attend_begin = attend_begin;
   k.attend_scratch_bytes = attend_scratch_bytes;

@@ -26,6 +26,7 @@ struct Matvec {
   int64_t y_stride;
   const float* bias;  // may be NULL
   bool add;           // y += instead of y =
+  const void* zeros;  // float16, as the scales; types with zero points only, whose scales are float16, too
 };
 
 // Rows of weights unpacked for the blocked product: values without their row scale (int8), as float32 or, for
@@ -36,7 +37,8 @@ struct UnpackTile {
   int k;
   int64_t first_row, n_rows;
   int first_k, n_k;
-  void* tile;  // [n_rows][n_k rounded up to 2]
+  void* tile;         // [n_rows][n_k rounded up to 2]
+  const void* zeros;  // as in Matvec
 };
 
 // Memory that will be read next, to be prefetched: rows of row_bytes.

@@ -85,6 +85,32 @@ struct UnpackInt4 {
   }
 };
 
+QVL_INLINE float float16_at(const void* values, int64_t i) {
+  return widen_float16(load_some_halves(static_cast<const uint16_t*>(values) + i, 1))[0];
+}
+
+// Types with zero points: a chunk lies in one group. value = (integer - zero) * scale, exact in float32.
+template <int Bits, int Group>
+struct UnpackGroups {
+  static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
+    const int64_t at = row * round_up(t.k, kUnit) + t.first_k + i;
+    const float scale = float16_at(t.scales, at / Group), zero = float16_at(t.zeros, at / Group);
+    const auto* weights = static_cast<const uint8_t*>(t.weights);
+#pragma GCC unroll 8
+    for (int j = 0; j < kChunkVectors; ++j) {
+      if constexpr (Bits == 8) {
+        // As signed bytes, 128 less.
+        const FewBytes bytes = load<FewBytes>(weights + at + j * kLanes) ^ int8_t { -128 };
+        v[j] = (to_floats(widen_few(bytes)) - (zero - 128)) * scale;
+      } else {
+        const HalfWords words = load<HalfWords>(weights + at / kUnit * (kUnit / 2) + 2 * j * kLanes);
+        const HalfWords nibbles = words >> (4 * (at % kUnit / kChunk)) & 15;
+        v[j] = (to_floats(reinterpret_cast<Ints>(widen_halves(nibbles))) - zero) * scale;
+      }
+    }
+  }
+};
+
 template <typename Unpack>
 void unpack_to_f32(const UnpackTile& t) {
   const int width = round_up(t.n_k, 2);

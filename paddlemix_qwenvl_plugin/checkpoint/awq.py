@@ -1,0 +1,42 @@
+"""Unpack a linear weight of AutoAWQ's "gemm" format, which auto-round writes as well.
+
+For a linear layer with `in` inputs and `out` outputs, 4 bits:
+
+| tensor | dtype, shape | content |
+| --- | --- | --- |
+| `qweight` | int32 [in, out / 8] | 8 consecutive outputs of an input; from the low bits up: outputs 0 2 4 6 1 3 5 7 |
+| `qzeros` | int32 [groups, out / 8] | zero points in the same order |
+| `scales` | float16 [groups, out] | |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint.grouped import GroupedMatrix, n_groups, repeated, unpack_words
+from paddlemix_qwenvl_plugin.checkpoint.quant_config import QuantConfig
+
+_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def shapes(n_in: int, n_out: int, config: QuantConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a linear layer."""
+    groups = n_groups(n_in, config.group_size)
+    return {"qweight": (n_in, n_out // 8), "qzeros": (groups, n_out // 8), "scales": (groups, n_out)}
+
+
+def unpack(tensors: Mapping[str, NDArray[Any]], config: QuantConfig) -> GroupedMatrix:
+    """Unpack the tensors of a linear layer."""
+    integers = unpack_words(tensors["qweight"], config.bits, _PLACES, axis=1).T
+    zeros = unpack_words(tensors["qzeros"], config.bits, _PLACES, axis=1)
+    n_in = integers.shape[1]
+    return GroupedMatrix(
+        integers,
+        repeated(tensors["scales"].T, n_in, config.group_size),
+        repeated(zeros.T.astype(np.float16), n_in, config.group_size),
+        None,
+    )

@@ -1,0 +1,82 @@
+"""Unpack a linear weight of AutoGPTQ's format, which GPTQModel and auto-round write as well.
+
+For a linear layer with `in` inputs and `out` outputs:
+
+| tensor | dtype, shape | content |
+| --- | --- | --- |
+| `qweight` | int32 [in * bits / 32, out] | consecutive inputs of an output, from the low bits of a word up |
+| `qzeros` | int32 [groups, out * bits / 32] | zero points of consecutive outputs, in format "gptq" less one |
+| `scales` | float16 [groups, out] | |
+| `g_idx` | int32 [in] | group of each input; absent: input // group size |
+
+Zero points range from 0 to 2^bits - 1, so a zero point of 0 less one wraps to 2^bits - 1. AutoGPTQ's own reader wraps
+it back; GPTQModel subtracts from whole words instead, where the next zero point of the word pays for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paddlemix_qwenvl_plugin.checkpoint.grouped import GroupedMatrix, n_groups, repeated, unpack_words
+from paddlemix_qwenvl_plugin.checkpoint.quant_config import QuantConfig
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+
+def shapes(n_in: int, n_out: int, config: QuantConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a linear layer."""
+    groups = n_groups(n_in, config.group_size)
+    return {
+        "qweight": (n_in * config.bits // 32, n_out),
+        "qzeros": (groups, n_out * config.bits // 32),
+        "scales": (groups, n_out),
+        "g_idx": (n_in,),
+    }
+
+
+def unpack(tensors: Mapping[str, NDArray[Any]], config: QuantConfig, name: str) -> GroupedMatrix:
+    """Unpack the tensors of a linear layer, columns sorted by group.
+
+    Raises:
+        QwenVLError: `g_idx` describes no groups of this size.
+    """
+    places = tuple(range(32 // config.bits))
+    integers = unpack_words(tensors["qweight"], config.bits, places, axis=0).T
+    n_in = integers.shape[1]
+    words = tensors["qzeros"]
+    if config.zeros_minus_one and config.zeros_borrow:
+        ones = sum(1 << (config.bits * place) for place in places)
+        words = (words.view(np.uint32) + np.uint32(ones)).view(np.int32)
+    zeros = unpack_words(words, config.bits, places, axis=1)
+    if config.zeros_minus_one and not config.zeros_borrow:
+        zeros = (zeros + np.uint8(1)) & np.uint8(2**config.bits - 1)
+    order = sorted_inputs(tensors.get("g_idx"), n_in, config.group_size, name)
+    return GroupedMatrix(
+        integers if order is None else integers[:, order],
+        repeated(tensors["scales"].T, n_in, config.group_size),
+        repeated(zeros.T.astype(np.float16), n_in, config.group_size),
+        order,
+    )
+
+
+def sorted_inputs(
+    g_idx: Optional[NDArray[Any]], n_in: int, group_size: int, name: str
+) -> Optional[NDArray[np.int32]]:
+    """The inputs sorted by group, int32 [in]; None if they are in order.
+
+    Raises:
+        QwenVLError: the groups of `g_idx` have other sizes than `group_size`.
+    """
+    if g_idx is None:
+        return None
+    groups = n_groups(n_in, group_size)
+    size = n_in if group_size == -1 else group_size
+    expected = np.full(groups, size)
+    expected[-1] = n_in - size * (groups - 1)
+    if g_idx.min() < 0 or g_idx.max() >= groups or (np.bincount(g_idx, minlength=groups) != expected).any():
+        raise QwenVLError(f"{name}.g_idx: not {groups} groups of {size} inputs; copy the checkpoint again")
+    order = np.argsort(g_idx, kind="stable").astype(np.int32)
+    return None if (order == np.arange(n_in)).all() else order

@@ -1,0 +1,290 @@
+"""GPTQ and AWQ folders: every integer, scale and zero point as it was packed, or a line that says why not."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from quantised_folders import (
+    CONFIG,
+    LAYERS,
+    Variant,
+    copy_of_tool,
+    quantised_tensors,
+    write_quantised,
+    write_tensors,
+)
+
+from paddlemix_qwenvl_plugin import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+
+VARIANTS = [
+    *(Variant(bits=bits, group=group) for bits in (4, 8) for group in (32, 64, 128, 256, -1)),
+    *(Variant(bits=bits, act_order=True) for bits in (4, 8)),
+    Variant(group=128, act_order=True),
+    Variant(group=128, sym=True),
+    Variant(bits=8, group=128, sym=True, act_order=True),
+    *(Variant(bits=bits, form="gptq_v2", act_order=bits == 4) for bits in (4, 8)),
+    *(Variant(bits=bits, quantizer="gptqmodel:1.4.0") for bits in (4, 8)),
+    *(Variant("awq", group=group) for group in (32, 64, 128, 256, -1)),
+    Variant("awq", group=128, sym=True),
+]
+IDS = ["-".join(str(each) for each in variant if each) for variant in VARIANTS]
+
+
+def dequantised(matrix, group):
+    """The weight [out, in] with the inputs in their own order, in float64."""
+    n_in = matrix.integers.shape[1]
+    g = np.arange(n_in) // group
+    scales, zeros = matrix.scales.astype(np.float64)[:, g], matrix.zeros.astype(np.float64)[:, g]
+    values = scales * (matrix.integers - zeros)
+    if matrix.order is None:
+        return values
+    weight = np.full_like(values, np.nan)
+    weight[:, matrix.order] = values
+    return weight
+
+
+def engine_group(variant):
+    return variant.group if variant.group in (32, 64) else 128
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
+def test_every_weight_is_the_one_that_was_packed(tmp_path, variant):
+    dense = write_quantised(tmp_path, variant)
+    quantised = Checkpoint(tmp_path).quantised
+    order = "_order" if variant.act_order else ""
+    assert quantised.quant_type == f"{variant.method}_int{variant.bits}_g{engine_group(variant)}{order}"
+    assert quantised.names == [f"h.0.{layer}.weight" for layer in LAYERS]
+    for name in quantised.names:
+        matrix = quantised.read(name)
+        assert (matrix.integers.dtype, matrix.scales.dtype, matrix.zeros.dtype) == ("uint8", "f2", "f2")
+        assert (matrix.order is not None) == variant.act_order
+        weight = dequantised(matrix, engine_group(variant)).astype(np.float32)
+        np.testing.assert_array_equal(weight, dense[f"transformer.{name}"], err_msg=name)
+
+
+@pytest.mark.parametrize("tool", ["auto_gptq", "auto_awq", "act_order"])
+def test_layers_compute_what_the_tool_computes(tmp_path, tool):
+    figures = copy_of_tool(tool, tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
+    biases = dict(
+        checkpoint.tensors({n: s for n, s in checkpoint.language.items() if "bias" in n}, "float32")
+    )
+    for name in checkpoint.quantised.names:
+        weight = dequantised(checkpoint.quantised.read(name), 32)
+        x = np.random.RandomState(weight.shape[1]).randn(3, weight.shape[1]).astype("float32")
+        y = x @ weight.T + biases.get(name.replace("weight", "bias"), 0)
+        layer = name[len("h.0.") : -len(".weight")]
+        np.testing.assert_allclose(y, figures[layer], atol=1e-5, rtol=0, err_msg=name)
+
+
+def test_other_tensors_are_read_as_of_a_float_folder(tmp_path):
+    dense = write_quantised(tmp_path / "quantised", Variant())
+    write_tensors(tmp_path / "float", dense, CONFIG)
+    quantised, plain = Checkpoint(tmp_path / "quantised"), Checkpoint(tmp_path / "float")
+    specs = {name: spec for name, spec in plain.language.items() if name not in quantised.quantised.names}
+    specs.update(plain.vision)
+    expected = dict(plain.tensors(specs, "float32"))
+    for name, values in quantised.tensors(specs, "float32"):
+        np.testing.assert_array_equal(values, expected.pop(name), err_msg=name)
+    assert not expected
+    assert (quantised.scheme, quantised.dtype) == ("Hugging Face", "float16")
+
+
+def test_identity_order_is_no_order(tmp_path):
+    """`desc_act` with `static_groups` leaves the groups of all inputs where they are."""
+    tensors, _ = quantised_tensors(Variant())
+    config = Variant(act_order=True).config
+    write_tensors(tmp_path, tensors, {**CONFIG, "quantization_config": config})
+    assert Checkpoint(tmp_path).quantised.quant_type == "gptq_int4_g32"
+
+
+def test_without_g_idx(tmp_path):
+    tensors, dense = quantised_tensors(Variant())
+    tensors = {name: value for name, value in tensors.items() if not name.endswith("g_idx")}
+    write_tensors(tmp_path, tensors, {**CONFIG, "quantization_config": Variant().config})
+    quantised = Checkpoint(tmp_path).quantised
+    weight = dequantised(quantised.read("h.0.mlp.c_proj.weight"), 32).astype(np.float32)
+    np.testing.assert_array_equal(weight, dense["transformer.h.0.mlp.c_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "content"),
+    [
+        ("quantize_config.json", Variant(group=128), {"bits": 4, "group_size": 128, "desc_act": False}),
+        (
+            "quant_config.json",
+            Variant("awq"),
+            {"w_bit": 4, "q_group_size": 32, "version": "GEMM", "zero_point": True},
+        ),
+    ],
+)
+def test_the_file_of_the_quantizer(tmp_path, name, variant, content):
+    tensors, dense = quantised_tensors(variant)
+    write_tensors(tmp_path, tensors, CONFIG)
+    (tmp_path / name).write_text(json.dumps(content))
+    quantised = Checkpoint(tmp_path).quantised
+    weight = dequantised(quantised.read("h.0.mlp.w1.weight"), variant.group).astype(np.float32)
+    np.testing.assert_array_equal(weight, dense["transformer.h.0.mlp.w1.weight"])
+
+
+def test_such_a_file_beside_float_weights_is_ignored(tmp_path):
+    _, dense = quantised_tensors(Variant())
+    write_tensors(tmp_path, dense, CONFIG)
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    assert Checkpoint(tmp_path).quantised is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"quant_method": "bitsandbytes"},
+            "quant_method bitsandbytes is not supported, only gptq and awq are",
+        ),
+        ({"bits": 3}, "gptq with 3 bits is not supported, only 4 and 8"),
+        ({"bits": "4"}, "bits must be an integer, not '4'"),
+        ({"quant_method": "awq", "bits": 8}, "awq with 8 bits is not supported, only 4"),
+        ({"group_size": 48}, "group_size 48 is not supported, only 32, 64, multiples of 128, and -1"),
+        ({"group_size": 0}, "group_size 0 is not supported"),
+        ({"checkpoint_format": "marlin"}, "checkpoint_format marlin is not supported, only gptq and gptq_v2"),
+        ({"is_marlin_format": True}, "checkpoint_format marlin is not supported"),
+        ({"quant_method": "awq", "version": "gemv"}, "version gemv is not supported, only gemm"),
+    ],
+)
+def test_refused_configs(tmp_path, changes, line):
+    tensors, _ = quantised_tensors(Variant())
+    write_tensors(tmp_path, tensors, {**CONFIG, "quantization_config": {**Variant().config, **changes}})
+    with pytest.raises(QwenVLError) as caught:
+        Checkpoint(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/config.json: {line}")
+
+
+W1 = "transformer.h.0.mlp.w1"
+
+
+def without(suffix):
+    return lambda tensors: tensors.pop(f"{W1}.{suffix}")
+
+
+def with_value(suffix, change):
+    def damage(tensors):
+        name = f"{W1}.{suffix}"
+        tensors[name] = change(tensors[name])
+
+    return damage
+
+
+def set_first(value):
+    def change(values):
+        values = values.copy()
+        values.ravel()[0] = value
+        return values
+
+    return change
+
+
+def not_quantised(tensors):
+    for suffix in ("qweight", "qzeros", "scales", "g_idx", "bias"):
+        tensors.pop(f"{W1}.{suffix}")
+    tensors[f"{W1}.weight"] = np.zeros([192, 256], np.float16)
+
+
+def quantised_lm_head(tensors):
+    tensors["lm_head.qweight"] = np.zeros([32, 64], np.int32)
+
+
+def quantised_vision(tensors):
+    tensors["transformer.visual.transformer.resblocks.0.mlp.c_fc.qweight"] = np.zeros([2, 32], np.int32)
+
+
+BLOCKS = "is quantised; only linear layers of the language model's blocks may be"
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (without("qweight"), "tensor h.0.mlp.w1.qweight is missing"),
+        (without("qzeros"), "tensor h.0.mlp.w1.qzeros is missing"),
+        (without("scales"), "tensor h.0.mlp.w1.scales is missing"),
+        (without("g_idx"), "tensor h.0.mlp.w1.g_idx is missing"),
+        (
+            with_value("qweight", lambda value: value[:-1]),
+            f"tensor {W1}.qweight has shape [31, 192], config.json and config.json require [32, 192]",
+        ),
+        (with_value("scales", lambda value: value[:4]), f"tensor {W1}.scales has shape [4, 192], "),
+        (
+            with_value("qweight", lambda value: value.astype(np.float32)),
+            f"tensor {W1}.qweight has dtype float32, it must be int32",
+        ),
+        (
+            with_value("scales", lambda value: value.astype(np.int32)),
+            f"tensor {W1}.scales has dtype int32, it must be float16 or bfloat16 or float32",
+        ),
+        (
+            with_value("scales", set_first(np.inf)),
+            f"tensor {W1}.scales holds scales that are not finite numbers of float16",
+        ),
+        (
+            with_value("scales", lambda value: np.full(value.shape, 0.1, np.float32)),
+            f"tensor {W1}.scales holds scales that are not finite numbers of float16",
+        ),
+        (
+            with_value("g_idx", set_first(8)),
+            f"{W1}.g_idx: not 8 groups of 32 inputs; copy the checkpoint again",
+        ),
+        (with_value("g_idx", set_first(-1)), f"{W1}.g_idx: not 8 groups of 32 inputs"),
+        (with_value("g_idx", lambda value: value * 0), f"{W1}.g_idx: not 8 groups of 32 inputs"),
+        (
+            with_value("bias", set_first(1)),
+            f"tensor {W1}.bias is not zero; the model has no such bias, and none is exported",
+        ),
+        (
+            not_quantised,
+            f"tensor {W1}.weight is not quantised; quantise all linear layers of the blocks, or none",
+        ),
+        (quantised_lm_head, f"tensor lm_head.qweight {BLOCKS}"),
+        (quantised_vision, f"tensor transformer.visual.transformer.resblocks.0.mlp.c_fc.qweight {BLOCKS}"),
+        (
+            lambda tensors: tensors.update({"transformer.wte.weight": np.zeros([64, 256], np.int32)}),
+            "/model.safetensors: transformer.wte.weight has dtype int32, a weight must be ",
+        ),
+    ],
+)
+def test_refused_tensors(tmp_path, damage, line):
+    variant = Variant(act_order=True)
+    tensors, _ = quantised_tensors(variant)
+    damage(tensors)
+    write_tensors(tmp_path, tensors, {**CONFIG, "quantization_config": variant.config})
+    with pytest.raises(QwenVLError) as caught:
+        Checkpoint(tmp_path).quantised.read("h.0.mlp.w1.weight")
+    assert str(caught.value).startswith(f"{tmp_path}{line}" if line[0] == "/" else f"{tmp_path}: {line}")
+
+
+def test_integers_without_a_config_are_refused(tmp_path):
+    tensors, _ = quantised_tensors(Variant())
+    write_tensors(tmp_path, tensors, CONFIG)
+    with pytest.raises(
+        QwenVLError, match=r"holds quantised tensors, but config\.json has no quantization_config$"
+    ):
+        Checkpoint(tmp_path)
+
+
+def test_a_config_without_quantised_tensors_is_refused(tmp_path):
+    _, dense = quantised_tensors(Variant())
+    write_tensors(tmp_path, dense, {**CONFIG, "quantization_config": Variant().config})
+    with pytest.raises(
+        QwenVLError, match=r"no tensor is quantised, though config\.json has quantization_config"
+    ):
+        Checkpoint(tmp_path)
+
+
+def test_values_of_quantised_weights_are_not_read_as_floats(tmp_path):
+    write_quantised(tmp_path, Variant())
+    checkpoint = Checkpoint(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"its weights are quantised \(gptq_int4_g32\); only export-language"
+    ):
+        next(checkpoint.tensors(checkpoint.language, "float32"))

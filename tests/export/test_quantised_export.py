@@ -1,0 +1,188 @@
+"""A GPTQ or AWQ folder is exported as its integers; the engine computes what the same weights in float32 give."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import paddle
+import pytest
+from engines import needs_compiler
+from quantised_folders import CONFIG, Variant, copy_of_tool, write_quantised, write_tensors
+from stock_inputs import stock_feed
+
+from paddlemix_qwenvl_plugin import QwenVL, UsageError, export_language, export_vision
+from paddlemix_qwenvl_plugin.artifact.manifest import read_manifest
+from paddlemix_qwenvl_plugin.artifact.params_file import read_tensors
+from paddlemix_qwenvl_plugin.artifact.verify import verify
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
+from paddlemix_qwenvl_plugin.engine import library as c
+from paddlemix_qwenvl_plugin.engine.engine import Engine, KvPool, Weights
+from paddlemix_qwenvl_plugin.modeling.weights import load_language
+from paddlemix_qwenvl_plugin.runtime.programs import Stage
+
+pytestmark = needs_compiler
+
+VARIANTS = [
+    Variant(),
+    Variant(group=128, sym=True),  # as the published Qwen-VL-Chat-Int4
+    Variant(bits=8, group=64),
+    Variant(bits=8, group=-1),
+    Variant(group=32, act_order=True),
+    Variant(bits=8, group=128, act_order=True),
+    Variant("awq", group=64),
+]
+IDS = ["-".join(str(each) for each in variant if each) for variant in VARIANTS]
+COMPUTE_FLOAT32 = 1
+
+
+class Float32Config(c.Config):
+    def __init__(self, **fields):
+        super().__init__(compute=COMPUTE_FLOAT32, **fields)
+
+
+def engine_logits(prefix, tokens, monkeypatch, one_by_one):
+    """The engine's logits after each token, float32 [tokens, vocabulary]: prompts of each length, or decode steps."""
+    monkeypatch.setattr(c, "Config", Float32Config)
+    config = read_manifest(prefix).config
+    engine = Engine(Weights.open(prefix.with_name(f"{prefix.name}.pdiparams")), config, c.LANGUAGE)
+    n = len(tokens)
+    pool = KvPool(engine, n, 32, "float32")
+    logits = np.empty([n, config.vocab_size], np.float32)
+    if one_by_one:
+        for i in range(n):
+            run(engine, pool, [(i, 1, 0)], tokens[i : i + 1], logits[i : i + 1])
+    else:
+        run(
+            engine,
+            pool,
+            [(0, i + 1, i) for i in range(n)],
+            np.concatenate([tokens[: i + 1] for i in range(n)]),
+            logits,
+        )
+    return logits
+
+
+def run(engine, pool, sequences, tokens, logits):
+    """A step of sequences (tokens before, new tokens, block)."""
+    n = len(sequences)
+    rows, blocks = (c.SequenceRow * n)(), np.array([block for *_, block in sequences], np.int32)
+    for i, (row, (n_past, n_new, _)) in enumerate(zip(rows, sequences)):
+        row.n_past, row.n_new, row.prompt_len = n_past, n_new, n_past + n_new
+        row.n_blocks, row.blocks = 1, blocks[i:].ctypes.data
+    tokens, picked = tokens.astype(np.int32), np.empty(n, np.int32)
+    batch = c.Batch(
+        size=ctypes.sizeof(c.Batch),
+        sequence_size=ctypes.sizeof(c.SequenceRow),
+        span_size=ctypes.sizeof(c.Span),
+        n_sequences=n,
+        sequences=ctypes.addressof(rows),
+        tokens=tokens.ctypes.data,
+    )
+    sampling = (c.Sampling * n)()
+    for each in sampling:
+        each.size = ctypes.sizeof(c.Sampling)
+        c.load().qvl_sampling_init(each)
+    arguments = c.StepArgs(
+        size=ctypes.sizeof(c.StepArgs),
+        sampling_size=ctypes.sizeof(c.Sampling),
+        batch=ctypes.pointer(batch),
+        rows=n,
+        sampling=ctypes.addressof(sampling),
+        tokens=picked.ctypes.data,
+        logits=logits.ctypes.data,
+    )
+    c.call("qvl_step", engine.handle, pool.handle, ctypes.byref(arguments), None)
+
+
+@paddle.no_grad()
+def float_logits(folder, tokens):
+    """The same by the portable model in float32."""
+    model = load_language(Checkpoint(folder))
+    embedded = model.embed_tokens(paddle.to_tensor(tokens[None]))
+    order = paddle.arange(len(tokens)).unsqueeze(0)
+    lengths = [paddle.to_tensor([[n]]) for n in range(1, len(tokens) + 1)]
+    rows = [model(embedded[:, :n], order[:, :n], length, length)[0] for n, length in enumerate(lengths, 1)]
+    return np.concatenate([row.numpy() for row in rows])
+
+
+TOKENS = np.random.default_rng(3).integers(0, 30, 20)
+STEPS = pytest.mark.parametrize("one_by_one", [False, True], ids=["prompts", "decode-steps"])
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=IDS)
+def exported(request, tmp_path_factory):
+    """A quantised folder's variant, the prefix of its export, and the logits of the same weights in float32."""
+    folder = tmp_path_factory.mktemp("quantised")
+    write_tensors(folder / "float", write_quantised(folder / "model", request.param), CONFIG)
+    export_language(folder / "model", folder / "text", "qwen")
+    return request.param, folder / "text" / "qwen", float_logits(folder / "float", TOKENS)
+
+
+@STEPS
+def test_logits_are_those_of_the_weights_in_float32(exported, monkeypatch, one_by_one):
+    _, prefix, expected = exported
+    logits = engine_logits(prefix, TOKENS, monkeypatch, one_by_one)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(logits, expected, atol=1e-3, rtol=0)
+
+
+def test_the_export_names_its_storage(exported):
+    variant, prefix, _ = exported
+    group = variant.group if variant.group in (32, 64) else 128
+    order = "_order" if variant.act_order else ""
+    manifest = verify(prefix)
+    assert manifest.quant_type == f"{variant.method}_int{variant.bits}_g{group}{order}"
+    found = {entry.name: entry.dtype for entry in read_tensors(prefix.with_name("qwen.pdiparams"), manifest)}
+    kind = f"uint{variant.bits}_g{group}"
+    assert found["h.0.attn.c_attn.weight"] == found["h.0.mlp.c_proj.weight"] == kind
+    assert (found["lm_head.weight"], found["wte.weight"]) == ("float32", "float32")
+    assert found.get("h.0.mlp.w1.weight.order") == ("int32" if variant.act_order else None)
+    assert set(manifest.programs) == {"qwen.fused.json", "qwen.fused.pdmodel"}
+
+
+@pytest.mark.parametrize("tool", ["auto_gptq", "auto_awq", "act_order"])
+@STEPS
+def test_logits_are_those_of_the_tool(tmp_path, monkeypatch, tool, one_by_one):
+    figures = copy_of_tool(tool, tmp_path / "model")
+    export_language(tmp_path / "model", tmp_path / "text", "qwen")
+    logits = engine_logits(tmp_path / "text" / "qwen", figures["tokens"], monkeypatch, one_by_one)
+    np.testing.assert_allclose(logits, figures["logits"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("variant", [Variant(), Variant(act_order=True)], ids=["in-order", "act-order"])
+def test_the_stock_program_and_the_predictor_generate_the_same(tmp_path, variant):
+    """The vision tower of such a folder is exported in floating point, from the same folder."""
+    write_quantised(tmp_path / "model", variant)
+    export_vision(tmp_path / "model", tmp_path / "vision" / "vision", "float16")
+    export_language(tmp_path / "model", tmp_path / "text", "qwen", "float16")
+    vl = QwenVL.from_exported(tmp_path / "vision" / "vision", tmp_path / "text" / "qwen")
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 56, 56)).astype("float32")
+    features = vl.encode_images(pixels)
+    ids = np.array([[1, 30, *[32] * 16, 31, 5, 9]])
+    tokens = vl.generate_ids(ids, features, max_new_tokens=8, eos_token_ids=())
+    for form in ("json", "pdmodel"):
+        stock = Stage(f"{tmp_path}/text/qwen.{form}", "language", "cpu").open()
+        *_, generated = stock(stock_feed(CONFIG, ids, features, np.array([[0, 1, 18]]), max_new=8))
+        assert generated.numpy().tolist() == tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            {"quant_type": "weight_only_int8"},
+            "its weights are quantised (gptq_int4_g32) and exported unchanged; omit --quant_type weight_only_int8",
+        ),
+        (
+            {"engine": "portable"},
+            "its weights are quantised (gptq_int4_g32); only the engine computes on them, not --engine portable",
+        ),
+    ],
+)
+def test_refused_exports(tmp_path, arguments, line):
+    write_quantised(tmp_path / "model", Variant())
+    with pytest.raises(UsageError) as caught:
+        export_language(tmp_path / "model", tmp_path / "text", "qwen", **arguments)
+    assert str(caught.value) == f"{tmp_path}/model: {line}"
+    assert not (tmp_path / "text").exists()
