@@ -71,7 +71,9 @@ class CalibrationRows:
         sha256: digest of what determines the rows; paths of images count, not their content.
     """
 
-    def __init__(self, source: Optional[Path], tokenizer: QwenTokenizer, config: ModelConfig, chat: bool) -> None:
+    def __init__(
+        self, source: Optional[Path], tokenizer: QwenTokenizer, config: ModelConfig, chat: bool
+    ) -> None:
         """Read and tokenise all rows; images are loaded later, one row at a time.
 
         Args:

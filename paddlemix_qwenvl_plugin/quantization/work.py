@@ -56,7 +56,9 @@ class Work:
         if folder.exists() and not job.is_file():
             raise UsageError(f"{folder}: exists, and this command did not write it; move it away")
         if folder.exists() and read_json(job) != settings:
-            raise UsageError(f"{folder}: an interrupted run with other settings; remove it, or name another folder")
+            raise UsageError(
+                f"{folder}: an interrupted run with other settings; remove it, or name another folder"
+            )
         with naming(folder):
             (folder / "model").mkdir(parents=True, exist_ok=True)
             if not job.is_file():
