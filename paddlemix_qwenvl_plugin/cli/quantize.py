@@ -24,8 +24,6 @@ def quantize(
     from paddlemix_qwenvl_plugin.quantization.job import quantise_model
     from paddlemix_qwenvl_plugin.quantization.report import REPORT
 
-    if data is None:
-        print("Without --data: calibrating on drawn images of shapes and words; your own rows fit your use better.")
-    for line in quantise_model(model, out, bits, group_size, data).lines():
+    for line in quantise_model(model, out, bits, group_size, data, print).lines():
         print(line)
     print(f"wrote {out}; the figures are in {out / REPORT}")

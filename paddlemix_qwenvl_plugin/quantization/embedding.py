@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import paddle
@@ -28,7 +29,7 @@ def embed(checkpoint: Checkpoint, rows: CalibrationRows) -> Iterator[NDArray[np.
     used = to_float32(table[tokens], checkpoint.dtype)
     del table
     size = checkpoint.config.visual.image_size
-    vision = load_vision(checkpoint) if any(row.images for row in rows.rows) else None
+    vision: Any = load_vision(checkpoint) if any(row.images for row in rows.rows) else None
 
     def features(row: CalibrationRow) -> Iterator[NDArray[np.float32]]:
         for image in rows.images(row):

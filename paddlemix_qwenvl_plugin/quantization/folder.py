@@ -31,6 +31,8 @@ INDEX = "model.safetensors.index.json"
 # Suffix -> type of the tensors of a quantised matrix (packing.py).
 _PACKED = {"qweight": "int32", "qzeros": "int32", "g_idx": "int32", "scales": "float16"}
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
+# Keys of config.json that tell how PaddleNLP cut the weights, which are whole in the new folder.
+_CUTS = ("tensor_parallel_degree", "tensor_parallel_rank")
 
 Tensors = dict[str, NDArray[np.generic]]
 
@@ -58,6 +60,8 @@ class GptqFolder:
             if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copyfile(path, self._folder / path.name)
         config = read_json(self._checkpoint.folder / "config.json")
+        for key in _CUTS:
+            config.pop(key, None)
         config["quantization_config"] = quantization_config(bits, group)
         _write_json(self._folder / "config.json", config)
         weight_map: dict[str, str] = {}

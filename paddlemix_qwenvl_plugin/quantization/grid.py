@@ -31,24 +31,24 @@ class Quantised:
     @property
     def group(self) -> int:
         """Columns per group."""
-        return self.integers.shape[1] // self.scales.shape[1]
+        return int(self.integers.shape[1] // self.scales.shape[1])
 
     def values(self) -> Floats:
         """The matrix [out, in] that the integers stand for."""
         groups = self.integers.reshape(*self.scales.shape, self.group)
-        wide = (groups - self.zeros[..., None]) * self.scales[..., None]
+        wide: Floats = (groups - self.zeros[..., None]) * self.scales[..., None]
         return wide.reshape(self.integers.shape)
 
 
 def to_half(values: Floats) -> Floats:
     """Round scales to float16, the type in which they are stored; a scale of 0 becomes the smallest above."""
     least = np.finfo(np.float16).smallest_subnormal
-    return np.maximum(values.astype(np.float16), least).astype(np.float32)
+    return np.asarray(np.maximum(values.astype(np.float16), least), np.float32)
 
 
 def nearest(columns: Floats, scale: Floats, zero: Floats, top: int) -> Floats:
     """The nearest integers 0 to `top` for values that broadcast against their scales and zero points."""
-    return np.clip(np.rint(columns / scale) + zero, 0, top)
+    return np.asarray(np.clip(np.rint(columns / scale) + zero, 0, top), np.float32)
 
 
 def best_grid(columns: Floats, importance: Floats, bits: int) -> tuple[Floats, Floats]:

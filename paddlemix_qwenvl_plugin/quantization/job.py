@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Optional
@@ -15,7 +16,7 @@ from paddlemix_qwenvl_plugin.quantization.folder import GptqFolder
 from paddlemix_qwenvl_plugin.quantization.judge import count_changed
 from paddlemix_qwenvl_plugin.quantization.layers import Batch, LayerQuantiser, Streams
 from paddlemix_qwenvl_plugin.quantization.report import REPORT, Report
-from paddlemix_qwenvl_plugin.quantization.rows import HELD_OUT_EVERY, CalibrationRows
+from paddlemix_qwenvl_plugin.quantization.rows import HELD_OUT_EVERY, CalibrationRow, CalibrationRows
 from paddlemix_qwenvl_plugin.quantization.states import States
 from paddlemix_qwenvl_plugin.quantization.work import Work
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
@@ -29,7 +30,12 @@ MAX_TOKENS = 1 << 16
 
 
 def quantise_model(
-    model: Path, target: Path, bits: int, group_size: int = 64, data: Optional[Path] = None
+    model: Path,
+    target: Path,
+    bits: int,
+    group_size: int = 64,
+    data: Optional[Path] = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Quantise the language model's matrices, except lm_head, and write a GPTQ model folder.
 
@@ -42,6 +48,7 @@ def quantise_model(
         bits: 4 or 8.
         group_size: columns that share a scale: 32, 64 or 128.
         data: calibration rows (rows.py); None: drawn ones.
+        say: called with a line for the user, after the arguments are checked.
 
     Raises:
         UsageError: an invalid argument or row.
@@ -52,6 +59,10 @@ def quantise_model(
     if group_size not in GROUP_SIZES:
         raise UsageError(f"--group_size {group_size}: must be one of {', '.join(map(str, GROUP_SIZES))}")
     checkpoint = Checkpoint(model)
+    if checkpoint.quantised is not None:
+        raise UsageError(
+            f"{model}: is quantized already ({checkpoint.quantised.quant_type}); give the original model"
+        )
     _check_sizes(checkpoint, bits, group_size)
     tokenizer = QwenTokenizer.of_model(model, checkpoint.config)
     rows = CalibrationRows(data, tokenizer, checkpoint.config, is_chat_model(model))
@@ -65,6 +76,12 @@ def quantise_model(
         "group_size": group_size,
     }
     with Work.open(target, settings) as work:
+        if data is None:
+            say(
+                "Without --data: calibrating on drawn images of shapes and words; your own rows fit your use better."
+            )
+        if work.embedded:
+            say(f"Resuming after {work.layers} of {checkpoint.config.num_hidden_layers} layers.")
         return _run(checkpoint, rows, n_rows - len(rows.rows), work, target, bits, group_size)
 
 
@@ -138,7 +155,7 @@ def _check_sizes(checkpoint: Checkpoint, bits: int, group_size: int) -> None:
             )
 
 
-def _within_limit(rows: CalibrationRows) -> list:
+def _within_limit(rows: CalibrationRows) -> list[CalibrationRow]:
     totals = accumulate(len(row.input_ids) for row in rows.rows)
     kept = [row for row, total in zip(rows.rows, totals) if total <= MAX_TOKENS]
     if len(kept) < HELD_OUT_EVERY:

@@ -36,7 +36,9 @@ def count_changed(
     """
     weights = dict(
         checkpoint.tensors(
-            {name: checkpoint.language[name] for name in ("ln_f.weight", "lm_head.weight")}, "float32", out_in=True
+            {name: checkpoint.language[name] for name in ("ln_f.weight", "lm_head.weight")},
+            "float32",
+            out_in=True,
         )
     )
     norm, head = (np.asarray(weights.pop(f"{name}.weight"), np.float32) for name in ("ln_f", "lm_head"))

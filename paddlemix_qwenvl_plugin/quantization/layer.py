@@ -37,32 +37,32 @@ class DecoderLayer:
         for name, values in weights.items():
             self._parameters[f"h.{name}"].set_value(np.ascontiguousarray(values))
 
-    @paddle.no_grad()
     def inputs(self, stage: int, states: Floats, n_prompt: int) -> Floats:
         """The input of a stage's matrices, [tokens, in]; `states` as STAGES says."""
         layer, x = self._layer, paddle.to_tensor(states[None])
-        if stage == 0:
-            found = layer.ln_1(x)
-        elif stage == 1:
-            found, _ = layer.attn.mix(layer.ln_1(x), self._position(len(states), n_prompt), None)
-        elif stage == 2:
-            found = layer.ln_2(x)
-        else:
-            found = layer.gate(layer.ln_2(x))
+        with paddle.no_grad():
+            if stage == 0:
+                found = layer.ln_1(x)
+            elif stage == 1:
+                found, _ = layer.attn.mix(layer.ln_1(x), self._position(len(states), n_prompt), None)
+            elif stage == 2:
+                found = layer.ln_2(x)
+            else:
+                found = layer.gate(layer.ln_2(x))
         return np.asarray(found.numpy()[0], np.float32)
 
-    @paddle.no_grad()
     def after_attention(self, states: Floats, n_prompt: int) -> Floats:
         """The states after the attention: [tokens, hidden] to [tokens, hidden]."""
         layer, x = self._layer, paddle.to_tensor(states[None])
-        mixed, _ = layer.attn(layer.ln_1(x), self._position(len(states), n_prompt), None)
-        return np.asarray((x + mixed).numpy()[0], np.float32)
+        with paddle.no_grad():
+            mixed, _ = layer.attn(layer.ln_1(x), self._position(len(states), n_prompt), None)
+            return np.asarray((x + mixed).numpy()[0], np.float32)
 
-    @paddle.no_grad()
     def after_mlp(self, states: Floats) -> Floats:
         """The states after the layer from those after its attention."""
         layer, x = self._layer, paddle.to_tensor(states[None])
-        return np.asarray((x + layer.c_proj(layer.gate(layer.ln_2(x)))).numpy()[0], np.float32)
+        with paddle.no_grad():
+            return np.asarray((x + layer.c_proj(layer.gate(layer.ln_2(x)))).numpy()[0], np.float32)
 
     def _position(self, n_tokens: int, n_prompt: int) -> Position:
         positions = paddle.arange(n_tokens, dtype="int64").unsqueeze(0)

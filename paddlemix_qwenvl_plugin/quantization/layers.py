@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
@@ -71,7 +71,9 @@ class LayerQuantiser:
         small = {name: spec for name, spec in specs.items() if not spec.linear}
         tensors: dict[str, Any] = dict(self._checkpoint.tensors(small, dtype))
         errors: dict[str, list[float]] = {}
-        middle = Streams(before.original.beside("original-middle.bin"), before.quantised.beside("quantised-middle.bin"))
+        middle = Streams(
+            before.original.beside("original-middle.bin"), before.quantised.beside("quantised-middle.bin")
+        )
         for stage, matrices in enumerate(STAGES):
             if stage == 2:
                 self._advance(before, middle, DecoderLayer.after_attention)
@@ -94,7 +96,8 @@ class LayerQuantiser:
 
     def _gram(self, stage: int, states: States) -> Floats:
         """X^T X of the stage's inputs over the calibration rows."""
-        gram, waiting, n_waiting = None, list[Floats](), 0
+        gram: Optional[Floats] = None
+        waiting, n_waiting = list[Floats](), 0
         for number, row in enumerate(self._batch.calibration, start=1):
             inputs = self._quantised.inputs(stage, states.read(row), self._batch.prompt_lengths[row])
             waiting.append(inputs)

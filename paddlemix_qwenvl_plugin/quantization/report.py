@@ -41,7 +41,9 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """The lines for the terminal."""
-        skipped = f"; {self.skipped_rows} more rows are beyond the limit on tokens" if self.skipped_rows else ""
+        skipped = (
+            f"; {self.skipped_rows} more rows are beyond the limit on tokens" if self.skipped_rows else ""
+        )
         yield f"calibrated on {self.rows} rows, {self.tokens} tokens{skipped}"
         pairs = [pair for layer in self.layers for pair in layer["matrices"].values()]
         mean = [sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1)]

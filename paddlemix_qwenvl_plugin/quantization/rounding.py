@@ -48,13 +48,9 @@ class Hessian:
         # With the order reversed, H = L L^T; reversing L gives an upper triangular R with H = R R^T, and U = R^-1.
         reverse = self.order[::-1]
         lower = np.linalg.cholesky(gram[np.ix_(reverse, reverse)].astype(np.float64))
-        self.factor: Floats = np.triu(np.linalg.inv(lower[::-1, ::-1])).astype(np.float32)
-
-    def solve(self, rows: Floats) -> Floats:
-        """rows @ H^-1, [n, in]."""
-        solved = np.empty_like(rows)
-        solved[:, self.order] = rows[:, self.order] @ self.factor.T @ self.factor
-        return solved
+        inverse = np.linalg.inv(lower[::-1, ::-1]).astype(np.float32)
+        del lower  # 1 GB at the 7B model's sizes
+        self.factor: Floats = np.triu(inverse)
 
 
 def quantise(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantised:

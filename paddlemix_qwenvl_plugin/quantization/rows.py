@@ -42,12 +42,14 @@ class CalibrationRow:
         n_prompt: length of the prompt.
         images: sources of the images, in order.
         spans: (index of `<img>`, index of `</img>`) of each image.
+        where: file and line, for messages.
     """
 
     input_ids: list[int]
     n_prompt: int
     images: list[Any]
     spans: list[tuple[int, int]]
+    where: str
 
     @property
     def judged(self) -> list[int]:
@@ -69,7 +71,9 @@ class CalibrationRows:
         sha256: digest of what determines the rows; paths of images count, not their content.
     """
 
-    def __init__(self, source: Optional[Path], tokenizer: QwenTokenizer, config: ModelConfig, chat: bool) -> None:
+    def __init__(
+        self, source: Optional[Path], tokenizer: QwenTokenizer, config: ModelConfig, chat: bool
+    ) -> None:
         """Read and tokenise all rows; images are loaded later, one row at a time.
 
         Args:
@@ -93,13 +97,21 @@ class CalibrationRows:
             raise UsageError(f"{source}: {len(self.rows)} rows; calibration needs at least {MIN_ROWS}")
 
     def images(self, row: CalibrationRow) -> list[Image.Image]:
-        """Load the images of a row; relative paths are resolved against the file's folder."""
-        return [load_image(from_folder(source, self._folder)) for source in row.images]
+        """Load the images of a row; relative paths are resolved against the file's folder.
+
+        Raises:
+            UsageError, QwenVLError: an image cannot be loaded; the message names file and line.
+        """
+        try:
+            return [load_image(from_folder(source, self._folder)) for source in row.images]
+        except QwenVLError as error:
+            raise type(error)(f"{row.where}: {error}") from error
 
     def _read(self, source: Path, content: bytes) -> Iterator[CalibrationRow]:
         for number, line in enumerate(content.split(b"\n"), start=1):
             if not line.strip():
                 continue
+            where = f"{source}: line {number}"
             line, answer = _take_answer(line)
             try:
                 if answer is not None and not isinstance(answer, str):
@@ -107,18 +119,19 @@ class CalibrationRows:
                 parsed = read_row(number, line, {}).parsed
                 if isinstance(parsed, UsageError):
                     raise parsed
-                yield self._tokenised(parsed.request, answer)
+                yield self._tokenised(parsed.request, answer, where)
             except QwenVLError as error:
                 text = str(error).removeprefix(f"line {number}: ")
-                raise type(error)(f"{source}: line {number}: {text}") from error
+                raise type(error)(f"{where}: {text}") from error
 
     def _drawn(self, number: int) -> CalibrationRow:
         rng = random.Random(f"calibration {number}")  # neither a training seed nor a held-out one
         sample = random_sample(rng)
         parts = sample.parts([draw(scene) for scene in sample.scenes])
-        return self._tokenised(Request(parts, chat=sample.form == "chat"), sample.turns[0].answer)
+        request = Request(parts, chat=sample.form == "chat")
+        return self._tokenised(request, sample.turns[0].answer, f"drawn row {number}")
 
-    def _tokenised(self, request: Request, answer: Optional[str]) -> CalibrationRow:
+    def _tokenised(self, request: Request, answer: Optional[str], where: str) -> CalibrationRow:
         parts: Sequence[Any] = [{"text": request.parts}] if isinstance(request.parts, str) else request.parts
         chat = self._chat if request.chat is None else request.chat
         tokenizer, config = self._tokenizer, self._config
@@ -137,7 +150,7 @@ class CalibrationRows:
                 f"{len(input_ids)} tokens do not fit into the context of {config.max_position_embeddings}"
             )
         spans = image_spans(input_ids, config.visual.image_start_id, config.visual.n_queries)
-        return CalibrationRow(input_ids, len(prompt.input_ids), prompt.images, spans)
+        return CalibrationRow(input_ids, len(prompt.input_ids), prompt.images, spans, where)
 
 
 _ANSWER_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")

@@ -24,8 +24,8 @@ class Work:
 
     Attributes:
         model: the model folder, renamed to OUT when it is complete.
-        layers: number of layers done; -1: not even the rows are embedded.
         figures: a dict per layer done, for the report.
+        embedded: whether the states before the next layer are complete.
     """
 
     def __init__(self, folder: Path, figures: list[dict[str, Any]], embedded: bool) -> None:
@@ -56,14 +56,21 @@ class Work:
         if folder.exists() and not job.is_file():
             raise UsageError(f"{folder}: exists, and this command did not write it; move it away")
         if folder.exists() and read_json(job) != settings:
-            raise UsageError(f"{folder}: an interrupted run with other settings; remove it, or name another folder")
+            raise UsageError(
+                f"{folder}: an interrupted run with other settings; remove it, or name another folder"
+            )
         with naming(folder):
             (folder / "model").mkdir(parents=True, exist_ok=True)
             if not job.is_file():
                 write_text(job, json.dumps(settings))
             try:
                 with FileLock(folder / "lock", timeout=0):
-                    yield cls(folder, *_progress(folder))
+                    work = cls(folder, *_progress(folder))
+                    try:
+                        yield work
+                    finally:
+                        if not work.embedded:  # nothing to resume
+                            shutil.rmtree(folder, ignore_errors=True)
             except Timeout as error:
                 raise UsageError(f"{folder}: another process is writing it; wait for it") from error
 

@@ -15,6 +15,7 @@ import adapter_cases  # noqa: F401  registers its cases
 import checkpoint_cases  # noqa: F401  registers its cases
 import lora_cases  # noqa: F401  registers its cases
 import pytest
+import quantize_cases  # noqa: F401  its cases are in CASES, too
 from error_cases import CASES, STREET, Bench
 from error_doc import Row, rows
 from error_table import check

@@ -68,7 +68,10 @@ def rows(tmp_path_factory) -> Path:
         prompt = "".join(chr(97 + int(c)) for c in rng.integers(0, 26, 24))
         row = {"id": i, "prompt": prompt}
         if i % 3 == 1:
-            content = [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": {"url": f"{i}.png"}}]
+            content = [
+                {"type": "text", "text": prompt},
+                {"type": "image_url", "image_url": {"url": f"{i}.png"}},
+            ]
             row = {"custom_id": str(i), "body": {"messages": [{"role": "user", "content": content}]}}
         elif i % 3 == 2:
             row["image"] = f"{i}.png"
@@ -104,7 +107,9 @@ def unpacked(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
     integers = ((words[:, None] >> shifts[:, None]) & 15).reshape(-1, words.shape[1])
     zeros = ((zeros[..., None] >> shifts) & 15).reshape(len(zeros), -1) + 1
     groups = tensors[f"{name}.g_idx"]
-    return (tensors[f"{name}.scales"][groups].astype(np.float32) * (integers - zeros[groups]).astype(np.float32)).T
+    return (
+        tensors[f"{name}.scales"][groups].astype(np.float32) * (integers - zeros[groups]).astype(np.float32)
+    ).T
 
 
 def test_folder(quantised, model):
@@ -154,8 +159,10 @@ def test_report(quantised, model, rows, tmp_path):
     tokenizer = QwenTokenizer.of_model(model, checkpoint.config)
     loaded = CalibrationRows(rows, tokenizer, checkpoint.config, False)
     held_out = [loaded.rows[7], loaded.rows[15]]
-    assert report["rows"] == N_ROWS - 2 and report["skipped_rows"] == 0
-    assert report["tokens"] == sum(len(r.input_ids) for r in loaded.rows) - sum(len(r.input_ids) for r in held_out)
+    assert (report["rows"], report["skipped_rows"]) == (N_ROWS - 2, 0)
+    assert report["tokens"] == sum(len(r.input_ids) for r in loaded.rows) - sum(
+        len(r.input_ids) for r in held_out
+    )
     vision = load_vision(checkpoint)
     states, tokens = {}, {}
     for name, folder in (("original", model), ("quantised", plain)):
@@ -171,7 +178,10 @@ def test_report(quantised, model, rows, tmp_path):
                     x = language.embed(ids, vision(paddle.to_tensor(np.stack(images))), place)
                 positions = paddle.arange(ids.shape[1]).unsqueeze(0)
                 position = Position(
-                    positions, paddle.to_tensor([[row.n_prompt]]), chunk_mask(positions, None), checkpoint.config
+                    positions,
+                    paddle.to_tensor([[row.n_prompt]]),
+                    chunk_mask(positions, None),
+                    checkpoint.config,
                 )
                 for number, layer in enumerate(language.layers):
                     x, _ = layer(x, position, None)
@@ -269,7 +279,9 @@ def test_command(model, rows, tmp_path, monkeypatch, capsys):
     assert f"calibrated on 7 rows, {report['tokens']} tokens" in lines
     held = report["held_out"]
     assert any(
-        re.fullmatch(rf"held-out rows: {held['tokens']} of {held['of_tokens']} tokens changed, in . of 1 rows", line)
+        re.fullmatch(
+            rf"held-out rows: {held['tokens']} of {held['of_tokens']} tokens changed, in . of 1 rows", line
+        )
         for line in lines
     )
     assert lines[-1] == "wrote q8; the figures are in q8/quantization_report.json"

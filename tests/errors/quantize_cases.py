@@ -1,0 +1,116 @@
+"""Cases of docs/errors.md for `quantize`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from error_cases import Bench, Provoke, case, cases
+
+ROW = {"id": 0, "prompt": "What is it?"}
+
+
+def quantize(*rows: Any, flags: tuple[str, ...] = ("--bits", "8"), out: str = "new") -> Provoke:
+    """`quantize` with these rows, of which the last is repeated; a str is a line as it is."""
+
+    def provoke(bench: Bench) -> list[str]:
+        bench.model()
+        given = [*rows, *([{**ROW, "id": i} for i in range(8)])]
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in given]
+        Path("rows.jsonl").write_text("\n".join(lines))
+        return ["quantize", "model", out, *flags, "--data", "rows.jsonl"]
+
+    return provoke
+
+
+@case("`quantize` from a folder that is not there")
+def no_model(bench: Bench) -> list[str]:
+    return ["quantize", "model", "new", "--bits", "4"]
+
+
+@case("`quantize --data` with seven rows")
+def few_rows(bench: Bench) -> list[str]:
+    arguments = quantize()(bench)
+    Path("rows.jsonl").write_text("\n".join(json.dumps({**ROW, "id": i}) for i in range(7)))
+    return arguments
+
+
+@case("`quantize --data` that is not there")
+def no_rows(bench: Bench) -> list[str]:
+    bench.model()
+    return ["quantize", "model", "new", "--bits", "4", "--data", "rows.jsonl"]
+
+
+@case("the width of the MLP is no multiple of `--group_size`")
+def uneven(bench: Bench) -> list[str]:
+    arguments = quantize()(bench)
+    weights = bench.weights()
+    bench.config(intermediate_size=2 * 528)
+    for name, values in weights.items():
+        if ".mlp.w" in name and name.startswith("transformer.llm"):
+            weights[name] = values.repeat(2, axis=1)[:, :528].copy()
+        elif ".mlp.c_proj" in name and name.startswith("transformer.llm"):
+            weights[name] = values.repeat(2, axis=0)[:528].copy()
+    bench.save(weights)
+    return arguments
+
+
+@case("`quantize` without the vocabulary")
+def no_vocabulary(bench: Bench) -> list[str]:
+    arguments = quantize()(bench)
+    Path("model/qwen.tiktoken").unlink()
+    return arguments
+
+
+@case("a folder with the name of `quantize`'s partial one")
+def foreign_partial(bench: Bench) -> list[str]:
+    arguments = quantize()(bench)
+    Path("new.partial").mkdir()
+    return arguments
+
+
+@case("`quantize` after an interrupted run with other flags")
+def other_settings(bench: Bench) -> list[str]:
+    arguments = quantize()(bench)
+    Path("new.partial").mkdir()
+    Path("new.partial/job.json").write_text('{"bits": 4}')
+    return arguments
+
+
+@case("an image of a calibration row is text")
+def no_image(bench: Bench) -> list[str]:
+    arguments = quantize({**ROW, "id": "a", "image": "dog.png"})(bench)
+    Path("dog.png").write_text("a dog")
+    return arguments
+
+
+@case("calibration rows that are too long together")
+def long_rows(bench: Bench) -> list[str]:
+    arguments = quantize(*({**ROW, "id": f"a{i}", "prompt": "x1" * 6000} for i in range(9)))(bench)
+    bench.config(max_position_embeddings=32768)
+    return arguments
+
+
+@case("no more room on the disk during `quantize`")
+def full(bench: Bench) -> list[str]:
+    arguments = quantize()(bench)
+    bench.max_file_bytes = 10_000
+    bench.stdout = os.devnull
+    return arguments
+
+
+cases(
+    {
+        "`quantize --bits 3`": quantize(flags=("--bits", "3")),
+        "`quantize` without `--bits`": quantize(flags=()),
+        "`quantize --group_size 16`": quantize(flags=("--bits", "4", "--group_size", "16")),
+        "`quantize` to a folder that exists": quantize(out="model"),
+        "a calibration row that is not JSON": quantize("{"),
+        "a calibration row with an unknown key": quantize({**ROW, "picture": "dog.png"}),
+        "a calibration row whose answer is a number": quantize({**ROW, "answer": 3}),
+        "a calibration row with an image that is not there": quantize({**ROW, "image": "dog.png"}),
+        "a calibration row that is longer than the context": quantize({**ROW, "prompt": "ab " * 9000}),
+    }
+)
