@@ -4,9 +4,9 @@
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/elementwise.h"
 #include "cpu/kernels/gemm.h"
+#include "cpu/kernels/groups.h"
 #include "cpu/kernels/matvec_bf16.h"
 #include "cpu/kernels/matvec_float.h"
-#include "cpu/kernels/matvec_groups.h"
 #include "cpu/kernels/matvec_int4.h"
 #include "cpu/kernels/matvec_int8.h"
 #include "cpu/kernels/norm.h"
@@ -14,18 +14,6 @@
 
 namespace qvl::cpu {
 namespace {
-
-// Kernels of a type with zero points.
-template <int Bits, int Group>
-constexpr void add_groups(qvl_dtype dtype, Kernels& k) {
-  k.prepared_bytes[dtype] = prepared_bytes_groups<Bits, Group>;
-  k.prepare_x[dtype] = prepare_groups<Bits, Group>;
-  k.matvec[dtype] = matvec_groups<Bits, Group>;
-  k.unpack_tile[0][dtype] = unpack_to_f32<UnpackGroups<Bits, Group>>;
-#if defined(__AVX512BF16__)
-  k.unpack_tile[1][dtype] = unpack_to_bf16<UnpackGroups<Bits, Group>>;
-#endif
-}
 
 constexpr Kernels make() {
   Kernels k{};
@@ -83,13 +71,6 @@ constexpr Kernels make() {
   k.attend_rounded = attend_rounded;
 #endif
 
-  add_groups<4, 32>(QVL_UINT4_G32, k);
-  add_groups<4, 64>(QVL_UINT4_G64, k);
-  add_groups<4, 128>(QVL_UINT4_G128, k);
-  add_groups<8, 32>(QVL_UINT8_G32, k);
-  add_groups<8, 64>(QVL_UINT8_G64, k);
-  add_groups<8, 128>(QVL_UINT8_G128, k);
-
   k.attend_begin = attend_begin;
   k.attend_scratch_bytes = attend_scratch_bytes;
   k.attend = attend;
@@ -102,7 +83,11 @@ constexpr Kernels make() {
 }  // namespace
 
 const Kernels* QVL_KERNELS() {
-  static constexpr Kernels table = make();
+  static const Kernels table = [] {
+    Kernels k = make();
+    QVL_ADD_GROUPS(k);
+    return k;
+  }();
   return &table;
 }
 
