@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
+from adapter_folders import write_adapter
 from engines import needs_compiler
 from quantised_folders import CONFIG, Variant, copy_of_tool, write_quantised, write_tensors
 from stock_inputs import stock_feed
@@ -18,8 +19,9 @@ from paddlemix_qwenvl_plugin.artifact.params_file import read_tensors
 from paddlemix_qwenvl_plugin.artifact.verify import verify
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.engine import library as c
-from paddlemix_qwenvl_plugin.engine.engine import Engine, KvPool, Weights
+from paddlemix_qwenvl_plugin.engine.engine import Adapter, Engine, KvPool, Weights
 from paddlemix_qwenvl_plugin.modeling.weights import load_language
+from paddlemix_qwenvl_plugin.runtime.adapters import low_rank, open_adapters
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.upstream.inference_model import QWenForQWenVLInferenceModel
 
@@ -43,17 +45,20 @@ class Float32Config(c.Config):
         super().__init__(compute=COMPUTE_FLOAT32, **fields)
 
 
-def engine_logits(prefix, tokens, monkeypatch, one_by_one):
+def engine_logits(prefix, tokens, monkeypatch, one_by_one, adapter=None):
     """The engine's logits after each token, float32 [tokens, vocabulary]: prompts of each length, or decode steps."""
     monkeypatch.setattr(c, "Config", Float32Config)
     config = read_manifest(prefix).config
     engine = Engine(Weights.open(prefix.with_name(f"{prefix.name}.pdiparams")), config, c.LANGUAGE)
+    opened = None
+    if adapter is not None:
+        opened = Adapter(engine, low_rank(open_adapters({"it": adapter}, config)["it"]))
     n = len(tokens)
     pool = KvPool(engine, n, 32, "float32")
     logits = np.empty([n, config.vocab_size], np.float32)
     if one_by_one:
         for i in range(n):
-            run(engine, pool, [(i, 1, 0)], tokens[i : i + 1], logits[i : i + 1])
+            run(engine, pool, [(i, 1, 0)], tokens[i : i + 1], logits[i : i + 1], opened)
     else:
         run(
             engine,
@@ -61,17 +66,19 @@ def engine_logits(prefix, tokens, monkeypatch, one_by_one):
             [(0, i + 1, i) for i in range(n)],
             np.concatenate([tokens[: i + 1] for i in range(n)]),
             logits,
+            opened,
         )
     return logits
 
 
-def run(engine, pool, sequences, tokens, logits):
-    """A step of sequences (tokens before, new tokens, block)."""
+def run(engine, pool, sequences, tokens, logits, adapter):
+    """A step of sequences (tokens before, new tokens, block), with an adapter or None."""
     n = len(sequences)
     rows, blocks = (c.SequenceRow * n)(), np.array([block for *_, block in sequences], np.int32)
     for i, (row, (n_past, n_new, _)) in enumerate(zip(rows, sequences)):
         row.n_past, row.n_new, row.prompt_len = n_past, n_new, n_past + n_new
         row.n_blocks, row.blocks = 1, blocks[i:].ctypes.data
+        row.adapter = adapter and adapter.handle.value
     tokens, picked = tokens.astype(np.int32), np.empty(n, np.int32)
     batch = c.Batch(
         size=ctypes.sizeof(c.Batch),
@@ -98,9 +105,9 @@ def run(engine, pool, sequences, tokens, logits):
 
 
 @paddle.no_grad()
-def float_logits(folder, tokens):
-    """The same by the portable model in float32."""
-    model = load_language(Checkpoint(folder))
+def float_logits(folder, tokens, lora=()):
+    """The same by the portable model in float32, adapters merged."""
+    model = load_language(Checkpoint(folder, lora))
     embedded = model.embed_tokens(paddle.to_tensor(tokens[None]))
     order = paddle.arange(len(tokens)).unsqueeze(0)
     lengths = [paddle.to_tensor([[n]]) for n in range(1, len(tokens) + 1)]
@@ -150,6 +157,19 @@ def test_logits_are_those_of_the_tool(tmp_path, monkeypatch, tool, one_by_one):
     export_language(tmp_path / "model", tmp_path / "text", "qwen")
     logits = engine_logits(tmp_path / "text" / "qwen", figures["tokens"], monkeypatch, one_by_one)
     np.testing.assert_allclose(logits, figures["logits"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("variant", [Variant(), Variant("awq", group=64)], ids=["gptq", "awq"])
+@STEPS
+def test_an_adapter_over_integers_is_one_merged_into_their_values(tmp_path, monkeypatch, variant, one_by_one):
+    write_tensors(tmp_path / "float", write_quantised(tmp_path / "model", variant), CONFIG)
+    export_language(tmp_path / "model", tmp_path / "text", "qwen")
+    config = read_manifest(tmp_path / "text" / "qwen").config
+    adapter = write_adapter(tmp_path / "adapter", config, seed=5)
+    expected = float_logits(tmp_path / "float", TOKENS, [adapter])
+    assert np.abs(expected - float_logits(tmp_path / "float", TOKENS)).max() > 0.1
+    logits = engine_logits(tmp_path / "text" / "qwen", TOKENS, monkeypatch, one_by_one, adapter)
+    np.testing.assert_allclose(logits, expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("variant", [Variant(), Variant(act_order=True)], ids=["in-order", "act-order"])
