@@ -88,7 +88,7 @@ def test_convert_memory(tmp_path):
     source, target = str(write_model(tmp_path / "model", config, "float16")), str(tmp_path / "converted")
     rise = rise_of_peak(
         "from paddlemix_qwenvl_plugin.checkpoint.convert import convert; "
-        f"convert(Path({source!r}), Path({target!r}), None, {shard})"
+        f"convert(Path({source!r}), Path({target!r}), max_shard_bytes={shard})"
     )
     shutil.rmtree(tmp_path)
     assert rise <= shard + 2 * largest + 5e7
