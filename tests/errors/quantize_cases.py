@@ -108,7 +108,7 @@ cases(
         "`quantize --group_size 16`": quantize(flags=("--bits", "4", "--group_size", "16")),
         "`quantize` to a folder that exists": quantize(out="model"),
         "a calibration row that is not JSON": quantize("{"),
-        "a calibration row with an unknown key": quantize({**ROW, "photo": "dog.png"}),
+        "a calibration row with an unknown key": quantize({**ROW, "img": "dog.png"}),
         "a calibration row whose answer is a number": quantize({**ROW, "answer": 3}),
         "a calibration row with an image that is not there": quantize({**ROW, "image": "dog.png"}),
         "a calibration row that is longer than the context": quantize({**ROW, "prompt": "ab " * 9000}),
