@@ -20,12 +20,18 @@ namespace {
 const Versions& versions_for(qvl_isa isa) {
   switch (kernels_for(isa).isa) {
 #if defined(__x86_64__)
+#ifndef QVL_WITHOUT_AVX2
     case QVL_ISA_AVX2:
       return *avx2_versions();
+#endif
+#ifndef QVL_WITHOUT_AVX512
     case QVL_ISA_AVX512:
       return *avx512_versions();
+#endif
+#ifndef QVL_WITHOUT_AVX512_BF16
     case QVL_ISA_AVX512_BF16:
       return *avx512_bf16_versions();
+#endif
 #endif
     default:
       return *generic_versions();
