@@ -324,21 +324,23 @@ struct RowsGroups {
   }
 };
 
-// At most four rows of x at a time, which bounds the code; the weights of a panel then come from the cache.
+// At most as many rows of x at a time as a register block has, which bounds the code; the weights of a panel
+// then come from the cache.
 template <int Bits, int Group>
 void matvec_groups(const Matvec& p, int64_t row, int64_t end) {
   using Rows = RowsGroups<Bits, Group>;
-  const int64_t step = p.n_x > 4 || p.n_x == 3 ? kPanelRows : end - row;
+  const bool one_pass = p.n_x <= 2 || p.n_x == Rows::kXAtOnce;
+  const int64_t step = one_pass ? end - row : kPanelRows;
   Matvec part = p;
   for (; row < end; row += step) {
     const int64_t last = end - row < step ? end : row + step;
     for (int first = 0; first < p.n_x; first += part.n_x) {
       const int left = p.n_x - first;
-      part.n_x = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      part.n_x = left >= Rows::kXAtOnce ? Rows::kXAtOnce : left >= 2 ? 2 : 1;
       part.x = Rows::X::row(p, first);
       part.y = p.y + first * p.y_stride;
-      if (part.n_x == 4) {
-        matvec_many<Rows, 4>(part, row, last);
+      if (part.n_x == Rows::kXAtOnce) {
+        matvec_many<Rows, Rows::kXAtOnce>(part, row, last);
       } else if (part.n_x == 2) {
         matvec_many<Rows, 2>(part, row, last);
       } else {
