@@ -65,10 +65,10 @@ def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
     for isa in reversed(isas):
         level = "-O0" if isa.name == "generic" and len(isas) == 2 else "-O3"
         names = (f"-DQVL_KERNELS={isa.name}_kernels", f"-DQVL_KERNELS_ISA={isa.code}")
-        for source in ("kernels", "groups"):
-            path = csrc / "cpu" / "kernels" / f"{source}.cc"
+        for stem in ("kernels", "groups"):
+            path = csrc / "cpu" / "kernels" / f"{stem}.cc"
             found.append(
-                Unit(f"{source}_{isa.name}.o", path, (*_COMMON, *_KERNELS, level, *isa.flags, *names))
+                Unit(f"{stem}_{isa.name}.o", path, (*_COMMON, *_KERNELS, level, *isa.flags, *names))
             )
     without = tuple(f"-DQVL_WITHOUT_{isa.name.upper()}" for isa in all_isas(csrc) if isa not in isas)
     for folder in ("core", "cpu"):

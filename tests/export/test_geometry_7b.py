@@ -74,7 +74,7 @@ def test_export_memory(exported, stage):
 
 
 def test_convert_memory(tmp_path):
-    """A model of 0.8 GB in shards of 0.1 GB: memory holds one shard and the tensor being read."""
+    """A model of 0.8 GB in shards of 0.1 GB: memory holds one shard, the tensor being read, and copies of it."""
     config = {
         **CONFIG,
         "hidden_size": 1024,
@@ -91,7 +91,7 @@ def test_convert_memory(tmp_path):
         f"convert(Path({source!r}), Path({target!r}), max_shard_bytes={shard})"
     )
     shutil.rmtree(tmp_path)
-    assert rise <= shard + 2 * largest + 5e7
+    assert rise <= shard + 3 * largest + 5e7  # read, transposed, written
 
 
 def test_quantised_export_memory(tmp_path):
