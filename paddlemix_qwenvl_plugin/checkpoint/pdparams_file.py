@@ -25,6 +25,7 @@ from paddlemix_qwenvl_plugin.checkpoint.table_pickle import (
     Span,
     TableUnpickler,
     check_shape,
+    empty_table,
 )
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
 
@@ -195,15 +196,8 @@ def _data(expression: Any, names: Any) -> Any:
     return names["data"]
 
 
-def _empty(*arguments: Any) -> Any:
-    """Stand-in for OrderedDict, which is pickled empty and then filled."""
-    if arguments:
-        raise RefusedError("a table in it is made from another one")
-    return {}
-
-
 _KNOWN = {
-    ("collections", "OrderedDict"): _empty,
+    ("collections", "OrderedDict"): empty_table,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},

@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from paddlemix_qwenvl_plugin.checkpoint.table_pickle import RefusedError, TableUnpickler, check_shape
+from paddlemix_qwenvl_plugin.checkpoint.table_pickle import (
+    RefusedError,
+    TableUnpickler,
+    check_shape,
+    empty_table,
+)
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 # Class of a storage in the pickle, or the dtype of a tensor without one -> dtype, NumPy dtype.
@@ -148,15 +153,8 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
-def _empty(*arguments: Any) -> Any:
-    """Stand-in for OrderedDict, which is pickled empty and then filled."""
-    if arguments:
-        raise RefusedError("a table in it is made from another one")
-    return {}
-
-
 _KNOWN = {
-    ("collections", "OrderedDict"): _empty,
+    ("collections", "OrderedDict"): empty_table,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_with_dtype,

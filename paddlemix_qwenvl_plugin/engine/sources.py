@@ -67,9 +67,7 @@ def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
         names = (f"-DQVL_KERNELS={isa.name}_kernels", f"-DQVL_KERNELS_ISA={isa.code}")
         for stem in ("kernels", "groups"):
             path = csrc / "cpu" / "kernels" / f"{stem}.cc"
-            found.append(
-                Unit(f"{stem}_{isa.name}.o", path, (*_COMMON, *_KERNELS, level, *isa.flags, *names))
-            )
+            found.append(Unit(f"{stem}_{isa.name}.o", path, (*_COMMON, *_KERNELS, level, *isa.flags, *names)))
     without = tuple(f"-DQVL_WITHOUT_{isa.name.upper()}" for isa in all_isas(csrc) if isa not in isas)
     for folder in ("core", "cpu"):
         for source in sorted((csrc / folder).glob("*.cc")):
