@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import sys
@@ -9,6 +10,7 @@ import threading
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,15 +169,12 @@ def test_a_busy_server_is_asked_again(
     server: FakeServer, batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
-    real_sleep = remote.asyncio.sleep
 
     async def sleep(seconds: float) -> None:
-        if threading.current_thread() is not threading.main_thread():  # a server of other tests
-            return await real_sleep(seconds)
         slept.append(seconds)
-        return await real_sleep(0)
 
-    monkeypatch.setattr(remote.asyncio, "sleep", sleep)
+    # In this module only: servers that other tests left running sleep in event loops of their own.
+    monkeypatch.setattr(remote, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
     coming = [
         (429, {"Retry-After": "7"}),
         (503, {}),
