@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from model import DEVICE, Sizes
 
-STORAGES = ("half", "int8", "int4_g64", "int4_g128")  # as enum class Storage of csrc/cuda/ops.h
+# As enum class Storage of csrc/cuda/ops.h.
+STORAGES = ("half", "int8", "int4_g64", "int4_g128")
+STORAGES += ("uint4_g32", "uint4_g64", "uint4_g128", "uint8_g32", "uint8_g64")
 INTOS = {"half": 0, "float": 1, "add": 2, "silu_times": 4}  # as enum class Into
 REPLAYS = 7
 
@@ -53,8 +55,18 @@ class Products:
             values.view(torch.bfloat16).normal_(std=0.02)
         else:
             values.random_(0, 256)
-            scales.view(torch.float32 if storage == "int8" else torch.bfloat16).fill_(1e-3)
+            self.fill_scales(storage, scales)
         return Matrix(storage, out, width, values, scales)
+
+    @staticmethod
+    def fill_scales(storage: str, scales: torch.Tensor) -> None:
+        if storage.startswith("uint"):  # two scales, then two zero points, in bfloat16 plus an offset
+            words = scales.view(torch.int16).view(-1, 4)
+            words[:, :2] = torch.tensor(1e-3, dtype=torch.float16).view(torch.int16)
+            zero = 128 + 8 if storage.startswith("uint4") else 0
+            words[:, 2:] = torch.tensor(zero, dtype=torch.bfloat16).view(torch.int16)
+        else:
+            scales.view(torch.float32 if storage == "int8" else torch.bfloat16).fill_(1e-3)
 
     def launch(self, matrix: Matrix, x: torch.Tensor, into: str, y: torch.Tensor) -> None:
         """Y (+)= x W^T on the current stream. x bfloat16 [n, width]."""
@@ -64,7 +76,7 @@ class Products:
             *(matrix.out, matrix.width, -(-matrix.width // unit) * unit),
             *(ctypes.c_void_p(matrix.values.data_ptr()), ctypes.c_void_p(matrix.scales.data_ptr()), None),
             *(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.shape[1]), len(x), INTOS[into]),
-            ctypes.c_void_p(y.data_ptr()),
+            *(ctypes.c_void_p(y.data_ptr()), None),
         )
         if failed:
             raise SystemExit(failed.decode())
@@ -99,8 +111,10 @@ class Layer(NamedTuple):
 
 def time_storage(products: Products, storage: str, batches: list[int], sizes: Sizes) -> None:
     hidden, mlp = sizes.hidden, sizes.mlp
-    # As in exports: c_attn and lm_head have 8 bits when the others have 4.
-    kept = storage if storage == "half" else "int8"
+    # As in exports: c_attn and lm_head have 8 bits when the others have 4; of a GPTQ or AWQ checkpoint, c_attn is
+    # like the others and lm_head is not quantised.
+    grouped = storage.startswith("uint")
+    kept = storage if storage == "half" or grouped else "int8"
     layers = [
         Layer(
             products.matrix(kept, 3 * hidden, hidden),
@@ -110,7 +124,7 @@ def time_storage(products: Products, storage: str, batches: list[int], sizes: Si
         )
         for _ in range(sizes.layers)
     ]
-    head = products.matrix(kept, sizes.vocab, hidden)
+    head = products.matrix("half" if grouped else kept, sizes.vocab, hidden)
     total = head.bytes + sum(matrix.bytes for layer in layers for matrix in layer)
     for n in batches:
         x, wide, qkv = (

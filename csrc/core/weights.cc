@@ -84,9 +84,6 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
   QVL_REQUIRE(is_float(tensor.dtype) || (spec.product && is_quantised(tensor.dtype)), QVL_BAD_WEIGHT,
               "%s: is %s; this weight must be float32, bfloat16 or float16%s", name, dtype_name(tensor.dtype),
               spec.product ? ", or quantised" : "");
-  QVL_REQUIRE(device == QVL_DEVICE_CPU || !has_zeros(tensor.dtype), QVL_UNSUPPORTED,
-              "%s: %s is not supported on a GPU yet: run this model on the CPU", name,
-              dtype_name(tensor.dtype));
   QVL_REQUIRE(tensor.n_dims >= 1 && tensor.n_dims <= 4, QVL_BAD_WEIGHT, "%s: has %d axes; it must have %zu",
               name, tensor.n_dims, spec.shape.size());
   const auto n_dims = static_cast<size_t>(tensor.n_dims);
@@ -112,10 +109,8 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
 }
 
 // Check that the order of a matrix's inputs is a permutation of the numbers below n.
-void check_order(const qvl_tensor& tensor, const std::string& name, int64_t n, qvl_device device) {
+void check_order(const qvl_tensor& tensor, const std::string& name, int64_t n) {
   const char* const text = name.c_str();
-  QVL_REQUIRE(device == QVL_DEVICE_CPU, QVL_UNSUPPORTED,
-              "%s: act-order is not supported on a GPU yet: run this model on the CPU", text);
   QVL_REQUIRE(tensor.dtype == QVL_INT32 && tensor.n_dims == 1 && tensor.shape[0] == n &&
                   tensor.bytes == static_cast<uint64_t>(n) * sizeof(int32_t),
               QVL_BAD_WEIGHT, "%s: must be int32 [%lld]", text, static_cast<long long>(n));
@@ -177,7 +172,7 @@ WeightTable checked_weights(const qvl_config& config, const Tensors& tensors) {
     if (order == nullptr) continue;
     int64_t inner = 1;
     for (size_t i = 1; i < spec.shape.size(); ++i) inner *= spec.shape[i];
-    check_order(*order, spec.name + ".order", inner, config.device);
+    check_order(*order, spec.name + ".order", inner);
     table.emplace(spec.name + ".order", *order);
   }
   return table;

@@ -141,9 +141,9 @@ class CudaBackend final : public Backend {
     return std::make_unique<CudaKvPool>(config_, gpu_.context(), own_, n_blocks, block_tokens, dtype);
   }
 
-  std::unique_ptr<Adapter> make_adapter(const std::vector<AdapterMatrix>&) override {
-    fail(QVL_UNSUPPORTED,
-         "an adapter is not supported on a GPU yet: merge it into the weights, or use the CPU");
+  std::unique_ptr<Adapter> make_adapter(const std::vector<AdapterMatrix>& matrices) override {
+    const Current current(gpu_.context());
+    return language_->make_adapter(own_, matrices);
   }
 
   void encode_images(int64_t n, const float* images, float* features, qvl_stream given) override {

@@ -42,6 +42,14 @@ void embed(const Gpu& gpu, CUstream stream, const void* wte, int vocab, int widt
              params, true);
 }
 
+void gather_columns(const Gpu& gpu, CUstream stream, const void* x, int64_t x_stride, const int32_t* order,
+                    int n, int in, int64_t y_stride, void* y) {
+  const GatherParams params{x, order, y, x_stride, y_stride, in};
+  const int columns = (in + kGatherThreads - 1) / kGatherThreads;
+  gpu.launch(stream, "gather_columns", {static_cast<unsigned>(columns), static_cast<unsigned>(n)},
+             kGatherThreads, 0, params, true);
+}
+
 void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const Places& places,
                       const Angles& angles, const KvLayer& layer, int n, void* q) {
   QVL_REQUIRE(layer.head_dim % 2 == 0 && layer.head_dim <= kMaxHeadDim, QVL_UNSUPPORTED,

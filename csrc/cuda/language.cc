@@ -1,6 +1,7 @@
 #include "cuda/language.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "core/error.h"
 
@@ -8,6 +9,7 @@ namespace qvl::cuda {
 namespace {
 
 constexpr int kMaxDecodeRows = 256;  // most rows of linear_decode
+constexpr uint64_t kRowUnit = 8;     // rows of x are a multiple of this many values
 
 // Bytes of a row of a product's result.
 uint64_t row_bytes(const Matrix& matrix, Into into) {
@@ -20,6 +22,11 @@ uint64_t row_bytes(const Matrix& matrix, Into into) {
     default:
       return size(matrix.out) * 2;
   }
+}
+
+const CudaAdapter* adapter_of(const qvl_sequence& sequence) {
+  const qvl_adapter* const adapter = sequence.adapter;
+  return adapter != nullptr ? static_cast<const CudaAdapter*>(adapter->matrices.get()) : nullptr;
 }
 
 char* bytes(void* memory) {
@@ -60,12 +67,15 @@ Language::Language(const Gpu& gpu, const qvl_config& config, Weights& weights)
   mixed_ = DeviceMemory(n * hidden * 2);
   wide_ = DeviceMemory(n * size(layers_[0].gate_up.out));
   uint64_t scratch = 0;
+  int widest = lm_head_.order != nullptr ? config.hidden : 0;  // of the matrices with an order
   for (const Layer& layer : layers_) {
     for (const Matrix* matrix : {&layer.c_attn, &layer.attn_proj, &layer.gate_up, &layer.mlp_proj}) {
       scratch = std::max(scratch, linear_prompt_scratch(*matrix));
+      if (matrix->order != nullptr) widest = std::max(widest, matrix->in);
     }
   }
   prompt_scratch_ = DeviceMemory(scratch);
+  ordered_ = DeviceMemory(n * rounded(size(widest), kRowUnit) * 2);
 }
 
 void Language::reserve(int rows, int max_keys) {
@@ -87,9 +97,21 @@ void Language::forward(CUstream stream, const CudaKvPool& pool, const qvl_batch&
 void Language::place(const InputArrays& at, int i, const qvl_sequence& sequence, int32_t position,
                      int table) const {
   at.features[i] = 0;
+  if (at.adapters != nullptr) {
+    const CudaAdapter* const adapter = adapter_of(sequence);
+    at.adapters[i] = adapter != nullptr ? adapter->table() : 0;
+  }
   at.positions[i] = position;
   at.angle_tables[i] = angles_.table(sequence.prompt_len);
   at.table_of[i] = table;
+}
+
+void Language::sort_by_adapter(const InputArrays& at, int first, int n) {
+  if (at.adapters == nullptr) return;
+  std::iota(at.adapter_order, at.adapter_order + n, 0);
+  const uint64_t* const adapters = at.adapters + first;
+  std::stable_sort(at.adapter_order, at.adapter_order + n,
+                   [&](int32_t a, int32_t b) { return adapters[a] > adapters[b]; });
 }
 
 void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, std::vector<Part>& parts,
@@ -98,6 +120,7 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
   InputSizes sizes;
   for (const Part& part : parts) {
     const int32_t keys = part.past + part.n;
+    shape.is_adapted = shape.is_adapted || adapter_of(*part.sequence) != nullptr;
     shape.max_blocks = std::max(shape.max_blocks, (keys + pool.block_tokens - 1) / pool.block_tokens);
     if (part.generated) {
       shape.n_decode += part.n;
@@ -112,11 +135,13 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
   sizes.tables = static_cast<int>(parts.size());
   sizes.max_blocks = shape.max_blocks;
   sizes.tiles = shape.tiles;
+  sizes.adapted = shape.is_adapted ? shape.rows() : 0;
   reserve(std::min(shape.n_decode, kMaxDecodeRows), shape.max_keys);
 
   const InputArrays host = input.begin(sizes);
   const bool ids_here = !is_device_visible(batch.tokens);
   int next = 0, chunk = 0, tile = 0;
+  adapted_prompts_.clear();
   for (const bool generated : {false, true}) {
     for (size_t table = 0; table < parts.size(); ++table) {
       Part& part = parts[table];
@@ -131,11 +156,14 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
       }
       take_features(stream, batch, part, host);
       if (generated) continue;
+      const CudaAdapter* const adapter = adapter_of(*part.sequence);
+      if (adapter != nullptr) adapted_prompts_.push_back({adapter, static_cast<int>(part.first), part.n});
       host.chunks[chunk] = {static_cast<int>(part.first), part.n, part.past, static_cast<int>(table)};
       for (int32_t offset = 0; offset < part.n; offset += kQueryTile) host.tiles[tile++] = {chunk, offset};
       ++chunk;
     }
   }
+  sort_by_adapter(host, shape.n_prompt, shape.n_decode);
   const InputArrays at = input.send(stream);
   if (!ids_here) {
     for (const Part& part : parts)
@@ -152,7 +180,7 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
       const Part& after = parts[i + 1];
       if (after.logits != row + n || after.first + after.n - 1 != first + n) break;
     }
-    head(stream, first, n, logits + int64_t{row} * config_.vocab);
+    head(stream, at, first, n, logits + int64_t{row} * config_.vocab);
   }
 }
 
@@ -179,15 +207,77 @@ void Language::take_features(CUstream stream, const qvl_batch& batch, const Part
   }
 }
 
-void Language::product(CUstream stream, const Matrix& matrix, const void* x, int x_stride,
-                       const PassShape& shape, Into into, void* y) {
+std::unique_ptr<CudaAdapter> Language::make_adapter(CUstream stream,
+                                                    const std::vector<AdapterMatrix>& matrices) {
+  const int hidden = config_.hidden, gate_up = layers_[0].gate_up.out;
+  const std::vector<CudaAdapter::Shape> shapes = {{3 * hidden, hidden},
+                                                  {hidden, hidden},
+                                                  {gate_up, hidden},
+                                                  {hidden, gate_up / 2},
+                                                  {config_.vocab, hidden}};
+  auto made = std::make_unique<CudaAdapter>(gpu_, stream, config_.layers, shapes, matrices);
+  const std::vector<bool> before = products_adapted_;
+  products_adapted_.resize(size(config_.layers * kLayerProducts + 1));
+  for (size_t i = 0; i < products_adapted_.size(); ++i) {
+    products_adapted_[i] = products_adapted_[i] || made->product(static_cast<int>(i)) != nullptr;
+  }
+  if (products_adapted_ != before) ++moved_;
+  if (made->max_rank() <= max_rank_) return made;
+  const uint64_t rows = size(config_.max_tokens), widest = size(std::max(3 * hidden, gate_up));
+  const uint64_t of_head = size(std::min(config_.max_tokens, kMaxDecodeRows)) * size(config_.vocab);
+  low_ = DeviceMemory();  // cuMemFree waits for the GPU
+  low_ = DeviceMemory(rows * size(made->max_rank()) * 2);
+  if (delta_.bytes() == 0) delta_ = DeviceMemory(std::max(rows * widest, of_head) * 4);
+  max_rank_ = made->max_rank();
+  ++moved_;
+  return made;
+}
+
+const float* Language::adapted(CUstream stream, int number, int in, int out, const void* x, int x_stride,
+                               const InputArrays& at, const PassShape& shape) {
+  if (!shape.is_adapted || !products_adapted_[size(number)]) return nullptr;
+  auto* const delta = delta_.get<float>();
   if (shape.n_prompt > 0) {
-    linear_prompt(gpu_, stream, matrix, x, x_stride, shape.n_prompt, into, y, prompt_scratch_.get());
+    check(driver().cuMemsetD8Async(address(delta), 0, size(shape.n_prompt) * size(out) * 4, stream),
+          "clearing GPU memory");
+    for (const AdaptedPrompt& prompt : adapted_prompts_) {
+      const LowRank* const of = prompt.adapter->product(number);
+      if (of == nullptr) continue;
+      linear_prompt(gpu_, stream, of->a, bytes(x) + size(prompt.first) * size(x_stride) * 2, x_stride,
+                    prompt.n, Into::kHalf, low_.get(), nullptr);
+      linear_prompt(gpu_, stream, of->b, low_.get(), of->b.in, prompt.n, Into::kFloat,
+                    delta + size(prompt.first) * size(out), nullptr);
+    }
+  }
+  if (shape.n_decode > 0) {
+    const uint64_t first = size(shape.n_prompt);
+    low_rank_decode(gpu_, stream, at.adapters + first, at.adapter_order, number,
+                    bytes(x) + first * size(x_stride) * 2, x_stride, in, shape.n_decode, low_.get(),
+                    max_rank_, out, delta + first * size(out));
+  }
+  return delta;
+}
+
+const void* Language::ordered(CUstream stream, const Matrix& matrix, const void* x, int& x_stride, int n) {
+  if (matrix.order == nullptr) return x;
+  const auto stride = static_cast<int>(rounded(size(matrix.in), kRowUnit));
+  gather_columns(gpu_, stream, x, x_stride, matrix.order, n, matrix.in, stride, ordered_.get());
+  x_stride = stride;
+  return ordered_.get();
+}
+
+void Language::product(CUstream stream, int number, const Matrix& matrix, const void* x, int x_stride,
+                       const InputArrays& at, const PassShape& shape, Into into, void* y) {
+  const float* const delta = adapted(stream, number, x_stride, matrix.out, x, x_stride, at, shape);
+  x = ordered(stream, matrix, x, x_stride, shape.rows());
+  if (shape.n_prompt > 0) {
+    linear_prompt(gpu_, stream, matrix, x, x_stride, shape.n_prompt, into, y, prompt_scratch_.get(), delta);
   }
   for (int done = shape.n_prompt; done < shape.rows(); done += kMaxDecodeRows) {
     const int n = std::min(kMaxDecodeRows, shape.rows() - done);
     linear_decode(gpu_, stream, matrix, bytes(x) + size(done) * size(x_stride) * 2, x_stride, n, into,
-                  bytes(y) + size(done) * row_bytes(matrix, into));
+                  bytes(y) + size(done) * row_bytes(matrix, into),
+                  delta != nullptr ? delta + size(done) * size(matrix.out) : nullptr);
   }
 }
 
@@ -222,21 +312,35 @@ void Language::layers(CUstream stream, const CudaKvPool& pool, const InputArrays
   for (int i = 0; i < config_.layers; ++i) {
     const Layer& layer = layers_[size(i)];
     const KvLayer kv = pool.layer(i);
+    const int first = i * kLayerProducts;
     rms_norm(gpu_, stream, x, layer.ln_1, config_.norm_epsilon, n, hidden, normed_.get());
-    product(stream, layer.c_attn, normed_.get(), hidden, shape, Into::kHalf, qkv_.get());
+    product(stream, first + kAttnProduct, layer.c_attn, normed_.get(), hidden, at, shape, Into::kHalf,
+            qkv_.get());
     attention(stream, places, at, shape, kv);
-    product(stream, layer.attn_proj, mixed_.get(), hidden, shape, Into::kAdd, x);
+    product(stream, first + kAttnProjProduct, layer.attn_proj, mixed_.get(), hidden, at, shape, Into::kAdd,
+            x);
     rms_norm(gpu_, stream, x, layer.ln_2, config_.norm_epsilon, n, hidden, normed_.get());
-    product(stream, layer.gate_up, normed_.get(), hidden, shape, Into::kSiluTimes, wide_.get());
-    product(stream, layer.mlp_proj, wide_.get(), layer.gate_up.out / 2, shape, Into::kAdd, x);
+    product(stream, first + kGateUpProduct, layer.gate_up, normed_.get(), hidden, at, shape, Into::kSiluTimes,
+            wide_.get());
+    product(stream, first + kMlpProjProduct, layer.mlp_proj, wide_.get(), layer.gate_up.out / 2, at, shape,
+            Into::kAdd, x);
   }
 }
 
-void Language::head(CUstream stream, int first, int n, float* logits) {
-  const uint64_t hidden = size(config_.hidden);
-  rms_norm(gpu_, stream, x_.get<float>() + size(first) * hidden, ln_f_, config_.norm_epsilon, n,
-           config_.hidden, normed_.get());
-  linear_decode(gpu_, stream, lm_head_, normed_.get(), config_.hidden, n, Into::kFloat, logits);
+void Language::head(CUstream stream, const InputArrays& at, int first, int n, float* logits) {
+  const int hidden = config_.hidden;
+  rms_norm(gpu_, stream, x_.get<float>() + size(first) * size(hidden), ln_f_, config_.norm_epsilon, n, hidden,
+           normed_.get());
+  InputArrays of_rows = at;
+  PassShape shape;
+  shape.n_decode = n;
+  shape.is_adapted = at.adapters != nullptr;
+  if (shape.is_adapted) {
+    of_rows.adapters += first;
+    of_rows.adapter_order = nullptr;  // of other rows
+  }
+  product(stream, config_.layers * kLayerProducts, lm_head_, normed_.get(), hidden, of_rows, shape,
+          Into::kFloat, logits);
 }
 
 }  // namespace qvl::cuda

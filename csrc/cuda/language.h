@@ -1,11 +1,13 @@
 // The language model's layers on the GPU.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "core/passes.h"
 #include "cuda/angles.h"
 #include "cuda/kv_pool.h"
+#include "cuda/low_rank.h"
 #include "cuda/step_input.h"
 #include "cuda/weights.h"
 
@@ -14,10 +16,11 @@ namespace qvl::cuda {
 // Shape of a pass: rows of prompts first, then those of decode steps.
 struct PassShape {
   int n_prompt = 0, n_decode = 0;
-  int tiles = 0;         // query tiles of the prompts
-  int max_blocks = 0;    // of a sequence's block table
-  int max_keys = 0;      // of a decode row
-  bool is_step = false;  // one row per sequence, for attention_step
+  int tiles = 0;            // query tiles of the prompts
+  int max_blocks = 0;       // of a sequence's block table
+  int max_keys = 0;         // of a decode row
+  bool is_step = false;     // one row per sequence, for attention_step
+  bool is_adapted = false;  // some row has an adapter
 
   int rows() const { return n_prompt + n_decode; }
 };
@@ -34,10 +37,16 @@ class Language {
   void layers(CUstream stream, const CudaKvPool& pool, const InputArrays& at, const PassShape& shape);
 
   // Enqueue lm_head for rows [first, first + n).
-  void head(CUstream stream, int first, int n, float* logits);
+  void head(CUstream stream, const InputArrays& at, int first, int n, float* logits);
+
+  // Copy an adapter's matrices, and reserve scratch memory for it.
+  std::unique_ptr<CudaAdapter> make_adapter(CUstream stream, const std::vector<AdapterMatrix>& matrices);
 
   // Write the description of row i: a token at `position` of the sequence whose block table is row `table`.
   void place(const InputArrays& at, int i, const qvl_sequence& sequence, int32_t position, int table) const;
+
+  // Sort the decode rows, which begin at `first`, by adapter, if any row of the pass has one.
+  static void sort_by_adapter(const InputArrays& at, int first, int n);
 
   // Reserve scratch memory for `rows` decode rows with up to max_keys keys. A captured graph stays valid
   // while moved() is unchanged.
@@ -54,8 +63,14 @@ class Language {
   void take_features(CUstream stream, const qvl_batch& batch, const Part& part, const InputArrays& host);
   void attention(CUstream stream, const Places& places, const InputArrays& at, const PassShape& shape,
                  const KvLayer& kv);
-  void product(CUstream stream, const Matrix& matrix, const void* x, int x_stride, const PassShape& shape,
-               Into into, void* y);
+  // `number`: of the product, for adapters.
+  void product(CUstream stream, int number, const Matrix& matrix, const void* x, int x_stride,
+               const InputArrays& at, const PassShape& shape, Into into, void* y);
+  // x with the columns in the matrix's order, and their stride.
+  const void* ordered(CUstream stream, const Matrix& matrix, const void* x, int& x_stride, int n);
+  // The adapters' part of a product, float32 [rows, out], or NULL if no row has an adapter.
+  const float* adapted(CUstream stream, int number, int in, int out, const void* x, int x_stride,
+                       const InputArrays& at, const PassShape& shape);
 
   const Gpu& gpu_;
   const qvl_config config_;
@@ -64,7 +79,17 @@ class Language {
   const float* ln_f_;
   std::vector<Layer> layers_;
   // Scratch: activations of a pass.
-  DeviceMemory x_, normed_, qkv_, q_, mixed_, wide_, features_, prompt_scratch_, decode_scratch_;
+  DeviceMemory x_, normed_, qkv_, q_, mixed_, wide_, features_, prompt_scratch_, decode_scratch_, ordered_;
+  // Of adapters: A x and B A x; rows of low_.
+  DeviceMemory low_, delta_;
+  int max_rank_ = 0;
+  std::vector<bool> products_adapted_;  // by any adapter so far
+  // Rows of the pass's prompts with an adapter.
+  struct AdaptedPrompt {
+    const CudaAdapter* adapter;
+    int first, n;
+  };
+  std::vector<AdaptedPrompt> adapted_prompts_;
   int moved_ = 0;
 };
 

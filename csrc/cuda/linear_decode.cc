@@ -27,13 +27,10 @@ int shared_limit(int arch) {
   return arch >= 100 && arch < 120 ? 227 << 10 : 99 << 10;
 }
 
-int group_of(Storage storage) {
-  return storage == Storage::kInt4G64 ? 64 : 128;
-}
-
-const char* name_of(Storage storage) {
-  constexpr const char* kNames[] = {"half", "int8", "int4_g64", "int4_g128"};
-  return kNames[static_cast<int>(storage)];
+// Bytes of the scales, and of the zero points, of a pair of rows in a step of linear_decode.cu.
+int scale_bytes_of(const StorageInfo& of) {
+  if (of.group == 0) return 0;
+  return of.zeros ? 8 * ((of.bits == 8 ? 64 : kUnit) / of.group) : 4 * (kUnit / of.group);
 }
 
 uint64_t rounded(int value, int unit) {
@@ -43,14 +40,14 @@ uint64_t rounded(int value, int unit) {
 // Lay out the shared memory of a block with `columns` rows of x, and return its size. The pitch of a row of x
 // is 64 bytes over a multiple of 128, so that two rows lie in different banks.
 int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, LinearDecode& p) {
-  const bool int4 = matrix.storage == Storage::kInt4G64 || matrix.storage == Storage::kInt4G128;
+  const StorageInfo& of = info(matrix.storage);
   const int units = static_cast<int>(padded(matrix.in)) / kUnit;
-  const int depth = ring_depth(arch), groups = int4 ? kUnit / group_of(matrix.storage) : 0;
+  const int depth = ring_depth(arch), groups = of.bits == 4 ? kUnit / of.group : 0;  // with sums of x
   p.columns = columns;
   p.tiles_at_once = tiles_at_once;
   p.x_pitch = units * kUnit * 2 + 64;
   p.scales_at = depth * kWarps * kStepBytes;
-  p.x_at = p.scales_at + depth * kWarps * 8 * 4 * groups;
+  p.x_at = p.scales_at + depth * kWarps * 8 * scale_bytes_of(of);
   p.offsets_at = p.x_at + columns * p.x_pitch;
   p.offsets_pitch = (columns + 1) / 2 * 2;
   p.sums_at = p.offsets_at + units * groups * p.offsets_pitch * 4;
@@ -62,7 +59,7 @@ bool wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p
   constexpr int kUnitBytes[] = {4096, 2048, 1024, 1024};
   const auto storage = static_cast<size_t>(matrix.storage);
   const int unit = kUnitBytes[storage], limit = shared_limit(gpu.arch());
-  const int groups = storage >= static_cast<size_t>(Storage::kInt4G64) ? kUnit / group_of(matrix.storage) : 0;
+  const int groups = info(matrix.storage).group != 0 ? kUnit / info(matrix.storage).group : 0;
   p.columns = p.n <= 32 ? 32 : 64;
   const int tiles = static_cast<int>(rounded(matrix.out, kTileRows)) / kTileRows;
   const int chunks = (p.n + p.columns - 1) / p.columns;
@@ -84,7 +81,7 @@ bool wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p
     shared = bytes;
   }
   if (best == 0) return false;
-  const std::string name = std::string("linear_wide_") + name_of(matrix.storage) + "_" +
+  const std::string name = std::string("linear_wide_") + info(matrix.storage).name + "_" +
                            std::to_string(p.columns / 8) + "_" + std::to_string(best);
   gpu.launch(stream, name.c_str(),
              {static_cast<unsigned>((tiles + best - 1) / best), static_cast<unsigned>(chunks)},
@@ -97,17 +94,39 @@ bool wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p
 MatrixBytes matrix_bytes(Storage storage, int out, int in) {
   if (storage == Storage::kHalf) return {static_cast<uint64_t>(out) * rounded(in, 8) * 2, 0};
   const uint64_t rows = rounded(out, kTileRows), values = rows * static_cast<uint64_t>(padded(in));
-  if (storage == Storage::kInt8) return {values, rows * sizeof(float)};
-  return {values / 2, values / static_cast<uint64_t>(group_of(storage)) * 2};
+  const StorageInfo& of = info(storage);
+  if (of.group == 0) return {values, rows * sizeof(float)};
+  return {values * static_cast<uint64_t>(of.bits) / 8,
+          values / static_cast<uint64_t>(of.group) * (of.zeros ? 4 : 2)};
+}
+
+Storage storage_of(qvl_dtype dtype) {
+  switch (dtype) {
+    case QVL_INT8:
+      return Storage::kInt8;
+    case QVL_INT4_G64:
+      return Storage::kInt4G64;
+    case QVL_INT4_G128:
+      return Storage::kInt4G128;
+    case QVL_UINT4_G32:
+      return Storage::kUint4G32;
+    case QVL_UINT4_G64:
+      return Storage::kUint4G64;
+    case QVL_UINT4_G128:
+      return Storage::kUint4G128;
+    case QVL_UINT8_G32:
+      return Storage::kUint8G32;
+    case QVL_UINT8_G64:
+    case QVL_UINT8_G128:
+      return Storage::kUint8G64;
+    default:
+      return Storage::kHalf;
+  }
 }
 
 void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void* from, int out,
                    const Matrix& to, int first, int step) {
-  const bool fits = dtype == QVL_INT8        ? to.storage == Storage::kInt8
-                    : dtype == QVL_INT4_G64  ? to.storage == Storage::kInt4G64
-                    : dtype == QVL_INT4_G128 ? to.storage == Storage::kInt4G128
-                                             : to.storage == Storage::kHalf;
-  QVL_REQUIRE(fits && first + (out - 1) * step < to.out, QVL_INTERNAL,
+  QVL_REQUIRE(to.storage == storage_of(dtype) && first + (out - 1) * step < to.out, QVL_INTERNAL,
               "upload_matrix: dtype %d, row %d of %d", dtype, first + (out - 1) * step, to.out);
   UploadMatrix p{};
   p.from = from;
@@ -123,24 +142,26 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
   // The call that writes the last row also writes the padding of its tile.
   if (to.storage != Storage::kHalf && first + (out - 1) * step == to.out - 1)
     p.padding = static_cast<int>(rounded(to.out, kTileRows)) - to.out;
-  const char* name = dtype == QVL_FLOAT32    ? "float32"
-                     : dtype == QVL_BFLOAT16 ? "bfloat16"
-                     : dtype == QVL_FLOAT16  ? "float16"
-                                             : name_of(to.storage);
+  const char* name = dtype == QVL_FLOAT32      ? "float32"
+                     : dtype == QVL_BFLOAT16   ? "bfloat16"
+                     : dtype == QVL_FLOAT16    ? "float16"
+                     : dtype == QVL_UINT8_G128 ? "uint8_g128"
+                                               : info(to.storage).name;
   gpu.launch(stream, (std::string("upload_matrix_") + name).c_str(), {static_cast<unsigned>(out + p.padding)},
              256, 0, p);
 }
 
 void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
-                   int n, Into into, void* y) {
+                   int n, Into into, void* y, const float* addend) {
   QVL_REQUIRE(n >= 1 && n <= kMostRows, QVL_INTERNAL, "linear_decode: %d rows", n);
   QVL_REQUIRE(x_stride % 8 == 0, QVL_INTERNAL, "linear_decode: rows of x %lld values apart",
               static_cast<long long>(x_stride));
-  if (has_tensor_maps(gpu)) return linear_decode_hopper(gpu, stream, matrix, x, x_stride, n, into, y);
+  if (has_tensor_maps(gpu)) return linear_decode_hopper(gpu, stream, matrix, x, x_stride, n, into, y, addend);
   LinearDecode p{};
   p.values = matrix.values;
   p.scales = matrix.scales;
   p.bias = matrix.bias;
+  p.addend = addend;
   p.x = x;
   p.y = y;
   p.x_stride = x_stride;
@@ -151,7 +172,8 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   p.n = n;
   p.into = static_cast<int>(into);
 
-  if (n > kMostColumns && gpu.arch() >= 80 && wide(gpu, stream, matrix, p)) return;
+  if (n > kMostColumns && gpu.arch() >= 80 && !info(matrix.storage).zeros && wide(gpu, stream, matrix, p))
+    return;
   const int limit = shared_limit(gpu.arch());
   int columns = std::min(n, kMostColumns);
   while (columns > 1 && lay_out(gpu.arch(), matrix, columns, 1, p) > limit) --columns;
@@ -163,7 +185,7 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   const int chunks = (n + columns - 1) / columns;
   const int blocks = std::min(tiles, (gpu.multiprocessors() + chunks - 1) / chunks);
   // Over half of the shared memory, so that no multiprocessor gets two blocks and another none.
-  gpu.launch(stream, (std::string("linear_decode_") + name_of(matrix.storage)).c_str(),
+  gpu.launch(stream, (std::string("linear_decode_") + info(matrix.storage).name).c_str(),
              {static_cast<unsigned>(blocks), static_cast<unsigned>(chunks)}, kThreads,
              std::max(shared, limit / 2 + 2048), p, true);
 }

@@ -16,17 +16,19 @@ constexpr int kMostShared = 227 << 10, kLeastShared = 120 << 10;  // over half: 
 constexpr int kSharedBeside = 158 << 10;
 constexpr int kMostStages = 32, kMostSteps = 4;
 
-// Per storage type: name in the kernels' names, bytes of 16 rows in a step of k and of their scales, boxes of
-// 64 values in a step, and most 64-row subtiles of a tile for up to 16, 32 and 64 rows of x.
+// Per storage type: bytes of 16 rows in a step of k and of their scales and zero points, boxes of 64 values
+// in a step, and most 64-row subtiles of a tile for up to 16, 32 and 64 rows of x.
 struct Kind {
-  const char* name;
   int tile_bytes, scale_bytes, boxes;
   int most_parts[3];
 };
-constexpr Kind kKinds[] = {{"half", 16 * kBoxBytes, 0, 1, {3, 3, 2}},
-                           {"int8", 2048, 0, 2, {3, 2, 1}},
-                           {"int4_g64", 1024, 64, 2, {3, 2, 1}},
-                           {"int4_g128", 1024, 32, 2, {3, 2, 1}}};
+Kind kind_of(Storage storage) {
+  if (storage == Storage::kHalf) return {16 * kBoxBytes, 0, 1, {3, 3, 2}};
+  constexpr int kUnit = 128;
+  const StorageInfo& of = info(storage);
+  const int scale_bytes = of.group == 0 ? 0 : 16 * (of.zeros ? 4 : 2) * (kUnit / of.group);
+  return {16 * kUnit * of.bits / 8, scale_bytes, kUnit / 64, {3, 2, 1}};
+}
 
 int divide_up(int a, int b) {
   return (a + b - 1) / b;
@@ -72,15 +74,15 @@ TensorMap boxes_of(const Gpu& gpu, const void* base, int64_t rows, int64_t in, i
 }  // namespace
 
 void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x,
-                          int64_t x_stride, int n, Into into, void* y) {
+                          int64_t x_stride, int n, Into into, void* y, const float* addend) {
   const bool half = matrix.storage == Storage::kHalf;
-  const Kind& kind = kKinds[static_cast<int>(matrix.storage)];
+  const Kind kind = kind_of(matrix.storage);
   const int columns = n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64, chunks = divide_up(n, columns);
   const int blocks = std::max(1, gpu.multiprocessors() / chunks);
 
   LinearHopper p{};
   p.row_scales = static_cast<const float*>(matrix.scales);
-  p.result = {matrix.bias, y, n, matrix.out, static_cast<int>(into)};
+  p.result = {matrix.bias, y, n, matrix.out, static_cast<int>(into), addend};
   p.whole = matrix.in % 64 == 0;
   p.all_steps = divide_up(matrix.in, 64 * kind.boxes);
   const int most = 64 * kind.most_parts[columns <= 16 ? 0 : columns / 32];
@@ -110,8 +112,8 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
   }
   p.x = boxes_of(gpu, x, n, matrix.in, x_stride, columns, kind.boxes * p.steps);
 
-  const std::string name =
-      std::string("linear_hopper_") + kind.name + "_" + std::to_string(columns) + "_" + std::to_string(parts);
+  const std::string name = std::string("linear_hopper_") + info(matrix.storage).name + "_" +
+                           std::to_string(columns) + "_" + std::to_string(parts);
   gpu.launch(stream, name.c_str(),
              {static_cast<unsigned>(std::min(p.tiles, blocks)), static_cast<unsigned>(chunks)}, kThreads,
              std::max(shared, kLeastShared), p, true);

@@ -1,6 +1,7 @@
 #include "cuda/linear_prompt.h"
 
 #include <algorithm>
+#include <string>
 
 #include "core/error.h"
 #include "cuda/kernels/linear_prompt.h"
@@ -77,10 +78,10 @@ namespace {
 
 // written: whether the kernel before this one writes the matrix.
 void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x, int64_t x_stride,
-            int n, Into into, void* y, bool written) {
+            int n, Into into, void* y, const float* addend, bool written) {
   QVL_REQUIRE(matrix.stride % 8 == 0 && x_stride % 8 == 0, QVL_INTERNAL,
               "rows of matrices and activations are multiples of 8 values");
-  const Result result{matrix.bias, y, n, matrix.out, static_cast<int>(into)};
+  const Result result{matrix.bias, y, n, matrix.out, static_cast<int>(into), addend};
   if (tile < 0) {
     constexpr int kTile = 128, kThreads = 256, kShared = 3 * 2 * kTile * (32 + 8) * 2;
     const LinearPrompt params{result, x, matrix.values, x_stride, matrix.in, matrix.stride};
@@ -111,7 +112,7 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
 
 void linear_prompt_with(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x,
                         int64_t x_stride, int n, Into into, void* y) {
-  launch(gpu, stream, tile, matrix, x, x_stride, n, into, y, false);
+  launch(gpu, stream, tile, matrix, x, x_stride, n, into, y, nullptr, false);
 }
 
 uint64_t linear_prompt_scratch(const Matrix& matrix) {
@@ -119,22 +120,20 @@ uint64_t linear_prompt_scratch(const Matrix& matrix) {
 }
 
 void linear_prompt(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
-                   int n, Into into, void* y, void* scratch) {
+                   int n, Into into, void* y, void* scratch, const float* addend) {
   Matrix half = matrix;
   if (matrix.storage != Storage::kHalf) {
     half.storage = Storage::kHalf;
     half.values = scratch;
-    const char* const name = matrix.storage == Storage::kInt8      ? "dequantise_int8"
-                             : matrix.storage == Storage::kInt4G64 ? "dequantise_int4_g64"
-                                                                   : "dequantise_int4_g128";
+    const std::string name = std::string("dequantise_") + info(matrix.storage).name;
     constexpr int kThreads = 256, kValues = 8;
     const int64_t threads = static_cast<int64_t>(matrix.out) * matrix.stride / kValues;
     const Dequantise params{matrix.values, matrix.scales, scratch, matrix.out, matrix.stride};
-    gpu.launch(stream, name, {static_cast<unsigned>((threads + kThreads - 1) / kThreads)}, kThreads, 0,
-               params, true);
+    gpu.launch(stream, name.c_str(), {static_cast<unsigned>((threads + kThreads - 1) / kThreads)}, kThreads,
+               0, params, true);
   }
   launch(gpu, stream, linear_prompt_tile(gpu, matrix.out, matrix.in, n), half, x, x_stride, n, into, y,
-         matrix.storage != Storage::kHalf);
+         addend, matrix.storage != Storage::kHalf);
 }
 
 }  // namespace qvl::cuda

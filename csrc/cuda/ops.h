@@ -19,15 +19,41 @@ namespace qvl::cuda {
 
 // A weight [out, in] on the GPU. `in` is padded to `stride` values with zeros: a multiple of 8 (kHalf: as
 // stored) or of 128 (quantised).
-enum class Storage { kHalf, kInt8, kInt4G64, kInt4G128 };
+enum class Storage {
+  kHalf,
+  kInt8,
+  kInt4G64,
+  kInt4G128,
+  kUint4G32,
+  kUint4G64,
+  kUint4G128,
+  kUint8G32,
+  kUint8G64
+};
 struct Matrix {
   Storage storage;
   int out, in;
   int stride;
-  void* values;       // kHalf: H [out, stride]; else as upload_matrix lays it out
-  void* scales;       // quantised: as upload_matrix lays it out
-  const float* bias;  // float32 [out], or NULL
+  void* values;                    // kHalf: H [out, stride]; else as upload_matrix lays it out
+  void* scales;                    // quantised: as upload_matrix lays it out
+  const float* bias;               // float32 [out], or NULL
+  const int32_t* order = nullptr;  // [in]: column j of W multiplies x[order[j]]; NULL: x[j]
 };
+
+// Properties of a storage type.
+struct StorageInfo {
+  const char* name;  // in the names of kernels
+  int bits;          // of a value
+  int group;         // group size; 0: a scale per row, or none
+  bool zeros;        // a zero point per group
+};
+constexpr StorageInfo kStorages[] = {
+    {"half", 16, 0, false},       {"int8", 8, 0, false},      {"int4_g64", 4, 64, false},
+    {"int4_g128", 4, 128, false}, {"uint4_g32", 4, 32, true}, {"uint4_g64", 4, 64, true},
+    {"uint4_g128", 4, 128, true}, {"uint8_g32", 8, 32, true}, {"uint8_g64", 8, 64, true}};
+constexpr const StorageInfo& info(Storage storage) {
+  return kStorages[static_cast<int>(storage)];
+}
 
 // Epilogue of a product: type and place of its rows.
 enum class Into {
@@ -47,17 +73,26 @@ struct MatrixBytes {
 };
 MatrixBytes matrix_bytes(Storage storage, int out, int in);
 
+// Storage type on the GPU of a matrix of a file.
+Storage storage_of(qvl_dtype dtype);
+
 // Convert a matrix from the layout of a file (qwenvl.h: qvl_packed_bytes), copied to `from`, to that of the
-// kernels. `from` float32, bfloat16 or float16 gives kHalf, rounded; INT8 and INT4 keep their integers and
-// scales. Row r of the file becomes row first + r * step of `to`: two matrices are interleaved with step 2.
+// kernels. `from` float32, bfloat16 or float16 gives kHalf, rounded; quantised types keep their integers,
+// scales and zero points. UINT8_G128 becomes kUint8G64, whose kernels add up 64 values at a time. Row r of
+// the file becomes row first + r * step of `to`: two matrices are interleaved with step 2.
 void upload_matrix(const Gpu&, CUstream, qvl_dtype dtype, const void* from, int out, const Matrix& to,
                    int first, int step);
 
 // ---- decode steps: linear_decode.cc, attention_decode.cc, elementwise.cc --------------------------------
 
-// y = x W^T + bias, x H [n, x_stride], x_stride a multiple of 8.
-void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into,
-                   void* y);
+// y = x W^T + bias + addend, x H [n, x_stride], x_stride a multiple of 8; the columns of x are in the
+// matrix's order. addend float32 [n, out], or NULL.
+void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
+                   const float* addend = nullptr);
+
+// y[i, j] = x[i, order[j]]: x H [n, x_stride] -> H [n, y_stride], j < in. The rest of a row is not written.
+void gather_columns(const Gpu&, CUstream, const void* x, int64_t x_stride, const int32_t* order, int n,
+                    int in, int64_t y_stride, void* y);
 
 // y = x / rms(x) * weight: x float32 [n, width] -> H [n, width].
 void rms_norm(const Gpu&, CUstream, const float* x, const float* weight, float epsilon, int n, int width,
@@ -119,10 +154,10 @@ void attention_step(const Gpu&, CUstream, const void* qkv, const Places&, const 
 
 // ---- prompts: linear_prompt.cc, attention_prompt.cc -----------------------------------------------------
 
-// y = x W^T + bias, x H [n, x_stride]. Quantised matrices need linear_prompt_scratch bytes.
+// As linear_decode. Quantised matrices need linear_prompt_scratch bytes.
 uint64_t linear_prompt_scratch(const Matrix&);
 void linear_prompt(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
-                   void* scratch);
+                   void* scratch, const float* addend = nullptr);
 
 // A chunk of a prompt: queries [first, first + n) of q, at positions past .. past + n - 1 of the sequence
 // `table`; each attends to the keys up to its own position.

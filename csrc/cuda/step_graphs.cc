@@ -52,10 +52,15 @@ bool StepGraphs::serves(const qvl_batch& batch, const Picks& picks) {
 void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, const Picks& picks) {
   const int n = batch.n_sequences, rows = row_bucket(n);
   int keys = 0;
-  for (int i = 0; i < n; ++i) keys = std::max(keys, batch.sequences[i].n_past + 1);
+  bool adapted = false;
+  for (int i = 0; i < n; ++i) {
+    keys = std::max(keys, batch.sequences[i].n_past + 1);
+    adapted = adapted || batch.sequences[i].adapter != nullptr;
+  }
   const SampleKind kind = sample_kind(picks);
   PassShape shape;
   shape.is_step = true;
+  shape.is_adapted = adapted;
   shape.n_decode = rows;
   shape.max_keys = key_bucket(keys, config_.max_positions);
   shape.max_blocks = (shape.max_keys + pool.block_tokens - 1) / pool.block_tokens;
@@ -63,6 +68,7 @@ void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& 
   sizes.rows = sizes.tables = sizes.picks = rows;
   sizes.max_blocks = shape.max_blocks;
   sizes.forbidden = kind.forbidden;
+  sizes.adapted = adapted ? rows : 0;
 
   const InputArrays host = input_.begin(sizes);
   const bool ids_here = !is_device_visible(batch.tokens);
@@ -75,6 +81,7 @@ void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& 
     host.ids[i] = ids_here && i < n ? batch.tokens[i] : 0;
     std::copy_n(s.blocks, s.n_past / pool.block_tokens + 1, host.blocks + i * shape.max_blocks);
   }
+  Language::sort_by_adapter(host, 0, rows);
   sampler_.describe(picks, rows, host);
   const CUgraphExec graph = captured(pool, sizes, shape, kind);
   const InputArrays at = input_.send(stream);
@@ -103,8 +110,8 @@ CUgraphExec StepGraphs::captured(const CudaKvPool& pool, const InputSizes& sizes
     moved_ = -1;
   }
   forget_moved();
-  const Key key{pool.number(), rows,          shape.max_keys, kind.draws,
-                kind.changes,  kind.logprobs, kind.n_top,     kind.forbidden};
+  const Key key{pool.number(), rows,       shape.max_keys, kind.draws,      kind.changes,
+                kind.logprobs, kind.n_top, kind.forbidden, shape.is_adapted};
   const auto found = graphs_.find(key);
   if (found != graphs_.end()) return found->second;
 
@@ -113,7 +120,7 @@ CUgraphExec StepGraphs::captured(const CudaKvPool& pool, const InputSizes& sizes
   check(driver().cuStreamBeginCapture(stream_, kRelaxed), "capturing a step");
   try {
     language_.layers(stream_, pool, at, shape);
-    language_.head(stream_, 0, rows, logits_.get<float>());
+    language_.head(stream_, at, 0, rows, logits_.get<float>());
     sampler_.run(stream_, logits_.get<float>(), rows, at, kind);
   } catch (...) {
     driver().cuStreamEndCapture(stream_, &graph);

@@ -23,8 +23,8 @@ class StepGraphs {
   void step(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, const Picks& picks);
 
  private:
-  // Constants of a graph: pool, rows, keys, draws, changes, logprobs, n_top, forbidden.
-  using Key = std::tuple<uint64_t, int, int, bool, bool, bool, int, int>;
+  // Constants of a graph: pool, rows, keys, draws, changes, logprobs, n_top, forbidden, adapted.
+  using Key = std::tuple<uint64_t, int, int, bool, bool, bool, int, int, bool>;
 
   CUgraphExec captured(const CudaKvPool& pool, const InputSizes& sizes, const PassShape& shape,
                        const SampleKind& kind);

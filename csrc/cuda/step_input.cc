@@ -30,6 +30,10 @@ InputArrays lay_out(char* base, const InputSizes& n, uint64_t* bytes) {
   arrays.tiles = layout.take<Tile>(n.tiles);
   arrays.picks = layout.take<Pick>(n.picks);
   arrays.forbidden = layout.take<int32_t>(n.forbidden);
+  if (n.adapted > 0) {
+    arrays.adapters = layout.take<uint64_t>(n.adapted);
+    arrays.adapter_order = layout.take<int32_t>(n.adapted);
+  }
   *bytes = layout.used;
   return arrays;
 }

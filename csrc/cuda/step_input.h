@@ -16,6 +16,7 @@ struct InputSizes {
   int tables = 0, max_blocks = 0;
   int chunks = 0, tiles = 0;
   int picks = 0, forbidden = 0;
+  int adapted = 0;  // rows if one of them has an adapter, else 0
 };
 
 // The arrays, in host or device memory.
@@ -30,6 +31,8 @@ struct InputArrays {
   Tile* tiles;
   Pick* picks;
   int32_t* forbidden;
+  uint64_t* adapters;      // [rows]: address of the adapter's table, 0: none; NULL without `adapted`
+  int32_t* adapter_order;  // [rows]: the decode rows, from 0, with those of an adapter together
 };
 
 class StepInput {

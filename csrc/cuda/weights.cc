@@ -1,6 +1,7 @@
 #include "cuda/weights.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -19,19 +20,6 @@ int64_t inner(const qvl_tensor& tensor) {
   return n;
 }
 
-Storage storage(qvl_dtype dtype) {
-  switch (dtype) {
-    case QVL_INT8:
-      return Storage::kInt8;
-    case QVL_INT4_G64:
-      return Storage::kInt4G64;
-    case QVL_INT4_G128:
-      return Storage::kInt4G128;
-    default:
-      return Storage::kHalf;
-  }
-}
-
 qvl_dtype stored_as(Half half) {
   return half == Half::kBfloat16 ? QVL_BFLOAT16 : QVL_FLOAT16;
 }
@@ -48,7 +36,7 @@ void Weights::check_room() const {
   for (const auto& [name, tensor] : table_) {
     const auto out = static_cast<int>(tensor.shape[0]), in = static_cast<int>(inner(tensor));
     const bool matrix = tensor.n_dims > 1;
-    const MatrixBytes bytes = matrix_bytes(storage(tensor.dtype), out, in);
+    const MatrixBytes bytes = matrix_bytes(storage_of(tensor.dtype), out, in);
     needed += matrix ? bytes.values + bytes.scales : 4 * static_cast<uint64_t>(out);
     at_4_bits += static_cast<uint64_t>(out) * static_cast<uint64_t>(in) / (matrix ? 2 : 1);
   }
@@ -105,6 +93,22 @@ const float* Weights::floats(const std::string& name) {
   return made;
 }
 
+const qvl_tensor* Weights::order_of(const std::string& name) const {
+  const auto found = table_.find(name + ".order");
+  return found != table_.end() ? &found->second : nullptr;
+}
+
+const int32_t* Weights::order(const std::string& name) {
+  const qvl_tensor* const tensor = order_of(name);
+  if (tensor == nullptr) return nullptr;
+  QVL_REQUIRE(name.rfind("visual.", 0) != 0, QVL_UNSUPPORTED,
+              "%s.order: act-order of the vision stage is not supported on a GPU; run this model on the CPU",
+              name.c_str());
+  auto* const made = static_cast<int32_t*>(take(tensor->bytes));
+  uploader_.copy(made, tensor->data, tensor->bytes);
+  return made;
+}
+
 Matrix Weights::empty(Storage storage, int64_t out, int64_t in) {
   const MatrixBytes bytes = matrix_bytes(storage, static_cast<int>(out), static_cast<int>(in));
   Matrix made{};
@@ -147,22 +151,29 @@ Matrix Weights::matrix(const std::string& name, const std::string& bias) {
             static_cast<int>(inner(tensor)),
             const_cast<void*>(tensor.data),
             nullptr,
+            nullptr,
             nullptr};
   } else {
-    made = empty(storage(tensor.dtype), tensor.shape[0], inner(tensor));
+    made = empty(storage_of(tensor.dtype), tensor.shape[0], inner(tensor));
     fill(tensor, made, 0, 1);
   }
   if (!bias.empty()) made.bias = floats(bias);
+  made.order = order(name);
   return made;
 }
 
 Matrix Weights::interleaved(const std::string& first, const std::string& second) {
   const qvl_tensor &a = table_.at(first), &b = table_.at(second);
-  QVL_REQUIRE(storage(a.dtype) == storage(b.dtype), QVL_UNSUPPORTED,
+  QVL_REQUIRE(storage_of(a.dtype) == storage_of(b.dtype), QVL_UNSUPPORTED,
               "%s and %s are stored differently; a GPU needs them alike", first.c_str(), second.c_str());
+  const qvl_tensor *order_a = order_of(first), *order_b = order_of(second);
+  const bool alike = (order_a == nullptr) == (order_b == nullptr) &&
+                     (order_a == nullptr || std::memcmp(order_a->data, order_b->data, order_a->bytes) == 0);
+  QVL_REQUIRE(alike, QVL_UNSUPPORTED, "%s and %s have their inputs in different orders; a GPU needs one",
+              first.c_str(), second.c_str());
   // Rows of zeros make a row of the result a whole number of vectors.
   const auto rows = static_cast<int64_t>(rounded(static_cast<uint64_t>(a.shape[0]), 8));
-  const Matrix made = empty(storage(a.dtype), 2 * rows, inner(a));
+  Matrix made = empty(storage_of(a.dtype), 2 * rows, inner(a));
   if (rows != a.shape[0]) {
     const MatrixBytes bytes = matrix_bytes(made.storage, made.out, made.in);
     check(driver().cuMemsetD8Async(address(made.values), 0, bytes.values, stream_), "clearing a weight");
@@ -171,6 +182,7 @@ Matrix Weights::interleaved(const std::string& first, const std::string& second)
   }
   fill(a, made, 0, 2);
   fill(b, made, 1, 2);
+  made.order = order(first);
   return made;
 }
 
@@ -179,6 +191,7 @@ Matrix Weights::half_matrix(const std::string& name, const std::string& bias) {
   if (!is_quantised(tensor.dtype)) return matrix(name, bias);
   QVL_REQUIRE(tensor.device == QVL_DEVICE_CPU, QVL_UNSUPPORTED, "%s: quantised, and in GPU memory",
               name.c_str());
+  order(name);  // refused
   const int64_t out = tensor.shape[0], in = inner(tensor);
   const std::unique_ptr<float[]> values(new float[static_cast<size_t>(out * in)]);
   unpack(tensor.dtype, out, in, tensor.data, values.get());

@@ -24,12 +24,12 @@ class Weights {
   // float32, of any shape.
   const float* floats(const std::string& name);
 
-  // `bias` may be empty.
+  // Matrix with its order of inputs, if it has one. `bias` may be empty.
   Matrix matrix(const std::string& name, const std::string& bias = "");
   Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
 
-  // Interleave two matrices: row i of the first becomes row 2 i, row i of the second row 2 i + 1; rows of
-  // zeros up to a multiple of 16.
+  // Interleave two matrices of the same inputs: row i of the first becomes row 2 i, row i of the second row
+  // 2 i + 1; rows of zeros up to a multiple of 16.
   Matrix interleaved(const std::string& first, const std::string& second);
 
   // Matrix in the compute type, whatever the storage type of the tensor.
@@ -44,6 +44,8 @@ class Weights {
 
  private:
   void check_room() const;
+  const qvl_tensor* order_of(const std::string& name) const;
+  const int32_t* order(const std::string& name);
   Matrix empty(Storage storage, int64_t out, int64_t in);
   void fill(const qvl_tensor& tensor, const Matrix& to, int first, int step);
   void put(void* to, const void* from, uint64_t bytes, qvl_device where);

@@ -80,7 +80,7 @@ enum {
   QVL_INT4_G128 = 4, /* a scale for each 128 values of a row */
   QVL_FLOAT16 = 5,   /* IEEE half precision */
   /* The integers of a GPTQ or AWQ checkpoint, with a scale and a zero point for each group of 32, 64 or 128
-     values of a row. Made by qvl_pack_groups, see there. Not on a GPU yet. */
+     values of a row. Made by qvl_pack_groups, see there. */
   QVL_UINT4_G32 = 6,
   QVL_UINT4_G64 = 7,
   QVL_UINT4_G128 = 8,
@@ -202,7 +202,8 @@ typedef struct qvl_config {
  * All may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16; the matrices other than wte.weight may be quantised.
  * Types may be mixed. A matrix NAME [out, in] other than wte.weight may come with a vector NAME.order,
  * QVL_INT32 [in], a permutation ("act-order" of GPTQ): stored column j multiplies input order[j], y[o] = sum
- * over j of value[o, j] x[order[j]]. Not on a GPU yet.
+ * over j of value[o, j] x[order[j]]. On a GPU mlp.w1 and mlp.w2 of a layer need the same order, and the
+ * vision stage none.
  *
  * Products run in float32 where the weight is float32. Elsewhere the products of prompts
  * and images round their activations to bfloat16 if the machine has instructions for it; those of decode
@@ -298,7 +299,7 @@ QVL_API void qvl_engine_free(qvl_engine* engine);
  * Targets are the matrices of the language model's layers and lm_head; see qvl_tensor for the names. A matrix
  * without an entry is not changed. A and B are copied. The dtype of a product is that of A and B; otherwise
  * the rules for weights apply (qvl_tensor). QVL_BAD_WEIGHT: an unknown or repeated name, another shape, or a
- * value that is not finite. QVL_UNSUPPORTED: the engine is on a GPU.
+ * value that is not finite. On a GPU A and B are rounded to the compute type.
  */
 typedef struct qvl_adapter qvl_adapter;
 typedef struct qvl_adapter_matrix {

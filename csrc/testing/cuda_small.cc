@@ -1,6 +1,7 @@
 // The kernels between the products, and sampling, as C functions for tests/cuda. Pointers are device memory
 // unless noted. A function returns NULL, or an error message.
 #include "core/error.h"
+#include "cuda/low_rank.h"
 #include "cuda/ops.h"
 
 using namespace qvl;
@@ -38,6 +39,25 @@ EXPORT const char* qvlt_gpu_rms_norm(int64_t bfloat16, CUstream stream, const fl
                                      double epsilon, int64_t n, int64_t width, void* y) {
   return on_gpu(bfloat16, [&](const Gpu& gpu) {
     rms_norm(gpu, stream, x, weight, static_cast<float>(epsilon), as_int(n), as_int(width), y);
+  });
+}
+
+EXPORT const char* qvlt_gpu_gather_columns(int64_t bfloat16, CUstream stream, const void* x, int64_t x_stride,
+                                           const int32_t* order, int64_t n, int64_t in, int64_t y_stride,
+                                           void* y) {
+  return on_gpu(bfloat16, [&](const Gpu& gpu) {
+    gather_columns(gpu, stream, x, x_stride, order, as_int(n), as_int(in), y_stride, y);
+  });
+}
+
+// adapters: [n] addresses of LowRankEntry of kernels/low_rank.h.
+EXPORT const char* qvlt_gpu_low_rank(int64_t bfloat16, CUstream stream, const uint64_t* adapters,
+                                     const int32_t* order, int64_t product, const void* x, int64_t x_stride,
+                                     int64_t in, int64_t n, void* low, int64_t low_stride, int64_t out,
+                                     float* y) {
+  return on_gpu(bfloat16, [&](const Gpu& gpu) {
+    low_rank_decode(gpu, stream, adapters, order, as_int(product), x, x_stride, as_int(in), as_int(n), low,
+                    as_int(low_stride), as_int(out), y);
   });
 }
 

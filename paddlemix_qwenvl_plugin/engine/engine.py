@@ -170,7 +170,7 @@ class Adapter:
         """Copy the updates into the engine's memory.
 
         Raises:
-            QwenVLError: an update does not fit its matrix, or the engine is on a GPU.
+            QwenVLError: an update does not fit its matrix, or the device has too little memory.
         """
         kept = list(updates)
         rows = (c.AdapterMatrix * len(kept))()

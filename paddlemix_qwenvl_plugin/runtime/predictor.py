@@ -111,10 +111,6 @@ class QwenVL:
         if (folder / "config.json").is_file() and load_config(folder) != language_stage.manifest.config:
             raise QwenVLError(f"{folder}: its config.json is not that of the exported model; export again")
         opened = open_adapters(adapters or {}, language_stage.manifest.config)
-        if opened and language_stage.gpu is not None:
-            raise UsageError(
-                "adapters are not supported on a GPU yet: merge one with --lora at export, or use --device cpu"
-            )
         limits = limits or ImageLimits()
         return cls(vision_stage, language_stage, folder, allow_http, limits, gpu_memory, opened)
 

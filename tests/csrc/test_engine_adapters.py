@@ -10,6 +10,7 @@ import pytest
 from engine import (
     BAD_WEIGHT,
     BFLOAT16,
+    COMPUTE_FLOAT16,
     COMPUTE_FLOAT32,
     DEVICE_LIBRARY,
     FLOAT32,
@@ -26,11 +27,12 @@ from engine import (
     store,
 )
 
-pytestmark = pytest.mark.skipif(bool(DEVICE_LIBRARY), reason="adapters run on the CPU back end only")
-
 RANDOM = np.random.default_rng(17)
 TARGETS = re.compile(r"attn\.c_attn|attn\.c_proj|mlp\.w1|mlp\.w2|mlp\.c_proj|lm_head")
 PROMPT = RANDOM.integers(0, 600, 70).tolist()
+# A GPU computes in float16, and rounds A and B to it.
+COMPUTE = COMPUTE_FLOAT16 if DEVICE_LIBRARY else COMPUTE_FLOAT32
+CLOSE = {"atol": 0.1, "rtol": 0} if DEVICE_LIBRARY else {"atol": 1e-3, "rtol": 0}
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
@@ -62,7 +64,7 @@ def make_adapter(model, seed=0, dtype="float32", skip=""):
 
 def run(library, model, weights, adapter=None):
     """Logits of a prompt's last token and of a decode step after it."""
-    config = make_config(model.config, LANGUAGE, compute=COMPUTE_FLOAT32)
+    config = make_config(model.config, LANGUAGE, compute=COMPUTE)
     with Engine(library, config, weights) as engine, engine.pool(4) as pool:
         made = engine.adapter(adapter) if adapter else None
         table = [0, 1, 2, 3]
@@ -83,8 +85,8 @@ def test_equals_the_merged_model(library, golden_model, dtype):
         merged[name] = (base[name] + scale * (floats(b) @ floats(a))).astype(np.float32)
     ours = run(library, model, store(library, base, FLOAT32), adapter)
     expected = run(library, model, store(library, merged, FLOAT32))
-    assert np.abs(expected - run(library, model, store(library, base, FLOAT32))).max() > 0.1
-    np.testing.assert_allclose(ours, expected, atol=1e-3, rtol=0)
+    assert np.abs(expected - run(library, model, store(library, base, FLOAT32))).max() > 1
+    np.testing.assert_allclose(ours, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", [INT4_G64, UINT4_G128])
@@ -100,7 +102,9 @@ def test_of_an_int4_base_equals_the_merged_dequantised_model(library, golden_mod
     for name, (data, dtype, shape) in list(quantised.items()):
         if dtype != kind:
             continue
-        order = RANDOM.permutation(shape[1]).astype(np.int32) if kind == UINT4_G128 else np.arange(shape[1])
+        order = np.arange(shape[1])
+        if kind == UINT4_G128:  # w1 and w2 of a layer have the same inputs, and the same order
+            order = np.random.default_rng(len(name.split("mlp.w")[0])).permutation(shape[1]).astype(np.int32)
         if kind == UINT4_G128:
             quantised[f"{name}.order"] = order, INT32, order.shape
         values = np.empty(shape)
@@ -109,9 +113,9 @@ def test_of_an_int4_base_equals_the_merged_dequantised_model(library, golden_mod
         values += scale * (floats(b) @ floats(a))
         merged[name] = library.pack(values, FLOAT32), FLOAT32, shape
     ours, expected = run(library, model, quantised, adapter), run(library, model, merged)
-    np.testing.assert_allclose(ours[0], expected[0], atol=1e-3, rtol=0)
-    if kind == UINT4_G128:
-        np.testing.assert_allclose(ours[1], expected[1], atol=1e-3, rtol=0)
+    np.testing.assert_allclose(ours[0], expected[0], **CLOSE)
+    if kind == UINT4_G128 or DEVICE_LIBRARY:
+        np.testing.assert_allclose(ours[1], expected[1], **CLOSE)
     else:
         assert np.abs(ours[1] - expected[1]).max() < 0.1 * np.abs(expected[1]).max()
 

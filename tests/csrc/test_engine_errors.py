@@ -16,8 +16,8 @@ from engine import (
     INT32,
     INVALID,
     LANGUAGE,
-    UINT4_G32,
     UNSUPPORTED,
+    VISION,
     Engine,
     EngineError,
     make_config,
@@ -120,10 +120,9 @@ def test_weights(parts):
     )
 
 
-@pytest.mark.skipif(bool(DEVICE_LIBRARY), reason="not on a GPU yet")
 def test_order_of_inputs(parts):
     """A permutation of a matrix's inputs; for a vector's name it is ignored."""
-    name = "h.1.mlp.w1.weight.order"
+    name = "h.1.attn.c_proj.weight.order"
     order = np.arange(256, dtype=np.int32)[::-1].copy()
 
     def line(data=order, dtype=INT32, shape=(256,)):
@@ -146,18 +145,22 @@ def test_order_of_inputs(parts):
     assert refused(parts, of_matrix) == (BAD_WEIGHT, text)
 
 
-def test_not_on_a_gpu_yet(parts):
-    library, _, stored = parts
-    order = {"h.0.mlp.w2.weight.order": (np.arange(256, dtype=np.int32), INT32, (256,))}
-    text = "act-order is not supported on a GPU yet: run this model on the CPU"
-    assert refused(parts, {**stored, **order}, device=1) == (UNSUPPORTED, f"{next(iter(order))}: {text}")
-    name = "h.0.mlp.w2.weight"
-    packed = library.pack(stored[name][0].view(np.float32).reshape(stored[name][2]), UINT4_G32)
-    text = "uint4 (groups of 32 with zero points) is not supported on a GPU yet: run this model on the CPU"
-    assert refused(parts, changed(parts, name, data=packed, dtype=UINT4_G32), device=1) == (
-        UNSUPPORTED,
-        f"{name}: {text}",
-    )
+@pytest.mark.skipif(not DEVICE_LIBRARY, reason="needs a GPU: set QWENVL_TEST_LIBRARY (tests/cuda/README.md)")
+def test_orders_that_a_gpu_refuses(parts):
+    library, model, stored = parts
+    names = ["h.0.mlp.w1.weight", "h.0.mlp.w2.weight"]
+    order = np.arange(256, dtype=np.int32)
+    line = f"{names[0]} and {names[1]} have their inputs in different orders; a GPU needs one"
+    first = {f"{names[0]}.order": (order, INT32, (256,))}
+    second = {f"{names[1]}.order": (order[::-1].copy(), INT32, (256,))}
+    assert refused(parts, {**stored, **first}) == (UNSUPPORTED, line)
+    assert refused(parts, {**stored, **first, **second}) == (UNSUPPORTED, line)
+    name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    both = store(library, model.weights, FLOAT32)
+    width = both[name][2][1]
+    both[f"{name}.order"] = np.arange(width, dtype=np.int32), INT32, (width,)
+    line = f"{name}.order: act-order of the vision stage is not supported on a GPU; run this model on the CPU"
+    assert refused(parts, both, stages=LANGUAGE | VISION) == (UNSUPPORTED, line)
 
 
 def test_stages_that_are_not_there(parts):

@@ -12,8 +12,17 @@ torch = pytest.importorskip("torch", reason="tests of GPU kernels need PyTorch")
 HALVES = {0: torch.bfloat16, 1: torch.float16}  # compute types
 EPSILON = {0: 2.0**-8, 1: 2.0**-11}
 FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128, FLOAT16 = range(6)  # qvl_dtype
+GROUPS = {
+    6: (4, 32),
+    7: (4, 64),
+    8: (4, 128),
+    9: (8, 32),
+    10: (8, 64),
+    11: (8, 128),
+}  # with zero points: bits, group
 DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16, INT8: torch.int8}
 STORAGES = {"half": BFLOAT16, "int8": INT8, "int4_g64": INT4_G64, "int4_g128": INT4_G128}
+STORAGES.update({"uint4_g32": 6, "uint4_g64": 7, "uint4_g128": 8, "uint8_g32": 9, "uint8_g64": 10})
 INTOS = ("half", "float", "add", "gelu", "silu_times")
 
 
@@ -32,6 +41,8 @@ def stored_matrix(dtype, out, width):
         return stored.view(torch.uint8).flatten(), stored.double()
     padded = rounded(width, 128)
     inside = torch.arange(padded, device="cuda") < width
+    if dtype in GROUPS:
+        return stored_groups(*GROUPS[dtype], out, width)
     if dtype == INT8:
         values = random_integers(-128, 128, out, padded) * inside
         scales = torch.rand(out, device="cuda") / 100 + 0.001
@@ -45,6 +56,24 @@ def stored_matrix(dtype, out, width):
     stored = torch.stack([low, high], dim=-1).to(torch.uint8)
     stored = torch.cat([stored.flatten(), scales.view(torch.uint8).flatten()])
     return stored, (values * scales.double().repeat_interleave(group, dim=1))[:, :width]
+
+
+def stored_groups(bits, group, out, width):
+    """As `stored_matrix`, a type with zero points."""
+    padded = rounded(width, 128)
+    values = random_integers(0, 2**bits, out, padded) * (torch.arange(padded, device="cuda") < width)
+    scales = (torch.randn(out, padded // group, device="cuda") / 2**bits).half()
+    zeros = random_integers(0, 2**bits + 1, out, padded // group)
+    wide = (each.double().repeat_interleave(group, dim=1) for each in (scales, zeros))
+    scale, zero = wide
+    if bits == 4:
+        nibbles = values.view(out, padded // 128, 4, 32)  # value 32 j + i is nibble j of word i
+        low, high = nibbles[:, :, 0] | nibbles[:, :, 1] << 4, nibbles[:, :, 2] | nibbles[:, :, 3] << 4
+        values_stored = torch.stack([low, high], dim=-1).to(torch.uint8)
+    else:
+        values_stored = values.to(torch.uint8)
+    parts = (values_stored, scales.view(torch.uint8), zeros.half().view(torch.uint8))
+    return torch.cat([part.flatten() for part in parts]), (scale * (values - zero))[:, :width]
 
 
 class Matrix:
@@ -62,9 +91,20 @@ class Matrix:
         for stored, dtype, rows, first, step in parts:
             launch("decode_upload", half, dtype, stored, rows, *self.shape, first, step)
 
-    def product(self, x, into, y, bias=None, stride=None):
+    def product(self, x, into, y, bias=None, stride=None, addend=None):
         stride = ctypes.c_int64(stride or x.shape[1])
-        self.launch("decode_linear", self.half, *self.shape, bias, x, stride, len(x), INTOS.index(into), y)
+        self.launch(
+            "decode_linear", self.half, *self.shape, bias, x, stride, len(x), INTOS.index(into), y, addend
+        )
+        return y
+
+    def prompt_product(self, x, into, y, bias=None, addend=None):
+        out, stride = self.shape[1], self.shape[3]
+        scratch = torch.full((out, stride), math.nan, dtype=HALVES[self.half], device="cuda")
+        self.launch(
+            *("decode_prompt_linear", self.half, *self.shape, bias, x, ctypes.c_int64(x.shape[1]), len(x)),
+            *(INTOS.index(into), y, scratch, addend),
+        )
         return y
 
 
@@ -97,7 +137,8 @@ def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, 
     x = random_rows(half, n, width, rounded(width, 8) + 8)
     wide = x[:, :width].double()
     bias = torch.randn(out, device="cuda")
-    product = wide @ exact.T + bias.double()
+    addend = torch.randn(n, out, device="cuda") if n % 2 else None
+    product = wide @ exact.T + bias.double() + (addend.double() if n % 2 else 0)
     room = wide.abs() @ exact.abs().T * 2.0**-18 + 1e-6  # error of additions in float32
     before = torch.randn(n, out, device="cuda")
     silu = product[:, 0::2] * (product[:, 1::2] * torch.sigmoid(product[:, 1::2]))
@@ -115,13 +156,39 @@ def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, 
         y = y if as_float else y.to(HALVES[half])
         if into == "add":
             y[:n] = before
-        matrix.product(x, into, y, bias, x.shape[1])
+        matrix.product(x, into, y, bias, x.shape[1], addend)
         if not as_float:
             reference = reference.clamp(-65504, 65504) if half else reference
             bound = bound + reference.abs() * EPSILON[half] + 2.0**-25
         missed = (y[:n].double() - reference).abs()
         assert (missed <= bound).all(), (into, (missed / bound).nan_to_num(math.inf).max().item())
         assert y[n].isnan().all(), into
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("out", "width", "n"), [(16, 128, 3), (30, 200, 77), (640, 1000, 284)])
+@pytest.mark.parametrize("into", ["float", "silu_times"])
+def test_a_prompt_product_is_that_of_float64(cuda_library, launch, half, storage, out, width, n, into):
+    """Of weights rounded to the compute type."""
+    matrix, exact = random_matrix(cuda_library, launch, half, storage, out, width)
+    exact = exact.to(HALVES[half]).double()
+    x = random_rows(half, n, width, rounded(width, 8) + 8)
+    wide = x[:, :width].double()
+    addend = torch.randn(n, out, device="cuda") if n % 2 else None
+    expected = wide @ exact.T + (addend.double() if n % 2 else 0)
+    bound = wide.abs() @ exact.abs().T * 2.0**-16 + 1e-5
+    if into == "silu_times":
+        gate = expected[:, 1::2]
+        bound = bound[:, 0::2] * gate.abs() + bound[:, 1::2] * expected[:, 0::2].abs() * 1.1 + 1e-5
+        expected = expected[:, 0::2] * (gate * torch.sigmoid(gate))
+        bound = bound + expected.abs() * EPSILON[half]
+    y = torch.full((n + 1, expected.shape[1]), math.nan, device="cuda")
+    y = y if into == "float" else y.to(HALVES[half])
+    matrix.prompt_product(x, into, y, None, addend)
+    missed = (y[:n].double() - expected).abs()
+    assert (missed <= bound).all(), (missed / bound).nan_to_num(math.inf).max().item()
+    assert y[n].isnan().all()
 
 
 @pytest.mark.parametrize("half", HALVES)
@@ -145,10 +212,11 @@ def test_a_row_does_not_depend_on_the_others(cuda_library, launch, half, storage
 
 
 @pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, INT8, INT4_G64, INT4_G128])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, INT8, INT4_G64, INT4_G128, *GROUPS])
 @pytest.mark.parametrize(("out", "width"), [(10, 72), (75, 300)])
 def test_two_matrices_are_interleaved(cuda_library, launch, half, dtype, out, width):
     storage = next((name for name, kind in STORAGES.items() if kind == dtype), "half")
+    storage = "uint8_g64" if dtype == 11 else storage  # groups of 128 become two of 64
     first, first_exact = stored_matrix(dtype, out, width)
     second, second_exact = stored_matrix(dtype, out, width)
     parts = [(first, dtype, out, 0, 2), (second, dtype, out, 1, 2)]

@@ -37,6 +37,17 @@ def test_rms_norm(half, n, width):
         assert same_bits(alone[0], y[row])
 
 
+@pytest.mark.parametrize("width", [1, 72, 4096, 4099, 11008])
+def test_gather_columns(half, width):
+    n, stride = 5, -(-width // 8) * 8
+    x, order = normal(n, width + 3).to(half), torch.randperm(width, device="cuda").int()
+    y = poisoned(n + 1, stride, dtype=half)
+    run("gather_columns", half, x, width + 3, order, n, width, stride, y)
+    assert torch.equal(y[:n, :width], x[:, order.long()])
+    assert bool(y[:n, width:].isnan().all())
+    assert bool(y[n].isnan().all())
+
+
 @pytest.mark.parametrize("width", [1, 6, 640, 1664, 4096, 4099])
 @pytest.mark.parametrize("with_images", [False, True])
 def test_embed(half, width, with_images):

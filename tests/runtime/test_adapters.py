@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from adapter_folders import write_adapter
-from engines import DEVICE, needs_compiler
+from engines import needs_compiler
 from executors import without_cache
 from safetensors.numpy import load_file
 
@@ -20,10 +20,7 @@ from paddlemix_qwenvl_plugin.runtime.loop import Loop
 from paddlemix_qwenvl_plugin.runtime.request import Request
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
-pytestmark = [
-    needs_compiler,
-    pytest.mark.skipif(DEVICE != "cpu", reason="adapters are not supported on a GPU yet"),
-]
+pytestmark = needs_compiler
 
 PROMPT = "Where is the red circle? " * 6
 

@@ -5,6 +5,7 @@
 //   rms_norm           a block a row: x float32 [width] -> H [width]. rms_norm_held keeps the row in
 //                      registers, float4 v of thread t at 4 (v threads + t); sums as in row_sum.cuh
 //   embed              `parts` blocks a row: wte H [vocab][width] or features float32 -> x float32 [width]
+//   gather_columns     blocks (columns, rows): y[j] = x[order[j]], x H [in] -> H [in]
 //   rotate_and_store   16 or 32 lanes a head of a token; a lane has values d .. and those half a head above:
 //
 //                      qkv H [n][3][heads][head_dim] -> q H [n][heads][head_dim] rotated and scaled,
@@ -107,6 +108,17 @@ extern "C" __global__ void __launch_bounds__(kEmbedThreads) embed(const __grid_c
   }
   for (int i = first; i < min(first + kEmbedValues, p.width); ++i)
     x[i] = given != 0 ? features[i] : to_float(from[i]);
+}
+
+extern "C" __global__ void __launch_bounds__(kGatherThreads)
+    gather_columns(const __grid_constant__ GatherParams p) {
+  start_successors();
+  const int column = blockIdx.x * kGatherThreads + threadIdx.x;
+  const int from = column < p.in ? p.order[column] : 0;
+  wait_for_predecessors();
+  if (column >= p.in) return;
+  const int64 row = blockIdx.y;
+  static_cast<H*>(p.y)[row * p.y_stride + column] = static_cast<const H*>(p.x)[row * p.x_stride + from];
 }
 
 __device__ inline float to_float(float value) {

@@ -23,6 +23,16 @@ struct EmbedParams {
   int parts;  // blocks a row
 };
 
+constexpr int kGatherThreads = 256;
+
+struct GatherParams {
+  const void* x;
+  const int* order;  // [in]
+  void* y;
+  long long x_stride, y_stride;
+  int in;
+};
+
 constexpr int kRotateThreads = 128;
 constexpr int kMaxHeadDim = 512;
 

@@ -100,6 +100,11 @@ __device__ inline uint4 load_shared16(uint32 address) {
                : "r"(address));
   return value;
 }
+__device__ inline uint2 load_shared8(uint32 address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address));
+  return value;
+}
 __device__ inline uint32 load_shared4(uint32 address) {
   uint32 value;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address));

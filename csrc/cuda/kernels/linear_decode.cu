@@ -1,6 +1,6 @@
 // y = x W^T for 1 to 256 rows of x: the products of decode steps and lm_head. Hopper has
-// linear_decode_hopper.cu instead; from sm_80 on, more than 8 rows of x are linear_decode_wide.cu's, and
-// before that more blocks.
+// linear_decode_hopper.cu instead; from sm_80 on, more than 8 rows of x are linear_decode_wide.cu's; before
+// that, and for types with zero points, they are more blocks.
 //
 // Layout. One block a multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
 // columns are rows of x. k is cut into 16 slices of whole units of 128, one a warp; a warp walks along its
@@ -72,7 +72,7 @@ struct Ahead {
 struct HalfWeights {
   static constexpr int kStep = 32;       // values of k in a step
   static constexpr int kScaleBytes = 0;  // of a row pair in a step
-  static constexpr int kGroup = 0;
+  static constexpr int kGroup = 0;       // whose sum of x is needed; 0: none
 
   // Bytes from a lane's weights of a step to those of the next; offset of its weights in a tile.
   static constexpr int kStepAhead = 2 * kStep;
@@ -129,6 +129,7 @@ struct Int4Weights : QuantisedWeights {
   static constexpr int kStep = kUnit;
   static constexpr int kScaleBytes = 4 * (kUnit / group);
   static constexpr int kGroup = group;
+  static constexpr float kOfSum = -kTooMuch;  // factor of the sum of x
 
   __device__ static void add(float (&sums)[4], const char* slot, const void* scales, const Columns& x,
                              int step) {
@@ -165,6 +166,85 @@ struct Int4Weights : QuantisedWeights {
   __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kUnitOf); }
 };
 
+// sums += scale * part, for rows g and g + 8.
+__device__ inline void fold_group(float (&sums)[4], uint32 scales, const float (&part)[4]) {
+  const float first = low_float16(scales), second = high_float16(scales);
+  sums[0] += first * part[0];
+  sums[1] += first * part[1];
+  sums[2] += second * part[2];
+  sums[3] += second * part[3];
+}
+
+template <int group>
+struct Uint4Weights : QuantisedWeights {
+  static constexpr int kStep = kUnit;
+  static constexpr int kScaleBytes = 8 * (kUnit / group);
+  static constexpr int kGroup = group;
+  static constexpr float kOfSum = -1;
+
+  __device__ static void add(float (&sums)[4], const char* slot, const void* scales, const Columns& x,
+                             int step) {
+    float part[4];
+    uint2 words = make_uint2(0, 0);
+    __syncwarp();  // the first of four lanes copied the scales
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const int k = 32 * quarter;
+      if (k % group == 0) {
+        words = static_cast<const uint2*>(scales)[k / group];
+        const float2 sum = x.offsets[(step * kUnit + k) / group * x.offsets_pitch];
+        const float2 zeros = to_float2(half2_bits(words.y));
+        const float first = zero_of_raw(zeros.x), second = zero_of_raw(zeros.y);
+        part[0] = first * sum.x;
+        part[1] = first * sum.y;
+        part[2] = second * sum.x;
+        part[3] = second * sum.y;
+      }
+      const uint4 w = *reinterpret_cast<const uint4*>(slot + 512 * (quarter / 2));
+      const uint32 low = quarter % 2 ? w.y : w.x, high = quarter % 2 ? w.w : w.z;
+      const uint4 v = x.run(step * kStep + k);
+      multiply(part, raw_nibbles(low), raw_nibbles(high), raw_nibbles(low >> 4), raw_nibbles(high >> 4), v.x,
+               v.y);
+      multiply(part, raw_nibbles(low >> 8), raw_nibbles(high >> 8), raw_nibbles(low >> 12),
+               raw_nibbles(high >> 12), v.z, v.w);
+      if ((k + 32) % group == 0) fold_group(sums, words.x, part);
+    }
+  }
+
+  __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kUnitOf); }
+};
+
+template <int group>
+struct Uint8Weights : QuantisedWeights {
+  static constexpr int kStep = 64;
+  static constexpr int kScaleBytes = 8 * (kStep / group);
+  static constexpr int kGroup = 0;
+
+  __device__ static void add(float (&sums)[4], const char* slot, const void* scales, const Columns& x,
+                             int step) {
+    float part[4];
+    uint2 words = make_uint2(0, 0);
+    __syncwarp();  // the first of four lanes copied the scales
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      if (32 * c % group == 0) {
+        words = static_cast<const uint2*>(scales)[32 * c / group];
+        part[0] = part[1] = part[2] = part[3] = 0;
+      }
+      const uint32 first = low_twice(words.y), second = high_twice(words.y);
+      const uint4 w = *reinterpret_cast<const uint4*>(slot + 512 * c);
+      const uint4 v = x.run(step * kStep + 32 * c);
+      multiply(part, bytes_to_half2(w.x, first), bytes_to_half2(w.z, second), bytes_to_half2(w.x >> 8, first),
+               bytes_to_half2(w.z >> 8, second), v.x, v.y);
+      multiply(part, bytes_to_half2(w.y, first), bytes_to_half2(w.w, second), bytes_to_half2(w.y >> 8, first),
+               bytes_to_half2(w.w >> 8, second), v.z, v.w);
+      if (32 * (c + 1) % group == 0) fold_group(sums, words.x, part);
+    }
+  }
+
+  __device__ static float finish(const LinearDecode&, int, float sum) { return sum; }
+};
+
 // Eight values of a row of x from k on, zeros beyond its end.
 __device__ inline uint4 load_x(const LinearDecode& p, int row, int k) {
   const H* from = static_cast<const H*>(p.x) + row * p.x_stride + k;
@@ -193,7 +273,7 @@ __device__ void write_sums(const LinearDecode& p, const float* sums, int pitch, 
   if (row >= p.out) return;
   const auto value = [&](int i) {
     const float sum = Weights::finish(p, row + i, whole_sum(sums + step * local + i, pitch));
-    return p.bias != nullptr ? sum + p.bias[row + i] : sum;
+    return (p.bias != nullptr ? sum + p.bias[row + i] : sum) + addend_of(p, row + i, column);
   };
   write_result(p, row, column, value(0), step == 2 ? value(1) : 0.f);
 }
@@ -214,7 +294,7 @@ __device__ void linear_decode(const LinearDecode& p) {
   const int first_tile = blockIdx.x, next_tile = gridDim.x;
 
   const int64 tile_bytes = p.tile_bytes, second = Weights::second(p);
-  const int64 tile_scales = static_cast<int64>(units) * 8 * Weights::kScaleBytes;
+  const int64 tile_scales = static_cast<int64>(units) * kStepsOfUnit * 8 * Weights::kScaleBytes;
   Ahead ahead{static_cast<const char*>(p.values) + first_tile * tile_bytes + Weights::place(p, lane) +
                   static_cast<int64>(from) * Weights::kStepAhead,
               static_cast<const char*>(p.scales) + first_tile * tile_scales +
@@ -241,9 +321,12 @@ __device__ void linear_decode(const LinearDecode& p) {
       const bool a = Weights::there(p, ahead, lane, 0), b = Weights::there(p, ahead, lane, 8);
       copy_ahead16(into, a ? ahead.from : p.values, a);
       copy_ahead16(into + 512, b ? ahead.from + second : p.values, b);
-      if (Weights::kScaleBytes != 0 && lane.t == 0)
-        copy_ahead<Weights::kScaleBytes ? Weights::kScaleBytes : 4>(scales + slot * kScalePitch,
-                                                                    ahead.scales);
+      if (Weights::kScaleBytes != 0 && lane.t == 0) {
+        constexpr int kPart = Weights::kScaleBytes < 8 ? 4 : 8;
+#pragma unroll
+        for (int i = 0; i < Weights::kScaleBytes; i += kPart)
+          copy_ahead<kPart>(scales + slot * kScalePitch + i, ahead.scales + i);
+      }
       if (advance(ahead)) start_successors();
     }
     commit_copies();
@@ -268,7 +351,7 @@ __device__ void linear_decode(const LinearDecode& p) {
 #pragma unroll
         for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
         if (lane.index % kLanes == 0 && i < end)
-          offsets[i / kLanes * p.offsets_pitch + column] = -kTooMuch * sum;
+          offsets[i / kLanes * p.offsets_pitch + column] = Weights::kOfSum * sum;
       }
     }
   }
@@ -325,6 +408,11 @@ QVL_LINEAR_DECODE(half, HalfWeights)
 QVL_LINEAR_DECODE(int8, Int8Weights)
 QVL_LINEAR_DECODE(int4_g64, Int4Weights<64>)
 QVL_LINEAR_DECODE(int4_g128, Int4Weights<128>)
+QVL_LINEAR_DECODE(uint4_g32, Uint4Weights<32>)
+QVL_LINEAR_DECODE(uint4_g64, Uint4Weights<64>)
+QVL_LINEAR_DECODE(uint4_g128, Uint4Weights<128>)
+QVL_LINEAR_DECODE(uint8_g32, Uint8Weights<32>)
+QVL_LINEAR_DECODE(uint8_g64, Uint8Weights<64>)
 #undef QVL_LINEAR_DECODE
 
 }  // namespace qvl::cuda

@@ -22,16 +22,23 @@ __device__ inline int slice_begin(int units, int slice) {
 
 // A nibble in place, as bits of H, is kUnitOf * nibble + an offset: bfloat16 from 128 on, or a denormal
 // float16. The sum of a group begins at -kTooMuch times the sum of x, which removes that offset and the 8 of
-// the nibble.
+// the nibble; with a zero point, at -zero_of_raw times the sum of x.
 #ifdef QVL_COMPUTE_BFLOAT16
 constexpr float kUnitOf = 1, kTooMuch = 128 + 8;
 __device__ inline uint32 raw_nibbles(uint32 word) {
   return and_or<0x000F000F, 0x43004300>(word);
 }
+// Raw value of a zero point, given as H plus kZeroBase4.
+__device__ inline float zero_of_raw(float based) {
+  return based;
+}
 #else
 constexpr float kUnitOf = 1.f / (1 << 24), kTooMuch = 8 * kUnitOf;
 __device__ inline uint32 raw_nibbles(uint32 word) {
   return word & 0x000F000Fu;
+}
+__device__ inline float zero_of_raw(float based) {
+  return (based - kZeroBase4) * kUnitOf;
 }
 #endif
 
@@ -45,6 +52,11 @@ __device__ inline float sum_of_run(const uint4& run) {
 
 // Epilogues, as enum class Into of ops.h.
 constexpr int kHalf = 0, kFloat = 1, kAdd = 2, kGelu = 3, kSiluTimes = 4;
+
+// Addend of a row of the matrix and a row of x.
+__device__ inline float addend_of(const LinearDecode& p, int row, int64 column) {
+  return p.addend != nullptr ? __ldcg(p.addend + column * p.out + row) : 0.f;
+}
 
 // Write the value of a row of the matrix and a row of x to y; kSiluTimes: of rows `row` and `row + 1`, whose
 // sum is `gate`.

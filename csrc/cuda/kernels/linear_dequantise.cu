@@ -1,11 +1,12 @@
-// Quantised matrices to H [out, stride], before products of prompts: y = scale * integer, rounded.
+// Quantised matrices to H [out, stride], before products of prompts: y = scale * (integer - zero point),
+// rounded.
 //
 // Layout. A thread has a run of 8 values of a row, in the layouts of quantised.cuh:
 //
-//   int8   8 bytes  0 2 1 3 4 6 5 7     int4   8 nibbles  0 2 4 6 1 3 5 7     ->     H  0 1 2 3 4 5 6 7
+//   8 bits   8 bytes  0 2 1 3 4 6 5 7     4 bits   8 nibbles  0 2 4 6 1 3 5 7     ->     H  0 1 2 3 4 5 6 7
 //
-// Cost. Bytes: 2 written a value, and 1 (int8) or 1/2 (int4) read; memory bounds it. time = out stride (2 +
-// 1) / bandwidth: at the 7B geometry a layer's 202 million values take 0.14 ms with int8.
+// Cost. Bytes: 2 written a value, and 1 (8 bits) or 1/2 (4 bits) read; memory bounds it. time = out stride (2
+// + 1) / bandwidth: at the 7B geometry a layer's 202 million values take 0.14 ms with int8.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_linear.py::test_quantised_weights.
 #include "cuda/kernels/linear_prompt.h"
@@ -13,8 +14,8 @@
 
 namespace qvl::cuda {
 
-// kGroup: group size, 0 for int8. A thread converts a run of 8 values.
-template <int kGroup>
+// kGroup: group size, 0 for a scale per row. A thread converts a run of 8 values.
+template <int kBits, int kGroup, bool kZeros>
 __device__ inline void dequantise(const Dequantise& p) {
   const int64 i = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int runs = p.stride / kRun;
@@ -22,25 +23,36 @@ __device__ inline void dequantise(const Dequantise& p) {
   if (i >= static_cast<int64>(p.out) * runs) return;
   const int row = static_cast<int>(i / runs), k = static_cast<int>(i % runs) * kRun;
   const uint32* const words = static_cast<const uint32*>(p.values);
+  const uint16* const scales = static_cast<const uint16*>(p.scales);
+  float scale;
+  int zero = kBits == 4 ? 8 : 0;
+  if constexpr (kGroup == 0) {
+    scale = static_cast<const float*>(p.scales)[row];
+  } else if constexpr (kZeros) {
+    const int64 at = cut.group_scale<kBits>(row, k, kGroup);
+    scale = low_float16(scales[at]);
+    const float base = kBits == 4 ? kZeroBase4 : kZeroBase8 + 128;  // 8 bits: values minus 128
+    zero = static_cast<int>(to_float(reinterpret_cast<const H&>(scales[at + 2])) - base);
+  } else {
+    scale = low_scale(scales[cut.int4_scale(row, k, kGroup)]);
+  }
   H2 pairs[4];
-  if (kGroup == 0) {
+  if constexpr (kBits == 8) {
     const int64 at = cut.int8_word(row, k);
-    const float scale = static_cast<const float*>(p.scales)[row];
     // Bytes of a word: values 0 2 1 3.
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int word = static_cast<int>(words[at + j / 2]) >> (j % 2 * 8);
-      pairs[j] = to_half2(scale * static_cast<int8>(word), scale * static_cast<int8>(word >> 16));
+      pairs[j] =
+          to_half2(scale * (static_cast<int8>(word) - zero), scale * (static_cast<int8>(word >> 16) - zero));
     }
   } else {
     const uint32 word = words[cut.int4_word(row, k)];
-    const uint16 bits = static_cast<const uint16*>(p.scales)[cut.int4_scale(row, k, kGroup)];
-    const float scale = low_scale(bits);
-    // Nibbles: values 0 2 4 6 1 3 5 7, plus 8.
+    // Nibbles: values 0 2 4 6 1 3 5 7.
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int low = static_cast<int>(word >> (4 * j) & 15) - 8,
-                high = static_cast<int>(word >> (4 * j + 16) & 15) - 8;
+      const int low = static_cast<int>(word >> (4 * j) & 15) - zero,
+                high = static_cast<int>(word >> (4 * j + 16) & 15) - zero;
       pairs[j] = to_half2(scale * low, scale * high);
     }
   }
@@ -49,14 +61,19 @@ __device__ inline void dequantise(const Dequantise& p) {
   for (int j = 0; j < 4; ++j) *reinterpret_cast<H2*>(quarter + run_value(k % 32 / kRun, 2 * j)) = pairs[j];
 }
 
-#define QVL_DEQUANTISE(NAME, GROUP)                             \
+#define QVL_DEQUANTISE(NAME, BITS, GROUP, ZEROS)                \
   extern "C" __global__ void __launch_bounds__(256)             \
       dequantise_##NAME(const __grid_constant__ Dequantise p) { \
     wait_for_predecessors();                                    \
-    dequantise<GROUP>(p);                                       \
+    dequantise<BITS, GROUP, ZEROS>(p);                          \
   }
-QVL_DEQUANTISE(int8, 0)
-QVL_DEQUANTISE(int4_g64, 64)
-QVL_DEQUANTISE(int4_g128, 128)
+QVL_DEQUANTISE(int8, 8, 0, false)
+QVL_DEQUANTISE(int4_g64, 4, 64, false)
+QVL_DEQUANTISE(int4_g128, 4, 128, false)
+QVL_DEQUANTISE(uint4_g32, 4, 32, true)
+QVL_DEQUANTISE(uint4_g64, 4, 64, true)
+QVL_DEQUANTISE(uint4_g128, 4, 128, true)
+QVL_DEQUANTISE(uint8_g32, 8, 32, true)
+QVL_DEQUANTISE(uint8_g64, 8, 64, true)
 
 }  // namespace qvl::cuda

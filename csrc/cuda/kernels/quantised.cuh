@@ -15,18 +15,29 @@
 //   INT4   [tile][unit][half][lane] 4 words: the runs of both quarters of row g, then those of row g + 8.
 //          Nibbles of a run, from the lowest: values 0 2 4 6 1 3 5 7, plus 8.
 //          Scales bfloat16 [tile][unit][g][group of the unit][row g, row g + 8].
+//   UINT4  Values as those of INT4, without the 8 (value = scale (integer - zero point)).
+//   UINT8  Values as those of INT8, minus 128.
+//          A span is 128 values of UINT4, 64 of UINT8. For each [tile][span][g][group of the span] two words:
+//          scales float16 [row g, row g + 8], zero points [row g, row g + 8] as H plus kZeroBase, so that one
+//          subtraction removes the zero point and the offset of an integer's bits as H.
 //
-// Cost of the conversion: 1 to 2 instructions for two values (an and-or and an addition in H).
+// Cost of the conversion: 1 to 2 instructions for two values (an and-or and an addition in H), 3 for UINT8 in
+// bfloat16.
 //
 // Reference: `packed` in tests/cuda/test_prompt_linear.py builds the layout with PyTorch; test_decode.py
 // compares products with float64.
 #pragma once
 
 #include "cuda/kernels/common.cuh"
+#include "cuda/kernels/stored.cuh"
 
 namespace qvl::cuda {
 
 constexpr int kTileRows = 16, kUnit = 128, kRun = 8;
+
+// Values whose scales and zero points are side by side: those of a step of linear_decode.cu.
+template <int bits>
+constexpr int kSpan = bits == 8 ? 64 : 128;
 
 // Index in its quarter of value v of the run of lane t. With mma.m16n8k16 lanes load x like the weights, so a
 // run's values are neighbours. wgmma reads x itself: pairs are 8 apart, as in its fragments.
@@ -63,6 +74,13 @@ struct Cut {
   // Index of the scale of a group of `group` values.
   __device__ int64 int4_scale(int row, int k, int group) const {
     return ((unit_of(row, k) * 8 + row % 8) * (kUnit / group) + k % kUnit / group) * 2 + row % 16 / 8;
+  }
+  // Index of the scale of a group with a zero point, in 16-bit values; the zero point is 2 behind it.
+  template <int bits>
+  __device__ int64 group_scale(int row, int k, int group) const {
+    constexpr int kValues = kSpan<bits>;
+    const int64 span = unit_of(row, k) * (kUnit / kValues) + k % kUnit / kValues;
+    return ((span * 8 + row % 8) * (kValues / group) + k % kValues / group) * 4 + row % 16 / 8;
   }
 };
 
@@ -106,6 +124,13 @@ __device__ inline uint32 bytes_to_half2(uint32 word) {  // of bits 0-7 and 16-23
   return bits_of(__hadd2(half2_bits(and_or<0x007F007F, 0x43004300>(word)),
                          half2_bits(and_or<0x00800080, 0xC300C300>(word))));
 }
+constexpr float kZeroBase4 = 128, kZeroBase8 = -128;
+__device__ inline uint32 nibbles_to_half2(uint32 word, uint32 zeros) {
+  return bits_of(__hsub2(half2_bits(and_or<0x000F000F, 0x43004300>(word)), half2_bits(zeros)));
+}
+__device__ inline uint32 bytes_to_half2(uint32 word, uint32 zeros) {
+  return bits_of(__hsub2(half2_bits(bytes_to_half2(word)), half2_bits(zeros)));
+}
 #else
 // A float16 from 1024 to 2047 has the low 10 bits of an integer as its last ones.
 __device__ inline uint32 nibbles_to_half2(uint32 word) {
@@ -115,7 +140,29 @@ __device__ inline uint32 bytes_to_half2(uint32 word) {
   // 1024 + (value + 128) - 1152.
   return bits_of(__hsub2(half2_bits(and_xor<0x00FF00FF, 0x64806480>(word)), half2_bits(0x64806480u)));
 }
+constexpr float kZeroBase4 = 1024, kZeroBase8 = 1024;
+__device__ inline uint32 nibbles_to_half2(uint32 word, uint32 zeros) {
+  return bits_of(__hsub2(half2_bits(and_or<0x000F000F, 0x64006400>(word)), half2_bits(zeros)));
+}
+__device__ inline uint32 bytes_to_half2(uint32 word, uint32 zeros) {
+  return bits_of(__hsub2(half2_bits(and_xor<0x00FF00FF, 0x64806480>(word)), half2_bits(zeros)));
+}
 #endif
+
+// A half of a word twice: the zero point of row g or g + 8 for both values of a pair.
+__device__ inline uint32 low_twice(uint32 word) {
+  return (word & 0xFFFFu) | word << 16;
+}
+__device__ inline uint32 high_twice(uint32 word) {
+  return (word & 0xFFFF0000u) | word >> 16;
+}
+// The two scales in a word, float16.
+__device__ inline float low_float16(uint32 word) {
+  return value_of(Float16Value{static_cast<uint16>(word)});
+}
+__device__ inline float high_float16(uint32 word) {
+  return value_of(Float16Value{static_cast<uint16>(word >> 16)});
+}
 
 // The two scales in a word, bfloat16.
 __device__ inline float low_scale(uint32 word) {

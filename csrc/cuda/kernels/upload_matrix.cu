@@ -3,7 +3,7 @@
 // Layout:
 //
 //   float32, bfloat16, float16 [out, in]  ->  H [out][stride], zeros behind `in`
-//   int8, int4                            ->  tiles of 16 rows x units of 128 values (quantised.cuh)
+//   quantised                             ->  tiles of 16 rows x units of 128 values (quantised.cuh)
 //   row r of the file                     ->  row first + r step: two matrices are interleaved with step 2
 //
 // Cost. Bytes: each weight read and written once when a model is opened; bound by the bus that brings them.
@@ -31,10 +31,9 @@ __device__ inline int target_row(const UploadMatrix& p, int row) {
   return row < p.rows ? p.first + row * p.step : p.first + (p.rows - 1) * p.step + row - p.rows + 1;
 }
 
-template <int group>
-__device__ void upload_int4(const UploadMatrix& p) {
-  const int row = blockIdx.x, to = target_row(p, row);
-  const Cut cut(p.stride, p.out);
+// 4-bit values of a row; `padding`: value of rows behind the last one.
+__device__ inline void upload_nibbles(const UploadMatrix& p, const Cut& cut, int row, int to,
+                                      uint32 padding) {
   const uint16* from = static_cast<const uint16*>(p.from) + static_cast<int64>(row) * (p.stride / 4);
   for (int i = threadIdx.x; i < p.stride / kRun; i += blockDim.x) {
     // Value 32 j + w of a unit is nibble j of word w, of 16 bits.
@@ -42,16 +41,65 @@ __device__ void upload_int4(const UploadMatrix& p) {
     uint32 run = 0;
     for (int v = 0; v < kRun; ++v) {
       const int value = run_value(k % 32 / kRun, v);
-      const uint32 nibble = row < p.rows ? static_cast<uint32>(from[word + value]) >> (4 * j) & 15u : 8u;
+      const uint32 nibble = row < p.rows ? static_cast<uint32>(from[word + value]) >> (4 * j) & 15u : padding;
       run |= nibble << (4 * (v % 2 * 4 + v / 2));
     }
     static_cast<uint32*>(p.values)[cut.int4_word(to, k)] = run;
   }
+}
+
+// 8-bit values of a row with the bits of `flipped` inverted.
+__device__ inline void upload_bytes(const UploadMatrix& p, const Cut& cut, int row, int to, uint32 flipped) {
+  const uint8* from = static_cast<const uint8*>(p.from) + static_cast<int64>(row) * p.stride;
+  for (int i = threadIdx.x; i < p.stride / kRun; i += blockDim.x) {
+    const int k = kRun * i;
+    uint32* run = static_cast<uint32*>(p.values) + cut.int8_word(to, k);
+    for (int half = 0; half < 2; ++half) {
+      uint32 word = 0;
+      for (int v = 0; v < 4; ++v) {
+        const int place = v % 2 * 2 + v / 2;  // values 0 1 2 3 become 0 2 1 3
+        const uint32 value = row < p.rows ? from[k / 32 * 32 + run_value(k % 32 / kRun, 4 * half + v)] : 0u;
+        word |= (value ^ flipped) << (8 * place);
+      }
+      run[half] = word;
+    }
+  }
+}
+
+template <int group>
+__device__ void upload_int4(const UploadMatrix& p) {
+  const int row = blockIdx.x, to = target_row(p, row);
+  const Cut cut(p.stride, p.out);
+  upload_nibbles(p, cut, row, to, 8);
   const uint16* scales =
       static_cast<const uint16*>(p.from_scales) + static_cast<int64>(row) * (p.stride / group);
   for (int i = threadIdx.x; i < p.stride / group; i += blockDim.x)
     static_cast<uint16*>(p.scales)[cut.int4_scale(to, i * group, group)] =
         row < p.rows ? scales[i] : uint16{0};
+}
+
+// A type with zero points: its values, and groups of `file_group` values as groups of up to a span.
+template <int bits, int file_group>
+__device__ void upload_groups(const UploadMatrix& p) {
+  constexpr int kGroup = file_group < kSpan<bits> ? file_group : kSpan<bits>;
+  const int row = blockIdx.x, to = target_row(p, row);
+  const Cut cut(p.stride, p.out);
+  if (bits == 4) {
+    upload_nibbles(p, cut, row, to, 0);
+  } else {
+    upload_bytes(p, cut, row, to, 0x80);
+  }
+  const int groups = p.stride / file_group;
+  const uint16* scales = static_cast<const uint16*>(p.from_scales) + static_cast<int64>(row) * groups;
+  const uint16* zeros = scales + static_cast<int64>(p.rows) * groups;
+  for (int i = threadIdx.x; i < p.stride / kGroup; i += blockDim.x) {
+    const bool there = row < p.rows;
+    const float zero = there ? value_of(Float16Value{zeros[i * kGroup / file_group]}) : 0.f;
+    const H based = to_half(zero + (bits == 4 ? kZeroBase4 : kZeroBase8));
+    uint16* const made = static_cast<uint16*>(p.scales) + cut.group_scale<bits>(to, i * kGroup, kGroup);
+    made[0] = there ? scales[i * kGroup / file_group] : uint16{0};
+    made[2] = reinterpret_cast<const uint16&>(based);
+  }
 }
 
 }  // namespace
@@ -72,23 +120,21 @@ extern "C" __global__ void upload_matrix_int4_g128(const __grid_constant__ Uploa
   upload_int4<128>(p);
 }
 
+#define QVL_UPLOAD_GROUPS(NAME, BITS, GROUP)                                                \
+  extern "C" __global__ void upload_matrix_##NAME(const __grid_constant__ UploadMatrix p) { \
+    upload_groups<BITS, GROUP>(p);                                                          \
+  }
+QVL_UPLOAD_GROUPS(uint4_g32, 4, 32)
+QVL_UPLOAD_GROUPS(uint4_g64, 4, 64)
+QVL_UPLOAD_GROUPS(uint4_g128, 4, 128)
+QVL_UPLOAD_GROUPS(uint8_g32, 8, 32)
+QVL_UPLOAD_GROUPS(uint8_g64, 8, 64)
+QVL_UPLOAD_GROUPS(uint8_g128, 8, 128)
+#undef QVL_UPLOAD_GROUPS
+
 extern "C" __global__ void upload_matrix_int8(const __grid_constant__ UploadMatrix p) {
   const int row = blockIdx.x, to = target_row(p, row);
-  const Cut cut(p.stride, p.out);
-  const uint8* from = static_cast<const uint8*>(p.from) + static_cast<int64>(row) * p.stride;
-  for (int i = threadIdx.x; i < p.stride / kRun; i += blockDim.x) {
-    const int k = kRun * i;
-    uint32* run = static_cast<uint32*>(p.values) + cut.int8_word(to, k);
-    for (int half = 0; half < 2; ++half) {
-      uint32 word = 0;
-      for (int v = 0; v < 4; ++v) {
-        const int place = v % 2 * 2 + v / 2;  // values 0 1 2 3 become 0 2 1 3
-        const uint32 value = row < p.rows ? from[k / 32 * 32 + run_value(k % 32 / kRun, 4 * half + v)] : 0u;
-        word |= value << (8 * place);
-      }
-      run[half] = word;
-    }
-  }
+  upload_bytes(p, Cut(p.stride, p.out), row, to, 0);
   if (threadIdx.x == 0 && row < p.rows)
     static_cast<float*>(p.scales)[to] = static_cast<const float*>(p.from_scales)[row];
 }

@@ -23,6 +23,15 @@ inline thread_local Dim3 blockDim, gridDim;
 struct uint4 {
   unsigned x, y, z, w;
 };
+struct uint2 {
+  unsigned x, y;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
+inline uint2 make_uint2(unsigned x, unsigned y) {
+  return {x, y};
+}
 struct float2 {
   float x, y;
 };
@@ -42,6 +51,9 @@ inline unsigned __float_as_uint(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, 4);
   return bits;
+}
+inline float __ldcg(const float* from) {
+  return *from;
 }
 inline float __saturatef(float x) {
   return std::fmin(std::fmax(x, 0.f), 1.f);

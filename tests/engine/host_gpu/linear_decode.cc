@@ -15,6 +15,7 @@
 
 #define __shared__
 #include "cuda/kernels/linear_decode_hopper.cu"
+#include "cuda/kernels/linear_decode_hopper_groups.cu"
 #include "cuda/kernels/upload_matrix.cu"
 #undef QVL_COMPUTE_BFLOAT16  // qwenvl.h has a constant of this name
 
@@ -131,17 +132,26 @@ const std::map<std::string, Hopper>& products_by_name() {
   QVL_NAME(NAME, 8, 1)                                                                    \
   QVL_NAME(NAME, 8, 2)                                                                    \
   QVL_NAME(NAME, 8, 3)                                                                    \
-  QVL_NAME(NAME, 16, 1) QVL_NAME(NAME, 16, 2) QVL_NAME(NAME, 16, 3) QVL_NAME(NAME, 32, 1) \
-      QVL_NAME(NAME, 32, 2) QVL_NAME(NAME, 64, 1)
-  static const std::map<std::string, Hopper> found = {QVL_NAMES(half) QVL_NAMES(int8) QVL_NAMES(
-      int4_g64) QVL_NAMES(int4_g128) QVL_NAME(half, 32, 3) QVL_NAME(half, 64, 2)};
+  QVL_NAME(NAME, 16, 1)                                                                   \
+  QVL_NAME(NAME, 16, 2) QVL_NAME(NAME, 16, 3) QVL_NAME(NAME, 32, 1) QVL_NAME(NAME, 32, 2) \
+      QVL_NAME(NAME, 64, 1)
+  static const std::map<std::string, Hopper> found = {
+      QVL_NAMES(half) QVL_NAMES(int8) QVL_NAMES(int4_g64) QVL_NAMES(int4_g128) QVL_NAMES(uint4_g32)
+          QVL_NAMES(uint4_g64) QVL_NAMES(uint4_g128) QVL_NAMES(uint8_g32) QVL_NAMES(uint8_g64)
+              QVL_NAME(half, 32, 3) QVL_NAME(half, 64, 2)};
   return found;
 }
 const std::map<std::string, Upload> uploads = {{"upload_matrix_float32", upload_matrix_float32},
                                                {"upload_matrix_bfloat16", upload_matrix_bfloat16},
                                                {"upload_matrix_int8", upload_matrix_int8},
                                                {"upload_matrix_int4_g64", upload_matrix_int4_g64},
-                                               {"upload_matrix_int4_g128", upload_matrix_int4_g128}};
+                                               {"upload_matrix_int4_g128", upload_matrix_int4_g128},
+                                               {"upload_matrix_uint4_g32", upload_matrix_uint4_g32},
+                                               {"upload_matrix_uint4_g64", upload_matrix_uint4_g64},
+                                               {"upload_matrix_uint4_g128", upload_matrix_uint4_g128},
+                                               {"upload_matrix_uint8_g32", upload_matrix_uint8_g32},
+                                               {"upload_matrix_uint8_g64", upload_matrix_uint8_g64},
+                                               {"upload_matrix_uint8_g128", upload_matrix_uint8_g128}};
 
 }  // namespace
 
@@ -258,10 +268,7 @@ EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, c
   static std::string failed;
   try {
     const Gpu gpu(0, Half::kBfloat16);
-    const Storage storage = dtype == QVL_INT8        ? Storage::kInt8
-                            : dtype == QVL_INT4_G64  ? Storage::kInt4G64
-                            : dtype == QVL_INT4_G128 ? Storage::kInt4G128
-                                                     : Storage::kHalf;
+    const Storage storage = storage_of(dtype);
     const MatrixBytes bytes = matrix_bytes(storage, out, in);
     std::vector<char> values(bytes.values + 64), scales(bytes.scales + 64);
     const int unit = storage == Storage::kHalf ? 8 : 128;

@@ -1,0 +1,31 @@
+// Parameters of the kernels in low_rank.cu, for host and device.
+#pragma once
+
+namespace qvl::cuda {
+
+// A and B of a product: y += B (A x). Two interleaved matrices have their As one below the other, and row i
+// of B has the values of matrix i % parts alone.
+struct LowRankEntry {
+  const void* a;  // H [rank, x_stride of the product's inputs]
+  const void* b;  // H [out, rank], times the adapter's scale
+  int rank;       // a multiple of 8; 0: the adapter does not change the product
+  int parts;      // interleaved matrices, 1 or 2; rank / parts is a multiple of 8
+};
+
+constexpr int kLowRankThreads = 256, kLowRankDownThreads = 512;
+constexpr int kLowRankRows = 16;  // of x a block
+constexpr int kLowRankDown = 8;   // rows of A a block of low_rank_down
+constexpr int kLowRankUp = 64;    // rows of B a block of low_rank_up
+constexpr int kLowRankRuns = 4;   // of adapters, at once
+
+struct LowRankParams {
+  const unsigned long long* adapters;  // [n]: address of a LowRankEntry for each product, 0: no adapter
+  const int* order;                    // [n]: the rows, those of an adapter together; NULL: 0 1 2 ..
+  const void* x;                       // H [n, x_stride]
+  void* low;                           // H [n, low_stride]: A x
+  float* y;                            // [n, out]: B A x
+  long long x_stride;
+  int n, product, in, out, low_stride;  // in, low_stride: multiples of 8
+};
+
+}  // namespace qvl::cuda

@@ -1,0 +1,123 @@
+#include "cuda/low_rank.h"
+
+#include <algorithm>
+
+#include "core/pack.h"
+#include "cuda/kernels/low_rank.h"
+
+namespace qvl::cuda {
+namespace {
+
+constexpr int kVector = 8;
+
+int padded_rank(int64_t rank) {
+  return static_cast<int>((rank + kVector - 1) / kVector * kVector);
+}
+
+std::vector<float> floats(qvl_dtype dtype, int64_t rows, int64_t columns, const void* values) {
+  std::vector<float> made(size(rows * columns));
+  unpack(dtype, rows, columns, values, made.data());
+  return made;
+}
+
+}  // namespace
+
+CudaAdapter::CudaAdapter(const Gpu& gpu, CUstream stream, int layers, const std::vector<Shape>& shapes,
+                         const std::vector<AdapterMatrix>& matrices)
+    : gpu_(gpu), products_(size(layers * kLayerProducts + 1)) {
+  std::vector<const AdapterMatrix*> targets(size(layers * kLayerTargets + 1));
+  for (const AdapterMatrix& matrix : matrices) targets[size(matrix.target)] = &matrix;
+  const auto make = [&](int product, const Shape& shape, std::vector<Part> parts) {
+    parts.erase(std::remove_if(parts.begin(), parts.end(), [](const Part& p) { return p.matrix == nullptr; }),
+                parts.end());
+    if (!parts.empty()) fill(stream, products_[size(product)], shape, parts);
+  };
+  for (int layer = 0; layer < layers; ++layer) {
+    const AdapterMatrix* const* const of = targets.data() + layer * kLayerTargets;
+    const int first = layer * kLayerProducts;
+    make(first + kAttnProduct, shapes[kAttnProduct], {{of[kAttn], 0, 1}});
+    make(first + kAttnProjProduct, shapes[kAttnProjProduct], {{of[kAttnProj], 0, 1}});
+    make(first + kGateUpProduct, shapes[kGateUpProduct], {{of[kW1], 0, 2}, {of[kW2], 1, 2}});
+    make(first + kMlpProjProduct, shapes[kMlpProjProduct], {{of[kMlpProj], 0, 1}});
+  }
+  make(layers * kLayerProducts, shapes[kLayerProducts], {{targets.back(), 0, 1}});
+
+  std::vector<LowRankEntry> entries;
+  for (const LowRank& each : products_)
+    entries.push_back({each.a.values, each.b.values, each.a.out, each.parts});
+  table_ = DeviceMemory(entries.size() * sizeof(LowRankEntry));
+  cuda::copy(stream, table_.get(), entries.data(), table_.bytes());
+  check(driver().cuStreamSynchronize(stream), "uploading an adapter");
+}
+
+CudaAdapter::~CudaAdapter() {
+  const Current current(gpu_.context());
+  memory_.clear();
+  table_ = DeviceMemory();
+}
+
+// The parts share the product's inputs: their As lie one below the other, their Bs side by side, each with
+// the largest rank of the parts.
+void CudaAdapter::fill(CUstream stream, LowRank& to, const Shape& shape, const std::vector<Part>& parts) {
+  to.parts = parts.front().step;
+  int width = 0;
+  for (const Part& part : parts) width = std::max(width, padded_rank(part.matrix->rank));
+  const int rank = width * to.parts;
+  max_rank_ = std::max(max_rank_, rank);
+  std::vector<float> a(size(int64_t{rank} * shape.in)), b(size(int64_t{shape.out} * rank));
+  for (const Part& part : parts) {
+    const AdapterMatrix& m = *part.matrix;
+    const int64_t before = int64_t{part.first} * width;
+    const std::vector<float> from_a = floats(m.dtype, m.rank, m.in, m.a),
+                             from_b = floats(m.dtype, m.out, m.rank, m.b);
+    for (int64_t i = 0; i < m.rank; ++i)
+      std::copy_n(from_a.data() + i * m.in, m.in, a.data() + (before + i) * shape.in);
+    for (int64_t i = 0; i < m.out; ++i) {
+      float* const row = b.data() + (part.first + i * part.step) * rank + before;
+      for (int64_t j = 0; j < m.rank; ++j) row[j] = m.scale * from_b[size(i * m.rank + j)];
+    }
+  }
+  to.a = put(stream, a, rank, shape.in);
+  to.b = put(stream, b, shape.out, rank);
+}
+
+Matrix CudaAdapter::put(CUstream stream, const std::vector<float>& values, int rows, int columns) {
+  const DeviceMemory wide(values.size() * sizeof(float));
+  cuda::copy(stream, wide.get(), values.data(), wide.bytes());
+  memory_.emplace_back(values.size() * 2);
+  to_half(gpu_, stream, wide.get<float>(), static_cast<int64_t>(values.size()), memory_.back().get());
+  check(driver().cuStreamSynchronize(stream), "uploading an adapter");
+  Matrix made{};
+  made.storage = Storage::kHalf;
+  made.out = rows;
+  made.in = made.stride = columns;
+  made.values = memory_.back().get();
+  return made;
+}
+
+void low_rank_decode(const Gpu& gpu, CUstream stream, const uint64_t* adapters, const int32_t* order,
+                     int product, const void* x, int64_t x_stride, int in, int n, void* low, int low_stride,
+                     int out, float* y) {
+  LowRankParams p{};
+  // uint64_t is another type of the same size on the host.
+  p.adapters = reinterpret_cast<const unsigned long long*>(adapters);
+  p.order = order;
+  p.x = x;
+  p.low = low;
+  p.y = y;
+  p.x_stride = x_stride;
+  p.n = n;
+  p.product = product;
+  p.in = in;
+  p.out = out;
+  p.low_stride = low_stride;
+  const auto blocks = [](int rows, int a_block) {
+    return static_cast<unsigned>((rows + a_block - 1) / a_block);
+  };
+  const unsigned of_x = blocks(n, kLowRankRows);
+  gpu.launch(stream, "low_rank_down", {blocks(low_stride, kLowRankDown), of_x, kLowRankRuns},
+             kLowRankDownThreads, 0, p, true);
+  gpu.launch(stream, "low_rank_up", {blocks(out, kLowRankUp), of_x}, kLowRankThreads, 0, p, true);
+}
+
+}  // namespace qvl::cuda
