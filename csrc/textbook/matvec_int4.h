@@ -137,7 +137,7 @@ void v4(const Product& p) {
   groups_of_rows<false>(p);
 }
 
-// As many lines prefetched as are read, 64 KiB ahead, in the order in which they lie in memory.
+// Prefetch as many lines as are read, 64 KiB ahead, in the order of memory.
 void v5(const Product& p) {
   groups_of_rows<true>(p);
 }
