@@ -100,7 +100,10 @@ def test_shards_without_an_index(model, folder_of):
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("model.safetensors.index.json", "names model.safetensors.index.json, which is no .safetensors file"),
+        (
+            "model.safetensors.index.json",
+            "names model.safetensors.index.json, which is not a .safetensors file",
+        ),
         ("..", "the index names a file outside its folder: .."),
         ("a/../config.json", "the index names a file outside its folder"),
         ("..\\other.safetensors", "the index names a file outside its folder"),

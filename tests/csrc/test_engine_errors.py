@@ -139,7 +139,7 @@ def test_order_of_inputs(parts):
     for i, value in ((7, 256), (9, -1), (255, 3)):
         bad = order.copy()
         bad[i] = value
-        text = f"{name}: is no permutation of the 256 inputs; value {i} is {value}"
+        text = f"{name}: is not a permutation of the 256 inputs; value {i} is {value}"
         assert line(data=bad) == (BAD_WEIGHT, text)
     of_matrix = changed(parts, "h.0.mlp.w1.weight", dtype=INT32)
     text = "h.0.mlp.w1.weight: is int32; this weight must be float32, bfloat16 or float16, or quantised"

@@ -222,7 +222,7 @@ def test_others_are_ignored_and_missing_ones_named(library, model, mixed):
 
 
 def test_structs_of_version_0_1(library, model, mixed, file):
-    """A C program with structs of that size, and no memory behind them, gets the same tokens."""
+    """A C program with structs of that size, and no memory after them, gets the same tokens."""
     config = make_config(model.config, LANGUAGE)
     values = [getattr(config, name) for name, *_ in Config._fields_[1:26]]
     done = subprocess.run(

@@ -43,7 +43,7 @@ def no_rows(bench: Bench) -> list[str]:
     return ["quantize", "model", "new", "--bits", "4", "--data", "rows.jsonl"]
 
 
-@case("the width of the MLP is no multiple of `--group_size`")
+@case("the width of the MLP is not a multiple of `--group_size`")
 def uneven(bench: Bench) -> list[str]:
     arguments = quantize()(bench)
     weights = bench.weights()
