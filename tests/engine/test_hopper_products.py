@@ -87,7 +87,7 @@ class Product:
         self.bias = random.standard_normal(out, np.float32)
 
     def run(self, x: np.ndarray, into: str = "float", y: Optional[np.ndarray] = None) -> np.ndarray:
-        """x: bits [n, stride]; what is behind `width` values must not count."""
+        """x: bits [n, stride]; values after the first `width` must not count."""
         n = len(x)
         if y is None:
             y = np.full((n, self.out // 2 if into == "silu_times" else self.out), np.nan, np.float32)

@@ -152,7 +152,7 @@ def test_a_file_that_is_no_image(page: Page, server: PageServer, tmp_path: Path)
 
 
 def test_a_question_waits_for_its_images(page: Page, server: PageServer, tmp_path: Path) -> None:
-    """Enter right behind a large image, before it is read."""
+    """Enter right after a large image is attached, before it is read."""
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), np.uint8)).save(buffer, "JPEG")
     (tmp_path / "large.jpg").write_bytes(buffer.getvalue())
