@@ -218,7 +218,7 @@ typedef struct qvl_tensor {
   qvl_device device; /* where `data` is. On the engine's device it is kept and used in place; else it is
                         copied once */
   int32_t n_dims;
-  int64_t shape[4]; /* of the values, whatever the type */
+  int64_t shape[4]; /* of the values, for every type */
   uint64_t bytes;   /* length of `data`, as a check */
 } qvl_tensor;
 

@@ -1,4 +1,4 @@
-"""Batch jobs: each row once, in order, with its own answer, wherever an earlier process ended."""
+"""Batch jobs: each row once, in order, with its own answer, after an interruption at any point."""
 
 from __future__ import annotations
 

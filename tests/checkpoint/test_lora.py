@@ -49,7 +49,7 @@ def test_out_in_is_the_transpose(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_sum_is_rounded_once(tmp_path, dtype):
-    """float32 is the precision of the sum, whatever the storage type."""
+    """The sum is computed in float32 for every storage type."""
     folder = write_base(tmp_path / "model")
     exact = merged(folder, LORA / "peft")[C_ATTN]
     np.testing.assert_array_equal(

@@ -113,7 +113,7 @@ def test_two_engines_on_weights_that_are_freed(library, model, mixed, file):
 
 
 def test_files_are_mapped(library, tmp_path):
-    """Opening takes no memory, whatever the size."""
+    """Opening takes no memory at any size."""
     name, shape = "wte.weight", (1 << 16, 1 << 13)  # 2 GiB, of which nothing is on the disk
     path = tmp_path / "large"
     path.write_bytes(record(name, b"", FLOAT32, shape, 0, n_bytes=2 << 30))

@@ -1,4 +1,4 @@
-"""attention_prompt and attention_dense against float64; the same bits wherever a prompt is cut."""
+"""attention_prompt and attention_dense against float64; the same bits for any chunks of a prompt."""
 
 from __future__ import annotations
 

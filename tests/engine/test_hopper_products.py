@@ -1,6 +1,6 @@
 """Hopper's products of decode steps, the kernels' own code on the host.
 
-Results against float64, and the same bits for a row whatever else is in the batch. Copies overtake each other and
+Results against float64, and the same bits for a row in any batch. Copies overtake each other and
 products are as late as possible, so that shared memory that is reused too early gives wrong results.
 """
 

@@ -13,7 +13,7 @@ ROW = {"id": 0, "prompt": "What is it?"}
 
 
 def quantize(*rows: Any, flags: tuple[str, ...] = ("--bits", "8"), out: str = "new") -> Provoke:
-    """`quantize` with these rows, of which the last is repeated; a str is a line as it is."""
+    """`quantize` with these rows, of which the last is repeated; a str is a raw line."""
 
     def provoke(bench: Bench) -> list[str]:
         bench.model()

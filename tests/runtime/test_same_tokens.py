@@ -1,4 +1,4 @@
-"""The same tokens whatever else is running, on the engine, at every storage type; and a soak test."""
+"""The same tokens in any batch, on the engine, with every storage type; and a soak test."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_the_unit_lets_requests_end() -> None:
     # All that shutdown_timeout does not cover: see Server.shutdown and run.
     ending = 4 * server._LAST_SECONDS + server._CLEANING_SECONDS + server._HANDSHAKE_SECONDS
     assert int(values("TimeoutStopSec")[0]) > ServeSettings().shutdown_timeout + ending
-    # The engine process ends at SIGTERM, whatever it computes: only the front may get it.
+    # The engine process ends at SIGTERM even during a computation: only the front may get it.
     assert (values("KillSignal"), values("KillMode")) == (["SIGTERM"], ["mixed"])
     # Else systemd would stop the front as well.
     assert values("OOMPolicy") == ["continue"]
