@@ -68,7 +68,7 @@ class Ranks:
         for path, match in matches.items():
             if match[2]:
                 raise QwenVLError(
-                    f"{path}: of a model that is cut in other ways than tensor parallelism ({match[2][1:]}); merge it "
+                    f"{path}: the model is split by more than tensor parallelism ({match[2][1:]}); merge it "
                     "with PaddleNLP first"
                 )
         degree = read_json(folder / "config.json").get("tensor_parallel_degree")

@@ -86,4 +86,4 @@ class Model(Protocol[S]):
         """Answer a request in segments; relative image paths are resolved against `folder`."""
 
     def wait_any(self, streams: Collection[S]) -> list[S]:
-        """Generate until at least one of the submitted streams is done; return those that are."""
+        """Generate until at least one of the submitted streams is done; return all that are done."""

@@ -198,7 +198,7 @@ def test_resume_after_a_cut_anywhere(cheap, folder, monkeypatch):
     assert n_run == 0
 
 
-def test_a_failing_model_leaves_what_was_answered(cheap, folder, monkeypatch):
+def test_a_failing_model_keeps_earlier_answers(cheap, folder, monkeypatch):
     source = write_rows(folder / "in.jsonl", [{"id": n, "prompt": f"{n}"} for n in range(12)])
     target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
     prompts = cheap.executor.prompts

@@ -230,7 +230,7 @@ def test_members_that_overlap(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\\..\\b", "x" * 5000])
-def test_names_of_members_are_no_paths(tmp_path, name):
+def test_names_of_members_are_not_paths(tmp_path, name):
     """Nothing is ever written under a member's name; a table of a model needs none but its own."""
     path = archive(tmp_path / "a.bin", [(name, b"x"), ("a/data.pkl", b"\x80\x02}.")])
     assert "holds no table of tensors" in refused(torch_file.read_header, path)

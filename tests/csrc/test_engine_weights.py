@@ -43,7 +43,7 @@ def varint(value: int, least: int = 1) -> bytes:
 
 
 def record(name: str, data: bytes, dtype: int, shape: tuple[int, ...], start: int, n_bytes: int = 0) -> bytes:
-    """As it lies at `start` of a parameter file, with the data, of n_bytes if not given, on a multiple of 64."""
+    """Build a parameter file's record at `start`, data aligned to 64 bytes; n_bytes: of the data if it is omitted."""
     code, size = PADDLE_TYPES.get(dtype, (20, 1))
     head = b"\x08" + varint(code) + b"\x10" + varint((n_bytes or len(data)) // size)
     field = b"qvl1" + struct.pack("<BBH", dtype, len(shape), len(name))
@@ -173,7 +173,7 @@ def test_damaged_files(library, mixed, file, tmp_path):
 
 
 def test_a_file_without_names(library, tmp_path):
-    """As Paddle itself writes it."""
+    """Paddle itself writes parameter files without tensor names."""
     path = tmp_path / "old.pdiparams"
     message = b"\x08\x05\x10\x04"
     path.write_bytes(bytes(16) + struct.pack("<i", len(message)) + message + bytes(16))

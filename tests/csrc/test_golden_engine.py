@@ -82,7 +82,7 @@ def test_logits(best, block_tokens):
 
 
 @NAMES
-def test_a_mixed_batch_gives_what_its_parts_give(best):
+def test_a_mixed_batch_gives_the_same_as_its_parts(best):
     """A prompt, a chunk of a prompt and decode steps of different lengths in one packed batch."""
     _, engine = best
     random = np.random.default_rng(2)
