@@ -117,7 +117,7 @@ def mixed_rows():
     return [*rows[::2], b"", *rows[1::2]]
 
 
-def test_bad_rows_have_a_line_each_and_the_job_goes_on(cheap, folder):
+def test_bad_rows_have_a_line_each_and_the_job_continues(cheap, folder):
     rows = [
         {"id": "a", "prompt": "Hi"},
         b"oops",

@@ -80,7 +80,7 @@ def test_sigterm(command: str, tiny_exported: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_ctrl_c_and_a_terminal_that_goes_away(
+def test_ctrl_c_and_a_terminal_that_disconnects(
     number: signal.Signals, tiny_exported: Path, tmp_path: Path
 ) -> None:
     export = ["export-vision", "--model_name_or_path", tiny_exported / "model", "--save_path", "vision"]

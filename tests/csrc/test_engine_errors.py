@@ -75,7 +75,7 @@ def test_config(parts, changes, message):
 
 
 @pytest.mark.skipif(bool(DEVICE_LIBRARY), reason="the back end is there")
-def test_cuda_is_not_there(parts):
+def test_missing_cuda(parts):
     status, line = refused(parts, device=1)
     assert status == UNSUPPORTED
     assert line.startswith("no GPU back end: libqwenvl_cuda.so not found")
@@ -160,7 +160,7 @@ def test_not_on_a_gpu_yet(parts):
     )
 
 
-def test_stages_that_are_not_there(parts):
+def test_missing_stages(parts):
     library, model, stored = parts
     language = Engine(library, make_config(model.config, LANGUAGE), stored)
     with language as engine, pytest.raises(EngineError, match="the engine has no vision stage"):

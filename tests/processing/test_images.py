@@ -214,7 +214,7 @@ def test_transparent_colours_lie_on_white(recwarn: pytest.WarningsRecorder) -> N
     assert not list(recwarn)
 
 
-def test_nothing_is_said_beside_the_error_and_settings_are_left_as_they_were(
+def test_only_the_error_is_printed_and_settings_are_unchanged(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Images for which Pillow warns, Pillow logs and libtiff writes; several at once."""

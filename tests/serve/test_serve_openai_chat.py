@@ -48,7 +48,7 @@ def test_answers_are_those_of_the_model_alone(server, alone, name):
     assert boxes == choice.message.boxes
 
 
-def test_an_answer_goes_back_as_it_came(server, alone):
+def test_an_answer_is_sent_back_unchanged(server, alone):
     """The client returns the whole answer, boxes included; the second question is about the first one's image."""
     content, parts = asking("chinese")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
@@ -225,7 +225,7 @@ SCRIPTS = [
 
 
 @pytest.mark.parametrize("text", SCRIPTS)
-def test_whatever_the_model_says(server, monkeypatch, text):
+def test_any_model_output(server, monkeypatch, text):
     tokenizer = server.service.tokenizer
     say(server.engine.vl, monkeypatch, [*tokenizer.encode(text), tokenizer.im_end_id])
     chunks = streamed(server, ask("?"))

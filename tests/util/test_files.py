@@ -50,7 +50,7 @@ def break_off(target: Path, error: BaseException) -> None:
         raise error
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "model"
     for _ in range(2):
         with pytest.raises(OSError, match="No space") as caught:

@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 ESCAPE, TAB = "\ue00c", "\ue004"
 
 
-def test_an_answer_appears_as_it_comes(page: Page, server: PageServer) -> None:
+def test_an_answer_appears_as_it_is_generated(page: Page, server: PageServer) -> None:
     first, second = Gate(), Gate()
     server.plays.append(["A red ", "circle", first, " and", second, " a star."])
     page.open()
@@ -270,7 +270,7 @@ def test_export_as_json(page: Page, server: PageServer, tmp_path: Path) -> None:
     assert exported["messages"][3] == {"role": "assistant", "content": "yes", "boxes": []}
 
 
-def test_an_answer_that_was_cut_off_or_is_empty_says_so(page: Page, server: PageServer) -> None:
+def test_a_truncated_or_empty_answer_is_labelled(page: Page, server: PageServer) -> None:
     server.plays += [["Once upon"], []]
     page.open()
     server.finish = "length"
