@@ -86,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     library = Library(arguments.library)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
-    print("| base | adapters | decode step, ms a layer | over none | prompts, ms a layer | over none |")
+    print("| base | adapters | decode step, ms per layer | over none | prompts, ms per layer | over none |")
     print("| --- |" + " --- |" * 5)
     for base in arguments.dtypes.split(","):
         with language_engine(library, DTYPES[base]) as engine, engine.pool(512, 32, BFLOAT16) as pool:

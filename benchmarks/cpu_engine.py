@@ -288,7 +288,7 @@ def main() -> None:
     with small_engine(library, BFLOAT16, arguments.threads) as engine:
         describe = engine.describe()
     threads = int(describe.split(", ")[1].split()[0])
-    print(f"{datetime.date.today()}: {describe}; ms a layer\n")
+    print(f"{datetime.date.today()}: {describe}; ms per layer\n")
     language = [
         language_row(library, name, seconds, lambda: dll.qvlt_read_bandwidth(threads, 1 << 28, 6))
         for name in names
@@ -313,7 +313,7 @@ def main() -> None:
         print(f"| {row.name} | {rate / 1e9:.1f} | {machine / 1e9:.1f} | {rate / machine:.0%} |")
     print(f"\nbfloat16 instruction on registers: {dll.qvlt_bf16_peak(threads) / 1e9:.0f} GFLOP/s")
     print(f"patches and resampler: {around:.0f} ms an image")
-    print("\n| 5 million parameters, ms a token | " + " | ".join(names) + " |")
+    print("\n| 5 million parameters, ms per token | " + " | ".join(names) + " |")
     print("| --- |" + " --- |" * len(names))
     for n in sorted({1, threads}):
         took = " | ".join(f"{small_row(library, name, n):.3f}" for name in names)

@@ -33,7 +33,7 @@ ROWS: Sequence[tuple[str, str, Optional[str]]] = (
 
 def main() -> None:
     images = {path: Image.open(path).convert("RGB") for one in QUESTIONS for path in one.images}
-    print("| | ms a token | ms a prompt | ms an image |\n| --- | --- | --- | --- |")
+    print("| | ms per token | ms per prompt | ms an image |\n| --- | --- | --- | --- |")
     for engine, dtype, quant_type in ROWS:
         os.environ["QWENVL_ENGINE"] = engine
         with tempfile.TemporaryDirectory() as name:

@@ -130,7 +130,7 @@ def open_demo(folder: Path, dtype: str, quant_type: Optional[str]) -> QwenVL:
 
 def overhead(folder: Path) -> None:
     print(
-        "| stored as | bare engine, ms a token | loop, text included | it adds |\n| --- | --- | --- | --- |"
+        "| stored as | bare engine, ms per token | loop, text included | it adds |\n| --- | --- | --- | --- |"
     )
     for dtype, quant_type in STORAGE:
         model = open_demo(folder, dtype, quant_type)
@@ -176,7 +176,7 @@ def second_question(folder: Path) -> None:
 
 
 def busy(folder: Path, n: int) -> None:
-    print(f"\n{n} processes compute beside it: bare engine, ms a token, with 1 and 2 threads")
+    print(f"\n{n} processes compute beside it: bare engine, ms per token, with 1 and 2 threads")
     burn = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
     try:
         for dtype, quant_type in STORAGE:

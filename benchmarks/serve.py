@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--llama_server", type=Path)
     parser.add_argument("--gguf_python", type=Path, default=Path(sys.executable))
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
-    parser.add_argument("--rates", type=float, nargs="*", default=[], help="requests a second, open loop")
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="requests per second, open loop")
     parser.add_argument("--requests", type=int, help="requests of each load (default: by clients)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)

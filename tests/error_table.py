@@ -29,12 +29,12 @@ def table_rows() -> Iterator[list[str]]:
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether a text is what a row says; `…` in the row stands for any text."""
+    """Whether a text matches the message of a row; `…` in the row matches any text."""
     return re.fullmatch(".+".join(map(re.escape, pattern.split("…"))), text) is not None
 
 
 def check(what: str, pattern: str, text: str) -> None:
-    """Compare a case's message with its row, or rewrite the row if that is wanted."""
+    """Compare a case's message with its row, or rewrite the row in update mode."""
     if _UPDATE and not matches(pattern, text):
         document = DOCUMENT.read_text("utf-8")
         reworded = [_reworded(line, what, pattern, text) for line in document.split("\n")]

@@ -143,7 +143,7 @@ def random_ids(n: int, sizes: Sizes) -> Any:
 
 
 class Machine(NamedTuple):
-    """Measured limits: bytes read a second, operations of matrix products a second."""
+    """Measured limits: bytes read per second, operations of matrix products per second."""
 
     read: float
     rate: float

@@ -123,8 +123,8 @@ void check_order(const qvl_tensor& tensor, const std::string& name, int64_t n) {
   std::vector<bool> seen(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
     QVL_REQUIRE(order[i] >= 0 && order[i] < n && !seen[static_cast<size_t>(order[i])], QVL_BAD_WEIGHT,
-                "%s: is no permutation of the %lld inputs; value %lld is %d", text, static_cast<long long>(n),
-                static_cast<long long>(i), order[i]);
+                "%s: is not a permutation of the %lld inputs; value %lld is %d", text,
+                static_cast<long long>(n), static_cast<long long>(i), order[i]);
     seen[static_cast<size_t>(order[i])] = true;
   }
 }

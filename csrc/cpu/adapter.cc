@@ -9,7 +9,8 @@ namespace qvl::cpu {
 CpuAdapter::CpuAdapter(const Kernels& kernels, int layers, const std::vector<AdapterMatrix>& matrices)
     : targets_(size(int64_t{layers} * kLayerTargets + 1)) {
   for (const AdapterMatrix& m : matrices) {
-    // Whole vectors: the kernels take a remainder of a row value by value. bfloat16 is read in pairs.
+    // Pad to whole vectors: the kernels compute the remainder of a row value by value. bfloat16 kernels read
+    // pairs of values.
     const int64_t unit = int64_t{kernels.lanes} * (m.dtype == QVL_BFLOAT16 ? 2 : 1);
     const int64_t width = (m.rank + unit - 1) / unit * unit;
     LowRank& target = targets_[size(m.target)];

@@ -8,7 +8,7 @@
 
 namespace qvl::cpu {
 
-// A and B of one target; A has no values if the adapter does not change it.
+// Update of one target matrix; A has no values if the adapter does not change the matrix.
 struct LowRank {
   Matrix a;  // [rank, in]
   Matrix b;  // [out, rank, padded with zeros to whole vectors]
@@ -20,7 +20,7 @@ class CpuAdapter final : public Adapter {
   // Copies the matrices.
   CpuAdapter(const Kernels& kernels, int layers, const std::vector<AdapterMatrix>& matrices);
 
-  // NULL if the adapter does not change it.
+  // Update of target `index` (core/adapter.h); NULL if the adapter does not change that matrix.
   const LowRank* target(int64_t index) const {
     const LowRank& found = targets_[size(index)];
     return found.a.values != nullptr ? &found : nullptr;
@@ -33,7 +33,7 @@ class CpuAdapter final : public Adapter {
   std::vector<Buffer> memory_;
 };
 
-// Consecutive rows of activations with the same adapter; all of a prompt, or all of decode steps.
+// Consecutive rows of activations with the same adapter, all of prompts or all of decode steps.
 struct AdapterRows {
   const CpuAdapter* adapter;
   int64_t first;
@@ -41,7 +41,7 @@ struct AdapterRows {
   bool decode;
 };
 
-// Add an adapter's part of a target's product, linear(), to the rows of each of `runs`.
+// For each run of rows, add the adapter's update to y, which holds the target's product W x from linear().
 void add_low_rank(Context& context, const std::vector<AdapterRows>& runs, int64_t target, const float* x,
                   int64_t x_stride, float* y, int64_t y_stride, Buffer& scratch);
 

@@ -34,7 +34,7 @@ struct AttentionShape {
   int head_dim;
   int64_t q_stride;    // from token to token
   int64_t q_head;      // from head to head
-  int64_t out_stride;  // heads lie side by side
+  int64_t out_stride;  // heads are adjacent
   bool rounded;        // kAllKeys and kCausal may compute in bfloat16
 };
 

@@ -28,7 +28,7 @@ std::string entry(const char* path, const std::string& name) {
 uint64_t number_in(const std::string& path, uint64_t otherwise) {
   std::ifstream file(path);
   uint64_t value = 0;
-  return file >> value ? value : otherwise;  // "max" is no number
+  return file >> value ? value : otherwise;  // "max" is not a number
 }
 
 // Limit memory and free memory by this process's control group and its parents, of cgroup version 2 or 1.

@@ -27,7 +27,7 @@ const CpuAdapter* adapter_of(const Part& part) {
   return adapter != nullptr ? static_cast<const CpuAdapter*>(adapter->matrices.get()) : nullptr;
 }
 
-// Append n rows to those of the same adapter before them.
+// Append n rows to `runs`; they join the last run if they continue it with the same adapter and kind.
 void append_rows(std::vector<AdapterRows>& runs, const CpuAdapter* adapter, int64_t first, int64_t n,
                  bool decode) {
   if (adapter == nullptr) return;
@@ -124,7 +124,7 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, s
   slot_.clear();
   prompt_work_.clear();
   decode_work_.clear();
-  // Rows of prompts before those of decode steps, and of each kind those with the same adapter together.
+  // Sort the parts: prompts before decode steps, and within each kind by adapter.
   std::vector<Part*> order;
   for (Part& part : parts) order.push_back(&part);
   std::stable_sort(order.begin(), order.end(), [](const Part* a, const Part* b) {
@@ -144,8 +144,7 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, s
     attend(context, pool, i, rows);
     feed_forward(context, i, rows);
   }
-  // lm_head for the last tokens of all sequences as one decode product: a prompt's last token is one row, so
-  // one product serves both kinds.
+  // lm_head for the last token of every sequence, in one decode product: of a prompt, too, it is one row.
   int64_t n_last = 0;
   int32_t first = 0;
   adapted_.clear();

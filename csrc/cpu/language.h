@@ -33,7 +33,7 @@ class Language {
             float* logits);
   void attend(Context& context, CpuKvPool& pool, int layer, Rows rows);
   void feed_forward(Context& context, int layer, Rows rows);
-  // linear(), and the adapters' parts. `target`: of the layer.
+  // linear() with `matrix`, which is `target` of the layer, then the updates of the rows' adapters.
   void product(Context& context, int layer, LayerTarget target, const Matrix& matrix, const float* x,
                int64_t x_stride, Rows rows, float* y, int64_t y_stride, bool add = false);
 

@@ -35,7 +35,7 @@ struct Rows {
 //
 // Prompt rows use the blocked product, decode rows the matrix-vector kernels, which stream the weights from
 // memory once. With types that have zero points, decode rows use the blocked product as well if the context
-// is exact. A row's result is the same to the bit whatever the number of rows.
+// is exact. A row's result has the same bits for any number of rows.
 void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, Rows rows, float* y,
             int64_t y_stride, bool add = false);
 

@@ -30,10 +30,9 @@ namespace {
 // faster.
 constexpr int kSpins = 2000;
 
-// The net loss of sharing, in nanoseconds, is answered by a time alone of alone_ times that loss, and alone_
-// doubles each time, up to a second: if a processor is always busy elsewhere, almost nothing is lost. Gains
-// count up to kCredit, enough for a processor that is busy occasionally; then alone_ starts again from
-// kAlone.
+// After a net loss from sharing, in nanoseconds, the caller runs alone for alone_ times that loss, at most a
+// second, and alone_ doubles: if a processor is always busy elsewhere, almost nothing is lost. Gains count up
+// to kCredit, enough for a processor that is busy occasionally; then alone_ starts again from kAlone.
 constexpr int64_t kTolerated = 50000;
 constexpr int64_t kCredit = 2000000;
 constexpr int64_t kAlone = 32, kMostAlone = 1 << 14;

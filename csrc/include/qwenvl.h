@@ -213,13 +213,13 @@ typedef struct qvl_config {
  */
 typedef struct qvl_tensor {
   const char* name;
-  const void* data; /* matrices and wte.weight, which are used where they lie: 16-byte aligned; else 4-byte
+  const void* data; /* matrices and wte.weight, which are used in place: 16-byte aligned; else 4-byte
                        aligned (QVL_BFLOAT16, QVL_FLOAT16: 2) */
   qvl_dtype dtype;
   qvl_device device; /* where `data` is. On the engine's device it is kept and used in place; else it is
                         copied once */
   int32_t n_dims;
-  int64_t shape[4]; /* of the values, whatever the type */
+  int64_t shape[4]; /* of the values, for every type */
   uint64_t bytes;   /* length of `data`, as a check */
 } qvl_tensor;
 
@@ -246,7 +246,7 @@ QVL_API qvl_status qvl_pack(qvl_dtype dtype, int64_t out, int64_t in, const floa
 /* Store integers [out, in] with a scale and a zero point for each group, all unchanged, as `dtype`, one of
  * QVL_UINT4_G* and QVL_UINT8_G*, at `packed`; all in host memory. integers: below 16 for 4 bits. scales,
  * zeros: float16 [out, groups], groups = in / group rounded up. QVL_INVALID: an integer out of range, a scale
- * that is not finite, or a zero point that is no whole number from 0 to 256.
+ * that is not finite, or a zero point that is not an integer from 0 to 256.
  */
 QVL_API qvl_status qvl_pack_groups(qvl_dtype dtype, int64_t out, int64_t in, const uint8_t* integers,
                                    const uint16_t* scales, const uint16_t* zeros, void* packed,
@@ -528,7 +528,7 @@ typedef struct qvl_request {
   int32_t max_new;              /* at least 1; n_tokens + max_new is at most max_positions */
   int32_t min_new;              /* stop tokens are forbidden before */
   const qvl_sampling* sampling; /* one; `forbidden` and `counter` are for the first token; the counter goes
-                                   up by one a token. NULL: greedy */
+                                   up by one per token. NULL: greedy */
   uint32_t span_size;           /* sizeof(qvl_span); 0: 16 */
   uint32_t reserved;
 } qvl_request;

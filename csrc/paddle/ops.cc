@@ -6,7 +6,7 @@
 //   norm_epsilon, rotary_base
 //   names, dtypes, shapes  of the weights, in the order of the input; dtypes are qvl_dtype, shapes four each
 //
-// Tensors are on the CPU, on whatever device the engine computes.
+// Tensors are on the CPU, even if the engine computes on a GPU.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -214,7 +214,7 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
     sampling[i].frequency_penalty = frequencies[i];
     sampling[i].presence_penalty = presences[i];
     sampling[i].top_p = top_ps[i];
-    // With top_p 0 upstream takes the likeliest token, whatever the temperature.
+    // With top_p 0 upstream takes the likeliest token at any temperature.
     sampling[i].temperature = top_ps[i] > 0 ? std::clamp(temperatures[i], 1e-6f, 100.0f) : 0;
     sampling[i].seed = seed + i;
     requests.push_back(request);

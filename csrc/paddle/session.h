@@ -28,7 +28,7 @@ struct Description {
   float norm_epsilon, rotary_base;
   const std::vector<std::string>& names;
   const std::vector<int>& dtypes;
-  const std::vector<int>& shapes;  // four per weight, 0 behind the last axis
+  const std::vector<int>& shapes;  // four per weight, 0 after the last axis
 };
 
 // An engine and the addresses of its weights at its creation. The program owns the weights; a session does

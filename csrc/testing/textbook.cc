@@ -45,7 +45,7 @@ int done(Body&& body) {
 
 }  // namespace
 
-// kernel: 0 matvec_bf16, 1 matvec_int4, 2 attention. NULL behind the last version.
+// kernel: 0 matvec_bf16, 1 matvec_int4, 2 attention. NULL after the last version.
 EXPORT const char* qvlt_textbook_name(int kernel, int version) {
   const Versions& all = *generic_versions();
   return kernel == 0   ? all.matvec_bf16[version].name

@@ -51,7 +51,7 @@ uint64_t read_chunk(const char* from, int64_t bytes, bool streams) {
 
 constexpr int kWaysToRead = 3;
 
-// Memory in one of three ways, in stretches of 64 KiB at most; the rest behind the last whole one is left
+// Read memory in one of three ways, in chunks of at most 64 KiB; the rest after the last whole chunk is left
 // out.
 uint64_t read_memory(const char* from, int64_t bytes, int way) {
   const int64_t stretch = way == 2 ? 1 << 16 : 1 << 14;
@@ -82,7 +82,7 @@ __attribute__((target("avx512f,avx512bf16"))) double bf16_products(int64_t n) {
 
 }  // namespace
 
-// Operations a second of the bfloat16 instruction, on registers alone; 0 without the instruction.
+// Operations per second of the bfloat16 instruction, on registers alone; 0 without the instruction.
 EXPORT double qvlt_bf16_peak(int threads) {
 #if defined(__x86_64__)
   if (!__builtin_cpu_supports("avx512bf16")) return 0;
@@ -105,7 +105,7 @@ EXPORT double qvlt_bf16_peak(int threads) {
 #endif
 }
 
-// Bytes a second that `threads` threads read from memory, the best of `repeats` passes over `bytes`, which
+// Bytes per second that `threads` threads read from memory, the best of `repeats` passes over `bytes`, which
 // alternate between three ways of reading.
 EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
   ThreadPool pool(threads);

@@ -123,7 +123,7 @@ void v3(const Product& p) {
 }
 
 // Three rows at once: a vector of x and its scales are loaded once for three, and three sums do not wait for
-// one another. With AVX2 more rows would run out of registers. From memory this alone is no gain: three
+// one another. With AVX2 more rows would run out of registers. From memory this alone gains nothing: three
 // streams of 2 to 6 KB, and the processor's prefetcher begins anew with each.
 template <bool Prefetch>
 QVL_INLINE void groups_of_rows(const Product& p) {
@@ -137,7 +137,7 @@ void v4(const Product& p) {
   groups_of_rows<false>(p);
 }
 
-// As many lines prefetched as are read, 64 KiB ahead, in the order in which they lie in memory.
+// Prefetch as many lines as are read, 64 KiB ahead, in the order of memory.
 void v5(const Product& p) {
   groups_of_rows<true>(p);
 }

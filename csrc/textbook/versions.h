@@ -36,7 +36,7 @@ struct Version {
 
 constexpr int kMaxVersions = 8;
 
-// From the textbook loop to the production kernel; behind the last version `run` is NULL.
+// From the textbook loop to the production kernel; after the last version `run` is NULL.
 struct Versions {
   Version<Product> matvec_bf16[kMaxVersions];
   Version<Product> matvec_int4[kMaxVersions];

@@ -21,7 +21,7 @@ class Input:
 
 
 def vision_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[Input]:
-    """Inputs of the vision stage: images in float32, whatever the dtype of the model."""
+    """Inputs of the vision stage: images in float32, for models of any dtype."""
     size = config.visual.image_size
     return [Input("images", (-1, 3, size, size), "float32")]
 

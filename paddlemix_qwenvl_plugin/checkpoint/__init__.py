@@ -1,1 +1,1 @@
-"""Reading and converting model folders: config, checkpoint, shards, file formats."""
+"""Read and convert model folders: config, checkpoint, adapters, shards, file formats."""

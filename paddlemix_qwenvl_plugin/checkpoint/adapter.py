@@ -49,13 +49,13 @@ _FORMATS = (
 
 _PEFT_PREFIX = "base_model.model."
 _HALF = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<half>[AB])(\.default)?(\.weight)?")
-# Wrappers of PEFT around a module that the adapter contains completely.
+# Names that PEFT inserts for a module that it saves completely.
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(\.default)?(?=\.)")
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """An update scaling * B A of a weight: the stored names of A and B."""
+    """Low-rank update scaling * B A of a weight: the stored names of A and B, and the scaling."""
 
     a: str
     b: str
@@ -94,20 +94,20 @@ class Adapter:
         self._match()
 
     def update(self, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The halves of a weight's update in Paddle's layout: A [in, rank] and B [rank, out]; scaling not applied."""
+        """Read the matrices of a weight's update, A [in, rank] and B [rank, out] (Paddle's layout), without scaling."""
         pair = self.updates[name]
         a, b = self._read(pair.a), self._read(pair.b)
         return (a.T, b.T) if self._out_in else (a, b)
 
     def replacement(self, name: str) -> NDArray[np.float32]:
-        """The values that replace a tensor, linear weights [in, out]."""
+        """Read the values that replace a tensor; a linear weight is [in, out]."""
         values = self._read(self.whole[name])
         return values.T if self._out_in and self._specs[name].linear else values
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        """A digest of what the adapter does to the named tensors: scaling, and the first 64 values of each of its own.
+        """Compute a digest of the adapter's changes to the named tensors, independent of the adapter's format.
 
-        Independent of the format, as Checkpoint.fingerprint.
+        Hashes the scaling, and the first 64 values of each A, B and replacement, rounded to float16.
         """
         digest = hashlib.sha256()
         for name in sorted(names):
@@ -122,7 +122,7 @@ class Adapter:
 
     @property
     def names(self) -> set[str]:
-        """The tensors that the adapter changes."""
+        """Names of the tensors that the adapter changes."""
         return {*self.updates, *self.whole}
 
     def _read(self, stored_name: str) -> NDArray[np.float32]:

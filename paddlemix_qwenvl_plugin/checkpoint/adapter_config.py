@@ -26,8 +26,8 @@ _PEFT_VARIANTS = (
     ),
 )
 _PADDLENLP_VARIANTS = ("pissa", "loraga", "use_mora", "lora_use_mixer", "enable_lora_list", "do_qat")
-# Initialisations that leave the base weights unchanged. The others (PiSSA, OLoRA, LoftQ, …) replace the base by a
-# residual, which an adapter does not store.
+# Initialisations that leave the base weights unchanged. The others (PiSSA, OLoRA, LoftQ, …) replace the base weights
+# by a residual, which an adapter does not store.
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 Value = TypeVar("Value", int, float)
@@ -155,10 +155,10 @@ def _refuse_variants(path: Path, data: dict[str, Any], keys: tuple[str, ...]) ->
 
 
 def _literal(pattern: Optional[dict[str, Value]], path: Path, key: str) -> dict[str, Value]:
-    """Check that the keys of a pattern are module names; PEFT also allows regular expressions."""
+    """Check that the keys of a pattern are module names (PEFT also allows regular expressions); return it unescaped."""
     names = {name.replace("\\.", "."): value for name, value in (pattern or {}).items()}
     for name, value in names.items():
-        # A regular expression of a file could take forever.
+        # Matching a regular expression from a file could take forever.
         if not re.fullmatch(r"\^?[\w.]+", name):
             raise QwenVLError(f"{path}: {key}: {name!r} is a regular expression; list the modules by name")
         if key == "rank_pattern" and value < 1:

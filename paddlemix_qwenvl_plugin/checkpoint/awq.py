@@ -4,7 +4,7 @@ For a linear layer with `in` inputs and `out` outputs, 4 bits:
 
 | tensor | dtype, shape | content |
 | --- | --- | --- |
-| `qweight` | int32 [in, out / 8] | 8 consecutive outputs of an input; from the low bits up: outputs 0 2 4 6 1 3 5 7 |
+| `qweight` | int32 [in, out / 8] | for each input, 8 outputs per word; from the low bits up: outputs 0 2 4 6 1 3 5 7 |
 | `qzeros` | int32 [groups, out / 8] | zero points in the same order |
 | `scales` | float16 [groups, out] | |
 """
@@ -24,13 +24,13 @@ _PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def shapes(n_in: int, n_out: int, config: QuantConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a linear layer."""
+    """Shapes of the stored tensors of an AWQ linear layer, by suffix of the tensor name."""
     groups = n_groups(n_in, config.group_size)
     return {"qweight": (n_in, n_out // 8), "qzeros": (groups, n_out // 8), "scales": (groups, n_out)}
 
 
 def unpack(tensors: Mapping[str, NDArray[Any]], config: QuantConfig) -> GroupedMatrix:
-    """Unpack the tensors of a linear layer."""
+    """Unpack the stored tensors of an AWQ linear layer."""
     integers = unpack_words(tensors["qweight"], config.bits, _PLACES, axis=1).T
     zeros = unpack_words(tensors["qzeros"], config.bits, _PLACES, axis=1)
     n_in = integers.shape[1]

@@ -112,10 +112,10 @@ class Checkpoint:
                 yield name, np.ascontiguousarray(values.T) if transpose else values
 
     def fingerprint(self) -> str:
-        """A digest of the model's content, independent of naming scheme and layout.
+        """Compute a digest of the model, independent of naming scheme and layout.
 
-        Adapters count as far as they change the vision stage: a vision stage without them fits every language stage
-        that differs in adapters of the language model only.
+        Of the adapters only changes to the vision stage count: one vision stage fits all language stages whose adapters
+        change the language model only.
 
         Hashes the config and up to 64 values of each norm and bias, rounded to float16: a conversion of the folder to
         float16, or an exact one to bfloat16, keeps the digest.
@@ -165,7 +165,7 @@ class Checkpoint:
                 self.vision[name] = TensorSpec((rows, *self.vision[name].shape[1:]))
 
     def _hint_about_missing(self, name: str) -> str:
-        """What a missing tensor may come from, as the end of a message."""
+        """Possible cause of a missing tensor, as the end of a message."""
         if name == "lm_head.weight":
             return "; if it is the token embedding, set tie_word_embeddings to true in config.json"
         unlisted = self._shards.unlisted()
@@ -190,7 +190,7 @@ class Checkpoint:
             )
         tied = self.config.tie_word_embeddings
         if tied:
-            # As transformers has it: the embedding is the lm_head, whatever else the folder stores as one.
+            # As in transformers, the embedding is the lm_head, even if the folder also stores an lm_head.
             canonical["lm_head.weight"] = canonical["wte.weight"]
         for name in specs:
             if name not in canonical:
@@ -256,8 +256,8 @@ class Checkpoint:
                         f"{'[out, in]' if transposed else '[in, out]'}, unlike {evidence[1]}"
                     )
                 evidence = (transposed, canonical[name])
-        # Each half has a fused 3x projection, which is never square; a quantised half may have only a square lm_head,
-        # which every quantizer stores as [out, in].
+        # Each half has a fused projection to 3 times the width, which is never square. Only a quantised language model
+        # may have no evidence, with a square lm_head; every quantizer stores it as [out, in].
         return evidence is None or evidence[0]
 
 

@@ -78,7 +78,7 @@ class ModelConfig(BaseModel):
     rotary_pct: float = 1.0
     use_dynamic_ntk: bool = True
     use_logn_attn: bool = True
-    # How lm_head is stored, not a size: part of neither fingerprints nor manifests.
+    # Storage of lm_head, not a size: excluded from fingerprints and manifests.
     tie_word_embeddings: bool = Field(default=False, exclude=True)
     visual: VisionConfig
 
@@ -149,7 +149,7 @@ def read_json(path: Path, unique: bool = False) -> Any:
     """Read a JSON file; raise QwenVLError, which names the file, if it cannot be read or parsed, or is very large.
 
     Args:
-        unique: refuse a key that an object has twice, of which Python would take the last.
+        unique: refuse objects with a duplicate key, of which Python would keep the last value.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:  # parsed, some files take 50 times their size in memory

@@ -20,7 +20,7 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 from paddlemix_qwenvl_plugin.util.files import new_folder
 
 MAX_SHARD_BYTES = 2 * 1024**3
-# Files that are not copied: weights in whatever form, and the state of a training.
+# Suffixes of files that are not copied: weights in any format, and training state.
 _LEFT_OUT = (
     ".safetensors",
     ".pdparams",
@@ -32,7 +32,7 @@ _LEFT_OUT = (
     ".pt",
     ".pth",
 )
-# Keys of config.json that tell how PaddleNLP cut the weights, which are whole in the new folder.
+# Keys of config.json that describe how PaddleNLP split the weights; the new folder has whole weights.
 _CUTS = ("tensor_parallel_degree", "tensor_parallel_rank")
 
 
@@ -74,7 +74,7 @@ def convert(
 def _tensors(checkpoint: Checkpoint, dtype: Optional[str]) -> dict[str, Stored]:
     """Shape and dtype of every tensor of the new folder, by canonical name in the order of the forward pass.
 
-    The integers, scales and zero points of quantised layers stay as they are.
+    The integers, scales and zero points of quantised layers keep their dtypes.
     """
     quantised = checkpoint.quantised
     tensors: dict[str, Stored] = dict(quantised.stored) if quantised else {}

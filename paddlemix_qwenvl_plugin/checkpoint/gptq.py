@@ -4,14 +4,14 @@ For a linear layer with `in` inputs and `out` outputs:
 
 | tensor | dtype, shape | content |
 | --- | --- | --- |
-| `qweight` | int32 [in * bits / 32, out] | consecutive inputs of an output, from the low bits of a word up |
-| `qzeros` | int32 [groups, out * bits / 32] | zero points of consecutive outputs, in format "gptq" less one |
+| `qweight` | int32 [in * bits / 32, out] | for each output, consecutive inputs in a word; the first in the low bits |
+| `qzeros` | int32 [groups, out * bits / 32] | zero points of consecutive outputs; in format "gptq" minus one |
 | `scales` | float16 [groups, out] | |
 | `g_idx` | int32 [in] | group of each input; absent: input // group size |
 
-Zero points range from 0 to 2^bits - 1, so a zero point of 0 less one wraps to 2^bits - 1. It is read as 0, as by
-AutoGPTQ's CUDA kernels in 4 bits; other readers make 2^bits of it, which no quantizer produces. GPTQModel subtracts
-from whole words instead, where the next zero point of the word pays for a 0.
+Zero points range from 0 to 2^bits - 1, so that a zero point of 0, minus one, is stored as 2^bits - 1. It is read as 0,
+as by AutoGPTQ's CUDA kernels in 4 bits; other readers return 2^bits, which no quantizer produces. GPTQModel subtracts
+from whole words instead, in which a zero point of 0 borrows from the next one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 
 def shapes(n_in: int, n_out: int, config: QuantConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a linear layer."""
+    """Shapes of the stored tensors of a GPTQ linear layer, by suffix of the tensor name."""
     groups = n_groups(n_in, config.group_size)
     return {
         "qweight": (n_in * config.bits // 32, n_out),
@@ -39,10 +39,10 @@ def shapes(n_in: int, n_out: int, config: QuantConfig) -> dict[str, tuple[int, .
 
 
 def unpack(tensors: Mapping[str, NDArray[Any]], config: QuantConfig, name: str) -> GroupedMatrix:
-    """Unpack the tensors of a linear layer, columns sorted by group.
+    """Unpack the stored tensors of a GPTQ linear layer and sort the columns by group.
 
     Raises:
-        QwenVLError: `g_idx` describes no groups of this size.
+        QwenVLError: the groups of `g_idx` do not have the size in `config`.
     """
     places = tuple(range(32 // config.bits))
     integers = unpack_words(tensors["qweight"], config.bits, places, axis=0).T
@@ -66,7 +66,7 @@ def unpack(tensors: Mapping[str, NDArray[Any]], config: QuantConfig, name: str) 
 def sorted_inputs(
     g_idx: Optional[NDArray[Any]], n_in: int, group_size: int, name: str
 ) -> Optional[NDArray[np.int32]]:
-    """The inputs sorted by group, int32 [in]; None if they are in order.
+    """Sort the input indices by group, int32 [in]; None if they are in order.
 
     Raises:
         QwenVLError: the groups of `g_idx` have other sizes than `group_size`.

@@ -7,12 +7,12 @@ from typing import NamedTuple, Optional
 import numpy as np
 from numpy.typing import NDArray
 
-# The largest group of the engine's storage types; larger ones repeat their scales.
+# Largest group size of the engine's storage types; larger groups are stored as several with the same scale.
 MAX_GROUP = 128
 
 
 class GroupedMatrix(NamedTuple):
-    """value[o, i] = scales[o, g] * (integers[o, i] - zeros[o, g]) with g = i // group size.
+    """A quantised matrix: value[o, i] = scales[o, g] * (integers[o, i] - zeros[o, g]), g = i // group size.
 
     Attributes:
         integers: uint8 [out, in].
@@ -27,17 +27,17 @@ class GroupedMatrix(NamedTuple):
 
 
 def engine_group(group_size: int) -> int:
-    """Group size in the engine: 32, 64 or 128; group_size -1 stands for all inputs."""
+    """Group size in the engine, 32, 64 or 128, for a checkpoint's group size; -1 is one group of all inputs."""
     return group_size if group_size in (32, 64) else MAX_GROUP
 
 
 def n_groups(n_in: int, group_size: int) -> int:
-    """Number of stored groups; the last one may be shorter."""
+    """Number of groups in the checkpoint; the last one may be shorter."""
     return 1 if group_size == -1 else -(-n_in // group_size)
 
 
 def repeated(per_group: NDArray[np.float16], n_in: int, group_size: int) -> NDArray[np.float16]:
-    """Repeat the values [out, stored groups] of groups above 128 for the engine's groups."""
+    """Expand values [out, groups in the checkpoint] to the engine's groups by repeating those of groups above 128."""
     size = engine_group(group_size)
     starts = np.arange(0, n_in, size)
     return per_group[:, starts // (n_in if group_size == -1 else group_size)]
@@ -46,7 +46,7 @@ def repeated(per_group: NDArray[np.float16], n_in: int, group_size: int) -> NDAr
 def unpack_words(
     words: NDArray[np.int32], bits: int, places: tuple[int, ...], axis: int
 ) -> NDArray[np.uint8]:
-    """Unpack unsigned integers from int32 words along `axis`; place k of a word holds its value number places[k]."""
+    """Unpack unsigned integers from int32 words along `axis`; bits k * bits and up of a word hold value places[k]."""
     per_word = 32 // bits
     shape = list(words.shape)
     shape[axis] *= per_word

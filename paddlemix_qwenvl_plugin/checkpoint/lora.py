@@ -21,8 +21,8 @@ Lora = Union[PathLike, tuple[PathLike, float]]
 class Merge:
     """Adapters with their weights, merged into the tensors of a model one at a time.
 
-    A tensor W becomes W + weight * (T - W) where an adapter has T in its place, and then gets weight * scaling * B A of
-    each adapter.
+    If an adapter replaces a tensor W by T, W becomes W + weight * (T - W). Then weight * scaling * B A of each adapter
+    is added.
 
     Raises:
         UsageError: two adapters replace the same tensor; and as for Adapter.
@@ -43,7 +43,7 @@ class Merge:
                 replaced[name] = adapter
 
     def apply(self, name: str, values: NDArray[np.float32], transposed: bool) -> None:
-        """Change the values of a tensor in place; `transposed`: they are [out, in]."""
+        """Merge the adapters into a tensor in place; `transposed`: the values are [out, in]."""
         for adapter, weight in self.adapters:
             if name in adapter.whole:
                 whole = adapter.replacement(name)
@@ -56,7 +56,7 @@ class Merge:
                 values += b.T @ a.T if transposed else a @ b
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        """A digest of what is merged into the named tensors; empty if nothing is."""
+        """Compute a digest of the changes to the named tensors; empty without changes."""
         changed = self.names.intersection(names)
         parts = [
             f"{weight!r} {adapter.fingerprint(adapter.names & changed)}"

@@ -37,9 +37,9 @@ _Content = Union[Span, bytes, str]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Shape and dtype of a tensor in a .pdparams file, and the arrays of which it consists, mostly one.
+    """Shape and dtype of a tensor in a .pdparams file, and its arrays: one, or the parts of a split tensor.
 
-    `numpy_dtype` is that of the arrays in the file, of any byte order.
+    `numpy_dtype` is the dtype of the arrays in the file, in any byte order.
     """
 
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class StoredTensor:
 
     @property
     def dtype(self) -> str:
-        """The storage type; uint16 are the bits of bfloat16, as Paddle has it."""
+        """The storage type; Paddle stores bfloat16 as uint16 bits."""
         return "bfloat16" if self.numpy_dtype.name == "uint16" else self.numpy_dtype.name
 
 
@@ -60,7 +60,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     try:
         with path.open("rb") as file:
-            if file.read(1) != b"\x80":  # how a pickle of protocol 2 or newer begins
+            if file.read(1) != b"\x80":  # first byte of a pickle of protocol 2 or newer
                 raise QwenVLError(f"{path}: not a Paddle weight file")
             file.seek(0)
             table = TableUnpickler(file, _KNOWN).load()
@@ -128,7 +128,7 @@ class _Latin1:
 
     def __init__(self, text: Any, encoding: Any) -> None:
         if not isinstance(encoding, str) or encoding != "latin1":
-            raise RefusedError("its pickle encodes as something else than latin1")
+            raise RefusedError("its pickle encodes text with another codec than latin1")
         self.content = text
 
 
@@ -185,7 +185,7 @@ def _reconstruct(*_: Any) -> _Array:
 def _pair(items: Any) -> Any:
     """Stand-in for `tuple`: a name and its array."""
     if not isinstance(items, (tuple, list)) or len(items) != 2:
-        raise RefusedError("a tuple in it is no tensor with its name")
+        raise RefusedError("a tuple in it is not a (name, tensor) pair")
     return tuple(items)
 
 

@@ -30,7 +30,7 @@ class QuantConfig:
         bits: 4 or 8.
         group_size: input values that share a scale and a zero point; -1: all of them.
         act_order: whether columns may belong to groups in any order (`desc_act`), given by `g_idx`.
-        zeros_minus_one: whether zero points are stored less one, as in AutoGPTQ's first format.
+        zeros_minus_one: whether zero points are stored minus one, as in AutoGPTQ's first format.
         zeros_borrow: whether the one was subtracted from whole int32 words, with borrows between the zero points, as
             GPTQModel does; AutoGPTQ subtracts it from each zero point.
         origin: the file, for messages.

@@ -1,4 +1,4 @@
-"""The quantised linear weights of a checkpoint, read as they are stored."""
+"""The quantised linear weights of a checkpoint, read without dequantisation."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class QuantisedLinears:
     Args:
         folder: the model folder, for messages.
         specs: the language model's tensors.
-        canonical: canonical name -> stored name of all tensors. The names of the quantised weights are removed from
-            it, and those of biases that the model lacks, which quantizers store as zeros.
+        canonical: canonical name -> stored name of all tensors. The tensors of the quantised layers are removed from
+            it, with the zero biases that quantizers store and the model lacks.
 
     Raises:
         QwenVLError: a tensor is missing, mis-shaped, of a wrong dtype, or quantised where others are not.
@@ -72,7 +72,7 @@ class QuantisedLinears:
         return {name: self._shards.tensors[stored_name] for name, stored_name in self._stored_names().items()}
 
     def read_stored(self, name: str) -> NDArray[np.generic]:
-        """Read a tensor of a quantised layer as it is stored; `name` is a key of `stored`."""
+        """Read a stored tensor of a quantised layer unchanged; `name` is a key of `stored`."""
         [(_, values)] = self._shards.read({self._stored_names()[name]})
         return values
 

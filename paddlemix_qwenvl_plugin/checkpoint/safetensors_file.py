@@ -45,7 +45,7 @@ _MAX_DIMS = 8
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Location and type of a tensor in a safetensors file; `dtype` is such as float32, bfloat16 or int32."""
+    """Location and type of a tensor in a safetensors file; `dtype` is a name such as float32, bfloat16 or int32."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -114,7 +114,7 @@ def write(
     Args:
         tensors: name -> values in the storage type (bfloat16 as uint16 bits).
         dtype: the storage type of all tensors, such as float32, bfloat16 or int32, or name -> storage type.
-        framework: what the metadata calls the format: "pd", or "pt", without which transformers refuses the file.
+        framework: value of the metadata key "format": "pd", or "pt", which transformers requires.
     """
     codes = {name: code for code, name in _DTYPES.items()}
     dtypes = dict.fromkeys(tensors, dtype) if isinstance(dtype, str) else dtype

@@ -1,4 +1,4 @@
-"""The shards of a model folder: discovery, index of tensors, and reading one tensor after the other."""
+"""The shards of a model folder: discovery, index of tensors, and reading tensor by tensor."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Shards:
             files = [folder / file_name for file_name in sorted(set(index.values()))]
             for file in files:
                 if file.suffix != f".{kind}":
-                    raise QwenVLError(f"{path}: the index names {file.name}, which is no .{kind} file")
+                    raise QwenVLError(f"{path}: the index names {file.name}, which is not a .{kind} file")
                 if not file.is_file():
                     raise QwenVLError(f"{file}: missing, though {name} names it; copy the folder again")
             return cls(files, kind, index)

@@ -1,4 +1,4 @@
-"""A restricted unpickler for tables of tensors: a pickle can run any code, so only listed names and opcodes work.
+"""A restricted unpickler for tables of tensors: a pickle can run code, so it allows only listed names and opcodes.
 
 Values of tensors are not read: a long string of bytes or text in the pickle becomes a `Span`, its place in the file.
 """
@@ -35,7 +35,7 @@ class RefusedError(Exception):
 
 
 class Span(NamedTuple):
-    """The place of a string in the file. Of text the UTF-8 form is stored."""
+    """Location of a string in the file: `n_bytes` bytes from `offset` on, UTF-8 if it is text."""
 
     offset: int
     n_bytes: int
@@ -43,7 +43,7 @@ class Span(NamedTuple):
 
 
 class _File:
-    """A file whose reads are bounded by its size: `read` of a length that lies allocates nothing."""
+    """A file whose reads are bounded by its size: `read` with a false length allocates nothing."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -72,7 +72,7 @@ class _File:
             raise EOFError("a length reaches beyond the end of the file")
 
 
-# The implementation in Python: the one in C allocates gigabytes on request of a few bytes.
+# Python's implementation in Python: the one in C allocates gigabytes if a few bytes of a file request it.
 class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     """Unpickler for any protocol that resolves only the names in `known`.
 
@@ -134,7 +134,7 @@ class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         if isinstance(made, dict):  # the versions of the modules in a state dict
             return
         if callable(made) or not hasattr(type(made), "__setstate__"):
-            raise RefusedError("its pickle changes what it is made with")
+            raise RefusedError("its pickle sets the state of an unexpected object")
         made.__setstate__(state)
 
     dispatch[pickle.BINUNICODE[0]] = lambda self: self._string(*struct.unpack("<I", self.read(4)), True)

@@ -1,11 +1,11 @@
 """Join the weights of tensor-parallel ranks, which PaddleNLP saves as `model_state.tp00.pdparams`, `….tp01.pdparams`.
 
-The cuts are those of PaddleNLP's `QWenPretrainedModel._get_tensor_parallel_mappings`; the layout is Paddle's [in, out].
+The split is that of PaddleNLP's `QWenPretrainedModel._get_tensor_parallel_mappings`; the layout is Paddle's [in, out].
 
 | tensor | a rank has |
 | --- | --- |
 | `lm_head`, `w1`, `w2` | columns |
-| `c_attn`, weight and bias | columns of query, of key and of value, beside each other |
+| `c_attn`, weight and bias | columns of query, then of key, then of value |
 | `wte`, `attn.c_proj`, `mlp.c_proj` | rows |
 | all others | the whole tensor |
 """
@@ -34,7 +34,7 @@ _CUTS = (
 
 
 class Ranks:
-    """The tensor-parallel ranks of one folder, joined; the interface of Shards."""
+    """The tensor-parallel ranks of one folder, joined, with the interface of Shards."""
 
     def __init__(self, ranks: list[Shards]) -> None:
         self._ranks = ranks
@@ -59,7 +59,7 @@ class Ranks:
         """Find the ranks in a folder; None if it has none.
 
         Raises:
-            QwenVLError: a rank is missing, or the model is cut in another way as well.
+            QwenVLError: a rank is missing, or the model is also split in another way.
         """
         found = {path: _RANK.fullmatch(path.name) for path in sorted(folder.iterdir())}
         matches = {path: match for path, match in found.items() if match}
@@ -68,7 +68,7 @@ class Ranks:
         for path, match in matches.items():
             if match[2]:
                 raise QwenVLError(
-                    f"{path}: of a model that is cut in other ways than tensor parallelism ({match[2][1:]}); merge it "
+                    f"{path}: the model is split by more than tensor parallelism ({match[2][1:]}); merge it "
                     "with PaddleNLP first"
                 )
         degree = read_json(folder / "config.json").get("tensor_parallel_degree")
@@ -99,11 +99,11 @@ class Ranks:
                 yield name, _join(parts, *cut) if cut else parts[0]
 
     def file_of(self, name: str) -> Path:
-        """The file that contains a tensor, or its first part."""
+        """The file that contains a tensor, or its part of the first rank."""
         return self._ranks[0].file_of(name)
 
     def unlisted(self) -> list[str]:
-        """Names of shards in the folder that are not read: none."""
+        """Names of shards in the folder that are not read; always empty."""
         return []
 
 

@@ -1,7 +1,7 @@
 """Read PyTorch weight files one tensor at a time, without PyTorch.
 
-Since PyTorch 1.6 such a file is a zip archive: `data.pkl`, a pickle of the table of tensors, and the raw values,
-`data/KEY` for each storage. Before, it is a sequence of pickles, the table among them, and the storages
+Since PyTorch 1.6 such a file is a zip archive of `data.pkl`, a pickle of the table of tensors, and `data/KEY`, the raw
+values of each storage. Before, it was a sequence of pickles, one of them the table, followed by the storages
 (torch_legacy_file.py).
 """
 
@@ -20,7 +20,7 @@ from paddlemix_qwenvl_plugin.checkpoint.torch_table import StoredTensor, TorchUn
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, first_line
 
 _DAMAGED = (zipfile.BadZipFile, *DAMAGED)
-# Of 7B models it is 100 KB.
+# The table of a 7B model takes 100 KB.
 _MAX_TABLE_BYTES = 16 << 20
 _ZIP_HEADER_BYTES = 30
 
@@ -68,13 +68,13 @@ def read_tensor(path: Path, tensor: StoredTensor) -> NDArray[np.generic]:
 
 
 def _folder(archive: zipfile.ZipFile) -> str:
-    """The folder of the archive's members, with the slash."""
+    """The folder of the archive's members, with a trailing slash."""
     [pickled] = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
     return pickled[: -len("data.pkl")]
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse members that PyTorch never writes: compressed, of the same name, overlapping; a huge table."""
+    """Refuse members that PyTorch never writes: compressed, duplicate or overlapping ones, and a huge table."""
     end = 0
     names = set()
     for member in sorted(archive.infolist(), key=lambda member: member.header_offset):

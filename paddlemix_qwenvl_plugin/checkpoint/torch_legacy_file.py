@@ -1,4 +1,4 @@
-"""PyTorch weight files before version 1.6, and of torch.save(…, _use_new_zipfile_serialization=False).
+"""Read PyTorch weight files of versions before 1.6, and of torch.save(…, _use_new_zipfile_serialization=False).
 
 The parts of such a file: three pickles (a magic number, the version 1001, facts about the machine), the pickle of the
 table of tensors, a pickle of the keys of the storages, and the storages in this order, each as its number of values
@@ -21,13 +21,13 @@ _VERSION = 1001
 
 
 def is_legacy(path: Path) -> bool:
-    """Whether the file begins as such a file does."""
+    """Whether a file has the format of PyTorch before 1.6, by its first bytes."""
     with path.open("rb") as file:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """List the tensors. Raises QwenVLError, and the exceptions of a damaged pickle."""
+    """List the tensors of a legacy file. Raises QwenVLError, and the exceptions of a damaged pickle."""
     table, places = _read(path, path.stat().st_mtime_ns)
     tensors = check_table(path, table)
     for name, tensor in tensors.items():
@@ -36,7 +36,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_storage(path: Path, key: str) -> bytes:
-    """Read the values of a storage."""
+    """Read the raw values of a storage by its key."""
     _, places = _read(path, path.stat().st_mtime_ns)
     offset, n_bytes = places[key]
     with path.open("rb") as file:
@@ -46,7 +46,7 @@ def read_storage(path: Path, key: str) -> bytes:
 
 @lru_cache(maxsize=8)
 def _read(path: Path, changed: int) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """Read the table, and where each storage is: key -> (offset, bytes)."""
+    """Read the table and the location of each storage: key -> (offset, bytes)."""
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(len(_MAGIC))

@@ -68,7 +68,7 @@ class StoredTensor:
         return np.dtype(_KINDS[self.kind][1])
 
     def view(self, content: bytes) -> NDArray[np.generic]:
-        """The tensor's values out of the bytes of its storage; `check` has bounded them."""
+        """Extract the tensor's values from the bytes of its storage; only after `check` has accepted the tensor."""
         values = np.frombuffer(content, self.numpy_dtype, len(content) // self.numpy_dtype.itemsize)
         strides = [stride * values.itemsize for stride in self.strides]
         strided = np.lib.stride_tricks.as_strided(values[self.start :], self.shape, strides, writeable=False)
@@ -90,7 +90,7 @@ class TorchUnpickler(TableUnpickler):
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Storage:
-        """Resolve ("storage", class, key, device, size), in the files before PyTorch 1.6 with a sixth entry."""
+        """Resolve ("storage", class, key, device, size); files before PyTorch 1.6 have a sixth entry."""
         what, kind, key, _, size, *view = pid
         if (
             what != "storage"
@@ -98,14 +98,14 @@ class TorchUnpickler(TableUnpickler):
             or not isinstance(key, str)
             or type(size) is not int
         ):
-            raise RefusedError("its pickle refers to something that is no storage")
+            raise RefusedError("its pickle refers to something that is not a storage")
         if view not in ([], [None]):
             raise RefusedError("a storage in it is a part of another one")
         return Storage(kind, key, size)
 
 
 def check(where: str, tensor: Any, n_bytes: int) -> None:
-    """Check strides and sizes from the file: NumPy does not bound them, and would read outside the storage.
+    """Check that a tensor stays within its storage: NumPy would read outside it.
 
     Raises:
         QwenVLError: not a tensor, or it reaches beyond the `n_bytes` of its storage.
@@ -122,7 +122,7 @@ def check(where: str, tensor: Any, n_bytes: int) -> None:
 
 
 def check_table(path: Any, table: Any) -> dict[str, StoredTensor]:
-    """Return the table if it is one, of tensors of known types; otherwise raise QwenVLError."""
+    """Return the table if it is a dict of tensors of known types; otherwise raise QwenVLError."""
     if not isinstance(table, dict) or not table:
         raise QwenVLError(f"{path}: holds no table of tensors")
     for name, tensor in table.items():

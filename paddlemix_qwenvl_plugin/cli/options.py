@@ -71,7 +71,7 @@ Verify = Annotated[
 
 
 def evaluated(function: Callable[..., Any], **makers: Callable[..., Any]) -> Callable[..., Any]:
-    """Evaluate a command's string annotations, which typer does not before Python 3.10, and expand its makers.
+    """Evaluate a command's string annotations for typer before Python 3.10, and expand makers into their flags.
 
     A parameter named in `makers` is not a flag: the flags of its maker take its place, and the parameter receives the
     maker bound to their values.
@@ -199,7 +199,7 @@ def open_model_or_server(
 
 
 def only_adapter(model: QwenVL | Model[Any]) -> Optional[str]:
-    """Name of the adapter of a command that answers with one; None without --adapter, and on a server.
+    """Name of the only adapter of --adapter, for commands that accept one; None without it or on a server.
 
     Raises:
         UsageError: several were given.

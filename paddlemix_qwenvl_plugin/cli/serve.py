@@ -22,7 +22,7 @@ _LIBRARIES = ("fastapi", "prometheus_client", "pydantic_settings", "uvicorn")
 
 
 class ServeCommand(TyperCommand):
-    """Command with a flag for each field of ServeSettings; its context's `obj` has the values that were given.
+    """Command with a flag for each field of ServeSettings; its context's `obj` holds the explicitly set values.
 
     The flags are created on first use of the command: importing pydantic is too slow for `qwenvl --help`.
     """
@@ -63,11 +63,11 @@ def serve(
     from paddlemix_qwenvl_plugin.serve.start import start
 
     with signals.handled_by_the_command() as numbers:
-        second = start(settings.values, numbers, functools.partial(print, flush=True))
-    if second == signal.SIGINT:
+        second_signal = start(settings.values, numbers, functools.partial(print, flush=True))
+    if second_signal == signal.SIGINT:
         raise KeyboardInterrupt
-    if second is not None:
-        raise signals.Terminated(128 + second)
+    if second_signal is not None:
+        raise signals.Terminated(128 + second_signal)
 
 
 @functools.cache

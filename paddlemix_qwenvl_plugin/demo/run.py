@@ -136,7 +136,7 @@ def _answer_lines(result: Result) -> list[str]:
         lines.append(f"   {box.kind} {corners}  {one_line(box.ref or '')}".rstrip())
     verdict = "right" if result.right else f"WRONG, expected: {result.question.turn.answer}"
     rate = answer.timings["tokens_per_second"]
-    lines.append(f"   {verdict}; {result.seconds:.2f} s, {rate:.0f} tokens a second")
+    lines.append(f"   {verdict}; {result.seconds:.2f} s, {rate:.0f} tokens per second")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Checks of the engine: its libraries, and what is needed to build them."""
+"""Checks of the engine: its libraries, and the requirements to build them."""
 
 from __future__ import annotations
 

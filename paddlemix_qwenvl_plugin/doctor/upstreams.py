@@ -23,7 +23,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.program import program
 
 _INSTALL_PADDLENLP = "pip install 'paddlemix-qwenvl-plugin[paddlenlp]'"
-# Found on sys.path, these count as installed, whatever their version.
+# Found on sys.path, these count as installed in any version.
 _FROM_CHECKOUTS = ("paddlenlp", "paddlemix", "ppdiffusers")
 
 

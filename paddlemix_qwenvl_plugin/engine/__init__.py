@@ -1,1 +1,1 @@
-"""The engine (csrc/): building it on first use, its C interface, and its operators for Paddle."""
+"""The engine (csrc/) from Python: builds on first use, its C interface, and its operators for Paddle."""

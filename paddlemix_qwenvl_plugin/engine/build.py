@@ -69,12 +69,12 @@ def library(allowed: bool = False) -> Path:
 
 
 def operators_library(allowed: bool = False) -> Path:
-    """Path of the engine's operators for the installed Paddle, linked to `library()`; arguments and errors as there."""
+    """Path of the engine's operators for the installed Paddle. Arguments and errors as for `library`."""
     return built(_operators(library(allowed)), allowed) / OPERATORS
 
 
 def cuda_library(allowed: bool = False) -> Path:
-    """Path of the engine's part for GPUs, which `library()` loads; arguments and errors as there."""
+    """Path of the engine's part for GPUs, which the engine loads on demand. Arguments and errors as for `library`."""
     shipped = SHIPPED.with_name(CUDA_LIBRARY)
     return shipped if shipped.is_file() else built(cuda_target(), allowed) / CUDA_LIBRARY
 
@@ -97,7 +97,7 @@ def target_state(target: Target) -> tuple[str, Path]:
 
 
 def cache_folder() -> Path:
-    """The cache of built libraries: `engine` in QWENVL_CACHE_DIR, else in `qwenvl` of the user's cache folder."""
+    """Cache folder of built libraries: QWENVL_CACHE_DIR/engine, else qwenvl/engine in the user's cache folder."""
     from platformdirs import user_cache_path
 
     named = env.CACHE_DIR.read()
@@ -105,7 +105,7 @@ def cache_folder() -> Path:
 
 
 def compiler() -> list[str]:
-    """The compiler's command: CXX, which may have arguments, else c++."""
+    """Command of the C++ compiler: CXX, which may contain arguments, else c++."""
     return shlex.split(os.environ.get("CXX") or "") or ["c++"]
 
 
@@ -121,9 +121,9 @@ class Target(NamedTuple):
     """A library to build from units; with `link` None, the units' output files themselves.
 
     Attributes:
-        folders: folders of csrc/ whose files are part of the cache key, as are the flags and `identity`.
-        what: name in error messages.
-        again: the `qwenvl` command that builds it.
+        folders: folders of csrc/ whose files are part of the cache key, in addition to the flags and `identity`.
+        what: name of the target in error messages.
+        again: the `qwenvl` subcommand that builds the target.
     """
 
     name: str
@@ -214,7 +214,7 @@ def _compiler_identity() -> tuple[str, ...]:
 
 
 def _operators(engine: Path) -> Target:
-    """Build target of the operators: linked to the engine by its path, to Paddle's libraries in the loading process."""
+    """Build target of the operators, linked to the engine by path and to the loading process's Paddle libraries."""
     import paddle
 
     package, include = Path(paddle.__file__).parent, Path(paddle.sysconfig.get_include())
@@ -241,7 +241,7 @@ def _folder(target: Target) -> Path:
 
 
 def built(target: Target, allowed: bool = False) -> Path:
-    """Folder with the target's files, built now if necessary; arguments and errors as for `library`."""
+    """Build a target unless the cache has it, and return its folder. Arguments and errors as for `library`."""
     if os.name == "nt":
         raise QwenVLError("the engine does not run on Windows so far")
     folder, command = _folder(target), target.compiler[0]
@@ -317,7 +317,7 @@ def _run_all(
 ) -> Generator[subprocess.CompletedProcess[str], None, None]:
     """Run commands in parallel, yielding each result as it ends; all are killed if the generator is closed or fails.
 
-    Their output goes through files in `folder`, so that no pipe has to be read meanwhile.
+    Their output goes to files in `folder`: pipes would have to be read while the commands run.
     """
     waiting = list(enumerate(commands))
     running: dict[int, subprocess.Popen[bytes]] = {}

@@ -1,6 +1,6 @@
-"""Python objects for weights, engines, KV pools and step outputs of the engine's library.
+"""Python objects for the engine library's weights, engines, KV pools, adapters and step outputs.
 
-Each frees its C counterpart when it is collected.
+Each frees its C counterpart when it is garbage-collected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NamedTensor(NamedTuple):
 
 
 class Weights:
-    """The weights of a stage. Engines created from them keep what they need."""
+    """The weights of a stage. An engine created from them keeps the memory that it needs."""
 
     def __init__(self, handle: c_void_p, keep: Any = None) -> None:
         self.handle = handle
@@ -122,7 +122,7 @@ class Engine:
 
 
 def _free_before(engine: Engine, owner: Any, function: Any, *arguments: Any) -> None:
-    """Call `function` when `owner` is collected, and keep the engine alive until then, even in a common cycle."""
+    """Call `function` when `owner` is garbage-collected; the engine lives until then, even if both are in one cycle."""
     weakref.finalize(owner, _call_of, engine, function, arguments)
 
 
@@ -131,7 +131,7 @@ def _call_of(_: Engine, function: Any, arguments: tuple[Any, ...]) -> None:
 
 
 class KvPool:
-    """A KV cache of `n_blocks` blocks of `block_tokens` tokens; on a CPU, memory is used as blocks are written."""
+    """A KV cache of `n_blocks` blocks of `block_tokens` tokens; on a CPU, only written blocks take memory."""
 
     def __init__(self, engine: Engine, n_blocks: int, block_tokens: int, dtype: str) -> None:
         self.handle = c_void_p()
@@ -147,7 +147,7 @@ class KvPool:
 
 
 class LowRank(NamedTuple):
-    """An update y += scale * B (A x) of a matrix.
+    """Low-rank update y += scale * B (A x) of a matrix.
 
     Attributes:
         name: canonical name of the matrix.
@@ -164,7 +164,7 @@ class LowRank(NamedTuple):
 
 
 class Adapter:
-    """A LoRA adapter of an engine of the language stage, apart from its weights; steps choose it for a sequence."""
+    """A LoRA adapter in a language-stage engine, apart from the weights; a step applies it to chosen sequences."""
 
     def __init__(self, engine: Engine, updates: Iterable[LowRank]) -> None:
         """Copy the updates into the engine's memory.
@@ -224,7 +224,7 @@ class StepOutput:
         self._top_logprobs = (c_float * (room * n_top)).from_address(self.top_logprobs)
 
     def record(self) -> None:
-        """Record the event behind a step that writes here."""
+        """Record the event after a step that writes to these buffers."""
         c.call("qvl_event_record", self._event, None)
 
     def wait(self, n: int) -> list[int]:
@@ -237,10 +237,10 @@ class StepOutput:
         return self._tokens[:n]
 
     def logprob(self, row: int) -> float:
-        """Log probability of the row's token, after `wait` for a step that computes log probabilities."""
+        """Log probability of a row's token; after `wait`, for a step that computes log probabilities."""
         return self._logprobs[row]
 
     def top(self, row: int, n: int, n_written: int) -> list[tuple[int, float]]:
-        """The n likeliest tokens of a row with their log probabilities, of n_written per row; after `wait`."""
+        """The n likeliest tokens of a row with their log probabilities; after `wait`. The step wrote `n_written`."""
         part = slice(row * n_written, row * n_written + n)
         return list(zip(self._top_tokens[part], self._top_logprobs[part]))

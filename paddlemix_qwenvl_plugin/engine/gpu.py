@@ -81,7 +81,7 @@ def build_for(index: int, allowed: bool = False) -> tuple[Path, Path]:
     folder = env.CUDA_KERNELS.read()
     if folder is not None:
         return build.cuda_library(allowed), folder
-    target = kernels()  # first: without NVRTC, building the library is in vain
+    target = kernels()  # first: without NVRTC the library is of no use
     return build.cuda_library(allowed), build.built(target, allowed)
 
 
@@ -89,7 +89,7 @@ def build_for(index: int, allowed: bool = False) -> tuple[Path, Path]:
 def load(index: int) -> None:
     """Load the engine's part for GPUs and set the path of its kernels. Errors as for `build_for`."""
     library, folder = build_for(index)
-    # libqwenvl.so opens it by its name, which the system's loader resolves from now on.
+    # libqwenvl.so opens it by name; the dynamic loader resolves the name once the library is loaded.
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     os.environ[env.CUDA_KERNELS.name] = str(folder)
 

@@ -1,4 +1,4 @@
-"""The C interface of the engine (csrc/include/qwenvl.h) through ctypes; calls release Python's global lock."""
+"""The C interface of the engine (csrc/include/qwenvl.h) through ctypes; calls release Python's GIL."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def call(function: str, *arguments: Any) -> None:
 
 
 def failure(error: Error) -> QwenVLError:
-    """The exception with the engine's error message."""
+    """Create an exception with the engine's error message."""
     return QwenVLError(error.message.decode("utf-8", "replace"))
 
 

@@ -41,7 +41,7 @@ def load() -> ctypes.CDLL:
 
 
 def use_device(gpu: Optional[int]) -> None:
-    """Set the GPU of engines that operators create from now on; None: the CPU."""
+    """Set the GPU on which operators create engines from now on; None: the CPU."""
     load().qwenvl_set_gpu(-1 if gpu is None else gpu)
 
 

@@ -15,10 +15,10 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 QUANT_TYPES = ("weight_only_int8", "weight_only_int4")
 
-# Weights that a checkpoint stores as integers: their quantizer, bits and group size, and whether columns are sorted.
+# Quantization types of checkpoints that store integers: quantizer, bits, group size, and whether columns are sorted.
 _STORED = re.compile(r"(?:gptq|awq)_int([48])_g(32|64|128)(_order)?")
 ORDER = ".order"
-"""Suffix of a weight's vector of inputs, int32 [in]: column j of the stored weight multiplies input order[j]."""
+"""Name suffix of a weight's input order, int32 [in]: column j of the stored weight multiplies input order[j]."""
 
 _EIGHT_BITS = ("lm_head.weight", "attn.c_attn.weight")
 
@@ -33,8 +33,8 @@ def check_quant_type(quant_type: Optional[str]) -> Optional[str]:
 def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dict[str, str]:
     """Select the quantised weights: name -> storage type (a key of library.DTYPES).
 
-    Of weight_only_int4, the matrices most sensitive to 4-bit errors stay at 8 bits: lm_head and attention's c_attn
-    (figures in docs/demo-model.md). Checkpoints that are quantised themselves leave lm_head in floating point.
+    weight_only_int4 keeps the matrices most sensitive to 4-bit errors in 8 bits: lm_head and attention's c_attn
+    (figures in docs/demo-model.md). Quantised checkpoints keep lm_head in floating point.
     """
     if quant_type is None:
         return {}
@@ -49,7 +49,7 @@ def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dic
 
 
 def has_order(quant_type: Optional[str]) -> bool:
-    """Whether each quantised weight has a vector of inputs, NAME + ORDER."""
+    """Whether each quantised weight NAME has an input order, the tensor NAME + ORDER."""
     stored = _STORED.fullmatch(quant_type or "")
     return stored is not None and stored[3] is not None
 
@@ -87,7 +87,7 @@ def pack_groups(
         kind: "uint4_g32" to "uint8_g128" (library.DTYPES).
         integers: [out, in], below 16 for 4 bits.
         scales, zeros: [out, groups], groups = in / group size rounded up; zeros are whole numbers, 0 to 256.
-        name: of the weight, for messages.
+        name: the weight's name, for messages.
 
     Raises:
         QwenVLError: an integer, scale or zero point is out of range; the message begins with `name`.

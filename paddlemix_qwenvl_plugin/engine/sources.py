@@ -56,10 +56,10 @@ def isas_here(csrc: Path) -> list[Isa]:
 
 
 def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
-    """Compiler runs for `libqwenvl.so`; the kernels, which take longest, come first.
+    """Compiler runs for `libqwenvl.so`; the kernels come first because they take longest.
 
-    Beside one better ISA, the generic kernels serve comparison only: they are compiled without optimisation, which
-    takes most of the time. In a library of more than two ISAs, any of them may be the best of a machine.
+    With one better ISA, the generic kernels serve only for comparison: they are compiled without optimisation, which
+    takes most of a compiler's time. With more ISAs, any of them may be the best on a machine.
     """
     found = []
     for isa in reversed(isas):
@@ -81,7 +81,7 @@ def operators_units(csrc: Path, paddle_flags: Sequence[str]) -> list[Unit]:
 
 
 def cuda_units(csrc: Path) -> list[Unit]:
-    """Compiler runs for `libqwenvl_cuda.so`, which needs no part of CUDA to be built, and the driver to run."""
+    """Compiler runs for `libqwenvl_cuda.so`, which is built without CUDA and needs only the driver to run."""
     core = [
         path for path in sorted((csrc / "core").glob("*.cc")) if path.stem in ("config", "pack", "rotary")
     ]
@@ -96,7 +96,7 @@ def kernel_units(csrc: Path, architectures: Iterable[int]) -> list[Unit]:
     """
     found = []
     for architecture in architectures:
-        # GPUs of 9.0 have instructions that no later GPU has.
+        # Compute capability 9.0 has instructions that later GPUs lack.
         code = "sm_90a" if architecture == 90 else f"sm_{architecture}"
         flags = ("--std=c++17", f"--gpu-architecture={code}")
         for source in sorted((csrc / "cuda" / "kernels").glob("*.cu")):

@@ -55,7 +55,7 @@ class GroundingRow(Row):
         return number if self.id is None else self.id
 
     def asked(self) -> Question:
-        """The expression in `<ref>`, and an open `<box>` that the completion continues."""
+        """Prompt of the row: the expression in `<ref>`, then an open `<box>` that the completion continues."""
         return Question(self.image, self.sentence, "<ref>", "</ref><box>")
 
 

@@ -128,7 +128,7 @@ def normalise(answer: str) -> str:
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
 
-# Contractions that are no other word without their apostrophe, unlike "we'll", "it's" and "we're".
+# Contractions that are not another word without their apostrophe, unlike "we'll", "it's" and "we're".
 _WITH_APOSTROPHE = """
     ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't oughtn't
     shan't shouldn't wasn't weren't won't wouldn't could've i've might've must've not've should've they've we've

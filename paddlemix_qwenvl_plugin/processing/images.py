@@ -105,7 +105,7 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
 
     Raises:
         UsageError: the source does not exist or is not of a supported kind.
-        QwenVLError: the source is no image, is damaged, exceeds `limits` or cannot be downloaded.
+        QwenVLError: the source is not an image, is damaged, exceeds `limits` or cannot be downloaded.
     """
     if isinstance(source, Image.Image):
         return _decode(source, "PIL image", limits)

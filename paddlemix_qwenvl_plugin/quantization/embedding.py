@@ -1,4 +1,4 @@
-"""Hidden states before the first layer: token embeddings, and features in the places of images."""
+"""Hidden states before the first layer: token embeddings, with image features in the image slots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from paddlemix_qwenvl_plugin.util.progress import track
 def embed(checkpoint: Checkpoint, rows: CalibrationRows) -> Iterator[NDArray[np.float32]]:
     """Yield the embeddings of each row, float32 [tokens, hidden].
 
-    Memory: the token embedding in its storage type, then with it the vision stage in float32.
+    Memory: first the token embedding in its storage type; then its used rows and the vision stage, in float32.
     """
     spec = checkpoint.language["wte.weight"]
     ((_, table),) = checkpoint.tensors({"wte.weight": spec}, checkpoint.dtype)

@@ -1,6 +1,6 @@
-"""Files of a GPTQ model folder: one shard per decoder layer, the other tensors, index and config.
+"""Write a GPTQ model folder: one shard per decoder layer, shards of the other tensors, index and config.
 
-Hugging Face's names; format "gptq" of AutoGPTQ, which Transformers, GPTQModel and others load.
+Tensor names are Hugging Face's. The format is AutoGPTQ's "gptq", which Transformers, GPTQModel and others load.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ INDEX = "model.safetensors.index.json"
 # Suffix -> type of the tensors of a quantised matrix (packing.py).
 _PACKED = {"qweight": "int32", "qzeros": "int32", "g_idx": "int32", "scales": "float16"}
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
-# Keys of config.json that tell how PaddleNLP cut the weights, which are whole in the new folder.
+# Keys of config.json that describe how PaddleNLP split the weights; the new folder has whole weights.
 _CUTS = ("tensor_parallel_degree", "tensor_parallel_rank")
 
 Tensors = dict[str, NDArray[np.generic]]
 
 
 class GptqFolder:
-    """The folder being written. Each file is written atomically."""
+    """Writer of a GPTQ model folder. Each file is written atomically."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self._folder = folder
         self._checkpoint = checkpoint
-        # The type of everything that is not quantised.
+        # Storage type of the tensors that are not quantised.
         self.dtype = checkpoint.dtype if checkpoint.dtype in STORAGE else "float32"
         self._others = list(_split(self._other_specs(), self.dtype))
 
@@ -75,12 +75,12 @@ class GptqFolder:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the shards."""
+        """Size of all shards in bytes."""
         return sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
 
     @property
     def n_bytes_unquantised(self) -> int:
-        """Size of all tensors in `dtype`."""
+        """Size of all tensors in bytes if none were quantised: all in `dtype`."""
         specs = {**self._checkpoint.language, **self._checkpoint.vision}
         return sum(math.prod(spec.shape) for spec in specs.values()) * STORAGE[self.dtype].itemsize
 
@@ -100,7 +100,7 @@ class GptqFolder:
 
 
 def quantization_config(bits: int, group: int) -> dict[str, Any]:
-    """The key `quantization_config` of config.json."""
+    """Value of the key `quantization_config` in config.json."""
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",

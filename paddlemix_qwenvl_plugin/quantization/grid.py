@@ -1,4 +1,4 @@
-"""Scales and zero points of groups of columns, and their integers."""
+"""Quantization grids: the scale and zero point of each group of columns, and rounding to them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-# Shares of a group's range that are tried: clipping outliers leaves finer steps for the other values.
+# Fractions of a group's range to try: clipping outliers leaves finer steps for the other values.
 _SHARES = np.linspace(1.0, 0.5, 24)
 
 
 @dataclass
 class Quantised:
-    """A matrix [out, in] as integers: value = scale * (integer - zero), with one scale and zero point per group.
+    """A quantised matrix [out, in]: value = scale * (integer - zero), with one scale and zero point per group.
 
     Attributes:
         integers: whole numbers 0 to 2^bits - 1, float32 [out, in].
         scales: float16 numbers, float32 [out, groups].
-        zeros: whole numbers 1 to 2^bits - 1, float32 [out, groups]. 0 and 2^bits are left out: GPTQ files store the
-            zero point minus one in `bits` bits, and readers differ in whether it wraps.
+        zeros: whole numbers 1 to 2^bits - 1, float32 [out, groups]. Neither 0 nor 2^bits: GPTQ files store the zero
+            point minus one in `bits` bits, and readers differ in whether it wraps around.
     """
 
     integers: Floats
@@ -34,25 +34,25 @@ class Quantised:
         return int(self.integers.shape[1] // self.scales.shape[1])
 
     def values(self) -> Floats:
-        """The matrix [out, in] that the integers stand for."""
+        """Dequantise the matrix: float32 [out, in]."""
         groups = self.integers.reshape(*self.scales.shape, self.group)
         wide: Floats = (groups - self.zeros[..., None]) * self.scales[..., None]
         return wide.reshape(self.integers.shape)
 
 
 def to_half(values: Floats) -> Floats:
-    """Round scales to float16, the type in which they are stored; a scale of 0 becomes the smallest above."""
+    """Round scales to float16, the type in which they are stored; a scale of 0 becomes the smallest positive number."""
     least = np.finfo(np.float16).smallest_subnormal
     return np.asarray(np.maximum(values.astype(np.float16), least), np.float32)
 
 
 def nearest(columns: Floats, scale: Floats, zero: Floats, top: int) -> Floats:
-    """The nearest integers 0 to `top` for values that broadcast against their scales and zero points."""
+    """Quantise values to the nearest integers 0 to `top`; the arguments broadcast against each other."""
     return np.asarray(np.clip(np.rint(columns / scale) + zero, 0, top), np.float32)
 
 
 def best_grid(columns: Floats, importance: Floats, bits: int) -> tuple[Floats, Floats]:
-    """Choose the scale and zero point of each row of one group.
+    """Choose the scale and zero point of every row for one group of columns.
 
     Tries clipped ranges, and keeps the one with the least squared error of rounding to nearest, weighted per column.
 

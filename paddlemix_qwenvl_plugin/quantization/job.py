@@ -1,4 +1,4 @@
-"""`qwenvl quantize`: from a model folder and calibration rows to a GPTQ model folder."""
+"""Quantize a model folder with calibration rows to a GPTQ model folder, for `qwenvl quantize`."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _check_sizes(checkpoint: Checkpoint, bits: int, group_size: int) -> None:
         n_in, n_out = spec.shape
         if n_in % group_size:
             raise UsageError(
-                f"--group_size {group_size}: {name} has {n_in} inputs, which are no whole number of groups"
+                f"--group_size {group_size}: {name} has {n_in} inputs, which is not a multiple of {group_size}"
             )
         if n_out * bits % 32:
             raise QwenVLError(

@@ -1,4 +1,4 @@
-"""Tokens of the held-out rows that the quantised model changes."""
+"""Count the tokens of the held-out rows that the quantised model predicts differently."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ _TOKENS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Changed:
-    """Positions of the held-out rows at which the likeliest next token differs, and rows with at least one."""
+    """Counts of held-out positions whose likeliest next token differs, and of rows with such a position.
+
+    Attributes:
+        tokens, of_tokens: positions that differ, of all compared positions.
+        rows, of_rows: rows with such a position, of all held-out rows.
+    """
 
     tokens: int
     of_tokens: int
@@ -31,7 +36,7 @@ def count_changed(
     """Compare the likeliest next tokens of the original and the quantised model.
 
     Args:
-        held_out: numbers of the held-out rows.
+        held_out: indices of the held-out rows.
         after: states after the last layer.
     """
     weights = dict(

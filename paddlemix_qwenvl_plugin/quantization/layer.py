@@ -1,4 +1,4 @@
-"""One decoder layer in float32, computed up to the input of each of its matrices."""
+"""One decoder layer in float32, which can be computed up to the input of any of its matrices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
 
 
 class DecoderLayer:
-    """A decoder layer whose weights are replaced from layer to layer."""
+    """A decoder layer that computes with the weights loaded last."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
@@ -38,7 +38,7 @@ class DecoderLayer:
             self._parameters[f"h.{name}"].set_value(np.ascontiguousarray(values))
 
     def inputs(self, stage: int, states: Floats, n_prompt: int) -> Floats:
-        """The input of a stage's matrices, [tokens, in]; `states` as STAGES says."""
+        """Compute the input [tokens, in] of a stage's matrices from the states that the stage reads (see STAGES)."""
         layer, x = self._layer, paddle.to_tensor(states[None])
         with paddle.no_grad():
             if stage == 0:
@@ -52,14 +52,14 @@ class DecoderLayer:
         return np.asarray(found.numpy()[0], np.float32)
 
     def after_attention(self, states: Floats, n_prompt: int) -> Floats:
-        """The states after the attention: [tokens, hidden] to [tokens, hidden]."""
+        """Compute the states after the attention from those before the layer, both [tokens, hidden]."""
         layer, x = self._layer, paddle.to_tensor(states[None])
         with paddle.no_grad():
             mixed, _ = layer.attn(layer.ln_1(x), self._position(len(states), n_prompt), None)
             return np.asarray((x + mixed).numpy()[0], np.float32)
 
     def after_mlp(self, states: Floats) -> Floats:
-        """The states after the layer from those after its attention."""
+        """Compute the states after the layer from those after its attention, both [tokens, hidden]."""
         layer, x = self._layer, paddle.to_tensor(states[None])
         with paddle.no_grad():
             return np.asarray((x + layer.c_proj(layer.gate(layer.ln_2(x)))).numpy()[0], np.float32)

@@ -15,17 +15,17 @@ from paddlemix_qwenvl_plugin.quantization.packing import gptq_tensors
 from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantise, relative_error
 from paddlemix_qwenvl_plugin.quantization.states import States
 
-# Tokens whose inputs are summed up at once: a product of many rows is faster, and the sum is written less often.
+# Tokens added to X^T X in one product: a product of many rows is faster, and the sum is written less often.
 _TOKENS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Which rows there are, and what they are used for.
+    """Split of the rows into calibration rows and held-out rows.
 
     Attributes:
-        prompt_lengths: of every row.
-        calibration, held_out: numbers of the rows.
+        prompt_lengths: length of every row's prompt.
+        calibration, held_out: indices of the rows.
     """
 
     prompt_lengths: Sequence[int]
@@ -35,14 +35,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states of all rows before a layer: of the original model, and of the one quantised so far."""
+    """Hidden states of all rows before a layer, in the original model and in the model quantised so far."""
 
     original: States
     quantised: States
 
 
 class LayerQuantiser:
-    """Quantises one layer at a time; two layers in float32 are in memory."""
+    """Quantiser of one layer at a time; two layers in float32 are in memory."""
 
     def __init__(self, checkpoint: Checkpoint, batch: Batch, bits: int, group: int) -> None:
         self._checkpoint, self._batch = checkpoint, batch
@@ -56,9 +56,9 @@ class LayerQuantiser:
         """Quantise layer `index` and write the states after it.
 
         Returns:
-            The layer's tensors for the checkpoint, those not quantised in `dtype`; and its figures: for each matrix the
-            relative error of its products on the calibration rows, also if it were rounded to nearest, and the relative
-            error of the held-out rows' states after the layer.
+            The layer's tensors for the checkpoint, unquantised ones in `dtype`; and its figures: for each matrix the
+            relative error of its products on the calibration rows, and that of rounding to nearest; for the layer the
+            relative error of the held-out rows' states after it.
         """
         prefix = f"h.{index}."
         specs = {name: spec for name, spec in self._checkpoint.language.items() if name.startswith(prefix)}
@@ -95,7 +95,7 @@ class LayerQuantiser:
         return tensors, {"matrices": errors, "states": self._difference(after)}
 
     def _gram(self, stage: int, states: States) -> Floats:
-        """X^T X of the stage's inputs over the calibration rows."""
+        """Compute X^T X for the inputs X of a stage on the calibration rows."""
         gram: Optional[Floats] = None
         waiting, n_waiting = list[Floats](), 0
         for number, row in enumerate(self._batch.calibration, start=1):

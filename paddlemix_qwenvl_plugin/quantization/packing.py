@@ -1,4 +1,4 @@
-"""Tensors of a quantised matrix in the layout of GPTQ checkpoints.
+"""Pack a quantised matrix into the tensors of a GPTQ checkpoint.
 
 Source: AutoGPTQ's `pack` (format "gptq", often called v1). int32 words hold 32 / bits integers, the first in the lowest
 bits:
@@ -20,7 +20,7 @@ from paddlemix_qwenvl_plugin.quantization.grid import Quantised
 
 
 def gptq_tensors(matrix: Quantised, bits: int) -> dict[str, NDArray[np.generic]]:
-    """Pack a matrix; the keys are the suffixes of the tensors' names."""
+    """Pack a quantised matrix into its GPTQ tensors, by suffix of the tensor name."""
     n_in = matrix.integers.shape[1]
     return {
         "qweight": _pack(matrix.integers.T, bits),

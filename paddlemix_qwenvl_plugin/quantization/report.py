@@ -1,4 +1,4 @@
-"""The report of a run: `quantization_report.json` in the model folder, and a few lines for the terminal."""
+"""The report of a quantization: `quantization_report.json` in the model folder, and lines for the terminal."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ REPORT = "quantization_report.json"
 
 @dataclass(frozen=True)
 class Report:
-    """What a quantization did.
+    """Settings, errors and sizes of a quantization.
 
     Attributes:
-        bits, group_size: of the quantised matrices.
+        bits, group_size: storage of the quantised matrices.
         rows, tokens: numbers of rows and tokens that were used for calibration.
-        skipped_rows: rows beyond the limit on tokens.
-        held_out: tokens that changed on the rows that were not used for calibration.
-        layers: per layer, `matrices`: the relative error of each matrix's products on the calibration rows and, beside
-            it, that of rounding to nearest; `states`: relative error of the held-out rows' hidden states after it.
+        skipped_rows: number of rows beyond the limit on tokens.
+        held_out: changed tokens of the rows that were not used for calibration.
+        layers: per layer, `matrices`: matrix -> [relative error of its products on the calibration rows, that of
+            rounding to nearest]; `states`: relative error of the held-out rows' hidden states after the layer.
         bytes, bytes_before: size of the weights in OUT and in MODEL.
     """
 

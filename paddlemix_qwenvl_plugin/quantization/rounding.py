@@ -24,11 +24,11 @@ _SWEEPS = 3
 
 
 class Hessian:
-    """The damped Hessian of a layer's inputs and the factor of its inverse.
+    """The damped Hessian of the inputs X of a matrix, H = X^T X, and a triangular factor of its inverse.
 
     Attributes:
         matrix: H plus the damping, float32 [in, in].
-        order: columns by descending diagonal, in which they are rounded.
+        order: columns in the order of rounding: by descending diagonal of H.
         factor: upper triangular U with U^T U = (H in this order)^-1, float32 [in, in].
     """
 
@@ -54,7 +54,7 @@ class Hessian:
 
 
 def quantise(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantised:
-    """Quantise a matrix [out, in]."""
+    """Quantise a matrix [out, in] by GPTQ, followed by sweeps of coordinate descent."""
     matrix = gptq(weight, hessian, bits, group)
     for _ in range(_SWEEPS):
         descend(matrix, weight, hessian.matrix, bits)
@@ -122,7 +122,7 @@ def descend(matrix: Quantised, weight: Floats, hessian: Floats, bits: int) -> No
 
 
 def relative_error(weight: Floats, values: Floats, gram: Floats) -> float:
-    """||X (w - q)^T|| / ||X w^T|| for X^T X = `gram`."""
+    """Relative error of a quantised matrix's products: ||X (w - q)^T|| / ||X w^T||, with `gram` = X^T X."""
     off = weight - values
     total = float(np.vdot(weight @ gram, weight))
     return float(np.sqrt(max(0.0, float(np.vdot(off @ gram, off))) / total)) if total > 0 else 0.0

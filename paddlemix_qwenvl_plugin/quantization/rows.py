@@ -1,4 +1,4 @@
-"""Calibration rows: prompts with images, and answers where given, as token ids."""
+"""Calibration rows as token ids: prompts with images, and answers if given."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.files import check_source
 
 MIN_ROWS = 8
-"""Fewest rows of a file: one of them is held out."""
+"""Minimum number of rows in a file, of which one is held out."""
 
 HELD_OUT_EVERY = 8
-"""One row of this number is not used for calibration but for the report."""
+"""One of this many rows is held out: used for the report, not for calibration."""
 
 N_DRAWN = 128
-"""Rows of the bundled default."""
+"""Number of drawn rows, the default without a file."""
 
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """A row as token ids.
+    """A tokenised calibration row.
 
     Attributes:
         input_ids: the prompt, then the answer and its stop token if the row has one.
@@ -53,7 +53,7 @@ class CalibrationRow:
 
     @property
     def judged(self) -> list[int]:
-        """Positions whose next token is compared: those before the answer's tokens, without an answer all of text."""
+        """Positions whose next token is compared: those that predict the answer; without an answer, all text."""
         if len(self.input_ids) > self.n_prompt:
             return list(range(self.n_prompt - 1, len(self.input_ids) - 1))
         inside = {i for start, end in self.spans for i in range(start, end)}
@@ -61,14 +61,13 @@ class CalibrationRow:
 
 
 class CalibrationRows:
-    """The rows of a file in either format of `qwenvl batch`, or drawn ones.
+    """Calibration rows, read from a file in either format of `qwenvl batch`, or random samples of the demo world.
 
-    A row may have the key "answer" beside those of its format: the model's completion, as `text` in the output of
-    `qwenvl batch`.
+    A row may have the additional key "answer": the model's completion, as `text` in the output of `qwenvl batch`.
 
     Attributes:
         rows: the rows.
-        sha256: digest of what determines the rows; paths of images count, not their content.
+        sha256: digest of the file, or of the number of drawn rows; image paths count, image contents do not.
     """
 
     def __init__(
@@ -77,8 +76,8 @@ class CalibrationRows:
         """Read and tokenise all rows; images are loaded later, one row at a time.
 
         Args:
-            source: JSONL file; None: drawn rows.
-            chat: whether the model is a chat model, the default of a row's "chat".
+            source: JSONL file; None: draw the rows.
+            chat: whether the model is a chat model; the default of a row's key "chat".
 
         Raises:
             UsageError, QwenVLError: a row is invalid; the message names file and line.
@@ -157,7 +156,7 @@ _ANSWER_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 
 
 def _take_answer(line: bytes) -> tuple[bytes, Any]:
-    """Split the key "answer" off a row; a row that is no JSON object is returned unchanged."""
+    """Remove the key "answer" from a row and return both; return a row unchanged if it is not a JSON object."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Hidden states of all rows in a file: memory holds one row at a time."""
+"""Hidden states of all rows, stored in a file; one row at a time is in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class States:
-    """A file of float32 [tokens, width] per row, one after the other."""
+    """A file of hidden states: for each row float32 [tokens, width], one after the other."""
 
     def __init__(self, path: Path, lengths: Sequence[int], width: int) -> None:
         self.path = path
@@ -19,7 +19,7 @@ class States:
         self._starts = [0, *accumulate(lengths)]
 
     def read(self, row: int) -> NDArray[np.float32]:
-        """The states of a row, [tokens, width]."""
+        """Read the states of a row, [tokens, width]."""
         count, offset = self._lengths[row] * self._width, 4 * self._starts[row] * self._width
         return np.fromfile(self.path, np.float32, count, offset=offset).reshape(-1, self._width)
 
@@ -30,5 +30,5 @@ class States:
                 file.write(np.ascontiguousarray(states, np.float32).data)
 
     def beside(self, name: str) -> States:
-        """Another file of the same rows in the same folder."""
+        """Return a file `name` in the same folder, for the same rows."""
         return States(self.path.with_name(name), self._lengths, self._width)

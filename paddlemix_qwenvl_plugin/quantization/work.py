@@ -1,4 +1,4 @@
-"""The work folder of a run: what is done so far, so that the same command resumes after an interruption."""
+"""The work folder of a quantization: its progress, from which the same command resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
 from paddlemix_qwenvl_plugin.util.files import write_text
 
-# Increased when the same inputs give other files.
+# To be increased if the same inputs produce different files.
 _VERSION = 1
 
 
 class Work:
-    """`OUT.partial`: the model folder being written, the hidden states before the next layer, and the progress.
+    """Work folder `OUT.partial`: the unfinished model folder, the hidden states before the next layer, the progress.
 
     Attributes:
         model: the model folder, renamed to OUT when it is complete.
-        figures: a dict per layer done, for the report.
+        figures: figures of the finished layers for the report, one dict per layer.
         embedded: whether the states before the next layer are complete.
     """
 
@@ -36,16 +36,16 @@ class Work:
 
     @property
     def layers(self) -> int:
-        """Number of layers done."""
+        """Number of finished layers."""
         return len(self.figures)
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, target: Path, settings: dict[str, Any]) -> Iterator[Work]:
-        """Create the work folder beside `target`, or continue that of an interrupted run with the same settings.
+        """Create the work folder beside `target`, or reopen the one of an interrupted run with the same settings.
 
         Raises:
-            UsageError: `target` exists, or the folder belongs to a run in progress or one with other settings.
+            UsageError: `target` exists, or the folder belongs to a running process or to a run with other settings.
         """
         if target.exists():
             raise UsageError(f"{target}: exists already; name a new folder")

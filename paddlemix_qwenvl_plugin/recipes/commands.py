@@ -30,7 +30,7 @@ def env(recipe: Recipe, filled: Mapping[str, str]) -> dict[str, str]:
 def argv(step: Step, filled: Mapping[str, str]) -> list[str]:
     """Command line of a step, as arguments of a process."""
     arguments = [interpolate.fill(argument, filled) for argument in step.run]
-    # The command of this installation, whatever is on PATH.
+    # The command of this installation, not one on PATH.
     own = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli"]
     return [*own, *arguments[1:]] if arguments[0] == "qwenvl" else arguments
 

@@ -1,4 +1,4 @@
-"""LoRA adapters of a model at run time: kept apart from its weights and chosen by name for each request."""
+"""LoRA adapters at run time: kept apart from the model's weights and chosen by name for each request."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 
 def split_adapters(given: Sequence[str]) -> dict[str, Path]:
-    """Parse NAME=FOLDER texts of --adapter.
+    """Parse the NAME=FOLDER values of --adapter.
 
     Raises:
-        UsageError: a text without a name or a folder, or a name that is given twice.
+        UsageError: a value without a name or a folder, or a duplicate name.
     """
     folders: dict[str, Path] = {}
     for text in given:
@@ -36,11 +36,11 @@ def split_adapters(given: Sequence[str]) -> dict[str, Path]:
 
 
 def open_adapters(folders: Mapping[str, Union[str, Path]], config: ModelConfig) -> dict[str, Adapter]:
-    """Open adapter folders and check that the engine can add them to a model's products; no values are read.
+    """Open adapter folders and check that the engine supports them; tensor values are not read.
 
     Raises:
         UsageError: a folder is missing, or its adapter changes more than matrices of the language model.
-        QwenVLError: an adapter is damaged or of another model.
+        QwenVLError: an adapter is damaged or made for another model.
     """
     specs = {**language_specs(config), **vision_specs(config)}
     targets = {name for name, spec in language_specs(config).items() if spec.linear}
@@ -58,7 +58,7 @@ def open_adapters(folders: Mapping[str, Union[str, Path]], config: ModelConfig) 
 
 
 def low_rank(adapter: Adapter) -> Iterator[LowRank]:
-    """Read the matrices of an adapter, one at a time, in the narrowest type that changes no value."""
+    """Read the updates of an adapter one at a time, in the narrowest type that holds all values exactly."""
     for name, entry in adapter.updates.items():
         a, b = adapter.update(name)  # [in, rank], [rank, out]
         halves: list[Any] = [np.ascontiguousarray(half.T) for half in (a, b)]
@@ -72,17 +72,17 @@ def low_rank(adapter: Adapter) -> Iterator[LowRank]:
 
 
 def _bfloat16(values: NDArray[np.float32]) -> Optional[NDArray[Any]]:
-    """The values as bfloat16 (uint16), None if that would change one."""
+    """Convert to bfloat16 (as uint16); None if a value is not exact."""
     bits = values.view(np.uint32)
     return None if (bits & 0xFFFF).any() else (bits >> 16).astype(np.uint16)
 
 
 def _float16(values: NDArray[np.float32]) -> Optional[NDArray[Any]]:
-    """The values as float16, None if that would change one."""
+    """Convert to float16; None if a value is not exact."""
     with np.errstate(over="ignore"):
         narrowed = values.astype(np.float16)
     return narrowed if np.array_equal(narrowed.astype(np.float32), values) else None
 
 
-# The types in which training code saves adapters; a reader has widened them.
+# Types in which training code saves adapters; the reader widens them to float32.
 _NARROWER = {"bfloat16": _bfloat16, "float16": _float16}

@@ -26,7 +26,7 @@ class ImageCache:
         return features
 
     def put(self, digest: bytes, features: NDArray[np.float32]) -> None:
-        """Add features and evict the least recently used; one entry is kept whatever its size."""
+        """Add features and evict the least recently used; one entry is kept even if it exceeds the limit."""
         if digest not in self._features:
             self._features[digest] = features
             self._n_bytes += features.nbytes

@@ -71,7 +71,7 @@ class Model(Protocol[S]):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names that `Request.adapter` may have."""
+        """Adapter names that `Request.adapter` accepts."""
 
     def load(self) -> None:
         """Load the model now rather than at its first use."""
@@ -80,10 +80,10 @@ class Model(Protocol[S]):
         """Load images; relative paths are resolved against `folder`."""
 
     def chat(self, system: str, adapter: Optional[str] = None) -> Conversation[S]:
-        """Begin a conversation, with an adapter."""
+        """Begin a conversation, with an adapter if one is named."""
 
     def ask(self, request: Request, folder: Optional[Path] = None) -> S:
         """Answer a request in segments; relative image paths are resolved against `folder`."""
 
     def wait_any(self, streams: Collection[S]) -> list[S]:
-        """Generate until at least one of the submitted streams is done; return those that are."""
+        """Generate until at least one of the submitted streams is done; return all that are done."""

@@ -350,7 +350,7 @@ class QwenVL:
                 stream.close()
 
     def wait_any(self, streams: Collection[AnswerStream]) -> list[AnswerStream]:
-        """Generate until at least one of the submitted streams is done; return those that are."""
+        """Generate until at least one of the submitted streams is done; return all that are done."""
         while not (done := [stream for stream in streams if stream.done]):
             self._loop.step()
         return done

@@ -53,7 +53,7 @@ class QWenForQWenVLInferenceModel:
 
     @classmethod
     def confirm_inference_model(cls, **_: Any) -> type[QWenForQWenVLInferenceModel]:
-        """Return this class: generation 2 asks for the class that fits the device."""
+        """Return this class, in reply to generation 2's search for the class that fits the device."""
         return cls
 
     @classmethod

@@ -35,7 +35,7 @@ class Choice:
     words: tuple[str, ...]
 
     def read(self) -> str:
-        """The value. Raises UsageError, which names the variable, for a value that is not in `words`."""
+        """Read the variable; raise UsageError, which names it, for a value that is not in `words`."""
         return self.check(os.environ.get(self.name) or self.words[0], self.name)
 
     def check(self, word: str, flag: str) -> str:
@@ -52,7 +52,7 @@ class Folder:
     name: str
 
     def read(self) -> Optional[Path]:
-        """The folder."""
+        """Read the folder; None if the variable is unset or empty."""
         text = os.environ.get(self.name)
         return Path(text) if text else None
 
@@ -64,7 +64,7 @@ class Text:
     name: str
 
     def read(self) -> Optional[str]:
-        """The text."""
+        """Read the text; None if the variable is unset or empty."""
         return os.environ.get(self.name) or None
 
 

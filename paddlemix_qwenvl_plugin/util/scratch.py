@@ -1,4 +1,4 @@
-"""Scratch folders beside their target, and removal of those that killed processes left."""
+"""Scratch folders beside their target; the folders that killed processes left are removed."""
 
 from __future__ import annotations
 

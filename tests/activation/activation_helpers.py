@@ -38,7 +38,7 @@ class Auto:
     "paddlemix/__init__.py": "",
     "paddlemix/auto/__init__.py": "",
     "paddlemix/auto/modeling.py": "NAME = 'upstream'\n",
-    # The plugin's hooks, replaced: what a test sees is the machinery, whatever the real hooks do.
+    # Replace the plugin's hooks, so that a test sees only the machinery, not the real hooks.
     "hooks.py": """
 import sys
 calls = []

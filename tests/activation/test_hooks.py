@@ -154,7 +154,7 @@ def test_debug_output_and_registry(run: Run) -> None:
     assert done.stdout.count("'armed'") == done.stdout.count("\n") - 1 > 0
 
 
-def test_debug_output_names_what_is_set(run: Run) -> None:
+def test_debug_output_names_the_set_attributes(run: Run) -> None:
     done = run(LOAD, "hooks:bad", QWENVL_PLUGIN_DEBUG="1")
     assert f"qwenvl: hook {AUTO} set make of Auto\n" in done.stderr
     assert f"qwenvl: hook {AUTO} failed: ValueError: not the version that this hook knows\n" in done.stderr

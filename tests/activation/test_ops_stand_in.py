@@ -44,7 +44,7 @@ def test_not_there_when_switched_off(run: Run) -> None:
     assert "No module named 'paddlenlp_ops'" in done.stderr
 
 
-def test_any_operator_is_there_and_says_what_it_lacks(run: Run) -> None:
+def test_any_operator_exists_and_names_the_missing_library(run: Run) -> None:
     code = (
         "from paddlenlp_ops import rebuild_padding_v2, whatever\n"
         "from paddlemix_qwenvl_plugin import QwenVLError\n"

@@ -71,7 +71,7 @@ def test_pth_and_start_name_the_same_function() -> None:
     assert (folder / f"{module}.py").is_file()
 
 
-def test_every_hook_of_the_table_is_there() -> None:
+def test_every_hook_of_the_table_exists() -> None:
     tree = ast.parse((REPO / "activation" / "_qwenvl_activate.py").read_text("utf-8"))
     names = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     hooks = {name for name in names if isinstance(name, str) and name.startswith(".upstream.")}

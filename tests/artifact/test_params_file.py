@@ -129,7 +129,7 @@ def test_every_weight_is_where_the_file_says(dtype: str, tiny_exported: Path, tm
         assert not found
 
 
-def test_values_are_aligned_whatever_came_before(tmp_path: Path) -> None:
+def test_values_are_aligned_after_any_record(tmp_path: Path) -> None:
     """Odd shapes: the tiny model's tensors all have a multiple of 64 bytes."""
     random = np.random.RandomState(0)
     values = {

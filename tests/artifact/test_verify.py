@@ -82,7 +82,7 @@ def test_of_a_large_stage_the_samples_are_compared(prefix: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_verify_finds_weights_that_are_no_numbers(
+def test_verify_finds_weights_that_are_not_numbers(
     dtype: str, value: float, tiny_exported: Path, tmp_path: Path
 ) -> None:
     export_vision(tiny_exported / "model", tmp_path / "vision", dtype, "portable")

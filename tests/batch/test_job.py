@@ -1,4 +1,4 @@
-"""Batch jobs: each row once, in order, with its own answer, wherever an earlier process ended."""
+"""Batch jobs: each row once, in order, with its own answer, after an interruption at any point."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def mixed_rows():
     return [*rows[::2], b"", *rows[1::2]]
 
 
-def test_bad_rows_have_a_line_each_and_the_job_goes_on(cheap, folder):
+def test_bad_rows_have_a_line_each_and_the_job_continues(cheap, folder):
     rows = [
         {"id": "a", "prompt": "Hi"},
         b"oops",
@@ -198,7 +198,7 @@ def test_resume_after_a_cut_anywhere(cheap, folder, monkeypatch):
     assert n_run == 0
 
 
-def test_a_failing_model_leaves_what_was_answered(cheap, folder, monkeypatch):
+def test_a_failing_model_keeps_earlier_answers(cheap, folder, monkeypatch):
     source = write_rows(folder / "in.jsonl", [{"id": n, "prompt": f"{n}"} for n in range(12)])
     target, partial = folder / "out.jsonl", folder / "out.jsonl.partial"
     prompts = cheap.executor.prompts

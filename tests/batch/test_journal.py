@@ -53,8 +53,8 @@ def test_cut_at_every_byte(path):
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tail=st.binary(max_size=40), n_lines=st.integers(0, 5))
-def test_what_is_no_line_is_cut_off_with_what_follows(path, tail, n_lines):
-    """As after a power cut: the last write is on disk in part."""
+def test_an_invalid_line_is_removed_with_all_lines_after_it(path, tail, n_lines):
+    """After a power cut the last write may be on disk only in part."""
     path.unlink(missing_ok=True)
     good = make(path, list(LINES)[: n_lines + 1])
     path.write_bytes(good + b"\0" + tail + b"\n" + LINES[list(LINES)[-1]])
@@ -63,7 +63,7 @@ def test_what_is_no_line_is_cut_off_with_what_follows(path, tail, n_lines):
     assert path.read_bytes() == good
 
 
-def test_a_line_twice_or_of_no_row_is_cut_off(path):
+def test_a_duplicate_or_unknown_line_is_removed(path):
     first, second = list(LINES)[:2]
     good = make(path, [first])
     for bad in (LINES[first], b'{"id": "z", "text": ""}\n'):

@@ -245,5 +245,5 @@ def test_output_lines_are_known_again(row_id):
 
 
 @pytest.mark.parametrize("line", [b"\n", b"{}\n", b"[]\n", b'{"id": 1, "prompt": "?"}\n', b"\0" * 9 + b"\n"])
-def test_other_lines_are_no_output(line):
+def test_other_lines_are_not_output(line):
     assert result_id(line) is None

@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_the_older_transcript(
     assert {path.name for path in Path().iterdir()} == {"street.png", "talk.md"}
 
 
-def test_errors_leave_the_conversation_as_it_was(talk: Talk, say: Say, session: Session) -> None:
+def test_errors_leave_the_conversation_unchanged(talk: Talk, say: Say, session: Session) -> None:
     say("Yes.")
     Image.new("1", (9000, 9000)).save("huge.png")
     Path("broken.png").write_bytes(STREET.read_bytes()[:5000])

@@ -140,7 +140,7 @@ def test_typed_lines_are_kept(open_terminal: Open, tmp_path: Path) -> None:
     second = open_terminal()
     up = "\x1b[A"
     assert second.type(up * 3).strip() == "/one: no such command; see /help"
-    # A history that cannot be written is no reason not to talk.
+    # A history that cannot be written does not prevent the conversation.
     history.unlink()
     history.mkdir()
     third = open_terminal()

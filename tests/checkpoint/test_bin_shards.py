@@ -67,7 +67,7 @@ def test_a_cut_shard_is_named(golden, tmp_path):
 
 @pytest.mark.parametrize("form", ["", "-before-1.6"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
-def test_what_pytorch_wrote(dtype, form):
+def test_files_written_by_pytorch(dtype, form):
     path = WRITTEN_BY_TORCH / f"{dtype}{form}.bin"
     base = np.arange(60.0).reshape(3, 20)
     expected = {
@@ -110,7 +110,7 @@ def test_a_state_dict():
         ("module", "its pickle imports torch.nn.modules.linear.Linear; only tables of tensors are read"),
     ],
 )
-def test_what_is_not_read(name, line):
+def test_refused_pickles(name, line):
     with pytest.raises(QwenVLError) as caught:
         torch_file.read_header(WRITTEN_BY_TORCH / f"{name}.bin")
     assert line in str(caught.value)

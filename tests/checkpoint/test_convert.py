@@ -123,7 +123,7 @@ def test_from_every_form_to_every_scheme(golden, tmp_path, form):
 
 
 def test_every_tensor_keeps_its_dtype(golden, tmp_path):
-    """As in folders whose norms are float32 among bfloat16 matrices."""
+    """Some folders have float32 norms among bfloat16 matrices."""
     model = golden("a")
     weights = {name: v if v.ndim == 1 else v.astype(np.float16) for name, v in model.weights.items()}
     source = write(tmp_path / "mixed", model.folder / "config.json", weights, "safetensors")
@@ -181,7 +181,7 @@ def test_a_tied_lm_head_is_written(golden, tmp_path):
     np.testing.assert_array_equal(load_file(str(shard))["lm_head.weight"], wte.T)
 
 
-def test_what_is_copied(golden, tmp_path):
+def test_copied_files(golden, tmp_path):
     """Tokenizer, configs and code of the model; no weights and no state of a training."""
     source = write(tmp_path / "a", golden("a").folder / "config.json", golden("a").weights, "safetensors")
     copied = (

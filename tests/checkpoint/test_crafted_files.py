@@ -73,7 +73,7 @@ PICKLES = {
     "a code that takes forever to print": (of_array(b"K\x01\x85", code=nested(60)), "holds no numbers"),
     "an encoding that takes forever to print": (
         of_table(b"c_codecs\nencode\n" + text("x") + nested(60) + b"\x86R"),
-        "encodes as something else",
+        "encodes text with another codec",
     ),
     "an expression that takes forever to print": (
         of_table(b"cbuiltins\neval\n" + nested(60) + b"}\x86R"),
@@ -85,7 +85,7 @@ PICKLES = {
     "operations without end": (b"\x80\x02" + b"N0" * 1_500_000 + b".", "more than 300000 operations"),
     "copies of a long list": (
         of_table(b"](" + b"N" * 100_000 + b"eq\x00" + b"cbuiltins\ntuple\nh\x00\x85R" * 20_000),
-        "a tuple in it is no tensor",
+        "a tuple in it is not a",
     ),
     "a length of bytes that lies": (b"\x80\x02B\xff\xff\xff\x7f.", "truncated"),
     "a length of 2^63 bytes": (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.", "truncated"),
@@ -167,7 +167,7 @@ def test_pickles_of_pytorch(tmp_path, monkeypatch, what):
         (b"K\x03K\x14\x86", nested(60), "no valid shape"),
         (b"FloatStorage", b"ComplexFloatStorage", "ComplexFloatStorage, which no weight is"),
         (b"FloatStorage", b"TypedStorage", "TypedStorage, which no weight is"),
-        (b"storageq", b"staragesq"[:7] + b"q", "refers to something that is no storage|truncated"),
+        (b"storageq", b"staragesq"[:7] + b"q", "refers to something that is not a storage|truncated"),
     ],
 )
 def test_tables_of_pytorch_that_lie(tmp_path, old, new, line):
@@ -230,7 +230,7 @@ def test_members_that_overlap(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\\..\\b", "x" * 5000])
-def test_names_of_members_are_no_paths(tmp_path, name):
+def test_names_of_members_are_not_paths(tmp_path, name):
     """Nothing is ever written under a member's name; a table of a model needs none but its own."""
     path = archive(tmp_path / "a.bin", [(name, b"x"), ("a/data.pkl", b"\x80\x02}.")])
     assert "holds no table of tensors" in refused(torch_file.read_header, path)
@@ -317,7 +317,7 @@ def test_deep_json(tmp_path, content):
 
 
 def test_the_readers_without_the_restrictions_would_run_it(tmp_path, monkeypatch):
-    """The first pickle is no dud: Python's own unpickler runs it."""
+    """The first pickle is effective: Python's own unpickler runs it."""
     monkeypatch.chdir(tmp_path)
     pickle.loads(PICKLES["a function"][0])
     assert Path("ran").exists()

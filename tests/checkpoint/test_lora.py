@@ -49,7 +49,7 @@ def test_out_in_is_the_transpose(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_sum_is_rounded_once(tmp_path, dtype):
-    """float32 is the precision of the sum, whatever the storage type."""
+    """The sum is computed in float32 for every storage type."""
     folder = write_base(tmp_path / "model")
     exact = merged(folder, LORA / "peft")[C_ATTN]
     np.testing.assert_array_equal(
@@ -88,7 +88,7 @@ def test_a_replaced_tensor_with_a_weight_lies_between(tmp_path):
     np.testing.assert_allclose(quarter, 0.75 * was.astype(np.float64) + 0.25 * new.T, rtol=0, atol=1e-6)
 
 
-def test_an_update_is_added_to_what_another_adapter_replaced(tmp_path):
+def test_an_update_is_added_to_another_adapters_replacement(tmp_path):
     update = make_peft(tmp_path / "update", pair("lm_head", 128, 40))
     new = base.random("new", 40, 128)
     whole = make_peft(tmp_path / "whole", {"lm_head.weight": new})
@@ -136,7 +136,7 @@ def test_an_adapter_in_half_precision(tmp_path, dtype):
 
 
 def test_patterns_match_whole_names_from_their_end(tmp_path):
-    """As PEFT: the first key that is the end of a module's name; ^ anchors it at the beginning."""
+    """As in PEFT, the first key that is the end of a module's name applies; ^ anchors it at the beginning."""
     modules = {"transformer.h.0.mlp.w1": (128, 64), "transformer.h.1.mlp.w1": (128, 64)}
     values = {key: half for module, size in modules.items() for key, half in pair(module, *size).items()}
     alphas = {"^mlp.w1": 100, "lp.w1": 100, r"^transformer\.h\.0\.mlp\.w1": 7, "mlp.w1": 5}

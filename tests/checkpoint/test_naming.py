@@ -79,7 +79,7 @@ def test_errors_name_the_tensor(golden, tmp_path, damage, message):
         Checkpoint(folder)
 
 
-def test_linear_pattern_covers_what_differs(golden):
+def test_linear_pattern_covers_fused_projections(golden):
     """Check the test's own list of linear weights: a fused projection is 3 times as wide."""
     model = golden("b")
     fused = [

@@ -56,7 +56,7 @@ def folder_of(model, tmp_path):
 
 
 def test_an_index_that_omits_tensors_of_its_shards(model, folder_of):
-    """As in transformers and PaddleNLP, which load all of a shard."""
+    """All tensors of a shard are read, as in transformers and PaddleNLP."""
     folder = folder_of(model.weights, "sharded-safetensors")
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -100,7 +100,10 @@ def test_shards_without_an_index(model, folder_of):
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("model.safetensors.index.json", "names model.safetensors.index.json, which is no .safetensors file"),
+        (
+            "model.safetensors.index.json",
+            "names model.safetensors.index.json, which is not a .safetensors file",
+        ),
         ("..", "the index names a file outside its folder: .."),
         ("a/../config.json", "the index names a file outside its folder"),
         ("..\\other.safetensors", "the index names a file outside its folder"),
@@ -110,7 +113,7 @@ def test_shards_without_an_index(model, folder_of):
         (["a.safetensors"], "not a weight index"),
     ],
 )
-def test_what_an_index_may_not_name(model, folder_of, file, line):
+def test_forbidden_files_of_an_index(model, folder_of, file, line):
     """The index itself, other folders, a folder, no text."""
     folder = folder_of(model.weights, "sharded-safetensors")
     (folder / "folder.safetensors").mkdir()
@@ -156,7 +159,7 @@ def test_an_absent_lm_head(model, folder_of):
         Checkpoint(folder)
 
 
-def test_how_lm_head_is_stored_is_no_part_of_the_fingerprint(model, folder_of):
+def test_the_storage_of_lm_head_does_not_change_the_fingerprint(model, folder_of):
     folder = with_config(folder_of(model.weights), tie_word_embeddings=True)
     assert Checkpoint(folder).fingerprint() == Checkpoint(model.folder).fingerprint()
 
@@ -220,7 +223,7 @@ def test_a_position_table_of_another_size(model, folder_of, image_size):
     np.testing.assert_allclose(features(other, image_size), features(folder, image_size), atol=1e-5)
 
 
-def test_a_position_table_that_is_no_square(model, folder_of):
+def test_a_position_table_that_is_not_square(model, folder_of):
     weights = {**model.weights, TABLE: np.ascontiguousarray(model.weights[TABLE][:200])}
     with pytest.raises(QwenVLError, match=r"positional_embedding has shape \[200, "):
         Checkpoint(folder_of(weights))
@@ -260,7 +263,7 @@ def test_masks_of_integers_in_older_checkpoints_are_passed_over(model, folder_of
 # The base model's config.json with the chat model's weights
 
 
-def test_what_makes_a_chat_model(model, folder_of):
+def test_detection_of_a_chat_model(model, folder_of):
     """Both have the same sizes: only generation_config.json differs."""
     folder = folder_of(model.weights)
     assert not is_chat_model(folder)
@@ -330,7 +333,7 @@ def damage_shape(folder):
         (damage_missing, r"holds the tensor-parallel ranks tp00 of 2; copy the others, too"),
         (
             damage_pipeline,
-            r"tp01_pp00\.pdparams: of a model that is cut in other ways than tensor parallelism \(pp00\)",
+            r"tp01_pp00\.pdparams: the model is split by more than tensor parallelism \(pp00\)",
         ),
         (damage_norm, r"ln_f\.weight differs between the tensor-parallel ranks"),
         (

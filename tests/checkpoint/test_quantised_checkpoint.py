@@ -67,7 +67,7 @@ def test_every_weight_is_the_one_that_was_packed(tmp_path, variant):
 
 
 @pytest.mark.parametrize("tool", ["auto_gptq", "auto_awq", "act_order"])
-def test_layers_compute_what_the_tool_computes(tmp_path, tool):
+def test_layers_compute_the_same_as_the_tool(tmp_path, tool):
     figures = copy_of_tool(tool, tmp_path / "model")
     checkpoint = Checkpoint(tmp_path / "model")
     biases = dict(
@@ -94,7 +94,7 @@ def test_other_tensors_are_read_as_of_a_float_folder(tmp_path):
     assert (quantised.scheme, quantised.dtype) == ("Hugging Face", "float16")
 
 
-def test_identity_order_is_no_order(tmp_path):
+def test_an_identity_order_is_omitted(tmp_path):
     """`desc_act` with `static_groups` leaves the groups of all inputs where they are."""
     tensors, _ = quantised_tensors(Variant())
     config = Variant(act_order=True).config
@@ -133,7 +133,7 @@ def test_the_file_of_the_quantizer(tmp_path, name, variant, content):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_the_weight_files_of_autogptq(tmp_path, sharded):
-    """It names them by bits and group size, the shards and their index as well."""
+    """AutoGPTQ names weight files, shards and their index by bits and group size."""
     dense = write_quantised(tmp_path, Variant(group=-1))
     name = "gptq_model-4bit--1g"
     shard = f"{name}-00001-of-00001.safetensors" if sharded else f"{name}.safetensors"

@@ -80,7 +80,7 @@ def test_sigterm(command: str, tiny_exported: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_ctrl_c_and_a_terminal_that_goes_away(
+def test_ctrl_c_and_a_terminal_that_disconnects(
     number: signal.Signals, tiny_exported: Path, tmp_path: Path
 ) -> None:
     export = ["export-vision", "--model_name_or_path", tiny_exported / "model", "--save_path", "vision"]
@@ -127,7 +127,7 @@ def test_another_signal_ends_nothing(tmp_path: Path) -> None:
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tiny_exported: Path, tmp_path: Path) -> None:
-    """As under nohup."""
+    """Under nohup a command starts with SIGHUP ignored."""
     command = ["nohup", sys.executable, "-c", RUN, str(int(signal.SIGHUP)), "export-vision"]
     command += ["--model_name_or_path", str(tiny_exported / "model"), "--save_path", "vision"]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "QWENVL_ENGINE": "portable"}

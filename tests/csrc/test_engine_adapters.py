@@ -231,7 +231,7 @@ class SequenceWithoutAdapter(ctypes.Structure):
 
 
 def test_a_caller_without_the_field(library, golden_model):
-    """The bytes behind its structs are not read."""
+    """The bytes after the structs are not read."""
     model = golden_model("a")
     config = make_config(model.config, LANGUAGE)
     with (

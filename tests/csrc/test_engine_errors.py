@@ -75,7 +75,7 @@ def test_config(parts, changes, message):
 
 
 @pytest.mark.skipif(bool(DEVICE_LIBRARY), reason="the back end is there")
-def test_cuda_is_not_there(parts):
+def test_missing_cuda(parts):
     status, line = refused(parts, device=1)
     assert status == UNSUPPORTED
     assert line.startswith("no GPU back end: libqwenvl_cuda.so not found")
@@ -138,7 +138,7 @@ def test_order_of_inputs(parts):
     for i, value in ((7, 256), (9, -1), (255, 3)):
         bad = order.copy()
         bad[i] = value
-        text = f"{name}: is no permutation of the 256 inputs; value {i} is {value}"
+        text = f"{name}: is not a permutation of the 256 inputs; value {i} is {value}"
         assert line(data=bad) == (BAD_WEIGHT, text)
     of_matrix = changed(parts, "h.0.mlp.w1.weight", dtype=INT32)
     text = "h.0.mlp.w1.weight: is int32; this weight must be float32, bfloat16 or float16, or quantised"
@@ -163,7 +163,7 @@ def test_orders_that_a_gpu_refuses(parts):
     assert refused(parts, both, stages=LANGUAGE | VISION) == (UNSUPPORTED, line)
 
 
-def test_stages_that_are_not_there(parts):
+def test_missing_stages(parts):
     library, model, stored = parts
     language = Engine(library, make_config(model.config, LANGUAGE), stored)
     with language as engine, pytest.raises(EngineError, match="the engine has no vision stage"):

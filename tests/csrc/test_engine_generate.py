@@ -34,7 +34,7 @@ def alone(engine, **options):
     return [engine.generate([prompt], 10, **options)[0][0] for prompt in PROMPTS]
 
 
-def test_a_batch_gives_what_its_requests_give(engine):
+def test_a_batch_gives_the_same_as_its_requests_alone(engine):
     assert engine.generate(PROMPTS, 10) == (alone(engine), [FINISH_LENGTH] * 4)
     sampled = {"temperature": 3.0, "seed": 4}
     tokens, _ = engine.generate(PROMPTS, 10, **sampled)

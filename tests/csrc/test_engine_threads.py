@@ -11,7 +11,7 @@ import pytest
 from engine import FLOAT32, LANGUAGE, Engine, make_config, store
 
 
-def test_an_engine_goes_on_in_a_child_after_fork(library, golden_model):
+def test_an_engine_continues_in_a_child_after_fork(library, golden_model):
     """The child gets the parent's answer, frees the engine and ends; the parent's threads go on as well."""
     model = golden_model("a")
     config = make_config(model.config, LANGUAGE, n_threads=3)

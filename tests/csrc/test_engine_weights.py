@@ -43,7 +43,7 @@ def varint(value: int, least: int = 1) -> bytes:
 
 
 def record(name: str, data: bytes, dtype: int, shape: tuple[int, ...], start: int, n_bytes: int = 0) -> bytes:
-    """As it lies at `start` of a parameter file, with the data, of n_bytes if not given, on a multiple of 64."""
+    """Build a parameter file's record at `start`, data aligned to 64 bytes; n_bytes: of the data if it is omitted."""
     code, size = PADDLE_TYPES.get(dtype, (20, 1))
     head = b"\x08" + varint(code) + b"\x10" + varint((n_bytes or len(data)) // size)
     field = b"qvl1" + struct.pack("<BBH", dtype, len(shape), len(name))
@@ -113,7 +113,7 @@ def test_two_engines_on_weights_that_are_freed(library, model, mixed, file):
 
 
 def test_files_are_mapped(library, tmp_path):
-    """Opening takes no memory, whatever the size."""
+    """Opening takes no memory at any size."""
     name, shape = "wte.weight", (1 << 16, 1 << 13)  # 2 GiB, of which nothing is on the disk
     path = tmp_path / "large"
     path.write_bytes(record(name, b"", FLOAT32, shape, 0, n_bytes=2 << 30))
@@ -173,7 +173,7 @@ def test_damaged_files(library, mixed, file, tmp_path):
 
 
 def test_a_file_without_names(library, tmp_path):
-    """As Paddle itself writes it."""
+    """Paddle itself writes parameter files without tensor names."""
     path = tmp_path / "old.pdiparams"
     message = b"\x08\x05\x10\x04"
     path.write_bytes(bytes(16) + struct.pack("<i", len(message)) + message + bytes(16))
@@ -222,7 +222,7 @@ def test_others_are_ignored_and_missing_ones_named(library, model, mixed):
 
 
 def test_structs_of_version_0_1(library, model, mixed, file):
-    """A C program with structs of that size, and no memory behind them, gets the same tokens."""
+    """A C program with structs of that size, and no memory after them, gets the same tokens."""
     config = make_config(model.config, LANGUAGE)
     values = [getattr(config, name) for name, *_ in Config._fields_[1:26]]
     done = subprocess.run(

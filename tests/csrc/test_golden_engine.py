@@ -82,7 +82,7 @@ def test_logits(best, block_tokens):
 
 
 @NAMES
-def test_a_mixed_batch_gives_what_its_parts_give(best):
+def test_a_mixed_batch_gives_the_same_as_its_parts(best):
     """A prompt, a chunk of a prompt and decode steps of different lengths in one packed batch."""
     _, engine = best
     random = np.random.default_rng(2)
@@ -177,7 +177,7 @@ def test_bfloat16_cache(best):
 
 
 def test_compute(library, golden_model):
-    """float32 products are those of the instruction sets without bfloat16, to the bit; float16 is not for a CPU."""
+    """float32 products are bit-identical to those of the ISAs without bfloat16; a CPU does not compute in float16."""
     model = golden_model("a")
     weights = store(library, model.language_weights(), BFLOAT16)
     prompt, rows = model.prompt[:100], []

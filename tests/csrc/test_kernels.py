@@ -316,7 +316,7 @@ def test_attention(library, isa, dtype, heads, head_dim, n, n_keys, causal, tile
 
 @pytest.mark.parametrize(("dtype", "of_head"), [(FLOAT32, 40), (BFLOAT16, 20), (FLOAT16, 20), (INT8, 14)])
 def test_blocks_of_a_pool(library, dtype, of_head):
-    """Blocks written, one copied onto another, all read back: 10 values a head, for int8 with a scale of 4 bytes."""
+    """Blocks written, one copied onto another, all read back: 10 values per head, for int8 with a scale of 4 bytes."""
     layers, heads, head_dim, n_blocks, block_tokens = 3, 5, 10, 4, 7
     block = 2 * layers * heads * block_tokens * of_head
     data = RANDOM.integers(0, 256, [n_blocks, block], np.uint8)

@@ -1,4 +1,4 @@
-"""The same answer whatever else is running: logits of one sequence alone against all that may be beside it.
+"""The same answer in any batch: logits of one sequence alone, compared with those beside other sequences.
 
 Bit for bit: for every storage type, instruction set and number of threads.
 """

@@ -60,7 +60,7 @@ def test_matvec(library, isa, kernel, dtype, version):
 @pytest.mark.parametrize("version", range(VERSIONS[ATTENTION]))
 @pytest.mark.parametrize("scores", ["of_tens", "scaled", "large"])
 def test_attention(library, isa, version, scores):
-    """Scores of which few keys count, of which many do, and beyond 88, where e^score is no float32."""
+    """Scores with few large weights, with many, and above 88, where e^score exceeds float32."""
     for heads, head_dim, n_keys, block in [
         (1, 1, 1, 1),
         (2, 104, 70, 64),
@@ -87,7 +87,7 @@ def test_attention(library, isa, version, scores):
 
 
 def in_blocks(k, v, block):
-    """bfloat16 keys and values [tokens, heads, head_dim] in blocks [2, heads, block, head_dim], NaN behind the last."""
+    """bfloat16 keys and values [tokens, heads, head_dim] in blocks [2, heads, block, head_dim], NaN after the last."""
     n_keys, heads, head_dim = k.shape
     cache = np.full([-(-n_keys // block) * block, 2, heads, head_dim], 0x7FC0, np.uint16)
     for part, x in enumerate((k, v)):

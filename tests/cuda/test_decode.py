@@ -117,7 +117,7 @@ def random_matrix(library, launch, half, storage, out, width):
 
 
 def random_rows(half, n, width, stride):
-    """Random rows [n, stride] with NaN behind `width` values."""
+    """Random rows [n, stride] with NaN after `width` values."""
     x = torch.full((n, stride), math.nan, dtype=HALVES[half], device="cuda")
     x[:, :width] = torch.randn(n, width, device="cuda")
     return x

@@ -1,4 +1,4 @@
-"""attention_prompt and attention_dense against float64; the same bits wherever a prompt is cut."""
+"""attention_prompt and attention_dense against float64; the same bits for any chunks of a prompt."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Cache:
         run("attention_prompt", q.dtype, portable, q, *on_gpu, len(tiles), self.tables, self.max_blocks, self.memory,
             self.block_bytes, self.block_tokens, self.dtype, self.heads, self.head_dim, y)  # fmt: skip
         torch.cuda.synchronize()
-        assert y[-1].isnan().all(), "written behind the last query"
+        assert y[-1].isnan().all(), "written after the last query"
         return y[:-1]
 
     def reference(self, q: torch.Tensor, chunks: list[tuple[int, int, int, int]]) -> torch.Tensor:
@@ -150,7 +150,7 @@ def test_images(half: torch.dtype, images: int, queries: int, keys: int, heads: 
         shape = (queries, keys, heads, head_dim, scale)
         run("attention_dense", half, portable, q, k, v, *strides, images, *shape, y)
         torch.cuda.synchronize()
-        assert y[-1].isnan().all(), "written behind the last query"
+        assert y[-1].isnan().all(), "written after the last query"
         assert error_of(y[:-1], expected) < bound(half)
         alone = torch.full((queries, width), float("nan"), dtype=half, device="cuda")
         only = (q[min(last, q.shape[0] - 1)], k[last], v[last])

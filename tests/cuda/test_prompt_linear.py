@@ -18,7 +18,7 @@ def product(
     bias: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`w` [out, stride] and `x` [n, x_stride] are of `columns` values a row; `start`: y before an addition."""
+    """`w` [out, stride] and `x` [n, x_stride] have `columns` values per row; `start`: y before an addition."""
     out = w.shape[0] // 2 if into == SILU_TIMES else w.shape[0]
     dtype = torch.float32 if into in (FLOAT, ADD) else w.dtype
     y = torch.full((x.shape[0] + 1, out), float("nan"), dtype=dtype, device="cuda")
@@ -43,7 +43,7 @@ def product(
         None,
     )
     torch.cuda.synchronize()
-    assert y[-1].isnan().all(), "written behind the last row"
+    assert y[-1].isnan().all(), "written after the last row"
     return y[:-1]
 
 
@@ -95,7 +95,7 @@ def test_every_tile_at_odd_sizes(half: torch.dtype, into: int, n: int, out: int,
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 def test_rows_of_x_end_before_those_of_w(half: torch.dtype) -> None:
-    """Rows of W are padded with zeros; values behind a row of x are ignored."""
+    """Rows of W are padded with zeros; values after a row of x are ignored."""
     w = torch.zeros(48, 128, device="cuda", dtype=half)
     w[:, :100] = torch.randn(48, 100, device="cuda").to(half)
     x = rows_of(torch.randn(9, 100, device="cuda").to(half), 104)

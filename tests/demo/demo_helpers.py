@@ -1,4 +1,4 @@
-"""Synthetic answers, and a parser of the page."""
+"""Helpers for tests of the demo: synthetic answers, and a parser of the HTML report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIMINGS = {
 
 
 def answered(text: str) -> Answer:
-    """Answer with this text about an image of the demo."""
+    """Build an answer with this text to a question about a demo image."""
     parsed = parse_boxes(text)
     return Answer(
         text=text,
@@ -67,7 +67,7 @@ class Page(HTMLParser):
             self.elements[index][2].append(data)
 
     def texts(self, tag: str, css: str = "") -> list[str]:
-        """The text of each element of a tag and a class."""
+        """Text of each element with this tag and CSS class."""
         return [
             "".join(text).replace("\xa0", " ")
             for name, attributes, text in self.elements

@@ -11,7 +11,7 @@ from paddlemix_qwenvl_plugin.demo.questions import IMAGES, QUESTIONS
 from tools.draw_demo_images import main as draw_images
 
 
-def test_images_are_what_the_tool_draws(tmp_path: Path) -> None:
+def test_images_equal_those_drawn_by_the_tool(tmp_path: Path) -> None:
     draw_images(tmp_path)
     names = sorted(path.name for path in IMAGES.iterdir())
     assert names == sorted(path.name for path in tmp_path.iterdir())

@@ -21,7 +21,7 @@ class Command(NamedTuple):
 
 
 def typed(session: str) -> str:
-    """The lines of a console session that are typed behind `$ `."""
+    """Lines of a console session that the user types, after the prompt `$ `."""
     return "\n".join(_PROMPT.findall(session))
 
 

@@ -40,7 +40,7 @@ def test_same_shape_section_by_section() -> None:
 
 
 @pytest.mark.parametrize(("heading", "command"), [("Run it", MAIN_JOB), ("Test it", TESTS)])
-def test_what_ci_runs_is_the_readme(heading: str, command: str) -> None:
+def test_ci_runs_the_commands_of_the_readme(heading: str, command: str) -> None:
     script = (REPO / ".ci" / "run").read_text("utf-8")
     extract = re.search(r"^command_under\(\) \{\n.*?^\}$", script, re.MULTILINE | re.DOTALL)
     assert extract is not None

@@ -253,7 +253,7 @@ def test_translations_keep_step(chinese: Path) -> None:
     assert shape(texts[0]) == shape(texts[1])
 
 
-def test_checker_finds_what_is_wrong(tmp_path: Path) -> None:
+def test_checker_finds_errors(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text("<h1 id='x'>A</h1>")
     (tmp_path / "b.html").write_text(
         "<a href='a.html#x'>right</a><a href='a.html#y'>no anchor</a><a href='c.html'>no file</a>"

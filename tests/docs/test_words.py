@@ -97,5 +97,5 @@ def test_no_discouraged_words() -> None:
         ("it is mended", 1),
     ],
 )
-def test_what_is_found(text: str, n: int) -> None:
+def test_found_words(text: str, n: int) -> None:
     assert len(list(found(text, discouraged()))) == n

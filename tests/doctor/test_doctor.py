@@ -393,7 +393,7 @@ def test_an_untested_paddlenlp(environment: Environment) -> None:
     assert check["message"] == "PaddleNLP 2.8.1 is untested; tested versions: 3.0.0b0, 3.0.0b4"
 
 
-def test_a_folder_of_that_name_is_no_package(environment: Environment) -> None:
+def test_a_folder_of_that_name_is_not_a_package(environment: Environment) -> None:
     environment.well()
     (environment.packages / "paddlenlp" / "docs").mkdir(parents=True)
     assert environment.checks()["paddlenlp"]["message"].startswith("PaddleNLP is not installed")

@@ -18,7 +18,7 @@ from engines import needs_compiler
 from paddlemix_qwenvl_plugin.engine import build, sources
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# Writes a line for each run and takes its time; "--version" is asked for the cache's key.
+# A fake compiler that records each run and is slow; its "--version" is part of the cache key.
 COMPILER = """#!/bin/sh
 [ "$1" = --version ] && {{ echo {version}; exit 0; }}
 echo "$@" >> {calls}
@@ -92,7 +92,7 @@ def test_the_library_needs_no_paddle(compiler: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["a.h", "a.cc", "a.c", "a.cu", "a.cuh", "a.txt", "flags", "compiler", "isa"])
-def test_another_of_what_counts_is_another_library(
+def test_each_input_of_the_cache_key_changes_the_library(
     what: str, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     csrc = Path(shutil.copytree(CSRC, tmp_path / "csrc"))

@@ -12,9 +12,9 @@ from paddlemix_qwenvl_plugin.engine import build, nvrtc, sources
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
-# To machine code: one type for each architecture, and both for 9.0, whose kernels are its own.
+# Compiled to machine code: one type per architecture, and both for 9.0, which has separate kernels.
 ASSEMBLED = ("sm_70.f16", "sm_75.f16", "sm_80.bf16", "sm_90a.f16", "sm_90a.bf16", "sm_120.bf16")
-# Not assembled, which takes most of the time: they have the branches of the one before and of the one behind.
+# Compiled only to PTX, because assembling takes most of the time: their branches are those of the neighbours above.
 TO_PTX = ("sm_86.bf16", "sm_89.bf16", "sm_100.bf16")
 SOURCES = sorted((sources.source_folder() / "cuda" / "kernels").glob("*.cu"))
 

@@ -87,7 +87,7 @@ def test_invalid_images(programs: dict[str, Program], shape: list[int]) -> None:
         programs["vision"]([np.zeros(shape, np.float32)])
 
 
-def test_an_engine_goes_with_its_program(tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_is_freed_with_its_program(tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory is freed at once, with its threads, not when the next engine is created."""
     monkeypatch.setenv("QWENVL_ENGINE", "fused")
 

@@ -141,5 +141,5 @@ def test_memory(library: Path, stages: tuple[Path, Path], free: int) -> None:
         assert last.startswith(f"{stages[1]}.pdiparams: needs 0.")
         assert last.endswith("and 0.0 GiB are free; free some, or use a larger GPU or --device cpu")
         return
-    # The tiny model: 2 layers, keys and values of 256 numbers in 2 bytes, 32 tokens a block.
+    # The tiny model: 2 layers, keys and values of 256 numbers of 2 bytes, 32 tokens per block.
     assert int(last) == free // 2 // (2 * 2 * 256 * 2 * 32)

@@ -1,6 +1,6 @@
 """Hopper's products of decode steps, the kernels' own code on the host.
 
-Results against float64, and the same bits for a row whatever else is in the batch. Copies overtake each other and
+Results against float64, and the same bits for a row in any batch. Copies overtake each other and
 products are as late as possible, so that shared memory that is reused too early gives wrong results.
 """
 
@@ -116,7 +116,7 @@ class Product:
         self.bias = random.standard_normal(out, np.float32)
 
     def run(self, x: np.ndarray, into: str = "float", y: Optional[np.ndarray] = None) -> np.ndarray:
-        """x: bits [n, stride]; what is behind `width` values must not count."""
+        """x: bits [n, stride]; values after the first `width` must not count."""
         n = len(x)
         if y is None:
             y = np.full((n, self.out // 2 if into == "silu_times" else self.out), np.nan, np.float32)

@@ -272,7 +272,7 @@ cases(
         "`hidden_size` is a word": config(hidden_size="wide"),
         "two sizes are wrong": config(num_hidden_layers=0, vocab_size=-1),
         "heads and channels do not make `hidden_size`": config(num_attention_heads=3),
-        "the image is no whole number of patches": config(visual_={"patch_size": 15}),
+        "the image size is not a multiple of the patch size": config(visual_={"patch_size": 15}),
         "an image of very many patches": config(visual_={"image_size": 14 * 129, "patch_size": 14}),
         "`mlp_ratio` is infinite": config(visual_={"mlp_ratio": float("inf")}),
     }
@@ -391,7 +391,7 @@ cases(
         "AWQ in the gemv format": quantised(quant_method="awq", version="gemv"),
         "quantized tensors of another group size": quantised(group_size=64),
         "no zero points": quantised_tensor(f"{W1}.qzeros", None),
-        "quantized weights that are no int32": quantised_tensor(
+        "quantized weights that are not int32": quantised_tensor(
             f"{W1}.qweight", lambda v: v.astype(np.int64)
         ),
         "scales that float16 cannot hold": quantised_tensor(
@@ -1157,7 +1157,7 @@ def _(bench: Bench) -> list[str]:
 cases(
     {
         "an unknown command of a chat": lambda bench: bench.chat("/explain", "Hello"),
-        "a word behind `/clear`": lambda bench: bench.chat("/clear all"),
+        "a word after `/clear`": lambda bench: bench.chat("/clear all"),
         "`/image` of an image that is not there": lambda bench: bench.chat("/image dog.png"),
     }
 )
@@ -1329,7 +1329,7 @@ cases(
         "a line of the data set is not JSON": vqa_not_json,
         "a line of the data set is a list": lambda bench: vqa(rows=[[1]]),
         "a row lacks a key": lambda bench: vqa(rows=[{"image": "dog.png", "question_id": 1, "answers": []}]),
-        "a row's box is no box": grounding_box,
+        "a row's box is invalid": grounding_box,
         "two rows of a data set have one id": lambda bench: vqa(rows=[QUESTION, QUESTION]),
         "a row's image is not there": lambda bench: vqa_stages(bench, image="dog.png"),
         "VQA accuracy of a row with one answer": lambda bench: vqa_stages(bench, answers=["a dog"]),
@@ -1598,7 +1598,7 @@ def _(bench: Bench) -> list[str]:
     return arguments
 
 
-@case("`verify` of weights that are no numbers, as an earlier version exported them")
+@case("`verify` of weights that are not numbers, as an earlier version exported them")
 def _(bench: Bench) -> list[str]:
     arguments = verify(bench)
     corrupt(Path("text/qwen"), "h.0.attn.c_attn.weight", np.nan)
@@ -1680,7 +1680,7 @@ cases(
         ),
         "model_state.pdparams brings code": pdparams(pickle.dumps({WTE: Call()}, 2)),
         "`build-engine` with a compiler that is killed": lambda bench: compiler(bench, "kill -KILL $$"),
-        "`CXX` with arguments, of which the first is no command": lambda bench: build_engine(
+        "`CXX` with arguments, of which the first is not a command": lambda bench: build_engine(
             bench, "no-such-launcher g++"
         ),
         "`build-engine` on a full disk": lambda bench: compiler(
@@ -1707,13 +1707,13 @@ def serve_no_keys(bench: Bench) -> list[str]:
     return ["serve", "--port", "0", *bench.predict()[1:5], "--api_key_file", "keys"]
 
 
-@case("a variable that is no setting")
+@case("a variable that is not a setting")
 def serve_variable(bench: Bench) -> list[str]:
     bench.monkeypatch.setenv("QWENVL_SERVE_MAX_WAITNG", "1")
     return ["serve", "--demo"]
 
 
-@case("a key of the file that is no setting")
+@case("a key of the file that is not a setting")
 def serve_key(bench: Bench) -> list[str]:
     Path("serve.yaml").write_text("max_waitng: 1")
     return ["serve", "--demo", "--config", "serve.yaml"]

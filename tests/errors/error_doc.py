@@ -9,7 +9,7 @@ from error_table import table_rows
 
 @dataclass(frozen=True)
 class Row:
-    """`line` is what follows `qwenvl: `; `…` in it stands for any text."""
+    """Row of a table; `line` is the message after `qwenvl: `, in which `…` matches any text."""
 
     what: str
     line: str

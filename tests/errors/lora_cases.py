@@ -104,7 +104,7 @@ def _(bench: Bench) -> list[str]:
     return bench.export("--lora", "adapter")
 
 
-@case("`--lora` of a folder that is no adapter")
+@case("`--lora` of a folder that is not an adapter")
 def _(bench: Bench) -> list[str]:
     bench.model()
     return bench.export("--lora", "model")

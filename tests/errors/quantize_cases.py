@@ -13,7 +13,7 @@ ROW = {"id": 0, "prompt": "What is it?"}
 
 
 def quantize(*rows: Any, flags: tuple[str, ...] = ("--bits", "8"), out: str = "new") -> Provoke:
-    """`quantize` with these rows, of which the last is repeated; a str is a line as it is."""
+    """`quantize` with these rows, of which the last is repeated; a str is a raw line."""
 
     def provoke(bench: Bench) -> list[str]:
         bench.model()
@@ -43,7 +43,7 @@ def no_rows(bench: Bench) -> list[str]:
     return ["quantize", "model", "new", "--bits", "4", "--data", "rows.jsonl"]
 
 
-@case("the width of the MLP is no multiple of `--group_size`")
+@case("the width of the MLP is not a multiple of `--group_size`")
 def uneven(bench: Bench) -> list[str]:
     arguments = quantize()(bench)
     weights = bench.weights()

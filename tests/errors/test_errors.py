@@ -147,7 +147,7 @@ def test_a_line_is_never_endless(bench: Bench, capfd: pytest.CaptureFixture[str]
     assert 1000 < len(outcome.err) < 2100
 
 
-def test_a_reader_that_goes_away() -> None:
+def test_a_reader_that_closes_the_pipe() -> None:
     """`qwenvl recipes list | head -0`, the output buffered and not."""
     for unbuffered in ("", "1"):
         reader, writer = os.pipe()
@@ -164,7 +164,7 @@ def test_a_reader_that_goes_away() -> None:
         assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_a_full_output_file_is_left_as_it_was(bench: Bench) -> None:
+def test_a_full_output_file_is_unchanged(bench: Bench) -> None:
     earlier = '{"text": "earlier", "boxes": [], "token_ids": [], "finish_reason": "stop"}'
     Path("answer.json").write_text(earlier)
     bench.max_file_bytes = 16

@@ -106,7 +106,7 @@ def test_there_are_eleven_scripts_and_two_notebooks() -> None:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_prints_what_it_documents(name: str, run: Run) -> None:
+def test_prints_the_documented_output(name: str, run: Run) -> None:
     if name == "quantize" and shutil.which("c++") is None:
         pytest.skip("the engine needs a C++17 compiler: apt-get install g++")
     assert without_numbers(run(name)) == without_numbers(documented(name))
@@ -303,7 +303,7 @@ def test_c_program(tmp_path: Path) -> None:
 
 
 def executed(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the cells of a notebook print."""
+    """Output of the cells of a notebook."""
     nbclient = pytest.importorskip(
         "nbclient", reason="notebooks need nbclient and ipykernel: the extra `dev`"
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-# What takes the place of a value in JSON, as it is written there.
+# JSON texts that replace a value.
 FRAGMENTS = (
     *("null", "true", "false", "0", "-1", "1", "2", "3", "7", "128", "255", "65536", "1048576", "1048577"),
     *("2147483647", "2147483648", "4294967296", "9007199254740993", "9223372036854775807", "1" + "0" * 30),
@@ -112,7 +112,7 @@ def _move(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
 def _word(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
     word = random.choice(words or (b"\0", b"\xff"))
     at = random.randrange(len(data) + 1)
-    if random.random() < 0.5:  # in the place of what stands there up to a line's end
+    if random.random() < 0.5:  # replace the rest of the line
         end = data.find(b"\n", at)
         return data[:at] + word + (data[end:] if end >= 0 else b"")
     return data[:at] + word + data[at:]

@@ -1,7 +1,7 @@
 """Corrupted configs, weight files, manifests, images, recipes: a line or an answer, in bounded memory and time.
 
-QWENVL_FUZZ_SECONDS is how long all targets take together (60), QWENVL_FUZZ_SEED what is tried (0). An input that does
-harm is kept in found/TARGET and tried again in every run from then on; remove those that tell nothing new.
+QWENVL_FUZZ_SECONDS is the time for all targets together (60), QWENVL_FUZZ_SEED the seed (0). An input that does harm is
+kept in found/TARGET and repeated in every later run; remove inputs that add nothing new.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_check_changes_nothing(tree: MadeUp) -> None:
     assert tree.snapshot() == before
 
 
-def test_apply_gives_what_git_apply_gives(tree: MadeUp, tmp_path: Path) -> None:
+def test_apply_gives_the_same_as_git_apply(tree: MadeUp, tmp_path: Path) -> None:
     by_git = tmp_path / "by git"
     shutil.copytree(tree.root, by_git)
     for path in sorted(tree.patches.rglob("*.patch")):

@@ -141,7 +141,7 @@ def test_exif_orientation_is_applied(orientation: int, format: str) -> None:
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nonsense", b"Exif\0\0"])
-def test_damaged_exif_is_no_reason(exif: bytes, recwarn: pytest.WarningsRecorder) -> None:
+def test_damaged_exif_is_ignored(exif: bytes, recwarn: pytest.WarningsRecorder) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (6, 4)).save(buffer, "JPEG", exif=exif)
     assert load_image(buffer.getvalue()).size == (6, 4)
@@ -214,7 +214,7 @@ def test_transparent_colours_lie_on_white(recwarn: pytest.WarningsRecorder) -> N
     assert not list(recwarn)
 
 
-def test_nothing_is_said_beside_the_error_and_settings_are_left_as_they_were(
+def test_only_the_error_is_printed_and_settings_are_unchanged(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Images for which Pillow warns, Pillow logs and libtiff writes; several at once."""
@@ -462,7 +462,7 @@ def test_slow_server(server: str, path: str) -> None:
     assert time.monotonic() - started < 1.5
 
 
-def test_no_thread_is_left_by_a_slow_server(server: str) -> None:
+def test_a_slow_server_leaves_no_thread(server: str) -> None:
     with pytest.raises(QwenVLError):
         load_image(
             f"{server}/dripping_headers",

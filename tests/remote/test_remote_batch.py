@@ -204,7 +204,7 @@ def test_a_busy_server_is_asked_again(
     assert not Path("out.jsonl").exists()
 
 
-def test_a_job_goes_on_with_another_address(server: FakeServer, batch: Any) -> None:
+def test_a_job_continues_with_another_address(server: FakeServer, batch: Any) -> None:
     """The server exits during the job: one error line, and the same command resumes with the remaining rows."""
     write([{"id": n, "prompt": f"{n}?"} for n in range(4)])
 

@@ -190,7 +190,7 @@ def test_ctrl_c_ends_a_script(server: FakeServer, folder: Path) -> None:
     assert (program.returncode, err) == (130, "qwenvl: interrupted\n")
 
 
-def test_an_error_leaves_the_conversation_as_it_was(server: FakeServer, model: ServerModel) -> None:
+def test_an_error_leaves_the_conversation_unchanged(server: FakeServer, model: ServerModel) -> None:
     chat = model.chat()
     chat.ask([{"image": str(STREET)}, {"text": "One"}]).finish()
     refusals: list[tuple[Any, type[QwenVLError], str]] = [

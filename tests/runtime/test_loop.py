@@ -201,7 +201,7 @@ def test_a_long_prompt_does_not_stall_the_others():
     assert executor.seen[first] == 2 + 9
 
 
-def test_what_is_cancelled_is_free_at_once():
+def test_cancelling_frees_blocks_at_once():
     loop, _ = open_loop(Limits(4, 64, 64, 8))
     generation = Generation([1] * 100, [], [], GenerationOptions(max_new_tokens=20))
     loop.submit(generation)
@@ -230,8 +230,8 @@ def test_a_failed_step_ends_its_requests_and_no_others(monkeypatch):
     assert second.tokens == expected(second)
 
 
-def test_a_step_broken_off_is_computed_again(monkeypatch):
-    """As by Ctrl-C: nothing that the step may have written is used."""
+def test_an_interrupted_step_is_computed_again(monkeypatch):
+    """After an interruption, as by Ctrl-C, nothing that the step may have written is used."""
     loop, executor = open_loop(Limits(4, 64, 64, 8))
     generation = Generation([1] * 21, [], [STOP], GenerationOptions(max_new_tokens=9))
     assert len(expected(generation)) > 2
@@ -252,7 +252,7 @@ def test_a_step_broken_off_is_computed_again(monkeypatch):
     assert generation.tokens == expected(generation)
 
 
-def test_logits_that_are_no_numbers_end_the_request(monkeypatch):
+def test_logits_that_are_not_numbers_end_the_request(monkeypatch):
     loop, executor = open_loop(Limits(4, 64, 64, 8))
     generation = Generation([1, 2], [], [], GenerationOptions())
     loop.submit(generation)

@@ -1,4 +1,4 @@
-"""The same tokens whatever else is running, on the engine, at every storage type; and a soak test."""
+"""The same tokens in any batch, on the engine, with every storage type; and a soak test."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_alone_in_a_batch_cut_and_after_a_hit(opened, monkeypatch, dtype, quant_
 
 
 def test_one_step_ahead(opened, monkeypatch):
-    """As on a GPU: a step starts before the tokens of the previous one are read."""
+    """A step starts before the tokens of the previous one are read, as on a GPU."""
     vl = opened("float32", None)
     rng = random.Random(4)
     asked = [Asked(vl, rng) for _ in range(24)]
@@ -120,7 +120,7 @@ def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
     vl._loop._scheduler.pool.release(held)
 
 
-def test_after_a_step_broken_off(opened, monkeypatch):
+def test_after_an_interrupted_step(opened, monkeypatch):
     """Ctrl-C after the engine picked a token that is then discarded: penalties count generated tokens only."""
     vl = opened("float32", None)
     rng = random.Random(2)

@@ -170,7 +170,7 @@ def fresh(vl, history, query, n_tokens):
     return vl.generate(query, chat=True, history=list(history), max_new_tokens=n_tokens).token_ids
 
 
-def test_chat_runs_only_what_is_new(vl, work):
+def test_chat_computes_only_new_tokens(vl, work):
     """On the engine a turn begins where the full blocks of the last one end; no image is encoded again on either."""
     chat = vl.chat()
     first = chat.ask(IMAGE_QUERY, max_new_tokens=4).finish()
@@ -243,7 +243,7 @@ def test_chat_forgets(vl, work):
     assert answer.token_ids == vl.generate("Hello", chat=True, max_new_tokens=2).token_ids
 
 
-def test_a_failed_turn_is_no_turn(vl):
+def test_a_failed_turn_is_not_recorded(vl):
     chat = vl.chat()
     with pytest.raises(UsageError):
         chat.ask([{"image": "nothing.png"}])
@@ -264,7 +264,7 @@ def test_stop_ends_after_the_token_in_work(vl, work):
     assert [answer for _, answer in chat.history] == [stream.answer.text.strip()]
 
 
-def test_a_stream_stopped_before_its_first_token_is_no_turn(vl, work):
+def test_a_stream_stopped_before_its_first_token_is_not_recorded(vl, work):
     chat = vl.chat()
     stream = chat.ask("Hello", max_new_tokens=4)
     stream.stop()
@@ -273,7 +273,7 @@ def test_a_stream_stopped_before_its_first_token_is_no_turn(vl, work):
     assert chat.history == ()
 
 
-def test_a_turn_that_fails_in_the_middle_is_no_turn(vl, work):
+def test_a_turn_that_fails_in_the_middle_is_not_recorded(vl, work):
     chat = vl.chat()
     first = chat.ask(IMAGE_QUERY, max_new_tokens=4).finish()
     stream = chat.ask("Sure?", max_new_tokens=8)

@@ -362,7 +362,7 @@ CASES: dict[str, Case] = {
     "a `data:` URL without a comma": look_at("data:image/png;base64"),
     "base64 that is none": look_at("data:image/png;base64,!!!!"),
     "an image without bytes": look_at("data:image/png;base64,"),
-    "bytes that are no image": look_at("data:image/png;base64,AAAA"),
+    "bytes that are not an image": look_at("data:image/png;base64,AAAA"),
     "an image that is cut short": look_at(data_url(png((40, 40))[:-30])),
     "an image with more than `max_image_pixels`": within(look_at(data_url(png())), max_image_pixels=20),
     "an image with more than `max_image_bytes`": within(

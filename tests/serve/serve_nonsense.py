@@ -16,7 +16,7 @@ import httpx
 from PIL import Image
 from serve_openai_helpers import NAME, ask
 
-# Settings of the server for this: what is too much is soon sent.
+# Server settings for these requests: a low body limit, which a test can exceed quickly.
 FLAGS = ("--max_body_bytes", 2**20)
 
 _CHAT = "/v1/chat/completions"

@@ -90,13 +90,13 @@ STEPS = st.lists(
     max_per_key=st.one_of(st.none(), st.integers(1, 4)),
     steps=STEPS,
 )
-@example(  # the head of the queue, which wants two, goes away: the one behind it was waiting for that only
+@example(  # the head of the queue, which needs two slots, is cancelled: the next one waited only for it
     max_running=2,
     max_waiting=5,
     max_per_key=None,
     steps=[("come", 1, None), ("come", 2, None), ("come", 1, None), ("cancel", 1, None)],
 )
-def test_it_does_what_the_ledger_says(
+def test_the_queue_matches_the_ledger(
     max_running: int, max_waiting: int, max_per_key: Optional[int], steps: list[Any]
 ) -> None:
     async def play() -> None:

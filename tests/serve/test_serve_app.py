@@ -145,7 +145,7 @@ def test_an_exception_is_an_answer_and_a_traceback_in_the_log(logged: io.StringI
         ("GET", "/docs", 404, "not_found"),
     ],
 )
-def test_paths_and_methods_that_are_not_there(method: str, path: str, status: int, code: str) -> None:
+def test_unknown_paths_and_methods(method: str, path: str, status: int, code: str) -> None:
     answer = ask(ready_service(), method, path, json={})
     assert answer.status_code == status
     assert answer.json()["error"]["code"] == code

@@ -86,7 +86,7 @@ def test_others_are_refused_in_openai_s_form(
     assert "key-of" not in answer.text
 
 
-def test_what_is_open_beside_keys(key_file: Path, tmp_path: Path) -> None:
+def test_paths_open_without_a_key(key_file: Path, tmp_path: Path) -> None:
     page = tmp_path / "page"
     (page / "parts").mkdir(parents=True)
     (page / "index.html").write_text("<p>page</p>")
@@ -226,7 +226,7 @@ def test_dns_rebinding(host: str, status: int, method: str, path: str, key_file:
     assert answer.status_code == status
     if status == 403:
         assert answer.json()["error"]["code"] == "host_not_allowed"
-    # Where keys are asked for, the server has what name its owner gives it.
+    # With API keys, or with no_auth, the server accepts any host name.
     bearer = {"Host": host, "Authorization": "Bearer key-of-ann"}
     assert ask(method, path, bearer, api_key_file=key_file).status_code == 200
     assert ask(method, path, {"Host": host}, no_auth=True).status_code == 200

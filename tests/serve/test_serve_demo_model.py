@@ -15,13 +15,13 @@ import sys
 from paddlemix_qwenvl_plugin.serve.demo_model import demo_stages
 said = []
 stages = demo_stages(said.append)
-assert "paddle" not in sys.modules  # the server's front does without
+assert "paddle" not in sys.modules  # the front must not import Paddle
 print(stages.vision, stages.language, *said, sep="|")
 """
 
 
 def test_two_servers_at_once_export_it_once_and_a_third_finds_it(tmp_path: Path) -> None:
-    """The engine is compiled meanwhile; its failure is left to the engine process."""
+    """The engine is compiled during the export; a failed build is reported later, by the engine process."""
     compiler = tmp_path / "failing-c++"
     compiler.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/compiled\nexit 1\n')
     compiler.chmod(0o755)

@@ -113,7 +113,7 @@ def test_the_unit_lets_requests_end() -> None:
     # All that shutdown_timeout does not cover: see Server.shutdown and run.
     ending = 4 * server._LAST_SECONDS + server._CLEANING_SECONDS + server._HANDSHAKE_SECONDS
     assert int(values("TimeoutStopSec")[0]) > ServeSettings().shutdown_timeout + ending
-    # The engine process ends at SIGTERM, whatever it computes: only the front may get it.
+    # The engine process ends at SIGTERM even during a computation: only the front may get it.
     assert (values("KillSignal"), values("KillMode")) == (["SIGTERM"], ["mixed"])
     # Else systemd would stop the front as well.
     assert values("OOMPolicy") == ["continue"]
@@ -179,8 +179,8 @@ def test_instructions_are_those_of_docker() -> None:
         assert all(isinstance(word, str) for word in all_of(name)[0].words)
 
 
-def test_the_image_is_built_from_what_is_there(tmp_path: Path) -> None:
-    """A wheel can be made of what is copied, and the ignore file lets all of it through."""
+def test_the_image_is_built_from_existing_files(tmp_path: Path) -> None:
+    """The copied files suffice to build a wheel, and the ignore file excludes none of them."""
     ignored = DOCKERFILE.with_name("Dockerfile.dockerignore").read_text("utf-8").split()
     for name in copied():
         assert f"!{name}" in ignored
@@ -209,7 +209,7 @@ def test_the_image_is_built_from_what_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("device", "wanted"), [("cpu", ["serve"]), ("gpu", ["serve", "gpu-engine"])])
 def test_the_build_argument(device: str, wanted: list[str], configured: Configure) -> None:
-    """It chooses extras that exist, and the image's command serves the stages of the volume on that device."""
+    """The argument chooses extras that exist, and the container serves the volume's stages on that device."""
     [install] = [each.rest for each in all_of("RUN") if "case" in each.rest]
     choice = install[: install.index("esac") + 4]
     chosen = subprocess.run(

@@ -62,18 +62,18 @@ def rows_after(heading: str) -> list[str]:
     return [line for line in lines if line.startswith("| `")]
 
 
-def test_every_setting_is_there() -> None:
+def test_every_setting_is_documented() -> None:
     assert rows_after("Settings") == [setting_row(name) for name in ServeSettings.model_fields]
 
 
-def test_every_metric_is_there() -> None:
+def test_every_metric_is_documented() -> None:
     assert [
         row for row in rows_after("Health, logs, metrics") if row.startswith("| `qwenvl_")
     ] == metric_rows()
 
 
 @pytest.mark.parametrize("schema", [ChatCompletionRequest, CompletionRequest])
-def test_every_parameter_is_there(schema: Any) -> None:
+def test_every_parameter_is_documented(schema: Any) -> None:
     cells = " ".join(row.split("|")[1] for row in rows_after("The interface"))
     for name in schema.model_fields:
         assert f"`{name}`" in cells, name

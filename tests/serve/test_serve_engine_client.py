@@ -67,7 +67,7 @@ def test_answers_are_those_alone(stages, alone):
     with_engine(stages, use)
 
 
-def test_what_is_cancelled_is_free(stages):
+def test_cancelling_frees_blocks(stages):
     async def use(client):
         stream = client.submit(words(4000))
         await stream.__anext__()
@@ -152,7 +152,7 @@ def test_ctrl_c_is_for_the_front_and_stop_takes_no_answer(stages, monkeypatch):
     with_engine(stages, use)
 
 
-def test_a_start_broken_off_leaves_no_process(stages):
+def test_an_interrupted_start_leaves_no_process(stages):
     async def run():
         client = ProcessEngineClient(settings_of(stages))
         starting = asyncio.ensure_future(client.start())

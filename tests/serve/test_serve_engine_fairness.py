@@ -142,7 +142,7 @@ def test_words_do_not_wait_for_the_images_of_others(loop):
 
 @pytest.mark.parametrize(("decode_seconds", "expected"), [(0.0, 100), (0.05, 100), (0.3, 360)])
 def test_prompts_take_three_times_as_long_as_decoding(monkeypatch, decode_seconds, expected):
-    """Or a quarter of a second: at 400 prompt tokens a second, 100 tokens or, beside slow decoding, 360."""
+    """At least 0.25 s: at 400 prompt tokens per second 100 tokens, with slow decoding 360."""
     executor = Counting(4000)
     loop = Loop(executor)
     now = [0.0]

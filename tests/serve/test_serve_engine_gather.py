@@ -78,6 +78,6 @@ def test_after_an_end_the_next_request_still_joins(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_first_request_of_an_idle_engine_waits_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 20 ms, whatever the last step took."""
+    """At most 20 ms, even after a long step."""
     assert starts(monkeypatch, [9, 9.01], [2, 0, 1], []) == pytest.approx([0, 9.02])
     assert starts(monkeypatch, [9], [0, 1], []) == [9], "no step to measure the wait by"

@@ -17,7 +17,7 @@ headers = st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=
 
 @settings(deadline=None)
 @given(sent=st.lists(st.tuples(headers, st.binary(max_size=300)), max_size=5), cuts=st.data())
-def test_what_is_packed_comes_out(sent, cuts):
+def test_unpacking_restores_packed_messages(sent, cuts):
     stream = b"".join(pack(header, [np.frombuffer(content, np.uint8)]) for header, content in sent)
     unpacker, got = Unpacker(), []
     while stream:

@@ -12,7 +12,7 @@ from serve_error_cases import CASES, Bench
 
 
 class Row(NamedTuple):
-    """`…` in param and message stands for any text."""
+    """Row of the table; `…` in param and message matches any text."""
 
     what: str
     status: int
@@ -75,7 +75,7 @@ def test_error(row: Row, bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
     kind = got.error["code"], got.error["param"]
     assert (got.status, *kind) == (row.status, row.code, row.param), got.error
     check(row.what, row.message, got.error["message"])
-    # In a stream that has begun, the error is what it would have been before.
+    # An error event in a stream has the type of the corresponding error response.
     types = {200: ("server_error", False), **kinds()}
     assert (got.error["type"], "retry-after" in got.headers) == types[row.status]
     assert got.headers["x-request-id"]

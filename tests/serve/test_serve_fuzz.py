@@ -153,7 +153,7 @@ def test_no_request_breaks_the_server(
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operations = [each.ok() for each in schema.get_all_operations()]
     assert {each.path for each in operations} >= {"/v1/chat/completions", "/v1/completions", "/tokenize"}
-    # Most of the time goes to those that read a body.
+    # Most examples are for operations that read a body.
     modes = list(schemathesis.GenerationMode)
     tried = [(each, mode) for each in operations for mode in modes if each.method.upper() == "POST"] * 2
     tried += [(each, modes[0]) for each in operations if each.method.upper() != "POST"]

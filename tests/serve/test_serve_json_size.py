@@ -29,7 +29,7 @@ IMAGE = json.dumps({"url": "data:image/png;base64," + "A/+a" * 5 * MIB}).encode(
     ],
     ids=["image", "image with escapes", "token ids", "text"],
 )
-def test_what_clients_send_is_parsed(body: bytes) -> None:
+def test_typical_bodies_are_parsed(body: bytes) -> None:
     json_size.check_size(body)
 
 
@@ -43,9 +43,9 @@ def test_what_clients_send_is_parsed(body: bytes) -> None:
         b"[" + b",".join([b"9" * 4000] * 300) + b"]",
         b" " * 2 * MIB + b"1",
     ],
-    ids=["lists", "behind an escape", "behind a quotation mark", "names", "numbers", "nothing"],
+    ids=["lists", "after an escape", "after a quotation mark", "names", "numbers", "nothing"],
 )
-def test_what_takes_long_is_refused(body: bytes) -> None:
+def test_slow_bodies_are_refused(body: bytes) -> None:
     async def post() -> httpx.Response:
         engine = CountingEngine()
         await engine.start()
@@ -67,7 +67,7 @@ VALUES: Any = st.recursive(
 
 
 @given(VALUES, st.booleans())
-def test_what_counts_is_what_lies_outside_of_strings(value: Any, ascii_only: bool) -> None:
+def test_only_characters_outside_of_strings_count(value: Any, ascii_only: bool) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
     outside, inside, escaped = 0, False, False
     for byte in body.decode():

@@ -94,7 +94,7 @@ def refused(url: str) -> bool:
     return False
 
 
-def test_what_has_begun_is_finished(start: Callable[..., Process]) -> None:
+def test_running_requests_are_finished(start: Callable[..., Process]) -> None:
     process = start("--port", 0, engine={"pause": 0.02})
     url = process.ready()
     with httpx.Client(base_url=url, timeout=LONG) as idle:
@@ -128,7 +128,7 @@ def test_who_is_connected_already_gets_503(start: Callable[..., Process]) -> Non
     assert process.end()[0] == 0
 
 
-def test_what_takes_too_long_ends_with_an_error_event(start: Callable[..., Process]) -> None:
+def test_too_long_requests_end_with_an_error_event(start: Callable[..., Process]) -> None:
     process = start("--port", 0, "--shutdown_timeout", 0.5, engine={"pause": 0.05})
     stream = Streaming(process.ready(), 100_000)
     process.send(signal.SIGTERM)
@@ -218,7 +218,7 @@ def test_addresses_that_are_refused(settings: dict[str, Any], line: str) -> None
 
 
 def test_a_socket_of_systemd(start: Callable[..., Process]) -> None:
-    """As systemd hands it over: descriptor 3, with LISTEN_PID the process's own number."""
+    """A socket as systemd passes it: descriptor 3, LISTEN_PID the id of the process."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         hand_over = {"pass_fds": [3], "preexec_fn": lambda: os.dup2(listener.fileno(), 3) and None}
@@ -365,7 +365,7 @@ def unused_port() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a server choose among sockets on a port")
 def test_the_older_of_two_servers_gets_no_more_connections(unused_port: int) -> None:
     def numbers_of(n: int) -> list[int]:
-        """Which of the listeners n connections come to."""
+        """Indices of the listeners that get n new connections."""
         address = ("127.0.0.1", unused_port)
         clients = [socket.create_connection(address, timeout=LONG) for _ in range(n)]
         counts = [len(accept_queued(listener)) for listener in listeners]

@@ -68,7 +68,7 @@ def test_a_client_that_does_not_wait_for_a_whole_answer(server, endless):
     cancelled_soon(server, 2)
 
 
-def test_a_client_that_goes_away_before_the_first_token(server, monkeypatch):
+def test_a_client_that_disconnects_before_the_first_token(server, monkeypatch):
     """While its image is loaded."""
     waiting = threading.Event()
 

@@ -48,7 +48,7 @@ def test_answers_are_those_of_the_model_alone(server, alone, name):
     assert boxes == choice.message.boxes
 
 
-def test_an_answer_goes_back_as_it_came(server, alone):
+def test_an_answer_is_sent_back_unchanged(server, alone):
     """The client returns the whole answer, boxes included; the second question is about the first one's image."""
     content, parts = asking("chinese")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
@@ -192,7 +192,7 @@ def test_detail_is_ignored(server):
 
 
 def test_logprobs(server, monkeypatch):
-    """As the engine gives them, for the tokens that make the text, also where they are parts of characters."""
+    """The engine's log probabilities, one entry per token of the text, even for a part of a character."""
     tokenizer = server.service.tokenizer
     text = "A 狗 <ref>dog</ref><box>(1,2),(3,4)</box> é!"
     tokens = tokenizer.encode(text)
@@ -225,7 +225,7 @@ SCRIPTS = [
 
 
 @pytest.mark.parametrize("text", SCRIPTS)
-def test_whatever_the_model_says(server, monkeypatch, text):
+def test_any_model_output(server, monkeypatch, text):
     tokenizer = server.service.tokenizer
     say(server.engine.vl, monkeypatch, [*tokenizer.encode(text), tokenizer.im_end_id])
     chunks = streamed(server, ask("?"))
@@ -243,7 +243,7 @@ def test_whatever_the_model_says(server, monkeypatch, text):
     assert lines[-2] == "data: [DONE]"
 
 
-def test_bytes_that_are_no_text(server, monkeypatch):
+def test_bytes_that_are_not_text(server, monkeypatch):
     tokenizer = server.service.tokenizer
     say(server.engine.vl, monkeypatch, [0xE7, 0x8B, 0x61, 0xE7, tokenizer.im_end_id])
     expected = tokenizer.decode([0xE7, 0x8B, 0x61, 0xE7])

@@ -317,7 +317,7 @@ def test_many_wrong_values_are_few_errors():
         assert errors.value.error_count() <= 10
 
 
-def test_what_clients_write_is_not_repeated(server):
+def test_errors_do_not_repeat_client_text(server):
     for secret in ({"temperature": "my secret"}, {"messages": "my secret"}, {"stop": ["my secret" * 100]}):
         response = server.http.post(
             "/v1/chat/completions", json={"model": NAME, "messages": ask("?"), **secret}

@@ -129,7 +129,7 @@ def test_a_stop_string_ends_the_request(server, monkeypatch):
 
 
 def test_the_end_of_a_tag_as_stop_string(server, monkeypatch):
-    """What is cut is no box."""
+    """A box cut by a stop string is not parsed."""
     tokenizer = server.service.tokenizer
     text = "<ref>dog</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>"
     say(server.engine.vl, monkeypatch, [*tokenizer.encode(text), tokenizer.im_end_id])

@@ -1,4 +1,4 @@
-"""Process: use AutoModelMIX like PaddleMIX's scripts: MODEL IMAGES.npy FEATURES.npy."""
+"""Use AutoModelMIX like PaddleMIX's scripts, MODEL IMAGES.npy FEATURES.npy; run as a process."""
 
 from __future__ import annotations
 

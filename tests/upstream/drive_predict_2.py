@@ -1,4 +1,4 @@
-"""Process: answer texts with the model FOLDER like generation 2's dynamic predictor; print the tokens."""
+"""Answer texts with the model FOLDER like generation 2's dynamic predictor, and print the tokens; run as a process."""
 
 from __future__ import annotations
 

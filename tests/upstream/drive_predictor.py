@@ -1,4 +1,4 @@
-"""Process: answer queries with the Predictor of a deploy/qwen_vl folder; write token ids to a JSON file."""
+"""Answer queries with a deploy/qwen_vl folder's Predictor, write token ids to a JSON file; run as a process."""
 
 from __future__ import annotations
 

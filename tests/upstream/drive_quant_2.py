@@ -1,4 +1,4 @@
-"""Process: export FOLDER to OUTPUT with QUANT_TYPE like generation 2."""
+"""Export FOLDER to OUTPUT with QUANT_TYPE like generation 2; run as a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Process: print the contents of PaddleNLP's and Paddle's modules as JSON, with or without the plugin.
+"""Print the contents of PaddleNLP's and Paddle's modules as JSON, with or without the plugin; run as a process.
 
 Without the plugin the inference models of 3.0.0b4 cannot be imported; this script then provides the missing names.
 """

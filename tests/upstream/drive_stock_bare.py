@@ -1,9 +1,9 @@
-"""Process: run the stock predictor script with PaddleNLP but few of the packages that it and PaddleMIX import.
+"""Run the stock predictor script in a process where most dependencies of PaddleNLP and PaddleMIX are missing.
 
 drive_stock_bare.py TREE IMAGE ARGUMENT…: TREE is a PaddleMIX at the pinned commit, ARGUMENTs are the script's. The
-script, PaddleMIX's processor and tokenizer and PaddleNLP are the real ones, unmodified. Missing packages
-are replaced by modules that have every name; PaddleMIX's packages are imported without their __init__, which import
-every model. The image that the script would download is the file IMAGE.
+script, PaddleMIX's processor and tokenizer and PaddleNLP are the real ones, unmodified. Missing packages are replaced
+by stand-in modules that provide any name; PaddleMIX's packages are imported without running their __init__, which
+imports every model. The image that the script would download is the file IMAGE.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-# Packages that PaddleNLP 3.0.0b0 and these modules of PaddleMIX import but do not use here.
+# Packages that PaddleNLP 3.0.0b0 and the modules of PaddleMIX below import but do not use in this script.
 UNUSED = (
     *("aistudio_sdk", "colorlog", "cv2", "datasets", "dill", "emoji", "fastapi", "jieba", "multiprocess"),
     *("omegaconf", "onnx", "paddle2onnx", "ppdiffusers", "rouge", "seqeval", "uvicorn", "visualdl"),
@@ -71,7 +71,7 @@ class StandIns(MetaPathFinder, Loader):
 
 
 def enter(name: str, folder: Path) -> ModuleType:
-    """Package with its real modules, without running its __init__."""
+    """Register a package so that its real modules can be imported, without running its __init__."""
     package = ModuleType(name)
     package.__path__ = [str(folder)]
     sys.modules[name] = package
@@ -80,7 +80,7 @@ def enter(name: str, folder: Path) -> ModuleType:
 
 def main(tree: Path, image: Path, arguments: list[str]) -> None:
     sys.meta_path.append(StandIns({name for name in UNUSED if importlib.util.find_spec(name) is None}))
-    for name, now in {"float_": np.float64, "bool8": np.bool_}.items():  # of NumPy 1
+    for name, now in {"float_": np.float64, "bool8": np.bool_}.items():  # removed in NumPy 2
         if not hasattr(np, name):
             setattr(np, name, now)
     import paddlenlp  # noqa: F401

@@ -1,4 +1,4 @@
-"""Process: run the stock predictor script as a program; the image that it would download is a file here."""
+"""Run the stock predictor script as a program, in a process; the image that it would download is a file here."""
 
 from __future__ import annotations
 

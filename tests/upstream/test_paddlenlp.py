@@ -82,7 +82,7 @@ def test_stock_export_of_quantised_weights(
         (["--export_precache", "True"], "--export_precache: not supported"),
     ],
 )
-def test_what_is_not_supported(
+def test_unsupported_arguments(
     script: Script, stock: StockModels, tmp_path: Path, flags: list[str], line: str
 ) -> None:
     flags = [*flags, "--output_path", str(tmp_path / "out"), "--dtype", "float32"]

@@ -68,7 +68,7 @@ def test_dynamic_predictor(
 def test_quant_type_in_generation_2(
     wheel: Callable[[str], WheelEnvironment], stock: StockModels, tmp_path: Path, quant_type: str
 ) -> None:
-    """It is set by the predictor's arguments. Generation 1's script writes it into the config (test_paddlenlp.py)."""
+    """The predictor's arguments set quant_type; generation 1's script writes it into the config (test_paddlenlp.py)."""
     done = wheel("3.0.0b4").run(
         HERE / "drive_quant_2.py", stock.folders["static"], quant_type, "out", cwd=tmp_path
     )
@@ -87,7 +87,7 @@ def snapshots(environment: WheelEnvironment, tmp_path_factory: pytest.TempPathFa
 
 
 def test_switched_off(snapshots: list[Any], environment: WheelEnvironment) -> None:
-    """As without the plugin: upstream's class in generation 1, an import error for lack of operators in 2."""
+    """Upstream behaves as without the plugin: its class in generation 1, an import error without operators in 2."""
     with_it, without = snapshots
     assert with_it["failed"] == ""
     assert bool(without["failed"]) == (environment.generation == 2)

@@ -50,7 +50,7 @@ def break_off(target: Path, error: BaseException) -> None:
         raise error
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "model"
     for _ in range(2):
         with pytest.raises(OSError, match="No space") as caught:
@@ -82,7 +82,7 @@ def test_a_folder_that_two_make_at_once_is_the_quicker_ones(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_what_a_killed_process_left_of_a_folder_goes(tmp_path: Path) -> None:
+def test_a_killed_process_folder_is_removed(tmp_path: Path) -> None:
     target = tmp_path / "model"
     child = os.fork()
     if child == 0:

@@ -1,9 +1,9 @@
 // Attention with an online softmax: softmax(q k^T) v of one head, one tile of keys and values after another,
 // so that scores exist for one tile at a time.
 //
-// Layout. Keys and values of a tile lie [token][head_dim] in a block of the pool (KvTile), of any storage
-// type. Per query: state (running maximum m, running sum l) and out, the sum of e^(s - m) v that is not
-// divided yet:
+// Layout. Keys and values of a tile are [token][head_dim] in a block of the pool (KvTile), of any storage
+// type. Per query: state (running maximum m, running sum l) and out, the sum of e^(s - m) v, which is divided
+// by l at the end:
 //
 //              keys ->   tile 0     tile 1     tile 2
 //   queries   q0       | s s s s  | s . . .  |          . not visible (causal)
@@ -15,14 +15,13 @@
 // - attend, attend_rounded: many queries of a prompt or image. Keys are packed in panels of L tokens
 //   [head_dim][L], values in panels of L channels [tokens][L] (L = kLanes), and both products are those of
 //   gemm.h: s = q k^T, then out += weights v. attend_rounded does both in bfloat16.
-// - attend_one: one query of a decode step, over up to kMaxKvTile keys where they lie: scores of L keys at a
+// - attend_one: one query of a decode step, over up to kMaxKvTile keys in the pool: scores of L keys at a
 //   time, one softmax, then the weighted sum of values. Chunks are merged by attend_merge.
 //
-// Cost. Operations: 4 head_dim a query and visible key. attend: bound by the multiply-add units; packing a
-// tile costs 2 head_dim values a key, shared by up to 256 queries, and there is one exponential a query and
-// key. attend_one: 2 head_dim values of each key read once for 4 head_dim operations, 1 operation a byte in
-// 16 bits: bound by memory, so lines are prefetched: the values while keys are read, then the next tile's
-// keys.
+// Cost. Operations: 4 head_dim per query and visible key. attend: bound by the multiply-add units; packing a
+// tile costs 2 head_dim values per key, shared by up to 256 queries; one exponential per query and key.
+// attend_one: 2 head_dim values of each key read once for 4 head_dim operations, 1 operation per byte in 16
+// bits: bound by memory, so lines are prefetched: the values while keys are read, then the next tile's keys.
 //
 // Reference: reference::attention (reference/reference.cc), tests/csrc/test_kernels.py::test_attention,
 // within 3e-5; attend_rounded within 6 % for scores of ordinary size.

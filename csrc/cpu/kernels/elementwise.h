@@ -1,13 +1,14 @@
 // Activations, additions, conversions between storage types and float32, and rotary rotation.
 //
-// Layout: float32 [n], worked on in vectors of L lanes and a rest of `some` < L. A head to be rotated is two
-// halves; channel i of the lower and of the upper half are a pair, turned by the angle of its frequency:
+// Layout: float32 [n], processed in vectors of L lanes and a remainder of `some` < L values. For the
+// rotation, channel i of the lower half of a head and channel i of its upper half are a pair, rotated by one
+// angle:
 //
 //   x  [ a0 a1 .. a(d/2-1) | b0 b1 .. b(d/2-1) ]      a' = (a cos - b sin) scale
 //                                                     b' = (b cos + a sin) scale
 //
-// Cost: 1 to 2 reads and 1 write of n values from the cache; gelu and silu_mul one exponential a value, 20 to
-// 30 operations. Bound by those, not by memory; a product's weights outweigh both by a factor of thousands.
+// Cost: 1 to 2 reads and 1 write of n values from the cache; gelu and silu_mul one exponential per value, 20
+// to 30 operations, which bound them, not memory. A matrix product reads thousands of times as many bytes.
 //
 // Reference: reference::gelu, silu_mul, rotary; test_activations, test_bfloat16, test_rotary of
 // tests/csrc/test_kernels.py. narrow_all_int8: test_attention with int8 caches.

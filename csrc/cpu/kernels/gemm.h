@@ -1,7 +1,7 @@
 // Blocked product of prompts and images: c^T [rows][tokens] = W x^T, the parts that cpu/linear.cc composes.
 //
 // Layout, with L = kLanes. Tokens are the vector: a panel holds L of them, and a weight is broadcast against
-// it. So weights are read as they lie in memory, [out, in], and only the activations, far fewer, are
+// it. So weights are read in their order in memory, [out, in], and only the activations, far fewer, are
 // rearranged:
 //
 //   panel, float32     [k][L]           k = 0: x of token 0 1 .. L-1 | k = 1: .. |
@@ -18,9 +18,9 @@
 // with AVX-512, 16 of 16 with AVX2. Each element of c is one sum over ascending k, so a row's bits do not
 // depend on the number of tokens.
 //
-// Cost. Operations: 2 rows k n. Bytes: W once for up to 384 tokens, 384 operations a byte in bfloat16; the
+// Cost. Operations: 2 rows k n. Bytes: W once for up to 384 tokens, 384 operations per byte in bfloat16; the
 // panels of a tile, 384 x 512 bfloat16 or 384 x 256 float32 = 393 KB, stay in the second-level cache. The
-// multiply-add units bound it: 2 x L operations an instruction, 4 L with bfloat16.
+// multiply-add units bound it: 2 L operations per instruction, 4 L with bfloat16.
 //
 // Reference: reference::linear (reference/reference.cc), tests/csrc/test_kernels.py::test_linear; within 2e-5
 // in float32, within 2 % where activations are rounded to bfloat16.

@@ -1,5 +1,5 @@
-// The kernels of the types with zero points for one ISA: compiled apart from kernels.cc, with the same flags
-// and definitions, so that two processors compile an ISA.
+// The kernels of the types with zero points for one ISA. Compiled separately from kernels.cc, with the same
+// flags and definitions, so that two compilers work on an ISA in parallel.
 #include "cpu/kernels/groups.h"
 
 #include "cpu/kernels/matvec_groups.h"
@@ -8,7 +8,7 @@
 namespace qvl::cpu {
 namespace {
 
-// Kernels of a type with zero points.
+// Add the kernels of one type with zero points to the table.
 template <int Bits, int Group>
 void add_groups(qvl_dtype dtype, Kernels& k) {
   k.prepared_bytes[dtype] = prepared_bytes_groups<Bits, Group>;

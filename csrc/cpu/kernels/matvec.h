@@ -15,11 +15,11 @@
 // A register block has R = RowCount rows and N = XCount activations, so that a vector loaded from either is
 // used several times.
 // The column blocks are so narrow that a block's activations stay in the first-level cache; with one
-// activation there is one block, the whole row. The order in which a product's terms are added depends on
-// none of this: a token's result has the same bits whatever is in the batch with it.
+// activation there is one block, the whole row. The order in which a product's terms are added does not
+// depend on any of this: a token's result has the same bits in every batch.
 //
 // Cost: bytes of W once, 2 rows k n_x operations; the files of the storage types have the formulas. linear.cc
-// has the outer loop: more than kMaxRows activations meet a stretch of W while it is in the cache.
+// has the outer loop: for more than kMaxRows activations a part of W is reused while it is in the cache.
 //
 // Reference: reference::linear (reference/reference.cc), tests/csrc/test_kernels.py.
 #pragma once

@@ -8,10 +8,10 @@
 //   prepared x, 2L values  [ x0 x2 .. x(2L-2) ][ x1 x3 .. x(2L-1) ]     float32
 //                            even(words) * a +  odd(words) * b          2 multiply-adds for 2L weights
 //
-//   prepared x: [n_x][ceil(k / 2L)][2][L] float32, zeros behind k.
+//   prepared x: [n_x][ceil(k / 2L)][2][L] float32, zeros after k.
 //
 // Cost. Bytes: 2 rows k, once for all rows of x; the prepared x stays in the first-level cache
-// (kColumnBlock). Operations: 2 rows k n_x. That is n_x operations a byte, so memory bounds it for few rows
+// (kColumnBlock). Operations: 2 rows k n_x. That is n_x operations per byte, so memory bounds it for few rows
 // of x: time = max(2 rows k / bandwidth, 2 rows k n_x / multiply-add rate).
 //
 // Reference: reference::linear (reference/reference.cc), in tests/csrc/test_kernels.py::test_linear; the same

@@ -2,30 +2,34 @@
 // 32, 64 or 128 values of a row: y[n][row] = sum over groups of scale * sum over k of (w[row][k] - zero)
 // x[n][k], x quantised to 8 bits (quantised_x.h).
 //
-// Zero points come off in float32, once a row, from sums of x that prepare_groups computes for all rows of W:
+// The zero points are subtracted in float32, once per row of W. prepare_groups computes the sums of x that
+// this takes, once for all rows:
 //
 //   sum of scale * (w - zero) * x = sum of scale * (w * x)  -  sum over groups of (scale * zero) * sum of x
-//                                   integers, as without       kLanes groups a vector: 1 / 128 of the work
+//                                   products of integers       one product per group, kLanes in a vector
 //
-// Layout of 4 bits. Values as in matvec_int4.h: word i of a unit has v[i], v[32 + i], v[64 + i] and v[96 +
-// i]. A mask gives low nibbles, a shift high ones. A shuffle of bytes before gathers the even bytes of 8
-// words in even 32-bit lanes, the odd ones in odd lanes, so that a lane has values of one group of 32:
+// Layout with 4 bits. Values as in matvec_int4.h: word i of a unit has v[i], v[32 + i], v[64 + i] and v[96 +
+// i]. First, a byte shuffle moves the even bytes of 8 words to even 32-bit lanes and the odd bytes to odd
+// lanes. Then a mask extracts the low nibbles, a shift the high ones. So each lane has values of only one
+// group, even if groups are of 32:
 //
-//                even lanes            odd lanes
-//   low nibbles  v[i .. i + 3]         v[64 + i .. 64 + i + 3]        groups of 32: 0 and 2; of 64: 0 and 1
-//   high         v[32 + i .. 35 + i]   v[96 + i .. 96 + i + 3]                      1 and 3;        0 and 1
+//                                                                     group (even lanes, odd lanes)
+//                 even lanes            odd lanes                     of 32       of 64
+//   low nibbles   v[i .. i + 3]         v[64 + i .. 64 + i + 3]       0, 2        0, 1
+//   high nibbles  v[32 + i .. 35 + i]   v[96 + i .. 96 + i + 3]       1, 3        0, 1
 //
-// A unit then has one vector of sums, or two (low, high) for groups of 32, times a vector of scales that
-// alternates between two groups.
+// The products of a unit are summed in one vector (groups of 32: in two, low and high nibbles), which is
+// multiplied by a vector of scales that alternate between two groups.
 //
-// Layout of 8 bits. uint8 [rows][k padded to 128]. A vector of 64 bytes has two groups of 32: half of its
-// lanes each. AVX2 without VNNI multiplies signed bytes (kSignedProducts): weights less 128, and so the zero
-// points.
+// Layout with 8 bits. uint8 [rows][k padded to 128]. A vector of 64 bytes has two groups of 32, one in each
+// half of its lanes. AVX2 without VNNI multiplies signed bytes (kSignedProducts): 128 is subtracted from the
+// weights and from the zero points.
 //
 //   prepared x:  [n_x] rows: blocks of Floats scales, int8 values [kBlock]; then float32 sums of x [groups
-//                rounded up to kLanes], zero behind the last group
+//                rounded up to kLanes], zeros after the last group
 //
-// Cost. As matvec_int4.h and matvec_int8.h; bytes: rows k (1/2 or 1 + 4 / group).
+// Cost. Operations: as in matvec_int4.h and matvec_int8.h. Bytes: rows k (1/2 + 4 / group) with 4 bits, rows
+// k (1 + 4 / group) with 8.
 //
 // Reference: reference::linear with the activations rounded as here (rounded_activations), in
 // tests/csrc/test_kernels.py::test_linear.
@@ -38,7 +42,7 @@ namespace {
 template <int Bits, int Group>
 struct GroupsX {
   static constexpr int64_t kBlockBytes = sizeof(Floats) + kBlock;
-  static constexpr int kGroups = kBlock / Group;  // of a block
+  static constexpr int kGroups = kBlock / Group;  // groups in a block
 
   static QVL_INLINE int64_t sums_at(int k) { return round_up(k, kBlock) / kBlock * kBlockBytes; }
   static QVL_INLINE int64_t row_bytes(int k) {
@@ -49,21 +53,21 @@ struct GroupsX {
   }
 };
 
-// Value of a unit at byte i of its 128 bytes of x: the low nibbles of a vector of weights, then the high
-// ones.
+// Index, within a unit, of the value that byte i of the unit's 128 bytes of prepared x holds. The bytes are
+// in the order of the unpacked weights: the low nibbles of a vector, then its high nibbles.
 constexpr int unit_value(int i) {
   const int vector = i / kVector, byte = i % kVector, lane = byte / 4;
   const int word = vector / 2 * (kVector / 2) + byte / 16 * 8 + lane % 4 / 2 * 4 + byte % 4;
   return word + lane % 2 * 64 + vector % 2 * 32;
 }
 
-// Group of a block, counted from its first, that byte i of the block belongs to.
+// Group of byte i of a block, counted from the first group of the block.
 template <int Bits, int Group>
 constexpr int group_of(int i) {
   return (Bits == 8 ? i : i / kUnit * kUnit + unit_value(i % kUnit)) / Group;
 }
 
-// Even bytes of each 8 words in even 32-bit lanes, odd ones in odd lanes.
+// Move the even bytes of each 8 words to even 32-bit lanes, the odd bytes to odd lanes.
 QVL_INLINE UnsignedBytes gather_bytes(UnsignedBytes words) {
 #if defined(__AVX512BW__)
   const __m128i from = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
@@ -80,21 +84,22 @@ QVL_INLINE UnsignedBytes gather_bytes(UnsignedBytes words) {
 #endif
 }
 
-// Add the sums of x for each group of a block [kGroups].
+// Add to sums [kGroups] the sum of x over each group of a block.
 template <int Bits, int Group>
 QVL_INLINE void sum_groups(const char* block, float* sums) {
-  // Vectors whose lanes have the same groups are added as integers.
-  constexpr int kApart = Bits == 8 ? (Group > kVector ? Group : kVector) / kVector : kUnit / kVector;
+  // Vectors whose lanes belong to the same groups are summed as integers first; the groups change every kStep
+  // vectors.
+  constexpr int kStep = Bits == 8 ? (Group > kVector ? Group : kVector) / kVector : kUnit / kVector;
   constexpr int kClasses = Bits == 4 && Group == 32 ? 2 : 1;  // low and high nibbles
   const UnsignedBytes ones = UnsignedBytes{} + uint8_t{1};
   const Floats scales = load<Floats>(block);
 #pragma GCC unroll 8
-  for (int first = 0; first < 8; first += kApart) {
+  for (int first = 0; first < 8; first += kStep) {
 #pragma GCC unroll 2
     for (int c = 0; c < kClasses; ++c) {
       Ints ints{};
 #pragma GCC unroll 8
-      for (int v = first + c; v < first + kApart; v += kClasses) {
+      for (int v = first + c; v < first + kStep; v += kClasses) {
         ints = multiply_add(ints, ones, load<SignedBytes>(block + sizeof(Floats) + v * kVector));
       }
       const Floats values = to_floats(ints) * scales;
@@ -141,7 +146,7 @@ QVL_INLINE Floats load_scales(const void* scales, int64_t at, int n) {
   return widen_float16(n == kLanes ? load<HalfWords>(from) : load_some_halves(from, n));
 }
 
-// Scales of the lanes of a vector of sums: one, or two that alternate, or one for each half of the lanes.
+// The scales two[0] and two[1] as a vector: alternating, or each in one half of the lanes (by_halves).
 QVL_INLINE Floats alternating(const float* two) {
   typedef uint64_t Pairs __attribute__((vector_size(sizeof(Floats))));
   uint64_t both;
@@ -175,7 +180,7 @@ struct RowsGroups {
       add_units<RowCount, XCount, Pass, Passes, SumStride, 1>(p, row, first_x, first, ahead, sums);
   }
 
-  // Begin the sums with what the zero points of whole rows take off, a group in each lane.
+  // Initialise the sums with the negated zero-point term of whole rows; each lane sums other groups.
   template <int RowCount, int XCount, int SumStride>
   static QVL_INLINE void begin(const Matvec& p, int64_t row, int first_x, Floats* sums) {
     const int groups = round_up(p.k, kUnit) / Group;
@@ -199,7 +204,7 @@ struct RowsGroups {
     }
   }
 
-  // Units from column `first` on, all in one block of x.
+  // Add `Units` units from column `first` on, which are all in one block of x.
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int Units>
   static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first,
                                    WeightPrefetcher& ahead, Floats* sums) {
@@ -215,7 +220,8 @@ struct RowsGroups {
       if (Bits == 4 && Group == 32) scales = low_and_high(scales);
       store(factors[r], scales);
     }
-    // Kept in memory, from where a multiplication broadcasts for free; from registers it costs two shuffles.
+    // Keep the factors in memory: a multiplication broadcasts a memory operand at no cost, a register only
+    // with two shuffles.
     asm volatile("" : "+m"(factors));
     Floats totals[RowCount][XCount] = {};
     if constexpr (Bits == 4) {
@@ -239,7 +245,7 @@ struct RowsGroups {
     add_scaled<RowCount, XCount, SumStride>(totals, blocks, false, sums);
   }
 
-  // Scales of groups of 32 in the order of the sums: 0 and 2 of a unit (low nibbles), then 1 and 3.
+  // Reorder scales of groups of 32 for the sums: groups 0 and 2 of a unit (low nibbles), then 1 and 3 (high).
   static QVL_INLINE Floats low_and_high(Floats scales) {
     Words from;
     for (uint32_t i = 0; i < kLanes; ++i) from[i] = i / 4 * 4 + i % 4 / 2 + i % 2 * 2;
@@ -247,7 +253,7 @@ struct RowsGroups {
     return reinterpret_cast<Floats>(shuffle(words, words, from));
   }
 
-  // A unit of 4 bits, whose first group is `group` of the factors.
+  // Add a unit of 4-bit weights; factors[..][group] belongs to its first group.
   template <int RowCount, int XCount, int Pass, int Passes>
   static QVL_INLINE void add_nibbles(const uint8_t* w, int64_t stride, const char* x, int64_t x_stride,
                                      const float (&factors)[RowCount][kLanes], int group,
@@ -287,7 +293,8 @@ struct RowsGroups {
     }
   }
 
-  // A group of 8 bits, or the two groups of a vector.
+  // Add a group of 8-bit weights, or the two groups of 32 in a vector; factors[..][group] belongs to the
+  // first. new_line: whether w begins a cache line, so that one is prefetched.
   template <int RowCount, int XCount, int Pass, int Passes>
   static QVL_INLINE void add_bytes(const uint8_t* w, int64_t stride, const char* x, int64_t x_stride,
                                    const float (&factors)[RowCount][kLanes], int group, bool new_line,
@@ -324,8 +331,8 @@ struct RowsGroups {
   }
 };
 
-// At most as many rows of x at a time as a register block has, which bounds the code; the weights of a panel
-// then come from the cache.
+// Multiply at most kXAtOnce rows of x at a time, which keeps the number of compiled variants small. With
+// more, each panel of W is read once for every kXAtOnce rows of x, from the cache after the first time.
 template <int Bits, int Group>
 void matvec_groups(const Matvec& p, int64_t row, int64_t end) {
   using Rows = RowsGroups<Bits, Group>;

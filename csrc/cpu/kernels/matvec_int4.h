@@ -8,7 +8,7 @@
 //               v[96 + i]  v[64 + i] v[32 + i]  v[i]
 //
 //   values      [rows][k padded to 128] nibbles, the number 8 is zero
-//   scales      [rows][padded k / group] bfloat16, behind all values
+//   scales      [rows][padded k / group] bfloat16, after all values
 //
 //   half 0 of a unit: nibbles 0 and 1, one byte each:  v0 v32 v1 v33 .. v31 v63     nibbles<0>()
 //   half 1          : nibbles 2 and 3:                 v64 v96 v65 v97 .. v127      nibbles<1>()
@@ -16,9 +16,9 @@
 // A half has values of one group only, whether groups are of 64 or 128. prepare_int4 brings x into the order
 // of the bytes. Products are unsigned nibble x signed x; sums begin at -8 times the sum of x (quantised_x.h).
 //
-// Cost. Bytes: rows k (1/2 + 2 / group), once for all rows of x: 0.53 a weight at groups of 64. Operations: 2
-// rows k n_x on integers, 4 n_x a byte. The 64 bytes of a unit take about 13 instructions for one row of x
-// with AVX-512 VBMI, where int8 takes 3: the instructions bound it sooner than memory.
+// Cost. Bytes: rows k (1/2 + 2 / group), once for all rows of x: 0.53 per weight in groups of 64. Operations:
+// 2 rows k n_x on integers, 4 n_x per byte. The 64 bytes of a unit take about 13 instructions for one row of
+// x with AVX-512 VBMI (int8: 3), so instructions bound it rather than memory.
 //
 // Reference: reference::linear with the activations rounded as here, in
 // tests/csrc/test_kernels.py::test_linear.
@@ -100,7 +100,8 @@ struct RowsInt4 {
     for (int r = 0; r < RowCount; ++r) {
       store(factors[r], widen(load_some_halves(scales + r * scale_stride, kScales)));
     }
-    // Kept in memory, from where a multiplication broadcasts for free; from registers it costs two shuffles.
+    // Keep the factors in memory: a multiplication broadcasts a memory operand at no cost, a register only
+    // with two shuffles.
     asm volatile("" : "+m"(factors));
     Floats totals[RowCount][XCount] = {};
 #pragma GCC unroll 4

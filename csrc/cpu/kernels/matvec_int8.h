@@ -1,23 +1,24 @@
-// Matrix-vector product with int8 weights and a float32 scale a row: y[n][row] = scale[row] * sum over k of
-// w[row][k] x[n][k], x quantised to 8 bits (quantised_x.h).
+// Matrix-vector product with int8 weights and one float32 scale per row: y[n][row] = scale[row] * sum over k
+// of w[row][k] x[n][k], x quantised to 8 bits (quantised_x.h).
 //
 // Layout:
 //
 //   values  [rows][k padded to 128]  int8, zeros in the padding
-//   scales  [rows]                   float32, behind all values
+//   scales  [rows]                   float32, after all values
 //
-//   a block of kBlock = 32 L columns (L = kLanes: 128, 256 or 512 columns), for one row and one row of x:
+//   a block of kBlock = 32 L columns (L = kLanes: 128, 256 or 512), for one row of W and one row of x:
 //
-//   weights   | 4L bytes | 4L bytes | .. 8 vectors      lane l adds 4 products a vector, 32 a block,
+//   weights   | 4L bytes | 4L bytes | .. 8 vectors      lane l adds 4 products per vector, 32 per block,
 //   x         | 4L bytes | 4L bytes | .. 8 vectors      in int32: dots[l]
 //   x scales  | L float32 |                             sums[l] += float(dots[l]) * x_scale[l]
 //
-// Without VNNI's unsigned x signed instruction on AVX2 (kSignedProducts) the weights' signs go over to x.
-// Else weights become unsigned by adding 128, and dots begin at -128 times the sum of x (quantised_x.h).
+// The instructions multiply unsigned by signed bytes. On AVX2 without VNNI (kSignedProducts) the weights
+// become unsigned by moving their signs to x: |w| * (sign(w) x). Elsewhere 128 is added to them, and dots
+// begin at -128 times the sum of x (quantised_x.h).
 //
-// Cost. Bytes: rows (k + 4), once for all rows of x. Operations: 2 rows k n_x on integers, 64 products an
-// instruction with AVX-512 VNNI, 32 in five with AVX2: 2 n_x operations a byte. time = max(rows (k + 4) /
-// bandwidth, 2 rows k n_x / integer rate); memory bounds it for one row of x.
+// Cost. Bytes: rows (k + 4), once for all rows of x. Operations: 2 rows k n_x on integers, 64 products in one
+// instruction with AVX-512 VNNI, 32 in five instructions with AVX2. 2 n_x operations per byte; time =
+// max(rows (k + 4) / bandwidth, 2 rows k n_x / integer rate); memory bounds it for one row of x.
 //
 // Reference: reference::linear with the activations rounded as here (rounded_activations), and with the exact
 // ones within 3 %, in tests/csrc/test_kernels.py::test_linear.
@@ -59,7 +60,7 @@ struct RowsInt8 {
     }
   }
 
-  // Add n_k columns; WholeColumns is n_k at compile time, or 0.
+  // Add n_k columns. WholeColumns: n_k if it is known at compile time, else 0.
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int WholeColumns>
   static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, int n_k,
                                    WeightPrefetcher& ahead, Floats* sums) {

@@ -9,8 +9,8 @@
 //   x  [ 0 1 .. L-1 | L .. 2L-1 | .. | rest ]      total[lane] += d * d, the rest in scalars
 //
 // Cost. Bytes: x read twice (LayerNorm: three times) and y written once, 4 n each, from the cache.
-// Operations: 4 n (LayerNorm: 8 n). At hidden 4096 a row is 16 KB against 400 MB of a layer's weights: not
-// what counts.
+// Operations: 4 n (LayerNorm: 8 n). At hidden 4096 a row is 16 KB, the weights of a layer are 400 MB: the
+// cost is negligible.
 //
 // Reference: reference::rms_norm, reference::layer_norm, tests/csrc/test_kernels.py::test_norms.
 #pragma once

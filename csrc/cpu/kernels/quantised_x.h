@@ -12,14 +12,14 @@
 //   vector 7  x x x x    x x x x         x x x x
 //
 //   a block in memory:  float32 scales [L] | int32 beginnings [kBlock / Group][L] | int8 values [kBlock]
-//   prepared x:         [n_x][ceil(k / kBlock)] blocks, zeros behind k
+//   prepared x:         [n_x][ceil(k / kBlock)] blocks, zeros after k
 //
 // The instruction takes the weights as unsigned bytes. They are stored with an offset (int8: 128, int4: 8)
-// that must come off again: sum (w + offset) x - offset sum x. The beginnings are -offset times the sum of x
-// for each Group of weights that share a scale, computed here once for all rows of W.
+// that must be subtracted again: sum w x = sum (w + offset) x - offset sum x. The beginnings are -offset
+// times the sum of x for each Group of weights that share a scale, computed here once for all rows of W.
 //
-// Cost: k values read, k bytes written a row of x, once for the whole matrix: 1 / rows of the product's work.
-// Rounding is at most 1/254 of the largest of 32 values.
+// Cost: per row of x, k values read and k bytes written, once for the whole matrix: 1 / rows of the product's
+// work. Rounding is at most 1/254 of the largest of 32 values.
 //
 // Reference: rounded_activations in tests/csrc/test_kernels.py, a NumPy version of the same rounding.
 #pragma once

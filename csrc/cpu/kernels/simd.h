@@ -159,7 +159,7 @@ QVL_INLINE float sum(Floats v) {
   return lanes[0];
 }
 
-// Lane i of the result is sum(v[i]), to the bit, with less work: each step merges two vectors into one.
+// Lane i of the result has the bits of sum(v[i]), with less work: each step merges two vectors into one.
 template <uint32_t Side = kLanes / 2>
 QVL_INLINE Floats sums_of(Floats (&v)[kLanes]) {
 #pragma GCC unroll 8

@@ -26,7 +26,7 @@ struct Matvec {
   int64_t y_stride;
   const float* bias;  // may be NULL
   bool add;           // y += instead of y =
-  const void* zeros;  // float16, as the scales; types with zero points only, whose scales are float16, too
+  const void* zeros;  // types with zero points only: float16 [rows][k / group], as their scales
 };
 
 // Rows of weights unpacked for the blocked product: values without their row scale (int8), as float32 or, for
@@ -76,8 +76,8 @@ struct Kernels {
   void (*widen)(const uint16_t* from, float* to, int64_t n);  // bfloat16 -> float32
   void (*widen_float16)(const uint16_t* from, float* to, int64_t n);
   void (*narrow)(const float* from, uint16_t* to, int64_t n);
-  void (*narrow_float16)(const float* from, uint16_t* to, int64_t n);  // beyond its range: its largest value
-  float (*narrow_int8)(const float* from, int8_t* to, int64_t n);      // returns the scale, of the largest
+  void (*narrow_float16)(const float* from, uint16_t* to, int64_t n);  // clamps to the range of float16
+  float (*narrow_int8)(const float* from, int8_t* to, int64_t n);      // returns the scale: maximum / 127
   // x [head_dim] rotated by cos, sin [head_dim / 2], times scale
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim, float scale);
 
@@ -100,7 +100,7 @@ struct Kernels {
   void (*write_block)(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, const float* scales,
                       const float* bias, bool add, float* y, int64_t y_stride);
 
-  // attention.h: softmax(q . k) v of one head, the caller having scaled q, over one tile of tokens after
+  // attention.h: softmax(q . k) v of one head, with q scaled by the caller, over one tile of tokens after
   // another. state [n_q][2]: running maximum and sum of each query, out [n_q][out_stride]: weighted sum of
   // values, not divided yet; out_stride is head_dim rounded up to `lanes`. attend_begin sets them up,
   // attend_end divides.

@@ -25,11 +25,11 @@ namespace {
 
 using qvl::cpu::UnpackTile;
 
-// Columns of a row unpacked at a time. A tile has room for a whole chunk behind its last row.
+// Columns of a row unpacked at a time. A tile has room for a whole chunk after its last row.
 constexpr int kChunk = 32;
 constexpr int kChunkVectors = kChunk / kLanes;
 
-// chunk(): a row's columns from first_k + i on as float32, zero behind the last.
+// chunk(): a row's columns from first_k + i on as float32, zero after the last.
 template <typename Value>
 struct UnpackFloats {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
@@ -89,7 +89,8 @@ QVL_INLINE float float16_at(const void* values, int64_t i) {
   return widen_float16(load_some_halves(static_cast<const uint16_t*>(values) + i, 1))[0];
 }
 
-// Types with zero points: a chunk lies in one group. value = (integer - zero) * scale, exact in float32.
+// Types with zero points: all values of a chunk belong to one group. value = (integer - zero) * scale, exact
+// in float32.
 template <int Bits, int Group>
 struct UnpackGroups {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {

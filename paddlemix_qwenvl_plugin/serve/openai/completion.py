@@ -53,7 +53,7 @@ class Completion:
 
     @property
     def n_prompt_tokens(self) -> int:
-        """Number of prompt tokens; each prompt counts once, whatever its number of choices."""
+        """Number of prompt tokens; each prompt counts once, regardless of its number of choices."""
         return sum(len(prompt.token_ids) for prompt in self._spec.prompts)
 
     @property

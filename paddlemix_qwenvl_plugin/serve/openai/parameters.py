@@ -30,7 +30,8 @@ class SamplingParameters(Schema):
     """Sampling parameters and stop conditions.
 
     Greedy unless temperature, top_p or top_k is set, as everywhere in this package: greedy boxes are the most accurate,
-    and the same question has the same answer. If one of them is set, temperature and top_p default to 1, as OpenAI's.
+    and the same question has the same answer. If one of them is set, temperature and top_p default to 1, as in OpenAI's
+    API.
     """
 
     not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"logit_bias": ()}
@@ -44,7 +45,11 @@ class SamplingParameters(Schema):
     ] = None
     temperature: Annotated[
         Optional[float],
-        Field(ge=0, le=2, description="Sampling temperature; 0, or none of this, top_p and top_k: greedy."),
+        Field(
+            ge=0,
+            le=2,
+            description="Sampling temperature. Greedy if 0, or if top_p and top_k are not set either.",
+        ),
     ] = None
     top_p: Annotated[
         Optional[float],

@@ -57,7 +57,7 @@ struct Barrier {
   uint32 phase = 0;
 };
 
-// One lock for everything: what is tried here is the order of things.
+// One lock for everything: this test checks the order of events, not parallel speed.
 std::mutex lock;
 std::condition_variable changed;
 std::map<uint32, Barrier> barriers;

@@ -24,10 +24,10 @@ addEventListener('unhandledrejection', e => violations.push(String(e.reason)));
 
 
 class Page:
-    """What a user does and sees.
+    """Driver of the page: a user's actions, and the content that the page shows.
 
     Attributes:
-        downloads: the folder for what is saved.
+        downloads: the browser's download folder.
     """
 
     def __init__(self, browser: Browser, server: PageServer, downloads: Path) -> None:
@@ -124,7 +124,7 @@ class Page:
         return self.wait(lambda: next((f.read_bytes() for f in self.downloads.glob(f"*{suffix}")), None))
 
     def complaints(self) -> list[str]:
-        """What the console and the content policy have to say, beside statuses that a test wanted."""
+        """Messages of the console and violations of the content policy, without error statuses that a test expects."""
         said = [entry["message"] for entry in self.browser.driver.get_log("browser")]
         said = [line for line in said if "Failed to load resource" not in line and "net::ERR_" not in line]
         return said + self.js("return window.violations ?? ['the page was left']")

@@ -72,13 +72,13 @@ Play = Union[Refusal, Iterable[Step]]
 
 
 class PageServer(ThreadingHTTPServer):
-    """What the page is served by and talks to.
+    """Server of the page with scripted answers.
 
     Attributes:
         plays: the next answers; a list of steps, or a Refusal.
         bodies: the requests for answers, in order.
-        key: the API key that is asked for, if any.
-        ready: what health/ready answers with.
+        key: the required API key, if any.
+        ready: response of /health/ready.
     """
 
     daemon_threads = True

@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 ESCAPE, TAB = "\ue00c", "\ue004"
 
 
-def test_an_answer_appears_as_it_comes(page: Page, server: PageServer) -> None:
+def test_an_answer_appears_as_it_is_generated(page: Page, server: PageServer) -> None:
     first, second = Gate(), Gate()
     server.plays.append(["A red ", "circle", first, " and", second, " a star."])
     page.open()
@@ -100,7 +100,7 @@ def test_stop(page: Page, server: PageServer, way: str) -> None:
     ],
     ids=["busy-seconds", "busy", "unready-seconds", "unready", "refused", "forbidden", "failed", "stream", "cut"],
 )  # fmt: skip
-def test_an_error_says_what_happened_and_can_be_retried(
+def test_an_error_is_explained_and_can_be_retried(
     page: Page, server: PageServer, play: Play, words: list[str]
 ) -> None:
     server.plays += [play, ["All is well."]]
@@ -174,7 +174,7 @@ def test_retry_asks_the_last_question_again(page: Page, server: PageServer) -> N
     assert server.bodies[1] == server.bodies[2]
 
 
-def test_editing_a_question_replaces_what_follows(page: Page, server: PageServer, tmp_path: Path) -> None:
+def test_editing_a_question_replaces_the_later_turns(page: Page, server: PageServer, tmp_path: Path) -> None:
     server.plays += [["one"], ["two"], ["new"]]
     page.open()
     page.ask("First", image_file(tmp_path))
@@ -270,7 +270,7 @@ def test_export_as_json(page: Page, server: PageServer, tmp_path: Path) -> None:
     assert exported["messages"][3] == {"role": "assistant", "content": "yes", "boxes": []}
 
 
-def test_an_answer_that_was_cut_off_or_is_empty_says_so(page: Page, server: PageServer) -> None:
+def test_a_truncated_or_empty_answer_is_labelled(page: Page, server: PageServer) -> None:
     server.plays += [["Once upon"], []]
     page.open()
     server.finish = "length"

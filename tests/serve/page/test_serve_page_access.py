@@ -1,4 +1,4 @@
-"""Who can use it: by keyboard, by ear, on a phone, in the dark, in Chinese; and that nothing said becomes HTML."""
+"""Accessibility of the page: keyboard, screen reader, phone, dark mode, Chinese; and no text becomes HTML."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def axe() -> str:
 
 
 def findings(page: Page) -> list[str]:
-    """What axe-core finds serious or critical."""
+    """Serious and critical findings of axe-core."""
     page.js(axe())
     result = page.browser.driver.execute_async_script("axe.run().then(arguments[0])")
     assert len(result["passes"]) > 15

@@ -259,7 +259,7 @@ def test_the_page_reads_answers_as_the_library_does(page: Page) -> None:
 
 
 def test_no_half_tag_is_shown(page: Page) -> None:
-    """Of each beginning of an answer, what shows has no part of a tag, and is never taken back."""
+    """The text shown for each prefix of an answer contains no part of a tag, and is never removed again."""
     page.open()
     shown = page.browser.driver.execute_async_script(
         "const [text, done] = arguments;"

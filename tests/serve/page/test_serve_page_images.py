@@ -99,7 +99,7 @@ def test_a_phone_opens_its_camera_app(page: Page) -> None:
 def test_a_large_image_is_made_smaller_and_turned_upright(
     page: Page, server: PageServer, tmp_path: Path
 ) -> None:
-    """Its top half is red as it is to be seen, its lower half blue with noise; the file lies on its side."""
+    """Seen upright, the image is red above and blue with noise below; the file is rotated, with an EXIF orientation."""
     upright = np.zeros((3000, 1500, 3), np.uint8)
     upright[:1500] = (200, 30, 30)
     upright[1500:] = (30, 30, 200)
@@ -129,7 +129,7 @@ def test_a_large_drawing_stays_under_the_limit(page: Page, server: PageServer, t
     assert (image.format, image.size) == ("JPEG", (900, 900))
 
 
-def test_what_is_transparent_is_white(page: Page, server: PageServer, tmp_path: Path) -> None:
+def test_transparency_becomes_white(page: Page, server: PageServer, tmp_path: Path) -> None:
     clear = np.zeros((20, 20, 4), np.uint8)
     clear[:10] = (255, 0, 0, 255)
     Image.fromarray(clear).save(tmp_path / "clear.png")
@@ -140,7 +140,7 @@ def test_what_is_transparent_is_white(page: Page, server: PageServer, tmp_path: 
     assert (pixels[10:] == 255).all()
 
 
-def test_a_file_that_is_no_image(page: Page, server: PageServer, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image(page: Page, server: PageServer, tmp_path: Path) -> None:
     bad, good = tmp_path / "words.png", image_file(tmp_path, "good.png")
     bad.write_text("no image")
     page.open()
@@ -152,7 +152,7 @@ def test_a_file_that_is_no_image(page: Page, server: PageServer, tmp_path: Path)
 
 
 def test_a_question_waits_for_its_images(page: Page, server: PageServer, tmp_path: Path) -> None:
-    """Enter right behind a large image, before it is read."""
+    """Enter right after a large image is attached, before it is read."""
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), np.uint8)).save(buffer, "JPEG")
     (tmp_path / "large.jpg").write_bytes(buffer.getvalue())
