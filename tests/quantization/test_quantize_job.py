@@ -311,14 +311,15 @@ def test_command(model, rows, tmp_path, monkeypatch, capsys):
     """The printed lines have the report's figures; without --data a line says so."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("paddlemix_qwenvl_plugin.quantization.rows.N_DRAWN", 8)
-    arguments = ["quantize", str(model), "q8", "--bits", "8", "--group_size", "32"]
+    arguments = ["quantize", str(model), "q4", "--bits", "4"]
     monkeypatch.setattr(sys, "argv", ["qwenvl", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Without --data: calibrating on drawn images")
-    report = json.loads(Path("q8/quantization_report.json").read_text())
+    assert json.loads(Path("q4/config.json").read_text())["quantization_config"]["group_size"] == 32
+    report = json.loads(Path("q4/quantization_report.json").read_text())
     assert f"calibrated on 7 rows, {report['tokens']} tokens" in lines
     held = report["held_out"]
     assert any(
@@ -327,4 +328,4 @@ def test_command(model, rows, tmp_path, monkeypatch, capsys):
         )
         for line in lines
     )
-    assert lines[-1] == "wrote q8; the figures are in q8/quantization_report.json"
+    assert lines[-1] == "wrote q4; the figures are in q4/quantization_report.json"
