@@ -57,6 +57,5 @@ def test_memory(tmp_path):
     hessian = MLP**2 * (2 * 4 + 3 * 8)
     # Inputs of 2048 tokens and their parts; Paddle's working memory.
     inputs = 3 * 4 * 2100 * MLP
-    print(rise, layer, hessian, inputs)
     assert hessian < rise
     assert rise < 3 * layer + hessian + inputs + 6e7
