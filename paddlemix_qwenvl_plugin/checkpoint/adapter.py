@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.checkpoint.adapter_config import (
     read_paddlenlp_config,
     read_peft_config,
 )
-from paddlemix_qwenvl_plugin.checkpoint.dtypes import to_float32
+from paddlemix_qwenvl_plugin.checkpoint.dtypes import FLOATS, to_float32
 from paddlemix_qwenvl_plugin.checkpoint.schemes import SCHEMES
 from paddlemix_qwenvl_plugin.checkpoint.shards import Shards
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec
@@ -137,6 +137,11 @@ class Adapter:
             name = f"{_canonical(half['module'])}.weight" if half else _canonical(_WRAPPERS.sub("", stored))
             if name not in self._specs:
                 raise QwenVLError(f"{self._where(stored)} is not part of this model (see config.json)")
+            if self._shards.tensors[stored].dtype not in FLOATS:
+                raise QwenVLError(
+                    f"{self._where(stored)} has dtype {self._shards.tensors[stored].dtype}, "
+                    f"it must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
+                )
             table, key = (halves.setdefault(name, {}), half["half"]) if half else (self.whole, name)
             if key in table:
                 raise QwenVLError(f"{self._where(stored)} and {table[key]} are the same tensor twice")
@@ -158,7 +163,12 @@ class Adapter:
             raise QwenVLError(f"{self._where(pair['A'])} is for {name}; only matrices can be updated")
         self._check_shape(pair["A"], (shape[0], rank), self._out_in, rank)
         self._check_shape(pair["B"], (rank, shape[1]), self._out_in, rank)
-        return LowRank(pair["A"], pair["B"], self.config.scaling(module))
+        scaling = self.config.scaling(module)
+        if abs(scaling) > float(np.finfo(np.float32).max):
+            raise QwenVLError(
+                f"{self.config.path}: the scaling of {module} is {scaling:.3g}, beyond float32; correct its alpha"
+            )
+        return LowRank(pair["A"], pair["B"], scaling)
 
     def _check_shape(self, stored: str, shape: tuple[int, ...], reverse: bool, rank: int = 0) -> None:
         required, found = shape[::-1] if reverse else shape, self._shards.tensors[stored].shape

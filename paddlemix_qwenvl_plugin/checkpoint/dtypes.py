@@ -58,7 +58,9 @@ def cast(array: NDArray[np.generic], source: str, target: str, name: str) -> NDA
 def to_float32(array: NDArray[np.generic], source: str) -> NDArray[np.float32]:
     """Convert values from any storage type to float32."""
     if source == "bfloat16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
+        bits = array.astype(np.uint32)
+        bits <<= 16  # in place: an lm_head of 7B takes 2.5 GB
+        return bits.view(np.float32)
     return array.astype(np.float32)
 
 

@@ -18,7 +18,11 @@ def quantize(
         metavar="ROWS.jsonl",
         help='Calibration rows: as for `qwenvl batch`, with "answer" where known. Default: drawn images.',
     ),
-    group_size: int = typer.Option(64, "--group_size", help="Inputs that share a scale: 32, 64 or 128."),
+    group_size: Optional[int] = typer.Option(
+        None,
+        "--group_size",
+        help="Inputs that share a scale: 32, 64 or 128. Default: 32 with 4 bits, 64 with 8.",
+    ),
 ) -> None:
     """Quantize the language model, calibrated on images and prompts; run the command again to resume."""
     from paddlemix_qwenvl_plugin.quantization.job import quantise_model

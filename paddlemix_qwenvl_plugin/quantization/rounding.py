@@ -48,9 +48,22 @@ class Hessian:
         # With the order reversed, H = L L^T; reversing L gives an upper triangular R with H = R R^T, and U = R^-1.
         reverse = self.order[::-1]
         lower = np.linalg.cholesky(gram[np.ix_(reverse, reverse)].astype(np.float64))
-        inverse = np.linalg.inv(lower[::-1, ::-1]).astype(np.float32)
+        upper = np.ascontiguousarray(lower[::-1, ::-1])
         del lower  # 1 GB at the 7B model's sizes
-        self.factor: Floats = np.triu(inverse)
+        _invert(upper)
+        self.factor: Floats = upper.astype(np.float32)
+
+
+def _invert(upper: NDArray[np.float64]) -> None:
+    """Invert an upper triangular matrix in place, by halves: np.linalg.inv computes four times as much, in copies."""
+    n = len(upper)
+    if n <= _BLOCK:
+        upper[...] = np.triu(np.linalg.inv(upper))
+        return
+    first, last = slice(0, n // 2), slice(n // 2, n)
+    for part in (first, last):
+        _invert(upper[part, part])
+    upper[first, last] = -upper[first, first] @ upper[first, last] @ upper[last, last]
 
 
 def quantise(weight: Floats, hessian: Hessian, bits: int, group: int) -> Quantised:

@@ -17,11 +17,17 @@ PAIR: Shapes = {f"{C_ATTN}.lora_A.weight": (8, 256), f"{C_ATTN}.lora_B.weight": 
 PEFT = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
 
 
-def write(folder: str, shapes: Optional[Shapes], config: Any, name: str = "adapter_config.json") -> None:
+def write(
+    folder: str,
+    shapes: Optional[Shapes],
+    config: Any,
+    name: str = "adapter_config.json",
+    dtype: type[np.generic] = np.float32,
+) -> None:
     Path(folder).mkdir()
     Path(folder, name).write_text(config if isinstance(config, str) else json.dumps(config))
     if shapes is not None:
-        tensors = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+        tensors = {key: np.zeros(shape, dtype) for key, shape in shapes.items()}
         save_file(tensors, f"{folder}/adapter_model.safetensors")
 
 
@@ -67,6 +73,7 @@ cases(
         "an adapter that begins with PiSSA": peft(init_lora_weights="pissa"),
         "an adapter with a regular expression for ranks": peft(rank_pattern={"(a+)+": 4}),
         "an adapter with a rank of 0 for a module": peft(rank_pattern={"attn.c_attn": 0}),
+        "an adapter whose alpha is beyond float32": peft(lora_alpha=1e300),
         "an adapter folder without weights": peft(shapes=None),
         "a PaddleNLP adapter split over ranks": paddlenlp(tensor_parallel_degree=2),
         "a PaddleNLP adapter of MoRA": paddlenlp(use_mora=True),
@@ -96,6 +103,13 @@ cases(
         ),
     }
 )
+
+
+@case("an adapter of integers")
+def _(bench: Bench) -> list[str]:
+    bench.model()
+    write("adapter", PAIR, PEFT, dtype=np.int8)
+    return bench.export("--lora", "adapter")
 
 
 @case("`--lora` of a folder that is not there")

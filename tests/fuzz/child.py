@@ -26,8 +26,10 @@ from paddlemix_qwenvl_plugin.batch import source  # noqa: F401
 from paddlemix_qwenvl_plugin.checkpoint import convert  # noqa: F401
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 from paddlemix_qwenvl_plugin.cli.main import main
+from paddlemix_qwenvl_plugin.export import export  # noqa: F401
 from paddlemix_qwenvl_plugin.recipes import runner  # noqa: F401
 from paddlemix_qwenvl_plugin.runtime import engine_executor, predictor  # noqa: F401
+from paddlemix_qwenvl_plugin.runtime.adapters import low_rank, open_adapters
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
 
 ADDRESSES = 16 << 30
@@ -35,11 +37,13 @@ SECONDS = 30.0
 
 
 def read(model: str) -> None:
-    """Read all weights of a model folder, and print what came of it."""
+    """Read all weights of a model folder, with the adapter beside it merged and apart; print what came of it."""
     start = time.monotonic()
     said = ""
+    adapter = Path(model).with_name("adapter")
+    lora = [adapter] if adapter.is_dir() else []
     try:
-        checkpoint = Checkpoint(Path(model))
+        checkpoint = Checkpoint(Path(model), lora)
         quantised = checkpoint.quantised
         for name in quantised.names if quantised else ():
             quantised.read(name)
@@ -47,6 +51,10 @@ def read(model: str) -> None:
         plain = {name: spec for name, spec in specs.items() if not quantised or name not in quantised.names}
         for _ in checkpoint.tensors(plain, "float32"):
             pass
+        for folder in lora:
+            for opened in open_adapters({"a": folder}, checkpoint.config).values():
+                for _ in low_rank(opened):
+                    pass
     except (QwenVLError, OSError) as error:
         said = f"qwenvl: {line_of(error)}"
     except Exception:

@@ -16,7 +16,7 @@ import numpy as np
 from folders import cut_in_ranks
 from PIL import Image
 from quantised_folders import Variant, write_quantised
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 from torch_files import table_of, with_table, write_bin, write_legacy
 
 from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
@@ -29,6 +29,9 @@ from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
 # The command of all targets whose input is a part of a model folder, model/: a new reader of such a part needs only a
 # seed and a `lay_out` that returns this.
 CONVERT = ["convert", "model", "out"]
+# The command of those whose input is a part of adapter/, an adapter of the model in model/.
+MERGE = ["export-language", "--model_name_or_path", "model", "--output_path", "out", "--engine", "portable"]
+MERGE += ["--lora", "adapter"]
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -194,6 +197,36 @@ def targets(base: Path) -> dict[str, Target]:
         )
         return CONVERT
 
+    def adapter_file(form: str, name: str) -> Callable[[bytes, Path], list[str]]:
+        """Lay out the adapter of this form with this file."""
+
+        def lay_out(data: bytes, folder: Path) -> list[str]:
+            _link(base / "adapted", folder / "model")
+            _link(base / form, folder / "adapter", leave_out=name)
+            (folder / "adapter" / name).write_bytes(_restored(data))
+            return MERGE
+
+        return lay_out
+
+    def peft(data: bytes, folder: Path) -> list[str]:
+        """Lay out PEFT's adapter with its config, safetensors header, and number of bytes of values."""
+        try:
+            settings, header, n_bytes = json.loads(data)
+            config, zeros = json.dumps(settings).encode(), bytes(min(int(n_bytes), 1 << 20))
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            _, header, n_bytes = json.loads(peft_seeds[0])
+            config, zeros = data, bytes(n_bytes)
+        adapter_file("peft", "adapter_config.json")(config, folder)
+        table = json.dumps(header).encode()
+        weights = struct.pack("<Q", len(table)) + table + zeros
+        (folder / "adapter" / "adapter_model.safetensors").write_bytes(weights)
+        return MERGE
+
+    def peft_bin(data: bytes, folder: Path) -> list[str]:
+        adapter_file("peft_bin", "adapter_model.bin")(b"", folder)
+        with_table(base / "peft_bin" / "adapter_model.bin", folder / "adapter" / "adapter_model.bin", data)
+        return MERGE
+
     def manifest(stage: str, prefix: str) -> Callable[[bytes, Path], list[str]]:
         def lay_out(data: bytes, folder: Path) -> list[str]:
             name = f"{prefix}.manifest.json"
@@ -219,6 +252,8 @@ def targets(base: Path) -> dict[str, Target]:
     quantised = (base / "gptq" / "model.safetensors").read_bytes()
     quantised_values = 8 + struct.unpack("<Q", quantised[:8])[0]
     gptq_seed = b"[%s, %s]" % ((base / "gptq" / "config.json").read_bytes(), quantised[8:quantised_values])
+    peft_seeds = _small_adapters(base)
+    paddlenlp = {path.name: _elided(path) for path in (base / "paddlenlp").iterdir()}
     recipes = [path.read_bytes() for path in sorted((REPO / "recipes").glob("*.yaml"))]
     return {
         "config": Target([config], convert_config, is_json=True),
@@ -240,6 +275,16 @@ def targets(base: Path) -> dict[str, Target]:
         ),
         "ranks": Target([_elided(small["rank"])], weight_file("model_state.tp00.pdparams"), PICKLE_WORDS),
         "gptq": Target([gptq_seed], gptq, is_json=True),
+        "lora_peft": Target(peft_seeds, peft, is_json=True),
+        "lora_peft_bin": Target([table_of(base / "peft_bin" / "adapter_model.bin")], peft_bin, PICKLE_WORDS),
+        "lora_paddlenlp": Target(
+            [paddlenlp["lora_config.json"]], adapter_file("paddlenlp", "lora_config.json"), is_json=True
+        ),
+        "lora_pdparams": Target(
+            [paddlenlp["lora_model_state.pdparams"]],
+            adapter_file("paddlenlp", "lora_model_state.pdparams"),
+            PICKLE_WORDS,
+        ),
         "image": Target(list(_images()), look_at, IMAGE_WORDS),
         "recipe": Target([*recipes, _RECIPE], dry_run, YAML_WORDS),
     }
@@ -269,6 +314,54 @@ def _small_weight_files(base: Path) -> dict[str, Path]:
     files["rank"].write_bytes(pickle.dumps(ranks[0], 4))
     (base / "ranks" / "model_state.tp01.pdparams").write_bytes(pickle.dumps(ranks[1], 4))
     return files
+
+
+def _small_adapters(base: Path) -> list[bytes]:
+    """Write the model adapted/ and adapters of it, of zeros: peft_bin/ and paddlenlp/, and peft/ without weights.
+
+    Returns:
+        Seeds of PEFT's adapter, JSON texts of [config, safetensors header, number of bytes of values]: low-rank
+        updates of the language model, and those of the vision tower beside complete tensors.
+    """
+    for name in ("adapted", "peft", "peft_bin", "paddlenlp"):
+        (base / name).mkdir()
+    config = json.loads((base / "small" / "config.json").read_text())
+    (base / "adapted" / "config.json").write_text(json.dumps(config))
+    weights = random_weights(parse_config(config, "small"), seed=1)
+    save_file(weights, base / "adapted" / "model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": False, "use_dora": False}
+    settings.update(init_lora_weights=True, base_model_name_or_path=None)
+    language = _halves("h.0.attn.c_attn", 128, 384) | _halves("h.0.mlp.w1", 128, 4, rank=2)
+    patterns = {"rank_pattern": {"h.0.mlp.w1": 2}, "alpha_pattern": {"mlp.w1": 3}}
+    vision = _halves("visual.transformer.resblocks.0.attn.in_proj", 16, 48)
+    vision["base_model.model.transformer.wte.weight"] = np.zeros((8, 128), np.float32)
+    vision["base_model.model.transformer.h.0.attn.c_attn.bias"] = np.zeros(384, np.float32)
+    seeds = []
+    for tensors, more in ((language, patterns), (vision, {"modules_to_save": ["wte"]})):
+        data = save(tensors)
+        start = 8 + struct.unpack("<Q", data[:8])[0]
+        seeds.append(
+            json.dumps([{**settings, **more}, json.loads(data[8:start]), len(data) - start]).encode()
+        )
+    (base / "peft_bin" / "adapter_config.json").write_text(json.dumps({**settings, **patterns}))
+    write_bin(base / "peft_bin" / "adapter_model.bin", language, "float32")
+    settings = {"r": 4, "lora_alpha": 8, "rslora": False, "tensor_parallel_degree": 1, "pissa": False}
+    (base / "paddlenlp" / "lora_config.json").write_text(json.dumps(settings))
+    state = {
+        f"transformer.llm.h.0.attn.c_attn.lora_{half}": np.zeros(shape, np.float32)
+        for half, shape in (("A", (128, 4)), ("B", (4, 384)))
+    }
+    (base / "paddlenlp" / "lora_model_state.pdparams").write_bytes(pickle.dumps(state, 4))
+    return seeds
+
+
+def _halves(module: str, n_in: int, n_out: int, rank: int = 4) -> dict[str, np.ndarray]:
+    """PEFT's tensors of an update."""
+    module = f"base_model.model.transformer.{module}"
+    return {
+        f"{module}.lora_A.weight": np.zeros((rank, n_in), np.float32),
+        f"{module}.lora_B.weight": np.zeros((n_out, rank), np.float32),
+    }
 
 
 def _elided(path: Path) -> bytes:

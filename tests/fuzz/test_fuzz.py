@@ -25,9 +25,11 @@ from targets import REPO, Target, make_base, targets
 SECONDS = float(os.environ.get("QWENVL_FUZZ_SECONDS") or 60)
 SEED = int(os.environ.get("QWENVL_FUZZ_SEED") or 0)
 FOUND = Path(__file__).with_name("found")
-# Parts of a model folder: several inputs are read by one process.
+# Parts of a model folder or of an adapter: several inputs are read by one process.
 OF_MODELS = ("config", "index", "safetensors", "bin", "bin_table", "bin_legacy", "pdparams", "ranks", "gptq")
-NAMES = (*OF_MODELS, "manifest_vision", "manifest_language", "image", "recipe")
+OF_ADAPTERS = ("lora_peft", "lora_peft_bin", "lora_paddlenlp", "lora_pdparams")
+TOGETHER = (*OF_MODELS, *OF_ADAPTERS)
+NAMES = (*TOGETHER, "manifest_vision", "manifest_language", "image", "recipe")
 N_TOGETHER = 20
 
 MAX_MIB = 2048
@@ -66,7 +68,7 @@ class Runner:
         return None
 
     def suspects(self, target: Target, inputs: list[bytes]) -> list[bytes]:
-        """Those of several inputs, each a part of a model folder, that one process could not read or refuse well."""
+        """Those of several inputs, parts of a model or an adapter, that one process could not read or refuse well."""
         shutil.rmtree(self._work, ignore_errors=True)
         folders = [self._work / str(i) for i in range(len(inputs))]
         for folder, data in zip(folders, inputs):
@@ -133,11 +135,11 @@ def test_corrupted_inputs(name: str, runner: Runner, capsys: pytest.CaptureFixtu
     n_tried, finds = 0, dict[str, Path]()
     while time.monotonic() < end and len(finds) < MAX_FINDS:
         inputs = []
-        for _ in range(N_TOGETHER if name in OF_MODELS else 1):
+        for _ in range(N_TOGETHER if name in TOGETHER else 1):
             random = Random(f"{name} {SEED} {n_tried}")
             inputs.append(corrupted(random.choice(target.seeds), random, target.words, target.is_json))
             n_tried += 1
-        for data in runner.suspects(target, inputs) if name in OF_MODELS else inputs:
+        for data in runner.suspects(target, inputs) if name in TOGETHER else inputs:
             problem = runner.problem(target, data)
             if problem is not None and problem not in finds:
                 path = FOUND / name / hashlib.sha256(data).hexdigest()[:12]

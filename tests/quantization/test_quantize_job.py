@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +25,10 @@ from paddlemix_qwenvl_plugin.modeling.language import Position, chunk_mask
 from paddlemix_qwenvl_plugin.modeling.weights import load_language, load_vision
 from paddlemix_qwenvl_plugin.processing.images import load_image, preprocess
 from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
-from paddlemix_qwenvl_plugin.quantization import job
+from paddlemix_qwenvl_plugin.quantization import job, layers
 from paddlemix_qwenvl_plugin.quantization.folder import GptqFolder
 from paddlemix_qwenvl_plugin.quantization.job import quantise_model
-from paddlemix_qwenvl_plugin.quantization.rows import CalibrationRows
+from paddlemix_qwenvl_plugin.quantization.rows import CalibrationRow, CalibrationRows
 from paddlemix_qwenvl_plugin.tiny.make import random_weights
 from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
 
@@ -33,6 +36,14 @@ GROUP = 32
 N_ROWS = 16
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _several_chunks():
+    """So few tokens at once that the inputs are summed up in several chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "_TOKENS_AT_ONCE", 200)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -144,66 +155,98 @@ def test_folder(quantised, model):
     assert not (quantised.parent / "q4.partial").exists()
 
 
+@dataclass
+class Forward:
+    """The whole model in dynamic mode.
+
+    Attributes:
+        grams: X^T X of the inputs of the matrices, of all rows so far; keys "LAYER MATRIX".
+    """
+
+    folder: Path
+    images: Path
+    grams: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.checkpoint = Checkpoint(self.folder)
+        self.vision, self.language = load_vision(self.checkpoint), load_language(self.checkpoint)
+        for number, layer in enumerate(self.language.layers):
+            parts = (layer.attn.c_attn, layer.attn.c_proj, layer.w1, layer.w2, layer.c_proj)
+            for name, part in zip(MATRICES, parts):
+                part.register_forward_pre_hook(partial(self._add, f"{number} {name}"))
+
+    def _add(self, key: str, _: paddle.nn.Layer, inputs: tuple[paddle.Tensor]) -> None:
+        x = inputs[0].numpy()[0].astype(np.float64)
+        self.grams[key] = self.grams.get(key, 0) + x.T @ x
+
+    @paddle.no_grad()
+    def __call__(self, row: CalibrationRow) -> tuple[list[np.ndarray], np.ndarray]:
+        """The states after each layer, and the likeliest next tokens."""
+        language, ids = self.language, paddle.to_tensor([row.input_ids])
+        x = language.embed_tokens(ids)
+        if row.images:
+            images = [preprocess(load_image(self.images / image), 56) for image in row.images]
+            place = paddle.to_tensor([[0, start, end] for start, end in row.spans])
+            x = language.embed(ids, self.vision(paddle.to_tensor(np.stack(images))), place)
+        positions = paddle.arange(ids.shape[1]).unsqueeze(0)
+        length, mask = paddle.to_tensor([[row.n_prompt]]), chunk_mask(positions, None)
+        position = Position(positions, length, mask, self.checkpoint.config)
+        states = []
+        for layer in language.layers:
+            x, _ = layer(x, position, None)
+            states.append(x.numpy()[0])
+        return states, language.lm_head(language.ln_f(x)).numpy()[0].argmax(-1)
+
+
 def test_report(quantised, model, rows, tmp_path):
     """The figures, recomputed with the whole models in dynamic mode."""
     report = json.loads((quantised / "quantization_report.json").read_text())
     found = tensors_of(quantised)
     plain = shutil.copytree(model, tmp_path / "plain")
     weights = load_file(model / "model.safetensors")
+    changes = {}
     for layer in range(2):
         for matrix in MATRICES:
-            stem = f"h.{layer}.{matrix}"
-            weights[f"transformer.llm.{stem}.weight"] = unpacked(found, f"transformer.{stem}").T.copy()
+            name = f"transformer.llm.h.{layer}.{matrix}.weight"
+            values = unpacked(found, f"transformer.h.{layer}.{matrix}")
+            changes[f"{layer} {matrix}"] = weights[name].T, values
+            weights[name] = values.T.copy()
     save_file(weights, plain / "model.safetensors")
-    checkpoint = Checkpoint(model)
-    tokenizer = QwenTokenizer.of_model(model, checkpoint.config)
-    loaded = CalibrationRows(rows, tokenizer, checkpoint.config, False)
-    held_out = [loaded.rows[7], loaded.rows[15]]
+    original, changed = Forward(model, rows.parent), Forward(plain, rows.parent)
+    config = original.checkpoint.config
+    loaded = CalibrationRows(rows, QwenTokenizer.of_model(model, config), config, False).rows
+    held_out = [loaded[7], loaded[15]]
+    calibration = [row for row in loaded if row not in held_out]
     assert (report["rows"], report["skipped_rows"]) == (N_ROWS - 2, 0)
-    assert report["tokens"] == sum(len(r.input_ids) for r in loaded.rows) - sum(
-        len(r.input_ids) for r in held_out
-    )
-    vision = load_vision(checkpoint)
-    states, tokens = {}, {}
-    for name, folder in (("original", model), ("quantised", plain)):
-        language = load_language(Checkpoint(folder))
-        states[name], tokens[name] = [[], []], []
-        for row in held_out:
-            with paddle.no_grad():
-                ids = paddle.to_tensor([row.input_ids])
-                x = language.embed_tokens(ids)
-                if row.images:
-                    images = [preprocess(load_image(rows.parent / image), 56) for image in row.images]
-                    place = paddle.to_tensor([[0, start, end] for start, end in row.spans])
-                    x = language.embed(ids, vision(paddle.to_tensor(np.stack(images))), place)
-                positions = paddle.arange(ids.shape[1]).unsqueeze(0)
-                position = Position(
-                    positions,
-                    paddle.to_tensor([[row.n_prompt]]),
-                    chunk_mask(positions, None),
-                    checkpoint.config,
-                )
-                for number, layer in enumerate(language.layers):
-                    x, _ = layer(x, position, None)
-                    states[name][number].append(x.numpy()[0])
-                likeliest = language.lm_head(language.ln_f(x)).numpy()[0].argmax(-1)
-            answer = range(row.n_prompt - 1, len(row.input_ids) - 1)
-            tokens[name].append(likeliest[list(answer)])
+    assert report["tokens"] == sum(len(row.input_ids) for row in calibration)
+
+    # The inputs of a matrix depend on the quantised matrices before it only.
+    for row in calibration:
+        changed(row)
+    for key, (before, after) in changes.items():
+        layer, matrix = key.split()
+        off, gram = before.astype(np.float64) - after, changed.grams[key]
+        expected = math.sqrt(np.vdot(off @ gram, off) / np.vdot(before @ gram, before))
+        error, nearest = report["layers"][int(layer)]["matrices"][matrix]
+        assert error == pytest.approx(expected, rel=2e-3), key
+        assert error < nearest
+
+    pairs = [(original(row), changed(row)) for row in held_out]
     for layer in range(2):
-        original, other = (np.concatenate(states[name][layer]) for name in ("original", "quantised"))
-        error = np.linalg.norm(other - original) / np.linalg.norm(original)
-        assert report["layers"][layer]["states"] == pytest.approx(error, rel=1e-3)
-        for error, nearest in report["layers"][layer]["matrices"].values():
-            assert 0 < error < nearest
-    changed = [a != b for a, b in zip(tokens["original"], tokens["quantised"])]
+        before, after = (np.concatenate([pair[i][0][layer] for pair in pairs]) for i in range(2))
+        expected = np.linalg.norm(after - before) / np.linalg.norm(before)
+        assert report["layers"][layer]["states"] == pytest.approx(expected, rel=1e-3)
+    differs = []
+    for row, pair in zip(held_out, pairs):
+        answer = slice(row.n_prompt - 1, len(row.input_ids) - 1)
+        differs.append(pair[0][1][answer] != pair[1][1][answer])
     assert report["held_out"] == {
-        "tokens": sum(int(each.sum()) for each in changed),
-        "of_tokens": sum(map(len, changed)),
-        "rows": sum(bool(each.any()) for each in changed),
+        "tokens": sum(int(each.sum()) for each in differs),
+        "of_tokens": sum(map(len, differs)),
+        "rows": sum(bool(each.any()) for each in differs),
         "of_rows": 2,
     }
-    sizes = sum(path.stat().st_size for path in quantised.glob("*.safetensors"))
-    assert report["bytes"] == sizes
+    assert report["bytes"] == sum(path.stat().st_size for path in quantised.glob("*.safetensors"))
     assert report["bytes_before"] == sum(each.nbytes for each in weights.values())
 
 
@@ -268,14 +311,15 @@ def test_command(model, rows, tmp_path, monkeypatch, capsys):
     """The printed lines have the report's figures; without --data a line says so."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("paddlemix_qwenvl_plugin.quantization.rows.N_DRAWN", 8)
-    arguments = ["quantize", str(model), "q8", "--bits", "8", "--group_size", "32"]
+    arguments = ["quantize", str(model), "q4", "--bits", "4"]
     monkeypatch.setattr(sys, "argv", ["qwenvl", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Without --data: calibrating on drawn images")
-    report = json.loads(Path("q8/quantization_report.json").read_text())
+    assert json.loads(Path("q4/config.json").read_text())["quantization_config"]["group_size"] == 32
+    report = json.loads(Path("q4/quantization_report.json").read_text())
     assert f"calibrated on 7 rows, {report['tokens']} tokens" in lines
     held = report["held_out"]
     assert any(
@@ -284,4 +328,4 @@ def test_command(model, rows, tmp_path, monkeypatch, capsys):
         )
         for line in lines
     )
-    assert lines[-1] == "wrote q8; the figures are in q8/quantization_report.json"
+    assert lines[-1] == "wrote q4; the figures are in q4/quantization_report.json"

@@ -92,6 +92,42 @@ def test_descent_never_increases_the_error():
         errors.append(error(weight, matrix.values(), hessian.matrix))
     assert all(after <= before * (1 + 1e-5) for before, after in zip(errors, errors[1:])), errors
     assert errors[-1] < 0.97 * errors[0]
+    whole = quantise(weight, hessian, 4, 32).values()
+    assert error(weight, whole, hessian.matrix) == pytest.approx(errors[3], rel=1e-4)
+
+
+def test_descent_sets_the_scales():
+    """A matrix that is exact with other scales."""
+    rng = np.random.default_rng(7)
+    integers = rng.integers(0, 16, (6, 64)).astype(np.float32)
+    scales = (0.5 + rng.random((6, 2))).astype(np.float16).astype(np.float32)
+    zeros = np.full_like(scales, 8)
+    exact = Quantised(integers, scales, zeros)
+    inputs = correlated(rng, 300, 64)
+    hessian = Hessian(inputs.T @ inputs, "w")
+    matrix = Quantised(integers.copy(), (scales * 0.97).astype(np.float16).astype(np.float32), zeros)
+    for _ in range(6):
+        descend(matrix, exact.values(), hessian.matrix, 4)
+    np.testing.assert_array_equal(matrix.scales, scales)
+    np.testing.assert_array_equal(matrix.integers, integers)
+
+
+def test_grids_of_clipped_ranges():
+    """An outlier is clipped for the sake of the other columns if its inputs are small, but not if they are large."""
+    rng = np.random.default_rng(8)
+    columns = rng.uniform(-1, 1, (64, 32)).astype(np.float32)
+    columns[:, 3] = 2.5
+    importance = np.ones(32, np.float32)
+    errors = []
+    for weight in (1e-3, 1e3):
+        importance[3] = weight
+        scales, zeros = best_grid(columns, importance, 4)
+        integers = np.clip(np.rint(columns / scales[:, None]) + zeros[:, None], 0, 15)
+        errors.append(np.abs((integers - zeros[:, None]) * scales[:, None] - columns))
+    clipped, full = errors
+    others = np.arange(32) != 3
+    assert clipped[:, 3].mean() > 3 * full[:, 3].mean()
+    assert clipped[:, others].mean() < 0.9 * full[:, others].mean()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

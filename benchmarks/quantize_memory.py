@@ -1,0 +1,91 @@
+"""Peak memory of the phases of `qwenvl quantize` in the 7B geometry with random weights.
+
+Run: python benchmarks/quantize_memory.py embed|layer|report FOLDER; FOLDER is made at first, 7 GB, and used again.
+Each phase is a process, as memory is freed between them. `embed` loads the whole vision tower and encodes the images of
+a few default rows. `layer` holds what is in memory at a layer's last matrix, mlp.c_proj, whose Hessian is the largest,
+and quantizes it, with a chunk of random inputs. `report` compares tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO / "tests"))
+
+from geometry_7b import CONFIG, write_model  # noqa: E402
+
+from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint  # noqa: E402
+from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer  # noqa: E402
+from paddlemix_qwenvl_plugin.quantization.embedding import embed  # noqa: E402
+from paddlemix_qwenvl_plugin.quantization.judge import count_changed  # noqa: E402
+from paddlemix_qwenvl_plugin.quantization.layer import DecoderLayer  # noqa: E402
+from paddlemix_qwenvl_plugin.quantization.layers import Streams  # noqa: E402
+from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantise  # noqa: E402
+from paddlemix_qwenvl_plugin.quantization.rows import CalibrationRows  # noqa: E402
+from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary  # noqa: E402
+
+HIDDEN, MLP, TOKENS = 4096, 11008, 2048
+
+
+def make(folder: Path) -> None:
+    folder.mkdir()
+    write_tiny_vocabulary(folder / "qwen.tiktoken")
+    start = QwenTokenizer.from_folder(folder).img_start_id
+    vision = {**CONFIG["visual"], "layers": 48, "image_start_id": start}
+    write_model(folder, {**CONFIG, "visual": vision}, "bfloat16")
+
+
+def report(what: str) -> None:
+    status = Path("/proc/self/status").read_text()
+    peak, now = (int(re.findall(rf"{key}:\s+(\d+)", status)[0]) / 2**20 for key in ("VmHWM", "VmRSS"))
+    print(f"{what}: peak {peak:.2f} GiB, now {now:.2f}", flush=True)
+
+
+def measure_embed(checkpoint: Checkpoint) -> None:
+    tokenizer = QwenTokenizer.of_model(checkpoint.folder, checkpoint.config)
+    rows = CalibrationRows(None, tokenizer, checkpoint.config, chat=False)
+    for number, _ in enumerate(islice(embed(checkpoint, rows), 3), start=1):
+        report(f"{number} rows")
+
+
+def measure_layer(checkpoint: Checkpoint) -> None:
+    layers = [DecoderLayer(checkpoint.config) for _ in range(2)]
+    for layer in layers:
+        layer.load({"mlp.c_proj.weight": np.full((HIDDEN, MLP), 0.01, np.float32)})
+    report("two layers")
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((HIDDEN, MLP), np.float32)
+    inputs = random.standard_normal((TOKENS, MLP), np.float32)
+    gram = inputs.T @ inputs
+    report("inputs")
+    hessian = Hessian(gram.copy(), "mlp.c_proj")
+    report("factored")
+    quantise(weight, hessian, 4, 32)
+    report("quantized")
+
+
+class RandomStates:
+    def read(self, row: int) -> np.ndarray:
+        return np.random.default_rng(row).standard_normal((300, HIDDEN), np.float32)
+
+
+class Row:
+    judged = np.arange(100, 300)
+
+
+def measure_report(checkpoint: Checkpoint) -> None:
+    count_changed(checkpoint, [Row()], [0], Streams(RandomStates(), RandomStates()))  # type: ignore[arg-type,list-item]
+    report("tokens compared")
+
+
+if __name__ == "__main__":
+    phase, path = sys.argv[1], Path(sys.argv[2])
+    if not path.exists():
+        make(path)
+    globals()[f"measure_{phase}"](Checkpoint(path))
