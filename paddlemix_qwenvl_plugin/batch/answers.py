@@ -29,8 +29,8 @@ class Answers(Generic[S]):
         self._folder = folder
         self._digest = hashlib.sha256(dump(job)).hexdigest()
 
-    def lines(self, rows: Iterable[tuple[int, Row]], window: int) -> Iterator[list[tuple[Row, bytes]]]:
-        """Answer rows, `window` at a time; yield (row, output line) of those that are done, in order of completion.
+    def lines(self, rows: Iterable[tuple[int, Row]], window: int) -> Iterator[list[tuple[int, Row, bytes]]]:
+        """Answer rows, `window` at a time; yield (number, row, output line) as they are done.
 
         Args:
             rows: (number, row) pairs; read as they are needed.
@@ -43,19 +43,19 @@ class Answers(Generic[S]):
         todo = iter(rows)
         try:
             while True:
-                done: list[tuple[Row, bytes]] = []
+                done: list[tuple[int, Row, bytes]] = []
                 while len(active) < window and (following := next(todo, None)) is not None:
                     number, row = following
                     try:
                         active[self._start(row)] = following
                     except QwenVLError as error:
-                        done.append((row, self.error_line(number, row, error)))
+                        done.append((number, row, self.error_line(number, row, error)))
                 if not active and not done:
                     return
                 try:
                     for stream in self._model.wait_any(active) if active else []:
                         number, row = active.pop(stream)
-                        done.append((row, self._reply(number, row, stream)))
+                        done.append((number, row, self._reply(number, row, stream)))
                 except BaseException:
                     yield done
                     raise

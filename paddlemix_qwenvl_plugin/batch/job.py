@@ -103,7 +103,7 @@ class _Job(Generic[S]):
         """Answer rows into the journal; yield once for each."""
         rows = ((self._source.entries[index].number, self._source.row(index)) for index in indices)
         for done in self._answers.lines(rows, window):
-            self._journal.append((id_key(row.id), line) for row, line in done)
+            self._journal.append((id_key(row.id), line) for _, row, line in done)
             yield from (None for _ in done)
 
     def _key(self, index: int) -> str:
