@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_METRICS_COLLECTION": "0",
+    "RAY_worker_niceness": "0",  # else the actors starve beside other programs
 }
 
 # A killed node is noticed after 5 s rather than 15 s. On a busy machine less would end nodes that live.
@@ -63,8 +65,22 @@ class LocalCluster:
 
 
 def _node() -> dict[str, Any]:
-    # Without the processes that nothing here needs: each takes seconds to start.
-    return {"num_cpus": 1, "object_store_memory": 80 << 20, "include_log_monitor": False, "no_monitor": True}
+    # With these ports a node does not wait for its agent, for which 15 s are too short on a busy machine.
+    agents = ("metrics_agent", "metrics_export", "dashboard_agent_listen", "runtime_env_agent")
+    ports = {f"{name}_port": _free_port() for name in agents}
+    return {
+        "num_cpus": 1,
+        "object_store_memory": 80 << 20,
+        "include_log_monitor": False,
+        "no_monitor": True,
+        **ports,
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
 
 
 def _processes() -> list[tuple[int, int, bytes]]:
