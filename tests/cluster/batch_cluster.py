@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +29,13 @@ class LocalCluster:
     """Nodes of one CPU each, on this machine; the head is not killed."""
 
     def __init__(self, folder: Path, n_nodes: int) -> None:
+        import ray
         from ray.cluster_utils import Cluster
 
         os.environ.update(ENVIRONMENT)
+        # Ray then starts the agents of its minimal installation: a node waits 15 s for the others, which is too short on
+        # a busy machine.
+        ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not needed here")
         head = {"_system_config": _SYSTEM, "temp_dir": str(folder), "include_dashboard": False}
         self._cluster = Cluster(initialize_head=True, head_node_args={**_node(), **head})
         self.address: str = self._cluster.address
@@ -65,22 +68,7 @@ class LocalCluster:
 
 
 def _node() -> dict[str, Any]:
-    # With these ports a node does not wait for its agent, for which 15 s are too short on a busy machine.
-    agents = ("metrics_agent", "metrics_export", "dashboard_agent_listen", "runtime_env_agent")
-    ports = {f"{name}_port": _free_port() for name in agents}
-    return {
-        "num_cpus": 1,
-        "object_store_memory": 80 << 20,
-        "include_log_monitor": False,
-        "no_monitor": True,
-        **ports,
-    }
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return int(free.getsockname()[1])
+    return {"num_cpus": 1, "object_store_memory": 80 << 20, "include_log_monitor": False, "no_monitor": True}
 
 
 def _processes() -> list[tuple[int, int, bytes]]:
