@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,18 @@ class LocalCluster:
         from ray.cluster_utils import Cluster
 
         os.environ.update(ENVIRONMENT)
-        # Ray then starts the agents of its minimal installation: a node waits 15 s for the others, which is too short on
-        # a busy machine.
+        # Ray then starts the agents of its minimal installation. A node waits 15 s for the others, too short on a
+        # busy machine.
         ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not needed here")
         head = {"_system_config": _SYSTEM, "temp_dir": str(folder), "include_dashboard": False}
         self._cluster = Cluster(initialize_head=True, head_node_args={**_node(), **head})
         self.address: str = self._cluster.address
         self.n_nodes = n_nodes
         self.fill()
+
+    def replace(self) -> None:
+        """Add a node after one was killed, beside what else goes on: a start takes long on a busy machine."""
+        threading.Thread(target=self.fill, daemon=True).start()
 
     def fill(self) -> None:
         """Add nodes until there are as many as at the beginning."""
@@ -50,9 +55,14 @@ class LocalCluster:
             ):  # Ray gives a node on a busy machine too little time to start
                 self._cluster.add_node(wait=False, **_node())
 
+    def has_node(self) -> bool:
+        """Whether there is a node besides the head."""
+        return bool(self._cluster.worker_nodes)
+
     def kill_node(self, rng: random.Random) -> None:
         """Kill a node, with its actors."""
-        self._cluster.remove_node(rng.choice([*self._cluster.worker_nodes]), allow_graceful=False)
+        nodes = sorted(self._cluster.worker_nodes, key=lambda node: str(node.unique_id))
+        self._cluster.remove_node(rng.choice(nodes), allow_graceful=False)
 
     def actors(self) -> list[int]:
         """List the process ids of the actors of jobs."""
@@ -84,24 +94,37 @@ def _processes() -> list[tuple[int, int, bytes]]:
     return found
 
 
-def start(stages: Any, source: object, target: object, *flags: object) -> subprocess.Popen[str]:
-    """Start a job on the demo model."""
-    model = ["--first_model_path", stages.vision, "--second_model_path", stages.language]
-    command = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "batch", source, target, *model, *flags]
-    return subprocess.Popen(
-        [str(word) for word in command],
-        env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class BatchProcess:
+    """`qwenvl batch` on the demo model, as a process."""
 
+    def __init__(self, stages: Any, log: Path, source: object, target: object, *flags: object) -> None:
+        model = ["--first_model_path", stages.vision, "--second_model_path", stages.language]
+        command = [
+            sys.executable,
+            "-m",
+            "paddlemix_qwenvl_plugin.cli",
+            "batch",
+            source,
+            target,
+            *model,
+            *flags,
+        ]
+        self._streams = log.with_suffix(".out"), log.with_suffix(".err")
+        out, err = (path.open("w") for path in self._streams)
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
+            stdout=out,
+            stderr=err,
+        )
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for a job; return its exit code, stdout and stderr."""
-    out, err = process.communicate(timeout=900)
-    return process.returncode, out, err
+    def finish(self) -> tuple[int, str, str]:
+        """Wait for the end; return the exit code, stdout and stderr."""
+        code = self.process.wait(timeout=300)
+        out, err = (path.read_text() for path in self._streams)
+        return code, out, err
 
 
 def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
