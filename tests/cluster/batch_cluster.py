@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +38,17 @@ class LocalCluster:
         # busy machine.
         ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not needed here")
         head = {"_system_config": _SYSTEM, "temp_dir": str(folder), "include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, head_node_args={**_node(), **head})
+        self._cluster = _with_retries(
+            lambda: Cluster(initialize_head=True, head_node_args={**_node(), **head})
+        )
         self.address: str = self._cluster.address
         self.n_nodes = n_nodes
         self.fill()
 
-    def replace(self) -> None:
-        """Add a node after one was killed, beside what else goes on: a start takes long on a busy machine."""
-        threading.Thread(target=self.fill, daemon=True).start()
-
     def fill(self) -> None:
         """Add nodes until there are as many as at the beginning."""
         while len(self._cluster.list_all_nodes()) < self.n_nodes:
-            with contextlib.suppress(
-                Exception
-            ):  # Ray gives a node on a busy machine too little time to start
-                self._cluster.add_node(wait=False, **_node())
-
-    def has_node(self) -> bool:
-        """Whether there is a node besides the head."""
-        return bool(self._cluster.worker_nodes)
+            _with_retries(lambda: self._cluster.add_node(wait=False, **_node()))
 
     def kill_node(self, rng: random.Random) -> None:
         """Kill a node, with its actors."""
@@ -79,6 +70,14 @@ class LocalCluster:
 
 def _node() -> dict[str, Any]:
     return {"num_cpus": 1, "object_store_memory": 80 << 20, "include_log_monitor": False, "no_monitor": True}
+
+
+def _with_retries(start: Callable[[], Any]) -> Any:
+    """Start a node; Ray gives one on a busy machine too little time."""
+    for _ in range(3):
+        with contextlib.suppress(Exception):
+            return start()
+    return start()
 
 
 def _processes() -> list[tuple[int, int, bytes]]:

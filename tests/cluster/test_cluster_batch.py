@@ -84,23 +84,21 @@ def test_killed_ten_times(tmp_path, stages, cluster):
     while kinds:
         time.sleep(rng.random() * 0.2)
         assert job.process.poll() is None, (job.finish(), killed)
-        if n_parts() < following or (kinds[-1] == "node" and not cluster.has_node()):
+        actors = cluster.actors()
+        if n_parts() < following or not actors:
             continue
-        kind, actors = kinds.pop(), cluster.actors()
+        kind = kinds.pop()
         if kind == "actor":
-            if not actors:
-                kinds.append(kind)
-                continue
             kill(rng.choice(actors))
         elif kind == "node":
             cluster.kill_node(rng)
-            cluster.replace()
+            cluster.fill()
         else:
             kill(job.process.pid)
             job.process.wait()
             job = run()
         killed.append(kind)
-        following = n_parts() + rng.randrange(1, 4)
+        following = n_parts() + rng.randrange(1, 3)
         print(f"{time.monotonic():.0f} s, {n_parts()} parts: killed {kind}", flush=True)
     code, out, err = job.finish()
     assert (code, err.splitlines()[-1]) == (
