@@ -84,7 +84,7 @@ class Journal:
         if found != head:
             if not head.startswith(found):
                 raise QwenVLError(
-                    f"{self._path}: {_difference(head, found)}; remove it or name another output"
+                    f"{self._path}: {difference(json.loads(head), found)}; remove it or name another output"
                 )
             self._ours = True
             self._file.truncate(0)  # new, or killed while writing the first line
@@ -111,14 +111,17 @@ class Journal:
             self._file.close()
 
 
-def _difference(head: bytes, found: bytes) -> str:
-    expected = json.loads(head)
+def difference(expected: Mapping[str, Any], found: bytes, kind: str = "partial file") -> str:
+    """Describe how the identity in `found`, a JSON object, differs from that of the job.
+
+    `kind` is what the file should be.
+    """
     try:
         actual = dict(json.loads(found))
     except (ValueError, TypeError):
         actual = {}
     if set(actual) != set(expected):
-        return "not a partial file of this version of qwenvl batch"
+        return f"not a {kind} of this version of qwenvl batch"
     different = [key for key in expected if actual[key] != expected[key]]
     return f"belongs to another job (different: {', '.join(different)})"
 

@@ -1,0 +1,114 @@
+"""`qwenvl batch --ray` on three local nodes, with actors, nodes and drivers killed at random."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("ray.data", reason="Ray is missing; pip install 'paddlemix-qwenvl-plugin[ray]'")
+
+from batch_cluster import BatchProcess, LocalCluster, kill
+
+from paddlemix_qwenvl_plugin.serve.demo_model import DemoStages, demo_stages
+
+N_ROWS, KILLS = 2000, ("actor",) * 4 + ("node",) * 3 + ("driver",) * 3
+OPTIONS = ("--max_new_tokens", 2)
+
+
+@pytest.fixture(scope="module")
+def stages() -> DemoStages:
+    return demo_stages(print)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with tempfile.TemporaryDirectory(prefix="qv-") as folder:  # a short path: it will contain sockets
+        cluster = LocalCluster(Path(folder), 3)
+        yield cluster
+        cluster.shutdown()
+
+
+def write_input(folder: Path, n_rows: int) -> Path:
+    """Write rows, a few with images or in OpenAI's form, and one in 50 with an error."""
+    colours = ("red", "green", "blue")
+    for colour in colours:
+        Image.new("RGB", (8, 8), colour).save(folder / f"{colour}.png")
+    rows: list[Any] = [{"id": n, "prompt": f"{n}?"} for n in range(n_rows)]
+    for n in range(0, n_rows, 50):
+        rows[n] = {"id": f"image {n}", "image": f"{colours[n % 3]}.png", "prompt": f"{n}?"}
+        rows[n + 1] = {"custom_id": f"chat {n}", "body": {"messages": [{"role": "user", "content": f"{n}?"}]}}
+        rows[n + 2] = {"id": f"bad {n}", "image": "none.png"}
+        rows[n + 3] = {"id": f"sampled {n}", "prompt": "?", "temperature": 3, "seed": n}
+    path = folder / "in.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def results(path: Path) -> list[Any]:
+    """Read results, without the times in them."""
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    for row in rows:
+        if row.get("response"):
+            del row["response"]["body"]["created"]
+    return rows
+
+
+def all_results(folder: Path) -> list[Any]:
+    return [row for path in sorted(folder.glob("part-*.jsonl")) for row in results(path)]
+
+
+def test_killed_ten_times(tmp_path, stages, cluster):
+    source, target = write_input(tmp_path, N_ROWS), tmp_path / "out"
+    alone = BatchProcess(
+        stages, tmp_path / "alone", source, tmp_path / "alone.jsonl", *OPTIONS, "--batch_size", 32
+    )
+    on_ray = ("--ray", cluster.address, "--ray_actors", "1:16", "--ray_cpus", 0.75)
+
+    def run() -> BatchProcess:
+        return BatchProcess(stages, tmp_path / "job", source, target, *OPTIONS, *on_ray)
+
+    def n_parts() -> int:
+        return len([*target.glob("part-*.jsonl")])
+
+    rng = random.Random(0)
+    kinds, killed, following = rng.sample(KILLS, len(KILLS)), list[str](), 1
+    job = run()
+    while kinds:
+        time.sleep(rng.random() * 0.2)
+        assert job.process.poll() is None, (job.finish(), killed)
+        actors = cluster.actors()
+        if n_parts() < following or not actors:
+            continue
+        kind = kinds.pop()
+        if kind == "actor":
+            kill(rng.choice(actors))
+        elif kind == "node":
+            cluster.kill_node(rng)
+            cluster.fill()
+        else:
+            kill(job.process.pid)
+            job.process.wait()
+            job = run()
+        killed.append(kind)
+        following = n_parts() + rng.randrange(1, 3)
+        print(f"{time.monotonic():.0f} s, {n_parts()} parts: killed {kind}", flush=True)
+    code, out, err = job.finish()
+    assert (code, err.splitlines()[-1]) == (
+        1,
+        f"qwenvl: {N_ROWS // 50} of {N_ROWS} rows failed; see their errors in {target}/errors.jsonl",
+    )
+    assert f"{target}: wrote {N_ROWS} rows in {n_parts()} parts" in out.splitlines()
+    assert alone.finish()[0] == 1
+    expected = results(tmp_path / "alone.jsonl")
+    assert all_results(target) == expected
+    assert len({str(row.get("custom_id", row.get("id"))) for row in expected}) == N_ROWS
+    assert results(target / "errors.jsonl") == [row for row in expected if row.get("error")]
+    assert not [*target.glob(".*")]
