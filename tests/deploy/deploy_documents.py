@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +43,18 @@ def misspelt(document: Any, free: set[str] = FREE) -> Iterator[tuple[str, Any]]:
             parent = parent[step]
         parent[f"{path[-1]}x"] = parent.pop(path[-1])
         yield ".".join(map(str, path)), changed
+
+
+def accepted(
+    check: Callable[[Any], Any], document: Any, errors: tuple[type[Exception], ...], free: set[str] = FREE
+) -> list[str]:
+    """Keys whose misspelling a check does not find."""
+    found, n = [], 0
+    for n, (key, changed) in enumerate(misspelt(document, free), 1):  # noqa: B007
+        try:
+            check(changed)
+        except errors:
+            continue
+        found.append(key)
+    assert n > 0
+    return found

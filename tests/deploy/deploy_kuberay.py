@@ -1,6 +1,6 @@
 """The keys of KubeRay's resources that deploy/ uses, as strict models; pod templates go to the Kubernetes schema.
 
-Source: the custom resource definitions of KubeRay 1.5, ray-operator/apis/ray/v1/*_types.go. No package on PyPI has them.
+Source: the resource definitions of KubeRay 1.5, ray-operator/apis/ray/v1/*_types.go; no package on PyPI has them.
 The values' ranges are those of the controller's validation.go where they are narrower than the types.
 """
 
@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Optional
 
-import kubernetes_validate
+from deploy_schema import validate_kubernetes
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from ray.serve.config import AutoscalingConfig
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import (
+    DeploymentSchema,
+    HTTPOptionsSchema,
+    RayActorOptionsSchema,
+    ServeApplicationSchema,
+    ServeDeploySchema,
+)
 from yaml import safe_load
-
-KUBERNETES = "1.32"
 
 
 class Strict(BaseModel):
@@ -32,9 +36,7 @@ class Metadata(Strict):
 
 
 def pod(template: dict[str, Any]) -> dict[str, Any]:
-    kubernetes_validate.validate(
-        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **template}, KUBERNETES, strict=True
-    )
+    validate_kubernetes({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **template})
     return template
 
 
@@ -105,13 +107,23 @@ class JobSpec(Strict):
         return self
 
 
+def known(given: dict[str, Any], model: type[BaseModel]) -> None:
+    """Assert that a model has each key: Ray's models of some levels ignore unknown ones."""
+    assert set(given) <= set(model.model_fields), set(given) - set(model.model_fields)
+
+
 def serve_config(text: str) -> str:
-    """Ray's own model of a Serve configuration; it leaves the keys of autoscaling_config to the deployment."""
+    """A Serve configuration, by Ray's own models."""
     document = safe_load(text)
     ServeDeploySchema.model_validate(document)
+    known(document, ServeDeploySchema)
+    known(document["http_options"], HTTPOptionsSchema)
     for application in document["applications"]:
+        known(application, ServeApplicationSchema)
         for deployment in application["deployments"]:
-            assert set(deployment["autoscaling_config"]) <= set(AutoscalingConfig.model_fields)
+            known(deployment, DeploymentSchema)
+            known(deployment["ray_actor_options"], RayActorOptionsSchema)
+            known(deployment["autoscaling_config"], AutoscalingConfig)
             AutoscalingConfig(**deployment["autoscaling_config"])
     return text
 
