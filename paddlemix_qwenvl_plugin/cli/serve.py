@@ -18,6 +18,8 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+# `--ray` without an address.
+_ANY_CLUSTER = "any"
 _LIBRARIES = ("fastapi", "prometheus_client", "pydantic_settings", "uvicorn")
 
 
@@ -26,6 +28,12 @@ class ServeCommand(TyperCommand):
 
     The flags are created on first use of the command: importing pydantic is too slow for `qwenvl --help`.
     """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Accept `--ray` without an address, which click does not for an option with a value."""
+        following = [*args[1:], "--"]
+        bare = [arg == "--ray" and next_.startswith("-") for arg, next_ in zip(args, following)]
+        return super().parse_args(ctx, [f"--ray={_ANY_CLUSTER}" if is_bare else a for a, is_bare in zip(args, bare)])
 
     def get_params(self, ctx: Any) -> Any:
         """Return the parameters, with the flags of the settings."""
@@ -60,7 +68,10 @@ def serve(
     if print_config:
         print(settings.as_yaml(), end="")
         return
-    from paddlemix_qwenvl_plugin.serve.start import start
+    if settings.values.ray is None:
+        from paddlemix_qwenvl_plugin.serve.start import start
+    else:
+        from paddlemix_qwenvl_plugin.cluster.serve.start import start
 
     with signals.handled_by_the_command() as numbers:
         second = start(settings.values, numbers, functools.partial(print, flush=True))
