@@ -1,0 +1,1 @@
+"""Many machines: `qwenvl batch --ray` and `qwenvl serve --ray`, on Ray."""
