@@ -13,13 +13,12 @@ from typer.core import TyperCommand
 
 from paddlemix_qwenvl_plugin.cli import signals
 from paddlemix_qwenvl_plugin.cli.options import made_flags
+from paddlemix_qwenvl_plugin.cli.ray_options import RayAddress, with_ray_default
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-# `--ray` without an address.
-_ANY_CLUSTER = "any"
 _LIBRARIES = ("fastapi", "prometheus_client", "pydantic_settings", "uvicorn")
 
 
@@ -30,10 +29,8 @@ class ServeCommand(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Accept `--ray` without an address, which click does not for an option with a value."""
-        following = [*args[1:], "--"]
-        bare = [arg == "--ray" and next_.startswith("-") for arg, next_ in zip(args, following)]
-        return super().parse_args(ctx, [f"--ray={_ANY_CLUSTER}" if is_bare else a for a, is_bare in zip(args, bare)])
+        """Parse the arguments; `--ray` may lack its address."""
+        return super().parse_args(ctx, with_ray_default(args))
 
     def get_params(self, ctx: Any) -> Any:
         """Return the parameters, with the flags of the settings."""
@@ -56,6 +53,7 @@ def serve(
     print_config: bool = typer.Option(
         False, "--print_config", help="Print the settings with their origins, and exit."
     ),
+    ray: RayAddress = None,
 ) -> None:
     """Serve an OpenAI-compatible HTTP API and a web page.
 
@@ -68,11 +66,12 @@ def serve(
     if print_config:
         print(settings.as_yaml(), end="")
         return
-    if settings.values.ray is None:
+    if ray is None:
         from paddlemix_qwenvl_plugin.serve.start import start
     else:
-        from paddlemix_qwenvl_plugin.cluster.serve.start import start
+        from paddlemix_qwenvl_plugin.cluster.serve.start import start_on
 
+        start = functools.partial(start_on, ray)
     with signals.handled_by_the_command() as numbers:
         second = start(settings.values, numbers, functools.partial(print, flush=True))
     if second == signal.SIGINT:

@@ -111,11 +111,7 @@ class ServeSettings(BaseSettings):
         int, Field(ge=1024, description="Maximum bytes of the bodies of all unanswered requests.")
     ] = 2**30
 
-    # Ray cluster
-    ray: Annotated[
-        Optional[str],
-        Field(description="Serve on the Ray cluster at this address; auto: this machine's, local: a new one."),
-    ] = None
+    # Ray cluster, with --ray
     min_replicas: Annotated[int, Field(ge=1, description="Minimum of engine replicas.")] = 1
     max_replicas: Annotated[
         Optional[int], Field(ge=1, description="Maximum of engine replicas; default: the minimum.")
@@ -123,7 +119,9 @@ class ServeSettings(BaseSettings):
     replica_cpus: Annotated[float, Field(gt=0, description="CPUs that an engine replica reserves.")] = 1.0
     replica_gpus: Annotated[
         Optional[float],
-        Field(ge=0, description="GPUs, or a share of one, of an engine replica; default: 1 with --device gpu."),
+        Field(
+            ge=0, description="GPUs, or a share of one, of an engine replica; default: 1 with --device gpu."
+        ),
     ] = None
     min_fronts: Annotated[int, Field(ge=1, description="Minimum of front replicas.")] = 2
 

@@ -48,7 +48,9 @@ def application(settings: ServeSettings) -> serve.Application:
     most = settings.max_replicas or settings.min_replicas
     if most < settings.min_replicas:
         raise UsageError(f"--max_replicas {most}: less than --min_replicas {settings.min_replicas}; raise it")
-    engine = serve.deployment(Engine, name="Engine").options(
+    router: Any = PrefixRouter  # annotated wrongly in Ray
+    engine = serve.deployment(
+        name="Engine",
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.min_replicas,
             max_replicas=most,
@@ -56,14 +58,15 @@ def application(settings: ServeSettings) -> serve.Application:
             target_ongoing_requests=max(1.0, _TARGET_SHARE * settings.max_running),
         ),
         max_ongoing_requests=settings.max_running,
-        request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
+        request_router_config=RequestRouterConfig(request_router_class=router),
         ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": _gpus(settings)},
         health_check_period_s=_HEALTH_SECONDS,
         # Requests that take longer are computed again on another replica.
         graceful_shutdown_timeout_s=settings.shutdown_timeout,
-    )
+    )(Engine)
     n_requests = settings.max_running * most + settings.max_waiting
-    front = serve.deployment(ingress(), name="Front").options(
+    front = serve.deployment(
+        name="Front",
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.min_fronts,
             max_replicas=max(settings.min_fronts, most),
@@ -75,8 +78,9 @@ def application(settings: ServeSettings) -> serve.Application:
         health_check_period_s=_HEALTH_SECONDS,
         # An update must not end a request, however long it may wait and run.
         graceful_shutdown_timeout_s=settings.waiting_timeout + settings.running_timeout,
-    )
-    return front.bind(settings, keys_of(settings), engine.bind(settings))
+    )(ingress())
+    bound: serve.Application = front.bind(settings, keys_of(settings), engine.bind(settings))
+    return bound
 
 
 def _gpus(settings: ServeSettings) -> float:

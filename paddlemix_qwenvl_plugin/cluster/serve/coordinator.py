@@ -86,7 +86,9 @@ class Coordinator:
         self._queue.open()
         self._draining = self._ending = False
 
-    async def acquire(self, front: str, lease_id: str, n: int, key: Optional[str]) -> Optional[dict[str, Any]]:
+    async def acquire(
+        self, front: str, lease_id: str, n: int, key: Optional[str]
+    ) -> Optional[dict[str, Any]]:
         """Wait for n slots; see Admission.slots. Return None when they are granted, else an ApiError's arguments."""
         await asyncio.sleep(self._settled - time.monotonic())
         if lease_id in self._leases:  # asked before the restart of this actor, and adopted

@@ -31,7 +31,7 @@ class Chunk(NamedTuple):
 class Engine:
     """Replica that holds an engine process, restarts it when it ends, and streams completions."""
 
-    async def __init__(self, settings: ServeSettings) -> None:
+    async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Start the engine process and wait until it is ready; raises as EngineClient.start."""
         start_logging(settings.log_level)
         self._client = ProcessEngineClient(model_settings(settings, LOGGER.info))

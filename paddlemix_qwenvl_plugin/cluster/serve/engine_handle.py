@@ -54,8 +54,12 @@ class HandleEngineClient:
         """See EngineClient; waits for a replica."""
         if request.options.seed is None:  # a second attempt must draw the same tokens
             request = replace(request, options=replace(request.options, seed=random.getrandbits(63)))
-        stream = ReceivedTokens(lambda: task.cancel() and None)
+        stream = ReceivedTokens(lambda: cancel())
         task = asyncio.ensure_future(self._run(request, stream))
+
+        def cancel() -> None:
+            task.cancel()
+
         self._running[task] = stream
         task.add_done_callback(self._running.pop)
         return stream

@@ -7,7 +7,7 @@ from typing import Any, Optional
 from prometheus_client.core import Metric
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from paddlemix_qwenvl_plugin.cluster.serve.cluster_admission import ClusterAdmission
 from paddlemix_qwenvl_plugin.cluster.serve.cluster_metrics import render
@@ -27,19 +27,25 @@ class _App:
     front: Optional[Front] = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":  # Ray's proxy adds the header, too
+                headers = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]
+                message = {**message, "headers": headers}
+            await send(message)
+
         assert _App.front is not None
-        await _App.front.app(scope, receive, send)
+        await _App.front.asgi(scope, receive, without_id)
 
 
 class Front:
     """Replica that answers HTTP requests with the engine replicas.
 
     Attributes:
-        app: the ASGI application.
+        asgi: the application; Ray Serve's ingress has an attribute `app` of its own.
     """
 
-    async def __init__(
-        self, settings: ServeSettings, keys: Optional[ApiKeys], engine: DeploymentHandle
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, settings: ServeSettings, keys: Optional[ApiKeys], engine: DeploymentHandle[Any]
     ) -> None:
         """Open the tokenizer and join the cluster.
 
@@ -59,7 +65,7 @@ class Front:
         await self._member.coordinator.configure.remote(settings)
         await self._member.report()
         self._member.start()
-        self.app: Any = create_app(self._service, keys=keys)
+        self.asgi: Any = create_app(self._service, keys=keys)
         _App.front = self
 
     async def __del__(self) -> None:

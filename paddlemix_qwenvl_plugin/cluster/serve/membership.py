@@ -26,7 +26,7 @@ class Report(NamedTuple):
 
     ready: bool
     metrics: list[Metric]
-    leases: Leases = {}
+    leases: Optional[Leases] = None
 
 
 class _RestartableCoordinator(Coordinator):

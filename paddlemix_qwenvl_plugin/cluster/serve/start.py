@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +26,13 @@ class _Signal(BaseException):
         self.number = number
 
 
-def start(settings: ServeSettings, signals: Sequence[int], say: Callable[[str], None]) -> Optional[int]:
+def start_on(
+    address: str, settings: ServeSettings, signals: Sequence[int], say: Callable[[str], None]
+) -> Optional[int]:
     """Serve on a Ray cluster until a signal ends it, or until another `qwenvl serve --ray` updates the application.
 
     Args:
+        address: of the cluster; see `connect`.
         signals: signals that end the server.
         say: called with each line for the user.
 
@@ -40,11 +44,13 @@ def start(settings: ServeSettings, signals: Sequence[int], say: Callable[[str], 
         QwenVLError: no cluster answers, or the application does not start.
     """
     check_exposure(settings, settings.host)
-    with _raising(signals), connect(settings.ray or ""):
+    with _raising(signals), connect(address):
         try:
             deployed = _deploy(settings)
             engines = settings.min_replicas
-            say(f"Serving on {engines} engine replica{'s' * (engines > 1)} at http://{settings.host}:{settings.port}")
+            say(
+                f"Serving on {engines} engine replica{'s' * (engines > 1)} at http://{settings.host}:{settings.port}"
+            )
             _watch(deployed)
             say("Another command has updated the application; this one ends.")
         except _Signal:
@@ -62,6 +68,7 @@ def _deploy(settings: ServeSettings) -> float:
 
     from paddlemix_qwenvl_plugin.cluster.serve.application import NAME, application
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # Ray Serve sets it when it is imported
     app = application(settings)
     serve.start(
         proxy_location="EveryNode",
@@ -122,10 +129,10 @@ def _remove(settings: ServeSettings) -> None:
 
 def _reason(status: Any) -> str:
     """The message of a deployment that failed, or the application's."""
-    messages = [each.message for each in status.deployments.values() if "FAILED" in each.status or "UNHEALTHY" in each.status]
-    lines = [line for line in "\n".join([*messages, status.message]).splitlines() if line.strip()]
+    messages = [status.message, *(each.message for each in status.deployments.values())]
+    lines = [line for message in messages for line in message.splitlines() if line.strip()]
     named = [line for line in lines if "Error" in line]
-    return (named or lines or ["see `serve status`"])[-1].strip()
+    return str((named or lines or ["see `serve status`"])[-1]).strip()
 
 
 @contextlib.contextmanager
