@@ -1,0 +1,150 @@
+"""`qwenvl serve --ray`: deploys the application, waits for a signal, and removes it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Optional
+
+from paddlemix_qwenvl_plugin.cluster.connect import connect
+from paddlemix_qwenvl_plugin.serve.api_keys import check_exposure
+from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
+
+_POLL_SECONDS = 0.5
+_KEEP_ALIVE_SECONDS = 15
+
+
+class _Signal(BaseException):
+    """A signal arrived; raised in the main thread."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def start_on(
+    address: str, settings: ServeSettings, signals: Sequence[int], say: Callable[[str], None]
+) -> Optional[int]:
+    """Serve on a Ray cluster until a signal ends it, or until another `qwenvl serve --ray` updates the application.
+
+    Args:
+        address: of the cluster; see `connect`.
+        signals: signals that end the server.
+        say: called with each line for the user.
+
+    Returns:
+        The second signal, if one arrived before all requests had ended; else None.
+
+    Raises:
+        UsageError: conflicting settings, or Ray is not installed.
+        QwenVLError: no cluster answers, or the application does not start.
+    """
+    check_exposure(settings, settings.host)
+    with _raising(signals), connect(address):
+        try:
+            deployed = _deploy(settings)
+            engines = settings.min_replicas
+            say(
+                f"Serving on {engines} engine replica{'s' * (engines > 1)} at http://{settings.host}:{settings.port}"
+            )
+            _watch(deployed)
+            say("Another command has updated the application; this one ends.")
+        except _Signal:
+            try:
+                _remove(settings)
+            except _Signal as second:
+                return second.number
+    return None
+
+
+def _deploy(settings: ServeSettings) -> float:
+    """Deploy or update the application; wait until it runs; return the time of its deployment."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from paddlemix_qwenvl_plugin.cluster.serve.application import NAME, application
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # Ray Serve sets it when it is imported
+    app = application(settings)
+    serve.start(
+        proxy_location="EveryNode",
+        http_options=HTTPOptions(
+            host=settings.host, port=settings.port, keep_alive_timeout_s=_KEEP_ALIVE_SECONDS
+        ),
+    )
+    try:
+        serve.run(app, name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        status = serve.status().applications.get(NAME)
+        message = _reason(status) if status is not None else line_of(error)
+        serve.delete(NAME)
+        raise QwenVLError(f"the application does not start on the cluster: {message}") from error
+    return float(serve.status().applications[NAME].last_deployed_time_s)
+
+
+def _watch(deployed: float) -> None:
+    """Return when the application has been updated by another command.
+
+    Raises:
+        QwenVLError: the application has been removed.
+    """
+    from ray import serve
+
+    from paddlemix_qwenvl_plugin.cluster.serve.application import NAME
+
+    while True:
+        time.sleep(_POLL_SECONDS)
+        status = serve.status().applications.get(NAME)
+        if status is None:
+            raise QwenVLError("the application has been removed from the cluster")
+        if status.last_deployed_time_s != deployed:
+            return
+
+
+def _remove(settings: ServeSettings) -> None:
+    """Let the admitted requests finish within `shutdown_timeout`, end the rest with errors; remove the application."""
+    import ray
+    from ray import serve
+
+    from paddlemix_qwenvl_plugin.cluster.serve.application import NAME
+    from paddlemix_qwenvl_plugin.cluster.serve.membership import running_coordinator
+
+    coordinator = running_coordinator()
+    if coordinator is not None:
+        deadline = time.monotonic() + settings.shutdown_timeout
+        while time.monotonic() < deadline:
+            totals = ray.get(coordinator.drain.remote())
+            if not totals.running and not totals.waiting:
+                break
+            time.sleep(_POLL_SECONDS)
+        ray.get(coordinator.end.remote())
+    serve.delete(NAME)
+    if coordinator is not None:
+        ray.kill(coordinator)
+
+
+def _reason(status: Any) -> str:
+    """The message of a deployment that failed, or the application's."""
+    messages = [status.message, *(each.message for each in status.deployments.values())]
+    lines = [line for message in messages for line in message.splitlines() if line.strip()]
+    named = [line for line in lines if "Error" in line]
+    return str((named or lines or ["see `serve status`"])[-1]).strip()
+
+
+@contextlib.contextmanager
+def _raising(numbers: Sequence[int]) -> Iterator[None]:
+    """Raise _Signal at these signals within the block."""
+
+    def handle(number: int, frame: object) -> None:
+        raise _Signal(number)
+
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
