@@ -40,7 +40,10 @@ def geometric(rng: random.Random, mean: float) -> int:
 
 
 def arrivals(
-    env: simpy.Environment, rate: Callable[[float], float] | float, rng: random.Random, start: Callable[[], Any]
+    env: simpy.Environment,
+    rate: Callable[[float], float] | float,
+    rng: random.Random,
+    start: Callable[[], Any],
 ) -> Iterator[Any]:
     """Process that calls `start` at a rate per second, constant or a function of time (piecewise)."""
     while True:

@@ -68,3 +68,13 @@ PROFILES = {"h200-bf16": H200_BF16, "h200-int4": H200_INT4, "cpu2-int8": CPU2_IN
 
 # "The server": CPU time of the front for each token of a stream, 16 and 64 streams.
 FRONT_TOKEN = 375e-6
+
+# benchmarks/scale_ray.py: CPU seconds of the coordinator for a request (acquire, release) and for a report; of a stream's
+# consumer for a chunk; of Ray Data's driver for a part.
+COSTS = {
+    "admission": 450e-6,
+    "report_engine": 600e-6,
+    "report_front": 900e-6,
+    "stream": 200e-6,
+    "part": 10e-3,
+}

@@ -1,6 +1,6 @@
 """The keys of KubeRay's resources that deploy/ uses, as strict models; pod templates go to the Kubernetes schema.
 
-Source: the resource definitions of KubeRay 1.5, ray-operator/apis/ray/v1/*_types.go; no package on PyPI has them.
+Source: the resource definitions of KubeRay 1.6, ray-operator/apis/ray/v1/*_types.go; no package on PyPI has them.
 The values' ranges are those of the controller's validation.go where they are narrower than the types.
 """
 
@@ -84,8 +84,13 @@ class WorkerGroup(HeadGroup):
         return self
 
 
+class AuthOptions(Strict):
+    mode: Literal["token", "disabled"]
+
+
 class ClusterSpec(Strict):
     rayVersion: str
+    authOptions: AuthOptions
     enableInTreeAutoscaling: bool
     autoscalerOptions: AutoscalerOptions
     gcsFaultToleranceOptions: Optional[GcsFaultTolerance] = None

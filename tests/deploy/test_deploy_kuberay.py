@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ pytest.importorskip("ray.serve.schema", reason=REASON)
 from deploy_kuberay import RESOURCES, serve_config  # noqa: E402
 from deploy_schema import ValidationError as SchemaError  # noqa: E402
 from deploy_schema import validate_kubernetes  # noqa: E402
+
+from paddlemix_qwenvl_plugin.serve.settings import ServeSettings  # noqa: E402
 
 FILES = ["kuberay/cluster.yaml", "kuberay/batch.yaml", "kuberay/service.yaml"]
 INVALID = (ValidationError, SchemaError, AssertionError)
@@ -93,22 +97,45 @@ def test_no_engine_runs_on_the_head_node(path: str) -> None:
     assert not any("num-cpus" in worker["rayStartParams"] for worker in workers)
 
 
+def serve_application() -> dict[str, Any]:
+    [found] = safe_load(resource("kuberay/service.yaml")["spec"]["serveConfigV2"])["applications"]
+    application: dict[str, Any] = found
+    return application
+
+
+def test_the_application_is_built_from_its_arguments(tmp_path: Path) -> None:
+    """By the function that the file names, with key file and stages that exist."""
+    application = serve_application()
+    module, _, name = application["import_path"].partition(":")
+    build = getattr(importlib.import_module(module), name)
+    keys = tmp_path / "api_keys"
+    keys.write_text("key")
+    built = build({**application["args"], "api_key_file": str(keys)})
+    deployments = {built._bound_deployment.name: built._bound_deployment}
+    for argument in built._bound_deployment.init_args:
+        if hasattr(argument, "_bound_deployment"):
+            deployments[argument._bound_deployment.name] = argument._bound_deployment
+    assert {each["name"] for each in application["deployments"]} <= set(deployments)
+    engine = deployments["Engine"]
+    assert engine.ray_actor_options["num_gpus"] == 1
+    assert engine.ray_actor_options["num_cpus"] == application["args"]["replica_cpus"]
+
+
 def test_a_node_holds_its_deployments() -> None:
     """An engine and two fronts fit on a worker, and the workers suffice for the most replicas."""
     document = resource("kuberay/service.yaml")
-    [application] = safe_load(document["spec"]["serveConfigV2"])["applications"]
-    front, engine = application["deployments"]
+    settings = ServeSettings(**serve_application()["args"])
+    [front] = serve_application()["deployments"]
     [worker] = cluster(document)["workerGroupSpecs"]
     limits = worker["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert engine["ray_actor_options"]["num_gpus"] == int(limits["nvidia.com/gpu"])
-    cpus = engine["ray_actor_options"]["num_cpus"] + 2 * front["ray_actor_options"]["num_cpus"]
+    cpus = settings.replica_cpus + 2 * front["ray_actor_options"]["num_cpus"]
     assert cpus < int(limits["cpu"])
+    assert (settings.min_replicas, settings.max_replicas) == (worker["minReplicas"], worker["maxReplicas"])
     for bound in ("min_replicas", "max_replicas"):
-        replicas = worker[bound.replace("_replicas", "Replicas")]
-        assert engine["autoscaling_config"][bound] == replicas
-        assert front["autoscaling_config"][bound] <= 2 * replicas
+        assert front["autoscaling_config"][bound] <= 2 * worker[bound.replace("_replicas", "Replicas")]
     # The old cluster lives on until its last request has ended.
-    assert document["spec"]["rayClusterDeletionDelaySeconds"] > engine["graceful_shutdown_timeout_s"]
+    longest = settings.waiting_timeout + settings.running_timeout
+    assert document["spec"]["rayClusterDeletionDelaySeconds"] > longest
 
 
 # The image
