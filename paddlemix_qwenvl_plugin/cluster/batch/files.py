@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -44,6 +45,8 @@ def naming_url(name: str) -> Iterator[None]:
     """Turn the errors of a file system's own kinds into QwenVLErrors that name the file; OSErrors name it already."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), without_password(name)) from error
     except (OSError, QwenVLError, MemoryError) as error:
         if isinstance(error, OSError) and error.filename is None:
             raise QwenVLError(f"{without_password(name)}: {first_line(error)}") from error

@@ -13,9 +13,6 @@ from paddlemix_qwenvl_plugin.cluster.batch.worker import Work, Worker, open_with
 from paddlemix_qwenvl_plugin.runtime.model import Model
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, first_line
 
-# A part that kills its actor each time, for example for want of memory, ends the job. Lost nodes do not count.
-_MAX_RETRIES = 16
-
 _SECONDS_UNTIL_NOTICE = 30.0
 
 
@@ -84,7 +81,6 @@ def answered(work: Work, parts: Sequence[Part], actors: Actors) -> Iterator[int]
         fn_constructor_args=(work,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=actors.minimum, max_size=actors.maximum),
-        max_task_retries=_MAX_RETRIES,
         **actors.resources,
     )
     try:
