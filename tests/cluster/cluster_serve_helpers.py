@@ -74,12 +74,12 @@ class Command:
 
 
 @contextlib.contextmanager
-def local_cluster(n_nodes: int, cpus: float, folder: Path) -> Iterator[Any]:
+def local_cluster(n_nodes: int, cpus: float) -> Iterator[Any]:
     """A cluster of nodes on this machine, `ray.cluster_utils.Cluster`."""
     from ray.cluster_utils import Cluster
 
     shares = {"num_cpus": cpus, "object_store_memory": 100 * 2**20}
-    head = {**shares, "include_dashboard": False, "_temp_dir": str(folder)}
+    head = {**shares, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(n_nodes - 1):

@@ -36,7 +36,6 @@ from cluster_serve_helpers import (
 
 from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
-from paddlemix_qwenvl_plugin.engine.build import cache_folder
 from paddlemix_qwenvl_plugin.serve.demo_model import demo_stages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -60,22 +59,19 @@ class Service(NamedTuple):
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    folder = Path(tempfile.mkdtemp(prefix="qr", dir=os.environ.get("QWENVL_TEST_RAY_DIR")))  # short: sockets
-    built = cache_folder()
-    built.mkdir(parents=True, exist_ok=True)
-    (folder / "cache").mkdir()
-    (folder / "cache" / "engine").symlink_to(built, target_is_directory=True)
+    folder = Path(tempfile.mkdtemp(prefix="qr"))  # short: sockets
     (folder / "keys").write_text("\n".join(KEYS))
     (folder / "keys").chmod(0o600)
     patch = pytest.MonkeyPatch()
-    patch.setenv("QWENVL_CACHE_DIR", str(folder / "cache"))
     patch.setenv("PYTHONPATH", str(REPO))
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("RAY_TMPDIR", str(folder))
+    patch.setenv("RAY_prestart_worker_first_driver", "0")  # workers that are not needed take seconds to start
     commands: list[Command] = []
     try:
         alone = QwenVL.from_exported(*demo_stages(print))
         alone.load()
-        with local_cluster(N_ENGINES, 2, folder / "ray") as cluster:
+        with local_cluster(N_ENGINES, 2) as cluster:
             port = free_port()
             flags = ["--ray", cluster.address, "--demo", "--port", port, "--api_key_file", folder / "keys"]
             flags += ["--min_replicas", N_ENGINES, "--replica_cpus", 0.5, "--max_running", MAX_RUNNING]
