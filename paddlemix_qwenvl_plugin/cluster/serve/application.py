@@ -10,11 +10,11 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from paddlemix_qwenvl_plugin.cluster.serve.engine import Engine
 from paddlemix_qwenvl_plugin.cluster.serve.front import ingress
+from paddlemix_qwenvl_plugin.cluster.serve.replicas import FRONT_CPUS, max_replicas, replica_gpus
 from paddlemix_qwenvl_plugin.cluster.serve.routing import PrefixRouter
 from paddlemix_qwenvl_plugin.serve.api_keys import keys_of
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import check_model
-from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 NAME = "qwenvl"
 """Name of the application."""
@@ -22,7 +22,6 @@ NAME = "qwenvl"
 # Share of an engine's slots above which another replica is started.
 _TARGET_SHARE = 0.8
 _FRONT_REQUESTS = 64
-_FRONT_CPUS = 0.25
 # Besides the requests that the queue admits: health checks, metrics, requests about to be refused.
 _SPARE_REQUESTS = 1000
 _HEALTH_SECONDS = 5.0
@@ -45,9 +44,7 @@ def application(settings: ServeSettings) -> serve.Application:
     """
     check_model(settings)
     settings = _with_absolute_paths(settings)
-    most = settings.max_replicas or settings.min_replicas
-    if most < settings.min_replicas:
-        raise UsageError(f"--max_replicas {most}: less than --min_replicas {settings.min_replicas}; raise it")
+    most = max_replicas(settings)
     router: Any = PrefixRouter  # annotated wrongly in Ray
     engine = serve.deployment(
         name="Engine",
@@ -59,7 +56,7 @@ def application(settings: ServeSettings) -> serve.Application:
         ),
         max_ongoing_requests=settings.max_running,
         request_router_config=RequestRouterConfig(request_router_class=router),
-        ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": _gpus(settings)},
+        ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": replica_gpus(settings)},
         health_check_period_s=_HEALTH_SECONDS,
         # Requests that take longer are computed again on another replica.
         graceful_shutdown_timeout_s=settings.shutdown_timeout,
@@ -74,19 +71,13 @@ def application(settings: ServeSettings) -> serve.Application:
             target_ongoing_requests=_FRONT_REQUESTS,
         ),
         max_ongoing_requests=n_requests + _SPARE_REQUESTS,
-        ray_actor_options={"num_cpus": _FRONT_CPUS},
+        ray_actor_options={"num_cpus": FRONT_CPUS},
         health_check_period_s=_HEALTH_SECONDS,
         # An update must not end a request, however long it may wait and run.
         graceful_shutdown_timeout_s=settings.waiting_timeout + settings.running_timeout,
     )(ingress())
     bound: serve.Application = front.bind(settings, keys_of(settings), engine.bind(settings))
     return bound
-
-
-def _gpus(settings: ServeSettings) -> float:
-    if settings.replica_gpus is not None:
-        return settings.replica_gpus
-    return 1.0 if settings.device.startswith("gpu") else 0.0
 
 
 def _with_absolute_paths(settings: ServeSettings) -> ServeSettings:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional
 
 from prometheus_client.core import Metric
 
+from paddlemix_qwenvl_plugin.cluster.serve.replicas import max_replicas
 from paddlemix_qwenvl_plugin.serve.admission import SlotQueue
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
@@ -169,7 +170,7 @@ class Coordinator:
 
 def _limits(settings: ServeSettings) -> dict[str, Any]:
     return {
-        "max_running": settings.max_running * (settings.max_replicas or settings.min_replicas),
+        "max_running": settings.max_running * max_replicas(settings),
         "max_waiting": settings.max_waiting,
         "waiting_timeout": settings.waiting_timeout,
         "max_per_key": settings.max_per_key,

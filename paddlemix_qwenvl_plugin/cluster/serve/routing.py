@@ -30,10 +30,9 @@ class PrefixRouter(RequestRouter):
             return []
         begin = attempt % len(ranking)
         ranking = ranking[begin:] + ranking[:begin]
-        queued = {replica.replica_id: self._queued(replica) for replica in ranking}
-        most = min(queued.values()) + _SLACK
+        most = min(map(self._queued, ranking)) + _SLACK
         # A stable sort: overloaded replicas last.
-        return [[r] for r in sorted(ranking, key=lambda replica: queued[replica.replica_id] > most)]
+        return [[replica] for replica in sorted(ranking, key=lambda replica: self._queued(replica) > most)]
 
     def _queued(self, replica: RunningReplica) -> int:
         """Number of requests at a replica, as far as this front knows."""

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
 from paddlemix_qwenvl_plugin.cluster.connect import connect
-from paddlemix_qwenvl_plugin.serve.api_keys import check_exposure
+from paddlemix_qwenvl_plugin.cluster.serve.replicas import max_replicas, needs
+from paddlemix_qwenvl_plugin.serve.api_keys import check_exposure, keys_of
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+from paddlemix_qwenvl_plugin.serve.start import check_model
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
 
 _POLL_SECONDS = 0.5
@@ -43,14 +45,18 @@ def start_on(
         UsageError: conflicting settings, or Ray is not installed.
         QwenVLError: no cluster answers, or the application does not start.
     """
+    check_model(settings)
+    max_replicas(settings)
+    keys_of(settings)
     check_exposure(settings, settings.host)
     with _raising(signals), connect(address):
         try:
-            deployed = _deploy(settings)
-            engines = settings.min_replicas
+            engines = f"{settings.min_replicas} engine replica{'s' * (settings.min_replicas > 1)}"
             say(
-                f"Serving on {engines} engine replica{'s' * (engines > 1)} at http://{settings.host}:{settings.port}"
+                f"Starting {engines} and {settings.min_fronts} fronts, which need {needs(settings)} of the cluster"
             )
+            deployed = _deploy(settings)
+            say(f"Serving on {engines} at http://{settings.host}:{settings.port}")
             _watch(deployed)
             say("Another command has updated the application; this one ends.")
         except _Signal:
