@@ -18,10 +18,13 @@ from scale_figure import Line, figure
 from scale_load import Conversations, Users
 from scale_router import ByPrefix, Router, TwoChoices
 from scale_station import Station
-from scale_times import COSTS, FRONT_TOKEN, PROFILES, Times
+from scale_times import COSTS, FRONT_TOKEN, MEASURED_IMAGE, PROFILES, Times
 
 # Turns, think time and tokens of docs/scaling.md; short pauses, so that a run soon reaches its steady state.
 CONVERSATIONS = Conversations(think=1.0)
+# Requests per second of a replica, and replicas of a cell, in the scenario of 1,000 replicas.
+EACH = 30
+CELL = 8
 
 
 def table(*heads: str) -> None:
@@ -64,7 +67,15 @@ def length(n: int) -> tuple[float, float]:
 
 def routing(times: Times) -> list[Line]:
     """Requests a second of a replica, by router: the prefix cache is worth images and prompts."""
-    table("requests/s each", "router", "prefix found", "first token p50", "p95", "done, p95", "completed")
+    table(
+        "requests/s each",
+        "router",
+        "prefix found",
+        "first token p50",
+        "p95",
+        "done, p95",
+        "waiting at the end",
+    )
     lines = []
     for name, kind in (("prefix", ByPrefix), ("two choices", TwoChoices)):
         points = []
@@ -72,7 +83,6 @@ def routing(times: Times) -> list[Line]:
             service, done = steady(times, 16, each, kind(), length(16))
             firsts, hits = first_tokens(done), sum(request.hit for request in done) / max(1, len(done))
             whole = quantile([request.finished - request.arrived for request in done], 0.95)
-            arrived = len(done) + sum(request.arrived > 6.0 for request in service._waiting)
             row(
                 each,
                 name,
@@ -80,7 +90,7 @@ def routing(times: Times) -> list[Line]:
                 ms(quantile(firsts, 0.5)),
                 ms(quantile(firsts, 0.95)),
                 ms(whole),
-                f"{len(done) / arrived:.0%}",
+                len(service.queue),
             )
             points.append((float(each), quantile(firsts, 0.95)))
         lines.append(Line(name, points))
@@ -88,37 +98,42 @@ def routing(times: Times) -> list[Line]:
 
 
 def replicas(times: Times) -> list[Line]:
-    """1 to 1,000 replicas at 30 requests a second each, with one coordinator, as built and with batched calls."""
+    """1 to 1,000 replicas at 30 requests a second each: one coordinator, none, and cells with one each."""
     table(
         "replicas",
         "requests/s",
-        "coordinator, calls",
-        "its reports",
+        "coordinator busy",
         "first token p50",
         "p95",
-        "the same without it, p95",
+        "p95 without a coordinator",
+        "p95 in cells",
     )
-    each, built, free = 30, [], []
-    for n in (1, 4, 16, 64, 128, 256, 1000):
-        reports = n * (COSTS["report_engine"] + COSTS["report_front"])
-        # The reports take their share of the coordinator's processor first.
-        call = COSTS["admission"] / max(1e-6, 1 - reports) if reports < 1 else float("inf")
-        _, without = steady(times, n, each, ByPrefix(), length(n))
-        share = n * each * COSTS["admission"]
-        if reports < 1:
-            _, done = steady(times, n, each, ByPrefix(), length(n), admission=Station(), admission_call=call)
-            firsts = first_tokens(done)
-            cells = [ms(quantile(firsts, 0.5)), ms(quantile(firsts, 0.95))]
-            if share + reports >= 1:
-                cells = ["grows", "grows"]
-            else:
-                built.append((float(n), quantile(firsts, 0.95)))
-        else:
-            cells = ["grows", "grows"]
-        alone = quantile(first_tokens(without), 0.95)
-        free.append((float(n), alone))
-        row(n, n * each, f"{share:.0%}", f"{reports:.0%}", *cells, ms(alone))
-    return [Line("one coordinator", built), Line("no coordinator", free)]
+    for n in (1, 2, 4, 8, 16, 64, 256, 1000):
+        free = quantile(first_tokens(steady(times, n, EACH, ByPrefix(), length(n))[1]), 0.95)
+        busy = coordinator_busy(n)
+        one = with_coordinator(times, n) if busy < 1 else []
+        cells = quantile(with_coordinator(times, CELL), 0.95)
+        row(
+            n,
+            n * EACH,
+            f"{busy:.0%}",
+            *((ms(quantile(one, 0.5)), ms(quantile(one, 0.95))) if one else ("grows", "grows")),
+            ms(free),
+            f"{ms(cells)}, {-(-n // CELL)} cells" if n > CELL else "",
+        )
+    return []
+
+
+def coordinator_busy(n: int) -> float:
+    """Share of a processor that the coordinator needs for n replicas, with a front for each."""
+    return n * (EACH * COSTS["admission"] + COSTS["report_engine"] + COSTS["report_front"])
+
+
+def with_coordinator(times: Times, n: int) -> list[float]:
+    """Times to the first token of n replicas. The reports slow down what the coordinator does for requests."""
+    call = COSTS["admission"] / (1 - n * (COSTS["report_engine"] + COSTS["report_front"]))
+    options = {"admission": Station(), "admission_call": call}
+    return first_tokens(steady(times, n, EACH, ByPrefix(), length(n), **options)[1])
 
 
 def scaling(times: Times) -> list[Line]:
@@ -126,13 +141,12 @@ def scaling(times: Times) -> list[Line]:
     table(
         "new machine", "upscale_delay", "first token p95", "longest queue", "until the queue is empty again"
     )
-    lines = []
+    lines, surge = [], 60.0
     for provision, delay in ((0.0, 30.0), (0.0, 5.0), (60.0, 30.0), (180.0, 30.0), (180.0, 5.0)):
         env = simpy.Environment()
         service = Service(env, times, 4, ByPrefix())
         rule = Autoscaling(4, 40, target=32, upscale_delay=delay, provision=provision)
         env.process(service.autoscale(rule))
-        surge = 60.0
         Users(service, lambda now: 80.0 if now < surge else 320.0, CONVERSATIONS)
         queue: list[tuple[float, float]] = []
 
@@ -161,7 +175,7 @@ def failures(times: Times) -> list[Line]:
     table(
         "deaths a minute, of 16 replicas", "noticed after", "done, p99", "p99.9", "longest", "started again"
     )
-    for per_minute, detect in ((0, 0.0), (1, 0.5), (1, 15.0), (6, 0.5), (6, 15.0)):
+    for per_minute, detect in ((0, 0.0), (4, 0.5), (4, 15.0), (30, 0.5), (30, 15.0)):
         life = Failures(60.0 * 16 / per_minute, detect) if per_minute else None
         _, done = steady(times, 16, 20, ByPrefix(), (6.0, 60.0), failures=life)
         whole = [request.finished - request.arrived for request in done]
@@ -205,8 +219,17 @@ def batch(times: Times) -> list[Line]:
     return lines
 
 
-SCENARIOS: dict[str, Callable[[Times], list[Line]]] = {
-    each.__name__: each for each in (routing, replicas, fronts, scaling, failures, batch)
+def costs(times: Times, price: float = 1.0) -> list[Line]:
+    """Machine hours for a million images with 64 tokens each, and their price."""
+    table("machine", "seconds an image", "hours a million", f"at {price:g} an hour")
+    for name, seconds in MEASURED_IMAGE.items():
+        hours = seconds * 1e6 / 3600
+        row(name, f"{seconds:.3g}", f"{hours:,.1f}", f"{hours * price:,.1f}")
+    return []
+
+
+SCENARIOS: dict[str, Callable[..., list[Line]]] = {
+    each.__name__: each for each in (routing, replicas, fronts, scaling, failures, batch, costs)
 }
 
 
@@ -214,12 +237,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=SCENARIOS, help="one of the scenarios")
     parser.add_argument("--profile", choices=PROFILES, default="h200-bf16", help="the engines")
+    parser.add_argument("--price", type=float, default=1.0, help="price of a machine's hour, for the costs")
     parser.add_argument("--figure", type=Path, help="SVG file for the scaling scenario's queues")
     arguments = parser.parse_args()
     for name, scenario in SCENARIOS.items():
         if arguments.only in (None, name):
             print(f"\n{name}: {(scenario.__doc__ or '').splitlines()[0]}")
-            lines = scenario(PROFILES[arguments.profile])
+            lines = scenario(PROFILES[arguments.profile], *([arguments.price] if scenario is costs else []))
             if arguments.figure and name == "scaling":
                 arguments.figure.write_text(figure(lines, "seconds", "waiting requests"), "utf-8")
 

@@ -106,7 +106,12 @@ def driver_costs() -> None:
     for n in (200, 1000):
         items = ray.data.from_items([{"part": b"x" * 2000} for _ in range(n)], override_num_blocks=n)
         begin, wall = time.process_time(), time.perf_counter()
-        counted = sum(1 for _ in items.map_batches(Part, batch_size=1, concurrency=1).iter_rows())
+        counted = sum(
+            1
+            for _ in items.map_batches(
+                Part, batch_size=1, compute=ray.data.ActorPoolStrategy(size=1)
+            ).iter_rows()
+        )
         assert counted == n
         row(f"Ray Data's driver: a part, of {n}", (time.process_time() - begin) / n)
         row(f"Ray Data: a part on one actor, elapsed, of {n}", (time.perf_counter() - wall) / n)
@@ -158,9 +163,9 @@ def main() -> None:
         include_dashboard=False,
         _temp_dir=arguments.temp_dir,
         log_to_driver=False,
-        _system_config={"agent_register_timeout_ms": 300_000},
+        _system_config={"worker_niceness": 0},
     )
-    measures: list[Callable[[], None]] = [coordinator_costs, stream_costs, actor_costs, driver_costs]
+    measures: list[Callable[[], None]] = [driver_costs, coordinator_costs, stream_costs, actor_costs]
     for measure in measures:
         measure()
     ray.shutdown()

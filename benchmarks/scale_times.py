@@ -69,12 +69,21 @@ PROFILES = {"h200-bf16": H200_BF16, "h200-int4": H200_INT4, "cpu2-int8": CPU2_IN
 # "The server": CPU time of the front for each token of a stream, 16 and 64 streams.
 FRONT_TOKEN = 375e-6
 
-# benchmarks/scale_ray.py: CPU seconds of the coordinator for a request (acquire, release) and for a report; of a stream's
-# consumer for a chunk; of Ray Data's driver for a part.
+# Seconds of an image with a caption of 64 tokens, on a machine that is never idle. On H200: "64 requests at once, an
+# image and 64 tokens each", over 64. On two CPUs: image and prompt, and 64 steps of 64 rows, over 64.
+MEASURED_IMAGE = {
+    "NVIDIA H200, bfloat16": 1.419 / 64,
+    "NVIDIA H200, int8": 1.439 / 64,
+    "NVIDIA H200, int4": 1.400 / 64,
+    "two virtual CPUs (Zen 4), int8": CPU2_INT8.image + CPU2_INT8.prompt(300) + CPU2_INT8.decode_step(64),
+}
+
+# benchmarks/scale_ray.py: CPU seconds of the coordinator for a request (acquire, release) and for a report, which each
+# engine and front sends every second; of the reader of a stream for a chunk; of Ray Data's driver for a part.
 COSTS = {
-    "admission": 450e-6,
-    "report_engine": 600e-6,
-    "report_front": 900e-6,
-    "stream": 200e-6,
-    "part": 10e-3,
+    "admission": 2.6e-3,
+    "report_engine": 2.9e-3,
+    "report_front": 2.3e-3,
+    "stream": 0.7e-3,
+    "part": 14.5e-3,
 }

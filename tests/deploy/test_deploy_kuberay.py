@@ -122,17 +122,17 @@ def test_the_application_is_built_from_its_arguments(tmp_path: Path) -> None:
 
 
 def test_a_node_holds_its_deployments() -> None:
-    """An engine and two fronts fit on a worker, and the workers suffice for the most replicas."""
+    """An engine and three fronts fit on a worker, and the workers suffice for the most replicas."""
     document = resource("kuberay/service.yaml")
     settings = ServeSettings(**serve_application()["args"])
     [front] = serve_application()["deployments"]
     [worker] = cluster(document)["workerGroupSpecs"]
     limits = worker["template"]["spec"]["containers"][0]["resources"]["limits"]
-    cpus = settings.replica_cpus + 2 * front["ray_actor_options"]["num_cpus"]
+    cpus = settings.replica_cpus + 3 * front["ray_actor_options"]["num_cpus"]
     assert cpus < int(limits["cpu"])
     assert (settings.min_replicas, settings.max_replicas) == (worker["minReplicas"], worker["maxReplicas"])
     for bound in ("min_replicas", "max_replicas"):
-        assert front["autoscaling_config"][bound] <= 2 * worker[bound.replace("_replicas", "Replicas")]
+        assert front["autoscaling_config"][bound] <= 3 * worker[bound.replace("_replicas", "Replicas")]
     # The old cluster lives on until its last request has ended.
     longest = settings.waiting_timeout + settings.running_timeout
     assert document["spec"]["rayClusterDeletionDelaySeconds"] > longest
