@@ -16,7 +16,7 @@ pytest.importorskip("kubernetes_validate", reason="pip install 'paddlemix-qwenvl
 from deploy_schema import ValidationError, validate_kubernetes
 
 from paddlemix_qwenvl_plugin.serve import server
-from paddlemix_qwenvl_plugin.serve.metrics import slot_metrics  # noqa: E402
+from paddlemix_qwenvl_plugin.serve.metrics import slot_metrics
 from paddlemix_qwenvl_plugin.serve.operations import HEALTH_PATHS
 from paddlemix_qwenvl_plugin.serve.settings import ENVIRONMENT_PREFIX, ServeSettings
 
