@@ -81,9 +81,9 @@ MEASURED_IMAGE = {
 # benchmarks/scale_ray.py: CPU seconds of the coordinator for a request (acquire, release) and for a report, which each
 # engine and front sends every second; of the reader of a stream for a chunk; of Ray Data's driver for a part.
 COSTS = {
-    "admission": 2.6e-3,
-    "report_engine": 2.9e-3,
-    "report_front": 2.3e-3,
-    "stream": 0.7e-3,
-    "part": 14.5e-3,
+    "admission": 2.1e-3,
+    "report_engine": 2.2e-3,
+    "report_front": 2.5e-3,
+    "stream": 0.37e-3,
+    "part": 17e-3,
 }

@@ -7,6 +7,7 @@ import random
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -14,11 +15,12 @@ simpy = pytest.importorskip("simpy", reason="pip install 'paddlemix-qwenvl-plugi
 
 from scale_batch import BatchJob  # noqa: E402
 from scale_cluster import Autoscaling, Failures, Service  # noqa: E402
+from scale_figure import Line, figure, ticks  # noqa: E402
 from scale_load import Conversations, Users, arrivals, geometric  # noqa: E402
 from scale_replica import Request  # noqa: E402
 from scale_router import ByPrefix, Router, TwoChoices  # noqa: E402
 from scale_station import Station  # noqa: E402
-from scale_times import H200_BF16, Times  # noqa: E402
+from scale_times import H200_BF16, MEASURED_IMAGE, Times  # noqa: E402
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 # A service of tokens alone: no image, no prompt, a millisecond for each token of each request.
@@ -180,6 +182,29 @@ def test_the_times_are_those_of_the_tables() -> None:
     # The server computes images one at a time, between steps; the measured run all of them first, in batches of 8.
     at_once = measured("64 requests at once, an image and 64 tokens each")
     assert at_once < env.now - begin < 1.4 * at_once
+
+
+def test_the_costs_of_the_page_are_those_of_the_tables() -> None:
+    page = BENCHMARKS.with_name("scaling.md").read_text("utf-8")
+    text = BENCHMARKS.read_text("utf-8")
+    for name, seconds in MEASURED_IMAGE.items():
+        assert f"| {name} | {seconds:.3g} | {seconds * 1e6 / 3600:,.1f} |" in page
+        if name.startswith("NVIDIA"):
+            dtype = name.split()[-1].replace("bfloat16", "bf16")
+            row = f"| 64 requests at once, an image and 64 tokens each | {dtype} | {seconds * 64000:.0f} |"
+            assert row in text
+    # Of two CPUs: an image, a prompt, a step of 64 rows for each of 64 tokens.
+    assert "| an image | 16.9 s | | 10.9 | |" in text
+    assert "| a prompt of 300 tokens, and a token | 11.9 s | | 9.7 | |" in text
+
+
+def test_a_figure_is_xml_and_shows_its_lines() -> None:
+    text = figure([Line("a < b", [(0.0, 0.0), (10.0, 200.0)]), Line("c", [(5.0, 100.0)])], "x", "y")
+    root = ElementTree.fromstring(text)
+    lines = root.findall("{http://www.w3.org/2000/svg}polyline")
+    assert [len(line.attrib["points"].split()) for line in lines] == [2, 1]
+    assert "a < b" in [each.text for each in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert ticks(200.0) == [0, 50, 100, 150, 200]
 
 
 def test_decode_steps_are_interpolated_and_extended() -> None:
