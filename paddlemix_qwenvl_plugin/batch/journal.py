@@ -111,14 +111,17 @@ class Journal:
             self._file.close()
 
 
-def difference(expected: Mapping[str, Any], found: bytes) -> str:
-    """Describe how the identity in `found`, a JSON object, differs from that of the job."""
+def difference(expected: Mapping[str, Any], found: bytes, kind: str = "partial file") -> str:
+    """Describe how the identity in `found`, a JSON object, differs from that of the job.
+
+    `kind` is what the file should be.
+    """
     try:
         actual = dict(json.loads(found))
     except (ValueError, TypeError):
         actual = {}
     if set(actual) != set(expected):
-        return "not a partial file of this version of qwenvl batch"
+        return f"not a {kind} of this version of qwenvl batch"
     different = [key for key in expected if actual[key] != expected[key]]
     return f"belongs to another job (different: {', '.join(different)})"
 

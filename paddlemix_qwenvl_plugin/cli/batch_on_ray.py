@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.sources import without_password
 
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.cluster.batch.pool import Actors
@@ -35,7 +36,8 @@ def batch_on_ray(
         raise UsageError("--ray: the input and the output are a file or folder; - goes without --ray")
     portable = _portable(open_model)
     actors = _actors(ray_actors, ray_cpus, ray_gpus, str(portable.keywords["device"]))
-    job = Job(absolute(source), absolute(target), prompt, options, batch_size)
+    names = without_password(source), without_password(target)
+    job = Job(absolute(source), absolute(target), *names, prompt, options, batch_size)
     result = run(job, portable, actors, address)
     if result.ran:
         print(f"{job.name}: wrote {result.n_rows} rows in {result.n_parts} parts")

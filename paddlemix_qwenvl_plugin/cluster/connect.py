@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,14 +43,16 @@ def connect(address: str = DEFAULT, **options: Any) -> Iterator[None]:
         ) from error
 
     _check_answers(address or os.environ.get("RAY_ADDRESS", ""))
+    ray._private.worker._worker_logs_enabled = False  # else it reports on stdout what it repairs
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address or None,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            **{"include_dashboard": False, **options},
-        )
+        with _silent_stderr():
+            ray.init(
+                address or None,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                **{"include_dashboard": False, **options},
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise QwenVLError(f"--ray: cannot connect to {address or 'Ray'} ({error})") from error
     finally:
@@ -76,3 +79,17 @@ def _check_answers(address: str) -> None:
         raise QwenVLError(
             f"--ray: no cluster answers at {address} ({error}); start one with: ray start --head"
         ) from error
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Discard what is written to file descriptor 2 in the block: Ray's C++ code logs there as it starts."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:  # noqa: PTH123
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_METRICS_COLLECTION": "0",
+    "RAY_worker_niceness": "0",  # else the actors starve beside other programs
 }
 
 # A killed node is noticed after 5 s rather than 15 s. On a busy machine less would end nodes that live.
@@ -28,11 +30,17 @@ class LocalCluster:
     """Nodes of one CPU each, on this machine; the head is not killed."""
 
     def __init__(self, folder: Path, n_nodes: int) -> None:
+        import ray
         from ray.cluster_utils import Cluster
 
         os.environ.update(ENVIRONMENT)
+        # Ray then starts the agents of its minimal installation. A node waits 15 s for the others, too short on a
+        # busy machine.
+        ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not needed here")
         head = {"_system_config": _SYSTEM, "temp_dir": str(folder), "include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, head_node_args={**_node(), **head})
+        self._cluster = _with_retries(
+            lambda: Cluster(initialize_head=True, head_node_args={**_node(), **head})
+        )
         self.address: str = self._cluster.address
         self.n_nodes = n_nodes
         self.fill()
@@ -40,14 +48,12 @@ class LocalCluster:
     def fill(self) -> None:
         """Add nodes until there are as many as at the beginning."""
         while len(self._cluster.list_all_nodes()) < self.n_nodes:
-            with contextlib.suppress(
-                Exception
-            ):  # Ray gives a node on a busy machine too little time to start
-                self._cluster.add_node(wait=False, **_node())
+            _with_retries(lambda: self._cluster.add_node(wait=False, **_node()))
 
     def kill_node(self, rng: random.Random) -> None:
         """Kill a node, with its actors."""
-        self._cluster.remove_node(rng.choice([*self._cluster.worker_nodes]), allow_graceful=False)
+        nodes = sorted(self._cluster.worker_nodes, key=lambda node: str(node.unique_id))
+        self._cluster.remove_node(rng.choice(nodes), allow_graceful=False)
 
     def actors(self) -> list[int]:
         """List the process ids of the actors of jobs."""
@@ -63,8 +69,15 @@ class LocalCluster:
 
 
 def _node() -> dict[str, Any]:
-    # Without the processes that nothing here needs: each takes seconds to start.
     return {"num_cpus": 1, "object_store_memory": 80 << 20, "include_log_monitor": False, "no_monitor": True}
+
+
+def _with_retries(start: Callable[[], Any]) -> Any:
+    """Start a node; Ray gives one on a busy machine too little time."""
+    for _ in range(3):
+        with contextlib.suppress(Exception):
+            return start()
+    return start()
 
 
 def _processes() -> list[tuple[int, int, bytes]]:
@@ -80,24 +93,37 @@ def _processes() -> list[tuple[int, int, bytes]]:
     return found
 
 
-def start(stages: Any, source: object, target: object, *flags: object) -> subprocess.Popen[str]:
-    """Start a job on the demo model."""
-    model = ["--first_model_path", stages.vision, "--second_model_path", stages.language]
-    command = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "batch", source, target, *model, *flags]
-    return subprocess.Popen(
-        [str(word) for word in command],
-        env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class BatchProcess:
+    """`qwenvl batch` on the demo model, as a process."""
 
+    def __init__(self, stages: Any, log: Path, source: object, target: object, *flags: object) -> None:
+        model = ["--first_model_path", stages.vision, "--second_model_path", stages.language]
+        command = [
+            sys.executable,
+            "-m",
+            "paddlemix_qwenvl_plugin.cli",
+            "batch",
+            source,
+            target,
+            *model,
+            *flags,
+        ]
+        self._streams = log.with_suffix(".out"), log.with_suffix(".err")
+        out, err = (path.open("w") for path in self._streams)
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
+            stdout=out,
+            stderr=err,
+        )
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for a job; return its exit code, stdout and stderr."""
-    out, err = process.communicate(timeout=900)
-    return process.returncode, out, err
+    def finish(self) -> tuple[int, str, str]:
+        """Wait for the end; return the exit code, stdout and stderr."""
+        code = self.process.wait(timeout=300)
+        out, err = (path.read_text() for path in self._streams)
+        return code, out, err
 
 
 def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -40,7 +40,7 @@ def plain(row_id: Any, **values: Any) -> Row:
 
 def rows_in_parts(source: Path, n_rows: int, prompt: str | None = None) -> list[Row]:
     """Rows of a source, read part by part; checks that the numbers ascend and that the ids are those of the parts."""
-    files = find(str(source))
+    files = find(str(source), "in")
     form = files.format(prompt, OPTIONS)
     rows, last = list[Row](), 0
     for part in cut(index(files, form), n_rows):
@@ -174,7 +174,7 @@ def test_a_folder_of_images(tmp_path):
 
 def test_equal_ids_are_refused(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "a"}\n\n{"id": "1", "prompt": "a"}\n{"id": 1}\n')
-    files = find(str(tmp_path / "in.jsonl"))
+    files = find(str(tmp_path / "in.jsonl"), "in.jsonl")
     with pytest.raises(UsageError, match=r"in.jsonl: row 1 and in.jsonl: row 4 have the same id 1"):
         [*index(files, files.format(None, OPTIONS))]
 
@@ -190,8 +190,8 @@ def test_refused_folders(tmp_path, names, message):
     for name in names:
         (tmp_path / name).touch()
     with pytest.raises(UsageError) as error:
-        find(str(tmp_path))
-    assert str(error.value) == f"{tmp_path}: {message}"
+        find(str(tmp_path), "in")
+    assert str(error.value) == f"in: {message}"
 
 
 def test_images_by_url():

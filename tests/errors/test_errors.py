@@ -16,6 +16,7 @@ import checkpoint_cases  # noqa: F401  registers its cases
 import lora_cases  # noqa: F401  registers its cases
 import pytest
 import quantize_cases  # noqa: F401  its cases are in CASES, too
+import ray_cases  # noqa: F401  registers its cases
 from error_cases import CASES, STREET, Bench
 from error_doc import Row, rows
 from error_table import check

@@ -24,7 +24,6 @@ from paddlemix_qwenvl_plugin.cluster.batch.formats.parquet import Parquet
 from paddlemix_qwenvl_plugin.cluster.batch.formats.webdataset import WebDataset
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.util.errors import UsageError
-from paddlemix_qwenvl_plugin.util.sources import without_password
 
 _KINDS = {"jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",), "tar": (".tar",), "images": SUFFIXES}
 
@@ -65,13 +64,14 @@ class Input:
         return digest.hexdigest()
 
 
-def find(source: str) -> Input:
+def find(source: str, name: str) -> Input:
     """Find the files of a source: a JSONL, Parquet or tar file, or a folder of them or of images.
+
+    `name` identifies the source in messages.
 
     Raises:
         UsageError: the source does not exist, or is a folder without such files or with several kinds of them.
     """
-    name = without_password(source)
     file_system, path = filesystem(source)
     with naming_url(source):
         is_folder = file_system.isdir(path)

@@ -44,6 +44,7 @@ class Job:
 
     Attributes:
         source, target: absolute paths or URLs of the input and of the output folder.
+        source_name, name: these in messages.
         prompt: prompt of rows that have none; None: no prompt.
         options: generation options of rows that do not set them.
         window: number of concurrent rows of an actor.
@@ -51,14 +52,11 @@ class Job:
 
     source: str
     target: str
+    source_name: str
+    name: str
     prompt: Optional[str]
     options: GenerationOptions
     window: int
-
-    @property
-    def name(self) -> str:
-        """The output folder in messages."""
-        return without_password(self.target)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def run(job: Job, open_model: Callable[[], Model[Any]], actors: Actors, address:
         UsageError: the input or the folder cannot be used, or Ray is not installed.
         QwenVLError: the folder belongs to another job, or the job cannot continue. The folder keeps its parts.
     """
-    files = find(job.source)
+    files = find(job.source, job.source_name)
     if job.source == job.target:
         raise UsageError(f"{job.name}: is the input; name another output")
     format = files.format(job.prompt, job.options)
@@ -151,7 +149,7 @@ def _manifest(job: Job, exists: bool) -> dict[str, Any]:
 
 def _check(job: Job, expected: dict[str, Any], manifest: dict[str, Any]) -> None:
     if json.loads(dump(expected)) != manifest:
-        how = difference(json.loads(dump(expected)), dump(manifest))
+        how = difference(json.loads(dump(expected)), dump(manifest), "manifest")
         raise QwenVLError(f"{join(job.name, MANIFEST)}: {how}; remove the folder or name another")
 
 
