@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.cluster.serve.replicas import max_replicas, needs
 from paddlemix_qwenvl_plugin.serve.api_keys import check_exposure, keys_of
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import check_model
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 
 _POLL_SECONDS = 0.5
 _KEEP_ALIVE_SECONDS = 15
@@ -45,10 +45,7 @@ def start_on(
         UsageError: conflicting settings, or Ray is not installed.
         QwenVLError: no cluster answers, or the application does not start.
     """
-    check_model(settings)
-    max_replicas(settings)
-    keys_of(settings)
-    check_exposure(settings, settings.host)
+    _check(settings)
     with _raising(signals), connect(address):
         try:
             engines = f"{settings.min_replicas} engine replica{'s' * (settings.min_replicas > 1)}"
@@ -65,6 +62,16 @@ def start_on(
             except _Signal as second:
                 return second.number
     return None
+
+
+def _check(settings: ServeSettings) -> None:
+    """Check what needs no cluster."""
+    check_model(settings)
+    max_replicas(settings)
+    if settings.port == 0:
+        raise UsageError("--port 0: on a Ray cluster every machine listens on the same port; name one")
+    keys_of(settings)
+    check_exposure(settings, settings.host)
 
 
 def _deploy(settings: ServeSettings) -> float:
