@@ -84,7 +84,7 @@ class Journal:
         if found != head:
             if not head.startswith(found):
                 raise QwenVLError(
-                    f"{self._path}: {_difference(head, found)}; remove it or name another output"
+                    f"{self._path}: {difference(json.loads(head), found)}; remove it or name another output"
                 )
             self._ours = True
             self._file.truncate(0)  # new, or killed while writing the first line
@@ -111,8 +111,8 @@ class Journal:
             self._file.close()
 
 
-def _difference(head: bytes, found: bytes) -> str:
-    expected = json.loads(head)
+def difference(expected: Mapping[str, Any], found: bytes) -> str:
+    """Describe how the identity in `found`, a JSON object, differs from that of the job."""
     try:
         actual = dict(json.loads(found))
     except (ValueError, TypeError):

@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
     id: RowId
     openai: bool
-    parsed: Union[RowRequest, UsageError]
+    parsed: Union[RowRequest, QwenVLError]
 
 
 def read_row(number: int, line: bytes, defaults: Mapping[str, Any]) -> Row:

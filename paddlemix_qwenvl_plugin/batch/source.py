@@ -66,7 +66,7 @@ class Source:
             digest.update(line)
             if line.strip():
                 row = read_row(number, line, values)
-                named = tuple(images.setdefault(hash(image), len(images)) for image in _images(row))
+                named = tuple(images.setdefault(hash(image), len(images)) for image in images_of(row))
                 self.entries.append(Entry(number, offset, hash(line), row.id, row.openai, named))
                 if row.id is not None:
                     first = numbers.setdefault(id_key(row.id), number)
@@ -89,9 +89,9 @@ class Source:
         return read_row(entry.number, line, asdict(self.defaults))
 
 
-def _images(row: Row) -> list[str]:
-    """Sources of a row's images."""
-    if isinstance(row.parsed, UsageError):
+def images_of(row: Row) -> list[str]:
+    """List the sources of a row's images."""
+    if isinstance(row.parsed, QwenVLError):
         return []
     request = row.parsed.request
     queries = [*(query for query, _ in request.history), request.parts]

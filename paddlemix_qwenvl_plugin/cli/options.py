@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from typer.core import TyperCommand
 
+from paddlemix_qwenvl_plugin.cli.ray_options import with_ray_default
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 if TYPE_CHECKING:
@@ -234,6 +235,10 @@ class GenerationCommand(TyperCommand):
     def get_params(self, ctx: Any) -> Any:
         """Return the parameters, with the generation flags."""
         return [*super().get_params(ctx), *_generation_flags()]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments, of which `--ray` may lack its address."""
+        return super().parse_args(ctx, with_ray_default(args))
 
     def invoke(self, ctx: Any) -> Any:
         """Store the GenerationOptions in the context and run the command."""

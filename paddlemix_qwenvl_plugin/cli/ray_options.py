@@ -13,8 +13,8 @@ RayAddress = Annotated[
     typer.Option(
         "--ray",
         metavar="[ADDRESS]",
-        help="Run on a Ray cluster: HOST:PORT of its head, ray://HOST:PORT, auto (this machine's) or local (a new one); "
-        "default: RAY_ADDRESS, else auto, else local.",
+        help="Run on a Ray cluster: HOST:PORT of its head, ray://HOST:PORT, auto (that of this machine) or "
+        "local (a new one); default: RAY_ADDRESS, else auto, else local.",
         rich_help_panel="Ray",
     ),
 ]

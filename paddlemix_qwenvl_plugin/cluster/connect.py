@@ -32,6 +32,7 @@ def connect(address: str = DEFAULT, **options: Any) -> Iterator[None]:
         QwenVLError: the cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's C++ code logs to stderr
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else each start prints a FutureWarning
     try:
         import ray

@@ -117,7 +117,7 @@ class CalibrationRows:
                 if answer is not None and not isinstance(answer, str):
                     raise UsageError("answer must be a string")
                 parsed = read_row(number, line, {}).parsed
-                if isinstance(parsed, UsageError):
+                if isinstance(parsed, QwenVLError):
                     raise parsed
                 yield self._tokenised(parsed.request, answer, where)
             except QwenVLError as error:

@@ -20,6 +20,15 @@ def _omp_num_threads() -> str:
 _OMP_NUM_THREADS = _omp_num_threads()
 
 
+def limit(n_threads: int) -> None:
+    """Set the number of threads of this process, unless the user has set OMP_NUM_THREADS.
+
+    For actors of a cluster: their share of a machine is known only after this package is imported.
+    """
+    global _OMP_NUM_THREADS
+    _OMP_NUM_THREADS = _OMP_NUM_THREADS or str(n_threads)
+
+
 def cpu_threads() -> int:
     """Number of threads: OMP_NUM_THREADS as set by the user, else the CPUs that this process may run on."""
     if _OMP_NUM_THREADS.isdigit() and int(_OMP_NUM_THREADS) > 0:

@@ -1,0 +1,89 @@
+"""Answers to the rows of a job: several at once, each as an output line."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Generic
+
+from paddlemix_qwenvl_plugin.batch.request import Reply, RowRequest
+from paddlemix_qwenvl_plugin.batch.rows import Row, dump, error_line, reply_line
+from paddlemix_qwenvl_plugin.runtime.model import Model, S
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, RequestError
+
+
+class Answers(Generic[S]):
+    """Output lines of a job's rows.
+
+    Args:
+        model: the model that answers.
+        folder: folder of relative image paths.
+        job: identity of the job, JSON-serializable; with a row's number it gives the row's request id, which is stable
+            over restarts of the job and different in other jobs.
+    """
+
+    def __init__(self, model: Model[S], folder: Path, job: Mapping[str, Any]) -> None:
+        self._model = model
+        self._folder = folder
+        self._digest = hashlib.sha256(dump(job)).hexdigest()
+
+    def lines(self, rows: Iterable[tuple[int, Row]], window: int) -> Iterator[list[tuple[int, Row, bytes]]]:
+        """Answer rows, `window` at a time; yield (number, row, output line) as they are done.
+
+        Args:
+            rows: (number, row) pairs; read as they are needed.
+            window: number of concurrent rows.
+
+        Raises:
+            QwenVLError: the model cannot be run. Rows that were done before have been yielded.
+        """
+        active: dict[S, tuple[int, Row]] = {}
+        todo = iter(rows)
+        try:
+            while True:
+                done: list[tuple[int, Row, bytes]] = []
+                while len(active) < window and (following := next(todo, None)) is not None:
+                    number, row = following
+                    try:
+                        active[self._start(row)] = following
+                    except QwenVLError as error:
+                        done.append((number, row, self.error_line(number, row, error)))
+                if not active and not done:
+                    return
+                try:
+                    for stream in self._model.wait_any(active) if active else []:
+                        number, row = active.pop(stream)
+                        done.append((number, row, self._reply(number, row, stream)))
+                except BaseException:
+                    yield done
+                    raise
+                yield done
+        finally:
+            for stream in active:
+                stream.close()
+
+    def error_line(self, number: int, row: Row, error: QwenVLError) -> bytes:
+        """Write the output line of a failed row."""
+        return error_line(row.id, row.openai, error, self._tag(number))
+
+    def _start(self, row: Row) -> S:
+        if isinstance(row.parsed, QwenVLError):
+            raise row.parsed
+        request, model = row.parsed.request, row.parsed.model
+        if row.openai and model in self._model.adapters:  # as for a server
+            request = replace(request, adapter=model)
+        return self._model.ask(request, self._folder).submit()
+
+    def _reply(self, number: int, row: Row, stream: S) -> bytes:
+        assert isinstance(row.parsed, RowRequest)
+        try:
+            answer = stream.finish()
+        except RequestError as error:
+            return self.error_line(number, row, error)
+        reply = Reply(answer, stream.n_prompt_tokens, stream.n_new_tokens, row.parsed.model)
+        return reply_line(row.id, row.openai, reply, self._tag(number))
+
+    def _tag(self, number: int) -> str:
+        return hashlib.sha256(f"{self._digest} {number}".encode()).hexdigest()[:24]

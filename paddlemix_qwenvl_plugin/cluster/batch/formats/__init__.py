@@ -1,0 +1,1 @@
+"""Input formats: JSONL, Parquet, WebDataset and folders of images, each read as lines of JSON."""

@@ -1,0 +1,27 @@
+"""Folders of images: a row per image, with the job's prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional
+
+from paddlemix_qwenvl_plugin.batch.rows import Row
+from paddlemix_qwenvl_plugin.cluster.batch.formats.entry import Entry, plain_row
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+class Images:
+    """Files of one row, whose id is the name of the file in the folder."""
+
+    def __init__(self, prompt: Optional[str], defaults: Mapping[str, Any]) -> None:
+        self._prompt = prompt
+        self._defaults = defaults
+
+    def index(self, folder: str, name: str) -> Iterator[Entry]:
+        """List the row of a file."""
+        yield Entry(1, 0, 1, name)
+
+    def rows(self, folder: str, name: str, entry: Entry) -> Iterator[tuple[int, Row]]:
+        """Build the row of a file; its image is loaded when the row is answered."""
+        yield 1, plain_row(name, {"image": name}, self._prompt, self._defaults)

@@ -1,0 +1,90 @@
+"""WebDataset's tar files: consecutive files with the same name before the first dot are a row."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional
+
+from paddlemix_qwenvl_plugin.batch.rows import Row
+from paddlemix_qwenvl_plugin.cluster.batch.files import join, opened
+from paddlemix_qwenvl_plugin.cluster.batch.formats.entry import Entry, data_url, plain_row
+from paddlemix_qwenvl_plugin.cluster.batch.formats.images import SUFFIXES
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+
+
+class WebDataset:
+    """Rows by byte offset; their ids are the names in the tar file without extensions.
+
+    The images of a row are its image files in the order of their extensions. Its `.json` has fields of the plain form.
+    Its `.txt` is the prompt unless the job has one.
+    """
+
+    def __init__(self, prompt: Optional[str], defaults: Mapping[str, Any]) -> None:
+        self._prompt = prompt
+        self._defaults = defaults
+
+    def index(self, folder: str, name: str) -> Iterator[Entry]:
+        """List the rows of a file."""
+        number, key, start, stop = 0, "", 0, 0
+        with opened(join(folder, name)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                _forget(archive)
+                if not member.isfile():
+                    continue
+                found = _split(member.name)[0]
+                if found != key:
+                    if number:
+                        yield Entry(number, start, member.offset, key)
+                    number, key, start = number + 1, found, member.offset
+                stop = member.offset_data + member.size
+            if number:
+                yield Entry(number, start, stop, key)
+
+    def rows(self, folder: str, name: str, entry: Entry) -> Iterator[tuple[int, Row]]:
+        """Read the rows in a range."""
+        number, last = entry.number, ""
+        files: dict[str, bytes] = {}
+        with opened(join(folder, name)) as file:
+            file.seek(entry.start)
+            with tarfile.open(fileobj=file, mode="r|") as archive:  # reads forward only
+                for member in archive:
+                    _forget(archive)
+                    if member.offset >= entry.stop - entry.start:
+                        break
+                    content = archive.extractfile(member)
+                    if content is None:
+                        continue
+                    key, extension = _split(member.name)
+                    if files and key != last:
+                        yield number, self._row(last, files)
+                        number, files = number + 1, {}
+                    last, files[extension] = key, content.read()
+            if files:
+                yield number, self._row(last, files)
+
+    def _row(self, key: str, files: Mapping[str, bytes]) -> Row:
+        try:
+            fields = json.loads(files.get("json", b"{}"))
+            prompt = files["txt"].decode() if "txt" in files and self._prompt is None else self._prompt
+        except ValueError as error:
+            return Row(key, False, UsageError(f"{key}: not valid JSON or UTF-8 ({error})"))
+        if not isinstance(fields, dict):
+            return Row(key, False, UsageError(f"{key}.json: must be a JSON object"))
+        images = [data_url(files[name]) for name in sorted(files) if f".{name}".endswith(SUFFIXES)]
+        if images:
+            fields = {**fields, "image": None, "images": images}
+        return plain_row(key, fields, prompt, self._defaults)
+
+
+def _forget(archive: Any) -> None:
+    """Empty tarfile's list of the members so far, of which there may be millions."""
+    archive.members = []
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Split the name of a file into the row's key and the extension, in lower case."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    return folder + slash + stem, extension.lower()

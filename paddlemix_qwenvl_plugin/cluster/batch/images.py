@@ -1,0 +1,71 @@
+"""Images by fsspec URL: read in advance, as the model reads only local files, `data:` URLs and http(s)."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from paddlemix_qwenvl_plugin.batch.request import RowRequest
+from paddlemix_qwenvl_plugin.batch.rows import Row
+from paddlemix_qwenvl_plugin.cluster.batch.files import join, read
+from paddlemix_qwenvl_plugin.processing.images import DEFAULT_LIMITS
+from paddlemix_qwenvl_plugin.processing.prompts import Query
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
+from paddlemix_qwenvl_plugin.util.sources import is_address, without_password
+
+_MODELS_OWN = re.compile(r"(data|https?|file):", re.IGNORECASE)
+
+
+def with_images(rows: Iterable[tuple[int, Row]], folder: str, ahead: int) -> Iterator[tuple[int, Row]]:
+    """Replace the images by URL in rows by their bytes; images that cannot be read become the errors of their rows.
+
+    Args:
+        rows: (number, row) pairs.
+        folder: path or URL of the folder in which relative paths start.
+        ahead: number of rows that are read in advance.
+    """
+    with ThreadPoolExecutor(ahead) as pool:
+        waiting: deque[tuple[int, Future[Row]]] = deque()
+        for number, row in rows:
+            waiting.append((number, pool.submit(_with_images, row, folder)))
+            if len(waiting) > ahead:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+
+
+def _with_images(row: Row, folder: str) -> Row:
+    if not isinstance(row.parsed, RowRequest):
+        return row
+    request = row.parsed.request
+    try:
+        parts = _loaded(request.parts, folder)
+        history = [(_loaded(query, folder), answer) for query, answer in request.history]
+    except (QwenVLError, OSError) as error:
+        return row._replace(parsed=error if isinstance(error, QwenVLError) else QwenVLError(line_of(error)))
+    return row._replace(parsed=replace(row.parsed, request=replace(request, parts=parts, history=history)))
+
+
+def _loaded(query: Query, folder: str) -> Any:
+    if isinstance(query, str):
+        return query
+    return [{"image": _load(part["image"], folder)} if "image" in part else part for part in query]
+
+
+def _load(source: Any, folder: str) -> Any:
+    if not isinstance(source, str) or _MODELS_OWN.match(source):
+        return source
+    if not is_address(source):
+        if not is_address(folder) or source.startswith("/"):
+            return source
+        source = join(folder, source)
+    try:
+        return read(source, DEFAULT_LIMITS.max_bytes + 1)
+    except FileNotFoundError as error:
+        raise UsageError(f"image {without_password(source)} does not exist") from error

@@ -1,0 +1,118 @@
+"""Input of a job: its files, their format, and an index of their rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Optional, Union
+
+from paddlemix_qwenvl_plugin.batch.rows import dump, id_key
+from paddlemix_qwenvl_plugin.cluster.batch.files import (
+    filesystem,
+    folder_of,
+    join,
+    listed,
+    naming_url,
+    opened,
+)
+from paddlemix_qwenvl_plugin.cluster.batch.formats.entry import Entry, Format
+from paddlemix_qwenvl_plugin.cluster.batch.formats.images import SUFFIXES, Images
+from paddlemix_qwenvl_plugin.cluster.batch.formats.jsonl import Jsonl
+from paddlemix_qwenvl_plugin.cluster.batch.formats.parquet import Parquet
+from paddlemix_qwenvl_plugin.cluster.batch.formats.webdataset import WebDataset
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+from paddlemix_qwenvl_plugin.util.sources import without_password
+
+_KINDS = {"jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",), "tar": (".tar",), "images": SUFFIXES}
+
+_FILES_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Input:
+    """Files of a job.
+
+    Attributes:
+        folder: path or URL of their folder, in which relative paths of images start.
+        sizes: size of each file by its name in the folder.
+        kind: a key of `_KINDS`.
+    """
+
+    folder: str
+    sizes: dict[str, int]
+    kind: str
+
+    def format(self, prompt: Optional[str], options: GenerationOptions) -> Format:
+        """The format of the files; `prompt` and `options` are for rows that do not set them."""
+        defaults = asdict(options)
+        if self.kind == "jsonl":
+            return Jsonl(defaults)
+        kinds: dict[str, type[Union[Parquet, WebDataset, Images]]]
+        kinds = {"parquet": Parquet, "tar": WebDataset, "images": Images}
+        return kinds[self.kind](prompt, defaults)
+
+    def digest(self) -> str:
+        """Digest of the input: of the content of a JSONL file, otherwise of the names and sizes of the files."""
+        if self.kind != "jsonl" or len(self.sizes) > 1:
+            return hashlib.sha256(dump([*self.sizes.items()])).hexdigest()
+        digest = hashlib.sha256()
+        with opened(join(self.folder, *self.sizes)) as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+
+def find(source: str) -> Input:
+    """Find the files of a source: a JSONL, Parquet or tar file, or a folder of them or of images.
+
+    Raises:
+        UsageError: the source does not exist, or is a folder without such files or with several kinds of them.
+    """
+    name = without_password(source)
+    file_system, path = filesystem(source)
+    with naming_url(source):
+        is_folder = file_system.isdir(path)
+        if not is_folder and not file_system.isfile(path):
+            raise UsageError(f"{name}: no such file")
+        if not is_folder:
+            folder, own = folder_of(source), source.rstrip("/").rpartition("/")[2]
+            kind = next((kind for kind in ("parquet", "tar") if own.lower().endswith(_KINDS[kind])), "jsonl")
+            return Input(folder, {own: int(file_system.size(path) or 0)}, kind)
+    sizes = {each: size for each, size in listed(source, recursive=True).items() if "/." not in f"/{each}"}
+    kinds = {
+        kind: {each: size for each, size in sizes.items() if each.lower().endswith(suffixes)}
+        for kind, suffixes in _KINDS.items()
+    }
+    images = kinds.pop("images")  # beside other files, they may be those that rows name
+    found = [kind for kind in kinds if kinds[kind]]
+    if len(found) > 1:
+        raise UsageError(f"{name}: has files of several formats ({', '.join(found)}); name one file")
+    if not found and not images:
+        raise UsageError(f"{name}: has no .jsonl, .parquet or .tar files and no images")
+    return Input(source, kinds[found[0]], found[0]) if found else Input(source, images, "images")
+
+
+def index(files: Input, format: Format) -> Iterator[tuple[str, Entry]]:
+    """List all rows as (name of the file, entry).
+
+    Raises:
+        UsageError: two rows have the same id.
+    """
+    seen: dict[str, tuple[str, int]] = {}
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        names = [*files.sizes]
+        for name, entries in zip(names, pool.map(lambda name: [*format.index(files.folder, name)], names)):
+            for entry in entries:
+                if entry.row_id is not None:
+                    first = seen.setdefault(id_key(entry.row_id), (name, entry.number))
+                    if first != (name, entry.number):
+                        where = f"{_place(*first)} and {_place(name, entry.number)}"
+                        raise UsageError(f"{where} have the same id {entry.row_id!r}")
+                yield name, entry
+
+
+def _place(name: str, number: int) -> str:
+    return f"{name}: row {number}"

@@ -1,0 +1,183 @@
+"""A batch job on a cluster: its folder of parts, which a later run continues."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from paddlemix_qwenvl_plugin.batch.job import identity
+from paddlemix_qwenvl_plugin.batch.journal import difference
+from paddlemix_qwenvl_plugin.batch.rows import dump, result_id
+from paddlemix_qwenvl_plugin.cluster.batch.files import (
+    PARTIAL,
+    join,
+    listed,
+    opened,
+    remove,
+    write,
+)
+from paddlemix_qwenvl_plugin.cluster.batch.inputs import find, index
+from paddlemix_qwenvl_plugin.cluster.batch.parts import Part, cut, digest_of_ids
+from paddlemix_qwenvl_plugin.cluster.batch.pool import Actors, answered, describe_model
+from paddlemix_qwenvl_plugin.cluster.batch.worker import Work
+from paddlemix_qwenvl_plugin.cluster.connect import connect
+from paddlemix_qwenvl_plugin.runtime.model import Model
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
+from paddlemix_qwenvl_plugin.util.progress import track
+from paddlemix_qwenvl_plugin.util.sources import without_password
+
+MANIFEST, ERRORS = "job.json", "errors.jsonl"
+
+_ACTORS, _PARTS_EACH = 16, 4
+_MAX_WINDOWS = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, as the command describes it.
+
+    Attributes:
+        source, target: absolute paths or URLs of the input and of the output folder.
+        prompt: prompt of rows that have none; None: no prompt.
+        options: generation options of rows that do not set them.
+        window: number of concurrent rows of an actor.
+    """
+
+    source: str
+    target: str
+    prompt: Optional[str]
+    options: GenerationOptions
+    window: int
+
+    @property
+    def name(self) -> str:
+        """The output folder in messages."""
+        return without_password(self.target)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Counts of a complete job; `ran` is whether any part was still to be answered."""
+
+    n_rows: int
+    n_parts: int
+    n_failed: int
+    ran: bool
+
+
+def run(job: Job, open_model: Callable[[], Model[Any]], actors: Actors, address: str) -> Result:
+    """Answer every row of an input into a folder of parts; continue if an earlier run has left some.
+
+    Raises:
+        UsageError: the input or the folder cannot be used, or Ray is not installed.
+        QwenVLError: the folder belongs to another job, or the job cannot continue. The folder keeps its parts.
+    """
+    files = find(job.source)
+    if job.source == job.target:
+        raise UsageError(f"{job.name}: is the input; name another output")
+    format = files.format(job.prompt, job.options)
+    rows = [*index(files, format)]
+    present = listed(job.target)
+    if not _is_ours(present):
+        raise UsageError(f"{job.name}: exists, and this command did not write it; name another folder")
+    manifest = _manifest(job, MANIFEST in present)
+    expected = {
+        **identity(
+            files.digest(), job.options, manifest.get("weights", []), manifest.get("picture_label", "")
+        ),
+        "prompt": job.prompt,
+        "part_rows": manifest.get("part_rows") or _part_rows(len(rows), job.window, actors.maximum),
+    }
+    if manifest:
+        _check(job, expected, manifest)
+    parts = [*cut(rows, expected["part_rows"])]
+    remaining = [part for part in parts if part.name not in present]
+    if remaining or not manifest:
+        with connect(address):
+            expected["weights"], expected["picture_label"] = describe_model(open_model, actors)
+            if manifest:
+                _check(job, expected, manifest)
+                done = sum(part.n_rows for part in parts) - sum(part.n_rows for part in remaining)
+                print(f"resuming: {done} of {len(rows)} rows are answered", file=sys.stderr)
+            else:
+                write(join(job.target, MANIFEST), dump(expected))
+            own = {key: expected[key] for key in identity("", job.options, [], "")}
+            work = Work(open_model, own, files.folder, format, job.target, job.window, actors.cpus)
+            _answer(work, remaining, actors)
+    return Result(len(rows), len(parts), _collect_errors(job, parts), bool(remaining))
+
+
+def _answer(work: Work, parts: Sequence[Part], actors: Actors) -> None:
+    """Answer parts, with progress in rows."""
+    each = (row for n_rows in answered(work, parts, actors) for row in range(n_rows)) if parts else ()
+    for _ in track(each, "rows answered", sum(part.n_rows for part in parts)):
+        pass
+
+
+def _part_rows(n_rows: int, window: int, n_actors: Optional[int]) -> int:
+    """Rows of a part: some parts for each actor, of at least one window.
+
+    A part begins and ends with fewer concurrent rows than `window`, and a killed actor loses one: neither too few rows
+    nor too many.
+    """
+    return max(window, min(_MAX_WINDOWS * window, math.ceil(n_rows / ((n_actors or _ACTORS) * _PARTS_EACH))))
+
+
+def _is_ours(present: Iterable[str]) -> bool:
+    """Whether a folder is empty or has a job's manifest; files that a killed process left do not count."""
+    names = [name for name in present if not name.startswith(PARTIAL)]
+    return not names or MANIFEST in names
+
+
+def _manifest(job: Job, exists: bool) -> dict[str, Any]:
+    """The manifest of the folder, empty if it has none."""
+    if not exists:
+        return {}
+    with opened(join(job.target, MANIFEST)) as file:
+        content = file.read()
+    try:
+        return dict(json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise QwenVLError(
+            f"{join(job.name, MANIFEST)}: not valid JSON; remove the folder or name another"
+        ) from error
+
+
+def _check(job: Job, expected: dict[str, Any], manifest: dict[str, Any]) -> None:
+    if json.loads(dump(expected)) != manifest:
+        how = difference(json.loads(dump(expected)), dump(manifest))
+        raise QwenVLError(f"{join(job.name, MANIFEST)}: {how}; remove the folder or name another")
+
+
+def _collect_errors(job: Job, parts: Sequence[Part]) -> int:
+    """Copy the errors of complete parts into a file of their own, if there are any; return their number.
+
+    Raises:
+        QwenVLError: a part does not have the results of its rows.
+    """
+    with ThreadPoolExecutor(16) as pool:
+        errors = [line for lines in pool.map(lambda part: [*_errors(job, part)], parts) for line in lines]
+    present = listed(job.target)
+    if errors:
+        write(join(job.target, ERRORS), b"".join(errors))
+    stale = [name for name in present if name.startswith(PARTIAL) or (name == ERRORS and not errors)]
+    remove([join(job.target, name) for name in stale])
+    return len(errors)
+
+
+def _errors(job: Job, part: Part) -> Iterator[bytes]:
+    name = join(job.target, part.name)
+    with opened(name) as file:
+        lines = file.readlines()
+    results = [result_id(line) for line in lines]
+    if digest_of_ids(result[0] if result else "" for result in results) != part.ids:
+        raise QwenVLError(
+            f"{without_password(name)}: does not have the results of its rows; remove it and run the command again"
+        )
+    yield from (line for line, result in zip(lines, results) if result and result[1])

@@ -1,0 +1,87 @@
+"""Division of a job's rows into parts, each answered by one actor and written as one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+from paddlemix_qwenvl_plugin.batch.request import RowId
+from paddlemix_qwenvl_plugin.batch.rows import id_key
+from paddlemix_qwenvl_plugin.cluster.batch.formats.entry import Entry
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of a file.
+
+    Attributes:
+        name: name of the file.
+        base: number of rows, or of lines, in the files before it.
+        number, start, stop: see Entry.
+    """
+
+    name: str
+    base: int
+    number: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of a job.
+
+    Attributes:
+        index: number of the part, from 0.
+        spans: its rows.
+        n_rows: their number.
+        ids: digest of their ids, `digest_of_ids`.
+    """
+
+    index: int
+    spans: list[Span]
+    n_rows: int
+    ids: str
+
+    @property
+    def name(self) -> str:
+        """Name of its file in the output folder."""
+        return f"part-{self.index:05}.jsonl"
+
+    def dump(self) -> str:
+        """Serialize the part."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, text: str) -> Part:
+        """Parse a serialized part."""
+        values = json.loads(text)
+        return cls(**{**values, "spans": [Span(**span) for span in values["spans"]]})
+
+
+def digest_of_ids(ids: Iterable[str]) -> str:
+    """Digest of ids (`id_key`) in their order."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+
+
+def cut(rows: Iterable[tuple[str, Entry]], n_rows: int) -> Iterator[Part]:
+    """Cut rows, as (name of the file, entry), into parts of `n_rows`; the last one may have less."""
+    spans, ids = list[Span](), list[RowId]()
+    index, base, last, previous = 0, 0, 0, None
+    for name, entry in rows:
+        if name != previous:
+            base, previous = base + last, name
+        last = entry.number
+        if spans and spans[-1].name == name:
+            span = spans.pop()
+            spans.append(Span(name, base, span.number, span.start, entry.stop))
+        else:
+            spans.append(Span(name, base, entry.number, entry.start, entry.stop))
+        ids.append(entry.row_id)
+        if len(ids) == n_rows:
+            yield Part(index, spans, len(ids), digest_of_ids(map(id_key, ids)))
+            index, spans, ids = index + 1, [], []
+    if ids:
+        yield Part(index, spans, len(ids), digest_of_ids(map(id_key, ids)))

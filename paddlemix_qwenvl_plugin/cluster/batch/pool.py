@@ -1,0 +1,100 @@
+"""Execution of parts on Ray Data: its actor pool scales, restarts actors, repeats lost parts and limits what waits."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from paddlemix_qwenvl_plugin.cluster.batch.parts import Part
+from paddlemix_qwenvl_plugin.cluster.batch.worker import Work, Worker, open_with
+from paddlemix_qwenvl_plugin.runtime.model import Model
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, first_line
+
+_SECONDS_UNTIL_NOTICE = 30.0
+
+
+@dataclass(frozen=True)
+class Actors:
+    """Size of a pool, and what an actor occupies.
+
+    Attributes:
+        minimum, maximum: number of actors; maximum None: as many as the cluster has room for.
+        cpus, gpus: shares of an actor.
+    """
+
+    minimum: int = 1
+    maximum: Optional[int] = None
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Arguments of Ray."""
+        return {"num_cpus": self.cpus, **({"num_gpus": self.gpus} if self.gpus else {})}
+
+
+def describe_model(open_model: Callable[[], Model[Any]], actors: Actors) -> tuple[list[str], str]:
+    """Open the model on a node that has room for an actor; return its `weights` and `picture_label`.
+
+    Raises:
+        UsageError, QwenVLError: it cannot be opened there.
+    """
+    import ray
+
+    def describe() -> tuple[Any, Any]:
+        try:
+            model = open_with(open_model, actors.cpus)
+            return model.weights, model.picture_label
+        except (QwenVLError, OSError) as error:
+            return error, None
+
+    result = ray.remote(**actors.resources)(describe).remote()
+    if not ray.wait([result], timeout=_SECONDS_UNTIL_NOTICE)[0]:
+        needs = f"{actors.cpus:g} CPUs" + (f" and {actors.gpus:g} GPUs" if actors.gpus else "")
+        print(f"waiting for a node with {needs} for an actor", file=sys.stderr)
+    try:
+        weights, picture_label = ray.get(result)
+    except ray.exceptions.RayError as error:
+        raise QwenVLError(f"the model cannot be opened on the cluster ({_last_line(error)})") from error
+    if isinstance(weights, Exception):
+        raise weights
+    return weights, picture_label
+
+
+def answered(work: Work, parts: Sequence[Part], actors: Actors) -> Iterator[int]:
+    """Answer parts; yield the number of rows of each as it is done.
+
+    Raises:
+        UsageError, QwenVLError, OSError: an actor's error, which ends the job.
+    """
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    # A block for each part: Ray schedules and repeats blocks.
+    items = ray.data.from_items([{"part": part.dump()} for part in parts], override_num_blocks=len(parts))
+    results = items.map_batches(
+        Worker,
+        fn_constructor_args=(work,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=actors.minimum, max_size=actors.maximum),
+        **actors.resources,
+    )
+    try:
+        for row in results.iter_rows():
+            if row["error"]:
+                raise (UsageError if row["exit_code"] == UsageError.exit_code else QwenVLError)(row["error"])
+            yield row["rows"]
+    except ray.exceptions.RayError as error:
+        raise QwenVLError(
+            f"the cluster gave up ({_last_line(error)}); run the command again to continue"
+        ) from error
+
+
+def _last_line(error: Exception) -> str:
+    """The line of Ray's message that names the cause: the last one of a traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else first_line(error)

@@ -1,0 +1,208 @@
+"""Input formats of `qwenvl batch --ray`: the rows of any ranges are those of the whole file, read in another way."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tarfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("fsspec", reason="fsspec is missing; pip install 'paddlemix-qwenvl-plugin[ray]'")
+
+from paddlemix_qwenvl_plugin.batch.plain_form import read
+from paddlemix_qwenvl_plugin.batch.rows import Row, id_key, read_row
+from paddlemix_qwenvl_plugin.cluster.batch.formats.entry import Entry, data_url
+from paddlemix_qwenvl_plugin.cluster.batch.images import with_images
+from paddlemix_qwenvl_plugin.cluster.batch.inputs import find, index
+from paddlemix_qwenvl_plugin.cluster.batch.parts import Part, cut, digest_of_ids
+from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
+from paddlemix_qwenvl_plugin.util.errors import UsageError
+
+OPTIONS = GenerationOptions(max_new_tokens=5)
+DEFAULTS = asdict(OPTIONS)
+
+
+def png(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def plain(row_id: Any, **values: Any) -> Row:
+    return Row(row_id, False, read(values, DEFAULTS))
+
+
+def rows_in_parts(source: Path, n_rows: int, prompt: str | None = None) -> list[Row]:
+    """Rows of a source, read part by part; checks that the numbers ascend and that the ids are those of the parts."""
+    files = find(str(source))
+    form = files.format(prompt, OPTIONS)
+    rows, last = list[Row](), 0
+    for part in cut(index(files, form), n_rows):
+        assert Part.load(part.dump()) == part
+        ids = []
+        for span in part.spans:
+            for number, row in form.rows(files.folder, span.name, Entry(span.number, span.start, span.stop)):
+                assert span.base + number > last
+                last = span.base + number
+                rows.append(row)
+                ids.append(id_key(row.id))
+        assert digest_of_ids(ids) == part.ids
+        assert len(ids) == part.n_rows
+    return rows
+
+
+def same(found: list[Row], expected: list[Row]) -> None:
+    """Compare rows; errors have no equality."""
+
+    def comparable(rows: list[Row]) -> list[Any]:
+        return [
+            row._replace(parsed=str(row.parsed)) if isinstance(row.parsed, Exception) else row for row in rows
+        ]
+
+    assert comparable(found) == comparable(expected)
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 7, 100])
+def test_jsonl(tmp_path, n_rows):
+    rng = random.Random(n_rows)
+    lines = [json.dumps({"id": n, "prompt": "é" * rng.randrange(1, 9)}).encode() + b"\n" for n in range(20)]
+    lines[3:3] = [b"\n", b"  \r\n"]
+    lines[9] = b"not JSON\n"
+    (tmp_path / "in.jsonl").write_bytes(b"".join(lines).rstrip(b"\n"))
+    expected = [read_row(number, line, DEFAULTS) for number, line in enumerate(lines, 1) if line.strip()]
+    same(rows_in_parts(tmp_path / "in.jsonl", n_rows), expected)
+
+
+@pytest.mark.parametrize("n_rows", [1, 4, 7, 100])
+def test_parquet(tmp_path, n_rows):
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
+    rows = [{"id": n, "prompt": f"{n}?", "label": 3, "seed": n if n % 2 else None} for n in range(17)]
+    rows[5]["prompt"] = None
+    write_table(Table.from_pylist(rows), tmp_path / "in.parquet", row_group_size=5)
+    expected = [
+        plain(row["id"], prompt=row["prompt"] or "All?", **({"seed": row["seed"]} if row["seed"] else {}))
+        for row in rows
+    ]
+    same(rows_in_parts(tmp_path / "in.parquet", n_rows, "All?"), expected)
+
+
+def test_images_of_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
+    red, blue = png("red"), png("blue")
+    (tmp_path / "data").mkdir()
+    write_table(Table.from_pylist([{"image": red}, {"image": blue}]), tmp_path / "data" / "a.parquet")
+    struct = [{"image": {"bytes": red, "path": "x.png"}}, {"image": {"bytes": None, "path": "x.png"}}]
+    write_table(Table.from_pylist(struct), tmp_path / "data" / "b.parquet")
+    expected = [
+        plain("a.parquet:1", image=data_url(red), prompt="?"),
+        plain("a.parquet:2", image=data_url(blue), prompt="?"),
+        plain("b.parquet:1", image=data_url(red), prompt="?"),
+        plain("b.parquet:2", image="x.png", prompt="?"),
+    ]
+    same(rows_in_parts(tmp_path / "data", 3, "?"), expected)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 100])
+@pytest.mark.parametrize("prompt", [None, "All?"])
+def test_webdataset(tmp_path, n_rows, prompt):
+    red, blue = png("red"), png("blue")
+    (tmp_path / "data").mkdir()
+    files = [
+        ("x/0.png", red),
+        ("x/0.txt", b"zero?"),
+        ("x/1.1.png", blue),
+        ("x/1.0.png", red),
+        ("x/1.json", b'{"prompt": "one?", "width": 4, "seed": 7}'),
+        (f"{'long' * 40}.jpg", blue),  # a name that takes a header of its own
+        ("bad.json", b"{"),
+    ]
+    write_tar(tmp_path / "data" / "0.tar", files)
+    write_tar(tmp_path / "data" / "1.tar", [("y.jpg", red), ("y.txt", b"why?")])
+    found = rows_in_parts(tmp_path / "data", n_rows, prompt)
+    last = {} if prompt is None else {"prompt": prompt}
+    expected = [
+        plain("x/0", images=[data_url(red)], prompt=prompt or "zero?"),
+        plain("x/1", images=[data_url(red), data_url(blue)], prompt="one?", seed=7),
+        plain("long" * 40, images=[data_url(blue)], **last),
+        found[3],
+        plain("y", images=[data_url(red)], prompt=prompt or "why?"),
+    ]
+    same(found, expected)
+    assert found[3].id == "bad"
+    assert "not valid JSON" in str(found[3].parsed)
+
+
+def test_a_webdataset_of_the_library(tmp_path):
+    """The library's own writer and reader name the same rows."""
+    wds = pytest.importorskip("webdataset")
+    with wds.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for n in range(5):
+            writer.write({"__key__": f"s/{n:03}", "jpg": png("red"), "txt": f"{n}?"})
+    found = rows_in_parts(tmp_path / "a.tar", 2)
+    samples = [*wds.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)]
+    assert [row.id for row in found] == [sample["__key__"] for sample in samples]
+    same(found, [plain(s["__key__"], images=[data_url(s["jpg"])], prompt=s["txt"].decode()) for s in samples])
+
+
+def test_a_folder_of_images(tmp_path):
+    for name in ("b.png", "a/c.JPG", "a/notes.txt", ".hidden/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png("red"))
+    expected = [plain(name, image=name, prompt="What?") for name in ("a/c.JPG", "b.png")]
+    same(rows_in_parts(tmp_path, 1, "What?"), expected)
+
+
+def test_equal_ids_are_refused(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "a"}\n\n{"id": "1", "prompt": "a"}\n{"id": 1}\n')
+    files = find(str(tmp_path / "in.jsonl"))
+    with pytest.raises(UsageError, match=r"in.jsonl: row 1 and in.jsonl: row 4 have the same id 1"):
+        [*index(files, files.format(None, OPTIONS))]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "has no .jsonl, .parquet or .tar files and no images"),
+        (["a.tar", "b.jsonl", "c.png"], "has files of several formats (jsonl, tar); name one file"),
+    ],
+)
+def test_refused_folders(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError) as error:
+        find(str(tmp_path))
+    assert str(error.value) == f"{tmp_path}: {message}"
+
+
+def test_images_by_url():
+    """Images of any file system of fsspec become bytes, relative ones in the input's folder."""
+    from fsspec import filesystem
+
+    memory = filesystem("memory")
+    memory.pipe_file("/data/a/red.png", png("red"))
+    names = ["a/red.png", "memory://data/a/red.png", "a/none.png", data_url(png("blue")), "/none.png"]
+    rows = [(n, plain(n, image=name, prompt="?")) for n, name in enumerate(names)]
+    found = [*with_images(rows, "memory://data", 2)]
+    assert [number for number, _ in found] == [*range(len(names))]
+    parts = [row.parsed.request.parts[0]["image"] if n != 2 else str(row.parsed) for n, row in found]
+    assert parts == [png("red"), png("red"), "image memory://data/a/none.png does not exist", *names[3:]]
