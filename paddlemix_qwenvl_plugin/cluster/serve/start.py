@@ -103,15 +103,19 @@ def _watch(deployed: float) -> None:
     """Return when the application has been updated by another command.
 
     Raises:
-        QwenVLError: the application has been removed.
+        QwenVLError: the application has been removed, or the cluster has ended.
     """
     from ray import serve
+    from ray.exceptions import RayError
 
     from paddlemix_qwenvl_plugin.cluster.serve.application import NAME
 
     while True:
         time.sleep(_POLL_SECONDS)
-        status = serve.status().applications.get(NAME)
+        try:
+            status = serve.status().applications.get(NAME)
+        except RayError as error:
+            raise QwenVLError(f"the cluster no longer answers: {line_of(error)}") from error
         if status is None:
             raise QwenVLError("the application has been removed from the cluster")
         if status.last_deployed_time_s != deployed:
@@ -127,8 +131,11 @@ def _remove(settings: ServeSettings) -> None:
     from paddlemix_qwenvl_plugin.cluster.serve.membership import running_coordinator
 
     coordinator = running_coordinator()
-    if coordinator is not None:
-        deadline = time.monotonic() + settings.shutdown_timeout
+    if coordinator is None:
+        serve.delete(NAME)
+        return
+    deadline = time.monotonic() + settings.shutdown_timeout
+    with contextlib.suppress(ray.exceptions.RayError):  # lost: nothing is left to wait for
         while time.monotonic() < deadline:
             totals = ray.get(coordinator.drain.remote())
             if not totals.running and not totals.waiting:
@@ -136,8 +143,7 @@ def _remove(settings: ServeSettings) -> None:
             time.sleep(_POLL_SECONDS)
         ray.get(coordinator.end.remote())
     serve.delete(NAME)
-    if coordinator is not None:
-        ray.kill(coordinator)
+    ray.kill(coordinator)
 
 
 def _reason(status: Any) -> str:
