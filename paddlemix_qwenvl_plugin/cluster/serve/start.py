@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
+from uuid import uuid4
 
 from paddlemix_qwenvl_plugin.cluster.connect import connect
 from paddlemix_qwenvl_plugin.cluster.serve.replicas import max_replicas, needs
@@ -52,9 +53,9 @@ def start_on(
             say(
                 f"Starting {engines} and {settings.min_fronts} fronts, which need {needs(settings)} of the cluster"
             )
-            deployed = _deploy(settings)
+            _deploy(settings)
             say(f"Serving on {engines} at http://{settings.host}:{settings.port}")
-            _watch(deployed)
+            _watch()
             say("Another command has updated the application; this one ends.")
         except _Signal:
             try:
@@ -74,8 +75,8 @@ def _check(settings: ServeSettings) -> None:
     check_exposure(settings, settings.host)
 
 
-def _deploy(settings: ServeSettings) -> float:
-    """Deploy or update the application; wait until it runs; return the time of its deployment."""
+def _deploy(settings: ServeSettings) -> None:
+    """Deploy or update the application and wait until it runs."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -96,30 +97,35 @@ def _deploy(settings: ServeSettings) -> float:
         message = _reason(status) if status is not None else line_of(error)
         serve.delete(NAME)
         raise QwenVLError(f"the application does not start on the cluster: {message}") from error
-    return float(serve.status().applications[NAME].last_deployed_time_s)
 
 
-def _watch(deployed: float) -> None:
+def _watch() -> None:
     """Return when the application has been updated by another command.
 
     Raises:
         QwenVLError: the application has been removed, or the cluster has ended.
     """
+    import ray
     from ray import serve
-    from ray.exceptions import RayError
 
     from paddlemix_qwenvl_plugin.cluster.serve.application import NAME
+    from paddlemix_qwenvl_plugin.cluster.serve.membership import running_coordinator
 
-    while True:
-        time.sleep(_POLL_SECONDS)
+    own = uuid4().hex
+    owner = ""
+    while owner in ("", own):
         try:
-            status = serve.status().applications.get(NAME)
-        except RayError as error:
+            coordinator = running_coordinator()
+            if coordinator is None or NAME not in serve.status().applications:
+                raise QwenVLError("the application has been removed from the cluster")
+            if not owner:
+                ray.get(coordinator.own.remote(own))
+            time.sleep(_POLL_SECONDS)
+            owner = ray.get(coordinator.owner.remote())
+        except ray.exceptions.ActorUnavailableError:  # Ray restarts it
+            time.sleep(_POLL_SECONDS)
+        except ray.exceptions.RayError as error:
             raise QwenVLError(f"the cluster no longer answers: {line_of(error)}") from error
-        if status is None:
-            raise QwenVLError("the application has been removed from the cluster")
-        if status.last_deployed_time_s != deployed:
-            return
 
 
 def _remove(settings: ServeSettings) -> None:
