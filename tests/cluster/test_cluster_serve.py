@@ -311,6 +311,7 @@ def test_no_request_fails_when_a_node_is_killed_and_the_application_updated(serv
 def test_end(service: Service) -> None:
     """At SIGTERM an admitted request is completed, a new one refused, and the command exits with 0."""
     client = service.clients[0]
+    wait_until(lambda: client.metrics("qwenvl_slots_running") == {"": 0})
     begun = time.monotonic()
     replies: list[httpx.Response] = []
     asked = [{"role": "user", "content": LONG}]
