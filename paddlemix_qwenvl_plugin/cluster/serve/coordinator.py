@@ -76,6 +76,7 @@ class Coordinator:
         self._leases: dict[str, _Lease] = {}
         self._processes: dict[str, _Process] = {}
         self._draining = self._ending = False
+        self._owner = ""
         # The slots in use are unknown until every front has reported once.
         self._settled = time.monotonic() + (2 * REPORT_SECONDS if restarted else 0.0)
         self._idle_since = time.monotonic()
@@ -86,6 +87,14 @@ class Coordinator:
         self._queue.set_limits(**_limits(settings))
         self._queue.open()
         self._draining = self._ending = False
+
+    async def own(self, owner: str) -> None:
+        """Make a command the application's owner."""
+        self._owner = owner
+
+    async def owner(self) -> str:
+        """The command that deployed the application last; empty after a restart of this actor."""
+        return self._owner
 
     async def acquire(
         self, front: str, lease_id: str, n: int, key: Optional[str]

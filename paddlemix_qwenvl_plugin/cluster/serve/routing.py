@@ -11,7 +11,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 _SLACK = 4
 
 
-class PrefixRouter(RequestRouter):
+class PrefixRouter(RequestRouter):  # type: ignore[misc]  # untyped for mypy
     """Request router that ranks the replicas of each prefix by rendezvous hashing.
 
     All fronts compute the same ranking without shared state, and a replica that comes or goes moves only its own share

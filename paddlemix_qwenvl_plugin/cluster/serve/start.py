@@ -8,13 +8,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
+from uuid import uuid4
 
 from paddlemix_qwenvl_plugin.cluster.connect import connect
 from paddlemix_qwenvl_plugin.cluster.serve.replicas import max_replicas, needs
 from paddlemix_qwenvl_plugin.serve.api_keys import check_exposure, keys_of
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import check_model
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 
 _POLL_SECONDS = 0.5
 _KEEP_ALIVE_SECONDS = 15
@@ -45,19 +46,16 @@ def start_on(
         UsageError: conflicting settings, or Ray is not installed.
         QwenVLError: no cluster answers, or the application does not start.
     """
-    check_model(settings)
-    max_replicas(settings)
-    keys_of(settings)
-    check_exposure(settings, settings.host)
+    _check(settings)
     with _raising(signals), connect(address):
         try:
             engines = f"{settings.min_replicas} engine replica{'s' * (settings.min_replicas > 1)}"
             say(
                 f"Starting {engines} and {settings.min_fronts} fronts, which need {needs(settings)} of the cluster"
             )
-            deployed = _deploy(settings)
+            _deploy(settings)
             say(f"Serving on {engines} at http://{settings.host}:{settings.port}")
-            _watch(deployed)
+            _watch()
             say("Another command has updated the application; this one ends.")
         except _Signal:
             try:
@@ -67,8 +65,18 @@ def start_on(
     return None
 
 
-def _deploy(settings: ServeSettings) -> float:
-    """Deploy or update the application; wait until it runs; return the time of its deployment."""
+def _check(settings: ServeSettings) -> None:
+    """Check what needs no cluster."""
+    check_model(settings)
+    max_replicas(settings)
+    if settings.port == 0:
+        raise UsageError("--port 0: on a Ray cluster every machine listens on the same port; name one")
+    keys_of(settings)
+    check_exposure(settings, settings.host)
+
+
+def _deploy(settings: ServeSettings) -> None:
+    """Deploy or update the application and wait until it runs."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -89,26 +97,35 @@ def _deploy(settings: ServeSettings) -> float:
         message = _reason(status) if status is not None else line_of(error)
         serve.delete(NAME)
         raise QwenVLError(f"the application does not start on the cluster: {message}") from error
-    return float(serve.status().applications[NAME].last_deployed_time_s)
 
 
-def _watch(deployed: float) -> None:
+def _watch() -> None:
     """Return when the application has been updated by another command.
 
     Raises:
-        QwenVLError: the application has been removed.
+        QwenVLError: the application has been removed, or the cluster has ended.
     """
+    import ray
     from ray import serve
 
     from paddlemix_qwenvl_plugin.cluster.serve.application import NAME
+    from paddlemix_qwenvl_plugin.cluster.serve.membership import running_coordinator
 
-    while True:
-        time.sleep(_POLL_SECONDS)
-        status = serve.status().applications.get(NAME)
-        if status is None:
-            raise QwenVLError("the application has been removed from the cluster")
-        if status.last_deployed_time_s != deployed:
-            return
+    own = uuid4().hex
+    owner = ""
+    while owner in ("", own):
+        try:
+            coordinator = running_coordinator()
+            if coordinator is None or NAME not in serve.status().applications:
+                raise QwenVLError("the application has been removed from the cluster")
+            if not owner:
+                ray.get(coordinator.own.remote(own))
+            time.sleep(_POLL_SECONDS)
+            owner = ray.get(coordinator.owner.remote())
+        except ray.exceptions.ActorUnavailableError:  # Ray restarts it
+            time.sleep(_POLL_SECONDS)
+        except ray.exceptions.RayError as error:
+            raise QwenVLError(f"the cluster no longer answers: {line_of(error)}") from error
 
 
 def _remove(settings: ServeSettings) -> None:
@@ -120,8 +137,11 @@ def _remove(settings: ServeSettings) -> None:
     from paddlemix_qwenvl_plugin.cluster.serve.membership import running_coordinator
 
     coordinator = running_coordinator()
-    if coordinator is not None:
-        deadline = time.monotonic() + settings.shutdown_timeout
+    if coordinator is None:
+        serve.delete(NAME)
+        return
+    deadline = time.monotonic() + settings.shutdown_timeout
+    with contextlib.suppress(ray.exceptions.RayError):  # lost: nothing is left to wait for
         while time.monotonic() < deadline:
             totals = ray.get(coordinator.drain.remote())
             if not totals.running and not totals.waiting:
@@ -129,8 +149,7 @@ def _remove(settings: ServeSettings) -> None:
             time.sleep(_POLL_SECONDS)
         ray.get(coordinator.end.remote())
     serve.delete(NAME)
-    if coordinator is not None:
-        ray.kill(coordinator)
+    ray.kill(coordinator)
 
 
 def _reason(status: Any) -> str:
