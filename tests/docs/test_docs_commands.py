@@ -223,7 +223,9 @@ CHECKS: dict[str, Callable[[Command, Any], None]] = {
     "mkdocs": check_mkdocs,
     "cp": check_files,
     "find": check_files,
-    **dict.fromkeys(["", "cd", "curl", "export", "kill", "printf", "ray", "serve", "venv", "xargs"], check_nothing),
+    **dict.fromkeys(
+        ["", "cd", "curl", "export", "kill", "printf", "ray", "serve", "venv", "xargs"], check_nothing
+    ),
 }
 
 
