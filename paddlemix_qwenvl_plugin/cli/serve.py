@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from paddlemix_qwenvl_plugin.cli import signals
 from paddlemix_qwenvl_plugin.cli.options import made_flags
+from paddlemix_qwenvl_plugin.cli.ray_options import RayAddress, with_ray_default
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ class ServeCommand(TyperCommand):
 
     The flags are created on first use of the command: importing pydantic is too slow for `qwenvl --help`.
     """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse the arguments; `--ray` may lack its address."""
+        return super().parse_args(ctx, with_ray_default(args))
 
     def get_params(self, ctx: Any) -> Any:
         """Return the parameters, with the flags of the settings."""
@@ -48,6 +53,7 @@ def serve(
     print_config: bool = typer.Option(
         False, "--print_config", help="Print the settings with their origins, and exit."
     ),
+    ray: RayAddress = None,
 ) -> None:
     """Serve an OpenAI-compatible HTTP API and a web page.
 
@@ -60,8 +66,12 @@ def serve(
     if print_config:
         print(settings.as_yaml(), end="")
         return
-    from paddlemix_qwenvl_plugin.serve.start import start
+    if ray is None:
+        from paddlemix_qwenvl_plugin.serve.start import start
+    else:
+        from paddlemix_qwenvl_plugin.cluster.serve.start import start_on
 
+        start = functools.partial(start_on, ray)
     with signals.handled_by_the_command() as numbers:
         second_signal = start(settings.values, numbers, functools.partial(print, flush=True))
     if second_signal == signal.SIGINT:

@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Optional
 
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
@@ -46,15 +46,21 @@ class SlotQueue:
             observe_wait: called with the waiting time in seconds of each admitted request.
         """
         self.running = 0
-        self._max_running = max_running
-        self._max_waiting = max_waiting
-        self._waiting_timeout = waiting_timeout
-        self._max_per_key = max_per_key
+        self.set_limits(max_running, max_waiting, waiting_timeout, max_per_key)
         self._observe_wait = observe_wait
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._slots_by_key: Counter[str] = Counter()
         self._mean_hold_seconds = _INITIAL_HOLD_SECONDS
         self._closed = False
+
+    def set_limits(
+        self, max_running: int, max_waiting: int, waiting_timeout: float, max_per_key: Optional[int]
+    ) -> None:
+        """Change the limits; see __init__. Running and waiting requests stay."""
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._waiting_timeout = waiting_timeout
+        self._max_per_key = max_per_key
 
     @property
     def waiting(self) -> int:
@@ -81,10 +87,23 @@ class SlotQueue:
                 held = time.monotonic() - granted
                 self._mean_hold_seconds += _NEWEST_WEIGHT * (held - self._mean_hold_seconds)
         finally:
-            if key is not None:
-                self._slots_by_key[key] -= n
-                if not self._slots_by_key[key]:
-                    del self._slots_by_key[key]
+            self._forget(n, key)
+
+    @contextlib.contextmanager
+    def adopted(self, n: int, key: Optional[str]) -> Iterator[None]:
+        """Hold n slots within the block, whatever the limits: a request that runs already."""
+        self.running += n
+        if key is not None:
+            self._slots_by_key[key] += n
+        try:
+            yield
+        finally:
+            self._release(n)
+            self._forget(n, key)
+
+    def open(self) -> None:
+        """Accept requests again after `close`."""
+        self._closed = False
 
     def close(self) -> None:
         """Refuse new requests with 503. Waiting requests stay in the queue."""
@@ -158,6 +177,12 @@ class SlotQueue:
         with contextlib.suppress(ValueError):
             self._queue.remove(entry)
         self._grant()
+
+    def _forget(self, n: int, key: Optional[str]) -> None:
+        if key is not None:
+            self._slots_by_key[key] -= n
+            if not self._slots_by_key[key]:
+                del self._slots_by_key[key]
 
     def _release(self, n: int) -> None:
         self.running -= n

@@ -26,18 +26,24 @@ from paddlemix_qwenvl_plugin.version import __version__
 PAGE = Path(__file__).resolve().parent / "page"
 
 
-def create_app(service: Service, router: Optional[APIRouter] = None, page: Path = PAGE) -> FastAPI:
+def create_app(
+    service: Service,
+    router: Optional[APIRouter] = None,
+    page: Path = PAGE,
+    keys: Optional[ApiKeys] = None,
+) -> FastAPI:
     """Create the ASGI application of a service.
 
     Args:
         router: routes of the API; default: the OpenAI-compatible ones.
         page: folder of the web page, served at / if it contains index.html and `settings.page` is on.
+        keys: API keys; default: those of `settings.api_key_file`.
 
     Raises:
         UsageError: the API keys cannot be read.
     """
     settings = service.settings
-    keys = keys_of(settings)
+    keys = keys or keys_of(settings)
     # FastAPI's documentation pages load scripts from other hosts.
     app = FastAPI(title="qwenvl serve", version=__version__, docs_url=None, redoc_url=None)
     if router is None:
@@ -50,7 +56,8 @@ def create_app(service: Service, router: Optional[APIRouter] = None, page: Path 
     install_handlers(app)
     paths = [*app.openapi()["paths"], *page_paths]
     app.user_middleware = _middleware(service, keys, paths, page_paths)
-    service.metrics.watch(service.engine, service.admission)
+    if service.cluster_metrics is None:
+        service.metrics.watch(service.engine, service.admission)
     return app
 
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, cast
 
 from paddlemix_qwenvl_plugin.serve.engine_api import ModelSettings
 from paddlemix_qwenvl_plugin.serve.messages import Unpacker, pack
@@ -125,8 +125,7 @@ class EngineChild(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport for `send`."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is not a subclass
 
     def data_received(self, data: bytes) -> None:
         """Handle "ready" and "broken"; pass other messages on."""

@@ -128,8 +128,8 @@ class ProcessEngineClient:
         if message.pop("kind") == "statistics":
             self.stats = EngineStats(**message)
             return
-        for number, tokens in message["tokens"]:
-            self._streams[number].add(read_tokens(tokens))
+        for number, tokens, n_cached in message["tokens"]:
+            self._streams[number].add(read_tokens(tokens), n_cached)
         for number, reason, n_cached in message["ended"]:
             self._streams.pop(number).end(Ended(reason, n_cached))
         for number, line in message["failed"]:

@@ -119,7 +119,8 @@ class EngineProcess:
             generation = request.generation
             finished = generation.finished  # read before the tokens: the last token is appended first
             if len(generation.tokens) > request.n_sent:
-                tokens.append([number, tokens_since(generation, request.n_sent)])
+                n_cached = generation.n_cached or 0
+                tokens.append([number, tokens_since(generation, request.n_sent), n_cached])
                 request.n_sent = len(generation.tokens)
             if not finished:
                 continue

@@ -92,30 +92,37 @@ class _Watched(Collector):
         self._slots = slots
 
     def collect(self) -> Iterator[Metric]:
-        engine, stats, slots = self._engine, self._engine.stats, self._slots
-        gauges = {
-            "slots_running": ("Engine slots in use.", slots.running),
-            "queue_waiting": ("Requests waiting for a slot.", slots.waiting),
-            "engine_ready": ("Whether the engine process accepts requests.", int(engine.ready)),
-            "engine_running": ("Completions running in the engine's loop.", stats.running),
-            "engine_waiting": (
-                "Completions waiting in the engine's loop, such as for blocks.",
-                stats.waiting,
-            ),
-            "kv_blocks": ("Blocks of the KV cache.", stats.blocks),
-            "kv_blocks_used": ("Blocks of the KV cache in use.", stats.blocks_used),
-        }
-        counters = {
-            "engine_restarts": ("Restarts of the engine process.", engine.restarts),
-            "prompt_tokens": ("Prompt tokens.", stats.prompt_tokens),
-            "cached_prompt_tokens": ("Prompt tokens found in the prefix cache.", stats.cached_tokens),
-            "completion_tokens": ("Completion tokens.", stats.completion_tokens),
-            "images_encoded": ("Images encoded by the vision stage.", stats.images_encoded),
-            "image_cache_hits": ("Images whose features were found in the cache.", stats.image_cache_hits),
-            "preempted": ("Preemptions.", stats.preempted),
-            "steps": ("Steps of the engine's loop.", stats.steps),
-        }
-        for name, (text, value) in gauges.items():
-            yield GaugeMetricFamily(f"qwenvl_{name}", text, value)
-        for name, (text, value) in counters.items():
-            yield CounterMetricFamily(f"qwenvl_{name}", text, value)
+        yield from slot_metrics(self._slots.running, self._slots.waiting)
+        yield from engine_metrics(self._engine)
+
+
+def slot_metrics(running: int, waiting: int) -> Iterator[Metric]:
+    """Gauges of the queue."""
+    yield GaugeMetricFamily("qwenvl_slots_running", "Engine slots in use.", running)
+    yield GaugeMetricFamily("qwenvl_queue_waiting", "Requests waiting for a slot.", waiting)
+
+
+def engine_metrics(engine: EngineClient) -> Iterator[Metric]:
+    """Gauges and counters of an engine process."""
+    stats = engine.stats
+    gauges = {
+        "engine_ready": ("Whether the engine process accepts requests.", int(engine.ready)),
+        "engine_running": ("Completions running in the engine's loop.", stats.running),
+        "engine_waiting": ("Completions waiting in the engine's loop, such as for blocks.", stats.waiting),
+        "kv_blocks": ("Blocks of the KV cache.", stats.blocks),
+        "kv_blocks_used": ("Blocks of the KV cache in use.", stats.blocks_used),
+    }
+    counters = {
+        "engine_restarts": ("Restarts of the engine process.", engine.restarts),
+        "prompt_tokens": ("Prompt tokens.", stats.prompt_tokens),
+        "cached_prompt_tokens": ("Prompt tokens found in the prefix cache.", stats.cached_tokens),
+        "completion_tokens": ("Completion tokens.", stats.completion_tokens),
+        "images_encoded": ("Images encoded by the vision stage.", stats.images_encoded),
+        "image_cache_hits": ("Images whose features were found in the cache.", stats.image_cache_hits),
+        "preempted": ("Preemptions.", stats.preempted),
+        "steps": ("Steps of the engine's loop.", stats.steps),
+    }
+    for name, (text, value) in gauges.items():
+        yield GaugeMetricFamily(f"qwenvl_{name}", text, value)
+    for name, (text, value) in counters.items():
+        yield CounterMetricFamily(f"qwenvl_{name}", text, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import Optional
 
 from prometheus_client import disable_created_metrics
 
@@ -11,29 +11,37 @@ from paddlemix_qwenvl_plugin.runtime.adapters import split_adapters
 from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 from paddlemix_qwenvl_plugin.serve import demo_model
 from paddlemix_qwenvl_plugin.serve.admission import SlotQueue
-from paddlemix_qwenvl_plugin.serve.engine_api import ModelSettings
+from paddlemix_qwenvl_plugin.serve.engine_api import EngineClient, ModelSettings
 from paddlemix_qwenvl_plugin.serve.engine_client import ProcessEngineClient
 from paddlemix_qwenvl_plugin.serve.images import WorkerImageLoader
 from paddlemix_qwenvl_plugin.serve.metrics import Metrics
-from paddlemix_qwenvl_plugin.serve.service import Service
+from paddlemix_qwenvl_plugin.serve.service import Admission, Service
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 
-def open_service(settings: ServeSettings, say: Callable[[str], None]) -> Service:
+def open_service(
+    settings: ServeSettings,
+    say: Callable[[str], None],
+    engine: Optional[EngineClient] = None,
+    admission: Optional[Admission] = None,
+    metrics: Optional[Metrics] = None,
+) -> Service:
     """Open the configuration and tokenizer and create the service; its engine is not started.
+
+    Args:
+        engine: default: a child process of this one.
+        admission: default: a queue in this process.
 
     Raises:
         UsageError, QwenVLError: see QwenVL.from_exported.
     """
-    vision, language = settings.first_model_path, settings.second_model_path
-    adapters = split_adapters(settings.adapter)
-    if settings.demo:
-        vision, language = demo_model.demo_stages(say)
-    assert vision is not None
-    assert language is not None
+    of_engine = model_settings(settings, say)
+    adapters = of_engine.adapters
     # On the CPU regardless of the engine's device: only its configuration and tokenizer are used.
-    model = QwenVL.from_exported(vision, language, settings.model_name_or_path)
+    model = QwenVL.from_exported(
+        of_engine.first_model_path, of_engine.second_model_path, settings.model_name_or_path
+    )
     if settings.picture_label is not None:
         model.tokenizer.picture_label = settings.picture_label
     # The demo model is trained on both prompt formats; its configuration does not record that.
@@ -44,17 +52,18 @@ def open_service(settings: ServeSettings, say: Callable[[str], None]) -> Service
             f"--adapter {name}={adapters[name]}: the model has that name; name the adapter differently"
         )
     disable_created_metrics()  # type: ignore[no-untyped-call]  # no creation time for each counter
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     return Service(
         settings=settings,
-        engine=ProcessEngineClient(_model_settings(settings, vision, language, adapters)),
+        engine=engine or ProcessEngineClient(of_engine),
         tokenizer=model.tokenizer,
         config=model.config,
         is_chat=is_chat,
         model_name=name,
         adapters=tuple(adapters),
         images=WorkerImageLoader(settings, model.config.visual.image_size),
-        admission=SlotQueue(
+        admission=admission
+        or SlotQueue(
             settings.max_running,
             settings.max_waiting,
             settings.waiting_timeout,
@@ -65,9 +74,19 @@ def open_service(settings: ServeSettings, say: Callable[[str], None]) -> Service
     )
 
 
-def _model_settings(
-    settings: ServeSettings, vision: Path, language: Path, adapters: dict[str, Path]
-) -> ModelSettings:
+def model_settings(settings: ServeSettings, say: Callable[[str], None]) -> ModelSettings:
+    """Settings of the engine process; exports the demo model if it is served and not exported yet.
+
+    Raises:
+        UsageError: an adapter is not NAME=FOLDER.
+        QwenVLError: the demo model cannot be exported.
+    """
+    adapters = split_adapters(settings.adapter)
+    vision, language = settings.first_model_path, settings.second_model_path
+    if settings.demo:
+        vision, language = demo_model.demo_stages(say)
+    assert vision is not None
+    assert language is not None
     return ModelSettings(
         first_model_path=vision,
         second_model_path=language,

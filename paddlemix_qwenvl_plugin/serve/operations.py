@@ -35,7 +35,11 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/metrics", summary="Counters, gauges and histograms for Prometheus.")
     async def metrics(request: Request) -> Response:
-        body, content_type = service.metrics.render(request.headers.get("accept", ""))
+        accept = request.headers.get("accept", "")
+        if service.cluster_metrics is None:
+            body, content_type = service.metrics.render(accept)
+        else:
+            body, content_type = await service.cluster_metrics(accept)
         return Response(body, headers={"Content-Type": content_type})
 
     return routes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Optional, Protocol
@@ -74,6 +75,8 @@ class Service:
         adapters: names of its adapters, models of the API as well.
         is_chat: whether the model is Qwen-VL-Chat; the base model supports /v1/completions only.
         draining: whether the server is shutting down: running requests finish.
+        cluster_metrics: renders the metrics of all processes of a cluster for an Accept header, as Metrics.render;
+            None: this server is not part of one.
     """
 
     settings: ServeSettings
@@ -87,3 +90,4 @@ class Service:
     adapters: tuple[str, ...] = ()
     metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False
+    cluster_metrics: Optional[Callable[[str], Awaitable[tuple[bytes, str]]]] = None

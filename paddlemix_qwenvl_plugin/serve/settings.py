@@ -111,6 +111,20 @@ class ServeSettings(BaseSettings):
         int, Field(ge=1024, description="Maximum bytes of the bodies of all unanswered requests.")
     ] = 2**30
 
+    # Ray cluster, with --ray
+    min_replicas: Annotated[int, Field(ge=1, description="Minimum of engine replicas.")] = 1
+    max_replicas: Annotated[
+        Optional[int], Field(ge=1, description="Maximum of engine replicas; default: the minimum.")
+    ] = None
+    replica_cpus: Annotated[float, Field(gt=0, description="CPUs that an engine replica reserves.")] = 1.0
+    replica_gpus: Annotated[
+        Optional[float],
+        Field(
+            ge=0, description="GPUs, or a share of one, of an engine replica; default: 1 with --device gpu."
+        ),
+    ] = None
+    min_fronts: Annotated[int, Field(ge=1, description="Minimum of front replicas.")] = 2
+
     # Images
     max_images: Annotated[int, Field(ge=0, description="Maximum images of a request.")] = 8
     max_image_bytes: Annotated[int, Field(ge=1, description="Maximum bytes of an encoded image.")] = (

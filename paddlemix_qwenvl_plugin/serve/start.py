@@ -34,7 +34,7 @@ def start(settings: ServeSettings, signals: Sequence[int], say: Callable[[str], 
         UsageError: conflicting settings, or a missing file.
         QwenVLError: the model cannot be opened, or the port cannot be bound.
     """
-    _check(settings)
+    check_model(settings)
     listener = bound_socket(settings.host, settings.port, settings.reuse_port)
     with listener.socket:
         check_exposure(settings, listener.socket.getsockname()[0])
@@ -49,7 +49,8 @@ def start(settings: ServeSettings, signals: Sequence[int], say: Callable[[str], 
         )
 
 
-def _check(settings: ServeSettings) -> None:
+def check_model(settings: ServeSettings) -> None:
+    """Raise UsageError unless the settings name one model."""
     stages = (settings.first_model_path, settings.second_model_path)
     if settings.demo and (any(stages) or settings.model_name_or_path):
         raise UsageError("--demo: serves the bundled model; leave out the paths, or --demo")

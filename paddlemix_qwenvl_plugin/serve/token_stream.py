@@ -13,10 +13,15 @@ CANCEL_SECONDS = 5.0
 
 
 class ReceivedTokens:
-    """TokenStream filled by the engine client; supports one reader."""
+    """TokenStream filled by the engine client; supports one reader.
+
+    Attributes:
+        n_cached: number of prompt tokens found in the prefix cache; valid from the first token on.
+    """
 
     def __init__(self, cancel: Callable[[], None]) -> None:
         """Create an empty buffer; `cancel` sends the cancellation to the engine process."""
+        self.n_cached = 0
         self._cancel = cancel
         self._tokens: list[Token] = []
         self._error: Optional[QwenVLError] = None
@@ -50,8 +55,9 @@ class ReceivedTokens:
             loop = asyncio.get_running_loop()
             self._cancel_timer = loop.call_later(CANCEL_SECONDS, self.end, Ended("cancelled", 0))
 
-    def add(self, tokens: list[Token]) -> None:
+    def add(self, tokens: list[Token], n_cached: int) -> None:
         """Append received tokens."""
+        self.n_cached = n_cached
         self._tokens += tokens
         self._notify()
 

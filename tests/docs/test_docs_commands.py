@@ -215,6 +215,7 @@ CHECKS: dict[str, Callable[[Command, Any], None]] = {
     "perf": check_wrapped,
     "systemctl": check_systemctl,
     "docker": check_files,
+    "kubectl": check_files,
     "jupyter": check_files,
     "clang-format": check_linter,
     "mypy": check_linter,
@@ -222,7 +223,9 @@ CHECKS: dict[str, Callable[[Command, Any], None]] = {
     "mkdocs": check_mkdocs,
     "cp": check_files,
     "find": check_files,
-    **dict.fromkeys(["", "cd", "curl", "export", "kill", "printf", "venv", "xargs"], check_nothing),
+    **dict.fromkeys(
+        ["", "cd", "curl", "export", "kill", "printf", "ray", "serve", "venv", "xargs"], check_nothing
+    ),
 }
 
 

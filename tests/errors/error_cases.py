@@ -1734,5 +1734,10 @@ cases(
         "a file of settings that is not there": serve("--demo", "--config", "serve.yaml"),
         "an address of other machines, without keys": serve("--demo", "--port", "0", "--host", "0.0.0.0"),
         "an address that is none": serve("--demo", "--host", "no.such.host.invalid"),
+        "`serve --ray` with any free port": serve("--demo", "--ray", "--port", "0"),
+        "`serve --ray` with a maximum below the minimum": serve(
+            "--demo", "--ray", "--min_replicas", "3", "--max_replicas", "2"
+        ),
+        "`serve --ray` for other machines, without keys": serve("--demo", "--ray", "--host", "0.0.0.0"),
     }
 )

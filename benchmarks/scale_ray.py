@@ -1,0 +1,175 @@
+"""Costs of Ray and of the shared parts of a cluster, in CPU time: for the simulation in scale.py.
+
+A local cluster of two CPUs. CPU time of the process that would become the limit, since the other processes of a real
+cluster have their own processors. Takes about a minute. Run: python benchmarks/scale_ray.py --temp_dir /tmp/scale
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from paddlemix_qwenvl_plugin.cluster.serve.coordinator import Coordinator
+from paddlemix_qwenvl_plugin.cluster.serve.routing import _weight
+from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+
+
+def cpu_of(actor: Any) -> float:
+    """CPU time of an actor's process so far, in seconds."""
+    return float(ray.get(actor.__ray_call__.remote(lambda self: time.process_time())))
+
+
+class Caller:
+    """A front, as the coordinator sees it."""
+
+    async def requests(self, coordinator: Any, n: int, at_once: int) -> None:
+        async def one(lease: str) -> None:
+            assert await coordinator.acquire.remote("front", lease, 1, "key") is None
+            await coordinator.release.remote(lease)
+
+        for begin in range(0, n, at_once):
+            await asyncio.gather(*(one(f"{id(self)}-{begin + k}") for k in range(at_once)))
+
+    async def reports(self, coordinator: Any, n: int, kind: str) -> None:
+        metrics = families(kind)
+        for _ in range(n):
+            await coordinator.report.remote("front", kind, True, metrics, {})
+
+
+def families(kind: str) -> list[Any]:
+    """Metrics of the size of a replica's report: 10 counters or gauges, and a front's 4 histograms."""
+    found = [CounterMetricFamily(f"counter_{k}", "Documentation.", value=k) for k in range(6)]
+    found += [GaugeMetricFamily(f"gauge_{k}", "Documentation.", value=k) for k in range(4)]
+    if kind == "front":
+        registry = CollectorRegistry()
+        for k in range(4):
+            Histogram(f"histogram_{k}", "Documentation.", registry=registry).observe(0.1)
+        found += registry.collect()
+    return found
+
+
+class Producer:
+    async def stream(self, n: int) -> Any:
+        for k in range(n):
+            yield [k]
+
+
+class Consumer:
+    async def read(self, producer: Any, n: int, streams: int) -> None:
+        async def one() -> None:
+            async for item in producer.stream.options(num_returns="streaming").remote(n):
+                await item
+
+        await asyncio.gather(*(one() for _ in range(streams)))
+
+
+class Idle:
+    def nothing(self) -> None: ...
+
+
+def coordinator_costs() -> None:
+    settings = ServeSettings(max_running=64, max_replicas=1000, max_waiting=100_000)
+    actor = ray.remote(Coordinator).options(num_cpus=0, max_concurrency=100_000).remote(settings)
+    caller = ray.remote(Caller).options(num_cpus=0).remote()
+    ray.get(caller.requests.remote(actor, 200, 50))
+    for name, n, work in (
+        ("acquire and release", 3000, lambda n: caller.requests.remote(actor, n, 100)),
+        ("report of an engine", 1000, lambda n: caller.reports.remote(actor, n, "engine")),
+        ("report of a front", 1000, lambda n: caller.reports.remote(actor, n, "front")),
+    ):
+        begin = cpu_of(actor)
+        ray.get(work(n))
+        row(f"coordinator: {name}", (cpu_of(actor) - begin) / n)
+
+
+def stream_costs() -> None:
+    producer, consumer = (ray.remote(kind).options(num_cpus=0).remote() for kind in (Producer, Consumer))
+    ray.get(consumer.read.remote(producer, 50, 4))
+    begin = cpu_of(producer), cpu_of(consumer)
+    ray.get(consumer.read.remote(producer, 250, 16))
+    row("stream: producer, a chunk", (cpu_of(producer) - begin[0]) / 4000)
+    row("stream: consumer, a chunk", (cpu_of(consumer) - begin[1]) / 4000)
+
+
+def driver_costs() -> None:
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for n in (200, 1000):
+        items = ray.data.from_items([{"part": b"x" * 2000} for _ in range(n)], override_num_blocks=n)
+        begin, wall = time.process_time(), time.perf_counter()
+        counted = sum(
+            1
+            for _ in items.map_batches(
+                Part, batch_size=1, compute=ray.data.ActorPoolStrategy(size=1)
+            ).iter_rows()
+        )
+        assert counted == n
+        row(f"Ray Data's driver: a part, of {n}", (time.process_time() - begin) / n)
+        row(f"Ray Data: a part on one actor, elapsed, of {n}", (time.perf_counter() - wall) / n)
+
+
+class Part:
+    def __call__(self, batch: Any) -> Any:
+        return {"rows": [1]}
+
+
+def actor_costs() -> None:
+    begin = time.perf_counter()
+    actors = [ray.remote(Idle).options(num_cpus=0).remote() for _ in range(10)]
+    ray.get([actor.nothing.remote() for actor in actors])
+    row("an actor's start, elapsed, of 10 at once", (time.perf_counter() - begin) / 10)
+
+
+class Replica:
+    """What the router reads of Ray Serve's replica."""
+
+    def __init__(self, number: int) -> None:
+        self.replica_id = self
+        self.unique_id = f"abcdef{number:04d}"
+
+
+def router_costs() -> None:
+    for n in (10, 100, 1000):
+        replicas: Any = [Replica(number) for number in range(n)]
+        prefixes = deque(f"{k:032x}" for k in range(200))
+        begin = time.process_time()
+        for prefix in prefixes:
+            sorted(replicas, key=lambda replica, prefix=prefix: _weight(prefix, replica))
+        row(f"router: ranking of {n} replicas", (time.process_time() - begin) / len(prefixes))
+
+
+def row(name: str, seconds: float) -> None:
+    print(f"| {name} | {seconds * 1e6:.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--temp_dir", required=True, help="folder for Ray, with a short path")
+    arguments = parser.parse_args()
+    print("| | µs |\n| --- | --- |")
+    router_costs()
+    ray.init(
+        num_cpus=2,
+        object_store_memory=100_000_000,
+        include_dashboard=False,
+        _temp_dir=arguments.temp_dir,
+        log_to_driver=False,
+        _system_config={"worker_niceness": 0},
+    )
+    measures: list[Callable[[], None]] = [driver_costs, coordinator_costs, stream_costs, actor_costs]
+    for measure in measures:
+        measure()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

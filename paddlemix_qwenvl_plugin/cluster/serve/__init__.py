@@ -1,0 +1,1 @@
+"""`qwenvl serve --ray`: fronts and engines as replicas of Ray Serve."""

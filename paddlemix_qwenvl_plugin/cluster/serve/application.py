@@ -1,0 +1,93 @@
+"""The application of Ray Serve: fronts and engines, with their scaling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+from paddlemix_qwenvl_plugin.cluster.serve.engine import Engine
+from paddlemix_qwenvl_plugin.cluster.serve.front import ingress
+from paddlemix_qwenvl_plugin.cluster.serve.replicas import FRONT_CPUS, max_replicas, replica_gpus
+from paddlemix_qwenvl_plugin.cluster.serve.routing import PrefixRouter
+from paddlemix_qwenvl_plugin.serve.api_keys import keys_of
+from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+from paddlemix_qwenvl_plugin.serve.start import check_model
+
+NAME = "qwenvl"
+"""Name of the application."""
+
+# Share of an engine's slots above which another replica is started.
+_TARGET_SHARE = 0.8
+_FRONT_REQUESTS = 64
+# Besides the requests that the queue admits: health checks, metrics, requests about to be refused.
+_SPARE_REQUESTS = 1000
+_HEALTH_SECONDS = 5.0
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """Build the application from settings, for `import_path` and `args` of Ray Serve's config file and of RayService.
+
+    Raises:
+        ValidationError, UsageError: a setting is wrong.
+    """
+    return application(ServeSettings(**arguments))
+
+
+def application(settings: ServeSettings) -> serve.Application:
+    """Build the application.
+
+    Raises:
+        UsageError: settings contradict each other, or the API keys cannot be read.
+    """
+    check_model(settings)
+    settings = _with_absolute_paths(settings)
+    most = max_replicas(settings)
+    router: Any = PrefixRouter  # annotated wrongly in Ray
+    engine = serve.deployment(
+        name="Engine",
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=settings.min_replicas,
+            max_replicas=most,
+            initial_replicas=settings.min_replicas,
+            target_ongoing_requests=max(1.0, _TARGET_SHARE * settings.max_running),
+        ),
+        max_ongoing_requests=settings.max_running,
+        request_router_config=RequestRouterConfig(request_router_class=router),
+        ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": replica_gpus(settings)},
+        health_check_period_s=_HEALTH_SECONDS,
+        # Requests that take longer are computed again on another replica.
+        graceful_shutdown_timeout_s=settings.shutdown_timeout,
+    )(Engine)
+    n_requests = settings.max_running * most + settings.max_waiting
+    front = serve.deployment(
+        name="Front",
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=settings.min_fronts,
+            max_replicas=max(settings.min_fronts, most),
+            initial_replicas=settings.min_fronts,
+            target_ongoing_requests=_FRONT_REQUESTS,
+        ),
+        max_ongoing_requests=n_requests + _SPARE_REQUESTS,
+        ray_actor_options={"num_cpus": FRONT_CPUS},
+        health_check_period_s=_HEALTH_SECONDS,
+        # An update must not end a request, however long it may wait and run.
+        graceful_shutdown_timeout_s=settings.waiting_timeout + settings.running_timeout,
+    )(ingress())
+    bound: serve.Application = front.bind(settings, keys_of(settings), engine.bind(settings))
+    return bound
+
+
+def _with_absolute_paths(settings: ServeSettings) -> ServeSettings:
+    """The settings for processes with other working directories."""
+    names = ("first_model_path", "second_model_path", "model_name_or_path")
+    paths: dict[str, Optional[Path]] = {name: getattr(settings, name) for name in names}
+    adapters = [text.partition("=") for text in settings.adapter]
+    return settings.model_copy(
+        update={
+            **{name: path.absolute() for name, path in paths.items() if path is not None},
+            "adapter": [f"{name}={Path(folder).absolute()}" for name, _, folder in adapters],
+        }
+    )

@@ -1,0 +1,93 @@
+"""Admission of a front: slots of the cluster's queue."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Optional
+
+import ray
+
+from paddlemix_qwenvl_plugin.cluster.serve.coordinator import Leases
+from paddlemix_qwenvl_plugin.cluster.serve.membership import Member
+from paddlemix_qwenvl_plugin.serve.errors import ApiError
+
+# Patience with a coordinator that Ray restarts.
+_RESTART_SECONDS = 30.0
+_PAUSE_SECONDS = 0.2
+
+
+class ClusterAdmission:
+    """Admission over the coordinator's queue, which all fronts share."""
+
+    def __init__(self, observe_wait: Callable[[float], None]) -> None:
+        """Create the admission; `join` connects it. `observe_wait`: see SlotQueue."""
+        self._observe_wait = observe_wait
+        self._member: Any = None
+        self._numbers = itertools.count()
+        self._leases: dict[str, tuple[int, Optional[str]]] = {}
+
+    def join(self, member: Member) -> None:
+        """Connect to the coordinator."""
+        self._member = member
+
+    @property
+    def leases(self) -> Leases:
+        """The slots that this front's requests hold."""
+        return dict(self._leases)
+
+    @property
+    def running(self) -> int:
+        """See Admission; of the cluster, at the last report."""
+        return int(self._member.totals.running)
+
+    @property
+    def waiting(self) -> int:
+        """See Admission; of the cluster, at the last report."""
+        return int(self._member.totals.waiting)
+
+    @contextlib.asynccontextmanager
+    async def slots(self, n: int, key: Optional[str]) -> AsyncIterator[None]:
+        """See Admission."""
+        lease = f"{self._member.name}-{next(self._numbers)}"
+        begin = time.monotonic()
+        try:
+            refusal = await self._acquire(lease, n, key)
+            if refusal is not None:
+                raise ApiError(**refusal)
+            self._leases[lease] = n, key
+            self._observe_wait(time.monotonic() - begin)
+            yield
+        finally:
+            self._leases.pop(lease, None)
+            self._member.coordinator.release.remote(lease)
+
+    def close(self) -> None:
+        """See Admission; the command drains the coordinator's queue instead."""
+
+    def refuse_waiting(self) -> None:
+        """See Admission; the command drains the coordinator's queue instead."""
+
+    async def _acquire(self, lease: str, n: int, key: Optional[str]) -> Optional[dict[str, Any]]:
+        failing_since: Optional[float] = None
+        while True:
+            try:
+                refusal: Optional[dict[str, Any]] = await self._member.coordinator.acquire.remote(
+                    self._member.name, lease, n, key
+                )
+                return refusal
+            except ray.exceptions.RayError as error:
+                now = time.monotonic()
+                failing_since = failing_since or now
+                if now - failing_since > _RESTART_SECONDS:
+                    raise ApiError(
+                        503,
+                        "The cluster's queue does not answer; try again later",
+                        "server_error",
+                        code="queue_unavailable",
+                        headers={"Retry-After": "1"},
+                    ) from error
+                await asyncio.sleep(_PAUSE_SECONDS)

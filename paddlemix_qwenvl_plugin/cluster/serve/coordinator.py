@@ -1,0 +1,186 @@
+"""Coordinator: the actor that holds the cluster's queue, and the latest metrics of its processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Optional
+
+from prometheus_client.core import Metric
+
+from paddlemix_qwenvl_plugin.cluster.serve.replicas import max_replicas
+from paddlemix_qwenvl_plugin.serve.admission import SlotQueue
+from paddlemix_qwenvl_plugin.serve.errors import ApiError
+from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+
+REPORT_SECONDS = 1.0
+"""Interval of the reports of fronts and engines."""
+
+_LOST_SECONDS = 10.0
+# Without fronts for this long, as after `serve shutdown`, the coordinator ends.
+_IDLE_SECONDS = 600.0
+
+Leases = Mapping[str, tuple[int, Optional[str]]]
+"""Number of slots and API key of each request that holds slots, by the lease's id."""
+
+
+class Totals(NamedTuple):
+    """State of the cluster for its fronts.
+
+    Attributes:
+        running: slots in use.
+        waiting: requests waiting for slots.
+        engines: number of engine replicas that are ready.
+        draining: whether new requests are refused.
+        ending: whether running requests are ended.
+    """
+
+    running: int
+    waiting: int
+    engines: int
+    draining: bool
+    ending: bool
+
+
+@dataclass
+class _Process:
+    """A front or an engine replica: its last report."""
+
+    kind: str
+    reported: float
+    ready: bool
+    metrics: list[Metric]
+
+
+@dataclass
+class _Lease:
+    """Slots of a request; `task` waits for them."""
+
+    front: str
+    stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+    task: Optional[asyncio.Task[Any]] = None
+
+
+class Coordinator:
+    """Queue of the cluster, SlotQueue's, with leases: the slots of a front that no longer reports are freed.
+
+    A coordinator that Ray has restarted learns the leases from the fronts' next reports. All methods run in one event
+    loop. Errors are returned, not raised: Ray would wrap them.
+    """
+
+    def __init__(self, settings: ServeSettings, restarted: bool = False) -> None:
+        self._queue = SlotQueue(**_limits(settings))
+        self._leases: dict[str, _Lease] = {}
+        self._processes: dict[str, _Process] = {}
+        self._draining = self._ending = False
+        self._owner = ""
+        # The slots in use are unknown until every front has reported once.
+        self._settled = time.monotonic() + (2 * REPORT_SECONDS if restarted else 0.0)
+        self._idle_since = time.monotonic()
+        self._sweeper: Optional[asyncio.Task[None]] = None
+
+    async def configure(self, settings: ServeSettings) -> None:
+        """Set the limits of a starting front's settings, and accept requests."""
+        self._queue.set_limits(**_limits(settings))
+        self._queue.open()
+        self._draining = self._ending = False
+
+    async def own(self, owner: str) -> None:
+        """Make a command the application's owner."""
+        self._owner = owner
+
+    async def owner(self) -> str:
+        """The command that deployed the application last; empty after a restart of this actor."""
+        return self._owner
+
+    async def acquire(
+        self, front: str, lease_id: str, n: int, key: Optional[str]
+    ) -> Optional[dict[str, Any]]:
+        """Wait for n slots; see Admission.slots. Return None when they are granted, else an ApiError's arguments."""
+        await asyncio.sleep(self._settled - time.monotonic())
+        if lease_id in self._leases:  # asked before the restart of this actor, and adopted
+            return None
+        lease = self._leases[lease_id] = _Lease(front)
+        lease.task = asyncio.ensure_future(lease.stack.enter_async_context(self._queue.slots(n, key)))
+        try:
+            await lease.task
+        except ApiError as error:
+            del self._leases[lease_id]
+            return {"message": str(error), **vars(error)}
+        except asyncio.CancelledError:  # by `release`: the client has left
+            return None
+        lease.task = None
+        return None
+
+    async def release(self, lease_id: str) -> None:
+        """Free the slots of a lease, or stop waiting for them."""
+        lease = self._leases.pop(lease_id, None)
+        if lease is None:
+            return
+        if lease.task is not None and not lease.task.done():
+            lease.task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ApiError):
+                await lease.task
+        await lease.stack.aclose()
+
+    async def report(
+        self, name: str, kind: str, ready: bool, metrics: list[Metric], leases: Optional[Leases] = None
+    ) -> Totals:
+        """Receive the state of a process, `kind` front or engine; adopt leases that this actor does not know."""
+        self._processes[name] = _Process(kind, time.monotonic(), ready, metrics)
+        for lease_id, (n, key) in (leases or {}).items():
+            if lease_id not in self._leases:
+                lease = self._leases[lease_id] = _Lease(name)
+                lease.stack.enter_context(self._queue.adopted(n, key))
+        if self._sweeper is None:
+            self._sweeper = asyncio.ensure_future(self._sweep())
+        return self._totals()
+
+    async def metrics(self) -> tuple[dict[str, tuple[str, list[Metric]]], Totals]:
+        """Return the kind and the metrics of each process by its name, and the totals."""
+        return {name: (each.kind, each.metrics) for name, each in self._processes.items()}, self._totals()
+
+    async def drain(self) -> Totals:
+        """Refuse new requests; waiting and running ones continue."""
+        self._draining = True
+        self._queue.close()
+        return self._totals()
+
+    async def end(self) -> None:
+        """Refuse waiting requests and have the fronts end the running ones."""
+        self._draining = self._ending = True
+        self._queue.refuse_waiting()
+
+    def _totals(self) -> Totals:
+        engines = sum(each.ready for each in self._processes.values() if each.kind == "engine")
+        return Totals(self._queue.running, self._queue.waiting, engines, self._draining, self._ending)
+
+    async def _sweep(self) -> None:
+        """Forget processes that no longer report, with their leases; end when no front is left for long."""
+        while True:
+            await asyncio.sleep(REPORT_SECONDS)
+            now = time.monotonic()
+            for name, process in list(self._processes.items()):
+                if now - process.reported > _LOST_SECONDS:
+                    del self._processes[name]
+            for lease_id, lease in list(self._leases.items()):
+                if lease.front not in self._processes:
+                    await self.release(lease_id)
+            if any(process.kind == "front" for process in self._processes.values()):
+                self._idle_since = now
+            elif now - self._idle_since > _IDLE_SECONDS:
+                import ray
+
+                ray.kill(ray.get_runtime_context().current_actor)
+
+
+def _limits(settings: ServeSettings) -> dict[str, Any]:
+    return {
+        "max_running": settings.max_running * max_replicas(settings),
+        "max_waiting": settings.max_waiting,
+        "waiting_timeout": settings.waiting_timeout,
+        "max_per_key": settings.max_per_key,
+    }

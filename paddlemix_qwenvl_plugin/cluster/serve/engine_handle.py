@@ -1,0 +1,103 @@
+"""Engine client of a front: computes each request on an engine replica, and again on another if that one ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from dataclasses import replace
+from typing import Any, Optional
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
+from paddlemix_qwenvl_plugin.cluster.serve.prefix import prefix_of
+from paddlemix_qwenvl_plugin.serve.engine_api import Ended, EngineRequest, EngineStats, EngineUnavailable
+from paddlemix_qwenvl_plugin.serve.token_stream import ReceivedTokens
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+
+_LOG = logging.getLogger(__name__)
+
+# Pauses before further attempts. Few: a request may itself be what ends the engines.
+_PAUSES = (0.0, 0.5, 2.0)
+
+
+class HandleEngineClient:
+    """EngineClient over the engine replicas.
+
+    Completions are the same to the bit on every replica. A request whose replica ends is therefore computed again on
+    another, without the tokens that the client has already; the client sees a pause.
+
+    Attributes:
+        image_end: see prefix_of.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        """Create a client of an Engine's DeploymentHandle."""
+        self.ready = False
+        self.restarts = 0
+        self.stats = EngineStats()
+        self._handle = handle.options(stream=True)
+        self.image_end = -1
+        self._running: dict[asyncio.Task[None], ReceivedTokens] = {}
+
+    async def start(self) -> None:
+        """See EngineClient; Ray starts the replicas."""
+
+    async def stop(self) -> None:
+        """Fail the running requests."""
+        for task, stream in list(self._running.items()):
+            stream.fail(EngineUnavailable("the server is ending"))
+            task.cancel()
+
+    def submit(self, request: EngineRequest) -> ReceivedTokens:
+        """See EngineClient; waits for a replica."""
+        if request.options.seed is None:  # a second attempt must draw the same tokens
+            request = replace(request, options=replace(request.options, seed=random.getrandbits(63)))
+        stream = ReceivedTokens(lambda: cancel())
+        task = asyncio.ensure_future(self._run(request, stream))
+
+        def cancel() -> None:
+            task.cancel()
+
+        self._running[task] = stream
+        task.add_done_callback(self._running.pop)
+        return stream
+
+    async def _run(self, request: EngineRequest, stream: ReceivedTokens) -> None:
+        prefix = await asyncio.to_thread(prefix_of, request, self.image_end)
+        n_tokens = 0
+        for attempt, pause in enumerate((*_PAUSES, None)):
+            call = self._handle.generate.remote(request, n_tokens, prefix=prefix, attempt=attempt)
+            try:
+                async for tokens, n_cached, reason in call:
+                    n_tokens += len(tokens)
+                    if tokens:
+                        stream.add(tokens, n_cached)
+                    if reason is not None:
+                        stream.end(Ended(reason, n_cached))
+                        return
+                raise EngineUnavailable("the engine replica has ended")
+            except asyncio.CancelledError:
+                call.cancel()
+                stream.end(Ended("cancelled", stream.n_cached))
+                raise
+            except (QwenVLError, RayError, RayServeException) as error:
+                problem = _failure(error)
+                if problem is not None:
+                    stream.fail(problem)
+                    return
+                line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                _LOG.warning("an engine replica failed in attempt %d: %s", attempt + 1, line)
+                if pause is None:
+                    stream.fail(EngineUnavailable("the engine replicas fail; try again in a few seconds"))
+                    return
+                await asyncio.sleep(pause)
+
+
+def _failure(error: Exception) -> Optional[QwenVLError]:
+    """The error of the request itself; None if its replica failed and another may answer."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, EngineUnavailable) or not isinstance(cause, QwenVLError):
+        return None
+    return QwenVLError(str(cause))

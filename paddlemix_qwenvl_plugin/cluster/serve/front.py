@@ -1,0 +1,95 @@
+"""Front replica: the application of `qwenvl serve` on Ray Serve."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from prometheus_client.core import Metric
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.types import Message, Receive, Scope, Send
+
+from paddlemix_qwenvl_plugin.cluster.serve.cluster_admission import ClusterAdmission
+from paddlemix_qwenvl_plugin.cluster.serve.cluster_metrics import render
+from paddlemix_qwenvl_plugin.cluster.serve.engine_handle import HandleEngineClient
+from paddlemix_qwenvl_plugin.cluster.serve.membership import Member, Report
+from paddlemix_qwenvl_plugin.serve.api_keys import ApiKeys
+from paddlemix_qwenvl_plugin.serve.app import create_app
+from paddlemix_qwenvl_plugin.serve.json_log import LOGGER, start_logging
+from paddlemix_qwenvl_plugin.serve.metrics import Metrics
+from paddlemix_qwenvl_plugin.serve.opening import open_service
+from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+
+
+class _App:
+    """ASGI application of this process's front: Ray Serve wants it before the front exists."""
+
+    front: Optional[Front] = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":  # Ray's proxy adds the header, too
+                headers = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        assert _App.front is not None
+        await _App.front.asgi(scope, receive, without_id)
+
+
+class Front:
+    """Replica that answers HTTP requests with the engine replicas.
+
+    Attributes:
+        asgi: the application; Ray Serve's ingress has an attribute `app` of its own.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, settings: ServeSettings, keys: Optional[ApiKeys], engine: DeploymentHandle[Any]
+    ) -> None:
+        """Open the tokenizer and join the cluster.
+
+        Args:
+            keys: API keys; None: requests need no key.
+        """
+        start_logging(settings.log_level)
+        metrics = Metrics()
+        self._admission = ClusterAdmission(metrics.queued)
+        self._engine = HandleEngineClient(engine)
+        self._service = open_service(settings, LOGGER.info, self._engine, self._admission, metrics)
+        self._engine.image_end = self._service.config.visual.image_start_id + 1
+        self._service.cluster_metrics = self._render_metrics
+        name = serve.get_replica_context().replica_id.unique_id
+        self._member = Member(name, "front", settings, self._state, self._heed)
+        self._admission.join(self._member)
+        await self._member.coordinator.configure.remote(settings)
+        await self._member.report()
+        self._member.start()
+        self.asgi: Any = create_app(self._service, keys=keys)
+        _App.front = self
+
+    async def __del__(self) -> None:
+        """End the image processes."""
+        await self._service.images.close()
+
+    def _state(self) -> Report:
+        metrics: list[Metric] = list(self._service.metrics.registry.collect())
+        return Report(True, metrics, self._admission.leases)
+
+    async def _heed(self) -> None:
+        """Take over the state of the cluster."""
+        totals = self._member.totals
+        self._engine.ready = totals.engines > 0
+        self._service.draining = totals.draining
+        if totals.ending:
+            await self._engine.stop()
+
+    async def _render_metrics(self, accept: str) -> tuple[bytes, str]:
+        await self._member.report()  # otherwise this front's own would be up to a second old
+        processes, totals = await self._member.coordinator.metrics.remote()
+        return render(processes, totals, accept)
+
+
+def ingress() -> Any:
+    """The class of the front's deployment."""
+    return serve.ingress(_App())(Front)

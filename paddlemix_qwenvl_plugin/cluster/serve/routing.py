@@ -1,0 +1,43 @@
+"""Routing of requests to engine replicas: those of one conversation to the replica that has its prefix."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Optional
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+# A replica is overloaded with this many requests more than the least loaded one.
+_SLACK = 4
+
+
+class PrefixRouter(RequestRouter):  # type: ignore[misc]  # untyped for mypy
+    """Request router that ranks the replicas of each prefix by rendezvous hashing.
+
+    All fronts compute the same ranking without shared state, and a replica that comes or goes moves only its own share
+    of the prefixes. A request goes to the first replica of its ranking that is not overloaded. The call's keyword
+    arguments are `prefix`, a digest, and `attempt`: each further attempt begins one place later in the ranking.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: Optional[PendingRequest] = None
+    ) -> list[list[RunningReplica]]:
+        """Rank the replicas of a request; Ray takes the first that accepts it."""
+        arguments = {} if pending_request is None else pending_request.kwargs
+        prefix, attempt = arguments.get("prefix", ""), arguments.get("attempt", 0)
+        ranking = sorted(candidate_replicas, key=lambda replica: _weight(prefix, replica))
+        if not ranking:
+            return []
+        begin = attempt % len(ranking)
+        ranking = ranking[begin:] + ranking[:begin]
+        most = min(map(self._queued, ranking)) + _SLACK
+        # A stable sort: overloaded replicas last.
+        return [[replica] for replica in sorted(ranking, key=lambda replica: self._queued(replica) > most)]
+
+    def _queued(self, replica: RunningReplica) -> int:
+        """Number of requests at a replica, as far as this front knows."""
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0
+
+
+def _weight(prefix: str, replica: RunningReplica) -> bytes:
+    return hashlib.blake2b(f"{prefix} {replica.replica_id.unique_id}".encode(), digest_size=8).digest()

@@ -1,0 +1,175 @@
+"""`qwenvl serve --ray`: deploys the application, waits for a signal, and removes it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Optional
+from uuid import uuid4
+
+from paddlemix_qwenvl_plugin.cluster.connect import connect
+from paddlemix_qwenvl_plugin.cluster.serve.replicas import max_replicas, needs
+from paddlemix_qwenvl_plugin.serve.api_keys import check_exposure, keys_of
+from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
+from paddlemix_qwenvl_plugin.serve.start import check_model
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
+
+_POLL_SECONDS = 0.5
+_KEEP_ALIVE_SECONDS = 15
+
+
+class _Signal(BaseException):
+    """A signal arrived; raised in the main thread."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def start_on(
+    address: str, settings: ServeSettings, signals: Sequence[int], say: Callable[[str], None]
+) -> Optional[int]:
+    """Serve on a Ray cluster until a signal ends it, or until another `qwenvl serve --ray` updates the application.
+
+    Args:
+        address: of the cluster; see `connect`.
+        signals: signals that end the server.
+        say: called with each line for the user.
+
+    Returns:
+        The second signal, if one arrived before all requests had ended; else None.
+
+    Raises:
+        UsageError: conflicting settings, or Ray is not installed.
+        QwenVLError: no cluster answers, or the application does not start.
+    """
+    _check(settings)
+    with _raising(signals), connect(address):
+        try:
+            engines = f"{settings.min_replicas} engine replica{'s' * (settings.min_replicas > 1)}"
+            say(
+                f"Starting {engines} and {settings.min_fronts} fronts, which need {needs(settings)} of the cluster"
+            )
+            _deploy(settings)
+            say(f"Serving on {engines} at http://{settings.host}:{settings.port}")
+            _watch()
+            say("Another command has updated the application; this one ends.")
+        except _Signal:
+            try:
+                _remove(settings)
+            except _Signal as second:
+                return second.number
+    return None
+
+
+def _check(settings: ServeSettings) -> None:
+    """Check what needs no cluster."""
+    check_model(settings)
+    max_replicas(settings)
+    if settings.port == 0:
+        raise UsageError("--port 0: on a Ray cluster every machine listens on the same port; name one")
+    keys_of(settings)
+    check_exposure(settings, settings.host)
+
+
+def _deploy(settings: ServeSettings) -> None:
+    """Deploy or update the application and wait until it runs."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from paddlemix_qwenvl_plugin.cluster.serve.application import NAME, application
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # Ray Serve sets it when it is imported
+    app = application(settings)
+    serve.start(
+        proxy_location="EveryNode",
+        http_options=HTTPOptions(
+            host=settings.host, port=settings.port, keep_alive_timeout_s=_KEEP_ALIVE_SECONDS
+        ),
+    )
+    try:
+        serve.run(app, name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        status = serve.status().applications.get(NAME)
+        message = _reason(status) if status is not None else line_of(error)
+        serve.delete(NAME)
+        raise QwenVLError(f"the application does not start on the cluster: {message}") from error
+
+
+def _watch() -> None:
+    """Return when the application has been updated by another command.
+
+    Raises:
+        QwenVLError: the application has been removed, or the cluster has ended.
+    """
+    import ray
+    from ray import serve
+
+    from paddlemix_qwenvl_plugin.cluster.serve.application import NAME
+    from paddlemix_qwenvl_plugin.cluster.serve.membership import running_coordinator
+
+    own = uuid4().hex
+    owner = ""
+    while owner in ("", own):
+        try:
+            coordinator = running_coordinator()
+            if coordinator is None or NAME not in serve.status().applications:
+                raise QwenVLError("the application has been removed from the cluster")
+            if not owner:
+                ray.get(coordinator.own.remote(own))
+            time.sleep(_POLL_SECONDS)
+            owner = ray.get(coordinator.owner.remote())
+        except ray.exceptions.ActorUnavailableError:  # Ray restarts it
+            time.sleep(_POLL_SECONDS)
+        except ray.exceptions.RayError as error:
+            raise QwenVLError(f"the cluster no longer answers: {line_of(error)}") from error
+
+
+def _remove(settings: ServeSettings) -> None:
+    """Let the admitted requests finish within `shutdown_timeout`, end the rest with errors; remove the application."""
+    import ray
+    from ray import serve
+
+    from paddlemix_qwenvl_plugin.cluster.serve.application import NAME
+    from paddlemix_qwenvl_plugin.cluster.serve.membership import running_coordinator
+
+    coordinator = running_coordinator()
+    if coordinator is None:
+        serve.delete(NAME)
+        return
+    deadline = time.monotonic() + settings.shutdown_timeout
+    with contextlib.suppress(ray.exceptions.RayError):  # lost: nothing is left to wait for
+        while time.monotonic() < deadline:
+            totals = ray.get(coordinator.drain.remote())
+            if not totals.running and not totals.waiting:
+                break
+            time.sleep(_POLL_SECONDS)
+        ray.get(coordinator.end.remote())
+    serve.delete(NAME)
+    ray.kill(coordinator)
+
+
+def _reason(status: Any) -> str:
+    """The message of a deployment that failed, or the application's."""
+    messages = [status.message, *(each.message for each in status.deployments.values())]
+    lines = [line for message in messages for line in message.splitlines() if line.strip()]
+    named = [line for line in lines if "Error" in line]
+    return str((named or lines or ["see `serve status`"])[-1]).strip()
+
+
+@contextlib.contextmanager
+def _raising(numbers: Sequence[int]) -> Iterator[None]:
+    """Raise _Signal at these signals within the block."""
+
+    def handle(number: int, frame: object) -> None:
+        raise _Signal(number)
+
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
