@@ -76,7 +76,7 @@ class Products:
             *(matrix.out, matrix.width, -(-matrix.width // unit) * unit),
             *(ctypes.c_void_p(matrix.values.data_ptr()), ctypes.c_void_p(matrix.scales.data_ptr()), None),
             *(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.shape[1]), len(x), INTOS[into]),
-            *(ctypes.c_void_p(y.data_ptr()), None),
+            ctypes.c_void_p(y.data_ptr()),
         )
         if failed:
             raise SystemExit(failed.decode())

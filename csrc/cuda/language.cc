@@ -224,38 +224,12 @@ std::unique_ptr<CudaAdapter> Language::make_adapter(CUstream stream,
   if (products_adapted_ != before) ++moved_;
   if (made->max_rank() <= max_rank_) return made;
   const uint64_t rows = size(config_.max_tokens), widest = size(std::max(3 * hidden, gate_up));
-  const uint64_t of_head = size(std::min(config_.max_tokens, kMaxDecodeRows)) * size(config_.vocab);
   low_ = DeviceMemory();  // cuMemFree waits for the GPU
   low_ = DeviceMemory(rows * size(made->max_rank()) * 2);
-  if (delta_.bytes() == 0) delta_ = DeviceMemory(std::max(rows * widest, of_head) * 4);
+  if (raw_.bytes() == 0) raw_ = DeviceMemory(rows * widest * 4);
   max_rank_ = made->max_rank();
   ++moved_;
   return made;
-}
-
-const float* Language::adapted(CUstream stream, int number, int in, int out, const void* x, int x_stride,
-                               const InputArrays& at, const PassShape& shape) {
-  if (!shape.is_adapted || !products_adapted_[size(number)]) return nullptr;
-  auto* const delta = delta_.get<float>();
-  if (shape.n_prompt > 0) {
-    check(driver().cuMemsetD8Async(address(delta), 0, size(shape.n_prompt) * size(out) * 4, stream),
-          "clearing GPU memory");
-    for (const AdaptedPrompt& prompt : adapted_prompts_) {
-      const LowRank* const of = prompt.adapter->product(number);
-      if (of == nullptr) continue;
-      linear_prompt(gpu_, stream, of->a, bytes(x) + size(prompt.first) * size(x_stride) * 2, x_stride,
-                    prompt.n, Into::kHalf, low_.get(), nullptr);
-      linear_prompt(gpu_, stream, of->b, low_.get(), of->b.in, prompt.n, Into::kFloat,
-                    delta + size(prompt.first) * size(out), nullptr);
-    }
-  }
-  if (shape.n_decode > 0) {
-    const uint64_t first = size(shape.n_prompt);
-    low_rank_decode(gpu_, stream, at.adapters + first, at.adapter_order, number,
-                    bytes(x) + first * size(x_stride) * 2, x_stride, in, shape.n_decode, low_.get(),
-                    max_rank_, out, delta + first * size(out));
-  }
-  return delta;
 }
 
 const void* Language::ordered(CUstream stream, const Matrix& matrix, const void* x, int& x_stride, int n) {
@@ -268,16 +242,45 @@ const void* Language::ordered(CUstream stream, const Matrix& matrix, const void*
 
 void Language::product(CUstream stream, int number, const Matrix& matrix, const void* x, int x_stride,
                        const InputArrays& at, const PassShape& shape, Into into, void* y) {
-  const float* const delta = adapted(stream, number, x_stride, matrix.out, x, x_stride, at, shape);
-  x = ordered(stream, matrix, x, x_stride, shape.rows());
-  if (shape.n_prompt > 0) {
-    linear_prompt(gpu_, stream, matrix, x, x_stride, shape.n_prompt, into, y, prompt_scratch_.get(), delta);
+  const int prompts = shape.n_prompt;
+  const bool adapted = shape.is_adapted && products_adapted_[size(number)];
+  const auto first_decode = size(prompts) * size(x_stride) * 2;
+  const AdaptedRows rows{adapted ? at.adapters + prompts : nullptr, at.adapter_order, shape.n_decode, number};
+  char* const low = bytes(low_.get()) + size(prompts) * size(max_rank_) * 2;  // of the decode rows
+  if (adapted && shape.n_decode > 0)
+    low_rank_down(gpu_, stream, rows, bytes(x) + first_decode, x_stride, x_stride, low, max_rank_);
+
+  // Without adapters the product applies its epilogue itself, else to float32 that adapters are added to.
+  const bool raw = adapted && (into == Into::kHalf || into == Into::kSiluTimes);
+  const Into base = raw ? Into::kFloat : into;
+  void* const base_y = raw ? raw_.get() : y;
+  int stride = x_stride;
+  const void* const inputs = ordered(stream, matrix, x, stride, shape.rows());
+  if (prompts > 0) {
+    linear_prompt(gpu_, stream, matrix, inputs, stride, prompts, base, base_y, prompt_scratch_.get());
   }
-  for (int done = shape.n_prompt; done < shape.rows(); done += kMaxDecodeRows) {
+  for (int done = prompts; done < shape.rows(); done += kMaxDecodeRows) {
     const int n = std::min(kMaxDecodeRows, shape.rows() - done);
-    linear_decode(gpu_, stream, matrix, bytes(x) + size(done) * size(x_stride) * 2, x_stride, n, into,
-                  bytes(y) + size(done) * row_bytes(matrix, into),
-                  delta != nullptr ? delta + size(done) * size(matrix.out) : nullptr);
+    linear_decode(gpu_, stream, matrix, bytes(inputs) + size(done) * size(stride) * 2, stride, n, base,
+                  bytes(base_y) + size(done) * row_bytes(matrix, base));
+  }
+  if (!adapted) return;
+
+  if (prompts > 0) {
+    for (const AdaptedPrompt& prompt : adapted_prompts_) {
+      const LowRank* const of = prompt.adapter->product(number);
+      if (of == nullptr) continue;
+      linear_prompt(gpu_, stream, of->a, bytes(x) + size(prompt.first) * size(x_stride) * 2, x_stride,
+                    prompt.n, Into::kHalf, low_.get(), nullptr);
+      linear_prompt(gpu_, stream, of->b, low_.get(), of->b.in, prompt.n, Into::kAdd,
+                    bytes(base_y) + size(prompt.first) * size(matrix.out) * 4, nullptr);
+    }
+    if (raw) finish_raw(gpu_, stream, raw_.get<float>(), prompts, matrix.out, into, y);
+  }
+  if (shape.n_decode > 0) {
+    low_rank_up(gpu_, stream, rows, low, max_rank_, matrix.out,
+                raw ? raw_.get<float>() + size(prompts) * size(matrix.out) : nullptr, into,
+                bytes(y) + size(prompts) * row_bytes(matrix, into));
   }
 }
 

@@ -68,9 +68,6 @@ class Language {
                const InputArrays& at, const PassShape& shape, Into into, void* y);
   // x with the columns in the matrix's order, and their stride.
   const void* ordered(CUstream stream, const Matrix& matrix, const void* x, int& x_stride, int n);
-  // The adapters' part of a product, float32 [rows, out], or NULL if no row has an adapter.
-  const float* adapted(CUstream stream, int number, int in, int out, const void* x, int x_stride,
-                       const InputArrays& at, const PassShape& shape);
 
   const Gpu& gpu_;
   const qvl_config config_;
@@ -80,8 +77,8 @@ class Language {
   std::vector<Layer> layers_;
   // Scratch: activations of a pass.
   DeviceMemory x_, normed_, qkv_, q_, mixed_, wide_, features_, prompt_scratch_, decode_scratch_, ordered_;
-  // Of adapters: A x and B A x; rows of low_.
-  DeviceMemory low_, delta_;
+  // Of adapters: A x, rows of max_rank_, and products before their epilogues.
+  DeviceMemory low_, raw_;
   int max_rank_ = 0;
   std::vector<bool> products_adapted_;  // by any adapter so far
   // Rows of the pass's prompts with an adapter.

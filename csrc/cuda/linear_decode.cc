@@ -152,16 +152,15 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
 }
 
 void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
-                   int n, Into into, void* y, const float* addend) {
+                   int n, Into into, void* y) {
   QVL_REQUIRE(n >= 1 && n <= kMostRows, QVL_INTERNAL, "linear_decode: %d rows", n);
   QVL_REQUIRE(x_stride % 8 == 0, QVL_INTERNAL, "linear_decode: rows of x %lld values apart",
               static_cast<long long>(x_stride));
-  if (has_tensor_maps(gpu)) return linear_decode_hopper(gpu, stream, matrix, x, x_stride, n, into, y, addend);
+  if (has_tensor_maps(gpu)) return linear_decode_hopper(gpu, stream, matrix, x, x_stride, n, into, y);
   LinearDecode p{};
   p.values = matrix.values;
   p.scales = matrix.scales;
   p.bias = matrix.bias;
-  p.addend = addend;
   p.x = x;
   p.y = y;
   p.x_stride = x_stride;

@@ -74,7 +74,7 @@ TensorMap boxes_of(const Gpu& gpu, const void* base, int64_t rows, int64_t in, i
 }  // namespace
 
 void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x,
-                          int64_t x_stride, int n, Into into, void* y, const float* addend) {
+                          int64_t x_stride, int n, Into into, void* y) {
   const bool half = matrix.storage == Storage::kHalf;
   const Kind kind = kind_of(matrix.storage);
   const int columns = n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64, chunks = divide_up(n, columns);
@@ -82,7 +82,7 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
 
   LinearHopper p{};
   p.row_scales = static_cast<const float*>(matrix.scales);
-  p.result = {matrix.bias, y, n, matrix.out, static_cast<int>(into), addend};
+  p.result = {matrix.bias, y, n, matrix.out, static_cast<int>(into)};
   p.whole = matrix.in % 64 == 0;
   p.all_steps = divide_up(matrix.in, 64 * kind.boxes);
   const int most = 64 * kind.most_parts[columns <= 16 ? 0 : columns / 32];

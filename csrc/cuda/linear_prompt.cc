@@ -78,10 +78,10 @@ namespace {
 
 // written: whether the kernel before this one writes the matrix.
 void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x, int64_t x_stride,
-            int n, Into into, void* y, const float* addend, bool written) {
+            int n, Into into, void* y, bool written) {
   QVL_REQUIRE(matrix.stride % 8 == 0 && x_stride % 8 == 0, QVL_INTERNAL,
               "rows of matrices and activations are multiples of 8 values");
-  const Result result{matrix.bias, y, n, matrix.out, static_cast<int>(into), addend};
+  const Result result{matrix.bias, y, n, matrix.out, static_cast<int>(into)};
   if (tile < 0) {
     constexpr int kTile = 128, kThreads = 256, kShared = 3 * 2 * kTile * (32 + 8) * 2;
     const LinearPrompt params{result, x, matrix.values, x_stride, matrix.in, matrix.stride};
@@ -112,7 +112,7 @@ void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, con
 
 void linear_prompt_with(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x,
                         int64_t x_stride, int n, Into into, void* y) {
-  launch(gpu, stream, tile, matrix, x, x_stride, n, into, y, nullptr, false);
+  launch(gpu, stream, tile, matrix, x, x_stride, n, into, y, false);
 }
 
 uint64_t linear_prompt_scratch(const Matrix& matrix) {
@@ -120,7 +120,7 @@ uint64_t linear_prompt_scratch(const Matrix& matrix) {
 }
 
 void linear_prompt(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x, int64_t x_stride,
-                   int n, Into into, void* y, void* scratch, const float* addend) {
+                   int n, Into into, void* y, void* scratch) {
   Matrix half = matrix;
   if (matrix.storage != Storage::kHalf) {
     half.storage = Storage::kHalf;
@@ -133,7 +133,7 @@ void linear_prompt(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
                0, params, true);
   }
   launch(gpu, stream, linear_prompt_tile(gpu, matrix.out, matrix.in, n), half, x, x_stride, n, into, y,
-         addend, matrix.storage != Storage::kHalf);
+         matrix.storage != Storage::kHalf);
 }
 
 }  // namespace qvl::cuda

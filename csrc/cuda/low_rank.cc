@@ -95,29 +95,52 @@ Matrix CudaAdapter::put(CUstream stream, const std::vector<float>& values, int r
   return made;
 }
 
-void low_rank_decode(const Gpu& gpu, CUstream stream, const uint64_t* adapters, const int32_t* order,
-                     int product, const void* x, int64_t x_stride, int in, int n, void* low, int low_stride,
-                     int out, float* y) {
+namespace {
+
+unsigned blocks(int rows, int a_block) {
+  return static_cast<unsigned>((rows + a_block - 1) / a_block);
+}
+
+LowRankParams params_of(const AdaptedRows& rows, int low_stride) {
   LowRankParams p{};
   // uint64_t is another type of the same size on the host.
-  p.adapters = reinterpret_cast<const unsigned long long*>(adapters);
-  p.order = order;
-  p.x = x;
-  p.low = low;
-  p.y = y;
-  p.x_stride = x_stride;
-  p.n = n;
-  p.product = product;
-  p.in = in;
-  p.out = out;
+  p.adapters = reinterpret_cast<const unsigned long long*>(rows.adapters);
+  p.order = rows.order;
+  p.n = rows.n;
+  p.product = rows.product;
   p.low_stride = low_stride;
-  const auto blocks = [](int rows, int a_block) {
-    return static_cast<unsigned>((rows + a_block - 1) / a_block);
-  };
-  const unsigned of_x = blocks(n, kLowRankRows);
-  gpu.launch(stream, "low_rank_down", {blocks(low_stride, kLowRankDown), of_x, kLowRankRuns},
+  return p;
+}
+
+}  // namespace
+
+void low_rank_down(const Gpu& gpu, CUstream stream, const AdaptedRows& rows, const void* x, int64_t x_stride,
+                   int in, void* low, int low_stride) {
+  LowRankParams p = params_of(rows, low_stride);
+  p.x = x;
+  p.x_stride = x_stride;
+  p.in = in;
+  p.low = low;
+  gpu.launch(stream, "low_rank_down",
+             {blocks(low_stride, kLowRankDown), blocks(rows.n, kLowRankRows), kLowRankRuns},
              kLowRankDownThreads, 0, p, true);
-  gpu.launch(stream, "low_rank_up", {blocks(out, kLowRankUp), of_x}, kLowRankThreads, 0, p, true);
+}
+
+void low_rank_up(const Gpu& gpu, CUstream stream, const AdaptedRows& rows, const void* low, int low_stride,
+                 int out, const float* raw, Into into, void* y) {
+  LowRankParams p = params_of(rows, low_stride);
+  p.low = const_cast<void*>(low);
+  p.raw = raw;
+  const Into added = into == Into::kFloat ? Into::kAdd : into;
+  p.result = {nullptr, y, rows.n, out, static_cast<int>(added)};
+  gpu.launch(stream, "low_rank_up", {blocks(out, kLowRankUp), blocks(rows.n, kLowRankRows)}, kLowRankThreads,
+             0, p, true);
+}
+
+void finish_raw(const Gpu& gpu, CUstream stream, const float* raw, int n, int out, Into into, void* y) {
+  const FinishParams p{raw, {nullptr, y, n, out, static_cast<int>(into)}};
+  gpu.launch(stream, "finish_raw", {blocks(out, 2 * kFinishThreads), static_cast<unsigned>(n)},
+             kFinishThreads, 0, p, true);
 }
 
 }  // namespace qvl::cuda

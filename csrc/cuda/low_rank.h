@@ -57,12 +57,24 @@ class CudaAdapter final : public Adapter {
   int max_rank_ = 0;
 };
 
-// y float32 [n, out] = B (A x) for decode rows, zeros for rows without an adapter. adapters: [n] addresses of
-// tables; order: [n], the rows with those of an adapter together, or NULL; low: scratch, H [n,
-// low_stride]. `adapters`, `order` and the matrices are read before the preceding kernels have ended, as
-// `places` of attention_step.
-void low_rank_decode(const Gpu&, CUstream, const uint64_t* adapters, const int32_t* order, int product,
-                     const void* x, int64_t x_stride, int in, int n, void* low, int low_stride, int out,
-                     float* y);
+// Decode rows and their adapters, in device memory, read before the preceding kernels have ended, as `places`
+// of attention_step.
+struct AdaptedRows {
+  const uint64_t* adapters;  // [n]: addresses of tables, 0: no adapter
+  const int32_t* order;      // [n]: the rows with those of an adapter together, or NULL
+  int n, product;
+};
+
+// low = A x: x H [n, x_stride], `in` values of a row -> H [n, low_stride]; rows without an adapter are not
+// written.
+void low_rank_down(const Gpu&, CUstream, const AdaptedRows&, const void* x, int64_t x_stride, int in,
+                   void* low, int low_stride);
+
+// The epilogue `into` of raw + B low: raw float32 [n, out] -> y. kAdd and kFloat: raw NULL, added to y.
+void low_rank_up(const Gpu&, CUstream, const AdaptedRows&, const void* low, int low_stride, int out,
+                 const float* raw, Into into, void* y);
+
+// The epilogue of raw float32 [n, out] -> y.
+void finish_raw(const Gpu&, CUstream, const float* raw, int n, int out, Into into, void* y);
 
 }  // namespace qvl::cuda

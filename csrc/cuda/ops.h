@@ -85,10 +85,9 @@ void upload_matrix(const Gpu&, CUstream, qvl_dtype dtype, const void* from, int 
 
 // ---- decode steps: linear_decode.cc, attention_decode.cc, elementwise.cc --------------------------------
 
-// y = x W^T + bias + addend, x H [n, x_stride], x_stride a multiple of 8; the columns of x are in the
-// matrix's order. addend float32 [n, out], or NULL.
-void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
-                   const float* addend = nullptr);
+// y = x W^T + bias, x H [n, x_stride], x_stride a multiple of 8; the columns of x are in the matrix's order.
+void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into,
+                   void* y);
 
 // y[i, j] = x[i, order[j]]: x H [n, x_stride] -> H [n, y_stride], j < in. The rest of a row is not written.
 void gather_columns(const Gpu&, CUstream, const void* x, int64_t x_stride, const int32_t* order, int n,
@@ -157,7 +156,7 @@ void attention_step(const Gpu&, CUstream, const void* qkv, const Places&, const 
 // As linear_decode. Quantised matrices need linear_prompt_scratch bytes.
 uint64_t linear_prompt_scratch(const Matrix&);
 void linear_prompt(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
-                   void* scratch, const float* addend = nullptr);
+                   void* scratch);
 
 // A chunk of a prompt: queries [first, first + n) of q, at positions past .. past + n - 1 of the sequence
 // `table`; each attends to the keys up to its own position.

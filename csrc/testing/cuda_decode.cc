@@ -51,20 +51,19 @@ EXPORT const char* decode_upload(int half, CUstream stream, int dtype, const voi
 
 EXPORT const char* decode_linear(int half, CUstream stream, int storage, int out, int in, int stride,
                                  void* values, void* scales, const float* bias, const void* x,
-                                 int64_t x_stride, int n, int into, void* y, const float* addend) {
+                                 int64_t x_stride, int n, int into, void* y) {
   return guarded_line([&] {
     linear_decode(gpu(half), stream, matrix(storage, out, in, stride, values, scales, bias), x, x_stride, n,
-                  static_cast<Into>(into), y, addend);
+                  static_cast<Into>(into), y);
   });
 }
 
 EXPORT const char* decode_prompt_linear(int half, CUstream stream, int storage, int out, int in, int stride,
                                         void* values, void* scales, const float* bias, const void* x,
-                                        int64_t x_stride, int n, int into, void* y, void* scratch,
-                                        const float* addend) {
+                                        int64_t x_stride, int n, int into, void* y, void* scratch) {
   return guarded_line([&] {
     linear_prompt(gpu(half), stream, matrix(storage, out, in, stride, values, scales, bias), x, x_stride, n,
-                  static_cast<Into>(into), y, scratch, addend);
+                  static_cast<Into>(into), y, scratch);
   });
 }
 

@@ -6,6 +6,7 @@ import pytest
 from small import HALVES, ROUNDING, normal, poisoned, run, same_bits, torch
 
 PRODUCTS = 3
+INTOS = {"half": 0, "add": 2, "silu_times": 4}  # enum class Into of csrc/cuda/ops.h
 PRODUCT = 1  # the one that is computed
 
 
@@ -16,7 +17,7 @@ class Table:
         self.half, self.parts = half, []
         for product in range(PRODUCTS):
             each = rank if product == PRODUCT else 8 * parts
-            a, b = normal(each, width).to(half), (normal(out, each) / 8).to(half)
+            a, b = (normal(each, width) / width**0.5).to(half), (normal(out, each) / 8).to(half)
             for part in range(parts):  # a row of B has the values of its own part alone
                 others = torch.arange(each, device="cuda") // max(each // parts, 1) != part
                 b[part::parts, others] = 0
@@ -39,31 +40,49 @@ class Table:
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize(("out", "width"), [(1, 8), (75, 72), (4096, 4096), (200, 11008)])
-def test_rows_of_several_adapters(half, out, width):
-    parts = 2 if out % 2 == 0 else 1
+@pytest.mark.parametrize("into", ["half", "add", "silu_times"])
+def test_rows_of_several_adapters(half, out, width, into):
+    """Each epilogue, of rows of several adapters and of none, together and alone."""
+    silu = into == "silu_times"
+    out += out % 2 if silu else 0
+    parts = 2 if silu else 1
     tables = [Table(half, rank, out, width, parts) for rank in (0, 16, 48, 64, 208, 320)]
     n = 37
     chosen = [tables[i % 7 - 1] if i % 7 else None for i in range(n)]
     x = normal(n, width + 8).to(half)
     x[:, width:] = float("nan")
     addresses = [0 if table is None else table.words.data_ptr() for table in chosen]
+    base = normal(n, out)
 
-    def update(rows, ordered=True):
-        y = poisoned(len(rows) + 1, out, dtype=torch.float32)
+    def product(rows, ordered=True):
+        y = poisoned(len(rows) + 1, out // parts, dtype=torch.float32 if into == "add" else half)
+        raw = base[rows].contiguous()
+        if into == "add":
+            y[:-1], raw = raw, None
         low = poisoned(len(rows), 320, dtype=half)
         adapters = torch.tensor([addresses[i] for i in rows], dtype=torch.int64, device="cuda")
         order = adapters.sort(descending=True).indices.int() if ordered else None
         picked = x[rows].contiguous()
-        run("low_rank", half, adapters, order, PRODUCT, picked, width + 8, width, len(rows), low, 320, out, y)
+        sizes = (width + 8, width, len(rows), low, 320, out)
+        run("low_rank", half, adapters, order, PRODUCT, picked, *sizes, raw, INTOS[into], y)
         assert bool(y[-1].isnan().all())
         return y[:-1]
 
-    got = update(list(range(n)))
-    assert same_bits(update(list(range(n)), ordered=False), got)
+    got = product(list(range(n)))
+    assert same_bits(product(list(range(n)), ordered=False), got)
+    if into != "add":  # of rows without an adapter, what the product of the base weight gives
+        finished = poisoned(n, out // parts, dtype=half)
+        run("finish_raw", half, base, n, out, INTOS[into], finished)
+        assert all(same_bits(got[i], finished[i]) for i in range(0, n, 7))
     for i, table in enumerate(chosen):
-        if table is None:
-            assert not bool(got[i].any())
-            continue
-        missed = (got[i].double() - table.update(x[i, :width])).abs()
-        assert bool((missed <= table.room(x[i, :width])).all()), i
-        assert same_bits(update([i])[0], got[i])
+        wide, room = base[i].double(), 2.0**-20
+        if table is not None:
+            wide, room = wide + table.update(x[i, :width]), table.room(x[i, :width]) + 2.0**-20
+        if silu:
+            room = room + torch.zeros_like(wide)
+            value, gate = wide[0::2], wide[1::2]
+            room = room[0::2] * gate.abs() + room[1::2] * value.abs() * 1.1 + 1e-5
+            wide = value * gate * torch.sigmoid(gate)
+        room = room + wide.abs() * ROUNDING[got.dtype] * 1.02 + 1e-6
+        assert bool(((got[i].double() - wide).abs() <= room).all()), i
+        assert same_bits(product([i])[0], got[i])

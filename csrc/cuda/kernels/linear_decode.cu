@@ -273,7 +273,7 @@ __device__ void write_sums(const LinearDecode& p, const float* sums, int pitch, 
   if (row >= p.out) return;
   const auto value = [&](int i) {
     const float sum = Weights::finish(p, row + i, whole_sum(sums + step * local + i, pitch));
-    return (p.bias != nullptr ? sum + p.bias[row + i] : sum) + addend_of(p, row + i, column);
+    return p.bias != nullptr ? sum + p.bias[row + i] : sum;
   };
   write_result(p, row, column, value(0), step == 2 ? value(1) : 0.f);
 }

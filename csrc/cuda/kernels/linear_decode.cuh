@@ -53,11 +53,6 @@ __device__ inline float sum_of_run(const uint4& run) {
 // Epilogues, as enum class Into of ops.h.
 constexpr int kHalf = 0, kFloat = 1, kAdd = 2, kGelu = 3, kSiluTimes = 4;
 
-// Addend of a row of the matrix and a row of x.
-__device__ inline float addend_of(const LinearDecode& p, int row, int64 column) {
-  return p.addend != nullptr ? __ldcg(p.addend + column * p.out + row) : 0.f;
-}
-
 // Write the value of a row of the matrix and a row of x to y; kSiluTimes: of rows `row` and `row + 1`, whose
 // sum is `gate`.
 __device__ inline void write_result(const LinearDecode& p, int row, int64 column, float value, float gate) {

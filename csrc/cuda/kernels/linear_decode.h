@@ -51,7 +51,6 @@ struct LinearDecode {
   const void* values;
   const void* scales;
   const float* bias;
-  const float* addend;  // [n, out], or NULL
   const void* x;
   void* y;
   long long x_stride;

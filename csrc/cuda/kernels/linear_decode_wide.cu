@@ -316,7 +316,7 @@ __device__ void linear_wide(const LinearDecode& p) {
     if (row >= p.out) continue;
     const auto value = [&](int more) {
       const float sum = Unit::finish(p, row + more, out[column * kPitch + local + more]);
-      return (p.bias != nullptr ? sum + p.bias[row + more] : sum) + addend_of(p, row + more, first + column);
+      return p.bias != nullptr ? sum + p.bias[row + more] : sum;
     };
     write_result(p, row, first + column, value(0), step == 2 ? value(1) : 0.f);
   }

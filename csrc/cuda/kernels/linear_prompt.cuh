@@ -1,5 +1,5 @@
-// Epilogue of a product: bias, addend, activation, type (Into of ops.h). A thread finishes two neighbouring
-// columns of a row:
+// Epilogue of a product: bias, activation, type (Into of ops.h). A thread finishes two neighbouring columns
+// of a row:
 //
 //   sums (a, b) of columns c, c + 1 -> H [n, out] | float32 [n, out] | += float32 [n, out] | gelu: H [n, out]
 //   kIntoSiluTimes: w1 x and w2 x are interleaved, a silu(b)  ->  H [n, out / 2]
@@ -51,11 +51,6 @@ __device__ inline void finish_pair(const Result& p, int row, int column, float a
   if (p.bias != nullptr) {
     a += p.bias[column];
     if (both) b += p.bias[column + 1];
-  }
-  if (p.addend != nullptr) {
-    const float* const more = p.addend + static_cast<int64>(row) * p.out + column;
-    a += __ldcg(more);
-    if (both) b += __ldcg(more + 1);
   }
   if (p.into == kIntoSiluTimes) {
     static_cast<H*>(p.y)[static_cast<int64>(row) * (p.out / 2) + column / 2] = to_half(silu_times(a, b));

@@ -12,7 +12,6 @@ struct Result {
   const float* bias;  // [out], or NULL
   void* y;
   int n, out, into;
-  const float* addend;  // [n, out], or NULL
 };
 
 // y [n, out] = x [n, x_stride] W^T, W [out, stride]; `in` values of a row count.

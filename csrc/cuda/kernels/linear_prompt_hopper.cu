@@ -46,14 +46,6 @@ __device__ inline void finish_four(const Result& p, int row, int column, const f
   }
   const int left = column < p.out ? (p.n - row + 7) / 8 : 0;
   const int64 step = static_cast<int64>(8) * p.out, at = static_cast<int64>(row) * p.out + column;
-  if (p.addend != nullptr) {
-#pragma unroll
-    for (int j = 0; j < kMost; ++j) {
-      if (j >= left) continue;
-      const float4 more = __ldcg(reinterpret_cast<const float4*>(p.addend + at + j * step));
-      v[j].x += more.x, v[j].y += more.y, v[j].z += more.z, v[j].w += more.w;
-    }
-  }
   if (p.into == kIntoSiluTimes) {
     H2* const y = static_cast<H2*>(p.y) + at / 4;
 #pragma unroll

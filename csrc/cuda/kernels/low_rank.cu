@@ -1,5 +1,6 @@
-// Low-rank adapters (LoRA) of decode rows, each row with its own adapter or none: y = B (A x), which the
-// product of the base weight adds before its activation.
+// Low-rank adapters (LoRA), y = f(W x + B (A x)): decode rows, each with its own adapter or none, and the end
+// of both kinds of rows. f is the epilogue of the product, which the product of the base weight leaves out
+// here.
 //
 // Layout. A block has 16 rows of x, sorted by adapter: runs of rows that share one, the 16 rows of
 // mma.m16n8k16. A run's products are computed for all 16, zeros in the place of the others, and kept for its
@@ -8,18 +9,22 @@
 //   low_rank_down   blocks (8 rows of A, 16 rows of x, runs): 16 warps share k in steps of 32; their sums
 //   meet in
 //                   shared memory in order                                           x -> low H [n][rank]
-//   low_rank_up     blocks (64 rows of B, 16 rows of x): 8 rows of B a warp          low -> y float32
-//   [n][out]
+//   low_rank_up     blocks (64 rows of B, 16 rows of x): 8 rows of B a warp, a tile of sums in shared memory,
+//   then
+//                   two neighbouring columns a thread                      low, raw float32 [n][out] -> y
+//   finish_raw      prompts, whose B A x an ordinary product has added to raw:   raw float32 [n][out] -> y
 //
 // Cost. Bytes: A and B once for each adapter: (in + out) rank values, at rank 64 of a 4096 x 12288 product 2
-// MB, beside 24 to 96 MB of base weights. Latency bounds both kernels: B and the tables are read before the
-// predecessors end, which write x and low alone.
+// MB, beside 24 to 96 MB of base weights. Latency bounds the kernels: A, B and the tables are read before the
+// predecessors end, which write x, low and raw alone.
 //
-// A row's sums depend on the row and its adapter alone: the steps and their order are the same in any batch.
+// A row's sums depend on the row and its adapter alone: the steps and their order are the same in any batch,
+// and a row without an adapter gets the bits that it gets without adapters in the batch.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_low_rank.py.
-#include "cuda/kernels/common.cuh"
 #include "cuda/kernels/low_rank.h"
+
+#include "cuda/kernels/linear_prompt.cuh"
 #include "cuda/kernels/streams.cuh"
 
 namespace qvl::cuda {
@@ -61,6 +66,14 @@ __device__ inline void read_rows(const LowRankParams& p, Rows& rows) {
 
 __device__ inline uint4 load16(const void* from, bool there) {
   return there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+}
+
+// a, b += raw float32 [n, out] of columns `column` and column + 1, as far as they exist.
+__device__ inline void add_raw(const float* raw, const Result& result, int row, int column, float& a,
+                               float& b) {
+  const float* const from = raw + static_cast<int64>(row) * result.out + column;
+  a += __ldcg(from);
+  if (column + 1 < result.out) b += __ldcg(from + 1);
 }
 
 // sums [16, 8] += rows g and g + 8 of the left operand times row g of the right one, 8 values of k a lane.
@@ -126,13 +139,14 @@ extern "C" __global__ void __launch_bounds__(kLowRankDownThreads)
     for (int w = 0; w < kWarps; ++w) sum += parts[w][i][j];
     static_cast<H*>(p.low)[static_cast<int64>(rows.row[i]) * p.low_stride + first + j] = to_half(sum);
   }
-  wait_for_predecessors();  // in every block: the kernels behind count on it
+  wait_for_predecessors();  // in every block: the next kernels count on it
 }
 
 extern "C" __global__ void __launch_bounds__(kLowRankThreads)
     low_rank_up(const __grid_constant__ LowRankParams p) {
   constexpr int kHeldRuns = 4, kHeldSteps = 2;  // of B in registers
   __shared__ Rows rows;
+  __shared__ float tile[kLowRankRows][kLowRankUp + 2];
   start_successors();
   read_rows(p, rows);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -144,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads)
   const auto load_b = [&](const LowRankEntry& entry, int step) {
     const int width = entry.rank / entry.parts, k = kStep * step + kVector * t, row = column(entry.parts, g);
     const int64 at = static_cast<int64>(row) * entry.rank + row % entry.parts * width + k;
-    return load16(static_cast<const H*>(entry.b) + at, row < p.out && k < width);
+    return load16(static_cast<const H*>(entry.b) + at, row < p.result.out && k < width);
   };
   // A x of row i of the block.
   const auto load_low = [&](int i, int step) {
@@ -187,11 +201,9 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads)
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int out = column(entry.parts, 2 * t + i);
-      if (out >= p.out) continue;
-      if (low_there && rows.row[g] >= 0) p.y[static_cast<int64>(rows.row[g]) * p.out + out] = sums[i];
-      if (high_there && rows.row[g + 8] >= 0)
-        p.y[static_cast<int64>(rows.row[g + 8]) * p.out + out] = sums[2 + i];
+      const int local = column(entry.parts, 2 * t + i) - first;
+      if (low_there) tile[g][local] = sums[i];
+      if (high_there) tile[g + 8][local] = sums[2 + i];
     }
   };
 #pragma unroll
@@ -199,6 +211,27 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads)
     if (run < rows.n_runs) finish(run, b[run]);
   }
   for (int run = kHeldRuns; run < rows.n_runs; ++run) finish(run, nullptr);
+  __syncthreads();
+
+  const Result& result = p.result;
+  for (int i = threadIdx.x; i < kLowRankRows * kLowRankUp / 2; i += kLowRankThreads) {
+    const int at = i / (kLowRankUp / 2), local = i % (kLowRankUp / 2) * 2, row = rows.row[at];
+    if (row < 0 || first + local >= result.out) continue;
+    float a = tile[at][local], b = tile[at][local + 1];
+    if (p.raw != nullptr) add_raw(p.raw, result, row, first + local, a, b);
+    finish_pair(result, row, first + local, a, b);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kFinishThreads)
+    finish_raw(const __grid_constant__ FinishParams p) {
+  start_successors();
+  wait_for_predecessors();
+  const int column = 2 * (blockIdx.x * kFinishThreads + threadIdx.x), row = blockIdx.y;
+  if (column >= p.result.out) return;
+  float a = 0, b = 0;
+  add_raw(p.raw, p.result, row, column, a, b);
+  finish_pair(p.result, row, column, a, b);
 }
 
 }  // namespace qvl::cuda

@@ -1,6 +1,8 @@
 // Parameters of the kernels in low_rank.cu, for host and device.
 #pragma once
 
+#include "cuda/kernels/linear_prompt.h"
+
 namespace qvl::cuda {
 
 // A and B of a product: y += B (A x). Two interleaved matrices have their As one below the other, and row i
@@ -21,11 +23,19 @@ constexpr int kLowRankRuns = 4;   // of adapters, at once
 struct LowRankParams {
   const unsigned long long* adapters;  // [n]: address of a LowRankEntry for each product, 0: no adapter
   const int* order;                    // [n]: the rows, those of an adapter together; NULL: 0 1 2 ..
-  const void* x;                       // H [n, x_stride]
+  const void* x;                       // low_rank_down: H [n, x_stride]
   void* low;                           // H [n, low_stride]: A x
-  float* y;                            // [n, out]: B A x
+  const float* raw;                    // low_rank_up: [n, out], the product of the base weight, or NULL
+  Result result;                       // low_rank_up: finishes raw + B A x; without bias
   long long x_stride;
-  int n, product, in, out, low_stride;  // in, low_stride: multiples of 8
+  int n, product, in, low_stride;  // in, low_stride: multiples of 8
 };
+
+// raw float32 [result.n, result.out] -> result, for products that adapters have changed.
+struct FinishParams {
+  const float* raw;
+  Result result;
+};
+constexpr int kFinishThreads = 256;
 
 }  // namespace qvl::cuda
