@@ -30,11 +30,8 @@ README = (REPO / "README.md").read_text("utf-8")
 def setting_row(name: str) -> str:
     """Table row of a setting: name, default, description."""
     field = ServeSettings.model_fields[name]
-    default = (
-        {None: "", False: "off", True: "on"}.get(field.default, f"`{field.default}`")
-        if not isinstance(field.default, list)
-        else "none"
-    )
+    shown = {"None": "", "False": "off", "True": "on", "[]": "none"}  # as text: 1 == True
+    default = shown.get(str(field.default), f"`{field.default}`")
     return f"| `{name}` | {default} | {str(field.description).rstrip('.').replace('|', chr(92) + '|')} |"
 
 

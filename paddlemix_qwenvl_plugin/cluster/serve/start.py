@@ -78,6 +78,7 @@ def _check(settings: ServeSettings) -> None:
 def _deploy(settings: ServeSettings) -> None:
     """Deploy or update the application and wait until it runs."""
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
 
     from paddlemix_qwenvl_plugin.cluster.serve.application import NAME, application
@@ -92,7 +93,7 @@ def _deploy(settings: ServeSettings) -> None:
     )
     try:
         serve.run(app, name=NAME, route_prefix="/")
-    except RuntimeError as error:
+    except (RuntimeError, RayError) as error:
         status = serve.status().applications.get(NAME)
         message = _reason(status) if status is not None else line_of(error)
         serve.delete(NAME)
