@@ -73,7 +73,7 @@ void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const Pl
   params.heads = layer.heads;
   params.head_dim = layer.head_dim;
   params.type = cache_type(layer.dtype);
-  // 16 lanes a head of 128, else a warp.
+  // 16 lanes per head of 128, else a warp.
   const bool usual = layer.head_dim == 128;
   const char* name = usual                     ? "rotate_and_store_128"
                      : layer.head_dim % 4 == 0 ? "rotate_and_store_2"

@@ -1,5 +1,5 @@
 // The KV pool on the GPU: a block has all layers, one after another, in the layout of KvLayer. A spare block
-// behind the caller's receives the writes of padding rows (step graphs have fixed numbers of rows).
+// after the caller's blocks receives the writes of padding rows (step graphs have fixed numbers of rows).
 #pragma once
 
 #include "core/backend.h"

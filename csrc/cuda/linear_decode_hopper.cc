@@ -11,7 +11,7 @@ namespace qvl::cuda {
 namespace {
 
 constexpr int kThreads = 128 * kHopperGroups + 32, kAlign = 1024, kBoxBytes = 128;
-constexpr int kMostShared = 227 << 10, kLeastShared = 120 << 10;  // over half: one block a multiprocessor
+constexpr int kMostShared = 227 << 10, kLeastShared = 120 << 10;  // over half: one block per multiprocessor
 // With few rows of x, leaves room for a block of attention with its 64 KB.
 constexpr int kSharedBeside = 158 << 10;
 constexpr int kMostStages = 32, kMostSteps = 4;

@@ -15,7 +15,7 @@ struct Tile64 {
   const char* name;
   int parts, tokens;         // tile of 64 * parts rows of W x tokens
   int cluster_m, cluster_n;  // tiles of a cluster over rows of W and tokens
-  int buffers, blocks;       // stages of the ring, blocks a multiprocessor
+  int buffers, blocks;       // stages of the ring, blocks per multiprocessor
 };
 
 constexpr Tile64 kTiles[] = {
@@ -38,7 +38,7 @@ Groups groups(const Tile64& tile, int out, int n) {
 }
 
 // Estimated time of a product in cycles: rounds of tiles, each some steps of 64 values and an epilogue. Seen
-// on an H200: wgmma at 8 / 9 of its peak rate, and 47 bytes a cycle into a multiprocessor, shared or not.
+// on an H200: wgmma at 8 / 9 of its peak rate, and 47 bytes per cycle into a multiprocessor, shared or not.
 double cycles(const Gpu& gpu, const Tile64& tile, int out, int in, int n) {
   const Groups all = groups(tile, out, n);
   const int cluster = tile.cluster_m * tile.cluster_n, at_once = gpu.multiprocessors() / cluster;

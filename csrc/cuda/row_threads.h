@@ -1,4 +1,4 @@
-// Threads of kernels with a block a row (kernels/row_sum.cuh).
+// Threads of kernels with a block per row (kernels/row_sum.cuh).
 #pragma once
 
 #include <algorithm>

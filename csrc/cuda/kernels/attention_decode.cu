@@ -2,8 +2,8 @@
 //
 // Layout. A block takes a chunk of 128 keys of one head and one row; a warp takes 32 of them. The warp has
 // all its keys and values copied to shared memory at once, each lane into its own slot, as in
-// linear_decode.cu; three blocks a multiprocessor (int8: four). 16 bytes of a key a lane: 16 lanes share a
-// key in 16 bits, 8 in 8 bits:
+// linear_decode.cu; three blocks per multiprocessor (int8: four). 16 bytes of a key per lane: 16 lanes share
+// a key in 16 bits, 8 in 8 bits:
 //
 //   sequence   | chunk 0: keys 0-127 | chunk 1: 128-255 | .. |       grid [heads][chunks][rows]
 //                block                 block
@@ -26,7 +26,7 @@
 //
 // attention_decode_any takes every head_dim up to 256, value by value.
 //
-// Cost. Bytes: each key and value once, 512 a head and token in bfloat16 at head_dim 128; time = 4 head_dim
+// Cost. Bytes: each key and value once, 512 per head and token in bfloat16 at head_dim 128; time = 4 head_dim
 // heads tokens bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9 MB, 1.1 us on an H200,
 // 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication for each value of 2 bytes, 0.5 a byte: the
 // plain units do. What bounds it is how long a block lasts, for its 64 KB of shared memory are in flight for

@@ -6,7 +6,7 @@
 //   prompt chunks    | first, n, past, table |     queries [first, first + n) of q, at positions past ..
 //   tiles            | chunk, offset |             128 queries from `offset` on
 //   block table      | b0 | b1 | b2 |              key t: row t % block_tokens of block b[t / block_tokens]
-//   block            [2][heads][block_tokens][head_dim], for int8 behind it float32 scales
+//   block            [2][heads][block_tokens][head_dim], for int8 followed by float32 scales
 //                    [2][heads][block_tokens]
 //
 // Tiles, buffers and cost: attention.cuh, attention_hopper.cuh. A causal prompt of n tokens is half a square:

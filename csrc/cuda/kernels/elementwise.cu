@@ -2,11 +2,12 @@
 //
 // Layout:
 //
-//   rms_norm           a block a row: x float32 [width] -> H [width]. rms_norm_held keeps the row in
+//   rms_norm           a block per row: x float32 [width] -> H [width]. rms_norm_held keeps the row in
 //                      registers, float4 v of thread t at 4 (v threads + t); sums as in row_sum.cuh
-//   embed              `parts` blocks a row: wte H [vocab][width] or features float32 -> x float32 [width]
+//   embed              `parts` blocks per row: wte H [vocab][width] or features float32 -> x float32 [width]
 //   gather_columns     blocks (columns, rows): y[j] = x[order[j]], x H [in] -> H [in]
-//   rotate_and_store   16 or 32 lanes a head of a token; a lane has values d .. and those half a head above:
+//   rotate_and_store   16 or 32 lanes per head of a token; a lane has values d .. and those half a head
+//   above:
 //
 //                      qkv H [n][3][heads][head_dim] -> q H [n][heads][head_dim] rotated and scaled,
 //                      cache [2][heads][block_tokens][head_dim], for int8 with scales
@@ -15,8 +16,8 @@
 // products' weights. For few rows a kernel takes a launch and one memory latency, 1 to 2 us, as long as all
 // loads of a thread are in flight at once. So weights are read before the predecessors end, a row of the norm
 // is held in registers between its two uses, and all sums of a block cross one barrier. For prompts of
-// thousands of rows the bytes bound them: 24 KB a row for norms, 48 KB for the rotation, at the bandwidth of
-// the L2 cache, where the product before left them.
+// thousands of rows the bytes bound them: 24 KB per row for norms, 48 KB for the rotation, at the bandwidth
+// of the L2 cache, where the product before left them.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_elementwise.py.
 #include "cuda/kernels/elementwise.h"
@@ -78,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(1024, kRowBlocks)
   rms_norm_row<false>(p);
 }
 
-// `parts` blocks a row, a thread takes 8 values side by side.
+// `parts` blocks per row, 8 values per thread, side by side.
 extern "C" __global__ void __launch_bounds__(kEmbedThreads) embed(const __grid_constant__ EmbedParams p) {
   start_successors();
   wait_for_predecessors();

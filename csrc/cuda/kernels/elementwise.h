@@ -20,7 +20,7 @@ struct EmbedParams {
   const unsigned long long* features;
   float* x;
   int vocab, width;
-  int parts;  // blocks a row
+  int parts;  // blocks per row
 };
 
 constexpr int kGatherThreads = 256;

@@ -2,8 +2,8 @@
 // linear_decode_hopper.cu instead; from sm_80 on, more than 8 rows of x are linear_decode_wide.cu's; before
 // that, and for types with zero points, they are more blocks.
 //
-// Layout. One block a multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
-// columns are rows of x. k is cut into 16 slices of whole units of 128, one a warp; a warp walks along its
+// Layout. One block per multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
+// columns are rows of x. k is cut into 16 slices of whole units of 128, one per warp; a warp walks along its
 // slice of tile after tile:
 //
 //               k ->  slice 0    slice 1         slice 15
@@ -56,7 +56,7 @@ struct Lane {
 // A lane's view of x: runs of values k .. k + 7 of column g.
 struct Columns {
   const char* row;
-  const float2* offsets;  // of columns 2 t and 2 t + 1, a row a group
+  const float2* offsets;  // of columns 2 t and 2 t + 1, a row per group
   int offsets_pitch;
 
   __device__ uint4 run(int k) const { return *reinterpret_cast<const uint4*>(row + 2 * k); }

@@ -17,7 +17,7 @@ struct UploadMatrix {
   const void* from_scales;  // quantised
   void* values;
   void* scales;
-  int rows;  // of `from`; padding: rows of zeros to add behind the last one
+  int rows;  // of `from`; padding: rows of zeros to add after the last one
   int padding;
   int in, stride;
   int out;  // rows of the matrix with padding rows excluded
@@ -25,7 +25,7 @@ struct UploadMatrix {
 };
 
 // Shared memory of linear_decode_wide.cu, for host and device. A block has `row_tiles` tiles of W and
-// `columns` rows of x; a unit is `unit_bytes` of a tile's weights and, of 4 bits, `groups` scales a row.
+// `columns` rows of x; a unit is `unit_bytes` of a tile's weights and, of 4 bits, `groups` scales per row.
 constexpr int kColumnBytes = 2 * 128 + 64;  // of a column's unit; two columns lie in different banks
 
 // Warps that share a tile.
@@ -35,7 +35,7 @@ QVL_BOTH_SIDES constexpr int wide_split(int row_tiles) {
 QVL_BOTH_SIDES constexpr int wide_stage_bytes(int unit_bytes, int groups, int columns, int row_tiles) {
   return wide_split(row_tiles) * (columns * kColumnBytes + row_tiles * (unit_bytes + 8 * 4 * groups));
 }
-// Offsets of the groups, and sums of the second half's pairs of slices: behind the stages.
+// Offsets of the groups, and sums of the second half's pairs of slices: after the stages.
 QVL_BOTH_SIDES constexpr int wide_rest_bytes(int groups, int columns, int row_tiles) {
   const int split = wide_split(row_tiles);
   return 4 * (split * groups * columns + (split > 1 ? row_tiles * 4 * columns * 16 : 0));
@@ -61,7 +61,7 @@ struct LinearDecode {
   int tiles_at_once;                         // between barriers
   int x_pitch;                               // bytes of a row of x in shared memory
   int offsets_pitch;                         // floats of a group's offsets, one a column
-  int scales_at, x_at, offsets_at, sums_at;  // bytes into shared memory, behind the ring
+  int scales_at, x_at, offsets_at, sums_at;  // bytes into shared memory, after the ring
 };
 
 // linear_decode_hopper.cu: warpgroups that share k; in the shared memory of their sums, floats between

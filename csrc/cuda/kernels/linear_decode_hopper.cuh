@@ -15,15 +15,15 @@
 //
 // An item is 1 to 4 steps of a slice, and the request unit; items go around the slices, as many ahead as
 // shared memory has stages. All warps request the first round. A row's bits depend neither on `rows` nor on N
-// nor on the steps of an item. Blocks are persistent, one a multiprocessor. Where registers and shared memory
-// allow, the kernels up to the next product start beside them, and that one fetches its first stages while
-// the others run.
+// nor on the steps of an item. Blocks are persistent, one per multiprocessor. Where registers and shared
+// memory allow, the kernels up to the next product start beside them, and that one fetches its first stages
+// while the others run.
 //
 // The kernel is a template of the storage type: linear_decode_hopper.cu has the types without zero points,
 // linear_decode_hopper_groups.cu those with them.
 //
-// Cost. Bytes: each weight once, 4.3 TB/s on an H200, 33 KB a microsecond and multiprocessor; x once more for
-// each tile, from the L2 cache. time = bytes of W / bandwidth. A wgmma takes 2 KB of H or less, so the
+// Cost. Bytes: each weight once, 4.3 TB/s on an H200, 33 KB per microsecond and multiprocessor; x once more
+// for each tile, from the L2 cache. time = bytes of W / bandwidth. A wgmma takes 2 KB of H or less, so the
 // instructions are few up to 64 rows of x; weights of 8 and 4 bits become H in registers, about one and a
 // half instructions of a lane a value.
 //

@@ -1,8 +1,8 @@
 // y = x W^T for more than 8 rows of x, to the bit what linear_decode.cu gives for each of them.
 //
-// Layout. One block a multiprocessor has kRowTiles tiles of 16 rows of W, one a warp, and 32 or 64 rows of x,
-// its columns. kRowTiles is 12, 6 or 2, whichever leaves the fewest multiprocessors without work. k advances
-// in units of 128, one a stage of a ring in shared memory:
+// Layout. One block per multiprocessor has kRowTiles tiles of 16 rows of W, one per warp, and 32 or 64 rows
+// of x, its columns. kRowTiles is 12, 6 or 2, whichever leaves the fewest multiprocessors without work. k
+// advances in units of 128, one a stage of a ring in shared memory:
 //
 //   stage:  x [columns][128 values + 64 bytes]  |  weights [warp][unit]  |  scales [warp]      2 to 6 stages
 //              read by all warps                   copied and read back by the same lane

@@ -4,7 +4,7 @@
 //   sums (a, b) of columns c, c + 1 -> H [n, out] | float32 [n, out] | += float32 [n, out] | gelu: H [n, out]
 //   kIntoSiluTimes: w1 x and w2 x are interleaved, a silu(b)  ->  H [n, out / 2]
 //
-// Cost: y once, 2 to 8 bytes an element, beside 2 in operations; not what bounds a product.
+// Cost: y once, 2 to 8 bytes per element, beside 2 in operations; not what bounds a product.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_linear.py::test_every_tile_at_odd_sizes, test_gelu.
 #pragma once

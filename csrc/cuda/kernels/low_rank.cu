@@ -9,9 +9,9 @@
 //   low_rank_down   blocks (8 rows of A, 16 rows of x, runs): 16 warps share k in steps of 32; their sums
 //   meet in
 //                   shared memory in order                                           x -> low H [n][rank]
-//   low_rank_up     blocks (64 rows of B, 16 rows of x): 8 rows of B a warp, a tile of sums in shared memory,
-//   then
-//                   two neighbouring columns a thread                      low, raw float32 [n][out] -> y
+//   low_rank_up     blocks (64 rows of B, 16 rows of x): 8 rows of B per warp, a tile of sums in shared
+//   memory, then
+//                   two neighbouring columns per thread                      low, raw float32 [n][out] -> y
 //   finish_raw      prompts, whose B A x an ordinary product has added to raw:   raw float32 [n][out] -> y
 //
 // Cost. Bytes: A and B once for each adapter: (in + out) rank values, at rank 64 of a 4096 x 12288 product 2

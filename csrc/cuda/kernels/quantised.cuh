@@ -75,7 +75,7 @@ struct Cut {
   __device__ int64 int4_scale(int row, int k, int group) const {
     return ((unit_of(row, k) * 8 + row % 8) * (kUnit / group) + k % kUnit / group) * 2 + row % 16 / 8;
   }
-  // Index of the scale of a group with a zero point, in 16-bit values; the zero point is 2 behind it.
+  // Index of the scale of a group with a zero point, in 16-bit values; the zero point is 2 after it.
   template <int bits>
   __device__ int64 group_scale(int row, int k, int group) const {
     constexpr int kValues = kSpan<bits>;

@@ -1,4 +1,4 @@
-// Sums over the threads of a block, for kernels with a block a row.
+// Sums over the threads of a block, for kernels with a block per row.
 //
 //   threads   | warp 0 | warp 1 | .. |      5 shuffles in each warp -> room [warps] -> barrier -> 5 shuffles
 //

@@ -7,8 +7,8 @@
 //   sample_peak    a warp a row merges them: greedy rows are done                     -> states [n]
 //   sample_bins    rows that draw: weights and counts of 2048 bins, all blocks of a row -> bins [n][2048]
 //   sample_keep    ... the ids of the bins that matter                                -> kept_keys [n][2048]
-//   sample_draw    ... a block a row: top-k, top-p, the draw                          -> tokens [n]
-//   sample_top     log-probabilities of the likeliest, where wanted, a block a row -> top_tokens [n][n_top]
+//   sample_draw    ... a block per row: top-k, top-p, the draw                          -> tokens [n]
+//   sample_top     log-probabilities of the likeliest, where wanted, a block per row -> top_tokens [n][n_top]
 //
 // A draw needs the order of the likeliest and sums in that order, but not of all 151,936. Ids get a key: how
 // far their logit lies under the largest, in temperatures, in steps of 2^-35, then the id; an id 32 or more
@@ -325,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
   }
 }
 
-// A block a row: the token at `fraction` of the weight that top-k and then top-p leave.
+// A block per row: the token at `fraction` of the weight that top-k and then top-p leave.
 extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
     sample_draw(const __grid_constant__ SampleParams p) {
   __shared__ SearchRoom room;
@@ -352,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
   if (threadIdx.x == 0) finish(p, row, static_cast<int>(key & ((1u << kIdBits) - 1)), state.floor);
 }
 
-// A block a row: the n_top likeliest.
+// A block per row: the n_top likeliest.
 extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
     sample_top(const __grid_constant__ SampleParams p) {
   __shared__ SearchRoom room;

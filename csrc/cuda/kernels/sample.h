@@ -6,7 +6,7 @@
 namespace qvl::cuda {
 
 constexpr int kScanThreads = 256;
-constexpr int kScanVectors = 4;  // float4 a thread
+constexpr int kScanVectors = 4;  // float4 per thread
 constexpr int kScanChunk = 4 * kScanVectors * kScanThreads;
 constexpr int kSearchThreads = 1024;
 constexpr int kSearchBins = 2048;
@@ -44,7 +44,7 @@ struct SampleParams {
   const Pick* picks;
   const int* forbidden;
   int vocab, chunks;
-  int bin_vectors;  // float4 a thread of sample_bins
+  int bin_vectors;  // float4 per thread of sample_bins
   bool any_draw, any_changed, want_floor;
   int weight_shift;  // the weight 1 is 2^(31 + weight_shift), such that a row's sum stays under 2^63
 

@@ -8,7 +8,7 @@
 //   slot 0        slot 1        slot 2
 //   | lane 0..31 | lane 0..31 | lane 0..31 |      copy_ahead16(slot 2) .. wait_for_copies<1>() .. read slot 0
 //
-// Cost: 16 bytes a lane and instruction, 512 a warp; L2 fetches 128 at a time.
+// Cost: 16 bytes per lane and instruction, 512 per warp; L2 fetches 128 at a time.
 //
 // Reference: through the kernels, tests/cuda/test_decode.py.
 #pragma once

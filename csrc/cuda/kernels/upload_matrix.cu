@@ -1,8 +1,8 @@
-// Matrices from the layout of a file (qvl_packed_bytes in qwenvl.h) to that of the kernels, a block a row.
+// Matrices from the layout of a file (qvl_packed_bytes in qwenvl.h) to that of the kernels, a block per row.
 //
 // Layout:
 //
-//   float32, bfloat16, float16 [out, in]  ->  H [out][stride], zeros behind `in`
+//   float32, bfloat16, float16 [out, in]  ->  H [out][stride], zeros after `in`
 //   quantised                             ->  tiles of 16 rows x units of 128 values (quantised.cuh)
 //   row r of the file                     ->  row first + r step: two matrices are interleaved with step 2
 //
@@ -31,7 +31,7 @@ __device__ inline int target_row(const UploadMatrix& p, int row) {
   return row < p.rows ? p.first + row * p.step : p.first + (p.rows - 1) * p.step + row - p.rows + 1;
 }
 
-// 4-bit values of a row; `padding`: value of rows behind the last one.
+// 4-bit values of a row; `padding`: value of rows after the last one.
 __device__ inline void upload_nibbles(const UploadMatrix& p, const Cut& cut, int row, int to,
                                       uint32 padding) {
   const uint16* from = static_cast<const uint16*>(p.from) + static_cast<int64>(row) * (p.stride / 4);

@@ -4,9 +4,10 @@
 //
 //   cut_patches   a block a patch: image float32 [3][size][size] -> H [patch][3][patch_size][patch_size],
 //                 zeros up to `stride`, so that the convolution is a product with conv1.weight
-//   layer_norm    a block a row, read once and held in registers, float4 v of thread t at 4 (v threads + t),
+//   layer_norm    a block per row, read once and held in registers, float4 v of thread t at 4 (v threads +
+//   t),
 //                 for its mean, its variance (of the differences, so that nothing cancels) and its output
-//   add_rows      a float4 a thread: x [n][width] += add [i % period][width]
+//   add_rows      a float4 per thread: x [n][width] += add [i % period][width]
 //
 // Cost. Bytes bound them: a norm of 1024 rows of 1664 reads 6.8 MB of float32 and writes 3.4 MB of H, 2.4 us
 // at the memory's bandwidth and less from the L2 cache; an image's patches are 2.4 MB in and 1.2 MB out,
