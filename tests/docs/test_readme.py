@@ -14,7 +14,7 @@ CHINESE = (REPO / "README_zh.md").read_text("utf-8")
 DOCUMENTS = [*sorted(REPO.glob("*.md")), *sorted((REPO / "docs").glob("*.md"))]
 
 MAIN_JOB = "python3 -m venv .venv && .venv/bin/pip install -e '.[cpu]' && .venv/bin/qwenvl demo"
-TESTS = ".venv/bin/pip install -e '.[cpu,dev]' && .venv/bin/pytest"
+TESTS = ".venv/bin/pip install -e '.[cpu,dev]' && .venv/bin/pytest -n 2 --dist loadfile"
 
 
 def test_same_code_blocks() -> None:
