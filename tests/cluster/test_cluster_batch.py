@@ -70,7 +70,7 @@ def test_killed_ten_times(tmp_path, stages, cluster):
     alone = BatchProcess(
         stages, tmp_path / "alone", source, tmp_path / "alone.jsonl", *OPTIONS, "--batch_size", 32
     )
-    on_ray = ("--ray", cluster.address, "--ray_actors", "1:16", "--ray_cpus", 0.75)
+    on_ray = ("--ray", cluster.address, "--ray_actors", "1:40", "--ray_cpus", 0.75)
 
     def run() -> BatchProcess:
         return BatchProcess(stages, tmp_path / "job", source, target, *OPTIONS, *on_ray)

@@ -82,6 +82,23 @@ class TestCoordinator:
 
         asyncio.run(scenario())
 
+    def test_slots_that_their_front_does_not_hold_are_freed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After a grace period, in which the grant may be on its way to the front."""
+        monkeypatch.setattr(coordinator, "_UNCLAIMED_SECONDS", 0.2)
+
+        async def scenario() -> None:
+            queue = Coordinator(limits())
+            await queue.release("left")  # overtakes its acquire
+            for lease in ("left", "held"):
+                assert await queue.acquire("f", lease, 1, None) is None
+            held = {"held": (1, None)}
+            assert (await queue.report("f", "front", True, [], held)).running == 2
+            await asyncio.sleep(0.3)
+            assert (await queue.report("other", "front", True, [], {})).running == 2
+            assert (await queue.report("f", "front", True, [], held)).running == 1
+
+        asyncio.run(scenario())
+
     def test_slots_of_a_lost_front_are_freed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(coordinator, "REPORT_SECONDS", 0.01)
         monkeypatch.setattr(coordinator, "_LOST_SECONDS", 0.2)

@@ -20,6 +20,8 @@ REPORT_SECONDS = 1.0
 """Interval of the reports of fronts and engines."""
 
 _LOST_SECONDS = 10.0
+# A lease that its front does not report this long after it was granted belongs to a client that left meanwhile.
+_UNCLAIMED_SECONDS = 5.0
 # Without fronts for this long, as after `serve shutdown`, the coordinator ends.
 _IDLE_SECONDS = 600.0
 
@@ -57,9 +59,10 @@ class _Process:
 
 @dataclass
 class _Lease:
-    """Slots of a request; `task` waits for them."""
+    """Slots of a request; `task` waits for them, `granted` is the time when they were granted."""
 
     front: str
+    granted: Optional[float] = None
     stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
     task: Optional[asyncio.Task[Any]] = None
 
@@ -100,7 +103,8 @@ class Coordinator:
         self, front: str, lease_id: str, n: int, key: Optional[str]
     ) -> Optional[dict[str, Any]]:
         """Wait for n slots; see Admission.slots. Return None when they are granted, else an ApiError's arguments."""
-        await asyncio.sleep(self._settled - time.monotonic())
+        if self._settled > time.monotonic():
+            await asyncio.sleep(self._settled - time.monotonic())
         if lease_id in self._leases:  # asked before the restart of this actor, and adopted
             return None
         lease = self._leases[lease_id] = _Lease(front)
@@ -112,7 +116,7 @@ class Coordinator:
             return {"message": str(error), **vars(error)}
         except asyncio.CancelledError:  # by `release`: the client has left
             return None
-        lease.task = None
+        lease.task, lease.granted = None, time.monotonic()
         return None
 
     async def release(self, lease_id: str) -> None:
@@ -129,12 +133,18 @@ class Coordinator:
     async def report(
         self, name: str, kind: str, ready: bool, metrics: list[Metric], leases: Optional[Leases] = None
     ) -> Totals:
-        """Receive the state of a process, `kind` front or engine; adopt leases that this actor does not know."""
-        self._processes[name] = _Process(kind, time.monotonic(), ready, metrics)
+        """Receive the state of a process, `kind` front or engine.
+
+        A front's leases that this actor does not know are adopted; those that the front does not know are released.
+        """
+        now = time.monotonic()
+        self._processes[name] = _Process(kind, now, ready, metrics)
         for lease_id, (n, key) in (leases or {}).items():
             if lease_id not in self._leases:
-                lease = self._leases[lease_id] = _Lease(name)
+                lease = self._leases[lease_id] = _Lease(name, now)
                 lease.stack.enter_context(self._queue.adopted(n, key))
+        if leases is not None:
+            await self._release_unclaimed(name, leases, now)
         if self._sweeper is None:
             self._sweeper = asyncio.ensure_future(self._sweep())
         return self._totals()
@@ -157,6 +167,13 @@ class Coordinator:
     def _totals(self) -> Totals:
         engines = sum(each.ready for each in self._processes.values() if each.kind == "engine")
         return Totals(self._queue.running, self._queue.waiting, engines, self._draining, self._ending)
+
+    async def _release_unclaimed(self, front: str, claimed: Leases, now: float) -> None:
+        """Release the leases that a front does not hold: its `release` was lost, or overtook `acquire`."""
+        for lease_id, lease in list(self._leases.items()):
+            old = lease.granted is not None and now - lease.granted > _UNCLAIMED_SECONDS
+            if lease.front == front and old and lease_id not in claimed:
+                await self.release(lease_id)
 
     async def _sweep(self) -> None:
         """Forget processes that no longer report, with their leases; end when no front is left for long."""
