@@ -288,6 +288,10 @@ def test_a_stream_survives_its_replica(service: Service) -> None:
     assert text == expected
 
 
+@pytest.mark.skipif(
+    not os.environ.get("QWENVL_TEST_CLUSTER_KILLS"),
+    reason="kills nodes of a Ray cluster, which needs a machine without other work; set QWENVL_TEST_CLUSTER_KILLS=1",
+)
 def test_no_request_fails_when_a_node_is_killed_and_the_application_updated(service: Service) -> None:
     asked = questions(service.alone)
     with Load(service.clients[0].url, asked) as load:
