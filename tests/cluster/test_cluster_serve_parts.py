@@ -25,10 +25,11 @@ from paddlemix_qwenvl_plugin.cluster.serve.engine import Chunk
 from paddlemix_qwenvl_plugin.cluster.serve.engine_handle import HandleEngineClient
 from paddlemix_qwenvl_plugin.cluster.serve.prefix import prefix_of
 from paddlemix_qwenvl_plugin.cluster.serve.routing import PrefixRouter
+from paddlemix_qwenvl_plugin.cluster.serve.start import check_version
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
 from paddlemix_qwenvl_plugin.serve.engine_api import Ended, EngineRequest, EngineUnavailable, Token
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 
 def limits(**values: Any) -> ServeSettings:
@@ -319,3 +320,14 @@ def test_metrics_of_all_processes() -> None:
         ("qwenvl_requests_total", ("front", "b"), ("path", "/")): 4,
         ("qwenvl_requests_total", ("engine", "c"), ("path", "/")): 5,
     }
+
+
+def test_an_old_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    check_version()
+    monkeypatch.setattr(ray, "__version__", "2.51.2")
+    with pytest.raises(
+        UsageError, match=r"qwenvl serve needs Ray 2.60 or newer, and this is 2.51.2; pip install"
+    ):
+        check_version()

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 from uuid import uuid4
 
+from packaging.version import Version
+
 from paddlemix_qwenvl_plugin.cluster.connect import connect
 from paddlemix_qwenvl_plugin.cluster.serve.replicas import max_replicas, needs
 from paddlemix_qwenvl_plugin.serve.api_keys import check_exposure, keys_of
@@ -17,6 +19,7 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import check_model
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 
+_OLDEST_RAY = Version("2.60")
 _POLL_SECONDS = 0.5
 _KEEP_ALIVE_SECONDS = 15
 
@@ -27,6 +30,17 @@ class _Signal(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+def check_version() -> None:
+    """Raise UsageError if Ray is too old: with 2.48 and 2.51 its controller fails on the application."""
+    import ray
+
+    if Version(ray.__version__) < _OLDEST_RAY:
+        raise UsageError(
+            f"--ray: qwenvl serve needs Ray {_OLDEST_RAY} or newer, and this is {ray.__version__}; "
+            "pip install -U 'ray[serve]', which needs Python 3.10"
+        )
 
 
 def start_on(
@@ -43,11 +57,12 @@ def start_on(
         The second signal, if one arrived before all requests had ended; else None.
 
     Raises:
-        UsageError: conflicting settings, or Ray is not installed.
+        UsageError: conflicting settings, or Ray is not installed or too old.
         QwenVLError: no cluster answers, or the application does not start.
     """
     _check(settings)
     with _raising(signals), connect(address):
+        check_version()
         try:
             engines = f"{settings.min_replicas} engine replica{'s' * (settings.min_replicas > 1)}"
             say(
