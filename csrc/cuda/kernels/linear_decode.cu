@@ -124,6 +124,14 @@ struct Int8Weights : QuantisedWeights {
   }
 };
 
+// Add a group's part to the sums: rows g and g + 8 times their scales `first` and `second`.
+__device__ inline void fold_group(float (&sums)[4], float first, float second, const float (&part)[4]) {
+  sums[0] += first * part[0];
+  sums[1] += first * part[1];
+  sums[2] += second * part[2];
+  sums[3] += second * part[3];
+}
+
 template <int group>
 struct Int4Weights : QuantisedWeights {
   static constexpr int kStep = kUnit;
@@ -154,26 +162,13 @@ struct Int4Weights : QuantisedWeights {
       }
       if (64 * (c + 1) % group == 0) {
         const uint32 pair = static_cast<const uint32*>(scales)[64 * c / group];
-        const float first = low_scale(pair), second = high_scale(pair);
-        sums[0] += first * part[0];
-        sums[1] += first * part[1];
-        sums[2] += second * part[2];
-        sums[3] += second * part[3];
+        fold_group(sums, low_scale(pair), high_scale(pair), part);
       }
     }
   }
 
   __device__ static float finish(const LinearDecode&, int, float sum) { return sum * (1 / kUnitOf); }
 };
-
-// sums += scale * part, for rows g and g + 8.
-__device__ inline void fold_group(float (&sums)[4], uint32 scales, const float (&part)[4]) {
-  const float first = low_float16(scales), second = high_float16(scales);
-  sums[0] += first * part[0];
-  sums[1] += first * part[1];
-  sums[2] += second * part[2];
-  sums[3] += second * part[3];
-}
 
 template <int group>
 struct Uint4Weights : QuantisedWeights {
@@ -207,7 +202,7 @@ struct Uint4Weights : QuantisedWeights {
                v.y);
       multiply(part, raw_nibbles(low >> 8), raw_nibbles(high >> 8), raw_nibbles(low >> 12),
                raw_nibbles(high >> 12), v.z, v.w);
-      if ((k + 32) % group == 0) fold_group(sums, words.x, part);
+      if ((k + 32) % group == 0) fold_group(sums, low_float16(words.x), high_float16(words.x), part);
     }
   }
 
@@ -238,7 +233,7 @@ struct Uint8Weights : QuantisedWeights {
                bytes_to_half2(w.z >> 8, second), v.x, v.y);
       multiply(part, bytes_to_half2(w.y, first), bytes_to_half2(w.w, second), bytes_to_half2(w.y >> 8, first),
                bytes_to_half2(w.w >> 8, second), v.z, v.w);
-      if (32 * (c + 1) % group == 0) fold_group(sums, words.x, part);
+      if (32 * (c + 1) % group == 0) fold_group(sums, low_float16(words.x), high_float16(words.x), part);
     }
   }
 

@@ -95,12 +95,8 @@ struct Int4Weights {
     float parts[kBuffers][N / 2];
     uint32 scales[kBuffers] = {};
     const auto fold = [&](int i) {
-      float (&part)[N / 2] = parts[i % kBuffers];
-      float (&to)[N / 2] = sums[i / kOfTile];
-      settle(part);
-      const float first = low_scale(scales[i % kBuffers]), second = high_scale(scales[i % kBuffers]);
-#pragma unroll
-      for (int j = 0; j < N / 2; ++j) to[j] += (j % 4 < 2 ? first : second) * part[j];
+      fold_group(sums[i / kOfTile], parts[i % kBuffers], low_scale(scales[i % kBuffers]),
+                 high_scale(scales[i % kBuffers]));
     };
 #pragma unroll
     for (int i = 0; i < kSubtiles * kOfTile; ++i) {

@@ -62,6 +62,15 @@ __device__ inline uint64 describe_x(uint32 x, int k) {
   return describe(x + k / 64 * (N * kBoxBytes)) + k % 64 / 8;
 }
 
+// Add a group's products to the sums: rows g and g + 8 of a warp's tile times their scales `first` and
+// `second`.
+template <int kSums>
+__device__ inline void fold_group(float (&sums)[kSums], float (&part)[kSums], float first, float second) {
+  settle(part);
+#pragma unroll
+  for (int j = 0; j < kSums; ++j) sums[j] += (j % 4 < 2 ? first : second) * part[j];
+}
+
 // Position of an item in the ring of stages; `phase`: parity of the number of rounds.
 struct Place {
   int item = 0, stage = 0;

@@ -68,12 +68,8 @@ struct GroupWeights {
     uint2 words[kBuffers] = {};
     uint4 w = make_uint4(0, 0, 0, 0);
     const auto fold = [&](int i) {
-      float (&part)[N / 2] = parts[i % kBuffers];
-      float (&to)[N / 2] = sums[i / kOfTile];
-      settle(part);
-      const float first = low_float16(words[i % kBuffers].x), second = high_float16(words[i % kBuffers].x);
-#pragma unroll
-      for (int j = 0; j < N / 2; ++j) to[j] += (j % 4 < 2 ? first : second) * part[j];
+      fold_group(sums[i / kOfTile], parts[i % kBuffers], low_float16(words[i % kBuffers].x),
+                 high_float16(words[i % kBuffers].x));
     };
 #pragma unroll
     for (int i = 0; i < kSubtiles * kOfTile; ++i) {

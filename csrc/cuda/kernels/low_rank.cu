@@ -6,13 +6,11 @@
 // mma.m16n8k16. A run's products are computed for all 16, zeros in the place of the others, and kept for its
 // own:
 //
-//   low_rank_down   blocks (8 rows of A, 16 rows of x, runs): 16 warps share k in steps of 32; their sums
-//   meet in
-//                   shared memory in order                                           x -> low H [n][rank]
-//   low_rank_up     blocks (64 rows of B, 16 rows of x): 8 rows of B per warp, a tile of sums in shared
-//   memory, then
-//                   two neighbouring columns per thread                      low, raw float32 [n][out] -> y
-//   finish_raw      prompts, whose B A x an ordinary product has added to raw:   raw float32 [n][out] -> y
+//   low_rank_down   blocks (8 rows of A, 16 rows of x, runs)    x -> low H [n][rank]
+//                   16 warps share k in steps of 32; their sums meet in shared memory, in order
+//   low_rank_up     blocks (64 rows of B, 16 rows of x)         low, raw float32 [n][out] -> y
+//                   8 rows of B per warp, a tile of sums in shared memory, then two columns per thread
+//   finish_raw      prompts, whose B A x an ordinary product has added to raw    raw float32 [n][out] -> y
 //
 // Cost. Bytes: A and B once for each adapter: (in + out) rank values, at rank 64 of a 4096 x 12288 product 2
 // MB, beside 24 to 96 MB of base weights. Latency bounds the kernels: A, B and the tables are read before the
