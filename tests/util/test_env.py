@@ -45,7 +45,7 @@ def test_every_variable_that_is_spelled_out_is_in_the_table() -> None:
     of_tests = {"QWENVL_PADDLEMIX_DIR", "QWENVL_PADDLENLP_DIR", "QWENVL_TEST_ENVS"}
     of_tests |= {f"QWENVL_{of}FUZZ_{name}" for of in ("", "TEST_") for name in ("SECONDS", "SEED")}
     of_tests |= {f"QWENVL_TEST_SOAK_{name}" for name in ("CLIENTS", "REQUESTS", "SECONDS")}
-    of_tests |= {"QWENVL_TEST_KILLS", "QWENVL_TEST_UPDATE_ERRORS"}
+    of_tests |= {"QWENVL_TEST_CLUSTER_KILLS", "QWENVL_TEST_KILLS", "QWENVL_TEST_UPDATE_ERRORS"}
     of_benchmarks = {"QWENVL_LIBRARY"}
     mistyped = {"QWENVL_SERVE_MAX_WAITNG"}  # in docs/errors.md
     of_serve = {"QWENVL_SERVE", *(f"QWENVL_SERVE_{name.upper()}" for name in ServeSettings.model_fields)}
