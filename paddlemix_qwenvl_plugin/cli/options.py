@@ -114,7 +114,7 @@ def open_model(
     verify: Verify = False,
     adapter: Adapters = None,
 ) -> QwenVL:
-    """Open the exported stages of these flags."""
+    """Open the exported stages that the flags name."""
     from paddlemix_qwenvl_plugin.runtime.adapters import split_adapters
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
@@ -161,7 +161,7 @@ def open_model_or_server(
     verify: Verify = False,
     adapter: Adapters = None,
 ) -> Model[Any]:
-    """Open the exported stages of these flags, or the model of a server."""
+    """Open the exported stages that the flags name, or the model of a server."""
     if url is None:
         if api_key_file is not None:
             raise UsageError("--api_key_file: requires --url; give both")
@@ -237,7 +237,7 @@ class GenerationCommand(TyperCommand):
         return [*super().get_params(ctx), *_generation_flags()]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments, of which `--ray` may lack its address."""
+        """Parse the arguments; `--ray` may omit its address."""
         return super().parse_args(ctx, with_ray_default(args))
 
     def invoke(self, ctx: Any) -> Any:
