@@ -1,6 +1,6 @@
-"""Simulation of 1 to 1,000 replicas from measured service times: queueing, routing, scaling, failures, limits.
+"""Simulation of 1 to 1,000 replicas with measured service times: queueing, routing, autoscaling, failures, limits.
 
-docs/scaling.md has the results. Takes some minutes.
+docs/scaling.md contains the results. Takes some minutes.
 Run: python benchmarks/scale.py [--only NAME] [--profile h200-int4] [--figure FILE.svg]
 """
 
@@ -20,10 +20,10 @@ from scale_router import ByPrefix, Router, TwoChoices
 from scale_station import Station
 from scale_times import COSTS, FRONT_TOKEN, MEASURED_IMAGE, PROFILES, Times
 
-# Turns, think time and tokens of docs/scaling.md; short pauses, so that a run soon reaches its steady state.
+# The conversations of docs/scaling.md; a short think time, so that a run reaches its steady state soon.
 CONVERSATIONS = Conversations(think=1.0)
-# Requests per second of a replica, and replicas of a cell, in the scenario of 1,000 replicas.
-EACH = 30
+# Requests per second per replica, and replicas per cell, in the scenario `replicas`.
+RATE = 30
 CELL = 8
 
 
@@ -47,7 +47,7 @@ def quantile(values: list[float], share: float) -> float:
 def steady(
     times: Times, n: int, each: float, router: Router, seconds: tuple[float, float], **options: Any
 ) -> tuple[Service, list[Any]]:
-    """A service under constant load, and its requests that arrived after the warm-up."""
+    """Simulate a service under constant load; return it and its completed requests that arrived after the warm-up."""
     env = simpy.Environment()
     service = Service(env, times, n, router, **options)
     Users(service, n * each, CONVERSATIONS)
@@ -61,20 +61,20 @@ def first_tokens(requests: list[Any]) -> list[float]:
 
 
 def length(n: int) -> tuple[float, float]:
-    """(warm-up, measured) seconds of a run of n replicas: fewer seconds of more requests."""
+    """Return (warm-up, measured) seconds of a run: shorter with more replicas, which serve more requests."""
     return (8.0, 30.0) if n <= 4 else (6.0, 12.0) if n <= 16 else (6.0, 4.0) if n <= 128 else (2.0, 0.5)
 
 
 def routing(times: Times) -> list[Line]:
-    """Requests a second of a replica, by router: the prefix cache is worth images and prompts."""
+    """Latency of 16 replicas by requests per second and router."""
     table(
-        "requests/s each",
+        "requests/s per replica",
         "router",
-        "prefix found",
-        "first token p50",
+        "prefix hit rate",
+        "time to first token, p50",
         "p95",
-        "done, p95",
-        "waiting at the end",
+        "latency, p95",
+        "completed",
     )
     lines = []
     for name, kind in (("prefix", ByPrefix), ("two choices", TwoChoices)):
@@ -99,26 +99,26 @@ def routing(times: Times) -> list[Line]:
 
 
 def replicas(times: Times) -> list[Line]:
-    """1 to 1,000 replicas at 30 requests a second each: one coordinator, none, and cells with one each."""
+    """1 to 1,000 replicas at 30 requests per second each: with one coordinator, without, and in cells."""
     table(
         "replicas",
         "requests/s",
-        "coordinator busy",
-        "first token p50",
+        "coordinator utilisation",
+        "time to first token, p50",
         "p95",
         "p95 without a coordinator",
         "p95 in cells",
     )
     for n in (1, 4, 8, 12, 14, 64, 1000):
-        free = quantile(first_tokens(steady(times, n, EACH, ByPrefix(), length(n))[1]), 0.95)
+        free = quantile(first_tokens(steady(times, n, RATE, ByPrefix(), length(n))[1]), 0.95)
         busy = coordinator_busy(n)
         one = with_coordinator(times, n) if busy < 1 else []
         cells = quantile(with_coordinator(times, CELL), 0.95)
         row(
             n,
-            n * EACH,
+            n * RATE,
             f"{busy:.0%}",
-            *((ms(quantile(one, 0.5)), ms(quantile(one, 0.95))) if one else ("grows", "grows")),
+            *((ms(quantile(one, 0.5)), ms(quantile(one, 0.95))) if one else ("unbounded", "unbounded")),
             ms(free),
             f"{ms(cells)}, {-(-n // CELL)} cells" if n > CELL else "",
         )
@@ -126,21 +126,25 @@ def replicas(times: Times) -> list[Line]:
 
 
 def coordinator_busy(n: int) -> float:
-    """Share of a processor that the coordinator needs for n replicas, with a front for each."""
-    return n * (EACH * COSTS["admission"] + COSTS["report_engine"] + COSTS["report_front"])
+    """CPU utilisation of the coordinator with n replicas and n fronts; over 1, it is overloaded."""
+    return n * (RATE * COSTS["admission"] + COSTS["report_engine"] + COSTS["report_front"])
 
 
 def with_coordinator(times: Times, n: int) -> list[float]:
-    """Times to the first token of n replicas. The reports slow down what the coordinator does for requests."""
+    """Times to first token of n replicas with a coordinator, whose calls are slowed down by the reports."""
     call = COSTS["admission"] / (1 - n * (COSTS["report_engine"] + COSTS["report_front"]))
     options = {"admission": Station(), "admission_call": call}
-    return first_tokens(steady(times, n, EACH, ByPrefix(), length(n), **options)[1])
+    return first_tokens(steady(times, n, RATE, ByPrefix(), length(n), **options)[1])
 
 
 def scaling(times: Times) -> list[Line]:
-    """A load that grows fourfold within a moment, by the time that a new machine takes."""
+    """Autoscaling after a step to four times the load, by provisioning time of a machine."""
     table(
-        "new machine", "upscale_delay", "first token p95", "longest queue", "until the queue is empty again"
+        "provisioning",
+        "upscale_delay",
+        "time to first token, p95",
+        "maximum queue length",
+        "time to drain the queue",
     )
     lines, surge = [], 60.0
     for provision, delay in ((0.0, 5.0), (0.0, 30.0), (60.0, 30.0), (180.0, 30.0)):
@@ -172,9 +176,14 @@ def scaling(times: Times) -> list[Line]:
 
 
 def failures(times: Times) -> list[Line]:
-    """Deaths of replicas: processes are noticed at once, nodes after 15 s."""
+    """Failures of replicas, detected after 0.5 s (processes) or 15 s (nodes)."""
     table(
-        "deaths a minute, of 16 replicas", "noticed after", "done, p99", "p99.9", "longest", "started again"
+        "replica failures per minute",
+        "detected after",
+        "latency, p99",
+        "p99.9",
+        "maximum",
+        "restarted requests",
     )
     for per_minute, detect in ((0, 0.0), (10, 0.5), (10, 15.0)):
         life = Failures(60.0 * 16 / per_minute, detect) if per_minute else None
@@ -186,8 +195,8 @@ def failures(times: Times) -> list[Line]:
 
 
 def fronts(times: Times) -> list[Line]:
-    """Processors of the fronts for 16 replicas."""
-    table("fronts of one CPU", "requests/s", "busy", "first token p95", "done, p95")
+    """Latency of 16 replicas by number of fronts."""
+    table("fronts with one CPU", "requests/s", "utilisation", "time to first token, p95", "latency, p95")
     for n in (16, 24, 32, 48):
         front = Station(n)
         service, done = steady(
@@ -200,9 +209,9 @@ def fronts(times: Times) -> list[Line]:
 
 
 def batch(times: Times) -> list[Line]:
-    """Workers that a driver can feed: share of their time in which they compute."""
+    """Utilisation of the workers of a batch job, by rows per part and number of workers."""
     image_row = times.image + times.prompt(284) + 64 * times.decode_step(64) / 64
-    table("rows a part", "seconds a part", *(f"{n} workers" for n in (10, 100, 1000)))
+    table("rows per part", "seconds per part", *(f"{n} workers" for n in (10, 100, 1000)))
     lines = []
     for rows in (8, 64, 512, 4096):
         points, cells = [], []
@@ -216,13 +225,13 @@ def batch(times: Times) -> list[Line]:
             cells.append(f"{min(1.0, share):.0%}")
             points.append((float(n), share))
         row(rows, f"{rows * image_row:.1f}", *cells)
-        lines.append(Line(f"{rows} rows a part", points))
+        lines.append(Line(f"{rows} rows per part", points))
     return lines
 
 
 def costs(times: Times, price: float = 1.0) -> list[Line]:
-    """Machine hours for a million images with 64 tokens each, and their price."""
-    table("machine", "seconds an image", "hours a million", f"at {price:g} an hour")
+    """Machine hours and price of a million images with captions of 64 tokens."""
+    table("machine", "seconds per image", "machine hours per million", f"at {price:g} per hour")
     for name, seconds in MEASURED_IMAGE.items():
         hours = seconds * 1e6 / 3600
         row(name, f"{seconds:.3g}", f"{hours:,.1f}", f"{hours * price:,.1f}")
@@ -236,10 +245,16 @@ SCENARIOS: dict[str, Callable[..., list[Line]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=SCENARIOS, help="one of the scenarios")
-    parser.add_argument("--profile", choices=PROFILES, default="h200-bf16", help="the engines")
-    parser.add_argument("--price", type=float, default=1.0, help="price of a machine's hour, for the costs")
-    parser.add_argument("--figure", type=Path, help="SVG file for the scaling scenario's queues")
+    parser.add_argument("--only", choices=SCENARIOS, help="run only this scenario")
+    parser.add_argument(
+        "--profile", choices=PROFILES, default="h200-bf16", help="service times of the engines"
+    )
+    parser.add_argument(
+        "--price", type=float, default=1.0, help="price of a machine per hour, for the scenario `costs`"
+    )
+    parser.add_argument(
+        "--figure", type=Path, help="SVG file for the queue lengths of the scenario `scaling`"
+    )
     arguments = parser.parse_args()
     for name, scenario in SCENARIOS.items():
         if arguments.only in (None, name):

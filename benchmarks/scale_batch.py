@@ -1,4 +1,4 @@
-"""A batch job as the simulation sees it: workers that get parts from one driver."""
+"""Simulated batch job: workers that receive parts from one driver."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import simpy
 
 
 class BatchJob:
-    """Workers that compute parts, one at a time each; between two parts a worker waits for the driver.
+    """Workers that each compute one part at a time, and a driver that assigns parts to one worker at a time.
 
-    The driver serves one worker at a time. Ray Data gives an actor its next part in advance: then the driver's time is
-    hidden unless it cannot keep up.
+    Ray Data assigns parts in advance, which hides the driver's time unless the driver is overloaded.
 
     Attributes:
-        parts: parts done.
-        driver_busy: time of the driver, in seconds.
+        parts: number of completed parts.
+        driver_busy: busy time of the driver, in seconds.
     """
 
     def __init__(
@@ -27,11 +26,11 @@ class BatchJob:
         driver: Callable[[], float],
         in_advance: int = 0,
     ) -> None:
-        """Start the job, which never ends.
+        """Start the job, which has an unlimited number of parts.
 
         Args:
-            part, driver: return the seconds of the next part, and of the driver for it.
-            in_advance: parts that a worker is given before it needs them.
+            part, driver: functions that return the duration of the next part and of its assignment, in seconds.
+            in_advance: number of parts assigned to a worker besides its current one.
         """
         self.parts = 0
         self.driver_busy = 0.0

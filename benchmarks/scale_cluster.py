@@ -1,4 +1,4 @@
-"""A service of many replicas: admission, routing, one queue for what no replica takes, autoscaling, failures."""
+"""Simulated service of many replicas: admission, routing, a common queue, autoscaling, failures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scale_times import Times
 
 @dataclass
 class Autoscaling:
-    """Ray Serve's rule: mean ongoing requests of the last seconds over the target, after a delay."""
+    """Ray Serve's autoscaling rule: mean ongoing requests of `look_back` seconds over the target, after a delay."""
 
     smallest: int
     largest: int
@@ -26,18 +26,18 @@ class Autoscaling:
     upscale_delay: float = 30.0
     downscale_delay: float = 600.0
     look_back: float = 30.0
-    # Until a new replica accepts requests, besides the start of its engine: a new machine, its image, its files.
+    # Seconds until the engine of a new replica can start: new machine, container image, files.
     provision: float = 0.0
 
 
 @dataclass
 class Failures:
-    """Death of replicas.
+    """Failures of replicas.
 
     Attributes:
-        mean_life: mean time between the deaths of a replica, exponential.
-        detect: time until its requests are submitted again: about 0 for a process, 15 s or more for a node.
-        repair: time until its successor starts its engine.
+        mean_life: mean time to failure of a replica, exponentially distributed.
+        detect: time until its requests are resubmitted: about 0 for a process, 15 s or more for a node.
+        repair: time until the engine of its replacement starts.
     """
 
     mean_life: float
@@ -47,12 +47,12 @@ class Failures:
 
 @dataclass
 class Service:
-    """The service, and what it measures.
+    """Simulated service, with measurements.
 
     Attributes:
-        max_running: requests of a replica.
-        front: station of the fronts' processors, and front_token its seconds for each token.
-        admission: station of the admission actor, and admission_call its seconds for each request.
+        max_running: maximum number of requests per replica.
+        front, front_token: station of the fronts' CPUs, and its seconds per token.
+        admission, admission_call: station of the coordinator, and its seconds per request.
         done: the completed requests.
         area: integral of the number of requests in the system, in request seconds.
     """
@@ -85,7 +85,7 @@ class Service:
     # Requests
 
     def submit(self, request: Request) -> simpy.Event:
-        """Take a request from a client; the event is its completion."""
+        """Submit a request; the returned event is its completion."""
         request.arrived = self.env.now
         self._count(1)
         request_done = self.env.event()
@@ -122,7 +122,7 @@ class Service:
             request.first = self.env.now + (self.front.backlog(self.env.now) if self.front else 0.0)
 
     def _finish(self, replica: Replica, request: Request) -> None:
-        # The front sends tokens while the engine computes: only what it has not kept up with is added.
+        # The front sends tokens while the engine computes: only its backlog adds to the latency.
         late = self.front.visit(self.env.now, request.tokens * self.front_token) if self.front else 0.0
         self._after(late, lambda: self._leave(request))
         self._drain()
@@ -139,7 +139,7 @@ class Service:
         self.inside += change
 
     def area_until_now(self) -> float:
-        """The integral up to this moment."""
+        """Return `area` up to the current time."""
         self._count(0)
         return self.area
 
@@ -161,7 +161,7 @@ class Service:
         self._drain()
 
     def start(self, delay: float) -> None:
-        """Start another replica, which accepts requests after a delay and the start of its engine."""
+        """Add a replica, which accepts requests after `delay` and the start of its engine."""
         self.starting += 1
 
         def ready() -> None:
@@ -171,13 +171,13 @@ class Service:
         self._after(delay + self.times.start, ready)
 
     def kill(self, replica: Replica) -> None:
-        """A replica dies; another takes its place, and its requests, once the death is noticed."""
+        """Fail a replica; after the detection time, start a replacement and resubmit its requests."""
         if replica not in self.live:
             return
         replica.alive = False
         failures = self.failures or Failures(math.inf)
 
-        def noticed() -> None:
+        def detected() -> None:
             self.live.remove(replica)
             self.router.changed(self.live)
             self.start(failures.repair)
@@ -185,16 +185,16 @@ class Service:
                 request.restarts += 1
                 self._dispatch(request)
 
-        self._after(failures.detect, noticed)
+        self._after(failures.detect, detected)
 
     def retire(self) -> None:
-        """The least loaded replica gets no more requests and completes those it has."""
+        """Remove the least loaded replica from routing; it completes its requests."""
         replica = min(self.live, key=lambda each: each.ongoing)
         self.live.remove(replica)
         self.router.changed(self.live)
 
     def autoscale(self, rule: Autoscaling) -> Iterator[Any]:
-        """Process that applies the rule each second."""
+        """Simulation process that applies the rule once per second."""
         samples: deque[float] = deque(maxlen=round(rule.look_back))
         above = below = 0.0
         area = self.area_until_now()

@@ -1,4 +1,4 @@
-"""Line figures as SVG, in the reader's colours for light and dark pages."""
+"""Line charts as SVG, on a white background."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOURS = (
     "#009e73",
     "#cc79a7",
     "#888888",
-)  # Okabe and Ito, for all kinds of colour vision
+)  # Okabe and Ito's palette for colour-blind readers, and grey
 
 
 @dataclass
@@ -23,14 +23,14 @@ class Line:
 
 
 def ticks(largest: float) -> list[float]:
-    """Four to eight round values from 0 to the largest."""
+    """Return round tick values from 0 to the largest value, at least five."""
     step = 10 ** math.floor(math.log10(largest or 1))
     step = next(step * part for part in (1.0, 0.5, 0.2, 0.1) if largest / (step * part) >= 4)
     return [number * step for number in range(int(largest / step) + 1)]
 
 
 def figure(lines: list[Line], x_label: str, y_label: str) -> str:
-    """A figure of lines, as the text of an SVG file."""
+    """Draw lines as the text of an SVG file."""
     x_most = max(x for line in lines for x, _ in line.points)
     y_most = max(1.0, *(y for line in lines for _, y in line.points))
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM

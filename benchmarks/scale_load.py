@@ -1,4 +1,4 @@
-"""Requests that arrive at random: single ones, and conversations about an image."""
+"""Simulated load: Poisson arrivals, and users with conversations about an image."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from scale_replica import Request
 
 @dataclass
 class Conversations:
-    """Conversations of users; lengths are geometric, times exponential, all given as means.
+    """Parameters of conversations; `turns` (geometric), `tokens` and `think` (exponential) are means.
 
     Attributes:
-        first: tokens of the first prompt, image included.
-        question: tokens of each further question.
+        first: tokens of the first prompt, image slots included.
+        question: tokens of a follow-up question.
         tokens: tokens of a completion.
-        turns: questions of a conversation.
-        think: seconds from a completion to the next question.
+        turns: questions per conversation.
+        think: think time, seconds from a completion to the next question.
     """
 
     first: int = 284
@@ -32,7 +32,7 @@ class Conversations:
 
 
 def geometric(rng: random.Random, mean: float) -> int:
-    """Number of trials up to the first success, at least 1."""
+    """Draw from the geometric distribution with this mean: at least 1."""
     n = 1
     while rng.random() > 1 / mean:
         n += 1
@@ -45,7 +45,7 @@ def arrivals(
     rng: random.Random,
     start: Callable[[], Any],
 ) -> Iterator[Any]:
-    """Process that calls `start` at a rate per second, constant or a function of time (piecewise)."""
+    """Poisson process that calls `start`; `rate` per second is constant or a piecewise constant function of time."""
     while True:
         now_rate = rate(env.now) if callable(rate) else rate
         yield env.timeout(rng.expovariate(now_rate))
@@ -53,7 +53,7 @@ def arrivals(
 
 
 class Users:
-    """The users of a service: `rate` requests a second, in conversations."""
+    """Users of a service, who send `rate` requests per second in conversations."""
 
     def __init__(
         self,

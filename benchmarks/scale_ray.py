@@ -1,7 +1,7 @@
-"""Costs of Ray and of the shared parts of a cluster, in CPU time: for the simulation in scale.py.
+"""Measure the costs of Ray and of a cluster's shared processes, as parameters of the simulation in scale.py.
 
-A local cluster of two CPUs. CPU time of the process that would become the limit, since the other processes of a real
-cluster have their own processors. Takes about a minute. Run: python benchmarks/scale_ray.py --temp_dir /tmp/scale
+Measures the CPU time of the process that becomes the bottleneck, on a local cluster with two CPUs: in a real cluster
+the other processes have their own CPUs. Takes about a minute. Run: python benchmarks/scale_ray.py --temp_dir /tmp/scale
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 
 def cpu_of(actor: Any) -> float:
-    """CPU time of an actor's process so far, in seconds."""
+    """Return the CPU time of an actor's process since its start, in seconds."""
     return float(ray.get(actor.__ray_call__.remote(lambda self: time.process_time())))
 
 
 class Caller:
-    """A front, as the coordinator sees it."""
+    """Actor that calls the coordinator as a front does."""
 
-    async def requests(self, coordinator: Any, n: int, at_once: int) -> None:
+    async def requests(self, coordinator: Any, n: int, n_concurrent: int) -> None:
         async def one(lease: str) -> None:
             assert await coordinator.acquire.remote("front", lease, 1, "key") is None
             await coordinator.release.remote(lease)
 
-        for begin in range(0, n, at_once):
-            await asyncio.gather(*(one(f"{id(self)}-{begin + k}") for k in range(at_once)))
+        for begin in range(0, n, n_concurrent):
+            await asyncio.gather(*(one(f"{id(self)}-{begin + k}") for k in range(n_concurrent)))
 
     async def reports(self, coordinator: Any, n: int, kind: str) -> None:
         metrics = families(kind)
@@ -45,7 +45,7 @@ class Caller:
 
 
 def families(kind: str) -> list[Any]:
-    """Metrics of the size of a replica's report: 10 counters or gauges, and a front's 4 histograms."""
+    """Create metrics of the size of a report: 10 counters and gauges, for a front also 4 histograms."""
     found = [CounterMetricFamily(f"counter_{k}", "Documentation.", value=k) for k in range(6)]
     found += [GaugeMetricFamily(f"gauge_{k}", "Documentation.", value=k) for k in range(4)]
     if kind == "front":
@@ -95,8 +95,8 @@ def stream_costs() -> None:
     ray.get(consumer.read.remote(producer, 50, 4))
     begin = cpu_of(producer), cpu_of(consumer)
     ray.get(consumer.read.remote(producer, 250, 16))
-    row("stream: producer, a chunk", (cpu_of(producer) - begin[0]) / 4000)
-    row("stream: consumer, a chunk", (cpu_of(consumer) - begin[1]) / 4000)
+    row("stream: producer, per chunk", (cpu_of(producer) - begin[0]) / 4000)
+    row("stream: consumer, per chunk", (cpu_of(consumer) - begin[1]) / 4000)
 
 
 def driver_costs() -> None:
@@ -113,8 +113,8 @@ def driver_costs() -> None:
             ).iter_rows()
         )
         assert counted == n
-        row(f"Ray Data's driver: a part, of {n}", (time.process_time() - begin) / n)
-        row(f"Ray Data: a part on one actor, elapsed, of {n}", (time.perf_counter() - wall) / n)
+        row(f"Ray Data's driver: per part, with {n} parts", (time.process_time() - begin) / n)
+        row(f"Ray Data: wall time per part on one actor, with {n} parts", (time.perf_counter() - wall) / n)
 
 
 class Part:
@@ -126,11 +126,11 @@ def actor_costs() -> None:
     begin = time.perf_counter()
     actors = [ray.remote(Idle).options(num_cpus=0).remote() for _ in range(10)]
     ray.get([actor.nothing.remote() for actor in actors])
-    row("an actor's start, elapsed, of 10 at once", (time.perf_counter() - begin) / 10)
+    row("wall time per actor start, 10 concurrently", (time.perf_counter() - begin) / 10)
 
 
 class Replica:
-    """What the router reads of Ray Serve's replica."""
+    """Stub of Ray Serve's replica with the attributes that the router reads."""
 
     def __init__(self, number: int) -> None:
         self.replica_id = self
@@ -153,7 +153,9 @@ def row(name: str, seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--temp_dir", required=True, help="folder for Ray, with a short path")
+    parser.add_argument(
+        "--temp_dir", required=True, help="folder for Ray's sockets and logs; must have a short path"
+    )
     arguments = parser.parse_args()
     print("| | µs |\n| --- | --- |")
     router_costs()

@@ -1,4 +1,4 @@
-"""An engine as the simulation sees it: steps of prompt chunks and decoded rows, and a prefix cache."""
+"""Simulated engine: steps with prompt chunks and decode rows, and a prefix cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import simpy
 from scale_times import Times
 
-# runtime/loop.py: tokens of a step; time of prompts beside decoding requests, in seconds and in decode steps.
+# As in runtime/loop.py: token budget of a step; time limit of its prompt chunks, in seconds and in decode steps.
 STEP_TOKENS = 512
 PROMPT_SECONDS = 0.25
 PROMPT_STEPS = 3
@@ -19,18 +19,18 @@ PROMPT_STEPS = 3
 
 @dataclass(eq=False)
 class Request:
-    """A request on its way.
+    """Simulated request.
 
     Attributes:
-        conversation: number of its conversation, on which requests are routed.
-        prefix: tokens at the head of its prompt that an earlier turn has computed.
-        prompt: tokens of its prompt, the prefix included.
-        tokens: tokens of its completion.
-        images: images that an engine without the prefix encodes.
-        arrived, first, finished: times, in seconds.
-        left: prompt tokens still to be computed.
-        hit: whether a replica had its prefix.
-        restarts: replicas that died with it.
+        conversation: number of its conversation, the key of prefix routing.
+        prefix: number of prompt tokens that earlier turns have computed.
+        prompt: number of prompt tokens, the prefix included.
+        tokens: number of completion tokens.
+        images: number of images to encode on a replica without the prefix.
+        arrived, first, finished: times of arrival, first token and completion, in seconds.
+        left: number of prompt tokens not yet computed.
+        hit: whether the replica had the prefix.
+        restarts: number of replica failures that it survived.
     """
 
     conversation: int
@@ -48,15 +48,15 @@ class Request:
 
 @dataclass(eq=False)
 class Replica:
-    """One engine.
+    """Simulated engine replica.
 
     Attributes:
-        times: its service times.
-        finish: called with each completed request.
-        requests: the requests that it has.
-        steps: number of steps so far.
-        busy: time in steps so far, in seconds.
-        alive: False once it died.
+        times: service times.
+        finish: called with the replica and each completed request.
+        requests: ongoing requests.
+        steps: number of completed steps.
+        busy: total time of the steps, in seconds.
+        alive: False after a failure.
     """
 
     number: int
@@ -82,11 +82,11 @@ class Replica:
 
     @property
     def ongoing(self) -> int:
-        """Number of requests that it has."""
+        """Number of ongoing requests."""
         return len(self.requests)
 
     def submit(self, request: Request) -> None:
-        """Take a request. A dead replica keeps it until `lost`."""
+        """Submit a request. A failed replica keeps it until `lost`."""
         cached = self._cache.get(request.conversation, 0)
         request.hit = cached >= request.prefix > 0
         request.left = request.prompt - (request.prefix if request.hit else 0)
@@ -98,7 +98,7 @@ class Replica:
             self._wake = None
 
     def lost(self) -> list[Request]:
-        """The requests of a dead replica, in order of arrival; it forgets them."""
+        """Remove and return the requests of a failed replica, in order of arrival."""
         found = sorted(self.requests, key=lambda request: request.arrived)
         self.requests.clear()
         return found
@@ -114,7 +114,7 @@ class Replica:
                 yield self._wake
 
     def _step(self) -> Iterator[Any]:
-        """An image, a chunk of prompts, and a token of each row."""
+        """Run one step: encode an image, compute a chunk of prompts, decode one token per row."""
         decode = self.times.decode_step(len(self._rows))
         seconds, ready = decode, []
         encoded = self._images.popleft() if self._images else None
@@ -141,7 +141,7 @@ class Replica:
             self._release()
 
     def _decode(self) -> Iterator[Any]:
-        """Steps of the same rows, until one of them ends or a request comes: one event for all of them."""
+        """Run decode steps as a single event, until a row ends or a request arrives."""
         begin, seconds = self.env.now, self.times.decode_step(len(self._rows))
         steps = self._rows[0][0] - self.steps
         end = self.env.timeout(steps * seconds)
@@ -149,7 +149,7 @@ class Replica:
             self._wake = self.env.event()
             yield end | self._wake
             self._wake = None
-            if not end.processed:  # complete the step in which the request came
+            if not end.processed:  # complete the step during which the request arrived
                 steps = min(steps, int((self.env.now - begin) / seconds) + 1)
                 yield self.env.timeout(max(0.0, begin + steps * seconds - self.env.now))
         else:
@@ -170,7 +170,7 @@ class Replica:
             self.finish(self, request)
 
     def _budget(self, decode: float) -> int:
-        """Prompt tokens of the next step."""
+        """Return the budget of prompt tokens for the next step."""
         if not self._rows:
             return STEP_TOKENS
         seconds = max(PROMPT_SECONDS, PROMPT_STEPS * decode) - self.times.chunk

@@ -1,4 +1,4 @@
-"""Choice of a replica: at random, the less loaded of two, or the one with the request's prefix."""
+"""Simulated routers: power of two choices, and prefix routing."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from scale_replica import Replica, Request
 
 
 class Router(Protocol):
-    """Choice among the live replicas; None: all are full."""
+    """Interface of routers; `choose` returns None if all replicas are full."""
 
     def choose(self, replicas: list[Replica], request: Request, limit: int) -> Replica | None: ...
 
     def changed(self, replicas: list[Replica]) -> None:
-        """Take note of a new list of replicas."""
+        """Update the router for a new list of replicas."""
 
 
 class TwoChoices:
-    """The less loaded of two replicas at random: Ray Serve's default."""
+    """Power of two choices, Ray Serve's default: the less loaded of two random replicas."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = random.Random(seed)
@@ -39,9 +39,9 @@ class TwoChoices:
 
 
 class ByPrefix(TwoChoices):
-    """The replica of the highest rendezvous hash of (conversation, replica); another one if it is overloaded.
+    """Prefix routing: the replica with the highest rendezvous hash of (conversation, replica), unless overloaded.
 
-    A replica that joins or leaves moves only its own share of the conversations.
+    A joining or leaving replica moves only its own share of the conversations.
     """
 
     def __init__(self, seed: int = 0, overload: float = 1.5) -> None:

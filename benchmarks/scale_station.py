@@ -1,4 +1,4 @@
-"""First-in-first-out service stations: the front, the admission actor, the driver of a batch job."""
+"""First-in-first-out service stations, which model the fronts and the coordinator."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import heapq
 
 
 class Station:
-    """Servers of one queue in order of arrival, computed without events: when each server is free next.
+    """First-in-first-out queue with one or several servers, computed without events from their next free times.
 
     Attributes:
-        busy: service time given so far, in seconds.
-        waited: waiting time so far, in seconds.
+        busy: total service time, in seconds.
+        waited: total waiting time, in seconds.
         visits: number of visits.
     """
 
@@ -20,7 +20,7 @@ class Station:
         self._free = [0.0] * servers
 
     def visit(self, now: float, service: float) -> float:
-        """Arrive at `now`, not before an earlier arrival; return the time to wait until the service begins."""
+        """Record an arrival at `now`, in order of time; return the waiting time until its service begins."""
         begin = max(now, self._free[0])
         heapq.heapreplace(self._free, begin + service)
         self.busy += service
@@ -29,5 +29,5 @@ class Station:
         return begin - now
 
     def backlog(self, now: float) -> float:
-        """Time that an arrival would wait, in seconds."""
+        """Return the waiting time of an arrival at `now`, in seconds."""
         return max(0.0, self._free[0] - now)

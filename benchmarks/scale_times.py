@@ -1,4 +1,4 @@
-"""Service times of one engine of the 7B geometry, measured; docs/benchmarks.md has the tables that they come from."""
+"""Measured service times of an engine with the 7B model, from the tables of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Times:
     """Service times, in seconds.
 
     Attributes:
-        image: encoding an image.
-        chunk, token: a chunk of n prompt tokens takes chunk + n * token.
-        decode: (rows, seconds) of a decode step, ascending; interpolated, and extended beyond the last two.
-        start: from the start of a process to an engine that accepts requests, files cached.
-        cached_tokens: tokens that the KV cache holds.
+        image: encoding of an image.
+        chunk, token: fixed and per-token time of a prompt chunk.
+        decode: (rows, seconds) of a decode step, ascending; interpolated, and extrapolated from the last two.
+        start: from the start of a process until its engine accepts requests, with cached files.
+        cached_tokens: capacity of the KV cache in tokens.
     """
 
     image: float
@@ -26,7 +26,7 @@ class Times:
     cached_tokens: int
 
     def decode_step(self, rows: int) -> float:
-        """Seconds of a decode step."""
+        """Return the duration of a decode step with this number of rows."""
         if rows == 0:
             return 0.0
         if len(self.decode) == 1:
@@ -36,41 +36,41 @@ class Times:
         return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
 
     def prompt(self, tokens: int) -> float:
-        """Seconds of a chunk of a prompt."""
+        """Return the duration of a prompt chunk with this number of tokens."""
         return self.chunk + tokens * self.token if tokens else 0.0
 
 
 def line(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float]:
-    """(intercept, slope) of the line through two points."""
+    """Return (intercept, slope) of the line through two points."""
     slope = (y1 - y0) / (x1 - x0)
     return y0 - x0 * slope, slope
 
 
 def _h200(short: float, long: float, decode: tuple[tuple[int, float], ...], weights_gb: float) -> Times:
     chunk, token = line(284, short, 2000, long)
-    # gpu_memory (0.9) of what the weights leave of 141 GB, 512 KiB a token.
+    # The share gpu_memory (0.9) of the 141 GB without the weights, at 512 KiB per token.
     cached = int(0.9 * (141 - weights_gb) * 1e9 / 2**19)
-    # Opening, 1.87 s, and the imports of a server process.
+    # `start`: 1.87 s to open the model, and the imports of a server process.
     return Times(8.98e-3, chunk, token, decode, start=5.0, cached_tokens=cached)
 
 
-# NVIDIA H200, "On a GPU": prefill of 284 and 2000 tokens, decode at 300 positions.
+# NVIDIA H200, section "On a GPU": prefill of 284 and 2000 tokens, decode steps at 300 positions.
 H200_BF16 = _h200(
     8.23e-3, 45.33e-3, ((1, 3.90e-3), (8, 4.31e-3), (32, 5.83e-3), (64, 7.82e-3)), weights_gb=19.3
 )
 H200_INT4 = _h200(13.89e-3, 46.66e-3, ((1, 2.27e-3), (8, 2.62e-3), (32, 4.63e-3)), weights_gb=10.0)
-# Two virtual CPUs (Zen 4), weight_only_int8, "The 7B geometry, whole", slow memory: an image 10.9 s, a prompt of 300
-# tokens 9.7 s, a token 0.223 s, and a step of 64 rows 2.5 s, at 24 GiB.
+# Two virtual CPUs (Zen 4), weight_only_int8, section "The 7B geometry, whole", slow memory, 24 GiB: image 10.9 s,
+# prompt of 300 tokens 9.7 s, decode step 0.223 s with one row and 2.5 s with 64.
 CPU2_INT8 = Times(
     image=10.9, chunk=0.0, token=9.7 / 300, decode=((1, 0.223), (64, 2.5)), start=25.0, cached_tokens=8192
 )
 PROFILES = {"h200-bf16": H200_BF16, "h200-int4": H200_INT4, "cpu2-int8": CPU2_INT8}
 
-# "The server": CPU time of the front for each token of a stream, 16 and 64 streams.
+# Section "The server": CPU seconds of the front per streamed token, with 16 and 64 streams.
 FRONT_TOKEN = 375e-6
 
-# Seconds of an image with a caption of 64 tokens, on a machine that is never idle. On H200: "64 requests at once, an
-# image and 64 tokens each", over 64. On two CPUs: image and prompt, and 64 steps of 64 rows, over 64.
+# Seconds per image with a caption of 64 tokens, at full utilisation. On H200: the row "64 requests at once, an image
+# and 64 tokens each", divided by 64. On two CPUs: image, prompt, and 1/64 of 64 decode steps with 64 rows.
 MEASURED_IMAGE = {
     "NVIDIA H200, bfloat16": 1.419 / 64,
     "NVIDIA H200, int8": 1.439 / 64,
@@ -78,8 +78,8 @@ MEASURED_IMAGE = {
     "two virtual CPUs (Zen 4), int8": CPU2_INT8.image + CPU2_INT8.prompt(300) + CPU2_INT8.decode_step(64),
 }
 
-# benchmarks/scale_ray.py: CPU seconds of the coordinator for a request (acquire, release) and for a report, which each
-# engine and front sends every second; of the reader of a stream for a chunk; of Ray Data's driver for a part.
+# CPU seconds, measured by scale_ray.py: coordinator per request (acquire, release) and per report (one per second from
+# each engine and front); reader of a stream per chunk; Ray Data's driver per part.
 COSTS = {
     "admission": 2.1e-3,
     "report_engine": 2.2e-3,

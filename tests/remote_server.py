@@ -13,28 +13,29 @@ from typing import Any, NamedTuple, Optional, Union
 MODEL = "qwen-vl-chat"
 
 
-class Said(NamedTuple):
-    """Answer with its finish reason and usage."""
+class Reply(NamedTuple):
+    """Scripted completion with its finish reason and token usage."""
 
     text: str
     finish_reason: str
     usage: dict[str, int]
 
 
-Answer = Callable[[dict[str, Any]], Union[str, Said]]
+Answer = Callable[[dict[str, Any]], Union[str, Reply]]
 
 
 class FakeServer(ThreadingHTTPServer):
     """Scripted server.
 
     Attributes:
-        answer: function of a request's body that returns an answer, or the text of a complete one.
-        refuse: function of path and body that returns status, error and headers of an error response, or None.
-        asked: (path, body) of each request that was not refused.
-        gone: released for each client that disconnects in a stream.
-        go_on: while it is not set, streams wait after their first delta.
-        cut: close streams after their first delta.
-        key: the required API key.
+        answer: maps a request body to a Reply, or to its text if the finish reason is "stop".
+        refuse: maps path and body to (status, error, headers) of an error response, or to None.
+        requests: (path, body) of each accepted request.
+        disconnected: released for each client that disconnects during a stream.
+        resume: while cleared, streams pause after their first delta.
+        truncate: close streams after their first delta.
+        key: required API key, if any.
+        n_concurrent, max_concurrent: number of requests being answered, now and at most.
     """
 
     daemon_threads = True
@@ -46,14 +47,14 @@ class FakeServer(ThreadingHTTPServer):
         self.refuse: Callable[[str, dict[str, Any]], Optional[tuple[int, Any, dict[str, str]]]] = (
             lambda path, body: None
         )
-        self.asked: list[tuple[str, dict[str, Any]]] = []
-        self.gone = threading.Semaphore(0)
-        self.go_on = threading.Event()
-        self.go_on.set()
-        self.cut = False
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.disconnected = threading.Semaphore(0)
+        self.resume = threading.Event()
+        self.resume.set()
+        self.truncate = False
         self.key: Optional[str] = None
-        self.at_once = 0
-        self.most_at_once = 0
+        self.n_concurrent = 0
+        self.max_concurrent = 0
         self.lock = threading.Lock()
 
     @property
@@ -62,7 +63,7 @@ class FakeServer(ThreadingHTTPServer):
 
     @property
     def bodies(self) -> list[dict[str, Any]]:
-        return [body for _, body in self.asked]
+        return [body for _, body in self.requests]
 
 
 @contextlib.contextmanager
@@ -70,18 +71,18 @@ def fake_server() -> Iterator[FakeServer]:
     with FakeServer() as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
-        server.go_on.set()
+        server.resume.set()
         server.shutdown()
 
 
 def last_text(body: dict[str, Any]) -> str:
-    """The text of the last message, or of the prompt."""
+    """Return the text of the last message, or of the prompt."""
     content = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def images(content: Any) -> list[bytes]:
-    """Encoded images of a content."""
+    """Decode the data: URLs of a content's images."""
     urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
     for url in urls:
         assert url.startswith("data:image/"), url[:40]
@@ -101,21 +102,21 @@ class _Handler(BaseHTTPRequestHandler):
         if self._refused(self.path, body):
             return
         with self.server.lock:
-            self.server.asked.append((self.path, body))
-            self.server.at_once += 1
-            self.server.most_at_once = max(self.server.at_once, self.server.most_at_once)
+            self.server.requests.append((self.path, body))
+            self.server.n_concurrent += 1
+            self.server.max_concurrent = max(self.server.n_concurrent, self.server.max_concurrent)
         try:
-            given = self.server.answer(body)
-            said = given if isinstance(given, Said) else Said(given, "stop", usage(given))
+            result = self.server.answer(body)
+            reply = result if isinstance(result, Reply) else Reply(result, "stop", usage(result))
             if body.get("stream"):
-                self._stream(said)
+                self._stream(reply)
                 return
-            text = {"message": {"content": said.text}} if "messages" in body else {"text": said.text}
-            choice = {"index": 0, "finish_reason": said.finish_reason, **text}
-            self._json(200, {"choices": [choice], "usage": said.usage})
+            text = {"message": {"content": reply.text}} if "messages" in body else {"text": reply.text}
+            choice = {"index": 0, "finish_reason": reply.finish_reason, **text}
+            self._json(200, {"choices": [choice], "usage": reply.usage})
         finally:
             with self.server.lock:
-                self.server.at_once -= 1
+                self.server.n_concurrent -= 1
 
     def _refused(self, path: str, body: dict[str, Any]) -> bool:
         refusal = self.server.refuse(path, body)
@@ -127,31 +128,31 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(status, {"error": error}, headers)
         return True
 
-    def _stream(self, said: Said) -> None:
+    def _stream(self, reply: Reply) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        texts = [said.text[i : i + 3] for i in range(0, len(said.text), 3)]
+        texts = [reply.text[i : i + 3] for i in range(0, len(reply.text), 3)]
         deltas: list[dict[str, Any]] = [{"delta": {"role": "assistant", "content": ""}}]
         deltas += [{"delta": {"content": text}} for text in texts]
-        deltas.append({"delta": {"boxes": []}, "finish_reason": said.finish_reason})
+        deltas.append({"delta": {"boxes": []}, "finish_reason": reply.finish_reason})
         try:
             self.wfile.write(b": a comment\r\n\r\n")
             for number, delta in enumerate(deltas):
                 self._event({"choices": [{"index": 0, "finish_reason": None, **delta}]})
                 if number == 1:
-                    if self.server.cut:
+                    if self.server.truncate:
                         return
-                    while not self.server.go_on.wait(0.05):
+                    while not self.server.resume.wait(0.05):
                         self.wfile.write(b": still here\n\n")
-            self._event({"choices": [], "usage": said.usage})
+            self._event({"choices": [], "usage": reply.usage})
             self.wfile.write(b"data: [DONE]\n\n")
         except ConnectionError:
-            self.server.gone.release()
+            self.server.disconnected.release()
 
     def _event(self, values: dict[str, Any]) -> None:
-        # Without escapes, as some servers write JSON: U+2028 stays unescaped.
+        # Not escaped to ASCII, as by some servers: the client must not take U+2028 for a line end.
         self.wfile.write(b"data: " + json.dumps(values, ensure_ascii=False).encode() + b"\n\n")
 
     def _json(self, status: int, values: Any, headers: Optional[dict[str, str]] = None) -> None:
@@ -169,5 +170,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def usage(text: str) -> dict[str, int]:
-    """Usage of an answer: 7 prompt tokens, one token per character, one stop token."""
+    """Token usage of a text: 7 prompt tokens, one token per character, one stop token."""
     return {"prompt_tokens": 7, "completion_tokens": len(text) + 1, "total_tokens": len(text) + 8}

@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, RequestError
 
 
 class Answers(Generic[S]):
-    """Output lines of a job's rows.
+    """Answers the rows of a batch job as output lines.
 
     Args:
         model: the model that answers.

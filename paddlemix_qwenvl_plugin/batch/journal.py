@@ -1,4 +1,4 @@
-"""Journal of a batch job, the partial file: the output lines so far, in order of completion.
+"""Journal of a batch job, the partial file: output lines in order of completion.
 
 Its first line identifies the job. The file is locked against a second process.
 """

@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 
 
 class Row(NamedTuple):
-    """Row of the input.
+    """Parsed row of a batch job's input.
 
     Attributes:
         id: None if the row has no valid id.

@@ -75,7 +75,7 @@ def batch(
         ("prompt", prompt),
     ):
         if value is not None:
-            raise UsageError(f"--{flag}: goes with --ray; give both")
+            raise UsageError(f"--{flag}: requires --ray; give both")
     from paddlemix_qwenvl_plugin.batch.job import count_failed, partial_path, run
     from paddlemix_qwenvl_plugin.batch.source import STANDARD, Source
 

@@ -33,7 +33,7 @@ def batch_on_ray(
     from paddlemix_qwenvl_plugin.cluster.batch.job import ERRORS, Job, run
 
     if "-" in (source, target):
-        raise UsageError("--ray: the input and the output are a file or folder; - goes without --ray")
+        raise UsageError("--ray: standard input and output (-) are not supported; name a file or folder")
     portable = _portable(open_model)
     actors = _actors(ray_actors, ray_cpus, ray_gpus, str(portable.keywords["device"]))
     names = without_password(source), without_password(target)

@@ -114,7 +114,7 @@ def open_model(
     verify: Verify = False,
     adapter: Adapters = None,
 ) -> QwenVL:
-    """Open the exported stages of these flags."""
+    """Open the exported stages that the flags name."""
     from paddlemix_qwenvl_plugin.runtime.adapters import split_adapters
     from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 
@@ -161,10 +161,10 @@ def open_model_or_server(
     verify: Verify = False,
     adapter: Adapters = None,
 ) -> Model[Any]:
-    """Open the exported stages of these flags, or the model of a server."""
+    """Open the exported stages that the flags name, or the model of a server."""
     if url is None:
         if api_key_file is not None:
-            raise UsageError("--api_key_file: goes with --url; give both")
+            raise UsageError("--api_key_file: requires --url; give both")
         if first_model_path is None or second_model_path is None:
             raise UsageError("give --first_model_path and --second_model_path, or the --url of a server")
         return open_model(
@@ -222,7 +222,7 @@ def _limits(allow_http: bool, allow_private_http: bool) -> Optional[ImageLimits]
     if not allow_private_http:
         return None
     if not allow_http:
-        raise UsageError("--allow_private_http: goes with --allow_http; give both")
+        raise UsageError("--allow_private_http: requires --allow_http; give both")
     return ImageLimits(allow_private=True)
 
 
@@ -237,7 +237,7 @@ class GenerationCommand(TyperCommand):
         return [*super().get_params(ctx), *_generation_flags()]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments, of which `--ray` may lack its address."""
+        """Parse the arguments; `--ray` may omit its address."""
         return super().parse_args(ctx, with_ray_default(args))
 
     def invoke(self, ctx: Any) -> Any:

@@ -23,9 +23,9 @@ _ADDRESS = re.compile(r"auto|local|ray://.*|[^/\\]+:\d+")
 
 
 def with_ray_default(args: Sequence[str]) -> list[str]:
-    """Give a `--ray` without an address the empty one, which typer cannot do.
+    """Replace each `--ray` without an address by `--ray=`: typer does not support optional values.
 
-    What follows `--ray` is its address only if it looks like one: in `--ray in.jsonl out` it is not.
+    The argument after `--ray` is its address only if it has the form of one, unlike in `--ray in.jsonl out`.
     """
     args = list(args)
     return [

@@ -29,7 +29,7 @@ class ServeCommand(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Parse the arguments; `--ray` may lack its address."""
+        """Parse the arguments; `--ray` may omit its address."""
         return super().parse_args(ctx, with_ray_default(args))
 
     def get_params(self, ctx: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Many machines: `qwenvl batch --ray` and `qwenvl serve --ray`, on Ray."""
+"""Batch jobs and serving on a Ray cluster: `qwenvl batch --ray` and `qwenvl serve --ray`."""

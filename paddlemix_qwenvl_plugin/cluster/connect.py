@@ -15,18 +15,18 @@ from typing import Any
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 DEFAULT = ""
-"""Address for `--ray` without one: RAY_ADDRESS, else the cluster of this machine, else a new one in this process."""
+"""Address of `--ray` without a value: RAY_ADDRESS, else this machine's running cluster, else a new local one."""
 
 _SECONDS = 5.0
 
 
 @contextlib.contextmanager
 def connect(address: str = DEFAULT, **options: Any) -> Iterator[None]:
-    """Connect to a cluster for the block, with quiet logs; a cluster that this starts ends with the block.
+    """Connect to a Ray cluster for a `with` block, without Ray's logs; a cluster started here ends with the block.
 
     Args:
         address: HOST:PORT of the head node, ray://HOST:PORT, auto (an existing cluster), local (a new one), or DEFAULT.
-        options: further arguments of ray.init.
+        options: additional arguments of ray.init.
 
     Raises:
         UsageError: Ray is not installed.
@@ -43,7 +43,7 @@ def connect(address: str = DEFAULT, **options: Any) -> Iterator[None]:
         ) from error
 
     _check_answers(address or os.environ.get("RAY_ADDRESS", ""))
-    ray._private.worker._worker_logs_enabled = False  # else it reports on stdout what it repairs
+    ray._private.worker._worker_logs_enabled = False  # else it reports recovered failures on stdout
     before = signal.getsignal(signal.SIGTERM)
     try:
         with _silent_stderr():
@@ -65,7 +65,7 @@ def connect(address: str = DEFAULT, **options: Any) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Raise QwenVLError unless the host of an address accepts connections: Ray itself would try for a minute."""
+    """Raise QwenVLError unless the address accepts connections; Ray itself would retry for a minute."""
     found = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d+)", address)
     if found is None:
         if address not in ("", "auto", "local"):
@@ -83,7 +83,7 @@ def _check_answers(address: str) -> None:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Discard what is written to file descriptor 2 in the block: Ray's C++ code logs there as it starts."""
+    """Redirect file descriptor 2 to the null device in the block: Ray's C++ code logs there at startup."""
     sys.stderr.flush()
     saved = os.dup(2)
     try:

@@ -41,7 +41,7 @@ def check_engine() -> Check:
     if state == "failed":
         failure = (path.parent / "failed").read_text("utf-8")
         return Check("engine", "problem", f"{where}; {failure}", f"{program()} build-engine", data)
-    message = f"{where}; not built so far, its first use builds it with {version}"
+    message = f"{where}; not built yet; the first use builds it with {version}"
     return Check("engine", "note", message, f"{program()} build-engine", data)
 
 
@@ -79,4 +79,4 @@ def check_gpu_engine() -> Check:
     if state == "failed":
         failed = (library.parent if library_state == "failed" else kernels) / "failed"
         return Check("gpu_engine", "problem", f"{where}; {failed.read_text('utf-8')}", again, data)
-    return Check("gpu_engine", "note", f"{where}; not built so far, its first use builds it", again, data)
+    return Check("gpu_engine", "note", f"{where}; not built yet; the first use builds it", again, data)

@@ -243,7 +243,7 @@ def _folder(target: Target) -> Path:
 def built(target: Target, allowed: bool = False) -> Path:
     """Build a target unless the cache has it, and return its folder. Arguments and errors as for `library`."""
     if os.name == "nt":
-        raise QwenVLError("the engine does not run on Windows so far")
+        raise QwenVLError("the engine does not support Windows")
     folder, command = _folder(target), target.compiler[0]
     failed = folder / "failed"
     if _is_complete(target, folder):

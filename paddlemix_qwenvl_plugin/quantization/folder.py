@@ -31,8 +31,8 @@ INDEX = "model.safetensors.index.json"
 # Suffix -> type of the tensors of a quantised matrix (packing.py).
 _PACKED = {"qweight": "int32", "qzeros": "int32", "g_idx": "int32", "scales": "float16"}
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
-# Keys of config.json that describe how PaddleNLP split the weights; the new folder has whole weights.
-_CUTS = ("tensor_parallel_degree", "tensor_parallel_rank")
+# Keys of config.json for tensor-parallel weights of PaddleNLP; the new folder has joined weights.
+_TENSOR_PARALLEL_KEYS = ("tensor_parallel_degree", "tensor_parallel_rank")
 
 Tensors = dict[str, NDArray[np.generic]]
 
@@ -60,7 +60,7 @@ class GptqFolder:
             if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copyfile(path, self._folder / path.name)
         config = read_json(self._checkpoint.folder / "config.json")
-        for key in _CUTS:
+        for key in _TENSOR_PARALLEL_KEYS:
             config.pop(key, None)
         config["quantization_config"] = quantization_config(bits, group)
         _write_json(self._folder / "config.json", config)
@@ -115,7 +115,7 @@ def quantization_config(bits: int, group: int) -> dict[str, Any]:
 
 
 def _split(specs: dict[str, TensorSpec], dtype: str) -> Iterator[dict[str, TensorSpec]]:
-    """Split tensors into shards of at most MAX_SHARD_BYTES; a larger tensor is a shard by itself."""
+    """Split tensors into shards of at most MAX_SHARD_BYTES; a larger tensor has a shard to itself."""
     shard: dict[str, TensorSpec] = {}
     size = 0
     for name, spec in specs.items():

@@ -35,7 +35,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states of all rows before a layer, in the original model and in the model quantised so far."""
+    """Hidden states of all rows before a layer, in the original and in the partly quantised model."""
 
     original: States
     quantised: States

@@ -30,7 +30,7 @@ HELD_OUT_EVERY = 8
 """One of this many rows is held out: used for the report, not for calibration."""
 
 N_DRAWN = 128
-"""Number of drawn rows, the default without a file."""
+"""Number of random demo-world rows that are used without a file of rows."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.recipes.schema import Recipe, Step
 
 
 def values(recipe: Recipe, folder: Path) -> dict[str, str]:
-    """Values of the references in a run with the run folder `folder`."""
+    """Map the references of a recipe to their values, for a run in `folder`."""
     return {
         "seed": str(recipe.seed),
         "dtype": str(recipe.dtype),

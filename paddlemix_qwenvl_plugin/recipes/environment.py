@@ -30,7 +30,7 @@ _VARIABLES = ("CUDA_", "FLAGS_", "MKL_", "OMP_", "QWENVL_")
 
 
 def describe() -> dict[str, Any]:
-    """Contents of environment.json."""
+    """Describe the environment of a run, for environment.json."""
     return {
         "command": shlex.join(["qwenvl", *sys.argv[1:]]),
         "python": platform.python_version(),

@@ -16,7 +16,7 @@ NO_TOKEN = -1
 
 
 class Picked(NamedTuple):
-    """The tokens that a step picked.
+    """Result of a step: the picked tokens and their log probabilities.
 
     Attributes:
         tokens: one for each chunk with `picks`, in their order; NO_TOKEN if the logits are not finite.

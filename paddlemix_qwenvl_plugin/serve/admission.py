@@ -91,7 +91,7 @@ class SlotQueue:
 
     @contextlib.contextmanager
     def adopted(self, n: int, key: Optional[str]) -> Iterator[None]:
-        """Hold n slots within the block, whatever the limits: a request that runs already."""
+        """Hold n slots within the block regardless of the limits, for a request that runs already."""
         self.running += n
         if key is not None:
             self._slots_by_key[key] += n

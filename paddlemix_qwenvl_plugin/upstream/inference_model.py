@@ -22,7 +22,7 @@ from paddlemix_qwenvl_plugin.util.notice import notice
 
 
 class QWenForQWenVLInferenceModel:
-    """Model folder with a dtype. `generate` loads the weights; `to_static` streams them."""
+    """PaddleNLP's view of a model folder: `generate` loads the weights, `to_static` exports them as a stream."""
 
     def __init__(self, folder: Path, config: Any, dtype: str, quant_type: Optional[str]) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""Parameter files against a second reader and Paddle, and those of contract version 2."""
+"""Parameter files: an independent parser, files of contract version 2, damaged files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KINDS = {
 
 
 def parse(data: bytes) -> dict[str, tuple[str, tuple[int, ...], int, bytes]]:
-    """Name -> (type, shape of the values, offset, bytes), from the description of the format."""
+    """Parse a file by the format's description: name -> (type, shape of the values, offset, bytes)."""
     found, at = {}, 0
     while at < len(data):
         zero, level, version, length = struct.unpack_from("<IQIi", data, at)
@@ -71,7 +71,7 @@ def parse(data: bytes) -> dict[str, tuple[str, tuple[int, ...], int, bytes]]:
 
 
 def write_old(path: Path, records: list[tuple[int, tuple[int, ...], bytes]]) -> None:
-    """A file of contract version 2: records of (Paddle's type, dimensions, bytes)."""
+    """Write a file of contract version 2 from records of (Paddle's type, dimensions, bytes)."""
     with path.open("wb") as file:
         for paddle_type, dims, raw in records:
             message = bytes([0x08, paddle_type])
@@ -85,7 +85,7 @@ def write_old(path: Path, records: list[tuple[int, tuple[int, ...], bytes]]) -> 
 
 
 def make_old(prefix: Path) -> None:
-    """Turn an exported stage into one of contract version 2."""
+    """Convert an exported stage to contract version 2."""
     tensors = parse(params_path(prefix).read_bytes())
     types = {kind: number for kind, number, _ in KINDS.values()}
     write_old(
@@ -111,7 +111,7 @@ def exported(tiny_exported: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_weight_is_where_the_file_says(dtype: str, tiny_exported: Path, tmp_path: Path) -> None:
+def test_weights_are_at_their_offsets(dtype: str, tiny_exported: Path, tmp_path: Path) -> None:
     model = tiny_exported / "model"
     export_vision(model, tmp_path / "vision", dtype, engine="portable")
     export_language(model, tmp_path, "text", dtype, engine="portable")
@@ -168,7 +168,7 @@ def test_read_tensors(contract: int, quant_type: str, tiny_exported: Path, tmp_p
 
 
 @pytest.mark.parametrize("form", ["pir", "legacy"])
-def test_the_order_is_that_of_the_names(form: str, tiny_exported: Path, tmp_path: Path) -> None:
+def test_parameters_are_sorted_by_name(form: str, tiny_exported: Path, tmp_path: Path) -> None:
     """Files of version 2 rely on the order. Twelve layers, since "h.10" sorts before "h.2"."""
     config = Checkpoint(tiny_exported / "model").config.model_copy(update={"num_hidden_layers": 12})
     program = Program("", LanguageModel, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:]))

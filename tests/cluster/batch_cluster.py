@@ -1,4 +1,4 @@
-"""A cluster of local nodes, and jobs of `qwenvl batch` on it."""
+"""Ray cluster of local nodes, and `qwenvl batch` jobs on it."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_METRICS_COLLECTION": "0",
-    "RAY_worker_niceness": "0",  # else the actors starve beside other programs
+    "RAY_worker_niceness": "0",  # otherwise other programs starve the actors
 }
 
-# A killed node is noticed after 5 s rather than 15 s. On a busy machine less would end nodes that live.
+# Detect a killed node after 5 s instead of 15 s; a shorter time would fail live nodes on a busy machine.
 _SYSTEM = {"health_check_period_ms": 1000}
 
 
 class LocalCluster:
-    """Nodes of one CPU each, on this machine; the head is not killed."""
+    """Ray cluster of nodes with one CPU each on this machine; `kill_node` never kills the head node."""
 
     def __init__(self, folder: Path, n_nodes: int) -> None:
         import ray
         from ray.cluster_utils import Cluster
 
         os.environ.update(ENVIRONMENT)
-        # Ray then starts the agents of its minimal installation. A node waits 15 s for the others, too short on a
-        # busy machine.
+        # Make Ray start only the agents of its minimal installation: a node waits 15 s for the others, which is too
+        # short on a busy machine.
         ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not needed here")
         head = {"_system_config": _SYSTEM, "temp_dir": str(folder), "include_dashboard": False}
         self._cluster = _with_retries(
@@ -46,17 +46,17 @@ class LocalCluster:
         self.fill()
 
     def fill(self) -> None:
-        """Add nodes until there are as many as at the beginning."""
+        """Add nodes until the cluster has `n_nodes`."""
         while len(self._cluster.list_all_nodes()) < self.n_nodes:
             _with_retries(lambda: self._cluster.add_node(wait=False, **_node()))
 
     def kill_node(self, rng: random.Random) -> None:
-        """Kill a node, with its actors."""
+        """Kill a random worker node with its actors."""
         nodes = sorted(self._cluster.worker_nodes, key=lambda node: str(node.unique_id))
         self._cluster.remove_node(rng.choice(nodes), allow_graceful=False)
 
     def actors(self) -> list[int]:
-        """List the process ids of the actors of jobs."""
+        """List the process ids of the jobs' actors."""
         raylets = {
             process.process.pid
             for node in self._cluster.list_all_nodes()
@@ -73,7 +73,7 @@ def _node() -> dict[str, Any]:
 
 
 def _with_retries(start: Callable[[], Any]) -> Any:
-    """Start a node; Ray gives one on a busy machine too little time."""
+    """Start a node, with retries: Ray's timeout is too short for a busy machine."""
     for _ in range(3):
         with contextlib.suppress(Exception):
             return start()
@@ -94,7 +94,7 @@ def _processes() -> list[tuple[int, int, bytes]]:
 
 
 class BatchProcess:
-    """`qwenvl batch` on the demo model, as a process."""
+    """Process of `qwenvl batch` with the demo model."""
 
     def __init__(self, stages: Any, log: Path, source: object, target: object, *flags: object) -> None:
         model = ["--first_model_path", stages.vision, "--second_model_path", stages.language]
@@ -118,7 +118,7 @@ class BatchProcess:
         )
 
     def finish(self) -> tuple[int, str, str]:
-        """Wait for the end; return the exit code, stdout and stderr."""
+        """Wait for the exit; return the exit code, stdout and stderr."""
         code = self.process.wait(timeout=300)
         out, err = (path.read_text() for path in self._streams)
         return code, out, err

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 REPO = Path(__file__).resolve().parents[2]
 NAME = "qwen-vl-chat"
 
-# Longer than anything takes on a busy machine.
+# Seconds; longer than any operation on a busy machine.
 PATIENCE = 300.0
 
 _QWENVL = (sys.executable, "-c", "from paddlemix_qwenvl_plugin.cli.main import main; main()")
@@ -34,10 +34,10 @@ def free_port() -> int:
 
 
 class Command:
-    """A running `qwenvl serve --ray`.
+    """Process of `qwenvl serve --ray`.
 
     Attributes:
-        lines: its output so far, stderr included.
+        lines: its output lines, of stdout and stderr.
     """
 
     def __init__(self, *flags: object) -> None:
@@ -57,7 +57,7 @@ class Command:
         self._queue.put("")
 
     def wait_for(self, words: str) -> str:
-        """Wait for a line that contains words."""
+        """Wait for a line that contains `words`, and return it."""
         while True:
             line = self._queue.get(timeout=PATIENCE)
             assert line, "".join(self.lines)
@@ -75,7 +75,7 @@ class Command:
 
 @contextlib.contextmanager
 def local_cluster(n_nodes: int, cpus: float) -> Iterator[Any]:
-    """A cluster of nodes on this machine, `ray.cluster_utils.Cluster`."""
+    """Start a ray.cluster_utils.Cluster of nodes on this machine for the block."""
     from ray.cluster_utils import Cluster
 
     shares = {"num_cpus": cpus, "object_store_memory": 100 * 2**20}
@@ -108,7 +108,7 @@ class Client:
         )
 
     def metrics(self, name: str) -> dict[str, float]:
-        """Values of a metric by its labels `front` or `engine`, summed over its other labels; "" without them."""
+        """Values of a metric by its label `front` or `engine`, "" without either, summed over the other labels."""
         found: dict[str, float] = {}
         for family in text_string_to_metric_families(self.get("/metrics").text):
             for sample in family.samples:
@@ -121,7 +121,7 @@ class Client:
 def wait_until(holds: Callable[[], Any], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, "it never became so"
+        assert time.monotonic() < end, f"condition is still false after {seconds:g} s"
         time.sleep(0.1)
 
 
@@ -130,7 +130,7 @@ def data_url(path: Path) -> str:
 
 
 def engine_pids() -> dict[str, int]:
-    """Process ids of the engine replicas by replica id: each has its log file open."""
+    """Map the replica ids of engines to process ids, by the log files that processes hold open."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""`qwenvl batch --ray` on three local nodes, with actors, nodes and drivers killed at random."""
+"""`qwenvl batch --ray` on three local nodes, with random kills of actors, nodes and drivers."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def stages() -> DemoStages:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    with tempfile.TemporaryDirectory(prefix="qv-") as folder:  # a short path: it will contain sockets
+    with tempfile.TemporaryDirectory(prefix="qv-") as folder:  # short: the paths of sockets are limited
         cluster = LocalCluster(Path(folder), 3)
         yield cluster
         cluster.shutdown()
 
 
 def write_input(folder: Path, n_rows: int) -> Path:
-    """Write rows, a few with images or in OpenAI's form, and one in 50 with an error."""
+    """Write rows; of each 50, one has an image, one is in OpenAI's form, one is invalid, one is sampled."""
     colours = ("red", "green", "blue")
     for colour in colours:
         Image.new("RGB", (8, 8), colour).save(folder / f"{colour}.png")
@@ -54,7 +54,7 @@ def write_input(folder: Path, n_rows: int) -> Path:
 
 
 def results(path: Path) -> list[Any]:
-    """Read results, without the times in them."""
+    """Read results without their timestamps."""
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     for row in rows:
         if row.get("response"):

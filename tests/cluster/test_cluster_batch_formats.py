@@ -1,4 +1,4 @@
-"""Input formats of `qwenvl batch --ray`: the rows of any ranges are those of the whole file, read in another way."""
+"""Input formats of `qwenvl batch --ray`: rows read in ranges, compared with rows read by other libraries."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def plain(row_id: Any, **values: Any) -> Row:
 
 
 def rows_in_parts(source: Path, n_rows: int, prompt: str | None = None) -> list[Row]:
-    """Rows of a source, read part by part; checks that the numbers ascend and that the ids are those of the parts."""
+    """Read the rows of a source part by part; check that numbers ascend and that ids match the parts."""
     files = find(str(source), "in")
     form = files.format(prompt, OPTIONS)
     rows, last = list[Row](), 0
@@ -58,7 +58,7 @@ def rows_in_parts(source: Path, n_rows: int, prompt: str | None = None) -> list[
 
 
 def same(found: list[Row], expected: list[Row]) -> None:
-    """Compare rows; errors have no equality."""
+    """Assert that rows are equal; errors are compared by message."""
 
     def comparable(rows: list[Row]) -> list[Any]:
         return [
@@ -133,7 +133,7 @@ def test_webdataset(tmp_path, n_rows, prompt):
         ("x/1.1.png", blue),
         ("x/1.0.png", red),
         ("x/1.json", b'{"prompt": "one?", "width": 4, "seed": 7}'),
-        (f"{'long' * 40}.jpg", blue),  # a name that takes a header of its own
+        (f"{'long' * 40}.jpg", blue),  # a long name, which needs an additional tar header
         ("bad.json", b"{"),
     ]
     write_tar(tmp_path / "data" / "0.tar", files)
@@ -153,7 +153,7 @@ def test_webdataset(tmp_path, n_rows, prompt):
 
 
 def test_a_webdataset_of_the_library(tmp_path):
-    """The library's own writer and reader name the same rows."""
+    """Rows of a file of WebDataset's writer equal those of its reader."""
     wds = pytest.importorskip("webdataset")
     with wds.TarWriter(str(tmp_path / "a.tar")) as writer:
         for n in range(5):
@@ -195,7 +195,7 @@ def test_refused_folders(tmp_path, names, message):
 
 
 def test_images_by_url():
-    """Images of any file system of fsspec become bytes, relative ones in the input's folder."""
+    """Images on any fsspec file system are replaced by their bytes; relative paths start at the input's folder."""
     from fsspec import filesystem
 
     memory = filesystem("memory")

@@ -1,4 +1,4 @@
-"""Jobs of `qwenvl batch --ray`, with parts answered in this process: by path and URL, resumption, errors."""
+"""Jobs of `qwenvl batch --ray` with parts answered in this process: paths and URLs, resumption, errors."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def model(tiny_exported: Path) -> QwenVL:
     return QwenVL.from_exported(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen")
 
 
-class Here:
-    """Stand-in for Ray: answers parts in this process, up to `until` of them."""
+class InProcess:
+    """Stub of Ray's actor pool: answers parts in this process and fails after `until` parts."""
 
     def __init__(self, model: QwenVL) -> None:
         self._model = model
@@ -61,8 +61,8 @@ class Here:
 
 
 @pytest.fixture
-def here(model: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Here:
-    here = Here(model)
+def here(model: QwenVL, monkeypatch: pytest.MonkeyPatch) -> InProcess:
+    here = InProcess(model)
     monkeypatch.setattr(module, "connect", contextlib.nullcontext)
     monkeypatch.setattr(module, "describe_model", lambda *_: (model.weights, model.picture_label))
     monkeypatch.setattr(module, "answered", here)
@@ -76,7 +76,7 @@ def png(colour: str) -> bytes:
 
 
 def rows() -> bytes:
-    """Rows of which three have errors, and one of these no id."""
+    """JSONL input with three failing rows, one of them without an id, and blank lines."""
     rows: list[Any] = [{"id": n, "prompt": f"{n}?"} for n in range(N_ROWS)]
     rows[4] = {"id": 4, "image": "a/red.png"}
     rows[7] = {"id": 7, "image": "a/none.png"}
@@ -95,14 +95,14 @@ def lines(folder: str, *names: str) -> list[Any]:
 
 @pytest.fixture(params=["path", "url"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder with an input in it: a path, or a URL of a file system without folders, as object stores are."""
+    """Folder with an input file: a path, or a URL of a file system without folders, like an object store."""
     folder = str(tmp_path) if request.param == "path" else f"memory://{uuid.uuid4().hex}"
     write(join(folder, "in.jsonl"), rows())
     write(join(folder, "a/red.png"), png("red"))
     return folder
 
 
-def test_the_parts_are_the_output_of_one_machine(place, tmp_path, model, here):
+def test_the_parts_equal_the_output_of_one_machine(place, tmp_path, model, here):
     result = here.run(f"{place}/in.jsonl", f"{place}/out")
     n_parts = -(-N_ROWS // 3)
     assert result == Result(N_ROWS, n_parts, 3, True)
@@ -157,7 +157,7 @@ def test_other_weights_are_refused(place, here, monkeypatch):
 
 def test_an_actor_with_other_weights_is_refused(place, here, monkeypatch):
     monkeypatch.setattr(module, "describe_model", lambda *_: (["other"], ""))
-    with pytest.raises(QwenVLError, match="an actor has other weights than the job"):
+    with pytest.raises(QwenVLError, match="the weights of an actor differ from those of the job"):
         here.run(f"{place}/in.jsonl", f"{place}/out")
 
 

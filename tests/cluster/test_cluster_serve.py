@@ -1,4 +1,4 @@
-"""`qwenvl serve --ray` on three local nodes, against the answers of the model alone."""
+"""`qwenvl serve --ray` on three local nodes, compared with the model in this process."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 N_ENGINES, N_CLIENTS = 3, 32
 KEYS = ("key-a", "key-b", "key-c")
-# 48 slots: more than the clients and the slots that a killed front holds until it is known to be lost.
+# 48 slots: enough for all clients and for the slots of a killed front until its loss is detected.
 MAX_RUNNING, MAX_WAITING, MAX_PER_KEY = 16, 24, 60
 LONG = "Tell me a long story about two squares and a dog."
 
 
 class Service(NamedTuple):
-    """A running service: its cluster, its command's flags, clients with each key, the model alone."""
+    """Running service: cluster, flags, commands, a client per key, and the model in this process as reference."""
 
     cluster: Any
     flags: list[object]
@@ -59,14 +59,14 @@ class Service(NamedTuple):
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    folder = Path(tempfile.mkdtemp(prefix="qr"))  # short: sockets
+    folder = Path(tempfile.mkdtemp(prefix="qr"))  # short: the paths of sockets are limited
     (folder / "keys").write_text("\n".join(KEYS))
     (folder / "keys").chmod(0o600)
     patch = pytest.MonkeyPatch()
     patch.setenv("PYTHONPATH", str(REPO))
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     patch.setenv("RAY_TMPDIR", str(folder))
-    patch.setenv("RAY_prestart_worker_first_driver", "0")  # workers that are not needed take seconds to start
+    patch.setenv("RAY_prestart_worker_first_driver", "0")  # unused workers take seconds to start
     commands: list[Command] = []
     try:
         alone = QwenVL.from_exported(*demo_stages(print))
@@ -96,7 +96,7 @@ class Question(NamedTuple):
 
 
 def questions(alone: QwenVL) -> list[Question]:
-    """Questions with and without images, greedy and sampled, with the answers of the model alone."""
+    """Build questions with and without images, greedy and sampled, with the reference answers."""
     rng = random.Random(5)
     chosen = [question for question in QUESTIONS if question.sample.form == "chat"][:8]
     asked: list[Question] = []
@@ -119,10 +119,10 @@ def questions(alone: QwenVL) -> list[Question]:
 
 
 class Load:
-    """Threads, each with an `openai` client that asks one question after another.
+    """Load of threads, each with an `openai` client that sends one request after another.
 
-    Every fourth reads streams. OpenAI's client repeats a request, but not a stream that has begun: such a thread asks
-    again when its stream breaks, as with the front or the proxy.
+    Every fourth thread streams. OpenAI's client retries requests, but not a stream that has begun: the thread itself
+    retries when a stream breaks, which happens when the front or the proxy fails.
     """
 
     def __init__(self, url: str, asked: list[Question]) -> None:
@@ -143,17 +143,17 @@ class Load:
         self._end.set()
         for thread in self._threads:
             thread.join(PATIENCE)
-            assert not thread.is_alive(), "a request without an answer"
+            assert not thread.is_alive(), "a request has no answer"
 
-    def go_on(self, n: int = 2 * N_CLIENTS) -> None:
-        """Wait for n more answers."""
+    def wait_for_answers(self, n: int = 2 * N_CLIENTS) -> None:
+        """Wait for n more correct answers."""
         goal = self.answered + n
         wait_until(lambda: self.answered >= goal or self.problems)
         assert self.problems == []
 
     def _run(self, number: int) -> None:
         rng = random.Random(number)
-        http = httpx.Client(verify=False, timeout=PATIENCE)  # no certificates: reading them is slow
+        http = httpx.Client(verify=False, timeout=PATIENCE)  # loading the certificates is slow
         client = openai.OpenAI(base_url=f"{self._url}/v1", api_key=KEYS[0], http_client=http)
         while not self._end.is_set():
             question = rng.choice(self._asked)
@@ -165,7 +165,7 @@ class Load:
                 if text == question.text:
                     self.answered += 1
                 else:
-                    self.problems.append(f"{text!r}, but alone {question.text!r}")
+                    self.problems.append(f"{text!r}, expected {question.text!r}")
 
     def _whole(self, client: Any, question: Question) -> str:
         answer = client.chat.completions.create(model=NAME, messages=question.messages, **question.parameters)
@@ -211,14 +211,14 @@ def test_turns_of_a_conversation_reach_the_replica_with_their_prefix(service: Se
             reply = client.chat(messages, max_tokens=20).json()
             if turn:
                 cached = reply["usage"]["prompt_tokens_details"]["cached_tokens"]
-                assert cached > n_prompt - 33, (number, turn)  # all blocks of the earlier turn
+                assert cached > n_prompt - 33, (number, turn)  # at least all full blocks of the earlier turn
             n_prompt = reply["usage"]["prompt_tokens"]
             answer = reply["choices"][0]["message"]["content"]
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
 
 
 def test_limits_hold_over_all_fronts(service: Service) -> None:
-    """As many requests as fit run and wait; the others are refused, by key and by the queue."""
+    """Requests over the limit of a key or of the queue are refused; all others run or wait."""
     url = f"{service.clients[0].url}/v1/chat/completions"
     body = {"model": NAME, "messages": [{"role": "user", "content": LONG}], "max_tokens": 1500}
     body["min_tokens"] = 1500
@@ -257,7 +257,7 @@ def test_limits_hold_over_all_fronts(service: Service) -> None:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(scenario())
-    # The clients have left: every slot is free again, and the engines have stopped.
+    # The clients have disconnected: all slots are free again, and the engines are idle.
     wait_until(lambda: service.clients[0].metrics("qwenvl_slots_running") == {"": 0})
     wait_until(lambda: not any(service.clients[0].metrics("qwenvl_engine_running").values()))
     now = service.clients[0].metrics("qwenvl_requests_total")
@@ -265,7 +265,7 @@ def test_limits_hold_over_all_fronts(service: Service) -> None:
 
 
 def test_a_stream_survives_its_replica(service: Service) -> None:
-    """The replica that computes a stream is killed: the stream continues with the same tokens."""
+    """After the kill of the replica that computes a stream, the stream continues with the same tokens."""
     n = 700
     expected = service.alone.generate([{"text": LONG}], chat=True, max_new_tokens=n, min_new_tokens=n).text
     client = openai.OpenAI(base_url=f"{service.clients[0].url}/v1", api_key=KEYS[0])
@@ -292,28 +292,28 @@ def test_a_stream_survives_its_replica(service: Service) -> None:
     not os.environ.get("QWENVL_TEST_CLUSTER_KILLS"),
     reason="kills nodes of a Ray cluster, which needs a machine without other work; set QWENVL_TEST_CLUSTER_KILLS=1",
 )
-def test_no_request_fails_when_a_node_is_killed_and_the_application_updated(service: Service) -> None:
+def test_no_request_fails_during_a_node_failure_and_an_update(service: Service) -> None:
     asked = questions(service.alone)
     with Load(service.clients[0].url, asked) as load:
-        load.go_on()
+        load.wait_for_answers()
         engines = set(service.clients[0].metrics("qwenvl_engine_ready"))
         service.cluster.remove_node(min(service.cluster.worker_nodes, key=id), allow_graceful=False)
-        load.go_on()
+        load.wait_for_answers()
         wait_until(lambda: set(service.clients[0].metrics("qwenvl_engine_ready")) - engines)
         engines |= set(service.clients[0].metrics("qwenvl_engine_ready"))
         service.commands.append(Command(*service.flags, "--default_max_new_tokens", 77))
         service.commands[1].wait_for("Serving")
         assert "Another command has updated the application" in service.commands[0].wait_for("ends")
         assert service.commands[0].end() == 0
-        load.go_on()
+        load.wait_for_answers()
         wait_until(lambda: not engines & set(service.clients[0].metrics("qwenvl_engine_ready")))
-        load.go_on()
+        load.wait_for_answers()
     assert load.problems == []
     print(f"{load.answered} answers, {load.broken_streams} broken streams")
 
 
 def test_end(service: Service) -> None:
-    """At SIGTERM an admitted request is completed, a new one refused, and the command exits with 0."""
+    """On SIGTERM an admitted request completes, a new one is refused, and the command exits with 0."""
     client = service.clients[0]
     wait_until(lambda: client.metrics("qwenvl_slots_running") == {"": 0})
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""Parts of `qwenvl serve --ray` without a cluster: queue with leases, retries, prefixes, routing, metrics."""
+"""Components of `qwenvl serve --ray` without a cluster: queue with leases, retries, prefixes, routing, metrics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def limits(**values: Any) -> ServeSettings:
     return ServeSettings(**{"max_running": 2, "max_waiting": 2, "max_per_key": 3, **values})
 
 
-async def a_moment() -> None:
+async def run_pending_tasks() -> None:
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -46,7 +46,7 @@ class TestCoordinator:
         async def scenario() -> None:
             queue = Coordinator(limits(min_replicas=1, max_replicas=2, max_per_key=None))
             waiting = [asyncio.ensure_future(queue.acquire(f"f{i % 2}", f"l{i}", 1, None)) for i in range(6)]
-            await a_moment()
+            await run_pending_tasks()
             assert (await queue.drain())[:2] == (4, 2)
             await queue.configure(limits(min_replicas=1, max_replicas=2, max_per_key=None))
             refusal = await queue.acquire("f0", "too many", 1, None)
@@ -75,7 +75,7 @@ class TestCoordinator:
             queue = Coordinator(limits())
             assert [await queue.acquire("f", f"l{i}", 1, None) for i in range(2)] == [None, None]
             waits = asyncio.ensure_future(queue.acquire("f", "waits", 1, None))
-            await a_moment()
+            await run_pending_tasks()
             assert (await queue.drain()).waiting == 1
             await queue.release("waits")
             assert await waits is None
@@ -84,7 +84,7 @@ class TestCoordinator:
         asyncio.run(scenario())
 
     def test_slots_that_their_front_does_not_hold_are_freed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """After a grace period, in which the grant may be on its way to the front."""
+        """Only after a grace period, during which the front may not have received the grant yet."""
         monkeypatch.setattr(coordinator, "_UNCLAIMED_SECONDS", 0.2)
 
         async def scenario() -> None:
@@ -118,19 +118,19 @@ class TestCoordinator:
 
         asyncio.run(asyncio.wait_for(scenario(), 20))
 
-    def test_a_restarted_one_adopts_the_leases(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_restarted_coordinator_adopts_the_leases(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(coordinator, "REPORT_SECONDS", 0.1)
 
         async def scenario() -> None:
             queue = Coordinator(limits(), restarted=True)
             waits = asyncio.ensure_future(queue.acquire("f", "new", 1, None))
             known = asyncio.ensure_future(queue.acquire("f", "a", 1, "key"))  # granted before the restart
-            await a_moment()
+            await run_pending_tasks()
             for _ in range(3):  # a lease counts once, however often it is reported
                 totals = await queue.report("f", "front", True, [], {"a": (1, "key"), "b": (1, None)})
             assert totals.running == 2
             assert await known is None
-            await a_moment()
+            await run_pending_tasks()
             assert not waits.done()
             await queue.release("a")
             assert await waits is None
@@ -140,7 +140,7 @@ class TestCoordinator:
 
 
 class Call:
-    """Call of an engine replica that yields chunks of tokens and then raises or hangs."""
+    """Stub of a streaming call to an engine replica: yields chunks of tokens, then raises or hangs."""
 
     def __init__(self, chunks: list[Chunk], then: Optional[BaseException]) -> None:
         self._chunks = chunks
@@ -161,7 +161,7 @@ class Call:
 
 
 class Replicas:
-    """DeploymentHandle whose replicas have the completion 0, 1, … 9 and end after some tokens of each attempt."""
+    """Stub of a DeploymentHandle: each attempt yields tokens of 0, 1, … 9 up to the next of `ends`, then fails."""
 
     def __init__(self, *ends: Any) -> None:
         self._ends = list(ends)
@@ -260,7 +260,7 @@ class TestPrefix:
 
 
 class Router(PrefixRouter):
-    """The router with given queues, without Ray's state."""
+    """PrefixRouter with fixed queue lengths, without Ray."""
 
     def __init__(self, queued: dict[str, int]) -> None:
         self.queued = queued
@@ -277,7 +277,7 @@ class Router(PrefixRouter):
 
 
 class TestRouter:
-    def test_prefixes_spread_and_stay(self) -> None:
+    def test_prefixes_are_balanced_and_stable(self) -> None:
         prefixes = [f"p{i}" for i in range(300)]
         before = {prefix: Router(dict.fromkeys("abc", 0)).ranking(prefix)[0] for prefix in prefixes}
         assert all(60 < sum(chosen == name for chosen in before.values()) < 140 for name in "abc")

@@ -1,4 +1,4 @@
-"""The documents' examples run as printed: Python, and the shell commands that are cheap, on the tiny model."""
+"""Run the documents' Python examples and cheap shell commands as printed, on the tiny model."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ STREET = REPO / "recipes" / "images" / "street.png"
 
 def run_block(code: str, names: dict[str, Any], where: str) -> None:
     """Run an example, and compare its output with the comments after its `print` calls."""
-    promised = re.findall(r"^\s*print\(.*\)  # (.+)$", code, re.MULTILINE)
+    expected = re.findall(r"^\s*print\(.*\)  # (.+)$", code, re.MULTILINE)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, where, "exec"), names)
-    if promised:
-        assert printed.getvalue().splitlines() == promised
+    if expected:
+        assert printed.getvalue().splitlines() == expected
 
 
 def test_python_api(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,16 +84,16 @@ def test_batch(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPa
     assert program == "qwenvl"
     examples = blocks(text, "jsonl")
     assert len(examples) == 4
-    for asked, printed in zip(examples[::2], examples[1::2]):
-        Path("in.jsonl").write_text(asked, "utf-8")
+    for requests, printed in zip(examples[::2], examples[1::2]):
+        Path("in.jsonl").write_text(requests, "utf-8")
         with pytest.raises(plugin.QwenVLError, match=r"1 of . rows failed; see their errors in out\.jsonl"):
             app(arguments, standalone_mode=False)
         results = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
-        promised = [json.loads(line) for line in printed.splitlines()]
-        for row in (*results, *promised):
+        expected = [json.loads(line) for line in printed.splitlines()]
+        for row in (*results, *expected):
             row.pop("boxes", None)  # the random model generates no boxes; see tests/batch
-        assert [shape(row) for row in results] == [shape(row) for row in promised]
-        assert [row.get("error") for row in results] == [row.get("error") for row in promised]
+        assert [shape(row) for row in results] == [shape(row) for row in expected]
+        assert [row.get("error") for row in results] == [row.get("error") for row in expected]
         Path("out.jsonl").unlink()
 
 
@@ -166,7 +166,7 @@ def test_eval(run: Run, tmp_path: Path) -> None:
 
 
 def test_recipes_patches_and_the_tiny_model(run: Run, tmp_path: Path) -> None:
-    """The first session of recipes.md, patches.md and python-api.md, but for what needs a checkout (tests/patches)."""
+    """The first session of recipes.md, patches.md and python-api.md, without commands that need a checkout."""
     recipes, patches, api = (
         typed(blocks((REPO / "docs" / f"{name}.md").read_text("utf-8"), "console")[0])
         for name in ("recipes", "patches", "python-api")

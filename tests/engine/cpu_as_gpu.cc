@@ -1,4 +1,4 @@
-// The CPU back end in the place of that for GPUs: what Python does for a GPU, on machines that have none.
+// Stub of the GPU back end that computes on the CPU, to test the Python side on machines without GPUs.
 #include <cstdio>
 #include <cstdlib>
 

@@ -1,4 +1,4 @@
-"""`device="gpu"` from the flag to the engine, with the CPU back end in place of the GPU's."""
+"""`device="gpu"` end to end on machines without GPUs: the CPU back end as a stub of the GPU back end."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from paddlemix_qwenvl_plugin.export.export import export_language
 
 pytestmark = needs_compiler
 
-# Fakes a machine with two GPUs; the code of a test follows.
-MACHINE = """
+# Prelude of a test's code: builds nothing and loads the stub, which reports two GPUs.
+PRELUDE = """
 import os, sys
 from pathlib import Path
 import numpy as np
@@ -28,23 +28,25 @@ vision, language = sys.argv[1:3]
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The stand-in, cached beside the engine: it takes as long to build."""
+    """Stub of the library for GPUs; cached beside the engine, as its build takes as long."""
     csrc = sources.source_folder()
-    stand_in = Path(__file__).with_name("cpu_as_gpu.cc")
-    own = ("core_capi.o", "core_generate.o", "core_cuda_back_end.o")
-    units = [unit for unit in sources.library_units(csrc, sources.isas_here(csrc)) if unit.name not in own]
+    stub = Path(__file__).with_name("cpu_as_gpu.cc")
+    replaced = ("core_capi.o", "core_generate.o", "core_cuda_back_end.o")
+    units = [
+        unit for unit in sources.library_units(csrc, sources.isas_here(csrc)) if unit.name not in replaced
+    ]
     target = build.cuda_target()
     target = target._replace(
-        units=[*units, sources.Unit("stand_in.o", stand_in, units[-1].flags)],
+        units=[*units, sources.Unit("stub.o", stub, units[-1].flags)],
         folders=("include", "core", "cpu"),
-        identity=(*target.identity, stand_in.read_text()),
+        identity=(*target.identity, stub.read_text()),
     )
     return build.built(target, allowed=True) / build.CUDA_LIBRARY
 
 
 @pytest.fixture(scope="module")
 def stages(tiny_exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """In bfloat16, of which keys and values are kept in bfloat16 on every device."""
+    """Exported stages in bfloat16, whose KV cache is bfloat16 on every device."""
     folder = tmp_path_factory.mktemp("text")
     export_language(tiny_exported / "model", folder, "qwen", "bfloat16")
     return tiny_exported / "vision" / "vision", folder / "qwen"
@@ -54,7 +56,7 @@ def run(
     code: str, library: Path, stages: tuple[Path, Path], **environment: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", MACHINE + code, *map(str, stages)],
+        [sys.executable, "-c", PRELUDE + code, *map(str, stages)],
         env={**os.environ, "FAKE_LIBRARY": str(library), **environment},
         capture_output=True,
         text=True,
@@ -100,7 +102,7 @@ def test_operators_in_a_paddle_for_cpus(library: Path, stages: tuple[Path, Path]
     assert on_cpu == on_gpu
 
 
-OTHERS = """
+OTHER_PROGRAM = """
 import paddle
 from paddlemix_qwenvl_plugin.engine import operators
 from paddlemix_qwenvl_plugin.runtime import programs
@@ -111,9 +113,9 @@ opened.run([paddle.zeros([1, 3, 448, 448])])
 """
 
 
-def test_the_program_of_another_framework(library: Path, stages: tuple[Path, Path]) -> None:
-    """QWENVL_DEVICE alone loads the library and the kernels."""
-    done = run(OTHERS, library, stages, QWENVL_DEVICE="gpu:1")
+def test_qwenvl_device_is_sufficient(library: Path, stages: tuple[Path, Path]) -> None:
+    """A program that sets only QWENVL_DEVICE loads the library and the kernels."""
+    done = run(OTHER_PROGRAM, library, stages, QWENVL_DEVICE="gpu:1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "made on GPU 1 from /kernels"
 
@@ -132,7 +134,7 @@ except QwenVLError as error:
 
 @pytest.mark.parametrize("free", [10, 200_000_000])
 def test_memory(library: Path, stages: tuple[Path, Path], free: int) -> None:
-    """Half of the free memory is for the KV cache; without enough memory, nothing is created."""
+    """The KV cache gets half of the free memory; without enough memory, no engine is created."""
     done = run(MEMORY, library, stages, FAKE_FREE_BYTES=str(free))
     assert done.returncode == 0, done.stderr[-2000:]
     *made, last = done.stdout.splitlines()

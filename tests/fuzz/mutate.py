@@ -1,4 +1,4 @@
-"""Seeded corruption of bytes, and of JSON by its structure."""
+"""Seeded mutation of bytes and of parsed JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-# JSON texts that replace a value.
+# JSON texts that replace a random value.
 FRAGMENTS = (
     *("null", "true", "false", "0", "-1", "1", "2", "3", "7", "128", "255", "65536", "1048576", "1048577"),
     *("2147483647", "2147483648", "4294967296", "9007199254740993", "9223372036854775807", "1" + "0" * 30),
@@ -26,21 +26,21 @@ FRAGMENTS = (
     ),
 )
 
-_MARK = "a place for a fragment"
+_MARK = "replaced by a fragment"
 
 
 def corrupted(data: bytes, random: Random, words: Sequence[bytes], is_json: bool) -> bytes:
-    """Corrupt `data` in one to eight places.
+    """Apply one to eight random mutations to `data`.
 
     Args:
-        words: what the format is made of, for the places where chance would never find it.
-        is_json: change it by its structure most of the time.
+        words: dictionary of tokens of the format, which random bytes would not hit.
+        is_json: mutate the parsed JSON instead of the bytes, most of the time.
     """
     for _ in range(random.choice((1, 1, 1, 2, 3, 8))):
         if is_json and random.random() < 0.75:
             data = _corrupted_json(data, random)
         else:
-            data = random.choice(_WAYS)(data, random, words)
+            data = random.choice(_MUTATIONS)(data, random, words)
     return data
 
 
@@ -57,8 +57,8 @@ def _corrupted_json(data: bytes, random: Random) -> bytes:
     elif way == 1 and isinstance(holder, dict) and holder is not whole:
         holder[random.choice(("", "a", "visual", "__metadata__", "\0"))] = holder.pop(key)
     elif way == 2:
-        there, its = random.choice(places)
-        holder[key] = json.loads(json.dumps(there[its]))
+        source, its_key = random.choice(places)
+        holder[key] = json.loads(json.dumps(source[its_key]))
     elif way == 3 and isinstance(holder[key], int):
         holder[key] = holder[key] * random.choice((-1, 2, 64)) + random.choice((-1, 0, 1))
     else:
@@ -70,7 +70,7 @@ def _corrupted_json(data: bytes, random: Random) -> bytes:
 
 
 def _places(value: Any) -> Any:
-    """List (the dict or list, the key or index) of every value."""
+    """Yield (container, key or index) of every value."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     for key in keys:
         yield value, key
@@ -123,4 +123,4 @@ def _noise(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
     return data[:at] + random.randbytes(random.choice((1, 2, 20))) + data[at:]
 
 
-_WAYS = (_flip, _flip, _number, _cut, _repeat, _move, _word, _word, _noise)
+_MUTATIONS = (_flip, _flip, _number, _cut, _repeat, _move, _word, _word, _noise)

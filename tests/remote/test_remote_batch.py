@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from remote_server import FakeServer, Said, fake_server, images, last_text
+from remote_server import FakeServer, Reply, fake_server, images, last_text
 
 from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.batch.job import run
@@ -103,7 +103,7 @@ def test_as_on_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> No
             {"text": p["text"]} if p["type"] == "text" else {"image": p["image_url"]["url"]} for p in content
         ]
 
-    def answer(body: dict[str, Any]) -> Said:
+    def answer(body: dict[str, Any]) -> Reply:
         options = {
             "max_new_tokens": body["max_tokens"],
             "temperature": body["temperature"],
@@ -112,17 +112,17 @@ def test_as_on_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> No
         if "messages" in body:
             system, *turns, question = body["messages"]
             contents = [turn["content"] for turn in turns]
-            history = [(parts(asked), said) for asked, said in zip(contents[::2], contents[1::2])]
-            kind: dict[str, Any] = {"chat": True, "system": system["content"], "history": history}
-            stream = vl.stream(parts(question["content"]), **kind, **options)
+            history = [(parts(query), reply) for query, reply in zip(contents[::2], contents[1::2])]
+            form: dict[str, Any] = {"chat": True, "system": system["content"], "history": history}
+            stream = vl.stream(parts(question["content"]), **form, **options)
         else:
             stream = vl.stream(parts(body["prompt"]), chat=False, **options)
         whole = stream.finish()
         usage = {"prompt_tokens": stream.n_prompt_tokens, "completion_tokens": len(whole.token_ids)}
-        return Said(whole.text, whole.finish_reason, usage)
+        return Reply(whole.text, whole.finish_reason, usage)
 
     server.answer = answer
-    # As a server with the base model, as which the tiny one counts.
+    # As a server with a base model, which the tiny model is.
     server.refuse = lambda path, body: (
         (400, {"message": "no chat model", "param": "model"}, {})
         if path == "/v1/chat/completions"
@@ -144,13 +144,13 @@ def test_as_on_stages(server: FakeServer, batch: Any, tiny_exported: Path) -> No
                 del each["response"]["request_id"]
             if "custom_id" in each:
                 del each["id"]
-        if row.get("id") == 5:  # asked by its path on stages
+        if row.get("id") == 5:  # on exported stages the prompt contains the image's path
             continue
         assert row == expected
     assert images(server.bodies[-1].get("prompt", [])) in ([], [STREET.read_bytes()])
 
 
-def test_several_at_once(server: FakeServer, batch: Any) -> None:
+def test_concurrent_requests(server: FakeServer, batch: Any) -> None:
     """--batch_size concurrent requests: none is answered before all are sent."""
     barrier = threading.Barrier(4)
 
@@ -162,10 +162,10 @@ def test_several_at_once(server: FakeServer, batch: Any) -> None:
     write([{"id": n, "prompt": f"{n}?"} for n in range(12)])
     assert batch("--batch_size", "4") == (0, "out.jsonl: wrote 12 rows\n", "")
     assert [row["text"] for row in results()] == [f"{n}?" for n in range(12)]
-    assert server.most_at_once == 4
+    assert server.max_concurrent == 4
 
 
-def test_a_busy_server_is_asked_again(
+def test_requests_to_a_busy_server_are_retried(
     server: FakeServer, batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
@@ -222,13 +222,13 @@ def test_a_job_continues_with_another_address(server: FakeServer, batch: Any) ->
     assert [row["text"] for row in results()] == [f"You said {n}?." for n in range(4)]
 
 
-def test_a_wrong_row_is_its_own(server: FakeServer, batch: Any) -> None:
-    said = {
+def test_an_invalid_row_fails_alone(server: FakeServer, batch: Any) -> None:
+    errors = {
         "1?": (400, {"message": "messages: no", "param": "messages"}),
         "2?": (500, {"message": "not finite"}),
     }
     server.refuse = lambda path, body: (
-        (*said[last_text(body)], {}) if body and last_text(body) in said else None
+        (*errors[last_text(body)], {}) if body and last_text(body) in errors else None
     )
     write([{"id": n, "prompt": f"{n}?"} for n in range(4)])
     assert batch()[0] == 1

@@ -1,4 +1,4 @@
-"""`qwenvl chat --url`: the chat with a server's answers."""
+"""`qwenvl chat --url` against a scripted server."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_script(server: FakeServer, folder: Path) -> None:
     assert (program.returncode, err) == (0, "")
     assert out == "You said What is it?.\nYou said Sure?.\nYou said And now?.\n"
     first, second, third = server.bodies
-    assert {path for path, _ in server.asked} == {"/v1/chat/completions"}
+    assert {path for path, _ in server.requests} == {"/v1/chat/completions"}
     question = first["messages"][1]["content"]
     assert images(question) == [STREET.read_bytes()]
     assert first["messages"] == [
@@ -114,43 +114,43 @@ def test_boxes_are_drawn(
     assert [segment.ref for segment in session.turns[0].segments if segment.ref] == ["a red house"]
 
 
-def test_segments_come_as_they_are_sent(server: FakeServer, model: ServerModel) -> None:
-    server.go_on.clear()
+def test_segments_are_not_buffered(server: FakeServer, model: ServerModel) -> None:
+    server.resume.clear()
     stream = model.chat().ask("Hello")
     assert next(stream).text == "You"
     assert stream.answer.text == "You"
-    server.go_on.set()
+    server.resume.set()
     assert "".join(segment.text for segment in stream) == " said Hello."
     assert (stream.n_prompt_tokens, stream.n_new_tokens) == (7, 16)
     assert stream.answer.finish_reason == "stop"
 
 
 def test_stopped(server: FakeServer, model: ServerModel) -> None:
-    """Stop from another thread while a segment is awaited: the request is cancelled, the answer so far counts."""
-    server.go_on.clear()
+    """Stop from another thread while waiting for a segment: cancel the request, keep the partial answer."""
+    server.resume.clear()
     chat = model.chat()
     stream = chat.ask("Hello")
     assert next(stream).text == "You"
     threading.Timer(0.2, stream.stop).start()
     assert list(stream) == []
-    assert server.gone.acquire(timeout=60)
+    assert server.disconnected.acquire(timeout=60)
     assert (stream.answer.text, stream.answer.finish_reason) == ("You", "cancelled")
-    server.go_on.set()
+    server.resume.set()
     chat.ask("And?").finish()
     assert server.bodies[1]["messages"][2] == {"role": "assistant", "content": "You"}
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_closed(server: FakeServer, model: ServerModel, when: str) -> None:
-    server.go_on.clear()
+    server.resume.clear()
     chat = model.chat()
     stream = chat.ask("Hello").submit()
     if when == "after":
         next(stream)
     stream.close()
     if when == "after":
-        assert server.gone.acquire(timeout=60)
-    server.go_on.set()
+        assert server.disconnected.acquire(timeout=60)
+    server.resume.set()
     chat.ask("And?").finish()
     assert len(server.bodies[-1]["messages"]) == (4 if when == "after" else 2)
 
@@ -177,7 +177,7 @@ def test_stopped_before_the_first_delta(server: FakeServer, model: ServerModel) 
 
 
 def test_ctrl_c_ends_a_script(server: FakeServer, folder: Path) -> None:
-    server.go_on.clear()
+    server.resume.clear()
     with chat_process(server, folder) as program:
         assert program.stdin is not None
         assert program.stdout is not None
@@ -185,7 +185,7 @@ def test_ctrl_c_ends_a_script(server: FakeServer, folder: Path) -> None:
         program.stdin.flush()
         assert program.stdout.read(3) == "You"
         program.send_signal(signal.SIGINT)
-        assert server.gone.acquire(timeout=60)
+        assert server.disconnected.acquire(timeout=60)
         _, err = program.communicate(timeout=60)
     assert (program.returncode, err) == (130, "qwenvl: interrupted\n")
 
@@ -218,10 +218,10 @@ def test_an_error_leaves_the_conversation_unchanged(server: FakeServer, model: S
         with pytest.raises(kind, match=line):
             chat.ask("Two").finish()
     server.refuse = lambda path, body: None
-    server.cut = True
+    server.truncate = True
     with pytest.raises(QwenVLError, match=r"the stream ended before|the connection broke"):
         chat.ask("Three").finish()
-    server.cut = False
+    server.truncate = False
     chat.ask("Four").finish()
     assert [message["role"] for message in server.bodies[-1]["messages"]] == [
         "system",
@@ -279,13 +279,13 @@ def test_an_error_in_the_middle_of_a_stream(server: FakeServer, model: ServerMod
             2,
             "--api_key_file odd: an API key is printable ASCII",
         ),
-        (["--api_key_file", "key"], 2, "--api_key_file: goes with --url; give both"),
+        (["--api_key_file", "key"], 2, "--api_key_file: requires --url; give both"),
         (
             ["--first_model_path", "a"],
             2,
             "give --first_model_path and --second_model_path, or the --url of a server",
         ),
-        (["--url", "http://h", "--allow_private_http"], 2, "--allow_private_http: goes with --allow_http"),
+        (["--url", "http://h", "--allow_private_http"], 2, "--allow_private_http: requires --allow_http"),
     ],
 )
 def test_flags(

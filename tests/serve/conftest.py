@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.serve.demo_model import DemoStages, demo_stages
 
 @pytest.fixture(scope="session")
 def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder for QWENVL_CACHE_DIR with the demo model of this source and the user's engine."""
+    """Value for QWENVL_CACHE_DIR: a new folder for the exported demo model, with a link to the user's built engine."""
     folder = tmp_path_factory.mktemp("serve-cache")
     built = cache_folder()
     built.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def stages(demo_cache: Path) -> DemoStages:
 
 @pytest.fixture(scope="session")
 def alone(stages: DemoStages) -> QwenVL:
-    """The model without a server."""
+    """The demo model opened in this process, as the reference for the server's completions."""
     model = QwenVL.from_exported(*stages)
     model.load()
     return model

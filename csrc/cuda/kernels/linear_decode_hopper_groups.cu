@@ -1,17 +1,18 @@
-// y = x W^T for 1 to 256 rows of x on Hopper, the storage types with zero points: UINT4 and UINT8.
+// y = x W^T for 1 to 256 rows of x on Hopper, for the storage types with zero points: UINT4 and UINT8.
 //
-// Layout: linear_decode_hopper.cuh, and of the weights, quantised.cuh.
+// Layout: see linear_decode_hopper.cuh, and quantised.cuh for the weights.
 //
-//   UINT4  a lane's 16 bytes, half a unit:  | row g: quarter 0 | quarter 1 | row g + 8: quarter 0 | quarter 1
-//   | UINT8  a lane's 16 bytes, a quarter:    | row g: product 0 | product 1 | row g + 8: product 0 | product
-//   1 |
+//   16 bytes of a lane        row g                   row g + 8
+//   UINT4, half a unit     | quarter 0 | quarter 1 | quarter 0 | quarter 1 |
+//   UINT8, a quarter       | product 0 | product 1 | product 0 | product 1 |
 //
-// A group's products have an accumulator of their own, which the scale folds into the total: y += scale *
-// sum. The zero point costs no instruction with 4 bits: the subtraction that makes an integer of its bits in
-// H subtracts the zero point, too.
+// The products of a group have a separate accumulator, which is then scaled and added: y += scale * sum. With
+// 4 bits a zero point costs no instruction: the subtraction that converts an integer to H subtracts it as
+// well.
 //
-// Cost. Bytes: 4 bits with groups of 128 have 4 bytes of scale and zero point for 64 of values, 3 % more than
-// without zero points. Instructions: as linear_decode_hopper.cu, and N / 2 multiply-adds a lane and group.
+// Cost. Bytes: with 4 bits and groups of 128, 4 bytes of scale and zero point per 64 bytes of values, 3 %
+// more than without zero points. Instructions: those of linear_decode_hopper.cu, and N / 2 multiply-adds per
+// lane and group.
 //
 // Reference: as linear_decode_hopper.cuh.
 #include "cuda/kernels/linear_decode_hopper.cuh"
@@ -37,7 +38,8 @@ struct GroupWeights {
     return load_shared8(step.scales + tile * kTileScales + 8 * at);
   }
 
-  // Left operands of the two products of the quarter that begins at value k of a step; w: its 16 bytes.
+  // Convert the quarter that begins at value k of a step to the left operands of two products; w: the lane's
+  // 16 bytes that contain the quarter.
   __device__ static void convert(uint32 (*a)[4], const uint4& w, int k, uint32 zeros) {
     const uint32 rows[2][2] = {{w.x, w.y}, {w.z, w.w}};
     const uint32 of_row[2] = {low_twice(zeros), high_twice(zeros)};
@@ -57,8 +59,8 @@ struct GroupWeights {
     }
   }
 
-  // A group's sums are folded into the total while the next group's products are in flight, if registers
-  // allow.
+  // Add the products of all groups to `sums`. With enough registers (two buffers) the sums of a group are
+  // folded in while the next group's products are in flight.
   template <int N, int kSubtiles>
   __device__ static void add(float (&sums)[kSubtiles][N / 2], const Step& step) {
     constexpr int kOfTile = kUnit / group, kBuffers = N <= 16 && group <= 64 ? 2 : 1;

@@ -1,14 +1,15 @@
-// Quantised matrices on the GPU, and the conversion of their integers to H. All of it is exact.
+// Layout of quantised matrices on the GPU, and the exact conversion of their integers to H (float16 or
+// bfloat16, the compute dtype).
 //
-// Layout. Rows are in tiles of 16 (the last one is filled up with zeros), values of a row in units of 128; on
-// Hopper units come first, [unit][tile], so that neighbouring tiles of a unit are one copy:
+// Layout. Tiles of 16 rows (the last one is padded with zeros) and units of 128 values of a row, in the order
+// [tile][unit]; on Hopper [unit][tile], so that one copy loads adjacent tiles of a unit:
 //
 //                 unit 0      unit 1
 //   16 rows    | 4 quarters | 4 quarters |       quarter: 32 values, half: 64
 //   (a tile)   | of 32      |            |
 //
-// A lane 4 g + t of a warp finds all it needs of rows g and g + 8 of a tile in its own 16 bytes: runs of 8
-// values that are two products of 16 deep (run_value).
+// Lane 4 g + t of a warp loads its values of rows g and g + 8 of a tile with one 16-byte load, as runs of 8
+// values. A run is the lane's share of two products of depth 16 (run_value).
 //
 //   INT8   [tile][unit][quarter][lane] 16 bytes: the run of row g, then that of row g + 8.
 //          Bytes of a run: values 0 2 1 3 4 6 5 7. Scales float32 [out].
@@ -35,12 +36,13 @@ namespace qvl::cuda {
 
 constexpr int kTileRows = 16, kUnit = 128, kRun = 8;
 
-// Values whose scales and zero points are side by side: those of a step of linear_decode.cu.
+// Number of values whose scales and zero points are contiguous: those of a step of linear_decode.cu.
 template <int bits>
 constexpr int kSpan = bits == 8 ? 64 : 128;
 
-// Index in its quarter of value v of the run of lane t. With mma.m16n8k16 lanes load x like the weights, so a
-// run's values are neighbours. wgmma reads x itself: pairs are 8 apart, as in its fragments.
+// Index within its quarter of value v of lane t's run. For mma.m16n8k16 lanes load x in the same order as the
+// weights, so a run is contiguous. wgmma reads x from shared memory, so a run has the order of its fragments:
+// pairs, 8 values apart.
 __device__ inline int run_value(int t, int v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   return v / 2 * 8 + 2 * t + v % 2;
@@ -49,7 +51,7 @@ __device__ inline int run_value(int t, int v) {
 #endif
 }
 
-// Addressing of a matrix in tiles and units.
+// Indexing of a matrix in tiles and units.
 struct Cut {
   int units, tiles;
 
@@ -91,8 +93,8 @@ __device__ inline uint32 bits_of(H2 value) {
   return reinterpret_cast<const uint32&>(value);
 }
 
-// (word & mask) | bits and (word & mask) ^ bits as one instruction each; the compiler would emit two, as only
-// one operand may be an immediate. Plain operators on the host, where a test runs kernels.
+// (word & mask) | bits and (word & mask) ^ bits as one lop3 each; the compiler would emit two, as only one
+// operand may be an immediate. Plain operators on the host, for the test that runs kernels there.
 template <uint32 mask, uint32 bits>
 __device__ inline uint32 and_or(uint32 word) {
 #ifdef __CUDA_ARCH__
@@ -115,7 +117,7 @@ __device__ inline uint32 and_xor(uint32 word) {
 }
 
 #ifdef QVL_COMPUTE_BFLOAT16
-// A bfloat16 from 128 to 255 has the low 7 bits of an integer as its last ones.
+// The mantissa of a bfloat16 in [128, 256) is the low 7 bits of its integer value.
 __device__ inline uint32 nibbles_to_half2(uint32 word) {  // of bits 0-3 and 16-19
   return bits_of(__hsub2(half2_bits(and_or<0x000F000F, 0x43004300>(word)), half2_bits(0x43084308u)));
 }
@@ -132,7 +134,7 @@ __device__ inline uint32 bytes_to_half2(uint32 word, uint32 zeros) {
   return bits_of(__hsub2(half2_bits(bytes_to_half2(word)), half2_bits(zeros)));
 }
 #else
-// A float16 from 1024 to 2047 has the low 10 bits of an integer as its last ones.
+// The mantissa of a float16 in [1024, 2048) is the low 10 bits of its integer value.
 __device__ inline uint32 nibbles_to_half2(uint32 word) {
   return bits_of(__hsub2(half2_bits(and_or<0x000F000F, 0x64006400>(word)), half2_bits(0x64086408u)));
 }
@@ -149,7 +151,7 @@ __device__ inline uint32 bytes_to_half2(uint32 word, uint32 zeros) {
 }
 #endif
 
-// A half of a word twice: the zero point of row g or g + 8 for both values of a pair.
+// Repeat the low or high half of a word: the zero point of row g or g + 8 for both values of a pair.
 __device__ inline uint32 low_twice(uint32 word) {
   return (word & 0xFFFFu) | word << 16;
 }

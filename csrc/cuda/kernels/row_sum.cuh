@@ -1,27 +1,27 @@
-// Sums over the threads of a block, for kernels with a block per row.
+// Block-wide sums, for kernels with one block per row.
 //
 //   threads   | warp 0 | warp 1 | .. |      5 shuffles in each warp -> room [warps] -> barrier -> 5 shuffles
 //
-// Cost: 10 shuffles and one barrier, whatever the width.
+// Cost: 10 shuffles and one barrier for any width.
 //
-// Reference: through the norms, tests/cuda/test_elementwise.py, test_vision_rows.py.
+// Reference: tested through the norms, tests/cuda/test_elementwise.py, test_vision_rows.py.
 #pragma once
 
 #include "cuda/kernels/common.cuh"
 
 namespace qvl::cuda {
 
-// Blocks of 1024 threads on a multiprocessor: 2 where it has 2048 threads.
+// Resident blocks of 1024 threads per multiprocessor: 2 on architectures with 2048 threads.
 #if __CUDA_ARCH__ == 700 || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
 constexpr int kRowBlocks = 2;
 #else
 constexpr int kRowBlocks = 1;
 #endif
 
-constexpr int kRowVectors = 2;  // most float4 of a row in a thread's registers
+constexpr int kRowVectors = 2;  // maximum number of float4 of a row in a thread's registers
 
-// Sum of all threads' values, in all threads. The order of the additions depends on the number of threads
-// alone. `room`: 32 floats of shared memory, not reused until the kernel ends.
+// Sum the threads' values and return the sum in all threads. The order of the additions depends only on the
+// number of threads. `room`: 32 floats of shared memory, not reused until the kernel ends.
 __device__ inline float block_sum(float value, float* room) {
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   value = warp_sum(value);
@@ -42,7 +42,7 @@ struct alignas(16) Half8 {
   H2 pairs[4];
 };
 
-// Four values of H at `at`, 8-byte aligned.
+// Store four values as H at `at`, 8-byte aligned.
 __device__ inline void store4(H* at, float a, float b, float c, float d) {
   *reinterpret_cast<Half4*>(at) = Half4{{to_half2(a, b), to_half2(c, d)}};
 }

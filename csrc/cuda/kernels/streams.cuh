@@ -1,16 +1,15 @@
-// Building blocks of kernels that stream weights or keys from memory: copies ahead of their use, and products
-// of fragments. Architectures older than sm_80 have neither; they get a plain load and sums over shuffles
-// instead.
+// Building blocks of kernels that stream weights or keys from memory: asynchronous copies (cp.async) and
+// tensor-core products (mma). Before sm_80, plain loads and sums over warp shuffles replace both.
 //
-// Layout: a ring of slots in shared memory, each lane with its own bytes in a slot, so that no barrier is
-// needed between the copy and the use:
+// Layout: a ring buffer of slots in shared memory. Each lane reads only the bytes that it copied, so that a
+// copy and its use need no barrier:
 //
 //   slot 0        slot 1        slot 2
 //   | lane 0..31 | lane 0..31 | lane 0..31 |      copy_ahead16(slot 2) .. wait_for_copies<1>() .. read slot 0
 //
 // Cost: 16 bytes per lane and instruction, 512 per warp; L2 fetches 128 at a time.
 //
-// Reference: through the kernels, tests/cuda/test_decode.py.
+// Reference: tested through the kernels, tests/cuda/test_decode.py.
 #pragma once
 
 #include "cuda/kernels/common.cuh"
@@ -21,8 +20,8 @@ __device__ inline uint32 shared_address(const void* p) {
   return static_cast<uint32>(__cvta_generic_to_shared(p));
 }
 
-// Copy 16 bytes to shared memory; zeros if not `there`. Needs no barrier if the same thread reads them after
-// wait_for_copies.
+// Copy 16 bytes to shared memory asynchronously; zeros if not `there`. The same thread may read them after
+// wait_for_copies without a barrier.
 __device__ inline void copy_ahead16(void* to, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
@@ -33,7 +32,8 @@ __device__ inline void copy_ahead16(void* to, const void* from, bool there) {
 #endif
 }
 
-template <int bytes>  // 4 or 8
+// Copy 4 or 8 bytes to shared memory asynchronously.
+template <int bytes>
 __device__ inline void copy_ahead(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(bytes)
@@ -43,14 +43,14 @@ __device__ inline void copy_ahead(void* to, const void* from) {
 #endif
 }
 
-// End a group of copies.
+// Commit the copies since the last commit as a group.
 __device__ inline void commit_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Wait until at most n of the thread's groups are in flight.
+// Wait until at most n of the thread's committed groups are in flight.
 template <int n>
 __device__ inline void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
@@ -58,10 +58,14 @@ __device__ inline void wait_for_copies() {
 #endif
 }
 
-// sums [16, 8] += a [16, 16] b [16, 8], distributed over the lanes of a warp as in mma.m16n8k16: lane 4 g + t
-// has of a rows g and g + 8 (a0, a1), and again (a2, a3), of b column g (b0, b1), of the sums rows g and g +
-// 8, columns 2 t and 2 t + 1. The caller chooses the k of each slot, the same for a and b: slots of a0, a1
-// and b0 are one pair of k for each t, those of a2, a3 and b1 another.
+// sums [16, 8] += a [16, 16] b [16, 8], with the fragment layout of mma.m16n8k16. Lane 4 g + t holds
+//
+//   a     row g: a0, a2   row g + 8: a1, a3      two values of k per register
+//   b     column g: b0, b1
+//   sums  rows g, g + 8, columns 2 t, 2 t + 1
+//
+// a0, a1 and b0 hold the same two k, a2, a3 and b1 another two. The caller may assign the 16 values of k to
+// lanes and registers in any order, the same for a and b.
 __device__ inline void multiply(float (&sums)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0,
                                 uint32 b1) {
 #if __CUDA_ARCH__ >= 800

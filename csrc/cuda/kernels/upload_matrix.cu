@@ -1,4 +1,5 @@
-// Matrices from the layout of a file (qvl_packed_bytes in qwenvl.h) to that of the kernels, a block per row.
+// Conversion of matrices from the file layout (qvl_packed_bytes in qwenvl.h) to that of the kernels, a block
+// per row.
 //
 // Layout:
 //
@@ -6,7 +7,7 @@
 //   quantised                             ->  tiles of 16 rows x units of 128 values (quantised.cuh)
 //   row r of the file                     ->  row first + r step: two matrices are interleaved with step 2
 //
-// Cost. Bytes: each weight read and written once when a model is opened; bound by the bus that brings them.
+// Cost. Bytes: each weight is read and written once when a model is opened; bound by the copy from the host.
 //
 // Reference: the products of unit vectors read the matrix back exactly,
 // tests/cuda/test_decode.py::test_two_matrices_are_interleaved.
@@ -26,12 +27,12 @@ __device__ void upload_half(const UploadMatrix& p) {
     to[k] = to_half(k < p.in ? value_of(from[k]) : 0.f);
 }
 
-// Row of the matrix that a block writes, from the file or padding.
+// Row of the matrix to which a block writes its row of the file, or a padding row.
 __device__ inline int target_row(const UploadMatrix& p, int row) {
   return row < p.rows ? p.first + row * p.step : p.first + (p.rows - 1) * p.step + row - p.rows + 1;
 }
 
-// 4-bit values of a row; `padding`: value of rows after the last one.
+// Write the 4-bit values of a row; padding rows are filled with `padding`.
 __device__ inline void upload_nibbles(const UploadMatrix& p, const Cut& cut, int row, int to,
                                       uint32 padding) {
   const uint16* from = static_cast<const uint16*>(p.from) + static_cast<int64>(row) * (p.stride / 4);
@@ -48,7 +49,7 @@ __device__ inline void upload_nibbles(const UploadMatrix& p, const Cut& cut, int
   }
 }
 
-// 8-bit values of a row with the bits of `flipped` inverted.
+// Write the 8-bit values of a row, with the bits of `flipped` inverted.
 __device__ inline void upload_bytes(const UploadMatrix& p, const Cut& cut, int row, int to, uint32 flipped) {
   const uint8* from = static_cast<const uint8*>(p.from) + static_cast<int64>(row) * p.stride;
   for (int i = threadIdx.x; i < p.stride / kRun; i += blockDim.x) {
@@ -78,7 +79,8 @@ __device__ void upload_int4(const UploadMatrix& p) {
         row < p.rows ? scales[i] : uint16{0};
 }
 
-// A type with zero points: its values, and groups of `file_group` values as groups of up to a span.
+// Write a row of a type with zero points. Groups of the file longer than a span (kSpan) are repeated for each
+// span.
 template <int bits, int file_group>
 __device__ void upload_groups(const UploadMatrix& p) {
   constexpr int kGroup = file_group < kSpan<bits> ? file_group : kSpan<bits>;

@@ -1,1 +1,1 @@
-"""`qwenvl batch --ray`: a batch job in parts, on a pool of Ray Data's actors."""
+"""`qwenvl batch --ray`: a batch job in parts, computed by a pool of Ray Data actors."""

@@ -1,4 +1,4 @@
-"""Files by path or fsspec URL."""
+"""File access by path or fsspec URL: reading, listing, atomic writing."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from paddlemix_qwenvl_plugin.util.files import write_beside
 from paddlemix_qwenvl_plugin.util.sources import is_address, without_password
 
 PARTIAL = ".partial-"
-"""Beginning of the name of a file that is being written."""
+"""Name prefix of temporary files during a write."""
 
 
 def absolute(name: str) -> str:
-    """Make a path absolute: actors have other working directories. `file://` URLs become paths, others are kept."""
+    """Make a path absolute, for actors with other working directories; `file://` URLs become paths, others stay."""
     if name.lower().startswith("file://"):
         name = str(filesystem(name)[1])
     return name if is_address(name) else str(Path(name).absolute())
 
 
 def filesystem(name: str) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path in it.
+    """Return the fsspec file system of a path or URL, and the path within it.
 
     Raises:
         UsageError: the scheme is unknown, or its package is not installed.
@@ -42,7 +42,7 @@ def filesystem(name: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def naming_url(name: str) -> Iterator[None]:
-    """Turn the errors of a file system's own kinds into QwenVLErrors that name the file; OSErrors name it already."""
+    """Name the file in errors of the block: FileNotFoundErrors as such, other unnamed errors as QwenVLErrors."""
     try:
         yield
     except FileNotFoundError as error:
@@ -64,7 +64,7 @@ def opened(name: str) -> Iterator[BinaryIO]:
 
 
 def read(name: str, limit: int) -> bytes:
-    """Read a file, at most `limit` bytes of it."""
+    """Read the first `limit` bytes of a file."""
     with opened(name) as file:
         return file.read(limit)
 
@@ -78,20 +78,20 @@ def exists(name: str) -> bool:
 
 
 def join(folder: str, name: str) -> str:
-    """Path or URL of a file in a folder."""
+    """Join the path or URL of a folder and a file name."""
     return f"{folder.rstrip('/')}/{name}"
 
 
 def folder_of(name: str) -> str:
-    """Path or URL of the folder of a file."""
+    """Return the path or URL of a file's parent folder."""
     return name.rpartition("/")[0] if is_address(name) else str(Path(name).parent)
 
 
 def listed(folder: str, recursive: bool = False) -> dict[str, int]:
-    """Sizes of the files in a folder by their names in it, sorted; empty if the folder does not exist."""
+    """Map the relative paths of a folder's files to their sizes, sorted; empty if the folder does not exist."""
     file_system, path = filesystem(folder)
     with naming_url(folder):
-        # Other processes write: a listing of before must not be used.
+        # Other processes write files: a cached listing may be stale.
         file_system.invalidate_cache(path)
         found = file_system.find(path, maxdepth=None if recursive else 1, detail=True)
     start = len(path.rstrip("/")) + 1
@@ -99,13 +99,13 @@ def listed(folder: str, recursive: bool = False) -> dict[str, int]:
 
 
 def write(name: str, content: bytes) -> None:
-    """Write a file atomically, and its folder if it does not exist."""
+    """Write a file atomically; create its folder if it does not exist."""
     if not is_address(name):
         write_with(name, lambda path: path.write_bytes(content))
         return
     file_system, path = filesystem(name)
     folder, _, last = path.rpartition("/")
-    # Not every file system puts whole files as object stores do; all of them move whole ones.
+    # Object stores write a file atomically; other file systems only rename one atomically.
     partial = f"{folder}/{PARTIAL}{uuid.uuid4().hex[:12]}-{last}"
     with naming_url(name):
         file_system.makedirs(folder, exist_ok=True)
@@ -114,7 +114,7 @@ def write(name: str, content: bytes) -> None:
 
 
 def write_with(target: str, fill: Callable[[Path], Any]) -> None:
-    """Write a local file atomically and sync it to disk."""
+    """Write a local file atomically and sync it to disk; `fill` writes the content to a temporary path."""
 
     def fill_and_sync(path: Path) -> None:
         fill(path)
@@ -126,7 +126,7 @@ def write_with(target: str, fill: Callable[[Path], Any]) -> None:
 
 
 def remove(names: list[str]) -> None:
-    """Remove files; those that another process has removed are skipped."""
+    """Remove files; ignore files that another process has removed."""
     for name in names:
         file_system, path = filesystem(name)
         with naming_url(name), contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Images by fsspec URL: read in advance, as the model reads only local files, `data:` URLs and http(s)."""
+"""Prefetch of images by fsspec URL; the model itself loads only local files, `data:` and http(s) URLs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from paddlemix_qwenvl_plugin.processing.prompts import Query
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 from paddlemix_qwenvl_plugin.util.sources import is_address, without_password
 
-_MODELS_OWN = re.compile(r"(data|https?|file):", re.IGNORECASE)
+_LOADED_BY_MODEL = re.compile(r"(data|https?|file):", re.IGNORECASE)
 
 
 def with_images(rows: Iterable[tuple[int, Row]], folder: str, ahead: int) -> Iterator[tuple[int, Row]]:
-    """Replace the images by URL in rows by their bytes; images that cannot be read become the errors of their rows.
+    """Replace fsspec URLs of images in rows by the images' bytes; a row whose image cannot be read becomes an error.
 
     Args:
         rows: (number, row) pairs.
-        folder: path or URL of the folder in which relative paths start.
-        ahead: number of rows that are read in advance.
+        folder: path or URL of the folder against which relative paths are resolved.
+        ahead: number of rows to prefetch.
     """
     with ThreadPoolExecutor(ahead) as pool:
         waiting: deque[tuple[int, Future[Row]]] = deque()
@@ -59,7 +59,7 @@ def _loaded(query: Query, folder: str) -> Any:
 
 
 def _load(source: Any, folder: str) -> Any:
-    if not isinstance(source, str) or _MODELS_OWN.match(source):
+    if not isinstance(source, str) or _LOADED_BY_MODEL.match(source):
         return source
     if not is_address(source):
         if not is_address(folder) or source.startswith("/"):

@@ -1,4 +1,4 @@
-"""Input of a job: its files, their format, and an index of their rows."""
+"""Input of a batch job: its files, their format, and the index of their rows."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _FILES_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Input:
-    """Files of a job.
+    """Input files of a batch job.
 
     Attributes:
-        folder: path or URL of their folder, in which relative paths of images start.
-        sizes: size of each file by its name in the folder.
+        folder: path or URL of their folder, against which relative image paths are resolved.
+        sizes: size of each file in bytes, by its path relative to the folder.
         kind: a key of `_KINDS`.
     """
 
@@ -45,7 +45,7 @@ class Input:
     kind: str
 
     def format(self, prompt: Optional[str], options: GenerationOptions) -> Format:
-        """The format of the files; `prompt` and `options` are for rows that do not set them."""
+        """Create the format of the files; `prompt` and `options` are the defaults of rows."""
         defaults = asdict(options)
         if self.kind == "jsonl":
             return Jsonl(defaults)
@@ -54,7 +54,7 @@ class Input:
         return kinds[self.kind](prompt, defaults)
 
     def digest(self) -> str:
-        """Digest of the input: of the content of a JSONL file, otherwise of the names and sizes of the files."""
+        """Compute a digest: of the content of a single JSONL file, otherwise of the files' names and sizes."""
         if self.kind != "jsonl" or len(self.sizes) > 1:
             return hashlib.sha256(dump([*self.sizes.items()])).hexdigest()
         digest = hashlib.sha256()
@@ -65,12 +65,12 @@ class Input:
 
 
 def find(source: str, name: str) -> Input:
-    """Find the files of a source: a JSONL, Parquet or tar file, or a folder of them or of images.
+    """Find the input files of a source: a JSONL, Parquet or tar file, or a folder of these or of images.
 
     `name` identifies the source in messages.
 
     Raises:
-        UsageError: the source does not exist, or is a folder without such files or with several kinds of them.
+        UsageError: the source does not exist, or is a folder without input files or with several formats.
     """
     file_system, path = filesystem(source)
     with naming_url(source):
@@ -86,7 +86,7 @@ def find(source: str, name: str) -> Input:
         kind: {each: size for each, size in sizes.items() if each.lower().endswith(suffixes)}
         for kind, suffixes in _KINDS.items()
     }
-    images = kinds.pop("images")  # beside other files, they may be those that rows name
+    images = kinds.pop("images")  # beside other formats, these are images that the rows refer to
     found = [kind for kind in kinds if kinds[kind]]
     if len(found) > 1:
         raise UsageError(f"{name}: has files of several formats ({', '.join(found)}); name one file")

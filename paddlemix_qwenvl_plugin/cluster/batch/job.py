@@ -1,4 +1,4 @@
-"""A batch job on a cluster: its folder of parts, which a later run continues."""
+"""A batch job on a cluster, with a folder of parts as output; a later run resumes it."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from paddlemix_qwenvl_plugin.util.sources import without_password
 
 MANIFEST, ERRORS = "job.json", "errors.jsonl"
 
-_ACTORS, _PARTS_EACH = 16, 4
+_ACTORS, _PARTS_PER_ACTOR = 16, 4
 _MAX_WINDOWS = 32
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job, as the command describes it.
+    """Arguments of a batch job.
 
     Attributes:
         source, target: absolute paths or URLs of the input and of the output folder.
-        source_name, name: these in messages.
-        prompt: prompt of rows that have none; None: no prompt.
-        options: generation options of rows that do not set them.
-        window: number of concurrent rows of an actor.
+        source_name, name: names of both in messages.
+        prompt: prompt for rows without one, or None.
+        options: default generation options of rows.
+        window: number of concurrent rows per actor.
     """
 
     source: str
@@ -61,7 +61,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """Counts of a complete job; `ran` is whether any part was still to be answered."""
+    """Row, part and error counts of a complete job; `ran` is False if all parts existed before the run."""
 
     n_rows: int
     n_parts: int
@@ -70,7 +70,7 @@ class Result:
 
 
 def run(job: Job, open_model: Callable[[], Model[Any]], actors: Actors, address: str) -> Result:
-    """Answer every row of an input into a folder of parts; continue if an earlier run has left some.
+    """Answer every row of an input into a folder of parts; resume if the folder has parts of an earlier run.
 
     Raises:
         UsageError: the input or the folder cannot be used, or Ray is not installed.
@@ -119,22 +119,24 @@ def _answer(work: Work, parts: Sequence[Part], actors: Actors) -> None:
 
 
 def _part_rows(n_rows: int, window: int, n_actors: Optional[int]) -> int:
-    """Rows of a part: some parts for each actor, of at least one window.
+    """Choose the number of rows per part: several parts per actor, each of at least `window` rows.
 
-    A part begins and ends with fewer concurrent rows than `window`, and a killed actor loses one: neither too few rows
-    nor too many.
+    Short parts lower the concurrency, which is below `window` at the beginning and end of a part; long parts increase
+    the work that a killed actor loses.
     """
-    return max(window, min(_MAX_WINDOWS * window, math.ceil(n_rows / ((n_actors or _ACTORS) * _PARTS_EACH))))
+    return max(
+        window, min(_MAX_WINDOWS * window, math.ceil(n_rows / ((n_actors or _ACTORS) * _PARTS_PER_ACTOR)))
+    )
 
 
 def _is_ours(present: Iterable[str]) -> bool:
-    """Whether a folder is empty or has a job's manifest; files that a killed process left do not count."""
+    """Whether a folder is empty or has a job's manifest, apart from temporary files of killed processes."""
     names = [name for name in present if not name.startswith(PARTIAL)]
     return not names or MANIFEST in names
 
 
 def _manifest(job: Job, exists: bool) -> dict[str, Any]:
-    """The manifest of the folder, empty if it has none."""
+    """Read the manifest of the output folder; empty if it has none."""
     if not exists:
         return {}
     with opened(join(job.target, MANIFEST)) as file:
@@ -154,10 +156,10 @@ def _check(job: Job, expected: dict[str, Any], manifest: dict[str, Any]) -> None
 
 
 def _collect_errors(job: Job, parts: Sequence[Part]) -> int:
-    """Copy the errors of complete parts into a file of their own, if there are any; return their number.
+    """Copy the failed rows of all parts into ERRORS, if any, and return their number.
 
     Raises:
-        QwenVLError: a part does not have the results of its rows.
+        QwenVLError: a part does not contain the results of exactly its rows.
     """
     with ThreadPoolExecutor(16) as pool:
         errors = [line for lines in pool.map(lambda part: [*_errors(job, part)], parts) for line in lines]

@@ -1,4 +1,4 @@
-"""Division of a job's rows into parts, each answered by one actor and written as one file."""
+"""Division of a job's rows into parts; one actor answers a part and writes it as one file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from paddlemix_qwenvl_plugin.cluster.batch.formats.entry import Entry
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive rows of a file.
+    """Consecutive rows of an input file.
 
     Attributes:
         name: name of the file.
-        base: number of rows, or of lines, in the files before it.
-        number, start, stop: see Entry.
+        base: number of rows (in JSONL, lines) in all earlier files.
+        number, start, stop: as in Entry.
     """
 
     name: str
@@ -31,13 +31,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows of a job.
+    """Unit of work of a job: consecutive rows, answered by one actor into one file.
 
     Attributes:
         index: number of the part, from 0.
-        spans: its rows.
+        spans: its rows, by file.
         n_rows: their number.
-        ids: digest of their ids, `digest_of_ids`.
+        ids: `digest_of_ids` of their ids.
     """
 
     index: int
@@ -47,27 +47,27 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Name of its file in the output folder."""
+        """Name of the part's file in the output folder."""
         return f"part-{self.index:05}.jsonl"
 
     def dump(self) -> str:
-        """Serialize the part."""
+        """Serialize the part as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def load(cls, text: str) -> Part:
-        """Parse a serialized part."""
+        """Parse a part serialized by `dump`."""
         values = json.loads(text)
         return cls(**{**values, "spans": [Span(**span) for span in values["spans"]]})
 
 
 def digest_of_ids(ids: Iterable[str]) -> str:
-    """Digest of ids (`id_key`) in their order."""
+    """Compute a digest of row ids (`id_key`), in order."""
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
 
 def cut(rows: Iterable[tuple[str, Entry]], n_rows: int) -> Iterator[Part]:
-    """Cut rows, as (name of the file, entry), into parts of `n_rows`; the last one may have less."""
+    """Divide rows, as (file name, entry), into parts of `n_rows` rows; the last part may have fewer."""
     spans, ids = list[Span](), list[RowId]()
     index, base, last, previous = 0, 0, 0, None
     for name, entry in rows:

@@ -1,4 +1,4 @@
-"""Execution of parts on Ray Data: its actor pool scales, restarts actors, repeats lost parts and limits what waits."""
+"""Execution of parts on a Ray Data actor pool, which scales, restarts actors, repeats lost parts and limits queues."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _SECONDS_UNTIL_NOTICE = 30.0
 
 @dataclass(frozen=True)
 class Actors:
-    """Size of a pool, and what an actor occupies.
+    """Size of the actor pool, and resources per actor.
 
     Attributes:
-        minimum, maximum: number of actors; maximum None: as many as the cluster has room for.
-        cpus, gpus: shares of an actor.
+        minimum, maximum: number of actors; maximum None: as many as fit on the cluster.
+        cpus, gpus: number per actor, possibly fractional.
     """
 
     minimum: int = 1
@@ -32,15 +32,15 @@ class Actors:
 
     @property
     def resources(self) -> dict[str, float]:
-        """Arguments of Ray."""
+        """Resources of an actor as arguments of Ray: num_cpus, num_gpus."""
         return {"num_cpus": self.cpus, **({"num_gpus": self.gpus} if self.gpus else {})}
 
 
 def describe_model(open_model: Callable[[], Model[Any]], actors: Actors) -> tuple[list[str], str]:
-    """Open the model on a node that has room for an actor; return its `weights` and `picture_label`.
+    """Open the model on a node with room for an actor; return its `weights` and `picture_label`.
 
     Raises:
-        UsageError, QwenVLError: it cannot be opened there.
+        UsageError, QwenVLError: the model cannot be opened there.
     """
     import ray
 
@@ -65,7 +65,7 @@ def describe_model(open_model: Callable[[], Model[Any]], actors: Actors) -> tupl
 
 
 def answered(work: Work, parts: Sequence[Part], actors: Actors) -> Iterator[int]:
-    """Answer parts; yield the number of rows of each as it is done.
+    """Answer parts on the actor pool; yield the number of rows of each part as it completes.
 
     Raises:
         UsageError, QwenVLError, OSError: an actor's error, which ends the job.
@@ -74,7 +74,7 @@ def answered(work: Work, parts: Sequence[Part], actors: Actors) -> Iterator[int]
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    # A block for each part: Ray schedules and repeats blocks.
+    # One block per part: Ray schedules and repeats whole blocks.
     items = ray.data.from_items([{"part": part.dump()} for part in parts], override_num_blocks=len(parts))
     results = items.map_batches(
         Worker,
@@ -90,11 +90,11 @@ def answered(work: Work, parts: Sequence[Part], actors: Actors) -> Iterator[int]
             yield row["rows"]
     except ray.exceptions.RayError as error:
         raise QwenVLError(
-            f"the cluster gave up ({_last_line(error)}); run the command again to continue"
+            f"the job failed on the cluster ({_last_line(error)}); run the command again to resume"
         ) from error
 
 
 def _last_line(error: Exception) -> str:
-    """The line of Ray's message that names the cause: the last one of a traceback."""
+    """Return the last line of Ray's message, which is the cause at the end of a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else first_line(error)

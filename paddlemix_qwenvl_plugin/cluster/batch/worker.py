@@ -1,4 +1,4 @@
-"""Actor of a job: answers parts with a model of its own."""
+"""Actor of a batch job: opens a model and answers parts with it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
 
 @dataclass(frozen=True)
 class Work:
-    """What an actor needs besides its parts.
+    """Arguments of an actor, the same for all parts.
 
     Attributes:
         open_model: opens the model; picklable.
         identity: identity of the job.
-        folder, format: of the input.
+        folder, format: folder and format of the input.
         target: path or URL of the output folder.
         window: number of concurrent rows.
-        cpus: CPUs of an actor.
+        cpus: number of CPUs per actor, possibly fractional.
     """
 
     open_model: Callable[[], Model[Any]]
@@ -43,19 +43,19 @@ class Work:
 
 
 def open_with(open_model: Callable[[], Model[Any]], cpus: float) -> Model[Any]:
-    """Open a model that computes with `cpus` threads; the share of a CPU counts as one."""
+    """Open a model that computes with `cpus` threads, rounded up."""
     threads.limit(max(1, math.ceil(cpus)))
     return open_model()
 
 
 class Worker:
-    """Actor of Ray Data. An expected error is a result, as an exception would be repeated or wrapped by Ray."""
+    """Ray Data actor. Returns expected errors as results: Ray would retry or wrap an exception."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Answer the part of a batch of one; return its number of rows, or the line and the exit code of an error."""
+        """Answer the only part of a batch; return its number of rows, or an error as one line with its exit code."""
         part = Part.load(str(batch["part"][0]))
         try:
             self._answer(part)
@@ -69,7 +69,7 @@ class Worker:
         model = open_with(work.open_model, work.cpus)
         if model.weights != work.identity["weights"]:
             raise QwenVLError(
-                "an actor has other weights than the job; the stages must be the same on all nodes"
+                "the weights of an actor differ from those of the job; copy the same stages to all nodes"
             )
         model.load()
         return Answers(model, Path(work.folder), work.identity)
@@ -95,7 +95,7 @@ class Worker:
         write(join(work.target, part.name), b"".join(lines[number] for number in numbers))
 
     def _rows(self, part: Part) -> Iterator[tuple[int, Row]]:
-        """Rows of a part by their numbers in the job."""
+        """Yield the rows of a part as (number in the job, row)."""
         for span in part.spans:
             entry = Entry(span.number, span.start, span.stop)
             for number, row in self._work.format.rows(self._work.folder, span.name, entry):

@@ -18,7 +18,7 @@ from paddlemix_qwenvl_plugin.serve.openai.json_text import dumps
 
 @dataclass
 class Choice:
-    """Accumulated choice."""
+    """Choice of a response that is not streamed, accumulated from its events."""
 
     delta: Delta = field(default_factory=Delta)
     finish_reason: Optional[str] = None

@@ -1,1 +1,1 @@
-"""Input formats: JSONL, Parquet, WebDataset and folders of images, each read as lines of JSON."""
+"""Input formats of `qwenvl batch --ray`: JSONL, Parquet, WebDataset and folders of images."""

@@ -1,4 +1,4 @@
-"""Interface of an input format: an index of a file's rows, and the rows in a range of it."""
+"""Interface of input formats: index the rows of a file, and read a range of rows."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PLAIN_KEYS = (
     *("image", "images", "prompt", "chat", "system", "adapter"),
     *(field.name for field in fields(GenerationOptions)),
 )
-"""Keys of the plain form besides the id: the fields that Parquet and WebDataset rows may have."""
+"""Keys of the plain form without the id: the fields of Parquet and WebDataset rows."""
 
 
 class Entry(NamedTuple):
-    """Place of a row in its file, or of consecutive rows.
+    """Location of a row, or of consecutive rows, in an input file.
 
     Attributes:
-        number: number of the row in the file, from 1; in JSONL, of its line.
-        start, stop: the range, in the format's own unit: bytes, or rows.
-        row_id: its id; None if the row has no valid one.
+        number: number of the first row in the file, from 1; in JSONL, of its line.
+        start, stop: the range [start, stop), in the unit of the format: bytes, or rows from 0.
+        row_id: id of the row; None without a valid id.
     """
 
     number: int
@@ -36,25 +36,25 @@ class Entry(NamedTuple):
 
 
 class Format(Protocol):
-    """An input format. `defaults` of a format are the generation options of rows that do not set them."""
+    """Interface of an input format; implementations take the default generation options of rows as `defaults`."""
 
     def index(self, folder: str, name: str) -> Iterator[Entry]:
         """List the rows of a file."""
 
     def rows(self, folder: str, name: str, entry: Entry) -> Iterator[tuple[int, Row]]:
-        """Read the rows in a range as (number, row), as they are needed."""
+        """Read the rows in a range lazily, as (number, row)."""
 
 
 def plain_row(
     row_id: RowId, values: Mapping[str, Any], prompt: Optional[str], defaults: Mapping[str, Any]
 ) -> Row:
-    """Build a row from fields of the plain form; fields that the form does not have are ignored.
+    """Build a row from fields of the plain form; other fields are ignored.
 
     Args:
-        row_id: its id.
+        row_id: id of the row.
         values: the fields.
-        prompt: prompt of a row without one.
-        defaults: generation options for those that the row does not set.
+        prompt: prompt for a row without one.
+        defaults: values of the generation options that the row does not set.
     """
     known = {key: values[key] for key in PLAIN_KEYS if values.get(key) is not None}
     if prompt is not None:

@@ -12,16 +12,16 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 class Images:
-    """Files of one row, whose id is the name of the file in the folder."""
+    """Format of image files: a file is one row, with its path relative to the folder as the id."""
 
     def __init__(self, prompt: Optional[str], defaults: Mapping[str, Any]) -> None:
         self._prompt = prompt
         self._defaults = defaults
 
     def index(self, folder: str, name: str) -> Iterator[Entry]:
-        """List the row of a file."""
+        """List the only row of an image file."""
         yield Entry(1, 0, 1, name)
 
     def rows(self, folder: str, name: str, entry: Entry) -> Iterator[tuple[int, Row]]:
-        """Build the row of a file; its image is loaded when the row is answered."""
+        """Build the row of an image file; the image is loaded when the row is answered."""
         yield 1, plain_row(name, {"image": name}, self._prompt, self._defaults)

@@ -1,4 +1,4 @@
-"""JSONL files: one request per line, in either form."""
+"""JSONL files: one request per line, in the plain or OpenAI's form."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from paddlemix_qwenvl_plugin.cluster.batch.formats.entry import Entry
 
 
 class Jsonl:
-    """Rows by byte offset. Blank lines are skipped."""
+    """Format of JSONL files, with ranges of byte offsets. Blank lines are skipped."""
 
     def __init__(self, defaults: Mapping[str, Any]) -> None:
         self._defaults = defaults
 
     def index(self, folder: str, name: str) -> Iterator[Entry]:
-        """List the rows of a file."""
+        """List the rows of a JSONL file."""
         offset = 0
         with opened(join(folder, name)) as file:
             for number, line in enumerate(file, start=1):
@@ -27,7 +27,7 @@ class Jsonl:
                 offset += len(line)
 
     def rows(self, folder: str, name: str, entry: Entry) -> Iterator[tuple[int, Row]]:
-        """Read the rows in a range."""
+        """Read the rows in a range of byte offsets."""
         with opened(join(folder, name)) as file:
             file.seek(entry.start)
             number, offset = entry.number, entry.start

@@ -15,9 +15,10 @@ _ROWS_AT_ONCE = 16
 
 
 class Parquet:
-    """Rows by number. Images are paths, URLs, encoded bytes, or Hugging Face's structs of bytes and path.
+    """Format of Parquet files, with ranges of row numbers.
 
-    Without a column `id` the rows have the ids NAME:NUMBER.
+    Images are paths, URLs, encoded bytes, or Hugging Face's structs of bytes and path. Without a column `id`, ids are
+    NAME:NUMBER.
     """
 
     def __init__(self, prompt: Optional[str], defaults: Mapping[str, Any]) -> None:
@@ -25,7 +26,7 @@ class Parquet:
         self._defaults = defaults
 
     def index(self, folder: str, name: str) -> Iterator[Entry]:
-        """List the rows of a file."""
+        """List the rows of a Parquet file."""
         from pyarrow.parquet import ParquetFile
 
         with opened(join(folder, name)) as file:
@@ -41,7 +42,7 @@ class Parquet:
                     row += 1
 
     def rows(self, folder: str, name: str, entry: Entry) -> Iterator[tuple[int, Row]]:
-        """Read the rows in a range, from the row groups that contain it."""
+        """Read the rows in a range of row numbers, from the row groups that overlap it."""
         from pyarrow.parquet import ParquetFile
 
         with opened(join(folder, name)) as file:

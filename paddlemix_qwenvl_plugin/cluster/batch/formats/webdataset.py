@@ -1,4 +1,4 @@
-"""WebDataset's tar files: consecutive files with the same name before the first dot are a row."""
+"""WebDataset tar files: consecutive members with the same name before the first dot form a row."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 
 
 class WebDataset:
-    """Rows by byte offset; their ids are the names in the tar file without extensions.
+    """Format of WebDataset tar files, with ranges of byte offsets.
 
-    The images of a row are its image files in the order of their extensions. Its `.json` has fields of the plain form.
-    Its `.txt` is the prompt unless the job has one.
+    A row's id is the name of its members without the extension. Its images are the image members in the order of their
+    extensions. Its `.json` has fields of the plain form. Its `.txt` is the prompt unless the job has one.
     """
 
     def __init__(self, prompt: Optional[str], defaults: Mapping[str, Any]) -> None:
@@ -26,11 +26,11 @@ class WebDataset:
         self._defaults = defaults
 
     def index(self, folder: str, name: str) -> Iterator[Entry]:
-        """List the rows of a file."""
+        """List the rows of a tar file."""
         number, key, start, stop = 0, "", 0, 0
         with opened(join(folder, name)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                _forget(archive)
+                _clear_members(archive)
                 if not member.isfile():
                     continue
                 found = _split(member.name)[0]
@@ -43,14 +43,14 @@ class WebDataset:
                 yield Entry(number, start, stop, key)
 
     def rows(self, folder: str, name: str, entry: Entry) -> Iterator[tuple[int, Row]]:
-        """Read the rows in a range."""
+        """Read the rows in a range of byte offsets."""
         number, last = entry.number, ""
         files: dict[str, bytes] = {}
         with opened(join(folder, name)) as file:
             file.seek(entry.start)
             with tarfile.open(fileobj=file, mode="r|") as archive:  # reads forward only
                 for member in archive:
-                    _forget(archive)
+                    _clear_members(archive)
                     if member.offset >= entry.stop - entry.start:
                         break
                     content = archive.extractfile(member)
@@ -78,13 +78,13 @@ class WebDataset:
         return plain_row(key, fields, prompt, self._defaults)
 
 
-def _forget(archive: Any) -> None:
-    """Empty tarfile's list of the members so far, of which there may be millions."""
+def _clear_members(archive: Any) -> None:
+    """Clear tarfile's list of read members, which would grow to millions."""
     archive.members = []
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Split the name of a file into the row's key and the extension, in lower case."""
+    """Split a member's name into the row's key and the extension in lower case."""
     folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
     return folder + slash + stem, extension.lower()
