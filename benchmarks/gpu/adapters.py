@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/adapters.py
 
-7B geometry, random weights. An adapter changes attn.c_attn, attn.c_proj, mlp.w1 and mlp.w2 of each layer with rank 64,
-as the official fine-tuning script does. Environment: as ours.py.
+7B geometry, random weights. An adapter changes attn.c_attn, attn.c_proj, mlp.w1 and mlp.w2 of each layer, as those of
+the official fine-tuning script do, which have rank 64. Environment: as ours.py.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "csrc"))
 
 from engine import BFLOAT16, Adapter, LowRank
 
-BATCH, PAST, RANK = 16, 300, 64
+BATCH, PAST = 16, 300
 TARGETS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.w1.weight", "mlp.w2.weight")
 
 
-def make_adapter(ours: Ours, seed: int) -> Adapter:
+def make_adapter(ours: Ours, rank: int, seed: int) -> Adapter:
     """Adapter of small random values; matrices are views of one buffer."""
-    values = (np.random.default_rng(seed).standard_normal(RANK * 12288) * 0.01).astype(np.float16)
+    values = (np.random.default_rng(seed).standard_normal(rank * 12288) * 0.01).astype(np.float16)
     entries = {}
     for name, shape in language_shapes(ours.sizes).items():
         if name.endswith(TARGETS):
-            a, b = values[: RANK * shape[1]].reshape(RANK, -1), values[: shape[0] * RANK].reshape(-1, RANK)
+            a, b = values[: rank * shape[1]].reshape(rank, -1), values[: shape[0] * rank].reshape(-1, rank)
             entries[name] = LowRank(a, b, 0.25)
     return ours.engine.adapter(entries)
 
@@ -43,30 +43,38 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--types", nargs="+", default=["bf16", "int4"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[16, 64])
     arguments = parser.parse_args()
     for storage in arguments.types:
         with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-            time_adapters(storage)
+            time_adapters(storage, arguments.ranks)
         torch.cuda.empty_cache()
 
 
-def time_adapters(storage: str) -> None:
+def time_adapters(storage: str, ranks: list[int]) -> None:
     ours = Ours(Sizes(), storage)
     n_blocks = BATCH * (-(-(PAST + 1) // BLOCK))
     with ours.engine.pool(n_blocks, BLOCK, BFLOAT16) as pool:
         prompts = ours.batch(pool, n_blocks, BATCH, PAST + 1)
         prompts.run(random_ids(BATCH * PAST, ours.sizes), ours.tokens(BATCH), PAST, 0, PAST)
-        adapters = [make_adapter(ours, seed) for seed in range(4)]
-        for n in (0, 1, 4):
+        tokens = random_ids(BATCH, ours.sizes)
+
+        def time_step(adapters: list[Adapter]) -> float:
             steps = Steps(ours.engine, pool, prompts._tables)
             for i, sequence in enumerate(steps._sequences):
-                sequence.adapter = adapters[i % n].handle.value if n else None
-            tokens = random_ids(BATCH, ours.sizes)
+                sequence.adapter = adapters[i % len(adapters)].handle.value if adapters else None
             run = functools.partial(steps.run, tokens, tokens, 1, PAST, PAST)
-            took = measure(run, functools.partial(tokens.random_, 0, ours.sizes.vocab), group=8)
-            note(f"{storage}: a step of {BATCH} sequences with {n} adapters: {took:.3f} ms")
-        for adapter in adapters:
-            ours.engine.library.dll.qvl_adapter_free(adapter.handle)
+            return measure(run, functools.partial(tokens.random_, 0, ours.sizes.vocab), group=8)
+
+        alone = time_step([])
+        note(f"{storage}: a step of {BATCH} sequences without adapters: {alone:.3f} ms")
+        for rank in ranks:
+            adapters = [make_adapter(ours, rank, seed) for seed in range(4)]
+            for n in (1, 4):
+                took = time_step(adapters[:n])
+                note(f"{storage}: rank {rank}, {n} adapters: {took:.3f} ms ({took / alone - 1:+.1%})")
+            for adapter in adapters:
+                ours.engine.library.dll.qvl_adapter_free(adapter.handle)
 
 
 if __name__ == "__main__":

@@ -247,8 +247,8 @@ void Language::product(CUstream stream, int number, const Matrix& matrix, const 
   const auto first_decode = size(prompts) * size(x_stride) * 2;
   const AdaptedRows rows{adapted ? at.adapters + prompts : nullptr, at.adapter_order, shape.n_decode, number};
   char* const low = bytes(low_.get()) + size(prompts) * size(max_rank_) * 2;  // of the decode rows
-  if (adapted && shape.n_decode > 0)
-    low_rank_down(gpu_, stream, rows, bytes(x) + first_decode, x_stride, x_stride, low, max_rank_);
+  const LowRankParams low_rank =
+      low_rank_params(rows, bytes(x) + first_decode, x_stride, x_stride, low, max_rank_);
 
   // Without adapters the product applies its epilogue itself, else to float32 that adapters are added to.
   const bool raw = adapted && (into == Into::kHalf || into == Into::kSiluTimes);
@@ -262,7 +262,8 @@ void Language::product(CUstream stream, int number, const Matrix& matrix, const 
   for (int done = prompts; done < shape.rows(); done += kMaxDecodeRows) {
     const int n = std::min(kMaxDecodeRows, shape.rows() - done);
     linear_decode(gpu_, stream, matrix, bytes(inputs) + size(done) * size(stride) * 2, stride, n, base,
-                  bytes(base_y) + size(done) * row_bytes(matrix, base));
+                  bytes(base_y) + size(done) * row_bytes(matrix, base),
+                  adapted && done == prompts ? &low_rank : nullptr);
   }
   if (!adapted) return;
 

@@ -74,10 +74,12 @@ TensorMap boxes_of(const Gpu& gpu, const void* base, int64_t rows, int64_t in, i
 }  // namespace
 
 void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix, const void* x,
-                          int64_t x_stride, int n, Into into, void* y) {
+                          int64_t x_stride, int n, Into into, void* y, const LowRankParams* low_rank) {
   const bool half = matrix.storage == Storage::kHalf;
   const Kind kind = kind_of(matrix.storage);
-  const int columns = n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64, chunks = divide_up(n, columns);
+  int columns = n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64;
+  if (low_rank != nullptr) columns = n <= 16 ? 16 : 64;  // fewer kernels
+  const int chunks = divide_up(n, columns);
   const int blocks = std::max(1, gpu.multiprocessors() / chunks);
 
   LinearHopper p{};
@@ -112,11 +114,16 @@ void linear_decode_hopper(const Gpu& gpu, CUstream stream, const Matrix& matrix,
   }
   p.x = boxes_of(gpu, x, n, matrix.in, x_stride, columns, kind.boxes * p.steps);
 
-  const std::string name = std::string("linear_hopper_") + info(matrix.storage).name + "_" +
-                           std::to_string(columns) + "_" + std::to_string(parts);
-  gpu.launch(stream, name.c_str(),
-             {static_cast<unsigned>(std::min(p.tiles, blocks)), static_cast<unsigned>(chunks)}, kThreads,
-             std::max(shared, kLeastShared), p, true);
+  const std::string name = std::string(low_rank != nullptr ? "linear_hopper_adapted_" : "linear_hopper_") +
+                           info(matrix.storage).name + "_" + std::to_string(columns) + "_" +
+                           std::to_string(parts);
+  const Dim grid{static_cast<unsigned>(std::min(p.tiles, blocks)), static_cast<unsigned>(chunks)};
+  const int bytes_shared = std::max(shared, kLeastShared);
+  if (low_rank != nullptr) {
+    gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, AdaptedLinearHopper{p, *low_rank}, true);
+  } else {
+    gpu.launch(stream, name.c_str(), grid, kThreads, bytes_shared, p, true);
+  }
 }
 
 }  // namespace qvl::cuda

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "core/pack.h"
-#include "cuda/kernels/low_rank.h"
 
 namespace qvl::cuda {
 namespace {
@@ -114,15 +113,19 @@ LowRankParams params_of(const AdaptedRows& rows, int low_stride) {
 
 }  // namespace
 
-void low_rank_down(const Gpu& gpu, CUstream stream, const AdaptedRows& rows, const void* x, int64_t x_stride,
-                   int in, void* low, int low_stride) {
+LowRankParams low_rank_params(const AdaptedRows& rows, const void* x, int64_t x_stride, int in, void* low,
+                              int low_stride) {
   LowRankParams p = params_of(rows, low_stride);
   p.x = x;
   p.x_stride = x_stride;
   p.in = in;
   p.low = low;
+  return p;
+}
+
+void low_rank_down(const Gpu& gpu, CUstream stream, const LowRankParams& p) {
   gpu.launch(stream, "low_rank_down",
-             {blocks(low_stride, kLowRankDown), blocks(rows.n, kLowRankRows), kLowRankRuns},
+             {blocks(p.low_stride, kLowRankDown), blocks(p.n, kLowRankRows), kLowRankRuns},
              kLowRankDownThreads, 0, p, true);
 }
 

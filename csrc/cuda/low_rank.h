@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "cuda/kernels/low_rank.h"
 #include "cuda/memory.h"
 #include "cuda/ops.h"
 
@@ -67,8 +68,9 @@ struct AdaptedRows {
 
 // low = A x: x H [n, x_stride], `in` values of a row -> H [n, low_stride]; rows without an adapter are not
 // written.
-void low_rank_down(const Gpu&, CUstream, const AdaptedRows&, const void* x, int64_t x_stride, int in,
-                   void* low, int low_stride);
+LowRankParams low_rank_params(const AdaptedRows&, const void* x, int64_t x_stride, int in, void* low,
+                              int low_stride);
+void low_rank_down(const Gpu&, CUstream, const LowRankParams&);
 
 // The epilogue `into` of raw + B low: raw float32 [n, out] -> y. kAdd and kFloat: raw NULL, added to y.
 void low_rank_up(const Gpu&, CUstream, const AdaptedRows&, const void* low, int low_stride, int out,

@@ -17,6 +17,8 @@
 
 namespace qvl::cuda {
 
+struct LowRankParams;  // kernels/low_rank.h
+
 // A weight [out, in] on the GPU. `in` is padded to `stride` values with zeros: a multiple of 8 (kHalf: as
 // stored) or of 128 (quantised).
 enum class Storage {
@@ -86,8 +88,9 @@ void upload_matrix(const Gpu&, CUstream, qvl_dtype dtype, const void* from, int 
 // ---- decode steps: linear_decode.cc, attention_decode.cc, elementwise.cc --------------------------------
 
 // y = x W^T + bias, x H [n, x_stride], x_stride a multiple of 8; the columns of x are in the matrix's order.
-void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into,
-                   void* y);
+// low_rank: also computes A x, as low_rank_down of low_rank.h, from rows and inputs that may be others.
+void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
+                   const LowRankParams* low_rank = nullptr);
 
 // y[i, j] = x[i, order[j]]: x H [n, x_stride] -> H [n, y_stride], j < in. The rest of a row is not written.
 void gather_columns(const Gpu&, CUstream, const void* x, int64_t x_stride, const int32_t* order, int n,

@@ -2,6 +2,7 @@
 #include <exception>
 #include <string>
 
+#include "cuda/low_rank.h"
 #include "cuda/ops.h"
 
 using namespace qvl;
@@ -55,6 +56,19 @@ EXPORT const char* decode_linear(int half, CUstream stream, int storage, int out
   return guarded_line([&] {
     linear_decode(gpu(half), stream, matrix(storage, out, in, stride, values, scales, bias), x, x_stride, n,
                   static_cast<Into>(into), y);
+  });
+}
+
+// decode_linear with A x of adapters, `low`: see qvlt_gpu_low_rank.
+EXPORT const char* decode_adapted(int half, CUstream stream, int storage, int out, int in, int stride,
+                                  void* values, void* scales, const void* x, int64_t x_stride, int n,
+                                  int into, void* y, const uint64_t* adapters, const int32_t* order,
+                                  int product, void* low, int low_stride) {
+  return guarded_line([&] {
+    const AdaptedRows rows{adapters, order, n, product};
+    const LowRankParams low_rank = low_rank_params(rows, x, x_stride, in, low, low_stride);
+    linear_decode(gpu(half), stream, matrix(storage, out, in, stride, values, scales, nullptr), x, x_stride,
+                  n, static_cast<Into>(into), y, &low_rank);
   });
 }
 

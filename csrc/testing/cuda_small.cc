@@ -57,7 +57,7 @@ EXPORT const char* qvlt_gpu_low_rank(int64_t bfloat16, CUstream stream, const ui
                                      const float* raw, int64_t into, void* y) {
   return on_gpu(bfloat16, [&](const Gpu& gpu) {
     const AdaptedRows rows{adapters, order, as_int(n), as_int(product)};
-    low_rank_down(gpu, stream, rows, x, x_stride, as_int(in), low, as_int(low_stride));
+    low_rank_down(gpu, stream, low_rank_params(rows, x, x_stride, as_int(in), low, as_int(low_stride)));
     low_rank_up(gpu, stream, rows, low, as_int(low_stride), as_int(out), raw, static_cast<Into>(into), y);
   });
 }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
+import test_decode
 from small import HALVES, ROUNDING, normal, poisoned, run, same_bits, torch
 
 PRODUCTS = 3
@@ -86,3 +89,31 @@ def test_rows_of_several_adapters(half, out, width, into):
         room = room + wide.abs() * ROUNDING[got.dtype] * 1.02 + 1e-6
         assert bool(((got[i].double() - wide).abs() <= room).all()), i
         assert same_bits(product([i])[0], got[i])
+
+
+@pytest.mark.parametrize("half", test_decode.HALVES)
+@pytest.mark.parametrize("storage", test_decode.STORAGES)
+@pytest.mark.parametrize(("out", "width"), [(40, 136), (4096, 4096), (258, 11008)])
+def test_adapted_products(cuda_library, launch, half, storage, out, width):
+    """A x beside the base product: the bits of both alone."""
+    dtype = test_decode.HALVES[half]
+    matrix, _ = test_decode.random_matrix(cuda_library, launch, half, storage, out, width)
+    tables = [Table(dtype, rank, out, width) for rank in (0, 16, 64, 208)]
+    for n in (1, 7, 16, 41, 64):
+        x = normal(n, width).to(dtype)
+        tables_of = [tables[i % 5 - 1] if i % 5 else None for i in range(n)]
+        addresses = [0 if table is None else table.words.data_ptr() for table in tables_of]
+        adapters = torch.tensor(addresses, dtype=torch.int64, device="cuda")
+        order = adapters.sort(descending=True).indices.int()
+        low_alone, low = (poisoned(n, 208, dtype=dtype) for _ in range(2))
+        y, expected = (poisoned(n, out, dtype=torch.float32) for _ in range(2))
+        stride = ctypes.c_int64(width)
+        launch(
+            *("decode_adapted", half, *matrix.shape, x, stride, n, test_decode.INTOS.index("float"), y),
+            *(adapters, order, PRODUCT, low, 208),
+        )
+        assert same_bits(y, matrix.product(x, "float", expected))
+        sizes = (width, width, n, low_alone, 208, out)
+        finished = poisoned(n, out, dtype=dtype)
+        run("low_rank", dtype, adapters, order, PRODUCT, x, *sizes, y, INTOS["half"], finished)
+        assert same_bits(low, low_alone)

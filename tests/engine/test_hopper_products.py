@@ -108,6 +108,19 @@ def grouped(
     return stored.tobytes() + scales.tobytes() + zeros.tobytes(), exact[:, :width]
 
 
+class Adapted(ctypes.Structure):
+    """HostAdapted of host_gpu/linear_decode.cc."""
+
+    _fields_ = (
+        ("a", ctypes.c_void_p),
+        ("adapters", ctypes.c_int),
+        ("rank", ctypes.c_int),
+        ("of_rows", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
+        ("low", ctypes.c_void_p),
+    )
+
+
 class Product:
     def __init__(self, library: ctypes.CDLL, dtype: int, out: int, width: int) -> None:
         random = np.random.default_rng([dtype, out, width])
@@ -115,7 +128,13 @@ class Product:
         self.stored, self.exact = matrix(random, dtype, out, width)
         self.bias = random.standard_normal(out, np.float32)
 
-    def run(self, x: np.ndarray, into: str = "float", y: Optional[np.ndarray] = None) -> np.ndarray:
+    def run(
+        self,
+        x: np.ndarray,
+        into: str = "float",
+        y: Optional[np.ndarray] = None,
+        adapted: Optional[Adapted] = None,
+    ) -> np.ndarray:
         """x: bits [n, stride]; values after the first `width` must not count."""
         n = len(x)
         if y is None:
@@ -124,7 +143,7 @@ class Product:
         failed = self.library.host_linear(
             *(self.dtype, self.out, self.width, self.stored, self.bias.ctypes.data_as(ctypes.c_void_p)),
             *(x.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(x.shape[1]), n, INTOS.index(into)),
-            y.ctypes.data_as(ctypes.c_void_p),
+            *(y.ctypes.data_as(ctypes.c_void_p), None if adapted is None else ctypes.byref(adapted)),
         )
         assert failed is None, failed.decode()
         return y
@@ -177,3 +196,28 @@ def test_results_are_finished(library: ctypes.CDLL) -> None:
     seen = widened(product.run(x, "silu_times"))
     expected = value * gate / (1 + np.exp(-gate))
     assert np.allclose(seen, expected, rtol=2.0**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "out", "width", "n"), [("bfloat16", 40, 648, 19), ("int4_g64", 40, 4136, 5)]
+)
+def test_low_rank_adapters(library: ctypes.CDLL, kind: str, out: int, width: int, n: int) -> None:
+    """A x of the rows' adapters against float64, and the bits of the product without adapters."""
+    product, x, rank = Product(library, KINDS[kind], out, width), rows(n, width), 8
+    random = np.random.default_rng(n)
+    a = bfloat16(random.standard_normal((5, rank, width), np.float32))
+    of_rows = random.integers(-1, 5, n).astype(np.int32)
+    order = np.argsort(of_rows, kind="stable").astype(np.int32)
+    nothing = bfloat16(np.float32(np.nan))
+    low = np.full((n, rank), nothing)
+    addresses = [each.ctypes.data for each in (a, of_rows, order, low)]
+    got = product.run(x, adapted=Adapted(addresses[0], len(a), rank, *addresses[1:]))
+    assert (got == product.run(x)).all()
+    wide = widened(x)[:, :width].astype(np.float64)
+    for i, adapter in enumerate(of_rows):
+        if adapter < 0:
+            assert (low[i] == nothing).all()
+            continue
+        of_row = widened(a[adapter]).astype(np.float64)
+        exact, room = of_row @ wide[i], np.abs(of_row) @ np.abs(wide[i]) * 2.0**-18
+        assert (np.abs(widened(low[i]) - exact) <= room + np.abs(exact) * 2.0**-8).all(), i

@@ -1,7 +1,7 @@
 // Parameters of the products of decode steps, shared by host and device.
 #pragma once
 
-#include "cuda/kernels/linear_prompt.h"
+#include "cuda/kernels/low_rank.h"
 #include "cuda/kernels/tensor_map.h"
 
 #ifdef __CUDACC__
@@ -91,6 +91,12 @@ struct LinearHopper {
   // stage's previous round for the awaited one.
   int stages;
   int stage_bytes;
+};
+
+// A product whose rows have adapters: also computes A x of low_rank.h.
+struct AdaptedLinearHopper {
+  LinearHopper product;
+  LowRankParams low_rank;
 };
 
 }  // namespace qvl::cuda

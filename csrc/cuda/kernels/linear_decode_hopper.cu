@@ -146,6 +146,7 @@ struct Int4Weights {
 QVL_HOPPER_WIDE(half, HalfWeights)
 QVL_HOPPER(half, HalfWeights, 32, 3)
 QVL_HOPPER(half, HalfWeights, 64, 2)
+QVL_HOPPER_ADAPTED(half, HalfWeights, 64, 2)
 QVL_HOPPER_WIDE(int8, Int8Weights)
 QVL_HOPPER_WIDE(int4_g64, Int4Weights<64>)
 QVL_HOPPER_WIDE(int4_g128, Int4Weights<128>)

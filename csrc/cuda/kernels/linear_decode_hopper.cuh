@@ -34,6 +34,7 @@
 #include "cuda/kernels/hopper.cuh"
 #include "cuda/kernels/linear_decode.h"
 #include "cuda/kernels/linear_prompt.cuh"
+#include "cuda/kernels/low_rank.cuh"
 #include "cuda/kernels/quantised.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -83,8 +84,44 @@ struct Place {
   }
 };
 
-template <class Weights, int N, int kSubtiles>
-__device__ inline void linear_decode(const LinearHopper& p) {
+// What a kernel does before it multiplies: waits for the preceding kernels and calls `request_x`, once in
+// each thread. `scratch`: shared memory of the sums.
+struct Start {
+  template <class RequestX>
+  __device__ void operator()(float*, const RequestX& request_x) const {
+    wait_for_predecessors();
+    request_x();
+  }
+};
+
+// Computes A x as well, while the copy engine brings the weights. Blocks share the units.
+struct StartWithLowRank {
+  const LowRankParams& p;
+
+  template <class RequestX>
+  __device__ void operator()(float* scratch, const RequestX& request_x) const {
+    const Start start;
+    if (threadIdx.x >= kLowRankDownThreads) return start(scratch, request_x);
+    const auto sync = [] { threads_sync<kLowRankDownThreads>(1); };
+    const int parts = p.low_stride / kLowRankDown, units = low_rank_units(p);
+    const int blocks = (p.n + kLowRankRows - 1) / kLowRankRows;
+    bool started = false;
+    const auto start_once = [&] {
+      if (!started) start(scratch, request_x);
+      started = true;
+    };
+    for (int unit = blockIdx.y * gridDim.x + blockIdx.x; unit < units; unit += gridDim.x * gridDim.y) {
+      lower(p, *reinterpret_cast<LowRankScratch*>(scratch), unit % parts, unit / parts % blocks,
+            unit / parts / blocks, sync, start_once);
+      sync();  // the scratch memory has been read
+    }
+    start_once();
+  }
+};
+static_assert(sizeof(LowRankScratch) <= hopper_sum_bytes(16, 1), "scratch memory of A x");
+
+template <class Weights, int N, int kSubtiles, class Begin>
+__device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_with) {
   constexpr int kXBytes = Weights::kBoxes * N * kBoxBytes;  // of a step
   constexpr int kColumns = hopper_columns(N), kParts = hopper_parts(N, kSubtiles);
   constexpr int kPartFloats = kGroups * kColumns * kHopperColumn;
@@ -145,10 +182,10 @@ __device__ inline void linear_decode(const LinearHopper& p) {
     for (int i = warp; i < ahead; i += kThreads / 32)
       request_weights(i, blockIdx.x + i / p.items * gridDim.x, i % p.items);
   }
-  wait_for_predecessors();
-  if (lane == 0) {
+  begin_with(sums_out, [&] {
+    if (lane != 0) return;
     for (int i = warp; i < ahead; i += kThreads / 32) request_x(i, i % p.items);
-  }
+  });
 
   if (warp == 4 * kGroups) {
     if (lane != 0) return;
@@ -238,14 +275,22 @@ __device__ inline void linear_decode(const LinearHopper& p) {
 #define QVL_HOPPER(NAME, WEIGHTS, N, TILES)                                                            \
   extern "C" __global__ __launch_bounds__(                                                             \
       kThreads, 1) void linear_hopper_##NAME##_##N##_##TILES(const __grid_constant__ LinearHopper p) { \
-    linear_decode<WEIGHTS, N, TILES>(p);                                                               \
+    linear_decode<WEIGHTS, N, TILES>(p, Start{});                                                      \
+  }
+#define QVL_HOPPER_ADAPTED(NAME, WEIGHTS, N, TILES)                                                       \
+  extern "C" __global__ __launch_bounds__(kThreads, 1) void linear_hopper_adapted_##NAME##_##N##_##TILES( \
+      const __grid_constant__ AdaptedLinearHopper p) {                                                    \
+    linear_decode<WEIGHTS, N, TILES>(p.product, StartWithLowRank{p.low_rank});                            \
   }
 #define QVL_HOPPER_TILES(NAME, WEIGHTS, N) \
   QVL_HOPPER(NAME, WEIGHTS, N, 1) QVL_HOPPER(NAME, WEIGHTS, N, 2) QVL_HOPPER(NAME, WEIGHTS, N, 3)
-#define QVL_HOPPER_WIDE(NAME, WEIGHTS) \
-  QVL_HOPPER_TILES(NAME, WEIGHTS, 8)   \
-  QVL_HOPPER_TILES(NAME, WEIGHTS, 16)  \
-  QVL_HOPPER(NAME, WEIGHTS, 32, 1) QVL_HOPPER(NAME, WEIGHTS, 32, 2) QVL_HOPPER(NAME, WEIGHTS, 64, 1)
+#define QVL_HOPPER_WIDE(NAME, WEIGHTS)                                                                       \
+  QVL_HOPPER_TILES(NAME, WEIGHTS, 8)                                                                         \
+  QVL_HOPPER_TILES(NAME, WEIGHTS, 16)                                                                        \
+  QVL_HOPPER(NAME, WEIGHTS, 32, 1)                                                                           \
+  QVL_HOPPER(NAME, WEIGHTS, 32, 2) QVL_HOPPER(NAME, WEIGHTS, 64, 1) QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 1) \
+      QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 2) QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 3)                      \
+          QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 64, 1)
 
 }  // namespace qvl::cuda
 

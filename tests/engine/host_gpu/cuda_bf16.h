@@ -35,6 +35,9 @@ inline uint2 make_uint2(unsigned x, unsigned y) {
 struct float2 {
   float x, y;
 };
+inline float2 make_float2(float x, float y) {
+  return {x, y};
+}
 
 inline int min(int a, int b) {
   return a < b ? a : b;
@@ -61,12 +64,19 @@ inline float __saturatef(float x) {
 inline float __expf(float x) {
   return std::exp(x);
 }
-// Only values that all lanes share are handed around by the kernels that run here.
+// Of signed values only those that all lanes share.
 inline int __shfl_sync(unsigned, int value, int) {
   return value;
 }
 inline float __shfl_xor_sync(unsigned, float, int) {
   std::abort();
+}
+// These exchange values between the lanes, by a meeting of the warp.
+unsigned __shfl_sync(unsigned, unsigned value, int lane);
+unsigned long long __shfl_up_sync(unsigned, unsigned long long value, int by);
+unsigned __ballot_sync(unsigned, bool value);
+inline int __popc(unsigned value) {
+  return __builtin_popcount(value);
 }
 void __syncthreads();
 

@@ -20,6 +20,7 @@
 #undef QVL_COMPUTE_BFLOAT16  // qwenvl.h has a constant of this name
 
 #include "core/error.h"
+#include "cuda/low_rank.h"
 #include "cuda/ops.h"
 #include "cuda/tensor_map.h"
 
@@ -124,21 +125,31 @@ void copy_all() {
 }
 
 using Hopper = void (*)(LinearHopper);
+using Adapted = void (*)(AdaptedLinearHopper);
 using Upload = void (*)(UploadMatrix);
 const std::map<std::string, Hopper>& products_by_name() {
 #define QVL_NAME(NAME, N, TILES) \
   {"linear_hopper_" #NAME "_" #N "_" #TILES, linear_hopper_##NAME##_##N##_##TILES},
-#define QVL_NAMES(NAME)                                                                   \
-  QVL_NAME(NAME, 8, 1)                                                                    \
-  QVL_NAME(NAME, 8, 2)                                                                    \
-  QVL_NAME(NAME, 8, 3)                                                                    \
-  QVL_NAME(NAME, 16, 1)                                                                   \
-  QVL_NAME(NAME, 16, 2) QVL_NAME(NAME, 16, 3) QVL_NAME(NAME, 32, 1) QVL_NAME(NAME, 32, 2) \
-      QVL_NAME(NAME, 64, 1)
+#define QVL_NAMES(NAME) \
+  QVL_NAME(NAME, 8, 1)  \
+  QVL_NAME(NAME, 8, 2)  \
+  QVL_NAME(NAME, 8, 3)  \
+  QVL_NAME(NAME, 16, 1) \
+  QVL_NAME(NAME, 16, 2) \
+  QVL_NAME(NAME, 16, 3) QVL_NAME(NAME, 32, 1) QVL_NAME(NAME, 32, 2) QVL_NAME(NAME, 64, 1)
   static const std::map<std::string, Hopper> found = {
       QVL_NAMES(half) QVL_NAMES(int8) QVL_NAMES(int4_g64) QVL_NAMES(int4_g128) QVL_NAMES(uint4_g32)
           QVL_NAMES(uint4_g64) QVL_NAMES(uint4_g128) QVL_NAMES(uint8_g32) QVL_NAMES(uint8_g64)
               QVL_NAME(half, 32, 3) QVL_NAME(half, 64, 2)};
+  return found;
+}
+const std::map<std::string, Adapted>& adapted_by_name() {
+#define QVL_ADAPTED(NAME, N, TILES) \
+  {"linear_hopper_adapted_" #NAME "_" #N "_" #TILES, linear_hopper_adapted_##NAME##_##N##_##TILES},
+#define QVL_ALL_ADAPTED(NAME) \
+  QVL_ADAPTED(NAME, 16, 1) QVL_ADAPTED(NAME, 16, 2) QVL_ADAPTED(NAME, 16, 3) QVL_ADAPTED(NAME, 64, 1)
+  static const std::map<std::string, Adapted> found = {
+      QVL_ALL_ADAPTED(half) QVL_ALL_ADAPTED(int8) QVL_ALL_ADAPTED(int4_g64) QVL_ADAPTED(half, 64, 2)};
   return found;
 }
 const std::map<std::string, Upload> uploads = {{"upload_matrix_float32", upload_matrix_float32},
@@ -198,6 +209,10 @@ bool has_tensor_maps(const Gpu&) {
   return true;
 }
 
+void low_rank_down(const Gpu&, CUstream, const LowRankParams&) {
+  QVL_REQUIRE(false, QVL_INTERNAL, "not for Hopper");
+}
+
 TensorMap tensor_map(const Gpu&, const void* base, std::initializer_list<int64_t> sizes,
                      std::initializer_list<int64_t> strides, std::initializer_list<int> box, bool swizzled) {
   for (const int64_t stride : strides)
@@ -224,7 +239,14 @@ void Gpu::launch_bytes(CUstream, const char* name, Dim grid, int threads, int sh
   }
   QVL_REQUIRE(shared_bytes <= static_cast<int>(sizeof raw), QVL_INTERNAL, "%d bytes of shared memory",
               shared_bytes);
-  const Hopper kernel = products_by_name().at(name);
+  const auto adapted = adapted_by_name().find(name);
+  const std::function<void()> kernel = [&, name = std::string(name)] {
+    if (adapted != adapted_by_name().end()) {
+      adapted->second(*static_cast<const AdaptedLinearHopper*>(params));
+    } else {
+      products_by_name().at(name)(*static_cast<const LinearHopper*>(params));
+    }
+  };
   for (unsigned block = 0; block < grid.x * grid.y; ++block) {
     std::memset(raw, 0xFF, sizeof raw);  // not a number
     barriers.clear();
@@ -240,7 +262,7 @@ void Gpu::launch_bytes(CUstream, const char* name, Dim grid, int threads, int sh
         threadIdx.x = static_cast<unsigned>(i);
         blockIdx = {block % grid.x, block / grid.x};
         gridDim = {grid.x, grid.y};
-        kernel(*static_cast<const LinearHopper*>(params));
+        kernel();
       });
     }
     for (std::thread& thread : running) thread.join();
@@ -260,9 +282,54 @@ void __syncthreads() {
   qvl::cuda::meet(0, 0);
 }
 
-// y = x W^T + bias. `stored`: W as qvl_packed_bytes has it; NULL or what went wrong.
+namespace {
+
+// Values of a warp's lanes, combined by `combine(values)`.
+template <class Value, class Combine>
+auto of_warp(Value value, const Combine& combine) {
+  static Value values[544];
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  values[threadIdx.x] = value;
+  qvl::cuda::meet(qvl::cuda::kOfWarps + warp, 32);
+  const auto found = combine(values + 32 * warp);
+  qvl::cuda::meet(qvl::cuda::kOfWarps + warp, 32);
+  return found;
+}
+
+}  // namespace
+
+unsigned __shfl_sync(unsigned, unsigned value, int lane) {
+  return of_warp(value, [=](const unsigned* values) { return values[lane]; });
+}
+
+unsigned long long __shfl_up_sync(unsigned, unsigned long long value, int by) {
+  const int lane = static_cast<int>(threadIdx.x % 32), from = lane < by ? lane : lane - by;
+  return of_warp(value, [=](const unsigned long long* values) { return values[from]; });
+}
+
+unsigned __ballot_sync(unsigned, bool value) {
+  return of_warp(value, [](const bool* values) {
+    unsigned bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= unsigned{values[lane]} << lane;
+    return bits;
+  });
+}
+
+// Adapters of one rank: A bfloat16 [adapters, rank, in], the adapter of each row or -1, the rows' order, and
+// A x [n, rank].
+struct HostAdapted {
+  const uint16_t* a;
+  int adapters, rank;
+  const int32_t* of_rows;
+  const int32_t* order;
+  uint16_t* low;
+};
+
+// y = x W^T + bias, and A x unless `adapted` is NULL. `stored`: W as qvl_packed_bytes has it; NULL or what
+// went wrong.
 EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, const float* bias,
-                               const void* x, int64_t x_stride, int n, int into, void* y) {
+                               const void* x, int64_t x_stride, int n, int into, void* y,
+                               const HostAdapted* adapted) {
   using namespace qvl;
   using namespace qvl::cuda;
   static std::string failed;
@@ -274,7 +341,29 @@ EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, c
     const int unit = storage == Storage::kHalf ? 8 : 128;
     const Matrix matrix{storage, out, in, (in + unit - 1) / unit * unit, values.data(), scales.data(), bias};
     upload_matrix(gpu, nullptr, dtype, stored, out, matrix, 0, 1);
-    linear_decode(gpu, nullptr, matrix, x, x_stride, n, static_cast<Into>(into), y);
+    std::vector<LowRankEntry> entries;
+    std::vector<uint64_t> addresses;
+    LowRankParams low_rank{};
+    if (adapted != nullptr) {
+      for (int i = 0; i < adapted->adapters; ++i) {
+        const uint16_t* const a = adapted->a + int64_t{i} * adapted->rank * in;
+        entries.push_back({a, a, adapted->rank, 1});  // B is not read, but tells adapters apart
+      }
+      for (int i = 0; i < n; ++i) {
+        const int which = adapted->of_rows[i];
+        addresses.push_back(which < 0 ? 0 : reinterpret_cast<uint64_t>(&entries[size_t(which)]));
+      }
+      low_rank.adapters = reinterpret_cast<const unsigned long long*>(addresses.data());
+      low_rank.order = adapted->order;
+      low_rank.n = n;
+      low_rank.x = x;
+      low_rank.x_stride = x_stride;
+      low_rank.in = in;
+      low_rank.low = adapted->low;
+      low_rank.low_stride = adapted->rank;
+    }
+    linear_decode(gpu, nullptr, matrix, x, x_stride, n, static_cast<Into>(into), y,
+                  adapted != nullptr ? &low_rank : nullptr);
     return nullptr;
   } catch (const std::exception& error) {
     failed = error.what();
