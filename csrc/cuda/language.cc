@@ -250,7 +250,8 @@ void Language::product(CUstream stream, int number, const Matrix& matrix, const 
   const LowRankParams low_rank =
       low_rank_params(rows, bytes(x) + first_decode, x_stride, x_stride, low, max_rank_);
 
-  // Without adapters the product applies its epilogue itself, else to float32 that adapters are added to.
+  // Without adapters the product applies its epilogue; with adapters it writes float32, to which they are
+  // added.
   const bool raw = adapted && (into == Into::kHalf || into == Into::kSiluTimes);
   const Into base = raw ? Into::kFloat : into;
   void* const base_y = raw ? raw_.get() : y;

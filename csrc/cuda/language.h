@@ -63,10 +63,10 @@ class Language {
   void take_features(CUstream stream, const qvl_batch& batch, const Part& part, const InputArrays& host);
   void attention(CUstream stream, const Places& places, const InputArrays& at, const PassShape& shape,
                  const KvLayer& kv);
-  // `number`: of the product, for adapters.
+  // `number`: index of the product in an adapter.
   void product(CUstream stream, int number, const Matrix& matrix, const void* x, int x_stride,
                const InputArrays& at, const PassShape& shape, Into into, void* y);
-  // x with the columns in the matrix's order, and their stride.
+  // Permute the columns of x to the matrix's input order; return them and their stride.
   const void* ordered(CUstream stream, const Matrix& matrix, const void* x, int& x_stride, int n);
 
   const Gpu& gpu_;
@@ -77,10 +77,10 @@ class Language {
   std::vector<Layer> layers_;
   // Scratch: activations of a pass.
   DeviceMemory x_, normed_, qkv_, q_, mixed_, wide_, features_, prompt_scratch_, decode_scratch_, ordered_;
-  // Of adapters: A x, rows of max_rank_, and products before their epilogues.
+  // Scratch for adapters: A x in rows of max_rank_, and products before their epilogues.
   DeviceMemory low_, raw_;
   int max_rank_ = 0;
-  std::vector<bool> products_adapted_;  // by any adapter so far
+  std::vector<bool> products_adapted_;  // by an adapter loaded so far
   // Rows of the pass's prompts with an adapter.
   struct AdaptedPrompt {
     const CudaAdapter* adapter;

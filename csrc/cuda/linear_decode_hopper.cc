@@ -16,8 +16,8 @@ constexpr int kMostShared = 227 << 10, kLeastShared = 120 << 10;  // over half: 
 constexpr int kSharedBeside = 158 << 10;
 constexpr int kMostStages = 32, kMostSteps = 4;
 
-// Per storage type: bytes of 16 rows in a step of k and of their scales and zero points, boxes of 64 values
-// in a step, and most 64-row subtiles of a tile for up to 16, 32 and 64 rows of x.
+// Per storage type: bytes of 16 rows in a step of k, bytes of their scales and zero points, number of boxes
+// of 64 values in a step, and maximum number of 64-row subtiles of a tile for up to 16, 32 and 64 rows of x.
 struct Kind {
   int tile_bytes, scale_bytes, boxes;
   int most_parts[3];

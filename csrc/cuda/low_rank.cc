@@ -55,8 +55,8 @@ CudaAdapter::~CudaAdapter() {
   table_ = DeviceMemory();
 }
 
-// The parts share the product's inputs: their As lie one below the other, their Bs side by side, each with
-// the largest rank of the parts.
+// The parts share the product's inputs: their As are stacked as rows, their Bs as columns, all padded to the
+// largest rank.
 void CudaAdapter::fill(CUstream stream, LowRank& to, const Shape& shape, const std::vector<Part>& parts) {
   to.parts = parts.front().step;
   int width = 0;

@@ -10,21 +10,21 @@
 
 namespace qvl::cuda {
 
-// Products of a layer, as the language model runs them: w1 and w2 are one. lm_head is number layers *
-// kLayerProducts.
+// Matrix products of a layer; w1 and w2 are one interleaved product. Product layers * kLayerProducts is
+// lm_head.
 enum LayerProduct { kAttnProduct, kAttnProjProduct, kGateUpProduct, kMlpProjProduct, kLayerProducts };
 
-// A and B of a product, with the scale in B; without values if the adapter does not change it.
+// A and B of a product; B includes the scale. Empty if the adapter does not change the product.
 struct LowRank {
-  Matrix a;       // [rank, in], a multiple of 8 each
+  Matrix a;       // [rank, in], both multiples of 8
   Matrix b;       // [out, rank]
-  int parts = 1;  // interleaved matrices: row i of b has values of the matrix i % parts alone
+  int parts = 1;  // number of interleaved matrices; row i of b belongs to matrix i % parts
 };
 
 class CudaAdapter final : public Adapter {
  public:
-  // Copies the matrices. `widths`: [out, in] of the products of a layer and of lm_head, as they run, each a
-  // multiple of 8 or, of lm_head, any out.
+  // Copies the matrices to the GPU. `shapes`: the products of a layer, then lm_head; out and in are multiples
+  // of 8, except lm_head's out.
   struct Shape {
     int out, in;
   };
@@ -43,7 +43,7 @@ class CudaAdapter final : public Adapter {
   int max_rank() const { return max_rank_; }
 
  private:
-  // A part of a product: row i of B becomes row first + i * step.
+  // One matrix of an interleaved product: its row i of B becomes row first + i * step.
   struct Part {
     const AdapterMatrix* matrix;
     int first, step;
@@ -58,11 +58,11 @@ class CudaAdapter final : public Adapter {
   int max_rank_ = 0;
 };
 
-// Decode rows and their adapters, in device memory, read before the preceding kernels have ended, as `places`
-// of attention_step.
+// Decode rows and their adapters, in device memory. Kernels read them before their predecessors have ended,
+// as `places` of attention_step.
 struct AdaptedRows {
   const uint64_t* adapters;  // [n]: addresses of tables, 0: no adapter
-  const int32_t* order;      // [n]: the rows with those of an adapter together, or NULL
+  const int32_t* order;      // [n]: row indices sorted by adapter, or NULL
   int n, product;
 };
 
@@ -72,11 +72,11 @@ LowRankParams low_rank_params(const AdaptedRows&, const void* x, int64_t x_strid
                               int low_stride);
 void low_rank_down(const Gpu&, CUstream, const LowRankParams&);
 
-// The epilogue `into` of raw + B low: raw float32 [n, out] -> y. kAdd and kFloat: raw NULL, added to y.
+// y = epilogue(raw + B low); raw: float32 [n, out]. With kAdd and kFloat raw is NULL and B low is added to y.
 void low_rank_up(const Gpu&, CUstream, const AdaptedRows&, const void* low, int low_stride, int out,
                  const float* raw, Into into, void* y);
 
-// The epilogue of raw float32 [n, out] -> y.
+// y = epilogue(raw); raw: float32 [n, out].
 void finish_raw(const Gpu&, CUstream, const float* raw, int n, int out, Into into, void* y);
 
 }  // namespace qvl::cuda

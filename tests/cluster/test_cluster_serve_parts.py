@@ -328,6 +328,6 @@ def test_an_old_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_version()
     monkeypatch.setattr(ray, "__version__", "2.51.2")
     with pytest.raises(
-        UsageError, match=r"qwenvl serve needs Ray 2.60 or newer, and this is 2.51.2; pip install"
+        UsageError, match=r"qwenvl serve needs Ray 2.60 or newer; 2.51.2 is installed; pip install"
     ):
         check_version()

@@ -1,8 +1,8 @@
-// y = x W^T for 1 to 256 rows of x on Hopper: wgmma with W as its left operand, brought by the copy engine.
+// y = x W^T for 1 to 256 rows of x on Hopper: wgmma with W as its left operand, loaded by TMA.
 //
 // Layout. A tile is `rows` rows of W, up to 64 kSubtiles, by N rows of x, its columns. k advances in steps of
-// 64 (H) or 128 values (quantised) and is cut into four slices, one a warpgroup, each added up in ascending
-// order:
+// 64 (H) or 128 values (quantised) and is divided into four slices, one per warpgroup, each summed in
+// ascending order:
 //
 //               k ->  slice 0    slice 1    slice 2    slice 3
 //   W tile    rows  | group 0  | group 1  | group 2  | group 3  |     (0 + 1) + (2 + 3) in shared memory
@@ -13,19 +13,19 @@
 //   warps 0-15:  4 warpgroups, wait for full, multiply, arrive at empty
 //   warp 16:     waits for empty, requests W and x of the next item
 //
-// An item is 1 to 4 steps of a slice, and the request unit; items go around the slices, as many ahead as
-// shared memory has stages. All warps request the first round. A row's bits depend neither on `rows` nor on N
-// nor on the steps of an item. Blocks are persistent, one per multiprocessor. Where registers and shared
-// memory allow, the kernels up to the next product start beside them, and that one fetches its first stages
-// while the others run.
+// An item is 1 to 4 steps of a slice, copied as a unit; items alternate between the slices and are prefetched
+// as far as shared memory has stages. All warps request the first round. A row's bits depend neither on
+// `rows` nor on N nor on the steps of an item. Blocks are persistent, one per multiprocessor. Where registers
+// and shared memory allow, the following kernels up to the next product become resident concurrently, and
+// that product prefetches its first stages while they run.
 //
 // The kernel is a template of the storage type: linear_decode_hopper.cu has the types without zero points,
 // linear_decode_hopper_groups.cu those with them.
 //
 // Cost. Bytes: each weight once, 4.3 TB/s on an H200, 33 KB per microsecond and multiprocessor; x once more
 // for each tile, from the L2 cache. time = bytes of W / bandwidth. A wgmma takes 2 KB of H or less, so the
-// instructions are few up to 64 rows of x; weights of 8 and 4 bits become H in registers, about one and a
-// half instructions of a lane a value.
+// instructions are few up to 64 rows of x; weights of 8 and 4 bits become H in registers, about 1.5
+// instructions per lane and value.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py; without a GPU, the kernel's own code on the host
 // against float64, tests/engine/test_hopper_products.py.
@@ -284,12 +284,13 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_w
   }
 #define QVL_HOPPER_TILES(NAME, WEIGHTS, N) \
   QVL_HOPPER(NAME, WEIGHTS, N, 1) QVL_HOPPER(NAME, WEIGHTS, N, 2) QVL_HOPPER(NAME, WEIGHTS, N, 3)
-#define QVL_HOPPER_WIDE(NAME, WEIGHTS)                                                                       \
-  QVL_HOPPER_TILES(NAME, WEIGHTS, 8)                                                                         \
-  QVL_HOPPER_TILES(NAME, WEIGHTS, 16)                                                                        \
-  QVL_HOPPER(NAME, WEIGHTS, 32, 1)                                                                           \
-  QVL_HOPPER(NAME, WEIGHTS, 32, 2) QVL_HOPPER(NAME, WEIGHTS, 64, 1) QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 1) \
-      QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 2) QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 3)                      \
+#define QVL_HOPPER_WIDE(NAME, WEIGHTS)                                                  \
+  QVL_HOPPER_TILES(NAME, WEIGHTS, 8)                                                    \
+  QVL_HOPPER_TILES(NAME, WEIGHTS, 16)                                                   \
+  QVL_HOPPER(NAME, WEIGHTS, 32, 1)                                                      \
+  QVL_HOPPER(NAME, WEIGHTS, 32, 2)                                                      \
+  QVL_HOPPER(NAME, WEIGHTS, 64, 1) QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 1)             \
+      QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 2) QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 16, 3) \
           QVL_HOPPER_ADAPTED(NAME, WEIGHTS, 64, 1)
 
 }  // namespace qvl::cuda

@@ -1,10 +1,9 @@
-// Low-rank adapters (LoRA), y = f(W x + B (A x)): decode rows, each with its own adapter or none, and the end
-// of both kinds of rows. f is the epilogue of the product, which the product of the base weight leaves out
-// here.
+// Low-rank adapters (LoRA), y = f(W x + B (A x)), for decode rows, each with its own adapter or none. f is
+// the epilogue; the product of the base weight omits it and writes raw = W x, for decode rows and prompts.
 //
 // Layout. A block has 16 rows of x, sorted by adapter: runs of rows that share one, the 16 rows of
-// mma.m16n8k16. A run's products are computed for all 16, zeros in the place of the others, and kept for its
-// own:
+// mma.m16n8k16. A run's products are computed for all 16 rows, with zeros for the rows of other runs, and
+// stored only for its own rows:
 //
 //   low_rank_down   blocks (8 rows of A, 16 rows of x, runs)    x -> low H [n][rank], see low_rank.cuh; on
 //                   Hopper the product of the base weight computes it
@@ -13,8 +12,8 @@
 //   finish_raw      prompts, whose B A x an ordinary product has added to raw    raw float32 [n][out] -> y
 //
 // Cost. Bytes: A and B once for each adapter: (in + out) rank values, at rank 64 of a 4096 x 12288 product 2
-// MB, beside 24 to 96 MB of base weights. Latency bounds the kernels: A, B and the tables are read before the
-// predecessors end, which write x, low and raw alone.
+// MB, beside 24 to 96 MB of base weights. The kernels are latency-bound: they read A, B and the tables before
+// their predecessors end, which write only x, low and raw.
 //
 // A row's sums depend on the row and its adapter alone: the steps and their order are the same in any batch,
 // and a row without an adapter gets the bits that it gets without adapters in the batch.
@@ -28,7 +27,7 @@
 namespace qvl::cuda {
 namespace {
 
-// a, b += raw float32 [n, out] of columns `column` and column + 1, as far as they exist.
+// a, b += columns `column` and column + 1 of raw float32 [n, out]; columns beyond `out` are skipped.
 __device__ inline void add_raw(const float* raw, const Result& result, int row, int column, float& a,
                                float& b) {
   const float* const from = raw + static_cast<int64>(row) * result.out + column;
@@ -45,12 +44,12 @@ extern "C" __global__ void __launch_bounds__(kLowRankDownThreads)
   lower(
       p, scratch, blockIdx.x, blockIdx.y, blockIdx.z, [] { __syncthreads(); },
       [] { wait_for_predecessors(); });
-  wait_for_predecessors();  // in every block: the next kernels count on it
+  wait_for_predecessors();  // in every block, as successors rely on it
 }
 
 extern "C" __global__ void __launch_bounds__(kLowRankThreads)
     low_rank_up(const __grid_constant__ LowRankParams p) {
-  constexpr int kHeldRuns = 4, kHeldSteps = 2;  // of B in registers
+  constexpr int kHeldRuns = 4, kHeldSteps = 2;  // runs and steps of B kept in registers
   __shared__ Rows rows;
   __shared__ float tile[kLowRankRows][kLowRankUp + 2];
   start_successors();
@@ -100,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads)
       add_raw(p.raw, p.result, row, at, before[pair].x, before[pair].y);
   }
 
-  // Products of a run for all rows, kept for its own.
+  // Compute a run's products for all rows, store them for its own.
   const auto finish = [&](int run, const uint4* of_run) {
     const int begin = rows.begin[run], end = rows.begin[run + 1];
     const LowRankEntry& entry = rows.entry[begin];

@@ -5,8 +5,8 @@
 
 namespace qvl::cuda {
 
-// A and B of a product: y += B (A x). Two interleaved matrices have their As one below the other, and row i
-// of B has the values of matrix i % parts alone.
+// A and B of a product: y += B (A x). For two interleaved matrices the As are stacked as rows, and row i
+// of B belongs to matrix i % parts.
 struct LowRankEntry {
   const void* a;  // H [rank, x_stride of the product's inputs]
   const void* b;  // H [out, rank], times the adapter's scale
@@ -15,14 +15,14 @@ struct LowRankEntry {
 };
 
 constexpr int kLowRankThreads = 256, kLowRankDownThreads = 512;
-constexpr int kLowRankRows = 16;  // of x a block
-constexpr int kLowRankDown = 8;   // rows of A a block of low_rank_down
-constexpr int kLowRankUp = 64;    // rows of B a block of low_rank_up
-constexpr int kLowRankRuns = 4;   // of adapters, at once
+constexpr int kLowRankRows = 16;  // rows of x per block
+constexpr int kLowRankDown = 8;   // rows of A per block of low_rank_down
+constexpr int kLowRankUp = 64;    // rows of B per block of low_rank_up
+constexpr int kLowRankRuns = 4;   // runs of adapters processed concurrently (gridDim.z)
 
 struct LowRankParams {
   const unsigned long long* adapters;  // [n]: address of a LowRankEntry for each product, 0: no adapter
-  const int* order;                    // [n]: the rows, those of an adapter together; NULL: 0 1 2 ..
+  const int* order;                    // [n]: row indices sorted by adapter; NULL: 0 1 2 ..
   const void* x;                       // low_rank_down: H [n, x_stride]
   void* low;                           // H [n, low_stride]: A x
   const float* raw;                    // low_rank_up: [n, out], the product of the base weight, or NULL
