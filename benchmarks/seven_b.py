@@ -1,6 +1,7 @@
 """Benchmark of the 7B geometry, 32 + 48 layers with random weights: seconds and peak memory of export and answers.
 
 Run: python benchmarks/seven_b.py --quant_type weight_only_int4 --folder FOLDER
+or, for the export of a GPTQ checkpoint alone: python benchmarks/seven_b.py --gptq --folder FOLDER
 Needs the plugin, a C++ compiler, 36 GB of free disk (19 GB for the bfloat16 checkpoint that it creates) and 24 GiB
 of memory. Takes about 6 minutes. FOLDER is created, and deleted at the end.
 """
@@ -22,7 +23,7 @@ from paddlemix_qwenvl_plugin.engine.quantize import QUANT_TYPES
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from geometry_7b import CONFIG as ONE_LAYER
-from geometry_7b import write_model
+from geometry_7b import write_gptq, write_model
 
 CONFIG: dict[str, Any] = {
     **ONE_LAYER,
@@ -104,12 +105,19 @@ report["times"] = report["at_once_tokens_s"] / report["alone_tokens_s"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quant_type", choices=QUANT_TYPES, required=True)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--quant_type", choices=QUANT_TYPES)
+    kind.add_argument(
+        "--gptq", action="store_true", help="a checkpoint of 4 bits in groups of 128, with act-order"
+    )
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir()
     try:
+        if arguments.gptq:
+            export_gptq(folder)
+            return
         start = time.perf_counter()
         write_model(folder / "model", CONFIG, "bfloat16")
         print(f"created the checkpoint in {time.perf_counter() - start:.0f} s")
@@ -131,6 +139,13 @@ def main() -> None:
                 print(f"one of two processes: {line(report)}")
     finally:
         shutil.rmtree(folder)
+
+
+def export_gptq(folder: Path) -> None:
+    model, language = str(write_gptq(folder / "model", CONFIG)), str(folder / "text")
+    report = run(EXPORT.format(stage="language", arguments=f"{model!r}, {language!r}, 'qwen', 'float16'"))
+    size = (folder / "text" / "qwen.pdiparams").stat().st_size / 1e9
+    print(f"export-language of GPTQ, {size:.2f} GB: {line(report)}")
 
 
 def run(code: str) -> dict[str, float]:

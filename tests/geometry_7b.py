@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -65,26 +66,36 @@ def write_gptq(folder: Path, sizes: dict[str, Any], group: int = 128) -> Path:
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": True}
     (folder / "config.json").write_text(json.dumps({**sizes, "quantization_config": quantization}))
     config, rng = parse_config(sizes, "test"), np.random.default_rng(0)
-    shards: dict[str, dict[str, NDArray[Any]]] = {}
-    for name, spec in {**language_specs(config), **vision_specs(config)}.items():
-        shard = shards.setdefault(".".join(name.split(".")[:2]), {})
-        stored = name if name == "lm_head.weight" else f"transformer.{name}"
-        n_in, n_out = (*spec.shape, 1)[:2]
-        if not spec.linear or not name.startswith("h."):
-            shape = spec.shape[::-1] if spec.linear else spec.shape
-            shard[stored] = np.full(shape, 0.01, np.float16)
-            continue
-        layer, groups = stored[: -len(".weight")], n_in // group
-        shard[f"{layer}.qweight"] = rng.integers(-(2**31), 2**31, [n_in // 8, n_out], np.int32)
-        shard[f"{layer}.qzeros"] = np.full([groups, n_out // 8], 0x77777777, np.int32)
-        shard[f"{layer}.scales"] = np.full([groups, n_out], 0.1 / n_in**0.5, np.float16)
-        shard[f"{layer}.g_idx"] = rng.permutation(n_in).astype(np.int32) // group
-    weight_map = {}
-    for number, shard in enumerate(shards.values()):
+    weight_map: dict[str, str] = {}
+
+    def block(item: tuple[str, TensorSpec]) -> str:
+        return ".".join(item[0].split(".")[:2])
+
+    specs = sorted({**language_specs(config), **vision_specs(config)}.items(), key=block)
+    for number, (_, group_specs) in enumerate(groupby(specs, key=block)):
+        shard = dict(gptq_tensors(group_specs, group, rng))
         save_file(shard, str(folder / f"model-{number:05d}.safetensors"))
         weight_map.update(dict.fromkeys(shard, f"model-{number:05d}.safetensors"))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
+
+
+def gptq_tensors(
+    specs: Iterable[tuple[str, TensorSpec]], group: int, rng: np.random.Generator
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Tensors of GPTQ in place of the blocks' matrices, the others as they are."""
+    for name, spec in specs:
+        stored = name if name == "lm_head.weight" else f"transformer.{name}"
+        n_in, n_out = (*spec.shape, 1)[:2]
+        if not spec.linear or not name.startswith("h."):
+            shape = spec.shape[::-1] if spec.linear else spec.shape
+            yield stored, np.full(shape, 0.01, np.float16)
+            continue
+        layer, groups = stored[: -len(".weight")], n_in // group
+        yield f"{layer}.qweight", rng.integers(-(2**31), 2**31, [n_in // 8, n_out], np.int32)
+        yield f"{layer}.qzeros", np.full([groups, n_out // 8], 0x77777777, np.int32)
+        yield f"{layer}.scales", np.full([groups, n_out], 0.1 / n_in**0.5, np.float16)
+        yield f"{layer}.g_idx", rng.permutation(n_in).astype(np.int32) // group
 
 
 def shards(specs: dict[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:

@@ -38,7 +38,9 @@ def language_parameters(
     plain = {name: spec for name, spec in checkpoint.language.items() if name not in kinds}
     packed = _repack(checkpoint, kinds) if checkpoint.quantised else _quantise(checkpoint, kinds)
     stream = chain(checkpoint.tensors(plain, dtype, out_in=True), packed)
-    return track(stream, "language weights", len(checkpoint.language))
+    with_order = checkpoint.quantised is not None and has_order(checkpoint.quantised.quant_type)
+    total = len(checkpoint.language) + (len(kinds) if with_order else 0)
+    return track(stream, "language weights", total)
 
 
 def _quantise(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> Parameters:

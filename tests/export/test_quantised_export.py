@@ -210,6 +210,22 @@ def test_refused_exports(tmp_path, arguments, line):
     assert not (tmp_path / "text").exists()
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_progress_ends_at_its_total(tmp_path, monkeypatch, act_order):
+    seen = []
+
+    def counted(items, label, total):
+        n = 0
+        for n, item in enumerate(items, start=1):
+            yield item
+        seen.append((label, n, total))
+
+    monkeypatch.setattr("paddlemix_qwenvl_plugin.modeling.weights.track", counted)
+    write_quantised(tmp_path / "model", Variant(act_order=act_order))
+    export_language(tmp_path / "model", tmp_path / "out", "qwen")
+    assert [(label, total) for label, n, total in seen if n == total] == [("language weights", seen[0][1])]
+
+
 def test_paddlenlps_scripts_export_such_a_folder(tmp_path):
     write_quantised(tmp_path / "model", Variant("awq"))
     model = QWenForQWenVLInferenceModel.from_pretrained(str(tmp_path / "model"), SimpleNamespace(), "float16")
