@@ -215,15 +215,15 @@ def test_progress_ends_at_its_total(tmp_path, monkeypatch, act_order):
     seen = []
 
     def counted(items, label, total):
-        n = 0
-        for n, item in enumerate(items, start=1):
-            yield item
-        seen.append((label, n, total))
+        found = list(items)
+        seen.append((label, len(found), total))
+        return iter(found)
 
     monkeypatch.setattr("paddlemix_qwenvl_plugin.modeling.weights.track", counted)
     write_quantised(tmp_path / "model", Variant(act_order=act_order))
     export_language(tmp_path / "model", tmp_path / "out", "qwen")
-    assert [(label, total) for label, n, total in seen if n == total] == [("language weights", seen[0][1])]
+    ((label, n, total),) = seen
+    assert (label, n) == ("language weights", total)
 
 
 def test_paddlenlps_scripts_export_such_a_folder(tmp_path):
