@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -18,7 +20,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 
 from ray.exceptions import RayActorError
 
-from paddlemix_qwenvl_plugin.cluster.serve import coordinator, engine_handle
+from paddlemix_qwenvl_plugin.cluster.serve import coordinator, engine_handle, start
 from paddlemix_qwenvl_plugin.cluster.serve.cluster_metrics import render
 from paddlemix_qwenvl_plugin.cluster.serve.coordinator import Coordinator, Totals
 from paddlemix_qwenvl_plugin.cluster.serve.engine import Chunk
@@ -322,12 +324,19 @@ def test_metrics_of_all_processes() -> None:
     }
 
 
-def test_an_old_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
+@pytest.mark.parametrize(
+    ("found", "protobuf", "message"),
+    [
+        ("2.47.1", "6.33.6", "qwenvl serve needs Ray 2.48 or newer, and this is 2.47.1; pip install -U 'ray"),
+        ("2.56.1", "7.36.2", "Ray Serve 2.56.1 does not work with protobuf 7.36.2; pip install 'protobuf<7'"),
+        ("2.48.0", "6.33.6", None),
+        ("2.57.0", "7.36.2", None),
+    ],
+)
+def test_an_old_ray_is_refused(
+    monkeypatch: pytest.MonkeyPatch, found: str, protobuf: str, message: Optional[str]
+) -> None:
     check_version()
-    monkeypatch.setattr(ray, "__version__", "2.51.2")
-    with pytest.raises(
-        UsageError, match=r"qwenvl serve needs Ray 2.60 or newer, and this is 2.51.2; pip install"
-    ):
+    monkeypatch.setattr(start, "version", {"ray": found, "protobuf": protobuf}.__getitem__)
+    with contextlib.nullcontext() if message is None else pytest.raises(UsageError, match=re.escape(message)):
         check_version()
