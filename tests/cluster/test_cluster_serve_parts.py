@@ -26,6 +26,7 @@ from paddlemix_qwenvl_plugin.cluster.serve.coordinator import Coordinator, Total
 from paddlemix_qwenvl_plugin.cluster.serve.engine import Chunk
 from paddlemix_qwenvl_plugin.cluster.serve.engine_handle import HandleEngineClient
 from paddlemix_qwenvl_plugin.cluster.serve.prefix import prefix_of
+from paddlemix_qwenvl_plugin.cluster.serve.replicas import front_cpus, front_requests, max_fronts
 from paddlemix_qwenvl_plugin.cluster.serve.routing import PrefixRouter
 from paddlemix_qwenvl_plugin.cluster.serve.start import check_version
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -322,6 +323,16 @@ def test_metrics_of_all_processes() -> None:
         ("qwenvl_requests_total", ("front", "b"), ("path", "/")): 4,
         ("qwenvl_requests_total", ("engine", "c"), ("path", "/")): 5,
     }
+
+
+def test_fronts_for_all_slots() -> None:
+    """On a GPU enough for its tokens (docs/scaling.md)."""
+    gpu = limits(device="gpu", max_running=64, min_replicas=16)
+    assert max_fronts(gpu) * front_cpus(gpu) * 1340 >= 16 * 2890
+    assert max_fronts(gpu) * front_requests(gpu) >= 16 * 64
+    assert max_fronts(limits(max_running=64, max_replicas=10)) == 10
+    assert max_fronts(limits(max_running=65, min_fronts=1)) == 2
+    assert max_fronts(limits(max_running=2)) == limits().min_fronts
 
 
 @pytest.mark.parametrize(
