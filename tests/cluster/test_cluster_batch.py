@@ -17,6 +17,7 @@ from PIL import Image
 pytest.importorskip("ray.data", reason="Ray is missing; pip install 'paddlemix-qwenvl-plugin[ray]'")
 
 from batch_cluster import BatchProcess, LocalCluster, kill
+from fsspec import filesystem
 
 from paddlemix_qwenvl_plugin.serve.demo_model import DemoStages, demo_stages
 
@@ -64,6 +65,43 @@ def results(path: Path) -> list[Any]:
 
 def all_results(folder: Path) -> list[Any]:
     return [row for path in sorted(folder.glob("part-*.jsonl")) for row in results(path)]
+
+
+def test_from_and_to_a_bucket(tmp_path, stages, bucket, cluster):
+    """One of the actors is killed on the way."""
+    source, n_rows = write_input(tmp_path, 200), 200
+    s3 = filesystem("s3")
+    s3.put([str(path) for path in tmp_path.iterdir()], f"{bucket}/in/")
+    alone = BatchProcess(stages, tmp_path / "alone", source, tmp_path / "alone.jsonl", *OPTIONS)
+    assert alone.finish()[0] == 1
+    expected = (tmp_path / "alone.jsonl").read_text().replace(str(tmp_path), f"{bucket}/in")
+    (tmp_path / "alone.jsonl").write_text(expected)
+
+    on_ray = ("--ray", cluster.address, "--ray_actors", "1:2", "--ray_cpus", 0.75, "--batch_size", 8)
+    job = BatchProcess(stages, tmp_path / "job", f"{bucket}/in/in.jsonl", f"{bucket}/out", *OPTIONS, *on_ray)
+    killed = []
+    while not killed:
+        assert job.process.poll() is None, job.finish()
+        time.sleep(0.2)
+        s3.invalidate_cache()
+        if s3.glob(f"{bucket}/out/part-*") and (actors := cluster.actors()):
+            kill(actors[0])
+            killed = actors
+    code, out, err = job.finish()
+    assert (code, err.splitlines()[-1]) == (
+        1,
+        f"qwenvl: 4 of {n_rows} rows failed; see their errors in {bucket}/out/errors.jsonl",
+    )
+    s3.invalidate_cache()
+    s3.get(f"{bucket}/out", str(tmp_path / "out"), recursive=True)
+    parts = sorted((tmp_path / "out").glob("part-*.jsonl"))
+    assert f"{bucket}/out: wrote {n_rows} rows in {len(parts)} parts" in out.splitlines()
+    assert all_results(tmp_path / "out") == results(tmp_path / "alone.jsonl")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "job.json",
+        "errors.jsonl",
+        *(path.name for path in parts),
+    }
 
 
 @pytest.mark.skipif(

@@ -93,10 +93,13 @@ def lines(folder: str, *names: str) -> list[Any]:
     return found
 
 
-@pytest.fixture(params=["path", "url"])
+@pytest.fixture(params=["path", "memory", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder with an input in it: a path, or a URL of a file system without folders, as object stores are."""
-    folder = str(tmp_path) if request.param == "path" else f"memory://{uuid.uuid4().hex}"
+    """A folder with an input in it: a path, or a URL of a file system without folders."""
+    if request.param == "s3":
+        folder = f"{request.getfixturevalue('bucket')}/data"
+    else:
+        folder = str(tmp_path) if request.param == "path" else f"memory://{uuid.uuid4().hex}"
     write(join(folder, "in.jsonl"), rows())
     write(join(folder, "a/red.png"), png("red"))
     return folder
