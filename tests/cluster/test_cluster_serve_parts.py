@@ -262,6 +262,15 @@ class TestPrefix:
         assert prefix_of(later, IMAGE_END) == asked
 
 
+def test_requests_with_the_same_image_can_be_compared() -> None:
+    """As Ray does to remove one from those that wait."""
+    image = np.zeros((4, 4, 3), np.uint8)
+    first, second = (text([1, 99], images=[image.copy()]) for _ in range(2))
+    waiting = [first, second]
+    waiting.remove(second)
+    assert waiting == [first]
+
+
 class Router(PrefixRouter):
     """The router with given queues, without Ray's state."""
 
@@ -338,9 +347,9 @@ def test_fronts_for_all_slots() -> None:
 @pytest.mark.parametrize(
     ("found", "protobuf", "message"),
     [
-        ("2.47.1", "6.33.6", "qwenvl serve needs Ray 2.48 or newer, and this is 2.47.1; pip install -U 'ray"),
+        ("2.49.2", "6.33.6", "qwenvl serve needs Ray 2.50 or newer, and this is 2.49.2; pip install -U 'ray"),
         ("2.56.1", "7.36.2", "Ray Serve 2.56.1 does not work with protobuf 7.36.2; pip install 'protobuf<7'"),
-        ("2.48.0", "6.33.6", None),
+        ("2.50.0", "6.33.6", None),
         ("2.57.0", "7.36.2", None),
     ],
 )

@@ -20,7 +20,7 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import check_model
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 
-_OLDEST_RAY = Version("2.48")
+_OLDEST_RAY = Version("2.50")
 # Older ones use an attribute of protobuf that its version 7 no longer has.
 _OLDEST_RAY_WITH_PROTOBUF_7 = Version("2.57")
 _POLL_SECONDS = 0.5
