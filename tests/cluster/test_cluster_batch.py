@@ -126,7 +126,11 @@ def test_killed_ten_times(tmp_path, stages, cluster):
     job = run()
     while kinds:
         time.sleep(rng.random() * 0.2)
-        assert job.process.poll() is None, (job.finish(), killed)
+        if job.process.poll() is not None:
+            # All nodes have one address, and in older versions of Ray the driver may belong to the one that was killed.
+            assert killed[-1] == "node", (job.finish(), killed)
+            assert "qwenvl: " not in job.finish()[2]
+            job = run()
         actors = cluster.actors()
         if n_parts() < following or not actors:
             continue
