@@ -69,28 +69,29 @@ def all_results(folder: Path) -> list[Any]:
 
 def test_from_and_to_a_bucket(tmp_path, stages, bucket, cluster):
     """One of the actors is killed on the way."""
-    source, n_rows = write_input(tmp_path, 200), 200
+    n_rows, options = 400, ("--max_new_tokens", 24)
+    source = write_input(tmp_path, n_rows)
     s3 = filesystem("s3")
     s3.put([str(path) for path in tmp_path.iterdir()], f"{bucket}/in/")
-    alone = BatchProcess(stages, tmp_path / "alone", source, tmp_path / "alone.jsonl", *OPTIONS)
+    alone = BatchProcess(stages, tmp_path / "alone", source, tmp_path / "alone.jsonl", *options)
     assert alone.finish()[0] == 1
     expected = (tmp_path / "alone.jsonl").read_text().replace(str(tmp_path), f"{bucket}/in")
     (tmp_path / "alone.jsonl").write_text(expected)
 
     on_ray = ("--ray", cluster.address, "--ray_actors", "1:2", "--ray_cpus", 0.75, "--batch_size", 8)
-    job = BatchProcess(stages, tmp_path / "job", f"{bucket}/in/in.jsonl", f"{bucket}/out", *OPTIONS, *on_ray)
+    job = BatchProcess(stages, tmp_path / "job", f"{bucket}/in/in.jsonl", f"{bucket}/out", *options, *on_ray)
     killed = []
     while not killed:
         assert job.process.poll() is None, job.finish()
-        time.sleep(0.2)
+        time.sleep(0.05)
         s3.invalidate_cache()
-        if s3.glob(f"{bucket}/out/part-*") and (actors := cluster.actors()):
+        if s3.exists(f"{bucket}/out/part-00000.jsonl") and (actors := cluster.actors()):
             kill(actors[0])
             killed = actors
     code, out, err = job.finish()
     assert (code, err.splitlines()[-1]) == (
         1,
-        f"qwenvl: 4 of {n_rows} rows failed; see their errors in {bucket}/out/errors.jsonl",
+        f"qwenvl: {n_rows // 50} of {n_rows} rows failed; see their errors in {bucket}/out/errors.jsonl",
     )
     s3.invalidate_cache()
     s3.get(f"{bucket}/out", str(tmp_path / "out"), recursive=True)
@@ -129,7 +130,7 @@ def test_killed_ten_times(tmp_path, stages, cluster):
         if job.process.poll() is not None:
             # All nodes have one address, and in older versions of Ray the driver may belong to the one that was killed.
             assert killed[-1] == "node", (job.finish(), killed)
-            assert "qwenvl: " not in job.finish()[2]
+            assert "qwenvl: " not in job.finish()[2].replace("qwenvl: the cluster gave up (", "")
             job = run()
         actors = cluster.actors()
         if n_parts() < following or not actors:
