@@ -25,6 +25,12 @@ N_ROWS, KILLS = 2000, ("actor",) * 4 + ("node",) * 3 + ("driver",) * 3
 OPTIONS = ("--max_new_tokens", 2)
 
 
+kills = pytest.mark.skipif(
+    not os.environ.get("QWENVL_TEST_CLUSTER_KILLS"),
+    reason="kills parts of a Ray cluster, which needs a machine without other work; set QWENVL_TEST_CLUSTER_KILLS=1",
+)
+
+
 @pytest.fixture(scope="module")
 def stages() -> DemoStages:
     return demo_stages(print)
@@ -67,6 +73,7 @@ def all_results(folder: Path) -> list[Any]:
     return [row for path in sorted(folder.glob("part-*.jsonl")) for row in results(path)]
 
 
+@kills
 def test_from_and_to_a_bucket(tmp_path, stages, bucket, cluster):
     """One of the actors is killed on the way."""
     n_rows, options = 400, ("--max_new_tokens", 24)
@@ -105,10 +112,7 @@ def test_from_and_to_a_bucket(tmp_path, stages, bucket, cluster):
     }
 
 
-@pytest.mark.skipif(
-    not os.environ.get("QWENVL_TEST_CLUSTER_KILLS"),
-    reason="kills nodes of a Ray cluster, which needs a machine without other work; set QWENVL_TEST_CLUSTER_KILLS=1",
-)
+@kills
 def test_killed_ten_times(tmp_path, stages, cluster):
     source, target = write_input(tmp_path, N_ROWS), tmp_path / "out"
     alone = BatchProcess(
