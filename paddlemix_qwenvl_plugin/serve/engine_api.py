@@ -19,9 +19,11 @@ class EngineUnavailable(QwenVLError):
     """The engine process is not ready, or ended while computing the request."""
 
 
-@dataclass(frozen=True)
+@dataclass(
+    frozen=True, eq=False
+)  # arrays have no truth value, and Ray compares the requests that wait for a replica
 class EngineRequest:
-    """Prompt as token ids, with images and sampling parameters.
+    """Prompt as token ids, with images and sampling parameters. Each is equal only to itself.
 
     Attributes:
         prompt: token ids, image slots included.

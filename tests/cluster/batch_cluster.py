@@ -34,10 +34,11 @@ class LocalCluster:
         from ray.cluster_utils import Cluster
 
         os.environ.update(ENVIRONMENT)
+        os.environ["RAY_TMPDIR"] = str(folder)  # as an argument, older versions would write beside it, too
         # Make Ray start only the agents of its minimal installation: a node waits 15 s for the others, which is too
         # short on a busy machine.
         ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not needed here")
-        head = {"_system_config": _SYSTEM, "temp_dir": str(folder), "include_dashboard": False}
+        head = {"_system_config": _SYSTEM, "include_dashboard": False}
         self._cluster = _with_retries(
             lambda: Cluster(initialize_head=True, head_node_args={**_node(), **head})
         )
@@ -66,6 +67,7 @@ class LocalCluster:
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
+        del os.environ["RAY_TMPDIR"]
 
 
 def _node() -> dict[str, Any]:

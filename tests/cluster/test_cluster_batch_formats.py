@@ -38,7 +38,7 @@ def plain(row_id: Any, **values: Any) -> Row:
     return Row(row_id, False, read(values, DEFAULTS))
 
 
-def rows_in_parts(source: Path, n_rows: int, prompt: str | None = None) -> list[Row]:
+def rows_in_parts(source: object, n_rows: int, prompt: str | None = None) -> list[Row]:
     """Read the rows of a source part by part; check that numbers ascend and that ids match the parts."""
     files = find(str(source), "in")
     form = files.format(prompt, OPTIONS)
@@ -206,3 +206,27 @@ def test_images_by_url():
     assert [number for number, _ in found] == [*range(len(names))]
     parts = [row.parsed.request.parts[0]["image"] if n != 2 else str(row.parsed) for n, row in found]
     assert parts == [png("red"), png("red"), "image memory://data/a/none.png does not exist", *names[3:]]
+
+
+def test_a_bucket(tmp_path, bucket):
+    """Each format has the same rows in a bucket as in a local folder."""
+    pytest.importorskip("pyarrow")
+    from fsspec import filesystem
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
+    for name in ("jsonl", "parquet", "tar", "images"):
+        (tmp_path / name).mkdir()
+    for number in range(2):
+        rows = [{"id": f"{number} {n}", "prompt": "é" * n, "image": png("red")} for n in range(9)]
+        write_table(Table.from_pylist(rows), tmp_path / "parquet" / f"{number}.parquet", row_group_size=4)
+        lines = [json.dumps({**row, "image": "images/0.png"}) + "\n" for row in rows]
+        (tmp_path / "jsonl" / f"{number}.jsonl").write_text("".join(lines))
+        files = [(f"{number}/{n}.{kind}", png("blue")) for n in range(9) for kind in ("0.png", "1.png")]
+        write_tar(tmp_path / "tar" / f"{number}.tar", files)
+        (tmp_path / "images" / f"{number}.png").write_bytes(png("red"))
+    filesystem("s3").put(str(tmp_path), f"{bucket}/data", recursive=True)
+    for name in ("jsonl", "parquet", "tar", "images", "jsonl/1.jsonl", "parquet/1.parquet", "tar/1.tar"):
+        expected = rows_in_parts(tmp_path / name, 4, "?")
+        assert len(expected) == (2 if name == "images" else 9 if "." in name else 18)
+        same(rows_in_parts(f"{bucket}/data/{name}", 4, "?"), expected)

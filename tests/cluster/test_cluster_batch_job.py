@@ -93,15 +93,23 @@ def lines(folder: str, *names: str) -> list[Any]:
     return found
 
 
-@pytest.fixture(params=["path", "url"])
+@pytest.fixture(params=["path", "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Folder with an input file: a path, or a URL of a file system without folders, like an object store."""
-    folder = str(tmp_path) if request.param == "path" else f"memory://{uuid.uuid4().hex}"
+    if request.param == "s3":
+        folder = f"{request.getfixturevalue('bucket')}/data"
+    else:
+        folder = str(tmp_path) if request.param == "path" else f"memory://{uuid.uuid4().hex}"
     write(join(folder, "in.jsonl"), rows())
     write(join(folder, "a/red.png"), png("red"))
     return folder
 
 
+# Not all tests: a request takes the S3 server up to a tenth of a second.
+also_in_a_bucket = pytest.mark.parametrize("place", ["path", "memory", "s3"], indirect=True)
+
+
+@also_in_a_bucket
 def test_the_parts_equal_the_output_of_one_machine(place, tmp_path, model, here):
     result = here.run(f"{place}/in.jsonl", f"{place}/out")
     n_parts = -(-N_ROWS // 3)
@@ -122,6 +130,7 @@ def test_the_parts_equal_the_output_of_one_machine(place, tmp_path, model, here)
     ]
 
 
+@also_in_a_bucket
 def test_resumption(place, here, capsys):
     here.until = 4
     with pytest.raises(QwenVLError, match="stopped"):
@@ -186,6 +195,7 @@ def test_a_changed_input_is_noticed(place, here, monkeypatch):
         here.run(f"{place}/in.jsonl", f"{place}/out")
 
 
+@also_in_a_bucket
 def test_a_folder_of_images(place, here, model):
     result = here.run(f"{place}/a", f"{place}/out", prompt="What is it?")
     answer = model.generate([{"image": png("red")}, {"text": "What is it?"}], max_new_tokens=3)

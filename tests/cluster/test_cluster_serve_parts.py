@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -18,12 +20,13 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 
 from ray.exceptions import RayActorError
 
-from paddlemix_qwenvl_plugin.cluster.serve import coordinator, engine_handle
+from paddlemix_qwenvl_plugin.cluster.serve import coordinator, engine_handle, start
 from paddlemix_qwenvl_plugin.cluster.serve.cluster_metrics import render
 from paddlemix_qwenvl_plugin.cluster.serve.coordinator import Coordinator, Totals
 from paddlemix_qwenvl_plugin.cluster.serve.engine import Chunk
 from paddlemix_qwenvl_plugin.cluster.serve.engine_handle import HandleEngineClient
 from paddlemix_qwenvl_plugin.cluster.serve.prefix import prefix_of
+from paddlemix_qwenvl_plugin.cluster.serve.replicas import front_cpus, front_requests, max_fronts
 from paddlemix_qwenvl_plugin.cluster.serve.routing import PrefixRouter
 from paddlemix_qwenvl_plugin.cluster.serve.start import check_version
 from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -259,6 +262,15 @@ class TestPrefix:
         assert prefix_of(later, IMAGE_END) == asked
 
 
+def test_requests_with_the_same_image_can_be_compared() -> None:
+    """As Ray does to remove one from those that wait."""
+    image = np.zeros((4, 4, 3), np.uint8)
+    first, second = (text([1, 99], images=[image.copy()]) for _ in range(2))
+    waiting = [first, second]
+    waiting.remove(second)
+    assert waiting == [first]
+
+
 class Router(PrefixRouter):
     """PrefixRouter with fixed queue lengths, without Ray."""
 
@@ -322,12 +334,29 @@ def test_metrics_of_all_processes() -> None:
     }
 
 
-def test_an_old_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
+def test_fronts_for_all_slots() -> None:
+    """On a GPU enough for its tokens (docs/scaling.md)."""
+    gpu = limits(device="gpu", max_running=64, min_replicas=16)
+    assert max_fronts(gpu) * front_cpus(gpu) * 1340 >= 16 * 2890
+    assert max_fronts(gpu) * front_requests(gpu) >= 16 * 64
+    assert max_fronts(limits(max_running=64, max_replicas=10)) == 10
+    assert max_fronts(limits(max_running=65, min_fronts=1)) == 2
+    assert max_fronts(limits(max_running=2)) == limits().min_fronts
 
+
+@pytest.mark.parametrize(
+    ("found", "protobuf", "message"),
+    [
+        ("2.49.2", "6.33.6", "qwenvl serve needs Ray 2.50 or newer, and this is 2.49.2; pip install -U 'ray"),
+        ("2.56.1", "7.36.2", "Ray Serve 2.56.1 does not work with protobuf 7.36.2; pip install 'protobuf<7'"),
+        ("2.50.0", "6.33.6", None),
+        ("2.57.0", "7.36.2", None),
+    ],
+)
+def test_an_old_ray_is_refused(
+    monkeypatch: pytest.MonkeyPatch, found: str, protobuf: str, message: Optional[str]
+) -> None:
     check_version()
-    monkeypatch.setattr(ray, "__version__", "2.51.2")
-    with pytest.raises(
-        UsageError, match=r"qwenvl serve needs Ray 2.60 or newer; 2.51.2 is installed; pip install"
-    ):
+    monkeypatch.setattr(start, "version", {"ray": found, "protobuf": protobuf}.__getitem__)
+    with contextlib.nullcontext() if message is None else pytest.raises(UsageError, match=re.escape(message)):
         check_version()

@@ -125,7 +125,7 @@ def serve_config(text: str) -> str:
     known(document["http_options"], HTTPOptionsSchema)
     for application in document["applications"]:
         known(application, ServeApplicationSchema)
-        for deployment in application["deployments"]:
+        for deployment in application.get("deployments", ()):
             known(deployment, DeploymentSchema)
             known(deployment["ray_actor_options"], RayActorOptionsSchema)
             known(deployment["autoscaling_config"], AutoscalingConfig)

@@ -21,6 +21,7 @@ from deploy_kuberay import RESOURCES, serve_config  # noqa: E402
 from deploy_schema import ValidationError as SchemaError  # noqa: E402
 from deploy_schema import validate_kubernetes  # noqa: E402
 
+from paddlemix_qwenvl_plugin.cluster.serve.replicas import front_cpus, max_fronts  # noqa: E402
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings  # noqa: E402
 
 FILES = ["kuberay/cluster.yaml", "kuberay/batch.yaml", "kuberay/service.yaml"]
@@ -115,7 +116,7 @@ def test_the_application_is_built_from_its_arguments(tmp_path: Path) -> None:
     for argument in built._bound_deployment.init_args:
         if hasattr(argument, "_bound_deployment"):
             deployments[argument._bound_deployment.name] = argument._bound_deployment
-    assert {each["name"] for each in application["deployments"]} <= set(deployments)
+    assert set(deployments) == {"Front", "Engine"}
     engine = deployments["Engine"]
     assert engine.ray_actor_options["num_gpus"] == 1
     assert engine.ray_actor_options["num_cpus"] == application["args"]["replica_cpus"]
@@ -125,14 +126,13 @@ def test_a_node_holds_its_deployments() -> None:
     """An engine and three fronts fit on a worker, and the workers suffice for the most replicas."""
     document = resource("kuberay/service.yaml")
     settings = ServeSettings(**serve_application()["args"])
-    [front] = serve_application()["deployments"]
     [worker] = cluster(document)["workerGroupSpecs"]
     limits = worker["template"]["spec"]["containers"][0]["resources"]["limits"]
-    cpus = settings.replica_cpus + 3 * front["ray_actor_options"]["num_cpus"]
+    cpus = settings.replica_cpus + 3 * front_cpus(settings)
     assert cpus < int(limits["cpu"])
     assert (settings.min_replicas, settings.max_replicas) == (worker["minReplicas"], worker["maxReplicas"])
-    for bound in ("min_replicas", "max_replicas"):
-        assert front["autoscaling_config"][bound] <= 3 * worker[bound.replace("_replicas", "Replicas")]
+    assert settings.min_fronts <= 3 * worker["minReplicas"]
+    assert max_fronts(settings) <= 3 * worker["maxReplicas"]
     # The old cluster lives on until its last request has ended.
     longest = settings.waiting_timeout + settings.running_timeout
     assert document["spec"]["rayClusterDeletionDelaySeconds"] > longest

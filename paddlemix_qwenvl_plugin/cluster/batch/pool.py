@@ -88,7 +88,10 @@ def answered(work: Work, parts: Sequence[Part], actors: Actors) -> Iterator[int]
             if row["error"]:
                 raise (UsageError if row["exit_code"] == UsageError.exit_code else QwenVLError)(row["error"])
             yield row["rows"]
-    except ray.exceptions.RayError as error:
+    except (
+        ray.exceptions.RayError,
+        ConnectionError,
+    ) as error:  # a lost connection: this machine's node has ended
         raise QwenVLError(
             f"the job failed on the cluster ({_last_line(error)}); run the command again to resume"
         ) from error

@@ -10,7 +10,13 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from paddlemix_qwenvl_plugin.cluster.serve.engine import Engine
 from paddlemix_qwenvl_plugin.cluster.serve.front import ingress
-from paddlemix_qwenvl_plugin.cluster.serve.replicas import FRONT_CPUS, max_replicas, replica_gpus
+from paddlemix_qwenvl_plugin.cluster.serve.replicas import (
+    front_cpus,
+    front_requests,
+    max_fronts,
+    max_replicas,
+    replica_gpus,
+)
 from paddlemix_qwenvl_plugin.cluster.serve.routing import PrefixRouter
 from paddlemix_qwenvl_plugin.serve.api_keys import keys_of
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
@@ -21,7 +27,6 @@ NAME = "qwenvl"
 
 # Share of an engine's slots above which another replica is started.
 _TARGET_SHARE = 0.8
-_FRONT_REQUESTS = 64
 # Besides the requests that the queue admits: health checks, metrics, requests about to be refused.
 _SPARE_REQUESTS = 1000
 _HEALTH_SECONDS = 5.0
@@ -66,12 +71,12 @@ def application(settings: ServeSettings) -> serve.Application:
         name="Front",
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.min_fronts,
-            max_replicas=max(settings.min_fronts, most),
+            max_replicas=max_fronts(settings),
             initial_replicas=settings.min_fronts,
-            target_ongoing_requests=_FRONT_REQUESTS,
+            target_ongoing_requests=front_requests(settings),
         ),
         max_ongoing_requests=n_requests + _SPARE_REQUESTS,
-        ray_actor_options={"num_cpus": FRONT_CPUS},
+        ray_actor_options={"num_cpus": front_cpus(settings)},
         health_check_period_s=_HEALTH_SECONDS,
         # An update must not end a request, however long it may wait and run.
         graceful_shutdown_timeout_s=settings.waiting_timeout + settings.running_timeout,

@@ -7,6 +7,7 @@ from typing import Any, Optional
 from prometheus_client.core import Metric
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
 from starlette.types import Message, Receive, Scope, Send
 
 from paddlemix_qwenvl_plugin.cluster.serve.cluster_admission import ClusterAdmission
@@ -21,20 +22,36 @@ from paddlemix_qwenvl_plugin.serve.opening import open_service
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 
-class _App:
-    """ASGI application of this process's front: Ray Serve wants it before the front exists."""
+class _App(Starlette):
+    """ASGI application of this process's front: Ray Serve wants it before the front exists.
+
+    Ray before 2.56 expects Starlette's attributes; the routes and the error handlers are those of the front.
+    """
 
     front: Optional[Front] = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert _App.front is not None
+        if scope["type"] == "lifespan":
+            await self._live(_App.front, receive, send)
+            return
+
         async def without_id(message: Message) -> None:
             if message["type"] == "http.response.start":  # Ray's proxy adds the header, too
                 headers = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]
                 message = {**message, "headers": headers}
             await send(message)
 
-        assert _App.front is not None
         await _App.front.asgi(scope, receive, without_id)
+
+    async def _live(self, front: Front, receive: Receive, send: Send) -> None:
+        """Join the cluster at the start, before Ray sends requests."""
+        await receive()
+        await front.join()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await front.close()
+        await send({"type": "lifespan.shutdown.complete"})
 
 
 class Front:
@@ -44,31 +61,35 @@ class Front:
         asgi: the application; Ray Serve's ingress has an attribute `app` of its own.
     """
 
-    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+    def __init__(
         self, settings: ServeSettings, keys: Optional[ApiKeys], engine: DeploymentHandle[Any]
     ) -> None:
-        """Open the tokenizer and join the cluster.
+        """Open the tokenizer; `join` connects the front. Not a coroutine: Ray before 2.55 would not await it.
 
         Args:
             keys: API keys; None: requests need no key.
         """
         start_logging(settings.log_level)
+        self._settings = settings
         metrics = Metrics()
         self._admission = ClusterAdmission(metrics.queued)
         self._engine = HandleEngineClient(engine)
         self._service = open_service(settings, LOGGER.info, self._engine, self._admission, metrics)
         self._engine.image_end = self._service.config.visual.image_start_id + 1
         self._service.cluster_metrics = self._render_metrics
-        name = serve.get_replica_context().replica_id.unique_id
-        self._member = Member(name, "front", settings, self._state, self._heed)
-        self._admission.join(self._member)
-        await self._member.coordinator.configure.remote(settings)
-        await self._member.report()
-        self._member.start()
         self.asgi: Any = create_app(self._service, keys=keys)
         _App.front = self
 
-    async def __del__(self) -> None:
+    async def join(self) -> None:
+        """Join the cluster."""
+        name = serve.get_replica_context().replica_id.unique_id
+        self._member = Member(name, "front", self._settings, self._state, self._heed)
+        self._admission.join(self._member)
+        await self._member.coordinator.configure.remote(self._settings)
+        await self._member.report()
+        self._member.start()
+
+    async def close(self) -> None:
         """End the image processes."""
         await self._service.images.close()
 

@@ -7,6 +7,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any, Optional
 from uuid import uuid4
 
@@ -19,7 +20,9 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import check_model
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
 
-_OLDEST_RAY = Version("2.60")
+_OLDEST_RAY = Version("2.50")
+# Older ones use an attribute of protobuf that its version 7 no longer has.
+_OLDEST_RAY_WITH_PROTOBUF_7 = Version("2.57")
 _POLL_SECONDS = 0.5
 _KEEP_ALIVE_SECONDS = 15
 
@@ -33,13 +36,16 @@ class _Signal(BaseException):
 
 
 def check_version() -> None:
-    """Raise UsageError if Ray is too old: with 2.48 and 2.51 its controller fails on the application."""
-    import ray
-
-    if Version(ray.__version__) < _OLDEST_RAY:
+    """Raise UsageError if Ray is too old, or too old for the protobuf beside it: its controller would fail."""
+    found, protobuf = Version(version("ray")), Version(version("protobuf"))
+    if found < _OLDEST_RAY:
         raise UsageError(
-            f"--ray: qwenvl serve needs Ray {_OLDEST_RAY} or newer, and this is {ray.__version__}; "
-            "pip install -U 'ray[serve]', which needs Python 3.10"
+            f"--ray: qwenvl serve needs Ray {_OLDEST_RAY} or newer, and this is {found}; pip install -U 'ray[serve]'"
+        )
+    if found < _OLDEST_RAY_WITH_PROTOBUF_7 and protobuf.major >= 7:
+        raise UsageError(
+            f"--ray: Ray Serve {found} does not work with protobuf {protobuf}; "
+            f"pip install 'protobuf<7', or Ray {_OLDEST_RAY_WITH_PROTOBUF_7} or newer"
         )
 
 
