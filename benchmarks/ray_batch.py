@@ -1,4 +1,4 @@
-"""Throughput of `qwenvl batch --ray` on this machine against the same cores without Ray, and the overhead of a row.
+"""Compare the throughput of `qwenvl batch` with and without Ray on the same cores, and the overhead per row.
 
     .venv/bin/python benchmarks/ray_batch.py --vision qwenvl-demo/vision/vision --language qwenvl-demo/text/qwen
 

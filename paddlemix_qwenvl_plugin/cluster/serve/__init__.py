@@ -1,1 +1,1 @@
-"""`qwenvl serve --ray`: fronts and engines as replicas of Ray Serve."""
+"""`qwenvl serve --ray`: fronts and engines as Ray Serve replicas."""

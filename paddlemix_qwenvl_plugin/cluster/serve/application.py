@@ -1,4 +1,4 @@
-"""The application of Ray Serve: fronts and engines, with their scaling."""
+"""Ray Serve application of `qwenvl serve --ray`: the deployments Front and Engine, with autoscaling."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import check_model
 
 NAME = "qwenvl"
-"""Name of the application."""
+"""Name of the Ray Serve application."""
 
-# Share of an engine's slots above which another replica is started.
+# Autoscaling target: share of an engine's slots in use.
 _TARGET_SHARE = 0.8
-# Besides the requests that the queue admits: health checks, metrics, requests about to be refused.
+# Requests outside the queue: health checks, metrics, requests to be refused.
 _SPARE_REQUESTS = 1000
 _HEALTH_SECONDS = 5.0
 
@@ -42,20 +42,20 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
 
 def application(settings: ServeSettings) -> serve.Application:
-    """Build the application.
+    """Build the Ray Serve application from validated settings.
 
     Raises:
         UsageError: settings contradict each other, or the API keys cannot be read.
     """
     check_model(settings)
     settings = _with_absolute_paths(settings)
-    most = max_replicas(settings)
+    max_engines = max_replicas(settings)
     router: Any = PrefixRouter  # annotated wrongly in Ray
     engine = serve.deployment(
         name="Engine",
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.min_replicas,
-            max_replicas=most,
+            max_replicas=max_engines,
             initial_replicas=settings.min_replicas,
             target_ongoing_requests=max(1.0, _TARGET_SHARE * settings.max_running),
         ),
@@ -63,10 +63,10 @@ def application(settings: ServeSettings) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class=router),
         ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": replica_gpus(settings)},
         health_check_period_s=_HEALTH_SECONDS,
-        # Requests that take longer are computed again on another replica.
+        # Requests that take longer are recomputed on another replica.
         graceful_shutdown_timeout_s=settings.shutdown_timeout,
     )(Engine)
-    n_requests = settings.max_running * most + settings.max_waiting
+    n_requests = settings.max_running * max_engines + settings.max_waiting
     front = serve.deployment(
         name="Front",
         autoscaling_config=AutoscalingConfig(
@@ -78,7 +78,7 @@ def application(settings: ServeSettings) -> serve.Application:
         max_ongoing_requests=n_requests + _SPARE_REQUESTS,
         ray_actor_options={"num_cpus": front_cpus(settings)},
         health_check_period_s=_HEALTH_SECONDS,
-        # An update must not end a request, however long it may wait and run.
+        # The maximum time of a request, so that an update ends none.
         graceful_shutdown_timeout_s=settings.waiting_timeout + settings.running_timeout,
     )(ingress())
     bound: serve.Application = front.bind(settings, keys_of(settings), engine.bind(settings))
@@ -86,7 +86,7 @@ def application(settings: ServeSettings) -> serve.Application:
 
 
 def _with_absolute_paths(settings: ServeSettings) -> ServeSettings:
-    """The settings for processes with other working directories."""
+    """Make the settings' paths absolute, for processes with other working directories."""
     names = ("first_model_path", "second_model_path", "model_name_or_path")
     paths: dict[str, Optional[Path]] = {name: getattr(settings, name) for name in names}
     adapters = [text.partition("=") for text in settings.adapter]

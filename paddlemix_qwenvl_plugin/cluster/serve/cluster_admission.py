@@ -1,4 +1,4 @@
-"""Admission of a front: slots of the cluster's queue."""
+"""Admission of a front to the cluster-wide queue."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from paddlemix_qwenvl_plugin.cluster.serve.coordinator import Leases
 from paddlemix_qwenvl_plugin.cluster.serve.membership import Member
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 
-# Patience with a coordinator that Ray restarts.
+# Retries while Ray restarts the coordinator: total time, and interval.
 _RESTART_SECONDS = 30.0
 _PAUSE_SECONDS = 0.2
 
 
 class ClusterAdmission:
-    """Admission over the coordinator's queue, which all fronts share."""
+    """Admission that acquires slots from the coordinator's queue, which all fronts share."""
 
     def __init__(self, observe_wait: Callable[[float], None]) -> None:
         """Create the admission; `join` connects it. `observe_wait`: see SlotQueue."""
@@ -31,27 +31,27 @@ class ClusterAdmission:
         self._leases: dict[str, tuple[int, Optional[str]]] = {}
 
     def join(self, member: Member) -> None:
-        """Connect to the coordinator."""
+        """Set the Member whose coordinator grants slots; before the first request."""
         self._member = member
 
     @property
     def leases(self) -> Leases:
-        """The slots that this front's requests hold."""
+        """Leases that requests of this front hold."""
         return dict(self._leases)
 
     @property
     def running(self) -> int:
-        """See Admission; of the cluster, at the last report."""
+        """Number of slots in use in the cluster, as of the last report."""
         return int(self._member.totals.running)
 
     @property
     def waiting(self) -> int:
-        """See Admission; of the cluster, at the last report."""
+        """Number of requests waiting for slots in the cluster, as of the last report."""
         return int(self._member.totals.waiting)
 
     @contextlib.asynccontextmanager
     async def slots(self, n: int, key: Optional[str]) -> AsyncIterator[None]:
-        """See Admission."""
+        """Acquire n slots of the cluster's queue for the block; see Admission.slots."""
         lease = f"{self._member.name}-{next(self._numbers)}"
         begin = time.monotonic()
         try:
@@ -66,10 +66,10 @@ class ClusterAdmission:
             self._member.coordinator.release.remote(lease)
 
     def close(self) -> None:
-        """See Admission; the command drains the coordinator's queue instead."""
+        """Do nothing: `qwenvl serve --ray` drains the coordinator's queue instead."""
 
     def refuse_waiting(self) -> None:
-        """See Admission; the command drains the coordinator's queue instead."""
+        """Do nothing: `qwenvl serve --ray` ends the coordinator's queue instead."""
 
     async def _acquire(self, lease: str, n: int, key: Optional[str]) -> Optional[dict[str, Any]]:
         failing_since: Optional[float] = None

@@ -1,4 +1,4 @@
-"""Metrics of all processes of the cluster on one page."""
+"""Prometheus metrics of all fronts and engines in one response."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from paddlemix_qwenvl_plugin.serve.metrics import slot_metrics
 
 
 class _Cluster(Collector):
-    """Collector of the metrics that the processes reported, each with the label of its process.
+    """Collector of the reported metrics, each labelled with its process.
 
-    A label for each process: its counters begin at 0 with it, and only a series of its own lets Prometheus see that.
+    Separate series per process let Prometheus detect the reset of counters when a process starts.
     """
 
     def __init__(self, processes: Mapping[str, tuple[str, list[Metric]]], totals: Totals) -> None:
@@ -37,7 +37,7 @@ class _Cluster(Collector):
 def render(
     processes: Mapping[str, tuple[str, list[Metric]]], totals: Totals, accept: str
 ) -> tuple[bytes, str]:
-    """Render the metrics; see Metrics.render.
+    """Render the metrics of all processes; see Metrics.render.
 
     Args:
         processes: kind and metrics of each process by its name.

@@ -1,4 +1,4 @@
-"""Coordinator: the actor that holds the cluster's queue, and the latest metrics of its processes."""
+"""Coordinator actor: the cluster-wide queue, and the latest metrics of all processes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 REPORT_SECONDS = 1.0
-"""Interval of the reports of fronts and engines."""
+"""Interval of the reports of fronts and engines, in seconds."""
 
 _LOST_SECONDS = 10.0
-# A lease that its front does not report this long after it was granted belongs to a client that left meanwhile.
+# A granted lease that its front has not reported after this time belongs to a client that has disconnected.
 _UNCLAIMED_SECONDS = 5.0
-# Without fronts for this long, as after `serve shutdown`, the coordinator ends.
+# The coordinator exits after this time without fronts, as after `serve shutdown`.
 _IDLE_SECONDS = 600.0
 
 Leases = Mapping[str, tuple[int, Optional[str]]]
-"""Number of slots and API key of each request that holds slots, by the lease's id."""
+"""Leases of a front: lease id -> (number of slots, API key) of each admitted request."""
 
 
 class Totals(NamedTuple):
-    """State of the cluster for its fronts.
+    """Cluster state that the coordinator returns to fronts and engines.
 
     Attributes:
         running: slots in use.
@@ -49,7 +49,7 @@ class Totals(NamedTuple):
 
 @dataclass
 class _Process:
-    """A front or an engine replica: its last report."""
+    """Last report of a front or engine replica."""
 
     kind: str
     reported: float
@@ -59,7 +59,7 @@ class _Process:
 
 @dataclass
 class _Lease:
-    """Slots of a request; `task` waits for them, `granted` is the time when they were granted."""
+    """Slots of a request; `task` waits for the grant, `granted` is its time."""
 
     front: str
     granted: Optional[float] = None
@@ -68,9 +68,9 @@ class _Lease:
 
 
 class Coordinator:
-    """Queue of the cluster, SlotQueue's, with leases: the slots of a front that no longer reports are freed.
+    """Cluster-wide SlotQueue with leases: the slots of a front that stops reporting are freed.
 
-    A coordinator that Ray has restarted learns the leases from the fronts' next reports. All methods run in one event
+    After a restart by Ray, the coordinator adopts the leases of the fronts' next reports. All methods run in one event
     loop. Errors are returned, not raised: Ray would wrap them.
     """
 
@@ -86,17 +86,17 @@ class Coordinator:
         self._sweeper: Optional[asyncio.Task[None]] = None
 
     async def configure(self, settings: ServeSettings) -> None:
-        """Set the limits of a starting front's settings, and accept requests."""
+        """Set the queue's limits from the settings of a starting front, and accept requests."""
         self._queue.set_limits(**_limits(settings))
         self._queue.open()
         self._draining = self._ending = False
 
     async def own(self, owner: str) -> None:
-        """Make a command the application's owner."""
+        """Record the command that owns the application, by a unique id."""
         self._owner = owner
 
     async def owner(self) -> str:
-        """The command that deployed the application last; empty after a restart of this actor."""
+        """Return the id of the command that deployed the application last; "" after a restart of this actor."""
         return self._owner
 
     async def acquire(
@@ -105,7 +105,7 @@ class Coordinator:
         """Wait for n slots; see Admission.slots. Return None when they are granted, else an ApiError's arguments."""
         if self._settled > time.monotonic():
             await asyncio.sleep(self._settled - time.monotonic())
-        if lease_id in self._leases:  # asked before the restart of this actor, and adopted
+        if lease_id in self._leases:  # acquired before the restart of this actor, and adopted
             return None
         lease = self._leases[lease_id] = _Lease(front)
         lease.task = asyncio.ensure_future(lease.stack.enter_async_context(self._queue.slots(n, key)))
@@ -114,7 +114,7 @@ class Coordinator:
         except ApiError as error:
             del self._leases[lease_id]
             return {"message": str(error), **vars(error)}
-        except asyncio.CancelledError:  # by `release`: the client has left
+        except asyncio.CancelledError:  # by `release`: the client has disconnected
             return None
         lease.task, lease.granted = None, time.monotonic()
         return None
@@ -133,9 +133,9 @@ class Coordinator:
     async def report(
         self, name: str, kind: str, ready: bool, metrics: list[Metric], leases: Optional[Leases] = None
     ) -> Totals:
-        """Receive the state of a process, `kind` front or engine.
+        """Record the report of a process, `kind` front or engine, and return the cluster state.
 
-        A front's leases that this actor does not know are adopted; those that the front does not know are released.
+        Adopts reported leases that are unknown here; releases leases of the front that it does not report.
         """
         now = time.monotonic()
         self._processes[name] = _Process(kind, now, ready, metrics)
@@ -169,14 +169,14 @@ class Coordinator:
         return Totals(self._queue.running, self._queue.waiting, engines, self._draining, self._ending)
 
     async def _release_unclaimed(self, front: str, claimed: Leases, now: float) -> None:
-        """Release the leases that a front does not hold: its `release` was lost, or overtook `acquire`."""
+        """Release the leases that a front does not report: its `release` was lost, or arrived before `acquire`."""
         for lease_id, lease in list(self._leases.items()):
             old = lease.granted is not None and now - lease.granted > _UNCLAIMED_SECONDS
             if lease.front == front and old and lease_id not in claimed:
                 await self.release(lease_id)
 
     async def _sweep(self) -> None:
-        """Forget processes that no longer report, with their leases; end when no front is left for long."""
+        """Remove processes that stopped reporting, with their leases; exit after a long time without fronts."""
         while True:
             await asyncio.sleep(REPORT_SECONDS)
             now = time.monotonic()

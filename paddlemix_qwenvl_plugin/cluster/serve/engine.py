@@ -1,4 +1,4 @@
-"""Engine replica: an engine process on Ray Serve."""
+"""Engine replica on Ray Serve, which supervises an engine process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from paddlemix_qwenvl_plugin.serve.metrics import engine_metrics
 from paddlemix_qwenvl_plugin.serve.opening import model_settings
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
-# An engine process that cannot be restarted for this long: Ray replaces the replica.
+# Ray replaces the replica after the engine process has been unavailable for this time.
 _UNHEALTHY_SECONDS = 60.0
 
 
 class Chunk(NamedTuple):
-    """Tokens of a request since the last chunk; the last chunk has the finish reason."""
+    """Tokens of a request since the previous chunk; the last chunk has the finish reason."""
 
     tokens: list[Token]
     n_cached: int
@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
 
 
 class Engine:
-    """Replica that holds an engine process, restarts it when it ends, and streams completions."""
+    """Ray Serve replica that runs an engine process, restarts it after an exit, and streams completions."""
 
     async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Start the engine process and wait until it is ready; raises as EngineClient.start."""
@@ -44,11 +44,11 @@ class Engine:
     async def generate(
         self, request: EngineRequest, n_skip: int, prefix: str, attempt: int
     ) -> AsyncIterator[Chunk]:
-        """Compute a request; a cancelled call cancels it.
+        """Stream the completion of a request; cancelling the call cancels the request.
 
         Args:
-            n_skip: number of tokens that the caller has already, from another replica.
-            prefix, attempt: for PrefixRouter.
+            n_skip: number of leading tokens to omit, which another replica has already sent.
+            prefix, attempt: read by PrefixRouter.
 
         Raises:
             EngineUnavailable: the engine process is not ready, or ended while computing the request.
@@ -68,7 +68,7 @@ class Engine:
             stream.cancel()
 
     def check_health(self) -> None:
-        """Raise if the engine process has been unavailable for long; Ray Serve calls this."""
+        """Raise RuntimeError if the engine process has been unavailable for too long; called by Ray Serve."""
         now = time.monotonic()
         if self._client.ready:
             self._healthy = now

@@ -1,4 +1,4 @@
-"""Engine client of a front: computes each request on an engine replica, and again on another if that one ends."""
+"""Engine client of a front: runs requests on engine replicas and retries on another replica after a failure."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 _LOG = logging.getLogger(__name__)
 
-# Pauses before further attempts. Few: a request may itself be what ends the engines.
+# Seconds before each retry. Few retries: the request itself may crash the engines.
 _PAUSES = (0.0, 0.5, 2.0)
 
 
 class HandleEngineClient:
-    """EngineClient over the engine replicas.
+    """EngineClient over the Ray Serve handle of the engine replicas.
 
-    Completions are the same to the bit on every replica. A request whose replica ends is therefore computed again on
-    another, without the tokens that the client has already; the client sees a pause.
+    Completions are bit-identical on all replicas. If a replica fails, another one recomputes the request and omits the
+    tokens already sent; the client sees a pause.
 
     Attributes:
         image_end: see prefix_of.
@@ -42,7 +42,7 @@ class HandleEngineClient:
         self._running: dict[asyncio.Task[None], ReceivedTokens] = {}
 
     async def start(self) -> None:
-        """See EngineClient; Ray starts the replicas."""
+        """Do nothing: Ray Serve starts the replicas."""
 
     async def stop(self) -> None:
         """Fail the running requests."""
@@ -51,8 +51,8 @@ class HandleEngineClient:
             task.cancel()
 
     def submit(self, request: EngineRequest) -> ReceivedTokens:
-        """See EngineClient; waits for a replica."""
-        if request.options.seed is None:  # a second attempt must draw the same tokens
+        """Submit a request to an engine replica; see EngineClient.submit."""
+        if request.options.seed is None:  # a retry must sample the same tokens
             request = replace(request, options=replace(request.options, seed=random.getrandbits(63)))
         stream = ReceivedTokens(lambda: cancel())
         task = asyncio.ensure_future(self._run(request, stream))
@@ -96,7 +96,7 @@ class HandleEngineClient:
 
 
 def _failure(error: Exception) -> Optional[QwenVLError]:
-    """The error of the request itself; None if its replica failed and another may answer."""
+    """Return the error of the request itself; None if the replica failed and a retry may succeed."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, EngineUnavailable) or not isinstance(cause, QwenVLError):
         return None

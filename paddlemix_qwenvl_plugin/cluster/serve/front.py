@@ -1,4 +1,4 @@
-"""Front replica: the application of `qwenvl serve` on Ray Serve."""
+"""Front replica on Ray Serve: the HTTP application of `qwenvl serve`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _App(Starlette):
             return
 
         async def without_id(message: Message) -> None:
-            if message["type"] == "http.response.start":  # Ray's proxy adds the header, too
+            if message["type"] == "http.response.start":  # Ray's proxy adds the header as well
                 headers = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]
                 message = {**message, "headers": headers}
             await send(message)
@@ -55,7 +55,7 @@ class _App(Starlette):
 
 
 class Front:
-    """Replica that answers HTTP requests with the engine replicas.
+    """Ray Serve replica that answers HTTP requests with the engine replicas.
 
     Attributes:
         asgi: the application; Ray Serve's ingress has an attribute `app` of its own.
@@ -83,7 +83,7 @@ class Front:
     async def join(self) -> None:
         """Join the cluster."""
         name = serve.get_replica_context().replica_id.unique_id
-        self._member = Member(name, "front", self._settings, self._state, self._heed)
+        self._member = Member(name, "front", self._settings, self._state, self._apply_totals)
         self._admission.join(self._member)
         await self._member.coordinator.configure.remote(self._settings)
         await self._member.report()
@@ -97,8 +97,8 @@ class Front:
         metrics: list[Metric] = list(self._service.metrics.registry.collect())
         return Report(True, metrics, self._admission.leases)
 
-    async def _heed(self) -> None:
-        """Take over the state of the cluster."""
+    async def _apply_totals(self) -> None:
+        """Apply the reported cluster state to the engine client and the service."""
         totals = self._member.totals
         self._engine.ready = totals.engines > 0
         self._service.draining = totals.draining
@@ -106,11 +106,11 @@ class Front:
             await self._engine.stop()
 
     async def _render_metrics(self, accept: str) -> tuple[bytes, str]:
-        await self._member.report()  # otherwise this front's own would be up to a second old
+        await self._member.report()  # otherwise this front's own metrics are up to a second old
         processes, totals = await self._member.coordinator.metrics.remote()
         return render(processes, totals, accept)
 
 
 def ingress() -> Any:
-    """The class of the front's deployment."""
+    """Create the class of the deployment Front: a Front behind Ray Serve's ingress."""
     return serve.ingress(_App())(Front)

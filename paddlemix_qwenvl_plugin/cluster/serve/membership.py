@@ -1,4 +1,4 @@
-"""Membership of a front or engine replica in the cluster: the coordinator's handle, and reports to it."""
+"""Membership of a replica in the cluster: finding the coordinator, and periodic reports to it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 _LOG = logging.getLogger(__name__)
 
 _NAME, _NAMESPACE = "qwenvl-coordinator", "qwenvl"
-# Calls that wait at the same time: a request in the queue is one.
+# Concurrent calls of the coordinator; each waiting request is one.
 _CONCURRENCY = 100_000
 
 
 class Report(NamedTuple):
-    """State of a replica for the coordinator."""
+    """State of a replica, reported to the coordinator."""
 
     ready: bool
     metrics: list[Metric]
@@ -35,9 +35,9 @@ class _RestartableCoordinator(Coordinator):
 
 
 def coordinator(settings: ServeSettings) -> Any:
-    """Handle of the cluster's coordinator, which the first caller creates.
+    """Return the handle of the cluster's coordinator; the first call creates it.
 
-    It is no replica: an update of the application must not lose the queue.
+    A detached actor instead of a replica, so that the queue survives updates of the application.
     """
     return (
         ray.remote(_RestartableCoordinator)
@@ -55,17 +55,17 @@ def coordinator(settings: ServeSettings) -> Any:
 
 
 def running_coordinator() -> Optional[Any]:
-    """Handle of the coordinator if one runs."""
+    """Return the handle of the coordinator; None if it does not run."""
     with contextlib.suppress(ValueError):
         return ray.get_actor(_NAME, _NAMESPACE)
     return None
 
 
 class Member:
-    """Replica that reports to the coordinator once a second.
+    """Client of the coordinator in a replica, which reports once a second.
 
     Attributes:
-        name: the replica's id, the value of the metrics' label.
+        name: id of the replica; the value of the label of its metrics.
         coordinator: handle of the coordinator.
         totals: state of the cluster after the last report.
     """
@@ -83,7 +83,7 @@ class Member:
         Args:
             kind: front or engine.
             state: called for each report.
-            reported: called after each report, when `totals` are new.
+            reported: called after each report with updated `totals`.
         """
         self.name = name
         self.coordinator = coordinator(settings)
@@ -94,11 +94,11 @@ class Member:
         self._task: Optional[asyncio.Task[None]] = None
 
     def start(self) -> None:
-        """Begin to report; from the event loop."""
+        """Start periodic reports; call within the event loop."""
         self._task = asyncio.ensure_future(self._run())
 
     async def report(self) -> None:
-        """Report now."""
+        """Send a report now and update `totals`."""
         self.totals = await self.coordinator.report.remote(self.name, self._kind, *self._state())
         if self._reported is not None:
             await self._reported()

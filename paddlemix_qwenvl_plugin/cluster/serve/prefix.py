@@ -1,4 +1,4 @@
-"""Prefix of a request, which decides on its replica."""
+"""Routing key of a request: a digest of its shared prefix."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from paddlemix_qwenvl_plugin.serve.engine_api import EngineRequest
 
 
 def prefix_of(request: EngineRequest, image_end: int) -> str:
-    """Digest of the beginning that requests share: the prompt through its last image in the first turn.
+    """Compute a digest of a request's shared prefix: the first turn up to and including its last image.
 
-    Without an image in the first turn: all of the first turn. Later turns of a conversation contain the first one, and
-    different questions about an image have the same beginning, so all of these have the same digest.
+    Without an image, the whole first turn. All turns of a conversation have the same digest, as have all questions
+    about the same image.
 
     Args:
-        image_end: token that ends an image's slots.
+        image_end: id of the token after an image's slots.
     """
     first_turn = list(request.prompt[: request.generated[0][0] if request.generated else None])
     ends = [index for index, token in enumerate(first_turn) if token == image_end]

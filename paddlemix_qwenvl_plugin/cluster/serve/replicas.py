@@ -1,4 +1,4 @@
-"""Bounds and resources of the replicas, from the settings."""
+"""Number and resources of the replicas, from the settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GPU_FRONTS = 3
 
 
 def max_replicas(settings: ServeSettings) -> int:
-    """Maximum of engine replicas.
+    """Return the maximum number of engine replicas.
 
     Raises:
         UsageError: it is less than the minimum.
@@ -28,7 +28,7 @@ def max_replicas(settings: ServeSettings) -> int:
 
 
 def replica_gpus(settings: ServeSettings) -> float:
-    """GPUs of an engine replica."""
+    """Return the number of GPUs per engine replica."""
     if settings.replica_gpus is not None:
         return settings.replica_gpus
     return 1.0 if _on_gpu(settings) else 0.0
@@ -51,7 +51,7 @@ def max_fronts(settings: ServeSettings) -> int:
 
 
 def needs(settings: ServeSettings) -> str:
-    """Describe what the cluster must have free."""
+    """Describe the free resources that the cluster must have, such as "4 CPUs and 1 GPUs"."""
     n = settings.min_replicas
     cpus = n * settings.replica_cpus + settings.min_fronts * front_cpus(settings)
     gpus = n * replica_gpus(settings)

@@ -1,4 +1,4 @@
-"""Routing of requests to engine replicas: those of one conversation to the replica that has its prefix."""
+"""Prefix-aware routing: requests with the same prefix go to the replica that has it in its cache."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Optional
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-# A replica is overloaded with this many requests more than the least loaded one.
+# A replica with this many more requests than the least loaded one is overloaded.
 _SLACK = 4
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]  # untyped for mypy
     """Request router that ranks the replicas of each prefix by rendezvous hashing.
 
-    All fronts compute the same ranking without shared state, and a replica that comes or goes moves only its own share
+    All fronts compute the same ranking without shared state, and adding or removing a replica moves only its own share
     of the prefixes. A request goes to the first replica of its ranking that is not overloaded. The call's keyword
-    arguments are `prefix`, a digest, and `attempt`: each further attempt begins one place later in the ranking.
+    arguments are `prefix`, a digest, and `attempt`: each retry starts one place later in the ranking.
     """
 
     async def choose_replicas(
@@ -35,7 +35,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # untyped for mypy
         return [[replica] for replica in sorted(ranking, key=lambda replica: self._queued(replica) > most)]
 
     def _queued(self, replica: RunningReplica) -> int:
-        """Number of requests at a replica, as far as this front knows."""
+        """Return the queue length of a replica in this front's cache."""
         return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
 

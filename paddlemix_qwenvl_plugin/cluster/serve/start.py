@@ -1,4 +1,4 @@
-"""`qwenvl serve --ray`: deploys the application, waits for a signal, and removes it."""
+"""`qwenvl serve --ray`: deploy the application, wait for a signal, remove the application."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KEEP_ALIVE_SECONDS = 15
 
 
 class _Signal(BaseException):
-    """A signal arrived; raised in the main thread."""
+    """Raised in the main thread when a signal arrives."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -50,14 +50,14 @@ def check_version() -> None:
 
 
 def start_on(
-    address: str, settings: ServeSettings, signals: Sequence[int], say: Callable[[str], None]
+    address: str, settings: ServeSettings, signals: Sequence[int], print_line: Callable[[str], None]
 ) -> Optional[int]:
     """Serve on a Ray cluster until a signal ends it, or until another `qwenvl serve --ray` updates the application.
 
     Args:
         address: of the cluster; see `connect`.
         signals: signals that end the server.
-        say: called with each line for the user.
+        print_line: prints a line for the user.
 
     Returns:
         The second signal, if one arrived before all requests had ended; else None.
@@ -71,13 +71,13 @@ def start_on(
         check_version()
         try:
             engines = f"{settings.min_replicas} engine replica{'s' * (settings.min_replicas > 1)}"
-            say(
+            print_line(
                 f"Starting {engines} and {settings.min_fronts} fronts, which need {needs(settings)} of the cluster"
             )
             _deploy(settings)
-            say(f"Serving on {engines} at http://{settings.host}:{settings.port}")
+            print_line(f"Serving on {engines} at http://{settings.host}:{settings.port}")
             _watch()
-            say("Another command has updated the application; this one ends.")
+            print_line("Another command has updated the application; this one ends.")
         except _Signal:
             try:
                 _remove(settings)
@@ -87,7 +87,7 @@ def start_on(
 
 
 def _check(settings: ServeSettings) -> None:
-    """Check what needs no cluster."""
+    """Check the settings before connecting to the cluster."""
     check_model(settings)
     max_replicas(settings)
     if settings.port == 0:
@@ -122,7 +122,7 @@ def _deploy(settings: ServeSettings) -> None:
 
 
 def _watch() -> None:
-    """Return when the application has been updated by another command.
+    """Wait until another command updates the application.
 
     Raises:
         QwenVLError: the application has been removed, or the cluster has ended.
@@ -151,7 +151,7 @@ def _watch() -> None:
 
 
 def _remove(settings: ServeSettings) -> None:
-    """Let the admitted requests finish within `shutdown_timeout`, end the rest with errors; remove the application."""
+    """Drain the queue within `shutdown_timeout`, fail the remaining requests, and remove the application."""
     import ray
     from ray import serve
 
@@ -163,7 +163,7 @@ def _remove(settings: ServeSettings) -> None:
         serve.delete(NAME)
         return
     deadline = time.monotonic() + settings.shutdown_timeout
-    with contextlib.suppress(ray.exceptions.RayError):  # lost: nothing is left to wait for
+    with contextlib.suppress(ray.exceptions.RayError):  # without the coordinator nothing can be drained
         while time.monotonic() < deadline:
             totals = ray.get(coordinator.drain.remote())
             if not totals.running and not totals.waiting:
@@ -175,7 +175,7 @@ def _remove(settings: ServeSettings) -> None:
 
 
 def _reason(status: Any) -> str:
-    """The message of a deployment that failed, or the application's."""
+    """Extract the error message of the application or of a failed deployment."""
     messages = [status.message, *(each.message for each in status.deployments.values())]
     lines = [line for message in messages for line in message.splitlines() if line.strip()]
     named = [line for line in lines if "Error" in line]
@@ -184,7 +184,7 @@ def _reason(status: Any) -> str:
 
 @contextlib.contextmanager
 def _raising(numbers: Sequence[int]) -> Iterator[None]:
-    """Raise _Signal at these signals within the block."""
+    """Raise _Signal on these signals within the block."""
 
     def handle(number: int, frame: object) -> None:
         raise _Signal(number)
