@@ -1,8 +1,9 @@
-"""An S3 server for the tests of this folder."""
+"""An S3 server for the tests of this folder, and the condition of those that kill nodes."""
 
 from __future__ import annotations
 
 import logging
+import os
 import uuid
 from collections.abc import Iterator
 
@@ -35,3 +36,11 @@ def bucket(s3: None) -> str:
     name = f"qwenvl-{uuid.uuid4().hex[:12]}"
     filesystem("s3").mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("kills") and not os.environ.get("QWENVL_TEST_CLUSTER_KILLS"):
+        pytest.skip(
+            "kills parts of a Ray cluster, which needs a machine without other work; set QWENVL_TEST_CLUSTER_KILLS=1"
+        )

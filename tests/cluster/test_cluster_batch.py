@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import tempfile
 import time
@@ -23,12 +22,6 @@ from paddlemix_qwenvl_plugin.serve.demo_model import DemoStages, demo_stages
 
 N_ROWS, KILLS = 2000, ("actor",) * 4 + ("node",) * 3 + ("driver",) * 3
 OPTIONS = ("--max_new_tokens", 2)
-
-
-kills = pytest.mark.skipif(
-    not os.environ.get("QWENVL_TEST_CLUSTER_KILLS"),
-    reason="kills parts of a Ray cluster, which needs a machine without other work; set QWENVL_TEST_CLUSTER_KILLS=1",
-)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +66,7 @@ def all_results(folder: Path) -> list[Any]:
     return [row for path in sorted(folder.glob("part-*.jsonl")) for row in results(path)]
 
 
-@kills
+@pytest.mark.kills
 def test_from_and_to_a_bucket(tmp_path, stages, bucket, cluster):
     """One of the actors is killed on the way."""
     n_rows, options = 400, ("--max_new_tokens", 24)
@@ -112,7 +105,7 @@ def test_from_and_to_a_bucket(tmp_path, stages, bucket, cluster):
     }
 
 
-@kills
+@pytest.mark.kills
 def test_killed_ten_times(tmp_path, stages, cluster):
     source, target = write_input(tmp_path, N_ROWS), tmp_path / "out"
     alone = BatchProcess(

@@ -288,10 +288,7 @@ def test_a_stream_survives_its_replica(service: Service) -> None:
     assert text == expected
 
 
-@pytest.mark.skipif(
-    not os.environ.get("QWENVL_TEST_CLUSTER_KILLS"),
-    reason="kills nodes of a Ray cluster, which needs a machine without other work; set QWENVL_TEST_CLUSTER_KILLS=1",
-)
+@pytest.mark.kills
 def test_no_request_fails_during_a_node_failure_and_an_update(service: Service) -> None:
     asked = questions(service.alone)
     with Load(service.clients[0].url, asked) as load:
