@@ -122,7 +122,7 @@ class SlotQueue:
         if n > limit:
             raise ApiError(
                 400,
-                f"n: {n} choices at once exceed the server's limit of {limit}",
+                f"n: {n} concurrent choices exceed the server's limit of {limit}",
                 param="n",
                 code="invalid_value",
             )
@@ -132,7 +132,7 @@ class SlotQueue:
             and self._slots_by_key[key] + n > self._max_per_key
         ):
             raise _too_many(
-                f"This API key has {self._slots_by_key[key]} requests at once, of at most {self._max_per_key}",
+                f"This API key has {self._slots_by_key[key]} of at most {self._max_per_key} concurrent requests",
                 self._mean_hold_seconds,
             )
         if (self._queue or self.running + n > self._max_running) and self.waiting >= self._max_waiting:
