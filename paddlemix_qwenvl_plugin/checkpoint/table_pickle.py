@@ -72,7 +72,7 @@ class _File:
             raise EOFError("a length reaches beyond the end of the file")
 
 
-# Python's implementation in Python: the one in C allocates gigabytes if a few bytes of a file request it.
+# The pure-Python unpickler: the C one allocates gigabytes if a few bytes of a file request it.
 class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     """Unpickler for any protocol that resolves only the names in `known`.
 

@@ -49,7 +49,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def broken_rows(versions: Mapping[str, str]) -> list[Broken]:
-    """Rows of `broken` in pins.yaml that match this environment."""
+    """Entries of `broken` in pins.yaml that match this environment."""
     checkouts = {name: "0" for name in _FROM_CHECKOUTS if source_of(name)}
     return [row for row in pins.load().broken if row.matches({**checkouts, **versions})]
 

@@ -1,7 +1,7 @@
 """The engine's libraries: shipped, or compiled on first use into a cache shared by all processes of a user.
 
 `libqwenvl.so` is the engine, independent of Paddle. `libqwenvl_paddle.so` binds it to the installed Paddle.
-`libqwenvl_cuda.so` is its part for GPUs; the kernels for the GPUs of this machine are separate files.
+`libqwenvl_cuda.so` is its GPU part; the kernels for the GPUs of this machine are separate files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LIBRARY = "libqwenvl.so"
 CUDA_LIBRARY = "libqwenvl_cuda.so"
 OPERATORS = "libqwenvl_paddle.so"
 
-# Location of the library in a release, with the library for GPUs beside it (tools/release_wheel.py).
+# Location of the library in a release, next to the library for GPUs (tools/release_wheel.py).
 SHIPPED = Path(__file__).with_name(LIBRARY)
 
 _GPU_FOLDERS = ("include", "core", "cuda")

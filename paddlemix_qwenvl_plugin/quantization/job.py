@@ -49,7 +49,7 @@ def quantise_model(
         target: must not exist yet.
         bits: 4 or 8.
         group_size: columns that share a scale: 32, 64 or 128; None: 32 with 4 bits, 64 with 8.
-        data: calibration rows (rows.py); None: drawn ones.
+        data: calibration rows (rows.py); None: random samples of the demo world.
         say: called with a line for the user, after the arguments are checked.
 
     Raises:

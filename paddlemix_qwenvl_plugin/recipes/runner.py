@@ -47,7 +47,7 @@ def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
     write_text(folder / "environment.json", run_folder.to_json(environment.describe()))
     write_text(folder / "commands.txt", "\n".join(commands.shell_lines(recipe, folder)) + "\n")
     print(f"{recipe.name}: {folder}", flush=True)
-    _Run(recipe, folder, first, earlier).go()
+    _Run(recipe, folder, first, earlier).run()
     return folder
 
 
@@ -91,7 +91,7 @@ class _Run:
             "bench": earlier["bench"] if earlier else None,
         }
 
-    def go(self) -> None:
+    def run(self) -> None:
         try:
             for index in range(self.first, len(self.recipe.steps)):
                 self._step(index)

@@ -70,7 +70,7 @@ class Loop:
         self._submitted.append(generation)
 
     def cancel(self, generation: Generation) -> None:
-        """Cancel a request unless it has ended; its blocks are freed at once, or at the next step if one is running."""
+        """Cancel a request unless it has ended; its blocks are freed now, or at the next step if one is running."""
         self._cancelled.append(generation)
         # Do not block: the garbage collector may call this within a step.
         if self._lock.acquire(blocking=False):

@@ -100,7 +100,7 @@ class EngineProcess:
             ended = self._send_updates(loop)
             wait = self._report(loop.statistics)
             if ended or (not busy and self._wake.wait(wait)):
-                self._gather(seconds)  # a client whose request has ended often sends the next one at once
+                self._gather(seconds)  # a client whose request has ended often sends the next one immediately
 
     def _gather(self, step_seconds: float) -> None:
         """Wait for requests that are about to arrive."""
