@@ -112,7 +112,7 @@ class EngineExecutor:
         self._outputs = [
             StepOutput(self._language, _MAX_RUNNING, self._n_top) for _ in range(1 + self._ahead)
         ]
-        self._room = 0
+        self._capacity = 0
         self._sequences = (c.SequenceRow * 0)()
         self._sampling = (c.Sampling * 0)()
         self._grow(8)
@@ -193,8 +193,8 @@ class EngineExecutor:
 
     def _put(self, i: int, row: _Row, n_past: int, n_new: int, picks: bool, generated: bool) -> None:
         """Write entry i of the batch; most fields are unchanged from the previous step."""
-        if i == self._room:
-            self._grow(2 * self._room)
+        if i == self._capacity:
+            self._grow(2 * self._capacity)
         entry = self._entries[i]
         entry.n_past = n_past
         shape = (row.number, row.update_blocks(), n_new, picks, generated)
@@ -264,21 +264,21 @@ class EngineExecutor:
             ],
         )
 
-    def _grow(self, room: int) -> None:
-        """Enlarge the batch to `room` entries and rows."""
-        self._room = room
-        self._sequences = (c.SequenceRow * room)(*self._sequences)
-        self._sampling = (c.Sampling * room)(*self._sampling)
+    def _grow(self, capacity: int) -> None:
+        """Enlarge the batch to `capacity` entries and rows."""
+        self._capacity = capacity
+        self._sequences = (c.SequenceRow * capacity)(*self._sequences)
+        self._sampling = (c.Sampling * capacity)(*self._sampling)
         # Views of the elements, and the values written to them last.
         self._entries, self._samplings = list(self._sequences), list(self._sampling)
-        self._shapes: list[Any] = [None] * room
-        self._sampled: list[Any] = [None] * room
+        self._shapes: list[Any] = [None] * capacity
+        self._sampled: list[Any] = [None] * capacity
         self._batch.sequences = ctypes.addressof(self._sequences)
         self._args.sampling = ctypes.addressof(self._sampling)
 
 
 class _Row:
-    """The engine's input for a request that is the same in each step: block table, adapter, sampling, counts."""
+    """Engine input of a request that persists across steps: block table, adapter, sampling parameters, counts."""
 
     def __init__(
         self, generation: Generation, vocab_size: int, counts_on: Engine | None, adapter: int | None
@@ -372,8 +372,8 @@ def _weights(stage: Stage) -> Weights:
 
 def _read(stage: Stage, offset: int, n_bytes: int) -> NDArray[np.uint8]:
     """Read a range of the parameter file into memory aligned to 64 bytes."""
-    room = np.empty(n_bytes + 63, np.uint8)
-    aligned = room[-room.ctypes.data % 64 :][:n_bytes]
+    buffer = np.empty(n_bytes + 63, np.uint8)
+    aligned = buffer[-buffer.ctypes.data % 64 :][:n_bytes]
     with stage.params.open("rb") as file:
         file.seek(offset)
         file.readinto(aligned.data)

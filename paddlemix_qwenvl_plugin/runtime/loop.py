@@ -52,7 +52,7 @@ class Loop:
         self._executor = executor
         self._scheduler = Scheduler(executor.limits)
         self._images = ImageCache()
-        self._lock = threading.Lock()  # guards all but the two queues
+        self._lock = threading.Lock()  # guards everything except _submitted and _cancelled
         self._submitted: deque[Generation] = deque()
         self._cancelled: deque[Generation] = deque()
         self._started: _Step | None = None  # started ahead, not yet read
