@@ -55,7 +55,7 @@ def broken_rows(versions: Mapping[str, str]) -> list[Broken]:
 
 
 def check_combinations(rows: Sequence[Broken], versions: Mapping[str, str]) -> list[Check]:
-    """One problem for each of `rows`, or one check without a problem."""
+    """Create a problem for each of `rows`, or a single check without a problem."""
     if not rows:
         known = len(pins.load().broken)
         return [Check("combinations", "ok", f"none of {known} combinations of packages known to be broken")]
