@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.quantization.grid import Floats
 from paddlemix_qwenvl_plugin.quantization.layers import Streams
 from paddlemix_qwenvl_plugin.quantization.rows import CalibrationRow
 
-_CHUNK_TOKENS = 256
+_TOKENS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def count_changed(
     def likeliest(states: Floats) -> np.ndarray:
         scale = 1 / np.sqrt(np.square(states).mean(-1, keepdims=True) + np.float32(epsilon))
         normed = states * scale * norm
-        chunks = range(0, len(normed), _CHUNK_TOKENS)
-        return np.concatenate([(normed[i : i + _CHUNK_TOKENS] @ head.T).argmax(-1) for i in chunks])
+        chunks = range(0, len(normed), _TOKENS_AT_ONCE)
+        return np.concatenate([(normed[i : i + _TOKENS_AT_ONCE] @ head.T).argmax(-1) for i in chunks])
 
     tokens = of_tokens = changed_rows = 0
     for row in held_out:

@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantise, rel
 from paddlemix_qwenvl_plugin.quantization.states import States
 
 # Tokens added to X^T X in one product: a product of many rows is faster, and the sum is written less often.
-_CHUNK_TOKENS = 2048
+_TOKENS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class LayerQuantiser:
             inputs = self._quantised.inputs(stage, states.read(row), self._batch.prompt_lengths[row])
             waiting.append(inputs)
             n_waiting += len(inputs)
-            if n_waiting >= _CHUNK_TOKENS or number == len(self._batch.calibration):
+            if n_waiting >= _TOKENS_AT_ONCE or number == len(self._batch.calibration):
                 chunk = np.concatenate(waiting)
                 gram = chunk.T @ chunk if gram is None else np.add(gram, chunk.T @ chunk, out=gram)
                 waiting, n_waiting = [], 0
