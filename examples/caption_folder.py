@@ -34,8 +34,8 @@ def main() -> None:
     model = open_model(arguments)
     for path in sorted(arguments.folder.iterdir()):
         if path.suffix.lower() in SUFFIXES:
-            # The base model's form: the prompt as it is, without ChatML. A path could be given in place of the
-            # bytes, but it would be part of the prompt, where it may have 256 bytes.
+            # The base model's format: the unmodified prompt, without ChatML. A path could replace the bytes, but it
+            # would be part of the prompt, which limits a path to 256 bytes.
             parts = [{"image": path.read_bytes()}, {"text": arguments.prompt}]
             answer = model.generate(parts, chat=False, max_new_tokens=128)
             print(f"{path.name:13} {answer.text.strip()}")

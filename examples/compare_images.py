@@ -1,4 +1,4 @@
-"""Ask about two images at once.
+"""Ask questions about two images in one prompt.
 
     python examples/compare_images.py
     python examples/compare_images.py --images before.png after.png --question "What differs?" \

@@ -20,7 +20,7 @@ CHECKPOINT = MODEL
 """The demo model before its export: config.json, weights, vocabulary."""
 
 IMAGES = MODEL.with_name("images")
-"""Drawn images of shapes, words and numbers, which is all that the demo model knows."""
+"""Drawn images of shapes, words and numbers, the only kind that the demo model is trained on."""
 
 
 def stages() -> tuple[Path, Path]:
@@ -29,7 +29,7 @@ def stages() -> tuple[Path, Path]:
 
 
 def parser(description: Optional[str]) -> argparse.ArgumentParser:
-    """The flags of every example that opens a model."""
+    """Create a parser with the flags common to all examples that open a model."""
     flags = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     flags.add_argument(
         "--model",

@@ -1,4 +1,4 @@
-"""Export both stages of a checkpoint, look at what was written, and open them.
+"""Export both stages of a checkpoint, inspect their manifests, and open them.
 
     python examples/export_and_open.py
     python examples/export_and_open.py --checkpoint qwen-vl-7b --out out --dtype bfloat16

@@ -1,4 +1,4 @@
-"""Find a thing in an image, cut it out, and draw its box.
+"""Find an object in an image, crop it, and draw its box.
 
     python examples/find_and_crop.py
     python examples/find_and_crop.py --image recipes/images/street.png --question "Give the box of the dog." \

@@ -27,7 +27,7 @@ BROWN, BLUE = 503, 548  # the demo model's tokens
 
 
 def make_adapter(folder: Path) -> Path:
-    """Write an adapter of rank 1, in PEFT's form, that swaps the rows of two tokens in lm_head."""
+    """Write an adapter of rank 1, in PEFT's format, that swaps the rows of two tokens in lm_head."""
     demo = Checkpoint(CHECKPOINT)
     [(_, head)] = demo.tensors({"lm_head.weight": demo.language["lm_head.weight"]}, "float32", out_in=True)
     halves = {"A": head[[BLUE]] - head[[BROWN]], "B": np.zeros([len(head), 1], np.float32)}

@@ -9,7 +9,7 @@ The first command prints
     weight_only_int8     2.97 MB  The circle is on the right and the star is in the centre, so yes.
     weight_only_int4     2.27 MB  The circle is on the right and the star is in the centre, so yes.
 
-The engine computes on these weights, so it needs a C++ compiler unless it came with the wheel.
+Quantized weights need the engine, whose build needs a C++ compiler unless the wheel contains it.
 """
 
 from __future__ import annotations

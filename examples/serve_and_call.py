@@ -1,4 +1,4 @@
-"""Start the HTTP server, ask it a question in OpenAI's form, and stop it.
+"""Start the HTTP server, send it a request in OpenAI's format, and stop it.
 
     python examples/serve_and_call.py
     python examples/serve_and_call.py --image FILE --question "Is there a dog?" --model out/vision/vision out/text/qwen
@@ -24,11 +24,11 @@ from demo_model import IMAGES, parser
 
 @contextlib.contextmanager
 def server(*flags: str) -> Iterator[str]:
-    """Run `qwenvl serve` with these flags; the value is its address."""
+    """Run `qwenvl serve` with these flags within the block; yield its URL."""
     command = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "serve", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            # Without such a line the server did not start, and stderr has the reason.
+            # If this line is missing, the server did not start; stderr has the reason.
             yield next(line.split()[-1] for line in process.stdout or () if line.startswith("Serving "))
         finally:
             process.terminate()

@@ -17,7 +17,7 @@ def write_adapter(
 ) -> Path:
     """An adapter of all layers' matrices, whose updates have standard deviations of about `size` / 20.
 
-    With `dtype` bfloat16 the values are float32 numbers that bfloat16 has.
+    With `dtype` bfloat16 the values are float32 numbers that are exact in bfloat16.
     """
     folder.mkdir()
     random = np.random.default_rng(seed)

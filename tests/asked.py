@@ -1,4 +1,4 @@
-"""Random requests of every kind, reproducible."""
+"""Reproducible random requests of all kinds."""
 
 from __future__ import annotations
 

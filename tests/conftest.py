@@ -19,7 +19,7 @@ from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Under nohup and in background jobs these are ignored, and the commands that the tests start and stop inherit that.
+# Under nohup and in background jobs these are ignored, which the commands started by tests would inherit.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,7 +37,7 @@ def _no_handler_left() -> Iterator[None]:
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The programs of an export to open: each in turn."""
+    """Engine setting, parametrized over ENGINES."""
     monkeypatch.setenv("QWENVL_ENGINE", request.param)
     return str(request.param)
 

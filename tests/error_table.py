@@ -1,10 +1,10 @@
-"""The tables of docs/errors.md: one row per case, with the message that the case gives.
+"""The tables of docs/errors.md: one row per case, with its error message.
 
-After a message is reworded in the code, the rows that differ are written anew by
+After a message is reworded in the code, this command rewrites the rows that differ:
 
     QWENVL_TEST_UPDATE_ERRORS=1 pytest tests/errors tests/serve/test_serve_errors.py
 
-Put `…` back for what varies, such as a library's own words.
+Then restore `…` for variable text, such as a library's own message.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _UPDATE = os.environ.get("QWENVL_TEST_UPDATE_ERRORS") == "1"
 
 
 def cells_of(line: str) -> list[str]:
-    """The cells of a table's line."""
+    """Split a line of a table into its cells."""
     return [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 

@@ -81,7 +81,7 @@ class Scripted:
 
 
 def without_cache(vl: QwenVL) -> Loop:
-    """Replace the loop of `vl` by one without cached content, for good.
+    """Replace the loop of `vl` permanently by one without cached content.
 
     Two loops on one executor share its blocks of keys and values: the older one would find its cached prefixes
     overwritten, so it is never put back.

@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.checkpoint import safetensors_file, torch_file
 from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
 from paddlemix_qwenvl_plugin.tiny.make import random_weights
 
-# Made by other tools: golden/quantised/make.py.
+# Written by quantization tools: golden/quantised/make.py.
 BY_TOOLS = Path(__file__).parent / "golden" / "quantised"
 
 # hidden_size 256 and an MLP of 192: with group size 128, the last group of c_proj is shorter.
@@ -181,7 +181,7 @@ def copy_of_tool(name: str, folder: Path) -> dict[str, np.ndarray]:
 
 
 def _add_shard(folder: Path, language: Path, vision: dict[str, np.ndarray]) -> None:
-    """Write `vision` as a second shard beside `language`, and the index of both."""
+    """Write `vision` as a second shard next to `language`, and the index of both."""
     shard = folder / f"vision{language.suffix}"
     if language.suffix == ".bin":
         write_bin(shard, vision, "float16")

@@ -32,7 +32,7 @@ class Report:
 
 
 def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int) -> Report:
-    """Run the requests, at most 12 at once, and compare each answer with that of the request alone.
+    """Run the requests, at most 12 concurrently, and compare each answer with that of the request without a batch.
 
     Raises:
         AssertionError: an answer differs, or blocks are left in use.

@@ -1,4 +1,4 @@
-"""Write PyTorch weight files without PyTorch: a zip archive, and the form before version 1.6."""
+"""Write PyTorch weight files without PyTorch: zip archives, and the format before version 1.6."""
 
 from __future__ import annotations
 

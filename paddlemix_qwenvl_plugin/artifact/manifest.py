@@ -1,4 +1,4 @@
-"""The manifest beside each exported stage, `PREFIX.manifest.json`: versions, dtypes, config and file digests."""
+"""The manifest of an exported stage, `PREFIX.manifest.json`: versions, dtypes, config and file digests."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from paddlemix_qwenvl_plugin.util.progress import track
 
 _BLOCK = 1 << 22
 
-# A parameter file of up to 64 MiB is digested completely when it is opened, which takes some 50 ms. Of a larger one 64
-# samples of 64 KiB are: 4 MiB, a few milliseconds.
+# A parameter file of up to 64 MiB is hashed completely when it is opened, which takes about 50 ms; of a larger one, 64
+# samples of 64 KiB (4 MiB, a few milliseconds).
 _MAX_FULL_BYTES = 1 << 26
 _N_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 

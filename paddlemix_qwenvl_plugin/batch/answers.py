@@ -1,4 +1,4 @@
-"""Answers to the rows of a job: several at once, each as an output line."""
+"""Concurrent answers to the rows of a job, as output lines."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Answers(Generic[S]):
         self._digest = hashlib.sha256(dump(job)).hexdigest()
 
     def lines(self, rows: Iterable[tuple[int, Row]], window: int) -> Iterator[list[tuple[int, Row, bytes]]]:
-        """Answer rows, `window` at a time; yield (number, row, output line) as they are done.
+        """Answer up to `window` rows concurrently; yield (number, row, output line) on completion.
 
         Args:
-            rows: (number, row) pairs; read as they are needed.
+            rows: (number, row) pairs, read lazily.
             window: number of concurrent rows.
 
         Raises:
-            QwenVLError: the model cannot be run. Rows that were done before have been yielded.
+            QwenVLError: the model cannot be run. Rows completed before that have been yielded.
         """
         active: dict[S, tuple[int, Row]] = {}
         todo = iter(rows)
@@ -72,7 +72,7 @@ class Answers(Generic[S]):
         if isinstance(row.parsed, QwenVLError):
             raise row.parsed
         request, model = row.parsed.request, row.parsed.model
-        if row.openai and model in self._model.adapters:  # as for a server
+        if row.openai and model in self._model.adapters:  # as the server does
             request = replace(request, adapter=model)
         return self._model.ask(request, self._folder).submit()
 

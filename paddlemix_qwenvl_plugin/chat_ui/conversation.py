@@ -107,7 +107,7 @@ class Conversation:
 def converse(conversation: Conversation, terminal: Terminal, read: Callable[[], str]) -> None:
     """Run an interactive conversation until Ctrl-D or /quit; an error is shown and the conversation continues.
 
-    Between lines Ctrl-C has no effect, so that one pressed too late, after an answer, does not end the program.
+    Between lines Ctrl-C has no effect, so that pressing it just after the end of an answer does not end the program.
     """
     with on_ctrl_c(nothing):
         while True:

@@ -128,7 +128,7 @@ def preview(image: Image.Image, environment: Mapping[str, str]) -> str:
     """
     term = environment.get("TERM", "")
     if "TMUX" in environment or term.startswith(("screen", "tmux")):
-        return ""  # multiplexers do not pass images on, but keep the outer terminal's variables
+        return ""  # multiplexers do not forward images, but keep the outer terminal's variables
     if term in _KITTY_TERMS or "KITTY_WINDOW_ID" in environment:
         return _kitty(image)
     if environment.get("TERM_PROGRAM") in _ITERM or environment.get("LC_TERMINAL") == "iTerm2":

@@ -29,7 +29,7 @@ class _Format(NamedTuple):
     config: str
     read_config: Callable[[Path], LoraConfig]
     weights: tuple[tuple[str, str], ...]  # as WEIGHT_FILES of shards.py
-    out_in: bool  # whether matrices are [out, in], in the halves of an update, too
+    out_in: bool  # whether matrices are [out, in], A and B of an update included
 
 
 _FORMATS = (
@@ -157,7 +157,7 @@ class Adapter:
     def _update(self, name: str, module: str, pair: dict[str, str]) -> LowRank:
         for half, other in ("AB", "BA"):
             if half not in pair:
-                raise QwenVLError(f"{self._where(pair[other])} has no lora_{half} beside it")
+                raise QwenVLError(f"{self._where(pair[other])} has no matching lora_{half}")
         shape, rank = self._specs[name].shape, self.config.rank_of(module)
         if len(shape) != 2:
             raise QwenVLError(f"{self._where(pair['A'])} is for {name}; only matrices can be updated")

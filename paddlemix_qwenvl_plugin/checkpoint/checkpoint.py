@@ -114,8 +114,8 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Compute a digest of the model, independent of naming scheme and layout.
 
-        Of the adapters only changes to the vision stage count: one vision stage fits all language stages whose adapters
-        change the language model only.
+        It covers only those changes of the adapters that affect the vision stage, so one vision stage fits all language
+        stages whose adapters change the language model only.
 
         Hashes the config and up to 64 values of each norm and bias, rounded to float16: a conversion of the folder to
         float16, or an exact one to bfloat16, keeps the digest.
@@ -140,7 +140,7 @@ class Checkpoint:
         if integers:
             raise UsageError(
                 f"--lora: {min(integers)} of {self.folder} is stored as integers, into which no adapter can be merged; "
-                "open the adapter beside the model: --adapter"
+                "load it at run time with --adapter"
             )
         tied = self.merge.names & {"wte.weight", "lm_head.weight"}
         if tied and self.config.tie_word_embeddings:

@@ -32,7 +32,7 @@ _LEFT_OUT = (
     ".pt",
     ".pth",
 )
-# Keys of config.json that describe how PaddleNLP split the weights; the new folder has whole weights.
+# Keys of config.json for tensor-parallel weights of PaddleNLP; the new folder has joined weights.
 _CUTS = ("tensor_parallel_degree", "tensor_parallel_rank")
 
 
@@ -53,7 +53,7 @@ def convert(
         dtype: float32, float16 or bfloat16; None keeps each tensor's storage type (float32 for float64).
             Quantised layers are copied unchanged.
         to: naming scheme and layout, a key of SCHEMES.
-        max_shard_bytes: maximum size of a shard; a larger tensor is a shard by itself.
+        max_shard_bytes: maximum size of a shard; a larger tensor gets a separate shard.
 
     Raises:
         UsageError: `target` exists, or no such scheme.

@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 _BITS = {"gptq": (4, 8), "awq": (4,)}
-_MAX_GROUP = 1 << 20  # the most inputs that a layer may have (config.py)
+_MAX_GROUP = 1 << 20  # maximum number of inputs of a layer (config.py)
 _SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 

@@ -1,6 +1,6 @@
 """A restricted unpickler for tables of tensors: a pickle can run code, so it allows only listed names and opcodes.
 
-Values of tensors are not read: a long string of bytes or text in the pickle becomes a `Span`, its place in the file.
+Values of tensors are not read: a long string of bytes or text in the pickle becomes a `Span`, its location in the file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DAMAGED = (
 )
 MAX_DIMS = 8
 
-# The 7B model's table takes 30,000.
+# The 7B model's table needs 30,000.
 _MAX_OPCODES = 300_000
 # A longer string is a span. Names are shorter, norms and biases mostly longer.
 _MAX_STRING_BYTES = 1024
@@ -72,7 +72,7 @@ class _File:
             raise EOFError("a length reaches beyond the end of the file")
 
 
-# Python's implementation in Python: the one in C allocates gigabytes if a few bytes of a file request it.
+# The pure-Python unpickler: the C one allocates gigabytes if a few bytes of a file request it.
 class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     """Unpickler for any protocol that resolves only the names in `known`.
 
@@ -163,7 +163,7 @@ class _Counted(dict[int, Callable[[Any], None]]):
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
-    """Return the shape of a tensor in a pickle; raise ValueError for anything but up to 8 sizes of up to 2^48."""
+    """Return the shape of a tensor in a pickle; raise ValueError unless it has up to 8 sizes of up to 2^48."""
     sizes = tuple(shape) if isinstance(shape, (tuple, list)) and len(shape) <= MAX_DIMS else (None,)
     if not all(type(size) is int and 0 <= size < 1 << 48 for size in sizes):
         raise ValueError("a tensor has no valid shape")

@@ -1,4 +1,4 @@
-"""The tensors of a model: canonical names, shapes in Paddle's layout, and which weights others store transposed.
+"""The tensors of a model: canonical names, shapes in Paddle's layout, and the weights that Hugging Face transposes.
 
 The canonical names are Hugging Face's without the leading `transformer.`; a linear weight is [in, out].
 """

@@ -1,6 +1,6 @@
 """Read PyTorch weight files of versions before 1.6, and of torch.save(…, _use_new_zipfile_serialization=False).
 
-The parts of such a file: three pickles (a magic number, the version 1001, facts about the machine), the pickle of the
+Layout of such a file: three pickles (a magic number, the version 1001, properties of the machine), the pickle of the
 table of tensors, a pickle of the keys of the storages, and the storages in this order, each as its number of values
 (8 bytes, little-endian) and the values.
 """

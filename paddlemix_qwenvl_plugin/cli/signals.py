@@ -15,8 +15,8 @@ from typing import Any, Optional
 
 _NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-# After a signal, further ones within this time are ignored: they would interrupt the cleanup.
-_CLEANING_SECONDS = 1.0
+# Signals within this time after another are ignored: they would interrupt the cleanup.
+_CLEANUP_SECONDS = 1.0
 
 # Python runs signal handlers between bytecodes, and a call into C++ may take minutes: after this time SIGTERM and
 # SIGHUP end the process without cleanup.
@@ -32,10 +32,10 @@ class Terminated(SystemExit):
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """Raise KeyboardInterrupt at SIGINT and Terminated at SIGTERM and SIGHUP within the block, once a second at most.
+    """Raise KeyboardInterrupt at SIGINT and Terminated at SIGTERM and SIGHUP in the block, at most once per second.
 
-    If one arrived, all are ignored after the block. A signal that is ignored before (nohup) stays ignored. Outside the
-    main thread, where Python allows no handlers, nothing changes.
+    If one arrived, all are ignored after the block. Signals ignored beforehand (nohup) stay ignored. Outside the main
+    thread, where Python allows no handlers, nothing changes.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in _NUMBERS if main_thread}
@@ -44,7 +44,7 @@ def ending() -> Iterator[None]:
 
     def end(number: int, frame: object) -> None:
         nonlocal last
-        if last is not None and time.monotonic() - last < _CLEANING_SECONDS:
+        if last is not None and time.monotonic() - last < _CLEANUP_SECONDS:
             return
         last = time.monotonic()
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
@@ -74,7 +74,7 @@ def _hard_deadline() -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        while number := os.read(reader, 1):  # of any signal that has a handler
+        while number := os.read(reader, 1):  # the number of any signal with a handler
             if number[0] in (signal.SIGTERM, signal.SIGHUP) and not done.wait(_PATIENCE_SECONDS):
                 with contextlib.suppress(OSError):
                     os.write(2, b"qwenvl: terminated\n")

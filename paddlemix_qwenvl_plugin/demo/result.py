@@ -32,7 +32,7 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """Time from the question to the complete answer, in seconds, without loading the programs."""
+        """Time from the question to the complete answer, in seconds, excluding the loading of the programs."""
         return sum(self.answer.timings[name] for name in _SECONDS)
 
     def as_dict(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def right(self) -> int:
-        """Number of right answers."""
+        """Number of correct answers."""
         return sum(result.right for result in self.results)
 
     @property

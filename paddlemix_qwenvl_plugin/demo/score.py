@@ -21,13 +21,13 @@ GOALS = {"words": 0.95, "boxes": 0.9, "reading": 0.9}
 
 _OPEN_BOX = "<box>"
 
-# About twice the longest right answer, which lists four objects with boxes in Chinese.
+# About twice the longest expected answer, which lists four objects with boxes in Chinese.
 _MAX_NEW_TOKENS = 200
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Score of one answer: whether its text is right, and how many of the expected boxes are."""
+    """Score of one answer: whether its text is correct, and how many of the expected boxes are."""
 
     task: str
     words_right: bool
@@ -51,7 +51,7 @@ def request(sample: Sample, images: Sequence[Image.Image]) -> Request:
 def mark(sample: Sample, answer: str) -> Mark:
     """Score an answer to a sample's first turn.
 
-    The text without boxes must match exactly. Boxes are compared in order: a box is right if its intersection over
+    The text without boxes must match exactly. Boxes are compared in order: a box is correct if its intersection over
     union is at least IOU and it has the same `<ref>`.
     """
     turn = sample.turns[0]

@@ -38,7 +38,7 @@ def contact_sheet(results: Sequence[Result]) -> Image.Image:
                 x = left + number * (SIDE + GAP)
                 sheet.paste(image, (x, top))
                 pencil.rectangle((x - 1, top - 1, x + SIDE, top + SIDE), outline=_EDGE)
-            # Anchored at the base line, which Latin and Chinese text share.
+            # Anchored at the baseline, which Latin and Chinese text share.
             for number, (colour, line) in enumerate(lines, start=1):
                 where = (left, top + SIDE + 2 + number * _LINE)
                 pencil.text(where, line, fill=colour, font=font_for(line, _FONT), anchor="ls")

@@ -18,8 +18,8 @@ from paddlemix_qwenvl_plugin.doctor.report import Check, Status
 from paddlemix_qwenvl_plugin.upstream import pins
 from paddlemix_qwenvl_plugin.util.paddle_version import MINIMUM
 
-PYTHONS = ((3, 9), (3, 12))  # oldest and newest supported
-_FIRST_UNTESTED = "3.4"  # the first untested Paddle
+PYTHONS = ((3, 9), (3, 12))  # oldest and newest supported versions
+_FIRST_UNTESTED = "3.4"  # oldest untested version of Paddle
 _RANGE = f">={MINIMUM},<{_FIRST_UNTESTED}"
 
 INSTALL_CPU = f"pip install 'paddlepaddle{_RANGE}' setuptools"
@@ -177,7 +177,7 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
         lacking = (
             f"{', '.join(map(str, others))}: this Paddle has no machine code for it; it has code for {has}"
         )
-        # The test addition may be one of the few kernels with PTX; the facts about the wheel take precedence.
+        # The test addition may be one of the few kernels with PTX; the pinned data on the wheel take precedence.
         if (wheel is not None and not wheel.ptx) or answer.cause:
             return result("problem", lacking, INSTALL_GPU)
         return result("note", f"{lacking} and runs on it from PTX, which is translated at the first start")

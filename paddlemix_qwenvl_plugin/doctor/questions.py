@@ -56,7 +56,7 @@ def import_upstream(package: str) -> dict[str, Any]:
             try:
                 import_module(name)
             except Exception as error:
-                # A module that this version lacks is not broken: its hook is just not needed.
+                # If this version lacks the module, its hook is not needed.
                 absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
                 if not absent:
                     failed[name] = cause_of(error)

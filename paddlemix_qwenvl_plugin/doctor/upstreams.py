@@ -49,13 +49,13 @@ def installed_versions() -> dict[str, str]:
 
 
 def broken_rows(versions: Mapping[str, str]) -> list[Broken]:
-    """Rows of `broken` in pins.yaml that match this environment."""
+    """Entries of `broken` in pins.yaml that match this environment."""
     checkouts = {name: "0" for name in _FROM_CHECKOUTS if source_of(name)}
     return [row for row in pins.load().broken if row.matches({**checkouts, **versions})]
 
 
 def check_combinations(rows: Sequence[Broken], versions: Mapping[str, str]) -> list[Check]:
-    """One problem for each of `rows`, or one check without a problem."""
+    """Create a problem for each of `rows`, or a single check without a problem."""
     if not rows:
         known = len(pins.load().broken)
         return [Check("combinations", "ok", f"none of {known} combinations of packages known to be broken")]

@@ -1,1 +1,1 @@
-"""The engine (csrc/) from Python: builds on first use, its C interface, and its operators for Paddle."""
+"""Python side of the engine (csrc/): build on first use, C interface, operators for Paddle."""

@@ -1,7 +1,7 @@
 """The engine's libraries: shipped, or compiled on first use into a cache shared by all processes of a user.
 
 `libqwenvl.so` is the engine, independent of Paddle. `libqwenvl_paddle.so` binds it to the installed Paddle.
-`libqwenvl_cuda.so` is its part for GPUs; the kernels for the GPUs of this machine are separate files.
+`libqwenvl_cuda.so` is its GPU part; the kernels for the GPUs of this machine are separate files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LIBRARY = "libqwenvl.so"
 CUDA_LIBRARY = "libqwenvl_cuda.so"
 OPERATORS = "libqwenvl_paddle.so"
 
-# Location of the library in a release, with the library for GPUs beside it (tools/release_wheel.py).
+# Location of the library in a release, next to the library for GPUs (tools/release_wheel.py).
 SHIPPED = Path(__file__).with_name(LIBRARY)
 
 _GPU_FOLDERS = ("include", "core", "cuda")
@@ -52,7 +52,7 @@ _GPU_WORDS = ("the engine for GPUs", "build-engine --device gpu")
 # Hide a statically linked C++ runtime: if Paddle's and the engine's copies see each other, the process crashes.
 _LINK = ("-Wl,--exclude-libs,ALL",)
 
-# Compiler messages of transient failures, which a retry may not hit.
+# Compiler messages of transient failures, after which a retry may succeed.
 _TRANSIENT = ("No space left", "Killed")
 
 
@@ -354,10 +354,10 @@ def _run_all(
 
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[None]:
-    """Defer SIGINT and SIGTERM to the end of the block, so that no started process is lost track of."""
+    """Defer SIGINT and SIGTERM to the end of the block, so that every started process is recorded."""
     received: list[int] = []
     handlers = {}
-    if threading.current_thread() is threading.main_thread():  # Python calls handlers in no other thread
+    if threading.current_thread() is threading.main_thread():  # the only thread that runs Python's handlers
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in handlers:
         signal.signal(number, lambda number, frame: received.append(number))

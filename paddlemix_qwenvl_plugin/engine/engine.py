@@ -200,28 +200,28 @@ class DeviceArray:
 
 
 class StepOutput:
-    """Output buffers of a step for up to `room` rows, in memory accessible to host and device, and the step's event.
+    """Output buffers of a step for up to `n_rows` rows, in memory accessible to host and device, and the step's event.
 
     Per row: a token int32 and its log probability float32, and the `n_top` likeliest tokens with theirs. `tokens`,
     `logprobs`, `top_tokens` and `top_logprobs` are the addresses.
     """
 
-    def __init__(self, engine: Engine, room: int, n_top: int) -> None:
+    def __init__(self, engine: Engine, n_rows: int, n_top: int) -> None:
         memory, self._event = c_void_p(), c_void_p()
-        c.call("qvl_host_alloc", engine.handle, 4 * room * (2 + 2 * n_top), byref(memory))
+        c.call("qvl_host_alloc", engine.handle, 4 * n_rows * (2 + 2 * n_top), byref(memory))
         _free_before(engine, self, c.load().qvl_host_free, engine.handle, memory)
         c.call("qvl_event_create", engine.handle, byref(self._event))
         _free_before(engine, self, c.load().qvl_event_free, self._event)
         assert memory.value is not None
         self.tokens = memory.value
-        self.logprobs = self.tokens + 4 * room
-        self.top_tokens = self.logprobs + 4 * room
-        self.top_logprobs = self.top_tokens + 4 * room * n_top
+        self.logprobs = self.tokens + 4 * n_rows
+        self.top_tokens = self.logprobs + 4 * n_rows
+        self.top_logprobs = self.top_tokens + 4 * n_rows * n_top
         self._n_top = n_top
-        self._tokens = (c_int32 * room).from_address(self.tokens)
-        self._logprobs = (c_float * room).from_address(self.logprobs)
-        self._top_tokens = (c_int32 * (room * n_top)).from_address(self.top_tokens)
-        self._top_logprobs = (c_float * (room * n_top)).from_address(self.top_logprobs)
+        self._tokens = (c_int32 * n_rows).from_address(self.tokens)
+        self._logprobs = (c_float * n_rows).from_address(self.logprobs)
+        self._top_tokens = (c_int32 * (n_rows * n_top)).from_address(self.top_tokens)
+        self._top_logprobs = (c_float * (n_rows * n_top)).from_address(self.top_logprobs)
 
     def record(self) -> None:
         """Record the event after a step that writes to these buffers."""

@@ -89,9 +89,9 @@ def _opened(library: str) -> Optional[Nvrtc]:
 
 
 def _include(library: str) -> tuple[Path, ...]:
-    """Header folders, those beside the library first; empty if cuda_fp16.h is not found."""
-    beside = Path(library).parents[1] if "/" in library else _SYSTEM
-    roots = [beside / "include", beside.parent / "cuda_runtime" / "include"]
+    """Header folders, starting with the library's installation; empty if cuda_fp16.h is not found."""
+    prefix = Path(library).parents[1] if "/" in library else _SYSTEM
+    roots = [prefix / "include", prefix.parent / "cuda_runtime" / "include"]
     for site in _sites():
         roots += [path / "include" for path in sorted(site.glob("nvidia/*"), reverse=True)]
     roots += [path / "include" for path in (*_toolkits(), _SYSTEM)]

@@ -31,7 +31,7 @@ def compile_kernels(library: str, options: list[str], source: Path, cubin: Path)
 
 
 def _loaded(library: str) -> ctypes.CDLL:
-    """Load NVRTC after its library of built-in functions, which NVRTC from CUDA 13 wheels does not find by itself."""
+    """Load NVRTC after its library of built-in functions, which NVRTC from CUDA 13 wheels cannot find."""
     if "/" in library:
         for builtins in Path(library).parent.glob("libnvrtc-builtins.so.*"):
             with contextlib.suppress(OSError):

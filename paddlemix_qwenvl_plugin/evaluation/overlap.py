@@ -6,7 +6,7 @@ Corners = tuple[float, float, float, float]
 """Left, top, right, bottom, in any unit."""
 
 IOU = 0.5
-"""Smallest intersection over union of a right box."""
+"""Minimum intersection over union of a correct box."""
 
 
 def iou(a: Corners, b: Corners) -> float:

@@ -106,7 +106,7 @@ def export_language(
     quant_type: Optional[str] = None,
     lora: Union[PathLike, Sequence[Lora]] = (),
 ) -> Manifest:
-    """Export stage 2 to OUTPUT_PATH/MODEL_PREFIX.*: the stock graph, and `.step` programs for our predictor.
+    """Export stage 2 to OUTPUT_PATH/MODEL_PREFIX.*: the stock graph, and `.step` programs for this package's predictor.
 
     The tokenizer and the config are copied to OUTPUT_PATH. Other arguments and errors: see export_vision.
 
@@ -158,7 +158,7 @@ def _export(
     stage: _Stage,
 ) -> Manifest:
     check_dtype(dtype)
-    # (suffix, compute dtype, programs); the CPU programs compute in float32, as a CPU has no half-precision products.
+    # (suffix, compute dtype, programs); CPU programs compute in float32: Paddle has no half-precision kernels for CPUs.
     targets = [("", dtype, stage.portable)] if quant_type is None else []
     if quant_type is None and dtype != "float32":
         targets.append((".cpu", "float32", stage.portable))
@@ -214,7 +214,7 @@ def _export(
             companions = []
         for name in companions:
             shutil.copyfile(checkpoint.folder / name, scratch / name)
-        # Removed first and written last: a manifest never lies beside files of another export.
+        # Removed first and written last: a manifest never describes files of another export.
         manifest_path(prefix).unlink(missing_ok=True)
         for name in (*companions, *own):
             (scratch / name).replace(prefix.with_name(name))
@@ -227,10 +227,10 @@ def _check_names(model: Path, prefix: Path, names: list[str], companions: tuple[
     Raises:
         UsageError: it would. Files of an earlier export with this prefix may be overwritten.
     """
-    beside = model.resolve() == prefix.parent.resolve()
+    into_model = model.resolve() == prefix.parent.resolve()
     exported_before = manifest_path(prefix).is_file()
     for name in names:
-        if name in COMPANIONS or (beside and not exported_before and (model / name).exists()):
+        if name in COMPANIONS or (into_model and not exported_before and (model / name).exists()):
             raise UsageError(f"{prefix}: an export would overwrite the model's {name}; name another prefix")
     if any(prefix.parent.glob(manifest_path(Path("*")).name)):  # companions of an earlier export
         return

@@ -57,7 +57,7 @@ class StockGeneration(nn.Layer):
         """Generate until `stop_nums` rows have stopped. Shapes and dtypes: artifact/contract.py.
 
         The masks, `pre_ids`, `tgt_ids` and the caches are part of the contract but are not read: the lengths determine
-        the masks, and the stock predictor fills the others, workspace, with arbitrary values.
+        the masks, and the others are workspace, which the stock predictor fills with arbitrary values.
 
         Returns:
             next_tokens int64 [B, 1], step_idx int64 [B, 1], stop_flags int32 [B, 1], seq_len_decoder int32 [B, 1],
@@ -138,7 +138,7 @@ class StockGeneration(nn.Layer):
 
 
 class Step(nn.Layer):
-    """One step over packed chunks: the program behind streaming and our predictor."""
+    """One step over packed chunks: the program behind streaming and this package's predictor."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ def sample(logits: paddle.Tensor, temperature: paddle.Tensor, top_p: paddle.Tens
     Returns:
         int64 [B, 1].
     """
-    # Both branches are computed: a conditional block would cost more code than the sort costs time.
+    # Both branches are computed: the sort takes too little time to justify a conditional block.
     probabilities = nn.functional.softmax(logits / paddle.clip(temperature, min=1e-6), axis=-1)
     order = paddle.argsort(probabilities, axis=-1, descending=True)
     sorted_probabilities = paddle.take_along_axis(probabilities, order, axis=-1)

@@ -4,7 +4,7 @@ They work in Paddle's dynamic mode (the reference) and static mode (export), whe
 creation. Weights are loaded later, so parameters are created without random initialization.
 
 Parameters have the storage dtype, activations the compute dtype; a parameter of another dtype is cast at its use.
-So a float16 export runs on a CPU, which has no float16 products.
+So a float16 export runs on a CPU, for which Paddle has no float16 kernels.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def attend(
     Args:
         query: [B, heads, S, head_dim].
         key, value: [B, heads, T, head_dim].
-        mask: float32, broadcast to [B, heads, S, T], 0 to attend and a large negative number not to.
+        mask: float32, broadcast to [B, heads, S, T], 0 to attend, a large negative number to exclude.
 
     Returns:
         [B, S, heads * head_dim].

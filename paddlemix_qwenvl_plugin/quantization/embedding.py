@@ -20,7 +20,7 @@ from paddlemix_qwenvl_plugin.util.progress import track
 def embed(checkpoint: Checkpoint, rows: CalibrationRows) -> Iterator[NDArray[np.float32]]:
     """Yield the embeddings of each row, float32 [tokens, hidden].
 
-    Memory: first the token embedding in its storage type; then its used rows and the vision stage, in float32.
+    Peak memory: the token embedding in its storage type; afterwards its used rows and the vision stage in float32.
     """
     spec = checkpoint.language["wte.weight"]
     ((_, table),) = checkpoint.tensors({"wte.weight": spec}, checkpoint.dtype)

@@ -115,7 +115,7 @@ def quantization_config(bits: int, group: int) -> dict[str, Any]:
 
 
 def _split(specs: dict[str, TensorSpec], dtype: str) -> Iterator[dict[str, TensorSpec]]:
-    """Split tensors into shards of at most MAX_SHARD_BYTES; a larger tensor has a shard to itself."""
+    """Split tensors into shards of at most MAX_SHARD_BYTES; a larger tensor gets a separate shard."""
     shard: dict[str, TensorSpec] = {}
     size = 0
     for name, spec in specs.items():

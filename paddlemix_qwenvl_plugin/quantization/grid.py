@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-# Fractions of a group's range to try: clipping outliers leaves finer steps for the other values.
+# Fractions of a group's range to try: clipping outliers gives the other values a finer step.
 _SHARES = np.linspace(1.0, 0.5, 24)
 
 

@@ -22,8 +22,8 @@ from paddlemix_qwenvl_plugin.quantization.work import Work
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.progress import track
 
-# Bits -> default group size. The demo model loses 0.8 points of reading with 4 bits in groups of 64, 0.4 with 32
-# (docs/demo-model.md); with 8 bits in groups of 64 nothing.
+# Bits -> default group size. The demo model's loss of reading accuracy: 0.8 points with 4 bits in groups of 64, 0.4 in
+# groups of 32, none with 8 bits in groups of 64 (docs/demo-model.md).
 DEFAULT_GROUP_SIZES = {4: 32, 8: 64}
 GROUP_SIZES = (32, 64, 128)
 
@@ -49,7 +49,7 @@ def quantise_model(
         target: must not exist yet.
         bits: 4 or 8.
         group_size: columns that share a scale: 32, 64 or 128; None: 32 with 4 bits, 64 with 8.
-        data: calibration rows (rows.py); None: drawn ones.
+        data: calibration rows (rows.py); None: random samples of the demo world.
         say: called with a line for the user, after the arguments are checked.
 
     Raises:

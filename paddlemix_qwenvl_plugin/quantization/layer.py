@@ -1,4 +1,4 @@
-"""One decoder layer in float32, which can be computed up to the input of any of its matrices."""
+"""A decoder layer in float32 that can stop at the input of any of its matrices."""
 
 from __future__ import annotations
 

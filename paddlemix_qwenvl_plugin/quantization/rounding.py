@@ -19,7 +19,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 # Added to the Hessian's diagonal, as a share of its mean; the value of GPTQ's authors.
 DAMPING = 0.01
 
-_BLOCK = 128  # columns whose compensation of the later columns is one matrix product
+_BLOCK = 128  # columns per matrix product that compensates their errors in the later columns
 _SWEEPS = 3
 
 
@@ -55,7 +55,7 @@ class Hessian:
 
 
 def _invert(upper: NDArray[np.float64]) -> None:
-    """Invert an upper triangular matrix in place, by halves: np.linalg.inv computes four times as much, in copies."""
+    """Invert an upper triangular matrix in place, recursively; np.linalg.inv needs four times the work, and copies."""
     n = len(upper)
     if n <= _BLOCK:
         upper[...] = np.triu(np.linalg.inv(upper))

@@ -42,7 +42,7 @@ class Work:
     @classmethod
     @contextlib.contextmanager
     def open(cls, target: Path, settings: dict[str, Any]) -> Iterator[Work]:
-        """Create the work folder beside `target`, or reopen the one of an interrupted run with the same settings.
+        """Create the work folder next to `target`, or reopen the one of an interrupted run with the same settings.
 
         Raises:
             UsageError: `target` exists, or the folder belongs to a running process or to a run with other settings.

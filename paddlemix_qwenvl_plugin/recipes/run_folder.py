@@ -1,4 +1,4 @@
-"""Run folders: creation, search for the run to continue, and their files."""
+"""Run folders: creation, search for the run to resume, and their files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def to_continue(recipe: Recipe, output: Path, first: int) -> Path:
 
 
 def earlier_results(folder: Path, recipe: Recipe, first: int) -> dict[str, Any]:
-    """Read results.json of the run to continue at step `first`.
+    """Read results.json of the run to resume at step `first`.
 
     Raises:
         QwenVLError: a step before `first` did not succeed, or the file is damaged.

@@ -29,11 +29,11 @@ from paddlemix_qwenvl_plugin.util.files import write_text
 def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
     """Run the recipe's steps and check its expectations. Returns the run folder, `output`/DATE-TIME-NAME.
 
-    With `from_step` the newest run folder of the same resolved recipe is continued at that step.
+    With `from_step`, the newest run of the same resolved recipe resumes at that step in its folder.
 
     Raises:
         UsageError: the recipe has no step `from_step`, or the run folder cannot be created in `output`.
-        QwenVLError: a requirement is not met, no run to continue exists, a step failed or timed out, or an
+        QwenVLError: a requirement is not met, no run to resume exists, a step failed or timed out, or an
             expectation was missed. results.json is written in the last three cases.
         KeyboardInterrupt, SystemExit: re-raised (Ctrl-C, SIGTERM) after the step was ended and results.json written.
     """
@@ -47,7 +47,7 @@ def run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> Path:
     write_text(folder / "environment.json", run_folder.to_json(environment.describe()))
     write_text(folder / "commands.txt", "\n".join(commands.shell_lines(recipe, folder)) + "\n")
     print(f"{recipe.name}: {folder}", flush=True)
-    _Run(recipe, folder, first, earlier).go()
+    _Run(recipe, folder, first, earlier).run()
     return folder
 
 
@@ -56,7 +56,7 @@ def dry_run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> li
 
     Raises:
         UsageError: the recipe has no step `from_step`.
-        QwenVLError: no run to continue at `from_step` exists.
+        QwenVLError: no run to resume at `from_step` exists.
     """
     first = _index(recipe, from_step)
     if from_step:
@@ -69,7 +69,7 @@ def dry_run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> li
 
 
 class _Run:
-    """A run in progress. `results`: contents of results.json, rewritten at every change."""
+    """A run in progress. `results`: contents of results.json, which every change rewrites."""
 
     def __init__(self, recipe: Recipe, folder: Path, first: int, earlier: Optional[dict[str, Any]]) -> None:
         self.recipe = recipe
@@ -91,11 +91,11 @@ class _Run:
             "bench": earlier["bench"] if earlier else None,
         }
 
-    def go(self) -> None:
+    def run(self) -> None:
         try:
             for index in range(self.first, len(self.recipe.steps)):
                 self._step(index)
-            self._expects()
+            self._check_expectations()
         except (KeyboardInterrupt, SystemExit):
             self._save("interrupted")
             raise
@@ -167,7 +167,7 @@ class _Run:
         }
         return ended, counted
 
-    def _expects(self) -> None:
+    def _check_expectations(self) -> None:
         missed = 0
         for item in self.recipe.expect:
             result = expect.evaluate(item, Path(interpolate.fill(item.file, self.values)))

@@ -114,7 +114,7 @@ class ServerModel:
         return ServerStream(self.server, work, reader.image_size, time.perf_counter() - start)
 
     def wait_any(self, streams: Collection[ServerStream]) -> list[ServerStream]:
-        """Wait until at least one of the submitted streams is done; return all that are."""
+        """Wait until at least one of the submitted streams is done; return all that are done."""
         wait([stream.future for stream in streams], return_when=FIRST_COMPLETED)
         return [stream for stream in streams if stream.future.done()]
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 # A server may queue a request and compute the whole answer before it sends the first byte.
 _TIMEOUT = httpx.Timeout(30, read=1200)
-# Shorter than servers keep an idle connection: a request must not race with its closing.
+# Shorter than the keep-alive timeout of servers: a request must not race with the closing of its connection.
 _LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2)
 
 # Total time of the retries while a server is busy, and the backoff between them without Retry-After.

@@ -38,7 +38,8 @@ _STEP_TOKENS = 512
 _GPU_STEP_TOKENS = 2048
 _MAX_RUNNING = 256
 
-# On a CPU the KV cache takes memory as it is filled, at most this share of the memory free when the model is opened.
+# Maximum size of the KV cache on a CPU, as a share of the memory free when the model is opened. The system commits the
+# memory as the cache fills.
 _CACHE_SHARE = 0.25
 _CACHE_CONTEXTS = 64
 
@@ -57,13 +58,13 @@ class EngineExecutor:
         ahead: bool | None = None,
         adapters: Mapping[str, AdapterFolder] | None = None,
     ) -> None:
-        """Create an executor; the vision stage is loaded at its first use, on a GPU at once.
+        """Create an executor; the vision stage is loaded at its first use, on a GPU immediately.
 
         Args:
             vision: the vision stage.
             language: the language stage.
             n_blocks: size of the KV cache in blocks; None: a share of the free memory.
-            gpu_memory: that share, of the GPU memory that the weights leave free.
+            gpu_memory: that share on a GPU, of the memory left by the weights.
             ahead: start a step while the previous one is computed (loop.py); None: on a GPU only.
             adapters: the adapters that requests name.
 
@@ -106,12 +107,12 @@ class EngineExecutor:
             sampling_size=ctypes.sizeof(c.Sampling),
             batch=ctypes.pointer(self._batch),
         )
-        # Output buffers, the last written one at the end: a step ahead reads the tokens of the previous step from it.
+        # Output buffers, the last written one at the end, from which a step started ahead reads its input tokens.
         self._n_top = min(MAX_LOGPROBS, config.vocab_size)
         self._outputs = [
             StepOutput(self._language, _MAX_RUNNING, self._n_top) for _ in range(1 + self._ahead)
         ]
-        self._room = 0
+        self._capacity = 0
         self._sequences = (c.SequenceRow * 0)()
         self._sampling = (c.Sampling * 0)()
         self._grow(8)
@@ -177,7 +178,7 @@ class EngineExecutor:
         return lambda: self._read(output, n_logprobs)
 
     def check_device(self) -> None:
-        """Raise an error if the GPU is unusable after a fault: copies a number to it."""
+        """Raise an error if the GPU is unusable after a fault, which a copy to it detects."""
         DeviceArray(self._language, np.zeros(1, np.int32))
 
     def forget(self, generation: Generation) -> None:
@@ -192,8 +193,8 @@ class EngineExecutor:
 
     def _put(self, i: int, row: _Row, n_past: int, n_new: int, picks: bool, generated: bool) -> None:
         """Write entry i of the batch; most fields are unchanged from the previous step."""
-        if i == self._room:
-            self._grow(2 * self._room)
+        if i == self._capacity:
+            self._grow(2 * self._capacity)
         entry = self._entries[i]
         entry.n_past = n_past
         shape = (row.number, row.update_blocks(), n_new, picks, generated)
@@ -253,7 +254,7 @@ class EngineExecutor:
         tokens = output.wait(len(n_logprobs))
         if all(n is None for n in n_logprobs):
             return Picked(tokens)
-        # The same number for all rows: each other number would need another CUDA graph.
+        # One number for all rows: each distinct number would need its own CUDA graph.
         n_written = self._n_top if any(n_logprobs) else 0
         return Picked(
             tokens,
@@ -263,21 +264,21 @@ class EngineExecutor:
             ],
         )
 
-    def _grow(self, room: int) -> None:
-        """Enlarge the batch to `room` entries and rows."""
-        self._room = room
-        self._sequences = (c.SequenceRow * room)(*self._sequences)
-        self._sampling = (c.Sampling * room)(*self._sampling)
+    def _grow(self, capacity: int) -> None:
+        """Enlarge the batch to `capacity` entries and rows."""
+        self._capacity = capacity
+        self._sequences = (c.SequenceRow * capacity)(*self._sequences)
+        self._sampling = (c.Sampling * capacity)(*self._sampling)
         # Views of the elements, and the values written to them last.
         self._entries, self._samplings = list(self._sequences), list(self._sampling)
-        self._shapes: list[Any] = [None] * room
-        self._sampled: list[Any] = [None] * room
+        self._shapes: list[Any] = [None] * capacity
+        self._sampled: list[Any] = [None] * capacity
         self._batch.sequences = ctypes.addressof(self._sequences)
         self._args.sampling = ctypes.addressof(self._sampling)
 
 
 class _Row:
-    """The engine's input for a request that is the same in each step: block table, adapter, sampling, counts."""
+    """Engine input of a request that persists across steps: block table, adapter, sampling parameters, counts."""
 
     def __init__(
         self, generation: Generation, vocab_size: int, counts_on: Engine | None, adapter: int | None
@@ -351,7 +352,7 @@ def _sampling(options: GenerationOptions) -> c.Sampling:
 
 
 def _free_bytes(gpu: int | None) -> int:
-    """Free memory, of which the KV cache gets a share."""
+    """Free memory of the GPU or, for None, of the machine, in bytes."""
     free = int(c.device_info(gpu).free_bytes)
     left = address_space_left() if gpu is None else None
     return free if left is None else min(free, left)
@@ -371,8 +372,8 @@ def _weights(stage: Stage) -> Weights:
 
 def _read(stage: Stage, offset: int, n_bytes: int) -> NDArray[np.uint8]:
     """Read a range of the parameter file into memory aligned to 64 bytes."""
-    room = np.empty(n_bytes + 63, np.uint8)
-    aligned = room[-room.ctypes.data % 64 :][:n_bytes]
+    buffer = np.empty(n_bytes + 63, np.uint8)
+    aligned = buffer[-buffer.ctypes.data % 64 :][:n_bytes]
     with stage.params.open("rb") as file:
         file.seek(offset)
         file.readinto(aligned.data)

@@ -1,4 +1,4 @@
-"""Check that a model fits into a GPU's memory, before anything is copied there."""
+"""Check that a model fits into a GPU's memory, before its weights are copied."""
 
 from __future__ import annotations
 

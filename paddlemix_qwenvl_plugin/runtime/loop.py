@@ -52,7 +52,7 @@ class Loop:
         self._executor = executor
         self._scheduler = Scheduler(executor.limits)
         self._images = ImageCache()
-        self._lock = threading.Lock()  # guards all but the two queues
+        self._lock = threading.Lock()  # guards everything except _submitted and _cancelled
         self._submitted: deque[Generation] = deque()
         self._cancelled: deque[Generation] = deque()
         self._started: _Step | None = None  # started ahead, not yet read
@@ -70,7 +70,7 @@ class Loop:
         self._submitted.append(generation)
 
     def cancel(self, generation: Generation) -> None:
-        """Cancel a request unless it has ended; its blocks are freed at once, or at the next step if one is running."""
+        """Cancel a request unless it has ended; its blocks are freed now, or at the next step if one is running."""
         self._cancelled.append(generation)
         # Do not block: the garbage collector may call this within a step.
         if self._lock.acquire(blocking=False):

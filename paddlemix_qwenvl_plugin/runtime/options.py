@@ -48,10 +48,11 @@ class GenerationOptions:
         float, Field(gt=0, le=100, description="Divides the logits of tokens generated so far.")
     ] = 1.0
     frequency_penalty: Annotated[
-        float, Field(ge=-100, le=100, description="Subtracted from such a logit for each occurrence.")
+        float,
+        Field(ge=-100, le=100, description="Subtracted from a token's logit for each of its occurrences."),
     ] = 0.0
     presence_penalty: Annotated[
-        float, Field(ge=-100, le=100, description="Subtracted from such a logit once.")
+        float, Field(ge=-100, le=100, description="Subtracted once from the logit of a generated token.")
     ] = 0.0
     seed: Annotated[Optional[int], Field(ge=0, description="Seed of the sampling; random by default.")] = None
 

@@ -332,7 +332,7 @@ class QwenVL:
         return self.start(prompt, inputs, stop, request.options, size, seconds, adapter=request.adapter)
 
     def finish_all(self, streams: Iterable[AnswerStream], window: int = 16) -> Iterator[Answer]:
-        """Yield the complete answers of streams in their order; up to `window` of them are generated at once.
+        """Yield the complete answers of streams in their order; up to `window` of them are generated concurrently.
 
         Raises:
             QwenVLError: the error of the first stream that fails.

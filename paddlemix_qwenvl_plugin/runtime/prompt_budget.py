@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-# Time of a step for prompts: 0.25 s, or 3 times the time of its decoding if that is longer. On a slow machine, streams
-# then continue at a quarter of their pace, and the last of many prompts still gets its first token soon. Fewer than 64
-# tokens would hardly take less time: a step of prompts reads the weights, too.
+# Prompt time per step: 0.25 s, or 3 times the step's decode time if that is longer. On a slow machine, streams then
+# continue at a quarter of their rate, and the last of many prompts still has a short time to first token. Fewer than 64
+# tokens would hardly take less time, as prefill reads all weights.
 _PROMPT_SECONDS = 0.25
 _PROMPT_SHARE = 3.0
 _MIN_TOKENS = 64
-# Fixed cost of a decode step, which reads the weights, in rows.
+# Fixed cost of a decode step, reading the weights, as a number of rows.
 _ROWS_FOR_WEIGHTS = 4
 
 

@@ -117,12 +117,12 @@ class SlotQueue:
                 future.set_exception(shutting_down())
 
     def _check(self, n: int, key: Optional[str]) -> None:
-        """Raise ApiError if n slots exceed a limit (400) or the queue or the key's share is full (429)."""
+        """Raise ApiError if n slots exceed a limit (400), or if the queue is full or the key's limit reached (429)."""
         limit = min(self._max_running, self._max_per_key if key and self._max_per_key else self._max_running)
         if n > limit:
             raise ApiError(
                 400,
-                f"n: {n} choices at once exceed the server's limit of {limit}",
+                f"n: {n} concurrent choices exceed the server's limit of {limit}",
                 param="n",
                 code="invalid_value",
             )
@@ -132,14 +132,14 @@ class SlotQueue:
             and self._slots_by_key[key] + n > self._max_per_key
         ):
             raise _too_many(
-                f"This API key has {self._slots_by_key[key]} requests at once, of at most {self._max_per_key}",
+                f"This API key has {self._slots_by_key[key]} of at most {self._max_per_key} concurrent requests",
                 self._mean_hold_seconds,
             )
         if (self._queue or self.running + n > self._max_running) and self.waiting >= self._max_waiting:
             if self._max_waiting:
                 message = f"{self.waiting} requests are waiting, the server's maximum"
             else:
-                message = "All slots are in use, and this server keeps no waiting requests"
+                message = "All slots are in use, and this server queues no requests"
             ahead = self.running + sum(n_slots for n_slots, _ in self._queue)
             raise _too_many(message, self._mean_hold_seconds * ahead / self._max_running)
 

@@ -1,4 +1,4 @@
-"""API keys and the check that a server without them is local."""
+"""API keys, and the check that a server without keys listens on loopback only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Exported demo model in the user's cache folder, for `qwenvl serve --demo`.
 
 `python -m paddlemix_qwenvl_plugin.serve.demo_model FOLDER` exports it in a child process, which imports Paddle, and
-compiles the engine in another meanwhile: on a new machine the two take most of the time until the server is ready.
+concurrently compiles the engine in another: on a new machine these two take most of the startup time.
 """
 
 from __future__ import annotations

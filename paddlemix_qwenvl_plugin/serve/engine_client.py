@@ -39,7 +39,7 @@ class ProcessEngineClient:
         self._unavailable = "the engine has not been started"  # the reason while not ready
         self._streams: dict[int, ReceivedTokens] = {}
         self._n_requests = 0
-        self._keeper: Optional[asyncio.Task[None]] = None
+        self._supervisor: Optional[asyncio.Task[None]] = None
 
     @property
     def pid(self) -> Optional[int]:
@@ -49,15 +49,15 @@ class ProcessEngineClient:
     async def start(self) -> None:
         """See EngineClient."""
         await self._open()
-        self._keeper = asyncio.create_task(self._keep())
+        self._supervisor = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
         """See EngineClient."""
-        if self._keeper is not None:
-            self._keeper.cancel()
+        if self._supervisor is not None:
+            self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
-            self._keeper = None
+                await self._supervisor
+            self._supervisor = None
         elif self._child is not None:  # `start` is waiting for it and raises
             await self._child.end()
         self._fail_all("the server is ending")
@@ -84,7 +84,7 @@ class ProcessEngineClient:
             raise
         self.ready = True
 
-    async def _keep(self) -> None:
+    async def _supervise(self) -> None:
         """Restart the process whenever it ends; end it when this task is cancelled."""
         while True:
             child = self._child
@@ -99,9 +99,9 @@ class ProcessEngineClient:
             _LOG.error("%s; starting a new one", line)
             self._fail_all(f"{line}; a new one is being started, try again in a few seconds")
             self.restarts += 1
-            await self._open_again()
+            await self._restart()
 
-    async def _open_again(self) -> None:
+    async def _restart(self) -> None:
         start, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
         while True:
             try:

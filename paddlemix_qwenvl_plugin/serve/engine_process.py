@@ -56,7 +56,7 @@ class EngineProcess:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._lock = threading.Lock()  # guards the next two
+        self._lock = threading.Lock()  # guards _requests and _refused
         self._requests: dict[int, _Request] = {}
         self._refused: list[tuple[int, str]] = []
         self._wake = threading.Event()
@@ -67,7 +67,7 @@ class EngineProcess:
         """Open the model named by the first message and serve requests until the front exits."""
         messages = _read(self._connection)
         settings = next(messages)[0]
-        threading.Thread(target=self._follow, args=[messages], name="messages", daemon=True).start()
+        threading.Thread(target=self._receive, args=[messages], name="messages", daemon=True).start()
         try:
             self._model = QwenVL.from_exported(
                 settings["first_model_path"],
@@ -100,7 +100,7 @@ class EngineProcess:
             ended = self._send_updates(loop)
             wait = self._report(loop.statistics)
             if ended or (not busy and self._wake.wait(wait)):
-                self._gather(seconds)  # a client whose request has ended often sends the next one at once
+                self._gather(seconds)  # a client whose request has ended often sends the next one immediately
 
     def _gather(self, step_seconds: float) -> None:
         """Wait for requests that are about to arrive."""
@@ -154,7 +154,7 @@ class EngineProcess:
         except OSError:  # the front has exited
             sys.exit(0)
 
-    def _follow(self, messages: Iterator[tuple[dict[str, Any], bytes]]) -> None:
+    def _receive(self, messages: Iterator[tuple[dict[str, Any], bytes]]) -> None:
         """Receive requests and cancellations until the front exits; then end the process."""
         try:
             with contextlib.suppress(OSError):

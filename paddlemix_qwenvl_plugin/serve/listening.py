@@ -23,7 +23,7 @@ class Listener(NamedTuple):
 
 
 def bound_socket(host: str, port: int, reuse_port: bool) -> Listener:
-    """Bind a TCP socket; it listens at once unless `reuse_port` is set.
+    """Bind a TCP socket; it listens immediately unless `reuse_port` is set.
 
     The kernel distributes connections over all sockets that listen on a port, so a server that is still loading its
     model must not listen. A socket passed by systemd takes precedence over the address.

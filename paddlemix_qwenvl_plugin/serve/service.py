@@ -48,7 +48,8 @@ class Admission(Protocol):
             key: short hash of the API key, for the limit per key.
 
         Raises:
-            ApiError: 429 with Retry-After if the queue or the key's share is full; 503 after the waiting timeout.
+            ApiError: 429 with Retry-After if the queue is full or the key's limit reached; 503 after the waiting
+                timeout.
         """
 
     @property

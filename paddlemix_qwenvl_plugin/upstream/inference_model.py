@@ -53,7 +53,7 @@ class QWenForQWenVLInferenceModel:
 
     @classmethod
     def confirm_inference_model(cls, **_: Any) -> type[QWenForQWenVLInferenceModel]:
-        """Return this class, in reply to generation 2's search for the class that fits the device."""
+        """Return this class; generation 2 calls this to select a class for the device."""
         return cls
 
     @classmethod
@@ -137,7 +137,7 @@ class QWenForQWenVLInferenceModel:
 
 
 def _arange_in_half_types(arange: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap paddle.arange for upstream's predictor, which calls it in half types, unsupported on a CPU."""
+    """Wrap paddle.arange for upstream's predictor, which calls it with half types, unsupported on a CPU."""
 
     def wrapped(*args: Any, dtype: Any = None, **kwargs: Any) -> Any:
         if str(dtype).rpartition(".")[2] in ("float16", "bfloat16"):

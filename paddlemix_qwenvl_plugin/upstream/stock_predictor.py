@@ -158,7 +158,7 @@ def _stage(path: str, stage: str, asked: str) -> Stage:
 
 @functools.cache
 def _token_folder() -> Path:
-    """Folder of this process for token files: in a shared working directory, processes would read each other's."""
+    """Per-process folder of token files: in a shared working directory, processes would read each other's."""
     named = env.REAL_TIME_SAVE_DIR.read()
     if named:
         folder = named.absolute()
@@ -171,7 +171,7 @@ def _token_folder() -> Path:
 
 
 def _reading_token_folder(reader: Callable[[], Any]) -> Callable[[], Any]:
-    """Wrap the script's reader of token files, which reads the working directory, to read our folder."""
+    """Wrap the script's reader of token files, which reads the working directory, to read this process's folder."""
 
     @functools.wraps(reader)
     def read() -> Any:

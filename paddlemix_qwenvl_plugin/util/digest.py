@@ -16,14 +16,14 @@ _MAX_THREADS = 8
 
 
 def digest_of(array: NDArray[Any]) -> bytes:
-    """SHA-256 of the SHA-256 digests of each half mebibyte of a contiguous array; the shape is not included."""
+    """SHA-256 of the SHA-256 digests of a contiguous array's 512 KiB parts; the shape is not included."""
     data = array.reshape(-1).view("u1").data
     parts = [data[start : start + _PART_BYTES] for start in range(0, len(data), _PART_BYTES)]
-    # Two logical CPUs often share the execution units of a core; two threads then take longer than one.
+    # Logical CPUs often share the execution units of a core; two threads on one core take longer than one.
     n_threads = min(len(parts), cpu_threads() // 2, _MAX_THREADS)
     if n_threads < 2:
         return _sha256(map(_of_part, parts))
-    with ThreadPoolExecutor(n_threads) as pool:  # hashlib releases the global lock
+    with ThreadPoolExecutor(n_threads) as pool:  # hashlib releases the GIL
         return _sha256(pool.map(_of_part, parts))
 
 

@@ -13,7 +13,7 @@ from paddlemix_qwenvl_plugin.util.scratch import scratch_folder
 
 
 def write_beside(target: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file atomically: `write` creates a temporary file beside `target`, which is then renamed to `target`.
+    """Write a file atomically: `write` creates a temporary file next to `target`, which is then renamed to `target`.
 
     The temporary file has the suffix of `target`.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 def program() -> str:
     """The `qwenvl` command for messages, as this process was started.
 
-    "qwenvl" if the search path leads to the running command, or if another program was started; else its quoted path.
+    "qwenvl" if PATH resolves it to the running command, or if another program was started; else its quoted path.
     """
     started = sys.argv[0] if sys.argv else ""
     path = Path(started)

@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    """Yield `items` and report progress out of `total` on stderr; work shorter than 5 s reports nothing to a log."""
+    """Yield `items` and report progress on stderr; without a terminal, only for work that takes longer than 5 s."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import track as bar

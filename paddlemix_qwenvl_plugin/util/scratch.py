@@ -1,4 +1,4 @@
-"""Scratch folders beside their target; the folders that killed processes left are removed."""
+"""Scratch folders next to their target, with removal of those left by killed processes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _LOCK = "lock"
 
 @contextlib.contextmanager
 def scratch_folder(target: Path, kind: str) -> Iterator[Path]:
-    """Create a folder `.KIND-NAME-…` beside `target` and remove it at the end of the block.
+    """Create a folder `.KIND-NAME-…` next to `target` and remove it at the end of the block.
 
-    First remove such folders that killed processes left. A folder is in use while its lock is held; the lock ends with
+    First remove such folders left by killed processes. A folder is in use while its lock is held; the lock ends with
     the process.
     """
     name, unnamed = f".{kind}-{target.name}-", f".{kind}-new-"

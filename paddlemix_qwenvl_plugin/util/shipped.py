@@ -15,10 +15,10 @@ def shipped_folder(what: str, inside: str, package: Path = PACKAGE) -> Path:
     Raises:
         QwenVLError: the installation has neither.
     """
-    in_wheel, beside = package / inside, package.parent / what
+    in_wheel, in_tree = package / inside, package.parent / what
     if in_wheel.is_dir():
         return in_wheel
     # In site-packages a folder of that name may belong to another package; pyproject.toml marks a source tree.
-    if beside.is_dir() and (package.parent / "pyproject.toml").is_file():
-        return beside
+    if in_tree.is_dir() and (package.parent / "pyproject.toml").is_file():
+        return in_tree
     raise QwenVLError(f"{in_wheel}: the shipped {what} are missing; install the package again")

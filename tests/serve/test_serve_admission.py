@@ -220,7 +220,7 @@ def test_retry_after_grows_with_the_queue(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("max_waiting", "message"),
     [
-        (0, "All slots are in use, and this server keeps no waiting requests; try again later"),
+        (0, "All slots are in use, and this server queues no requests; try again later"),
         (2, "2 requests are waiting, the server's maximum; try again later"),
     ],
 )

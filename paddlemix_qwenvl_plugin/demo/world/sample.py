@@ -11,7 +11,7 @@ from paddlemix_qwenvl_plugin.demo.world.scene import Scene
 
 @dataclass(frozen=True)
 class Turn:
-    """A question about the images, and its only right answer.
+    """A question about the images and its only correct answer.
 
     Attributes:
         task: the family under which results are reported.

@@ -39,7 +39,7 @@ class SecurityHeaders:
                 for name, value in _FOR_ALL.items():
                     headers[name] = value
                 headers["Content-Security-Policy"] = policy
-                if of_page:  # revalidated each time: modules of different versions do not fit together
+                if of_page:  # revalidated each time: modules of different versions are incompatible
                     headers["Cache-Control"] = "no-cache"
             await send(message)
 

@@ -22,7 +22,7 @@ class ImageURL(Schema):
     """URL of an image part."""
 
     url: Annotated[str, Field(description="A data: URL, or an http(s) URL where the server allows it.")]
-    detail: Annotated[Optional[str], Field(description="Accepted; an image is seen at one size.")] = None
+    detail: Annotated[Optional[str], Field(description="Accepted and ignored: images have one size.")] = None
 
 
 class TextPart(Schema):

@@ -21,7 +21,7 @@ class StreamOptions(Schema):
     include_usage: Annotated[
         Optional[bool], Field(description="Send the usage in a last chunk without choices.")
     ] = None
-    include_obfuscation: Annotated[Optional[bool], Field(description="Accepted; chunks are not padded.")] = (
+    include_obfuscation: Annotated[Optional[bool], Field(description="Ignored: chunks are not padded.")] = (
         None
     )
 
