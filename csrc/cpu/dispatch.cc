@@ -39,8 +39,7 @@ bool runs_here(qvl_isa isa) {
 #endif
 }
 
-// NULL for an ISA that is not in this build: a build for a single machine omits the ISAs that it does not
-// need.
+// Kernel table of an ISA; NULL if the build omits it, as builds for a single machine do with unneeded ISAs.
 const Kernels* table_of(qvl_isa isa) {
   switch (isa) {
     case QVL_ISA_GENERIC:
