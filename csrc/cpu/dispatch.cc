@@ -10,7 +10,7 @@ namespace qvl::cpu {
 namespace {
 
 #if defined(__x86_64__)
-// __builtin_cpu_supports of GCC 10 does not know F16C.
+// __builtin_cpu_supports of GCC 10 does not support F16C.
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;

@@ -1,13 +1,13 @@
 /* The Qwen-VL engine: images -> features, packed tokens -> logits, logits -> tokens.
  *
  * A C interface without framework types. A caller
- *   1. makes qvl_weights of named tensors or of an exported file, fills a qvl_config, and makes a qvl_engine;
+ *   1. creates qvl_weights from named tensors or an exported file, and a qvl_engine from a qvl_config;
  *   2. encodes images with qvl_encode_images;
- *   3. either calls qvl_generate, or makes a qvl_kv_pool and drives qvl_step (or qvl_forward and qvl_sample).
+ *   3. calls qvl_generate, or creates a qvl_kv_pool and calls qvl_step (or qvl_forward and qvl_sample).
  *
  * Errors. Functions that can fail return a qvl_status, QVL_OK being 0, and take a qvl_error as their last
- * argument, which may be NULL. On failure it holds a one-line message. The library throws no C++ exceptions.
- * After a failure the outputs are unspecified; engine and pool stay usable.
+ * argument, which may be NULL. On failure it contains a one-line message. The library throws no C++
+ * exceptions. After a failure the outputs are unspecified; engine and pool stay usable.
  *
  * Threads. There is no global state: a process may have any number of engines. Every function may be called
  * from any thread. A lock serialises the calls that compute on the same engine; different engines run
@@ -163,7 +163,7 @@ typedef struct qvl_config {
   int32_t dynamic_ntk; /* 0 or 1 */
   int32_t logn;        /* 0 or 1 */
 
-  /* The vision tower; the resampler's output has `hidden` values, its heads 128. */
+  /* The vision tower. The resampler's width is `hidden`, its head_dim 128. */
   int32_t image_size; /* height and width in pixels, a multiple of patch_size */
   int32_t patch_size;
   int32_t vision_width;
@@ -476,7 +476,7 @@ typedef struct qvl_sampling {
   uint64_t counter; /* index of this draw; 0 for the first of a sequence */
 } qvl_sampling;
 
-/* Set all fields to greedy sampling without penalties. `size` must be set. */
+/* Initialise all fields but `size`, which must be set before: greedy sampling without penalties. */
 QVL_API void qvl_sampling_init(qvl_sampling* sampling);
 
 /* Sample a token for each of n rows.

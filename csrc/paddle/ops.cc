@@ -4,8 +4,7 @@
 //            dynamic_ntk, logn, image_size, patch_size, vision_width, vision_layers, vision_heads,
 //            vision_mlp_width, n_queries
 //   norm_epsilon, rotary_base
-//   names, dtypes, shapes  of the weights, in the order of the input; dtypes: qvl_dtype; shapes: four per
-//   weight
+//   names, dtypes, shapes  of the weights, in the order of the input: qvl_dtype, four dimensions per weight
 //
 // Tensors are on the CPU even if the engine runs on a GPU.
 #include <algorithm>
