@@ -12,12 +12,12 @@
 namespace qvl {
 namespace {
 
-// The specs of all targets by name, each with its number.
+// Map target names to their index and spec.
 std::unordered_map<std::string, std::pair<int64_t, WeightSpec>> targets(qvl_config config) {
   config.stages = QVL_STAGE_LANGUAGE;
   std::unordered_map<std::string, std::pair<int64_t, WeightSpec>> made;
   int64_t n = 0;
-  // The products of the language model are listed in the order of LayerTarget, lm_head at the end.
+  // weight_specs lists the matrices in the order of LayerTarget, lm_head last.
   for (const WeightSpec& spec : weight_specs(config)) {
     if (spec.product) made.emplace(spec.name, std::make_pair(n++, spec));
   }

@@ -1,4 +1,4 @@
-// Low-rank adapters (LoRA): the matrices that they may change, and the check of the given ones.
+// Low-rank adapters (LoRA): their target matrices, and the check of an adapter's matrices.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,11 @@
 
 namespace qvl {
 
-// Targets are numbered: layer * kLayerTargets + one of these, then lm_head.
+// Index of a target: layer * kLayerTargets + one of these; lm_head is the last.
 enum LayerTarget { kAttn, kAttnProj, kW1, kW2, kMlpProj, kLayerTargets };
 
-// Target `target` of a checked adapter: y += scale * b [out, rank] (a [rank, in] x). a and b are the caller's
-// memory.
+// Checked matrices for target `target`: y += scale * b [out, rank] (a [rank, in] x). a and b are in the
+// caller's memory.
 struct AdapterMatrix {
   int64_t target;
   qvl_dtype dtype;  // float32, bfloat16 or float16

@@ -1,4 +1,4 @@
-// Interface that a device implements. Arguments have been checked by the callers.
+// Interface of a back end. The callers have checked all arguments.
 #pragma once
 
 #include <memory>
@@ -10,7 +10,7 @@
 
 namespace qvl {
 
-// Keys and values of all layers in blocks of tokens.
+// Paged KV cache: keys and values of all layers in blocks of tokens.
 struct KvPool {
   int32_t n_blocks;
   int32_t block_tokens;
@@ -34,7 +34,7 @@ struct Event {
   virtual void wait() = 0;
 };
 
-// Sampling parameters of the rows of logits, and the outputs; as in qvl_step_args.
+// Sampling parameters per row of logits, and the outputs, as in qvl_step_args.
 struct Picks {
   int32_t n;
   const qvl_sampling* sampling;
@@ -57,7 +57,7 @@ class Backend {
 
   virtual const char* describe() const = 0;
 
-  // Whether calls return before their work is done.
+  // Whether calls are asynchronous.
   virtual bool runs_ahead() const = 0;
   virtual void* alloc(uint64_t bytes) = 0;
   virtual void dealloc(void* memory) = 0;
@@ -73,7 +73,7 @@ class Backend {
   virtual void encode_images(int64_t n, const float* images, float* features, qvl_stream stream) = 0;
   virtual void forward(KvPool& pool, const qvl_batch& batch, float* logits, qvl_stream stream) = 0;
   virtual void sample(const float* logits, const Picks& picks, qvl_stream stream) = 0;
-  // forward, then sample; with `logits` NULL they are in scratch memory.
+  // forward, then sample. `logits` NULL: use scratch memory.
   virtual void step(KvPool& pool, const qvl_batch& batch, float* logits, const Picks& picks,
                     qvl_stream stream) = 0;
 };
@@ -83,16 +83,16 @@ std::unique_ptr<Backend> make_cpu_backend(const qvl_config& config, const Weight
 // Fill everything but `size`.
 void describe_cpu(qvl_device_info* info);
 
-// Entry points of libqwenvl_cuda.so, behind its symbol qvl_cuda_back_end. The functions throw Error.
+// Entry points of libqwenvl_cuda.so, exported as its symbol qvl_cuda_back_end. The functions throw Error.
 struct CudaBackEnd {
-  const char* version;  // qvl_version() of the sources that it was built from
+  const char* version;  // qvl_version() at build time
   int32_t (*count)();
   void (*describe)(int32_t index, qvl_device_info* info);
   std::unique_ptr<Backend> (*make)(const qvl_config& config, const WeightTable& weights);
 };
 
-// Load the library at the first call: the one beside this library, or one that the process has already
-// loaded. Throws QVL_UNSUPPORTED if it is missing.
+// Load the library on the first call, from the folder of this library; else use one that the process has
+// already loaded. Throws QVL_UNSUPPORTED if neither exists.
 const CudaBackEnd& cuda_back_end();
 
 }  // namespace qvl

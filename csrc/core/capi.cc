@@ -1,4 +1,4 @@
-// The C boundary: check pointers and sizes, convert structs, turn exceptions into status codes.
+// The C interface: checks pointers and sizes, converts structs, turns exceptions into status codes.
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -33,7 +33,7 @@ void check_packing(qvl_dtype dtype, int64_t out, int64_t in, const void* values,
   not_null(packed, "packed");
 }
 
-// KV cache type of qvl_generate's own pool: float32 for a float32 model, else bfloat16.
+// Type of the KV pool that qvl_generate creates: float32 for a float32 model, else bfloat16.
 qvl_dtype cache_dtype(const qvl_config& config, const WeightTable& weights) {
   if (!has_language(config)) return QVL_FLOAT32;
   return weights.at("h.0.attn.c_attn.weight").dtype == QVL_FLOAT32 ? QVL_FLOAT32 : QVL_BFLOAT16;
@@ -44,14 +44,14 @@ std::unique_ptr<Backend> make_backend(const qvl_config& config, const WeightTabl
                                           : make_cpu_backend(config, weights);
 }
 
-// False for n == 0.
+// Check the pool and n; return false if n is 0.
 bool blocks_given(const qvl_kv_pool* pool, int32_t n) {
   not_null(pool, "pool");
   QVL_REQUIRE(n >= 0, QVL_INVALID, "n is %d", n);
   return n > 0;
 }
 
-// Check the host buffer of n blocks; returns the bytes of a block.
+// Check the host buffer of n blocks; return the bytes per block.
 uint64_t checked_host(const KvPool& pool, int32_t n, const void* host, uint64_t bytes) {
   not_null(host, "host");
   const uint64_t block = pool.block_bytes();
@@ -145,10 +145,10 @@ qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_device_info
     not_null(info, "info");
     const uint32_t size = info->size;
     qvl::check_size<qvl_device_info>("info", "size", size);
-    // The error of loading the back end is more specific than a count of 0.
+    // Load the back end first: its error is more specific than a count of 0.
     const int32_t count = device == QVL_DEVICE_CUDA ? qvl::cuda_back_end().count() : qvl_device_count(device);
     QVL_REQUIRE(index >= 0 && index < count, QVL_INVALID,
-                "device %d, index %d: this library can use %d of that kind", device, index, count);
+                "device %d, index %d: %d devices of this kind are available", device, index, count);
     qvl_device_info made{};
     if (device == QVL_DEVICE_CUDA) {
       qvl::cuda_back_end().describe(index, &made);
@@ -404,7 +404,7 @@ qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_batch* b
 }
 
 void qvl_sampling_init(qvl_sampling* sampling) {
-  if (sampling == nullptr || sampling->size > 4096) return;  // reported by the function that receives it
+  if (sampling == nullptr || sampling->size > 4096) return;  // reported when the struct is used
   const uint32_t size = sampling->size;
   qvl_sampling made = qvl::kGreedy;
   made.size = size;

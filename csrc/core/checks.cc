@@ -23,8 +23,8 @@ void check_sequence(const qvl_config& config, const KvPool& pool, int32_t index,
   QVL_REQUIRE(s.blocks != nullptr, QVL_INVALID, "sequence %d: blocks is NULL", index);
   constexpr uint32_t kFlags = QVL_SEQUENCE_NO_LOGITS | QVL_SEQUENCE_GENERATED;
   QVL_REQUIRE((s.flags & ~kFlags) == 0 && s.reserved == 0, QVL_INVALID,
-              "sequence %d: flags are %u and reserved is %u; this library knows neither", index, s.flags,
-              s.reserved);
+              "sequence %d: flags are %u and reserved is %u; they must be QVL_SEQUENCE_* and 0", index,
+              s.flags, s.reserved);
   const int64_t used = (length + pool.block_tokens - 1) / pool.block_tokens;
   for (int64_t i = 0; i < used; ++i) {
     QVL_REQUIRE(s.blocks[i] >= 0 && s.blocks[i] < pool.n_blocks, QVL_INVALID,

@@ -1,20 +1,21 @@
-// Checks of arguments of the functions that compute.
+// Argument checks of the functions that compute.
 #pragma once
 
 #include "core/backend.h"
 
 namespace qvl {
 
-// Check a batch except its token ids; returns its number of tokens.
+// Check a batch except for its token ids; return its number of tokens.
 int64_t check_batch(const qvl_config& config, const KvPool& pool, const qvl_batch& batch);
 
 void check_spans(const char* where, int32_t n_spans, const qvl_span* spans, int64_t n_tokens);
 
-// `where` names the array, `index` the element. counted: the row has counts for its penalties.
+// `where`: name of the array, `index`: its element. counted: whether the row has token counts, which
+// penalties need.
 void check_sampling(const qvl_config& config, const char* where, int32_t index, const qvl_sampling& sampling,
                     bool counted);
 
-// Check block numbers against the pool.
+// Check that block indices are within the pool.
 void check_blocks(const KvPool& pool, const char* name, int32_t n, const int32_t* blocks);
 
 void check_pool_sizes(const qvl_config& config, int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype);

@@ -8,7 +8,7 @@ namespace qvl {
 constexpr int kResamplerHeadDim = 128;
 constexpr int kMaxBlockTokens = 256;
 
-// Copy a caller's config, of any version of the struct, and check every field.
+// Copy a caller's config of any version of the struct and check every field.
 qvl_config checked_config(const qvl_config* config);
 
 inline bool has_vision(const qvl_config& c) {

@@ -1,4 +1,4 @@
-// Find and load the library of the CUDA back end.
+// Loading of the CUDA back end's library.
 #include <dlfcn.h>
 
 #include <cstring>
@@ -16,15 +16,15 @@ const CudaBackEnd* load() {
   Dl_info info{};
   dladdr(reinterpret_cast<void*>(&load), &info);
   const std::string here = info.dli_fname != nullptr ? info.dli_fname : "";
-  const std::string beside = here.substr(0, here.rfind('/') + 1) + kLibrary;
-  void* library = dlopen(beside.c_str(), RTLD_NOW);
+  const std::string path = here.substr(0, here.rfind('/') + 1) + kLibrary;
+  void* library = dlopen(path.c_str(), RTLD_NOW);
   // A library that the process has already loaded is found by its name.
   if (library == nullptr) library = dlopen(kLibrary, RTLD_NOW);
   QVL_REQUIRE(library != nullptr, QVL_UNSUPPORTED,
               "no GPU back end: %s not found; run qwenvl build-engine --device gpu", kLibrary);
   const auto* found = static_cast<const CudaBackEnd*>(dlsym(library, "qvl_cuda_back_end"));
   QVL_REQUIRE(found != nullptr && std::strcmp(found->version, qvl_version()) == 0, QVL_UNSUPPORTED,
-              "%s is of another version than the engine; run qwenvl build-engine --device gpu", kLibrary);
+              "%s and the engine have different versions; run qwenvl build-engine --device gpu", kLibrary);
   return found;
 }
 

@@ -12,7 +12,7 @@ struct qvl_weights {
 
 struct qvl_engine {
   qvl_config config;
-  std::shared_ptr<const qvl::Tensors> tensors;  // keeps the memory that the back end reads
+  std::shared_ptr<const qvl::Tensors> tensors;  // owns the memory that the back end reads
   std::unique_ptr<qvl::Backend> backend;
   qvl_dtype cache_dtype;  // of the pool that qvl_generate creates
   std::mutex computing;
@@ -29,7 +29,7 @@ struct qvl_event {
 
 namespace qvl {
 
-// Check the arguments, take the engine's lock and compute. Structs are in the current layout.
+// Check the arguments, take the engine's lock and compute. Structs must be in the current layout.
 void forward(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, qvl_stream stream);
 void sample(qvl_engine& engine, const float* logits, const Picks& picks, qvl_stream stream);
 void step(qvl_engine& engine, qvl_kv_pool& pool, const qvl_batch& batch, float* logits, const Picks& picks,

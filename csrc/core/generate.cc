@@ -1,8 +1,8 @@
-// qvl_generate: the prompts as one packed batch, then decode steps of one token per request until all have
-// finished.
+// qvl_generate: the prompts as one packed batch, then decode steps of one token per request until all
+// requests have finished.
 //
-// On an asynchronous device the next step is enqueued before the host has read the tokens of this one: it
-// reads them from device memory, and its results for requests that finish with this step are discarded.
+// On an asynchronous device step n + 1 is enqueued before the host has read the tokens of step n: it reads
+// them from device memory, and its results for requests that finish in step n are discarded.
 #include <algorithm>
 #include <memory>
 #include <numeric>
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int32_t kBlockTokens = 32;
 
-// Device memory, freed at the end of its scope.
+// Device memory, freed at the end of the scope.
 template <typename T>
 class Buffer {
  public:
@@ -70,7 +70,7 @@ class Generation {
     if (n > 0) start(flights_[0], true, ids.data());
     for (int32_t step = 0; !active_.empty(); ++step) {
       Flight &now = flights_[step % 2], &next = flights_[(step + 1) % 2];
-      const bool ahead = backend_.runs_ahead() && goes_on(now);
+      const bool ahead = backend_.runs_ahead() && may_continue(now);
       if (ahead) start_ahead(next, ids.data());
       take(now, step);
       if (!ahead && !active_.empty()) start(next, false, ids.data());
@@ -78,7 +78,7 @@ class Generation {
   }
 
  private:
-  // Page-locked memory, freed at the end of its scope.
+  // Page-locked memory, freed at the end of the scope.
   class HostTokens {
    public:
     HostTokens() = default;
@@ -166,21 +166,21 @@ class Generation {
     first_block_ = std::move(first);
   }
 
-  // Whether the next step has the same requests unless one of them generates a stop token.
-  bool goes_on(const Flight& flight) const {
+  // Whether the next step has the same requests, provided that none generates a stop token.
+  bool may_continue(const Flight& flight) const {
     return flight.requests == active_ && std::all_of(active_.begin(), active_.end(), [&](int32_t i) {
              return call_.results[i].n_tokens + 1 < call_.requests[i].max_new;
            });
   }
 
-  // Enqueue a step of the active requests: their prompts, or their last tokens.
+  // Enqueue a step with the prompts or the last tokens of the active requests.
   void start(Flight& flight, bool prompts, int32_t* ids) {
     flight.requests = active_;
     feed(prompts, ids);
     pick(flight, 0, ids);
   }
 
-  // Enqueue the step after one in flight, whose tokens are in `ids`.
+  // Enqueue the successor of a step in flight, whose tokens are in `ids`.
   void start_ahead(Flight& flight, int32_t* ids) {
     flight.requests = active_;
     sequences_.clear();
@@ -228,8 +228,8 @@ class Generation {
     backend_.copy(ids, fed_.data(), fed_.size() * sizeof(int32_t), call_.stream);
   }
 
-  // Run the batch and sample a token for each sequence. `unread`: sampled tokens per sequence that the host
-  // has not read yet.
+  // Run the batch and sample a token per sequence. `unread`: number of sampled tokens per sequence that the
+  // host has not read yet.
   void pick(Flight& flight, int32_t unread, int32_t* ids) {
     sampling_.clear();
     step_counts_.clear();
@@ -305,7 +305,7 @@ class Generation {
   std::vector<std::vector<int32_t>> forbidden_;
   Flight flights_[2];
   std::vector<int32_t*> counts_;
-  // Scratch of a step, reused.
+  // Scratch memory of a step, reused.
   std::vector<qvl_sequence> sequences_;
   std::vector<qvl_span> spans_;
   std::vector<qvl_sampling> sampling_;

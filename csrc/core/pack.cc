@@ -62,8 +62,8 @@ float int4_error(const float* values, int64_t n, float scale) {
   return errors[0] + errors[1] + errors[2] + errors[3];
 }
 
-// bfloat16 scale of least squared error among five candidates. The first maps the extreme to -8, so it may be
-// negative; the others clip the extreme, or leave it between two steps.
+// bfloat16 scale with the least squared error among five candidates. The first maps the extreme to -8, so it
+// may be negative; the others clip the extreme, or round it.
 uint16_t int4_scale(const float* values, int64_t n) {
   constexpr float kSteps[] = {-8.0F, -7.5F, -7.0F, -8.6F, -9.2F};
   const float most = extreme(values, n);

@@ -13,7 +13,7 @@ inline int64_t padded(int64_t in) {
   return (in + kPackUnit - 1) / kPackUnit * kPackUnit;
 }
 
-// Group size: values that share a scale; 0 for a scale per row and for types without scales.
+// Group size: number of values that share a scale; 0 for one scale per row and for types without scales.
 inline int group_size(qvl_dtype dtype) {
   switch (dtype) {
     case QVL_UINT4_G32:
@@ -32,7 +32,7 @@ inline int group_size(qvl_dtype dtype) {
   }
 }
 
-// Bits of a stored value, without scales; 0 for an unknown type.
+// Bits per stored value, without scales; 0 for an unknown type.
 inline int value_bits(qvl_dtype dtype) {
   constexpr int kBits[QVL_DTYPES] = {32, 16, 8, 4, 4, 16, 4, 4, 4, 8, 8, 8, 32};
   return dtype >= 0 && dtype < QVL_DTYPES ? kBits[dtype] : 0;
@@ -50,10 +50,10 @@ inline bool is_quantised(qvl_dtype dtype) {
   return dtype == QVL_INT8 || group_size(dtype) != 0;
 }
 
-// Bytes of the values alone: the offset of the scales.
+// Bytes of the values without scales: the offset of the scales.
 uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
-// Bytes of the scales; of the zero points as well, if the type has them.
+// Bytes of the scales and, if the type has them, the zero points.
 uint64_t scale_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 uint64_t packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);

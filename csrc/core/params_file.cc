@@ -3,8 +3,8 @@
 //   message:  0x08, data type; for each dimension 0x10, length; 0x7A, a length of three bytes, our field
 //   field:    "qvl1", uint8 qvl_dtype, uint8 n_dims, uint16 length of the name, n_dims x int64, the name,
 //   zeros
-// All little-endian; numbers of the message are varints. The data begins at a multiple of 64. The file is not
-// trusted: every read is checked against the bounds of a Bytes.
+// All little-endian; numbers in the message are varints. The data is aligned to 64 bytes. The file is not
+// trusted: Bytes checks the bounds of every read.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -20,7 +20,7 @@
 namespace qvl {
 namespace {
 
-struct Damaged {};  // caught by read_records, which knows the path
+struct Damaged {};  // caught by read_records, which adds the path
 
 // Bounded cursor over a part of the file.
 class Bytes {
@@ -72,7 +72,7 @@ uint64_t product(const int64_t* dims, int n, uint64_t first) {
   return all;
 }
 
-// Paddle's code of a type, and the bytes of one value.
+// Paddle's code for a type, and the size of a value in bytes.
 struct PaddleType {
   uint64_t code;
   uint64_t bytes;
@@ -85,7 +85,7 @@ PaddleType paddle_type(qvl_dtype dtype) {
   return {20, 1};
 }
 
-// Parse this engine's field: the tensor without its data.
+// Parse this engine's field into a tensor without its data.
 qvl_tensor read_field(Bytes field, std::string* name) {
   if (std::memcmp(field.take(4).data(), "qvl1", 4) != 0) throw Damaged();
   qvl_tensor tensor{};
@@ -108,7 +108,7 @@ qvl_tensor read_field(Bytes field, std::string* name) {
   return tensor;
 }
 
-// Parse the tensor of a message; false if it lacks this engine's field.
+// Parse the tensor of a message; return false if it lacks this engine's field.
 bool read_message(Bytes message, qvl_tensor* tensor, std::string* name) {
   if (message.number<uint8_t>() != 0x08) throw Damaged();
   const uint64_t code = message.varint();

@@ -1,4 +1,4 @@
-// Split a packed batch into passes over the layers, the same on every device.
+// Split of a packed batch into passes over the layers, the same on every device.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace qvl {
 
-// Check token ids in host memory, except those that a span covers. `where` names their owner in the message.
+// Check token ids in host memory, except those covered by a span. `where`: their owner in the message.
 inline void check_ids(const char* where, int32_t vocab, int64_t n, const int32_t* ids, int32_t n_spans,
                       const qvl_span* spans) {
   int64_t at = 0;
@@ -31,10 +31,10 @@ inline void check_ids(const qvl_batch& batch, int32_t vocab) {
   check_ids("batch", vocab, n, batch.tokens, batch.n_spans, batch.spans);
 }
 
-// Tokens of one sequence in a pass: all computed as a prompt, or all as decode steps.
+// Tokens of one sequence in a pass, either all of a prompt or all of decode steps.
 struct Part {
   const qvl_sequence* sequence;
-  int64_t token;  // index of the first one in the batch
+  int64_t token;  // index of the first token in the batch
   int32_t n;
   int32_t past;
   bool generated;
@@ -42,8 +42,8 @@ struct Part {
   int64_t first = 0;  // first row in the pass
 };
 
-// Call `pass` with the parts of each pass of at most max_tokens tokens. Without `logits`, no part has a row
-// of logits.
+// Call `pass` with the parts of each pass, which has at most max_tokens tokens. Without `logits` no part has
+// a row of logits.
 template <typename Pass>
 void for_each_pass(const qvl_batch& batch, int32_t max_tokens, bool logits, Pass&& pass) {
   std::vector<Part> parts;

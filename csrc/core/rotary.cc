@@ -13,8 +13,7 @@ int ntk_doublings(const qvl_config& config, int prompt_len) {
 }
 
 double ntk_alpha(const qvl_config& config, int prompt_len) {
-  // ceil(log2(r) + 1) counts how many of 1, 2, 4 ... times seq_length the prompt exceeds, plus 1: exact,
-  // where a logarithm rounds.
+  // ceil(log2(r) + 1) is 1 + the number of doublings, which is exact; the logarithm would round.
   return std::ldexp(1.0, ntk_doublings(config, prompt_len) + 1) - 1;
 }
 

@@ -5,14 +5,14 @@
 
 namespace qvl {
 
-// Number of the values 1, 2, 4 ... times seq_length that the prompt exceeds; it determines the rotary base. 0
-// without NTK.
+// How many of 1, 2, 4 ... times seq_length the prompt exceeds, which determines the rotary base; 0 without
+// NTK.
 int ntk_doublings(const qvl_config& config, int prompt_len);
 
 // max(1, 2^ceil(log2(prompt_len / seq_length) + 1) - 1)
 double ntk_alpha(const qvl_config& config, int prompt_len);
 
-// Frequencies [head_dim / 2] of a request; pair i is rotated by position * frequencies[i].
+// Rotary frequencies [head_dim / 2] of a request; pair i is rotated by position * frequencies[i].
 void rotary_frequencies(const qvl_config& config, int prompt_len, float* frequencies);
 
 // cos and sin [head_dim / 2] at a position.

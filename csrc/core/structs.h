@@ -1,5 +1,5 @@
-// Convert structs and arrays of structs from callers to the current layout. The literal numbers are the sizes
-// in the first version of the header.
+// Conversion of callers' structs and arrays of structs to the current layout. The literal numbers are the
+// struct sizes in the first version of the header.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace qvl {
 
-// The size that a struct had when it first appeared.
+// Size of a struct in the version that introduced it.
 template <typename T>
 constexpr uint32_t kFirstSize = 0;
 template <>
@@ -41,7 +41,7 @@ void check_size(const char* where, const char* field, uint32_t size) {
               field, size, sizeof(T));
 }
 
-// A copy of the struct at `from`, which begins with its size.
+// Copy the struct at `from`, which begins with its size.
 template <typename T>
 T fitted(const char* where, const T* from) {
   QVL_REQUIRE(from != nullptr, QVL_INVALID, "%s is NULL", where);
@@ -53,7 +53,7 @@ T fitted(const char* where, const T* from) {
   return to;
 }
 
-// Array of structs in the current layout: the caller's own if its stride is the current one, else a copy.
+// Array of structs in the current layout: the caller's memory if its stride is the current one, else a copy.
 template <typename T>
 class Fitted {
  public:
@@ -80,7 +80,7 @@ class Fitted {
   std::vector<T> copies_;
 };
 
-// A batch with its two arrays.
+// Batch with its two arrays in the current layout.
 class FittedBatch {
  public:
   explicit FittedBatch(const qvl_batch* from)
@@ -98,7 +98,7 @@ class FittedBatch {
   const qvl_batch& get() const { return batch_; }
 
  private:
-  // A larger number is an error of the caller; checked before the copy.
+  // Checked before the copy, which an invalid number would make too large.
   static int64_t checked(int32_t n, const char* name) {
     QVL_REQUIRE(n <= (1 << 20), QVL_INVALID, "batch: %s is %d; it must be at most %d", name, n, 1 << 20);
     return n;

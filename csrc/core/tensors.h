@@ -1,4 +1,4 @@
-// Named tensors that engines share: in a caller's memory, or mapped from an exported stage's parameter file.
+// Named tensors shared by engines, in the caller's memory or mapped from an exported stage's parameter file.
 #pragma once
 
 #include <deque>

@@ -108,7 +108,7 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
               tensor.device);
 }
 
-// Check that the order of a matrix's inputs is a permutation of the numbers below n.
+// Check that a matrix's input order is a permutation of 0 to n - 1.
 void check_order(const qvl_tensor& tensor, const std::string& name, int64_t n) {
   const char* const text = name.c_str();
   QVL_REQUIRE(tensor.dtype == QVL_INT32 && tensor.n_dims == 1 && tensor.shape[0] == n &&

@@ -11,7 +11,7 @@ namespace qvl::cpu {
 // Update of one target matrix; A has no values if the adapter does not change the matrix.
 struct LowRank {
   Matrix a;  // [rank, in]
-  Matrix b;  // [out, rank, padded with zeros to whole vectors]
+  Matrix b;  // [out, rank padded with zeros to whole vectors]
   float scale = 0;
 };
 
@@ -33,7 +33,7 @@ class CpuAdapter final : public Adapter {
   std::vector<Buffer> memory_;
 };
 
-// Consecutive rows of activations with the same adapter, all of prompts or all of decode steps.
+// Run of consecutive rows of activations with the same adapter, either all of prompts or all of decode steps.
 struct AdapterRows {
   const CpuAdapter* adapter;
   int64_t first;
@@ -41,7 +41,7 @@ struct AdapterRows {
   bool decode;
 };
 
-// For each run of rows, add the adapter's update to y, which holds the target's product W x from linear().
+// Add the adapter's update to y for each run of rows; y contains the target's product W x from linear().
 void add_low_rank(Context& context, const std::vector<AdapterRows>& runs, int64_t target, const float* x,
                   int64_t x_stride, float* y, int64_t y_stride, Buffer& scratch);
 

@@ -7,8 +7,8 @@
 namespace qvl::cpu {
 namespace {
 
-// Keys of a chunk in decode attention. Each chunk has its own softmax, and the partial results are merged in
-// order, so threads can share a long context and their number changes no bit.
+// Keys per chunk in decode attention. Each chunk has a separate softmax, and the partial results are merged
+// in order, so threads can share a long context and the result does not depend on their number.
 constexpr int kChunkKeys = kMaxKvTile;
 
 struct Shared {
@@ -119,7 +119,7 @@ void attend_decode(Context& context, const AttentionShape& shape, const float* q
     });
     return;
   }
-  // Few heads and long contexts: the threads share the chunks, too.
+  // Few heads and long contexts: distribute the chunks over the threads as well.
   struct Part {
     const Queries* queries;
     int64_t chunk;
@@ -175,7 +175,7 @@ void attention(Context& context, const AttentionShape& shape, const float* q, co
   int64_t pairs = 0;
   for (const Queries* queries = work; queries != work + n_work; ++queries)
     pairs += queries->n * queries->n_keys;
-  // The last items first: with causal attention they are the longest.
+  // Run the last items first: with causal attention they take longest.
   context.run(n_work * shape.heads, 2 * pairs * shape.heads * shape.head_dim, [&](int64_t i, int thread) {
     const Queries& queries = work[n_work - 1 - i / shape.heads];
     const auto head = static_cast<int>(i % shape.heads);

@@ -1,4 +1,4 @@
-// Attention over many heads and queries, shared among the threads.
+// Multi-threaded attention over many heads and queries.
 #pragma once
 
 #include "cpu/context.h"
@@ -7,11 +7,11 @@ namespace qvl::cpu {
 
 enum Seen {
   kAllKeys,  // every query sees all keys
-  kCausal,   // query i of n sees n_keys - n + i + 1
-  kDecode    // as kCausal, but each query is computed by itself, in the order of a decode step
+  kCausal,   // query i of n sees the first n_keys - n + i + 1 keys
+  kDecode    // as kCausal, but each query is computed separately, in the summation order of a decode step
 };
 
-// Queries of one work item: rows [first, first + n) of a packed batch, all of one sequence or image.
+// Work item: queries [first, first + n) of a packed batch, all of the same sequence or image.
 struct Queries {
   int64_t first;
   int n;
@@ -20,7 +20,7 @@ struct Queries {
   const int32_t* blocks = nullptr;  // block table if the keys are in a pool
 };
 
-// Source of keys and values: tile `i` of a head, and the tokens of a tile.
+// Source of keys and values in tiles of tokens.
 struct KeysAndValues {
   int tile_tokens;
   virtual KvTile tile(const Queries& queries, int head, int64_t i) const = 0;
@@ -38,12 +38,13 @@ struct AttentionShape {
   bool rounded;        // kAllKeys and kCausal may compute in bfloat16
 };
 
-// Compute out[row][head * head_dim ...] for all rows of `work`; the items are either all kDecode or none. A
-// row's bits depend on its query and keys alone, not on the other items or the number of threads.
+// Compute out[row][head * head_dim ...] for all rows of `work`, whose items must be all kDecode or none. A
+// row's result depends only on its query and keys, bit for bit, not on the other items or the number of
+// threads.
 void attention(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
                const Queries* work, int64_t n_work, float* out);
 
-// Query rows of a work item.
+// Maximum number of queries of a work item.
 constexpr int kQueryRows = 256;
 
 // Keys and values in contiguous rows, as in the vision tower.

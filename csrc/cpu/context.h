@@ -9,24 +9,24 @@
 
 namespace qvl::cpu {
 
-// Multiplications that one core does in about two microseconds, below which threads do not pay; and the cost
-// of one value of an elementwise kernel in multiplications.
+// Number of multiplications that a core executes in about two microseconds, below which threads do not pay
+// off; and the cost of a value of an elementwise kernel in multiplications.
 constexpr int64_t kSmallWork = 1 << 16;
 constexpr int64_t kElementWork = 8;
 
 struct Context {
   const Kernels& kernels;
   ThreadPool pool;
-  const bool exact;               // no rounded activations with types that have zero points
-  Buffer activations;             // of linear(): prepared (matvec) or packed (blocked product)
-  Buffer ordered;                 // of linear(): inputs in the order of a matrix's columns
-  std::vector<Buffer> of_thread;  // of linear() and attention, one per thread
+  const bool exact;               // do not round activations for types with zero points
+  Buffer activations;             // linear(): prepared (matvec) or packed (blocked product)
+  Buffer ordered;                 // linear(): inputs permuted to a matrix's column order
+  std::vector<Buffer> of_thread;  // linear() and attention: one per thread
 
   Context(const Kernels& kernels, int n_threads, bool exact = false)
       : kernels(kernels), pool(n_threads), exact(exact), of_thread(static_cast<size_t>(n_threads)) {}
 
-  // Call body(task, thread) for tasks 0 to n - 1, which cost `work` multiplications or loads together; in the
-  // calling thread alone if that is less than the cost of sharing.
+  // Call body(task, thread) for tasks 0 to n - 1, which cost `work` multiplications or loads in total; only
+  // in the calling thread if that is less than the overhead of several threads.
   template <typename Body>
   void run(int64_t n, int64_t work, Body&& body) {
     if (work < kSmallWork) {

@@ -1,4 +1,4 @@
-// CPU quotas of control groups, the limits of containers.
+// CPU quotas of control groups, which limit containers.
 #include <cstdlib>
 #include <fstream>
 #include <sstream>

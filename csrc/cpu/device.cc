@@ -13,7 +13,7 @@
 namespace qvl {
 namespace {
 
-// Value after "NAME:" or "NAME\t:" in the first line with that name.
+// Value of the first line "NAME: value" or "NAME\t: value".
 std::string entry(const char* path, const std::string& name) {
   std::ifstream file(path);
   for (std::string line; std::getline(file, line);) {
@@ -31,7 +31,7 @@ uint64_t number_in(const std::string& path, uint64_t otherwise) {
   return file >> value ? value : otherwise;  // "max" is not a number
 }
 
-// Limit memory and free memory by this process's control group and its parents, of cgroup version 2 or 1.
+// Limit the total and free memory to those of this process's control group and its parents (cgroup 1 or 2).
 void limit_memory(qvl_device_info* info) {
   std::ifstream file("/proc/self/cgroup");
   for (std::string line; std::getline(file, line);) {

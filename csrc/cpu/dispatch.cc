@@ -10,7 +10,7 @@ namespace qvl::cpu {
 namespace {
 
 #if defined(__x86_64__)
-// __builtin_cpu_supports of GCC 10 does not know F16C.
+// __builtin_cpu_supports of GCC 10 does not support F16C.
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
@@ -39,8 +39,7 @@ bool runs_here(qvl_isa isa) {
 #endif
 }
 
-// NULL for an ISA that is not in this build: a build for a single machine omits the ISAs that it does not
-// need.
+// Kernel table of an ISA; NULL if the build omits it, as builds for a single machine do with unneeded ISAs.
 const Kernels* table_of(qvl_isa isa) {
   switch (isa) {
     case QVL_ISA_GENERIC:

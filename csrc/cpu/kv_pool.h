@@ -1,4 +1,4 @@
-// The KV pool on the CPU: for each layer and block [2][heads][block_tokens][head_dim], for int8 followed by
+// The KV pool on the CPU: per layer and block [2][heads][block_tokens][head_dim], with int8 followed by
 // float32 scales [2][heads][block_tokens].
 #pragma once
 
@@ -12,7 +12,7 @@ class CpuKvPool final : public KvPool {
  public:
   CpuKvPool(const qvl_config& config, int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype);
 
-  // First n tokens of one head of a block.
+  // The first n tokens of one head of a block.
   KvTile tile(int layer, int block, int head, int n) const;
 
   // Write the keys (part 0) or values (part 1) of one token, [heads][head_dim] at `from`.

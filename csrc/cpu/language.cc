@@ -27,7 +27,7 @@ const CpuAdapter* adapter_of(const Part& part) {
   return adapter != nullptr ? static_cast<const CpuAdapter*>(adapter->matrices.get()) : nullptr;
 }
 
-// Append n rows to `runs`; they join the last run if they continue it with the same adapter and kind.
+// Append n rows to `runs`, extending the last run if they follow it with the same adapter and kind.
 void append_rows(std::vector<AdapterRows>& runs, const CpuAdapter* adapter, int64_t first, int64_t n,
                  bool decode) {
   if (adapter == nullptr) return;
@@ -144,7 +144,7 @@ void Language::pass(Context& context, CpuKvPool& pool, const qvl_batch& batch, s
     attend(context, pool, i, rows);
     feed_forward(context, i, rows);
   }
-  // lm_head for the last token of every sequence, in one decode product: of a prompt, too, it is one row.
+  // lm_head for the last token of every sequence, in one decode product, for prompts as well.
   int64_t n_last = 0;
   int32_t first = 0;
   adapted_.clear();

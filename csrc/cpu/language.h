@@ -1,4 +1,4 @@
-// The language model on the CPU: packed tokens -> logits; keys and values go to the pool.
+// The language model on the CPU: packed tokens -> logits, with keys and values written to the pool.
 #pragma once
 
 #include <vector>
@@ -15,8 +15,8 @@ class Language {
  public:
   Language(const qvl_config& config, Weights& weights);
 
-  // Run a batch in passes of at most config.max_tokens tokens. Logits [rows, vocab] of the sequences without
-  // QVL_SEQUENCE_NO_LOGITS.
+  // Run a batch in passes of at most config.max_tokens tokens. logits [rows, vocab]: a row per sequence
+  // without QVL_SEQUENCE_NO_LOGITS.
   void forward(Context& context, CpuKvPool& pool, const qvl_batch& batch, float* logits);
 
  private:
@@ -33,7 +33,7 @@ class Language {
             float* logits);
   void attend(Context& context, CpuKvPool& pool, int layer, Rows rows);
   void feed_forward(Context& context, int layer, Rows rows);
-  // linear() with `matrix`, which is `target` of the layer, then the updates of the rows' adapters.
+  // linear() with `matrix`, the layer's `target`, then the updates of the rows' adapters.
   void product(Context& context, int layer, LayerTarget target, const Matrix& matrix, const float* x,
                int64_t x_stride, Rows rows, float* y, int64_t y_stride, bool add = false);
 

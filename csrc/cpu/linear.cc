@@ -7,16 +7,16 @@
 namespace qvl::cpu {
 namespace {
 
-constexpr int64_t kMatvecRows = 128;        // most rows of weights in a task of matvec
-constexpr int64_t kStretchBytes = 1 << 18;  // bytes of a task with more than kMaxRows activations
-constexpr int64_t kTileRows = 64;           // rows of weights in a task of the blocked product
-constexpr int64_t kMaxTokens = 384;         // packed at once: 512 columns of them fit the second-level cache
+constexpr int64_t kMatvecRows = 128;           // maximum number of weight rows in a task of matvec
+constexpr int64_t kDecodeTaskBytes = 1 << 18;  // weights of a task with more than kMaxRows activations
+constexpr int64_t kTileRows = 64;              // weight rows in a task of the blocked product
+constexpr int64_t kMaxTokens = 384;            // packed together: 512 of their columns fit the L2 cache
 
 const void* offset(const void* memory, uint64_t bytes) {
   return static_cast<const char*>(memory) + bytes;
 }
 
-// The inputs in the order of the matrix's columns [n_x][k].
+// Permute the inputs to the matrix's column order, [n_x][k].
 const float* ordered(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x) {
   float* const to = context.ordered.get<float>(static_cast<size_t>(n_x * m.k));
   context.rows(n_x, m.k, [&](int64_t i, int) {
@@ -25,8 +25,8 @@ const float* ordered(Context& context, const Matrix& m, const float* x, int64_t 
   return to;
 }
 
-// Decode rows in groups of kMaxRows. A task is a stretch of weight rows for all groups: the first group reads
-// it from memory, the others from the cache.
+// Decode rows in groups of kMaxRows. A task is a range of weight rows for all groups: the first group reads
+// them from memory, the others from the cache.
 void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x, float* y,
             int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;
@@ -51,7 +51,7 @@ void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride,
                                prepared + group_bytes * static_cast<size_t>(g));
   });
   const int64_t even_share = m.rows / (8 * context.pool.size()) / 32 * 32;
-  const int64_t in_cache = kStretchBytes / static_cast<int64_t>(value_bytes(m.dtype, 1, m.k)) / 16 * 16;
+  const int64_t in_cache = kDecodeTaskBytes / static_cast<int64_t>(value_bytes(m.dtype, 1, m.k)) / 16 * 16;
   const int64_t most = groups > 1 ? std::clamp<int64_t>(in_cache, 16, kMatvecRows) : kMatvecRows;
   const int64_t step = std::clamp<int64_t>(even_share, std::min<int64_t>(32, most), most);
   context.run((m.rows + step - 1) / step, m.rows * m.k * n_x, [&](int64_t task, int) {
@@ -61,8 +61,8 @@ void decode(Context& context, const Matrix& m, const float* x, int64_t x_stride,
   });
 }
 
-// Tile that this thread probably reads next: the next columns of these rows, or the first columns of the next
-// rows.
+// Tile that this thread probably reads next: the next columns of these rows, or the first columns of the
+// following rows.
 Ahead next_tile(const Matrix& m, int64_t row, int k, int tile_k) {
   if (k >= m.k) {
     row += kTileRows;
@@ -80,7 +80,7 @@ struct Tile {
   int64_t width;  // elements from row to row
 };
 
-// Unpack the tile. bfloat16 weights that are multiplied as bfloat16 are used in place if n_k is even.
+// Unpack the tile, or use bfloat16 weights in place if they are multiplied as bfloat16 and n_k is even.
 Tile tile_of(const Kernels& kernels, int kind, const Matrix& m, const UnpackTile& tile) {
   if (kind == 1 && m.dtype == QVL_BFLOAT16 && tile.n_k % 2 == 0) {
     return {static_cast<const uint16_t*>(m.values) + tile.first_row * m.k + tile.first_k, m.k};
@@ -93,7 +93,7 @@ void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride
              int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;
   const int kind = kernels.bf16_dot && m.dtype != QVL_FLOAT32 ? 1 : 0;
-  // Columns in equal parts, as far as the units of quantised rows allow.
+  // Divide the columns equally, as far as the units of quantised rows allow.
   const int most_k = kind == 1 ? kMaxTileK : kMaxTileK / 2, unit = is_quantised(m.dtype) ? kPackUnit : 32;
   const int parts = (m.k + most_k - 1) / most_k;
   const int tile_k = ((m.k + parts - 1) / parts + unit - 1) / unit * unit;

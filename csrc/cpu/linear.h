@@ -15,7 +15,7 @@ struct Matrix {
   const void* zeros = nullptr;     // types with zero points only
   const int32_t* order = nullptr;  // [k]: stored column j multiplies x[order[j]]; NULL: x[j]
 
-  // Matrix stored at `data` as qvl_packed_bytes describes.
+  // Matrix stored at `data` in the layout of qvl_packed_bytes.
   static Matrix stored(qvl_dtype dtype, int64_t rows, int64_t k, const void* data,
                        const float* bias = nullptr);
 
@@ -34,8 +34,8 @@ struct Rows {
 // y [n][y_stride] (+)= x [n][x_stride] W^T + bias. x and y do not overlap.
 //
 // Prompt rows use the blocked product, decode rows the matrix-vector kernels, which stream the weights from
-// memory once. With types that have zero points, decode rows use the blocked product as well if the context
-// is exact. A row's result has the same bits for any number of rows.
+// memory once. If the context is exact, decode rows use the blocked product as well with types that have zero
+// points. A row's result has the same bits for any number of rows.
 void linear(Context& context, const Matrix& matrix, const float* x, int64_t x_stride, Rows rows, float* y,
             int64_t y_stride, bool add = false);
 

@@ -1,4 +1,4 @@
-// The resampler on the CPU: learned queries attend to an image's patches.
+// The resampler on the CPU: cross-attention of learned queries over an image's patches.
 #pragma once
 
 #include "cpu/context.h"

@@ -22,7 +22,7 @@ bool likelier(const Candidate& a, const Candidate& b) {
 
 struct Peak {
   float logit;
-  int32_t id;  // the lowest of equals; -1 if the row has a NaN, a positive infinity or no finite value
+  int32_t id;  // the lowest in a tie; -1 if the row has a NaN, a positive infinity or no finite value
 };
 
 // Largest logit. Compiled for the baseline of x86-64; a row of 150,000 takes about as long as reading it.
@@ -86,8 +86,8 @@ void adjust(const qvl_sampling& s, int32_t vocab, const int32_t* counts, Candida
   }
 }
 
-// Token at `fraction` of the probability mass that top-k and top-p leave. Sums run from the likeliest on;
-// only as many candidates are sorted as needed.
+// Token at `fraction` of the probability mass within top-k and top-p, summed in descending order of
+// probability. Sorts no more candidates than needed.
 int32_t draw(const qvl_sampling& s, int32_t vocab, Candidate* candidates, double fraction) {
   const auto temperature = static_cast<double>(s.temperature), top_p = static_cast<double>(s.top_p);
   int32_t n = vocab;
@@ -99,11 +99,11 @@ int32_t draw(const qvl_sampling& s, int32_t vocab, Candidate* candidates, double
   const auto weight = [&](const Candidate& c) { return std::exp((c.logit - most) / temperature); };
   double total = 0;
   for (int32_t i = 0; i < n; ++i) total += weight(candidates[i]);
-  // Candidates that top-p keeps, or without top-p those up to the drawn one.
+  // Candidates within top-p, or without top-p those up to the drawn token.
   const bool all = top_p >= 1;
   int32_t kept = 0;
   double mass = 0;
-  double depth = 4;  // weights down to exp(-depth) are sorted; mostly the first round is enough
+  double depth = 4;  // sort weights down to exp(-depth); the first round is usually enough
   for (int32_t sorted = 0; kept == sorted && sorted < n; depth += depth < 16 ? 2 : depth) {
     const double least = depth < 800 ? most - depth * temperature : -INFINITY;
     Candidate* const end = std::partition(candidates + sorted, candidates + n,
@@ -138,7 +138,7 @@ int32_t sample_row(int32_t vocab, const float* logits, const qvl_sampling& s, in
   const Peak peak = find_peak(vocab, logits);
   int32_t id = peak.id;
   if (id < 0) return id;
-  // A forbidden token loses to the likeliest one, so only a forbidden peak changes the result.
+  // With greedy sampling forbidden tokens matter only if the peak itself is forbidden.
   const bool penalties = counts != nullptr && penalised(s);
   const bool adjusted = penalties || (s.n_forbidden > 0 && (peak.logit <= kForbidden || is_forbidden(s, id)));
   if (!greedy(s) || adjusted) {
@@ -165,7 +165,7 @@ void row_logprobs(int32_t vocab, const float* logits, int32_t token, float* logp
   for (int32_t id = 0; id < vocab; ++id) total += static_cast<double>(std::exp(logits[id] - most));
   const double floor = static_cast<double>(most) + std::log(total);
   if (logprob != nullptr) *logprob = static_cast<float>(static_cast<double>(logits[token]) - floor);
-  // Insertion sort of the n_top likeliest; a later id of an equal logit does not displace an earlier one.
+  // Insertion sort of the n_top likeliest tokens; in a tie the lower id precedes.
   int32_t n = 0;
   for (int32_t id = 0; id < vocab; ++id) {
     if (n == n_top && (n == 0 || !(logits[id] > logits[top_tokens[n - 1]]))) continue;

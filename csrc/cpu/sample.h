@@ -6,7 +6,7 @@
 
 namespace qvl::cpu {
 
-// Whether sample_row() needs `scratch` for this row: sample_scratch_bytes(vocab).
+// Whether sample_row() needs `scratch` for this row, of sample_scratch_bytes(vocab).
 bool needs_scratch(const qvl_sampling& sampling, const int32_t* counts);
 size_t sample_scratch_bytes(int32_t vocab);
 
@@ -15,9 +15,9 @@ size_t sample_scratch_bytes(int32_t vocab);
 int32_t sample_row(int32_t vocab, const float* logits, const qvl_sampling& sampling, int32_t* counts,
                    Buffer& scratch);
 
-// Log-probabilities (natural) under the unchanged logits of a row: of its sampled `token`, unless `logprob`
-// is NULL, and of the n_top likeliest tokens (at most kMaxLogprobs) in order. With token -1 they are NaN, and
-// the likeliest tokens -1.
+// Natural log-probabilities under the unchanged logits of a row: of its sampled `token`, unless `logprob` is
+// NULL, and of the n_top likeliest tokens (at most kMaxLogprobs) in order. With token -1 they are NaN, and
+// the likeliest tokens are -1.
 void row_logprobs(int32_t vocab, const float* logits, int32_t token, float* logprob, int32_t n_top,
                   int32_t* top_tokens, float* top_logprobs);
 

@@ -26,18 +26,19 @@
 namespace qvl::cpu {
 namespace {
 
-// About 50 microseconds of spinning before a worker sleeps: the loops of a decode step follow each other
-// faster.
+// About 50 microseconds of spinning before a worker sleeps, longer than the gaps between a decode step's
+// loops.
 constexpr int kSpins = 2000;
 
-// After a net loss from sharing, in nanoseconds, the caller runs alone for alone_ times that loss, at most a
-// second, and alone_ doubles: if a processor is always busy elsewhere, almost nothing is lost. Gains count up
-// to kCredit, enough for a processor that is busy occasionally; then alone_ starts again from kAlone.
+// After a net loss from several threads, in nanoseconds, loops run single-threaded for alone_ times that
+// loss, at most a second, and alone_ doubles: if another process always occupies a processor, almost no time
+// is lost. Gains count up to kCredit, enough for a processor that is occupied occasionally; then alone_ is
+// reset to kAlone.
 constexpr int64_t kTolerated = 50000;
 constexpr int64_t kCredit = 2000000;
 constexpr int64_t kAlone = 32, kMostAlone = 1 << 14;
 constexpr int64_t kLongestAlone = 1000000000;
-// A worker that spun for longer than this was preempted.
+// A worker that spins for longer than this has been preempted.
 constexpr int64_t kPreempted = 500000;
 
 void pause() {
@@ -64,20 +65,20 @@ void count_forks() {
 
 }  // namespace
 
-// The threads and the loop that they share. On the heap, because a child after fork() must leak its parent's
-// Team: the threads do not exist in the child and cannot be joined, and destroying a condition variable that
-// they sleep on would wait for them.
+// The threads and their current loop. On the heap, because a child process after fork() must leak its
+// parent's Team: the threads do not exist in the child and cannot be joined, and the destructor of a
+// condition variable on which they sleep would wait for them.
 struct ThreadPool::Team {
-  // A thread's stretch of tasks, on its own cache line. The upper half of a ticket is the number of the loop,
-  // the lower half the tasks left: a late worker finds the number of a later loop and takes nothing. The
-  // caller waits while a ticket of its loop can be taken, so everything that a thread read between its first
-  // load of the number and taking a ticket belongs to that loop.
-  struct alignas(64) Stretch {
+  // A thread's range of tasks, on a separate cache line. The upper half of a ticket is the number of the
+  // loop, the lower half the number of tasks left: a late worker finds the number of a later loop and takes
+  // no task. The caller waits while a ticket of its loop can be taken, so all that a thread reads between its
+  // first load of the number and taking a ticket belongs to that loop.
+  struct alignas(64) TaskRange {
     std::atomic<uint64_t> ticket{0};
     std::atomic<int64_t> end{0};
   };
 
-  explicit Team(int n) : forked(forks.load()), stretches(static_cast<size_t>(n)) {
+  explicit Team(int n) : forked(forks.load()), ranges(static_cast<size_t>(n)) {
     workers.reserve(static_cast<size_t>(n));
     try {
       for (int i = 1; i < n; ++i) workers.emplace_back([this, i] { work(i); });
@@ -97,22 +98,22 @@ struct ThreadPool::Team {
     for (std::thread& worker : workers) worker.join();
   }
 
-  // Share n tasks; take_tasks() and the wait for `left` follow.
+  // Publish n tasks to the threads; take_tasks() and the wait for `left` must follow.
   void publish(int64_t n, Function body, void* with) {
     function.store(body, std::memory_order_relaxed);
     context.store(with, std::memory_order_relaxed);
     left.store(n, std::memory_order_relaxed);
     const uint32_t number = loop.load(std::memory_order_relaxed) + 1;
-    const auto threads = static_cast<int64_t>(stretches.size());
+    const auto threads = static_cast<int64_t>(ranges.size());
     for (int64_t i = 0; i < threads; ++i) {
-      Stretch& stretch = stretches[static_cast<size_t>(i)];
+      TaskRange& range = ranges[static_cast<size_t>(i)];
       const int64_t first = n * i / threads, end = n * (i + 1) / threads;
-      stretch.end.store(end, std::memory_order_relaxed);
-      stretch.ticket.store(uint64_t{number} << 32 | static_cast<uint64_t>(end - first),
-                           std::memory_order_release);
+      range.end.store(end, std::memory_order_relaxed);
+      range.ticket.store(uint64_t{number} << 32 | static_cast<uint64_t>(end - first),
+                         std::memory_order_release);
     }
     loop.store(number);
-    // A woken thread that has not started yet is not woken again, which would cost another system call.
+    // Do not wake a thread again that has not started yet, which would cost another system call.
     if (sleepers.load() == 0) return;
     sleepers.store(0);
     // The empty critical section orders this with a worker between its last check and its sleep.
@@ -126,16 +127,16 @@ struct ThreadPool::Team {
   int64_t take_tasks(uint32_t number, int thread) {
     const Function body = function.load(std::memory_order_relaxed);
     void* const with = context.load(std::memory_order_relaxed);
-    const size_t n = stretches.size();
+    const size_t n = ranges.size();
     int64_t taken = 0;
     for (size_t i = 0; i < n; ++i) {
-      Stretch& stretch = stretches[(static_cast<size_t>(thread) + i) % n];
-      uint64_t ticket = stretch.ticket.load(std::memory_order_acquire);
+      TaskRange& range = ranges[(static_cast<size_t>(thread) + i) % n];
+      uint64_t ticket = range.ticket.load(std::memory_order_acquire);
       while (ticket >> 32 == number && static_cast<uint32_t>(ticket) != 0) {
         const int64_t task =
-            stretch.end.load(std::memory_order_relaxed) - static_cast<int64_t>(static_cast<uint32_t>(ticket));
-        if (!stretch.ticket.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel,
-                                                  std::memory_order_acquire)) {
+            range.end.load(std::memory_order_relaxed) - static_cast<int64_t>(static_cast<uint32_t>(ticket));
+        if (!range.ticket.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel,
+                                                std::memory_order_acquire)) {
           continue;
         }
         body(with, task, thread);
@@ -167,7 +168,7 @@ struct ThreadPool::Team {
       if (spun > kPreempted) preempted.fetch_add(spun, std::memory_order_relaxed);
       if (loop.load() == seen) {
         std::unique_lock<std::mutex> lock(mutex);
-        // Counted before the last check, and again after each wake-up, which has reset the count.
+        // Count this thread before the last check, and again after each wake-up, which resets the count.
         while (true) {
           sleepers.fetch_add(1);
           if (loop.load() != seen) break;
@@ -181,7 +182,7 @@ struct ThreadPool::Team {
   }
 
   const uint32_t forked;  // `forks` when the threads were started
-  std::vector<Stretch> stretches;
+  std::vector<TaskRange> ranges;
   std::atomic<Function> function{nullptr};
   std::atomic<void*> context{nullptr};
   std::atomic<int64_t> left{0};  // tasks not done yet
@@ -230,7 +231,7 @@ void ThreadPool::run_erased(int64_t n, Function function, void* context) {
   const int64_t finished = now();
   team_->wait();
   if (team_->preempted.load(std::memory_order_relaxed) > 0) debt_ += team_->preempted.exchange(0);
-  // Time of this loop minus the caller's estimated time alone, from its own rate.
+  // Time of this loop minus the estimated single-threaded time, extrapolated from the caller's tasks.
   const int64_t loss = taken > 0 ? now() - start - (finished - published) * n / taken : 0;
   debt_ = std::max(-kCredit, debt_ + loss);
   if (debt_ == -kCredit) alone_ = kAlone;
@@ -240,8 +241,8 @@ void ThreadPool::run_erased(int64_t n, Function function, void* context) {
   debt_ = 0;
 }
 
-int thread_count(int asked) {
-  if (asked > 0) return asked;
+int thread_count(int requested) {
+  if (requested > 0) return requested;
   const char* variable = std::getenv("OMP_NUM_THREADS");
   const int set = variable != nullptr ? std::atoi(variable) : 0;
   if (set > 0 && set <= 1024) return set;

@@ -1,4 +1,4 @@
-// A pool of threads that share the tasks of a loop. One caller at a time.
+// Thread pool for parallel loops. Not for concurrent callers.
 #pragma once
 
 #include <cstdint>
@@ -18,13 +18,14 @@ class ThreadPool {
 
   int size() const { return n_threads_; }
 
-  // Call body(task, thread) for tasks 0 to n - 1; thread 0 is the caller. Each thread has a stretch of
-  // neighbouring tasks and takes them in order, so that the memory it reads next is predictable; then it
-  // steals from the others. Returns when all tasks are done. `body` must not throw.
+  // Call body(task, thread) for tasks 0 to n - 1; thread 0 is the caller. Each thread has a range of
+  // consecutive tasks and runs them in order, so that the memory it reads next is predictable; then it steals
+  // from the other threads. Returns when all tasks are done. `body` must not throw.
   //
-  // The caller waits only for threads that have begun a task. If waiting has cost more time than running
-  // alone, because another process occupies a thread's processor, the caller runs alone for a while. In a
-  // child after fork() the first loop starts new threads, and fails like the constructor if it cannot.
+  // The caller waits only for threads that have begun a task. If waiting has cost more time than
+  // single-threaded execution, because another process occupies a thread's processor, the caller runs loops
+  // single-threaded for a while. In a child process after fork() the first loop starts new threads, and fails
+  // like the constructor if it cannot.
   template <typename Body>
   void run(int64_t n, Body&& body) {
     using Plain = std::remove_reference_t<Body>;
@@ -42,17 +43,17 @@ class ThreadPool {
 
   int n_threads_;
   std::unique_ptr<Team> team_;
-  int64_t debt_ = 0;  // nanoseconds that sharing has lost compared with running alone; negative: gained
-  int64_t alone_;     // factor from the next debt to the time alone
-  int64_t alone_until_ = 0;  // nanoseconds of the steady clock; 0: not alone
+  int64_t debt_ = 0;         // nanoseconds lost compared with single-threaded execution; negative: gained
+  int64_t alone_;            // factor from the next debt to the time of single-threaded execution
+  int64_t alone_until_ = 0;  // end of single-threaded execution, nanoseconds of the steady clock; 0: none
 };
 
-// Number of threads: `asked` if positive, else OMP_NUM_THREADS, else the CPUs that this process may use by
-// its affinity and the quota of its control group.
-int thread_count(int asked);
+// Number of threads: `requested` if positive, else OMP_NUM_THREADS, else the CPUs available to this process
+// within its affinity mask and the quota of its control group.
+int thread_count(int requested);
 
-// CPU quota of the control groups listed in `cgroup_file` (/proc/self/cgroup) and their parents; 0 without a
-// limit. `root`: mount point of the groups (/sys/fs/cgroup). cgroup versions 1 and 2.
+// CPU quota of the control groups listed in `cgroup_file` (/proc/self/cgroup) and their parents, of cgroup
+// version 1 or 2; 0 without a limit. `root`: mount point of the groups (/sys/fs/cgroup).
 double cpu_quota(const std::string& cgroup_file, const std::string& root);
 
 }  // namespace qvl::cpu

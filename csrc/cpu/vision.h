@@ -1,5 +1,5 @@
-// The vision tower on the CPU: a ViT without class token, image -> hidden states of patches; resampler.h has
-// the step to features.
+// The vision tower on the CPU: a ViT without class token, image -> hidden states of patches, and the
+// resampler (resampler.h), hidden states -> features.
 #pragma once
 
 #include <vector>

@@ -1,4 +1,4 @@
-// The checked weights in the form that the CPU back end uses.
+// Checked weights in the form used by the CPU back end.
 #pragma once
 
 #include <memory>
@@ -31,7 +31,7 @@ class Weights {
   // name.weight and name.bias as float32.
   Norm norm(const std::string& name) { return {floats(name + ".weight"), floats(name + ".bias")}; }
 
-  // Move the copies to the caller; the last call.
+  // Move the copies to the caller; must be the last call.
   std::vector<std::unique_ptr<float[]>> take_copies() { return std::move(copies_); }
 
  private:

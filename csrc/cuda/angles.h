@@ -1,4 +1,4 @@
-// Rotary angles and query scales of all positions, computed once: core/rotary.h has the formulas.
+// Rotary angles and query scales of all positions, computed once; formulas in core/rotary.h.
 #pragma once
 
 #include "cuda/memory.h"

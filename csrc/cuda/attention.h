@@ -1,11 +1,11 @@
-// Attention over many queries with a choice of kernels, for the tests.
+// Attention over many queries with a selectable kernel, for the tests.
 #pragma once
 
 #include "cuda/ops.h"
 
 namespace qvl::cuda {
 
-// portable: use the kernels for any GPU although this one has faster ones.
+// portable: use the kernels for any GPU even if there are faster ones for this GPU.
 void attention_prompt_with(const Gpu&, CUstream, bool portable, const void* q, const PromptChunk* chunks,
                            const Tile* tiles, int n_tiles, const int32_t* blocks, int max_blocks,
                            const KvLayer&, void* y);

@@ -9,7 +9,7 @@
 namespace qvl::cuda {
 namespace {
 
-// As in the kernel.
+// As in the kernel file.
 constexpr int kChunk = 128, kThreads = 128, kFastDim = 128, kMostDim = 256;
 constexpr int kMostRows = 256;
 
@@ -21,7 +21,7 @@ uint64_t parts_of(int n, int heads, int max_keys) {
   return static_cast<uint64_t>(n) * static_cast<uint64_t>(heads) * static_cast<uint64_t>(chunks_of(max_keys));
 }
 
-// Counters for the largest number of rows, so that their offset is fixed.
+// Number of counters, for the maximum number of rows, so that later offsets are fixed.
 uint64_t counters_of(int heads) {
   return kMostRows * static_cast<uint64_t>(heads);
 }
@@ -32,7 +32,7 @@ bool is_fast(const Gpu& gpu, const KvLayer& cache) {
          (gpu.arch() != 75 || cache.dtype == QVL_INT8);
 }
 
-// Whether blocks are so few that launch latency counts more than the duration of a block.
+// Whether there are so few blocks that launch latency exceeds the duration of a block.
 bool is_small(const Gpu& gpu, const KvLayer& cache, int n, int max_keys) {
   return parts_of(n, cache.heads, max_keys) <= 8 * static_cast<uint64_t>(gpu.multiprocessors());
 }
@@ -40,7 +40,7 @@ bool is_small(const Gpu& gpu, const KvLayer& cache, int n, int max_keys) {
 AttentionDecode params(const Gpu& gpu, const Places& places, const KvLayer& cache, int n, int max_keys,
                        void* scratch, void* y) {
   QVL_REQUIRE(cache.head_dim <= kMostDim && cache.head_dim % 2 == 0, QVL_UNSUPPORTED,
-              "heads of %d values: a GPU takes even numbers up to %d", cache.head_dim, kMostDim);
+              "head_dim is %d; a GPU needs an even number up to %d", cache.head_dim, kMostDim);
   QVL_REQUIRE(n >= 1 && n <= kMostRows, QVL_INTERNAL, "attention of %d rows", n);
   AttentionDecode p{};
   p.positions = places.positions;

@@ -7,10 +7,10 @@ namespace qvl::cuda {
 
 void attention_dense_with(const Gpu& gpu, CUstream stream, bool portable, const DenseAttention& a, void* y) {
   QVL_REQUIRE(a.head_dim % 8 == 0 && a.head_dim <= 128, QVL_UNSUPPORTED,
-              "attention over images: a head has %d values; a multiple of 8 up to 128 is needed", a.head_dim);
+              "attention over images: head_dim is %d; it must be a multiple of 8 up to 128", a.head_dim);
   struct Kernel {
     const char* name;
-    int dim;  // of a head, padded
+    int dim;  // padded head_dim
     int shared_bytes;
   };
 #define QVL_KERNEL(D) {"attention_dense_" #D, D, kAttentionShared<D>}

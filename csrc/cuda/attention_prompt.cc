@@ -29,10 +29,10 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
   static_assert(kAttentionTile == kQueryTile, "the caller cuts the tiles");
   static_assert(sizeof(PromptChunk) == 16 && sizeof(Tile) == 8, "read as integers");
   QVL_REQUIRE(kv.head_dim % 2 == 0 && kv.head_dim <= 256, QVL_UNSUPPORTED,
-              "attention of prompts: a head has %d values; an even number up to 256 is needed", kv.head_dim);
+              "attention of prompts: head_dim is %d; it must be an even number up to 256", kv.head_dim);
   struct Kernel {
     const char* name;
-    int dim;  // of a head, padded
+    int dim;  // padded head_dim
     int shared_bytes;
   };
 #define QVL_KERNEL(D) {"attention_prompt_" #D, D, kAttentionShared<D>}
@@ -59,7 +59,7 @@ void attention_prompt_with(const Gpu& gpu, CUstream stream, bool portable, const
   params.type = key_type(gpu, kv.dtype);
   params.heads = kv.heads;
   params.head_dim = kv.head_dim;
-  // The copy engine copies whole blocks; the number of blocks in the map is only a bound.
+  // The copy engine copies whole blocks; the number of blocks in the tensor map is only an upper bound.
   params.boxes = hopper && has_tensor_maps(gpu) && params.type == kHalfKeys && kv.head_dim % 8 == 0 &&
                  kv.block_tokens % 8 == 0 && kHopperKeys % kv.block_tokens == 0 && kv.block_bytes % 16 == 0;
   if (params.boxes) {

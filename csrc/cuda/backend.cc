@@ -16,7 +16,7 @@ namespace {
 
 constexpr unsigned kOwnStream = 1;  // non-blocking: not ordered with the default stream
 
-// Event of the C interface; makes the context current for its calls.
+// Event of the C interface; its functions make the context current.
 class CudaEvent final : public Event {
  public:
   CudaEvent(CUcontext context, CUstream own) : context_(context), own_(own) {
@@ -75,7 +75,7 @@ class CudaBackend final : public Backend {
   CudaBackend(const qvl_config& config, const WeightTable& table)
       : config_(config), gpu_(config.device_index, compute(config, table)) {
     const Current current(gpu_.context());
-    check(driver().cuStreamCreate(&own_, kOwnStream), "making a stream");
+    check(driver().cuStreamCreate(&own_, kOwnStream), "creating a stream");
     try {
       order_.emplace();
       Weights weights(gpu_, own_, table);
@@ -214,7 +214,7 @@ class CudaBackend final : public Backend {
 
   CUstream stream(qvl_stream given) const { return given != nullptr ? static_cast<CUstream>(given) : own_; }
 
-  // The stream to compute on, ordered after earlier work on another stream, which uses the same scratch
+  // Return the stream to compute on, ordered after earlier work on another stream with the same scratch
   // memory.
   CUstream computing_on(qvl_stream given) {
     const CUstream at = stream(given);
@@ -244,7 +244,8 @@ class CudaBackend final : public Backend {
     return memory.get<float>();
   }
 
-  // Check ids in host memory. Ids in memory that an earlier step may still write are clamped by the kernel.
+  // Check ids in host memory. Ids in memory that an earlier step may still be writing are clamped by the
+  // kernel.
   void check_host_ids(const qvl_batch& batch) const {
     if (!is_device_visible(batch.tokens)) check_ids(batch, config_.vocab);
   }

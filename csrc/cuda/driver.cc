@@ -17,7 +17,7 @@ Driver load() {
   const auto version = reinterpret_cast<CUresult (*)(int*)>(dlsym(library, "cuDriverGetVersion"));
   int number = 0;
   QVL_REQUIRE(version != nullptr && version(&number) == 0 && number >= kOldest, QVL_UNSUPPORTED,
-              "the NVIDIA driver knows CUDA %d.%d only; install one for CUDA 12 or newer (525 or newer)",
+              "the NVIDIA driver supports only CUDA %d.%d; install one for CUDA 12 or newer (525 or newer)",
               number / 1000, number % 1000 / 10);
 #define QVL_DRIVER_LOAD(field, symbol, arguments)                                 \
   loaded.field = reinterpret_cast<CUresult(*) arguments>(dlsym(library, symbol)); \
@@ -25,8 +25,8 @@ Driver load() {
   QVL_DRIVER_FUNCTIONS(QVL_DRIVER_LOAD)
 #undef QVL_DRIVER_LOAD
   const CUresult started = loaded.cuInit(0);
-  QVL_REQUIRE(started != kNoDevice, QVL_UNSUPPORTED, "no NVIDIA GPU here");
-  QVL_REQUIRE(started == 0, QVL_UNSUPPORTED, "the NVIDIA driver does not start: error %d", started);
+  QVL_REQUIRE(started != kNoDevice, QVL_UNSUPPORTED, "no NVIDIA GPU found");
+  QVL_REQUIRE(started == 0, QVL_UNSUPPORTED, "the NVIDIA driver cannot be initialised: error %d", started);
   return loaded;
 }
 

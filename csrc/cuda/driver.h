@@ -1,6 +1,5 @@
-// The CUDA driver, loaded when a GPU is requested: neither the build nor the start of a process needs CUDA.
-//
-// Types and constants of the driver's documented interface, with its names.
+// The CUDA driver, loaded when a GPU is requested: neither the build nor the start of a process requires
+// CUDA. Types and constants have the names of the driver's documented interface.
 #pragma once
 
 #include <cstddef>
@@ -21,12 +20,12 @@ using CUevent = struct CUevent_st*;
 using CUgraph = struct CUgraph_st*;
 using CUgraphExec = struct CUgraphExec_st*;
 
-// Attributes of a device, for cuDeviceGetAttribute.
+// Device attributes for cuDeviceGetAttribute.
 constexpr int kMultiprocessors = 16, kComputeMajor = 75, kComputeMinor = 76;
 
 constexpr CUresult kOutOfMemory = 2, kNoDevice = 100, kNotReady = 600;
 
-// 128 bytes that describe a tensor to the bulk copy engine (sm_90 and newer).
+// Tensor map: the description of a tensor for the bulk copy engine (sm_90 and newer), 128 bytes.
 struct alignas(64) CUtensorMap {
   uint64_t opaque[16];
 };
@@ -44,7 +43,7 @@ struct CUlaunchConfig {
   unsigned n_attributes;
 };
 
-// The functions used, with the symbol versions of CUDA 12.0, which drivers from 525 on export.
+// Required functions, with the symbol versions of CUDA 12.0, exported by drivers from 525 on.
 #define QVL_DRIVER_FUNCTIONS(F)                                                                              \
   F(cuInit, "cuInit", (unsigned))                                                                            \
   F(cuDriverGetVersion, "cuDriverGetVersion", (int*))                                                        \
@@ -98,7 +97,8 @@ struct Driver {
 // The initialised driver. Throws QVL_UNSUPPORTED if it is missing or too old.
 const Driver& driver();
 
-// Throw unless `result` is success; the message has `what` was being done and the driver's error text.
+// Throw unless `result` is success; the message contains `what`, the failed action, and the driver's error
+// text.
 void check(CUresult result, const char* what);
 
 }  // namespace qvl::cuda

@@ -53,7 +53,7 @@ void gather_columns(const Gpu& gpu, CUstream stream, const void* x, int64_t x_st
 void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const Places& places,
                       const Angles& angles, const KvLayer& layer, int n, void* q) {
   QVL_REQUIRE(layer.head_dim % 2 == 0 && layer.head_dim <= kMaxHeadDim, QVL_UNSUPPORTED,
-              "head_dim is %d; a GPU takes even ones up to %d", layer.head_dim, kMaxHeadDim);
+              "head_dim is %d; a GPU needs an even number up to %d", layer.head_dim, kMaxHeadDim);
   RotateParams params{};
   params.qkv = qkv;
   params.q = q;
@@ -73,7 +73,7 @@ void rotate_and_store(const Gpu& gpu, CUstream stream, const void* qkv, const Pl
   params.heads = layer.heads;
   params.head_dim = layer.head_dim;
   params.type = cache_type(layer.dtype);
-  // 16 lanes per head of 128, else a warp.
+  // 16 lanes per head with head_dim 128, else a warp.
   const bool usual = layer.head_dim == 128;
   const char* name = usual                     ? "rotate_and_store_128"
                      : layer.head_dim % 4 == 0 ? "rotate_and_store_2"

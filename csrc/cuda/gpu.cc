@@ -18,7 +18,7 @@ constexpr int kMaxDynamicShared = 8;
 constexpr int kEarlyLaunch = 6;  // programmatic stream serialization
 constexpr int kFreeShared = 48 << 10;
 
-// Folder of the cubins: QWENVL_CUDA_KERNELS, else that of this library.
+// Folder of the cubins: QWENVL_CUDA_KERNELS, else the folder of this library.
 std::string kernel_folder() {
   const char* named = std::getenv("QWENVL_CUDA_KERNELS");
   if (named != nullptr && *named != 0) return named;
@@ -33,7 +33,7 @@ bool ends_with(const std::string& text, const std::string& end) {
   return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
-// Files of `folder` whose names end in `end`, sorted.
+// Sorted paths of the files in `folder` whose names end in `end`.
 std::vector<std::string> files(const std::string& folder, const std::string& end) {
   std::vector<std::string> found;
   DIR* const listing = opendir(folder.c_str());
@@ -63,7 +63,7 @@ Gpu::Gpu(int index, Half half) : half_(half) {
               index, major, minor);
   const std::string folder = kernel_folder();
   const char* type = half == Half::kBfloat16 ? "bf16" : "f16";
-  // Code for an architecture with "a" runs on that architecture alone, and is preferred there.
+  // Cubins for an architecture with "a" run only on that architecture, and are preferred there.
   std::vector<std::string> cubins;
   for (const char* kind : {"a.", "."}) {
     cubins = files(folder, ".sm_" + std::to_string(arch_) + kind + type + ".cubin");

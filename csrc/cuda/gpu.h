@@ -1,4 +1,4 @@
-// A GPU with its loaded kernels, and their launch.
+// A GPU with its loaded kernels, and kernel launches.
 #pragma once
 
 #include <mutex>
@@ -12,7 +12,7 @@ namespace qvl::cuda {
 
 enum class Half { kBfloat16, kFloat16 };  // compute type, H in the kernels
 
-// Scope in which a context is current for the calling thread.
+// Scope guard that makes a context current for the calling thread.
 class Current {
  public:
   explicit Current(CUcontext context) { check(driver().cuCtxPushCurrent(context), "using the GPU"); }
@@ -30,7 +30,7 @@ struct Dim {
 
 class Gpu {
  public:
-  // Load every cubin of `half` for this GPU from the kernel folder.
+  // Load all cubins of `half` for this GPU from the kernel folder.
   Gpu(int index, Half half);
   ~Gpu();
   Gpu(const Gpu&) = delete;
@@ -43,8 +43,8 @@ class Gpu {
 
   // Launch the kernel `name`, which takes `params` by value as its only parameter. With `early` (programmatic
   // dependent launch, sm_90 and newer) it may start while its predecessor runs: the kernel must execute
-  // griddepcontrol.wait before it reads memory that another kernel writes, or writes memory that another
-  // kernel reads.
+  // griddepcontrol.wait before it reads memory written by another kernel or writes memory read by another
+  // kernel.
   template <typename Params>
   void launch(CUstream stream, const char* name, Dim grid, int threads, int shared_bytes,
               const Params& params, bool early = false) const {
@@ -54,7 +54,7 @@ class Gpu {
  private:
   struct Kernel {
     CUfunction function;
-    int shared_bytes;  // dynamic shared memory allowed so far
+    int shared_bytes;  // current limit of dynamic shared memory
   };
 
   void launch_bytes(CUstream stream, const char* name, Dim grid, int threads, int shared_bytes,

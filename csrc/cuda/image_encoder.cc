@@ -11,7 +11,7 @@ namespace qvl::cuda {
 namespace {
 
 constexpr float kEpsilon = 1e-6f;
-constexpr int kImages = 8;  // at once: more fill the GPU no better
+constexpr int kImages = 8;  // batch size; larger batches do not increase the utilisation of the GPU
 
 const std::string kPool = "visual.attn_pool.";
 
@@ -104,7 +104,7 @@ void ImageEncoder::encode(CUstream stream, int64_t n, const float* images, float
   }
 }
 
-// Leaves the patches in x_, float32 [n * patches, vision_width].
+// Writes the patches to x_, float32 [n * patches, vision_width].
 void ImageEncoder::tower(CUstream stream, int n, const float* images) {
   const int width = config_.vision_width, head_dim = width / config_.vision_heads, rows = n * patches_;
   auto* x = x_.get<float>();
@@ -112,7 +112,7 @@ void ImageEncoder::tower(CUstream stream, int n, const float* images) {
   product(stream, conv1_, wide_.get(), conv1_.stride, rows, Into::kFloat, x);
   add_rows(gpu_, stream, x, positions_, rows, width, patches_);
   layer_norm(gpu_, stream, x, ln_pre_.weight, ln_pre_.bias, kEpsilon, rows, width, nullptr, 1, nullptr, x);
-  // Query, key and value of a head lie side by side: [heads][3][head_dim].
+  // Query, key and value of a head are adjacent: [heads][3][head_dim].
   DenseAttention attention{};
   attention.q = qkv_.get();
   attention.k = qkv_.get<char>() + size(head_dim) * 2;

@@ -11,7 +11,8 @@ class ImageEncoder {
  public:
   ImageEncoder(const Gpu& gpu, CUstream stream, const qvl_config& config, Weights& weights);
 
-  // images float32 [n, 3, size, size] -> features float32 [n, n_queries, hidden], both in device memory.
+  // Encode images float32 [n, 3, size, size] -> features float32 [n, n_queries, hidden], both in device
+  // memory.
   void encode(CUstream stream, int64_t n, const float* images, float* features);
 
  private:

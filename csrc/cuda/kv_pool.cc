@@ -21,7 +21,7 @@ CudaKvPool::CudaKvPool(const qvl_config& config, CUcontext context, CUstream own
   const Current current(context_);
   memory_ = DeviceMemory((static_cast<uint64_t>(blocks) + 1) * block_bytes_);
   // Padding rows read the spare block.
-  check(driver().cuMemsetD8Async(address(at(blocks)), 0, block_bytes_, own_), "making a KV pool");
+  check(driver().cuMemsetD8Async(address(at(blocks)), 0, block_bytes_, own_), "creating a KV pool");
 }
 
 CudaKvPool::~CudaKvPool() {

@@ -1,4 +1,4 @@
-// The KV pool on the GPU: a block has all layers, one after another, in the layout of KvLayer. A spare block
+// The KV pool on the GPU: a block contains all layers consecutively, in the layout of KvLayer. A spare block
 // after the caller's blocks receives the writes of padding rows (step graphs have fixed numbers of rows).
 #pragma once
 

@@ -8,10 +8,10 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr int kMaxDecodeRows = 256;  // most rows of linear_decode
-constexpr uint64_t kRowUnit = 8;     // rows of x are a multiple of this many values
+constexpr int kMaxDecodeRows = 256;  // maximum number of rows of linear_decode
+constexpr uint64_t kRowUnit = 8;     // the length of rows of x is a multiple of this
 
-// Bytes of a row of a product's result.
+// Bytes per row of a product's result.
 uint64_t row_bytes(const Matrix& matrix, Into into) {
   switch (into) {
     case Into::kFloat:
@@ -42,7 +42,7 @@ Language::Language(const Gpu& gpu, const qvl_config& config, Weights& weights)
     : gpu_(gpu), config_(config), angles_(config, weights.uploader()) {
   QVL_REQUIRE(config.hidden % 8 == 0, QVL_UNSUPPORTED, "config: hidden is %d; a GPU needs a multiple of 8",
               config.hidden);
-  QVL_REQUIRE(config.head_dim <= 256, QVL_UNSUPPORTED, "config: head_dim is %d; a GPU takes up to 256",
+  QVL_REQUIRE(config.head_dim <= 256, QVL_UNSUPPORTED, "config: head_dim is %d; a GPU needs at most 256",
               config.head_dim);
   wte_ = weights.matrix("wte.weight");
   for (int i = 0; i < config.layers; ++i) {
@@ -67,7 +67,7 @@ Language::Language(const Gpu& gpu, const qvl_config& config, Weights& weights)
   mixed_ = DeviceMemory(n * hidden * 2);
   wide_ = DeviceMemory(n * size(layers_[0].gate_up.out));
   uint64_t scratch = 0;
-  int widest = lm_head_.order != nullptr ? config.hidden : 0;  // of the matrices with an order
+  int widest = lm_head_.order != nullptr ? config.hidden : 0;  // among matrices with an input order
   for (const Layer& layer : layers_) {
     for (const Matrix* matrix : {&layer.c_attn, &layer.attn_proj, &layer.gate_up, &layer.mlp_proj}) {
       scratch = std::max(scratch, linear_prompt_scratch(*matrix));
@@ -171,7 +171,7 @@ void Language::pass(CUstream stream, const CudaKvPool& pool, const qvl_batch& ba
   }
   layers(stream, pool, at, shape);
 
-  // One product for each run of rows that are adjacent both in the pass and in the logits.
+  // One product per run of rows that are adjacent both in the pass and in the logits.
   for (size_t i = 0; i < parts.size(); ++i) {
     if (parts[i].logits < 0) continue;
     const int first = parts[i].first + parts[i].n - 1, row = parts[i].logits;
@@ -250,8 +250,8 @@ void Language::product(CUstream stream, int number, const Matrix& matrix, const 
   const LowRankParams low_rank =
       low_rank_params(rows, bytes(x) + first_decode, x_stride, x_stride, low, max_rank_);
 
-  // Without adapters the product applies its epilogue; with adapters it writes float32, to which they are
-  // added.
+  // Without adapters the product applies its epilogue; with adapters it writes float32, to which the updates
+  // are added.
   const bool raw = adapted && (into == Into::kHalf || into == Into::kSiluTimes);
   const Into base = raw ? Into::kFloat : into;
   void* const base_y = raw ? raw_.get() : y;
@@ -342,7 +342,7 @@ void Language::head(CUstream stream, const InputArrays& at, int first, int n, fl
   shape.is_adapted = at.adapters != nullptr;
   if (shape.is_adapted) {
     of_rows.adapters += first;
-    of_rows.adapter_order = nullptr;  // of other rows
+    of_rows.adapter_order = nullptr;  // does not apply to these rows
   }
   product(stream, config_.layers * kLayerProducts, lm_head_, normed_.get(), hidden, of_rows, shape,
           Into::kFloat, logits);

@@ -13,14 +13,14 @@
 
 namespace qvl::cuda {
 
-// Shape of a pass: rows of prompts first, then those of decode steps.
+// Shape of a pass: prompt rows first, then decode rows.
 struct PassShape {
   int n_prompt = 0, n_decode = 0;
   int tiles = 0;            // query tiles of the prompts
-  int max_blocks = 0;       // of a sequence's block table
-  int max_keys = 0;         // of a decode row
+  int max_blocks = 0;       // length of the longest block table
+  int max_keys = 0;         // maximum number of keys of a decode row
   bool is_step = false;     // one row per sequence, for attention_step
-  bool is_adapted = false;  // some row has an adapter
+  bool is_adapted = false;  // at least one row has an adapter
 
   int rows() const { return n_prompt + n_decode; }
 };
@@ -39,13 +39,13 @@ class Language {
   // Enqueue lm_head for rows [first, first + n).
   void head(CUstream stream, const InputArrays& at, int first, int n, float* logits);
 
-  // Copy an adapter's matrices, and reserve scratch memory for it.
+  // Copy an adapter's matrices to the GPU, and reserve scratch memory for it.
   std::unique_ptr<CudaAdapter> make_adapter(CUstream stream, const std::vector<AdapterMatrix>& matrices);
 
   // Write the description of row i: a token at `position` of the sequence whose block table is row `table`.
   void place(const InputArrays& at, int i, const qvl_sequence& sequence, int32_t position, int table) const;
 
-  // Sort the decode rows, which begin at `first`, by adapter, if any row of the pass has one.
+  // If any row of the pass has an adapter, sort the n decode rows from `first` on by adapter.
   static void sort_by_adapter(const InputArrays& at, int first, int n);
 
   // Reserve scratch memory for `rows` decode rows with up to max_keys keys. A captured graph stays valid
@@ -63,10 +63,10 @@ class Language {
   void take_features(CUstream stream, const qvl_batch& batch, const Part& part, const InputArrays& host);
   void attention(CUstream stream, const Places& places, const InputArrays& at, const PassShape& shape,
                  const KvLayer& kv);
-  // `number`: index of the product in an adapter.
+  // Compute a product with its adapters. `number`: index of the product in an adapter.
   void product(CUstream stream, int number, const Matrix& matrix, const void* x, int x_stride,
                const InputArrays& at, const PassShape& shape, Into into, void* y);
-  // Permute the columns of x to the matrix's input order; return them and their stride.
+  // Permute the columns of x to the matrix's input order; return the result and set its stride.
   const void* ordered(CUstream stream, const Matrix& matrix, const void* x, int& x_stride, int n);
 
   const Gpu& gpu_;
@@ -75,13 +75,13 @@ class Language {
   Matrix wte_, lm_head_;
   const float* ln_f_;
   std::vector<Layer> layers_;
-  // Scratch: activations of a pass.
+  // Scratch memory: activations of a pass.
   DeviceMemory x_, normed_, qkv_, q_, mixed_, wide_, features_, prompt_scratch_, decode_scratch_, ordered_;
-  // Scratch for adapters: A x in rows of max_rank_, and products before their epilogues.
+  // Scratch memory for adapters: A x in rows of max_rank_, and products before their epilogues.
   DeviceMemory low_, raw_;
   int max_rank_ = 0;
-  std::vector<bool> products_adapted_;  // by an adapter loaded so far
-  // Rows of the pass's prompts with an adapter.
+  std::vector<bool> products_adapted_;  // whether any loaded adapter changes the product
+  // Prompt rows of the pass with an adapter.
   struct AdaptedPrompt {
     const CudaAdapter* adapter;
     int first, n;

@@ -16,7 +16,7 @@ constexpr int kTileRows = 16, kWarps = 16, kThreads = 32 * kWarps, kUnit = 128;
 constexpr int kMostColumns = 8, kSumsPitch = 18, kStepBytes = 1024;
 constexpr int kMostRows = 256;
 
-// As in the kernel: steps in the ring, and the shared memory of a block.
+// As in the kernel file: number of steps in the ring, and limit of shared memory per block.
 int ring_depth(int arch) {
   if (arch < 80) return 2;
   return arch == 80 || (arch >= 100 && arch < 120) ? 5 : 3;
@@ -28,7 +28,7 @@ int shared_limit(int arch) {
   return arch >= 100 && arch < 120 ? 227 << 10 : 99 << 10;
 }
 
-// Bytes of the scales, and of the zero points, of a pair of rows in a step of linear_decode.cu.
+// Bytes of the scales and zero points of a pair of rows in a step of linear_decode.cu.
 int scale_bytes_of(const StorageInfo& of) {
   if (of.group == 0) return 0;
   return of.zeros ? 8 * ((of.bits == 8 ? 64 : kUnit) / of.group) : 4 * (kUnit / of.group);
@@ -39,11 +39,11 @@ uint64_t rounded(int value, int unit) {
 }
 
 // Lay out the shared memory of a block with `columns` rows of x, and return its size. The pitch of a row of x
-// is 64 bytes over a multiple of 128, so that two rows lie in different banks.
+// is a multiple of 128 bytes plus 64, so that two rows are in different banks.
 int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, LinearDecode& p) {
   const StorageInfo& of = info(matrix.storage);
   const int units = static_cast<int>(padded(matrix.in)) / kUnit;
-  const int depth = ring_depth(arch), groups = of.bits == 4 ? kUnit / of.group : 0;  // with sums of x
+  const int depth = ring_depth(arch), groups = of.bits == 4 ? kUnit / of.group : 0;  // groups with sums of x
   p.columns = columns;
   p.tiles_at_once = tiles_at_once;
   p.x_pitch = units * kUnit * 2 + 64;
@@ -55,7 +55,8 @@ int lay_out(int arch, const Matrix& matrix, int columns, int tiles_at_once, Line
   return p.sums_at + 2 * kWarps * tiles_at_once * columns * kSumsPitch * 4;
 }
 
-// Launch kernels/linear_decode_wide.cu, for more than 8 rows of x. False if a block does not fit this GPU.
+// Launch kernels/linear_decode_wide.cu, for more than 8 rows of x; return false if a block does not fit this
+// GPU.
 bool wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p) {
   constexpr int kUnitBytes[] = {4096, 2048, 1024, 1024};
   const auto storage = static_cast<size_t>(matrix.storage);
@@ -64,8 +65,7 @@ bool wide(const Gpu& gpu, CUstream stream, const Matrix& matrix, LinearDecode& p
   p.columns = p.n <= 32 ? 32 : 64;
   const int tiles = static_cast<int>(rounded(matrix.out, kTileRows)) / kTileRows;
   const int chunks = (p.n + p.columns - 1) / p.columns;
-  // The block size that keeps the multiprocessors busy for the largest share of the time; of equals the
-  // larger blocks.
+  // Choose the block size with the highest utilisation of the multiprocessors; in a tie the larger one.
   int best = 0, shared = 0;
   double best_share = 0;
   for (const int rows : {12, 6, 2}) {
@@ -140,7 +140,7 @@ void upload_matrix(const Gpu& gpu, CUstream stream, qvl_dtype dtype, const void*
   p.out = to.out;
   p.first = first;
   p.step = step;
-  // The call that writes the last row also writes the padding of its tile.
+  // The call that uploads the last row also writes the padding of its tile.
   if (to.storage != Storage::kHalf && first + (out - 1) * step == to.out - 1)
     p.padding = static_cast<int>(rounded(to.out, kTileRows)) - to.out;
   const char* name = dtype == QVL_FLOAT32      ? "float32"
@@ -181,12 +181,12 @@ void linear_decode(const Gpu& gpu, CUstream stream, const Matrix& matrix, const 
   while (columns > 1 && lay_out(gpu.arch(), matrix, columns, 1, p) > limit) --columns;
   int at_once = columns <= 2 ? 4 : columns <= 4 ? 2 : 1, shared = 0;
   while ((shared = lay_out(gpu.arch(), matrix, columns, at_once, p)) > limit && at_once > 1) at_once /= 2;
-  QVL_REQUIRE(shared <= limit, QVL_UNSUPPORTED, "a matrix with rows of %d values is too wide for this GPU",
+  QVL_REQUIRE(shared <= limit, QVL_UNSUPPORTED, "a matrix with %d columns is too wide for this GPU",
               matrix.in);
   const int tiles = static_cast<int>(rounded(matrix.out, kTileRows)) / kTileRows;
   const int chunks = (n + columns - 1) / columns;
   const int blocks = std::min(tiles, (gpu.multiprocessors() + chunks - 1) / chunks);
-  // Over half of the shared memory, so that no multiprocessor gets two blocks and another none.
+  // Request over half of the shared memory, so that no multiprocessor gets two blocks and another none.
   gpu.launch(stream, (std::string("linear_decode_") + info(matrix.storage).name).c_str(),
              {static_cast<unsigned>(blocks), static_cast<unsigned>(chunks)}, kThreads,
              std::max(shared, limit / 2 + 2048), p, true);

@@ -12,12 +12,12 @@ namespace {
 
 constexpr int kThreads = 128 * kHopperGroups + 32, kAlign = 1024, kBoxBytes = 128;
 constexpr int kMostShared = 227 << 10, kLeastShared = 120 << 10;  // over half: one block per multiprocessor
-// With few rows of x, leaves room for a block of attention with its 64 KB.
+// Limit with few rows of x, which leaves 64 KB for a block of attention.
 constexpr int kSharedBeside = 158 << 10;
 constexpr int kMostStages = 32, kMostSteps = 4;
 
 // Per storage type: bytes of 16 rows in a step of k, bytes of their scales and zero points, number of boxes
-// of 64 values in a step, and maximum number of 64-row subtiles of a tile for up to 16, 32 and 64 rows of x.
+// of 64 values per step, and maximum number of 64-row subtiles per tile for up to 16, 32 and 64 rows of x.
 struct Kind {
   int tile_bytes, scale_bytes, boxes;
   int most_parts[3];
@@ -34,13 +34,13 @@ int divide_up(int a, int b) {
   return (a + b - 1) / b;
 }
 
-// Bytes copied in a step.
+// Bytes copied per step.
 int step_bytes(const Kind& kind, int rows, int columns) {
   return rows / 8 * (kind.tile_bytes + kind.scale_bytes) / 2 + kind.boxes * kBoxBytes * columns;
 }
 
-// Rows of W a tile for the shortest time: rounds of tiles times (bytes copied + the fixed cost of a round, in
-// bytes).
+// Rows of W per tile with the lowest estimated time: rounds of tiles times (bytes copied + the fixed cost of
+// a round, in bytes).
 int best_rows(const Kind& kind, int out, int steps, int columns, int blocks, int unit, int most) {
   constexpr double kRound = 40e3;
   int best = unit;
@@ -53,7 +53,7 @@ int best_rows(const Kind& kind, int out, int steps, int columns, int blocks, int
   return best;
 }
 
-// Steps of an item: small items have overhead, large ones copy steps beyond the end of a slice.
+// Steps per item: small items have overhead, large ones copy steps beyond the end of a slice.
 int best_steps(int slice, int bytes) {
   constexpr int kItem = 1500, kMostBytes = 24 << 10;
   int best = 1, least = 0;
@@ -64,7 +64,7 @@ int best_steps(int slice, int bytes) {
   return best;
 }
 
-// Tensor map of H in boxes of 64 values, `steps` of them in a copy if rows are whole boxes.
+// Tensor map of H in boxes of 64 values, `steps` boxes per copy if rows are whole boxes.
 TensorMap boxes_of(const Gpu& gpu, const void* base, int64_t rows, int64_t in, int64_t stride, int box,
                    int steps) {
   if (in % 64 != 0) return tensor_map(gpu, base, {in, rows}, {stride * 2}, {64, box});

@@ -1,4 +1,4 @@
-// Launch of kernels/linear_decode_hopper.cu and linear_decode_hopper_groups.cu.
+// Launches of kernels/linear_decode_hopper.cu and linear_decode_hopper_groups.cu.
 #pragma once
 
 #include "cuda/ops.h"

@@ -13,8 +13,8 @@ namespace {
 // A variant of linear_prompt_hopper.cu.
 struct Tile64 {
   const char* name;
-  int parts, tokens;         // tile of 64 * parts rows of W x tokens
-  int cluster_m, cluster_n;  // tiles of a cluster over rows of W and tokens
+  int parts, tokens;         // tile: 64 * parts rows of W x tokens
+  int cluster_m, cluster_n;  // tiles per cluster along rows of W and along tokens
   int buffers, blocks;       // stages of the ring, blocks per multiprocessor
 };
 
@@ -37,8 +37,9 @@ Groups groups(const Tile64& tile, int out, int n) {
   return {divide_up(out, 64 * tile.parts * tile.cluster_m), divide_up(n, tile.tokens * tile.cluster_n)};
 }
 
-// Estimated time of a product in cycles: rounds of tiles, each some steps of 64 values and an epilogue. Seen
-// on an H200: wgmma at 8 / 9 of its peak rate, and 47 bytes per cycle into a multiprocessor, shared or not.
+// Estimated time of a product in cycles: rounds of tiles, each with steps of 64 values and an epilogue.
+// Measured on an H200: wgmma at 8 / 9 of its peak rate, and 47 bytes per cycle into a multiprocessor, with
+// and without multicast.
 double cycles(const Gpu& gpu, const Tile64& tile, int out, int in, int n) {
   const Groups all = groups(tile, out, n);
   const int cluster = tile.cluster_m * tile.cluster_n, at_once = gpu.multiprocessors() / cluster;
@@ -76,11 +77,11 @@ int linear_prompt_tile(const Gpu& gpu, int out, int in, int n) {
 
 namespace {
 
-// written: whether the kernel before this one writes the matrix.
+// written: whether the preceding kernel writes the matrix.
 void launch(const Gpu& gpu, CUstream stream, int tile, const Matrix& matrix, const void* x, int64_t x_stride,
             int n, Into into, void* y, bool written) {
   QVL_REQUIRE(matrix.stride % 8 == 0 && x_stride % 8 == 0, QVL_INTERNAL,
-              "rows of matrices and activations are multiples of 8 values");
+              "the strides of matrices and activations must be multiples of 8 values");
   const Result result{matrix.bias, y, n, matrix.out, static_cast<int>(into)};
   if (tile < 0) {
     constexpr int kTile = 128, kThreads = 256, kShared = 3 * 2 * kTile * (32 + 8) * 2;

@@ -1,18 +1,18 @@
-// The tile variants of linear_prompt, for its tests and timings. All give the same bits.
+// Tile variants of linear_prompt, for its tests and timings. Their results are bit-identical.
 #pragma once
 
 #include "cuda/ops.h"
 
 namespace qvl::cuda {
 
-// Number of variants n for this GPU, numbered 0 to n - 1. Number -1 is the portable kernel.
+// Number of variants n for this GPU, with indices 0 to n - 1; -1 is the portable kernel.
 int linear_prompt_tiles(const Gpu&);
 const char* linear_prompt_tile_name(int tile);
 
-// The variant that linear_prompt chooses for `n` tokens.
+// Index of the variant that linear_prompt chooses for `n` tokens.
 int linear_prompt_tile(const Gpu&, int out, int in, int n);
 
-// linear_prompt of a kHalf matrix with the caller's choice of variant.
+// linear_prompt with a kHalf matrix and the variant `tile`.
 void linear_prompt_with(const Gpu&, CUstream, int tile, const Matrix&, const void* x, int64_t x_stride, int n,
                         Into, void* y);
 

@@ -55,7 +55,7 @@ CudaAdapter::~CudaAdapter() {
   table_ = DeviceMemory();
 }
 
-// The parts share the product's inputs: their As are stacked as rows, their Bs as columns, all padded to the
+// The parts have the same inputs: their As are stacked as rows, their Bs as columns, all padded to the
 // largest rank.
 void CudaAdapter::fill(CUstream stream, LowRank& to, const Shape& shape, const std::vector<Part>& parts) {
   to.parts = parts.front().step;
@@ -102,7 +102,7 @@ unsigned blocks(int rows, int a_block) {
 
 LowRankParams params_of(const AdaptedRows& rows, int low_stride) {
   LowRankParams p{};
-  // uint64_t is another type of the same size on the host.
+  // On the host uint64_t is a different type of the same size.
   p.adapters = reinterpret_cast<const unsigned long long*>(rows.adapters);
   p.order = rows.order;
   p.n = rows.n;

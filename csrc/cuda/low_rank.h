@@ -10,11 +10,11 @@
 
 namespace qvl::cuda {
 
-// Matrix products of a layer; w1 and w2 are one interleaved product. Product layers * kLayerProducts is
+// Products of a layer; w1 and w2 are one interleaved product. Product number layers * kLayerProducts is
 // lm_head.
 enum LayerProduct { kAttnProduct, kAttnProjProduct, kGateUpProduct, kMlpProjProduct, kLayerProducts };
 
-// A and B of a product; B includes the scale. Empty if the adapter does not change the product.
+// A and B of a product, with the scale multiplied into B. Empty if the adapter does not change the product.
 struct LowRank {
   Matrix a;       // [rank, in], both multiples of 8
   Matrix b;       // [out, rank]
@@ -23,8 +23,7 @@ struct LowRank {
 
 class CudaAdapter final : public Adapter {
  public:
-  // Copies the matrices to the GPU. `shapes`: the products of a layer, then lm_head; out and in are multiples
-  // of 8, except lm_head's out.
+  // Shapes of the products of a layer, then of lm_head; out and in are multiples of 8, except lm_head's out.
   struct Shape {
     int out, in;
   };
@@ -32,18 +31,18 @@ class CudaAdapter final : public Adapter {
               const std::vector<AdapterMatrix>& matrices);
   ~CudaAdapter() override;
 
-  // NULL if the adapter does not change the product.
+  // A and B of a product; NULL if the adapter does not change it.
   const LowRank* product(int index) const {
     const LowRank& found = products_[size(index)];
     return found.a.values != nullptr ? &found : nullptr;
   }
 
-  // Device memory: a LowRankEntry for each product.
+  // Address in device memory of the table, a LowRankEntry per product.
   uint64_t table() const { return address(table_.get()); }
   int max_rank() const { return max_rank_; }
 
  private:
-  // One matrix of an interleaved product: its row i of B becomes row first + i * step.
+  // One matrix of an interleaved product: row i of its B becomes row first + i * step.
   struct Part {
     const AdapterMatrix* matrix;
     int first, step;
@@ -59,14 +58,14 @@ class CudaAdapter final : public Adapter {
 };
 
 // Decode rows and their adapters, in device memory. Kernels read them before their predecessors have ended,
-// as `places` of attention_step.
+// like `places` of attention_step.
 struct AdaptedRows {
-  const uint64_t* adapters;  // [n]: addresses of tables, 0: no adapter
+  const uint64_t* adapters;  // [n]: addresses of adapter tables; 0: no adapter
   const int32_t* order;      // [n]: row indices sorted by adapter, or NULL
   int n, product;
 };
 
-// low = A x: x H [n, x_stride], `in` values of a row -> H [n, low_stride]; rows without an adapter are not
+// low = A x: x H [n, x_stride], `in` values per row -> H [n, low_stride]; rows without an adapter are not
 // written.
 LowRankParams low_rank_params(const AdaptedRows&, const void* x, int64_t x_stride, int in, void* low,
                               int low_stride);

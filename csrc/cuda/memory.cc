@@ -6,7 +6,7 @@ namespace qvl::cuda {
 namespace {
 
 // Constants of the driver's interface.
-constexpr int kMemoryType = 2;  // of a pointer
+constexpr int kMemoryType = 2;  // attribute of a pointer
 constexpr unsigned kPortable = 1, kMapped = 2, kNoTiming = 2;
 
 }  // namespace
@@ -43,7 +43,7 @@ void* allocate_host(uint64_t bytes) {
 }
 
 Mark::Mark() {
-  check(driver().cuEventCreate(&event_, kNoTiming), "making an event");
+  check(driver().cuEventCreate(&event_, kNoTiming), "creating an event");
 }
 
 bool Mark::done() {

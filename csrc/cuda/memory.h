@@ -1,4 +1,4 @@
-// GPU memory and page-locked host memory, owned by objects; events.
+// RAII owners of GPU memory, page-locked host memory and events.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ inline constexpr uint64_t rounded(uint64_t bytes, uint64_t unit) {
   return (bytes + unit - 1) / unit * unit;
 }
 
-// Whether the GPU can access the memory: its own, or page-locked host memory.
+// Whether the GPU can access the memory: GPU memory or page-locked host memory.
 bool is_device_visible(const void* pointer);
 
 void copy(CUstream stream, void* to, const void* from, uint64_t bytes);

@@ -1,13 +1,12 @@
-// Operations of the layers. Every function enqueues kernels on a stream and returns.
+// Operations of the layers. All functions enqueue kernels on a stream and return.
 //
 // H is the compute type, bfloat16 or float16 (Gpu::half). All pointers are device memory, 16-byte aligned;
 // rows are contiguous. The residual stream x is float32, inputs of products are H, products accumulate in
 // float32.
 //
-// A row's result never depends on the other rows or on their number, to the bit: see "Two kinds of
-// arithmetic" in qwenvl.h. Functions called *_decode serve tokens of decode steps, 1 to 256 rows, and
-// lm_head; those called *_prompt serve tokens of prompts, 1 to thousands of rows; the two may round a row
-// differently.
+// A row's result does not depend on the other rows or their number, bit for bit: see "Reproducibility" in
+// qwenvl.h. Functions named *_decode process tokens of decode steps, 1 to 256 rows, and lm_head; those named
+// *_prompt process tokens of prompts, 1 to thousands of rows; the two may round a row differently.
 #pragma once
 
 #include <cstdint>
@@ -36,18 +35,18 @@ struct Matrix {
   Storage storage;
   int out, in;
   int stride;
-  void* values;                    // kHalf: H [out, stride]; else as upload_matrix lays it out
-  void* scales;                    // quantised: as upload_matrix lays it out
+  void* values;                    // kHalf: H [out, stride]; else in the layout of upload_matrix
+  void* scales;                    // quantised: in the layout of upload_matrix
   const float* bias;               // float32 [out], or NULL
   const int32_t* order = nullptr;  // [in]: column j of W multiplies x[order[j]]; NULL: x[j]
 };
 
 // Properties of a storage type.
 struct StorageInfo {
-  const char* name;  // in the names of kernels
-  int bits;          // of a value
-  int group;         // group size; 0: a scale per row, or none
-  bool zeros;        // a zero point per group
+  const char* name;  // part of kernel names
+  int bits;          // per value
+  int group;         // group size; 0: one scale per row, or none
+  bool zeros;        // one zero point per group
 };
 constexpr StorageInfo kStorages[] = {
     {"half", 16, 0, false},       {"int8", 8, 0, false},      {"int4_g64", 4, 64, false},
@@ -57,7 +56,7 @@ constexpr const StorageInfo& info(Storage storage) {
   return kStorages[static_cast<int>(storage)];
 }
 
-// Epilogue of a product: type and place of its rows.
+// Epilogue of a product: activation, type and destination of its rows.
 enum class Into {
   kHalf,      // H [n, out]
   kFloat,     // float32 [n, out]
@@ -75,24 +74,25 @@ struct MatrixBytes {
 };
 MatrixBytes matrix_bytes(Storage storage, int out, int in);
 
-// Storage type on the GPU of a matrix of a file.
+// Storage type on the GPU for the dtype of a matrix in a file.
 Storage storage_of(qvl_dtype dtype);
 
 // Convert a matrix from the layout of a file (qwenvl.h: qvl_packed_bytes), copied to `from`, to that of the
-// kernels. `from` float32, bfloat16 or float16 gives kHalf, rounded; quantised types keep their integers,
-// scales and zero points. UINT8_G128 becomes kUint8G64, whose kernels add up 64 values at a time. Row r of
-// the file becomes row first + r * step of `to`: two matrices are interleaved with step 2.
+// kernels. float32, bfloat16 and float16 are rounded to kHalf; quantised types keep their integers, scales
+// and zero points. UINT8_G128 becomes kUint8G64, whose kernels sum 64 values at a time. Row r of the file
+// becomes row first + r * step of `to`; step 2 interleaves two matrices.
 void upload_matrix(const Gpu&, CUstream, qvl_dtype dtype, const void* from, int out, const Matrix& to,
                    int first, int step);
 
 // ---- decode steps: linear_decode.cc, attention_decode.cc, elementwise.cc --------------------------------
 
 // y = x W^T + bias, x H [n, x_stride], x_stride a multiple of 8; the columns of x are in the matrix's order.
-// low_rank: also computes A x, as low_rank_down of low_rank.h, from rows and inputs that may be others.
+// low_rank: also compute A x, as low_rank_down of low_rank.h; its rows and inputs may differ from x.
 void linear_decode(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
                    const LowRankParams* low_rank = nullptr);
 
-// y[i, j] = x[i, order[j]]: x H [n, x_stride] -> H [n, y_stride], j < in. The rest of a row is not written.
+// y[i, j] = x[i, order[j]], j < in: x H [n, x_stride] -> H [n, y_stride]. The padding of a row is not
+// written.
 void gather_columns(const Gpu&, CUstream, const void* x, int64_t x_stride, const int32_t* order, int n,
                     int in, int64_t y_stride, void* y);
 
@@ -100,8 +100,8 @@ void gather_columns(const Gpu&, CUstream, const void* x, int64_t x_stride, const
 void rms_norm(const Gpu&, CUstream, const float* x, const float* weight, float epsilon, int n, int width,
               void* y);
 
-// Rows of the embedding table, or of image features, as float32. ids int32 [n] (clamped to the vocabulary);
-// features: addresses of float32 [width], [n], 0 for rows that use their id, or NULL.
+// Look up rows of the embedding table, or of image features, as float32. ids int32 [n] (clamped to the
+// vocabulary); features: NULL, or addresses [n] of float32 [width], 0 for rows that use their id.
 void embed(const Gpu&, CUstream, const void* wte /* H [vocab, width] */, int vocab, int width,
            const int32_t* ids, const uint64_t* features, int n, float* x);
 
@@ -109,7 +109,7 @@ void embed(const Gpu&, CUstream, const void* wte /* H [vocab, width] */, int voc
 struct Places {
   const int32_t* positions;     // [n]
   const int32_t* angle_tables;  // [n]: index of the table of angles for the token's sequence
-  const int32_t* tables;        // [n]: index of the token's sequence, a row of `blocks`
+  const int32_t* tables;        // [n]: row of `blocks`, the token's sequence
   const int32_t* blocks;        // [sequences, max_blocks]: block tables
   int max_blocks;
 };
@@ -123,8 +123,8 @@ struct Angles {
   int max_positions;
 };
 
-// A layer's keys and values: block b at base + b * block_bytes: [2][heads][block_tokens][head_dim] of dtype,
-// for int8 followed by float32 scales [2][heads][block_tokens] (value = scale * integer).
+// A layer's keys and values. Block b at base + b * block_bytes: [2][heads][block_tokens][head_dim] of dtype,
+// with int8 followed by float32 scales [2][heads][block_tokens] (value = scale * integer).
 struct KvLayer {
   char* base;
   uint64_t block_bytes;
@@ -138,19 +138,19 @@ struct KvLayer {
 void rotate_and_store(const Gpu&, CUstream, const void* qkv, const Places&, const Angles&, const KvLayer&,
                       int n, void* q);
 
-// Attention of one query a sequence over its keys: q H [n, heads * head_dim] -> H, the same shape. Sequence i
-// has positions[i] + 1 keys; none has more than max_keys. Split over keys at fixed multiples, so that a row
-// does not depend on max_keys or n. scratch: zeroed once when allocated, then passed from call to call,
-// whatever n and max_keys.
+// Attention of one query per sequence over its keys: q H [n, heads * head_dim] -> H, the same shape. Sequence
+// i has positions[i] + 1 keys, at most max_keys. Keys are split at fixed multiples, so that a row does not
+// depend on max_keys or n. scratch: zeroed once after allocation, then passed from call to call, for any n
+// and max_keys.
 uint64_t attention_decode_scratch(int n, int heads, int head_dim, int max_keys);
 void attention_decode(const Gpu&, CUstream, const void* q, const Places&, const KvLayer&, int n, int max_keys,
                       void* scratch, void* y);
 
-// rotate_and_store and attention_decode of a step in one, to the bit; q: scratch for the rotated queries.
-// Each row is the newest token of another sequence; the block table of row i is row i of places.blocks.
-// `places`, and the keys and values of earlier tokens, are read before the preceding kernels have ended:
-// their writers must have ended before the first of a chain of early launches began, which a graph
-// guarantees.
+// rotate_and_store and attention_decode of a step in one call, with the same bits; q: scratch memory for the
+// rotated queries. Each row is the newest token of a different sequence; the block table of row i is row i of
+// places.blocks. `places`, and the keys and values of earlier tokens, are read before the preceding kernels
+// have ended: their writers must have ended before the first of a chain of early launches began, which a
+// graph guarantees.
 void attention_step(const Gpu&, CUstream, const void* qkv, const Places&, const Angles&, const KvLayer&,
                     int n, int max_keys, void* q, void* scratch, void* y);
 
@@ -161,8 +161,8 @@ uint64_t linear_prompt_scratch(const Matrix&);
 void linear_prompt(const Gpu&, CUstream, const Matrix&, const void* x, int64_t x_stride, int n, Into, void* y,
                    void* scratch);
 
-// A chunk of a prompt: queries [first, first + n) of q, at positions past .. past + n - 1 of the sequence
-// `table`; each attends to the keys up to its own position.
+// Chunk of a prompt: queries [first, first + n) of q, at positions past .. past + n - 1 of the sequence
+// `table`; each attends to the keys up to its position.
 struct PromptChunk {
   int first, n, past, table;
 };
@@ -177,12 +177,12 @@ void attention_prompt(const Gpu&, CUstream, const void* q, const PromptChunk* ch
 
 // ---- images: vision.cc ----------------------------------------------------------------------------------
 
-// images float32 [n, 3, size, size] -> H [n * patches, stride]: a row has a patch's [3][patch][patch] values,
-// then zeros.
+// images float32 [n, 3, size, size] -> H [n * patches, stride]: a row contains a patch's [3][patch][patch]
+// values, padded with zeros.
 void cut_patches(const Gpu&, CUstream, const float* images, int n, int size, int patch, int stride, void* y);
 
 // LayerNorm of rows of float32 x [n, width] to H and float32, either of which may be NULL; y_float may be x.
-// `add` float32 [period, width] is added to the H result's row i % period; NULL: nothing.
+// Row i % period of `add`, float32 [period, width] or NULL, is added to row i of the H result.
 void layer_norm(const Gpu&, CUstream, const float* x, const float* weight, const float* bias, float epsilon,
                 int n, int width, const float* add, int period, void* y_half, float* y_float);
 
@@ -192,9 +192,9 @@ void add_rows(const Gpu&, CUstream, float* x, const float* add, int n, int width
 // float32 [n] -> H [n]. (convert.cc)
 void to_half(const Gpu&, CUstream, const float* x, int64_t n, void* y);
 
-// Attention over all keys of the same image. Strides in values. Query i of image b, head h: q + b * q_image +
+// Attention over all keys of an image. Strides are in values. Query i of image b, head h: q + b * q_image +
 // i * q_stride + h * q_head; keys and values likewise. q is multiplied by `scale`. y H [images * n_queries,
-// heads * head_dim]. head_dim 1 to 128, a multiple of 8.
+// heads * head_dim]. head_dim: a multiple of 8, up to 128.
 struct DenseAttention {
   const void *q, *k, *v;
   int64_t q_image, q_stride, q_head;
@@ -217,7 +217,7 @@ struct Sampled {
 uint64_t sample_scratch(int n, int vocab);
 
 // Sampling as documented at qvl_sample and qvl_step. any_draw: some row is not greedy; any_changed: some row
-// has penalties or forbidden ids (their kernels are launched only then).
+// has penalties or forbidden ids. Kernels that no row needs are not launched.
 void sample(const Gpu&, CUstream, const float* logits, int n, int vocab, const Pick* picks,
             const int32_t* forbidden, bool any_draw, bool any_changed, void* scratch, const Sampled&);
 

@@ -62,7 +62,7 @@ void sample(const Gpu& gpu, CUstream stream, const float* logits, int n, int voc
   params.top_tokens = sampled.top_tokens;
   params.top_logprobs = sampled.top_logprobs;
 
-  // Few rows are shared among more blocks; integer sums do not depend on that.
+  // With few rows use more blocks per row; integer sums do not depend on the number of blocks.
   params.bin_vectors = n <= 8 ? 1 : kScanVectors;
 
   const auto rows = static_cast<unsigned>(n), chunks = static_cast<unsigned>(params.chunks);

@@ -1,4 +1,4 @@
-// Sampling parameters to the GPU, and sampled tokens back to the caller.
+// Transfer of sampling parameters to the GPU and of sampled tokens to the caller.
 #pragma once
 
 #include <vector>
@@ -8,13 +8,13 @@
 
 namespace qvl::cuda {
 
-// Properties of a batch that decide which sampling kernels run.
+// Properties of a batch that determine which sampling kernels run.
 struct SampleKind {
   bool draws = false;    // some row is not greedy
   bool changes = false;  // some row has penalties or forbidden ids
   bool logprobs = false;
   int n_top = 0;
-  int forbidden = 0;  // ids, rounded up
+  int forbidden = 0;  // number of forbidden ids, rounded up
 };
 
 SampleKind sample_kind(const Picks& picks);
@@ -23,13 +23,13 @@ class Sampler {
  public:
   Sampler(const Gpu& gpu, const qvl_config& config);
 
-  // Fill rows 0 .. picks.n - 1 of host.picks, and greedy rows up to `rows`.
+  // Fill rows 0 .. picks.n - 1 of host.picks, and pad with greedy rows up to `rows`.
   void describe(const Picks& picks, int rows, const InputArrays& host);
 
   // Enqueue sampling of `rows` rows of logits; `at` describes them in device memory.
   void run(CUstream stream, const float* logits, int rows, const InputArrays& at, const SampleKind& kind);
 
-  // Enqueue the copies of the first picks.n rows to the caller's outputs; waits if they are in pageable
+  // Enqueue the copies of the first picks.n rows to the caller's outputs; waits if these are in pageable
   // memory.
   void give(CUstream stream, const Picks& picks);
 

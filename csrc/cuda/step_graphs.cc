@@ -12,7 +12,7 @@ constexpr size_t kMaxGraphs = 128;
 constexpr int kRelaxed = 2;  // relaxed capture: other threads may use the GPU meanwhile
 constexpr int kFewestKeys = 256;
 
-// Rows of the graph for n sequences: at most 7 more.
+// Number of rows of the graph for n sequences: n plus up to 7 padding rows.
 int row_bucket(int n) {
   return n <= 2 ? n : n <= 4 ? 4 : (n + 7) / 8 * 8;
 }
@@ -28,7 +28,7 @@ int key_bucket(int keys, int most) {
 StepGraphs::StepGraphs(const qvl_config& config, CUcontext context, Language& language, Sampler& sampler,
                        StepInput& input)
     : config_(config), context_(context), language_(language), sampler_(sampler), input_(input) {
-  check(driver().cuStreamCreate(&stream_, 1), "making a stream");
+  check(driver().cuStreamCreate(&stream_, 1), "creating a stream");
 }
 
 StepGraphs::~StepGraphs() {
@@ -74,7 +74,7 @@ void StepGraphs::step(CUstream stream, const CudaKvPool& pool, const qvl_batch& 
   const bool ids_here = !is_device_visible(batch.tokens);
   const int32_t spare = pool.spare_block();
   for (int i = 0; i < rows; ++i) {
-    // A padding row is the first token of a sequence in the spare block.
+    // A padding row is the first token of a sequence that uses the spare block.
     const qvl_sequence absent{1, 0, 1, 1, &spare, 0, 0};
     const qvl_sequence& s = i < n ? batch.sequences[i] : absent;
     language_.place(host, i, s, s.n_past, i);

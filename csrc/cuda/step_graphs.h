@@ -17,13 +17,13 @@ class StepGraphs {
   StepGraphs(const StepGraphs&) = delete;
   StepGraphs& operator=(const StepGraphs&) = delete;
 
-  // Whether the step is one decode token of each of up to 256 sequences, all of them sampled.
+  // Whether the step has one decode token for each of up to 256 sequences, all sampled.
   static bool serves(const qvl_batch& batch, const Picks& picks);
 
   void step(CUstream stream, const CudaKvPool& pool, const qvl_batch& batch, const Picks& picks);
 
  private:
-  // Constants of a graph: pool, rows, keys, draws, changes, logprobs, n_top, forbidden, adapted.
+  // Properties fixed at capture: pool, rows, keys, draws, changes, logprobs, n_top, forbidden, adapted.
   using Key = std::tuple<uint64_t, int, int, bool, bool, bool, int, int, bool>;
 
   CUgraphExec captured(const CudaKvPool& pool, const InputSizes& sizes, const PassShape& shape,

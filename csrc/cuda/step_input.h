@@ -1,4 +1,4 @@
-// Inputs of a pass over the layers, written on the host and sent to the GPU in one copy.
+// Inputs of a pass over the layers, written on the host and copied to the GPU in one transfer.
 #pragma once
 
 #include <array>
@@ -9,14 +9,13 @@
 
 namespace qvl::cuda {
 
-// Numbers of elements. They alone determine the address of each array, so that a captured graph finds it
-// again.
+// Sizes of the arrays. They alone determine the address of each array, as captured graphs require.
 struct InputSizes {
   int rows = 0;  // tokens
   int tables = 0, max_blocks = 0;
   int chunks = 0, tiles = 0;
   int picks = 0, forbidden = 0;
-  int adapted = 0;  // rows if one of them has an adapter, else 0
+  int adapted = 0;  // number of rows if any has an adapter, else 0
 };
 
 // The arrays, in host or device memory.
@@ -25,25 +24,25 @@ struct InputArrays {
   uint64_t* features;  // [rows]
   int32_t* positions;  // [rows]
   int32_t* angle_tables;
-  int32_t* table_of;  // [rows]: the sequence's row of blocks
+  int32_t* table_of;  // [rows]: row of `blocks`, the token's sequence
   int32_t* blocks;    // [tables, max_blocks]
   PromptChunk* chunks;
   Tile* tiles;
   Pick* picks;
   int32_t* forbidden;
-  uint64_t* adapters;      // [rows]: address of the adapter's table, 0: none; NULL without `adapted`
-  int32_t* adapter_order;  // [rows]: the decode rows, from 0, with those of an adapter together
+  uint64_t* adapters;      // [rows]: address of the adapter's table; 0: none; NULL without `adapted`
+  int32_t* adapter_order;  // [rows]: indices of the decode rows, from 0, sorted by adapter
 };
 
 class StepInput {
  public:
-  // Arrays to fill, in host memory; waits until an earlier copy from it has been read.
+  // Return the arrays in host memory, to be filled; waits for earlier copies from this memory.
   InputArrays begin(const InputSizes& sizes);
 
-  // Enqueue the copy and return the arrays on the GPU. The work that reads them must be on this stream.
+  // Enqueue the copy and return the arrays on the GPU, which must be read on this stream.
   InputArrays send(CUstream stream);
 
-  // Arrays of these sizes on the GPU. Their addresses are valid until moved() changes.
+  // Arrays of these sizes on the GPU; their addresses are valid until moved() changes.
   InputArrays device(const InputSizes& sizes) const;
   int moved() const { return moved_; }
 

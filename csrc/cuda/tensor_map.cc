@@ -16,7 +16,7 @@ TensorMap tensor_map(const Gpu& gpu, const void* base, std::initializer_list<int
   constexpr int kFloat16 = 6, kBfloat16 = 9, kSwizzle128 = 3, kL2Lines256 = 3;
   constexpr size_t kMost = 5;
   QVL_REQUIRE(sizes.size() <= kMost && strides.size() + 1 == sizes.size() && box.size() == sizes.size(),
-              QVL_INTERNAL, "a tensor of %zu dimensions", sizes.size());
+              QVL_INTERNAL, "a tensor map of %zu dimensions", sizes.size());
   uint64_t all_sizes[kMost], all_strides[kMost];
   uint32_t all_boxes[kMost], steps[kMost];
   std::copy(sizes.begin(), sizes.end(), all_sizes);
@@ -29,7 +29,7 @@ TensorMap tensor_map(const Gpu& gpu, const void* base, std::initializer_list<int
             reinterpret_cast<CUtensorMap*>(&map), gpu.half() == Half::kBfloat16 ? kBfloat16 : kFloat16,
             static_cast<unsigned>(sizes.size()), const_cast<void*>(base), all_sizes, all_strides, all_boxes,
             steps, 0, swizzled ? kSwizzle128 : 0, kL2Lines256, 0),
-        "describing a tensor to the copy engine");
+        "encoding a tensor map");
   return map;
 }
 

@@ -11,7 +11,7 @@ namespace qvl::cuda {
 namespace {
 
 constexpr uint64_t kChunkBytes = 8 << 20;  // page-locked memory of a slot
-constexpr size_t kWorkers = 6;             // one core copies 5 to 10 GB/s, the bus takes 25 to 55
+constexpr size_t kWorkers = 6;             // a core copies 5 to 10 GB/s, the bus 25 to 55
 
 }  // namespace
 
@@ -19,7 +19,7 @@ Uploader::Uploader(CUcontext context, CUstream stream) : context_(context), stre
   const size_t n = std::clamp<size_t>(std::thread::hardware_concurrency(), 1, kWorkers);
   for (size_t i = 0; i < n; ++i) {
     auto worker = std::make_unique<Worker>();
-    check(driver().cuStreamCreate(&worker->stream, 1), "making a stream");
+    check(driver().cuStreamCreate(&worker->stream, 1), "creating a stream");
     for (Slot& slot : worker->slots) slot.memory = HostMemory(kChunkBytes);
     workers_.push_back(std::move(worker));
   }
@@ -33,7 +33,7 @@ Uploader::~Uploader() {
 }
 
 void Uploader::copy(void* to, const void* from, uint64_t bytes) {
-  // Work enqueued on the stream before may still read the memory.
+  // Work enqueued earlier on the stream may still read the memory.
   before_.record(stream_);
   const uint64_t chunks = (bytes + kChunkBytes - 1) / kChunkBytes;
   const size_t n = static_cast<size_t>(std::min<uint64_t>(workers_.size(), chunks));

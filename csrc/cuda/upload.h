@@ -1,4 +1,4 @@
-// Copies of mapped or pageable host memory to the GPU, at the rate of the bus or the disk.
+// Copies of mapped or pageable host memory to the GPU, at the bandwidth of the bus or the disk.
 #pragma once
 
 #include <array>
@@ -14,18 +14,18 @@ class Uploader {
   Uploader(CUcontext context, CUstream stream);
   ~Uploader();
 
-  // Enqueue the copy on the stream. `from` is not read after the return.
+  // Enqueue the copy on the stream. `from` is not read after this function returns.
   void copy(void* to, const void* from, uint64_t bytes);
 
  private:
   struct Slot {
     HostMemory memory;
-    Mark free;  // its last copy has ended
+    Mark free;  // end of the slot's last copy
   };
   struct Worker {
     CUstream stream = nullptr;
     Mark done;
-    std::array<Slot, 2> slots;  // one is filled while the other is read
+    std::array<Slot, 2> slots;  // double buffer: one is filled while the other is copied
     size_t next = 0;
   };
 

@@ -44,8 +44,7 @@ void Weights::check_room() const {
   check(driver().cuMemGetInfo(&free, &total), "querying free GPU memory");
   const bool quantised = std::any_of(table_.begin(), table_.end(),
                                      [](const auto& entry) { return is_quantised(entry.second.dtype); });
-  const char* advice =
-      at_4_bits < free && !quantised ? "; exported with weight_only_int4 they would fit" : "";
+  const char* advice = at_4_bits < free && !quantised ? "; an export with weight_only_int4 would fit" : "";
   QVL_REQUIRE(needed <= free, QVL_NO_MEMORY,
               "out of GPU memory: the weights need %.2f GiB, %.2f of %.2f GiB are free%s", gib(needed),
               gib(free), gib(total), advice);
@@ -165,13 +164,13 @@ Matrix Weights::matrix(const std::string& name, const std::string& bias) {
 Matrix Weights::interleaved(const std::string& first, const std::string& second) {
   const qvl_tensor &a = table_.at(first), &b = table_.at(second);
   QVL_REQUIRE(storage_of(a.dtype) == storage_of(b.dtype), QVL_UNSUPPORTED,
-              "%s and %s are stored differently; a GPU needs them alike", first.c_str(), second.c_str());
+              "%s and %s have different types; a GPU needs the same type", first.c_str(), second.c_str());
   const qvl_tensor *order_a = order_of(first), *order_b = order_of(second);
   const bool alike = (order_a == nullptr) == (order_b == nullptr) &&
                      (order_a == nullptr || std::memcmp(order_a->data, order_b->data, order_a->bytes) == 0);
   QVL_REQUIRE(alike, QVL_UNSUPPORTED, "%s and %s have their inputs in different orders; a GPU needs one",
               first.c_str(), second.c_str());
-  // Rows of zeros make a row of the result a whole number of vectors.
+  // Pad with rows of zeros, so that a row of the result is a whole number of vectors.
   const auto rows = static_cast<int64_t>(rounded(static_cast<uint64_t>(a.shape[0]), 8));
   Matrix made = empty(storage_of(a.dtype), 2 * rows, inner(a));
   if (rows != a.shape[0]) {
@@ -189,9 +188,9 @@ Matrix Weights::interleaved(const std::string& first, const std::string& second)
 Matrix Weights::half_matrix(const std::string& name, const std::string& bias) {
   qvl_tensor tensor = table_.at(name);
   if (!is_quantised(tensor.dtype)) return matrix(name, bias);
-  QVL_REQUIRE(tensor.device == QVL_DEVICE_CPU, QVL_UNSUPPORTED, "%s: quantised, and in GPU memory",
+  QVL_REQUIRE(tensor.device == QVL_DEVICE_CPU, QVL_UNSUPPORTED, "%s: is quantised; it must be on the CPU",
               name.c_str());
-  order(name);  // refused
+  order(name);  // fails if the matrix has an input order
   const int64_t out = tensor.shape[0], in = inner(tensor);
   const std::unique_ptr<float[]> values(new float[static_cast<size_t>(out * in)]);
   unpack(tensor.dtype, out, in, tensor.data, values.get());

@@ -18,28 +18,28 @@ struct Norm {
 
 class Weights {
  public:
-  // Fails if they do not fit the free GPU memory.
+  // Fails if the weights do not fit the free GPU memory.
   Weights(const Gpu& gpu, CUstream stream, const WeightTable& table);
 
-  // float32, of any shape.
+  // Tensor of any shape as float32.
   const float* floats(const std::string& name);
 
-  // Matrix with its order of inputs, if it has one. `bias` may be empty.
+  // Matrix with its input order, if it has one. `bias` may be empty.
   Matrix matrix(const std::string& name, const std::string& bias = "");
   Matrix linear(const std::string& name) { return matrix(name + ".weight", name + ".bias"); }
 
-  // Interleave two matrices of the same inputs: row i of the first becomes row 2 i, row i of the second row
-  // 2 i + 1; rows of zeros up to a multiple of 16.
+  // Interleave two matrices with the same inputs: row i of the first becomes row 2 i, row i of the second row
+  // 2 i + 1; padded with rows of zeros to a multiple of 16.
   Matrix interleaved(const std::string& first, const std::string& second);
 
-  // Matrix in the compute type, whatever the storage type of the tensor.
+  // Matrix in the compute type, for any storage type of the tensor.
   Matrix half_matrix(const std::string& name, const std::string& bias);
 
   Norm norm(const std::string& name) { return {floats(name + ".weight"), floats(name + ".bias")}; }
 
   Uploader& uploader() { return uploader_; }
 
-  // Return the memory of the weights; waits for the uploads.
+  // Wait for the uploads and return the memory of the weights.
   std::deque<DeviceMemory> finish();
 
  private:

@@ -1,33 +1,33 @@
 /* The Qwen-VL engine: images -> features, packed tokens -> logits, logits -> tokens.
  *
  * A C interface without framework types. A caller
- *   1. makes qvl_weights of named tensors or of an exported file, fills a qvl_config, and makes a qvl_engine;
+ *   1. creates qvl_weights from named tensors or an exported file, and a qvl_engine from a qvl_config;
  *   2. encodes images with qvl_encode_images;
- *   3. either calls qvl_generate, or makes a qvl_kv_pool and drives qvl_step (or qvl_forward and qvl_sample).
+ *   3. calls qvl_generate, or creates a qvl_kv_pool and calls qvl_step (or qvl_forward and qvl_sample).
  *
  * Errors. Functions that can fail return a qvl_status, QVL_OK being 0, and take a qvl_error as their last
- * argument, which may be NULL. On failure it holds a one-line message. No C++ exception leaves the library.
- * After a failure the outputs are unspecified; engine and pool stay usable.
+ * argument, which may be NULL. On failure it contains a one-line message. The library throws no C++
+ * exceptions. After a failure the outputs are unspecified; engine and pool stay usable.
  *
- * Threads. There is no global state: any number of engines live in one process. Every function may be called
- * from any thread. Calls that compute on the same engine run one after another (the engine holds a lock);
- * different engines run at the same time. Freeing a handle while another call uses it is the caller's error.
+ * Threads. There is no global state: a process may have any number of engines. Every function may be called
+ * from any thread. A lock serialises the calls that compute on the same engine; different engines run
+ * concurrently. Freeing a handle while another call uses it is undefined behaviour.
  *
  * Memory. "Device memory" below means memory of the engine's device; for QVL_DEVICE_CPU that is any memory.
  * "Host memory" is ordinary memory on every device. Structs and arrays of lengths, positions and parameters
  * are in host memory and are read before the call returns.
  *
- * Streams. A NULL qvl_stream means the engine's own stream. On the CPU a call has finished when it returns,
- * whatever the stream. On a GPU qvl_step, qvl_forward, qvl_encode_images, qvl_sample, qvl_copy_async and the
- * block functions of a pool return once their work is enqueued on the stream, and touch no host memory of the
- * caller afterwards, except memory from qvl_host_alloc that was passed to them. Work on one stream runs in
+ * Streams. A NULL qvl_stream selects the engine's default stream. On the CPU every call is synchronous and
+ * ignores the stream. On a GPU qvl_step, qvl_forward, qvl_encode_images, qvl_sample, qvl_copy_async and the
+ * block functions of a pool return once their work is enqueued on the stream, and afterwards access no host
+ * memory of the caller except memory from qvl_host_alloc that was passed to them. Work on one stream runs in
  * order. The scratch memory of an engine belongs to one stream at a time: a call that computes on another
- * stream first waits, on the device, for the work enqueued before. Copies do not, so that a copy on a second
- * stream runs beside a step; use events to order dependent work.
+ * stream first waits, on the device, for the work enqueued before. Copies do not wait, so a copy on a second
+ * stream overlaps with a step; use events to order dependent work.
  *
- * Growth. Every struct that a caller fills begins with its size or is passed in an array beside the size of
- * one element (the stride); fields that an older caller's struct does not have are read as zero, which keeps
- * the older meaning, and fields that this library does not know are not read. Set `size` with QVL_INIT:
+ * Compatibility. Every struct that a caller fills begins with its size, or is passed in an array along with
+ * the size of one element (the stride). Fields missing from an older caller's struct are read as zero, which
+ * selects the older behaviour; fields unknown to this library are ignored. Set `size` with QVL_INIT:
  * qvl_config config = QVL_INIT(qvl_config); Fields called reserved must be 0.
  */
 #ifndef QWENVL_H
@@ -55,8 +55,8 @@ extern "C" {
 typedef int32_t qvl_status;
 enum {
   QVL_OK = 0,
-  QVL_INVALID = 1,     /* an argument out of its range; nothing was computed */
-  QVL_BAD_WEIGHT = 2,  /* a weight is missing, unknown, or of the wrong shape, type or length */
+  QVL_INVALID = 1,     /* an invalid argument; nothing was computed */
+  QVL_BAD_WEIGHT = 2,  /* a weight is missing, unknown, or has the wrong shape, dtype or length */
   QVL_UNSUPPORTED = 3, /* not supported by this build or this machine */
   QVL_NO_MEMORY = 4,
   QVL_STOPPED = 5, /* the callback of qvl_generate requested a stop */
@@ -67,27 +67,27 @@ typedef struct qvl_error {
   char message[512]; /* one line, zero-terminated */
 } qvl_error;
 
-/* ---- types of numbers --------------------------------------------------------------------------------- */
+/* ---- data types --------------------------------------------------------------------------------------- */
 
-/* Storage type of a weight. Matrices are [out, in], rows contiguous. */
+/* Storage type of a weight. Matrices are [out, in], row-major. */
 typedef int32_t qvl_dtype;
 enum {
   QVL_FLOAT32 = 0,
   QVL_BFLOAT16 = 1,
-  /* Made by qvl_pack, see there. */
-  QVL_INT8 = 2,      /* a scale for each row */
-  QVL_INT4_G64 = 3,  /* a scale for each 64 values of a row */
-  QVL_INT4_G128 = 4, /* a scale for each 128 values of a row */
+  /* Created by qvl_pack. */
+  QVL_INT8 = 2,      /* one scale per row */
+  QVL_INT4_G64 = 3,  /* one scale per 64 values of a row */
+  QVL_INT4_G128 = 4, /* one scale per 128 values of a row */
   QVL_FLOAT16 = 5,   /* IEEE half precision */
-  /* The integers of a GPTQ or AWQ checkpoint, with a scale and a zero point for each group of 32, 64 or 128
-     values of a row. Made by qvl_pack_groups, see there. */
+  /* The integers of a GPTQ or AWQ checkpoint, with one scale and one zero point per group of 32, 64 or 128
+     values of a row. Created by qvl_pack_groups. */
   QVL_UINT4_G32 = 6,
   QVL_UINT4_G64 = 7,
   QVL_UINT4_G128 = 8,
   QVL_UINT8_G32 = 9,
   QVL_UINT8_G64 = 10,
   QVL_UINT8_G128 = 11,
-  QVL_INT32 = 12, /* vectors of indices only */
+  QVL_INT32 = 12, /* only for vectors of indices */
   QVL_DTYPES = 13
 };
 
@@ -96,24 +96,24 @@ enum { QVL_DEVICE_CPU = 0, QVL_DEVICE_CUDA = 1 };
 
 typedef void* qvl_stream;
 
-/* ISA of the CPU back end. Only tests and comparisons need another than QVL_ISA_BEST. */
+/* ISA of the CPU back end. Values other than QVL_ISA_BEST are for tests and comparisons. */
 typedef int32_t qvl_isa;
 enum {
   QVL_ISA_BEST = 0, /* the best ISA of this machine */
   QVL_ISA_GENERIC = 1,
   QVL_ISA_AVX2 = 2,       /* with FMA and F16C */
   QVL_ISA_AVX512 = 3,     /* F, BW, VL, DQ and VNNI */
-  QVL_ISA_AVX512_BF16 = 4 /* and BF16, VBMI */
+  QVL_ISA_AVX512_BF16 = 4 /* QVL_ISA_AVX512 with BF16 and VBMI */
 };
 
-/* Compute type of the products of prompts and images. */
+/* Compute type of the matrix products of prompts and images. */
 typedef int32_t qvl_compute;
 enum {
-  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 if it has instructions for it, else float32 */
-  QVL_COMPUTE_FLOAT32 = 1,  /* CPU: without the instructions of QVL_ISA_AVX512_BF16; decode steps multiply
-                               QVL_UINT* weights with float32 activations, slowly */
-  QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED without instructions for it */
-  QVL_COMPUTE_FLOAT16 = 3   /* not on a CPU */
+  QVL_COMPUTE_BEST = 0,     /* CPU: bfloat16 if the processor has bfloat16 instructions, else float32 */
+  QVL_COMPUTE_FLOAT32 = 1,  /* CPU: does not use the instructions of QVL_ISA_AVX512_BF16; decode steps
+                               multiply QVL_UINT* weights with float32 activations, which is slow */
+  QVL_COMPUTE_BFLOAT16 = 2, /* QVL_UNSUPPORTED on processors without bfloat16 instructions */
+  QVL_COMPUTE_FLOAT16 = 3   /* GPU only */
 };
 
 /* ---- devices ------------------------------------------------------------------------------------------ */
@@ -121,15 +121,15 @@ enum {
 typedef struct qvl_device_info {
   uint32_t size;         /* sizeof(qvl_device_info), set by the caller */
   char name[128];        /* "AMD EPYC 9354", "NVIDIA H200" */
-  uint64_t memory_bytes; /* that this process may use: a container's limit counts */
+  uint64_t memory_bytes; /* available to this process, within the limit of its container */
   uint64_t free_bytes;
-  int32_t threads;       /* CPU: threads of an engine by default; GPU: multiprocessors */
+  int32_t threads;       /* CPU: default number of threads of an engine; GPU: multiprocessors */
   int32_t compute_major; /* GPU: compute capability; 0 on a CPU */
   int32_t compute_minor;
-  char isa[32]; /* CPU: best of qvl_isa, "avx512_bf16" */
+  char isa[32]; /* CPU: name of QVL_ISA_BEST, such as "avx512_bf16" */
 } qvl_device_info;
 
-/* Number of devices of a kind that this library can use: 1 CPU; 0 GPUs without the CUDA back end. */
+/* Number of usable devices of a kind: 1 for the CPU; for GPUs 0 without the CUDA back end. */
 QVL_API int32_t qvl_device_count(qvl_device device);
 QVL_API qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_device_info* info,
                                        qvl_error* error);
@@ -138,16 +138,16 @@ QVL_API qvl_status qvl_get_device_info(qvl_device device, int32_t index, qvl_dev
 
 enum { QVL_STAGE_VISION = 1, QVL_STAGE_LANGUAGE = 2 };
 
-/* Sizes of the model, and the device. Names and meaning follow the model's config.json. */
+/* Sizes of the model, and the device. Names follow the model's config.json unless noted. */
 typedef struct qvl_config {
   uint32_t size;   /* sizeof(qvl_config) */
-  uint32_t stages; /* QVL_STAGE_VISION, QVL_STAGE_LANGUAGE or both: which weights are given */
+  uint32_t stages; /* QVL_STAGE_VISION, QVL_STAGE_LANGUAGE or both; their weights are required */
   qvl_device device;
-  int32_t device_index; /* which GPU; 0 on a CPU */
-  int32_t n_threads;    /* CPU: 0 for OMP_NUM_THREADS if it is set, else the CPUs this process may use */
+  int32_t device_index; /* index of the GPU; 0 on a CPU */
+  int32_t n_threads;    /* CPU: 0 for OMP_NUM_THREADS if it is set, else the CPUs available to the process */
   qvl_isa isa;
-  int32_t max_tokens; /* tokens in one pass over the layers, which sets the scratch memory; more are split;
-                         0: 512, on a GPU 2048 */
+  int32_t max_tokens; /* maximum number of tokens per pass over the layers, which determines the scratch
+                         memory; larger batches are split; 0: 512, on a GPU 2048 */
 
   /* The language model. hidden = heads * head_dim. */
   int32_t hidden;
@@ -157,94 +157,94 @@ typedef struct qvl_config {
   int32_t mlp_width; /* half of "intermediate_size", which counts gate and value together */
   int32_t vocab;
   float norm_epsilon;
-  int32_t seq_length;    /* trained length: where NTK and logn scaling set in */
+  int32_t seq_length;    /* training sequence length, beyond which NTK and logn scaling apply */
   int32_t max_positions; /* longest sequence; "max_position_embeddings" */
   float rotary_base;
   int32_t dynamic_ntk; /* 0 or 1 */
   int32_t logn;        /* 0 or 1 */
 
-  /* The vision tower; the resampler's output is `hidden` wide, with heads of 128. */
-  int32_t image_size; /* pixels along a side, a multiple of patch_size */
+  /* The vision tower. The resampler's width is `hidden`, its head_dim 128. */
+  int32_t image_size; /* height and width in pixels, a multiple of patch_size */
   int32_t patch_size;
   int32_t vision_width;
   int32_t vision_layers;
   int32_t vision_heads;
   int32_t vision_mlp_width;
-  int32_t n_queries; /* features of an image */
+  int32_t n_queries; /* features per image */
 
   /* Since 0.2. */
-  qvl_compute compute; /* of the products of prompts and images, and of activations on a GPU */
+  qvl_compute compute; /* compute type of prompts and images, and of activations on a GPU */
 } qvl_config;
 
 /* ---- weights ------------------------------------------------------------------------------------------ */
 
-/* A weight by its canonical name, which is Hugging Face's without the leading "transformer.". Let H = hidden,
+/* Weight, identified by its canonical name: Hugging Face's without the leading "transformer.". H = hidden,
  * M = mlp_width, V = vocab, W = vision_width, U = vision_mlp_width, P = patches of an image, Q = n_queries,
  * p = patch_size:
  *
- *   wte.weight [V, H]; ln_f.weight [H]; lm_head.weight [V, H]; and for each layer, h.0. to h.{layers-1}.
- * before ln_1.weight [H]; attn.c_attn.weight [3H, H]; attn.c_attn.bias [3H]; attn.c_proj.weight [H, H];
+ *   wte.weight [V, H]; ln_f.weight [H]; lm_head.weight [V, H]
+ *   for each layer, prefixed with h.0. to h.{layers-1}.
+ *     ln_1.weight [H]; attn.c_attn.weight [3H, H]; attn.c_attn.bias [3H]; attn.c_proj.weight [H, H];
  *     ln_2.weight [H]; mlp.w1.weight [M, H]; mlp.w2.weight [M, H]; mlp.c_proj.weight [H, M]
- *   visual.conv1.weight [W, 3, p, p]; visual.positional_embedding [P, W]; visual.ln_pre.{weight,bias} [W];
- *   and for each layer, visual.transformer.resblocks.0. and so on before
- *     ln_1.{weight,bias} [W]; attn.in_proj.weight [3W, W], attn.in_proj.bias [3W]; attn.out_proj.weight [W,
- * W], attn.out_proj.bias [W]; ln_2.{weight,bias} [W]; mlp.c_fc.weight [U, W], mlp.c_fc.bias [U];
- *     mlp.c_proj.weight [W, U], mlp.c_proj.bias [W]
- *   visual.attn_pool. before
+ *   visual.conv1.weight [W, 3, p, p]; visual.positional_embedding [P, W]; visual.ln_pre.{weight,bias} [W]
+ *   for each layer, prefixed with visual.transformer.resblocks.0. to {vision_layers-1}.
+ *     ln_1.{weight,bias} [W]; attn.in_proj.weight [3W, W], attn.in_proj.bias [3W];
+ *     attn.out_proj.weight [W, W], attn.out_proj.bias [W]; ln_2.{weight,bias} [W];
+ *     mlp.c_fc.weight [U, W], mlp.c_fc.bias [U]; mlp.c_proj.weight [W, U], mlp.c_proj.bias [W]
+ *   prefixed with visual.attn_pool.
  *     kv_proj.weight [H, W], absent if W = H; ln_kv.{weight,bias} [H]; query [Q, H]; ln_q.{weight,bias} [H];
  *     pos_embed [Q, H]; key_pos_embed [P, H]; attn.in_proj_weight [3H, H]; attn.in_proj_bias [3H];
  *     attn.out_proj.weight [H, H], attn.out_proj.bias [H]
  *   visual.ln_post.{weight,bias} [H]; visual.proj [H, H]
  *
- * Every matrix is [out, in] here. visual.proj, which checkpoints keep as [in, out], must be transposed, and
- * the two tables positional_embedding and key_pos_embed must be resized to the image's patches.
+ * Every matrix is [out, in] here. visual.proj, [in, out] in checkpoints, must be transposed; the tables
+ * positional_embedding and key_pos_embed must be resized to the image's patches.
  *
  * All may be QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16; the matrices other than wte.weight may be quantised.
- * Types may be mixed. A matrix NAME [out, in] other than wte.weight may come with a vector NAME.order,
- * QVL_INT32 [in], a permutation ("act-order" of GPTQ): stored column j multiplies input order[j], y[o] = sum
- * over j of value[o, j] x[order[j]]. On a GPU mlp.w1 and mlp.w2 of a layer need the same order, and the
- * vision stage none.
+ * Types may be mixed. A matrix NAME [out, in] other than wte.weight may have a permutation NAME.order,
+ * QVL_INT32 [in] ("act-order" of GPTQ): stored column j multiplies input order[j], y[o] = sum over j of
+ * value[o, j] x[order[j]]. On a GPU mlp.w1 and mlp.w2 of a layer must have the same order, and matrices of
+ * the vision stage must have none.
  *
- * Products run in float32 where the weight is float32. Elsewhere the products of prompts
- * and images round their activations to bfloat16 if the machine has instructions for it; those of decode
- * steps, and lm_head's, leave them in float32, but on a CPU round them to 8 bits with a scale for each 32
- * values if the weight is quantised (QVL_UINT*: unless `compute` is QVL_COMPUTE_FLOAT32). Everything else is
- * float32.
+ * Products with float32 weights run in float32. With other weights the products of prompts and images round
+ * the activations to bfloat16 if the machine has bfloat16 instructions; those of decode steps and of lm_head
+ * keep them in float32, but on a CPU round them to 8 bits with one scale per 32 values if the weight is
+ * quantised (QVL_UINT*: unless `compute` is QVL_COMPUTE_FLOAT32). All other operations are float32.
  */
 typedef struct qvl_tensor {
   const char* name;
-  const void* data; /* matrices and wte.weight, which are used in place: 16-byte aligned; else 4-byte
-                       aligned (QVL_BFLOAT16, QVL_FLOAT16: 2) */
+  const void* data; /* aligned to 16 bytes for matrices and wte.weight, which are used in place, otherwise to
+                       4 bytes (QVL_BFLOAT16, QVL_FLOAT16: 2) */
   qvl_dtype dtype;
-  qvl_device device; /* where `data` is. On the engine's device it is kept and used in place; else it is
-                        copied once */
+  qvl_device device; /* device of `data`: the engine's device, where it is used in place, or the CPU, from
+                        which it is copied once */
   int32_t n_dims;
-  int64_t shape[4]; /* of the values, for every type */
-  uint64_t bytes;   /* length of `data`, as a check */
+  int64_t shape[4]; /* of the unpacked values, for every dtype */
+  uint64_t bytes;   /* length of `data`, checked against shape and dtype */
 } qvl_tensor;
 
 /* Bytes of an [out, in] matrix stored as `dtype`, 0 for invalid arguments. QVL_INT32: `in` must be 1.
  *
  * QVL_INT8:     int8 [out, padded] and float32 [out] scales; value = scale * integer.
  * QVL_INT4_G*:  uint8 [out, padded / 2] and bfloat16 [out, padded / group] scales; value = scale * (nibble -
- * 8). 128 values of a row are 64 bytes, or 32 little-endian words: value 32 j + i is nibble j, counted from
- * the lowest bits, of word i. padded is `in` rounded up to 128; padding has the value 0.
+ * 8). 128 values of a row occupy 64 bytes, 32 little-endian 16-bit words: value 32 j + i is nibble j, counted
+ * from the lowest bits, of word i. padded is `in` rounded up to 128; padding has the value 0.
  * QVL_UINT4_G*, QVL_UINT8_G*: uint8 [out, padded / 2] with nibbles in the order of QVL_INT4_G*, or uint8
  * [out, padded]; float16 [out, padded / group] scales; float16 [out, padded / group] zero points, whole
  * numbers from 0 to 256. value = scale * (integer - zero). Padding: integers, scales and zero points are 0.
  */
 QVL_API uint64_t qvl_packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
-/* Round a float32 matrix [out, in] (host memory) to `dtype` at `packed` (host memory), to nearest. Symmetric:
- * the scale of a row follows from its largest magnitude; the scale of a group has the least squared error
- * among a few near its largest magnitude / 8. NaN or infinity in the matrix is QVL_INVALID, and so is a type
- * of qvl_pack_groups.
+/* Convert a float32 matrix [out, in] to `dtype` at `packed`, rounding to nearest; both in host memory.
+ * Quantisation is symmetric: the scale of a row follows from its largest magnitude; the scale of a group has
+ * the least squared error among several candidates near its largest magnitude / 8. QVL_INVALID: a NaN or
+ * infinity in the matrix, or a dtype of qvl_pack_groups.
  */
 QVL_API qvl_status qvl_pack(qvl_dtype dtype, int64_t out, int64_t in, const float* values, void* packed,
                             uint64_t packed_bytes, qvl_error* error);
 
-/* Store integers [out, in] with a scale and a zero point for each group, all unchanged, as `dtype`, one of
- * QVL_UINT4_G* and QVL_UINT8_G*, at `packed`; all in host memory. integers: below 16 for 4 bits. scales,
+/* Pack quantised integers [out, in] with one scale and one zero point per group, losslessly, as `dtype`, one
+ * of QVL_UINT4_G* and QVL_UINT8_G*, at `packed`; all in host memory. integers: below 16 for 4 bits. scales,
  * zeros: float16 [out, groups], groups = in / group rounded up. QVL_INVALID: an integer out of range, a scale
  * that is not finite, or a zero point that is not an integer from 0 to 256.
  */
@@ -252,7 +252,7 @@ QVL_API qvl_status qvl_pack_groups(qvl_dtype dtype, int64_t out, int64_t in, con
                                    const uint16_t* scales, const uint16_t* zeros, void* packed,
                                    uint64_t packed_bytes, qvl_error* error);
 
-/* The float32 values of a packed matrix. */
+/* Unpack a packed matrix to float32 values [out, in]. */
 QVL_API qvl_status qvl_unpack(qvl_dtype dtype, int64_t out, int64_t in, const void* packed,
                               uint64_t packed_bytes, float* values, qvl_error* error);
 
@@ -270,9 +270,9 @@ typedef struct qvl_engine qvl_engine;
  * and processes that map the same file share one copy. QVL_INVALID: no such file; QVL_BAD_WEIGHT: damaged, or
  * a file without names, as written by exports before contract version 3.
  *
- * A file must not be shortened or written to while it is mapped; to replace it, rename another over it.
+ * A mapped file must not be truncated or written to; replace it by renaming another file over it.
  *
- * qvl_weights_get: tensor i of qvl_weights_count. Its name and data are valid as long as the weights are.
+ * qvl_weights_get: tensor i of qvl_weights_count. Its name and data are valid until the weights are freed.
  */
 typedef struct qvl_weights qvl_weights;
 QVL_API qvl_status qvl_weights_create(const qvl_tensor* tensors, int64_t n_tensors, uint32_t tensor_size,
@@ -281,7 +281,7 @@ QVL_API qvl_status qvl_weights_open(const char* path, qvl_weights** weights, qvl
 QVL_API int64_t qvl_weights_count(const qvl_weights* weights);
 QVL_API qvl_status qvl_weights_get(const qvl_weights* weights, int64_t i, qvl_tensor* tensor,
                                    uint32_t tensor_size, qvl_error* error);
-/* Engines created from them keep the tensors they need. NULL is allowed. */
+/* Engines created from the weights keep the tensors that they need. NULL is allowed. */
 QVL_API void qvl_weights_free(qvl_weights* weights);
 
 /* Create an engine. The weights must contain every tensor that the config requires; others are ignored.
@@ -293,21 +293,22 @@ QVL_API qvl_status qvl_engine_create(const qvl_config* config, qvl_weights* weig
 /* Pools, events and adapters of the engine must have been freed before. NULL is allowed. */
 QVL_API void qvl_engine_free(qvl_engine* engine);
 
-/* Low-rank adapters (LoRA): y = W x + scale * B (A x), apart from the base weights, which may be quantised
- * and are shared by sequences with different adapters and without one. Any number of adapters may exist.
+/* Low-rank adapters (LoRA): y = W x + scale * B (A x), not merged into the base weights, which may be
+ * quantised and are shared by all sequences, with and without an adapter. The number of adapters is not
+ * limited.
  *
  * Targets are the matrices of the language model's layers and lm_head; see qvl_tensor for the names. A matrix
- * without an entry is not changed. A and B are copied. The dtype of a product is that of A and B; otherwise
- * the rules for weights apply (qvl_tensor). QVL_BAD_WEIGHT: an unknown or repeated name, another shape, or a
- * value that is not finite. On a GPU A and B are rounded to the compute type.
+ * without an entry is not changed. A and B are copied. Their products follow the rules for weights of their
+ * dtype (qvl_tensor). QVL_BAD_WEIGHT: an unknown or repeated name, a wrong shape, or a value that is not
+ * finite. On a GPU A and B are rounded to the compute type.
  */
 typedef struct qvl_adapter qvl_adapter;
 typedef struct qvl_adapter_matrix {
   const char* name; /* of the base matrix: "h.0.attn.c_attn.weight" */
-  const void* a;    /* [rank, in], host memory, aligned as its type */
+  const void* a;    /* [rank, in], host memory, aligned to the size of its type */
   const void* b;    /* [out, rank], host memory */
-  qvl_dtype dtype;  /* of both: QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16 */
-  float scale;      /* such as alpha / rank */
+  qvl_dtype dtype;  /* of a and b: QVL_FLOAT32, QVL_BFLOAT16 or QVL_FLOAT16 */
+  float scale;      /* typically alpha / rank */
   int64_t out;
   int64_t in;
   int64_t rank; /* at least 1; may differ between matrices */
@@ -320,30 +321,30 @@ QVL_API qvl_status qvl_adapter_create(qvl_engine* engine, const qvl_adapter_matr
 /* No step with the adapter may be running. NULL is allowed. */
 QVL_API void qvl_adapter_free(qvl_adapter* adapter);
 
-/* Version of the library, such as "0.2"; it may be newer than the header a caller was compiled with. */
+/* Version of the library, such as "0.2"; it may be newer than the header used by the caller. */
 QVL_API const char* qvl_version(void);
 
-/* How the engine computes, for logs: "cpu avx512_bf16, 2 threads". Valid as long as the engine is. */
+/* Description of the back end for logs: "cpu avx512_bf16, 2 threads". Valid until the engine is freed. */
 QVL_API const char* qvl_engine_describe(const qvl_engine* engine);
 
-/* Device memory for callers without the device's own library, aligned to 64 bytes; `bytes` may be 0. */
+/* Allocate device memory without the CUDA runtime, aligned to 64 bytes; `bytes` may be 0. */
 QVL_API qvl_status qvl_alloc(qvl_engine* engine, uint64_t bytes, void** memory, qvl_error* error);
 QVL_API void qvl_dealloc(qvl_engine* engine, void* memory);
 
-/* Copy between host and device memory, in any direction, in the order of the stream. */
+/* Copy between host and device memory, in any direction, in stream order; returns when the copy is done. */
 QVL_API qvl_status qvl_copy(qvl_engine* engine, void* to, const void* from, uint64_t bytes, qvl_stream stream,
                             qvl_error* error);
 
-/* Page-locked host memory, which a GPU reads and writes while it computes; ordinary memory for a CPU. */
+/* Allocate page-locked host memory, which a GPU can access asynchronously; ordinary memory on a CPU. */
 QVL_API qvl_status qvl_host_alloc(qvl_engine* engine, uint64_t bytes, void** memory, qvl_error* error);
 QVL_API void qvl_host_free(qvl_engine* engine, void* memory);
 
-/* As qvl_copy, but without waiting for the end of the copy; host memory must be from qvl_host_alloc. */
+/* As qvl_copy, but without waiting for the copy to finish; host memory must be from qvl_host_alloc. */
 QVL_API qvl_status qvl_copy_async(qvl_engine* engine, void* to, const void* from, uint64_t bytes,
                                   qvl_stream stream, qvl_error* error);
 
-/* Events: points in the work of a stream. A new event is done. query: *done is 1 or 0. wait: blocks the
- * host. */
+/* Events: points in the work of a stream. A new event is done. query: sets *done to 1 or 0. wait: blocks the
+ * calling thread. */
 typedef struct qvl_event qvl_event;
 QVL_API qvl_status qvl_event_create(qvl_engine* engine, qvl_event** event, qvl_error* error);
 QVL_API qvl_status qvl_event_record(qvl_event* event, qvl_stream stream, qvl_error* error);
@@ -356,27 +357,27 @@ QVL_API qvl_status qvl_synchronize(qvl_engine* engine, qvl_stream stream, qvl_er
 
 /* ---- vision ------------------------------------------------------------------------------------------- */
 
-/* images float32 [n, 3, image_size, image_size], normalised -> features float32 [n, n_queries, hidden]; both
- * in device memory.
+/* Encode images float32 [n, 3, image_size, image_size], normalised -> features float32 [n, n_queries,
+ * hidden]; both in device memory.
  */
 QVL_API qvl_status qvl_encode_images(qvl_engine* engine, int64_t n, const float* images, float* features,
                                      qvl_stream stream, qvl_error* error);
 
-/* ---- paged cache of keys and values ------------------------------------------------------------------- */
+/* ---- paged KV cache ----------------------------------------------------------------------------------- */
 
 typedef struct qvl_kv_pool qvl_kv_pool;
 
-/* Memory for n_blocks blocks of block_tokens tokens (1 to 256; 32 is good) in all layers, stored as
- * QVL_FLOAT32, QVL_BFLOAT16, QVL_FLOAT16 or QVL_INT8 (a float32 scale for each token and head). The caller
- * decides which sequence owns which block: token t of a sequence is in slot t % block_tokens of block
- * table[t / block_tokens]. Blocks may be shared between sequences for reading. Memory of blocks that were
- * never written is not touched.
+/* Create a KV pool: n_blocks blocks of block_tokens tokens (1 to 256; 32 is recommended) in all layers,
+ * stored as QVL_FLOAT32, QVL_BFLOAT16, QVL_FLOAT16 or QVL_INT8 (a float32 scale per token and head). The
+ * caller assigns blocks to sequences: token t of a sequence is in slot t % block_tokens of block
+ * blocks[t / block_tokens] of its block table. Sequences may share blocks for reading. Memory of blocks that
+ * were never written is not touched.
  */
 QVL_API qvl_status qvl_kv_pool_create(qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
                                       qvl_dtype dtype, qvl_kv_pool** pool, qvl_error* error);
 QVL_API void qvl_kv_pool_free(qvl_kv_pool* pool);
 
-/* Bytes of a pool of these sizes; 0 for invalid sizes. */
+/* Size in bytes of a pool with these parameters; 0 if they are invalid. */
 QVL_API uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, int32_t block_tokens,
                                    qvl_dtype dtype);
 
@@ -385,8 +386,8 @@ QVL_API uint64_t qvl_kv_pool_bytes(const qvl_engine* engine, int32_t n_blocks, i
 QVL_API qvl_status qvl_kv_copy_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* from, const int32_t* to,
                                       qvl_stream stream, qvl_error* error);
 
-/* Move whole blocks to and from host memory of n * qvl_kv_pool_bytes(engine, 1, block_tokens, dtype) bytes,
- * in a private layout: for a pool of the same sizes, version and device. */
+/* Copy whole blocks to and from host memory of n * qvl_kv_pool_bytes(engine, 1, block_tokens, dtype) bytes.
+ * The layout is private: it fits only pools of the same sizes, library version and device. */
 QVL_API qvl_status qvl_kv_read_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, void* host,
                                       uint64_t bytes, qvl_stream stream, qvl_error* error);
 QVL_API qvl_status qvl_kv_write_blocks(qvl_kv_pool* pool, int32_t n, const int32_t* blocks, const void* host,
@@ -398,30 +399,30 @@ QVL_API qvl_status qvl_kv_write_blocks(qvl_kv_pool* pool, int32_t n, const int32
 typedef struct qvl_sequence {
   int32_t n_new;         /* tokens in this batch, at least 1 */
   int32_t n_past;        /* tokens before them, whose keys and values are in the pool */
-  int32_t prompt_len;    /* of the whole prompt, at least 1: it fixes the rotary base of all its tokens */
-  int32_t n_blocks;      /* length of block_table: n_past + n_new tokens must fit */
+  int32_t prompt_len;    /* of the whole prompt, at least 1: determines the rotary base of all its tokens */
+  int32_t n_blocks;      /* length of `blocks`: n_past + n_new tokens must fit */
   const int32_t* blocks; /* block table, host memory */
 
   /* Since 0.2. */
-  uint32_t flags; /* of QVL_SEQUENCE_* */
+  uint32_t flags; /* QVL_SEQUENCE_* */
   uint32_t reserved;
-  const qvl_adapter* adapter; /* of all tokens of the sequence, those in the pool included; NULL: none */
+  const qvl_adapter* adapter; /* of all tokens of the sequence, including those in the pool; NULL: none */
 } qvl_sequence;
 
 enum {
-  QVL_SEQUENCE_NO_LOGITS = 1, /* a chunk of a prompt without sampling */
+  QVL_SEQUENCE_NO_LOGITS = 1, /* no logits, as for a chunk before the end of its prompt */
   QVL_SEQUENCE_GENERATED = 2  /* tokens within the prompt that were generated: see below */
 };
 
-/* Two kinds of arithmetic. Tokens at positions below prompt_len are computed as prompts; the others, and
- * those of a sequence with QVL_SEQUENCE_GENERATED, as decode steps. Apart from that, a token's results depend
- * on the tokens before it and on the adapter alone, to the bit: not on the rest of the batch or its adapters,
- * not on where a prompt is cut into chunks, not on whether the keys and values before it were computed now or
- * earlier. Several entries of a batch may belong to one sequence, in order of their positions.
+/* Reproducibility. Tokens at positions below prompt_len are computed as prompts; the others, and those of a
+ * sequence with QVL_SEQUENCE_GENERATED, as decode steps, whose arithmetic differs. Apart from that, a token's
+ * results depend only on the preceding tokens and the adapter, bit for bit: not on the rest of the batch or
+ * its adapters, not on the chunks of a prompt, not on whether the preceding keys and values were computed in
+ * this call or an earlier one. Several entries of a batch may belong to one sequence, in order of position.
  */
 
-/* Tokens [start, start + count) of the packed batch are vectors instead of ids: an image's features, or a
- * part of them. */
+/* Tokens [start, start + count) of the packed batch are vectors instead of ids: the features of an image, or
+ * a part of them. */
 typedef struct qvl_span {
   int32_t start;
   int32_t count;
@@ -432,60 +433,59 @@ typedef struct qvl_batch {
   uint32_t size;                 /* sizeof(qvl_batch) */
   int32_t n_sequences;           /* at least 1 */
   const qvl_sequence* sequences; /* host memory */
-  const int32_t* tokens; /* ids of all sequences, one after another, device memory; those that a span covers
-                            are not read */
+  const int32_t* tokens; /* concatenated ids of all sequences, device memory; ids covered by a span are not
+                            read */
   int32_t n_spans;       /* spans do not overlap and are in order of start */
   int32_t reserved;      /* 0 */
   const qvl_span* spans; /* host memory */
 
-  /* Since 0.2: strides of the two arrays in bytes; 0: those of version 0.1, 24 and 16. */
+  /* Since 0.2: strides of the two arrays in bytes; 0 selects those of version 0.1, 24 and 16. */
   uint32_t sequence_size; /* sizeof(qvl_sequence) */
   uint32_t span_size;     /* sizeof(qvl_span) */
 } qvl_batch;
 
-/* Run the batch through the layers, write its keys and values into the pool, and give the logits of the last
- * token of each sequence without QVL_SEQUENCE_NO_LOGITS, in their order: float32 [rows, vocab], device
+/* Run the batch through the layers, write its keys and values into the pool, and compute the logits of the
+ * last token of each sequence without QVL_SEQUENCE_NO_LOGITS, in their order: float32 [rows, vocab], device
  * memory. With logits NULL only the pool is written.
  *
- * An id out of the vocabulary is QVL_INVALID if the ids are in host memory; in GPU memory it is clamped.
+ * An id outside the vocabulary is QVL_INVALID if the ids are in host memory; in GPU memory it is clamped.
  */
 QVL_API qvl_status qvl_forward(qvl_engine* engine, qvl_kv_pool* pool, const qvl_batch* batch, float* logits,
                                qvl_stream stream, qvl_error* error);
 
 /* ---- sampling ----------------------------------------------------------------------------------------- */
 
-/* Sampling parameters of a row, applied in this order: forbidden ids, penalties, temperature, top-k, top-p.
- * The token of a row of logits with a NaN, a positive infinity or no finite value is -1, and no count is
- * incremented. The random number of draw c with seed s is splitmix64's output for the state s + (c + 1) *
+/* Sampling parameters of a row of logits, applied in this order: forbidden ids, penalties, temperature,
+ * top-k, top-p. A row with a NaN, a positive infinity or no finite value yields the token -1 and increments
+ * no count. The random number of draw c with seed s is splitmix64's output for the state s + (c + 1) *
  * 0x9E3779B97F4A7C15, its upper 53 bits taken as a fraction: the caller owns the state, and the same seed and
- * counter give the same draw on every device.
+ * counter give the same random number on every device.
  */
 typedef struct qvl_sampling {
   uint32_t size;     /* sizeof(qvl_sampling) */
-  float temperature; /* 0: the likeliest token, the lower id of equals; at most 100 */
-  float top_p;       /* the smallest set of tokens that reaches this probability: 0 (the likeliest) to 1 */
-  int32_t top_k;     /* among the k likeliest; 0: all */
-  float
-      repetition_penalty;  /* over 0, up to 100; 1: none. Divides positive logits, multiplies negative ones */
-  float frequency_penalty; /* -100 to 100, times how often the token was generated */
-  float presence_penalty;  /* -100 to 100, once for a token that was generated */
+  float temperature; /* 0 to 100; 0: greedy, with the lowest id in a tie */
+  float top_p;       /* 0 (the likeliest token) to 1: sample from the smallest set with this probability */
+  int32_t top_k;     /* sample from the k likeliest tokens; 0: all */
+  float repetition_penalty; /* 1e-6 to 100; 1: none. Divides positive logits, multiplies negative ones */
+  float frequency_penalty;  /* -100 to 100; subtracted once per occurrence of a generated token */
+  float presence_penalty;   /* -100 to 100; subtracted once from each token that was generated */
   int32_t n_forbidden;
-  const int32_t* forbidden; /* ids whose logit becomes -1e10, such as stop tokens before the minimum length;
+  const int32_t* forbidden; /* ids whose logit is set to -1e10, such as stop tokens before the minimum length;
                                host memory */
   uint64_t seed;
-  uint64_t counter; /* number of this draw, 0 for a sequence's first */
+  uint64_t counter; /* index of this draw; 0 for the first of a sequence */
 } qvl_sampling;
 
-/* Set all fields: greedy, no penalties. `size` must be set. */
+/* Initialise all fields but `size`, which must be set before: greedy sampling without penalties. */
 QVL_API void qvl_sampling_init(qvl_sampling* sampling);
 
 /* Sample a token for each of n rows.
  *
  * logits: float32 [n, vocab], device memory; not changed.
- * sampling: n of them, host memory. sampling_size: sizeof(qvl_sampling).
- * counts: how often each row has generated each token, n pointers in host memory to int32 [vocab] in device
- * memory; the count of the sampled token is incremented. NULL, or NULL for a row: no counts, and the row may
- * have no penalties. tokens: int32 [n], device memory.
+ * sampling: [n], host memory. sampling_size: sizeof(qvl_sampling).
+ * counts: occurrences of each generated token per row, n pointers in host memory to int32 [vocab] in device
+ * memory; the count of the sampled token is incremented. NULL, or NULL for a row: no counts, and the row must
+ * not have penalties. tokens: int32 [n], device memory.
  */
 QVL_API qvl_status qvl_sample(qvl_engine* engine, int32_t n, const float* logits,
                               const qvl_sampling* sampling, uint32_t sampling_size, int32_t* const* counts,
@@ -498,22 +498,22 @@ typedef struct qvl_step_args {
   uint32_t size;          /* sizeof(qvl_step_args) */
   uint32_t sampling_size; /* sizeof(qvl_sampling) */
   const qvl_batch* batch;
-  /* Of each sequence without QVL_SEQUENCE_NO_LOGITS, in their order: `rows` of them. */
-  int32_t rows;                 /* as a check */
+  /* One row per sequence without QVL_SEQUENCE_NO_LOGITS, in their order. */
+  int32_t rows;                 /* number of rows, checked against the batch */
   int32_t n_logprobs;           /* 0 to 64: number of the likeliest tokens to return */
   const qvl_sampling* sampling; /* [rows], host memory */
   int32_t* const* counts;       /* as for qvl_sample */
   int32_t* tokens;              /* int32 [rows] */
   float* logprobs;     /* float32 [rows]: natural logarithm of the chosen token's probability under the
                           unchanged logits; may be NULL */
-  int32_t* top_tokens; /* int32 [rows, n_logprobs], the likeliest under the unchanged logits first, the lower
-                          id of equals; NULL if n_logprobs is 0 */
+  int32_t* top_tokens; /* int32 [rows, n_logprobs], in descending order under the unchanged logits, the lower
+                          id first in a tie; NULL if n_logprobs is 0 */
   float* top_logprobs; /* float32 [rows, n_logprobs] */
   float* logits;       /* float32 [rows, vocab], device memory; NULL: scratch memory of the engine */
 } qvl_step_args;
 
-/* tokens, logprobs, top_tokens and top_logprobs are in device memory or from qvl_host_alloc. A row with the
- * token -1 has top_tokens -1 and log-probabilities NaN. rows may be 0: only the pool is written.
+/* Run one step. tokens, logprobs, top_tokens and top_logprobs are in device memory or from qvl_host_alloc. A
+ * row with the token -1 has top_tokens -1 and log-probabilities NaN. With rows 0 only the pool is written.
  */
 QVL_API qvl_status qvl_step(qvl_engine* engine, qvl_kv_pool* pool, const qvl_step_args* args,
                             qvl_stream stream, qvl_error* error);
@@ -522,21 +522,22 @@ QVL_API qvl_status qvl_step(qvl_engine* engine, qvl_kv_pool* pool, const qvl_ste
 
 typedef struct qvl_request {
   int32_t n_tokens;             /* of the prompt, at least 1 */
-  int32_t n_spans;              /* images */
+  int32_t n_spans;              /* number of images */
   const int32_t* tokens;        /* [n_tokens], host memory */
-  const qvl_span* spans;        /* starts count from the beginning of this prompt */
+  const qvl_span* spans;        /* `start` is relative to the beginning of this prompt */
   int32_t max_new;              /* at least 1; n_tokens + max_new is at most max_positions */
-  int32_t min_new;              /* stop tokens are forbidden before */
-  const qvl_sampling* sampling; /* one; `forbidden` and `counter` are for the first token; the counter goes
-                                   up by one per token. NULL: greedy */
+  int32_t min_new;              /* stop tokens are forbidden before this number of tokens */
+  const qvl_sampling* sampling; /* a single struct; `counter` is that of the first token and increases by one
+                                   per token, `forbidden` applies to the first token. NULL: greedy */
   uint32_t span_size;           /* sizeof(qvl_span); 0: 16 */
   uint32_t reserved;
 } qvl_request;
 
 enum { QVL_FINISH_END = 1, QVL_FINISH_LENGTH = 2 };
 
-/* Callback with the tokens of a step. Called from the thread that called qvl_generate, in the order of steps;
- * a GPU may be some steps ahead. Return 0 to continue, else qvl_generate returns QVL_STOPPED.
+/* Callback with the tokens of a step. Called on the thread that called qvl_generate, in the order of steps; a
+ * GPU may be several steps ahead. Return 0 to continue; any other value makes qvl_generate return
+ * QVL_STOPPED.
  *
  * n: number of requests with a token in this step; requests, tokens: their indices and tokens [n].
  */
@@ -544,18 +545,18 @@ typedef int32_t (*qvl_on_step)(void* user, int32_t step, int32_t n, const int32_
                                const int32_t* tokens);
 
 typedef struct qvl_result {
-  int32_t n_tokens; /* generated, including a final stop token */
+  int32_t n_tokens; /* number of generated tokens, including a final stop token */
   int32_t finish;   /* QVL_FINISH_END, QVL_FINISH_LENGTH; 0: stopped by the callback */
   int32_t reserved[2];
 } qvl_result;
 
-/* Generate for n requests at once.
+/* Generate completions for a batch of n requests.
  *
  * end_ids: stop tokens, int32 [n_end], host memory.
- * pool: NULL for a pool created for this call, float32 for weights of that type, else bfloat16. A given pool
- * is overwritten. tokens: int32 [n, stride], host memory; row i receives the tokens of request i. stride is
- * at least the largest max_new. results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. The
- * lock of the engine is taken for each step, so that several calls can run at the same time.
+ * pool: NULL to create a pool for this call, float32 for float32 weights, else bfloat16. A given pool is
+ * overwritten. tokens: int32 [n, stride], host memory; row i receives the tokens of request i. stride: at
+ * least the largest max_new. results: [n]. request_size: sizeof(qvl_request). on_step: may be NULL. The
+ * engine's lock is taken separately for each step, so concurrent calls interleave.
  */
 QVL_API qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const qvl_request* requests,
                                 uint32_t request_size, int32_t n_end, const int32_t* end_ids,

@@ -1,12 +1,12 @@
-// The engine as Paddle's custom operators. Each takes the weights as its last input and describes them in
+// Paddle custom operators that run the engine. The last input of each is the list of weights, described by
 // attributes:
 //   sizes    stages, hidden, layers, heads, head_dim, mlp_width, vocab, seq_length, max_positions,
 //            dynamic_ntk, logn, image_size, patch_size, vision_width, vision_layers, vision_heads,
 //            vision_mlp_width, n_queries
 //   norm_epsilon, rotary_base
-//   names, dtypes, shapes  of the weights, in the order of the input; dtypes are qvl_dtype, shapes four each
+//   names, dtypes, shapes  of the weights, in the order of the input: qvl_dtype, four dimensions per weight
 //
-// Tensors are on the CPU, even if the engine computes on a GPU.
+// Tensors are on the CPU even if the engine runs on a GPU.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -41,7 +41,7 @@ std::string text(const Shape& shape) {
   return all + "]";
 }
 
-// Values of an input, which must have this type and shape; -1: any length.
+// Values of an input after a check of its type and shape; -1: any length.
 template <typename T>
 const T* values(const Tensor& tensor, const char* name, const Shape& shape) {
   const Shape given = tensor.shape();
@@ -55,7 +55,7 @@ const T* values(const Tensor& tensor, const char* name, const Shape& shape) {
   return tensor.data<T>();
 }
 
-// Input with one value for each of n rows, [n, 1].
+// Input with one value per row, [n, 1].
 template <typename T>
 const T* column(const Tensor& tensor, const char* name, int64_t n) {
   return values<T>(tensor, name, {n, 1});
@@ -96,9 +96,9 @@ std::vector<paddle::DataType> encode_images_dtype(const paddle::DataType&,
   return {paddle::DataType::FLOAT32};
 }
 
-// ---- a whole generation, as the stock predictor requests it ---------------------------------------------
+// ---- generation of whole completions, as requested by the stock predictor --------------------------------
 
-// Parameters and state of a row; semantics as in modeling/generation.py.
+// Parameters and state of a row, as in modeling/generation.py.
 struct Row {
   int64_t done, max_length, min_length, last = 0;
   bool stopped;
@@ -127,7 +127,7 @@ int32_t on_step(void* user, int32_t, int32_t n, const int32_t* requests, const i
   return stopped >= progress.stop_nums;
 }
 
-// Token id for the engine; -1 for an id outside the vocabulary, which matches no token.
+// Convert a token id; -1, which matches no token, for an id outside the vocabulary.
 int32_t as_id(int64_t id, int64_t vocab) {
   return id >= 0 && id < vocab ? static_cast<int32_t>(id) : -1;
 }
@@ -214,7 +214,7 @@ std::vector<Tensor> generate(const Tensor& input_ids, const Tensor& features, co
     sampling[i].frequency_penalty = frequencies[i];
     sampling[i].presence_penalty = presences[i];
     sampling[i].top_p = top_ps[i];
-    // With top_p 0 upstream takes the likeliest token at any temperature.
+    // With top_p 0 upstream takes the likeliest token, regardless of the temperature.
     sampling[i].temperature = top_ps[i] > 0 ? std::clamp(temperatures[i], 1e-6f, 100.0f) : 0;
     sampling[i].seed = seed + i;
     requests.push_back(request);

@@ -25,13 +25,13 @@ struct Entry {
   phi::Allocation::DeleterFnPtr deleter;  // original deleter of the allocation
 };
 
-// Sessions by the allocation of the first weight.
+// Sessions, keyed by the allocation of the first weight.
 std::map<const phi::Allocation*, Entry>& sessions() {
-  static auto* const all = new std::map<const phi::Allocation*, Entry>;  // outlives every predictor
+  static auto* const all = new std::map<const phi::Allocation*, Entry>;  // must outlive all predictors
   return *all;
 }
 
-// Deleter of a first weight's allocation, called when its program is destroyed.
+// Deleter of the first weight's allocation, called when the program is destroyed.
 void end_session(phi::Allocation* allocation) {
   Entry entry{};
   {
@@ -117,13 +117,13 @@ void check(qvl_status status, const qvl_error& error) {
 }
 
 void check_sizes(const std::vector<int>& sizes) {
-  require(sizes.size() == N_SIZES, "the operator's attributes are of another version; export again");
+  require(sizes.size() == N_SIZES, "the operator's attributes have a different version; export again");
 }
 
 Session::Session(const Description& d, const std::vector<paddle::Tensor>& weights) {
   const size_t n = weights.size();
   require(d.names.size() == n && d.dtypes.size() == n && d.shapes.size() == 4 * n,
-          "the operator has " + std::to_string(n) + " weights, and its attributes describe " +
+          "the operator has " + std::to_string(n) + " weights, but its attributes describe " +
               std::to_string(d.names.size()));
   const qvl_config config = make_config(d);
   std::vector<qvl_tensor> tensors(n);
@@ -179,9 +179,9 @@ std::shared_ptr<Session> session(const Description& description, const std::vect
     old = std::exchange(found->second.session, made);
     return made;
   }
-  // Paddle has no hook for the end of a program, but an allocation may have a deleter, and move assignment
-  // swaps two allocations. The original allocation must not free the memory here, so it is left in a buffer
-  // whose destructor never runs.
+  // Paddle has no hook for the destruction of a program, but an allocation may have a deleter, and move
+  // assignment swaps two allocations. The original allocation must not free the memory here, so it stays in a
+  // buffer whose destructor never runs.
   sessions()[key] = {made, key->deleter()};
   alignas(phi::Allocation) unsigned char before[sizeof(phi::Allocation)];
   *key = std::move(*new (before) phi::Allocation(key->ptr(), key->size(), end_session, key->place()));
@@ -190,12 +190,12 @@ std::shared_ptr<Session> session(const Description& description, const std::vect
 
 }  // namespace qvl::paddle_ops
 
-// Threads of engines created from now on; 0: the default of qvl_config.
+// Set the number of threads of engines created later; 0: the default of qvl_config.
 extern "C" __attribute__((visibility("default"))) void qwenvl_set_threads(int32_t n) {
   qvl::paddle_ops::n_threads = n;
 }
 
-// GPU of engines created from now on; -1: the CPU. Before the first call QWENVL_DEVICE decides.
+// Set the GPU of engines created later; -1: the CPU. Until the first call QWENVL_DEVICE determines it.
 extern "C" __attribute__((visibility("default"))) void qwenvl_set_gpu(int32_t index) {
   qvl::paddle_ops::gpu = index;
 }

@@ -1,5 +1,5 @@
-// Engines behind the custom operators: created at an operator's first run, looked up by its weights, and
-// freed with them.
+// Engines of the custom operators: created on an operator's first run, looked up by its weights, and freed
+// with them.
 #pragma once
 
 #include <cstdint>
@@ -22,17 +22,17 @@ enum Size {
   N_SIZES = 18,
 };
 
-// Attributes of an operator: config of the engine and description of its weights; ops.cc has their order.
+// Attributes of an operator: the engine's config and the description of its weights, ordered as in ops.cc.
 struct Description {
   const std::vector<int>& sizes;
   float norm_epsilon, rotary_base;
   const std::vector<std::string>& names;
   const std::vector<int>& dtypes;
-  const std::vector<int>& shapes;  // four per weight, 0 after the last axis
+  const std::vector<int>& shapes;  // four dimensions per weight, padded with 0
 };
 
-// An engine and the addresses of its weights at its creation. The program owns the weights; a session does
-// not keep them.
+// An engine, and the addresses of its weights at its creation. The program owns the weights; a session does
+// not extend their lifetime.
 class Session {
  public:
   Session(const Description& description, const std::vector<paddle::Tensor>& weights);
@@ -42,7 +42,7 @@ class Session {
 
   qvl_engine* engine() const { return engine_; }
 
-  // Whether the weights are still at the addresses that the engine reads.
+  // Whether the weights are still at the addresses used by the engine.
   bool matches(const std::vector<paddle::Tensor>& weights) const;
 
  private:
@@ -53,7 +53,7 @@ class Session {
 // Find or create the session of these weights.
 std::shared_ptr<Session> session(const Description& description, const std::vector<paddle::Tensor>& weights);
 
-// Throw Paddle's own exception with this message: its executor loses the text of other exceptions.
+// Throw Paddle's exception type with this message: its executor loses the text of other exceptions.
 [[noreturn]] void fail(const std::string& message);
 
 inline void require(bool condition, const std::string& message) {

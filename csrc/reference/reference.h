@@ -1,4 +1,4 @@
-// The computations of the kernels as plain loops in double precision: the reference of the tests.
+// Reference implementations of the kernels for the tests: plain loops in double precision.
 #pragma once
 
 #include <cstdint>

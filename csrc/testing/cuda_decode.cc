@@ -1,4 +1,4 @@
-// The launchers of decode steps for tests/cuda: C functions that return NULL or an error message.
+// C interface to the launchers of decode steps for tests/cuda. Functions return NULL or an error message.
 #include <exception>
 #include <string>
 
@@ -96,7 +96,7 @@ EXPORT const char* decode_attention(int half, CUstream stream, const void* q, co
   });
 }
 
-// fused 0: rotate_and_store and attention_decode; 1: attention_step.
+// fused: 0: rotate_and_store, then attention_decode; 1: attention_step.
 EXPORT const char* decode_step(int half, CUstream stream, int fused, const void* qkv,
                                const int32_t* positions, const int32_t* angle_tables, const int32_t* tables,
                                const int32_t* blocks, int max_blocks, const float* cos, const float* sin,

@@ -1,5 +1,5 @@
-// The functions for prompts and images of cuda/ops.h as C functions, for tests/cuda. Pointers are device
-// memory; they return NULL, or an error message.
+// C interface to the functions of cuda/ops.h for prompts and images, for tests/cuda. Pointers are device
+// memory. Functions return NULL or an error message.
 #include <string>
 
 #include "core/error.h"

@@ -1,5 +1,5 @@
-// The kernels between the products, and sampling, as C functions for tests/cuda. Pointers are device memory
-// unless noted. A function returns NULL, or an error message.
+// C interface to the kernels between the products and to sampling, for tests/cuda. Pointers are device memory
+// unless noted. Functions return NULL or an error message.
 #include "core/error.h"
 #include "cuda/low_rank.h"
 #include "cuda/ops.h"
@@ -50,7 +50,7 @@ EXPORT const char* qvlt_gpu_gather_columns(int64_t bfloat16, CUstream stream, co
   });
 }
 
-// adapters: [n] addresses of LowRankEntry of kernels/low_rank.h; raw float32 [n, out], or NULL.
+// adapters: [n] addresses of LowRankEntry (kernels/low_rank.h); raw: float32 [n, out], or NULL.
 EXPORT const char* qvlt_gpu_low_rank(int64_t bfloat16, CUstream stream, const uint64_t* adapters,
                                      const int32_t* order, int64_t product, const void* x, int64_t x_stride,
                                      int64_t in, int64_t n, void* low, int64_t low_stride, int64_t out,

@@ -1,4 +1,4 @@
-// Single kernels and their references as C functions, for the tests (tests/csrc) and the benchmark. Not part
+// C interface to single kernels and their references, for the tests (tests/csrc) and the benchmark. Not part
 // of the library. Functions return 0, or 1 if this processor lacks the instructions.
 #include <algorithm>
 #include <cstring>
@@ -33,8 +33,8 @@ int with_context(qvl_isa isa, int threads, Body&& body) {
 
 }  // namespace
 
-// The first n_prompt of the n_x activations by the blocked product, the others by the matrix-vector kernels.
-// order: see Matrix, may be NULL.
+// Multiply the first n_prompt of the n_x activations by the blocked product, the others by the matrix-vector
+// kernels. order: see Matrix, may be NULL.
 EXPORT int qvlt_linear(qvl_isa isa, int threads, qvl_dtype dtype, int64_t n_prompt, int64_t n_x, int64_t rows,
                        int64_t k, const float* x, const void* packed, const int32_t* order, const float* bias,
                        int add, float* y) {
@@ -104,8 +104,8 @@ EXPORT double qvlt_cpu_quota(const char* cgroup_file, const char* root) {
   return cpu_quota(cgroup_file, root);
 }
 
-// Write all blocks of a pool from `data`, copy block `from` to block `to`, and read all into `out`. Returns
-// the bytes of a block.
+// Write all blocks of a pool from `data`, copy block `from` to block `to`, and read all blocks into `out`.
+// Return the bytes per block.
 EXPORT int64_t qvlt_pool_blocks(qvl_dtype dtype, int layers, int heads, int head_dim, int n_blocks,
                                 int block_tokens, const char* data, int from, int to, char* out) {
   qvl_config config{};
@@ -120,8 +120,8 @@ EXPORT int64_t qvlt_pool_blocks(qvl_dtype dtype, int layers, int heads, int head
   return static_cast<int64_t>(bytes);
 }
 
-// q, k and v as in reference.h, keys and values by way of a pool of the type `dtype` with blocks of `tile`
-// tokens. decode: each query by itself, as in a decode step.
+// Attention with q, k and v as in reference.h, the keys and values in a pool of type `dtype` with blocks of
+// `tile` tokens. decode: compute each query separately, as in a decode step.
 EXPORT int qvlt_attention(qvl_isa isa, int threads, qvl_dtype dtype, int tile, int rounded, int decode,
                           int64_t heads, int64_t head_dim, int64_t n, int64_t n_keys, int causal,
                           const float* q, const float* k, const float* v, float* out) {

@@ -1,5 +1,5 @@
-// The versions of csrc/textbook as C functions, for the tests and benchmarks/textbook.py. A version is
-// counted from 0. Functions return 0, or 1 where this processor lacks the ISA.
+// C interface to the versions of csrc/textbook, for the tests and benchmarks/textbook.py. Versions are
+// numbered from 0. Functions return 0, or 1 if this processor lacks the ISA.
 #include "textbook/versions.h"
 
 #include <algorithm>
@@ -45,7 +45,7 @@ int done(Body&& body) {
 
 }  // namespace
 
-// kernel: 0 matvec_bf16, 1 matvec_int4, 2 attention. NULL after the last version.
+// Name of a version; NULL after the last one. kernel: 0 matvec_bf16, 1 matvec_int4, 2 attention.
 EXPORT const char* qvlt_textbook_name(int kernel, int version) {
   const Versions& all = *generic_versions();
   return kernel == 0   ? all.matvec_bf16[version].name

@@ -1,4 +1,4 @@
-// Timings without the overhead of an interpreter.
+// Timings without interpreter overhead.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -27,8 +27,8 @@ double seconds(Body&& body) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Read a chunk of memory as four streams with prefetches of the next chunk, or as one without: which is
-// faster depends on the processor.
+// Read a chunk of memory as four streams with prefetches of the next chunk, or as one stream without; which
+// is faster depends on the processor.
 #if defined(__x86_64__)
 __attribute__((target("avx2")))
 #endif
@@ -51,8 +51,8 @@ uint64_t read_chunk(const char* from, int64_t bytes, bool streams) {
 
 constexpr int kWaysToRead = 3;
 
-// Read memory in one of three ways, in chunks of at most 64 KiB; the rest after the last whole chunk is left
-// out.
+// Read memory in one of three ways, in chunks of at most 64 KiB; omits the remainder after the last whole
+// chunk.
 uint64_t read_memory(const char* from, int64_t bytes, int way) {
   const int64_t stretch = way == 2 ? 1 << 16 : 1 << 14;
   uint64_t total = 0;
@@ -82,7 +82,7 @@ __attribute__((target("avx512f,avx512bf16"))) double bf16_products(int64_t n) {
 
 }  // namespace
 
-// Operations per second of the bfloat16 instruction, on registers alone; 0 without the instruction.
+// Operations per second of the bfloat16 instruction on registers; 0 without the instruction.
 EXPORT double qvlt_bf16_peak(int threads) {
 #if defined(__x86_64__)
   if (!__builtin_cpu_supports("avx512bf16")) return 0;
@@ -105,8 +105,8 @@ EXPORT double qvlt_bf16_peak(int threads) {
 #endif
 }
 
-// Bytes per second that `threads` threads read from memory, the best of `repeats` passes over `bytes`, which
-// alternate between three ways of reading.
+// Memory read bandwidth of `threads` threads in bytes per second: the best of `repeats` passes over `bytes`,
+// which alternate between three ways of reading.
 EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
   ThreadPool pool(threads);
   Buffer buffer(static_cast<size_t>(bytes));
@@ -128,14 +128,14 @@ EXPORT double qvlt_read_bandwidth(int threads, int64_t bytes, int repeats) {
   return static_cast<double>(bytes) / best;
 }
 
-// Reads `bytes` of memory in the calling thread; way: 0 to 2, which is fastest depends on the processor.
+// Read `bytes` of memory in the calling thread. way: 0 to 2; which is fastest depends on the processor.
 EXPORT uint64_t qvlt_read_memory(const char* memory, int64_t bytes, int way) {
   return read_memory(memory, bytes, way);
 }
 
-// Seconds of one product of n_x activations, as rows of a prompt or of a decode step, with a [rows, k]
-// matrix, the best of `repeats`, each with the next of `copies` matrices so that none is in a cache; negative
-// on failure.
+// Seconds per product of n_x activations, as rows of a prompt or of a decode step, with a [rows, k] matrix:
+// the best of `repeats`, each with the next of `copies` matrices so that none is in a cache. Negative on
+// failure.
 EXPORT double qvlt_time_linear(qvl_isa isa, int threads, qvl_dtype dtype, int decode, int64_t n_x,
                                int64_t rows, int64_t k, int copies, int repeats) {
   double best = 1e9;

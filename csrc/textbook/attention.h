@@ -4,9 +4,9 @@
 //                              values [n][head_dim]  bfloat16   weight[t] = e^(score[t] - maximum) / sum
 //   tile                       keys   ...                       out       = sum over t of weight[t] value[t]
 //
-// Cost: keys and values are read once, 4 n_keys head_dim bytes, and take 4 n_keys head_dim FLOPs and n_keys
+// Cost: keys and values are read once, 4 n_keys head_dim bytes, for 4 n_keys head_dim FLOPs and n_keys
 // exponentials: one FLOP per byte. The bound is memory bandwidth, as for the weights; with 2000 keys a decode
-// step of the 7B model reads 32.8 MB of keys and values in each layer, beside 405 MB of weights in bfloat16.
+// step of the 7B model reads 32.8 MB of keys and values per layer, compared with 405 MB of bfloat16 weights.
 #pragma once
 
 #include "textbook/common.h"
@@ -18,7 +18,7 @@ namespace one_query {
 using qvl::cpu::KvTile;
 using qvl::textbook::Query;
 
-// body(key, value) for each token in order.
+// Call body(key, value) for each token in order.
 template <typename Body>
 QVL_INLINE void each_token(const Query& p, Body&& body) {
   for (const KvTile* tile = p.tiles; tile != p.tiles + p.n_tiles; ++tile) {
@@ -36,8 +36,8 @@ QVL_INLINE float scalar_dot(const float* q, const BFloat16* key, int head_dim) {
 }
 
 // Two passes with a buffer of scores: the keys for the scores and their maximum (without which e^score
-// overflows), then the values. Bound by latency: the additions of a dot product wait for one another. The
-// additions of a value do not; a compiler makes vectors of that loop.
+// overflows), then the values. Bound by latency: the additions of a dot product depend on each other. Those
+// of the values do not, and the compiler vectorises that loop.
 void v1(const Query& p) {
   float* scores = p.scratch;
   int n = 0;
@@ -59,9 +59,9 @@ void v1(const Query& p) {
   });
 }
 
-// Online softmax (Milakov and Gimelshein, arXiv:1805.02867): one pass, no buffer. The sums so far belong to
-// the maximum so far; a larger score scales them down. Not faster yet: the gain is that parts of the keys can
-// be computed apart and merged, in tiles here, by several threads in cpu/attention.cc.
+// Online softmax (Milakov and Gimelshein, arXiv:1805.02867): one pass, no buffer. The running sums are
+// relative to the running maximum; a larger score rescales them. Not faster yet, but parts of the keys can
+// now be computed separately and merged: in tiles here, by several threads in cpu/attention.cc.
 void v2(const Query& p) {
   float most = -__builtin_inff(), total = 0;
   for (int d = 0; d < p.head_dim; ++d) p.out[d] = 0;
@@ -86,7 +86,7 @@ QVL_INLINE void finish(const Query& p, const float* sums, float total) {
               [&](int d, int some) { store_some(p.out + d, load<Floats>(sums + d) * (1 / total), some); });
 }
 
-// Raise the maximum to `score` if that is larger, and scale the sums of values to it. Returns the factor.
+// Raise the maximum to `score` if that is larger, and rescale the sums of values. Return the factor.
 QVL_INLINE float raise_maximum(const Query& p, float score, float& most, float* sums) {
   if (score <= most) return 1;
   const float shrink = exp(all(most - score))[0];
@@ -95,8 +95,8 @@ QVL_INLINE float raise_maximum(const Query& p, float score, float& most, float* 
   return shrink;
 }
 
-// kLanes channels at once. Bound by latency still: a dot product of 128 channels is a chain of 128 / kLanes
-// additions and the adding-up of its lanes, and an exponential computes kLanes equal values to use one.
+// kLanes channels at a time. Still bound by latency: a dot product of 128 channels is a chain of 128 / kLanes
+// additions and a horizontal sum, and an exponential computes kLanes equal values to use one.
 void v3(const Query& p) {
   float* sums = p.scratch;
   float most = -__builtin_inff(), total = 0;
@@ -115,12 +115,12 @@ void v3(const Query& p) {
   finish(p, sums, total);
 }
 
-// Ask for the key or the values of a token, in lines of 64 bytes.
+// Prefetch the key or the value of a token, in lines of 64 bytes.
 QVL_INLINE void prefetch_token(const BFloat16* token, int head_dim) {
   for (int d = 0; d < head_dim; d += 32) prefetch(token + d);
 }
 
-// v4 and v5: groups of up to kLanes keys of a tile.
+// v4 and v5: process a tile in groups of up to kLanes keys.
 template <bool Prefetch>
 QVL_INLINE void groups_of_keys(const Query& p) {
   float* sums = p.scratch;
@@ -160,21 +160,22 @@ QVL_INLINE void groups_of_keys(const Query& p) {
   finish(p, sums, sum(total));
 }
 
-// kLanes keys, then their values: the lanes of the dot products are added up together (sums_of), one
-// exponential and one correction serve all. Fewer instructions, but reads stop and start, keys here and
-// values there, and the processor's prefetcher begins anew each time. Bound by the latency of memory.
+// kLanes keys, then their values: the lanes of all dot products are summed together (sums_of), with one
+// exponential and one rescaling for all keys. Fewer instructions, but the reads alternate between keys and
+// values, and the hardware prefetcher restarts each time. Bound by memory latency.
 void v4(const Query& p) {
   groups_of_keys<false>(p);
 }
 
-// The values are prefetched while their scores are computed, and the next keys while the values are added.
+// Prefetches values during the computation of their scores, and the next keys during the addition of values.
 void v5(const Query& p) {
   groups_of_keys<true>(p);
 }
 
-// The production kernel (cpu/kernels/attention.h), on up to 256 keys at once: kLanes dot products side by
-// side share a vector of q, one correction and one pass of exponentials serve all keys, four vectors of sums
-// stay in registers over all values, and values and the next tile's keys are prefetched during the scores.
+// The production kernel (cpu/kernels/attention.h), on up to 256 keys at a time: kLanes interleaved dot
+// products share a vector of q, one rescaling and one pass of exponentials serve all keys, four vectors of
+// sums stay in registers over all values, and values and the next tile's keys are prefetched during the
+// scores.
 void v6(const Query& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   float* sums = p.scratch;

@@ -1,11 +1,11 @@
-// What the versions share: bfloat16 one value at a time, and rows of any length in vectors.
+// Helpers shared by the versions: conversion of single bfloat16 values, and vectors for rows of any length.
 #pragma once
 
 #include "cpu/kernels/simd.h"
 
 namespace {
 
-// A bfloat16 is the upper half of a float32.
+// Convert a bfloat16, the upper half of a float32.
 QVL_INLINE float to_float(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
@@ -13,7 +13,7 @@ QVL_INLINE float to_float(uint16_t bits) {
   return value;
 }
 
-// body(i, some) for each vector of n values: from value i on, `some` of kLanes exist.
+// Call body(i, some) for each vector of n values: it starts at value i and has `some` of kLanes values.
 template <typename Body>
 QVL_INLINE void each_vector(int n, Body&& body) {
   int i = 0;
@@ -21,7 +21,7 @@ QVL_INLINE void each_vector(int n, Body&& body) {
   if (i < n) body(i, n - i);
 }
 
-// The first `some` values at memory, zero in the other lanes.
+// Load the first `some` values; the other lanes are zero.
 QVL_INLINE Floats some_of(const BFloat16* memory, int some) {
   return some == kLanes ? load_floats(memory) : load_some(memory, some);
 }

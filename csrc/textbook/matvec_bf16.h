@@ -5,10 +5,10 @@
 //   row 1   w w w w w w w w ...              x     y[row] = sum over k of w[row][k] * x[k]
 //   ...                                      :
 //
-// Cost: each weight is read once, 2 rows k bytes, and takes one multiplication and one addition, 2 rows k
-// FLOPs: one FLOP per byte. A core with AVX2 does 32 FLOPs per cycle and gets about 5 bytes per cycle from
-// memory, so the bound is memory bandwidth. x (16 KiB for k = 4096) stays in the first-level cache. Until a
-// version reads at memory speed, something else binds it; each names what.
+// Cost: each weight is read once, 2 rows k bytes, for one multiplication and one addition, 2 rows k FLOPs:
+// one FLOP per byte. A core with AVX2 executes 32 FLOPs per cycle and reads about 5 bytes per cycle from
+// memory, so the bound is memory bandwidth. x (16 KiB for k = 4096) stays in the L1 cache. Versions that do
+// not reach memory bandwidth name their bottleneck.
 #pragma once
 
 #include "textbook/common.h"
@@ -19,8 +19,8 @@ namespace bf16 {
 
 using qvl::textbook::Product;
 
-// The textbook loop. Bound by latency: each addition waits for the one before, 4 cycles or so for 2 bytes. A
-// compiler may not reorder floating-point additions, so it makes no vectors of this loop.
+// The textbook loop. Bound by latency: each addition waits for the previous one, about 4 cycles for 2 bytes.
+// The compiler must not reorder floating-point additions, so it does not vectorise this loop.
 void v1(const Product& p) {
   const auto* w = static_cast<const uint16_t*>(p.weights);
   for (int64_t row = 0; row < p.rows; ++row, w += p.k) {
@@ -30,8 +30,8 @@ void v1(const Product& p) {
   }
 }
 
-// kLanes columns at once (4, 8 or 16), each lane with a sum, added up at the end of the row. One fused
-// multiply-add now does kLanes products. Still bound by latency: 4 cycles for 2 kLanes bytes.
+// kLanes columns at a time (4, 8 or 16), one sum per lane, with a horizontal sum at the end of the row. One
+// fused multiply-add computes kLanes products. Still bound by latency: 4 cycles for 2 kLanes bytes.
 void v2(const Product& p) {
   const auto* w = static_cast<const BFloat16*>(p.weights);
   for (int64_t row = 0; row < p.rows; ++row, w += p.k) {
@@ -41,8 +41,8 @@ void v2(const Product& p) {
   }
 }
 
-// Four sums that do not wait for one another: the processor starts an addition while the previous ones are in
-// flight. Bound by reads now: one row is one stream, and a core keeps too few of its cache lines in flight.
+// Four independent sums: the processor starts an addition while the previous ones are in flight. Now bound by
+// reads: a row is a single stream, of which a core keeps too few cache lines in flight.
 void v3(const Product& p) {
   constexpr int kSums = 4;
   const auto* w = static_cast<const BFloat16*>(p.weights);
@@ -61,8 +61,8 @@ void v3(const Product& p) {
   }
 }
 
-// R rows of v4 and v5. Two weights are a 32-bit word: a shift makes a float32 of the lower, a mask of the
-// upper. The production kernel's prepare_x puts the even and the odd elements of x apart to match.
+// R rows of v4 and v5. Two weights are a 32-bit word: a shift converts the lower one to float32, a mask the
+// upper one. The production kernel's prepare_x separates the even and odd elements of x to match.
 template <int R>
 QVL_INLINE void rows_of_pairs(const Product& p, int64_t row) {
   constexpr int kPairs = 2 * kLanes;
@@ -87,16 +87,16 @@ QVL_INLINE void rows_of_pairs(const Product& p, int64_t row) {
   for (int r = 0; r < R; ++r) p.y[row + r] = sum(low[r] + high[r]);
 }
 
-// One full-width load of weights for two vectors of products, and no widening: fewer instructions per weight,
-// so more of the core is free, but no faster while one stream of reads binds. The rearranged x costs k
+// One full-width load of weights for two vectors of products, without widening: fewer instructions per
+// weight, but no faster, because a single stream of reads remains the bottleneck. Rearranging x costs k
 // operations once, for rows k products.
 void v4(const Product& p) {
   qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
   for (int64_t row = 0; row < p.rows; ++row) rows_of_pairs<1>(p, row);
 }
 
-// Four rows at once: four streams of reads, of which more lines are in flight than of one. A vector of x is
-// loaded once for four products, and eight sums hide the latency. Bound by memory.
+// Four rows at a time: four streams of reads keep more cache lines in flight than one. A vector of x is
+// loaded once for four products, and eight sums hide the latency. Bound by memory bandwidth.
 void v5(const Product& p) {
   constexpr int kRows = 4;
   qvl::cpu::QVL_KERNELS()->prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);
@@ -106,10 +106,10 @@ void v5(const Product& p) {
 }
 
 // The production kernel (cpu/kernels/matvec_bf16.h): wide pairs, read in memory order, with each cache line
-// prefetched 64 KiB ahead, and all products of a row in one sum: one order of additions serves any number of
-// activations, so a request gets the same bits alone and in a batch. With several activations it takes
-// several rows at once, with one activation a single row: one thread with AVX2 is then slower than v5
-// (README.md).
+// prefetched 64 KiB ahead, and all products of a row in one sum. The order of additions does not depend on
+// the number of activations, so a request gets the same bits with and without batching. It processes several
+// rows at a time with several activations, but a single row with one activation: one thread with AVX2 is then
+// slower than v5 (README.md).
 void v6(const Product& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   kernels.prepare_x[QVL_BFLOAT16](p.x, 0, 1, p.k, p.scratch);

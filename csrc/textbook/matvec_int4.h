@@ -1,6 +1,6 @@
 // Matrix-vector product with int4 weights, from the textbook loop to the production kernel. Group size 128.
 //
-//   128 values of a row are 32 words of 16 bits; value 32 j + i is nibble j of word i, plus 8:
+//   128 values of a row are 32 words of 16 bits; nibble j of word i is value 32 j + i, plus 8:
 //
 //   bits     15..12        11..8         7..4          3..0
 //   word 0   value 96      value 64      value 32      value 0
@@ -8,9 +8,9 @@
 //   ...
 //   word 31  value 127     value 95      value 63      value 31
 //
-// Cost: rows k / 2 bytes of values and rows k / 64 of scales, 2 rows k FLOPs: four FLOPs per byte. Memory
-// bandwidth is still the bound that can be reached, but unpacking a value now costs more than its product, so
-// the number of instructions per weight decides.
+// Cost: rows k / 2 bytes of values and rows k / 64 of scales, 2 rows k FLOPs: four FLOPs per byte. The lower
+// bound is still memory bandwidth, but unpacking a value costs more than its product, so the number of
+// instructions per weight determines the speed.
 #pragma once
 
 #include "cpu/kernels/matvec_int4.h"
@@ -28,7 +28,7 @@ QVL_INLINE float scale_at(const Product& p, int64_t group) {
   return to_float(static_cast<const uint16_t*>(p.scales)[group]);
 }
 
-// Unpack each value to float32 and multiply. Bound by instructions: about ten per weight, half a byte.
+// Unpack each value to float32 and multiply. Bound by instructions: about ten per weight of half a byte.
 void v1(const Product& p) {
   const int width = round_up(p.k, kGroup);
   for (int64_t row = 0; row < p.rows; ++row) {
@@ -42,10 +42,10 @@ void v1(const Product& p) {
   }
 }
 
-// kLanes values at once. The layout serves this: neighbours in a row are the same nibble of neighbouring
-// words, so one shift and one mask unpack a whole vector. The scale leaves the inner loop: the group's sum is
-// multiplied. x is padded with zero to whole groups, so no group is cut. Bound by instructions: load, shift,
-// mask, widen, subtract, convert, multiply-add for kLanes weights.
+// kLanes values at a time. Adjacent values of a row are the same nibble of adjacent words, so one shift and
+// one mask unpack a whole vector. The scale moves out of the inner loop to the group's sum. x is padded with
+// zeros to whole groups. Bound by instructions: load, shift, mask, widen, subtract, convert, multiply-add for
+// kLanes weights.
 void v2(const Product& p) {
   const int width = round_up(p.k, kGroup);
   auto* x = static_cast<float*>(p.scratch);
@@ -70,8 +70,9 @@ void v2(const Product& p) {
   }
 }
 
-// R rows of v3 to v5, with x in 8 bits (cpu/kernels/quantised_x.h): blocks of float32 scales, one per 32-bit
-// lane, the beginning of each group's sum, and the bytes in the order of the nibbles.
+// R rows of v3 to v5, with x quantised to 8 bits (cpu/kernels/quantised_x.h): a block contains float32
+// scales, one per 32-bit lane, the initial value of each group's sum, and the bytes in the order of the
+// nibbles.
 template <int R, bool Prefetch = false>
 QVL_INLINE void integer_rows(const Product& p, int64_t row) {
   constexpr int kAhead = 65536;  // bytes
@@ -113,18 +114,18 @@ QVL_INLINE void integer_rows(const Product& p, int64_t row) {
 }
 
 // Activations as int8, so the products are integers: one instruction (vpdpbusd, or vpmaddubsw and vpmaddwd)
-// multiplies and adds 4 kLanes bytes, and unpacking makes bytes, not floats, 4 times as many per vector. The
-// 8 in each value is not subtracted: a sum begins with -8 times the sum of the activations. Rounds each
-// activation by at most 1/254 of the largest of 32, which the reference in the test does as well. Bound by
-// instructions: load, shifts and masks of two nibbles, multiply-add.
+// multiplies and adds 4 kLanes bytes, and unpacking yields bytes instead of floats, 4 times as many per
+// vector. The offset 8 of the values is not subtracted: a sum starts at -8 times the sum of the activations.
+// The rounding error of an activation is at most 1/254 of the largest of 32; the test's reference rounds
+// likewise. Bound by instructions: load, shifts and masks of two nibbles, multiply-add.
 void v3(const Product& p) {
   qvl::cpu::QVL_KERNELS()->prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);
   for (int64_t row = 0; row < p.rows; ++row) integer_rows<1>(p, row);
 }
 
-// Three rows at once: a vector of x and its scales are loaded once for three, and three sums do not wait for
-// one another. With AVX2 more rows would run out of registers. From memory this alone gains nothing: three
-// streams of 2 to 6 KB, and the processor's prefetcher begins anew with each.
+// Three rows at a time: a vector of x and its scales are loaded once for three rows, and the three sums are
+// independent. AVX2 lacks the registers for more rows. With weights in memory this is no faster: three
+// streams of 2 to 6 KB, and the hardware prefetcher restarts with each.
 template <bool Prefetch>
 QVL_INLINE void groups_of_rows(const Product& p) {
   constexpr int kRows = 3;
@@ -137,13 +138,13 @@ void v4(const Product& p) {
   groups_of_rows<false>(p);
 }
 
-// Prefetch as many lines as are read, 64 KiB ahead, in the order of memory.
+// Prefetches a cache line per line read, 64 KiB ahead, in memory order.
 void v5(const Product& p) {
   groups_of_rows<true>(p);
 }
 
 // The production kernel (cpu/kernels/matvec_int4.h): v5 with the groups of a block unrolled and their scales
-// widened together.
+// converted together.
 void v6(const Product& p) {
   const qvl::cpu::Kernels& kernels = *qvl::cpu::QVL_KERNELS();
   kernels.prepare_x[QVL_INT4_G128](p.x, 0, 1, p.k, p.scratch);

@@ -1,5 +1,4 @@
-// The numbered versions of three CPU kernels as tables of functions, one table per ISA. README.md is the
-// guide.
+// The numbered versions of three CPU kernels as tables of functions, one table per ISA; see README.md.
 #pragma once
 
 #include "cpu/kernels/table.h"
@@ -18,7 +17,7 @@ struct Product {
 };
 
 // out [head_dim] = softmax(q . keys) values, for one query and one head; the caller has scaled q. The keys
-// and values are bfloat16, in tiles as a block table names them.
+// and values are bfloat16, in tiles located by a block table.
 struct Query {
   const float* q;
   int head_dim;
@@ -36,7 +35,7 @@ struct Version {
 
 constexpr int kMaxVersions = 8;
 
-// From the textbook loop to the production kernel; after the last version `run` is NULL.
+// Versions from the textbook loop to the production kernel; the entry after the last one has a NULL `run`.
 struct Versions {
   Version<Product> matvec_bf16[kMaxVersions];
   Version<Product> matvec_int4[kMaxVersions];

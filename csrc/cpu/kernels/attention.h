@@ -1,30 +1,31 @@
-// Attention with an online softmax: softmax(q k^T) v of one head, one tile of keys and values after another,
-// so that scores exist for one tile at a time.
+// Attention with an online softmax: softmax(q k^T) v of one head, tile by tile, so that scores are stored for
+// only one tile at a time.
 //
 // Layout. Keys and values of a tile are [token][head_dim] in a block of the pool (KvTile), of any storage
-// type. Per query: state (running maximum m, running sum l) and out, the sum of e^(s - m) v, which is divided
-// by l at the end:
+// type. Per query: state (running maximum m, running sum l) and out, the sum of e^(s - m) v, which is finally
+// divided by l:
 //
 //              keys ->   tile 0     tile 1     tile 2
 //   queries   q0       | s s s s  | s . . .  |          . not visible (causal)
 //      |      q1       | s s s s  | s s . .  |          m' = max(m, s), out *= e^(m - m'), l likewise
 //      v      q2       | s s s s  | s s s .  |          out += e^(s - m') v, l += e^(s - m')
 //
-// Two kernels, for two kinds of work:
+// Kernels:
 //
 // - attend, attend_rounded: many queries of a prompt or image. Keys are packed in panels of L tokens
 //   [head_dim][L], values in panels of L channels [tokens][L] (L = kLanes), and both products are those of
-//   gemm.h: s = q k^T, then out += weights v. attend_rounded does both in bfloat16.
+//   gemm.h: s = q k^T, then out += weights v. attend_rounded computes both in bfloat16.
 // - attend_one: one query of a decode step, over up to kMaxKvTile keys in the pool: scores of L keys at a
-//   time, one softmax, then the weighted sum of values. Chunks are merged by attend_merge.
+//   time, one softmax, then the weighted sum of values. attend_merge merges chunks.
 //
 // Cost. Operations: 4 head_dim per query and visible key. attend: bound by the multiply-add units; packing a
-// tile costs 2 head_dim values per key, shared by up to 256 queries; one exponential per query and key.
-// attend_one: 2 head_dim values of each key read once for 4 head_dim operations, 1 operation per byte in 16
-// bits: bound by memory, so lines are prefetched: the values while keys are read, then the next tile's keys.
+// tile costs 2 head_dim values per key, amortised over up to 256 queries; one exponential per query and key.
+// attend_one: reads 2 head_dim values per key for 4 head_dim operations, 1 operation per byte with 16-bit
+// types: memory-bound, so cache lines are prefetched, the values while keys are read, then the next tile's
+// keys.
 //
 // Reference: reference::attention (reference/reference.cc), tests/csrc/test_kernels.py::test_attention,
-// within 3e-5; attend_rounded within 6 % for scores of ordinary size.
+// within 3e-5; attend_rounded within 6 % for scores of typical magnitude.
 #pragma once
 
 #include "cpu/kernels/elementwise.h"
@@ -67,7 +68,7 @@ QVL_INLINE void scale_row(float* out, int64_t width, float by) {
 }
 
 // Convert a row of scores [n, the rest of the last vector unspecified] to weights e^(score - maximum), zero
-// from `seen` on, and rescale state and out to the new maximum.
+// from index `seen`, and rescale state and out to the new maximum.
 QVL_INLINE void softmax_tile_row(float* scores, int n, int seen, float* state, float* out, int64_t width) {
   const int end = round_up(n, kLanes);
   if (seen <= 0) {
@@ -120,7 +121,7 @@ QVL_INLINE float scale_of(const float* scales, int64_t t) {
   return 1;
 }
 
-// The first `some` elements as float32, zero in the other lanes.
+// Load the first `some` elements as float32, with zeros in the other lanes.
 template <typename Stored>
 QVL_INLINE Floats load_elements(const Stored* memory, int some) {
   return some == kLanes ? load_floats(memory) : load_some(memory, some);
@@ -153,8 +154,8 @@ QVL_INLINE void pack_keys(const KvTile& tile, int head_dim, char* to, size_t pan
   });
 }
 
-// Call put(d, t, values of token t from channel d on) for each vector of channels and each token below n;
-// zero for tokens beyond the tile.
+// Call put(d, t, vector of token t from channel d) for each vector of channels and each token below n; tokens
+// beyond the tile are zeros.
 template <typename Put>
 QVL_INLINE void each_value(const KvTile& tile, int head_dim, int n, Put&& put) {
   with_stored_type(tile, [&](auto type) {
@@ -186,7 +187,7 @@ size_t attend_scratch_bytes(int head_dim, int n_q, int n_tokens) {
   const size_t keys = tokens * static_cast<size_t>(head_dim);
   const size_t values = tokens * static_cast<size_t>(round_up(head_dim, kLanes));
   const size_t floats = keys + values + tokens * static_cast<size_t>(n_q);
-  // attend_rounded() keeps queries and weights as well, in 2 bytes each.
+  // attend_rounded() also stores queries and weights, in 2 bytes each.
   return floats * sizeof(float) + static_cast<size_t>(n_q) * (tokens + static_cast<size_t>(head_dim) + 1) * 2;
 }
 
@@ -243,8 +244,8 @@ void attend_rounded(const float* q, int64_t q_stride, int n_q, int head_dim, con
 }
 #endif
 
-// Scores of a tile's tokens, kLanes at a time, written up to a whole vector. Prefetches these tokens' values
-// and the keys of the next tile.
+// Compute the scores of a tile's tokens, kLanes at a time, padded to a whole vector. Prefetches these tokens'
+// values and the keys of the next tile.
 template <typename Stored>
 QVL_INLINE void score_keys(const float* q, int head_dim, const KvTile& tile, const void* next,
                            float* scores) {
@@ -273,7 +274,7 @@ QVL_INLINE void score_keys(const float* q, int head_dim, const KvTile& tile, con
   }
 }
 
-// to [VectorCount vectors] += sum over tokens of weight * values from channel d on; `some` channels in a
+// to [VectorCount vectors] += sum over tokens of weight * values, from channel d on, with `some` channels per
 // vector.
 template <int VectorCount, typename Stored>
 QVL_INLINE void add_values(const KvTile* tiles, int n_tiles, int64_t d, const float* weights, int some,
@@ -298,13 +299,13 @@ QVL_INLINE void attend_one_typed(const float* q, int head_dim, const KvTile* til
   float scores[kMaxKvTile + kLanes];
   int n = 0;
   for (int i = 0; i < n_tiles; n += tiles[i++].n) {
-    // The keys of the next head follow in the block, and are probably next.
+    // After the last tile: the keys of the next head, which follow in the block, are probably read next.
     const void* next = i + 1 < n_tiles ? tiles[i + 1].keys
                                        : static_cast<const Stored*>(tiles->keys) + tiles->n * tiles->stride;
     score_keys<Stored>(q, head_dim, tiles[i], next, scores + n);
   }
   softmax_tile_row(scores, n, n, state, out, round_up(head_dim, kLanes));
-  // Several vectors at once, to hide the latency of the additions to each.
+  // Several vectors at a time, to hide the latency of additions.
   constexpr int kTogether = 4;
   int d = 0;
   for (; d + kTogether * kLanes <= head_dim; d += kTogether * kLanes) {

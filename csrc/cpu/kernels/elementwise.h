@@ -1,14 +1,14 @@
 // Activations, additions, conversions between storage types and float32, and rotary rotation.
 //
-// Layout: float32 [n], processed in vectors of L lanes and a remainder of `some` < L values. For the
-// rotation, channel i of the lower half of a head and channel i of its upper half are a pair, rotated by one
-// angle:
+// Layout: float32 [n], processed in vectors of L lanes and a remainder of `some` < L values. The rotation
+// pairs channel i of the lower half of a head with channel i of its upper half:
 //
 //   x  [ a0 a1 .. a(d/2-1) | b0 b1 .. b(d/2-1) ]      a' = (a cos - b sin) scale
 //                                                     b' = (b cos + a sin) scale
 //
-// Cost: 1 to 2 reads and 1 write of n values from the cache; gelu and silu_mul one exponential per value, 20
-// to 30 operations, which bound them, not memory. A matrix product reads thousands of times as many bytes.
+// Cost: 1 to 2 reads and 1 write of n values in the cache. gelu and silu_mul need an exponential per value,
+// 20 to 30 operations, and are bound by these, not by memory. A matrix product reads thousands of times as
+// many bytes.
 //
 // Reference: reference::gelu, silu_mul, rotary; test_activations, test_bfloat16, test_rotary of
 // tests/csrc/test_kernels.py. narrow_all_int8: test_attention with int8 caches.
@@ -83,7 +83,7 @@ float narrow_all_int8(const float* from, int8_t* to, int64_t n) {
     magnitudes = max(magnitudes, max(v, -v));
   });
   const float most = largest(magnitudes);
-  // The inverse of a denormal would overflow: treat it as zero.
+  // Treat a denormal as zero: its inverse would overflow.
   const bool usable = most > 1e-35F && most < __builtin_inff();
   const float inverse = usable ? 127.0F / most : 0.0F;
   in_steps(n, [&](int64_t i, int some) {

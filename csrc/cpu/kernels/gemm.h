@@ -1,11 +1,10 @@
-// Blocked product of prompts and images: c^T [rows][tokens] = W x^T, the parts that cpu/linear.cc composes.
+// Blocked product of prompts and images: c^T [rows][tokens] = W x^T, in parts that cpu/linear.cc composes.
 //
-// Layout, with L = kLanes. Tokens are the vector: a panel holds L of them, and a weight is broadcast against
-// it. So weights are read in their order in memory, [out, in], and only the activations, far fewer, are
-// rearranged:
+// Layout, with L = kLanes. Vectors run along tokens: a panel contains L tokens, and weights are broadcast.
+// Weights are thus read in memory order, [out, in], and only the far smaller activations are rearranged:
 //
 //   panel, float32     [k][L]           k = 0: x of token 0 1 .. L-1 | k = 1: .. |
-//   panel, bfloat16    [k / 2][L][2]    a 32-bit lane holds values k and k + 1 of its token
+//   panel, bfloat16    [k / 2][L][2]    a 32-bit lane contains values k and k + 1 of its token
 //
 //         tile of W                panels of x               c^T
 //      [64 rows][n_k]          P panels of L tokens     R rows x P vectors in registers
@@ -14,13 +13,13 @@
 //      +------------+          |  v   |      |      |     +------+------+------+   4 x 3 (AVX2, SSE)
 //      |            |          +------+------+------+
 //
-// A step of R x P multiply-adds loads P vectors and broadcasts R weights. R P + P + 1 registers: 28 of 32
-// with AVX-512, 16 of 16 with AVX2. Each element of c is one sum over ascending k, so a row's bits do not
-// depend on the number of tokens.
+// A step of R x P multiply-adds loads P vectors and broadcasts R weights. It uses R P + P + 1 registers: 28
+// of 32 with AVX-512, 16 of 16 with AVX2. Each element of c is a single sum over ascending k, so a row's bits
+// do not depend on the number of tokens.
 //
 // Cost. Operations: 2 rows k n. Bytes: W once for up to 384 tokens, 384 operations per byte in bfloat16; the
-// panels of a tile, 384 x 512 bfloat16 or 384 x 256 float32 = 393 KB, stay in the second-level cache. The
-// multiply-add units bound it: 2 L operations per instruction, 4 L with bfloat16.
+// panels of a tile, 384 x 512 bfloat16 or 384 x 256 float32 = 393 KB, stay in the L2 cache. Bound by the
+// multiply-add units: 2 L operations per instruction, 4 L with bfloat16.
 //
 // Reference: reference::linear (reference/reference.cc), tests/csrc/test_kernels.py::test_linear; within 2e-5
 // in float32, within 2 % where activations are rounded to bfloat16.
@@ -61,8 +60,8 @@ void pack_panel_bf16(const float* x, int64_t x_stride, int n_tokens, int k, void
   }
 }
 
-// Write a finished block c [rows][c_stride] of c^T to y [n_x][y_stride], its rows scaled (int8) and with
-// bias.
+// Transpose a finished block c [rows][c_stride] of c^T, scale its rows (int8), add the bias and write it to
+// y [n_x][y_stride].
 void write_block(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, const float* scales,
                  const float* bias, bool add, float* y, int64_t y_stride) {
   for (int64_t r = 0; r < rows; r += kLanes) {
@@ -83,7 +82,7 @@ void write_block(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, co
   }
 }
 
-// One step along k of a register block: one value in float32, a pair in bfloat16.
+// A step along k of a register block: one value in float32, a pair in bfloat16.
 struct StepF32 {
   typedef float Element;
   static constexpr int kPerStep = 1;
@@ -126,15 +125,15 @@ QVL_INLINE void multiply_block(const typename Step::Element* tile, int64_t width
   }
 }
 
-// Panels of a register block, and rows for a number of panels: as many sums as registers, minus those for the
-// panels and a weight. Fewer panels take more rows, so that enough independent sums hide the latency of an
-// addition.
+// Panels of a register block, and rows as a function of the number of panels: the sums fill the registers
+// that the panels and a weight leave. Fewer panels take more rows, so that enough independent sums hide the
+// latency of an addition.
 constexpr int kBlockPanels = 3;
 constexpr int block_rows(int panels) {
   return (panels == 3 ? 4 : panels == 2 ? 6 : 8) * (kLanes == 16 ? 2 : 1);
 }
 
-// Prefetch a share of the lines with each block of a product, to spread them over its duration.
+// Prefetches a share of the cache lines with each block, to distribute the prefetches over the whole product.
 class Prefetcher {
  public:
   Prefetcher(const Ahead& ahead, int64_t blocks)
@@ -158,7 +157,7 @@ class Prefetcher {
   int64_t row_lines_, left_, share_, row_ = 0, line_ = 0;
 };
 
-// All rows against PanelCount panels, which stay in the first-level cache.
+// Multiply all rows by PanelCount panels, which stay in the L1 cache.
 template <typename Step, int PanelCount>
 QVL_INLINE void multiply_panels(const typename Step::Element* tile, int64_t width, int rows, int n_steps,
                                 const char* panels, size_t panel_bytes, bool first, float* c,

@@ -1,5 +1,5 @@
-// The kernels of the types with zero points for one ISA. Compiled separately from kernels.cc, with the same
-// flags and definitions, so that two compilers work on an ISA in parallel.
+// The kernels of the types with zero points for one ISA. Separate from kernels.cc, with the same flags and
+// definitions, so that the two files compile in parallel.
 #include "cpu/kernels/groups.h"
 
 #include "cpu/kernels/matvec_groups.h"

@@ -1,6 +1,6 @@
-// Matrix-vector products, the part that all storage types share: y [n_x][rows] (+)= x W^T + bias for 1 to
-// kMaxRows rows of x ("activations"), streaming W once. matvec_bf16.h, _float.h, _int8.h, _int4.h and
-// _groups.h have the inner loops as a class `Rows`.
+// Matrix-vector products, the part shared by all storage types: y [n_x][rows] (+)= x W^T + bias for 1 to
+// kMaxRows rows of x ("activations"), streaming W once. The inner loops are the classes `Rows` of
+// matvec_bf16.h, _float.h, _int8.h, _int4.h and _groups.h.
 //
 // Layout of the work:
 //
@@ -10,16 +10,15 @@
 //   = 16 rows   |  R rows at   |              |          for each column block:
 //               |  a time      |              |            for each R rows: for each group of activations
 //               +--------------+--------------+----            sums[R][N] in registers, += w * x
-//               | next panel: its lines are prefetched meanwhile
+//               | next panel, prefetched concurrently
 //
-// A register block has R = RowCount rows and N = XCount activations, so that a vector loaded from either is
-// used several times.
-// The column blocks are so narrow that a block's activations stay in the first-level cache; with one
-// activation there is one block, the whole row. The order in which a product's terms are added does not
-// depend on any of this: a token's result has the same bits in every batch.
+// A register block has R = RowCount rows and N = XCount activations, so that each loaded vector is used
+// several times. Column blocks are narrow enough to keep their activations in the L1 cache; with one
+// activation the whole row is one block. The summation order does not depend on the blocking: a token's
+// result has the same bits in every batch.
 //
-// Cost: bytes of W once, 2 rows k n_x operations; the files of the storage types have the formulas. linear.cc
-// has the outer loop: for more than kMaxRows activations a part of W is reused while it is in the cache.
+// Cost: bytes of W once, 2 rows k n_x operations; the files of the storage types contain the formulas.
+// linear.cc contains the outer loop, which reuses cached parts of W for more than kMaxRows activations.
 //
 // Reference: reference::linear (reference/reference.cc), tests/csrc/test_kernels.py.
 #pragma once
@@ -31,10 +30,10 @@ namespace {
 
 using qvl::cpu::Matvec;
 
-constexpr int kPanelRows = 16;  // rows of a panel, which share a column block of x
+constexpr int kPanelRows = 16;  // rows of a panel, processed with the same column block of x
 
-// Write the sums of n rows for row x of the activations. Not inlined, so that a row's last roundings are the
-// same in every kernel.
+// Write the sums of n rows for row x of the activations. Not inlined, so that the final rounding is the same
+// in every kernel.
 template <bool HasScale>
 __attribute__((noinline)) void write_rows(const Matvec& p, int64_t row, int n, int x, const float* sums) {
   float* const y = p.y + x * p.y_stride + row;
@@ -48,8 +47,7 @@ __attribute__((noinline)) void write_rows(const Matvec& p, int64_t row, int n, i
   }
 }
 
-// Prefetch the lines of the weights in the order of memory, ahead of the reads; the hardware prefetcher
-// follows that order best.
+// Prefetch the cache lines of the weights in memory order, which suits the hardware prefetcher best.
 class WeightPrefetcher {
  public:
   QVL_INLINE WeightPrefetcher(const Matvec& p, int64_t offset)
@@ -63,9 +61,9 @@ class WeightPrefetcher {
   const char* line_;
 };
 
-constexpr int64_t kPrefetchAhead = 65536;  // bytes, with one activation; with more, a panel of rows
+constexpr int64_t kPrefetchAhead = 65536;  // bytes, with one activation; with several, a panel of rows
 
-// Load the sums of a register block, or zeros at the first column block.
+// Load the sums of a register block; zeros for the first column block.
 template <int RowCount, int XCount, int SumStride>
 QVL_INLINE void load_sums(const Floats* from, bool begin, Floats (&sums)[RowCount][XCount]) {
 #pragma GCC unroll 8
@@ -84,17 +82,17 @@ QVL_INLINE void store_sums(const Floats (&sums)[RowCount][XCount], Floats* to) {
   }
 }
 
-// A class `Rows`, one per storage type, has
+// Interface of the class `Rows` of a storage type:
 //   kColumnBlock      columns of a column block
-//   rows_at_once(n)   RowCount with n activations: as many as keep the sums of kXAtOnce activations in
-//                     registers; with one activation the measured optimum
+//   rows_at_once(n)   RowCount with n activations: the maximum for which the sums of kXAtOnce activations fit
+//                     the registers; with one activation the measured optimum
 //   row_bytes(k)      bytes of a row of weights, without scales
 //   kHasScale         whether a finished row is multiplied by scales[row]
-//   kXAtOnce          most activations of a register block
+//   kXAtOnce          maximum number of activations of a register block
 //   add<RowCount, XCount, Pass, Passes, SumStride>(p, row, x, first, end, ahead, sums)
 //                     add the products of columns first to end with activations x to x + XCount - 1 to
-//                     sums [RowCount][SumStride], which are undefined if first is 0. The same weights are
-//                     read in `Passes` calls; each prefetches 1 / Passes of the lines it reads
+//                     sums [RowCount][SumStride], which are uninitialised if first is 0. `Passes` calls read
+//                     the same weights; each prefetches 1 / Passes of the lines that it reads
 template <typename Rows, int RowCount>
 QVL_INLINE void multiply_whole_rows(const Matvec& p, int64_t row, WeightPrefetcher& ahead, float* to) {
   Floats sums[RowCount];
@@ -103,8 +101,8 @@ QVL_INLINE void multiply_whole_rows(const Matvec& p, int64_t row, WeightPrefetch
   for (int r = 0; r < RowCount; ++r) to[r] = sum(sums[r]);
 }
 
-// A column block for activations FirstX to XCount - 1, kXAtOnce at a time; the rows' columns stay in the
-// first-level cache.
+// Process a column block for activations FirstX to XCount - 1, kXAtOnce at a time; the weights stay in the L1
+// cache.
 template <typename Rows, int RowCount, int XCount, int FirstX = 0>
 QVL_INLINE void multiply_column_block(const Matvec& p, int64_t row, int first, int end,
                                       WeightPrefetcher& ahead, Floats* sums) {

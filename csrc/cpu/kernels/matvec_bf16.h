@@ -1,21 +1,21 @@
 // Matrix-vector product with bfloat16 weights: y[n][row] = sum over k of w[row][k] x[n][k], 1 to 8 rows of x.
 //
-// Layout, with L = kLanes float32 lanes. Two neighbouring weights are one 32-bit word; a shift gives the even
-// one as float32, a mask the odd one. So prepare_bf16 separates even and odd activations:
+// Layout, with L = kLanes float32 lanes. Two adjacent weights are one 32-bit word; a shift extracts the even
+// one as float32, a mask the odd one. prepare_bf16 therefore separates even and odd activations:
 //
 //   weights, a row         [ w0 w1 | w2 w3 | .. | w(2L-2) w(2L-1) | w(2L) .. ]      2 bytes each, no padding
 //                            \___/ one word, one lane
 //   prepared x, 2L values  [ x0 x2 .. x(2L-2) ][ x1 x3 .. x(2L-1) ]     float32
 //                            even(words) * a +  odd(words) * b          2 multiply-adds for 2L weights
 //
-//   prepared x: [n_x][ceil(k / 2L)][2][L] float32, zeros after k.
+//   prepared x: [n_x][ceil(k / 2L)][2][L] float32, padded with zeros.
 //
-// Cost. Bytes: 2 rows k, once for all rows of x; the prepared x stays in the first-level cache
-// (kColumnBlock). Operations: 2 rows k n_x. That is n_x operations per byte, so memory bounds it for few rows
-// of x: time = max(2 rows k / bandwidth, 2 rows k n_x / multiply-add rate).
+// Cost. Bytes: 2 rows k, once for all rows of x; the prepared x stays in the L1 cache (kColumnBlock).
+// Operations: 2 rows k n_x, that is n_x per byte: memory-bound for few rows of x. time = max(2 rows k /
+// bandwidth, 2 rows k n_x / multiply-add rate).
 //
 // Reference: reference::linear (reference/reference.cc), in tests/csrc/test_kernels.py::test_linear; the same
-// bits in any batch: test_linear_of_a_row_does_not_depend_on_the_others.
+// bits in every batch: test_linear_of_a_row_does_not_depend_on_the_others.
 #pragma once
 
 #include "cpu/kernels/matvec.h"

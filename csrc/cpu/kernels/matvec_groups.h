@@ -1,37 +1,37 @@
-// Matrix-vector product with 4- or 8-bit weights that have a float16 scale and zero point for each group of
-// 32, 64 or 128 values of a row: y[n][row] = sum over groups of scale * sum over k of (w[row][k] - zero)
-// x[n][k], x quantised to 8 bits (quantised_x.h).
+// Matrix-vector product with 4- or 8-bit weights and a float16 scale and zero point per group of 32, 64 or
+// 128 values of a row: y[n][row] = sum over groups of scale * sum over k of (w[row][k] - zero) x[n][k], x
+// quantised to 8 bits (quantised_x.h).
 //
-// The zero points are subtracted in float32, once per row of W. prepare_groups computes the sums of x that
-// this takes, once for all rows:
+// The zero points are subtracted in float32, once per row of W. prepare_groups computes the required sums of
+// x once for all rows:
 //
 //   sum of scale * (w - zero) * x = sum of scale * (w * x)  -  sum over groups of (scale * zero) * sum of x
 //                                   products of integers       one product per group, kLanes in a vector
 //
 // Layout with 4 bits. Values as in matvec_int4.h: word i of a unit has v[i], v[32 + i], v[64 + i] and v[96 +
 // i]. First, a byte shuffle moves the even bytes of 8 words to even 32-bit lanes and the odd bytes to odd
-// lanes. Then a mask extracts the low nibbles, a shift the high ones. So each lane has values of only one
-// group, even if groups are of 32:
+// lanes. Then a mask extracts the low nibbles, a shift the high ones. All values of a lane thus belong to the
+// same group, even with group size 32:
 //
-//                                                                     group (even lanes, odd lanes)
-//                 even lanes            odd lanes                     of 32       of 64
+//                                                                     group (even lanes, odd lanes) of size
+//                 even lanes            odd lanes                     32          64
 //   low nibbles   v[i .. i + 3]         v[64 + i .. 64 + i + 3]       0, 2        0, 1
 //   high nibbles  v[32 + i .. 35 + i]   v[96 + i .. 96 + i + 3]       1, 3        0, 1
 //
-// The products of a unit are summed in one vector (groups of 32: in two, low and high nibbles), which is
-// multiplied by a vector of scales that alternate between two groups.
+// The products of a unit are summed in one vector (with groups of 32 in two, for low and high nibbles), which
+// is multiplied by a vector of scales that alternates between two groups.
 //
-// Layout with 8 bits. uint8 [rows][k padded to 128]. A vector of 64 bytes has two groups of 32, one in each
-// half of its lanes. AVX2 without VNNI multiplies signed bytes (kSignedProducts): 128 is subtracted from the
-// weights and from the zero points.
+// Layout with 8 bits: uint8 [rows][k padded to 128]. A vector of 64 bytes contains two groups of 32, one in
+// each half of its lanes. AVX2 without VNNI multiplies signed bytes (kSignedProducts): 128 is subtracted from
+// the weights and from the zero points.
 //
 //   prepared x:  [n_x] rows: blocks of Floats scales, int8 values [kBlock]; then float32 sums of x [groups
-//                rounded up to kLanes], zeros after the last group
+//                padded with zeros to kLanes]
 //
 // Cost. Operations: as in matvec_int4.h and matvec_int8.h. Bytes: rows k (1/2 + 4 / group) with 4 bits, rows
 // k (1 + 4 / group) with 8.
 //
-// Reference: reference::linear with the activations rounded as here (rounded_activations), in
+// Reference: reference::linear with the same rounding of activations (rounded_activations),
 // tests/csrc/test_kernels.py::test_linear.
 #pragma once
 
@@ -53,21 +53,21 @@ struct GroupsX {
   }
 };
 
-// Index, within a unit, of the value that byte i of the unit's 128 bytes of prepared x holds. The bytes are
-// in the order of the unpacked weights: the low nibbles of a vector, then its high nibbles.
+// Index, within a unit, of the value in byte i of the unit's 128 bytes of prepared x. The bytes are in the
+// order of the unpacked weights: the low nibbles of a vector, then its high nibbles.
 constexpr int unit_value(int i) {
   const int vector = i / kVector, byte = i % kVector, lane = byte / 4;
   const int word = vector / 2 * (kVector / 2) + byte / 16 * 8 + lane % 4 / 2 * 4 + byte % 4;
   return word + lane % 2 * 64 + vector % 2 * 32;
 }
 
-// Group of byte i of a block, counted from the first group of the block.
+// Group of byte i of a block, relative to the first group of the block.
 template <int Bits, int Group>
 constexpr int group_of(int i) {
   return (Bits == 8 ? i : i / kUnit * kUnit + unit_value(i % kUnit)) / Group;
 }
 
-// Move the even bytes of each 8 words to even 32-bit lanes, the odd bytes to odd lanes.
+// Within each 8 words, move even bytes to even 32-bit lanes and odd bytes to odd lanes.
 QVL_INLINE UnsignedBytes gather_bytes(UnsignedBytes words) {
 #if defined(__AVX512BW__)
   const __m128i from = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
@@ -87,7 +87,7 @@ QVL_INLINE UnsignedBytes gather_bytes(UnsignedBytes words) {
 // Add to sums [kGroups] the sum of x over each group of a block.
 template <int Bits, int Group>
 QVL_INLINE void sum_groups(const char* block, float* sums) {
-  // Vectors whose lanes belong to the same groups are summed as integers first; the groups change every kStep
+  // First sum the vectors whose lanes belong to the same groups as integers; the groups change every kStep
   // vectors.
   constexpr int kStep = Bits == 8 ? (Group > kVector ? Group : kVector) / kVector : kUnit / kVector;
   constexpr int kClasses = Bits == 4 && Group == 32 ? 2 : 1;  // low and high nibbles
@@ -146,7 +146,7 @@ QVL_INLINE Floats load_scales(const void* scales, int64_t at, int n) {
   return widen_float16(n == kLanes ? load<HalfWords>(from) : load_some_halves(from, n));
 }
 
-// The scales two[0] and two[1] as a vector: alternating, or each in one half of the lanes (by_halves).
+// Vector of the scales two[0] and two[1], alternating or, as by_halves, each in one half of the lanes.
 QVL_INLINE Floats alternating(const float* two) {
   typedef uint64_t Pairs __attribute__((vector_size(sizeof(Floats))));
   uint64_t both;
@@ -180,7 +180,8 @@ struct RowsGroups {
       add_units<RowCount, XCount, Pass, Passes, SumStride, 1>(p, row, first_x, first, ahead, sums);
   }
 
-  // Initialise the sums with the negated zero-point term of whole rows; each lane sums other groups.
+  // Initialise the sums with the negated zero-point term of whole rows; the groups are distributed over
+  // lanes.
   template <int RowCount, int XCount, int SumStride>
   static QVL_INLINE void begin(const Matvec& p, int64_t row, int first_x, Floats* sums) {
     const int groups = round_up(p.k, kUnit) / Group;
@@ -204,7 +205,7 @@ struct RowsGroups {
     }
   }
 
-  // Add `Units` units from column `first` on, which are all in one block of x.
+  // Add `Units` units from column `first` on, all within one block of x.
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int Units>
   static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first,
                                    WeightPrefetcher& ahead, Floats* sums) {
@@ -220,8 +221,8 @@ struct RowsGroups {
       if (Bits == 4 && Group == 32) scales = low_and_high(scales);
       store(factors[r], scales);
     }
-    // Keep the factors in memory: a multiplication broadcasts a memory operand at no cost, a register only
-    // with two shuffles.
+    // Keep the factors in memory: broadcasting a memory operand of a multiplication is free, broadcasting a
+    // register takes two shuffles.
     asm volatile("" : "+m"(factors));
     Floats totals[RowCount][XCount] = {};
     if constexpr (Bits == 4) {
@@ -245,7 +246,8 @@ struct RowsGroups {
     add_scaled<RowCount, XCount, SumStride>(totals, blocks, false, sums);
   }
 
-  // Reorder scales of groups of 32 for the sums: groups 0 and 2 of a unit (low nibbles), then 1 and 3 (high).
+  // Permute scales of groups of 32 to the order of the sums: groups 0 and 2 of a unit (low nibbles), then 1
+  // and 3 (high).
   static QVL_INLINE Floats low_and_high(Floats scales) {
     Words from;
     for (uint32_t i = 0; i < kLanes; ++i) from[i] = i / 4 * 4 + i % 4 / 2 + i % 2 * 2;
@@ -253,7 +255,7 @@ struct RowsGroups {
     return reinterpret_cast<Floats>(shuffle(words, words, from));
   }
 
-  // Add a unit of 4-bit weights; factors[..][group] belongs to its first group.
+  // Add a unit of 4-bit weights. factors[..][group] is that of its first group.
   template <int RowCount, int XCount, int Pass, int Passes>
   static QVL_INLINE void add_nibbles(const uint8_t* w, int64_t stride, const char* x, int64_t x_stride,
                                      const float (&factors)[RowCount][kLanes], int group,
@@ -293,8 +295,8 @@ struct RowsGroups {
     }
   }
 
-  // Add a group of 8-bit weights, or the two groups of 32 in a vector; factors[..][group] belongs to the
-  // first. new_line: whether w begins a cache line, so that one is prefetched.
+  // Add a group of 8-bit weights, or the two groups of 32 in a vector. factors[..][group] is that of the
+  // first group. new_line: w is at the beginning of a cache line, so prefetch one.
   template <int RowCount, int XCount, int Pass, int Passes>
   static QVL_INLINE void add_bytes(const uint8_t* w, int64_t stride, const char* x, int64_t x_stride,
                                    const float (&factors)[RowCount][kLanes], int group, bool new_line,
@@ -331,8 +333,8 @@ struct RowsGroups {
   }
 };
 
-// Multiply at most kXAtOnce rows of x at a time, which keeps the number of compiled variants small. With
-// more, each panel of W is read once for every kXAtOnce rows of x, from the cache after the first time.
+// Multiply at most kXAtOnce rows of x at a time, which limits the number of compiled variants. With more
+// rows, each panel of W is read once per kXAtOnce rows of x, from the cache after the first time.
 template <int Bits, int Group>
 void matvec_groups(const Matvec& p, int64_t row, int64_t end) {
   using Rows = RowsGroups<Bits, Group>;

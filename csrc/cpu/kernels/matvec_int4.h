@@ -1,4 +1,4 @@
-// Matrix-vector product with int4 weights and a bfloat16 scale for each group of 64 or 128 values of a row:
+// Matrix-vector product with int4 weights and a bfloat16 scale per group of 64 or 128 values of a row:
 // y[n][row] = sum over groups of scale * (sum over k of (nibble - 8) x[n][k]), x quantised to 8 bits.
 //
 // Layout. 128 values of a row (a unit) are 32 little-endian 16-bit words; value 32 j + i is nibble j of word
@@ -7,20 +7,21 @@
 //   word i      bits 15-12   11-8      7-4       3-0
 //               v[96 + i]  v[64 + i] v[32 + i]  v[i]
 //
-//   values      [rows][k padded to 128] nibbles, the number 8 is zero
+//   values      [rows][k padded to 128] nibbles, offset by 8
 //   scales      [rows][padded k / group] bfloat16, after all values
 //
 //   half 0 of a unit: nibbles 0 and 1, one byte each:  v0 v32 v1 v33 .. v31 v63     nibbles<0>()
 //   half 1          : nibbles 2 and 3:                 v64 v96 v65 v97 .. v127      nibbles<1>()
 //
-// A half has values of one group only, whether groups are of 64 or 128. prepare_int4 brings x into the order
-// of the bytes. Products are unsigned nibble x signed x; sums begin at -8 times the sum of x (quantised_x.h).
+// All values of a half belong to the same group, for group sizes 64 and 128. prepare_int4 permutes x to the
+// order of the bytes. Products are unsigned nibble x signed x; sums start at -8 times the sum of x
+// (quantised_x.h).
 //
 // Cost. Bytes: rows k (1/2 + 2 / group), once for all rows of x: 0.53 per weight in groups of 64. Operations:
 // 2 rows k n_x on integers, 4 n_x per byte. The 64 bytes of a unit take about 13 instructions for one row of
-// x with AVX-512 VBMI (int8: 3), so instructions bound it rather than memory.
+// x with AVX-512 VBMI (int8: 3), so it is bound by instructions rather than memory.
 //
-// Reference: reference::linear with the activations rounded as here, in
+// Reference: reference::linear with the same rounding of activations,
 // tests/csrc/test_kernels.py::test_linear.
 #pragma once
 
@@ -28,12 +29,12 @@
 
 namespace {
 
-// The values of one half of the words' bytes, a byte each: nibbles 0 and 1 (half 0, the unit's values up to
-// 64) or 2 and 3 side by side, so that a vector never mixes groups of 64.
+// Unpack half of the nibbles to bytes: 0 and 1 (half 0, values 0 to 63 of the unit) or 2 and 3, interleaved,
+// so that a vector never mixes groups of 64.
 template <int Half>
 QVL_INLINE UnsignedBytes nibbles(Halves words) {
 #if defined(__AVX512VBMI__)
-  constexpr uint64_t kFrom = Half == 0 ? 0x3430242014100400u : 0x3C382C281C180C08u;  // bit of each byte
+  constexpr uint64_t kFrom = Half == 0 ? 0x3430242014100400u : 0x3C382C281C180C08u;  // first bit of each byte
   const __m512i bytes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(kFrom)),
                                                      reinterpret_cast<__m512i>(words));
   return reinterpret_cast<UnsignedBytes>(bytes) & uint8_t{15};
@@ -49,7 +50,7 @@ size_t prepared_bytes_int4(int k, int n_x) {
   return static_cast<size_t>(QuantisedX<Group>::row_bytes(k) * n_x);
 }
 
-// Value 64 half + i of a unit is byte 2 i of its half, 64 half + 32 + i is byte 2 i + 1.
+// Byte order: value 64 half + i of a unit is byte 2 i of its half, value 64 half + 32 + i is byte 2 i + 1.
 template <int Group>
 void prepare_int4(const float* x, int64_t x_stride, int n_x, int k, void* prepared) {
   prepare_quantised<Group>(x, x_stride, n_x, k, 8, prepared, [](const float* from, float* to) {
@@ -82,7 +83,7 @@ struct RowsInt4 {
       add_units<RowCount, XCount, Pass, Passes, SumStride, 1>(p, row, first_x, first, ahead, sums);
   }
 
-  // Units from column `first` on, all in one block of x.
+  // Add `Units` units from column `first` on, all within one block of x.
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int Units>
   static QVL_INLINE void add_units(const Matvec& p, int64_t row, int first_x, int first,
                                    WeightPrefetcher& ahead, Floats* sums) {
@@ -100,8 +101,8 @@ struct RowsInt4 {
     for (int r = 0; r < RowCount; ++r) {
       store(factors[r], widen(load_some_halves(scales + r * scale_stride, kScales)));
     }
-    // Keep the factors in memory: a multiplication broadcasts a memory operand at no cost, a register only
-    // with two shuffles.
+    // Keep the factors in memory: broadcasting a memory operand of a multiplication is free, broadcasting a
+    // register takes two shuffles.
     asm volatile("" : "+m"(factors));
     Floats totals[RowCount][XCount] = {};
 #pragma GCC unroll 4

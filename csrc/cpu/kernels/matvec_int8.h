@@ -3,7 +3,7 @@
 //
 // Layout:
 //
-//   values  [rows][k padded to 128]  int8, zeros in the padding
+//   values  [rows][k padded to 128]  int8, padded with zeros
 //   scales  [rows]                   float32, after all values
 //
 //   a block of kBlock = 32 L columns (L = kLanes: 128, 256 or 512), for one row of W and one row of x:
@@ -12,16 +12,16 @@
 //   x         | 4L bytes | 4L bytes | .. 8 vectors      in int32: dots[l]
 //   x scales  | L float32 |                             sums[l] += float(dots[l]) * x_scale[l]
 //
-// The instructions multiply unsigned by signed bytes. On AVX2 without VNNI (kSignedProducts) the weights
-// become unsigned by moving their signs to x: |w| * (sign(w) x). Elsewhere 128 is added to them, and dots
-// begin at -128 times the sum of x (quantised_x.h).
+// The instructions multiply unsigned by signed bytes. On AVX2 without VNNI (kSignedProducts) the signs of the
+// weights are moved to x: |w| * (sign(w) x). Elsewhere 128 is added to the weights, and dots start at -128
+// times the sum of x (quantised_x.h).
 //
-// Cost. Bytes: rows (k + 4), once for all rows of x. Operations: 2 rows k n_x on integers, 64 products in one
-// instruction with AVX-512 VNNI, 32 in five instructions with AVX2. 2 n_x operations per byte; time =
-// max(rows (k + 4) / bandwidth, 2 rows k n_x / integer rate); memory bounds it for one row of x.
+// Cost. Bytes: rows (k + 4), once for all rows of x. Operations: 2 rows k n_x on integers, 64 products per
+// instruction with AVX-512 VNNI, 32 per five instructions with AVX2. 2 n_x operations per byte: memory-bound
+// for one row of x. time = max(rows (k + 4) / bandwidth, 2 rows k n_x / integer rate).
 //
-// Reference: reference::linear with the activations rounded as here (rounded_activations), and with the exact
-// ones within 3 %, in tests/csrc/test_kernels.py::test_linear.
+// Reference: reference::linear with the same rounding of activations (rounded_activations), and within 3 %
+// without rounding, tests/csrc/test_kernels.py::test_linear.
 #pragma once
 
 #include "cpu/kernels/quantised_x.h"
@@ -60,7 +60,7 @@ struct RowsInt8 {
     }
   }
 
-  // Add n_k columns. WholeColumns: n_k if it is known at compile time, else 0.
+  // Add the products of n_k columns. WholeColumns: n_k if it is known at compile time, else 0.
   template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int WholeColumns>
   static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, int n_k,
                                    WeightPrefetcher& ahead, Floats* sums) {

@@ -1,16 +1,16 @@
 // RMSNorm and LayerNorm of one row, statistics in float32:
 //
 //   rms_norm    y = x / sqrt(mean(x^2) + epsilon) * weight
-//   layer_norm  y = (x - mean) / sqrt(variance + epsilon) * weight + bias, the variance from the differences
+//   layer_norm  y = (x - mean) / sqrt(variance + epsilon) * weight + bias, with a two-pass variance
 //
-// Layout: x, weight, bias, y float32 [n], any n; y may be x. L lanes add up separate sums, which sum() adds
-// in a fixed order:
+// Layout: x, weight, bias, y float32 [n], any n; y may be x. Each of L lanes has a separate sum; sum() adds
+// them in a fixed order:
 //
 //   x  [ 0 1 .. L-1 | L .. 2L-1 | .. | rest ]      total[lane] += d * d, the rest in scalars
 //
-// Cost. Bytes: x read twice (LayerNorm: three times) and y written once, 4 n each, from the cache.
-// Operations: 4 n (LayerNorm: 8 n). At hidden 4096 a row is 16 KB, the weights of a layer are 400 MB: the
-// cost is negligible.
+// Cost. Bytes: x read twice (LayerNorm: three times) and y written once, 4 n each, in the cache. Operations:
+// 4 n (LayerNorm: 8 n). At hidden 4096 a row has 16 KB and the weights of a layer 400 MB, so the cost is
+// negligible.
 //
 // Reference: reference::rms_norm, reference::layer_norm, tests/csrc/test_kernels.py::test_norms.
 #pragma once

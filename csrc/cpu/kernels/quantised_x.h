@@ -1,25 +1,25 @@
-// Activations as 8-bit integers, so that products with 8- and 4-bit weights are integer sums.
+// Quantisation of activations to 8 bits, so that products with 8- and 4-bit weights are integer sums.
 //
 // Layout. A block is 8 vectors of 4 L bytes (L = kLanes): 128, 256 or 512 values. One instruction multiplies
-// and adds the 4 bytes of a 32-bit lane, so a lane meets 4 bytes of each vector, 32 values of a block; these
-// share a float32 scale. That is as fine as blocks of 32 neighbours, and one multiplication of vectors
-// applies the scales to the sums:
+// and adds the 4 bytes of a 32-bit lane, so a lane processes 4 bytes of each vector, 32 values of a block;
+// these share a float32 scale. The granularity is that of blocks of 32 adjacent values, and one vector
+// multiplication applies the scales to the sums:
 //
 //   lane        0          1        ..    L-1
 //   vector 0  x x x x    x x x x         x x x x
 //   vector 1  x x x x    x x x x         x x x x      value = integer * scale[lane]
-//     ..                                              scale[lane] = largest magnitude of its 32 / 127
+//     ..                                              scale[lane] = largest magnitude of its values / 127
 //   vector 7  x x x x    x x x x         x x x x
 //
 //   a block in memory:  float32 scales [L] | int32 beginnings [kBlock / Group][L] | int8 values [kBlock]
-//   prepared x:         [n_x][ceil(k / kBlock)] blocks, zeros after k
+//   prepared x:         [n_x][ceil(k / kBlock)] blocks, padded with zeros
 //
 // The instruction takes the weights as unsigned bytes. They are stored with an offset (int8: 128, int4: 8)
-// that must be subtracted again: sum w x = sum (w + offset) x - offset sum x. The beginnings are -offset
-// times the sum of x for each Group of weights that share a scale, computed here once for all rows of W.
+// that must be subtracted: sum w x = sum (w + offset) x - offset sum x. The beginnings are the initial sums,
+// -offset times the sum of x over each Group of weights that share a scale, computed once for all rows of W.
 //
-// Cost: per row of x, k values read and k bytes written, once for the whole matrix: 1 / rows of the product's
-// work. Rounding is at most 1/254 of the largest of 32 values.
+// Cost: per row of x, k values read and k bytes written, once per matrix: 1 / rows of the product's work. The
+// rounding error is at most 1/254 of the largest of 32 values.
 //
 // Reference: rounded_activations in tests/csrc/test_kernels.py, a NumPy version of the same rounding.
 #pragma once
@@ -28,12 +28,12 @@
 
 namespace {
 
-constexpr int kUnit = 128;  // rows of quantised weights are padded to this
+constexpr int kUnit = 128;  // rows of quantised weights are padded to a multiple of this
 constexpr int kVector = sizeof(SignedBytes);
 constexpr int kBlock = 8 * kVector;
 
-// Layout of a block: Floats scales, Ints beginnings [kBlock / Group], bytes [kBlock]. Group: weights that
-// share a scale, kBlock for int8. A row's last block is padded with zeros.
+// Layout of a block: Floats scales, Ints beginnings [kBlock / Group], bytes [kBlock]. Group: number of
+// weights that share a scale, kBlock for int8. A row's last block is padded with zeros.
 template <int Group>
 struct QuantisedX {
   static constexpr int kGroups = kBlock / Group;
@@ -79,7 +79,7 @@ QVL_INLINE void quantise_values(const float* x, char* to_scales, char* values) {
       const float m = magnitudes[4 * lane + j];
       largest = m > largest ? m : largest;
     }
-    // The inverse of a denormal would overflow; it counts as zero.
+    // Treat a denormal as zero: its inverse would overflow.
     const bool usable = largest > 1e-35F && largest < __builtin_inff();
     scales[lane] = usable ? largest / 127.0F : 0.0F;
     for (int j = 0; j < 4; ++j) inverse[4 * lane + j] = usable ? 127.0F / largest : 0.0F;
@@ -90,7 +90,7 @@ QVL_INLINE void quantise_values(const float* x, char* to_scales, char* values) {
   }
 }
 
-// A block of QuantisedX.
+// Quantise a block in the layout of QuantisedX.
 template <int Group>
 QVL_INLINE void quantise_block(const float* x, uint8_t offset, char* block) {
   char* const values = block + QuantisedX<Group>::kValues;
@@ -106,7 +106,7 @@ QVL_INLINE void quantise_block(const float* x, uint8_t offset, char* block) {
   }
 }
 
-// Prepare n_x rows. order(x, ordered): permute kBlock values into the order of the weights.
+// Prepare n_x rows. order(x, ordered): permute kBlock values to the order of the weights.
 template <int Group, typename Order>
 QVL_INLINE void prepare_quantised(const float* x, int64_t x_stride, int n_x, int k, uint8_t offset,
                                   void* prepared, Order&& order) {

@@ -1,5 +1,4 @@
-// Vectors of the compiler, as wide as the flags of the build allow, and the few instructions that have no
-// operator.
+// Compiler vector types of the ISA's width, and the few instructions without an operator.
 //
 //               generic (SSE2)   avx2    avx512, avx512_bf16
 //   kLanes            4            8        16                 float32 in a vector
@@ -8,9 +7,9 @@
 //   HalfWords               kLanes x 16 bits          UnsignedBytes, SignedBytes  4 kLanes x 8 bits
 //   FewBytes                kLanes x 8 bits
 //
-// load_some and store_some take the first n lanes, for the end of a row. Everything is in an anonymous
-// namespace and free of the standard library's inline functions: a function compiled for a newer processor
-// must not be the copy that the linker keeps for all.
+// load_some and store_some access the first n lanes, for the end of a row. Everything is in an anonymous
+// namespace and uses no inline functions of the standard library: otherwise the linker might keep a copy
+// compiled for a newer processor for all callers.
 //
 // Reference: float16 and bfloat16 conversions, tests/csrc/test_kernels.py::test_every_float16, test_bfloat16;
 // the rest through the kernels.
@@ -38,7 +37,7 @@ constexpr int kLanes = 4;
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
-typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));  // twice as many
+typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));  // 2 kLanes
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfWords __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t UnsignedBytes __attribute__((vector_size(kLanes * 4)));
@@ -67,7 +66,7 @@ QVL_INLINE Floats all(float value) {
   return value - Floats{};
 }
 
-// Load the first n lanes; zero in the others.
+// Load the first n lanes; the others are zero.
 QVL_INLINE Floats load_some(const float* memory, int n) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Floats>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), memory));
@@ -79,7 +78,7 @@ QVL_INLINE Floats load_some(const float* memory, int n) {
 #endif
 }
 
-// The same for 16-bit values.
+// As load_some, for 16-bit values.
 QVL_INLINE HalfWords load_some_halves(const uint16_t* memory, int n) {
 #if defined(__AVX512BW__)
   return reinterpret_cast<HalfWords>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), memory));
@@ -120,8 +119,8 @@ QVL_INLINE Words shuffle(Words a, Words b, Words from) {
 #endif
 }
 
-// Steps of a transposition: two vectors as rows of pairs of squares, `Side` lanes wide, whose off-diagonal
-// squares are exchanged. The lanes are a parameter pack because the shuffles need constants.
+// Step of a transposition: exchange the off-diagonal squares, `Side` lanes wide, of two vectors. The lanes
+// are a parameter pack because shuffles need constants.
 using AllLanes = std::make_integer_sequence<uint32_t, kLanes>;
 
 template <uint32_t Side, uint32_t... I>
@@ -133,7 +132,7 @@ QVL_INLINE Words lower_squares(Words a, Words b, std::integer_sequence<uint32_t,
   return shuffle(a, b, Words{(I & Side ? kLanes + I : I + Side)...});
 }
 
-// Transpose a square of kLanes vectors.
+// Transpose kLanes vectors as a square matrix.
 template <uint32_t Side = 1>
 QVL_INLINE void transpose(Words (&v)[kLanes]) {
 #pragma GCC unroll 16
@@ -146,7 +145,7 @@ QVL_INLINE void transpose(Words (&v)[kLanes]) {
   if constexpr (2 * Side < kLanes) transpose<2 * Side>(v);
 }
 
-// Sum of all lanes by halving, in an order that depends on the width alone.
+// Sum of all lanes by halving, in an order that depends only on the width.
 QVL_INLINE float sum(Floats v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
@@ -159,7 +158,8 @@ QVL_INLINE float sum(Floats v) {
   return lanes[0];
 }
 
-// Lane i of the result has the bits of sum(v[i]), with less work: each step merges two vectors into one.
+// Lane i of the result equals sum(v[i]), bit for bit, with fewer operations: each step merges two vectors
+// into one.
 template <uint32_t Side = kLanes / 2>
 QVL_INLINE Floats sums_of(Floats (&v)[kLanes]) {
 #pragma GCC unroll 8
@@ -187,7 +187,7 @@ QVL_INLINE Floats to_floats(Ints v) {
   return __builtin_convertvector(v, Floats);
 }
 
-// bfloat16 pairs: the even (lower) and odd (upper) elements of 2 * kLanes of them.
+// Even (lower) and odd (upper) elements of 2 * kLanes bfloat16 values, as float32.
 QVL_INLINE Floats even(Words pairs) {
   return reinterpret_cast<Floats>(pairs << 16);
 }
@@ -195,7 +195,7 @@ QVL_INLINE Floats odd(Words pairs) {
   return reinterpret_cast<Floats>(pairs & 0xFFFF0000u);
 }
 
-// Conversions by instruction: the compiler's conversions would split the vectors.
+// Conversions by intrinsics: the compiler's conversions would split the vectors.
 QVL_INLINE Words widen_halves(HalfWords halves) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
@@ -235,7 +235,7 @@ QVL_INLINE Floats widen_float16(HalfWords halves) {
 #elif defined(__F16C__)
   return reinterpret_cast<Floats>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(halves)));
 #else
-  // As from_float16 in core/float16.h.
+  // See from_float16 in core/float16.h.
   const Words wide = widen_halves(halves), magnitude = (wide & 0x7FFFu) << 13;
   const Floats finite = reinterpret_cast<Floats>(magnitude) * 0x1p112F;
   const Words bits = (wide & 0x7C00u) == 0x7C00u ? magnitude | 0x7F800000u : reinterpret_cast<Words>(finite);
@@ -243,7 +243,7 @@ QVL_INLINE Floats widen_float16(HalfWords halves) {
 #endif
 }
 
-// Stored values as float32, and the first n of them.
+// Storage types with conversion to float32: whole vectors, and the first n values.
 struct Float16 {
   uint16_t bits;
 };
@@ -281,7 +281,7 @@ QVL_INLINE HalfWords narrow(Floats v) {
   return lower_halves(bits);
 }
 
-// Round to nearest, ties to even; values out of range and NaN become the largest value.
+// Round to nearest, ties to even; values out of range and NaN become the largest finite value.
 QVL_INLINE HalfWords narrow_float16(Floats v) {
   v = max(min(v, all(65504.0F)), all(-65504.0F));
 #if defined(__AVX512F__)
@@ -293,7 +293,7 @@ QVL_INLINE HalfWords narrow_float16(Floats v) {
 #else
   const Words bits = reinterpret_cast<Words>(v), sign = bits & 0x80000000u, magnitude = bits ^ sign;
   const Words normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-  // Adding 1/2 leaves a subnormal's steps of 2^-24 in the lowest bits.
+  // Adding 1/2 moves the steps of a subnormal, 2^-24, to the lowest bits.
   const Floats half = all(0.5F);
   const Words small =
       reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude) + half) - reinterpret_cast<Words>(half);
@@ -308,7 +308,7 @@ QVL_INLINE Ints nearest(Floats v) {
   return __builtin_convertvector((v + magic) - magic, Ints);
 }
 
-// Of values from -128 to 127.
+// Convert values from -128 to 127.
 QVL_INLINE FewBytes narrow_few(Ints v) {
 #if defined(__AVX512F__)
   return reinterpret_cast<FewBytes>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
@@ -322,8 +322,8 @@ QVL_INLINE FewBytes narrow_few(Ints v) {
 #endif
 }
 
-// sums[i] + the four a[4i + j] b[4i + j], in 32 bits. Without VNNI AVX2 adds two products in 16 bits: there a
-// is at most 128, and signed values have multiply_add_signed.
+// sums[i] + the four products a[4i + j] b[4i + j], in 32 bits. AVX2 without VNNI adds two products in 16
+// bits, so a must be at most 128; for signed a use multiply_add_signed.
 QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
 #if defined(__AVX512VNNI__)
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
@@ -332,7 +332,7 @@ QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
   const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
   return sums + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #else
-  // Even and odd bytes apart, in 16 bits, which hold a product but no sum of two.
+  // Multiply even and odd bytes separately: 16 bits are enough for a product, but not for the sum of two.
   const Shorts a_even = reinterpret_cast<Shorts>(reinterpret_cast<Halves>(a) & 0xFF);
   const Shorts a_odd = reinterpret_cast<Shorts>(reinterpret_cast<Halves>(a) >> 8);
   const Shorts b_even = reinterpret_cast<Shorts>(b) << 8 >> 8, b_odd = reinterpret_cast<Shorts>(b) >> 8;
@@ -344,7 +344,7 @@ QVL_INLINE Ints multiply_add(Ints sums, UnsignedBytes a, SignedBytes b) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 constexpr bool kSignedProducts = true;
 
-// The same for signed bytes a: the sign of each is moved to b, which must not be -128.
+// multiply_add for signed bytes a: their signs are moved to b, which must not be -128.
 QVL_INLINE Ints multiply_add_signed(Ints sums, SignedBytes a, SignedBytes b) {
   const __m256i from = reinterpret_cast<__m256i>(a);
   return multiply_add(sums, reinterpret_cast<UnsignedBytes>(_mm256_abs_epi8(from)),
@@ -356,22 +356,22 @@ constexpr bool kSignedProducts = false;
 QVL_INLINE Ints multiply_add_signed(Ints sums, SignedBytes a, SignedBytes b);
 #endif
 
-// Keep an address in a register, where the compiler would compute it at each use.
+// Keep an address in a register; the compiler would recompute it at each use.
 template <typename T>
 QVL_INLINE void keep(const T*& address) {
   asm volatile("" : "+r"(address));
 }
 
-// Prefetch a cache line. Any address is allowed.
+// Prefetch a cache line; the address may be invalid.
 QVL_INLINE void prefetch(const void* memory) {
   __builtin_prefetch(memory, 0, 2);
 }
 
-// e^x to about 1e-7 relative for x in [-87, 88]; smaller x give 0, larger ones infinity.
+// e^x with a relative error of about 1e-7 for x in [-87, 88]; 0 for smaller x, infinity for larger x.
 QVL_INLINE Floats exp(Floats x) {
   const Floats given = x;
   x = min(max(x, all(-87.0F)), all(88.0F));
-  // e^x = 2^n e^r with n the nearest integer to x / ln 2; adding 1.5 * 2^23 rounds.
+  // e^x = 2^n e^r, where n is the nearest integer to x / ln 2; adding 1.5 * 2^23 rounds.
   const Floats magic = all(12582912.0F);
   const Floats shifted = x * 1.44269504088896341F + magic;
   const Floats n = shifted - magic;

@@ -1,7 +1,7 @@
 // The kernels as a table of functions, one table per ISA (dispatch.h).
 //
-// Kernels are single-threaded functions on plain memory; the callers split the work. Numbers of rows and
-// tokens are int64_t, sizes within a row are int.
+// Kernels are single-threaded; the callers distribute the work. Numbers of rows and tokens are int64_t, sizes
+// within a row are int.
 #pragma once
 
 #include <cstddef>
@@ -11,9 +11,9 @@
 
 namespace qvl::cpu {
 
-constexpr int kMaxRows = 8;  // most rows of x of a matrix-vector kernel
+constexpr int kMaxRows = 8;  // maximum number of rows of x of a matrix-vector kernel
 constexpr int kMaxKvTile = 256;
-constexpr int kMaxTileK = 512;  // columns of an unpacked tile
+constexpr int kMaxTileK = 512;  // maximum number of columns of an unpacked tile
 
 // y[r * y_stride + row] (+)= sum over k of weight[row][k] * x[r][k] for rows first_row to end_row.
 struct Matvec {
@@ -26,11 +26,11 @@ struct Matvec {
   int64_t y_stride;
   const float* bias;  // may be NULL
   bool add;           // y += instead of y =
-  const void* zeros;  // types with zero points only: float16 [rows][k / group], as their scales
+  const void* zeros;  // types with zero points only: float16 [rows][k / group], like their scales
 };
 
-// Rows of weights unpacked for the blocked product: values without their row scale (int8), as float32 or, for
-// kernels with bf16_dot, as bfloat16; the columns padded with zero to a multiple of 2.
+// Tile of weights to unpack for the blocked product: values without their row scale (int8), as float32 or,
+// for kernels with bf16_dot, as bfloat16; the columns are padded with zeros to a multiple of 2.
 struct UnpackTile {
   const void* weights;
   const void* scales;
@@ -41,7 +41,7 @@ struct UnpackTile {
   const void* zeros;  // as in Matvec
 };
 
-// Memory that will be read next, to be prefetched: rows of row_bytes.
+// Memory to prefetch: `rows` rows of row_bytes.
 struct Ahead {
   const char* first;
   int64_t stride;  // from row to row
@@ -49,14 +49,14 @@ struct Ahead {
   int64_t row_bytes;
 };
 
-// Keys and values of up to kMaxKvTile tokens of one head, in place.
+// Keys and values of up to kMaxKvTile tokens of one head, referenced in place.
 struct KvTile {
   const void* keys;
   const void* values;
   int64_t stride;   // elements from token to token
   qvl_dtype dtype;  // float32, bfloat16, float16 or int8
   int n;
-  const float* key_scales;  // int8: of each token
+  const float* key_scales;  // int8: one per token
   const float* value_scales;
 };
 
@@ -81,13 +81,13 @@ struct Kernels {
   // x [head_dim] rotated by cos, sin [head_dim / 2], times scale
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim, float scale);
 
-  // matvec_*.h: size and preparation of activations x [n_x][k] with x_stride; the products.
+  // matvec_*.h: size and preparation of activations x [n_x][k] with x_stride, and the products.
   size_t (*prepared_bytes[QVL_DTYPES])(int k, int n_x);
   void (*prepare_x[QVL_DTYPES])(const float* x, int64_t x_stride, int n_x, int k, void* prepared);
   void (*matvec[QVL_DTYPES])(const Matvec& product, int64_t first_row, int64_t end_row);
 
-  // gemm.h: activations packed in panels of `lanes` tokens; a panel is [k][lanes] float32 or, for bfloat16,
-  // [k / 2][lanes][2]. Index 1 is bfloat16, used with unpack_tile of the same kind.
+  // gemm.h: pack activations in panels of `lanes` tokens; a panel is [k][lanes] float32 or, for bfloat16,
+  // [k / 2][lanes][2]. Index 1 is bfloat16, used with unpack_tile of the same index.
   void (*pack_panel[2])(const float* x, int64_t x_stride, int n_tokens, int k, void* panel);
   void (*unpack_tile[2][QVL_DTYPES])(const UnpackTile& tile);
   // c [rows][c_stride] (+)= n_k columns of tile [rows][width] times panels [n_panels], panel_bytes apart;
@@ -100,16 +100,15 @@ struct Kernels {
   void (*write_block)(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, const float* scales,
                       const float* bias, bool add, float* y, int64_t y_stride);
 
-  // attention.h: softmax(q . k) v of one head, with q scaled by the caller, over one tile of tokens after
-  // another. state [n_q][2]: running maximum and sum of each query, out [n_q][out_stride]: weighted sum of
-  // values, not divided yet; out_stride is head_dim rounded up to `lanes`. attend_begin sets them up,
-  // attend_end divides.
+  // attention.h: softmax(q . k) v of one head, with q scaled by the caller, tile by tile. state [n_q][2]:
+  // running maximum and sum of each query, out [n_q][out_stride]: weighted sum of values, not normalised;
+  // out_stride is head_dim rounded up to `lanes`. attend_begin initialises them, attend_end normalises.
   void (*attend_begin)(int n_q, int64_t out_stride, float* state, float* out);
   // Query i, q + i * q_stride, sees the tile's first min(visible + i, n) tokens.
   size_t (*attend_scratch_bytes)(int head_dim, int n_q, int n_tokens);
   void (*attend)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile, int64_t visible,
                  float* state, float* out, int64_t out_stride, void* scratch);
-  // attend in bfloat16; NULL without bf16_dot.
+  // As attend, in bfloat16; NULL without bf16_dot.
   void (*attend_rounded)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile,
                          int64_t visible, float* state, float* out, int64_t out_stride, void* scratch);
   // One query that sees all tokens of n_tiles tiles, at most kMaxKvTile in total; keys and values in place.

@@ -1,5 +1,5 @@
-// Unpack tiles of weights for the blocked product (gemm.h): to bfloat16 on processors that multiply it, to
-// float32 elsewhere.
+// Unpacking of weight tiles for the blocked product (gemm.h): to bfloat16 on processors with bfloat16
+// instructions, to float32 elsewhere.
 //
 // Layout:
 //
@@ -9,12 +9,13 @@
 //             |             | wide  |      |  ---->  zeros in the added column
 //             +-------------+-------+------+
 //
-// kChunk = 32 columns of a row are unpacked at a time: 2 vectors of 16 lanes, 4 of 8, 8 of 4. int4 to
-// bfloat16 is a table look-up: 16 products nibble * scale, one permutation instruction for 32 values.
+// kChunk = 32 columns of a row are unpacked at a time: 2 vectors of 16 lanes, 4 of 8, 8 of 4. int4 is
+// converted to bfloat16 by table look-up: 16 products nibble * scale, one permutation instruction per 32
+// values.
 //
-// Cost: the bytes of the matrix once, and n_rows n_k values written to and read from the second-level cache;
-// a value is unpacked once for up to 384 tokens (kMaxTokens of linear.cc), so at least 1 / 384 of the
-// multiply-adds. int8 values stay without their row's scale, which write_block applies to the sums.
+// Cost: the bytes of the matrix once, and n_rows n_k values written to and read from the L2 cache. A value is
+// unpacked once for up to 384 tokens (kMaxTokens of linear.cc), so at least once per 384 multiply-adds. int8
+// values are not multiplied by their row's scale, which write_block applies to the sums.
 //
 // Reference: reference::linear over qvl_unpack's values, tests/csrc/test_kernels.py::test_linear.
 #pragma once
@@ -25,11 +26,11 @@ namespace {
 
 using qvl::cpu::UnpackTile;
 
-// Columns of a row unpacked at a time. A tile has room for a whole chunk after its last row.
+// Columns of a row unpacked at a time. A tile has space for a whole chunk after its last row.
 constexpr int kChunk = 32;
 constexpr int kChunkVectors = kChunk / kLanes;
 
-// chunk(): a row's columns from first_k + i on as float32, zero after the last.
+// chunk(): columns first_k + i to first_k + i + kChunk - 1 of a row as float32, padded with zeros.
 template <typename Value>
 struct UnpackFloats {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
@@ -45,7 +46,7 @@ struct UnpackFloats {
   }
 };
 
-// Quantised rows are padded with zeros to a multiple of 128 columns, and first_k is such a multiple.
+// Quantised rows are padded with zeros to a multiple of 128 columns, and first_k is a multiple of 128.
 struct UnpackInt8 {
   static QVL_INLINE void chunk(const UnpackTile& t, int64_t row, int i, Floats (&v)[kChunkVectors]) {
     const int8_t* from = static_cast<const int8_t*>(t.weights) + row * round_up(t.k, kUnit) + t.first_k + i;
@@ -56,7 +57,7 @@ struct UnpackInt8 {
   }
 };
 
-// Place of a chunk of int4 values: nibble `nibble` of 32 words.
+// Location of a chunk of int4 values: nibble `nibble` of 32 words.
 template <int Group>
 struct Int4Chunk {
   const uint8_t* words;
@@ -100,7 +101,7 @@ struct UnpackGroups {
 #pragma GCC unroll 8
     for (int j = 0; j < kChunkVectors; ++j) {
       if constexpr (Bits == 8) {
-        // As signed bytes, 128 less.
+        // Subtract 128: signed bytes.
         const FewBytes bytes = load<FewBytes>(weights + at + j * kLanes) ^ int8_t { -128 };
         v[j] = (to_floats(widen_few(bytes)) - (zero - 128)) * scale;
       } else {
@@ -135,7 +136,7 @@ QVL_INLINE __m512i narrow_chunk(Unpack, const UnpackTile& t, int64_t row, int i)
       _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(v[1]), reinterpret_cast<__m512>(v[0])));
 }
 
-// Table look-up: the 16 values of a nibble are in the table twice, since the instruction uses 5 bits of a
+// Table look-up. The table contains the 16 values of a nibble twice, since the instruction uses 5 bits of a
 // word.
 QVL_INLINE __m512i look_up(const uint8_t* words, int nibble, float scale, float zero) {
   const Floats steps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -1,9 +1,9 @@
-// Attention of 64 queries over keys that come in tiles, for any source of keys and values: tensor cores
-// through mma.sync from sm_80 on, plain loops before. attention_prompt.cu and attention_dense.cu have the
+// Attention of 64 queries over tiles of keys, for any source of keys and values: tensor cores through
+// mma.sync from sm_80 on, plain loops on older GPUs. attention_prompt.cu and attention_dense.cu define the
 // sources.
 //
-// Layout. A block has 4 warps of 16 queries. Scores stay in registers: 16 x 64 a warp from q k^T, with a
-// running maximum and sum a query, then p v. Two buffers of keys and values, filled by cp.async where the
+// Layout. A block has 4 warps of 16 queries. Scores stay in registers: 16 x 64 per warp from q k^T, with a
+// running maximum and sum per query, then p v. Two buffers of keys and values, filled by cp.async where the
 // source allows it. D is kPaddedDim:
 //
 //               tile of 64 keys (32 for head_dim over 128)
@@ -12,12 +12,12 @@
 //   ..
 //   shared:  queries [64][D + 8]  |  2 x (keys [64][D + 8], values [64][D + 8])  |  places of 64 keys
 //
-// Tiles of keys lie at multiples of their size from key 0, and a tile that a query does not see changes none
-// of its bits (its factor is 1, its weights 0): a query's result depends on its own position alone.
+// Tiles of keys start at multiples of their size from key 0, and a tile that a query does not see does not
+// change its bits (factor 1, weights 0): a query's result depends only on its position.
 //
-// Cost. Operations: 4 head_dim a query and key on the tensor cores, and one exponential a query and key, 16 a
-// cycle and multiprocessor, which takes half as long at head_dim 128. Bytes: keys and values once for 64
-// queries, from the L2 cache. The tensor cores bound it.
+// Cost. Operations: 4 head_dim per query and key on the tensor cores, and one exponential per query and key,
+// 16 per cycle and multiprocessor, which takes half as long at head_dim 128. Bytes: keys and values once per
+// 64 queries, from the L2 cache. Bound by the tensor cores.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py.
 #pragma once
@@ -66,7 +66,7 @@ struct PaddedRows {
 // kPaddedDim: head_dim, padded to a multiple of 16. Source has two functions for 128 threads: locate(first,
 // keys, thread) looks up the addresses of keys first .. first + keys - 1 (it may write to shared memory);
 // after a barrier, load<Rows>(to, part, first, thread) writes keys (part 0) or values (part 1) first .. first
-// + Rows::kKeys - 1 to Rows::at, zeros beyond the last; it may use copy_async.
+// + Rows::kKeys - 1 to Rows::at, with zeros beyond the last; it may use copy_async.
 template <int kPaddedDim, typename Source>
 __device__ inline void attend(const Job& job, const Source& source) {
   using Rows = PaddedRows<kPaddedDim>;
@@ -204,7 +204,8 @@ __device__ inline void attend(const Job& job, const Source& source) {
 
 #else
 
-// Simple version: a warp iterates over the keys of one query after another, its lanes over the dimensions.
+// Version for GPUs before sm_80: a warp iterates over the keys, query by query, its lanes over the
+// dimensions.
 template <int kPaddedDim, typename Source>
 __device__ inline void attend(const Job& job, const Source& source) {
   constexpr int kEach = (kPaddedDim + 31) / 32;

@@ -1,9 +1,9 @@
 // Attention of decode steps: one query over the keys of its sequence, in the blocks of the paged cache.
 //
-// Layout. A block takes a chunk of 128 keys of one head and one row; a warp takes 32 of them. The warp has
-// all its keys and values copied to shared memory at once, each lane into its own slot, as in
-// linear_decode.cu; three blocks per multiprocessor (int8: four). 16 bytes of a key per lane: 16 lanes share
-// a key in 16 bits, 8 in 8 bits:
+// Layout. A block processes a chunk of 128 keys of one head and one row, a warp 32 of them. The warp requests
+// the copies of all its keys and values to shared memory together, each lane into a separate slot, as in
+// linear_decode.cu; three blocks per multiprocessor (int8: four). A lane has 16 bytes of a key: 16 lanes
+// share a 16-bit key, 8 lanes an 8-bit key:
 //
 //   sequence   | chunk 0: keys 0-127 | chunk 1: 128-255 | .. |       grid [heads][chunks][rows]
 //                block                 block
@@ -12,28 +12,28 @@
 //   scratch      parts [row][head][chunk] (maximum, sum) | sums [row][head][chunk][head_dim]
 //
 // Partial results (maximum, sum of exp2, weighted sum of values) of warps, then of chunks, are merged in a
-// fixed order. Chunks begin at multiples of 128 tokens, so that a row depends on its own keys alone.
-// Neighbouring blocks have neighbouring heads, whose keys lie side by side.
+// fixed order. Chunks begin at multiples of 128 tokens, so that a row depends only on its keys. Adjacent
+// blocks have adjacent heads, whose keys are contiguous.
 //
-// On sm_90a the copy engine brings a warp's keys in one copy, and its values in another, where the cache has
-// all of them side by side: on an H200 7 % less time than copies of 16 bytes at 32 x 2000 keys, 12 % at 64 x
-// 300. Marked for L2 to drop first they took 3 % more and 3 % less.
+// On sm_90a the copy engine loads a warp's keys in one copy, and its values in another, if they are
+// contiguous in the cache: on an H200 7 % less time than copies of 16 bytes at 32 x 2000 keys, 12 % at 64 x
+// 300. The L2 evict-first policy took 3 % more and 3 % less, respectively.
 //
-// With few chunks, launches and memory latency count: each block has requested older keys before the product
-// ahead ends, and rotates the query itself; the one with the newest key rotates and stores that key; and the
-// last block of a head and a row merges its chunks. With many, kernels of their own do so (rotate_and_store,
-// attention_decode_combine).
+// With few chunks, launch and memory latency dominate: each block requests older keys before the preceding
+// product ends, and rotates the query; the block with the newest key rotates and stores that key; and the
+// last block of a head and a row merges its chunks. With many chunks separate kernels do so
+// (rotate_and_store, attention_decode_combine).
 //
-// attention_decode_any takes every head_dim up to 256, value by value.
+// attention_decode_any supports every head_dim up to 256, value by value.
 //
 // Cost. Bytes: each key and value once, 512 per head and token in bfloat16 at head_dim 128; time = 4 head_dim
 // heads tokens bytes / bandwidth. 300 tokens of one sequence with 32 heads are 4.9 MB, 1.1 us on an H200,
-// 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication for each value of 2 bytes, 0.5 a byte: the
-// plain units do. What bounds it is how long a block lasts, for its 64 KB of shared memory are in flight for
-// only a part of that: memory accesses one after another, of positions, blocks, keys, and what follows.
+// 2000 tokens of 32 sequences 1.05 GB, 245 us. One multiplication per value of 2 bytes, 0.5 per byte: no
+// tensor cores are needed. Bound by the duration of a block, since its 64 KB of shared memory are in flight
+// for only a part of it: dependent memory accesses to positions, blocks and keys, then the arithmetic.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_attention_is_that_of_float64; the fused step
-// gives the bits of rotation and attention apart: test_a_step_is_rotation_and_attention.
+// has the same bits as separate rotation and attention: test_a_step_is_rotation_and_attention.
 #include "cuda/kernels/attention_decode.h"
 #include "cuda/kernels/hopper.cuh"
 #include "cuda/kernels/rotate.cuh"
@@ -44,7 +44,7 @@ namespace {
 
 constexpr int kChunk = 128, kWarps = 4, kThreads = 32 * kWarps, kWarpKeys = kChunk / kWarps;
 constexpr int kFastDim = 128, kMostDim = 256;
-constexpr int kTogetherChunks = 8;  // loaded at once when they are merged
+constexpr int kTogetherChunks = 8;  // loads in flight when chunks are merged
 constexpr float kLog2E = 1.44269504f;
 
 __device__ inline float minus_infinity() {
@@ -54,8 +54,8 @@ __device__ inline float minus_infinity() {
 // Work of a block: a chunk of a head of a row.
 struct Chunk {
   int row, head, index;
-  int first;     // token
-  int position;  // of the row, its last token
+  int first;     // first token
+  int position;  // position of the row, its last token
   const int* table;
 
   __device__ explicit Chunk(const AttentionDecode& p)
@@ -66,14 +66,14 @@ struct Chunk {
         position(__ldcg(p.positions + row)),
         table(p.blocks +
               static_cast<int64>(p.tables != nullptr ? __ldcg(p.tables + row) : row) * p.max_blocks) {}
-  // Number of the cache block of a token.
+  // Index of the cache block of a token.
   __device__ int number(const AttentionDecode& p, int token) const {
     return __ldcg(table + token / p.block_tokens);
   }
   __device__ int64 pair(const AttentionDecode& p) const { return static_cast<int64>(row) * p.heads + head; }
 };
 
-// Addresses of key and value of a token; T is the cache's type.
+// Addresses of the key and value of a token; T is the cache's type.
 template <typename T>
 struct Place {
   char* block;
@@ -86,15 +86,15 @@ struct Place {
     return reinterpret_cast<T*>(block) +
            (static_cast<int64>(which * p.heads + head) * p.block_tokens + slot) * p.head_dim;
   }
-  // Of 8 bits.
+  // For 8-bit types.
   __device__ float* scale(const AttentionDecode& p, int which, int head) const {
     char* scales = block + 2 * static_cast<int64>(p.heads) * p.block_tokens * p.head_dim;
     return reinterpret_cast<float*>(scales) + (which * p.heads + head) * p.block_tokens + slot;
   }
 };
 
-// Merge the warps and write the chunk's part; sums: [kWarps][head_dim] in shared memory, written by all
-// warps; most and total: of this warp.
+// Merge the warps' results and write the chunk's partial result. sums: [kWarps][head_dim] in shared memory,
+// written by all warps; most, total: maximum and sum of this warp.
 __device__ inline void write_part(const AttentionDecode& p, int head_dim, const Chunk& chunk,
                                   const float* sums, float most, float total) {
   __shared__ float mosts[kWarps], totals[kWarps];
@@ -181,9 +181,9 @@ __device__ void end_chunk(const AttentionDecode& p, const Chunk& chunk) {
 // Distribution of a warp's keys over its lanes: 16 bytes each.
 template <typename T>
 struct Lanes {
-  static constexpr int kValues = 16 / sizeof(T);     // of a lane
-  static constexpr int kLanes = kFastDim / kValues;  // of a key
-  static constexpr int kTogether = 32 / kLanes;      // keys of a load
+  static constexpr int kValues = 16 / sizeof(T);     // per lane
+  static constexpr int kLanes = kFastDim / kValues;  // per key
+  static constexpr int kTogether = 32 / kLanes;      // keys per load
   static constexpr int kLoads = kWarpKeys / kTogether;
 
   __device__ static int first() { return threadIdx.x % kLanes * kValues; }  // index of the lane's first value
@@ -192,7 +192,7 @@ struct Lanes {
     const uint32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      if constexpr (sizeof(T) == 1) {  // as 2^23 + 128 + the value: two steps, where a conversion takes three
+      if constexpr (sizeof(T) == 1) {  // via 2^23 + 128 + value: two instructions, a conversion takes three
         const uint32 bits = __byte_perm(words[i / 4] ^ 0x80808080u, 0x4B000000u, 0x7550 + i % 4);
         values[i] = __uint_as_float(bits) - 8388736.f;
       } else {
@@ -240,7 +240,7 @@ struct Rotation {
     }
   }
 
-  // others: half a head away.
+  // others: the values half a head apart.
   __device__ void of(const Loaded<T>& own, const Loaded<T>& others, float (&values)[L::kValues]) const {
 #pragma unroll
     for (int i = 0; i < L::kValues; ++i) values[i] = rotated(own[i], others[i], cosines[i], sines[i]);
@@ -276,11 +276,11 @@ __device__ uint4 narrowed(const float (&values)[Lanes<T>::kValues], float& scale
   return bytes;
 }
 
-// Bulk copies (sm_90a): a warp's keys that lie side by side, and their values, in one copy each.
+// Bulk copies (sm_90a): a warp's contiguous keys, and their values, in one copy each.
 struct BulkCopies {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   static constexpr bool kAvailable = true;
-  uint32 barriers;  // of keys, of values: 8 bytes each
+  uint32 barriers;  // for keys and for values, 8 bytes each
 
   __device__ BulkCopies() {
     __shared__ uint64 all[kWarps][2];
@@ -291,7 +291,7 @@ struct BulkCopies {
     }
     __syncwarp();
   }
-  // Called by one lane, once for each half.
+  // Called by one lane, once per half.
   __device__ void request(int half, void* to, const void* from, int bytes) const {
     barrier_expect(barriers + 8 * half, bytes);
     copy_bytes(shared_address(to), from, bytes, barriers + 8 * half);
@@ -316,16 +316,16 @@ __device__ void attention(const AttentionDecode& p) {
   if (!p.early) wait_for_predecessors();
   const Chunk chunk(p);
   const int angle_table = rotate ? __ldcg(p.angle_tables + chunk.row) : 0;
-  // A shuffle, so that the compiler sees the warp number as uniform.
+  // The shuffle tells the compiler that the warp number is uniform.
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32, which = lane / kLanes;
-  // Each lane looks up the block of one key, before it is known whether the row has that key.
+  // Each lane looks up the block of one key, before knowing whether the row has that key.
   const int first = chunk.first + warp * kWarpKeys, token = first + lane;
-  // The shuffle with itself keeps the compiler from delaying the load until its use.
+  // The shuffle with the lane itself prevents the compiler from delaying the load until its use.
   const int number =
       __shfl_sync(0xFFFFFFFFu, chunk.number(p, min(token, p.max_blocks * p.block_tokens - 1)), lane);
   if (chunk.first > chunk.position) return;
-  // Keys from this warp's first on: may be none, or more than its 32.
+  // Number of keys from this warp's first key on: may be 0, or more than its 32.
   const int here = chunk.position + 1 - first;
   const int newest = here - 1;
   const bool has_newest = newest >= 0 && newest < kWarpKeys;
@@ -336,7 +336,8 @@ __device__ void attention(const AttentionDecode& p) {
   uint4* const values = keys + kLoads * 32;
   if (has_newest && !rotate) wait_for_predecessors();  // the kernel that stored the newest key
   const int stored = rotate ? newest : here;
-  // Not for a warp with the newest key, which this kernel or the preceding one writes.
+  // Whether to use bulk copies: not for a warp with the newest key, which this kernel or the preceding one
+  // writes.
   const bool whole = BulkCopies::kAvailable && newest >= kWarpKeys && p.block_tokens % kWarpKeys == 0;
   for (int half = 0; half < 2; ++half) {
     if (whole) {
@@ -365,7 +366,7 @@ __device__ void attention(const AttentionDecode& p) {
   if (rotate) {
     const Rotation<T> rotation(p, chunk.position, angle_table);
     wait_for_predecessors();
-    // Only one warp needs the new key and value, but loading them in all costs nothing.
+    // Only one warp needs the new key and value, but loading them in all warps is free.
     const int width = p.heads * kFastDim, over = L::first() < kFastDim / 2 ? kFastDim / 2 : -kFastDim / 2;
     const H* from = static_cast<const H*>(p.qkv) + 3 * static_cast<int64>(width) * chunk.row +
                     chunk.head * kFastDim + L::first();

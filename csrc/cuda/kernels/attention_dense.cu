@@ -5,8 +5,8 @@
 //   vision tower   qkv [image][patch][head][q | k | v][head_dim]        strides select q, k and v
 //   resampler      q [query][head][128], the same for all images; k, v [image][patch][head][128]
 //
-// Tiles, buffers and cost: attention.cuh, attention_hopper.cuh; 4 head_dim heads n_queries n_keys operations
-// an image, 7 GFLOP a layer of the tower.
+// Tiles, buffers and cost: see attention.cuh, attention_hopper.cuh; 4 head_dim heads n_queries n_keys
+// operations per image, 7 GFLOP per layer of the tower.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py::test_images.
 #include "cuda/kernels/attention_hopper.cuh"

@@ -1,19 +1,19 @@
 // Attention of 128 queries on Hopper: wgmma, for any source of keys and values.
 //
-// Layout. Two warpgroups have 64 queries each; a third one brings tiles of 128 keys and values through two
-// buffers, by the copy engine, by cp.async, or converted on the way. Rows are cut into columns of 64 values,
+// Layout. Two warpgroups have 64 queries each; a third one loads tiles of 128 keys and values into two
+// buffers, by the copy engine, by cp.async, or with a conversion. Rows are divided into columns of 64 values,
 // [column][row] of 128 bytes, the layout of describe() in hopper.cuh. D is kPaddedDim:
 //
 //   shared:  queries [D / 64][128][64]  |  keys [2][D / 64][128][64]  |  values [2][..]  |  places, barriers
 //
 //   warpgroups 0, 1:   scores(0) softmax | scores(1)  p v(0)  softmax(1) | scores(2)  p v(1)  softmax(2) | ..
-//                                          \_ both on the tensor cores, the softmax beside p v _/
+//                                          \_ both on the tensor cores, softmax overlaps p v _/
 //   warpgroup 2:       copies tile 0, 1, 2 ..
 //
-// What attention.cuh says of tiles and bits holds here.
+// Tiles do not affect a query's bits, as in attention.cuh.
 //
 // Cost of a tile of 128 keys at head_dim 128, in cycles of a multiprocessor: 2048 of wgmma for 128 queries, 4
-// head_dim operations a query and key; 1024 of exponentials beside them. The tensor cores bound it.
+// head_dim operations per query and key; 1024 of exponentials, which overlap. Bound by the tensor cores.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py (`portable` False).
 #pragma once
@@ -33,9 +33,9 @@ struct SwizzledRows {
   }
 };
 
-// Source as of attend(), with three more functions. boxes(): whether the copy engine may bring keys and
+// Source as for attend(), with three more functions. boxes(): whether the copy engine can load keys and
 // values; then copy(to, part, tile, barrier) requests those of a tile, in columns of kHopperKeys rows, and
-// copied(tile) is the number of bytes of a column. Keys from `n` on may be omitted; else they are zeros.
+// copied(tile) is the number of bytes per column. Keys from `n` on may be omitted; otherwise they are zeros.
 template <int kPaddedDim, typename Source>
 __device__ inline void attend_hopper(const Job& job, const Source& source) {
   using Rows = SwizzledRows<kPaddedDim>;
@@ -44,7 +44,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
   char* const aligned = raw_shared + (-shared_address(raw_shared) & 1023);
   const uint32 queries = shared_address(aligned), keys = queries + kTile, values = keys + 2 * kTile;
   const uint32 barriers = values + 2 * kTile + kKeys * 16;
-  // Of keys (part 0) and values (part 1), by buffer.
+  // Barriers of keys (part 0) and values (part 1), per buffer.
   const uint32 landed = barriers + 64;
   auto full = [&](int part, int tile) { return barriers + 8 * (2 * part + tile % 2); };
   auto empty = [&](int part, int tile) { return barriers + 32 + 8 * (2 * part + tile % 2); };
@@ -69,7 +69,7 @@ __device__ inline void attend_hopper(const Job& job, const Source& source) {
 #pragma unroll 1
         for (int part = 0; part < 2; ++part) {
           barrier_wait(empty(part, tile), tile / 2 % 2 ^ 1);
-          // Values that no query sees have weight 0, but must not be NaN or infinite.
+          // Values beyond the last key have weight 0, but must not be NaN or infinite.
           const int there = job.n_keys - tile * kKeys;
           const bool fill = part == 1 && there < kKeys;
           if (lane == 0) {

@@ -1,19 +1,19 @@
 // Causal attention of prompts over a paged cache.
 //
-// Layout. A block has the queries of one tile of a prompt chunk, for one head; the tiles that see most keys
-// start first. Keys and values are converted to H on the way to shared memory, whatever the cache holds:
+// Layout. A block has the queries of one tile of a prompt chunk, for one head; the tiles with the most keys
+// start first. Keys and values of any type are converted to H when they are copied to shared memory:
 //
 //   prompt chunks    | first, n, past, table |     queries [first, first + n) of q, at positions past ..
 //   tiles            | chunk, offset |             128 queries from `offset` on
 //   block table      | b0 | b1 | b2 |              key t: row t % block_tokens of block b[t / block_tokens]
-//   block            [2][heads][block_tokens][head_dim], for int8 followed by float32 scales
+//   block            [2][heads][block_tokens][head_dim], with int8 followed by float32 scales
 //                    [2][heads][block_tokens]
 //
-// Tiles, buffers and cost: attention.cuh, attention_hopper.cuh. A causal prompt of n tokens is half a square:
-// 2 head_dim heads n^2 operations.
+// Tiles, buffers and cost: see attention.cuh, attention_hopper.cuh. A causal prompt of n tokens is half a
+// square: 2 head_dim heads n^2 operations.
 //
-// Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py::test_prompts; the same bits wherever a
-// prompt is cut: test_a_prompt_cut_anywhere_is_the_same.
+// Reference: float64 in PyTorch, tests/cuda/test_prompt_attention.py::test_prompts; the same bits for any
+// chunks of a prompt: test_a_prompt_cut_anywhere_is_the_same.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -23,11 +23,11 @@ namespace qvl::cuda {
 
 struct PagedKeys {
   const PagedAttention& p;
-  const int* table;  // the sequence's blocks
+  const int* table;  // block table of the sequence
   int head, n;
   int64* places;  // in shared memory: offsets of keys, or -1; then offsets of their scales
 
-  // Bytes of a value; bytes from keys to values.
+  // Bytes per value, and bytes from keys to values.
   __device__ int width() const { return p.type == kFloatKeys ? 4 : p.type == kInt8Keys ? 1 : 2; }
   __device__ int64 part_bytes() const {
     return static_cast<int64>(p.heads) * p.block_tokens * p.head_dim * width();
@@ -44,7 +44,7 @@ struct PagedKeys {
     return *reinterpret_cast<const float*>(p.base + at + part * p.heads * p.block_tokens * 4);
   }
 
-  // Value `from`[d] of any type, as float32.
+  // Load from[d], of any type, as float32.
   __device__ float number(const char* from, int d) const {
     switch (p.type) {
       case kHalfKeys:
@@ -136,7 +136,7 @@ struct PagedKeys {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   __device__ bool boxes() const { return p.boxes != 0; }
-  // Blocks of the tile that hold keys.
+  // Number of blocks of the tile that contain keys.
   __device__ int blocks(int tile) const {
     return (min(kHopperKeys, n - tile * kHopperKeys) + p.block_tokens - 1) / p.block_tokens;
   }
@@ -161,7 +161,7 @@ struct Work {
   const int* table;
 };
 
-// Queries begin .. begin + queries - 1 of a tile; may be empty.
+// Work for queries begin .. begin + queries - 1 of a tile; may be empty.
 __device__ inline Work work_of(const PagedAttention& p, int tile, int head, int begin, int queries) {
   const int chunk = p.tiles[2 * tile], offset = p.tiles[2 * tile + 1] + begin;
   const int first = p.chunks[4 * chunk], n = p.chunks[4 * chunk + 1], past = p.chunks[4 * chunk + 2];

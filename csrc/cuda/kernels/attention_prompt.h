@@ -5,11 +5,11 @@
 
 namespace qvl::cuda {
 
-constexpr int kAttentionTile = 128;  // queries: kQueryTile of ops.h
+constexpr int kAttentionTile = 128;  // queries per tile: kQueryTile of ops.h
 
-// The portable kernels: 4 warps have half a tile. Half as many keys a tile for large heads, to fit the 99 KB
-// of sm_86. Shared memory of a block: queries, two tiles of keys and two of values, rows of D + 8 values;
-// places of 64 keys.
+// The portable kernels: 4 warps process half a tile. Key tiles have half the size for large heads, to fit the
+// 99 KB of sm_86. Shared memory of a block: queries, two tiles of keys and two of values, in rows of D + 8
+// values; places of 64 keys.
 constexpr int kAttentionThreads = 128, kAttentionQueries = 64;
 template <int kPaddedDim>
 constexpr int kAttentionKeys = kPaddedDim <= 128 ? 64 : 32;
@@ -17,7 +17,7 @@ template <int kPaddedDim>
 constexpr int kAttentionShared =
     (kAttentionQueries + 4 * kAttentionKeys<kPaddedDim>)*(kPaddedDim + 8) * 2 + 64 * 16;
 
-// The kernels of Hopper: two warpgroups with 64 queries each, a third brings keys and values. Shared memory:
+// The Hopper kernels: two warpgroups with 64 queries each; a third loads keys and values. Shared memory:
 // queries, two tiles of 128 keys and two of values, in rows of 64 values; places of 128 keys; barriers.
 constexpr int kHopperThreads = 384, kHopperKeys = 128;
 template <int kPaddedDim>
@@ -36,13 +36,13 @@ struct PagedAttention {
   const char* base;
   unsigned long long block_bytes;
   int max_blocks, block_tokens, type, heads, head_dim;
-  // Hopper: [blocks][2 * heads][block_tokens][head_dim], boxes of 64 values of a block's tokens; used if
-  // boxes.
+  // Hopper: [blocks][2 * heads][block_tokens][head_dim], boxes of 64 values of a block's tokens; used only if
+  // `boxes`.
   TensorMap keys;
   int boxes;
 };
 
-// Strides in values, as in DenseAttention of ops.h.
+// Parameters of DenseAttention of ops.h; strides are in values.
 struct DenseParams {
   const void *q, *k, *v;
   void* y;
@@ -50,7 +50,7 @@ struct DenseParams {
   long long kv_image, kv_stride, kv_head;
   int n_queries, n_keys, heads, head_dim;
   float scale;
-  // Hopper: [images][heads][n_keys][head_dim], boxes of 64 values of 128 keys; used if boxes.
+  // Hopper: [images][heads][n_keys][head_dim], boxes of 64 values of 128 keys; used only if `boxes`.
   TensorMap keys[2];
   int boxes;
 };

@@ -1,5 +1,5 @@
 // Types and helpers of all kernels. Compiled by NVRTC or nvcc, once with QVL_COMPUTE_BFLOAT16 defined and
-// once without: H, the compute type, is bfloat16 or float16. No header of the standard library may be
+// once without: H, the compute type, is bfloat16 or float16. Headers of the standard library must not be
 // included.
 #pragma once
 
@@ -39,7 +39,7 @@ using H2 = __half2;
 __device__ inline float to_float(H value) {
   return __half2float(value);
 }
-// Saturates: a value out of range becomes the largest one, not infinity.
+// Saturate: a value out of range becomes the largest finite one, not infinity.
 __device__ inline float in_range(float value) {
   return value != value ? value : fminf(fmaxf(value, -65504.f), 65504.f);
 }

@@ -1,10 +1,10 @@
 // float32 [n] -> H [n].
 //
-// Layout: a thread has 8 neighbouring values, two float4 in and one 16-byte store out.
+// Layout: a thread converts 8 adjacent values, with two float4 loads and one 16-byte store.
 //
-// Cost. Bytes: 4 read and 2 written a value; memory bounds it, time = 6 n / bandwidth.
+// Cost. Bytes: 4 read and 2 written per value; memory-bound, time = 6 n / bandwidth.
 //
-// Reference: the goldens of image features, tests/csrc/test_golden_gpu.py.
+// Reference: the golden image features, tests/csrc/test_golden_gpu.py.
 #include "cuda/kernels/common.cuh"
 #include "cuda/kernels/convert.h"
 

@@ -1,4 +1,4 @@
-// Norm, embedding, and rotary rotation with the write to the cache: the kernels between the products.
+// Kernels between the products: norm, embedding, and rotary rotation with the write to the cache.
 //
 // Layout:
 //
@@ -6,18 +6,17 @@
 //                      registers, float4 v of thread t at 4 (v threads + t); sums as in row_sum.cuh
 //   embed              `parts` blocks per row: wte H [vocab][width] or features float32 -> x float32 [width]
 //   gather_columns     blocks (columns, rows): y[j] = x[order[j]], x H [in] -> H [in]
-//   rotate_and_store   16 or 32 lanes per head of a token; a lane has values d .. and those half a head
-//   above:
+//   rotate_and_store   16 or 32 lanes per head of a token; a lane has values d .. and d + head_dim / 2 ..:
 //
 //                      qkv H [n][3][heads][head_dim] -> q H [n][heads][head_dim] rotated and scaled,
-//                      cache [2][heads][block_tokens][head_dim], for int8 with scales
+//                      cache [2][heads][block_tokens][head_dim], with scales for int8
 //
-// Cost. At the 7B geometry a row is 16 KB of float32 or 24 KB of queries, keys and values: nothing beside the
-// products' weights. For few rows a kernel takes a launch and one memory latency, 1 to 2 us, as long as all
-// loads of a thread are in flight at once. So weights are read before the predecessors end, a row of the norm
-// is held in registers between its two uses, and all sums of a block cross one barrier. For prompts of
-// thousands of rows the bytes bound them: 24 KB per row for norms, 48 KB for the rotation, at the bandwidth
-// of the L2 cache, where the product before left them.
+// Cost. At the 7B geometry a row has 16 KB of float32 or 24 KB of queries, keys and values, negligible
+// compared with the products' weights. For few rows a kernel takes a launch and one memory latency, 1 to 2
+// us, provided that all loads of a thread are in flight together. Weights are therefore read before the
+// predecessors end, a row of the norm is kept in registers between its two uses, and all sums of a block
+// share one barrier. For prompts of thousands of rows they are bound by bytes: 24 KB per row for norms, 48 KB
+// for the rotation, at the bandwidth of the L2 cache, which contains the output of the preceding product.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_elementwise.py.
 #include "cuda/kernels/elementwise.h"
@@ -79,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(1024, kRowBlocks)
   rms_norm_row<false>(p);
 }
 
-// `parts` blocks per row, 8 values per thread, side by side.
+// `parts` blocks per row, 8 adjacent values per thread.
 extern "C" __global__ void __launch_bounds__(kEmbedThreads) embed(const __grid_constant__ EmbedParams p) {
   start_successors();
   wait_for_predecessors();
@@ -127,8 +126,8 @@ __device__ inline float to_float(float value) {
 }
 
 // A lane's part of a head: kLanes lanes of a warp share the query, key and value of a head of a token. Each
-// has kSteps runs of kStep neighbouring dimensions of the lower half, and the same of the upper half: kSteps
-// * kStep * kLanes is at least half a head.
+// has kSteps runs of kStep adjacent dimensions of the lower half, and the same of the upper half: kSteps *
+// kStep * kLanes is at least half a head.
 template <int kStep_, int kSteps_, int kLanes_>
 struct HeadPart {
   static constexpr int kStep = kStep_, kSteps = kSteps_, kLanes = kLanes_;
@@ -189,7 +188,7 @@ struct HeadPart {
     }
   }
 
-  // Largest magnitude of the head, in all its lanes.
+  // Largest magnitude of the head, returned in all its lanes.
   __device__ float most() const {
     float most = 0;
 #pragma unroll
@@ -203,7 +202,7 @@ struct HeadPart {
   }
 };
 
-// Store a head in the cache. `row`: index in [2][heads][block_tokens] of the block.
+// Store a head in the cache. `row`: index into [2][heads][block_tokens] of the block.
 template <typename Part>
 __device__ void store_cached(const RotateParams& p, const Part& part, char* block, int row) {
   const int half = p.head_dim / 2;
@@ -229,7 +228,7 @@ __device__ void rotate_head(const RotateParams& p) {
   wait_for_predecessors();
   const int64 here =
       static_cast<int64>(blockIdx.x) * (blockDim.x / Part::kLanes) + threadIdx.x / Part::kLanes;
-  // Lanes without a head repeat the last one, so that all take part in the shuffles.
+  // Lanes without a head repeat the last one, so that all lanes take part in the shuffles.
   const int64 task = min(here, static_cast<int64>(p.n) * p.heads - 1);
   const int token = static_cast<int>(task / p.heads), head = static_cast<int>(task % p.heads);
   const int half = p.head_dim / 2;
@@ -259,13 +258,13 @@ extern "C" __global__ void __launch_bounds__(kRotateThreads)
   rotate_head<HeadPart<4, 1, 16>>(p);
 }
 
-// head_dim a multiple of 4, up to kMaxHeadDim.
+// For head_dim a multiple of 4, up to kMaxHeadDim.
 extern "C" __global__ void __launch_bounds__(kRotateThreads)
     rotate_and_store_2(const __grid_constant__ RotateParams p) {
   rotate_head<HeadPart<2, kMaxHeadDim / 2 / 64, 32>>(p);
 }
 
-// head_dim even, up to kMaxHeadDim.
+// For even head_dim, up to kMaxHeadDim.
 extern "C" __global__ void __launch_bounds__(kRotateThreads)
     rotate_and_store_1(const __grid_constant__ RotateParams p) {
   rotate_head<HeadPart<1, kMaxHeadDim / 2 / 32, 32>>(p);

@@ -12,7 +12,7 @@ struct RmsNormParams {
 };
 
 constexpr int kEmbedThreads = 128;
-constexpr int kEmbedValues = 8;  // a thread
+constexpr int kEmbedValues = 8;  // per thread
 
 struct EmbedParams {
   const void* wte;

@@ -1,18 +1,18 @@
-// Instructions of Hopper alone (sm_90a), as functions: barriers in shared memory (mbarrier), bulk copies by
-// the copy engine (TMA), products of warpgroups (wgmma).
+// Wrappers of Hopper's instructions (sm_90a only): barriers in shared memory (mbarrier), bulk copies by the
+// copy engine (TMA), warpgroup matrix products (wgmma).
 //
-// Layout of an operand of wgmma in shared memory, as the copy engine writes it with the 128-byte swizzle:
-// rows of 64 values of H, 128 bytes; the 16-byte part p of row r lies at part p ^ r % 8. A group of 8 rows
-// begins at a multiple of 1024 bytes:
+// Layout of a wgmma operand in shared memory, as the copy engine writes it with the 128-byte swizzle: rows of
+// 64 values of H, 128 bytes; the 16-byte part p of row r is at part p ^ r % 8. Groups of 8 rows are aligned
+// to 1024 bytes:
 //
 //   row 0   | p0 p1 p2 p3 p4 p5 p6 p7 |
-//   row 1   | p1 p0 p3 p2 p5 p4 p7 p6 |      so that the same part of 8 rows lies in 8 different banks
+//   row 1   | p1 p0 p3 p2 p5 p4 p7 p6 |      so that the same part of 8 rows is in 8 different banks
 //   row 2   | p2 p3 p0 p1 p6 p7 p4 p5 |
 //
 // Cost of wgmma.m64nNk16: N / 2 cycles of a multiprocessor (64 x 8 x 16 products in 4 cycles).
 //
-// Reference: through the kernels, tests/cuda; tests/engine/test_hopper_products.py has stand-ins of the same
-// functions for the host.
+// Reference: through the kernels, tests/cuda; tests/engine/test_hopper_products.py has host emulations of
+// these functions.
 #pragma once
 
 #include "cuda/kernels/common.cuh"
@@ -52,8 +52,8 @@ __device__ inline void barrier_wait(uint32 barrier, uint32 parity) {
       : "memory");
 }
 
-// Arrive at the barrier with this address in block `rank` of the cluster. No release at cluster scope, which
-// costs a fence of the whole GPU (a microsecond): the arrival only hands back a buffer that has been read.
+// Arrive at the barrier with this address in block `rank` of the cluster. Without a release at cluster scope,
+// which costs a GPU-wide fence (a microsecond): the arrival only returns a buffer that has been read.
 __device__ inline void barrier_arrive(uint32 barrier, uint32 rank) {
   asm volatile(
       "{\n"
@@ -116,8 +116,8 @@ __device__ inline void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Copy the box at (column, row) of the tensor to shared memory of this block, or of all blocks in the bit
-// mask `blocks`.
+// Copy the box at (column, row) of the tensor to the shared memory of this block, or of all blocks in the bit
+// mask `blocks` (multicast).
 __device__ inline void copy_box(uint32 to, const TensorMap& map, int column, int row, uint32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
@@ -159,8 +159,8 @@ __device__ inline void copy_bytes(uint32 to, const void* from, int bytes, uint32
       : "memory");
 }
 
-// wgmma descriptor of swizzled rows of 64 values at a multiple of 1024. `columns`: bytes from 64 values of a
-// row to the next 64 (used only for B with rows of N).
+// wgmma descriptor of swizzled rows of 64 values, aligned to 1024. `columns`: bytes between successive groups
+// of 64 values of a row (used only for B with rows of N).
 __device__ inline uint64 describe(uint32 address, uint32 columns = 16) {
   return static_cast<uint64>(address >> 4 & 0x3FFF) | static_cast<uint64>(columns >> 4) << 16 |
          uint64{1024 >> 4} << 32 | uint64{1} << 62;
@@ -177,14 +177,14 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
 }
 
-// Keep the compiler from moving uses of the sums before the products_wait() in front of them.
+// Prevent the compiler from moving uses of the sums before the preceding products_wait().
 template <int n>
 __device__ inline void settle(float (&sums)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// Operand lists of an instruction of width N: N / 2 accumulators, then two descriptors and the flag to add.
+// Operand lists of an instruction of width N: N / 2 accumulators, two descriptors and the accumulate flag.
 #define QVL_L4 "%0,%1,%2,%3"
 #define QVL_L8 QVL_L4 ",%4,%5,%6,%7"
 #define QVL_L16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"

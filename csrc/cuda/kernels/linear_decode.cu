@@ -1,33 +1,33 @@
-// y = x W^T for 1 to 256 rows of x: the products of decode steps and lm_head. Hopper has
-// linear_decode_hopper.cu instead; from sm_80 on, more than 8 rows of x are linear_decode_wide.cu's; before
-// that, and for types with zero points, they are more blocks.
+// y = x W^T for 1 to 256 rows of x: the products of decode steps and lm_head. Hopper uses
+// linear_decode_hopper.cu instead. From sm_80 on linear_decode_wide.cu processes more than 8 rows of x; on
+// older GPUs, and for types with zero points, more rows are more blocks of this kernel.
 //
 // Layout. One block per multiprocessor, 16 warps. A tile is 16 rows of W, the rows of mma.m16n8k16, whose 8
-// columns are rows of x. k is cut into 16 slices of whole units of 128, one per warp; a warp walks along its
-// slice of tile after tile:
+// columns are rows of x. k is divided into 16 slices of whole units of 128, one per warp; a warp iterates
+// over its slice, tile by tile:
 //
 //               k ->  slice 0    slice 1         slice 15
-//   tile     16 rows | warp 0  | warp 1  |  ..  | warp 15 |   sums [16][8] of each warp meet in shared
+//   tile     16 rows | warp 0  | warp 1  |  ..  | warp 15 |   sums [16][8] of all warps are added in shared
 //   next     16 rows | warp 0  | warp 1  |  ..  | warp 15 |   memory: ((0 + 1) + (2 + 3)) + .. in order
 //
 //   shared memory:  ring [kDepth][16 warps][1 KB] | scales | x [columns][units] | offsets | sums [2][16]
 //
-// A step is 1 KB of weights, 32 bytes of each lane. The lane copies them ahead into its own slot of the ring
-// and reads them back as its fragments: no barrier, and no register is held by a load in flight. A column's
-// result depends neither on the other columns nor on their number. quantised.cuh has the layout of int8 and
-// int4.
+// A step is 1 KB of weights, 32 bytes per lane. The lane prefetches them into its slot of the ring and reads
+// them back as its fragments: without a barrier, and without registers for loads in flight. A column's result
+// depends neither on the other columns nor on their number. For the layout of int8 and int4 see
+// quantised.cuh.
 //
-// No two blocks fit on a multiprocessor: where they do, some get two and others none, which made a chain of
-// products up to a third slower than without an early start.
+// Shared memory limits occupancy to one block per multiprocessor: with two, some multiprocessors get two
+// blocks and others none, which made a chain of products up to a third slower than without early launches.
 //
-// Cost. Bytes: each weight once, 4.3 TB/s on an H200; x and y are nothing beside them. time = out in bytes /
-// bandwidth: 4096 x 4096 takes 7.8 us in bfloat16, 2 us with 4 bits, as long as a kernel takes to start. So
-// the next kernel starts when the last weights have been requested, and fetches its first 64 KB on each
-// multiprocessor that is done. At that bandwidth a multiprocessor may spend 220 instructions of a warp on a
-// KB of weights; 4 and 8 bits are bound by those.
+// Cost. Bytes: each weight once, 4.3 TB/s on an H200; x and y are negligible. time = out in bytes /
+// bandwidth: 4096 x 4096 takes 7.8 us in bfloat16, 2 us with 4 bits, as long as the start of a kernel. The
+// next kernel therefore starts when the last weights have been requested, and fetches its first 64 KB on each
+// multiprocessor that is done. At that bandwidth a multiprocessor can execute 220 warp instructions per KB of
+// weights, which bounds 4 and 8 bits.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_a_product_is_that_of_float64; the same bits
-// in any batch: test_a_row_does_not_depend_on_the_others; both on GPUs other than Hopper.
+// in every batch: test_a_row_does_not_depend_on_the_others; both on GPUs other than Hopper.
 #include "cuda/kernels/linear_decode.cuh"
 
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
@@ -39,7 +39,7 @@ constexpr int kWarps = kSlices, kThreads = 32 * kWarps;
 constexpr int kStepBytes = 1024;
 constexpr int kSumsPitch = 18;  // floats of a column's 16 sums, against bank conflicts
 
-// Steps in the ring, as in linear_decode.cc.
+// Number of steps in the ring, as in linear_decode.cc.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
 constexpr int kDepth = 5;
 #elif __CUDA_ARCH__ >= 800
@@ -240,7 +240,7 @@ struct Uint8Weights : QuantisedWeights {
   __device__ static float finish(const LinearDecode&, int, float sum) { return sum; }
 };
 
-// Eight values of a row of x from k on, zeros beyond its end.
+// Load eight values of a row of x from k on; zeros beyond its end.
 __device__ inline uint4 load_x(const LinearDecode& p, int row, int k) {
   const H* from = static_cast<const H*>(p.x) + row * p.x_stride + k;
   if (k + kRun <= p.in && reinterpret_cast<uint64>(from) % 16 == 0)
@@ -351,7 +351,7 @@ __device__ void linear_decode(const LinearDecode& p) {
     }
   }
   __syncwarp();
-  Columns x;  // a missing column repeats the last one, and is not written
+  Columns x;  // missing columns repeat the last one and are not written
   x.row = x_bytes + min(lane.g, columns - 1) * p.x_pitch + 2 * kRun * lane.t;
   x.offsets_pitch = p.offsets_pitch / 2;
   x.offsets = reinterpret_cast<const float2*>(offsets) + min(lane.t, x.offsets_pitch - 1);

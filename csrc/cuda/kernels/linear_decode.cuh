@@ -1,6 +1,6 @@
-// The part that linear_decode.cu (up to 8 rows of x) and linear_decode_wide.cu (more) share, on GPUs other
-// than Hopper. They give the same bits: k is cut into the same slices, a slice is added up by the same
-// instructions in the same order, and the slices' sums are added in the same order.
+// The part shared by linear_decode.cu (up to 8 rows of x) and linear_decode_wide.cu (more rows), on GPUs
+// other than Hopper. Their results are bit-identical: k is divided into the same slices, a slice is summed by
+// the same instructions in the same order, and the sums of the slices are added in the same order.
 //
 //   units of 128 values of k   | 0 | 1 | 2 | .. | units - 1 |
 //   slice s of 16                [ units * s / 16, units * (s + 1) / 16 )
@@ -14,15 +14,15 @@
 
 namespace qvl::cuda {
 
-constexpr int kSlices = 16;  // of k, in whole units of 128
+constexpr int kSlices = 16;  // slices of k, of whole units of 128
 
 __device__ inline int slice_begin(int units, int slice) {
   return units * slice / kSlices;
 }
 
-// A nibble in place, as bits of H, is kUnitOf * nibble + an offset: bfloat16 from 128 on, or a denormal
-// float16. The sum of a group begins at -kTooMuch times the sum of x, which removes that offset and the 8 of
-// the nibble; with a zero point, at -zero_of_raw times the sum of x.
+// A nibble in place, as bits of H, has the value kUnitOf * nibble + an offset: bfloat16 from 128 on, or a
+// denormal float16. The sum of a group starts at -kTooMuch times the sum of x, which removes that offset and
+// the offset 8 of the nibble; with a zero point, at -zero_of_raw times the sum of x.
 #ifdef QVL_COMPUTE_BFLOAT16
 constexpr float kUnitOf = 1, kTooMuch = 128 + 8;
 __device__ inline uint32 raw_nibbles(uint32 word) {
@@ -53,8 +53,8 @@ __device__ inline float sum_of_run(const uint4& run) {
 // Epilogues, as enum class Into of ops.h.
 constexpr int kHalf = 0, kFloat = 1, kAdd = 2, kGelu = 3, kSiluTimes = 4;
 
-// Write the value of a row of the matrix and a row of x to y; kSiluTimes: of rows `row` and `row + 1`, whose
-// sum is `gate`.
+// Write the value of a row of the matrix and a row of x to y. kSiluTimes: of rows `row` and `row + 1`; `gate`
+// is the value of the latter.
 __device__ inline void write_result(const LinearDecode& p, int row, int64 column, float value, float gate) {
   const int64 to = column * p.out + row;
   switch (p.into) {
@@ -71,7 +71,7 @@ __device__ inline void write_result(const LinearDecode& p, int row, int64 column
       static_cast<H*>(p.y)[to] = to_half(0.5f * value * (1 + erff(value * 0.70710678f)));
       break;
     default:
-      // As silu_times of linear_prompt.cuh, which finishes the rows of batches with adapters.
+      // Same formula as in linear_prompt.cuh, which finishes the rows of batches with adapters.
       static_cast<H*>(p.y)[to / 2] = to_half(value * gate / (1 + __expf(-gate)));
   }
 }

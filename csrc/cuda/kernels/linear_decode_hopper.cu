@@ -1,6 +1,6 @@
-// y = x W^T for 1 to 256 rows of x on Hopper, the storage types without zero points: H, INT8 and INT4.
+// y = x W^T for 1 to 256 rows of x on Hopper, for the storage types without zero points: H, INT8 and INT4.
 //
-// Layout, cost and reference: linear_decode_hopper.cuh, and of the weights, quantised.cuh.
+// Layout, cost and reference: see linear_decode_hopper.cuh, and quantised.cuh for the weights.
 #include "cuda/kernels/linear_decode_hopper.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -69,7 +69,7 @@ struct Int8Weights {
         for (int i = 0; i < 4; ++i)
           ProductLeft<N>::run(sums[m], a[i], describe_x<N>(step.x, 64 * half + 16 * i), 1);
         products_commit();
-        // With one subtile the compiler serialises all products, unless none is in flight while registers are
+        // With one subtile the compiler serialises all products unless none is in flight while registers are
         // filled.
         products_wait<(kSubtiles > 1)>();
       }

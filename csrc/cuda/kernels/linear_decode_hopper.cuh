@@ -10,24 +10,24 @@
 //
 //   shared memory:  stages [x boxes | weights | scales] .. | sums [4][columns][64 + 4] | barriers full, empty
 //
-//   warps 0-15:  4 warpgroups, wait for full, multiply, arrive at empty
-//   warp 16:     waits for empty, requests W and x of the next item
+//   warps 0-15:  4 warpgroups: wait for full, multiply, arrive at empty
+//   warp 16:     wait for empty, request W and x of the next item
 //
 // An item is 1 to 4 steps of a slice, copied as a unit; items alternate between the slices and are prefetched
-// as far as shared memory has stages. All warps request the first round. A row's bits depend neither on
-// `rows` nor on N nor on the steps of an item. Blocks are persistent, one per multiprocessor. Where registers
-// and shared memory allow, the following kernels up to the next product become resident concurrently, and
-// that product prefetches its first stages while they run.
+// into all stages in shared memory. All warps request the first round. A row's bits depend neither on `rows`
+// nor on N nor on the steps of an item. Blocks are persistent, one per multiprocessor. Where registers and
+// shared memory allow, the following kernels up to the next product become resident concurrently, and that
+// product prefetches its first stages while they run.
 //
 // The kernel is a template of the storage type: linear_decode_hopper.cu has the types without zero points,
-// linear_decode_hopper_groups.cu those with them.
+// linear_decode_hopper_groups.cu those with zero points.
 //
-// Cost. Bytes: each weight once, 4.3 TB/s on an H200, 33 KB per microsecond and multiprocessor; x once more
-// for each tile, from the L2 cache. time = bytes of W / bandwidth. A wgmma takes 2 KB of H or less, so the
-// instructions are few up to 64 rows of x; weights of 8 and 4 bits become H in registers, about 1.5
-// instructions per lane and value.
+// Cost. Bytes: each weight once, 4.3 TB/s on an H200, 33 KB per microsecond and multiprocessor; x once per
+// tile, from the L2 cache. time = bytes of W / bandwidth. A wgmma reads at most 2 KB of H, so few
+// instructions are needed up to 64 rows of x; weights of 8 and 4 bits are converted to H in registers, with
+// about 1.5 instructions per lane and value.
 //
-// Reference: float64 in PyTorch, tests/cuda/test_decode.py; without a GPU, the kernel's own code on the host
+// Reference: float64 in PyTorch, tests/cuda/test_decode.py; without a GPU, the kernel compiled for the host
 // against float64, tests/engine/test_hopper_products.py.
 #pragma once
 
@@ -50,10 +50,10 @@ __device__ inline int slice_begin(int steps, int slice) {
   return steps * slice / kGroups;
 }
 
-// Work of a warp in a step. Addresses are of shared memory.
+// Work of a warp in a step. Addresses are in shared memory.
 struct Step {
   uint32 x, weights, scales;
-  int tile, lane;  // tile: the warp's first tile of 16 rows, the others are 4 apart
+  int tile, lane;  // tile: the warp's first tile of 16 rows; its tiles are 4 apart
   int rows;
 };
 
@@ -84,8 +84,8 @@ struct Place {
   }
 };
 
-// What a kernel does before it multiplies: waits for the preceding kernels and calls `request_x`, once in
-// each thread. `scratch`: shared memory of the sums.
+// Prologue of a kernel: wait for the preceding kernels and call `request_x`, once in each thread. `scratch`:
+// shared memory of the sums.
 struct Start {
   template <class RequestX>
   __device__ void operator()(float*, const RequestX& request_x) const {
@@ -94,7 +94,8 @@ struct Start {
   }
 };
 
-// Computes A x as well, while the copy engine brings the weights. Blocks share the units.
+// Prologue that also computes A x while the copy engine loads the weights. The units are distributed over the
+// blocks.
 struct StartWithLowRank {
   const LowRankParams& p;
 
@@ -122,7 +123,7 @@ static_assert(sizeof(LowRankScratch) <= hopper_sum_bytes(16, 1), "scratch memory
 
 template <class Weights, int N, int kSubtiles, class Begin>
 __device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_with) {
-  constexpr int kXBytes = Weights::kBoxes * N * kBoxBytes;  // of a step
+  constexpr int kXBytes = Weights::kBoxes * N * kBoxBytes;  // per step
   constexpr int kColumns = hopper_columns(N), kParts = hopper_parts(N, kSubtiles);
   constexpr int kPartFloats = kGroups * kColumns * kHopperColumn;
   extern __shared__ char raw[];
@@ -131,14 +132,14 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_w
   float* const sums_out = reinterpret_cast<float*>(aligned + p.stages * p.stage_bytes);
   const uint32 full = ring + p.stages * p.stage_bytes + hopper_sum_bytes(N, kSubtiles),
                empty = full + 8 * p.stages;
-  // A shuffle, so that the compiler keeps values derived from the warp number in uniform registers.
+  // The shuffle makes the compiler keep values derived from the warp number in uniform registers.
   const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
   const int first_row = blockIdx.y * N;  // of x
   const int step_bytes = Weights::step_bytes(p.rows), scale_bytes = Weights::scale_bytes(p.rows);
   // Offsets in a stage: x of all steps, then weights, then scales.
   const int weights_at = p.steps * kXBytes, scales_at = weights_at + p.steps * step_bytes;
 
-  // Copy boxes of 64 values: one copy if rows are whole boxes, else one a box.
+  // Copy boxes of 64 values: in one copy if rows are whole boxes, else in one copy per box.
   const auto copy_boxes = [&](const TensorMap& map, uint32 to, int row, int first, int count, int box_bytes,
                               uint32 barrier) {
     if (p.whole) return copy_box(to, map, 0, row, first, barrier);
@@ -174,8 +175,8 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_w
   __syncthreads();
   start_successors();
 
-  // The first round of stages is requested by all warps, a stage each, since a request takes time. Weights do
-  // not depend on the preceding kernels, x does.
+  // All warps request the first round of stages, a stage each, since a request takes time. x depends on the
+  // preceding kernels, the weights do not.
   const int my_tiles = (p.tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
   const int ahead = min(p.stages, my_tiles * p.items);
   if (lane == 0) {
@@ -203,7 +204,7 @@ __device__ inline void linear_decode(const LinearHopper& p, const Begin& begin_w
 
   const int group = warp / 4;
   const int steps = slice_begin(p.all_steps, group + 1) - slice_begin(p.all_steps, group);
-  // Tiles of 16 rows are assigned so that a few of them keep all four schedulers busy.
+  // Assign tiles of 16 rows so that even a few of them keep all four schedulers busy.
   const int place_in_group = Weights::kInRegisters ? (warp + 2 * group) % 4 : warp % 4;
   Place place;
   int first_item = 0;  // first item of the tile

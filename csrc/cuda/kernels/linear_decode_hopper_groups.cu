@@ -7,14 +7,14 @@
 //   UINT8, a quarter       | product 0 | product 1 | product 0 | product 1 |
 //
 // The products of a group have a separate accumulator, which is then scaled and added: y += scale * sum. With
-// 4 bits a zero point costs no instruction: the subtraction that converts an integer to H subtracts it as
-// well.
+// 4 bits a zero point costs no additional instruction: it is part of the subtraction that converts an integer
+// to H.
 //
 // Cost. Bytes: with 4 bits and groups of 128, 4 bytes of scale and zero point per 64 bytes of values, 3 %
 // more than without zero points. Instructions: those of linear_decode_hopper.cu, and N / 2 multiply-adds per
 // lane and group.
 //
-// Reference: as linear_decode_hopper.cuh.
+// Reference: see linear_decode_hopper.cuh.
 #include "cuda/kernels/linear_decode_hopper.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

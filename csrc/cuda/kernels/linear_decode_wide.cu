@@ -1,8 +1,8 @@
-// y = x W^T for more than 8 rows of x, to the bit what linear_decode.cu gives for each of them.
+// y = x W^T for more than 8 rows of x, with the same bits per row as linear_decode.cu.
 //
 // Layout. One block per multiprocessor has kRowTiles tiles of 16 rows of W, one per warp, and 32 or 64 rows
-// of x, its columns. kRowTiles is 12, 6 or 2, whichever leaves the fewest multiprocessors without work. k
-// advances in units of 128, one a stage of a ring in shared memory:
+// of x, its columns. kRowTiles is 12, 6 or 2, whichever leaves the fewest multiprocessors idle. k advances in
+// units of 128, one per stage of a ring in shared memory:
 //
 //   stage:  x [columns][128 values + 64 bytes]  |  weights [warp][unit]  |  scales [warp]      2 to 6 stages
 //              read by all warps                   copied and read back by the same lane
@@ -11,15 +11,15 @@
 //   tile 0   | warp 0 | warp 0 |     x   [unit][column]  =  | 8 | 8 | .. |  mma.m16n8k16, kTiles of 8 columns
 //   tile 1   | warp 1 | warp 1 |
 //
-// A warp adds up a slice of k at a time, as one warp of linear_decode.cu does, and adds the slices' sums in
-// the same order. With two tiles a block, each tile has two warps with half of the slices each.
+// A warp sums one slice of k at a time, like a warp of linear_decode.cu, and adds the sums of the slices in
+// the same order. With two tiles per block, each tile has two warps with half of the slices each.
 //
-// Cost. Bytes: each weight once, x once more for each block from the L2 cache. Operations: 2 n in out. Up to
-// 64 rows the bytes of the weights bound it, then the tensor cores; what counts is that every multiprocessor
-// has weights in flight all the time.
+// Cost. Bytes: each weight once, x once per block from the L2 cache. Operations: 2 n in out. Bound by the
+// bytes of the weights up to 64 rows, beyond by the tensor cores; every multiprocessor must have weights in
+// flight at all times.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_decode.py::test_a_product_is_that_of_float64; the same bits
-// as one row: test_a_row_does_not_depend_on_the_others; both on GPUs other than Hopper.
+// as for one row: test_a_row_does_not_depend_on_the_others; both on GPUs other than Hopper.
 #include "cuda/kernels/linear_decode.cuh"
 
 #if __CUDA_ARCH__ >= 800 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -289,7 +289,7 @@ __device__ void linear_wide(const LinearDecode& p) {
     }
   }
 
-  // The first half adds the second one's pairs, and transposes the sums so that whole rows are written.
+  // The first half adds the pairs of the second half, and transposes the sums so that whole rows are written.
   constexpr int kPitch = kRows + 2;
   float* const out = reinterpret_cast<float*>(bytes);  // [column][row]
   wait_for_copies<0>();

@@ -1,12 +1,12 @@
-// Quantised matrices to H [out, stride], before products of prompts: y = scale * (integer - zero point),
+// Dequantisation of matrices to H [out, stride] for products of prompts: y = scale * (integer - zero point),
 // rounded.
 //
-// Layout. A thread has a run of 8 values of a row, in the layouts of quantised.cuh:
+// Layout. A thread converts a run of 8 values of a row, in the layouts of quantised.cuh:
 //
 //   8 bits   8 bytes  0 2 1 3 4 6 5 7     4 bits   8 nibbles  0 2 4 6 1 3 5 7     ->     H  0 1 2 3 4 5 6 7
 //
-// Cost. Bytes: 2 written a value, and 1 (8 bits) or 1/2 (4 bits) read; memory bounds it. time = out stride (2
-// + 1) / bandwidth: at the 7B geometry a layer's 202 million values take 0.14 ms with int8.
+// Cost. Bytes per value: 2 written, and 1 (8 bits) or 1/2 (4 bits) read; memory-bound. time = out stride (2 +
+// 1) / bandwidth: at the 7B geometry a layer's 202 million values take 0.14 ms with int8.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_linear.py::test_quantised_weights.
 #include "cuda/kernels/linear_prompt.h"
@@ -14,7 +14,7 @@
 
 namespace qvl::cuda {
 
-// kGroup: group size, 0 for a scale per row. A thread converts a run of 8 values.
+// kGroup: group size; 0 for one scale per row.
 template <int kBits, int kGroup, bool kZeros>
 __device__ inline void dequantise(const Dequantise& p) {
   const int64 i = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;

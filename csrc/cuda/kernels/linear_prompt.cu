@@ -1,20 +1,20 @@
-// Products of prompts on any GPU: tensor cores through mma.sync from sm_80 on, plain loops before.
+// Products of prompts on any GPU: tensor cores through mma.sync from sm_80 on, plain loops on older GPUs.
 //
-// Layout. A block computes 128 tokens x 128 rows of W, 8 warps of 64 x 32 each. Steps of 32 values of k come
-// through three buffers in shared memory, filled by cp.async:
+// Layout. A block computes 128 tokens x 128 rows of W, with 8 warps of 64 x 32 each. Steps of 32 values of k
+// pass through three buffers in shared memory, filled by cp.async:
 //
 //                       128 rows of W
 //               +------+------+------+------+
 //   64 tokens   |warp 0|warp 1|warp 2|warp 3|      buffer: x [128][32 + 8] | W [128][32 + 8] of H
 //               +------+------+------+------+      rows are 80 bytes apart, so that the 8 rows of an
-//   64 tokens   |warp 4|warp 5|warp 6|warp 7|      ldmatrix lie in different banks
+//   64 tokens   |warp 4|warp 5|warp 6|warp 7|      ldmatrix are in different banks
 //               +------+------+------+------+
 //
-// Each sum has one accumulator and goes over k in ascending steps of 16: a row's bits depend on nothing but
-// the row.
+// Each sum has one accumulator and adds ascending steps of 16 values of k: a row's bits depend only on the
+// row.
 //
-// Cost. Operations: 2 n in out. Bytes: a block reads 2 x 128 rows for 128 x 128 sums, 64 operations a byte,
-// so that the L2 cache keeps up with mma.sync, which bounds it.
+// Cost. Operations: 2 n in out. Bytes: a block reads 2 x 128 rows for 128 x 128 sums, 64 operations per byte,
+// few enough for the L2 cache. Bound by mma.sync.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_linear.py.
 #include "cuda/kernels/linear_prompt.cuh"
@@ -28,7 +28,7 @@ constexpr int kTile = 128, kThreads = 256;
 
 constexpr int kStep = 32, kRow = kStep + 8, kBuffers = 3;
 
-// Copy rows first .. first + 127 of `from` [n, stride], values k .. k + 31; zeros out of range.
+// Copy values k .. k + 31 of rows first .. first + 127 of `from` [n, stride]; zeros out of range.
 __device__ inline void load_tile(H* to, const H* from, int64 stride, int first, int n, int k, int in) {
   for (int i = threadIdx.x; i < kTile * kStep / 8; i += kThreads) {
     const int row = i / (kStep / 8), column = i % (kStep / 8) * 8;
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) linear_prompt(const __gri
 
 #else
 
-// Simple version: a thread iterates over k for two columns.
+// Version for GPUs before sm_80: a thread iterates over k for two columns.
 extern "C" __global__ void __launch_bounds__(kThreads) linear_prompt(const __grid_constant__ LinearPrompt p) {
   for (int i = threadIdx.x; i < kTile * kTile / 2; i += kThreads) {
     const int token = blockIdx.x * kTile + i / (kTile / 2);

@@ -1,10 +1,10 @@
-// Epilogue of a product: bias, activation, type (Into of ops.h). A thread finishes two neighbouring columns
-// of a row:
+// Epilogue of a product: bias, activation, type (Into of ops.h). A thread finishes two adjacent columns of a
+// row:
 //
 //   sums (a, b) of columns c, c + 1 -> H [n, out] | float32 [n, out] | += float32 [n, out] | gelu: H [n, out]
 //   kIntoSiluTimes: w1 x and w2 x are interleaved, a silu(b)  ->  H [n, out / 2]
 //
-// Cost: y once, 2 to 8 bytes per element, beside 2 in operations; not what bounds a product.
+// Cost: y once, 2 to 8 bytes per element, negligible compared with the 2 in operations of the product.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_prompt_linear.py::test_every_tile_at_odd_sizes, test_gelu.
 #pragma once
@@ -14,8 +14,8 @@
 
 namespace qvl::cuda {
 
-// GELU, x times the normal CDF of x, as a polynomial: half the instructions of erff. Error at most 4.6e-5 (at
-// -4.25, where it becomes 0), and 2e-5 of the value from -1 on.
+// GELU, x times the normal CDF of x, by a polynomial: half the instructions of erff. Error at most 4.6e-5 (at
+// -4.25, below which the result is 0), and 2e-5 relative from -1 on.
 __device__ inline float gelu(float x) {
   const float square = fminf(x * x, 4.25f * 4.25f);
   float slope = -2.1248387e-12f;
@@ -35,8 +35,8 @@ __device__ inline float silu_times(float x, float gate) {
   return x * gate / (1 + __expf(-gate));
 }
 
-// Add to float32 in memory without waiting for the old value. One addition per element and launch, so the
-// result does not depend on the order of blocks.
+// Add to float32 in memory without waiting for the old value. There is one addition per element and launch,
+// so the result does not depend on the order of blocks.
 __device__ inline void add_to(float* y, float value) {
 #ifdef __CUDA_ARCH__
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(y), "f"(value) : "memory");

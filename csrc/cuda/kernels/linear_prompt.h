@@ -5,7 +5,7 @@
 
 namespace qvl::cuda {
 
-// Epilogues: `Into` of ops.h by number.
+// Epilogues: the values of `Into` of ops.h.
 constexpr int kIntoHalf = 0, kIntoFloat = 1, kIntoAdd = 2, kIntoGelu = 3, kIntoSiluTimes = 4;
 
 struct Result {
@@ -14,7 +14,7 @@ struct Result {
   int n, out, into;
 };
 
-// y [n, out] = x [n, x_stride] W^T, W [out, stride]; `in` values of a row count.
+// y [n, out] = x [n, x_stride] W^T, W [out, stride]; only the first `in` values of a row are used.
 struct LinearPrompt {
   Result result;
   const void* x;
@@ -23,7 +23,7 @@ struct LinearPrompt {
   int in, stride;
 };
 
-// Quantised in the layout of quantised.cuh -> y H [out, stride].
+// Dequantisation: layout of quantised.cuh -> y H [out, stride].
 struct Dequantise {
   const void* values;
   const void* scales;
@@ -31,13 +31,13 @@ struct Dequantise {
   int out, stride;
 };
 
-// The same with both operands as tensors [rows, in], cut in boxes of 64 values.
+// As LinearPrompt, with both operands as tensors [rows, in] in boxes of 64 values.
 struct LinearTensors {
   TensorMap w, x;
   Result result;
   int steps;               // ceil(in / 64)
   int written;             // whether the preceding kernel writes w
-  int m_groups, n_groups;  // clusters over rows of W and over tokens
+  int m_groups, n_groups;  // numbers of clusters along rows of W and along tokens
 };
 
 }  // namespace qvl::cuda

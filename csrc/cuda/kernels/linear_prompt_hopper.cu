@@ -1,7 +1,7 @@
-// Products of prompts on Hopper: wgmma on tiles that the copy engine brings.
+// Products of prompts on Hopper: wgmma on tiles loaded by the copy engine (TMA).
 //
 // Layout. A block computes 64 kGroups rows of W x kTokens tokens: kGroups warpgroups of 64 rows each, and one
-// more, of which one thread requests copies. Steps of 64 values of k come through kStages buffers, rows of
+// more, of which one thread requests copies. Steps of 64 values of k pass through kStages buffers, in rows of
 // 128 bytes swizzled by the copy engine:
 //
 //   buffer:  W [64 kGroups][64]  |  x [kTokens][64]      barriers: full, empty
@@ -9,18 +9,17 @@
 //   a cluster of kClusterRows x kClusterTokens blocks, here for example 2 x 2:
 //
 //                 x tile 0    x tile 1
-//   W tile 0    | block 0   | block 2 |      blocks of a row share W, those of a column x: each requests
-//   W tile 1    | block 1   | block 3 |      its part of a tile and sends it to all that need it (multicast)
+//   W tile 0    | block 0   | block 2 |      blocks of a row share W, those of a column share x: each
+//   W tile 1    | block 1   | block 3 |      requests a part of a tile and multicasts it to the others
 //
-// Clusters go over the tiles, tokens first, so that W comes from memory once and x stays in the L2 cache.
-// Each sum has one accumulator and goes over k in ascending steps of 16, whatever the tile: a row's bits do
-// not depend on the choice of tile.
+// Clusters iterate over the tiles, tokens first, so that W is read from memory once and x stays in the L2
+// cache. Each sum has one accumulator and adds ascending steps of 16 values of k in every variant: a row's
+// bits do not depend on the choice of tile.
 //
 // Cost of a step, in cycles of a multiprocessor: 2 kGroups kTokens of wgmma (64 x 8 x 16 products in 4
-// cycles), against (64 kGroups + kTokens) 128 bytes, of which 47 a cycle come in, whether a cluster shares
-// them or not; sharing spares the L2 cache. So tiles are large, and there are about as many as
-// multiprocessors; linear_prompt.cc chooses by max(2.25 kGroups kTokens, bytes / 47) times the number of
-// rounds.
+// cycles), against (64 kGroups + kTokens) 128 bytes at 47 bytes per cycle, with and without multicast, which
+// only reduces the load of the L2 cache. Tiles are therefore large, about as many as multiprocessors;
+// linear_prompt.cc minimises max(2.25 kGroups kTokens, bytes / 47) times the number of rounds.
 //
 // Reference: float64 in PyTorch, and the same bits for every tile, tests/cuda/test_prompt_linear.py.
 #include "cuda/kernels/hopper.cuh"
@@ -31,11 +30,11 @@
 namespace qvl::cuda {
 
 constexpr int kChunk = 32;         // tokens at a time in the epilogue
-constexpr int kChunkRow = 64 + 4;  // floats from token to token
+constexpr int kChunkRow = 64 + 4;  // floats between tokens
 constexpr int kChunkBytes = kChunk * kChunkRow * 4;
 
-// Finish four neighbouring columns of kMost rows of y, 8 apart from `row` on; the sums are in `chunk`, also 8
-// rows apart. One loop per epilogue with the branch outside: the code must fit the instruction cache.
+// Finish four adjacent columns of kMost rows of y, 8 apart from `row` on; the sums are in `chunk`, also 8
+// rows apart. One loop per epilogue, with the branch outside: the code must fit the instruction cache.
 template <int kMost>
 __device__ inline void finish_four(const Result& p, int row, int column, const float* chunk, float4 bias) {
   float4 v[kMost];
@@ -88,7 +87,7 @@ __device__ inline void linear(const LinearTensors& p) {
   constexpr int kRows = 64 * kGroups, kBlocks = kClusterRows * kClusterTokens,
                 kPeers = kClusterRows + kClusterTokens - 1;
   constexpr int kBytesW = kRows * 128, kBytesX = kTokens * 128;
-  // An instruction is limited to the registers of a thread at entry, 128 with four warpgroups.
+  // An instruction is limited to the initial registers per thread, 128 with four warpgroups.
   constexpr int kWidth = kGroups == 3 && kTokens > 144 ? kTokens / 2 : kTokens;
   static_assert(kRows / kClusterTokens % 8 == 0 && kTokens % (8 * kClusterRows) == 0,
                 "parts of tiles are whole groups of 8 rows");
@@ -123,7 +122,7 @@ __device__ inline void linear(const LinearTensors& p) {
     if (kGroups > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kGroups == 4 ? 24 : 40));
     if (warp == 4 * kGroups && lane == 0) {
       constexpr int kPartW = kRows / kClusterTokens, kPartX = kTokens / kClusterRows;
-      uint32 to_w = 0, to_x = 0;  // masks of the blocks that need this block's parts
+      uint32 to_w = 0, to_x = 0;  // masks of the blocks that receive this block's parts
       for (int i = 0; i < kClusterTokens; ++i) to_w |= 1u << (rank_m + kClusterRows * i);
       for (int i = 0; i < kClusterRows; ++i) to_x |= 1u << (i + kClusterRows * rank_n);
       auto copy_w = [&](int slot, int group, int step) {
@@ -144,7 +143,8 @@ __device__ inline void linear(const LinearTensors& p) {
           copy_box(to, p.x, step * 64, row, full + 8 * slot);
         }
       };
-      // Usually no kernel writes the weights: the first ones are requested before the preceding kernels end.
+      // Usually no kernel writes the weights, so the first ones are requested before the preceding kernels
+      // end.
       if (p.written) wait_for_predecessors();
       const int ahead = first_group < groups ? min(kStages, p.steps) : 0;
       for (int i = 0; i < ahead; ++i) {
@@ -172,8 +172,8 @@ __device__ inline void linear(const LinearTensors& p) {
                                                                               : 112));
     const int part = warp / 4, thread = threadIdx.x % 128;
     float* const chunk = chunks + part * kChunk * kChunkRow;
-    // The block that this warp notifies of a free slot: first the blocks of the same rows, then those of the
-    // same tokens.
+    // Block that this warp notifies of a free slot: first the blocks of the same rows, then those of the same
+    // tokens.
     const int peer = warp % 4;
     const int told = peer < kClusterTokens ? rank_m + kClusterRows * peer
                                            : (peer - kClusterTokens < rank_m ? peer - kClusterTokens
@@ -248,7 +248,7 @@ __device__ inline void linear(const LinearTensors& p) {
       }
     }
   }
-  if (kBlocks > 1) cluster_sync();  // other blocks may still send to this one
+  if (kBlocks > 1) cluster_sync();  // other blocks may still send to this block
 }
 
 #define QVL_LINEAR(C, N, CM, CN, S, BLOCKS)                                                          \

@@ -1,9 +1,9 @@
 // Low-rank adapters (LoRA), y = f(W x + B (A x)), for decode rows, each with its own adapter or none. f is
 // the epilogue; the product of the base weight omits it and writes raw = W x, for decode rows and prompts.
 //
-// Layout. A block has 16 rows of x, sorted by adapter: runs of rows that share one, the 16 rows of
-// mma.m16n8k16. A run's products are computed for all 16 rows, with zeros for the rows of other runs, and
-// stored only for its own rows:
+// Layout. A block has 16 rows of x, the 16 rows of mma.m16n8k16, sorted by adapter into runs with the same
+// adapter. A run's products are computed for all 16 rows, with zeros for the rows of other runs, and stored
+// only for the rows of the run:
 //
 //   low_rank_down   blocks (8 rows of A, 16 rows of x, runs)    x -> low H [n][rank], see low_rank.cuh; on
 //                   Hopper the product of the base weight computes it
@@ -11,12 +11,12 @@
 //                   8 rows of B per warp, a tile of sums in shared memory, then two columns per thread
 //   finish_raw      prompts, whose B A x an ordinary product has added to raw    raw float32 [n][out] -> y
 //
-// Cost. Bytes: A and B once for each adapter: (in + out) rank values, at rank 64 of a 4096 x 12288 product 2
-// MB, beside 24 to 96 MB of base weights. The kernels are latency-bound: they read A, B and the tables before
-// their predecessors end, which write only x, low and raw.
+// Cost. Bytes: A and B once per adapter: (in + out) rank values, 2 MB for rank 64 of a 4096 x 12288 product,
+// compared with 24 to 96 MB of base weights. The kernels are latency-bound: they read A, B and the tables
+// before their predecessors end, which write only x, low and raw.
 //
-// A row's sums depend on the row and its adapter alone: the steps and their order are the same in any batch,
-// and a row without an adapter gets the bits that it gets without adapters in the batch.
+// A row's sums depend only on the row and its adapter: the steps and their order are the same in every batch,
+// and a row without an adapter has the same bits as in a batch without adapters.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_low_rank.py.
 #include "cuda/kernels/low_rank.h"
@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(kLowRankDownThreads)
   lower(
       p, scratch, blockIdx.x, blockIdx.y, blockIdx.z, [] { __syncthreads(); },
       [] { wait_for_predecessors(); });
-  wait_for_predecessors();  // in every block, as successors rely on it
+  wait_for_predecessors();  // in all blocks: successors rely on it
 }
 
 extern "C" __global__ void __launch_bounds__(kLowRankThreads)
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads)
   read_rows(p, rows, blockIdx.y, [] { __syncthreads(); });
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first = blockIdx.x * kLowRankUp;
-  // Columns of y of this warp: of two interleaved matrices those of one, every other column.
+  // Columns of y of this warp: with two interleaved matrices every other column, those of one matrix.
   const auto column = [&](int parts, int i) {
     return parts == 1 ? first + 8 * warp + i : first + warp / 2 * 16 + 2 * i + warp % 2;
   };
@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads)
     low[step] = load_low(g, step);
     high[step] = load_low(g + 8, step);
   }
-  // Sums of this thread's columns of y, read ahead.
+  // Sums of this thread's columns of y, prefetched.
   constexpr int kPairs = kLowRankRows * kLowRankUp / 2 / kLowRankThreads;
   float2 before[kPairs];
 #pragma unroll
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads)
       add_raw(p.raw, p.result, row, at, before[pair].x, before[pair].y);
   }
 
-  // Compute a run's products for all rows, store them for its own.
+  // Compute a run's products for all rows; store those of the run's rows.
   const auto finish = [&](int run, const uint4* of_run) {
     const int begin = rows.begin[run], end = rows.begin[run + 1];
     const LowRankEntry& entry = rows.entry[begin];

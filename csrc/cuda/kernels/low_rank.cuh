@@ -1,12 +1,12 @@
-// A x of low-rank adapters for decode rows, for low_rank.cu and for the products of Hopper, which compute it
-// while their first weights are on the way.
+// A x of low-rank adapters for decode rows, for low_rank.cu and for the products on Hopper, which compute it
+// while their first weights are in flight.
 //
-// Layout. low H [n][rank] is cut into units: 8 rows of A, 16 rows of x, every kLowRankRuns-th run of rows
-// that share an adapter. 16 warps share k in steps of 32; their sums meet in shared memory, in order.
+// Layout. low H [n][rank] is divided into units: 8 rows of A, 16 rows of x, every kLowRankRuns-th run of rows
+// with the same adapter. 16 warps share k in steps of 32; their sums are added in order in shared memory.
 //
-// Cost. A is read once per adapter, x once per 8 rows of A, from the L2 cache. The latency of two loads
-// bounds a unit: 4096 values of k are 8 steps of a warp, the loads of 4 of which are in flight at once. More
-// would need more registers than the products of the base weights leave.
+// Cost. A is read once per adapter, x once per 8 rows of A, from the L2 cache. A unit is bound by the latency
+// of two loads: 4096 values of k are 8 steps per warp, with the loads of 4 steps in flight. More would need
+// more registers than the products of the base weights leave.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_low_rank.py.
 #pragma once
@@ -17,10 +17,10 @@
 namespace qvl::cuda {
 namespace {
 
-constexpr int kVector = 8;  // values of H a lane loads at once
-constexpr int kStep = 32;   // values of k a warp multiplies at once
+constexpr int kVector = 8;  // values of H per load of a lane
+constexpr int kStep = 32;   // values of k per step of a warp
 
-// The block's rows of x in runs of the same adapter, or of none.
+// The block's rows of x, in runs with the same adapter or without one.
 struct Rows {
   int row[kLowRankRows];  // -1: none
   LowRankEntry entry[kLowRankRows];
@@ -56,7 +56,7 @@ __device__ inline uint4 load16(const void* from, bool there) {
   return there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 }
 
-// sums [16, 8] += rows g and g + 8 of the left operand times row g of the right one, 8 values of k a lane.
+// sums [16, 8] += rows g and g + 8 of the left operand times row g of the right one, 8 values of k per lane.
 __device__ inline void multiply_step(float (&sums)[4], const uint4& low, const uint4& high,
                                      const uint4& right) {
   multiply(sums, low.x, high.x, low.y, high.y, right.x, right.y);
@@ -70,14 +70,14 @@ struct LowRankScratch {
   float parts[kLowRankWarps][kLowRankRows][kLowRankDown];
 };
 
-// Units of a product's A x.
+// Number of units of a product's A x.
 __device__ inline int low_rank_units(const LowRankParams& p) {
   return p.low_stride / kLowRankDown * ((p.n + kLowRankRows - 1) / kLowRankRows) * kLowRankRuns;
 }
 
-// A unit, by kLowRankDownThreads threads: rows kLowRankDown * part .. of A, rows kLowRankRows * block .. of
-// x, runs first_run, first_run + kLowRankRuns ... `sync`: barrier of these threads. `before_x`: called before
-// x is read, once or not at all.
+// Compute a unit with kLowRankDownThreads threads: rows kLowRankDown * part .. of A, rows kLowRankRows *
+// block .. of x, runs first_run, first_run + kLowRankRuns ... `sync`: barrier of these threads. `before_x`:
+// called before x is read, at most once.
 template <class Sync, class BeforeX>
 __device__ inline void lower(const LowRankParams& p, LowRankScratch& scratch, int part, int block,
                              int first_run, const Sync& sync, const BeforeX& before_x) {

@@ -9,9 +9,9 @@ namespace qvl::cuda {
 // of B belongs to matrix i % parts.
 struct LowRankEntry {
   const void* a;  // H [rank, x_stride of the product's inputs]
-  const void* b;  // H [out, rank], times the adapter's scale
+  const void* b;  // H [out, rank], multiplied by the adapter's scale
   int rank;       // a multiple of 8; 0: the adapter does not change the product
-  int parts;      // interleaved matrices, 1 or 2; rank / parts is a multiple of 8
+  int parts;      // number of interleaved matrices, 1 or 2; rank / parts is a multiple of 8
 };
 
 constexpr int kLowRankThreads = 256, kLowRankDownThreads = 512;
@@ -31,7 +31,7 @@ struct LowRankParams {
   int n, product, in, low_stride;  // in, low_stride: multiples of 8
 };
 
-// raw float32 [result.n, result.out] -> result, for products that adapters have changed.
+// raw float32 [result.n, result.out] -> result, for products with adapters.
 struct FinishParams {
   const float* raw;
   Result result;

@@ -1,4 +1,5 @@
-// Tensor cores and asynchronous copies of sm_80 and newer, as functions: cp.async, ldmatrix, mma.m16n8k16.
+// Wrappers of tensor core and asynchronous copy instructions of sm_80 and newer: cp.async, ldmatrix,
+// mma.m16n8k16.
 //
 // Layout of mma.m16n8k16, lane 4 g + t:
 //
@@ -6,7 +7,7 @@
 //   b [16][8]    b0: k 2t 2t+1, column g                b1: k 8 + 2t .., column g
 //   sums [16][8] 0, 1: row g, columns 2t 2t+1           2, 3: row g + 8
 //
-// Cost: 2 x 16 x 8 x 16 operations an instruction.
+// Cost: 2 x 16 x 8 x 16 operations per instruction.
 //
 // Reference: through the kernels, tests/cuda/test_prompt_linear.py and test_prompt_attention.py (`portable`).
 #pragma once
@@ -21,7 +22,7 @@ __device__ inline uint32 shared_address(const void* p) {
   return static_cast<uint32>(__cvta_generic_to_shared(p));
 }
 
-// Copy `bytes` of 16 bytes to shared memory, zeros for the rest.
+// Copy the first `bytes` of 16 bytes to shared memory asynchronously; the rest is filled with zeros.
 __device__ inline void copy_async(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(bytes)
@@ -38,7 +39,7 @@ __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
 }
 
-// Load four 8 x 8 matrices; lane i has the address of row i % 8 of matrix i / 8.
+// Load four 8 x 8 matrices; lane i provides the address of row i % 8 of matrix i / 8.
 __device__ inline void load_matrices(uint32 (&to)[4], const H* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

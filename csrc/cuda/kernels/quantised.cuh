@@ -1,5 +1,5 @@
 // Layout of quantised matrices on the GPU, and the exact conversion of their integers to H (float16 or
-// bfloat16, the compute dtype).
+// bfloat16, the compute type).
 //
 // Layout. Tiles of 16 rows (the last one is padded with zeros) and units of 128 values of a row, in the order
 // [tile][unit]; on Hopper [unit][tile], so that one copy loads adjacent tiles of a unit:
@@ -9,15 +9,15 @@
 //   (a tile)   | of 32      |            |
 //
 // Lane 4 g + t of a warp loads its values of rows g and g + 8 of a tile with one 16-byte load, as runs of 8
-// values. A run is the lane's share of two products of depth 16 (run_value).
+// values. A run contains the lane's operands of two products of depth 16 (run_value).
 //
 //   INT8   [tile][unit][quarter][lane] 16 bytes: the run of row g, then that of row g + 8.
 //          Bytes of a run: values 0 2 1 3 4 6 5 7. Scales float32 [out].
 //   INT4   [tile][unit][half][lane] 4 words: the runs of both quarters of row g, then those of row g + 8.
-//          Nibbles of a run, from the lowest: values 0 2 4 6 1 3 5 7, plus 8.
+//          Nibbles of a run, from the lowest: values 0 2 4 6 1 3 5 7, with an offset of 8.
 //          Scales bfloat16 [tile][unit][g][group of the unit][row g, row g + 8].
-//   UINT4  Values as those of INT4, without the 8 (value = scale (integer - zero point)).
-//   UINT8  Values as those of INT8, minus 128.
+//   UINT4  As INT4, without the offset (value = scale (integer - zero point)).
+//   UINT8  As INT8, with 128 subtracted from the values.
 //          A span is 128 values of UINT4, 64 of UINT8. For each [tile][span][g][group of the span] two words:
 //          scales float16 [row g, row g + 8], zero points [row g, row g + 8] as H plus kZeroBase, so that one
 //          subtraction removes the zero point and the offset of an integer's bits as H.
@@ -36,13 +36,13 @@ namespace qvl::cuda {
 
 constexpr int kTileRows = 16, kUnit = 128, kRun = 8;
 
-// Number of values whose scales and zero points are contiguous: those of a step of linear_decode.cu.
+// Number of values whose scales and zero points are contiguous: the values of a step of linear_decode.cu.
 template <int bits>
 constexpr int kSpan = bits == 8 ? 64 : 128;
 
-// Index within its quarter of value v of lane t's run. For mma.m16n8k16 lanes load x in the same order as the
-// weights, so a run is contiguous. wgmma reads x from shared memory, so a run has the order of its fragments:
-// pairs, 8 values apart.
+// Index, within its quarter, of value v of lane t's run. For mma.m16n8k16 lanes load x in the same order as
+// the weights, so a run is contiguous. wgmma reads x from shared memory, so a run has the order of wgmma
+// fragments: pairs, 8 values apart.
 __device__ inline int run_value(int t, int v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   return v / 2 * 8 + 2 * t + v % 2;
@@ -94,7 +94,7 @@ __device__ inline uint32 bits_of(H2 value) {
 }
 
 // (word & mask) | bits and (word & mask) ^ bits as one lop3 each; the compiler would emit two, as only one
-// operand may be an immediate. Plain operators on the host, for the test that runs kernels there.
+// operand may be an immediate. Plain operators on the host, for the test that runs the kernels there.
 template <uint32 mask, uint32 bits>
 __device__ inline uint32 and_or(uint32 word) {
 #ifdef __CUDA_ARCH__
@@ -122,7 +122,7 @@ __device__ inline uint32 nibbles_to_half2(uint32 word) {  // of bits 0-3 and 16-
   return bits_of(__hsub2(half2_bits(and_or<0x000F000F, 0x43004300>(word)), half2_bits(0x43084308u)));
 }
 __device__ inline uint32 bytes_to_half2(uint32 word) {  // of bits 0-7 and 16-23, two's complement
-  // 128 + low bits, and -128 or (sign bit) -256.
+  // 128 + low bits, minus 128, or 256 with the sign bit.
   return bits_of(__hadd2(half2_bits(and_or<0x007F007F, 0x43004300>(word)),
                          half2_bits(and_or<0x00800080, 0xC300C300>(word))));
 }

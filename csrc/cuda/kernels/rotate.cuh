@@ -1,9 +1,10 @@
-// Rotation by a position's angles, and conversion to the types of the cache: the same bits in every kernel.
+// Rotation by a position's angles, and conversion to the types of the cache, with the same bits in every
+// kernel.
 //
 //   head  [ lower half | upper half ]      lower' = lower cos - upper sin,  upper' = upper cos + lower sin
 //   int8  value = scale * integer, scale = largest magnitude of the head / 127
 //
-// Cost: a multiplication and a multiply-add a value.
+// Cost: a multiplication and a multiply-add per value.
 //
 // Reference: float64 in PyTorch, tests/cuda/test_elementwise.py::test_rotate_and_store.
 #pragma once
@@ -12,8 +13,8 @@
 
 namespace qvl::cuda {
 
-// Rotated value: of the lower half of a head with `other` half a head above and minus the sine, or of the
-// upper half with `other` half a head below and the sine.
+// Rotate a value of the lower half of a head, with `other` from the upper half and the negated sine, or a
+// value of the upper half, with `other` from the lower half and the sine.
 __device__ inline float rotated(float value, float other, float cosine, float sine) {
   return __fmaf_rn(value, cosine, __fmul_rn(other, sine));
 }
@@ -36,7 +37,7 @@ struct Int8Head {
   float scale, inverse;
 
   __device__ explicit Int8Head(float most) {
-    // The inverse of a denormal would overflow: treat it as zero.
+    // Treat a denormal as zero: its inverse would overflow.
     const bool usable = most > 1e-35f && most < __int_as_float(0x7F800000);
     inverse = usable ? 127.f / most : 0.f;
     scale = usable ? most / 127.f : 0.f;

@@ -11,7 +11,8 @@
 
 namespace qvl::cuda {
 
-// Resident blocks of 1024 threads per multiprocessor: 2 on architectures with 2048 threads.
+// Resident blocks of 1024 threads per multiprocessor: 2 on architectures with 2048 threads per
+// multiprocessor.
 #if __CUDA_ARCH__ == 700 || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
 constexpr int kRowBlocks = 2;
 #else

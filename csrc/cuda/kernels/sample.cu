@@ -1,29 +1,30 @@
 // Sampling of tokens from rows of logits, float32 [n, vocab].
 //
-// Layout. Six kernels, each one launch:
+// Layout. Six kernels of one launch each:
 //
-//   sample_scan    a block for each 4096 logits: its likeliest id, its checks, its part of the softmax's sum,
-//                  its forbidden ids as bits                                          -> peaks [n][chunks]
-//   sample_peak    a warp a row merges them: greedy rows are done                     -> states [n]
-//   sample_bins    rows that draw: weights and counts of 2048 bins, all blocks of a row -> bins [n][2048]
-//   sample_keep    ... the ids of the bins that matter                                -> kept_keys [n][2048]
+//   sample_scan    a block per 4096 logits: likeliest id, checks, partial sum of the softmax, bits of
+//                  forbidden ids                                                      -> peaks [n][chunks]
+//   sample_peak    a warp per row merges them; greedy rows are finished               -> states [n]
+//   sample_bins    rows that draw: weights and counts of 2048 bins, several blocks per row -> bins [n][2048]
+//   sample_keep    ... the ids of the relevant bins                                   -> kept_keys [n][2048]
 //   sample_draw    ... a block per row: top-k, top-p, the draw                          -> tokens [n]
-//   sample_top     log-probabilities of the likeliest, where wanted, a block per row -> top_tokens [n][n_top]
+//   sample_top     log-probabilities of the likeliest, if requested, a block per row -> top_tokens [n][n_top]
 //
-// A draw needs the order of the likeliest and sums in that order, but not of all 151,936. Ids get a key: how
-// far their logit lies under the largest, in temperatures, in steps of 2^-35, then the id; an id 32 or more
-// under it has weight 0. Weights exp(-distance) are integers, so that sums do not depend on the order of the
-// additions, and atomic additions give the same bits however the row is shared among blocks. Where a running
-// sum (of ids for top-k, of weights for top-p and the draw) crosses a value is found by the bin of the key's
-// first 11 bits (sample_bins), and then by sorting the ids of that bin, with all before it where later sums
-// need those. If they are 2048 or fewer, sample_keep gathers them, and sample_draw does not read the row.
-// Else, in flat rows, it counts bins of the next 11 bits, and reads the row a few times.
+// A draw needs the order of the likeliest ids and sums in that order, but not of all 151,936. The key of an
+// id is the distance of its logit to the largest, in temperatures, in steps of 2^-35, followed by the id; ids
+// at a distance of 32 or more have weight 0. Weights exp(-distance) are integers, so that sums do not depend
+// on the order of additions, and atomic additions give the same bits for any distribution of the row over
+// blocks. The point where a running sum (of ids for top-k, of weights for top-p and the draw) crosses a value
+// is found by the bin of the key's first 11 bits (sample_bins), then by sorting the ids of that bin, and all
+// before it if later sums need them. If these are at most 2048, sample_keep gathers them, and sample_draw
+// does not read the row. Otherwise, in flat rows, it counts bins of the next 11 bits, and reads the row a few
+// times.
 //
-// Cost. Greedy, one row of 151,936: 608 KB from the L2 cache, where the product before left it, by 38 blocks
-// with 64 bytes in flight a thread, then 38 small structs: two launches and little more. 256 rows are 156 MB:
-// 36 us at the memory's bandwidth (4 n vocab bytes). Seen on an H200: greedy 3.5 us for one row, 13 for 64,
-// 45 for 256. A draw adds 14 to 22 us for one row, 76 to 82 for 64 (57 of them sample_bins: its atomic
-// additions in shared memory bound it), and 150 for one flat row with top-p.
+// Cost. Greedy, one row of 151,936: 608 KB from the L2 cache, where the preceding product left them, by 38
+// blocks with 64 bytes in flight per thread, then 38 small structs: little more than two launches. 256 rows
+// have 156 MB: 36 us at memory bandwidth (4 n vocab bytes). Measured on an H200: greedy 3.5 us for one row,
+// 13 for 64, 45 for 256. A draw adds 14 to 22 us for one row, 76 to 82 for 64 (57 of them in sample_bins,
+// bound by atomic additions in shared memory), and 150 for one flat row with top-p.
 //
 // Reference: `expected` in tests/cuda/test_sample.py, the same rules in NumPy with float64.
 #include "cuda/kernels/sample.h"
@@ -58,7 +59,7 @@ __device__ void finish(const SampleParams& p, int row, int token, double floor) 
   p.logprobs[row] = static_cast<float>(logit - floor);
 }
 
-// A block for each chunk of each row.
+// One block per chunk of a row.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
     sample_scan(const __grid_constant__ SampleParams p) {
   constexpr int kWarps = kScanWarps;
@@ -162,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
   p.peaks[static_cast<int64>(row) * p.chunks + chunk] = peak;
 }
 
-// A warp a row.
+// One warp per row.
 extern "C" __global__ void __launch_bounds__(32) sample_peak(const __grid_constant__ SampleParams p) {
   start_successors();
   wait_for_predecessors();
@@ -199,7 +200,7 @@ __device__ inline bool draws(const Pick& pick, const RowState& state) {
   return state.peak >= 0 && !is_greedy(pick);
 }
 
-// Target for top-p: the id at which the running weight exceeds it is the last that top-p keeps.
+// Target for top-p: the id at which the running weight exceeds it is the last one within top-p.
 __device__ inline uint64 top_p_target(const Pick& pick, uint64 mass) {
   const uint64 least = __double2ull_ru(static_cast<double>(pick.top_p) * static_cast<double>(mass));
   return min(max(least, 1ull), mass) - 1;
@@ -209,8 +210,8 @@ __device__ inline uint64 draw_target(const Pick& pick, uint64 mass) {
   return min(__double2ull_rd(pick.fraction * static_cast<double>(mass)), mass - 1);
 }
 
-// With the complete bins of a row: find the bin in which the first of sample_draw's searches ends; later
-// searches end no later. The ids before it are kept, too, unless it is the only search.
+// With the complete bins of a row, find the bin in which the first of sample_draw's searches ends; later
+// searches end no later. The ids before it are kept as well unless it is the only search.
 __device__ void choose_kept(const SampleParams& p, int row, const Pick& pick) {
   constexpr int kEach = kSearchBins / kScanThreads;
   __shared__ uint64 room[2][kScanWarps];
@@ -255,7 +256,7 @@ __device__ void choose_kept(const SampleParams& p, int row, const Pick& pick) {
   }
 }
 
-// A block for each bin_vectors * 4 * kScanThreads logits of each row: the bins of the first level. The last
+// One block per bin_vectors * 4 * kScanThreads logits of a row: fill the bins of the first level. The last
 // block of a row to finish runs choose_kept.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
     sample_bins(const __grid_constant__ SampleParams p) {
@@ -297,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
   choose_kept(p, row, pick);
 }
 
-// The same blocks: gather the chosen ids.
+// With the same blocks, gather the chosen ids.
 extern "C" __global__ void __launch_bounds__(kScanThreads)
     sample_keep(const __grid_constant__ SampleParams p) {
   start_successors();
@@ -325,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads)
   }
 }
 
-// A block per row: the token at `fraction` of the weight that top-k and then top-p leave.
+// One block per row: the token at `fraction` of the weight within top-k, then top-p.
 extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
     sample_draw(const __grid_constant__ SampleParams p) {
   __shared__ SearchRoom room;
@@ -352,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
   if (threadIdx.x == 0) finish(p, row, static_cast<int>(key & ((1u << kIdBits) - 1)), state.floor);
 }
 
-// A block per row: the n_top likeliest.
+// One block per row: the n_top likeliest tokens.
 extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
     sample_top(const __grid_constant__ SampleParams p) {
   __shared__ SearchRoom room;
@@ -364,8 +365,8 @@ extern "C" __global__ void __launch_bounds__(kSearchThreads, 1)
   TopItems items(p.logits + static_cast<int64>(row) * p.vocab);
   if (!broken) {
     Search<TopItems> search(room, items, items.logits, p.vocab, p, row);
-    // The n_top-th largest of the warps' maxima is a lower bound for the n_top-th logit: mostly few are above
-    // it.
+    // The n_top-th largest of the warps' maxima is a lower bound for the n_top-th logit; usually few logits
+    // exceed it.
     const int mosts = min(p.chunks * kScanWarps, kSearchThreads);
     if (thread < mosts)
       room.keys[thread] =

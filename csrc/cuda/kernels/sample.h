@@ -10,32 +10,32 @@ constexpr int kScanVectors = 4;  // float4 per thread
 constexpr int kScanChunk = 4 * kScanVectors * kScanThreads;
 constexpr int kSearchThreads = 1024;
 constexpr int kSearchBins = 2048;
-constexpr int kKept = 2048;  // most ids that a search sorts
+constexpr int kKept = 2048;  // maximum number of ids that a search sorts
 constexpr int kScanWarps = kScanThreads / 32;
 
 // Summary of a chunk of a row.
 struct ChunkPeak {
-  double best;  // the largest logit after penalties, and the lowest id that has it
+  double best;  // the largest logit after penalties, and the lowest id with that logit
   int id;
   int flags;        // kHasFinite, kHasBroken
-  float most, sum;  // of the unchanged logits: the largest, and the sum of exp(logit - most)
+  float most, sum;  // of the unchanged logits: the maximum, and the sum of exp(logit - most)
 };
 
 // State of a row for the kernels after the scan.
 struct RowState {
   double best;   // as in ChunkPeak
-  double floor;  // log-probability of an unchanged logit: logit - floor
-  int peak;      // id of `best`; -1 if the row has a NaN or nothing finite
+  double floor;  // the log-probability of an unchanged logit is logit - floor
+  int peak;      // id of `best`; -1 if the row has a NaN, a positive infinity or no finite value
 };
 
-// Ids of a row that draws: the candidates among which the first search of sample_draw ends.
+// Ids kept of a row that draws: the candidates among which the first search of sample_draw ends.
 struct KeptIds {
-  unsigned blocks_done;                        // of sample_bins
+  unsigned blocks_done;                        // number of finished blocks of sample_bins
   bool by_count;                               // the first search is by count: top-k applies
-  bool too_many;                               // they are not kept
+  bool too_many;                               // more than kKept: no ids are kept
   int n;                                       // number of kept ids
-  unsigned long long mass;                     // the weight of all ids of the row
-  unsigned long long base_count, base_weight;  // of the ids before the kept
+  unsigned long long mass;                     // total weight of the row's ids
+  unsigned long long base_count, base_weight;  // of the ids before the kept ones
   unsigned long long first_key, last_key;      // range of the kept keys
 };
 
@@ -46,7 +46,7 @@ struct SampleParams {
   int vocab, chunks;
   int bin_vectors;  // float4 per thread of sample_bins
   bool any_draw, any_changed, want_floor;
-  int weight_shift;  // the weight 1 is 2^(31 + weight_shift), such that a row's sum stays under 2^63
+  int weight_shift;  // weight 1 is represented as 2^(31 + weight_shift), so that a row's sum is below 2^63
 
   // Scratch memory.
   ChunkPeak* peaks;                 // [n, chunks]
@@ -56,7 +56,7 @@ struct SampleParams {
   KeptIds* kept;                    // [n]
   unsigned long long* kept_keys;    // [n, kKept]
   float* warp_mosts;                // [n, chunks * kScanWarps]: the largest logit of each warp of the scan
-  unsigned int* marks;              // [n, mark_words]: a bit for each forbidden id
+  unsigned int* marks;              // [n, mark_words]: one bit per forbidden id
   int mark_words;
 
   int* tokens;

@@ -1,11 +1,11 @@
-// A row of logits with its penalties and forbidden ids, and how threads read it.
+// A row of logits with its penalties and forbidden ids, and its distribution over threads.
 //
-// Layout: logits float32 [vocab]; counts int32 [vocab]; marks: a bit for each forbidden id. A thread reads
-// kVectors float4, 4 threads apart:
+// Layout: logits float32 [vocab]; counts int32 [vocab]; marks: one bit per forbidden id. A thread reads
+// kVectors float4, 4 * threads apart:
 //
 //   logits   | t0: 4 | t1: 4 | .. | t255: 4 | t0: 4 | ..
 //
-// Cost: 4 bytes a logit, 4 more where a row has counts; one double-precision operation or a few a changed
+// Cost: 4 bytes per logit, 4 more if the row has counts; one or a few double-precision operations per changed
 // logit.
 //
 // Reference: `expected` in tests/cuda/test_sample.py, the same rules in NumPy with float64.
@@ -43,7 +43,7 @@ struct Row {
 
   __device__ bool changed() const { return counts != nullptr || marks != nullptr; }
 
-  // Rounded after each operation, as on the CPU.
+  // Round after each operation, as on the CPU.
   __device__ double value(int id, float logit) const {
     double value = logit;
     const int bit = id - first_marked;

@@ -1,4 +1,5 @@
-// Ids of a row in order, and where running sums over them cross a value: top-k, top-p and the draw.
+// Ordering of a row's ids, and search for the points where running sums cross a value: top-k, top-p, the
+// draw.
 //
 // Layout of a key, smaller is likelier:
 //
@@ -9,12 +10,12 @@
 //   level 2: 2048 bins of the next 11 bits          \_ | | | ..         and so on, until at most kKept = 2048
 //                                                                       ids are left, which are sorted
 //
-// Weights are integers, so that sums do not depend on the order of the additions.
+// Weights are integers, so that sums do not depend on the order of additions.
 //
-// Cost: a pass over the row for each level, 4 vocab bytes from the L2 cache, and a bitonic sort of 2048 keys
-// in shared memory, 66 rounds of comparisons.
+// Cost: a pass over the row per level, 4 vocab bytes from the L2 cache, and a bitonic sort of 2048 keys in
+// shared memory, 66 rounds of comparisons.
 //
-// Reference: `expected` in tests/cuda/test_sample.py; sample.cu has the whole algorithm.
+// Reference: `expected` in tests/cuda/test_sample.py; sample.cu describes the whole algorithm.
 #pragma once
 
 #include "cuda/kernels/sample_row.cuh"
@@ -25,18 +26,18 @@ constexpr int kIdBits = 24, kStepBits = 35;       // parts of a key for draws
 constexpr uint64 kFarthest = 32ull << kStepBits;  // in steps; with kIdBits these are 64 bits
 constexpr uint64 kLog2E = 6653256548922161246;    // log2(e) * 2^62
 
-// Range of logits that may belong to a range of keys.
+// Range of logits that includes those of a range of keys.
 struct Near {
   float low, high;  // NaN: unbounded
 
   __device__ bool near(float logit) const { return !(logit < low || logit > high); }
 };
 
-// The ids of a row with weights, in the order of draws.
+// The weighted ids of a row, in the order of draws.
 struct DrawItems : Near {
   static constexpr bool kHasFirstBins = true;  // from sample_bins
   Row row;
-  double best, steps;  // steps in a difference of 1
+  double best, steps;  // steps: number of key steps per difference of 1
   int weight_shift;
 
   __device__ DrawItems(const SampleParams& p, int number, const Pick& pick, const RowState& state)
@@ -45,8 +46,8 @@ struct DrawItems : Near {
         steps((1ull << kStepBits) / static_cast<double>(pick.temperature)),
         weight_shift(p.weight_shift) {}
 
-  // Weight by the distance in the key alone, relative error of a few 1e-7: 2^-t, t the distance times
-  // log2(e).
+  // Weight as a function of the key's distance, with a relative error of a few 1e-7: 2^-t, where t is the
+  // distance times log2(e).
   __device__ uint64 weight(uint64 key) const {
     const uint64 t = __umul64hi(key >> kIdBits << 24, kLog2E);  // in steps of 2^-57
     const float part = static_cast<float>(static_cast<uint32>(t >> 25)) * 0x1p-32f;
@@ -100,8 +101,8 @@ struct TopItems : Near {
   }
 };
 
-// Weights and counts of ids by bin, in shared memory. A weight is two words, since 64-bit atomic additions
-// are loops there.
+// Weights and counts of ids per bin, in shared memory. A weight is two words, since 64-bit atomic additions
+// to shared memory are loops.
 struct Bins {
   uint32 low[kSearchBins], high[kSearchBins], counts[kSearchBins];
 
@@ -119,9 +120,9 @@ struct Bins {
   __device__ uint64 weight(int bin) const { return static_cast<uint64>(high[bin]) << 32 | low[bin]; }
 };
 
-constexpr int kBinShift = 53;  // of the first level: the upper 11 bits of a key
+constexpr int kBinShift = 53;  // shift of the first level: the upper 11 bits of a key
 
-// Exclusive prefix sum over the threads, and the sum of all. `room`: kWarps numbers.
+// Exclusive prefix sum over the threads, and the total. `room`: kWarps numbers.
 template <int kWarps>
 __device__ uint64 sum_before(uint64 value, uint64* room, uint64& all) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -147,11 +148,11 @@ constexpr int kNowhere = -1;
 struct SearchRoom {
   union {
     Bins bins;
-    uint64 weights[kKept];  // of the kept
+    uint64 weights[kKept];  // of the kept ids
   };
   uint64 keys[kKept];
   uint64 sums[2][32];
-  uint64 before_count, before_weight;  // sums before the place that crossing() found
+  uint64 before_count, before_weight;  // sums before the place found by crossing()
   uint64 here_count, here_weight;
   int found;
   int n_kept;
@@ -169,7 +170,7 @@ class Search {
     bin_counts_ = p.bin_counts + static_cast<int64>(row) * kSearchBins;
   }
 
-  // Begin with ids gathered by sample_keep.
+  // Start with the ids gathered by sample_keep.
   __device__ void begin_with(const KeptIds& kept, const uint64* keys) {
     n_kept_ = kept.n;
     base_count_ = kept.base_count;
@@ -178,7 +179,7 @@ class Search {
     put_in_order();
   }
 
-  // Keep the ids with keys up to `last`. False if there are more than kKept.
+  // Keep the ids with keys up to `last`; return false if there are more than kKept.
   __device__ bool keep_up_to(uint64 last) {
     base_count_ = base_weight_ = 0;
     gather(0, last);
@@ -186,7 +187,7 @@ class Search {
   }
 
   // Bitonic sort of the first n keys: rounds of comparisons of keys a power of two apart. Distances up to 32
-  // stay within a warp.
+  // are within a warp.
   __device__ void sort(int n) {
     int whole = 2;
     while (whole < n) whole *= 2;
@@ -214,9 +215,9 @@ class Search {
     __syncthreads();
   }
 
-  // Find the first id, in order, at which the count of ids, or their weight, exceeds `target`: its key, and
-  // the weight through it. False if the total does not exceed it. Keeps the sorted ids around it, with
-  // `whole` all up to it.
+  // Find the first id, in order, at which the cumulative count or weight exceeds `target`: its key, and the
+  // cumulative weight including it. Return false if the total does not exceed the target. Keeps the sorted
+  // ids around the id, with `whole` all ids up to it.
   __device__ bool find(bool by_count, uint64 target, bool whole, uint64& key, uint64& through) {
     if (!find_kept(by_count, target, key, through)) {
       if (!keep(by_count, target, whole)) return false;
@@ -234,7 +235,7 @@ class Search {
     for (int first = 4 * threadIdx.x; first < vocab_; first += 4 * kVectors * kSearchThreads) {
       float values[kVectors][4];
       load_logits(logits_, vocab_, first, values);
-      uint32 near = 0;  // a bit for each candidate: mostly few
+      uint32 near = 0;  // one bit per candidate; usually few are set
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
@@ -271,8 +272,8 @@ class Search {
     __syncthreads();
   }
 
-  // Set `found` to the place of 2048 at which the running sum crosses the target; this thread has two of
-  // them.
+  // Set `found` to the place, of 2048, at which the running sum crosses the target; each thread has two
+  // places.
   __device__ void crossing(const uint64 (&counts)[2], const uint64 (&weights)[2], bool by_count,
                            uint64 target) {
     if (threadIdx.x == 0) room_.found = kNowhere;
@@ -302,13 +303,13 @@ class Search {
              target);
   }
 
-  // Keep the sorted ids among which the sum crosses the target. False if it does not.
+  // Keep the sorted ids among which the sum crosses the target; return false if it does not.
   __device__ bool keep(bool by_count, uint64 target, bool whole) {
     uint64 prefix = 0, left = target;
     base_count_ = base_weight_ = 0;
     n_kept_ = 0;
     int shift = kBinShift;
-    bool all;  // keep the ids before the bin, too
+    bool all;  // keep the ids before the bin as well
     for (;; shift -= 11) {
       fill(shift, prefix);
       cross_bins(by_count, left);

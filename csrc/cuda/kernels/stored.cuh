@@ -1,7 +1,7 @@
-// Values of the storage types to float32, whatever the compute type: bfloat16 as the upper half of a float32,
-// float16 and int8 by one conversion.
+// Conversion of the storage types to float32, for both compute types: bfloat16 as the upper half of a
+// float32, float16 and int8 by one conversion instruction.
 //
-// Reference: tests/cuda/test_decode.py and test_elementwise.py, at every type of cache.
+// Reference: tests/cuda/test_decode.py and test_elementwise.py, with every type of cache.
 #pragma once
 
 #include <cuda_fp16.h>

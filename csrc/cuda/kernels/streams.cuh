@@ -1,13 +1,13 @@
 // Building blocks of kernels that stream weights or keys from memory: asynchronous copies (cp.async) and
 // tensor-core products (mma). Before sm_80, plain loads and sums over warp shuffles replace both.
 //
-// Layout: a ring buffer of slots in shared memory. Each lane reads only the bytes that it copied, so that a
-// copy and its use need no barrier:
+// Layout: a ring buffer of slots in shared memory. Each lane reads only the bytes that it has copied, so no
+// barrier is needed between a copy and its use:
 //
 //   slot 0        slot 1        slot 2
 //   | lane 0..31 | lane 0..31 | lane 0..31 |      copy_ahead16(slot 2) .. wait_for_copies<1>() .. read slot 0
 //
-// Cost: 16 bytes per lane and instruction, 512 per warp; L2 fetches 128 at a time.
+// Cost: 16 bytes per lane and instruction, 512 per warp; L2 fetches 128 bytes at a time.
 //
 // Reference: tested through the kernels, tests/cuda/test_decode.py.
 #pragma once
@@ -20,8 +20,8 @@ __device__ inline uint32 shared_address(const void* p) {
   return static_cast<uint32>(__cvta_generic_to_shared(p));
 }
 
-// Copy 16 bytes to shared memory asynchronously; zeros if not `there`. The same thread may read them after
-// wait_for_copies without a barrier.
+// Copy 16 bytes to shared memory asynchronously; write zeros if not `there`. The same thread may read them
+// after wait_for_copies without a barrier.
 __device__ inline void copy_ahead16(void* to, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
@@ -64,8 +64,8 @@ __device__ inline void wait_for_copies() {
 //   b     column g: b0, b1
 //   sums  rows g, g + 8, columns 2 t, 2 t + 1
 //
-// a0, a1 and b0 hold the same two k, a2, a3 and b1 another two. The caller may assign the 16 values of k to
-// lanes and registers in any order, the same for a and b.
+// a0, a1 and b0 have the same two k; a2, a3 and b1 another two. The caller may assign the 16 values of k to
+// lanes and registers in any order that is the same for a and b.
 __device__ inline void multiply(float (&sums)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0,
                                 uint32 b1) {
 #if __CUDA_ARCH__ >= 800

@@ -1,15 +1,15 @@
-// Conversion of matrices from the file layout (qvl_packed_bytes in qwenvl.h) to that of the kernels, a block
-// per row.
+// Conversion of matrices from the file layout (qvl_packed_bytes in qwenvl.h) to that of the kernels, with one
+// block per row.
 //
 // Layout:
 //
-//   float32, bfloat16, float16 [out, in]  ->  H [out][stride], zeros after `in`
+//   float32, bfloat16, float16 [out, in]  ->  H [out][stride], padded with zeros
 //   quantised                             ->  tiles of 16 rows x units of 128 values (quantised.cuh)
-//   row r of the file                     ->  row first + r step: two matrices are interleaved with step 2
+//   row r of the file                     ->  row first + r step; step 2 interleaves two matrices
 //
-// Cost. Bytes: each weight is read and written once when a model is opened; bound by the copy from the host.
+// Cost. Bytes: each weight is read and written once when a model is opened. Bound by the copy from the host.
 //
-// Reference: the products of unit vectors read the matrix back exactly,
+// Reference: products with unit vectors return the exact matrix,
 // tests/cuda/test_decode.py::test_two_matrices_are_interleaved.
 #include "cuda/kernels/linear_decode.h"
 #include "cuda/kernels/quantised.cuh"
@@ -27,7 +27,7 @@ __device__ void upload_half(const UploadMatrix& p) {
     to[k] = to_half(k < p.in ? value_of(from[k]) : 0.f);
 }
 
-// Row of the matrix to which a block writes its row of the file, or a padding row.
+// Row of the matrix that a block writes: that of its row of the file, or a padding row.
 __device__ inline int target_row(const UploadMatrix& p, int row) {
   return row < p.rows ? p.first + row * p.step : p.first + (p.rows - 1) * p.step + row - p.rows + 1;
 }
@@ -37,7 +37,7 @@ __device__ inline void upload_nibbles(const UploadMatrix& p, const Cut& cut, int
                                       uint32 padding) {
   const uint16* from = static_cast<const uint16*>(p.from) + static_cast<int64>(row) * (p.stride / 4);
   for (int i = threadIdx.x; i < p.stride / kRun; i += blockDim.x) {
-    // Value 32 j + w of a unit is nibble j of word w, of 16 bits.
+    // Value 32 j + w of a unit is nibble j of 16-bit word w.
     const int k = kRun * i, j = k % kUnit / 32, word = k / kUnit * 32;
     uint32 run = 0;
     for (int v = 0; v < kRun; ++v) {
@@ -79,8 +79,8 @@ __device__ void upload_int4(const UploadMatrix& p) {
         row < p.rows ? scales[i] : uint16{0};
 }
 
-// Write a row of a type with zero points. Groups of the file longer than a span (kSpan) are repeated for each
-// span.
+// Write a row of a type with zero points. Scales and zero points of groups longer than a span (kSpan) are
+// repeated for each span.
 template <int bits, int file_group>
 __device__ void upload_groups(const UploadMatrix& p) {
   constexpr int kGroup = file_group < kSpan<bits> ? file_group : kSpan<bits>;

@@ -2,16 +2,15 @@
 //
 // Layout:
 //
-//   cut_patches   a block a patch: image float32 [3][size][size] -> H [patch][3][patch_size][patch_size],
-//                 zeros up to `stride`, so that the convolution is a product with conv1.weight
-//   layer_norm    a block per row, read once and held in registers, float4 v of thread t at 4 (v threads +
-//   t),
-//                 for its mean, its variance (of the differences, so that nothing cancels) and its output
+//   cut_patches   a block per patch: image float32 [3][size][size] -> H [patch][3][patch_size][patch_size],
+//                 padded with zeros to `stride`, so that the convolution is a product with conv1.weight
+//   layer_norm    a block per row, read once and kept in registers (float4 v of thread t at
+//                 4 (v threads + t)) for its mean, two-pass variance (no cancellation) and output
 //   add_rows      a float4 per thread: x [n][width] += add [i % period][width]
 //
-// Cost. Bytes bound them: a norm of 1024 rows of 1664 reads 6.8 MB of float32 and writes 3.4 MB of H, 2.4 us
-// at the memory's bandwidth and less from the L2 cache; an image's patches are 2.4 MB in and 1.2 MB out,
-// once. (A warp a row was slower on an H200, 4.6 us against 3.8: too few loads in flight.)
+// Cost. Memory-bound: a norm of 1024 rows of 1664 reads 6.8 MB of float32 and writes 3.4 MB of H, 2.4 us at
+// memory bandwidth and less from the L2 cache; an image's patches are 2.4 MB in and 1.2 MB out, once. (A warp
+// per row was slower on an H200, 4.6 us against 3.8: too few loads in flight.)
 //
 // Reference: float64 in PyTorch, tests/cuda/test_vision_rows.py.
 #include "cuda/kernels/row_sum.cuh"
@@ -19,7 +18,7 @@
 
 namespace qvl::cuda {
 
-// A block a patch.
+// One block per patch.
 extern "C" __global__ void __launch_bounds__(256) cut_patches(const __grid_constant__ CutPatchesParams p) {
   start_successors();
   wait_for_predecessors();

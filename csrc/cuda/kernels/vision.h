@@ -13,9 +13,9 @@ struct LayerNormParams {
   const float* x;
   const float* weight;
   const float* bias;
-  const float* add;  // or NULL
-  void* y_half;      // or NULL
-  float* y_float;    // or NULL
+  const float* add;  // may be NULL
+  void* y_half;      // may be NULL
+  float* y_float;    // may be NULL
   int width, period;
   float epsilon;
 };
