@@ -246,7 +246,7 @@ def test_limits_hold_over_all_fronts(service: Service) -> None:
                 assert all(words in reply.json()["error"]["message"] for reply in replies)
                 return tasks
 
-            tasks = await flood(KEYS[1], MAX_PER_KEY + 10, 10, f"This API key has {MAX_PER_KEY} requests")
+            tasks = await flood(KEYS[1], MAX_PER_KEY + 10, 10, f"This API key has {MAX_PER_KEY} of at most")
             n_free = n_slots + MAX_WAITING - MAX_PER_KEY
             tasks += await flood(KEYS[2], n_free + 8, 8, f"{MAX_WAITING} requests are waiting")
             running = await asyncio.to_thread(service.clients[0].metrics, "qwenvl_slots_running")
