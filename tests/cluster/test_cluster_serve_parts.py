@@ -360,3 +360,15 @@ def test_an_old_ray_is_refused(
     monkeypatch.setattr(start, "version", {"ray": found, "protobuf": protobuf}.__getitem__)
     with contextlib.nullcontext() if message is None else pytest.raises(UsageError, match=re.escape(message)):
         check_version()
+
+
+def test_a_controller_that_dies_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import serve
+
+    def died(*_: Any, **__: Any) -> None:
+        raise RayActorError
+
+    monkeypatch.setattr(serve, "start", died)
+    monkeypatch.setattr(serve, "status", died)
+    with pytest.raises(QwenVLError, match=r"^the application does not start on the cluster: The actor"):
+        start._deploy(limits(first_model_path="vision", second_model_path="text"))

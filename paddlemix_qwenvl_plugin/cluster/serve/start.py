@@ -106,18 +106,18 @@ def _deploy(settings: ServeSettings) -> None:
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # Ray Serve sets it when it is imported
     app = application(settings)
-    serve.start(
-        proxy_location="EveryNode",
-        http_options=HTTPOptions(
-            host=settings.host, port=settings.port, keep_alive_timeout_s=_KEEP_ALIVE_SECONDS
-        ),
+    http_options = HTTPOptions(
+        host=settings.host, port=settings.port, keep_alive_timeout_s=_KEEP_ALIVE_SECONDS
     )
     try:
+        serve.start(proxy_location="EveryNode", http_options=http_options)
         serve.run(app, name=NAME, route_prefix="/")
     except (RuntimeError, RayError) as error:
-        status = serve.status().applications.get(NAME)
-        message = _reason(status) if status is not None else line_of(error)
-        serve.delete(NAME)
+        message = line_of(error)
+        with contextlib.suppress(RayError):  # Serve's controller may be what failed
+            status = serve.status().applications.get(NAME)
+            message = _reason(status) if status is not None else message
+            serve.delete(NAME)
         raise QwenVLError(f"the application does not start on the cluster: {message}") from error
 
 
