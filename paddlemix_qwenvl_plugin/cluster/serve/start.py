@@ -18,7 +18,7 @@ from paddlemix_qwenvl_plugin.cluster.serve.replicas import max_replicas, needs
 from paddlemix_qwenvl_plugin.serve.api_keys import check_exposure, keys_of
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 from paddlemix_qwenvl_plugin.serve.start import check_model
-from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
+from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, first_line
 
 _OLDEST_RAY = Version("2.50")
 # Older ones use an attribute of protobuf that its version 7 no longer has.
@@ -113,7 +113,7 @@ def _deploy(settings: ServeSettings) -> None:
         serve.start(proxy_location="EveryNode", http_options=http_options)
         serve.run(app, name=NAME, route_prefix="/")
     except (RuntimeError, RayError) as error:
-        message = line_of(error)
+        message = first_line(error)
         with contextlib.suppress(RayError):  # Serve's controller may be what failed
             status = serve.status().applications.get(NAME)
             message = _reason(status) if status is not None else message
@@ -147,7 +147,7 @@ def _watch() -> None:
         except ray.exceptions.ActorUnavailableError:  # Ray restarts it
             time.sleep(_POLL_SECONDS)
         except ray.exceptions.RayError as error:
-            raise QwenVLError(f"the cluster no longer answers: {line_of(error)}") from error
+            raise QwenVLError(f"the cluster no longer answers: {first_line(error)}") from error
 
 
 def _remove(settings: ServeSettings) -> None:
