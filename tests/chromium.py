@@ -42,7 +42,7 @@ class Browser:
         options.set_capability("goog:loggingPrefs", dict.fromkeys(self.logs, "ALL"))
         self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
 
-    def open(self, url: str, width: int = 1280, scheme: str = "light") -> None:
+    def open(self, url: str, width: int = 1280, color_scheme: str = "light") -> None:
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -50,7 +50,10 @@ class Browser:
             deviceScaleFactor=1,
             mobile=width < 600,
         )
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call(
+            "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": color_scheme}]
+        )
+        # Discard the entries of earlier pages: reading a log empties it.
         for log in self.logs:
             self.driver.get_log(log)
         self.driver.get(url)

@@ -60,9 +60,9 @@ def stock_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[In
 
 
 def step_inputs(config: ModelConfig, dtype: str, compute_dtype: str) -> list[Input]:
-    """Inputs of the portable step program: a chunk of each row after a cache of at least 1 slot.
+    """Inputs of the portable step program: for each row, new tokens after a cache of at least one position.
 
-    See modeling/generation.py. Paddle Inference does not accept empty tensors: an empty cache is one slot with
+    See modeling/generation.py. Paddle Inference does not accept empty tensors: an empty cache is one position with
     cache_valid False, and a step without images has one image with a negative row in img_pos.
     """
     cache = (-1, config.num_attention_heads, -1, config.head_dim)

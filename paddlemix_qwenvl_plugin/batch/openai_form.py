@@ -29,7 +29,7 @@ _OPTIONS = {
 
 
 def read(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> RowRequest:
-    """Parse a row without null values.
+    """Parse a row, after the removal of its null values.
 
     Raises:
         UsageError: an unknown key or an invalid value; the message names it.

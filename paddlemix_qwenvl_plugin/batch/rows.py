@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 
 def read_row(number: int, line: bytes, defaults: Mapping[str, Any]) -> Row:
-    """Parse line `number`; an error becomes the row's `parsed`.
+    """Parse line `number` of the input; if it is invalid, the row's `parsed` is the error.
 
     Args:
         line: the line's bytes.

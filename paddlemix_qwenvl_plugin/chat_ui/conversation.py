@@ -48,7 +48,7 @@ def path_of(argument: str) -> str:
 
 
 class Conversation:
-    """Interpreter of lines on a session, with a view for the output."""
+    """Interpreter of input lines, questions and commands, on a session; the view shows the results."""
 
     def __init__(self, session: Session, view: Plain) -> None:
         self._session = session

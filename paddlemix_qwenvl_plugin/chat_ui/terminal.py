@@ -37,7 +37,7 @@ class Terminal(Plain):
         self._console = Console()
 
     def text(self, text: str) -> None:
-        """Print requested text."""
+        """Print the output of a command, such as the help."""
         self._out(f"{text}\n")
 
     def note(self, text: str) -> None:

@@ -55,7 +55,7 @@ class Plain:
     """View for a pipe: prints answers as `qwenvl predict` does, tags included, as they are generated."""
 
     def text(self, text: str) -> None:
-        """Print requested text, such as the help."""
+        """Print the output of a command, such as the help."""
         print(text)
 
     def note(self, text: str) -> None:

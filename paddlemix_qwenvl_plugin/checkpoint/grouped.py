@@ -37,7 +37,7 @@ def n_groups(n_in: int, group_size: int) -> int:
 
 
 def repeated(per_group: NDArray[np.float16], n_in: int, group_size: int) -> NDArray[np.float16]:
-    """Expand values [out, groups in the checkpoint] to the engine's groups by repeating those of groups above 128."""
+    """Repeat values [out, groups] of a checkpoint with groups above 128 for the engine's smaller groups."""
     size = engine_group(group_size)
     starts = np.arange(0, n_in, size)
     return per_group[:, starts // (n_in if group_size == -1 else group_size)]
@@ -46,7 +46,10 @@ def repeated(per_group: NDArray[np.float16], n_in: int, group_size: int) -> NDAr
 def unpack_words(
     words: NDArray[np.int32], bits: int, places: tuple[int, ...], axis: int
 ) -> NDArray[np.uint8]:
-    """Unpack unsigned integers from int32 words along `axis`; bits k * bits and up of a word hold value places[k]."""
+    """Unpack unsigned integers of `bits` bits from int32 words along `axis`.
+
+    The k-th lowest `bits` bits of a word are number places[k] of its 32 // bits integers.
+    """
     per_word = 32 // bits
     shape = list(words.shape)
     shape[axis] *= per_word

@@ -43,7 +43,7 @@ def vision_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     width, out, mlp = vision.width, vision.output_dim, vision.mlp_width
     specs = {
         "visual.conv1.weight": TensorSpec((width, 3, vision.patch_size, vision.patch_size)),
-        # A square table, independent of the patch grid; 256 rows in every published checkpoint.
+        # For a square grid, 16 x 16 in every published checkpoint; the image's patch grid may differ.
         "visual.positional_embedding": TensorSpec((256, width)),
     }
     specs.update(_norm("visual.ln_pre", width))

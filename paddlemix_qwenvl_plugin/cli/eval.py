@@ -112,7 +112,7 @@ def demo(
         None, "--export_to", metavar="DIR", help="Keep the export in this folder."
     ),
 ) -> None:
-    """Held-out drawn images of the demo model's world.
+    """Evaluate on held-out synthetic images of shapes and words.
 
     Exports the bundled demo model first, unless exported stages are given.
     """

@@ -72,7 +72,7 @@ Verify = Annotated[
 
 
 def evaluated(function: Callable[..., Any], **makers: Callable[..., Any]) -> Callable[..., Any]:
-    """Evaluate a command's string annotations for typer before Python 3.10, and expand makers into their flags.
+    """Resolve a command's string annotations (Python 3.9), and expand option factories into flags.
 
     A parameter named in `makers` is not a flag: the flags of its maker take its place, and the parameter receives the
     maker bound to their values.

@@ -120,9 +120,9 @@ class _AfterPaddle:
 
 @contextlib.contextmanager
 def handled_by_the_command() -> Iterator[list[int]]:
-    """Let a command install its own signal handlers within the block, inside `ending`, without a deadline.
+    """Let a command install its own signal handlers within the block, in place of those of `ending`.
 
-    The handlers of `ending` are restored after the block.
+    Within the block, signals have no deadline. The handlers of `ending` are restored after it.
 
     Yields:
         The signals that end commands, without those that are ignored (nohup).

@@ -60,7 +60,7 @@ def _card(result: Result) -> str:
         question=escape(question.turn.question),
         answer=_marked(answer) or "(nothing)",
         verdict="right" if result.right else "wrong",
-        expected="" if result.right else f'<p class="expected">Right would be: {escape(expected)}</p>',
+        expected="" if result.right else f'<p class="expected">Correct answer: {escape(expected)}</p>',
         raw=escape(answer.text),
         seconds=f"{result.seconds:.2f}",
     )

@@ -42,7 +42,7 @@ def check_plugin() -> Check:
 
 
 def check_entry_points(answer: Answer, paddle_imports: bool) -> list[Check]:
-    """Check each of our entry points; `answer`: result of the question `entry_points`."""
+    """Check each of our entry points; `answer`: result of questions.entry_points."""
     if _distribution() is None:
         return []  # reported by check_plugin
     declared = _declared()

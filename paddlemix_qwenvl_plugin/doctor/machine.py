@@ -63,7 +63,7 @@ def check_paddle(versions: Mapping[str, str], found: bool, answer: Answer, has_f
     Args:
         versions: distribution -> version, canonical names.
         found: whether a module `paddle` exists.
-        answer: result of the question `paddle`.
+        answer: result of questions.paddle.
         has_fix: whether another check names the fix of a failing import.
     """
     wheels = {name: version for name, version in versions.items() if _is_paddle(name)}
@@ -139,7 +139,7 @@ def check_gpu(paddle: Check, answer: Answer, visible: Sequence[str]) -> Check:
 
     Args:
         paddle: result of `check_paddle`.
-        answer: result of the question `gpu`; ignored if Paddle cannot be imported or is not a GPU build.
+        answer: result of questions.gpu; ignored if Paddle cannot be imported or is not a GPU build.
         visible: names of the GPUs visible to this process through the CUDA driver.
     """
     found, complaint = machine_gpus(visible)

@@ -16,7 +16,7 @@ TIMEOUT = 180.0  # seconds; importing PaddleMIX takes about 20 on two slow cores
 
 @dataclass(frozen=True)
 class Answer:
-    """Return value of a question, or the cause of its failure. `usage`: the failure is a UsageError."""
+    """Return value of a function of questions.py, or the cause of its failure. `usage`: it raised a UsageError."""
 
     value: dict[str, Any]
     cause: Optional[str] = None

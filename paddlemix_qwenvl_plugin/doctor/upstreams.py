@@ -55,7 +55,7 @@ def broken_rows(versions: Mapping[str, str]) -> list[Broken]:
 
 
 def check_combinations(rows: Sequence[Broken], versions: Mapping[str, str]) -> list[Check]:
-    """Create a problem for each of `rows`, or a single check without a problem."""
+    """Create a check with status "problem" for each of `rows`, or one with status "ok" if `rows` is empty."""
     if not rows:
         known = len(pins.load().broken)
         return [Check("combinations", "ok", f"none of {known} combinations of packages known to be broken")]
@@ -79,7 +79,7 @@ def check_upstream(
     Args:
         pinned: the upstream.
         versions: result of `installed_versions`.
-        answer: result of the question `import_upstream`; ignored if the upstream is not installed.
+        answer: result of questions.import_upstream; ignored if the upstream is not installed.
         paddle_imports: whether Paddle can be imported; without it no upstream can.
         has_fix: whether another check names the fix of a failing import.
     """
@@ -189,7 +189,7 @@ def check_hooks(answers: Mapping[str, Answer]) -> Check:
 
 
 def check_ops(answer: Answer, paddle_imports: bool, hooks: Check) -> Check:
-    """Check paddlenlp_ops: built, replaced by the stand-in, or missing. `answer`: result of the question `ops`."""
+    """Check paddlenlp_ops: built, replaced by the stand-in, or missing. `answer`: result of questions.ops."""
     if source_of("paddlenlp_ops") is None:
         stand_in = "paddlenlp_ops" in hooks.data["modules"]
         data = {"state": "stand-in" if stand_in else "missing", "cause": None}

@@ -19,7 +19,7 @@ from ctypes import (
 )
 from typing import Any, Optional
 
-from paddlemix_qwenvl_plugin.engine.build import library
+from paddlemix_qwenvl_plugin.engine.build import library as library_path
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 DTYPES = {
@@ -255,7 +255,7 @@ def load() -> ctypes.CDLL:
         QwenVLError: the library cannot be built.
     """
     # Global, so that the operators for Paddle (csrc/paddle) resolve to the same engine.
-    built = ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
+    built = ctypes.CDLL(str(library_path()), mode=ctypes.RTLD_GLOBAL)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(built, name)
         function.restype, function.argtypes = result, arguments
@@ -279,7 +279,7 @@ def failure(error: Error) -> QwenVLError:
 
 
 def device_info(gpu: Optional[int] = None) -> DeviceInfo:
-    """Query a GPU, or (None) the processor and the memory that this process may use."""
+    """Query the GPU with index `gpu`, or (None) the CPU and the memory available to this process."""
     info = DeviceInfo(size=ctypes.sizeof(DeviceInfo))
     call("qvl_get_device_info", CPU if gpu is None else CUDA, gpu or 0, byref(info))
     return info

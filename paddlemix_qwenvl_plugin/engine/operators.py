@@ -26,7 +26,8 @@ def load() -> ctypes.CDLL:
 
     path = operators_library()
     core.load_op_meta_info_and_register_op(str(path))
-    # For legacy programs; Paddle's own method for it has different arguments in each version.
+    # Legacy programs look operators up in this table. The arguments of Paddle's method that updates it differ between
+    # versions.
     known = OpProtoHolder.instance().op_proto_map
     known.update({proto.type: proto for proto in get_all_op_protos() if proto.type not in known})
     built = ctypes.CDLL(str(path))
@@ -49,9 +50,9 @@ def call(name: str, inputs: dict[str, Any], attributes: dict[str, Any], outputs:
     """Run an operator, or append it to the program under construction.
 
     Args:
-        inputs: by name in the operator's order; a list of tensors for `weights`.
-        attributes: by name in the operator's order.
-        outputs: names in the operator's order.
+        inputs: values by name, in the order of the operator's declaration; `weights` is a list of tensors.
+        attributes: values by name, in the order of the operator's declaration.
+        outputs: names, in the order of the operator's declaration.
     """
     from paddle import _C_ops
     from paddle.base.layer_helper import LayerHelper

@@ -49,7 +49,7 @@ def quantised(specs: Mapping[str, TensorSpec], quant_type: Optional[str]) -> dic
 
 
 def has_order(quant_type: Optional[str]) -> bool:
-    """Whether each quantised weight NAME has an input order, the tensor NAME + ORDER."""
+    """Whether each quantised weight NAME has a permutation of its inputs, the tensor NAME + ORDER."""
     stored = _STORED.fullmatch(quant_type or "")
     return stored is not None and stored[3] is not None
 

@@ -97,7 +97,7 @@ def write_predictions(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def is_scored(path: Path) -> bool:
-    """Whether the first line shows that `qwenvl eval` wrote this file."""
+    """Whether `qwenvl eval` wrote this predictions file, according to its first line."""
     with path.open("rb") as file:
         try:
             line = json.loads(file.readline(1 << 22))

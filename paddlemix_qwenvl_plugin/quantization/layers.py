@@ -21,7 +21,7 @@ _TOKENS_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class Batch:
-    """Split of the rows into calibration rows and held-out rows.
+    """Split of the rows of a job into calibration rows and held-out rows.
 
     Attributes:
         prompt_lengths: length of every row's prompt.

@@ -53,7 +53,7 @@ class CalibrationRow:
 
     @property
     def judged(self) -> list[int]:
-        """Positions whose next token is compared: all that predict the answer; without an answer, all text."""
+        """Positions whose predicted next token is compared: those that predict the answer or, without one, all text."""
         if len(self.input_ids) > self.n_prompt:
             return list(range(self.n_prompt - 1, len(self.input_ids) - 1))
         inside = {i for start, end in self.spans for i in range(start, end)}

@@ -30,5 +30,5 @@ class States:
                 file.write(np.ascontiguousarray(states, np.float32).data)
 
     def beside(self, name: str) -> States:
-        """Return a file `name` in the same folder, for the same rows."""
+        """Return the States of another file, `name` in the same folder, for the same rows."""
         return States(self.path.with_name(name), self._lengths, self._width)

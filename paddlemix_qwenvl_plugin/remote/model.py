@@ -67,7 +67,7 @@ class ServerModel:
 
     @property
     def weights(self) -> list[str]:
-        """Identity of the model, independent of the server's URL."""
+        """Strings that identify the model, independent of the server's URL."""
         return ["server", self.name]
 
     def load(self) -> None:

@@ -157,7 +157,7 @@ class Generation:
         return self.prompt[start:end] if end <= n else [*self.prompt[start:], *self.tokens[: end - n]]
 
     def entries(self, start: int, end: int) -> list[tuple[int, int, bool]]:
-        """Split [start, end) into (start, end, generated) ranges of prefill and of decode-step arithmetic."""
+        """Split [start, end) into ranges (start, end, generated), computed as prefill, or as decode if generated."""
         n = len(self.prompt)
         edges = [start, *(edge for edge in self._boundaries if start < edge < end)]
         if start < n < end:

@@ -1,4 +1,4 @@
-"""Continuous batching: the loop that runs steps for the requests of all front ends."""
+"""Continuous batching: the loop that runs steps for all requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class NotFiniteError(RequestError):
 
     def __init__(self) -> None:
         super().__init__(
-            f"the model's logits are not finite numbers: its weights are damaged ({program()} verify checks them)"
+            "the model's logits are not finite (infinity or NaN); its weights may be damaged: "
+            f"check them with {program()} verify"
         )
 
 

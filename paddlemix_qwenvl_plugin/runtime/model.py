@@ -1,4 +1,4 @@
-"""Interface of a model for front ends, implemented by QwenVL and by the client of a remote server."""
+"""Interface of a model for commands, implemented by QwenVL and by the client of a remote server."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Model(Protocol[S]):
 
     @property
     def weights(self) -> list[str]:
-        """Texts that identify the weights, their dtype included."""
+        """Strings that identify the weights, their dtype included; not their values."""
 
     @property
     def picture_label(self) -> str:

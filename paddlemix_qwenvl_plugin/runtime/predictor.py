@@ -116,7 +116,7 @@ class QwenVL:
 
     @cached_property
     def weights(self) -> list[str]:
-        """Texts that identify the weights, their dtype included, and the adapters."""
+        """Digests that identify the stages' weights, their dtype included, and the adapters."""
         stages = [stage.manifest.weights.sha256 for stage in self._stages]
         return stages + [f"{name} {each.fingerprint(each.names)}" for name, each in self._adapters.items()]
 

@@ -1,4 +1,4 @@
-"""Requests of front ends: a prompt with its options."""
+"""Requests to a model: a prompt with its options."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any, Optional
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 15.0
-"""Timeout from the connection, or from the previous response, to the complete head of the next request."""
+"""Timeout from the connection, or from the previous response, to the complete headers of the next request."""
 
 _LAST_HEAD_SECONDS = 2.0
 """The same timeout for a connection without a request at shutdown: its request still gets a response, or a 503."""
@@ -17,7 +17,7 @@ _LAST_HEAD_SECONDS = 2.0
 class Connection(H11Protocol):
     """uvicorn's HTTP connection with two additional timeouts.
 
-    - Head: the complete head of a request must arrive within HEAD_SECONDS.
+    - Headers: the complete headers of a request must arrive within HEAD_SECONDS.
     - Send: a client that leaves more unread than the socket buffer plus 64 KiB hold is disconnected after
       `send_timeout` seconds. Its request sees a disconnect.
     """
@@ -30,18 +30,18 @@ class Connection(H11Protocol):
         self._reading = _Timer(self)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the head timeout."""
+        """Start the timeout for the request headers."""
         super().connection_made(transport)
         self._head.start(HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
-        """Stop the head timeout once a request is being answered."""
+        """Stop the timeout for the headers once a request is being answered."""
         super().data_received(data)
         if self._answering:
             self._head.stop()
 
     def on_response_complete(self) -> None:
-        """Start the head timeout for the next request."""
+        """Start the timeout for the headers of the next request."""
         super().on_response_complete()
         if not self._answering and not self.transport.is_closing():
             self._head.start(HEAD_SECONDS)

@@ -23,7 +23,7 @@ class EngineUnavailable(QwenVLError):
     frozen=True, eq=False
 )  # arrays have no truth value, and Ray compares the requests that wait for a replica
 class EngineRequest:
-    """Prompt as token ids, with images and sampling parameters. Each is equal only to itself.
+    """Prompt as token ids, with images and sampling parameters. Compared by identity.
 
     Attributes:
         prompt: token ids, image slots included.

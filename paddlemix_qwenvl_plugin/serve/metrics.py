@@ -33,14 +33,16 @@ class Metrics:
             "qwenvl_requests", "HTTP requests.", ["path", "status"], registry=self.registry
         )
         self._request_seconds = self._histogram(
-            "qwenvl_request_duration_seconds", "From a request's head to the end of its response.", ["path"]
+            "qwenvl_request_duration_seconds",
+            "From a request's headers to the end of its response.",
+            ["path"],
         )
         self._errors = Counter("qwenvl_errors", "Errors, by their code.", ["kind"], registry=self.registry)
         self._queue_seconds = self._histogram(
             "qwenvl_queue_duration_seconds", "Waiting for a slot of the engine."
         )
         self._first_token = self._histogram(
-            "qwenvl_time_to_first_token_seconds", "From a request's head to its first token."
+            "qwenvl_time_to_first_token_seconds", "From a request's headers to its first token."
         )
         self._between_tokens = Histogram(
             "qwenvl_time_between_tokens_seconds",
@@ -71,7 +73,7 @@ class Metrics:
         self._queue_seconds.observe(seconds)
 
     def first_token(self, seconds: float) -> None:
-        """Observe the time from a request's head to its first token."""
+        """Observe the time from a request's headers to its first token."""
         self._first_token.observe(seconds)
 
     def next_tokens(self, n: int, seconds: float) -> None:

@@ -22,7 +22,7 @@ from paddlemix_qwenvl_plugin.util.notice import notice
 
 
 class QWenForQWenVLInferenceModel:
-    """PaddleNLP's view of a model folder: `generate` loads the weights, `to_static` exports them as a stream."""
+    """Model class for PaddleNLP: `generate` loads the weights, `to_static` streams them into an export."""
 
     def __init__(self, folder: Path, config: Any, dtype: str, quant_type: Optional[str]) -> None:
         self.config = config
@@ -53,14 +53,14 @@ class QWenForQWenVLInferenceModel:
 
     @classmethod
     def confirm_inference_model(cls, **_: Any) -> type[QWenForQWenVLInferenceModel]:
-        """Return this class; generation 2 calls this to select a class for the device."""
+        """Return this class; PaddleNLP 3.0.0b4 calls this to select a class for the device."""
         return cls
 
     @classmethod
     def set_inference_config(
         cls, config: Any, predictor_args: Any, tensor_parallel_degree: int = 1, **_: Any
     ) -> None:
-        """Copy command-line options of generation 2 into the config, where from_pretrained reads them."""
+        """Copy command-line options of PaddleNLP 3.0.0b4 into the config, where from_pretrained reads them."""
         config.quant_type = getattr(predictor_args, "quant_type", None)
         config.tensor_parallel_degree = tensor_parallel_degree
 
@@ -76,7 +76,7 @@ class QWenForQWenVLInferenceModel:
 
     @property
     def generation_config(self) -> Any:
-        """Config that generation 2 saves with an export if the folder has no generation_config.json."""
+        """Config that PaddleNLP 3.0.0b4 saves with an export if the folder has no generation_config.json."""
         from paddlenlp.generation import GenerationConfig
 
         return GenerationConfig.from_model_config(self.config)
@@ -93,7 +93,7 @@ class QWenForQWenVLInferenceModel:
         """
         if config.get("export_precache"):
             raise UsageError("--export_precache: not supported, export without it")
-        for flag in ("use_cachekv_int8", "cachekv_int8_type"):  # generation 1, 2
+        for flag in ("use_cachekv_int8", "cachekv_int8_type"):  # of PaddleNLP 3.0.0b0, of 3.0.0b4
             if config.get(flag) not in (None, "None"):
                 raise UsageError(f"8-bit caches ({flag}={config[flag]}): not supported, export without them")
         prefix = Path(output_path)
@@ -148,7 +148,7 @@ def _arange_in_half_types(arange: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _skip_upstream_validation() -> None:
-    """Replace the search for print operators in generation 1's script, which fails on a CPU and on Paddle 3.
+    """Replace the search for print operators in PaddleNLP generation 1's script, which fails on a CPU and on Paddle 3.
 
     The script looks the function up when it calls it.
     """

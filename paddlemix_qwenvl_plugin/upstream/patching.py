@@ -41,7 +41,7 @@ class Patch:
 
 @contextlib.contextmanager
 def patching(module: ModuleType) -> Iterator[Patch]:
-    """Context of the hook of `module`: undo the changes by `Patch.set` if the block raises."""
+    """Give a hook of `module` a Patch for the block; roll back its changes if the block raises."""
     patch = Patch(f"hook {module.__name__}")
     try:
         yield patch

@@ -33,7 +33,12 @@ class Upstream(_Frozen):
 
 
 class PaddleNLPWheel(_Frozen):
-    """PaddleNLP wheel. Generation 1 chooses the model class in its script, 2 by the auto classes."""
+    """PaddleNLP wheel.
+
+    Attributes:
+        version: version of the distribution.
+        generation: 1: the predictor script chooses the model class; 2: PaddleNLP's auto classes choose it.
+    """
 
     version: VersionText
     generation: Literal[1, 2]

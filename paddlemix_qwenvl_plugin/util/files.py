@@ -1,4 +1,4 @@
-"""Atomic file writes, and checks of source and target paths before long work."""
+"""Atomic file writes, and checks of source and target paths before a long computation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def check_target(target: Path, own: Callable[[Path], bool] = lambda target: True) -> None:
-    """Check before long work that a file can be written to `target`.
+    """Check that a file can be written to `target`, before a long computation.
 
     Args:
         own: whether an existing file was written by an earlier run of the command; such a file may be replaced, as may

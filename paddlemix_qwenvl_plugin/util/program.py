@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def program() -> str:
-    """The `qwenvl` command for messages, as this process was started.
+    """The `qwenvl` command as this process was started, for use in messages.
 
     "qwenvl" if PATH resolves it to the running command, or if another program was started; else its quoted path.
     """

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, otherwise a plain line every few seconds."""
+"""Progress of a long computation: a bar on a terminal, otherwise a plain line every few seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard input as bytes or text of bounded length."""
+"""Standard input as bytes, text or lines of bounded length, or as a temporary file of any length."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def lines() -> Iterator[str]:
 
 
 def check() -> None:
-    """Check before long work that standard input is open; raise UsageError if it is closed."""
+    """Raise UsageError if standard input is closed; for use before a long computation."""
     if sys.stdin is None:
         raise UsageError(f"{NAME}: is closed; give it a file or a pipe")
 

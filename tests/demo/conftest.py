@@ -24,6 +24,6 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def right_run() -> Run:
+def all_correct_run() -> Run:
     """A run in which every answer is the expected one."""
     return Run(tuple(Result(q, answered(q.turn.answer)) for q in QUESTIONS), 5_500_000, 4.2)

@@ -52,13 +52,13 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory, right_run: Run) -> Path:
+def page(tmp_path_factory: pytest.TempPathFactory, all_correct_run: Run) -> Path:
     """A page with right answers, and a wrong one with long words and boxes at the edges."""
     long = (
         f"{'x' * 300} <ref>{'一' * 200}</ref><box>(0,0),(1000,1000)</box>"
         "<quad>(500,100),(900,500),(500,900),(100,500)</quad><script>alert(1)</script>"
     )
-    results = (*right_run.results, Result(named("count"), answered(long)))
+    results = (*all_correct_run.results, Result(named("count"), answered(long)))
     path = tmp_path_factory.mktemp("page") / "index.html"
     path.write_text(html_page(Run(results, 1_000_000, 1.0), Path("a" * 60)), "utf-8")
     return path
@@ -80,12 +80,14 @@ def test_nothing_is_requested_and_the_console_is_silent(browser: Browser, page: 
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_boxes_are_where_the_answers_say(browser: Browser, page: Path, right_run: Run, width: int) -> None:
+def test_boxes_are_where_the_answers_say(
+    browser: Browser, page: Path, all_correct_run: Run, width: int
+) -> None:
     """Check the positions of the elements and the colour of their pixels."""
     browser.open(page.as_uri(), width)
     pixels = browser.screenshot()
     checked = 0
-    for result in right_run.results:
+    for result in all_correct_run.results:
         card = f"document.getElementById('{result.question.name}')"
         place = "r => [r.left + scrollX, r.top + scrollY, r.right + scrollX, r.bottom + scrollY]"
         *_, image = browser.js(
@@ -136,10 +138,10 @@ def test_no_horizontal_scrolling(browser: Browser, page: Path, width: int) -> No
     assert out == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("color_scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_text_is_readable(browser: Browser, page: Path, width: int, scheme: str) -> None:
-    browser.open(page.as_uri(), width, scheme)
+def test_text_is_readable(browser: Browser, page: Path, width: int, color_scheme: str) -> None:
+    browser.open(page.as_uri(), width, color_scheme)
     browser.js("document.querySelectorAll('details').forEach(d => d.open = true)")
     ratios = browser.js(CONTRASTS)
     assert len(ratios) > 60
@@ -147,7 +149,7 @@ def test_text_is_readable(browser: Browser, page: Path, width: int, scheme: str)
         assert ratio >= 4.5, (ratio, text)
         # Numbers have the colours of the boxes as background, other text that of the page.
         if not text.isdigit():
-            assert behind < 0.1 if scheme == "dark" else behind > 0.7, text
+            assert behind < 0.1 if color_scheme == "dark" else behind > 0.7, text
     sizes = browser.js(
         "return [...document.querySelectorAll('p, dd, dt, pre, summary, h1, h2, span')]"
         ".map(e => parseFloat(getComputedStyle(e).fontSize))"
@@ -155,9 +157,9 @@ def test_text_is_readable(browser: Browser, page: Path, width: int, scheme: str)
     assert min(sizes) >= 12
 
 
-def test_the_raw_answer_opens(browser: Browser, page: Path, right_run: Run) -> None:
+def test_the_raw_answer_opens(browser: Browser, page: Path, all_correct_run: Run) -> None:
     browser.open(page.as_uri())
-    result = right_run.results[1]
+    result = all_correct_run.results[1]
     card = f"document.getElementById('{result.question.name}')"
     shown = f"return {card}.querySelector('pre').checkVisibility()"
     assert not browser.js(shown)

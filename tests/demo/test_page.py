@@ -40,8 +40,8 @@ def test_an_answer_never_becomes_markup() -> None:
     assert shown.endswith("\"><svg onload='alert(3)'>")
 
 
-def test_page_has_no_requests_and_no_scripts(right_run: Run) -> None:
-    page = Page(html_page(right_run, OUT))
+def test_page_has_no_requests_and_no_scripts(all_correct_run: Run) -> None:
+    page = Page(html_page(all_correct_run, OUT))
     for tag, attributes, _ in page.elements:
         assert tag not in ("script", "iframe", "object", "embed", "form", "base")
         for name, value in attributes.items():
@@ -57,10 +57,10 @@ def test_page_has_no_requests_and_no_scripts(right_run: Run) -> None:
     assert (policy or "").startswith("default-src 'none'")
 
 
-def test_images_are_the_bundled_ones(right_run: Run) -> None:
-    page = Page(html_page(right_run, OUT))
+def test_images_are_the_bundled_ones(all_correct_run: Run) -> None:
+    page = Page(html_page(all_correct_run, OUT))
     sources = [attributes["src"] for tag, attributes, _ in page.elements if tag == "img"]
-    paths = [path for result in right_run.results for path in result.question.images]
+    paths = [path for result in all_correct_run.results for path in result.question.images]
     assert len(sources) == len(paths) == 9
     for source, path in zip(sources, paths):
         inside = base64.b64decode((source or "").removeprefix("data:image/png;base64,"))
@@ -68,8 +68,8 @@ def test_images_are_the_bundled_ones(right_run: Run) -> None:
             assert embedded.tobytes() == bundled.tobytes()
 
 
-def test_images_have_alternative_texts(right_run: Run) -> None:
-    page = Page(html_page(right_run, OUT))
+def test_images_have_alternative_texts(all_correct_run: Run) -> None:
+    page = Page(html_page(all_correct_run, OUT))
     alt = [attributes["alt"] for tag, attributes, _ in page.elements if tag == "img"]
     assert (
         alt[0] == "A large blue heart, a small green triangle, a large blue star and a small blue triangle."
@@ -77,12 +77,14 @@ def test_images_have_alternative_texts(right_run: Run) -> None:
     assert all(alt)
 
 
-def test_question_answer_and_verdict(right_run: Run) -> None:
-    page = Page(html_page(right_run, OUT))
+def test_question_answer_and_verdict(all_correct_run: Run) -> None:
+    page = Page(html_page(all_correct_run, OUT))
     assert page.texts("h1") == ["8 of 8 answers are right"]
     assert page.texts("span", "verdict") == ["right"] * 8
-    assert page.texts("p", "question") == [result.question.turn.question for result in right_run.results]
-    assert page.texts("pre")[:8] == [result.answer.text for result in right_run.results]
+    assert page.texts("p", "question") == [
+        result.question.turn.question for result in all_correct_run.results
+    ]
+    assert page.texts("pre")[:8] == [result.answer.text for result in all_correct_run.results]
     assert (
         page.texts("p", "answer")[1]
         == '1 The word "CLOCK", 2 a large black cross and 3 a large purple cross.'
@@ -97,7 +99,7 @@ def test_boxes_have_their_corners() -> None:
     html, page = page_of(Result(named("locate"), answered(text)))
     polygons = [attributes["points"] for tag, attributes, _ in page.elements if tag == "polygon"]
     assert polygons == ["10,20 300,20 300,400 10,400", "0,0 500,10 510,600 5,590"]
-    # The text of a ref is marked once; its second box follows at the end, with its corners.
+    # The text of a ref is marked once, with its first box; a further box is listed at the end by its corners.
     assert page.texts("mark") == ["1 a", "2 (0,0) (500,10) (510,600) (5,590)"]
     assert html.count('class="c0"') == 2  # the box and its mark
 
@@ -115,15 +117,15 @@ def test_a_wrong_answer_is_shown_with_the_right_one(text: str) -> None:
     _, page = page_of(Result(named("count"), answered(text)))
     assert page.texts("h1") == ["0 of 1 answers are right"]
     assert page.texts("span", "verdict") == ["wrong"]
-    assert page.texts("p", "expected") == ["Right would be: There are two purple shapes."]
+    assert page.texts("p", "expected") == ["Correct answer: There are two purple shapes."]
     assert page.texts("p", "answer")[0].strip()
 
 
-def test_the_commands_on_the_page_are_quoted_and_named_as_started(
-    right_run: Run, monkeypatch: pytest.MonkeyPatch
+def test_commands_on_the_page_are_quoted_and_start_with_argv0(
+    all_correct_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["my <env>/bin/qwenvl", "demo"])
-    page = Page(html_page(right_run, Path("my <demo>")))
+    page = Page(html_page(all_correct_run, Path("my <demo>")))
     assert any("--first_model_path 'my <demo>/vision/vision' " in text for text in page.texts("pre"))
     lines = "\n".join(page.texts("pre")).splitlines()
     started = [line for line in lines if "qwenvl" in line and not line.startswith("  ")]

@@ -29,11 +29,11 @@ def sides_are(image: Image.Image, box: tuple[int, int, int, int], colour: str) -
     )
 
 
-def test_boxes_are_over_their_objects(right_run: Run) -> None:
-    image = contact_sheet(right_run.results)
+def test_boxes_are_over_their_objects(all_correct_run: Run) -> None:
+    image = contact_sheet(all_correct_run.results)
     assert image.width == GAP + 3 * STEP
     # The second image of the first row, with the boxes of its scene.
-    scene = right_run.results[1].question.sample.scenes[0]
+    scene = all_correct_run.results[1].question.sample.scenes[0]
     assert len(scene.things) == 3
     for number, thing in enumerate(scene.things):
         left, top, right, bottom = (round(value * SIDE / 1000) for value in thing.box)
@@ -44,9 +44,9 @@ def test_boxes_are_over_their_objects(right_run: Run) -> None:
         assert not sides_are(image, moved, drawing.COLOURS[number])
 
 
-def test_images_are_on_it(right_run: Run) -> None:
-    image = contact_sheet(right_run.results)
-    with Image.open(right_run.results[0].question.images[0]) as source:
+def test_images_are_on_it(all_correct_run: Run) -> None:
+    image = contact_sheet(all_correct_run.results)
+    with Image.open(all_correct_run.results[0].question.images[0]) as source:
         wanted = np.asarray(source.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
     assert (np.asarray(image)[GAP : GAP + SIDE, GAP : GAP + SIDE] == wanted).all()
 
@@ -61,9 +61,9 @@ def test_the_pair_is_side_by_side_with_boxes_on_the_second() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "word " * 40, "x" * 400, "一个小的橙色心形" * 20, "a\nb\tc"])
-def test_words_stay_in_their_column(text: str, right_run: Run) -> None:
+def test_words_stay_in_their_column(text: str, all_correct_run: Run) -> None:
     """The gaps and edges are white, and the last line is inside the sheet."""
-    results = [Result(named("count"), answered(text)), right_run.results[0], right_run.results[2]]
+    results = [Result(named("count"), answered(text)), all_correct_run.results[0], all_correct_run.results[2]]
     pixels = np.asarray(contact_sheet(results))[2 * GAP + SIDE :]
     for left in (0, *LEFT[1:]):
         assert (pixels[:, left - GAP + 2 if left else 0 : left - 2 if left else GAP - 2] == 255).all()
@@ -72,20 +72,20 @@ def test_words_stay_in_their_column(text: str, right_run: Run) -> None:
     assert (pixels != 255).any()
 
 
-def test_wrong_is_shown_in_red(right_run: Run) -> None:
+def test_wrong_is_shown_in_red(all_correct_run: Run) -> None:
     red = ImageColor.getrgb(sheet._WRONG)
-    right = contact_sheet(right_run.results[:1])
-    wrong = contact_sheet([Result(right_run.results[0].question, answered("Nothing."))])
+    right = contact_sheet(all_correct_run.results[:1])
+    wrong = contact_sheet([Result(all_correct_run.results[0].question, answered("Nothing."))])
     assert not (np.asarray(right)[GAP + SIDE :] == red).all(axis=2).any()
     assert (np.asarray(wrong)[GAP + SIDE :] == red).all(axis=2).any()
 
 
-def test_without_a_chinese_font(right_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_chinese_font(all_correct_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """No placeholder glyphs: boxes without labels, and a line that refers to the page."""
     monkeypatch.setattr(drawing, "_CJK_FONTS", ("no-such-font.ttf",))
     drawing._cjk_font.cache_clear()
     try:
-        chinese = right_run.results[-1]
+        chinese = all_correct_run.results[-1]
         assert {box.ref for box in chinese.answer.boxes} != {None}
         assert {sheet._labelled(box).ref for box in chinese.answer.boxes} == {None}
         lines = [line for _, line in sheet._text(chinese)]

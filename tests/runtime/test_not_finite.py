@@ -1,4 +1,4 @@
-"""Logits that are not finite, of finite weights: an error in every front end, never an answer."""
+"""Non-finite logits from finite weights raise an error in Python and in every command, and never become an answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "images" / "street.png"
-LINE = "the model's logits are not finite numbers: its weights are damaged (qwenvl verify checks them)"
+MESSAGE = (
+    "the model's logits are not finite (infinity or NaN); its weights may be damaged: "
+    "check them with qwenvl verify"
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +46,12 @@ def test_python(exported: Path, engine: str) -> None:
     vl = QwenVL.from_exported(exported / "vision" / "vision", exported / "text" / "qwen")
     parts = [{"image": str(STREET)}, {"text": "What is it?"}]
     for options in ({}, {"temperature": 1.0, "seed": 1}, {"repetition_penalty": 2.0, "min_new_tokens": 3}):
-        with pytest.raises(QwenVLError, match="not finite numbers"):
+        with pytest.raises(QwenVLError, match="logits are not finite"):
             vl.generate(parts, **options)
-        with pytest.raises(QwenVLError, match="not finite numbers"):
+        with pytest.raises(QwenVLError, match="logits are not finite"):
             next(vl.stream(parts, chat=True, **options))
     chat = vl.chat()
-    with pytest.raises(QwenVLError, match="not finite numbers"):
+    with pytest.raises(QwenVLError, match="logits are not finite"):
         chat.ask(parts).finish()
     assert chat.history == ()
 
@@ -84,9 +87,9 @@ def test_commands(
     if name == "batch":
         assert last == "qwenvl: 2 of 2 rows failed; see their errors in out.jsonl"
         lines = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
-        assert lines == [{"id": row["id"], "error": LINE} for row in rows]
+        assert lines == [{"id": row["id"], "error": MESSAGE} for row in rows]
     else:
-        assert last == f"qwenvl: {LINE}"
+        assert last == f"qwenvl: {MESSAGE}"
         assert printed.out.strip() == ""
         assert not Path("answer.json").exists()
 
@@ -104,5 +107,5 @@ def test_the_demo(
     with pytest.raises(SystemExit) as ended:
         main()
     printed = capfd.readouterr()
-    assert (ended.value.code, printed.err.splitlines()[-1]) == (1, f"qwenvl: {LINE}")
+    assert (ended.value.code, printed.err.splitlines()[-1]) == (1, f"qwenvl: {MESSAGE}")
     assert not list(Path("qwenvl-demo").glob("*.html"))

@@ -1,4 +1,4 @@
-"""Export model folders, each DTYPE FOLDER OUTPUT, like generation 1's export_model.py; run as a process."""
+"""Export model folders, each DTYPE FOLDER OUTPUT, like PaddleNLP generation 1's export_model.py; run as a process."""
 
 from __future__ import annotations
 

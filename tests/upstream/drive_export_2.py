@@ -1,4 +1,4 @@
-"""Export model folders, each DTYPE FOLDER OUTPUT, like generation 2's export_model.py; run as a process."""
+"""Export model folders, each DTYPE FOLDER OUTPUT, like PaddleNLP 3.0.0b4's export_model.py; run as a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Common part of generation 2's scripts: tokenizer and model, created like in its create_predictor."""
+"""Common part of PaddleNLP 3.0.0b4's scripts: tokenizer and model, created like in its create_predictor."""
 
 from __future__ import annotations
 

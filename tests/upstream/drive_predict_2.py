@@ -1,4 +1,4 @@
-"""Answer texts with the model FOLDER like generation 2's dynamic predictor, and print the tokens; run as a process."""
+"""Answer texts with the model FOLDER like PaddleNLP 3.0.0b4's dynamic predictor, print the tokens; run as a process."""
 
 from __future__ import annotations
 

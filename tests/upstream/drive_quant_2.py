@@ -1,4 +1,4 @@
-"""Export FOLDER to OUTPUT with QUANT_TYPE like generation 2; run as a process."""
+"""Export FOLDER to OUTPUT with QUANT_TYPE like PaddleNLP 3.0.0b4; run as a process."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_exported_graph_gives_golden_tokens(exported: Path, stock: StockModels, 
 def test_dynamic_predictor(
     wheel: Callable[[str], WheelEnvironment], stock: StockModels, tmp_path: Path
 ) -> None:
-    """Generation 2; generation 1's is a script that no wheel has (test_paddlenlp.py)."""
+    """PaddleNLP 3.0.0b4; the predictor of generation 1 is a script that no wheel has (test_paddlenlp.py)."""
     texts = ["a b c", "the"]
     done = wheel("3.0.0b4").run(
         HERE / "drive_predict_2.py", stock.folders["static"], 12, *texts, cwd=tmp_path

@@ -6,7 +6,7 @@
 //   values  [rows][k padded to 128]  int8, padded with zeros
 //   scales  [rows]                   float32, after all values
 //
-//   a block of kBlock = 32 L columns (L = kLanes: 128, 256 or 512), for one row of W and one row of x:
+//   a block of kBlock = 32 L columns (128, 256 or 512; L = kLanes), for one row of W and one row of x:
 //
 //   weights   | 4L bytes | 4L bytes | .. 8 vectors      lane l adds 4 products per vector, 32 per block,
 //   x         | 4L bytes | 4L bytes | .. 8 vectors      in int32: dots[l]
@@ -16,9 +16,9 @@
 // weights are moved to x: |w| * (sign(w) x). Elsewhere 128 is added to the weights, and dots start at -128
 // times the sum of x (quantised_x.h).
 //
-// Cost. Bytes: rows (k + 4), once for all rows of x. Operations: 2 rows k n_x on integers, 64 products per
+// Cost. Bytes: (k + 4) rows, once for all rows of x. Operations: 2 rows k n_x on integers, 64 products per
 // instruction with AVX-512 VNNI, 32 per five instructions with AVX2. 2 n_x operations per byte: memory-bound
-// for one row of x. time = max(rows (k + 4) / bandwidth, 2 rows k n_x / integer rate).
+// for one row of x. time = max((k + 4) rows / bandwidth, 2 rows k n_x / integer rate).
 //
 // Reference: reference::linear with the same rounding of activations (rounded_activations), and within 3 %
 // without rounding, tests/csrc/test_kernels.py::test_linear.
@@ -40,6 +40,7 @@ void prepare_int8(const float* x, int64_t x_stride, int n_x, int k, void* prepar
   });
 }
 
+// The parameter `Rows` of matvec.h, which explains Pass and Passes, for int8.
 struct RowsInt8 {
   static constexpr int kColumnBlock = 2048;
   static constexpr int kXAtOnce = 4;
@@ -60,8 +61,8 @@ struct RowsInt8 {
     }
   }
 
-  // Add the products of n_k columns. WholeColumns: n_k if it is known at compile time, else 0.
-  template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int WholeColumns>
+  // Add the products of n_k columns. StaticColumns: n_k if it is known at compile time, else 0.
+  template <int RowCount, int XCount, int Pass, int Passes, int SumStride, int StaticColumns>
   static QVL_INLINE void add_block(const Matvec& p, int64_t row, int first_x, int first, int n_k,
                                    WeightPrefetcher& ahead, Floats* sums) {
     const int64_t stride = row_bytes(p.k);
@@ -82,9 +83,9 @@ struct RowsInt8 {
         dots[r][n] = kSignedProducts ? Ints{} : load<Ints>(x[n] + sizeof(Floats));
       }
     }
-    if constexpr (WholeColumns != 0) {
+    if constexpr (StaticColumns != 0) {
 #pragma GCC unroll 8
-      for (int i = 0; i < WholeColumns; i += kVector)
+      for (int i = 0; i < StaticColumns; i += kVector)
         step<RowCount, XCount, Pass, Passes>(w, x, i, ahead, dots);
     } else {
 #pragma GCC unroll 1

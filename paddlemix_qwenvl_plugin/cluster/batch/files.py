@@ -42,7 +42,11 @@ def filesystem(name: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def naming_url(name: str) -> Iterator[None]:
-    """Name the file in errors of the block: FileNotFoundErrors as such, other unnamed errors as QwenVLErrors."""
+    """Name the file by its URL in errors of the block.
+
+    A FileNotFoundError keeps its type, other errors become QwenVLErrors. QwenVLErrors, MemoryErrors and OSErrors with a
+    file name are raised unchanged.
+    """
     try:
         yield
     except FileNotFoundError as error:

@@ -40,7 +40,7 @@ def front_cpus(settings: ServeSettings) -> float:
 
 
 def front_requests(settings: ServeSettings) -> float:
-    """Requests of a front above which another one is started."""
+    """Concurrent requests per front above which Ray Serve starts another front."""
     return _REQUESTS / _GPU_FRONTS if _on_gpu(settings) else _REQUESTS
 
 

@@ -81,7 +81,7 @@ def kind(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
 
 
 def exists(rng: random.Random, scene: Scene, language: str) -> Turn:
-    """Ask whether a shape exists; half of the answers are yes where the scene has shapes."""
+    """Ask whether a shape exists; if the scene has shapes, at least half of the answers are yes."""
     real = rng.choice(scene.shapes) if scene.shapes and rng.random() < 0.5 else None
     kind_name = real.kind if real else rng.choice(list(SHAPES))
     colour_name = real.colour if real else rng.choice(list(COLOURS))

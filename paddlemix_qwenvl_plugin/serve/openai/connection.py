@@ -42,7 +42,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events response. The status is sent with the first event: an earlier error is an error response.
+    """Server-sent events response; an error before the first event becomes an error response with its own status.
 
     A later error is sent as the last event. `events` is closed when the client disconnects.
     """

@@ -26,14 +26,14 @@ class ImageURL(Schema):
 
 
 class TextPart(Schema):
-    """Text part of a content."""
+    """Text part of the `content` of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class ImagePart(Schema):
-    """Image part of a content."""
+    """Image part of the `content` of a message."""
 
     type: Literal["image_url"]
     image_url: ImageURL
@@ -58,7 +58,9 @@ class Query(NamedTuple):
 
 
 def read_query(content: Union[str, Sequence[Union[TextPart, ImagePart]]], param: str) -> Query:
-    """Convert a content to a query. `parts` has an empty source for each image: the URL is not part of the prompt.
+    """Convert the `content` of a message to a query.
+
+    In its `parts` an image has an empty source: the URL is not part of the prompt.
 
     Raises:
         ApiError: a text, or two adjacent texts together, contain an image tag.

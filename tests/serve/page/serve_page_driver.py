@@ -37,16 +37,20 @@ class Page:
         self.js = browser.js
 
     def open(
-        self, width: int = 1280, scheme: str = "light", language: str = "en", reduced_motion: bool = False
+        self,
+        width: int = 1280,
+        color_scheme: str = "light",
+        language: str = "en",
+        reduced_motion: bool = False,
     ) -> None:
         """Open the page, and wait until it knows its server."""
         agent = self.js("return navigator.userAgent")
         self.browser.call("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage=language)
         self.browser.call("Emulation.setTouchEmulationEnabled", enabled=width < 600)
         self.browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
-        self.browser.open(self.server.url, width, scheme)
+        self.browser.open(self.server.url, width, color_scheme)
         features = [
-            {"name": "prefers-color-scheme", "value": scheme},
+            {"name": "prefers-color-scheme", "value": color_scheme},
             {"name": "prefers-reduced-motion", "value": "reduce" if reduced_motion else "no-preference"},
         ]
         self.browser.call("Emulation.setEmulatedMedia", features=features)

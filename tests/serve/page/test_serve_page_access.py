@@ -71,16 +71,16 @@ def with_key_dialog(page: Page, tmp_path: Path) -> None:
     [
         (lambda page, path: None, {}),
         (conversation, {}),
-        (conversation, {"scheme": "dark"}),
-        (conversation, {"width": 360, "scheme": "dark", "language": "zh-CN"}),
+        (conversation, {"color_scheme": "dark"}),
+        (conversation, {"width": 360, "color_scheme": "dark", "language": "zh-CN"}),
         (conversation, {"width": 360}),
         (with_error, {}),
-        (with_error, {"scheme": "dark", "language": "zh-CN"}),
+        (with_error, {"color_scheme": "dark", "language": "zh-CN"}),
         (while_editing, {}),
-        (while_editing, {"scheme": "dark"}),
-        (with_words_lit, {"scheme": "dark"}),
+        (while_editing, {"color_scheme": "dark"}),
+        (with_words_lit, {"color_scheme": "dark"}),
         (with_key_dialog, {}),
-        (with_key_dialog, {"scheme": "dark"}),
+        (with_key_dialog, {"color_scheme": "dark"}),
     ],
     ids=["empty", "conversation", "dark", "phone-dark-chinese", "phone", "error", "error-dark-chinese", "editing",
          "editing-dark", "lit-dark", "key", "key-dark"],
@@ -243,7 +243,7 @@ def test_dark(page: Page, server: PageServer) -> None:
     )
     page.open()
     assert page.js(light) > 650
-    page.open(scheme="dark")
+    page.open(color_scheme="dark")
     assert page.js(light) < 120
 
 
