@@ -52,7 +52,7 @@ def _prepare(arguments: list[str]) -> str:
     if as_module and not _module_exists(name):
         raise UsageError(f"{name}: no such module")
     sys.argv = arguments
-    # `python -m` puts the working directory first. That is right for a module, unless -I or -P forbids it.
+    # `python -m` sets sys.path[0] to the working directory, except with -I or -P. A script needs its own folder there.
     if not (as_module or sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         sys.path[0] = str(Path(name).resolve().parent)
     return name

@@ -132,7 +132,7 @@ def read_tensors(path: Path, manifest: Manifest) -> list[Entry]:
         ]
     found = {entry.name: Weight(entry.shape, entry.dtype) for entry in entries}
     if len(records) != len(expected) or found != expected:
-        raise QwenVLError(f"{path}: its tensors are not those of {manifest.stage} stage; export again")
+        raise QwenVLError(f"{path}: its tensors are not those of the {manifest.stage} stage; export again")
     return entries
 
 
@@ -151,7 +151,7 @@ def read_first_dims(path: Path) -> list[int]:
     return [record.n_bytes // 4 for record in _records(path)]
 
 
-class _Found(NamedTuple):
+class _FileRecord(NamedTuple):
     """A record of a file; `entry` is None in files without names."""
 
     offset: int
@@ -159,7 +159,7 @@ class _Found(NamedTuple):
     entry: Optional[Entry]
 
 
-def _records(path: Path) -> Iterator[_Found]:
+def _records(path: Path) -> Iterator[_FileRecord]:
     position, end = 0, path.stat().st_size
     with path.open("rb") as file:
         while position < end:
@@ -177,7 +177,7 @@ def _records(path: Path) -> Iterator[_Found]:
             raise QwenVLError(f"{path}: cut off; export again")
 
 
-def _parse(message: bytes, offset: int) -> _Found:
+def _parse(message: bytes, offset: int) -> _FileRecord:
     n_bytes, at, content = _ITEM_BYTES[message[1]], 2, b""
     while at < len(message):
         value, after = _read_varint(message, at + 1)
@@ -187,13 +187,13 @@ def _parse(message: bytes, offset: int) -> _Found:
             n_bytes *= value
         at = after
     if not content:
-        return _Found(offset, n_bytes, None)
+        return _FileRecord(offset, n_bytes, None)
     magic, code, n_dims, length = struct.unpack_from("<4sBBH", content)
     shape = struct.unpack_from(f"<{n_dims}q", content, 8)
     name = content[8 + 8 * n_dims :][:length].decode("utf-8")
     if magic != _MAGIC or offset % ALIGNMENT:
         raise ValueError("unknown field content, or unaligned values")
-    return _Found(offset, n_bytes, Entry(name, _NAMES[code], shape, offset, n_bytes))
+    return _FileRecord(offset, n_bytes, Entry(name, _NAMES[code], shape, offset, n_bytes))
 
 
 def _record_head(record: Record, name: str, weight: Weight, position: int) -> bytes:

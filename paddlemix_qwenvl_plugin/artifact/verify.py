@@ -45,9 +45,9 @@ def _check_numbers(path: Path, manifest: Manifest) -> None:
     entries = [entry for entry in read_tensors(path, manifest) if entry.dtype in STORAGE]
     for entry in track(entries, f"checking the values in {path.name}", len(entries)):
         storage = STORAGE[entry.dtype]
-        shape = entry.n_bytes // storage.itemsize
-        values = np.memmap(path, storage, "r", entry.offset, shape)
-        starts = range(0, shape, _CHUNK_VALUES)
+        n_values = entry.n_bytes // storage.itemsize
+        values = np.memmap(path, storage, "r", entry.offset, n_values)
+        starts = range(0, n_values, _CHUNK_VALUES)
         bad = sum(n_not_finite(values[i : i + _CHUNK_VALUES], entry.dtype) for i in starts)
         if bad:
             raise QwenVLError(

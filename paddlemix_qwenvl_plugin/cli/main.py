@@ -127,8 +127,8 @@ def main() -> None:
 def _prepare_streams() -> None:
     """Replace closed standard streams by /dev/null, and make stdout escape characters that it cannot encode.
 
-    Opened in this order they take the file descriptors 0 to 2, so that no other file gets one of them and with it the
-    output of C++ code. sys.stdin stays None if closed: its reader reports the error.
+    Opened in this order, the replacements take file descriptors 0 to 2: otherwise another file could get one of them,
+    and C++ code would write its output into that file. sys.stdin stays None if closed: its reader reports the error.
     """
     if sys.stdin is None:
         os.open(os.devnull, os.O_RDONLY)

@@ -85,7 +85,7 @@ def evaluated(function: Callable[..., Any], **makers: Callable[..., Any]) -> Cal
             given[name] = functools.partial(make, **{flag.name: given.pop(flag.name) for flag in flags[name]})
         return function(**given)
 
-    parameters = [flag for own in flags.values() for flag in own] + _flags(function, makers)
+    parameters = [flag for group in flags.values() for flag in group] + _flags(function, makers)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {flag.name: flag.annotation for flag in parameters}
     return command

@@ -32,7 +32,7 @@ def examine(model: Optional[Path] = None, visible_gpus: Sequence[str] = ()) -> R
     """
     model_checks = [check_model(model)] if model is not None else []
     found = {name: upstreams.source_of(name) is not None for name in ("paddle", "paddlenlp_ops")}
-    present = [one.name for one in pins.load().upstreams if upstreams.source_of(one.name)]
+    present = [pinned.name for pinned in pins.load().upstreams if upstreams.source_of(pinned.name)]
     with ThreadPoolExecutor(2) as pool:  # each takes a core and half a gigabyte
         imported = {name: pool.submit(ask, "import_upstream", name) for name in present}
         points = pool.submit(ask, "entry_points", installation.DISTRIBUTION)

@@ -34,7 +34,7 @@ def ask(question: str, *arguments: str, timeout: float = TIMEOUT) -> Answer:
         # Files, not pipes: a surviving grandchild would keep a pipe open.
         with log.open("wb") as stream:
             try:
-                code_of_exit = subprocess.run(
+                exit_code = subprocess.run(
                     [sys.executable, "-c", code, question, str(result), *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
@@ -47,7 +47,7 @@ def ask(question: str, *arguments: str, timeout: float = TIMEOUT) -> Answer:
         if result.is_file():
             return Answer(**json.loads(result.read_text("utf-8")))
         lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    return Answer({}, one_line(": ".join([_ending(code_of_exit), *lines[-1:]])))
+    return Answer({}, one_line(": ".join([_ending(exit_code), *lines[-1:]])))
 
 
 def one_line(text: str) -> str:

@@ -47,6 +47,7 @@ OPERATORS = "libqwenvl_paddle.so"
 SHIPPED = Path(__file__).with_name(LIBRARY)
 
 _GPU_FOLDERS = ("include", "core", "cuda")
+# `what` and `again` of targets for GPUs.
 _GPU_WORDS = ("the engine for GPUs", "build-engine --device gpu")
 
 # Hide a statically linked C++ runtime: if Paddle's and the engine's copies see each other, the process crashes.
@@ -294,7 +295,7 @@ def _build_into(target: Target, folder: Path, failed: Path) -> None:
 
 
 def _is_complete(target: Target, folder: Path) -> bool:
-    """Whether all files exist with their digests: loading a truncated library would crash the process."""
+    """Whether all files exist and match their digests: loading a truncated library would crash the process."""
     try:
         return all(
             _digest_of(path).read_text("utf-8") == _sha256(path)

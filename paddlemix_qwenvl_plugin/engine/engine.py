@@ -153,7 +153,7 @@ class LowRank(NamedTuple):
         name: canonical name of the matrix.
         a, b: A [rank, in] and B [out, rank], contiguous; bfloat16 as uint16.
         scale: the factor of B A.
-        dtype: storage type of both: float32, bfloat16 or float16.
+        dtype: storage type of `a` and `b`: float32, bfloat16 or float16.
     """
 
     name: str
@@ -237,10 +237,10 @@ class StepOutput:
         return self._tokens[:n]
 
     def logprob(self, row: int) -> float:
-        """Log probability of a row's token; after `wait`, for a step that computes log probabilities."""
+        """Log probability of a row's token. Call after `wait`, for a step that computes log probabilities."""
         return self._logprobs[row]
 
     def top(self, row: int, n: int, n_written: int) -> list[tuple[int, float]]:
-        """The n likeliest tokens of a row with their log probabilities; after `wait`. The step wrote `n_written`."""
+        """The n likeliest tokens of a row, of `n_written` by the step, with log probabilities. Call after `wait`."""
         part = slice(row * n_written, row * n_written + n)
         return list(zip(self._top_tokens[part], self._top_logprobs[part]))

@@ -10,13 +10,13 @@ from paddlemix_qwenvl_plugin.util.machine import paddle_gpus
 from paddlemix_qwenvl_plugin.util.notice import notice
 
 
-def engine_choice(asked: Optional[str] = None) -> str:
+def engine_choice(setting: Optional[str] = None) -> str:
     """The engine setting, "auto", "fused" or "portable": from a flag, else QWENVL_ENGINE, else "auto".
 
     Raises:
         UsageError: any other value.
     """
-    return env.ENGINE.read() if asked is None else env.ENGINE.check(asked, "--engine")
+    return env.ENGINE.read() if setting is None else env.ENGINE.check(setting, "--engine")
 
 
 def engine_available(choice: str, operators: bool = False, gpu: Optional[int] = None) -> bool:

@@ -58,8 +58,8 @@ def isas_here(csrc: Path) -> list[Isa]:
 def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
     """Compiler runs for `libqwenvl.so`; the kernels come first because they take longest.
 
-    With two ISAs, a build for this machine, the generic kernels serve only for comparison: they are compiled without
-    optimisation, which would take most of the compile time. With more, each is the best ISA of some machine.
+    With two ISAs (a build for this machine), the generic kernels serve only for comparison and are compiled without
+    optimisation, which would take most of the compile time. With more ISAs, each is the best one of some machine.
     """
     found = []
     for isa in reversed(isas):

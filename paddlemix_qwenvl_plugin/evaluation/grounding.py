@@ -16,7 +16,7 @@ OPTIONS = GenerationOptions(max_new_tokens=28, min_new_tokens=10)
 """Generation options of the official evaluation: room for one box."""
 
 # The official evaluation scales by 999, although the model's boxes are in thousandths.
-_FULL = 999
+_SCALE = 999
 
 _ROUNDING = 1.0  # pixels by which a box of a data set may exceed its image
 
@@ -66,6 +66,6 @@ def overlap(row: GroundingRow, answer: str) -> float:
     if not boxes:
         return 0.0
     (left, top), (right, bottom) = boxes[0].points[0], boxes[0].points[-1]
-    across, down = row.width / _FULL, row.height / _FULL
+    across, down = row.width / _SCALE, row.height / _SCALE
     corners: Corners = (left * across, top * down, right * across, bottom * down)
     return iou(corners, row.bbox)

@@ -54,7 +54,7 @@ def options(max_new_tokens: int) -> GenerationOptions:
 
 def exact_match(answer: str, right: Sequence[str]) -> float:
     """1 if the answer equals a reference, up to case and surrounding spaces, else 0."""
-    return float(answer.strip().lower() in {one.strip().lower() for one in right})
+    return float(answer.strip().lower() in {text.strip().lower() for text in right})
 
 
 def anls(answer: str, right: Sequence[str]) -> float:
@@ -65,7 +65,7 @@ def anls(answer: str, right: Sequence[str]) -> float:
     """
     similarity = extra("rapidfuzz.distance.Levenshtein", "--metric anls").normalized_similarity
     given, *wanted = (" ".join(text.lower().split()) for text in (answer, *right))
-    return max(float(similarity(given, one, score_cutoff=_ANLS_THRESHOLD)) for one in wanted)
+    return max(float(similarity(given, text, score_cutoff=_ANLS_THRESHOLD)) for text in wanted)
 
 
 def vqa_accuracy(answer: str, right: Sequence[str]) -> float:
@@ -74,7 +74,7 @@ def vqa_accuracy(answer: str, right: Sequence[str]) -> float:
     With ten references: 0, 0.3, 0.6, 0.9 and 1 for 0, 1, 2, 3 and more matches. Both sides are normalised.
     """
     given = normalise(answer)
-    matching = [normalise(one) == given for one in right]
+    matching = [normalise(text) == given for text in right]
     matches = sum(matching)
     # Leaving out a matching reference leaves one match fewer.
     return sum(min((matches - match) / 3, 1.0) for match in matching) / len(matching)

@@ -66,7 +66,7 @@ def export_vision(
     engine: Optional[str] = None,
     lora: Union[PathLike, Sequence[Lora]] = (),
 ) -> Manifest:
-    """Export stage 1, images -> features, to SAVE_PATH.json, .pdmodel, .pdiparams and .manifest.json.
+    """Export the vision stage, images -> features, to SAVE_PATH.json, .pdmodel, .pdiparams and .manifest.json.
 
     If the engine is available, the export also has `.fused.json` and `.fused.pdmodel` with the same weights. A float16
     or bfloat16 export also has `.cpu.json` and `.cpu.pdmodel`: the same weights, computed in float32.
@@ -111,8 +111,8 @@ def export_language(
     The tokenizer and the config are copied to OUTPUT_PATH. Other arguments and errors: see export_vision.
 
     Args:
-        quant_type: weight_only_int8 or weight_only_int4, engine only; None: all weights in `dtype`, or of a
-            checkpoint that is quantised itself, its integers, and the other weights in `dtype`.
+        quant_type: weight_only_int8 or weight_only_int4, engine only; None: all weights in `dtype`, except
+            that the integers of a quantised checkpoint are exported unchanged.
     """
     output_path = Path(output_path)
     if not model_prefix or Path(model_prefix).name != model_prefix:
@@ -180,7 +180,7 @@ def _export(
             found = save_program(program, checkpoint.config, dtype, compute_dtype, form, scratch / name)
             if records is not None and list(found.items()) != list(records.items()):
                 raise AssertionError(
-                    f"{name} internal invariant violated: the order of parameters differs between programs"
+                    f"{name}: internal invariant violated: the order of parameters differs between programs"
                 )
             records = found
         params = scratch / params_path(prefix).name
@@ -205,7 +205,7 @@ def _export(
             weights=FileDigest.of(params),
             weights_samples=digest_of_samples(params),
             programs={
-                name: FileDigest.of(scratch / name) for name, *_ in sorted(todo, key=lambda one: one[0])
+                name: FileDigest.of(scratch / name) for name, *_ in sorted(todo, key=lambda entry: entry[0])
             },
         )
         manifest_path(scratch / prefix.name).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
@@ -214,7 +214,7 @@ def _export(
             companions = []
         for name in companions:
             shutil.copyfile(checkpoint.folder / name, scratch / name)
-        # Removed first and written last: a manifest never describes files of another export.
+        # The manifest is removed first and written last: it never describes files of another export.
         manifest_path(prefix).unlink(missing_ok=True)
         for name in (*companions, *own):
             (scratch / name).replace(prefix.with_name(name))

@@ -1,7 +1,7 @@
 """Build and save inference programs, PIR (`.json`) and legacy (`.pdmodel`), without weights.
 
 A program is built in static mode from the same modules as the dynamic reference. Paddle saves it with placeholder
-parameters of one axis, whose lengths number them. The order in which Paddle writes the placeholders is the order of
+parameters of one axis; the length of each is its number. The order in which Paddle writes the placeholders is that of
 the real parameter file, which params_file.py streams. All forms of a program share one parameter file.
 """
 
@@ -102,7 +102,7 @@ def _build_and_save(
                 skip_prune_program=True,
             )
     # Read here, while the program exists. Paddle has a separate dtype class for each form of program.
-    return [(it.name, tuple(it.shape), str(it.dtype).lower().endswith("uint8")) for it in parameters]
+    return [(p.name, tuple(p.shape), str(p.dtype).lower().endswith("uint8")) for p in parameters]
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ class EngineStage(nn.Layer):
 
 
 class EngineVision(EngineStage):
-    """Stage 1 with the inputs and outputs of VisionModel."""
+    """Vision stage with the inputs and outputs of VisionModel."""
 
     _stage = VISION
 
@@ -74,7 +74,7 @@ class EngineVision(EngineStage):
 
 
 class EngineGeneration(EngineStage):
-    """Stage 2 in one run with the inputs and outputs of StockGeneration."""
+    """Language stage as one operator: whole completions, with the inputs and outputs of StockGeneration."""
 
     _stage = LANGUAGE
 

@@ -1,4 +1,4 @@
-"""Portable form of stage 2: the complete generation in Paddle operators, prefill and a `while` loop.
+"""Portable form of the language stage: the complete generation in Paddle operators, prefill and a `while` loop.
 
 The semantics are those of the stock graph (order of penalties, stop flags, positions), with two corrections: dynamic
 NTK and logn, which the stock graph lacks, and the last token before `max_length`, which the stock operators
@@ -138,7 +138,7 @@ class StockGeneration(nn.Layer):
 
 
 class Step(nn.Layer):
-    """One step over packed chunks: the program behind streaming and this package's predictor."""
+    """Step program: one forward pass over a chunk of each row, for streaming and this package's predictor."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Step(nn.Layer):
 
 
 def repeat(condition: Callable[..., Any], body: Callable[..., list[Any]], loop: list[Any]) -> list[Any]:
-    """Run a while loop; in dynamic mode in Python, where Paddle's while_loop rejects growing tensors like caches."""
+    """Run a while loop; in dynamic mode in Python: Paddle's while_loop rejects growing tensors such as caches."""
     if not paddle.in_dynamic_mode():
         looped: list[Any] = paddle.static.nn.while_loop(condition, body, loop)
         return looped

@@ -92,7 +92,7 @@ class Resampler(nn.Layer):
 
 
 class VisionModel(nn.Layer):
-    """Stage 1: images [N, 3, image_size, image_size] float32 -> features [N, n_queries, hidden] float32.
+    """Vision stage: images [N, 3, image_size, image_size] float32 -> features [N, n_queries, hidden] float32.
 
     `dtype`: compute dtype of the activations.
     """

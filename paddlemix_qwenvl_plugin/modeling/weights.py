@@ -1,4 +1,4 @@
-"""Parameters of the layers from a checkpoint.
+"""Load the layers' parameters from a checkpoint.
 
 The layout is that of the engine (csrc/include/qwenvl.h): matrices [out, in], position tables resized.
 """
@@ -68,7 +68,7 @@ def vision_parameters(checkpoint: Checkpoint, dtype: str) -> Parameters:
     stream = checkpoint.tensors(checkpoint.vision, dtype, out_in=True)
     for name, values in track(stream, "vision weights", len(checkpoint.vision)):
         if name not in TABLES:
-            # Not a linear weight in checkpoints: x @ proj in every format.
+            # `proj` is not a linear weight: every checkpoint format stores it for x @ proj.
             yield name, np.ascontiguousarray(values.T) if name == "visual.proj" else values
         for table, source in TABLES.items():
             if source == name:

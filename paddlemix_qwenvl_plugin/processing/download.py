@@ -30,8 +30,8 @@ def download(
     """Download the body of a URL; `timeout_seconds` bounds the whole call.
 
     httpx only limits each read, so a slow server could hold the caller forever. A separate thread bounds the total
-    time, name resolution included. With `allow_private`, the proxy that the environment names is used; without it none
-    is, since a proxy connects to addresses that this process cannot check.
+    time, name resolution included. With `allow_private`, the environment's proxy is used. Without it, no proxy is
+    used: a proxy connects to addresses that this process cannot check.
 
     Args:
         name: name of the image in error messages.
@@ -68,7 +68,7 @@ def download(
     thread = threading.Thread(target=work, name="image-download", daemon=True)
     thread.start()
     thread.join(timeout_seconds)
-    # Fails the next read of a thread that is still running.
+    # If the thread is still running, its next read fails.
     client.close()
     result = outcome[0] if outcome else timed_out
     if isinstance(result, BaseException):

@@ -94,9 +94,9 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
     """Load an image as fully decoded RGB, with its EXIF orientation applied and transparency on white.
 
     The first frame of an animation is used; 16-bit grey is scaled by its depth. The official code ignores the EXIF
-    orientation, drops transparency and turns 16-bit grey white. Paths and `file://` URLs are not restricted, and
-    http(s) URLs only to public addresses (unless `limits` allow others): a server decides before the call which sources
-    a client may name.
+    orientation, drops transparency and turns 16-bit grey white. Paths and `file://` URLs are not restricted;
+    http(s) URLs are restricted to public addresses unless `limits` allow others. A server must decide before the call
+    which sources a client may name.
 
     Args:
         source: a path, encoded bytes, a PIL image, a `data:` or `file://` URL or, with `allow_http`, an http(s) URL.
@@ -114,7 +114,7 @@ def load_image(source: Any, *, allow_http: bool = False, limits: ImageLimits = D
 
 
 def read_encoded(source: Any, *, allow_http: bool = False, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """Read the encoded bytes of an image, at most one more than the limit, for `decode_image`.
+    """Read the encoded bytes of an image for `decode_image`; of a file, at most one byte more than the limit.
 
     `source` and errors as for `load_image`, except that PIL images, which have no encoded bytes, are rejected.
     """
@@ -273,7 +273,7 @@ def _upright_transpose(image: Image.Image) -> Optional[Image.Transpose]:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     """Convert to RGB, with transparent pixels on white."""
-    # Pillow keeps 16 bits in 32 for some formats, and its conversion clips both at 255.
+    # Pillow stores 16-bit values of some formats in 32 bits. Its conversion to RGB clips values of both modes at 255.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.uint32)
         grey = ((values + 128) // 257).clip(max=255).astype(np.uint8)

@@ -22,12 +22,12 @@ def digest_of(array: NDArray[Any]) -> bytes:
     # Logical CPUs often share the execution units of a core; two threads on one core take longer than one.
     n_threads = min(len(parts), cpu_threads() // 2, _MAX_THREADS)
     if n_threads < 2:
-        return _sha256(map(_of_part, parts))
+        return _sha256(map(_part_digest, parts))
     with ThreadPoolExecutor(n_threads) as pool:  # hashlib releases the GIL
-        return _sha256(pool.map(_of_part, parts))
+        return _sha256(pool.map(_part_digest, parts))
 
 
-def _of_part(part: memoryview) -> bytes:
+def _part_digest(part: memoryview) -> bytes:
     return hashlib.sha256(part).digest()
 
 

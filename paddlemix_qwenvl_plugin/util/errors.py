@@ -56,7 +56,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add `path` to an OSError of the block that names no file, such as one from a full disk."""
+    """Add `path` to an OSError raised in the block if the error names no file, as on a full disk."""
     try:
         yield
     except OSError as error:
