@@ -8,11 +8,12 @@
 
 namespace qvl {
 
-// Index of a target: layer * kLayerTargets + one of these; lm_head is the last.
+// Target matrices of a layer. Index of a target: layer * kLayerTargets + LayerTarget; lm_head has the last
+// index.
 enum LayerTarget { kAttn, kAttnProj, kW1, kW2, kMlpProj, kLayerTargets };
 
-// Checked matrices for target `target`: y += scale * b [out, rank] (a [rank, in] x). a and b are in the
-// caller's memory.
+// Checked A and B of an adapter for one target: y += scale * b [out, rank] (a [rank, in] x). a and b are in
+// the caller's memory.
 struct AdapterMatrix {
   int64_t target;
   qvl_dtype dtype;  // float32, bfloat16 or float16

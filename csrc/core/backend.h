@@ -18,7 +18,7 @@ struct KvPool {
 
   virtual ~KvPool() = default;
 
-  // One block, all layers. `host` has block_bytes() bytes (kv_block_bytes() of core/config.h).
+  // Copy one block, all layers. `host` has block_bytes() bytes (kv_block_bytes() of core/config.h).
   virtual void copy_block(int32_t from, int32_t to, qvl_stream stream) = 0;
   virtual void read_block(int32_t block, void* host, qvl_stream stream) = 0;
   virtual void write_block(int32_t block, const void* host, qvl_stream stream) = 0;
@@ -34,7 +34,7 @@ struct Event {
   virtual void wait() = 0;
 };
 
-// Sampling parameters per row of logits, and the outputs, as in qvl_step_args.
+// Sampling parameters of n rows of logits, and the outputs, as in qvl_step_args.
 struct Picks {
   int32_t n;
   const qvl_sampling* sampling;
@@ -80,7 +80,7 @@ class Backend {
 
 std::unique_ptr<Backend> make_cpu_backend(const qvl_config& config, const WeightTable& weights);
 
-// Fill everything but `size`.
+// Fill all fields but `size` for the CPU.
 void describe_cpu(qvl_device_info* info);
 
 // Entry points of libqwenvl_cuda.so, exported as its symbol qvl_cuda_back_end. The functions throw Error.
@@ -91,8 +91,8 @@ struct CudaBackEnd {
   std::unique_ptr<Backend> (*make)(const qvl_config& config, const WeightTable& weights);
 };
 
-// Load the library on the first call, from the folder of this library; else use one that the process has
-// already loaded. Throws QVL_UNSUPPORTED if neither exists.
+// Load libqwenvl_cuda.so on the first call, from the folder of this library; if it is not there, use a copy
+// that the process has already loaded. Throws QVL_UNSUPPORTED if neither exists.
 const CudaBackEnd& cuda_back_end();
 
 }  // namespace qvl

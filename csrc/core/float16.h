@@ -26,7 +26,7 @@ inline uint16_t to_float16(float value) {
   bits &= 0x7FFFFFFFu;
   if (bits > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
   if (bits >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // 65520 rounds to 65536
-  if (bits < 0x38800000u) {                                               // multiples of 2^-24, below 2^-14
+  if (bits < 0x38800000u) {  // subnormal: multiples of 2^-24 below 2^-14
     return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::lrint(std::fabs(value) * 0x1p24F)));
   }
   bits += 0xFFFu + (bits >> 13 & 1u);

@@ -72,7 +72,7 @@ class Generation {
       Flight &now = flights_[step % 2], &next = flights_[(step + 1) % 2];
       const bool ahead = backend_.runs_ahead() && may_continue(now);
       if (ahead) start_ahead(next, ids.data());
-      take(now, step);
+      finish_step(now, step);
       if (!ahead && !active_.empty()) start(next, false, ids.data());
     }
   }
@@ -101,7 +101,7 @@ class Generation {
 
   // A step in flight.
   struct Flight {
-    std::vector<int32_t> requests;  // of its rows
+    std::vector<int32_t> requests;  // the request of each row
     HostTokens tokens;
     std::unique_ptr<Event> ended;
   };
@@ -137,7 +137,7 @@ class Generation {
     active_.resize(n);
     forbidden_.resize(n);
     lengths_.resize(n);
-    picked_.resize(n);
+    last_tokens_.resize(n);
     for (size_t i = 0; i < n; ++i) call_.results[i] = qvl_result{};
   }
 
@@ -176,8 +176,8 @@ class Generation {
   // Enqueue a step with the prompts or the last tokens of the active requests.
   void start(Flight& flight, bool prompts, int32_t* ids) {
     flight.requests = active_;
-    feed(prompts, ids);
-    pick(flight, 0, ids);
+    build_batch(prompts, ids);
+    enqueue(flight, 0, ids);
   }
 
   // Enqueue the successor of a step in flight, whose tokens are in `ids`.
@@ -190,7 +190,7 @@ class Generation {
       sequences_.push_back(sequence(at, 1));
       lengths_[at] += 1;
     }
-    pick(flight, 1, ids);
+    enqueue(flight, 1, ids);
   }
 
   // Batch entry for a request's next n tokens.
@@ -205,32 +205,32 @@ class Generation {
   }
 
   // Build the step's batch and copy its token ids to the device.
-  void feed(bool prompts, int32_t* ids) {
+  void build_batch(bool prompts, int32_t* ids) {
     sequences_.clear();
     spans_.clear();
-    fed_.clear();
+    step_ids_.clear();
     for (const int32_t i : active_) {
       const auto at = static_cast<size_t>(i);
       const Request& r = call_.requests[i];
-      const auto start = static_cast<int32_t>(fed_.size());
+      const auto start = static_cast<int32_t>(step_ids_.size());
       if (prompts) {
-        fed_.insert(fed_.end(), r.tokens, r.tokens + r.n_tokens);
+        step_ids_.insert(step_ids_.end(), r.tokens, r.tokens + r.n_tokens);
         for (int32_t s = 0; s < r.n_spans; ++s) {
           spans_.push_back(r.spans[s]);
           spans_.back().start += start;
         }
       } else {
-        fed_.push_back(picked_[at]);
+        step_ids_.push_back(last_tokens_[at]);
       }
-      sequences_.push_back(sequence(at, static_cast<int32_t>(fed_.size()) - start));
+      sequences_.push_back(sequence(at, static_cast<int32_t>(step_ids_.size()) - start));
       lengths_[at] += sequences_.back().n_new;
     }
-    backend_.copy(ids, fed_.data(), fed_.size() * sizeof(int32_t), call_.stream);
+    backend_.copy(ids, step_ids_.data(), step_ids_.size() * sizeof(int32_t), call_.stream);
   }
 
-  // Run the batch and sample a token per sequence. `unread`: number of sampled tokens per sequence that the
-  // host has not read yet.
-  void pick(Flight& flight, int32_t unread, int32_t* ids) {
+  // Enqueue the batch and the sampling of a token per sequence. `unread`: number of sampled tokens per
+  // sequence that the host has not read yet.
+  void enqueue(Flight& flight, int32_t unread, int32_t* ids) {
     sampling_.clear();
     step_counts_.clear();
     for (const int32_t i : active_) {
@@ -265,9 +265,9 @@ class Generation {
   }
 
   // Wait for a step, deliver its tokens and remove the requests that have finished.
-  void take(Flight& flight, int32_t step) {
+  void finish_step(Flight& flight, int32_t step) {
     flight.ended->wait();
-    asked_.clear();
+    step_requests_.clear();
     step_tokens_.clear();
     for (size_t row = 0; row < flight.requests.size(); ++row) {
       const int32_t i = flight.requests[row], token = flight.tokens.data()[row];
@@ -276,10 +276,10 @@ class Generation {
       QVL_REQUIRE(token >= 0, QVL_INTERNAL,
                   "requests[%d]: the logits of token %d are not finite; are the weights damaged?", i,
                   result.n_tokens);
-      asked_.push_back(i);
+      step_requests_.push_back(i);
       step_tokens_.push_back(token);
       call_.tokens[i * call_.stride + result.n_tokens++] = token;
-      picked_[static_cast<size_t>(i)] = token;
+      last_tokens_[static_cast<size_t>(i)] = token;
       if (std::find(ends_.begin(), ends_.end(), token) != ends_.end()) {
         result.finish = QVL_FINISH_END;
       } else if (result.n_tokens == call_.requests[i].max_new) {
@@ -290,9 +290,9 @@ class Generation {
         std::remove_if(active_.begin(), active_.end(), [&](int32_t i) { return call_.results[i].finish; }),
         active_.end());
     if (call_.on_step == nullptr) return;
-    const auto n = static_cast<int32_t>(asked_.size());
-    QVL_REQUIRE(call_.on_step(call_.user, step, n, asked_.data(), step_tokens_.data()) == 0, QVL_STOPPED,
-                "on_step requested a stop after step %d", step);
+    const auto n = static_cast<int32_t>(step_requests_.size());
+    QVL_REQUIRE(call_.on_step(call_.user, step, n, step_requests_.data(), step_tokens_.data()) == 0,
+                QVL_STOPPED, "on_step requested a stop after step %d", step);
   }
 
   qvl_engine& engine_;
@@ -300,7 +300,7 @@ class Generation {
   Backend& backend_;
   std::unique_ptr<qvl_kv_pool> own_pool_;
   qvl_kv_pool* pool_ = nullptr;
-  std::vector<int32_t> ends_, active_, lengths_, picked_, blocks_;
+  std::vector<int32_t> ends_, active_, lengths_, last_tokens_, blocks_;
   std::vector<int64_t> first_block_;
   std::vector<std::vector<int32_t>> forbidden_;
   Flight flights_[2];
@@ -309,7 +309,7 @@ class Generation {
   std::vector<qvl_sequence> sequences_;
   std::vector<qvl_span> spans_;
   std::vector<qvl_sampling> sampling_;
-  std::vector<int32_t> fed_, step_tokens_, asked_;
+  std::vector<int32_t> step_ids_, step_tokens_, step_requests_;
   std::vector<int32_t*> step_counts_;
 };
 

@@ -56,8 +56,8 @@ float int4_error(const float* values, int64_t n, float scale) {
     Four steps = value * inverse;
     steps = steps < least ? least : steps;
     steps = steps > most ? most : steps;
-    const Four missed = value - ((steps + kShift) - kShift) * scale;
-    errors += missed * missed;
+    const Four error = value - ((steps + kShift) - kShift) * scale;
+    errors += error * error;
   }
   return errors[0] + errors[1] + errors[2] + errors[3];
 }

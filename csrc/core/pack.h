@@ -53,7 +53,7 @@ inline bool is_quantised(qvl_dtype dtype) {
 // Bytes of the values without scales: the offset of the scales.
 uint64_t value_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
-// Bytes of the scales and, if the type has them, the zero points.
+// Bytes of the scales. Zero points, if the type has them, follow and have the same size.
 uint64_t scale_bytes(qvl_dtype dtype, int64_t out, int64_t in);
 
 uint64_t packed_bytes(qvl_dtype dtype, int64_t out, int64_t in);

@@ -1,6 +1,6 @@
 // Paddle's parameter file, with the names and types of this engine in a field that Paddle skips:
 //   record:   uint32 0, uint64 0, uint32 0, int32 length of the message, the message, the data
-//   message:  0x08, data type; for each dimension 0x10, length; 0x7A, a length of three bytes, our field
+//   message:  0x08, data type; for each dimension 0x10, length; 0x7A, a length of three bytes, the field
 //   field:    "qvl1", uint8 qvl_dtype, uint8 n_dims, uint16 length of the name, n_dims x int64, the name,
 //   zeros
 // All little-endian; numbers in the message are varints. The data is aligned to 64 bytes. The file is not
@@ -113,20 +113,20 @@ bool read_message(Bytes message, qvl_tensor* tensor, std::string* name) {
   if (message.number<uint8_t>() != 0x08) throw Damaged();
   const uint64_t code = message.varint();
   uint64_t values = 1;
-  bool ours = false;
+  bool has_field = false;
   while (message.left() > 0) {
     const auto tag = message.number<uint8_t>();
-    if (tag == 0x10 && !ours) {
+    if (tag == 0x10 && !has_field) {
       const auto dim = static_cast<int64_t>(message.varint());
       values = product(&dim, 1, values);
-    } else if (tag == 0x7A && !ours) {
+    } else if (tag == 0x7A && !has_field) {
       *tensor = read_field(message.take(message.varint()), name);
-      ours = true;
+      has_field = true;
     } else {
       throw Damaged();
     }
   }
-  if (!ours) return false;
+  if (!has_field) return false;
   const PaddleType type = paddle_type(tensor->dtype);
   if (code != type.code || tensor->bytes % type.bytes != 0 || values != tensor->bytes / type.bytes) {
     throw Damaged();

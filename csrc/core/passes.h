@@ -9,7 +9,7 @@
 
 namespace qvl {
 
-// Check token ids in host memory, except those covered by a span. `where`: their owner in the message.
+// Check token ids in host memory, except those covered by a span. `where`: prefix of the message.
 inline void check_ids(const char* where, int32_t vocab, int64_t n, const int32_t* ids, int32_t n_spans,
                       const qvl_span* spans) {
   int64_t at = 0;
@@ -31,12 +31,12 @@ inline void check_ids(const qvl_batch& batch, int32_t vocab) {
   check_ids("batch", vocab, n, batch.tokens, batch.n_spans, batch.spans);
 }
 
-// Tokens of one sequence in a pass, either all of a prompt or all of decode steps.
+// Tokens of one sequence in a pass, all of the prompt or all of decode steps.
 struct Part {
   const qvl_sequence* sequence;
   int64_t token;  // index of the first token in the batch
   int32_t n;
-  int32_t past;
+  int32_t past;  // tokens of the sequence before them
   bool generated;
   int32_t logits;     // row of the logits for the last token, or -1
   int64_t first = 0;  // first row in the pass

@@ -1,5 +1,4 @@
-// Conversion of callers' structs and arrays of structs to the current layout. The literal numbers are the
-// struct sizes in the first version of the header.
+// Conversion of callers' structs and arrays of structs to the current layout.
 #pragma once
 
 #include <algorithm>

@@ -36,7 +36,7 @@ class Tensors {
   size_t mapped_bytes_ = 0;
 };
 
-// The format is described in paddlemix_qwenvl_plugin/artifact/params_file.py.
+// Map a parameter file; the format is described in paddlemix_qwenvl_plugin/artifact/params_file.py.
 std::shared_ptr<const Tensors> map_params_file(const char* path);
 
 }  // namespace qvl

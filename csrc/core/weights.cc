@@ -98,9 +98,9 @@ void check_tensor(const qvl_tensor& tensor, const WeightSpec& spec, qvl_device d
               shape_text(spec.shape.data(), spec.shape.size()).c_str(),
               static_cast<unsigned long long>(bytes));
   QVL_REQUIRE(tensor.data != nullptr, QVL_BAD_WEIGHT, "%s: data is NULL", name);
-  const bool halves = tensor.dtype == QVL_BFLOAT16 || tensor.dtype == QVL_FLOAT16;
+  const bool is_16_bit = tensor.dtype == QVL_BFLOAT16 || tensor.dtype == QVL_FLOAT16;
   const bool in_place = spec.product || spec.name == "wte.weight";
-  const uintptr_t alignment = in_place ? 16 : halves ? 2 : 4;
+  const uintptr_t alignment = in_place ? 16 : is_16_bit ? 2 : 4;
   QVL_REQUIRE(reinterpret_cast<uintptr_t>(tensor.data) % alignment == 0, QVL_BAD_WEIGHT,
               "%s: data is not aligned to %d bytes", name, static_cast<int>(alignment));
   QVL_REQUIRE(tensor.device == QVL_DEVICE_CPU || tensor.device == device, QVL_BAD_WEIGHT,

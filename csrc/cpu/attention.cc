@@ -24,6 +24,7 @@ struct Shared {
         padded((shape.head_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes) {}
 };
 
+// Prompt rows and images: up to kQueryRows queries of one head.
 struct Prompt : Shared {
   using Shared::Shared;
 
@@ -55,7 +56,8 @@ struct Prompt : Shared {
   }
 };
 
-// Partial result of one query and head: weighted sum of values [padded], state [2] (maximum, sum).
+// Decode rows: one query of one head, in chunks of keys. Partial result of a chunk: weighted sum of values
+// [padded], state [2] (maximum, sum).
 struct Decode : Shared {
   int64_t chunk_tiles;
 
@@ -86,7 +88,7 @@ struct Decode : Shared {
   }
 };
 
-// Work items with one query each.
+// Attention of decode rows: each work item has one query.
 void attend_decode(Context& context, const AttentionShape& shape, const float* q, const KeysAndValues& kv,
                    const std::vector<Queries>& work, float* out) {
   const Decode decode(context.kernels, shape, kv);
@@ -102,18 +104,18 @@ void attend_decode(Context& context, const AttentionShape& shape, const float* q
     n_keys += queries.n_keys;
     n_chunks += decode.chunks(queries.n_keys);
   }
-  const int64_t work_done = 2 * n_keys * shape.heads * shape.head_dim;
+  const int64_t operations = 2 * n_keys * shape.heads * shape.head_dim;
   if (context.pool.size() == 1 || n_chunks == n_work || n_work * shape.heads >= 8 * context.pool.size()) {
     for (Buffer& buffer : context.of_thread) buffer.get<float>(static_cast<size_t>(2 * decode.floats()));
-    context.run(n_work * shape.heads, work_done, [&](int64_t i, int thread) {
+    context.run(n_work * shape.heads, operations, [&](int64_t i, int thread) {
       const Queries& queries = work[static_cast<size_t>(i / shape.heads)];
       const auto head = static_cast<int>(i % shape.heads);
       float* sums = context.of_thread[static_cast<size_t>(thread)].get<float>(0);
-      float* more = sums + decode.floats();
+      float* next_chunk = sums + decode.floats();
       decode.chunk(queries, head, from(queries, head), 0, sums);
       for (int64_t c = 1; c < decode.chunks(queries.n_keys); ++c) {
-        decode.chunk(queries, head, from(queries, head), c, more);
-        decode.merge(more, sums);
+        decode.chunk(queries, head, from(queries, head), c, next_chunk);
+        decode.merge(next_chunk, sums);
       }
       decode.finish(sums, to(queries, head));
     });
@@ -132,7 +134,7 @@ void attend_decode(Context& context, const AttentionShape& shape, const float* q
   const auto sums_of = [&](int64_t part, int64_t head) {
     return all + (part * shape.heads + head) * decode.floats();
   };
-  context.run(n_chunks * shape.heads, work_done, [&](int64_t i, int) {
+  context.run(n_chunks * shape.heads, operations, [&](int64_t i, int) {
     const Part& part = parts[static_cast<size_t>(i / shape.heads)];
     const auto head = static_cast<int>(i % shape.heads);
     decode.chunk(*part.queries, head, from(*part.queries, head), part.chunk, sums_of(i / shape.heads, head));

@@ -16,8 +16,8 @@
 namespace qvl {
 namespace {
 
-// Event of a synchronous device, which is always done.
-struct Past final : Event {
+// Event of a synchronous device: always done.
+struct DoneEvent final : Event {
   void record(qvl_stream) override {}
   bool done() override { return true; }
   void wait() override {}
@@ -67,7 +67,7 @@ class CpuBackend final : public Backend {
   void synchronize(qvl_stream) override {}
   void* alloc_host(uint64_t bytes) override { return alloc(bytes); }
   void dealloc_host(void* memory) override { dealloc(memory); }
-  std::unique_ptr<Event> make_event() override { return std::make_unique<Past>(); }
+  std::unique_ptr<Event> make_event() override { return std::make_unique<DoneEvent>(); }
 
   std::unique_ptr<KvPool> make_pool(int32_t n_blocks, int32_t block_tokens, qvl_dtype dtype) override {
     return std::make_unique<cpu::CpuKvPool>(config_, n_blocks, block_tokens, dtype);
@@ -117,7 +117,7 @@ class CpuBackend final : public Backend {
  private:
   const qvl_config config_;
   cpu::Context context_;
-  std::vector<cpu::Buffer> sampling_;  // one per thread
+  std::vector<cpu::Buffer> sampling_;  // scratch memory of each thread
   cpu::Buffer logits_;
   std::vector<std::unique_ptr<float[]>> copies_;
   std::optional<cpu::Language> language_;

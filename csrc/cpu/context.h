@@ -9,9 +9,9 @@
 
 namespace qvl::cpu {
 
-// Number of multiplications that a core executes in about two microseconds, below which threads do not pay
-// off; and the cost of a value of an elementwise kernel in multiplications.
+// Number of multiplications below which threads do not pay off: about two microseconds of a core.
 constexpr int64_t kSmallWork = 1 << 16;
+// Cost of an elementwise kernel per value, in multiplications.
 constexpr int64_t kElementWork = 8;
 
 struct Context {
@@ -25,8 +25,8 @@ struct Context {
   Context(const Kernels& kernels, int n_threads, bool exact = false)
       : kernels(kernels), pool(n_threads), exact(exact), of_thread(static_cast<size_t>(n_threads)) {}
 
-  // Call body(task, thread) for tasks 0 to n - 1, which cost `work` multiplications or loads in total; only
-  // in the calling thread if that is less than the overhead of several threads.
+  // Call body(task, thread) for tasks 0 to n - 1, which cost `work` multiplications or loads in total;
+  // on the calling thread alone if `work` is below kSmallWork.
   template <typename Body>
   void run(int64_t n, int64_t work, Body&& body) {
     if (work < kSmallWork) {

@@ -8,7 +8,7 @@
 namespace qvl::cpu {
 namespace {
 
-// "QUOTA PERIOD" in microseconds; "max" and -1 mean no limit.
+// Number of CPUs for a quota per period, both in microseconds; 0 without a limit (quota "max" or -1).
 double ratio(const std::string& quota, const std::string& period) {
   const double a = std::strtod(quota.c_str(), nullptr), b = std::strtod(period.c_str(), nullptr);
   return a > 0 && b > 0 ? a / b : 0;

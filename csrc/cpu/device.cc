@@ -35,15 +35,15 @@ uint64_t number_in(const std::string& path, uint64_t otherwise) {
 void limit_memory(qvl_device_info* info) {
   std::ifstream file("/proc/self/cgroup");
   for (std::string line; std::getline(file, line);) {
-    const bool second = line.compare(0, 3, "0::") == 0;
-    if (!second && line.find(":memory:") == std::string::npos) continue;
-    const std::string root = second ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
+    const bool version_2 = line.compare(0, 3, "0::") == 0;
+    if (!version_2 && line.find(":memory:") == std::string::npos) continue;
+    const std::string root = version_2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
     std::string group = line.substr(line.rfind(':') + 1);
     while (true) {
       const std::string folder = root + group;
       const uint64_t most =
-          number_in(folder + (second ? "/memory.max" : "/memory.limit_in_bytes"), UINT64_MAX);
-      const uint64_t used = number_in(folder + (second ? "/memory.current" : "/memory.usage_in_bytes"), 0);
+          number_in(folder + (version_2 ? "/memory.max" : "/memory.limit_in_bytes"), UINT64_MAX);
+      const uint64_t used = number_in(folder + (version_2 ? "/memory.current" : "/memory.usage_in_bytes"), 0);
       info->memory_bytes = std::min(info->memory_bytes, most);
       info->free_bytes = std::min(info->free_bytes, most > used ? most - used : 0);
       const size_t slash = group.rfind('/');

@@ -89,6 +89,7 @@ Tile tile_of(const Kernels& kernels, int kind, const Matrix& m, const UnpackTile
   return {tile.tile, (tile.n_k + 1) / 2 * 2};
 }
 
+// Blocked product of up to kMaxTokens prompt rows.
 void blocked(Context& context, const Matrix& m, const float* x, int64_t x_stride, int64_t n_x, float* y,
              int64_t y_stride, bool add) {
   const Kernels& kernels = context.kernels;

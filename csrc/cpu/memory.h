@@ -17,15 +17,15 @@ inline size_t size(int64_t n) {
   return static_cast<size_t>(n);
 }
 
-// Allocate aligned to a cache line; large allocations to a huge page, which saves TLB misses.
+// Allocate memory, aligned to a cache line, or if it is large to a huge page, which saves TLB misses.
 inline void* allocate(size_t bytes) {
   constexpr size_t kHugePage = size_t{1} << 21;
   const size_t unit = bytes >= 2 * kHugePage ? kHugePage : 64;
-  const size_t whole = (bytes + unit - 1) / unit * unit;
-  void* memory = whole >= bytes ? std::aligned_alloc(unit, whole > 0 ? whole : unit) : nullptr;
+  const size_t padded = (bytes + unit - 1) / unit * unit;
+  void* memory = padded >= bytes ? std::aligned_alloc(unit, padded > 0 ? padded : unit) : nullptr;
   if (memory == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
-  if (unit == kHugePage) madvise(memory, whole, MADV_HUGEPAGE);  // a hint only
+  if (unit == kHugePage) madvise(memory, padded, MADV_HUGEPAGE);  // a hint only
 #endif
   return memory;
 }

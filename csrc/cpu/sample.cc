@@ -25,7 +25,8 @@ struct Peak {
   int32_t id;  // the lowest in a tie; -1 if the row has a NaN, a positive infinity or no finite value
 };
 
-// Largest logit. Compiled for the baseline of x86-64; a row of 150,000 takes about as long as reading it.
+// Find the largest logit. Although compiled for baseline x86-64, it takes about as long as reading the row
+// (150,000 logits) from memory.
 Peak find_peak(int32_t vocab, const float* logits) {
   typedef float Four __attribute__((vector_size(16)));
   typedef int32_t FourInts __attribute__((vector_size(16)));
@@ -99,7 +100,7 @@ int32_t draw(const qvl_sampling& s, int32_t vocab, Candidate* candidates, double
   const auto weight = [&](const Candidate& c) { return std::exp((c.logit - most) / temperature); };
   double total = 0;
   for (int32_t i = 0; i < n; ++i) total += weight(candidates[i]);
-  // Candidates within top-p, or without top-p those up to the drawn token.
+  // Keep the candidates within top-p; without top-p, those up to the drawn token.
   const bool all = top_p >= 1;
   int32_t kept = 0;
   double mass = 0;
@@ -163,8 +164,8 @@ void row_logprobs(int32_t vocab, const float* logits, int32_t token, float* logp
   const float most = find_peak(vocab, logits).logit;
   double total = 0;
   for (int32_t id = 0; id < vocab; ++id) total += static_cast<double>(std::exp(logits[id] - most));
-  const double floor = static_cast<double>(most) + std::log(total);
-  if (logprob != nullptr) *logprob = static_cast<float>(static_cast<double>(logits[token]) - floor);
+  const double log_total = static_cast<double>(most) + std::log(total);
+  if (logprob != nullptr) *logprob = static_cast<float>(static_cast<double>(logits[token]) - log_total);
   // Insertion sort of the n_top likeliest tokens; in a tie the lower id precedes.
   int32_t n = 0;
   for (int32_t id = 0; id < vocab; ++id) {
@@ -174,7 +175,7 @@ void row_logprobs(int32_t vocab, const float* logits, int32_t token, float* logp
     top_tokens[at] = id;
   }
   for (int32_t i = 0; i < n_top; ++i) {
-    top_logprobs[i] = static_cast<float>(static_cast<double>(logits[top_tokens[i]]) - floor);
+    top_logprobs[i] = static_cast<float>(static_cast<double>(logits[top_tokens[i]]) - log_total);
   }
 }
 

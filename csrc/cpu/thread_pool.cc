@@ -30,10 +30,10 @@ namespace {
 // loops.
 constexpr int kSpins = 2000;
 
-// After a net loss from several threads, in nanoseconds, loops run single-threaded for alone_ times that
-// loss, at most a second, and alone_ doubles: if another process always occupies a processor, almost no time
-// is lost. Gains count up to kCredit, enough for a processor that is occupied occasionally; then alone_ is
-// reset to kAlone.
+// Times in nanoseconds; kAlone and kMostAlone are factors. When several threads have lost more than
+// kTolerated compared with one, loops run single-threaded for alone_ times that loss, at most a second, and
+// alone_ doubles: if another process always occupies a processor, almost no time is lost. Gains count up to
+// kCredit, enough for a processor that is occupied occasionally; then alone_ is reset to kAlone.
 constexpr int64_t kTolerated = 50000;
 constexpr int64_t kCredit = 2000000;
 constexpr int64_t kAlone = 32, kMostAlone = 1 << 14;
@@ -113,7 +113,7 @@ struct ThreadPool::Team {
                          std::memory_order_release);
     }
     loop.store(number);
-    // Do not wake a thread again that has not started yet, which would cost another system call.
+    // Resetting the count saves the next loop a system call if the notified threads have not started yet.
     if (sleepers.load() == 0) return;
     sleepers.store(0);
     // The empty critical section orders this with a worker between its last check and its sleep.

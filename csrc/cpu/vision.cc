@@ -37,12 +37,12 @@ Vision::Vision(const qvl_config& config, Weights& weights, Context& context)
 // Patches [patches][3][patch_size][patch_size]: the convolution is then a product with conv1.weight as
 // stored.
 void Vision::cut_patches(Context& context, const float* image, float* to) const {
-  const int64_t size_ = config_.image_size, patch = config_.patch_size, grid = size_ / patch;
+  const int64_t side = config_.image_size, patch = config_.patch_size, grid = side / patch;
   context.rows(patches_, 3 * patch * patch, [&](int64_t i, int) {
     const int64_t top = i / grid * patch, left = i % grid * patch;
     float* row = to + i * 3 * patch * patch;
     for (int64_t line = 0; line < 3 * patch; ++line, row += patch) {
-      const float* from = image + (line / patch * size_ + top + line % patch) * size_ + left;
+      const float* from = image + (line / patch * side + top + line % patch) * side + left;
       std::memcpy(row, from, size(patch) * sizeof(float));
     }
   });

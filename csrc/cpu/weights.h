@@ -19,7 +19,7 @@ class Weights {
  public:
   Weights(const WeightTable& table) : table_(table) {}
 
-  // float32 copy, owned by this object (or take_copies).
+  // float32 copy of a tensor, owned by this object until take_copies().
   const float* floats(const std::string& name);
 
   // Matrix in place; `bias` may be empty.

@@ -9,7 +9,7 @@
 namespace qvl::cuda {
 namespace {
 
-// As in the kernel file.
+// As in kernels/attention_decode.cu.
 constexpr int kChunk = 128, kThreads = 128, kFastDim = 128, kMostDim = 256;
 constexpr int kMostRows = 256;
 
@@ -21,7 +21,7 @@ uint64_t parts_of(int n, int heads, int max_keys) {
   return static_cast<uint64_t>(n) * static_cast<uint64_t>(heads) * static_cast<uint64_t>(chunks_of(max_keys));
 }
 
-// Number of counters, for the maximum number of rows, so that later offsets are fixed.
+// Number of counters, for the maximum number of rows, so that the memory after them has a fixed offset.
 uint64_t counters_of(int heads) {
   return kMostRows * static_cast<uint64_t>(heads);
 }

@@ -244,8 +244,8 @@ class CudaBackend final : public Backend {
     return memory.get<float>();
   }
 
-  // Check ids in host memory. Ids in memory that an earlier step may still be writing are clamped by the
-  // kernel.
+  // Check ids in pageable host memory. The GPU may still be writing ids in other memory; the kernel clamps
+  // them.
   void check_host_ids(const qvl_batch& batch) const {
     if (!is_device_visible(batch.tokens)) check_ids(batch, config_.vocab);
   }

@@ -9,7 +9,7 @@ namespace qvl::cuda {
 namespace {
 
 constexpr int kMaxDecodeRows = 256;  // maximum number of rows of linear_decode
-constexpr uint64_t kRowUnit = 8;     // the length of rows of x is a multiple of this
+constexpr uint64_t kRowUnit = 8;     // the stride of x, in values, is a multiple of this
 
 // Bytes per row of a product's result.
 uint64_t row_bytes(const Matrix& matrix, Into into) {
@@ -67,7 +67,7 @@ Language::Language(const Gpu& gpu, const qvl_config& config, Weights& weights)
   mixed_ = DeviceMemory(n * hidden * 2);
   wide_ = DeviceMemory(n * size(layers_[0].gate_up.out));
   uint64_t scratch = 0;
-  int widest = lm_head_.order != nullptr ? config.hidden : 0;  // among matrices with an input order
+  int widest = lm_head_.order != nullptr ? config.hidden : 0;  // most inputs of a matrix with an input order
   for (const Layer& layer : layers_) {
     for (const Matrix* matrix : {&layer.c_attn, &layer.attn_proj, &layer.gate_up, &layer.mlp_proj}) {
       scratch = std::max(scratch, linear_prompt_scratch(*matrix));

@@ -16,7 +16,7 @@ constexpr int kTileRows = 16, kWarps = 16, kThreads = 32 * kWarps, kUnit = 128;
 constexpr int kMostColumns = 8, kSumsPitch = 18, kStepBytes = 1024;
 constexpr int kMostRows = 256;
 
-// As in the kernel file: number of steps in the ring, and limit of shared memory per block.
+// As in kernels/linear_decode.cu: number of steps in the ring, and limit of shared memory per block.
 int ring_depth(int arch) {
   if (arch < 80) return 2;
   return arch == 80 || (arch >= 100 && arch < 120) ? 5 : 3;

@@ -9,7 +9,7 @@
 
 namespace qvl::cuda {
 
-// Whether this GPU runs kernels with tensor maps, which is on Hopper.
+// Whether this GPU runs kernels with tensor maps: Hopper only.
 bool has_tensor_maps(const Gpu&);
 
 // Encode a tensor map. Sizes and boxes are in values; strides, of all dimensions but the first, are in bytes,

@@ -27,8 +27,8 @@
  *
  * Compatibility. Every struct that a caller fills begins with its size, or is passed in an array along with
  * the size of one element (the stride). Fields missing from an older caller's struct are read as zero, which
- * selects the older behaviour; fields unknown to this library are ignored. Set `size` with QVL_INIT:
- * qvl_config config = QVL_INIT(qvl_config); Fields called reserved must be 0.
+ * selects the older behaviour; fields unknown to this library are ignored. Set `size` with QVL_INIT, as in
+ * `qvl_config config = QVL_INIT(qvl_config);`. Fields called reserved must be 0.
  */
 #ifndef QWENVL_H
 #define QWENVL_H
@@ -226,9 +226,11 @@ typedef struct qvl_tensor {
 /* Bytes of an [out, in] matrix stored as `dtype`, 0 for invalid arguments. QVL_INT32: `in` must be 1.
  *
  * QVL_INT8:     int8 [out, padded] and float32 [out] scales; value = scale * integer.
- * QVL_INT4_G*:  uint8 [out, padded / 2] and bfloat16 [out, padded / group] scales; value = scale * (nibble -
- * 8). 128 values of a row occupy 64 bytes, 32 little-endian 16-bit words: value 32 j + i is nibble j, counted
- * from the lowest bits, of word i. padded is `in` rounded up to 128; padding has the value 0.
+ * QVL_INT4_G*:  uint8 [out, padded / 2] and bfloat16 [out, padded / group] scales;
+ * value = scale * (nibble - 8). 128 values of a row occupy 64 bytes, 32 little-endian 16-bit words: value
+ * 32 j + i is nibble j, counted from the lowest bits, of word i. padded is `in` rounded up to 128; padding
+ * has the value 0.
+ *
  * QVL_UINT4_G*, QVL_UINT8_G*: uint8 [out, padded / 2] with nibbles in the order of QVL_INT4_G*, or uint8
  * [out, padded]; float16 [out, padded / group] scales; float16 [out, padded / group] zero points, whole
  * numbers from 0 to 256. value = scale * (integer - zero). Padding: integers, scales and zero points are 0.
@@ -266,9 +268,9 @@ typedef struct qvl_engine qvl_engine;
  * until the weights and the last engine created from them are freed. tensor_size: sizeof(qvl_tensor).
  *
  * qvl_weights_open: maps an exported stage's parameter file (PREFIX.pdiparams), which contains the names of
- * its tensors (paddlemix_qwenvl_plugin/artifact/params_file.py has the format). Data is read on first use,
- * and processes that map the same file share one copy. QVL_INVALID: no such file; QVL_BAD_WEIGHT: damaged, or
- * a file without names, as written by exports before contract version 3.
+ * its tensors (paddlemix_qwenvl_plugin/artifact/params_file.py documents the format). Data is read on first
+ * use, and processes that map the same file share one copy. QVL_INVALID: no such file; QVL_BAD_WEIGHT:
+ * damaged, or a file without names, as written by exports before contract version 3.
  *
  * A mapped file must not be truncated or written to; replace it by renaming another file over it.
  *
@@ -343,8 +345,8 @@ QVL_API void qvl_host_free(qvl_engine* engine, void* memory);
 QVL_API qvl_status qvl_copy_async(qvl_engine* engine, void* to, const void* from, uint64_t bytes,
                                   qvl_stream stream, qvl_error* error);
 
-/* Events: points in the work of a stream. A new event is done. query: sets *done to 1 or 0. wait: blocks the
- * calling thread. */
+/* Events: points in the work of a stream. An event that was never recorded is done. query: sets *done to 1 or
+ * 0. wait: blocks the calling thread. */
 typedef struct qvl_event qvl_event;
 QVL_API qvl_status qvl_event_create(qvl_engine* engine, qvl_event** event, qvl_error* error);
 QVL_API qvl_status qvl_event_record(qvl_event* event, qvl_stream stream, qvl_error* error);

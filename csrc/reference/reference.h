@@ -19,7 +19,8 @@ void gelu(int64_t n, float* x);
 // x *= silu(gate)
 void silu_mul(int64_t n, const float* gate, float* x);
 
-// Rotate each of n vectors x [n][head_dim] by frequencies[i] * positions[n] in pair i, times scale[n].
+// Rotate each row of x [n][head_dim], pair i by the angle position * frequencies[i], and multiply it by its
+// scale; positions and scale [n].
 void rotary(int64_t n, int64_t head_dim, const int32_t* positions, const float* frequencies,
             const float* scale, float* x);
 

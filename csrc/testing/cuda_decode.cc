@@ -59,7 +59,7 @@ EXPORT const char* decode_linear(int half, CUstream stream, int storage, int out
   });
 }
 
-// decode_linear with A x of adapters, `low`: see qvlt_gpu_low_rank.
+// decode_linear that also computes A x of the rows' adapters to `low`; arguments as in qvlt_gpu_low_rank.
 EXPORT const char* decode_adapted(int half, CUstream stream, int storage, int out, int in, int stride,
                                   void* values, void* scales, const void* x, int64_t x_stride, int n,
                                   int into, void* y, const uint64_t* adapters, const int32_t* order,

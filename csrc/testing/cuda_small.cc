@@ -1,5 +1,5 @@
-// C interface to the kernels between the products and to sampling, for tests/cuda. Pointers are device memory
-// unless noted. Functions return NULL or an error message.
+// C interface to the elementwise, adapter, image and sampling kernels, for tests/cuda. Pointers are device
+// memory unless noted. Functions return NULL or an error message.
 #include "core/error.h"
 #include "cuda/low_rank.h"
 #include "cuda/ops.h"

@@ -35,9 +35,9 @@ QVL_INLINE float scalar_dot(const float* q, const BFloat16* key, int head_dim) {
   return dot;
 }
 
-// Two passes with a buffer of scores: the keys for the scores and their maximum (without which e^score
-// overflows), then the values. Bound by latency: the additions of a dot product depend on each other. Those
-// of the values do not, and the compiler vectorises that loop.
+// Two passes with a buffer of scores: over the keys for the scores and their maximum (without which e^score
+// overflows), then over the values. Bound by latency: the additions of a dot product depend on each other.
+// Those of the values do not, and the compiler vectorises that loop.
 void v1(const Query& p) {
   float* scores = p.scratch;
   int n = 0;

@@ -4,7 +4,7 @@
 //
 //   bits     15..12        11..8         7..4          3..0
 //   word 0   value 96      value 64      value 32      value 0
-//   word 1   value 97      value 65      value 33      value 1         a bfloat16 scale for the 128
+//   word 1   value 97      value 65      value 33      value 1         a bfloat16 scale for the 128 values
 //   ...
 //   word 31  value 127     value 95      value 63      value 31
 //

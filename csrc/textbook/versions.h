@@ -8,7 +8,7 @@ namespace qvl::textbook {
 // y [rows] = weights [rows][k] x [k]
 struct Product {
   const void* weights;  // bfloat16 [rows][k], or int4 as in qwenvl.h
-  const void* scales;   // int4: bfloat16 [rows][k rounded up to 128, / 128]
+  const void* scales;   // int4: bfloat16 [rows][ceil(k / 128)]
   const float* x;
   int64_t rows;
   int k;

@@ -55,11 +55,11 @@ void attend_end(const float* state, int n_q, int64_t out_stride, float* out) {
 
 void attend_merge(const float* from_state, const float* from, int64_t out_stride, float* state, float* out) {
   const float most = from_state[0] > state[0] ? from_state[0] : state[0];
-  const float mine = exp(all(state[0] - most))[0], other = exp(all(from_state[0] - most))[0];
+  const float own_factor = exp(all(state[0] - most))[0], from_factor = exp(all(from_state[0] - most))[0];
   state[0] = most;
-  state[1] = state[1] * mine + from_state[1] * other;
+  state[1] = state[1] * own_factor + from_state[1] * from_factor;
   for (int64_t d = 0; d < out_stride; d += kLanes) {
-    store(out + d, load<Floats>(out + d) * mine + load<Floats>(from + d) * other);
+    store(out + d, load<Floats>(out + d) * own_factor + load<Floats>(from + d) * from_factor);
   }
 }
 
@@ -253,7 +253,7 @@ QVL_INLINE void score_keys(const float* q, int head_dim, const KvTile& tile, con
   const auto* values = static_cast<const Stored*>(tile.values);
   const auto* next_keys = static_cast<const Stored*>(next);
   for (int t = 0; t < tile.n; t += kLanes) {
-    const int last = tile.n - t < kLanes ? tile.n - t - 1 : kLanes - 1;  // repeated beyond the tile
+    const int last = tile.n - t < kLanes ? tile.n - t - 1 : kLanes - 1;  // repeated in lanes beyond the tile
     Floats dots[kLanes] = {};
     in_steps(head_dim, [&](int64_t d, int some) {
       const Floats part = load_some(q + d, some);

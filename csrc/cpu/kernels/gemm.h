@@ -67,14 +67,14 @@ void write_block(const float* c, int64_t c_stride, int64_t rows, int64_t n_x, co
   for (int64_t r = 0; r < rows; r += kLanes) {
     const int some = rows - r < kLanes ? static_cast<int>(rows - r) : kLanes;
     const Floats scale = scales != nullptr ? load_some(scales + r, some) : all(1);
-    const Floats more = bias != nullptr ? load_some(bias + r, some) : Floats{};
+    const Floats added = bias != nullptr ? load_some(bias + r, some) : Floats{};
     for (int64_t t = 0; t < n_x; t += kLanes) {
       Words v[kLanes] = {};
       for (int i = 0; i < some; ++i) v[i] = load<Words>(c + (r + i) * c_stride + t);
       transpose(v);
       for (int i = 0; i < kLanes && t + i < n_x; ++i) {
         float* to = y + (t + i) * y_stride + r;
-        Floats value = reinterpret_cast<Floats>(v[i]) * scale + more;
+        Floats value = reinterpret_cast<Floats>(v[i]) * scale + added;
         if (add) value += load_some(to, some);
         store_some(to, value, some);
       }
@@ -189,7 +189,7 @@ void multiply_tile(const void* tile, int64_t width, int rows, int n_k, const voi
     const int left = n_panels - q;
     const int some = left >= kBlockPanels && left != kBlockPanels + 1 ? 3
                      : left >= 2                                      ? 2
-                                                                      : 1;  // of 4: 2 and 2
+                                                                      : 1;  // 4 panels: 2 and 2
     if (some == 3) {
       multiply_panels<Step, 3>(from, width, rows, n_steps, x, panel_bytes, first, to, c_stride, prefetcher);
     } else if (some == 2) {

@@ -32,8 +32,8 @@ using qvl::cpu::Matvec;
 
 constexpr int kPanelRows = 16;  // rows of a panel, processed with the same column block of x
 
-// Write the sums of n rows for row x of the activations. Not inlined, so that the final rounding is the same
-// in every kernel.
+// Write the sums of n rows of W for row x of the activations. Not inlined, so that the final rounding is the
+// same in every kernel.
 template <bool HasScale>
 __attribute__((noinline)) void write_rows(const Matvec& p, int64_t row, int n, int x, const float* sums) {
   float* const y = p.y + x * p.y_stride + row;
@@ -93,6 +93,8 @@ QVL_INLINE void store_sums(const Floats (&sums)[RowCount][XCount], Floats* to) {
 //                     add the products of columns first to end with activations x to x + XCount - 1 to
 //                     sums [RowCount][SumStride], which are uninitialised if first is 0. `Passes` calls read
 //                     the same weights; each prefetches 1 / Passes of the lines that it reads
+
+// Multiply RowCount whole rows by one activation.
 template <typename Rows, int RowCount>
 QVL_INLINE void multiply_whole_rows(const Matvec& p, int64_t row, WeightPrefetcher& ahead, float* to) {
   Floats sums[RowCount];

@@ -28,8 +28,8 @@
 //   prepared x:  [n_x] rows: blocks of Floats scales, int8 values [kBlock]; then float32 sums of x [groups
 //                padded with zeros to kLanes]
 //
-// Cost. Operations: as in matvec_int4.h and matvec_int8.h. Bytes: rows k (1/2 + 4 / group) with 4 bits, rows
-// k (1 + 4 / group) with 8.
+// Cost. Operations: as in matvec_int4.h and matvec_int8.h. Bytes: with 4 bits rows k (1/2 + 4 / group), with
+// 8 bits rows k (1 + 4 / group).
 //
 // Reference: reference::linear with the same rounding of activations (rounded_activations),
 // tests/csrc/test_kernels.py::test_linear.
@@ -146,7 +146,8 @@ QVL_INLINE Floats load_scales(const void* scales, int64_t at, int n) {
   return widen_float16(n == kLanes ? load<HalfWords>(from) : load_some_halves(from, n));
 }
 
-// Vector of the scales two[0] and two[1], alternating or, as by_halves, each in one half of the lanes.
+// Vector of the scales two[0] and two[1]: alternating(): in alternate lanes; by_halves(): each in one half of
+// the lanes.
 QVL_INLINE Floats alternating(const float* two) {
   typedef uint64_t Pairs __attribute__((vector_size(sizeof(Floats))));
   uint64_t both;
@@ -189,7 +190,7 @@ struct RowsGroups {
     const int64_t x_stride = X::row_bytes(p.k) / int64_t{sizeof(float)};
 #pragma GCC unroll 8
     for (int r = 0; r < RowCount; ++r) {
-      Floats off[XCount] = {};
+      Floats zero_terms[XCount] = {};
 #pragma GCC unroll 1
       for (int g = 0; g < groups; g += kLanes) {
         const int n = groups - g < kLanes ? groups - g : kLanes;
@@ -198,10 +199,10 @@ struct RowsGroups {
         if (Bits == 8 && kSignedProducts) zeros -= 128;
         const Floats products = load_scales(p.scales, at, n) * zeros;
 #pragma GCC unroll 8
-        for (int i = 0; i < XCount; ++i) off[i] += products * load<Floats>(x + i * x_stride + g);
+        for (int i = 0; i < XCount; ++i) zero_terms[i] += products * load<Floats>(x + i * x_stride + g);
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < XCount; ++i) sums[r * SumStride + i] = -off[i];
+      for (int i = 0; i < XCount; ++i) sums[r * SumStride + i] = -zero_terms[i];
     }
   }
 
@@ -255,7 +256,7 @@ struct RowsGroups {
     return reinterpret_cast<Floats>(shuffle(words, words, from));
   }
 
-  // Add a unit of 4-bit weights. factors[..][group] is that of its first group.
+  // Add a unit of 4-bit weights. factors[..][group] is the scale of its first group.
   template <int RowCount, int XCount, int Pass, int Passes>
   static QVL_INLINE void add_nibbles(const uint8_t* w, int64_t stride, const char* x, int64_t x_stride,
                                      const float (&factors)[RowCount][kLanes], int group,
@@ -295,8 +296,8 @@ struct RowsGroups {
     }
   }
 
-  // Add a group of 8-bit weights, or the two groups of 32 in a vector. factors[..][group] is that of the
-  // first group. new_line: w is at the beginning of a cache line, so prefetch one.
+  // Add a group of 8-bit weights, or the two groups of 32 in a vector. factors[..][group] is the scale
+  // of the first group. new_line: w is at the beginning of a cache line, so prefetch a line.
   template <int RowCount, int XCount, int Pass, int Passes>
   static QVL_INLINE void add_bytes(const uint8_t* w, int64_t stride, const char* x, int64_t x_stride,
                                    const float (&factors)[RowCount][kLanes], int group, bool new_line,

@@ -40,7 +40,7 @@ void prepare_int8(const float* x, int64_t x_stride, int n_x, int k, void* prepar
   });
 }
 
-// The parameter `Rows` of matvec.h, which explains Pass and Passes, for int8.
+// `Rows` for int8 weights; matvec.h documents the members.
 struct RowsInt8 {
   static constexpr int kColumnBlock = 2048;
   static constexpr int kXAtOnce = 4;

@@ -2,8 +2,8 @@
 //
 // Layout. A block is 8 vectors of 4 L bytes (L = kLanes): 128, 256 or 512 values. One instruction multiplies
 // and adds the 4 bytes of a 32-bit lane, so a lane processes 4 bytes of each vector, 32 values of a block;
-// these share a float32 scale. The granularity is that of blocks of 32 adjacent values, and one vector
-// multiplication applies the scales to the sums:
+// these share a float32 scale. That is as fine as one scale per 32 adjacent values, but one vector
+// multiplication applies the scales to the sums of all lanes:
 //
 //   lane        0          1        ..    L-1
 //   vector 0  x x x x    x x x x         x x x x
@@ -11,12 +11,12 @@
 //     ..                                              scale[lane] = largest magnitude of its values / 127
 //   vector 7  x x x x    x x x x         x x x x
 //
-//   a block in memory:  float32 scales [L] | int32 beginnings [kBlock / Group][L] | int8 values [kBlock]
+//   a block in memory:  float32 scales [L] | int32 initial sums [kBlock / Group][L] | int8 values [kBlock]
 //   prepared x:         [n_x][ceil(k / kBlock)] blocks, padded with zeros
 //
 // The instruction takes the weights as unsigned bytes. They are stored with an offset (int8: 128, int4: 8)
-// that must be subtracted: sum w x = sum (w + offset) x - offset sum x. The beginnings are the initial sums,
-// -offset times the sum of x over each Group of weights that share a scale, computed once for all rows of W.
+// that must be subtracted: sum w x = sum (w + offset) x - offset sum x. The initial sums are -offset
+// times the sum of x over each Group of weights that share a scale, computed once for all rows of W.
 //
 // Cost: per row of x, k values read and k bytes written, once per matrix: 1 / rows of the product's work. The
 // rounding error is at most 1/254 of the largest of 32 values.
@@ -32,7 +32,7 @@ constexpr int kUnit = 128;  // rows of quantised weights are padded to a multipl
 constexpr int kVector = sizeof(SignedBytes);
 constexpr int kBlock = 8 * kVector;
 
-// Layout of a block: Floats scales, Ints beginnings [kBlock / Group], bytes [kBlock]. Group: number of
+// Layout of a block: Floats scales, Ints initial sums [kBlock / Group], bytes [kBlock]. Group: number of
 // weights that share a scale, kBlock for int8. A row's last block is padded with zeros.
 template <int Group>
 struct QuantisedX {

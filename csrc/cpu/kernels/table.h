@@ -11,9 +11,9 @@
 
 namespace qvl::cpu {
 
-constexpr int kMaxRows = 8;  // maximum number of rows of x of a matrix-vector kernel
-constexpr int kMaxKvTile = 256;
-constexpr int kMaxTileK = 512;  // maximum number of columns of an unpacked tile
+constexpr int kMaxRows = 8;      // maximum number of rows of x of a matrix-vector kernel
+constexpr int kMaxKvTile = 256;  // maximum number of tokens of a KvTile
+constexpr int kMaxTileK = 512;   // maximum number of columns of an unpacked tile
 
 // y[r * y_stride + row] (+)= sum over k of weight[row][k] * x[r][k] for rows first_row to end_row.
 struct Matvec {
@@ -63,7 +63,7 @@ struct KvTile {
 struct Kernels {
   qvl_isa isa;
   int lanes;      // floats in a vector
-  bool bf16_dot;  // blocked products of bfloat16 multiply bfloat16 activations
+  bool bf16_dot;  // blocked products run in bfloat16, except those with float32 weights
 
   // norm.h: x [n] -> y [n], which may be x.
   void (*rms_norm)(const float* x, const float* weight, int n, float epsilon, float* y);
@@ -91,7 +91,7 @@ struct Kernels {
   void (*pack_panel[2])(const float* x, int64_t x_stride, int n_tokens, int k, void* panel);
   void (*unpack_tile[2][QVL_DTYPES])(const UnpackTile& tile);
   // c [rows][c_stride] (+)= n_k columns of tile [rows][width] times panels [n_panels], panel_bytes apart;
-  // prefetches `ahead`
+  // first: assign to c, do not add; prefetches `ahead`
   void (*multiply_tile[2])(const void* tile, int64_t width, int rows, int n_k, const void* panels,
                            size_t panel_bytes, int n_panels, bool first, float* c, int64_t c_stride,
                            const Ahead& ahead);
@@ -104,8 +104,8 @@ struct Kernels {
   // running maximum and sum of each query, out [n_q][out_stride]: weighted sum of values, not normalised;
   // out_stride is head_dim rounded up to `lanes`. attend_begin initialises them, attend_end normalises.
   void (*attend_begin)(int n_q, int64_t out_stride, float* state, float* out);
-  // Query i, q + i * q_stride, sees the tile's first min(visible + i, n) tokens.
   size_t (*attend_scratch_bytes)(int head_dim, int n_q, int n_tokens);
+  // Query i, q + i * q_stride, sees the tile's first min(visible + i, n) tokens.
   void (*attend)(const float* q, int64_t q_stride, int n_q, int head_dim, const KvTile& tile, int64_t visible,
                  float* state, float* out, int64_t out_stride, void* scratch);
   // As attend, in bfloat16; NULL without bf16_dot.

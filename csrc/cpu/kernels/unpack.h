@@ -101,7 +101,7 @@ struct UnpackGroups {
 #pragma GCC unroll 8
     for (int j = 0; j < kChunkVectors; ++j) {
       if constexpr (Bits == 8) {
-        // Subtract 128: signed bytes.
+        // Subtract 128 to get signed bytes.
         const FewBytes bytes = load<FewBytes>(weights + at + j * kLanes) ^ int8_t { -128 };
         v[j] = (to_floats(widen_few(bytes)) - (zero - 128)) * scale;
       } else {

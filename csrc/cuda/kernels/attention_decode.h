@@ -4,7 +4,7 @@
 namespace qvl::cuda {
 
 struct AttentionDecode {
-  const void* q;    // H [n][heads][head_dim]; or NULL, and
+  const void* q;    // H [n][heads][head_dim]; NULL: the kernel rotates and stores qkv
   const void* qkv;  // H [n][3][heads][head_dim], not yet rotated, keys and values not yet stored
   const int* positions;
   const int* angle_tables;

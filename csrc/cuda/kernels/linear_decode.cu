@@ -72,7 +72,7 @@ struct Ahead {
 struct HalfWeights {
   static constexpr int kStep = 32;       // values of k in a step
   static constexpr int kScaleBytes = 0;  // of a row pair in a step
-  static constexpr int kGroup = 0;       // whose sum of x is needed; 0: none
+  static constexpr int kGroup = 0;       // group size for the sums of x; 0: no sums
 
   // Bytes from a lane's weights of a step to those of the next; offset of its weights in a tile.
   static constexpr int kStepAhead = 2 * kStep;

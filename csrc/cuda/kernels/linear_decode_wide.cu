@@ -120,7 +120,7 @@ struct Int4Unit : QuantisedUnit<1024> {
   __device__ static void add(float (&sums)[kColumnTiles][4], const char* weights, const char* scales,
                              const char* x, const float* offsets) {
     constexpr int kColumns = 8 * kColumnTiles;
-    float parts[kColumnTiles][4];  // of a group
+    float parts[kColumnTiles][4];  // sums of a group
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const uint4 w = *reinterpret_cast<const uint4*>(weights + 512 * c);

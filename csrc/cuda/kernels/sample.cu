@@ -6,8 +6,8 @@
 //                  forbidden ids                                                      -> peaks [n][chunks]
 //   sample_peak    a warp per row merges them; greedy rows are finished               -> states [n]
 //   sample_bins    rows that draw: weights and counts of 2048 bins, several blocks per row -> bins [n][2048]
-//   sample_keep    ... the ids of the relevant bins                                   -> kept_keys [n][2048]
-//   sample_draw    ... a block per row: top-k, top-p, the draw                          -> tokens [n]
+//   sample_keep    rows that draw: the ids of the relevant bins                       -> kept_keys [n][2048]
+//   sample_draw    rows that draw: top-k, top-p, the draw, a block per row            -> tokens [n]
 //   sample_top     log-probabilities of the likeliest, if requested, a block per row -> top_tokens [n][n_top]
 //
 // A draw needs the order of the likeliest ids and sums in that order, but not of all 151,936. The key of an
