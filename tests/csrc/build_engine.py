@@ -16,7 +16,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def build(folder: Path, *options: str, target: str = "all") -> Path:
-    """Configure and build csrc into a folder, for the ISAs that run here: others take minutes.
+    """Configure and build csrc into a folder, only for the ISAs of this processor: the others take minutes.
 
     Skips the test if no build tools are installed.
     """
@@ -25,7 +25,7 @@ def build(folder: Path, *options: str, target: str = "all") -> Path:
     isas = [isa.name for isa in all_isas(REPO / "csrc") if isa.name == "generic" or isa.runs_here()]
     options = (f"-DQVL_ONLY_ISAS={';'.join(isas)}", *options)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # for test processes side by side
+    with FileLock(folder.with_suffix(".lock")):  # test processes may run in parallel
         for command in (
             ["cmake", "-S", str(REPO / "csrc"), "-B", str(folder), *options],
             ["cmake", "--build", str(folder), "--parallel", "2", "--target", target],

@@ -1,7 +1,7 @@
-"""The engine, built once a session. Without Paddle: pytest --confcutdir=tests/csrc tests/csrc.
+"""Fixtures: the engine, built once per session. Without Paddle: pytest --confcutdir=tests/csrc tests/csrc.
 
 On a GPU: QWENVL_TEST_LIBRARY names a libqwenvl.so with libqwenvl_cuda.so and the kernels beside it
-(tests/cuda/README.md), and every engine is made there.
+(tests/cuda/README.md), and the tests create every engine on that GPU.
 """
 
 from __future__ import annotations

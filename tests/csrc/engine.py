@@ -41,7 +41,7 @@ DTYPES = {
     "uint8_g64": UINT8_G64,
     "uint8_g128": UINT8_G128,
 }
-# Names a library to be tested on a GPU; see conftest.py.
+# Path of a library to test on a GPU; see conftest.py.
 DEVICE_LIBRARY = os.environ.get("QWENVL_TEST_LIBRARY", "")
 ISAS = {"best": 0, "generic": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
 OK, INVALID, BAD_WEIGHT, UNSUPPORTED, NO_MEMORY, STOPPED, INTERNAL = range(7)
@@ -226,7 +226,7 @@ def int_pointer(array: np.ndarray) -> Any:
 
 
 class Library:
-    """A loaded library: `call` raises EngineError with the line of a failed function."""
+    """A loaded engine library: `call` raises EngineError with the message of a failed function."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -347,7 +347,7 @@ class Library:
     def pack_groups(
         self, integers: np.ndarray, scales: np.ndarray, zeros: np.ndarray, dtype: int
     ) -> np.ndarray:
-        """uint8 [out, in], float16 [out, groups] twice, as uint8 in the engine's storage."""
+        """Pack uint8 [out, in] with float16 scales and zero points [out, groups] into the engine's storage, uint8."""
         packed = aligned(self.dll.qvl_packed_bytes(dtype, *integers.shape))
         pointers = [pointer(part) for part in (integers, scales, zeros, packed)]
         self.call("qvl_pack_groups", dtype, *integers.shape, *pointers, packed.nbytes)
@@ -360,7 +360,7 @@ class Library:
 
 
 def quantise_groups(values: np.ndarray, dtype: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Integers uint8 [out, in], scales and zero points float16 [out, groups], from the least to the largest value."""
+    """Integers uint8 [out, in], scales and zero points float16 [out, groups], for each group's range of values."""
     group, most = GROUPS[dtype], 15 if dtype in UINT4 else 255
     rows, columns = values.shape
     n_groups = -(-columns // group)
@@ -376,7 +376,7 @@ def quantise_groups(values: np.ndarray, dtype: int) -> tuple[np.ndarray, np.ndar
 
 
 def make_config(data: Mapping[str, Any], stages: int = VISION | LANGUAGE, **changes: Any) -> Config:
-    """From a model's config.json."""
+    """Engine configuration from a model's config.json; `changes` override fields."""
     vision = data["visual"]
     config = Config(
         size=ctypes.sizeof(Config),
@@ -437,7 +437,7 @@ def make_tensors(stored: Mapping[str, Stored]) -> Any:
 
 
 class Weights:
-    """Weights in memory, which are kept alive, or of a parameter file."""
+    """Weights in memory (kept alive) or from a parameter file."""
 
     def __init__(self, library: Library, stored: Mapping[str, Stored] | Path) -> None:
         self.library, self._stored, handle = library, stored, c_void_p()
@@ -466,7 +466,7 @@ class Weights:
 
 
 class Engine:
-    """An engine with everything it refers to."""
+    """An engine and the weights that it refers to."""
 
     def __init__(self, library: Library, config: Config, weights: Mapping[str, Stored] | Weights) -> None:
         self.library, self.config, self._weights = library, config, weights
@@ -545,15 +545,15 @@ class Engine:
         on_step: Callable[[int, list[int], list[int]], int] | None = None,
         **sampling: Any,
     ) -> tuple[list[list[int]], list[int]]:
-        """Tokens and reasons to finish of each prompt; spans are (start, features [count, hidden])."""
+        """Tokens and finish reason of each prompt; spans are (start, features [count, hidden])."""
         n, keep = len(prompts), []
         requests = (Request * n)()
         for i, (request, prompt) in enumerate(zip(requests, prompts)):
             ids = np.asarray(prompt, np.int32)
-            mine = make_spans(spans[i] if spans else [])
-            keep += [ids, mine]
+            request_spans = make_spans(spans[i] if spans else [])
+            keep += [ids, request_spans]
             request.n_tokens, request.tokens = len(ids), int_pointer(ids)
-            request.n_spans, request.spans = len(mine), mine
+            request.n_spans, request.spans = len(request_spans), request_spans
             request.max_new, request.min_new = max_new, min_new
             request.span_size = ctypes.sizeof(Span)
             if sampling:
@@ -563,8 +563,8 @@ class Engine:
         results = (Result * n)()
         ends = np.asarray(end_ids, np.int32)
 
-        def relay(_: Any, step: int, count: int, who: Any, what: Any) -> int:
-            return on_step(step, who[:count], what[:count]) if on_step else 0
+        def relay(_: Any, step: int, count: int, rows: Any, new_tokens: Any) -> int:
+            return on_step(step, rows[:count], new_tokens[:count]) if on_step else 0
 
         callback = OnStep(relay) if on_step else OnStep()
         self.library.call(
@@ -614,7 +614,7 @@ class Adapter:
 
 
 class Pool:
-    """A pool and `forward` on it."""
+    """A KV block pool, and forward passes and steps on it."""
 
     def __init__(self, engine: Engine, n_blocks: int, block_tokens: int, dtype: int) -> None:
         self.engine, self.block_tokens, self.dtype = engine, block_tokens, dtype

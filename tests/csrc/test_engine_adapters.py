@@ -1,4 +1,4 @@
-"""Low-rank adapters apart from the base weights: against merged weights, in mixed batches, errors."""
+"""Low-rank adapters, not merged: compared with merged weights, in mixed batches, errors."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_equals_the_merged_model(library, golden_model, dtype):
 
 
 @pytest.mark.parametrize("kind", [INT4_G64, UINT4_G128])
-def test_of_an_int4_base_equals_the_merged_dequantised_model(library, golden_model, kind):
+def test_an_int4_base_equals_the_merged_dequantised_model(library, golden_model, kind):
     """The same sums in float32, except decode steps of INT4_G64, which round activations for the base only.
 
     The matrices with zero points have their columns in another order, as GPTQ's act-order gives them.
@@ -122,7 +122,7 @@ def test_of_an_int4_base_equals_the_merged_dequantised_model(library, golden_mod
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, INT4_G64, UINT4_G128])
 def test_a_mixed_batch_equals_each_alone(library, golden_model, isa, dtype):
-    """To the bit: prompts, chunks and decode steps of three adapters and of the base, in any order."""
+    """Bit for bit: prompts, chunks and decode steps of three adapters and of the base, in any order."""
     model = golden_model("a")
     config = make_config(model.config, LANGUAGE, isa=isa, max_tokens=64)  # a batch takes several passes
     with Engine(library, config, store(library, model.language_weights(), dtype)) as engine:
@@ -209,15 +209,15 @@ def test_errors_of_matrices(library, golden_model, make, message):
         assert not caught.value.args[0].endswith(" ")
 
 
-def test_of_another_engine(library, golden_model):
+def test_an_adapter_of_another_engine(library, golden_model):
     model = golden_model("a")
     config = make_config(model.config, LANGUAGE)
     weights = store(library, model.language_weights(), FLOAT32)
     with (
-        Engine(library, config, weights) as one,
-        Engine(library, config, weights) as two,
-        one.adapter({NAME: low_rank(config.mlp_width, config.hidden)}) as adapter,
-        two.pool(4) as pool,
+        Engine(library, config, weights) as first,
+        Engine(library, config, weights) as second,
+        first.adapter({NAME: low_rank(config.mlp_width, config.hidden)}) as adapter,
+        second.pool(4) as pool,
         pytest.raises(EngineError, match="sequence 1: adapter: belongs to another engine") as caught,
     ):
         pool.forward([([1], 0, 1, [0]), ([1], 0, 1, [1])], adapters=[None, adapter])
@@ -225,12 +225,12 @@ def test_of_another_engine(library, golden_model):
 
 
 class SequenceWithoutAdapter(ctypes.Structure):
-    """qvl_sequence as an earlier caller's header has it."""
+    """qvl_sequence of an earlier header, without `adapter`."""
 
     _fields_ = Sequence_._fields_[:-1]
 
 
-def test_a_caller_without_the_field(library, golden_model):
+def test_a_caller_without_the_adapter_field(library, golden_model):
     """The bytes after the structs are not read."""
     model = golden_model("a")
     config = make_config(model.config, LANGUAGE)

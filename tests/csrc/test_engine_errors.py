@@ -74,7 +74,7 @@ def test_config(parts, changes, message):
     assert line.startswith(message)
 
 
-@pytest.mark.skipif(bool(DEVICE_LIBRARY), reason="the back end is there")
+@pytest.mark.skipif(bool(DEVICE_LIBRARY), reason="the GPU back end is installed")
 def test_missing_cuda(parts):
     status, line = refused(parts, device=1)
     assert status == UNSUPPORTED
@@ -121,7 +121,7 @@ def test_weights(parts):
 
 
 def test_order_of_inputs(parts):
-    """A permutation of a matrix's inputs; for a vector's name it is ignored."""
+    """`NAME.order` permutes the inputs of a matrix; for a vector it is ignored."""
     name = "h.1.attn.c_proj.weight.order"
     order = np.arange(256, dtype=np.int32)[::-1].copy()
 
@@ -250,7 +250,7 @@ def test_pool_bytes(engine):
 
 
 def test_nulls(library, engine):
-    """No handle, no array: a line each, and no error struct is allowed."""
+    """NULL handles and arrays are errors, also if the error struct is NULL."""
     cases = [
         ("qvl_weights_create", (None, 1, 72, None)),
         ("qvl_weights_open", (None, None)),

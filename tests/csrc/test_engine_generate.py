@@ -62,7 +62,7 @@ def test_penalties(engine):
     assert any(len(set(row)) < 30 for row in plain)
 
 
-def test_steps_are_told(engine):
+def test_the_callback_gets_every_step(engine):
     seen: dict[int, list[int]] = {i: [] for i in range(len(PROMPTS))}
     steps = []
 

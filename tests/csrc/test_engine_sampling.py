@@ -41,7 +41,7 @@ def test_the_same_tokens_as_the_predictor(engine, options):
     theirs = RowSampler(given, ends, vocab)
     counts = np.zeros(vocab, np.int32)
     forbidden = np.array(ends, np.int32)
-    # Without one of its own settings, the predictor is greedy.
+    # Without temperature, top_p and top_k, the predictor is greedy.
     ours = {"temperature": 0.0, **options} if not options.keys() & {"top_p", "top_k"} else options
     for step in range(60):
         logits = (random.standard_normal(vocab) * 3).astype(np.float32)
@@ -60,8 +60,8 @@ def test_equal_logits_give_the_lower_id(engine):
     assert engine.sample(logits, [engine.sampling(temperature=1, top_k=1)]) == [77]
 
 
-def test_rows_are_their_own(engine):
-    """Each row has its own settings, and draws its own number."""
+def test_rows_are_independent(engine):
+    """Each row has its own sampling parameters and random number."""
     logits = np.random.default_rng(1).standard_normal([6, engine.config.vocab]).astype(np.float32)
     settings = [engine.sampling(temperature=float(i), seed=i, counter=7 * i) for i in range(6)]
     together = engine.sample(logits, settings)

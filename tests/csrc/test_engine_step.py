@@ -37,7 +37,7 @@ def parts(pool):
     return made
 
 
-def test_logits_of_some(pool):
+def test_logits_of_some_sequences(pool):
     """Rows of the sequences with logits, selected from the rows of all."""
     batch = parts(pool)
     every = pool.forward(batch)

@@ -43,7 +43,7 @@ def varint(value: int, least: int = 1) -> bytes:
 
 
 def record(name: str, data: bytes, dtype: int, shape: tuple[int, ...], start: int, n_bytes: int = 0) -> bytes:
-    """Build a parameter file's record at `start`, data aligned to 64 bytes; n_bytes: of the data if it is omitted."""
+    """Build a parameter file's record at `start`, data aligned to 64 bytes; `n_bytes`: length of omitted data."""
     code, size = PADDLE_TYPES.get(dtype, (20, 1))
     head = b"\x08" + varint(code) + b"\x10" + varint((n_bytes or len(data)) // size)
     field = b"qvl1" + struct.pack("<BBH", dtype, len(shape), len(name))
@@ -54,7 +54,7 @@ def record(name: str, data: bytes, dtype: int, shape: tuple[int, ...], start: in
 
 
 def params_file(path: Path, stored: dict[str, Stored]) -> Path:
-    """A second writer of the format of paddlemix_qwenvl_plugin/artifact/params_file.py."""
+    """Write the format of paddlemix_qwenvl_plugin/artifact/params_file.py, independently of it."""
     out = b""
     for name, (data, dtype, shape) in stored.items():
         out += record(name, data.tobytes(), dtype, shape, len(out))
@@ -134,7 +134,7 @@ def damaged(library, path: Path) -> tuple[int, str]:
     return error.value.status, str(error.value)
 
 
-def test_files_that_are_none(library, tmp_path):
+def test_paths_that_are_no_parameter_files(library, tmp_path):
     missing = tmp_path / "missing"
     assert damaged(library, missing) == (INVALID, f"{missing}: No such file or directory")
     assert damaged(library, tmp_path) == (INVALID, f"{tmp_path}: is not a file")
@@ -149,15 +149,15 @@ def test_files_that_are_none(library, tmp_path):
 def test_damaged_files(library, mixed, file, tmp_path):
     """Truncated anywhere in a header, or with any byte of it changed, a file is rejected or its tensors differ."""
     names = ["ln_f.weight", "h.0.attn.c_proj.weight", "h.0.ln_1.weight"]
-    whole = params_file(tmp_path / "some", {name: mixed[name] for name in names}).read_bytes()
+    intact = params_file(tmp_path / "some", {name: mixed[name] for name in names}).read_bytes()
     start = len(record(names[0], mixed[names[0]][0].tobytes(), *mixed[names[0]][1:], 0))
     path = tmp_path / "damaged"
     for at in range(start, start + 128):
-        path.write_bytes(whole[:at])
+        path.write_bytes(intact[:at])
         if at > start:
             assert damaged(library, path)[0] == BAD_WEIGHT
         for flip in (1, 64, 255):
-            changed = bytearray(whole)
+            changed = bytearray(intact)
             changed[at] ^= flip
             path.write_bytes(changed)
             line, status = str(path), BAD_WEIGHT
@@ -168,7 +168,7 @@ def test_damaged_files(library, mixed, file, tmp_path):
                 line, status = str(error), error.status
             assert status == BAD_WEIGHT
             assert line.startswith(str(path)) or "given twice" in line
-    path.write_bytes(whole[:-1])
+    path.write_bytes(intact[:-1])
     assert damaged(library, path)[1].endswith("; export again")
 
 
@@ -184,7 +184,7 @@ def test_a_file_without_names(library, tmp_path):
 @pytest.mark.parametrize(
     ("name", "dtype", "shape", "n_bytes"),
     [
-        ("a", FLOAT32, (16,), 128),  # Paddle's length and ours differ
+        ("a", FLOAT32, (16,), 128),  # Paddle's length and the engine's differ
         ("a", FLOAT32, (17,), 64),
         ("a", 13, (16,), 64),
         ("a", INT32, (4, 4), 64),  # vectors only
@@ -197,7 +197,7 @@ def test_a_file_without_names(library, tmp_path):
         ("a\nb", FLOAT32, (16,), 64),
     ],
 )
-def test_records_that_cannot_be(library, tmp_path, name, dtype, shape, n_bytes):
+def test_impossible_records(library, tmp_path, name, dtype, shape, n_bytes):
     path = tmp_path / "file"
     path.write_bytes(record(name, bytes(64), dtype, shape, 0, n_bytes))
     assert damaged(library, path) == (BAD_WEIGHT, f"{path}: damaged at byte 0; export again")
@@ -205,13 +205,13 @@ def test_records_that_cannot_be(library, tmp_path, name, dtype, shape, n_bytes):
 
 def test_names_given_twice(library, mixed, tmp_path):
     data, dtype, shape = mixed["ln_f.weight"]
-    one = record("ln_f.weight", data.tobytes(), dtype, shape, 0)
+    first = record("ln_f.weight", data.tobytes(), dtype, shape, 0)
     path = tmp_path / "twice"
-    path.write_bytes(one + record("ln_f.weight", data.tobytes(), dtype, shape, len(one)))
+    path.write_bytes(first + record("ln_f.weight", data.tobytes(), dtype, shape, len(first)))
     assert damaged(library, path) == (BAD_WEIGHT, "ln_f.weight: given twice")
 
 
-def test_others_are_ignored_and_missing_ones_named(library, model, mixed):
+def test_unknown_weights_are_ignored_and_missing_ones_named(library, model, mixed):
     config = make_config(model.config, LANGUAGE)
     with Engine(library, config, {**mixed, "h.9.ln_1.weight": mixed["ln_f.weight"]}) as engine:
         assert len(engine.generate([PROMPT], 2)[0][0]) == 2

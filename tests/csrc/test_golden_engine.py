@@ -1,4 +1,4 @@
-"""The engine against figures of the real PaddleMIX model, and its other types against its float32."""
+"""The engine against figures of the real PaddleMIX model, and its other storage types against float32."""
 
 from __future__ import annotations
 
@@ -109,11 +109,11 @@ BOUNDS = dict.fromkeys(
 @pytest.mark.parametrize("name", ["a"])
 @pytest.mark.parametrize("dtype", [name for name in BOUNDS if name in DTYPES])
 def test_other_types(library, golden_model, name, dtype):
-    """Against the float32 engine on the very values that the weights were rounded to.
+    """Compare with float32 weights of the same, rounded values.
 
-    What differs then is the rounding of activations alone: to bfloat16 in large products where the machine has
+    Only the rounding of activations differs then: to bfloat16 in large products where the machine has
     instructions for it, to 8 bits in small products with quantised weights. The golden models have random weights,
-    which magnify: rounding float32 activations to bfloat16 once a product moves their features by 3 %.
+    which magnify errors: rounding activations to bfloat16 once per product moves their features by 3 %.
     """
     model = golden_model(name)
     packed = store(library, model.weights, DTYPES[dtype])
@@ -145,7 +145,7 @@ def test_other_types(library, golden_model, name, dtype):
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in GROUPS if dtype in DTYPES.values()])
 def test_exact_products(library, golden_model, isa, dtype):
-    """QVL_COMPUTE_FLOAT32: logits of a prompt and a decode step as with the values in float32 and no order."""
+    """QVL_COMPUTE_FLOAT32: logits equal those of the same values as float32 weights in the original order."""
     model = golden_model("a")
     weights, random = model.language_weights(), np.random.default_rng(4)
     packed = store(library, weights, dtype)

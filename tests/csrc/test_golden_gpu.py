@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(
     not DEVICE_LIBRARY, reason="needs a GPU: set QWENVL_TEST_LIBRARY (tests/cuda/README.md)"
 )
 
-# Largest errors, as a share of the largest value. The golden models have random weights, which magnify: on a CPU
-# rounding activations to bfloat16 once a product moves features by 3 %.
+# Largest errors, as a share of the largest value. The golden models have random weights, which magnify errors: on a CPU
+# rounding activations to bfloat16 once per product moves features by 3 %.
 BOUNDS = {COMPUTE_FLOAT16: 0.015, COMPUTE_BFLOAT16: 0.12}
 
 
@@ -55,7 +55,7 @@ def test_golden(library, golden_model, name, compute):
                 )
                 assert share(logits[0], expected) < 4 * bound
                 top = np.sort(expected)[-2:]
-                if top[1] - top[0] > 4 * bound * np.abs(expected).max():  # no rounding may turn this one
+                if top[1] - top[0] > 4 * bound * np.abs(expected).max():  # no rounding may change this token
                     close += 1
                     equal += int(logits[0].argmax() == token)
                 logits = pool.forward([([int(token)], length + i, length, table)])

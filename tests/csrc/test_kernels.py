@@ -55,7 +55,7 @@ def rounded_activations(x, isa, dtype):
     padded[:, :columns] = x
     order = np.arange(padded.shape[1])
     if dtype in UINT4:
-        # Of a unit: bytes of a word, nibbles of a byte, vectors, 8 words, halves of them, words.
+        # Axes of a unit: bytes of a word, nibbles of a byte, vectors, 8 words, halves of them, words.
         units = order.reshape(-1, 2, 2, 16 // lanes, lanes // 4, 2, 4)
         order = units.transpose(0, 3, 2, 4, 5, 1, 6).ravel()
     elif dtype in (INT4_G64, INT4_G128):  # a word's bytes have values i and 32 + i of 64
@@ -130,7 +130,7 @@ def test_zero_points_and_order(library, isa, dtype):
 
 
 def test_linear_of_a_row_does_not_depend_on_the_others(library, isa):
-    """Bit for bit: what a row gives alone it gives in a batch, in a prompt or in a decode step."""
+    """Bit for bit: a row of a prompt or of a decode step has the same product alone and in any batch."""
     columns = 1300
     for add, rows, kind in itertools.product((0, 1), (37, 200), DTYPES.values()):
         packed = library.pack(normal(rows, columns), kind)
@@ -299,7 +299,7 @@ def test_attention(library, isa, dtype, heads, head_dim, n, n_keys, causal, tile
             by_threads.append(got.tobytes())
         assert len(set(by_threads)) == 1
     assert library.dll.qvlt_attention(isa, 2, dtype, tile, 0, 0, *sizes, *tensors) == 0
-    close(got, expected, 3e-5)  # scores of tens: a rounded one moves its weight by as much
+    close(got, expected, 3e-5)  # a score's absolute error is its weight's relative error
     assert library.dll.qvlt_attention(isa, 2, dtype, tile, 1, 0, *sizes, *tensors) == 0
     if isa != ISAS["avx512_bf16"]:
         close(got, expected, 3e-5)
@@ -311,7 +311,7 @@ def test_attention(library, isa, dtype, heads, head_dim, n, n_keys, causal, tile
     close(got, expected, 6e-2)
     error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
     assert error < 8e-3
-    assert error > 1e-5 or n_keys == 1  # of one key the weight is 1 and its rounded value may be exact
+    assert error > 1e-5 or n_keys == 1  # with one key the weight is 1, and the rounded value may be exact
 
 
 @pytest.mark.parametrize(("dtype", "of_head"), [(FLOAT32, 40), (BFLOAT16, 20), (FLOAT16, 20), (INT8, 14)])

@@ -26,7 +26,7 @@ RANDOM = np.random.default_rng(3)
 
 
 def by_the_header(packed, dtype, rows, columns):
-    """The values, read as qwenvl.h says they lie."""
+    """Values of a packed matrix, decoded by the layout that qwenvl.h documents."""
     padded = -(-columns // 128) * 128
     if dtype == INT8:
         values = packed[: rows * padded].view(np.int8).reshape(rows, padded)
@@ -60,7 +60,7 @@ def group_parts(dtype, rows, columns):
 @pytest.mark.parametrize("dtype", GROUPS)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 33), (5, 128), (2, 300), (4, 1000)])
 def test_groups(library, dtype, shape):
-    """The integers, scales and zero points lie as qwenvl.h says; padding is zero; their values are exact."""
+    """The integers, scales and zero points are laid out as in qwenvl.h; padding is zero; their values are exact."""
     rows, columns = shape
     integers, scales, zeros = group_parts(dtype, *shape)
     packed = library.pack_groups(integers, scales, zeros, dtype)
@@ -144,7 +144,7 @@ def test_scales_of_least_error(library, dtype, group):
     assert error.sum() < 0.93 * plain.sum()
 
 
-def test_values_that_are_kept(library):
+def test_exact_values(library):
     values = RANDOM.standard_normal([3, 50]).astype(np.float32)
     assert (library.unpack(library.pack(values, FLOAT32), FLOAT32, 3, 50) == values).all()
     zero = np.zeros([2, 130], np.float32)

@@ -1,13 +1,13 @@
-/* A C program that uses the library as others would, for the sanitizers: run it built with them.
+/* A C program that uses the library as an application does; built with sanitizers, it checks the library.
  *
  *   driver all            a small random model in every storage type, from memory and from a file: vision,
  *                         generate, steps, blocks, events
  *   driver threads        several engines at once, and several threads on one engine
  *   driver fuzz N SEED    N calls with one argument corrupted
  *   driver limits         more threads than the memory has room for
- *   driver soak N         N requests; fails if they leave more memory in use than a tenth of them
+ *   driver soak N         N requests; fails if the process grows by 256 KiB after the first tenth of them
  *
- * Prints one line and returns 0, or says what went wrong and returns 1.
+ * Prints one line and returns 0, or prints the failed check and returns 1.
  */
 #include <math.h>
 #include <pthread.h>
@@ -105,8 +105,8 @@ static void give(model* m, const char* name, int product, int64_t a, int64_t b, 
   qvl_tensor* t = &m->tensors[m->n];
   snprintf(m->names[m->n], sizeof m->names[0], "%s", name);
   t->name = m->names[m->n++];
-  const int whole = m->dtype == QVL_FLOAT32 || m->dtype == QVL_FLOAT16;
-  t->dtype = product || whole ? m->dtype : QVL_BFLOAT16;
+  const int floats = m->dtype == QVL_FLOAT32 || m->dtype == QVL_FLOAT16;
+  t->dtype = product || floats ? m->dtype : QVL_BFLOAT16;
   t->device = QVL_DEVICE_CPU;
   const int64_t shape[4] = {a, b, c, d};
   memcpy(t->shape, shape, sizeof shape);
@@ -248,7 +248,7 @@ static qvl_engine* make_engine(const model* m) {
 
 enum { PROMPT = 37, NEW = 9, REQUESTS = 3 };
 
-/* Encode an image and answer three prompts of different lengths, one of them with it. */
+/* Encode an image and complete three prompts of different lengths; the first contains the image. */
 static void answer(qvl_engine* engine, int32_t* tokens) {
   enum { PIXELS = 3 * 28 * 28 };
   float image[PIXELS], features[QUERIES * HIDDEN];
@@ -365,16 +365,17 @@ static void free_file(params_file* file) {
 
 /* ---- steps -------------------------------------------------------------------------------------------- */
 
-/* A prompt in two chunks beside another, a copy of its blocks, and a step on each: the same tokens. */
+/* Compute a prompt in two chunks, the first beside another prompt. The second chunk gives the same logits on
+ * the prompt's blocks, on a copy of them and in another pool. */
 static void take_steps(qvl_engine* engine) {
-  enum { PIECE = 13, BLOCK = 8, TOP = 5 };
+  enum { CHUNK = 13, BLOCK = 8, TOP = 5 };
   qvl_kv_pool *pool, *other;
   SUCCEED(qvl_kv_pool_create(engine, 12, BLOCK, QVL_BFLOAT16, &pool, ERROR));
   SUCCEED(qvl_kv_pool_create(engine, 3, BLOCK, QVL_BFLOAT16, &other, ERROR));
-  int32_t ids[2 * PIECE + 3], blocks[9] = {7, 2, 9, 0, 11, 4, 5, 6, 8};
-  for (int i = 0; i < 2 * PIECE + 3; ++i) ids[i] = (i * 5) % VOCAB;
-  qvl_sequence sequences[3] = {{PIECE, 0, 20, 3, blocks, QVL_SEQUENCE_NO_LOGITS, 0},
-                               {PIECE, 0, PIECE, 3, blocks + 3, 0, 0},
+  int32_t ids[2 * CHUNK + 3], blocks[9] = {7, 2, 9, 0, 11, 4, 5, 6, 8};
+  for (int i = 0; i < 2 * CHUNK + 3; ++i) ids[i] = (i * 5) % VOCAB;
+  qvl_sequence sequences[3] = {{CHUNK, 0, 20, 3, blocks, QVL_SEQUENCE_NO_LOGITS, 0},
+                               {CHUNK, 0, CHUNK, 3, blocks + 3, 0, 0},
                                {3, 0, 3, 3, blocks + 6, 0, 0}};
   qvl_batch batch = {sizeof batch, 3, sequences, ids, 0, 0, NULL, sizeof sequences[0], sizeof(qvl_span)};
   qvl_sampling sampling[2] = {greedy(), greedy()};
@@ -409,7 +410,7 @@ static void take_steps(qvl_engine* engine) {
   SUCCEED(qvl_kv_read_blocks(pool, 2, from, saved, bytes, NULL, ERROR));
   SUCCEED(qvl_kv_write_blocks(other, 2, there, saved, bytes, NULL, ERROR));
   free(saved);
-  sequences[0] = (qvl_sequence){7, PIECE, 20, 3, blocks, 0, 0};
+  sequences[0] = (qvl_sequence){7, CHUNK, 20, 3, blocks, 0, 0};
   batch.n_sequences = args.rows = 1;
   float logits[3][VOCAB];
   for (int i = 0; i < 3; ++i) {
@@ -521,12 +522,12 @@ static float odd_float(void) {
   return numbers[next(&fuzz_random) % (sizeof numbers / sizeof numbers[0])];
 }
 
-/* Set one 4-byte field of a struct to something odd, as an integer or as a float. */
+/* Set one 4-byte field of a struct to an odd integer or float. */
 static void corrupt(void* memory, size_t bytes) {
   const size_t at = next(&fuzz_random) % (bytes / 4) * 4;
-  const int32_t whole = (int32_t)odd_number();
+  const int32_t integer = (int32_t)odd_number();
   const float real = odd_float();
-  memcpy((char*)memory + at, next(&fuzz_random) % 2 ? (const void*)&whole : (const void*)&real, 4);
+  memcpy((char*)memory + at, next(&fuzz_random) % 2 ? (const void*)&integer : (const void*)&real, 4);
 }
 
 static int fuzz_create(const model* m) {
@@ -578,7 +579,7 @@ static int fuzz_create(const model* m) {
 }
 
 static int fuzz_forward(qvl_engine* engine, qvl_kv_pool* pool) {
-  /* Arrays are as long as any length that passes the checks may make them be read. */
+  /* The arrays are as long as the longest read that passes the checks. */
   static int32_t ids[2 * MAX_POSITIONS], blocks[MAX_POSITIONS];
   static float features[MAX_POSITIONS * HIDDEN], logits[2 * VOCAB];
   for (int i = 0; i < 2 * MAX_POSITIONS; ++i) ids[i] = i % VOCAB;
@@ -757,8 +758,8 @@ static int fuzz_blocks(qvl_kv_pool* pool) {
   return status != QVL_OK;
 }
 
-/* A file with a byte of a record's head changed, or bytes put over it, or its end cut off: whatever opens can
- * be read. */
+/* A file with a changed byte or overwritten bytes in a record's head, or with its end cut off: if it opens,
+ * all its tensors can be read. */
 static int fuzz_file(params_file* file, int64_t n) {
   unsigned char* at = file->bytes + file->heads[next(&fuzz_random) % (uint64_t)n] + next(&fuzz_random) % 100;
   unsigned char before[8];
@@ -786,7 +787,7 @@ static int fuzz_file(params_file* file, int64_t n) {
   for (int64_t i = 0; i < qvl_weights_count(weights); ++i) {
     qvl_tensor t;
     SUCCEED(qvl_weights_get(weights, i, &t, sizeof t, ERROR));
-    if (i == 0) begin = (uintptr_t)t.data / 4096 * 4096; /* its head is short */
+    if (i == 0) begin = (uintptr_t)t.data / 4096 * 4096; /* the file's start: its first head is short */
     CHECK((uintptr_t)t.data >= begin && t.bytes <= size && (uintptr_t)t.data + t.bytes <= begin + size);
     CHECK((uintptr_t)t.data % 64 == 0 && t.dtype >= 0 && t.dtype < QVL_DTYPES && strlen(t.name) > 0);
     for (uint64_t b = 0; b < t.bytes; b += 64) CHECK(((const volatile unsigned char*)t.data)[b] < 256);
@@ -845,7 +846,7 @@ static int fuzz_rest(qvl_engine* engine) {
       qvl_kv_pool_free(pool);
       break;
     case 1: {
-      /* Sizes that are possible must be the arrays' own. */
+      /* A possible size must equal the array's. */
       const uint64_t bytes = qvl_packed_bytes(dtype, out, in);
       const int fits = bytes > 0 && bytes <= sizeof packed && out <= 64 && in <= 64 && out * in <= 64;
       if (has_zeros(dtype)) {

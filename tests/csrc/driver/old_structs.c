@@ -1,9 +1,9 @@
-/* A program whose structs are as version 0.1 of the header had them: without the later fields, and with
- * nothing readable behind them. It must run on every later library.
+/* A program with the structs of version 0.1 of the header: without the later fields, and with no readable
+ * memory behind them. It must run on every later library.
  *
- *   old_structs FILE < 26 numbers of qvl_config, from stages on, floats as such
+ *   old_structs FILE < the numbers of qvl_config, from `stages` on
  *
- * Prints the 8 tokens after the prompt 1 2 3 4 5, the likeliest ones, with vectors of ones at places 1 and 2.
+ * Prints 8 greedy tokens after the prompt 1 2 3 4 5, with vectors of ones as features at positions 1 and 2.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -72,24 +72,24 @@ static void must(int32_t status) {
   exit(1);
 }
 
-/* Memory that ends where the bytes end: the page behind cannot be touched. */
-static void* ending(size_t bytes) {
+/* Allocate memory at the end of a page; an access to the next page faults. */
+static void* at_page_end(size_t bytes) {
   char* pages = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (pages == MAP_FAILED || bytes > 4096 || mprotect(pages + 4096, 4096, PROT_NONE) != 0) exit(2);
   return pages + 4096 - bytes;
 }
 
 int main(int n, char** arguments) {
-  config_0_1* config = ending(sizeof *config);
+  config_0_1* config = at_page_end(sizeof *config);
   config->size = sizeof *config;
   for (size_t i = 1; i < sizeof *config / 4; ++i) {
     double value;
     if (scanf("%lf", &value) != 1) return 2;
     const float real = (float)value;
-    const int32_t whole = (int32_t)value;
+    const int32_t integer = (int32_t)value;
     const char* at = (const char*)config + 4 * i;
     const int is_real = at == (const char*)&config->norm_epsilon || at == (const char*)&config->rotary_base;
-    memcpy((char*)config + 4 * i, is_real ? (const void*)&real : (const void*)&whole, 4);
+    memcpy((char*)config + 4 * i, is_real ? (const void*)&real : (const void*)&integer, 4);
   }
   void *weights, *engine, *pool;
   must(n == 2 ? qvl_weights_open(arguments[1], &weights, error) : 1);
@@ -101,10 +101,10 @@ int main(int n, char** arguments) {
   float* ones = malloc((size_t)config->hidden * 2 * sizeof(float));
   for (int32_t i = 0; i < 2 * config->hidden; ++i) ones[i] = 1;
   float* logits = malloc((size_t)config->vocab * sizeof(float));
-  sequence_0_1* sequence = ending(sizeof *sequence);
-  span_0_1* span = ending(sizeof *span);
-  batch_0_1* batch = ending(sizeof *batch);
-  sampling_0_1* sampling = ending(sizeof *sampling);
+  sequence_0_1* sequence = at_page_end(sizeof *sequence);
+  span_0_1* span = at_page_end(sizeof *span);
+  batch_0_1* batch = at_page_end(sizeof *batch);
+  sampling_0_1* sampling = at_page_end(sizeof *sampling);
   *sequence = (sequence_0_1){5, 0, 5, 2, blocks};
   *span = (span_0_1){1, 2, ones};
   *batch = (batch_0_1){sizeof *batch, 1, sequence, tokens, 1, 0, span};
