@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(kLowRankDownThreads)
 
 extern "C" __global__ void __launch_bounds__(kLowRankThreads)
     low_rank_up(const __grid_constant__ LowRankParams p) {
-  constexpr int kHeldRuns = 4, kHeldSteps = 2;  // runs and steps of B kept in registers
+  constexpr int kHeldSteps = 2;  // of 32 values of B, requested a run ahead of their use
   __shared__ Rows rows;
   __shared__ float tile[kLowRankRows][kLowRankUp + 2];
   start_successors();
@@ -73,14 +73,9 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads)
         static_cast<int64>(rows.row[i]) * p.low_stride + column(entry.parts, 0) % entry.parts * width + k;
     return load16(static_cast<const H*>(p.low) + at, k < width);
   };
-  uint4 b[kHeldRuns][kHeldSteps], low[kHeldSteps], high[kHeldSteps];
+  uint4 b[kHeldSteps], next[kHeldSteps], low[kHeldSteps], high[kHeldSteps];
 #pragma unroll
-  for (int run = 0; run < kHeldRuns; ++run) {
-#pragma unroll
-    for (int step = 0; step < kHeldSteps; ++step) {
-      b[run][step] = run < rows.n_runs ? load_b(rows.entry[rows.begin[run]], step) : make_uint4(0, 0, 0, 0);
-    }
-  }
+  for (int step = 0; step < kHeldSteps; ++step) b[step] = load_b(rows.entry[0], step);
   wait_for_predecessors();
 #pragma unroll
   for (int step = 0; step < kHeldSteps; ++step) {
@@ -99,20 +94,24 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads)
       add_raw(p.raw, p.result, row, at, before[pair].x, before[pair].y);
   }
 
-  // Compute a run's products for all rows; store those of the run's rows.
-  const auto finish = [&](int run, const uint4* of_run) {
+  // Compute a run's products for all rows; store those of the run's rows. The loop is not unrolled: a kernel
+  // of a few microseconds executes straight code no faster than it is fetched.
+#pragma unroll 1
+  for (int run = 0; run < rows.n_runs; ++run) {
     const int begin = rows.begin[run], end = rows.begin[run + 1];
+    if (run + 1 < rows.n_runs) {
+#pragma unroll
+      for (int step = 0; step < kHeldSteps; ++step) next[step] = load_b(rows.entry[end], step);
+    }
     const LowRankEntry& entry = rows.entry[begin];
     const bool low_there = g >= begin && g < end, high_there = g + 8 >= begin && g + 8 < end;
-    const uint4 none = make_uint4(0, 0, 0, 0);
     float sums[4] = {};
 #pragma unroll
-    for (int step = 0; step < kHeldSteps; ++step) {
-      multiply_step(sums, low_there ? low[step] : none, high_there ? high[step] : none,
-                    of_run != nullptr ? of_run[step] : load_b(entry, step));
-    }
+    for (int step = 0; step < kHeldSteps; ++step)
+      multiply_step(sums, keep_if(low_there, low[step]), keep_if(high_there, high[step]), b[step]);
+#pragma unroll 1
     for (int step = kHeldSteps; kStep * step < entry.rank / entry.parts; ++step) {
-      multiply_step(sums, low_there ? load_low(g, step) : none, high_there ? load_low(g + 8, step) : none,
+      multiply_step(sums, keep_if(low_there, load_low(g, step)), keep_if(high_there, load_low(g + 8, step)),
                     load_b(entry, step));
     }
 #pragma unroll
@@ -121,12 +120,9 @@ extern "C" __global__ void __launch_bounds__(kLowRankThreads)
       if (low_there) tile[g][local] = sums[i];
       if (high_there) tile[g + 8][local] = sums[2 + i];
     }
-  };
 #pragma unroll
-  for (int run = 0; run < kHeldRuns; ++run) {
-    if (run < rows.n_runs) finish(run, b[run]);
+    for (int step = 0; step < kHeldSteps; ++step) b[step] = next[step];
   }
-  for (int run = kHeldRuns; run < rows.n_runs; ++run) finish(run, nullptr);
   __syncthreads();
 
 #pragma unroll

@@ -56,6 +56,11 @@ __device__ inline uint4 load16(const void* from, bool there) {
   return there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 }
 
+// `value`, or zeros. `there ? a : b` of structs would select an address, of local memory.
+__device__ inline uint4 keep_if(bool there, const uint4& value) {
+  return make_uint4(there ? value.x : 0, there ? value.y : 0, there ? value.z : 0, there ? value.w : 0);
+}
+
 // sums [16, 8] += rows g and g + 8 of the left operand times row g of the right one, 8 values of k per lane.
 __device__ inline void multiply_step(float (&sums)[4], const uint4& low, const uint4& high,
                                      const uint4& right) {
