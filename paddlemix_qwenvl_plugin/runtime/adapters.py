@@ -61,28 +61,28 @@ def low_rank(adapter: Adapter) -> Iterator[LowRank]:
     """Read the updates of an adapter one at a time, in the narrowest type that holds all values exactly."""
     for name, entry in adapter.updates.items():
         a, b = adapter.update(name)  # [in, rank], [rank, out]
-        halves: list[Any] = [np.ascontiguousarray(half.T) for half in (a, b)]
+        factors: list[Any] = [np.ascontiguousarray(factor.T) for factor in (a, b)]
         dtype = "float32"
-        for narrower, narrow in _NARROWER.items():
-            narrowed = [narrow(half) for half in halves]
-            if all(half is not None for half in narrowed):
-                halves, dtype = narrowed, narrower
+        for half_type, convert in _HALF_TYPES.items():
+            converted = [convert(factor) for factor in factors]
+            if all(factor is not None for factor in converted):
+                factors, dtype = converted, half_type
                 break
-        yield LowRank(name, halves[0], halves[1], entry.scaling, dtype)
+        yield LowRank(name, factors[0], factors[1], entry.scaling, dtype)
 
 
 def _bfloat16(values: NDArray[np.float32]) -> Optional[NDArray[Any]]:
-    """Convert to bfloat16 (as uint16); None if a value is not exact."""
+    """Convert to bfloat16 (as uint16); None if a value would be rounded."""
     bits = values.view(np.uint32)
     return None if (bits & 0xFFFF).any() else (bits >> 16).astype(np.uint16)
 
 
 def _float16(values: NDArray[np.float32]) -> Optional[NDArray[Any]]:
-    """Convert to float16; None if a value is not exact."""
+    """Convert to float16; None if a value would be rounded."""
     with np.errstate(over="ignore"):
         narrowed = values.astype(np.float16)
     return narrowed if np.array_equal(narrowed.astype(np.float32), values) else None
 
 
-# Types in which training code saves adapters; the reader widens them to float32.
-_NARROWER = {"bfloat16": _bfloat16, "float16": _float16}
+# Types in which training code saves adapters; `Adapter.update` converts them to float32.
+_HALF_TYPES = {"bfloat16": _bfloat16, "float16": _float16}

@@ -41,9 +41,10 @@ _MAX_RUNNING = 256
 # Maximum size of the KV cache on a CPU, as a share of the memory free when the model is opened. The system commits the
 # memory as the cache fills.
 _CACHE_SHARE = 0.25
+# Maximum size of the KV cache on any device, in requests of the full context.
 _CACHE_CONTEXTS = 64
 
-_numbers = itertools.count()
+_row_numbers = itertools.count()
 
 
 class EngineExecutor:
@@ -63,7 +64,7 @@ class EngineExecutor:
         Args:
             vision: the vision stage.
             language: the language stage.
-            n_blocks: size of the KV cache in blocks; None: a share of the free memory.
+            n_blocks: size of the KV cache in blocks; None: a share of the free memory, at least one full context.
             gpu_memory: that share on a GPU, of the memory left by the weights.
             ahead: start a step while the previous one is computed (loop.py); None: on a GPU only.
             adapters: the adapters that requests name.
@@ -76,8 +77,8 @@ class EngineExecutor:
         self._ahead = gpu is not None if ahead is None else ahead
         config = language.manifest.config
         self._vocab_size = config.vocab_size
-        full = language.manifest.dtype == "float32"
-        dtype, step_tokens = "float32" if full else "bfloat16", _STEP_TOKENS
+        full_precision = language.manifest.dtype == "float32"
+        dtype, step_tokens = "float32" if full_precision else "bfloat16", _STEP_TOKENS
         if gpu is not None:
             device = c.device_info(gpu)
             check_room(vision, language, device.free_bytes, gpu_memory)
@@ -88,12 +89,12 @@ class EngineExecutor:
         self._adapters = {
             name: Adapter(self._language, low_rank(adapter)) for name, adapter in (adapters or {}).items()
         }
-        context = -(-config.max_position_embeddings // _BLOCK_TOKENS)
+        context_blocks = -(-config.max_position_embeddings // _BLOCK_TOKENS)
         if n_blocks is None:
             block_bytes = KvPool.block_bytes(self._language, _BLOCK_TOKENS, dtype)
             share = _CACHE_SHARE if gpu is None else gpu_memory
             affordable = int(_free_bytes(gpu) * share) // block_bytes
-            n_blocks = max(context, min(affordable, _CACHE_CONTEXTS * context))
+            n_blocks = max(context_blocks, min(affordable, _CACHE_CONTEXTS * context_blocks))
         self._pool = KvPool(self._language, n_blocks, _BLOCK_TOKENS, dtype)
         self.limits = Limits(_MAX_RUNNING, step_tokens, n_blocks, _BLOCK_TOKENS, ahead=self._ahead)
         self._rows: dict[Generation, _Row] = {}
@@ -107,7 +108,7 @@ class EngineExecutor:
             sampling_size=ctypes.sizeof(c.Sampling),
             batch=ctypes.pointer(self._batch),
         )
-        # Output buffers, the last written one at the end, from which a step started ahead reads its input tokens.
+        # Output buffers, the last written one at the end: a step started ahead reads its input tokens from it.
         self._n_top = min(MAX_LOGPROBS, config.vocab_size)
         self._outputs = [
             StepOutput(self._language, _MAX_RUNNING, self._n_top) for _ in range(1 + self._ahead)
@@ -269,7 +270,7 @@ class EngineExecutor:
         self._capacity = capacity
         self._sequences = (c.SequenceRow * capacity)(*self._sequences)
         self._sampling = (c.Sampling * capacity)(*self._sampling)
-        # Views of the elements, and the values written to them last.
+        # Views of the array elements, and the values last written to them.
         self._entries, self._samplings = list(self._sequences), list(self._sampling)
         self._shapes: list[Any] = [None] * capacity
         self._sampled: list[Any] = [None] * capacity
@@ -283,7 +284,7 @@ class _Row:
     def __init__(
         self, generation: Generation, vocab_size: int, counts_on: Engine | None, adapter: int | None
     ) -> None:
-        self.number = next(_numbers)
+        self.number = next(_row_numbers)
         self.adapter = adapter  # address
         self._generation = generation
         options = generation.options

@@ -120,8 +120,8 @@ class Generation:
         self._generated = sorted(generated)
         self._identity = self._identities()
         self._block_keys: list[bytes] = []
-        named = b"" if adapter is None else b" adapter " + adapter.encode()
-        self._chain = hashlib.sha256(b"qwenvl %d%s" % (rotary_class, named)).digest()
+        suffix = b"" if adapter is None else b" adapter " + adapter.encode()
+        self._chain = hashlib.sha256(b"qwenvl %d%s" % (rotary_class, suffix)).digest()
 
     @property
     def n_pending(self) -> int:

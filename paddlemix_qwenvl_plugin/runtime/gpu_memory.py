@@ -6,7 +6,8 @@ from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.machine import GIB
 
-# Size relative to a language stage in half precision. The embedding is never quantised, c_attn and lm_head to 8 bits.
+# Size of a quantised language stage relative to half precision; in both types the embedding is not quantised, and
+# c_attn and lm_head are quantised to 8 bits.
 _SMALLER = (("weight_only_int8", 0.55), ("weight_only_int4", 0.4))
 
 
@@ -49,5 +50,5 @@ def check_room(vision: Stage, language: Stage, free: int, share: float) -> None:
 def _bytes(stage: Stage) -> float:
     """Size of a stage's weights on a GPU, which stores float32 weights in half precision."""
     size = stage.params.stat().st_size
-    in_full = stage.manifest.dtype == "float32" and stage.manifest.quant_type is None
-    return size / 2 if in_full else size
+    full_precision = stage.manifest.dtype == "float32" and stage.manifest.quant_type is None
+    return size / 2 if full_precision else size

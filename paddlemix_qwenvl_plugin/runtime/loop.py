@@ -57,7 +57,7 @@ class Loop:
         self._submitted: deque[Generation] = deque()
         self._cancelled: deque[Generation] = deque()
         self._started: _Step | None = None  # started ahead, not yet read
-        self._ended = 0.0
+        self._ended = 0.0  # end of the last step, seconds of time.perf_counter()
         self._prompt_budget = PromptBudget(executor.limits.step_tokens)
         self._counts: Counter[str] = Counter()  # counters of LoopStatistics
 

@@ -261,7 +261,7 @@ class QwenVL:
             for generation in generations:
                 while not generation.finished:
                     loop.advance(generation, len(generation.tokens))
-                loop.advance(generation, 0)
+                loop.advance(generation, 0)  # raises the error of a failed request
         finally:
             for generation in generations:
                 if not generation.finished:

@@ -142,7 +142,7 @@ class Program:
             # cache is: return copies.
             return [output.clone() for output in self._predictor.run(tensors)]
         except _PADDLE_ERRORS as error:
-            raise QwenVLError(f"Paddle Inference failed ({_last_line(error)})") from error
+            raise QwenVLError(f"Paddle Inference failed ({_cause(error)})") from error
 
     def zeros(self, shape: list[int], dtype: str) -> Any:
         """Create a Paddle tensor of zeros on the program's device."""
@@ -185,11 +185,11 @@ def _create_predictor(program: Path, params: Path, gpu: Optional[int]) -> Any:
     try:
         return inference.create_predictor(config)
     except _PADDLE_ERRORS as error:
-        raise QwenVLError(f"{program}: Paddle Inference cannot load it ({_last_line(error)})") from error
+        raise QwenVLError(f"{program}: Paddle Inference cannot load it ({_cause(error)})") from error
 
 
-def _last_line(error: BaseException) -> str:
-    """The cause in Paddle's long messages: the line of the engine, which begins with its name, else the last line."""
+def _cause(error: BaseException) -> str:
+    """Extract the cause from a Paddle error: the engine's line, which contains "qwenvl: ", else the last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in lines:
         _, found, message = line.partition("qwenvl: ")

@@ -65,8 +65,9 @@ class RowSampler:
         probabilities = weights / weights.sum()
         before = np.cumsum(probabilities) - probabilities
         kept = order[: int((before < (1.0 if options.top_p is None else options.top_p)).sum()) or 1]
-        reach = np.cumsum(probabilities[: kept.size])
-        index = np.searchsorted(reach, random_fraction(self._seed, self._n_tokens) * reach[-1], side="right")
+        cumulative = np.cumsum(probabilities[: kept.size])
+        drawn = random_fraction(self._seed, self._n_tokens) * cumulative[-1]
+        index = np.searchsorted(cumulative, drawn, side="right")
         return int(kept[min(int(index), kept.size - 1)])
 
 

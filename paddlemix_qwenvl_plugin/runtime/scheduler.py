@@ -214,7 +214,7 @@ class Scheduler:
             self.n_cached_tokens += generation.n_cached
 
     def _plan(self, generation: Generation, n: int, planned: dict[Generation, int]) -> int:
-        """Allocate blocks for n more tokens, preempting the youngest requests; return n, or 0 if itself preempted."""
+        """Allocate blocks for n more tokens, preempting the youngest requests; return n, or 0 if it was preempted."""
         if n <= 0 or generation in self._preempted:
             return 0
         needed = self._n_blocks(generation.n_computed + n)

@@ -62,7 +62,7 @@ class SegmentBuilder:
                 n_ready = len(self._held) if last else _before_partial_tag(self._held)
             elif tag.start():
                 n_ready = tag.start()
-            elif tag.group(1):  # an end tag without its tag
+            elif tag.group(1):  # an end tag without its start tag
                 n_ready = tag.end()
             else:
                 end = _TAG.search(self._held, tag.end())

@@ -148,9 +148,9 @@ def _arange_in_half_types(arange: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _skip_upstream_validation() -> None:
-    """Replace the search for print operators in PaddleNLP generation 1's script, which fails on a CPU and on Paddle 3.
+    """Skip the check of PaddleNLP generation 1's script for print operators, which fails on a CPU and on Paddle 3.
 
-    The script looks the function up when it calls it.
+    The script looks up the function after the export, so its replacement takes effect.
     """
     script = sys.modules["__main__"]
     if hasattr(script, "validate_pdmodel"):

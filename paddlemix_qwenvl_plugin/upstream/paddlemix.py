@@ -58,9 +58,10 @@ def hook_qwen_vl_processing(module: ModuleType) -> None:
 
 
 def _stock_predictors() -> Iterator[tuple[ModuleType, type]]:
-    """Find (script, its Predictor class). The class is in the script, of any name, so no module can be hooked.
+    """Find each running predictor script and its Predictor class.
 
-    Recognized by the method `create_predictor` next to the reader of token files.
+    A script can run under any module name, so no import hook finds it. It is recognized by its reader of token files,
+    and the class by its method `create_predictor`.
     """
     for script in list(sys.modules.values()):
         names = getattr(script, "__dict__", {})

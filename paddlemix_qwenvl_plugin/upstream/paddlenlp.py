@@ -32,7 +32,7 @@ def before_fused_layers(module: ModuleType) -> None:
 
     from paddlemix_qwenvl_plugin.upstream.ops_stand_in import missing_operator
 
-    source = module.__loader__.get_source(module.__name__)  # type: ignore[union-attr]  # a file's has it
+    source = module.__loader__.get_source(module.__name__)  # type: ignore[union-attr]  # a file loader
     if hasattr(functional, "fused_moe") or "fused_moe" not in (source or ""):
         return
     reason = f"Paddle {__version__} has removed it; a model that calls it needs Paddle 3.0"

@@ -22,7 +22,7 @@ from paddlemix_qwenvl_plugin.util.shipped import PACKAGE, shipped_folder
 
 # File headers of a patch; shipped patches have complete ids (--full-index).
 _FILE = re.compile(r"^diff --git a/(\S+) b/\1\nindex ([0-9a-f]{40})\.\.[0-9a-f]{40} \d+$", re.MULTILINE)
-# These would make git use another repository than that of the tree.
+# Variables that would make git use another repository than the tree's; removed from its environment.
 _GIT_VARIABLES = (
     "GIT_DIR",
     "GIT_WORK_TREE",
@@ -45,7 +45,10 @@ class State(Enum):
 class Patch:
     """Shipped patch file.
 
-    `files` maps each path that it touches, relative to the tree, to the file's git blob id at the commit.
+    Attributes:
+        path: the patch file.
+        what: its first line, a description.
+        files: paths that it changes, relative to the tree -> the file's git blob id at the commit.
     """
 
     path: Path
@@ -60,7 +63,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class Tree:
-    """Folder that contains an upstream. `commit`: None if the folder has no .git."""
+    """Checkout or unpacked archive of an upstream. `commit`: None if the folder has no .git."""
 
     root: Path
     upstream: Upstream
@@ -96,7 +99,7 @@ def shipped(upstream: Upstream) -> list[Patch]:
     touched = [file for patch in patches for file in patch.files]
     for file in touched:
         if touched.count(file) > 1:
-            raise QwenVLError(f"{folder}: two patches touch {file}; make them one")
+            raise QwenVLError(f"{folder}: two patches touch {file}; merge them into one")
     return patches
 
 
@@ -104,7 +107,7 @@ def _read(path: Path) -> Patch:
     text = path.read_text(encoding="utf-8")
     files = dict(_FILE.findall(text))
     if len(files) != len(re.findall(r"^diff ", text, re.MULTILINE)) or not files:
-        raise QwenVLError(f"{path}: not a patch that changes files as git diff --full-index writes it")
+        raise QwenVLError(f"{path}: not a patch in the format of git diff --full-index")
     return Patch(path, text.partition("\n")[0], files)
 
 
@@ -200,7 +203,7 @@ def _trouble(tree: Tree, states: Sequence[tuple[Patch, State]], force: bool) -> 
 
 
 def _has_other_changes(tree: Tree, patch: Patch, state: State, file: str) -> bool:
-    """Whether a file differs from its commit and, where applied, the patch."""
+    """Whether a file has changes since the commit other than those of an applied patch."""
     if tree.commit is None:
         expected = patch.files[file]
     else:

@@ -1,6 +1,6 @@
 """PaddleMIX's stock Predictor (deploy/qwen_vl/run_static_predict.py) on our exports.
 
-It is written for one export: legacy programs of the 7B model on a GPU, in float16, with one image. Its inputs are
+Upstream wrote it for one export: legacy programs of the 7B model on a GPU, in float16, with one image. Its inputs are
 converted to the shapes and dtypes that the exported program declares.
 """
 
@@ -82,7 +82,7 @@ class _OlderPaddle:
 
 
 class ImageEncoder:
-    """Stage 1 with the interface of a Paddle Inference predictor."""
+    """The vision stage with the interface of a Paddle Inference predictor."""
 
     def __init__(self, stage: Stage) -> None:
         self._program = stage.open()
@@ -93,7 +93,7 @@ class ImageEncoder:
 
 
 class LanguageModel:
-    """Stage 2 with the interface of a Paddle Inference predictor; writes tokens for the script's reader."""
+    """The language stage with the interface of a Paddle Inference predictor; writes tokens for the script's reader."""
 
     def __init__(self, stage: Stage, tokenizer: Any, model: Path) -> None:
         self._config = stage.manifest.config
@@ -122,8 +122,8 @@ class LanguageModel:
         ids = inputs[_INPUT_IDS]
         n_rows = ids.shape[0]
         feed = [
-            tensor[:n_rows] if place > _IMG_POS and place not in (_EOS, _STOP_NUMS) else tensor
-            for place, tensor in enumerate(inputs[:_CACHES])
+            tensor[:n_rows] if index > _IMG_POS and index not in (_EOS, _STOP_NUMS) else tensor
+            for index, tensor in enumerate(inputs[:_CACHES])
         ]
         feed[_FEATURES] = feed[_FEATURES].astype("float32")
         if feed[_IMG_POS] is None:  # a prompt without an image
@@ -142,15 +142,15 @@ class LanguageModel:
         return [self._eod_id, *(self._turn_stop_token_ids if chat else [])]
 
 
-def _stage(path: str, stage: str, asked: str) -> Stage:
+def _stage(path: str, stage: str, script_device: str) -> Stage:
     """Open a stage on QWENVL_DEVICE, else on the script's `--device` (default: GPU)."""
     device = env.DEVICE.read()
     if device is not None:
         gpu_index(device, env.DEVICE.name)  # raises an error that names the variable
-    elif asked == "gpu" and not gpus():
+    elif script_device == "gpu" and not gpus():
         notice("--device gpu: no GPU found, running on the CPU")
         device = "cpu"
-    opened = Stage(path, stage, device or asked)
+    opened = Stage(path, stage, device or script_device)
     if opened.gpu is None or opened.engine:
         paddle.set_device("cpu")  # else a GPU build of Paddle creates the script's tensors on the GPU
     return opened
@@ -159,9 +159,9 @@ def _stage(path: str, stage: str, asked: str) -> Stage:
 @functools.cache
 def _token_folder() -> Path:
     """Per-process folder of token files: in a shared working directory, processes would read each other's."""
-    named = env.REAL_TIME_SAVE_DIR.read()
-    if named:
-        folder = named.absolute()
+    configured = env.REAL_TIME_SAVE_DIR.read()
+    if configured:
+        folder = configured.absolute()
         make_folder(folder)
     else:
         folder = Path(tempfile.mkdtemp(prefix="qwenvl-real-time-save-"))

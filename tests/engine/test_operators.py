@@ -118,7 +118,7 @@ try:
     opened.run([paddle.zeros([1, 3, 448, 448])])
     print("answered")
 except Exception as error:
-    print(programs._last_line(error))
+    print(programs._cause(error))
 """
 
 
