@@ -33,7 +33,7 @@ def stages(demo_cache: Path) -> DemoStages:
 
 
 @pytest.fixture(scope="session")
-def alone(stages: DemoStages) -> QwenVL:
+def local_model(stages: DemoStages) -> QwenVL:
     """The demo model opened in this process, as the reference for the server's completions."""
     model = QwenVL.from_exported(*stages)
     model.load()

@@ -64,13 +64,13 @@ def running(pid: int) -> bool:
 
 
 @dataclass
-class Asked:
-    """Request of the front."""
+class RequestCase:
+    """Request of the front, with the completion that QwenVL generates for it."""
 
     request: EngineRequest
 
     @classmethod
-    def at_random(cls, vl: QwenVL, rng: random.Random, n_logprobs: Optional[int] = None) -> Asked:
+    def at_random(cls, vl: QwenVL, rng: random.Random, n_logprobs: Optional[int] = None) -> RequestCase:
         """Random request; few prefixes, so that many share them; some with an image, an earlier answer, sampling."""
         vision = vl.config.visual
         ids = [rng.randrange(3) for _ in range(rng.randrange(1, 90))]
@@ -92,7 +92,7 @@ class Asked:
         stop = [vl.tokenizer.eod_id] if rng.random() < 0.4 else []
         return cls(EngineRequest(ids, images, stop, options, generated, n_logprobs))
 
-    def alone(self, vl: QwenVL) -> list[int]:
+    def expected_ids(self, vl: QwenVL) -> list[int]:
         """QwenVL's answer, with its own preprocessing of the pixels."""
         asked = self.request
         images = [ImageInput.of(normalise(image)) for image in asked.images]

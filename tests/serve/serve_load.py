@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import httpx
-from serve_nonsense import NONSENSE
+from serve_invalid_requests import INVALID_REQUESTS
 from serve_questions import Question
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
@@ -48,12 +48,12 @@ class Tally:
     answered: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     hung_up: int = 0
-    nonsense: Counter[str] = field(default_factory=Counter)
+    invalid: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
     @property
     def requests(self) -> int:
-        return self.answered + sum(self.errors.values()) + self.hung_up + sum(self.nonsense.values())
+        return self.answered + sum(self.errors.values()) + self.hung_up + sum(self.invalid.values())
 
 
 class Load:
@@ -96,7 +96,7 @@ class Load:
                 if chance < 0.1:
                     await self._hang_up(http)
                 elif chance < 0.2:
-                    await self._send_nonsense(http)
+                    await self._send_invalid(http)
                 else:
                     await self._ask(http)
 
@@ -130,12 +130,12 @@ class Load:
                 self.tally.wrong.append(f"a client that hung up: {reply} but alone {question.texts}")
         self.tally.hung_up += 1
 
-    async def _send_nonsense(self, http: httpx.AsyncClient) -> None:
-        nonsense = self._rng.choice(NONSENSE)
-        problem = await nonsense.send(http)
+    async def _send_invalid(self, http: httpx.AsyncClient) -> None:
+        invalid = self._rng.choice(INVALID_REQUESTS)
+        problem = await invalid.send(http)
         if problem is not None and not (self._forgiving and problem.startswith("status 503")):
-            self.tally.wrong.append(f"{nonsense.name}: {problem}")
-        self.tally.nonsense[nonsense.name] += 1
+            self.tally.wrong.append(f"{invalid.name}: {problem}")
+        self.tally.invalid[invalid.name] += 1
 
 
 def is_failure(reply: Reply) -> bool:

@@ -51,7 +51,7 @@ def image_part(path: Path) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": data_url(path)}}
 
 
-def asking(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def demo_question(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A question of the demo: the content of a message, and the parts of a query for QwenVL.
 
     Bytes, not paths: a prompt names a path, and the server calls an image image-1.
@@ -62,21 +62,22 @@ def asking(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return content, [*({"image": path.read_bytes()} for path in question.images), {"text": text}]
 
 
-def whole(server: Server, messages: Any, **parameters: Any) -> Any:
-    """A chat completion."""
+def chat(server: Server, messages: Any, **parameters: Any) -> Any:
+    """Request a chat completion."""
     return server.openai.chat.completions.create(model=NAME, messages=messages, **parameters)
 
 
 def streamed(server: Server, messages: Any, **parameters: Any) -> list[Any]:
     """The chunks of a streamed chat completion."""
-    return list(whole(server, messages, stream=True, **parameters))
+    return list(chat(server, messages, stream=True, **parameters))
 
 
-def said(chunks: list[Any], index: int = 0) -> str:
+def text_of(chunks: list[Any], index: int = 0) -> str:
     """The text of a choice in chunks."""
     choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
     return "".join(choice.delta.content or "" for choice in choices)
 
 
-def ask(text: str) -> list[dict[str, str]]:
+def question(text: str) -> list[dict[str, str]]:
+    """Messages of a chat that consists of this question."""
     return [{"role": "user", "content": text}]

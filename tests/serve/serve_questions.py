@@ -30,7 +30,7 @@ class Question:
     Attributes:
         path: of the request.
         body: without `stream`.
-        texts: of its choices, as QwenVL gives them alone.
+        texts: of its choices, as QwenVL generates them without a server.
         reasons: why each ends.
     """
 
@@ -40,11 +40,11 @@ class Question:
     reasons: list[str] = field(default_factory=list)
 
 
-def questions(alone: QwenVL, n: int, seed: int = 1) -> list[Question]:
+def questions(local_model: QwenVL, n: int, seed: int = 1) -> list[Question]:
     """N questions with their answers; the same for the same seed."""
     rng = random.Random(seed)
     made = _made(rng)
-    return [_answered(alone, *next(made)) for _ in range(n)]
+    return [_answered(local_model, *next(made)) for _ in range(n)]
 
 
 def _made(rng: random.Random) -> Iterator[tuple[list[Any], list[Any], str, dict[str, Any]]]:
@@ -93,7 +93,7 @@ def _content(images: Sequence[Any], text: str) -> tuple[list[dict[str, Any]], li
 
 
 def _answered(
-    alone: QwenVL, content: list[Any], parts: list[Any], path: str, parameters: dict[str, Any]
+    local_model: QwenVL, content: list[Any], parts: list[Any], path: str, parameters: dict[str, Any]
 ) -> Question:
     asked = {"messages": [{"role": "user", "content": content}]} if path == CHAT else {"prompt": content}
     question = Question(path, {"model": NAME, **asked, **parameters})
@@ -102,7 +102,9 @@ def _answered(
     for number in range(parameters.get("n", 1)):
         if "seed" in parameters:
             options["seed"] = (parameters["seed"] + (number << 40)) % 2**64
-        answer = alone.generate(parts, chat=path == CHAT, max_new_tokens=parameters["max_tokens"], **options)
+        answer = local_model.generate(
+            parts, chat=path == CHAT, max_new_tokens=parameters["max_tokens"], **options
+        )
         text, stopped = _cut(answer.text, parameters.get("stop", ()))
         question.texts.append(text)
         question.reasons.append("stop" if stopped else answer.finish_reason)

@@ -12,7 +12,7 @@ import signal
 import numpy as np
 import pytest
 from engines import needs_compiler
-from serve_engine_helpers import Asked, read, running, settings_of, until, with_engine, words
+from serve_engine_helpers import RequestCase, read, running, settings_of, until, with_engine, words
 
 from paddlemix_qwenvl_plugin import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.serve import engine_child
@@ -22,11 +22,11 @@ from paddlemix_qwenvl_plugin.serve.engine_client import ProcessEngineClient
 pytestmark = needs_compiler
 
 
-def test_answers_are_those_alone(stages, alone):
+def test_answers_are_those_alone(stages, local_model):
     """32 concurrent requests, some cancelled, one read after the end."""
     rng = random.Random(1)
-    asked = [Asked.at_random(alone, rng) for _ in range(32)]
-    expected = [each.alone(alone) for each in asked]
+    asked = [RequestCase.at_random(local_model, rng) for _ in range(32)]
+    expected = [each.expected_ids(local_model) for each in asked]
     assert len({tuple(tokens) for tokens in expected}) > 20
     assert any(each.request.images for each in asked)
 
@@ -83,8 +83,8 @@ def test_cancelling_frees_blocks(stages):
     with_engine(stages, use)
 
 
-def test_a_request_that_cannot_be_fails_alone(stages, alone):
-    image = np.zeros([alone.config.visual.image_size] * 2 + [3], np.uint8)
+def test_a_request_that_cannot_be_fails_alone(stages, local_model):
+    image = np.zeros([local_model.config.visual.image_size] * 2 + [3], np.uint8)
     bad = [
         (dataclasses.replace(words(), images=[image]), "images: 1, but the prompt has 0 "),
         (dataclasses.replace(words(), prompt=[5] * 9000), "no room in the context"),
@@ -172,10 +172,10 @@ def test_an_interrupted_start_leaves_no_process(stages):
     asyncio.run(run())
 
 
-def test_log_probabilities_come_with_their_tokens(stages, alone):
+def test_log_probabilities_come_with_their_tokens(stages, local_model):
     asked = dataclasses.replace(words(20), n_logprobs=3)
-    generation = alone.generation(asked.prompt, [], [], asked.options, n_logprobs=3)
-    loop = alone.open_loop()
+    generation = local_model.generation(asked.prompt, [], [], asked.options, n_logprobs=3)
+    loop = local_model.open_loop()
     loop.submit(generation)
     while loop.step():
         pass

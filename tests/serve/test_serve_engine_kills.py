@@ -13,7 +13,7 @@ import time
 
 import pytest
 from engines import needs_compiler
-from serve_engine_helpers import PATIENCE, Asked, read, running, until, with_engine, words
+from serve_engine_helpers import PATIENCE, RequestCase, read, running, until, with_engine, words
 
 from paddlemix_qwenvl_plugin.serve import engine_client
 from paddlemix_qwenvl_plugin.serve.engine_api import EngineStats, EngineUnavailable
@@ -24,11 +24,11 @@ pytestmark = [
 ]
 
 
-def test_killed_ten_times_under_load(stages, alone):
+def test_killed_ten_times_under_load(stages, local_model):
     """Each request ends with its answer or a one-line error, and a new process answers."""
     rng = random.Random(2)
-    asked = [Asked.at_random(alone, rng) for _ in range(12)]
-    expected = [each.alone(alone) for each in asked]
+    asked = [RequestCase.at_random(local_model, rng) for _ in range(12)]
+    expected = [each.expected_ids(local_model) for each in asked]
     pids, lines = [], []
 
     async def use(client):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from engines import DEVICE, needs_compiler, open_model
 from executors import without_cache
-from serve_engine_helpers import Asked
+from serve_engine_helpers import RequestCase
 
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL
 from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
@@ -23,8 +23,8 @@ pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
-def vl(alone: QwenVL) -> QwenVL:
-    return alone
+def vl(local_model: QwenVL) -> QwenVL:
+    return local_model
 
 
 class KeepsLogits(EngineExecutor):
@@ -46,7 +46,7 @@ class KeepsLogits(EngineExecutor):
         return picked
 
 
-def generation_of(vl: QwenVL, asked: Asked, n_logprobs: Optional[int]) -> Generation:
+def generation_of(vl: QwenVL, asked: RequestCase, n_logprobs: Optional[int]) -> Generation:
     request = asked.request
     images = [ImageInput.of(image) for image in request.images]
     return vl.generation(
@@ -80,7 +80,7 @@ def test_of_every_kind_of_request(vl, ahead):
     rng = random.Random(3)
     executor = KeepsLogits(vl, ahead=ahead)
     numbers = [None, 0, 1, 5, 20]
-    generations = [generation_of(vl, Asked.at_random(vl, rng), numbers[i % 5]) for i in range(30)]
+    generations = [generation_of(vl, RequestCase.at_random(vl, rng), numbers[i % 5]) for i in range(30)]
     run(Loop(executor), generations)
     assert sum(generation.options.greedy for generation in generations) > 3
     for generation in generations:
@@ -102,7 +102,7 @@ def test_after_a_preemption(vl):
         sampled = {"temperature": 1.3, "seed": seed} if seed % 2 else {}
         options = GenerationOptions(max_new_tokens=90, repetition_penalty=1.1, **sampled)
         prompt = [rng.randrange(300) for _ in range(rng.randrange(1, 40))]
-        asked.append(Asked(EngineRequest(prompt, [], [], options)))
+        asked.append(RequestCase(EngineRequest(prompt, [], [], options)))
     alone = []
     for each in asked:
         alone.append(generation_of(vl, each, 4))
@@ -128,7 +128,7 @@ def test_with_steps_ahead_as_without(stages):
         rng = random.Random(8)
         loop = Loop(EngineExecutor(*vl._stages, ahead=ahead, gpu_memory=0.1))
         generations = [
-            generation_of(vl, Asked.at_random(vl, rng), rng.choice([None, 0, 3])) for _ in range(20)
+            generation_of(vl, RequestCase.at_random(vl, rng), rng.choice([None, 0, 3])) for _ in range(20)
         ]
         run(loop, generations)
         for generation in generations:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import httpx
 import pytest
 from engines import needs_compiler
+from serve_invalid_requests import FLAGS
 from serve_load import Load, Pulse, Reply, ask
-from serve_nonsense import FLAGS
 from serve_process import PATIENCE, ServerProcess, alive, metrics, sound_log, wait_until, wait_until_idle
 from serve_questions import Question, questions
 
@@ -29,8 +29,8 @@ KILLS = int(os.environ.get("QWENVL_TEST_KILLS", 3))
 
 
 @pytest.fixture(scope="module")
-def asked(alone: QwenVL) -> list[Question]:
-    return questions(alone, 25, seed=2)
+def asked(local_model: QwenVL) -> list[Question]:
+    return questions(local_model, 25, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -215,11 +215,13 @@ def test_no_orphan_survives_the_front(
     wait_until(lambda: not any(map(alive, below)))
 
 
-def test_a_process_for_images_that_is_killed(serve_demo: Callable[..., ServerProcess], alone: QwenVL) -> None:
+def test_a_process_for_images_that_is_killed(
+    serve_demo: Callable[..., ServerProcess], local_model: QwenVL
+) -> None:
     """Another one decodes the next image."""
     server = serve_demo("--image_workers", 1)
     url = server.ready()
-    with_image = [q for q in questions(alone, 40, seed=3) if "data:image" in str(q.body)]
+    with_image = [q for q in questions(local_model, 40, seed=3) if "data:image" in str(q.body)]
     kinds = {str(question.body)[:3000]: question for question in with_image}  # of other images
     first, second = list(kinds.values())[:2]
     assert [reply.answers(first) for reply in asyncio.run(ask_each(url, [first]))] == [True]

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 from executors import say
-from serve_openai_helpers import NAME, ask, asking, wait_for, whole
+from serve_openai_helpers import NAME, chat, demo_question, question, wait_for
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
@@ -39,7 +39,7 @@ def cancelled_soon(server, n=1):
 
 
 def test_closing_a_stream_frees_the_request(server, endless):
-    stream = whole(server, ask("?"), stream=True, max_tokens=2000)
+    stream = chat(server, question("?"), stream=True, max_tokens=2000)
     for _, _ in zip(range(3), stream):
         pass
     assert server.admission.held == 1
@@ -48,7 +48,7 @@ def test_closing_a_stream_frees_the_request(server, endless):
 
 
 def test_closing_a_stream_frees_all_choices(server, endless):
-    stream = whole(server, ask("?"), stream=True, max_tokens=2000, n=3)
+    stream = chat(server, question("?"), stream=True, max_tokens=2000, n=3)
     seen = set()
     for chunk in stream:
         seen.add(chunk.choices[0].index)
@@ -62,7 +62,7 @@ def test_a_client_that_does_not_wait_for_a_whole_answer(server, endless):
     with pytest.raises(httpx.ReadTimeout):
         server.http.post(
             "/v1/chat/completions",
-            json={"model": NAME, "messages": ask("?"), "max_tokens": 2000, "n": 2},
+            json={"model": NAME, "messages": question("?"), "max_tokens": 2000, "n": 2},
             timeout=0.5,
         )
     cancelled_soon(server, 2)
@@ -77,7 +77,7 @@ def test_a_client_that_disconnects_before_the_first_token(server, monkeypatch):
         await asyncio.sleep(60)
 
     monkeypatch.setattr(server.images, "load", stuck)
-    content, _ = asking("caption")
+    content, _ = demo_question("caption")
     abandon(
         server, {"model": NAME, "messages": [{"role": "user", "content": content}], "stream": True}, waiting
     )
@@ -98,7 +98,7 @@ def abandon(server, body, when):
 def test_a_whole_answer_takes_too_long(server, endless, limited):
     limited(running_timeout=0.3)
     with pytest.raises(openai.InternalServerError) as error:
-        whole(server, ask("?"), max_tokens=2000)
+        chat(server, question("?"), max_tokens=2000)
     assert error.value.status_code == 504
     assert error.value.code == "timeout"
     assert error.value.response.headers["x-should-retry"] == "false"
@@ -115,16 +115,16 @@ def test_images_take_too_long(server, limited, monkeypatch):
         return await load(url, param)
 
     monkeypatch.setattr(server.images, "load", slow)
-    content, _ = asking("caption")
+    content, _ = demo_question("caption")
     with pytest.raises(openai.InternalServerError, match=r"timed out after 0\.1 seconds"):
-        whole(server, [{"role": "user", "content": content}])
+        chat(server, [{"role": "user", "content": content}])
     assert not server.engine.submitted
 
 
 def test_a_stream_takes_too_long(server, endless, limited):
     """The partial text is delivered; the error marks it as incomplete."""
     limited(running_timeout=2)
-    stream = whole(server, ask("?"), stream=True, max_tokens=2000)
+    stream = chat(server, question("?"), stream=True, max_tokens=2000)
     chunks = [next(stream)]
     with pytest.raises(openai.APIError, match="timed out after 2 seconds"):
         chunks += stream
@@ -138,7 +138,7 @@ def test_the_engine_dies_in_a_stream(server, endless):
     with server.http.stream(
         "POST",
         "/v1/chat/completions",
-        json={"model": NAME, "messages": ask("?"), "stream": True, "max_tokens": 2000},
+        json={"model": NAME, "messages": question("?"), "stream": True, "max_tokens": 2000},
     ) as response:
         for line in response.iter_lines():
             lines += [line] if line else []
@@ -163,7 +163,7 @@ def test_the_engine_dies_before_the_first_token(server, endless, stream):
     thread = threading.Thread(target=die)
     thread.start()
     with pytest.raises(openai.InternalServerError) as error:
-        whole(server, ask("?"), max_tokens=2000, stream=stream)
+        chat(server, question("?"), max_tokens=2000, stream=stream)
     assert (error.value.status_code, error.value.code) == (503, "engine_unavailable")
     thread.join()
     server.engine.going.set()
@@ -173,7 +173,7 @@ def test_the_engine_dies_before_the_first_token(server, endless, stream):
 def test_no_engine(server, stream):
     server.engine.dead = True
     with pytest.raises(openai.InternalServerError) as error:
-        whole(server, ask("?"), stream=stream)
+        chat(server, question("?"), stream=stream)
     assert error.value.status_code == 503
     assert error.value.code == "engine_unavailable"
     assert error.value.response.headers["retry-after"]
@@ -181,7 +181,7 @@ def test_no_engine(server, stream):
 
 
 def test_one_choice_fails_and_all_end(server, endless):
-    stream = whole(server, ask("?"), stream=True, max_tokens=2000, n=3)
+    stream = chat(server, question("?"), stream=True, max_tokens=2000, n=3)
     seen = set()
     while seen != {0, 1, 2}:
         seen.add(next(stream).choices[0].index)

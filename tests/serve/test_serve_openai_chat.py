@@ -9,7 +9,7 @@ import httpx
 import pytest
 from executors import say
 from serve_openai_engine import N_CACHED, likeliest, logprob
-from serve_openai_helpers import NAME, ask, asking, said, streamed, whole
+from serve_openai_helpers import NAME, chat, demo_question, question, streamed, text_of
 
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
 from paddlemix_qwenvl_plugin.processing.prompts import chat_prompt
@@ -26,11 +26,11 @@ def points(boxes):
 
 
 @pytest.mark.parametrize("name", ["caption", "locate", "pair", "chinese"])
-def test_answers_are_those_of_the_model_alone(server, alone, name):
-    content, parts = asking(name)
-    answer = alone.generate(parts, chat=True, max_new_tokens=200)
+def test_answers_are_those_of_the_model_alone(server, local_model, name):
+    content, parts = demo_question(name)
+    answer = local_model.generate(parts, chat=True, max_new_tokens=200)
     messages = [{"role": "user", "content": content}]
-    completion = whole(server, messages, max_tokens=200)
+    completion = chat(server, messages, max_tokens=200)
     (choice,) = completion.choices
     assert choice.message.content == answer.text
     assert choice.finish_reason == answer.finish_reason == "stop"
@@ -41,26 +41,28 @@ def test_answers_are_those_of_the_model_alone(server, alone, name):
     assert bool(expected) == (name in ("locate", "chinese"))
     assert completion.usage.completion_tokens == len(answer.token_ids)
     chunks = streamed(server, messages, max_tokens=200)
-    assert said(chunks) == answer.text
+    assert text_of(chunks) == answer.text
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
     boxes = [box for chunk in chunks for box in getattr(chunk.choices[0].delta, "boxes", None) or []]
     assert boxes == choice.message.boxes
 
 
-def test_an_answer_is_sent_back_unchanged(server, alone):
+def test_an_answer_is_sent_back_unchanged(server, local_model):
     """The client returns the whole answer, boxes included; the second question is about the first one's image."""
-    content, parts = asking("chinese")
+    content, parts = demo_question("chinese")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
-    first = whole(server, messages).choices[0].message
+    first = chat(server, messages).choices[0].message
     assert first.boxes
-    answer = whole(server, [*messages, first, {"role": "user", "content": "Sure?"}]).choices[0].message
+    answer = chat(server, [*messages, first, {"role": "user", "content": "Sure?"}]).choices[0].message
     history = [(parts, first.content)]
-    assert answer.content == alone.generate("Sure?", chat=True, history=history, system="Be brief.").text
+    assert (
+        answer.content == local_model.generate("Sure?", chat=True, history=history, system="Be brief.").text
+    )
 
 
-def test_turns_of_several_messages(server, alone):
-    content, parts = asking("locate")
+def test_turns_of_several_messages(server, local_model):
+    content, parts = demo_question("locate")
     messages = [
         {"role": "developer", "content": "Be brief."},
         {
@@ -74,15 +76,15 @@ def test_turns_of_several_messages(server, alone):
         {"role": "user", "content": "And?", "name": "Ann"},
     ]
     history = [([parts[0], {"text": "\n"}, parts[1]], "Where\nit is.")]
-    answer = alone.generate("And?", chat=True, history=history, system="Be brief.\nIn English.")
-    assert whole(server, messages).choices[0].message.content == answer.text
+    answer = local_model.generate("And?", chat=True, history=history, system="Be brief.\nIn English.")
+    assert chat(server, messages).choices[0].message.content == answer.text
     history = [([{"image": b""}, *history[0][0][1:]], history[0][1])]
-    prompt = chat_prompt(alone.tokenizer, [{"text": "And?"}], history, "Be brief.\nIn English.")
+    prompt = chat_prompt(local_model.tokenizer, [{"text": "And?"}], history, "Be brief.\nIn English.")
     assert server.engine.submitted[-1].request.prompt == prompt.input_ids
     assert server.engine.submitted[-1].request.generated == prompt.generated
 
 
-def test_sampling_parameters(server, alone):
+def test_sampling_parameters(server, local_model):
     """Each is the engine's own: the same tokens as alone."""
     chosen = {
         "temperature": 1.5,
@@ -93,22 +95,25 @@ def test_sampling_parameters(server, alone):
         "repetition_penalty": 1.2,
         "seed": 11,
     }
-    answer = alone.generate("Hello", chat=True, max_new_tokens=30, **chosen)
+    answer = local_model.generate("Hello", chat=True, max_new_tokens=30, **chosen)
     ours = {name: chosen[name] for name in ("top_k", "repetition_penalty")}
     standard = {name: value for name, value in chosen.items() if name not in ours}
-    completion = whole(server, ask("Hello"), max_completion_tokens=30, extra_body=ours, **standard)
+    completion = chat(server, question("Hello"), max_completion_tokens=30, extra_body=ours, **standard)
     assert completion.choices[0].message.content == answer.text
     assert completion.choices[0].finish_reason == answer.finish_reason
     for name in chosen:
         others = {**chosen, name: {"seed": 12, "top_k": 1, "temperature": 0}.get(name, 1e-3)}
-        if alone.generate("Hello", chat=True, max_new_tokens=30, **others).token_ids != answer.token_ids:
+        if (
+            local_model.generate("Hello", chat=True, max_new_tokens=30, **others).token_ids
+            != answer.token_ids
+        ):
             break
     else:
         pytest.fail("no parameter changes this answer")
 
 
-def test_greedy_unless_asked(server, alone):
-    greedy = alone.generate("Hello", chat=True, max_new_tokens=20).text
+def test_greedy_unless_asked(server, local_model):
+    greedy = local_model.generate("Hello", chat=True, max_new_tokens=20).text
     for parameters in (
         {},
         {"seed": 3},
@@ -116,38 +121,40 @@ def test_greedy_unless_asked(server, alone):
         {"extra_body": {"top_k": -1}},
         {"temperature": None},
     ):
-        assert whole(server, ask("Hello"), max_tokens=20, **parameters).choices[0].message.content == greedy
+        assert (
+            chat(server, question("Hello"), max_tokens=20, **parameters).choices[0].message.content == greedy
+        )
 
 
-def test_min_tokens_holds_stop_tokens_back(server, alone):
-    content, parts = asking("caption")
-    n = len(alone.generate(parts, chat=True, max_new_tokens=200).token_ids)
-    answer = alone.generate(parts, chat=True, max_new_tokens=n + 10, min_new_tokens=n + 10)
+def test_min_tokens_holds_stop_tokens_back(server, local_model):
+    content, parts = demo_question("caption")
+    n = len(local_model.generate(parts, chat=True, max_new_tokens=200).token_ids)
+    answer = local_model.generate(parts, chat=True, max_new_tokens=n + 10, min_new_tokens=n + 10)
     messages = [{"role": "user", "content": content}]
-    completion = whole(server, messages, max_tokens=n + 10, extra_body={"min_tokens": n + 10})
+    completion = chat(server, messages, max_tokens=n + 10, extra_body={"min_tokens": n + 10})
     assert completion.choices[0].message.content == answer.text
     assert completion.usage.completion_tokens == n + 10
 
 
-def test_choices_have_seeds_of_their_own(server, alone):
+def test_choices_have_seeds_of_their_own(server, local_model):
     parameters = {"n": 4, "seed": -5, "max_tokens": 20, **SAMPLED}
-    completion = whole(server, ask("Hello"), **parameters)
+    completion = chat(server, question("Hello"), **parameters)
     texts = [choice.message.content for choice in completion.choices]
     assert [choice.index for choice in completion.choices] == [0, 1, 2, 3]
     assert len(set(texts)) == 4
-    assert texts[0] == whole(server, ask("Hello"), **{**parameters, "n": 1}).choices[0].message.content
-    chunks = streamed(server, ask("Hello"), stream_options={"include_usage": True}, **parameters)
-    assert [said(chunks, index) for index in range(4)] == texts
+    assert texts[0] == chat(server, question("Hello"), **{**parameters, "n": 1}).choices[0].message.content
+    chunks = streamed(server, question("Hello"), stream_options={"include_usage": True}, **parameters)
+    assert [text_of(chunks, index) for index in range(4)] == texts
     assert chunks[-1].usage == completion.usage
     reasons = {c.index: c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason}
     assert reasons == {choice.index: choice.finish_reason for choice in completion.choices}
 
 
-def test_choices_share_a_prompt(server, alone):
+def test_choices_share_a_prompt(server, local_model):
     """The others are submitted when the first one's prompt is computed, and counted once; its image is loaded once."""
-    content, _ = asking("caption")
+    content, _ = demo_question("caption")
     messages = [{"role": "user", "content": content}]
-    completion = whole(server, messages, n=3, max_tokens=5, seed=1, temperature=1.0)
+    completion = chat(server, messages, n=3, max_tokens=5, seed=1, temperature=1.0)
     streams = server.engine.submitted
     assert len(streams) == 3
     assert all(stream.n_before for stream in streams[1:])
@@ -158,12 +165,12 @@ def test_choices_share_a_prompt(server, alone):
     assert server.admission.most == 3
 
 
-def test_usage(server, alone):
-    content, parts = asking("caption")
+def test_usage(server, local_model):
+    content, parts = demo_question("caption")
     messages = [{"role": "user", "content": content}]
-    answer = alone.stream(parts, chat=True, max_new_tokens=9)
+    answer = local_model.stream(parts, chat=True, max_new_tokens=9)
     answer.finish()
-    usage = whole(server, messages, max_tokens=9).usage
+    usage = chat(server, messages, max_tokens=9).usage
     assert usage.prompt_tokens == answer.n_prompt_tokens
     assert usage.completion_tokens == 9
     assert usage.total_tokens == usage.prompt_tokens + 9
@@ -178,17 +185,17 @@ def test_usage(server, alone):
 
 
 def test_one_image_in_several_turns_is_loaded_once(server):
-    content, _ = asking("caption")
+    content, _ = demo_question("caption")
     turn = {"role": "user", "content": content}
-    whole(server, [turn, {"role": "assistant", "content": "?"}, turn], max_tokens=1)
+    chat(server, [turn, {"role": "assistant", "content": "?"}, turn], max_tokens=1)
     assert len(server.images.loaded) == 1
     assert len(server.engine.submitted[-1].request.images) == 2
 
 
 def test_detail_is_ignored(server):
-    content, _ = asking("caption")
+    content, _ = demo_question("caption")
     content[0]["image_url"]["detail"] = "high"
-    whole(server, [{"role": "user", "content": content}], max_tokens=1)
+    chat(server, [{"role": "user", "content": content}], max_tokens=1)
 
 
 def test_logprobs(server, monkeypatch):
@@ -197,8 +204,8 @@ def test_logprobs(server, monkeypatch):
     text = "A 狗 <ref>dog</ref><box>(1,2),(3,4)</box> é!"
     tokens = tokenizer.encode(text)
     say(server.engine.vl, monkeypatch, [*tokens, tokenizer.im_end_id])
-    completion = whole(server, ask("?"), logprobs=True, top_logprobs=2)
-    chunks = streamed(server, ask("?"), logprobs=True, top_logprobs=2)
+    completion = chat(server, question("?"), logprobs=True, top_logprobs=2)
+    chunks = streamed(server, question("?"), logprobs=True, top_logprobs=2)
     entries = completion.choices[0].logprobs.content
     assert completion.choices[0].message.content == text
     assert [entry.logprob for entry in entries] == [logprob(token) for token in tokens]
@@ -209,8 +216,8 @@ def test_logprobs(server, monkeypatch):
         assert top == [(tokenizer.token_bytes(t), value) for t, value in likeliest(token, 2)]
     assert [e for chunk in chunks for e in chunk.choices[0].logprobs.content] == entries
     assert completion.usage.completion_tokens == len(tokens) + 1
-    assert whole(server, ask("?"), logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
-    assert whole(server, ask("?")).choices[0].logprobs is None
+    assert chat(server, question("?"), logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+    assert chat(server, question("?")).choices[0].logprobs is None
 
 
 SCRIPTS = [
@@ -228,14 +235,16 @@ SCRIPTS = [
 def test_any_model_output(server, monkeypatch, text):
     tokenizer = server.service.tokenizer
     say(server.engine.vl, monkeypatch, [*tokenizer.encode(text), tokenizer.im_end_id])
-    chunks = streamed(server, ask("?"))
-    (choice,) = whole(server, ask("?")).choices
-    assert said(chunks) == choice.message.content == text
+    chunks = streamed(server, question("?"))
+    (choice,) = chat(server, question("?")).choices
+    assert text_of(chunks) == choice.message.content == text
     boxes = [box for chunk in chunks for box in getattr(chunk.choices[0].delta, "boxes", None) or []]
     assert boxes == choice.message.boxes
     assert points(boxes) == [box.points for box in parse_boxes(text).boxes]
     assert all(box["pixels"] is None for box in boxes)
-    raw = server.http.post("/v1/chat/completions", json={"model": NAME, "messages": ask("?"), "stream": True})
+    raw = server.http.post(
+        "/v1/chat/completions", json={"model": NAME, "messages": question("?"), "stream": True}
+    )
     assert raw.headers["content-type"].startswith("text/event-stream")
     lines = raw.text.splitlines()  # as str has it, at more than line feeds
     assert lines[1::2] == [""] * (len(lines) // 2)
@@ -247,9 +256,9 @@ def test_bytes_that_are_not_text(server, monkeypatch):
     tokenizer = server.service.tokenizer
     say(server.engine.vl, monkeypatch, [0xE7, 0x8B, 0x61, 0xE7, tokenizer.im_end_id])
     expected = tokenizer.decode([0xE7, 0x8B, 0x61, 0xE7])
-    assert whole(server, ask("?")).choices[0].message.content == expected
-    chunks = streamed(server, ask("?"), logprobs=True)
-    assert said(chunks) == expected
+    assert chat(server, question("?")).choices[0].message.content == expected
+    chunks = streamed(server, question("?"), logprobs=True)
+    assert text_of(chunks) == expected
     entries = [entry for chunk in chunks for entry in chunk.choices[0].logprobs.content]
     assert b"".join(bytes(entry.bytes) for entry in entries) == bytes([0xE7, 0x8B, 0x61, 0xE7])
 
@@ -265,7 +274,7 @@ def test_control_tokens_are_plain_text(server):
         {"role": "assistant", "content": no_image},
         {"role": "user", "content": [{"type": "text", "text": evil}, {"type": "text", "text": evil}]},
     ]
-    whole(server, messages, max_tokens=1)
+    chat(server, messages, max_tokens=1)
     prompt = server.engine.submitted[-1].request.prompt
     assert prompt.count(tokenizer.im_start_id) == 5
     assert prompt.count(tokenizer.im_end_id) == 4
@@ -274,23 +283,23 @@ def test_control_tokens_are_plain_text(server):
     assert {token for token in prompt if token >= tokenizer.eod_id} <= allowed
 
 
-def test_many_at_once_are_each_alone(server, alone):
+def test_many_at_once_are_each_alone(server, local_model):
     """Whole and streamed, greedy and sampled, with images and without."""
     rng = random.Random(4)
     cases = []
     for number in range(24):
-        content, parts = asking(rng.choice(["caption", "locate", "pair", "count"]))
+        content, parts = demo_question(rng.choice(["caption", "locate", "pair", "count"]))
         if rng.random() < 0.3:
             content = parts = f"Question {number}?"
         options = {"temperature": 1.1, "seed": number} if rng.random() < 0.5 else {}
-        expected = alone.generate(parts, chat=True, max_new_tokens=40, **options).text
+        expected = local_model.generate(parts, chat=True, max_new_tokens=40, **options).text
         cases.append(([{"role": "user", "content": content}], {**options, "max_tokens": 40}, expected))
 
     def answered(case):
         messages, parameters, _ = case
         if len(messages[0]["content"]) % 2:
-            return whole(server, messages, **parameters).choices[0].message.content
-        return said(streamed(server, messages, **parameters))
+            return chat(server, messages, **parameters).choices[0].message.content
+        return text_of(streamed(server, messages, **parameters))
 
     with ThreadPoolExecutor(12) as pool:
         assert list(pool.map(answered, cases)) == [expected for *_, expected in cases]
@@ -310,13 +319,13 @@ def test_harmless_parameters(server):
         "stop": None,
         "functions": None,
     }
-    body = {"model": NAME, "messages": ask("?"), "max_tokens": 1, **harmless}
+    body = {"model": NAME, "messages": question("?"), "max_tokens": 1, **harmless}
     response = server.http.post("/v1/chat/completions", json=body)
     assert response.status_code == 200, response.text
 
 
 def test_the_key_is_that_of_the_request(server):
-    whole(server, ask("?"), max_tokens=1)
+    chat(server, question("?"), max_tokens=1)
     assert server.admission.keys == [None]
 
 
@@ -330,15 +339,15 @@ def test_prompts_are_logged_if_asked(server, limited, monkeypatch, stream):
         return infos[-1]
 
     monkeypatch.setattr(respond, "info_of", info_of)
-    content, _ = asking("locate")
+    content, _ = demo_question("locate")
     messages = [{"role": "user", "content": content}]
-    ask_for = streamed if stream else whole
+    ask_for = streamed if stream else chat
     ask_for(server, messages, max_tokens=60)
     server.wait_until_idle()
     assert infos[0].prompt_tokens
     assert infos[0].prompts is infos[0].completions is None
     limited(log_prompts=True)
-    answer = whole(server, messages, max_tokens=60).choices[0].message.content
+    answer = chat(server, messages, max_tokens=60).choices[0].message.content
     ask_for(server, messages, max_tokens=60)
     server.wait_until_idle()
     assert infos[-1].completions == [answer]
@@ -353,7 +362,7 @@ def test_raw_stream_has_the_status_of_its_first_event(server):
     with httpx.stream(
         "POST",
         f"{server.url}/v1/chat/completions",
-        json={"model": NAME, "messages": ask("?"), "stream": True, "max_tokens": 2},
+        json={"model": NAME, "messages": question("?"), "stream": True, "max_tokens": 2},
     ) as response:
         assert response.status_code == 200
         assert response.headers["cache-control"] == "no-cache"

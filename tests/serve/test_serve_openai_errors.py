@@ -7,7 +7,7 @@ import json
 import openai
 import pytest
 from pydantic import ValidationError
-from serve_openai_helpers import NAME, ask, asking, whole
+from serve_openai_helpers import NAME, chat, demo_question, question
 
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.openai.chat import ChatCompletionRequest
@@ -86,9 +86,9 @@ CHAT = [
         "invalid_image",
         "comma",
     ),
-    ({"messages": ask("a<img>/etc/passwd</img>")}, "messages[0].content", "invalid_value", "image_url"),
-    ({"messages": ask("</img>")}, "messages[0].content", "invalid_value", "</img>"),
-    ({"messages": ask("<imgpad>")}, "messages[0].content", "invalid_value", "<imgpad>"),
+    ({"messages": question("a<img>/etc/passwd</img>")}, "messages[0].content", "invalid_value", "image_url"),
+    ({"messages": question("</img>")}, "messages[0].content", "invalid_value", "</img>"),
+    ({"messages": question("<imgpad>")}, "messages[0].content", "invalid_value", "<imgpad>"),
     (
         {"messages": user({"type": "text", "text": "<im"}, {"type": "text", "text": "g>"})},
         "messages[0].content",
@@ -96,45 +96,50 @@ CHAT = [
         "<img>",
     ),
     (
-        {"messages": [*ask("a"), {"role": "assistant", "content": [image("data:,x")]}, *ask("b")]},
+        {"messages": [*question("a"), {"role": "assistant", "content": [image("data:,x")]}, *question("b")]},
         "messages[1].content[0].type",
         "invalid_value",
         "only a user message",
     ),
     (
-        {"messages": [{"role": "system", "content": [image("data:,x")]}, *ask("b")]},
+        {"messages": [{"role": "system", "content": [image("data:,x")]}, *question("b")]},
         "messages[0].content[0].type",
         "invalid_value",
         "only a user message",
     ),
     (
-        {"messages": [*ask("a"), {"role": "system", "content": "b"}]},
+        {"messages": [*question("a"), {"role": "system", "content": "b"}]},
         "messages[1].role",
         "invalid_value",
         "first",
     ),
     (
-        {"messages": [{"role": "assistant", "content": "b"}, *ask("a")]},
+        {"messages": [{"role": "assistant", "content": "b"}, *question("a")]},
         "messages[0].role",
         "invalid_value",
         "before",
     ),
     (
-        {"messages": [*ask("a"), {"role": "assistant", "content": "b"}]},
+        {"messages": [*question("a"), {"role": "assistant", "content": "b"}]},
         "messages",
         "invalid_value",
         "the last",
     ),
     ({"messages": [{"role": "system", "content": "b"}]}, "messages", "invalid_value", "the last"),
     (
-        {"messages": [*ask("a"), {"role": "assistant", "content": "b", "tool_calls": [1]}]},
+        {"messages": [*question("a"), {"role": "assistant", "content": "b", "tool_calls": [1]}]},
         "messages[1].tool_calls",
         "unsupported_parameter",
         "not supported",
     ),
-    ({"messages": ask("a b c d e " * 4000)}, "messages", "context_length_exceeded", "maximum context length"),
-    ({"messages": ask("a" * 2_000_000)}, "messages", "context_length_exceeded", "at least"),
-    ({"messages": ask("?") * 2000}, "messages", "invalid_value", "at most 1024"),
+    (
+        {"messages": question("a b c d e " * 4000)},
+        "messages",
+        "context_length_exceeded",
+        "maximum context length",
+    ),
+    ({"messages": question("a" * 2_000_000)}, "messages", "context_length_exceeded", "at least"),
+    ({"messages": question("?") * 2000}, "messages", "invalid_value", "at most 1024"),
     ({"temperature": 3}, "temperature", "invalid_value", "less than or equal to 2, got 3"),
     ({"temperature": -0.1}, "temperature", "invalid_value", "greater than or equal to 0"),
     ({"temperature": "hot"}, "temperature", "invalid_type", "must be a number"),
@@ -214,12 +219,12 @@ TEXTS = [
     ({"best_of": 3}, "best_of", "unsupported_parameter", "not supported"),
     ({"logprobs": True}, "logprobs", "invalid_type", "whole number"),
     ({"logprobs": 21}, "logprobs", "invalid_value", "equal to 20"),
-    ({"messages": ask("?")}, "messages", "unknown_parameter", "is not a parameter"),
+    ({"messages": question("?")}, "messages", "unknown_parameter", "is not a parameter"),
 ]
 
 TOKENS = [
     ({}, "prompt", "invalid_value", "give one of them"),
-    ({"prompt": "a", "messages": ask("a")}, "prompt", "invalid_value", "give one of them"),
+    ({"prompt": "a", "messages": question("a")}, "prompt", "invalid_value", "give one of them"),
     ({"text": "a"}, "text", "unknown_parameter", "is not a parameter"),
     ({"prompt": "a", "model": "x"}, "model", "model_not_found", "does not exist"),
 ]
@@ -241,7 +246,7 @@ def refused(server, path, base, changes, param, code, words):
 
 @pytest.mark.parametrize(("changes", "param", "code", "words"), CHAT)
 def test_chat(server, changes, param, code, words):
-    base = {"model": NAME, "messages": ask("?"), "max_tokens": 1}
+    base = {"model": NAME, "messages": question("?"), "max_tokens": 1}
     refused(server, "/v1/chat/completions", base, changes, param, code, words)
 
 
@@ -297,15 +302,15 @@ def test_bodies(server, content, content_type, status, code):
 def test_many_wrong_values_are_few_errors():
     """In a list and as parameters: a body of some megabytes must not cause gigabytes of errors."""
     many = dict.fromkeys(map(str, range(10_000)), 1)
-    good = {"model": NAME, "messages": ask("?")}
+    good = {"model": NAME, "messages": question("?")}
     for bad in (
         {"messages": [1] * 10_000},
         many,
         {"stop": [1] * 10_000},
         {"messages": user(*[3] * 10_000)},
-        {"messages": [{**ask("?")[0], **many}]},
+        {"messages": [{**question("?")[0], **many}]},
         {"messages": user({**TEXT, **many})},
-        {"messages": [*ask("?"), {"role": "assistant", "content": "", "boxes": [1] * 10_000}]},
+        {"messages": [*question("?"), {"role": "assistant", "content": "", "boxes": [1] * 10_000}]},
         {"metadata": many},
     ):
         with pytest.raises(ValidationError) as errors:
@@ -320,7 +325,7 @@ def test_many_wrong_values_are_few_errors():
 def test_errors_do_not_repeat_client_text(server):
     for secret in ({"temperature": "my secret"}, {"messages": "my secret"}, {"stop": ["my secret" * 100]}):
         response = server.http.post(
-            "/v1/chat/completions", json={"model": NAME, "messages": ask("?"), **secret}
+            "/v1/chat/completions", json={"model": NAME, "messages": question("?"), **secret}
         )
         assert response.status_code == 400
         assert "secret" not in response.text
@@ -328,43 +333,43 @@ def test_errors_do_not_repeat_client_text(server):
 
 def test_the_client_raises_its_own_errors(server):
     with pytest.raises(openai.NotFoundError) as not_found:
-        server.openai.chat.completions.create(model="gpt-4o", messages=ask("?"))
+        server.openai.chat.completions.create(model="gpt-4o", messages=question("?"))
     assert not_found.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as bad:
-        whole(server, ask("?"), temperature=9, stream=True)
+        chat(server, question("?"), temperature=9, stream=True)
     assert (bad.value.param, bad.value.type) == ("temperature", "invalid_request_error")
     server.admission.refuse = ApiError(
         429, "The queue is full.", "rate_limit_error", code="queue_full", headers={"Retry-After": "3"}
     )
     for stream in (False, True):
         with pytest.raises(openai.RateLimitError) as full:
-            whole(server, ask("?"), stream=stream)
+            chat(server, question("?"), stream=stream)
         assert full.value.response.headers["retry-after"] == "3"
 
 
 def test_limits_are_settings(server, limited):
-    content, _ = asking("pair")
+    content, _ = demo_question("pair")
     messages = [{"role": "user", "content": content}]
     limited(max_images=1, max_prompt_tokens=300, max_new_tokens=4, max_choices=1)
     with pytest.raises(
         openai.BadRequestError, match="number of images: 2 is too large, this server allows 1"
     ):
-        whole(server, messages)
+        chat(server, messages)
     with pytest.raises(openai.BadRequestError, match="300 tokens"):
-        whole(server, ask("a b c " * 200))
+        chat(server, question("a b c " * 200))
     with pytest.raises(openai.BadRequestError, match="5 is too large, this server allows 4"):
-        whole(server, ask("?"), max_tokens=5)
+        chat(server, question("?"), max_tokens=5)
     with pytest.raises(openai.BadRequestError, match="2 is too large, this server allows 1"):
-        whole(server, ask("?"), n=2)
-    assert whole(server, ask("Hello")).usage.completion_tokens <= 4
+        chat(server, question("?"), n=2)
+    assert chat(server, question("Hello")).usage.completion_tokens <= 4
     assert not server.images.loaded
 
 
 def test_a_chat_needs_a_chat_model(server):
     server.service.is_chat = False
     with pytest.raises(openai.BadRequestError, match="/v1/completions"):
-        whole(server, ask("?"))
-    assert server.http.post("/tokenize", json={"messages": ask("?")}).status_code == 400
+        chat(server, question("?"))
+    assert server.http.post("/tokenize", json={"messages": question("?")}).status_code == 400
 
 
 @pytest.mark.parametrize(

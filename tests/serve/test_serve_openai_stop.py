@@ -8,7 +8,7 @@ import pytest
 from executors import say
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_openai_helpers import NAME, ask, said, streamed, wait_for, whole
+from serve_openai_helpers import NAME, chat, question, streamed, text_of, wait_for
 
 from paddlemix_qwenvl_plugin.demo.run import MODEL
 from paddlemix_qwenvl_plugin.processing.boxes import parse_boxes
@@ -97,17 +97,17 @@ def test_any_tokens(text, stop_strings, by_bytes, size):
         assert len(bytes_of_tokens) - last < len(handed.encode()) or not handed
 
 
-def test_answers_are_cut(server, alone):
+def test_answers_are_cut(server, local_model):
     """Streamed and whole, with strings of one to four characters of the answer itself."""
-    text = alone.generate("Hello", chat=True, max_new_tokens=40).text
+    text = local_model.generate("Hello", chat=True, max_new_tokens=40).text
     assert len(text) > 20
     for start, length in itertools.product(range(2, len(text) - 4, 7), (1, 4)):
         stop = text[start : start + length]
-        (choice,) = whole(server, ask("Hello"), max_tokens=40, stop=stop).choices
+        (choice,) = chat(server, question("Hello"), max_tokens=40, stop=stop).choices
         assert choice.message.content == cut(text, [stop])
         assert choice.finish_reason == "stop"
-        chunks = streamed(server, ask("Hello"), max_tokens=40, stop=[stop, "never there"])
-        assert said(chunks) == cut(text, [stop])
+        chunks = streamed(server, question("Hello"), max_tokens=40, stop=[stop, "never there"])
+        assert text_of(chunks) == cut(text, [stop])
         assert chunks[-1].choices[0].finish_reason == "stop"
 
 
@@ -118,7 +118,7 @@ def test_a_stop_string_ends_the_request(server, monkeypatch):
     n = len(tokenizer.encode("well stop"))
     say(server.engine.vl, monkeypatch, tokens)
     server.engine.step_seconds = 0.01
-    completion = whole(server, ask("?"), stop="stop", max_tokens=len(tokens), logprobs=True)
+    completion = chat(server, question("?"), stop="stop", max_tokens=len(tokens), logprobs=True)
     assert completion.choices[0].message.content == "well "
     assert n - 4 < completion.usage.completion_tokens <= n
     (stream,) = server.engine.submitted
@@ -133,14 +133,14 @@ def test_the_end_of_a_tag_as_stop_string(server, monkeypatch):
     tokenizer = server.service.tokenizer
     text = "<ref>dog</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>"
     say(server.engine.vl, monkeypatch, [*tokenizer.encode(text), tokenizer.im_end_id])
-    message = whole(server, ask("?"), stop=["</box><", "(7"]).choices[0].message
+    message = chat(server, question("?"), stop=["</box><", "(7"]).choices[0].message
     assert message.content == "<ref>dog</ref><box>(1,2),(3,4)"
     assert message.boxes == []
 
 
 @pytest.mark.parametrize("stop", ["", ["a"] * 5, [""], 3, ["a", 3], "a" * 257, [["a"]]])
 def test_wrong_stop_strings(server, stop):
-    body = {"model": NAME, "messages": ask("?"), "stop": stop}
+    body = {"model": NAME, "messages": question("?"), "stop": stop}
     response = server.http.post("/v1/chat/completions", json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"].startswith("stop")

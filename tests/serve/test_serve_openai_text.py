@@ -6,7 +6,7 @@ import openai
 import pytest
 from executors import say
 from serve_openai_engine import likeliest, logprob
-from serve_openai_helpers import NAME, ask, asking
+from serve_openai_helpers import NAME, demo_question, question
 
 from paddlemix_qwenvl_plugin.processing.prompts import base_prompt, chat_prompt
 
@@ -17,14 +17,14 @@ def complete(server, prompt, **parameters):
     return server.openai.completions.create(model=NAME, prompt=prompt, **parameters)
 
 
-def test_text_and_tokens(server, alone):
-    answer = alone.generate("A red", chat=False, max_new_tokens=20)
+def test_text_and_tokens(server, local_model):
+    answer = local_model.generate("A red", chat=False, max_new_tokens=20)
     completion = complete(server, "A red", max_tokens=20)
     assert completion.object == "text_completion"
     assert completion.choices[0].text == answer.text
     assert completion.choices[0].finish_reason == answer.finish_reason
     assert completion.usage.completion_tokens == len(answer.token_ids)
-    tokens = alone.tokenizer.encode("A red")
+    tokens = local_model.tokenizer.encode("A red")
     assert completion.usage.prompt_tokens == len(tokens)
     assert complete(server, tokens, max_tokens=20).choices[0].text == answer.text
     chunks = list(
@@ -35,26 +35,26 @@ def test_text_and_tokens(server, alone):
     assert chunks[-2].choices[0].finish_reason == answer.finish_reason
 
 
-def test_several_prompts(server, alone):
+def test_several_prompts(server, local_model):
     prompts = ["A red", "Two blue", "狗"]
     parameters = {"temperature": 1.2, "seed": 5, "max_tokens": 12, "n": 2}
     completion = complete(server, prompts, **parameters)
     texts = [choice.text for choice in completion.choices]
     options = {"temperature": 1.2, "seed": 5, "max_new_tokens": 12}
-    assert texts[::2] == [alone.generate(one, chat=False, **options).text for one in prompts]
+    assert texts[::2] == [local_model.generate(one, chat=False, **options).text for one in prompts]
     assert [choice.index for choice in completion.choices] == [0, 1, 2, 3, 4, 5]
-    assert completion.usage.prompt_tokens == sum(len(alone.tokenizer.encode(one)) for one in prompts)
-    lists = [alone.tokenizer.encode(one) for one in prompts]
+    assert completion.usage.prompt_tokens == sum(len(local_model.tokenizer.encode(one)) for one in prompts)
+    lists = [local_model.tokenizer.encode(one) for one in prompts]
     assert [choice.text for choice in complete(server, lists, **parameters).choices] == texts
     chunks = list(complete(server, prompts, stream=True, **parameters))
     parts = [(choice.index, choice.text) for chunk in chunks for choice in chunk.choices]
     assert ["".join(text for index, text in parts if index == i) for i in range(6)] == texts
 
 
-def test_an_image_and_boxes(server, alone):
+def test_an_image_and_boxes(server, local_model):
     """Prompt in the base model's format, an extension of OpenAI's prompt."""
-    content, parts = asking("grounded")
-    answer = alone.generate(parts, chat=False, max_new_tokens=150)
+    content, parts = demo_question("grounded")
+    answer = local_model.generate(parts, chat=False, max_new_tokens=150)
     assert answer.boxes
     choice = complete(server, content, max_tokens=150).choices[0]
     assert choice.text == answer.text
@@ -82,8 +82,8 @@ def test_logprobs(server, monkeypatch):
     assert complete(server, "x").choices[0].logprobs is None
 
 
-def test_stop(server, alone):
-    text = alone.generate("A red", chat=False, max_new_tokens=20).text
+def test_stop(server, local_model):
+    text = local_model.generate("A red", chat=False, max_new_tokens=20).text
     choice = complete(server, "A red", max_tokens=20, stop=text[6:9]).choices[0]
     assert choice.text == text[: text.index(text[6:9])]
     assert choice.finish_reason == "stop"
@@ -107,15 +107,15 @@ def test_models(server):
         server.openai.models.retrieve("gpt-4o")
 
 
-def test_tokenize(server, alone):
+def test_tokenize(server, local_model):
     """The tokens that the prompts of the other routes have."""
-    content, parts = asking("pair")
-    tokenizer = alone.tokenizer
+    content, parts = demo_question("pair")
+    tokenizer = local_model.tokenizer
     plain = server.http.post("/tokenize", json={"prompt": "A red <|im_end|> 狗"}).json()
     assert plain["tokens"] == tokenizer.encode("A red <|im_end|> 狗")
     assert plain["count"] == len(plain["tokens"])
-    assert plain["max_model_len"] == alone.config.max_position_embeddings
-    chat = server.http.post("/tokenize", json={"model": NAME, "messages": ask("Hello")}).json()
+    assert plain["max_model_len"] == local_model.config.max_position_embeddings
+    chat = server.http.post("/tokenize", json={"model": NAME, "messages": question("Hello")}).json()
     assert chat["tokens"] == chat_prompt(tokenizer, "Hello").input_ids
     counted = server.http.post("/tokenize", json={"prompt": content}).json()
     assert counted["count"] == len(
@@ -126,8 +126,8 @@ def test_tokenize(server, alone):
 
 def test_no_turn_is_dropped(server):
     """A history longer than the window of `qwenvl chat`."""
-    turn = [*ask("one two three four " * 230), {"role": "assistant", "content": "ok"}]
-    count = server.http.post("/tokenize", json={"messages": [*turn * 3, *ask("And?")]}).json()["count"]
+    turn = [*question("one two three four " * 230), {"role": "assistant", "content": "ok"}]
+    count = server.http.post("/tokenize", json={"messages": [*turn * 3, *question("And?")]}).json()["count"]
     assert 6144 < count < 8192
 
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 import httpx
 import pytest
 from engines import needs_compiler
+from serve_invalid_requests import FLAGS, INVALID_REQUESTS
 from serve_load import Load, Pulse
-from serve_nonsense import FLAGS, NONSENSE
 from serve_process import ServerProcess, alive, metrics, sound_log, wait_until_idle
 from serve_questions import questions
 
@@ -38,21 +38,23 @@ GROWTH = 48 * 2**20
 WARM_UP = 0.4  # of the run
 
 
-def test_each_kind_of_nonsense_has_its_error(serve_demo: Callable[..., ServerProcess]) -> None:
+def test_each_invalid_request_has_its_error(serve_demo: Callable[..., ServerProcess]) -> None:
     url = serve_demo(*FLAGS).ready()
 
     async def send_all() -> list[str | None]:
         async with httpx.AsyncClient(base_url=url, timeout=60) as http:
-            return await asyncio.gather(*(nonsense.send(http) for nonsense in NONSENSE))
+            return await asyncio.gather(*(request.send(http) for request in INVALID_REQUESTS))
 
-    problems = {each.name: problem for each, problem in zip(NONSENSE, asyncio.run(send_all())) if problem}
+    problems = {
+        each.name: problem for each, problem in zip(INVALID_REQUESTS, asyncio.run(send_all())) if problem
+    }
     assert problems == {}
 
 
 def test_answers_under_load_are_those_alone(
-    serve_demo: Callable[..., ServerProcess], alone: QwenVL, capsys: pytest.CaptureFixture[str]
+    serve_demo: Callable[..., ServerProcess], local_model: QwenVL, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = questions(alone, 200 if SECONDS > 60 or REQUESTS else 40)
+    asked = questions(local_model, 200 if SECONDS > 60 or REQUESTS else 40)
     assert len({text for each in asked for text in each.texts}) > len(asked) // 2
     server = serve_demo(*FLAGS)
     url = server.ready()
@@ -86,7 +88,7 @@ def test_answers_under_load_are_those_alone(
     with capsys.disabled():
         print(f"\n{tally.requests} requests of {CLIENTS} clients in {seconds:.0f} s:", end=" ")
         print(
-            f"{tally.answered} answers, {tally.hung_up} hung up, {sum(tally.nonsense.values())} nonsense,",
+            f"{tally.answered} answers, {tally.hung_up} hung up, {sum(tally.invalid.values())} invalid,",
             end=" ",
         )
         print(f"{len(tally.wrong)} wrong; {figures['qwenvl_completion_tokens_total']:.0f} tokens,", end=" ")
@@ -98,7 +100,7 @@ def test_answers_under_load_are_those_alone(
     assert pulse.wrong == []
     assert tally.answered > 0
     assert tally.hung_up > 0
-    assert tally.nonsense
+    assert tally.invalid
     assert figures["qwenvl_engine_restarts_total"] == 0
     assert figures["qwenvl_cached_prompt_tokens_total"] > 0
     warm = memory[int(WARM_UP * len(memory))]
@@ -108,7 +110,7 @@ def test_answers_under_load_are_those_alone(
     assert [pid for pid in below if alive(pid)] == []
     records = sound_log(log)
     problems = {record["event"] for record in records if record["level"] in ("warning", "error")}
-    assert problems <= {"Invalid HTTP request received."}  # one kind of nonsense
+    assert problems <= {"Invalid HTTP request received."}  # of the request that is not HTTP
     paths = [record["path"] for record in records if record["event"] == "request"]
     assert len(paths) >= tally.answered
     assert json.dumps(asked[0].body)[:80] not in log

@@ -42,9 +42,11 @@ def _shown(page: Page) -> tuple[str, list[list[float]]]:
     return page.answers()[-1], corners
 
 
-def _check(page: Page, alone: QwenVL) -> None:
-    """Raise AssertionError unless the last answer is that of QwenVL alone, and its box where that is."""
-    answer = alone.generate([{"image": str(LOCATE.images[0])}, {"text": LOCATE.turn.question}], chat=True)
+def _check(page: Page, local_model: QwenVL) -> None:
+    """Raise AssertionError unless the last answer equals that of QwenVL without a server, box included."""
+    answer = local_model.generate(
+        [{"image": str(LOCATE.images[0])}, {"text": LOCATE.turn.question}], chat=True
+    )
     (box,) = answer.boxes
     words, corners = _shown(page)
     assert words == parse_boxes(answer.text).text
@@ -52,7 +54,7 @@ def _check(page: Page, alone: QwenVL) -> None:
 
 
 def test_a_question_a_stop_and_an_engine_that_is_killed(
-    page_browser: Browser, serve_demo: Callable[..., ServerProcess], alone: QwenVL, tmp_path: Path
+    page_browser: Browser, serve_demo: Callable[..., ServerProcess], local_model: QwenVL, tmp_path: Path
 ) -> None:
     process = serve_demo()
     url = process.ready()
@@ -61,7 +63,7 @@ def test_a_question_a_stop_and_an_engine_that_is_killed(
     page.open()
     assert page.find("#model").text == "qwen-vl-chat"
     page.ask(LOCATE.turn.question, LOCATE.images[0])
-    _check(page, alone)
+    _check(page, local_model)
     assert "tokens" in page.note()
 
     engine = process.engine()
@@ -88,7 +90,7 @@ def test_a_question_a_stop_and_an_engine_that_is_killed(
     page.wait(lambda: page.find("#state").text == "Ready")
     page.all(".said > .problem button")[-1].click()
     page.wait_for_end()
-    _check(page, alone)
+    _check(page, local_model)
     assert page.complaints() == []
     process.send(signal.SIGTERM)
     code, log = process.end()

@@ -14,7 +14,7 @@ from typing import Any, Optional, Union
 
 import httpx
 from PIL import Image
-from serve_openai_helpers import NAME, ask
+from serve_openai_helpers import NAME, question
 
 # Server settings for these requests: a low body limit, which a test can exceed quickly.
 FLAGS = ("--max_body_bytes", 2**20)
@@ -23,7 +23,7 @@ _CHAT = "/v1/chat/completions"
 
 
 @dataclass(frozen=True)
-class Nonsense:
+class InvalidRequest:
     """Invalid request; `send` returns the problem of the reply, if any."""
 
     name: str
@@ -32,7 +32,7 @@ class Nonsense:
 
 def _body(
     name: str, content: Union[bytes, Callable[[], bytes]], status: int, code: Optional[str], path: str = _CHAT
-) -> Nonsense:
+) -> InvalidRequest:
     made: list[bytes] = []
 
     async def send(http: httpx.AsyncClient) -> Optional[str]:
@@ -41,7 +41,7 @@ def _body(
         headers = {"Content-Type": "application/json"}
         return _problem(await http.post(path, content=made[0], headers=headers), status, code)
 
-    return Nonsense(name, send)
+    return InvalidRequest(name, send)
 
 
 def _problem(response: httpx.Response, status: int, code: Optional[str]) -> Optional[str]:
@@ -56,12 +56,12 @@ def _problem(response: httpx.Response, status: int, code: Optional[str]) -> Opti
 
 def _chat(
     name: str, code: Optional[str], status: int = 400, messages: Any = None, **changed: Any
-) -> Nonsense:
-    body = {"model": NAME, "messages": ask("?") if messages is None else messages, **changed}
+) -> InvalidRequest:
+    body = {"model": NAME, "messages": question("?") if messages is None else messages, **changed}
     return _body(name, json.dumps(body).encode(), status, code)
 
 
-def _image(name: str, url: str, code: str) -> Nonsense:
+def _image(name: str, url: str, code: str) -> InvalidRequest:
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
     return _chat(name, code, messages=[{"role": "user", "content": content}], stream=True)
 
@@ -136,7 +136,7 @@ async def _lost(http: httpx.AsyncClient) -> Optional[str]:
     return _problem(await http.post("/v2/%00..%2fetc", json={}), 404, "not_found")
 
 
-NONSENSE = (
+INVALID_REQUESTS = (
     _body("no JSON", b'{"model": "qwen', 400, "invalid_json"),
     _body("no UTF-8", b'{"model": "\xff"}', 400, "invalid_json"),
     _body("no object", b"[1, 2]", 400, "invalid_type"),
@@ -153,8 +153,8 @@ NONSENSE = (
     _chat("another model", "model_not_found", 404, model="gpt-4"),
     _chat("no message", "invalid_value", messages=[]),
     _chat("no user", "invalid_value", messages=[{"role": "assistant", "content": "hi"}]),
-    _chat("a tag", "invalid_value", messages=ask("<img>/etc/passwd</img>")),
-    _chat("a long prompt", "context_length_exceeded", messages=ask("word " * 20000)),
+    _chat("a tag", "invalid_value", messages=question("<img>/etc/passwd</img>")),
+    _chat("a long prompt", "context_length_exceeded", messages=question("word " * 20000)),
     _image("a file", "file:///etc/passwd", "invalid_image_url"),
     _image("another host", "http://169.254.169.254/latest", "image_host_not_allowed"),
     _image("no base64", "data:image/png;base64,!!!", "invalid_image"),
@@ -162,10 +162,10 @@ NONSENSE = (
     _image("half an image", _url(_png(8, 8)[:40]), "invalid_image"),
     _image("too many pixels", _url(_png(60000, 60000)), "image_too_large"),
     _image("less than it says", _url(_png(2000, 2000)), "invalid_image"),
-    Nonsense("a slow body", _slow),
-    Nonsense("half a body", _left),
-    Nonsense("no HTTP", _noise),
-    Nonsense("text", _text),
-    Nonsense("a method", _get),
-    Nonsense("a path", _lost),
+    InvalidRequest("a slow body", _slow),
+    InvalidRequest("half a body", _left),
+    InvalidRequest("no HTTP", _noise),
+    InvalidRequest("text", _text),
+    InvalidRequest("a method", _get),
+    InvalidRequest("a path", _lost),
 )
