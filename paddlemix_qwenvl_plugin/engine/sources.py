@@ -11,7 +11,10 @@ from pathlib import Path
 from paddlemix_qwenvl_plugin.util.shipped import shipped_folder
 
 _COMMON = ("-std=gnu++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-DNDEBUG")
-_KERNELS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w")
+# Contract multiply and add everywhere or a row's bits depend on its batch: GCC 13 and later, and GCC tuned for some
+# processors, otherwise keep them apart in loops with a single sum (avoid-fma-max-bits). Clang ignores --param.
+_CONTRACT = ("-ffp-contract=fast", "--param=avoid-fma-max-bits=0")
+_KERNELS = (*_CONTRACT, "-fno-math-errno", "-fno-trapping-math", "-w")
 
 
 @dataclass(frozen=True)
