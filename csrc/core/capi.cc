@@ -460,7 +460,7 @@ qvl_status qvl_generate(qvl_engine* engine, qvl_kv_pool* pool, int32_t n, const 
       spans.emplace_back("requests", "span_size", r.spans, r.n_spans,
                          r.span_size ? r.span_size : qvl::kFirstSize<qvl_span>);
       all.push_back({r.n_tokens, r.tokens, r.n_spans, spans.back().data(), r.max_new, r.min_new,
-                     r.sampling ? qvl::fitted("sampling", r.sampling) : qvl::kGreedy});
+                     r.sampling ? qvl::fitted("sampling", r.sampling) : qvl::kGreedy, r.adapter});
     }
     qvl::generate(*engine,
                   {pool, n, all.data(), n_end, end_ids, on_step, user, stride, tokens, results, stream});

@@ -46,6 +46,7 @@ struct Request {
   const qvl_span* spans;
   int32_t max_new, min_new;
   qvl_sampling sampling;
+  const qvl_adapter* adapter;
 };
 
 struct GenerateCall {

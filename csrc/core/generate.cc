@@ -126,6 +126,8 @@ class Generation {
       check_spans(where, r.n_spans, r.spans, r.n_tokens);
       check_ids(where, config.vocab, r.n_tokens, r.tokens, r.n_spans, r.spans);
       check_sampling(config, "requests", i, r.sampling, true);
+      QVL_REQUIRE(r.adapter == nullptr || r.adapter->engine == &engine_, QVL_INVALID,
+                  "%s: adapter: belongs to another engine", where);
       n_prompt += r.n_tokens;
     }
     QVL_REQUIRE(n_prompt <= INT32_MAX, QVL_INVALID, "requests: too many tokens");
@@ -201,6 +203,7 @@ class Generation {
     made.prompt_len = call_.requests[at].n_tokens;
     made.n_blocks = static_cast<int32_t>(first_block_[at + 1] - first_block_[at]);
     made.blocks = blocks_.data() + first_block_[at];
+    made.adapter = call_.requests[at].adapter;
     return made;
   }
 

@@ -533,6 +533,7 @@ typedef struct qvl_request {
                                    per token, `forbidden` applies to the first token. NULL: greedy */
   uint32_t span_size;           /* sizeof(qvl_span); 0: 16 */
   uint32_t reserved;
+  const qvl_adapter* adapter; /* of all tokens; NULL: none */
 } qvl_request;
 
 enum { QVL_FINISH_END = 1, QVL_FINISH_LENGTH = 2 };

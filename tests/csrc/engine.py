@@ -174,6 +174,7 @@ class Request(ctypes.Structure):
         ("sampling", POINTER(Sampling)),
         ("span_size", c_uint32),
         ("reserved", c_uint32),
+        ("adapter", c_void_p),
     ]
 
 
@@ -543,6 +544,7 @@ class Engine:
         min_new: int = 0,
         pool: Pool | None = None,
         on_step: Callable[[int, list[int], list[int]], int] | None = None,
+        adapters: Sequence[Adapter | None] | None = None,
         **sampling: Any,
     ) -> tuple[list[list[int]], list[int]]:
         """Tokens and finish reason of each prompt; spans are (start, features [count, hidden])."""
@@ -556,6 +558,8 @@ class Engine:
             request.n_spans, request.spans = len(request_spans), request_spans
             request.max_new, request.min_new = max_new, min_new
             request.span_size = ctypes.sizeof(Span)
+            if adapters and adapters[i]:
+                request.adapter = adapters[i].handle.value
             if sampling:
                 keep.append(self.sampling(**sampling))
                 request.sampling = ctypes.pointer(keep[-1])

@@ -22,8 +22,13 @@ from engine import (
     Engine,
     EngineError,
     LowRank,
+    OnStep,
+    Request,
+    Result,
     Sequence_,
+    int_pointer,
     make_config,
+    pointer,
     store,
 )
 
@@ -62,6 +67,12 @@ def make_adapter(model, seed=0, dtype="float32", skip=""):
     return made
 
 
+def merged(weights, adapter):
+    """Weights with an adapter's updates, merged in float64."""
+    updates = {name: scale * (floats(b) @ floats(a)) for name, (a, b, scale) in adapter.items()}
+    return {**weights, **{name: (weights[name] + each).astype(np.float32) for name, each in updates.items()}}
+
+
 def run(library, model, weights, adapter=None):
     """Logits of a prompt's last token and of a decode step after it."""
     config = make_config(model.config, LANGUAGE, compute=COMPUTE)
@@ -80,11 +91,8 @@ def test_equals_the_merged_model(library, golden_model, dtype):
     """Within 1e-3 of a model whose weights were merged in float64."""
     model = golden_model("a")
     base, adapter = model.language_weights(), make_adapter(model, dtype=dtype)
-    merged = dict(base)
-    for name, (a, b, scale) in adapter.items():
-        merged[name] = (base[name] + scale * (floats(b) @ floats(a))).astype(np.float32)
     ours = run(library, model, store(library, base, FLOAT32), adapter)
-    expected = run(library, model, store(library, merged, FLOAT32))
+    expected = run(library, model, store(library, merged(base, adapter), FLOAT32))
     assert np.abs(expected - run(library, model, store(library, base, FLOAT32))).max() > 1
     np.testing.assert_allclose(ours, expected, **CLOSE)
 
@@ -98,7 +106,7 @@ def test_an_int4_base_equals_the_merged_dequantised_model(library, golden_model,
     model = golden_model("a")
     base, adapter = model.language_weights(), make_adapter(model, skip="lm_head")
     quantised = store(library, base, kind, lambda name: FLOAT32 if "lm_head" in name else kind)
-    merged = dict(quantised)
+    dequantised = dict(quantised)
     for name, (data, dtype, shape) in list(quantised.items()):
         if dtype != kind:
             continue
@@ -111,8 +119,8 @@ def test_an_int4_base_equals_the_merged_dequantised_model(library, golden_model,
         values[:, order] = library.unpack(data, dtype, *shape)
         a, b, scale = adapter[name]
         values += scale * (floats(b) @ floats(a))
-        merged[name] = library.pack(values, FLOAT32), FLOAT32, shape
-    ours, expected = run(library, model, quantised, adapter), run(library, model, merged)
+        dequantised[name] = library.pack(values, FLOAT32), FLOAT32, shape
+    ours, expected = run(library, model, quantised, adapter), run(library, model, dequantised)
     np.testing.assert_allclose(ours[0], expected[0], **CLOSE)
     if kind == UINT4_G128 or DEVICE_LIBRARY:
         np.testing.assert_allclose(ours[1], expected[1], **CLOSE)
@@ -221,6 +229,64 @@ def test_an_adapter_of_another_engine(library, golden_model):
         pytest.raises(EngineError, match="sequence 1: adapter: belongs to another engine") as caught,
     ):
         pool.forward([([1], 0, 1, [0]), ([1], 0, 1, [1])], adapters=[None, adapter])
+    assert caught.value.status == INVALID
+
+
+def test_completions_of_several_adapters(library, golden_model):
+    """qvl_generate: each request has the tokens of the model with its adapter merged."""
+    model = golden_model("a")
+    base, config = model.language_weights(), make_config(model.config, LANGUAGE, compute=COMPUTE)
+    adapters = [make_adapter(model, 1), None, make_adapter(model, 2)]
+    prompts = [PROMPT[:5], PROMPT[:40], PROMPT]
+    with Engine(library, config, store(library, base, FLOAT32)) as engine:
+        made = [engine.adapter(each) if each else None for each in adapters]
+        tokens, _ = engine.generate(prompts, 6, adapters=made)
+        plain, _ = engine.generate(prompts, 6)
+        for each in filter(None, made):
+            library.dll.qvl_adapter_free(each.handle)
+    for i, (adapter, prompt) in enumerate(zip(adapters, prompts)):
+        weights = store(library, merged(base, adapter or {}), FLOAT32)
+        with Engine(library, config, weights) as engine:
+            assert tokens[i : i + 1] == engine.generate([prompt], 6)[0], i
+        assert (tokens[i] == plain[i]) == (adapter is None)
+
+
+class RequestWithoutAdapter(ctypes.Structure):
+    """qvl_request of an earlier header, without `adapter`."""
+
+    _fields_ = Request._fields_[:-1]
+
+
+def test_a_request_without_the_adapter_field(library, golden_model):
+    """The next request begins where the adapter of the first would be."""
+    model = golden_model("a")
+    config = make_config(model.config, LANGUAGE)
+    with Engine(library, config, store(library, model.language_weights(), FLOAT32)) as engine:
+        expected, _ = engine.generate([PROMPT[:4], PROMPT[4:9]], 3)
+        prompts = [np.asarray(each, np.int32) for each in (PROMPT[:4], PROMPT[4:9])]
+        old = (RequestWithoutAdapter * 2)()
+        for request, ids in zip(old, prompts):
+            request.n_tokens, request.tokens, request.max_new = len(ids), int_pointer(ids), 3
+        tokens, results = np.empty([2, 3], np.int32), (Result * 2)()
+        library.call(
+            "qvl_generate",
+            *(engine.handle, None, 2, ctypes.cast(old, ctypes.POINTER(Request)), ctypes.sizeof(old[0])),
+            *(0, None, OnStep(), None, 3, pointer(tokens), results, None),
+        )
+    assert tokens.tolist() == expected
+
+
+def test_a_request_with_the_adapter_of_another_engine(library, golden_model):
+    model = golden_model("a")
+    config = make_config(model.config, LANGUAGE)
+    weights = store(library, model.language_weights(), FLOAT32)
+    with (
+        Engine(library, config, weights) as first,
+        Engine(library, config, weights) as second,
+        first.adapter({NAME: low_rank(config.mlp_width, config.hidden)}) as adapter,
+        pytest.raises(EngineError, match=r"requests\[1\]: adapter: belongs to another engine") as caught,
+    ):
+        second.generate([[1], [2]], 1, adapters=[None, adapter])
     assert caught.value.status == INVALID
 
 
