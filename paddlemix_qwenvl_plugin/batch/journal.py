@@ -114,7 +114,7 @@ class Journal:
 def difference(expected: Mapping[str, Any], found: bytes, kind: str = "partial file") -> str:
     """Describe how the identity in `found`, a JSON object, differs from that of the job.
 
-    `kind` is what the file should be.
+    `kind`: the expected kind of file, for the message.
     """
     try:
         actual = dict(json.loads(found))

@@ -33,7 +33,7 @@ def read_row(number: int, line: bytes, defaults: Mapping[str, Any]) -> Row:
 
     Args:
         line: the line's bytes.
-        defaults: generation options for those that the row does not set.
+        defaults: values of the generation options that the row does not set.
     """
     try:
         values = _parse(line)

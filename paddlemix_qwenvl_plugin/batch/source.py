@@ -40,10 +40,10 @@ class Source:
     """Indexed rows of a file; blank lines are skipped.
 
     Attributes:
-        path: path of the file, against whose folder relative paths of images are resolved; `-` copies standard input
-            to a temporary file.
+        path: path of the file; relative image paths are resolved against its folder. `-`: standard input, which is
+            copied to a temporary file.
         entries: one entry per row.
-        defaults: generation options for those that a row does not set.
+        defaults: values of the generation options that a row does not set.
         sha256: hex digest of the whole file.
 
     Raises:

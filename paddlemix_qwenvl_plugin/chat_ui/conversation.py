@@ -42,7 +42,7 @@ def path_of(argument: str) -> str:
         return argument
     if len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "\"'":
         argument = argument[1:-1]
-    elif os.name != "nt" and not is_address(argument):  # a backslash is a separator there
+    elif os.name != "nt" and not is_address(argument):  # on Windows a backslash is a separator
         argument = re.sub(r"\\(.)", r"\1", argument)
     return os.path.expanduser(argument)  # noqa: PTH111 (a Path would fold the // of a URL)
 

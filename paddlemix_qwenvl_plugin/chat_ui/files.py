@@ -31,7 +31,7 @@ class Transcripts:
         """Write the conversation as Markdown or JSON, by the suffix of `target`.
 
         Raises:
-            UsageError: another suffix, an existing file of other origin, a missing folder, or no answer yet.
+            UsageError: another suffix, an existing file from elsewhere, a missing folder, or no answer yet.
             OSError: the file cannot be written.
         """
         form = {".md": as_markdown, ".json": as_json}.get(target.suffix.lower())

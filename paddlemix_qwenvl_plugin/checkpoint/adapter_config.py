@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from paddlemix_qwenvl_plugin.checkpoint.config import first_problem, read_json
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# Keys of variants whose result is not W + scaling * B A.
+# Keys of LoRA variants that compute something other than W + scaling * B A.
 _PEFT_VARIANTS = (
     *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "target_parameters"),
     *(
@@ -38,7 +38,7 @@ class LoraConfig:
     """Rank and scaling of an adapter's low-rank updates.
 
     `rank_pattern` and `alpha_pattern` override `rank` and `alpha` for single modules. `modules_to_save`: modules that
-    the adapter replaces completely. `base`: name of the model it was trained on.
+    the adapter replaces completely. `base`: name of the model that the adapter was trained on.
     """
 
     path: Path

@@ -46,7 +46,7 @@ class Checkpoint:
         lora: adapters to merge into the weights, each a folder or (folder, weight).
 
     Attributes:
-        quantised: the weights that are stored as integers by GPTQ or AWQ, else None; `tensors` does not read them.
+        quantised: the weights quantised by GPTQ or AWQ, which `tensors` does not read; None without such weights.
 
     Raises:
         UsageError: the folder, its config or its weights do not exist; an adapter for quantized weights.
@@ -247,7 +247,7 @@ class Checkpoint:
                     + _hint_about_shape(name, shape, spec)
                 )
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
-                continue  # in the layout of the embedding
+                continue  # stored as the embedding, in its layout
             if spec.linear and spec.shape[0] != spec.shape[1]:
                 transposed = shape != spec.shape
                 if evidence is not None and evidence[0] != transposed:
@@ -257,7 +257,7 @@ class Checkpoint:
                     )
                 evidence = (transposed, canonical[name])
         # Each half has a fused projection to 3 times the width, which is never square. Only a quantised language model
-        # may have no evidence, with a square lm_head; every quantizer stores it as [out, in].
+        # with a square lm_head gives no evidence; every quantizer stores lm_head as [out, in].
         return evidence is None or evidence[0]
 
 

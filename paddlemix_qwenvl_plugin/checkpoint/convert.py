@@ -32,7 +32,7 @@ _LEFT_OUT = (
     ".pt",
     ".pth",
 )
-# Keys of config.json for tensor-parallel weights of PaddleNLP; the new folder has joined weights.
+# Keys that PaddleNLP adds to config.json for tensor-parallel weights; removed, since the new weights are joined.
 _CUTS = ("tensor_parallel_degree", "tensor_parallel_rank")
 
 
@@ -56,7 +56,7 @@ def convert(
         max_shard_bytes: maximum size of a shard; a larger tensor gets a separate shard.
 
     Raises:
-        UsageError: `target` exists, or no such scheme.
+        UsageError: `target` exists, or `to` is not a scheme.
         QwenVLError: as for Checkpoint.
     """
     if to not in SCHEMES:

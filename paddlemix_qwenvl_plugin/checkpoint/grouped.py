@@ -48,7 +48,7 @@ def unpack_words(
 ) -> NDArray[np.uint8]:
     """Unpack unsigned integers of `bits` bits from int32 words along `axis`.
 
-    The k-th lowest `bits` bits of a word are number places[k] of its 32 // bits integers.
+    The k-th lowest `bits` bits of a word hold integer places[k] of its 32 // bits integers.
     """
     per_word = 32 // bits
     shape = list(words.shape)

@@ -56,7 +56,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """List the tensors of a .pdparams file.
 
     Raises:
-        QwenVLError: not a Paddle weight file, truncated, or a pickle of more than tensors.
+        QwenVLError: not a Paddle weight file, truncated, or a pickle with other content than tensors.
     """
     try:
         with path.open("rb") as file:
@@ -152,7 +152,7 @@ class _Array:
         self._by_columns = bool(by_columns)
         self._content = content.content if isinstance(content, _Latin1) else content
         n_bytes = self.size * self.dtype.itemsize
-        # The length of text in UTF-8 is not yet the number of its characters.
+        # Text has a latin1 character for each byte; a Span counts its UTF-8, one or two bytes for each character.
         stored = self._content.n_bytes if isinstance(self._content, Span) else len(self._content)
         fits = stored // 2 <= n_bytes <= stored if self._is_text else stored == n_bytes
         if not fits:

@@ -19,7 +19,7 @@ _TOWER = ("conv1.", "positional_embedding", "ln_pre.", "transformer.")
 class Scheme(NamedTuple):
     """A naming scheme: prefixes of the names, and the layout that its model class loads.
 
-    `format` is the key of that name in the metadata of safetensors files: "pt" for PyTorch, "pd" for Paddle.
+    `format` is the value of "format" in the metadata of safetensors files: "pt" for PyTorch, "pd" for Paddle.
     """
 
     title: str

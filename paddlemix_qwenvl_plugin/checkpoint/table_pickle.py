@@ -17,7 +17,7 @@ DAMAGED = (
 )
 MAX_DIMS = 8
 
-# The 7B model's table needs 30,000.
+# Limit on executed opcodes; the 7B model's table needs 30,000.
 _MAX_OPCODES = 300_000
 # A longer string is a span. Names are shorter, norms and biases mostly longer.
 _MAX_STRING_BYTES = 1024
@@ -72,7 +72,7 @@ class _File:
             raise EOFError("a length reaches beyond the end of the file")
 
 
-# The pure-Python unpickler: the C one allocates gigabytes if a few bytes of a file request it.
+# Derived from the pure-Python unpickler: the C version allocates gigabytes if a few bytes of a file request it.
 class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     """Unpickler for any protocol that resolves only the names in `known`.
 
@@ -131,7 +131,7 @@ class TableUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
     def _build(self: Any) -> None:
         state = self.stack.pop()
         made = self.stack[-1]
-        if isinstance(made, dict):  # the versions of the modules in a state dict
+        if isinstance(made, dict):  # ignore the module versions that a state dict has as its state
             return
         if callable(made) or not hasattr(type(made), "__setstate__"):
             raise RefusedError("its pickle sets the state of an unexpected object")

@@ -99,7 +99,7 @@ class Ranks:
                 yield name, _join(parts, *cut) if cut else parts[0]
 
     def file_of(self, name: str) -> Path:
-        """The file that contains a tensor, or its part of the first rank."""
+        """The file that contains a tensor, or the first rank's part of it."""
         return self._ranks[0].file_of(name)
 
     def unlisted(self) -> list[str]:
@@ -108,7 +108,7 @@ class Ranks:
 
 
 def _cut(name: str) -> Optional[tuple[int, int]]:
-    """The axis along which a tensor is joined and the number of its fused matrices; None if each rank has it whole."""
+    """The axis along which a tensor is joined and the number of its fused matrices; None if each rank has all of it."""
     return next(((axis, fused) for pattern, axis, fused in _CUTS if pattern.search(name)), None)
 
 
@@ -122,7 +122,7 @@ def _joined_shape(name: str, shape: tuple[int, ...], n_ranks: int) -> tuple[int,
 
 
 def _join(parts: list[NDArray[np.generic]], axis: int, fused: int) -> NDArray[np.generic]:
-    """Join the parts of all ranks: the first matrices of all, then the second ones, then the third ones."""
+    """Join the parts of all ranks: the first fused matrix of each rank, then the second of each, then the third."""
     blocks = [np.array_split(part, fused, axis=axis) for part in parts]
     return np.concatenate([rank[i] for i in range(fused) for rank in blocks], axis=axis)
 

@@ -29,7 +29,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """List the tensors of a PyTorch weight file.
 
     Raises:
-        QwenVLError: not a PyTorch weight file, truncated, or a pickle of more than tensors.
+        QwenVLError: not a PyTorch weight file, truncated, or a pickle with other content than tensors.
     """
     try:
         if torch_legacy_file.is_legacy(path):

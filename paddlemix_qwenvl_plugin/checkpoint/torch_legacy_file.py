@@ -46,7 +46,7 @@ def read_storage(path: Path, key: str) -> bytes:
 
 @lru_cache(maxsize=8)
 def _read(path: Path, changed: int) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """Read the table and the location of each storage: key -> (offset, bytes)."""
+    """Read the table and the location of each storage, key -> (offset, bytes); `changed` keeps the cache current."""
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(len(_MAGIC))
@@ -73,7 +73,7 @@ def _read(path: Path, changed: int) -> tuple[Any, dict[str, tuple[int, int]]]:
 
 
 class _Storages(TorchUnpickler):
-    """Unpickler that records the size of a value of each storage."""
+    """Unpickler that records the bytes per value of each storage."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)

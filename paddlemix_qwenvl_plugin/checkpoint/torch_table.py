@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.checkpoint.table_pickle import (
 )
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# Class of a storage in the pickle, or the dtype of a tensor without one -> dtype, NumPy dtype.
+# Class of a storage in the pickle, or dtype of a tensor in an untyped storage -> dtype, NumPy dtype.
 _KINDS = {
     "FloatStorage": ("float32", "<f4"),
     "HalfStorage": ("float16", "<f2"),
@@ -35,7 +35,7 @@ _KINDS = {
 
 
 class Storage(NamedTuple):
-    """A storage in the pickle: its class (a key of _KINDS), its key in the file, its number of values (or bytes)."""
+    """A storage in the pickle: class, key in the file, number of values (of bytes, if the class is UntypedStorage)."""
 
     kind: str
     key: str
@@ -43,7 +43,7 @@ class Storage(NamedTuple):
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of a value; 1 for a storage without a type. Raises KeyError for an unknown type."""
+        """Bytes of a value; 1 for an untyped storage. Raises KeyError for an unknown type."""
         return 1 if self.kind == "UntypedStorage" else np.dtype(_KINDS[self.kind][1]).itemsize
 
 
@@ -105,7 +105,7 @@ class TorchUnpickler(TableUnpickler):
 
 
 def check(where: str, tensor: Any, n_bytes: int) -> None:
-    """Check that a tensor stays within its storage: NumPy would read outside it.
+    """Check that a tensor lies within its storage: NumPy does not check, and would read outside it.
 
     Raises:
         QwenVLError: not a tensor, or it reaches beyond the `n_bytes` of its storage.

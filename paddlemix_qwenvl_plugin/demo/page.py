@@ -67,7 +67,7 @@ def _card(result: Result) -> str:
 
 
 def _figure(result: Result, number: int) -> str:
-    """Figure of one image of the question. Only the last image has the boxes."""
+    """Figure of one image of the question. The answer's boxes are drawn on the last image only."""
     question = result.question
     last = len(question.images) - 1
     boxes = result.answer.boxes if number == last else ()

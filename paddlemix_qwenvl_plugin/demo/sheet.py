@@ -47,7 +47,7 @@ def contact_sheet(results: Sequence[Result]) -> Image.Image:
 
 
 def _rows(results: Sequence[Result]) -> Iterator[list[tuple[int, Result]]]:
-    """Rows of (first column, result)."""
+    """Lay out the results in rows of (first column, result)."""
     row: list[tuple[int, Result]] = []
     column = 0
     for result in results:

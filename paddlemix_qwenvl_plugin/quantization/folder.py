@@ -31,7 +31,7 @@ INDEX = "model.safetensors.index.json"
 # Suffix -> type of the tensors of a quantised matrix (packing.py).
 _PACKED = {"qweight": "int32", "qzeros": "int32", "g_idx": "int32", "scales": "float16"}
 _WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".bin", ".index.json", ".pdiparams", ".pdmodel")
-# Keys of config.json for tensor-parallel weights of PaddleNLP; the new folder has joined weights.
+# Keys that PaddleNLP adds to config.json for tensor-parallel weights; removed, since the new weights are joined.
 _TENSOR_PARALLEL_KEYS = ("tensor_parallel_degree", "tensor_parallel_rank")
 
 Tensors = dict[str, NDArray[np.generic]]

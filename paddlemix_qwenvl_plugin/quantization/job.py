@@ -28,7 +28,7 @@ DEFAULT_GROUP_SIZES = {4: 32, 8: 64}
 GROUP_SIZES = (32, 64, 128)
 
 MAX_TOKENS = 1 << 16
-"""Limit on the tokens of all rows: 1 GiB of hidden states at the 7B model's sizes, in each of four files."""
+"""Limit on the tokens of all rows. At the 7B model's sizes, each of the four files of hidden states then has 1 GiB."""
 
 
 def quantise_model(
@@ -109,7 +109,7 @@ def _run(
         return States(work.states(name), lengths, checkpoint.config.hidden_size)
 
     def streams(layer: int) -> Streams:
-        if layer == 0:  # equal before the first layer
+        if layer == 0:  # both models have the same states before the first layer
             return Streams(states("original-0"), states("original-0"))
         return Streams(states(f"original-{layer}"), states(f"quantised-{layer}"))
 

@@ -1,4 +1,4 @@
-"""A decoder layer in float32 that can stop at the input of any of its matrices."""
+"""A decoder layer in float32 that also returns the inputs of each of its matrices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.modeling.weights import build
 Floats = NDArray[np.float32]
 
 # Matrices that share an input, in the order of the forward pass. The first two stages read the states before the
-# layer, the others those after its attention.
+# layer, the last two the states after its attention.
 STAGES: tuple[tuple[str, ...], ...] = (
     ("attn.c_attn",),
     ("attn.c_proj",),
@@ -25,7 +25,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
 
 
 class DecoderLayer:
-    """A decoder layer that computes with the weights loaded last."""
+    """A decoder layer whose weights `load` replaces."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
@@ -33,7 +33,7 @@ class DecoderLayer:
         self._parameters = {parameter.name: parameter for parameter in self._layer.parameters()}
 
     def load(self, weights: Mapping[str, NDArray[np.generic]]) -> None:
-        """Set weights, float32 [out, in]; the names are without the layer's prefix."""
+        """Replace weights, float32 [out, in], by name without the layer's prefix."""
         for name, values in weights.items():
             self._parameters[f"h.{name}"].set_value(np.ascontiguousarray(values))
 

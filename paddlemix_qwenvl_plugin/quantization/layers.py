@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.quantization.packing import gptq_tensors
 from paddlemix_qwenvl_plugin.quantization.rounding import Hessian, quantise, relative_error
 from paddlemix_qwenvl_plugin.quantization.states import States
 
-# Tokens added to X^T X in one product: a product of many rows is faster, and the sum is written less often.
+# Tokens per product that is added to X^T X: large products are faster and update the sum less often.
 _TOKENS_AT_ONCE = 2048
 
 
@@ -120,7 +120,7 @@ class LayerQuantiser:
         target.quantised.write(stepped(self._quantised, source.quantised))
 
     def _difference(self, streams: Streams) -> float:
-        """||quantised - original|| / ||original|| of the held-out rows."""
+        """Relative error of the held-out rows' states: ||quantised - original|| / ||original||."""
         off = total = 0.0
         for row in self._batch.held_out:
             original = streams.original.read(row)

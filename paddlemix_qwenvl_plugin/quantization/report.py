@@ -19,7 +19,7 @@ class Report:
         bits, group_size: storage of the quantised matrices.
         rows, tokens: numbers of rows and tokens that were used for calibration.
         skipped_rows: number of rows beyond the limit on tokens.
-        held_out: changed tokens of the rows that were not used for calibration.
+        held_out: changed predictions on the held-out rows.
         layers: per layer, `matrices`: matrix -> [relative error of its products on the calibration rows, that of
             rounding to nearest]; `states`: relative error of the held-out rows' hidden states after the layer.
         bytes, bytes_before: size of the weights in OUT and in MODEL.

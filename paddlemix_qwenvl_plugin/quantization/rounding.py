@@ -3,7 +3,7 @@
 For inputs X the error of a row is (w - q) H (w - q)^T with H = X^T X. Two steps reduce it:
 
 1. GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022):
-   columns are rounded one after the other, and each column's error is compensated in those not yet rounded.
+   columns are rounded one after the other, and each column's error is compensated in the columns not yet rounded.
 2. Cyclic coordinate descent (as in Behdin et al., "QuantEase", 2023): each integer, and each group's scale, is set to
    its best value while the others are fixed.
 """
@@ -19,7 +19,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 # Added to the Hessian's diagonal, as a share of its mean; the value of GPTQ's authors.
 DAMPING = 0.01
 
-_BLOCK = 128  # columns per matrix product that compensates their errors in the later columns
+_BLOCK = 128  # columns per block; one product per block compensates its errors in the later columns
 _SWEEPS = 3
 
 

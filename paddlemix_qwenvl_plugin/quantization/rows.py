@@ -30,7 +30,7 @@ HELD_OUT_EVERY = 8
 """One of this many rows is held out: used for the report, not for calibration."""
 
 N_DRAWN = 128
-"""Number of random demo-world rows that are used without a file of rows."""
+"""Number of rows drawn from the demo world if no file is given."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CalibrationRow:
 
     @property
     def judged(self) -> list[int]:
-        """Positions whose predicted next token is compared: those that predict the answer or, without one, all text."""
+        """Positions whose predictions are compared: those that predict the answer; without an answer, all text."""
         if len(self.input_ids) > self.n_prompt:
             return list(range(self.n_prompt - 1, len(self.input_ids) - 1))
         inside = {i for start, end in self.spans for i in range(start, end)}
@@ -156,7 +156,7 @@ _ANSWER_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 
 
 def _take_answer(line: bytes) -> tuple[bytes, Any]:
-    """Remove the key "answer" from a row and return both; return a row unchanged if it is not a JSON object."""
+    """Return a row without its key "answer", and the answer. A line that is not a JSON object is returned unchanged."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):

@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import read_json
 from paddlemix_qwenvl_plugin.util.errors import UsageError, make_folder, naming
 from paddlemix_qwenvl_plugin.util.files import write_text
 
-# To be increased if the same inputs produce different files.
+# Increase it when a change of the code produces other files from the same inputs.
 _VERSION = 1
 
 

@@ -48,8 +48,8 @@ def find(recipe: str) -> Path:
 def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe, apply the overrides (`key=value`) and resolve its paths.
 
-    In the result `${recipe_dir}` is filled in and asset paths are absolute (relative to the current directory), so
-    its YAML gives the same run from any folder.
+    In the result `${recipe_dir}` is filled in and asset paths are absolute (relative ones are resolved against the
+    current directory), so its YAML gives the same run from any folder.
 
     Raises:
         UsageError: the file cannot be read or is not YAML, or the recipe or an override violates the schema.

@@ -69,7 +69,7 @@ def dry_run(recipe: Recipe, output: Path, from_step: Optional[str] = None) -> li
 
 
 class _Run:
-    """A run in progress. `results`: contents of results.json, which every change rewrites."""
+    """A run in progress. `results`: contents of results.json, which is rewritten after every change."""
 
     def __init__(self, recipe: Recipe, folder: Path, first: int, earlier: Optional[dict[str, Any]]) -> None:
         self.recipe = recipe

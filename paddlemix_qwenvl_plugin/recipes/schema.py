@@ -79,7 +79,7 @@ class Requires(_Strict):
 
 
 class Asset(_Strict):
-    """A file or folder that the run needs. `sha256`: of a file; null: not checked."""
+    """A file or folder that the run needs. `sha256`: digest of a file; null: not checked."""
 
     name: ItemName
     path: str = Field(min_length=1)

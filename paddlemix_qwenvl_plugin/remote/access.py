@@ -20,7 +20,7 @@ def check_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         host, scheme, _ = parts.hostname, parts.scheme.lower(), parts.port
-    except ValueError:  # a broken IPv6 address or port
+    except ValueError:  # an invalid IPv6 address or port
         host, scheme = None, ""
     if scheme not in ("http", "https") or not host or parts.query or parts.fragment:
         raise UsageError(f"--url {without_password(url)}: must be of the form http://host:8000")

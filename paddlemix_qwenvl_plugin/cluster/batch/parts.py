@@ -35,9 +35,9 @@ class Part:
 
     Attributes:
         index: number of the part, from 0.
-        spans: its rows, by file.
-        n_rows: their number.
-        ids: `digest_of_ids` of their ids.
+        spans: the rows, by file.
+        n_rows: number of rows.
+        ids: `digest_of_ids` of the row ids.
     """
 
     index: int

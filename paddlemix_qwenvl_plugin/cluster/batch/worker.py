@@ -55,7 +55,7 @@ class Worker:
         self._work = work
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Answer the only part of a batch; return its number of rows, or an error as one line with its exit code."""
+        """Answer the only part of `batch`; return its number of rows, or an error as one line with its exit code."""
         part = Part.load(str(batch["part"][0]))
         try:
             self._answer(part)

@@ -27,7 +27,7 @@ NAME = "qwenvl"
 
 # Autoscaling target: share of an engine's slots in use.
 _TARGET_SHARE = 0.8
-# Requests outside the queue: health checks, metrics, requests to be refused.
+# Concurrent requests of a front outside the queue: health checks, metrics, requests to be refused.
 _SPARE_REQUESTS = 1000
 _HEALTH_SECONDS = 5.0
 
@@ -78,7 +78,7 @@ def application(settings: ServeSettings) -> serve.Application:
         max_ongoing_requests=n_requests + _SPARE_REQUESTS,
         ray_actor_options={"num_cpus": front_cpus(settings)},
         health_check_period_s=_HEALTH_SECONDS,
-        # The maximum time of a request, so that an update ends none.
+        # The maximum time of a request, so that an update of the application ends no request.
         graceful_shutdown_timeout_s=settings.waiting_timeout + settings.running_timeout,
     )(ingress())
     bound: serve.Application = front.bind(settings, keys_of(settings), engine.bind(settings))

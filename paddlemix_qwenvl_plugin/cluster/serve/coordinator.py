@@ -37,7 +37,7 @@ class Totals(NamedTuple):
         waiting: requests waiting for slots.
         engines: number of engine replicas that are ready.
         draining: whether new requests are refused.
-        ending: whether running requests are ended.
+        ending: whether the fronts must end their running requests.
     """
 
     running: int
@@ -59,7 +59,7 @@ class _Process:
 
 @dataclass
 class _Lease:
-    """Slots of a request; `task` waits for the grant, `granted` is its time."""
+    """Slots of a request; `task` waits for the grant, `granted` is the time of the grant."""
 
     front: str
     granted: Optional[float] = None

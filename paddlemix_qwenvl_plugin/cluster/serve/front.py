@@ -23,7 +23,7 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
 
 class _App(Starlette):
-    """ASGI application of this process's front: Ray Serve wants it before the front exists.
+    """ASGI application that forwards to this process's front: Ray Serve requires it before the front exists.
 
     Ray before 2.56 expects Starlette's attributes; the routes and the error handlers are those of the front.
     """
@@ -58,7 +58,7 @@ class Front:
     """Ray Serve replica that answers HTTP requests with the engine replicas.
 
     Attributes:
-        asgi: the application; Ray Serve's ingress has an attribute `app` of its own.
+        asgi: the application; not named `app`, an attribute of Ray Serve's ingress.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 _LOG = logging.getLogger(__name__)
 
 _NAME, _NAMESPACE = "qwenvl-coordinator", "qwenvl"
-# Concurrent calls of the coordinator; each waiting request is one.
+# Maximum number of concurrent calls of the coordinator; each waiting request is a call.
 _CONCURRENCY = 100_000
 
 
@@ -65,7 +65,7 @@ class Member:
     """Client of the coordinator in a replica, which reports once a second.
 
     Attributes:
-        name: id of the replica; the value of the label of its metrics.
+        name: id of the replica, and label value of its metrics.
         coordinator: handle of the coordinator.
         totals: state of the cluster after the last report.
     """
@@ -82,7 +82,7 @@ class Member:
 
         Args:
             kind: front or engine.
-            state: called for each report.
+            state: returns the content of each report.
             reported: called after each report with updated `totals`.
         """
         self.name = name

@@ -45,7 +45,7 @@ def front_requests(settings: ServeSettings) -> float:
 
 
 def max_fronts(settings: ServeSettings) -> int:
-    """Maximum of fronts: enough for requests in all slots of all engines."""
+    """Maximum number of fronts: enough for requests in all slots of all engines."""
     n_slots = settings.max_running * max_replicas(settings)
     return max(settings.min_fronts, math.ceil(n_slots / front_requests(settings)))
 

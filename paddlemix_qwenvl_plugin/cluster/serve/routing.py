@@ -7,7 +7,7 @@ from typing import Optional
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-# A replica with this many more requests than the least loaded one is overloaded.
+# A replica is overloaded if it has over this many requests more than the least loaded replica.
 _SLACK = 4
 
 
@@ -16,7 +16,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # untyped for mypy
 
     All fronts compute the same ranking without shared state, and adding or removing a replica moves only its own share
     of the prefixes. A request goes to the first replica of its ranking that is not overloaded. The call's keyword
-    arguments are `prefix`, a digest, and `attempt`: each retry starts one place later in the ranking.
+    arguments are `prefix`, a digest, and `attempt`, the retry number: each retry starts one rank later.
     """
 
     async def choose_replicas(
@@ -35,7 +35,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # untyped for mypy
         return [[replica] for replica in sorted(ranking, key=lambda replica: self._queued(replica) > most)]
 
     def _queued(self, replica: RunningReplica) -> int:
-        """Return the queue length of a replica in this front's cache."""
+        """Return the queue length of a replica, as cached in this front."""
         return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
 

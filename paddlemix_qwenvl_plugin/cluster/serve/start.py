@@ -21,7 +21,7 @@ from paddlemix_qwenvl_plugin.serve.start import check_model
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, first_line
 
 _OLDEST_RAY = Version("2.50")
-# Older ones use an attribute of protobuf that its version 7 no longer has.
+# Older versions of Ray use an attribute of protobuf that protobuf 7 no longer has.
 _OLDEST_RAY_WITH_PROTOBUF_7 = Version("2.57")
 _POLL_SECONDS = 0.5
 _KEEP_ALIVE_SECONDS = 15
@@ -55,7 +55,7 @@ def start_on(
     """Serve on a Ray cluster until a signal ends it, or until another `qwenvl serve --ray` updates the application.
 
     Args:
-        address: of the cluster; see `connect`.
+        address: address of the cluster; see `connect`.
         signals: signals that end the server.
         print_line: prints a line for the user.
 
@@ -104,7 +104,7 @@ def _deploy(settings: ServeSettings) -> None:
 
     from paddlemix_qwenvl_plugin.cluster.serve.application import NAME, application
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # Ray Serve sets it when it is imported
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # the import of Ray Serve sets the level
     app = application(settings)
     http_options = HTTPOptions(
         host=settings.host, port=settings.port, keep_alive_timeout_s=_KEEP_ALIVE_SECONDS
@@ -114,7 +114,7 @@ def _deploy(settings: ServeSettings) -> None:
         serve.run(app, name=NAME, route_prefix="/")
     except (RuntimeError, RayError) as error:
         message = first_line(error)
-        with contextlib.suppress(RayError):  # Serve's controller may be what failed
+        with contextlib.suppress(RayError):  # Serve's controller itself may have failed
             status = serve.status().applications.get(NAME)
             message = _reason(status) if status is not None else message
             serve.delete(NAME)

@@ -182,7 +182,7 @@ def side(rng: random.Random, scene: Scene, language: str) -> Optional[Turn]:
 def _property(
     rng: random.Random, language: str, prop: str, named: Optional[tuple[Thing, str]]
 ) -> Optional[Turn]:
-    """Ask about a property of a named object; None without one."""
+    """Ask about a property of an object with a name; None if `named` is None."""
     if named is None:
         return None
     thing, name = named
@@ -198,7 +198,7 @@ def _word(thing: Thing, prop: str, language: str) -> str:
 
 
 def _shape_without(rng: random.Random, scene: Scene, language: str, prop: str) -> Optional[tuple[Thing, str]]:
-    """Choose a shape and its name by `_name_without`; None without one."""
+    """Choose a shape and its name by `_name_without`; None if the scene has no shape or the shape no such name."""
     thing = rng.choice(scene.shapes) if scene.shapes else None
     name = thing and _name_without(rng, scene, thing, language, prop)
     return (thing, name) if thing and name else None

@@ -42,7 +42,7 @@ def held_out(number: int) -> Sample:
 
 
 def random_sample(rng: random.Random) -> Sample:
-    """Draw a sample with one turn: one image or two, in the chat's form or the base model's."""
+    """Draw a sample with one turn: one image or two, in chat form or base form."""
     if rng.random() < 0.15:
         scenes = (random_scene(rng), random_scene(rng))
         return Sample(scenes, (pair_turn(rng, scenes),), "chat")
