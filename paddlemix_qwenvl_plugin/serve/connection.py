@@ -11,15 +11,15 @@ HEAD_SECONDS = 15.0
 """Timeout from the connection, or from the previous response, to the complete headers of the next request."""
 
 _LAST_HEAD_SECONDS = 2.0
-"""The same timeout for a connection without a request at shutdown: its request still gets a response, or a 503."""
+"""At shutdown, timeout of connections without a request; a request within it is answered, or refused with 503."""
 
 
 class Connection(H11Protocol):
     """uvicorn's HTTP connection with two additional timeouts.
 
     - Headers: the complete headers of a request must arrive within HEAD_SECONDS.
-    - Send: a client that leaves more unread than the socket buffer plus 64 KiB hold is disconnected after
-      `send_timeout` seconds. Its request sees a disconnect.
+    - Send: a client with more unread data than the socket buffer and 64 KiB is disconnected after `send_timeout`
+      seconds. Its request sees a disconnect.
     """
 
     send_timeout = 30.0

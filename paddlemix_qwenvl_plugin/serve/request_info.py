@@ -17,7 +17,7 @@ class RequestInfo:
 
     Attributes:
         id: value of the header X-Request-Id.
-        begin: time at which its head was read (time.monotonic).
+        begin: time at which its headers had been read (time.monotonic).
         key: short hash of its API key; None if the server requires no keys.
         prompt_tokens, completion_tokens, cached_tokens: usage of all choices.
         prompts, completions: texts of all choices, if `log_prompts` is set.
