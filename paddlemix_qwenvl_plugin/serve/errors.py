@@ -8,6 +8,10 @@ from typing import Any, Optional
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, one_line
 
 
+class ClientGone(Exception):
+    """The client has disconnected."""
+
+
 class ApiError(QwenVLError):
     """Error response: {"error": {"message", "type", "param", "code"}} with an HTTP status."""
 

@@ -10,16 +10,12 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from paddlemix_qwenvl_plugin.serve.error_response import respond
-from paddlemix_qwenvl_plugin.serve.errors import ApiError
+from paddlemix_qwenvl_plugin.serve.errors import ApiError, ClientGone
 from paddlemix_qwenvl_plugin.serve.middleware.json_size import check_size
 
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS", "DELETE")
 # A client that is still sending may not see the response: a connection closed with unread bytes is reset.
 _CLOSE = {"Connection": "close"}
-
-
-class ClientLeft(Exception):
-    """The client disconnected before the end of the body."""
 
 
 @dataclass
@@ -66,7 +62,7 @@ class BodyLimit:
             if problem is not None:
                 raise problem
             check_size(body)
-        except ClientLeft:
+        except ClientGone:
             return
         except asyncio.TimeoutError:
             message = f"The request was not received within {self._timeout:g} s"
@@ -75,13 +71,13 @@ class BodyLimit:
         except ApiError as error:
             await respond(error, scope, receive, send)
             return
-        whole: Optional[Message] = {"type": "http.request", "body": body, "more_body": False}
+        unread: Optional[Message] = {"type": "http.request", "body": body, "more_body": False}
 
         async def replay() -> Message:
-            nonlocal whole
-            if whole is None:
+            nonlocal unread
+            if unread is None:
                 return await receive()  # http.disconnect, once the client disconnects
-            message, whole = whole, None
+            message, unread = unread, None
             return message
 
         await self._app(scope, replay, send)
@@ -91,7 +87,7 @@ class BodyLimit:
 
         Raises:
             ApiError: the body is too long (413), or the memory for bodies is in use (429).
-            ClientLeft: the client disconnected.
+            ClientGone: the client disconnected before the end of the body.
         """
         content_length = headers.get("content-length", "")
         if headers.get("expect") and content_length.isdigit() and int(content_length) > self._max_bytes:
@@ -102,7 +98,7 @@ class BodyLimit:
         while more and size <= 2 * self._max_bytes:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise ClientLeft
+                raise ClientGone
             chunk = message.get("body", b"")
             size += len(chunk)
             full = full or self._held_bytes + len(chunk) > self._max_held_bytes

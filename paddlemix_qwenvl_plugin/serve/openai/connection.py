@@ -11,15 +11,12 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from paddlemix_qwenvl_plugin.serve.error_response import api_error
+from paddlemix_qwenvl_plugin.serve.errors import ClientGone
 from paddlemix_qwenvl_plugin.serve.openai.json_text import dumps, event
 from paddlemix_qwenvl_plugin.serve.request_info import info_of
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 T = TypeVar("T")
-
-
-class ClientGone(Exception):
-    """The client has disconnected."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

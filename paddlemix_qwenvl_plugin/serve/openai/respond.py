@@ -7,8 +7,9 @@ from typing import Any
 
 from fastapi import Request, Response
 
+from paddlemix_qwenvl_plugin.serve.errors import ClientGone
 from paddlemix_qwenvl_plugin.serve.openai.completion import Completion, CompletionSpec
-from paddlemix_qwenvl_plugin.serve.openai.connection import ClientGone, EventStream, while_connected
+from paddlemix_qwenvl_plugin.serve.openai.connection import EventStream, while_connected
 from paddlemix_qwenvl_plugin.serve.openai.forms import Choice, Form
 from paddlemix_qwenvl_plugin.serve.openai.json_text import dumps
 from paddlemix_qwenvl_plugin.serve.openai.parameters import SamplingParameters
