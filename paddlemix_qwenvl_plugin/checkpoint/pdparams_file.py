@@ -1,4 +1,4 @@
-"""Read a .pdparams file of paddle.save tensor by tensor: a pickle of a table of NumPy arrays, without running its code.
+"""Reader of the tensors of a .pdparams file, a pickle of a table of NumPy arrays; code in the pickle is not run.
 
 | in the pickle | meaning |
 | --- | --- |
@@ -152,7 +152,8 @@ class _Array:
         self._by_columns = bool(by_columns)
         self._content = content.content if isinstance(content, _Latin1) else content
         n_bytes = self.size * self.dtype.itemsize
-        # Text has a latin1 character for each byte; a Span counts its UTF-8, one or two bytes for each character.
+        # Protocol 2 writes bytes as text with a latin1 character for each, one or two bytes in UTF-8, which a Span
+        # counts: the size is only bounded here.
         stored = self._content.n_bytes if isinstance(self._content, Span) else len(self._content)
         fits = stored // 2 <= n_bytes <= stored if self._is_text else stored == n_bytes
         if not fits:

@@ -23,7 +23,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 from paddlemix_qwenvl_plugin.util.program import program
 
 _INSTALL_PADDLENLP = "pip install 'paddlemix-qwenvl-plugin[paddlenlp]'"
-# Found on sys.path, these count as installed in any version.
+# A checkout on sys.path has no version; these packages count as installed if they can be found.
 _FROM_CHECKOUTS = ("paddlenlp", "paddlemix", "ppdiffusers")
 
 
@@ -155,7 +155,8 @@ def check_hooks(answers: Mapping[str, Answer]) -> Check:
     failed_imports: dict[str, str] = {}
     for name, answer in answers.items():
         hooks = answer.value.get("hooks", {})
-        # Both upstreams use the stand-in for paddlenlp_ops.
+        # An answer lists all hooks: keep the upstream's own, and others that were not only armed, such as the stand-in
+        # for paddlenlp_ops, which both upstreams use.
         own = {
             module: state
             for module, state in hooks.items()

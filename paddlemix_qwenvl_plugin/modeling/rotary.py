@@ -1,6 +1,7 @@
 """Rotary embedding with dynamic NTK scaling, and logn scaling of the query.
 
-Source of the formulas: the official Qwen-VL code (NeoX halves; alpha from the prompt's length, fixed per request).
+Source of the formulas: the official Qwen-VL code (values i and i + d / 2 are rotated as a pair; alpha
+depends on the prompt's length only, so it is fixed for a request).
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from paddlemix_qwenvl_plugin.modeling import ops
 def ntk_alpha(prompt_len: paddle.Tensor, config: ModelConfig) -> paddle.Tensor:
     """NTK factor max(1, 2^ceil(log2(L / seq_length) + 1) - 1), float32 in the shape of `prompt_len` (integer).
 
-    ceil(log2(r) + 1) is computed by counting the values 1/2, 1, 2, 4 … below r: exact, unlike a rounded logarithm.
+    L is the prompt's length. The exponent is 1 plus the number of 1, 2, 4, … below L / seq_length: comparisons of
+    integers are exact, unlike a rounded logarithm.
     """
     if not config.use_dynamic_ntk:
         return paddle.ones_like(prompt_len, dtype="float32")
-    power = paddle.ones_like(prompt_len, dtype="float32")
+    exponent = paddle.ones_like(prompt_len, dtype="float32")
     length = prompt_len.astype("int64")
     for k in range(config.max_ntk_doublings):
-        power = power + (length > config.seq_length * 2**k).astype("float32")
-    return paddle.pow(paddle.full_like(power, 2.0), power) - 1.0
+        exponent = exponent + (length > config.seq_length * 2**k).astype("float32")
+    return paddle.pow(paddle.full_like(exponent, 2.0), exponent) - 1.0
 
 
 def rotary_tables(

@@ -1,4 +1,4 @@
-"""Low-rank adapters, not merged: compared with merged weights, in mixed batches, errors."""
+"""Unmerged low-rank adapters: equal to merged weights, independent of the batch, and errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from engine import (
 RANDOM = np.random.default_rng(17)
 TARGETS = re.compile(r"attn\.c_attn|attn\.c_proj|mlp\.w1|mlp\.w2|mlp\.c_proj|lm_head")
 PROMPT = RANDOM.integers(0, 600, 70).tolist()
-# A GPU computes in float16, and rounds A and B to it.
+# On a GPU these tests compute in float16, to which an adapter's matrices A and B are rounded.
 COMPUTE = COMPUTE_FLOAT16 if DEVICE_LIBRARY else COMPUTE_FLOAT32
 CLOSE = {"atol": 0.1, "rtol": 0} if DEVICE_LIBRARY else {"atol": 1e-3, "rtol": 0}
 
@@ -53,7 +53,7 @@ def floats(values: np.ndarray) -> np.ndarray:
 
 
 def make_adapter(model, seed=0, dtype="float32", skip=""):
-    """Random entries for all targets whose name lacks `skip`; ranks 1 to 20 and scales differ."""
+    """Random entries for all targets whose name lacks `skip`; each with its own rank, 1 to 20, and scale."""
     random = np.random.default_rng(seed)
     made = {}
     for name, matrix in model.language_weights().items():
@@ -88,7 +88,7 @@ def run(library, model, weights, adapter=None):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_equals_the_merged_model(library, golden_model, dtype):
-    """Within 1e-3 of a model whose weights were merged in float64."""
+    """Within `CLOSE` of a model whose weights were merged in float64."""
     model = golden_model("a")
     base, adapter = model.language_weights(), make_adapter(model, dtype=dtype)
     ours = run(library, model, store(library, base, FLOAT32), adapter)
@@ -258,7 +258,7 @@ class RequestWithoutAdapter(ctypes.Structure):
 
 
 def test_a_request_without_the_adapter_field(library, golden_model):
-    """The next request begins where the adapter of the first would be."""
+    """With the struct size of an earlier header no adapter is read: at its offset the next request begins."""
     model = golden_model("a")
     config = make_config(model.config, LANGUAGE)
     with Engine(library, config, store(library, model.language_weights(), FLOAT32)) as engine:

@@ -1,15 +1,16 @@
 // Layout of quantised matrices on the GPU, and the exact conversion of their integers to H (float16 or
 // bfloat16, the compute type).
 //
-// Layout. Tiles of 16 rows (the last one is padded with zeros) and units of 128 values of a row, in the order
-// [tile][unit]; on Hopper [unit][tile], so that one copy loads adjacent tiles of a unit:
+// Layout. Tiles of 16 rows (the last one is padded with zeros), in units of 128 columns, 16 x 128 values, in
+// the order [tile][unit]; on Hopper [unit][tile], so that one copy loads adjacent tiles of a unit:
 //
 //                 unit 0      unit 1
 //   16 rows    | 4 quarters | 4 quarters |       quarter: 32 values, half: 64
 //   (a tile)   | of 32      |            |
 //
-// Lane 4 g + t of a warp loads its values of rows g and g + 8 of a tile with one 16-byte load, as runs of 8
-// values. A run contains the lane's operands of two products of depth 16 (run_value).
+// Lane 4 g + t of a warp (g 0 to 7, t 0 to 3) loads its values of rows g and g + 8 of a tile with one 16-byte
+// load, as runs of 8 values of a row. A run contains the lane's operands of two matrix instructions, of 16
+// values of k each (run_value).
 //
 //   INT8   [tile][unit][quarter][lane] 16 bytes: the run of row g, then that of row g + 8.
 //          Bytes of a run: values 0 2 1 3 4 6 5 7. Scales float32 [out].
@@ -18,9 +19,9 @@
 //          Scales bfloat16 [tile][unit][g][group of the unit][row g, row g + 8].
 //   UINT4  As INT4, without the offset (value = scale (integer - zero point)).
 //   UINT8  As INT8, with 128 subtracted from the values.
-//          A span is 128 values of UINT4, 64 of UINT8. For each [tile][span][g][group of the span] two words:
-//          scales float16 [row g, row g + 8], zero points [row g, row g + 8] as H plus kZeroBase, so that one
-//          subtraction removes the zero point and the offset of an integer's bits as H.
+//   UINT4, UINT8: a span is 128 values of UINT4, 64 of UINT8. For each [tile][span][g][group of the span] two
+//          words: scales float16 [row g, row g + 8], zero points [row g, row g + 8] as H, increased by the
+//          offset of an integer's bits as H, so that one subtraction removes both.
 //
 // Cost of the conversion: 1 to 2 instructions for two values (an and-or and an addition in H), 3 for UINT8 in
 // bfloat16.
@@ -36,12 +37,12 @@ namespace qvl::cuda {
 
 constexpr int kTileRows = 16, kUnit = 128, kRun = 8;
 
-// Number of values whose scales and zero points are contiguous: the values of a step of linear_decode.cu.
+// Number of values of a row whose scales and zero points are contiguous.
 template <int bits>
 constexpr int kSpan = bits == 8 ? 64 : 128;
 
-// Index, within its quarter, of value v of lane t's run. For mma.m16n8k16 lanes load x in the same order as
-// the weights, so a run is contiguous. wgmma reads x from shared memory, so a run has the order of wgmma
+// Index, within its quarter, of value v of run t. With mma.m16n8k16, lanes load x themselves, in the order of
+// the weights: a run is 8 adjacent values. wgmma reads x from shared memory, so a run has the order of wgmma
 // fragments: pairs, 8 values apart.
 __device__ inline int run_value(int t, int v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -117,12 +118,12 @@ __device__ inline uint32 and_xor(uint32 word) {
 }
 
 #ifdef QVL_COMPUTE_BFLOAT16
-// The mantissa of a bfloat16 in [128, 256) is the low 7 bits of its integer value.
+// A bfloat16 in [128, 256) with the mantissa bits m is 128 + m: or-ing m to the bits of 128 (0x4300) adds m.
 __device__ inline uint32 nibbles_to_half2(uint32 word) {  // of bits 0-3 and 16-19
   return bits_of(__hsub2(half2_bits(and_or<0x000F000F, 0x43004300>(word)), half2_bits(0x43084308u)));
 }
 __device__ inline uint32 bytes_to_half2(uint32 word) {  // of bits 0-7 and 16-23, two's complement
-  // 128 + low bits, minus 128, or 256 with the sign bit.
+  // (128 + the low 7 bits) - 128, or - 256 if the sign bit is set.
   return bits_of(__hadd2(half2_bits(and_or<0x007F007F, 0x43004300>(word)),
                          half2_bits(and_or<0x00800080, 0xC300C300>(word))));
 }
@@ -134,12 +135,13 @@ __device__ inline uint32 bytes_to_half2(uint32 word, uint32 zeros) {
   return bits_of(__hsub2(half2_bits(bytes_to_half2(word)), half2_bits(zeros)));
 }
 #else
-// The mantissa of a float16 in [1024, 2048) is the low 10 bits of its integer value.
+// A float16 in [1024, 2048) with the mantissa bits m is 1024 + m: or-ing m to 1024's bits (0x6400)
+// adds m.
 __device__ inline uint32 nibbles_to_half2(uint32 word) {
   return bits_of(__hsub2(half2_bits(and_or<0x000F000F, 0x64006400>(word)), half2_bits(0x64086408u)));
 }
 __device__ inline uint32 bytes_to_half2(uint32 word) {
-  // 1024 + (value + 128) - 1152.
+  // Flipping the sign bit adds 128: 1024 + (value + 128) - 1152, whose bits are 0x6480.
   return bits_of(__hsub2(half2_bits(and_xor<0x00FF00FF, 0x64806480>(word)), half2_bits(0x64806480u)));
 }
 constexpr float kZeroBase4 = 1024, kZeroBase8 = 1024;
