@@ -217,7 +217,17 @@ def test_errors_of_matrices(library, golden_model, make, message):
         assert not caught.value.args[0].endswith(" ")
 
 
-def test_an_adapter_of_another_engine(library, golden_model):
+def forward(engine, adapters):
+    with engine.pool(4) as pool:
+        pool.forward([([1], 0, 1, [0]), ([1], 0, 1, [1])], adapters=adapters)
+
+
+def generate(engine, adapters):
+    engine.generate([[1], [2]], 1, adapters=adapters)
+
+
+@pytest.mark.parametrize(("compute", "where"), [(forward, "sequence 1"), (generate, r"requests\[1\]")])
+def test_an_adapter_of_another_engine(library, golden_model, compute, where):
     model = golden_model("a")
     config = make_config(model.config, LANGUAGE)
     weights = store(library, model.language_weights(), FLOAT32)
@@ -225,10 +235,9 @@ def test_an_adapter_of_another_engine(library, golden_model):
         Engine(library, config, weights) as first,
         Engine(library, config, weights) as second,
         first.adapter({NAME: low_rank(config.mlp_width, config.hidden)}) as adapter,
-        second.pool(4) as pool,
-        pytest.raises(EngineError, match="sequence 1: adapter: belongs to another engine") as caught,
+        pytest.raises(EngineError, match=f"{where}: adapter: belongs to another engine") as caught,
     ):
-        pool.forward([([1], 0, 1, [0]), ([1], 0, 1, [1])], adapters=[None, adapter])
+        compute(second, [None, adapter])
     assert caught.value.status == INVALID
 
 
@@ -274,20 +283,6 @@ def test_a_request_without_the_adapter_field(library, golden_model):
             *(0, None, OnStep(), None, 3, pointer(tokens), results, None),
         )
     assert tokens.tolist() == expected
-
-
-def test_a_request_with_the_adapter_of_another_engine(library, golden_model):
-    model = golden_model("a")
-    config = make_config(model.config, LANGUAGE)
-    weights = store(library, model.language_weights(), FLOAT32)
-    with (
-        Engine(library, config, weights) as first,
-        Engine(library, config, weights) as second,
-        first.adapter({NAME: low_rank(config.mlp_width, config.hidden)}) as adapter,
-        pytest.raises(EngineError, match=r"requests\[1\]: adapter: belongs to another engine") as caught,
-    ):
-        second.generate([[1], [2]], 1, adapters=[None, adapter])
-    assert caught.value.status == INVALID
 
 
 class SequenceWithoutAdapter(ctypes.Structure):
