@@ -67,6 +67,9 @@ def service() -> Iterator[Service]:
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     patch.setenv("RAY_TMPDIR", str(folder))
     patch.setenv("RAY_prestart_worker_first_driver", "0")  # unused workers take seconds to start
+    # Ray Serve restarts a proxy that is not ready after 5 s, which resets its connections. On two busy CPUs the start
+    # of a proxy takes longer.
+    patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
     commands: list[Command] = []
     try:
         alone = QwenVL.from_exported(*demo_stages(print))

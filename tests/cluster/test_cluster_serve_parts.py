@@ -19,6 +19,7 @@ from prometheus_client.registry import CollectorRegistry
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 
 from ray.exceptions import RayActorError
+from ray.serve.schema import ProxyStatus
 
 from paddlemix_qwenvl_plugin.cluster.serve import coordinator, engine_handle, start
 from paddlemix_qwenvl_plugin.cluster.serve.cluster_metrics import render
@@ -381,3 +382,31 @@ def test_a_controller_that_dies_at_the_start(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(serve, "status", died)
     with pytest.raises(QwenVLError, match=r"^the application does not start on the cluster: The actor"):
         start._deploy(limits(first_model_path="vision", second_model_path="text"))
+
+
+def test_a_restarted_proxy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import serve
+
+    polls = ["HEALTHY STARTING", "HEALTHY UNHEALTHY", "HEALTHY STARTING", "HEALTHY HEALTHY", "not polled"]
+
+    def status() -> SimpleNamespace:
+        return SimpleNamespace(
+            proxies={str(n): ProxyStatus(name) for n, name in enumerate(polls.pop(0).split())}
+        )
+
+    monkeypatch.setattr(serve, "status", status)
+    monkeypatch.setattr(start, "_POLL_SECONDS", 0.0)
+    assert start._wait_for_proxies() == 0
+    assert polls == ["not polled"]
+
+
+def test_number_of_machines_without_a_proxy_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import serve
+
+    # A proxy drains once its machine has no replica: it is not waited for.
+    names = ["STARTING", "HEALTHY", "UNHEALTHY", "DRAINING"]
+    proxies = {name: ProxyStatus(name) for name in names}
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(proxies=proxies))
+    monkeypatch.setattr(start, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(start, "_PROXY_SECONDS", 0.05)
+    assert start._wait_for_proxies() == 2

@@ -25,6 +25,7 @@ _OLDEST_RAY = Version("2.50")
 _OLDEST_RAY_WITH_PROTOBUF_7 = Version("2.57")
 _POLL_SECONDS = 0.5
 _KEEP_ALIVE_SECONDS = 15
+_PROXY_SECONDS = 60.0
 
 
 class _Signal(BaseException):
@@ -74,7 +75,13 @@ def start_on(
             print_line(
                 f"Starting {engines} and {settings.min_fronts} fronts, which need {needs(settings)} of the cluster"
             )
-            _deploy(settings)
+            n_not_ready = _deploy(settings)
+            if n_not_ready:
+                machines = f"{n_not_ready} machine{'s' * (n_not_ready > 1)}"
+                print_line(
+                    f"No server on port {settings.port} of {machines} after {_PROXY_SECONDS:g} s; "
+                    "check that the port is free there. `serve status` lists the proxies of all machines."
+                )
             print_line(f"Serving on {engines} at http://{settings.host}:{settings.port}")
             _watch()
             print_line("Another command has updated the application; this one ends.")
@@ -96,8 +103,12 @@ def _check(settings: ServeSettings) -> None:
     check_exposure(settings, settings.host)
 
 
-def _deploy(settings: ServeSettings) -> None:
-    """Deploy or update the application and wait until it runs."""
+def _deploy(settings: ServeSettings) -> int:
+    """Deploy or update the application and wait until it runs.
+
+    Returns:
+        The number of machines whose HTTP proxy is not ready.
+    """
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
@@ -112,6 +123,7 @@ def _deploy(settings: ServeSettings) -> None:
     try:
         serve.start(proxy_location="EveryNode", http_options=http_options)
         serve.run(app, name=NAME, route_prefix="/")
+        return _wait_for_proxies()
     except (RuntimeError, RayError) as error:
         message = first_line(error)
         with contextlib.suppress(RayError):  # Serve's controller itself may have failed
@@ -119,6 +131,23 @@ def _deploy(settings: ServeSettings) -> None:
             message = _reason(status) if status is not None else message
             serve.delete(NAME)
         raise QwenVLError(f"the application does not start on the cluster: {message}") from error
+
+
+def _wait_for_proxies() -> int:
+    """Wait until the HTTP proxies of all machines are ready, and return how many are not after the timeout.
+
+    Ray Serve restarts a proxy whose start takes too long, for example on a busy machine, and the restart resets the
+    connections that the proxy has accepted.
+    """
+    from ray import serve
+
+    deadline = time.monotonic() + _PROXY_SECONDS
+    while True:
+        statuses = [status.value for status in serve.status().proxies.values()]
+        n_not_ready = sum(status in ("STARTING", "UNHEALTHY") for status in statuses)
+        if n_not_ready == 0 or time.monotonic() >= deadline:
+            return n_not_ready
+        time.sleep(_POLL_SECONDS)
 
 
 def _watch() -> None:
