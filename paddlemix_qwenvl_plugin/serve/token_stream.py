@@ -1,4 +1,4 @@
-"""Buffer of the received tokens of a request, in the front."""
+"""Buffer in the front for the received tokens of a request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Callable, Optional
 from paddlemix_qwenvl_plugin.serve.engine_api import Ended, Token
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# Timeout of a cancellation: a process that hangs never confirms it.
+# Timeout for the engine process to confirm a cancellation; a process that hangs never does.
 CANCEL_SECONDS = 5.0
 
 
@@ -62,16 +62,17 @@ class ReceivedTokens:
         self._notify()
 
     def end(self, ended: Ended) -> None:
-        """End the stream after the buffered tokens; the first call counts."""
+        """End the stream after the buffered tokens; calls after the first have no effect."""
         self._ended = self._ended or ended
         self._notify()
 
     def fail(self, error: QwenVLError) -> None:
-        """Raise `error` to the reader after the buffered tokens."""
+        """End the stream after the buffered tokens with an error, which the reader's iteration raises."""
         self._error = error
         self._notify()
 
     def _notify(self) -> None:
+        """Wake the reader; stop the timer of a cancellation if the stream has ended."""
         if self._cancel_timer is not None and (self._ended is not None or self._error is not None):
             self._cancel_timer.cancel()
         if self._wakeup is not None and not self._wakeup.done():
