@@ -22,7 +22,7 @@ _NEWEST_WEIGHT = 0.1
 class SlotQueue:
     """Engine slots and the queue of requests waiting for them. Implements Admission; bound to one event loop.
 
-    A request for several slots gets them together. Later requests wait behind it; otherwise it would starve.
+    A request for several slots gets them all at once. Later requests wait behind it, so that it does not starve.
 
     Attributes:
         running: slots in use.
@@ -48,6 +48,7 @@ class SlotQueue:
         self.running = 0
         self.set_limits(max_running, max_waiting, waiting_timeout, max_per_key)
         self._observe_wait = observe_wait
+        # Number of slots of each waiting request, and a future that ends when they are granted or refused.
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._slots_by_key: Counter[str] = Counter()
         self._mean_hold_seconds = _INITIAL_HOLD_SECONDS
@@ -158,7 +159,7 @@ class SlotQueue:
             # Unlike wait_for, wait does not cancel the future at the timeout: slots granted just then are kept.
             await asyncio.wait([future], timeout=self._waiting_timeout)
         except asyncio.CancelledError:
-            if future.done() and future.exception() is None:
+            if future.done() and future.exception() is None:  # the slots were granted before the cancellation
                 self._release(n)
             else:
                 self._leave(entry)

@@ -84,10 +84,14 @@ class ImageProcess:
             reply, payload = await asyncio.wait_for(self._request(kind, encoded), self._timeout_seconds)
         except asyncio.TimeoutError:
             await self.stop()
-            raise TooLargeError(f"decoding it takes more than {self._timeout_seconds:g} seconds") from None
+            message = f"decoding the image takes more than {self._timeout_seconds:g} seconds"
+            raise TooLargeError(message) from None
         except (EOFError, ConnectionError):
             await self.stop()
-            raise QwenVLError("the process that was decoding it ended: damaged, or too much memory") from None
+            message = (
+                "the process that decoded the image ended: the image is damaged or needs too much memory"
+            )
+            raise QwenVLError(message) from None
         except BaseException:
             await self.stop()
             raise

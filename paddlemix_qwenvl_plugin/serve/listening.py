@@ -104,10 +104,10 @@ def _set_reuse_port(listener: socket.socket) -> None:
 def _bind_error(host: str, port: int, error: OSError) -> QwenVLError:
     if error.errno == errno.EADDRINUSE:
         return QwenVLError(
-            f"--port {port}: another program listens there; name another one, or 0 for any that is free"
+            f"--port {port}: another program listens on this port; choose another port, or 0 for any free port"
         )
     if error.errno == errno.EACCES:
-        return QwenVLError(f"--port {port}: this user may not listen there; name one from 1024 on")
+        return QwenVLError(f"--port {port}: this user may not listen on it; choose a port from 1024 on")
     if error.errno == errno.EADDRNOTAVAIL:
         return QwenVLError(f"--host {host}: not an address of this machine")
     return QwenVLError(f"--host {host} --port {port}: cannot listen there ({error.strerror})")

@@ -48,10 +48,10 @@ def open_service(
         model.tokenizer.picture_label = settings.picture_label
     # The demo model is trained on both prompt formats; its configuration does not record that.
     is_chat = settings.demo or model.is_chat
-    name = settings.served_model_name or ("qwen-vl-chat" if is_chat else "qwen-vl")
-    if name in adapters:
+    model_name = settings.served_model_name or ("qwen-vl-chat" if is_chat else "qwen-vl")
+    if model_name in adapters:
         raise UsageError(
-            f"--adapter {name}={adapters[name]}: the model has that name; name the adapter differently"
+            f"--adapter {model_name}={adapters[model_name]}: the model has that name; name the adapter differently"
         )
     # Otherwise each counter has a second metric, its creation time.
     disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -62,7 +62,7 @@ def open_service(
         tokenizer=model.tokenizer,
         config=model.config,
         is_chat=is_chat,
-        model_name=name,
+        model_name=model_name,
         adapters=tuple(adapters),
         images=WorkerImageLoader(settings, model.config.visual.image_size),
         admission=admission

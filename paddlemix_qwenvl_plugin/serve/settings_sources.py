@@ -21,7 +21,7 @@ from paddlemix_qwenvl_plugin.util.errors import UsageError
 # pydantic's error types for a number outside of its limits.
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 # Beginnings of pydantic's error types for a value of a wrong type (int_parsing), and the right type in words.
-_KINDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false"}
+_TYPE_WORDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false"}
 
 
 class Origin(NamedTuple):
@@ -121,9 +121,9 @@ def _line(error: ValidationError, origins: Mapping[str, Origin]) -> str:
         return f"{subject}: {value} is out of range; it must be {allowed(ServeSettings.model_fields[field])}"
     if problem["type"] == "literal_error":
         return f"{subject}: {value!r} must be one of {', '.join(words(ServeSettings.model_fields[field]))}"
-    kind = _KINDS.get(problem["type"].partition("_")[0])
-    if kind is not None:
-        return f"{subject}: {value!r} is not {kind}"
+    type_words = _TYPE_WORDS.get(problem["type"].partition("_")[0])
+    if type_words is not None:
+        return f"{subject}: {value!r} is not {type_words}"
     message = str(problem["msg"])
     return f"{subject}: {message[:1].lower()}{message[1:]}, got {value!r}"
 

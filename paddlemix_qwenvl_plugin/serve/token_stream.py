@@ -22,7 +22,7 @@ class ReceivedTokens:
     def __init__(self, cancel: Callable[[], None]) -> None:
         """Create an empty buffer; `cancel` sends the cancellation to the engine process."""
         self.n_cached = 0
-        self._cancel = cancel
+        self._send_cancellation = cancel
         self._tokens: list[Token] = []
         self._error: Optional[QwenVLError] = None
         self._ended: Optional[Ended] = None
@@ -51,7 +51,7 @@ class ReceivedTokens:
     def cancel(self) -> None:
         """See TokenStream."""
         if self._cancel_timer is None and self._ended is None and self._error is None:
-            self._cancel()
+            self._send_cancellation()
             loop = asyncio.get_running_loop()
             self._cancel_timer = loop.call_later(CANCEL_SECONDS, self.end, Ended("cancelled", 0))
 

@@ -146,7 +146,7 @@ class ChoiceRun:
         now = monotonic()
         if self.begun.is_set():
             self._service.metrics.next_tokens(n_tokens, now - previous_time)
-        elif self._index == 0:
+        elif self._index == 0:  # once for each request
             self._service.metrics.first_token(now - previous_time)
         self.begun.set()
         return now
