@@ -1,4 +1,4 @@
-"""Interpreter of chat lines: commands and questions."""
+"""Interpreter of the lines typed in `qwenvl chat`: commands and questions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from paddlemix_qwenvl_plugin.chat_ui.files import Transcripts
 from paddlemix_qwenvl_plugin.chat_ui.session import Session
-from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal, interrupt, nothing, on_ctrl_c
+from paddlemix_qwenvl_plugin.chat_ui.terminal import Terminal, do_nothing, on_ctrl_c, raise_keyboard_interrupt
 from paddlemix_qwenvl_plugin.chat_ui.view import Plain
 from paddlemix_qwenvl_plugin.util.debug import print_traceback_if_debugging
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError, line_of
@@ -29,26 +29,28 @@ def parse(line: str) -> tuple[str, str] | str:
     """Parse a line into the name and argument of a command, or into a question ("" for a blank line)."""
     if not line.startswith("/"):
         return line.strip()
-    name, argument, *_ = [*line[1:].strip().split(maxsplit=1), "", ""]
+    words = line[1:].strip().split(maxsplit=1)
+    name = words[0] if words else ""
+    argument = words[1] if len(words) > 1 else ""
     return name, argument
 
 
 def path_of(argument: str) -> str:
     r"""Decode a path typed or dropped onto the terminal: `a b.png`, `"a b.png"`, `a\ b.png` or `~/a.png`.
 
-    A file with the literal name takes precedence.
+    If a file has `argument` as its literal name, `argument` is returned unchanged.
     """
     if os.path.lexists(argument):
         return argument
     if len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "\"'":
         argument = argument[1:-1]
     elif os.name != "nt" and not is_address(argument):  # on Windows a backslash is a separator
-        argument = re.sub(r"\\(.)", r"\1", argument)
+        argument = re.sub(r"\\(.)", r"\1", argument)  # remove the backslash of each escaped character
     return os.path.expanduser(argument)  # noqa: PTH111 (a Path would fold the // of a URL)
 
 
 class Conversation:
-    """Interpreter of input lines, questions and commands, on a session; the view shows the results."""
+    """Interpreter of questions and commands: applies them to a session and shows the results in a view."""
 
     def __init__(self, session: Session, view: Plain) -> None:
         self._session = session
@@ -56,7 +58,7 @@ class Conversation:
         self._transcripts = Transcripts()
 
     def run(self, line: str) -> bool:
-        """Execute a line; return False for /quit. Errors leave the conversation unchanged."""
+        """Execute a line; return False for /quit. After an error the conversation is unchanged."""
         parsed = parse(line)
         if not isinstance(parsed, str):
             return self._command(*parsed)
@@ -70,7 +72,7 @@ class Conversation:
         if argument and name not in ("image", "save"):
             raise UsageError(f"/{name}: takes no argument")
         if name == "image":
-            self._image(argument)
+            self._change_images(argument)
         elif name == "save":
             if not argument:
                 raise UsageError("/save: name a file, .md or .json")
@@ -84,7 +86,8 @@ class Conversation:
             self._view.text(HELP)
         return name != "quit"
 
-    def _image(self, argument: str) -> None:
+    def _change_images(self, argument: str) -> None:
+        """Execute /image: attach an image, or without an argument remove the attached ones."""
         if argument:
             self._view.attached(self._session.attach(path_of(argument)))
         elif self._session.attached:
@@ -95,7 +98,7 @@ class Conversation:
 
     def _ask(self, question: str) -> None:
         stream = self._session.ask(question)
-        with self._view.stopping(stream):
+        with self._view.stop_on_ctrl_c(stream):
             segments = self._view.answer(stream)
             turn = self._session.record(question, stream, segments)
             if turn is None:
@@ -107,9 +110,13 @@ class Conversation:
 def converse(conversation: Conversation, terminal: Terminal, read: Callable[[], str]) -> None:
     """Run an interactive conversation until Ctrl-D or /quit; an error is shown and the conversation continues.
 
-    Between lines Ctrl-C has no effect, so that pressing it just after the end of an answer does not end the program.
+    Ctrl-C between the end of a line's execution and the next prompt has no effect: a user who wants to stop an answer
+    may press it just after the answer's end, which must not end the program.
+
+    Args:
+        read: reads a line; raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C.
     """
-    with on_ctrl_c(nothing):
+    with on_ctrl_c(do_nothing):
         while True:
             try:
                 line = read()
@@ -119,9 +126,9 @@ def converse(conversation: Conversation, terminal: Terminal, read: Callable[[], 
                 terminal.note("(to leave: /quit or Ctrl-D)")
                 continue
             try:
-                with on_ctrl_c(interrupt):
-                    continues = conversation.run(line)
-                if not continues:
+                with on_ctrl_c(raise_keyboard_interrupt):
+                    quits = not conversation.run(line)
+                if quits:
                     return
             except KeyboardInterrupt:
                 terminal.note("(stopped)")
@@ -131,7 +138,7 @@ def converse(conversation: Conversation, terminal: Terminal, read: Callable[[], 
 
 
 def follow(conversation: Conversation, lines: Iterable[str]) -> None:
-    """Run a scripted conversation; the first error is raised."""
+    """Execute lines, such as those of a pipe, until /quit; the first error is raised."""
     for line in lines:
         if not conversation.run(line):
             return

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from paddlemix_qwenvl_plugin.chat_ui.session import AttachedImage, Session, Turn
-from paddlemix_qwenvl_plugin.chat_ui.view import box_line, fragments
+from paddlemix_qwenvl_plugin.chat_ui.view import Fragment, box_line, fragments
 from paddlemix_qwenvl_plugin.processing.boxes import Box
 from paddlemix_qwenvl_plugin.processing.drawing import draw_boxes
 from paddlemix_qwenvl_plugin.util.errors import UsageError
@@ -22,34 +22,35 @@ from paddlemix_qwenvl_plugin.util.sources import is_address
 
 
 class Transcripts:
-    """Writer of transcripts that overwrites only files that it has written itself."""
+    """Writer of transcripts. It overwrites only files that it has written itself."""
 
     def __init__(self) -> None:
-        self._own: set[Path] = set()
+        self._written_files: set[Path] = set()
 
     def save(self, session: Session, target: Path) -> None:
         """Write the conversation as Markdown or JSON, by the suffix of `target`.
 
         Raises:
-            UsageError: another suffix, an existing file from elsewhere, a missing folder, or no answer yet.
+            UsageError: the suffix is not .md or .json, `target` exists and is not from this writer, its folder does not
+                exist, or there is no answer yet.
             OSError: the file cannot be written.
         """
-        form = {".md": as_markdown, ".json": as_json}.get(target.suffix.lower())
-        if form is None:
+        serialize = {".md": as_markdown, ".json": as_json}.get(target.suffix.lower())
+        if serialize is None:
             raise UsageError(f"/save {target}: name it .md or .json")
         if not session.turns:
             raise UsageError("/save: there is no answer yet to save")
         if not target.parent.is_dir():
             raise UsageError(f"{target.parent}: no such folder")
-        if os.path.lexists(target) and target.absolute() not in self._own:
+        if os.path.lexists(target) and target.absolute() not in self._written_files:
             raise UsageError(f"{target}: exists already; name a new file")
-        text = form(session, target.parent)
+        text = serialize(session, target.parent)
         write_text(target, text)
-        self._own.add(target.absolute())
+        self._written_files.add(target.absolute())
 
 
 def as_json(session: Session, _folder: Path) -> str:
-    """Serialize the system message and turns as JSON; `answer` has the fields of `qwenvl predict --json`."""
+    """Serialize the system message and the turns as JSON; an `answer` has the fields of `qwenvl predict --json`."""
     turns = [
         {
             "images": [name for _, name in turn.images],
@@ -64,21 +65,19 @@ def as_json(session: Session, _folder: Path) -> str:
 
 
 def as_markdown(session: Session, folder: Path) -> str:
-    """Write the turns as Markdown, as the terminal shows them; links to images are relative to `folder`."""
+    """Serialize the turns as Markdown, as the terminal shows them; links to images are relative to `folder`."""
     blocks = ["# Chat", f"System: {_escaped(session.system)}"]
     for number, turn in enumerate(session.turns, start=1):
-        blocks += [f"## Question {number}", *_turn(turn, folder)]
+        blocks += [f"## Question {number}", *_turn_blocks(turn, folder)]
     return "\n\n".join(blocks) + "\n"
 
 
-def _turn(turn: Turn, folder: Path) -> Iterator[str]:
+def _turn_blocks(turn: Turn, folder: Path) -> Iterator[str]:
+    """Yield the Markdown blocks of a turn: attached images, question, answer, list of boxes, image with boxes."""
     for number, name in turn.images:
         yield f"Image {number}" if name == "data URL" else f"![Image {number}]({_link(name, folder)})"
     yield "\n".join(f"> {line}" for line in _escaped(turn.question).splitlines())
-    answer = "".join(
-        f"**{_escaped(text.strip())}**" if kind == "ref" else text if kind == "box" else _escaped(text)
-        for text, kind in fragments(turn.segments)
-    )
+    answer = "".join(map(_fragment_markdown, fragments(turn.segments)))
     stopped = " *(stopped)*" if turn.answer.finish_reason == "cancelled" else ""
     yield f"{answer}{stopped}"
     size = turn.answer.image_size
@@ -89,24 +88,33 @@ def _turn(turn: Turn, folder: Path) -> Iterator[str]:
         yield f"![The boxes]({_link(str(turn.drawn), folder)})"
 
 
+def _fragment_markdown(fragment: Fragment) -> str:
+    if fragment.kind == "box":
+        return fragment.text  # numbers such as [1]
+    if fragment.kind == "ref":
+        return f"**{_escaped(fragment.text.strip())}**"
+    return _escaped(fragment.text)
+
+
 def _escaped(text: str) -> str:
-    """Escape Markdown syntax."""
+    """Escape Markdown syntax: special characters, and a # that begins a line."""
     text = re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)
     return re.sub(r"^(\s*)#", r"\1\\#", text, flags=re.MULTILINE)
 
 
 def _link(name: str, folder: Path) -> str:
+    """Percent-encode an address, or a path made relative to `folder`, as the target of a Markdown link."""
     if is_address(name):
         return quote(name, safe="/:?&=%#,;+~@")
     try:
         name = os.path.relpath(name, folder)
-    except ValueError:  # another drive
+    except ValueError:  # on Windows, a path on another drive
         name = str(Path(name).absolute())
     return quote(Path(name).as_posix())
 
 
 def save_drawn(attached: AttachedImage, boxes: Sequence[Box]) -> Path:
-    """Draw `boxes`, numbered as in the answer, to a new PNG file in the working folder, named after the image.
+    """Draw `boxes`, numbered as in the answer, on the image; return the path of a new PNG file in the working folder.
 
     Raises:
         OSError: the file cannot be written.
@@ -131,5 +139,6 @@ def save_drawn(attached: AttachedImage, boxes: Sequence[Box]) -> Path:
 
 
 def _stem(attached: AttachedImage) -> str:
+    """File name of an image without its suffix; other characters than word characters, . and - become _."""
     name = urlsplit(attached.name).path if is_address(attached.name) else attached.name
     return re.sub(r"[^\w.-]+", "_", Path(name).stem)[:60] or "image"

@@ -1,7 +1,8 @@
 """Line input on a terminal, with a persistent history.
 
-prompt_toolkit instead of Python's readline: Windows has no readline, and macOS has libedit with another history
-format. prompt_toolkit also accepts a paste of several lines as one, and handles wide characters.
+It uses prompt_toolkit, not Python's readline: Windows has no readline, and on macOS readline is libedit, which has
+another history format. prompt_toolkit also takes pasted text of several lines as one input, and handles wide
+characters.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from paddlemix_qwenvl_plugin.util.errors import line_of
 
 
 def line_reader(warn: Callable[[str], None]) -> Callable[[], str]:
-    """Create a function that reads a line; it raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C.
+    """Create a function that reads a line. It raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C.
 
-    An error of the history file is passed to `warn`, and the history is then kept in memory only.
+    Args:
+        warn: called with a message if the history file cannot be written; the history is then kept in memory only.
     """
     session: PromptSession[str] = PromptSession(history=_history(warn), enable_suspend=True)
     return lambda: session.prompt("> ")
@@ -29,7 +31,7 @@ def _history(warn: Callable[[str], None]) -> History:
     try:
         file = user_state_path("qwenvl", appauthor=False) / "chat-history"
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Readable by this user only.
+        # Created here, so that only this user can read it.
         os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         warn(f"typed lines are not kept: {line_of(error)}")
@@ -38,6 +40,8 @@ def _history(warn: Callable[[str], None]) -> History:
 
 
 class _FileHistory(FileHistory):
+    """History file whose write errors become warnings."""
+
     def __init__(self, filename: str, warn: Callable[[str], None]) -> None:
         super().__init__(filename)
         self._warn = warn

@@ -17,7 +17,13 @@ from paddlemix_qwenvl_plugin.util.sources import is_data_url, without_password
 
 @dataclass(frozen=True)
 class AttachedImage:
-    """Attached image: its number in the conversation, its source, and its pixels (RGB)."""
+    """Image attached to a question.
+
+    Attributes:
+        number: number of the image in the conversation, from 1.
+        source: path, address or data URL.
+        image: the decoded image, RGB.
+    """
 
     number: int
     source: str
@@ -52,7 +58,7 @@ class Session:
     Attributes:
         attached: images of the next question.
         turns: questions and answers so far.
-        image: the last image of a question, to which the boxes of answers refer.
+        image: last image of the questions so far, to which the boxes of answers refer; None without images.
     """
 
     def __init__(
@@ -74,7 +80,7 @@ class Session:
         self.attached: list[AttachedImage] = []
         self.turns: list[Turn] = []
         self.image: Optional[AttachedImage] = None
-        self._n_images = 0
+        self._n_images = 0  # in `turns`
 
     def attach(self, source: str) -> AttachedImage:
         """Attach an image to the next question.
@@ -93,7 +99,10 @@ class Session:
         return self._chat.ask([*images, {"text": question}], **asdict(self._options))
 
     def record(self, question: str, stream: Stream, segments: list[Segment]) -> Turn | None:
-        """Append the turn of `ask`; return None for an answer stopped before its first token, which is discarded."""
+        """Append the turn of `ask` and return it.
+
+        If the answer was stopped before its first token, the question is discarded and the result is None.
+        """
         if not stream.n_new_tokens:
             return None
         images = tuple((attached.number, attached.name) for attached in self.attached)

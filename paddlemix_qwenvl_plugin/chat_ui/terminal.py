@@ -19,14 +19,17 @@ from paddlemix_qwenvl_plugin.runtime.model import Stream
 from paddlemix_qwenvl_plugin.runtime.segments import Segment
 from paddlemix_qwenvl_plugin.util.errors import one_line
 
+# Style of each kind of Fragment.
 _STYLES = {"text": None, "ref": "bold cyan", "box": "green"}
 
-# Maximum size of a preview in cells and in pixels, and the terminals that support previews.
+# Maximum size of a preview, in character cells and in pixels (width, height).
 _COLUMNS, _ROWS = 32, 8
 _PIXELS = (512, 256)
+# Maximum characters of a chunk in kitty's protocol.
 _KITTY_CHUNK = 4096
 
-_ITERM = ("iTerm.app", "WezTerm", "mintty")
+# Terminals that support previews: values of TERM_PROGRAM for iTerm2's protocol, and of TERM for kitty's.
+_ITERM_PROGRAMS = ("iTerm.app", "WezTerm", "mintty")
 _KITTY_TERMS = ("xterm-kitty", "xterm-ghostty")
 
 
@@ -59,32 +62,32 @@ class Terminal(Plain):
         self._console.file.write(preview(image.image, os.environ))
         self._console.file.flush()
 
-    def stopping(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
+    def stop_on_ctrl_c(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
         """Let Ctrl-C stop the answer within the block."""
         return on_ctrl_c(stream.stop)
 
     def answer(self, stream: Stream) -> list[Segment]:
-        """Print an answer as it is generated, with numbers for boxes; return its segments."""
+        """Print an answer as it is generated, with a number for each box; return its segments."""
         segments: list[Segment] = []
 
-        def recorded() -> Iterator[Segment]:
+        def recorded_segments() -> Iterator[Segment]:
             for segment in stream:
                 segments.append(segment)
                 yield segment
 
-        waiting = self._console.status("Ctrl-C stops")
+        spinner = self._console.status("Ctrl-C stops")
         try:
-            waiting.start()
-            for text, kind in fragments(recorded()):
-                waiting.stop()
+            spinner.start()
+            for text, kind in fragments(recorded_segments()):
+                spinner.stop()
                 self._out(text, _STYLES[kind])
         finally:
-            waiting.stop()
+            spinner.stop()
             self._out("\n" if segments else "")
         return segments
 
     def answered(self, turn: Turn, image: AttachedImage | None) -> None:
-        """Print notes and boxes of a complete answer and draw the boxes to a file."""
+        """Print the notes and boxes of an answer that has ended, and draw the boxes on its image, to a file."""
         answer = turn.answer
         if answer.finish_reason == "cancelled":
             self.note("(stopped)")
@@ -103,35 +106,35 @@ class Terminal(Plain):
 
 
 @contextlib.contextmanager
-def on_ctrl_c(call: Callable[[], object]) -> Iterator[None]:
-    """Call a function on Ctrl-C within the block. Main thread only: Python raises ValueError in others."""
-    before = signal.signal(signal.SIGINT, lambda *_: call())
+def on_ctrl_c(action: Callable[[], object]) -> Iterator[None]:
+    """Call `action` on Ctrl-C within the block. Main thread only: Python raises ValueError in others."""
+    previous_handler = signal.signal(signal.SIGINT, lambda *_: action())
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
 
 
-def interrupt() -> None:
+def raise_keyboard_interrupt() -> None:
     """Raise KeyboardInterrupt."""
     raise KeyboardInterrupt
 
 
-def nothing() -> None:
+def do_nothing() -> None:
     """Do nothing."""
 
 
 def preview(image: Image.Image, environment: Mapping[str, str]) -> str:
     """Escape sequence that shows `image` in at most 32 columns by 8 rows; "" if the terminal does not support it.
 
-    The terminal is identified by its environment variables: a terminal that does not support a query may print it.
+    The terminal is identified by its environment variables, not by a query: some terminals print unknown queries.
     """
     term = environment.get("TERM", "")
     if "TMUX" in environment or term.startswith(("screen", "tmux")):
-        return ""  # multiplexers do not forward images, but keep the outer terminal's variables
+        return ""  # a multiplexer does not forward images, but its programs inherit the outer terminal's variables
     if term in _KITTY_TERMS or "KITTY_WINDOW_ID" in environment:
         return _kitty(image)
-    if environment.get("TERM_PROGRAM") in _ITERM or environment.get("LC_TERMINAL") == "iTerm2":
+    if environment.get("TERM_PROGRAM") in _ITERM_PROGRAMS or environment.get("LC_TERMINAL") == "iTerm2":
         return _iterm(image)
     return ""
 
@@ -140,14 +143,14 @@ def _kitty(image: Image.Image) -> str:
     """Encode an image in the kitty graphics protocol: PNG in base64, in chunks."""
     # A cell is about twice as high as wide. With one side given, the terminal keeps the aspect ratio.
     wide = image.width * 2 * _ROWS > image.height * _COLUMNS
-    side = f"c={_COLUMNS}" if wide else f"r={_ROWS}"
+    size = f"c={_COLUMNS}" if wide else f"r={_ROWS}"
     data = _png(image)
     chunks = [data[i : i + _KITTY_CHUNK] for i in range(0, len(data), _KITTY_CHUNK)]
     text = ""
     for i, chunk in enumerate(chunks):
-        more = int(i < len(chunks) - 1)
-        # q=2: no reply, which would be read as typed input.
-        keys = f"a=T,f=100,q=2,{side},m={more}" if i == 0 else f"m={more}"
+        more_chunks = int(i < len(chunks) - 1)
+        # a=T: show the image; f=100: PNG; q=2: no reply, which would be read as typed input; m=1: more chunks follow.
+        keys = f"a=T,f=100,q=2,{size},m={more_chunks}" if i == 0 else f"m={more_chunks}"
         text += f"\x1b_G{keys};{chunk}\x1b\\"
     return text + "\n"
 
@@ -159,6 +162,7 @@ def _iterm(image: Image.Image) -> str:
 
 
 def _png(image: Image.Image) -> str:
+    """Encode an image, reduced to the size of a preview, as PNG in base64."""
     small = image.copy()
     small.thumbnail(_PIXELS)
     file = io.BytesIO()

@@ -23,27 +23,28 @@ class Fragment(NamedTuple):
 
 
 def fragments(segments: Iterable[Segment]) -> Iterator[Fragment]:
-    """Convert segments for display: refs without tags, boxes as [1], [2] … in order, malformed tags verbatim."""
+    """Convert segments for display: refs without tags, boxes as numbers [1], [2] …, malformed tags verbatim."""
     n_boxes = 0
-    last = ""
+    last_character = ""
     for segment in segments:
         if segment.boxes:
             numbers = " ".join(f"[{n_boxes + i}]" for i in range(1, len(segment.boxes) + 1))
             n_boxes += len(segment.boxes)
-            space = "" if not last or last.isspace() else " "
-            fragment = Fragment(space + numbers, "box")
+            separator = "" if not last_character or last_character.isspace() else " "
+            fragment = Fragment(separator + numbers, "box")
         elif segment.ref is not None:
             fragment = Fragment(without_controls(segment.ref), "ref")
         else:
             fragment = Fragment(without_controls(segment.text), "text")
-        last = fragment.text[-1:]
+        last_character = fragment.text[-1:]
         yield fragment
 
 
 def box_line(number: int, box: Box, image_size: Optional[tuple[int, int]]) -> str:
-    """Format a box as `[1] a red house: (70, 110), (400, 433)`, in pixels of an image of (width, height).
+    """Format a box as `[1] a red house: (70, 110), (400, 433)`.
 
-    Without an image size the points are in thousandths.
+    Args:
+        image_size: (width, height) in pixels; the points are then in pixels. None: the points are in thousandths.
     """
     points = box.to_pixels(*image_size) if image_size else box.points
     corners = ", ".join(f"({round(x)}, {round(y)})" for x, y in points)
@@ -64,12 +65,12 @@ class Plain:
     def attached(self, image: AttachedImage) -> None:
         """Show an attached image; ignored in a pipe."""
 
-    def stopping(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
+    def stop_on_ctrl_c(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
         """Let Ctrl-C stop the answer within the block; in a pipe Ctrl-C ends the program."""
         return contextlib.nullcontext()
 
     def answer(self, stream: Stream) -> list[Segment]:
-        """Print an answer as it is generated; return its segments, also of a stopped answer."""
+        """Print an answer as it is generated; return its segments. A stopped answer returns those so far."""
         segments = []
         for segment in stream:
             segments.append(segment)
@@ -78,6 +79,6 @@ class Plain:
         return segments
 
     def answered(self, turn: Turn, image: AttachedImage | None) -> None:
-        """Show the boxes of a complete answer in `image`, and problems of its tags; a pipe shows only problems."""
+        """Show the boxes of an answer that has ended, on `image`, and problems of its tags; a pipe: only problems."""
         for problem in turn.answer.problems:
             print(f"qwenvl: {one_line(problem)}", file=sys.stderr)

@@ -12,17 +12,17 @@ from typing import Optional
 
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 
-# Assumed holding time of a slot until the first one is released.
+# Assumed mean holding time of a slot before the first measurement.
 _INITIAL_HOLD_SECONDS = 1.0
 _MAX_RETRY_SECONDS = 3600
-# Weight of the newest holding time in the moving average.
+# Weight of the newest holding time in the exponential moving average.
 _NEWEST_WEIGHT = 0.1
 
 
 class SlotQueue:
     """Engine slots and the queue of requests waiting for them. Implements Admission; bound to one event loop.
 
-    A request for several slots gets them together. Later requests wait behind it; otherwise it would starve.
+    A request for several slots gets them all at once. Later requests wait behind it, so that it does not starve.
 
     Attributes:
         running: slots in use.
@@ -48,6 +48,7 @@ class SlotQueue:
         self.running = 0
         self.set_limits(max_running, max_waiting, waiting_timeout, max_per_key)
         self._observe_wait = observe_wait
+        # Number of slots of each waiting request, and a future that ends when they are granted or refused.
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._slots_by_key: Counter[str] = Counter()
         self._mean_hold_seconds = _INITIAL_HOLD_SECONDS
@@ -91,7 +92,7 @@ class SlotQueue:
 
     @contextlib.contextmanager
     def adopted(self, n: int, key: Optional[str]) -> Iterator[None]:
-        """Hold n slots within the block regardless of the limits, for a request that runs already."""
+        """Hold n slots within the block regardless of the limits, for a request that is already running."""
         self.running += n
         if key is not None:
             self._slots_by_key[key] += n
@@ -117,8 +118,10 @@ class SlotQueue:
                 future.set_exception(shutting_down())
 
     def _check(self, n: int, key: Optional[str]) -> None:
-        """Raise ApiError if n slots exceed a limit (400), or if the queue is full or the key's limit reached (429)."""
-        limit = min(self._max_running, self._max_per_key if key and self._max_per_key else self._max_running)
+        """Raise ApiError: n slots can never be granted (400), or the queue is full or the key's limit reached (429)."""
+        limit = self._max_running
+        if key and self._max_per_key:
+            limit = min(limit, self._max_per_key)
         if n > limit:
             raise ApiError(
                 400,
@@ -140,10 +143,12 @@ class SlotQueue:
                 message = f"{self.waiting} requests are waiting, the server's maximum"
             else:
                 message = "All slots are in use, and this server queues no requests"
-            ahead = self.running + sum(n_slots for n_slots, _ in self._queue)
-            raise _too_many(message, self._mean_hold_seconds * ahead / self._max_running)
+            # The slots ahead of this request are released at a rate of max_running in each mean holding time.
+            slots_ahead = self.running + sum(n_slots for n_slots, _ in self._queue)
+            raise _too_many(message, self._mean_hold_seconds * slots_ahead / self._max_running)
 
     async def _take(self, n: int) -> None:
+        """Take n free slots, or wait for them in the queue."""
         if not self._queue and self.running + n <= self._max_running:
             self.running += n
             return
@@ -151,10 +156,10 @@ class SlotQueue:
         entry = (n, future)
         self._queue.append(entry)
         try:
-            # Unlike wait_for, wait does not cancel the future: a slot granted meanwhile stays granted.
+            # Unlike wait_for, wait does not cancel the future at the timeout: slots granted just then are kept.
             await asyncio.wait([future], timeout=self._waiting_timeout)
         except asyncio.CancelledError:
-            if future.done() and future.exception() is None:
+            if future.done() and future.exception() is None:  # the slots were granted before the cancellation
                 self._release(n)
             else:
                 self._leave(entry)
@@ -179,6 +184,7 @@ class SlotQueue:
         self._grant()
 
     def _forget(self, n: int, key: Optional[str]) -> None:
+        """Subtract n slots from those of a key."""
         if key is not None:
             self._slots_by_key[key] -= n
             if not self._slots_by_key[key]:
@@ -189,9 +195,10 @@ class SlotQueue:
         self._grant()
 
     def _grant(self) -> None:
+        """Grant slots to the first requests of the queue while enough are free."""
         while self._queue and self.running + self._queue[0][0] <= self._max_running:
             n, future = self._queue[0]
-            if future.done():  # refused; its task has not run yet
+            if future.done():  # refused by refuse_waiting; the request's task has not run since
                 self._queue.popleft()
                 continue
             self._queue.popleft()
@@ -200,7 +207,7 @@ class SlotQueue:
 
 
 def shutting_down() -> ApiError:
-    """503 error for requests that arrive after SIGTERM."""
+    """503 error for requests that the server refuses while it shuts down."""
     return ApiError(
         503,
         "The server is shutting down; try again",

@@ -39,7 +39,8 @@ class ApiKeys:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
             raise UsageError(f"--api_key_file {path}: cannot be read ({reason})") from error
         for number, line in enumerate(lines, start=1):
-            if not line.startswith("#") and not all("!" <= c <= "~" for c in line):
+            is_printable_ascii = all("!" <= character <= "~" for character in line)
+            if not line.startswith("#") and not is_printable_ascii:
                 raise UsageError(f"{path}:{number}: an API key is printable ASCII without spaces")
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
@@ -49,9 +50,9 @@ class ApiKeys:
         return cls(keys)
 
     def short_hash(self, key: bytes) -> Optional[str]:
-        """Identify a key for limits and logs by its first 12 hex digits; None for an unknown key.
+        """Return the first 12 hex digits of a key's digest, its name in limits and logs; None for an unknown key.
 
-        Constant time: compares the digest with every known digest.
+        The time does not depend on the key: its digest is compared with every known digest.
         """
         digest = _digest(key)
         known = False
@@ -83,6 +84,7 @@ def check_exposure(settings: ServeSettings, address: str) -> None:
 
 def is_loopback(address: str) -> bool:
     """Whether a host is a loopback IP address or a localhost name."""
+    # Without the brackets of an IPv6 address in a URL and without its zone, as in fe80::1%eth0.
     name = address.strip("[]").partition("%")[0].lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -93,7 +95,7 @@ def is_loopback(address: str) -> bool:
 
 
 def _of_systemd(path: Path) -> bool:
-    """Whether a file is a systemd credential: its ACL for the service's user shows up as group permission."""
+    """Whether a file is a systemd credential: its mode shows the ACL entry of the service's user as a group's."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
     return bool(folder) and path.is_relative_to(str(folder))
 

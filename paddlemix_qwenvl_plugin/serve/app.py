@@ -35,7 +35,7 @@ def create_app(
     """Create the ASGI application of a service.
 
     Args:
-        router: routes of the API; default: the OpenAI-compatible ones.
+        router: routes of the API; default: those of the OpenAI-compatible API.
         page: folder of the web page, served at / if it contains index.html and `settings.page` is on.
         keys: API keys; default: those of `settings.api_key_file`.
 
@@ -64,7 +64,7 @@ def create_app(
 def _middleware(
     service: Service, keys: Optional[ApiKeys], paths: list[str], page_paths: frozenset[str]
 ) -> list[Middleware]:
-    """List the middleware, outermost first."""
+    """Middleware of the application, outermost first."""
     settings = service.settings
     middleware = [
         Middleware(RequestLog, service=service, paths=paths),
@@ -106,7 +106,7 @@ def _add_page(app: FastAPI, folder: Path) -> frozenset[str]:
         return frozenset()
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     paths = frozenset({"/", *(f"/{name}" for name in names)})
-    # Some systems map .js to text/plain, and browsers refuse such modules.
+    # Some systems map .js to text/plain, and browsers refuse modules of that type.
     mimetypes.add_type("text/javascript", ".js")
     files = StaticFiles(directory=folder, html=True)
     for path in sorted(paths):

@@ -11,7 +11,7 @@ HEAD_SECONDS = 15.0
 """Timeout from the connection, or from the previous response, to the complete headers of the next request."""
 
 _LAST_HEAD_SECONDS = 2.0
-"""At shutdown, timeout of connections without a request; a request within it is answered, or refused with 503."""
+"""At shutdown, timeout for the headers of a connection's first request. If they arrive, the request gets a response."""
 
 
 class Connection(H11Protocol):
@@ -26,63 +26,64 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._head = _Timer(self)
-        self._reading = _Timer(self)
+        self._header_timer = _Timer(self)
+        self._send_timer = _Timer(self)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timeout for the request headers."""
         super().connection_made(transport)
-        self._head.start(HEAD_SECONDS)
+        self._header_timer.start(HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         """Stop the timeout for the headers once a request is being answered."""
         super().data_received(data)
         if self._answering:
-            self._head.stop()
+            self._header_timer.stop()
 
     def on_response_complete(self) -> None:
         """Start the timeout for the headers of the next request."""
         super().on_response_complete()
         if not self._answering and not self.transport.is_closing():
-            self._head.start(HEAD_SECONDS)
+            self._header_timer.start(HEAD_SECONDS)
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
         """Stop both timeouts."""
-        self._head.stop()
-        self._reading.stop()
+        self._header_timer.stop()
+        self._send_timer.stop()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         """Start the send timeout: the write buffer is full."""
         super().pause_writing()
-        self._reading.start(self.send_timeout)
+        self._send_timer.start(self.send_timeout)
 
     def resume_writing(self) -> None:
         """Stop the send timeout."""
-        self._reading.stop()
+        self._send_timer.stop()
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection, with the send timeout for its last response."""
+        """Close an idle connection; the send timeout still applies to its last response."""
         super().timeout_keep_alive_handler()
-        # A closed connection still waits for its client to read the last response.
+        # The transport stays open until the client has read the last response.
         if self.transport.get_write_buffer_size():
-            self._reading.start(self.send_timeout)
+            self._send_timer.start(self.send_timeout)
 
     def shutdown(self) -> None:
-        """Close after the current request, or after a short timeout if none has arrived."""
+        """Close after the current response; a connection that has not sent a request yet gets a short timeout."""
         if self.cycle is None:
-            self._head.start(_LAST_HEAD_SECONDS)
+            self._header_timer.start(_LAST_HEAD_SECONDS)
         else:
             super().shutdown()
 
     @property
     def _answering(self) -> bool:
+        """Whether a request has been received and its response is not complete."""
         return self.cycle is not None and not self.cycle.response_complete
 
 
 class _Timer:
-    """Timer that aborts a connection unless stopped in time."""
+    """Timer that aborts a connection when it expires."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

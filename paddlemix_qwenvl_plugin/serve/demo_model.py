@@ -1,7 +1,8 @@
 """Exported demo model in the user's cache folder, for `qwenvl serve --demo`.
 
-`python -m paddlemix_qwenvl_plugin.serve.demo_model FOLDER` exports it in a child process, which imports Paddle, and
-concurrently compiles the engine in another: on a new machine these two take most of the startup time.
+`demo_stages` runs this module in a child process, because the export imports Paddle:
+`python -m paddlemix_qwenvl_plugin.serve.demo_model FOLDER`. That process also starts another one, which compiles the
+engine during the export: on a new machine, export and compilation take most of the startup time.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ def demo_stages(say: Callable[[str], None]) -> DemoStages:
         if not folder.is_dir():
             say("Exporting the demo model, once.")
             command = [sys.executable, "-m", __name__, str(folder)]
-            # stdout to stderr: native code prints there.
+            # stdout=2 is stderr: the output of the export must not mix with the server's stdout.
             if subprocess.run(command, stdout=2, check=False).returncode:
                 raise QwenVLError("the demo model cannot be exported; see the lines above")
     return stages
 
 
 def _key() -> str:
-    """Hash that identifies this model exported by this version."""
+    """Hash of the model's files and of the versions that determine its export."""
     digest = hashlib.sha256(f"{__version__} {CONTRACT_VERSION}".encode())
     for path in sorted(MODEL.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
@@ -74,14 +75,14 @@ def _export(target: Path) -> None:
 
 
 def _compile_engine() -> None:
-    # The engine process reports errors; Ctrl-C ends this process along with the others.
+    # Errors are ignored: the engine process compiles again and reports them. Ctrl-C reaches the exporting process too.
     with contextlib.suppress(QwenVLError, OSError, KeyboardInterrupt):
         library()
 
 
 if __name__ == "__main__":
-    compiling = multiprocessing.get_context("spawn").Process(target=_compile_engine)
-    compiling.start()
+    compiler = multiprocessing.get_context("spawn").Process(target=_compile_engine)
+    compiler.start()
     try:
         _export(Path(sys.argv[1]))
     except (QwenVLError, OSError) as error:
@@ -89,4 +90,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        compiling.join()
+        compiler.join()

@@ -19,18 +19,17 @@ class EngineUnavailable(QwenVLError):
     """The engine process is not ready, or ended while computing the request."""
 
 
-@dataclass(
-    frozen=True, eq=False
-)  # arrays have no truth value, and Ray compares the requests that wait for a replica
+# eq=False, comparison by identity: Ray compares requests that wait for a replica, and == of arrays has no truth value.
+@dataclass(frozen=True, eq=False)
 class EngineRequest:
     """Prompt as token ids, with images and sampling parameters. Compared by identity.
 
     Attributes:
         prompt: token ids, image slots included.
-        images: uint8 [image_size, image_size, 3] each, RGB, resized; one for each `<img>` of the prompt, in order.
+        images: a resized RGB image for each `<img>` of the prompt, in order; uint8 [image_size, image_size, 3].
         stop_token_ids: tokens that end the completion.
         options: sampling parameters and limits.
-        generated: [start, end) ranges of the prompt that are earlier completions (Prompt.generated).
+        generated: [start, end) token ranges of the prompt that are earlier completions (Prompt.generated).
         n_logprobs: number of most likely tokens, 0 to 20, reported with each token's log probability; None: no log
             probabilities.
         adapter: name of the adapter; None: none.
@@ -49,7 +48,7 @@ class Token(NamedTuple):
     """A generated token.
 
     Attributes:
-        id: token id; a stop token is the last one of its request.
+        id: token id; a stop token is the last token of its request.
         logprob: natural logarithm of the probability under the unmodified logits, if requested.
         top: (token id, log probability) of the most likely tokens, in descending order.
     """
@@ -82,24 +81,30 @@ class TokenStream(Protocol):
 
     @property
     def ended(self) -> Optional[Ended]:
-        """The end of the request, once the iteration has ended; else None."""
+        """End of the request; None until the iteration has ended."""
 
     def cancel(self) -> None:
         """Cancel the request at the engine's next step; no effect if it has ended."""
 
 
 class EngineClient(Protocol):
-    """The front's client of the engine process. Call from the event loop's thread only."""
+    """The front's client of the engine process. Call from the event loop's thread only.
+
+    Attributes:
+        ready: whether the process accepts requests.
+        restarts: number of restarts so far.
+        stats: latest statistics of the process.
+    """
 
     ready: bool
     restarts: int
     stats: EngineStats
 
     async def start(self) -> None:
-        """Start the process, wait until it is ready, and restart it whenever it ends until `stop`.
+        """Start the process and wait until it is ready. From then until `stop`, it is restarted whenever it ends.
 
         Raises:
-            QwenVLError: the model cannot be opened; the message is the process's own.
+            QwenVLError: the model cannot be opened; the message is the engine process's error message.
         """
 
     async def stop(self) -> None:

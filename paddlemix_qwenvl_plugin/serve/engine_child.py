@@ -32,7 +32,7 @@ class EngineChild(asyncio.Protocol):
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._closed = asyncio.Event()
         self._ready = asyncio.Event()
-        self._broken: Optional[QwenVLError] = None  # the process's own error
+        self._error: Optional[QwenVLError] = None  # the error that the process reported before it ended
 
     @classmethod
     async def start(
@@ -44,27 +44,30 @@ class EngineChild(asyncio.Protocol):
             on_message: called with each message after "ready".
         """
         child = cls(on_message)
-        ours, theirs = socket.socketpair()
+        front_socket, child_socket = socket.socketpair()
         try:
-            with theirs:
-                # Not asyncio's subprocess: the closed socket signals the exit, and only `end` waits for it.
+            with child_socket:
+                # asyncio's subprocess is not needed: the closed socket signals the exit, and `end` waits in a thread.
                 child._process = subprocess.Popen(
-                    [sys.executable, "-m", _MODULE, str(theirs.fileno())],
+                    [sys.executable, "-m", _MODULE, str(child_socket.fileno())],
                     stdin=subprocess.DEVNULL,
-                    stdout=2,  # what native code prints
-                    pass_fds=[theirs.fileno()],
+                    stdout=2,  # stderr: native code may print
+                    pass_fds=[child_socket.fileno()],
                     env={**os.environ, **settings.environment},
                     start_new_session=True,  # Ctrl-C in the terminal is for the front
                 )
-            ours.setblocking(False)
-            await asyncio.get_running_loop().create_unix_connection(lambda: child, sock=ours)
+            front_socket.setblocking(False)
+            await asyncio.get_running_loop().create_unix_connection(lambda: child, sock=front_socket)
         except BaseException:
-            ours.close()
+            front_socket.close()
             await child.end()
             raise
-        opening = asdict(settings)
-        del opening["environment"]
-        child.send(pack({name: str(v) if isinstance(v, os.PathLike) else v for name, v in opening.items()}))
+        fields = asdict(settings)
+        del fields["environment"]
+        message = {
+            name: str(value) if isinstance(value, os.PathLike) else value for name, value in fields.items()
+        }
+        child.send(pack(message))
         return child
 
     @property
@@ -82,14 +85,14 @@ class EngineChild(asyncio.Protocol):
         """Wait until the process accepts requests.
 
         Raises:
-            QwenVLError: the process ended first; the message is its own error or its exit status.
+            QwenVLError: the process ended before it was ready; the message is its error message or its exit status.
         """
-        waiting = [asyncio.ensure_future(event.wait()) for event in (self._ready, self._closed)]
+        waiters = [asyncio.ensure_future(event.wait()) for event in (self._ready, self._closed)]
         try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for each in waiting:
-                each.cancel()
+            for waiter in waiters:
+                waiter.cancel()
         if not self._ready.is_set():
             raise await self.wait_ended()
 
@@ -103,12 +106,12 @@ class EngineChild(asyncio.Protocol):
         await self.wait_closed()
         await self.end()
         code = self._process.returncode
-        if self._broken is not None:
-            return self._broken
+        if self._error is not None:
+            return self._error
         return QwenVLError(f"the engine process {_exit_text(code)}")
 
     async def end(self) -> None:
-        """End the process with SIGTERM, after a timeout with SIGKILL."""
+        """End the process: SIGTERM, then SIGKILL if it still runs after a timeout."""
         if self._transport is not None:
             self._transport.close()
         process = self._process
@@ -117,7 +120,7 @@ class EngineChild(asyncio.Protocol):
         process.terminate()
         try:
             await asyncio.get_running_loop().run_in_executor(None, process.wait, _END_SECONDS)
-        except subprocess.TimeoutExpired:  # in the middle of a long step
+        except subprocess.TimeoutExpired:  # the process is computing a long step
             pass
         finally:
             process.kill()
@@ -125,7 +128,7 @@ class EngineChild(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport for `send`."""
-        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is not a subclass
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's transport is no subclass of it
 
     def data_received(self, data: bytes) -> None:
         """Handle "ready" and "broken"; pass other messages on."""
@@ -133,8 +136,8 @@ class EngineChild(asyncio.Protocol):
             if header["kind"] == "ready":
                 self._ready.set()
             elif header["kind"] == "broken":
-                kind = UsageError if header["exit_code"] == UsageError.exit_code else QwenVLError
-                self._broken = kind(header["line"])
+                error_type = UsageError if header["exit_code"] == UsageError.exit_code else QwenVLError
+                self._error = error_type(header["line"])
             else:
                 self._on_message(header)
 

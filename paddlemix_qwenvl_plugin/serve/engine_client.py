@@ -16,19 +16,19 @@ from paddlemix_qwenvl_plugin.serve.engine_api import (
     ModelSettings,
 )
 from paddlemix_qwenvl_plugin.serve.engine_child import EngineChild
-from paddlemix_qwenvl_plugin.serve.messages import pack, pack_request, read_tokens
+from paddlemix_qwenvl_plugin.serve.messages import decode_tokens, pack, pack_request
 from paddlemix_qwenvl_plugin.serve.token_stream import ReceivedTokens
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 _LOG = logging.getLogger(__name__)
 
-# Backoff between restarts of a process that does not become ready; doubled each time.
+# Pauses between attempts to restart the process; doubled after each failure.
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
 
 
 class ProcessEngineClient:
-    """EngineClient over a child process, which it restarts when it ends."""
+    """EngineClient whose engine process is a child of this process; it is restarted when it ends."""
 
     def __init__(self, settings: ModelSettings) -> None:
         self.ready = False
@@ -36,7 +36,7 @@ class ProcessEngineClient:
         self.stats = EngineStats()
         self._settings = settings
         self._child: Optional[EngineChild] = None
-        self._unavailable = "the engine has not been started"  # the reason while not ready
+        self._unavailable_reason = "the engine has not been started"  # valid while not ready
         self._streams: dict[int, ReceivedTokens] = {}
         self._n_requests = 0
         self._supervisor: Optional[asyncio.Task[None]] = None
@@ -58,14 +58,14 @@ class ProcessEngineClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
             self._supervisor = None
-        elif self._child is not None:  # `start` is waiting for it and raises
+        elif self._child is not None:  # `start` still waits for the process and raises when it ends
             await self._child.end()
         self._fail_all("the server is ending")
 
     def submit(self, request: EngineRequest) -> ReceivedTokens:
         """See EngineClient."""
         if not self.ready or self._child is None:
-            raise EngineUnavailable(self._unavailable)
+            raise EngineUnavailable(self._unavailable_reason)
         child, number = self._child, self._n_requests
         self._n_requests += 1
         stream = ReceivedTokens(lambda: child.send(pack({"kind": "cancel", "number": number})))
@@ -91,13 +91,13 @@ class ProcessEngineClient:
             assert child is not None
             try:
                 await child.wait_closed()
-                self.ready, self._unavailable = False, "the engine process has ended"
-                line = str(await child.wait_ended())
+                self.ready, self._unavailable_reason = False, "the engine process has ended"
+                reason = str(await child.wait_ended())
             finally:
                 self._child = None
                 await child.end()
-            _LOG.error("%s; starting a new one", line)
-            self._fail_all(f"{line}; a new one is being started, try again in a few seconds")
+            _LOG.error("%s; starting a new one", reason)
+            self._fail_all(f"{reason}; a new one is being started, try again in a few seconds")
             self.restarts += 1
             await self._restart()
 
@@ -108,28 +108,28 @@ class ProcessEngineClient:
                 await self._open()
             except (QwenVLError, OSError) as error:
                 _LOG.error("the engine process cannot be started again: %s; next try in %g s", error, pause)
-                self._unavailable = f"the engine cannot be started again: {error}"
+                self._unavailable_reason = f"the engine cannot be started again: {error}"
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             else:
                 _LOG.info("the engine process is ready again after %.1f s", time.monotonic() - start)
                 return
 
-    def _fail_all(self, line: str) -> None:
-        """Fail every request: the process has ended."""
-        self.ready, self._unavailable = False, line
+    def _fail_all(self, reason: str) -> None:
+        """Fail all requests, because the process has ended."""
+        self.ready, self._unavailable_reason = False, reason
         self.stats = EngineStats()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.fail(EngineUnavailable(line))
+            stream.fail(EngineUnavailable(reason))
 
     def _dispatch(self, message: dict[str, Any]) -> None:
-        """Dispatch a message's statistics, or its tokens and ends to the streams."""
+        """Handle a message: store its statistics, or pass its tokens, ends and failures to their streams."""
         if message.pop("kind") == "statistics":
             self.stats = EngineStats(**message)
             return
         for number, tokens, n_cached in message["tokens"]:
-            self._streams[number].add(read_tokens(tokens), n_cached)
+            self._streams[number].add(decode_tokens(tokens), n_cached)
         for number, reason, n_cached in message["ended"]:
             self._streams.pop(number).end(Ended(reason, n_cached))
         for number, line in message["failed"]:

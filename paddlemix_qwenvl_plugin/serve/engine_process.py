@@ -22,21 +22,22 @@ from paddlemix_qwenvl_plugin.runtime.generation import Generation, ImageInput
 from paddlemix_qwenvl_plugin.runtime.loop import Loop, NotFiniteError
 from paddlemix_qwenvl_plugin.runtime.predictor import QwenVL
 from paddlemix_qwenvl_plugin.runtime.statistics import LoopStatistics
-from paddlemix_qwenvl_plugin.serve.messages import Unpacker, pack, tokens_since, unpack_request
+from paddlemix_qwenvl_plugin.serve.messages import Unpacker, encode_tokens, pack, unpack_request
 from paddlemix_qwenvl_plugin.util.debug import print_traceback_if_debugging
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
 
 _STATISTICS_SECONDS = 1.0
 
-# Wait for requests that arrive together, as a share of the last step's time: a request that misses a step waits for
-# all of it, and its prompt then reads the weights again.
+# After the end of a completion or an idle time, the next step begins after a short wait for further requests: a
+# request that misses a step waits until that step ends, and its prefill then reads all weights once more. The wait is
+# a share of the last step's time, with a maximum.
 _GATHER_SHARE = 0.03
-_GATHER_SECONDS = 0.02
+_MAX_GATHER_SECONDS = 0.02
 
-# Timeout of the shutdown, which a step or the cleanup of an engine build may delay.
+# Timeout from SIGTERM to the process's exit, which a step or the cleanup of an engine build may delay.
 _END_SECONDS = 2.0
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class _Request:
@@ -48,9 +49,9 @@ class _Request:
 
 
 class EngineProcess:
-    """Event loop of the engine process: requests in, one message of results per step out.
+    """Event loop of the engine process: receives requests, sends one message of results after each step.
 
-    The main thread runs steps and sends. A second thread reads, so that requests and the front's exit are noticed
+    The main thread runs steps and sends. A second thread receives, so that requests and the front's exit are noticed
     during a step.
     """
 
@@ -58,10 +59,11 @@ class EngineProcess:
         self._connection = connection
         self._lock = threading.Lock()  # guards _requests and _refused
         self._requests: dict[int, _Request] = {}
+        # (request number, error) of requests that could not be submitted to the loop.
         self._refused: list[tuple[int, str]] = []
         self._wake = threading.Event()
-        self._reported = LoopStatistics()
-        self._report_at = 0.0
+        self._sent_statistics = LoopStatistics()
+        self._next_report = 0.0
 
     def run(self) -> None:
         """Open the model named by the first message and serve requests until the front exits."""
@@ -79,7 +81,7 @@ class EngineProcess:
                 adapters=settings["adapters"],
             )
             self._loop = self._model.open_loop()
-            _install_signal_handlers()  # again: Paddle may have been imported
+            _install_signal_handlers()  # again: if the model has imported Paddle, Paddle has replaced them
             _die_with_parent()
             self._send({"kind": "ready"})
             self._run_steps(self._loop)
@@ -90,62 +92,68 @@ class EngineProcess:
             sys.exit(code)
 
     def _run_steps(self, loop: Loop) -> None:
-        seconds = 0.0
+        step_seconds = 0.0
         while True:
             self._wake.clear()
             start = time.monotonic()
             busy = loop.step()
             if busy:
-                seconds = time.monotonic() - start
+                step_seconds = time.monotonic() - start
             ended = self._send_updates(loop)
-            wait = self._report(loop.statistics)
-            if ended or (not busy and self._wake.wait(wait)):
-                self._gather(seconds)  # a client whose request has ended often sends the next one immediately
+            seconds_to_report = self._report(loop.statistics)
+            # A client whose request has ended often sends the next one immediately.
+            if ended or (not busy and self._wake.wait(seconds_to_report)):
+                self._gather(step_seconds)
 
     def _gather(self, step_seconds: float) -> None:
         """Wait for requests that are about to arrive."""
-        end = time.monotonic() + min(_GATHER_SHARE * step_seconds, _GATHER_SECONDS)
-        while (left := end - time.monotonic()) > 0:
-            self._wake.wait(left)
+        end = time.monotonic() + min(_GATHER_SHARE * step_seconds, _MAX_GATHER_SECONDS)
+        while (remaining := end - time.monotonic()) > 0:
+            self._wake.wait(remaining)
             self._wake.clear()
 
     def _send_updates(self, loop: Loop) -> bool:
-        """Send new tokens, ends and failures, if any; return whether a request has ended."""
+        """Send the new tokens, ends and failures, if any; return whether a completion has ended."""
         with self._lock:
             requests = list(self._requests.items())
             failed, self._refused = self._refused, []
-        tokens, ended, broken = [], [], False
+        tokens, ended, check_device = [], [], False
         for number, request in requests:
             generation = request.generation
             finished = generation.finished  # read before the tokens: the last token is appended first
             if len(generation.tokens) > request.n_sent:
                 n_cached = generation.n_cached or 0
-                tokens.append([number, tokens_since(generation, request.n_sent), n_cached])
+                tokens.append([number, encode_tokens(generation, request.n_sent), n_cached])
                 request.n_sent = len(generation.tokens)
             if not finished:
                 continue
             if generation.error is not None:
                 failed.append((number, line_of(generation.error)))
-                broken |= not isinstance(generation.error, NotFiniteError)
+                # A NotFiniteError concerns one request only; another error may mean that the device is lost.
+                check_device |= not isinstance(generation.error, NotFiniteError)
             else:
                 ended.append([number, generation.finish_reason, generation.n_cached or 0])
             with self._lock:
                 del self._requests[number]
         if tokens or ended or failed:
             self._send({"kind": "step", "tokens": tokens, "ended": ended, "failed": failed})
-        if broken:
-            loop.check_device()  # raises if the device is lost: every later request would fail
+        if check_device:
+            loop.check_device()  # raises if the device is lost: the process ends, since later requests would fail
         return bool(ended)
 
     def _report(self, statistics: LoopStatistics) -> Optional[float]:
-        """Send changed statistics, at most once a second; return the seconds until then, None if unchanged or sent."""
-        if statistics == self._reported:
+        """Send the statistics if they have changed, at most once a second.
+
+        Returns:
+            The seconds until changed statistics may be sent; None if none are left to send.
+        """
+        if statistics == self._sent_statistics:
             return None
         now = time.monotonic()
-        if now < self._report_at:
-            return self._report_at - now
+        if now < self._next_report:
+            return self._next_report - now
         self._send({"kind": "statistics", **asdict(statistics)})
-        self._reported, self._report_at = statistics, now + _STATISTICS_SECONDS
+        self._sent_statistics, self._next_report = statistics, now + _STATISTICS_SECONDS
         return None
 
     def _send(self, header: dict[str, Any]) -> None:
@@ -165,9 +173,9 @@ class EngineProcess:
                         self._cancel(header["number"])
                     self._wake.set()
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # lets an engine build clean up
+            os.kill(os.getpid(), signal.SIGTERM)  # ends the main thread; an engine build cleans up first
             time.sleep(_END_SECONDS)
-            os._exit(1)  # in the middle of a step
+            os._exit(1)  # the main thread is still computing a step
 
     def _cancel(self, number: int) -> None:
         with self._lock:
@@ -211,20 +219,21 @@ def _die_with_parent() -> None:
 
 
 def _install_signal_handlers() -> None:
-    """End at SIGTERM and ignore SIGINT: Ctrl-C is handled by the front."""
-    if "paddle" in sys.modules:  # its handlers print a traceback
+    """Let SIGTERM end the process, and ignore SIGINT: the front handles Ctrl-C."""
+    if "paddle" in sys.modules:  # Paddle's handlers print a traceback
         sys.modules["paddle"].base.core.disable_signal_handler()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
 
 
 def _end(number: int, frame: object) -> None:
+    """Handle a signal: end the process."""
     signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
     sys.exit(128 + number)
 
 
 def main() -> None:
-    """Run the process. Its one argument is the file descriptor of the socket."""
+    """Run the engine process; the only command-line argument is the file descriptor of the socket."""
     _install_signal_handlers()
     EngineProcess(socket.socket(fileno=int(sys.argv[1]))).run()
 

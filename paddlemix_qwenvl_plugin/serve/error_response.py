@@ -45,8 +45,8 @@ def install_handlers(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> JSONResponse:
         return _response(api_error(error), request.scope)
 
-    for kind in (QwenVLError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, handle)
+    for error_type in (QwenVLError, RequestValidationError, HTTPException):
+        app.add_exception_handler(error_type, handle)
 
 
 def _response(error: ApiError, scope: Scope) -> JSONResponse:
@@ -61,7 +61,8 @@ def _of_http(error: HTTPException) -> ApiError:
         return ApiError(
             405, "Method not allowed for this path", code="method_not_allowed", headers=error.headers
         )
-    if error.status_code == 400:  # FastAPI's only one: the JSON parser raised another exception
+    # FastAPI raises 400 only if the JSON parser fails with another exception than JSONDecodeError.
+    if error.status_code == 400:
         message = "The body is not valid JSON: it is not UTF-8, nested too deeply, or has a number that is too long."
         return ApiError(400, message, code="invalid_json")
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"

@@ -1,4 +1,4 @@
-"""Image downloads from allow-listed hosts at public addresses; errors reveal nothing about other addresses."""
+"""Image downloads from allow-listed hosts at public addresses; error messages reveal nothing about other addresses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError, line_of
 
 _log = logging.getLogger(__name__)
-logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole URLs, which may hold secrets
+# Below this level httpx logs URLs, which may contain secrets.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
-# Each download blocks a thread, up to the download timeout.
+# Maximum of concurrent downloads: each blocks a thread, at most for the download timeout.
 _MAX_DOWNLOADS = 16
 
 
@@ -31,12 +32,13 @@ class ImageHosts:
         Args:
             hosts: host names; `*.example.org` allows all subdomains of example.org.
             max_bytes: maximum size of an image.
-            timeout_seconds: timeout of a whole download.
+            timeout_seconds: timeout of a download, from name resolution to the last byte.
         """
         self._hosts = [_normalized(host) for host in hosts]
         self._max_bytes = max_bytes
         self._timeout_seconds = timeout_seconds
-        self._free: Optional[asyncio.Semaphore] = None  # created in the event loop that it is bound to
+        # Created at the first download: before Python 3.10 a semaphore is bound to the event loop of its creation.
+        self._semaphore: Optional[asyncio.Semaphore] = None
 
     def allows(self, host: str) -> bool:
         """Whether downloads from a host are allowed."""
@@ -67,7 +69,7 @@ class ImageHosts:
             )
         try:
             return await self._download(url, host)
-        except TooLargeError as error:  # reveals nothing: the address is public
+        except TooLargeError as error:  # the message may be sent: only a public address sends a body
             message = f"{param}: {line_of(error)}; send a smaller one"
             raise ApiError(400, message, param=param, code="image_too_large") from error
         except QwenVLError as error:
@@ -81,46 +83,53 @@ class ImageHosts:
             ) from error
 
     async def _download(self, url: str, host: str) -> bytes:
-        """Run `download` in a thread. If the caller is cancelled, the thread continues and keeps its semaphore."""
+        """Run `download` in a thread. If the caller is cancelled, the thread still counts until its download ends."""
         loop = asyncio.get_running_loop()
-        if self._free is None:
-            self._free = asyncio.Semaphore(_MAX_DOWNLOADS)
-        await self._free.acquire()
-        free = self._free
-        done: asyncio.Future[bytes] = loop.create_future()
+        if self._semaphore is None:
+            self._semaphore = asyncio.Semaphore(_MAX_DOWNLOADS)
+        semaphore = self._semaphore
+        await semaphore.acquire()
+        result: asyncio.Future[bytes] = loop.create_future()
 
         def finish(body: bytes, error: Optional[BaseException]) -> None:
-            free.release()
-            if done.cancelled():
+            semaphore.release()
+            if result.cancelled():
                 return
             if error is None:
-                done.set_result(body)
+                result.set_result(body)
             else:
-                done.set_exception(error)
+                result.set_exception(error)
 
-        def work() -> None:
+        def run_download() -> None:
             body, error = b"", None
             try:
-                body = download(url, host, self._max_bytes, self._timeout_seconds, False, self.allows)
-            except BaseException as raised:  # raised again by the await below
+                body = download(
+                    url,
+                    host,
+                    self._max_bytes,
+                    self._timeout_seconds,
+                    allow_private=False,
+                    allows_host=self.allows,
+                )
+            except BaseException as raised:  # `await result` raises it in the event loop
                 error = raised
             with contextlib.suppress(RuntimeError):  # the event loop has ended
                 loop.call_soon_threadsafe(finish, body, error)
 
-        # No executor: the interpreter waits for its threads at exit.
-        threading.Thread(target=work, name="image-hosts", daemon=True).start()
-        return await done
+        # A daemon thread, not an executor: at exit the interpreter waits for the threads of executors.
+        threading.Thread(target=run_download, name="image-hosts", daemon=True).start()
+        return await result
 
 
 def _normalized(host: str) -> str:
     """Normalize a host name for comparison: IDNA-encoded, lower case, without a trailing dot."""
-    star, name = ("*.", host[2:]) if host.startswith("*.") else ("", host)
+    wildcard, name = ("*.", host[2:]) if host.startswith("*.") else ("", host)
     with contextlib.suppress(httpx.InvalidURL, UnicodeError):
         name = httpx.URL(scheme="http", host=name).raw_host.decode("ascii")
-    return star + name.lower().rstrip(".")
+    return wildcard + name.lower().rstrip(".")
 
 
 def _printable(host: str) -> str:
-    """Sanitize a client's host name for a message."""
+    """Shorten a host name from a request for a message, and replace unprintable characters."""
     name = "".join(c if c.isprintable() else "?" for c in host)
     return name if len(name) <= 100 else f"{name[:97]}…"

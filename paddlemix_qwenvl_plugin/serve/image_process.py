@@ -16,9 +16,10 @@ from paddlemix_qwenvl_plugin.serve.service import LoadedImage
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, TooLargeError
 
 _START_SECONDS = 60.0
-# Images until the process is replaced, which frees memory that a decoder leaks.
+# Number of images after which the process is replaced: this frees memory that a decoder leaks.
 _MAX_IMAGES = 1000
 _MAX_MESSAGE_BYTES = 16 * 1024
+# No threads in a worker, and one malloc arena: threads and arenas would count against the memory limit.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
 
@@ -30,7 +31,7 @@ class ImageProcess:
     """Worker process that decodes one image at a time; started on demand, killed on timeout."""
 
     def __init__(self, image_size: int, max_bytes: int, max_pixels: int, timeout_seconds: float) -> None:
-        """Set the limits; see ImageLimits. `timeout_seconds` applies to each image."""
+        """Set the limits; see ImageLimits. The timeout applies to the decoding of each image."""
         self._image_size = image_size
         self._arguments = [str(image_size), str(max_bytes), str(max_pixels)]
         self._timeout_seconds = timeout_seconds
@@ -43,7 +44,7 @@ class ImageProcess:
         return self._process.pid if self._process is not None else None
 
     async def start(self) -> None:
-        """Start the process unless it runs.
+        """Start the process, unless one runs that has not reached its maximum of images.
 
         Raises:
             NoWorkerError: the process does not start.
@@ -83,19 +84,21 @@ class ImageProcess:
             reply, payload = await asyncio.wait_for(self._request(kind, encoded), self._timeout_seconds)
         except asyncio.TimeoutError:
             await self.stop()
-            raise TooLargeError(f"decoding it takes more than {self._timeout_seconds:g} seconds") from None
+            message = f"decoding the image takes more than {self._timeout_seconds:g} seconds"
+            raise TooLargeError(message) from None
         except (EOFError, ConnectionError):
             await self.stop()
-            raise QwenVLError("the process that was decoding it ended: damaged, or too much memory") from None
+            message = (
+                "the process that decoded the image ended: the image is damaged or needs too much memory"
+            )
+            raise QwenVLError(message) from None
         except BaseException:
             await self.stop()
             raise
         if reply == image_worker.IMAGE:
-            header, shape = image_worker.SIZE, (self._image_size, self._image_size, 3)
-            return LoadedImage(
-                np.frombuffer(payload, np.uint8, offset=header.size).reshape(shape),
-                header.unpack_from(payload),
-            )
+            pixels = np.frombuffer(payload, np.uint8, offset=image_worker.SIZE.size)
+            shape = (self._image_size, self._image_size, 3)
+            return LoadedImage(pixels.reshape(shape), image_worker.SIZE.unpack_from(payload))
         message = payload.decode("utf-8", "replace")
         raise TooLargeError(message) if reply == image_worker.TOO_LARGE else QwenVLError(message)
 
@@ -109,6 +112,7 @@ class ImageProcess:
         await process.wait()
 
     async def _request(self, kind: bytes, encoded: bytes) -> tuple[bytes, bytes]:
+        """Send a request; return the kind and payload of the reply."""
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(image_worker.HEADER.pack(kind, len(encoded)))
@@ -121,8 +125,11 @@ class ImageProcess:
         assert self._process is not None
         assert self._process.stdout is not None
         header = await self._process.stdout.readexactly(image_worker.HEADER.size)
-        kind, n = image_worker.HEADER.unpack(header)
-        n_image = image_worker.SIZE.size + self._image_size**2 * 3
-        if n != n_image if kind == image_worker.IMAGE else n > _MAX_MESSAGE_BYTES:
+        kind, n_bytes = image_worker.HEADER.unpack(header)
+        if kind == image_worker.IMAGE:
+            valid = n_bytes == image_worker.SIZE.size + self._image_size**2 * 3
+        else:
+            valid = n_bytes <= _MAX_MESSAGE_BYTES
+        if not valid:
             raise EOFError
-        return kind, await self._process.stdout.readexactly(n)
+        return kind, await self._process.stdout.readexactly(n_bytes)

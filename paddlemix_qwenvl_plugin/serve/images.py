@@ -22,8 +22,8 @@ _CACHE_BYTES = 64 * 2**20
 class WorkerImageLoader:
     """ImageLoader over a pool of worker processes, with a cache of decoded images.
 
-    Decoding continues even if its request is cancelled: that is faster than starting a new process. `load` waits for
-    a free process without a timeout, until it is cancelled.
+    If a request is cancelled, the decoding of its image continues: killing the process and starting another one would
+    take longer. `load` waits for an idle process without a timeout, until it is cancelled.
     """
 
     def __init__(self, settings: ServeSettings, image_size: int) -> None:
@@ -39,9 +39,8 @@ class WorkerImageLoader:
             )
             for _ in range(settings.image_workers)
         ]
-        self._free: Optional[asyncio.LifoQueue[ImageProcess]] = (
-            None  # LIFO: prefers processes that already run
-        )
+        # Last in, first out, so that processes that already run are preferred. Created in the event loop that uses it.
+        self._idle_processes: Optional[asyncio.LifoQueue[ImageProcess]] = None
         self._decoding: set[asyncio.Task[LoadedImage]] = set()
         self._cache: OrderedDict[bytes, LoadedImage] = OrderedDict()
         self._cached_bytes = 0
@@ -57,6 +56,7 @@ class WorkerImageLoader:
 
     async def load(self, url: str, param: str) -> LoadedImage:
         """See ImageLoader."""
+        # The scheme is at the beginning: a text of megabytes without a colon there is not searched.
         scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
         if scheme == "data":
             if not url.isascii():
@@ -76,12 +76,13 @@ class WorkerImageLoader:
         await asyncio.gather(*(process.stop() for process in self._processes))
 
     async def _decoded(self, kind: bytes, encoded: bytes, param: str) -> LoadedImage:
+        """Return an encoded image from the cache, or decode it; errors become ApiError."""
         key = await asyncio.to_thread(_digest, kind, encoded)
-        found = self._cache.get(key)
-        if found is not None:
+        cached = self._cache.get(key)
+        if cached is not None:
             self._cache.move_to_end(key)
             self.n_cache_hits += 1
-            return found
+            return cached
         try:
             image = await self._decode(kind, encoded)
         except TooLargeError as error:
@@ -98,28 +99,30 @@ class WorkerImageLoader:
         except QwenVLError as error:
             hint = "check that it is a whole PNG, JPEG or WebP image"
             raise _error(param, f"{line_of(error)}; {hint}", "invalid_image") from error
-        self._keep(key, image)
+        self._add_to_cache(key, image)
         return image
 
     async def _decode(self, kind: bytes, encoded: bytes) -> LoadedImage:
-        if self._free is None:
-            self._free = asyncio.LifoQueue()
+        if self._idle_processes is None:
+            self._idle_processes = asyncio.LifoQueue()
             for process in self._processes:
-                self._free.put_nowait(process)
-        free, process = self._free, await self._free.get()
+                self._idle_processes.put_nowait(process)
+        idle_processes = self._idle_processes
+        process = await idle_processes.get()
         task = asyncio.ensure_future(process.decode(kind, encoded))
         self._decoding.add(task)
 
-        def ended(task: asyncio.Task[LoadedImage]) -> None:
+        def on_done(task: asyncio.Task[LoadedImage]) -> None:
             self._decoding.discard(task)
-            free.put_nowait(process)
+            idle_processes.put_nowait(process)
             if not task.cancelled():
-                task.exception()  # mark as retrieved: the request may be cancelled
+                task.exception()  # read, so that asyncio does not log it if the request was cancelled
 
-        task.add_done_callback(ended)
+        task.add_done_callback(on_done)
         return await asyncio.shield(task)
 
-    def _keep(self, key: bytes, image: LoadedImage) -> None:
+    def _add_to_cache(self, key: bytes, image: LoadedImage) -> None:
+        """Add an image; drop the least recently used ones beyond the limit."""
         if key not in self._cache:
             self._cache[key] = image
             self._cached_bytes += image.pixels.nbytes

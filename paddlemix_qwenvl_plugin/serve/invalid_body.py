@@ -8,6 +8,9 @@ from typing import Any
 
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 
+_MAX_NUMBER_CHARACTERS = 40
+
+# Error types of pydantic, without "_type", and what the parameter must be.
 _TYPE_WORDS = {
     "bool": "true or false",
     "dict": "an object",
@@ -35,16 +38,16 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     if first["type"] == "json_invalid":
         reason = f"{first['ctx']['error']} at character {first['loc'][-1]}"
         return ApiError(400, f"The body is not valid JSON: {reason}.", code="invalid_json")
-    located = [(_path(error, body), error) for error in errors]
-    # A union has an error for each of its types: report the one that matched deepest.
-    top = located[0][0][:1]
-    path = max((path for path, _ in located if path[:1] == top), key=_depth)
-    same = [error for other, error in located if other == path]
-    param = _dotted(path)
-    code, what = _describe(same)
+    paths = [_path(error, body) for error in errors]
+    # A value of a union type has errors for each type of the union: those with the deepest path are reported, since
+    # their type matched most of the value.
+    parameter = paths[0][:1]
+    deepest = max((path for path in paths if path[:1] == parameter), key=_depth)
+    code, message = _describe([error for path, error in zip(paths, errors) if path == deepest])
+    param = _dotted(deepest)
     if not param:
-        return ApiError(400, f"The body {what}.", code=code)
-    return ApiError(400, f"{param}: {what}", param=param, code=code)
+        return ApiError(400, f"The body {message}.", code=code)
+    return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
 def _path(error: Mapping[str, Any], body: Any) -> tuple[Any, ...]:
@@ -54,12 +57,16 @@ def _path(error: Mapping[str, Any], body: Any) -> tuple[Any, ...]:
     tag_passed = False
     steps = error["loc"][1:]  # without "body"
     for number, step in enumerate(steps, start=1):
-        inside = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
-        # A message's role and a part's type are steps too, and may have the name of a parameter.
+        valid_steps: Any = ()
+        if isinstance(value, list):
+            valid_steps = range(len(value))
+        elif isinstance(value, dict):
+            valid_steps = value
+        # The location also contains a message's role or a part's type, which may be the name of a parameter too.
         if isinstance(value, dict) and step in (value.get("role"), value.get("type")) and not tag_passed:
             tag_passed = True
             continue
-        if step in inside:
+        if step in valid_steps:
             value = value[step]
             tag_passed = False
         elif not (error["type"] == "missing" and number == len(steps)):
@@ -74,6 +81,7 @@ def _path(error: Mapping[str, Any], body: Any) -> tuple[Any, ...]:
 
 
 def _depth(path: Sequence[Any]) -> tuple[int, list[int]]:
+    """Sort key of paths: the length, then the indices in lists."""
     return len(path), [step if isinstance(step, int) else -1 for step in path]
 
 
@@ -89,21 +97,27 @@ def _describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     types = [_TYPE_WORDS.get(error["type"].removesuffix("_type")) for error in errors]
     if all(types):
         return "invalid_type", f"must be {' or '.join(dict.fromkeys(map(str, types)))}"
-    # An error other than a type error: the value has this type of the union.
-    return "invalid_value", _message(next(error for error, kind in zip(errors, types) if not kind))
+    # An error that is not a type error: the value has the right type and another problem.
+    return "invalid_value", _message(next(error for error, words in zip(errors, types) if words is None))
 
 
 def _message(error: Mapping[str, Any]) -> str:
-    what = re.sub(r"^\w+ should ", "must ", str(error["msg"])).replace(" after validation", "")
+    """Convert pydantic's message, such as "Input should be less than 2", to "must be less than 2, got 3"."""
+    message = re.sub(r"^\w+ should ", "must ", str(error["msg"])).replace(" after validation", "")
     value = error["input"]
-    return f"{what}, got {value}" if isinstance(value, (int, float)) and len(str(value)) < 40 else what
+    if isinstance(value, (int, float)) and len(str(value)) < _MAX_NUMBER_CHARACTERS:
+        message += f", got {value}"
+    return message
 
 
 def _dotted(path: Sequence[Any]) -> str:
     """Write a path as `messages[0].content`."""
     text = ""
     for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f".{_shortened(step)}" if text else _shortened(step)
+        if isinstance(step, int):
+            text += f"[{step}]"
+        else:
+            text += f".{_shortened(step)}" if text else _shortened(step)
     return text
 
 

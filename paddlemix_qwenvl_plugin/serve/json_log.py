@@ -11,6 +11,7 @@ from typing import Any
 
 LOGGER = logging.getLogger("paddlemix_qwenvl_plugin.serve")
 
+# Attribute of a log record with its fields.
 _FIELDS = "qwenvl_fields"
 
 
@@ -37,7 +38,7 @@ def start_logging(level: str) -> None:
     LOGGER.setLevel(level.upper())
     # The server logs its own start and end.
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, LOGGER.level))
-    # asyncio's warnings are about clients that disconnect while data is sent to them.
+    # Not logged: asyncio warns about each client that disconnects while data is sent to it.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     logging.captureWarnings(True)
 

@@ -10,13 +10,19 @@ from typing import NamedTuple
 
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
-# systemd's first descriptor (sd_listen_fds).
+# File descriptor of the first socket that systemd passes (sd_listen_fds).
 _SYSTEMD_DESCRIPTOR = 3
+
 BACKLOG = 2048
+"""Maximum of connections that the kernel queues until the server accepts them."""
 
 
 class Listener(NamedTuple):
-    """A bound socket; `inherited` from systemd, other processes hold it too and closing it loses no connections."""
+    """A bound socket.
+
+    Attributes:
+        inherited: whether systemd passed it. systemd keeps it open too, so closing it here loses no connections.
+    """
 
     socket: socket.socket
     inherited: bool = False
@@ -39,10 +45,10 @@ def bound_socket(host: str, port: int, reuse_port: bool) -> Listener:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
         raise UsageError(f"--host {host}: no such address ({error})") from error
-    family, kind, protocol, _, address = infos[0]
-    listener = socket.socket(family, kind, protocol)
+    family, socket_type, protocol, _, address = infos[0]
+    listener = socket.socket(family, socket_type, protocol)
     try:
-        if os.name == "posix":  # elsewhere it would let two servers bind the same port
+        if os.name == "posix":  # on Windows the option would let two servers bind the same port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
             _set_reuse_port(listener)
@@ -59,7 +65,7 @@ def bound_socket(host: str, port: int, reuse_port: bool) -> Listener:
 def url_of(listener: socket.socket) -> str:
     """URL of the server for a client on this machine."""
     host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # loopback for "all addresses"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
@@ -81,7 +87,7 @@ def _from_systemd() -> socket.socket | None:
     count = int(os.environ["LISTEN_FDS"])
     if count != 1:
         raise UsageError(f"LISTEN_FDS {count}: the server takes one socket; give the unit one ListenStream")
-    # Child processes must not take the socket for theirs.
+    # Child processes must not use the socket as if systemd had passed it to them.
     del os.environ["LISTEN_PID"], os.environ["LISTEN_FDS"]
     os.set_inheritable(_SYSTEMD_DESCRIPTOR, False)
     listener = socket.socket(fileno=_SYSTEMD_DESCRIPTOR)
@@ -98,10 +104,10 @@ def _set_reuse_port(listener: socket.socket) -> None:
 def _bind_error(host: str, port: int, error: OSError) -> QwenVLError:
     if error.errno == errno.EADDRINUSE:
         return QwenVLError(
-            f"--port {port}: another program listens there; name another one, or 0 for any that is free"
+            f"--port {port}: another program listens on this port; choose another port, or 0 for any free port"
         )
     if error.errno == errno.EACCES:
-        return QwenVLError(f"--port {port}: this user may not listen there; name one from 1024 on")
+        return QwenVLError(f"--port {port}: this user may not listen on it; choose a port from 1024 on")
     if error.errno == errno.EADDRNOTAVAIL:
         return QwenVLError(f"--host {host}: not an address of this machine")
     return QwenVLError(f"--host {host} --port {port}: cannot listen there ({error.strerror})")

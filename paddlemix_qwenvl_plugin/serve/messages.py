@@ -1,7 +1,7 @@
 """Messages between the HTTP front and the engine process: a JSON header followed by bytes.
 
-Wire format: length of the header and length of the bytes, uint32 little-endian each, the header in UTF-8, the bytes.
-Both ends are of the same version and trust each other; no received data is executed.
+Wire format of a message: the lengths of header and bytes (uint32, little-endian), the header in UTF-8, the bytes. Both
+processes have the same version and trust each other; no received data is executed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from paddlemix_qwenvl_plugin.serve.engine_api import EngineRequest, Token
 
 _LENGTHS = struct.Struct("<II")
 
-# Thousands of headers a second: no spaces, no check for circular references.
+# Encoder for thousands of headers a second: writes no spaces and does not check for circular references.
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def pack(header: dict[str, Any], arrays: Iterable[NDArray[Any]] = ()) -> bytes:
     """Encode a message; the bytes of the arrays are concatenated."""
-    encoded = _encode(header).encode()
-    parts = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays]
-    return b"".join([_LENGTHS.pack(len(encoded), sum(map(len, parts))), encoded, *parts])
+    encoded_header = _encode(header).encode()
+    buffers = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays]
+    lengths = _LENGTHS.pack(len(encoded_header), sum(map(len, buffers)))
+    return b"".join([lengths, encoded_header, *buffers])
 
 
 class Unpacker:
@@ -44,12 +45,13 @@ class Unpacker:
         start = 0
         while len(self._buffer) - start >= _LENGTHS.size:
             n_header, n_bytes = _LENGTHS.unpack_from(self._buffer, start)
-            middle = start + _LENGTHS.size + n_header
-            if len(self._buffer) < middle + n_bytes:
+            header_end = start + _LENGTHS.size + n_header
+            end = header_end + n_bytes
+            if len(self._buffer) < end:
                 break
-            header = json.loads(self._buffer[middle - n_header : middle])
-            yield header, bytes(self._buffer[middle : middle + n_bytes])
-            start = middle + n_bytes
+            header = json.loads(self._buffer[header_end - n_header : header_end])
+            yield header, bytes(self._buffer[header_end:end])
+            start = end
         del self._buffer[:start]
 
 
@@ -84,17 +86,18 @@ def unpack_request(header: dict[str, Any], content: bytes) -> EngineRequest:
     )
 
 
-def tokens_since(generation: Generation, n_sent: int) -> list[Any]:
-    """Encode the tokens from index `n_sent` on: ids, or [id, log probability, most likely tokens] each."""
+def encode_tokens(generation: Generation, n_sent: int) -> list[Any]:
+    """Encode the tokens from index `n_sent` on: token ids, or with log probabilities [id, log probability, top]."""
     tokens = generation.tokens[n_sent:]
     if generation.n_logprobs is None:
         return tokens
-    return [[token, *logprobs] for token, logprobs in zip(tokens, generation.logprobs[n_sent:])]
+    return [[token_id, *logprobs] for token_id, logprobs in zip(tokens, generation.logprobs[n_sent:])]
 
 
-def read_tokens(tokens: list[Any]) -> list[Token]:
-    """Decode the tokens encoded by `tokens_since`."""
-    return [
-        Token(each) if isinstance(each, int) else Token(each[0], each[1], tuple(map(tuple, each[2])))
-        for each in tokens
-    ]
+def decode_tokens(tokens: list[Any]) -> list[Token]:
+    """Decode the tokens of `encode_tokens`."""
+    return [Token(token) if isinstance(token, int) else _token_with_logprobs(*token) for token in tokens]
+
+
+def _token_with_logprobs(token_id: int, logprob: float, top: list[list[Any]]) -> Token:
+    return Token(token_id, logprob, tuple((other_id, other_logprob) for other_id, other_logprob in top))

@@ -16,7 +16,8 @@ from paddlemix_qwenvl_plugin.serve.engine_api import EngineClient
 if TYPE_CHECKING:
     from paddlemix_qwenvl_plugin.serve.service import Admission
 
-# Seconds. Tokens: from a GPU to a large model on a small CPU. Requests: from a short to a long completion.
+# Bounds of the histograms' buckets, in seconds. Times between tokens: from a GPU to a large model on a small CPU. Times
+# of requests: from a short to a long completion.
 _TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
 _REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -55,17 +56,17 @@ class Metrics:
     def _histogram(self, name: str, text: str, labels: tuple[str, ...] | list[str] = ()) -> Histogram:
         return Histogram(name, text, labels, buckets=_REQUEST_BUCKETS, registry=self.registry)
 
-    def watch(self, engine: EngineClient, slots: Admission) -> None:
+    def watch(self, engine: EngineClient, admission: Admission) -> None:
         """Register the objects from which gauges and the engine's counters are read."""
-        self.registry.register(_Watched(engine, slots))
+        self.registry.register(_StateCollector(engine, admission))
 
     def request(self, path: str, status: int, seconds: float) -> None:
-        """Count an answered HTTP request. `path` must be a route: each value is a time series."""
+        """Count an answered HTTP request. `path` must be a route, since each value of the label is a time series."""
         self._requests.labels(path, str(status)).inc()
         self._request_seconds.labels(path).observe(seconds)
 
     def error(self, kind: str) -> None:
-        """Count an error, error events of a stream included. `kind` is its code, or its type without a code."""
+        """Count an error response or an error event. `kind` is the error's code, or its type if it has no code."""
         self._errors.labels(kind).inc()
 
     def queued(self, seconds: float) -> None:
@@ -77,7 +78,7 @@ class Metrics:
         self._first_token.observe(seconds)
 
     def next_tokens(self, n: int, seconds: float) -> None:
-        """Observe n tokens that arrived together, `seconds` after the previous ones."""
+        """Observe n tokens that arrived together, `seconds` after the previous token."""
         self._between_tokens.observe(seconds / n)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
@@ -86,15 +87,15 @@ class Metrics:
         return encode(self.registry), content_type
 
 
-class _Watched(Collector):
+class _StateCollector(Collector):
     """Collector that reads gauges and the engine's counters at each scrape."""
 
-    def __init__(self, engine: EngineClient, slots: Admission) -> None:
+    def __init__(self, engine: EngineClient, admission: Admission) -> None:
         self._engine = engine
-        self._slots = slots
+        self._admission = admission
 
     def collect(self) -> Iterator[Metric]:
-        yield from slot_metrics(self._slots.running, self._slots.waiting)
+        yield from slot_metrics(self._admission.running, self._admission.waiting)
         yield from engine_metrics(self._engine)
 
 

@@ -27,39 +27,42 @@ def open_service(
     admission: Optional[Admission] = None,
     metrics: Optional[Metrics] = None,
 ) -> Service:
-    """Open the configuration and tokenizer and create the service; its engine is not started.
+    """Open the configuration and tokenizer and create the service. Its engine is not started.
 
     Args:
-        engine: default: a child process of this one.
+        say: called with each progress line.
+        engine: default: a client that starts the engine as a child process.
         admission: default: a queue in this process.
+        metrics: default: a new object.
 
     Raises:
         UsageError, QwenVLError: see QwenVL.from_exported.
     """
-    of_engine = model_settings(settings, say)
-    adapters = of_engine.adapters
-    # On the CPU regardless of the engine's device: only its configuration and tokenizer are used.
+    engine_settings = model_settings(settings, say)
+    adapters = engine_settings.adapters
+    # On the CPU, regardless of the engine's device: this process uses only the configuration and the tokenizer.
     model = QwenVL.from_exported(
-        of_engine.first_model_path, of_engine.second_model_path, settings.model_name_or_path
+        engine_settings.first_model_path, engine_settings.second_model_path, settings.model_name_or_path
     )
     if settings.picture_label is not None:
         model.tokenizer.picture_label = settings.picture_label
     # The demo model is trained on both prompt formats; its configuration does not record that.
     is_chat = settings.demo or model.is_chat
-    name = settings.served_model_name or ("qwen-vl-chat" if is_chat else "qwen-vl")
-    if name in adapters:
+    model_name = settings.served_model_name or ("qwen-vl-chat" if is_chat else "qwen-vl")
+    if model_name in adapters:
         raise UsageError(
-            f"--adapter {name}={adapters[name]}: the model has that name; name the adapter differently"
+            f"--adapter {model_name}={adapters[model_name]}: the model has that name; name the adapter differently"
         )
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # no creation time for each counter
+    # Otherwise each counter has a second metric, its creation time.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = metrics or Metrics()
     return Service(
         settings=settings,
-        engine=engine or ProcessEngineClient(of_engine),
+        engine=engine or ProcessEngineClient(engine_settings),
         tokenizer=model.tokenizer,
         config=model.config,
         is_chat=is_chat,
-        model_name=name,
+        model_name=model_name,
         adapters=tuple(adapters),
         images=WorkerImageLoader(settings, model.config.visual.image_size),
         admission=admission
@@ -75,7 +78,7 @@ def open_service(
 
 
 def model_settings(settings: ServeSettings, say: Callable[[str], None]) -> ModelSettings:
-    """Settings of the engine process; exports the demo model if it is served and not exported yet.
+    """Settings of the engine process. With `settings.demo`, the demo model is exported unless it was exported before.
 
     Raises:
         UsageError: an adapter is not NAME=FOLDER.

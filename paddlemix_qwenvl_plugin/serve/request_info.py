@@ -8,7 +8,8 @@ from time import monotonic
 from typing import Any, Optional
 from uuid import uuid4
 
-_STATE = "info"
+# Key of the RequestInfo in the state of an ASGI scope.
+_STATE_KEY = "info"
 
 
 @dataclass
@@ -16,12 +17,12 @@ class RequestInfo:
     """Record of a request, filled in by middleware and handlers; available as `info_of(scope)`.
 
     Attributes:
-        id: value of the header X-Request-Id.
-        begin: time at which its headers had been read (time.monotonic).
-        key: short hash of its API key; None if the server requires no keys.
+        id: value of the response's header X-Request-Id.
+        begin: time at which the request's headers had been read (time.monotonic).
+        key: short hash of the request's API key; None if the server requires no keys.
         prompt_tokens, completion_tokens, cached_tokens: usage of all choices.
         prompts, completions: texts of all choices, if `log_prompts` is set.
-        error: code of the error response or of the stream's error event; its type without a code.
+        error: code of the error response or error event, or its type if it has no code; None: no error.
     """
 
     id: str = field(default_factory=lambda: uuid4().hex)
@@ -37,5 +38,5 @@ class RequestInfo:
 
 def info_of(scope: MutableMapping[str, Any]) -> RequestInfo:
     """Return the RequestInfo of an ASGI scope; create it on first use."""
-    info: RequestInfo = scope.setdefault("state", {}).setdefault(_STATE, RequestInfo())
+    info: RequestInfo = scope.setdefault("state", {}).setdefault(_STATE_KEY, RequestInfo())
     return info

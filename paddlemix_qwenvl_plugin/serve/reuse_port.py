@@ -1,7 +1,7 @@
-"""Handover between two servers on one port: the kernel assigns each connection to one listening socket (SO_REUSEPORT).
+"""Handover between two servers on one port (SO_REUSEPORT): the kernel assigns each connection to one listening socket.
 
-Closing a socket resets the connections that it was assigned and has not accepted, including those whose handshake is
-in progress. So the old server first makes the kernel assign all new connections to the new one.
+Closing a listening socket resets the connections that were assigned to it and not accepted yet, including those whose
+handshake is in progress. So the old server first makes the kernel assign all new connections to the new server.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import socket
 import sys
 from contextlib import suppress
 
-# Linux, asm-generic/socket.h; Python does not name them.
+# Constants of Linux (asm-generic/socket.h, linux/filter.h) that Python's socket module lacks.
 _SO_ATTACH_REUSEPORT_CBPF = 51
 _SO_DETACH_REUSEPORT_BPF = 68
-_BPF_RET_K = 0x06
+_BPF_RET_K = 0x06  # instruction that returns the constant k
 
 
 class _Filter(ctypes.Structure):
+    """An instruction of a BPF program: struct sock_filter of linux/filter.h."""
+
     _fields_ = (
         ("code", ctypes.c_uint16),
         ("jt", ctypes.c_uint8),
@@ -27,6 +29,8 @@ class _Filter(ctypes.Structure):
 
 
 class _Program(ctypes.Structure):
+    """A BPF program: struct sock_fprog of linux/filter.h."""
+
     _fields_ = (("length", ctypes.c_uint16), ("filters", ctypes.POINTER(_Filter)))
 
 
@@ -40,15 +44,17 @@ def give_to_the_newer(listener: socket.socket) -> None:
         return
     filters = (_Filter * 1)(_Filter(_BPF_RET_K, 0, 0, 1))
     program = _Program(1, filters)
-    with suppress(OSError):  # a kernel without it
+    with suppress(OSError):  # the kernel does not support it
         listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, bytes(program))
 
 
 def give_to_all(listener: socket.socket) -> None:
-    """Distribute new connections over all sockets again: an earlier server's BPF program outlives it.
+    """Distribute new connections over all listening sockets, without the BPF program of an earlier server.
+
+    The program stays attached to the port after that server has ended.
 
     Args:
-        listener: a listening socket.
+        listener: any listening socket of the port.
     """
     if sys.platform == "linux":
         with suppress(OSError):  # no program is attached, or Linux is older than 5.3

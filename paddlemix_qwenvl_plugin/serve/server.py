@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Optional
 
 import uvicorn
@@ -21,15 +21,16 @@ from paddlemix_qwenvl_plugin.serve.listening import BACKLOG, Listener, accept_qu
 from paddlemix_qwenvl_plugin.serve.reuse_port import give_to_all, give_to_the_newer
 from paddlemix_qwenvl_plugin.serve.service import Service
 
-# Longer than clients keep a connection (httpx: 5 s), so that the client closes it: a request in transit is lost if the
-# server closes first.
+# Longer than clients keep an idle connection (httpx: 5 s), so that the client closes it: if the server closes it, a
+# request in transit is lost.
 _KEEP_ALIVE_SECONDS = 15
 # Timeout for handlers to send their error events, and for the service's processes to end.
 _LAST_SECONDS = 10.0
+# Timeout for the cleanup of handlers whose connection was aborted.
 _CLEANING_SECONDS = 1.0
 # Time for TCP handshakes in progress to complete.
 _HANDSHAKE_SECONDS = 1.0
-_TICK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
 async def run(
@@ -42,9 +43,9 @@ async def run(
     """Serve until a signal arrives; then shut down gracefully.
 
     Args:
-        listener: a bound socket. With `reuse_port` it begins to listen when the engine is ready; an inherited one
-            queues connections until then.
-        signals: signals that end the server. The first lets requests finish, the second does not.
+        listener: a bound socket. With `reuse_port` it begins to listen when the engine is ready. An inherited socket
+            listens already, and queues connections until the engine is ready.
+        signals: signals that end the server. At the first signal, running requests may finish; the second aborts them.
         ready: called when the engine is ready for the first time.
 
     Returns:
@@ -54,32 +55,33 @@ async def run(
         QwenVLError: the engine cannot be started.
     """
     server = Server(service, app, listener)
-    with _handling(signals, server):
+    with _signal_handlers(signals, server):
         loading = asyncio.create_task(service.engine.start())
         try:
             if service.settings.reuse_port or listener.inherited:
-                await server.first_of(loading)
+                await server.wait_for_task_or_signal(loading)
                 if server.should_exit or loading.exception() is not None:
-                    return await _result(loading, server)
+                    return await _second_signal(loading, server)
             if service.settings.reuse_port and not listener.inherited:
                 listener.socket.listen(BACKLOG)
                 give_to_all(listener.socket)
             serving = asyncio.create_task(server.serve(sockets=[listener.socket]))
-            await server.first_of(loading)
+            await server.wait_for_task_or_signal(loading)
             if loading.done() and loading.exception() is not None:
                 server.should_exit = True
             elif loading.done():
                 ready()
             await serving
-            return await _result(loading, server)
+            return await _second_signal(loading, server)
         finally:
             loading.cancel()
             await asyncio.wait([loading])
-            await _bounded(service.engine.stop(), "the engine does not end")
-            await _bounded(service.images.close(), "the image processes do not end")
+            await _with_timeout(service.engine.stop(), "the engine does not end")
+            await _with_timeout(service.images.close(), "the image processes do not end")
 
 
-async def _result(loading: asyncio.Task[None], server: Server) -> Optional[int]:
+async def _second_signal(loading: asyncio.Task[None], server: Server) -> Optional[int]:
+    """Return the result of `run`; raise the error of the engine's start, if any."""
     if loading.done():
         await loading
     return server.second_signal
@@ -109,25 +111,25 @@ class Server(uvicorn.Server):
         self.second_signal: Optional[int] = None
         self._service = service
         self._listener = listener
-        self._ending = asyncio.Event()
+        self._first_signal = asyncio.Event()
 
     def end(self, number: int) -> None:
-        """Handle a signal: shut down at the first, exit at the second."""
+        """Handle a signal: the first starts the shutdown, the second bounds its time."""
         if not self.should_exit:
             log(logging.INFO, "ending", signal=signal.Signals(number).name)
             self.should_exit = True
-            self._ending.set()
+            self._first_signal.set()
         elif self.second_signal is None:
             self.second_signal = number
             self.force_exit = True
-            # A second signal bounds the exit time. The engine process ends with this one.
+            # If the shutdown takes longer than this, this process exits. The engine process ends with it.
             asyncio.get_running_loop().call_later(_LAST_SECONDS, os._exit, 128 + number)
 
-    async def first_of(self, task: asyncio.Task[Any]) -> None:
+    async def wait_for_task_or_signal(self, task: asyncio.Task[Any]) -> None:
         """Wait until a task is done or the first signal arrives."""
-        ending = asyncio.create_task(self._ending.wait())
-        await asyncio.wait([task, ending], return_when=asyncio.FIRST_COMPLETED)
-        ending.cancel()
+        signal_task = asyncio.create_task(self._first_signal.wait())
+        await asyncio.wait([task, signal_task], return_when=asyncio.FIRST_COMPLETED)
+        signal_task.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
@@ -135,7 +137,7 @@ class Server(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: Optional[list[socket.socket]] = None) -> None:
-        """Let running requests finish within `shutdown_timeout`; then end the rest with errors."""
+        """Let running requests finish within `shutdown_timeout`; then end the remaining ones with errors."""
         settings = self._service.settings
         deadline = time.monotonic() + settings.shutdown_timeout
         self._service.draining = True
@@ -143,8 +145,8 @@ class Server(uvicorn.Server):
             give_to_the_newer(self._listener.socket)
             await self._wait(lambda: True, min(deadline, time.monotonic() + _HANDSHAKE_SECONDS))
         await self._stop_listening()
-        # If another server takes over, each open connection may bring one more request: refusing it would make the
-        # handover visible to the client.
+        # If another server takes over, this server still answers one more request on each open connection: refusing it
+        # would make the handover visible to the client.
         if not settings.reuse_port and not self._listener.inherited:
             self._service.admission.close()
             for connection in list(self.server_state.connections):
@@ -153,9 +155,9 @@ class Server(uvicorn.Server):
         if self.server_state.tasks:
             log(logging.WARNING, "requests are ended", requests=len(self.server_state.tasks))
         self._service.admission.refuse_waiting()
-        await _bounded(self._service.engine.stop(), "the engine does not end")
+        await _with_timeout(self._service.engine.stop(), "the engine does not end")
         await self._wait(lambda: self.server_state.tasks, time.monotonic() + _LAST_SECONDS)
-        # Remaining handlers see a disconnect and get a moment to clean up.
+        # The remaining handlers see a disconnect and may clean up.
         for connection in list(self.server_state.connections):
             connection.transport.abort()
         if self.server_state.tasks:
@@ -174,34 +176,36 @@ class Server(uvicorn.Server):
             await loop.connect_accepted_socket(self._protocol, connection)
 
     def _protocol(self) -> Connection:
+        """Create uvicorn's protocol object for an accepted connection."""
         protocol: Any = self.config.http_protocol_class
         connection: Connection = protocol(self.config, self.server_state, self.lifespan.state)
         return connection
 
     async def _wait(self, busy: Callable[[], Any], deadline: float) -> None:
+        """Wait while `busy` returns a true value; at most until the deadline or the second signal."""
         while busy() and not self.force_exit and time.monotonic() < deadline:
-            await asyncio.sleep(_TICK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
 
 
 @contextlib.contextmanager
-def _handling(numbers: Sequence[int], server: Server) -> Iterator[None]:
-    """End the server at these signals within the block."""
+def _signal_handlers(numbers: Sequence[int], server: Server) -> Iterator[None]:
+    """Let signals end the server within the block."""
     loop = asyncio.get_running_loop()
-    # Not loop.add_signal_handler, which Windows lacks.
-    before = {
+    # signal.signal, since Windows lacks loop.add_signal_handler.
+    previous_handlers = {
         number: signal.signal(number, lambda n, _: loop.call_soon_threadsafe(server.end, n))
         for number in numbers
     }
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
-async def _bounded(task: Any, problem: str) -> None:
-    """Await a task with a timeout; log `problem` if it passes."""
+async def _with_timeout(awaitable: Awaitable[Any], problem: str) -> None:
+    """Await with a timeout of _LAST_SECONDS; after the timeout log `problem`."""
     try:
-        await asyncio.wait_for(task, _LAST_SECONDS)
+        await asyncio.wait_for(awaitable, _LAST_SECONDS)
     except asyncio.TimeoutError:
         log(logging.ERROR, problem)

@@ -1,4 +1,4 @@
-"""Service: the objects that request handlers share, and the protocols of its parts."""
+"""Service: the objects that request handlers share, and the interfaces of image loader and admission."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ class Service:
 
     Attributes:
         model_name: name of the model in the API.
-        adapters: names of its adapters, models of the API as well.
+        adapters: names of the model's adapters; the API lists each of them as a model.
         is_chat: whether the model is Qwen-VL-Chat; the base model supports /v1/completions only.
-        draining: whether the server is shutting down: running requests finish.
-        cluster_metrics: renders the metrics of all processes of a cluster for an Accept header, as Metrics.render;
-            None: this server is not part of one.
+        draining: whether the server is shutting down, while running requests finish.
+        cluster_metrics: function that renders the metrics of all processes of a cluster for an Accept header, as
+            Metrics.render does; None: this server is not part of a cluster.
     """
 
     settings: ServeSettings

@@ -1,4 +1,4 @@
-"""Settings of the server as one typed object."""
+"""Settings of the server as a typed object."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ENVIRONMENT_PREFIX = "QWENVL_SERVE_"
 
 
 def _split(value: object) -> object:
-    """Split a comma-separated list, as an environment variable gives it."""
+    """Split a comma-separated list, the form of a list in an environment variable."""
     if isinstance(value, str):
         return [item.strip() for item in value.split(",") if item.strip()]
     return value

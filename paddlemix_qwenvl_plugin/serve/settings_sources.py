@@ -18,12 +18,19 @@ from paddlemix_qwenvl_plugin.serve.settings import ENVIRONMENT_PREFIX, ServeSett
 from paddlemix_qwenvl_plugin.util import env, plain_yaml
 from paddlemix_qwenvl_plugin.util.errors import UsageError
 
+# pydantic's error types for a number outside of its limits.
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
-_KINDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false"}
+# Beginnings of pydantic's error types for a value of a wrong type (int_parsing), and the right type in words.
+_TYPE_WORDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false"}
 
 
 class Origin(NamedTuple):
-    """Source of a setting's value: `place` is the source, `name` the spelling of the setting there."""
+    """Source of a setting's value.
+
+    Attributes:
+        place: the source for a comment: a flag, an environment variable or the path of the YAML file.
+        name: the setting in an error message: the flag, the variable, or file and key.
+    """
 
     place: str
     name: str
@@ -36,7 +43,7 @@ class Settings(NamedTuple):
     origins: dict[str, Origin]
 
     def as_yaml(self) -> str:
-        """Write the settings as YAML for `--config`, with the origin of each as a comment."""
+        """Write the settings as YAML for `--config`, with a comment that names the origin of each value."""
         lines = []
         for name, value in self.values.model_dump(mode="json").items():
             origin = self.origins.get(name)
@@ -51,7 +58,7 @@ def read_settings(flags: Mapping[str, Any], config: Optional[Path] = None) -> Se
 
     Args:
         flags: values of the flags on the command line, by setting name.
-        config: a YAML file; None: the file of QWENVL_SERVE_CONFIG, if set.
+        config: path of a YAML file; None: the value of QWENVL_SERVE_CONFIG, if set.
 
     Raises:
         UsageError: an unknown setting or an invalid value; the message names the flag, the variable, or the file and
@@ -91,33 +98,34 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def _check_variables() -> None:
-    """Refuse an unknown variable with the prefix: pydantic ignores it."""
-    known = [ENVIRONMENT_PREFIX + name.upper() for name in ServeSettings.model_fields]
-    known.append(env.SERVE_CONFIG.name)
+    """Refuse an environment variable with the prefix of settings and an unknown name: pydantic would ignore it."""
+    valid_names = [ENVIRONMENT_PREFIX + name.upper() for name in ServeSettings.model_fields]
+    valid_names.append(env.SERVE_CONFIG.name)
     for name in sorted(os.environ):
-        if name.upper().startswith(ENVIRONMENT_PREFIX) and name.upper() not in known:
-            raise UsageError(f"{name}: no such setting{_suggestion(name, known)}")
+        if name.upper().startswith(ENVIRONMENT_PREFIX) and name.upper() not in valid_names:
+            raise UsageError(f"{name}: no such setting{_suggestion(name, valid_names)}")
 
 
-def _suggestion(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _suggestion(name: str, valid_names: Any) -> str:
+    """End of the error message of an unknown name: the most similar valid name, if any."""
+    close = difflib.get_close_matches(name, valid_names, n=1)
     return f"; did you mean {close[0]}?" if close else "; see qwenvl serve --help"
 
 
 def _line(error: ValidationError, origins: Mapping[str, Origin]) -> str:
-    """Format the first error with its flag, variable, or file and key."""
+    """Format the first error as a line that begins with the flag, the variable, or file and key."""
     problem: Any = error.errors(include_url=False)[0]
     field, value = str(problem["loc"][0]), problem["input"]
-    where = origins[field].name if field in origins else field
+    subject = origins[field].name if field in origins else field
     if problem["type"] in _OUT_OF_RANGE:
-        return f"{where}: {value} is out of range; it must be {allowed(ServeSettings.model_fields[field])}"
+        return f"{subject}: {value} is out of range; it must be {allowed(ServeSettings.model_fields[field])}"
     if problem["type"] == "literal_error":
-        return f"{where}: {value!r} must be one of {', '.join(words(ServeSettings.model_fields[field]))}"
-    kind = _KINDS.get(problem["type"].partition("_")[0])
-    if kind is not None:
-        return f"{where}: {value!r} is not {kind}"
+        return f"{subject}: {value!r} must be one of {', '.join(words(ServeSettings.model_fields[field]))}"
+    type_words = _TYPE_WORDS.get(problem["type"].partition("_")[0])
+    if type_words is not None:
+        return f"{subject}: {value!r} is not {type_words}"
     message = str(problem["msg"])
-    return f"{where}: {message[:1].lower()}{message[1:]}, got {value!r}"
+    return f"{subject}: {message[:1].lower()}{message[1:]}, got {value!r}"
 
 
 def words(field: FieldInfo) -> tuple[str, ...]:

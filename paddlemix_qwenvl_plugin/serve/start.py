@@ -25,7 +25,7 @@ def start(settings: ServeSettings, signals: Sequence[int], say: Callable[[str], 
 
     Args:
         signals: signals that end the server.
-        say: called with each line for the user.
+        say: called with each line that the user shall see.
 
     Returns:
         The second signal, if one arrived before all requests had ended; else None.
@@ -39,18 +39,18 @@ def start(settings: ServeSettings, signals: Sequence[int], say: Callable[[str], 
     with listener.socket:
         check_exposure(settings, listener.socket.getsockname()[0])
         start_logging(settings.log_level)
-        # Imported late: errors of settings and port are reported before the slow imports.
+        # Imported here, so that errors of settings and port are reported before the slow imports.
         from paddlemix_qwenvl_plugin.serve.opening import open_service
 
         service = open_service(settings, say)
         app = create_app(service)
         return asyncio.run(
-            run(service, app, listener, signals, lambda: _greet(service, listener.socket, say))
+            run(service, app, listener, signals, lambda: _announce(service, listener.socket, say))
         )
 
 
 def check_model(settings: ServeSettings) -> None:
-    """Raise UsageError unless the settings name one model."""
+    """Raise UsageError unless the settings name either two exported stages or the demo model."""
     stages = (settings.first_model_path, settings.second_model_path)
     if settings.demo and (any(stages) or settings.model_name_or_path):
         raise UsageError("--demo: serves the bundled model; leave out the paths, or --demo")
@@ -58,7 +58,8 @@ def check_model(settings: ServeSettings) -> None:
         raise UsageError("nothing to serve: give --first_model_path and --second_model_path, or --demo")
 
 
-def _greet(service: Service, listener: socket.socket, say: Callable[[str], None]) -> None:
+def _announce(service: Service, listener: socket.socket, say: Callable[[str], None]) -> None:
+    """Say that the server is ready, with an example request for the demo model."""
     url = url_of(listener)
     say(f"Serving {service.model_name} on {service.settings.device} at {url}")
     if service.settings.demo:

@@ -1,4 +1,4 @@
-"""Buffer of the received tokens of a request, in the front."""
+"""Buffer in the front for the received tokens of a request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Callable, Optional
 from paddlemix_qwenvl_plugin.serve.engine_api import Ended, Token
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# Timeout of a cancellation: a process that hangs never confirms it.
+# Timeout for the engine process to confirm a cancellation; a process that hangs never does.
 CANCEL_SECONDS = 5.0
 
 
@@ -22,7 +22,7 @@ class ReceivedTokens:
     def __init__(self, cancel: Callable[[], None]) -> None:
         """Create an empty buffer; `cancel` sends the cancellation to the engine process."""
         self.n_cached = 0
-        self._cancel = cancel
+        self._send_cancellation = cancel
         self._tokens: list[Token] = []
         self._error: Optional[QwenVLError] = None
         self._ended: Optional[Ended] = None
@@ -51,7 +51,7 @@ class ReceivedTokens:
     def cancel(self) -> None:
         """See TokenStream."""
         if self._cancel_timer is None and self._ended is None and self._error is None:
-            self._cancel()
+            self._send_cancellation()
             loop = asyncio.get_running_loop()
             self._cancel_timer = loop.call_later(CANCEL_SECONDS, self.end, Ended("cancelled", 0))
 
@@ -62,16 +62,17 @@ class ReceivedTokens:
         self._notify()
 
     def end(self, ended: Ended) -> None:
-        """End the stream after the buffered tokens; the first call counts."""
+        """End the stream after the buffered tokens; calls after the first have no effect."""
         self._ended = self._ended or ended
         self._notify()
 
     def fail(self, error: QwenVLError) -> None:
-        """Raise `error` to the reader after the buffered tokens."""
+        """End the stream after the buffered tokens with an error, which the reader's iteration raises."""
         self._error = error
         self._notify()
 
     def _notify(self) -> None:
+        """Wake the reader; stop the timer of a cancellation if the stream has ended."""
         if self._cancel_timer is not None and (self._ended is not None or self._error is not None):
             self._cancel_timer.cancel()
         if self._wakeup is not None and not self._wakeup.done():

@@ -296,7 +296,7 @@ def test_a_worker_that_is_killed(events: EventLoop, make: Any) -> None:
     loading = events.start(loader.load(data_url(GOOD), PARAM))
     until(lambda: loader._decoding)
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(ApiError, match="ended: damaged, or too much memory") as caught:
+    with pytest.raises(ApiError, match="ended: the image is damaged or needs too much memory") as caught:
         loading.result(60)
     assert (caught.value.status, caught.value.code) == (400, "invalid_image")
     assert_works(events, loader)

@@ -1,1 +1,1 @@
-"""ASGI middleware. Pure ASGI: it does not buffer streams or hide a client's disconnect."""
+"""ASGI middleware, without Starlette's BaseHTTPMiddleware: nothing buffers streams or hides a client's disconnect."""

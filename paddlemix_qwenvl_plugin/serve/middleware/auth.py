@@ -12,7 +12,7 @@ from paddlemix_qwenvl_plugin.serve.request_info import info_of
 
 
 class Auth:
-    """Middleware that admits requests with a known API key, and all requests for open paths."""
+    """Middleware that admits requests with a known API key, and all requests for `open_paths`."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: frozenset[str]) -> None:
         self._app = app
@@ -25,8 +25,9 @@ class Auth:
             await self._app(scope, receive, send)
             return
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        name = self._keys.short_hash(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
-        if name is None:
+        is_bearer = scheme.lower() == "bearer"
+        key_hash = self._keys.short_hash(key.strip().encode("latin-1")) if is_bearer else None
+        if key_hash is None:
             message = "Incorrect API key" if key else "No API key: send the header Authorization: Bearer KEY"
             error = ApiError(
                 401,
@@ -37,5 +38,5 @@ class Auth:
             )
             await respond(error, scope, receive, send)
             return
-        info_of(scope).key = name
+        info_of(scope).key = key_hash
         await self._app(scope, receive, send)

@@ -1,4 +1,4 @@
-"""Limits on request bodies: size, receiving time, memory of all bodies, parsing cost."""
+"""Limits on request bodies: size, receiving time, memory for all bodies, parsing cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.serve.errors import ApiError, ClientGone
 from paddlemix_qwenvl_plugin.serve.middleware.json_size import check_size
 
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS", "DELETE")
-# A client that is still sending may not see the response: a connection closed with unread bytes is reset.
+# For responses to a request whose body was not read to its end: the connection cannot be used for another request.
 _CLOSE = {"Connection": "close"}
 
 
@@ -32,9 +32,9 @@ class BodyLimit:
         """Set the limits.
 
         Args:
-            max_bytes: maximum size of a body. Up to twice as much is read and discarded, so that a client that is
-                still sending sees the response.
-            max_held_bytes: maximum size of the bodies of all unanswered requests.
+            max_bytes: maximum size of a body. A longer body is read up to twice this size and discarded: a connection
+                closed with unread bytes is reset, and the client may not see the response.
+            max_held_bytes: maximum total size of the bodies of all unanswered requests.
             timeout: timeout for receiving a body, in seconds.
         """
         self._app = app
@@ -71,19 +71,20 @@ class BodyLimit:
         except ApiError as error:
             await respond(error, scope, receive, send)
             return
-        unread: Optional[Message] = {"type": "http.request", "body": body, "more_body": False}
+        body_message: Optional[Message] = {"type": "http.request", "body": body, "more_body": False}
 
         async def replay() -> Message:
-            nonlocal unread
-            if unread is None:
-                return await receive()  # http.disconnect, once the client disconnects
-            message, unread = unread, None
+            """Return the whole body in the first call; then wait for the client's disconnect."""
+            nonlocal body_message
+            if body_message is None:
+                return await receive()
+            message, body_message = body_message, None
             return message
 
         await self._app(scope, replay, send)
 
     async def _read(self, held: _Held, headers: Headers, receive: Receive) -> bytes:
-        """Read the body, counting each received chunk as held.
+        """Read the body and count its bytes in `held`; a body over a limit is read further but not kept.
 
         Raises:
             ApiError: the body is too long (413), or the memory for bodies is in use (429).
@@ -93,16 +94,16 @@ class BodyLimit:
         if headers.get("expect") and content_length.isdigit() and int(content_length) > self._max_bytes:
             raise self._too_long()  # the client waits for 100 Continue
         chunks: list[bytes] = []
-        size, full = 0, False
-        more = True
-        while more and size <= 2 * self._max_bytes:
+        size, memory_full = 0, False
+        more_body = True
+        while more_body and size <= 2 * self._max_bytes:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             chunk = message.get("body", b"")
             size += len(chunk)
-            full = full or self._held_bytes + len(chunk) > self._max_held_bytes
-            if full or size > self._max_bytes:
+            memory_full = memory_full or self._held_bytes + len(chunk) > self._max_held_bytes
+            if memory_full or size > self._max_bytes:
                 chunks.clear()
                 n_bytes = 0
             else:
@@ -110,10 +111,10 @@ class BodyLimit:
                 n_bytes = size
             self._held_bytes += n_bytes - held.n_bytes
             held.n_bytes = n_bytes
-            more = message.get("more_body", False)
+            more_body = message.get("more_body", False)
         if size > self._max_bytes:
             raise self._too_long()
-        if full:
+        if memory_full:
             raise ApiError(
                 429,
                 "The memory for waiting requests is full; try again later",
@@ -133,6 +134,7 @@ class BodyLimit:
 
 
 def _problem(headers: Headers) -> Optional[ApiError]:
+    """Error for a body that is not declared as uncompressed JSON, else None."""
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         found = f"not {content_type}" if content_type else "which is missing"

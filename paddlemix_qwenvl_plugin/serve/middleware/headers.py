@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_FOR_ALL = {
+_COMMON_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "X-Frame-Options": "DENY",
@@ -15,7 +15,7 @@ _PAGE_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'none';"
     " frame-ancestors 'none'"
 )
-_OTHER_POLICY = "default-src 'none'; frame-ancestors 'none'"
+_API_POLICY = "default-src 'none'; frame-ancestors 'none'"
 
 
 class SecurityHeaders:
@@ -30,16 +30,16 @@ class SecurityHeaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        of_page = scope["path"] in self._page_paths
-        policy = _PAGE_POLICY if of_page else _OTHER_POLICY
+        is_page = scope["path"] in self._page_paths
+        policy = _PAGE_POLICY if is_page else _API_POLICY
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in _FOR_ALL.items():
+                for name, value in _COMMON_HEADERS.items():
                     headers[name] = value
                 headers["Content-Security-Policy"] = policy
-                if of_page:  # revalidated each time: modules of different versions are incompatible
+                if is_page:  # revalidate each file: modules of different versions are incompatible
                     headers["Cache-Control"] = "no-cache"
             await send(message)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 
 _MAX_QUOTES = 2**17
-_MAX_OUTSIDE_BYTES = 2**20  # 8 prompts of 8191 token ids are half of it
+_MAX_OUTSIDE_BYTES = 2**20  # bytes outside of strings; 8 prompts of 8191 token ids take half of it
 
 
 def check_size(body: bytes) -> None:
@@ -16,9 +16,11 @@ def check_size(body: bytes) -> None:
     """
     if body.count(b'"') > _MAX_QUOTES:
         raise _too_large(f"{_MAX_QUOTES} quotation marks")
-    if b"\\" in body:
+    if b"\\" in body:  # escaped quotation marks do not end a string
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if sum(map(len, body.split(b'"')[::2])) > _MAX_OUTSIDE_BYTES:
+    # The parts between quotation marks are alternately outside and inside of a string.
+    outside_strings = body.split(b'"')[::2]
+    if sum(map(len, outside_strings)) > _MAX_OUTSIDE_BYTES:
         raise _too_large(f"{_MAX_OUTSIDE_BYTES} bytes outside of strings")
 
 

@@ -13,16 +13,18 @@ from paddlemix_qwenvl_plugin.serve.api_keys import is_loopback
 from paddlemix_qwenvl_plugin.serve.error_response import respond
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 
+# Host name or IP address, an IPv6 address in brackets, with an optional port.
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::\d+)?")
-_HARMLESS = ("GET", "HEAD", "OPTIONS")  # a page of another origin cannot read their responses
+# Methods that change nothing; a page of another origin cannot read their responses.
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class OriginCheck:
     """Middleware that refuses requests of web pages of other origins.
 
-    A page can make the browser send a POST to any host; the header Origin contains the page's origin. A page can also
-    resolve its own host name to this machine (DNS rebinding) and so have the same origin; the header Host contains
-    that name.
+    It checks two headers. Origin: a page can make the browser send a POST to any host, with the page's origin in this
+    header. Host: a page can resolve the name of its host to this machine (DNS rebinding), and then has the server's
+    origin; this header contains the name.
     """
 
     def __init__(self, app: ASGIApp, allowed: Collection[str], loopback_only: bool) -> None:
@@ -45,6 +47,7 @@ class OriginCheck:
             await respond(error, scope, receive, send)
 
     def _problem(self, scope: Scope) -> ApiError | None:
+        """Error for a refused request, else None."""
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
         if self._loopback_only and not is_loopback(_host_name(host)):
@@ -55,8 +58,9 @@ class OriginCheck:
                 code="host_not_allowed",
             )
         origin = headers.get("origin", "").lower()
-        if not origin or scope["method"] in _HARMLESS or self._allowed & {origin, "*"}:
+        if not origin or scope["method"] in _SAFE_METHODS or self._allowed & {origin, "*"}:
             return None
+        # "null", the origin of a sandboxed page, has an empty host and must not equal an empty header Host.
         if urlsplit(origin).netloc == host and origin != "null":
             return None
         return ApiError(

@@ -17,10 +17,10 @@ from paddlemix_qwenvl_plugin.serve.service import Service
 
 _VALID_ID = re.compile(r"[\w.:+/=-]{1,100}", re.ASCII)
 _MAX_PATH = 200
-# Polled every few seconds by monitoring.
-_QUIET = ("/health/live", "/health/ready", "/metrics")
+# Monitoring requests these paths every few seconds: they are logged at level debug.
+_POLLED_PATHS = ("/health/live", "/health/ready", "/metrics")
 # nginx's status for a client that disconnected before the response began.
-_CLIENT_LEFT = 499
+_CLIENT_CLOSED_REQUEST = 499
 
 
 class RequestLog:
@@ -30,7 +30,8 @@ class RequestLog:
         """Set the known paths.
 
         Args:
-            paths: routes, the values of the metrics' label `path`; other paths are labelled "other".
+            paths: routes of the application. They are values of the metrics' label `path`, which is "other" for all
+                other paths: clients must not create time series.
         """
         self._app = app
         self._service = service
@@ -45,7 +46,7 @@ class RequestLog:
         client_id = Headers(scope=scope).get("x-request-id", "")
         if _VALID_ID.fullmatch(client_id):
             info.id = client_id
-        status, complete = _CLIENT_LEFT, False
+        status, complete = _CLIENT_CLOSED_REQUEST, False
 
         async def observe(message: Message) -> None:
             nonlocal status, complete
@@ -53,7 +54,7 @@ class RequestLog:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = info.id
-                if self._service.draining:  # the client's next request goes to another server
+                if self._service.draining:  # the client's next connection goes to another server
                     headers["Connection"] = "close"
             else:
                 complete = not message.get("more_body", False)
@@ -63,14 +64,15 @@ class RequestLog:
             await self._app(scope, receive, observe)
         except Exception as error:
             LOGGER.exception("exception in a request", extra={"qwenvl_fields": {"id": info.id}})
-            if status == _CLIENT_LEFT:
+            if status == _CLIENT_CLOSED_REQUEST:  # no response has begun
                 await respond(api_error(error), scope, receive, observe)
-            else:  # the response has begun: uvicorn closes the connection of an incomplete response
+            else:  # uvicorn closes the connection, since the response is incomplete
                 info.error = info.error or "internal_error"
         finally:
-            self._done(scope, info, status, complete)
+            self._record(scope, info, status, complete)
 
-    def _done(self, scope: Scope, info: RequestInfo, status: int, complete: bool) -> None:
+    def _record(self, scope: Scope, info: RequestInfo, status: int, complete: bool) -> None:
+        """Count and log a request that has ended; `complete`: whether the whole response was sent."""
         seconds = time.monotonic() - info.begin
         path = scope["path"]
         self._service.metrics.request(path if path in self._paths else "other", status, seconds)
@@ -91,5 +93,5 @@ class RequestLog:
             "error": info.error,
             "client_left": True if not complete else None,
         }
-        level = logging.DEBUG if path in _QUIET else logging.INFO
+        level = logging.DEBUG if path in _POLLED_PATHS else logging.INFO
         log(level, "request", **{name: value for name, value in fields.items() if value is not None})

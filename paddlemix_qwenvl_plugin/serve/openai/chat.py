@@ -75,7 +75,7 @@ class ChatCompletionRequest(SamplingParameters):
         if self.max_tokens not in (None, self.max_completion_tokens):
             raise ApiError(
                 400,
-                "max_tokens: another value than max_completion_tokens; give one of them",
+                "max_tokens: differs from max_completion_tokens; give only one of them",
                 param="max_tokens",
                 code="invalid_value",
             )

@@ -18,9 +18,11 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
 
 class Event(NamedTuple):
-    """Increment of a choice; its last event has the finish reason.
+    """Increment of a choice.
 
     Attributes:
+        choice: index of the choice in the request.
+        finish_reason: set in the last event of the choice.
         image_size: (width, height) in pixels of the image to which the boxes refer.
     """
 
@@ -75,9 +77,9 @@ class ChoiceRun:
         """Prepare a run.
 
         Args:
-            deadline: deadline of the request. The caller cancels the run when it passes.
-            after: run with the same prompt. This run is submitted after that one's first token, so that it finds the
-                prompt in the prefix cache.
+            deadline: deadline of the request; the caller cancels the run when it has passed.
+            after: another run with the same prompt. The new run is submitted after the first token of `after`, so that
+                it finds the prompt in the prefix cache.
         """
         self._service = service
         self._index = index
@@ -94,7 +96,7 @@ class ChoiceRun:
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens so far, without those after a stop string."""
+        """Number of tokens so far, without the tokens after a stop string."""
         return self._text.n_tokens
 
     async def events(self, info: RequestInfo) -> AsyncGenerator[Event, None]:
@@ -110,11 +112,11 @@ class ChoiceRun:
             self._stream = self._service.engine.submit(self._request)
             tokens = self._stream.__aiter__()
             delta = Delta()
-            before = info.begin
-            async for new in tokens:
-                before = self._observe(len(new), before)
-                delta = self._text.add(new)
-                if self._text.stopped:
+            previous_time = info.begin
+            async for new_tokens in tokens:
+                previous_time = self._observe(len(new_tokens), previous_time)
+                delta = self._text.add(new_tokens)
+                if self._text.stopped:  # `delta` is sent below, with the finish reason
                     break
                 if delta:
                     yield Event(self._index, delta, None, self._image_size)
@@ -135,13 +137,17 @@ class ChoiceRun:
         if self._stream is not None:
             self._stream.cancel()
 
-    def _observe(self, n_tokens: int, before: float) -> float:
-        """Record token latencies in the metrics; `before` is the time of the previous tokens or of the request."""
+    def _observe(self, n_tokens: int, previous_time: float) -> float:
+        """Record the latency of received tokens in the metrics and return their time.
+
+        Args:
+            previous_time: time of the previous tokens; for the first tokens the begin of the request.
+        """
         now = monotonic()
         if self.begun.is_set():
-            self._service.metrics.next_tokens(n_tokens, now - before)
-        elif self._index == 0:
-            self._service.metrics.first_token(now - before)
+            self._service.metrics.next_tokens(n_tokens, now - previous_time)
+        elif self._index == 0:  # once for each request
+            self._service.metrics.first_token(now - previous_time)
         self.begun.set()
         return now
 
@@ -161,7 +167,7 @@ class ChoiceRun:
 
 
 async def _drain(tokens: AsyncIterator[list[Token]]) -> None:
-    """Read a cancelled stream to its end, which reports the cached prompt tokens."""
-    with suppress(QwenVLError):  # the completion is complete already
+    """Read a cancelled stream to its end, which reports the number of cached prompt tokens."""
+    with suppress(QwenVLError):  # an error after the stop string does not concern the completion
         async for _ in tokens:
             pass

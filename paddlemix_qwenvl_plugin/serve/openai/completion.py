@@ -1,4 +1,4 @@
-"""Completions of a request: queueing, image loading, choices."""
+"""Completions of a request: waiting for slots, loading of images, runs of the choices."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ class Completion:
     """Completions of a request, from the queue to the last token."""
 
     def __init__(self, service: Service, spec: CompletionSpec, info: RequestInfo) -> None:
-        """Prepare the completions. `info` supplies the API key for its limit and receives the usage at the end."""
+        """Prepare the completions.
+
+        Args:
+            info: contains the hash of the API key, for its limit; receives the usage at the end.
+        """
         self._service = service
         self._spec = spec
         self._info = info
@@ -64,12 +68,13 @@ class Completion:
     @property
     def n_cached_tokens(self) -> int:
         """Number of prompt tokens that the first choice of each prompt found in the prefix cache."""
-        return sum(run.n_cached for run in self._runs[:: self._spec.n])
+        first_runs = self._runs[:: self._spec.n]  # the n runs of a prompt are consecutive
+        return sum(run.n_cached for run in first_runs)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Wait for slots, load the images and generate. Closing the generator cancels the remaining runs.
 
-        Images are loaded while holding the slots: a request refused by the queue costs only its body.
+        Images are loaded only once the slots are held: a request that the queue refuses costs no more than its body.
 
         Raises:
             ApiError, QwenVLError: the queue is full, an image cannot be loaded, the engine failed, or the request
@@ -105,7 +110,7 @@ class Completion:
         spec, service = self._spec, self._service
         loading = load_images(service.images, prompt.images)
         try:
-            # At most one prompt of a request has images: the deadline begins with their loading.
+            # The deadline begins here: a prompt with images is the only prompt of its request.
             images = await asyncio.wait_for(loading, self._deadline.seconds)
         except asyncio.TimeoutError:
             raise self._deadline.error() from None
@@ -119,11 +124,13 @@ class Completion:
             adapter=spec.adapter,
         )
         size = images[-1].size if images else None
-        first: Optional[ChoiceRun] = None
+        first_run: Optional[ChoiceRun] = None
         for number in range(spec.n):
-            seeded = replace(request, options=_for_choice(request.options, number))
-            run = ChoiceRun(service, len(self._runs), seeded, spec.stop_strings, size, self._deadline, first)
-            first = first or run
+            seeded = replace(request, options=_with_choice_seed(request.options, number))
+            run = ChoiceRun(
+                service, len(self._runs), seeded, spec.stop_strings, size, self._deadline, after=first_run
+            )
+            first_run = first_run or run
             self._runs.append(run)
 
     def _text(self, prompt: ReadyPrompt) -> str:
@@ -132,13 +139,15 @@ class Completion:
         return tokenizer.decode(token for token in prompt.token_ids if token != tokenizer.img_pad_id)
 
     def _time_out(self) -> None:
+        """Cancel all runs: the deadline has passed."""
         self._deadline.passed = True
         for run in self._runs:
             run.cancel()
 
 
-def _for_choice(options: GenerationOptions, number: int) -> GenerationOptions:
-    """Options of a choice: the first choice uses the request's seed, others a derived one."""
+def _with_choice_seed(options: GenerationOptions, number: int) -> GenerationOptions:
+    """Options of a prompt's choice: the first choice has the request's seed, other choices have derived seeds."""
     if options.seed is None or number == 0:
         return options
+    # A large step, so that requests with consecutive seeds have no seed in common.
     return replace(options, seed=(options.seed + (number << 40)) % 2**64)

@@ -27,10 +27,10 @@ class Delta:
     """Increment of a completion.
 
     Attributes:
-        text: new text. A tag is never split: `<box>…</box>` is delivered whole, or cut only by the completion's end.
-        boxes: boxes that are complete in the text.
-        tokens: tokens whose text begins in this delta, if log probabilities were requested; without stop tokens and
-            tokens that only belong to a stop string.
+        text: new text. A `<box>…</box>` is in one delta; it is incomplete only if the completion ends within it.
+        boxes: boxes whose tags are in `text`.
+        tokens: tokens whose text begins in `text`, if log probabilities were requested; without stop tokens and without
+            tokens whose text belongs to a stop string only.
     """
 
     text: str = ""
@@ -66,9 +66,10 @@ class CompletionText:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._stops = StopStrings(stop_strings)
         self._segments = SegmentBuilder(tokenizer)
-        self._waiting: Optional[deque[PlacedToken]] = deque() if with_tokens else None
-        self._n_decoded = 0
-        self._n_given = 0
+        # Tokens whose text is not in a delta yet; None: no log probabilities were requested.
+        self._pending_tokens: Optional[deque[PlacedToken]] = deque() if with_tokens else None
+        self._n_decoded = 0  # characters decoded so far
+        self._n_sent = 0  # characters in the deltas so far
         self.n_tokens = 0
 
     @property
@@ -78,34 +79,35 @@ class CompletionText:
 
     def add(self, tokens: Iterable[Token]) -> Delta:
         """Add tokens and return the new delta; tokens after a stop string are ignored."""
-        ready = ""
+        new_text = ""
         for token in tokens:
             self.n_tokens += 1
             if token.id in self._stop_token_ids:
                 continue
-            if self._waiting is not None:
-                self._waiting.append(PlacedToken(token, self._n_decoded))
+            if self._pending_tokens is not None:
+                self._pending_tokens.append(PlacedToken(token, self._n_decoded))
             text = self._decode(self._token_bytes(token.id))
             self._n_decoded += len(text)
-            ready += self._stops.add(text)
+            new_text += self._stops.add(text)
             if self._stops.found:
                 break
-        return self._delta(self._segments.add_text(ready)) if ready else Delta()
+        return self._delta(self._segments.add_text(new_text)) if new_text else Delta()
 
     def finish(self) -> Delta:
-        """End the completion and return the text held back so far."""
-        rest = self._stops.add(self._decode(b"", final=True)) + self._stops.finish()
-        delta = self._delta([*self._segments.add_text(rest), *self._segments.finish()])
-        if self._waiting and not self.stopped:
-            delta.tokens += self._waiting  # tokens without text
+        """End the completion and return the delta with the text held back so far."""
+        last_text = self._stops.add(self._decode(b"", final=True)) + self._stops.finish()
+        delta = self._delta([*self._segments.add_text(last_text), *self._segments.finish()])
+        if self._pending_tokens and not self.stopped:
+            delta.tokens += self._pending_tokens  # tokens without text
         return delta
 
     def _delta(self, segments: Iterable[Segment]) -> Delta:
+        """Join segments to a delta, with the pending tokens whose text begins in it."""
         delta = Delta()
         for segment in segments:
             delta.text += segment.text
             delta.boxes += segment.boxes
-        self._n_given += len(delta.text)
-        while self._waiting and self._waiting[0].start < self._n_given:
-            delta.tokens.append(self._waiting.popleft())
+        self._n_sent += len(delta.text)
+        while self._pending_tokens and self._pending_tokens[0].start < self._n_sent:
+            delta.tokens.append(self._pending_tokens.popleft())
         return delta

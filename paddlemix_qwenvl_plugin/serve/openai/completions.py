@@ -74,21 +74,22 @@ async def completions(request: Request, service: Service, body: CompletionReques
 
 
 async def _prompts(service: Service, body: CompletionRequest) -> list[ReadyPrompt]:
-    given: Any = body.prompt
-    if isinstance(given, str):
-        return [await prompt.base(service, read_query(given, "prompt"), "prompt")]
-    if isinstance(given[0], int):
-        return [prompt.token_ids(service, given, "prompt")]
-    if not isinstance(given[0], (str, list)):
-        return [await prompt.base(service, read_query(given, "prompt"), "prompt")]
-    n_choices, limit = len(given) * (body.n or 1), service.settings.max_choices
+    """Tokenize the prompts of a request, whose `prompt` has one of five types; see CompletionRequest."""
+    value: Any = body.prompt
+    if isinstance(value, str):
+        return [await prompt.base(service, read_query(value, "prompt"), "prompt")]
+    if isinstance(value[0], int):  # the token ids of one prompt
+        return [prompt.token_ids(service, value, "prompt")]
+    if not isinstance(value[0], (str, list)):  # the text and image parts of one prompt
+        return [await prompt.base(service, read_query(value, "prompt"), "prompt")]
+    n_choices, limit = len(value) * (body.n or 1), service.settings.max_choices
     if n_choices > limit:
         raise too_large("prompt: number of completions", n_choices, limit, "prompt")
-    ready = []
-    for index, one in enumerate(given):
+    ready_prompts = []
+    for index, item in enumerate(value):
         param = f"prompt[{index}]"
-        if isinstance(one, str):
-            ready.append(await prompt.base(service, read_query(one, param), param))
+        if isinstance(item, str):
+            ready_prompts.append(await prompt.base(service, read_query(item, param), param))
         else:
-            ready.append(prompt.token_ids(service, one, param))
-    return ready
+            ready_prompts.append(prompt.token_ids(service, item, param))
+    return ready_prompts

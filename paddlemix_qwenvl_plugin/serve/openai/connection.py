@@ -19,29 +19,30 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 T = TypeVar("T")
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`; cancel it when the client disconnects or the caller is cancelled.
+async def while_connected(receive: Receive, coroutine: Coroutine[Any, Any, T]) -> T:
+    """Await a coroutine; cancel it when the client disconnects or the caller is cancelled.
 
     Raises:
         ClientGone: the client disconnected.
     """
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnected(receive))
+    task = asyncio.ensure_future(coroutine)
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
-        await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([task, disconnect], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientGone
         return task.result()
     finally:
-        watch.cancel()
+        disconnect.cancel()
         task.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events response; an error before the first event becomes an error response with its own status.
+    """Response of server-sent events.
 
-    A later error is sent as the last event. `events` is closed when the client disconnects.
+    An error before the first event becomes an error response with its HTTP status; a later error is sent as the last
+    event. `events` is closed when the client disconnects.
     """
 
     def __init__(self, events: AsyncGenerator[str, None]) -> None:
@@ -66,14 +67,15 @@ class EventStream(StreamingResponse):
         except QwenVLError as error:
             if not started:
                 raise
-            shown = api_error(error)
-            info_of(scope).error = shown.code or shown.kind
-            await send({"type": "http.response.body", "body": event(dumps(shown.body())), "more_body": True})
+            response = api_error(error)
+            info_of(scope).error = response.code or response.kind
+            body = event(dumps(response.body()))
+            await send({"type": "http.response.body", "body": body, "more_body": True})
         finally:
             await self._events.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -10,12 +10,12 @@ from pydantic import Field
 from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.openai.schema import Schema
 
-# Tags of images in a prompt. <ref>, <box> and <quad> are allowed: questions use them. ChatML's control tokens are plain
-# text in any text.
+# Tags that a client's text must not contain, since they would begin an image. <ref>, <box> and <quad> are allowed:
+# questions use them. ChatML's control tokens are allowed too: in a text they are tokenized as plain text.
 _IMAGE_TAGS = ("<img>", "</img>", "<imgpad>")
 
 MAX_PARTS = 1024
-"""Maximum length of a list in a request, so that a million invalid items do not cause a million errors."""
+"""Maximum length of a list in a request: pydantic would report an error for each of a million invalid items."""
 
 
 class ImageURL(Schema):
@@ -58,12 +58,12 @@ class Query(NamedTuple):
 
 
 def read_query(content: Union[str, Sequence[Union[TextPart, ImagePart]]], param: str) -> Query:
-    """Convert the `content` of a message to a query.
+    """Convert the `content` of a message to a query; adjacent texts are joined.
 
-    In its `parts` an image has an empty source: the URL is not part of the prompt.
+    In the query's `parts` an image has an empty source: the URL is not part of the prompt.
 
     Raises:
-        ApiError: a text, or two adjacent texts together, contain an image tag.
+        ApiError: a text contains an image tag; adjacent texts count as one text.
     """
     if isinstance(content, str):
         content = [TextPart(type="text", text=content)]
@@ -104,9 +104,12 @@ def read_text(content: Union[str, Sequence[Union[TextPart, ImagePart]]], param: 
     text = ""
     for index, part in enumerate(content):
         if isinstance(part, ImagePart):
-            where = f"{param}[{index}].type"
+            type_param = f"{param}[{index}].type"
             raise ApiError(
-                400, f"{where}: only a user message may contain images", param=where, code="invalid_value"
+                400,
+                f"{type_param}: only a user message may contain images",
+                param=type_param,
+                code="invalid_value",
             )
         text += part.text
     return text

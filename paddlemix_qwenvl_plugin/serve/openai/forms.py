@@ -1,4 +1,4 @@
-"""JSON of chat.completion and text_completion objects, whole and in chunks."""
+"""JSON of chat.completion and text_completion objects, complete or as the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Form(Protocol):
     def usage_chunk(self, usage: Mapping[str, Any]) -> str:
         """Return the JSON of the last chunk of a stream with usage."""
 
-    def whole(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the response that is not streamed."""
+    def complete(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the object of a response that is not streamed."""
 
 
 class ChatForm:
-    """Form of chat.completion and chat.completion.chunk; the first chunk of a choice has the role."""
+    """Form of chat.completion and chat.completion.chunk. The first chunk of a choice contains the role."""
 
     def __init__(self, model: str, tokenizer: QwenTokenizer, with_logprobs: bool, with_usage: bool) -> None:
         """Create the form; `with_usage` writes `"usage":null` into each chunk, as OpenAI does with include_usage."""
@@ -66,16 +66,17 @@ class ChatForm:
             fields.append(f'"boxes":{dumps([box_as_dict(box, event.image_size) for box in boxes])}')
         logprobs_json = dumps(logprobs.of_chat(self._tokenizer, tokens)) if self._with_logprobs else "null"
         reason = f'"{event.finish_reason}"' if event.finish_reason else "null"
-        return self._head.around(
+        # Written by hand, since it is faster than `dumps` and a stream has many chunks.
+        return self._head.chunk(
             f'{{"index":{event.choice},"delta":{{{",".join(fields)}}},"logprobs":{logprobs_json},'
             f'"finish_reason":{reason}}}'
         )
 
     def usage_chunk(self, usage: Mapping[str, Any]) -> str:
         """Return the JSON of the usage chunk."""
-        return self._head.with_usage(usage)
+        return self._head.usage_chunk(usage)
 
-    def whole(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
+    def complete(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
         """Return the chat.completion object."""
         return {
             **self._head.fields,
@@ -101,7 +102,7 @@ class ChatForm:
 
 
 class TextForm:
-    """Form of text_completion, whole and in chunks."""
+    """Form of text_completion, complete or in chunks."""
 
     def __init__(self, model: str, tokenizer: QwenTokenizer, with_logprobs: bool, with_usage: bool) -> None:
         """Create the form; see ChatForm."""
@@ -112,13 +113,13 @@ class TextForm:
     def chunk(self, event: Event) -> str:
         """Return the JSON of an event's chunk."""
         choice = self._choice(event.choice, event.delta, event.image_size, event.finish_reason)
-        return self._head.around(dumps(choice))
+        return self._head.chunk(dumps(choice))
 
     def usage_chunk(self, usage: Mapping[str, Any]) -> str:
         """Return the JSON of the usage chunk."""
-        return self._head.with_usage(usage)
+        return self._head.usage_chunk(usage)
 
-    def whole(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
+    def complete(self, choices: Sequence[Choice], usage: Mapping[str, Any]) -> dict[str, Any]:
         """Return the text_completion object."""
         choice_objects = [
             self._choice(index, choice.delta, choice.image_size, choice.finish_reason)
@@ -139,20 +140,22 @@ class TextForm:
 
 
 class _Head:
-    """Common JSON of all chunks of a stream, serialized once."""
+    """Common fields of all chunks of a stream, serialized once."""
 
-    def __init__(self, kind: str, model: str, name: str, with_usage: bool) -> None:
+    def __init__(self, id_prefix: str, model: str, object_name: str, with_usage: bool) -> None:
         self.fields = {
-            "id": f"{kind}-{uuid.uuid4().hex}",
-            "object": name,
+            "id": f"{id_prefix}-{uuid.uuid4().hex}",
+            "object": object_name,
             "created": int(time.time()),
             "model": model,
         }
         self._before = dumps(self.fields)[:-1] + ',"choices":['
         self._after = '],"usage":null}' if with_usage else "]}"
 
-    def around(self, choice: str) -> str:
+    def chunk(self, choice: str) -> str:
+        """Return the JSON of a chunk with one choice."""
         return f"{self._before}{choice}{self._after}"
 
-    def with_usage(self, usage: Mapping[str, Any]) -> str:
+    def usage_chunk(self, usage: Mapping[str, Any]) -> str:
+        """Return the JSON of the last chunk, which has the usage and no choices."""
         return f'{self._before}],"usage":{dumps(usage)}}}'

@@ -10,12 +10,13 @@ from paddlemix_qwenvl_plugin.serve.service import ImageLoader, LoadedImage
 
 
 async def load_images(loader: ImageLoader, sources: Sequence[ImageSource]) -> list[LoadedImage]:
-    """Load images concurrently, each URL once.
+    """Load images concurrently; a URL that occurs several times is loaded once.
 
     Raises:
-        ApiError: error of the first image that fails; the others are cancelled.
+        ApiError: error of the first image that fails; the loading of the other images is cancelled.
     """
-    params = {source.url: source.param for source in reversed(sources)}  # the first parameter with each URL
+    # Reversed: for a URL that occurs several times, its first parameter remains.
+    params = {source.url: source.param for source in reversed(sources)}
     tasks = {url: asyncio.ensure_future(loader.load(url, param)) for url, param in params.items()}
     try:
         await asyncio.gather(*tasks.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-# Some clients treat these as line ends of an event, though JSON allows them in a string.
+# Characters that JSON allows in a string, but that some clients take as the end of an event's line.
 _LINE_ENDS = ("\u2028", "\u2029", "\x85")
 
 dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
@@ -12,7 +12,7 @@ dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=Fa
 
 
 def event(data: str) -> bytes:
-    """Encode JSON data as a server-sent event."""
+    """Encode JSON text as the data of a server-sent event."""
     if not data.isascii():
         for character in _LINE_ENDS:
             data = data.replace(character, f"\\u{ord(character):04x}")

@@ -16,30 +16,33 @@ def of_chat(tokenizer: QwenTokenizer, tokens: Sequence[PlacedToken]) -> dict[str
     """Return the `logprobs` of a chat choice or of its chunk."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        raw = tokenizer.token_bytes(token_id)
+        token_bytes = tokenizer.token_bytes(token_id)
         return {
-            "token": raw.decode("utf-8", "replace"),
+            "token": token_bytes.decode("utf-8", "replace"),
             "logprob": max(logprob, _MIN_LOGPROB),
-            "bytes": list(raw),
+            "bytes": list(token_bytes),
         }
 
     content = [
-        {**entry(token.id, _required(token.logprob)), "top_logprobs": [entry(*other) for other in token.top]}
+        {
+            **entry(token.id, _required(token.logprob)),
+            "top_logprobs": [entry(token_id, logprob) for token_id, logprob in token.top],
+        }
         for token, _ in tokens
     ]
     return {"content": content, "refusal": None}
 
 
 def of_text(tokenizer: QwenTokenizer, tokens: Sequence[PlacedToken]) -> dict[str, Any]:
-    """Return the `logprobs` of a text choice or of its chunk; offsets count characters of the completion."""
+    """Return the `logprobs` of a text choice or of its chunk; `text_offset` counts characters of the completion."""
 
     def name(token_id: int) -> str:
-        """Write a token as OpenAI does: parts of characters as escaped bytes, so that names are unique."""
-        raw = tokenizer.token_bytes(token_id)
+        """Write a token as OpenAI does: a token that is no valid UTF-8 as escaped bytes, so that names are unique."""
+        token_bytes = tokenizer.token_bytes(token_id)
         try:
-            return raw.decode("utf-8")
+            return token_bytes.decode("utf-8")
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
 
     return {
         "tokens": [name(token.id) for token, _ in tokens],

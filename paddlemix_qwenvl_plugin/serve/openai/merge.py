@@ -11,30 +11,30 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Put(Generic[T]):
-    """An item, an error, or the end of a generator (neither)."""
+class _QueueItem(Generic[T]):
+    """An item or an error of a generator; with neither, the end of a generator."""
 
     item: Optional[T] = None
     error: Optional[Exception] = None
 
 
 async def merge(generators: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """Yield the items of all generators in order of arrival; each runs at most one item ahead of the reader.
+    """Yield the items of all generators in order of arrival; a generator waits until its previous item is in the queue.
 
-    Items must not be None. All generators are closed when one fails or the merged generator is closed.
+    Items must not be None. All generators are closed when one of them fails or the merged generator is closed.
 
     Raises:
         Exception: the exception of the first generator that fails.
     """
-    queue: asyncio.Queue[_Put[T]] = asyncio.Queue(maxsize=1)
+    queue: asyncio.Queue[_QueueItem[T]] = asyncio.Queue(maxsize=1)
 
     async def run(generator: AsyncGenerator[T, None]) -> None:
         try:
             async for item in generator:
-                await queue.put(_Put(item))
-            await queue.put(_Put())
+                await queue.put(_QueueItem(item))
+            await queue.put(_QueueItem())
         except Exception as error:
-            await queue.put(_Put(error=error))
+            await queue.put(_QueueItem(error=error))
         finally:
             await generator.aclose()
 
@@ -42,13 +42,13 @@ async def merge(generators: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator
     n_running = len(tasks)
     try:
         while n_running:
-            put = await queue.get()
-            if put.error is not None:
-                raise put.error
-            if put.item is None:
+            queued = await queue.get()
+            if queued.error is not None:
+                raise queued.error
+            if queued.item is None:
                 n_running -= 1
             else:
-                yield put.item
+                yield queued.item
     finally:
         for task in tasks:
             task.cancel()

@@ -59,7 +59,12 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_PARTS, fa
 
 
 class Conversation(NamedTuple):
-    """Arguments of chat_prompt (processing/prompts.py) and the images of all turns in order."""
+    """Arguments of chat_prompt (processing/prompts.py) and the images of all turns in order.
+
+    Attributes:
+        history: (parts of the question, answer) of each earlier turn.
+        query: parts of the last question.
+    """
 
     system: str
     history: list[tuple[list[dict[str, Any]], str]]
@@ -81,26 +86,26 @@ def read_conversation(
     queries: list[Query] = []
     answers: list[str] = []
     for index, message in enumerate(messages):
-        param = f"messages[{index}]"
-        content = f"{param}.content"
+        role_param, content_param = f"messages[{index}].role", f"messages[{index}].content"
         if isinstance(message, SystemMessage):
             if queries:
-                raise _wrong_order(f"{param}.role", "system messages must come first")
-            system.append(read_text(message.content, content))
+                raise _wrong_order(role_param, "system messages must come first")
+            system.append(read_text(message.content, content_param))
         elif isinstance(message, UserMessage):
-            query = read_query(message.content, content)
+            query = read_query(message.content, content_param)
             if len(queries) > len(answers):  # consecutive user messages
+                previous = queries[-1]
                 queries[-1] = Query(
-                    [*queries[-1].parts, {"text": "\n"}, *query.parts], [*queries[-1].images, *query.images]
+                    [*previous.parts, {"text": "\n"}, *query.parts], [*previous.images, *query.images]
                 )
             else:
                 queries.append(query)
         elif not queries:
-            raise _wrong_order(f"{param}.role", "a user message must come before an assistant message")
-        elif len(answers) == len(queries):
-            answers[-1] += "\n" + read_text(message.content, content)
+            raise _wrong_order(role_param, "a user message must come before an assistant message")
+        elif len(answers) == len(queries):  # consecutive assistant messages
+            answers[-1] += "\n" + read_text(message.content, content_param)
         else:
-            answers.append(read_text(message.content, content))
+            answers.append(read_text(message.content, content_param))
     if len(queries) == len(answers):
         raise _wrong_order("messages", "the last message must be a user message")
     return Conversation(
@@ -111,5 +116,5 @@ def read_conversation(
     )
 
 
-def _wrong_order(param: str, what: str) -> ApiError:
-    return ApiError(400, f"{param}: {what}", param=param, code="invalid_value")
+def _wrong_order(param: str, message: str) -> ApiError:
+    return ApiError(400, f"{param}: {message}", param=param, code="invalid_value")

@@ -9,21 +9,21 @@ from paddlemix_qwenvl_plugin.serve.errors import ApiError
 from paddlemix_qwenvl_plugin.serve.openai.responses import ModelEntry
 from paddlemix_qwenvl_plugin.serve.service import Service
 
-_STARTED = int(time.time())
+_START_TIME = int(time.time())
 
 
 def model_entries(service: Service) -> list[ModelEntry]:
-    """The entries of /v1/models: the model, then its adapters."""
+    """Entries of /v1/models: the model, then its adapters."""
     return [model_entry(name) for name in (service.model_name, *service.adapters)]
 
 
 def model_entry(name: str) -> ModelEntry:
-    """The entry of a served model; `created` is the start time of the server."""
-    return ModelEntry(id=name, created=_STARTED, owned_by="paddlemix-qwenvl-plugin")
+    """Entry of a served model; `created` is the start time of the server."""
+    return ModelEntry(id=name, created=_START_TIME, owned_by="paddlemix-qwenvl-plugin")
 
 
 def choose_adapter(service: Service, name: str) -> Optional[str]:
-    """Return the adapter that a request's model names; None for the model without one.
+    """Return the name of the adapter that a request's `model` selects; None: the model without an adapter.
 
     Raises:
         ApiError: the server has no such model.
@@ -32,11 +32,11 @@ def choose_adapter(service: Service, name: str) -> Optional[str]:
         return None
     if name in service.adapters:
         return name
-    shown = name if len(name) <= 100 else name[:99] + "…"
-    names = ", ".join(f"`{each}`" for each in (service.model_name, *service.adapters))
+    shortened = name if len(name) <= 100 else name[:99] + "…"
+    served_names = ", ".join(f"`{served}`" for served in (service.model_name, *service.adapters))
     raise ApiError(
         404,
-        f"The model `{shown}` does not exist; this server has {names}.",
+        f"The model `{shortened}` does not exist; this server has {served_names}.",
         param="model",
         code="model_not_found",
     )

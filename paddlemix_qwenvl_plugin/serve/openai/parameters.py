@@ -29,9 +29,9 @@ class StreamOptions(Schema):
 class SamplingParameters(Schema):
     """Sampling parameters and stop conditions.
 
-    Greedy unless temperature, top_p or top_k is set, as everywhere in this package: greedy boxes are the most accurate,
-    and the same question has the same answer. If one of them is set, temperature and top_p default to 1, as in OpenAI's
-    API.
+    Sampling is greedy unless temperature, top_p or top_k is set, as everywhere in this package: greedy boxes are the
+    most accurate, and the same question gets the same answer. If one of these parameters is set, temperature and top_p
+    default to 1, as in OpenAI's API.
     """
 
     not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"logit_bias": ()}
@@ -106,7 +106,7 @@ class SamplingParameters(Schema):
         """Convert the parameters to GenerationOptions within the server's limits.
 
         Raises:
-            ApiError: a parameter exceeds its limit or requires another one.
+            ApiError: a parameter exceeds its limit or requires another parameter.
         """
         if self.stream_options is not None and not self.stream:
             raise ApiError(
@@ -114,7 +114,7 @@ class SamplingParameters(Schema):
             )
         if (self.n or 1) > settings.max_choices:
             raise too_large("n", self.n, settings.max_choices)
-        given = {
+        parameters = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k if self.top_k and self.top_k > 0 else None,
@@ -123,7 +123,7 @@ class SamplingParameters(Schema):
             "repetition_penalty": self.repetition_penalty,
             "seed": None if self.seed is None else self.seed % 2**64,
         }
-        chosen = {name: value for name, value in given.items() if value is not None}
+        set_parameters = {name: value for name, value in parameters.items() if value is not None}
         limit = self._max_new_tokens(settings)
         if (self.min_tokens or 0) > limit:
             raise ApiError(
@@ -133,7 +133,7 @@ class SamplingParameters(Schema):
                 code="invalid_value",
             )
         return GenerationOptions.of(
-            {"max_new_tokens": limit, "min_new_tokens": self.min_tokens or 0, **chosen}
+            {"max_new_tokens": limit, "min_new_tokens": self.min_tokens or 0, **set_parameters}
         )
 
     @property
@@ -142,6 +142,7 @@ class SamplingParameters(Schema):
         return "max_tokens", self.max_tokens
 
     def _max_new_tokens(self, settings: ServeSettings) -> int:
+        """Maximum tokens of a completion: the request's, else the server's default."""
         param, requested = self.requested_max_tokens
         if requested is None:
             return min(settings.default_max_new_tokens, settings.max_new_tokens)
@@ -150,11 +151,11 @@ class SamplingParameters(Schema):
         return requested
 
 
-def too_large(what: str, value: object, limit: int, param: Optional[str] = None) -> ApiError:
-    """Create the error of a value over its limit."""
+def too_large(name: str, value: object, limit: int, param: Optional[str] = None) -> ApiError:
+    """Create the error of a value over its limit; `param` is by default the `name` in the message."""
     return ApiError(
         400,
-        f"{what}: {value} is too large, this server allows {limit}",
-        param=param or what,
+        f"{name}: {value} is too large, this server allows {limit}",
+        param=param or name,
         code="invalid_value",
     )

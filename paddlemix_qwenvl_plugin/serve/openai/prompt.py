@@ -1,4 +1,4 @@
-"""Prompts: tokenization in a thread and length checks."""
+"""Prompts of requests: tokenization in a thread, checks of the length."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ReadyPrompt:
 
 
 async def chat(service: Service, conversation: Conversation) -> ReadyPrompt:
-    """Build the chat prompt of a conversation. Never drops turns: a prompt that is too long is an error.
+    """Build the chat prompt of a conversation with all its turns; a prompt that is too long is an error.
 
     Raises:
         ApiError: the prompt exceeds a limit or cannot be tokenized.
@@ -68,16 +68,17 @@ def token_ids(service: Service, ids: list[int], param: str) -> ReadyPrompt:
     Raises:
         ApiError: the prompt exceeds a limit or contains a control token.
     """
-    special = service.tokenizer.special_tokens
-    tags = {special[tag] for tag in IMAGE_TAGS if "img" not in tag}
-    n_plain = min(special.values())
-    for index, token in enumerate(ids):
-        if not (0 <= token < n_plain or token in tags):
-            where = f"{param}[{index}]"
+    special_ids = service.tokenizer.special_tokens
+    # The tags of references and boxes are accepted, the tags of images are not.
+    tag_ids = {special_ids[tag] for tag in IMAGE_TAGS if "img" not in tag}
+    n_text_tokens = min(special_ids.values())  # the ids of text tokens are below those of special tokens
+    for index, token_id in enumerate(ids):
+        if not (0 <= token_id < n_text_tokens or token_id in tag_ids):
+            token_param = f"{param}[{index}]"
             raise ApiError(
                 400,
-                f"{where}: {token} is not a text token; control tokens are not accepted",
-                param=where,
+                f"{token_param}: {token_id} is not a text token; control tokens are not accepted",
+                param=token_param,
                 code="invalid_value",
             )
     _check_length(service, len(ids), param)
@@ -97,13 +98,14 @@ async def _ready(
     images: Sequence[ImageSource],
     tokenize: Callable[[], Prompt],
 ) -> ReadyPrompt:
+    """Tokenize a prompt and check its limits; `texts` are all its texts, `tokenize` computes its tokens."""
     if len(images) > service.settings.max_images:
         raise too_large(f"{param}: number of images", len(images), service.settings.max_images, param)
-    # A lower bound on the length refuses very long texts before their tokenization.
+    # A very long prompt is refused before its tokenization, by a lower bound on its number of tokens.
     tokenizer = service.tokenizer
-    least = sum(map(len, texts)) // tokenizer.max_token_bytes + tokenizer.n_image_slots * len(images)
-    if least > max_prompt_tokens(service):
-        _refuse_length(service, f"at least {least}", param)
+    min_tokens = sum(map(len, texts)) // tokenizer.max_token_bytes + tokenizer.n_image_slots * len(images)
+    if min_tokens > max_prompt_tokens(service):
+        _refuse_length(service, f"at least {min_tokens}", param)
     try:
         prompt = await asyncio.to_thread(tokenize)
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""Response to a completion request, streamed or whole."""
+"""Response to a completion request, streamed or not."""
 
 from __future__ import annotations
 
@@ -23,19 +23,23 @@ CLIENT_CLOSED_REQUEST = 499
 async def respond(
     request: Request, service: Service, spec: CompletionSpec, form: Form, parameters: SamplingParameters
 ) -> Response:
-    """Create the response to a request. Raises as Completion.events; a streamed response may raise while sending."""
+    """Create the response to a request.
+
+    Raises:
+        ApiError, QwenVLError: see Completion.events. A streamed response raises them only while it is sent.
+    """
     completion = Completion(service, spec, info_of(request.scope))
     if parameters.stream:
-        events = _events(completion, form, parameters.include_usage)
-        return EventStream(events)
+        return EventStream(_stream_data(completion, form, parameters.include_usage))
     try:
-        body = await while_connected(request.receive, _whole(completion, form))
+        body = await while_connected(request.receive, _complete_response(completion, form))
     except ClientGone:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return Response(dumps(body), media_type="application/json")
 
 
-async def _events(completion: Completion, form: Form, with_usage: bool) -> AsyncGenerator[str, None]:
+async def _stream_data(completion: Completion, form: Form, with_usage: bool) -> AsyncGenerator[str, None]:
+    """Yield the data of the server-sent events: a chunk for each event, the usage if requested, [DONE]."""
     events = completion.events()
     try:
         async for event in events:
@@ -47,11 +51,11 @@ async def _events(completion: Completion, form: Form, with_usage: bool) -> Async
     yield "[DONE]"
 
 
-async def _whole(completion: Completion, form: Form) -> dict[str, Any]:
+async def _complete_response(completion: Completion, form: Form) -> dict[str, Any]:
     choices = [Choice() for _ in range(completion.n_choices)]
     async for event in completion.events():
         choices[event.choice].add(event)
-    return form.whole(choices, _usage(completion))
+    return form.complete(choices, _usage(completion))
 
 
 def _usage(completion: Completion) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any, Union
 from fastapi import APIRouter, Request, Response
 
 from paddlemix_qwenvl_plugin.serve.openai import chat, models
-from paddlemix_qwenvl_plugin.serve.openai import completions as text
-from paddlemix_qwenvl_plugin.serve.openai import tokenize as tokens
+from paddlemix_qwenvl_plugin.serve.openai import completions as text_completions
+from paddlemix_qwenvl_plugin.serve.openai import tokenize as tokenization
 from paddlemix_qwenvl_plugin.serve.openai.responses import (
     ChatCompletion,
     ErrorBody,
@@ -25,12 +25,12 @@ _ERRORS: dict[Union[int, str], dict[str, Any]] = {
 }
 
 
-def _or_events(model: type[Any], chunk: str) -> dict[Union[int, str], dict[str, Any]]:
-    """Describe the responses of a route that responds whole or, with `stream`, in server-sent events."""
-    described = f"One object; with `stream`, events whose data are {chunk}, then `[DONE]`."
+def _streamable(model: type[Any], chunks: str) -> dict[Union[int, str], dict[str, Any]]:
+    """Describe the responses of a route that sends one object or, with `stream`, server-sent events of `chunks`."""
+    description = f"One object; with `stream`, events whose data are {chunks}, then `[DONE]`."
     event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
     events = {"text/event-stream": {"itemSchema": event}}
-    return {200: {"model": model, "description": described, "content": events}, **_ERRORS}
+    return {200: {"model": model, "description": description, "content": events}, **_ERRORS}
 
 
 def router(service: Service) -> APIRouter:
@@ -40,7 +40,7 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         "/v1/chat/completions",
         response_class=Response,
-        responses=_or_events(
+        responses=_streamable(
             ChatCompletion,
             "chat.completion.chunk objects, with `delta.boxes`",
         ),
@@ -52,11 +52,11 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         "/v1/completions",
         response_class=Response,
-        responses=_or_events(TextCompletion, "text_completion objects"),
+        responses=_streamable(TextCompletion, "text_completion objects"),
     )
-    async def completions(request: Request, body: text.CompletionRequest) -> Response:
+    async def completions(request: Request, body: text_completions.CompletionRequest) -> Response:
         """Create a completion of a prompt."""
-        return await text.completions(request, service, body)
+        return await text_completions.completions(request, service, body)
 
     @routes.get("/v1/models", responses=_ERRORS)
     async def list_models() -> ModelList:
@@ -70,8 +70,8 @@ def router(service: Service) -> APIRouter:
         return models.model_entry(model)
 
     @routes.post("/tokenize", responses=_ERRORS)
-    async def tokenize(body: tokens.TokenizeRequest) -> TokenizeResult:
+    async def tokenize(body: tokenization.TokenizeRequest) -> TokenizeResult:
         """Tokenize a prompt."""
-        return await tokens.tokenize(service, body)
+        return await tokenization.tokenize(service, body)
 
     return routes

@@ -1,4 +1,4 @@
-"""Base of the request schemas, which refuses unknown parameters."""
+"""Base class of the request schemas, which refuses unknown parameters."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pydantic_core import PydanticCustomError
 
 
 class Schema(BaseModel):
-    """Base of a request object. Strict JSON types: "1" is not a number. null equals an omitted parameter.
+    """Base class of request objects. JSON types are strict: "1" is not a number. null equals an omitted parameter.
 
     Attributes:
-        not_supported: parameters of OpenAI that this server does not support, with the values that request no
-            unsupported behaviour. Such a value, or an empty one, is accepted, for clients that always send it.
+        not_supported: OpenAI's parameters that this server does not support, with their accepted values. These, like
+            empty values, request the behaviour that the server has anyway; some clients always send them.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -22,16 +22,16 @@ class Schema(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, values: Any) -> Any:
-        """Refuse the first unknown parameter: pydantic would report a million of them."""
+    def _refuse_unknown(cls, values: Any) -> Any:
+        """Refuse the first unknown parameter; pydantic would report all of them, up to a million."""
         if not isinstance(values, dict):
             return values
         for name, value in values.items():
             if name in cls.model_fields:
                 continue
-            shown = {"name": name.encode("utf-8", "replace").decode()}  # pydantic refuses lone surrogates
+            context = {"name": name.encode("utf-8", "replace").decode()}  # pydantic refuses lone surrogates
             if name not in cls.not_supported:
-                raise PydanticCustomError("unknown_parameter", "is not a parameter of this server", shown)
+                raise PydanticCustomError("unknown_parameter", "is not a parameter of this server", context)
             if value and value not in cls.not_supported[name]:
-                raise PydanticCustomError("unsupported_parameter", "is not supported by this server", shown)
+                raise PydanticCustomError("unsupported_parameter", "is not supported by this server", context)
         return {name: value for name, value in values.items() if name in cls.model_fields}

@@ -1,20 +1,20 @@
-/** Screen reader announcements: complete answers, not single tokens. */
+/** Announcements for screen readers: complete answers, not single tokens. */
 
 import { parseAnswer, plainText } from './answer_text.js';
 import { byId } from './dom.js';
-import { say } from './language.js';
+import { textOf } from './language.js';
 
 export function announce(text) {
   byId('announcer').textContent = text;
 }
 
-/** Announce the end of an answer of conversation.js. */
+/** Announce an answer (see conversation.js) that has ended. */
 export function announceEnd({ state, text }) {
-  if (state === 'failed') announce(''); // its error is an alert
-  else if (state === 'stopped') announce(say('answer.stopped'));
+  if (state === 'failed') announce(''); // the error is announced as an alert
+  else if (state === 'stopped') announce(textOf('answer.stopped'));
   else {
-    const { length } = parseAnswer(text).boxes;
-    const words = plainText(text) || say('answer.empty');
-    announce(length ? say('answer.boxes', { boxes: length, text: words }) : say('answer.announced', { text: words }));
+    const boxes = parseAnswer(text).boxes.length;
+    const words = plainText(text) || textOf('answer.empty');
+    announce(boxes ? textOf('answer.boxes', { boxes, text: words }) : textOf('answer.announced', { text: words }));
   }
 }

@@ -1,11 +1,14 @@
 /** Client of the server's API: state, model, streamed answers. */
 
 import { events } from './sse.js';
-import { load, keep } from './store.js';
+import { load, store } from './store.js';
 
 const STORED_KEY = 'qwenvl-api-key';
 
-/** Failure with the page's text `error.KIND`; `detail` is the server's message, if any. */
+/**
+ * Failed request. The page shows its text `error.KIND` and `detail`, the server's message, if any. `seconds` is the
+ * time after which the server allows a retry, or null.
+ */
 export class ServerError extends Error {
   constructor(kind, { detail = '', seconds = null } = {}) {
     super(detail || kind);
@@ -15,12 +18,12 @@ export class ServerError extends Error {
   }
 }
 
-const KINDS = { 401: 'key', 429: 'busy', 502: 'unready', 503: 'unready', 504: 'unready' };
-// Error events of a stream, which have no status.
+// Error kinds by HTTP status, and by error type for the error events of a stream, which have no status.
+const STATUS_KINDS = { 401: 'key', 429: 'busy', 502: 'unready', 503: 'unready', 504: 'unready' };
 const STREAM_KINDS = { invalid_request_error: 'refused', rate_limit_error: 'busy' };
 
 function kindOf(status) {
-  return KINDS[status] ?? (status < 500 ? 'refused' : 'failed');
+  return STATUS_KINDS[status] ?? (status < 500 ? 'refused' : 'failed');
 }
 
 async function errorOf(response) {
@@ -47,7 +50,7 @@ async function request(path, options = {}) {
 }
 
 export function setKey(key) {
-  keep('sessionStorage', STORED_KEY, key);
+  store('sessionStorage', STORED_KEY, key);
 }
 
 /** State of the server: "ready", "starting" or "unreachable". */
@@ -60,16 +63,16 @@ export async function serverState() {
   }
 }
 
-/** Name of the server's model. */
+/** Name of the served model, without adapters. */
 export async function modelName() {
   const response = await request('v1/models');
   return (await response.json()).data[0].id;
 }
 
 /**
- * Stream an answer as deltas { text, finish, usage }; finish and usage may be missing.
+ * Stream an answer as deltas { text, finish, usage }. `finish` is the finish reason or null; `usage` may be missing.
  *
- * @throws {ServerError} and an AbortError once `signal` has fired
+ * @throws {ServerError}, or an AbortError once `signal` is aborted
  */
 export async function* answer(model, messages, signal) {
   const response = await request('v1/chat/completions', {

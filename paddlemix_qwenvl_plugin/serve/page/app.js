@@ -8,25 +8,25 @@ import { copyText } from './clipboard.js';
 import { Composer } from './composer.js';
 import { Conversation } from './conversation.js';
 import { byId, element } from './dom.js';
-import { takeDroppedAndPasted } from './drop.js';
+import { handleDropAndPaste } from './drop.js';
 import { openKeyDialog, startKeyDialog } from './key_dialog.js';
-import { say, setWords, startLanguage } from './language.js';
+import { setWords, startLanguage, textOf } from './language.js';
 import { closeNotice, notice } from './notice.js';
 import { saveFile } from './save.js';
-import { following, scrollToEnd } from './scroll.js';
+import { keepEndInView, scrollToEnd } from './scroll.js';
 import { ServerStatus } from './server_status.js';
 import { TurnView } from './turn_view.js';
 
 let conversation = new Conversation();
-let views = new Map();
+let views = new Map(); // from turns to their TurnView
 let running = null; // AbortController of the running answer
-let editing = null; // { turn, draft } while a question is edited
+let editing = null; // { turn, draft } while a question is edited; draft: content of the composer before
 
 const status = new ServerStatus(openKeyDialog);
 const composer = new Composer({ send, stop });
 
 function send(question) {
-  if (editing) dropFrom(editing.turn);
+  if (editing) removeFrom(editing.turn);
   endEdit();
   const turn = conversation.add(question);
   const number = conversation.turns.length;
@@ -50,8 +50,8 @@ async function run(turn) {
   conversation.restart(turn);
   composer.setRunning(true);
   showAll();
-  announce(say('answering'));
-  const start = performance.now();
+  announce(textOf('answering'));
+  const startTime = performance.now();
   const result = turn.answer;
   let frame = 0;
   try {
@@ -60,9 +60,10 @@ async function run(turn) {
       result.text += delta.text;
       result.finish = delta.finish ?? result.finish;
       result.usage = delta.usage ?? result.usage;
+      // At most one update of the page for each frame of the display.
       frame ||= requestAnimationFrame(() => {
         frame = 0;
-        following(() => views.get(turn)?.update());
+        keepEndInView(() => views.get(turn)?.update());
       });
     }
     result.state = 'done';
@@ -71,13 +72,14 @@ async function run(turn) {
     if (!abort.signal.aborted) fail(result, error);
   }
   cancelAnimationFrame(frame);
-  result.seconds = (performance.now() - start) / 1000;
-  if (running === abort) running = null;
+  result.seconds = (performance.now() - startTime) / 1000;
+  if (running === abort) running = null; // after `stop`, the next answer may be running already
   composer.setRunning(running !== null);
-  following(showAll);
+  keepEndInView(showAll);
   announceEnd(result);
 }
 
+/** Store the error in the answer and query the server's state again. */
 function fail(result, error) {
   result.error = error instanceof ServerError ? error : new ServerError('failed', { detail: String(error) });
   status.forgetModel();
@@ -91,9 +93,10 @@ function stop() {
   composer.setRunning(false);
 }
 
+/** Put a turn's question into the composer; sending it replaces the turn and all later ones. */
 function edit(turn) {
   stop();
-  editing = { turn, draft: editing?.draft ?? composer.written };
+  editing = { turn, draft: editing?.draft ?? composer.draft };
   composer.fill(turn.question);
   composer.focus();
   const number = conversation.turns.indexOf(turn) + 1;
@@ -113,20 +116,22 @@ function endEdit() {
   showAll();
 }
 
-function dropFrom(turn) {
-  for (const dropped of conversation.turns.splice(conversation.turns.indexOf(turn))) {
-    views.get(dropped).node.remove();
-    views.delete(dropped);
+/** Remove a turn and all later ones. */
+function removeFrom(turn) {
+  for (const removed of conversation.turns.splice(conversation.turns.indexOf(turn))) {
+    views.get(removed).node.remove();
+    views.delete(removed);
   }
 }
 
+/** Update the views of all turns and the buttons of the header. */
 function showAll() {
   const { turns } = conversation;
-  const from = editing ? turns.indexOf(editing.turn) : turns.length;
+  const firstReplaced = editing ? turns.indexOf(editing.turn) : turns.length;
   turns.forEach((turn, index) => {
     const view = views.get(turn);
     view.update(turn === turns.at(-1));
-    view.node.classList.toggle('replaced', index >= from);
+    view.node.classList.toggle('replaced', index >= firstReplaced);
   });
   byId('welcome').hidden = turns.length > 0;
   byId('export').disabled = !turns.length;
@@ -135,14 +140,14 @@ function showAll() {
 
 function clear() {
   stop();
-  const before = { conversation, views };
+  const previous = { conversation, views };
   conversation = new Conversation();
   views = new Map();
   byId('turns').replaceChildren();
   endEdit();
   composer.focus();
   const undo = () => {
-    ({ conversation, views } = before);
+    ({ conversation, views } = previous);
     byId('turns').replaceChildren(...[...views.values()].map(({ node }) => node));
     showAll();
   };
@@ -151,22 +156,22 @@ function clear() {
 
 function exportJson() {
   const text = JSON.stringify(conversation.exported(status.model), null, 1);
-  const when = new Date().toISOString().slice(0, 16).replace(/\D/g, '-');
-  saveFile(new Blob([text], { type: 'application/json' }), `qwenvl-${when}.json`);
+  const time = new Date().toISOString().slice(0, 16).replace(/\D/g, '-');
+  saveFile(new Blob([text], { type: 'application/json' }), `qwenvl-${time}.json`);
 }
 
 function start() {
   for (const key of ['suggestion.describe', 'suggestion.boxes', 'suggestion.read']) {
-    const take = () => {
-      composer.fill({ ...composer.written, text: say(key) });
+    const fillComposer = () => {
+      composer.fill({ ...composer.draft, text: textOf(key) });
       composer.focus();
     };
-    byId('suggestions').append(element('li', {}, element('button', { type: 'button', text: key, onclick: take })));
+    byId('suggestions').append(element('li', {}, element('button', { type: 'button', text: key, onclick: fillComposer })));
   }
   setWords(byId('state'), 'text', 'state.unknown');
   startLanguage(byId('language'));
   startCamera((files) => composer.attach(files));
-  takeDroppedAndPasted((files) => composer.attach(files));
+  handleDropAndPaste((files) => composer.attach(files));
   startKeyDialog(async () => {
     await status.check();
     const last = conversation.turns.at(-1);

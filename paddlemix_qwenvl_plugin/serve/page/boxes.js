@@ -1,8 +1,8 @@
 /** Geometry and colours of boxes, and hit testing. */
 
 /**
- * Colours of consecutive boxes: the palette of Okabe and Ito, distinguishable with any kind of colour vision; each
- * box also has its number. `ink` is readable on `rgb`, and outlines it on the image.
+ * Colours of consecutive boxes: the palette of Okabe and Ito, distinguishable with any kind of colour vision. `rgb`
+ * is the colour; `ink` is readable on it, and outlines the box on the image.
  */
 const COLOURS = [
   { rgb: '0 114 178', ink: '255 255 255' },
@@ -49,11 +49,11 @@ function areaOf(box) {
   return (right - left) * (bottom - top);
 }
 
-/** Smallest box whose bounds contain the point, or null. */
+/** Smallest box whose bounds contain the point (in thousandths), or null. */
 export function boxAt(boxes, x, y) {
-  const hit = boxes.filter((box) => {
+  const hits = boxes.filter((box) => {
     const [left, top, right, bottom] = boundsOf(box);
     return left <= x && x <= right && top <= y && y <= bottom;
   });
-  return hit.sort((one, other) => areaOf(one) - areaOf(other))[0] ?? null;
+  return hits.sort((a, b) => areaOf(a) - areaOf(b))[0] ?? null;
 }

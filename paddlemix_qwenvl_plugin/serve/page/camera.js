@@ -1,13 +1,14 @@
-/** Images from the camera: the phone's camera app, or a dialog on a desktop. */
+/** Images from the camera, taken with the phone's camera app, or in a dialog on a desktop. */
 
 import { byId } from './dom.js';
+import { LONG_SIDE } from './image_file.js';
 import { notice } from './notice.js';
 
-/** Connect the camera button to `attach`. */
+/** Set up the camera button; `attach` is called with a list of one image file. */
 export function startCamera(attach) {
   const button = byId('camera');
   const dialog = byId('camera-dialog');
-  const view = byId('viewfinder');
+  const viewfinder = byId('viewfinder');
   const shutter = byId('shutter');
   let stream = null;
 
@@ -17,28 +18,28 @@ export function startCamera(attach) {
     return;
   }
   if (!navigator.mediaDevices) {
-    button.hidden = true; // plain HTTP from another machine: no camera access
+    button.hidden = true; // browsers give no camera access to a page of another machine over plain HTTP
     return;
   }
   button.addEventListener('click', async () => {
     try {
-      stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 1344 } } });
+      stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: LONG_SIDE } } });
     } catch {
       notice('camera.problem'); // no camera, in use, or permission denied
       return;
     }
     shutter.disabled = true;
     dialog.showModal();
-    view.srcObject = stream;
-    await view.play();
+    viewfinder.srcObject = stream;
+    await viewfinder.play();
     shutter.disabled = false;
     shutter.focus();
   });
   shutter.addEventListener('click', async () => {
     const canvas = document.createElement('canvas');
-    canvas.width = view.videoWidth;
-    canvas.height = view.videoHeight;
-    canvas.getContext('2d').drawImage(view, 0, 0);
+    canvas.width = viewfinder.videoWidth;
+    canvas.height = viewfinder.videoHeight;
+    canvas.getContext('2d').drawImage(viewfinder, 0, 0);
     const blob = await new Promise((resolve) => canvas.toBlob(resolve, 'image/jpeg', 0.95));
     dialog.close();
     attach([new File([blob], 'camera.jpg', { type: 'image/jpeg' })]);
@@ -46,6 +47,6 @@ export function startCamera(attach) {
   byId('camera-cancel').addEventListener('click', () => dialog.close());
   dialog.addEventListener('close', () => {
     for (const track of stream.getTracks()) track.stop();
-    view.srcObject = null;
+    viewfinder.srcObject = null;
   });
 }

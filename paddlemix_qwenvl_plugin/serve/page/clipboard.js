@@ -1,27 +1,28 @@
-/** Copying of text. */
+/** Copying of text to the clipboard. */
 
 import { announce } from './announce.js';
-import { say, setWords } from './language.js';
+import { setWords, textOf } from './language.js';
 import { notice } from './notice.js';
 
-const MS_SHOWN = 2_000;
+const CONFIRMATION_MS = 2_000;
 
 /** Copy text and confirm it on `button` for a moment. */
 export async function copyText(text, button) {
-  if (!(await written(text))) {
+  if (!(await copy(text))) {
     notice('copy.problem');
     return;
   }
-  announce(say('copied'));
+  announce(textOf('copied'));
   setWords(button, 'label', 'copied');
   button.classList.add('done');
   setTimeout(() => {
     setWords(button, 'label', 'copy');
     button.classList.remove('done');
-  }, MS_SHOWN);
+  }, CONFIRMATION_MS);
 }
 
-async function written(text) {
+/** Copy text; return whether it was copied. */
+async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
   // Over plain HTTP from another machine only the deprecated API is available.
   const field = document.createElement('textarea');
@@ -29,7 +30,7 @@ async function written(text) {
   field.className = 'visually-hidden';
   document.body.append(field);
   field.select();
-  const done = document.execCommand('copy');
+  const copied = document.execCommand('copy');
   field.remove();
-  return done;
+  return copied;
 }

@@ -10,27 +10,28 @@ const field = byId('question');
 
 export class Composer {
   /**
-   * @param {object} on
-   * @param {(question: {text: string, images: object[]}) => void} on.send
-   * @param {() => void} on.stop
+   * @param {object} callbacks
+   * @param {(question: {text: string, images: object[]}) => void} callbacks.send
+   * @param {() => void} callbacks.stop
    */
-  constructor(on) {
-    this.on = on;
+  constructor(callbacks) {
+    this.callbacks = callbacks;
     this.images = [];
     this.running = false;
-    this.reading = Promise.resolve();
+    this.reading = Promise.resolve(); // resolved once all attached files are read
     form.addEventListener('submit', (event) => {
       event.preventDefault();
       this.send();
     });
     field.addEventListener('input', () => this.#show());
     field.addEventListener('keydown', (event) => {
-      // While an input method composes (such as for Chinese), Enter accepts its candidate.
+      // While an input method composes a character (as for Chinese), Enter accepts its suggestion. Some browsers
+      // report this as key code 229 only.
       if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return;
       event.preventDefault();
       this.send();
     });
-    byId('stop').addEventListener('click', on.stop);
+    byId('stop').addEventListener('click', callbacks.stop);
     byId('attach').addEventListener('click', () => byId('files').click());
     for (const input of [byId('files'), byId('capture')]) {
       input.addEventListener('change', () => {
@@ -47,6 +48,7 @@ export class Composer {
     }
   }
 
+  /** Send the question, once its images are read; no effect without text or while an answer is running. */
   async send() {
     await this.reading;
     const text = field.value.trim();
@@ -56,7 +58,7 @@ export class Composer {
     closeNotice();
     // On a phone the keyboard would cover the answer.
     if (matchMedia('(pointer: coarse)').matches) field.blur();
-    this.on.send(question);
+    this.callbacks.send(question);
   }
 
   /** Replace the question's text and images. */
@@ -66,17 +68,18 @@ export class Composer {
     this.#show();
   }
 
-  get written() {
+  /** The text and images that have not been sent. */
+  get draft() {
     return { text: field.value, images: this.images };
   }
 
-  /** Set whether an answer is running: it can be stopped, and nothing can be sent. */
+  /** Set whether an answer is running; meanwhile the send button is replaced by a stop button. */
   setRunning(running) {
-    const held = document.activeElement === byId('send') || document.activeElement === byId('stop');
+    const hadFocus = document.activeElement === byId('send') || document.activeElement === byId('stop');
     this.running = running;
     byId('send').hidden = running;
     byId('stop').hidden = !running;
-    if (held) field.focus();
+    if (hadFocus) field.focus(); // the focused button may be hidden now
   }
 
   focus() {
@@ -88,7 +91,7 @@ export class Composer {
       this.images.push(await readImage(file));
       this.#show();
     } catch {
-      // Browsers give no reason.
+      // The notice has no reason, since browsers give none.
       notice(['image.problem', { name: file.name }]);
     }
   }

@@ -3,8 +3,9 @@
 import { parseAnswer } from './answer_text.js';
 
 /**
- * A turn is { question: { text, images }, answer }, its answer
- * { text, state, error, finish, usage, seconds } with state "running", "done", "stopped" or "failed".
+ * A turn is { question: { text, images }, answer }. An answer is { text, state, error, finish, usage, seconds }:
+ * `state` is "running", "done", "stopped" or "failed", `error` a ServerError or null, `finish` the finish reason,
+ * `usage` the server's token counts, `seconds` the duration.
  */
 export class Conversation {
   turns = [];
@@ -17,6 +18,7 @@ export class Conversation {
     return turn;
   }
 
+  /** Replace a turn's answer by an empty one that is running. */
   restart(turn) {
     turn.answer = { text: '', state: 'running', error: null, finish: null, usage: null, seconds: null };
   }
@@ -29,8 +31,8 @@ export class Conversation {
   /**
    * Messages that request a turn's answer, in OpenAI's format.
    *
-   * A question without an answer (failed or stopped) is omitted; its images are sent with the next question, since
-   * the user sees them above it.
+   * A question without an answer (failed or stopped) is omitted. Its images are sent with the next question: the user
+   * sees them above that question.
    */
   messagesFor(turn) {
     const messages = [];
@@ -56,12 +58,12 @@ export class Conversation {
 
   #assistantMessage(turn) {
     const image = this.imagesUpTo(turn).at(-1);
-    const pixels = ([x, y]) => [(x * image.width) / 1000, (y * image.height) / 1000];
+    const toPixels = ([x, y]) => [(x * image.width) / 1000, (y * image.height) / 1000];
     const boxes = parseAnswer(turn.answer.text).boxes.map(({ kind, ref, points }) => ({
       kind,
       ref,
       points,
-      pixels: image ? points.map(pixels) : null,
+      pixels: image ? points.map(toPixels) : null,
     }));
     return { role: 'assistant', content: turn.answer.text, boxes };
   }

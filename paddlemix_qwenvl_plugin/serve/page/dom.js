@@ -1,4 +1,4 @@
-/** Creation of elements. Text is only inserted as text nodes and attributes, never as HTML. */
+/** Creation of elements. Text is inserted as text nodes and attributes only, never as HTML. */
 
 import { setWords } from './language.js';
 
@@ -7,35 +7,35 @@ const SVG = 'http://www.w3.org/2000/svg';
 /**
  * Create an element.
  *
- * Properties are attributes, except `on…` (a listener), and `text`, `label`, `alt`, `placeholder`, which are keys of
- * the page's words, or [key, values].
+ * Properties are attributes, with two exceptions: `on…` is an event listener; `text`, `label`, `alt` and
+ * `placeholder` are a key of words_en.js, or [key, values] (see setWords).
  */
 export function element(tag, properties = {}, ...children) {
-  const made = document.createElement(tag);
+  const node = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
     if (value === undefined || value === null || value === false) continue;
-    if (name.startsWith('on')) made.addEventListener(name.slice(2), value);
-    else if (['text', 'label', 'alt', 'placeholder'].includes(name)) setWords(made, name, ...[value].flat());
-    else made.setAttribute(name, value === true ? '' : value);
+    if (name.startsWith('on')) node.addEventListener(name.slice(2), value);
+    else if (['text', 'label', 'alt', 'placeholder'].includes(name)) setWords(node, name, ...[value].flat());
+    else node.setAttribute(name, value === true ? '' : value);
   }
-  made.append(...children.filter((child) => child !== null));
-  return made;
+  node.append(...children.filter((child) => child !== null));
+  return node;
 }
 
 /** Create an SVG element. */
 export function svg(tag, attributes = {}, ...children) {
-  const made = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
 }
 
-/** Create an icon from index.html's symbols. */
+/** Create an icon from a symbol `icon-NAME` of index.html. */
 export function icon(name) {
   return svg('svg', { class: 'icon', 'aria-hidden': 'true' }, svg('use', { href: `#icon-${name}` }));
 }
 
-/** Create a button with an icon, labelled by a key of the page's words. */
+/** Create a button with an icon; `label` is a key of words_en.js. */
 export function iconButton(name, label, onclick) {
   return element('button', { type: 'button', class: 'quiet icon-only', label, onclick }, icon(name));
 }

@@ -1,26 +1,26 @@
-/** Drag and drop and pasting of images, anywhere on the page. */
+/** Drag and drop of image files, and pasting of them, anywhere on the page. */
 
 import { byId } from './dom.js';
 
 /** Pass dropped and pasted files to `attach`. */
-export function takeDroppedAndPasted(attach) {
+export function handleDropAndPaste(attach) {
   const hasFiles = (transfer) => [...(transfer?.types ?? [])].includes('Files');
-  const show = (shown) => {
-    byId('drop').hidden = !shown;
+  const showTarget = (visible) => {
+    byId('drop').hidden = !visible;
   };
   addEventListener('dragover', (event) => {
     if (!hasFiles(event.dataTransfer)) return;
     event.preventDefault();
     event.dataTransfer.dropEffect = 'copy';
-    show(true);
+    showTarget(true);
   });
   addEventListener('dragleave', (event) => {
-    if (!event.relatedTarget) show(false);
+    if (!event.relatedTarget) showTarget(false); // the pointer has left the page
   });
   addEventListener('drop', (event) => {
     if (!hasFiles(event.dataTransfer)) return;
     event.preventDefault();
-    show(false);
+    showTarget(false);
     attach([...event.dataTransfer.files]);
   });
   addEventListener('paste', (event) => {

@@ -7,29 +7,32 @@ import { saveWithBoxes } from './png.js';
 
 export class BoxFigure {
   /**
-   * @param {object} image of image_file.js
+   * @param {object} image see readImage of image_file.js
    * @param {number} number of the image in the conversation, from 1
-   * @param {object} on as in text_view.js; `hover` and `focus` get one number, or none
+   * @param {object} callbacks
+   * @param {(numbers: number[]) => void} callbacks.hover, callbacks.focus: a list of the box under the pointer or with
+   *   the focus, or []
+   * @param {(number: number) => void} callbacks.follow: move the focus to the words of a box
    */
-  constructor(image, number, on) {
+  constructor(image, number, callbacks) {
     this.image = image;
     this.number = number;
-    this.on = on;
+    this.callbacks = callbacks;
     this.boxes = [];
-    this.drawn = [];
+    this.drawn = []; // { box, shape, badge } of each drawn box
     this.img = element('img', { src: image.url, width: image.width, height: image.height });
     this.shapes = svg('svg', { viewBox: '0 0 1000 1000', preserveAspectRatio: 'none', 'aria-hidden': 'true' });
     this.frame = element('div', { class: 'frame' }, this.img, this.shapes);
     this.frame.style.setProperty('--ratio', String(image.width / image.height));
-    this.frame.addEventListener('pointermove', (event) => this.#point(event, on.hover));
-    this.frame.addEventListener('pointerleave', () => on.hover([]));
-    this.frame.addEventListener('click', (event) => this.#point(event, ([number]) => number && this.focus(number)));
+    this.frame.addEventListener('pointermove', (event) => this.#reportBoxAt(event, callbacks.hover));
+    this.frame.addEventListener('pointerleave', () => callbacks.hover([]));
+    this.frame.addEventListener('click', (event) => this.#reportBoxAt(event, ([box]) => box && this.focus(box)));
     const save = iconButton('save', 'save.image', () => saveWithBoxes(this.image, this.boxes));
     const caption = element('span', { class: 'caption', text: ['figure.caption', { number, name: image.name }] });
     this.node = element('figure', {}, this.frame, element('figcaption', {}, caption, save));
   }
 
-  /** Show boxes of answer_text.js; existing ones are kept unless the answer restarted. */
+  /** Show the boxes of an answer (see answer_text.js). Drawn boxes are kept, unless the answer has restarted. */
   update(boxes) {
     this.boxes = boxes;
     if (boxes.length < this.drawn.length) this.#clear();
@@ -38,12 +41,13 @@ export class BoxFigure {
     setWords(this.img, 'alt', 'figure.alt', { number, name: this.image.name, boxes: boxes.length });
   }
 
-  light(numbers) {
+  /** Highlight the boxes with these numbers and dim the other ones; with no numbers, neither. */
+  highlight(numbers) {
     this.frame.classList.toggle('dimmed', numbers.length > 0);
     for (const { box, shape, badge } of this.drawn) {
-      const lit = numbers.includes(box.number);
-      shape.classList.toggle('lit', lit);
-      badge.classList.toggle('lit', lit);
+      const isHighlighted = numbers.includes(box.number);
+      shape.classList.toggle('lit', isHighlighted);
+      badge.classList.toggle('lit', isHighlighted);
     }
   }
 
@@ -75,7 +79,7 @@ export class BoxFigure {
     this.drawn.push({ box, shape, badge });
   }
 
-  /** Badge with the number at the top left corner; its words open towards the middle of the image. */
+  /** Create the badge at a box's top left corner. If highlighted, it also shows the words, towards the image's middle. */
   #badge(box) {
     const { number, ref } = box;
     const label = ref ? ['box.words', { number, words: ref }] : ['box.bare', { number }];
@@ -86,23 +90,26 @@ export class BoxFigure {
     badge.style.setProperty('--x', String(left / 1000));
     badge.style.setProperty('--y', String(top / 1000));
     badge.classList.toggle('right', left > 500);
-    badge.addEventListener('focus', () => this.on.focus([number]));
-    badge.addEventListener('blur', () => this.on.focus([]));
+    badge.addEventListener('focus', () => this.callbacks.focus([number]));
+    badge.addEventListener('blur', () => this.callbacks.focus([]));
     badge.addEventListener('click', (event) => {
       event.stopPropagation();
-      if (event.detail) badge.focus();
-      else this.on.follow(number); // by keyboard: focus the words
+      if (event.detail) badge.focus(); // a pointer's click
+      else this.callbacks.follow(number); // the keyboard's click
     });
     return badge;
   }
 
-  /** Report the box under the pointer: that of the badge, else the smallest box that contains the point. */
-  #point(event, then) {
-    const own = this.drawn.find(({ badge }) => badge.contains(event.target));
+  /**
+   * Call `report` with a list of the box under the pointer, or []. It is the box whose badge is under the pointer, else
+   * the smallest box that contains the point.
+   */
+  #reportBoxAt(event, report) {
+    const withBadge = this.drawn.find(({ badge }) => badge.contains(event.target));
     const { left, top, width, height } = this.img.getBoundingClientRect();
     const x = ((event.clientX - left) / width) * 1000;
     const y = ((event.clientY - top) / height) * 1000;
-    const box = own?.box ?? boxAt(this.boxes, x, y);
-    then(box ? [box.number] : []);
+    const box = withBadge?.box ?? boxAt(this.boxes, x, y);
+    report(box ? [box.number] : []);
   }
 }

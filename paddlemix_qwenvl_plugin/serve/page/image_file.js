@@ -1,13 +1,13 @@
 /** Image files prepared for sending: redrawn to at most LONG_SIDE pixels, without metadata such as a location. */
 
 // Three times the model's input size; boxes are in thousandths and unaffected.
-const LONG_SIDE = 1344;
-// A longer PNG is sent as a JPEG.
-const PNG_CHARACTERS = 2_000_000;
+export const LONG_SIDE = 1344;
+// Maximum length of a PNG's data URL; a longer one is replaced by a JPEG.
+const MAX_PNG_CHARACTERS = 2_000_000;
 const JPEG_QUALITY = 0.9;
 
 /**
- * Read an image file: { url, width, height, name }, `url` a data URL.
+ * Read an image file as { url, width, height, name }. `url` is a data URL.
  *
  * @param {File} file
  * @throws the browser's error if it cannot decode the file
@@ -32,5 +32,5 @@ function urlOf(canvas, type) {
   const jpeg = () => canvas.toDataURL('image/jpeg', JPEG_QUALITY);
   if (type === 'image/jpeg') return jpeg();
   const png = canvas.toDataURL('image/png');
-  return png.length <= PNG_CHARACTERS ? png : jpeg();
+  return png.length <= MAX_PNG_CHARACTERS ? png : jpeg();
 }

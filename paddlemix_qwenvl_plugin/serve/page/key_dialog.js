@@ -4,8 +4,8 @@ import { modelName, setKey } from './api.js';
 import { byId } from './dom.js';
 import { clearWords, setWords } from './language.js';
 
-/** Set up the dialog; `then` is called once the server accepts a key. */
-export function startKeyDialog(then) {
+/** Set up the dialog; `onAccepted` is called when the server has accepted a key. */
+export function startKeyDialog(onAccepted) {
   const dialog = byId('key-dialog');
   byId('key-cancel').addEventListener('click', () => dialog.close());
   byId('key-button').addEventListener('click', openKeyDialog);
@@ -13,14 +13,14 @@ export function startKeyDialog(then) {
     event.preventDefault();
     setKey(byId('key').value.trim());
     try {
-      await modelName();
+      await modelName(); // a request that requires the key
     } catch (error) {
       setWords(byId('key-error'), 'text', error.kind === 'key' ? 'key.wrong' : `error.${error.kind}`);
       byId('key').select();
       return;
     }
     dialog.close();
-    then();
+    onAccepted();
   });
 }
 

@@ -1,72 +1,82 @@
 /** Language of the page: the user's choice, else the browser's preference. */
 
-import { load, keep } from './store.js';
+import { load, store } from './store.js';
 import { en } from './words_en.js';
 import { zh } from './words_zh.js';
 
 const LANGUAGES = { en, zh };
-const STORED = 'qwenvl-language';
+const STORED_LANGUAGE = 'qwenvl-language';
 
-let words = LANGUAGES[load('localStorage', STORED)] ?? preferred();
+// Texts of the page by their keys.
+let words = LANGUAGES[load('localStorage', STORED_LANGUAGE)] ?? preferred();
 
 function preferred() {
-  const wanted = navigator.languages.map((tag) => tag.slice(0, 2).toLowerCase());
-  return LANGUAGES[wanted.find((code) => code in LANGUAGES)] ?? en;
+  const codes = navigator.languages.map((tag) => tag.slice(0, 2).toLowerCase());
+  return LANGUAGES[codes.find((code) => code in LANGUAGES)] ?? en;
 }
 
-/** Text of `key` with its values. */
-export function say(key, values = {}) {
-  const found = words[key];
-  return typeof found === 'function' ? found(values) : found;
+/** Text of a key in the page's language, with the values of its placeholders. */
+export function textOf(key, values = {}) {
+  const text = words[key];
+  return typeof text === 'function' ? text(values) : text;
 }
 
-/** Give an element words that follow the language: "text", "label" (with a tooltip), "alt", "placeholder". */
+/**
+ * Set a text of an element, which is translated again when the language changes.
+ *
+ * @param {Element} element
+ * @param {string} role "text" (the content), "label" (for screen readers; an icon button's tooltip too), "alt" or
+ *   "placeholder"
+ * @param {string} key key of words_en.js
+ * @param {object} [values] values of the text's placeholders
+ */
 export function setWords(element, role, key, values) {
   const name = { text: 'words', label: 'wordsLabel', alt: 'wordsAlt', placeholder: 'wordsPlaceholder' }[role];
   element.dataset[name] = key;
   if (values) element.dataset[`${name}Values`] = JSON.stringify(values);
   else delete element.dataset[`${name}Values`];
-  apply(element);
+  translate(element);
 }
 
-/** Remove the words of an element. */
+/** Remove the content of an element that setWords has set. */
 export function clearWords(element) {
   delete element.dataset.words;
   element.textContent = '';
 }
 
-function apply(element) {
+/** Translate the texts of an element; its data attributes contain the keys and values. */
+function translate(element) {
   const data = element.dataset;
-  const of = (name) => say(data[name], data[`${name}Values`] && JSON.parse(data[`${name}Values`]));
-  // Rewriting unchanged words would announce them again in a live region.
-  if (data.words && element.textContent !== of('words')) element.textContent = of('words');
-  if (data.wordsAlt) element.alt = of('wordsAlt');
-  if (data.wordsPlaceholder) element.placeholder = of('wordsPlaceholder');
+  const textFor = (name) => textOf(data[name], data[`${name}Values`] && JSON.parse(data[`${name}Values`]));
+  // In a live region, screen readers would announce an unchanged text again.
+  if (data.words && element.textContent !== textFor('words')) element.textContent = textFor('words');
+  if (data.wordsAlt) element.alt = textFor('wordsAlt');
+  if (data.wordsPlaceholder) element.placeholder = textFor('wordsPlaceholder');
   if (data.wordsLabel) {
-    element.setAttribute('aria-label', of('wordsLabel'));
-    if (element.matches('.icon-only, .collapses')) element.title = of('wordsLabel');
+    element.setAttribute('aria-label', textFor('wordsLabel'));
+    if (element.matches('.icon-only, .collapses')) element.title = textFor('wordsLabel');
   }
 }
 
-const MARKED = '[data-words], [data-words-label], [data-words-alt], [data-words-placeholder]';
+const TRANSLATED = '[data-words], [data-words-label], [data-words-alt], [data-words-placeholder]';
 
-function applyAll() {
+function translateAll() {
   document.documentElement.lang = words['language.code'];
-  document.querySelectorAll(MARKED).forEach(apply);
+  document.querySelectorAll(TRANSLATED).forEach(translate);
 }
 
-/** Insert all words and let `button` switch the language. */
+/** Insert all texts into the page and let `button` switch the language. */
 export function startLanguage(button) {
-  const label = () => {
+  const labelButton = () => {
     button.textContent = words['language.other'];
     button.lang = words['language.other.code'];
   };
   button.addEventListener('click', () => {
     words = words === en ? zh : en;
-    keep('localStorage', STORED, words === en ? 'en' : 'zh');
-    label();
-    applyAll();
+    store('localStorage', STORED_LANGUAGE, words === en ? 'en' : 'zh');
+    labelButton();
+    translateAll();
   });
-  label();
-  applyAll();
+  labelButton();
+  translateAll();
 }

@@ -1,13 +1,14 @@
-/** Notices above the question, with an action button. */
+/** Notices above the question input, with a button. */
 
 import { byId, element, iconButton } from './dom.js';
 
 /**
  * Show a notice.
  *
- * @param {string | [string, object]} words a key, or [key, values]
- * @param {{label: string, act: () => void} | null} action its button; null: a button that closes it
- * @param {string} place "notice" or "editing"
+ * @param {string | [string, object]} words key of words_en.js, or [key, values]
+ * @param {{label: string, act: () => void} | null} action label (a key) and action of the notice's button; null: the
+ *   button only closes the notice
+ * @param {string} place id of the element for the notice: "notice" or "editing"
  */
 export function notice(words, action = null, place = 'notice') {
   const close = () => closeNotice(place);

@@ -3,61 +3,65 @@
 import { boundsOf, colourOf, cornersOf } from './boxes.js';
 import { saveFile } from './save.js';
 
-// Labels would cover a small image: it is enlarged by an integer factor.
-const LEAST_LONG_SIDE = 768;
+// A smaller image is enlarged by an integer factor, since the labels would cover it.
+const MIN_LONG_SIDE = 768;
 
-/** Draw the image with outlines, numbers and words, and save it. */
+/** Save the image with the outlines, numbers and words of the boxes. */
 export async function saveWithBoxes(image, boxes) {
-  const canvas = await drawn(image, boxes);
+  const canvas = await draw(image, boxes);
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, 'image/png'));
   saveFile(blob, `${image.name.replace(/\.[^.]*$/, '')}-boxes.png`);
 }
 
-async function drawn(image, boxes) {
+async function draw(image, boxes) {
   const img = new Image();
   img.src = image.url;
   await img.decode();
-  const scale = Math.ceil(LEAST_LONG_SIDE / Math.max(image.width, image.height));
+  const scale = Math.ceil(MIN_LONG_SIDE / Math.max(image.width, image.height));
   const canvas = document.createElement('canvas');
   canvas.width = image.width * scale;
   canvas.height = image.height * scale;
   const context = canvas.getContext('2d');
   context.drawImage(img, 0, 0, canvas.width, canvas.height);
-  for (const box of boxes) outline(context, box);
-  for (const box of boxes) label(context, box);
+  for (const box of boxes) drawOutline(context, box);
+  for (const box of boxes) drawLabel(context, box);
   return canvas;
 }
 
-function outline(context, box) {
+function drawOutline(context, box) {
   const { width, height } = context.canvas;
   const { rgb, ink } = colourOf(box);
-  const line = Math.max(3, Math.round(Math.max(width, height) / 250));
+  const lineWidth = Math.max(3, Math.round(Math.max(width, height) / 250));
   context.beginPath();
   for (const [x, y] of cornersOf(box)) context.lineTo((x * width) / 1000, (y * height) / 1000);
   context.closePath();
   context.lineJoin = 'round';
-  for (const [style, thickness] of [[`rgb(${ink} / 0.7)`, line + 2], [`rgb(${rgb})`, line]]) {
+  // The line in the box's colour, on a wider line that contrasts with it.
+  for (const [style, strokeWidth] of [[`rgb(${ink} / 0.7)`, lineWidth + 2], [`rgb(${rgb})`, lineWidth]]) {
     context.strokeStyle = style;
-    context.lineWidth = thickness;
+    context.lineWidth = strokeWidth;
     context.stroke();
   }
 }
 
-function label(context, box) {
+function drawLabel(context, box) {
   const { width, height } = context.canvas;
   const { rgb, ink } = colourOf(box);
-  const size = Math.max(16, Math.round(Math.max(width, height) / 45));
-  context.font = `600 ${size}px system-ui, sans-serif`;
+  const fontSize = Math.max(16, Math.round(Math.max(width, height) / 45));
+  context.font = `600 ${fontSize}px system-ui, sans-serif`;
   context.textBaseline = 'middle';
-  const room = width - size;
+  const maxTextWidth = width - fontSize;
   const words = box.ref ? `${box.number}  ${box.ref}` : String(box.number);
-  const patch = [Math.min(context.measureText(words).width, room) + size * 0.8, size * 1.5];
+  const padding = fontSize * 0.4;
+  const labelWidth = Math.min(context.measureText(words).width, maxTextWidth) + 2 * padding;
+  const labelHeight = fontSize * 1.5;
   const [left, top] = boundsOf(box);
-  const x = Math.min((left * width) / 1000, width - patch[0]);
-  const above = (top * height) / 1000 - patch[1];
-  const y = above >= 0 ? above : Math.min((top * height) / 1000, height - patch[1]);
+  // The label is above the box's top left corner; it is moved as far as necessary to be inside the image.
+  const x = Math.max(Math.min((left * width) / 1000, width - labelWidth), 0);
+  const boxTop = (top * height) / 1000;
+  const y = boxTop >= labelHeight ? boxTop - labelHeight : Math.min(boxTop, height - labelHeight);
   context.fillStyle = `rgb(${rgb})`;
-  context.fillRect(Math.max(x, 0), y, ...patch);
+  context.fillRect(x, y, labelWidth, labelHeight);
   context.fillStyle = `rgb(${ink})`;
-  context.fillText(words, Math.max(x, 0) + size * 0.4, y + patch[1] / 2, room);
+  context.fillText(words, x + padding, y + labelHeight / 2, maxTextWidth);
 }

@@ -4,15 +4,16 @@ import { modelName, serverState } from './api.js';
 import { byId } from './dom.js';
 import { setWords } from './language.js';
 
-const MS_BETWEEN = { ready: 20_000, starting: 2_000, unreachable: 4_000 };
+// Milliseconds between queries, by the server's state.
+const QUERY_INTERVALS = { ready: 20_000, starting: 2_000, unreachable: 4_000 };
 
 export class ServerStatus {
   model = null;
   #timer = null;
 
-  /** @param {() => void} onKey called if the server requires an API key for its model name */
-  constructor(onKey) {
-    this.onKey = onKey;
+  /** @param {() => void} onKeyRequired called if the server requires an API key */
+  constructor(onKeyRequired) {
+    this.onKeyRequired = onKeyRequired;
     document.addEventListener('visibilitychange', () => document.hidden || this.check());
     addEventListener('online', () => this.check());
     addEventListener('offline', () => this.check());
@@ -24,12 +25,12 @@ export class ServerStatus {
     const state = await serverState();
     byId('status').dataset.state = state;
     setWords(byId('state'), 'text', `state.${state}`);
-    if (state === 'ready' && !this.model) await this.findModel().catch((error) => error.kind === 'key' && this.onKey());
+    if (state === 'ready' && !this.model) await this.findModel().catch((error) => error.kind === 'key' && this.onKeyRequired());
     clearTimeout(this.#timer);
-    if (!document.hidden) this.#timer = setTimeout(() => this.check(), MS_BETWEEN[state]);
+    if (!document.hidden) this.#timer = setTimeout(() => this.check(), QUERY_INTERVALS[state]);
   }
 
-  /** Name of the model, requested until known. */
+  /** Return the name of the model; request it if it is unknown. */
   async findModel() {
     if (!this.model) {
       this.model = await modelName();
@@ -38,7 +39,7 @@ export class ServerStatus {
     return this.model;
   }
 
-  /** Request the name again next time: the model may change with a restart. */
+  /** Forget the name of the model, which may change when the server restarts. */
   forgetModel() {
     this.model = null;
   }

@@ -1,8 +1,9 @@
-/** Persistent values in `sessionStorage` or `localStorage`; kept in this page only if the browser forbids both. */
+/** Values stored in `sessionStorage` or `localStorage`, or in this page if the browser forbids these. */
 
 const inPage = new Map();
 
-function allowed(name) {
+/** Return `sessionStorage` or `localStorage`, or null if the browser forbids it. */
+function storageNamed(name) {
   try {
     return window[name];
   } catch {
@@ -11,14 +12,14 @@ function allowed(name) {
 }
 
 export function load(storage, name) {
-  return allowed(storage)?.getItem(name) ?? inPage.get(name) ?? null;
+  return storageNamed(storage)?.getItem(name) ?? inPage.get(name) ?? null;
 }
 
-export function keep(storage, name, value) {
+export function store(storage, name, value) {
   inPage.set(name, value);
   try {
-    allowed(storage)?.setItem(name, value);
+    storageNamed(storage)?.setItem(name, value);
   } catch {
-    // The storage is full or read-only: the value is kept in this page.
+    // The storage is full or read-only: the value remains in this page.
   }
 }

@@ -1,64 +1,66 @@
-/** Text of an answer, with marked words that are highlighted together with their boxes. */
+/** Text of an answer. Words that have boxes are marked, and highlighted together with their boxes. */
 
 import { boxBadge } from './badge.js';
 import { colour } from './boxes.js';
 import { element } from './dom.js';
 
-// Keeps a number on the line of its words.
+// Word joiner: a box's number stays on the line of its words.
 const NO_BREAK = '\u2060';
 
 export class TextView {
   /**
-   * @param {object} on
-   * @param {(numbers: number[]) => void} on.hover, on.focus: boxes under the pointer or focus, or []
-   * @param {(number: number) => void} on.show: bring a box into view
-   * @param {(number: number) => void} on.follow: move the focus to a box
+   * @param {object} callbacks
+   * @param {(numbers: number[]) => void} callbacks.hover, callbacks.focus: the boxes whose words are under the pointer
+   *   or have the focus, or []
+   * @param {(number: number) => void} callbacks.show: bring a box into view
+   * @param {(number: number) => void} callbacks.follow: move the focus to a box
    */
-  constructor(on) {
-    this.on = on;
+  constructor(callbacks) {
+    this.callbacks = callbacks;
     this.node = element('p', { class: 'words' });
-    this.shown = [];
+    this.parts = []; // { node, isMark } for each segment; a mark also has words, badges and numbers
   }
 
-  /** Show segments of answer_text.js. Unchanged nodes are kept, with focus and selection. */
+  /** Show the segments of an answer (see answer_text.js). Unchanged nodes are kept, with their focus and selection. */
   update(segments) {
     segments.forEach((segment, index) => {
-      const there = this.shown[index];
+      const part = this.parts[index];
       const isMark = segment.isRef || segment.boxes.length > 0;
-      if (there && there.isMark === isMark) {
-        if (isMark) this.#updateMark(there, segment);
-        else if (there.node.data !== segment.text) there.node.data = segment.text;
+      if (part && part.isMark === isMark) {
+        if (isMark) this.#updateMark(part, segment);
+        else if (part.node.data !== segment.text) part.node.data = segment.text;
         return;
       }
-      const made = isMark ? this.#mark(segment) : { node: document.createTextNode(segment.text) };
-      this.shown[index] = { ...made, isMark };
-      if (there) there.node.replaceWith(made.node);
-      else this.node.append(made.node);
+      const newPart = isMark ? this.#createMark(segment) : { node: document.createTextNode(segment.text) };
+      this.parts[index] = { ...newPart, isMark };
+      if (part) part.node.replaceWith(newPart.node);
+      else this.node.append(newPart.node);
     });
-    for (const { node } of this.shown.splice(segments.length)) node.remove();
-    // Chinese voice and glyphs, independent of the page's language.
+    for (const { node } of this.parts.splice(segments.length)) node.remove();
+    // The language of the answer, for a screen reader's voice and for glyphs; the page's may be another one.
     this.node.lang = /\p{Script=Han}/u.test(this.node.textContent) ? 'zh-Hans' : '';
   }
 
-  light(numbers) {
-    for (const { isMark, node, numbers: own } of this.shown) {
-      if (isMark) node.classList.toggle('lit', own.some((number) => numbers.includes(number)));
+  /** Highlight the words of the boxes with these numbers. */
+  highlight(numbers) {
+    for (const part of this.parts) {
+      if (part.isMark) part.node.classList.toggle('lit', part.numbers.some((number) => numbers.includes(number)));
     }
   }
 
   /** Move the focus to the words of a box. */
   focus(number) {
-    const mark = this.shown.find(({ isMark, numbers }) => isMark && numbers.includes(number));
+    const mark = this.parts.find(({ isMark, numbers }) => isMark && numbers.includes(number));
     mark?.node.focus({ preventScroll: true });
     mark?.node.scrollIntoView({ block: 'nearest' });
   }
 
-  #mark(segment) {
+  #createMark(segment) {
     const words = document.createTextNode('');
     const badges = element('span', { class: 'badges' }, NO_BREAK);
-    const made = { node: element('span', { class: 'ref' }, words, badges), words, badges, numbers: [] };
-    this.#updateMark(made, segment);
-    return made;
+    const mark = { node: element('span', { class: 'ref' }, words, badges), words, badges, numbers: [] };
+    this.#updateMark(mark, segment);
+    return mark;
   }
 
   #updateMark(mark, { text, boxes }) {
@@ -70,19 +72,20 @@ export class TextView {
     }
   }
 
+  /** Make a mark a button for its first box. */
   #makeButton(mark, box) {
     const { node } = mark;
-    const follow = () => this.on.follow(box.number);
+    const follow = () => this.callbacks.follow(box.number);
     node.tabIndex = 0;
     node.setAttribute('role', 'button');
     node.classList.add('linked');
     colour(node, box);
-    node.addEventListener('pointerenter', () => this.on.hover(mark.numbers));
-    node.addEventListener('pointerleave', () => this.on.hover([]));
-    node.addEventListener('focus', () => this.on.focus(mark.numbers));
-    node.addEventListener('blur', () => this.on.focus([]));
-    // Pointer clicks keep the focus; a screen reader's click moves it to the box, as a key does.
-    node.addEventListener('click', (event) => (event.detail ? this.on.show(box.number) : follow()));
+    node.addEventListener('pointerenter', () => this.callbacks.hover(mark.numbers));
+    node.addEventListener('pointerleave', () => this.callbacks.hover([]));
+    node.addEventListener('focus', () => this.callbacks.focus(mark.numbers));
+    node.addEventListener('blur', () => this.callbacks.focus([]));
+    // A pointer's click does not move the focus. A screen reader's click (detail 0) moves it to the box, as a key does.
+    node.addEventListener('click', (event) => (event.detail ? this.callbacks.show(box.number) : follow()));
     node.addEventListener('keydown', (event) => {
       if (event.key !== 'Enter' && event.key !== ' ') return;
       event.preventDefault();

@@ -1,4 +1,4 @@
-/** View of a turn: question with images, answer with boxes. */
+/** View of a turn: its question with images, its answer with boxes. */
 
 import { parseAnswer } from './answer_text.js';
 import { element, icon, iconButton } from './dom.js';
@@ -8,32 +8,33 @@ import { clearWords, setWords } from './language.js';
 
 export class TurnView {
   /**
-   * @param {object} turn of conversation.js
+   * @param {object} turn see conversation.js
    * @param {number} number of the turn, from 1
-   * @param {object[]} images all of the conversation up to this turn
-   * @param {object} on
-   * @param {() => void} on.edit, on.retry, on.copy, on.key
+   * @param {object[]} images all images of the conversation up to this turn
+   * @param {object} callbacks
+   * @param {() => void} callbacks.edit, callbacks.retry, callbacks.copy, callbacks.key: actions of the buttons; `key`
+   *   lets the user enter an API key
    */
-  constructor(turn, number, images, on) {
+  constructor(turn, number, images, callbacks) {
     this.turn = turn;
-    this.on = on;
+    this.callbacks = callbacks;
     this.images = images;
-    this.lit = { hover: [], focus: [] };
-    const lights = {
-      hover: (numbers) => this.#light({ hover: numbers }),
-      focus: (numbers) => this.#light({ focus: numbers }),
+    this.highlighted = { hover: [], focus: [] }; // numbers of boxes under the pointer and with the focus
+    const highlights = {
+      hover: (numbers) => this.#highlight({ hover: numbers }),
+      focus: (numbers) => this.#highlight({ focus: numbers }),
     };
     const show = (box) => this.figure?.show(box);
-    this.text = new TextView({ ...lights, show, follow: (box) => this.figure?.focus(box) });
+    this.text = new TextView({ ...highlights, show, follow: (box) => this.figure?.focus(box) });
     const image = images.at(-1);
-    const figureOn = { ...lights, follow: (box) => this.text.focus(box) };
-    this.figure = image ? new BoxFigure(image, images.length, figureOn) : null;
+    const figureCallbacks = { ...highlights, follow: (box) => this.text.focus(box) };
+    this.figure = image ? new BoxFigure(image, images.length, figureCallbacks) : null;
 
     this.waiting = element('p', { class: 'waiting', text: 'answering' });
     this.problem = element('div', { class: 'problem', role: 'alert' });
     this.note = element('p', { class: 'note' });
-    this.copy = iconButton('copy', 'copy', on.copy);
-    this.retry = iconButton('retry', 'retry', on.retry);
+    this.copy = iconButton('copy', 'copy', callbacks.copy);
+    this.retry = iconButton('retry', 'retry', callbacks.retry);
     this.tools = element('div', { class: 'turn-tools' }, this.copy, this.retry, this.note);
     this.said = element('div', { class: 'said' }, this.waiting, this.text.node, this.problem, this.tools);
     this.answer = element('article', { class: 'answer' }, heading('heading.answer', number), this.said);
@@ -41,7 +42,7 @@ export class TurnView {
     this.update();
   }
 
-  /** Update the view; `isLast`: whether the turn may be retried. */
+  /** Update the view; `isLast`: whether the turn is the last one, which may be retried. */
   update(isLast = true) {
     const { text, state, error } = this.turn.answer;
     const running = state === 'running';
@@ -64,28 +65,31 @@ export class TurnView {
 
   #question(number) {
     const { text, images } = this.turn.question;
-    const before = this.images.length - images.length;
+    const nEarlierImages = this.images.length - images.length;
     const thumbs = images.map((image, index) => {
-      const alt = ['image.alt', { number: before + index + 1, name: image.name }];
+      const alt = ['image.alt', { number: nEarlierImages + index + 1, name: image.name }];
       return element('img', { src: image.url, width: image.width, height: image.height, alt });
     });
-    const edit = iconButton('edit', 'edit', this.on.edit);
+    const edit = iconButton('edit', 'edit', this.callbacks.edit);
     return element(
       'article',
       { class: 'question' },
       heading('heading.question', number),
       thumbs.length ? element('div', { class: 'thumbs' }, ...thumbs) : null,
-      element('div', { class: 'asked' }, edit, element('p', { class: 'words', dir: 'auto' }, text)),
+      element('div', { class: 'question-text' }, edit, element('p', { class: 'words', dir: 'auto' }, text)),
     );
   }
 
-  #light(change) {
-    Object.assign(this.lit, change);
-    const numbers = this.lit.hover.length ? this.lit.hover : this.lit.focus;
-    this.text.light(numbers);
-    this.figure?.light(numbers);
+  /** Highlight the boxes under the pointer, or if there are none the boxes with the focus. */
+  #highlight(change) {
+    Object.assign(this.highlighted, change);
+    const { hover, focus } = this.highlighted;
+    const numbers = hover.length ? hover : focus;
+    this.text.highlight(numbers);
+    this.figure?.highlight(numbers);
   }
 
+  /** Show the note below an answer that has ended: why it ended early, or its numbers of tokens and seconds. */
   #showNote() {
     const { state, finish, usage, seconds, text } = this.turn.answer;
     if (state === 'stopped') setWords(this.note, 'text', 'answer.stopped');
@@ -100,10 +104,11 @@ export class TurnView {
     this.problem.replaceChildren();
     if (!error) return;
     const { kind, seconds } = error;
-    const waits = seconds > 0 && ['busy', 'unready'].includes(kind);
-    const words = waits ? [`error.${kind}.seconds`, { seconds }] : `error.${kind}`;
-    const act = error.kind === 'key' ? [this.on.key, 'key', 'key.enter'] : [this.on.retry, 'retry', 'retry'];
-    const button = element('button', { type: 'button', onclick: act[0] }, icon(act[1]), element('span', { text: act[2] }));
+    const hasRetryTime = seconds > 0 && ['busy', 'unready'].includes(kind);
+    const words = hasRetryTime ? [`error.${kind}.seconds`, { seconds }] : `error.${kind}`;
+    const { key, retry } = this.callbacks;
+    const [onclick, iconName, label] = kind === 'key' ? [key, 'key', 'key.enter'] : [retry, 'retry', 'retry'];
+    const button = element('button', { type: 'button', onclick }, icon(iconName), element('span', { text: label }));
     this.problem.append(
       element('p', { text: words }),
       error.detail ? element('p', { class: 'detail', lang: 'en' }, error.detail) : '',
@@ -112,6 +117,7 @@ export class TurnView {
   }
 }
 
+/** Create a heading for screen readers. */
 function heading(key, number) {
   return element('h2', { class: 'visually-hidden', text: [key, { number }] });
 }

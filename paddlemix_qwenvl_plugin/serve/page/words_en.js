@@ -1,4 +1,4 @@
-/** English texts of the page. Functions take the values of their placeholders. */
+/** English texts of the page by their keys. A text with placeholders is a function of their values. */
 export const en = {
   'language.code': 'en',
   'language.other': '中文',
