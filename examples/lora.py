@@ -30,12 +30,9 @@ def make_adapter(folder: Path) -> Path:
     """Write an adapter of rank 1, in PEFT's format, that swaps the rows of BROWN and BLUE in lm_head."""
     demo = Checkpoint(CHECKPOINT)
     [(_, lm_head)] = demo.tensors({"lm_head.weight": demo.language["lm_head.weight"]}, "float32", out_in=True)
-    # lm_head + B A: the difference of the two rows is added to row BROWN and subtracted from row BLUE.
-    a = lm_head[[BLUE]] - lm_head[[BROWN]]
-    b = np.zeros([len(lm_head), 1], np.float32)
-    b[BROWN], b[BLUE] = 1, -1
-    module = "base_model.model.lm_head"
-    tensors = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    a, b = lm_head[[BLUE]] - lm_head[[BROWN]], np.zeros([len(lm_head), 1], np.float32)
+    b[BROWN], b[BLUE] = 1, -1  # B A adds the difference of the two rows to BROWN and subtracts it from BLUE
+    tensors = {f"base_model.model.lm_head.lora_{name}.weight": value for name, value in (("A", a), ("B", b))}
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
     return folder
