@@ -3,8 +3,8 @@
     python examples/batch.py
     python examples/batch.py --requests requests.jsonl --model out/vision/vision out/text/qwen
 
-A request is a line such as {"image": "street.png", "question": "Is there a dog?"}; relative paths are resolved against
-the file's folder. The first command prints
+A request is a line such as {"image": "street.png", "question": "Is there a dog?"}; relative paths of images start in
+the folder of the requests file. The first command prints
 
     {"image": "pair-1.png", "question": "Describe the picture.", "answer": "A large brown triangle."}
     {"image": "caption.png", "question": "How many triangles are there?", "answer": "There are two triangles."}
@@ -41,7 +41,7 @@ def main() -> None:
     requests = []
     for row in rows:
         parts = [{"image": (folder / row["image"]).read_bytes()}, {"text": row["question"]}]
-        # Each request has its own options, and gets the same tokens as without a batch.
+        # Each request has its own options, and gets the same tokens as alone.
         requests.append(Request(parts, GenerationOptions(max_new_tokens=128), chat=True))
     answers = open_model(arguments).generate_batch(requests)
     for row, answer in zip(rows, answers):

@@ -34,8 +34,8 @@ def main() -> None:
     model = open_model(arguments)
     for path in sorted(arguments.folder.iterdir()):
         if path.suffix.lower() in SUFFIXES:
-            # The base model's format: the unmodified prompt, without ChatML. A path could replace the bytes, but it
-            # would be part of the prompt, which limits a path to 256 bytes.
+            # chat=False: the base form, in which the prompt is used without ChatML. The image is passed as bytes,
+            # because a path would become part of the prompt and may have only 256 bytes.
             parts = [{"image": path.read_bytes()}, {"text": arguments.prompt}]
             answer = model.generate(parts, chat=False, max_new_tokens=128)
             print(f"{path.name:13} {answer.text.strip()}")

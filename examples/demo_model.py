@@ -24,7 +24,7 @@ IMAGES = MODEL.with_name("images")
 
 
 def stages() -> tuple[Path, Path]:
-    """Prefixes of the demo model's vision and language stage, exported now unless they are in the cache."""
+    """Prefixes of the demo model's vision and language stages, which are exported unless they are in the cache."""
     return demo_stages(lambda line: print(line, file=sys.stderr))
 
 

@@ -35,7 +35,7 @@ def main() -> None:
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     for number, box in enumerate(answer.boxes, start=1):
-        xs, ys = zip(*box.to_pixels(*image.size))  # a box has two corners, a quad four
+        xs, ys = zip(*box.to_pixels(*image.size))  # two corners of a box, or four of a quad
         left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
         crop = image.crop((math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)))
         crop.save(arguments.out / f"crop-{number}.png")

@@ -3,7 +3,7 @@
     python examples/lora.py
     python examples/lora.py --checkpoint qwen-vl-chat-7b --adapter output_qwen --question "Where is the dog?"
 
-The first command makes an adapter that swaps two words, and prints
+The first command creates an adapter that swaps two words, and prints
 
     base   The circle is brown.
     lora   The circle is blue.
@@ -23,16 +23,16 @@ from safetensors.numpy import save_file
 from paddlemix_qwenvl_plugin import QwenVL, export_language, export_vision
 from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 
-BROWN, BLUE = 503, 548  # the demo model's tokens
+BROWN, BLUE = 503, 548  # the ids of these words in the demo model's vocabulary
 
 
 def make_adapter(folder: Path) -> Path:
-    """Write an adapter of rank 1, in PEFT's format, that swaps the rows of two tokens in lm_head."""
+    """Write an adapter of rank 1, in PEFT's format, that swaps the rows of BROWN and BLUE in lm_head."""
     demo = Checkpoint(CHECKPOINT)
-    [(_, head)] = demo.tensors({"lm_head.weight": demo.language["lm_head.weight"]}, "float32", out_in=True)
-    halves = {"A": head[[BLUE]] - head[[BROWN]], "B": np.zeros([len(head), 1], np.float32)}
-    halves["B"][BROWN], halves["B"][BLUE] = 1, -1
-    tensors = {f"base_model.model.lm_head.lora_{half}.weight": values for half, values in halves.items()}
+    [(_, lm_head)] = demo.tensors({"lm_head.weight": demo.language["lm_head.weight"]}, "float32", out_in=True)
+    a, b = lm_head[[BLUE]] - lm_head[[BROWN]], np.zeros([len(lm_head), 1], np.float32)
+    b[BROWN], b[BLUE] = 1, -1  # B A adds the difference of the two rows to BROWN and subtracts it from BLUE
+    tensors = {f"base_model.model.lm_head.lora_{name}.weight": value for name, value in (("A", a), ("B", b))}
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
     return folder

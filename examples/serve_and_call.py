@@ -28,7 +28,7 @@ def server(*flags: str) -> Iterator[str]:
     command = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "serve", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            # If this line is missing, the server did not start; stderr has the reason.
+            # The server prints "Serving … URL" when it is ready. If it does not start, stderr has the reason.
             yield next(line.split()[-1] for line in process.stdout or () if line.startswith("Serving "))
         finally:
             process.terminate()
@@ -40,16 +40,16 @@ def main() -> None:
     flags.add_argument("--question", default="Draw a box around the blue heart in the centre.")
     arguments = flags.parse_args()
 
-    serve = ["--demo"]
+    model_flags = ["--demo"]
     if arguments.model:
-        serve = ["--first_model_path", arguments.model[0], "--second_model_path", arguments.model[1]]
+        model_flags = ["--first_model_path", arguments.model[0], "--second_model_path", arguments.model[1]]
     data = base64.b64encode(arguments.image.read_bytes()).decode()
     image = {"type": "image_url", "image_url": {"url": f"data:;base64,{data}"}}
     text = {"type": "text", "text": arguments.question}
     request = {"model": "qwen-vl-chat", "messages": [{"role": "user", "content": [image, text]}]}
-    with server("--port", "0", "--device", arguments.device, "--log_level", "warning", *serve) as address:
-        reply = httpx.post(f"{address}/v1/chat/completions", json=request, timeout=600, trust_env=False)
-    message = reply.raise_for_status().json()["choices"][0]["message"]
+    with server("--port", "0", "--device", arguments.device, "--log_level", "warning", *model_flags) as url:
+        response = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=600, trust_env=False)
+    message = response.raise_for_status().json()["choices"][0]["message"]
     print(message["content"])
     for box in message["boxes"]:
         print(box["ref"], box["pixels"])

@@ -16,9 +16,11 @@
 
 #include "qwenvl.h"
 
-enum { SIDE = 128, QUERIES = 256, HIDDEN = 256, MAX_NEW = 32, END_OF_TEXT = 676, IMG = 890 };
+enum { SIDE = 128, QUERIES = 256, HIDDEN = 256, MAX_NEW = 32 };
+/* Tokens <|endoftext|>, <img> and </img>. */
+enum { END_OF_TEXT = 676, IMG = 890, IMG_END = 891 };
 
-/* "Picture 1:" and "\nGenerate the caption in English:", as QwenVL.tokenizer.encode has them. */
+/* Token ids of "Picture 1:" and "\nGenerate the caption in English:", from QwenVL.tokenizer.encode. */
 static const int32_t before[] = {265, 32, 49, 58};
 static const int32_t after[] = {10, 385, 297, 382, 323, 483, 58};
 enum { N_BEFORE = sizeof before / sizeof *before, N_AFTER = sizeof after / sizeof *after };
@@ -29,7 +31,7 @@ static void check(qvl_status status, const qvl_error* error) {
   exit(1);
 }
 
-/* An engine for one stage, on the parameter file of its export, which it maps. */
+/* Create an engine for one stage, on the stage's memory-mapped parameter file. */
 static qvl_engine* open_stage(const char* prefix, uint32_t stage) {
   qvl_config config = QVL_INIT(qvl_config);
   config.stages = stage;
@@ -63,7 +65,7 @@ static qvl_engine* open_stage(const char* prefix, uint32_t stage) {
   return engine;
 }
 
-/* A red circle on white, float32 [3, SIDE, SIDE], normalised as the model was trained. */
+/* Draw a red circle on white: float32 [3, SIDE, SIDE], normalised as in the model's training. */
 static void draw(float* pixels) {
   static const float mean[] = {0.48145466f, 0.4578275f, 0.40821073f};
   static const float deviation[] = {0.26862954f, 0.26130258f, 0.27577711f};
@@ -76,10 +78,11 @@ static void draw(float* pixels) {
       }
 }
 
-/* Print tokens with the vocabulary beside the language stage: line i has the base64 of token i, and i. */
+/* Print tokens as text. Line i of the vocabulary, in the folder of the language stage, has the base64 of the
+ * bytes of token i, and i. */
 static void print_tokens(const char* prefix, int32_t n, const int32_t* tokens) {
   static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-  static char words[1024][64];
+  static char vocabulary[1024][64];
   char path[4096];
   const char* slash = strrchr(prefix, '/');
   snprintf(path, sizeof path, "%.*sqwen.tiktoken", slash ? (int)(slash - prefix + 1) : 0, prefix);
@@ -88,11 +91,11 @@ static void print_tokens(const char* prefix, int32_t n, const int32_t* tokens) {
     fprintf(stderr, "caption: %s: cannot be opened\n", path);
     exit(1);
   }
-  for (int i = 0; i < 1024 && fscanf(file, "%63s %*d", words[i]) == 1;) ++i;
+  for (int i = 0; i < 1024 && fscanf(file, "%63s %*d", vocabulary[i]) == 1;) ++i;
   fclose(file);
   for (int32_t i = 0; i < n; ++i) {
-    unsigned bits = 0, n_bits = 0;
-    for (const char* c = words[tokens[i]]; *c != '\0' && *c != '='; ++c) {
+    unsigned bits = 0, n_bits = 0; /* bits that are not printed yet: the lowest n_bits of `bits` */
+    for (const char* c = vocabulary[tokens[i]]; *c != '\0' && *c != '='; ++c) {
       bits = bits << 6 | (unsigned)(strchr(digits, *c) - digits);
       if ((n_bits += 6) >= 8) putchar((int)(bits >> (n_bits -= 8) & 255));
     }
@@ -114,11 +117,11 @@ int main(int argc, char** argv) {
   draw(pixels);
   check(qvl_encode_images(vision, 1, pixels, features, NULL, &error), &error);
 
-  /* Picture 1:<img>, 256 positions that take the features, </img>, the question. */
+  /* Picture 1:<img>, 256 image slots for the features, </img>, the instruction. */
   int32_t prompt[N_BEFORE + 1 + QUERIES + 1 + N_AFTER] = {0};
   memcpy(prompt, before, sizeof before);
   prompt[N_BEFORE] = IMG;
-  prompt[N_BEFORE + 1 + QUERIES] = IMG + 1;
+  prompt[N_BEFORE + 1 + QUERIES] = IMG_END;
   memcpy(prompt + N_BEFORE + QUERIES + 2, after, sizeof after);
   const qvl_span span = {.start = N_BEFORE + 1, .count = QUERIES, .features = features};
   const qvl_request request = {.n_tokens = sizeof prompt / sizeof *prompt,
@@ -133,7 +136,8 @@ int main(int argc, char** argv) {
   check(qvl_generate(language, NULL, 1, &request, sizeof request, 1, stop, NULL, NULL, MAX_NEW, tokens,
                      &result, NULL, &error),
         &error);
-  print_tokens(argv[2], result.n_tokens - (result.finish == QVL_FINISH_END), tokens);
+  const int32_t n_stop = result.finish == QVL_FINISH_END; /* the stop token is not printed */
+  print_tokens(argv[2], result.n_tokens - n_stop, tokens);
   qvl_engine_free(vision);
   qvl_engine_free(language);
   return 0;
