@@ -35,7 +35,7 @@ def test_rows_end_on_their_own(golden: Callable[[str], Any], engine: str, extens
     features = np.concatenate([features.numpy()] * 3)
     places = [[row, *place] for row in range(3) for _, *place in model.img_pos.tolist()]
     ids = np.repeat(model.input_ids, 3, axis=0)
-    feed = stock_feed(model.config, ids, features, np.array(places), max_new=9, ends=[end])
+    feed = stock_feed(model.config, ids, features, np.array(places), max_new=9, stop_ids=[end])
     feed[MAX_LENGTH][2], feed[STOP_FLAGS][1] = 3, True
     stock = Stage(f"{model.language}{extension}", "language", "cpu").open()
 

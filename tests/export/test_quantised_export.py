@@ -10,7 +10,7 @@ import paddle
 import pytest
 from adapter_folders import write_adapter
 from engines import needs_compiler
-from quantised_folders import CONFIG, Variant, copy_of_tool, write_quantised, write_tensors
+from quantised_folders import CONFIG, Variant, copy_tool_folder, write_quantised, write_tensors
 from stock_inputs import stock_feed
 
 from paddlemix_qwenvl_plugin import QwenVL, UsageError, export_language, export_vision
@@ -153,7 +153,7 @@ def test_the_export_names_its_storage(exported):
 @pytest.mark.parametrize("tool", ["auto_gptq", "auto_awq", "act_order"])
 @STEPS
 def test_logits_are_those_of_the_tool(tmp_path, monkeypatch, tool, one_by_one):
-    figures = copy_of_tool(tool, tmp_path / "model")
+    figures = copy_tool_folder(tool, tmp_path / "model")
     export_language(tmp_path / "model", tmp_path / "text", "qwen")
     logits = engine_logits(tmp_path / "text" / "qwen", figures["tokens"], monkeypatch, one_by_one)
     np.testing.assert_allclose(logits, figures["logits"], atol=1e-3, rtol=0)

@@ -110,7 +110,7 @@ def test_stock_graph_and_predictor_agree(tiny_exported, engine, min_new, penalti
         max_new=12,
         lengths=lengths,
         min_new=min_new,
-        ends=ends,
+        stop_ids=ends,
         penalties=penalties,
     )
     tokens = Stage(prefix, "language", "cpu").open()(feed)[-1].numpy()
