@@ -174,14 +174,18 @@ def test_read_tensors(contract: int, quant_type: str, tiny_exported: Path, tmp_p
 def test_parameters_are_sorted_by_name(form: str, tiny_exported: Path, tmp_path: Path) -> None:
     """Files of version 2 rely on this order. With twelve layers, since "h.10" sorts before "h.2"."""
     config = Checkpoint(tiny_exported / "model").config.model_copy(update={"num_hidden_layers": 12})
-    program = Program("", LanguageModel, step_inputs, lambda model, inputs: Step(model)(*inputs[:7], inputs[7:]))
+    program = Program(
+        "", LanguageModel, step_inputs, lambda model, inputs: Step(model)(*inputs[:7], inputs[7:])
+    )
     names = list(save_program(program, config, "float32", "float32", form, tmp_path / "program"))
     assert names == sorted(names)
     assert names.index("h.10.ln_1.weight") < names.index("h.2.ln_1.weight")
 
 
 @pytest.mark.parametrize("extension", [".json", ".pdmodel"])
-def test_a_stage_of_version_2_gives_the_same_completion(extension: str, exported: Path, tiny_exported: Path) -> None:
+def test_a_stage_of_version_2_gives_the_same_completion(
+    extension: str, exported: Path, tiny_exported: Path
+) -> None:
     completions = []
     for root in (exported, tiny_exported):
         stages = (root / "vision" / f"vision{extension}", root / "text" / f"qwen{extension}")
@@ -199,10 +203,7 @@ def test_a_stage_of_version_2_gives_the_same_completion(extension: str, exported
 def test_values_that_are_not_finite(dtype: str, value: float, tmp_path: Path) -> None:
     values = np.ones([3, 5], np.float32)
     values[1, 2] = value
-    if dtype == "bfloat16":
-        stored = (values.view(np.uint32) >> 16).astype("<u2")
-    else:
-        stored = values.astype(dtype)
+    stored = (values.view(np.uint32) >> 16).astype("<u2") if dtype == "bfloat16" else values.astype(dtype)
     path = tmp_path / "a.pdiparams"
     with pytest.raises(QwenVLError, match=r"wte\.weight: 1 of its values"):
         write_params(
@@ -226,7 +227,9 @@ def test_damaged_records(damage: str, exported: Path) -> None:
     elif damage == "length":
         data[16:20] = struct.pack("<i", 1 << 20)
     else:
-        position, byte = {"magic": (magic, b"x"), "type": (magic + 4, b"\x63"), "name": (magic + 16, b"Z")}[damage]
+        position, byte = {"magic": (magic, b"x"), "type": (magic + 4, b"\x63"), "name": (magic + 16, b"Z")}[
+            damage
+        ]
         data[position : position + 1] = byte
     path.write_bytes(data)
     manifest = json.loads(manifest_file.read_text())

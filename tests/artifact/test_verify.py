@@ -25,7 +25,6 @@ from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-
 # `digest_of_samples` reads 64 samples of SAMPLE bytes, at equal distances from the beginning to the end of the file.
 SAMPLE = 1 << 16
 
@@ -60,7 +59,9 @@ def test_opening_a_small_stage_detects_every_flipped_bit(prefix: Path) -> None:
     """Even a bit outside of the samples: a small file is read completely."""
     path, size = params_path(prefix), params_path(prefix).stat().st_size
     starts = [(size - SAMPLE) * i // 63 for i in range(64)]
-    outside = [start + SAMPLE + 3 for start, following in zip(starts, starts[1:]) if following > start + SAMPLE + 3]
+    outside = [
+        start + SAMPLE + 3 for start, following in zip(starts, starts[1:]) if following > start + SAMPLE + 3
+    ]
     assert len(outside) > 30
     for offset in outside[::10]:
         before = digest_of_samples(path)

@@ -26,7 +26,7 @@ def error(weight, values, gram):
 
 
 def column_by_column(weight, hessian, order, scales, zeros, top):
-    """Integers of Optimal Brain Surgeon in float64, with an explicit inverse; eliminates each column after rounding it."""
+    """Optimal Brain Surgeon in float64: round each column, then eliminate it from the explicit inverse Hessian."""
     remaining, inverse = weight.astype(np.float64), np.linalg.inv(hessian.astype(np.float64))
     group = weight.shape[1] // scales.shape[1]
     integers = np.zeros_like(remaining)
