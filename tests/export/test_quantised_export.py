@@ -37,7 +37,7 @@ VARIANTS = [
     Variant("awq", group=64),
 ]
 IDS = ["-".join(str(value) for value in variant if value) for variant in VARIANTS]
-COMPUTE_FLOAT32 = 1  # of the configuration in csrc/include/qwenvl.h
+COMPUTE_FLOAT32 = 1  # QVL_COMPUTE_FLOAT32 in csrc/include/qwenvl.h
 
 
 class Float32Config(c.Config):
