@@ -173,7 +173,7 @@ def test_products_against_float64(library: ctypes.CDLL, kind: str, out: int, wid
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4_g64", "uint4_g32"])
 @pytest.mark.parametrize(("out", "width"), [(470, 1100)])
-def test_a_row_does_not_depend_on_other_rows(library: ctypes.CDLL, kind: str, out: int, width: int) -> None:
+def test_a_row_does_not_depend_on_the_others(library: ctypes.CDLL, kind: str, out: int, width: int) -> None:
     product, x = Product(library, KINDS[kind], out, width), rows(66, width)
     alone = np.concatenate([product.run(x[i : i + 1]) for i in (0, 7)])
     for n in (8, 17, 66):

@@ -1,6 +1,6 @@
-// Hopper's instructions on the host, in place of csrc/cuda/kernels/hopper.cuh. They take effect as late, and in
-// as random an order, as the hardware allows: a thread executes the copies in random order, and products are
-// computed when a thread waits for them.
+// Hopper's instructions on the host, in place of csrc/cuda/kernels/hopper.cuh. They take effect as late, and
+// in as random an order, as the hardware allows: a thread executes the copies in random order, and products
+// are computed when a thread waits for them.
 #pragma once
 
 #include <functional>
@@ -85,7 +85,7 @@ template <int n>
 inline void settle(float (&)[n]) {}
 
 // A thread's part of d [64, N] = a [64, 16] b [N, 16]^T, plus d if `add`: the rows g and g + 8 of the warp's
-// 16 rows, and the columns 8 j + 2 t and 8 j + 2 t + 1. a(upper, k): value k of row g or, if `upper` is 1, g + 8.
+// 16 rows, and the columns 8 j + 2 t and 8 j + 2 t + 1. a(upper, k): value k of row g (upper: g + 8).
 template <int N, class A>
 inline void add_products(float* d, A&& a, uint64 b, int add) {
   const int t = threadIdx.x % 4;
