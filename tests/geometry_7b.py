@@ -49,10 +49,10 @@ def write_model(folder: Path, sizes: dict[str, Any], dtype: str) -> Path:
     # so rows of a matrix differ.
     pattern = np.random.default_rng(0).standard_normal(1048573).astype(np.float32)
     weight_map: dict[str, str] = {}
-    for number, group in enumerate(shards({**language_specs(config), **vision_specs(config)})):
+    for number, specs in enumerate(shards({**language_specs(config), **vision_specs(config)})):
         shard = {
             name if name == "lm_head.weight" else f"transformer.{name}": values(pattern, name, spec, dtype)
-            for name, spec in group.items()
+            for name, spec in specs.items()
         }
         file = f"model-{number:05d}.safetensors"
         safetensors_file.write(folder / file, shard, dtype)
@@ -95,10 +95,8 @@ def gptq_tensors(
         n_in, n_out = spec.shape
         layer, groups = stored[: -len(".weight")], n_in // group
         yield f"{layer}.qweight", rng.integers(-(2**31), 2**31, [n_in // 8, n_out], np.int32)
-        yield (
-            f"{layer}.qzeros",
-            np.full([groups, n_out // 8], 0x77777777, np.int32),
-        )  # zero points 8, stored less 1
+        # Zero points 8, which GPTQ stores less 1.
+        yield f"{layer}.qzeros", np.full([groups, n_out // 8], 0x77777777, np.int32)
         yield f"{layer}.scales", np.full([groups, n_out], 0.1 / n_in**0.5, np.float16)
         yield f"{layer}.g_idx", rng.permutation(n_in).astype(np.int32) // group
 

@@ -43,7 +43,7 @@ CONFIG: dict[str, Any] = {
     },
 }
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
-# AWQ's int32 word has eight integers of 4 bits. The index of the output in each of them, from the low bits up.
+# AWQ packs the 4-bit integers of eight outputs into an int32 word; their order in the word, from the low bits up.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -168,7 +168,7 @@ def write_quantised(folder: Path, variant: Variant) -> dict[str, np.ndarray]:
 
 
 def copy_tool_folder(name: str, folder: Path) -> dict[str, np.ndarray]:
-    """Copy a language model that a tool wrote, and add a random vision tower; return the tool's outputs, by layer."""
+    """Copy a language model that a tool wrote, and add a random vision tower; return the tool's recorded outputs."""
     shutil.copytree(BY_TOOLS / name, folder)
     config = json.loads((folder / "config.json").read_text())
     vision = {

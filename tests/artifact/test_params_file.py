@@ -33,6 +33,23 @@ KINDS = {
 }
 
 
+def product_of_dims(data: bytes) -> int:
+    """Product of the dimensions in a protobuf message: varints, each after the byte 0x10."""
+    product, position = 1, 0
+    while position < len(data):
+        assert data[position] == 0x10
+        dim, shift = 0, 0
+        while True:
+            position += 1
+            dim |= (data[position] & 127) << shift
+            shift += 7
+            if data[position] < 128:
+                break
+        product *= dim
+        position += 1
+    return product
+
+
 def parse(data: bytes) -> dict[str, tuple[str, tuple[int, ...], int, bytes]]:
     """Parse a file by the description of the format: name -> (storage type, shape, offset of the values, values)."""
     found, offset = {}, 0
@@ -50,16 +67,7 @@ def parse(data: bytes) -> dict[str, tuple[str, tuple[int, ...], int, bytes]]:
         assert first & 128
         assert second & 128
         assert (first & 127) + (second & 127) * 128 + third * 16384 == len(content) + 4
-        # `count` is the product of the dimensions: varints, each after the byte 0x10; value -1 means that it has begun.
-        dims, count, shift, value = head[2:-4], 1, 0, 0
-        for byte in dims:
-            if shift == 0 and value == 0 and byte == 0x10:
-                value = -1
-                continue
-            value = max(value, 0) | (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                count, shift, value = count * value, 0, 0
+        count = product_of_dims(head[2:-4])
         code, n_dims, n_name = struct.unpack_from("<BBH", content)
         shape = struct.unpack_from(f"<{n_dims}q", content, 4)
         name = content[4 + 8 * n_dims : 4 + 8 * n_dims + n_name].decode()
@@ -91,13 +99,11 @@ def convert_to_version_2(prefix: Path) -> None:
     """Convert an exported stage to contract version 2."""
     tensors = parse(params_path(prefix).read_bytes())
     types = {kind: number for kind, number, _ in KINDS.values()}
-    write_version_2(
-        params_path(prefix),
-        [
-            (types[kind], (len(raw),) if kind.startswith("int") else shape, raw)
-            for kind, shape, _, raw in (tensors[name] for name in sorted(tensors))
-        ],
-    )
+    records = []
+    for name in sorted(tensors):
+        kind, shape, _, raw = tensors[name]
+        records.append((types[kind], (len(raw),) if kind.startswith("int") else shape, raw))
+    write_version_2(params_path(prefix), records)
     path = manifest_path(prefix)
     data = json.loads(path.read_text())
     data["contract"] = 2
@@ -227,10 +233,10 @@ def test_damaged_records(damage: str, exported: Path) -> None:
     elif damage == "length":
         data[16:20] = struct.pack("<i", 1 << 20)
     else:
-        position, byte = {"magic": (magic, b"x"), "type": (magic + 4, b"\x63"), "name": (magic + 16, b"Z")}[
-            damage
-        ]
-        data[position : position + 1] = byte
+        positions = {"magic": magic, "type": magic + 4, "name": magic + 16}
+        values = {"magic": b"x", "type": b"\x63", "name": b"Z"}
+        position = positions[damage]
+        data[position : position + 1] = values[damage]
     path.write_bytes(data)
     manifest = json.loads(manifest_file.read_text())
     manifest["weights"] = FileDigest.of(path).model_dump()

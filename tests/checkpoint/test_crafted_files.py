@@ -60,15 +60,15 @@ def table_with_array(shape: bytes, code: bytes = text("f4"), content: bytes = b"
 # Content of the pickle -> (its bytes, pattern of the message).
 PICKLES = {
     "a function": (table_with(b"cos\nsystem\n" + text("touch ran") + b"\x85R"), "imports os.system"),
-    "a call in a call": (
+    "a function returned by a function": (
         table_with(b"cbuiltins\ngetattr\ncbuiltins\n__import__\n" + text("os") + b"\x85R" + text("system") + b"\x86R"),
         "imports builtins.getattr",
     ),
     "a dotted name": (b"\x80\x04" + text("collections") + text("OrderedDict.fromkeys") + b"\x93.", "imports"),
     "an instance": (b"\x80\x02(icollections\nOrderedDict\n.", "has the operation b'i'"),
-    "a class called by the old operation": (b"\x80\x02(ccollections\nOrderedDict\no.", "has the operation b'o'"),
-    "an extension": (b"\x80\x02\x82\x01.", "has the operation"),
-    "a buffer outside": (b"\x80\x05\x97.", "has the operation"),
+    "a class called by the opcode OBJ": (b"\x80\x02(ccollections\nOrderedDict\no.", "has the operation b'o'"),
+    "an object of the extension registry": (b"\x80\x02\x82\x01.", "has the operation"),
+    "an out-of-band buffer": (b"\x80\x05\x97.", "has the operation"),
     "a set": (b"\x80\x04\x8f(" + nested(40) + b"\x90.", "has the operation"),
     "a number of a million digits": (b"\x80\x02L" + b"9" * 1_000_000 + b"L\n.", "has the operation b'L'"),
     "a key that takes forever to hash": (table_with(b"N", key=nested(60)), "a key that is not text"),
@@ -84,15 +84,15 @@ PICKLES = {
     ),
     "a table that holds itself": (b"\x80\x02}q\x00" + text("a") + b"h\x00s.", "a is not a tensor"),
     "a list that holds itself": (b"\x80\x02]q\x00h\x00a.", "holds no table"),
-    "thousands of lists in each other": (table_with(b"]" * 100_000 + b"a" * 99_999), "a is not a tensor"),
-    "operations without end": (b"\x80\x02" + b"N0" * 1_500_000 + b".", "more than 300000 operations"),
+    "lists nested 100,000 deep": (table_with(b"]" * 100_000 + b"a" * 99_999), "a is not a tensor"),
+    "millions of opcodes": (b"\x80\x02" + b"N0" * 1_500_000 + b".", "more than 300000 operations"),
     "copies of a long list": (
         table_with(b"](" + b"N" * 100_000 + b"eq\x00" + b"cbuiltins\ntuple\nh\x00\x85R" * 20_000),
         "a tuple in it is not a",
     ),
-    "a length of bytes that lies": (b"\x80\x02B\xff\xff\xff\x7f.", "truncated"),
+    "a wrong length of bytes": (b"\x80\x02B\xff\xff\xff\x7f.", "truncated"),
     "a length of 2^63 bytes": (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.", "truncated"),
-    "a frame that lies": (b"\x80\x04\x95" + b"\xff" * 6 + b"\0\0.", "truncated"),
+    "a wrong length of a frame": (b"\x80\x04\x95" + b"\xff" * 6 + b"\0\0.", "truncated"),
     "a memo of gigabytes": (b"\x80\x02}r\xff\xff\xff\x7f.", "no table"),
     "text longer than its frame": (b"\x80\x04\x95\x08" + bytes(7) + b"X\x00\x10\x00\x00abc" + b"." * 5000, "truncated"),
     "a shape of floats": (table_with_array(b"G\x3f\xf0\0\0\0\0\0\0\x85"), "no valid shape"),
@@ -105,8 +105,8 @@ PICKLES = {
     "a size of 2^64": (table_with_array(b"\x8a\x09" + b"\0" * 8 + b"\x01\x85"), "no valid shape"),
     "a hundred thousand dimensions": (table_with_array(b"(" + b"K\x01" * 100_000 + b"t"), "no valid shape"),
     "an array of objects": (table_with_array(b"K\x01\x85", code=text("O8")), "holds no numbers"),
-    "an array of text": (table_with_array(b"K\x01\x85", code=text("U1")), "holds no numbers"),
-    "parts of a tensor that lie": (
+    "an array of strings": (table_with_array(b"K\x01\x85", code=text("U1")), "holds no numbers"),
+    "a split tensor with a missing part": (
         b"\x80\x02}" + text("UnpackBigParamInfor@@") + b"}" + text("a") + b"}" + text("slices") + b"](" + text("b")
         + b"es" + text("OriginShape") + b"K\x01\x85sss.",
         "truncated",

@@ -15,10 +15,8 @@ from paddlemix_qwenvl_plugin.export.export import export_language
 NOT_BUILT = "the engine is not built, and QWENVL_NO_BUILD is set: run qwenvl build-engine"
 
 
-def run_without_engine(
-    folder: Path, *arguments: object, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a command with an empty cache of engines and QWENVL_NO_BUILD; `variables` overrides the environment."""
+def run_command(folder: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with an empty cache of engines and QWENVL_NO_BUILD, unless `variables` overrides them."""
     no_engine = {"QWENVL_CACHE_DIR": str(folder / "empty"), "QWENVL_NO_BUILD": "1"}
     return subprocess.run(
         [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", *map(str, arguments)],
@@ -36,12 +34,12 @@ def messages(result: subprocess.CompletedProcess[str]) -> list[str]:
 
 def test_export(tiny_exported: Path, tmp_path: Path) -> None:
     flags = ("--model_name_or_path", tiny_exported / "model", "--save_path", tmp_path / "vision")
-    result = run_without_engine(tmp_path, "export-vision", *flags)
+    result = run_command(tmp_path, "export-vision", *flags)
     assert result.returncode == 0, result.stderr[-2000:]
     assert messages(result) == [f"qwenvl: {NOT_BUILT}. Falling back to the portable graph"]
     assert set(read_manifest(tmp_path / "vision", "vision").programs) == {"vision.json", "vision.pdmodel"}
 
-    result = run_without_engine(tmp_path, "export-vision", *flags, "--engine", "fused")
+    result = run_command(tmp_path, "export-vision", *flags, "--engine", "fused")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].endswith(NOT_BUILT)
 
@@ -51,17 +49,15 @@ def test_predict(tiny_exported: Path, tmp_path: Path) -> None:
     stages = ("--first_model_path", tiny_exported / "vision" / "vision")
     stages += ("--second_model_path", tiny_exported / "text" / "qwen")
     arguments = ("predict", *stages, "--prompt", "What is it?", "--max_new_tokens", 4)
-    with_engine = run_without_engine(
-        tmp_path, *arguments, QWENVL_CACHE_DIR=os.environ.get("QWENVL_CACHE_DIR", "")
-    )
-    without_engine = run_without_engine(tmp_path, *arguments)
+    with_engine = run_command(tmp_path, *arguments, QWENVL_CACHE_DIR=os.environ.get("QWENVL_CACHE_DIR", ""))
+    without_engine = run_command(tmp_path, *arguments)
     assert with_engine.returncode == without_engine.returncode == 0, without_engine.stderr[-2000:]
     assert messages(with_engine) == []
     assert messages(without_engine) == [f"qwenvl: {NOT_BUILT}. Falling back to the portable graph"]
     assert with_engine.stdout == without_engine.stdout != ""
-    assert messages(run_without_engine(tmp_path, *arguments, QWENVL_ENGINE="portable")) == []
+    assert messages(run_command(tmp_path, *arguments, QWENVL_ENGINE="portable")) == []
 
-    required = run_without_engine(tmp_path, *arguments, QWENVL_ENGINE="fused")
+    required = run_command(tmp_path, *arguments, QWENVL_ENGINE="fused")
     assert required.returncode == 1
     assert required.stderr.splitlines()[-1].endswith(NOT_BUILT)
 
@@ -71,6 +67,6 @@ def test_quantised_weights_need_the_engine(tiny_exported: Path, tmp_path: Path) 
     export_language(tiny_exported / "model", tmp_path / "text", "qwen", quant_type="weight_only_int8")
     stages = ("--first_model_path", tiny_exported / "vision" / "vision")
     stages += ("--second_model_path", tmp_path / "text" / "qwen")
-    result = run_without_engine(tmp_path, "predict", *stages, "--prompt", "What is it?")
+    result = run_command(tmp_path, "predict", *stages, "--prompt", "What is it?")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].endswith(NOT_BUILT)

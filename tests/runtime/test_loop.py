@@ -39,7 +39,7 @@ def inputs_of(generation: Generation, tokens: Sequence[int]) -> list[Any]:
     return [*inputs, *((token, True) for token in tokens)]
 
 
-def expected(generation: Generation) -> list[int]:
+def completion(generation: Generation) -> list[int]:
     """The completion of a request, computed without the loop."""
     tokens: list[int] = []
     while len(tokens) < generation.options.max_new_tokens and (not tokens or tokens[-1] != STOP):
@@ -47,8 +47,8 @@ def expected(generation: Generation) -> list[int]:
     return tokens
 
 
-class PagedMemory:
-    """Executor whose KV cache contains the inputs at each position; it picks a token from those in the block table.
+class FakeExecutor:
+    """Executor with the inputs themselves in the KV cache; it computes a token from those in the block table.
 
     Checks that each step is within the limits, contains all decoding requests, and does not write to shared blocks.
 
@@ -117,8 +117,8 @@ class PagedMemory:
         return generation.blocks[position // self.limits.block_tokens], position % self.limits.block_tokens
 
 
-def open_loop(limits: Limits) -> tuple[Loop, PagedMemory]:
-    executor = PagedMemory(limits)
+def open_loop(limits: Limits) -> tuple[Loop, FakeExecutor]:
+    executor = FakeExecutor(limits)
     loop = executor.loop = Loop(executor)
     return loop, executor
 
@@ -150,18 +150,21 @@ def random_request(rng: random.Random, context: int) -> Generation:
 @given(
     seed=st.integers(0, 10**6),
     block_tokens=st.sampled_from([1, 3, 4, 8]),
-    spare=st.integers(0, 30),
+    n_spare_blocks=st.integers(0, 30),
     max_running=st.integers(1, 9),
     step_tokens=st.sampled_from([9, 12, 32]),
     ahead=st.booleans(),
 )
-def test_completions_equal_those_without_the_loop(seed, block_tokens, spare, max_running, step_tokens, ahead):
+def test_completions_equal_those_without_the_loop(
+    seed, block_tokens, n_spare_blocks, max_running, step_tokens, ahead
+):
     context = 96
-    limits = Limits(max_running, step_tokens, -(-context // block_tokens) + spare, block_tokens, ahead=ahead)
+    n_blocks = -(-context // block_tokens) + n_spare_blocks
+    limits = Limits(max_running, step_tokens, n_blocks, block_tokens, ahead=ahead)
     check(random.Random(seed), limits, context, n_requests=30)
 
 
-def check(rng: random.Random, limits: Limits, context: int, n_requests: int) -> PagedMemory:
+def check(rng: random.Random, limits: Limits, context: int, n_requests: int) -> FakeExecutor:
     """Run random requests that join at random and are cancelled at random; compare their completions."""
     loop, executor = open_loop(limits)
     requests, cancelled, active = [], set(), []
@@ -178,7 +181,7 @@ def check(rng: random.Random, limits: Limits, context: int, n_requests: int) -> 
         loop.step()
         active = [generation for generation in active if not generation.finished]
     for generation in requests:
-        tokens = expected(generation)
+        tokens = completion(generation)
         if generation.finish_reason == "cancelled":
             assert generation in cancelled
             assert generation.tokens == tokens[: len(generation.tokens)]
@@ -238,15 +241,15 @@ def test_a_failed_step_ends_only_its_requests(monkeypatch):
         patch.setattr(executor, "start", fail)
         with pytest.raises(QwenVLError, match="out of memory"):
             loop.advance(first, 0)
-    loop.advance(second, len(expected(second)) - 1)
-    assert second.tokens == expected(second)
+    loop.advance(second, len(completion(second)) - 1)
+    assert second.tokens == completion(second)
 
 
 def test_an_interrupted_step_is_computed_again(monkeypatch):
     """After an interruption, as by Ctrl-C, no result of the interrupted step is used."""
     loop, executor = open_loop(Limits(4, 64, 64, 8))
     generation = Generation([1] * 21, [], [STOP], GenerationOptions(max_new_tokens=9))
-    assert len(expected(generation)) > 2
+    assert len(completion(generation)) > 2
     loop.submit(generation)
     loop.advance(generation, 1)
     start = executor.start
@@ -261,7 +264,7 @@ def test_an_interrupted_step_is_computed_again(monkeypatch):
             loop.advance(generation, 2)
     while not generation.finished:
         loop.advance(generation, len(generation.tokens))
-    assert generation.tokens == expected(generation)
+    assert generation.tokens == completion(generation)
 
 
 def test_logits_that_are_not_finite_end_the_request(monkeypatch):
@@ -297,4 +300,4 @@ def test_requests_of_several_threads():
     assert not errors
     for generations in requests:
         for generation in generations:
-            assert generation.tokens == expected(generation)
+            assert generation.tokens == completion(generation)

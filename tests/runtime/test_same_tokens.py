@@ -31,7 +31,7 @@ STORAGE = [
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Optional[str]], QwenVL]:
-    """The demo model in the given storage types."""
+    """Function that opens the demo model with the given storage types."""
     models: dict[Any, QwenVL] = {}
 
     def get(dtype: str, quant_type: Optional[str]) -> QwenVL:
@@ -51,17 +51,18 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Optional[
 
 
 def alone(vl: QwenVL, request: RandomRequest) -> list[int]:
-    """The answer on a separate loop, without cached content."""
+    """The completion on a new loop, without cached content."""
     without_cache(vl)
     return request.start(vl).finish().token_ids
 
 
-def small_steps(executor: EngineExecutor, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+def set_step_tokens(executor: EngineExecutor, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     monkeypatch.setattr(executor, "limits", dataclasses.replace(executor.limits, step_tokens=tokens))
 
 
 @pytest.mark.parametrize(("dtype", "quant_type"), STORAGE)
 def test_same_tokens_alone_batched_chunked_and_cached(opened, monkeypatch, dtype, quant_type):
+    """Alone; in a batch of 64, with small steps that chunk prompts; and again, with prefixes in the cache."""
     vl = opened(dtype, quant_type)
     rng = random.Random(dtype)
     requests = [RandomRequest(vl, rng) for _ in range(64)]
@@ -70,7 +71,7 @@ def test_same_tokens_alone_batched_chunked_and_cached(opened, monkeypatch, dtype
 
     executor = vl._loop._executor
     for step_tokens in (512, 96, 71):
-        small_steps(executor, monkeypatch, step_tokens)
+        set_step_tokens(executor, monkeypatch, step_tokens)
         without_cache(vl)
         streams = (request.start(vl) for request in requests)
         together = [answer.token_ids for answer in vl.finish_all(streams, 64)]
@@ -103,15 +104,15 @@ def test_one_step_ahead(opened, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "quant_type"), STORAGE)
 def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
-    """In a pool of one context, in which requests preempt each other."""
+    """With so few blocks that requests preempt each other."""
     vl = opened(dtype, quant_type)
     rng = random.Random(1)
     requests = [RandomRequest(vl, rng, max_new_below=90, image_probability=0) for _ in range(24)]
     expected = [alone(vl, request) for request in requests]
     context = vl.config.max_position_embeddings
     n_blocks = context // 32
-    small = EngineExecutor(*vl._stages, n_blocks=n_blocks)
-    monkeypatch.setattr(vl, "_loop", Loop(small))
+    executor = EngineExecutor(*vl._stages, n_blocks=n_blocks)
+    monkeypatch.setattr(vl, "_loop", Loop(executor))
     # Leave 8 blocks for the requests, so that they preempt each other.
     held = [vl._loop._scheduler.pool.allocate() for _ in range(n_blocks - 8)]
     preempted = []  # number of generated tokens at each preemption
@@ -129,7 +130,7 @@ def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
 
 
 def test_after_an_interrupted_step(opened, monkeypatch):
-    """Ctrl-C after the engine picked a token that is then discarded: penalties count generated tokens only."""
+    """Ctrl-C discards a token that the engine has picked: penalties do not count it."""
     vl = opened("float32", None)
     rng = random.Random(2)
     request = RandomRequest(vl, rng)
