@@ -232,20 +232,21 @@ def test_report(quantised, model, rows, tmp_path):
         assert error == pytest.approx(expected, rel=2e-3), key
         assert error < nearest
 
-    pairs = [(original(row), changed(row)) for row in held_out]
+    # For each row, (states, tokens) of the original and of the quantised model.
+    outputs = [(original(row), changed(row)) for row in held_out]
     for layer in range(2):
-        before = np.concatenate([states[layer] for (states, _), _ in pairs])
-        after = np.concatenate([states[layer] for _, (states, _) in pairs])
+        before = np.concatenate([states[layer] for (states, _), _ in outputs])
+        after = np.concatenate([states[layer] for _, (states, _) in outputs])
         expected = np.linalg.norm(after - before) / np.linalg.norm(before)
         assert report["layers"][layer]["states"] == pytest.approx(expected, rel=1e-3)
-    differs = []
-    for row, ((_, tokens_before), (_, tokens_after)) in zip(held_out, pairs):
+    changed_tokens = []
+    for row, ((_, tokens_before), (_, tokens_after)) in zip(held_out, outputs):
         answer = slice(row.n_prompt - 1, len(row.input_ids) - 1)  # positions that predict the answer's tokens
-        differs.append(tokens_before[answer] != tokens_after[answer])
+        changed_tokens.append(tokens_before[answer] != tokens_after[answer])
     assert report["held_out"] == {
-        "tokens": sum(int(row.sum()) for row in differs),
-        "of_tokens": sum(map(len, differs)),
-        "rows": sum(bool(row.any()) for row in differs),
+        "tokens": sum(int(row.sum()) for row in changed_tokens),
+        "of_tokens": sum(map(len, changed_tokens)),
+        "rows": sum(bool(row.any()) for row in changed_tokens),
         "of_rows": 2,
     }
     assert report["bytes"] == sum(path.stat().st_size for path in quantised.glob("*.safetensors"))

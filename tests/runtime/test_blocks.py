@@ -9,6 +9,7 @@ from paddlemix_qwenvl_plugin.runtime.blocks import BlockPool
 
 KEYS = [b"a", b"b", b"c", b"d"]
 
+# (allocate, number of blocks), (release, held sequence), (register, held sequence, key), (share, keys).
 operations = st.lists(
     st.one_of(
         st.tuples(st.just("allocate"), st.integers(1, 3)),
@@ -41,7 +42,7 @@ class PlainPool:
         return found
 
     def may_allocate(self, block: int) -> bool:
-        """Whether a free block is one without a key, or, if all free blocks have keys, the one released first.
+        """Whether the pool may allocate a free block: one without a key, or, if all have keys, the one released first.
 
         Of blocks that were released together, the last one of the sequence goes first.
         """
