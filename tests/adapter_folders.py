@@ -15,9 +15,9 @@ from paddlemix_qwenvl_plugin.checkpoint.tensors import language_specs
 def write_adapter(
     folder: Path, config: ModelConfig, seed: int, size: float = 0.4, rank: int = 4, dtype: str = "float32"
 ) -> Path:
-    """An adapter of all layers' matrices, whose updates have standard deviations of about `size` / 20.
+    """Write an adapter of all linear weights of the blocks; its updates have a standard deviation of about `size` / 20.
 
-    With `dtype` bfloat16 the values are float32 numbers that are exact in bfloat16.
+    With `dtype` bfloat16 the file holds float32 values that are exact in bfloat16.
     """
     folder.mkdir()
     random = np.random.default_rng(seed)
@@ -25,12 +25,14 @@ def write_adapter(
     for name, spec in language_specs(config).items():
         if spec.linear and name.startswith("h."):
             module = f"base_model.model.transformer.{name[: -len('.weight')]}"
-            a, b = (rank, spec.shape[0]), (spec.shape[1], rank)
-            tensors[f"{module}.lora_A.weight"] = random.standard_normal(a).astype(np.float32) * 0.1
-            tensors[f"{module}.lora_B.weight"] = random.standard_normal(b).astype(np.float32) * size / 8
+            n_in, n_out = spec.shape
+            tensors[f"{module}.lora_A.weight"] = random.standard_normal((rank, n_in)).astype(np.float32) * 0.1
+            tensors[f"{module}.lora_B.weight"] = (
+                random.standard_normal((n_out, rank)).astype(np.float32) * size / 8
+            )
     if dtype == "bfloat16":
         for values in tensors.values():
-            values.view(np.uint32)[...] &= 0xFFFF0000
+            values.view(np.uint32)[...] &= 0xFFFF0000  # the upper half of a float32 is a bfloat16
     elif dtype == "float16":
         tensors = {name: values.astype(np.float16) for name, values in tensors.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"))

@@ -26,7 +26,7 @@ needs_chromium = pytest.mark.skipif(
 
 
 class Browser:
-    """Chromium with a log of its console and, optionally, of its requests."""
+    """Chromium with a log of its console and, with `log_requests`, of its requests."""
 
     def __init__(self, arguments: Sequence[str] = (), log_requests: bool = True) -> None:
         webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install -e '.[dev]'")
@@ -73,12 +73,12 @@ class Browser:
         ]
 
     def screenshot(self) -> Any:
-        """The whole page, int16 [H, W, 3]."""
+        """The page in its full height, int16 [H, W, 3]: signed, so that screenshots can be subtracted."""
         width, height = self.js("const e = document.documentElement; return [e.clientWidth, e.scrollHeight]")
-        shot = self.call(
+        capture = self.call(
             "Page.captureScreenshot",
             captureBeyondViewport=True,
             clip={"x": 0, "y": 0, "width": width, "height": height, "scale": 1},
         )
-        with Image.open(io.BytesIO(base64.b64decode(shot["data"]))) as image:
+        with Image.open(io.BytesIO(base64.b64decode(capture["data"]))) as image:
             return np.asarray(image.convert("RGB"), np.int16)

@@ -19,14 +19,14 @@ from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Under nohup and in background jobs these are ignored, which the commands started by tests would inherit.
+# Under nohup and in background jobs these signals are ignored, and the commands that tests start would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def _no_handler_left() -> Iterator[None]:
-    """Remove log handlers that a test has installed: their stream, the captured stderr, is closed."""
+def _remove_log_handlers() -> Iterator[None]:
+    """Remove the log handlers that a test has installed: pytest closes their stream, the captured stderr."""
     root = logging.getLogger()
     before = list(root.handlers)
     yield
@@ -37,13 +37,13 @@ def _no_handler_left() -> Iterator[None]:
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Engine setting, parametrized over ENGINES."""
+    """Run the test with each engine setting of ENGINES."""
     monkeypatch.setenv("QWENVL_ENGINE", request.param)
     return str(request.param)
 
 
 class Golden:
-    """A golden model: its folder (PaddleMIX names, float32), its exports, and upstream's figures."""
+    """A golden model: its folder (PaddleMIX names, float32), its exports, and upstream's outputs as `figures`."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
@@ -65,7 +65,7 @@ class Golden:
 
     @property
     def images(self) -> np.ndarray:
-        """The images of the reference figures (tests/golden/README.md)."""
+        """The images for which upstream computed `figures` (tests/golden/README.md)."""
         n_images = len(self.figures["features_every_16th_query"])
         return np.random.RandomState(101).randn(n_images, 3, 448, 448).astype("float32")
 
@@ -80,16 +80,16 @@ class Golden:
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Golden]:
-    """Export golden model "a" or "b" in float32, once per session."""
-    made: dict[str, Golden] = {}
+    """Function that returns golden model "a" or "b", exported in float32 at its first use."""
+    models: dict[str, Golden] = {}
 
     def get(name: str) -> Golden:
-        if name not in made:
+        if name not in models:
             model = Golden(name, tmp_path_factory.mktemp(f"golden-{name}"))
             export_vision(model.folder, model.vision, engine="auto")
             export_language(model.folder, model.language.parent, model.language.name, engine="auto")
-            made[name] = model
-        return made[name]
+            models[name] = model
+        return models[name]
 
     return get
 

@@ -1,4 +1,4 @@
-"""Corrupt weights in exports: values that this version never exports."""
+"""Corrupt weights in exported stages: values that this version never exports, with a manifest that fits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from paddlemix_qwenvl_plugin.artifact.params_file import read_tensors
 
 
 def corrupt(prefix: Path, name: str, value: float, n: int = 1) -> None:
-    """Write `value` to the first n numbers of a weight, and update the manifest to the corrupted file."""
+    """Write `value` to the first n numbers of the weight `name`; update the digests in the manifest."""
     path, manifest = params_path(prefix), read_manifest(prefix)
     entry = next(entry for entry in read_tensors(path, manifest) if entry.name == name)
     if entry.dtype == "bfloat16":
+        # The upper half of a float32 is a bfloat16.
         numbers = (np.full(n, value, np.float32).view(np.uint32) >> 16).astype(np.uint16)
     else:
         numbers = np.full(n, value, entry.dtype)

@@ -1,4 +1,4 @@
-"""The two kinds of programs in an export, for tests that run on each."""
+"""Engine settings for tests: the portable graph and the engine program."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ENGINES = ["portable", pytest.param("fused", marks=needs_compiler)]
 
 
 def open_model(vision: Path, language: Path, engine: str, model: Optional[Path] = None) -> QwenVL:
-    """Open a model on these programs, for use by several tests."""
+    """Open and load a model with the engine setting `engine`, for a fixture that several tests share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWENVL_ENGINE", engine)
         vl = QwenVL.from_exported(vision, language, model)
-        vl._loop.load(vision=True)
+        vl._loop.load(vision=True)  # now, while QWENVL_ENGINE is set
     return vl

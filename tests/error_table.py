@@ -19,12 +19,12 @@ _UPDATE = os.environ.get("QWENVL_TEST_UPDATE_ERRORS") == "1"
 
 
 def cells_of(line: str) -> list[str]:
-    """Split a line of a table into its cells."""
+    r"""Split a line of a table into its cells, at each | that is not escaped as \|."""
     return [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
 def table_rows() -> Iterator[list[str]]:
-    """The cells of every table line, in the document's order."""
+    """Yield the cells of each table line, in the document's order."""
     return map(cells_of, DOCUMENT.read_text("utf-8").splitlines())
 
 
@@ -34,7 +34,7 @@ def matches(pattern: str, text: str) -> bool:
 
 
 def check(what: str, pattern: str, text: str) -> None:
-    """Compare a case's message with its row, or rewrite the row in update mode."""
+    """Compare the message `text` with `pattern`, from the row of the case `what`; in update mode, rewrite the row."""
     if _UPDATE and not matches(pattern, text):
         document = DOCUMENT.read_text("utf-8")
         reworded = [_reworded(line, what, pattern, text) for line in document.split("\n")]
@@ -47,5 +47,5 @@ def check(what: str, pattern: str, text: str) -> None:
 def _reworded(line: str, what: str, pattern: str, text: str) -> str:
     if not line.startswith("|") or cells_of(line)[:1] != [what]:
         return line
-    old, new = (f"`{words}`".replace("|", r"\|") for words in (pattern, text))
+    old, new = (f"`{message}`".replace("|", r"\|") for message in (pattern, text))
     return line.replace(old, new)

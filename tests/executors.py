@@ -1,4 +1,4 @@
-"""Executors for tests: one that records the calls of another, and one that generates scripted tokens."""
+"""Executors for tests: `Recording` records the calls of another executor, `Scripted` generates given tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 
 
 class Recording:
-    """Forward all calls. `done` records "encode" for each image and the number of tokens of each step."""
+    """Executor that forwards all calls. `done` records "encode" for each image and each step's number of tokens."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
@@ -26,7 +26,7 @@ class Recording:
 
     @property
     def steps(self) -> list[int]:
-        return [each for each in self.done if isinstance(each, int)]
+        return [entry for entry in self.done if isinstance(entry, int)]
 
     def load(self, vision: bool) -> None:
         self._executor.load(vision)
@@ -45,14 +45,19 @@ class Recording:
 
 
 class Scripted:
-    """Generate `script(prompt)` token by token without computing anything. `prompts` records the prompts."""
+    """Executor that generates `script(prompt)` token by token, without a model.
+
+    `prompts` records the prompts; `steps` records (computed tokens before the step, tokens of the step) of each chunk.
+    """
 
     def __init__(
         self, vl: QwenVL, script: Callable[[list[int]], Iterable[int]], limits: Optional[Limits] = None
     ) -> None:
         context = vl.config.max_position_embeddings
-        self.limits = limits or Limits(256, 512, 4 * context // 32, 32)
-        self._shape = [vl.config.visual.n_queries, vl.config.hidden_size]
+        self.limits = limits or Limits(
+            max_running=256, step_tokens=512, n_blocks=4 * context // 32, block_tokens=32
+        )
+        self._features_shape = [vl.config.visual.n_queries, vl.config.hidden_size]
         self._script = script
         self.prompts: list[list[int]] = []
         self.steps: list[list[tuple[int, int]]] = []
@@ -61,7 +66,7 @@ class Scripted:
         pass
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        return np.zeros(self._shape, np.float32)
+        return np.zeros(self._features_shape, np.float32)
 
     def start(self, chunks: Sequence[Chunk]) -> Callable[[], Picked]:
         self.steps.append([(chunk.generation.n_computed, chunk.n) for chunk in chunks])
@@ -71,9 +76,9 @@ class Scripted:
             if chunk.picks:
                 if not generation.tokens:
                     self.prompts.append(generation.prompt)
-                said = list(self._script(generation.prompt))
+                completion = list(self._script(generation.prompt))
                 n = len(generation.tokens)
-                picked.append(said[n] if n < len(said) else NO_TOKEN)
+                picked.append(completion[n] if n < len(completion) else NO_TOKEN)
         return lambda: Picked(picked)
 
     def forget(self, generation: Generation) -> None:
@@ -83,8 +88,8 @@ class Scripted:
 def without_cache(vl: QwenVL) -> Loop:
     """Replace the loop of `vl` permanently by one without cached content.
 
-    Two loops on one executor share its blocks of keys and values: the older one would find its cached prefixes
-    overwritten, so it is never put back.
+    Two loops on one executor share its KV cache. The new loop overwrites cached prefixes of the old loop, so the old
+    loop is never restored.
     """
     vl._loop = Loop(vl._loop._executor)
     return vl._loop
@@ -98,7 +103,7 @@ def record(vl: QwenVL, monkeypatch: pytest.MonkeyPatch) -> Recording:
 
 
 def say(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> list[list[int]]:
-    """Make the model generate these tokens for any prompt; returns the list of recorded prompts."""
+    """Make the model generate `tokens` for every prompt. Return the list in which the prompts are recorded."""
     scripted = Scripted(vl, lambda prompt: tokens)
     monkeypatch.setattr(vl, "_loop", Loop(scripted))
     return scripted.prompts

@@ -1,10 +1,12 @@
-"""Fake CUDA driver and NVRTC in a few lines of C, for machines without them."""
+"""Fake CUDA driver and NVRTC in a few lines of C, for machines without these libraries."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
+# Up to two GPUs, "First" with the handle 0 and "Second" with the handle 7. The attributes 75 and 76 are the major and
+# minor compute capability: MAJOR.6 and, of the second GPU, (MAJOR + 1).6. 100 is CUDA_ERROR_NO_DEVICE.
 DRIVER = """
 #include <stdlib.h>
 #include <string.h>
@@ -21,7 +23,8 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 }
 """
 
-# Compiles by copying; fails if the source requests it, or if its BUILTINS are not found.
+# The compiled code is a copy of the source. Compilation fails if the source contains FAIL or if the library BUILTINS
+# cannot be opened, and aborts the process if the source contains CRASH.
 NVRTC = """
 #include <dlfcn.h>
 #include <stdlib.h>
@@ -57,7 +60,7 @@ def fake_driver(folder: Path) -> Path:
 
 
 def fake_nvrtc(path: Path, major: int, minor: int, *architectures: int, builtins: str | None = None) -> Path:
-    """Build an NVRTC of this version for these architectures; it opens the library named `builtins`."""
+    """Build an NVRTC with this version and these architectures. It opens the library `builtins`, built next to it."""
     flags = [f"-DMAJOR={major}", f"-DMINOR={minor}", f"-DARCHS={', '.join(map(str, architectures))}"]
     if builtins is not None:
         _library(path.with_name(builtins), "", f"-Wl,-soname,{builtins}")

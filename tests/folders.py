@@ -1,4 +1,4 @@
-"""Write the golden weights in each upstream's form: three naming schemes, two layouts, several file formats."""
+"""Folders with the golden weights in every upstream form: three naming schemes, two layouts, four file formats."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 import paddle
 from safetensors.numpy import save_file
 
+# Weights of linear layers, by PaddleMIX's names: [in, out] there, [out, in] in Hugging Face's checkpoints.
 LINEAR = re.compile(
     r"(c_attn|c_proj|w1|w2|c_fc|in_proj|out_proj|kv_proj|lm_head)\.weight$|attn_pool\.attn\.in_proj_weight$"
 )
 
 
 def rename(name: str, scheme: str) -> str:
-    """PaddleMIX's name of a tensor -> the name in another scheme."""
+    """Translate PaddleMIX's name of a tensor to the naming scheme `scheme`."""
     if scheme == "paddlemix":
         return name
     if scheme == "static":
@@ -35,14 +36,15 @@ def renamed(weights: dict[str, np.ndarray], scheme: str, transpose: bool) -> dic
 
 
 def cut_in_ranks(weights: dict[str, np.ndarray], n_ranks: int) -> list[dict[str, np.ndarray]]:
-    """Cut PaddleMIX's weights as PaddleNLP does for tensor parallelism (`split_or_merge_func`)."""
+    """Split PaddleMIX's weights between ranks, as PaddleNLP does for tensor parallelism (`split_or_merge_func`)."""
     ranks: list[dict[str, np.ndarray]] = [{} for _ in range(n_ranks)]
     for name, value in weights.items():
-        key = re.sub(r"\.h\.\d+\.", ".", name)
+        key = re.sub(r"\.h\.\d+\.", ".", name)  # without the number of the layer
         columns = ("lm_head.weight", "transformer.llm.mlp.w1.weight", "transformer.llm.mlp.w2.weight")
         rows = ("wte.weight", "mlp.c_proj.weight", "attn.c_proj.weight")
         if key.startswith("transformer.llm.attn.c_attn."):
-            blocks = np.split(value, 3 * n_ranks, axis=-1)  # q1 q2 k1 k2 v1 v2
+            # Queries, keys and values, each in one block per rank; for two ranks: q1 q2 k1 k2 v1 v2.
+            blocks = np.split(value, 3 * n_ranks, axis=-1)
             parts = [np.concatenate(blocks[rank::n_ranks], axis=-1) for rank in range(n_ranks)]
         elif key in columns:
             parts = np.split(value, n_ranks, axis=-1)
@@ -63,6 +65,7 @@ def write(folder: Path, config: Path, weights: dict[str, np.ndarray], kind: str)
     if not kind.startswith("sharded"):
         _write_file(folder / name, weights)
         return folder
+    # Three shards and their index.
     stem, extension = name.rsplit(".", 1)
     weight_map = {}
     for i in range(3):

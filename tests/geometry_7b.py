@@ -1,4 +1,4 @@
-"""Models with the sizes of the real 7B model and random weights, for a test and a benchmark."""
+"""Models with the layer sizes of the real 7B model and random weights, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
 from paddlemix_qwenvl_plugin.checkpoint.dtypes import cast
 from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_specs, vision_specs
 
-# One layer of each kind.
+# One layer of the language model and one of the vision tower.
 CONFIG: dict[str, Any] = {
     "hidden_size": 4096,
     "num_hidden_layers": 1,
@@ -41,17 +41,18 @@ CONFIG: dict[str, Any] = {
 
 
 def write_model(folder: Path, sizes: dict[str, Any], dtype: str) -> Path:
-    """Write a safetensors folder with Hugging Face's names and [out, in] layout, one shard in memory at a time."""
+    """Write a safetensors folder with Hugging Face's names and [out, in] layout, with one shard in memory at a time."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(sizes))
     config = parse_config(sizes, "test")
-    # A short pattern repeated: generating gigabytes of random numbers would take longer than the test.
+    # A repeated pattern: generating gigabytes of random numbers would take longer than the test. Its length is prime,
+    # so rows of a matrix differ.
     pattern = np.random.default_rng(0).standard_normal(1048573).astype(np.float32)
     weight_map: dict[str, str] = {}
-    for number, group in enumerate(shards({**language_specs(config), **vision_specs(config)})):
+    for number, specs in enumerate(shards({**language_specs(config), **vision_specs(config)})):
         shard = {
             name if name == "lm_head.weight" else f"transformer.{name}": values(pattern, name, spec, dtype)
-            for name, spec in group.items()
+            for name, spec in specs.items()
         }
         file = f"model-{number:05d}.safetensors"
         safetensors_file.write(folder / file, shard, dtype)
@@ -61,18 +62,19 @@ def write_model(folder: Path, sizes: dict[str, Any], dtype: str) -> Path:
 
 
 def write_gptq(folder: Path, sizes: dict[str, Any], group: int = 128) -> Path:
-    """Write a GPTQ folder of 4 bits with act-order and random integers, one shard for each block."""
+    """Write a 4-bit GPTQ folder with act-order and random integers; one shard for each layer."""
     folder.mkdir(exist_ok=True)
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": True}
     (folder / "config.json").write_text(json.dumps({**sizes, "quantization_config": quantization}))
     config, rng = parse_config(sizes, "test"), np.random.default_rng(0)
     weight_map: dict[str, str] = {}
 
-    def block(item: tuple[str, TensorSpec]) -> str:
+    def layer_of(item: tuple[str, TensorSpec]) -> str:
+        # The first two parts of the tensor's name, such as "h.0".
         return ".".join(item[0].split(".")[:2])
 
-    specs = sorted({**language_specs(config), **vision_specs(config)}.items(), key=block)
-    for number, (_, group_specs) in enumerate(groupby(specs, key=block)):
+    specs = sorted({**language_specs(config), **vision_specs(config)}.items(), key=layer_of)
+    for number, (_, group_specs) in enumerate(groupby(specs, key=layer_of)):
         shard = dict(gptq_tensors(group_specs, group, rng))
         save_file(shard, str(folder / f"model-{number:05d}.safetensors"))
         weight_map.update(dict.fromkeys(shard, f"model-{number:05d}.safetensors"))
@@ -83,31 +85,32 @@ def write_gptq(folder: Path, sizes: dict[str, Any], group: int = 128) -> Path:
 def gptq_tensors(
     specs: Iterable[tuple[str, TensorSpec]], group: int, rng: np.random.Generator
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Tensors of GPTQ in place of the blocks' matrices, the others as they are."""
+    """Yield GPTQ's tensors in place of the layers' linear weights, and the other tensors in float16."""
     for name, spec in specs:
         stored = name if name == "lm_head.weight" else f"transformer.{name}"
-        n_in, n_out = (*spec.shape, 1)[:2]
         if not spec.linear or not name.startswith("h."):
             shape = spec.shape[::-1] if spec.linear else spec.shape
             yield stored, np.full(shape, 0.01, np.float16)
             continue
+        n_in, n_out = spec.shape
         layer, groups = stored[: -len(".weight")], n_in // group
         yield f"{layer}.qweight", rng.integers(-(2**31), 2**31, [n_in // 8, n_out], np.int32)
+        # Zero points 8, which GPTQ stores less 1.
         yield f"{layer}.qzeros", np.full([groups, n_out // 8], 0x77777777, np.int32)
         yield f"{layer}.scales", np.full([groups, n_out], 0.1 / n_in**0.5, np.float16)
         yield f"{layer}.g_idx", rng.permutation(n_in).astype(np.int32) // group
 
 
 def shards(specs: dict[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
-    """At most 12 tensors at a time."""
+    """Split the specs into shards of at most 12 tensors."""
     names = list(specs)
     for first in range(0, len(names), 12):
         yield {name: specs[name] for name in names[first : first + 12]}
 
 
 def values(pattern: NDArray[np.float32], name: str, spec: TensorSpec, dtype: str) -> NDArray[np.generic]:
-    """Matrices of variance 0.25 / inputs keep activations small; embeddings and vectors have variance 1."""
+    """Values of a tensor. Matrices have variance 0.25 / n_in, to keep activations small; embeddings and vectors 1."""
     shape = spec.shape[::-1] if spec.linear else spec.shape
-    inputs = spec.shape[0] if spec.linear else shape[-1]
-    scale = 1.0 if len(shape) == 1 or name == "wte.weight" else 0.5 / np.sqrt(inputs)
+    n_in = spec.shape[0] if spec.linear else shape[-1]
+    scale = 1.0 if len(shape) == 1 or name == "wte.weight" else 0.5 / np.sqrt(n_in)
     return np.resize(cast(pattern * np.float32(scale), "float32", dtype, name), shape)

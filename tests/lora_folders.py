@@ -23,32 +23,32 @@ import lora_base as base  # noqa: E402
 
 
 def write_base(folder: Path, scheme: str = "paddlemix", **config: Any) -> Path:
-    """Write the adapters' base model: PaddleMIX's [in, out], or Hugging Face's names with [out, in]."""
+    """Write the adapters' base model; matrices are [in, out], with Hugging Face's names [out, in]."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**base.CONFIG, **config}))
-    tensors = {SCHEMES["paddlemix"].name(name): values for name, values in base.weights().items()}
-    tensors = renamed(tensors, scheme, transpose=scheme == "huggingface")
-    save_file(tensors, str(folder / "model.safetensors"))
+    values = {SCHEMES["paddlemix"].name(name): value for name, value in base.weights().items()}
+    values = renamed(values, scheme, transpose=scheme == "huggingface")
+    save_file(values, str(folder / "model.safetensors"))
     return folder
 
 
-def copied(adapter: str, folder: Path) -> Path:
+def copy_adapter(adapter: str, folder: Path) -> Path:
     return Path(shutil.copytree(LORA / adapter, folder))
 
 
-def settings(folder: Path, **changes: Any) -> None:
+def change_settings(folder: Path, **changes: Any) -> None:
     """Change keys of the adapter's config; None removes a key."""
     [path] = [*folder.glob("adapter_config.json"), *folder.glob("lora_config.json")]
     data = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
 
 
-def tensors(folder: Path) -> dict[str, np.ndarray]:
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """The tensors of an adapter in safetensors form, read by the safetensors library."""
     return load_file(folder / "adapter_model.safetensors")
 
 
-def save(folder: Path, values: dict[str, np.ndarray]) -> None:
+def save_tensors(folder: Path, values: dict[str, np.ndarray]) -> None:
     if (folder / "adapter_config.json").exists():
         save_file(values, str(folder / "adapter_model.safetensors"))
     else:
@@ -57,25 +57,27 @@ def save(folder: Path, values: dict[str, np.ndarray]) -> None:
 
 
 def make_peft(folder: Path, values: dict[str, np.ndarray], **config: Any) -> Path:
-    """An adapter folder as PEFT writes it, with these tensors (names without the prefix)."""
+    """Write an adapter folder as PEFT does, with these tensors; PEFT's prefix is put before their names."""
     folder.mkdir()
     data = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}
     (folder / "adapter_config.json").write_text(json.dumps(data))
-    save(folder, {f"base_model.model.{name}": value for name, value in values.items()})
+    save_tensors(folder, {f"base_model.model.{name}": value for name, value in values.items()})
     return folder
 
 
-def pair(module: str, n_in: int, n_out: int, rank: int = 2, seed: str = "") -> dict[str, np.ndarray]:
-    """The two halves of PEFT's update of a module."""
+def update_tensors(
+    module: str, n_in: int, n_out: int, rank: int = 2, seed: str = ""
+) -> dict[str, np.ndarray]:
+    """The tensors A and B of PEFT's low-rank update of a module."""
     return {
         f"{module}.lora_A.weight": base.random(f"{seed}{module} A", rank, n_in),
         f"{module}.lora_B.weight": base.random(f"{seed}{module} B", n_out, rank),
     }
 
 
-def delta(
+def dense_update(
     values: dict[str, np.ndarray], module: str, alpha: float, rank: int, rslora: bool = False
 ) -> np.ndarray:
-    """The update of PEFT's tensors as a float64 matrix [in, out]."""
-    a, b = (values[f"{module}.lora_{half}.weight"].astype(np.float64) for half in "AB")
+    """The product of PEFT's tensors A and B, scaled: the update of a weight, float64 [in, out]."""
+    a, b = (values[f"{module}.lora_{factor}.weight"].astype(np.float64) for factor in "AB")
     return (b @ a).T * alpha / (math.sqrt(rank) if rslora else rank)

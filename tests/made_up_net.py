@@ -10,9 +10,12 @@ import pytest
 
 
 class MadeUpNet:
-    """Names with successive answers of the resolver, the last of which repeats.
+    """Patches the resolver and connections. `names` maps a name to its successive resolutions; the last one repeats.
 
-    `asked` has the resolved names, `reached` the connected addresses, in order.
+    Attributes:
+        asked: the names that were resolved, in order.
+        reached: the addresses to which a connection was opened or tried, in order.
+        dead: addresses that refuse connections.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, names: dict[str, list[list[str]]]) -> None:
@@ -32,8 +35,8 @@ class MadeUpNet:
         answers = self._names[host]
         addresses = answers.pop(0) if len(answers) > 1 else answers[0]
         return [
-            (socket.AF_INET6 if ":" in a else socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 0))
-            for a in addresses
+            (socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 0))
+            for ip in addresses
         ]
 
     def _create_connection(self, address: tuple[str, int], *args: Any, **kwargs: Any) -> socket.socket:

@@ -17,7 +17,7 @@ from paddlemix_qwenvl_plugin.checkpoint import safetensors_file, torch_file
 from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
 from paddlemix_qwenvl_plugin.tiny.make import random_weights
 
-# Written by quantization tools: golden/quantised/make.py.
+# Checkpoints that quantization tools wrote; golden/quantised/make.py runs the tools.
 BY_TOOLS = Path(__file__).parent / "golden" / "quantised"
 
 # hidden_size 256 and an MLP of 192: with group size 128, the last group of c_proj is shorter.
@@ -43,12 +43,12 @@ CONFIG: dict[str, Any] = {
     },
 }
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
-# Output of an int32 word's eight places in AWQ, from the low bits up.
+# AWQ packs the 4-bit integers of eight outputs into an int32 word; their order in the word, from the low bits up.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 class Variant(NamedTuple):
-    """How a folder is quantised; `quantizer` goes into the config's `meta`."""
+    """How a folder is quantised. `form` is the config's checkpoint_format, `quantizer` the entry in its `meta`."""
 
     method: str = "gptq"
     bits: int = 4
@@ -76,13 +76,13 @@ class Variant(NamedTuple):
         return config
 
 
-def bit_by_bit(values: np.ndarray, bits: int) -> np.ndarray:
+def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
     """Pack each column of unsigned integers [n, m] as a stream of bits into int32 words [n * bits / 32, m]."""
     words = np.zeros([len(values) * bits // 32, values.shape[1]], np.uint32)
     for i, row in enumerate(values):
         for bit in range(bits):
-            at = i * bits + bit
-            words[at // 32] |= ((row.astype(np.uint32) >> bit) & 1) << (at % 32)
+            position = i * bits + bit
+            words[position // 32] |= ((row.astype(np.uint32) >> bit) & 1) << (position % 32)
     return words.view(np.int32)
 
 
@@ -104,20 +104,21 @@ def quantised_layer(
     scales = (rng.uniform(0.5, 1.5, [groups, n_out]) * 3 / levels / n_in**0.5).astype(np.float16)
     weight = scales[g_idx].astype(np.float64) * (integers - zeros[g_idx])
     if variant.method == "awq":
-        # An input's outputs in the order of the places, as a stream of bits.
+        # For each input, its outputs in AWQ's order, as a stream of bits.
         order = np.arange(n_out).reshape(-1, 8)[:, AWQ_ORDER].ravel()
-        qweight, qzeros = (bit_by_bit(part[:, order].T, bits).T for part in (integers, zeros))
+        qweight, qzeros = (pack_bits(values[:, order].T, bits).T for values in (integers, zeros))
         return {"qweight": qweight, "qzeros": qzeros, "scales": scales}, weight.T
     if variant.form == "gptq_v2":
-        qzeros = bit_by_bit(zeros.T, bits).T
-    elif variant.quantizer:  # one less in each place, as a subtraction of whole words
-        ones = sum(1 << (bits * place) for place in range(32 // bits))
-        words = bit_by_bit(zeros.T, bits).T.view(np.uint32).astype(object)
+        qzeros = pack_bits(zeros.T, bits).T
+    elif variant.quantizer:
+        # GPTQModel subtracts 1 from each zero point by a subtraction of int32 words, with borrows between zero points.
+        ones = sum(1 << (bits * i) for i in range(32 // bits))
+        words = pack_bits(zeros.T, bits).T.view(np.uint32).astype(object)
         qzeros = ((words - ones) % 2**32).astype(np.uint32).view(np.int32)
     else:
-        qzeros = bit_by_bit((zeros.T - 1) % levels, bits).T
+        qzeros = pack_bits((zeros.T - 1) % levels, bits).T
     tensors = {
-        "qweight": bit_by_bit(integers, bits),
+        "qweight": pack_bits(integers, bits),
         "qzeros": qzeros,
         "scales": scales,
         "g_idx": g_idx.astype(np.int32),
@@ -126,7 +127,7 @@ def quantised_layer(
 
 
 def quantised_tensors(variant: Variant) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Tensors of a quantised model with Hugging Face's names, and of the same model in float32."""
+    """Tensors of a quantised model, and of the same model in float32, both with Hugging Face's names."""
     stored, dense = _quantised_tensors(variant)
     return dict(stored), dict(dense)
 
@@ -135,8 +136,8 @@ def quantised_tensors(variant: Variant) -> tuple[dict[str, np.ndarray], dict[str
 def _quantised_tensors(variant: Variant) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     weights = random_weights(parse_config(CONFIG, "test"), 0)
-    half = {name: value.astype(np.float16) for name, value in weights.items()}
-    stored = renamed(half, "huggingface", transpose=True)
+    float16 = {name: value.astype(np.float16) for name, value in weights.items()}
+    stored = renamed(float16, "huggingface", transpose=True)
     dense = {name: value.astype(np.float32) for name, value in stored.items()}
     for layer in LAYERS:
         name = f"transformer.h.0.{layer}"
@@ -166,8 +167,8 @@ def write_quantised(folder: Path, variant: Variant) -> dict[str, np.ndarray]:
     return dense
 
 
-def copy_of_tool(name: str, folder: Path) -> dict[str, np.ndarray]:
-    """Copy a language model written by a tool, add a random vision tower, and return the tool's figures."""
+def copy_tool_folder(name: str, folder: Path) -> dict[str, np.ndarray]:
+    """Copy a language model that a tool wrote, and add a random vision tower; return the tool's recorded outputs."""
     shutil.copytree(BY_TOOLS / name, folder)
     config = json.loads((folder / "config.json").read_text())
     vision = {
@@ -181,7 +182,7 @@ def copy_of_tool(name: str, folder: Path) -> dict[str, np.ndarray]:
 
 
 def _add_shard(folder: Path, language: Path, vision: dict[str, np.ndarray]) -> None:
-    """Write `vision` as a second shard next to `language`, and the index of both."""
+    """Write `vision` as a second shard next to the shard `language`, and the index of both shards."""
     shard = folder / f"vision{language.suffix}"
     if language.suffix == ".bin":
         write_bin(shard, vision, "float16")

@@ -29,11 +29,11 @@ class FakeServer(ThreadingHTTPServer):
 
     Attributes:
         answer: maps a request body to a Reply, or to its text if the finish reason is "stop".
-        refuse: maps path and body to (status, error, headers) of an error response, or to None.
+        refuse: maps path and body to (status, error, headers) of an error response, or to None to accept the request.
         requests: (path, body) of each accepted request.
         disconnected: released for each client that disconnects during a stream.
-        resume: while cleared, streams pause after their first delta.
-        truncate: close streams after their first delta.
+        resume: while cleared, streams pause after their first text.
+        truncate: close streams after their first text.
         key: required API key, if any.
         n_concurrent, max_concurrent: number of requests being answered, now and at most.
     """
@@ -111,8 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
             if body.get("stream"):
                 self._stream(reply)
                 return
-            text = {"message": {"content": reply.text}} if "messages" in body else {"text": reply.text}
-            choice = {"index": 0, "finish_reason": reply.finish_reason, **text}
+            content = {"message": {"content": reply.text}} if "messages" in body else {"text": reply.text}
+            choice = {"index": 0, "finish_reason": reply.finish_reason, **content}
             self._json(200, {"choices": [choice], "usage": reply.usage})
         finally:
             with self.server.lock:
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b": a comment\r\n\r\n")
             for number, delta in enumerate(deltas):
                 self._event({"choices": [{"index": 0, "finish_reason": None, **delta}]})
-                if number == 1:
+                if number == 1:  # the first delta with text
                     if self.server.truncate:
                         return
                     while not self.server.resume.wait(0.05):
@@ -152,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.disconnected.release()
 
     def _event(self, values: dict[str, Any]) -> None:
-        # Not escaped to ASCII, as by some servers: the client must not take U+2028 for a line end.
+        # Some servers do not escape to ASCII. The client must not take U+2028 for the end of a line.
         self.wfile.write(b"data: " + json.dumps(values, ensure_ascii=False).encode() + b"\n\n")
 
     def _json(self, status: int, values: Any, headers: Optional[dict[str, str]] = None) -> None:

@@ -8,84 +8,86 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asked import Asked
 from executors import without_cache
+from random_requests import RandomRequest
 
 from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.engine.library import device_info
 from paddlemix_qwenvl_plugin.runtime.engine_executor import EngineExecutor
 from paddlemix_qwenvl_plugin.runtime.loop import Loop
 
-DISTINCT = 60  # requests; each is repeated many times
+N_DISTINCT = 60  # different requests; each is submitted many times
 
 
 @dataclass
 class Report:
-    """Results. `grown_bytes` (process) and `taken_bytes` (GPU): growth of memory from the first fifth to the end."""
+    """Counts of events, and the growth of memory after the first fifth of the requests: of the process, of the GPU."""
 
     requests: int = 0
     cancelled: int = 0
     preempted: int = 0
     cached_tokens: int = 0
     grown_bytes: int = 0
-    taken_bytes: int = 0
+    gpu_grown_bytes: int = 0
 
 
 def soak(vl: QwenVL, monkeypatch: pytest.MonkeyPatch, n_requests: int) -> Report:
-    """Run the requests, at most 12 concurrently, and compare each answer with that of the request without a batch.
+    """Run random requests, at most 12 concurrently; compare each answer with that of the same request run alone.
 
     Raises:
-        AssertionError: an answer differs, or blocks are left in use.
+        AssertionError: an answer differs, or blocks are still in use at the end.
     """
     rng = random.Random(5)
     report = Report(n_requests)
-    asked = [Asked(vl, rng, 90) for _ in range(DISTINCT)]
+    requests = [RandomRequest(vl, rng, 90) for _ in range(N_DISTINCT)]
     expected = []
-    for each in asked:
+    for request in requests:
         without_cache(vl)
-        expected.append(each.start(vl).finish().token_ids)
+        expected.append(request.start(vl).finish().token_ids)
     n_blocks = vl.config.max_position_embeddings // 32
     loop = Loop(EngineExecutor(*vl._stages, n_blocks=n_blocks))
     monkeypatch.setattr(vl, "_loop", loop)
     pool, scheduler = loop._scheduler.pool, loop._scheduler
+    # Leave 17 blocks for the requests: few enough that they preempt each other.
     held = [pool.allocate() for _ in range(n_blocks - 17)]
     preempt = scheduler._preempt
 
-    def counting(generation: Any) -> None:
+    def count_and_preempt(generation: Any) -> None:
         report.preempted += 1
         preempt(generation)
 
-    monkeypatch.setattr(scheduler, "_preempt", counting)
-    active: list[tuple[int, Any]] = []
-    started, early, free = 0, 0, 0
+    monkeypatch.setattr(scheduler, "_preempt", count_and_preempt)
+    active: list[tuple[int, Any]] = []  # (index of the request, its stream)
+    started, early_resident, early_free = 0, 0, 0
     while started < n_requests or active:
         if started < n_requests and len(active) < 12:
-            which = rng.randrange(DISTINCT)
-            active.append((which, asked[which].start(vl).submit()))
+            index = rng.randrange(N_DISTINCT)
+            active.append((index, requests[index].start(vl).submit()))
             started += 1
             if started == n_requests // 5:
-                early, free = resident_bytes(), free_bytes(vl)
+                early_resident, early_free = resident_bytes(), free_bytes(vl)
         scheduler.prompt_budget = rng.choice([9, 40, 200, 512])
         loop.step()
-        for which, stream in list(active):
+        for index, stream in list(active):
             if stream.done:
-                active.remove((which, stream))
+                active.remove((index, stream))
                 report.cached_tokens += stream._generation.n_cached
-                assert stream.finish().token_ids == expected[which], which
+                assert stream.finish().token_ids == expected[index], index
             elif rng.random() < 0.002:
-                active.remove((which, stream))
+                active.remove((index, stream))
                 stream.close()
                 tokens = stream._generation.tokens
-                assert tokens == expected[which][: len(tokens)], which
+                assert tokens == expected[index][: len(tokens)], index
                 report.cancelled += 1
     loop.step()
     assert pool.n_free == n_blocks - len(held)
-    report.grown_bytes, report.taken_bytes = resident_bytes() - early, free - free_bytes(vl)
+    report.grown_bytes = resident_bytes() - early_resident
+    report.gpu_grown_bytes = early_free - free_bytes(vl)
     return report
 
 
 def free_bytes(vl: QwenVL) -> int:
-    """Used memory of the model's GPU; 0 on a CPU."""
+    """Free memory of the model's GPU; 0 on a CPU."""
     gpu = vl._stages[1].gpu
     return 0 if gpu is None else int(device_info(gpu).free_bytes)
 

@@ -1,4 +1,4 @@
-"""The 22 inputs and the caches of PaddleMIX's stock predictor, for a batch of prompts."""
+"""Inputs of the stock program as PaddleMIX's stock predictor feeds them: 22 inputs and a cache per layer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,22 @@ def stock_feed(
     *,
     lengths: list[int] | None = None,
     min_new: int = 0,
-    ends: list[int] | None = None,
+    stop_ids: list[int] | None = None,
     penalties: tuple[float, float, float] = (1.0, 0.0, 0.0),
     top_p: float = 0.0,
     mask_axes: int = 4,
     max_len: int = 1024,
 ) -> list[np.ndarray]:
-    """Inputs in the order of the contract; workspace inputs contain noise, as upstream's do."""
+    """Inputs for a batch of prompts, in the order of `stock_inputs` in artifact/contract.py.
+
+    Inputs that the program does not read contain arbitrary values, as upstream's do.
+
+    Args:
+        lengths: length of each prompt in tokens; default: the width of `input_ids`.
+        penalties: repetition, frequency and presence penalty.
+        mask_axes: 4 for a causal attention mask, as the stock scripts feed it; 2 for the declared shape.
+        max_len: number of positions in the caches.
+    """
     rows, width = input_ids.shape
     random = np.random.default_rng(5)
     length = np.array([[n] for n in lengths or [width] * rows])
@@ -34,21 +43,25 @@ def stock_feed(
     mask[:, 0, :width, :width] = np.tril(np.ones([width, width]))
     cache = [2, rows, config["num_attention_heads"], max_len, config["kv_channels"]]
     return [
+        # input_ids, image_features, img_pos, attention_mask, position_ids
         input_ids.astype("int64"),
         features,
         img_pos,
         mask if mask_axes == 4 else np.ones([rows, max_len], np.float32),
         np.tile(np.arange(width, dtype="int64"), [rows, 1]),
+        # penalty_score, frequency_score, presence_score, min_length, max_length, temperature, top_p, eos_token_id
         *(column(value, "float32") for value in penalties),
         column(min_new, "int64"),
         column(max_new, "int64"),
         column(1.0, "float32"),
         column(top_p, "float32"),
-        np.array(ends or [-1], "int64"),
+        np.array(stop_ids or [-1], "int64"),
+        # seq_len_encoder, seq_len_decoder, step_idx, stop_flags
         length.astype("int32"),
         length.astype("int32"),
         column(0, "int64"),
         column(False, "bool"),
+        # tgt_ids, tgt_pos, tgt_generation_mask, pre_ids, stop_nums
         column(-123, "int64"),
         length.astype("int64") - 1,
         np.ones([rows, 1, 1, max_len], np.float32),

@@ -25,13 +25,16 @@ STORAGES = {
 
 def _stand_in(module: str, name: str) -> Any:
     """Stand-in for an object that a pickle refers to as `module.name`."""
-    found = type(name, (), {"__module__": module})
-    setattr(sys.modules[module], name, found)
-    return found
+    stand_in = type(name, (), {"__module__": module})
+    setattr(sys.modules[module], name, stand_in)
+    return stand_in
 
 
 class _Pickler(pickle.Pickler):
-    """Pickle arrays as PyTorch pickles tensors: storage outside the pickle, shape and strides."""
+    """Pickle arrays as PyTorch pickles tensors: shape and strides, with the storage outside the pickle.
+
+    `view` follows the number of elements in the reference to a storage; the format before version 1.6 has a None there.
+    """
 
     def __init__(self, file: Any, dtype: str, *view: Any) -> None:
         super().__init__(file, protocol=2)
@@ -76,13 +79,14 @@ def write_bin(path: Path, weights: dict[str, np.ndarray], dtype: str) -> None:
 def write_legacy(path: Path, weights: dict[str, np.ndarray], dtype: str) -> None:
     """Write the form before PyTorch 1.6."""
     table, storages = _pickled(weights, dtype, None)
-    machine = {
+    system_info = {
         "protocol_version": 1001,
         "little_endian": True,
         "type_sizes": {"short": 2, "int": 4, "long": 4},
     }
     with path.open("wb") as file:
-        for value in (0x1950A86A20F9469CFC6C, 1001, machine):
+        # The magic number and the protocol version of the format.
+        for value in (0x1950A86A20F9469CFC6C, 1001, system_info):
             file.write(pickle.dumps(value, 2))
         file.write(table + pickle.dumps([str(i) for i in range(len(storages))], 2))
         for storage in storages:
@@ -90,10 +94,10 @@ def write_legacy(path: Path, weights: dict[str, np.ndarray], dtype: str) -> None
 
 
 def with_table(source: Path, target: Path, table: bytes) -> Path:
-    """Write a copy of a file of PyTorch 1.6 or newer with another pickle in it."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, table if name.endswith("data.pkl") else old.read(name))
+    """Copy `source`, a file of PyTorch 1.6 or newer, to `target` with the pickle `table`."""
+    with zipfile.ZipFile(source) as source_file, zipfile.ZipFile(target, "w") as target_file:
+        for name in source_file.namelist():
+            target_file.writestr(name, table if name.endswith("data.pkl") else source_file.read(name))
     return target
 
 

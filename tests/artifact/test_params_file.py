@@ -1,4 +1,4 @@
-"""Parameter files: an independent parser, files of contract version 2, damaged files."""
+"""Parameter files: compared with an independent parser; files of contract version 2; damaged files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from paddlemix_qwenvl_plugin.modeling.language import LanguageModel
 from paddlemix_qwenvl_plugin.modeling.weights import language_parameters, vision_parameters
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# Codes of qvl_dtype in csrc/include/qwenvl.h, and how a record stores them: Paddle's type and the bytes of a number.
+# qvl_dtype in csrc/include/qwenvl.h -> (storage type, Paddle's type in the record, bytes of a stored number).
 KINDS = {
     0: ("float32", 5, 4),
     1: ("bfloat16", 22, 2),
@@ -33,44 +33,55 @@ KINDS = {
 }
 
 
+def product_of_dims(data: bytes) -> int:
+    """Product of the dimensions in a protobuf message: varints, each after the byte 0x10."""
+    product, position = 1, 0
+    while position < len(data):
+        assert data[position] == 0x10
+        dim, shift = 0, 0
+        while True:
+            position += 1
+            dim |= (data[position] & 127) << shift
+            shift += 7
+            if data[position] < 128:
+                break
+        product *= dim
+        position += 1
+    return product
+
+
 def parse(data: bytes) -> dict[str, tuple[str, tuple[int, ...], int, bytes]]:
-    """Parse a file by the format's description: name -> (type, shape of the values, offset, bytes)."""
-    found, at = {}, 0
-    while at < len(data):
-        zero, level, version, length = struct.unpack_from("<IQIi", data, at)
+    """Parse a file by the description of the format: name -> (storage type, shape, offset of the values, values)."""
+    found, offset = {}, 0
+    while offset < len(data):
+        zero, level, version, length = struct.unpack_from("<IQIi", data, offset)
         assert (zero, level, version) == (0, 0, 0)
-        message = data[at + 20 : at + 20 + length]
+        message = data[offset + 20 : offset + 20 + length]
+        # A protobuf message: the type (field 1), the dimensions (field 2), and in field 15 "qvl1" and `content`.
         head, _, content = message.partition(b"qvl1")
         assert head[0] == 0x08
         paddle_type = head[1]
         assert head[-4] == 0x7A
+        # The length of field 15, a varint of three bytes.
         first, second, third = head[-3:]
         assert first & 128
         assert second & 128
         assert (first & 127) + (second & 127) * 128 + third * 16384 == len(content) + 4
-        dims, count, shift, value = head[2:-4], 1, 0, 0
-        for byte in dims:
-            if shift == 0 and value == 0 and byte == 0x10:
-                value = -1
-                continue
-            value = max(value, 0) | (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                count, shift, value = count * value, 0, 0
+        count = product_of_dims(head[2:-4])
         code, n_dims, n_name = struct.unpack_from("<BBH", content)
         shape = struct.unpack_from(f"<{n_dims}q", content, 4)
         name = content[4 + 8 * n_dims : 4 + 8 * n_dims + n_name].decode()
         assert not any(content[4 + 8 * n_dims + n_name :])
-        kind, expected_type, item = KINDS[code]
+        kind, expected_type, item_bytes = KINDS[code]
         assert paddle_type == expected_type
-        start = at + 20 + length
-        at = start + count * item
-        found[name] = (kind, shape, start, data[start:at])
-    assert at == len(data)
+        start = offset + 20 + length
+        offset = start + count * item_bytes
+        found[name] = (kind, shape, start, data[start:offset])
+    assert offset == len(data)
     return found
 
 
-def write_old(path: Path, records: list[tuple[int, tuple[int, ...], bytes]]) -> None:
+def write_version_2(path: Path, records: list[tuple[int, tuple[int, ...], bytes]]) -> None:
     """Write a file of contract version 2 from records of (Paddle's type, dimensions, bytes)."""
     with path.open("wb") as file:
         for paddle_type, dims, raw in records:
@@ -84,17 +95,15 @@ def write_old(path: Path, records: list[tuple[int, tuple[int, ...], bytes]]) -> 
             file.write(struct.pack("<IQIi", 0, 0, 0, len(message)) + message + raw)
 
 
-def make_old(prefix: Path) -> None:
+def convert_to_version_2(prefix: Path) -> None:
     """Convert an exported stage to contract version 2."""
     tensors = parse(params_path(prefix).read_bytes())
     types = {kind: number for kind, number, _ in KINDS.values()}
-    write_old(
-        params_path(prefix),
-        [
-            (types[kind], (len(raw),) if kind.startswith("int") else shape, raw)
-            for kind, shape, _, raw in (tensors[name] for name in sorted(tensors))
-        ],
-    )
+    records = []
+    for name in sorted(tensors):
+        kind, shape, _, raw = tensors[name]
+        records.append((types[kind], (len(raw),) if kind.startswith("int") else shape, raw))
+    write_version_2(params_path(prefix), records)
     path = manifest_path(prefix)
     data = json.loads(path.read_text())
     data["contract"] = 2
@@ -130,7 +139,7 @@ def test_weights_are_at_their_offsets(dtype: str, tiny_exported: Path, tmp_path:
 
 
 def test_values_are_aligned_after_any_record(tmp_path: Path) -> None:
-    """Odd shapes: the tiny model's tensors all have a multiple of 64 bytes."""
+    """With random shapes, since each tensor of the tiny model has a multiple of 64 bytes."""
     random = np.random.RandomState(0)
     values = {
         f"h.{i}.weight": random.randn(*random.randint(1, 9, i % 4 + 1)).astype("float32") for i in range(40)
@@ -159,7 +168,7 @@ def test_read_tensors(contract: int, quant_type: str, tiny_exported: Path, tmp_p
         "weight_only_int4": {"bfloat16", "int8", "int4_g64"},
     }[quant_type]
     if contract == 2:
-        make_old(prefix)
+        convert_to_version_2(prefix)
     data = params_path(prefix).read_bytes()
     entries = read_tensors(params_path(prefix), read_manifest(prefix, "language"))
     assert {entry.name for entry in entries} == set(expected)
@@ -169,26 +178,30 @@ def test_read_tensors(contract: int, quant_type: str, tiny_exported: Path, tmp_p
 
 @pytest.mark.parametrize("form", ["pir", "legacy"])
 def test_parameters_are_sorted_by_name(form: str, tiny_exported: Path, tmp_path: Path) -> None:
-    """Files of version 2 rely on the order. Twelve layers, since "h.10" sorts before "h.2"."""
+    """Files of version 2 rely on this order. With twelve layers, since "h.10" sorts before "h.2"."""
     config = Checkpoint(tiny_exported / "model").config.model_copy(update={"num_hidden_layers": 12})
-    program = Program("", LanguageModel, step_inputs, lambda lm, i: Step(lm)(*i[:7], i[7:]))
+    program = Program(
+        "", LanguageModel, step_inputs, lambda model, inputs: Step(model)(*inputs[:7], inputs[7:])
+    )
     names = list(save_program(program, config, "float32", "float32", form, tmp_path / "program"))
     assert names == sorted(names)
     assert names.index("h.10.ln_1.weight") < names.index("h.2.ln_1.weight")
 
 
 @pytest.mark.parametrize("extension", [".json", ".pdmodel"])
-def test_an_old_export_answers_the_same(extension: str, exported: Path, tiny_exported: Path) -> None:
-    answers = []
+def test_a_stage_of_version_2_gives_the_same_completion(
+    extension: str, exported: Path, tiny_exported: Path
+) -> None:
+    completions = []
     for root in (exported, tiny_exported):
         stages = (root / "vision" / f"vision{extension}", root / "text" / f"qwen{extension}")
         if root == exported:
-            make_old(root / "vision" / "vision")
-            make_old(root / "text" / "qwen")
+            convert_to_version_2(root / "vision" / "vision")
+            convert_to_version_2(root / "text" / "qwen")
         vl = open_model(*stages, "portable")
-        answers.append(vl.generate_ids(np.arange(40)[None], max_new_tokens=24, eos_token_ids=()))
-        answers[-1] = np.asarray(answers[-1]).tolist()
-    assert answers[0] == answers[1]
+        tokens = vl.generate_ids(np.arange(40)[None], max_new_tokens=24, eos_token_ids=())
+        completions.append(np.asarray(tokens).tolist())
+    assert completions[0] == completions[1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -196,8 +209,7 @@ def test_an_old_export_answers_the_same(extension: str, exported: Path, tiny_exp
 def test_values_that_are_not_finite(dtype: str, value: float, tmp_path: Path) -> None:
     values = np.ones([3, 5], np.float32)
     values[1, 2] = value
-    stored = values.view(np.uint32) >> 16 if dtype == "bfloat16" else values.astype(dtype)
-    stored = stored.astype("<u2") if dtype == "bfloat16" else stored
+    stored = (values.view(np.uint32) >> 16).astype("<u2") if dtype == "bfloat16" else values.astype(dtype)
     path = tmp_path / "a.pdiparams"
     with pytest.raises(QwenVLError, match=r"wte\.weight: 1 of its values"):
         write_params(
@@ -209,20 +221,22 @@ def test_values_that_are_not_finite(dtype: str, value: float, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["magic", "type", "name", "length", "cut"])
+@pytest.mark.parametrize("damage", ["magic", "type", "name", "length", "truncated"])
 def test_damaged_records(damage: str, exported: Path) -> None:
     """Damage that digests do not detect: the manifest describes the damaged file."""
     prefix = exported / "text" / "qwen"
     path, manifest_file = params_path(prefix), manifest_path(prefix)
     data = bytearray(path.read_bytes())
-    at = data.index(b"qvl1")
-    if damage == "cut":
+    magic = data.index(b"qvl1")
+    if damage == "truncated":
         del data[-100:]
     elif damage == "length":
         data[16:20] = struct.pack("<i", 1 << 20)
     else:
-        place, new = {"magic": (at, b"x"), "type": (at + 4, b"\x63"), "name": (at + 16, b"Z")}[damage]
-        data[place : place + 1] = new
+        positions = {"magic": magic, "type": magic + 4, "name": magic + 16}
+        values = {"magic": b"x", "type": b"\x63", "name": b"Z"}
+        position = positions[damage]
+        data[position : position + 1] = values[damage]
     path.write_bytes(data)
     manifest = json.loads(manifest_file.read_text())
     manifest["weights"] = FileDigest.of(path).model_dump()

@@ -1,4 +1,4 @@
-"""Damage detected when an exported stage is opened, and by `qwenvl verify`."""
+"""Damaged exported stages: what opening a stage detects, and what `qwenvl verify` detects."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
+# `digest_of_samples` reads 64 samples of SAMPLE bytes, at equal distances from the beginning to the end of the file.
+SAMPLE = 1 << 16
+
 
 @pytest.fixture
 def prefix(tiny_exported: Path, tmp_path: Path) -> Path:
@@ -32,11 +35,12 @@ def prefix(tiny_exported: Path, tmp_path: Path) -> Path:
     return tmp_path / "text" / "qwen"
 
 
-def flip(path: Path, at: int) -> None:
+def flip_bit(path: Path, offset: int) -> None:
+    """Flip a bit of the byte at `offset`."""
     with path.open("r+b") as file:
-        file.seek(at)
+        file.seek(offset)
         byte = file.read(1)[0]
-        file.seek(at)
+        file.seek(offset)
         file.write(bytes([byte ^ 16]))
 
 
@@ -51,23 +55,25 @@ def test_weights_of_another_model(prefix: Path, tmp_path: Path) -> None:
         check_weights(params_path(prefix), read_manifest(prefix, "language"))
 
 
-def test_every_flipped_bit_is_seen_when_a_small_stage_is_opened(prefix: Path) -> None:
-    """One changed byte outside of the samples; two hundred would hit a sample as well."""
+def test_opening_a_small_stage_detects_every_flipped_bit(prefix: Path) -> None:
+    """Even a bit outside of the samples: a small file is read completely."""
     path, size = params_path(prefix), params_path(prefix).stat().st_size
-    sampled = [(size - (1 << 16)) * i // 63 for i in range(64)]
-    outside = [at + (1 << 16) + 3 for at, after in zip(sampled, sampled[1:]) if after > at + (1 << 16) + 3]
+    starts = [(size - SAMPLE) * i // 63 for i in range(64)]
+    outside = [
+        start + SAMPLE + 3 for start, following in zip(starts, starts[1:]) if following > start + SAMPLE + 3
+    ]
     assert len(outside) > 30
-    for at in outside[::10]:
+    for offset in outside[::10]:
         before = digest_of_samples(path)
-        flip(path, at)
+        flip_bit(path, offset)
         assert digest_of_samples(path) == before
         with pytest.raises(QwenVLError, match="not the weights that were exported"):
             check_weights(path, read_manifest(prefix, "language"))
-        flip(path, at)
+        flip_bit(path, offset)
     check_weights(path, read_manifest(prefix, "language"))
 
 
-def test_of_a_large_stage_the_samples_are_compared(prefix: Path) -> None:
+def test_opening_a_large_stage_compares_the_samples(prefix: Path) -> None:
     path = params_path(prefix)
     with path.open("r+b") as file:
         file.truncate(40 << 30)
@@ -75,14 +81,14 @@ def test_of_a_large_stage_the_samples_are_compared(prefix: Path) -> None:
     data["weights"]["bytes"] = 40 << 30
     manifest = Manifest.model_validate({**data, "weights_samples": digest_of_samples(path)})
     check_weights(path, manifest)
-    flip(path, (40 << 30) - 1)
+    flip_bit(path, (40 << 30) - 1)
     with pytest.raises(QwenVLError, match="not the weights that were exported"):
         check_weights(path, manifest)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_verify_finds_weights_that_are_not_numbers(
+def test_verify_finds_weights_that_are_not_finite(
     dtype: str, value: float, tiny_exported: Path, tmp_path: Path
 ) -> None:
     export_vision(tiny_exported / "model", tmp_path / "vision", dtype, "portable")
@@ -93,39 +99,39 @@ def test_verify_finds_weights_that_are_not_numbers(
 
 
 def test_samples_are_spread_and_bounded(tmp_path: Path) -> None:
-    """A sparse file larger than memory: a byte changed at the ends or within a sample is detected."""
+    """In a sparse file of 40 GiB, a changed byte is detected at the ends or in a sample, but not between samples."""
     path, size = tmp_path / "large", 40 << 30
     with path.open("wb") as file:
         file.truncate(size)
     before = digest_of_samples(path)
-    for at in (0, size - 1, (size - (1 << 16)) * 31 // 63 + 5):
-        flip(path, at)
+    for offset in (0, size - 1, (size - SAMPLE) * 31 // 63 + 5):
+        flip_bit(path, offset)
         assert digest_of_samples(path) != before
-        flip(path, at)
+        flip_bit(path, offset)
         assert digest_of_samples(path) == before
-    flip(path, size // 200)
-    assert digest_of_samples(path) == before  # only `verify` reads it
+    flip_bit(path, size // 200)
+    assert digest_of_samples(path) == before  # only `verify` reads this byte
 
 
-def test_small_files_are_looked_at_whole(tmp_path: Path) -> None:
+def test_the_samples_of_a_small_file_cover_it(tmp_path: Path) -> None:
     path = tmp_path / "small"
     path.write_bytes(np.random.RandomState(0).bytes(3 << 20))
     before = digest_of_samples(path)
-    for at in np.random.RandomState(1).randint(0, 3 << 20, 200):
-        flip(path, int(at))
+    for offset in np.random.RandomState(1).randint(0, 3 << 20, 200):
+        flip_bit(path, int(offset))
         assert digest_of_samples(path) != before
-        flip(path, int(at))
+        flip_bit(path, int(offset))
 
 
-@pytest.mark.parametrize("which", ["qwen.pdiparams", "qwen.step.json", "qwen.pdmodel"])
-def test_verify_finds_a_flipped_bit(which: str, prefix: Path) -> None:
+@pytest.mark.parametrize("name", ["qwen.pdiparams", "qwen.step.json", "qwen.pdmodel"])
+def test_verify_finds_a_flipped_bit(name: str, prefix: Path) -> None:
     assert verify(prefix) == read_manifest(prefix, "language")
-    path = prefix.with_name(which)
-    flip(path, path.stat().st_size // 3)
-    with pytest.raises(QwenVLError, match=f"{which}: not what qwen.manifest.json describes"):
+    path = prefix.with_name(name)
+    flip_bit(path, path.stat().st_size // 3)
+    with pytest.raises(QwenVLError, match=f"{name}: not what qwen.manifest.json describes"):
         verify(prefix)
     path.unlink()
-    with pytest.raises(QwenVLError, match=f"{which}: missing"):
+    with pytest.raises(QwenVLError, match=f"{name}: missing"):
         verify(prefix)
 
 
@@ -138,6 +144,6 @@ def test_a_manifest_without_samples_opens(prefix: Path) -> None:
 
 def test_the_command(prefix: Path) -> None:
     command = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "verify", str(prefix)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{prefix}: the language stage is as it was exported (6.7 MB)\n"
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{prefix}: the language stage is as it was exported (6.7 MB)\n"

@@ -1,7 +1,6 @@
-"""PyTorch .bin shards, as Hugging Face publishes this model, give the same tensors as every other format.
+"""PyTorch .bin shards, Hugging Face's format of this model, give the same tensors as every other format.
 
-The shards are written without PyTorch: a zip of one pickle (`data.pkl`) and the tensors' raw values. PyTorch itself
-wrote the small files of tests/golden/torch.
+The tests write shards without PyTorch (torch_files.py). PyTorch itself wrote the small files of tests/golden/torch.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def write_folder(folder, config, weights, dtype, write=write_bin):
-    """Two shards and their index, under Hugging Face's names, linear weights as [out, in]."""
+    """Write two shards and their index, with Hugging Face's names and linear weights as [out, in]."""
     shutil.copyfile(config, folder / "config.json")
     stored = renamed(weights, "huggingface", transpose=True)
     names = list(stored)
@@ -56,7 +55,7 @@ def test_the_tensors_of_the_shards(golden, tmp_path, dtype, write):
         np.testing.assert_array_equal(read[name], value, err_msg=name)
 
 
-def test_a_cut_shard_is_named(golden, tmp_path):
+def test_the_error_names_a_truncated_shard(golden, tmp_path):
     model = golden("b")
     write_folder(tmp_path, model.folder / "config.json", model.weights, "float32")
     shard = tmp_path / "pytorch_model-00002-of-00002.bin"
@@ -104,74 +103,72 @@ def test_a_state_dict():
     assert torch_file.read_tensor(path, header["bias"]).tolist() == [1.0] * 3
 
 
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        ("module", "its pickle imports torch.nn.modules.linear.Linear; only tables of tensors are read"),
-    ],
-)
-def test_refused_pickles(name, line):
+def test_a_pickled_module_is_refused():
+    message = "its pickle imports torch.nn.modules.linear.Linear; only tables of tensors are read"
     with pytest.raises(QwenVLError) as caught:
-        torch_file.read_header(WRITTEN_BY_TORCH / f"{name}.bin")
-    assert line in str(caught.value)
+        torch_file.read_header(WRITTEN_BY_TORCH / "module.bin")
+    assert message in str(caught.value)
 
 
-def with_pickle(path, pickled):
-    """A copy of float32.bin with another pickle in it."""
+def with_pickle(path, change):
+    """Write a copy of float32.bin to `path`, with its pickle replaced by `change(pickle)`."""
     source = WRITTEN_BY_TORCH / "float32.bin"
-    return with_table(source, path, pickled(table_of(source)))
+    return with_table(source, path, change(table_of(source)))
 
 
 class Evil:
-    def __init__(self, mark):
-        self.mark = mark
+    """Pickled as a call that creates a folder."""
+
+    def __init__(self, created):
+        self.created = created
 
     def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
+        return os.mkdir, (str(self.created),)
 
 
 def test_code_in_a_pickle_does_not_run(tmp_path):
-    mark = tmp_path / "ran"
-    path = with_pickle(tmp_path / "evil.bin", lambda _: pickle.dumps({"a": Evil(mark)}, protocol=2))
+    created = tmp_path / "ran"
+    path = with_pickle(tmp_path / "evil.bin", lambda _: pickle.dumps({"a": Evil(created)}, protocol=2))
     with pytest.raises(QwenVLError, match=r"its pickle imports \w+\.mkdir"):
         torch_file.read_header(path)
-    assert not mark.exists()
+    assert not created.exists()
 
 
+# Replaced in the pickle: the shape (3, 20) or the strides (20, 1), both tuples of small integers (K) or int32 (J).
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (b"K\x03K\x14\x86", b"K\x04K\x14\x86"),  # one row more
-        (b"K\x14K\x01\x86", b"K\x15K\x01\x86"),  # rows further apart
-        (b"K\x14K\x01\x86", b"J\xff\xff\xff\xffK\x01\x86"),  # backwards, by -1
+        pytest.param(b"K\x03K\x14\x86", b"K\x04K\x14\x86", id="one row more"),
+        pytest.param(b"K\x14K\x01\x86", b"K\x15K\x01\x86", id="larger stride of rows"),
+        pytest.param(b"K\x14K\x01\x86", b"J\xff\xff\xff\xffK\x01\x86", id="negative stride of rows"),
     ],
 )
 def test_no_reading_beyond_the_storage(tmp_path, old, new):
-    def changed(pickled):
+    def change(pickled):
         assert old in pickled
         return pickled.replace(old, new, 1)
 
     with pytest.raises(QwenVLError, match=r"whole reaches beyond its 240 bytes|a tensor has no valid shape"):
-        torch_file.read_header(with_pickle(tmp_path / "reaching.bin", changed))
+        torch_file.read_header(with_pickle(tmp_path / "reaching.bin", change))
 
 
 @pytest.mark.parametrize("form", ["", "-before-1.6"])
-def test_every_cut_is_refused(tmp_path, form):
-    whole = (WRITTEN_BY_TORCH / f"float32{form}.bin").read_bytes()
-    path = tmp_path / "cut.bin"
-    for n in range(0, len(whole), 7):
-        path.write_bytes(whole[:n])
+def test_every_truncated_file_is_refused(tmp_path, form):
+    content = (WRITTEN_BY_TORCH / f"float32{form}.bin").read_bytes()
+    path = tmp_path / "truncated.bin"
+    for n in range(0, len(content), 7):
+        path.write_bytes(content[:n])
         with pytest.raises(QwenVLError, match="truncated"):
             torch_file.read_header(path)
 
 
-def test_changed_values_are_noticed(tmp_path):
+def test_changed_values_are_detected(tmp_path):
     """The archive has a checksum of each storage."""
-    whole = bytearray((WRITTEN_BY_TORCH / "float32.bin").read_bytes())
+    content = bytearray((WRITTEN_BY_TORCH / "float32.bin").read_bytes())
     values = np.arange(60, dtype="<f4").tobytes()
-    whole[whole.index(values) + 9] ^= 1
+    content[content.index(values) + 9] ^= 1
     path = tmp_path / "changed.bin"
-    path.write_bytes(whole)
+    path.write_bytes(content)
     header = torch_file.read_header(path)
     with pytest.raises(QwenVLError, match="cannot be read"):
         torch_file.read_tensor(path, header["whole"])

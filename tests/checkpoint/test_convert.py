@@ -1,4 +1,4 @@
-"""A converted folder is the same model."""
+"""`convert` writes the same model in another naming scheme, storage type or number of shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 from folders import cut_in_ranks, renamed, write
-from quantised_folders import Variant, copy_of_tool, write_quantised
+from quantised_folders import Variant, copy_tool_folder, write_quantised
 from safetensors.numpy import load_file
 from torch_files import write_bin, write_legacy
 
@@ -21,7 +21,7 @@ from paddlemix_qwenvl_plugin.checkpoint.convert import convert
 
 
 def test_shards_and_names(golden, tmp_path):
-    """From Hugging Face's form; read back by the safetensors library."""
+    """Converted from Hugging Face's form; the safetensors library reads the result."""
     model = golden("b")
     config = model.folder / "config.json"
     source = write(
@@ -35,14 +35,16 @@ def test_shards_and_names(golden, tmp_path):
     for file in sorted(set(index["weight_map"].values())):
         shard = load_file(str(target / file))
         assert len(shard) == 1 or sum(value.nbytes for value in shard.values()) <= 1_000_000
-        assert dict.fromkeys(shard, file) == {n: f for n, f in index["weight_map"].items() if f == file}
+        assert dict.fromkeys(shard, file) == {
+            name: value for name, value in index["weight_map"].items() if value == file
+        }
         found.update(shard)
     assert set(found) == set(model.weights)
     for name, value in model.weights.items():  # the golden weights are float16 numbers
         np.testing.assert_array_equal(found[name], value.astype(np.float16))
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
     assert (target / "qwen.tiktoken").read_text() == "vocabulary"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["converted", "hf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "hf"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -58,8 +60,8 @@ def test_round_trip(golden, tmp_path, dtype):
         np.testing.assert_array_equal(value, expected[name])
 
 
-def stored(folder):
-    """All tensors of a folder as they are in its files: name -> (dtype, shape, bytes)."""
+def stored_tensors(folder):
+    """The tensors in the files of a folder: name -> (dtype, shape, sha256 of the values, framework in the metadata)."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         content = path.read_bytes()
@@ -71,6 +73,10 @@ def stored(folder):
             values = content[length + start : length + end]
             found[name] = (entry["dtype"], entry["shape"], hashlib.sha256(values).hexdigest(), framework)
     return found
+
+
+def without_framework(tensors):
+    return {name: entry[:3] for name, entry in tensors.items()}
 
 
 SOURCES = {
@@ -100,89 +106,83 @@ def write_ranks(folder, config, weights):
 
 @pytest.mark.parametrize("form", SOURCES)
 def test_from_every_form_to_every_scheme(golden, tmp_path, form):
-    """The names and layouts that the tests' own list has, the bytes of the weights, and the way back."""
+    """Names and layouts are those of `renamed`, values are unchanged; converted back, the files are the same."""
     model = golden("a")
     source = SOURCES[form](tmp_path / "source", model.folder / "config.json", model.weights)
     for to in ("huggingface", "paddlemix", "static"):
         target = tmp_path / to
         convert(source, target, to=to, max_shard_bytes=1_000_000)
+        framework = "pt" if to == "huggingface" else "pd"
         expected = {
-            name: (
-                "F32",
-                list(value.shape),
-                hashlib.sha256(value.tobytes()).hexdigest(),
-                "pt" if to[0] == "h" else "pd",
-            )
+            name: ("F32", list(value.shape), hashlib.sha256(value.tobytes()).hexdigest(), framework)
             for name, value in renamed(model.weights, to, transpose=to == "huggingface").items()
         }
-        assert stored(target) == expected
+        assert stored_tensors(target) == expected
         convert(target, tmp_path / f"back-{to}")
     for to in ("huggingface", "static"):
-        assert stored(tmp_path / f"back-{to}") == stored(tmp_path / "paddlemix")
+        assert stored_tensors(tmp_path / f"back-{to}") == stored_tensors(tmp_path / "paddlemix")
     assert "tensor_parallel_degree" not in (tmp_path / "static" / "config.json").read_text()
 
 
 def test_every_tensor_keeps_its_dtype(golden, tmp_path):
     """Some folders have float32 norms among bfloat16 matrices."""
     model = golden("a")
-    weights = {name: v if v.ndim == 1 else v.astype(np.float16) for name, v in model.weights.items()}
-    source = write(tmp_path / "mixed", model.folder / "config.json", weights, "safetensors")
-    convert(source, tmp_path / "there", to="huggingface")
-    convert(tmp_path / "there", tmp_path / "back", to="paddlemix")
-    assert {name: each[:3] for name, each in stored(tmp_path / "back").items()} == {
-        name: each[:3] for name, each in stored(source).items()
+    weights = {
+        name: value if value.ndim == 1 else value.astype(np.float16) for name, value in model.weights.items()
     }
+    source = write(tmp_path / "mixed", model.folder / "config.json", weights, "safetensors")
+    convert(source, tmp_path / "huggingface", to="huggingface")
+    convert(tmp_path / "huggingface", tmp_path / "back", to="paddlemix")
+    assert without_framework(stored_tensors(tmp_path / "back")) == without_framework(stored_tensors(source))
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda folder: copy_of_tool("auto_gptq", folder),
-        lambda folder: copy_of_tool("auto_awq", folder),
+        lambda folder: copy_tool_folder("auto_gptq", folder),
+        lambda folder: copy_tool_folder("auto_awq", folder),
         lambda folder: write_quantised(folder, Variant(bits=8, group=64, act_order=True)),
     ],
+    ids=["auto_gptq", "auto_awq", "8 bits with act-order"],
 )
 def test_quantised_folders(tmp_path, make):
-    """The integers, scales and zero points unchanged, under the names of each scheme."""
+    """Integers, scales and zero points are unchanged in each naming scheme, and in the folder converted back."""
     make(tmp_path / "model")
-    whole = stored(tmp_path / "model")
+    original = without_framework(stored_tensors(tmp_path / "model"))
     for to, prefix in (
         ("static", "qwen."),
         ("paddlemix", "transformer.llm."),
         ("huggingface", "transformer."),
     ):
         convert(tmp_path / "model", tmp_path / to, to=to)
-        found = stored(tmp_path / to)
-        quantised = {
-            name: each[:3] for name, each in whole.items() if re.search(r"qweight|qzeros|scales|g_idx", name)
-        }
+        found = without_framework(stored_tensors(tmp_path / to))
+        quantised = [name for name in original if re.search(r"qweight|qzeros|scales|g_idx", name)]
         assert quantised
-        for name, each in quantised.items():
-            assert found[name.replace("transformer.", prefix, 1)][:3] == each
+        for name in quantised:
+            assert found[name.replace("transformer.", prefix, 1)] == original[name]
         assert (
             Checkpoint(tmp_path / to).quantised.quant_type
             == Checkpoint(tmp_path / "model").quantised.quant_type
         )
         convert(tmp_path / to, tmp_path / f"back-{to}", to="huggingface")
-        back = {name: each[:3] for name, each in stored(tmp_path / f"back-{to}").items()}
-        assert back == {name: each[:3] for name, each in whole.items()}
+        assert without_framework(stored_tensors(tmp_path / f"back-{to}")) == original
 
 
 def test_a_tied_lm_head_is_written(golden, tmp_path):
-    """PaddleMIX's class has no tied one."""
+    """PaddleMIX's class always has a separate lm_head."""
     model = golden("a")
     weights = {name: value for name, value in model.weights.items() if name != "lm_head.weight"}
     source = write(tmp_path / "tied", model.folder / "config.json", weights, "safetensors")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    convert(source, tmp_path / "there")
+    convert(source, tmp_path / "converted")
     wte = weights["transformer.llm.wte.weight"]
-    [shard] = (tmp_path / "there").glob("*.safetensors")
+    [shard] = (tmp_path / "converted").glob("*.safetensors")
     np.testing.assert_array_equal(load_file(str(shard))["lm_head.weight"], wte.T)
 
 
 def test_copied_files(golden, tmp_path):
-    """Tokenizer, configs and code of the model; no weights and no state of a training."""
+    """Tokenizer, configs and code of the model are copied; other weights and training state are not."""
     source = write(tmp_path / "a", golden("a").folder / "config.json", golden("a").weights, "safetensors")
     copied = (
         "qwen.tiktoken",
@@ -205,13 +205,13 @@ def test_copied_files(golden, tmp_path):
     assert (tmp_path / "b" / "README.md").read_text() == "content of README.md"
 
 
-def test_no_such_scheme(golden, tmp_path):
+def test_an_unknown_scheme_is_refused(golden, tmp_path):
     with pytest.raises(UsageError, match="--to pytorch: must be one of paddlemix, static, huggingface"):
         convert(golden("a").folder, tmp_path / "c", to="pytorch")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_existing_target_is_left_alone(golden, tmp_path):
+def test_an_existing_target_is_refused(golden, tmp_path):
     with pytest.raises(UsageError, match="exists already"):
         convert(golden("a").folder, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,6 @@
-"""Crafted weight files: each is refused in one line, in little time and memory, and runs nothing.
+"""Crafted weight files: each is refused with a message of one line, in little time and memory, and no code runs.
 
-The pickles are written operation by operation (pickletools has the list), since no pickler makes them.
+The pickles are written opcode by opcode (the module pickletools lists them), since no pickler writes such files.
 """
 
 from __future__ import annotations
@@ -23,26 +23,29 @@ from paddlemix_qwenvl_plugin.checkpoint.config import MAX_JSON_BYTES, load_confi
 from paddlemix_qwenvl_plugin.checkpoint.shards import read_index
 
 BY_TORCH = Path(__file__).parents[1] / "golden" / "torch"
-MAX_MIB = 300
-MAX_SECONDS = 10.0
+MAX_MIB = 300  # growth of the process in a test
+MAX_SECONDS = 10.0  # for a call of a reader
 
 
 def text(value: str) -> bytes:
+    """The opcode that pushes a string."""
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 
 
 def nested(levels: int) -> bytes:
-    """A tuple of twice a tuple of twice …: a few bytes, and 2^levels to hash, compare or print."""
-    slots = [struct.pack("<I", 10_000 + i) for i in range(levels)]  # of the memo, that nothing else uses
+    """A pair of the same pair twice, and so on: few bytes, but hashing or printing it takes 2^levels steps."""
+    slots = [struct.pack("<I", 10_000 + i) for i in range(levels)]  # memo slots that no other opcode uses
+    # Each level: r stores the last tuple in a slot, j pushes it a second time, \x86 makes a pair of the two.
     return b")" + b"".join(b"r" + slot + b"j" + slot + b"\x86" for slot in slots)
 
 
-def of_table(value: bytes, key: bytes = text("a")) -> bytes:
+def table_with(value: bytes, key: bytes = text("a")) -> bytes:
+    """A pickle of {key: value}, from opcodes that push a key and a value."""
     return b"\x80\x02}" + key + value + b"s."
 
 
-def of_array(shape: bytes, code: bytes = text("f4"), content: bytes = b"C\x04abcd") -> bytes:
-    """{"a": an array with this shape}."""
+def table_with_array(shape: bytes, code: bytes = text("f4"), content: bytes = b"C\x04abcd") -> bytes:
+    """A pickle of {"a": array}, from opcodes that push the array's shape, dtype code and bytes."""
     dtype = (
         b"cnumpy\ndtype\n"
         + code
@@ -51,59 +54,59 @@ def of_array(shape: bytes, code: bytes = text("f4"), content: bytes = b"C\x04abc
         + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     )
     start = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR"
-    return of_table(start + b"(K\x01" + shape + dtype + b"\x89" + content + b"tb")
+    return table_with(start + b"(K\x01" + shape + dtype + b"\x89" + content + b"tb")
 
 
-# What is in the pickle -> (its bytes, what the line says).
+# Content of the pickle -> (its bytes, pattern of the message).
 PICKLES = {
-    "a function": (of_table(b"cos\nsystem\n" + text("touch ran") + b"\x85R"), "imports os.system"),
-    "a call in a call": (
-        of_table(b"cbuiltins\ngetattr\ncbuiltins\n__import__\n" + text("os") + b"\x85R" + text("system") + b"\x86R"),
+    "a function": (table_with(b"cos\nsystem\n" + text("touch ran") + b"\x85R"), "imports os.system"),
+    "a function returned by a function": (
+        table_with(b"cbuiltins\ngetattr\ncbuiltins\n__import__\n" + text("os") + b"\x85R" + text("system") + b"\x86R"),
         "imports builtins.getattr",
     ),
     "a dotted name": (b"\x80\x04" + text("collections") + text("OrderedDict.fromkeys") + b"\x93.", "imports"),
     "an instance": (b"\x80\x02(icollections\nOrderedDict\n.", "has the operation b'i'"),
-    "a class called by the old operation": (b"\x80\x02(ccollections\nOrderedDict\no.", "has the operation b'o'"),
-    "an extension": (b"\x80\x02\x82\x01.", "has the operation"),
-    "a buffer outside": (b"\x80\x05\x97.", "has the operation"),
+    "a class called by the opcode OBJ": (b"\x80\x02(ccollections\nOrderedDict\no.", "has the operation b'o'"),
+    "an object of the extension registry": (b"\x80\x02\x82\x01.", "has the operation"),
+    "an out-of-band buffer": (b"\x80\x05\x97.", "has the operation"),
     "a set": (b"\x80\x04\x8f(" + nested(40) + b"\x90.", "has the operation"),
     "a number of a million digits": (b"\x80\x02L" + b"9" * 1_000_000 + b"L\n.", "has the operation b'L'"),
-    "a key that takes forever to hash": (of_table(b"N", key=nested(60)), "a key that is not text"),
-    "a name that takes forever to print": (of_table(nested(60)), "a is not a tensor"),
-    "a code that takes forever to print": (of_array(b"K\x01\x85", code=nested(60)), "holds no numbers"),
+    "a key that takes forever to hash": (table_with(b"N", key=nested(60)), "a key that is not text"),
+    "a name that takes forever to print": (table_with(nested(60)), "a is not a tensor"),
+    "a code that takes forever to print": (table_with_array(b"K\x01\x85", code=nested(60)), "holds no numbers"),
     "an encoding that takes forever to print": (
-        of_table(b"c_codecs\nencode\n" + text("x") + nested(60) + b"\x86R"),
+        table_with(b"c_codecs\nencode\n" + text("x") + nested(60) + b"\x86R"),
         "encodes text with another codec",
     ),
     "an expression that takes forever to print": (
-        of_table(b"cbuiltins\neval\n" + nested(60) + b"}\x86R"),
+        table_with(b"cbuiltins\neval\n" + nested(60) + b"}\x86R"),
         "evaluates",
     ),
     "a table that holds itself": (b"\x80\x02}q\x00" + text("a") + b"h\x00s.", "a is not a tensor"),
     "a list that holds itself": (b"\x80\x02]q\x00h\x00a.", "holds no table"),
-    "thousands of lists in each other": (of_table(b"]" * 100_000 + b"a" * 99_999), "a is not a tensor"),
-    "operations without end": (b"\x80\x02" + b"N0" * 1_500_000 + b".", "more than 300000 operations"),
+    "lists nested 100,000 deep": (table_with(b"]" * 100_000 + b"a" * 99_999), "a is not a tensor"),
+    "millions of opcodes": (b"\x80\x02" + b"N0" * 1_500_000 + b".", "more than 300000 operations"),
     "copies of a long list": (
-        of_table(b"](" + b"N" * 100_000 + b"eq\x00" + b"cbuiltins\ntuple\nh\x00\x85R" * 20_000),
+        table_with(b"](" + b"N" * 100_000 + b"eq\x00" + b"cbuiltins\ntuple\nh\x00\x85R" * 20_000),
         "a tuple in it is not a",
     ),
-    "a length of bytes that lies": (b"\x80\x02B\xff\xff\xff\x7f.", "truncated"),
+    "a wrong length of bytes": (b"\x80\x02B\xff\xff\xff\x7f.", "truncated"),
     "a length of 2^63 bytes": (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.", "truncated"),
-    "a frame that lies": (b"\x80\x04\x95" + b"\xff" * 6 + b"\0\0.", "truncated"),
+    "a wrong length of a frame": (b"\x80\x04\x95" + b"\xff" * 6 + b"\0\0.", "truncated"),
     "a memo of gigabytes": (b"\x80\x02}r\xff\xff\xff\x7f.", "no table"),
     "text longer than its frame": (b"\x80\x04\x95\x08" + bytes(7) + b"X\x00\x10\x00\x00abc" + b"." * 5000, "truncated"),
-    "a shape of floats": (of_array(b"G\x3f\xf0\0\0\0\0\0\0\x85"), "no valid shape"),
-    "a shape of NaN": (of_array(b"G\x7f\xf8\0\0\0\0\0\0\x85"), "no valid shape"),
-    "a negative size": (of_array(b"J\xff\xff\xff\xff\x85"), "no valid shape"),
+    "a shape of floats": (table_with_array(b"G\x3f\xf0\0\0\0\0\0\0\x85"), "no valid shape"),
+    "a shape of NaN": (table_with_array(b"G\x7f\xf8\0\0\0\0\0\0\x85"), "no valid shape"),
+    "a negative size": (table_with_array(b"J\xff\xff\xff\xff\x85"), "no valid shape"),
     "sizes whose product overflows": (
-        of_array(b"(" + b"\x8a\x06" + b"\0" * 5 + b"\x10" + b"\x8a\x06" + b"\0" * 5 + b"\x10" + b"t"),
+        table_with_array(b"(" + b"\x8a\x06" + b"\0" * 5 + b"\x10" + b"\x8a\x06" + b"\0" * 5 + b"\x10" + b"t"),
         "where .* is declared",
     ),
-    "a size of 2^64": (of_array(b"\x8a\x09" + b"\0" * 8 + b"\x01\x85"), "no valid shape"),
-    "a hundred thousand dimensions": (of_array(b"(" + b"K\x01" * 100_000 + b"t"), "no valid shape"),
-    "an array of objects": (of_array(b"K\x01\x85", code=text("O8")), "holds no numbers"),
-    "an array of text": (of_array(b"K\x01\x85", code=text("U1")), "holds no numbers"),
-    "parts of a tensor that lie": (
+    "a size of 2^64": (table_with_array(b"\x8a\x09" + b"\0" * 8 + b"\x01\x85"), "no valid shape"),
+    "a hundred thousand dimensions": (table_with_array(b"(" + b"K\x01" * 100_000 + b"t"), "no valid shape"),
+    "an array of objects": (table_with_array(b"K\x01\x85", code=text("O8")), "holds no numbers"),
+    "an array of strings": (table_with_array(b"K\x01\x85", code=text("U1")), "holds no numbers"),
+    "a split tensor with a missing part": (
         b"\x80\x02}" + text("UnpackBigParamInfor@@") + b"}" + text("a") + b"}" + text("slices") + b"](" + text("b")
         + b"es" + text("OriginShape") + b"K\x01\x85sss.",
         "truncated",
@@ -112,7 +115,7 @@ PICKLES = {
 
 
 def refused(call, path, limit=MAX_SECONDS):
-    """Call a reader, and return its message, which has one line."""
+    """Call a reader, which refuses the file in time; return the error message, which has one line."""
     start = time.monotonic()
     with pytest.raises(QwenVLError) as caught:
         call(path)
@@ -129,59 +132,63 @@ def memory_is_bounded():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_MIB << 10
 
 
-def test_an_array_as_these_tests_write_it(tmp_path):
-    """Without the lie it is read."""
+def test_a_valid_pickle_is_read(tmp_path):
+    """`table_with_array` writes readable files if its arguments are valid."""
     path = tmp_path / "a.pdparams"
-    path.write_bytes(of_array(b"K\x01\x85"))
+    path.write_bytes(table_with_array(b"K\x01\x85"))
     header = pdparams_file.read_header(path)
     assert pdparams_file.read_tensor(path, header["a"]).tobytes() == b"abcd"
 
 
-@pytest.mark.parametrize("what", PICKLES)
-def test_pickles_of_paddle(tmp_path, monkeypatch, what):
+@pytest.mark.parametrize("case", PICKLES)
+def test_pickles_of_paddle(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     path = Path("a.pdparams")
-    path.write_bytes(PICKLES[what][0])
-    assert re.search(PICKLES[what][1], refused(pdparams_file.read_header, path))
+    path.write_bytes(PICKLES[case][0])
+    assert re.search(PICKLES[case][1], refused(pdparams_file.read_header, path))
     assert not Path("ran").exists()
 
 
-@pytest.mark.parametrize("what", [what for what in PICKLES if "numpy" not in str(PICKLES[what][0])])
-def test_pickles_of_pytorch(tmp_path, monkeypatch, what):
-    """In a zip archive, and in the form before PyTorch 1.6."""
+@pytest.mark.parametrize("case", [case for case in PICKLES if "numpy" not in str(PICKLES[case][0])])
+def test_pickles_of_pytorch(tmp_path, monkeypatch, case):
+    """The pickles in a zip archive, and in the format before PyTorch 1.6."""
     monkeypatch.chdir(tmp_path)
-    refused(torch_file.read_header, with_table(BY_TORCH / "float32.bin", Path("a.bin"), PICKLES[what][0]))
+    refused(torch_file.read_header, with_table(BY_TORCH / "float32.bin", Path("a.bin"), PICKLES[case][0]))
     legacy = (BY_TORCH / "float32-before-1.6.bin").read_bytes()
-    table = legacy.index(b"}", legacy.index(b"little_endian"))  # a place after the facts about the machine
-    start = legacy.index(b"\x80\x02", table)
-    Path("b.bin").write_bytes(legacy[:start] + PICKLES[what][0] + legacy[start:])
+    # The crafted pickle goes before the table: before the first pickle after the one with the key "little_endian".
+    system_info = legacy.index(b"}", legacy.index(b"little_endian"))
+    start = legacy.index(b"\x80\x02", system_info)
+    Path("b.bin").write_bytes(legacy[:start] + PICKLES[case][0] + legacy[start:])
     refused(torch_file.read_header, Path("b.bin"))
     assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "line"),
+    ("old", "new", "message"),
     [
+        # The shape (3, 20) becomes (3, 2^48), (3, nested tuple) and a nested tuple.
         (b"K\x03K\x14\x86", b"K\x03\x8a\x07" + b"\0" * 6 + b"\x01\x86", "no valid shape"),
         (b"K\x03K\x14\x86", b"K\x03" + nested(60) + b"\x86", "no valid shape"),
         (b"K\x03K\x14\x86", nested(60), "no valid shape"),
         (b"FloatStorage", b"ComplexFloatStorage", "ComplexFloatStorage, which no weight is"),
         (b"FloatStorage", b"TypedStorage", "TypedStorage, which no weight is"),
-        (b"storageq", b"staragesq"[:7] + b"q", "refers to something that is not a storage|truncated"),
+        (b"storageq", b"starageq", "refers to something that is not a storage|truncated"),
     ],
 )
-def test_tables_of_pytorch_that_lie(tmp_path, old, new, line):
+def test_changed_tables_of_pytorch(tmp_path, old, new, message):
     table = table_of(BY_TORCH / "float32.bin")
     assert old in table
-    table = table.replace(old, new, 1) if b"Storage" not in old else table.replace(old, new)
-    said = refused(torch_file.read_header, with_table(BY_TORCH / "float32.bin", tmp_path / "a.bin", table))
-    assert re.search(line, said)
+    # A shape changes in one tensor, a class in all.
+    table = table.replace(old, new) if b"Storage" in old else table.replace(old, new, 1)
+    found = refused(torch_file.read_header, with_table(BY_TORCH / "float32.bin", tmp_path / "a.bin", table))
+    assert re.search(message, found)
 
 
 # Archives
 
 
 def archive(path, members, compression=zipfile.ZIP_STORED):
+    """Write a zip archive of (name, content)."""
     with zipfile.ZipFile(path, "w", compression) as file:
         for name, content in members:
             file.writestr(name, content)
@@ -189,7 +196,7 @@ def archive(path, members, compression=zipfile.ZIP_STORED):
 
 
 def test_a_zip_bomb(tmp_path):
-    """A gigabyte of zeros in a megabyte; PyTorch never compresses."""
+    """128 MiB of zeros, compressed to less than 1 MiB; PyTorch never compresses."""
     path = archive(tmp_path / "a.bin", [("a/data.pkl", bytes(1 << 27))], zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 1 << 20
     assert "a/data.pkl is compressed; save the file again with torch.save" in refused(
@@ -198,22 +205,22 @@ def test_a_zip_bomb(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_member_twice(tmp_path):
+def test_a_duplicate_member(tmp_path):
     members = [
         ("a/data.pkl", table_of(BY_TORCH / "float32.bin")),
         ("a/data/0", bytes(240)),
         ("a/data/0", bytes(240)),
     ]
-    said = refused(torch_file.read_header, archive(tmp_path / "a.bin", members))
-    assert "a/data/0 is in it twice, or overlaps another member" in said
+    message = refused(torch_file.read_header, archive(tmp_path / "a.bin", members))
+    assert "a/data/0 is in it twice, or overlaps another member" in message
 
 
 def test_two_tables(tmp_path):
     table = table_of(BY_TORCH / "float32.bin")
-    said = refused(
+    message = refused(
         torch_file.read_header, archive(tmp_path / "a.bin", [("a/data.pkl", table), ("b/data.pkl", table)])
     )
-    assert "not a PyTorch weight file" in said
+    assert "not a PyTorch weight file" in message
 
 
 def test_members_that_overlap(tmp_path):
@@ -231,7 +238,7 @@ def test_members_that_overlap(tmp_path):
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\\..\\b", "x" * 5000])
 def test_names_of_members_are_not_paths(tmp_path, name):
-    """Nothing is ever written under a member's name; a table of a model needs none but its own."""
+    """No file is written under a member's name, and members that no tensor refers to are ignored."""
     path = archive(tmp_path / "a.bin", [(name, b"x"), ("a/data.pkl", b"\x80\x02}.")])
     assert "holds no table of tensors" in refused(torch_file.read_header, path)
 
@@ -246,6 +253,7 @@ def test_a_big_endian_archive(tmp_path):
 
 
 def safetensors(path, header, values=bytes(8), length=None):
+    """Write a file with this header (JSON values or bytes); `length` replaces the header's true length."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + values)
     return path
@@ -256,7 +264,7 @@ def entry(shape, offsets=(0, 8), dtype="F32"):
 
 
 @pytest.mark.parametrize(
-    ("header", "line"),
+    ("header", "message"),
     [
         ({"a": entry([2]), "b": entry([2])}, "b begins at byte"),
         ({"a": entry([1], (0, 4)), "b": entry([1], (2, 6))}, "b begins at byte"),
@@ -287,13 +295,13 @@ def entry(shape, offsets=(0, 8), dtype="F32"):
         (b'{"a": 1, "a": 2}', "a is listed twice"),
     ],
 )
-def test_headers_of_safetensors(tmp_path, header, line):
-    assert line in refused(safetensors_file.read_header, safetensors(tmp_path / "a.safetensors", header))
+def test_headers_of_safetensors(tmp_path, header, message):
+    assert message in refused(safetensors_file.read_header, safetensors(tmp_path / "a.safetensors", header))
 
 
 @pytest.mark.parametrize("length", [2 << 30, 1 << 63, (1 << 64) - 1, MAX_JSON_BYTES + 1])
 def test_a_header_of_gigabytes(tmp_path, length):
-    """The file has that length: it is sparse."""
+    """The file is as long as the header claims, up to 3 GiB: it is sparse."""
     path = safetensors(tmp_path / "a.safetensors", {}, length=length)
     with path.open("r+b") as file:
         file.truncate(min(length, 3 << 30) + 8)
@@ -316,18 +324,19 @@ def test_deep_json(tmp_path, content):
         assert f"{name}: not valid JSON" in refused(call, tmp_path / name)
 
 
-def test_the_readers_without_the_restrictions_would_run_it(tmp_path, monkeypatch):
-    """The first pickle is effective: Python's own unpickler runs it."""
+def test_pythons_unpickler_runs_the_code(tmp_path, monkeypatch):
+    """The pickle "a function" is valid: Python's own unpickler runs its command."""
     monkeypatch.chdir(tmp_path)
     pickle.loads(PICKLES["a function"][0])
     assert Path("ran").exists()
 
 
 def test_a_long_file_takes_little_memory(tmp_path):
-    """A tensor of half a gigabyte beside a small one: the small one is read without it."""
-    small = of_array(b"M\x00\x04\x85", content=b"B\x00\x10\x00\x00" + bytes(4096))
-    large = of_array(b"\x8a\x05\x00\x00\x00\x08\x00\x85", content=b"B\x00\x00\x00\x20")
+    """Of two tensors in a file, a small one is read without the other one of 512 MiB."""
+    small = table_with_array(b"M\x00\x04\x85", content=b"B\x00\x10\x00\x00" + bytes(4096))
+    large = table_with_array(b"\x8a\x05\x00\x00\x00\x08\x00\x85", content=b"B\x00\x00\x00\x20")
     path = tmp_path / "a.pdparams"
+    # One table: `small` up to its end opcode, then `large` without its beginning, with its values as a sparse region.
     with path.open("wb") as file:
         file.write(small[:-1] + text("large") + large[len(b"\x80\x02}" + text("a")) : -len(b"tbs.")])
         file.seek(1 << 29, 1)

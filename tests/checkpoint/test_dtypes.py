@@ -31,12 +31,13 @@ def test_float16_rounds_to_nearest_even():
 
 
 def test_bfloat16_keeps_nan_and_infinity():
+    # Three NaNs, infinity and minus infinity. Rounding the first and third would carry into the sign or exponent.
     bits = np.array([0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF, 0x7F800000, 0xFF800000], np.uint32)
     back = to_float32(cast(bits.view(np.float32), "float32", "bfloat16", "x"), "bfloat16")
     assert np.isnan(back[:3]).all()
     assert back[3:].tolist() == [np.inf, -np.inf]
 
 
-def test_float16_overflow_names_the_tensor():
+def test_the_error_of_a_float16_overflow_names_the_tensor():
     with pytest.raises(QwenVLError, match=r"h\.3\.w: a value of 7e\+04 does not fit into float16"):
         cast(np.array([1.0, -70000.0], np.float32), "float32", "float16", "h.3.w")

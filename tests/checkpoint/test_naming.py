@@ -11,7 +11,7 @@ from paddlemix_qwenvl_plugin.checkpoint.checkpoint import Checkpoint
 
 
 def canonical(name):
-    """PaddleMIX's name -> the canonical one, written anew."""
+    """Translate PaddleMIX's name of a tensor to the canonical name; a second implementation."""
     return name.replace("transformer.llm.", "").replace("visual.vit.", "visual.")
 
 
@@ -41,7 +41,7 @@ def test_same_tensors(golden, tmp_path, scheme, transpose, kind):
     assert Checkpoint(folder).fingerprint() == Checkpoint(model.folder).fingerprint()
 
 
-def test_buffers_of_older_checkpoints_are_passed_over(golden, tmp_path):
+def test_buffers_of_older_checkpoints_are_ignored(golden, tmp_path):
     model = golden("a")
     weights = dict(model.weights)
     weights["transformer.llm.h.0.attn.rotary_emb.inv_freq"] = np.ones(32, np.float32)
@@ -53,21 +53,24 @@ def test_buffers_of_older_checkpoints_are_passed_over(golden, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda w: w.pop("transformer.llm.ln_f.weight"), "tensor ln_f.weight is missing"),
-        (lambda w: w.update(extra=np.ones(3, np.float32)), "tensor extra is not part of this model"),
+        (lambda weights: weights.pop("transformer.llm.ln_f.weight"), "tensor ln_f.weight is missing"),
         (
-            lambda w: w.update({"visual.ln_post.bias": np.ones(7, np.float32)}),
+            lambda weights: weights.update(extra=np.ones(3, np.float32)),
+            "tensor extra is not part of this model",
+        ),
+        (
+            lambda weights: weights.update({"visual.ln_post.bias": np.ones(7, np.float32)}),
             r"visual.ln_post.bias has shape \[7\], config.json requires \[256\]",
         ),
         (
-            lambda w: w.update({"lm_head.weight": np.ascontiguousarray(w["lm_head.weight"].T)}),
+            lambda weights: weights.update({"lm_head.weight": weights["lm_head.weight"].T.copy()}),
             r"lm_head.weight is laid out \[out, in\], unlike",
         ),
         (
-            lambda w: w.update({"qwen.ln_f.weight": w["transformer.llm.ln_f.weight"]}),
+            lambda weights: weights.update({"qwen.ln_f.weight": weights["transformer.llm.ln_f.weight"]}),
             "tensor qwen.ln_f.weight is not part of this model",
         ),
-        (lambda w: w.pop("transformer.llm.wte.weight"), "not a Qwen-VL checkpoint"),
+        (lambda weights: weights.pop("transformer.llm.wte.weight"), "not a Qwen-VL checkpoint"),
     ],
 )
 def test_errors_name_the_tensor(golden, tmp_path, damage, message):
@@ -80,7 +83,7 @@ def test_errors_name_the_tensor(golden, tmp_path, damage, message):
 
 
 def test_linear_pattern_covers_fused_projections(golden):
-    """Check the test's own list of linear weights: a fused projection is 3 times as wide."""
+    """`LINEAR` matches all matrices that are 3 times as wide as high: the fused projections."""
     model = golden("b")
     fused = [
         name

@@ -1,4 +1,4 @@
-"""Folders that people have: read as the official loaders read them, or refused in one line."""
+"""Unusual checkpoints that users have: read as the official loaders read them, or refused with a message."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read(folder, dtype="float32"):
 
 
 def with_config(folder, **changes):
-    """Change keys of config.json; those of `visual` are merged."""
+    """Change keys of config.json; `visual` replaces only its given keys."""
     path = folder / "config.json"
     data = json.loads(path.read_text())
     data["visual"].update(changes.pop("visual", {}))
@@ -44,7 +44,7 @@ def model(golden):
 
 @pytest.fixture
 def folder_of(model, tmp_path):
-    """Write a folder of the golden model's config and these weights."""
+    """Function that writes a folder of the golden model's config and the given weights."""
 
     def make(weights, kind="safetensors", name="model"):
         return write(tmp_path / name, model.folder / "config.json", weights, kind)
@@ -60,17 +60,18 @@ def test_an_index_that_omits_tensors_of_its_shards(model, folder_of):
     folder = folder_of(model.weights, "sharded-safetensors")
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"] = dict({file: (name, file) for name, file in index["weight_map"].items()}.values())
+    one_name_of_each_file = {file: name for name, file in index["weight_map"].items()}
+    index["weight_map"] = {name: file for file, name in one_name_of_each_file.items()}
     path.write_text(json.dumps(index))
-    assert len(set(index["weight_map"].values())) == 3
+    assert len(index["weight_map"]) == 3
     np.testing.assert_array_equal(read(folder)["lm_head.weight"], model.weights[LM_HEAD])
 
 
 def test_an_index_that_omits_a_shard(model, folder_of):
     folder = folder_of(model.weights, "sharded-safetensors")
     path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())["weight_map"]
-    kept = {name: file for name, file in index.items() if not file.startswith("model-00003")}
+    weight_map = json.loads(path.read_text())["weight_map"]
+    kept = {name: file for name, file in weight_map.items() if not file.startswith("model-00003")}
     path.write_text(json.dumps({"weight_map": kept}))
     with pytest.raises(
         QwenVLError, match=r"is missing; model-00003-of-00003\.safetensors is not in the index"
@@ -98,7 +99,7 @@ def test_shards_without_an_index(model, folder_of):
 
 
 @pytest.mark.parametrize(
-    ("file", "line"),
+    ("file", "message"),
     [
         (
             "model.safetensors.index.json",
@@ -113,30 +114,30 @@ def test_shards_without_an_index(model, folder_of):
         (["a.safetensors"], "not a weight index"),
     ],
 )
-def test_forbidden_files_of_an_index(model, folder_of, file, line):
-    """The index itself, other folders, a folder, no text."""
+def test_forbidden_files_of_an_index(model, folder_of, file, message):
+    """The index itself, files outside the folder, a folder, values that are not text."""
     folder = folder_of(model.weights, "sharded-safetensors")
     (folder / "folder.safetensors").mkdir()
     path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())["weight_map"]
-    path.write_text(json.dumps({"weight_map": {**index, WTE: file}}))
+    weight_map = json.loads(path.read_text())["weight_map"]
+    path.write_text(json.dumps({"weight_map": {**weight_map, WTE: file}}))
     with pytest.raises(QwenVLError) as caught:
         Checkpoint(folder)
-    assert line in str(caught.value)
+    assert message in str(caught.value)
 
 
 # lm_head
 
 
-def tied(weights):
-    """The weights with the embedding as lm_head, stored once."""
+def without_lm_head(weights):
+    """The weights of a model with tied embeddings: the embedding is stored once, and also used as lm_head."""
     return {name: value for name, value in weights.items() if name != LM_HEAD}
 
 
 @pytest.mark.parametrize("scheme", ["paddlemix", "huggingface"])
 @pytest.mark.parametrize("kind", ["safetensors", "pdparams"])
 def test_a_tied_lm_head(model, folder_of, scheme, kind):
-    weights = renamed(tied(model.weights), scheme, transpose=scheme == "huggingface")
+    weights = renamed(without_lm_head(model.weights), scheme, transpose=scheme == "huggingface")
     folder = with_config(folder_of(weights, kind), tie_word_embeddings=True)
     np.testing.assert_array_equal(read(folder)["lm_head.weight"], model.weights[WTE].T)
     checkpoint = Checkpoint(folder)
@@ -145,14 +146,14 @@ def test_a_tied_lm_head(model, folder_of, scheme, kind):
     np.testing.assert_array_equal(language["wte.weight"], model.weights[WTE])
 
 
-def test_a_stored_lm_head_beside_a_tied_one(model, folder_of):
-    """The embedding, as in transformers."""
+def test_a_stored_lm_head_in_a_model_with_tied_embeddings(model, folder_of):
+    """The embedding is used, as in transformers."""
     folder = with_config(folder_of(model.weights), tie_word_embeddings=True)
     np.testing.assert_array_equal(read(folder)["lm_head.weight"], model.weights[WTE].T)
 
 
 def test_an_absent_lm_head(model, folder_of):
-    folder = folder_of(tied(model.weights))
+    folder = folder_of(without_lm_head(model.weights))
     with pytest.raises(
         QwenVLError, match=r"lm_head\.weight is missing; .* set tie_word_embeddings to true in config"
     ):
@@ -169,7 +170,7 @@ def test_the_storage_of_lm_head_does_not_change_the_fingerprint(model, folder_of
 
 @pytest.mark.parametrize("transpose", [False, True])
 def test_a_vocabulary_padded_to_another_size(model, folder_of, transpose):
-    """Transformers and PaddleNLP refuse it, too: config.json has to name the size of the weights."""
+    """Refused, as in transformers and PaddleNLP, unless vocab_size in config.json is the padded size."""
     rows = ((0, 64), (0, 0))
     weights = {
         **model.weights,
@@ -213,14 +214,14 @@ def features(folder, image_size):
 
 @pytest.mark.parametrize("image_size", [224, 448])
 def test_a_position_table_of_another_size(model, folder_of, image_size):
-    """The official class resizes its 16 x 16 table to the patch grid in every pass: here it was resized before."""
+    """The official class resizes its 16 x 16 table in every pass; a table stored resized gives the same features."""
     folder = with_config(folder_of(model.weights), visual={"image_size": image_size})
     grid = image_size // model.config["visual"]["patch_size"]
     table = paddle.to_tensor(model.weights[TABLE].T.reshape(1, -1, 16, 16))
     resized = paddle.nn.functional.interpolate(table, (grid, grid), mode="bicubic", align_corners=False)
     weights = {**model.weights, TABLE: np.ascontiguousarray(resized.numpy().reshape(-1, grid * grid).T)}
-    other = with_config(folder_of(weights, name="other"), visual={"image_size": image_size})
-    np.testing.assert_allclose(features(other, image_size), features(folder, image_size), atol=1e-5)
+    stored = with_config(folder_of(weights, name="stored"), visual={"image_size": image_size})
+    np.testing.assert_allclose(features(stored, image_size), features(folder, image_size), atol=1e-5)
 
 
 def test_a_position_table_that_is_not_square(model, folder_of):
@@ -236,35 +237,35 @@ def test_a_position_table_that_is_not_square(model, folder_of):
 @pytest.mark.parametrize("kind", ["safetensors", "pdparams"])
 def test_integers_in_a_float_model(model, folder_of, dtype, kind):
     folder = folder_of({**model.weights, LM_HEAD: np.ones_like(model.weights[LM_HEAD], dtype)}, kind)
-    line = f"lm_head.weight has dtype {dtype}, a weight must be float32, float16, bfloat16 or float64"
-    with pytest.raises(QwenVLError, match=rf"model(_state)?\.{kind}: {line}"):
+    message = f"lm_head.weight has dtype {dtype}, a weight must be float32, float16, bfloat16 or float64"
+    with pytest.raises(QwenVLError, match=rf"model(_state)?\.{kind}: {message}"):
         Checkpoint(folder)
 
 
 def test_float8_in_a_float_model(model, folder_of):
     folder = folder_of(model.weights)
     path = folder / "model.safetensors"
-    bits = {**load_file(path), "visual.ln_post.bias": np.zeros(256, np.uint8)}
-    save_file(bits, path)
+    # NumPy has no float8: write uint8, then change the dtype in the header and the header's length (first 8 bytes).
+    tensors = {**load_file(path), "visual.ln_post.bias": np.zeros(256, np.uint8)}
+    save_file(tensors, path)
     content = path.read_bytes()
-    path.write_bytes(content.replace(b'"dtype":"U8"', b'"dtype":"F8_E4M3"', 1))
-    data = bytearray(path.read_bytes())
+    data = bytearray(content.replace(b'"dtype":"U8"', b'"dtype":"F8_E4M3"', 1))
     data[:8] = (int.from_bytes(data[:8], "little") + len("F8_E4M3") - len("U8")).to_bytes(8, "little")
     path.write_bytes(data)
     with pytest.raises(QwenVLError, match=r"visual\.ln_post\.bias has dtype float8_e4m3fn, a weight must be"):
         Checkpoint(folder)
 
 
-def test_masks_of_integers_in_older_checkpoints_are_passed_over(model, folder_of):
+def test_boolean_masks_in_older_checkpoints_are_ignored(model, folder_of):
     weights = {**model.weights, "transformer.llm.h.0.attn.bias": np.ones([1, 1, 4, 4], bool)}
     assert set(read(folder_of(weights))) == set(read(model.folder))
 
 
-# The base model's config.json with the chat model's weights
+# Base or chat model
 
 
 def test_detection_of_a_chat_model(model, folder_of):
-    """Both have the same sizes: only generation_config.json differs."""
+    """Base and chat model have the same sizes: only generation_config.json differs."""
     folder = folder_of(model.weights)
     assert not is_chat_model(folder)
     (folder / "generation_config.json").write_text('{"chat_format": "chatml"}')
@@ -289,8 +290,8 @@ def write_ranks(folder, config, ranks):
 @pytest.mark.parametrize("n_ranks", [1, 2, 4])
 @pytest.mark.parametrize("scheme", ["paddlemix", "static"])
 def test_ranks_are_joined(model, tmp_path, n_ranks, scheme):
-    cut = [renamed(rank, scheme, transpose=False) for rank in cut_in_ranks(model.weights, n_ranks)]
-    folder = write_ranks(tmp_path / "ranks", model.folder / "config.json", cut)
+    ranks = [renamed(rank, scheme, transpose=False) for rank in cut_in_ranks(model.weights, n_ranks)]
+    folder = write_ranks(tmp_path / "ranks", model.folder / "config.json", ranks)
     joined, expected = read(folder), read(model.folder)
     assert joined.keys() == expected.keys()
     for name, value in expected.items():
@@ -298,29 +299,29 @@ def test_ranks_are_joined(model, tmp_path, n_ranks, scheme):
     assert Checkpoint(folder).fingerprint() == Checkpoint(model.folder).fingerprint()
 
 
-def damage_missing(folder):
+def remove_rank(folder):
     (folder / "model_state.tp01.pdparams").unlink()
 
 
-def damage_pipeline(folder):
+def add_pipeline_stage(folder):
     (folder / "model_state.tp01.pdparams").rename(folder / "model_state.tp01_pp00.pdparams")
 
 
-def damage_norm(folder):
+def change_norm(folder):
     path = str(folder / "model_state.tp01.pdparams")
     tensors = paddle.load(path)
     tensors["transformer.llm.ln_f.weight"] += 1
     paddle.save(tensors, path)
 
 
-def damage_names(folder):
+def remove_tensor(folder):
     path = str(folder / "model_state.tp01.pdparams")
     tensors = paddle.load(path)
     del tensors["transformer.llm.ln_f.weight"]
     paddle.save(tensors, path)
 
 
-def damage_shape(folder):
+def change_shape(folder):
     path = str(folder / "model_state.tp01.pdparams")
     tensors = paddle.load(path)
     tensors[LM_HEAD] = tensors[LM_HEAD][:, 1:]
@@ -328,39 +329,39 @@ def damage_shape(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "line"),
+    ("damage", "message"),
     [
-        (damage_missing, r"holds the tensor-parallel ranks tp00 of 2; copy the others, too"),
+        (remove_rank, r"holds the tensor-parallel ranks tp00 of 2; copy the others, too"),
         (
-            damage_pipeline,
+            add_pipeline_stage,
             r"tp01_pp00\.pdparams: the model is split by more than tensor parallelism \(pp00\)",
         ),
-        (damage_norm, r"ln_f\.weight differs between the tensor-parallel ranks"),
+        (change_norm, r"ln_f\.weight differs between the tensor-parallel ranks"),
         (
-            damage_names,
+            remove_tensor,
             r"tp01\.pdparams: its tensors are not those of .*tp00\.pdparams, such as .*ln_f\.weight",
         ),
-        (damage_shape, r"tp01\.pdparams: lm_head\.weight is float32 \[.*\], but float32 \[.*\] in .*tp00"),
+        (change_shape, r"tp01\.pdparams: lm_head\.weight is float32 \[.*\], but float32 \[.*\] in .*tp00"),
     ],
 )
-def test_ranks_that_do_not_fit(model, tmp_path, damage, line):
+def test_ranks_that_do_not_fit(model, tmp_path, damage, message):
     folder = write_ranks(tmp_path / "ranks", model.folder / "config.json", cut_in_ranks(model.weights, 2))
     damage(folder)
-    with pytest.raises(QwenVLError, match=line):
+    with pytest.raises(QwenVLError, match=message):
         read(folder)
 
 
 def test_a_file_of_pytorch_with_shared_storage(model, tmp_path):
-    """A tied model of Hugging Face, as .bin: two names of one array."""
+    """A .bin file of a model with tied embeddings: two names of one array."""
     shutil.copyfile(model.folder / "config.json", tmp_path / "config.json")
-    weights = renamed(tied(model.weights), "huggingface", transpose=True)
+    weights = renamed(without_lm_head(model.weights), "huggingface", transpose=True)
     weights[LM_HEAD] = weights["transformer.wte.weight"]
     write_bin(tmp_path / "pytorch_model.bin", weights, "float32")
     np.testing.assert_array_equal(read(tmp_path)["lm_head.weight"], model.weights[WTE].T)
 
 
 def test_pickles_of_numpy(model, tmp_path):
-    """A .pdparams file of the older PaddleNLP: plain arrays, in the protocols that paddle.save has had."""
+    """A .pdparams file of older PaddleNLP versions: NumPy arrays, in each pickle protocol that paddle.save has used."""
     shutil.copyfile(model.folder / "config.json", tmp_path / "config.json")
     for protocol in (2, 3, 4):
         (tmp_path / "model_state.pdparams").write_bytes(pickle.dumps(model.weights, protocol))

@@ -1,4 +1,4 @@
-"""Reading .pdparams files as paddle.load does, without running the code in a crafted file."""
+"""Reading .pdparams files: the same tensors as paddle.load, and no code of a crafted file runs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from paddlemix_qwenvl_plugin.cli.main import main
 
 def tensors(dtype: str) -> dict[str, paddle.Tensor]:
     values = np.arange(24, dtype=np.float32).reshape(2, 3, 4) - 7.5
-    made = {"cube": values, "row": values[0, 0], "one": values[:1, 0, 0], "wide": values.reshape(1, 24)}
-    return {name: paddle.to_tensor(value).astype(dtype) for name, value in made.items()}
+    arrays = {"cube": values, "row": values[0, 0], "single": values[:1, 0, 0], "wide": values.reshape(1, 24)}
+    return {name: paddle.to_tensor(value).astype(dtype) for name, value in arrays.items()}
 
 
 def read_all(path: Path) -> dict[str, np.ndarray]:
@@ -35,7 +35,7 @@ def read_all(path: Path) -> dict[str, np.ndarray]:
 
 
 def check(path: Path) -> dict[str, np.ndarray]:
-    """Compare with paddle.load."""
+    """Compare the tensors of a file with those that paddle.load reads, and return them."""
     read = read_all(path)
     expected = paddle.load(str(path), return_numpy=True)
     assert read.keys() == expected.keys()
@@ -61,8 +61,8 @@ def test_parameters_of_a_layer(tmp_path: Path, protocol: int) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
-def test_tensors_beside_something_else(tmp_path: Path, protocol: int) -> None:
-    """In such a dict paddle.save writes each tensor as its name and its values."""
+def test_tensors_beside_other_values(tmp_path: Path, protocol: int) -> None:
+    """In a dict with other values, paddle.save writes each tensor as a pair of its name and its values."""
     path = tmp_path / "a.pdparams"
     paddle.save({**tensors("float32"), "epoch": 3}, str(path), protocol=protocol)
     with pytest.raises(QwenVLError, match="epoch is not a tensor"):
@@ -82,16 +82,16 @@ def test_tensors_of_a_static_program(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3])
 def test_large_tensors_that_are_split(tmp_path: Path, protocol: int, monkeypatch: Any) -> None:
-    """Paddle splits above 2^30 bytes; here above the bytes of five numbers."""
+    """Paddle splits tensors above 2^30 - 1 bytes; for the test, above 20 bytes, which are five float32."""
     from paddle.framework import io_utils
 
     source = Path(io_utils.__file__).read_text()
     assert source.count("(2**30 - 1)") == 1
-    found = re.search(r"\ndef _unpack_saved_dict.*?return saved_obj\n", source, re.S)
-    assert found
-    smaller: dict[str, Any] = vars(io_utils).copy()
-    exec(found[0].replace("(2**30 - 1)", "20"), smaller)
-    monkeypatch.setattr("paddle.framework.io._unpack_saved_dict", smaller["_unpack_saved_dict"])
+    function = re.search(r"\ndef _unpack_saved_dict.*?return saved_obj\n", source, re.S)
+    assert function
+    namespace: dict[str, Any] = vars(io_utils).copy()
+    exec(function[0].replace("(2**30 - 1)", "20"), namespace)
+    monkeypatch.setattr("paddle.framework.io._unpack_saved_dict", namespace["_unpack_saved_dict"])
     path = tmp_path / "a.pdparams"
     paddle.save(tensors("float32"), str(path), protocol=protocol)
     assert b"UnpackBigParamInfor@@" in path.read_bytes()
@@ -101,17 +101,20 @@ def test_large_tensors_that_are_split(tmp_path: Path, protocol: int, monkeypatch
 @pytest.mark.parametrize("core", ["core", "_core"])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("dtype", ["<f4", ">f4"])
-def test_arrays_as_any_numpy_writes_them(tmp_path: Path, core: str, order: Any, dtype: str) -> None:
+def test_arrays_written_by_any_numpy(tmp_path: Path, core: str, order: Any, dtype: str) -> None:
+    """NumPy 2 renamed the module numpy.core to numpy._core."""
     values = np.asarray(np.arange(6.0).reshape(2, 3), dtype, order=order)
-    pickled, n = re.subn(rb"numpy\._?core\.", f"numpy.{core}.".encode(), pickle.dumps({"a": values}, 2))
-    assert n == 1
+    pickled, n_replaced = re.subn(
+        rb"numpy\._?core\.", f"numpy.{core}.".encode(), pickle.dumps({"a": values}, 2)
+    )
+    assert n_replaced == 1
     path = tmp_path / "a.pdparams"
     path.write_bytes(pickled)
     np.testing.assert_array_equal(read_all(path)["a"], values)
 
 
 class Evil:
-    """Pickled as a call of a function."""
+    """Object that is pickled as a call of `function`."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -155,7 +158,7 @@ def test_code_in_a_file_does_not_run(
 
 
 @pytest.mark.parametrize(
-    ("value", "line"),
+    ("value", "message"),
     [
         (Evil(eval, "__import__('os').mkdir('ran')", {}), "its pickle evaluates"),
         (Evil(eval, "data.mkdir('ran')", {"data": 1}), "its pickle evaluates"),
@@ -167,19 +170,18 @@ def test_code_in_a_file_does_not_run(
         (np.zeros(2, dtype="f4,f4"), "an array in it holds no numbers"),
     ],
 )
-def test_other_calls_are_refused(tmp_path: Path, value: Any, line: str) -> None:
+def test_other_calls_are_refused(tmp_path: Path, value: Any, message: str) -> None:
     path = tmp_path / "a.pdparams"
-    if (
-        isinstance(value, Evil) and os in value.call[1]
-    ):  # a module cannot be pickled, a call that imports it can
+    if isinstance(value, Evil) and os in value.call[1]:
+        # A module cannot be pickled, but a call that imports it can.
         value = Evil(getattr, Evil(__import__, "os"), "mkdir")
     path.write_bytes(pickle.dumps({"a": value}, 4))
-    with pytest.raises(QwenVLError, match=line):
+    with pytest.raises(QwenVLError, match=message):
         pdparams_file.read_header(path)
 
 
 def test_a_file_cannot_change_the_reader(tmp_path: Path) -> None:
-    """BUILD with a tuple sets attributes, also of a class: here one that every later array would use."""
+    """The opcode BUILD sets attributes, even of a class: here ndarray.__setstate__, used by every later array."""
     path = tmp_path / "a.pdparams"
     path.write_bytes(b"\x80\x02cnumpy\nndarray\nN}X\x0c\x00\x00\x00__setstate__cbuiltins\ntuple\ns\x86b.")
     with pytest.raises(QwenVLError, match="its pickle sets the state of an unexpected object"):
@@ -188,47 +190,48 @@ def test_a_file_cannot_change_the_reader(tmp_path: Path) -> None:
     check(path)
 
 
-def test_a_shape_that_lies(tmp_path: Path) -> None:
-    whole = pickle.dumps({"a": np.arange(6, dtype="<f4").reshape(2, 3)}, 2)
+def test_a_shape_that_does_not_fit_the_values(tmp_path: Path) -> None:
+    content = pickle.dumps({"a": np.arange(6, dtype="<f4").reshape(2, 3)}, 2)
     path = tmp_path / "a.pdparams"
-    for shape in (
-        b"K\x02K\x04\x86",
-        b"J\xff\xff\xff\xffK\x06\x86",
-        b"J\xff\xff\xff\xffJ\xfa\xff\xff\xff\x86",
+    shape = b"K\x02K\x03\x86"  # (2, 3)
+    for changed in (
+        b"K\x02K\x04\x86",  # (2, 4)
+        b"J\xff\xff\xff\xffK\x06\x86",  # (-1, 6)
+        b"J\xff\xff\xff\xffJ\xfa\xff\xff\xff\x86",  # (-1, -6)
     ):
-        assert b"K\x02K\x03\x86" in whole
-        path.write_bytes(whole.replace(b"K\x02K\x03\x86", shape))
+        assert shape in content
+        path.write_bytes(content.replace(shape, changed))
         with pytest.raises(QwenVLError, match=r"an array of 24 bytes where|a tensor has no valid shape"):
             pdparams_file.read_header(path)
 
 
-def test_every_cut_is_refused(tmp_path: Path) -> None:
+def test_every_truncated_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pdparams"
     paddle.save(tensors("float32"), str(path))
-    whole = path.read_bytes()
-    for n in range(len(whole)):
-        path.write_bytes(whole[:n])
+    content = path.read_bytes()
+    for n in range(len(content)):
+        path.write_bytes(content[:n])
         with pytest.raises(QwenVLError, match="not a Paddle weight file"):
             pdparams_file.read_header(path)
 
 
-def test_a_few_bytes_do_not_take_gigabytes(tmp_path: Path) -> None:
-    """LONG_BINPUT with a huge index: an unpickler with an array as its memo would allocate it."""
+def test_a_huge_memo_index_takes_no_memory(tmp_path: Path) -> None:
+    """The opcode LONG_BINPUT with a huge index: an unpickler with an array as its memo would allocate gigabytes."""
     path = tmp_path / "a.pdparams"
     path.write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".")
-    read = (
+    code = (
         "import resource, sys; from pathlib import Path\n"
         "resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))\n"
         "from paddlemix_qwenvl_plugin.checkpoint import pdparams_file\n"
         "pdparams_file.read_header(Path(sys.argv[1]))\n"
     )
-    command = [sys.executable, "-c", read, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.stderr.splitlines()[-1].endswith("holds no table of tensors")
+    command = [sys.executable, "-c", code, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.stderr.splitlines()[-1].endswith("holds no table of tensors")
 
 
-def test_a_folder_of_such_files(golden: Any, tmp_path: Path) -> None:
-    """The order of a state dict does not matter, nor does an OrderedDict."""
+def test_a_checkpoint_as_a_reversed_ordered_dict(golden: Any, tmp_path: Path) -> None:
+    """The order of the tensors and the type of the dict do not change the fingerprint."""
     model = golden("a")
     (tmp_path / "config.json").write_bytes((model.folder / "config.json").read_bytes())
     state = collections.OrderedDict(reversed(list(model.weights.items())))

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ folders: every integer, scale and zero point as it was packed, or a line that says why not."""
+"""GPTQ and AWQ checkpoints: integers, scales and zero points are read as they were packed, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantised_folders import (
     CONFIG,
     LAYERS,
     Variant,
-    copy_of_tool,
+    copy_tool_folder,
     quantised_tensors,
     write_quantised,
     write_tensors,
@@ -31,14 +31,14 @@ VARIANTS = [
     *(Variant("awq", group=group) for group in (32, 64, 128, 256, -1)),
     Variant("awq", group=128, sym=True),
 ]
-IDS = ["-".join(str(each) for each in variant if each) for variant in VARIANTS]
+IDS = ["-".join(str(value) for value in variant if value) for variant in VARIANTS]
 
 
 def dequantised(matrix, group):
-    """The weight [out, in] with the inputs in their own order, in float64."""
+    """The weight [out, in] in float64, with the inputs in the order of the model."""
     n_in = matrix.integers.shape[1]
-    g = np.arange(n_in) // group
-    scales, zeros = matrix.scales.astype(np.float64)[:, g], matrix.zeros.astype(np.float64)[:, g]
+    groups = np.arange(n_in) // group
+    scales, zeros = matrix.scales.astype(np.float64)[:, groups], matrix.zeros.astype(np.float64)[:, groups]
     values = scales * (matrix.integers - zeros)
     if matrix.order is None:
         return values
@@ -48,11 +48,12 @@ def dequantised(matrix, group):
 
 
 def engine_group(variant):
+    """Group size in the engine's layout: multiples of 128 and -1, a group of all inputs, become groups of 128."""
     return variant.group if variant.group in (32, 64) else 128
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
-def test_every_weight_is_the_one_that_was_packed(tmp_path, variant):
+def test_weights_are_read_as_packed(tmp_path, variant):
     dense = write_quantised(tmp_path, variant)
     quantised = Checkpoint(tmp_path).quantised
     order = "_order" if variant.act_order else ""
@@ -68,11 +69,10 @@ def test_every_weight_is_the_one_that_was_packed(tmp_path, variant):
 
 @pytest.mark.parametrize("tool", ["auto_gptq", "auto_awq", "act_order"])
 def test_layers_compute_the_same_as_the_tool(tmp_path, tool):
-    figures = copy_of_tool(tool, tmp_path / "model")
+    figures = copy_tool_folder(tool, tmp_path / "model")
     checkpoint = Checkpoint(tmp_path / "model")
-    biases = dict(
-        checkpoint.tensors({n: s for n, s in checkpoint.language.items() if "bias" in n}, "float32")
-    )
+    bias_specs = {name: spec for name, spec in checkpoint.language.items() if "bias" in name}
+    biases = dict(checkpoint.tensors(bias_specs, "float32"))
     for name in checkpoint.quantised.names:
         weight = dequantised(checkpoint.quantised.read(name), 32)
         x = np.random.RandomState(weight.shape[1]).randn(3, weight.shape[1]).astype("float32")
@@ -81,7 +81,7 @@ def test_layers_compute_the_same_as_the_tool(tmp_path, tool):
         np.testing.assert_allclose(y, figures[layer], atol=1e-5, rtol=0, err_msg=name)
 
 
-def test_other_tensors_are_read_as_of_a_float_folder(tmp_path):
+def test_other_tensors_are_read_as_in_a_float_folder(tmp_path):
     dense = write_quantised(tmp_path / "quantised", Variant())
     write_tensors(tmp_path / "float", dense, CONFIG)
     quantised, plain = Checkpoint(tmp_path / "quantised"), Checkpoint(tmp_path / "float")
@@ -95,7 +95,7 @@ def test_other_tensors_are_read_as_of_a_float_folder(tmp_path):
 
 
 def test_an_identity_order_is_omitted(tmp_path):
-    """`desc_act` with `static_groups` leaves the groups of all inputs where they are."""
+    """With `desc_act` and `static_groups`, g_idx is that of a folder without act-order."""
     tensors, _ = quantised_tensors(Variant())
     config = Variant(act_order=True).config
     write_tensors(tmp_path, tensors, {**CONFIG, "quantization_config": config})
@@ -122,7 +122,7 @@ def test_without_g_idx(tmp_path):
         ),
     ],
 )
-def test_the_file_of_the_quantizer(tmp_path, name, variant, content):
+def test_the_config_file_of_the_quantization_tool(tmp_path, name, variant, content):
     tensors, dense = quantised_tensors(variant)
     write_tensors(tmp_path, tensors, CONFIG)
     (tmp_path / name).write_text(json.dumps(content))
@@ -146,7 +146,7 @@ def test_the_weight_files_of_autogptq(tmp_path, sharded):
     np.testing.assert_array_equal(weight, dense["transformer.h.0.mlp.w2.weight"])
 
 
-def test_such_a_file_beside_float_weights_is_ignored(tmp_path):
+def test_a_quantization_config_file_beside_float_weights_is_ignored(tmp_path):
     _, dense = quantised_tensors(Variant())
     write_tensors(tmp_path, dense, CONFIG)
     (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
@@ -154,7 +154,7 @@ def test_such_a_file_beside_float_weights_is_ignored(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "line"),
+    ("changes", "message"),
     [
         (
             {"quant_method": "bitsandbytes"},
@@ -171,15 +171,18 @@ def test_such_a_file_beside_float_weights_is_ignored(tmp_path):
         ({"quant_method": "awq", "version": "gemv"}, "version gemv is not supported, only gemm"),
     ],
 )
-def test_refused_configs(tmp_path, changes, line):
+def test_refused_configs(tmp_path, changes, message):
     tensors, _ = quantised_tensors(Variant())
     write_tensors(tmp_path, tensors, {**CONFIG, "quantization_config": {**Variant().config, **changes}})
     with pytest.raises(QwenVLError) as caught:
         Checkpoint(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path}/config.json: {line}")
+    assert str(caught.value).startswith(f"{tmp_path}/config.json: {message}")
 
 
 W1 = "transformer.h.0.mlp.w1"
+
+
+# Functions that return a function which damages the dict of tensors.
 
 
 def without(suffix):
@@ -221,7 +224,7 @@ BLOCKS = "is quantised; only linear layers of the language model's blocks may be
 
 
 @pytest.mark.parametrize(
-    ("damage", "line"),
+    ("damage", "message"),
     [
         (without("qweight"), "tensor h.0.mlp.w1.qweight is missing"),
         (without("qzeros"), "tensor h.0.mlp.w1.qzeros is missing"),
@@ -270,14 +273,15 @@ BLOCKS = "is quantised; only linear layers of the language model's blocks may be
         ),
     ],
 )
-def test_refused_tensors(tmp_path, damage, line):
+def test_refused_tensors(tmp_path, damage, message):
     variant = Variant(act_order=True)
     tensors, _ = quantised_tensors(variant)
     damage(tensors)
     write_tensors(tmp_path, tensors, {**CONFIG, "quantization_config": variant.config})
     with pytest.raises(QwenVLError) as caught:
         Checkpoint(tmp_path).quantised.read("h.0.mlp.w1.weight")
-    assert str(caught.value).startswith(f"{tmp_path}{line}" if line[0] == "/" else f"{tmp_path}: {line}")
+    separator = "" if message.startswith("/") else ": "  # a message about a file continues the folder's path
+    assert str(caught.value).startswith(f"{tmp_path}{separator}{message}")
 
 
 def test_integers_without_a_config_are_refused(tmp_path):

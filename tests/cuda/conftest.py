@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def cuda_library():
-    """`libqwenvl_cuda_test.so` in the folder QWENVL_CUDA_KERNELS, beside the kernels."""
+    """The library `libqwenvl_cuda_test.so`, in the folder QWENVL_CUDA_KERNELS with the kernels."""
     torch = pytest.importorskip("torch", reason="tests of GPU kernels need PyTorch")
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -24,10 +24,13 @@ def cuda_library():
 
 @pytest.fixture(scope="session")
 def launch(cuda_library):
-    """`launch(NAME, *arguments)` calls a launcher with integers as int and tensors as pointers, and asserts success."""
+    """`launch(NAME, half, *arguments)` calls a launcher on the current stream and asserts success.
+
+    It converts integers to int, tensors to pointers and None to NULL.
+    """
     import torch
 
-    def converted(argument):
+    def to_ctypes(argument):
         if argument is None:
             return ctypes.c_void_p(0)
         if isinstance(argument, torch.Tensor):
@@ -38,7 +41,7 @@ def launch(cuda_library):
         function = getattr(cuda_library, name)
         function.restype = ctypes.c_char_p
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        failed = function(ctypes.c_int(half), stream, *map(converted, arguments))
-        assert failed is None, failed.decode()
+        error = function(ctypes.c_int(half), stream, *map(to_ctypes, arguments))
+        assert error is None, error.decode()
 
     return call

@@ -1,4 +1,4 @@
-"""Calls of csrc/testing/cuda_prompt.cc with PyTorch tensors as memory, and helpers of its tests."""
+"""Helpers for tests of prompt kernels: calls of csrc/testing/cuda_prompt.cc with PyTorch tensors as memory."""
 
 from __future__ import annotations
 
@@ -24,43 +24,44 @@ for _name in ("tiles", "tile"):
     getattr(DLL, f"qvlt_gpu_linear_prompt_{_name}").restype = ctypes.c_int64
 DLL.qvlt_gpu_linear_prompt_tile_name.restype = ctypes.c_char_p
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
-HALF, FLOAT, ADD, GELU, SILU_TIMES = range(5)
-PORTABLE, CHOSEN = -1, -2  # instead of a tile: the portable kernel, linear_prompt's own choice
+HALF, FLOAT, ADD, GELU, SILU_TIMES = range(5)  # enum class Into of csrc/cuda/ops.h
+PORTABLE, CHOSEN = -1, -2  # in place of a tile: the portable kernel, and the tile that linear_prompt chooses
 
 
 def tiles() -> list[int]:
+    """Indices of the tile sizes of linear_prompt."""
     return list(range(DLL.qvlt_gpu_linear_prompt_tiles()))
 
 
 def run(name: str, half: torch.dtype, *args: object) -> None:
-    """Call qvlt_gpu_NAME on the current stream: tensors by address, None as NULL, integers, floats."""
-    given: list[object] = [
+    """Call qvlt_gpu_NAME on the current stream; tensors are passed by address, None as NULL."""
+    converted: list[object] = [
         ctypes.c_int64(half == torch.bfloat16),
         ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
     ]
     for arg in args:
         if arg is None:
-            given.append(ctypes.c_void_p(None))
+            converted.append(ctypes.c_void_p(None))
         elif isinstance(arg, torch.Tensor):
             assert arg.is_cuda
-            given.append(ctypes.c_void_p(arg.data_ptr()))
+            converted.append(ctypes.c_void_p(arg.data_ptr()))
         elif isinstance(arg, float):
-            given.append(ctypes.c_double(arg))
+            converted.append(ctypes.c_double(arg))
         else:
-            given.append(ctypes.c_int64(int(arg)))  # type: ignore[call-overload]
+            converted.append(ctypes.c_int64(int(arg)))  # type: ignore[call-overload]
     function = getattr(DLL, f"qvlt_gpu_{name}")
     function.restype = ctypes.c_char_p
-    error = function(*given)
+    error = function(*converted)
     assert error is None, error.decode()
 
 
-def error_of(got: torch.Tensor, reference: torch.Tensor) -> float:
-    """Distance from a float64 reference, relative to its norm; NaN stays NaN."""
-    return ((got.double() - reference).norm() / reference.norm()).item()
+def error_of(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Norm of the difference from a float64 reference, relative to the norm of the reference; NaN if a value is NaN."""
+    return ((found.double() - reference).norm() / reference.norm()).item()
 
 
 def rows_of(values: torch.Tensor, stride: int) -> torch.Tensor:
-    """The same rows `stride` values apart, NaN between them."""
-    wide = values.new_full((values.shape[0], stride), float("nan"))
-    wide[:, : values.shape[1]] = values
-    return wide
+    """A copy of the rows with a stride of `stride` values, and NaN between the rows."""
+    padded = values.new_full((values.shape[0], stride), float("nan"))
+    padded[:, : values.shape[1]] = values
+    return padded

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Every kernel under compute-sanitizer: memcheck, racecheck and initcheck over tests that launch each of
-# them, side by side.
+# Run tests that launch every kernel under compute-sanitizer, with memcheck, racecheck and initcheck, several
+# processes at a time.
 #
 #   QWENVL_TEST_LIBRARY=DIR/libqwenvl.so QWENVL_CUDA_KERNELS=DIR tests/cuda/sanitize.sh LOGS [SECONDS [TOOL...]]
 #
-# LOGS is a folder for the output of each process; each has a timeout of SECONDS (240), and as many as there are processors
-# run at a time. Prints a line for each, and exits 1 unless all are clean. TOOL: memcheck, racecheck, initcheck.
+# LOGS is a folder for the output of each process. A process has a timeout of SECONDS (default: 240); one runs on each
+# processor. Prints a line for each process; exits with 1 unless all are clean. TOOL: memcheck, racecheck, initcheck.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -15,7 +15,7 @@ tools=("$@")
 [ $# -gt 0 ] || tools=(memcheck racecheck initcheck)
 mkdir -p "$logs"
 
-# Name of a group, its tests, and the selection (-k).
+# Name of a group | test file | selection of tests (pytest -k).
 groups=(
     "decode_narrow|tests/cuda/test_decode.py|(float64 and 38-200-3) or overflow"
     "decode_wide|tests/cuda/test_decode.py|float64 and 130-1000-33"
@@ -46,21 +46,21 @@ check() { # TOOL GROUP TESTS EXPRESSION
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$seconds" compute-sanitizer --tool "$1" --report-api-errors no \
         --error-exitcode 9 --print-limit 20 python3 -m pytest --confcutdir="$confcutdir" -p no:cacheprovider -x \
         $3 -k "$4" >"$logs/$name.log" 2>&1
-    local code=$? said
-    said=$(grep -E "(passed|failed|skipped|deselected)" "$logs/$name.log" | tail -1)
+    local code=$? summary
+    summary=$(grep -E "(passed|failed|skipped|deselected)" "$logs/$name.log" | tail -1)
     case $code in
-        0) echo "clean    $name: $said" ;;
+        0) echo "clean    $name: $summary" ;;
         124) echo "LATE     $name: $(grep -cE '^=+ +(Error|Warning|Invalid|Uninit)' "$logs/$name.log") reports in $seconds s" ;;
-        *) echo "REPORTS  $name ($code): $said; $(grep -E 'SUMMARY' "$logs/$name.log" | tail -1)" ;;
+        *) echo "REPORTS  $name ($code): $summary; $(grep -E 'SUMMARY' "$logs/$name.log" | tail -1)" ;;
     esac
     [ $code -eq 0 ]
 }
 
-most=$(nproc) pids=()
+max_processes=$(nproc) pids=()
 for tool in "${tools[@]}"; do
     for group in "${groups[@]}"; do
         IFS='|' read -r name tests expression <<<"$group"
-        while [ "$(jobs -rp | wc -l)" -ge "$most" ]; do sleep 0.2; done
+        while [ "$(jobs -rp | wc -l)" -ge "$max_processes" ]; do sleep 0.2; done
         check "$tool" "$name" "$tests" "$expression" &
         pids+=($!)
     done

@@ -1,4 +1,4 @@
-"""Calls of csrc/testing/cuda_small.cc with PyTorch tensors as memory, and helpers of its tests."""
+"""Helpers for tests of small kernels: calls of csrc/testing/cuda_small.cc with PyTorch tensors as memory."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ if not FOLDER or not LIBRARY.exists():
 DLL = ctypes.CDLL(str(LIBRARY))
 DLL.qvlt_gpu_sample_scratch.restype = ctypes.c_int64
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
-# Largest relative error of rounding to nearest.
+# Largest relative error of rounding to the nearest number.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
+UNWRITTEN = -77777777
 
 
 def run(name: str, half: torch.dtype, *args: object) -> None:
-    """Call qvlt_gpu_NAME on the current stream: tensors by address, None as NULL, integers, floats."""
-    given: list[object] = [
+    """Call qvlt_gpu_NAME on the current stream; tensors are passed by address, None as NULL."""
+    converted: list[object] = [
         ctypes.c_int64(half == torch.bfloat16),
         ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
     ]
     for arg in args:
         if arg is None:
-            given.append(ctypes.c_void_p(None))
+            converted.append(ctypes.c_void_p(None))
         elif isinstance(arg, torch.Tensor):
             assert arg.is_cuda
             assert arg.is_contiguous()
-            given.append(ctypes.c_void_p(arg.data_ptr()))
+            converted.append(ctypes.c_void_p(arg.data_ptr()))
         elif isinstance(arg, float):
-            given.append(ctypes.c_double(arg))
+            converted.append(ctypes.c_double(arg))
         else:
-            given.append(ctypes.c_int64(int(arg)))  # type: ignore[call-overload]
+            converted.append(ctypes.c_int64(int(arg)))  # type: ignore[call-overload]
     function = getattr(DLL, f"qvlt_gpu_{name}")
     function.restype = ctypes.c_char_p
-    error = function(*given)
+    error = function(*converted)
     assert error is None, error.decode()
 
 
@@ -54,19 +55,19 @@ def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Tensor of NaN, for integers of a sentinel that no kernel writes."""
-    value = float("nan") if dtype.is_floating_point else -77777777
+    """Tensor of NaN, or of an integer that no kernel writes, to detect values that a kernel did not write."""
+    value = float("nan") if dtype.is_floating_point else UNWRITTEN
     return torch.full(shape, value, dtype=dtype, device="cuda")
 
 
-def close(got: torch.Tensor, wanted: torch.Tensor, slack: float) -> None:
-    """Assert that `got` is float64 `wanted` rounded to its type, within `slack`."""
-    error = (got.double() - wanted).abs()
-    bound = ROUNDING[got.dtype] * 1.02 * wanted.abs() + slack
-    assert got.shape == wanted.shape
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Assert that `found` is `expected` (float64), rounded to the type of `found`, within `tolerance`."""
+    error = (found.double() - expected).abs()
+    bound = ROUNDING[found.dtype] * 1.02 * expected.abs() + tolerance
+    assert found.shape == expected.shape
     assert bool((error <= bound).all()), f"largest error {error.max().item()}"
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    a, b = (each.contiguous().view(-1).view(torch.uint8) for each in (a, b))
+    a, b = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a, b))
     return torch.equal(a, b)

@@ -1,4 +1,4 @@
-"""Kernels of decode steps against float64: matrices at every storage type, and paged attention."""
+"""Kernels of decode steps, compared with float64: products with every storage type, and paged attention."""
 
 from __future__ import annotations
 
@@ -9,24 +9,20 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="tests of GPU kernels need PyTorch")
 
-HALVES = {0: torch.bfloat16, 1: torch.float16}  # compute types
+# Compute types as the launchers number them, and their rounding errors.
+HALVES = {0: torch.bfloat16, 1: torch.float16}
 EPSILON = {0: 2.0**-8, 1: 2.0**-11}
 FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128, FLOAT16 = range(6)  # qvl_dtype
-GROUPS = {
-    6: (4, 32),
-    7: (4, 64),
-    8: (4, 128),
-    9: (8, 32),
-    10: (8, 64),
-    11: (8, 128),
-}  # with zero points: bits, group
+# qvl_dtype of the types with zero points -> (bits, group size).
+GROUPS = {6: (4, 32), 7: (4, 64), 8: (4, 128), 9: (8, 32), 10: (8, 64), 11: (8, 128)}
 DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16, INT8: torch.int8}
+# Storage on the GPU -> qvl_dtype; in the order of the launchers.
 STORAGES = {"half": BFLOAT16, "int8": INT8, "int4_g64": INT4_G64, "int4_g128": INT4_G128}
 STORAGES.update({"uint4_g32": 6, "uint4_g64": 7, "uint4_g128": 8, "uint8_g32": 9, "uint8_g64": 10})
-INTOS = ("half", "float", "add", "gelu", "silu_times")
+INTOS = ("half", "float", "add", "gelu", "silu_times")  # enum class Into of csrc/cuda/ops.h
 
 
-def rounded(value, unit):
+def round_up(value, unit):
     return (value + unit - 1) // unit * unit
 
 
@@ -35,11 +31,11 @@ def random_integers(low, high, *shape):
 
 
 def stored_matrix(dtype, out, width):
-    """Random matrix in the layout of a file (qwenvl.h): bytes, and its values as float64 [out, width]."""
+    """A random matrix: its bytes in the layout of files (qwenvl.h), and its values in float64 [out, width]."""
     if dtype in (FLOAT32, BFLOAT16, FLOAT16):
         stored = torch.randn(out, width, device="cuda").to(DTYPES[dtype])
         return stored.view(torch.uint8).flatten(), stored.double()
-    padded = rounded(width, 128)
+    padded = round_up(width, 128)
     inside = torch.arange(padded, device="cuda") < width
     if dtype in GROUPS:
         return stored_groups(*GROUPS[dtype], out, width)
@@ -59,13 +55,12 @@ def stored_matrix(dtype, out, width):
 
 
 def stored_groups(bits, group, out, width):
-    """As `stored_matrix`, a type with zero points."""
-    padded = rounded(width, 128)
+    """The same as `stored_matrix`, for a type with zero points."""
+    padded = round_up(width, 128)
     values = random_integers(0, 2**bits, out, padded) * (torch.arange(padded, device="cuda") < width)
     scales = (torch.randn(out, padded // group, device="cuda") / 2**bits).half()
     zeros = random_integers(0, 2**bits + 1, out, padded // group)
-    wide = (each.double().repeat_interleave(group, dim=1) for each in (scales, zeros))
-    scale, zero = wide
+    scale, zero = (each.double().repeat_interleave(group, dim=1) for each in (scales, zeros))
     if bits == 4:
         nibbles = values.view(out, padded // 128, 4, 32)  # value 32 j + i is nibble j of word i
         low, high = nibbles[:, :, 0] | nibbles[:, :, 1] << 4, nibbles[:, :, 2] | nibbles[:, :, 3] << 4
@@ -77,7 +72,10 @@ def stored_groups(bits, group, out, width):
 
 
 class Matrix:
-    """A matrix on the GPU, uploaded in parts [(bytes, dtype, rows, first, step)]."""
+    """A matrix on the GPU.
+
+    `parts`: (bytes, dtype, rows, first, step) of each uploaded matrix, whose row i becomes row first + i * step.
+    """
 
     def __init__(self, library, launch, half, storage, out, width, parts):
         self.half, self.launch = half, launch
@@ -86,7 +84,7 @@ class Matrix:
         library.decode_matrix_bytes(index, out, width, ctypes.byref(values), ctypes.byref(scales))
         self.values = torch.full((values.value,), 255, dtype=torch.uint8, device="cuda")
         self.scales = torch.full((scales.value,), 255, dtype=torch.uint8, device="cuda")
-        stride = rounded(width, 8 if storage == "half" else 128)
+        stride = round_up(width, 8 if storage == "half" else 128)
         self.shape = (index, out, width, stride, self.values, self.scales)
         for stored, dtype, rows, first, step in parts:
             launch("decode_upload", half, dtype, stored, rows, *self.shape, first, step)
@@ -124,7 +122,7 @@ def random_rows(half, n, width, stride):
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize(
-    ("out", "width", "n"),
+    ("out", "width", "n"),  # outputs, inputs, rows
     [
         *((2, 1, 1), (16, 128, 8), (38, 200, 3), (130, 1000, 33), (518, 2056, 9), (94, 11008, 7)),
         *((4096, 4096, 1), (4096, 4096, 16), (300, 4096, 70), (258, 11008, 40), (62, 384, 256)),
@@ -132,20 +130,22 @@ def random_rows(half, n, width, stride):
 )
 def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, width, n):
     matrix, exact = random_matrix(cuda_library, launch, half, storage, out, width)
-    x = random_rows(half, n, width, rounded(width, 8) + 8)
-    wide = x[:, :width].double()
+    x = random_rows(half, n, width, round_up(width, 8) + 8)
+    exact_x = x[:, :width].double()
     bias = torch.randn(out, device="cuda")
-    product = wide @ exact.T + bias.double()
-    room = wide.abs() @ exact.abs().T * 2.0**-18 + 1e-6  # error of additions in float32
+    product = exact_x @ exact.T + bias.double()
+    sum_error = exact_x.abs() @ exact.abs().T * 2.0**-18 + 1e-6  # of additions in float32
     before = torch.randn(n, out, device="cuda")
     silu = product[:, 0::2] * (product[:, 1::2] * torch.sigmoid(product[:, 1::2]))
-    silu_room = room[:, 0::2] * product[:, 1::2].abs() + room[:, 1::2] * product[:, 0::2].abs() * 1.1 + 1e-6
+    # The slope of SiLU is at most 1.1, and that of GELU 1.2.
+    silu_error = sum_error[:, 0::2] * product[:, 1::2].abs() + 1e-6
+    silu_error = silu_error + sum_error[:, 1::2] * product[:, 0::2].abs() * 1.1
     expected = {
-        "half": (product, room),
-        "float": (product, room),
-        "add": (product + before.double(), room + before.abs().double() * 2.0**-23),
-        "gelu": (product * torch.special.ndtr(product), room * 1.2 + 5e-5),
-        "silu_times": (silu, silu_room + silu.abs() * 2.0**-19),
+        "half": (product, sum_error),
+        "float": (product, sum_error),
+        "add": (product + before.double(), sum_error + before.abs().double() * 2.0**-23),
+        "gelu": (product * torch.special.ndtr(product), sum_error * 1.2 + 5e-5),
+        "silu_times": (silu, silu_error + silu.abs() * 2.0**-19),
     }
     for into, (reference, bound) in expected.items():
         as_float = into in ("float", "add")
@@ -155,10 +155,11 @@ def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, 
             y[:n] = before
         matrix.product(x, into, y, bias, x.shape[1])
         if not as_float:
+            # The kernels limit float16 results to the largest float16 number.
             reference = reference.clamp(-65504, 65504) if half else reference
             bound = bound + reference.abs() * EPSILON[half] + 2.0**-25
-        missed = (y[:n].double() - reference).abs()
-        assert (missed <= bound).all(), (into, (missed / bound).nan_to_num(math.inf).max().item())
+        error = (y[:n].double() - reference).abs()
+        assert (error <= bound).all(), (into, (error / bound).nan_to_num(math.inf).max().item())
         assert y[n].isnan().all(), into
 
 
@@ -167,13 +168,13 @@ def test_a_product_is_that_of_float64(cuda_library, launch, half, storage, out, 
 @pytest.mark.parametrize(("out", "width", "n"), [(16, 128, 3), (30, 200, 77), (640, 1000, 284)])
 @pytest.mark.parametrize("into", ["float", "silu_times"])
 def test_a_prompt_product_is_that_of_float64(cuda_library, launch, half, storage, out, width, n, into):
-    """Of weights rounded to the compute type."""
+    """Compared with float64, from weights rounded to the compute type."""
     matrix, exact = random_matrix(cuda_library, launch, half, storage, out, width)
     exact = exact.to(HALVES[half]).double()
-    x = random_rows(half, n, width, rounded(width, 8) + 8)
-    wide = x[:, :width].double()
-    expected = wide @ exact.T
-    bound = wide.abs() @ exact.abs().T * 2.0**-16 + 1e-5
+    x = random_rows(half, n, width, round_up(width, 8) + 8)
+    exact_x = x[:, :width].double()
+    expected = exact_x @ exact.T
+    bound = exact_x.abs() @ exact.abs().T * 2.0**-16 + 1e-5
     if into == "silu_times":
         gate = expected[:, 1::2]
         bound = bound[:, 0::2] * gate.abs() + bound[:, 1::2] * expected[:, 0::2].abs() * 1.1 + 1e-5
@@ -182,8 +183,8 @@ def test_a_prompt_product_is_that_of_float64(cuda_library, launch, half, storage
     y = torch.full((n + 1, expected.shape[1]), math.nan, device="cuda")
     y = y if into == "float" else y.to(HALVES[half])
     matrix.prompt_product(x, into, y)
-    missed = (y[:n].double() - expected).abs()
-    assert (missed <= bound).all(), (missed / bound).nan_to_num(math.inf).max().item()
+    error = (y[:n].double() - expected).abs()
+    assert (error <= bound).all(), (error / bound).nan_to_num(math.inf).max().item()
     assert y[n].isnan().all()
 
 
@@ -203,16 +204,17 @@ def test_a_row_does_not_depend_on_the_others(cuda_library, launch, half, storage
     assert not alone.isnan().any()
     for n in (2, 3, 5, 8, 9, 12, 16, 17, 25, 32, 33, 48, 63, 64, 65, 128, 256):
         assert torch.equal(product(x[:n])[:64], alone[:n]), n
-        least = min(n, 64)
-        assert torch.equal(product(x[:least].flip(0)).flip(0), alone[:least]), n
+        n_reversed = min(n, 64)
+        assert torch.equal(product(x[:n_reversed].flip(0)).flip(0), alone[:n_reversed]), n
 
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, INT8, INT4_G64, INT4_G128, *GROUPS])
 @pytest.mark.parametrize(("out", "width"), [(10, 72), (75, 300)])
 def test_two_matrices_are_interleaved(cuda_library, launch, half, dtype, out, width):
-    storage = next((name for name, kind in STORAGES.items() if kind == dtype), "half")
-    storage = "uint8_g64" if dtype == 11 else storage  # groups of 128 become two of 64
+    storage = next((name for name, stored_as in STORAGES.items() if stored_as == dtype), "half")
+    if GROUPS.get(dtype) == (8, 128):
+        storage = "uint8_g64"  # a group of 128 is stored as two of 64
     first, first_exact = stored_matrix(dtype, out, width)
     second, second_exact = stored_matrix(dtype, out, width)
     parts = [(first, dtype, out, 0, 2), (second, dtype, out, 1, 2)]
@@ -223,7 +225,7 @@ def test_two_matrices_are_interleaved(cuda_library, launch, half, dtype, out, wi
     # Products with unit vectors read the matrix back exactly.
     for start in range(0, width, 256):
         n = min(256, width - start)
-        x = torch.zeros(n, rounded(width, 8), dtype=HALVES[half], device="cuda")
+        x = torch.zeros(n, round_up(width, 8), dtype=HALVES[half], device="cuda")
         x[torch.arange(n), start + torch.arange(n)] = 1
         y = matrix.product(x, "float", torch.full((n, 2 * out), math.nan, device="cuda"))
         assert torch.equal(y, exact.T[start : start + n].float())
@@ -239,44 +241,44 @@ def test_float16_does_not_overflow(cuda_library, launch):
 
 
 class Cache:
-    """KV cache with sequences of random keys and values in scattered blocks, everything else poisoned."""
+    """KV cache with sequences of random keys and values in scattered blocks; all other bytes are 255."""
 
     def __init__(self, dtype, heads, width, block_tokens, lengths):
         self.dtype, self.heads, self.width, self.block_tokens = dtype, heads, width, block_tokens
-        tables = [-(-length // block_tokens) for length in lengths]
-        total = sum(tables) + 3
-        ids = torch.randperm(total)[: sum(tables)].split(tables)
-        values = 2 * heads * block_tokens * width
-        value_bytes = values * torch.empty(0, dtype=DTYPES[dtype]).element_size()
+        n_blocks = [-(-length // block_tokens) for length in lengths]
+        total = sum(n_blocks) + 3
+        ids = torch.randperm(total)[: sum(n_blocks)].split(n_blocks)
+        n_values = 2 * heads * block_tokens * width
+        value_bytes = n_values * torch.empty(0, dtype=DTYPES[dtype]).element_size()
         scale_bytes = 2 * heads * block_tokens * 4 if dtype == INT8 else 0
-        self.block_bytes = rounded(value_bytes + scale_bytes, 64)
+        self.block_bytes = round_up(value_bytes + scale_bytes, 64)
         self.memory = torch.full((total, self.block_bytes), 255, dtype=torch.uint8, device="cuda")
         shape = (total, 2, heads, block_tokens)
         stored = self.memory[:, :value_bytes].view(DTYPES[dtype]).view(*shape, width)
         if dtype == INT8:
             scales = self.memory[:, value_bytes : value_bytes + scale_bytes].view(torch.float32).view(shape)
-        self.max_blocks = max(tables) + 2
+        self.max_blocks = max(n_blocks) + 2
         self.blocks = torch.full((len(lengths), self.max_blocks), 2**31 - 1, dtype=torch.int32)
         self.sequences = []  # float64 [2, heads, length, width]
-        for i, (length, mine) in enumerate(zip(lengths, ids)):
-            self.blocks[i, : len(mine)] = mine
+        for i, (length, sequence_blocks) in enumerate(zip(lengths, ids)):
+            self.blocks[i, : len(sequence_blocks)] = sequence_blocks
             token = torch.arange(length)
-            block, slot = mine[token // block_tokens], token % block_tokens
+            block, slot = sequence_blocks[token // block_tokens], token % block_tokens
             if dtype == INT8:
-                new = random_integers(-127, 128, length, 2, heads, width).to(torch.int8)
+                values = random_integers(-127, 128, length, 2, heads, width).to(torch.int8)
                 scale = torch.rand(length, 2, heads, device="cuda") / 50
                 scales[block, :, :, slot] = scale
-                exact = new.double() * scale.double()[..., None]
+                exact = values.double() * scale.double()[..., None]
             else:
-                new = torch.randn(length, 2, heads, width, device="cuda").to(DTYPES[dtype])
-                exact = new.double()
-            stored[block, :, :, slot] = new
+                values = torch.randn(length, 2, heads, width, device="cuda").to(DTYPES[dtype])
+                exact = values.double()
+            stored[block, :, :, slot] = values
             self.sequences.append(exact.permute(1, 2, 0, 3))
         self.blocks = self.blocks.cuda()
         self.positions = torch.tensor(lengths, dtype=torch.int32, device="cuda") - 1
 
     def scratch(self, library, n, max_keys):
-        """Scratch memory: zeros for the counters, NaN elsewhere."""
+        """Scratch memory: zeros for the counters of at most 256 rows, NaN elsewhere."""
         size = library.decode_attention_scratch
         size.restype = ctypes.c_uint64
         n_bytes = size(n, self.heads, self.width, max_keys)
@@ -289,9 +291,18 @@ class Cache:
         scratch = self.scratch(library, n, max_keys)
         y = torch.full((n + 1, self.heads * self.width), math.nan, dtype=HALVES[half], device="cuda")
         tables = torch.tensor(rows, dtype=torch.int32, device="cuda")
-        positions, picked = self.positions[tables].contiguous(), q[tables].contiguous()
+        positions, queries = self.positions[tables].contiguous(), q[tables].contiguous()
         launch(
-            *("decode_attention", half, picked, positions, tables, self.blocks, self.max_blocks, self.memory),
+            *(
+                "decode_attention",
+                half,
+                queries,
+                positions,
+                tables,
+                self.blocks,
+                self.max_blocks,
+                self.memory,
+            ),
             *(ctypes.c_uint64(self.block_bytes), self.block_tokens, self.dtype, self.heads, self.width, n),
             *(max_keys, scratch, y),
         )
@@ -300,21 +311,21 @@ class Cache:
         return y[:n]
 
     def step(self, library, launch, half, fused, qkv, angles, rows, max_keys):
-        """Results of the rows, and a copy of the cache after the step; this cache is unchanged."""
+        """Run rotation and attention on a copy of the cache, in one kernel if `fused`; return results and copy."""
         n = len(rows)
         scratch, memory = self.scratch(library, n, max_keys), self.memory.clone()
         q = torch.full((n, self.heads * self.width), math.nan, dtype=HALVES[half], device="cuda")
         y = torch.full((n + 1, self.heads * self.width), math.nan, dtype=HALVES[half], device="cuda")
-        picked, mine = qkv[rows].contiguous(), self.blocks[rows].contiguous()
+        qkv_rows, blocks = qkv[rows].contiguous(), self.blocks[rows].contiguous()
         positions, tables = (
             self.positions[rows].contiguous(),
             torch.arange(n, dtype=torch.int32, device="cuda"),
         )
         angle_tables, cos, sin, query_scale = angles
         angle_tables = angle_tables[rows].contiguous()
-        torch.cuda.synchronize()  # the kernels read some inputs early
+        torch.cuda.synchronize()  # the kernels may read inputs before earlier work on the stream has ended
         launch(
-            *("decode_step", half, fused, picked, positions, angle_tables, tables, mine),
+            *("decode_step", half, fused, qkv_rows, positions, angle_tables, tables, blocks),
             *(self.max_blocks, cos, sin, query_scale, len(query_scale), memory),
             *(ctypes.c_uint64(self.block_bytes), self.block_tokens, self.dtype, self.heads, self.width, n),
             *(max_keys, q, scratch, y),
@@ -324,6 +335,7 @@ class Cache:
         return y[:n], memory
 
 
+# Heads, head dimension, tokens per block.
 ATTENTION = [
     (heads, width, block_tokens)
     for heads, width in ((3, 128), (5, 8), (2, 18), (3, 64), (1, 256))
@@ -343,9 +355,9 @@ def test_attention_is_that_of_float64(cuda_library, launch, half, dtype, heads, 
         scores = torch.einsum("hd,htd->ht", q[i].double().view(heads, width), keys)
         reference = torch.einsum("ht,htd->hd", scores.softmax(dim=-1), values).flatten()
         bound = reference.abs() * EPSILON[half] + values.abs().max() * 2.0**-18
-        missed = (y[i].double() - reference).abs()
-        assert (missed <= bound).all(), (lengths[i], (missed / bound).nan_to_num(math.inf).max().item())
-    # A row alone, and with a larger max_keys.
+        error = (y[i].double() - reference).abs()
+        assert (error <= bound).all(), (lengths[i], (error / bound).nan_to_num(math.inf).max().item())
+    # A row has the same bits alone, with a larger max_keys, and in another batch.
     for i, length in enumerate(lengths):
         for max_keys in (length, 1000):
             assert torch.equal(cache.attention(cuda_library, launch, half, q, [i], max_keys)[0], y[i])
@@ -371,12 +383,13 @@ def test_a_step_is_rotation_and_attention(cuda_library, launch, half, dtype, hea
     def step(fused, rows, max_keys):
         return cache.step(cuda_library, launch, half, fused, qkv, angles, rows, max_keys)
 
-    everything = list(range(len(lengths)))
-    y, _ = step(0, everything, max(lengths))
-    # Few blocks and many, which merge their chunks differently.
-    for rows in (everything, everything[::-1], everything[:5], [10], [5], [0]):
+    all_rows = list(range(len(lengths)))
+    y, _ = step(0, all_rows, max(lengths))
+    # Launches of few and of many thread blocks, which merge the chunks of keys differently.
+    for rows in (all_rows, all_rows[::-1], all_rows[:5], [10], [5], [0]):
         for max_keys in (max(lengths[i] for i in rows), 8000):
-            (apart, stored), (got, also_stored) = (step(fused, rows, max_keys) for fused in (0, 1))
-            assert torch.equal(apart, y[rows])
-            assert torch.equal(got, y[rows])
-            assert torch.equal(also_stored, stored)
+            separate, separate_cache = step(0, rows, max_keys)
+            fused, fused_cache = step(1, rows, max_keys)
+            assert torch.equal(separate, y[rows])
+            assert torch.equal(fused, y[rows])
+            assert torch.equal(fused_cache, separate_cache)

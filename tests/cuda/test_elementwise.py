@@ -1,10 +1,10 @@
-"""Norm, embedding and rotation with the write to the cache, against float64."""
+"""RMS norm, gathering of columns, embedding, and rotation with the write to the KV cache, compared with float64."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from small import HALVES, close, normal, poisoned, run, same_bits, torch
+from small import HALVES, assert_close, normal, poisoned, run, same_bits, torch
 
 EPSILON = 1e-6
 # Number in qwenvl.h and PyTorch dtype of each cache type.
@@ -27,9 +27,9 @@ def test_rms_norm(half, n, width):
     x, weight = normal(n, width, scale=3), normal(width)
     y = poisoned(n + 1, width, dtype=half)
     run("rms_norm", half, x, weight, EPSILON, n, width, y)
-    wide = x.double()
-    wanted = wide / (wide.square().mean(1, keepdim=True) + EPSILON).sqrt() * weight.double()
-    close(y[:n], wanted, slack=3e-6)
+    exact = x.double()
+    expected = exact / (exact.square().mean(1, keepdim=True) + EPSILON).sqrt() * weight.double()
+    assert_close(y[:n], expected, tolerance=3e-6)
     assert bool(y[n].isnan().all())
     for row in {0, n // 2, n - 1}:
         alone = poisoned(1, width, dtype=half)
@@ -54,24 +54,24 @@ def test_embed(half, width, with_images):
     vocab, n = 50, 9
     wte = normal(vocab, width).to(half)
     ids = torch.tensor([0, 49, 7, 7, -3, 50, 2**30, 11, 12], dtype=torch.int32, device="cuda")
-    wanted = wte[ids.long().clamp(0, vocab - 1)].float()
+    expected = wte[ids.long().clamp(0, vocab - 1)].float()
     addresses = None
     if with_images:
         features = normal(3, width)
-        place = torch.tensor([0, 0, 1, 0, 0, 0, 3, 2, 0], device="cuda")
-        addresses = torch.where(place > 0, features.data_ptr() + (place - 1) * width * 4, place)
-        wanted = torch.where(place[:, None] > 0, features[(place - 1).clamp(0)], wanted)
+        # For each token, 1 + the row of image features in place of its embedding, or 0.
+        feature = torch.tensor([0, 0, 1, 0, 0, 0, 3, 2, 0], device="cuda")
+        addresses = torch.where(feature > 0, features.data_ptr() + (feature - 1) * width * 4, feature)
+        expected = torch.where(feature[:, None] > 0, features[(feature - 1).clamp(0)], expected)
     x = poisoned(n + 1, width, dtype=torch.float32)
     run("embed", half, wte, vocab, width, ids, addresses, n, x)
-    assert torch.equal(x[:n], wanted)
+    assert torch.equal(x[:n], expected)
     assert bool(x[n].isnan().all())
 
 
 def narrow_int8(rows):
-    """float64 [..., head_dim] -> value / scale before rounding to int8, and the scales, as in the CPU's pools."""
-    most = rows.abs().amax(-1, keepdim=True)
-    exact = rows * 127 / most
-    return exact, (most / 127)[..., 0]
+    """Rows float64 [..., head_dim] divided by their scales, before rounding to int8, and the scales [...]."""
+    largest = rows.abs().amax(-1, keepdim=True)
+    return rows * 127 / largest, (largest / 127)[..., 0]
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -92,71 +92,72 @@ def test_rotate_and_store(half, cache, heads, head_dim, block_tokens):
     blocks = random.permutation(n_blocks)[: sequences * max_blocks].reshape(sequences, max_blocks)
     angle_table = random.integers(0, tables, n)
     size = torch.empty(0, dtype=dtype).element_size()
-    values = 2 * heads * block_tokens * head_dim
-    layer = values * size + (2 * heads * block_tokens * 4 if cache == "int8" else 0)
-    block_bytes = (layer + 15) // 16 * 16 + 48
+    n_values = 2 * heads * block_tokens * head_dim
+    layer_bytes = n_values * size + (2 * heads * block_tokens * 4 if cache == "int8" else 0)
+    block_bytes = (layer_bytes + 15) // 16 * 16 + 48
     pool = torch.full([n_blocks, block_bytes], 0x7D, dtype=torch.uint8, device="cuda")
     width = heads * head_dim
     qkv = normal(n, 3 * width).to(half)
     angle = normal(tables, max_positions, head_dim // 2) * 3
     cos, sin = angle.cos(), angle.sin()
     query_scale = torch.rand(max_positions, device="cuda") + 0.1
-    as_ints = [
+    positions, angle_tables, sequences_of, block_tables = (
         torch.tensor(array, dtype=torch.int32, device="cuda")
         for array in (position, angle_table, sequence, blocks)
-    ]
+    )
     q = poisoned(n + 1, width, dtype=half)
 
     def call(rows, pool, q):
-        positions, angle_tables, tables_of, table = as_ints
         run(
             "rotate_and_store",
             half,
             *(qkv[rows].clone(), positions[rows].clone(), angle_tables[rows].clone()),
-            *(tables_of[rows].clone(), table, max_blocks, cos, sin, query_scale, max_positions),
+            *(sequences_of[rows].clone(), block_tables, max_blocks, cos, sin, query_scale, max_positions),
             *(pool, block_bytes, block_tokens, number, heads, head_dim, len(qkv[rows]), q),
         )
 
     call(slice(None), pool, q)
     parts = qkv.double().view(n, 3, heads, 2, head_dim // 2)
-    c = cos.double()[angle_table, position][:, None]
-    s = sin.double()[angle_table, position][:, None]
+    row_cos = cos.double()[angle_table, position][:, None]
+    row_sin = sin.double()[angle_table, position][:, None]
 
-    def turned(part, scale=1.0):
+    def rotate(part, scale=1.0):
         a, b = part[:, :, 0], part[:, :, 1]
-        return torch.stack([(a * c - b * s) * scale, (b * c + a * s) * scale], 2).view(n, heads, head_dim)
+        both = [(a * row_cos - b * row_sin) * scale, (b * row_cos + a * row_sin) * scale]
+        return torch.stack(both, 2).view(n, heads, head_dim)
 
     scale = query_scale.double()[position][:, None, None]
-    close(q[:n], turned(parts[:, 0], scale).view(n, width), slack=1e-6)
+    assert_close(q[:n], rotate(parts[:, 0], scale).view(n, width), tolerance=1e-6)
     assert bool(q[n].isnan().all())
     # [n, 2, heads, head_dim]
-    stored = torch.stack([turned(parts[:, 1]), parts[:, 2].reshape(n, heads, head_dim)], 1)
-    place, slot = blocks[sequence, position // block_tokens], position % block_tokens
-    got = pool[:, : values * size].view(dtype).view(n_blocks, 2, heads, block_tokens, head_dim)
-    got = got[place, :, :, slot]
-    untouched = pool.clone()
-    view = untouched[:, : values * size].view(dtype).view(n_blocks, 2, heads, block_tokens, head_dim)
+    stored = torch.stack([rotate(parts[:, 1]), parts[:, 2].reshape(n, heads, head_dim)], 1)
+    block, slot = blocks[sequence, position // block_tokens], position % block_tokens
+    found = pool[:, : n_values * size].view(dtype).view(n_blocks, 2, heads, block_tokens, head_dim)
+    found = found[block, :, :, slot]
+    # A copy in which all values that the kernel must write are 0; the same is done with a fresh pool below.
+    zeroed = pool.clone()
+    view = zeroed[:, : n_values * size].view(dtype).view(n_blocks, 2, heads, block_tokens, head_dim)
     if cache == "int8":
         exact, scales = narrow_int8(stored)
-        close(got.float() - exact.float(), torch.zeros_like(exact), slack=0.5 + 1e-4)
+        assert_close(found.float() - exact.float(), torch.zeros_like(exact), tolerance=0.5 + 1e-4)
         n_scales = 2 * heads * block_tokens * 4
-        got_scales = pool[:, values : values + n_scales].view(torch.float32)
-        got_scales = got_scales.view(n_blocks, 2, heads, block_tokens)[place, :, :, slot]
-        assert bool(((got_scales.double() / scales - 1).abs() < 1e-6).all())
-        left = untouched[:, values : values + n_scales].view(torch.float32)
-        left.view(n_blocks, 2, heads, block_tokens)[place, :, :, slot] = 0
-        view[place, :, :, slot] = 0
+        found_scales = pool[:, n_values : n_values + n_scales].view(torch.float32)
+        found_scales = found_scales.view(n_blocks, 2, heads, block_tokens)[block, :, :, slot]
+        assert bool(((found_scales.double() / scales - 1).abs() < 1e-6).all())
+        scale_view = zeroed[:, n_values : n_values + n_scales].view(torch.float32)
+        scale_view.view(n_blocks, 2, heads, block_tokens)[block, :, :, slot] = 0
+        view[block, :, :, slot] = 0
     else:
-        close(got, stored, slack=1e-6)
-        view[place, :, :, slot] = 0
-    # No other part of the pool was written.
+        assert_close(found, stored, tolerance=1e-6)
+        view[block, :, :, slot] = 0
+    # The kernel wrote no other part of the pool.
     reference = torch.full_like(pool, 0x7D)
-    view = reference[:, : values * size].view(dtype).view(n_blocks, 2, heads, block_tokens, head_dim)
-    view[place, :, :, slot] = 0
+    view = reference[:, : n_values * size].view(dtype).view(n_blocks, 2, heads, block_tokens, head_dim)
+    view[block, :, :, slot] = 0
     if cache == "int8":
-        left = reference[:, values : values + n_scales].view(torch.float32)
-        left.view(n_blocks, 2, heads, block_tokens)[place, :, :, slot] = 0
-    assert torch.equal(untouched, reference)
+        scale_view = reference[:, n_values : n_values + n_scales].view(torch.float32)
+        scale_view.view(n_blocks, 2, heads, block_tokens)[block, :, :, slot] = 0
+    assert torch.equal(zeroed, reference)
     # Each token alone gives the same bits.
     other = torch.full_like(pool, 0x7D)
     for row in range(n):
@@ -174,30 +175,13 @@ def test_int8_without_a_scale(half, value):
     qkv[0, 2 * head_dim] = value
     pool = torch.full([2 * (head_dim + 4)], 0x7D, dtype=torch.uint8, device="cuda")
     zero = torch.zeros(1, dtype=torch.int32, device="cuda")
-    ones, nothing = torch.ones(32, device="cuda"), torch.zeros(32, device="cuda")
+    ones, zeros = torch.ones(32, device="cuda"), torch.zeros(32, device="cuda")
     q = poisoned(head_dim, dtype=half)
     run(
         "rotate_and_store",
         half,
-        *(
-            qkv,
-            zero,
-            zero,
-            zero,
-            zero,
-            1,
-            ones,
-            nothing,
-            ones,
-            1,
-            pool,
-            len(pool),
-            1,
-            2,
-            heads,
-            head_dim,
-            1,
-            q,
-        ),
+        *(qkv, zero, zero, zero, zero, 1),  # position, angle table, sequence, block table, its length
+        *(ones, zeros, ones, 1),  # cos, sin, query scale, number of positions
+        *(pool, len(pool), 1, CACHES["int8"][0], heads, head_dim, 1, q),
     )
     assert pool.count_nonzero().item() == 0

@@ -1,4 +1,4 @@
-"""Low-rank adapters of decode rows against float64: rows with several adapters, and without one."""
+"""Low-rank adapters of decode steps, compared with float64: rows with different adapters, and rows without one."""
 
 from __future__ import annotations
 
@@ -8,35 +8,39 @@ import pytest
 import test_decode
 from small import HALVES, ROUNDING, normal, poisoned, run, same_bits, torch
 
-PRODUCTS = 3
+N_PRODUCTS = 3  # products with adapters, in a table
 INTOS = {"half": 0, "add": 2, "silu_times": 4}  # enum class Into of csrc/cuda/ops.h
-PRODUCT = 1  # the one that is computed
+PRODUCT = 1  # the index of the computed product
 
 
 class Table:
     """An adapter's matrices of each product, and its table on the GPU: LowRankEntry of kernels/low_rank.h."""
 
     def __init__(self, half, rank, out, width, parts=1):
-        self.half, self.parts = half, []
-        for product in range(PRODUCTS):
-            each = rank if product == PRODUCT else 8 * parts
-            a, b = (normal(each, width) / width**0.5).to(half), (normal(out, each) / 8).to(half)
-            for part in range(parts):  # a row of B has the values of its own part alone
-                others = torch.arange(each, device="cuda") // max(each // parts, 1) != part
-                b[part::parts, others] = 0
-            self.parts.append((a, b))
+        self.half, self.matrices = half, []
+        for product in range(N_PRODUCTS):
+            product_rank = rank if product == PRODUCT else 8 * parts
+            a = (normal(product_rank, width) / width**0.5).to(half)
+            b = (normal(out, product_rank) / 8).to(half)
+            # Each part has its ranks and, interleaved, its rows of B, which are zero at the ranks of other parts.
+            for part in range(parts):
+                other_ranks = (
+                    torch.arange(product_rank, device="cuda") // max(product_rank // parts, 1) != part
+                )
+                b[part::parts, other_ranks] = 0
+            self.matrices.append((a, b))
         words = []
-        for a, b in self.parts:
+        for a, b in self.matrices:
             words += [a.data_ptr(), b.data_ptr(), len(a) | parts << 32] if len(a) else [0, 0, 1 << 32]
         self.words = torch.tensor(words, dtype=torch.int64, device="cuda")
 
     def update(self, x):
-        a, b = (each.double() for each in self.parts[PRODUCT])
+        a, b = (each.double() for each in self.matrices[PRODUCT])
         return x.double() @ a.T @ b.T
 
-    def room(self, x):
+    def bound(self, x):
         """Error of rounding A x to the compute type, and of sums in float32."""
-        a, b = (each.double() for each in self.parts[PRODUCT])
+        a, b = (each.double() for each in self.matrices[PRODUCT])
         rounding = (x.double() @ a.T).abs() * ROUNDING[self.half] @ b.abs().T
         return rounding * 1.02 + x.double().abs() @ a.abs().T @ b.abs().T * 2.0**-20 + 1e-6
 
@@ -45,57 +49,58 @@ class Table:
 @pytest.mark.parametrize(("out", "width"), [(1, 8), (75, 72), (4096, 4096), (200, 11008)])
 @pytest.mark.parametrize("into", ["half", "add", "silu_times"])
 def test_rows_of_several_adapters(half, out, width, into):
-    """Each epilogue, of rows of several adapters and of none, together and alone."""
+    """Each epilogue, for rows with different adapters and without one, in one launch and in a launch for each row."""
     silu = into == "silu_times"
     out += out % 2 if silu else 0
     parts = 2 if silu else 1
     tables = [Table(half, rank, out, width, parts) for rank in (0, 16, 48, 64, 208, 320)]
     n = 37
-    chosen = [tables[i % 7 - 1] if i % 7 else None for i in range(n)]
+    row_tables = [tables[i % 7 - 1] if i % 7 else None for i in range(n)]
     x = normal(n, width + 8).to(half)
     x[:, width:] = float("nan")
-    addresses = [0 if table is None else table.words.data_ptr() for table in chosen]
+    addresses = [0 if table is None else table.words.data_ptr() for table in row_tables]
     base = normal(n, out)
 
     def product(rows, ordered=True):
         y = poisoned(len(rows) + 1, out // parts, dtype=torch.float32 if into == "add" else half)
-        raw = base[rows].contiguous()
+        base_rows = base[rows].contiguous()
         if into == "add":
-            y[:-1], raw = raw, None
+            y[:-1], base_rows = base_rows, None
         low = poisoned(len(rows), 320, dtype=half)
         adapters = torch.tensor([addresses[i] for i in rows], dtype=torch.int64, device="cuda")
         order = adapters.sort(descending=True).indices.int() if ordered else None
-        picked = x[rows].contiguous()
+        x_rows = x[rows].contiguous()
         sizes = (width + 8, width, len(rows), low, 320, out)
-        run("low_rank", half, adapters, order, PRODUCT, picked, *sizes, raw, INTOS[into], y)
+        run("low_rank", half, adapters, order, PRODUCT, x_rows, *sizes, base_rows, INTOS[into], y)
         assert bool(y[-1].isnan().all())
         return y[:-1]
 
-    got = product(list(range(n)))
-    assert same_bits(product(list(range(n)), ordered=False), got)
-    if into != "add":  # of rows without an adapter, what the product of the base weight gives
+    y = product(list(range(n)))
+    assert same_bits(product(list(range(n)), ordered=False), y)
+    if into != "add":
+        # Rows without an adapter have the result of the base weight.
         finished = poisoned(n, out // parts, dtype=half)
         run("finish_raw", half, base, n, out, INTOS[into], finished)
-        assert all(same_bits(got[i], finished[i]) for i in range(0, n, 7))
-    for i, table in enumerate(chosen):
-        wide, room = base[i].double(), 2.0**-20
+        assert all(same_bits(y[i], finished[i]) for i in range(0, n, 7))
+    for i, table in enumerate(row_tables):
+        expected, bound = base[i].double(), 2.0**-20
         if table is not None:
-            wide, room = wide + table.update(x[i, :width]), table.room(x[i, :width]) + 2.0**-20
+            expected, bound = expected + table.update(x[i, :width]), table.bound(x[i, :width]) + 2.0**-20
         if silu:
-            room = room + torch.zeros_like(wide)
-            value, gate = wide[0::2], wide[1::2]
-            room = room[0::2] * gate.abs() + room[1::2] * value.abs() * 1.1 + 1e-5
-            wide = value * gate * torch.sigmoid(gate)
-        room = room + wide.abs() * ROUNDING[got.dtype] * 1.02 + 1e-6
-        assert bool(((got[i].double() - wide).abs() <= room).all()), i
-        assert same_bits(product([i])[0], got[i])
+            bound = bound + torch.zeros_like(expected)
+            value, gate = expected[0::2], expected[1::2]
+            bound = bound[0::2] * gate.abs() + bound[1::2] * value.abs() * 1.1 + 1e-5
+            expected = value * gate * torch.sigmoid(gate)
+        bound = bound + expected.abs() * ROUNDING[y.dtype] * 1.02 + 1e-6
+        assert bool(((y[i].double() - expected).abs() <= bound).all()), i
+        assert same_bits(product([i])[0], y[i])
 
 
 @pytest.mark.parametrize("half", test_decode.HALVES)
 @pytest.mark.parametrize("storage", test_decode.STORAGES)
 @pytest.mark.parametrize(("out", "width"), [(40, 136), (4096, 4096), (258, 11008)])
 def test_adapted_products(cuda_library, launch, half, storage, out, width):
-    """A x beside the base product: the bits of both alone."""
+    """A x, computed in the kernel of the base product: both have the same bits as from separate kernels."""
     dtype = test_decode.HALVES[half]
     matrix, _ = test_decode.random_matrix(cuda_library, launch, half, storage, out, width)
     tables = [Table(dtype, rank, out, width) for rank in (0, 16, 64, 208)]

@@ -1,4 +1,4 @@
-"""linear_prompt against float64; the same bits with other tiles and other rows."""
+"""Products of prompts, compared with float64; other tiles and other rows of x give the same bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def product(
     bias: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`w` [out, stride] and `x` [n, x_stride] have `columns` values per row; `start`: y before an addition."""
+    """Product of `x` [n, x_stride] and `w` [out, stride], which have `columns` values per row.
+
+    `tile`: an index, CHOSEN or PORTABLE. `start`: y before the product is added to it.
+    """
     out = w.shape[0] // 2 if into == SILU_TIMES else w.shape[0]
     dtype = torch.float32 if into in (FLOAT, ADD) else w.dtype
     y = torch.full((x.shape[0] + 1, out), float("nan"), dtype=dtype, device="cuda")
@@ -27,23 +30,11 @@ def product(
     run(
         "linear_prompt",
         w.dtype,
-        tile,
-        0,
-        w.shape[0],
-        columns,
-        w.stride(0),
-        w,
-        None,
-        bias,
-        x,
-        x.stride(0),
-        x.shape[0],
-        into,
-        y,
-        None,
+        *(tile, 0, w.shape[0], columns, w.stride(0), w, None, bias),  # 0: storage without quantization
+        *(x, x.stride(0), x.shape[0], into, y, None),
     )
     torch.cuda.synchronize()
-    assert y[-1].isnan().all(), "written after the last row"
+    assert y[-1].isnan().all(), "the kernel wrote after the last row"
     return y[:-1]
 
 
@@ -60,6 +51,7 @@ def reference(
     return y if start is None else y + start.double()
 
 
+# Rows, outputs, inputs.
 SIZES = [
     (1, 8, 8),
     (5, 24, 56),
@@ -82,20 +74,20 @@ def test_every_tile_at_odd_sizes(half: torch.dtype, into: int, n: int, out: int,
     bias = torch.randn(out, device="cuda") if n % 2 else None
     start = torch.randn(n, out, device="cuda") if into == ADD else None
     expected = reference(into, w, x[:, :columns], bias, start)
-    bound = 1e-5 if into in (FLOAT, ADD) else 4e-3 if half == torch.bfloat16 else 5e-4
+    half_bound = 4e-3 if half == torch.bfloat16 else 5e-4
+    bound = 1e-5 if into in (FLOAT, ADD) else half_bound
+    tile_name = prompt.DLL.qvlt_gpu_linear_prompt_tile_name
     results = {}
     for tile in [CHOSEN, PORTABLE, *prompt.tiles()]:
         results[tile] = product(tile, into, w, x, columns, bias, start)
-        assert error_of(results[tile], expected) < bound, prompt.DLL.qvlt_gpu_linear_prompt_tile_name(
-            max(tile, -1)
-        )
+        assert error_of(results[tile], expected) < bound, tile_name(max(tile, -1))
     for tile in prompt.tiles():
-        assert torch.equal(results[tile], results[CHOSEN]), prompt.DLL.qvlt_gpu_linear_prompt_tile_name(tile)
+        assert torch.equal(results[tile], results[CHOSEN]), tile_name(tile)
 
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 def test_rows_of_x_end_before_those_of_w(half: torch.dtype) -> None:
-    """Rows of W are padded with zeros; values after a row of x are ignored."""
+    """Rows of W are longer and padded with zeros; the values after the end of a row of x are ignored."""
     w = torch.zeros(48, 128, device="cuda", dtype=half)
     w[:, :100] = torch.randn(48, 100, device="cuda").to(half)
     x = rows_of(torch.randn(9, 100, device="cuda").to(half), 104)
@@ -105,17 +97,18 @@ def test_rows_of_x_end_before_those_of_w(half: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
-def test_a_row_is_the_same_among_others(half: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_the_others(half: torch.dtype) -> None:
     w = torch.randn(1664, 1088, device="cuda").to(half)
     x = torch.randn(2000, 1088, device="cuda").to(half)
     for tile in (CHOSEN, PORTABLE):
-        whole = product(tile, FLOAT, w, x, 1088)
+        all_rows = product(tile, FLOAT, w, x, 1088)
         for first, n in [(0, 1), (1999, 1), (137, 284), (900, 1024), (3, 17), (500, 64)]:
-            assert torch.equal(product(tile, FLOAT, w, x[first : first + n], 1088), whole[first : first + n])
+            rows = slice(first, first + n)
+            assert torch.equal(product(tile, FLOAT, w, x[rows], 1088), all_rows[rows])
 
 
-def test_many_tiles_a_block() -> None:
-    """More groups of tiles than multiprocessors: a block computes several, and its ring of buffers continues."""
+def test_several_tiles_per_block() -> None:
+    """More groups of tiles than multiprocessors: a thread block computes several, with the same ring of buffers."""
     w = torch.randn(8192, 328, device="cuda").to(torch.bfloat16)
     x = torch.randn(1500, 328, device="cuda").to(torch.bfloat16)
     expected = reference(FLOAT, w, x, None, None)
@@ -125,27 +118,32 @@ def test_many_tiles_a_block() -> None:
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
 def test_gelu(half: torch.dtype) -> None:
-    """Within the rounding of the type, plus 5e-5."""
+    """The error of GELU is at most the rounding error of the type, plus 5e-5."""
     x = torch.linspace(-9, 9, 20000, device="cuda").to(half)[:, None].expand(-1, 8).contiguous()
-    got = product(CHOSEN, GELU, torch.eye(8, device="cuda").to(half), x, 8).double()
-    wide = x.double()
-    expected = wide * torch.special.ndtr(wide)
+    found = product(CHOSEN, GELU, torch.eye(8, device="cuda").to(half), x, 8).double()
+    exact_x = x.double()
+    expected = exact_x * torch.special.ndtr(exact_x)
     rounding = 2.0**-8 if half == torch.bfloat16 else 2.0**-11
-    assert ((got - expected).abs() <= rounding * expected.abs() + 5e-5).all()
+    assert ((found - expected).abs() <= rounding * expected.abs() + 5e-5).all()
 
 
-def packed(kind: str, numbers: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layout of kernels/quantised.cuh: numbers [out, in] and scales [out] or [out, groups], whole tiles."""
-    out, columns = numbers.shape
+def packed(kind: str, integers: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers [out, in] and scales [out] or [out, groups] in the layout of kernels/quantised.cuh.
+
+    `out` is a multiple of 16, `in` of 128: tiles of 16 x 128 integers.
+    """
+    out, columns = integers.shape
     tiles, units = out // 16, columns // 128
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    if hopper:  # of a quarter, a lane's run is pairs that lie 8 apart; units come before tiles
-        numbers = numbers.reshape(out, -1, 4, 4, 2).transpose(2, 3).reshape(out, columns)
+    if hopper:
+        # In each 32 columns, a lane has pairs of columns with a distance of 8. Units of 128 columns come before tiles.
+        integers = integers.reshape(out, -1, 4, 4, 2).transpose(2, 3).reshape(out, columns)
     if kind == "int8":
-        parts = numbers.reshape(tiles, 2, 8, units, 4, 4, 8)[..., [0, 2, 1, 3, 4, 6, 5, 7]]
+        parts = integers.reshape(tiles, 2, 8, units, 4, 4, 8)[..., [0, 2, 1, 3, 4, 6, 5, 7]]
         values = parts.permute(0, 3, 4, 2, 5, 1, 6).to(torch.int8)
         return (values.transpose(0, 1) if hopper else values).contiguous(), scales.float()
-    parts = numbers.reshape(tiles, 2, 8, units, 2, 2, 4, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]] + 8
+    # int4 is stored plus 8.
+    parts = integers.reshape(tiles, 2, 8, units, 2, 2, 4, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]] + 8
     nibbles = parts.permute(0, 3, 4, 2, 6, 1, 5, 7).to(torch.uint8)
     values = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
     groups = scales.reshape(tiles, 2, 8, units, -1).permute(0, 3, 2, 4, 1).to(torch.bfloat16)
@@ -161,38 +159,23 @@ def test_quantised_weights(
     half: torch.dtype, storage: int, kind: str, group: int, n: int, out: int, columns: int
 ) -> None:
     rows, stride = -(-out // 16) * 16, -(-columns // 128) * 128
-    most = 127 if kind == "int8" else 7
-    numbers = torch.randint(
-        -most - (kind == "int4"), most + 1, (rows, stride), device="cuda", dtype=torch.int32
-    )
-    numbers[:, columns:] = 0
+    low, high = (-127, 128) if kind == "int8" else (-8, 8)
+    integers = torch.randint(low, high, (rows, stride), device="cuda", dtype=torch.int32)
+    integers[:, columns:] = 0
     scales = torch.rand((rows, stride // group) if group else (rows,), device="cuda") + 0.1
     scales = scales.to(torch.bfloat16) if group else scales
-    exact = numbers.double() * (
-        scales.double().repeat_interleave(group, 1) if group else scales.double()[:, None]
-    )
+    exact_scales = scales.double().repeat_interleave(group, 1) if group else scales.double()[:, None]
+    exact = integers.double() * exact_scales
     x = rows_of(torch.randn(n, columns, device="cuda").to(half), -(-columns // 8) * 8)
     expected = reference(FLOAT, exact[:out, :columns], x[:, :columns], None, None)
-    values, packed_scales = packed(kind, numbers, scales)
+    values, packed_scales = packed(kind, integers, scales)
     scratch = torch.full((out, stride), float("nan"), dtype=half, device="cuda")
     y = torch.full((n, out), float("nan"), device="cuda")
     run(
         "linear_prompt",
         half,
-        CHOSEN,
-        storage,
-        out,
-        columns,
-        stride,
-        values,
-        packed_scales,
-        None,
-        x,
-        x.stride(0),
-        n,
-        FLOAT,
-        y,
-        scratch,
+        *(CHOSEN, storage, out, columns, stride, values, packed_scales, None),
+        *(x, x.stride(0), n, FLOAT, y, scratch),
     )
     torch.cuda.synchronize()
     assert error_of(y, expected) < (4e-3 if half == torch.bfloat16 else 5e-4)

@@ -1,4 +1,4 @@
-"""Building the libraries, with a fake compiler that only records its calls."""
+"""Building the engine's libraries, with a fake compiler that records its calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engines import needs_compiler
 from paddlemix_qwenvl_plugin.engine import build, sources
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 
-# A fake compiler that records each run and is slow; its "--version" is part of the cache key.
+# Slow, so that a test can interrupt it. The output of "--version" is part of the cache key.
 COMPILER = """#!/bin/sh
 [ "$1" = --version ] && {{ echo {version}; exit 0; }}
 echo "$@" >> {calls}
@@ -32,7 +32,7 @@ CSRC = sources.source_folder()
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fake compiler that creates files of one line; returns the file with its calls."""
+    """Install the fake compiler, which creates files of one line; return the file in which it records its calls."""
     calls = tmp_path / "calls"
     script = tmp_path / "cxx"
     script.write_text(COMPILER.format(version="one", calls=calls))
@@ -58,16 +58,16 @@ def n_units() -> int:
     return len(sources.library_units(CSRC, sources.isas_here(CSRC)))
 
 
-def test_built_once_and_found_again(compiler: Path) -> None:
+def test_the_library_is_built_once(compiler: Path) -> None:
     first = build.library()
     assert first.name == "libqwenvl.so"
     lines = compiler.read_text().splitlines()
     assert len(lines) == n_units() + 1
     assert build.library() == first
     assert compiler.read_text().splitlines() == lines
-    # Every source but Paddle's, the kernels for two instruction sets at most, and the log has every command.
+    # All sources except those of Paddle's operators; the kernels are compiled for at most two ISAs.
     compiled = [Path(match[1]) for line in lines if (match := re.search(r"-c (\S+)", line))]
-    assert set(compiled) == {path for part in ("core", "cpu") for path in (CSRC / part).rglob("*.cc")}
+    assert set(compiled) == {path for folder in ("core", "cpu") for path in (CSRC / folder).rglob("*.cc")}
     assert sum(path.name == "kernels.cc" for path in compiled) == len(sources.isas_here(CSRC)) <= 2
     log = (first.parent / "build.log").read_text()
     assert all(line in log for line in lines)
@@ -79,37 +79,41 @@ def test_the_operators_are_linked_to_the_library(compiler: Path) -> None:
     engine = build.library()
     before = n_calls(compiler)
     operators = build.operators_library()
-    *compiled, linked = compiler.read_text().splitlines()[before:]
-    assert {Path(re.search(r"-c (\S+)", line)[1]) for line in compiled} == set((CSRC / "paddle").glob("*.cc"))
-    assert f"-L{engine.parent} -l:libqwenvl.so -Wl,-rpath,{engine.parent}" in linked
+    *compilations, link = compiler.read_text().splitlines()[before:]
+    assert {Path(re.search(r"-c (\S+)", line)[1]) for line in compilations} == set(
+        (CSRC / "paddle").glob("*.cc")
+    )
+    assert f"-L{engine.parent} -l:libqwenvl.so -Wl,-rpath,{engine.parent}" in link
     assert operators.parent != engine.parent
 
 
 def test_the_library_needs_no_paddle(compiler: Path) -> None:
     code = f"import sys; sys.modules['paddle'] = None; {BUILD}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("what", ["a.h", "a.cc", "a.c", "a.cu", "a.cuh", "a.txt", "flags", "compiler", "isa"])
+@pytest.mark.parametrize(
+    "changed", ["a.h", "a.cc", "a.c", "a.cu", "a.cuh", "a.txt", "flags", "compiler", "isa"]
+)
 def test_each_input_of_the_cache_key_changes_the_library(
-    what: str, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changed: str, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     csrc = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
     monkeypatch.setattr(build, "source_folder", lambda: csrc)
     before = build.library()
-    if what == "flags":
+    if changed == "flags":
         monkeypatch.setattr(sources, "_COMMON", ("-O0",))
-    elif what == "compiler":
+    elif changed == "compiler":
         change_compiler("echo one", "echo two")
-    elif what == "isa":
+    elif changed == "isa":
         monkeypatch.setattr(build, "isas_here", lambda csrc: sources.all_isas(csrc)[:1])
     else:
-        (csrc / "core" / what).write_text("//")
+        (csrc / "core" / changed).write_text("//")
     assert build.library() != before
 
 
-def test_another_paddle_is_another_library_of_operators(
+def test_the_operators_are_built_for_each_paddle_version(
     compiler: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import paddle
@@ -120,18 +124,19 @@ def test_another_paddle_is_another_library_of_operators(
     assert build.library() == engine
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "changed", "without its digest"])
-def test_an_incomplete_library_is_built_again(damage: str, compiler: Path) -> None:
-    built = build.library()
-    good = built.read_bytes()
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "changed", "without its digest"])
+def test_a_damaged_library_is_built_again(damage: str, compiler: Path) -> None:
+    library = build.library()
+    content = library.read_bytes()
     if damage == "without its digest":
-        built.with_name("libqwenvl.so.sha256").unlink()
+        library.with_name("libqwenvl.so.sha256").unlink()
     else:
-        built.write_bytes({"cut": good[:2], "emptied": b"", "changed": b"M" + good[1:]}[damage])
+        damaged = {"truncated": content[:2], "emptied": b"", "changed": b"M" + content[1:]}
+        library.write_bytes(damaged[damage])
     assert build.library_state()[0] == "not built"
     before = n_calls(compiler)
-    assert build.library() == built
-    assert (built.read_bytes(), n_calls(compiler)) == (good, before + n_units() + 1)
+    assert build.library() == library
+    assert (library.read_bytes(), n_calls(compiler)) == (content, before + n_units() + 1)
 
 
 def test_two_processes_build_once(compiler: Path) -> None:
@@ -143,20 +148,20 @@ def test_two_processes_build_once(compiler: Path) -> None:
     assert n_calls(compiler) == n_units() + 1
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_an_ended_build_leaves_nothing_in_the_way(how: signal.Signals, compiler: Path) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_build_after_an_interrupted_build(signal_number: signal.Signals, compiler: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", BUILD], stderr=subprocess.DEVNULL)
-    wait_for(compiler)
-    process.send_signal(how)
+    wait_for_content(compiler)
+    process.send_signal(signal_number)
     process.wait()
     compiler.unlink(missing_ok=True)
-    built = build.library()
+    library = build.library()
     assert n_calls(compiler) >= n_units() + 1
-    assert not list(built.parent.glob("scratch-*"))
+    assert not list(library.parent.glob("scratch-*"))
 
 
 @pytest.mark.parametrize(
-    ("how", "pauses"),
+    ("signal_number", "pauses"),  # seconds before the second and third signal
     [
         (signal.SIGINT, []),
         (signal.SIGINT, [0, 0]),
@@ -165,53 +170,52 @@ def test_an_ended_build_leaves_nothing_in_the_way(how: signal.Signals, compiler:
         (signal.SIGTERM, []),
     ],
 )
-def test_ctrl_c_ends_the_compilers(
-    how: signal.Signals, pauses: list[float], compiler: Path, tmp_path: Path
+def test_a_signal_ends_the_compilers(
+    signal_number: signal.Signals, pauses: list[float], compiler: Path, tmp_path: Path
 ) -> None:
-    """The compiler and its child processes, which would run for a minute. Once, and three times in a row."""
+    """One signal or three end the compilers and their child processes, which would run for a minute."""
     children = tmp_path / "children"
     change_compiler("sleep 0.05", f'sleep 61 & echo "$$ $!" >> {children}; wait')
     command = [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "build-engine"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for(children)
+    wait_for_content(children)
     began = time.monotonic()
     for pause in (0, *pauses):
         time.sleep(pause)
-        process.send_signal(how)
-    _, said = process.communicate(timeout=30)
-    line = "qwenvl: interrupted\n" if how == signal.SIGINT else "qwenvl: terminated\n"
-    assert (process.returncode, said) == (128 + how, line)
-    assert time.monotonic() - began < 10  # of the minute
-    for line in children.read_text().splitlines():
-        for number in line.split():
-            assert not runs(int(number))
+        process.send_signal(signal_number)
+    _, printed = process.communicate(timeout=30)
+    message = "qwenvl: interrupted\n" if signal_number == signal.SIGINT else "qwenvl: terminated\n"
+    assert (process.returncode, printed) == (128 + signal_number, message)
+    assert time.monotonic() - began < 10
+    for pid in children.read_text().split():
+        assert not is_running(int(pid))
     change_compiler("sleep 61", "sleep 0")
-    left = next((tmp_path / "cache" / "engine").iterdir())
-    assert sorted(path.name for path in left.iterdir()) == ["build.log", "lock"]
+    folder = next((tmp_path / "cache" / "engine").iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == ["build.log", "lock"]
     assert build.library().is_file()
 
 
-def wait_for(path: Path) -> None:
+def wait_for_content(path: Path) -> None:
     deadline = time.monotonic() + 60
     while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
-def runs(number: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
-        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return state != "Z"
+    return state != "Z"  # a zombie has ended
 
 
-def test_no_build(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_building_is_forbidden_by_a_variable(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWENVL_NO_BUILD", "1")
     with pytest.raises(QwenVLError, match=r"QWENVL_NO_BUILD is set: run qwenvl build-engine"):
         build.library()
     assert not compiler.exists()
-    built = build.library(allowed=True)
-    assert build.library() == built
+    library = build.library(allowed=True)
+    assert build.library() == library
 
 
 def test_a_failed_build_leaves_no_library(compiler: Path) -> None:
@@ -233,7 +237,7 @@ def test_a_failed_build_leaves_no_library(compiler: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "cause"),
+    ("failure", "cause"),  # shell code of the compiler, and the cause in the message
     [
         ("kill -KILL $$", "was killed by SIGKILL"),
         (
@@ -246,11 +250,11 @@ def test_a_failed_build_leaves_no_library(compiler: Path) -> None:
         ),
     ],
 )
-def test_trouble_that_passes_is_named_and_not_remembered(trouble: str, cause: str, compiler: Path) -> None:
-    change_compiler("sleep 0.05", trouble)
+def test_a_build_is_retried_after_a_temporary_failure(failure: str, cause: str, compiler: Path) -> None:
+    change_compiler("sleep 0.05", failure)
     with pytest.raises(QwenVLError, match=cause):
         build.library()
-    change_compiler(trouble, "sleep 0.05")
+    change_compiler(failure, "sleep 0.05")
     assert build.library().is_file()
 
 
@@ -259,23 +263,20 @@ def test_a_compiler_with_arguments(compiler: Path, tmp_path: Path, monkeypatch: 
     launcher.write_text('#!/bin/sh\nexec "$@"\n')
     launcher.chmod(0o755)
     monkeypatch.setenv("CXX", f"'{launcher}' {os.environ['CXX']} -g1")
-    built = build.library()
-    assert built.is_file()
+    assert build.library().is_file()
     assert all(line.startswith("-g1 ") for line in compiler.read_text().splitlines())
 
 
 @needs_compiler
-def test_a_cxx_library_that_is_linked_in_stays_inside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some compilers link it into the library. Paddle has another one, and must not see this one."""
+def test_symbols_of_a_static_cxx_library_are_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some compilers link libstdc++ into the library. Paddle uses another libstdc++ and must not find these symbols."""
     monkeypatch.setenv("CXX", "c++ -static-libstdc++")
-    source = tmp_path / "one.cc"
+    source = tmp_path / "source.cc"
     source.write_text(
         "#include <iostream>\n"
         'extern "C" __attribute__((visibility("default"))) void say(int n) { std::cout << n; }'
     )
-    target = build.library_target([sources.Unit("one.o", source, ("-fPIC",))])
+    target = build.library_target([sources.Unit("source.o", source, ("-fPIC",))])
     with (tmp_path / "log").open("w") as log:
         build.build(target, tmp_path, log)
     library = ctypes.CDLL(str(tmp_path / target.name))
@@ -283,7 +284,7 @@ def test_a_cxx_library_that_is_linked_in_stays_inside(
     assert not hasattr(library, "_ZNSolsEi")  # std::ostream << int
 
 
-def test_a_shipped_library_is_taken(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_library_is_used(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = tmp_path / "libqwenvl.so"
     shipped.write_text("")
     monkeypatch.setattr(build, "SHIPPED", shipped)

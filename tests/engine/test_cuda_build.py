@@ -1,4 +1,4 @@
-"""Building for GPUs without one: fake driver and NVRTC, fake compilers that record their calls."""
+"""Building the engine for GPUs on a machine without one, with a fake CUDA driver and a fake NVRTC."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INSTALL = r": pip install 'paddlemix-qwenvl-plugin\[gpu-engine\]'$"
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only folder in which NVRTC is searched."""
+    """A site-packages folder, to which the search for NVRTC is limited, apart from the empty toolkit and usr."""
     monkeypatch.setattr(nvrtc, "_sites", lambda: [tmp_path / "site"])
     monkeypatch.setattr(nvrtc, "_toolkits", lambda: [tmp_path / "toolkit"])
     monkeypatch.setattr(nvrtc, "_NAMES", ())
@@ -34,11 +34,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def kernels(tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Sources with two kernel files, an NVRTC for them, and a GPU."""
+    """The folder of kernels, with two files; also an NVRTC for three architectures, and a GPU."""
     csrc = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
     folder = csrc / "cuda" / "kernels"
-    for old in folder.glob("*.cu"):
-        old.unlink()
+    for path in folder.glob("*.cu"):
+        path.unlink()
     for name in ("one.cu", "two.cu"):
         (folder / name).write_text(f"// {name}")
     monkeypatch.setattr(build, "source_folder", lambda: csrc)
@@ -48,30 +48,30 @@ def kernels(tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     wheel = site / "nvidia" / "cuda_nvrtc"
     fake_nvrtc(wheel / "lib" / "libnvrtc.so.12", 12, 9, 75, 80, 90)
     headers(site / "nvidia" / "cuda_runtime" / "include")
-    has(monkeypatch, 90)
+    install_gpus(monkeypatch, 90)
     return folder
 
 
-def has(monkeypatch: pytest.MonkeyPatch, *architectures: int, version: int = 12090) -> None:
+def install_gpus(monkeypatch: pytest.MonkeyPatch, *architectures: int, version: int = 12090) -> None:
     """Install a fake driver with these GPUs."""
-    driver = CudaDriver(version, [Gpu(f"GPU {each}", each) for each in architectures])
+    driver = CudaDriver(version, [Gpu(f"GPU {architecture}", architecture) for architecture in architectures])
     monkeypatch.setattr(gpu, "cuda_driver", lambda: driver)
 
 
-def test_the_driver_is_asked(tmp_path: Path) -> None:
+def test_the_gpus_of_the_driver(tmp_path: Path) -> None:
     fake_driver(tmp_path)
     code = "from paddlemix_qwenvl_plugin.util.machine import cuda_driver; print(cuda_driver())"
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "FAKE_CUDA": "12040", "FAKE_GPUS": "2"}
-    said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
     first, second = Gpu("First", 86), Gpu("Second", 96)
-    assert said.strip() == repr(CudaDriver(12040, [first, second]))
+    assert printed.strip() == repr(CudaDriver(12040, [first, second]))
     environment["FAKE_GPUS"] = "0"
-    said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-    assert said.strip() == repr(CudaDriver(12040, []))
+    printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert printed.strip() == repr(CudaDriver(12040, []))
 
 
-def test_kernels_are_built_once_and_found_again(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    has(monkeypatch, 75, 90, 90, 61)  # the last one is too old, and not built for
+def test_kernels_are_built_once(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_gpus(monkeypatch, 75, 90, 90, 61)  # GPUs of 6.1 are too old, so no kernels are built for them
     folder = build.built(gpu.kernels())
     names = {
         f"{stem}.{code}.cubin"
@@ -85,18 +85,18 @@ def test_kernels_are_built_once_and_found_again(kernels: Path, monkeypatch: pyte
     assert times == {path: path.stat().st_mtime_ns for path in folder.glob("*.cubin")}
     log = (folder / "build.log").read_text()
     assert log.count("--gpu-architecture=sm_90a -DQVL_COMPUTE_BFLOAT16") == 2
-    (folder / "one.sm_75.f16.cubin").write_text("cut")
+    (folder / "one.sm_75.f16.cubin").write_text("damaged")
     assert build.target_state(gpu.kernels()) == ("not built", folder)
     assert (build.built(gpu.kernels()) / "one.sm_75.f16.cubin").read_text() == "// one.cu"
 
 
-def test_another_kernel_header_gpu_or_nvrtc_is_another_folder(
+def test_kernels_are_built_for_each_header_gpu_and_nvrtc(
     kernels: Path, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = [build.built(gpu.kernels())]
     (kernels / "more.cuh").write_text("")
     folders.append(build.built(gpu.kernels()))
-    has(monkeypatch, 80)
+    install_gpus(monkeypatch, 80)
     folders.append(build.built(gpu.kernels()))
     library = site / "nvidia" / "cuda_nvrtc" / "lib" / "libnvrtc.so.12"
     library.unlink()
@@ -105,19 +105,19 @@ def test_another_kernel_header_gpu_or_nvrtc_is_another_folder(
     assert len(set(folders)) == 4
     engine = build.library_state()[1]
     (kernels / "less.cuh").write_text("")
-    assert build.library_state()[1] == engine  # the digest does not cover the GPU kernels
+    assert build.library_state()[1] == engine  # the cache key of the engine does not cover GPU kernels
 
 
 @pytest.mark.parametrize(
-    ("source", "line"),
+    ("source", "message"),
     [
         ("FAIL", r"here: one\.cu: error: NVRTC_ERROR_COMPILATION; see \S+build\.log$"),
         ("CRASH", r"here: \S+ was killed by SIGABRT; see \S+build\.log$"),
     ],
 )
-def test_kernels_that_do_not_compile(kernels: Path, source: str, line: str) -> None:
+def test_kernels_that_do_not_compile(kernels: Path, source: str, message: str) -> None:
     (kernels / "one.cu").write_text(source)
-    with pytest.raises(QwenVLError, match=rf"^the engine for GPUs does not compile {line}") as error:
+    with pytest.raises(QwenVLError, match=rf"^the engine for GPUs does not compile {message}") as error:
         build.built(gpu.kernels())
     log = Path(str(error.value).rpartition(" ")[2])
     assert not list(log.parent.rglob("*.cubin"))
@@ -127,16 +127,16 @@ def test_kernels_that_do_not_compile(kernels: Path, source: str, line: str) -> N
             build.built(gpu.kernels())
 
 
-def test_no_build(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_building_is_forbidden_by_a_variable(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWENVL_NO_BUILD", "1")
-    line = r"^the engine for GPUs is not built, .* is set: run qwenvl build-engine --device gpu$"
-    with pytest.raises(QwenVLError, match=line):
+    message = r"^the engine for GPUs is not built, .* is set: run qwenvl build-engine --device gpu$"
+    with pytest.raises(QwenVLError, match=message):
         build.built(gpu.kernels())
 
 
-def test_builtins_beside_nvrtc_are_found(kernels: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvrtc_finds_its_builtins(kernels: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In wheels of CUDA 13, NVRTC does not search its own folder."""
-    has(monkeypatch, 90, version=13000)
+    install_gpus(monkeypatch, 90, version=13000)
     shutil.rmtree(site / "nvidia" / "cuda_nvrtc")
     library = site / "nvidia" / "cu13" / "lib" / "libnvrtc.so.13"
     fake_nvrtc(library, 13, 0, 90, builtins="libnvrtc-builtins.so.13.0")
@@ -146,9 +146,7 @@ def test_builtins_beside_nvrtc_are_found(kernels: Path, site: Path, monkeypatch:
     assert all((build.built(target) / name).is_file() for name in target.files)
 
 
-def test_kernels_of_the_user_need_no_nvrtc(
-    kernels: Path, site: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_given_kernels_need_no_nvrtc(kernels: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(site)
     monkeypatch.setenv("QWENVL_CUDA_KERNELS", "/there")
     monkeypatch.setattr(build, "cuda_library", lambda allowed: Path("library"))
@@ -156,56 +154,57 @@ def test_kernels_of_the_user_need_no_nvrtc(
 
 
 def test_where_nvrtc_is_found(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wheels of both majors, Paddle's and PyTorch's own copies, a toolkit; what does not fit is passed over."""
+    """NVRTC of a toolkit, PyTorch, and wheels of CUDA 12 and 13: the newest one that fits GPU and driver is used."""
     with pytest.raises(QwenVLError, match=rf"^no NVRTC .*{INSTALL}"):
         nvrtc.find([90], 13)
     headers(site / "nvidia" / "cuda_runtime" / "include")
 
-    def found(*architectures: int, newest: int = 13) -> tuple[Path, tuple[Path, ...]]:
+    def find(*architectures: int, newest: int = 13) -> tuple[Path, tuple[Path, ...]]:
         library, _, _, include = nvrtc.find(architectures, newest)
         return Path(library), include
 
-    tool = fake_nvrtc(tmp_path / "toolkit" / "lib64" / "libnvrtc.so.12", 12, 1, 70)
+    toolkit = fake_nvrtc(tmp_path / "toolkit" / "lib64" / "libnvrtc.so.12", 12, 1, 70)
     headers(tmp_path / "toolkit" / "include")
-    assert found(70) == (tool, (tmp_path / "toolkit" / "include",))
+    assert find(70) == (toolkit, (tmp_path / "toolkit" / "include",))
     torch = fake_nvrtc(site / "torch" / "lib" / "libnvrtc-0123abcd.so.12", 12, 4, 70, 90)
-    assert found(70)[0] == torch
+    assert find(70)[0] == torch
     wheel = fake_nvrtc(site / "nvidia" / "cuda_nvrtc" / "lib" / "libnvrtc.so.12", 12, 9, 70, 90, 100)
     fake_nvrtc(wheel.with_name("libnvrtc-builtins.so.12.9"), 12, 9, 120)
-    assert found(90) == (wheel, (site / "nvidia" / "cuda_runtime" / "include",))
+    assert find(90) == (wheel, (site / "nvidia" / "cuda_runtime" / "include",))
     newer = fake_nvrtc(site / "nvidia" / "cu13" / "lib" / "libnvrtc.so.13", 13, 0, 75, 90, 120)
     include = headers(site / "nvidia" / "cu13" / "include")
     (include / "cccl").mkdir()
-    assert found(120) == (newer, (include, include / "cccl"))
-    assert found(70)[0] == wheel
+    assert find(120) == (newer, (include, include / "cccl"))
+    assert find(70)[0] == wheel
 
     with pytest.raises(
         QwenVLError, match=rf"libnvrtc.so.12 is NVRTC 12.9, which cannot compile for sm_130{INSTALL}"
     ):
-        found(130)
-    for each in (torch, wheel, tool):
-        each.unlink()
+        find(130)
+    for library in (torch, wheel, toolkit):
+        library.unlink()
     with pytest.raises(
         QwenVLError, match=rf"is NVRTC 13.0, and the NVIDIA driver knows CUDA 12 only{INSTALL}"
     ):
-        found(90, newest=12)
+        find(90, newest=12)
     for folder in (site / "nvidia" / "cuda_runtime", include, tmp_path / "toolkit"):
         shutil.rmtree(folder)
     with pytest.raises(QwenVLError, match=rf"without its header cuda_fp16.h{INSTALL}"):
-        found(90)
+        find(90)
 
 
-def test_the_cpu_is_never_taken_instead(
+def test_the_cpu_is_never_a_fallback(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Without the engine for GPUs, Paddle for GPUs is the fallback; without that, an error."""
+    """Without the engine for GPUs, the fallback is Paddle for GPUs; without both, there is an error."""
     monkeypatch.setattr(gpu, "cuda_driver", lambda: None)
     monkeypatch.setattr(build, "library", lambda: Path("library"))
     monkeypatch.setattr(select, "paddle_gpus", lambda: 1)
     assert not select.engine_available("auto", gpu=0)
-    said = capfd.readouterr().err
-    assert said.startswith("qwenvl: --device gpu: no NVIDIA driver found")
-    assert said.endswith(". Falling back to the portable graph\n")
+    printed = capfd.readouterr().err
+    assert printed.startswith("qwenvl: --device gpu: no NVIDIA driver found")
+    assert printed.endswith(". Falling back to the portable graph\n")
+    # The engine is required; Paddle has no second GPU; Paddle has no GPU.
     for choice, index, n_gpus in (("fused", 0, 1), ("auto", 1, 1), ("auto", 0, 0)):
         monkeypatch.setattr(select, "paddle_gpus", lambda n=n_gpus: n)
         with pytest.raises(UsageError, match="no NVIDIA driver found"):
@@ -218,18 +217,19 @@ def test_gpus_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         UsageError, match=r"^--device gpu: no NVIDIA driver found \(libcuda.so.1\); install it or"
     ):
         gpu.usable(0)
-    has(monkeypatch, 90, version=11080)
+    install_gpus(monkeypatch, 90, version=11080)
     with pytest.raises(UsageError, match=r"knows CUDA 11\.8 only; install one for CUDA 12 or newer$"):
         gpu.usable(0)
-    has(monkeypatch)
+    install_gpus(monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(
         UsageError, match=r"^--device gpu:0: .* shows 0 GPU\(s\) here; CUDA_VISIBLE_DEVICES is ''$"
     ):
         gpu.usable(0)
-    has(monkeypatch, 61, 90)
+    install_gpus(monkeypatch, 61, 90)
     with pytest.raises(
-        UsageError, match=r"^--device gpu:0: GPU 61 has compute capability 6\.1; the engine needs 7\.0$"
+        UsageError,
+        match=r"^--device gpu:0: GPU 61 has compute capability 6\.1; the engine needs 7\.0$",
     ):
         gpu.usable(0)
     assert gpu.usable(1).architecture == 90
@@ -237,8 +237,8 @@ def test_gpus_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.usable(2)
 
 
-def test_the_library_is_built_and_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After `load`, the library can be opened by its name, as libqwenvl.so does."""
+def test_the_loaded_library_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `load`, the library can be opened by its file name, as libqwenvl.so opens it."""
     monkeypatch.setenv("QWENVL_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("QWENVL_NO_BUILD", raising=False)
     library = build.cuda_library()

@@ -1,4 +1,4 @@
-"""Every GPU kernel compiles for every architecture, by NVRTC, without a GPU."""
+"""NVRTC compiles every GPU kernel for every architecture; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 # Compiled to machine code: one type per architecture, and both for 9.0, which has separate kernels.
 ASSEMBLED = ("sm_70.f16", "sm_75.f16", "sm_80.bf16", "sm_90a.f16", "sm_90a.bf16", "sm_120.bf16")
-# Compiled only to PTX, because assembling takes most of the time: their branches are those of the neighbours above.
+# Compiled only to PTX, since assembly takes most of the time: preprocessor branches are those of architectures above.
 TO_PTX = ("sm_86.bf16", "sm_89.bf16", "sm_100.bf16")
 SOURCES = sorted((sources.source_folder() / "cuda" / "kernels").glob("*.cu"))
 
@@ -25,7 +25,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target = build.kernel_target(nvrtc.find(ARCHITECTURES, newest=99), ARCHITECTURES)
     except QwenVLError as error:
         pytest.skip(str(error))
-    units = [chosen for unit in target.units if (chosen := _chosen(unit)) is not None]
+    units = [tested for unit in target.units if (tested := _tested_unit(unit)) is not None]
     folder = tmp_path_factory.mktemp("kernels")
     with (folder / "build.log").open("w+", encoding="utf-8") as log:
         try:
@@ -36,8 +36,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _chosen(unit: sources.Unit) -> Optional[sources.Unit]:
-    """The unit as it is compiled here, None for one that is left out."""
+def _tested_unit(unit: sources.Unit) -> Optional[sources.Unit]:
+    """The unit with the flags of this test; None if this test does not compile it."""
     code = unit.name.split(".", 1)[1].removesuffix(".cubin")
     if code in TO_PTX:
         return replace(unit, flags=tuple(flag.replace("=sm_", "=compute_") for flag in unit.flags))
@@ -46,11 +46,13 @@ def _chosen(unit: sources.Unit) -> Optional[sources.Unit]:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_compiles(source: Path, compiled: Path) -> None:
-    """An ELF file whose flags have the architecture; a file may have kernels for some of them only."""
+    """Each cubin is an ELF file with the architecture in its flags; at least one of a source has kernels."""
     cubins = {code: (compiled / f"{source.stem}.{code}.cubin").read_bytes() for code in ASSEMBLED}
     for code, cubin in cubins.items():
         assert cubin[:4] == b"\x7fELF"
-        flags = int.from_bytes(cubin[48:52], "little")
-        assert int("".join(filter(str.isdigit, code.split(".")[0]))) in (flags & 0xFF, flags >> 8 & 0xFF)
+        architecture = int("".join(filter(str.isdigit, code.split(".")[0])))
+        flags = int.from_bytes(cubin[48:52], "little")  # e_flags of ELF64
+        # In the lowest byte, or in the second one in the format of newer CUDA versions.
+        assert architecture in (flags & 0xFF, flags >> 8 & 0xFF)
     assert any(b".text." in cubin for cubin in cubins.values())
     assert all((compiled / f"{source.stem}.{code}.cubin").is_file() for code in TO_PTX)

@@ -1,4 +1,4 @@
-"""Inputs of the operators: a violation of the contract is an error message, not a crash."""
+"""Inputs of the operators: a violation of the contract gives an error message, not a crash."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def programs(tiny_exported: Path) -> Iterator[dict[str, Program]]:
 
 
 def feed() -> list[np.ndarray]:
-    """Two rows of 300 tokens, an image in the first."""
+    """Inputs of two prompts of 300 tokens, with an image in the first one."""
     shapes = {"num_attention_heads": 4, "kv_channels": 64, "num_hidden_layers": 2}
     ids = np.arange(600).reshape(2, 300) % 200
     features = np.zeros([1, 256, 256], np.float32)
     return stock_feed(shapes, ids, features, np.array([[0, 10, 267]]), max_new=3)
 
 
-def test_the_feed_itself_is_fine(programs: dict[str, Program]) -> None:
+def test_the_unchanged_feed_is_accepted(programs: dict[str, Program]) -> None:
     assert programs["language"](feed())[-1].shape == [2, 3]
 
 
 @pytest.mark.parametrize(
-    ("place", "values", "line"),
+    ("index", "values", "message"),  # of the input that is replaced
     [
         (0, np.zeros(300, np.int64), "input_ids: shape is [300]; it must be [any, any]"),
         (0, np.full([2, 300], 1 << 40, np.int64), "the vocabulary has"),
@@ -71,14 +71,14 @@ def test_the_feed_itself_is_fine(programs: dict[str, Program]) -> None:
         (21, np.ones([2], np.int64), "stop_nums: shape is [2]; it must be [1]"),
     ],
 )
-def test_a_feed_that_cannot_be(programs: dict[str, Program], place: int, values: Any, line: str) -> None:
+def test_invalid_feeds(programs: dict[str, Program], index: int, values: Any, message: str) -> None:
     corrupted = feed()
-    corrupted[place] = values
-    if line.startswith("temperature is"):
-        corrupted[11][:] = 0.5  # greedy rows have no temperature
+    corrupted[index] = values
+    if message.startswith("temperature is"):
+        corrupted[11][:] = 0.5  # top_p: the temperature of greedy rows is not checked
     with pytest.raises(QwenVLError) as error:
         programs["language"](corrupted)
-    assert line in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("shape", [[1, 3, 448, 447], [3, 448, 448], [1, 1, 448, 448], [1, 3, 224, 224]])
@@ -88,7 +88,7 @@ def test_invalid_images(programs: dict[str, Program], shape: list[int]) -> None:
 
 
 def test_an_engine_is_freed_with_its_program(tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory is freed at once, with its threads, not when the next engine is created."""
+    """The engine's memory and threads are freed when the program is deleted, not when the next engine is created."""
     monkeypatch.setenv("QWENVL_ENGINE", "fused")
 
     def threads() -> int:

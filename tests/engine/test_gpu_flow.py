@@ -1,4 +1,4 @@
-"""`device="gpu"` end to end on machines without GPUs: the CPU back end as a stub of the GPU back end."""
+"""`device="gpu"` end to end on machines without GPUs: a stub of the GPU back end computes on the CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paddlemix_qwenvl_plugin.export.export import export_language
 
 pytestmark = needs_compiler
 
-# Prelude of a test's code: builds nothing and loads the stub, which reports two GPUs.
+# The beginning of each program that a test runs: no library is built, and the stub is loaded, which reports two GPUs.
 PRELUDE = """
 import os, sys
 from pathlib import Path
@@ -28,7 +28,7 @@ vision, language = sys.argv[1:3]
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """Stub of the library for GPUs; cached beside the engine, as its build takes as long."""
+    """Stub of the library for GPUs; cached like the engine, since its build takes as long."""
     csrc = sources.source_folder()
     stub = Path(__file__).with_name("cpu_as_gpu.cc")
     replaced = ("core_capi.o", "core_generate.o", "core_cuda_back_end.o")
@@ -46,7 +46,7 @@ def library() -> Path:
 
 @pytest.fixture(scope="module")
 def stages(tiny_exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Exported stages in bfloat16, whose KV cache is bfloat16 on every device."""
+    """Prefixes of exported stages; the language stage is bfloat16, so its KV cache is bfloat16 on every device."""
     folder = tmp_path_factory.mktemp("text")
     export_language(tiny_exported / "model", folder, "qwen", "bfloat16")
     return tiny_exported / "vision" / "vision", folder / "qwen"
@@ -77,11 +77,12 @@ for device in ("cpu", "gpu:1"):
 """
 
 
-def test_our_predictor_without_paddle(library: Path, stages: tuple[Path, Path]) -> None:
-    done = run(PREDICT, library, stages, PYTHONHASHSEED="1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    on_cpu, *made, on_gpu = done.stdout.splitlines()
-    assert made == ["made on GPU 1 from /kernels"] * 2
+def test_predictor_without_paddle(library: Path, stages: tuple[Path, Path]) -> None:
+    result = run(PREDICT, library, stages, PYTHONHASHSEED="1")
+    assert result.returncode == 0, result.stderr[-2000:]
+    # The stub prints a line for the engine of each stage.
+    on_cpu, *created, on_gpu = result.stdout.splitlines()
+    assert created == ["made on GPU 1 from /kernels"] * 2
     assert on_cpu == on_gpu
 
 
@@ -94,11 +95,11 @@ for device in ("cpu", "gpu"):
 """
 
 
-def test_operators_in_a_paddle_for_cpus(library: Path, stages: tuple[Path, Path]) -> None:
-    done = run(OPERATORS, library, stages, PYTHONHASHSEED="1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    on_cpu, made, on_gpu = done.stdout.splitlines()[-3:]
-    assert made == "made on GPU 0 from /kernels"
+def test_operators_with_paddle_for_cpus(library: Path, stages: tuple[Path, Path]) -> None:
+    result = run(OPERATORS, library, stages, PYTHONHASHSEED="1")
+    assert result.returncode == 0, result.stderr[-2000:]
+    on_cpu, created, on_gpu = result.stdout.splitlines()[-3:]
+    assert created == "made on GPU 0 from /kernels"
     assert on_cpu == on_gpu
 
 
@@ -115,9 +116,9 @@ opened.run([paddle.zeros([1, 3, 448, 448])])
 
 def test_qwenvl_device_is_sufficient(library: Path, stages: tuple[Path, Path]) -> None:
     """A program that sets only QWENVL_DEVICE loads the library and the kernels."""
-    done = run(OTHER_PROGRAM, library, stages, QWENVL_DEVICE="gpu:1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == "made on GPU 1 from /kernels"
+    result = run(OTHER_PROGRAM, library, stages, QWENVL_DEVICE="gpu:1")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == "made on GPU 1 from /kernels"
 
 
 MEMORY = """
@@ -132,16 +133,16 @@ except QwenVLError as error:
 """
 
 
-@pytest.mark.parametrize("free", [10, 200_000_000])
-def test_memory(library: Path, stages: tuple[Path, Path], free: int) -> None:
+@pytest.mark.parametrize("free_bytes", [10, 200_000_000])
+def test_memory_of_the_kv_cache(library: Path, stages: tuple[Path, Path], free_bytes: int) -> None:
     """The KV cache gets half of the free memory; without enough memory, no engine is created."""
-    done = run(MEMORY, library, stages, FAKE_FREE_BYTES=str(free))
-    assert done.returncode == 0, done.stderr[-2000:]
-    *made, last = done.stdout.splitlines()
-    if free == 10:
-        assert not made
+    result = run(MEMORY, library, stages, FAKE_FREE_BYTES=str(free_bytes))
+    assert result.returncode == 0, result.stderr[-2000:]
+    *created, last = result.stdout.splitlines()
+    if free_bytes == 10:
+        assert not created
         assert last.startswith(f"{stages[1]}.pdiparams: needs 0.")
         assert last.endswith("and 0.0 GiB are free; free some, or use a larger GPU or --device cpu")
         return
-    # The tiny model: 2 layers, keys and values of 256 numbers of 2 bytes, 32 tokens per block.
-    assert int(last) == free // 2 // (2 * 2 * 256 * 2 * 32)
+    # Bytes of a block of the tiny model: 2 layers, keys and values, 256 numbers of 2 bytes, 32 tokens.
+    assert int(last) == free_bytes // 2 // (2 * 2 * 256 * 2 * 32)

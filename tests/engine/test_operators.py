@@ -1,4 +1,4 @@
-"""The operators in exported programs of both forms. Goldens through them: tests/runtime/test_golden_exported.py."""
+"""The engine's operators in exported programs. tests/runtime/test_golden_exported.py compares them with goldens."""
 
 from __future__ import annotations
 
@@ -20,52 +20,54 @@ from paddlemix_qwenvl_plugin.export.export import export_language
 from paddlemix_qwenvl_plugin.runtime.programs import Stage
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 
-MIN_LENGTH, MAX_LENGTH, EOS, STOP_FLAGS, STOP_NUMS = 8, 9, 12, 16, 21
+# Indices of inputs of the stock program.
+MIN_LENGTH, MAX_LENGTH, STOP_FLAGS, STOP_NUMS = 8, 9, 16, 21
 
 
 @pytest.mark.parametrize("extension", [".json", ".pdmodel"])
-def test_rows_end_on_their_own(golden: Callable[[str], Any], engine: str, extension: str) -> None:
-    """A stop token, a row stopped from the beginning, a short row, and a batch that ends after `stop_nums` rows."""
+def test_rows_end_independently(golden: Callable[[str], Any], engine: str, extension: str) -> None:
+    """Row 0 ends at a stop token, row 1 is stopped at the start, row 2 has a limit of 3 tokens; also `stop_nums`."""
     model = golden("a")
-    # Golden a's fifth token has not come before; as an end token it ends what may go on so long.
+    # The fifth token of golden a does not occur before; as stop token it ends row 0 after five tokens.
     tokens = model.figures["tokens"].tolist()
-    end, n_prompt = tokens[4], model.input_ids.shape[1]
-    assert end not in tokens[:4]
+    stop, n_prompt = tokens[4], model.input_ids.shape[1]
+    assert stop not in tokens[:4]
     [features] = Stage(model.vision, "vision", "cpu").open()([model.images])
     features = np.concatenate([features.numpy()] * 3)
-    places = [[row, *place] for row in range(3) for _, *place in model.img_pos.tolist()]
+    img_pos = [[row, *span] for row in range(3) for _, *span in model.img_pos.tolist()]
     ids = np.repeat(model.input_ids, 3, axis=0)
-    feed = stock_feed(model.config, ids, features, np.array(places), max_new=9, ends=[end])
+    feed = stock_feed(model.config, ids, features, np.array(img_pos), max_new=9, stop_ids=[stop])
     feed[MAX_LENGTH][2], feed[STOP_FLAGS][1] = 3, True
     stock = Stage(f"{model.language}{extension}", "language", "cpu").open()
 
     def run() -> list[np.ndarray]:
         return [output.numpy() for output in stock(feed)]
 
-    def rows(generated: np.ndarray) -> list[list[int]]:
+    def completions(generated: np.ndarray) -> list[list[int]]:
         return [[token for token in row if token >= 0] for row in generated.tolist()]
 
-    last, done, stopped, _, position, generated = run()
-    assert rows(generated) == [tokens[:5], [], tokens[:3]]
-    assert done.ravel().tolist() == [5, 0, 3]
+    last, n_generated, stopped, _, position, generated = run()
+    assert completions(generated) == [tokens[:5], [], tokens[:3]]
+    assert n_generated.ravel().tolist() == [5, 0, 3]
     assert stopped.ravel().tolist() == [1, 1, 1]
-    assert last.ravel().tolist() == [end, 0, tokens[2]]
+    assert last.ravel().tolist() == [stop, 0, tokens[2]]
     assert (position.ravel() - n_prompt + 1).tolist() == [5, 0, 3]
 
+    # With row 1, which is stopped already, and row 2, two rows have ended after three tokens.
     feed[STOP_NUMS][0] = 2
-    *_, stopped, left, _, generated = run()
-    assert rows(generated) == [tokens[:3], [], tokens[:3]]
+    *_, stopped, lengths, _, generated = run()
+    assert completions(generated) == [tokens[:3], [], tokens[:3]]
     assert stopped.ravel().tolist() == [0, 1, 1]
-    assert left.ravel().tolist() == [n_prompt + 2, 0, 0]
+    assert lengths.ravel().tolist() == [n_prompt + 2, 0, 0]
 
     feed[MIN_LENGTH][0] = 6
-    assert end not in run()[-1][0][:6]
+    assert stop not in run()[-1][0][:6]
 
 
 @needs_compiler
-def test_programs_come_and_go(tmp_path: Path) -> None:
-    """Deleting a program frees its engine, and another program at its path has its own weights."""
-    answers = set()
+def test_a_program_in_place_of_a_deleted_one(tmp_path: Path) -> None:
+    """Programs opened and deleted at one path, with other weights and another storage type each time."""
+    completions = set()
     for seed in range(6):
         make_tiny(tmp_path / f"model-{seed}", seed)
         quant_type = "weight_only_int8" if seed % 2 else "weight_only_int4"
@@ -78,28 +80,27 @@ def test_programs_come_and_go(tmp_path: Path) -> None:
             max_new=8,
         )
         program = Stage(tmp_path / "text" / "qwen", "language", "cpu").open()
-        answers.add(tuple(program(feed)[-1].numpy().ravel().tolist()))
+        completions.add(tuple(program(feed)[-1].numpy().ravel().tolist()))
         del program
-    assert len(answers) == 6
+    assert len(completions) == 6
 
 
 @needs_compiler
-def test_caches_come_and_go(tiny_exported: Path) -> None:
+def test_kv_caches_are_freed(tiny_exported: Path) -> None:
     vl = open_model(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", "fused")
     prompt = np.arange(1000).reshape(1, -1) % 200
 
-    def memory() -> int:
-        """Resident bytes."""
+    def resident_bytes() -> int:
         gc.collect()
         pages = Path("/proc/self/statm").read_text().split()[1]
         return int(pages) * 4096
 
     for _ in range(3):
         vl.generate_ids(prompt, max_new_tokens=2, eos_token_ids=())
-    before = memory()
-    for _ in range(40):  # 4 MB of keys and values each
+    before = resident_bytes()
+    for _ in range(40):  # each has a KV cache of 4 MB
         vl.generate_ids(prompt, max_new_tokens=2, eos_token_ids=())
-    assert memory() - before < 40e6
+    assert resident_bytes() - before < 40e6
 
 
 PROGRAM = """
@@ -124,25 +125,27 @@ except Exception as error:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("device", "line"),
+    ("device", "pattern"),  # of the printed line
     [
         ("", "^answered$"),
         ("cpu", "^answered$"),
         ("gpu:12345", "^QWENVL_DEVICE gpu:12345: must be cpu, gpu or gpu:N$"),
         ("gpu:", "^QWENVL_DEVICE gpu:: must be cpu, gpu or gpu:N$"),
-        ("gpu", "(?i)cuda|nvidia|gpu"),  # its part for GPUs is not loaded here
+        ("gpu", "(?i)cuda|nvidia|gpu"),  # the engine for GPUs is not loaded
         ("gpu:1", "(?i)cuda|nvidia|gpu"),
     ],
 )
-def test_the_program_of_another_framework(tiny_exported: Path, device: str, line: str) -> None:
-    """Opened directly in Paddle Inference: QWENVL_DEVICE sets its device."""
+def test_a_program_opened_directly_in_paddle_inference(
+    tiny_exported: Path, device: str, pattern: str
+) -> None:
+    """Without the plugin's predictor, QWENVL_DEVICE sets the device."""
     environment = {name: value for name, value in os.environ.items() if name != "QWENVL_DEVICE"}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PROGRAM, tiny_exported / "vision" / "vision", device],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(line, done.stdout.strip().splitlines()[-1])
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert re.search(pattern, result.stdout.strip().splitlines()[-1])

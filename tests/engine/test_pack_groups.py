@@ -1,4 +1,4 @@
-"""Storage of quantised integers (engine/quantize.py: pack_groups), against the layout in csrc/include/qwenvl.h."""
+"""`pack_groups` in engine/quantize.py, compared with the layout of quantised weights in csrc/include/qwenvl.h."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError
 NAME = "h.0.mlp.w1.weight"
 
 
-def test_eight_bits_are_kept() -> None:
-    """Rows of 130 values, padded to 256, then scales and zero points of 3 groups, padded to 4."""
+def test_layout_of_eight_bits() -> None:
+    """Rows of 130 values, padded to 256; then the scales, then the zero points, of 3 groups, padded to 4."""
     random = np.random.default_rng(0)
     integers = random.integers(0, 256, (3, 130), np.uint8)
     scales, zeros = random.random((3, 3)).astype(np.float16), np.full((3, 3), 256, np.float16)

@@ -1,4 +1,4 @@
-"""The wheel of a release, installed without a compiler. Builds all ISAs, which takes minutes."""
+"""The wheel of a release, installed without a compiler. The test builds the kernels of all ISAs, for minutes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ print(path, engine.qvl_version().decode(), engine.qvl_packed_bytes(2, 3, 128), s
 
 
 def run(*command: object, **variables: str) -> str:
-    done = subprocess.run(
+    result = subprocess.run(
         list(map(str, command)),
         cwd=REPO,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), *sys.path[1:]]), **variables},
@@ -45,11 +45,11 @@ def run(*command: object, **variables: str) -> str:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
 
 
-def test_it_needs_no_compiler(tmp_path: Path) -> None:
+def test_the_wheel_needs_no_compiler(tmp_path: Path) -> None:
     wheel = Path(run(sys.executable, "-m", "tools.release_wheel", tmp_path / "dist").splitlines()[-1])
     assert re.fullmatch(r"paddlemix_qwenvl_plugin-[\d.]+-py3-none-manylinux_\d+_\d+_\w+\.whl", wheel.name)
 
@@ -57,12 +57,12 @@ def test_it_needs_no_compiler(tmp_path: Path) -> None:
     python = tmp_path / "env" / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel)
     (site_packages,) = (tmp_path / "env" / "lib").rglob("site-packages")
-    # The package's requirements without this checkout: the modules installed beside pytest.
-    requirements = {
+    # The package's requirements come from the folders of this environment's packages, which exclude this checkout.
+    folders = {
         str(Path(importlib.util.find_spec(name).origin).parents[1]) for name in ("pydantic", "filelock")
     }
-    (site_packages / "requirements.pth").write_text("".join(f"{folder}\n" for folder in requirements))
-    done = subprocess.run(
+    (site_packages / "requirements.pth").write_text("".join(f"{folder}\n" for folder in folders))
+    result = subprocess.run(
         [python, "-c", CODE],
         cwd=tmp_path,
         env={"PATH": str(python.parent), "QWENVL_CACHE_DIR": str(tmp_path / "cache")},
@@ -70,18 +70,17 @@ def test_it_needs_no_compiler(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    path, version, packed = done.stdout.splitlines()
+    assert result.returncode == 0, result.stderr
+    path, version, packed = result.stdout.splitlines()
     assert Path(path).parent == site_packages / "paddlemix_qwenvl_plugin" / "engine"
-    assert version == re.search(
-        r"VERSION_MAJOR (\d+)\n#define QVL_VERSION_MINOR (\d+)",
-        (source_folder() / "include/qwenvl.h").read_text(),
-    ).expand(r"\1.\2")
-    assert packed == str(3 * 128 + 3 * 4)
+    header = (source_folder() / "include/qwenvl.h").read_text()
+    major, minor = re.search(r"VERSION_MAJOR (\d+)\n#define QVL_VERSION_MINOR (\d+)", header).groups()
+    assert version == f"{major}.{minor}"
+    assert packed == str(3 * 128 + 3 * 4)  # int8: three rows of 128 values, and a float32 scale for each row
     assert not (tmp_path / "cache").exists()
-    # All ISAs, and no dependency but the system's C library.
-    code = Path(path).read_bytes()
-    assert all(f"{isa.name}".encode() in code for isa in all_isas(source_folder()))
-    for_gpus = Path(path).with_name("libqwenvl_cuda.so")
-    needed = run("patchelf", "--print-needed", path, for_gpus).split()
+    content = Path(path).read_bytes()
+    assert all(isa.name.encode() in content for isa in all_isas(source_folder()))
+    # The libraries do not need the C++ runtime of the system.
+    cuda_library = Path(path).with_name("libqwenvl_cuda.so")
+    needed = run("patchelf", "--print-needed", path, cuda_library).split()
     assert not {name for name in needed if re.match(r"lib(stdc\+\+|gcc)", name)}

@@ -1,7 +1,4 @@
-"""Export, its memory, and an answer in the geometry of the 7B model with one layer of each kind.
-
-The weights are a short random pattern repeated: generating 3 GB of random numbers would take longer than the test.
-"""
+"""Export, its memory use, and a completion, of a model with the layer sizes of the 7B model and one layer per stage."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ from geometry_7b import CONFIG, write_gptq, write_model
 GIB = 1024**3
 FREE_GIB_NEEDED = 14
 
-# Runs code and prints the peak resident memory above that of importing Paddle.
+# Runs `code` and prints by how many bytes it raises the peak memory of the process; imports come before it.
 MEASURE = """
 import re
 import paddle, paddlemix_qwenvl_plugin.export.export, paddlemix_qwenvl_plugin.checkpoint.convert
 from pathlib import Path
-# Not ru_maxrss, which begins with that of the parent process.
+# Not ru_maxrss: it includes the peak of the parent process.
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
 {code}
@@ -29,6 +26,7 @@ print(peak() - before)
 
 
 def rise_of_peak(code):
+    """By how many bytes `code` raises the peak memory of a process."""
     process = subprocess.run(
         [sys.executable, "-c", MEASURE.format(code=code)], capture_output=True, text=True, timeout=900
     )
@@ -48,15 +46,17 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
-    """The exports and the increase of peak memory of each, in bytes."""
+    """The folder of both exported stages, and the increase of peak memory by each export in bytes."""
     folder = tmp_path_factory.mktemp("7b-exported")
-    export = "from paddlemix_qwenvl_plugin.export.export import export_{0}; export_{0}"
+    source, target, vision = str(model), str(folder), str(folder / "vision")
     rises = {
         "vision": rise_of_peak(
-            export.format("vision") + f"(Path({str(model)!r}), Path({str(folder / 'vision')!r}), 'float16')"
+            "from paddlemix_qwenvl_plugin.export.export import export_vision; "
+            f"export_vision(Path({source!r}), Path({vision!r}), 'float16')"
         ),
         "qwen": rise_of_peak(
-            export.format("language") + f"(Path({str(model)!r}), Path({str(folder)!r}), 'qwen', 'float16')"
+            "from paddlemix_qwenvl_plugin.export.export import export_language; "
+            f"export_language(Path({source!r}), Path({target!r}), 'qwen', 'float16')"
         ),
     }
     yield folder, rises
@@ -67,14 +67,14 @@ def exported(model, tmp_path_factory):
 def test_export_memory(exported, stage):
     folder, rises = exported
     weights = (folder / f"{stage}.pdiparams").stat().st_size
-    # Lower bound for the smaller stage: Paddle's working memory for building programs.
+    # 300 MB, for the small vision stage: Paddle's working memory for building programs.
     assert rises[stage] <= max(1.3 * weights, 300e6), (
         f"{rises[stage] / 1e9:.2f} GB for {weights / 1e9:.2f} GB of weights"
     )
 
 
 def test_convert_memory(tmp_path):
-    """A model of 0.8 GB in shards of 0.1 GB: memory holds one shard, the tensor being read, and copies of it."""
+    """A model of 0.8 GB in shards of 0.1 GB: only a shard, a tensor and two copies of the tensor are in memory."""
     config = {
         **CONFIG,
         "hidden_size": 1024,
@@ -84,18 +84,18 @@ def test_convert_memory(tmp_path):
         "vocab_size": 40000,
         "visual": {**CONFIG["visual"], "output_dim": 1024, "image_start_id": 39000},
     }
-    largest, shard = 40000 * 1024 * 2, 10**8
+    largest_tensor, shard = 40000 * 1024 * 2, 10**8
     source, target = str(write_model(tmp_path / "model", config, "float16")), str(tmp_path / "converted")
     rise = rise_of_peak(
         "from paddlemix_qwenvl_plugin.checkpoint.convert import convert; "
         f"convert(Path({source!r}), Path({target!r}), max_shard_bytes={shard})"
     )
     shutil.rmtree(tmp_path)
-    assert rise <= shard + 3 * largest + 5e7  # read, transposed, written
+    assert rise <= shard + 3 * largest_tensor + 5e7  # the tensor as read, transposed, and written
 
 
 def test_quantised_export_memory(tmp_path):
-    """Three GPTQ blocks of the 7B geometry, in groups of 128 with act-order: memory holds one matrix at a time."""
+    """Three GPTQ layers of the 7B sizes, with groups of 128 and act-order: only one matrix at a time is in memory."""
     config = {
         **CONFIG,
         "num_hidden_layers": 3,
@@ -109,13 +109,13 @@ def test_quantised_export_memory(tmp_path):
     )
     stored = (tmp_path / "text" / "qwen.pdiparams").stat().st_size
     shutil.rmtree(tmp_path)
-    # Of 22016 x 4096 values: words, integers, their sorted copy, and the packed matrix.
     assert stored > 3.2e8
+    # A matrix of 22016 x 4096 values as int32 words, as integers, as sorted integers, and packed for the engine.
     assert rise <= 3e8
 
 
-def test_answers(exported):
-    """Run both graphs: image features, then tokens that depend on them."""
+def test_completions(exported):
+    """Run both stages: image features, then completions that depend on them."""
     folder, _ = exported
     code = f"""
 import numpy as np
@@ -125,8 +125,10 @@ pixels = np.random.default_rng(0).standard_normal((1, 3, 448, 448)).astype("floa
 features = vl.encode_images(pixels)
 assert features.shape == (1, 256, 4096) and np.isfinite(features).all() and features.std() > 0
 prompt = [[*[151857], *[151859] * 256, 151858, 198, 3838, 374, 419, 30]]
-answers = [vl.generate_ids(prompt, f, max_new_tokens=2, eos_token_ids=()) for f in (features, features * -3)]
-assert all(len(a[0]) == 2 and 0 <= min(a[0]) and max(a[0]) < 151936 for a in answers)
-assert answers[0] != answers[1], answers
+first = vl.generate_ids(prompt, features, max_new_tokens=2, eos_token_ids=())[0]
+second = vl.generate_ids(prompt, features * -3, max_new_tokens=2, eos_token_ids=())[0]
+for tokens in (first, second):
+    assert len(tokens) == 2 and all(0 <= token < 151936 for token in tokens)
+assert first != second, first
 """
     rise_of_peak(code)

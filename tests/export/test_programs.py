@@ -1,4 +1,4 @@
-"""Properties of the exported programs, read by Paddle."""
+"""Properties of the exported programs: inputs, dtypes, manifest, and files."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ STOCK_NAMES = [
 ]
 
 
-def loaded(path):
-    """The program's text as Paddle prints it, PIR."""
+def program_text(path):
+    """A PIR program as Paddle prints it."""
     paddle.enable_static()
     try:
         program, *_ = paddle.static.load_inference_model(
@@ -55,6 +55,7 @@ def loaded(path):
 
 
 def result_types(text, operator):
+    """The element types of an operator's results, such as f32, from lines with `"pd_op.NAME" … -> tensor<…xf32>`."""
     return re.findall(rf'"pd_op\.{operator}".* -> tensor<\S*?(b?f\d+)>', text)
 
 
@@ -69,23 +70,23 @@ def test_stock_input_names_and_order(golden, extension):
 
 def test_declared_contract(golden):
     config = load_config(golden("a").folder)
-    shapes = {i.name: (i.shape, i.dtype) for i in stock_inputs(config, "float16", "float16")}
-    assert shapes["attention_mask"] == ((-1, -1), "float16")
-    assert shapes["cache_kvs_0"] == ((2, -1, 2, -1, 128), "float16")
-    assert shapes["seq_len_encoder"] == ((-1, 1), "int32")
+    inputs = {entry.name: (entry.shape, entry.dtype) for entry in stock_inputs(config, "float16", "float16")}
+    assert inputs["attention_mask"] == ((-1, -1), "float16")
+    assert inputs["cache_kvs_0"] == ((2, -1, 2, -1, 128), "float16")
+    assert inputs["seq_len_encoder"] == ((-1, 1), "int32")
     assert vision_inputs(config, "float16", "float16")[0].shape == (-1, 3, 448, 448)
 
 
 @pytest.mark.parametrize(("dtype", "printed"), [("float16", "f16"), ("bfloat16", "bf16")])
-def test_half_programs_hold_their_type(golden, tmp_path, dtype, printed):
-    """No float64 stand-in is left, products run in the half type, norms and softmax in float32."""
+def test_dtypes_of_half_precision_programs(golden, tmp_path, dtype, printed):
+    """Matrix products have the half-precision type, softmax has float32, and no operator has float64."""
     model = golden("a")
     export_vision(model.folder, tmp_path / "vision", dtype)
     export_language(model.folder, tmp_path, "qwen", dtype)
-    # Paddle's reader expects the parameters under the name of the program.
+    # Paddle reads a program's parameters from a file of the same name.
     (tmp_path / "qwen.step.pdiparams").symlink_to(tmp_path / "qwen.pdiparams")
     for name in ("vision", "qwen", "qwen.step"):
-        text = loaded(tmp_path / f"{name}.json")
+        text = program_text(tmp_path / f"{name}.json")
         assert "f64>" not in text
         assert set(result_types(text, "matmul")) == {printed}
         assert set(result_types(text, "softmax")) == {"f32"}
@@ -97,8 +98,8 @@ def test_manifest(golden):
     assert vision.model == language.model == Checkpoint(model.folder).fingerprint()
     assert (language.contract, language.dtype, language.paddle) == (3, "float32", paddle.__version__)
     assert language.config == load_config(model.folder)
-    parts = ("", ".step", *((".fused",) if HAS_COMPILER else ()))
-    assert set(language.programs) == {f"qwen{part}{form}" for part in parts for form in (".json", ".pdmodel")}
+    kinds = ["", ".step", ".fused"] if HAS_COMPILER else ["", ".step"]
+    assert set(language.programs) == {f"qwen{kind}{form}" for kind in kinds for form in (".json", ".pdmodel")}
     assert language.weights.bytes == (model.language.with_name("qwen.pdiparams")).stat().st_size
 
 
@@ -106,7 +107,7 @@ def test_different_weights_have_different_fingerprints(golden):
     assert Checkpoint(golden("a").folder).fingerprint() != Checkpoint(golden("b").folder).fingerprint()
 
 
-def test_no_leftovers(golden):
+def test_the_files_of_an_export(golden):
     model = golden("a")
     names = {path.name for path in model.language.parent.iterdir()}
     assert names == {
@@ -117,8 +118,8 @@ def test_no_leftovers(golden):
     }
 
 
-def test_programs_name_no_path_of_this_machine(golden):
-    """Paddle saves each operator's call stack in legacy programs."""
+def test_programs_contain_no_path_of_this_machine(golden):
+    """Paddle saves the Python call stack of each operator in legacy programs; the export removes it."""
     model = golden("a")
     programs = [*model.vision.parent.iterdir(), *model.language.parent.iterdir()]
     programs = [path for path in programs if path.suffix in (".json", ".pdmodel")]

@@ -1,4 +1,4 @@
-"""A GPTQ or AWQ folder is exported as its integers; the engine computes what the same weights in float32 give."""
+"""Exports of GPTQ and AWQ checkpoints: the integers are unchanged, and the engine's logits are those of the weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import paddle
 import pytest
 from adapter_folders import write_adapter
 from engines import needs_compiler
-from quantised_folders import CONFIG, Variant, copy_of_tool, write_quantised, write_tensors
+from quantised_folders import CONFIG, Variant, copy_tool_folder, write_quantised, write_tensors
 from stock_inputs import stock_feed
 
 from paddlemix_qwenvl_plugin import QwenVL, UsageError, export_language, export_vision
@@ -36,29 +36,35 @@ VARIANTS = [
     Variant(bits=8, group=128, act_order=True),
     Variant("awq", group=64),
 ]
-IDS = ["-".join(str(each) for each in variant if each) for variant in VARIANTS]
-COMPUTE_FLOAT32 = 1
+IDS = ["-".join(str(value) for value in variant if value) for variant in VARIANTS]
+COMPUTE_FLOAT32 = 1  # QVL_COMPUTE_FLOAT32 in csrc/include/qwenvl.h
 
 
 class Float32Config(c.Config):
+    """Configuration of an engine that computes in float32, for exact comparisons."""
+
     def __init__(self, **fields):
         super().__init__(compute=COMPUTE_FLOAT32, **fields)
 
 
 def engine_logits(prefix, tokens, monkeypatch, one_by_one, adapter=None):
-    """The engine's logits after each token, float32 [tokens, vocabulary]: prompts of each length, or decode steps."""
+    """The engine's logits after each token, float32 [tokens, vocabulary].
+
+    From decode steps, or from one step with a prompt of each length. `adapter` is the folder of an adapter.
+    """
     monkeypatch.setattr(c, "Config", Float32Config)
     config = read_manifest(prefix).config
     engine = Engine(Weights.open(prefix.with_name(f"{prefix.name}.pdiparams")), config, c.LANGUAGE)
-    opened = None
+    loaded_adapter = None
     if adapter is not None:
-        opened = Adapter(engine, low_rank(open_adapters({"it": adapter}, config)["it"]))
+        opened = open_adapters({"adapter": adapter}, config)
+        loaded_adapter = Adapter(engine, low_rank(opened["adapter"]))
     n = len(tokens)
     pool = KvPool(engine, n, 32, "float32")
     logits = np.empty([n, config.vocab_size], np.float32)
     if one_by_one:
         for i in range(n):
-            run(engine, pool, [(i, 1, 0)], tokens[i : i + 1], logits[i : i + 1], opened)
+            run(engine, pool, [(i, 1, 0)], tokens[i : i + 1], logits[i : i + 1], loaded_adapter)
     else:
         run(
             engine,
@@ -66,19 +72,19 @@ def engine_logits(prefix, tokens, monkeypatch, one_by_one, adapter=None):
             [(0, i + 1, i) for i in range(n)],
             np.concatenate([tokens[: i + 1] for i in range(n)]),
             logits,
-            opened,
+            loaded_adapter,
         )
     return logits
 
 
 def run(engine, pool, sequences, tokens, logits, adapter):
-    """A step of sequences (tokens before, new tokens, block), with an adapter or None."""
+    """Run a step of sequences (n_past, n_new, index of the only block), with an adapter or None."""
     n = len(sequences)
     rows, blocks = (c.SequenceRow * n)(), np.array([block for *_, block in sequences], np.int32)
     for i, (row, (n_past, n_new, _)) in enumerate(zip(rows, sequences)):
         row.n_past, row.n_new, row.prompt_len = n_past, n_new, n_past + n_new
         row.n_blocks, row.blocks = 1, blocks[i:].ctypes.data
-        row.adapter = adapter and adapter.handle.value
+        row.adapter = None if adapter is None else adapter.handle.value
     tokens, picked = tokens.astype(np.int32), np.empty(n, np.int32)
     batch = c.Batch(
         size=ctypes.sizeof(c.Batch),
@@ -89,9 +95,9 @@ def run(engine, pool, sequences, tokens, logits, adapter):
         tokens=tokens.ctypes.data,
     )
     sampling = (c.Sampling * n)()
-    for each in sampling:
-        each.size = ctypes.sizeof(c.Sampling)
-        c.load().qvl_sampling_init(each)
+    for parameters in sampling:
+        parameters.size = ctypes.sizeof(c.Sampling)
+        c.load().qvl_sampling_init(parameters)
     arguments = c.StepArgs(
         size=ctypes.sizeof(c.StepArgs),
         sampling_size=ctypes.sizeof(c.Sampling),
@@ -106,12 +112,14 @@ def run(engine, pool, sequences, tokens, logits, adapter):
 
 @paddle.no_grad()
 def float_logits(folder, tokens, lora=()):
-    """The same by the portable model in float32, adapters merged."""
+    """The same logits, computed in dynamic mode in float32, with merged adapters."""
     model = load_language(Checkpoint(folder, lora))
     embedded = model.embed_tokens(paddle.to_tensor(tokens[None]))
-    order = paddle.arange(len(tokens)).unsqueeze(0)
+    positions = paddle.arange(len(tokens)).unsqueeze(0)
     lengths = [paddle.to_tensor([[n]]) for n in range(1, len(tokens) + 1)]
-    rows = [model(embedded[:, :n], order[:, :n], length, length)[0] for n, length in enumerate(lengths, 1)]
+    rows = [
+        model(embedded[:, :n], positions[:, :n], length, length)[0] for n, length in enumerate(lengths, 1)
+    ]
     return np.concatenate([row.numpy() for row in rows])
 
 
@@ -121,7 +129,7 @@ STEPS = pytest.mark.parametrize("one_by_one", [False, True], ids=["prompts", "de
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=IDS)
 def exported(request, tmp_path_factory):
-    """A quantised folder's variant, the prefix of its export, and the logits of the same weights in float32."""
+    """A variant of a quantised folder, the prefix of its export, and the logits of the same weights in float32."""
     folder = tmp_path_factory.mktemp("quantised")
     write_tensors(folder / "float", write_quantised(folder / "model", request.param), CONFIG)
     export_language(folder / "model", folder / "text", "qwen")
@@ -129,31 +137,31 @@ def exported(request, tmp_path_factory):
 
 
 @STEPS
-def test_logits_are_those_of_the_weights_in_float32(exported, monkeypatch, one_by_one):
+def test_logits_equal_those_of_the_weights_in_float32(exported, monkeypatch, one_by_one):
     _, prefix, expected = exported
     logits = engine_logits(prefix, TOKENS, monkeypatch, one_by_one)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(logits, expected, atol=1e-3, rtol=0)
 
 
-def test_the_export_names_its_storage(exported):
+def test_storage_types_of_the_export(exported):
     variant, prefix, _ = exported
     group = variant.group if variant.group in (32, 64) else 128
     order = "_order" if variant.act_order else ""
     manifest = verify(prefix)
     assert manifest.quant_type == f"{variant.method}_int{variant.bits}_g{group}{order}"
-    found = {entry.name: entry.dtype for entry in read_tensors(prefix.with_name("qwen.pdiparams"), manifest)}
-    kind = f"uint{variant.bits}_g{group}"
-    assert found["h.0.attn.c_attn.weight"] == found["h.0.mlp.c_proj.weight"] == kind
-    assert (found["lm_head.weight"], found["wte.weight"]) == ("float32", "float32")
-    assert found.get("h.0.mlp.w1.weight.order") == ("int32" if variant.act_order else None)
+    dtypes = {entry.name: entry.dtype for entry in read_tensors(prefix.with_name("qwen.pdiparams"), manifest)}
+    quantised = f"uint{variant.bits}_g{group}"
+    assert dtypes["h.0.attn.c_attn.weight"] == dtypes["h.0.mlp.c_proj.weight"] == quantised
+    assert (dtypes["lm_head.weight"], dtypes["wte.weight"]) == ("float32", "float32")
+    assert dtypes.get("h.0.mlp.w1.weight.order") == ("int32" if variant.act_order else None)
     assert set(manifest.programs) == {"qwen.fused.json", "qwen.fused.pdmodel"}
 
 
 @pytest.mark.parametrize("tool", ["auto_gptq", "auto_awq", "act_order"])
 @STEPS
-def test_logits_are_those_of_the_tool(tmp_path, monkeypatch, tool, one_by_one):
-    figures = copy_of_tool(tool, tmp_path / "model")
+def test_logits_equal_those_of_the_tool(tmp_path, monkeypatch, tool, one_by_one):
+    figures = copy_tool_folder(tool, tmp_path / "model")
     export_language(tmp_path / "model", tmp_path / "text", "qwen")
     logits = engine_logits(tmp_path / "text" / "qwen", figures["tokens"], monkeypatch, one_by_one)
     np.testing.assert_allclose(logits, figures["logits"], atol=1e-3, rtol=0)
@@ -161,7 +169,7 @@ def test_logits_are_those_of_the_tool(tmp_path, monkeypatch, tool, one_by_one):
 
 @pytest.mark.parametrize("variant", [Variant(), Variant("awq", group=64)], ids=["gptq", "awq"])
 @STEPS
-def test_an_adapter_over_integers_is_one_merged_into_their_values(tmp_path, monkeypatch, variant, one_by_one):
+def test_an_adapter_of_quantised_weights_equals_a_merged_one(tmp_path, monkeypatch, variant, one_by_one):
     write_tensors(tmp_path / "float", write_quantised(tmp_path / "model", variant), CONFIG)
     export_language(tmp_path / "model", tmp_path / "text", "qwen")
     config = read_manifest(tmp_path / "text" / "qwen").config
@@ -174,7 +182,7 @@ def test_an_adapter_over_integers_is_one_merged_into_their_values(tmp_path, monk
 
 @pytest.mark.parametrize("variant", [Variant(), Variant(act_order=True)], ids=["in-order", "act-order"])
 def test_the_stock_program_and_the_predictor_generate_the_same(tmp_path, variant):
-    """The vision tower of such a folder is exported in floating point, from the same folder."""
+    """Both run on the exports of a quantised folder, whose vision tower is exported in floating point."""
     write_quantised(tmp_path / "model", variant)
     export_vision(tmp_path / "model", tmp_path / "vision" / "vision", "float16")
     export_language(tmp_path / "model", tmp_path / "text", "qwen", "float16")
@@ -190,7 +198,7 @@ def test_the_stock_program_and_the_predictor_generate_the_same(tmp_path, variant
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("arguments", "message"),
     [
         (
             {"quant_type": "weight_only_int8"},
@@ -202,31 +210,31 @@ def test_the_stock_program_and_the_predictor_generate_the_same(tmp_path, variant
         ),
     ],
 )
-def test_refused_exports(tmp_path, arguments, line):
+def test_refused_exports(tmp_path, arguments, message):
     write_quantised(tmp_path / "model", Variant())
     with pytest.raises(UsageError) as caught:
         export_language(tmp_path / "model", tmp_path / "text", "qwen", **arguments)
-    assert str(caught.value) == f"{tmp_path}/model: {line}"
+    assert str(caught.value) == f"{tmp_path}/model: {message}"
     assert not (tmp_path / "text").exists()
 
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_progress_ends_at_its_total(tmp_path, monkeypatch, act_order):
-    seen = []
+    calls = []
 
-    def counted(items, label, total):
-        found = list(items)
-        seen.append((label, len(found), total))
-        return iter(found)
+    def record(items, label, total):
+        items = list(items)
+        calls.append((label, len(items), total))
+        return iter(items)
 
-    monkeypatch.setattr("paddlemix_qwenvl_plugin.modeling.weights.track", counted)
+    monkeypatch.setattr("paddlemix_qwenvl_plugin.modeling.weights.track", record)
     write_quantised(tmp_path / "model", Variant(act_order=act_order))
     export_language(tmp_path / "model", tmp_path / "out", "qwen")
-    ((label, n, total),) = seen
+    [(label, n, total)] = calls
     assert (label, n) == ("language weights", total)
 
 
-def test_paddlenlps_scripts_export_such_a_folder(tmp_path):
+def test_paddlenlps_scripts_export_a_quantised_folder(tmp_path):
     write_quantised(tmp_path / "model", Variant("awq"))
     model = QWenForQWenVLInferenceModel.from_pretrained(str(tmp_path / "model"), SimpleNamespace(), "float16")
     model.to_static(str(tmp_path / "text" / "qwen"), {})

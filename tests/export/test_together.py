@@ -1,4 +1,4 @@
-"""Atomic export: all files of a stage are replaced or none, however the export ends."""
+"""Atomic export: however it ends, it replaces all files of a stage or none."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from paddlemix_qwenvl_plugin.export.export import export_language, export_vision
 from paddlemix_qwenvl_plugin.tiny.make import make_tiny
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
-# Killed while the weights are written, the longest part of a large export.
-KILLED = """
+# An export that is killed at the beginning of the weights, whose writing takes longest in a large export.
+KILLED_EXPORT = """
 import os, signal, sys
 from paddlemix_qwenvl_plugin.export import export
-export.write_params = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
+export.write_params = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 export.export_language(sys.argv[1], sys.argv[2], "qwen", engine="portable")
 """
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def file_contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
@@ -42,71 +42,75 @@ def other(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def text(tiny_exported: Path, tmp_path: Path) -> Path:
+def stage_folder(tiny_exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_exported / "text", tmp_path / "text"))
 
 
 def leftovers(folder: Path) -> list[Path]:
+    """The temporary folders of exports."""
     return list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize("cause", ["weights", "disk"])
-def test_a_failed_export_leaves_the_good_one(
-    cause: str, other: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_export_changes_no_file(
+    cause: str, other: Path, stage_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = contents(text)
+    before = file_contents(stage_folder)
     if cause == "disk":
 
-        def full(path: Path, *rest: object) -> None:
+        def disk_full(path: Path, *arguments: object) -> None:
             path.write_bytes(bytes(1000))
             raise OSError(28, "No space left on device", str(path))
 
-        monkeypatch.setattr(export, "write_params", full)
+        monkeypatch.setattr(export, "write_params", disk_full)
     else:
         tensors = load_file(other / "model.safetensors")
         name = next(name for name in tensors if name.endswith("ln_f.weight"))
         tensors[name][3] = np.nan
         save_file(tensors, str(other / "model.safetensors"))
     with pytest.raises((QwenVLError, OSError), match=r"ln_f\.weight: 1 of its values|No space left"):
-        export_language(other, text, "qwen", engine="portable")
-    assert contents(text) == before
-    assert leftovers(text) == []
+        export_language(other, stage_folder, "qwen", engine="portable")
+    assert file_contents(stage_folder) == before
+    assert leftovers(stage_folder) == []
 
 
-def test_a_killed_export_leaves_the_good_one_and_is_cleaned_up(other: Path, text: Path) -> None:
-    before = contents(text)
-    command = [sys.executable, "-c", KILLED, str(other), str(text)]
+def test_a_killed_export_changes_no_file_and_the_next_removes_its_leftovers(
+    other: Path, stage_folder: Path
+) -> None:
+    before = file_contents(stage_folder)
+    command = [sys.executable, "-c", KILLED_EXPORT, str(other), str(stage_folder)]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -9
-    assert contents(text) == before
-    [left] = leftovers(text)
-    foreign = text / ".export-other-1234"
-    foreign.mkdir()
-    (foreign / "lock").touch()
-    in_use = text / ".export-qwen-in-use"
-    in_use.mkdir()
-    # A separate lock object, as of another process.
-    with FileLock(in_use / "lock"):
-        export_language(other, text, "qwen", engine="portable")
-    assert set(leftovers(text)) == {foreign, in_use}
-    assert left not in leftovers(text)
-    verify(text / "qwen")
-    assert (text / "config.json").read_bytes() == (other / "config.json").read_bytes()
-    assert (text / "qwen.tiktoken").read_bytes() == (other / "qwen.tiktoken").read_bytes()
+    assert file_contents(stage_folder) == before
+    [killed] = leftovers(stage_folder)
+    # Leftovers of an export with another prefix, and of a running export.
+    other_prefix = stage_folder / ".export-other-1234"
+    other_prefix.mkdir()
+    (other_prefix / "lock").touch()
+    running = stage_folder / ".export-qwen-running"
+    running.mkdir()
+    # Held by another lock object, as by another process.
+    with FileLock(running / "lock"):
+        export_language(other, stage_folder, "qwen", engine="portable")
+    assert set(leftovers(stage_folder)) == {other_prefix, running}
+    assert killed not in leftovers(stage_folder)
+    verify(stage_folder / "qwen")
+    assert (stage_folder / "config.json").read_bytes() == (other / "config.json").read_bytes()
+    assert (stage_folder / "qwen.tiktoken").read_bytes() == (other / "qwen.tiktoken").read_bytes()
 
 
 @pytest.mark.parametrize("prefix", ["config", "tokenizer_config", "generation_config"])
-def test_a_prefix_that_would_overwrite_the_model(prefix: str, other: Path, tmp_path: Path) -> None:
-    before = contents(other)
-    for out in (other, tmp_path / "new"):
+def test_a_prefix_that_names_a_file_of_the_model_is_refused(prefix: str, other: Path, tmp_path: Path) -> None:
+    before = file_contents(other)
+    for target in (other, tmp_path / "new"):
         with pytest.raises(UsageError, match=rf"{prefix}\.json; name another prefix"):
-            export_language(other, out, prefix, engine="portable")
+            export_language(other, target, prefix, engine="portable")
         with pytest.raises(UsageError, match=rf"{prefix}\.json; name another prefix"):
-            export_vision(other, out / prefix, engine="portable")
-    assert contents(other) == before
+            export_vision(other, target / prefix, engine="portable")
+    assert file_contents(other) == before
     assert not (tmp_path / "new").exists()
 
 
-def test_a_file_of_the_model_by_another_path(other: Path, tmp_path: Path) -> None:
+def test_a_file_of_the_model_through_a_link_is_refused(other: Path, tmp_path: Path) -> None:
     (other / "notes.json").write_text("mine")
     (tmp_path / "link").symlink_to(other)
     with pytest.raises(UsageError, match=r"notes\.json"):
@@ -122,13 +126,13 @@ def test_exporting_into_the_model_folder_twice(other: Path) -> None:
     assert leftovers(other) == []
 
 
-def test_another_models_files_are_left_alone(other: Path, text: Path, tmp_path: Path) -> None:
-    """The next export replaces files of an earlier export, but not those of a model."""
+def test_files_of_another_model_are_not_replaced(other: Path, stage_folder: Path, tmp_path: Path) -> None:
+    """An export replaces files of an earlier export, but no files of a checkpoint."""
     third = tmp_path / "third"
     make_tiny(third, seed=6)
-    before = contents(third)
+    before = file_contents(third)
     with pytest.raises(UsageError, match=r"third/config\.json: exists, and no export wrote it"):
         export_language(other, third, "qwen", engine="portable")
-    assert contents(third) == before
-    export_language(other, text, "qwen", engine="portable")
-    assert (text / "config.json").read_bytes() == (other / "config.json").read_bytes()
+    assert file_contents(third) == before
+    export_language(other, stage_folder, "qwen", engine="portable")
+    assert (stage_folder / "config.json").read_bytes() == (other / "config.json").read_bytes()

@@ -1,4 +1,4 @@
-"""The plain layers against figures of the real PaddleMIX model."""
+"""The layers in dynamic mode, compared with outputs of the real PaddleMIX model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def features_of(model):
 def test_features(golden, name):
     model = golden(name)
     expected = model.figures["features_every_16th_query"]
-    got = features_of(model).numpy()[:, ::16]
-    assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+    found = features_of(model).numpy()[:, ::16]
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 @paddle.no_grad()
@@ -32,11 +32,12 @@ def test_prefill_and_decode(golden, name):
     length = ids.shape[1]
     prompt_len = paddle.to_tensor([[length]])
     embeddings = language.embed(ids, features_of(model), paddle.to_tensor(model.img_pos))
-    order = paddle.arange(length).unsqueeze(0)
+    positions = paddle.arange(length).unsqueeze(0)
 
+    # The logits of the last 8 positions, each from a prefill that ends there.
     for row, expected in enumerate(model.figures["prefill_logits_last8"][0]):
         n = length - 7 + row
-        logits, caches = language(embeddings[:, :n], order[:, :n], prompt_len, paddle.to_tensor([[n]]))
+        logits, caches = language(embeddings[:, :n], positions[:, :n], prompt_len, paddle.to_tensor([[n]]))
         np.testing.assert_allclose(logits.numpy()[0], expected, atol=1e-3, rtol=0)
 
     valid = paddle.ones([1, length], dtype="bool")
@@ -44,7 +45,7 @@ def test_prefill_and_decode(golden, name):
         assert int(logits.argmax()) == token
         embedded = language.embed_tokens(paddle.to_tensor([[int(token)]]))
         position = paddle.to_tensor([[length + i]])
-        one = paddle.to_tensor([[1]])
-        logits, caches = language(embedded, position, prompt_len, one, valid, caches)
+        n_new = paddle.to_tensor([[1]])
+        logits, caches = language(embedded, position, prompt_len, n_new, valid, caches)
         valid = paddle.concat([valid, paddle.ones([1, 1], dtype="bool")], axis=1)
         np.testing.assert_allclose(logits.numpy()[0], expected, atol=1e-3, rtol=0)

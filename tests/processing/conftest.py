@@ -1,3 +1,5 @@
+"""Fixtures: tokenizers with the tiny and the real vocabulary, and golden values of the official code."""
+
 from __future__ import annotations
 
 import hashlib
@@ -33,12 +35,14 @@ def tiny_vocab_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_vocab_file: Path) -> QwenTokenizer:
+    """Tokenizer with the tiny vocabulary."""
     return QwenTokenizer(tiny_vocab_file)
 
 
 @pytest.fixture(scope="session")
 def real(golden_tokens: dict[str, Any]) -> QwenTokenizer:
-    spec = importlib.util.find_spec("dashscope")  # its import is slow and not needed
+    """Tokenizer with the vocabulary of Qwen-VL, from the package dashscope; skip the test without it."""
+    spec = importlib.util.find_spec("dashscope")  # without an import, which is slow
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the real vocabulary comes with the package dashscope: pip install --no-deps dashscope")
     vocab_file = Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken"

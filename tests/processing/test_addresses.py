@@ -1,4 +1,4 @@
-"""Images are downloaded from public addresses only, by default: the connected address decides."""
+"""Images are downloaded only from public addresses by default. The address is checked when it is connected."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ REFUSED = "is not at a public address, pass --allow_private_http to allow it"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Redirect /to/URL to URL, answer all else with an image, and record the Host header of each request."""
+    """Redirect /to/URL to URL, answer all other paths with an image, and record the Host header of each request."""
 
-    protocol_version = "HTTP/1.1"  # connections that could be used again
+    protocol_version = "HTTP/1.1"  # keeps connections open, so a client could reuse one
 
     def do_GET(self) -> None:
         self.server.hosts.append(self.headers["Host"])  # type: ignore[attr-defined]
@@ -70,22 +70,28 @@ load = partial(load_image, allow_http=True)
 @pytest.mark.parametrize(
     "host",
     [
-        *(
-            "127.0.0.1",
-            "2130706433",
-            "0x7f000001",
-            "0x7f.1",
-            "0177.0.0.1",
-            "017700000001",
-            "127.1",
-            "0",
-            "0.0.0.0",
-        ),
-        *("[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "localhost"),
+        # 127.0.0.1 in decimal, hexadecimal and octal notation, and with fewer parts.
+        "127.0.0.1",
+        "2130706433",
+        "0x7f000001",
+        "0x7f.1",
+        "0177.0.0.1",
+        "017700000001",
+        "127.1",
+        # The unspecified address, which connects to this machine.
+        "0",
+        "0.0.0.0",
+        # IPv6, and IPv4 in IPv6.
+        "[::1]",
+        "[::]",
+        "[::ffff:127.0.0.1]",
+        "[::ffff:7f00:1]",
+        "localhost",
     ],
 )
-def test_this_machine_in_every_spelling(server: ThreadingHTTPServer, host: str) -> None:
-    with pytest.raises(QwenVLError, match=f"{REFUSED}|Invalid IPv4 address"):  # httpx knows no 0177.0.0.1
+def test_spellings_of_this_machine_are_refused(server: ThreadingHTTPServer, host: str) -> None:
+    # httpx itself refuses 0177.0.0.1 as an invalid address.
+    with pytest.raises(QwenVLError, match=f"{REFUSED}|Invalid IPv4 address"):
         load(f"http://{host}:{server.server_port}/a.png")
     assert hosts(server) == []
 
@@ -93,6 +99,7 @@ def test_this_machine_in_every_spelling(server: ThreadingHTTPServer, host: str) 
 @pytest.mark.parametrize(
     "address",
     [
+        # Private, link-local (cloud metadata), carrier-grade NAT, benchmarking, documentation.
         *(
             "10.0.0.1",
             "172.16.0.1",
@@ -102,7 +109,9 @@ def test_this_machine_in_every_spelling(server: ThreadingHTTPServer, host: str) 
             "198.18.0.1",
             "192.0.2.1",
         ),
+        # Unspecified, loopback, multicast, reserved, broadcast.
         *("0.0.0.0", "127.0.0.53", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255"),
+        # The same kinds in IPv6.
         *(
             "::",
             "::1",
@@ -114,6 +123,7 @@ def test_this_machine_in_every_spelling(server: ThreadingHTTPServer, host: str) 
             "ff02::1",
             "2001:db8::1",
         ),
+        # IPv4 in IPv6: mapped, compatible, NAT64, 6to4, Teredo.
         *("::ffff:10.0.0.1", "::ffff:169.254.169.254", "::127.0.0.1", "64:ff9b::10.0.0.1", "64:ff9b::7f00:1"),
         *("2002:7f00:1::", "2002:a00:1::1", "2001:0:7f00:1::"),
     ],
@@ -130,12 +140,12 @@ def test_addresses_that_are_public(address: str) -> None:
     assert is_public(ip_address(address))
 
 
-def test_allowed(server: ThreadingHTTPServer) -> None:
+def test_a_private_address_can_be_allowed(server: ThreadingHTTPServer) -> None:
     url = f"http://127.0.0.1:{server.server_port}/a.png"
     assert load(url, limits=ImageLimits(allow_private=True)).size == (6, 4)
 
 
-def test_public_name(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_name(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
     net = MadeUpNet(monkeypatch, {"images.example": [[PUBLIC]]})
     assert load(f"http://images.example:{server.server_port}/a.png").size == (6, 4)
     assert (net.asked, net.reached) == (["images.example"], [PUBLIC])
@@ -155,7 +165,7 @@ def test_the_next_address_is_tried(server: ThreadingHTTPServer, monkeypatch: pyt
 
 
 def test_dns_rebinding(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DNS rebinding: a public address at the check, this machine at the next query."""
+    """The name resolves to a public address at first, and to this machine at the next query: it is resolved once."""
     net = MadeUpNet(monkeypatch, {"rebinding.example": [[PUBLIC], ["127.0.0.1"]]})
     assert load(f"http://rebinding.example:{server.server_port}/a.png").size == (6, 4)
     assert (net.asked, net.reached) == (["rebinding.example"], [PUBLIC])
@@ -171,16 +181,19 @@ def test_redirect_to_a_private_address(
     server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     net = MadeUpNet(monkeypatch, {"images.example": [[PUBLIC]], "inside.example": [["10.1.2.3"]]})
-    to = target.format(port=server.server_port)
-    url = f"http://images.example:{server.server_port}/to/http://images.example:{server.server_port}/to/{to}"
+    # Two redirects: to another path of the public name, then to `target`.
+    public = f"http://images.example:{server.server_port}"
+    url = f"{public}/to/{public}/to/{target.format(port=server.server_port)}"
     with pytest.raises(UsageError, match=REFUSED):
         load(url)
     assert net.reached == [PUBLIC, PUBLIC]
     assert len(hosts(server)) == 2
 
 
-def test_no_proxy_of_the_environment(server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy would connect to unchecked addresses; here it is the server itself."""
+def test_proxies_of_the_environment_are_ignored(
+    server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy would connect to unchecked addresses. The proxy of this test is the server itself."""
     net = MadeUpNet(monkeypatch, {"images.example": [[PUBLIC]]})
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("ALL_PROXY", f"http://127.0.0.1:{server.server_port}")
@@ -188,10 +201,10 @@ def test_no_proxy_of_the_environment(server: ThreadingHTTPServer, monkeypatch: p
     assert net.reached == [PUBLIC]
 
 
-def test_certificate_of_the_name(
+def test_the_certificate_is_checked_by_host_name(
     server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """TLS requests the certificate by host name, and rejects another host's at the same address."""
+    """TLS sends the host name, and a certificate of another host at the same address is refused."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl on the PATH to make a certificate with")
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
@@ -205,17 +218,14 @@ def test_certificate_of_the_name(
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    asked: list[Any] = []
-    context.sni_callback = lambda connection, name, _: asked.append(name)
+    sent_names: list[Any] = []
+    context.sni_callback = lambda connection, name, _: sent_names.append(name)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     MadeUpNet(monkeypatch, {name: [[PUBLIC]] for name in ("images.example", "other.example")})
-    assert load(f"https://images.example:{server.server_port}/a.png").size == (6, 4)
-    with pytest.raises(QwenVLError, match=r"cannot be downloaded: .*certificate"):
-        load(f"https://other.example:{server.server_port}/a.png")
-    to_other = (
-        f"https://images.example:{server.server_port}/to/https://other.example:{server.server_port}/a.png"
-    )
-    with pytest.raises(QwenVLError, match=r"cannot be downloaded: .*certificate"):
-        load(to_other)
-    assert asked == ["images.example", "other.example", "images.example", "other.example"]
+    images, other = (f"https://{name}.example:{server.server_port}" for name in ("images", "other"))
+    assert load(f"{images}/a.png").size == (6, 4)
+    for url in (f"{other}/a.png", f"{images}/to/{other}/a.png"):
+        with pytest.raises(QwenVLError, match=r"cannot be downloaded: .*certificate"):
+            load(url)
+    assert sent_names == ["images.example", "other.example", "images.example", "other.example"]

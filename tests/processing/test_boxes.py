@@ -1,3 +1,5 @@
+"""Boxes in answers: parsing, corrections, and error messages."""
+
 from __future__ import annotations
 
 import pytest
@@ -9,9 +11,12 @@ from paddlemix_qwenvl_plugin.processing.prompts import render
 
 coordinate = st.integers(0, 1000)
 corner_box = st.tuples(coordinate, coordinate, coordinate, coordinate).map(
-    lambda v: [min(v[0], v[2]), min(v[1], v[3]), max(v[0], v[2]), max(v[1], v[3])]
+    lambda corners: [
+        *(min(corners[0], corners[2]), min(corners[1], corners[3])),
+        *(max(corners[0], corners[2]), max(corners[1], corners[3])),
+    ]
 )
-ref_text = st.text(min_size=1).map(lambda s: s.replace("<", "").strip()).filter(bool)
+ref_text = st.text(min_size=1).map(lambda text: text.replace("<", "").strip()).filter(bool)
 box_part = st.fixed_dictionaries(
     {"box": st.lists(corner_box, min_size=1, max_size=3)}, optional={"ref": ref_text}
 )
@@ -33,8 +38,8 @@ tags = [
 
 
 @given(st.lists(box_part, min_size=1, max_size=4))
-def test_every_rendered_box_is_parsed_back(parts: list[dict]) -> None:  # type: ignore[type-arg]
-    # Text between the parts, so that a box without a ref does not take the one before.
+def test_parsing_a_rendered_prompt_returns_its_boxes(parts: list[dict]) -> None:  # type: ignore[type-arg]
+    # With text between the parts, so that a box without a ref does not take the ref of the box before it.
     text, _ = render([item for part in parts for item in (part, {"text": " and "})])
     parse = parse_boxes(text)
     expected = [
@@ -53,7 +58,7 @@ def test_any_text_is_accepted(text: str) -> None:
         assert len(box.points) == (2 if box.kind == "box" else 4)
     if "<box>" in text and not parse.boxes:
         assert parse.problems
-    if not any(tag in text for tag in tags[:6]):
+    if not any(tag in text for tag in tags if tag.startswith("<")):
         assert parse.text == text
 
 
@@ -85,7 +90,7 @@ def test_quad_keeps_its_order() -> None:
         ("<box>(-3,4),(10,20)</box>", ((0, 4), (10, 20)), "moved to the edge"),
     ],
 )
-def test_normalised_boxes_are_reported(text: str, points: tuple, problem: str) -> None:  # type: ignore[type-arg]
+def test_corrected_boxes_are_reported(text: str, points: tuple, problem: str) -> None:  # type: ignore[type-arg]
     parse = parse_boxes(text)
     assert [box.points for box in parse.boxes] == [points]
     assert len(parse.problems) == 1
@@ -94,7 +99,7 @@ def test_normalised_boxes_are_reported(text: str, points: tuple, problem: str) -
 
 
 @pytest.mark.parametrize(
-    ("text", "clean", "problem"),
+    ("text", "text_without_tags", "problem"),
     [
         ("a<box>(1,2),(3", "a", "<box> at character 1 is not closed"),
         ("a<box>(1,2),(3,4) b", "ab", "<box> at character 1 is not closed"),
@@ -109,21 +114,21 @@ def test_normalised_boxes_are_reported(text: str, points: tuple, problem: str) -
         ("a<ref></ref>b", "ab", "<ref> at character 1 is empty"),
     ],
 )
-def test_malformed_boxes_are_reported(text: str, clean: str, problem: str) -> None:
+def test_malformed_boxes_are_reported(text: str, text_without_tags: str, problem: str) -> None:
     parse = parse_boxes(text)
     assert parse.boxes == []
-    assert parse.text == clean
+    assert parse.text == text_without_tags
     assert len(parse.problems) == 1
     assert problem in parse.problems[0]
     assert len(parse.problems[0]) < 120
 
 
-def test_a_broken_box_does_not_hide_the_next() -> None:
+def test_the_box_after_a_malformed_one_is_parsed() -> None:
     parse = parse_boxes("<ref>a</ref><box>(1,2),<ref>b</ref><box>(1,2),(3,4)</box>")
     assert parse.boxes == [Box("box", ((1, 2), (3, 4)), "b")]
     assert len(parse.problems) == 1
 
 
-def test_pixels() -> None:
+def test_conversion_to_pixels() -> None:
     box = Box("box", ((0, 500), (250, 1000)))
     assert box.to_pixels(640, 480) == ((0.0, 240.0), (160.0, 480.0))

@@ -1,3 +1,5 @@
+"""Loading images from every source, the limits and errors, and the preprocessing for the vision tower."""
+
 from __future__ import annotations
 
 import base64
@@ -22,10 +24,11 @@ from PIL import Image
 from paddlemix_qwenvl_plugin.processing.images import ImageLimits, load_image, preprocess
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
-HERE = ImageLimits(allow_private=True)  # for servers on this machine
+LOCAL = ImageLimits(allow_private=True)  # allows servers on this machine
+# Channel means and standard deviations of CLIP's preprocessing.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
-# Found by the fuzzer: Pillow logs for the first; it warns, and libtiff writes, for the second.
+# Found by the fuzzer. For the first, Pillow logs a message; for the second, Pillow warns and libtiff writes to stderr.
 CORRUPTED = [
     Path(__file__).parents[1] / "fuzz" / "found" / "image" / name for name in ("2635063f1b20", "5b2fb807bf83")
 ]
@@ -38,7 +41,7 @@ def encoded(size: tuple[int, int] = (6, 4), format: str = "PNG", colour: str = "
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG of a few bytes with any size in its header."""
+    """A PNG of a few bytes with this size in its header."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -50,7 +53,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("name", ["wide.png", "tall.png", "alpha.png", "gray.png", "palette.png"])
 def test_golden_images(golden_folder: Path, name: str) -> None:
     golden = json.loads((golden_folder / "images.json").read_text())[name]
-    # The official code drops transparency, load_image does not.
+    # The official code ignores transparency; load_image, which composes the image with white, is not compared.
     path = golden_folder / name
     tensor = preprocess(Image.open(path) if name == "alpha.png" else load_image(path))
     assert list(tensor.shape) == golden["shape"]
@@ -63,7 +66,7 @@ def test_golden_images(golden_folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 900), (448, 448)])
 @pytest.mark.parametrize("image_size", [448, 56])
-def test_one_colour_stays_one_colour(size: tuple[int, int], image_size: int) -> None:
+def test_an_image_of_one_colour(size: tuple[int, int], image_size: int) -> None:
     tensor = preprocess(Image.new("RGB", size, (200, 100, 50)), image_size)
     expected = (np.array([200, 100, 50]) / 255 - MEAN) / STD
     assert tensor.shape == (3, image_size, image_size)
@@ -73,7 +76,7 @@ def test_one_colour_stays_one_colour(size: tuple[int, int], image_size: int) -> 
 @pytest.mark.parametrize(
     "kind", ["path", "str", "bytes", "pil", "data", "data-percent", "file", "file-localhost"]
 )
-def test_every_kind_of_source(tmp_path: Path, kind: str) -> None:
+def test_every_type_of_source(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "图 a#b?c.png"
     path.write_bytes(encoded())
     data = base64.b64encode(encoded()).decode()
@@ -106,24 +109,26 @@ def test_relative_names_that_look_like_schemes(tmp_path: Path, monkeypatch: pyte
 
 
 def upright() -> Image.Image:
-    """3 x 2 blocks of six colours, so that no two orientations look alike."""
+    """An image of 3 x 2 blocks in six colours, so that it differs in each orientation."""
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255)]
     small = Image.new("RGB", (3, 2))
     small.putdata(colours)
     return small.resize((48, 32), Image.Resampling.NEAREST)
 
 
-# EXIF's wording: the side of the image that the stored first row is, then that of the first column.
+# EXIF orientation -> pixels as stored, from the upright image. The comments are EXIF's: the sides of the upright image
+# at which the first stored row and the first stored column are.
 ORIENTATIONS = {
-    1: lambda a: a,  # top, left
-    2: lambda a: a[:, ::-1],  # top, right
-    3: lambda a: a[::-1, ::-1],  # bottom, right
-    4: lambda a: a[::-1],  # bottom, left
-    5: lambda a: a.swapaxes(0, 1),  # left, top
-    6: lambda a: a[:, ::-1].swapaxes(0, 1),  # right, top
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),  # right, bottom
-    8: lambda a: a[::-1].swapaxes(0, 1),  # left, bottom
+    1: lambda pixels: pixels,  # top, left
+    2: lambda pixels: pixels[:, ::-1],  # top, right
+    3: lambda pixels: pixels[::-1, ::-1],  # bottom, right
+    4: lambda pixels: pixels[::-1],  # bottom, left
+    5: lambda pixels: pixels.swapaxes(0, 1),  # left, top
+    6: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),  # right, top
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),  # right, bottom
+    8: lambda pixels: pixels[::-1].swapaxes(0, 1),  # left, bottom
 }
+ORIENTATION_TAG = 0x0112
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
@@ -131,11 +136,12 @@ ORIENTATIONS = {
 def test_exif_orientation_is_applied(orientation: int, format: str) -> None:
     stored = Image.fromarray(np.ascontiguousarray(ORIENTATIONS[orientation](np.asarray(upright()))))
     exif = Image.Exif()
-    exif[0x0112] = orientation
+    exif[ORIENTATION_TAG] = orientation
     buffer = io.BytesIO()
     stored.save(buffer, format, exif=exif)
     loaded = np.asarray(load_image(buffer.getvalue())).astype(int)
     assert loaded.shape == (32, 48, 3)
+    # The mean colour in the middle of each block of 16 x 16 pixels; JPEG changes colours slightly.
     blocks = loaded.reshape(2, 16, 3, 16, 3)[:, 4:12, :, 4:12].mean(axis=(1, 3))
     assert np.abs(blocks - np.asarray(upright())[8::16, 8::16]).max() < 40
 
@@ -153,7 +159,7 @@ def test_16_bits_are_scaled(kind: str) -> None:
     values = np.array([[0, 255, 256, 257], [1000, 32768, 65279, 65535]], dtype=np.uint16)
     buffer = io.BytesIO()
     image = Image.fromarray(values)
-    if kind == "PPM":  # Pillow writes 8 bits only
+    if kind == "PPM":  # Pillow would write 8 bits
         buffer.write(b"P5 4 2 65535\n" + values.astype(">u2").tobytes())
     elif kind != "array":
         image.save(buffer, kind)
@@ -167,33 +173,34 @@ def test_16_bits_are_scaled(kind: str) -> None:
 def test_16_bits_with_a_transparent_value() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.array([[0, 700, 701]], dtype=np.uint16)).save(buffer, "PNG")
-    clear = b"tRNS" + struct.pack(">H", 700)
-    chunk = struct.pack(">I", 2) + clear + struct.pack(">I", zlib.crc32(clear))
+    # Insert a chunk that makes the value 700 transparent before IDAT, which follows its length of 4 bytes.
+    transparent = b"tRNS" + struct.pack(">H", 700)
+    chunk = struct.pack(">I", 2) + transparent + struct.pack(">I", zlib.crc32(transparent))
     header, pixels = buffer.getvalue().split(b"IDAT")
     png = header[:-4] + chunk + header[-4:] + b"IDAT" + pixels
     assert np.asarray(load_image(png))[0].tolist() == [[0] * 3, [255] * 3, [3] * 3]
 
 
 def on_white(rgba: np.ndarray) -> np.ndarray:
+    """RGBA pixels composed with a white background, float64 RGB."""
     alpha = rgba[..., 3:].astype(np.float64) / 255
     return rgba[..., :3] * alpha + 255 * (1 - alpha)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_transparency_lies_on_white(mode: str) -> None:
+def test_transparency_is_composed_with_white(mode: str) -> None:
     rgba = np.random.default_rng(5).integers(0, 256, (9, 11, 4), dtype=np.uint8)
     rgba[0, :3, 3] = (0, 255, 128)
-    image = (
-        Image.fromarray(rgba).convert(mode)
-        if mode != "PA"
-        else Image.fromarray(rgba).convert("LA").convert("PA")
-    )
+    image = Image.fromarray(rgba)
+    if mode == "PA":
+        image = image.convert("LA")  # for a palette of greys, which is exact
+    image = image.convert(mode)
     loaded = np.asarray(load_image(image)).astype(np.float64)
     assert np.abs(loaded - on_white(np.asarray(image.convert("RGBA")))).max() <= 1
 
 
-def test_transparent_colours_lie_on_white(recwarn: pytest.WarningsRecorder) -> None:
-    """Several colours of a palette (Pillow warns), one of a palette, one grey, one of RGB."""
+def test_transparent_colours_are_composed_with_white(recwarn: pytest.WarningsRecorder) -> None:
+    """Alpha values of a palette (Pillow warns), and one transparent colour: of a palette, RGB, and grey."""
     palette = Image.new("P", (3, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     palette.putdata([0, 1, 2])
@@ -214,16 +221,16 @@ def test_transparent_colours_lie_on_white(recwarn: pytest.WarningsRecorder) -> N
     assert not list(recwarn)
 
 
-def test_only_the_error_is_printed_and_settings_are_unchanged(
+def test_warnings_and_logs_are_suppressed_without_changing_settings(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Images for which Pillow warns, Pillow logs and libtiff writes; several at once."""
+    """In several threads, images for which Pillow warns or logs, or libtiff writes to stderr."""
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         before = list(warnings.filters)
         with ThreadPoolExecutor(4) as pool:
             loading = [pool.submit(load_image, path) for path in CORRUPTED * 8]
-            errors = [str(each.exception()) for each in loading]
+            errors = [str(future.exception()) for future in loading]
         assert warnings.filters == before
     assert all(error.startswith("image ") for error in errors)
     assert capfd.readouterr() == ("", "")
@@ -231,7 +238,7 @@ def test_only_the_error_is_printed_and_settings_are_unchanged(
         Image.open(CORRUPTED[-1])
 
 
-def test_image_is_decoded_when_it_returns(tmp_path: Path) -> None:
+def test_the_returned_image_is_decoded(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encoded())
     image = load_image(path)
@@ -277,7 +284,7 @@ def test_sources_that_are_refused(source: Any, message: str) -> None:
         (png_header(20_000, 20_000), "pixels"),
         (png_header(8001, 8000), "8001 x 8000 pixels, more than the limit of 64000000"),
         (png_header(12_000, 8000), "12000 x 8000 pixels"),  # between Pillow's warning and its error
-        (png_header(8000, 8000), "is damaged or cut short"),  # within the limit: read, and found too short
+        (png_header(8000, 8000), "is damaged or cut short"),  # within the limit, so decoded
         (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
             "the format EPS is not accepted",
@@ -306,7 +313,7 @@ def test_bad_images(tmp_path: Path, content: bytes, message: str, kind: str) -> 
 
 def test_huge_image_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
-        raise AssertionError("decoded")
+        raise AssertionError("the image is decoded")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
     limits = ImageLimits(max_pixels=99)
@@ -331,7 +338,7 @@ def test_too_many_bytes(tmp_path: Path) -> None:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Each path is one behaviour of a server."""
+    """A server with a method `answer_PATH` for each path; most paths misbehave in one way."""
 
     sent_bytes = 0
 
@@ -350,6 +357,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(encoded())
 
     def answer_negotiated(self) -> None:
+        """Compress unless the client requests `identity`."""
         if self.headers["Accept-Encoding"] == "identity":
             self.answer_image()
         else:
@@ -400,7 +408,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer_compressed(self) -> None:
         self.send(zlib.compress(encoded()), Content_Encoding="deflate")
 
-    def answer_cut(self) -> None:
+    def answer_truncated(self) -> None:
         self.send(encoded()[:20], Content_Length=str(len(encoded())))
 
     def answer_nonsense(self) -> None:
@@ -424,7 +432,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", ["image", "moved", "negotiated", "image?token=a&b=c"])
 def test_download(server: str, path: str) -> None:
-    assert load_image(f"{server}/{path}", allow_http=True, limits=HERE).getpixel((0, 0)) == (200, 100, 50)
+    assert load_image(f"{server}/{path}", allow_http=True, limits=LOCAL).getpixel((0, 0)) == (200, 100, 50)
 
 
 @pytest.mark.parametrize(
@@ -438,18 +446,18 @@ def test_download(server: str, path: str) -> None:
         ("to_ftp", "cannot be downloaded: .*protocol"),
         ("loop", "cannot be downloaded: .*redirects"),
         ("compressed", "the server compressed it"),
-        ("cut", "cannot be downloaded"),
+        ("truncated", "cannot be downloaded"),
         ("nonsense", "cannot be downloaded"),
     ],
 )
-def test_download_that_fails(server: str, path: str, message: str) -> None:
+def test_failed_downloads(server: str, path: str, message: str) -> None:
     with pytest.raises(QwenVLError, match=message) as caught:
         load_image(
             f"{server}/{path}", allow_http=True, limits=ImageLimits(max_bytes=2**20, allow_private=True)
         )
     assert f"{server}/{path}" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert Handler.sent_bytes < 16 * 2**20  # the sockets' buffers hold some
+    assert Handler.sent_bytes < 16 * 2**20  # more than the limit, because of the sockets' buffers
 
 
 @pytest.mark.parametrize("path", ["drip", "dripping_headers", "silent"])
@@ -484,9 +492,9 @@ def test_url_without_a_host(url: str) -> None:
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999/a.png", "http://a b/"])
 def test_malformed_url(url: str) -> None:
     with pytest.raises(QwenVLError, match="cannot be downloaded"):
-        load_image(url, allow_http=True, limits=HERE)
+        load_image(url, allow_http=True, limits=LOCAL)
 
 
 def test_refused_connection(server: str) -> None:
     with pytest.raises(QwenVLError, match=r"127\.0\.0\.1:1/a.png cannot be downloaded"):
-        load_image("http://user:secret@127.0.0.1:1/a.png", allow_http=True, limits=HERE)
+        load_image("http://user:secret@127.0.0.1:1/a.png", allow_http=True, limits=LOCAL)

@@ -1,3 +1,5 @@
+"""The tokenizer: compared with the official code and with brute force; special tokens; vocabulary files."""
+
 from __future__ import annotations
 
 import base64
@@ -15,7 +17,7 @@ from paddlemix_qwenvl_plugin.processing.tokenizer import IMAGE_TAGS, QwenTokeniz
 from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
-N_TINY = 456
+N_TINY = 456  # tokens of the tiny vocabulary, without special tokens
 
 LOOK_ALIKES = [*IMAGE_TAGS, "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_204|>", "<", "|>", "img"]
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -28,7 +30,7 @@ def read_ranks(vocab_file: Path) -> dict[bytes, int]:
 
 
 def brute_force_bpe(word: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """Merge the pair of lowest rank, leftmost first, until none can be merged."""
+    """Merge the adjacent pair of the lowest rank, the leftmost of equal ones, until no pair has a rank."""
     parts = [bytes([value]) for value in word]
     while True:
         best = None
@@ -62,6 +64,7 @@ def test_ids_of_the_real_vocabulary(real: QwenTokenizer) -> None:
 
 def test_special_ids_follow_a_small_vocabulary(tiny: QwenTokenizer) -> None:
     assert tiny.eod_id == N_TINY
+    # 3 control tokens, 205 <|extra_N|>, 9 tags for boxes and images.
     assert tiny.img_pad_id == tiny.n_vocab - 1 == N_TINY + 3 + 205 + 9 - 1
     ids = tiny.encode("<|im_end|><quad>", tiny.special_tokens)
     assert ids == [tiny.im_end_id, tiny.special_tokens["<quad>"]]
@@ -81,8 +84,8 @@ def test_the_picture_label_of_a_folder(tiny_vocab_file: Path, tmp_path: Path) ->
     shutil.copy(tiny_vocab_file, tmp_path)
     assert QwenTokenizer.from_folder(tmp_path).picture_label == "Picture {}: "
     settings = tmp_path / "tokenizer_config.json"
-    for text in ('{"model_max_length": 8192}', "[]"):
-        settings.write_text(text)
+    for content in ('{"model_max_length": 8192}', "[]"):
+        settings.write_text(content)
         assert QwenTokenizer.from_folder(tmp_path).picture_label == "Picture {}: "
     settings.write_text('{"picture_label": "图{}："}', "utf-8")
     tokenizer = QwenTokenizer.from_folder(tmp_path)
@@ -104,7 +107,7 @@ def test_the_picture_label_of_a_folder(tiny_vocab_file: Path, tmp_path: Path) ->
         ("\xff", "not valid JSON ("),
     ],
 )
-def test_a_bad_picture_label(tiny_vocab_file: Path, tmp_path: Path, settings: str, message: str) -> None:
+def test_an_invalid_picture_label(tiny_vocab_file: Path, tmp_path: Path, settings: str, message: str) -> None:
     shutil.copy(tiny_vocab_file, tmp_path)
     (tmp_path / "tokenizer_config.json").write_bytes(settings.encode("latin-1"))
     with pytest.raises(QwenVLError, match=re.escape(f"{tmp_path / 'tokenizer_config.json'}: {message}")):
@@ -128,16 +131,17 @@ def test_round_trip_with_special_tokens(tiny: QwenTokenizer, text: str) -> None:
     assert tiny.decode(ids) == unicodedata.normalize("NFC", text)
 
 
+# The ids of <img> and </img> are generated more often.
 @given(ids=st.lists(st.integers(-5, N_TINY + 300) | st.just(N_TINY + 214) | st.just(N_TINY + 215)))
-def test_decode_takes_any_ids(tiny: QwenTokenizer, ids: list[int]) -> None:
+def test_decode_accepts_any_ids(tiny: QwenTokenizer, ids: list[int]) -> None:
     tiny.decode(ids)
 
 
-def test_ids_outside_the_vocabulary_show(tiny: QwenTokenizer) -> None:
+def test_ids_outside_the_vocabulary_become_replacement_characters(tiny: QwenTokenizer) -> None:
     assert tiny.decode([97, tiny.n_vocab, -1, 10**9, 98]) == "a\ufffd\ufffd\ufffdb"
 
 
-def test_image_slots_hold_byte_values(tiny: QwenTokenizer) -> None:
+def test_image_slots_contain_the_bytes_of_the_path(tiny: QwenTokenizer) -> None:
     ids = tiny.encode("<img>图 the</img>")
     slots = ids[1:-1]
     assert len(slots) == 256
@@ -145,7 +149,7 @@ def test_image_slots_hold_byte_values(tiny: QwenTokenizer) -> None:
     assert set(slots[7:]) == {tiny.img_pad_id}
 
 
-def test_path_that_fills_every_slot(tiny: QwenTokenizer) -> None:
+def test_a_path_that_fills_all_slots(tiny: QwenTokenizer) -> None:
     text = f"<img>{'é' * 128}</img>"
     ids = tiny.encode(text)
     assert len(ids) == 258
@@ -153,36 +157,40 @@ def test_path_that_fills_every_slot(tiny: QwenTokenizer) -> None:
     assert tiny.decode(ids) == text
 
 
-def test_path_too_long(tiny: QwenTokenizer) -> None:
+def test_a_long_path_is_truncated_in_the_message(tiny: QwenTokenizer) -> None:
     with pytest.raises(UsageError, match=r"'/data/xxx.*…' is 263 bytes long.* 256") as caught:
         tiny.encode(f"<img>/data/{'x' * 257}</img>")
     assert len(str(caught.value)) < 200
 
 
-def test_path_of_one_byte_too_many(tiny: QwenTokenizer) -> None:
+def test_a_path_with_one_byte_too_many(tiny: QwenTokenizer) -> None:
     with pytest.raises(UsageError, match="is 257 bytes long"):
         tiny.encode(f"<img>{'x' * 257}</img>")
 
 
-def test_where_text_is_cut_before_the_merges(tmp_path: Path) -> None:
+def test_splitting_text_before_the_merges(tmp_path: Path) -> None:
+    """With a vocabulary whose merges would join characters across the splits."""
     merges = [b"12", b"\n\n", b"  ", b" a", b"a.", b" .", b"'s", b"(a", b"..", b" 1"]
-    path = tmp_path / "cuts.tiktoken"
+    path = tmp_path / "splits.tiktoken"
     tokens = [*(bytes([value]) for value in range(256)), *merges]
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
     tokenizer = QwenTokenizer(path)
-    for text, tokens_text in [
-        ("12 1", ["1", "2", " ", "1"]),  # digits are single tokens, without the preceding space
-        ("a. .", ["a", ".", " ."]),  # a word ends before punctuation, which keeps its space
+    for text, expected in [
+        ("12 1", ["1", "2", " ", "1"]),  # each digit is a token, without the space before it
+        (
+            "a. .",
+            ["a", ".", " ."],
+        ),  # a word ends before punctuation; punctuation includes the space before it
         ("   a", ["  ", " a"]),  # the last space belongs to the word
         ("a's", ["a", "'s"]),
         ("a'S", ["a", "'", "S"]),
         ("(a..", ["(a", ".."]),
         ("\n\n\n a", ["\n\n", "\n", " a"]),
     ]:
-        assert [tokenizer.decode([token_id]) for token_id in tokenizer.encode(text)] == tokens_text
+        assert [tokenizer.decode([token_id]) for token_id in tokenizer.encode(text)] == expected
 
 
-def test_combined_characters_count_after_normalisation(tiny: QwenTokenizer) -> None:
+def test_the_length_of_a_path_is_counted_after_normalisation(tiny: QwenTokenizer) -> None:
     assert len(tiny.encode(f"<img>{'e' * 127}e\u0301{'e' * 127}</img>")) == 258
 
 
@@ -192,15 +200,15 @@ def test_long_texts_are_normalised_like_short_ones(text: str) -> None:
     assert _nfc(text + "狗" * 1000) == unicodedata.normalize("NFC", text + "狗" * 1000)
 
 
-def test_many_combining_marks_are_normalised_soon(tiny: QwenTokenizer) -> None:
-    """Unicodedata alone takes minutes for these."""
+def test_many_combining_marks_are_normalised_quickly(tiny: QwenTokenizer) -> None:
+    """`unicodedata.normalize` takes minutes for this text."""
     assert len(tiny.encode("a" + "\u0301\u0316" * 300_000)) > 600_000
 
 
-def test_no_character_becomes_the_beginning_of_a_tag() -> None:
-    """NFC does not create tags."""
-    others = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000 and chr(code) != "<")
-    assert not [other for other in others if "<" in unicodedata.normalize("NFC", other)]
+def test_normalisation_creates_no_tags() -> None:
+    """NFC changes no character, apart from surrogates and "<" itself, to "<"."""
+    characters = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000 and chr(code) != "<")
+    assert not [character for character in characters if "<" in unicodedata.normalize("NFC", character)]
 
 
 @pytest.mark.parametrize("text", ["<img>a", "<img>a</img><img>", "<img>a<img>b</img>", "<img></ img>"])
@@ -233,12 +241,12 @@ def test_lone_surrogates_do_not_crash(tiny: QwenTokenizer) -> None:
     assert tiny.decode(tiny.encode("a\ud800b<img>\udc80</img>")) == "a\ufffdb<img>?</img>"
 
 
-def test_endless_spaces_are_refused(tiny: QwenTokenizer) -> None:
+def test_too_many_spaces_are_refused(tiny: QwenTokenizer) -> None:
     with pytest.raises(UsageError, match="1500001 characters cannot be tokenised"):
         tiny.encode(" " * 1_500_000 + "x")
 
 
-# Letters only: a word of the tokenizer is then one space and the letters after it.
+# Letters only: the tokenizer then splits a sentence before each space.
 words = st.lists(
     st.sampled_from(
         ["the", "dog", "ing", "pict", "ure", "ou", "a", "e", "B", "ê", "海滩", "上", "狗", "船", "s"]
@@ -259,14 +267,17 @@ def test_tiny_vocabulary_against_brute_force(
     assert tiny.encode(" ".join(sentence)) == expected
 
 
-def test_tiny_vocabulary_is_reachable(tiny_vocab_file: Path) -> None:
+def test_every_tiny_token_is_reachable(tiny_vocab_file: Path) -> None:
+    """Each token is a byte, or the last merge of two tokens of lower ranks."""
     ranks = read_ranks(tiny_vocab_file)
     assert sorted(ranks.values()) == list(range(N_TINY))
     assert all(ranks[bytes([value])] == value for value in range(256))
     for token, rank in ranks.items():
         if rank >= 256:
-            pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
-            assert any(ranks.get(a, rank) < rank and ranks.get(b, rank) < rank for a, b in pairs)
+            splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+            assert any(
+                ranks.get(left, rank) < rank and ranks.get(right, rank) < rank for left, right in splits
+            )
             assert brute_force_bpe(token, ranks) == [rank]
     assert {" the", " dog", "图"} <= {token.decode(errors="ignore") for token in ranks}
 
@@ -297,11 +308,11 @@ def test_missing_vocabulary(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_vocabulary(tiny_vocab_file: Path, tmp_path: Path, line: bytes, message: str) -> None:
-    path = tmp_path / "broken.tiktoken"
+    path = tmp_path / "malformed.tiktoken"
     path.write_bytes(tiny_vocab_file.read_bytes() + line + b"\n")
     with pytest.raises(QwenVLError, match=message) as caught:
         QwenTokenizer(path)
-    assert "broken.tiktoken" in str(caught.value)
+    assert "malformed.tiktoken" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

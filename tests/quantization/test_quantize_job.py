@@ -1,4 +1,4 @@
-"""A quantised folder, its report, and a run that is resumed."""
+"""Quantised checkpoints: the written files, the report, resumed runs, and the command `qwenvl quantize`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import string
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,7 +41,7 @@ MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
 
 @pytest.fixture(scope="module", autouse=True)
 def _several_chunks():
-    """So few tokens at once that the inputs are summed up in several chunks."""
+    """Few tokens per product, so that X^T X is the sum of several products."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "_TOKENS_AT_ONCE", 200)
         yield
@@ -48,7 +49,7 @@ def _several_chunks():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """Two layers of width 128, with an image of four slots."""
+    """A random model: two layers of width 128, and images of 36 slots."""
     folder = tmp_path_factory.mktemp("model")
     write_tiny_vocabulary(folder / "qwen.tiktoken")
     tokenizer = QwenTokenizer.from_folder(folder)
@@ -70,18 +71,18 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    """Rows in both formats, with and without images and answers; the paths of images are relative."""
+    """Calibration rows in the project's format and in OpenAI's, with and without images and answers."""
     folder = tmp_path_factory.mktemp("rows")
     rng = np.random.default_rng(0)
     lines = []
     for i in range(N_ROWS):
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / f"{i}.png")
-        prompt = "".join(chr(97 + int(c)) for c in rng.integers(0, 26, 24))
+        prompt = "".join(string.ascii_lowercase[letter] for letter in rng.integers(0, 26, 24))
         row = {"id": i, "prompt": prompt}
         if i % 3 == 1:
             content = [
                 {"type": "text", "text": prompt},
-                {"type": "image_url", "image_url": {"url": f"{i}.png"}},
+                {"type": "image_url", "image_url": {"url": f"{i}.png"}},  # relative to the rows' folder
             ]
             row = {"custom_id": str(i), "body": {"messages": [{"role": "user", "content": content}]}}
         elif i % 3 == 2:
@@ -112,19 +113,18 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def unpacked(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
-    """A matrix [out, in] from GPTQ's tensors of 4 bits."""
+    """The weight [out, in] in float32, from GPTQ's tensors of 4 bits; zero points are stored less 1."""
     shifts = np.arange(0, 32, 4)
     words, zeros = tensors[f"{name}.qweight"].astype(np.int64), tensors[f"{name}.qzeros"].astype(np.int64)
     integers = ((words[:, None] >> shifts[:, None]) & 15).reshape(-1, words.shape[1])
     zeros = ((zeros[..., None] >> shifts) & 15).reshape(len(zeros), -1) + 1
     groups = tensors[f"{name}.g_idx"]
-    return (
-        tensors[f"{name}.scales"][groups].astype(np.float32) * (integers - zeros[groups]).astype(np.float32)
-    ).T
+    scales = tensors[f"{name}.scales"][groups].astype(np.float32)
+    return (scales * (integers - zeros[groups]).astype(np.float32)).T
 
 
 def test_folder(quantised, model):
-    """The standard's tensors beside all others, unchanged; the copied files; the config."""
+    """The folder has GPTQ's tensors, the other tensors unchanged, the copied files, and a quantization_config."""
     found, original = tensors_of(quantised), Checkpoint(model)
     names = {**original.language, **original.vision}
     expected = set()
@@ -132,8 +132,8 @@ def test_folder(quantised, model):
         if names[name].linear and name.startswith("h."):
             stem = f"transformer.{name.removesuffix('.weight')}"
             expected |= {f"{stem}.{suffix}" for suffix in SUFFIXES}
-            off = unpacked(found, stem) - values
-            assert np.linalg.norm(off) < 0.2 * np.linalg.norm(values), name
+            difference = unpacked(found, stem) - values
+            assert np.linalg.norm(difference) < 0.2 * np.linalg.norm(values), name
             np.testing.assert_array_equal(found[f"{stem}.g_idx"], np.arange(values.shape[1]) // GROUP)
         else:
             stored = name if name == "lm_head.weight" else f"transformer.{name}"
@@ -157,10 +157,10 @@ def test_folder(quantised, model):
 
 @dataclass
 class Forward:
-    """The whole model in dynamic mode.
+    """Forward pass of vision tower and language model in dynamic mode.
 
     Attributes:
-        grams: X^T X of the inputs of the matrices, of all rows so far; keys "LAYER MATRIX".
+        grams: X^T X of each matrix's inputs X, summed over all rows so far; keys "LAYER MATRIX", as in "0 mlp.w1".
     """
 
     folder: Path
@@ -171,9 +171,9 @@ class Forward:
         self.checkpoint = Checkpoint(self.folder)
         self.vision, self.language = load_vision(self.checkpoint), load_language(self.checkpoint)
         for number, layer in enumerate(self.language.layers):
-            parts = (layer.attn.c_attn, layer.attn.c_proj, layer.w1, layer.w2, layer.c_proj)
-            for name, part in zip(MATRICES, parts):
-                part.register_forward_pre_hook(partial(self._add, f"{number} {name}"))
+            linears = (layer.attn.c_attn, layer.attn.c_proj, layer.w1, layer.w2, layer.c_proj)
+            for name, linear in zip(MATRICES, linears):
+                linear.register_forward_pre_hook(partial(self._add, f"{number} {name}"))
 
     def _add(self, key: str, _: paddle.nn.Layer, inputs: tuple[paddle.Tensor]) -> None:
         x = inputs[0].numpy()[0].astype(np.float64)
@@ -181,13 +181,13 @@ class Forward:
 
     @paddle.no_grad()
     def __call__(self, row: CalibrationRow) -> tuple[list[np.ndarray], np.ndarray]:
-        """The states after each layer, and the likeliest next tokens."""
+        """The hidden states after each layer, and the most likely next token at each position."""
         language, ids = self.language, paddle.to_tensor([row.input_ids])
         x = language.embed_tokens(ids)
         if row.images:
             images = [preprocess(load_image(self.images / image), 56) for image in row.images]
-            place = paddle.to_tensor([[0, start, end] for start, end in row.spans])
-            x = language.embed(ids, self.vision(paddle.to_tensor(np.stack(images))), place)
+            img_pos = paddle.to_tensor([[0, start, end] for start, end in row.spans])
+            x = language.embed(ids, self.vision(paddle.to_tensor(np.stack(images))), img_pos)
         positions = paddle.arange(ids.shape[1]).unsqueeze(0)
         length, mask = paddle.to_tensor([[row.n_prompt]]), chunk_mask(positions, None)
         position = Position(positions, length, mask, self.checkpoint.config)
@@ -199,10 +199,10 @@ class Forward:
 
 
 def test_report(quantised, model, rows, tmp_path):
-    """The figures, recomputed with the whole models in dynamic mode."""
+    """The figures of the report equal those of the original and the quantised model in dynamic mode."""
     report = json.loads((quantised / "quantization_report.json").read_text())
     found = tensors_of(quantised)
-    plain = shutil.copytree(model, tmp_path / "plain")
+    dequantised = shutil.copytree(model, tmp_path / "dequantised")
     weights = load_file(model / "model.safetensors")
     changes = {}
     for layer in range(2):
@@ -211,72 +211,75 @@ def test_report(quantised, model, rows, tmp_path):
             values = unpacked(found, f"transformer.h.{layer}.{matrix}")
             changes[f"{layer} {matrix}"] = weights[name].T, values
             weights[name] = values.T.copy()
-    save_file(weights, plain / "model.safetensors")
-    original, changed = Forward(model, rows.parent), Forward(plain, rows.parent)
+    save_file(weights, dequantised / "model.safetensors")
+    original, changed = Forward(model, rows.parent), Forward(dequantised, rows.parent)
     config = original.checkpoint.config
     loaded = CalibrationRows(rows, QwenTokenizer.of_model(model, config), config, False).rows
-    held_out = [loaded[7], loaded[15]]
+    held_out = [loaded[7], loaded[15]]  # every eighth row
     calibration = [row for row in loaded if row not in held_out]
     assert (report["rows"], report["skipped_rows"]) == (N_ROWS - 2, 0)
     assert report["tokens"] == sum(len(row.input_ids) for row in calibration)
 
-    # The inputs of a matrix depend on the quantised matrices before it only.
+    # The calibration inputs of a matrix are those of the quantised model: the matrices before it are quantised.
     for row in calibration:
         changed(row)
     for key, (before, after) in changes.items():
         layer, matrix = key.split()
-        off, gram = before.astype(np.float64) - after, changed.grams[key]
-        expected = math.sqrt(np.vdot(off @ gram, off) / np.vdot(before @ gram, before))
+        difference, gram = before.astype(np.float64) - after, changed.grams[key]
+        # Relative error of the matrix's outputs on the calibration inputs.
+        expected = math.sqrt(np.vdot(difference @ gram, difference) / np.vdot(before @ gram, before))
         error, nearest = report["layers"][int(layer)]["matrices"][matrix]
         assert error == pytest.approx(expected, rel=2e-3), key
         assert error < nearest
 
-    pairs = [(original(row), changed(row)) for row in held_out]
+    # For each row, (states, tokens) of the original and of the quantised model.
+    outputs = [(original(row), changed(row)) for row in held_out]
     for layer in range(2):
-        before, after = (np.concatenate([pair[i][0][layer] for pair in pairs]) for i in range(2))
+        before = np.concatenate([states[layer] for (states, _), _ in outputs])
+        after = np.concatenate([states[layer] for _, (states, _) in outputs])
         expected = np.linalg.norm(after - before) / np.linalg.norm(before)
         assert report["layers"][layer]["states"] == pytest.approx(expected, rel=1e-3)
-    differs = []
-    for row, pair in zip(held_out, pairs):
-        answer = slice(row.n_prompt - 1, len(row.input_ids) - 1)
-        differs.append(pair[0][1][answer] != pair[1][1][answer])
+    changed_tokens = []
+    for row, ((_, tokens_before), (_, tokens_after)) in zip(held_out, outputs):
+        answer = slice(row.n_prompt - 1, len(row.input_ids) - 1)  # positions that predict the answer's tokens
+        changed_tokens.append(tokens_before[answer] != tokens_after[answer])
     assert report["held_out"] == {
-        "tokens": sum(int(each.sum()) for each in differs),
-        "of_tokens": sum(map(len, differs)),
-        "rows": sum(bool(each.any()) for each in differs),
+        "tokens": sum(int(row.sum()) for row in changed_tokens),
+        "of_tokens": sum(map(len, changed_tokens)),
+        "rows": sum(bool(row.any()) for row in changed_tokens),
         "of_rows": 2,
     }
     assert report["bytes"] == sum(path.stat().st_size for path in quantised.glob("*.safetensors"))
-    assert report["bytes_before"] == sum(each.nbytes for each in weights.values())
+    assert report["bytes_before"] == sum(values.nbytes for values in weights.values())
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("where", ["write_layer", "finish"])
-def test_resume(quantised, model, rows, tmp_path, monkeypatch, where):
-    """Interrupted after the first layer, and before the end: the resumed run writes the same bytes."""
+@pytest.mark.parametrize("method", ["write_layer", "finish"])
+def test_resume(quantised, model, rows, tmp_path, monkeypatch, method):
+    """A run that was interrupted in the second layer or at the end and then resumed writes the same bytes."""
     target, calls = tmp_path / "q4", []
-    original = getattr(GptqFolder, where)
+    original = getattr(GptqFolder, method)
 
-    def interrupted(self, index, *rest):
+    def interrupted(self, index, *arguments):
         calls.append(index)
-        if where == "finish" or index == 1:
+        if method == "finish" or index == 1:
             raise KeyboardInterrupt
-        return original(self, index, *rest)
+        return original(self, index, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(GptqFolder, where, interrupted)
+        patch.setattr(GptqFolder, method, interrupted)
         with pytest.raises(KeyboardInterrupt):
             quantise_model(model, target, 4, GROUP, rows)
-    assert calls == ([0, 1] if where == "write_layer" else [4])
+    assert calls == ([0, 1] if method == "write_layer" else [4])
     assert not target.exists()
     with pytest.raises(UsageError, match=r"q4.partial: an interrupted run with other settings; remove it"):
         quantise_model(model, target, 8, GROUP, rows)
 
     def never(*_):
-        raise AssertionError("the rows are embedded already")
+        raise AssertionError("the interrupted run has embedded the rows already")
 
     with monkeypatch.context() as patch:
         patch.setattr(job, "embed", never)
@@ -285,8 +288,8 @@ def test_resume(quantised, model, rows, tmp_path, monkeypatch, where):
     assert [path.name for path in tmp_path.iterdir()] == ["q4"]
 
 
-def test_another_process(model, rows, tmp_path, monkeypatch):
-    """Two runs cannot write the same folder."""
+def test_two_runs_with_one_target(model, rows, tmp_path, monkeypatch):
+    """A run is refused while another process writes the same folder."""
 
     def concurrent(*_):
         with pytest.raises(UsageError, match="another process is writing it; wait for it"):
@@ -299,7 +302,7 @@ def test_another_process(model, rows, tmp_path, monkeypatch):
 
 
 def test_limit_on_tokens(model, rows, tmp_path, monkeypatch):
-    """Rows beyond the limit are left out, and the report counts them."""
+    """Rows beyond the limit are skipped, and the report counts them."""
     monkeypatch.setattr(job, "MAX_TOKENS", 700)
     report = quantise_model(model, tmp_path / "q8", 8, GROUP, rows)
     assert report.skipped_rows > 0
@@ -308,24 +311,20 @@ def test_limit_on_tokens(model, rows, tmp_path, monkeypatch):
 
 
 def test_command(model, rows, tmp_path, monkeypatch, capsys):
-    """The printed lines have the report's figures; without --data a line says so."""
+    """The command prints the report's figures; without --data it says so in the first line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("paddlemix_qwenvl_plugin.quantization.rows.N_DRAWN", 8)
     arguments = ["quantize", str(model), "q4", "--bits", "4"]
     monkeypatch.setattr(sys, "argv", ["qwenvl", *arguments])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main()
-    assert not ended.value.code
+    assert not exit_info.value.code
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Without --data: calibrating on drawn images")
     assert json.loads(Path("q4/config.json").read_text())["quantization_config"]["group_size"] == 32
     report = json.loads(Path("q4/quantization_report.json").read_text())
     assert f"calibrated on 7 rows, {report['tokens']} tokens" in lines
-    held = report["held_out"]
-    assert any(
-        re.fullmatch(
-            rf"held-out rows: {held['tokens']} of {held['of_tokens']} tokens changed, in . of 1 rows", line
-        )
-        for line in lines
-    )
+    tokens, of_tokens = report["held_out"]["tokens"], report["held_out"]["of_tokens"]
+    held_out = re.compile(rf"held-out rows: {tokens} of {of_tokens} tokens changed, in . of 1 rows")
+    assert any(held_out.fullmatch(line) for line in lines)
     assert lines[-1] == "wrote q4; the figures are in q4/quantization_report.json"

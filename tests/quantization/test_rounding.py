@@ -1,4 +1,4 @@
-"""Rounding against a plain float64 implementation, a brute force, and rounding to nearest."""
+"""GPTQ's rounding, compared with a plain float64 implementation, brute force, and rounding to nearest."""
 
 from __future__ import annotations
 
@@ -20,45 +20,46 @@ def correlated(rng, n_tokens, n_in):
 
 
 def error(weight, values, gram):
-    off = weight.astype(np.float64) - values
-    return float(np.vdot(off @ gram.astype(np.float64), off))
+    """Squared error of the outputs on inputs X, from gram = X^T X."""
+    difference = weight.astype(np.float64) - values
+    return float(np.vdot(difference @ gram.astype(np.float64), difference))
 
 
 def column_by_column(weight, hessian, order, scales, zeros, top):
-    """Optimal Brain Surgeon in float64 with the explicit inverse, from which each rounded column is eliminated."""
-    rest, inverse = weight.astype(np.float64), np.linalg.inv(hessian.astype(np.float64))
+    """Optimal Brain Surgeon in float64: round each column, then eliminate it from the explicit inverse Hessian."""
+    remaining, inverse = weight.astype(np.float64), np.linalg.inv(hessian.astype(np.float64))
     group = weight.shape[1] // scales.shape[1]
-    integers = np.zeros_like(rest)
+    integers = np.zeros_like(remaining)
     for j in order:
         scale, zero = scales[:, j // group], zeros[:, j // group]
-        integers[:, j] = np.clip(np.round(rest[:, j] / scale) + zero, 0, top)
-        off = rest[:, j] - (integers[:, j] - zero) * scale
-        rest -= np.outer(off / inverse[j, j], inverse[j])
+        integers[:, j] = np.clip(np.round(remaining[:, j] / scale) + zero, 0, top)
+        rounding_error = remaining[:, j] - (integers[:, j] - zero) * scale
+        remaining -= np.outer(rounding_error / inverse[j, j], inverse[j])
         inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     return integers
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_gptq_is_the_plain_algorithm(bits):
-    """More columns than a block, so that the compensation crosses blocks."""
+def test_gptq_equals_the_plain_algorithm(bits):
+    """With more columns than a block of columns, so that the compensation crosses blocks."""
     rng = np.random.default_rng(bits)
     weight = rng.standard_normal((5, 192)).astype(np.float32)
     inputs = correlated(rng, 400, 192)
     hessian = Hessian(inputs.T @ inputs, "w")
     found = gptq(weight, hessian, bits, 32)
     expected = column_by_column(weight, hessian.matrix, hessian.order, found.scales, found.zeros, 2**bits - 1)
-    # A value halfway between two integers may fall to either side.
+    # A value halfway between two integers may be rounded to either.
     assert np.mean(found.integers != expected) < 0.01
     assert np.abs(found.integers - expected).max() <= 1
 
 
-def test_columns_of_large_inputs_first():
+def test_columns_with_large_inputs_are_rounded_first():
     gram = np.diag([1.0, 9.0, 4.0]).astype(np.float32)
     assert Hessian(gram, "w").order.tolist() == [1, 2, 0]
 
 
 def test_descent_against_brute_force():
-    """Two weights of one row, all integers tried with the final scale: descent ends at a best pair or next to it."""
+    """A row of two weights, compared with all 16 x 16 integers: no change of one integer reduces the error."""
     rng = np.random.default_rng(1)
     inputs = correlated(rng, 50, 2)
     hessian = Hessian(inputs.T @ inputs, "w")
@@ -66,9 +67,9 @@ def test_descent_against_brute_force():
         weight = rng.standard_normal((1, 2)).astype(np.float32)
         found = quantise(weight, hessian, 4, 2)
         scale, zero = found.scales[0, 0], found.zeros[0, 0]
-        choices = [
-            error(weight, (np.array([pair]) - zero) * scale, hessian.matrix)
-            for pair in itertools.product(range(16), repeat=2)
+        all_errors = [
+            error(weight, (np.array([integers]) - zero) * scale, hessian.matrix)
+            for integers in itertools.product(range(16), repeat=2)
         ]
         reached = error(weight, found.values(), hessian.matrix)
         neighbours = []
@@ -76,7 +77,7 @@ def test_descent_against_brute_force():
             moved = found.integers.copy()
             moved[0, column] = np.clip(moved[0, column] + step, 0, 15)
             neighbours.append(error(weight, (moved - zero) * scale, hessian.matrix))
-        assert min(choices) <= reached * (1 + 1e-4)
+        assert min(all_errors) <= reached * (1 + 1e-4)
         assert reached <= min(neighbours) * (1 + 1e-3) + 1e-9
 
 
@@ -92,12 +93,13 @@ def test_descent_never_increases_the_error():
         errors.append(error(weight, matrix.values(), hessian.matrix))
     assert all(after <= before * (1 + 1e-5) for before, after in zip(errors, errors[1:])), errors
     assert errors[-1] < 0.97 * errors[0]
-    whole = quantise(weight, hessian, 4, 32).values()
-    assert error(weight, whole, hessian.matrix) == pytest.approx(errors[3], rel=1e-4)
+    # `quantise` is GPTQ and three passes of descent.
+    quantised = quantise(weight, hessian, 4, 32).values()
+    assert error(weight, quantised, hessian.matrix) == pytest.approx(errors[3], rel=1e-4)
 
 
 def test_descent_sets_the_scales():
-    """A matrix that is exact with other scales."""
+    """Descent finds the scales with which a matrix is exact, from scales that are 3% smaller."""
     rng = np.random.default_rng(7)
     integers = rng.integers(0, 16, (6, 64)).astype(np.float32)
     scales = (0.5 + rng.random((6, 2))).astype(np.float16).astype(np.float32)
@@ -113,46 +115,46 @@ def test_descent_sets_the_scales():
 
 
 def test_grids_of_clipped_ranges():
-    """An outlier is clipped for the sake of the other columns if its inputs are small, but not if they are large."""
+    """An outlier is clipped, to round other columns more finely, if its inputs are small, but not if they are large."""
     rng = np.random.default_rng(8)
     columns = rng.uniform(-1, 1, (64, 32)).astype(np.float32)
     columns[:, 3] = 2.5
     importance = np.ones(32, np.float32)
     errors = []
-    for weight in (1e-3, 1e3):
-        importance[3] = weight
+    for outlier_importance in (1e-3, 1e3):
+        importance[3] = outlier_importance
         scales, zeros = best_grid(columns, importance, 4)
         integers = np.clip(np.rint(columns / scales[:, None]) + zeros[:, None], 0, 15)
         errors.append(np.abs((integers - zeros[:, None]) * scales[:, None] - columns))
-    clipped, full = errors
+    clipped, not_clipped = errors
     others = np.arange(32) != 3
-    assert clipped[:, 3].mean() > 3 * full[:, 3].mean()
-    assert clipped[:, others].mean() < 0.9 * full[:, others].mean()
+    assert clipped[:, 3].mean() > 3 * not_clipped[:, 3].mean()
+    assert clipped[:, others].mean() < 0.9 * not_clipped[:, others].mean()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [32, 128])
 def test_held_out_error_below_rounding_to_nearest(bits, group):
-    """On inputs that the calibration did not see."""
+    """Compared on inputs that are not part of the calibration."""
     rng = np.random.default_rng(3)
     weight = rng.standard_normal((32, 256)).astype(np.float32)
     inputs = correlated(rng, 3000, 256)
-    seen, unseen = inputs[:2000], inputs[2000:]
-    hessian = Hessian(seen.T @ seen, "w")
+    calibration, held_out = inputs[:2000], inputs[2000:]
+    hessian = Hessian(calibration.T @ calibration, "w")
     calibrated = quantise(weight, hessian, bits, group).values()
     nearest = round_to_nearest(weight, bits, group).values()
-    gram = unseen.T @ unseen
+    gram = held_out.T @ held_out
     assert error(weight, calibrated, gram) < 0.7 * error(weight, nearest, gram)
 
 
 def test_columns_without_inputs():
-    """An input that is always zero, and inputs that are all zero."""
+    """One input is zero for all tokens, or all inputs are."""
     rng = np.random.default_rng(4)
     weight = rng.standard_normal((4, 32)).astype(np.float32)
     inputs = correlated(rng, 100, 32)
     inputs[:, 7] = 0
-    for given in (inputs, np.zeros_like(inputs)):
-        values = quantise(weight, Hessian(given.T @ given, "w"), 8, 32).values()
+    for x in (inputs, np.zeros_like(inputs)):
+        values = quantise(weight, Hessian(x.T @ x, "w"), 8, 32).values()
         assert np.abs(values - weight).max() < 0.1
 
 
@@ -176,14 +178,14 @@ def test_grids():
     np.testing.assert_array_equal(values[3], 0)
     span = columns.max(1) - columns.min(1)
     assert (np.abs(values - columns).max(1)[:3] <= 0.3 * span[:3]).all()
-    # A clipped range is no worse than the full one.
-    full = span[0] / 15
-    assert ((values[0] - columns[0]) ** 2).sum() <= 32 * full**2 / 4
+    # A clipped range is not worse than the full range, with errors of up to half a step.
+    full_range_scale = span[0] / 15
+    assert ((values[0] - columns[0]) ** 2).sum() <= 32 * full_range_scale**2 / 4
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packing(bits):
-    """Unpacked bit by bit, from the words' definition."""
+    """Compared with values unpacked one by one, from the definition of the format."""
     rng = np.random.default_rng(6)
     n_out, n_in, group = 16, 64, 32
     matrix = Quantised(
@@ -192,18 +194,19 @@ def test_packing(bits):
         rng.integers(1, 2**bits, (n_out, 2)).astype(np.float32),
     )
     tensors = gptq_tensors(matrix, bits)
-    assert {name: (t.dtype, t.shape) for name, t in tensors.items()} == {
+    assert {name: (values.dtype, values.shape) for name, values in tensors.items()} == {
         "qweight": (np.int32, (n_in * bits // 32, n_out)),
         "qzeros": (np.int32, (2, n_out * bits // 32)),
         "scales": (np.float16, (2, n_out)),
         "g_idx": (np.int32, (n_in,)),
     }
     per_word, mask = 32 // bits, 2**bits - 1
-    for o in range(n_out):
+    for output in range(n_out):
         for i in range(n_in):
-            word = int(tensors["qweight"][i // per_word, o])
+            word = int(tensors["qweight"][i // per_word, output])
             integer = (word >> (bits * (i % per_word))) & mask
-            g = int(tensors["g_idx"][i])
-            zero = ((int(tensors["qzeros"][g, o // per_word]) >> (bits * (o % per_word))) & mask) + 1
-            assert g == i // group
-            assert float(tensors["scales"][g, o]) * (integer - zero) == matrix.values()[o, i]
+            i_group = int(tensors["g_idx"][i])
+            word = int(tensors["qzeros"][i_group, output // per_word])
+            zero = ((word >> (bits * (output % per_word))) & mask) + 1
+            assert i_group == i // group
+            assert float(tensors["scales"][i_group, output]) * (integer - zero) == matrix.values()[output, i]

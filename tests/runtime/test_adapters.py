@@ -1,4 +1,4 @@
-"""Adapters at run time, chosen by requests: against a merged export, in mixed batches, in the prefix cache."""
+"""Adapters that requests choose at run time: compared with a merged export, in mixed batches, in the prefix cache."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ PROMPT = "Where is the red circle? " * 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two adapters of the demo model, its vision stage, and language stages: float32, merged with `one`, int4."""
+    """Adapters "one" and "two" of the demo model, its vision stage, language stages "plain", "merged" and "int4"."""
     folder = tmp_path_factory.mktemp("adapters")
     config = load_config(MODEL)
     for seed, (name, dtype) in enumerate({"one": "float32", "two": "bfloat16"}.items()):
         write_adapter(folder / name, config, seed, dtype=dtype)
-    # The engine reads only an export's weights.
+    # The engine needs only the weights of a portable export.
     export_vision(MODEL, folder / "vision", engine="portable")
     export_language(MODEL, folder, "plain", engine="portable")
     export_language(MODEL, folder, "merged", engine="portable", lora=folder / "one")
@@ -42,28 +42,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(folder: Path, name: str, *adapters: str) -> QwenVL:
     return QwenVL.from_exported(
-        folder / "vision", folder / name, MODEL, adapters={each: folder / each for each in adapters}
+        folder / "vision", folder / name, MODEL, adapters={adapter: folder / adapter for adapter in adapters}
     )
 
 
 def logprobs(model: QwenVL, adapter: str | None) -> list[dict[int, float]]:
-    """The likeliest tokens after a prompt and their log probabilities."""
+    """For each token of a completion of PROMPT, the 20 most likely tokens and their log probabilities."""
     ids = model.tokenizer.encode(PROMPT)
     options = GenerationOptions(max_new_tokens=6)
     generation = model.generation(ids, [], [], options, n_logprobs=20, adapter=adapter)
     model._loop.submit(generation)
     while model._loop.step():
         pass
-    return [dict(each.top) for each in generation.logprobs]
+    return [dict(token.top) for token in generation.logprobs]
 
 
 def test_equals_the_merged_export(folder):
-    ours = logprobs(opened(folder, "plain", "one"), "one")
-    expected = logprobs(opened(folder, "merged"), None)
-    for mine, others in zip(ours, expected):
-        assert mine.keys() == others.keys()
-        np.testing.assert_allclose([mine[key] for key in others], list(others.values()), atol=1e-3)
-    assert ours != logprobs(opened(folder, "plain", "one"), None)
+    with_adapter = logprobs(opened(folder, "plain", "one"), "one")
+    merged = logprobs(opened(folder, "merged"), None)
+    for found, expected in zip(with_adapter, merged):
+        assert found.keys() == expected.keys()
+        np.testing.assert_allclose([found[token] for token in expected], list(expected.values()), atol=1e-3)
+    assert with_adapter != logprobs(opened(folder, "plain", "one"), None)
 
 
 def ask(model: QwenVL, question: str, adapter: str | None, n: int = 12) -> list[int]:
@@ -71,8 +71,8 @@ def ask(model: QwenVL, question: str, adapter: str | None, n: int = 12) -> list[
     return model.ask(Request(question, options, False, adapter=adapter)).finish().token_ids
 
 
-def test_a_mixed_batch_equals_each_alone(folder):
-    """On a quantised base, with prompts that share their beginnings."""
+def test_a_mixed_batch_equals_requests_alone(folder):
+    """Requests without an adapter and with either one, on a quantised model, with prompts that share prefixes."""
     model = opened(folder, "int4", "one", "two")
     plain = opened(folder, "int4")
     cases = [(PROMPT * (1 + i % 3) + str(i), (None, "one", "two")[i % 3]) for i in range(18)]
@@ -109,7 +109,7 @@ def test_a_preempted_request_keeps_its_adapter(folder):
     cases = [(PROMPT + str(i), ("one", "two")[i % 2]) for i in range(6)]
     expected = [ask(model, *case, n=40) for case in cases]
     loop = model._loop = Loop(model._loop._executor)
-    # Room for two requests of three blocks, and for the beginning of a third.
+    # Blocks for two requests, which need three each, and for the beginning of a third.
     loop._scheduler.pool = BlockPool(8)
     options = GenerationOptions(max_new_tokens=40, min_new_tokens=40)
     requests = [Request(question, options, False, adapter=adapter) for question, adapter in cases]
@@ -121,25 +121,25 @@ def test_a_conversation_has_an_adapter(folder):
     model = opened(folder, "plain", "one")
     options = {"max_new_tokens": 8, "min_new_tokens": 8}
     chats = [model.chat(adapter="one"), model.chat()]
-    texts = [chat.ask("What is this?", **options).finish().token_ids for chat in chats]
+    completions = [chat.ask("What is this?", **options).finish().token_ids for chat in chats]
     expected = [
         model.generate("What is this?", chat=True, adapter=adapter, **options).token_ids
         for adapter in ("one", None)
     ]
-    assert texts == expected
-    assert texts[0] != texts[1]
+    assert completions == expected
+    assert completions[0] != completions[1]
 
 
 def test_an_unknown_adapter(folder):
     model = opened(folder, "plain", "one", "two")
-    line = "adapter: 'three' is not an adapter of this model; it has: one, two"
-    with pytest.raises(UsageError, match=line):
+    message = "adapter: 'three' is not an adapter of this model; it has: one, two"
+    with pytest.raises(UsageError, match=message):
         model.generate("Hello", adapter="three")
     with pytest.raises(UsageError, match="it has: none"):
         opened(folder, "plain").generate_ids([[1]], adapter="one")
 
 
-def test_the_portable_graph_refuses(folder, monkeypatch):
+def test_the_portable_graph_refuses_adapters(folder, monkeypatch):
     monkeypatch.setenv("QWENVL_ENGINE", "portable")
     with pytest.raises(
         UsageError, match="adapters need the engine, and this model runs on the portable graph"
@@ -148,8 +148,8 @@ def test_the_portable_graph_refuses(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_adapters_keep_the_type_that_they_were_saved_in(tmp_path, dtype):
-    """The narrowest that has every value: matrices of a step are read from memory."""
+def test_the_storage_type_of_an_opened_adapter(tmp_path, dtype):
+    """The narrowest type that represents every value: a step reads the matrices from memory."""
     config = load_config(MODEL)
     write_adapter(tmp_path / "a", config, 0, dtype=dtype)
     [adapter] = open_adapters({"a": tmp_path / "a"}, config).values()
@@ -159,8 +159,8 @@ def test_adapters_keep_the_type_that_they_were_saved_in(tmp_path, dtype):
         assert update.dtype == dtype
         saved = load_file(tmp_path / "a" / "adapter_model.safetensors")
         module = f"base_model.model.transformer.{update.name[: -len('.weight')]}"
-        for half, mine in (("A", update.a), ("B", update.b)):
-            values = saved[f"{module}.lora_{half}.weight"]
+        for factor, found in (("A", update.a), ("B", update.b)):
+            expected = saved[f"{module}.lora_{factor}.weight"]
             if dtype == "bfloat16":
-                mine = (mine.astype(np.uint32) << 16).view(np.float32)
-            np.testing.assert_array_equal(mine, values)
+                found = (found.astype(np.uint32) << 16).view(np.float32)
+            np.testing.assert_array_equal(found, expected)

@@ -19,16 +19,17 @@ def vl(tiny_exported, request):
     return open_model(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", request.param)
 
 
-def prompt_with_images(vl, n_images, words):
+def prompt_with_images(vl, n_images, text_ids):
     config = vl.config.visual
     image = [
         config.image_start_id,
         *[config.image_start_id + 2] * config.n_queries,
         config.image_start_id + 1,
     ]
-    return image * n_images + words
+    return image * n_images + text_ids
 
 
+# Rows of a batch: (number of images, token ids of the text).
 rows = st.lists(
     st.tuples(st.integers(0, 2), st.lists(st.integers(0, 255), min_size=1, max_size=12)),
     min_size=1,
@@ -46,54 +47,53 @@ options = st.sampled_from(
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=rows, options=options, padding=st.integers(0, 600), seed=st.integers(0, 1000))
-def test_a_row_gives_the_tokens_that_it_gives_alone(vl, rows, options, padding, seed):
-    shape = (sum(n for n, _ in rows), vl.config.visual.n_queries, vl.config.hidden_size)
+def test_a_row_of_a_batch_generates_the_same_tokens_alone(vl, rows, options, padding, seed):
+    shape = (sum(n_images for n_images, _ in rows), vl.config.visual.n_queries, vl.config.hidden_size)
     features = np.random.default_rng(seed).standard_normal(shape).astype("float32")
-    prompts = [prompt_with_images(vl, n, words) for n, words in rows]
+    prompts = [prompt_with_images(vl, n_images, text_ids) for n_images, text_ids in rows]
     lengths = [len(prompt) for prompt in prompts]
-    width = max(lengths) + padding % 3
+    width = max(lengths) + padding % 3  # `padding` is also the id of the padding tokens
     ids = np.array([prompt + [padding] * (width - len(prompt)) for prompt in prompts])
     arguments = {"max_new_tokens": 6, "eos_token_ids": [7, 77], **options}
 
     together = vl.generate_ids(ids, features, lengths=lengths, **arguments)
 
-    first = 0
-    for (n, _), prompt, tokens in zip(rows, prompts, together):
-        alone = vl.generate_ids([prompt], features[first : first + n], **arguments)
-        first += n
+    first_image = 0
+    for (n_images, _), prompt, tokens in zip(rows, prompts, together):
+        alone = vl.generate_ids([prompt], features[first_image : first_image + n_images], **arguments)
+        first_image += n_images
         assert [tokens] == alone
 
 
-def test_rows_end_on_their_own(vl):
+def test_rows_end_independently(vl):
     """A row ends at its stop token while the others continue."""
     prompts = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]])
-    free = vl.generate_ids(prompts, max_new_tokens=8, eos_token_ids=())
-    end = free[0][2]
-    ended = vl.generate_ids(prompts, max_new_tokens=8, eos_token_ids=[end])
-    for row, tokens in zip(free, ended):
-        assert tokens == (row[: row.index(end) + 1] if end in row else row)
-    assert len(ended[0]) <= 3
+    without_stop = vl.generate_ids(prompts, max_new_tokens=8, eos_token_ids=())
+    stop = without_stop[0][2]
+    with_stop = vl.generate_ids(prompts, max_new_tokens=8, eos_token_ids=[stop])
+    for row, tokens in zip(without_stop, with_stop):
+        assert tokens == (row[: row.index(stop) + 1] if stop in row else row)
+    assert len(with_stop[0]) <= 3
 
 
-def test_min_new_tokens_holds_the_end_back(vl):
+def test_min_new_tokens_delays_the_stop_token(vl):
     prompt = [[10, 20, 30]]
-    end = vl.generate_ids(prompt, max_new_tokens=1, eos_token_ids=())[0][0]
-    assert vl.generate_ids(prompt, max_new_tokens=6, eos_token_ids=[end]) == [[end]]
-    longer = vl.generate_ids(prompt, max_new_tokens=6, min_new_tokens=4, eos_token_ids=[end])[0]
+    stop = vl.generate_ids(prompt, max_new_tokens=1, eos_token_ids=())[0][0]
+    assert vl.generate_ids(prompt, max_new_tokens=6, eos_token_ids=[stop]) == [[stop]]
+    longer = vl.generate_ids(prompt, max_new_tokens=6, min_new_tokens=4, eos_token_ids=[stop])[0]
     assert len(longer) >= 4
-    assert end not in longer[:4]
+    assert stop not in longer[:4]
 
 
-def test_several_images_are_seen_in_order(vl):
+def test_the_order_of_images_changes_the_completion(vl):
     features = np.random.default_rng(0).standard_normal((2, 256, vl.config.hidden_size)).astype("float32")
     prompt = [prompt_with_images(vl, 2, [65, 66])]
     arguments = {"max_new_tokens": 8, "eos_token_ids": ()}
-    assert vl.generate_ids(prompt, features, **arguments) != vl.generate_ids(
-        prompt, features[::-1], **arguments
-    )
+    in_order = vl.generate_ids(prompt, features, **arguments)
+    assert in_order != vl.generate_ids(prompt, features[::-1], **arguments)
 
 
-def test_a_full_context_ends_the_answer(tiny_exported, tmp_path):
+def test_a_full_context_ends_the_completion(tiny_exported, tmp_path):
     shutil.copytree(tiny_exported / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config.update(seq_length=32, max_position_embeddings=64)

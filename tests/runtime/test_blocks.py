@@ -1,4 +1,4 @@
-"""The block pool against a naive model."""
+"""The block pool, compared with a plain second implementation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from paddlemix_qwenvl_plugin.runtime.blocks import BlockPool
 
 KEYS = [b"a", b"b", b"c", b"d"]
 
+# (allocate, number of blocks), (release, held sequence), (register, held sequence, key), (share, keys).
 operations = st.lists(
     st.one_of(
         st.tuples(st.just("allocate"), st.integers(1, 3)),
@@ -20,13 +21,13 @@ operations = st.lists(
 )
 
 
-class Slow:
-    """The state of a pool as plain lists."""
+class PlainPool:
+    """The state of a block pool as lists with an entry for each block."""
 
     def __init__(self, n: int) -> None:
         self.users = [0] * n
         self.key: list[bytes | None] = [None] * n
-        self.released: list[tuple[int, int]] = [(-1, 0)] * n  # time, and closeness to the end of its sequence
+        self.released: list[tuple[int, int]] = [(-1, 0)] * n  # (time, -index in its sequence)
         self.now = 0
 
     def free(self) -> list[int]:
@@ -40,52 +41,55 @@ class Slow:
             found.append(self.key.index(key))
         return found
 
-    def may_take(self, block: int) -> bool:
-        """A block without a key if any, else the least recently released one."""
+    def may_allocate(self, block: int) -> bool:
+        """Whether the pool may allocate a free block: one without a key, or, if all have keys, the one released first.
+
+        Of blocks that were released together, the last one of the sequence goes first.
+        """
         free = self.free()
-        if any(self.key[other] is None for other in free):
+        if any(self.key[candidate] is None for candidate in free):
             return self.key[block] is None
-        return self.released[block] == min(self.released[other] for other in free)
+        return self.released[block] == min(self.released[candidate] for candidate in free)
 
 
 @settings(max_examples=300, deadline=None)
 @given(operations=operations, n_blocks=st.integers(1, 6))
-def test_against_a_slow_model(operations, n_blocks):
-    pool, slow = BlockPool(n_blocks), Slow(n_blocks)
+def test_against_a_plain_implementation(operations, n_blocks):
+    pool, plain = BlockPool(n_blocks), PlainPool(n_blocks)
     held: list[list[int]] = []
     for name, *arguments in operations:
-        slow.now += 1
+        plain.now += 1
         if name == "allocate":
             blocks = []
             for _ in range(arguments[0]):
-                free = slow.free()
+                free = plain.free()
                 block = pool.allocate()
                 if not free:
                     assert block is None
                     break
                 assert block in free
-                assert slow.may_take(block)
-                slow.users[block], slow.key[block] = 1, None
+                assert plain.may_allocate(block)
+                plain.users[block], plain.key[block] = 1, None
                 blocks.append(block)
             if blocks:
                 held.append(blocks)
         elif name == "release" and held:
             blocks = held.pop(arguments[0] % len(held))
             pool.release(blocks)
-            for place, block in enumerate(blocks):
-                slow.users[block] -= 1
-                slow.released[block] = slow.now, -place
+            for index, block in enumerate(blocks):
+                plain.users[block] -= 1
+                plain.released[block] = plain.now, -index
         elif name == "register" and held:
             block = held[arguments[0] % len(held)][0]
             pool.register(block, arguments[1])
-            if slow.key[block] is None and arguments[1] not in slow.key:
-                slow.key[block] = arguments[1]
+            if plain.key[block] is None and arguments[1] not in plain.key:
+                plain.key[block] = arguments[1]
         elif name == "share":
             found = pool.find(arguments[0])
-            assert found == slow.find(arguments[0])
+            assert found == plain.find(arguments[0])
             if found and len(set(found)) == len(found):
                 pool.share(found)
                 for block in found:
-                    slow.users[block] += 1
+                    plain.users[block] += 1
                 held.append(found)
-        assert pool.n_free == len(slow.free())
+        assert pool.n_free == len(plain.free())

@@ -1,4 +1,4 @@
-"""The public generate(): prompts, images, chat, boxes; its parts against the lower-level calls."""
+"""`QwenVL.generate`: prompts, images, chat and boxes, compared with calls of its steps."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def vl(tiny_exported, request):
     return open_model(tiny_exported / "vision" / "vision", tiny_exported / "text" / "qwen", request.param)
 
 
-def test_equals_the_steps_by_hand(vl):
-    """Tokenise, preprocess, encode and generate in separate calls."""
+def test_equals_separate_calls(vl):
+    """`generate` equals separate calls that tokenise, preprocess, encode and generate."""
     parts = [{"image": str(STREET)}, {"text": "What is this?"}]
     answer = vl.generate(parts, max_new_tokens=8)
     ids = vl.tokenizer.encode(f"Picture 1:<img>{STREET}</img>\nWhat is this?")
@@ -40,15 +40,15 @@ def test_equals_the_steps_by_hand(vl):
     )
 
 
-def test_every_kind_of_source_gives_the_same_answer(vl):
+def test_every_type_of_image_source_gives_the_same_completion(vl):
     data = STREET.read_bytes()
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     image = Image.open(io.BytesIO(data))
-    answers = [
+    completions = [
         vl.generate([{"image": source}, {"text": "Hi"}], max_new_tokens=6).token_ids
         for source in (data, url, image)
     ]
-    assert answers[0] == answers[1] == answers[2]
+    assert completions[0] == completions[1] == completions[2]
 
 
 def test_text_only(vl):
@@ -71,12 +71,12 @@ def test_chat_stops_at_turn_tokens(vl, monkeypatch):
 
 
 def test_boxes_of_the_answer(vl, monkeypatch):
-    said = vl.tokenizer.encode("<ref>the car</ref><box>(100,200),(500,1000)</box> and <box>(1,2)</box>")
-    say(vl, monkeypatch, [*said, vl.tokenizer.eod_id])
+    completion = vl.tokenizer.encode("<ref>the car</ref><box>(100,200),(500,1000)</box> and <box>(1,2)</box>")
+    say(vl, monkeypatch, [*completion, vl.tokenizer.eod_id])
     answer = vl.generate([{"image": str(STREET)}, {"text": "Where?"}])
     assert answer.boxes == (Box("box", ((100, 200), (500, 1000)), "the car"),)
     assert answer.boxes[0].to_pixels(*answer.image_size) == ((96.0, 128.0), (480.0, 640.0))
-    assert len(answer.problems) == 1
+    assert len(answer.problems) == 1  # the second box has one corner
     assert answer.text.startswith("<ref>the car</ref><box>")
     stream = vl.stream([{"image": str(STREET)}, {"text": "Where?"}])
     segments = list(stream)

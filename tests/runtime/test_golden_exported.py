@@ -1,4 +1,4 @@
-"""Both exported graphs in Paddle Inference, PIR and legacy, against figures of the real PaddleMIX model."""
+"""Both exported stages in Paddle Inference, as PIR and legacy programs, compared with the real PaddleMIX model."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def test_predictor_tokens(opened):
 
 
 def test_step_program_logits(golden, name, extension, monkeypatch):
-    """The prompt in two chunks, then its last tokens and the decode steps one by one: every logit of the goldens.
+    """The step program of the portable graph computes the logits of the goldens.
 
-    Of the portable program; tests/csrc has the same of the engine.
+    A chunk of the prompt, then its last seven tokens and the completion one by one. tests/csrc has the engine's test.
     """
     monkeypatch.setenv("QWENVL_ENGINE", "portable")
     model = golden(name)
@@ -54,45 +54,40 @@ def test_step_program_logits(golden, name, extension, monkeypatch):
     config, ids = stage.manifest.config, model.input_ids[0]
     shape = [1, config.num_attention_heads, 1, config.head_dim]
     cache = [step.zeros(shape, "float32") for _ in range(2 * config.num_hidden_layers)]
-    past = 0
-    nothing = np.zeros([1, config.visual.n_queries, config.hidden_size], "float32"), np.array([[-1, 0, 0]])
+    n_past = 0
+    no_images = np.zeros([1, config.visual.n_queries, config.hidden_size], "float32"), np.array([[-1, 0, 0]])
 
-    def feed(chunk, images=nothing):
-        nonlocal cache, past
-        lengths = (np.array([[n]]) for n in (len(chunk), past, len(ids)))
-        valid = np.arange(past + 1)[None] > 0
-        logits, *cache = step([np.array([chunk]), *images, *lengths, valid, *cache])
-        past += len(chunk)
+    def run(chunk, images=no_images):
+        nonlocal cache, n_past
+        lengths = (np.array([[n]]) for n in (len(chunk), n_past, len(ids)))
+        cache_valid = np.arange(n_past + 1)[None] > 0  # the cache begins with an unused position
+        logits, *cache = step([np.array([chunk]), *images, *lengths, cache_valid, *cache])
+        n_past += len(chunk)
         return logits.numpy()[0]
 
-    first = feed(ids[:-7], (features.numpy(), model.img_pos))
+    logits = run(ids[:-7], (features.numpy(), model.img_pos))
     expected = model.figures["prefill_logits_last8"][0]
-    np.testing.assert_allclose(first, expected[0], atol=1e-3, rtol=0)
+    np.testing.assert_allclose(logits, expected[0], atol=1e-3, rtol=0)
     for token, row in zip(ids[-7:], expected[1:]):
-        logits = feed([token])
+        logits = run([token])
         np.testing.assert_allclose(logits, row, atol=1e-3, rtol=0)
     for token, row in zip(model.figures["tokens"], model.figures["decode_logits"]):
         assert logits.argmax() == token
-        logits = feed([token])
+        logits = run([token])
         np.testing.assert_allclose(logits, row, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("mask_axes", [2, 4])
 def test_stock_contract(opened, extension, mask_axes):
-    """The stock predictor's inputs, in its order, give the tokens and the five stock outputs."""
+    """The stock predictor's inputs, in its order, give the golden tokens, and the five other stock outputs."""
     model, _, features = opened
     stock = Stage(program(model.language, extension), "language", "cpu").open()
     feed = stock_feed(model.config, model.input_ids, features, model.img_pos, max_new=24, mask_axes=mask_axes)
-    next_tokens, step_idx, stop_flags, seq_len_decoder, tgt_pos, tokens = (o.numpy() for o in stock(feed))
+    outputs = [output.numpy() for output in stock(feed)]
+    next_tokens, step_idx, stop_flags, seq_len_decoder, tgt_pos, tokens = outputs
     assert tokens.tolist() == [model.figures["tokens"].tolist()]
     assert next_tokens.tolist() == [[model.figures["tokens"][-1]]]
     assert (step_idx.tolist(), stop_flags.tolist(), seq_len_decoder.tolist()) == ([[24]], [[1]], [[0]])
     assert tgt_pos.tolist() == [[model.input_ids.shape[1] + 23]]
-    assert [o.dtype.name for o in (next_tokens, step_idx, stop_flags, seq_len_decoder, tgt_pos, tokens)] == [
-        "int64",
-        "int64",
-        "int32",
-        "int32",
-        "int64",
-        "int64",
-    ]
+    dtypes = [output.dtype.name for output in outputs]
+    assert dtypes == ["int64", "int64", "int32", "int32", "int64", "int64"]

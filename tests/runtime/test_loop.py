@@ -1,4 +1,4 @@
-"""The loop against brute force: random requests, computed one by one by definition."""
+"""The loop on a fake executor: completions of random requests, compared with those computed one by one."""
 
 from __future__ import annotations
 
@@ -23,33 +23,39 @@ from paddlemix_qwenvl_plugin.runtime.scheduler import Chunk, Limits
 STOP = 5
 
 
-def next_token(seen: Sequence[Any]) -> int:
-    return zlib.crc32(repr(list(seen)).encode()) % 16
+def next_token(inputs: Sequence[Any]) -> int:
+    """The fake model: a token that depends on all inputs before it."""
+    return zlib.crc32(repr(list(inputs)).encode()) % 16
 
 
-def contents(generation: Generation, tokens: Sequence[int]) -> list[Any]:
-    """The inputs of each token's keys and values, apart from the tokens before it."""
-    seen: list[Any] = [(token, False) for token in generation.prompt]
+def inputs_of(generation: Generation, tokens: Sequence[int]) -> list[Any]:
+    """The model's input at each position of a request: (token, whether generated) or (image digest, image slot)."""
+    inputs: list[Any] = [(token, False) for token in generation.prompt]
     for start, end in generation._generated:
-        seen[start:end] = [(token, True) for token, _ in seen[start:end]]
+        inputs[start:end] = [(token, True) for token, _ in inputs[start:end]]
     for image in generation.images:
         start, end = image.slots
-        seen[start:end] = [(image.digest, place) for place in range(end - start)]
-    return [*seen, *((token, True) for token in tokens)]
+        inputs[start:end] = [(image.digest, slot) for slot in range(end - start)]
+    return [*inputs, *((token, True) for token in tokens)]
 
 
-def expected(generation: Generation) -> list[int]:
-    """The answer of the request alone."""
+def completion(generation: Generation) -> list[int]:
+    """The completion of a request, computed without the loop."""
     tokens: list[int] = []
     while len(tokens) < generation.options.max_new_tokens and (not tokens or tokens[-1] != STOP):
-        tokens.append(next_token(contents(generation, tokens)))
+        tokens.append(next_token(inputs_of(generation, tokens)))
     return tokens
 
 
-class PagedMemory:
-    """Executor whose KV cache holds the inputs of each slot; a token is a digest of the slots in the block table.
+class FakeExecutor:
+    """Executor with the inputs themselves in the KV cache; it computes a token from those in the block table.
 
-    Checks that each step keeps to the budget, contains all decoding requests, and does not write to shared blocks.
+    Checks that each step is within the limits, contains all decoding requests, and does not write to shared blocks.
+
+    Attributes:
+        memory: input at each (block, position in the block).
+        computed: number of computed tokens of each request.
+        n_found: number of requests that began with cached blocks.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -58,7 +64,7 @@ class PagedMemory:
         self.loop: Any = None
         self.n_steps = self.n_encoded = self.n_preempted = self.n_found = self.n_ahead = 0
         self.picked: list[int] = []  # by the last step
-        self.seen: dict[Generation, int] = {}
+        self.computed: dict[Generation, int] = {}
 
     def load(self, vision: bool) -> None:
         pass
@@ -74,52 +80,57 @@ class PagedMemory:
         assert sum(chunk.n for chunk in chunks) <= self.limits.step_tokens
         running = {chunk.generation for chunk in chunks}
         assert len(running) == len(chunks)
-        assert all(each in running for each in scheduler.running if each.decoding)
+        assert all(generation in running for generation in scheduler.running if generation.decoding)
         picked = []
         for chunk in chunks:
             generation = chunk.generation
-            # Ahead: after the previous step, which picked the last token.
-            done = generation.n_total if chunk.ahead else generation.n_computed
-            known = [*generation.tokens, self.picked[len(picked)]] if chunk.ahead else generation.tokens
-            n_total = len(generation.prompt) + len(known)
+            if chunk.ahead:
+                # The previous step has picked a token that `generation` does not contain yet.
+                n_past = generation.n_total
+                tokens = [*generation.tokens, self.picked[len(picked)]]
+            else:
+                n_past = generation.n_computed
+                tokens = generation.tokens
+            n_total = len(generation.prompt) + len(tokens)
             self.n_ahead += chunk.ahead
-            if done < self.seen.get(generation, 0):
+            if n_past < self.computed.get(generation, 0):
                 self.n_preempted += 1
-            elif generation not in self.seen:
-                self.n_found += done > 0
-            assert (done + chunk.n == n_total) == chunk.picks
-            mine = contents(generation, known)
-            for place in range(done, done + chunk.n):
-                block, slot = self._place(generation, place)
+            elif generation not in self.computed:
+                self.n_found += n_past > 0
+            assert (n_past + chunk.n == n_total) == chunk.picks
+            inputs = inputs_of(generation, tokens)
+            for position in range(n_past, n_past + chunk.n):
+                block, offset = self._address(generation, position)
                 assert scheduler.pool._users[block] == 1
-                self.memory[block, slot] = mine[place]
-            self.seen[generation] = done + chunk.n
+                self.memory[block, offset] = inputs[position]
+            self.computed[generation] = n_past + chunk.n
             if chunk.picks:
-                picked.append(next_token([self.memory[self._place(generation, i)] for i in range(n_total)]))
+                picked.append(next_token([self.memory[self._address(generation, i)] for i in range(n_total)]))
         self.picked = picked
         return lambda: Picked(picked)
 
     def forget(self, generation: Generation) -> None:
         pass
 
-    def _place(self, generation: Generation, place: int) -> tuple[int, int]:
-        return generation.blocks[place // self.limits.block_tokens], place % self.limits.block_tokens
+    def _address(self, generation: Generation, position: int) -> tuple[int, int]:
+        """The block and the position in the block."""
+        return generation.blocks[position // self.limits.block_tokens], position % self.limits.block_tokens
 
 
-def open_loop(limits: Limits) -> tuple[Loop, PagedMemory]:
-    executor = PagedMemory(limits)
+def open_loop(limits: Limits) -> tuple[Loop, FakeExecutor]:
+    executor = FakeExecutor(limits)
     loop = executor.loop = Loop(executor)
     return loop, executor
 
 
-def made_up(rng: random.Random, context: int) -> Generation:
-    """A random request; prefixes repeat, so that many requests share them; some have images and earlier answers."""
+def random_request(rng: random.Random, context: int) -> Generation:
+    """A random request; many share prefixes of their prompts, and some have images and earlier answers."""
     prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 4))] * rng.randrange(1, 6)
     images, generated = [], []
     if rng.random() < 0.4:
         for _ in range(rng.randrange(1, 3)):
             start = len(prompt)
-            prompt += [9] * 6
+            prompt += [9] * 6  # image slots
             pixels = np.full([1, 2, 2], rng.randrange(3), np.float32)
             image = ImageInput.of(pixels)
             image.slots = start, start + 6
@@ -139,23 +150,27 @@ def made_up(rng: random.Random, context: int) -> Generation:
 @given(
     seed=st.integers(0, 10**6),
     block_tokens=st.sampled_from([1, 3, 4, 8]),
-    spare=st.integers(0, 30),
+    n_spare_blocks=st.integers(0, 30),
     max_running=st.integers(1, 9),
     step_tokens=st.sampled_from([9, 12, 32]),
     ahead=st.booleans(),
 )
-def test_answers_are_those_alone(seed, block_tokens, spare, max_running, step_tokens, ahead):
+def test_completions_equal_those_without_the_loop(
+    seed, block_tokens, n_spare_blocks, max_running, step_tokens, ahead
+):
     context = 96
-    limits = Limits(max_running, step_tokens, -(-context // block_tokens) + spare, block_tokens, ahead=ahead)
-    check(random.Random(seed), limits, context, 30)
+    n_blocks = -(-context // block_tokens) + n_spare_blocks
+    limits = Limits(max_running, step_tokens, n_blocks, block_tokens, ahead=ahead)
+    check(random.Random(seed), limits, context, n_requests=30)
 
 
-def check(rng: random.Random, limits: Limits, context: int, n_requests: int) -> PagedMemory:
+def check(rng: random.Random, limits: Limits, context: int, n_requests: int) -> FakeExecutor:
+    """Run random requests that join at random and are cancelled at random; compare their completions."""
     loop, executor = open_loop(limits)
     requests, cancelled, active = [], set(), []
     while len(requests) < n_requests or active:
         if len(requests) < n_requests and rng.random() < 0.5:
-            generation = made_up(rng, context)
+            generation = random_request(rng, context)
             requests.append(generation)
             active.append(generation)
             loop.submit(generation)
@@ -164,15 +179,15 @@ def check(rng: random.Random, limits: Limits, context: int, n_requests: int) -> 
             loop.cancel(generation)
             cancelled.add(generation)
         loop.step()
-        active = [each for each in active if not each.finished]
+        active = [generation for generation in active if not generation.finished]
     for generation in requests:
-        wanted = expected(generation)
+        tokens = completion(generation)
         if generation.finish_reason == "cancelled":
             assert generation in cancelled
-            assert generation.tokens == wanted[: len(generation.tokens)]
+            assert generation.tokens == tokens[: len(generation.tokens)]
         else:
-            assert generation.tokens == wanted
-            assert generation.finish_reason == ("stop" if wanted[-1] == STOP else "length")
+            assert generation.tokens == tokens
+            assert generation.finish_reason == ("stop" if tokens[-1] == STOP else "length")
     assert loop._scheduler.idle
     assert loop._scheduler.pool.n_free == limits.n_blocks
     return executor
@@ -180,15 +195,15 @@ def check(rng: random.Random, limits: Limits, context: int, n_requests: int) -> 
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_soak(ahead):
-    """10,000 requests; every event occurs."""
-    executor = check(random.Random(1), Limits(9, 32, 26, 4, ahead=ahead), 96, 10_000)
+    """10,000 requests, of which some are preempted and some begin with cached blocks; equal images are encoded once."""
+    executor = check(random.Random(1), Limits(9, 32, 26, 4, ahead=ahead), context=96, n_requests=10_000)
     assert (executor.n_ahead > 1000) == ahead
     assert executor.n_preempted > 100
     assert executor.n_found > 1000
     assert executor.n_encoded == 3
 
 
-def test_a_long_prompt_does_not_stall_the_others():
+def test_a_long_prompt_does_not_stall_a_decoding_request():
     loop, executor = open_loop(Limits(4, 64, 64, 8))
     loop._prompt_budget.tokens = 16
     first = Generation([1, 2], [], [], GenerationOptions(max_new_tokens=20))
@@ -198,7 +213,7 @@ def test_a_long_prompt_does_not_stall_the_others():
     for n in range(2, 11):
         loop.step()
         assert len(first.tokens) == n
-    assert executor.seen[first] == 2 + 9
+    assert executor.computed[first] == 2 + 9
 
 
 def test_cancelling_frees_blocks_at_once():
@@ -212,7 +227,7 @@ def test_cancelling_frees_blocks_at_once():
     assert (generation.finish_reason, loop.step()) == ("cancelled", False)
 
 
-def test_a_failed_step_ends_its_requests_and_no_others(monkeypatch):
+def test_a_failed_step_ends_only_its_requests(monkeypatch):
     loop, executor = open_loop(Limits(1, 64, 64, 8))
     options = GenerationOptions(max_new_tokens=3)
     first, second = (Generation([n, 1, 1], [], [STOP], options) for n in (1, 2))
@@ -226,15 +241,15 @@ def test_a_failed_step_ends_its_requests_and_no_others(monkeypatch):
         patch.setattr(executor, "start", fail)
         with pytest.raises(QwenVLError, match="out of memory"):
             loop.advance(first, 0)
-    loop.advance(second, len(expected(second)) - 1)
-    assert second.tokens == expected(second)
+    loop.advance(second, len(completion(second)) - 1)
+    assert second.tokens == completion(second)
 
 
 def test_an_interrupted_step_is_computed_again(monkeypatch):
-    """After an interruption, as by Ctrl-C, nothing that the step may have written is used."""
+    """After an interruption, as by Ctrl-C, no result of the interrupted step is used."""
     loop, executor = open_loop(Limits(4, 64, 64, 8))
     generation = Generation([1] * 21, [], [STOP], GenerationOptions(max_new_tokens=9))
-    assert len(expected(generation)) > 2
+    assert len(completion(generation)) > 2
     loop.submit(generation)
     loop.advance(generation, 1)
     start = executor.start
@@ -249,10 +264,10 @@ def test_an_interrupted_step_is_computed_again(monkeypatch):
             loop.advance(generation, 2)
     while not generation.finished:
         loop.advance(generation, len(generation.tokens))
-    assert generation.tokens == expected(generation)
+    assert generation.tokens == completion(generation)
 
 
-def test_logits_that_are_not_numbers_end_the_request(monkeypatch):
+def test_logits_that_are_not_finite_end_the_request(monkeypatch):
     loop, executor = open_loop(Limits(4, 64, 64, 8))
     generation = Generation([1, 2], [], [], GenerationOptions())
     loop.submit(generation)
@@ -262,13 +277,13 @@ def test_logits_that_are_not_numbers_end_the_request(monkeypatch):
     assert loop._scheduler.idle
 
 
-def test_several_threads_ask_at_once():
+def test_requests_of_several_threads():
     loop, _ = open_loop(Limits(9, 32, 40, 4))
     rng = random.Random(3)
-    requests = [[made_up(rng, 96) for _ in range(40)] for _ in range(6)]
+    requests = [[random_request(rng, 96) for _ in range(40)] for _ in range(6)]
     errors = []
 
-    def ask(generations):
+    def run(generations):
         try:
             for generation in generations:
                 loop.submit(generation)
@@ -277,11 +292,12 @@ def test_several_threads_ask_at_once():
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=ask, args=(each,)) for each in requests]
+    threads = [threading.Thread(target=run, args=(generations,)) for generations in requests]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     assert not errors
-    for generation in (each for some in requests for each in some):
-        assert generation.tokens == expected(generation)
+    for generations in requests:
+        for generation in generations:
+            assert generation.tokens == completion(generation)

@@ -1,4 +1,4 @@
-"""Non-finite logits from finite weights raise an error in Python and in every command, and never become an answer."""
+"""Logits that are not finite, from finite weights: an error in Python and in each command, never an answer."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ MESSAGE = (
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose last norm overflows float32, and its exports."""
+    """A model whose last norm overflows float32, and its exported stages."""
     folder = tmp_path_factory.mktemp("overflowing")
     make_tiny(folder / "model", seed=1)
     path = folder / "model" / "model.safetensors"
     tensors = load_file(path)
-    tensors[next(name for name in tensors if name.endswith("ln_f.weight"))][:] = 3e38
+    [last_norm] = [name for name in tensors if name.endswith("ln_f.weight")]
+    tensors[last_norm][:] = 3e38
     save_file(tensors, str(path))
     export_vision(folder / "model", folder / "vision" / "vision", engine="auto")
     export_language(folder / "model", folder / "text", "qwen", engine="auto")
@@ -74,22 +75,22 @@ def test_commands(
     elif name == "predict":
         flags += ["--prompt", "?", "--image", str(STREET), "--output", "answer.json"]
     else:
-        lines = io.BytesIO(b"What is it?\nWhy?\n")
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, "utf-8"))
+        questions = io.BytesIO(b"What is it?\nWhy?\n")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(questions, "utf-8"))
     monkeypatch.setattr(sys, "argv", ["qwenvl", name, *flags, *stages(exported)])
     capfd.readouterr()
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main()
     printed = capfd.readouterr()
-    assert ended.value.code == 1
+    assert exit_info.value.code == 1
     assert "\0" not in printed.out
-    last = printed.err.splitlines()[-1]
+    last_line = printed.err.splitlines()[-1]
     if name == "batch":
-        assert last == "qwenvl: 2 of 2 rows failed; see their errors in out.jsonl"
-        lines = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
-        assert lines == [{"id": row["id"], "error": MESSAGE} for row in rows]
+        assert last_line == "qwenvl: 2 of 2 rows failed; see their errors in out.jsonl"
+        output = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+        assert output == [{"id": row["id"], "error": MESSAGE} for row in rows]
     else:
-        assert last == f"qwenvl: {MESSAGE}"
+        assert last_line == f"qwenvl: {MESSAGE}"
         assert printed.out.strip() == ""
         assert not Path("answer.json").exists()
 
@@ -104,8 +105,8 @@ def test_the_demo(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "MODEL", exported / "model")
     monkeypatch.setattr(sys, "argv", ["qwenvl", "demo"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main()
     printed = capfd.readouterr()
-    assert (ended.value.code, printed.err.splitlines()[-1]) == (1, f"qwenvl: {MESSAGE}")
+    assert (exit_info.value.code, printed.err.splitlines()[-1]) == (1, f"qwenvl: {MESSAGE}")
     assert not list(Path("qwenvl-demo").glob("*.html"))

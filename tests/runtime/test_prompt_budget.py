@@ -1,4 +1,4 @@
-"""The budget of prompt tokens on a simulated device with known times."""
+"""The budget of prompt tokens per step, on a simulated device with known times."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 
 from paddlemix_qwenvl_plugin.runtime.prompt_budget import PromptBudget
 
-MOST = 512
+STEP_TOKENS = 512
 
 
-def settle(seconds_per_prompt_token: float, decode: float, rows: int) -> PromptBudget:
-    """The budget after some steps of the device, all but the first with prompts."""
-    budget = PromptBudget(MOST)
+def settled_budget(seconds_per_prompt_token: float, decode: float, rows: int) -> PromptBudget:
+    """The budget after 21 steps in which `rows` requests decode in `decode` seconds; 20 steps also have prompts."""
+    budget = PromptBudget(STEP_TOKENS)
     budget.learn(0, rows, decode)
     for _ in range(20):
         n = budget.tokens
@@ -20,39 +20,40 @@ def settle(seconds_per_prompt_token: float, decode: float, rows: int) -> PromptB
 
 
 @pytest.mark.parametrize(
-    ("per_token", "decode", "rows", "prompt_seconds"),
+    ("per_token", "decode", "rows", "prompt_seconds"),  # times in seconds; the last one is expected
     [
-        pytest.param(0.001, 0.01, 4, 0.25, id="decoding is fast: a quarter of a second"),
-        pytest.param(0.001, 0.15, 4, 0.45, id="decoding is slow: three times its time"),
-        pytest.param(0.001, 0.15, 64, 0.45, id="many rows"),
-        pytest.param(1e-5, 0.01, 4, MOST * 1e-5, id="not more than a step holds"),
-        pytest.param(0.1, 0.01, 4, 6.4, id="not less than 64 tokens"),
+        pytest.param(0.001, 0.01, 4, 0.25, id="fast decoding: 0.25 s"),
+        pytest.param(0.001, 0.15, 4, 0.45, id="slow decoding: three times its time"),
+        pytest.param(0.001, 0.15, 64, 0.45, id="many requests"),
+        pytest.param(1e-5, 0.01, 4, STEP_TOKENS * 1e-5, id="at most the tokens of a step"),
+        pytest.param(0.1, 0.01, 4, 6.4, id="at least 64 tokens"),
     ],
 )
 def test_time_of_prompts(per_token: float, decode: float, rows: int, prompt_seconds: float) -> None:
-    budget = settle(per_token, decode, rows)
+    budget = settled_budget(per_token, decode, rows)
     assert budget.tokens * per_token == pytest.approx(prompt_seconds, rel=0.02)
 
 
-def test_more_rows_than_were_seen() -> None:
-    """Decoding takes longer for 16 requests than for one: the prompt rate accounts for it."""
-    one, many = PromptBudget(MOST), PromptBudget(MOST)
+def test_more_decoding_requests_than_before() -> None:
+    """More of a step's time counts as decoding, so the computed rate of prompt tokens is higher."""
+    one, many = PromptBudget(STEP_TOKENS), PromptBudget(STEP_TOKENS)
     for budget, rows in ((one, 1), (many, 16)):
         budget.learn(0, 1, 0.1)
         budget.learn(200, rows, 1.6)
     assert many.tokens > 2 * one.tokens
 
 
-def test_prompts_alone_give_the_rate_whole() -> None:
-    budget = PromptBudget(MOST)
-    budget.learn(0, 1, 0.125)  # without rows, a decode step takes four fifths of it: 0.1 s
+def test_a_step_of_prompts_only() -> None:
+    """The whole step counts as the time of its prompt tokens."""
+    budget = PromptBudget(STEP_TOKENS)
+    budget.learn(0, 1, 0.125)  # without requests, a decode step is expected to take four fifths: 0.1 s
     budget.learn(400, 0, 1.0)
-    assert budget.tokens == 120  # 0.3 s of it, as its decoding takes 0.1
+    assert budget.tokens == 120  # the prompt tokens of 0.3 s, three times the decode step
 
 
-def test_a_step_shorter_than_its_decoding_was() -> None:
-    """After a slow step, as on a busy machine, the rate is high but finite."""
+def test_a_step_shorter_than_the_decode_step_before() -> None:
+    """After a slow decode step, as on a busy machine, the rate is high but finite."""
     budget = PromptBudget(100_000)
     budget.learn(0, 4, 10.0)
     budget.learn(64, 4, 1.0)
-    assert budget.tokens == 64 * 8 * 30
+    assert budget.tokens == 64 * 8 * 30  # 64 tokens in an eighth of a second, for three times 10 s

@@ -1,4 +1,4 @@
-"""Token files of the stock graph, parsed byte by byte by the format's description."""
+"""Token files of the stock program, parsed by the description of the format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from paddlemix_qwenvl_plugin.runtime.real_time_save import write_tokens
 
 
 def test_files(tmp_path):
-    (tmp_path / "real_time_save.temp_ids_rank_0_step_9").write_bytes(b"old")
+    (tmp_path / "real_time_save.temp_ids_rank_0_step_9").write_bytes(b"old")  # of an earlier run
     write_tokens(tmp_path, [[5, 6, 7], [8]], end_token=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"real_time_save.temp_ids_rank_0_step_{n}" for n in (1, 2, 3)

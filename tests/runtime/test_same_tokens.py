@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import pytest
-from asked import Asked
 from engines import DEVICE, needs_compiler
 from executors import without_cache
+from random_requests import RandomRequest
 from soak import soak
 
 from paddlemix_qwenvl_plugin import GenerationOptions, QwenVL, export_language, export_vision
@@ -31,7 +31,7 @@ STORAGE = [
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Optional[str]], QwenVL]:
-    """The demo model in the given storage types."""
+    """Function that opens the demo model with the given storage types."""
     models: dict[Any, QwenVL] = {}
 
     def get(dtype: str, quant_type: Optional[str]) -> QwenVL:
@@ -50,32 +50,33 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Optional[
     return get
 
 
-def alone(vl: QwenVL, asked: Asked) -> list[int]:
-    """The answer on a separate loop, without cached content."""
+def alone(vl: QwenVL, request: RandomRequest) -> list[int]:
+    """The completion on a new loop, without cached content."""
     without_cache(vl)
-    return asked.start(vl).finish().token_ids
+    return request.start(vl).finish().token_ids
 
 
-def small_steps(executor: EngineExecutor, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+def set_step_tokens(executor: EngineExecutor, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     monkeypatch.setattr(executor, "limits", dataclasses.replace(executor.limits, step_tokens=tokens))
 
 
 @pytest.mark.parametrize(("dtype", "quant_type"), STORAGE)
-def test_alone_in_a_batch_cut_and_after_a_hit(opened, monkeypatch, dtype, quant_type):
+def test_same_tokens_alone_batched_chunked_and_cached(opened, monkeypatch, dtype, quant_type):
+    """Alone; in a batch of 64, with small steps that chunk prompts; and again, with prefixes in the cache."""
     vl = opened(dtype, quant_type)
     rng = random.Random(dtype)
-    asked = [Asked(vl, rng) for _ in range(64)]
-    expected = [alone(vl, each) for each in asked[:20]]
+    requests = [RandomRequest(vl, rng) for _ in range(64)]
+    expected = [alone(vl, request) for request in requests[:20]]
     assert len({tuple(tokens) for tokens in expected}) > 10
 
     executor = vl._loop._executor
     for step_tokens in (512, 96, 71):
-        small_steps(executor, monkeypatch, step_tokens)
+        set_step_tokens(executor, monkeypatch, step_tokens)
         without_cache(vl)
-        streams = (each.start(vl) for each in asked)
+        streams = (request.start(vl) for request in requests)
         together = [answer.token_ids for answer in vl.finish_all(streams, 64)]
         assert together[:20] == expected
-        again = [each.start(vl) for each in asked[:20]]
+        again = [request.start(vl) for request in requests[:20]]
         assert [stream.finish().token_ids for stream in again] == expected
         assert sum(stream._generation.n_cached for stream in again) > 500
 
@@ -84,50 +85,60 @@ def test_one_step_ahead(opened, monkeypatch):
     """A step starts before the tokens of the previous one are read, as on a GPU."""
     vl = opened("float32", None)
     rng = random.Random(4)
-    asked = [Asked(vl, rng) for _ in range(24)]
-    expected = [alone(vl, each) for each in asked]
+    requests = [RandomRequest(vl, rng) for _ in range(24)]
+    expected = [alone(vl, request) for request in requests]
     executor = EngineExecutor(*vl._stages, ahead=True)
-    start, n_ahead = executor.start, []
-    monkeypatch.setattr(executor, "start", lambda chunks: n_ahead.append(chunks[0].ahead) or start(chunks))
+    start, ahead = executor.start, []
+
+    def record_ahead(chunks):
+        ahead.append(chunks[0].ahead)
+        return start(chunks)
+
+    monkeypatch.setattr(executor, "start", record_ahead)
     for window in (1, 5, 24):
         monkeypatch.setattr(vl, "_loop", Loop(executor))
-        streams = (each.start(vl) for each in asked)
+        streams = (request.start(vl) for request in requests)
         assert [answer.token_ids for answer in vl.finish_all(streams, window)] == expected
-    assert sum(n_ahead) > len(n_ahead) / 3
+    assert sum(ahead) > len(ahead) / 3
 
 
 @pytest.mark.parametrize(("dtype", "quant_type"), STORAGE)
 def test_after_a_preemption(opened, monkeypatch, dtype, quant_type):
-    """In a pool of one context, in which requests preempt each other."""
+    """With so few blocks that requests preempt each other."""
     vl = opened(dtype, quant_type)
     rng = random.Random(1)
-    asked = [Asked(vl, rng, most_new=90, with_image=0) for _ in range(24)]
-    expected = [alone(vl, each) for each in asked]
+    requests = [RandomRequest(vl, rng, max_new_below=90, image_probability=0) for _ in range(24)]
+    expected = [alone(vl, request) for request in requests]
     context = vl.config.max_position_embeddings
     n_blocks = context // 32
-    small = EngineExecutor(*vl._stages, n_blocks=n_blocks)
-    monkeypatch.setattr(vl, "_loop", Loop(small))
-    # All but a few blocks are allocated, without a request.
+    executor = EngineExecutor(*vl._stages, n_blocks=n_blocks)
+    monkeypatch.setattr(vl, "_loop", Loop(executor))
+    # Leave 8 blocks for the requests, so that they preempt each other.
     held = [vl._loop._scheduler.pool.allocate() for _ in range(n_blocks - 8)]
-    preempted = []
+    preempted = []  # number of generated tokens at each preemption
     preempt = vl._loop._scheduler._preempt
-    monkeypatch.setattr(
-        vl._loop._scheduler, "_preempt", lambda each: (preempted.append(len(each.tokens)), preempt(each))
-    )
-    streams = (each.start(vl) for each in asked)
+
+    def record_preemption(generation):
+        preempted.append(len(generation.tokens))
+        preempt(generation)
+
+    monkeypatch.setattr(vl._loop._scheduler, "_preempt", record_preemption)
+    streams = (request.start(vl) for request in requests)
     assert [answer.token_ids for answer in vl.finish_all(streams, 24)] == expected
-    assert any(preempted), "some lost their blocks with tokens generated"
+    assert any(preempted), "no request was preempted after it had generated tokens"
     vl._loop._scheduler.pool.release(held)
 
 
 def test_after_an_interrupted_step(opened, monkeypatch):
-    """Ctrl-C after the engine picked a token that is then discarded: penalties count generated tokens only."""
+    """Ctrl-C discards a token that the engine has picked: penalties do not count it."""
     vl = opened("float32", None)
     rng = random.Random(2)
-    asked = next(each for each in iter(lambda: Asked(vl, rng), None) if each.options.repetition_penalty > 1)
-    asked.stop, asked.options = [], GenerationOptions(max_new_tokens=12, repetition_penalty=1.4)
-    expected = alone(vl, asked)
-    stream = asked.start(vl).submit()
+    request = RandomRequest(vl, rng)
+    while request.options.repetition_penalty == 1:
+        request = RandomRequest(vl, rng)
+    request.stop, request.options = [], GenerationOptions(max_new_tokens=12, repetition_penalty=1.4)
+    expected = alone(vl, request)
+    stream = request.start(vl).submit()
     executor = vl._loop._executor
     start, n_steps = executor.start, iter(range(99))
 
@@ -138,18 +149,18 @@ def test_after_an_interrupted_step(opened, monkeypatch):
         return picked
 
     monkeypatch.setattr(executor, "start", interrupted)
-    tokens = []
+    n_tokens = []
     while not stream.done:
         try:
             vl._loop.step()
         except KeyboardInterrupt:
-            tokens.append(len(stream._generation.tokens))
-    assert len(tokens) > 2
+            n_tokens.append(len(stream._generation.tokens))
+    assert len(n_tokens) > 2
     assert stream._generation.tokens == expected
 
 
 def test_soak(opened, monkeypatch):
-    """Hundreds of random requests, chunked, cancelled, cached and preempted: answers as alone, and constant memory.
+    """400 random requests, chunked, cancelled, cached and preempted: answers as alone, and constant memory.
 
     `python benchmarks/soak.py` runs 10,000 of them.
     """

@@ -1,4 +1,4 @@
-"""The host's sampler and the graph's, each against brute force and against the other."""
+"""The samplers of the host and of the graph, compared with brute force and with each other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def expected_distribution(temperature, top_p=1.0, top_k=7):
         mass += weights[token] / total
     result = np.zeros(len(LOGITS))
     for token in kept:
-        result[token] = weights[token] / sum(weights[other] for other in kept)
+        result[token] = weights[token] / sum(weights[kept_token] for kept_token in kept)
     return result
 
 
@@ -37,6 +37,7 @@ def check_frequencies(drawn, expected):
     n = len(drawn)
     frequency = np.bincount(drawn, minlength=len(LOGITS)) / n
     assert (frequency[expected == 0] == 0).all()
+    # Within five standard deviations.
     assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 1e-12).all()
 
 
@@ -65,38 +66,39 @@ def test_graph_sampler_draws_the_distribution(temperature, top_p):
         paddle.full([rows, 1], temperature, "float32"),
         paddle.full([rows, 1], top_p, "float32"),
     ).numpy()
+    # top_p 0 selects the most likely token, as a tiny top_p does.
     expected = expected_distribution(temperature, top_p or 1e-9)
     check_frequencies(drawn[:, 0], expected)
 
 
 def test_seeds():
-    def draw(seed):
+    def sample_tokens(seed):
         sampler = RowSampler(GenerationOptions(temperature=1.0, seed=seed), [], len(LOGITS))
         return [sampler.pick(LOGITS) for _ in range(50)]
 
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
+    assert sample_tokens(1) == sample_tokens(1)
+    assert sample_tokens(1) != sample_tokens(2)
 
 
 @pytest.mark.parametrize(
-    ("min_new", "penalties"),
+    ("min_new", "penalties"),  # repetition, frequency and presence penalty
     [(0, (1.0, 0.0, 0.0)), (9, (1.0, 0.0, 0.0)), (5, (1.7, 0.0, 0.0)), (0, (1.2, 0.6, 0.9))],
 )
 def test_stock_graph_and_predictor_agree(tiny_exported, engine, min_new, penalties):
-    """Penalties, min_length, stop tokens and unequal rows: two implementations, the same tokens."""
+    """Both generate the same tokens, with penalties, min_length, stop tokens and prompts of unequal lengths."""
     prefix = tiny_exported / "text" / "qwen"
     vl = QwenVL.from_exported(tiny_exported / "vision" / "vision", prefix)
     ids = np.array([[5, 6, 7, 8, 9], [200, 100, 50, 0, 0], [33, 0, 0, 0, 0]])
     lengths = [5, 3, 1]
-    free = vl.generate_ids(ids, lengths=lengths, max_new_tokens=12, eos_token_ids=())
-    ends = [free[0][3], free[1][5]]
+    without_stop = vl.generate_ids(ids, lengths=lengths, max_new_tokens=12, eos_token_ids=())
+    stop_ids = [without_stop[0][3], without_stop[1][5]]
     repetition, frequency, presence = penalties
     expected = vl.generate_ids(
         ids,
         lengths=lengths,
         max_new_tokens=12,
         min_new_tokens=min_new,
-        eos_token_ids=ends,
+        eos_token_ids=stop_ids,
         repetition_penalty=repetition,
         frequency_penalty=frequency,
         presence_penalty=presence,
@@ -110,10 +112,10 @@ def test_stock_graph_and_predictor_agree(tiny_exported, engine, min_new, penalti
         max_new=12,
         lengths=lengths,
         min_new=min_new,
-        ends=ends,
+        stop_ids=stop_ids,
         penalties=penalties,
     )
     tokens = Stage(prefix, "language", "cpu").open()(feed)[-1].numpy()
     assert tokens.shape == (3, 12)
-    for row, wanted in zip(tokens.tolist(), expected):
-        assert row == wanted + [-1] * (12 - len(wanted))
+    for row, expected_row in zip(tokens.tolist(), expected):
+        assert row == expected_row + [-1] * (12 - len(expected_row))

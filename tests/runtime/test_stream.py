@@ -1,4 +1,4 @@
-"""Answers in segments, and conversations that reuse the computation of earlier turns."""
+"""Answers streamed in segments, and conversations that reuse the KV cache and image features of earlier turns."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ OTHER_IMAGE_QUERY = [{"image": str(OTHER)}, {"text": "And this?"}]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A random model whose rotary base grows past 512 tokens; with most seeds it would repeat one token."""
+    """A random model whose rotary base changes after 512 tokens. Its seed: with most seeds it repeats one token."""
     folder = tmp_path_factory.mktemp("stream")
-    small = tiny.tiny_config
+    tiny_config = tiny.tiny_config
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "tiny_config", lambda *args: {**small(*args), "seq_length": 512})
+        patch.setattr(tiny, "tiny_config", lambda *args: {**tiny_config(*args), "seq_length": 512})
         tiny.make_tiny(folder / "model", seed=6)
     export_vision(folder / "model", folder / "vision" / "vision")
     export_language(folder / "model", folder / "text", "qwen")
@@ -57,49 +57,49 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture
-def work(vl, monkeypatch):
-    """Records the work of the executor from now on."""
+def recording(vl, monkeypatch):
+    """The calls of the executor from now on."""
     return record(vl, monkeypatch)
 
 
 def test_segments_are_the_answer(vl):
-    whole = vl.generate(IMAGE_QUERY, max_new_tokens=40)
+    answer = vl.generate(IMAGE_QUERY, max_new_tokens=40)
     stream = vl.stream(IMAGE_QUERY, max_new_tokens=40)
     segments = list(stream)
     assert len(segments) > 5
-    assert "".join(segment.text for segment in segments) == whole.text
-    assert stream.answer.token_ids == whole.token_ids
-    assert stream.answer.finish_reason == whole.finish_reason == "length"
-    assert set(stream.answer.timings) == set(whole.timings)
+    assert "".join(segment.text for segment in segments) == answer.text
+    assert stream.answer.token_ids == answer.token_ids
+    assert stream.answer.finish_reason == answer.finish_reason == "length"
+    assert set(stream.answer.timings) == set(answer.timings)
 
 
-def test_options_draw_the_same(vl):
+def test_sampling_parameters_of_a_stream(vl):
     options = {"max_new_tokens": 12, "temperature": 1.3, "top_p": 0.9, "seed": 4}
     assert vl.stream("Hi", **options).finish().token_ids == vl.generate("Hi", **options).token_ids
 
 
 TAGS = "<ref> </ref> <box> </box> <quad> </quad> (1,2),(30,40) (5,6) (1,2),(3,4),(5,6),(7,8)"
 WORDS = ["a dog", "图中", "狗", "é", "<", "<re", ">", " ", "\n"]
-WHOLE = [
+COMPLETE = [
     "<ref>a dog</ref>",
     "<ref> </ref>",
     "<box>(1,2),(30,40)</box>",
     "<quad>(1,2),(3,4),(5,6),(7,8)</quad>",
 ]
-text = st.lists(st.sampled_from([*TAGS.split(), *WORDS, *WHOLE * 4]), max_size=12).map("".join)
+text = st.lists(st.sampled_from([*TAGS.split(), *WORDS, *COMPLETE * 4]), max_size=12).map("".join)
 
 
 @settings(deadline=None, max_examples=400)
 @given(text=st.one_of(text, st.text(max_size=20)))
 def test_segments_of_any_text(tokenizer, text):
-    """The same boxes and text as from parsing the whole answer, however tokens split it."""
+    """However tokens split an answer, its segments have the same text and boxes as the complete answer."""
     for tags in ("all", ()):
         ids = tokenizer.encode(text.replace("<img>", ""), allowed_special=tags)
         builder = SegmentBuilder(tokenizer)
         segments = [segment for token in ids for segment in builder.add(token)] + list(builder.finish())
-        said = tokenizer.decode(ids)
-        assert "".join(segment.text for segment in segments) == said
-        assert [box for segment in segments for box in segment.boxes] == parse_boxes(said).boxes
+        complete = tokenizer.decode(ids)
+        assert "".join(segment.text for segment in segments) == complete
+        assert [box for segment in segments for box in segment.boxes] == parse_boxes(complete).boxes
         assert all(segment.text for segment in segments)
 
 
@@ -111,13 +111,13 @@ def test_any_bytes(tokenizer, data):
     assert "".join(segment.text for segment in segments) == data.decode("utf-8", "replace")
 
 
-def test_words_come_at_once_and_characters_whole(tokenizer):
+def test_a_character_of_several_tokens_is_one_segment(tokenizer):
     builder = SegmentBuilder(tokenizer)
     assert [list(builder.add(byte)) for byte in b"ab"] == [[Segment("a")], [Segment("b")]]
     assert [list(builder.add(byte)) for byte in "狗".encode()] == [[], [], [Segment("狗")]]
 
 
-def test_refs_and_boxes_come_whole(tokenizer):
+def test_a_ref_or_box_is_one_segment(tokenizer):
     builder = SegmentBuilder(tokenizer)
     ids = tokenizer.encode("Here: <ref>the dog</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>.")
     segments = [segment for token in ids for segment in builder.add(token)]
@@ -128,30 +128,30 @@ def test_refs_and_boxes_come_whole(tokenizer):
     assert segments[-1] == Segment(".")
 
 
-def test_a_closed_stream_stops_the_work(vl, work):
+def test_closing_a_stream_stops_the_computation(vl, recording):
     with vl.stream(IMAGE_QUERY, max_new_tokens=40) as stream:
         list(itertools.islice(stream, 2))
-    n_steps = len(work.steps)
+    n_steps = len(recording.steps)
     assert n_steps < 20
     assert list(stream) == []
-    assert len(work.steps) == n_steps
+    assert len(recording.steps) == n_steps
     assert stream.answer.finish_reason == "cancelled"
     assert stream.answer.token_ids == vl.generate(IMAGE_QUERY, max_new_tokens=40).token_ids[:n_steps]
 
 
-def test_wrong_requests_fail_before_the_first_segment(vl):
+def test_invalid_requests_fail_before_the_first_segment(vl):
     with pytest.raises(UsageError, match="top_p"):
         vl.stream("Hi", top_p=2)
     with pytest.raises(UsageError, match=r"nothing\.png"):
         vl.stream([{"image": "nothing.png"}])
 
 
-def test_an_image_is_encoded_once(vl, work):
+def test_an_image_is_encoded_once(vl, recording):
     vl.generate(IMAGE_QUERY, max_new_tokens=1)
     vl.generate([*IMAGE_QUERY, {"text": " Again?"}], max_new_tokens=1)
-    assert work.done.count("encode") == 1
+    assert recording.done.count("encode") == 1
     vl.generate(OTHER_IMAGE_QUERY, max_new_tokens=1)
-    assert work.done.count("encode") == 2
+    assert recording.done.count("encode") == 2
 
 
 def test_image_cache_forgets_the_least_recently_used():
@@ -165,41 +165,41 @@ def test_image_cache_forgets_the_least_recently_used():
     assert encoded == [0, 1, 2, 1]
 
 
-def fresh(vl, history, query, n_tokens):
-    """The same turn, computed from its history."""
+def from_history(vl, history, query, n_tokens):
+    """The completion of a turn, computed from its history by `generate`."""
     return vl.generate(query, chat=True, history=list(history), max_new_tokens=n_tokens).token_ids
 
 
-def test_chat_computes_only_new_tokens(vl, work):
-    """On the engine a turn begins where the full blocks of the last one end; no image is encoded again on either."""
+def test_chat_computes_only_new_tokens(vl, recording):
+    """A turn encodes no image again. On the engine, it computes only the tokens after the common full blocks."""
     chat = vl.chat()
     first = chat.ask(IMAGE_QUERY, max_new_tokens=4).finish()
-    n_first = work.steps[0]
-    del work.done[:]
+    n_first = recording.steps[0]
+    del recording.done[:]
     second = chat.ask("Sure?", max_new_tokens=6).finish()
-    assert "encode" not in work.done
-    before, now = turns(vl, [(IMAGE_QUERY, first.text.strip())], "Sure?")
-    before += [(token, True) for token in first.token_ids[:-1]]
-    common = next(n for n, (a, b) in enumerate(zip([*before, None], now)) if a != b)
-    assert common >= n_first
-    n_cached = common // 32 * 32 if isinstance(work._executor, EngineExecutor) else 0
-    assert work.steps[0] == len(now) - n_cached
+    assert "encode" not in recording.done
+    first_prompt, second_prompt = prompts_of_turns(vl, [(IMAGE_QUERY, first.text.strip())], "Sure?")
+    computed = first_prompt + [(token, True) for token in first.token_ids[:-1]]
+    n_common = next(n for n, (old, new) in enumerate(zip([*computed, None], second_prompt)) if old != new)
+    assert n_common >= n_first
+    n_cached = n_common // 32 * 32 if isinstance(recording._executor, EngineExecutor) else 0
+    assert recording.steps[0] == len(second_prompt) - n_cached
     assert second.image_size == first.image_size == (960, 640)
     assert [answer for _, answer in chat.history] == [first.text.strip(), second.text.strip()]
-    vl._loop = Loop(work._executor)  # without cached content
-    assert second.token_ids == fresh(vl, [(IMAGE_QUERY, first.text.strip())], "Sure?", 6)
+    vl._loop = Loop(recording._executor)  # without cached content
+    assert second.token_ids == from_history(vl, [(IMAGE_QUERY, first.text.strip())], "Sure?", 6)
 
 
-def turns(vl, history, query):
-    """The prompts of the last turn of a history and of the next one: each token, and whether it was generated."""
-    for end, asked in ((len(history) - 1, history[-1][0]), (len(history), [{"text": query}])):
-        prompt = prompts.chat_prompt(vl.tokenizer, asked, history[:end])
-        inside = {place for span in prompt.generated for place in range(*span)}
-        yield [(token, place in inside) for place, token in enumerate(prompt.input_ids)]
+def prompts_of_turns(vl, history, query):
+    """The prompts of the last turn of `history` and of the turn after it: lists of (token, whether generated)."""
+    for n_earlier, turn_query in ((len(history) - 1, history[-1][0]), (len(history), [{"text": query}])):
+        prompt = prompts.chat_prompt(vl.tokenizer, turn_query, history[:n_earlier])
+        generated = {position for span in prompt.generated for position in range(*span)}
+        yield [(token, position in generated) for position, token in enumerate(prompt.input_ids)]
 
 
 def test_chat_equals_the_same_turns_without_a_cache(vl):
-    """Six turns, past where the rotary base grows, with new and repeated images, and a truncated answer."""
+    """Six turns, beyond the change of the rotary base, with new and repeated images, and an answer closed early."""
     chat = vl.chat("Be brief.")
     queries = [IMAGE_QUERY, "Sure?", OTHER_IMAGE_QUERY, "Which is larger?", IMAGE_QUERY, "Why?"]
     for turn, query in enumerate(queries):
@@ -214,26 +214,26 @@ def test_chat_equals_the_same_turns_without_a_cache(vl):
         if turn == 3:
             list(itertools.islice(stream, 2))
             stream.close()
-            n_said = len(stream.answer.token_ids)
-            assert 0 < n_said < 8
-            assert stream.answer.token_ids == expected[:n_said]
+            n_tokens = len(stream.answer.token_ids)
+            assert 0 < n_tokens < 8
+            assert stream.answer.token_ids == expected[:n_tokens]
         else:
             assert stream.finish().token_ids == expected
     assert len(chat.history) == 6
 
 
 def test_chat_drops_its_oldest_turns(vl, monkeypatch):
-    """The next prompt begins with another image: the common part of both names is not reused."""
-    short = functools.partial(prompts.chat_prompt, max_window=600)
-    monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.chat.chat_prompt", short)
-    monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.predictor.chat_prompt", short)
+    """The next prompt begins with another image: cached blocks of the paths' common beginning are not reused."""
+    short_window = functools.partial(prompts.chat_prompt, max_window=600)
+    monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.chat.chat_prompt", short_window)
+    monkeypatch.setattr("paddlemix_qwenvl_plugin.runtime.predictor.chat_prompt", short_window)
     chat = vl.chat()
     for query in (IMAGE_QUERY, OTHER_IMAGE_QUERY, IMAGE_QUERY, "Why?", OTHER_IMAGE_QUERY):
-        expected = fresh(vl, chat.history, query if isinstance(query, list) else [{"text": query}], 6)
+        expected = from_history(vl, chat.history, query if isinstance(query, list) else [{"text": query}], 6)
         assert chat.ask(query, max_new_tokens=6).finish().token_ids == expected
 
 
-def test_chat_forgets(vl, work):
+def test_clear_removes_the_history(vl, recording):
     chat = vl.chat()
     chat.ask(IMAGE_QUERY, max_new_tokens=2).finish()
     chat.clear()
@@ -250,30 +250,30 @@ def test_a_failed_turn_is_not_recorded(vl):
     assert chat.history == ()
 
 
-def test_stop_ends_after_the_token_in_work(vl, work):
-    """Also while no segment is complete; held text is delivered: the segments join to the answer's text."""
+def test_stop_ends_after_the_current_step(vl, recording):
+    """Even while no segment is complete; an incomplete segment is delivered, so the answer's text is complete."""
     chat = vl.chat()
     stream = chat.ask(IMAGE_QUERY, max_new_tokens=40)
-    said = [next(stream).text]
-    work.before_step = stream.stop
-    n_steps = len(work.steps)
-    said += [segment.text for segment in stream]
-    assert len(work.steps) == n_steps + 1
-    assert "".join(said) == stream.answer.text
+    texts = [next(stream).text]
+    recording.before_step = stream.stop
+    n_steps = len(recording.steps)
+    texts += [segment.text for segment in stream]
+    assert len(recording.steps) == n_steps + 1
+    assert "".join(texts) == stream.answer.text
     assert stream.answer.finish_reason == "cancelled"
     assert [answer for _, answer in chat.history] == [stream.answer.text.strip()]
 
 
-def test_a_stream_stopped_before_its_first_token_is_not_recorded(vl, work):
+def test_a_stream_stopped_before_its_first_token_is_not_recorded(vl, recording):
     chat = vl.chat()
     stream = chat.ask("Hello", max_new_tokens=4)
     stream.stop()
     assert list(stream) == []
-    assert work.done == []
+    assert recording.done == []
     assert chat.history == ()
 
 
-def test_a_turn_that_fails_in_the_middle_is_not_recorded(vl, work):
+def test_a_turn_that_fails_in_the_middle_is_not_recorded(vl, recording):
     chat = vl.chat()
     first = chat.ask(IMAGE_QUERY, max_new_tokens=4).finish()
     stream = chat.ask("Sure?", max_new_tokens=8)
@@ -282,10 +282,10 @@ def test_a_turn_that_fails_in_the_middle_is_not_recorded(vl, work):
     def fail():
         raise QwenVLError("out of memory")
 
-    work.before_step = fail
+    recording.before_step = fail
     with pytest.raises(QwenVLError, match="out of memory"):
         list(stream)
-    work.before_step = lambda: None
+    recording.before_step = lambda: None
     assert [answer for _, answer in chat.history] == [first.text.strip()]
-    expected = fresh(vl, chat.history, "Sure?", 8)
+    expected = from_history(vl, chat.history, "Sure?", 8)
     assert chat.ask("Sure?", max_new_tokens=8).finish().token_ids == expected

@@ -1,5 +1,5 @@
-// What kernels use of CUDA's language and of cuda_bf16.h, for a C++ compiler: a thread of a block is a
-// thread.
+// The parts of CUDA C++ and of cuda_bf16.h that kernels use, for a C++ compiler. Each thread of a block is a
+// thread of the host.
 #pragma once
 
 #include <cmath>
@@ -64,14 +64,14 @@ inline float __saturatef(float x) {
 inline float __expf(float x) {
   return std::exp(x);
 }
-// Of signed values only those that all lanes share.
+// Kernels shuffle signed values only if all lanes have the same one.
 inline int __shfl_sync(unsigned, int value, int) {
   return value;
 }
 inline float __shfl_xor_sync(unsigned, float, int) {
   std::abort();
 }
-// These exchange values between the lanes, by a meeting of the warp.
+// These exchange values between the lanes of a warp; the lanes wait for each other.
 unsigned __shfl_sync(unsigned, unsigned value, int lane);
 unsigned long long __shfl_up_sync(unsigned, unsigned long long value, int by);
 unsigned __ballot_sync(unsigned, bool value);

@@ -1,4 +1,4 @@
-// What kernels use of cuda_fp16.h where they compute in bfloat16.
+// The parts of cuda_fp16.h that kernels use when they compute in bfloat16.
 #pragma once
 
 #include <cstring>

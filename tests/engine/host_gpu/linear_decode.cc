@@ -1,5 +1,5 @@
-// linear_decode_hopper.cu and upload_matrix.cu, and what launches them, as a library for the host: three
-// multiprocessors, whose blocks run one after another.
+// linear_decode_hopper.cu, upload_matrix.cu and the code that launches them, as a library for the host.
+// Blocks run one after another; the code that launches them assumes three multiprocessors.
 #include <barrier>
 #include <chrono>
 #include <condition_variable>
@@ -28,7 +28,7 @@
 
 namespace qvl::cuda {
 namespace {
-char raw[227 << 10];  // what the kernels declare
+char raw[227 << 10];  // shared memory, as large as the kernels declare
 }
 
 char* const shared_memory = raw;
@@ -103,14 +103,14 @@ void copy(const Copy& copy) {
   }
 }
 
-// The copy engine.
+// The copy engine: a thread that executes copies in random order.
 void copy_all() {
   static std::mt19937 random(1);
   std::unique_lock<std::mutex> held(lock);
   while (true) {
     changed.wait(held, [] { return finished || !copies.empty(); });
     if (copies.empty()) return;
-    // The others get on meanwhile, so that later copies may overtake.
+    // Let the threads of the block add copies meanwhile, so that later copies can overtake earlier ones.
     held.unlock();
     std::this_thread::yield();
     held.lock();
@@ -188,7 +188,7 @@ void barrier_wait(uint32 barrier, uint32 parity) {
   std::unique_lock<std::mutex> held(lock);
   const auto done = [&] { return barriers[barrier].phase != parity; };
   if (changed.wait_for(held, std::chrono::seconds(60), done)) return;
-  std::fprintf(stderr, "a barrier of the kernel that nothing completes\n");
+  std::fprintf(stderr, "a barrier of the kernel was not completed in 60 s\n");
   std::abort();
 }
 
@@ -248,7 +248,7 @@ void Gpu::launch_bytes(CUstream, const char* name, Dim grid, int threads, int sh
     }
   };
   for (unsigned block = 0; block < grid.x * grid.y; ++block) {
-    std::memset(raw, 0xFF, sizeof raw);  // not a number
+    std::memset(raw, 0xFF, sizeof raw);  // NaN, to detect reads of memory that was not written
     barriers.clear();
     finished = false;
     for (int i = 0; i < kMeetings; ++i) {
@@ -284,7 +284,7 @@ void __syncthreads() {
 
 namespace {
 
-// Values of a warp's lanes, combined by `combine(values)`.
+// The result of `combine(values)` with the values of all lanes of the warp.
 template <class Value, class Combine>
 auto of_warp(Value value, const Combine& combine) {
   static Value values[544];
@@ -315,8 +315,8 @@ unsigned __ballot_sync(unsigned, bool value) {
   });
 }
 
-// Adapters of one rank: A bfloat16 [adapters, rank, in], the adapter of each row or -1, the rows' order, and
-// A x [n, rank].
+// Adapters of the same rank. a: bfloat16 [adapters, rank, in]; of_rows: the adapter of each row, -1 for none;
+// order: the rows, sorted by adapter; low: receives A x [n, rank].
 struct HostAdapted {
   const uint16_t* a;
   int adapters, rank;
@@ -325,14 +325,14 @@ struct HostAdapted {
   uint16_t* low;
 };
 
-// y = x W^T + bias, and A x unless `adapted` is NULL. `stored`: W as qvl_packed_bytes has it; NULL or what
-// went wrong.
+// y = x W^T + bias, and A x unless `adapted` is NULL. `stored`: W in the layout of files (qwenvl.h). Returns
+// NULL or an error message.
 EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, const float* bias,
                                const void* x, int64_t x_stride, int n, int into, void* y,
                                const HostAdapted* adapted) {
   using namespace qvl;
   using namespace qvl::cuda;
-  static std::string failed;
+  static std::string message;
   try {
     const Gpu gpu(0, Half::kBfloat16);
     const Storage storage = storage_of(dtype);
@@ -350,8 +350,8 @@ EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, c
         entries.push_back({a, a, adapted->rank, 1});  // B is not read, but tells adapters apart
       }
       for (int i = 0; i < n; ++i) {
-        const int which = adapted->of_rows[i];
-        addresses.push_back(which < 0 ? 0 : reinterpret_cast<uint64_t>(&entries[size_t(which)]));
+        const int adapter = adapted->of_rows[i];
+        addresses.push_back(adapter < 0 ? 0 : reinterpret_cast<uint64_t>(&entries[size_t(adapter)]));
       }
       low_rank.adapters = reinterpret_cast<const unsigned long long*>(addresses.data());
       low_rank.order = adapted->order;
@@ -366,7 +366,7 @@ EXPORT const char* host_linear(int dtype, int out, int in, const void* stored, c
                   adapted != nullptr ? &low_rank : nullptr);
     return nullptr;
   } catch (const std::exception& error) {
-    failed = error.what();
-    return failed.c_str();
+    message = error.what();
+    return message.c_str();
   }
 }

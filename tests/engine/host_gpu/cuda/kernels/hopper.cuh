@@ -1,6 +1,6 @@
-// Hopper's instructions on the host, in place of csrc/cuda/kernels/hopper.cuh: as late, and in as much
-// disorder, as the hardware allows. Copies are done by a thread that takes them in random order; products
-// when they are waited for.
+// Hopper's instructions on the host, in place of csrc/cuda/kernels/hopper.cuh. They take effect as late, and
+// in as random an order, as the hardware allows: a thread executes the copies in random order, and products
+// are computed when a thread waits for them.
 #pragma once
 
 #include <functional>
@@ -12,7 +12,7 @@
 
 namespace qvl::cuda {
 
-// Shared memory, of which addresses are offsets.
+// Shared memory; an address is an offset in it.
 extern char* const shared_memory;
 inline uint32 __cvta_generic_to_shared(const void* p) {
   return static_cast<uint32>(static_cast<const char*>(p) - shared_memory);
@@ -25,7 +25,7 @@ void barrier_arrive(uint32 barrier);
 inline void publish_barriers() {}
 inline void prefetch(const TensorMap&) {}
 
-// Copies of a box at `at`, the innermost coordinate first.
+// Queue the copy of a box whose first element is at `at`, the innermost coordinate first.
 void copy_later(uint32 to, const TensorMap& map, std::vector<int> at, uint32 barrier);
 inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1, uint32 barrier) {
   copy_later(to, map, {x0, x1}, barrier);
@@ -34,7 +34,7 @@ inline void copy_box(uint32 to, const TensorMap& map, int x0, int x1, int x2, ui
   copy_later(to, map, {x0, x1, x2}, barrier);
 }
 
-// Barriers: 0 and 1 are the kernel's, then those of warpgroups, and of warps.
+// Indices of barriers: 0 and 1 are the kernel's; then one for each warpgroup, then one for each warp.
 constexpr int kOfGroups = 2, kOfWarps = 6, kMeetings = kOfWarps + 17;
 void meet(int barrier, int threads);
 template <int threads>
@@ -57,7 +57,7 @@ inline uint32 load_shared4(uint32 address) {
   return value;
 }
 
-// A description is the address in units of 16 bytes; rows of 64 values are swizzled as in hopper.cuh.
+// A matrix descriptor: the address in units of 16 bytes. Rows of 64 values are swizzled as in hopper.cuh.
 inline uint64 describe(uint32 address) {
   return address >> 4;
 }
@@ -68,13 +68,13 @@ inline float described(uint64 matrix, int row, int k) {
   return to_float(value);
 }
 
-inline thread_local std::vector<std::pair<int, std::function<void()>>> products;  // and their group
+inline thread_local std::vector<std::pair<int, std::function<void()>>> products;  // (group, product) in order
 inline thread_local int product_group;
 inline void products_begin() {}
 inline void products_commit() {
   ++product_group;
 }
-template <int n>  // the lanes of a warp come here together
+template <int n>  // all lanes of a warp wait together
 inline void products_wait() {
   size_t done = 0;
   for (; done < products.size() && products[done].first < product_group - n; ++done) products[done].second();
@@ -84,8 +84,8 @@ inline void products_wait() {
 template <int n>
 inline void settle(float (&)[n]) {}
 
-// A thread's part of d [64, N] (+)= a [64, 16] b [N, 16]^T: rows g and g + 8 of its warp's 16, columns 8 j +
-// 2 t and the next one. `a`: value k of a row.
+// A thread's part of d [64, N] = a [64, 16] b [N, 16]^T, plus d if `add`: the rows g and g + 8 of the warp's
+// 16 rows, and the columns 8 j + 2 t and 8 j + 2 t + 1. a(upper, k): value k of row g (upper: g + 8).
 template <int N, class A>
 inline void add_products(float* d, A&& a, uint64 b, int add) {
   const int t = threadIdx.x % 4;
@@ -107,7 +107,7 @@ struct Product {
   }
 };
 
-// a is spread over the four lanes of a row: they put theirs where all find it.
+// `a` is in registers of the four lanes of a row. The lanes exchange them through registers_of.
 extern uint32 registers_of[544][4];
 template <int N>
 struct ProductLeft {
