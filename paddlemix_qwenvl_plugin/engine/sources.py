@@ -53,20 +53,27 @@ def all_isas(csrc: Path) -> list[Isa]:
 
 
 def isas_here(csrc: Path) -> list[Isa]:
-    """The generic ISA and the best one that this processor supports."""
-    generic, *better = all_isas(csrc)
-    return [generic, *[isa for isa in better if isa.runs_here()][-1:]]
+    """The ISAs of a build for this machine: generic, and the best one that this processor supports.
+
+    If that is avx512_bf16, also avx512: QVL_COMPUTE_FLOAT32 needs kernels without bfloat16 products.
+    """
+    generic, *others = all_isas(csrc)
+    supported = [isa for isa in others if isa.runs_here()]
+    n_best = 2 if supported and supported[-1].name == "avx512_bf16" else 1
+    return [generic, *supported[-n_best:]]
 
 
 def library_units(csrc: Path, isas: Sequence[Isa]) -> list[Unit]:
     """Compiler runs for `libqwenvl.so`; the kernels come first because they take longest.
 
-    With two ISAs (a build for this machine), the generic kernels serve only for comparison and are compiled without
-    optimisation, which would take most of the compile time. With more ISAs, each is the best one of some machine.
+    In a build for a machine with a better ISA, the generic kernels serve only for comparison and are compiled without
+    optimisation, which would take most of the compile time. In a build of all ISAs, each is the best
+    one of some machine.
     """
     found = []
     for isa in reversed(isas):
-        level = "-O0" if isa.name == "generic" and len(isas) == 2 else "-O3"
+        for_comparison = isa.name == "generic" and len(isas) > 1 and list(isas) != all_isas(csrc)
+        level = "-O0" if for_comparison else "-O3"
         names = (f"-DQVL_KERNELS={isa.name}_kernels", f"-DQVL_KERNELS_ISA={isa.code}")
         for stem in ("kernels", "groups"):
             path = csrc / "cpu" / "kernels" / f"{stem}.cc"
