@@ -56,10 +56,10 @@ def rounded_activations(x, isa, dtype):
     padded[:, :columns] = x
     order = np.arange(padded.shape[1])
     if dtype in UINT4:
-        # Axes of a unit: bytes of a word, nibbles of a byte, vectors, 8 words, halves of them, words.
+        # Axes: unit, byte of a word, nibble of a byte, vector, group of 8 words, half of the group, word.
         units = order.reshape(-1, 2, 2, 16 // lanes, lanes // 4, 2, 4)
         order = units.transpose(0, 3, 2, 4, 5, 1, 6).ravel()
-    elif dtype in (INT4_G64, INT4_G128):  # values i and 32 + i of 64 are in the same bytes of a word
+    elif dtype in (INT4_G64, INT4_G128):  # of 64 values, i and 32 + i are in one byte
         order = order.reshape(-1, 2, 32).swapaxes(1, 2).ravel()
     blocks = padded[:, order].reshape(n, -1, 8, lanes, 4)  # rows, blocks, vectors, lanes, values
     largest = np.abs(blocks).max((2, 4), keepdims=True)
@@ -134,7 +134,7 @@ def test_zero_points_and_order(library, isa, dtype):
         assert_close(y, permuted @ weights.T, 3e-2)
 
 
-def test_linear_of_a_token_does_not_depend_on_the_others(library, isa):
+def test_linear_of_a_row_does_not_depend_on_the_others(library, isa):
     """Bit for bit: a token of a prompt or of a decode step has the same product alone and in any batch."""
     columns = 1300
     for add, rows, storage in itertools.product((0, 1), (37, 200), DTYPES.values()):

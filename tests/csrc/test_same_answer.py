@@ -21,7 +21,7 @@ from engine import (
     store,
 )
 
-HIDDEN, LAYERS, MLP, VOCAB = 72, 2, 130, 67  # 3 heads of 24: no size is a multiple of a SIMD vector's
+HIDDEN, LAYERS, MLP, VOCAB = 72, 2, 130, 67  # 3 heads of 24: no size is a multiple of 16, an AVX-512 vector
 PROMPT, NEW = 61, 5  # tokens of the prompt, and generated tokens
 IMAGE_START, IMAGE_TOKENS = 20, 27
 IMAGE_END = IMAGE_START + IMAGE_TOKENS
