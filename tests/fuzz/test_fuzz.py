@@ -23,7 +23,7 @@ import pytest
 from mutate import corrupted
 from targets import REPO, Target, make_base, targets
 
-SECONDS = float(os.environ.get("QWENVL_FUZZ_SECONDS") or 60)
+TOTAL_SECONDS = float(os.environ.get("QWENVL_FUZZ_SECONDS") or 60)
 SEED = int(os.environ.get("QWENVL_FUZZ_SEED") or 0)
 FOUND = Path(__file__).with_name("found")
 # Targets whose input is a part of a model folder or of an adapter. One process reads BATCH_SIZE of these inputs.
@@ -53,7 +53,11 @@ class Runner:
         self._child: subprocess.Popen[str] | None = None
 
     def problem(self, target: Target, data: bytes) -> str | None:
-        """Run `qwenvl` with an input and describe what is wrong with its exit code, time, memory or message."""
+        """Run `qwenvl` with an input and check the exit code, time, memory and message.
+
+        Returns:
+            A description of the first that is wrong, None if all are right.
+        """
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir()
         reply = self._run(target.lay_out(data, self._work))
@@ -141,7 +145,7 @@ def test_valid_inputs_and_inputs_that_once_failed(name: str, runner: Runner) -> 
 @pytest.mark.parametrize("name", NAMES)
 def test_corrupted_inputs(name: str, runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     target = runner.targets[name]
-    deadline = time.monotonic() + SECONDS / len(NAMES)
+    deadline = time.monotonic() + TOTAL_SECONDS / len(NAMES)
     n_tried = 0
     problems: dict[str, Path] = {}  # problem: the first input that has it
     while time.monotonic() < deadline and len(problems) < MAX_PROBLEMS:
