@@ -16,9 +16,9 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def build(folder: Path, *options: str, target: str = "all") -> Path:
-    """Configure and build csrc into a folder, only for the ISAs of this processor: the others take minutes.
+    """Configure and build csrc into a folder and return the folder; skip the test if build tools are missing.
 
-    Skips the test if no build tools are installed.
+    Only kernels for the ISAs of this processor are compiled: all of them would take minutes.
     """
     if not shutil.which("cmake") or not (shutil.which("c++") or os.environ.get("CXX")):
         pytest.skip("the engine needs cmake and a C++17 compiler: apt-get install cmake g++")
@@ -30,8 +30,8 @@ def build(folder: Path, *options: str, target: str = "all") -> Path:
             ["cmake", "-S", str(REPO / "csrc"), "-B", str(folder), *options],
             ["cmake", "--build", str(folder), "--parallel", "2", "--target", target],
         ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                lines = f"{' '.join(command)}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
-                pytest.fail(lines, pytrace=False)
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                output = f"{' '.join(command)}\n{result.stdout[-8000:]}\n{result.stderr[-2000:]}"
+                pytest.fail(output, pytrace=False)
     return folder

@@ -1,7 +1,9 @@
-"""Fixtures: the engine, built once per session. Without Paddle: pytest --confcutdir=tests/csrc tests/csrc.
+"""Fixtures: the engine, built once per session, its ISAs, and the golden models.
 
-On a GPU: QWENVL_TEST_LIBRARY names a libqwenvl.so with libqwenvl_cuda.so and the kernels beside it
-(tests/cuda/README.md), and the tests create every engine on that GPU.
+These tests also run without Paddle: `pytest --confcutdir=tests/csrc tests/csrc`.
+
+To run them on a GPU, set QWENVL_TEST_LIBRARY to the path of a libqwenvl.so that has libqwenvl_cuda.so and the kernels
+beside it (tests/cuda/README.md). The tests then create every engine on that GPU.
 """
 
 from __future__ import annotations
@@ -24,18 +26,21 @@ def library() -> Library:
     return Library(build(REPO / "build" / "engine") / "libqwenvl_testing.so")
 
 
-@pytest.fixture(scope="session", params=["best"] if DEVICE_LIBRARY else [n for n in ISAS if n != "best"])
+@pytest.fixture(
+    scope="session", params=["best"] if DEVICE_LIBRARY else [name for name in ISAS if name != "best"]
+)
 def isa(request: pytest.FixtureRequest, library: Library) -> int:
-    """Each ISA that this processor supports."""
-    value = ISAS[request.param]
+    """Number of an ISA: parametrized over all ISAs that this processor supports; on a GPU only `best`."""
+    isa = ISAS[request.param]
     if DEVICE_LIBRARY:
-        return value
-    nothing = np.zeros(1, np.float32)
-    if library.dll.qvlt_gelu(value, 1, pointer(nothing)):
+        return isa
+    values = np.zeros(1, np.float32)
+    if library.dll.qvlt_gelu(isa, 1, pointer(values)):  # any kernel reports a missing ISA
         pytest.skip(f"this processor has no {request.param} instructions")
-    return value
+    return isa
 
 
 @pytest.fixture(scope="session")
 def golden_model() -> Callable[[str], GoldenModel]:
+    """Function that loads the golden model of a name, once per session."""
     return functools.lru_cache(GoldenModel)

@@ -1,4 +1,4 @@
-"""The engine's C interface through ctypes, for the tests and the benchmark: no Paddle, NumPy only."""
+"""The engine's C interface (csrc/include/qwenvl.h) through ctypes, for tests and benchmarks: no Paddle, NumPy only."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# Constants of qwenvl.h; _GN is the group size.
 FLOAT32, BFLOAT16, INT8, INT4_G64, INT4_G128, FLOAT16 = range(6)
 UINT4_G32, UINT4_G64, UINT4_G128, UINT8_G32, UINT8_G64, UINT8_G128, INT32 = range(6, 13)
 GROUPS = {UINT4_G32: 32, UINT4_G64: 64, UINT4_G128: 128, UINT8_G32: 32, UINT8_G64: 64, UINT8_G128: 128}
@@ -50,9 +51,10 @@ FINISH_END, FINISH_LENGTH = 1, 2
 NO_LOGITS, GENERATED = 1, 2
 COMPUTE_BEST, COMPUTE_FLOAT32, COMPUTE_BFLOAT16, COMPUTE_FLOAT16 = range(4)
 
-CONFIG_INTS_1 = ["device", "device_index", "n_threads", "isa", "max_tokens"]
-CONFIG_INTS_2 = ["hidden", "layers", "heads", "head_dim", "mlp_width", "vocab"]
-CONFIG_INTS_3 = ["image_size", "patch_size", "vision_width", "vision_layers", "vision_heads"]
+# Consecutive int32 fields of Config.
+CONFIG_RUN = ["device", "device_index", "n_threads", "isa", "max_tokens"]
+CONFIG_LANGUAGE = ["hidden", "layers", "heads", "head_dim", "mlp_width", "vocab"]
+CONFIG_VISION = ["image_size", "patch_size", "vision_width", "vision_layers", "vision_heads"]
 
 
 class Error(ctypes.Structure):
@@ -63,15 +65,15 @@ class Config(ctypes.Structure):
     _fields_ = [
         ("size", c_uint32),
         ("stages", c_uint32),
-        *((name, c_int32) for name in CONFIG_INTS_1),
-        *((name, c_int32) for name in CONFIG_INTS_2),
+        *((name, c_int32) for name in CONFIG_RUN),
+        *((name, c_int32) for name in CONFIG_LANGUAGE),
         ("norm_epsilon", c_float),
         ("seq_length", c_int32),
         ("max_positions", c_int32),
         ("rotary_base", c_float),
         ("dynamic_ntk", c_int32),
         ("logn", c_int32),
-        *((name, c_int32) for name in CONFIG_INTS_3),
+        *((name, c_int32) for name in CONFIG_VISION),
         ("vision_mlp_width", c_int32),
         ("n_queries", c_int32),
         ("compute", c_int32),
@@ -203,6 +205,8 @@ OnStep = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, c_int32, POINTER(c_int32),
 
 
 class EngineError(Exception):
+    """A failed function of the library: its status code, and its message."""
+
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
@@ -214,7 +218,7 @@ def pointer(array: np.ndarray) -> int:
 
 
 def aligned(n_bytes: int) -> np.ndarray:
-    """uint8 memory aligned to a cache line, which the engine prefers for weights."""
+    """Uninitialized uint8 memory aligned to a cache line of 64 bytes, which the engine prefers for weights."""
     memory = np.empty(n_bytes + 63, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + n_bytes]
@@ -288,9 +292,10 @@ class Library:
                 *(c_int64, c_void_p, c_void_p, c_void_p),
             ],
         }
-        # Kernels and references of libqwenvl_testing.so; the names are missing in other libraries.
+        # Only libqwenvl_testing.so has these functions: references qvlr_NAME, and kernels qvlt_NAME, whose first
+        # argument is the ISA.
         i32, i64, f32, p = c_int32, c_int64, c_float, c_void_p
-        testing: dict[str, list[Any]] = {
+        references: dict[str, list[Any]] = {
             "linear": [i64, i64, i64, p, p, p, i32, p],
             "rms_norm": [i64, i64, p, p, f32, p],
             "layer_norm": [i64, i64, p, p, p, f32, p],
@@ -300,17 +305,17 @@ class Library:
             "attention": [i64, i64, i64, i64, i32, p, p, p, p],
         }
         kernels: dict[str, list[Any]] = {
-            **testing,
+            **references,
             "linear": [i32, i32, i64, i64, i64, i64, p, p, p, p, i32, p],
             "add": [i64, p, p],
             "bfloat16": [i64, p, p, p],
             "rotary": [POINTER(Config), i32, i64, p, p, p, p],
-            "attention": [i32, i32, i32, i32, i32, *testing["attention"]],
+            "attention": [i32, i32, i32, i32, i32, *references["attention"]],
             "textbook_matvec": [i32, i32, i64, i64, p, p, p],
             "textbook_attention": [i32, i32, i32, i32, i32, p, p, p],
         }
         if hasattr(self.dll, "qvlt_linear"):
-            for name, arguments in testing.items():
+            for name, arguments in references.items():
                 getattr(self.dll, f"qvlr_{name}").argtypes = arguments
             for name, arguments in kernels.items():
                 getattr(self.dll, f"qvlt_{name}").argtypes = [i32, *arguments]
@@ -327,6 +332,7 @@ class Library:
             getattr(self.dll, name).restype = c_int32
 
     def call(self, name: str, *arguments: Any) -> None:
+        """Call a function that returns a status; this method adds the last argument, the error struct."""
         error = Error()
         status = getattr(self.dll, name)(*arguments, ctypes.byref(error))
         if status != OK:
@@ -336,7 +342,7 @@ class Library:
             raise EngineError(status, message)
 
     def pack(self, values: np.ndarray, dtype: int) -> np.ndarray:
-        """A float32 [out, in] matrix as uint8 in the engine's storage."""
+        """Pack a matrix [out, in] into the engine's storage, uint8; types with zero points: `quantise_groups` first."""
         values = np.ascontiguousarray(values, np.float32)
         if dtype in GROUPS:
             return self.pack_groups(*quantise_groups(values, dtype), dtype)
@@ -350,7 +356,7 @@ class Library:
     ) -> np.ndarray:
         """Pack uint8 [out, in] with float16 scales and zero points [out, groups] into the engine's storage, uint8."""
         packed = aligned(self.dll.qvl_packed_bytes(dtype, *integers.shape))
-        pointers = [pointer(part) for part in (integers, scales, zeros, packed)]
+        pointers = [pointer(array) for array in (integers, scales, zeros, packed)]
         self.call("qvl_pack_groups", dtype, *integers.shape, *pointers, packed.nbytes)
         return packed
 
@@ -361,18 +367,22 @@ class Library:
 
 
 def quantise_groups(values: np.ndarray, dtype: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Integers uint8 [out, in], scales and zero points float16 [out, groups], for each group's range of values."""
-    group, most = GROUPS[dtype], 15 if dtype in UINT4 else 255
+    """Quantise a float32 matrix asymmetrically, by the range of values of each group.
+
+    Returns:
+        Integers uint8 [out, in]; scales and zero points, both float16 [out, groups].
+    """
+    group, max_integer = GROUPS[dtype], 15 if dtype in UINT4 else 255
     rows, columns = values.shape
     n_groups = -(-columns // group)
     padded = np.zeros([rows, n_groups * group], np.float32)
     padded[:, :columns] = values
     padded = padded.reshape(rows, n_groups, group)
     low, high = padded.min(-1).clip(max=0), padded.max(-1).clip(min=0)
-    scales = np.maximum((high - low) / most, 1e-6).astype(np.float16)
-    zeros = np.rint(-low / scales.astype(np.float32)).clip(0, most).astype(np.float16)
-    steps = padded / scales[..., None].astype(np.float32) + zeros[..., None]
-    integers = np.rint(steps).clip(0, most).astype(np.uint8).reshape(rows, -1)[:, :columns]
+    scales = np.maximum((high - low) / max_integer, 1e-6).astype(np.float16)
+    zeros = np.rint(-low / scales.astype(np.float32)).clip(0, max_integer).astype(np.float16)
+    scaled = padded / scales[..., None].astype(np.float32) + zeros[..., None]
+    integers = np.rint(scaled).clip(0, max_integer).astype(np.uint8).reshape(rows, -1)[:, :columns]
     return np.ascontiguousarray(integers), scales, zeros
 
 
@@ -410,42 +420,52 @@ def make_config(data: Mapping[str, Any], stages: int = VISION | LANGUAGE, **chan
 
 
 Stored = tuple[np.ndarray, int, tuple[int, ...]]
+"""A weight in the engine's storage: packed data, dtype, shape."""
 
 
 def store(
-    library: Library, weights: Mapping[str, np.ndarray], dtype: int, of: Callable[[str], int] | None = None
+    library: Library,
+    weights: Mapping[str, np.ndarray],
+    dtype: int,
+    dtype_of: Callable[[str], int] | None = None,
 ) -> dict[str, Stored]:
-    """Weights in the engine's storage: matrices as `dtype`, tables that cannot be quantised as bfloat16."""
+    """Pack weights into the engine's storage as `dtype`, or as `dtype_of(name)` if given.
+
+    Only matrices of linear layers can be quantised: in place of a quantised type, embedding tables get bfloat16 and
+    vectors float32.
+    """
     stored = {}
     for name, values in weights.items():
-        kind = of(name) if of else dtype
-        matrix = values.ndim > 1 and not name.endswith(("wte.weight", "embedding", "query", "pos_embed"))
-        if kind in QUANTISED and not matrix:
-            kind = BFLOAT16 if values.ndim > 1 else FLOAT32
-        flat = values.reshape(values.shape[0], -1)
-        stored[name] = (library.pack(flat, kind), kind, values.shape)
+        storage = dtype_of(name) if dtype_of else dtype
+        linear = values.ndim > 1 and not name.endswith(("wte.weight", "embedding", "query", "pos_embed"))
+        if storage in QUANTISED and not linear:
+            storage = BFLOAT16 if values.ndim > 1 else FLOAT32
+        matrix = values.reshape(values.shape[0], -1)
+        stored[name] = (library.pack(matrix, storage), storage, values.shape)
     return stored
 
 
 def make_tensors(stored: Mapping[str, Stored]) -> Any:
+    """C array of qvl_tensor that refers to the memory of `stored`."""
     tensors = (Tensor * len(stored))()
     for tensor, (name, (data, dtype, shape)) in zip(tensors, stored.items()):
         tensor.name, tensor.data, tensor.dtype = name.encode(), pointer(data), dtype
         tensor.n_dims, tensor.bytes = len(shape), data.nbytes
-        for i, n in enumerate(shape):
-            tensor.shape[i] = n
+        for i, size in enumerate(shape):
+            tensor.shape[i] = size
     return tensors
 
 
 class Weights:
-    """Weights in memory (kept alive) or from a parameter file."""
+    """Weights in memory, or mapped from a parameter file."""
 
-    def __init__(self, library: Library, stored: Mapping[str, Stored] | Path) -> None:
-        self.library, self._stored, handle = library, stored, c_void_p()
-        if isinstance(stored, Path):
-            library.call("qvl_weights_open", str(stored).encode(), ctypes.byref(handle))
+    def __init__(self, library: Library, source: Mapping[str, Stored] | Path) -> None:
+        # `_source` keeps the memory of the weights alive.
+        self.library, self._source, handle = library, source, c_void_p()
+        if isinstance(source, Path):
+            library.call("qvl_weights_open", str(source).encode(), ctypes.byref(handle))
         else:
-            tensors = make_tensors(stored)
+            tensors = make_tensors(source)
             library.call(
                 "qvl_weights_create", tensors, len(tensors), ctypes.sizeof(Tensor), ctypes.byref(handle)
             )
@@ -475,8 +495,8 @@ class Engine:
         if isinstance(weights, Weights):
             library.call("qvl_engine_create", config, weights.handle, ctypes.byref(handle))
         else:
-            with Weights(library, weights) as given:
-                library.call("qvl_engine_create", config, given.handle, ctypes.byref(handle))
+            with Weights(library, weights) as opened:  # freed afterwards: the engine keeps the tensors
+                library.call("qvl_engine_create", config, opened.handle, ctypes.byref(handle))
         self.handle = handle
 
     def __enter__(self) -> Engine:
@@ -508,12 +528,13 @@ class Engine:
         sampling: Sequence[Sampling],
         counts: Sequence[np.ndarray | None] | None = None,
     ) -> list[int]:
+        """Sample a token for each row of logits; counts: numbers of tokens by id [vocab], or None, for each row."""
         n = len(sampling)
         logits = np.ascontiguousarray(logits, np.float32)
         tokens = np.empty(n, np.int32)
-        rows = None
+        count_pointers = None
         if counts is not None:
-            rows = (c_void_p * n)(*(None if row is None else pointer(row) for row in counts))
+            count_pointers = (c_void_p * n)(*(None if row is None else pointer(row) for row in counts))
         self.library.call(
             "qvl_sample",
             self.handle,
@@ -521,13 +542,14 @@ class Engine:
             pointer(logits),
             (Sampling * n)(*sampling),
             ctypes.sizeof(Sampling),
-            rows,
+            count_pointers,
             pointer(tokens),
             None,
         )
         return [int(token) for token in tokens]
 
     def sampling(self, **changes: Any) -> Sampling:
+        """Default sampling parameters with changed fields."""
         sampling = Sampling(size=ctypes.sizeof(Sampling))
         self.library.dll.qvl_sampling_init(sampling)
         for name, value in changes.items():
@@ -547,13 +569,19 @@ class Engine:
         adapters: Sequence[Adapter | None] | None = None,
         **sampling: Any,
     ) -> tuple[list[list[int]], list[int]]:
-        """Tokens and finish reason of each prompt; spans are (start, features [count, hidden])."""
-        n, keep = len(prompts), []
+        """Generate completions; return their tokens and their finish reasons.
+
+        Args:
+            spans: image features of each prompt, as (first position, features [count, hidden]).
+            on_step: called with the step, the indices of requests and their new tokens; nonzero stops.
+        """
+        n = len(prompts)
+        keep_alive: list[Any] = []  # the structs have pointers to these objects
         requests = (Request * n)()
         for i, (request, prompt) in enumerate(zip(requests, prompts)):
             ids = np.asarray(prompt, np.int32)
             request_spans = make_spans(spans[i] if spans else [])
-            keep += [ids, request_spans]
+            keep_alive += [ids, request_spans]
             request.n_tokens, request.tokens = len(ids), int_pointer(ids)
             request.n_spans, request.spans = len(request_spans), request_spans
             request.max_new, request.min_new = max_new, min_new
@@ -561,31 +589,32 @@ class Engine:
             if adapters and adapters[i]:
                 request.adapter = adapters[i].handle.value
             if sampling:
-                keep.append(self.sampling(**sampling))
-                request.sampling = ctypes.pointer(keep[-1])
+                parameters = self.sampling(**sampling)
+                keep_alive.append(parameters)
+                request.sampling = ctypes.pointer(parameters)
         tokens = np.full([n, max_new], -1, np.int32)
         results = (Result * n)()
-        ends = np.asarray(end_ids, np.int32)
+        stop_ids = np.asarray(end_ids, np.int32)
 
-        def relay(_: Any, step: int, count: int, rows: Any, new_tokens: Any) -> int:
-            return on_step(step, rows[:count], new_tokens[:count]) if on_step else 0
+        def relay(_: Any, step: int, count: int, indices: Any, new_tokens: Any) -> int:
+            return on_step(step, indices[:count], new_tokens[:count]) if on_step else 0
 
         callback = OnStep(relay) if on_step else OnStep()
         self.library.call(
             "qvl_generate",
             *(self.handle, pool.handle if pool else None, n, requests, ctypes.sizeof(Request)),
-            *(len(ends), pointer(ends), callback, None, max_new, pointer(tokens), results, None),
+            *(len(stop_ids), pointer(stop_ids), callback, None, max_new, pointer(tokens), results, None),
         )
-        return [row[: result.n_tokens].tolist() for row, result in zip(tokens, results)], [
-            result.finish for result in results
-        ]
+        completions = [row[: result.n_tokens].tolist() for row, result in zip(tokens, results)]
+        return completions, [result.finish for result in results]
 
 
 def make_spans(spans: Sequence[tuple[int, np.ndarray]]) -> Any:
-    made = (Span * len(spans))()
-    for span, (start, features) in zip(made, spans):
+    """C array of qvl_span for (first position, features)."""
+    array = (Span * len(spans))()
+    for span, (start, features) in zip(array, spans):
         span.start, span.count, span.features = start, len(features), pointer(features)
-    return made
+    return array
 
 
 class LowRank(NamedTuple):
@@ -597,16 +626,19 @@ class LowRank(NamedTuple):
 
 
 class Adapter:
-    def __init__(self, engine: Engine, matrices: Mapping[str, LowRank]) -> None:
-        rows = (AdapterMatrix * len(matrices))()
-        kinds = {"float32": FLOAT32, "float16": FLOAT16, "uint16": BFLOAT16}
-        for row, (name, (a, b, scale)) in zip(rows, matrices.items()):
-            row.name, row.a, row.b, row.scale = name.encode(), pointer(a), pointer(b), scale
-            row.dtype, row.rank, row.out, row.in_ = kinds[a.dtype.name], a.shape[0], b.shape[0], a.shape[1]
+    """An adapter of an engine, from the low-rank updates of its matrices."""
+
+    def __init__(self, engine: Engine, updates: Mapping[str, LowRank]) -> None:
+        matrices = (AdapterMatrix * len(updates))()
+        dtypes = {"float32": FLOAT32, "float16": FLOAT16, "uint16": BFLOAT16}
+        for matrix, (name, (a, b, scale)) in zip(matrices, updates.items()):
+            matrix.name, matrix.a, matrix.b, matrix.scale = name.encode(), pointer(a), pointer(b), scale
+            matrix.rank, matrix.out, matrix.in_ = a.shape[0], b.shape[0], a.shape[1]
+            matrix.dtype = dtypes[a.dtype.name]
         self.library, handle = engine.library, c_void_p()
         engine.library.call(
             "qvl_adapter_create",
-            *(engine.handle, rows, len(rows), ctypes.sizeof(AdapterMatrix), ctypes.byref(handle)),
+            *(engine.handle, matrices, len(matrices), ctypes.sizeof(AdapterMatrix), ctypes.byref(handle)),
         )
         self.handle = handle
 
@@ -615,6 +647,10 @@ class Adapter:
 
     def __exit__(self, *_: object) -> None:
         self.library.dll.qvl_adapter_free(self.handle)
+
+
+Entry = tuple[Sequence[int], int, int, Sequence[int]]
+"""A sequence of a batch: tokens, n_past, prompt_len, block table; qwenvl.h describes these fields of qvl_sequence."""
 
 
 class Pool:
@@ -636,57 +672,61 @@ class Pool:
 
     def batch(
         self,
-        parts: Sequence[tuple[Sequence[int], int, int, Sequence[int]]],
+        entries: Sequence[Entry],
         spans: Sequence[tuple[int, np.ndarray]] = (),
         flags: Sequence[int] = (),
         adapters: Sequence[Adapter | None] = (),
     ) -> Batch:
-        """Parts are (tokens, n_past, prompt_len, block table)."""
-        tables = [np.asarray(part[3], np.int32) for part in parts]
-        sequences = (Sequence_ * len(parts))()
-        for sequence, (tokens, n_past, prompt_len, _), table in zip(sequences, parts, tables):
+        """Make the C struct of a batch; spans: (first position among all tokens of the batch, features)."""
+        tables = [np.asarray(table, np.int32) for _, _, _, table in entries]
+        sequences = (Sequence_ * len(entries))()
+        for sequence, (tokens, n_past, prompt_len, _), table in zip(sequences, entries, tables):
             sequence.n_new, sequence.n_past, sequence.prompt_len = len(tokens), n_past, prompt_len
             sequence.n_blocks, sequence.blocks = len(table), int_pointer(table)
         for sequence, flag in zip(sequences, flags):
             sequence.flags = flag
         for sequence, adapter in zip(sequences, adapters):
             sequence.adapter = adapter.handle if adapter is not None else None
-        ids = np.concatenate([np.asarray(part[0], np.int32) for part in parts])
-        made = make_spans(spans)
-        batch = Batch(ctypes.sizeof(Batch), len(parts), sequences, pointer(ids), len(made), 0, made)
+        ids = np.concatenate([np.asarray(tokens, np.int32) for tokens, _, _, _ in entries])
+        c_spans = make_spans(spans)
+        batch = Batch(ctypes.sizeof(Batch), len(entries), sequences, pointer(ids), len(c_spans), 0, c_spans)
         batch.sequence_size, batch.span_size = ctypes.sizeof(Sequence_), ctypes.sizeof(Span)
-        batch.keep = tables, ids
+        batch.keep_alive = tables, ids  # the structs have pointers to these arrays
         return batch
 
     def forward(
         self,
-        parts: Sequence[tuple[Sequence[int], int, int, Sequence[int]]],
+        entries: Sequence[Entry],
         spans: Sequence[tuple[int, np.ndarray]] = (),
         logits: bool = True,
         flags: Sequence[int] = (),
         adapters: Sequence[Adapter | None] = (),
     ) -> np.ndarray:
-        """Logits [rows, vocab] of the parts without NO_LOGITS."""
-        rows = len(parts) - sum(flag & NO_LOGITS for flag in flags)
-        out = np.full([rows, self.engine.config.vocab], np.nan, np.float32)
+        """Run a forward pass and return the logits [rows, vocab] of the entries without NO_LOGITS.
+
+        With logits=False the engine computes none, and the returned values are NaN.
+        """
+        rows = len(entries) - sum(flag & NO_LOGITS for flag in flags)
+        output = np.full([rows, self.engine.config.vocab], np.nan, np.float32)
         self.engine.library.call(
             "qvl_forward",
-            *(self.engine.handle, self.handle, self.batch(parts, spans, flags, adapters)),
-            *(pointer(out) if logits else None, None),
+            *(self.engine.handle, self.handle, self.batch(entries, spans, flags, adapters)),
+            *(pointer(output) if logits else None, None),
         )
-        return out
+        return output
 
     def step(
         self,
-        parts: Sequence[tuple[Sequence[int], int, int, Sequence[int]]],
+        entries: Sequence[Entry],
         sampling: Sequence[Sampling],
         spans: Sequence[tuple[int, np.ndarray]] = (),
         flags: Sequence[int] = (),
         counts: Sequence[np.ndarray | None] | None = None,
         n_logprobs: int = 0,
     ) -> Step:
+        """Run a forward pass and sample a token for each entry without NO_LOGITS."""
         n = len(sampling)
-        made = Step(
+        step = Step(
             np.full(n, -9, np.int32),
             np.empty(n, np.float32),
             np.empty([n, n_logprobs], np.int32),
@@ -694,24 +734,27 @@ class Pool:
             np.full([n, self.engine.config.vocab], np.nan, np.float32),
         )
         args = StepArgs(size=ctypes.sizeof(StepArgs), sampling_size=ctypes.sizeof(Sampling))
-        args.batch, args.rows = ctypes.pointer(self.batch(parts, spans, flags)), n
+        args.batch, args.rows = ctypes.pointer(self.batch(entries, spans, flags)), n
         args.sampling, args.n_logprobs = (Sampling * n)(*sampling), n_logprobs
-        rows = None
+        count_pointers = None
         if counts is not None:
-            rows = (c_void_p * n)(*(None if row is None else pointer(row) for row in counts))
-            args.counts = ctypes.addressof(rows)
-        args.tokens, args.logprobs, args.top_tokens, args.top_logprobs, args.logits = map(pointer, made)
+            count_pointers = (c_void_p * n)(*(None if row is None else pointer(row) for row in counts))
+            args.counts = ctypes.addressof(count_pointers)
+        args.tokens, args.logprobs, args.top_tokens, args.top_logprobs, args.logits = map(pointer, step)
         self.engine.library.call("qvl_step", self.engine.handle, self.handle, args, None)
-        return made
+        return step
 
-    def copy_blocks(self, from_: Sequence[int], to: Sequence[int]) -> None:
-        a, b = np.asarray(from_, np.int32), np.asarray(to, np.int32)
-        self.engine.library.call("qvl_kv_copy_blocks", self.handle, len(a), pointer(a), pointer(b), None)
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        from_, to = np.asarray(sources, np.int32), np.asarray(targets, np.int32)
+        self.engine.library.call(
+            "qvl_kv_copy_blocks", self.handle, len(from_), pointer(from_), pointer(to), None
+        )
 
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        """Copy blocks to host memory, uint8."""
         numbers = np.asarray(blocks, np.int32)
-        config = self.engine.handle, len(numbers), self.block_tokens, self.dtype
-        host = np.zeros(self.engine.library.dll.qvl_kv_pool_bytes(*config), np.uint8)
+        size = self.engine.handle, len(numbers), self.block_tokens, self.dtype
+        host = np.zeros(self.engine.library.dll.qvl_kv_pool_bytes(*size), np.uint8)
         self.engine.library.call(
             "qvl_kv_read_blocks",
             self.handle,
@@ -737,10 +780,10 @@ class Pool:
 
 
 class Step(NamedTuple):
-    """Output of a step: int32 [rows], float32 [rows], int32 and float32 [rows, n_logprobs], float32 [rows, vocab]."""
+    """Output of a step, a row for each entry with logits."""
 
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    top_tokens: np.ndarray
-    top_logprobs: np.ndarray
-    logits: np.ndarray
+    tokens: np.ndarray  # int32 [rows]
+    logprobs: np.ndarray  # float32 [rows]
+    top_tokens: np.ndarray  # int32 [rows, n_logprobs]
+    top_logprobs: np.ndarray  # float32 [rows, n_logprobs]
+    logits: np.ndarray  # float32 [rows, vocab]

@@ -1,4 +1,4 @@
-"""The golden models in the engine's naming and layout (tests/golden/README.md), with NumPy alone."""
+"""The golden models (tests/golden/README.md) in the engine's naming and layout, loaded with NumPy alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+# Matrices that PaddleMIX stores as [in, out] and the engine as [out, in].
 LINEAR = re.compile(
     r"(c_attn|c_proj|w1|w2|c_fc|in_proj|out_proj|kv_proj|lm_head)\.weight$"
     r"|attn_pool\.attn\.in_proj_weight$|visual\.proj$"
@@ -16,7 +17,7 @@ LINEAR = re.compile(
 
 
 def cubic(distance: np.ndarray) -> np.ndarray:
-    """The cubic convolution kernel with a = -0.75."""
+    """The cubic convolution kernel (Keys, 1981) with a = -0.75."""
     a, d = -0.75, np.abs(distance)
     near = (a + 2) * d**3 - (a + 3) * d**2 + 1
     far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
@@ -24,7 +25,7 @@ def cubic(distance: np.ndarray) -> np.ndarray:
 
 
 def resize_matrix(source: int, target: int) -> np.ndarray:
-    """[target, source]: bicubic with half-pixel centres, the border repeated."""
+    """Matrix [target, source] of bicubic interpolation, with half-pixel centres and the border repeated."""
     matrix = np.zeros([target, source])
     for i in range(target):
         centre = (i + 0.5) * source / target - 0.5
@@ -34,7 +35,7 @@ def resize_matrix(source: int, target: int) -> np.ndarray:
 
 
 def resize(table: np.ndarray, grid: int) -> np.ndarray:
-    """Positions on a square grid [n * n, width] -> [grid * grid, width]."""
+    """Resize a table of positions on a square grid: [side * side, width] -> [grid * grid, width]."""
     side = int(len(table) ** 0.5)
     matrix = resize_matrix(side, grid)
     square = table.astype(np.float64).reshape(side, side, -1)
@@ -43,21 +44,23 @@ def resize(table: np.ndarray, grid: int) -> np.ndarray:
 
 
 class GoldenModel:
+    """A golden model's weights with the engine's names, float32, matrices [out, in]; and upstream's figures."""
+
     def __init__(self, name: str) -> None:
         self.config = json.loads((GOLDEN / name / "config.json").read_text())
         self.figures = dict(np.load(GOLDEN / name / "golden.npz"))
         grid = self.config["visual"]["image_size"] // self.config["visual"]["patch_size"]
         self.weights: dict[str, np.ndarray] = {}
-        for key, half in np.load(GOLDEN / name / "weights.npz").items():
-            canonical = key.replace("transformer.llm.", "").replace("visual.vit.", "visual.")
-            values = half.astype(np.float32)
-            if LINEAR.search(canonical):
+        for upstream_name, float16_values in np.load(GOLDEN / name / "weights.npz").items():
+            engine_name = upstream_name.replace("transformer.llm.", "").replace("visual.vit.", "visual.")
+            values = float16_values.astype(np.float32)
+            if LINEAR.search(engine_name):
                 values = np.ascontiguousarray(values.T)
-            if canonical == "visual.attn_pool.pos_embed":
+            if engine_name == "visual.attn_pool.pos_embed":
                 self.weights["visual.attn_pool.key_pos_embed"] = resize(values, grid)
-            if canonical == "visual.positional_embedding":
+            if engine_name == "visual.positional_embedding":
                 values = resize(values, grid)
-            self.weights[canonical] = values
+            self.weights[engine_name] = values
 
     @property
     def prompt(self) -> list[int]:
@@ -65,11 +68,12 @@ class GoldenModel:
 
     @property
     def images(self) -> np.ndarray:
+        """The random images [n, 3, 448, 448] for which upstream's figures were recorded."""
         n = len(self.figures["features_every_16th_query"])
         return np.random.RandomState(101).randn(n, 3, 448, 448).astype("float32")
 
     def spans(self, features: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Features of each image, beginning after its <img>."""
+        """(First token after the image's <img>, features) of every image in the prompt."""
         starts = np.flatnonzero(self.figures["input_ids"][0] == self.config["visual"]["image_start_id"]) + 1
         return list(zip(starts.tolist(), features))
 

@@ -1,4 +1,4 @@
-"""A C program on the library (driver/driver.c), plain and under the sanitizers."""
+"""The C program driver/driver.c, which calls the library: built without and with sanitizers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from engine import Library
 
 
 def run(folder: Path, *arguments: str) -> str:
-    # By default a sanitizer's allocator aborts where others return NULL, the case under test.
+    """Run the driver of a build folder and return its output."""
+    # Some tests allocate too much memory: the library must handle NULL. By default the sanitizers abort instead.
     options = {f"{name}_OPTIONS": "allocator_may_return_null=1" for name in ("ASAN", "TSAN")}
-    done = subprocess.run(
+    result = subprocess.run(
         [str(folder / "driver"), *arguments],
         capture_output=True,
         text=True,
@@ -23,8 +24,8 @@ def run(folder: Path, *arguments: str) -> str:
         timeout=300,
         env={**os.environ, **options, "OMP_NUM_THREADS": "2"},
     )
-    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
-    return done.stdout
+    assert result.returncode == 0, result.stdout + result.stderr[-6000:]
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +33,22 @@ def plain(library: Library) -> Path:
     return library.path.parent
 
 
-def sanitized(kind: str) -> Path:
-    name = kind.split(",")[0]
-    return build(REPO / "build" / f"engine-{name}", f"-DQVL_SANITIZE={kind}", target="driver")
+def build_sanitized(sanitizers: str) -> Path:
+    name = sanitizers.split(",")[0]
+    return build(REPO / "build" / f"engine-{name}", f"-DQVL_SANITIZE={sanitizers}", target="driver")
 
 
 @pytest.fixture(scope="module")
-def address() -> Path:
-    return sanitized("address,undefined")
+def address_sanitizer() -> Path:
+    return build_sanitized("address,undefined")
 
 
 @pytest.fixture(scope="module")
-def thread() -> Path:
-    return sanitized("thread")
+def thread_sanitizer() -> Path:
+    return build_sanitized("thread")
 
 
-def test_many_requests_leave_memory_flat(plain):
+def test_memory_does_not_grow_with_requests(plain):
     assert run(plain, "soak", "10000").startswith("10000 requests")
 
 
@@ -60,11 +61,11 @@ def test_corrupted_arguments(plain, seed):
     assert "of 20000 calls refused" in run(plain, "fuzz", "20000", seed)
 
 
-def test_address_and_undefined_behaviour(address):
-    assert int(run(address, "all").split()[0]) >= 5
-    assert "answered" in run(address, "threads")
-    assert re.match(r"\d+ of 2000 calls refused", run(address, "fuzz", "2000", "4"))
+def test_address_and_undefined_behaviour(address_sanitizer):
+    assert int(run(address_sanitizer, "all").split()[0]) >= 5
+    assert "answered" in run(address_sanitizer, "threads")
+    assert re.match(r"\d+ of 2000 calls refused", run(address_sanitizer, "fuzz", "2000", "4"))
 
 
-def test_data_races(thread):
-    assert "4 threads on 2 engines answered" in run(thread, "threads")
+def test_data_races(thread_sanitizer):
+    assert "4 threads on 2 engines answered" in run(thread_sanitizer, "threads")

@@ -1,4 +1,4 @@
-"""Unmerged low-rank adapters: equal to merged weights, independent of the batch, and errors of invalid ones."""
+"""Adapters in the engine: compared with merged weights, independent of the batch, and errors of invalid adapters."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ TARGETS = re.compile(r"attn\.c_attn|attn\.c_proj|mlp\.w1|mlp\.w2|mlp\.c_proj|lm_
 PROMPT = RANDOM.integers(0, 600, 70).tolist()
 # On a GPU these tests compute in float16, to which an adapter's matrices A and B are rounded.
 COMPUTE = COMPUTE_FLOAT16 if DEVICE_LIBRARY else COMPUTE_FLOAT32
-CLOSE = {"atol": 0.1, "rtol": 0} if DEVICE_LIBRARY else {"atol": 1e-3, "rtol": 0}
+TOLERANCE = {"atol": 0.1, "rtol": 0} if DEVICE_LIBRARY else {"atol": 1e-3, "rtol": 0}
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
-    """The upper halves of float32 values."""
+    """Bits of bfloat16, uint16: the upper halves of float32 values."""
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def floats(values: np.ndarray) -> np.ndarray:
-    """Exact float64 values of an adapter's matrix."""
+def float64(values: np.ndarray) -> np.ndarray:
+    """Exact values of an adapter's matrix A or B."""
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return values.astype(np.float64)
 
 
 def make_adapter(model, seed=0, dtype="float32", skip=""):
-    """Random entries for all targets whose name lacks `skip`; each with its own rank, 1 to 20, and scale."""
+    """Random updates, of different ranks and scales, for all target matrices without `skip` in their name."""
     random = np.random.default_rng(seed)
-    made = {}
+    updates = {}
     for name, matrix in model.language_weights().items():
         if not TARGETS.search(name) or not name.endswith("weight") or (skip and skip in name):
             continue
@@ -63,74 +63,80 @@ def make_adapter(model, seed=0, dtype="float32", skip=""):
         a = random.standard_normal((rank, matrix.shape[1])) * 0.1
         b = random.standard_normal((matrix.shape[0], rank)) * 0.1
         a, b = (bfloat16(a), bfloat16(b)) if dtype == "bfloat16" else (a.astype(dtype), b.astype(dtype))
-        made[name] = LowRank(a, b, float(random.uniform(0.3, 2)))
-    return made
+        updates[name] = LowRank(a, b, float(random.uniform(0.3, 2)))
+    return updates
 
 
 def merged(weights, adapter):
     """Weights with an adapter's updates, merged in float64."""
-    updates = {name: scale * (floats(b) @ floats(a)) for name, (a, b, scale) in adapter.items()}
-    return {**weights, **{name: (weights[name] + each).astype(np.float32) for name, each in updates.items()}}
+    result = dict(weights)
+    for name, (a, b, scale) in adapter.items():
+        result[name] = (weights[name] + scale * (float64(b) @ float64(a))).astype(np.float32)
+    return result
 
 
 def run(library, model, weights, adapter=None):
-    """Logits of a prompt's last token and of a decode step after it."""
+    """Logits [2, vocab] of the prompt's last token and of a decode step after it."""
     config = make_config(model.config, LANGUAGE, compute=COMPUTE)
     with Engine(library, config, weights) as engine, engine.pool(4) as pool:
-        made = engine.adapter(adapter) if adapter else None
+        created = engine.adapter(adapter) if adapter else None
         table = [0, 1, 2, 3]
-        first = pool.forward([(PROMPT, 0, 70, table)], adapters=[made])
-        second = pool.forward([([5], 70, 70, table)], adapters=[made])
-        if made is not None:
-            library.dll.qvl_adapter_free(made.handle)
-        return np.concatenate([first, second])
+        prefill = pool.forward([(PROMPT, 0, 70, table)], adapters=[created])
+        decode = pool.forward([([5], 70, 70, table)], adapters=[created])
+        if created is not None:
+            library.dll.qvl_adapter_free(created.handle)
+        return np.concatenate([prefill, decode])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_equals_the_merged_model(library, golden_model, dtype):
-    """Within `CLOSE` of a model whose weights were merged in float64."""
+    """Within `TOLERANCE` of a model whose weights were merged in float64."""
     model = golden_model("a")
     base, adapter = model.language_weights(), make_adapter(model, dtype=dtype)
-    ours = run(library, model, store(library, base, FLOAT32), adapter)
+    logits = run(library, model, store(library, base, FLOAT32), adapter)
     expected = run(library, model, store(library, merged(base, adapter), FLOAT32))
     assert np.abs(expected - run(library, model, store(library, base, FLOAT32))).max() > 1
-    np.testing.assert_allclose(ours, expected, **CLOSE)
+    np.testing.assert_allclose(logits, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", [INT4_G64, UINT4_G128])
-def test_an_int4_base_equals_the_merged_dequantised_model(library, golden_model, kind):
-    """The same sums in float32, except decode steps of INT4_G64, which round activations for the base only.
+@pytest.mark.parametrize("storage", [INT4_G64, UINT4_G128])
+def test_an_int4_base_equals_the_merged_dequantised_model(library, golden_model, storage):
+    """Both models add the same values in float32, except in decode steps of INT4_G64 on a CPU.
 
-    The matrices with zero points have their columns in another order, as GPTQ's act-order gives them.
+    Those steps round the activations for the product with the base model's weights, not for the adapter's. The matrices
+    with zero points (UINT4_G128) have permuted inputs, as with GPTQ's act-order.
     """
     model = golden_model("a")
     base, adapter = model.language_weights(), make_adapter(model, skip="lm_head")
-    quantised = store(library, base, kind, lambda name: FLOAT32 if "lm_head" in name else kind)
+    quantised = store(library, base, storage, lambda name: FLOAT32 if "lm_head" in name else storage)
     dequantised = dict(quantised)
     for name, (data, dtype, shape) in list(quantised.items()):
-        if dtype != kind:
+        if dtype != storage:
             continue
         order = np.arange(shape[1])
-        if kind == UINT4_G128:  # w1 and w2 of a layer have the same inputs, and the same order
-            order = np.random.default_rng(len(name.split("mlp.w")[0])).permutation(shape[1]).astype(np.int32)
-        if kind == UINT4_G128:
+        if storage == UINT4_G128:
+            # The seed is the length of the name up to "mlp.w", which is equal for w1 and w2 of a layer: they have the
+            # same inputs and need the same order.
+            seed = len(name.split("mlp.w")[0])
+            order = np.random.default_rng(seed).permutation(shape[1]).astype(np.int32)
             quantised[f"{name}.order"] = order, INT32, order.shape
         values = np.empty(shape)
         values[:, order] = library.unpack(data, dtype, *shape)
         a, b, scale = adapter[name]
-        values += scale * (floats(b) @ floats(a))
+        values += scale * (float64(b) @ float64(a))
         dequantised[name] = library.pack(values, FLOAT32), FLOAT32, shape
-    ours, expected = run(library, model, quantised, adapter), run(library, model, dequantised)
-    np.testing.assert_allclose(ours[0], expected[0], **CLOSE)
-    if kind == UINT4_G128 or DEVICE_LIBRARY:
-        np.testing.assert_allclose(ours[1], expected[1], **CLOSE)
+    prefill, decode = run(library, model, quantised, adapter)
+    expected_prefill, expected_decode = run(library, model, dequantised)
+    np.testing.assert_allclose(prefill, expected_prefill, **TOLERANCE)
+    if storage == UINT4_G128 or DEVICE_LIBRARY:
+        np.testing.assert_allclose(decode, expected_decode, **TOLERANCE)
     else:
-        assert np.abs(ours[1] - expected[1]).max() < 0.1 * np.abs(expected[1]).max()
+        assert np.abs(decode - expected_decode).max() < 0.1 * np.abs(expected_decode).max()
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, INT4_G64, UINT4_G128])
-def test_a_mixed_batch_equals_each_alone(library, golden_model, isa, dtype):
-    """Bit for bit: prompts, chunks and decode steps of three adapters and of the base, in any order."""
+def test_a_mixed_batch_equals_its_entries_alone(library, golden_model, isa, dtype):
+    """Bit for bit: prompts, chunks and decode steps with three adapters and without one, in a random order."""
     model = golden_model("a")
     config = make_config(model.config, LANGUAGE, isa=isa, max_tokens=64)  # a batch takes several passes
     with Engine(library, config, store(library, model.language_weights(), dtype)) as engine:
@@ -141,23 +147,27 @@ def test_a_mixed_batch_equals_each_alone(library, golden_model, isa, dtype):
             engine.adapter(make_adapter(model, 3, "float16", skip="mlp")),
         ]
         random = np.random.default_rng(4)
-        entries, chosen = [], []
-        with engine.pool(200) as pool, engine.pool(200) as other:
+        entries, entry_adapters = [], []
+        with engine.pool(200) as mixed_pool, engine.pool(200) as alone_pool:
             for i in range(16):
                 prompt = random.integers(0, 600, random.integers(2, 80)).tolist()
-                done = len(prompt) if i % 2 else int(random.integers(0, len(prompt)))
+                n_past = len(prompt) if i % 2 else int(random.integers(0, len(prompt)))
                 table = list(range(8 * i, 8 * i + 8))
                 adapter = adapters[random.integers(0, 4)]
-                for each in (pool, other):
-                    if done:
-                        each.forward(
-                            [(prompt[:done], 0, len(prompt), table)], logits=False, adapters=[adapter]
-                        )
-                entries.append((prompt[done:] or [i], done, len(prompt), table))
-                chosen.append(adapter)
-            alone = [other.forward([entry], adapters=[each]) for entry, each in zip(entries, chosen)]
+                for pool in (mixed_pool, alone_pool):
+                    if n_past:
+                        past = prompt[:n_past], 0, len(prompt), table
+                        pool.forward([past], logits=False, adapters=[adapter])
+                entries.append((prompt[n_past:] or [i], n_past, len(prompt), table))
+                entry_adapters.append(adapter)
+            alone = [
+                alone_pool.forward([entry], adapters=[adapter])
+                for entry, adapter in zip(entries, entry_adapters)
+            ]
             order = random.permutation(16)
-            mixed = pool.forward([entries[i] for i in order], adapters=[chosen[i] for i in order])
+            mixed = mixed_pool.forward(
+                [entries[i] for i in order], adapters=[entry_adapters[i] for i in order]
+            )
         for adapter in adapters[1:]:
             library.dll.qvl_adapter_free(adapter.handle)
     np.testing.assert_array_equal(mixed, np.concatenate([alone[i] for i in order]))
@@ -172,16 +182,18 @@ def test_an_adapter_of_zeros_changes_no_bit(library, golden_model):
     np.testing.assert_array_equal(run(library, model, weights, adapter), run(library, model, weights))
 
 
-def low_rank(out, into, rank=2, **changes):
-    entry = LowRank(np.ones([rank, into], np.float32), np.ones([out, rank], np.float32))
-    return entry._replace(**changes)
+def low_rank(n_out, n_in, rank=2, **changes):
+    """An update of ones for a matrix [n_out, n_in]; `changes` replace its fields."""
+    update = LowRank(np.ones([rank, n_in], np.float32), np.ones([n_out, rank], np.float32))
+    return update._replace(**changes)
 
 
 NAME = "h.0.mlp.w1.weight"
 
 
+# m is the width of the MLP, h the hidden size: the matrix NAME is [m, h].
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make_updates", "message"),
     [
         (
             lambda m, h: {"h.0.mlp.w3.weight": low_rank(m, h)},
@@ -205,16 +217,16 @@ NAME = "h.0.mlp.w1.weight"
         ),
     ],
 )
-def test_errors_of_matrices(library, golden_model, make, message):
+def test_errors_of_matrices(library, golden_model, make_updates, message):
     model = golden_model("a")
     config = make_config(model.config, LANGUAGE)
     h, m = config.hidden, config.mlp_width
     with Engine(library, config, store(library, model.language_weights(), FLOAT32)) as engine:
-        with pytest.raises(EngineError) as caught:
-            engine.adapter(make(m, h))
-        assert caught.value.status == BAD_WEIGHT
-        assert str(caught.value).startswith(message.format(m=m, h=h, h1=h + 1))
-        assert not caught.value.args[0].endswith(" ")
+        with pytest.raises(EngineError) as error:
+            engine.adapter(make_updates(m, h))
+        assert error.value.status == BAD_WEIGHT
+        assert str(error.value).startswith(message.format(m=m, h=h, h1=h + 1))
+        assert not str(error.value).endswith(" ")
 
 
 def forward(engine, adapters):
@@ -226,8 +238,8 @@ def generate(engine, adapters):
     engine.generate([[1], [2]], 1, adapters=adapters)
 
 
-@pytest.mark.parametrize(("compute", "where"), [(forward, "sequence 1"), (generate, r"requests\[1\]")])
-def test_an_adapter_of_another_engine(library, golden_model, compute, where):
+@pytest.mark.parametrize(("compute", "subject"), [(forward, "sequence 1"), (generate, r"requests\[1\]")])
+def test_an_adapter_of_another_engine(library, golden_model, compute, subject):
     model = golden_model("a")
     config = make_config(model.config, LANGUAGE)
     weights = store(library, model.language_weights(), FLOAT32)
@@ -235,29 +247,29 @@ def test_an_adapter_of_another_engine(library, golden_model, compute, where):
         Engine(library, config, weights) as first,
         Engine(library, config, weights) as second,
         first.adapter({NAME: low_rank(config.mlp_width, config.hidden)}) as adapter,
-        pytest.raises(EngineError, match=f"{where}: adapter: belongs to another engine") as caught,
+        pytest.raises(EngineError, match=f"{subject}: adapter: belongs to another engine") as error,
     ):
         compute(second, [None, adapter])
-    assert caught.value.status == INVALID
+    assert error.value.status == INVALID
 
 
 def test_completions_of_several_adapters(library, golden_model):
-    """qvl_generate: each request has the tokens of the model with its adapter merged."""
+    """qvl_generate: a request gets the same tokens as from a model into which its adapter was merged."""
     model = golden_model("a")
     base, config = model.language_weights(), make_config(model.config, LANGUAGE, compute=COMPUTE)
     adapters = [make_adapter(model, 1), None, make_adapter(model, 2)]
     prompts = [PROMPT[:5], PROMPT[:40], PROMPT]
     with Engine(library, config, store(library, base, FLOAT32)) as engine:
-        made = [engine.adapter(each) if each else None for each in adapters]
-        tokens, _ = engine.generate(prompts, 6, adapters=made)
-        plain, _ = engine.generate(prompts, 6)
-        for each in filter(None, made):
-            library.dll.qvl_adapter_free(each.handle)
+        created = [engine.adapter(adapter) if adapter else None for adapter in adapters]
+        tokens, _ = engine.generate(prompts, 6, adapters=created)
+        without_adapters, _ = engine.generate(prompts, 6)
+        for adapter in filter(None, created):
+            library.dll.qvl_adapter_free(adapter.handle)
     for i, (adapter, prompt) in enumerate(zip(adapters, prompts)):
         weights = store(library, merged(base, adapter or {}), FLOAT32)
         with Engine(library, config, weights) as engine:
             assert tokens[i : i + 1] == engine.generate([prompt], 6)[0], i
-        assert (tokens[i] == plain[i]) == (adapter is None)
+        assert (tokens[i] == without_adapters[i]) == (adapter is None)
 
 
 class RequestWithoutAdapter(ctypes.Structure):
@@ -267,19 +279,23 @@ class RequestWithoutAdapter(ctypes.Structure):
 
 
 def test_a_request_without_the_adapter_field(library, golden_model):
-    """With the struct size of an earlier header no adapter is read: at its offset the next request begins."""
+    """A caller passes the struct size of an earlier header: the engine reads no adapter.
+
+    In this caller's array, the next request begins at the offset of the field `adapter`.
+    """
     model = golden_model("a")
     config = make_config(model.config, LANGUAGE)
     with Engine(library, config, store(library, model.language_weights(), FLOAT32)) as engine:
         expected, _ = engine.generate([PROMPT[:4], PROMPT[4:9]], 3)
-        prompts = [np.asarray(each, np.int32) for each in (PROMPT[:4], PROMPT[4:9])]
-        old = (RequestWithoutAdapter * 2)()
-        for request, ids in zip(old, prompts):
+        prompts = [np.asarray(prompt, np.int32) for prompt in (PROMPT[:4], PROMPT[4:9])]
+        requests = (RequestWithoutAdapter * 2)()
+        for request, ids in zip(requests, prompts):
             request.n_tokens, request.tokens, request.max_new = len(ids), int_pointer(ids), 3
         tokens, results = np.empty([2, 3], np.int32), (Result * 2)()
         library.call(
             "qvl_generate",
-            *(engine.handle, None, 2, ctypes.cast(old, ctypes.POINTER(Request)), ctypes.sizeof(old[0])),
+            *(engine.handle, None, 2, ctypes.cast(requests, ctypes.POINTER(Request))),
+            ctypes.sizeof(RequestWithoutAdapter),
             *(0, None, OnStep(), None, 3, pointer(tokens), results, None),
         )
     assert tokens.tolist() == expected
@@ -291,8 +307,8 @@ class SequenceWithoutAdapter(ctypes.Structure):
     _fields_ = Sequence_._fields_[:-1]
 
 
-def test_a_caller_without_the_adapter_field(library, golden_model):
-    """The bytes after the structs are not read."""
+def test_a_sequence_without_the_adapter_field(library, golden_model):
+    """A caller passes the struct size of an earlier header: the engine does not read the bytes after the structs."""
     model = golden_model("a")
     config = make_config(model.config, LANGUAGE)
     with (
@@ -302,13 +318,13 @@ def test_a_caller_without_the_adapter_field(library, golden_model):
         entries = [([1, 2], 0, 2, [0]), ([3], 0, 1, [1])]
         expected = pool.forward(entries)
         batch = pool.batch(entries)
-        # Neighbours in memory: the second begins where the adapter of the first would be.
-        old = (SequenceWithoutAdapter * 2)()
-        for made, sequence in zip(old, batch.sequences[:2]):
+        # In this array the second struct begins at the offset of the first one's field `adapter`.
+        old_sequences = (SequenceWithoutAdapter * 2)()
+        for old_sequence, sequence in zip(old_sequences, batch.sequences[:2]):
             for name, _ in SequenceWithoutAdapter._fields_:
-                setattr(made, name, getattr(sequence, name))
-        batch.sequences = ctypes.cast(old, ctypes.POINTER(Sequence_))
+                setattr(old_sequence, name, getattr(sequence, name))
+        batch.sequences = ctypes.cast(old_sequences, ctypes.POINTER(Sequence_))
         batch.sequence_size = ctypes.sizeof(SequenceWithoutAdapter)
-        out = np.empty_like(expected)
-        library.call("qvl_forward", engine.handle, pool.handle, batch, out.ctypes.data, None)
-    np.testing.assert_array_equal(out, expected)
+        logits = np.empty_like(expected)
+        library.call("qvl_forward", engine.handle, pool.handle, batch, pointer(logits), None)
+    np.testing.assert_array_equal(logits, expected)

@@ -1,4 +1,4 @@
-"""Errors of callers: a status code and a message that names the argument."""
+"""Invalid arguments of the C interface: functions return a status code and a message that names the argument."""
 
 from __future__ import annotations
 
@@ -21,21 +21,32 @@ from engine import (
     Engine,
     EngineError,
     make_config,
+    pointer,
     store,
 )
 
 
 @pytest.fixture(scope="module")
-def parts(library, golden_model):
-    model = golden_model("a")
-    return library, model, store(library, model.language_weights(), FLOAT32)
+def model(golden_model):
+    return golden_model("a")
 
 
-def refused(parts, weights=None, stages=LANGUAGE, **changes):
-    library, model, stored = parts
-    with pytest.raises(EngineError) as error:
-        Engine(library, make_config(model.config, stages, **changes), stored if weights is None else weights)
-    return error.value.status, str(error.value)
+@pytest.fixture(scope="module")
+def stored(library, model):
+    return store(library, model.language_weights(), FLOAT32)
+
+
+@pytest.fixture(scope="module")
+def creation_error(library, model, stored):
+    """Function that returns the status and the message of an engine that cannot be created."""
+
+    def create(weights=None, stages=LANGUAGE, **changes):
+        config = make_config(model.config, stages, **changes)
+        with pytest.raises(EngineError) as error:
+            Engine(library, config, stored if weights is None else weights)
+        return error.value.status, str(error.value)
+
+    return create
 
 
 @pytest.mark.parametrize(
@@ -68,108 +79,106 @@ def refused(parts, weights=None, stages=LANGUAGE, **changes):
     ],
     ids=str,
 )
-def test_config(parts, changes, message):
-    status, line = refused(parts, **changes)
+def test_config(creation_error, changes, message):
+    status, line = creation_error(**changes)
     assert status == INVALID
     assert line.startswith(message)
 
 
 @pytest.mark.skipif(bool(DEVICE_LIBRARY), reason="the GPU back end is installed")
-def test_missing_cuda(parts):
-    status, line = refused(parts, device=1)
+def test_missing_cuda(creation_error):
+    status, line = creation_error(device=1)
     assert status == UNSUPPORTED
     assert line.startswith("no GPU back end: libqwenvl_cuda.so not found")
 
 
-def changed(parts, name, data=None, dtype=None, shape=None):
-    stored = dict(parts[2])
-    old = stored[name]
-    stored[name] = (
-        old[0] if data is None else data,
-        old[1] if dtype is None else dtype,
-        old[2] if shape is None else shape,
+def changed(stored, name, data=None, dtype=None, shape=None):
+    """Weights with other data, dtype or shape of the weight `name`."""
+    old_data, old_dtype, old_shape = stored[name]
+    weight = (
+        old_data if data is None else data,
+        old_dtype if dtype is None else dtype,
+        old_shape if shape is None else shape,
     )
-    return stored
+    return {**stored, name: weight}
 
 
-def test_weights(parts):
-    stored = parts[2]
+def test_weights(creation_error, stored):
     name = "h.1.attn.c_attn.weight"
-    assert refused(parts, {k: v for k, v in stored.items() if k != name}) == (
+    without_name = {key: weight for key, weight in stored.items() if key != name}
+    assert creation_error(without_name) == (
         BAD_WEIGHT,
         f"{name}: this weight is missing",
     )
-    assert refused(parts, changed(parts, name, shape=(256, 768))) == (
+    assert creation_error(changed(stored, name, shape=(256, 768))) == (
         BAD_WEIGHT,
         f"{name}: shape is [256, 768]; it must be [768, 256]",
     )
-    assert refused(parts, changed(parts, name, shape=(768 * 256,)))[1].endswith("it must be [768, 256]")
-    assert refused(parts, changed(parts, name, dtype=BFLOAT16)) == (
+    assert creation_error(changed(stored, name, shape=(768 * 256,)))[1].endswith("it must be [768, 256]")
+    assert creation_error(changed(stored, name, dtype=BFLOAT16)) == (
         BAD_WEIGHT,
         f"{name}: has 786432 bytes; bfloat16 [768, 256] has 393216",
     )
-    assert refused(parts, changed(parts, name, dtype=77)) == (BAD_WEIGHT, f"{name}: dtype 77 is unknown")
-    assert refused(parts, changed(parts, "wte.weight", dtype=INT8)) == (
+    assert creation_error(changed(stored, name, dtype=77)) == (BAD_WEIGHT, f"{name}: dtype 77 is unknown")
+    assert creation_error(changed(stored, "wte.weight", dtype=INT8)) == (
         BAD_WEIGHT,
         "wte.weight: is int8; this weight must be float32, bfloat16 or float16",
     )
     unaligned = np.empty(stored[name][0].nbytes + 1, np.uint8)[1:]
-    assert refused(parts, changed(parts, name, data=unaligned)) == (
+    assert creation_error(changed(stored, name, data=unaligned)) == (
         BAD_WEIGHT,
         f"{name}: data is not aligned to 16 bytes",
     )
 
 
-def test_order_of_inputs(parts):
+def test_order_of_inputs(creation_error, library, model, stored):
     """`NAME.order` permutes the inputs of a matrix; for a vector it is ignored."""
     name = "h.1.attn.c_proj.weight.order"
     order = np.arange(256, dtype=np.int32)[::-1].copy()
 
-    def line(data=order, dtype=INT32, shape=(256,)):
-        return refused(parts, {**parts[2], name: (data, dtype, shape)})
+    def error_of(data=order, dtype=INT32, shape=(256,)):
+        return creation_error({**stored, name: (data, dtype, shape)})
 
-    library, model, stored = parts
-    others = {"ln_f.weight.order": (order, INT32, (256,)), name: (order, INT32, (256,))}
-    with Engine(library, make_config(model.config, LANGUAGE), {**stored, **others}):
+    orders = {"ln_f.weight.order": (order, INT32, (256,)), name: (order, INT32, (256,))}
+    with Engine(library, make_config(model.config, LANGUAGE), {**stored, **orders}):
         pass
-    assert line(dtype=FLOAT32) == (BAD_WEIGHT, f"{name}: must be int32 [256]")
-    assert line(data=order[:255].copy(), shape=(255,)) == (BAD_WEIGHT, f"{name}: must be int32 [256]")
-    assert line(data=np.empty(1025, np.uint8)[1:]) == (BAD_WEIGHT, f"{name}: data is not aligned to 4 bytes")
+    assert error_of(dtype=FLOAT32) == (BAD_WEIGHT, f"{name}: must be int32 [256]")
+    assert error_of(data=order[:255].copy(), shape=(255,)) == (BAD_WEIGHT, f"{name}: must be int32 [256]")
+    unaligned = np.empty(1025, np.uint8)[1:]
+    assert error_of(data=unaligned) == (BAD_WEIGHT, f"{name}: data is not aligned to 4 bytes")
     for i, value in ((7, 256), (9, -1), (255, 3)):
-        bad = order.copy()
-        bad[i] = value
-        text = f"{name}: is not a permutation of the 256 inputs; value {i} is {value}"
-        assert line(data=bad) == (BAD_WEIGHT, text)
-    of_matrix = changed(parts, "h.0.mlp.w1.weight", dtype=INT32)
-    text = "h.0.mlp.w1.weight: is int32; this weight must be float32, bfloat16 or float16, or quantised"
-    assert refused(parts, of_matrix) == (BAD_WEIGHT, text)
+        no_permutation = order.copy()
+        no_permutation[i] = value
+        line = f"{name}: is not a permutation of the 256 inputs; value {i} is {value}"
+        assert error_of(data=no_permutation) == (BAD_WEIGHT, line)
+    int32_matrix = changed(stored, "h.0.mlp.w1.weight", dtype=INT32)
+    line = "h.0.mlp.w1.weight: is int32; this weight must be float32, bfloat16 or float16, or quantised"
+    assert creation_error(int32_matrix) == (BAD_WEIGHT, line)
 
 
 @pytest.mark.skipif(not DEVICE_LIBRARY, reason="needs a GPU: set QWENVL_TEST_LIBRARY (tests/cuda/README.md)")
-def test_orders_that_a_gpu_refuses(parts):
-    library, model, stored = parts
+def test_orders_that_a_gpu_refuses(creation_error, library, model, stored):
     names = ["h.0.mlp.w1.weight", "h.0.mlp.w2.weight"]
     order = np.arange(256, dtype=np.int32)
     line = f"{names[0]} and {names[1]} have their inputs in different orders; a GPU needs one"
-    first = {f"{names[0]}.order": (order, INT32, (256,))}
-    second = {f"{names[1]}.order": (order[::-1].copy(), INT32, (256,))}
-    assert refused(parts, {**stored, **first}) == (UNSUPPORTED, line)
-    assert refused(parts, {**stored, **first, **second}) == (UNSUPPORTED, line)
+    w1_order = {f"{names[0]}.order": (order, INT32, (256,))}
+    w2_order = {f"{names[1]}.order": (order[::-1].copy(), INT32, (256,))}
+    assert creation_error({**stored, **w1_order}) == (UNSUPPORTED, line)
+    assert creation_error({**stored, **w1_order, **w2_order}) == (UNSUPPORTED, line)
     name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
-    both = store(library, model.weights, FLOAT32)
-    width = both[name][2][1]
-    both[f"{name}.order"] = np.arange(width, dtype=np.int32), INT32, (width,)
+    both_stages = store(library, model.weights, FLOAT32)
+    _, _, (_, width) = both_stages[name]
+    both_stages[f"{name}.order"] = np.arange(width, dtype=np.int32), INT32, (width,)
     line = f"{name}.order: act-order of the vision stage is not supported on a GPU; run this model on the CPU"
-    assert refused(parts, both, stages=LANGUAGE | VISION) == (UNSUPPORTED, line)
+    assert creation_error(both_stages, stages=LANGUAGE | VISION) == (UNSUPPORTED, line)
 
 
-def test_missing_stages(parts):
-    library, model, stored = parts
+def test_missing_stages(library, model, stored):
     language = Engine(library, make_config(model.config, LANGUAGE), stored)
     with language as engine, pytest.raises(EngineError, match="the engine has no vision stage"):
         engine.encode_images(model.images)
     vision = {name: values for name, values in model.weights.items() if name.startswith("visual.")}
-    with Engine(library, make_config(model.config, 1), store(library, vision, FLOAT32)) as engine:
+    with Engine(library, make_config(model.config, VISION), store(library, vision, FLOAT32)) as engine:
         for call in (lambda: engine.pool(1), lambda: engine.generate([[1]], 1)):
             with pytest.raises(EngineError, match="the engine has no language stage") as error:
                 call()
@@ -178,14 +187,14 @@ def test_missing_stages(parts):
 
 
 @pytest.fixture(scope="module")
-def engine(parts):
-    library, model, stored = parts
+def engine(library, model, stored):
     with Engine(library, make_config(model.config, LANGUAGE), stored) as engine:
         yield engine
 
 
+# An entry: tokens, n_past, prompt_len, block table. The pool has 4 blocks of 32 tokens.
 @pytest.mark.parametrize(
-    ("part", "message"),
+    ("entry", "message"),
     [
         (([1] * 65, 0, 65, [0, 1]), "sequence 0: 2 blocks of 32 tokens; it has 65 tokens"),
         (([1], 0, 1, [4]), "sequence 0: blocks[0] is 4; the pool has 4"),
@@ -197,13 +206,14 @@ def engine(parts):
     ],
     ids=str,
 )
-def test_batches(engine, part, message):
+def test_batches(engine, entry, message):
     with engine.pool(4) as pool, pytest.raises(EngineError) as error:
-        pool.forward([part])
+        pool.forward([entry])
     assert error.value.status == INVALID
     assert str(error.value).startswith(message)
 
 
+# Spans: (start, count), in a batch of one sequence of 5 tokens.
 @pytest.mark.parametrize(
     ("spans", "message"),
     [
@@ -215,18 +225,18 @@ def test_batches(engine, part, message):
     ids=str,
 )
 def test_spans(engine, spans, message):
-    given = [(start, np.zeros([count, engine.config.hidden], np.float32)) for start, count in spans]
+    features = [(start, np.zeros([count, engine.config.hidden], np.float32)) for start, count in spans]
     with engine.pool(4) as pool, pytest.raises(EngineError) as error:
-        pool.forward([([1] * 5, 0, 5, [0])], given)
+        pool.forward([([1] * 5, 0, 5, [0])], features)
     assert message in str(error.value)
 
 
 def test_ids_under_a_span_are_not_read(engine):
     with engine.pool(1) as pool:
         features = np.ones([2, engine.config.hidden], np.float32)
-        a = pool.forward([([5, -9, 1 << 30, 7], 0, 4, [0])], [(1, features)])
-        b = pool.forward([([5, 0, 0, 7], 0, 4, [0])], [(1, features)])
-    assert (a == b).all()
+        invalid_ids = pool.forward([([5, -9, 1 << 30, 7], 0, 4, [0])], [(1, features)])
+        valid_ids = pool.forward([([5, 0, 0, 7], 0, 4, [0])], [(1, features)])
+    assert (invalid_ids == valid_ids).all()
 
 
 @pytest.mark.parametrize(
@@ -245,8 +255,9 @@ def test_pools(engine, n_blocks, block_tokens, dtype, message):
 
 
 def test_pool_bytes(engine):
-    assert engine.library.dll.qvl_kv_pool_bytes(engine.handle, 3, 32, FLOAT32) == 2 * 2 * 3 * 32 * 256 * 4
-    assert engine.library.dll.qvl_kv_pool_bytes(engine.handle, 3, 32, BFLOAT16) == 2 * 2 * 3 * 32 * 256 * 2
+    n_values = 2 * 2 * 3 * 32 * 256  # keys and values, layers, blocks, tokens of a block, hidden size
+    assert engine.library.dll.qvl_kv_pool_bytes(engine.handle, 3, 32, FLOAT32) == n_values * 4
+    assert engine.library.dll.qvl_kv_pool_bytes(engine.handle, 3, 32, BFLOAT16) == n_values * 2
 
 
 def test_nulls(library, engine):
@@ -280,9 +291,9 @@ def test_device_memory(library, engine):
     library.call("qvl_alloc", engine.handle, 1000, ctypes.byref(memory))
     assert memory.value
     assert memory.value % 64 == 0
-    given, back = np.arange(1000, dtype=np.uint8), np.zeros(1000, np.uint8)
-    library.call("qvl_copy", engine.handle, memory, given.ctypes.data, 1000, None)
-    library.call("qvl_copy", engine.handle, back.ctypes.data, memory, 1000, None)
+    source, target = np.arange(1000, dtype=np.uint8), np.zeros(1000, np.uint8)
+    library.call("qvl_copy", engine.handle, memory, pointer(source), 1000, None)
+    library.call("qvl_copy", engine.handle, pointer(target), memory, 1000, None)
     library.call("qvl_synchronize", engine.handle, None)
     library.dll.qvl_dealloc(engine.handle, memory)
-    assert (back == given).all()
+    assert (target == source).all()

@@ -1,4 +1,4 @@
-"""qvl_sample against the predictor's own sampler and against brute force."""
+"""qvl_sample, compared with the Python sampler (runtime/sampling.py) and with NumPy."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ def engine(library, golden_model):
     ],
     ids=str,
 )
-def test_the_same_tokens_as_the_predictor(engine, options):
-    """With the same seed, both pick the same 60 tokens in a row, with penalties and forbidden stop tokens."""
+def test_the_same_tokens_as_the_python_sampler(engine, options):
+    """With the same seed, both samplers select the same 60 tokens; the first 20 may not be stop tokens."""
     random, vocab = np.random.default_rng(9), engine.config.vocab
-    ends = [3, 7, 500]
-    given = GenerationOptions(max_new_tokens=99, min_new_tokens=20, seed=12345, **options)
-    theirs = RowSampler(given, ends, vocab)
+    stop_tokens = [3, 7, 500]
+    python_options = GenerationOptions(max_new_tokens=99, min_new_tokens=20, seed=12345, **options)
+    python_sampler = RowSampler(python_options, stop_tokens, vocab)
     counts = np.zeros(vocab, np.int32)
-    forbidden = np.array(ends, np.int32)
-    # Without temperature, top_p and top_k, the predictor is greedy.
-    ours = {"temperature": 0.0, **options} if not options.keys() & {"top_p", "top_k"} else options
+    forbidden = np.array(stop_tokens, np.int32)
+    # Without temperature, top_p and top_k, the Python sampler is greedy.
+    parameters = options if options.keys() & {"top_p", "top_k"} else {"temperature": 0.0, **options}
     for step in range(60):
         logits = (random.standard_normal(vocab) * 3).astype(np.float32)
-        logits[ends] += 4
-        sampling = engine.sampling(seed=12345, counter=step, **ours)
+        logits[stop_tokens] += 4
+        sampling = engine.sampling(seed=12345, counter=step, **parameters)
         if step < 20:
             sampling.n_forbidden, sampling.forbidden = 3, int_pointer(forbidden)
-        assert engine.sample(logits[None], [sampling], [counts]) == [theirs.pick(logits)]
+        assert engine.sample(logits[None], [sampling], [counts]) == [python_sampler.pick(logits)]
     assert counts.sum() == 60
 
 
@@ -68,26 +68,27 @@ def test_rows_are_independent(engine):
     assert together == [engine.sample(logits[i : i + 1], [settings[i]])[0] for i in range(6)]
 
 
-@pytest.mark.parametrize("vocab_part", [slice(None), slice(5, 9), slice(639, 640), slice(0, 1)], ids=str)
+@pytest.mark.parametrize("token_ids", [slice(None), slice(5, 9), slice(639, 640), slice(0, 1)], ids=str)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_broken_row(engine, value, vocab_part):
-    """A NaN, an infinity, or no finite value gives -1 and counts nothing; a single -inf is allowed."""
+def test_logits_that_are_not_finite(engine, value, token_ids):
+    """With a NaN, with +inf, or without any finite value, the token is -1 and is not counted; -inf is allowed."""
     logits = np.zeros([1, engine.config.vocab], np.float32)
-    logits[0, vocab_part] = value
+    logits[0, token_ids] = value
     for options in ({"temperature": 0.0}, {"temperature": 1.0}, {"presence_penalty": 1.0}):
         counts = np.zeros(engine.config.vocab, np.int32)
         (token,) = engine.sample(logits, [engine.sampling(**options)], [counts])
-        if not (logits < np.inf).all() or not np.isfinite(logits).any():
-            assert token == -1
-            assert counts.sum() == 0
-        else:
+        valid = (logits < np.inf).all() and np.isfinite(logits).any()  # a comparison with NaN is false
+        if valid:
             assert counts[token] == 1
             assert logits[0, token] == logits.max()
+        else:
+            assert token == -1
+            assert counts.sum() == 0
 
 
-@pytest.mark.parametrize("vocab", [640])
-def test_the_likeliest_wherever_it_is(engine, vocab):
-    """Against NumPy, on rows with many equal values, and with ids forbidden."""
+def test_greedy(engine):
+    """The same as NumPy's argmax, on rows with many equal values, also with forbidden ids."""
+    vocab = engine.config.vocab
     random = np.random.default_rng(4)
     rows = random.integers(-3, 3, [300, vocab]).astype(np.float32)
     for i in range(0, 300, 3):
@@ -95,10 +96,10 @@ def test_the_likeliest_wherever_it_is(engine, vocab):
     assert engine.sample(rows, [engine.sampling()] * 300) == rows.argmax(1).tolist()
     forbidden = np.stack([random.permutation(vocab)[:400] for _ in rows]).astype(np.int32)
     settings = [engine.sampling(n_forbidden=400, forbidden=int_pointer(ids)) for ids in forbidden]
-    picked = engine.sample(rows, settings)
+    tokens = engine.sample(rows, settings)
     for row, ids in zip(rows, forbidden):
         row[ids] = -1e10
-    assert picked == rows.argmax(1).tolist()
+    assert tokens == rows.argmax(1).tolist()
 
 
 @pytest.mark.parametrize(

@@ -12,32 +12,33 @@ from engine import FLOAT32, LANGUAGE, Engine, make_config, store
 
 
 def test_an_engine_continues_in_a_child_after_fork(library, golden_model):
-    """The child gets the parent's answer, frees the engine and ends; the parent's threads go on as well."""
+    """The child computes the same completion, frees the engine and exits; the parent's engine works afterwards."""
     model = golden_model("a")
     config = make_config(model.config, LANGUAGE, n_threads=3)
     prompt = np.random.default_rng(1).integers(0, 600, 300).tolist()
     with Engine(library, config, store(library, model.language_weights(), FLOAT32)) as engine:
         expected = engine.generate([prompt], 8)
-        for pause in (0, 0.3):  # while the threads look for work, and when they sleep
+        for pause in (0, 0.3):  # after 0 s the engine's threads still spin, after 0.3 s they sleep
             time.sleep(pause)
             child = os.fork()
             if child == 0:
                 signal.alarm(60)  # a child that hangs is killed and fails the test
-                right = engine.generate([prompt], 8) == expected
+                equal = engine.generate([prompt], 8) == expected
                 library.dll.qvl_engine_free(engine.handle)
-                os._exit(0 if right else 1)
+                os._exit(0 if equal else 1)
             assert os.waitpid(child, 0)[1] == 0
             assert engine.generate([prompt], 8) == expected
 
 
+# cgroups: content of /proc/self/cgroup; files: content of files under /sys/fs/cgroup; cpus: expected quota, 0: none.
 @pytest.mark.parametrize(
-    ("groups", "files", "cpus"),
+    ("cgroups", "files", "cpus"),
     [
         ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
         ("0::/\n", {"cpu.max": "max 100000\n"}, 0),
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "400000 100000", "cpu.max": "max 1"}, 4),
         ("0::/a/b\n", {"a/b/cpu.max": "50000 100000\n", "a/cpu.max": "400000 100000\n"}, 0.5),
-        ("0::/not/there\n", {"cpu.max": "200000 100000\n"}, 2),  # the host's path
+        ("0::/not/there\n", {"cpu.max": "200000 100000\n"}, 2),  # in a container: the path is the host's
         (
             "5:memory:/x\n4:cpu,cpuacct:/x\n",
             {"cpu,cpuacct/x/cpu.cfs_quota_us": "300000\n", "cpu,cpuacct/x/cpu.cfs_period_us": "100000\n"},
@@ -49,17 +50,17 @@ def test_an_engine_continues_in_a_child_after_fork(library, golden_model):
         ("", {}, 0),
     ],
 )
-def test_cpu_quota(library, tmp_path, groups, files, cpus):
+def test_cpu_quota(library, tmp_path, cgroups, files, cpus):
     root = tmp_path / "cgroup"
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    listed = tmp_path / "self"
-    listed.write_text(groups)
-    assert library.dll.qvlt_cpu_quota(str(listed).encode(), str(root).encode()) == cpus
+    self_cgroup = tmp_path / "self"
+    self_cgroup.write_text(cgroups)
+    assert library.dll.qvlt_cpu_quota(str(self_cgroup).encode(), str(root).encode()) == cpus
 
 
-def test_no_control_groups(library, tmp_path):
+def test_no_cgroups(library, tmp_path):
     missing = str(tmp_path / "missing").encode()
     assert library.dll.qvlt_cpu_quota(missing, missing) == 0

@@ -32,33 +32,47 @@ from engine import (
 )
 
 PROMPT = [5, 6, 7, 8, 9]
+# Storage type: Paddle's number of the data type, bytes of a value. Quantised types are stored as Paddle's uint8.
 PADDLE_TYPES = {FLOAT32: (5, 4), FLOAT16: (4, 2), BFLOAT16: (22, 2)}
+PADDLE_UINT8 = (20, 1)
 
 
-def varint(value: int, least: int = 1) -> bytes:
-    out = b""
-    while value > 127 or least > 1:
-        out, value, least = out + bytes([value & 127 | 128]), value >> 7, least - 1
-    return out + bytes([value])
+def varint(value: int, min_bytes: int = 1) -> bytes:
+    """Encode a protobuf varint, padded to at least `min_bytes` bytes."""
+    encoded = b""
+    while value > 127 or min_bytes > 1:
+        encoded += bytes([value & 127 | 128])
+        value >>= 7
+        min_bytes -= 1
+    return encoded + bytes([value])
 
 
 def record(name: str, data: bytes, dtype: int, shape: tuple[int, ...], start: int, n_bytes: int = 0) -> bytes:
-    """Build a parameter file's record at `start`, data aligned to 64 bytes; `n_bytes`: length of omitted data."""
-    code, size = PADDLE_TYPES.get(dtype, (20, 1))
-    head = b"\x08" + varint(code) + b"\x10" + varint((n_bytes or len(data)) // size)
+    """Build a parameter file's record.
+
+    Args:
+        start: the offset of the record in the file; its data is aligned to 64 bytes.
+        n_bytes: the number of bytes of data that the record states, if not that of `data`.
+    """
+    type_number, value_bytes = PADDLE_TYPES.get(dtype, PADDLE_UINT8)
+    n_values = (n_bytes or len(data)) // value_bytes
+    # A protobuf message of three fields: type (1), number of values (2), and the engine's description (15).
+    head = b"\x08" + varint(type_number) + b"\x10" + varint(n_values)
     field = b"qvl1" + struct.pack("<BBH", dtype, len(shape), len(name))
     field += struct.pack(f"<{len(shape)}q", *shape) + name.encode()
+    # The padding takes account of 16 zero bytes (Paddle's versions and LoD level) and 4 bytes of the message's length,
+    # which precede the head, and of 4 bytes of the field's tag and length.
     field += bytes(-(start + 20 + len(head) + 4 + len(field)) % 64)
     message = head + b"\x7a" + varint(len(field), 3) + field
     return bytes(16) + struct.pack("<i", len(message)) + message + data
 
 
-def params_file(path: Path, stored: dict[str, Stored]) -> Path:
-    """Write the format of paddlemix_qwenvl_plugin/artifact/params_file.py, independently of it."""
-    out = b""
+def write_params_file(path: Path, stored: dict[str, Stored]) -> Path:
+    """Write the format of paddlemix_qwenvl_plugin/artifact/params_file.py, independently of that module."""
+    content = b""
     for name, (data, dtype, shape) in stored.items():
-        out += record(name, data.tobytes(), dtype, shape, len(out))
-    path.write_bytes(out)
+        content += record(name, data.tobytes(), dtype, shape, start=len(content))
+    path.write_bytes(content)
     return path
 
 
@@ -69,43 +83,44 @@ def model(golden_model):
 
 @pytest.fixture(scope="module")
 def mixed(library, model):
-    """Weights of every kind."""
-    kinds = [FLOAT32, BFLOAT16, INT8, INT4_G64, FLOAT16]
+    """Weights of five storage types."""
+    dtypes = [FLOAT32, BFLOAT16, INT8, INT4_G64, FLOAT16]
     names = sorted(model.language_weights())
     return store(
-        library, model.language_weights(), FLOAT32, of=lambda name: kinds[names.index(name) % len(kinds)]
+        library,
+        model.language_weights(),
+        FLOAT32,
+        dtype_of=lambda name: dtypes[names.index(name) % len(dtypes)],
     )
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory, mixed):
-    return params_file(tmp_path_factory.mktemp("params") / "qwen.pdiparams", mixed)
+def params_path(tmp_path_factory, mixed):
+    return write_params_file(tmp_path_factory.mktemp("params") / "qwen.pdiparams", mixed)
 
 
-def test_the_tensors_of_a_file(library, mixed, file):
-    with Weights(library, file) as weights:
+def test_the_tensors_of_a_file(library, mixed, params_path):
+    with Weights(library, params_path) as weights:
         assert len(weights) == len(mixed)
         for i, (name, (data, dtype, shape)) in enumerate(mixed.items()):
             tensor = weights[i]
-            assert (tensor.name.decode(), tensor.dtype, tuple(tensor.shape[: tensor.n_dims])) == (
-                name,
-                dtype,
-                shape,
-            )
+            assert tensor.name.decode() == name
+            assert tensor.dtype == dtype
+            assert tuple(tensor.shape[: tensor.n_dims]) == shape
             assert tensor.data % 64 == 0
             assert ctypes.string_at(tensor.data, tensor.bytes) == data.tobytes()
         with pytest.raises(EngineError, match=f"i is {len(mixed)}; there are {len(mixed)} weights"):
             weights[len(mixed)]
 
 
-def test_two_engines_on_weights_that_are_freed(library, model, mixed, file):
+def test_two_engines_on_weights_that_are_freed(library, model, mixed, params_path):
     config = make_config(model.config, LANGUAGE)
     with Engine(library, config, mixed) as engine:
         expected = engine.generate([PROMPT], 8)
-    descriptors = len(list(Path("/proc/self/fd").iterdir()))
-    with Weights(library, file) as weights:
+    n_descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    with Weights(library, params_path) as weights:
         first, second = (Engine(library, config, weights) for _ in range(2))
-    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+    assert len(list(Path("/proc/self/fd").iterdir())) == n_descriptors
     with second:
         with first:
             assert first.generate([PROMPT], 8) == expected
@@ -113,22 +128,23 @@ def test_two_engines_on_weights_that_are_freed(library, model, mixed, file):
 
 
 def test_files_are_mapped(library, tmp_path):
-    """Opening takes no memory at any size."""
-    name, shape = "wte.weight", (1 << 16, 1 << 13)  # 2 GiB, of which nothing is on the disk
-    path = tmp_path / "large"
+    """Opening a file of 2 GiB takes less than 1 MiB of memory."""
+    name, shape = "wte.weight", (1 << 16, 1 << 13)
+    path = tmp_path / "sparse"  # its data takes no space on the disk
     path.write_bytes(record(name, b"", FLOAT32, shape, 0, n_bytes=2 << 30))
     os.truncate(path, path.stat().st_size + (2 << 30))
 
-    def resident() -> int:
+    def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-    before = resident()
+    before = resident_bytes()
     with Weights(library, path) as weights:
         assert weights[0].bytes == 2 << 30
-        assert resident() - before < 1 << 20
+        assert resident_bytes() - before < 1 << 20
 
 
-def damaged(library, path: Path) -> tuple[int, str]:
+def open_error(library, path: Path) -> tuple[int, str]:
+    """Status and message of a file that the library refuses to open."""
     with pytest.raises(EngineError) as error:
         Weights(library, path)
     return error.value.status, str(error.value)
@@ -136,49 +152,54 @@ def damaged(library, path: Path) -> tuple[int, str]:
 
 def test_paths_that_are_no_parameter_files(library, tmp_path):
     missing = tmp_path / "missing"
-    assert damaged(library, missing) == (INVALID, f"{missing}: No such file or directory")
-    assert damaged(library, tmp_path) == (INVALID, f"{tmp_path}: is not a file")
+    assert open_error(library, missing) == (INVALID, f"{missing}: No such file or directory")
+    assert open_error(library, tmp_path) == (INVALID, f"{tmp_path}: is not a file")
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    assert damaged(library, pipe) == (INVALID, f"{pipe}: is not a file")
+    assert open_error(library, pipe) == (INVALID, f"{pipe}: is not a file")
     empty = tmp_path / "empty"
     empty.touch()
-    assert damaged(library, empty) == (BAD_WEIGHT, f"{empty}: is empty; export again")
+    assert open_error(library, empty) == (BAD_WEIGHT, f"{empty}: is empty; export again")
 
 
-def test_damaged_files(library, mixed, file, tmp_path):
-    """Truncated anywhere in a header, or with any byte of it changed, a file is rejected or its tensors differ."""
+def test_damaged_files(library, mixed, tmp_path):
+    """A file that is truncated in the header of its second record is rejected.
+
+    If a byte of this header is changed, the file is rejected or it still opens and its first tensor is intact.
+    """
     names = ["ln_f.weight", "h.0.attn.c_proj.weight", "h.0.ln_1.weight"]
-    intact = params_file(tmp_path / "some", {name: mixed[name] for name in names}).read_bytes()
-    start = len(record(names[0], mixed[names[0]][0].tobytes(), *mixed[names[0]][1:], 0))
+    intact = write_params_file(tmp_path / "intact", {name: mixed[name] for name in names}).read_bytes()
+    data, dtype, shape = mixed[names[0]]
+    second_record = len(record(names[0], data.tobytes(), dtype, shape, start=0))
     path = tmp_path / "damaged"
-    for at in range(start, start + 128):
-        path.write_bytes(intact[:at])
-        if at > start:
-            assert damaged(library, path)[0] == BAD_WEIGHT
-        for flip in (1, 64, 255):
+    for position in range(second_record, second_record + 128):
+        path.write_bytes(intact[:position])
+        if position > second_record:
+            assert open_error(library, path)[0] == BAD_WEIGHT
+        for flipped_bits in (1, 64, 255):
             changed = bytearray(intact)
-            changed[at] ^= flip
+            changed[position] ^= flipped_bits
             path.write_bytes(changed)
-            line, status = str(path), BAD_WEIGHT
+            open_failure = None
             try:
                 with Weights(library, path) as weights:
                     assert weights[0].name == names[0].encode()
             except EngineError as error:
-                line, status = str(error), error.status
-            assert status == BAD_WEIGHT
-            assert line.startswith(str(path)) or "given twice" in line
+                open_failure = error
+            if open_failure:
+                assert open_failure.status == BAD_WEIGHT
+                assert str(open_failure).startswith(str(path)) or "given twice" in str(open_failure)
     path.write_bytes(intact[:-1])
-    assert damaged(library, path)[1].endswith("; export again")
+    assert open_error(library, path)[1].endswith("; export again")
 
 
 def test_a_file_without_names(library, tmp_path):
     """Paddle itself writes parameter files without tensor names."""
     path = tmp_path / "old.pdiparams"
-    message = b"\x08\x05\x10\x04"
+    message = b"\x08\x05\x10\x04"  # type 5 (float32), 4 values
     path.write_bytes(bytes(16) + struct.pack("<i", len(message)) + message + bytes(16))
     line = f"{path}: does not name its tensors, as exports of an earlier version; export again"
-    assert damaged(library, path) == (BAD_WEIGHT, line)
+    assert open_error(library, path) == (BAD_WEIGHT, line)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +221,7 @@ def test_a_file_without_names(library, tmp_path):
 def test_impossible_records(library, tmp_path, name, dtype, shape, n_bytes):
     path = tmp_path / "file"
     path.write_bytes(record(name, bytes(64), dtype, shape, 0, n_bytes))
-    assert damaged(library, path) == (BAD_WEIGHT, f"{path}: damaged at byte 0; export again")
+    assert open_error(library, path) == (BAD_WEIGHT, f"{path}: damaged at byte 0; export again")
 
 
 def test_names_given_twice(library, mixed, tmp_path):
@@ -208,35 +229,36 @@ def test_names_given_twice(library, mixed, tmp_path):
     first = record("ln_f.weight", data.tobytes(), dtype, shape, 0)
     path = tmp_path / "twice"
     path.write_bytes(first + record("ln_f.weight", data.tobytes(), dtype, shape, len(first)))
-    assert damaged(library, path) == (BAD_WEIGHT, "ln_f.weight: given twice")
+    assert open_error(library, path) == (BAD_WEIGHT, "ln_f.weight: given twice")
 
 
 def test_unknown_weights_are_ignored_and_missing_ones_named(library, model, mixed):
     config = make_config(model.config, LANGUAGE)
     with Engine(library, config, {**mixed, "h.9.ln_1.weight": mixed["ln_f.weight"]}) as engine:
         assert len(engine.generate([PROMPT], 2)[0][0]) == 2
-    some = {name: weight for name, weight in mixed.items() if name != "h.1.ln_2.weight"}
+    incomplete = {name: weight for name, weight in mixed.items() if name != "h.1.ln_2.weight"}
     with pytest.raises(EngineError, match=r"h\.1\.ln_2\.weight: this weight is missing") as error:
-        Engine(library, config, some)
+        Engine(library, config, incomplete)
     assert error.value.status == BAD_WEIGHT
 
 
-def test_structs_of_version_0_1(library, model, mixed, file):
-    """A C program with structs of that size, and no memory after them, gets the same tokens."""
+def test_structs_of_version_0_1(library, model, mixed, params_path):
+    """A C program with the shorter structs of version 0.1, and no memory after them, gets the same tokens."""
     config = make_config(model.config, LANGUAGE)
+    # The fields of version 0.1 between `size`, the first field, and `compute`, which is newer.
     values = [getattr(config, name) for name, *_ in Config._fields_[1:26]]
-    done = subprocess.run(
-        [str(library.path.parent / "old_structs"), str(file)],
+    result = subprocess.run(
+        [str(library.path.parent / "old_structs"), str(params_path)],
         input=" ".join(map(str, values)),
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     ones = np.ones([2, config.hidden], np.float32)
     with Engine(library, config, mixed) as engine, engine.pool(2) as pool:
         expected = engine.generate([[1, 2, 3, 4, 5]], 8, spans=[[(1, ones)]], pool=pool)[0][0]
-    assert [int(token) for token in done.stdout.split()] == expected
+    assert [int(token) for token in result.stdout.split()] == expected
 
 
 def test_the_device(library):
@@ -259,13 +281,13 @@ def test_host_memory_events_and_copies(library, model, mixed):
         memory, event, done = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int32(-1)
         library.call("qvl_host_alloc", engine.handle, 1000, ctypes.byref(memory))
         library.call("qvl_event_create", engine.handle, ctypes.byref(event))
-        given, back = np.arange(1000, dtype=np.uint8), np.zeros(1000, np.uint8)
-        library.call("qvl_copy_async", engine.handle, memory, pointer(given), 1000, None)
-        library.call("qvl_copy_async", engine.handle, pointer(back), memory, 1000, None)
+        source, target = np.arange(1000, dtype=np.uint8), np.zeros(1000, np.uint8)
+        library.call("qvl_copy_async", engine.handle, memory, pointer(source), 1000, None)
+        library.call("qvl_copy_async", engine.handle, pointer(target), memory, 1000, None)
         library.call("qvl_event_record", event, None)
         library.call("qvl_event_wait", event)
         library.call("qvl_event_query", event, ctypes.byref(done))
         library.dll.qvl_event_free(event)
         library.dll.qvl_host_free(engine.handle, memory)
     assert done.value == 1
-    assert (back == given).all()
+    assert (target == source).all()

@@ -1,4 +1,4 @@
-"""The engine against figures of the real PaddleMIX model, and its other storage types against float32."""
+"""The engine, compared with upstream's figures (tests/golden); storage types and compute dtypes with float32."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from engine import (
     store,
 )
 
-NAMES = pytest.mark.parametrize("name", ["a", "b"])
+BOTH_MODELS = pytest.mark.parametrize("name", ["a", "b"])
 
 
 @pytest.fixture
-def running(library, golden_model, name, isa):
+def model_and_engine(library, golden_model, name, isa):
+    """A golden model and its engine, for an ISA."""
     model = golden_model(name)
     config = make_config(model.config, isa=isa, max_tokens=256)  # the prompts take several passes
     with Engine(library, config, store(library, model.weights, FLOAT32)) as engine:
         yield model, engine
 
 
-@NAMES
-def test_features_and_tokens(running):
-    model, engine = running
+@BOTH_MODELS
+def test_features_and_tokens(model_and_engine):
+    model, engine = model_and_engine
     features = engine.encode_images(model.images)
     expected = model.figures["features_every_16th_query"]
     assert np.abs(features[:, ::16] - expected).max() <= 1e-4 * np.abs(expected).max()
@@ -44,143 +45,143 @@ def test_features_and_tokens(running):
 
 
 @pytest.fixture
-def best(library, golden_model, name):
+def model_and_best_engine(library, golden_model, name):
+    """A golden model and its engine, for the best ISA of this processor."""
     model = golden_model(name)
     with Engine(library, make_config(model.config), store(library, model.weights, FLOAT32)) as engine:
         yield model, engine
 
 
-@NAMES
+@BOTH_MODELS
 @pytest.mark.parametrize("block_tokens", [1, 32, 100])
-def test_logits(best, block_tokens):
-    """The prompt in two chunks and its last tokens one by one, in scattered blocks: every logit of the goldens."""
-    model, engine = best
+def test_logits(model_and_best_engine, block_tokens):
+    """All golden logits, with the prompt in two chunks, its last 7 tokens one by one, and blocks in random order."""
+    model, engine = model_and_best_engine
     prompt, length = model.prompt, len(model.prompt)
+    chunk = 280  # between two images of model b
+    prefill_logits = model.figures["prefill_logits_last8"][0]
     spans = model.spans(engine.encode_images(model.images))
     n_blocks = (length + 24) // block_tokens + 1
     table = np.random.default_rng(1).permutation(n_blocks)
-    first = [span for span in spans if span[0] < 280]
-    rest = [(start - 280, features) for start, features in spans if start >= 280]
+    first_spans = [(start, features) for start, features in spans if start < chunk]
+    second_spans = [(start - chunk, features) for start, features in spans if start >= chunk]
     with engine.pool(n_blocks, block_tokens) as pool:
-        pool.forward([(prompt[:280], 0, length, table)], first, logits=False)
-        cut = length - 7
-        if cut > 280:
-            logits = pool.forward([(prompt[280:cut], 280, length, table)], rest)
-            np.testing.assert_allclose(
-                logits[0], model.figures["prefill_logits_last8"][0, 0], atol=1e-3, rtol=0
-            )
+        pool.forward([(prompt[:chunk], 0, length, table)], first_spans, logits=False)
+        chunk_end = length - 7
+        if chunk_end > chunk:
+            logits = pool.forward([(prompt[chunk:chunk_end], chunk, length, table)], second_spans)
+            np.testing.assert_allclose(logits[0], prefill_logits[0], atol=1e-3, rtol=0)
         for i in range(1, 8):
-            at = length - 8 + i
-            logits = pool.forward([(prompt[at : at + 1], at, length, table)])
-            np.testing.assert_allclose(
-                logits[0], model.figures["prefill_logits_last8"][0, i], atol=1e-3, rtol=0
-            )
+            position = length - 8 + i
+            logits = pool.forward([(prompt[position : position + 1], position, length, table)])
+            np.testing.assert_allclose(logits[0], prefill_logits[i], atol=1e-3, rtol=0)
         for i, (token, row) in enumerate(zip(model.figures["tokens"], model.figures["decode_logits"])):
             assert logits[0].argmax() == token
             logits = pool.forward([([token], length + i, length, table)])
             np.testing.assert_allclose(logits[0], row, atol=1e-3, rtol=0)
 
 
-@NAMES
-def test_a_mixed_batch_gives_the_same_as_its_parts(best):
+@BOTH_MODELS
+def test_a_mixed_batch_gives_the_same_as_its_entries_alone(model_and_best_engine):
     """A prompt, a chunk of a prompt and decode steps of different lengths in one packed batch."""
-    _, engine = best
+    _, engine = model_and_best_engine
     random = np.random.default_rng(2)
     prompts = [random.integers(0, 500, n).tolist() for n in (70, 5, 33, 200, 1)]
-    done = [0, 4, 32, 120, 0]  # tokens before the last forward
+    n_past_tokens = [0, 4, 32, 120, 0]
     tables = [list(range(10 * i, 10 * i + 10)) for i in range(5)]
     with engine.pool(50, 32) as pool:
-        parts, alone = [], []
-        for prompt, n, table in zip(prompts, done, tables):
-            if n:
-                pool.forward([(prompt[:n], 0, len(prompt), table)], logits=False)
-            parts.append((prompt[n:], n, len(prompt), table))
-        together = pool.forward(parts)
-        for part in parts:
-            alone.append(pool.forward([part])[0])
+        entries = []
+        for prompt, n_past, table in zip(prompts, n_past_tokens, tables):
+            if n_past:
+                pool.forward([(prompt[:n_past], 0, len(prompt), table)], logits=False)
+            entries.append((prompt[n_past:], n_past, len(prompt), table))
+        together = pool.forward(entries)
+        alone = [pool.forward([entry])[0] for entry in entries]
     np.testing.assert_allclose(together, alone, atol=2e-4, rtol=0)
 
 
-BOUNDS = dict.fromkeys(
-    ("bfloat16", "float16", "int8", "int4_g64", "int4_g128", "uint4_g32", "uint4_g128", "uint8_g64"), 0.03
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", "float16", "int8", "int4_g64", "int4_g128", "uint4_g32", "uint4_g128", "uint8_g64"],
 )
+def test_storage_types(library, golden_model, dtype):
+    """Weights in a storage type, compared with the same, rounded values as float32 weights.
 
-
-@pytest.mark.parametrize("name", ["a"])
-@pytest.mark.parametrize("dtype", [name for name in BOUNDS if name in DTYPES])
-def test_other_types(library, golden_model, name, dtype):
-    """Compare with float32 weights of the same, rounded values.
-
-    Only the rounding of activations differs then: to bfloat16 in large products where the machine has
-    instructions for it, to 8 bits in small products with quantised weights. The golden models have random weights,
-    which magnify errors: rounding activations to bfloat16 once per product moves their features by 3 %.
+    Only the rounding of activations differs: to bfloat16 in large products where the processor has instructions for it,
+    to 8 bits in small products with quantised weights. The golden models have random weights, which magnify errors:
+    rounding activations to bfloat16 once per product moves their features by 3 %.
     """
-    model = golden_model(name)
+    model = golden_model("a")
     packed = store(library, model.weights, DTYPES[dtype])
     rounded = {}
-    for key, (data, kind, shape) in packed.items():
-        values = library.unpack(data, kind, shape[0], int(np.prod(shape[1:])))
-        rounded[key] = values.reshape(shape)
-    config = make_config(model.config)
-    exact_isa = make_config(model.config, isa=min(ISAS["avx2"], 2))
-    images = model.images
-    prompt, length = model.prompt, len(model.prompt)
-    with Engine(library, config, store(library, rounded, FLOAT32)) as exact:
-        features = exact.encode_images(images)
-        with exact.pool(20) as pool:
-            table = list(range(20))
-            logits = pool.forward([(prompt, 0, length, table)], model.spans(features))
-            decoded = pool.forward([([7], length, length, table)])
-    for each, bound in ((config, BOUNDS[dtype]), (exact_isa, 2e-3)):
-        with Engine(library, each, packed) as engine:
-            got = engine.encode_images(images)
-            assert np.abs(got - features).max() <= 4 * bound * np.abs(features).max()
+    for name, (data, stored_dtype, shape) in packed.items():
+        values = library.unpack(data, stored_dtype, shape[0], int(np.prod(shape[1:])))
+        rounded[name] = values.reshape(shape)
+    best_isa = make_config(model.config)
+    avx2 = make_config(model.config, isa=ISAS["avx2"])  # without products in bfloat16
+    prompt = model.prompt, 0, len(model.prompt), list(range(20))
+    decode = [7], len(model.prompt), len(model.prompt), list(range(20))
+    with Engine(library, best_isa, store(library, rounded, FLOAT32)) as engine:
+        expected_features = engine.encode_images(model.images)
+        with engine.pool(20) as pool:
+            expected_prefill = pool.forward([prompt], model.spans(expected_features))
+            expected_decode = pool.forward([decode])
+    rounding_bound = 0.03
+    for config, bound in ((best_isa, rounding_bound), (avx2, 2e-3)):
+        with Engine(library, config, packed) as engine:
+            assert_close(engine.encode_images(model.images), expected_features, 4 * bound)
             with engine.pool(20, 32, FLOAT32) as pool:
-                got = pool.forward([(prompt, 0, length, table)], model.spans(features))
-                assert np.abs(got - logits).max() <= 4 * bound * np.abs(logits).max()
-                got = pool.forward([([7], length, length, table)])
-                small = bound if dtype in ("bfloat16", "float16") else BOUNDS[dtype]
-                assert np.abs(got - decoded).max() <= 4 * small * np.abs(decoded).max()
+                assert_close(
+                    pool.forward([prompt], model.spans(expected_features)), expected_prefill, 4 * bound
+                )
+                decode_bound = bound if dtype in ("bfloat16", "float16") else rounding_bound
+                assert_close(pool.forward([decode]), expected_decode, 4 * decode_bound)
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype in GROUPS if dtype in DTYPES.values()])
-def test_exact_products(library, golden_model, isa, dtype):
-    """QVL_COMPUTE_FLOAT32: logits equal those of the same values as float32 weights in the original order."""
+def assert_close(values, expected, bound):
+    """The largest difference, as a share of the largest expected value, is within the bound."""
+    assert np.abs(values - expected).max() <= bound * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", GROUPS)
+def test_compute_float32(library, golden_model, isa, dtype):
+    """QVL_COMPUTE_FLOAT32 with quantised, permuted weights, compared with the same values as float32 weights."""
     model = golden_model("a")
     weights, random = model.language_weights(), np.random.default_rng(4)
     packed = store(library, weights, dtype)
-    exact, orders = {}, {}
-    for name, (data, kind, shape) in packed.items():
-        exact[name] = library.unpack(data, kind, shape[0], int(np.prod(shape[1:]))).reshape(shape)
-        if kind in GROUPS and "h.0." in name:
+    dequantised, orders = {}, {}
+    for name, (data, stored_dtype, shape) in packed.items():
+        values = library.unpack(data, stored_dtype, shape[0], int(np.prod(shape[1:]))).reshape(shape)
+        if stored_dtype in GROUPS and "h.0." in name:
             order = random.permutation(shape[1]).astype(np.int32)
             orders[f"{name}.order"] = order, INT32, order.shape
-            exact[name] = exact[name][:, np.argsort(order)]
+            values = values[:, np.argsort(order)]
+        dequantised[name] = values
     prompt, table = model.prompt[:40], [1, 0]
     logits = []
-    for stored in ({**packed, **orders}, store(library, exact, FLOAT32)):
+    for stored in ({**packed, **orders}, store(library, dequantised, FLOAT32)):
         config = make_config(model.config, LANGUAGE, isa=isa, compute=COMPUTE_FLOAT32)
         with Engine(library, config, stored) as engine, engine.pool(2) as pool:
-            decoded = pool.forward([(prompt, 0, 40, table)]), pool.forward([([7], 40, 40, table)])
-            logits.append(np.concatenate(decoded))
+            prefill, decode = pool.forward([(prompt, 0, 40, table)]), pool.forward([([7], 40, 40, table)])
+            logits.append(np.concatenate([prefill, decode]))
     np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["a"])
-def test_bfloat16_cache(best):
-    _, engine = best
-    prompt, table = list(range(100)), list(range(5))
-    with engine.pool(5) as exact, engine.pool(5, dtype=BFLOAT16) as rounded:
-        a = exact.forward([(prompt, 0, 100, table)])
-        b = rounded.forward([(prompt, 0, 100, table)])
-    assert 0 < np.abs(a - b).max() <= 0.05 * np.abs(a).max()
+def test_bfloat16_cache(model_and_best_engine):
+    _, engine = model_and_best_engine
+    entry = list(range(100)), 0, 100, list(range(5))
+    with engine.pool(5) as float32_pool, engine.pool(5, dtype=BFLOAT16) as bfloat16_pool:
+        expected = float32_pool.forward([entry])
+        logits = bfloat16_pool.forward([entry])
+    assert 0 < np.abs(logits - expected).max() <= 0.05 * np.abs(expected).max()
 
 
-def test_compute(library, golden_model):
-    """float32 products are bit-identical to those of the ISAs without bfloat16; a CPU does not compute in float16."""
+def test_compute_dtypes(library, golden_model):
+    """float32 products are bit-identical to those of an ISA without bfloat16; a CPU does not compute in float16."""
     model = golden_model("a")
     weights = store(library, model.language_weights(), BFLOAT16)
-    prompt, rows = model.prompt[:100], []
+    prompt, logits = model.prompt[:100], []
     for changes in ({"compute": COMPUTE_FLOAT32}, {"isa": ISAS["avx512"]}, {"compute": COMPUTE_BFLOAT16}):
         try:
             engine = Engine(library, make_config(model.config, LANGUAGE, **changes), weights)
@@ -189,9 +190,10 @@ def test_compute(library, golden_model):
                 raise
             pytest.skip(f"this processor cannot: {error}")
         with engine, engine.pool(4) as pool:
-            rows.append(pool.forward([(prompt, 0, 100, list(range(4)))]))
-    assert (rows[0] == rows[1]).all()
-    assert (rows[0] != rows[2]).any()
+            logits.append(pool.forward([(prompt, 0, 100, list(range(4)))]))
+    float32, avx512, bfloat16 = logits
+    assert (float32 == avx512).all()
+    assert (float32 != bfloat16).any()
     line = "config: compute: a CPU does not compute in float16"
     with pytest.raises(EngineError, match=line):
         Engine(library, make_config(model.config, LANGUAGE, compute=COMPUTE_FLOAT16), weights)

@@ -1,10 +1,12 @@
+"""Fixtures of the demo's tests: the model with random weights, and a run with correct answers."""
+
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
 import pytest
-from demo_helpers import answered
+from demo_helpers import make_answer
 from safetensors.numpy import save_file
 
 from paddlemix_qwenvl_plugin.checkpoint.config import load_config
@@ -16,7 +18,7 @@ from paddlemix_qwenvl_plugin.tiny.make import random_weights
 
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model with random weights."""
+    """Folder of the demo model with random weights."""
     folder = tmp_path_factory.mktemp("demo") / "model"
     shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(random_weights(load_config(folder), 1), str(folder / "model.safetensors"))
@@ -26,4 +28,5 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def all_correct_run() -> Run:
     """A run in which every answer is the expected one."""
-    return Run(tuple(Result(q, answered(q.turn.answer)) for q in QUESTIONS), 5_500_000, 4.2)
+    results = tuple(Result(question, make_answer(question.turn.answer)) for question in QUESTIONS)
+    return Run(results, 5_500_000, 4.2)

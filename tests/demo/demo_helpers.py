@@ -18,8 +18,8 @@ TIMINGS = {
 }
 
 
-def answered(text: str) -> Answer:
-    """Build an answer with this text to a question about a demo image."""
+def make_answer(text: str) -> Answer:
+    """Make an answer with this text to a question about a demo image."""
     parsed = parse_boxes(text)
     return Answer(
         text=text,
@@ -32,20 +32,20 @@ def answered(text: str) -> Answer:
     )
 
 
-def named(name: str) -> Question:
-    (found,) = [question for question in QUESTIONS if question.name == name]
-    return found
+def question_named(name: str) -> Question:
+    (question,) = [question for question in QUESTIONS if question.name == name]
+    return question
 
 
 class Page(HTMLParser):
-    """Elements of the page as (tag, attributes, the text inside)."""
+    """Parsed HTML page; `elements` are (tag, attributes, parts of the text inside) in the page's order."""
 
     VOID = ("meta", "link", "img", "polygon", "rect", "br")
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self._open: list[int] = []
+        self._open: list[int] = []  # indices of the elements that are not closed yet
         self.feed(html)
         self.close()
         assert not self._open, "an element is not closed"
@@ -59,17 +59,17 @@ class Page(HTMLParser):
         self.elements.append((tag, dict(attrs), []))
 
     def handle_endtag(self, tag: str) -> None:
-        opened = self.elements[self._open.pop()][0]
-        assert opened == tag, f"</{tag}> closes <{opened}>"
+        opening_tag, _, _ = self.elements[self._open.pop()]
+        assert opening_tag == tag, f"</{tag}> closes <{opening_tag}>"
 
     def handle_data(self, data: str) -> None:
         for index in self._open:
             self.elements[index][2].append(data)
 
-    def texts(self, tag: str, css: str = "") -> list[str]:
-        """Text of each element with this tag and CSS class."""
+    def texts(self, tag: str, css_class: str = "") -> list[str]:
+        """Texts of the elements with this tag and CSS class."""
         return [
             "".join(text).replace("\xa0", " ")
-            for name, attributes, text in self.elements
-            if name == tag and css in (attributes.get("class") or "")
+            for element_tag, attributes, text in self.elements
+            if element_tag == tag and css_class in (attributes.get("class") or "")
         ]

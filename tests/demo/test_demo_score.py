@@ -1,4 +1,4 @@
-"""Scores of answers about the demo world."""
+"""Scores of answers about the demo's synthetic images."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ def sample(task: str, answer: str, question: str = "?", text: str = "") -> Sampl
 
 
 def test_boxes_count_by_overlap_and_ref() -> None:
-    wanted = "<ref>A</ref><box>(0,0),(100,100)</box> and <ref>b</ref><box>(500,500),(600,600)</box>."
-    asked = sample("grounded caption", wanted)
-    near = wanted.replace("(100,100)", "(110,100)")
-    assert (mark(asked, near).words_right, mark(asked, near).boxes_right) == (True, 2)
-    swapped = wanted.replace("<ref>b<", "<ref>c<")
-    assert (mark(asked, swapped).words_right, mark(asked, swapped).boxes_right) == (False, 1)
-    assert mark(asked, "no idea").boxes_right == 0
-    assert mark(asked, "no idea").boxes == 2
+    expected = "<ref>A</ref><box>(0,0),(100,100)</box> and <ref>b</ref><box>(500,500),(600,600)</box>."
+    caption = sample("grounded caption", expected)
+    near = expected.replace("(100,100)", "(110,100)")
+    assert (mark(caption, near).words_right, mark(caption, near).boxes_right) == (True, 2)
+    other_ref = expected.replace("<ref>b<", "<ref>c<")
+    assert (mark(caption, other_ref).words_right, mark(caption, other_ref).boxes_right) == (False, 1)
+    assert mark(caption, "no idea").boxes_right == 0
+    assert mark(caption, "no idea").boxes == 2
 
 
-def test_a_question_may_open_the_box() -> None:
-    asked = sample("box", "(0,0),(100,100)</box>", "<ref>the star</ref><box>")
-    assert mark(asked, "(0,0),(100,90)</box>").boxes_right == 1
-    assert mark(asked, "(0,0),(100,40)</box>").boxes_right == 0
+def test_a_question_that_ends_in_a_box_tag() -> None:
+    """The answer then begins with the coordinates."""
+    box = sample("box", "(0,0),(100,100)</box>", "<ref>the star</ref><box>")
+    assert mark(box, "(0,0),(100,90)</box>").boxes_right == 1
+    assert mark(box, "(0,0),(100,40)</box>").boxes_right == 0
 
 
 def test_rates_by_task() -> None:
-    asked = [
+    samples = [
         sample("reading", "It says CAT.", text="CAT"),
         sample("reading", "There is no text."),
         sample("count", "There are two stars."),
         sample("box", "<ref>x</ref><box>(0,0),(10,10)</box>"),
     ]
-    given = [
+    answers = [
         "It says CAR.",
         "There is no text.",
         "There are two stars.",
         "<ref>x</ref><box>(0,0),(10,10)</box>",
     ]
-    rates = score([mark(one, answer) for one, answer in zip(asked, given)])
+    rates = score([mark(question, answer) for question, answer in zip(samples, answers)])
     assert rates["words"] == Rate(2, 3)
     assert rates["boxes"] == Rate(1, 1)
     assert rates["reading"] == Rate(0, 1)
@@ -60,7 +61,7 @@ def test_no_rates_without_samples() -> None:
 
 
 def test_one_wrong_letter_is_a_wrong_word() -> None:
-    asked = sample("reading", 'It says "CAT".', text="CAT")
-    assert mark(asked, 'It says "CAT".').words_right
-    assert not mark(asked, 'It says "CAR".').words_right
-    assert not mark(asked, "CAT").words_right
+    reading = sample("reading", 'It says "CAT".', text="CAT")
+    assert mark(reading, 'It says "CAT".').words_right
+    assert not mark(reading, 'It says "CAR".').words_right
+    assert not mark(reading, "CAT").words_right

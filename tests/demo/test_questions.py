@@ -1,4 +1,4 @@
-"""The bundled questions and images match the seeds, one of each kind."""
+"""The demo's bundled images and questions: drawn by the tool, one question of each kind, true to the images."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def test_images_equal_those_drawn_by_the_tool(tmp_path: Path) -> None:
     assert names == sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(path.name for question in QUESTIONS for path in question.images)
     for name in names:
-        with Image.open(IMAGES / name) as shipped, Image.open(tmp_path / name) as drawn:
-            assert (shipped.mode, shipped.size) == ("RGB", (256, 256))
-            difference = np.abs(np.asarray(shipped, np.int16) - np.asarray(drawn, np.int16)).max(axis=-1)
+        with Image.open(IMAGES / name) as bundled, Image.open(tmp_path / name) as drawn:
+            assert (bundled.mode, bundled.size) == ("RGB", (256, 256))
+            difference = np.abs(np.asarray(bundled, np.int16) - np.asarray(drawn, np.int16)).max(axis=-1)
         # Letters depend on Pillow's FreeType version, shapes do not.
         assert (difference > 32).mean() < 0.01, name
 
@@ -40,13 +40,13 @@ def test_one_question_of_each_kind() -> None:
     assert len({question.name for question in QUESTIONS}) == len(QUESTIONS)
 
 
-def test_names_of_things_are_where_their_colour_is() -> None:
-    """Compare scenes with pixels: the centre of each shape's box has its colour."""
+def test_shapes_of_the_scenes_are_in_the_images() -> None:
+    """The pixel at the centre of a shape's box has the shape's colour."""
     for question in QUESTIONS:
         for scene, path in zip(question.sample.scenes, question.images):
             with Image.open(path) as image:
                 pixels = np.asarray(image, np.int16)
-            for thing in scene.shapes:
-                left, top, right, bottom = (value * 256 // 1000 for value in thing.box)
+            for shape in scene.shapes:
+                left, top, right, bottom = (value * 256 // 1000 for value in shape.box)
                 colour = pixels[(top + bottom) // 2, (left + right) // 2]
-                assert np.abs(colour - thing.rgb).max() <= scene.noise + 1, (path.name, thing)
+                assert np.abs(colour - shape.rgb).max() <= scene.noise + 1, (path.name, shape)

@@ -1,4 +1,4 @@
-"""Output of `qwenvl demo` with a random model and with the shipped one."""
+"""Output and files of `qwenvl demo`, with a random model and with the demo model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from paddlemix_qwenvl_plugin.util.errors import QwenVLError, UsageError
 
 REPO = Path(__file__).resolve().parents[2]
 
+# Exported stages that have engine programs: none where the engine cannot be built.
 ENGINE_STAGES = ("vision/vision", "text/qwen") if HAS_COMPILER else ()
 
 needs_weights = pytest.mark.skipif(
@@ -35,18 +37,20 @@ needs_weights = pytest.mark.skipif(
 
 
 def files(folder: Path) -> set[str]:
+    """Relative paths of the files in a folder."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-OWN = {
+# The files that the demo writes.
+DEMO_FILES = {
     ".qwenvl-demo",
     "index.html",
     "sheet.png",
     "answers.json",
     *(f"images/{path.name}" for question in QUESTIONS for path in question.images),
-    *(f"vision/vision.{end}" for end in ("json", "pdmodel", "pdiparams", "manifest.json")),
-    *(f"text/qwen.{end}" for end in ("json", "pdmodel", "pdiparams", "manifest.json")),
-    *(f"{stage}.fused.{end}" for stage in ENGINE_STAGES for end in ("json", "pdmodel")),
+    *(f"vision/vision.{suffix}" for suffix in ("json", "pdmodel", "pdiparams", "manifest.json")),
+    *(f"text/qwen.{suffix}" for suffix in ("json", "pdmodel", "pdiparams", "manifest.json")),
+    *(f"{stage}.fused.{suffix}" for stage in ENGINE_STAGES for suffix in ("json", "pdmodel")),
     *(
         f"text/{name}"
         for name in (
@@ -60,8 +64,8 @@ OWN = {
 }
 
 
-def test_files_that_no_demo_wrote_are_left_alone(tmp_path: Path, random_model: Path) -> None:
-    """Also of versions without a marker file, recognized by their page."""
+def test_files_that_no_demo_wrote_are_not_replaced(tmp_path: Path, random_model: Path) -> None:
+    """A folder of a demo is recognized by its marker file, or by its page, as of versions without a marker file."""
     for name in ("index.html", "sheet.png", "answers.json", "images", "vision", "text"):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
@@ -77,53 +81,54 @@ def test_files_that_no_demo_wrote_are_left_alone(tmp_path: Path, random_model: P
     assert page.read_text() == "<html><title>My page</title>"
 
 
-def test_own_files_are_replaced_and_no_others(
+def test_only_files_of_the_demo_are_replaced(
     tmp_path: Path, random_model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Run with a random model in the folder of an earlier demo; wrong answers cause an error at the end."""
-    mine = ["notes.txt", "vision/notes.txt", "text/mine.json", "images/mine.png"]
-    out = tmp_path / "qwenvl-demo"
-    for name in (*mine, *OWN):
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text("old")
-    (out / "index.html").write_text("<html><title>qwenvl demo: 8 of 8 right")
+    users_files = ["notes.txt", "vision/notes.txt", "text/mine.json", "images/mine.png"]
+    folder = tmp_path / "qwenvl-demo"
+    for name in (*users_files, *DEMO_FILES):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("old")
+    (folder / "index.html").write_text("<html><title>qwenvl demo: 8 of 8 right")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluation, "_MAX_NEW_TOKENS", 4)  # a random model generates no stop token
     monkeypatch.setattr(run_module, "MODEL", random_model)
     monkeypatch.setattr(sys, "argv", ["qwenvl", "demo"])
     with pytest.raises(SystemExit) as exit_info:
         main()
-    printed = capfd.readouterr()
+    output = capfd.readouterr()
     assert exit_info.value.code == 1
-    # Paddle's log lines come first in this process, which configures logging unlike the command.
-    assert printed.err.splitlines()[-1].startswith("qwenvl: 8 of the demo's 8 answers are wrong")
-    assert "0 of 8 answers are right." in printed.out
-    questions = [line[7:] for line in printed.out.splitlines() if line.startswith("    Q  ")]
+    # The last line: the test's process, unlike the command's, also prints Paddle's log.
+    assert output.err.splitlines()[-1].startswith("qwenvl: 8 of the demo's 8 answers are wrong")
+    assert "0 of 8 answers are right." in output.out
+    prefix = "    Q  "
+    questions = [line.removeprefix(prefix) for line in output.out.splitlines() if line.startswith(prefix)]
     assert questions == [question.turn.question for question in QUESTIONS]
-    assert printed.out.count("WRONG, expected: ") == 8
+    assert output.out.count("WRONG, expected: ") == 8
 
-    assert files(out) == {*mine, *OWN}
-    old = {name for name in files(out) if (out / name).read_bytes() == b"old"}
-    assert old == {*mine, ".qwenvl-demo"}
-    assert Page((out / "index.html").read_text("utf-8")).texts("h1") == ["0 of 8 answers are right"]
-    assert json.loads((out / "answers.json").read_text("utf-8"))["right"] == 0
+    assert files(folder) == {*users_files, *DEMO_FILES}
+    unchanged = {name for name in files(folder) if (folder / name).read_bytes() == b"old"}
+    assert unchanged == {*users_files, ".qwenvl-demo"}
+    assert Page((folder / "index.html").read_text("utf-8")).texts("h1") == ["0 of 8 answers are right"]
+    assert json.loads((folder / "answers.json").read_text("utf-8"))["right"] == 0
 
 
-def test_missing_weights_leave_nothing(tmp_path: Path) -> None:
+def test_missing_weights_create_no_folder(tmp_path: Path) -> None:
     with pytest.raises(QwenVLError, match=r"model\.safetensors: the demo model's weights are missing"):
         run_demo(tmp_path / "demo", print, tmp_path)
     assert not (tmp_path / "demo").exists()
 
 
-def test_two_demos_in_one_folder(tmp_path: Path, random_model: Path) -> None:
+def test_two_demos_at_once_in_one_folder(tmp_path: Path, random_model: Path) -> None:
     program = f"""
 from pathlib import Path
 from paddlemix_qwenvl_plugin.demo import run, score
 score._MAX_NEW_TOKENS = 4
-made = run.run_demo(Path("demo"), lambda line: None, Path({str(random_model)!r}))
-print(len(made.results))
+demo_run = run.run_demo(Path("demo"), lambda line: None, Path({str(random_model)!r}))
+print(len(demo_run.results))
 """
-    both = [
+    processes = [
         subprocess.Popen(
             [sys.executable, "-c", program],
             cwd=tmp_path,
@@ -134,8 +139,8 @@ print(len(made.results))
         )
         for _ in range(2)
     ]
-    assert [process.communicate(timeout=300) for process in both] == [("8\n", ""), ("8\n", "")]
-    assert files(tmp_path / "demo") == OWN
+    assert [process.communicate(timeout=300) for process in processes] == [("8\n", ""), ("8\n", "")]
+    assert files(tmp_path / "demo") == DEMO_FILES
 
 
 def test_export_time_excludes_the_engine_build(
@@ -143,8 +148,10 @@ def test_export_time_excludes_the_engine_build(
 ) -> None:
     monkeypatch.setattr(evaluation, "_MAX_NEW_TOKENS", 4)
     monkeypatch.setattr(run_module, "library_state", lambda: ("not built", Path("libqwenvl.so")))
+    # Building the engine takes 5 seconds.
     monkeypatch.setattr(run_module, "engine_available", lambda choice, operators: time.sleep(5) or True)
-    start, lines = time.perf_counter(), list[str]()
+    lines: list[str] = []
+    start = time.perf_counter()
     run = run_demo(tmp_path, lines.append, random_model)
     assert run.export_seconds + 5 < time.perf_counter() - start
     assert re.fullmatch(r"Built the engine in 5\.\d s\.", lines[0])
@@ -155,12 +162,12 @@ def test_export_time_excludes_the_engine_build(
 
 
 @needs_weights
-def test_the_shipped_model_is_right(
+def test_the_demo_model_answers_correctly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Run the command as a process, on an ASCII terminal, and compare every answer with the scene."""
-    done = subprocess.run(
-        [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "demo", "there"],
+    """Run the command as a process, on an ASCII terminal, and compare the answers with the scenes of the images."""
+    result = subprocess.run(
+        [sys.executable, "-m", "paddlemix_qwenvl_plugin.cli", "demo", "folder"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "ascii"},
         capture_output=True,
@@ -168,56 +175,61 @@ def test_the_shipped_model_is_right(
         timeout=300,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    assert "8 of 8 answers are right." in done.stdout
-    assert f"Page:   {Path('there') / 'index.html'}" in done.stdout
-    answers = json.loads((tmp_path / "there" / "answers.json").read_text("utf-8"))["answers"]
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    assert "8 of 8 answers are right." in result.stdout
+    assert f"Page:   {Path('folder') / 'index.html'}" in result.stdout
+    answers = json.loads((tmp_path / "folder" / "answers.json").read_text("utf-8"))["answers"]
     for question in QUESTIONS:
-        given = answers[question.name]["answer"]
-        assert given["finish_reason"] == "stop"
+        answer = answers[question.name]["answer"]
+        assert answer["finish_reason"] == "stop"
         scene = question.sample.scenes[-1]
-        words = " ".join(given["text"].split())
+        text = " ".join(answer["text"].split())
         if question.name in ("caption", "grounded"):
             for thing in scene.things:
-                told = [thing.text] if thing.text else [thing.size, thing.colour, thing.kind]
-                assert " ".join(told) in words
+                name = thing.text or f"{thing.size} {thing.colour} {thing.kind}"
+                assert name in text
         if question.name in ("grounded", "chinese"):
-            assert len(given["boxes"]) == len(scene.things)
-            for box, thing in zip(given["boxes"], scene.things):
-                assert overlap([v for point in box["points"] for v in point], thing.bounds) >= 0.5
+            assert len(answer["boxes"]) == len(scene.things)
+            for box, thing in zip(answer["boxes"], scene.things):
+                corners = [value for point in box["points"] for value in point]
+                assert intersection_over_union(corners, thing.bounds) >= 0.5
         if question.name == "read":
-            assert all(thing.text in words for thing in scene.texts)
+            assert all(thing.text in text for thing in scene.texts)
     assert "two" in answers["count"]["answer"]["text"]
-    page = Page((tmp_path / "there" / "index.html").read_text("utf-8"))
+    page = Page((tmp_path / "folder" / "index.html").read_text("utf-8"))
     assert page.texts("span", "verdict") == ["right"] * 8
 
-    # The page's command asks the demo model again.
+    # The `predict` command on the page, with the demo's exported stages.
     (command,) = [text for text in page.texts("pre") if text.startswith("qwenvl predict")]
     monkeypatch.chdir(tmp_path)
     capfd.readouterr()
     app(shlex.split(command.replace("\\\n", " "))[1:], standalone_mode=False)
     assert capfd.readouterr().out == "There are four shapes.\n"
 
-    # The documents show its output; without a Chinese font some words are missing.
+    # The READMEs and an image in the documents show the demo's output.
     for readme in ("README.md", "README_zh.md"):
-        shown = re.search(r"<ref>.*?</box>", (REPO / readme).read_text("utf-8"))
-        assert shown is not None
-        assert shown.group() in answers["grounded"]["answer"]["text"]
+        documented_box = re.search(r"<ref>.*?</box>", (REPO / readme).read_text("utf-8"))
+        assert documented_box is not None
+        assert documented_box.group() in answers["grounded"]["answer"]["text"]
     with (
-        Image.open(tmp_path / "there" / "sheet.png") as made,
+        Image.open(tmp_path / "folder" / "sheet.png") as sheet,
         Image.open(REPO / "docs" / "images" / "demo.png") as documented,
     ):
-        assert made.width == documented.width
-        # Chinese text, in the last row, is higher if a font for it exists.
-        same = made.height if made.height == documented.height else 2 * made.height // 3
-        arrays = [np.asarray(sheet, np.int16)[:same] for sheet in (made, documented)]
+        assert sheet.width == documented.width
+        # Without a Chinese font the last of the three rows is different and has another height: leave it out.
+        height = sheet.height if sheet.height == documented.height else 2 * sheet.height // 3
+        arrays = [np.asarray(image, np.int16)[:height] for image in (sheet, documented)]
         difference = np.abs(arrays[0] - arrays[1]).max(axis=-1)
     assert (difference > 32).mean() < 0.02
 
 
-def overlap(a: list[int], b: tuple[float, float, float, float]) -> float:
-    """Intersection over union, by counting points of a grid."""
+def intersection_over_union(a: list[int], b: tuple[float, float, float, float]) -> float:
+    """Intersection over union of two rectangles, by counting points of a grid."""
     points = [(x + 0.5, y + 0.5) for x in range(0, 1000, 5) for y in range(0, 1000, 5)]
-    inside = [[r[0] <= x <= r[2] and r[1] <= y <= r[3] for x, y in points] for r in (a, b)]
-    both = sum(p and q for p, q in zip(*inside))
-    return both / sum(p or q for p, q in zip(*inside))
+
+    def contains(rectangle: Sequence[float]) -> np.ndarray:
+        left, top, right, bottom = rectangle
+        return np.array([left <= x <= right and top <= y <= bottom for x, y in points])
+
+    in_a, in_b = contains(a), contains(b)
+    return float((in_a & in_b).sum() / (in_a | in_b).sum())

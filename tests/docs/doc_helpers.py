@@ -11,8 +11,8 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(text: str, language: str | None = None) -> list[str]:
-    """Contents of the fenced blocks, of one language or of all."""
-    return [content for found, content in _FENCE.findall(text) if language in (None, found)]
+    """Contents of the fenced blocks: all, or those of one language."""
+    return [content for block_language, content in _FENCE.findall(text) if language in (None, block_language)]
 
 
 def prose(text: str) -> str:
@@ -22,15 +22,14 @@ def prose(text: str) -> str:
 
 def headings(text: str) -> list[tuple[int, str]]:
     """(level, title) of every heading."""
-    found = re.findall(r"^(#+) (.+)$", prose(text), re.MULTILINE)
-    return [(len(marks), title) for marks, title in found]
+    return [(len(hashes), title) for hashes, title in re.findall(r"^(#+) (.+)$", prose(text), re.MULTILINE)]
 
 
 def section(text: str, title: str) -> str:
     """Text under a second-level heading."""
-    _, _, rest = text.partition(f"\n## {title}\n")
-    assert rest, title
-    return re.split(r"^## ", rest, flags=re.MULTILINE)[0]
+    _, _, following = text.partition(f"\n## {title}\n")
+    assert following, title
+    return re.split(r"^## ", following, flags=re.MULTILINE)[0]
 
 
 def links(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The simple commands of a shell example: words, without running anything."""
+"""Parser of shell examples: splits a script into its commands, without running them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ _VARIABLE = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
 
 class Command(NamedTuple):
-    """A program with its arguments, and the variables set before it."""
+    """A program, its arguments, and the variables that are assigned before it, as in `A=1 program`."""
 
     variables: dict[str, str]
     program: str
     arguments: list[str]
 
 
-def typed(session: str) -> str:
-    """Lines of a console session that the user types, after the prompt `$ `."""
+def typed_lines(session: str) -> str:
+    """The lines of a console session that the user types, after the prompt `$ `."""
     return "\n".join(_PROMPT.findall(session))
 
 
 def commands(script: str) -> Iterator[Command]:
-    """The commands of a script of pipes, lists, redirections, here documents and assignments."""
+    """Yield the commands of a script.
+
+    The script may have pipes, lists, redirections, here documents and assignments, but no control flow. An assignment
+    without a program is a command with an empty program.
+    """
     script = _HEREDOC.sub("", script).replace("\\\n", " ")
     for line in script.splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
         lexer.whitespace_split = True
         words: list[str] = []
         for word in [*lexer, ";"]:
-            if not re.fullmatch(r"[|&;]+", word):
+            if not re.fullmatch(r"[|&;]+", word):  # not a separator
                 words.append(word)
             elif words:
                 yield _command(words)
@@ -45,9 +49,11 @@ def _command(words: list[str]) -> Command:
     while words and (match := _VARIABLE.fullmatch(words[0])):
         variables[match[1]] = match[2]
         words = words[1:]
-    kept = [
+    # Leave out redirections: an operator and the word after it.
+    program_and_arguments = [
         word
-        for before, word in zip(["", *words], words)
-        if not re.fullmatch("[<>]+", word) and not re.fullmatch("[<>]+", before)
+        for previous, word in zip(["", *words], words)
+        if not re.fullmatch("[<>]+", word) and not re.fullmatch("[<>]+", previous)
     ]
-    return Command(variables, kept[0] if kept else "", kept[1:])
+    program, *arguments = program_and_arguments or [""]
+    return Command(variables, program, arguments)

@@ -1,4 +1,7 @@
-"""The figure and the import rule of docs/architecture.md against the sources, and what an import loads."""
+"""docs/architecture.md, compared with the sources: the figure of imports, the import rule, and two contracts.
+
+A part is a folder of the package, or a module that is in no folder.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +16,30 @@ import pytest
 from doc_helpers import REPO, blocks
 
 PACKAGE = "paddlemix_qwenvl_plugin"
-FREE = {"version"}
-# The package's __init__ exports the public interface from any folder.
-MODULES = sorted(p for p in (REPO / PACKAGE).rglob("*.py") if p != REPO / PACKAGE / "__init__.py")
-
+# Parts that every module may import.
+UNRESTRICTED = {"version"}
+# Without the package's __init__, which exports the public interface and may import any part.
+MODULES = sorted(path for path in (REPO / PACKAGE).rglob("*.py") if path != REPO / PACKAGE / "__init__.py")
 
 DOCUMENT = (REPO / "docs" / "architecture.md").read_text("utf-8")
 
 
-def rows() -> list[list[str]]:
-    """Rows of the rule in the document, lowest first."""
+def groups() -> list[list[str]]:
+    """The groups of parts in the document's import rule, `A, B → C → D`, from right to left."""
     (rule,) = [block for block in blocks(DOCUMENT, "text") if "→" in block]
-    return [[name.strip() for name in row.split(",")] for row in reversed(rule.split("→"))]
+    return [[name.strip() for name in group.split(",")] for group in reversed(rule.split("→"))]
 
 
-RANK = {part: rank for rank, row in enumerate(rows()) for part in row}
+RANK = {part: rank for rank, group in enumerate(groups()) for part in group}
 
 
 def part_of(path: Path) -> str:
-    """Folder of a module in the package, or the module's name if it is in none."""
+    """The part that a module belongs to."""
     return path.relative_to(REPO / PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
-    """Dotted names that a module imports, inside functions as well."""
+    """Dotted names that a module imports: at its top level only, or also inside functions."""
     tree = ast.parse(path.read_text("utf-8"))
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -51,28 +54,28 @@ def parts_imported(path: Path) -> set[str]:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Map each part to the other parts that its modules import, without `FREE`."""
+    """Map parts to the other parts that their modules import, without the unrestricted parts."""
     graph = {part: set[str]() for part in RANK}
     for path in MODULES:
         if part_of(path) in graph:
-            graph[part_of(path)] |= parts_imported(path) - {part_of(path)} - FREE
+            graph[part_of(path)] |= parts_imported(path) - {part_of(path)} - UNRESTRICTED
     return graph
 
 
 def reachable(graph: dict[str, set[str]], part: str) -> set[str]:
-    """Collect the parts that `part` imports, directly or through others."""
-    found: set[str] = set()
+    """Collect the parts that `part` imports, directly or through other parts."""
+    visited: set[str] = set()
     queue = [*graph[part]]
     while queue:
         other = queue.pop()
-        if other not in found:
-            found.add(other)
+        if other not in visited:
+            visited.add(other)
             queue += graph[other]
-    return found
+    return visited
 
 
 def figure(graph: dict[str, set[str]]) -> str:
-    """Draw the transitive reduction of an acyclic import graph in Mermaid, top row first."""
+    """Draw an acyclic import graph in Mermaid, leftmost group first, without imports implied by a longer path."""
     lines = ["graph TD"]
     for part in sorted(graph, key=lambda part: (-RANK[part], part)):
         indirect = set().union(*(reachable(graph, other) for other in graph[part]))
@@ -81,9 +84,9 @@ def figure(graph: dict[str, set[str]]) -> str:
 
 
 def test_figure_shows_the_imports() -> None:
-    (drawn,) = blocks(DOCUMENT, "mermaid")
+    (documented,) = blocks(DOCUMENT, "mermaid")
     expected = figure(import_graph())
-    assert drawn == expected, (
+    assert documented == expected, (
         f"the imports have changed; the figure of docs/architecture.md is now:\n{expected}"
     )
 
@@ -93,30 +96,31 @@ def test_figure_leaves_out_indirect_imports() -> None:
     assert figure(graph) == "graph TD\n    cli --> runtime\n    runtime --> util\n"
 
 
-def test_every_part_has_its_row() -> None:
-    assert {part_of(path) for path in MODULES} == {*RANK, *FREE}
+def test_every_part_has_a_group() -> None:
+    assert {part_of(path) for path in MODULES} == {*RANK, *UNRESTRICTED}
 
 
-def test_imports_run_one_way() -> None:
+def test_imports_run_in_one_direction() -> None:
     assert len(MODULES) > 50
     for path in MODULES:
-        for other in parts_imported(path) - {part_of(path)} - FREE:
-            # -1: modules free for all may import only such modules.
+        for other in parts_imported(path) - {part_of(path)} - UNRESTRICTED:
+            # Rank -1: an unrestricted part may import only unrestricted parts.
             assert RANK[other] <= RANK.get(part_of(path), -1), f"{path} imports {other}"
 
 
 def test_no_import_cycles() -> None:
     graph = import_graph()
+    # Remove the parts whose imports have been removed; in a cycle there are none.
     while leaves := [part for part, others in graph.items() if not others & set(graph)]:
         for part in leaves:
             del graph[part]
     assert not graph
 
 
-def test_no_module_needs_paddlenlp_to_load() -> None:
+def test_no_module_imports_upstream_when_it_is_loaded() -> None:
     for path in MODULES:
-        upstream = {name.split(".")[0] for name in imports(path, top_level_only=True)}
-        assert not upstream & {"paddlenlp", "paddlemix", "ppdiffusers"}, path
+        packages = {name.split(".")[0] for name in imports(path, top_level_only=True)}
+        assert not packages & {"paddlenlp", "paddlemix", "ppdiffusers"}, path
 
 
 def test_processing_and_recipes_do_not_import_paddle() -> None:
@@ -128,14 +132,16 @@ def test_processing_and_recipes_do_not_import_paddle() -> None:
 @pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.cli.main"])
 def test_import_loads_neither_paddle_nor_numpy(module: str) -> None:
     code = f"import sys, {module}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    loaded = {name.split(".")[0] for name in result.stdout.split()}
     assert PACKAGE in loaded
     assert not loaded & {"paddle", "paddlenlp", "paddlemix", "numpy", "PIL", "tiktoken", "httpx"}
 
 
-def test_document_declares_the_inputs_of_the_contracts() -> None:
-    """Every input's name, and the stock ones in their order."""
+def test_document_lists_the_inputs_of_the_contracts() -> None:
+    """The names of all inputs; the inputs of the stock contract also in their order."""
     from paddlemix_qwenvl_plugin.artifact.contract import step_inputs, stock_inputs
     from paddlemix_qwenvl_plugin.checkpoint.config import parse_config
     from paddlemix_qwenvl_plugin.tiny.make import tiny_config
@@ -144,12 +150,16 @@ def test_document_declares_the_inputs_of_the_contracts() -> None:
     stock, step = (
         DOCUMENT.split(f"## The {name} contract")[1].split("\n## ")[0] for name in ("stock", "step")
     )
-    names = [i.name for i in stock_inputs(config, "float32", "float32")][:23]
-    rows_of_table = re.findall(r"^\| [\d,… L+]+\| (.*?) \| \[|^\| 3 \| (.*?) \|", stock, re.MULTILINE)
-    listed = re.findall(r"`([a-z_]+(?:_0)?)`", " ".join(a or b for a, b in rows_of_table))
+    # 22 inputs and the first layer's cache: the table names no other cache.
+    names = [tensor.name for tensor in stock_inputs(config, "float32", "float32")][:23]
+    # The second cell of rows `| 5, 6, 7 | names | [shape] |`; the third cell of row 3 is not a shape in brackets.
+    name_cells = re.findall(r"^\| [\d,… L+]+\| (.*?) \| \[|^\| 3 \| (.*?) \|", stock, re.MULTILINE)
+    listed = re.findall(
+        r"`([a-z_]+(?:_0)?)`", " ".join(cell or row_3_cell for cell, row_3_cell in name_cells)
+    )
     assert [name for name in listed if name != "max_len"] == names
-    for declared in step_inputs(config, "float32", "float32")[:10]:
-        assert f"`{declared.name}`" in step, declared.name
+    for tensor in step_inputs(config, "float32", "float32")[:10]:
+        assert f"`{tensor.name}`" in step, tensor.name
 
 
 def test_document_lists_the_manifest() -> None:

@@ -1,158 +1,161 @@
-"""Every shell command of the documents exists: programs, subcommands, flags, required arguments, files, extras.
+"""Shell commands of the documents are valid: their programs, subcommands, flags, required arguments, files, extras.
 
-Commands are parsed, not run. Those that are also run: README "Run it" and "Test it" by .ci/run, the rest of the README,
-batch.md, chat.md, eval.md, patches.md, python-api.md and recipes.md by test_docs_examples.py, the session of recipes.md
-by tests/recipes/test_recipe_docs.py, the `curl` of README.md and serving.md by tests/serve/test_serve_docs.py.
+Here commands are parsed, not run. Other tests also run some of them:
+- .ci/run: README "Run it" and "Test it";
+- test_readme_tasks.py and test_docs_examples.py: other sections of the README, batch.md, chat.md, eval.md, patches.md,
+  python-api.md and recipes.md;
+- tests/recipes/test_recipe_docs.py: the console session of recipes.md;
+- tests/serve/test_serve_docs.py: `curl` in README.md and serving.md.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from doc_helpers import REPO, blocks, prose
-from shell_commands import Command, commands, typed
+from shell_commands import Command, commands, typed_lines
 
 from paddlemix_qwenvl_plugin.cli.main import app
 from paddlemix_qwenvl_plugin.serve.settings import ENVIRONMENT_PREFIX, ServeSettings
 from paddlemix_qwenvl_plugin.util import env
 
 PYPROJECT = (REPO / "pyproject.toml").read_text("utf-8")
-EXTRAS = set(
-    re.findall(
-        r"^([\w-]+) = \[", PYPROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0], re.MULTILINE
-    )
-)
+EXTRAS_TABLE = PYPROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0]
+EXTRAS = set(re.findall(r"^([\w-]+) = \[", EXTRAS_TABLE, re.MULTILINE))
 CMAKE = (REPO / "csrc" / "CMakeLists.txt").read_text("utf-8")
 
-# Programs of others, whose command lines are not known here.
+# Programs of other projects, whose flags cannot be checked here, and what they are.
 UNCHECKED = {
     "deploy/qwen_vl/export_image_encoder.py": "a script of PaddleMIX, run by tests/upstream",
     "deploy/qwen_vl/run_static_predict.py": "a script of PaddleMIX, run by tests/upstream",
     "predict/export_model.py": "a script of PaddleNLP, run by tests/upstream",
-    "my-program": "the reader's own",
+    "my-program": "a placeholder for the reader's program",
     "torch.distributed.run": "PyTorch's; training needs GPUs",
 }
 
 
 def documents() -> list[Path]:
-    """The Markdown files of the project's own."""
-    found = [
+    """The project's Markdown files that may have commands."""
+    paths = [
         path
         for pattern in ("*.md", "docs/**/*.md", "csrc/**/*.md", "examples/**/*.md", "tests/*/README.md")
         for path in REPO.glob(pattern)
     ]
-    assert len(found) > 20
-    return sorted(found)
+    assert len(paths) > 20
+    return sorted(paths)
 
 
-def shell(document: Path) -> list[Command]:
+def commands_of(document: Path) -> list[Command]:
+    """The commands in a document's blocks of the languages sh and console."""
     text = document.read_text("utf-8")
-    scripts = [*blocks(text, "sh"), *map(typed, blocks(text, "console"))]
+    scripts = [*blocks(text, "sh"), *map(typed_lines, blocks(text, "console"))]
     return [command for script in scripts for command in commands(script)]
 
 
 # --- qwenvl ---------------------------------------------------------------------------------------------
 
 
+Parse = Callable[[list[str]], Any]
+"""Function from the arguments of `qwenvl` to the parsed arguments of the subcommand, a dict."""
+
+
 @pytest.fixture(scope="module")
-def parsed() -> Callable[[list[str]], dict[str, Any]]:
-    """The command line interface, with functions that give their arguments back in place of the real ones."""
+def parse() -> Parse:
+    """The command line interface, whose subcommands only return their arguments."""
     root = typer.main.get_command(app)
 
-    def disarm(command: Any) -> None:
+    def replace_callbacks(command: Any) -> None:
         for child in getattr(command, "commands", {}).values():
-            disarm(child)
+            replace_callbacks(child)
         if not hasattr(command, "commands"):
-            command.callback = lambda **given: given
+            command.callback = lambda **arguments: arguments
 
-    disarm(root)
+    replace_callbacks(root)
     return lambda arguments: root.main(arguments, prog_name="qwenvl", standalone_mode=False)
 
 
-def check_qwenvl(command: Command, parsed: Callable[[list[str]], Any]) -> None:
-    given = parsed(command.arguments)
-    if isinstance(given, dict) and {"url", "first_model_path"} <= set(given):
-        stages = [given["first_model_path"], given["second_model_path"]]
-        assert given["url"] or None not in stages, "neither --url nor both stages"
+def check_qwenvl(command: Command, parse: Parse) -> None:
+    arguments = parse(command.arguments)
+    if isinstance(arguments, dict) and {"url", "first_model_path"} <= set(arguments):
+        stages = [arguments["first_model_path"], arguments["second_model_path"]]
+        assert arguments["url"] or None not in stages, "neither --url nor both stages"
 
 
-def flags(command: Any) -> set[str]:
-    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+def flags(parameters: Iterable[Any]) -> set[str]:
+    return {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(REPO)))
 def test_inline_commands_exist(document: Path) -> None:
-    """`qwenvl …` in a sentence: the subcommand and each flag, though not always the required arguments."""
-    for span in re.findall(r"`(qwenvl [^`]+)`", prose(document.read_text("utf-8"))):
+    """`qwenvl …` in a sentence: the subcommand and its flags exist; required arguments may be omitted."""
+    for inline_command in re.findall(r"`(qwenvl [^`]+)`", prose(document.read_text("utf-8"))):
         command: Any = typer.main.get_command(app)
-        known = flags(command)
-        words = re.split(r"[|…]", span)[0].split()[1:]
+        words = re.split(r"[|…]", inline_command)[0].split()[1:]
         if words[:1] and words[0].startswith("-"):
-            assert set(words) <= known | {"--help"}, span
+            assert set(words) <= flags(command.params) | {"--help"}, inline_command
             continue
         context = typer.Context(command)
         while words and hasattr(command, "commands"):
-            assert words[0] in command.commands, span
+            assert words[0] in command.commands, inline_command
             command = command.commands[words.pop(0)]
             context = typer.Context(command, parent=context)
-        known = {
-            name
-            for parameter in command.get_params(context)
-            for name in (*parameter.opts, *parameter.secondary_opts)
-        }
         used = {word.partition("=")[0] for word in words if word.startswith("--")}
-        assert used <= known, f"{span}: {used - known}"
+        unknown = used - flags(command.get_params(context))
+        assert not unknown, f"{inline_command}: {unknown}"
 
 
 # --- other programs -------------------------------------------------------------------------------------
 
 
-def check_files(command: Command, parsed: Any) -> None:
-    """Arguments that look like files of the repository."""
+# Checks of a command's arguments; CHECKS maps programs to them. Only check_qwenvl uses `parse`.
+
+
+def check_files(command: Command, parse: Parse) -> None:
+    """Arguments that begin with a folder of the repository name existing files."""
     for argument in command.arguments:
         if argument.startswith(("tests/", "csrc", "recipes/", "benchmarks/", "deploy/", "examples")):
             assert (REPO / argument).exists(), argument
 
 
-def check_pip(command: Command, parsed: Any) -> None:
+def check_pip(command: Command, parse: Parse) -> None:
     for argument in command.arguments:
         match = re.fullmatch(r"(?:\.|paddlemix-qwenvl-plugin)\[(.+)\]", argument)
         if match:
             assert set(match[1].split(",")) <= EXTRAS, argument
 
 
-def check_python(command: Command, parsed: Any) -> None:
-    """A script or a module of the repository, and that its source spells each flag."""
-    first, *rest = command.arguments
-    if first == "-m":
-        module, *rest = rest
+def check_python(command: Command, parse: Parse) -> None:
+    """A script or a module of the repository exists, and its source contains the flags as strings."""
+    target, *arguments = command.arguments
+    if target == "-m":
+        module, *arguments = arguments
         if module in ("venv", "pytest", "pip"):
-            return CHECKS[module](Command(command.variables, module, rest), parsed)
-        if module in UNCHECKED:
-            module = rest[rest.index("-m") + 1]
-            rest = rest[rest.index(module) + 1 :]
+            return CHECKS[module](Command(command.variables, module, arguments), parse)
+        if module in UNCHECKED:  # it runs the module after another `-m`
+            module = arguments[arguments.index("-m") + 1]
+            arguments = arguments[arguments.index(module) + 1 :]
         script = REPO / f"{module.replace('.', '/')}.py"
-    elif first in UNCHECKED:
+    elif target in UNCHECKED:
         return None
     else:
-        script = REPO / first
-    assert script.exists(), first
+        script = REPO / target
+    assert script.exists(), target
     sources = script.read_text("utf-8")
     for module in re.findall(r"^(?:from|import) (\w+)", sources, re.MULTILINE):
-        beside = script.with_name(f"{module}.py")
-        sources += beside.read_text("utf-8") if beside.exists() else ""
-    for argument in rest:
+        imported = script.with_name(f"{module}.py")
+        sources += imported.read_text("utf-8") if imported.exists() else ""
+    for argument in arguments:
         if argument.startswith("--"):
             assert f'"{argument}"' in sources, argument
     return None
 
 
-def check_cmake(command: Command, parsed: Any) -> None:
+def check_cmake(command: Command, parse: Parse) -> None:
     arguments = command.arguments
     if "-S" in arguments:
         assert (REPO / arguments[arguments.index("-S") + 1] / "CMakeLists.txt").exists()
@@ -166,7 +169,8 @@ def check_target(name: str) -> None:
     assert re.search(rf"add_(executable|library)\({name} ", CMAKE), name
 
 
-def check_make(command: Command, parsed: Any) -> None:
+def check_make(command: Command, parse: Parse) -> None:
+    # Without flags, except -C and the folder after it.
     arguments = [argument for argument in command.arguments if not re.match("-[^C]", argument)]
     folder = arguments.pop(arguments.index("-C") + 1) if "-C" in arguments else "."
     rules = (REPO / folder / "Makefile").read_text("utf-8")
@@ -174,32 +178,33 @@ def check_make(command: Command, parsed: Any) -> None:
         assert re.search(rf"^{target}:", rules, re.MULTILINE), target
 
 
-def check_wrapped(command: Command, parsed: Any) -> None:
-    """The program that a profiler starts."""
+def check_profiled(command: Command, parse: Parse) -> None:
+    """Check the program that a profiler starts: its arguments contain the command."""
     names = [argument.rpartition("/")[2] for argument in command.arguments]
-    start = next((number for number, name in enumerate(names) if name in CHECKS), None)
+    start = next((index for index, name in enumerate(names) if name in CHECKS), None)
     if start is not None:
-        wrapped = Command(command.variables, command.arguments[start], command.arguments[start + 1 :])
-        CHECKS[names[start]](wrapped, parsed)
+        profiled = Command(command.variables, command.arguments[start], command.arguments[start + 1 :])
+        CHECKS[names[start]](profiled, parse)
 
 
-def check_systemctl(command: Command, parsed: Any) -> None:
+def check_systemctl(command: Command, parse: Parse) -> None:
     for argument in command.arguments:
         if argument.endswith((".service", ".socket")):
             assert (REPO / "deploy" / "systemd" / argument).exists(), argument
 
 
-def check_linter(command: Command, parsed: Any) -> None:
+def check_linter(command: Command, parse: Parse) -> None:
+    """The linter is in the extra `dev`."""
     assert f'"{command.program.rpartition("/")[2]}' in PYPROJECT.split("\ndev = [")[1]
 
 
-def check_mkdocs(command: Command, parsed: Any) -> None:
+def check_mkdocs(command: Command, parse: Parse) -> None:
     assert '"mkdocs>' in PYPROJECT.split("\ndocs = [")[1]
     assert (REPO / "mkdocs.yml").exists()
 
 
-def check_nothing(command: Command, parsed: Any) -> None:
-    """A program of the system."""
+def check_nothing(command: Command, parse: Parse) -> None:
+    """No check: a program of the system, or an assignment without a program."""
 
 
 CHECKS: dict[str, Callable[[Command, Any], None]] = {
@@ -209,10 +214,10 @@ CHECKS: dict[str, Callable[[Command, Any], None]] = {
     "python3": check_python,
     "pytest": check_files,
     "cmake": check_cmake,
-    "driver": lambda command, parsed: check_target("driver"),
+    "driver": lambda command, parse: check_target("driver"),
     "make": check_make,
-    "nsys": check_wrapped,
-    "perf": check_wrapped,
+    "nsys": check_profiled,
+    "perf": check_profiled,
     "systemctl": check_systemctl,
     "docker": check_files,
     "kubectl": check_files,
@@ -230,55 +235,56 @@ CHECKS: dict[str, Callable[[Command, Any], None]] = {
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(REPO)))
-def test_commands_exist(document: Path, parsed: Callable[[list[str]], Any]) -> None:
-    for command in shell(document):
+def test_commands_exist(document: Path, parse: Parse) -> None:
+    for command in commands_of(document):
         name = command.program.rpartition("/")[2]
         if command.program in UNCHECKED:
             continue
         assert name in CHECKS, f"{command}: no check for {name}; add one, or a reason to UNCHECKED"
         try:
-            CHECKS[name](command, parsed)
+            CHECKS[name](command, parse)
         except Exception as error:
             pytest.fail(f"{command.program} {' '.join(command.arguments)}: {error}")
 
 
-def test_every_reason_is_needed() -> None:
+def test_unchecked_programs_occur() -> None:
     words = {
         word
         for document in documents()
-        for command in shell(document)
+        for command in commands_of(document)
         for word in (command.program, *command.arguments)
     }
     assert set(UNCHECKED) <= words
 
 
-def test_variables_exist() -> None:
-    """The variables of the package, of the server and of the tests and benchmarks."""
-    tests = "".join(
+def test_environment_variables_exist() -> None:
+    """A variable QWENVL_… is one of the package or of the server, or occurs in tests or benchmarks."""
+    sources = "".join(
         path.read_text("utf-8")
         for folder in ("tests", "benchmarks")
         for path in (REPO / folder).rglob("*.py")
     )
-    known = {value.name for value in vars(env).values() if hasattr(value, "name")}
-    known |= {f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in ServeSettings.model_fields}
+    variables = {value.name for value in vars(env).values() if hasattr(value, "name")}
+    variables |= {f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in ServeSettings.model_fields}
     for document in documents():
-        for command in shell(document):
+        for command in commands_of(document):
             words = [f"{name}=" for name in command.variables] + command.arguments
             for name in re.findall(r"\b(QWENVL_\w+)=", " ".join(words)):
-                assert name in known or f'"{name}"' in tests, f"{document.name}: {name}"
+                assert name in variables or f'"{name}"' in sources, f"{document.name}: {name}"
 
 
-def test_all_shell_blocks_are_marked() -> None:
-    """A block without a language would be seen by no test."""
+def test_all_blocks_have_a_language() -> None:
+    """No test reads a block without a language; shell blocks have the language sh."""
     for document in documents():
-        marks = re.findall(r"^```(.*)$", document.read_text("utf-8"), re.MULTILINE)
-        assert all(marks[::2]), document
-        assert not {"bash", "shell"} & set(marks), f"{document}: say sh"
+        fences = re.findall(r"^```(.*)$", document.read_text("utf-8"), re.MULTILINE)
+        assert all(fences[::2]), document  # every second fence ends a block
+        assert not {"bash", "shell"} & set(fences), f"{document}: use sh"
 
 
-# --- the reader of shell examples -----------------------------------------------------------------------
+# --- the parser of shell examples -----------------------------------------------------------------------
 
 
+# Expected: (variables, program, arguments) of the commands.
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
@@ -288,7 +294,7 @@ def test_all_shell_blocks_are_marked() -> None:
         ("printf 'x\\n' | a; b", [({}, "printf", ["x\\n"]), ({}, "a", []), ({}, "b", [])]),
     ],
 )
-def test_reader(script: str, expected: list[Any]) -> None:
+def test_parser(script: str, expected: list[Any]) -> None:
     assert [tuple(command) for command in commands(script)] == expected
 
 
@@ -303,7 +309,8 @@ def test_reader(script: str, expected: list[Any]) -> None:
         "qwenvl chat --image a",
     ],
 )
-def test_wrong_commands_are_found(line: str, parsed: Callable[[list[str]], Any]) -> None:
+def test_wrong_commands_are_found(line: str, parse: Parse) -> None:
     (command,) = commands(line)
-    with pytest.raises(Exception):  # noqa: B017, PT011  (click's, of typer's copy or its own)
-        check_qwenvl(command, parsed)
+    # Exceptions of click; some versions of typer have a copy of click with its own exceptions.
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        check_qwenvl(command, parse)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from doc_helpers import REPO, blocks, section
 from PIL import Image
-from shell_commands import typed
+from shell_commands import typed_lines
 
 import paddlemix_qwenvl_plugin as plugin
 from paddlemix_qwenvl_plugin.cli.main import app
@@ -27,29 +27,29 @@ from paddlemix_qwenvl_plugin.cli.main import app
 STREET = REPO / "recipes" / "images" / "street.png"
 
 
-def run_block(code: str, names: dict[str, Any], where: str) -> None:
-    """Run an example, and compare its output with the comments after its `print` calls."""
+def run_block(code: str, namespace: dict[str, Any], title: str) -> None:
+    """Run an example, and compare its output with the comments after its `print` calls, if there are any."""
     expected = re.findall(r"^\s*print\(.*\)  # (.+)$", code, re.MULTILINE)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, where, "exec"), names)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile(code, title, "exec"), namespace)
     if expected:
-        assert printed.getvalue().splitlines() == expected
+        assert output.getvalue().splitlines() == expected
 
 
 def test_python_api(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(tiny_exported / "model", tmp_path / "model")
     shutil.copyfile(STREET, tmp_path / "street.png")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
+    namespace: dict[str, Any] = {}  # the examples are consecutive parts of a program
     examples = blocks((REPO / "docs" / "python-api.md").read_text("utf-8"), "python")
     assert len(examples) >= 5
     for number, code in enumerate(examples, start=1):
-        run_block(code, names, f"python-api.md, example {number}")
+        run_block(code, namespace, f"python-api.md, example {number}")
 
 
 def test_readme_real_model(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The four commands, on the tiny model instead of the real one."""
+    """The commands of "The real model", on the tiny model."""
     (tmp_path / "recipes" / "images").mkdir(parents=True)
     shutil.copyfile(STREET, tmp_path / "recipes" / "images" / "street.png")
     monkeypatch.chdir(tmp_path)
@@ -58,13 +58,14 @@ def test_readme_real_model(tmp_path: Path, tiny_exported: Path, monkeypatch: pyt
     for line in commands.splitlines():
         program, *arguments = shlex.split(line)
         assert program == ".venv/bin/qwenvl"
-        arguments = [str(tiny_exported / "model") if a == "/path/to/qwen-vl-7b" else a for a in arguments]
-        assert not app(arguments, standalone_mode=False)
+        tiny_model = str(tiny_exported / "model")
+        arguments = [tiny_model if word == "/path/to/qwen-vl-7b" else word for word in arguments]
+        assert not app(arguments, standalone_mode=False)  # the exit code, 0 or None
     assert (tmp_path / "out" / "answer.png").stat().st_size > 0
 
 
 def shape(value: Any) -> Any:
-    """Structure of a JSON value: keys and types."""
+    """Structure of a JSON value: its keys and types; a list counts as its first item."""
     if isinstance(value, dict):
         return {key: shape(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -73,7 +74,10 @@ def shape(value: Any) -> Any:
 
 
 def test_batch(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command answers the example input with rows like the results printed below it."""
+    """The results of the example input have the keys, types and errors of the results in the document.
+
+    In the document, a block of results follows each block of input.
+    """
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(STREET, "street.png")
     for stage in ("vision", "text"):
@@ -84,12 +88,13 @@ def test_batch(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPa
     assert program == "qwenvl"
     examples = blocks(text, "jsonl")
     assert len(examples) == 4
-    for requests, printed in zip(examples[::2], examples[1::2]):
+    for requests, documented in zip(examples[::2], examples[1::2]):
         Path("in.jsonl").write_text(requests, "utf-8")
+        # One row of each example has an error.
         with pytest.raises(plugin.QwenVLError, match=r"1 of . rows failed; see their errors in out\.jsonl"):
             app(arguments, standalone_mode=False)
         results = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
-        expected = [json.loads(line) for line in printed.splitlines()]
+        expected = [json.loads(line) for line in documented.splitlines()]
         for row in (*results, *expected):
             row.pop("boxes", None)  # the random model generates no boxes; see tests/batch
         assert [shape(row) for row in results] == [shape(row) for row in expected]
@@ -98,11 +103,12 @@ def test_batch(tmp_path: Path, tiny_exported: Path, monkeypatch: pytest.MonkeyPa
 
 
 Run = Callable[[str], str]
+"""Function that runs a shell script and returns its standard output."""
 
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_exported: Path) -> Run:
-    """Runs a script in a folder with the bundled image, the tiny model and its exports; returns what it prints."""
+    """Function that runs scripts in a folder with the bundled image and the exported stages of the tiny model."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "qwenvl").write_text(
@@ -125,7 +131,7 @@ def run(tmp_path: Path, tiny_exported: Path) -> Run:
     }
 
     def run(script: str) -> str:
-        done = subprocess.run(
+        result = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
             cwd=work,
             env=environment,
@@ -134,8 +140,8 @@ def run(tmp_path: Path, tiny_exported: Path) -> Run:
             text=True,
             timeout=300,
         )
-        assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
-        return done.stdout
+        assert result.returncode == 0, f"{script}\n{result.stdout}{result.stderr}"
+        return result.stdout
 
     return run
 
@@ -145,14 +151,14 @@ def test_chat_in_a_script(run: Run, tmp_path: Path) -> None:
         block for block in blocks((REPO / "docs" / "chat.md").read_text("utf-8"), "sh") if "|" in block
     ]
     run(f"{script.rstrip()} --max_new_tokens 4")
-    talk = json.loads((tmp_path / "work" / "talk.json").read_text("utf-8"))
-    assert len(talk["turns"]) == 2
+    conversation = json.loads((tmp_path / "work" / "talk.json").read_text("utf-8"))
+    assert len(conversation["turns"]) == 2
 
 
 def test_eval(run: Run, tmp_path: Path) -> None:
-    """Each task on its example row, read from the document."""
+    """The commands of the three tasks, on the example rows in the document: they print a score of 0 or 1."""
     text = (REPO / "docs" / "eval.md").read_text("utf-8")
-    sessions = [typed(block) for block in blocks(text, "console") if "data.jsonl" in block]
+    sessions = [typed_lines(block) for block in blocks(text, "console") if "data.jsonl" in block]
     rows = blocks(text, "json")
     assert len(sessions) == len(rows) == 3
     for script, row in zip(sessions, rows):
@@ -166,19 +172,23 @@ def test_eval(run: Run, tmp_path: Path) -> None:
 
 
 def test_recipes_patches_and_the_tiny_model(run: Run, tmp_path: Path) -> None:
-    """The first session of recipes.md, patches.md and python-api.md, without commands that need a checkout."""
+    """The first session of recipes.md, patches.md and python-api.md.
+
+    The commands with `--tree` are omitted: they need a checkout of upstream.
+    """
     recipes, patches, api = (
-        typed(blocks((REPO / "docs" / f"{name}.md").read_text("utf-8"), "console")[0])
+        typed_lines(blocks((REPO / "docs" / f"{name}.md").read_text("utf-8"), "console")[0])
         for name in ("recipes", "patches", "python-api")
     )
     shutil.copyfile(REPO / "recipes" / "tiny-cpu.yaml", tmp_path / "work" / "my.yaml")
-    printed = run("\n".join([recipes, re.sub("^.* --tree .*$", "", patches, flags=re.MULTILINE), api]))
-    assert "ok: 4 steps, 2 expectations" in printed
-    assert "PaddleNLP" in printed
+    patches = re.sub("^.* --tree .*$", "", patches, flags=re.MULTILINE)
+    output = run("\n".join([recipes, patches, api]))
+    assert "ok: 4 steps, 2 expectations" in output
+    assert "PaddleNLP" in output
     assert (tmp_path / "work" / "model" / "config.json").is_file()
 
 
-def test_python_api_names_every_option() -> None:
+def test_python_api_documents_all_names_and_fields() -> None:
     text = (REPO / "docs" / "python-api.md").read_text("utf-8")
     for name in set(plugin.__all__) - {"__version__"}:
         assert f"`{name}" in text, name

@@ -1,4 +1,4 @@
-"""README.md and README_zh.md have the same structure, CI runs the README's commands, and links resolve."""
+"""README.md and README_zh.md have the same structure, CI runs the README's commands, and links in documents resolve."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ ENGLISH = (REPO / "README.md").read_text("utf-8")
 CHINESE = (REPO / "README_zh.md").read_text("utf-8")
 DOCUMENTS = [*sorted(REPO.glob("*.md")), *sorted((REPO / "docs").glob("*.md"))]
 
-MAIN_JOB = "python3 -m venv .venv && .venv/bin/pip install -e '.[cpu]' && .venv/bin/qwenvl demo"
-TESTS = ".venv/bin/pip install -e '.[cpu,dev]' && .venv/bin/pytest -n 2 --dist loadfile"
+RUN_COMMAND = "python3 -m venv .venv && .venv/bin/pip install -e '.[cpu]' && .venv/bin/qwenvl demo"
+TEST_COMMAND = ".venv/bin/pip install -e '.[cpu,dev]' && .venv/bin/pytest -n 2 --dist loadfile"
 
 
 def test_same_code_blocks() -> None:
@@ -29,37 +29,40 @@ def test_same_headings() -> None:
 
 
 def test_same_shape_section_by_section() -> None:
-    """The same number of code blocks, images, list items and table rows under each heading."""
+    """The same number of code blocks, images, list items and table rows under every heading."""
 
     def shape(text: str) -> list[list[int]]:
         sections = re.split(r"^#+ ", text, flags=re.MULTILINE)
-        marks = (r"^```\w+$", r"^!\[", r"^- ", r"^\|")
-        return [[len(re.findall(mark, part, re.MULTILINE)) for mark in marks] for part in sections]
+        patterns = (r"^```\w+$", r"^!\[", r"^- ", r"^\|")
+        return [
+            [len(re.findall(pattern, content, re.MULTILINE)) for pattern in patterns] for content in sections
+        ]
 
     assert shape(ENGLISH) == shape(CHINESE)
 
 
-@pytest.mark.parametrize(("heading", "command"), [("Run it", MAIN_JOB), ("Test it", TESTS)])
+@pytest.mark.parametrize(("heading", "command"), [("Run it", RUN_COMMAND), ("Test it", TEST_COMMAND)])
 def test_ci_runs_the_commands_of_the_readme(heading: str, command: str) -> None:
+    """.ci/run reads its commands from the README, with the shell function `command_under`."""
     script = (REPO / ".ci" / "run").read_text("utf-8")
-    extract = re.search(r"^command_under\(\) \{\n.*?^\}$", script, re.MULTILINE | re.DOTALL)
-    assert extract is not None
+    function = re.search(r"^command_under\(\) \{\n.*?^\}$", script, re.MULTILINE | re.DOTALL)
+    assert function is not None
     assert f"$(command_under '{heading}')" in script
-    taken = subprocess.run(
-        ["bash", "-c", f"{extract.group()}\ncommand_under '{heading}'"],
+    result = subprocess.run(
+        ["bash", "-c", f"{function.group()}\ncommand_under '{heading}'"],
         cwd=REPO,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert taken.stdout == f"{command}\n"
+    assert result.stdout == f"{command}\n"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_resolve(document: Path) -> None:
     for link in links(document.read_text("utf-8")):
         target, _, fragment = link.partition("#")
-        if re.match(r"[a-z]+:", target):
+        if re.match(r"[a-z]+:", target):  # a URL
             continue
         path = document.parent / target if target else document
         assert path.exists(), link
@@ -71,8 +74,8 @@ def test_links_resolve(document: Path) -> None:
     "document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name
 )
 def test_named_files_exist(document: Path) -> None:
-    """Paths in backquotes that begin with one of the repository's folders; the changelog has old ones."""
+    """Paths in backquotes that begin with a folder of the repository exist; the changelog may name older files."""
     pattern = r"`((?:tests|tools|docs|recipes|\.ci)/[\w./-]+)`"
     for name in re.findall(pattern, prose(document.read_text("utf-8"))):
-        if "NAME" not in name:
+        if "NAME" not in name:  # a placeholder
             assert (REPO / name).exists() or (REPO / "paddlemix_qwenvl_plugin" / name).exists(), name

@@ -1,4 +1,4 @@
-"""The README's tasks on the demo model print what it shows; its figures are those of docs/benchmarks.md."""
+"""The README's commands print the output in the README; its figures are those of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ README = (REPO / "README.md").read_text("utf-8")
 
 
 def qwenvl(command: str, folder: Path) -> str:
-    """Run a shell command with `.venv/bin/qwenvl` as this checkout's command, and return its output."""
+    """Run a shell command, with this checkout's command in place of `.venv/bin/qwenvl`, and return its output."""
     command = command.replace(".venv/bin/qwenvl", f"'{sys.executable}' -m paddlemix_qwenvl_plugin.cli")
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPO)},
@@ -29,8 +29,8 @@ def qwenvl(command: str, folder: Path) -> str:
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -41,33 +41,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("task", ["Describe an image", "Find and draw", "Chat"])
-def test_output_is_as_printed(task: str, folder: Path) -> None:
-    (command,) = blocks(section(README, task), "sh")
-    (printed,) = blocks(section(README, task), "text")
-    assert qwenvl(command, folder) == printed
+@pytest.mark.parametrize("heading", ["Describe an image", "Find and draw", "Chat"])
+def test_output(heading: str, folder: Path) -> None:
+    (command,) = blocks(section(README, heading), "sh")
+    (documented,) = blocks(section(README, heading), "text")
+    assert qwenvl(command, folder) == documented
 
 
-def test_boxes_are_drawn_as_shown(folder: Path) -> None:
+def test_drawn_boxes(folder: Path) -> None:
+    """The command draws the image that the README shows."""
     (command,) = blocks(section(README, "Find and draw"), "sh")
     qwenvl(command, folder)
-    (shown,) = re.findall(r"!\[.*\]\((.*)\)", section(README, "Find and draw"))
-    with Image.open(folder / "answer.png") as drawn, Image.open(REPO / shown) as documented:
+    (path,) = re.findall(r"!\[.*\]\((.*)\)", section(README, "Find and draw"))
+    with Image.open(folder / "answer.png") as drawn, Image.open(REPO / path) as documented:
         assert drawn.size == documented.size
         pixels = [np.asarray(image.convert("RGB"), np.int16) for image in (drawn, documented)]
-    # Fonts differ between systems.
+    # Fonts differ between systems: up to 5 % of the pixels may differ.
     assert (np.abs(pixels[0] - pixels[1]).max(axis=-1) > 32).mean() < 0.05
 
 
 def test_batch(folder: Path) -> None:
     text = section(README, "Batch")
-    rows, results = blocks(text, "jsonl")
-    (folder / "questions.jsonl").write_text(rows, "utf-8")
+    questions, documented = blocks(text, "jsonl")
+    (folder / "questions.jsonl").write_text(questions, "utf-8")
     qwenvl(blocks(text, "sh")[0], folder)
-    answers = (folder / "answers.jsonl").read_text("utf-8")
-    assert [json.loads(line) for line in answers.splitlines()] == [
-        json.loads(line) for line in results.splitlines()
-    ]
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
+    assert answers == [json.loads(line) for line in documented.splitlines()]
 
 
 def test_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,14 +75,16 @@ def test_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_block(example, {}, "README.md")
 
 
-def test_figures_are_measured() -> None:
+def test_figures_are_in_the_benchmarks() -> None:
+    """The figures before the README's first section: numbers in tables, seconds and GiB in the text."""
     benchmarks = (REPO / "docs" / "benchmarks.md").read_text("utf-8")
-    head = README.split("\n## ")[0]
-    cells = [cell for row in re.findall(r"^\|(.*)\|$", head, re.MULTILINE) for cell in row.split("|")[1:]]
+    introduction = README.split("\n## ")[0]
+    rows = re.findall(r"^\|(.*)\|$", introduction, re.MULTILINE)
+    cells = [cell for row in rows for cell in row.split("|")[1:]]
     figures = [cell.strip() for cell in cells if re.fullmatch(r" *[\d.]+ *", cell)]
-    figures += re.findall(r"\d+\.\d+ s\b", head)
+    figures += re.findall(r"\d+\.\d+ s\b", introduction)
     assert len(figures) > 8
     for figure in figures:
         assert f"| {figure} |" in benchmarks, figure
-    (memory,) = re.findall(r"([\d.]+) GiB", head)
+    (memory,) = re.findall(r"([\d.]+) GiB", introduction)
     assert f"| {memory} in all |" in benchmarks

@@ -27,11 +27,13 @@ import paddlemix_qwenvl_plugin as plugin
 from paddlemix_qwenvl_plugin.cli.main import app
 from paddlemix_qwenvl_plugin.serve.settings import ServeSettings
 
-ELSEWHERE = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
+# An absolute URL, with or without a scheme.
+EXTERNAL_URL = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
+# A CSS rule that fetches a file from another host, or an import.
+EXTERNAL_STYLE = re.compile(r"url\(['\"]?(?:https?:)?//|@import")
 
-
-# What a browser fetches on its own, by tag.
-FETCHED = {
+# Attributes, by tag, whose URLs a browser fetches when it shows a page.
+FETCHED_ATTRIBUTES = {
     "audio": ("src",),
     "embed": ("src",),
     "iframe": ("src",),
@@ -47,13 +49,13 @@ FETCHED = {
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
-    """Serves files without a log."""
+    """HTTP handler that serves files and writes no log."""
 
     def log_message(self, *_: Any) -> None: ...
 
 
 class Page(HTMLParser):
-    """The anchors, links and fetched files of an HTML page, and its text."""
+    """The anchors, links, fetched URLs, styles and text of an HTML page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -66,12 +68,12 @@ class Page(HTMLParser):
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
-        self.anchors |= {given[name] for name in ("id", "name") if name in given}
-        if tag == "a" and "href" in given:
-            self.links.append(given["href"])
-        self.fetched += [given[name] for name in FETCHED.get(tag, ()) if name in given]
-        self.styles.append(given.get("style", ""))
+        attributes = {name: value or "" for name, value in attrs}
+        self.anchors |= {attributes[name] for name in ("id", "name") if name in attributes}
+        if tag == "a" and "href" in attributes:
+            self.links.append(attributes["href"])
+        self.fetched += [attributes[name] for name in FETCHED_ATTRIBUTES.get(tag, ()) if name in attributes]
+        self.styles.append(attributes.get("style", ""))
         self._in_style = tag == "style"
 
     def handle_endtag(self, tag: str) -> None:
@@ -88,20 +90,20 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built as `mkdocs build --strict` does."""
     for module in ("mkdocs", "material", "mkdocs_static_i18n", "mkdocstrings_handlers.python", "jieba"):
         try:
-            found = importlib.util.find_spec(module)
+            spec = importlib.util.find_spec(module)
         except ImportError:
-            found = None
-        if found is None:
+            spec = None
+        if spec is None:
             pytest.skip(f"{module} is not installed: pip install -e '.[docs]'")
     folder = tmp_path_factory.mktemp("site") / "site"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
         cwd=REPO,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     return folder
 
 
@@ -110,17 +112,17 @@ def pages(site: Path) -> dict[Path, Page]:
     return {path: Page(path.read_text("utf-8")) for path in sorted(site.rglob("*.html"))}
 
 
-def broken(pages: dict[Path, Page], site: Path) -> Iterator[str]:
-    """The links and fetched files that do not exist in the site."""
+def broken_links(pages: dict[Path, Page], site: Path) -> Iterator[str]:
+    """Describe the links and fetched URLs whose file or anchor does not exist in the site."""
     for path, page in pages.items():
-        # The server shows 404.html under any address, so its links begin at the root.
         for link in page.links + page.fetched:
-            if ELSEWHERE.match(link) or link.startswith(("mailto:", "data:")):
+            if EXTERNAL_URL.match(link) or link.startswith(("mailto:", "data:")):
                 continue
             name, _, fragment = unquote(link).partition("#")
             name = name.partition("?")[0]
-            start = site if name.startswith("/") else path.parent
-            target = (start / name.lstrip("/")).resolve() if name else path
+            # In 404.html, which a server shows at any address, links begin with a slash: the root of the site.
+            base = site if name.startswith("/") else path.parent
+            target = (base / name.lstrip("/")).resolve() if name else path
             if target.is_dir():
                 target /= "index.html"
             if not target.is_file():
@@ -132,12 +134,12 @@ def broken(pages: dict[Path, Page], site: Path) -> Iterator[str]:
 def test_links(site: Path, pages: dict[Path, Page]) -> None:
     assert len(pages) > 50
     assert sum(len(page.links) for page in pages.values()) > 1000
-    found = list(broken(pages, site.resolve()))
-    assert not found, "\n".join(found)
+    broken = list(broken_links(pages, site.resolve()))
+    assert not broken, "\n".join(broken)
 
 
 def test_every_document_has_its_pages(site: Path) -> None:
-    """In English, and in Chinese: translated, or the English text."""
+    """An English page and a Chinese page, which has the English text if there is no translation."""
     for document in (REPO / "docs").rglob("*.md"):
         name = document.relative_to(REPO / "docs").with_suffix(".html")
         if not document.stem.endswith(".zh"):
@@ -145,15 +147,13 @@ def test_every_document_has_its_pages(site: Path) -> None:
             assert (site / "zh" / name).is_file()
 
 
-def test_nothing_is_fetched_from_elsewhere(site: Path, pages: dict[Path, Page]) -> None:
+def test_nothing_is_fetched_from_other_hosts(site: Path, pages: dict[Path, Page]) -> None:
     for path, page in pages.items():
-        # <link rel=canonical> would be a host name, too; there is none without a site_url.
-        assert not [link for link in page.fetched if ELSEWHERE.match(link)], path
-        assert not [
-            style for style in page.styles if re.search(r"url\(['\"]?(?:https?:)?//|@import", style)
-        ], path
+        # <link rel=canonical> has an absolute URL, which is not fetched; mkdocs.yml has no site_url, so there is none.
+        assert not [url for url in page.fetched if EXTERNAL_URL.match(url)], path
+        assert not [style for style in page.styles if EXTERNAL_STYLE.search(style)], path
     for path in site.rglob("*.css"):
-        assert not re.search(r"url\(['\"]?(?:https?:)?//|@import", path.read_text("utf-8")), path
+        assert not EXTERNAL_STYLE.search(path.read_text("utf-8")), path
 
 
 def test_public_names_are_on_an_api_page(pages: dict[Path, Page], site: Path) -> None:
@@ -169,7 +169,7 @@ def test_public_names_are_on_an_api_page(pages: dict[Path, Page], site: Path) ->
         assert str(field.description) in pages[site / "api" / "serve.html"].text, name
 
 
-def test_c_header_is_on_its_page(pages: dict[Path, Page], site: Path) -> None:
+def test_c_functions_are_on_the_c_page(pages: dict[Path, Page], site: Path) -> None:
     text = re.sub(r"\s", "", pages[site / "api" / "c.html"].text)
     header = (REPO / "csrc" / "include" / "qwenvl.h").read_text("utf-8")
     names = re.findall(r"\b(qvl_\w+)\(", re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL))
@@ -178,18 +178,22 @@ def test_c_header_is_on_its_page(pages: dict[Path, Page], site: Path) -> None:
         assert f"{name}(" in text, name
 
 
-def test_commands_are_on_their_page(pages: dict[Path, Page], site: Path) -> None:
+def test_commands_and_options_are_on_the_commands_page(pages: dict[Path, Page], site: Path) -> None:
+    """The options of `qwenvl serve`, which are settings, are on another page."""
     page = pages[site / "api" / "commands.html"]
 
-    def check(command: Any, path: str) -> None:
-        for name, child in getattr(command, "commands", {}).items():
-            if not child.hidden:
-                check(child, f"{path}-{name}")
-        if not hasattr(command, "commands"):
-            assert path in page.anchors
-            for parameter in command.get_params(typer.Context(command)) if path != "qwenvl-serve" else ():
-                if parameter.param_type_name == "option":
-                    assert parameter.opts[0] in page.text, (path, parameter.opts)
+    def check(command: Any, anchor: str) -> None:
+        if hasattr(command, "commands"):
+            for name, child in command.commands.items():
+                if not child.hidden:
+                    check(child, f"{anchor}-{name}")
+            return
+        assert anchor in page.anchors
+        if anchor == "qwenvl-serve":
+            return
+        for parameter in command.get_params(typer.Context(command)):
+            if parameter.param_type_name == "option":
+                assert parameter.opts[0] in page.text, (anchor, parameter.opts)
 
     check(typer.main.get_command(app), "qwenvl")
 
@@ -198,12 +202,12 @@ def test_commands_are_on_their_page(pages: dict[Path, Page], site: Path) -> None
     ("word", "page"), [("QWENVL_CACHE_DIR", "environment.html"), ("断电", "zh/batch.html")]
 )
 def test_search_finds(site: Path, word: str, page: str) -> None:
-    """The index has the words of both languages, Chinese ones separated."""
+    """The search index has words of both languages, with separators between Chinese words."""
     index = json.loads((site / "search" / "search_index.json").read_text("utf-8"))
     separator = re.compile(index["config"]["separator"])
     texts = {entry["location"]: re.sub("<[^>]+>", " ", entry["text"]) for entry in index["docs"]}
-    found = [location for location, text in texts.items() if word in separator.split(text)]
-    assert any(location.startswith(page) for location in found), found
+    locations = [location for location, text in texts.items() if word in separator.split(text)]
+    assert any(location.startswith(page) for location in locations), locations
 
 
 @needs_chromium
@@ -217,47 +221,48 @@ def test_search_in_a_browser(site: Path) -> None:
         try:
             browser.open(f"{origin}zh/index.html")
             browser.driver.find_element("css selector", "[data-md-component=search-query]").send_keys("断电")
-            end = time.monotonic() + 60
-            while not (hits := browser.driver.find_elements("css selector", "a.md-search-result__link")):
-                assert time.monotonic() < end, "no result after 60 s"
+            deadline = time.monotonic() + 60
+            while not (results := browser.driver.find_elements("css selector", "a.md-search-result__link")):
+                assert time.monotonic() < deadline, "no result after 60 s"
                 time.sleep(0.1)
-            assert hits[0].get_attribute("href").startswith(f"{origin}zh/batch.html")
-            requested = [
+            assert results[0].get_attribute("href").startswith(f"{origin}zh/batch.html")
+            log = browser.driver.get_log("performance")
+            messages = [json.loads(entry["message"])["message"] for entry in log]
+            urls = [
                 message["params"]["request"]["url"]
-                for message in (
-                    json.loads(e["message"])["message"] for e in browser.driver.get_log("performance")
-                )
+                for message in messages
                 if message["method"] == "Network.requestWillBeSent"
             ]
-            assert len(requested) > 3
-            assert not [url for url in requested if not url.startswith((origin, "data:", "blob:"))]
+            assert len(urls) > 3
+            assert not [url for url in urls if not url.startswith((origin, "data:", "blob:"))]
         finally:
             browser.driver.quit()
             server.shutdown()
 
 
-@pytest.mark.parametrize("chinese", sorted((REPO / "docs").rglob("*.zh.md")), ids=lambda path: path.name)
-def test_translations_keep_step(chinese: Path) -> None:
-    """The same levels of headings, code blocks, table rows and list items as in the English page."""
-    english = chinese.with_name(chinese.name.replace(".zh.md", ".md"))
-    texts = [path.read_text("utf-8") for path in (english, chinese)]
+@pytest.mark.parametrize("chinese_path", sorted((REPO / "docs").rglob("*.zh.md")), ids=lambda path: path.name)
+def test_translations_have_the_structure_of_the_english_page(chinese_path: Path) -> None:
+    """The same code blocks and levels of headings; the same number of list items, table rows and images."""
+    english_path = chinese_path.with_name(chinese_path.name.replace(".zh.md", ".md"))
+    english, chinese = english_path.read_text("utf-8"), chinese_path.read_text("utf-8")
 
     def shape(text: str) -> list[object]:
-        marks = (r"^- ", r"^\|", r"^!\[")
+        patterns = (r"^- ", r"^\|", r"^!\[")
         return [
             [level for level, _ in headings(text)],
-            *(len(re.findall(m, text, re.MULTILINE)) for m in marks),
+            *(len(re.findall(pattern, text, re.MULTILINE)) for pattern in patterns),
         ]
 
-    assert blocks(texts[0]) == blocks(texts[1])
-    assert shape(texts[0]) == shape(texts[1])
+    assert blocks(english) == blocks(chinese)
+    assert shape(english) == shape(chinese)
 
 
-def test_checker_finds_errors(tmp_path: Path) -> None:
+def test_broken_links_are_found(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text("<h1 id='x'>A</h1>")
     (tmp_path / "b.html").write_text(
         "<a href='a.html#x'>right</a><a href='a.html#y'>no anchor</a><a href='c.html'>no file</a>"
         "<a href='#z'>no anchor</a><img src='no.png'><a href='https://example.org/'>elsewhere</a>"
     )
-    found = {path: Page(path.read_text()) for path in tmp_path.glob("*.html")}
-    assert [line.split(": ")[1] for line in broken(found, tmp_path)] == ["a.html#y", "c.html", "#z", "no.png"]
+    pages = {path: Page(path.read_text()) for path in tmp_path.glob("*.html")}
+    links = [line.split(": ")[1] for line in broken_links(pages, tmp_path)]
+    assert links == ["a.html#y", "c.html", "#z", "no.png"]

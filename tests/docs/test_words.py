@@ -27,9 +27,10 @@ SUFFIXES = {
     ".sh",
     ".txt",
 }
-# Fixed text: upstream's figures, fuzzer inputs, text that the demo model and the tiny vocabulary are trained on.
+# Paths of files whose text cannot change: upstream's figures, fuzzer inputs, text that the demo model and the tiny
+# vocabulary are trained on.
 EXEMPT = (
-    "CHANGELOG.md",  # old names
+    "CHANGELOG.md",  # it names what earlier versions had
     "docs/glossary.md",
     "tests/docs/test_words.py",
     "tests/golden/",
@@ -40,8 +41,8 @@ EXEMPT = (
     "tests/demo/world/",
     "tools/train_demo/",
 )
-# "Picture 1: " is literal text of the official prompts. The others occur in prompts of the demo model and in the
-# contractions of VQA accuracy.
+# Literal text: the picture label `Picture 1: ` of the official prompts and names that refer to it, prompts of the demo
+# model, the contraction "somebody'll" in the rules of VQA accuracy.
 ALLOWED = re.compile(
     r"picture[-_ ]?label|npicture_label|Picture ?(?:\d|\{|N\b|%)|['\"]Picture: ['\"]|usage_pieces"
     r"|(?:in|of|describe|which) (?:the |this )?picture|somebody'(?:ll|s)",
@@ -49,14 +50,16 @@ ALLOWED = re.compile(
 )
 
 
-def discouraged() -> list[str]:
-    rows = [
-        line.split("|")[1:-1] for line in GLOSSARY.read_text("utf-8").splitlines() if line.startswith("|")
-    ]
-    return [word.strip() for row in rows[2:] for word in row[2].split(",") if word.strip()]
+def discouraged_words() -> list[str]:
+    """The words in the last column of the glossary's table."""
+    lines = GLOSSARY.read_text("utf-8").splitlines()
+    rows = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
+    without_header = rows[2:]
+    return [word.strip() for row in without_header for word in row[2].split(",") if word.strip()]
 
 
-def tracked() -> list[Path]:
+def tracked_files() -> list[Path]:
+    """The project's files under version control whose text is checked."""
     listing = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, text=True)
     if listing.returncode:
         pytest.skip("not a git checkout: the tracked files are not known")
@@ -64,8 +67,9 @@ def tracked() -> list[Path]:
     return [REPO / name for name in names if not name.startswith(EXEMPT)]
 
 
-def found(text: str, words: list[str]) -> Iterator[tuple[int, str]]:
-    # A word is also found in names, as in `n_pictures` or `PictureLabel`.
+def occurrences(text: str, words: list[str]) -> Iterator[tuple[int, str]]:
+    """Yield (line number, match) of the words and their plurals, also within names: `n_pictures`, `PictureLabel`."""
+    # A word between characters that are no letters or digits; or, after a lower-case letter, a capitalized one.
     pattern = re.compile(
         r"(?<![^\W_])(?:" + "|".join(words) + r")s?(?![^\W_])|(?-i:(?<=[a-z])(?:Picture|Piece)s?)",
         re.IGNORECASE,
@@ -76,19 +80,19 @@ def found(text: str, words: list[str]) -> Iterator[tuple[int, str]]:
 
 
 def test_no_discouraged_words() -> None:
-    words = discouraged()
+    words = discouraged_words()
     assert len(words) > 10
     places = [
         f"{path.relative_to(REPO)}:{number}: {word}"
-        for path in tracked()
+        for path in tracked_files()
         if path.exists()
-        for number, word in found(path.read_text("utf-8"), words)
+        for number, word in occurrences(path.read_text("utf-8"), words)
     ]
     assert not places, f"{len(places)} discouraged words, see docs/glossary.md:\n" + "\n".join(places[:200])
 
 
 @pytest.mark.parametrize(
-    ("text", "n"),
+    ("text", "n_expected"),
     [
         ("A picture, a PHOTO and pictures", 3),
         ("n_pictures = picture_turn", 2),
@@ -97,5 +101,5 @@ def test_no_discouraged_words() -> None:
         ("it is mended", 1),
     ],
 )
-def test_found_words(text: str, n: int) -> None:
-    assert len(list(found(text, discouraged()))) == n
+def test_occurrences(text: str, n_expected: int) -> None:
+    assert len(list(occurrences(text, discouraged_words()))) == n_expected

@@ -1,21 +1,21 @@
-"""Cases of docs/errors.md for `--adapter`: adapters at run time."""
+"""Cases of docs/errors.md for `--adapter`: adapters that are not merged."""
 
 from __future__ import annotations
 
-from error_cases import Bench, Provoke, case, cases
-from lora_cases import C_ATTN, PAIR, PEFT, Shapes, write
+from error_cases import Bench, Case, case, cases
+from lora_cases import C_ATTN, C_ATTN_UPDATE, PEFT_CONFIG, Shapes, write_adapter
 
-TOWER = "base_model.model.transformer.visual.transformer.resblocks.0.mlp.c_fc"
+VISION_C_FC = "base_model.model.transformer.visual.transformer.resblocks.0.mlp.c_fc"
 
 
-def predict(*given: str, shapes: Shapes = PAIR) -> Provoke:
-    """`predict` with the flag's values, one of which may name the folder `adapter`."""
+def predict(*values: str, shapes: Shapes = C_ATTN_UPDATE) -> Case:
+    """`predict` with a flag `--adapter` for each value, and an adapter in adapter/ with tensors of these shapes."""
 
-    def provoke(bench: Bench) -> list[str]:
-        write("adapter", shapes, PEFT)
-        return bench.predict(*(word for value in given for word in ("--adapter", value)))
+    def prepare(bench: Bench) -> list[str]:
+        write_adapter("adapter", shapes, PEFT_CONFIG)
+        return bench.predict(*(argument for value in values for argument in ("--adapter", value)))
 
-    return provoke
+    return prepare
 
 
 cases(
@@ -26,11 +26,15 @@ cases(
         "`--adapter` of a folder that is not there": predict("a=none"),
         "two adapters for a command that uses one": predict("a=adapter", "b=adapter"),
         "an adapter at run time that replaces a tensor (modules_to_save)": predict(
-            "a=adapter", shapes={**PAIR, "base_model.model.lm_head.weight": (704, 256)}
+            "a=adapter", shapes={**C_ATTN_UPDATE, "base_model.model.lm_head.weight": (704, 256)}
         ),
         "an adapter at run time for the vision tower": predict(
             "a=adapter",
-            shapes={**PAIR, f"{TOWER}.lora_A.weight": (8, 64), f"{TOWER}.lora_B.weight": (256, 8)},
+            shapes={
+                **C_ATTN_UPDATE,
+                f"{VISION_C_FC}.lora_A.weight": (8, 64),
+                f"{VISION_C_FC}.lora_B.weight": (256, 8),
+            },
         ),
         "an adapter at run time of another model's size": predict(
             "a=adapter", shapes={f"{C_ATTN}.lora_A.weight": (8, 64), f"{C_ATTN}.lora_B.weight": (768, 8)}
@@ -42,7 +46,7 @@ cases(
 @case("an adapter at run time, with `QWENVL_ENGINE=portable`")
 def _(bench: Bench) -> list[str]:
     bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")
-    write("adapter", PAIR, PEFT)
+    write_adapter("adapter", C_ATTN_UPDATE, PEFT_CONFIG)
     return bench.predict("--adapter", "a=adapter")
 
 
@@ -53,6 +57,14 @@ def _(bench: Bench) -> list[str]:
 
 @case("`serve` with an adapter of the model's name")
 def _(bench: Bench) -> list[str]:
-    write("adapter", PAIR, PEFT)
-    stages = bench.predict()[1:5]
-    return ["serve", "--port", "0", *stages, "--served_model_name", "a", "--adapter", "a=adapter"]
+    write_adapter("adapter", C_ATTN_UPDATE, PEFT_CONFIG)
+    return [
+        "serve",
+        "--port",
+        "0",
+        *bench.stage_flags(),
+        "--served_model_name",
+        "a",
+        "--adapter",
+        "a=adapter",
+    ]

@@ -1,4 +1,4 @@
-"""Cases of docs/errors.md: weight files that people have, and crafted ones."""
+"""Cases of docs/errors.md: checkpoints with mistakes that occur in practice, and malicious weight files."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from error_cases import LM_HEAD, WTE, Bench, Call, case, cases, header, of_model, pdparams
+from error_cases import LM_HEAD, WTE, Bench, Call, case, cases, header, pdparams, with_model
 from folders import cut_in_ranks
 
-ROWS_OF_WTE = 64
+N_PADDED_TOKENS = 64
 
 
 def pad_vocabulary(bench: Bench) -> list[str]:
     tensors = bench.weights()
-    wte = np.pad(tensors[WTE], ((0, ROWS_OF_WTE), (0, 0)))
-    bench.save({**tensors, WTE: wte, LM_HEAD: np.pad(tensors[LM_HEAD], ((0, 0), (0, ROWS_OF_WTE)))})
+    wte = np.pad(tensors[WTE], ((0, N_PADDED_TOKENS), (0, 0)))
+    lm_head = np.pad(tensors[LM_HEAD], ((0, 0), (0, N_PADDED_TOKENS)))
+    bench.save({**tensors, WTE: wte, LM_HEAD: lm_head})
     return bench.export()
 
 
-def ranks(bench: Bench) -> list[Path]:
-    """Cut model/ into two tensor-parallel ranks."""
+def split_into_ranks(bench: Bench) -> list[Path]:
+    """Split the weights of model/ into two tensor-parallel ranks; return the paths of their files."""
     paths = [Path(f"model/model_state.tp0{i}.pdparams") for i in range(2)]
     for path, rank in zip(paths, cut_in_ranks(bench.weights(), 2)):
         path.write_bytes(pickle.dumps(rank, 4))
     return paths
 
 
-def first_twice(weight_map: dict[str, str]) -> str:
-    """The index as text, with its first tensor at the end once more."""
+def index_with_duplicate(weight_map: dict[str, str]) -> str:
+    """The text of an index in which the first tensor is repeated at the end."""
     text = json.dumps({"weight_map": weight_map})
     return text.replace("}}", f', "{next(iter(weight_map))}": "b.safetensors"}}}}')
 
 
 def archive(bench: Bench, *members: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> list[str]:
+    """Export of a model whose weight file, pytorch_model.bin, is a ZIP archive with these members (name, content)."""
     bench.weights()
     with zipfile.ZipFile("model/pytorch_model.bin", "w", compression) as file:
         for name, content in members:
@@ -45,19 +47,19 @@ def archive(bench: Bench, *members: tuple[str, bytes], compression: int = zipfil
     return bench.export()
 
 
-def twice_in_header(bench: Bench) -> list[str]:
+def header_with_duplicate(bench: Bench) -> list[str]:
     path = bench.model() / "model.safetensors"
     content = path.read_bytes()
-    length = struct.unpack("<Q", content[:8])[0]
-    text = content[8 : 8 + length].rstrip()
-    twice = text[:-1] + b', "' + WTE.encode() + b'": {}}'
-    path.write_bytes(struct.pack("<Q", len(twice)) + twice + content[8 + length :])
+    [length] = struct.unpack("<Q", content[:8])
+    header_text = content[8 : 8 + length].rstrip()
+    duplicated = header_text[:-1] + b', "' + WTE.encode() + b'": {}}'
+    path.write_bytes(struct.pack("<Q", len(duplicated)) + duplicated + content[8 + length :])
     return bench.export()
 
 
 @case("the index lists a tensor twice")
 def _(bench: Bench) -> list[str]:
-    Path("model/model.safetensors.index.json").write_text(first_twice(bench.shards()))
+    Path("model/model.safetensors.index.json").write_text(index_with_duplicate(bench.shards()))
     return bench.export()
 
 
@@ -101,27 +103,27 @@ def _(bench: Bench) -> list[str]:
     bench.save({**tensors, WTE: np.zeros(tensors[WTE].shape, np.uint8)})
     path = Path("model/model.safetensors")
     content = path.read_bytes()
-    length = struct.unpack("<Q", content[:8])[0]
-    changed = content[8 : 8 + length].replace(b'"U8"', b'"F8_E4M3"')
-    path.write_bytes(struct.pack("<Q", len(changed)) + changed + content[8 + length :])
+    [length] = struct.unpack("<Q", content[:8])
+    changed_header = content[8 : 8 + length].replace(b'"U8"', b'"F8_E4M3"')
+    path.write_bytes(struct.pack("<Q", len(changed_header)) + changed_header + content[8 + length :])
     return bench.export()
 
 
 @case("a tensor-parallel rank is missing")
 def _(bench: Bench) -> list[str]:
-    ranks(bench)[0].unlink()
+    split_into_ranks(bench)[0].unlink()
     return bench.export()
 
 
 @case("a rank of pipeline parallelism")
 def _(bench: Bench) -> list[str]:
-    ranks(bench)[1].rename("model/model_state.tp01_pp00.pdparams")
+    split_into_ranks(bench)[1].rename("model/model_state.tp01_pp00.pdparams")
     return bench.export()
 
 
 @case("tensor-parallel ranks of different steps")
 def _(bench: Bench) -> list[str]:
-    path = ranks(bench)[1]
+    path = split_into_ranks(bench)[1]
     tensors: dict[str, Any] = pickle.loads(path.read_bytes())
     tensors["visual.ln_post.bias"] = tensors["visual.ln_post.bias"] + 1
     path.write_bytes(pickle.dumps(tensors, 4))
@@ -149,7 +151,7 @@ cases(
         "a size in model.safetensors is not a number": header(
             lambda entries: entries[WTE].update(shape=[float("nan")])
         ),
-        "a tensor twice in the header of model.safetensors": twice_in_header,
+        "a tensor twice in the header of model.safetensors": header_with_duplicate,
         "model_state.pdparams has a table with other keys than text": pdparams(
             b"\x80\x02}" + b")" + b"q\x00h\x00\x86" * 40 + b"Ns."
         ),
@@ -164,6 +166,6 @@ cases(
         "pytorch_model.bin has a member twice": lambda bench: archive(
             bench, ("a/data.pkl", b"\x80\x02}."), ("a/data/../data.pkl", b""), ("a/data/../data.pkl", b"")
         ),
-        "`convert --to` another scheme": of_model("convert", "model", "new", "--to", "pytorch"),
+        "`convert --to` another scheme": with_model("convert", "model", "new", "--to", "pytorch"),
     }
 )

@@ -1,6 +1,8 @@
-"""Cases of docs/errors.md: a row's `input` to the function that provokes the error.
+"""Cases of docs/errors.md: for the text in a row's first column, a function that prepares the error.
 
-A function gets a `Bench` in an empty working directory and returns the arguments of `qwenvl`.
+The function gets a `Bench` in an empty working directory, creates the input there, and returns the arguments of
+`qwenvl`. Functions such as `predict(…)` and `recipe(…)` return a case that calls the method of `Bench` of the same name
+with these arguments.
 """
 
 from __future__ import annotations
@@ -39,34 +41,44 @@ from paddlemix_qwenvl_plugin.util import paddle_version
 from paddlemix_qwenvl_plugin.util.machine import CudaDriver, Gpu
 
 STREET = Path(__file__).resolve().parents[2] / "recipes" / "images" / "street.png"
+# Tensors of the tiny model.
 WTE = "transformer.llm.wte.weight"
 LM_HEAD = "lm_head.weight"
-_GPTQ = Variant(act_order=True)
-ROW = {"id": "a", "prompt": "What is it?"}
 C_ATTN = "transformer.llm.h.0.attn.c_attn.weight"
+_GPTQ = Variant(act_order=True)
+ROW = {"id": "a", "prompt": "What is it?"}  # of a batch
 
 
 class Bench:
-    """Creates valid inputs in the working directory, for a case to corrupt."""
+    """Test bench of a case: creates valid inputs in the working directory, which the case then corrupts.
 
-    def __init__(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._tiny = tiny
+    Methods named after a command return its arguments. The command runs in the test's process, or in a subprocess if a
+    limit or `stdout` is set.
+    """
+
+    def __init__(self, tiny_exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._tiny = tiny_exported
         self.monkeypatch = monkeypatch
-        # If set, the command runs in a process that cannot write larger files, as on a full disk.
+        # Maximum size of a file, as on a full disk.
         self.max_file_bytes: int | None = None
-        # If set, the command runs in a process that can have no more addresses, as with `ulimit -v`.
+        # Maximum address space, as with `ulimit -v`.
         self.max_address_bytes: int | None = None
+        # Path of the file to which standard output goes.
         self.stdout: str | None = None
-        # What must live as long as the command runs.
-        self.keep: Any = None
-        self.stdin: bytes | None = b""  # None: closed
+        # Content of standard input; None: closed.
+        self.stdin: bytes | None = b""
+        # An object that must exist while the command runs, such as a lock.
+        self.keep_alive: Any = None
 
     def model(self) -> Path:
-        """A copy of the tiny model in model/."""
+        """Copy the tiny model to model/."""
         return Path(shutil.copytree(self._tiny / "model", "model", dirs_exist_ok=True))
 
     def config(self, **changes: Any) -> None:
-        """Change keys of model/config.json; `visual` is merged, None removes a key."""
+        """Copy the tiny model and change keys of its config.json; None removes a key.
+
+        The keys of `visual_` are changed in the section `visual`.
+        """
         path = self.model() / "config.json"
         data = json.loads(path.read_text())
         data["visual"].update(changes.pop("visual_", {}))
@@ -74,24 +86,25 @@ class Bench:
         path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Read the tensors of model/ and remove its weight file."""
+        """Copy the tiny model without its weight file, and return its tensors."""
         path = self.model() / "model.safetensors"
         tensors = load_file(path)
         path.unlink()
         return tensors
 
     def save(self, tensors: dict[str, np.ndarray], name: str = "model.safetensors") -> None:
+        """Write tensors to a weight file of model/."""
         save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, f"model/{name}")
 
-    def quantised(self, *more: str, variant: Variant = _GPTQ, **changes: Any) -> list[str]:
-        """`export-language` of a GPTQ or AWQ folder in model/, with changes to its quantization_config."""
+    def quantised(self, *flags: str, variant: Variant = _GPTQ, **changes: Any) -> list[str]:
+        """`export-language` of a GPTQ or AWQ model in model/, with changes to its quantization_config."""
         tensors, _ = quantised_tensors(variant)
         config = {**CONFIG, "quantization_config": {**variant.config, **changes}}
         write_tensors(Path("model"), tensors, config)
-        return ["export-language", "--model_name_or_path", "model", "--output_path", "out", *more]
+        return ["export-language", "--model_name_or_path", "model", "--output_path", "out", *flags]
 
     def shards(self) -> dict[str, str]:
-        """Split model/ into a.safetensors and b.safetensors; return the index, not yet written, as a dict."""
+        """Split the tiny model into a.safetensors and b.safetensors; return the weight_map, which is not written."""
         tensors = self.weights()
         names = list(tensors)
         half = len(names) // 2
@@ -100,42 +113,47 @@ class Bench:
         return {name: "a.safetensors" if i < half else "b.safetensors" for i, name in enumerate(names)}
 
     def index(self, weight_map: Any) -> None:
+        """Write the index of shards."""
         Path("model/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
-    def export(self, *more: str) -> list[str]:
+    def export(self, *flags: str) -> list[str]:
         """`export-vision` of model/ to out/vision."""
-        return ["export-vision", "--model_name_or_path", "model", "--save_path", "out/vision", *more]
+        return ["export-vision", "--model_name_or_path", "model", "--save_path", "out/vision", *flags]
 
     def exported(self) -> None:
-        """The exported stages in vision/ and text/."""
+        """Copy the exported stages of the tiny model to vision/ and text/."""
         shutil.copytree(self._tiny / "vision", "vision")
         shutil.copytree(self._tiny / "text", "text")
 
     def manifest(self, **changes: Any) -> None:
-        """The exported stages, with keys of the language stage's manifest changed; None removes a key."""
+        """Copy the exported stages and change keys of the language stage's manifest; None removes a key."""
         self.exported()
         path = Path("text/qwen.manifest.json")
         data = {**json.loads(path.read_text()), **changes}
         path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
 
-    def predict(self, *more: str, prompt: str = "What is it?") -> list[str]:
+    def predict(self, *flags: str, prompt: str = "What is it?") -> list[str]:
         """`predict` with the exported stages."""
         if not Path("vision").exists():
             self.exported()
         stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
-        return ["predict", *stages, "--prompt", prompt, "--max_new_tokens", "2", *more]
+        return ["predict", *stages, "--prompt", prompt, "--max_new_tokens", "2", *flags]
 
-    def chat(self, *lines: str, more: tuple[str, ...] = ()) -> list[str]:
-        """`chat` with these lines piped into it."""
+    def stage_flags(self) -> list[str]:
+        """The flags of the exported stages and their values."""
+        return self.predict()[1:5]
+
+    def chat(self, *lines: str, flags: tuple[str, ...] = ()) -> list[str]:
+        """`chat` with lines in its standard input."""
         self.stdin = "".join(f"{line}\n" for line in lines).encode()
-        return ["chat", *self.predict(*more)[1:5], "--max_new_tokens", "2", *more]
+        return ["chat", *self.stage_flags(), "--max_new_tokens", "2", *flags]
 
-    def batch(self, *more: str, rows: Sequence[Any] = (ROW,), out: str = "out.jsonl") -> list[str]:
-        """`batch` of these rows."""
+    def batch(self, *flags: str, rows: Sequence[Any] = (ROW,), out: str = "out.jsonl") -> list[str]:
+        """`batch` with these rows in in.jsonl."""
         Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return ["batch", "in.jsonl", out, *self.predict()[1:5], "--max_new_tokens", "2", *more]
+        return ["batch", "in.jsonl", out, *self.stage_flags(), "--max_new_tokens", "2", *flags]
 
-    def look_at(self, content: bytes | Image.Image, name: str) -> list[str]:
+    def predict_image(self, content: bytes | Image.Image, name: str) -> list[str]:
         """`predict` with an image of this content."""
         if isinstance(content, Image.Image):
             content.save(name)
@@ -143,8 +161,8 @@ class Bench:
             Path(name).write_bytes(content)
         return self.predict("--image", name)
 
-    def recipe(self, *more: str, **keys: Any) -> list[str]:
-        """`run` of a recipe of one step that does nothing, with keys added, replaced or (None) removed."""
+    def recipe(self, *arguments: str, **keys: Any) -> list[str]:
+        """`run` of a recipe with a step that does nothing; `keys` are added or replaced, None removes a key."""
         data = {
             "schema": 1,
             "name": "fake",
@@ -152,18 +170,20 @@ class Bench:
             "steps": [{"name": "only", "run": ["${python}", "-c", ""]}],
             **keys,
         }
-        return self.recipe_text(yaml.safe_dump({k: v for k, v in data.items() if v is not None}), *more)
+        data = {key: value for key, value in data.items() if value is not None}
+        return self.recipe_text(yaml.safe_dump(data), *arguments)
 
-    def recipe_text(self, text: str, *more: str) -> list[str]:
+    def recipe_text(self, text: str, *arguments: str) -> list[str]:
+        """`run` of a recipe with this text."""
         Path("fake.yaml").write_text(text)
-        return ["run", "fake.yaml", *more]
+        return ["run", "fake.yaml", *arguments]
 
-    def demo_model(self, folder: Path) -> None:
-        """`demo` takes this model instead of the shipped one."""
+    def set_demo_model(self, folder: Path) -> None:
+        """Let `demo` use this model instead of the one in the package."""
         self.monkeypatch.setattr("paddlemix_qwenvl_plugin.demo.run.MODEL", folder)
 
-    def raising(self, error: BaseException) -> list[str]:
-        """`make-tiny`, in which `error` is raised."""
+    def raise_error(self, error: BaseException) -> list[str]:
+        """`make-tiny`, patched to raise `error`."""
 
         def fail(*_: Any) -> None:
             raise error
@@ -172,40 +192,42 @@ class Bench:
         return ["make-tiny", "model"]
 
 
-Provoke = Callable[[Bench], list[str]]
-CASES: dict[str, Provoke] = {}
+Case = Callable[[Bench], list[str]]
+CASES: dict[str, Case] = {}
 
 
-def case(what: str) -> Callable[[Provoke], Provoke]:
-    def register(provoke: Provoke) -> Provoke:
-        assert what not in CASES, what
-        CASES[what] = provoke
-        return provoke
+def case(description: str) -> Callable[[Case], Case]:
+    """Decorator: register the case of a row, given the text in its first column."""
+
+    def register(prepare: Case) -> Case:
+        assert description not in CASES, description
+        CASES[description] = prepare
+        return prepare
 
     return register
 
 
-def cases(rows: dict[str, Provoke]) -> None:
-    for what, provoke in rows.items():
-        case(what)(provoke)
+def cases(by_description: dict[str, Case]) -> None:
+    """Register several cases."""
+    for description, prepare in by_description.items():
+        case(description)(prepare)
 
 
-def cut(path: str, keep: float) -> None:
-    """Truncate a file to this part."""
-    os.truncate(path, int(Path(path).stat().st_size * keep))
+def truncate(path: str, fraction: float) -> None:
+    """Truncate a file to a fraction of its size."""
+    os.truncate(path, int(Path(path).stat().st_size * fraction))
 
 
-def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A black PNG of one bit a pixel, with more chunks before the pixels."""
-    rows = zlib.compressobj(1)
+def png(width: int, height: int, *extra_chunks: tuple[bytes, bytes]) -> bytes:
+    """A black PNG of one bit per pixel, with extra chunks (type, content) before the pixels."""
+    compressor = zlib.compressobj(1)
     line = bytes(1 + (width + 7) // 8)
-    pixels = b"".join([*(rows.compress(line) for _ in range(height)), rows.flush()])
-    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    pixels = b"".join([*(compressor.compress(line) for _ in range(height)), compressor.flush()])
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n"
-    for kind, content in ((b"IHDR", head), *chunks, (b"IDAT", pixels), (b"IEND", b"")):
-        data += (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+    for chunk_type, content in ((b"IHDR", header), *extra_chunks, (b"IDAT", pixels), (b"IEND", b"")):
+        checksum = struct.pack(">I", zlib.crc32(chunk_type + content))
+        data += struct.pack(">I", len(content)) + chunk_type + content + checksum
     return data
 
 
@@ -245,21 +267,25 @@ def _(bench: Bench) -> list[str]:
     return bench.export()
 
 
-def config_text(text: str | bytes) -> Provoke:
-    def provoke(bench: Bench) -> list[str]:
+def config_text(text: str | bytes) -> Case:
+    """Export of the tiny model with this text as its config.json."""
+
+    def prepare(bench: Bench) -> list[str]:
         content = text if isinstance(text, bytes) else text.encode()
         (bench.model() / "config.json").write_bytes(content)
         return bench.export()
 
-    return provoke
+    return prepare
 
 
-def config(**changes: Any) -> Provoke:
-    def provoke(bench: Bench) -> list[str]:
+def config(**changes: Any) -> Case:
+    """Export of the tiny model with changed keys of its config.json."""
+
+    def prepare(bench: Bench) -> list[str]:
         bench.config(**changes)
         return bench.export()
 
-    return provoke
+    return prepare
 
 
 cases(
@@ -302,7 +328,7 @@ def _(bench: Bench) -> list[str]:
 @case("model.safetensors is cut off in its values")
 def _(bench: Bench) -> list[str]:
     bench.model()
-    cut("model/model.safetensors", 0.9)
+    truncate("model/model.safetensors", 0.9)
     return bench.export()
 
 
@@ -332,26 +358,28 @@ def _(bench: Bench) -> list[str]:
 
 # The model folder: GPTQ and AWQ
 
+W1 = "transformer.h.0.mlp.w1"
 
-def quantised(**changes: Any) -> Provoke:
+
+def quantised(**changes: Any) -> Case:
     return lambda bench: bench.quantised(**changes)
 
 
-def stored() -> dict[str, np.ndarray]:
+def quantised_tensors_in_model() -> dict[str, np.ndarray]:
     return load_file("model/model.safetensors")
 
 
-def quantised_tensor(name: str, change: Callable[[np.ndarray], np.ndarray] | None) -> Provoke:
-    """A GPTQ folder with a tensor changed, or (None) removed."""
+def quantised_tensor(name: str, change: Callable[[np.ndarray], np.ndarray] | None) -> Case:
+    """Export of a GPTQ model in which a tensor is changed, or removed if `change` is None."""
 
-    def provoke(bench: Bench) -> list[str]:
+    def prepare(bench: Bench) -> list[str]:
         arguments = bench.quantised()
-        tensors = stored()
+        tensors = quantised_tensors_in_model()
         values = tensors.pop(name)
         bench.save({**tensors, name: change(values)} if change else tensors)
         return arguments
 
-    return provoke
+    return prepare
 
 
 @case("quantized tensors without a quantization_config")
@@ -364,21 +392,19 @@ def _(bench: Bench) -> list[str]:
 @case("one layer is not quantized")
 def _(bench: Bench) -> list[str]:
     arguments = bench.quantised()
-    tensors = stored()
-    layer = "transformer.h.0.mlp.w1"
-    kept = {name: value for name, value in tensors.items() if not name.startswith(layer)}
-    bench.save({**kept, f"{layer}.weight": np.zeros([192, 256], np.float16)})
+    tensors = quantised_tensors_in_model()
+    other_tensors = {name: value for name, value in tensors.items() if not name.startswith(W1)}
+    bench.save({**other_tensors, f"{W1}.weight": np.zeros([192, 256], np.float16)})
     return arguments
 
 
 @case("a quantized lm_head")
 def _(bench: Bench) -> list[str]:
     arguments = bench.quantised()
-    bench.save({**stored(), "lm_head.qweight": np.zeros([32, 64], np.int32)})
+    bench.save({**quantised_tensors_in_model(), "lm_head.qweight": np.zeros([32, 64], np.int32)})
     return arguments
 
 
-W1 = "transformer.h.0.mlp.w1"
 cases(
     {
         "a quantization_config without quantized tensors": config(quantization_config=_GPTQ.config),
@@ -416,17 +442,19 @@ def _(bench: Bench) -> list[str]:
     paddle.save(
         {key: paddle.to_tensor(v) for key, v in bench.weights().items()}, "model/model_state.pdparams"
     )
-    cut("model/model_state.pdparams", 0.5)
+    truncate("model/model_state.pdparams", 0.5)
     return bench.export()
 
 
-def pdparams(content: bytes) -> Provoke:
-    def provoke(bench: Bench) -> list[str]:
+def pdparams(content: bytes) -> Case:
+    """Export of the tiny model with this content as its weight file, model_state.pdparams."""
+
+    def prepare(bench: Bench) -> list[str]:
         bench.weights()
         Path("model/model_state.pdparams").write_bytes(content)
         return bench.export()
 
-    return provoke
+    return prepare
 
 
 cases(
@@ -549,39 +577,39 @@ def _(bench: Bench) -> list[str]:
 # Export
 
 
-def of_model(*arguments: str) -> Provoke:
-    """The command's arguments, with the tiny model in model/."""
+def with_model(*arguments: str) -> Case:
+    """A command with the tiny model in model/."""
 
-    def provoke(bench: Bench) -> list[str]:
+    def prepare(bench: Bench) -> list[str]:
         bench.model()
         return list(arguments)
 
-    return provoke
+    return prepare
 
 
 MODEL = ("--model_name_or_path", "model")
 cases(
     {
-        "`export-vision --dtype int8`": of_model(
+        "`export-vision --dtype int8`": with_model(
             "export-vision", *MODEL, "--save_path", "v", "--dtype", "int8"
         ),
-        "`export-vision --save_path .`": of_model("export-vision", *MODEL, "--save_path", "."),
-        "`export-vision --save_path` below a file": of_model(
+        "`export-vision --save_path .`": with_model("export-vision", *MODEL, "--save_path", "."),
+        "`export-vision --save_path` below a file": with_model(
             "export-vision", *MODEL, "--save_path", "model/config.json/v"
         ),
-        "`export-language --output_path` below a file": of_model(
+        "`export-language --output_path` below a file": with_model(
             "export-language", *MODEL, "--output_path", "model/config.json/out"
         ),
-        "`export-language --model_prefix a/b`": of_model(
+        "`export-language --model_prefix a/b`": with_model(
             "export-language", *MODEL, "--output_path", "out", "--model_prefix", "a/b"
         ),
-        "`export-language --engine fast`": of_model(
+        "`export-language --engine fast`": with_model(
             "export-language", *MODEL, "--output_path", "out", "--engine", "fast"
         ),
-        "`export-language --quant_type int8`": of_model(
+        "`export-language --quant_type int8`": with_model(
             "export-language", *MODEL, "--output_path", "out", "--quant_type", "int8"
         ),
-        "`export-language --quant_type weight_only_int8 --engine portable`": of_model(
+        "`export-language --quant_type weight_only_int8 --engine portable`": with_model(
             *("export-language", *MODEL, "--output_path", "out", "--quant_type", "weight_only_int8"),
             *("--engine", "portable"),
         ),
@@ -607,12 +635,12 @@ def _(bench: Bench) -> list[str]:
 
 cases(
     {
-        "`convert` to a folder that exists": of_model("convert", "model", "model"),
+        "`convert` to a folder that exists": with_model("convert", "model", "model"),
         "`convert` from a folder that is not there": lambda bench: ["convert", "model", "new"],
-        "`convert` to a folder below a file": of_model("convert", "model", "model/config.json/new"),
-        "`convert --dtype float8`": of_model("convert", "model", "new", "--dtype", "float8"),
-        "`make-tiny` to a folder that exists": of_model("make-tiny", "model"),
-        "`make-tiny` to a folder below a file": of_model("make-tiny", "model/config.json/new"),
+        "`convert` to a folder below a file": with_model("convert", "model", "model/config.json/new"),
+        "`convert --dtype float8`": with_model("convert", "model", "new", "--dtype", "float8"),
+        "`make-tiny` to a folder that exists": with_model("make-tiny", "model"),
+        "`make-tiny` to a folder below a file": with_model("make-tiny", "model/config.json/new"),
         "`make-tiny --seed -1`": lambda bench: ["make-tiny", "model", "--seed", "-1"],
     }
 )
@@ -663,7 +691,7 @@ def _(bench: Bench) -> list[str]:
 @case("a manifest is not JSON")
 def _(bench: Bench) -> list[str]:
     bench.exported()
-    cut("text/qwen.manifest.json", 0.5)
+    truncate("text/qwen.manifest.json", 0.5)
     return bench.predict()
 
 
@@ -684,7 +712,8 @@ def _(bench: Bench) -> list[str]:
     bench.exported()
     for path in [*Path().glob("*/*.manifest.json")]:
         data = json.loads(path.read_text())
-        data["programs"] = {name: of for name, of in data["programs"].items() if ".fused" not in name}
+        programs = data["programs"].items()
+        data["programs"] = {name: digest for name, digest in programs if ".fused" not in name}
         path.write_text(json.dumps(data))
     bench.monkeypatch.setenv("QWENVL_ENGINE", "fused")
     return bench.predict("--image", str(STREET))
@@ -694,7 +723,7 @@ def _(bench: Bench) -> list[str]:
 def _(bench: Bench) -> list[str]:
     bench.exported()
     manifest = json.loads(Path("text/qwen.manifest.json").read_text())
-    programs = {name: of for name, of in manifest["programs"].items() if ".fused" in name}
+    programs = {name: digest for name, digest in manifest["programs"].items() if ".fused" in name}
     shutil.rmtree("vision")
     shutil.rmtree("text")
     bench.manifest(quant_type="weight_only_int8", programs=programs)
@@ -715,8 +744,8 @@ def _(bench: Bench) -> list[str]:
 def _(bench: Bench) -> list[str]:
     bench.exported()
     bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")
-    for form in (".json", ".pdmodel"):  # either will do
-        Path(f"vision/vision{form}").unlink()
+    for suffix in (".json", ".pdmodel"):  # a stage opens if it has one of the two forms
+        Path(f"vision/vision{suffix}").unlink()
     return bench.predict("--image", str(STREET))
 
 
@@ -790,14 +819,14 @@ def _(bench: Bench) -> list[str]:
 # predict: flags
 
 
-def predict(*arguments: str) -> Provoke:
+def predict(*arguments: str) -> Case:
     return lambda bench: bench.predict(*arguments)
 
 
-def driver(driver: Optional[CudaDriver], *arguments: str) -> Provoke:
-    """`predict` beside this driver, with a Paddle for CPUs."""
+def driver(driver: Optional[CudaDriver], *arguments: str) -> Case:
+    """`predict` on a machine with this CUDA driver (None: without one), and a Paddle for CPUs."""
 
-    def provoke(bench: Bench) -> list[str]:
+    def prepare(bench: Bench) -> list[str]:
         import paddle
 
         bench.monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: False)
@@ -805,7 +834,7 @@ def driver(driver: Optional[CudaDriver], *arguments: str) -> Provoke:
         bench.monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
         return bench.predict(*arguments)
 
-    return provoke
+    return prepare
 
 
 @case("`--device gpu` without NVRTC")
@@ -814,19 +843,19 @@ def _(bench: Bench) -> list[str]:
     return driver(CudaDriver(12090, [Gpu("NVIDIA H200", 90)]), "--device", "gpu")(bench)
 
 
-def found(major: int, minor: int, architecture: int, *include: Path) -> Provoke:
-    """`predict --device gpu` with an NVRTC that knows this architecture, and its headers in these folders."""
+def nvrtc_version(major: int, minor: int, architecture: int, *include_folders: Path) -> Case:
+    """`predict --device gpu` with an NVRTC of this version that supports one GPU architecture."""
 
-    def provoke(bench: Bench) -> list[str]:
+    def prepare(bench: Bench) -> list[str]:
         from paddlemix_qwenvl_plugin.engine import nvrtc
 
-        there = nvrtc.Nvrtc(f"libnvrtc.so.{major}", (major, minor), frozenset({architecture}))
-        bench.monkeypatch.setattr(nvrtc, "_libraries", lambda: iter([there.library]))
-        bench.monkeypatch.setattr(nvrtc, "_opened", lambda library: there)
-        bench.monkeypatch.setattr(nvrtc, "_include", lambda library: include)
+        installed = nvrtc.Nvrtc(f"libnvrtc.so.{major}", (major, minor), frozenset({architecture}))
+        bench.monkeypatch.setattr(nvrtc, "_libraries", lambda: iter([installed.library]))
+        bench.monkeypatch.setattr(nvrtc, "_opened", lambda library: installed)
+        bench.monkeypatch.setattr(nvrtc, "_include", lambda library: include_folders)
         return driver(CudaDriver(12090, [Gpu("NVIDIA B200", 100)]), "--device", "gpu")(bench)
 
-    return provoke
+    return prepare
 
 
 @case("`--device gpu` with `QWENVL_ENGINE=portable` and a Paddle for CPUs")
@@ -845,9 +874,11 @@ cases(
         "`--device gpu` with a GPU that is too old": driver(
             CudaDriver(12090, [Gpu("NVIDIA P100", 60)]), "--device", "gpu"
         ),
-        "`--device gpu` with an NVRTC that does not know the GPU": found(12, 4, 90, Path("include")),
-        "`--device gpu` with an NVRTC that is newer than the driver": found(13, 0, 100, Path("include")),
-        "`--device gpu` without CUDA's headers": found(12, 9, 100),
+        "`--device gpu` with an NVRTC that does not know the GPU": nvrtc_version(12, 4, 90, Path("include")),
+        "`--device gpu` with an NVRTC that is newer than the driver": nvrtc_version(
+            13, 0, 100, Path("include")
+        ),
+        "`--device gpu` without CUDA's headers": nvrtc_version(12, 9, 100),
         "`--gpu_memory 0`": predict("--gpu_memory", "0"),
         "`--device tpu`": predict("--device", "tpu"),
         "`--device cpu:`": predict("--device", "cpu:"),
@@ -925,11 +956,11 @@ def _(bench: Bench) -> list[str]:
 
 @case("Paddle is there and cannot be imported")
 def _(bench: Bench) -> list[str]:
-    def broken(name: str) -> None:
+    def fail(name: str) -> None:
         print("Compile with WITH_GPU", file=sys.stderr)
         raise ImportError("libcublas.so.11: cannot open shared object file\nSee the FAQ")
 
-    bench.monkeypatch.setattr(paddle_version, "import_module", broken)
+    bench.monkeypatch.setattr(paddle_version, "import_module", fail)
     bench.monkeypatch.setenv("QWENVL_ENGINE", "portable")
     return bench.predict()
 
@@ -943,10 +974,11 @@ def _(bench: Bench) -> list[str]:
 # Images
 
 
-def street(form: str) -> bytes:
+def street(file_format: str) -> bytes:
+    """The image STREET in a file format of Pillow."""
     encoded = io.BytesIO()
     with Image.open(STREET) as image:
-        image.convert("RGB").save(encoded, form)
+        image.convert("RGB").save(encoded, file_format)
     return encoded.getvalue()
 
 
@@ -969,7 +1001,7 @@ def _(bench: Bench) -> list[str]:
 
 @case("the image is larger than 50 MiB")
 def _(bench: Bench) -> list[str]:
-    arguments = bench.look_at(street("PNG"), "dog.png")
+    arguments = bench.predict_image(street("PNG"), "dog.png")
     os.truncate("dog.png", 50 * 2**20 + 1)
     return arguments
 
@@ -981,25 +1013,25 @@ def _(bench: Bench) -> list[str]:
     return bench.predict("--image", "http://images.example/dog.png", "--allow_http")
 
 
-def look_at(content: Callable[[], bytes | Image.Image], name: str = "dog.png") -> Provoke:
-    return lambda bench: bench.look_at(content(), name)
+def predict_image(content: Callable[[], bytes | Image.Image], name: str = "dog.png") -> Case:
+    return lambda bench: bench.predict_image(content(), name)
 
 
-# Chunk zTXt: keyword, 0, method 0, compressed text.
+# The type and the content of a zTXt chunk: keyword, 0, compression method 0, compressed text.
 TEXT_BOMB = (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(64 * 2**20)))
 
 cases(
     {
-        "the image is an empty file": look_at(lambda: b""),
-        "the image is text": look_at(lambda: b"a dog on a beach\n"),
-        "a PNG that is cut off": look_at(lambda: street("PNG")[:5000]),
-        "a JPEG that is cut off": look_at(lambda: street("JPEG")[:5000], "dog.jpg"),
-        "a PNG of only a header": look_at(lambda: street("PNG")[:20]),
-        "an EPS drawing": look_at(lambda: street("EPS"), "dog.eps"),
-        "an image of 20000 x 20000": look_at(lambda: png(20000, 20000)),
-        "a decompression bomb: a PNG of 81 million pixels in 44 kB": look_at(lambda: png(9000, 9000)),
-        "a decompression bomb in a PNG's text": look_at(lambda: png(8, 8, TEXT_BOMB)),
-        "an image of 1 x 1": look_at(lambda: Image.new("RGB", (1, 1))),
+        "the image is an empty file": predict_image(lambda: b""),
+        "the image is text": predict_image(lambda: b"a dog on a beach\n"),
+        "a PNG that is cut off": predict_image(lambda: street("PNG")[:5000]),
+        "a JPEG that is cut off": predict_image(lambda: street("JPEG")[:5000], "dog.jpg"),
+        "a PNG of only a header": predict_image(lambda: street("PNG")[:20]),
+        "an EPS drawing": predict_image(lambda: street("EPS"), "dog.eps"),
+        "an image of 20000 x 20000": predict_image(lambda: png(20000, 20000)),
+        "a decompression bomb: a PNG of 81 million pixels in 44 kB": predict_image(lambda: png(9000, 9000)),
+        "a decompression bomb in a PNG's text": predict_image(lambda: png(8, 8, TEXT_BOMB)),
+        "an image of 1 x 1": predict_image(lambda: Image.new("RGB", (1, 1))),
         "a web address without `--allow_http`": predict("--image", "http://127.0.0.1/dog.png"),
         "a web address without a host": predict("--image", "http:///dog.png", "--allow_http"),
         "an address of another kind": predict("--image", "ftp://127.0.0.1/dog.png"),
@@ -1019,7 +1051,7 @@ cases(
 def _(bench: Bench) -> list[str]:
     folder = Path("a" * 150, "b" * 150)
     folder.mkdir(parents=True)
-    return bench.look_at(Image.new("RGB", (8, 8)), str(folder / "dog.png"))
+    return bench.predict_image(Image.new("RGB", (8, 8)), str(folder / "dog.png"))
 
 
 cases(
@@ -1035,8 +1067,8 @@ cases(
 # batch
 
 
-def batch(*more: str, rows: Sequence[Any] = (ROW,), out: str = "out.jsonl") -> Provoke:
-    return lambda bench: bench.batch(*more, rows=rows, out=out)
+def batch(*flags: str, rows: Sequence[Any] = (ROW,), out: str = "out.jsonl") -> Case:
+    return lambda bench: bench.batch(*flags, rows=rows, out=out)
 
 
 @case("the input is not there")
@@ -1086,7 +1118,7 @@ def _(bench: Bench) -> list[str]:
 
 @case("the partial file of another job")
 def _(bench: Bench) -> list[str]:
-    """The job was stopped before it wrote its output."""
+    """An earlier job, with other options, was stopped before it wrote its output."""
     from paddlemix_qwenvl_plugin.batch.job import run
     from paddlemix_qwenvl_plugin.batch.source import Source
     from paddlemix_qwenvl_plugin.runtime.options import GenerationOptions
@@ -1112,7 +1144,7 @@ def _(bench: Bench) -> list[str]:
 @case("another process writes the same output")
 def _(bench: Bench) -> list[str]:
     command = bench.batch()
-    bench.keep = Journal(Path("out.jsonl.partial"), {}, [])
+    bench.keep_alive = Journal(Path("out.jsonl.partial"), {}, [])
     return command
 
 
@@ -1122,11 +1154,11 @@ def _(bench: Bench) -> list[str]:
 
     command, from_exported = bench.batch(), QwenVL.from_exported
 
-    def slowly(*arguments: Any) -> QwenVL:
+    def change_input_and_open(*arguments: Any) -> QwenVL:
         Path("in.jsonl").write_text('{"id": "a", "prompt": "Which is it?"}\n')
         return from_exported(*arguments)
 
-    bench.monkeypatch.setattr(QwenVL, "from_exported", slowly)
+    bench.monkeypatch.setattr(QwenVL, "from_exported", change_input_and_open)
     return command
 
 
@@ -1141,8 +1173,10 @@ def _(bench: Bench) -> list[str]:
 
 cases(
     {
-        "`chat` with an option out of range": lambda bench: bench.chat("Hello", more=("--top_k", "0")),
-        "`chat --image` of an image that is not there": lambda bench: bench.chat(more=("--image", "dog.png")),
+        "`chat` with an option out of range": lambda bench: bench.chat("Hello", flags=("--top_k", "0")),
+        "`chat --image` of an image that is not there": lambda bench: bench.chat(
+            flags=("--image", "dog.png")
+        ),
     }
 )
 
@@ -1220,14 +1254,14 @@ def _(bench: Bench) -> list[str]:
 
 @case("`demo` to a folder that is a file")
 def _(bench: Bench) -> list[str]:
-    bench.demo_model(bench.model())
+    bench.set_demo_model(bench.model())
     Path("qwenvl-demo").write_text("")
     return ["demo"]
 
 
 @case("`demo` to a folder with other files")
 def _(bench: Bench) -> list[str]:
-    bench.demo_model(bench.model())
+    bench.set_demo_model(bench.model())
     Path("site").mkdir()
     Path("site/index.html").write_text("my page")
     return ["demo", "site"]
@@ -1236,14 +1270,14 @@ def _(bench: Bench) -> list[str]:
 @case("the demo model's weights are missing")
 def _(bench: Bench) -> list[str]:
     bench.weights()
-    bench.demo_model(Path("model"))
+    bench.set_demo_model(Path("model"))
     return ["demo"]
 
 
 @case("the demo's answers are wrong")
 def _(bench: Bench) -> list[str]:
-    run = SimpleNamespace(right=6, results=[None] * 8)
-    bench.monkeypatch.setattr("paddlemix_qwenvl_plugin.demo.run.run_demo", lambda out, say: run)
+    demo_run = SimpleNamespace(right=6, results=[None] * 8)
+    bench.monkeypatch.setattr("paddlemix_qwenvl_plugin.demo.run.run_demo", lambda out, say: demo_run)
     return ["demo"]
 
 
@@ -1258,26 +1292,27 @@ QUESTION = {
 }
 
 
-def jsonl(name: str, *rows: Any) -> None:
+def write_jsonl(name: str, *rows: Any) -> None:
     Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-def vqa(*more: str, rows: Sequence[Any] = (QUESTION,)) -> list[str]:
-    """`eval vqa` of these rows, which has no stages to run."""
-    jsonl("data.jsonl", *rows)
-    return ["eval", "vqa", "data.jsonl", *more]
+def vqa(*flags: str, rows: Sequence[Any] = (QUESTION,)) -> list[str]:
+    """`eval vqa` with these rows in data.jsonl, and without exported stages."""
+    write_jsonl("data.jsonl", *rows)
+    return ["eval", "vqa", "data.jsonl", *flags]
 
 
-def vqa_predictions(*lines: Any) -> list[str]:
-    jsonl("answers.jsonl", *lines)
+def vqa_predictions(*predictions: Any) -> list[str]:
+    """`eval vqa` with a file of predictions."""
+    write_jsonl("answers.jsonl", *predictions)
     return vqa("--predictions", "answers.jsonl")
 
 
-def vqa_stages(bench: Bench, *more: str, **changes: Any) -> list[str]:
-    """`eval vqa` of one row, through the exported stages."""
+def vqa_stages(bench: Bench, *flags: str, **changes: Any) -> list[str]:
+    """`eval vqa` of one row, with changed keys, by the exported stages."""
     bench.exported()
     stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
-    return vqa(*stages, *more, rows=[{**QUESTION, **changes}])
+    return vqa(*stages, *flags, rows=[{**QUESTION, **changes}])
 
 
 def vqa_folder(bench: Bench) -> list[str]:
@@ -1292,32 +1327,32 @@ def vqa_not_json(bench: Bench) -> list[str]:
 
 def grounding_box(bench: Bench) -> list[str]:
     row = {"image": "dog.png", "sent": "it", "bbox": [150, 20, 100, 50], "width": 200, "height": 100}
-    jsonl("data.jsonl", row)
+    write_jsonl("data.jsonl", row)
     return ["eval", "grounding", "data.jsonl"]
 
 
 def vqa_full_disk(bench: Bench) -> list[str]:
     rows = [{**QUESTION, "question_id": number} for number in range(100)]
-    jsonl("given.jsonl", *({"id": number, "text": "a dog"} for number in range(100)))
+    write_jsonl("predictions.jsonl", *({"id": number, "text": "a dog"} for number in range(100)))
     bench.max_file_bytes = 1000
-    return vqa("--predictions", "given.jsonl", "--output", "answers.jsonl", rows=rows)
+    return vqa("--predictions", "predictions.jsonl", "--output", "answers.jsonl", rows=rows)
 
 
-def without(bench: Bench, library: str) -> None:
-    """Make the import of a library fail, whether installed or not."""
+def block_import(bench: Bench, library: str) -> None:
+    """Make the import of a library fail, whether it is installed or not."""
     for module in [name for name in sys.modules if name.split(".")[0] == library]:
         bench.monkeypatch.delitem(sys.modules, module)
     bench.monkeypatch.setitem(sys.modules, library, None)
 
 
-def captions_bare(bench: Bench) -> list[str]:
-    without(bench, "pycocoevalcap")
-    jsonl("data.jsonl", {"image": "dog.png", "image_id": 1, "captions": ["A dog."]})
+def captions_without_library(bench: Bench) -> list[str]:
+    block_import(bench, "pycocoevalcap")
+    write_jsonl("data.jsonl", {"image": "dog.png", "image_id": 1, "captions": ["A dog."]})
     return ["eval", "captions", "data.jsonl"]
 
 
-def anls_bare(bench: Bench) -> list[str]:
-    without(bench, "rapidfuzz")
+def anls_without_library(bench: Bench) -> list[str]:
+    block_import(bench, "rapidfuzz")
     return vqa("--metric", "anls")
 
 
@@ -1348,8 +1383,8 @@ cases(
         "`eval --output` to a folder": lambda bench: vqa_stages(bench, "--output", "vision"),
         "`eval --output` onto the data set": lambda bench: vqa_stages(bench, "--output", "data.jsonl"),
         "no more room on the disk for `eval --output`": vqa_full_disk,
-        "`eval captions` without its libraries": captions_bare,
-        "`--metric anls` without its library": anls_bare,
+        "`eval captions` without its libraries": captions_without_library,
+        "`--metric anls` without its library": anls_without_library,
         "`eval demo --n 0`": lambda bench: ["eval", "demo", "--n", "0"],
         "`eval demo --dtype int8`": lambda bench: ["eval", "demo", "--dtype", "int8"],
         "`eval demo --dtype` with exported stages": lambda bench: [
@@ -1383,12 +1418,12 @@ cases(
 # Recipes
 
 
-def recipe(*arguments: str, **keys: Any) -> Provoke:
+def recipe(*arguments: str, **keys: Any) -> Case:
     return lambda bench: bench.recipe(*arguments, **keys)
 
 
-def python(code: str, **keys: Any) -> list[dict[str, Any]]:
-    """The steps of a recipe: one, of Python code."""
+def python_step(code: str, **keys: Any) -> list[dict[str, Any]]:
+    """The `steps` of a recipe: one step, which runs Python code."""
     return [{"name": "only", "run": ["${python}", "-c", code], **keys}]
 
 
@@ -1404,10 +1439,10 @@ def _(bench: Bench) -> list[str]:
     return bench.recipe("--output", "file")
 
 
-def earlier_run(damage: Callable[[Path], Any]) -> Provoke:
-    """`run --from_step` on an earlier run with a damaged record."""
+def earlier_run(damage: Callable[[Path], Any]) -> Case:
+    """`run --from_step` after an earlier run; `damage` gets the folder of that run's records."""
 
-    def provoke(bench: Bench) -> list[str]:
+    def prepare(bench: Bench) -> list[str]:
         command = bench.recipe("--from_step", "only")
         folder = Path("runs/20240101-000000-fake")
         folder.mkdir(parents=True)
@@ -1417,7 +1452,7 @@ def earlier_run(damage: Callable[[Path], Any]) -> Provoke:
         damage(folder)
         return command
 
-    return provoke
+    return prepare
 
 
 cases(
@@ -1430,7 +1465,7 @@ cases(
         "a recipe that is nested without end": lambda bench: bench.recipe_text(f"why: {'[' * 2000}\n"),
         "a recipe with an alias": lambda bench: bench.recipe_text("why: &a x\nname: *a\n"),
         "a recipe of more than 64 KiB": lambda bench: bench.recipe_text(f"why: {'x' * 70000}\n"),
-        "a recipe with a NUL": recipe(steps=python("\0")),
+        "a recipe with a NUL": recipe(steps=python_step("\0")),
         "a recipe with a date": recipe(expect=[{"file": "x", "key": "a", "equals": date(2024, 1, 1)}]),
         "a recipe with a number of a thousand bits": recipe(seed=1 << 1000),
         "a recipe that is a list": lambda bench: bench.recipe_text("- steps\n"),
@@ -1439,7 +1474,7 @@ cases(
         "an unknown key in a step": recipe(steps=[{"name": "only", "run": "true", "retries": 2}]),
         "a recipe of another schema": recipe(schema=2),
         "a recipe without steps": recipe(steps=None),
-        "two steps of one name": recipe(steps=[*python(""), *python("")]),
+        "two steps of one name": recipe(steps=[*python_step(""), *python_step("")]),
         "an unknown `${name}`": recipe(env={"HERE": "${folder}"}),
         "a variable in `env` of another kind of name": recipe(env={"B=": "x"}),
         "a number where text is wanted": recipe(name=7),
@@ -1451,7 +1486,7 @@ cases(
         "`--from_step` with an unknown step": recipe("--from_step", "other"),
         "`--from_step` without an earlier run": recipe("--from_step", "only"),
         "`--from_step` with a damaged results.json": earlier_run(
-            lambda folder: cut(str(folder / "results.json"), 0.5)
+            lambda folder: truncate(str(folder / "results.json"), 0.5)
         ),
         "`--from_step` with a damaged recipe.resolved.yaml": earlier_run(
             lambda folder: (folder / "recipe.resolved.yaml").write_text("")
@@ -1462,8 +1497,8 @@ cases(
         "an asset is missing": recipe(assets=[{"name": "dog", "path": "dog.png", "why": "to ask about"}]),
         "an asset that never ends": recipe(assets=[{"name": "dog", "path": "/dev/zero", "sha256": "0" * 64}]),
         "too little memory": recipe(requires={"memory_gib": 1e6}),
-        "a step fails": recipe(steps=python("raise SystemExit(3)")),
-        "a step takes too long": recipe(steps=python("import time; time.sleep(9)", timeout_seconds=0.3)),
+        "a step fails": recipe(steps=python_step("raise SystemExit(3)")),
+        "a step takes too long": recipe(steps=python_step("import time; time.sleep(9)", timeout_seconds=0.3)),
         "a step's program is not there": recipe(steps=[{"name": "only", "run": "no-such-program"}]),
         "an expectation is missed": recipe(expect=[{"file": "${run_dir}/answer.json"}]),
     }
@@ -1473,14 +1508,15 @@ cases(
 @case("a step writes without end")
 def _(bench: Bench) -> list[str]:
     bench.monkeypatch.setattr(process, "LOG_MIB", 1)
-    return bench.recipe(steps=python("while True: print('x' * 1000)"))
+    return bench.recipe(steps=python_step("while True: print('x' * 1000)"))
 
 
 @case("an expected expression never ends")
 def _(bench: Bench) -> list[str]:
     bench.monkeypatch.setattr(expect, "_SEARCH_SECONDS", 0.5)
-    wrote = 'import sys; open(sys.argv[1], "w").write(\'{"a": "\' + "a" * 40 + \'!"}\')'
-    steps = [{"name": "only", "run": ["${python}", "-c", wrote, "${run_dir}/a.json"]}]
+    write_json = 'import sys; open(sys.argv[1], "w").write(\'{"a": "\' + "a" * 40 + \'!"}\')'
+    steps = [{"name": "only", "run": ["${python}", "-c", write_json, "${run_dir}/a.json"]}]
+    # On a text of 40 letters and a "!", this expression backtracks for years.
     return bench.recipe(steps=steps, expect=[{"file": "${run_dir}/a.json", "key": "a", "matches": "(a+)+$"}])
 
 
@@ -1504,9 +1540,7 @@ def _(bench: Bench) -> list[str]:
     return ["doctor", "--model_name_or_path", "model"]
 
 
-# Anything
-
-
+# Every command
 @case("the output goes to a full disk")
 def _(bench: Bench) -> list[str]:
     bench.stdout = "/dev/full"
@@ -1515,55 +1549,55 @@ def _(bench: Bench) -> list[str]:
 
 cases(
     {
-        "Ctrl-C": lambda bench: bench.raising(KeyboardInterrupt()),
-        "SIGTERM": lambda bench: bench.raising(Terminated(143)),
-        "the memory is used up": lambda bench: bench.raising(MemoryError()),
-        "a defect of qwenvl": lambda bench: bench.raising(RuntimeError("no such thing\nat all")),
+        "Ctrl-C": lambda bench: bench.raise_error(KeyboardInterrupt()),
+        "SIGTERM": lambda bench: bench.raise_error(Terminated(143)),
+        "the memory is used up": lambda bench: bench.raise_error(MemoryError()),
+        "a defect of qwenvl": lambda bench: bench.raise_error(RuntimeError("no such thing\nat all")),
     }
 )
 
 # Picture labels, addresses that are not public
 
 
-def tokenizer_config(text: str) -> Callable[[Bench], list[str]]:
+def tokenizer_config(text: str) -> Case:
     """`predict` with this text as the tokenizer_config.json beside the language stage."""
 
-    def arrange(bench: Bench) -> list[str]:
+    def prepare(bench: Bench) -> list[str]:
         command = bench.predict()
         Path("text/tokenizer_config.json").write_text(text)
         return command
 
-    return arrange
+    return prepare
 
 
-# Inputs that are meant to harm
+# Malicious inputs
 
 
 class Call:
-    """Object pickled as a function call, which an unrestricted unpickler executes."""
+    """An object whose pickle is a function call, which an unrestricted unpickler executes."""
 
     def __reduce__(self) -> Any:
         return os.system, ("touch ran",)
 
 
-def header(change: Callable[[dict[str, Any]], None], more: bytes = b"") -> Provoke:
-    """model/model.safetensors with another header and `more` bytes at its end."""
+def header(change: Callable[[dict[str, Any]], None], extra_bytes: bytes = b"") -> Case:
+    """Export of the tiny model with a changed safetensors header, and extra bytes at the end of the file."""
 
-    def provoke(bench: Bench) -> list[str]:
+    def prepare(bench: Bench) -> list[str]:
         path = bench.model() / "model.safetensors"
         content = path.read_bytes()
         [length] = struct.unpack("<Q", content[:8])
         entries = json.loads(content[8 : 8 + length])
         change(entries)
         text = json.dumps(entries).encode().ljust(length)
-        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :] + more)
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :] + extra_bytes)
         return bench.export()
 
-    return provoke
+    return prepare
 
 
 def overlap(entries: dict[str, Any]) -> None:
-    """Make a tensor overlap another one of its size."""
+    """Give a tensor the offsets of another tensor of the same size."""
     first, second = (f"transformer.llm.h.{i}.ln_1.weight" for i in range(2))
     entries[second]["data_offsets"] = entries[first]["data_offsets"]
 
@@ -1576,9 +1610,9 @@ def verify(bench: Bench, prefix: str = "text/qwen") -> list[str]:
     return ["verify", prefix]
 
 
-def compiler(bench: Bench, does: str) -> list[str]:
-    """`build-engine` with a compiler of one line."""
-    Path("cxx").write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{does}\n')
+def compiler(bench: Bench, command: str) -> list[str]:
+    """`build-engine` with a compiler that runs a shell command."""
+    Path("cxx").write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{command}\n')
     Path("cxx").chmod(0o755)
     return build_engine(bench, "./cxx")
 
@@ -1610,7 +1644,7 @@ def _(bench: Bench) -> list[str]:
     arguments = bench.predict()
     path = Path("text/qwen.pdiparams")
     data = bytearray(path.read_bytes())
-    data[len(data) // 63 * 2 - 20_000] ^= 1  # between two samples
+    data[len(data) // 63 * 2 - 20_000] ^= 1  # between two of the samples whose digest is in the manifest
     path.write_bytes(data)
     return arguments
 
@@ -1690,13 +1724,13 @@ cases(
 )
 
 
-def serve(*flags: str) -> Provoke:
+def serve(*flags: str) -> Case:
     return lambda bench: ["serve", *flags]
 
 
 @case("`serve` with stages that are not there")
 def serve_no_stages(bench: Bench) -> list[str]:
-    bench.stdout = os.devnull  # in a process of its own: it has begun to log
+    bench.stdout = os.devnull  # in a subprocess, because `serve` sets up logging before it fails
     stages = ["--first_model_path", "vision/vision", "--second_model_path", "text/qwen"]
     return ["serve", "--port", "0", *stages]
 
@@ -1704,7 +1738,7 @@ def serve_no_stages(bench: Bench) -> list[str]:
 @case("a file of keys that is not there")
 def serve_no_keys(bench: Bench) -> list[str]:
     bench.stdout = os.devnull
-    return ["serve", "--port", "0", *bench.predict()[1:5], "--api_key_file", "keys"]
+    return ["serve", "--port", "0", *bench.stage_flags(), "--api_key_file", "keys"]
 
 
 @case("a variable that is not a setting")
@@ -1721,8 +1755,8 @@ def serve_key(bench: Bench) -> list[str]:
 
 @case("a port that is in use")
 def serve_port(bench: Bench) -> list[str]:
-    bench.keep = socket.create_server(("127.0.0.1", 0))
-    return ["serve", "--demo", "--port", str(bench.keep.getsockname()[1])]
+    bench.keep_alive = socket.create_server(("127.0.0.1", 0))
+    return ["serve", "--demo", "--port", str(bench.keep_alive.getsockname()[1])]
 
 
 cases(

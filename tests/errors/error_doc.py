@@ -1,4 +1,4 @@
-"""Rows of docs/errors.md: input, error line, exit code."""
+"""Rows of the tables in docs/errors.md."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from error_table import table_rows
 
 @dataclass(frozen=True)
 class Row:
-    """Row of a table; `line` is the message after `qwenvl: `, in which `…` matches any text."""
+    """A row: a description of the input, the message after `qwenvl: `, in which `…` matches any text, the exit code."""
 
-    what: str
-    line: str
-    code: int
+    description: str
+    message: str
+    exit_code: int
 
 
 def rows() -> list[Row]:
-    """Every table row that ends in a number, in the document's order."""
+    """All rows whose third and last cell is an exit code, in the document's order."""
     return [
         Row(cells[0], cells[1].strip("`"), int(cells[2]))
         for cells in table_rows()

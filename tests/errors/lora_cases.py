@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from error_cases import Bench, Provoke, case, cases
+from error_cases import Bench, Case, case, cases
 from quantised_folders import Variant, write_quantised
 from safetensors.numpy import save_file
 
 Shapes = dict[str, tuple[int, ...]]
 C_ATTN = "base_model.model.transformer.h.0.attn.c_attn"
-PAIR: Shapes = {f"{C_ATTN}.lora_A.weight": (8, 256), f"{C_ATTN}.lora_B.weight": (768, 8)}
-PEFT = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
+C_ATTN_UPDATE: Shapes = {f"{C_ATTN}.lora_A.weight": (8, 256), f"{C_ATTN}.lora_B.weight": (768, 8)}
+PEFT_CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
 
 
-def write(
+def write_adapter(
     folder: str,
     shapes: Optional[Shapes],
     config: Any,
     name: str = "adapter_config.json",
     dtype: type[np.generic] = np.float32,
 ) -> None:
+    """Write an adapter folder with a config (JSON or text) and tensors of zeros; shapes None: without tensors."""
     Path(folder).mkdir()
     Path(folder, name).write_text(config if isinstance(config, str) else json.dumps(config))
     if shapes is not None:
@@ -31,41 +32,45 @@ def write(
         save_file(tensors, f"{folder}/adapter_model.safetensors")
 
 
-def peft(shapes: Optional[Shapes] = PAIR, **config: Any) -> Provoke:
-    """`export-vision` with an adapter of these tensors and settings."""
+def peft(shapes: Optional[Shapes] = C_ATTN_UPDATE, **config: Any) -> Case:
+    """`export-vision` with PEFT's adapter: tensors of these shapes, changed keys of its config; None removes a key."""
 
-    def provoke(bench: Bench) -> list[str]:
+    def prepare(bench: Bench) -> list[str]:
         bench.model()
-        write(
-            "adapter", shapes, {key: value for key, value in {**PEFT, **config}.items() if value is not None}
-        )
+        settings = {**PEFT_CONFIG, **config}
+        settings = {key: value for key, value in settings.items() if value is not None}
+        write_adapter("adapter", shapes, settings)
         return bench.export("--lora", "adapter")
 
-    return provoke
+    return prepare
 
 
-def text(content: str) -> Provoke:
-    def provoke(bench: Bench) -> list[str]:
+def config_text(content: str) -> Case:
+    """`export-vision` with PEFT's adapter and this text as its config."""
+
+    def prepare(bench: Bench) -> list[str]:
         bench.model()
-        write("adapter", PAIR, content)
+        write_adapter("adapter", C_ATTN_UPDATE, content)
         return bench.export("--lora", "adapter")
 
-    return provoke
+    return prepare
 
 
-def paddlenlp(**config: Any) -> Provoke:
-    def provoke(bench: Bench) -> list[str]:
+def paddlenlp(**config: Any) -> Case:
+    """`export-vision` with PaddleNLP's adapter, without weights."""
+
+    def prepare(bench: Bench) -> list[str]:
         bench.model()
-        write("adapter", None, {"r": 8, "lora_alpha": 16, **config}, "lora_config.json")
+        write_adapter("adapter", None, {"r": 8, "lora_alpha": 16, **config}, "lora_config.json")
         return bench.export("--lora", "adapter=0.5")
 
-    return provoke
+    return prepare
 
 
 cases(
     {
-        "an adapter's config is not JSON": text('{"r": 8,'),
-        "an adapter's config holds a list": text("[]"),
+        "an adapter's config is not JSON": config_text('{"r": 8,'),
+        "an adapter's config holds a list": config_text("[]"),
         "an adapter's config without `r`": peft(r=None),
         "an adapter of rank 0": peft(r=0),
         "an adapter of another kind (PEFT's IA3)": peft(peft_type="IA3"),
@@ -78,10 +83,10 @@ cases(
         "a PaddleNLP adapter split over ranks": paddlenlp(tensor_parallel_degree=2),
         "a PaddleNLP adapter of MoRA": paddlenlp(use_mora=True),
         "an adapter for a layer that is not there": peft(
-            {key.replace("h.0", "h.2"): shape for key, shape in PAIR.items()}
+            {key.replace("h.0", "h.2"): shape for key, shape in C_ATTN_UPDATE.items()}
         ),
         "an adapter with a tensor of another kind": peft(
-            {**PAIR, f"{C_ATTN}.lora_magnitude_vector.weight": (768,)}
+            {**C_ATTN_UPDATE, f"{C_ATTN}.lora_magnitude_vector.weight": (768,)}
         ),
         "an adapter without one half of an update": peft({f"{C_ATTN}.lora_A.weight": (8, 256)}),
         "an adapter of a rank that its config contradicts": peft(r=4),
@@ -93,7 +98,7 @@ cases(
             {"base_model.model.lm_head.weight": (720, 256)}, modules_to_save=["lm_head"]
         ),
         "an adapter with a tensor under two names": peft(
-            {**PAIR, f"{C_ATTN.replace('transformer.', 'qwen.')}.lora_A.weight": (8, 256)}
+            {**C_ATTN_UPDATE, f"{C_ATTN.replace('transformer.', 'qwen.')}.lora_A.weight": (8, 256)}
         ),
         "an adapter for a convolution": peft(
             {
@@ -108,7 +113,7 @@ cases(
 @case("an adapter of integers")
 def _(bench: Bench) -> list[str]:
     bench.model()
-    write("adapter", PAIR, PEFT, dtype=np.int8)
+    write_adapter("adapter", C_ATTN_UPDATE, PEFT_CONFIG, dtype=np.int8)
     return bench.export("--lora", "adapter")
 
 
@@ -127,7 +132,7 @@ def _(bench: Bench) -> list[str]:
 @case("`--lora` of a folder whose name ends in a number after `=`")
 def _(bench: Bench) -> list[str]:
     bench.model()
-    write("lr=0.5", PAIR, PEFT)
+    write_adapter("lr=0.5", C_ATTN_UPDATE, PEFT_CONFIG)
     return bench.export("--lora", "lr=0.5")
 
 
@@ -135,19 +140,19 @@ def _(bench: Bench) -> list[str]:
 def _(bench: Bench) -> list[str]:
     bench.model()
     for folder in ("first", "second"):
-        write(folder, {"base_model.model.lm_head.weight": (704, 256)}, PEFT)
+        write_adapter(folder, {"base_model.model.lm_head.weight": (704, 256)}, PEFT_CONFIG)
     return bench.export("--lora", "first", "--lora", "second")
 
 
 @case("`--lora` with a quantized checkpoint")
 def _(bench: Bench) -> list[str]:
     write_quantised(Path("model"), Variant())
-    write("adapter", PAIR, PEFT)
+    write_adapter("adapter", C_ATTN_UPDATE, PEFT_CONFIG)
     return bench.export("--lora", "adapter")
 
 
 @case("an adapter for the `lm_head` of a checkpoint that has none of its own")
 def _(bench: Bench) -> list[str]:
     bench.config(tie_word_embeddings=True)
-    write("adapter", {"base_model.model.lm_head.weight": (704, 256)}, PEFT)
+    write_adapter("adapter", {"base_model.model.lm_head.weight": (704, 256)}, PEFT_CONFIG)
     return bench.export("--lora", "adapter")

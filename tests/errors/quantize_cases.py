@@ -7,22 +7,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-from error_cases import Bench, Provoke, case, cases
+from error_cases import Bench, Case, case, cases
 
-ROW = {"id": 0, "prompt": "What is it?"}
+ROW = {"id": 0, "prompt": "What is it?"}  # of calibration data
 
 
-def quantize(*rows: Any, flags: tuple[str, ...] = ("--bits", "8"), out: str = "new") -> Provoke:
-    """`quantize` with these rows, of which the last is repeated; a str is a raw line."""
+def quantize(*rows: Any, flags: tuple[str, ...] = ("--bits", "8"), out: str = "new") -> Case:
+    """`quantize` with these calibration rows and eight valid rows; a str is a line of the file as it is."""
 
-    def provoke(bench: Bench) -> list[str]:
+    def prepare(bench: Bench) -> list[str]:
         bench.model()
-        given = [*rows, *([{**ROW, "id": i} for i in range(8)])]
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in given]
+        all_rows = [*rows, *({**ROW, "id": i} for i in range(8))]
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in all_rows]
         Path("rows.jsonl").write_text("\n".join(lines))
         return ["quantize", "model", out, *flags, "--data", "rows.jsonl"]
 
-    return provoke
+    return prepare
 
 
 @case("`quantize` from a folder that is not there")
@@ -44,15 +44,16 @@ def no_rows(bench: Bench) -> list[str]:
 
 
 @case("the width of the MLP is not a multiple of `--group_size`")
-def uneven(bench: Bench) -> list[str]:
+def odd_mlp_width(bench: Bench) -> list[str]:
     arguments = quantize()(bench)
     weights = bench.weights()
-    bench.config(intermediate_size=2 * 528)
+    width = 528  # a multiple of 16 and not of 128
+    bench.config(intermediate_size=2 * width)
     for name, values in weights.items():
         if ".mlp.w" in name and name.startswith("transformer.llm"):
-            weights[name] = values.repeat(2, axis=1)[:, :528].copy()
+            weights[name] = values.repeat(2, axis=1)[:, :width].copy()
         elif ".mlp.c_proj" in name and name.startswith("transformer.llm"):
-            weights[name] = values.repeat(2, axis=0)[:528].copy()
+            weights[name] = values.repeat(2, axis=0)[:width].copy()
     bench.save(weights)
     return arguments
 
@@ -94,7 +95,7 @@ def long_rows(bench: Bench) -> list[str]:
 
 
 @case("no more room on the disk during `quantize`")
-def full(bench: Bench) -> list[str]:
+def full_disk(bench: Bench) -> list[str]:
     arguments = quantize()(bench)
     bench.max_file_bytes = 10_000
     bench.stdout = os.devnull

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from error_cases import ROW, Bench, Provoke, case, cases
+from error_cases import ROW, Bench, Case, case, cases
 
 
-def ray(*more: str, address: str = "", **options: Any) -> Provoke:
-    return lambda bench: bench.batch(f"--ray={address}", *more, out="out", **options)
+def ray(*flags: str, address: str = "", **options: Any) -> Case:
+    """`batch --ray` with these flags; `options` are those of `Bench.batch`."""
+    return lambda bench: bench.batch(f"--ray={address}", *flags, out="out", **options)
 
 
 cases(
@@ -50,21 +51,23 @@ def _(bench: Bench) -> list[str]:
     return command
 
 
-def _folder(*names: str) -> Provoke:
-    def provoke(bench: Bench) -> list[str]:
+def _input_folder(*names: str) -> Case:
+    """`batch --ray` of a folder with empty files of these names."""
+
+    def prepare(bench: Bench) -> list[str]:
         command = bench.batch("--ray", out="out")
         Path("in").mkdir()
         for name in names:
             Path("in", name).touch()
         return ["batch", "in", *command[2:]]
 
-    return provoke
+    return prepare
 
 
 cases(
     {
-        "a folder without rows": _folder("notes.txt"),
-        "a folder with several formats": _folder("a.jsonl", "b.tar"),
+        "a folder without rows": _input_folder("notes.txt"),
+        "a folder with several formats": _input_folder("a.jsonl", "b.tar"),
     }
 )
 
@@ -75,16 +78,19 @@ def _(bench: Bench) -> list[str]:
     return ["batch", "cloud://in.jsonl", *command[2:]]
 
 
-def _existing(name: str, text: str) -> Provoke:
-    def provoke(bench: Bench) -> list[str]:
+def _output_folder(name: str, text: str) -> Case:
+    """`batch --ray` to a folder that has a file of this name and text."""
+
+    def prepare(bench: Bench) -> list[str]:
         Path("out").mkdir()
         Path("out", name).write_text(text)
         return bench.batch("--ray", out="out")
 
-    return provoke
+    return prepare
 
 
-_OTHER = {
+# The job.json of a job with other input and options.
+_OTHER_JOB = {
     "qwenvl_batch": 1,
     "input": "",
     "options": {},
@@ -96,8 +102,8 @@ _OTHER = {
 
 cases(
     {
-        "the output folder is of another kind": _existing("notes.txt", ""),
-        "the output folder of another job": _existing("job.json", json.dumps(_OTHER)),
-        "job.json is not JSON": _existing("job.json", "{"),
+        "the output folder is of another kind": _output_folder("notes.txt", ""),
+        "the output folder of another job": _output_folder("job.json", json.dumps(_OTHER_JOB)),
+        "job.json is not JSON": _output_folder("job.json", "{"),
     }
 )

@@ -1,10 +1,12 @@
-"""Run `qwenvl` for each line of the input in a child process with limits, and report its exit status.
+"""Server of the fuzzer: runs each job of its standard input in a forked child process with limits.
 
-A line is {"arguments": […], "folder": …}, the answer to it {"ended": exit code, negative for a signal, "said": standard
-error, "seconds": …, "mib": peak memory}. What is slow to import is imported once, before the first fork.
+A job is a line of JSON: {"arguments": arguments of `qwenvl`, "folder": its working directory}. The reply, another line,
+has the result of the child process: "exit_code" (the negative number of a signal if one ended it), "stderr", "seconds",
+"peak_mib" (memory) and "stdout". Modules that are slow to import are imported once, before the first fork.
 
-With {"arguments": […], "folder": …, "models": […]} one child reads all these model folders instead of running `qwenvl`,
-ten times as many per second as with a child for each. It prints a line of JSON for each: {"said": …, "seconds": …}.
+With a third key, "models", the child reads the listed model folders instead of running `qwenvl`. One child for many
+folders reads ten times as many per second as one child per folder. It prints a line of JSON for each folder, {"error":
+message or "", "seconds": …}; "stdout" in the reply has these lines. Without "models", "stdout" is empty.
 """
 
 from __future__ import annotations
@@ -32,99 +34,109 @@ from paddlemix_qwenvl_plugin.runtime import engine_executor, predictor  # noqa: 
 from paddlemix_qwenvl_plugin.runtime.adapters import low_rank, open_adapters
 from paddlemix_qwenvl_plugin.util.errors import QwenVLError, line_of
 
-ADDRESSES = 16 << 30
-SECONDS = 30.0
+MAX_ADDRESS_SPACE = 16 << 30  # bytes
+MAX_FILE_SIZE = 1 << 30  # bytes
+TIMEOUT = 30.0  # seconds
 
 
-def read(model: str) -> None:
-    """Read a model folder's weights, with and without the adapter beside it merged; print the error and the time."""
+def read_model(model: str) -> None:
+    """Read the weights in a model folder, and print the error and the time.
+
+    If there is a folder `adapter` beside the model folder, it is merged into the weights, and then read alone.
+    """
     start = time.monotonic()
-    said = ""
+    message = ""
     adapter = Path(model).with_name("adapter")
     lora = [adapter] if adapter.is_dir() else []
     try:
         checkpoint = Checkpoint(Path(model), lora)
         quantised = checkpoint.quantised
-        for name in quantised.names if quantised else ():
-            quantised.read(name)
+        if quantised:
+            for name in quantised.names:
+                quantised.read(name)
         specs = {**checkpoint.language, **checkpoint.vision}
-        plain = {name: spec for name, spec in specs.items() if not quantised or name not in quantised.names}
-        for _ in checkpoint.tensors(plain, "float32"):
+        quantised_names = quantised.names if quantised else ()
+        plain_specs = {name: spec for name, spec in specs.items() if name not in quantised_names}
+        for _ in checkpoint.tensors(plain_specs, "float32"):
             pass
         for folder in lora:
             for opened in open_adapters({"a": folder}, checkpoint.config).values():
                 for _ in low_rank(opened):
                     pass
     except (QwenVLError, OSError) as error:
-        said = f"qwenvl: {line_of(error)}"
+        message = f"qwenvl: {line_of(error)}"
     except Exception:
-        said = f"internal error: {traceback.format_exc()}"
-    print(json.dumps({"said": said, "seconds": time.monotonic() - start}), flush=True)
+        message = f"internal error: {traceback.format_exc()}"
+    print(json.dumps({"error": message, "seconds": time.monotonic() - start}), flush=True)
 
 
-def run(arguments: list[str], folder: str, models: Sequence[str] = ()) -> None:
-    """Run a job in the forked child, with limits; never returns."""
-    code = 99  # an exception left main(); 98: SystemExit without a number
+def run_job(arguments: list[str], folder: str, models: Sequence[str] = ()) -> None:
+    """Run a job in the forked child, with limits; never returns.
+
+    Exit code 98 stands for a SystemExit without a number, 99 for any other exception that main() did not catch.
+    """
+    exit_code = 99
     try:
         os.setsid()
         os.chdir(folder)
-        for name, number in (("stdout", 1), ("stderr", 2)):
-            os.dup2(os.open(f".{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        for name, descriptor in (("stdout", 1), ("stderr", 2)):
+            os.dup2(os.open(f".{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_SPACE, MAX_ADDRESS_SPACE))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # Python's default: an OSError in place of the signal
-        for model in models:
-            read(model)
-        if not models:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_SIZE, MAX_FILE_SIZE))
+        # A write over the limit then raises OSError instead of ending the process (Python's default).
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        if models:
+            for model in models:
+                read_model(model)
+        else:
             sys.argv = ["qwenvl", *arguments]
             main()
-        code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 98
+        exit_code = 0
+    except SystemExit as error:
+        exit_code = error.code if isinstance(error.code, int) else 98
     except BaseException:
         traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)
+        os._exit(exit_code)
 
 
 def wait(child: int) -> tuple[int, float]:
-    """Wait for the child: (status, peak memory in MiB); kill it after the timeout."""
-    end = time.monotonic() + SECONDS
+    """Wait for the child and return (wait status, peak memory in MiB); kill it after the timeout."""
+    deadline = time.monotonic() + TIMEOUT
     while True:
-        done, status, usage = os.wait4(child, os.WNOHANG)
-        if done:
+        ended_pid, status, usage = os.wait4(child, os.WNOHANG)
+        if ended_pid:
             return status, usage.ru_maxrss / 1024
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             os.killpg(child, signal.SIGKILL)
-            end += SECONDS
+            deadline += TIMEOUT
         time.sleep(0.005)
 
 
 def serve() -> None:
-    Image.init()
+    """Run the jobs of standard input, one after the other."""
+    Image.init()  # loads Pillow's plugins before the first fork
     for line in sys.stdin:
         job = json.loads(line)
         start = time.monotonic()
         child = os.fork()
         if child == 0:
-            run(**job)
-        status, mib = wait(child)
-        said = (Path(job["folder"]) / ".stderr").read_text("utf-8", "replace")[-4000:]
-        answer = {
-            "ended": -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status),
-            "said": said,
+            run_job(**job)
+        status, peak_mib = wait(child)
+        folder = Path(job["folder"])
+        reply = {
+            "exit_code": -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status),
+            "stderr": (folder / ".stderr").read_text("utf-8", "replace")[-4000:],
             "seconds": time.monotonic() - start,
-            "mib": mib,
-            "printed": (Path(job["folder"]) / ".stdout").read_text("utf-8", "replace")
-            if job.get("models")
-            else "",
+            "peak_mib": peak_mib,
+            "stdout": (folder / ".stdout").read_text("utf-8", "replace") if job.get("models") else "",
         }
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":

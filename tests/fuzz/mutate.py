@@ -1,4 +1,4 @@
-"""Seeded mutation of bytes and of parsed JSON."""
+"""Seeded random mutation of bytes and of parsed JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-# JSON texts that replace a random value.
+# JSON texts that replace a random value: extreme numbers, odd strings and paths, deep nesting.
 FRAGMENTS = (
     *("null", "true", "false", "0", "-1", "1", "2", "3", "7", "128", "255", "65536", "1048576", "1048577"),
     *("2147483647", "2147483648", "4294967296", "9007199254740993", "9223372036854775807", "1" + "0" * 30),
@@ -26,15 +26,16 @@ FRAGMENTS = (
     ),
 )
 
-_MARK = "replaced by a fragment"
+# Stands for a fragment until the JSON is serialized: a fragment need not be valid JSON.
+_PLACEHOLDER = "replaced by a fragment"
 
 
 def corrupted(data: bytes, random: Random, words: Sequence[bytes], is_json: bool) -> bytes:
     """Apply one to eight random mutations to `data`.
 
     Args:
-        words: dictionary of tokens of the format, which random bytes would not hit.
-        is_json: mutate the parsed JSON instead of the bytes, most of the time.
+        words: tokens of the format, inserted as they are because random bytes would hardly ever form them.
+        is_json: whether to mutate the parsed JSON, three times out of four, instead of the bytes.
     """
     for _ in range(random.choice((1, 1, 1, 2, 3, 8))):
         if is_json and random.random() < 0.75:
@@ -46,50 +47,57 @@ def corrupted(data: bytes, random: Random, words: Sequence[bytes], is_json: bool
 
 def _corrupted_json(data: bytes, random: Random) -> bytes:
     try:
-        whole = {"": json.loads(data)}
+        # The document is the value of a dictionary, so that it can be replaced or deleted like any other value.
+        root = {"": json.loads(data)}
     except (ValueError, RecursionError):
         return data
-    places = list(_places(whole))
-    holder, key = random.choice(places[1:] or places)
-    way = random.randrange(6)
-    if way == 0:
-        del holder[key]
-    elif way == 1 and isinstance(holder, dict) and holder is not whole:
-        holder[random.choice(("", "a", "visual", "__metadata__", "\0"))] = holder.pop(key)
-    elif way == 2:
-        source, its_key = random.choice(places)
-        holder[key] = json.loads(json.dumps(source[its_key]))
-    elif way == 3 and isinstance(holder[key], int):
-        holder[key] = holder[key] * random.choice((-1, 2, 64)) + random.choice((-1, 0, 1))
+    places = list(_places(root))
+    # The document itself, places[0], is mutated only if it contains no other values.
+    container, key = random.choice(places[1:] or places)
+    mutation = random.randrange(6)
+    if mutation == 0:  # delete
+        del container[key]
+    elif mutation == 1 and isinstance(container, dict) and container is not root:  # rename the key
+        container[random.choice(("", "a", "visual", "__metadata__", "\0"))] = container.pop(key)
+    elif mutation == 2:  # replace by a copy of another value
+        source, source_key = random.choice(places)
+        container[key] = json.loads(json.dumps(source[source_key]))
+    elif mutation == 3 and isinstance(container[key], int):  # change the number
+        container[key] = container[key] * random.choice((-1, 2, 64)) + random.choice((-1, 0, 1))
     else:
-        holder[key] = _MARK
-    if "" not in whole:
+        container[key] = _PLACEHOLDER
+    if "" not in root:
         return b""
-    text = json.dumps(whole[""])
-    return text.replace(json.dumps(_MARK), random.choice(FRAGMENTS)).encode()
+    text = json.dumps(root[""])
+    return text.replace(json.dumps(_PLACEHOLDER), random.choice(FRAGMENTS)).encode()
 
 
 def _places(value: Any) -> Any:
-    """Yield (container, key or index) of every value."""
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    """Yield (container, key or index) of every value in parsed JSON, outer values first."""
+    if isinstance(value, dict):
+        keys: Sequence[Any] = list(value)
+    elif isinstance(value, list):
+        keys = range(len(value))
+    else:
+        return
     for key in keys:
         yield value, key
         yield from _places(value[key])
 
 
-def _flip(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
+def _flip_bits(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
     result = bytearray(data or b"\0")
     for _ in range(random.choice((1, 1, 4, 30))):
         result[random.randrange(len(result))] ^= 1 << random.randrange(8)
     return bytes(result)
 
 
-def _number(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
+def _overwrite_with_number(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
     value = random.choice((0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF))
-    form = random.choice(("<H", ">H", "<I", ">I", "<Q"))
-    number = struct.pack(form, value & 0xFFFF if form.endswith("H") else value)
-    at = random.randrange(max(1, len(data)))
-    return data[:at] + number + data[at + len(number) :]
+    layout = random.choice(("<H", ">H", "<I", ">I", "<Q"))
+    number = struct.pack(layout, value & 0xFFFF if layout.endswith("H") else value)
+    position = random.randrange(max(1, len(data)))
+    return data[:position] + number + data[position + len(number) :]
 
 
 def _cut(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
@@ -97,30 +105,34 @@ def _cut(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
     return random.choice((data[:start], data[:start] + data[end:], data[start:]))
 
 
-def _repeat(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
+def _repeat_range(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
     start, end = sorted((random.randrange(len(data) + 1), random.randrange(len(data) + 1)))
     end = min(end, start + 300)
     return data[:end] + data[start:end] * random.choice((1, 1, 2, 100)) + data[end:]
 
 
-def _move(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
-    cuts = sorted(random.randrange(len(data) + 1) for _ in range(3))
-    a, b, c = cuts
-    return data[:a] + data[b:c] + data[a:b] + data[c:]
+def _swap_ranges(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
+    """Swap two adjacent ranges of random length."""
+    start, middle, end = sorted(random.randrange(len(data) + 1) for _ in range(3))
+    return data[:start] + data[middle:end] + data[start:middle] + data[end:]
 
 
-def _word(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
+def _insert_word(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
     word = random.choice(words or (b"\0", b"\xff"))
-    at = random.randrange(len(data) + 1)
-    if random.random() < 0.5:  # replace the rest of the line
-        end = data.find(b"\n", at)
-        return data[:at] + word + (data[end:] if end >= 0 else b"")
-    return data[:at] + word + data[at:]
+    position = random.randrange(len(data) + 1)
+    if random.random() < 0.5:  # the word replaces the line from this position on
+        end = data.find(b"\n", position)
+        return data[:position] + word + (data[end:] if end >= 0 else b"")
+    return data[:position] + word + data[position:]
 
 
-def _noise(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
-    at = random.randrange(len(data) + 1)
-    return data[:at] + random.randbytes(random.choice((1, 2, 20))) + data[at:]
+def _insert_noise(data: bytes, random: Random, words: Sequence[bytes]) -> bytes:
+    position = random.randrange(len(data) + 1)
+    return data[:position] + random.randbytes(random.choice((1, 2, 20))) + data[position:]
 
 
-_MUTATIONS = (_flip, _flip, _number, _cut, _repeat, _move, _word, _word, _noise)
+# A mutation that is listed twice is selected twice as often.
+_MUTATIONS = (
+    *(_flip_bits, _flip_bits, _overwrite_with_number, _cut, _repeat_range, _swap_ranges),
+    *(_insert_word, _insert_word, _insert_noise),
+)

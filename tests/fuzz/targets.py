@@ -1,4 +1,4 @@
-"""Targets of the fuzzer: valid inputs to corrupt, and the command that reads each."""
+"""Targets of the fuzzer: valid inputs to corrupt, and the `qwenvl` command that reads them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from paddlemix_qwenvl_plugin.processing.tokenizer import QwenTokenizer
 from paddlemix_qwenvl_plugin.tiny.make import random_weights, tiny_config
 from paddlemix_qwenvl_plugin.tiny.vocab import write_tiny_vocabulary
 
-# The command of all targets whose input is a part of a model folder, model/: a new reader of such a part needs only a
-# seed and a `lay_out` that returns this.
+# The command for an input that is a part of a model folder, which `lay_out` writes as model/.
 CONVERT = ["convert", "model", "out"]
-# The command of those whose input is a part of adapter/, an adapter of the model in model/.
+# The command for an input that is a part of an adapter, which `lay_out` writes as adapter/, beside its model in model/.
 MERGE = ["export-language", "--model_name_or_path", "model", "--output_path", "out", "--engine", "portable"]
 MERGE += ["--lora", "adapter"]
 
 REPO = Path(__file__).resolve().parents[2]
 
+# YAML syntax and keys of recipes, separated by "|"; then words that contain "|" or are long.
 YAML_WORDS = (
     *rb"""&a |*a|<<: |- |? |: |> |[|{|}|]|'|"|#|!!binary |!!set |!!omap |!!timestamp x|!!int ''|!!float x|!!bool x|!x |
     !!null |"\0"|"\ud800"|"\x1b[31m"|1e999|.nan|-.inf|2024-13-45|2024-01-01|2024-01-01T00:00:00+99:99|~|null|yes|${|
@@ -56,7 +56,7 @@ YAML_WORDS = (
     *(b"0x" + b"f" * 40, b"9" * 5000, b"1:" * 9000, b"why: " + b"a" * 70000, b"sha256: " + b"0" * 64),
 )
 
-# Operations, names and arguments of pickles (pickletools has the list).
+# Opcodes of pickles (the module pickletools lists them), with arguments; names of allowed and of dangerous objects.
 PICKLE_WORDS = (
     *(
         b"(",
@@ -102,6 +102,7 @@ PICKLE_WORDS = (
     b"\x85" * 3000,
 )
 
+# Chunk names, markers and headers of image formats.
 IMAGE_WORDS = (
     *b"IHDR IDAT IEND PLTE tRNS tEXt zTXt iTXt iCCP eXIf acTL fcTL fdAT GIF89a RIFF WEBPVP8X ALPH %!PS-Adobe".split(),
     *(
@@ -121,7 +122,14 @@ IMAGE_WORDS = (
 
 @dataclass(frozen=True)
 class Target:
-    """`lay_out` writes an input into an empty folder and returns the arguments of `qwenvl`."""
+    """A kind of input: its valid inputs, and the command that reads them.
+
+    Attributes:
+        seeds: the valid inputs.
+        lay_out: writes an input into an empty folder, with all files it needs, and returns the arguments of `qwenvl`.
+        words: tokens of the format for the fuzzer to insert.
+        is_json: whether the input is JSON.
+    """
 
     seeds: Sequence[bytes]
     lay_out: Callable[[bytes, Path], list[str]]
@@ -130,7 +138,7 @@ class Target:
 
 
 def make_base(folder: Path) -> None:
-    """Create a minimal model in model/ and its exports vision/v and text/t."""
+    """Create a minimal model as model/ and in shards as sharded/, and its exports vision/v and text/t."""
     model = folder / "model"
     model.mkdir()
     write_tiny_vocabulary(model / "qwen.tiktoken")
@@ -146,10 +154,10 @@ def make_base(folder: Path) -> None:
 
 
 def targets(base: Path) -> dict[str, Target]:
-    """By name; `base` is what `make_base` made."""
+    """Create all targets, by name; `base` is a folder of `make_base`."""
     config = (base / "model" / "config.json").read_bytes()
     weights = (base / "model" / "model.safetensors").read_bytes()
-    values = 8 + struct.unpack("<Q", weights[:8])[0]
+    header_end = _header_end(weights)
     (base / "small.png").write_bytes(_encoded("RGB", "PNG"))
 
     def convert_config(data: bytes, folder: Path) -> list[str]:
@@ -157,22 +165,24 @@ def targets(base: Path) -> dict[str, Target]:
         (folder / "model" / "config.json").write_bytes(data)
         return CONVERT
 
-    def convert_weights(data: bytes, folder: Path) -> list[str]:
+    def convert_safetensors(data: bytes, folder: Path) -> list[str]:
+        """Lay out the model with this safetensors header."""
         _link(base / "model", folder / "model", leave_out="model.safetensors")
-        (folder / "model" / "model.safetensors").write_bytes(data + weights[values:])
+        (folder / "model" / "model.safetensors").write_bytes(_with_length(data) + weights[header_end:])
         return CONVERT
 
     def weight_file(name: str) -> Callable[[bytes, Path], list[str]]:
-        """Lay out the small model with this weight file."""
+        """Return a function that lays out the small model with an input as the weight file `name`."""
 
         def lay_out(data: bytes, folder: Path) -> list[str]:
             _link(base / ("ranks" if ".tp" in name else "small"), folder / "model")
-            (folder / "model" / name).write_bytes(_restored(data))
+            (folder / "model" / name).write_bytes(_with_zeros(data))
             return CONVERT
 
         return lay_out
 
     def bin_table(data: bytes, folder: Path) -> list[str]:
+        """Lay out the small model with this pickle in its .bin file."""
         _link(base / "small", folder / "model")
         with_table(small["bin"], folder / "model" / "pytorch_model.bin", data)
         return CONVERT
@@ -183,77 +193,87 @@ def targets(base: Path) -> dict[str, Target]:
         return CONVERT
 
     def gptq(data: bytes, folder: Path) -> list[str]:
-        """Lay out the quantised model with this pair of a config.json and a safetensors header."""
+        """Lay out the quantised model; `data` is the JSON text of [config.json, safetensors header].
+
+        Any other text becomes the config.json, beside the valid header.
+        """
         _link(base / "gptq", folder / "model", leave_out="config.json")
         try:
-            parts = json.loads(data)
-            config, header = (json.dumps(part).encode() for part in parts)
+            config, header = (json.dumps(value).encode() for value in json.loads(data))
         except (ValueError, TypeError, RecursionError):
-            config, header = data, quantised[8:quantised_values]
+            config, header = data, quantised[8:quantised_header_end]
         (folder / "model" / "config.json").write_bytes(config)
+        # A hard link: without unlink() the file in base would be overwritten.
         (folder / "model" / "model.safetensors").unlink()
         (folder / "model" / "model.safetensors").write_bytes(
-            struct.pack("<Q", len(header)) + header + quantised[quantised_values:]
+            _with_length(header) + quantised[quantised_header_end:]
         )
         return CONVERT
 
-    def adapter_file(form: str, name: str) -> Callable[[bytes, Path], list[str]]:
-        """Lay out the adapter of this form with this file."""
+    def adapter_file(adapter: str, name: str) -> Callable[[bytes, Path], list[str]]:
+        """Return a function that lays out the adapter of the folder `adapter` with an input as its file `name`."""
 
         def lay_out(data: bytes, folder: Path) -> list[str]:
             _link(base / "adapted", folder / "model")
-            _link(base / form, folder / "adapter", leave_out=name)
-            (folder / "adapter" / name).write_bytes(_restored(data))
+            _link(base / adapter, folder / "adapter", leave_out=name)
+            (folder / "adapter" / name).write_bytes(_with_zeros(data))
             return MERGE
 
         return lay_out
 
     def peft(data: bytes, folder: Path) -> list[str]:
-        """Lay out PEFT's adapter with its config, safetensors header, and number of bytes of values."""
+        """Lay out PEFT's adapter; `data` is JSON as `_small_adapters` describes it.
+
+        Any other text becomes the adapter_config.json, beside the weights of the first seed.
+        """
         try:
             settings, header, n_bytes = json.loads(data)
-            config, zeros = json.dumps(settings).encode(), bytes(min(int(n_bytes), 1 << 20))
+            config, values = json.dumps(settings).encode(), bytes(min(int(n_bytes), 1 << 20))
         except (ValueError, TypeError, OverflowError, RecursionError):
             _, header, n_bytes = json.loads(peft_seeds[0])
-            config, zeros = data, bytes(n_bytes)
+            config, values = data, bytes(n_bytes)
         adapter_file("peft", "adapter_config.json")(config, folder)
-        table = json.dumps(header).encode()
-        weights = struct.pack("<Q", len(table)) + table + zeros
+        weights = _with_length(json.dumps(header).encode()) + values
         (folder / "adapter" / "adapter_model.safetensors").write_bytes(weights)
         return MERGE
 
     def peft_bin(data: bytes, folder: Path) -> list[str]:
+        """Lay out PEFT's adapter with this pickle in its .bin file."""
+        # Written as an empty file first: `with_table` replaces it.
         adapter_file("peft_bin", "adapter_model.bin")(b"", folder)
         with_table(base / "peft_bin" / "adapter_model.bin", folder / "adapter" / "adapter_model.bin", data)
         return MERGE
 
     def manifest(stage: str, prefix: str) -> Callable[[bytes, Path], list[str]]:
+        """Return a function that lays out both exported stages with an input as the manifest of `stage`."""
+
         def lay_out(data: bytes, folder: Path) -> list[str]:
             name = f"{prefix}.manifest.json"
-            for each in ("vision", "text"):
-                _link(base / each, folder / each, leave_out=name)
+            for exported in ("vision", "text"):
+                _link(base / exported, folder / exported, leave_out=name)
             (folder / stage / name).write_bytes(data)
             return _predict(base / "small.png")
 
         return lay_out
 
-    def look_at(data: bytes, folder: Path) -> list[str]:
-        for each in ("vision", "text"):
-            _link(base / each, folder / each)
+    def image_file(data: bytes, folder: Path) -> list[str]:
+        for exported in ("vision", "text"):
+            _link(base / exported, folder / exported)
         (folder / "x").write_bytes(data)
         return _predict(Path("x"))
 
-    def dry_run(data: bytes, folder: Path) -> list[str]:
+    def recipe(data: bytes, folder: Path) -> list[str]:
         (folder / "fake.yaml").write_bytes(data)
         return ["run", "fake.yaml", "--dry_run"]
 
     small = _small_weight_files(base)
     write_quantised(base / "gptq", Variant(bits=4, group=32, act_order=True))
     quantised = (base / "gptq" / "model.safetensors").read_bytes()
-    quantised_values = 8 + struct.unpack("<Q", quantised[:8])[0]
-    gptq_seed = b"[%s, %s]" % ((base / "gptq" / "config.json").read_bytes(), quantised[8:quantised_values])
+    quantised_header_end = _header_end(quantised)
+    quantised_config = (base / "gptq" / "config.json").read_bytes()
+    gptq_seed = b"[%s, %s]" % (quantised_config, quantised[8:quantised_header_end])
     peft_seeds = _small_adapters(base)
-    paddlenlp = {path.name: _elided(path) for path in (base / "paddlenlp").iterdir()}
+    paddlenlp = {path.name: _without_zeros(path) for path in (base / "paddlenlp").iterdir()}
     recipes = [path.read_bytes() for path in sorted((REPO / "recipes").glob("*.yaml"))]
     return {
         "config": Target([config], convert_config, is_json=True),
@@ -263,17 +283,23 @@ def targets(base: Path) -> dict[str, Target]:
         "manifest_language": Target(
             [(base / "text" / "t.manifest.json").read_bytes()], manifest("text", "t"), is_json=True
         ),
-        "safetensors": Target([weights[8:values]], _framed(convert_weights), is_json=True),
+        "safetensors": Target([weights[8:header_end]], convert_safetensors, is_json=True),
         "index": Target(
             [(base / "sharded" / "model.safetensors.index.json").read_bytes()], index, is_json=True
         ),
-        "bin": Target([_elided(small["bin"])], weight_file("pytorch_model.bin"), PICKLE_WORDS),
+        "bin": Target([_without_zeros(small["bin"])], weight_file("pytorch_model.bin"), PICKLE_WORDS),
         "bin_table": Target([table_of(small["bin"])], bin_table, PICKLE_WORDS),
-        "bin_legacy": Target([_elided(small["legacy"])], weight_file("pytorch_model.bin"), PICKLE_WORDS),
-        "pdparams": Target(
-            [_elided(small["2"]), _elided(small["4"])], weight_file("model_state.pdparams"), PICKLE_WORDS
+        "bin_legacy": Target(
+            [_without_zeros(small["legacy"])], weight_file("pytorch_model.bin"), PICKLE_WORDS
         ),
-        "ranks": Target([_elided(small["rank"])], weight_file("model_state.tp00.pdparams"), PICKLE_WORDS),
+        "pdparams": Target(
+            [_without_zeros(small["protocol2"]), _without_zeros(small["protocol4"])],
+            weight_file("model_state.pdparams"),
+            PICKLE_WORDS,
+        ),
+        "ranks": Target(
+            [_without_zeros(small["rank"])], weight_file("model_state.tp00.pdparams"), PICKLE_WORDS
+        ),
         "gptq": Target([gptq_seed], gptq, is_json=True),
         "lora_peft": Target(peft_seeds, peft, is_json=True),
         "lora_peft_bin": Target([table_of(base / "peft_bin" / "adapter_model.bin")], peft_bin, PICKLE_WORDS),
@@ -285,13 +311,17 @@ def targets(base: Path) -> dict[str, Target]:
             adapter_file("paddlenlp", "lora_model_state.pdparams"),
             PICKLE_WORDS,
         ),
-        "image": Target(list(_images()), look_at, IMAGE_WORDS),
-        "recipe": Target([*recipes, _RECIPE], dry_run, YAML_WORDS),
+        "image": Target(_images(), image_file, IMAGE_WORDS),
+        "recipe": Target([*recipes, _RECIPE], recipe, YAML_WORDS),
     }
 
 
 def _small_weight_files(base: Path) -> dict[str, Path]:
-    """Write the smallest model, of zeros, in every form; the folders small/ and ranks/ have all of it but the input."""
+    """Write the weights of the smallest model, all zeros, in every pickled form, and return the paths of the files.
+
+    The folders small/ and ranks/ get the other files of a model folder; ranks/ is cut in two for tensor parallelism and
+    lacks the file of rank 0.
+    """
     for name in ("small", "ranks", "files"):
         (base / name).mkdir()
     config = tiny_config(4, 1)
@@ -305,11 +335,11 @@ def _small_weight_files(base: Path) -> dict[str, Path]:
         name: np.zeros(value.shape, np.float16)
         for name, value in random_weights(parse_config(config, "small"), seed=1).items()
     }
-    files = {name: base / "files" / name for name in ("bin", "legacy", "2", "4", "rank")}
+    files = {name: base / "files" / name for name in ("bin", "legacy", "protocol2", "protocol4", "rank")}
     write_bin(files["bin"], weights, "float16")
     write_legacy(files["legacy"], weights, "float16")
     for protocol in (2, 4):
-        files[str(protocol)].write_bytes(pickle.dumps(weights, protocol))
+        files[f"protocol{protocol}"].write_bytes(pickle.dumps(weights, protocol))
     ranks = cut_in_ranks(weights, 2)
     files["rank"].write_bytes(pickle.dumps(ranks[0], 4))
     (base / "ranks" / "model_state.tp01.pdparams").write_bytes(pickle.dumps(ranks[1], 4))
@@ -317,11 +347,11 @@ def _small_weight_files(base: Path) -> dict[str, Path]:
 
 
 def _small_adapters(base: Path) -> list[bytes]:
-    """Write the model adapted/ and adapters of it, of zeros: peft_bin/ and paddlenlp/, and peft/ without weights.
+    """Write the model adapted/ and its adapters, all zeros: peft_bin/ and paddlenlp/; and peft/, an empty folder.
 
     Returns:
-        Seeds of PEFT's adapter, JSON texts of [config, safetensors header, number of bytes of values]: low-rank
-        updates of the language model, and those of the vision tower beside complete tensors.
+        Seeds of PEFT's adapter, JSON texts of [config, safetensors header, number of bytes of values]. The first seed
+        has low-rank updates of the language model; the second has an update of the vision tower and complete tensors.
     """
     for name in ("adapted", "peft", "peft_bin", "paddlenlp"):
         (base / name).mkdir()
@@ -331,32 +361,31 @@ def _small_adapters(base: Path) -> list[bytes]:
     save_file(weights, base / "adapted" / "model.safetensors")
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": False, "use_dora": False}
     settings.update(init_lora_weights=True, base_model_name_or_path=None)
-    language = _halves("h.0.attn.c_attn", 128, 384) | _halves("h.0.mlp.w1", 128, 4, rank=2)
+    language = _update("h.0.attn.c_attn", 128, 384) | _update("h.0.mlp.w1", 128, 4, rank=2)
     patterns = {"rank_pattern": {"h.0.mlp.w1": 2}, "alpha_pattern": {"mlp.w1": 3}}
-    vision = _halves("visual.transformer.resblocks.0.attn.in_proj", 16, 48)
+    vision = _update("visual.transformer.resblocks.0.attn.in_proj", 16, 48)
     vision["base_model.model.transformer.wte.weight"] = np.zeros((8, 128), np.float32)
     vision["base_model.model.transformer.h.0.attn.c_attn.bias"] = np.zeros(384, np.float32)
     seeds = []
-    for tensors, more in ((language, patterns), (vision, {"modules_to_save": ["wte"]})):
+    for tensors, extra_settings in ((language, patterns), (vision, {"modules_to_save": ["wte"]})):
         data = save(tensors)
-        start = 8 + struct.unpack("<Q", data[:8])[0]
-        seeds.append(
-            json.dumps([{**settings, **more}, json.loads(data[8:start]), len(data) - start]).encode()
-        )
+        header_end = _header_end(data)
+        seed = [{**settings, **extra_settings}, json.loads(data[8:header_end]), len(data) - header_end]
+        seeds.append(json.dumps(seed).encode())
     (base / "peft_bin" / "adapter_config.json").write_text(json.dumps({**settings, **patterns}))
     write_bin(base / "peft_bin" / "adapter_model.bin", language, "float32")
     settings = {"r": 4, "lora_alpha": 8, "rslora": False, "tensor_parallel_degree": 1, "pissa": False}
     (base / "paddlenlp" / "lora_config.json").write_text(json.dumps(settings))
     state = {
-        f"transformer.llm.h.0.attn.c_attn.lora_{half}": np.zeros(shape, np.float32)
-        for half, shape in (("A", (128, 4)), ("B", (4, 384)))
+        f"transformer.llm.h.0.attn.c_attn.lora_{factor}": np.zeros(shape, np.float32)
+        for factor, shape in (("A", (128, 4)), ("B", (4, 384)))
     }
     (base / "paddlenlp" / "lora_model_state.pdparams").write_bytes(pickle.dumps(state, 4))
     return seeds
 
 
-def _halves(module: str, n_in: int, n_out: int, rank: int = 4) -> dict[str, np.ndarray]:
-    """PEFT's tensors of an update."""
+def _update(module: str, n_in: int, n_out: int, rank: int = 4) -> dict[str, np.ndarray]:
+    """PEFT's two tensors of a low-rank update."""
     module = f"base_model.model.transformer.{module}"
     return {
         f"{module}.lora_A.weight": np.zeros((rank, n_in), np.float32),
@@ -364,15 +393,20 @@ def _halves(module: str, n_in: int, n_out: int, rank: int = 4) -> dict[str, np.n
     }
 
 
-def _elided(path: Path) -> bytes:
-    """The content of a file with its values, all zeros, replaced by their number: chance would hit little else."""
+def _without_zeros(path: Path) -> bytes:
+    """The content of a file, with each long run of zeros replaced by its length, as in `<512 zeros>`.
+
+    The values of the tensors are zeros. Without them, most mutations hit the rest of the file, which the readers parse.
+    """
     return re.sub(rb"\0{500,}", lambda zeros: b"<%d zeros>" % len(zeros[0]), path.read_bytes())
 
 
-def _restored(data: bytes) -> bytes:
+def _with_zeros(data: bytes) -> bytes:
+    """Undo `_without_zeros`."""
     return re.sub(rb"<(\d{3,6}) zeros>", lambda number: bytes(int(number[1])), data)
 
 
+# A recipe that has every key.
 _RECIPE = b"""\
 schema: 1
 name: only
@@ -393,13 +427,14 @@ bench: {step: only, repeat: 2, warmup: 1}
 """
 
 
-def _framed(lay_out: Callable[[bytes, Path], list[str]]) -> Callable[[bytes, Path], list[str]]:
-    """Prepend a header's length, so that most headers are read."""
+def _header_end(safetensors: bytes) -> int:
+    """The end of the header, which starts at byte 8; its length is a uint64 in bytes 0 to 7."""
+    return int(8 + struct.unpack("<Q", safetensors[:8])[0])
 
-    def framed(data: bytes, folder: Path) -> list[str]:
-        return lay_out(struct.pack("<Q", len(data)) + data, folder)
 
-    return framed
+def _with_length(header: bytes) -> bytes:
+    """Prepend its length to a safetensors header; with a wrong length most headers would not be parsed."""
+    return struct.pack("<Q", len(header)) + header
 
 
 def _predict(image: Path) -> list[str]:
@@ -408,37 +443,41 @@ def _predict(image: Path) -> list[str]:
 
 
 def _link(source: Path, target: Path, leave_out: str = "") -> None:
+    """Create `target` with hard links to the files of `source`, except the file named `leave_out`."""
     target.mkdir(parents=True)
     for path in source.iterdir():
         if path.name != leave_out:
             os.link(path, target / path.name)
 
 
-def _encoded(mode: str, form: str, **options: object) -> bytes:
+def _encoded(mode: str, file_format: str, **options: object) -> bytes:
+    """A small image in a mode and a file format of Pillow."""
     image = Image.linear_gradient("L").resize((23, 17)).convert(mode)
     file = io.BytesIO()
-    image.save(file, form, **options)
+    image.save(file, file_format, **options)
     return file.getvalue()
 
 
 def _images() -> list[bytes]:
     exif = Image.Exif()
-    exif[0x0112] = 6
-    plain = "PNG JPEG BMP TIFF PPM TGA PCX SGI DDS QOI WEBP JPEG2000 AVIF SPIDER ICO ICNS MPO GIF"
-    modes = "P:PNG RGBA:PNG LA:PNG 1:PNG I;16:PNG P:GIF P:TIFF CMYK:JPEG CMYK:TIFF RGBA:WEBP RGBA:TIFF 1:XBM F:TIFF"
-    kinds = [("RGB", form) for form in plain.split()] + [pair.split(":") for pair in modes.split()]
-    made = []
-    for mode, form in kinds:
+    exif[0x0112] = 6  # the orientation: rotated by 90 degrees
+    rgb_formats = "PNG JPEG BMP TIFF PPM TGA PCX SGI DDS QOI WEBP JPEG2000 AVIF SPIDER ICO ICNS MPO GIF"
+    other_modes = "P:PNG RGBA:PNG LA:PNG 1:PNG I;16:PNG P:GIF P:TIFF CMYK:JPEG CMYK:TIFF RGBA:WEBP RGBA:TIFF"
+    other_modes += " 1:XBM F:TIFF"
+    modes_and_formats = [("RGB", file_format) for file_format in rgb_formats.split()]
+    modes_and_formats += [mode_and_format.split(":") for mode_and_format in other_modes.split()]
+    images = []
+    for mode, file_format in modes_and_formats:
         try:
-            made.append(_encoded(mode, form))
+            images.append(_encoded(mode, file_format))
         except (KeyError, OSError, ValueError, AttributeError):
-            continue  # a form or a mode that this Pillow cannot write
+            continue  # a format or a mode that this version of Pillow cannot write
     for compression in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits"):
-        made.append(_encoded("RGB", "TIFF", compression=compression))
-    made += [_encoded("RGB", "JPEG", exif=exif, progressive=True), _encoded("RGB", "PNG", exif=exif)]
+        images.append(_encoded("RGB", "TIFF", compression=compression))
+    images += [_encoded("RGB", "JPEG", exif=exif, progressive=True), _encoded("RGB", "PNG", exif=exif)]
     frames = [Image.new("P", (9, 9), i) for i in range(3)]
-    for form in ("GIF", "PNG", "TIFF", "WEBP"):
+    for file_format in ("GIF", "PNG", "TIFF", "WEBP"):
         file = io.BytesIO()
-        frames[0].save(file, form, save_all=True, append_images=frames[1:])
-        made.append(file.getvalue())
-    return made
+        frames[0].save(file, file_format, save_all=True, append_images=frames[1:])
+        images.append(file.getvalue())
+    return images

@@ -1,10 +1,14 @@
-"""The demo world: drawings match the scene, and answers follow from it."""
+"""The demo's synthetic images: a drawing shows its scene, and the answers to questions are true of the scene.
+
+Expected answers are computed from the scene here, independently of the package.
+"""
 
 from __future__ import annotations
 
 import random
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ SCENES = [random_scene(random.Random(f"test {i}")) for i in range(150)]
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
-def test_a_number_gives_the_same_sample_and_the_same_image() -> None:
+def test_samples_and_images_are_reproducible() -> None:
     assert [held_out(i) for i in range(20)] == [held_out(i) for i in range(20)]
     assert held_out(0) != held_out(1)
     for scene in SCENES[:5]:
@@ -37,14 +41,15 @@ def test_boxes_surround_the_pixels(side: int) -> None:
             changed = np.abs(np.asarray(draw(alone, side)).astype(int) - 255).max(axis=2) > 64
             ys, xs = np.nonzero(changed)
             drawn = [value * 1000 / side for value in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)]
-            # Less at the inside: a digit 1 has space around it, and rotated letters do not fill the corners.
-            inwards = np.subtract(drawn, thing.bounds) * [1, 1, -1, -1]
-            assert inwards.min() >= -2 * 1000 / side, thing
-            assert inwards.max() <= 2 * 1000 / side + (45 if thing.text else 0), thing
+            # Distances of the drawn pixels from the four sides of the bounds, positive towards the inside: at most two
+            # pixels, for text more. A digit 1 has space around it, and rotated letters do not fill the corners.
+            distances = np.subtract(drawn, thing.bounds) * [1, 1, -1, -1]
+            assert distances.min() >= -2 * 1000 / side, thing
+            assert distances.max() <= 2 * 1000 / side + (45 if thing.text else 0), thing
             assert np.abs(np.subtract(thing.box, thing.bounds)).max() <= 5
 
 
-def test_things_are_apart_and_in_reading_order() -> None:
+def test_things_do_not_overlap_and_are_in_reading_order() -> None:
     for scene in SCENES:
         assert 1 <= len(scene.things) <= 4
         assert [thing.cell for thing in scene.things] == sorted({thing.cell for thing in scene.things})
@@ -54,44 +59,44 @@ def test_things_are_apart_and_in_reading_order() -> None:
             assert 1000 * row / 3 < y < 1000 * (row + 1) / 3
             assert a.text or 1000 * column / 3 < x < 1000 * (column + 1) / 3
             for b in scene.things[:i]:
-                aside = a.bounds[0] > b.bounds[2] or b.bounds[0] > a.bounds[2]
-                assert aside or a.bounds[1] > b.bounds[3] or b.bounds[1] > a.bounds[3]
+                a_left, a_top, a_right, a_bottom = a.bounds
+                b_left, b_top, b_right, b_bottom = b.bounds
+                assert a_left > b_right or b_left > a_right or a_top > b_bottom or b_top > a_bottom
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_unique_names_fit_one_shape_only(language: str) -> None:
-    """Independent check: find the words of the name in each shape's full description."""
     for scene in SCENES:
         for thing in scene.shapes:
             for name in unique_names(scene, thing, language):
                 assert [shape for shape in scene.shapes if _fits(name, shape, language)] == [thing], name
 
 
-def _fits(name: str, shape: object, language: str) -> bool:
-    for table, value in ((SHAPES, shape.kind), (COLOURS, shape.colour), (SIZES, shape.size)):  # type: ignore[attr-defined]
-        named = [key for key in table if re.search(rf"\b{table[key][language]}\b", name)]
+def _fits(name: str, shape: Any, language: str) -> bool:
+    """Whether no word in the name contradicts the shape's kind, colour, size and place."""
+    for words, value in ((SHAPES, shape.kind), (COLOURS, shape.colour), (SIZES, shape.size)):
         if language == "zh":
-            named = [key for key in table if table[key]["zh"] in name]
-        if named and value not in named:
+            named_values = [key for key in words if words[key]["zh"] in name]
+        else:
+            named_values = [key for key in words if re.search(rf"\b{words[key][language]}\b", name)]
+        if named_values and value not in named_values:
             return False
-    places = [cell for cell in range(9) if questions.PLACES[cell][language] in name]
+    cells = [cell for cell in range(9) if questions.PLACES[cell][language] in name]
     # "at the top" is part of "at the top left": use the longest match.
-    longest = max(places, key=lambda cell: len(questions.PLACES[cell][language]), default=None)
-    return longest is None or longest == shape.cell  # type: ignore[attr-defined]
+    longest = max(cells, key=lambda cell: len(questions.PLACES[cell][language]), default=None)
+    return longest is None or longest == shape.cell
 
 
-def test_counts_are_those_of_the_scene() -> None:
+def test_counts() -> None:
     rng = random.Random(1)
     for scene in SCENES:
         turn = questions.count(rng, scene, "en")
         number, noun = re.fullmatch(r"There (?:is|are) (\w+) (.+)\.", turn.answer).groups()  # type: ignore[union-attr]
-        noun = (
-            noun.removesuffix("es")
-            if noun == "crosses"
-            else noun.removesuffix("s")
-            if noun != "cross"
-            else noun
-        )
+        # The singular, perhaps after a colour.
+        if noun == "crosses":
+            noun = "cross"
+        elif noun != "cross":
+            noun = noun.removesuffix("s")
         words = noun.split()
         counted = [
             shape
@@ -101,44 +106,45 @@ def test_counts_are_those_of_the_scene() -> None:
         assert number == NUMBERS[len(counted)], (turn, scene)
 
 
-def test_yes_and_no_and_both_occur() -> None:
+def test_existence() -> None:
+    """Both answers, yes and no, occur."""
     rng = random.Random(2)
-    seen = set()
+    answers = set()
     for scene in SCENES:
         turn = questions.exists(rng, scene, "en")
-        words = turn.question.rstrip("?").split()
-        there = any(
+        words = turn.question.rstrip("?").split()  # … [colour] kind
+        exists = any(
             shape.kind == words[-1] and (words[-2] not in COLOURS or shape.colour == words[-2])
             for shape in scene.shapes
         )
-        assert turn.answer == ("Yes, there is." if there else "No, there is not.")
-        seen.add(there)
-    assert seen == {True, False}
+        assert turn.answer == ("Yes, there is." if exists else "No, there is not.")
+        answers.add(exists)
+    assert answers == {True, False}
 
 
 def test_relations_follow_from_the_centres() -> None:
     rng = random.Random(3)
-    compared = 0
+    n_compared = 0
     for scene in SCENES:
         turn = questions.side(rng, scene, "en")
         if turn is None:
             continue
-        first, word, second = re.fullmatch(
+        first, relation, second = re.fullmatch(
             r"Is (.+?) (to the left of|to the right of|above|below) (.+)\?", turn.question
         ).groups()  # type: ignore[union-attr]
         (a,), (b,) = (
             [shape for shape in scene.shapes if name in unique_names(scene, shape, "en")]
             for name in (first, second)
         )
-        so = {
+        is_true = {
             "to the left of": a.centre[0] < b.centre[0],
             "to the right of": a.centre[0] > b.centre[0],
             "above": a.centre[1] < b.centre[1],
             "below": a.centre[1] > b.centre[1],
-        }[word]
-        assert turn.answer.endswith(", so yes." if so else ", so no.")
-        compared += 1
-    assert compared > 30
+        }[relation]
+        assert turn.answer.endswith(", so yes." if is_true else ", so no.")
+        n_compared += 1
+    assert n_compared > 30
 
 
 def test_grounded_captions_parse_and_name_all_things() -> None:
@@ -147,31 +153,34 @@ def test_grounded_captions_parse_and_name_all_things() -> None:
             parsed = parse_boxes(captions.caption_text(scene, language, boxes=True))
             assert not parsed.problems
             assert parsed.text == captions.caption_text(scene, language)
-            assert [(*box.points[0], *box.points[1]) for box in parsed.boxes] == [t.box for t in scene.things]
+            boxes = [(*box.points[0], *box.points[1]) for box in parsed.boxes]
+            assert boxes == [thing.box for thing in scene.things]
             assert all(thing.text in parsed.text for thing in scene.texts)
 
 
-def test_which_image_is_never_both() -> None:
+def test_which_of_two_images() -> None:
+    """The shape that the question names is in one image only, the image of the answer."""
     rng = random.Random(4)
-    asked = 0
-    for here, other in zip(SCENES[::2], SCENES[1::2]):
-        turn = pairs.which(rng, (here, other), "en")
-        if turn is None or " text?" in turn.question or " text" in turn.question:
+    n_checked = 0
+    for first, second in zip(SCENES[::2], SCENES[1::2]):
+        turn = pairs.which(rng, (first, second), "en")
+        if turn is None or " text" in turn.question:
             continue
         words = re.search(r"an? ([a-z ]+)\?", turn.question).group(1).split()  # type: ignore[union-attr]
-        has = [
+        has_shape = [
             any(
                 shape.kind == words[-1] and (len(words) == 1 or shape.colour == words[0])
                 for shape in scene.shapes
             )
-            for scene in (here, other)
+            for scene in (first, second)
         ]
-        assert has == [turn.answer == "Picture 1.", turn.answer == "Picture 2."]
-        asked += 1
-    assert asked > 20
+        assert has_shape == [turn.answer == "Picture 1.", turn.answer == "Picture 2."]
+        n_checked += 1
+    assert n_checked > 20
 
 
 def test_noise_changes_the_image_slightly() -> None:
     scene = replace(SCENES[0], noise=8)
-    noisy, clean = (np.asarray(draw(s)).astype(int) for s in (scene, replace(scene, noise=0)))
+    noisy = np.asarray(draw(scene)).astype(int)
+    clean = np.asarray(draw(replace(scene, noise=0))).astype(int)
     assert 0 < np.abs(noisy - clean).max() <= 8

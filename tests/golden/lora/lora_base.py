@@ -1,4 +1,4 @@
-"""The base model of the adapters in this folder: small sizes, random weights; shared by the tests and the makers."""
+"""The base model of the adapters in this folder, small and with random weights; used by the tests and the makers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def random(name: str, *shape: int) -> np.ndarray:
 
 
 def weights() -> dict[str, np.ndarray]:
-    """The tensors of the base model by canonical name; linear weights [in, out]."""
+    """The tensors of the base model by canonical name (checkpoint/tensors.py); linear weights are [in, out]."""
     specs = {**language_specs(config()), **vision_specs(config())}
     return {name: random(name, *spec.shape) for name, spec in specs.items()}
 

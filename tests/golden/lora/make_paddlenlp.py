@@ -24,7 +24,8 @@ from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_spec
 HERE = Path(__file__).resolve().parent
 SPECS: dict[str, TensorSpec] = {**language_specs(config()), **vision_specs(config())}
 
-NAME = SCHEMES["paddlemix"].name
+# Function from a canonical name to PaddleMIX's name.
+paddlemix_name = SCHEMES["paddlemix"].name
 
 TARGETS = [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"]
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -47,24 +48,25 @@ class Model(paddle.nn.Layer):
         super().__init__()
         self.config = PretrainedConfig()
         for name, spec in SPECS.items():
-            *path, layer, attribute = NAME(name).split(".")
+            *path, leaf_name, attribute = paddlemix_name(name).split(".")
             parent: paddle.nn.Layer = self
-            for part in path:
-                if part not in parent._sub_layers:
-                    parent.add_sublayer(part, paddle.nn.Layer())
-                parent = parent._sub_layers[part]
-            if layer not in parent._sub_layers:
-                parent.add_sublayer(layer, leaf(name, spec))
-            module = parent._sub_layers[layer]
-            if attribute not in module._parameters:
-                module.add_parameter(attribute, module.create_parameter(list(spec.shape)))
-            module._parameters[attribute].set_value(values[name])
+            for layer_name in path:
+                if layer_name not in parent._sub_layers:
+                    parent.add_sublayer(layer_name, paddle.nn.Layer())
+                parent = parent._sub_layers[layer_name]
+            if leaf_name not in parent._sub_layers:
+                parent.add_sublayer(leaf_name, make_leaf(name, spec))
+            leaf = parent._sub_layers[leaf_name]
+            if attribute not in leaf._parameters:
+                leaf.add_parameter(attribute, leaf.create_parameter(list(spec.shape)))
+            leaf._parameters[attribute].set_value(values[name])
 
     def forward(self, *_: Any) -> None:
         raise NotImplementedError
 
 
-def leaf(name: str, spec: TensorSpec) -> paddle.nn.Layer:
+def make_leaf(name: str, spec: TensorSpec) -> paddle.nn.Layer:
+    """A linear layer for the weight of one, so that PaddleNLP adapts it; an empty layer for any other tensor."""
     if spec.linear and name.endswith(".weight"):
         bias = None if name.replace(".weight", ".bias") in SPECS else False
         return paddle.nn.Linear(*spec.shape, bias_attr=bias)
@@ -85,9 +87,9 @@ def main() -> None:
         merged = {name: value.numpy() for name, value in model.model.state_dict().items()}
         base = weights()
         samples = {
-            name: sample(name, merged[NAME(name)])
+            name: sample(name, merged[paddlemix_name(name)])
             for name in SPECS
-            if not np.array_equal(merged[NAME(name)], base[name])
+            if not np.array_equal(merged[paddlemix_name(name)], base[name])
         }
         np.savez_compressed(folder / "merged.npz", **samples)
         print(adapter, sorted(samples))

@@ -21,7 +21,8 @@ from paddlemix_qwenvl_plugin.checkpoint.tensors import TensorSpec, language_spec
 HERE = Path(__file__).resolve().parent
 SPECS: dict[str, TensorSpec] = {**language_specs(config()), **vision_specs(config())}
 
-# As finetune.py of Qwen-VL for the base model (c_attn, attn.c_proj, w1, w2), and two matrices of the vision tower.
+# The targets of Qwen-VL's finetune.py for the base model (c_attn, attn.c_proj, w1, w2), and two matrices of the vision
+# tower.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "peft": {
         "r": 4,
@@ -31,7 +32,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"h.0.mlp.w1": 2},
         "alpha_pattern": {"h.0.mlp.w1": 3, "h.1.attn.c_attn": 5},
     },
-    # Saved as .bin; the embedding has an update of its own kind.
+    # Saved as .bin. PEFT stores the update of an embedding, wte, under other names: lora_embedding_A and _B.
     "peft_rslora": {
         "r": 3,
         "lora_alpha": 6,
@@ -50,22 +51,23 @@ def build(values: dict[str, np.ndarray]) -> torch.nn.Module:
     """A module tree with Hugging Face's names and no forward pass."""
     model = torch.nn.Module()
     for name, spec in SPECS.items():
-        *path, module, attribute = hugging_face_name(name).split(".")
+        *path, leaf_name, attribute = hugging_face_name(name).split(".")
         parent = model
-        for part in path:
-            if not hasattr(parent, part):
-                parent.add_module(part, torch.nn.Module())
-            parent = getattr(parent, part)
-        if not hasattr(parent, module):
-            parent.add_module(module, leaf(name, spec))
-        stored = values[name].T if spec.linear else values[name]
+        for module_name in path:
+            if not hasattr(parent, module_name):
+                parent.add_module(module_name, torch.nn.Module())
+            parent = getattr(parent, module_name)
+        if not hasattr(parent, leaf_name):
+            parent.add_module(leaf_name, make_leaf(name, spec))
+        torch_values = values[name].T if spec.linear else values[name]
         with torch.no_grad():
-            parameter = torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(stored)))
-            setattr(getattr(parent, module), attribute, parameter)
+            parameter = torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(torch_values)))
+            setattr(getattr(parent, leaf_name), attribute, parameter)
     return model
 
 
-def leaf(name: str, spec: TensorSpec) -> torch.nn.Module:
+def make_leaf(name: str, spec: TensorSpec) -> torch.nn.Module:
+    """A linear layer or an embedding for the weight of one, so that PEFT adapts it; otherwise an empty module."""
     if name == "wte.weight":
         return torch.nn.Embedding(*spec.shape)
     if spec.linear and name.endswith(".weight"):

@@ -1,4 +1,4 @@
-"""Make the folders beside it: a small language model with random weights, quantised and stored by other tools.
+"""Make the folders beside this file: a small language model with random weights, quantised and stored by other tools.
 
     python make.py auto_gptq auto_awq act_order
 
@@ -8,10 +8,10 @@
 | auto_awq | auto-round 0.16.1, rounding to nearest | AWQ, 4 bits, groups of 32, asymmetric, safetensors |
 | act_order | AutoGPTQ 0.7.1, GPTQ with `desc_act` | GPTQ, 4 bits, groups of 32, symmetric, zero biases, PyTorch .bin |
 
-Each folder also holds reference.npz: `tokens` [T], and in float32 what the tool's own linear layers compute: `logits`
-[T, vocabulary], and by layer its outputs of `inputs`.
+In each folder, reference.npz has float32 results of the tool's linear layers: `logits` [T, vocabulary] for `tokens`
+[T], and, under the name of a layer, its output for `inputs(…)`.
 
-AutoGPTQ needs `pip install --no-deps --no-build-isolation auto-gptq`, and its folder on PYTHONPATH.
+AutoGPTQ is installed by `pip install --no-deps --no-build-isolation auto-gptq`; its folder must be on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """A block of Qwen with Hugging Face's names."""
+    """A transformer block of Qwen with Hugging Face's names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,9 +81,9 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
         batch, n, _ = x.shape
-        heads = self.attn.c_attn(self.ln_1(x)).view(batch, n, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(rotate(heads[0]), rotate(heads[1]), heads[2], is_causal=True)
-        x = x + self.attn.c_proj(mixed.transpose(1, 2).reshape(batch, n, HIDDEN))
+        q, k, v = self.attn.c_attn(self.ln_1(x)).view(batch, n, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        attention = scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        x = x + self.attn.c_proj(attention.transpose(1, 2).reshape(batch, n, HIDDEN))
         y = self.ln_2(x)
         return x + self.mlp.c_proj(self.mlp.w1(y) * silu(self.mlp.w2(y)))
 
@@ -109,28 +109,28 @@ class Model(PreTrainedModel):
         return self.lm_head(self.transformer.ln_f(x))
 
 
-def model() -> Model:
-    """The model before quantization; its weights are float16 numbers."""
+def make_model() -> Model:
+    """The model before quantization: float32 parameters, whose values are exact in float16."""
     torch.manual_seed(7)
-    made = Model(PretrainedConfig(**CONFIG))
-    for parameter in made.parameters():
+    model = Model(PretrainedConfig(**CONFIG))
+    for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn(parameter.shape)
         else:
-            # Means apart from zero make asymmetric zero points differ.
+            # Rows have different means, so that their zero points differ.
             parameter.data = torch.randn(parameter.shape) / parameter.shape[1] ** 0.5
             parameter.data += 0.05 * torch.randn(parameter.shape[0], 1)
         parameter.data = parameter.data.half().float()
-    return made
+    return model
 
 
 def inputs(n_in: int) -> np.ndarray:
-    """Inputs of a layer, float32 [3, n_in]."""
+    """Random inputs of a layer, float32 [3, n_in]."""
     return np.random.RandomState(n_in).randn(3, n_in).astype("float32")
 
 
 def write_reference(folder: Path, quantised: Model) -> None:
-    """Compute with the tool's layers and write reference.npz."""
+    """Write reference.npz, given the model with the tool's layers."""
     torch.manual_seed(11)
     tokens = torch.randint(0, 30, [24])
     figures = {"tokens": tokens.numpy()}
@@ -149,7 +149,8 @@ def write_config(folder: Path, quantization: dict[str, Any]) -> None:
     )
 
 
-def by_auto_round(form: str) -> None:
+def make_by_auto_round(form: str) -> None:
+    """Make the folder auto_gptq or auto_awq, which are names of auto-round's formats."""
     from auto_round import AutoRound
     from auto_round.export.export_to_awq.utils import dequantize_gemm
     from auto_round_extension.torch.qlinear_torch_zp import QuantLinear
@@ -157,45 +158,47 @@ def by_auto_round(form: str) -> None:
 
     folder, scratch = HERE / form, HERE / f"{form}.tmp"
     tool = AutoRound(
-        model(), tokenizer=object(), bits=4, group_size=32, sym=False, iters=0, disable_opt_rtn=True
+        make_model(), tokenizer=object(), bits=4, group_size=32, sym=False, iters=0, disable_opt_rtn=True
     )
     tool.quantize_and_save(str(scratch), format=form)
     [written] = scratch.glob("*/model.safetensors")
     folder.mkdir(exist_ok=True)
     write_config(folder, json.loads(written.with_name("config.json").read_text())["quantization_config"])
     tensors = load_file(written)
-    # The tool leaves the others in float32; float16, as published checkpoints have it, halves the fixture.
+    # The tool stores all other tensors in float32. Here they become float16, as in published checkpoints.
     save_file(
         {name: value if value.dtype == torch.int32 else value.half() for name, value in tensors.items()},
         folder / "model.safetensors",
     )
     shutil.rmtree(scratch)
-    quantised = model()
+    quantised = make_model()
     for name in LINEAR:
-        parts = {
+        packed = {
             suffix: tensors[f"transformer.h.0.{name}.{suffix}"] for suffix in ("qweight", "qzeros", "scales")
         }
         layer = quantised.transformer.h[0].get_submodule(name)
         if form == "auto_awq":
-            # In float32: the tool's own layer computes in float16.
-            weight = dequantize_gemm(parts["qweight"], parts["qzeros"], parts["scales"].float(), 4, 32)
+            # Dequantised to float32, because the tool's own layer computes in float16.
+            weight = dequantize_gemm(packed["qweight"], packed["qzeros"], packed["scales"].float(), 4, 32)
             layer.weight.data = weight.T.contiguous()
         else:
             # Without g_idx: with it, the tool's layer reads no more outputs than inputs.
-            stored = QuantLinear(4, 32, layer.in_features, layer.out_features, layer.bias is not None)
-            stored.load_state_dict(parts, strict=False)
-            stored.scales = stored.scales.float()
+            tool_layer = QuantLinear(4, 32, layer.in_features, layer.out_features, layer.bias is not None)
+            tool_layer.load_state_dict(packed, strict=False)
+            tool_layer.scales = tool_layer.scales.float()
             if layer.bias is not None:
-                stored.bias = tensors[f"transformer.h.0.{name}.bias"].float()
-            parent, _, last = name.rpartition(".")
-            setattr(quantised.transformer.h[0].get_submodule(parent), last, stored)
+                tool_layer.bias = tensors[f"transformer.h.0.{name}.bias"].float()
+            parent_name, _, layer_name = name.rpartition(".")
+            setattr(quantised.transformer.h[0].get_submodule(parent_name), layer_name, tool_layer)
         if form == "auto_awq" and layer.bias is not None:
             layer.bias.data = tensors[f"transformer.h.0.{name}.bias"].float()
     write_reference(folder, quantised)
 
 
-def by_auto_gptq() -> None:
-    # Its package imports every model of a transformers version of its time; only two modules are needed.
+def make_by_auto_gptq() -> None:
+    """Make the folder act_order."""
+    # Only two modules of auto_gptq are needed. Its packages are replaced by empty ones, because their __init__ imports
+    # models that newer versions of transformers do not have.
     import importlib.util
 
     root = Path(importlib.util.find_spec("auto_gptq").submodule_search_locations[0])  # type: ignore[union-attr,index]
@@ -211,37 +214,37 @@ def by_auto_gptq() -> None:
     from auto_gptq.nn_modules.qlinear.qlinear_cuda import QuantLinear
     from auto_gptq.quantization.gptq import GPTQ
 
-    torch.cuda.synchronize = lambda *_: None  # it is called on a CPU, too
+    torch.cuda.synchronize = lambda *_: None  # the tool calls it without a GPU, too
     folder = HERE / "act_order"
     folder.mkdir(exist_ok=True)
-    quantised, original = model(), model()
-    table = {name: value.half() for name, value in original.state_dict().items()}
+    quantised, original = make_model(), make_model()
+    state_dict = {name: value.half() for name, value in original.state_dict().items()}
     for name in LINEAR:
         layer = original.transformer.h[0].get_submodule(name)
         gptq = GPTQ(layer)
         gptq.quantizer.configure(4, perchannel=True, sym=True, mse=False)
-        # Inputs of unequal size, so that the order of columns differs from the stored one.
+        # Inputs of different magnitudes, so that act-order permutes the columns.
         gptq.add_batch(torch.randn(256, layer.in_features) * (0.2 + torch.rand(layer.in_features)), None)
         scale, zero, g_idx = gptq.fasterquant(group_size=32, actorder=True)
         packed = QuantLinear(4, 32, layer.in_features, layer.out_features, True, weight_dtype=torch.float32)
         packed.pack(layer, scale.half().float(), zero, g_idx)
         if packed.bias is None or layer.bias is None:
             packed.bias = torch.zeros(layer.out_features)
-        table.pop(f"transformer.h.0.{name}.weight")
+        state_dict.pop(f"transformer.h.0.{name}.weight")
         for suffix in ("qweight", "qzeros", "scales", "g_idx", "bias"):
             value = getattr(packed, suffix)
-            table[f"transformer.h.0.{name}.{suffix}"] = (
+            state_dict[f"transformer.h.0.{name}.{suffix}"] = (
                 value.half() if suffix in ("scales", "bias") else value
             )
-        parent, _, last = name.rpartition(".")
-        setattr(quantised.transformer.h[0].get_submodule(parent), last, packed)
-    torch.save(table, folder / "pytorch_model.bin")
+        parent_name, _, layer_name = name.rpartition(".")
+        setattr(quantised.transformer.h[0].get_submodule(parent_name), layer_name, packed)
+    torch.save(state_dict, folder / "pytorch_model.bin")
     write_config(folder, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True})
     write_reference(folder, quantised)
 
 
-for which in sys.argv[1:]:
-    if which == "act_order":
-        by_auto_gptq()
+for folder_name in sys.argv[1:]:
+    if folder_name == "act_order":
+        make_by_auto_gptq()
     else:
-        by_auto_round(which)
+        make_by_auto_round(folder_name)

@@ -1,4 +1,4 @@
-"""Made the files beside it with PyTorch 2.x: `python make.py`. Values are small integers, exact in every type."""
+"""Make the files beside this file with PyTorch 2.x: `python make.py`. Values are small integers: exact in any dtype."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-here = Path(__file__).parent
+HERE = Path(__file__).parent
 for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
     base = torch.arange(60, dtype=dtype).reshape(3, 20)
-    table = OrderedDict(
+    tensors = OrderedDict(
         whole=base,
         transposed=base.T,  # not contiguous, the same storage
         part=base[1:, 5:9],  # begins inside the storage
@@ -19,13 +19,13 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         parameter=torch.nn.Parameter(torch.full([2, 2], 5.0, dtype=dtype)),
     )
     name = str(dtype).partition(".")[2]
-    torch.save(table, here / f"{name}.bin")
-    torch.save(table, here / f"{name}-before-1.6.bin", _use_new_zipfile_serialization=False)
+    torch.save(tensors, HERE / f"{name}.bin")
+    torch.save(tensors, HERE / f"{name}-before-1.6.bin", _use_new_zipfile_serialization=False)
 module = torch.nn.Linear(2, 3)
 torch.nn.init.constant_(module.weight, 2.0)
 torch.nn.init.constant_(module.bias, 1.0)
-torch.save(module.state_dict(), here / "state_dict.bin")
-torch.save({"steps": torch.arange(3)}, here / "integers.bin")
-torch.save({"module": module}, here / "module.bin")
-torch.save({"old": torch.ones(2)}, here / "before-1.6.bin", _use_new_zipfile_serialization=False)
-torch.save({"eighth": torch.ones(2).to(torch.float8_e4m3fn)}, here / "float8.bin")
+torch.save(module.state_dict(), HERE / "state_dict.bin")
+torch.save({"steps": torch.arange(3)}, HERE / "integers.bin")
+torch.save({"module": module}, HERE / "module.bin")
+torch.save({"old": torch.ones(2)}, HERE / "before-1.6.bin", _use_new_zipfile_serialization=False)
+torch.save({"eighth": torch.ones(2).to(torch.float8_e4m3fn)}, HERE / "float8.bin")
