@@ -269,7 +269,7 @@ def check_error(server, path, valid_body, changes, param, code, message):
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
     assert message in error["message"]
     assert len(error["message"]) < 400
-    assert not server.admission.held
+    assert not server.admission.slots_in_use
 
 
 @pytest.mark.parametrize(("changes", "param", "code", "message"), INVALID_CHAT_REQUESTS)
@@ -378,7 +378,7 @@ def test_openai_client_raises_its_exception_classes(server):
     with pytest.raises(openai.BadRequestError) as bad_request:
         chat(server, question("?"), temperature=9, stream=True)
     assert (bad_request.value.param, bad_request.value.type) == ("temperature", "invalid_request_error")
-    server.admission.refuse = ApiError(
+    server.admission.refuse_with = ApiError(
         429, "The queue is full.", "rate_limit_error", code="queue_full", headers={"Retry-After": "3"}
     )
     for stream in (False, True):
@@ -387,10 +387,10 @@ def test_openai_client_raises_its_exception_classes(server):
         assert rate_limit.value.response.headers["retry-after"] == "3"
 
 
-def test_limits_come_from_the_settings(server, limited):
+def test_limits_come_from_the_settings(server, change_settings):
     content, _ = demo_question("pair")  # two images
     messages = [{"role": "user", "content": content}]
-    limited(max_images=1, max_prompt_tokens=300, max_new_tokens=4, max_choices=1)
+    change_settings(max_images=1, max_prompt_tokens=300, max_new_tokens=4, max_choices=1)
     with pytest.raises(
         openai.BadRequestError, match="number of images: 2 is too large, this server allows 1"
     ):
