@@ -70,7 +70,7 @@ def chat(server: Server, messages: Any, **parameters: Any) -> Any:
 
 
 def chat_chunks(server: Server, messages: Any, **parameters: Any) -> list[Any]:
-    """The chunks of a chat_chunks chat completion."""
+    """The chunks of a streamed chat completion."""
     return list(chat(server, messages, stream=True, **parameters))
 
 
