@@ -27,7 +27,7 @@ def model(stages, tmp_path_factory) -> QwenVL:
 
 def test_the_model_of_a_request_chooses(serve_demo, model):
     flags = [flag for name, path in model.folders.items() for flag in ("--adapter", f"{name}={path}")]
-    url = serve_demo(*flags).ready()
+    url = serve_demo(*flags).wait_until_ready()
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     names = [each.id for each in client.models.list()]
     assert names == ["qwen-vl-chat", "red", "blue"]

@@ -96,15 +96,15 @@ def refused(url: str) -> bool:
 
 def test_running_requests_are_finished(start: Callable[..., Process]) -> None:
     process = start("--port", 0, engine={"pause": 0.02})
-    url = process.ready()
+    url = process.wait_until_ready()
     with httpx.Client(base_url=url, timeout=LONG) as idle:
         assert idle.get("/health/ready").status_code == 200
         stream = Streaming(url, 100)
-        process.send(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         until(lambda: refused(url))
         events = stream.all()
     assert events == [*(f"[{i}]" for i in range(100)), "[DONE]"]
-    code, errors = process.end()
+    code, errors = process.wait_for_exit()
     assert code == 0, errors
     said = [json.loads(line)["event"] for line in errors.splitlines()]
     assert said == ["ending", "request"]
@@ -112,11 +112,11 @@ def test_running_requests_are_finished(start: Callable[..., Process]) -> None:
 
 def test_who_is_connected_already_gets_503(start: Callable[..., Process]) -> None:
     process = start("--port", 0, engine={"pause": 0.02})
-    url = process.ready()
+    url = process.wait_until_ready()
     parts = httpx.URL(url)
     with socket.create_connection((parts.host, parts.port), timeout=LONG) as waiting:
         stream = Streaming(url, 100)
-        process.send(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         until(lambda: refused(url))
         head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
         waiting.sendall(f"{head}\r\nContent-Length: 2\r\n\r\n{{}}".encode())
@@ -125,22 +125,22 @@ def test_who_is_connected_already_gets_503(start: Callable[..., Process]) -> Non
     assert b"connection: close" in answer.lower()
     assert b'"shutting_down"' in answer
     assert stream.all()[-1] == "[DONE]"
-    assert process.end()[0] == 0
+    assert process.wait_for_exit()[0] == 0
 
 
 def test_too_long_requests_end_with_an_error_event(start: Callable[..., Process]) -> None:
     process = start("--port", 0, "--shutdown_timeout", 0.5, engine={"pause": 0.05})
-    stream = Streaming(process.ready(), 100_000)
-    process.send(signal.SIGTERM)
+    stream = Streaming(process.wait_until_ready(), 100_000)
+    process.send_signal(signal.SIGTERM)
     events = stream.all()
     assert json.loads(events[-1]) == {"error": "the engine was stopped"}
-    code, errors = process.end()
+    code, errors = process.wait_for_exit()
     assert code == 0, errors
 
 
 def test_who_waits_for_a_slot_is_served_before_the_end(start: Callable[..., Process]) -> None:
     process = start("--port", 0, "--max_running", 1, engine={"pause": 0.02})
-    url = process.ready()
+    url = process.wait_until_ready()
     first = Streaming(url, 50)
     answers: list[httpx.Response] = []
     body = {"n_tokens": 3}
@@ -149,11 +149,11 @@ def test_who_waits_for_a_slot_is_served_before_the_end(start: Callable[..., Proc
     )
     second.start()
     until(lambda: "qwenvl_queue_waiting 1.0" in httpx.get(f"{url}/metrics", timeout=LONG).text)
-    process.send(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
     second.join(LONG)
     assert "[2]" in answers[0].json()["answer"]
     assert first.all()[-1] == "[DONE]"
-    assert process.end()[0] == 0
+    assert process.wait_for_exit()[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -164,12 +164,12 @@ def test_a_second_signal_ends_it_at_once(
     number: int, code: int, word: str, start: Callable[..., Process]
 ) -> None:
     process = start("--port", 0, "--shutdown_timeout", 1000, engine={"pause": 0.02})
-    url = process.ready()
+    url = process.wait_until_ready()
     stream = Streaming(url, 1_000_000)
-    process.send(number)
+    process.send_signal(number)
     until(lambda: refused(url))
-    process.send(number)
-    ended, errors = process.end()
+    process.send_signal(number)
+    ended, errors = process.wait_for_exit()
     assert ended == code
     assert errors.splitlines()[-1] == f"qwenvl: {word}"
     assert stream.all()[-1] != "[DONE]"
@@ -184,14 +184,14 @@ def test_it_lives_before_it_is_ready(start: Callable[..., Process], unused_port:
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     answer = httpx.post(url + PATH, json={}, timeout=LONG)
     assert "not ready" in answer.text
-    process.send(signal.SIGTERM)
-    code, errors = process.end()
+    process.send_signal(signal.SIGTERM)
+    code, errors = process.wait_for_exit()
     assert code == 0, errors
 
 
 def test_an_engine_that_does_not_start(start: Callable[..., Process]) -> None:
     process = start("--port", 0, engine={"fails": "text/qwen.pdiparams: missing; export again"})
-    code, errors = process.end()
+    code, errors = process.wait_for_exit()
     assert (code, errors) == (1, "qwenvl: text/qwen.pdiparams: missing; export again\n")
 
 
@@ -225,10 +225,10 @@ def test_a_socket_of_systemd(start: Callable[..., Process]) -> None:
         with_number = ["sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"', "sh"]
         for _ in range(2):  # the second finds what has come since the first ended
             process = start("--port", 1, prefix=with_number, **hand_over)
-            assert process.ready() == url
+            assert process.wait_until_ready() == url
             assert httpx.get(f"{url}/health/ready", timeout=LONG).status_code == 200
-            process.send(signal.SIGTERM)
-            assert process.end()[0] == 0
+            process.send_signal(signal.SIGTERM)
+            assert process.wait_for_exit()[0] == 0
 
 
 class Load:
@@ -271,13 +271,13 @@ class Load:
 def test_an_upgrade_drops_no_request(start: Callable[..., Process], unused_port: int) -> None:
     flags = ["--port", unused_port, "--reuse_port"]
     old = start(*flags, engine={"pause": 0.005})
-    load = Load(old.ready())
+    load = Load(old.wait_until_ready())
     load.more(50)
-    start(*flags, engine={"pause": 0.005}).ready()
+    start(*flags, engine={"pause": 0.005}).wait_until_ready()
     load.more(50)
-    old.send(signal.SIGTERM)
+    old.send_signal(signal.SIGTERM)
     load.more(50)
-    code, errors = old.end()
+    code, errors = old.wait_for_exit()
     assert code == 0, errors
     load.more(50)
     assert {*load.end()} == {"200"}
@@ -289,10 +289,10 @@ def test_a_restart_behind_a_socket_of_systemd_drops_no_request(start: Callable[.
         hand_over = {"pass_fds": [3], "preexec_fn": lambda: os.dup2(listener.fileno(), 3) and None}
         with_number = ["sh", "-c", 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"', "sh"]
         first = start(engine={"pause": 0.005}, prefix=with_number, **hand_over)
-        load = Load(first.ready())
+        load = Load(first.wait_until_ready())
         load.more(50)
-        first.send(signal.SIGTERM)
-        code, errors = first.end()
+        first.send_signal(signal.SIGTERM)
+        code, errors = first.wait_for_exit()
         assert code == 0, errors
         start(engine={"loading": 0.5}, prefix=with_number, **hand_over)
         load.more(50)
@@ -303,14 +303,14 @@ def test_a_second_server_does_not_listen_before_it_is_ready(
     start: Callable[..., Process], unused_port: int
 ) -> None:
     flags = ["--port", unused_port, "--reuse_port"]
-    url = start(*flags).ready()
+    url = start(*flags).wait_until_ready()
     loading = start(*flags, engine={"loading": 10_000, "tell": True})
-    assert loading.line() == "loading\n"
+    assert loading.read_line() == "loading\n"
     limits = httpx.Limits(max_keepalive_connections=0)
     with httpx.Client(base_url=url, limits=limits, timeout=LONG) as client:
         assert {client.get("/health/ready").status_code for _ in range(100)} == {200}
-    loading.send(signal.SIGTERM)
-    assert loading.end()[0] == 0
+    loading.send_signal(signal.SIGTERM)
+    assert loading.wait_for_exit()[0] == 0
 
 
 def test_a_client_that_does_not_read_is_cut_off() -> None:

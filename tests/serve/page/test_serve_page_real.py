@@ -14,7 +14,7 @@ import pytest
 from chromium import Browser
 from engines import needs_compiler
 from serve_page_driver import Page
-from serve_process import ServerProcess, sound_log, wait_until_idle
+from serve_process import ServerProcess, checked_records, wait_until_idle
 
 from paddlemix_qwenvl_plugin import QwenVL
 from paddlemix_qwenvl_plugin.demo.questions import QUESTIONS
@@ -57,7 +57,7 @@ def test_a_question_a_stop_and_an_engine_that_is_killed(
     page_browser: Browser, serve_demo: Callable[..., ServerProcess], local_model: QwenVL, tmp_path: Path
 ) -> None:
     process = serve_demo()
-    url = process.ready()
+    url = process.wait_until_ready()
     server: Any = SimpleNamespace(url=f"{url}/", ready=200, key=None)
     page = Page(page_browser, server, tmp_path)
     page.open()
@@ -66,7 +66,7 @@ def test_a_question_a_stop_and_an_engine_that_is_killed(
     _check(page, local_model)
     assert "tokens" in page.note()
 
-    engine = process.engine()
+    engine = process.engine_pid()
     assert engine is not None
     os.kill(engine, signal.SIGSTOP)  # so that the answer does not come too soon
     page.type("And now?\n")
@@ -92,7 +92,7 @@ def test_a_question_a_stop_and_an_engine_that_is_killed(
     page.wait_for_end()
     _check(page, local_model)
     assert page.complaints() == []
-    process.send(signal.SIGTERM)
-    code, log = process.end()
+    process.send_signal(signal.SIGTERM)
+    code, log = process.wait_for_exit()
     assert code == 0
-    sound_log(log)
+    checked_records(log)
