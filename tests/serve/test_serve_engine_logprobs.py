@@ -80,7 +80,7 @@ def test_of_every_kind_of_request(vl, ahead):
     rng = random.Random(3)
     executor = KeepsLogits(vl, ahead=ahead)
     numbers = [None, 0, 1, 5, 20]
-    generations = [generation_of(vl, RequestCase.at_random(vl, rng), numbers[i % 5]) for i in range(30)]
+    generations = [generation_of(vl, RequestCase.random(vl, rng), numbers[i % 5]) for i in range(30)]
     run(Loop(executor), generations)
     assert sum(generation.options.greedy for generation in generations) > 3
     for generation in generations:
@@ -128,7 +128,7 @@ def test_with_steps_ahead_as_without(stages):
         rng = random.Random(8)
         loop = Loop(EngineExecutor(*vl._stages, ahead=ahead, gpu_memory=0.1))
         generations = [
-            generation_of(vl, RequestCase.at_random(vl, rng), rng.choice([None, 0, 3])) for _ in range(20)
+            generation_of(vl, RequestCase.random(vl, rng), rng.choice([None, 0, 3])) for _ in range(20)
         ]
         run(loop, generations)
         for generation in generations:
