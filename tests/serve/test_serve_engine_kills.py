@@ -168,7 +168,7 @@ def test_engine_process_that_loses_its_gpu_is_replaced(stages, tmp_path):
 
 
 # sitecustomize.py of the engine process: while the file LOST_GPU exists, steps and the check of the device fail.
-# EngineExecutor is patched when the process imports its module `messages`, not before Python has started completely.
+# It patches EngineExecutor when the engine process imports serve/messages.py.
 _LOST_GPU = """
 import os
 if os.environ.get("LOST_GPU"):
