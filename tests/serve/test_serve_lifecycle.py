@@ -190,7 +190,7 @@ def test_it_lives_before_it_is_ready(start: Callable[..., Process], unused_port:
 
 
 def test_an_engine_that_does_not_start(start: Callable[..., Process]) -> None:
-    process = start("--port", 0, engine={"fails": "text/qwen.pdiparams: missing; export again"})
+    process = start("--port", 0, engine={"start_error": "text/qwen.pdiparams: missing; export again"})
     code, errors = process.wait_for_exit()
     assert (code, errors) == (1, "qwenvl: text/qwen.pdiparams: missing; export again\n")
 
@@ -304,7 +304,7 @@ def test_a_second_server_does_not_listen_before_it_is_ready(
 ) -> None:
     flags = ["--port", unused_port, "--reuse_port"]
     url = start(*flags).wait_until_ready()
-    loading = start(*flags, engine={"loading": 10_000, "tell": True})
+    loading = start(*flags, engine={"loading": 10_000, "print_loading": True})
     assert loading.read_line() == "loading\n"
     limits = httpx.Limits(max_keepalive_connections=0)
     with httpx.Client(base_url=url, limits=limits, timeout=LONG) as client:
